@@ -1,0 +1,60 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package proxy
+
+import "context"
+
+// Director decides, call by call, who answers. The proxy asks it once for every
+// call before anything is read; the answer nil, which must be cheap, means that
+// the bytes go through undecoded.
+type Director interface {
+	// Unary returns the interceptor for a call of a unary method, or nil.
+	// method is the full name, such as /runtime.v1.RuntimeService/StopContainer.
+	Unary(method string) UnaryInterceptor
+	// Stream returns the interceptor for a call of a server-streaming method,
+	// or nil.
+	Stream(method string) StreamInterceptor
+}
+
+// UnaryInterceptor answers one unary call. req is the encoded request message and
+// must not be kept or changed after return (copy what is needed); the result is the encoded response. next forwards to
+// the runtime; it may be called with another request, more than once (the header
+// and trailer of the last call are what the caller gets), or not at all.
+//
+// An error made by next, or a gRPC status error of the interceptor's own, is the
+// call's answer. An interceptor that finds it cannot do its work, say because
+// the bytes don't decode, returns a [*PassError]; then, as after a panic, the
+// proxy answers what next answered if it was called, else forwards the original
+// request, and counts a fault.
+type UnaryInterceptor func(ctx context.Context, method string, req []byte, next UnaryNext) ([]byte, error)
+
+// UnaryNext forwards a request to the runtime with the caller's metadata and
+// returns the encoded response. ctx bounds the upstream call, and may be detached from the caller's.
+type UnaryNext func(ctx context.Context, req []byte) ([]byte, error)
+
+// StreamInterceptor takes part in one server-streaming call. It is given the
+// encoded request and returns the request to send upstream (normally req itself) and a filter.
+type StreamInterceptor func(ctx context.Context, method string, req []byte) (upstreamReq []byte, filter StreamFilter, err error)
+
+// StreamFilter sees every response message of one stream, in order, from one
+// goroutine.
+type StreamFilter interface {
+	// Message returns the messages to send in place of msg: none drops it; returning msg
+	// itself passes it unchanged. An error counts as a fault and passes msg on.
+	Message(msg []byte) ([][]byte, error)
+	// Extra delivers messages that the filter wants sent out of turn. A nil
+	// channel means never.
+	Extra() <-chan []byte
+	// Close is called once when the stream is over.
+	Close()
+}
+
+// PassError says that an interceptor could not do its work and the call shall go
+// through unchanged.
+type PassError struct{ Err error }
+
+func (e *PassError) Error() string { return "interceptor passes: " + e.Err.Error() }
+
+// Unwrap returns the cause.
+func (e *PassError) Unwrap() error { return e.Err }
