@@ -58,3 +58,11 @@ func (e *PassError) Error() string { return "interceptor passes: " + e.Err.Error
 
 // Unwrap returns the cause.
 func (e *PassError) Unwrap() error { return e.Err }
+
+// Passer is implemented by a [Director] that must know when calls are over that
+// went through undecoded.
+type Passer interface {
+	// Pass is asked after Unary answered nil. done, if not nil, is called when the call has been
+	// answered. ok is false when the director has changed its mind: then Unary is asked again.
+	Pass(method string) (done func(), ok bool)
+}

@@ -1,0 +1,215 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package interceptors
+
+import (
+	"context"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cri-proxy/cri-proxy/proxy"
+)
+
+// Labels and annotations that kubelet puts on containers (pkg/kubelet/kuberuntime/labels.go, pkg/kubelet/types).
+const (
+	labelPodUID    = "io.kubernetes.pod.uid"
+	labelContainer = "io.kubernetes.container.name"
+)
+
+// createContainer records the request as kubelet sent it, and lets an operation on
+// the slot finish first: kubelet creates in a slot only after it stopped the
+// incumbent, which made the operation give way.
+func (d *Director) createContainer(ctx context.Context, method string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+	req, err := decode(raw, &runtimeapi.CreateContainerRequest{})
+	if err != nil {
+		return nil, err
+	}
+	slot := Slot{PodUID: req.GetConfig().GetLabels()[labelPodUID], Container: req.GetConfig().GetLabels()[labelContainer]}
+	if slot.PodUID != "" && slot.Container != "" {
+		if d.view.Claimed(slot) {
+			d.log.WithFields(logrusFields(slot, method)).Info("waiting for the operation on this slot")
+		}
+		claim, err := d.view.Claim(ctx, slot)
+		if err != nil {
+			return nil, status.FromContextError(err).Err()
+		}
+		defer claim.Release()
+	}
+	b, err := next(ctx, raw)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := decode(b, &runtimeapi.CreateContainerResponse{})
+	if err != nil {
+		return nil, err
+	}
+	d.records.Created(resp.GetContainerId(), raw)
+	return b, nil
+}
+
+// startContainer does not know hidden containers.
+func (d *Director) startContainer(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+	req, err := decode(raw, &runtimeapi.StartContainerRequest{})
+	if err != nil {
+		return nil, err
+	}
+	if _, is := d.staged(req.GetContainerId()); is {
+		return nil, notFound(req.GetContainerId())
+	}
+	return next(ctx, raw)
+}
+
+// stopContainer makes an operation on the slot give way. The stop itself goes
+// to the runtime at once, so that the shorter grace wins, and the answer comes when
+// the operation has cleaned up, so that kubelet finds no process that was not asked to stop.
+func (d *Director) stopContainer(ctx context.Context, method string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+	req, err := decode(raw, &runtimeapi.StopContainerRequest{})
+	if err != nil {
+		return nil, err
+	}
+	defer d.view.stopping(req.GetContainerId())()
+	claim, id := d.view.byContainer(req.GetContainerId())
+	if claim == nil {
+		return next(ctx, raw)
+	}
+	if d.view.successorOf(claim) == id {
+		// Nobody can know this container: answered as the runtime answers for unknown ones.
+		return encode(&runtimeapi.StopContainerResponse{})
+	}
+	d.log.WithFields(logrusFields(claim.Slot(), method)).Info("kubelet takes the slot back from an operation")
+	claim.takeBack(Yield{Method: method, Grace: req.GetTimeout()})
+	b, err := next(ctx, raw)
+	if err != nil {
+		return nil, err
+	}
+	d.awaitYield(ctx, claim, time.Duration(req.GetTimeout())*time.Second)
+	return b, nil
+}
+
+// stopPodSandbox and removePodSandbox make all operations in the sandbox give way first.
+func (d *Director) stopPodSandbox(ctx context.Context, method string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+	req, err := decode(raw, &runtimeapi.StopPodSandboxRequest{})
+	if err != nil {
+		return nil, err
+	}
+	defer d.view.stopping(req.GetPodSandboxId())()
+	d.takeBackSandbox(ctx, method, req.GetPodSandboxId())
+	return next(ctx, raw)
+}
+
+func (d *Director) removePodSandbox(ctx context.Context, method string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+	req, err := decode(raw, &runtimeapi.RemovePodSandboxRequest{})
+	if err != nil {
+		return nil, err
+	}
+	d.takeBackSandbox(ctx, method, req.GetPodSandboxId())
+	return next(ctx, raw)
+}
+
+// sandboxGrace is what a successor gets to stop when its sandbox goes away, in
+// seconds: kubelet's own minimum (minimumGracePeriodInSeconds in kuberuntime_manager.go).
+const sandboxGrace = 2
+
+func (d *Director) takeBackSandbox(ctx context.Context, method, sandbox string) {
+	claims := d.view.bySandbox(sandbox)
+	for _, c := range claims {
+		d.log.WithFields(logrusFields(c.Slot(), method)).Info("the pod goes away, its operation gives way")
+		c.takeBack(Yield{Method: method, Grace: sandboxGrace})
+	}
+	for _, c := range claims {
+		d.awaitYield(ctx, c, sandboxGrace*time.Second)
+	}
+}
+
+// awaitYield waits for the operation to be gone. It never fails the call: Stop*
+// and Remove* must get through whatever our own operation does.
+func (d *Director) awaitYield(ctx context.Context, c *Claim, grace time.Duration) {
+	ctx, cancel := context.WithTimeout(ctx, grace+yieldPatience)
+	defer cancel()
+	if err := c.wait(ctx); err != nil {
+		d.log.WithFields(logrusFields(c.Slot(), "")).WithError(err).Warn("operation did not give way in time")
+	}
+}
+
+// removeContainer forgets the record. Kubelet removes only what it saw exit, so it
+// never meets a masked container; whoever else removes one ends the operation.
+func (d *Director) removeContainer(ctx context.Context, method string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+	req, err := decode(raw, &runtimeapi.RemoveContainerRequest{})
+	if err != nil {
+		return nil, err
+	}
+	if d.view.Active() {
+		claim, id := d.view.byContainer(req.GetContainerId())
+		if claim != nil && d.view.successorOf(claim) == id {
+			return encode(&runtimeapi.RemoveContainerResponse{})
+		}
+		if claim != nil && d.view.judge(id, nil) == masked {
+			claim.takeBack(Yield{Method: method, Grace: sandboxGrace})
+			d.awaitYield(ctx, claim, sandboxGrace*time.Second)
+		}
+	}
+	b, err := next(ctx, raw)
+	if err != nil {
+		return nil, err
+	}
+	d.records.Removed(req.GetContainerId())
+	return b, nil
+}
+
+// updateContainerResources records what was applied, because the runtime's own
+// config keeps the old values, and applies it to a staged successor too.
+func (d *Director) updateContainerResources(ctx context.Context, method string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+	req, err := decode(raw, &runtimeapi.UpdateContainerResourcesRequest{})
+	if err != nil {
+		return nil, err
+	}
+	claim, id := d.view.byContainer(req.GetContainerId())
+	b, err := next(ctx, raw)
+	if err != nil {
+		return nil, err
+	}
+	if req.GetLinux() == nil {
+		return b, nil
+	}
+	linux, err := encode(req.GetLinux())
+	if err != nil {
+		return nil, err
+	}
+	if claim == nil {
+		d.records.Updated(req.GetContainerId(), linux)
+		return b, nil
+	}
+	d.records.Updated(id, linux)
+	if successor := d.view.successorOf(claim); successor != "" && successor != id {
+		d.records.Updated(successor, linux)
+		again := proto.Clone(req).(*runtimeapi.UpdateContainerResourcesRequest)
+		again.ContainerId = successor
+		more, err := encode(again)
+		if err != nil {
+			return nil, err
+		}
+		if _, err := next(ctx, more); err != nil {
+			// Kubelet asked for the incumbent, which has it. The successor starts with what it was created with.
+			d.log.WithFields(logrusFields(claim.Slot(), method)).WithError(err).Warn("staged container did not take the new resources")
+		}
+	}
+	return b, nil
+}
+
+// staged returns the claim whose hidden successor id names.
+func (d *Director) staged(id string) (*Claim, bool) {
+	claim, full := d.view.byContainer(id)
+	return claim, claim != nil && d.view.successorOf(claim) == full
+}
+
+// maskedDead is the answer for calls that need the masked container's process,
+// which is gone or going: kubelet's prober discards a result with this code
+// (pkg/probe/exec) instead of counting it as a failure.
+func maskedDead(id string) error {
+	return status.Errorf(codes.Unavailable, "container %q is being restarted in place; try again", id)
+}

@@ -1,0 +1,69 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package interceptors
+
+import (
+	"context"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cri-proxy/cri-proxy/proxy"
+)
+
+// containerStatus does not know hidden containers and shows masked ones running.
+func (d *Director) containerStatus(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+	req, err := decode(raw, &runtimeapi.ContainerStatusRequest{})
+	if err != nil {
+		return nil, err
+	}
+	b, err := next(ctx, raw)
+	if err != nil {
+		return nil, err
+	}
+	m, err := decode(b, &runtimeapi.ContainerStatusResponse{})
+	if err != nil {
+		return nil, err
+	}
+	switch d.view.judge(m.GetStatus().GetId(), m.GetStatus().GetAnnotations()) {
+	case hidden:
+		return nil, notFound(req.GetContainerId())
+	case masked:
+		showRunning(m.GetStatus())
+		return encode(m)
+	default:
+		return b, nil
+	}
+}
+
+// podSandboxStatus filters the container statuses that evented PLEG reads from it.
+func (d *Director) podSandboxStatus(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+	return forward(ctx, raw, next, &runtimeapi.PodSandboxStatusResponse{}, func(m *runtimeapi.PodSandboxStatusResponse) {
+		m.ContainersStatuses = d.view.showStatuses(m.ContainersStatuses)
+	})
+}
+
+// showStatuses drops what is hidden and shows masked ones running.
+func (v *View) showStatuses(list []*runtimeapi.ContainerStatus) []*runtimeapi.ContainerStatus {
+	return without(list, func(s *runtimeapi.ContainerStatus) bool {
+		switch v.judge(s.GetId(), s.GetAnnotations()) {
+		case hidden:
+			return true
+		case masked:
+			showRunning(s)
+		}
+		return false
+	})
+}
+
+// showRunning makes a status that of a running container.
+func showRunning(s *runtimeapi.ContainerStatus) {
+	if s.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING {
+		return
+	}
+	s.State = runtimeapi.ContainerState_CONTAINER_RUNNING
+	s.FinishedAt = 0
+	s.ExitCode = 0
+	s.Reason = ""
+	s.Message = ""
+}

@@ -1,0 +1,158 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package interceptors
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cri-proxy/cri-proxy/proxy"
+)
+
+// Records keeps what kubelet said about its containers, for cloning them later.
+// Implementations must be safe for concurrent use and must not block for long:
+// they are called on kubelet's calls.
+type Records interface {
+	// Created stores the encoded CreateContainerRequest that made the container.
+	Created(id string, request []byte)
+	// Updated stores the encoded LinuxContainerResources last applied to it.
+	Updated(id string, resources []byte)
+	// Removed forgets the container.
+	Removed(id string)
+}
+
+// Options configures a [Director]. All fields are required.
+type Options struct {
+	View    *View
+	Records Records
+	Log     logrus.FieldLogger
+}
+
+// Director implements [proxy.Director]: it takes a method only while the view has
+// something to say about it, except for the few that it records always.
+type Director struct {
+	view    *View
+	records Records
+	log     logrus.FieldLogger
+
+	always map[string]proxy.UnaryInterceptor
+	active map[string]proxy.UnaryInterceptor
+	stream map[string]proxy.StreamInterceptor
+}
+
+var _ proxy.Director = (*Director)(nil)
+
+// New returns a director over the view.
+func New(o Options) *Director {
+	d := &Director{view: o.View, records: o.Records, log: o.Log}
+	d.always = map[string]proxy.UnaryInterceptor{
+		runtimeapi.RuntimeService_CreateContainer_FullMethodName:          d.createContainer,
+		runtimeapi.RuntimeService_RemoveContainer_FullMethodName:          d.removeContainer,
+		runtimeapi.RuntimeService_UpdateContainerResources_FullMethodName: d.updateContainerResources,
+		runtimeapi.RuntimeService_StopPodSandbox_FullMethodName:           d.stopPodSandbox,
+		runtimeapi.RuntimeService_StopContainer_FullMethodName:            d.stopContainer,
+	}
+	d.active = map[string]proxy.UnaryInterceptor{
+		runtimeapi.RuntimeService_ListContainers_FullMethodName:        d.listContainers,
+		runtimeapi.RuntimeService_ContainerStatus_FullMethodName:       d.containerStatus,
+		runtimeapi.RuntimeService_PodSandboxStatus_FullMethodName:      d.podSandboxStatus,
+		runtimeapi.RuntimeService_ContainerStats_FullMethodName:        d.containerStats,
+		runtimeapi.RuntimeService_ListContainerStats_FullMethodName:    d.listContainerStats,
+		runtimeapi.RuntimeService_PodSandboxStats_FullMethodName:       d.podSandboxStats,
+		runtimeapi.RuntimeService_ListPodSandboxStats_FullMethodName:   d.listPodSandboxStats,
+		runtimeapi.RuntimeService_ListPodSandboxMetrics_FullMethodName: d.listPodSandboxMetrics,
+		runtimeapi.RuntimeService_StartContainer_FullMethodName:        d.startContainer,
+		runtimeapi.RuntimeService_RemovePodSandbox_FullMethodName:      d.removePodSandbox,
+		runtimeapi.RuntimeService_ExecSync_FullMethodName:              d.execSync,
+		runtimeapi.RuntimeService_Exec_FullMethodName:                  d.exec,
+		runtimeapi.RuntimeService_Attach_FullMethodName:                d.attach,
+		runtimeapi.RuntimeService_ReopenContainerLog_FullMethodName:    d.reopenContainerLog,
+		runtimeapi.RuntimeService_CheckpointContainer_FullMethodName:   d.checkpointContainer,
+	}
+	d.stream = map[string]proxy.StreamInterceptor{
+		runtimeapi.RuntimeService_GetContainerEvents_FullMethodName:      d.getContainerEvents,
+		runtimeapi.RuntimeService_StreamContainers_FullMethodName:        d.streamContainers,
+		runtimeapi.RuntimeService_StreamContainerStats_FullMethodName:    d.streamContainerStats,
+		runtimeapi.RuntimeService_StreamPodSandboxStats_FullMethodName:   d.streamPodSandboxStats,
+		runtimeapi.RuntimeService_StreamPodSandboxMetrics_FullMethodName: d.streamPodSandboxMetrics,
+	}
+	return d
+}
+
+// Unary implements [proxy.Director].
+func (d *Director) Unary(method string) proxy.UnaryInterceptor {
+	if ic, ok := d.always[method]; ok {
+		return ic
+	}
+	if !d.view.Active() {
+		return nil
+	}
+	return d.active[method]
+}
+
+// Stream implements [proxy.Director]. Streams are always taken, because an operation may
+// begin while they are open; their filters look at a message only while the view is active.
+func (d *Director) Stream(method string) proxy.StreamInterceptor {
+	return d.stream[method]
+}
+
+// Pass implements [proxy.Passer].
+func (d *Director) Pass(method string) (done func(), ok bool) {
+	if _, watched := d.active[method]; !watched {
+		return nil, true
+	}
+	return d.view.pass()
+}
+
+// decode fills m from an encoded message; its error makes the proxy pass the call.
+func decode[M proto.Message](b []byte, m M) (M, error) {
+	if err := proto.Unmarshal(b, m); err != nil {
+		return m, &proxy.PassError{Err: fmt.Errorf("decoding %s: %w", m.ProtoReflect().Descriptor().FullName(), err)}
+	}
+	return m, nil
+}
+
+func encode(m proto.Message) ([]byte, error) {
+	b, err := proto.Marshal(m)
+	if err != nil {
+		return nil, &proxy.PassError{Err: fmt.Errorf("encoding %s: %w", m.ProtoReflect().Descriptor().FullName(), err)}
+	}
+	return b, nil
+}
+
+// forward sends req on, decodes the answer into resp, lets change edit it and encodes it again.
+func forward[M proto.Message](ctx context.Context, req []byte, next proxy.UnaryNext, resp M, change func(M)) ([]byte, error) {
+	b, err := next(ctx, req)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := decode(b, resp); err != nil {
+		return nil, err
+	}
+	change(resp)
+	return encode(resp)
+}
+
+// notFound is containerd's own answer for a container it does not know
+// (internal/cri/server/container_status.go), so that a hidden one cannot be told from none.
+func notFound(id string) error {
+	return status.Errorf(codes.NotFound, "an error occurred when try to find container %q: not found", id)
+}
+
+// without returns s without the elements that drop reports. It reuses s.
+func without[T any](s []T, drop func(T) bool) []T {
+	kept := s[:0]
+	for _, e := range s {
+		if !drop(e) {
+			kept = append(kept, e)
+		}
+	}
+	return kept
+}

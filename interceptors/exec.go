@@ -1,0 +1,100 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package interceptors
+
+import (
+	"context"
+
+	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cri-proxy/cri-proxy/proxy"
+)
+
+// execSync on a masked container runs while its process lives; after that it is
+// Unavailable, which keeps a probe from counting a failure.
+func (d *Director) execSync(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+	req, err := decode(raw, &runtimeapi.ExecSyncRequest{})
+	if err != nil {
+		return nil, err
+	}
+	b, err := d.inContainer(ctx, req.GetContainerId(), raw, next)
+	if err != nil || !d.masked(req.GetContainerId()) {
+		return b, err
+	}
+	resp, err := decode(b, &runtimeapi.ExecSyncResponse{})
+	if err != nil {
+		return nil, err
+	}
+	if resp.GetExitCode() != 0 {
+		// A probe that the stop has killed, or that fails because the app drains.
+		return nil, maskedDead(req.GetContainerId())
+	}
+	return b, nil
+}
+
+// exec is execSync for the streaming form; the URL is the runtime's own.
+func (d *Director) exec(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+	req, err := decode(raw, &runtimeapi.ExecRequest{})
+	if err != nil {
+		return nil, err
+	}
+	return d.inContainer(ctx, req.GetContainerId(), raw, next)
+}
+
+func (d *Director) attach(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+	req, err := decode(raw, &runtimeapi.AttachRequest{})
+	if err != nil {
+		return nil, err
+	}
+	return d.inContainer(ctx, req.GetContainerId(), raw, next)
+}
+
+func (d *Director) checkpointContainer(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+	req, err := decode(raw, &runtimeapi.CheckpointContainerRequest{})
+	if err != nil {
+		return nil, err
+	}
+	return d.inContainer(ctx, req.GetContainerId(), raw, next)
+}
+
+// reopenContainerLog on a masked container that has stopped is done: its log is complete.
+func (d *Director) reopenContainerLog(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+	req, err := decode(raw, &runtimeapi.ReopenContainerLogRequest{})
+	if err != nil {
+		return nil, err
+	}
+	b, err := d.inContainer(ctx, req.GetContainerId(), raw, next)
+	if status.Code(err) == codes.Unavailable && d.masked(req.GetContainerId()) {
+		return encode(&runtimeapi.ReopenContainerLogResponse{})
+	}
+	return b, err
+}
+
+// inContainer forwards a call that needs the container's process.
+func (d *Director) inContainer(ctx context.Context, id string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+	if _, is := d.staged(id); is {
+		return nil, notFound(id)
+	}
+	b, err := next(ctx, raw)
+	if err != nil && status.Code(err) != codes.DeadlineExceeded && d.masked(id) {
+		return nil, maskedDead(id)
+	}
+	return b, err
+}
+
+func (d *Director) masked(id string) bool {
+	claim, full := d.view.byContainer(id)
+	return claim != nil && d.view.judge(full, nil) == masked
+}
+
+func logrusFields(s Slot, method string) logrus.Fields {
+	f := logrus.Fields{"pod": s.PodUID, "container": s.Container}
+	if method != "" {
+		f["method"] = method
+	}
+	return f
+}

@@ -1,0 +1,33 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package interceptors
+
+import "google.golang.org/protobuf/proto"
+
+type protoMessage = proto.Message
+
+// messageFilter is a [proxy.StreamFilter] that changes message by message.
+type messageFilter struct {
+	// need reports whether change is to be called at all.
+	need   func() bool
+	change func(msg []byte) ([]byte, error)
+}
+
+// Message implements [proxy.StreamFilter].
+func (f *messageFilter) Message(msg []byte) ([][]byte, error) {
+	if !f.need() {
+		return [][]byte{msg}, nil
+	}
+	b, err := f.change(msg)
+	if err != nil {
+		return nil, err
+	}
+	return [][]byte{b}, nil
+}
+
+// Extra implements [proxy.StreamFilter].
+func (f *messageFilter) Extra() <-chan []byte { return nil }
+
+// Close implements [proxy.StreamFilter].
+func (f *messageFilter) Close() {}

@@ -1,0 +1,436 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package interceptors
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// StagedAnnotation marks a container that an operation created. Its value is
+// the token of that stage: the container is hidden as long as the [View] holds
+// the token, and only then, so that a container keeps the annotation for life
+// without staying hidden, and is hidden again after a crash before its ID is known.
+const StagedAnnotation = "cri-proxy.io/staged"
+
+// Slot is the place of one container in a pod: its successive attempts share it.
+type Slot struct {
+	PodUID    string
+	Container string
+}
+
+// String returns the slot as podUID/container.
+func (s Slot) String() string { return s.PodUID + "/" + s.Container }
+
+// View is what kubelet must see. The zero value is not usable; see [NewView].
+// All methods are safe for concurrent use.
+type View struct {
+	// active is how many claims have something to say. The pass path reads only this.
+	active atomic.Int32
+
+	mu sync.RWMutex // guards all following fields
+	// passing counts the calls that went through undecoded since the last
+	// activation: they may still carry what has become hidden since.
+	passing *sync.WaitGroup
+	claims  map[Slot]*Claim
+	queues  map[Slot][]chan struct{}
+	tokens  map[string]*Claim
+	ids     map[string]*Claim // staged and masked container IDs
+	streams map[*eventFilter]struct{}
+	stops   map[string]int // container and sandbox IDs, as given, with a stop of kubelet's in flight
+}
+
+// NewView returns a view that hides and masks nothing.
+func NewView() *View {
+	return &View{
+		passing: &sync.WaitGroup{},
+		claims:  map[Slot]*Claim{},
+		queues:  map[Slot][]chan struct{}{},
+		tokens:  map[string]*Claim{},
+		ids:     map[string]*Claim{},
+		streams: map[*eventFilter]struct{}{},
+		stops:   map[string]int{},
+	}
+}
+
+// Active reports whether any answer to kubelet may need a change.
+func (v *View) Active() bool { return v.active.Load() > 0 }
+
+// pass registers a call that goes through undecoded; done must be called when
+// it has been answered. ok is false when the view has become active meanwhile.
+func (v *View) pass() (done func(), ok bool) {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	if v.Active() {
+		return nil, false
+	}
+	wg := v.passing
+	wg.Add(1)
+	return wg.Done, true
+}
+
+// Yield says that kubelet, or whoever speaks CRI through the proxy, takes the
+// slot back, and how.
+type Yield struct {
+	// Method is the CRI method that asked.
+	Method string
+	// Grace is how long the processes of the slot may take to stop, in seconds.
+	Grace int64
+}
+
+// Claim is an operation's exclusive hold on a slot.
+type Claim struct {
+	view *View
+	slot Slot
+
+	yielded chan struct{}
+	done    chan struct{}
+
+	// The rest is guarded by view.mu.
+	yield     *Yield
+	sandbox   string
+	incumbent string
+	token     string
+	successor string
+	speaking  bool
+	released  bool
+}
+
+// ErrClaimed is returned by TryClaim when the slot is taken.
+var ErrClaimed = errors.New("another operation holds the slot")
+
+// Claim waits, first come first served, until no one holds the slot and takes
+// it. It returns ctx's error if that ends first.
+func (v *View) Claim(ctx context.Context, slot Slot) (*Claim, error) {
+	for {
+		v.mu.Lock()
+		if v.claims[slot] == nil && len(v.queues[slot]) == 0 {
+			c := v.newClaimLocked(slot)
+			v.mu.Unlock()
+			return c, nil
+		}
+		turn := make(chan struct{})
+		v.queues[slot] = append(v.queues[slot], turn)
+		v.mu.Unlock()
+
+		select {
+		case <-turn:
+			// The releaser made the claim on our behalf.
+			v.mu.Lock()
+			c := v.claims[slot]
+			v.mu.Unlock()
+			return c, nil
+		case <-ctx.Done():
+			v.mu.Lock()
+			q := v.queues[slot]
+			if i := slices.Index(q, turn); i >= 0 {
+				v.queues[slot] = slices.Delete(q, i, i+1)
+				v.mu.Unlock()
+				return nil, ctx.Err()
+			}
+			c := v.claims[slot] // the turn came at the same moment
+			v.mu.Unlock()
+			c.Release()
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// TryClaim takes the slot or returns [ErrClaimed] at once.
+func (v *View) TryClaim(slot Slot) (*Claim, error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.claims[slot] != nil || len(v.queues[slot]) > 0 {
+		return nil, ErrClaimed
+	}
+	return v.newClaimLocked(slot), nil
+}
+
+// Claimed reports whether someone holds the slot.
+func (v *View) Claimed(slot Slot) bool {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	return v.claims[slot] != nil
+}
+
+func (v *View) newClaimLocked(slot Slot) *Claim {
+	c := &Claim{view: v, slot: slot, yielded: make(chan struct{}), done: make(chan struct{})}
+	v.claims[slot] = c
+	return c
+}
+
+// Slot returns the slot that is held.
+func (c *Claim) Slot() Slot { return c.slot }
+
+// Bind names the sandbox and the incumbent, so that kubelet's calls on them find
+// the claim. It hides and masks nothing by itself.
+func (c *Claim) Bind(sandbox, incumbent string) {
+	c.view.mu.Lock()
+	defer c.view.mu.Unlock()
+	c.sandbox, c.incumbent = sandbox, incumbent
+}
+
+// Hide makes the view speak for this claim: from its return on, no answer shows
+// a container that carries the token. It waits until answers that were already on
+// their way undecoded have passed, at most until ctx ends (then nothing is
+// hidden and ctx's error is returned).
+func (c *Claim) Hide(ctx context.Context, token string) error {
+	old := c.hide(token)
+	if old == nil {
+		return nil
+	}
+	passed := make(chan struct{})
+	go func() { // ends with the calls it waits for, which have deadlines of their own
+		old.Wait()
+		close(passed)
+	}()
+	select {
+	case <-passed:
+		return nil
+	case <-ctx.Done():
+		c.Discard()
+		return ctx.Err()
+	}
+}
+
+// HideNow is Hide for the time before the first call is served.
+func (c *Claim) HideNow(token string) { c.hide(token) }
+
+func (c *Claim) hide(token string) *sync.WaitGroup {
+	v := c.view
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if c.token != "" {
+		delete(v.tokens, c.token)
+	}
+	c.token = token
+	v.tokens[token] = c
+	if c.speaking {
+		return nil
+	}
+	c.speaking = true
+	v.active.Add(1)
+	old := v.passing
+	v.passing = &sync.WaitGroup{}
+	return old
+}
+
+// Staged names the container that carries the token, once it is known.
+func (c *Claim) Staged(id string) {
+	c.view.mu.Lock()
+	defer c.view.mu.Unlock()
+	if c.successor != "" {
+		delete(c.view.ids, c.successor)
+	}
+	c.successor = id
+	if id != "" {
+		c.view.ids[id] = c
+	}
+}
+
+// Mask makes the incumbent be shown running from now on.
+func (c *Claim) Mask() {
+	c.view.mu.Lock()
+	defer c.view.mu.Unlock()
+	c.view.ids[c.incumbent] = c
+}
+
+// Reveal ends hiding and masking in one step: the next answer shows both
+// containers as they are. Events that were held back are sent.
+func (c *Claim) Reveal() { c.settle(true) }
+
+// Discard is Reveal for a successor that has been removed: events held back for
+// it are dropped.
+func (c *Claim) Discard() { c.settle(false) }
+
+func (c *Claim) settle(show bool) {
+	v := c.view
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	c.settleLocked(show)
+}
+
+func (c *Claim) settleLocked(show bool) {
+	v := c.view
+	if !c.speaking {
+		return
+	}
+	c.speaking = false
+	successor := c.successor
+	delete(v.tokens, c.token)
+	delete(v.ids, c.successor)
+	delete(v.ids, c.incumbent)
+	c.token, c.successor = "", ""
+	v.active.Add(-1)
+	for f := range v.streams {
+		f.settleLocked(c, successor, show)
+	}
+}
+
+// Yielded is closed when someone takes the slot back; see [Claim.YieldedTo].
+func (c *Claim) Yielded() <-chan struct{} { return c.yielded }
+
+// YieldedTo returns who took the slot back; nil if nobody has.
+func (c *Claim) YieldedTo() *Yield {
+	c.view.mu.RLock()
+	defer c.view.mu.RUnlock()
+	return c.yield
+}
+
+// Release gives the slot up and lets the next in line have it. Whatever is
+// still hidden or masked is revealed. Releasing twice is fine.
+func (c *Claim) Release() {
+	v := c.view
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if c.released {
+		return
+	}
+	c.released = true
+	c.settleLocked(true)
+	close(c.done)
+	delete(v.claims, c.slot)
+	if q := v.queues[c.slot]; len(q) > 0 {
+		v.newClaimLocked(c.slot)
+		close(q[0])
+		v.queues[c.slot] = q[1:]
+	}
+	if len(v.queues[c.slot]) == 0 {
+		delete(v.queues, c.slot)
+	}
+}
+
+// takeBack asks the operation that holds c to get out of the way.
+func (c *Claim) takeBack(y Yield) {
+	c.view.mu.Lock()
+	defer c.view.mu.Unlock()
+	if c.yield == nil {
+		c.yield = &y
+		close(c.yielded)
+	}
+}
+
+// wait waits until the claim is released or ctx ends.
+func (c *Claim) wait(ctx context.Context) error {
+	select {
+	case <-c.done:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// verdict is how one container is shown.
+type verdict int
+
+const (
+	shown verdict = iota
+	hidden
+	masked
+)
+
+// judge returns how the container is shown. annotations may be nil where the
+// call has none; then only the ID counts. It must not be a prefix.
+func (v *View) judge(id string, annotations map[string]string) verdict {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	if t := annotations[StagedAnnotation]; t != "" {
+		if _, ok := v.tokens[t]; ok {
+			return hidden
+		}
+	}
+	c := v.ids[id]
+	switch {
+	case c == nil || !c.speaking:
+		return shown
+	case c.successor == id:
+		return hidden
+	default:
+		return masked
+	}
+}
+
+// byContainer finds the claim whose incumbent or successor the ID names, which may be a
+// unique prefix as containerd accepts them, and returns the full ID.
+func (v *View) byContainer(id string) (*Claim, string) {
+	if id == "" {
+		return nil, ""
+	}
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	var found *Claim
+	full := ""
+	for _, c := range v.claims {
+		for _, known := range []string{c.incumbent, c.successor} {
+			if known == id {
+				return c, known
+			}
+			if known != "" && strings.HasPrefix(known, id) {
+				found, full = c, known
+			}
+		}
+	}
+	return found, full
+}
+
+// bySandbox returns the claims on slots of the sandbox.
+func (v *View) bySandbox(id string) []*Claim {
+	if id == "" {
+		return nil
+	}
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	var out []*Claim
+	for _, c := range v.claims {
+		if c.sandbox != "" && strings.HasPrefix(c.sandbox, id) {
+			out = append(out, c)
+		}
+	}
+	return out
+}
+
+// successorOf returns the successor's ID, if c has one that is still hidden.
+func (v *View) successorOf(c *Claim) string {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	return c.successor
+}
+
+// yieldPatience bounds how long a call of kubelet's waits for an operation to
+// get out of the way after the runtime has done what kubelet asked: the operation
+// then only stops and removes its successor, which the runtime does within the grace.
+const yieldPatience = 2 * time.Minute
+
+// stopping notes that a caller stops the container or sandbox, until the returned function is called.
+func (v *View) stopping(id string) (done func()) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.stops[id]++
+	return func() {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		if v.stops[id]--; v.stops[id] == 0 {
+			delete(v.stops, id)
+		}
+	}
+}
+
+// Stopping reports whether a stop of the incumbent or its sandbox, made by
+// someone else, is under way. Together with [Claim.Yielded], which covers stops that begin after
+// [Claim.Bind], it leaves no stop unnoticed.
+func (c *Claim) Stopping() bool {
+	c.view.mu.RLock()
+	defer c.view.mu.RUnlock()
+	for id := range c.view.stops {
+		if id != "" && (strings.HasPrefix(c.incumbent, id) || strings.HasPrefix(c.sandbox, id)) {
+			return true
+		}
+	}
+	return false
+}
