@@ -1,0 +1,465 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/interceptors"
+)
+
+const (
+	// maxActive bounds unfinished operations: more than a node has containers (kubelet's
+	// default is 110 pods) would only be a caller gone wild.
+	maxActive = 1024
+	// finished operations are answered for an hour, so that a controller that was away that
+	// long still learns the outcome, and at most maxFinished of them.
+	keepFinished = time.Hour
+	maxFinished  = 2000
+
+	kindRestart = "Restart"
+)
+
+// Options configures an [Engine]. Registerer may be nil; all else is required.
+type Options struct {
+	// StateDir holds the journal and the records; it must exist.
+	StateDir string
+	// Conn is the connection to the runtime.
+	Conn grpc.ClientConnInterface
+	View *interceptors.View
+	Log  logrus.FieldLogger
+	// Registerer gets the engine's metrics.
+	Registerer prometheus.Registerer
+	// LegacyLogDir is where kubelet keeps a symlink per container log for log
+	// shippers. Empty means /var/log/containers.
+	LegacyLogDir string
+}
+
+// Engine runs operations and keeps their journal.
+type Engine struct {
+	view      *interceptors.View
+	log       logrus.FieldLogger
+	rt        runtimeapi.RuntimeServiceClient
+	journal   *journal
+	records   *Records
+	hooks     *http.Client
+	legacyLog string
+	metrics   *metrics
+
+	// queue wakes Run for operations that are accepted and not yet started.
+	queue chan struct{}
+
+	mu      sync.Mutex // guards all following fields
+	ops     map[string]*operation
+	waiting []*operation
+	closed  bool
+}
+
+// operation is one operation in memory.
+type operation struct {
+	req *opsv1.RestartRequest
+
+	mu         sync.Mutex // guards all following fields
+	op         *opsv1.Operation
+	containers []containerRecord
+	changed    chan struct{} // closed and replaced at each change
+	cancelled  chan struct{} // closed by cancel
+	committed  bool          // something has been stopped, or is about to be
+	claims     map[int]*interceptors.Claim
+}
+
+// Open reads the journal in the state directory and makes the view show what
+// unfinished operations need, without asking the runtime: kubelet may be served as soon as it
+// returns. [Engine.Run] finishes those operations.
+//
+// Errors: state directory not writable, held by another process, or unreadable.
+func Open(_ context.Context, o Options) (*Engine, error) {
+	log := o.Log.WithField("component", "ops")
+	j, err := openJournal(o.StateDir)
+	if err != nil {
+		return nil, err
+	}
+	records, err := openRecords(o.StateDir, log)
+	if err != nil {
+		return nil, errors.Join(err, j.close())
+	}
+	e := &Engine{
+		view:      o.View,
+		log:       log,
+		rt:        runtimeapi.NewRuntimeServiceClient(o.Conn),
+		journal:   j,
+		records:   records,
+		hooks:     hookClient(),
+		legacyLog: o.LegacyLogDir,
+		queue:     make(chan struct{}, 1),
+		ops:       map[string]*operation{},
+	}
+	if e.legacyLog == "" {
+		e.legacyLog = "/var/log/containers"
+	}
+	if e.metrics, err = newMetrics(o.Registerer, e); err == nil {
+		err = j.load(e.revive)
+	}
+	if err != nil {
+		return nil, errors.Join(err, e.Close())
+	}
+	return e, nil
+}
+
+// revive takes one operation from the journal.
+func (e *Engine) revive(uid string, r *record) error {
+	o := &operation{
+		req: &opsv1.RestartRequest{}, op: &opsv1.Operation{}, containers: r.Containers,
+		changed: make(chan struct{}), cancelled: make(chan struct{}), claims: map[int]*interceptors.Claim{},
+	}
+	if err := errors.Join(proto.Unmarshal(r.Operation, o.op), proto.Unmarshal(r.Request, o.req)); err != nil {
+		return fmt.Errorf("journal: operation %s: %w", uid, err)
+	}
+	e.ops[uid] = o
+	if o.op.GetFinishTime() != nil {
+		return nil
+	}
+	for i := range o.containers {
+		c := &o.containers[i]
+		if c.Step == stepNone || c.Step == stepDone {
+			continue
+		}
+		o.committed = o.committed || c.Step == stepStaged || c.Step == stepStop || c.Step == stepStarted
+		slot := interceptors.Slot{PodUID: o.op.GetPod().GetUid(), Container: o.op.GetContainers()[i].GetName()}
+		claim, err := e.view.TryClaim(slot)
+		if err != nil {
+			return fmt.Errorf("journal: operation %s: slot %s: %w", uid, slot, err)
+		}
+		claim.Bind(c.Sandbox, c.Incumbent)
+		claim.HideNow(c.Token)
+		claim.Staged(c.Successor)
+		if c.Step != stepStage {
+			claim.Mask()
+		}
+		o.claims[i] = claim
+	}
+	e.waiting = append(e.waiting, o)
+	e.log.WithFields(logrus.Fields{"op": uid, "pod": podName(o.op.GetPod()), "phase": o.op.GetPhase()}).Info("resuming operation from the journal")
+	return nil
+}
+
+// Records returns the store for the interceptors.
+func (e *Engine) Records() *Records { return e.records }
+
+// Run waits for the runtime, finishes what the journal holds and then runs
+// operations until ctx ends. It returns when the last one has come to a point from
+// which the journal can resume it.
+func (e *Engine) Run(ctx context.Context) error {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() { e.tidyRecords(ctx) })
+	for {
+		e.mu.Lock()
+		waiting := e.waiting
+		e.waiting = nil
+		e.mu.Unlock()
+		for _, o := range waiting {
+			wg.Go(func() { e.execute(ctx, o) })
+		}
+		select {
+		case <-e.queue:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// Close releases the state files. Run must have returned.
+func (e *Engine) Close() error {
+	e.mu.Lock()
+	e.closed = true
+	e.mu.Unlock()
+	e.hooks.CloseIdleConnections()
+	return errors.Join(e.journal.close(), e.records.close())
+}
+
+// tidyRecords forgets containers that went away while the proxy did not look.
+func (e *Engine) tidyRecords(ctx context.Context) {
+	if e.awaitRuntime(ctx) != nil {
+		return
+	}
+	// What is recorded is read first: a container made between the two reads is in the list but not
+	// in the records read, and stays.
+	recorded := map[string]bool{}
+	for _, id := range e.records.ids() {
+		recorded[id] = true
+	}
+	list, err := e.rt.ListContainers(ctx, &runtimeapi.ListContainersRequest{})
+	if err != nil {
+		e.log.WithError(err).Warn("records not tidied")
+		return
+	}
+	for _, c := range list.GetContainers() {
+		delete(recorded, c.GetId())
+	}
+	for id := range recorded {
+		e.records.Removed(id)
+	}
+}
+
+// awaitRuntime returns when the runtime answers.
+func (e *Engine) awaitRuntime(ctx context.Context) error {
+	wait := 20 * time.Millisecond
+	for {
+		call, cancel := context.WithTimeout(ctx, 10*time.Second)
+		_, err := e.rt.Version(call, &runtimeapi.VersionRequest{})
+		cancel()
+		if err == nil {
+			return nil
+		}
+		if err := sleep(ctx, wait); err != nil {
+			return err
+		}
+		wait = min(2*wait, time.Second)
+	}
+}
+
+// submit accepts an operation: once it returns nil, the operation is in the journal.
+func (e *Engine) submit(req *opsv1.RestartRequest, pod *opsv1.PodRef) (*operation, error) {
+	o := &operation{
+		req: req,
+		op: &opsv1.Operation{
+			Uid: req.GetUid(), Kind: kindRestart, Pod: pod, Phase: opsv1.Phase_PHASE_PENDING,
+			Requester: req.GetRequester(), CreateTime: timestamppb.Now(),
+		},
+		containers: make([]containerRecord, len(req.GetContainers())),
+		changed:    make(chan struct{}), cancelled: make(chan struct{}), claims: map[int]*interceptors.Claim{},
+	}
+	for _, c := range req.GetContainers() {
+		o.op.Containers = append(o.op.Containers, &opsv1.ContainerOperation{Name: c.GetName(), Phase: opsv1.Phase_PHASE_PENDING})
+	}
+
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closed {
+		return nil, status.Error(codes.Unavailable, "cri-proxy is shutting down; try again")
+	}
+	if known := e.ops[req.GetUid()]; known != nil {
+		return e.same(known, req)
+	}
+	active := 0
+	for _, k := range e.ops {
+		if !k.finished() {
+			active++
+		}
+	}
+	if active >= maxActive {
+		return nil, status.Errorf(codes.ResourceExhausted, "%d operations are unfinished on this node, which is the most it takes; wait for some to finish (cri-proxy ctl ops --active)", active)
+	}
+	if err := e.expireLocked(time.Now()); err != nil {
+		return nil, status.Error(codes.Internal, err.Error())
+	}
+	if err := e.save(o); err != nil {
+		return nil, status.Errorf(codes.Internal, "the operation was not accepted and nothing was done: %v", err)
+	}
+	e.ops[req.GetUid()] = o
+	e.waiting = append(e.waiting, o)
+	select {
+	case e.queue <- struct{}{}:
+	default:
+	}
+	return o, nil
+}
+
+// same returns the known operation if the request is the one that made it.
+func (e *Engine) same(known *operation, req *opsv1.RestartRequest) (*operation, error) {
+	if !sameRequest(known.req, req) {
+		return nil, status.Errorf(codes.AlreadyExists, "operation %s exists with another request; choose a new UID", req.GetUid())
+	}
+	return known, nil
+}
+
+// sameRequest compares requests as commands; who asks is not part of that, nor is a pod
+// UID that the first one left to us.
+func sameRequest(a, b *opsv1.RestartRequest) bool {
+	a, b = proto.Clone(a).(*opsv1.RestartRequest), proto.Clone(b).(*opsv1.RestartRequest)
+	a.Requester, b.Requester = "", ""
+	if a.GetPod().GetUid() == "" || b.GetPod().GetUid() == "" {
+		a.Pod.Uid, b.Pod.Uid = "", ""
+	}
+	return proto.Equal(a, b)
+}
+
+// lookup returns the operation, or nil.
+func (e *Engine) lookup(uid string) *operation {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.ops[uid]
+}
+
+// list returns all operations, newest first.
+func (e *Engine) list() []*opsv1.Operation {
+	e.mu.Lock()
+	ops := make([]*operation, 0, len(e.ops))
+	for _, o := range e.ops {
+		ops = append(ops, o)
+	}
+	e.mu.Unlock()
+	out := make([]*opsv1.Operation, 0, len(ops))
+	for _, o := range ops {
+		out = append(out, o.snapshot())
+	}
+	slices.SortFunc(out, func(a, b *opsv1.Operation) int {
+		return b.GetCreateTime().AsTime().Compare(a.GetCreateTime().AsTime())
+	})
+	return out
+}
+
+// expireLocked forgets finished operations that are too old or too many. The caller holds e.mu.
+func (e *Engine) expireLocked(now time.Time) error {
+	type done struct {
+		uid string
+		at  time.Time
+	}
+	var finished []done
+	for uid, o := range e.ops {
+		if at := o.snapshot().GetFinishTime(); at != nil {
+			finished = append(finished, done{uid, at.AsTime()})
+		}
+	}
+	slices.SortFunc(finished, func(a, b done) int { return a.at.Compare(b.at) })
+	var gone []string
+	for i, d := range finished {
+		if now.Sub(d.at) > keepFinished || len(finished)-i > maxFinished {
+			gone = append(gone, d.uid)
+		}
+	}
+	if err := e.journal.remove(gone); err != nil {
+		return err
+	}
+	for _, uid := range gone {
+		delete(e.ops, uid)
+	}
+	return nil
+}
+
+// save writes the operation to the journal.
+func (e *Engine) save(o *operation) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return e.saveLocked(o)
+}
+
+func (e *Engine) saveLocked(o *operation) error {
+	op, err := proto.Marshal(o.op)
+	if err != nil {
+		return err
+	}
+	req, err := proto.Marshal(o.req)
+	if err != nil {
+		return err
+	}
+	return e.journal.put(o.op.GetUid(), &record{Operation: op, Request: req, Containers: o.containers})
+}
+
+// snapshot returns a copy that nobody changes.
+func (o *operation) snapshot() *opsv1.Operation {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return proto.Clone(o.op).(*opsv1.Operation)
+}
+
+func (o *operation) finished() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.op.GetFinishTime() != nil
+}
+
+// watch returns the operation as it is and a channel that is closed when it changes.
+func (o *operation) watch() (*opsv1.Operation, <-chan struct{}) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return proto.Clone(o.op).(*opsv1.Operation), o.changed
+}
+
+// change edits the operation and tells watchers; it does not write the journal.
+func (o *operation) change(f func(op *opsv1.Operation)) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	f(o.op)
+	o.notifyLocked()
+}
+
+func (o *operation) notifyLocked() {
+	if o.op.GetFinishTime() == nil {
+		o.op.Phase = leastAdvanced(o.op.GetContainers())
+	}
+	close(o.changed)
+	o.changed = make(chan struct{})
+}
+
+// leastAdvanced is the phase of a running operation.
+func leastAdvanced(cs []*opsv1.ContainerOperation) opsv1.Phase {
+	phase := opsv1.Phase_PHASE_REVEALING
+	for _, c := range cs {
+		if c.GetPhase() < phase {
+			phase = c.GetPhase()
+		}
+	}
+	return phase
+}
+
+// commit passes the point after which the operation cannot be cancelled; false if it has been cancelled before.
+func (o *operation) commit() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	select {
+	case <-o.cancelled:
+		return false
+	default:
+		o.committed = true
+		return true
+	}
+}
+
+// cancel cancels the operation unless it has been committed.
+func (o *operation) cancel(reason string) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.op.GetFinishTime() != nil {
+		return nil
+	}
+	if o.committed {
+		return status.Errorf(codes.FailedPrecondition, "operation %s has begun to stop containers and runs to its end", o.op.GetUid())
+	}
+	select {
+	case <-o.cancelled:
+	default:
+		o.op.Message = reason
+		close(o.cancelled)
+	}
+	return nil
+}
+
+// newToken returns 32 random hexadecimal digits.
+func newToken() string {
+	b := make([]byte, 16)
+	_, _ = rand.Read(b) // never fails (crypto/rand)
+	return hex.EncodeToString(b)
+}
+
+func podName(p *opsv1.PodRef) string { return p.GetNamespace() + "/" + p.GetName() }

@@ -1,0 +1,143 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
+)
+
+// lockPatience is how long opening a state file waits for another process to let go of
+// it: a predecessor that drains holds it until its operations have ended.
+const lockPatience = 10 * time.Second
+
+var bucketOperations = []byte("operations")
+
+// step is how far the restart of one container has come, as the journal knows it. A
+// step is written before what it names is done.
+type step string
+
+const (
+	stepNone    step = ""
+	stepStage   step = "stage"   // the successor is about to be created
+	stepStaged  step = "staged"  // it exists; the incumbent is about to be masked and its preStop run
+	stepStop    step = "stop"    // the incumbent is about to be stopped and the successor started
+	stepStarted step = "started" // the successor runs; postStart and reveal follow
+	stepUndo    step = "undo"    // the successor is about to be removed
+	stepDone    step = "done"
+)
+
+// record is what the journal keeps of an operation.
+type record struct {
+	Operation  []byte            `json:"operation"` // opsv1.Operation
+	Request    []byte            `json:"request"`   // opsv1.RestartRequest
+	Containers []containerRecord `json:"containers"`
+}
+
+// containerRecord is the journal's part of one container's restart.
+type containerRecord struct {
+	Step      step   `json:"step"`
+	Sandbox   string `json:"sandbox,omitempty"`
+	Incumbent string `json:"incumbent,omitempty"`
+	Successor string `json:"successor,omitempty"`
+	// Token is the value of the successor's staged annotation.
+	Token string `json:"token,omitempty"`
+	// Retried is set once the successor has been staged a second time.
+	Retried bool `json:"retried,omitempty"`
+	// StopBy is when the grace of preStop and stop together ends.
+	StopBy time.Time `json:"stopBy,omitzero"`
+	// PostStarted is set once postStart has been tried.
+	PostStarted bool `json:"postStarted,omitempty"`
+}
+
+// journal is the durable list of operations, in one bbolt file of mode 0600.
+// Every write is on disk when it returns.
+type journal struct {
+	db *bolt.DB
+}
+
+func openJournal(dir string) (*journal, error) {
+	path := filepath.Join(dir, "journal.db")
+	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: lockPatience, NoFreelistSync: true, FreelistType: bolt.FreelistMapType})
+	if err != nil {
+		return nil, openError(path, err)
+	}
+	err = db.Update(func(tx *bolt.Tx) error {
+		_, err := tx.CreateBucketIfNotExists(bucketOperations)
+		return err
+	})
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("journal %s: %w", path, err), db.Close())
+	}
+	return &journal{db: db}, nil
+}
+
+func openError(path string, err error) error {
+	switch {
+	case errors.Is(err, bolterrors.ErrTimeout):
+		return fmt.Errorf("%s is held by another process: is a cri-proxy with the same state directory running? Stop it or choose another stateDir", path)
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("opening %s: %w (cri-proxy must run as root)", path, err)
+	default:
+		return fmt.Errorf("opening %s: %w", path, err)
+	}
+}
+
+func (j *journal) put(uid string, r *record) error {
+	b, err := json.Marshal(r)
+	if err != nil {
+		return fmt.Errorf("journal: encoding operation %s: %w", uid, err)
+	}
+	err = j.db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketOperations).Put([]byte(uid), b) })
+	if err != nil {
+		return fmt.Errorf("journal: writing operation %s: %w", uid, err)
+	}
+	return nil
+}
+
+func (j *journal) remove(uids []string) error {
+	if len(uids) == 0 {
+		return nil
+	}
+	return j.db.Update(func(tx *bolt.Tx) error {
+		for _, uid := range uids {
+			if err := tx.Bucket(bucketOperations).Delete([]byte(uid)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// load calls f for every operation.
+func (j *journal) load(f func(uid string, r *record) error) error {
+	return j.db.View(func(tx *bolt.Tx) error {
+		return tx.Bucket(bucketOperations).ForEach(func(k, v []byte) error {
+			r := &record{}
+			if err := json.Unmarshal(v, r); err != nil {
+				return fmt.Errorf("journal: operation %s: %w", k, err)
+			}
+			return f(string(k), r)
+		})
+	})
+}
+
+func (j *journal) close() error { return j.db.Close() }
+
+// bootID tells one run of the kernel from the next; empty where the kernel has none.
+func bootID() string {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return ""
+	}
+	return string(b)
+}
