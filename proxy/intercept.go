@@ -1,0 +1,301 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"sync"
+
+	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
+)
+
+// directUnary asks the director for a unary method.
+func (s *Server) directUnary(name string) (take UnaryInterceptor) {
+	if s.director == nil {
+		return nil
+	}
+	defer s.catch(name, func() { take = nil })
+	return s.director.Unary(name)
+}
+
+// directStream asks the director for a server-streaming method.
+func (s *Server) directStream(name string) (take StreamInterceptor) {
+	if s.director == nil {
+		return nil
+	}
+	defer s.catch(name, func() { take = nil })
+	return s.director.Stream(name)
+}
+
+// catch is deferred around code of an interceptor: a panic becomes a fault.
+func (s *Server) catch(name string, then func()) {
+	if p := recover(); p != nil {
+		s.fault(name, &panicError{value: p, stack: debug.Stack()})
+		then()
+	}
+}
+
+// fault counts and logs that an interceptor could not do its work.
+func (s *Server) fault(name string, err error) {
+	s.faults.Add(1)
+	m := s.methods[name]
+	if m == nil {
+		m = s.unknown
+	}
+	m.metrics.fault()
+	fields := logrus.Fields{"method": name, logrus.ErrorKey: err}
+	var p *panicError
+	if errors.As(err, &p) {
+		fields["stack"] = string(p.stack)
+	}
+	s.log.WithFields(fields).Warn("interceptor fault, the call passes unchanged")
+}
+
+type panicError struct {
+	value any
+	stack []byte
+}
+
+func (e *panicError) Error() string { return fmt.Sprintf("panic: %v", e.value) }
+
+// lastAnswer is what next returned most recently.
+type lastAnswer struct {
+	mu     sync.Mutex // guards all following fields
+	called bool
+	resp   []byte
+	err    error
+}
+
+// interceptUnary lets take answer the call. Whatever goes wrong inside it, the
+// caller gets the runtime's answer.
+func (c *call) interceptUnary(take UnaryInterceptor, req *frame) error {
+	c.s.intercepted.Add(1)
+	// A copy of its own: an early cancel leaves the transport holding the
+	// request after the interceptor has returned.
+	raw := req.data.Materialize()
+	req.free()
+
+	var last lastAnswer
+	next := func(ctx context.Context, b []byte) ([]byte, error) {
+		last.mu.Lock()
+		defer last.mu.Unlock()
+		var resp frame
+		last.called = true
+		last.resp, last.err = nil, c.invoke(ctx, newFrame(b), &resp)
+		if last.err == nil {
+			last.resp = resp.data.Materialize()
+		}
+		resp.free()
+		return last.resp, last.err
+	}
+	resp, err := c.runUnary(take, raw, next)
+
+	last.mu.Lock()
+	defer last.mu.Unlock()
+	switch {
+	case err == nil:
+		return c.answer(newFrame(resp), nil)
+	case last.err != nil && errors.Is(err, last.err):
+		return c.answer(new(frame), last.err) // not what it may be wrapped in
+	case c.isAnswer(err):
+		return c.answer(new(frame), err)
+	}
+	var p *panicError
+	if !errors.As(err, &p) { // a panic is counted where it is caught
+		c.s.fault(c.name, err)
+	}
+	if last.called {
+		return c.answer(newFrame(last.resp), last.err)
+	}
+	return c.passUnary(newFrame(raw))
+}
+
+// runUnary calls take and turns a panic into an error.
+func (c *call) runUnary(take UnaryInterceptor, req []byte, next UnaryNext) (resp []byte, err error) {
+	defer c.s.catch(c.name, func() { resp, err = nil, &panicError{value: "interceptor"} })
+	return take(c.client.Context(), c.name, req, next)
+}
+
+// isAnswer says whether an interceptor's error is meant for the caller: a gRPC
+// status, or the end of the caller's own context.
+func (c *call) isAnswer(err error) bool {
+	var pass *PassError
+	if errors.As(err, &pass) {
+		return false
+	}
+	var st interface{ GRPCStatus() *status.Status }
+	if errors.As(err, &st) {
+		return true
+	}
+	ended := c.client.Context().Err()
+	return ended != nil && errors.Is(err, ended)
+}
+
+// interceptStream lets take change the request and filter the answers.
+func (c *call) interceptStream(ctx context.Context, cancel context.CancelCauseFunc, take StreamInterceptor, req *frame) error {
+	c.s.intercepted.Add(1)
+	raw := req.data.Materialize()
+	req.free()
+	changed, filter, err := c.runStream(ctx, take, raw)
+	if err != nil {
+		if c.isAnswer(err) {
+			return err
+		}
+		var p *panicError
+		if !errors.As(err, &p) {
+			c.s.fault(c.name, err)
+		}
+		changed, filter = raw, nil
+	}
+	if filter != nil {
+		defer c.closeFilter(filter)
+	}
+	runtime, err := c.openServerStream(ctx, newFrame(changed))
+	if err != nil {
+		return err
+	}
+	if filter == nil {
+		return c.download(ctx, runtime, nil)
+	}
+	return c.filterStream(ctx, cancel, runtime, filter)
+}
+
+// runStream calls take and turns a panic into an error.
+func (c *call) runStream(ctx context.Context, take StreamInterceptor, req []byte) (changed []byte, filter StreamFilter, err error) {
+	defer c.s.catch(c.name, func() { changed, filter, err = nil, nil, &panicError{value: "interceptor"} })
+	return take(ctx, c.name, req)
+}
+
+func (c *call) closeFilter(f StreamFilter) {
+	defer c.s.catch(c.name, func() {})
+	f.Close()
+}
+
+// filterStream is download with a filter between. The calling goroutine alone
+// sends to the caller and calls the filter; a second one only reads the runtime
+// and hands over one message at a time, so that back-pressure holds. cancel ends
+// the upstream, and with it the reader.
+func (c *call) filterStream(ctx context.Context, cancel context.CancelCauseFunc, runtime grpc.ClientStream, filter StreamFilter) error {
+	steps := make(chan step)
+	var reader sync.WaitGroup
+	reader.Go(func() { readSteps(ctx, runtime, steps) })
+	defer reader.Wait()
+	defer cancel(nil)
+
+	extra := filter.Extra()
+	for {
+		select {
+		case <-ctx.Done():
+			return c.upstreamError(ctx, status.FromContextError(ctx.Err()).Err())
+		case msg, ok := <-extra:
+			if !ok {
+				extra = nil
+				continue
+			}
+			if err := c.client.SendMsg(newFrame(msg)); err != nil {
+				return err
+			}
+		case st := <-steps:
+			switch {
+			case st.err != nil:
+				if err := c.sendPending(extra); err != nil {
+					return err
+				}
+				return c.endStream(ctx, runtime, st.err)
+			case st.msg == nil:
+				// Too late if a message out of turn has gone first.
+				_ = c.client.SetHeader(st.header)
+				_ = c.client.SendHeader(nil)
+			default:
+				if err := c.sendFiltered(filter, st.msg); err != nil {
+					return err
+				}
+			}
+		}
+	}
+}
+
+// sendPending sends what the filter has ready out of turn, without waiting.
+func (c *call) sendPending(extra <-chan []byte) error {
+	for {
+		select {
+		case msg, ok := <-extra:
+			if !ok {
+				return nil
+			}
+			if err := c.client.SendMsg(newFrame(msg)); err != nil {
+				return err
+			}
+		default:
+			return nil
+		}
+	}
+}
+
+func (c *call) sendFiltered(filter StreamFilter, f *frame) error {
+	msg := f.data.Materialize()
+	f.free()
+	out, err := c.runFilter(filter, msg)
+	if err != nil {
+		out = [][]byte{msg}
+	}
+	for _, b := range out {
+		if err := c.client.SendMsg(newFrame(b)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// runFilter calls the filter; errors and panics are counted.
+func (c *call) runFilter(filter StreamFilter, msg []byte) (out [][]byte, err error) {
+	defer c.s.catch(c.name, func() { err = &panicError{value: "filter"} })
+	if out, err = filter.Message(msg); err != nil {
+		c.s.fault(c.name, err)
+	}
+	return out, err
+}
+
+// step is what the runtime did: sent its header, a message, or the end.
+type step struct {
+	header map[string][]string
+	msg    *frame
+	err    error
+}
+
+// readSteps reads the stream to its end or until ctx is done.
+func readSteps(ctx context.Context, runtime grpc.ClientStream, steps chan<- step) {
+	hand := func(st step) bool {
+		select {
+		case steps <- st:
+			return true
+		case <-ctx.Done():
+			// The handler sees the same and does not wait for more.
+			if st.msg != nil {
+				st.msg.free()
+			}
+			return false
+		}
+	}
+	if header, err := runtime.Header(); err == nil && header != nil {
+		if !hand(step{header: header}) {
+			return
+		}
+	}
+	for {
+		f := new(frame)
+		if err := runtime.RecvMsg(f); err != nil {
+			hand(step{err: err})
+			return
+		}
+		if !hand(step{msg: f}) {
+			return
+		}
+	}
+}

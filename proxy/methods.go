@@ -1,0 +1,62 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package proxy
+
+import (
+	"strings"
+
+	"google.golang.org/protobuf/reflect/protoreflect"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// shape says how a method's calls are relayed.
+type shape int
+
+const (
+	// bidi fits every method: frames in both directions as they come.
+	bidi shape = iota
+	// unary is one request and one answer, relayed without extra goroutines.
+	unary
+	// serverStream is one request and any number of answers.
+	serverStream
+)
+
+// method is what the proxy knows about a CRI method, plus its counters.
+type method struct {
+	name  string // full name, such as /runtime.v1.RuntimeService/Version
+	shape shape
+	// endless methods stream until one side leaves: a drain does not wait for
+	// them. The Stream* lists end by themselves and are waited for (KEP-5825).
+	endless bool
+	metrics *methodMetrics
+}
+
+// criMethods lists the methods of both CRI services from the descriptors that
+// cri-api registers. Methods of newer kubelets are not in it; they are relayed
+// as bidirectional streams, which carry unary calls just as well.
+func criMethods() []method {
+	services := runtimeapi.File_staging_src_k8s_io_cri_api_pkg_apis_runtime_v1_api_proto.Services()
+	var all []method
+	for i := range services.Len() {
+		service := services.Get(i)
+		for j := range service.Methods().Len() {
+			all = append(all, criMethod(service, service.Methods().Get(j)))
+		}
+	}
+	return all
+}
+
+func criMethod(s protoreflect.ServiceDescriptor, m protoreflect.MethodDescriptor) method {
+	r := method{name: "/" + string(s.FullName()) + "/" + string(m.Name())}
+	switch {
+	case m.IsStreamingClient():
+		r.shape = bidi
+	case m.IsStreamingServer():
+		r.shape = serverStream
+		r.endless = !strings.HasPrefix(string(m.Name()), "Stream")
+	default:
+		r.shape = unary
+	}
+	return r
+}

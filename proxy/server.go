@@ -1,0 +1,193 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/keepalive"
+)
+
+// streamEndGrace is how long a drain waits for event streams to take their last
+// status once they are ended. Only a client that has stopped reading needs more,
+// and that one is cut.
+const streamEndGrace = time.Second
+
+// CallRecorder is told about every call once it is answered. req is the encoded
+// request of unary and server-streaming calls, nil for others; it is a copy that
+// the recorder may keep. Recording costs that copy: it is meant for tests and
+// debugging.
+type CallRecorder interface {
+	Record(method string, req []byte, code codes.Code)
+}
+
+// Options are the settings of [NewServer]. The zero value is a pure passthrough.
+type Options struct {
+	// Director chooses the interceptors. Nil: every call passes undecoded.
+	Director Director
+	// Log gets interceptor faults and the course of a drain. Nil: no logging.
+	Log logrus.FieldLogger
+	// Registerer gets the metrics criproxy_*. Nil: they are kept but not served.
+	Registerer prometheus.Registerer
+	// Recorder sees every call. Nil: none.
+	Recorder CallRecorder
+	// Register adds services that the proxy answers itself, such as a health
+	// service for a watchdog. They must not carry a name that the runtime
+	// serves (containerd has grpc.health.v1.Health): it would be hidden.
+	Register func(grpc.ServiceRegistrar)
+}
+
+// Stats are counts since the start of the server.
+type Stats struct {
+	Calls             uint64    // calls begun
+	CallErrors        uint64    // calls answered with a code other than OK
+	Intercepted       uint64    // calls that an interceptor took part in
+	InterceptorFaults uint64    // interceptor errors and panics passed over
+	InFlight          uint64    // calls not answered yet
+	LastCall          time.Time // begin of the latest call; zero: none yet
+	LastUserAgent     string    // its user agent, such as grpc-go/1.79.1
+}
+
+// Server answers CRI calls by forwarding them to the runtime.
+type Server struct {
+	up       *Upstream
+	director Director
+	recorder CallRecorder
+	log      logrus.FieldLogger
+	grpc     *grpc.Server
+	codec    rawCodec
+	options  []grpc.CallOption // of every upstream call
+
+	methods map[string]*method
+	unknown *method
+	metrics *metrics
+
+	flight        flight
+	calls         atomic.Uint64
+	callErrors    atomic.Uint64
+	intercepted   atomic.Uint64
+	faults        atomic.Uint64
+	lastCall      atomic.Int64 // Unix nanoseconds
+	lastUserAgent atomic.Pointer[string]
+}
+
+// NewServer makes a server that forwards to up. It does not listen: see Serve.
+func NewServer(up *Upstream, o Options) *Server {
+	s := &Server{up: up, director: o.Director, recorder: o.Recorder, log: o.Log, codec: newRawCodec()}
+	if s.log == nil {
+		s.log = discardLogger()
+	}
+	s.options = []grpc.CallOption{grpc.ForceCodecV2(s.codec)}
+	s.metrics = newMetrics(o.Registerer, s, up, s.log)
+	s.unknown = &method{shape: bidi, metrics: s.metrics.method(unknownMethod)}
+	s.methods = make(map[string]*method)
+	for _, m := range criMethods() {
+		m.metrics = s.metrics.method(m.name)
+		s.methods[m.name] = &m
+	}
+	s.grpc = grpc.NewServer(
+		grpc.ForceServerCodecV2(s.codec),
+		grpc.UnknownServiceHandler(s.handle),
+		// No limits of our own: both peers enforce theirs.
+		grpc.MaxRecvMsgSize(math.MaxInt32),
+		grpc.MaxSendMsgSize(math.MaxInt32),
+		grpc.MaxHeaderListSize(maxHeaderList),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
+		grpc.StaticStreamWindowSize(streamWindow),
+		grpc.StaticConnWindowSize(connWindow),
+	)
+	if o.Register != nil {
+		o.Register(s.grpc)
+	}
+	return s
+}
+
+// Serve answers calls on l until Drain or Stop, after which it returns nil. It
+// may be called for several listeners.
+func (s *Server) Serve(l net.Listener) error {
+	if err := s.grpc.Serve(l); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+		return fmt.Errorf("serve %s: %w", l.Addr(), err)
+	}
+	return nil
+}
+
+// Drain ends the server without failing a call: it stops accepting, tells the
+// clients to go elsewhere (GOAWAY) and waits for the calls in flight. Event
+// streams never end by themselves, so once only they remain, or ctx is done,
+// they are ended with Unavailable. Calls that are still open when ctx is done are
+// cut, and the error says how many.
+func (s *Server) Drain(ctx context.Context) error {
+	var owned sync.WaitGroup
+	defer owned.Wait()
+	gone := make(chan struct{}) // every client has taken the GOAWAY and left
+	owned.Go(func() {
+		defer close(gone)
+		s.grpc.GracefulStop()
+	})
+	defer s.Stop()
+
+	err := s.flight.wait(ctx, s.flight.finite)
+	s.flight.endStreams()
+	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), streamEndGrace)
+	defer cancel()
+	for err == nil {
+		// Calls that crossed the GOAWAY on the wire are still completed.
+		select {
+		case <-gone:
+			return nil
+		case <-ctx.Done():
+		case <-grace.Done():
+		}
+		if s.flight.finite() == 0 {
+			return nil
+		}
+		err = s.flight.wait(ctx, s.flight.finite)
+	}
+	_ = s.flight.wait(grace, s.flight.streams)
+	if n := s.flight.finite(); n > 0 {
+		s.log.WithField("calls", n).Warn("drain is out of time, calls are cut")
+		return fmt.Errorf("drain: %d calls cut: %w", n, err)
+	}
+	return nil
+}
+
+// Stop ends the server at once. Calls in flight are cut: their contexts are
+// cancelled, and an interceptor that works on detached from its caller is not
+// waited for.
+func (s *Server) Stop() {
+	s.flight.endStreams()
+	s.grpc.Stop()
+	ctx, cancel := context.WithTimeout(context.Background(), streamEndGrace)
+	defer cancel()
+	_ = s.flight.wait(ctx, s.flight.goroutines)
+}
+
+// Stats returns the counts so far.
+func (s *Server) Stats() Stats {
+	st := Stats{
+		Calls:             s.calls.Load(),
+		CallErrors:        s.callErrors.Load(),
+		Intercepted:       s.intercepted.Load(),
+		InterceptorFaults: s.faults.Load(),
+		InFlight:          uint64(s.flight.count()),
+	}
+	if ns := s.lastCall.Load(); ns != 0 {
+		st.LastCall = time.Unix(0, ns)
+	}
+	if ua := s.lastUserAgent.Load(); ua != nil {
+		st.LastUserAgent = *ua
+	}
+	return st
+}
