@@ -1,0 +1,205 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package config
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/spf13/pflag"
+	"go.yaml.in/yaml/v3"
+)
+
+// Config is everything `cri-proxy serve` can be told. The yaml tags are the keys
+// of the file.
+type Config struct {
+	// Listen is the CRI socket that kubelet is pointed at.
+	Listen Listen `yaml:"listen"`
+	// RuntimeEndpoint is the container runtime's CRI socket, a path or unix:// URL.
+	RuntimeEndpoint string `yaml:"runtimeEndpoint"`
+	// StateDir holds the journal of operations and the recorded containers. It
+	// must survive a restart of the proxy, and should survive a reboot.
+	StateDir string `yaml:"stateDir"`
+	// AdminSocket is the path of the ops API for root; `cri-proxy ctl` uses it.
+	AdminSocket string `yaml:"adminSocket"`
+	// Log says what is logged and how. It goes to standard error.
+	Log Log `yaml:"log"`
+	// MetricsAddress is host:port for /metrics, /healthz and /readyz. Empty: off.
+	MetricsAddress string `yaml:"metricsAddress"`
+	// NodeName is the Kubernetes name of this node. Default: the host name in
+	// lower case, as kubelet does.
+	NodeName string `yaml:"nodeName"`
+	// Ops is the ops API over TCP, for the controller.
+	Ops Ops `yaml:"ops"`
+	// DrainTimeout bounds the wait for calls in flight at shutdown. The longest
+	// of them are image pulls.
+	DrainTimeout time.Duration `yaml:"drainTimeout"`
+
+	// RecordCalls is a file that gets a JSON line for every CRI call. It is a
+	// flag only: what tests and a person with a question use does not belong in a file
+	// that stays.
+	RecordCalls string `yaml:"-"`
+}
+
+// Listen is the CRI socket that kubelet is pointed at.
+type Listen struct {
+	// Path of the socket, at most 107 bytes.
+	Path string `yaml:"path"`
+	// Mode of the socket in octal, such as "0600".
+	Mode Mode `yaml:"mode"`
+	// Owner and Group of the socket, names or numbers. Empty: those of the process.
+	Owner string `yaml:"owner"`
+	Group string `yaml:"group"`
+}
+
+// Log says what is logged and how.
+type Log struct {
+	// Level is one of trace, debug, info, warning, error.
+	Level string `yaml:"level"`
+	// Format is text or json.
+	Format string `yaml:"format"`
+}
+
+// Ops is the ops API over TCP with mutual TLS. The files are read again when
+// they change.
+type Ops struct {
+	// Address is host:port. Empty: off.
+	Address string `yaml:"address"`
+	// CertFile and KeyFile are the PEM server certificate and its key.
+	CertFile string `yaml:"certFile"`
+	KeyFile  string `yaml:"keyFile"`
+	// ClientCAFile holds the PEM certificates of who may sign client certificates.
+	ClientCAFile string `yaml:"clientCAFile"`
+	// AllowedClients are the names, one of which a client certificate must carry
+	// as DNS or URI subject alternative name, or as common name.
+	AllowedClients []string `yaml:"allowedClients"`
+}
+
+// Mode is a file mode written in octal.
+type Mode os.FileMode
+
+// String returns the mode as four octal digits.
+func (m Mode) String() string { return fmt.Sprintf("%04o", uint32(m)) }
+
+// Set parses octal digits. It implements [pflag.Value].
+func (m *Mode) Set(s string) error {
+	var v uint32
+	if len(s) < 3 || len(s) > 4 {
+		return fmt.Errorf("mode %q: want octal digits such as 0600", s)
+	}
+	for _, c := range []byte(s) {
+		if c < '0' || c > '7' {
+			return fmt.Errorf("mode %q: want octal digits such as 0600", s)
+		}
+		v = v<<3 | uint32(c-'0')
+	}
+	if v > 0o777 {
+		return fmt.Errorf("mode %s: a socket takes permission bits only, at most 0777", s)
+	}
+	*m = Mode(v)
+	return nil
+}
+
+// Type implements [pflag.Value].
+func (*Mode) Type() string { return "octal" }
+
+// MarshalYAML writes the mode as a quoted string: a bare 0600 is a decimal number
+// to some YAML readers.
+func (m Mode) MarshalYAML() (any, error) {
+	return &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!str", Value: m.String(), Style: yaml.DoubleQuotedStyle}, nil
+}
+
+// Default returns the configuration of a node where nothing is said. NodeName is
+// left empty: see [Config.Complete].
+func Default() *Config {
+	return &Config{
+		Listen:          Listen{Path: "/run/cri-proxy/cri.sock", Mode: 0o600},
+		RuntimeEndpoint: "unix:///run/containerd/containerd.sock",
+		StateDir:        "/var/lib/cri-proxy",
+		AdminSocket:     DefaultAdminSocket,
+		Log:             Log{Level: "info", Format: "text"},
+		DrainTimeout:    30 * time.Minute,
+	}
+}
+
+// DefaultAdminSocket is where the ops API for root listens.
+const DefaultAdminSocket = "/run/cri-proxy/admin.sock"
+
+// Flags registers a flag for every setting. They write into c.
+func (c *Config) Flags(fs *pflag.FlagSet) {
+	fs.StringVar(&c.Listen.Path, "listen", c.Listen.Path, "CRI socket that kubelet is pointed at")
+	fs.Var(&c.Listen.Mode, "listen-mode", "mode of the CRI socket")
+	fs.StringVar(&c.Listen.Owner, "listen-owner", c.Listen.Owner, "owner of the CRI socket, name or number (default: this user)")
+	fs.StringVar(&c.Listen.Group, "listen-group", c.Listen.Group, "group of the CRI socket, name or number (default: this group)")
+	fs.StringVar(&c.RuntimeEndpoint, "runtime-endpoint", c.RuntimeEndpoint, "CRI socket of the container runtime")
+	fs.StringVar(&c.StateDir, "state-dir", c.StateDir, "directory for the journal of operations and the recorded containers")
+	fs.StringVar(&c.AdminSocket, "admin-socket", c.AdminSocket, "socket of the ops API for root")
+	fs.StringVar(&c.Log.Level, "log-level", c.Log.Level, "trace, debug, info, warning or error")
+	fs.StringVar(&c.Log.Format, "log-format", c.Log.Format, "text or json")
+	fs.StringVar(&c.MetricsAddress, "metrics-address", c.MetricsAddress, "host:port for /metrics, /healthz and /readyz (default: off)")
+	fs.StringVar(&c.NodeName, "node-name", c.NodeName, "Kubernetes name of this node (default: the host name)")
+	fs.StringVar(&c.Ops.Address, "ops-address", c.Ops.Address, "host:port of the ops API with mutual TLS (default: off)")
+	fs.StringVar(&c.Ops.CertFile, "ops-cert-file", c.Ops.CertFile, "PEM server certificate of the ops API")
+	fs.StringVar(&c.Ops.KeyFile, "ops-key-file", c.Ops.KeyFile, "PEM key of the server certificate")
+	fs.StringVar(&c.Ops.ClientCAFile, "ops-client-ca-file", c.Ops.ClientCAFile, "PEM certificates of who signs client certificates")
+	fs.StringSliceVar(&c.Ops.AllowedClients, "ops-allowed-clients", c.Ops.AllowedClients, "names that client certificates may carry")
+	fs.DurationVar(&c.DrainTimeout, "drain-timeout", c.DrainTimeout, "longest wait for calls in flight at shutdown")
+	fs.StringVar(&c.RecordCalls, "record-calls", c.RecordCalls, "debug: file that gets a JSON line for every CRI call")
+}
+
+// Load reads file into c, which fs writes into, and then applies the flags given
+// on the command line again, so that they win. An empty file name reads nothing.
+//
+// The error names every unknown key and wrong value with file:line:column.
+func (c *Config) Load(file string, fs *pflag.FlagSet) error {
+	if file == "" {
+		return nil
+	}
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return &InvalidError{fmt.Errorf("configuration: %w", err)}
+	}
+	type given struct {
+		flag  *pflag.Flag
+		value string
+		slice []string
+	}
+	var flags []given
+	if fs != nil {
+		fs.Visit(func(f *pflag.Flag) {
+			g := given{flag: f, value: f.Value.String()}
+			if s, ok := f.Value.(pflag.SliceValue); ok {
+				g.slice = s.GetSlice()
+			}
+			flags = append(flags, g)
+		})
+	}
+	if err := Parse(file, b, c); err != nil {
+		return &InvalidError{err}
+	}
+	for _, g := range flags {
+		if s, ok := g.flag.Value.(pflag.SliceValue); ok {
+			err = s.Replace(g.slice)
+		} else {
+			err = g.flag.Value.Set(g.value)
+		}
+		if err != nil {
+			return &InvalidError{fmt.Errorf("--%s: %w", g.flag.Name, err)}
+		}
+	}
+	return nil
+}
+
+// YAML returns the configuration as a file that Load accepts.
+func (c *Config) YAML() ([]byte, error) {
+	var b bytes.Buffer
+	e := yaml.NewEncoder(&b)
+	e.SetIndent(2)
+	if err := e.Encode(c); err != nil {
+		return nil, fmt.Errorf("configuration as yaml: %w", err)
+	}
+	return b.Bytes(), nil
+}

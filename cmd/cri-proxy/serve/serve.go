@@ -1,0 +1,258 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package serve
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
+	"github.com/cri-proxy/cri-proxy/ops/mtls"
+	"github.com/cri-proxy/cri-proxy/proxy"
+)
+
+const (
+	// opsGrace is how long the ops servers wait for their calls at shutdown.
+	// Watches last as long as their operation; whoever watches asks again.
+	opsGrace = 2 * time.Second
+	// adminMaxMessage bounds requests of the admin socket; a command is a few kilobytes.
+	adminMaxMessage = 1 << 20
+)
+
+// Run serves until ctx ends, then drains until all calls are over, the drain
+// timeout has passed or hard ends. It returns the first error that keeps the node
+// from being served; a drain that had to cut calls is one too.
+func Run(ctx, hard context.Context, c *config.Config, log *logrus.Logger) error {
+	sockets, err := activated(c, log)
+	if err != nil {
+		return err
+	}
+	defer sockets.close()
+
+	// Listening comes before the state is opened, because "in use by pid N" says
+	// more than a locked journal. Nothing is accepted until the view is armed.
+	cri, err := sockets.listen("cri", c.Listen.Path, func() (net.Listener, error) { return listenCRI(c) })
+	if err != nil {
+		return err
+	}
+	defer cri.Close()
+	n, err := newNode(ctx, c, log)
+	if err != nil {
+		return err
+	}
+	d := &daemon{node: n, log: log, notify: notifier{log: log}, probePath: cri.Addr().String(), failed: make(chan error, 8)}
+	err = d.start(ctx, hard, cri, sockets)
+	if err == nil {
+		log.WithFields(logrus.Fields{"listen": d.probePath, "endpoint": n.upstream.Endpoint(), "admin": c.AdminSocket, "node": c.NodeName}).Info("serving")
+		d.notify.send("READY=1")
+		select {
+		case <-ctx.Done():
+		case err = <-d.failed:
+			log.WithError(err).Error("a listener failed, shutting down")
+		}
+	}
+	return errors.Join(err, d.shutdown(hard))
+}
+
+// daemon is the running node: what is listened on and who works.
+type daemon struct {
+	*node
+	log       logrus.FieldLogger
+	notify    notifier
+	probePath string
+	failed    chan error // the first error of a server
+	draining  atomic.Bool
+
+	workers    sync.WaitGroup // servers, watchdog and status
+	stopWork   context.CancelFunc
+	engineDone chan struct{}
+	stopEngine context.CancelFunc
+	opsServers []*grpc.Server
+	http       *httpServer
+}
+
+// start opens the listeners in order: kubelet first.
+func (d *daemon) start(ctx, hard context.Context, cri net.Listener, sockets *sockets) error {
+	work, stopWork := context.WithCancel(context.WithoutCancel(ctx))
+	d.stopWork = stopWork
+	// The engine outlives ctx: an operation may need the drained calls answered.
+	running, stopEngine := context.WithCancel(context.WithoutCancel(ctx))
+	d.stopEngine = stopEngine
+	d.engineDone = make(chan struct{})
+
+	d.sayIfRuntimeMissing()
+	d.serve("cri", func() error { return d.cri.Serve(cri) })
+	go func() {
+		defer close(d.engineDone)
+		if err := d.engine.Run(running); err != nil {
+			d.fail(fmt.Errorf("operations: %w", err))
+		}
+	}()
+
+	admin, err := sockets.listen("admin", d.config.AdminSocket, func() (net.Listener, error) {
+		return proxy.Listen(d.config.AdminSocket, proxy.ListenOptions{Mode: 0o600, UID: -1, GID: -1})
+	})
+	if err != nil {
+		return fmt.Errorf("adminSocket: %w", err)
+	}
+	d.serveOps("admin", admin, grpc.MaxRecvMsgSize(adminMaxMessage))
+
+	if o := d.config.Ops; o.Address != "" {
+		creds, err := mtls.NewServer(mtls.ServerOptions{
+			CertFile: o.CertFile, KeyFile: o.KeyFile, ClientCAFile: o.ClientCAFile,
+			AllowedClients: o.AllowedClients, Log: d.log,
+		})
+		if err != nil {
+			return fmt.Errorf("ops: %w", err)
+		}
+		l, err := sockets.listen("ops", o.Address, func() (net.Listener, error) { return listenTCP(ctx, o.Address) })
+		if err != nil {
+			return fmt.Errorf("ops.address: %w", err)
+		}
+		d.serveOps("ops", mtls.LimitListener(l), creds.GRPC()...)
+		d.log.WithFields(logrus.Fields{"address": l.Addr().String(), "clients": o.AllowedClients}).Info("ops API with mutual TLS")
+	}
+	if d.config.MetricsAddress != "" {
+		l, err := sockets.listen("metrics", d.config.MetricsAddress, func() (net.Listener, error) { return listenTCP(ctx, d.config.MetricsAddress) })
+		if err != nil {
+			return fmt.Errorf("metricsAddress: %w", err)
+		}
+		d.http = newHTTPServer(d)
+		d.serve("metrics", func() error { return d.http.Serve(l) })
+		d.log.WithField("address", l.Addr().String()).Info("metrics")
+	}
+	if err := sockets.unused(); err != nil {
+		return err
+	}
+	// The first probe comes before READY: a unit that is active can serve.
+	if err := d.probe(hard); err != nil {
+		return err
+	}
+	d.workers.Go(func() { d.notify.watchdog(work, d.alive) })
+	d.workers.Go(func() { d.reportStatus(work) })
+	return nil
+}
+
+// serve runs one server until shutdown stops it.
+func (d *daemon) serve(name string, run func() error) {
+	d.workers.Go(func() {
+		if err := run(); err != nil {
+			d.fail(fmt.Errorf("%s: %w", name, err))
+		}
+	})
+}
+
+func (d *daemon) serveOps(name string, l net.Listener, o ...grpc.ServerOption) {
+	s := d.opsServer(o...)
+	d.opsServers = append(d.opsServers, s)
+	d.serve(name, func() error {
+		if err := s.Serve(l); !errors.Is(err, grpc.ErrServerStopped) {
+			return err
+		}
+		return nil
+	})
+}
+
+func (d *daemon) fail(err error) {
+	select {
+	case d.failed <- err:
+	default: // one is enough
+	}
+}
+
+// probe asks the own CRI listener once.
+func (d *daemon) probe(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
+	return probe(ctx, d.probePath)
+}
+
+// alive is what the watchdog asks. While draining the listener is closed on
+// purpose, then a running process is all there is to say.
+func (d *daemon) alive(ctx context.Context) error {
+	if d.draining.Load() {
+		return nil
+	}
+	err := d.probe(ctx)
+	if d.draining.Load() {
+		return nil
+	}
+	return err
+}
+
+// shutdown drains the CRI server, event streams last, then ends the ops API, the
+// engine and the rest. Operations under way stop at a point from which the next
+// start takes them up.
+func (d *daemon) shutdown(hard context.Context) error {
+	d.draining.Store(true)
+	d.notify.stopping(d.config.DrainTimeout)
+	drain, cancel := context.WithTimeout(hard, d.config.DrainTimeout)
+	defer cancel()
+	var errs []error
+	if err := d.cri.Drain(drain); err != nil {
+		errs = append(errs, err)
+	}
+	d.stopOps(hard)
+	d.stopEngine()
+	engineOver := true
+	select {
+	case <-d.engineDone:
+	case <-hard.Done():
+		select {
+		case <-d.engineDone:
+		case <-time.After(opsGrace):
+			engineOver = false
+			errs = append(errs, errors.New("stopped in the middle of an operation; the next start finishes it"))
+		}
+	}
+	d.http.stop()
+	d.stopWork()
+	d.workers.Wait()
+	if engineOver { // else it still uses what close closes, and the process ends anyway
+		errs = append(errs, d.close())
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	d.log.Info("stopped")
+	return nil
+}
+
+func (d *daemon) stopOps(hard context.Context) {
+	grace, cancel := context.WithTimeout(hard, opsGrace)
+	defer cancel()
+	var over sync.WaitGroup
+	for _, s := range d.opsServers {
+		over.Go(func() {
+			graceful := make(chan struct{})
+			over.Go(func() {
+				defer close(graceful)
+				s.GracefulStop()
+			})
+			select {
+			case <-graceful:
+			case <-grace.Done():
+				s.Stop()
+			}
+		})
+	}
+	over.Wait()
+}
+
+func registerHealth(s *grpc.Server) {
+	h := health.NewServer()
+	h.SetServingStatus(opsv1.Ops_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_SERVING)
+	healthpb.RegisterHealthServer(s, h)
+}

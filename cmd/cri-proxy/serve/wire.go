@@ -1,0 +1,207 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package serve
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/connectivity"
+	"google.golang.org/protobuf/types/known/timestamppb"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
+	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops"
+	"github.com/cri-proxy/cri-proxy/proxy"
+)
+
+// runtimeVersionTimeout bounds the one runtime call of NodeInfo: it describes a
+// node, and must do so too when the runtime hangs.
+const runtimeVersionTimeout = time.Second
+
+// node is the wired daemon without its listeners.
+type node struct {
+	config   *config.Config
+	log      logrus.FieldLogger
+	started  time.Time
+	registry *prometheus.Registry
+	upstream *proxy.Upstream
+	engine   *ops.Engine
+	calls    *callFile // nil: not recorded
+	cri      *proxy.Server
+	ops      *ops.Server
+
+	mu             sync.Mutex // guards all following fields
+	runtimeName    string
+	runtimeVersion string
+}
+
+// newNode opens the state and wires everything. When it returns, kubelet may be
+// served: the view is armed with what the journal holds.
+func newNode(ctx context.Context, c *config.Config, log logrus.FieldLogger) (_ *node, err error) {
+	n := &node{config: c, log: log, started: time.Now(), registry: prometheus.NewRegistry()}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, n.close())
+		}
+	}()
+	n.registry.MustRegister(
+		collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+		collectors.NewBuildInfoCollector(),
+	)
+	if err := makeStateDir(c.StateDir, log); err != nil {
+		return nil, err
+	}
+	if n.upstream, err = proxy.NewUpstream(c.RuntimeEndpoint, proxy.UpstreamOptions{Log: log}); err != nil {
+		return nil, &config.InvalidError{Err: err}
+	}
+	view := interceptors.NewView()
+	n.engine, err = ops.Open(ctx, ops.Options{
+		StateDir:   c.StateDir,
+		Conn:       n.upstream.Conn(),
+		View:       view,
+		Log:        log,
+		Registerer: n.registry,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("state directory %s: %w", c.StateDir, err)
+	}
+	o := proxy.Options{
+		Director:   interceptors.New(interceptors.Options{View: view, Records: n.engine.Records(), Log: log}),
+		Log:        log,
+		Registerer: n.registry,
+		Register:   registerProbe,
+	}
+	if c.RecordCalls != "" {
+		if n.calls, err = openCallFile(c.RecordCalls, log); err != nil {
+			return nil, err
+		}
+		o.Recorder = n.calls
+	}
+	n.cri = proxy.NewServer(n.upstream, o)
+	n.ops = ops.NewServer(n.engine, n.info)
+	return n, nil
+}
+
+// close releases what newNode opened. The servers must have stopped and the
+// engine's Run must have returned.
+func (n *node) close() error {
+	var errs []error
+	if n.engine != nil {
+		errs = append(errs, n.engine.Close())
+	}
+	if n.upstream != nil {
+		errs = append(errs, n.upstream.Close())
+	}
+	if n.calls != nil {
+		errs = append(errs, n.calls.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// makeStateDir makes the directory, for this user only: the recorded requests in
+// it hold the environment of containers, and with it secrets.
+func makeStateDir(dir string, log logrus.FieldLogger) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("stateDir: %w; make it writable for this user or choose another", err)
+	}
+	fi, err := os.Stat(dir)
+	if err != nil {
+		return fmt.Errorf("stateDir: %w", err)
+	}
+	if mode := fi.Mode().Perm(); mode&0o077 != 0 {
+		log.WithField("dir", dir).Warnf("state directory has mode %04o, closing it to others: it holds the environment of containers", mode)
+		if err := os.Chmod(dir, 0o700); err != nil {
+			return fmt.Errorf("stateDir: %w; it must be closed to other users (chmod 0700)", err)
+		}
+	}
+	return nil
+}
+
+// info fills in what the engine does not know of the node. See [ops.InfoFunc].
+func (n *node) info(ctx context.Context) *opsv1.NodeInfoResponse {
+	st := n.cri.Stats()
+	state := n.upstream.State()
+	info := &opsv1.NodeInfoResponse{
+		Version:          version.Short(),
+		NodeName:         n.config.NodeName,
+		StartTime:        timestamppb.New(n.started),
+		Listen:           n.config.Listen.Path,
+		KubeletUserAgent: st.LastUserAgent,
+		Runtime:          &opsv1.Runtime{Endpoint: n.upstream.Endpoint(), State: state.String()},
+		Counters: &opsv1.Counters{
+			Calls:             st.Calls,
+			CallErrors:        st.CallErrors,
+			Intercepted:       st.Intercepted,
+			InterceptorFaults: st.InterceptorFaults,
+			InFlight:          st.InFlight,
+		},
+	}
+	if !st.LastCall.IsZero() {
+		info.KubeletLastCall = timestamppb.New(st.LastCall)
+	}
+	info.Runtime.Name, info.Runtime.Version = n.runtime(ctx, state)
+	return info
+}
+
+// runtime returns name and version of the runtime, those last known if it does
+// not answer.
+func (n *node) runtime(ctx context.Context, state connectivity.State) (name, version string) {
+	if state == connectivity.Ready {
+		ctx, cancel := context.WithTimeout(ctx, runtimeVersionTimeout)
+		defer cancel()
+		v, err := runtimeapi.NewRuntimeServiceClient(n.upstream.Conn()).Version(ctx, &runtimeapi.VersionRequest{})
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		if err == nil {
+			n.runtimeName, n.runtimeVersion = v.GetRuntimeName(), v.GetRuntimeVersion()
+		}
+		return n.runtimeName, n.runtimeVersion
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.runtimeName, n.runtimeVersion
+}
+
+// sayIfRuntimeMissing logs once what stands between the proxy and its runtime at
+// start. It is no error: the runtime may come later, and the upstream logs when it does.
+func (n *node) sayIfRuntimeMissing() {
+	path, err := config.SocketPath(n.upstream.Endpoint())
+	if err != nil {
+		return
+	}
+	log := n.log.WithField("endpoint", n.upstream.Endpoint())
+	fi, err := os.Stat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		log.Warn("runtime socket does not exist yet, waiting for it; if it never comes, start the runtime or set runtimeEndpoint (--runtime-endpoint)")
+	case errors.Is(err, fs.ErrPermission):
+		log.WithError(err).Warn("runtime socket is out of reach for this user, waiting; run as root")
+	case err != nil:
+		log.WithError(err).Warn("runtime socket cannot be looked at, waiting")
+	case fi.Mode().Type() != fs.ModeSocket:
+		log.Warnf("runtime endpoint is no socket but %s, waiting for one; set runtimeEndpoint (--runtime-endpoint)", fi.Mode())
+	}
+}
+
+// opsServer makes a gRPC server with the node's commands on it.
+func (n *node) opsServer(o ...grpc.ServerOption) *grpc.Server {
+	s := grpc.NewServer(o...)
+	opsv1.RegisterOpsServer(s, n.ops)
+	registerHealth(s)
+	return s
+}

@@ -1,0 +1,230 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package mtls
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"golang.org/x/net/netutil"
+	"golang.org/x/time/rate"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+)
+
+const (
+	// maxMessage bounds a request: a command for every container of a large pod is a few kilobytes.
+	maxMessage = 1 << 20
+	// maxConnections is far above what the replicas of one controller need.
+	maxConnections = 64
+	// maxStreams bounds the calls of one connection: a watch per operation, and
+	// a node has a few hundred containers at most.
+	maxStreams = 1024
+	// handshakeTimeout frees the place of a connection that does not speak TLS.
+	handshakeTimeout = 10 * time.Second
+	// minPing is how often clients may ping, to notice a node that is gone.
+	minPing = 10 * time.Second
+	// maxIdle closes connections that nobody uses; clients connect again by themselves.
+	maxIdle = 15 * time.Minute
+)
+
+// ServerOptions says who the server is and whom it lets in. All fields are required.
+type ServerOptions struct {
+	// CertFile and KeyFile are the PEM server certificate and its key.
+	CertFile, KeyFile string
+	// ClientCAFile holds the PEM certificates of who may sign client certificates.
+	ClientCAFile string
+	// AllowedClients are the names, one of which a client certificate must carry,
+	// letter for letter, as DNS or URI subject alternative name or as common name.
+	AllowedClients []string
+	// Log gets denied clients and unusable new files.
+	Log logrus.FieldLogger
+}
+
+// Server makes the ops API accept known clients only.
+type Server struct {
+	files   *files
+	allowed []string
+	log     logrus.FieldLogger
+	// denials keeps a client that tries again and again from filling the log.
+	denials *rate.Limiter
+}
+
+// NewServer reads the files. It is an error if one cannot be used; later changes
+// of theirs are taken over on the next connection.
+func NewServer(o ServerOptions) (*Server, error) {
+	if len(o.AllowedClients) == 0 || slices.Contains(o.AllowedClients, "") {
+		return nil, errors.New("no client is allowed, or one with an empty name; list the names that client certificates carry")
+	}
+	s := &Server{
+		files:   &files{cert: o.CertFile, key: o.KeyFile, ca: o.ClientCAFile},
+		allowed: slices.Clone(o.AllowedClients),
+		log:     o.Log,
+		denials: rate.NewLimiter(rate.Every(10*time.Second), 5),
+	}
+	s.files.complain = func(err error) {
+		if s.denials.Allow() {
+			s.log.WithError(err).Error("mutual TLS")
+		}
+	}
+	if err := s.files.load(); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// GRPC returns the options of a gRPC server that only allowed clients reach:
+// credentials, limits, and interceptors that put [ClientName] into the context.
+func (s *Server) GRPC() []grpc.ServerOption {
+	return []grpc.ServerOption{
+		grpc.Creds(serverCredentials{s}),
+		grpc.ConnectionTimeout(handshakeTimeout),
+		grpc.MaxRecvMsgSize(maxMessage),
+		grpc.MaxConcurrentStreams(maxStreams),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minPing, PermitWithoutStream: true}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: maxIdle, Time: time.Minute, Timeout: 20 * time.Second}),
+		grpc.ChainUnaryInterceptor(s.unary),
+		grpc.ChainStreamInterceptor(s.stream),
+	}
+}
+
+// LimitListener bounds the connections that are open at the same time.
+func LimitListener(l net.Listener) net.Listener { return netutil.LimitListener(l, maxConnections) }
+
+// serverCredentials are TLS credentials over the files as they are at each handshake.
+type serverCredentials struct{ s *Server }
+
+var _ credentials.TransportCredentials = serverCredentials{}
+
+// ServerHandshake implements [credentials.TransportCredentials]. The AuthInfo is a
+// [credentials.TLSInfo].
+func (c serverCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	secure, info, err := credentials.NewTLS(c.s.config()).ServerHandshake(conn)
+	if err != nil && c.s.denials.Allow() {
+		c.s.log.WithError(err).WithField("remote", conn.RemoteAddr().String()).Warn("ops client denied")
+	}
+	return secure, info, err
+}
+
+// ClientHandshake implements [credentials.TransportCredentials]; it always fails.
+func (serverCredentials) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return nil, nil, errors.New("server credentials used by a client")
+}
+
+// Info implements [credentials.TransportCredentials].
+func (serverCredentials) Info() credentials.ProtocolInfo {
+	return credentials.ProtocolInfo{SecurityProtocol: "tls"}
+}
+
+// Clone implements [credentials.TransportCredentials].
+func (c serverCredentials) Clone() credentials.TransportCredentials { return c }
+
+// OverrideServerName implements [credentials.TransportCredentials]; it does nothing.
+func (serverCredentials) OverrideServerName(string) error { return nil }
+
+// config returns the settings of one handshake. Session tickets are off: each
+// connection is checked against the files of its moment.
+func (s *Server) config() *tls.Config {
+	pair, roots := s.files.current()
+	return &tls.Config{
+		MinVersion:             tls.VersionTLS13,
+		Certificates:           []tls.Certificate{*pair},
+		ClientAuth:             tls.RequireAndVerifyClientCert,
+		ClientCAs:              roots,
+		NextProtos:             []string{"h2"},
+		SessionTicketsDisabled: true,
+		VerifyConnection: func(cs tls.ConnectionState) error {
+			_, err := s.nameOf(cs)
+			return err
+		},
+	}
+}
+
+// nameOf returns the allowed name that the client's certificate carries.
+func (s *Server) nameOf(cs tls.ConnectionState) (string, error) {
+	if len(cs.VerifiedChains) == 0 || len(cs.PeerCertificates) == 0 {
+		return "", errors.New("no verified client certificate")
+	}
+	names := namesIn(cs.PeerCertificates[0])
+	for _, n := range names {
+		if slices.Contains(s.allowed, n) {
+			return n, nil
+		}
+	}
+	return "", fmt.Errorf("client certificate with the names %q is valid, but none of them is among the allowed clients", names)
+}
+
+// namesIn returns the names of a certificate, subject alternative names first.
+func namesIn(c *x509.Certificate) []string {
+	names := slices.Clone(c.DNSNames)
+	for _, u := range c.URIs {
+		names = append(names, u.String())
+	}
+	if c.Subject.CommonName != "" {
+		names = append(names, c.Subject.CommonName)
+	}
+	return names
+}
+
+type clientNameKey struct{}
+
+// ClientName returns the allowed name of the client that makes the call, and
+// false if the call did not come through [Server].
+func ClientName(ctx context.Context) (string, bool) {
+	name, ok := ctx.Value(clientNameKey{}).(string)
+	return name, ok
+}
+
+func (s *Server) named(ctx context.Context) (context.Context, error) {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return nil, status.Error(codes.Unauthenticated, "no peer")
+	}
+	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	if !ok {
+		return nil, status.Error(codes.Unauthenticated, "no TLS")
+	}
+	name, err := s.nameOf(info.State)
+	if err != nil {
+		return nil, status.Error(codes.PermissionDenied, err.Error())
+	}
+	return context.WithValue(ctx, clientNameKey{}, name), nil
+}
+
+func (s *Server) unary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	ctx, err := s.named(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return handler(ctx, req)
+}
+
+func (s *Server) stream(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	ctx, err := s.named(ss.Context())
+	if err != nil {
+		return err
+	}
+	return handler(srv, namedStream{ss, ctx})
+}
+
+// namedStream is a stream whose context knows the client. gRPC has no other way
+// to hand a context to a stream's handler.
+type namedStream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+// Context implements [grpc.ServerStream].
+func (s namedStream) Context() context.Context { return s.ctx }
