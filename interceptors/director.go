@@ -47,7 +47,10 @@ type Director struct {
 	stream map[string]proxy.StreamInterceptor
 }
 
-var _ proxy.Director = (*Director)(nil)
+var (
+	_ proxy.Director = (*Director)(nil)
+	_ proxy.Passer   = (*Director)(nil)
+)
 
 // New returns a director over the view.
 func New(o Options) *Director {

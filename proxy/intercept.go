@@ -15,13 +15,22 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// directUnary asks the director for a unary method.
-func (s *Server) directUnary(name string) (take UnaryInterceptor) {
+// directUnary asks the director for a unary method. done is not nil if the
+// director wants to know when a call is over that it let pass; see [Passer].
+func (s *Server) directUnary(name string) (take UnaryInterceptor, done func()) {
 	if s.director == nil {
-		return nil
+		return nil, nil
 	}
-	defer s.catch(name, func() { take = nil })
-	return s.director.Unary(name)
+	defer s.catch(name, func() { take, done = nil, nil })
+	passer, _ := s.director.(Passer)
+	for {
+		if take := s.director.Unary(name); take != nil || passer == nil {
+			return take, nil
+		}
+		if done, ok := passer.Pass(name); ok {
+			return nil, done
+		}
+	}
 }
 
 // directStream asks the director for a server-streaming method.

@@ -12,9 +12,12 @@ import (
 
 // unary relays one request and one answer.
 func (c *call) unary() error {
-	take := c.s.directUnary(c.name)
+	take, done := c.s.directUnary(c.name)
+	if done != nil {
+		defer done()
+	}
 	var req frame
-	if done, err := c.receiveOnly(&req); done {
+	if over, err := c.receiveOnly(&req); over {
 		return err
 	}
 	if take != nil {
