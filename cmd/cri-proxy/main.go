@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/ctl"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/serve"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
 )
@@ -52,7 +53,7 @@ func newRoot() *cobra.Command {
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return &config.InvalidError{Err: fmt.Errorf("%w; see %s --help", err, c.CommandPath())}
 	})
-	root.AddCommand(serve.Command(), newConfig(), newVersion())
+	root.AddCommand(serve.Command(), ctl.Command(), newConfig(), newVersion())
 	return root
 }
 

@@ -1,0 +1,156 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ctl
+
+import (
+	"context"
+	"crypto/rand"
+	"os"
+	"os/user"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+// restartFlags are the flags of `ctl restart`.
+type restartFlags struct {
+	containers []string
+	grace      time.Duration
+	ordered    bool
+	force      bool
+	expect     []string
+	uid        string
+	watch      bool
+	timeout    time.Duration
+}
+
+func (c *ctl) restart() *cobra.Command {
+	var f restartFlags
+	cmd := &cobra.Command{
+		Use:   "restart NAMESPACE/POD -c NAME [-c NAME...]",
+		Short: "Restart containers of a pod in place",
+		Long: `Restart containers of a pod in place: a fresh container in the same pod, same IP
+and volumes, whatever the pod's restartPolicy says, without back-off.
+
+The pod's preStop hooks run. postStart hooks do not: this node knows them only from
+a ContainerRecreateRequest.
+
+Without --watch the command returns once the daemon has written the operation
+down; it then runs to its end whatever happens. With --watch the exit code is 1
+if it did not succeed.`,
+		Example: `  cri-proxy ctl restart default/web -c app --watch
+  cri-proxy ctl restart default/web -c app -c sidecar --ordered --grace 10s`,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return usage("name one pod: cri-proxy ctl restart NAMESPACE/POD -c NAME")
+			}
+			return nil
+		},
+		ValidArgsFunction: cobra.NoFileCompletions,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			req, err := f.request(args[0], cmd.Flags().Changed("grace"))
+			if err != nil {
+				return err
+			}
+			ctx, stop := interruptible(cmd)
+			defer stop()
+			client, closeConn, err := c.dial(ctx)
+			if err != nil {
+				return err
+			}
+			defer closeConn()
+			if f.timeout > 0 {
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithTimeout(ctx, f.timeout)
+				defer cancel()
+			}
+			call, cancel := context.WithTimeout(ctx, callTimeout)
+			defer cancel()
+			op, err := client.Restart(call, req)
+			if err != nil {
+				return plain(err)
+			}
+			if f.watch {
+				return c.watch(ctx, cmd.OutOrStdout(), client, op.GetUid())
+			}
+			return c.printOperation(cmd.OutOrStdout(), op)
+		},
+	}
+	fs := cmd.Flags()
+	fs.StringArrayVarP(&f.containers, "container", "c", nil, "name of a container to restart; may be repeated")
+	fs.DurationVar(&f.grace, "grace", 0, "time for preStop and stop together, in whole seconds (default: the pod's own)")
+	fs.BoolVar(&f.ordered, "ordered", false, "restart the containers one after another, in the order given, and stop at the first failure")
+	fs.BoolVar(&f.force, "force", false, "restart even if the container is no longer the expected one")
+	fs.StringArrayVar(&f.expect, "expect", nil, "refuse unless this is the ID of the running container; with several containers NAME=ID, repeated")
+	fs.StringVar(&f.uid, "uid", "", "UID of the operation; giving it again does not restart again (default: a new one)")
+	fs.BoolVarP(&f.watch, "watch", "w", false, "follow the operation to its end")
+	fs.DurationVar(&f.timeout, "timeout", 0, "give up waiting after this long, the operation goes on (default: no limit)")
+	return cmd
+}
+
+// request turns the command line into a request.
+func (f *restartFlags) request(pod string, graceGiven bool) (*opsv1.RestartRequest, error) {
+	namespace, name, ok := strings.Cut(pod, "/")
+	if !ok || namespace == "" || name == "" || strings.Contains(name, "/") {
+		return nil, usage("%q: name the pod as NAMESPACE/POD", pod)
+	}
+	if len(f.containers) == 0 {
+		return nil, usage("which container? give -c NAME, more than once for several")
+	}
+	if graceGiven && (f.grace < 0 || f.grace%time.Second != 0) {
+		return nil, usage("--grace %s: want whole seconds, 0s or more", f.grace)
+	}
+	uid := f.uid
+	if uid == "" {
+		uid = "ctl-" + strings.ToLower(rand.Text())
+	}
+	req := &opsv1.RestartRequest{
+		Uid:       uid,
+		Pod:       &opsv1.PodRef{Namespace: namespace, Name: name},
+		Ordered:   f.ordered,
+		Force:     f.force,
+		Requester: requester(),
+	}
+	for i, n := range f.containers {
+		if slices.Contains(f.containers[:i], n) {
+			return nil, usage("-c %s is given twice", n)
+		}
+		r := &opsv1.ContainerRestart{Name: n}
+		if graceGiven {
+			seconds := int64(f.grace / time.Second)
+			r.GracePeriodSeconds = &seconds
+		}
+		req.Containers = append(req.Containers, r)
+	}
+	for _, e := range f.expect {
+		container, id, named := strings.Cut(e, "=")
+		if !named {
+			if len(f.containers) > 1 {
+				return nil, usage("--expect %s: with several containers write NAME=ID", e)
+			}
+			container, id = f.containers[0], e
+		}
+		i := slices.Index(f.containers, container)
+		if i < 0 || id == "" {
+			return nil, usage("--expect %s: want NAME=ID with a NAME given as -c", e)
+		}
+		req.Containers[i].ExpectedContainerId = id
+	}
+	return req, nil
+}
+
+// requester returns who asks, behind sudo too, for the daemon's audit line.
+func requester() string {
+	if name := os.Getenv("SUDO_USER"); name != "" {
+		return "ctl/" + name
+	}
+	if u, err := user.Current(); err == nil {
+		return "ctl/" + u.Username
+	}
+	return "ctl"
+}

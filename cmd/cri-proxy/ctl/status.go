@@ -1,0 +1,111 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ctl
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
+)
+
+func (c *ctl) status() *cobra.Command {
+	return &cobra.Command{
+		Use:   "status",
+		Short: "Show the daemon, its runtime and what it has seen of kubelet",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			info, err := c.info(cmd)
+			if err != nil {
+				return err
+			}
+			if c.output.structured() {
+				return c.print(cmd.OutOrStdout(), info)
+			}
+			return c.printStatus(cmd.OutOrStdout(), info)
+		},
+	}
+}
+
+func (c *ctl) version() *cobra.Command {
+	return &cobra.Command{
+		Use:   "version",
+		Short: "Print the versions of this binary and of the daemon",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			out := cmd.OutOrStdout()
+			if _, err := fmt.Fprintf(out, "Client: %s\n", version.Short()); err != nil {
+				return err
+			}
+			info, err := c.info(cmd)
+			if err != nil {
+				return err
+			}
+			_, err = fmt.Fprintf(out, "Daemon: %s\n", info.GetVersion())
+			return err
+		},
+	}
+}
+
+func (c *ctl) info(cmd *cobra.Command) (*opsv1.NodeInfoResponse, error) {
+	ctx, stop := interruptible(cmd)
+	defer stop()
+	client, closeConn, err := c.dial(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer closeConn()
+	call, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	info, err := client.NodeInfo(call, &opsv1.NodeInfoRequest{})
+	return info, plain(err)
+}
+
+func (c *ctl) printStatus(out io.Writer, i *opsv1.NodeInfoResponse) error {
+	kubelet := "not seen yet: is its --container-runtime-endpoint unix://" + i.GetListen() + "?"
+	if i.GetKubeletLastCall() != nil {
+		kubelet = fmt.Sprintf("last call %s ago", c.age(i.GetKubeletLastCall()))
+		if i.GetKubeletUserAgent() != "" {
+			kubelet += " (" + i.GetKubeletUserAgent() + ")"
+		}
+	}
+	runtime := fmt.Sprintf("%s at %s", i.GetRuntime().GetState(), i.GetRuntime().GetEndpoint())
+	if i.GetRuntime().GetName() != "" {
+		runtime = fmt.Sprintf("%s %s, %s", i.GetRuntime().GetName(), i.GetRuntime().GetVersion(), runtime)
+	}
+	n := i.GetCounters()
+	w := tabwriter.NewWriter(out, 0, 4, 2, ' ', 0)
+	for _, row := range [][2]string{
+		{"Node:", i.GetNodeName()},
+		{"Version:", i.GetVersion()},
+		{"Uptime:", c.age(i.GetStartTime())},
+		{"Listen:", i.GetListen()},
+		{"Kubelet:", kubelet},
+		{"Runtime:", runtime},
+		{"Calls:", fmt.Sprintf("%d, %d in flight, %d with errors", n.GetCalls(), n.GetInFlight(), n.GetCallErrors())},
+		{"Interceptors:", fmt.Sprintf("%d calls, %d faults", n.GetIntercepted(), n.GetInterceptorFaults())},
+		{"Operations:", fmt.Sprintf("%d slots active, %d succeeded, %d failed", len(i.GetActiveSlots()), n.GetOperationsSucceeded(), n.GetOperationsFailed())},
+		{"Recorded:", fmt.Sprintf("%d containers", n.GetRecordedContainers())},
+	} {
+		if _, err := fmt.Fprintf(w, "%s\t%s\n", row[0], row[1]); err != nil {
+			return err
+		}
+	}
+	if err := w.Flush(); err != nil || len(i.GetActiveSlots()) == 0 {
+		return err
+	}
+	if _, err := fmt.Fprintln(out); err != nil {
+		return err
+	}
+	t := newTable(out, "POD UID", "CONTAINER", "OPERATION", "PHASE")
+	for _, s := range i.GetActiveSlots() {
+		t.row(s.GetPodUid(), s.GetContainer(), s.GetOperationUid(), phaseName(s.GetPhase()))
+	}
+	return t.flush()
+}

@@ -1,0 +1,168 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ctl
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/term"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+// restartWait is how long a watch waits for a daemon that went away, such as for
+// its own restart.
+const restartWait = 30 * time.Second
+
+// watch follows one operation to its end and returns its outcome.
+func (c *ctl) watch(ctx context.Context, out io.Writer, client opsv1.OpsClient, uid string) error {
+	var view watchView
+	switch {
+	case c.output.structured():
+		view = &documents{c: c, out: out}
+	case isTerminal(out):
+		view = &screen{c: c, out: out}
+	default:
+		view = &lines{c: c, out: out, last: map[string]string{}}
+	}
+	op, err := follow(ctx, client, uid, view.update)
+	switch {
+	case ctx.Err() != nil && op != nil:
+		why := "interrupted"
+		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+			why = "gave up waiting"
+		}
+		return fmt.Errorf("%s while the operation is %s; it goes on, see cri-proxy ctl ops %s", why, strings.ToLower(phaseName(op.GetPhase())), uid)
+	case err != nil:
+		return plain(err)
+	}
+	return outcome(op)
+}
+
+// follow calls update for every state of the operation and returns the last one
+// seen. When the daemon goes away it waits for it to come back.
+func follow(ctx context.Context, client opsv1.OpsClient, uid string, update func(*opsv1.Operation) error) (*opsv1.Operation, error) {
+	var last *opsv1.Operation
+	for again := false; ; again = true {
+		var lost error
+		last, lost = followOnce(ctx, client, uid, again, last, update)
+		switch {
+		case lost == nil, ctx.Err() != nil:
+			return last, lost
+		case status.Code(lost) != codes.Unavailable || last == nil:
+			return last, lost
+		}
+	}
+}
+
+// followOnce is one WatchOperation. After a loss it waits for the daemon to be back.
+func followOnce(ctx context.Context, client opsv1.OpsClient, uid string, again bool, last *opsv1.Operation, update func(*opsv1.Operation) error) (*opsv1.Operation, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	if again {
+		t := time.AfterFunc(restartWait, func() {
+			cancel(fmt.Errorf("the daemon went away during the operation and is not back after %s; it takes the operation up when it is", restartWait))
+		})
+		defer t.Stop()
+	}
+	stream, err := client.WatchOperation(ctx, &opsv1.WatchOperationRequest{Uid: uid}, grpc.WaitForReady(again))
+	if err != nil {
+		return last, causeOf(ctx, err)
+	}
+	for {
+		op, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			if last.GetFinishTime() == nil {
+				return last, status.Error(codes.Unavailable, "the watch ended before the operation")
+			}
+			return last, nil
+		}
+		if err != nil {
+			return last, causeOf(ctx, err)
+		}
+		last = op
+		if err := update(op); err != nil {
+			return last, err
+		}
+	}
+}
+
+// causeOf prefers the reason why a context of ours ended.
+func causeOf(ctx context.Context, err error) error {
+	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, ctx.Err()) {
+		return cause
+	}
+	return err
+}
+
+// watchView shows the course of an operation.
+type watchView interface{ update(*opsv1.Operation) error }
+
+// documents prints every state as JSON or YAML.
+type documents struct {
+	c   *ctl
+	out io.Writer
+}
+
+func (d *documents) update(op *opsv1.Operation) error { return d.c.print(d.out, op) }
+
+// lines prints a line for every change of a container: for pipes and logs.
+type lines struct {
+	c    *ctl
+	out  io.Writer
+	last map[string]string
+}
+
+func (l *lines) update(op *opsv1.Operation) error {
+	for _, r := range op.GetContainers() {
+		text := phaseName(r.GetPhase())
+		if note := containerNote(r); note != "" {
+			text += ": " + note
+		}
+		if l.last[r.GetName()] == text {
+			continue
+		}
+		l.last[r.GetName()] = text
+		if _, err := fmt.Fprintf(l.out, "%s %s %s %s\n", l.c.now().Format("15:04:05.000"), podName(op.GetPod()), r.GetName(), text); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// screen draws the table of containers over itself.
+type screen struct {
+	c     *ctl
+	out   io.Writer
+	drawn int // lines
+}
+
+func (s *screen) update(op *opsv1.Operation) error {
+	var b bytes.Buffer
+	if s.drawn > 0 {
+		fmt.Fprintf(&b, "\x1b[%dA\x1b[J", s.drawn)
+	}
+	before := b.Len()
+	if err := s.c.printOperation(&b, op); err != nil {
+		return err
+	}
+	s.drawn = bytes.Count(b.Bytes()[before:], []byte("\n"))
+	_, err := s.out.Write(b.Bytes())
+	return err
+}
+
+func isTerminal(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	return ok && term.IsTerminal(int(f.Fd()))
+}
