@@ -449,7 +449,7 @@ func (r *restart) beforeStop(ctx context.Context) error {
 		if st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
 			return failf(ReasonNotRunning, "container %q stopped by itself (exit code %d) before the restart began; kubelet handles it", r.want.GetName(), st.GetStatus().GetExitCode())
 		}
-		if err := r.checkTakenBack(); err != nil {
+		if err := r.interrupted(); err != nil {
 			return err
 		}
 		if !r.o.commit() {
