@@ -49,11 +49,13 @@ var _ credentials.TransportCredentials = (*clientCredentials)(nil)
 func (c *clientCredentials) tls() credentials.TransportCredentials {
 	pair, roots := c.files.current()
 	return credentials.NewTLS(&tls.Config{
-		MinVersion:   tls.VersionTLS13,
-		Certificates: []tls.Certificate{*pair},
-		RootCAs:      roots,
-		ServerName:   c.serverName,
-		NextProtos:   []string{"h2"},
+		MinVersion: tls.VersionTLS13,
+		// Sent even if the server does not ask for its authority, so that the
+		// server can log who was denied and why.
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return pair, nil },
+		RootCAs:              roots,
+		ServerName:           c.serverName,
+		NextProtos:           []string{"h2"},
 	})
 }
 

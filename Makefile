@@ -1,0 +1,93 @@
+# Copyright The cri-proxy Authors.
+# SPDX-License-Identifier: Apache-2.0
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# Where built tools and the components of the test bed are kept between runs.
+export CRI_PROXY_CACHE ?= $(HOME)/.cache/cri-proxy
+
+# The linter is built from the pinned tools module, once per state of its go.sum.
+TOOLS_KEY := $(shell sha256sum tools/go.sum | cut -c1-16)
+TOOLS := $(CRI_PROXY_CACHE)/tools/$(TOOLS_KEY)
+
+# Tests on real components run as root, one package at a time: they share two cores.
+E2E_TIMEOUT ?= 60m
+INTEGRATION_TIMEOUT ?= 45m
+FUZZ_TIME ?= 30s
+
+# step NAME,COMMANDS prints a heading, runs the commands and says how long they took.
+define step
+	printf '\n=== %s\n' '$(1)'; start=$$SECONDS; $(2); printf '=== %s: %d s\n' '$(1)' $$((SECONDS - start))
+endef
+
+.PHONY: help
+help: ## list the targets
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+.PHONY: build
+build: ## build the binaries into bin/
+	CGO_ENABLED=0 go build -trimpath -o bin/ ./cmd/...
+
+# The closing line of test is go test's own, so its last step has no timing line.
+.PHONY: test
+test: ## lint, then unit, integration and end-to-end tests
+	@$(call step,lint,$(MAKE) --no-print-directory lint)
+	@$(call step,unit tests with the race detector,$(MAKE) --no-print-directory test-unit)
+	@$(call step,integration tests on a real node,$(MAKE) --no-print-directory test-integration)
+	@printf '\n=== end-to-end tests on a real cluster\n'; $(MAKE) --no-print-directory test-e2e
+
+.PHONY: test-unit
+test-unit: ## tests that need nothing but Go, with the race detector
+	@go test -race -timeout 10m $$(go list ./... | grep -v -e '/test/integration$$' -e '/test/integration/' -e '/test/e2e$$' -e '/test/e2e/')
+
+.PHONY: test-integration
+test-integration: ## containerd behind the proxy, needs root
+	@go test -count=1 -p 1 -timeout $(INTEGRATION_TIMEOUT) ./test/integration/...
+
+.PHONY: test-e2e
+test-e2e: ## a one-node cluster behind the proxy, needs root
+	@go test -count=1 -p 1 -timeout $(E2E_TIMEOUT) ./test/e2e/...
+
+.PHONY: bench
+bench: ## data path against direct calls and a plain byte relay
+	@go test -run '^$$' -bench . -benchmem -timeout 30m ./proxy/... $$(go list ./test/bench/... 2>/dev/null)
+
+.PHONY: demo
+demo: ## a cluster behind the proxy and a restart on it; KEEP=1 leaves it up
+	@go run ./test/demo
+
+.PHONY: fuzz
+fuzz: ## every fuzz target for FUZZ_TIME
+	@for target in $$(grep -rl --include='*_test.go' '^func Fuzz' . | xargs -r grep -oH '^func Fuzz[A-Za-z0-9_]*' | sed 's/:func /:/'); do \
+		dir=$$(dirname "$${target%%:*}"); name=$${target##*:}; \
+		printf '=== %s in %s\n' "$$name" "$$dir"; \
+		go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZ_TIME) "$$dir"; \
+	done
+
+.PHONY: lint
+lint: $(TOOLS)/golangci-lint ## vet the code with the pinned golangci-lint
+	@GOLANGCI_LINT_CACHE=$(CRI_PROXY_CACHE)/golangci-lint $(TOOLS)/golangci-lint run ./...
+
+$(TOOLS)/%: tools/go.sum
+	@mkdir -p $(TOOLS)
+	@printf 'building %s from tools/go.mod\n' $*
+	@cd tools && CGO_ENABLED=0 GOFLAGS=-mod=readonly go build -trimpath -ldflags '-s -w' -o $@ $(TOOL_PACKAGE)
+
+$(TOOLS)/golangci-lint: TOOL_PACKAGE = github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+$(TOOLS)/controller-gen: TOOL_PACKAGE = sigs.k8s.io/controller-tools/cmd/controller-gen
+$(TOOLS)/protoc-gen-go: TOOL_PACKAGE = google.golang.org/protobuf/cmd/protoc-gen-go
+$(TOOLS)/protoc-gen-go-grpc: TOOL_PACKAGE = google.golang.org/grpc/cmd/protoc-gen-go-grpc
+
+.PHONY: generate
+generate: $(TOOLS)/controller-gen $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## protobuf code, deep copies, CRDs, RBAC and the golden dependency list
+	PATH=$(TOOLS):$$PATH protoc --go_out=. --go_opt=paths=source_relative --go-grpc_out=. --go-grpc_opt=paths=source_relative api/ops/v1/ops.proto
+	$(TOOLS)/controller-gen object:headerFile=deploy/boilerplate.go.txt paths=./api/apps/...
+	$(TOOLS)/controller-gen crd paths=./api/apps/... output:crd:artifacts:config=deploy/crds
+	$(TOOLS)/controller-gen rbac:roleName=cri-controller paths=./controller/... output:rbac:artifacts:config=deploy/rbac
+	go test -run '^TestBinaryDependencies$$' . -update
+
+.PHONY: clean
+clean: ## remove what was built here; the cache stays
+	rm -rf bin .run

@@ -1,0 +1,390 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package mtls_test
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	logtest "github.com/sirupsen/logrus/hooks/test"
+	"go.uber.org/goleak"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
+
+	"github.com/cri-proxy/cri-proxy/ops/mtls"
+	"github.com/cri-proxy/cri-proxy/ops/mtls/mtlstest"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// allowed is the one name that the test servers let in, in each of its forms.
+const (
+	allowed    = "cri-controller.system"
+	allowedURI = "spiffe://cluster/ns/system/sa/cri-controller"
+)
+
+// echoName answers with the client's name, by the error message for want of a
+// field in the health protocol.
+type echoName struct {
+	healthpb.UnimplementedHealthServer
+}
+
+func (echoName) Check(ctx context.Context, _ *healthpb.HealthCheckRequest) (*healthpb.HealthCheckResponse, error) {
+	name, ok := mtls.ClientName(ctx)
+	return nil, status.Errorf(codes.AlreadyExists, "%s %t", name, ok)
+}
+
+func (echoName) Watch(_ *healthpb.HealthCheckRequest, s healthpb.Health_WatchServer) error {
+	name, ok := mtls.ClientName(s.Context())
+	return status.Errorf(codes.AlreadyExists, "%s %t", name, ok)
+}
+
+// bed is a server with credentials of ca at addr.
+type bed struct {
+	ca       *mtlstest.CA
+	dir      string // of the server's files
+	addr     string
+	clientCA string // file that the server reads
+	log      *logtest.Hook
+}
+
+func newBed(t *testing.T) *bed {
+	t.Helper()
+	b := &bed{ca: mtlstest.NewCA(t, "ca"), dir: t.TempDir()}
+	cert, key := b.ca.Issue(b.dir, "server", x509.Certificate{DNSNames: []string{"node"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}})
+	b.clientCA = filepath.Join(b.dir, "clients.pem")
+	b.trust(t, b.ca)
+	log, hook := logtest.NewNullLogger()
+	b.log = hook
+	s, err := mtls.NewServer(mtls.ServerOptions{CertFile: cert, KeyFile: key, ClientCAFile: b.clientCA, AllowedClients: []string{allowed, allowedURI}, Log: log})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.addr = l.Addr().String()
+	srv := grpc.NewServer(s.GRPC()...)
+	healthpb.RegisterHealthServer(srv, echoName{})
+	var owned sync.WaitGroup
+	owned.Go(func() { _ = srv.Serve(mtls.LimitListener(l)) })
+	t.Cleanup(func() {
+		srv.Stop()
+		owned.Wait()
+	})
+	return b
+}
+
+// trust makes the server trust clients of these authorities.
+func (b *bed) trust(t *testing.T, cas ...*mtlstest.CA) {
+	t.Helper()
+	var pem []byte
+	for _, ca := range cas {
+		one, err := os.ReadFile(ca.File)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pem = append(pem, one...)
+	}
+	if err := os.WriteFile(b.clientCA+".next", pem, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(b.clientCA+".next", b.clientCA); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (b *bed) client(t *testing.T, cert, key string) credentials.TransportCredentials {
+	t.Helper()
+	creds, err := mtls.NewClient(mtls.ClientOptions{CertFile: cert, KeyFile: key, ServerCAFile: b.ca.File, Log: logrus.New()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return creds
+}
+
+// call makes a unary call and a stream and returns the names that the server saw
+// (they must agree), or the error.
+func (b *bed) call(t *testing.T, creds credentials.TransportCredentials) (string, error) {
+	t.Helper()
+	conn, err := grpc.NewClient(b.addr, grpc.WithTransportCredentials(creds))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	client := healthpb.NewHealthClient(conn)
+	_, err = client.Check(ctx, &healthpb.HealthCheckRequest{})
+	if status.Code(err) != codes.AlreadyExists {
+		return "", err
+	}
+	unary := status.Convert(err).Message()
+	stream, err := client.Watch(ctx, &healthpb.HealthCheckRequest{})
+	if err != nil {
+		return "", err
+	}
+	_, err = stream.Recv()
+	if streamed := status.Convert(err).Message(); streamed != unary {
+		t.Errorf("stream: %q, unary call: %q", streamed, unary)
+	}
+	return strings.TrimSuffix(unary, " true"), nil
+}
+
+func TestServerLetsIn(t *testing.T) {
+	uri, err := url.Parse(allowedURI)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := mtlstest.NewCA(t, "other")
+	for _, tt := range []struct {
+		name     string
+		ca       *mtlstest.CA // nil: the right one
+		template x509.Certificate
+		want     string // the client's name; empty: denied
+		logged   string
+	}{
+		{name: "dns name", template: x509.Certificate{DNSNames: []string{"x", allowed}}, want: allowed},
+		{name: "uri", template: x509.Certificate{URIs: []*url.URL{uri}}, want: allowedURI},
+		{name: "common name", template: x509.Certificate{Subject: pkix.Name{CommonName: allowed}}, want: allowed},
+		{name: "wrong name", template: x509.Certificate{Subject: pkix.Name{CommonName: "somebody"}, DNSNames: []string{"else"}}, logged: `["else" "somebody"]`},
+		{name: "name in other letters", template: x509.Certificate{DNSNames: []string{strings.ToUpper(allowed)}}, logged: "none of them is among the allowed clients"},
+		{name: "allowed name as a part", template: x509.Certificate{DNSNames: []string{"a." + allowed}}, logged: "none of them is among the allowed clients"},
+		{name: "no name", template: x509.Certificate{}, logged: "none of them is among the allowed clients"},
+		{name: "wrong ca", ca: other, template: x509.Certificate{DNSNames: []string{allowed}}, logged: "unknown authority"},
+		{name: "expired", template: x509.Certificate{DNSNames: []string{allowed}, NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: time.Now().Add(-time.Hour)}, logged: "expired"},
+		{name: "server certificate", template: x509.Certificate{DNSNames: []string{allowed}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}, logged: "incompatible key usage"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			b := newBed(t)
+			ca := tt.ca
+			if ca == nil {
+				ca = b.ca
+			}
+			cert, key := ca.Issue(t.TempDir(), "client", tt.template)
+			got, err := b.call(t, b.client(t, cert, key))
+			if tt.want != "" {
+				if err != nil || got != tt.want {
+					t.Fatalf("got %q, %v, want %q", got, err, tt.want)
+				}
+				return
+			}
+			if status.Code(err) != codes.Unavailable {
+				t.Fatalf("got %q, %v, want the connection refused", got, err)
+			}
+			e := b.log.LastEntry()
+			if e == nil || e.Message != "ops client denied" || !strings.Contains(e.Data[logrus.ErrorKey].(error).Error(), tt.logged) {
+				t.Fatalf("logged %+v, want a denial with %s", e, tt.logged)
+			}
+			if remote, _ := e.Data["remote"].(string); !strings.HasPrefix(remote, "127.0.0.1:") {
+				t.Errorf("remote %q", remote)
+			}
+		})
+	}
+}
+
+func TestServerRefusesOtherTLS(t *testing.T) {
+	for name, change := range map[string]func(*tls.Config){
+		"no certificate": func(c *tls.Config) { c.Certificates = nil },
+		"TLS 1.2":        func(c *tls.Config) { c.MaxVersion = tls.VersionTLS12 },
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBed(t)
+			cert, key := b.ca.Issue(t.TempDir(), "client", x509.Certificate{DNSNames: []string{allowed}})
+			pair, err := tls.LoadX509KeyPair(cert, key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			c := &tls.Config{Certificates: []tls.Certificate{pair}, InsecureSkipVerify: true}
+			change(c)
+			if got, err := b.call(t, credentials.NewTLS(c)); status.Code(err) != codes.Unavailable {
+				t.Fatalf("got %q, %v, want the connection refused", got, err)
+			}
+		})
+	}
+}
+
+func TestDenialsAreLoggedAtALimitedRate(t *testing.T) {
+	b := newBed(t)
+	for range 20 {
+		conn, err := tls.Dial("tcp", b.addr, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := conn.Read(make([]byte, 1)); err == nil {
+			t.Fatal("let in without a certificate")
+		}
+		conn.Close()
+	}
+	if n := len(b.log.AllEntries()); n == 0 || n > 10 {
+		t.Fatalf("%d lines for 20 denials", n)
+	}
+}
+
+func TestRotation(t *testing.T) {
+	b := newBed(t)
+	dir := t.TempDir()
+	cert, key := b.ca.Issue(dir, "client", x509.Certificate{DNSNames: []string{allowed}})
+	creds := b.client(t, cert, key)
+	if _, err := b.call(t, creds); err != nil {
+		t.Fatal(err)
+	}
+
+	t.Run("clients of a new authority", func(t *testing.T) {
+		next := mtlstest.NewCA(t, "next")
+		next.Issue(dir, "client", x509.Certificate{DNSNames: []string{allowed}})
+		if _, err := b.call(t, creds); status.Code(err) != codes.Unavailable {
+			t.Fatalf("the server does not trust it yet: %v", err)
+		}
+		b.trust(t, b.ca, next)
+		if _, err := b.call(t, creds); err != nil {
+			t.Fatal(err)
+		}
+		b.trust(t, next)
+		cert, key := b.ca.Issue(t.TempDir(), "client", x509.Certificate{DNSNames: []string{allowed}})
+		if _, err := b.call(t, b.client(t, cert, key)); status.Code(err) != codes.Unavailable {
+			t.Fatalf("the old authority is still trusted: %v", err)
+		}
+		b.trust(t, b.ca, next)
+	})
+
+	t.Run("server certificate", func(t *testing.T) {
+		b.ca.Issue(b.dir, "server", x509.Certificate{DNSNames: []string{"renamed"}})
+		if _, err := b.call(t, creds); !strings.Contains(errString(err), "127.0.0.1") {
+			t.Fatalf("want the new certificate, which is not for 127.0.0.1: %v", err)
+		}
+		b.ca.Issue(b.dir, "server", x509.Certificate{IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}})
+		if _, err := b.call(t, creds); err != nil {
+			t.Fatal(err)
+		}
+	})
+
+	t.Run("unusable files leave the old ones in force", func(t *testing.T) {
+		b.log.Reset()
+		file := filepath.Join(b.dir, "server.key")
+		old, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(file, []byte("nonsense"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := b.call(t, creds); err != nil {
+			t.Fatal(err)
+		}
+		if e := b.log.LastEntry(); e == nil || !strings.Contains(e.Data[logrus.ErrorKey].(error).Error(), "stay in force") {
+			t.Errorf("logged %v", e)
+		}
+		if err := os.Remove(b.clientCA); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := b.call(t, creds); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(file, old, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+func TestClientRefusesServer(t *testing.T) {
+	b := newBed(t)
+	other := mtlstest.NewCA(t, "other")
+	cert, key := b.ca.Issue(t.TempDir(), "client", x509.Certificate{DNSNames: []string{allowed}})
+	for name, o := range map[string]mtls.ClientOptions{
+		"of another authority": {CertFile: cert, KeyFile: key, ServerCAFile: other.File},
+		"with another name":    {CertFile: cert, KeyFile: key, ServerCAFile: b.ca.File, ServerName: "other-node"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			o.Log = logrus.New()
+			creds, err := mtls.NewClient(o)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got, err := b.call(t, creds); status.Code(err) != codes.Unavailable {
+				t.Fatalf("got %q, %v", got, err)
+			}
+		})
+	}
+	t.Run("accepts the expected name", func(t *testing.T) {
+		creds, err := mtls.NewClient(mtls.ClientOptions{CertFile: cert, KeyFile: key, ServerCAFile: b.ca.File, ServerName: "node", Log: logrus.New()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := b.call(t, creds); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+func TestMessageSizeIsBounded(t *testing.T) {
+	b := newBed(t)
+	cert, key := b.ca.Issue(t.TempDir(), "client", x509.Certificate{DNSNames: []string{allowed}})
+	conn, err := grpc.NewClient(b.addr, grpc.WithTransportCredentials(b.client(t, cert, key)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	_, err = healthpb.NewHealthClient(conn).Check(t.Context(), &healthpb.HealthCheckRequest{Service: strings.Repeat("x", 1<<20)})
+	if status.Code(err) != codes.ResourceExhausted {
+		t.Fatalf("got %v", err)
+	}
+}
+
+func TestNewServerErrors(t *testing.T) {
+	ca := mtlstest.NewCA(t, "ca")
+	dir := t.TempDir()
+	cert, key := ca.Issue(dir, "a", x509.Certificate{})
+	_, otherKey := ca.Issue(dir, "b", x509.Certificate{})
+	good := mtls.ServerOptions{CertFile: cert, KeyFile: key, ClientCAFile: ca.File, AllowedClients: []string{"x"}, Log: logrus.New()}
+	for _, tt := range []struct {
+		name   string
+		change func(*mtls.ServerOptions)
+		want   string
+	}{
+		{"good", func(*mtls.ServerOptions) {}, ""},
+		{"nobody allowed", func(o *mtls.ServerOptions) { o.AllowedClients = nil }, "no client is allowed"},
+		{"empty name allowed", func(o *mtls.ServerOptions) { o.AllowedClients = []string{""} }, "empty name"},
+		{"missing file", func(o *mtls.ServerOptions) { o.CertFile = dir + "/none" }, "none: no such file"},
+		{"other key", func(o *mtls.ServerOptions) { o.KeyFile = otherKey }, "does not match"},
+		{"no ca", func(o *mtls.ServerOptions) { o.ClientCAFile = key }, "holds no PEM certificate"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			o := good
+			tt.change(&o)
+			_, err := mtls.NewServer(o)
+			if (tt.want == "") != (err == nil) || !strings.Contains(errString(err), tt.want) {
+				t.Fatalf("got %v, want %q", err, tt.want)
+			}
+		})
+	}
+}
+
+func TestClientNameOutsideServer(t *testing.T) {
+	if name, ok := mtls.ClientName(t.Context()); ok || name != "" {
+		t.Fatalf("got %q, %t", name, ok)
+	}
+}
+
+func errString(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
