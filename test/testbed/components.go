@@ -1,0 +1,314 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package testbed
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// modulePath tells the checkout of this project from another module around the working directory.
+const modulePath = "github.com/cri-proxy/cri-proxy"
+
+// kubernetesVersion is stamped into the Kubernetes binaries: they refuse each other without one. It must be the version that
+// test/components/kubernetes/go.mod requires (a test checks it).
+const kubernetesVersion = "v1.37.2"
+
+// component is one pinned module below test/components and the programs built from it.
+type component struct {
+	dir      string
+	programs map[string]string // binary name: package
+	tags     string
+	ldflags  string
+	cluster  bool // only a Cluster bed needs it
+}
+
+func components() []component {
+	const (
+		containerd = "github.com/containerd/containerd/v2/cmd/"
+		plugins    = "github.com/containernetworking/plugins/plugins/"
+		kubernetes = "k8s.io/kubernetes/cmd/"
+		version    = "-X k8s.io/component-base/version."
+	)
+	minor := strings.Split(kubernetesVersion, ".")[1]
+	return []component{
+		{dir: "containerd", programs: map[string]string{
+			"containerd": containerd + "containerd", "containerd-shim-runc-v2": containerd + "containerd-shim-runc-v2", "ctr": containerd + "ctr",
+		}},
+		// CRI's seccomp profiles need libseccomp.
+		{dir: "runc", programs: map[string]string{"runc": "github.com/opencontainers/runc"}, tags: "seccomp"},
+		{dir: "cni", programs: map[string]string{
+			"bridge": plugins + "main/bridge", "loopback": plugins + "main/loopback", "host-local": plugins + "ipam/host-local", "portmap": plugins + "meta/portmap",
+		}},
+		{dir: "registry", programs: map[string]string{"registry": "github.com/distribution/distribution/v3/cmd/registry"}},
+		{dir: "crane", programs: map[string]string{"crane": "github.com/google/go-containerregistry/cmd/crane"}},
+		{dir: "cri-tools", programs: map[string]string{"crictl": "sigs.k8s.io/cri-tools/cmd/crictl"}},
+		{dir: "etcd", programs: map[string]string{"etcd": "go.etcd.io/etcd/server/v3"}, cluster: true},
+		{dir: "kubernetes", programs: map[string]string{
+			"kube-apiserver": kubernetes + "kube-apiserver", "kube-controller-manager": kubernetes + "kube-controller-manager",
+			"kube-scheduler": kubernetes + "kube-scheduler", "kubelet": kubernetes + "kubelet", "kubectl": kubernetes + "kubectl",
+		}, ldflags: version + "gitVersion=" + kubernetesVersion + " " + version + "gitMajor=1 " + version + "gitMinor=" + minor, cluster: true},
+	}
+}
+
+// CacheDir is where built components, images and the beds' own directories live: $CRI_PROXY_CACHE, else
+// $XDG_CACHE_HOME/cri-proxy, else ~/.cache/cri-proxy. Never below /tmp: tmpfs has no overlayfs upper directories on old kernels and
+// machines empty it.
+func CacheDir() (string, error) {
+	dir := os.Getenv("CRI_PROXY_CACHE")
+	if dir == "" {
+		base, err := os.UserCacheDir()
+		if err != nil {
+			return "", fmt.Errorf("no place for the component cache: %w; set CRI_PROXY_CACHE to a directory", err)
+		}
+		dir = filepath.Join(base, "cri-proxy")
+	}
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return "", err
+	}
+	return dir, os.MkdirAll(dir, 0o755)
+}
+
+// SourceDir returns the root of the checkout around dir (the working directory when empty).
+func SourceDir(dir string) (string, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return "", err
+	}
+	for d := dir; ; d = filepath.Dir(d) {
+		if b, err := os.ReadFile(filepath.Join(d, "go.mod")); err == nil {
+			if first, _, _ := strings.Cut(string(b), "\n"); strings.TrimSpace(first) == "module "+modulePath {
+				return d, nil
+			}
+		}
+		if d == filepath.Dir(d) {
+			return "", fmt.Errorf("%s is not inside a checkout of %s: run from there or set Source", dir, modulePath)
+		}
+	}
+}
+
+// lockFile takes an exclusive lock that ends with unlock or with this process.
+func lockFile(ctx context.Context, path string) (unlock func(), err error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	err = poll(ctx, func() error {
+		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+			return fmt.Errorf("lock %s, held by another run: %w", path, err)
+		}
+		return nil
+	})
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return func() { f.Close() }, nil
+}
+
+func goVersion(ctx context.Context) (string, error) {
+	out, err := exec.CommandContext(ctx, "go", "env", "GOVERSION", "GOOS", "GOARCH").Output()
+	if err != nil {
+		return "", fmt.Errorf("the Go toolchain is needed to build the components: %w", err)
+	}
+	return string(out), nil
+}
+
+// hash is short enough for a path and long enough to be unique.
+func hash(parts ...string) string {
+	h := sha256.New()
+	for _, p := range parts {
+		fmt.Fprintf(h, "%d:", len(p))
+		io.WriteString(h, p)
+	}
+	return hex.EncodeToString(h.Sum(nil))[:16]
+}
+
+// Build makes the pinned components available below the cache and returns their directory, one subdirectory linkless per program set:
+// the directory holds symlinks to every program. Components that are there already are not built again; parallel callers build once.
+// Progress goes to log, one line per step.
+func Build(ctx context.Context, source string, mode Mode, log io.Writer) (string, error) {
+	if err := installPackages(ctx, log); err != nil {
+		return "", err
+	}
+	source, err := SourceDir(source)
+	if err != nil {
+		return "", err
+	}
+	cache, err := CacheDir()
+	if err != nil {
+		return "", err
+	}
+	version, err := goVersion(ctx)
+	if err != nil {
+		return "", err
+	}
+	store := filepath.Join(cache, "components")
+	if err := os.MkdirAll(store, 0o755); err != nil {
+		return "", err
+	}
+	links := map[string]string{}
+	var keys []string
+	for _, c := range components() {
+		if c.cluster && mode != ModeCluster {
+			continue
+		}
+		dir, err := c.build(ctx, filepath.Join(source, "test", "components", c.dir), store, version, log)
+		if err != nil {
+			return "", err
+		}
+		keys = append(keys, dir)
+		for name := range c.programs {
+			links[name] = filepath.Join(dir, name)
+		}
+	}
+	bin := filepath.Join(store, "bin-"+hash(keys...))
+	return bin, linkAll(bin, links)
+}
+
+// linkAll makes dir, holding the given symlinks, appear in one step.
+func linkAll(dir string, links map[string]string) error {
+	if _, err := os.Stat(dir); err == nil {
+		return nil
+	}
+	tmp, err := os.MkdirTemp(filepath.Dir(dir), ".tmp-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(tmp)
+	for name, target := range links {
+		if err := os.Symlink(target, filepath.Join(tmp, name)); err != nil {
+			return err
+		}
+	}
+	if err := os.Chmod(tmp, 0o755); err != nil {
+		return err
+	}
+	if err := os.Rename(tmp, dir); err != nil && !errors.Is(err, os.ErrExist) && !errors.Is(err, unix.ENOTEMPTY) {
+		return err
+	}
+	return nil
+}
+
+// build compiles one component unless the store has it, keyed by its module files, the flags and the Go version.
+func (c component) build(ctx context.Context, module, store, goVersion string, log io.Writer) (string, error) {
+	var key []string
+	for _, f := range []string{"go.mod", "go.sum"} {
+		b, err := os.ReadFile(filepath.Join(module, f))
+		if err != nil {
+			return "", fmt.Errorf("component %s: %w", c.dir, err)
+		}
+		key = append(key, string(b))
+	}
+	key = append(key, fmt.Sprintf("%v", c), goVersion)
+	dir := filepath.Join(store, c.dir+"-"+hash(key...))
+	if _, err := os.Stat(dir); err == nil {
+		return dir, nil
+	}
+	unlock, err := lockFile(ctx, filepath.Join(store, "."+c.dir+".lock"))
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	if _, err := os.Stat(dir); err == nil {
+		return dir, nil // built while we waited
+	}
+	tmp, err := os.MkdirTemp(store, ".tmp-"+c.dir+"-")
+	if err != nil {
+		return "", err
+	}
+	defer os.RemoveAll(tmp)
+	began := time.Now()
+	fmt.Fprintf(log, "build %s (minutes when done for the first time) ...\n", c.dir)
+	for name, pkg := range c.programs {
+		args := []string{"build", "-ldflags", "-s -w " + c.ldflags, "-o", filepath.Join(tmp, name)}
+		if c.tags != "" {
+			args = append(args, "-tags", c.tags)
+		}
+		cmd := exec.CommandContext(ctx, "go", append(args, pkg)...)
+		cmd.Dir = module
+		// GOFLAGS of the caller must not touch the checked-in module files.
+		cmd.Env = append(os.Environ(), "GOFLAGS=-mod=readonly -buildvcs=false", "GOWORK=off", "CGO_ENABLED=1")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return "", fmt.Errorf("build %s of component %s: %w\n%s", name, c.dir, err, out)
+		}
+	}
+	if err := os.Chmod(tmp, 0o755); err != nil {
+		return "", err
+	}
+	if err := os.Rename(tmp, dir); err != nil {
+		return "", err
+	}
+	fmt.Fprintf(log, "build %s: %.1fs\n", c.dir, time.Since(began).Seconds())
+	return dir, nil
+}
+
+// buildProduct compiles one of the project's own commands and copies it to dst. The go command leaves an up-to-date binary alone, so
+// it is kept in the cache per checkout, and copied because a later build may replace it under a running process.
+func buildProduct(ctx context.Context, source, command string, race bool, dst string) error {
+	if _, err := os.Stat(filepath.Join(source, "cmd", command)); err != nil {
+		return fmt.Errorf("this checkout has no cmd/%s yet: use a direct bed or give the path of a built binary: %w", command, err)
+	}
+	cache, err := CacheDir()
+	if err != nil {
+		return err
+	}
+	dir := filepath.Join(cache, "product", hash(source, fmt.Sprint(race)))
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	unlock, err := lockFile(ctx, filepath.Join(dir, "."+command+".lock"))
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	args := []string{"build", "-buildvcs=false", "-o", filepath.Join(dir, command)}
+	if race {
+		args = append(args, "-race")
+	}
+	cmd := exec.CommandContext(ctx, "go", append(args, "./cmd/"+command)...)
+	cmd.Dir = source
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("build %s from %s: %w\n%s", command, source, err, out)
+	}
+	return copyFile(filepath.Join(dir, command), dst)
+}
+
+// copyFile copies through a temporary name, so that a running dst is replaced and not written to.
+func copyFile(src, dst string) error {
+	in, err := os.Open(src)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	st, err := in.Stat()
+	if err != nil {
+		return err
+	}
+	out, err := os.CreateTemp(filepath.Dir(dst), ".tmp-*")
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, in)
+	err = errors.Join(err, out.Chmod(st.Mode().Perm()), out.Close())
+	if err == nil {
+		err = os.Rename(out.Name(), dst)
+	}
+	if err != nil {
+		_ = os.Remove(out.Name())
+	}
+	return err
+}
