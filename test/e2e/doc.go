@@ -1,0 +1,6 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+// Package e2e tests the whole path on a real one-node cluster: kubelet talks to
+// containerd only through cri-proxy, and cri-controller turns custom resources into restarts.
+package e2e

@@ -1,0 +1,252 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
+	"k8s.io/client-go/tools/clientcmd"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/test/testbed"
+)
+
+// The cluster of this run. Tests share it and keep to namespaces of their own.
+var (
+	bed    *testbed.Bed
+	api    client.WithWatch
+	failed bool
+	// calls is where the proxy records every CRI call of kubelet's.
+	calls string
+	// failpoint is the file that names the failpoint of the proxy's next start.
+	failpoint string
+)
+
+func TestMain(m *testing.M) {
+	code, err := run(m)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "e2e:", err)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+func run(m *testing.M) (code int, err error) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	cache, err := testbed.CacheDir()
+	if err != nil {
+		return 0, err
+	}
+	scratch, err := os.MkdirTemp(cache, "e2e-")
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(scratch)) }()
+	calls, failpoint = filepath.Join(scratch, "calls.json"), filepath.Join(scratch, "failpoint")
+	program, err := proxyWithFailpoints(scratch)
+	if err != nil {
+		return 0, err
+	}
+	bed, err = testbed.Start(ctx, testbed.Options{
+		Mode: testbed.ModeCluster, Race: true, Log: os.Stderr, KeepLogs: func() bool { return failed },
+		ProxyBinary: program, ProxyArgs: []string{"--record-calls", calls},
+	})
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, bed.Close(context.Background())) }()
+	if api, err = newClient(bed.Kubeconfig); err != nil {
+		return 0, err
+	}
+	root, err := testbed.SourceDir("")
+	if err != nil {
+		return 0, err
+	}
+	if _, err := bed.Kubectl(ctx, "apply", "-f", filepath.Join(root, "deploy", "crds")); err != nil {
+		return 0, err
+	}
+	if _, err := bed.Kubectl(ctx, "wait", "--for=condition=Established", "crd", "--all", "--timeout=30s"); err != nil {
+		return 0, err
+	}
+	if err := bed.StartController(ctx); err != nil {
+		return 0, err
+	}
+	code = m.Run()
+	failed = code != 0
+	return code, nil
+}
+
+// proxyWithFailpoints builds cri-proxy so that a test can have it die at a step,
+// and returns a program that starts it with the failpoint that the file names.
+func proxyWithFailpoints(dir string) (string, error) {
+	binary := filepath.Join(dir, "cri-proxy-failpoint")
+	cmd := exec.Command("go", "build", "-race", "-tags", "failpoint", "-o", binary, "github.com/cri-proxy/cri-proxy/cmd/cri-proxy")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("building cri-proxy: %w\n%s", err, out)
+	}
+	program := filepath.Join(dir, "cri-proxy")
+	script := fmt.Sprintf("#!/bin/sh\nCRI_PROXY_FAILPOINT=$(cat %q 2>/dev/null) exec %q \"$@\"\n", failpoint, binary)
+	return program, os.WriteFile(program, []byte(script), 0o755)
+}
+
+func newClient(kubeconfig string) (client.WithWatch, error) {
+	config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
+	if err != nil {
+		return nil, err
+	}
+	config.QPS, config.Burst = 200, 400
+	scheme := runtime.NewScheme()
+	if err := errors.Join(clientgoscheme.AddToScheme(scheme), appsv1alpha1.AddToScheme(scheme)); err != nil {
+		return nil, err
+	}
+	return client.NewWithWatch(config, client.Options{Scheme: scheme})
+}
+
+// namespace makes a namespace of the test's own and removes it with everything in it.
+func namespace(t testing.TB) string {
+	t.Helper()
+	name := strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(t.Name()))
+	must(t, bed.CreateNamespace(t.Context(), name))
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		_, err := bed.Kubectl(ctx, "delete", "namespace", name, "--wait=true", "--timeout=50s")
+		if err != nil {
+			t.Errorf("removing the namespace: %v", err)
+		}
+	})
+	return name
+}
+
+func apply(t testing.TB, documents string) {
+	t.Helper()
+	must(t, bed.KubectlApply(t.Context(), documents))
+}
+
+func kubectl(t testing.TB, args ...string) string {
+	t.Helper()
+	out, err := bed.Kubectl(t.Context(), args...)
+	must(t, err)
+	return strings.TrimSpace(out)
+}
+
+func getPod(t testing.TB, ns, name string) *corev1.Pod {
+	t.Helper()
+	p := &corev1.Pod{}
+	must(t, api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: name}, p))
+	return p
+}
+
+// container returns the status of one container.
+func container(t testing.TB, p *corev1.Pod, name string) corev1.ContainerStatus {
+	t.Helper()
+	for _, list := range [][]corev1.ContainerStatus{p.Status.ContainerStatuses, p.Status.InitContainerStatuses} {
+		for _, c := range list {
+			if c.Name == name {
+				return c
+			}
+		}
+	}
+	t.Fatalf("pod %s has no status of container %s", p.Name, name)
+	return corev1.ContainerStatus{}
+}
+
+// ready waits until the pod is ready and returns it.
+func ready(t testing.TB, ns, name string) *corev1.Pod {
+	t.Helper()
+	var p *corev1.Pod
+	eventually(t, "pod "+name+" is ready", func() bool {
+		p = getPod(t, ns, name)
+		for _, c := range p.Status.Conditions {
+			if c.Type == corev1.PodReady {
+				return c.Status == corev1.ConditionTrue
+			}
+		}
+		return false
+	})
+	return p
+}
+
+// completed waits until the request is completed and returns it.
+func completed(t testing.TB, ns, name string) *appsv1alpha1.ContainerRecreateRequest {
+	t.Helper()
+	crr := &appsv1alpha1.ContainerRecreateRequest{}
+	eventually(t, "request "+name+" is completed", func() bool {
+		must(t, api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: name}, crr))
+		return crr.Status.Phase == appsv1alpha1.ContainerRecreateRequestCompleted
+	})
+	return crr
+}
+
+// eventually waits for a condition in the cluster.
+func eventually(t testing.TB, what string, cond func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(90 * time.Second)
+	for !cond() {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within 90 s: %s", what)
+		}
+		time.Sleep(50 * time.Millisecond) // polling another process
+	}
+}
+
+// call is a CRI call that kubelet made, as the proxy recorded it.
+type call struct {
+	Time                             time.Time
+	Method, Code                     string
+	ContainerID, SandboxID           string
+	Container, Pod, Namespace, Image string
+	Attempt                          *uint32
+}
+
+// kubeletCalls returns the recorded calls of one CRI method.
+func kubeletCalls(t testing.TB, method string) []call {
+	t.Helper()
+	f, err := os.Open(calls)
+	must(t, err)
+	defer func() { _ = f.Close() }()
+	var out []call
+	s := bufio.NewScanner(f)
+	s.Buffer(nil, 1<<20)
+	for s.Scan() {
+		var c call
+		if json.Unmarshal(s.Bytes(), &c) != nil {
+			continue // the last line of a process that was killed
+		}
+		if strings.HasSuffix(c.Method, "/"+method) {
+			out = append(out, c)
+		}
+	}
+	must(t, s.Err())
+	return out
+}
+
+// restartProxy ends the proxy with the signal and starts it again.
+func restartProxy(t testing.TB, sig syscall.Signal) {
+	t.Helper()
+	must(t, bed.RestartProxy(t.Context(), sig))
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}

@@ -1,0 +1,332 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
+)
+
+// threeContainers is a pod whose container app exits with code 7 and a termination
+// message when it is asked to stop.
+func threeContainers(ns, name string, policy corev1.RestartPolicy) string {
+	loop := func(n string) string {
+		return fmt.Sprintf(`
+  - name: %s
+    image: %s
+    command: [sh, -c, 'trap "echo -n last words > /dev/termination-log; exit 7" TERM; echo started %s; while :; do sleep 0.1; done']`, n, bed.Image("busybox:1.0"), n)
+	}
+	return fmt.Sprintf(`
+apiVersion: v1
+kind: Pod
+metadata: {name: %s, namespace: %s}
+spec:
+  restartPolicy: %s
+  terminationGracePeriodSeconds: 5
+  containers:%s%s%s
+`, name, ns, policy, loop("app"), loop("two"), loop("three"))
+}
+
+// phases watches a pod and collects what it was.
+type phases struct {
+	mu   sync.Mutex
+	seen []string
+	stop func()
+}
+
+func watchPhases(t testing.TB, ns, name, uid string) *phases {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	w, err := api.Watch(ctx, &corev1.PodList{}, client.InNamespace(ns))
+	must(t, err)
+	p := &phases{}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for e := range w.ResultChan() {
+			pod, ok := e.Object.(*corev1.Pod)
+			if !ok || pod.Name != name {
+				continue
+			}
+			p.mu.Lock()
+			if string(pod.UID) != uid || pod.Status.Phase != corev1.PodRunning {
+				p.seen = append(p.seen, fmt.Sprintf("uid %s phase %s", pod.UID, pod.Status.Phase))
+			}
+			for _, c := range pod.Status.ContainerStatuses {
+				if c.State.Waiting != nil || c.State.Terminated != nil {
+					p.seen = append(p.seen, fmt.Sprintf("container %s is %+v", c.Name, c.State))
+				}
+			}
+			p.mu.Unlock()
+		}
+	}()
+	p.stop = sync.OnceFunc(func() { cancel(); w.Stop(); <-done })
+	t.Cleanup(p.stop)
+	return p
+}
+
+// bad returns what was not right.
+func (p *phases) bad() []string {
+	p.stop()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.seen
+}
+
+func recreate(ns, name, pod, rest string) string {
+	return fmt.Sprintf(`
+apiVersion: apps.kruise.io/v1alpha1
+kind: ContainerRecreateRequest
+metadata: {namespace: %s, name: %s}
+spec:
+  podName: %s
+  %s
+`, ns, name, pod, rest)
+}
+
+// TestContainerRecreateRequest restarts one container of a pod under each restart policy.
+func TestContainerRecreateRequest(t *testing.T) {
+	for _, policy := range []corev1.RestartPolicy{corev1.RestartPolicyAlways, corev1.RestartPolicyOnFailure, corev1.RestartPolicyNever} {
+		t.Run(string(policy), func(t *testing.T) {
+			ns := namespace(t)
+			apply(t, threeContainers(ns, "my-pod", policy))
+			before := ready(t, ns, "my-pod")
+			seen := watchPhases(t, ns, "my-pod", string(before.UID))
+
+			// As found in the field, status and all; only names and namespace are adapted.
+			apply(t, fmt.Sprintf(`
+apiVersion: apps.kruise.io/v1alpha1
+kind: ContainerRecreateRequest
+metadata:
+  namespace: %s
+  name: example-restart
+spec:
+  podName: my-pod
+  containers:
+  - name: app
+    strategy: {}
+  activeDeadlineSeconds: 300
+  ttlSecondsAfterFinished: 1800
+status:
+  containerRecreateStates:
+  - name: app
+    phase: Succeeded
+`, ns))
+			crr := completed(t, ns, "example-restart")
+			if s := crr.Status.ContainerRecreateStates; len(s) != 1 || s[0].Name != "app" || s[0].Phase != appsv1alpha1.ContainerRecreateRequestSucceeded {
+				t.Fatalf("states: %+v, message %q", s, crr.Status.Message)
+			}
+			after := getPod(t, ns, "my-pod")
+			if bad := seen.bad(); len(bad) > 0 {
+				t.Errorf("the pod was not running all the time:\n%s", strings.Join(bad, "\n"))
+			}
+			if after.UID != before.UID || after.Status.PodIP != before.Status.PodIP {
+				t.Errorf("pod %s %s became %s %s", before.UID, before.Status.PodIP, after.UID, after.Status.PodIP)
+			}
+			was, is := container(t, before, "app"), container(t, after, "app")
+			if is.ContainerID == was.ContainerID || is.RestartCount != was.RestartCount+1 || is.State.Running == nil || !is.Ready {
+				t.Errorf("container app was %+v and is %+v", was, is)
+			}
+			last := is.LastTerminationState.Terminated
+			if last == nil || last.ExitCode != 7 || last.Message != "last words" || last.ContainerID != was.ContainerID {
+				t.Errorf("last state of app: %+v", last)
+			}
+			for _, other := range []string{"two", "three"} {
+				if a, b := container(t, before, other), container(t, after, other); a.ContainerID != b.ContainerID || b.RestartCount != 0 {
+					t.Errorf("container %s was %s and is %s, restarts %d", other, a.ContainerID, b.ContainerID, b.RestartCount)
+				}
+			}
+			for _, args := range [][]string{{}, {"--previous"}} {
+				if out := kubectl(t, append([]string{"-n", ns, "logs", "my-pod", "-c", "app"}, args...)...); out != "started app" {
+					t.Errorf("logs %v: %q", args, out)
+				}
+			}
+			columns := strings.Fields(kubectl(t, "-n", ns, "get", "crr", "example-restart", "--no-headers"))
+			if len(columns) != 5 || columns[1] != "Completed" || columns[2] != "my-pod" || columns[3] != bed.NodeName {
+				t.Errorf("kubectl get crr: %q", columns)
+			}
+			assertKubeletDidNothing(t, ns, "my-pod", "app")
+		})
+	}
+}
+
+// assertKubeletDidNothing checks kubelet's calls on the slot: it created one container, ever.
+func assertKubeletDidNothing(t testing.TB, ns, pod, name string) {
+	t.Helper()
+	var created []call
+	for _, c := range kubeletCalls(t, "CreateContainer") {
+		if c.Namespace == ns && c.Pod == pod && c.Container == name {
+			created = append(created, c)
+		}
+	}
+	if len(created) != 1 || created[0].Attempt == nil || *created[0].Attempt != 0 {
+		t.Errorf("kubelet created: %+v", created)
+	}
+	for _, c := range kubeletCalls(t, "StopContainer") {
+		if c.Namespace == ns && c.Pod == pod && c.Container == name {
+			t.Errorf("kubelet stopped: %+v", c)
+		}
+	}
+}
+
+// TestTenRestarts restarts a container ten times, 5 s apart. Kubelet would add 10, 20,
+// 40 … seconds from the second on.
+func TestTenRestarts(t *testing.T) {
+	ns := namespace(t)
+	apply(t, threeContainers(ns, "my-pod", corev1.RestartPolicyAlways))
+	before := ready(t, ns, "my-pod")
+	seen := watchPhases(t, ns, "my-pod", string(before.UID))
+	var took []time.Duration
+	next := time.NewTicker(5 * time.Second)
+	defer next.Stop()
+	for i := range 10 {
+		name := fmt.Sprintf("restart-%d", i)
+		began := time.Now()
+		apply(t, recreate(ns, name, "my-pod", "containers: [{name: app}]"))
+		crr := completed(t, ns, name)
+		took = append(took, time.Since(began).Round(10*time.Millisecond))
+		if crr.Status.ContainerRecreateStates[0].Phase != appsv1alpha1.ContainerRecreateRequestSucceeded {
+			t.Fatalf("restart %d: %+v", i, crr.Status)
+		}
+		<-next.C
+	}
+	t.Logf("from apply to Completed: %v", took)
+	after := getPod(t, ns, "my-pod")
+	if c := container(t, after, "app"); c.RestartCount != 10 {
+		t.Errorf("restarts: %d", c.RestartCount)
+	}
+	if bad := seen.bad(); len(bad) > 0 {
+		t.Errorf("the pod was not running all the time:\n%s", strings.Join(bad, "\n"))
+	}
+	assertKubeletDidNothing(t, ns, "my-pod", "app")
+}
+
+// TestKillProxyAtEachStep kills cri-proxy at every step of a restart that a request asked for.
+func TestKillProxyAtEachStep(t *testing.T) {
+	ns := namespace(t)
+	for _, point := range []string{"stage", "created", "staged", "stop", "stopped", "running", "started", "revealed", "done"} {
+		t.Run(point, func(t *testing.T) {
+			pod := "pod-" + point
+			apply(t, threeContainers(ns, pod, corev1.RestartPolicyNever))
+			before := ready(t, ns, pod)
+			setFailpoint(t, "restart."+point)
+			restartProxy(t, syscall.SIGTERM)
+			setFailpoint(t, "")
+			doomed := bed.Process("cri-proxy")
+			apply(t, recreate(ns, point, pod, "containers: [{name: app}]"))
+			died(t, doomed)
+			startProxy(t)
+
+			crr := completed(t, ns, point)
+			if s := crr.Status.ContainerRecreateStates; len(s) != 1 || s[0].Phase != appsv1alpha1.ContainerRecreateRequestSucceeded {
+				t.Errorf("states: %+v, message %q", s, crr.Status.Message)
+			}
+			after := getPod(t, ns, pod)
+			was, is := container(t, before, "app"), container(t, after, "app")
+			if is.State.Running == nil || is.ContainerID == was.ContainerID || is.RestartCount != 1 {
+				t.Errorf("container app is %+v", is)
+			}
+			if a, b := container(t, before, "two"), container(t, after, "two"); a.ContainerID != b.ContainerID {
+				t.Error("a neighbour was restarted")
+			}
+			// Around the proxy: nothing is hidden that kubelet does not know.
+			assertContainers(t, string(after.UID), "app", 2, 1)
+			assertKubeletDidNothing(t, ns, pod, "app")
+		})
+	}
+	assertNodeReady(t)
+}
+
+// TestThroughTheProxy runs what kubelet and kubectl do every day, and restarts of
+// kubelet and of the proxy under a running workload.
+func TestThroughTheProxy(t *testing.T) {
+	ns := namespace(t)
+	apply(t, fmt.Sprintf(`
+apiVersion: v1
+kind: Pod
+metadata: {name: web, namespace: %[1]s}
+spec:
+  terminationGracePeriodSeconds: 20
+  initContainers:
+  - {name: init, image: %[3]s, command: [sh, -c, "echo from-init > /work/init"], volumeMounts: [{name: work, mountPath: /work}]}
+  - {name: sidecar, image: %[3]s, restartPolicy: Always, command: [sh, -c, "trap exit TERM; while :; do sleep 0.2; done"]}
+  containers:
+  - name: app
+    image: %[2]s
+    ports: [{name: http, containerPort: 8080}]
+    env: [{name: TICK, value: "1"}]
+    volumeMounts: [{name: work, mountPath: /work}]
+    startupProbe: {httpGet: {path: /healthz, port: http}, periodSeconds: 1, failureThreshold: 30}
+    readinessProbe: {httpGet: {path: /readyz, port: http}, periodSeconds: 1}
+    livenessProbe: {tcpSocket: {port: http}, periodSeconds: 1}
+    lifecycle:
+      postStart: {httpGet: {path: /hook?name=post, port: http}}
+  - name: shell
+    image: %[3]s
+    command: [sh, -c, "trap exit TERM; touch /tmp/alive; while :; do sleep 0.2; done"]
+    livenessProbe: {exec: {command: [cat, /tmp/alive]}, periodSeconds: 1}
+    lifecycle:
+      preStop: {exec: {command: [sh, -c, "echo stopping > /work/stopping; sleep 2"]}}
+    volumeMounts: [{name: work, mountPath: /work}]
+  volumes: [{name: work, emptyDir: {}}]
+`, ns, bed.Image("app:1"), bed.Image("busybox:1.0")))
+	pod := ready(t, ns, "web")
+	watching := watchNode(t)
+
+	if out := kubectl(t, "-n", ns, "exec", "web", "-c", "shell", "--", "cat", "/work/init"); out != "from-init" {
+		t.Errorf("exec: %q", out)
+	}
+	if out := kubectl(t, "-n", ns, "logs", "web", "-c", "app"); out == "" {
+		t.Error("no logs")
+	}
+	if body := portForward(t, ns, "web"); !strings.Contains(body, `"version"`) {
+		t.Errorf("port-forward: %q", body)
+	}
+	check := func(what string) {
+		t.Helper()
+		now := getPod(t, ns, "web")
+		for _, name := range []string{"app", "shell", "sidecar"} {
+			if a, b := container(t, pod, name), container(t, now, name); a.ContainerID != b.ContainerID || b.RestartCount != 0 {
+				t.Errorf("after %s: container %s was %s and is %s, restarts %d", what, name, a.ContainerID, b.ContainerID, b.RestartCount)
+			}
+		}
+	}
+	must(t, bed.RestartKubelet(t.Context()))
+	ready(t, ns, "web")
+	check("a restart of kubelet")
+	for range 3 {
+		restartProxy(t, syscall.SIGKILL)
+	}
+	// The next relist of kubelet's goes through.
+	since := len(kubeletCalls(t, "ListContainers"))
+	eventually(t, "kubelet lists again", func() bool { return len(kubeletCalls(t, "ListContainers")) > since+2 })
+	check("kill -9 of the proxy")
+	restartProxy(t, syscall.SIGTERM)
+	must(t, bed.RestartContainerd(t.Context()))
+	since = len(kubeletCalls(t, "ListContainers"))
+	eventually(t, "kubelet lists again", func() bool { return len(kubeletCalls(t, "ListContainers")) > since+2 })
+	check("a restart of containerd")
+	if out := kubectl(t, "-n", ns, "exec", "web", "-c", "shell", "--", "echo", "alive"); out != "alive" {
+		t.Errorf("exec: %q", out)
+	}
+	if bad := watching(); len(bad) > 0 {
+		t.Errorf("the node was not ready all the time: %v", bad)
+	}
+
+	began := time.Now()
+	kubectl(t, "-n", ns, "delete", "pod", "web", "--wait=true")
+	if took := time.Since(began); took < 2*time.Second || took > 20*time.Second {
+		t.Errorf("deleted after %s, the preStop hook takes 2 s and the grace is 20 s", took)
+	}
+}
