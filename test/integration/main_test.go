@@ -5,9 +5,13 @@ package integration
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"testing"
+
+	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
 // bed is the containerd of this run.
@@ -16,7 +20,7 @@ var bed struct {
 	busybox string // image references
 	app     string
 	cgroup  string
-	dir     string
+	dir     string // for sockets and state; its path is short
 }
 
 func TestMain(m *testing.M) {
@@ -28,16 +32,21 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-func run(m *testing.M) (int, error) {
-	_ = context.Background()
-	bed.runtime = os.Getenv("CRI_PROXY_TEST_RUNTIME")
-	bed.busybox = "localhost:5000/busybox:1.0"
-	bed.cgroup = "/cri-proxy-it"
-	dir, err := os.MkdirTemp("/root/lab", "it")
+func run(m *testing.M) (code int, err error) {
+	ctx := context.Background()
+	failed := false
+	b, err := testbed.Start(ctx, testbed.Options{Mode: testbed.ModeNode, Direct: true, Log: os.Stderr, KeepLogs: func() bool { return failed }})
 	if err != nil {
 		return 0, err
 	}
-	defer os.RemoveAll(dir)
-	bed.dir = dir
-	return m.Run(), nil
+	defer func() { err = errors.Join(err, b.Close(ctx)) }()
+	bed.runtime, bed.cgroup = b.RuntimeSocket, b.CgroupParent
+	bed.busybox, bed.app = b.Image("busybox:1.0"), b.Image("app:1")
+	bed.dir = filepath.Join(b.RunDir, "t")
+	if err := os.Mkdir(bed.dir, 0o755); err != nil {
+		return 0, err
+	}
+	code = m.Run()
+	failed = code != 0
+	return code, nil
 }
