@@ -22,8 +22,8 @@ const cgroupRoot = "/sys/fs/cgroup"
 // cgroupPath is where the cgroups of a bed are, below each hierarchy.
 func cgroupPath(id string) string { return "/cri-proxy-test-" + id }
 
-// hierarchies returns the mount points of the cgroup hierarchies that hold containers: the single one of v2, or each controller's of v1.
-// In the hybrid layout the v2 tree has no controllers and runc leaves it alone.
+// hierarchies returns the mount points of all cgroup hierarchies: the single one of v2, or each controller's of v1, plus in the hybrid
+// layout the v2 tree without controllers, where kubelet and runc create cgroups too.
 func hierarchies() (dirs []string, v2 bool, err error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(cgroupRoot, &st); err != nil {
@@ -39,7 +39,7 @@ func hierarchies() (dirs []string, v2 bool, err error) {
 	for _, e := range entries {
 		dir := filepath.Join(cgroupRoot, e.Name())
 		// Symlinks such as cpu -> cpu,cpuacct name the same hierarchy twice.
-		if e.IsDir() && unix.Statfs(dir, &st) == nil && st.Type == unix.CGROUP_SUPER_MAGIC {
+		if e.IsDir() && unix.Statfs(dir, &st) == nil && (st.Type == unix.CGROUP_SUPER_MAGIC || st.Type == unix.CGROUP2_SUPER_MAGIC) {
 			dirs = append(dirs, dir)
 		}
 	}

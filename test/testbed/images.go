@@ -26,10 +26,11 @@ var (
 )
 
 // seedRevision changes when the images change in a way that their sources do not show.
-const seedRevision = "1"
+const seedRevision = "2"
 
-// Image returns the full reference of an image of the bed's registry: pause:3.10, busybox:1.0|2.0|3.0, app:1|2|3, nginx:latest (which is
-// app:1), or whatever a test pushed. containerd also takes registry-less names such as nginx:latest, as every registry's name leads here.
+// Image returns the full reference of an image of the bed's registry: pause:3.10, busybox:1.0|2.0|3.0, app:1|2|3, or what a test pushed.
+// containerd takes names without a registry as well, for every registry's name leads here: busybox, app and nginx (which is app) in the
+// same versions and as latest.
 func (b *Bed) Image(name string) string { return b.Registry + "/" + name }
 
 // seed returns a directory with a registry's storage that holds the test images, made once per content.
@@ -145,10 +146,20 @@ func (m *imageMaker) make(ctx context.Context, busybox string, bb []byte) (err e
 			return err
 		}
 	}
-	// Names that users type: docker.io's short form of both.
-	for _, names := range [][2]string{{"app:1", "library/nginx:latest"}, {"busybox:1.0", "library/busybox:latest"}} {
-		if err := crane(ctx, m.bin, "copy", "--insecure", m.registry+"/"+names[0], m.registry+"/"+names[1]); err != nil {
-			return err
+	// Names without a registry, as users type them.
+	for name, version := range map[string]string{"app": "1", "busybox": "1.0", "nginx": "1"} {
+		source, versions := "app", appVersions[:]
+		if name == "busybox" {
+			source, versions = name, busyboxVersions[:]
+		}
+		tags := map[string]string{"latest": version}
+		for _, v := range versions {
+			tags[v] = v
+		}
+		for tag, v := range tags {
+			if err := crane(ctx, m.bin, "copy", "--insecure", m.registry+"/"+source+":"+v, m.registry+"/library/"+name+":"+tag); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

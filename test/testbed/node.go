@@ -138,6 +138,8 @@ imports = [%[3]q]
   [plugins."io.containerd.cri.v1.runtime".cni]
     bin_dirs = [%[8]q]
     conf_dir = %[9]q
+    # The loopback plugin leaves its result in /var/lib/cni for ever.
+    use_internal_loopback = true
   [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
     runtime_type = "io.containerd.runc.v2"
     [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
