@@ -51,7 +51,9 @@ func (f *eventFilter) Message(msg []byte) ([][]byte, error) {
 	if f.hold(m, msg) {
 		return nil, nil
 	}
-	m.ContainersStatuses = f.view.showStatuses(m.ContainersStatuses)
+	look := f.view.look()
+	defer look.end()
+	m.ContainersStatuses = look.showStatuses(m.ContainersStatuses)
 	b, err := encode(m)
 	if err != nil {
 		return nil, err

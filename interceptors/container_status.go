@@ -17,6 +17,8 @@ func (d *Director) containerStatus(ctx context.Context, _ string, raw []byte, ne
 	if err != nil {
 		return nil, err
 	}
+	look := d.view.look()
+	defer look.end()
 	b, err := next(ctx, raw)
 	if err != nil {
 		return nil, err
@@ -25,7 +27,7 @@ func (d *Director) containerStatus(ctx context.Context, _ string, raw []byte, ne
 	if err != nil {
 		return nil, err
 	}
-	switch d.view.judge(m.GetStatus().GetId(), m.GetStatus().GetAnnotations()) {
+	switch look.judge(m.GetStatus().GetId(), m.GetStatus().GetAnnotations()) {
 	case hidden:
 		return nil, notFound(req.GetContainerId())
 	case masked:
@@ -38,15 +40,17 @@ func (d *Director) containerStatus(ctx context.Context, _ string, raw []byte, ne
 
 // podSandboxStatus filters the container statuses that evented PLEG reads from it.
 func (d *Director) podSandboxStatus(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+	look := d.view.look()
+	defer look.end()
 	return forward(ctx, raw, next, &runtimeapi.PodSandboxStatusResponse{}, func(m *runtimeapi.PodSandboxStatusResponse) {
-		m.ContainersStatuses = d.view.showStatuses(m.ContainersStatuses)
+		m.ContainersStatuses = look.showStatuses(m.ContainersStatuses)
 	})
 }
 
 // showStatuses drops what is hidden and shows masked ones running.
-func (v *View) showStatuses(list []*runtimeapi.ContainerStatus) []*runtimeapi.ContainerStatus {
+func (l *look) showStatuses(list []*runtimeapi.ContainerStatus) []*runtimeapi.ContainerStatus {
 	return without(list, func(s *runtimeapi.ContainerStatus) bool {
-		switch v.judge(s.GetId(), s.GetAnnotations()) {
+		switch l.judge(s.GetId(), s.GetAnnotations()) {
 		case hidden:
 			return true
 		case masked:

@@ -22,8 +22,10 @@ func (d *Director) listContainers(ctx context.Context, _ string, raw []byte, nex
 	if err != nil {
 		return nil, err
 	}
+	look := d.view.look()
+	defer look.end()
 	return forward(ctx, upstream, next, &runtimeapi.ListContainersResponse{}, func(m *runtimeapi.ListContainersResponse) {
-		m.Containers = d.view.showContainers(m.Containers, want)
+		m.Containers = look.showContainers(m.Containers, want)
 	})
 }
 
@@ -38,12 +40,13 @@ func (d *Director) streamContainers(_ context.Context, _ string, raw []byte) ([]
 	if err != nil {
 		return nil, nil, err
 	}
-	return upstream, &messageFilter{need: func() bool { return want != nil || d.view.Active() }, change: func(b []byte) ([]byte, error) {
+	look := d.view.look()
+	return upstream, &messageFilter{look: look, always: want != nil, change: func(b []byte) ([]byte, error) {
 		m, err := decode(b, &runtimeapi.StreamContainersResponse{})
 		if err != nil {
 			return nil, err
 		}
-		m.Containers = d.view.showContainers(m.Containers, want)
+		m.Containers = look.showContainers(m.Containers, want)
 		return encode(m)
 	}}, nil
 }
@@ -64,9 +67,9 @@ func withoutState[M interface {
 }
 
 // showContainers drops what is hidden, shows masked ones running, and keeps those in state want (nil: all).
-func (v *View) showContainers(list []*runtimeapi.Container, want *runtimeapi.ContainerState) []*runtimeapi.Container {
+func (l *look) showContainers(list []*runtimeapi.Container, want *runtimeapi.ContainerState) []*runtimeapi.Container {
 	return without(list, func(c *runtimeapi.Container) bool {
-		switch v.judge(c.GetId(), c.GetAnnotations()) {
+		switch l.judge(c.GetId(), c.GetAnnotations()) {
 		case hidden:
 			return true
 		case masked:

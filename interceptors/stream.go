@@ -9,14 +9,15 @@ type protoMessage = proto.Message
 
 // messageFilter is a [proxy.StreamFilter] that changes message by message.
 type messageFilter struct {
-	// need reports whether change is to be called at all.
-	need   func() bool
+	look *look
+	// always has change called even if the look is blank.
+	always bool
 	change func(msg []byte) ([]byte, error)
 }
 
 // Message implements [proxy.StreamFilter].
 func (f *messageFilter) Message(msg []byte) ([][]byte, error) {
-	if !f.need() {
+	if !f.always && f.look.blank() {
 		return [][]byte{msg}, nil
 	}
 	b, err := f.change(msg)
@@ -30,4 +31,4 @@ func (f *messageFilter) Message(msg []byte) ([][]byte, error) {
 func (f *messageFilter) Extra() <-chan []byte { return nil }
 
 // Close implements [proxy.StreamFilter].
-func (f *messageFilter) Close() {}
+func (f *messageFilter) Close() { f.look.end() }

@@ -35,9 +35,11 @@ type View struct {
 	active atomic.Int32
 
 	mu sync.RWMutex // guards all following fields
-	// passing counts the calls that went through undecoded since the last
-	// activation: they may still carry what has become hidden since.
-	passing *sync.WaitGroup
+	// passing counts the calls that went through undecoded and are not answered yet: they
+	// may still carry what becomes hidden meanwhile. idle, if not nil, is closed when it comes to 0.
+	passing int
+	idle    chan struct{}
+	looks   map[*look]struct{}
 	claims  map[Slot]*Claim
 	queues  map[Slot][]chan struct{}
 	tokens  map[string]*Claim
@@ -49,7 +51,7 @@ type View struct {
 // NewView returns a view that hides and masks nothing.
 func NewView() *View {
 	return &View{
-		passing: &sync.WaitGroup{},
+		looks:   map[*look]struct{}{},
 		claims:  map[Slot]*Claim{},
 		queues:  map[Slot][]chan struct{}{},
 		tokens:  map[string]*Claim{},
@@ -65,14 +67,22 @@ func (v *View) Active() bool { return v.active.Load() > 0 }
 // pass registers a call that goes through undecoded; done must be called when
 // it has been answered. ok is false when the view has become active meanwhile.
 func (v *View) pass() (done func(), ok bool) {
-	v.mu.RLock()
-	defer v.mu.RUnlock()
+	v.mu.Lock()
+	defer v.mu.Unlock()
 	if v.Active() {
 		return nil, false
 	}
-	wg := v.passing
-	wg.Add(1)
-	return wg.Done, true
+	v.passing++
+	return v.passed, true
+}
+
+func (v *View) passed() {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.passing--; v.passing == 0 && v.idle != nil {
+		close(v.idle)
+		v.idle = nil
+	}
 }
 
 // Yield says that kubelet, or whoever speaks CRI through the proxy, takes the
@@ -181,17 +191,8 @@ func (c *Claim) Bind(sandbox, incumbent string) {
 // their way undecoded have passed, at most until ctx ends (then nothing is
 // hidden and ctx's error is returned).
 func (c *Claim) Hide(ctx context.Context, token string) error {
-	old := c.hide(token)
-	if old == nil {
-		return nil
-	}
-	passed := make(chan struct{})
-	go func() { // ends with the calls it waits for, which have deadlines of their own
-		old.Wait()
-		close(passed)
-	}()
 	select {
-	case <-passed:
+	case <-c.hide(token):
 		return nil
 	case <-ctx.Done():
 		c.Discard()
@@ -202,7 +203,9 @@ func (c *Claim) Hide(ctx context.Context, token string) error {
 // HideNow is Hide for the time before the first call is served.
 func (c *Claim) HideNow(token string) { c.hide(token) }
 
-func (c *Claim) hide(token string) *sync.WaitGroup {
+// hide returns a channel that is closed once no answer is on its way undecoded. While
+// the claim speaks, none begins.
+func (c *Claim) hide(token string) <-chan struct{} {
 	v := c.view
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -211,14 +214,22 @@ func (c *Claim) hide(token string) *sync.WaitGroup {
 	}
 	c.token = token
 	v.tokens[token] = c
-	if c.speaking {
-		return nil
+	if !c.speaking {
+		c.speaking = true
+		v.active.Add(1)
 	}
-	c.speaking = true
-	v.active.Add(1)
-	old := v.passing
-	v.passing = &sync.WaitGroup{}
-	return old
+	for l := range v.looks {
+		l.tokens[token] = struct{}{}
+	}
+	if v.passing == 0 {
+		none := make(chan struct{})
+		close(none)
+		return none
+	}
+	if v.idle == nil {
+		v.idle = make(chan struct{})
+	}
+	return v.idle
 }
 
 // Staged names the container that carries the token, once it is known.
@@ -231,6 +242,7 @@ func (c *Claim) Staged(id string) {
 	c.successor = id
 	if id != "" {
 		c.view.ids[id] = c
+		c.view.noteLocked(c, id, hidden)
 	}
 }
 
@@ -239,11 +251,24 @@ func (c *Claim) Mask() {
 	c.view.mu.Lock()
 	defer c.view.mu.Unlock()
 	c.view.ids[c.incumbent] = c
+	c.view.noteLocked(c, c.incumbent, masked)
 }
 
 // Reveal ends hiding and masking in one step: the next answer shows both
 // containers as they are. Events that were held back are sent.
 func (c *Claim) Reveal() { c.settle(true) }
+
+// TryReveal is [Claim.Reveal], unless someone has taken the slot back: then it does
+// nothing and returns false. Who takes it back later finds the slot revealed.
+func (c *Claim) TryReveal() bool {
+	c.view.mu.Lock()
+	defer c.view.mu.Unlock()
+	if c.yield != nil {
+		return false
+	}
+	c.settleLocked(true)
+	return true
+}
 
 // Discard is Reveal for a successor that has been removed: events held back for
 // it are dropped.
@@ -335,7 +360,7 @@ const (
 	masked
 )
 
-// judge returns how the container is shown. annotations may be nil where the
+// judge returns how the container is shown now. annotations may be nil where the
 // call has none; then only the ID counts. It must not be a prefix.
 func (v *View) judge(id string, annotations map[string]string) verdict {
 	v.mu.RLock()
@@ -345,6 +370,10 @@ func (v *View) judge(id string, annotations map[string]string) verdict {
 			return hidden
 		}
 	}
+	return v.verdictLocked(id)
+}
+
+func (v *View) verdictLocked(id string) verdict {
 	c := v.ids[id]
 	switch {
 	case c == nil || !c.speaking:
@@ -353,6 +382,71 @@ func (v *View) judge(id string, annotations map[string]string) verdict {
 		return hidden
 	default:
 		return masked
+	}
+}
+
+// look is how one call sees the containers: whatever was hidden or masked at any moment
+// since the call began stays so until it is answered. The runtime answers as of some moment in
+// between, so neither the view before nor the one after is enough; and an answer that shows one
+// container of a slot before a reveal and the other after it could show the exited one alone, which
+// is the end of a pod that is never restarted.
+type look struct {
+	view   *View
+	tokens map[string]struct{} // guarded by view.mu
+	ids    map[string]verdict  // guarded by view.mu
+}
+
+// look begins a call; end must be called when it has been answered.
+func (v *View) look() *look {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	l := &look{view: v, tokens: make(map[string]struct{}, len(v.tokens)), ids: make(map[string]verdict, len(v.ids))}
+	for t := range v.tokens {
+		l.tokens[t] = struct{}{}
+	}
+	for id := range v.ids {
+		if how := v.verdictLocked(id); how != shown {
+			l.ids[id] = how
+		}
+	}
+	v.looks[l] = struct{}{}
+	return l
+}
+
+func (l *look) end() {
+	l.view.mu.Lock()
+	defer l.view.mu.Unlock()
+	delete(l.view.looks, l)
+}
+
+// blank reports whether the look changes nothing so far.
+func (l *look) blank() bool {
+	l.view.mu.RLock()
+	defer l.view.mu.RUnlock()
+	return len(l.tokens) == 0 && len(l.ids) == 0
+}
+
+// judge is [View.judge] for this call.
+func (l *look) judge(id string, annotations map[string]string) verdict {
+	l.view.mu.RLock()
+	defer l.view.mu.RUnlock()
+	if t := annotations[StagedAnnotation]; t != "" {
+		if _, ok := l.tokens[t]; ok {
+			return hidden
+		}
+	}
+	return l.ids[id]
+}
+
+// noteLocked tells the calls in flight what has become hidden or masked.
+func (v *View) noteLocked(c *Claim, id string, how verdict) {
+	if !c.speaking {
+		return
+	}
+	for l := range v.looks {
+		if _, known := l.ids[id]; !known {
+			l.ids[id] = how
+		}
 	}
 }
 
