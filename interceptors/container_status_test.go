@@ -1,0 +1,123 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package interceptors_test
+
+import (
+	"strings"
+	"testing"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cri-proxy/cri-proxy/interceptors"
+)
+
+const (
+	methodStatus        = runtimeapi.RuntimeService_ContainerStatus_FullMethodName
+	methodSandboxStatus = runtimeapi.RuntimeService_PodSandboxStatus_FullMethodName
+)
+
+// exited is the status of a stopped container with every field that tells so.
+func exited(id string) *runtimeapi.ContainerStatus {
+	return &runtimeapi.ContainerStatus{
+		Id: id, State: runtimeapi.ContainerState_CONTAINER_EXITED, CreatedAt: 1, StartedAt: 2, FinishedAt: 3,
+		ExitCode: 137, Reason: "OOMKilled", Message: "killed", LogPath: "/l", ImageRef: "r", Labels: labels("app"),
+	}
+}
+
+// running is what a masked one must look like.
+func running(id string) *runtimeapi.ContainerStatus {
+	s := exited(id)
+	s.State, s.FinishedAt, s.ExitCode, s.Reason, s.Message = runtimeapi.ContainerState_CONTAINER_RUNNING, 0, 0, "", ""
+	return s
+}
+
+func staged() *runtimeapi.ContainerStatus {
+	return &runtimeapi.ContainerStatus{Id: successor, Annotations: map[string]string{interceptors.StagedAnnotation: token}}
+}
+
+func TestContainerStatus(t *testing.T) {
+	cases := []struct {
+		name   string
+		id     string
+		real   *runtimeapi.ContainerStatus
+		want   *runtimeapi.ContainerStatus // nil: not found
+		settle bool                        // the operation ends before the call
+	}{
+		{name: "masked and stopped", id: incumbent, real: exited(incumbent), want: running(incumbent)},
+		{name: "masked and running still", id: incumbent, real: running(incumbent), want: running(incumbent)},
+		{name: "masked by prefix", id: incumbent[:4], real: exited(incumbent), want: running(incumbent)},
+		{name: "hidden", id: successor, real: staged()},
+		{name: "hidden by prefix", id: successor[:4], real: staged()},
+		{name: "hidden by ID alone", id: successor, real: &runtimeapi.ContainerStatus{Id: successor}},
+		{name: "another one", id: web, real: exited(web), want: exited(web)},
+		{name: "masked before", id: incumbent, real: exited(incumbent), want: exited(incumbent), settle: true},
+		{name: "hidden before", id: successor, real: staged(), want: staged(), settle: true},
+	}
+	for _, tc := range cases {
+		t.Run(tc.name, func(t *testing.T) {
+			b := newBed(t)
+			c := b.swapping()
+			defer c.Release()
+			if tc.settle {
+				c.Reveal()
+			}
+			b.on(methodStatus, always(withUnknown(&runtimeapi.ContainerStatusResponse{Status: tc.real, Info: map[string]string{"info": "{}"}}), nil))
+			resp, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: tc.id, Verbose: true})
+			if tc.want == nil {
+				// containerd's own words for an ID it does not know, with the ID as asked.
+				want := `an error occurred when try to find container "` + tc.id + `": not found`
+				if status.Code(err) != codes.NotFound || status.Convert(err).Message() != want {
+					t.Errorf("got %v, want NotFound: %s", err, want)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !proto.Equal(resp.GetStatus(), tc.want) {
+				t.Errorf("got  %v\nwant %v", resp.GetStatus(), tc.want)
+			}
+			if resp.GetInfo()["info"] != "{}" {
+				t.Error("info is lost")
+			}
+			wantUnknown(t, "response", resp)
+		})
+	}
+	t.Run("the runtime's error", func(t *testing.T) {
+		b := newBed(t)
+		c := b.swapping()
+		defer c.Release()
+		b.on(methodStatus, always(nil, status.Error(codes.Unavailable, "gone")))
+		_, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: incumbent})
+		if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "gone") {
+			t.Errorf("got %v, want the runtime's Unavailable", err)
+		}
+	})
+}
+
+func TestPodSandboxStatus(t *testing.T) {
+	b := newBed(t)
+	c := b.swapping()
+	defer c.Release()
+	b.on(methodSandboxStatus, always(withUnknown(&runtimeapi.PodSandboxStatusResponse{
+		Status:             &runtimeapi.PodSandboxStatus{Id: sandbox},
+		ContainersStatuses: []*runtimeapi.ContainerStatus{staged(), withUnknown(exited(incumbent)), exited(web)},
+		Timestamp:          7,
+	}), nil))
+	resp, err := call[runtimeapi.PodSandboxStatusResponse](t.Context(), b, methodSandboxStatus, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: sandbox})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := withUnknown(&runtimeapi.PodSandboxStatusResponse{
+		Status:             &runtimeapi.PodSandboxStatus{Id: sandbox},
+		ContainersStatuses: []*runtimeapi.ContainerStatus{withUnknown(running(incumbent)), exited(web)},
+		Timestamp:          7,
+	})
+	if !proto.Equal(resp, want) {
+		t.Errorf("got  %v\nwant %v", resp, want)
+	}
+}
