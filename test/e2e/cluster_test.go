@@ -78,12 +78,17 @@ func nodeReady(n *corev1.Node) bool {
 	return false
 }
 
-func assertNodeReady(t testing.TB) {
+func isNodeReady(t testing.TB) bool {
 	t.Helper()
 	n := &corev1.Node{}
 	must(t, api.Get(t.Context(), client.ObjectKey{Name: bed.NodeName}, n))
-	if !nodeReady(n) {
-		t.Errorf("node %s is not ready: %+v", n.Name, n.Status.Conditions)
+	return nodeReady(n)
+}
+
+func assertNodeReady(t testing.TB) {
+	t.Helper()
+	if !isNodeReady(t) {
+		t.Errorf("node %s is not ready", bed.NodeName)
 	}
 }
 
@@ -100,7 +105,11 @@ func watchNode(t testing.TB) (stop func() []string) {
 		defer close(done)
 		for e := range w.ResultChan() {
 			if n, ok := e.Object.(*corev1.Node); ok && !nodeReady(n) {
-				bad = append(bad, "not ready at "+time.Now().Format(time.TimeOnly))
+				for _, c := range n.Status.Conditions {
+					if c.Type == corev1.NodeReady {
+						bad = append(bad, c.Message)
+					}
+				}
 			}
 		}
 	}()

@@ -59,7 +59,7 @@ func run(m *testing.M) (code int, err error) {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(scratch)) }()
-	calls, failpoint = filepath.Join(scratch, "calls.json"), filepath.Join(scratch, "failpoint")
+	calls = filepath.Join(scratch, "calls.json")
 	program, err := proxyWithFailpoints(scratch)
 	if err != nil {
 		return 0, err
@@ -72,6 +72,10 @@ func run(m *testing.M) (code int, err error) {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, bed.Close(context.Background())) }()
+	if failpoint, err = filepath.EvalSymlinks(filepath.Join(bed.Bin, "cri-proxy")); err != nil {
+		return 0, err
+	}
+	failpoint += ".failpoint"
 	if api, err = newClient(bed.Kubeconfig); err != nil {
 		return 0, err
 	}
@@ -93,17 +97,14 @@ func run(m *testing.M) (code int, err error) {
 	return code, nil
 }
 
-// proxyWithFailpoints builds cri-proxy so that a test can have it die at a step,
-// and returns a program that starts it with the failpoint that the file names.
+// proxyWithFailpoints builds cri-proxy so that a test can have it die at a step.
 func proxyWithFailpoints(dir string) (string, error) {
-	binary := filepath.Join(dir, "cri-proxy-failpoint")
-	cmd := exec.Command("go", "build", "-race", "-tags", "failpoint", "-o", binary, "github.com/cri-proxy/cri-proxy/cmd/cri-proxy")
+	program := filepath.Join(dir, "cri-proxy")
+	cmd := exec.Command("go", "build", "-race", "-tags", "failpoint", "-o", program, "github.com/cri-proxy/cri-proxy/cmd/cri-proxy")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("building cri-proxy: %w\n%s", err, out)
 	}
-	program := filepath.Join(dir, "cri-proxy")
-	script := fmt.Sprintf("#!/bin/sh\nCRI_PROXY_FAILPOINT=$(cat %q 2>/dev/null) exec %q \"$@\"\n", failpoint, binary)
-	return program, os.WriteFile(program, []byte(script), 0o755)
+	return program, nil
 }
 
 func newClient(kubeconfig string) (client.WithWatch, error) {

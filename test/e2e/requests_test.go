@@ -26,10 +26,10 @@ apiVersion: v1
 kind: Pod
 metadata: {name: never-starts, namespace: %[1]s}
 spec:
-  initContainers: [{name: setup, image: %[2]s, command: ["true"]}]
+  initContainers: [{name: setup, image: "%[2]s", command: ["true"]}]
   containers:
-  - {name: app, image: %[2]s, command: [sleep, "3600"]}
-  - {name: absent, image: %[3]s}
+  - {name: app, image: "%[2]s", command: [sleep, "3600"]}
+  - {name: absent, image: "%[3]s"}
 `, ns, bed.Image("busybox:1.0"), bed.Image("no-such-image:1")))
 	before := ready(t, ns, "my-pod")
 	eventually(t, "container app of never-starts runs", func() bool {
@@ -90,7 +90,7 @@ kind: Pod
 metadata: {name: leaving, namespace: %s}
 spec:
   terminationGracePeriodSeconds: 8
-  containers: [{name: app, image: %s, command: [sh, -c, "trap true TERM; while :; do sleep 0.1; done"]}]
+  containers: [{name: app, image: "%s", command: [sh, -c, "trap true TERM; while :; do sleep 0.1; done"]}]
 `, ns, bed.Image("busybox:1.0")))
 	ready(t, ns, "leaving")
 	kubectl(t, "-n", ns, "delete", "pod", "leaving", "--wait=false")
@@ -154,7 +154,7 @@ kind: Pod
 metadata: {name: slow, namespace: %s}
 spec:
   terminationGracePeriodSeconds: 12
-  containers: [{name: app, image: %s, command: [sh, -c, "trap true TERM; while :; do sleep 0.1; done"]}]
+  containers: [{name: app, image: "%s", command: [sh, -c, "trap true TERM; while :; do sleep 0.1; done"]}]
 `, ns, bed.Image("busybox:1.0")))
 	before := ready(t, ns, "slow")
 	apply(t, recreate(ns, "first", "slow", "containers: [{name: app}]\n  activeDeadlineSeconds: 4"))

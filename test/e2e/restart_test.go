@@ -259,8 +259,8 @@ metadata: {name: web, namespace: %[1]s}
 spec:
   terminationGracePeriodSeconds: 20
   initContainers:
-  - {name: init, image: %[3]s, command: [sh, -c, "echo from-init > /work/init"], volumeMounts: [{name: work, mountPath: /work}]}
-  - {name: sidecar, image: %[3]s, restartPolicy: Always, command: [sh, -c, "trap exit TERM; while :; do sleep 0.2; done"]}
+  - {name: init, image: "%[3]s", command: [sh, -c, "echo from-init > /work/init"], volumeMounts: [{name: work, mountPath: /work}]}
+  - {name: sidecar, image: "%[3]s", restartPolicy: Always, command: [sh, -c, "trap exit TERM; while :; do sleep 0.2; done"]}
   containers:
   - name: app
     image: %[2]s
@@ -271,7 +271,7 @@ spec:
     readinessProbe: {httpGet: {path: /readyz, port: http}, periodSeconds: 1}
     livenessProbe: {tcpSocket: {port: http}, periodSeconds: 1}
     lifecycle:
-      postStart: {httpGet: {path: /hook?name=post, port: http}}
+      postStart: {httpGet: {path: "/hook?name=post", port: http}}
   - name: shell
     image: %[3]s
     command: [sh, -c, "trap exit TERM; touch /tmp/alive; while :; do sleep 0.2; done"]
@@ -282,7 +282,6 @@ spec:
   volumes: [{name: work, emptyDir: {}}]
 `, ns, bed.Image("app:1"), bed.Image("busybox:1.0")))
 	pod := ready(t, ns, "web")
-	watching := watchNode(t)
 
 	if out := kubectl(t, "-n", ns, "exec", "web", "-c", "shell", "--", "cat", "/work/init"); out != "from-init" {
 		t.Errorf("exec: %q", out)
@@ -302,9 +301,19 @@ spec:
 			}
 		}
 	}
+	watching := watchNode(t)
 	must(t, bed.RestartKubelet(t.Context()))
 	ready(t, ns, "web")
 	check("a restart of kubelet")
+	eventually(t, "the node is ready after a restart of kubelet", func() bool { return isNodeReady(t) })
+	for _, why := range watching() {
+		// A kubelet that has just started says this of itself, with or without a proxy, until its first Status call has
+		// come back (pkg/kubelet/runtime.go); it must be the only thing it says.
+		if !strings.Contains(why, "container runtime status check may not have completed yet") {
+			t.Errorf("the node was not ready: %s", why)
+		}
+	}
+	watching = watchNode(t)
 	for range 3 {
 		restartProxy(t, syscall.SIGKILL)
 	}
