@@ -221,6 +221,11 @@ func (c *Claim) hide(token string) <-chan struct{} {
 	for l := range v.looks {
 		l.tokens[token] = struct{}{}
 	}
+	for id, owner := range v.ids {
+		if owner == c {
+			v.noteLocked(c, id, v.verdictLocked(id))
+		}
+	}
 	if v.passing == 0 {
 		none := make(chan struct{})
 		close(none)
