@@ -63,7 +63,7 @@ fuzz: ## every fuzz target for FUZZ_TIME
 	@for target in $$(grep -rl --include='*_test.go' '^func Fuzz' . | xargs -r grep -oH '^func Fuzz[A-Za-z0-9_]*' | sed 's/:func /:/'); do \
 		dir=$$(dirname "$${target%%:*}"); name=$${target##*:}; \
 		printf '=== %s in %s\n' "$$name" "$$dir"; \
-		go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZ_TIME) "$$dir"; \
+		go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZ_TIME) -fuzzminimizetime 1s "$$dir"; \
 	done
 
 .PHONY: lint

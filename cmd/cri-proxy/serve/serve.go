@@ -39,7 +39,7 @@ func Run(ctx, hard context.Context, c *config.Config, log *logrus.Logger) error 
 	if err != nil {
 		return err
 	}
-	defer sockets.close()
+	defer func() { _ = sockets.close() }()
 
 	// Listening comes before the state is opened, because "in use by pid N" says
 	// more than a locked journal. Nothing is accepted until the view is armed.
