@@ -1,0 +1,202 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"runtime"
+	"syscall"
+
+	"github.com/sirupsen/logrus"
+	"github.com/spf13/cobra"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/klog/v2"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/healthz"
+	ctrllog "sigs.k8s.io/controller-runtime/pkg/log"
+	"sigs.k8s.io/controller-runtime/pkg/metrics"
+	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
+
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
+	"github.com/cri-proxy/cri-proxy/controller"
+)
+
+// leaseName is the Lease that decides which replica works; deploy/rbac grants it.
+const leaseName = "cri-controller"
+
+// settings are the flags.
+type settings struct {
+	kubeconfig       string
+	nodePort         int
+	tls              controller.TLSFiles
+	metricsAddress   string
+	probeAddress     string
+	leaderElect      bool
+	leaderNamespace  string
+	logLevel, format string
+	workers          int
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	code := execute(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	os.Exit(code)
+}
+
+// execute runs the command line and returns the exit code.
+func execute(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	cmd := newCommand()
+	cmd.SetArgs(args)
+	cmd.SetOut(stdout)
+	cmd.SetErr(stderr)
+	if err := cmd.ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(stderr, "cri-controller:", err)
+		return 1
+	}
+	return 0
+}
+
+func newCommand() *cobra.Command {
+	var s settings
+	cmd := &cobra.Command{
+		Use:           "cri-controller",
+		Short:         "Restart containers in place on ContainerRecreateRequests",
+		Version:       version.Short(),
+		Args:          cobra.NoArgs,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return run(cmd.Context(), s, cmd.ErrOrStderr())
+		},
+	}
+	cmd.SetVersionTemplate(fmt.Sprintf("cri-controller {{.Version}}, %s %s/%s\n", runtime.Version(), runtime.GOOS, runtime.GOARCH))
+	f := cmd.Flags()
+	f.StringVar(&s.kubeconfig, "kubeconfig", "", "kubeconfig file; empty means $KUBECONFIG, then the pod's service account")
+	f.IntVar(&s.nodePort, "node-port", controller.DefaultNodePort, "TCP port of cri-proxy's command interface on the nodes; a node's annotation "+controller.OpsAddressAnnotation+" overrides it")
+	f.StringVar(&s.tls.Cert, "tls-cert-file", "", "PEM certificate this controller shows to nodes; read again when it changes")
+	f.StringVar(&s.tls.Key, "tls-key-file", "", "PEM key of that certificate")
+	f.StringVar(&s.tls.CA, "tls-ca-file", "", "PEM file with the CAs that node certificates must chain to")
+	f.StringVar(&s.metricsAddress, "metrics-bind-address", ":8080", "address of the Prometheus metrics; 0 switches them off")
+	f.StringVar(&s.probeAddress, "health-probe-bind-address", ":8081", "address of /healthz and /readyz; 0 switches them off")
+	f.BoolVar(&s.leaderElect, "leader-elect", false, "work only while holding the Lease "+leaseName+", so that several replicas can run")
+	f.StringVar(&s.leaderNamespace, "leader-election-namespace", "", "namespace of that Lease; empty means the pod's own")
+	f.StringVar(&s.logLevel, "log-level", "info", "error, warn, info, debug or trace")
+	f.StringVar(&s.format, "log-format", "text", "text or json")
+	f.IntVar(&s.workers, "workers", 8, "requests worked on at the same time")
+	return cmd
+}
+
+func run(ctx context.Context, s settings, stderr io.Writer) error {
+	log, err := newLog(s, stderr)
+	if err != nil {
+		return err
+	}
+	if s.workers < 1 {
+		return fmt.Errorf("--workers must be at least 1, not %d", s.workers)
+	}
+	if s.nodePort < 1 || s.nodePort > 65535 {
+		return fmt.Errorf("--node-port must be between 1 and 65535, not %d", s.nodePort)
+	}
+	if s.tls.Cert == "" || s.tls.Key == "" || s.tls.CA == "" {
+		return errors.New("--tls-cert-file, --tls-key-file and --tls-ca-file are all needed: nodes take commands over mutual TLS only")
+	}
+	logr := controller.NewLogr(log)
+	ctrllog.SetLogger(logr)
+	klog.SetLogger(logr)
+
+	config, err := restConfig(s.kubeconfig)
+	if err != nil {
+		return err
+	}
+	config.UserAgent = "cri-controller/" + version.Short()
+	scheme, err := controller.NewScheme()
+	if err != nil {
+		return err
+	}
+	counters, err := controller.NewMetrics(metrics.Registry)
+	if err != nil {
+		return err
+	}
+	nodes, err := controller.NewGRPCNodes(s.tls, counters)
+	if err != nil {
+		return err
+	}
+	defer nodes.Close()
+
+	m, err := ctrl.NewManager(config, ctrl.Options{
+		Scheme:                        scheme,
+		Logger:                        logr,
+		Cache:                         controller.CacheOptions(),
+		Metrics:                       metricsserver.Options{BindAddress: s.metricsAddress},
+		HealthProbeBindAddress:        s.probeAddress,
+		LeaderElection:                s.leaderElect,
+		LeaderElectionID:              leaseName,
+		LeaderElectionNamespace:       s.leaderNamespace,
+		LeaderElectionReleaseOnCancel: true, // run returns, and the process ends, as soon as Start does
+	})
+	if err != nil {
+		return fmt.Errorf("API server %s: %w", config.Host, err)
+	}
+	r := &controller.ContainerRecreateReconciler{
+		Client:    m.GetClient(),
+		APIReader: m.GetAPIReader(),
+		Nodes:     nodes,
+		NodePort:  s.nodePort,
+		Recorder:  m.GetEventRecorder("cri-controller"),
+		Metrics:   counters,
+		Log:       log,
+	}
+	if err := r.SetupWithManager(ctx, m, s.workers); err != nil {
+		return err
+	}
+	if err := m.AddHealthzCheck("ping", healthz.Ping); err != nil {
+		return err
+	}
+	if err := m.AddReadyzCheck("ping", healthz.Ping); err != nil {
+		return err
+	}
+	log.WithFields(logrus.Fields{"version": version.Short(), "server": config.Host}).Info("cri-controller starts")
+	if err := m.Start(ctx); err != nil {
+		return err
+	}
+	log.Info("cri-controller stops")
+	return nil
+}
+
+// restConfig prefers the flag, then $KUBECONFIG, then the pod's service account.
+func restConfig(path string) (*rest.Config, error) {
+	rules := clientcmd.NewDefaultClientConfigLoadingRules()
+	rules.ExplicitPath = path
+	config, err := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, nil).ClientConfig()
+	if err != nil {
+		return nil, fmt.Errorf("no API server to talk to, give --kubeconfig outside a pod: %w", err)
+	}
+	return config, nil
+}
+
+func newLog(s settings, out io.Writer) (*logrus.Logger, error) {
+	level, err := logrus.ParseLevel(s.logLevel)
+	if err != nil {
+		return nil, fmt.Errorf("--log-level: %w", err)
+	}
+	log := logrus.New()
+	log.SetOutput(out)
+	log.SetLevel(level)
+	switch s.format {
+	case "text":
+		log.SetFormatter(&logrus.TextFormatter{DisableColors: true, FullTimestamp: true})
+	case "json":
+		log.SetFormatter(&logrus.JSONFormatter{})
+	default:
+		return nil, fmt.Errorf("--log-format must be text or json, not %q", s.format)
+	}
+	return log, nil
+}

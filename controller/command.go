@@ -1,0 +1,313 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package controller
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+// operationUID derives from the request, so that whoever sends the command again
+// finds the operation that is there.
+func (p *pass) operationUID(c *container) string { return string(p.crr.UID) + "." + c.name }
+
+// podUID is the UID under which the node knows the pod.
+func (p *pass) podUID() string {
+	if p.pod != nil && p.pod.Annotations[mirrorAnnotation] != "" {
+		return p.pod.Annotations[mirrorAnnotation]
+	}
+	return p.accepted.PodUID
+}
+
+// node is where to reach the node of the request.
+func (p *pass) node(ctx context.Context) (Node, error) {
+	var n corev1.Node
+	if err := p.r.Client.Get(ctx, client.ObjectKey{Name: p.accepted.NodeName}, &n); err != nil {
+		if apierrors.IsNotFound(err) {
+			return Node{}, fmt.Errorf("node %s does not exist any more", p.accepted.NodeName)
+		}
+		return Node{}, err
+	}
+	port := p.r.NodePort
+	if port == 0 {
+		port = DefaultNodePort
+	}
+	return nodeOf(&n, port)
+}
+
+// know takes in what a unary call said of the container's operation.
+func (p *pass) know(node Node, c *container, op *opsv1.Operation) {
+	p.memory.operations[op.GetUid()] = true
+	p.r.watches.set(node, client.ObjectKeyFromObject(p.crr), op)
+	op, _, _ = p.r.watches.get(op.GetUid()) // a stream may have said more already
+	if c.op = accountOf(op, c.name); c.op == nil {
+		c.fail("operation %s of node %s is not about this container", op.GetUid(), node.Name)
+	}
+}
+
+// accountOf is the operation's account of one container, nil without.
+func accountOf(op *opsv1.Operation, name string) *opsv1.ContainerOperation {
+	for _, c := range op.GetContainers() {
+		if c.GetName() == name {
+			return c
+		}
+	}
+	return nil
+}
+
+// lookUp finds the node's account of each container that has one.
+func (p *pass) lookUp(ctx context.Context) {
+	for _, c := range p.containers {
+		if c.done() {
+			continue
+		}
+		if s, ok := p.memory.standIns[c.name]; ok {
+			c.op, c.replaced = s.op, s.replaced
+			continue
+		}
+		op, heard, watched := p.r.watches.get(p.operationUID(c))
+		c.op = accountOf(op, c.name)
+		age := p.r.now().Sub(heard)
+		switch {
+		case op == nil && c.state.Phase != recreating:
+			continue // not commanded yet, as far as anyone remembers
+		case op == nil, op.GetFinishTime() == nil && (age >= pollWatched || !watched && age >= pollUnwatched):
+			if p.trouble == nil {
+				p.ask(ctx, c)
+			}
+		}
+		p.findReplacement(ctx, c)
+	}
+}
+
+// ask gets the operation from the node.
+func (p *pass) ask(ctx context.Context, c *container) {
+	node, err := p.node(ctx)
+	if err != nil {
+		p.temporary(err)
+		return
+	}
+	op, err := p.r.Nodes.GetOperation(ctx, node, p.operationUID(c))
+	switch {
+	case err == nil:
+		p.know(node, c, op)
+	case code(err) == codes.NotFound:
+		p.lost(c)
+	default:
+		p.temporary(err)
+	}
+}
+
+// lost decides what becomes of a container whose operation the node has forgotten,
+// by age or because its journal is gone.
+func (p *pass) lost(c *container) {
+	p.r.watches.forget(p.operationUID(c))
+	c.op = nil
+	switch {
+	case c.status != nil && c.status.ContainerID != "" && c.status.ContainerID != c.pinned.ContainerID && c.status.RestartCount > c.pinned.RestartCount:
+		// It ran: take the pod's word.
+		c.op = &opsv1.ContainerOperation{
+			Name: c.name, Phase: opsv1.Phase_PHASE_SUCCEEDED, IncumbentId: bareID(c.pinned.ContainerID),
+			SuccessorId: bareID(c.status.ContainerID), Attempt: uint32(c.status.RestartCount),
+		}
+		p.memory.standIns[c.name] = standIn{op: c.op}
+	case !c.state.IsKilled:
+		c.state.Phase = pending // command it again: the expected ID keeps it from running twice
+	default:
+		// Stopped, and the pod does not show a new one yet. kubelet's policy
+		// applies to it now; the pod tells how it ends.
+		c.op = &opsv1.ContainerOperation{Name: c.name, Phase: opsv1.Phase_PHASE_STARTING}
+	}
+}
+
+// command starts the container's operation on the node.
+func (p *pass) command(ctx context.Context, c *container) {
+	log := p.log.WithField("container", c.name).WithField("op", p.operationUID(c))
+	node, err := p.node(ctx)
+	if err != nil {
+		p.temporary(err)
+		return
+	}
+	op, err := p.r.Nodes.Restart(ctx, node, p.restartRequest(c))
+	if code(err) == codes.AlreadyExists {
+		// Sent by a controller of another version, which put some detail otherwise.
+		op, err = p.r.Nodes.GetOperation(ctx, node, p.operationUID(c))
+	}
+	switch {
+	case err == nil:
+		p.know(node, c, op)
+		log.Info("restart commanded")
+	case p.temporary(err):
+		return
+	case refusalReason(err) == reasonExpectedIDDiffers:
+		c.op = &opsv1.ContainerOperation{Name: c.name, Phase: opsv1.Phase_PHASE_FAILED, Reason: reasonExpectedIDDiffers, Message: err.Error()}
+	default:
+		log.WithError(err).Info("node refused the restart")
+		c.fail("%s", err)
+		return
+	}
+	p.findReplacement(ctx, c)
+}
+
+// refusalReason is the CamelCase reason the node gave with an error.
+func refusalReason(err error) string {
+	var nodeError *NodeError
+	if !errors.As(err, &nodeError) {
+		return ""
+	}
+	for _, detail := range status.Convert(nodeError.Err).Details() {
+		if info, ok := detail.(*errdetails.ErrorInfo); ok {
+			return info.GetReason()
+		}
+	}
+	return ""
+}
+
+func (p *pass) restartRequest(c *container) *opsv1.RestartRequest {
+	want := &opsv1.ContainerRestart{
+		Name: c.name, ExpectedContainerId: c.pinned.ContainerID, GracePeriodSeconds: c.strategy.grace,
+	}
+	if c.spec != nil && c.spec.Lifecycle != nil {
+		// What cannot be resolved is not sent; tell reports it as kubelet does.
+		want.PreStop, _ = hookOf(c.spec, c.spec.Lifecycle.PreStop)
+		want.PostStart, _ = hookOf(c.spec, c.spec.Lifecycle.PostStart)
+	}
+	return &opsv1.RestartRequest{
+		Uid:        p.operationUID(c),
+		Pod:        &opsv1.PodRef{Namespace: p.crr.Namespace, Name: p.crr.Spec.PodName, Uid: p.podUID()},
+		Containers: []*opsv1.ContainerRestart{want},
+		Force:      c.strategy.force,
+		Requester:  fmt.Sprintf("ContainerRecreateRequest/%s/%s/%s", p.crr.Namespace, p.crr.Name, p.crr.UID),
+	}
+}
+
+// findReplacement settles an operation that the node refused because the container
+// is no longer the pinned one. If other operations replaced it, which must have
+// been after the request was accepted, the request is satisfied by the container
+// they left; otherwise it crashed or kubelet replaced it, and the request fails.
+func (p *pass) findReplacement(ctx context.Context, c *container) {
+	if c.replaced || c.op.GetPhase() != opsv1.Phase_PHASE_FAILED || c.op.GetReason() != reasonExpectedIDDiffers {
+		return
+	}
+	refusal := c.op
+	c.op = nil
+	node, err := p.node(ctx)
+	if err != nil {
+		p.temporary(err)
+		return
+	}
+	operations, err := p.r.Nodes.ListOperations(ctx, node)
+	if err != nil {
+		if !p.temporary(err) {
+			c.fail("%s", err)
+		}
+		return
+	}
+	c.op = replacement(operations, p.podUID(), c.name, bareID(c.pinned.ContainerID))
+	if c.op == nil {
+		c.op = proto.Clone(refusal).(*opsv1.ContainerOperation)
+		c.op.Message = fmt.Sprintf("container %s is no longer the one the request was made for (%s): it has ended since and kubelet has started it again, so it was left alone; create another request, or set forceRecreate",
+			c.name, c.pinned.ContainerID)
+	} else {
+		c.replaced = true
+	}
+	p.memory.standIns[c.name] = standIn{op: c.op, replaced: c.replaced}
+}
+
+// replacement follows the operations that replaced a container, from the ID it had
+// to the last one.
+func replacement(operations []*opsv1.Operation, podUID, name, id string) *opsv1.ContainerOperation {
+	successors := map[string]*opsv1.ContainerOperation{}
+	for _, op := range operations {
+		if op.GetPod().GetUid() != podUID {
+			continue
+		}
+		if c := accountOf(op, name); c.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED {
+			successors[c.GetIncumbentId()] = c
+		}
+	}
+	var last *opsv1.ContainerOperation
+	for c := successors[id]; c != nil; c = successors[c.GetSuccessorId()] {
+		last = c
+		delete(successors, c.GetIncumbentId()) // never round and round
+	}
+	return last
+}
+
+// cancelLeftOver cancels operations that wait on the node and that an earlier
+// failure leaves out. It says whether that changed anything.
+func (p *pass) cancelLeftOver(ctx context.Context, containers []*container) bool {
+	changed := false
+	for _, c := range containers {
+		uid := p.operationUID(c)
+		if p.trouble != nil || p.memory.cancelAsked[uid] {
+			continue
+		}
+		node, err := p.node(ctx)
+		if err != nil {
+			p.temporary(err)
+			continue
+		}
+		op, err := p.r.Nodes.CancelOperation(ctx, node, uid, "an earlier container of the request failed and failurePolicy is Fail")
+		switch {
+		case err == nil:
+			p.memory.cancelAsked[uid] = true
+			p.know(node, c, op)
+			changed = true
+		case !p.temporary(err):
+			p.memory.cancelAsked[uid] = true // too late, it runs to its end
+		}
+	}
+	return changed
+}
+
+// cancel takes a container's operation back if it still can be, and says what came
+// of it.
+func (p *pass) cancel(ctx context.Context, c *container, reason string) string {
+	node, err := p.node(ctx)
+	var op *opsv1.Operation
+	if err == nil && p.trouble == nil {
+		op, err = p.r.Nodes.CancelOperation(ctx, node, p.operationUID(c), reason)
+	} else if err == nil {
+		err = p.trouble // no use asking a silent node for every container
+	}
+	account := accountOf(op, c.name)
+	if account.GetStopTime() != nil && !c.replaced {
+		c.state.IsKilled = true
+	}
+	switch {
+	case err != nil && code(err) == codes.FailedPrecondition:
+		return "the container was already being stopped, the node finishes the restart"
+	case err != nil && code(err) == codes.NotFound:
+		if c.state.IsKilled {
+			return "the container had been stopped"
+		}
+		if c.replaced || c.op.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED {
+			return "the new container is not ready"
+		}
+		return "the container had not been stopped and was left alone"
+	case err != nil:
+		p.temporary(err)
+		return fmt.Sprintf("the node could not be told to leave the container alone: %s", err)
+	case account.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED:
+		return "the new container is not ready"
+	case account.GetPhase() == opsv1.Phase_PHASE_FAILED:
+		return account.GetMessage()
+	case account.GetPhase() == opsv1.Phase_PHASE_CANCELLED:
+		return "the container had not been stopped and was left alone"
+	default:
+		return "the node takes back what it has prepared"
+	}
+}

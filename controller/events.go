@@ -1,0 +1,155 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package controller
+
+import (
+	"fmt"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+
+	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
+)
+
+// Reasons of Events, with reasonSilent and reasonUnwilling. The hook reasons are kubelet's.
+const (
+	eventRestarting      = "RestartingContainer"
+	eventRestarted       = "RestartedContainer"
+	eventFailed          = "RestartFailed"
+	eventWarning         = "RestartWarning"
+	eventPreStopFailed   = "FailedPreStopHook"
+	eventPostStartFailed = "FailedPostStartHook"
+	eventRefused         = "Refused"
+	eventNoReadinessGate = "NoReadinessGate"
+	eventAction          = "Recreate"
+)
+
+// tell writes the Events for what the status says now and did not say before.
+func (p *pass) tell(before *appsv1alpha1.ContainerRecreateRequestStatus) {
+	after := &p.crr.Status
+	for _, reason := range []string{reasonSilent, reasonUnwilling} {
+		if why, ok := strings.CutPrefix(after.Message, reason+": "); ok && before.Message != after.Message {
+			p.event(p.requestRef(), corev1.EventTypeWarning, reason, "%s", why)
+		}
+	}
+	if p.accepted == nil && after.CompletionTime != nil {
+		p.event(p.requestRef(), corev1.EventTypeWarning, eventRefused, "%s", after.Message)
+		if p.pod != nil {
+			p.event(p.podRef(nil), corev1.EventTypeWarning, eventRefused, "ContainerRecreateRequest %s: %s", p.crr.Name, after.Message)
+		}
+		return
+	}
+	was := map[string]appsv1alpha1.ContainerRecreateRequestPhase{}
+	for _, s := range before.ContainerRecreateStates {
+		was[s.Name] = s.Phase
+	}
+	for _, c := range p.containers {
+		if c.state.Phase == was[c.name] {
+			continue
+		}
+		pod := p.podRef(c)
+		switch c.state.Phase {
+		case recreating:
+			p.event(pod, corev1.EventTypeNormal, eventRestarting, "Restarting container %s in place for ContainerRecreateRequest %s", c.name, p.crr.Name)
+			p.tellHooks(c)
+		case succeeded:
+			p.event(pod, corev1.EventTypeNormal, eventRestarted, "%s", p.restartedNote(c))
+			p.tellWarnings(c)
+		case failed:
+			p.event(pod, corev1.EventTypeWarning, eventFailed, "ContainerRecreateRequest %s, container %s: %s", p.crr.Name, c.name, c.state.Message)
+			p.event(p.requestRef(), corev1.EventTypeWarning, eventFailed, "container %s: %s", c.name, c.state.Message)
+			p.tellWarnings(c)
+		}
+	}
+}
+
+func (p *pass) restartedNote(c *container) string {
+	note := fmt.Sprintf("Restarted container %s in place for ContainerRecreateRequest %s", c.name, p.crr.Name)
+	if c.replaced {
+		return note + " (another request had replaced it already)"
+	}
+	if d := c.op.GetGap(); d != nil {
+		note += fmt.Sprintf(", it was down for %s", d.AsDuration().Round(1e6))
+	}
+	return note
+}
+
+// tellWarnings passes on what the node says went wrong without ending the operation.
+func (p *pass) tellWarnings(c *container) {
+	if c.replaced {
+		return
+	}
+	for _, w := range c.op.GetWarnings() {
+		reason := eventWarning
+		switch lower := strings.ToLower(w); {
+		case strings.Contains(lower, "prestop"):
+			reason = eventPreStopFailed
+		case strings.Contains(lower, "poststart"):
+			reason = eventPostStartFailed
+		}
+		p.event(p.podRef(c), corev1.EventTypeWarning, reason, "%s", w)
+	}
+}
+
+// tellHooks reports hooks that cannot be run, as kubelet does.
+func (p *pass) tellHooks(c *container) {
+	if c.spec == nil || c.spec.Lifecycle == nil {
+		return
+	}
+	if _, err := hookOf(c.spec, c.spec.Lifecycle.PreStop); err != nil {
+		p.event(p.podRef(c), corev1.EventTypeWarning, eventPreStopFailed, "PreStopHook failed: %s", err)
+	}
+	if _, err := hookOf(c.spec, c.spec.Lifecycle.PostStart); err != nil {
+		p.event(p.podRef(c), corev1.EventTypeWarning, eventPostStartFailed, "PostStartHook failed: %s", err)
+	}
+}
+
+// tellUngated says once that a wished-for drain does not take place.
+func (p *pass) tellUngated() {
+	if p.memory.ungated || hasReadyGate(p.pod) || len(p.crr.Status.ContainerRecreateStates) > 0 {
+		return
+	}
+	for _, c := range p.containers {
+		if c.strategy.unready != nil {
+			p.memory.ungated = true
+			p.event(p.requestRef(), corev1.EventTypeWarning, eventNoReadinessGate,
+				"pod %s has no readiness gate %s, so it cannot be taken out of service: unreadyGracePeriodSeconds is ignored", p.pod.Name, appsv1alpha1.KruisePodReadyConditionType)
+			return
+		}
+	}
+}
+
+func (p *pass) event(about *corev1.ObjectReference, kind, reason, note string, args ...any) {
+	if about == nil || p.r.Recorder == nil {
+		return
+	}
+	text := fmt.Sprintf(note, args...)
+	if len(text) > 1000 { // the API's limit is 1024
+		text = text[:1000] + "…"
+	}
+	p.r.Recorder.Eventf(about, p.requestRef(), kind, reason, eventAction, "%s", text)
+}
+
+func (p *pass) requestRef() *corev1.ObjectReference {
+	return &corev1.ObjectReference{
+		APIVersion: appsv1alpha1.GroupVersion.String(), Kind: "ContainerRecreateRequest",
+		Namespace: p.crr.Namespace, Name: p.crr.Name, UID: p.crr.UID,
+	}
+}
+
+// podRef refers to a container of the pod, as kubelet's Events do, or with nil to
+// the pod.
+func (p *pass) podRef(c *container) *corev1.ObjectReference {
+	if p.pod == nil {
+		return nil
+	}
+	ref := &corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: p.pod.Namespace, Name: p.pod.Name, UID: p.pod.UID}
+	if c != nil {
+		ref.FieldPath = "spec.containers{" + c.name + "}"
+		if _, kind := containerSpec(p.pod, c.name); kind == kindSidecar {
+			ref.FieldPath = "spec.initContainers{" + c.name + "}"
+		}
+	}
+	return ref
+}

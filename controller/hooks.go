@@ -1,0 +1,72 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package controller
+
+import (
+	"errors"
+	"fmt"
+	"strconv"
+
+	corev1 "k8s.io/api/core/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+// errTCPSocketHook is what kubelet makes of such a handler (pkg/kubelet/lifecycle):
+// it has no code for it.
+var errTCPSocketHook = errors.New("tcpSocket is not a handler kubelet runs")
+
+// hookOf is the node's form of a lifecycle handler of container c, with a named
+// port resolved. It is nil for no handler; an error says why kubelet could not run
+// the handler either.
+func hookOf(c *corev1.Container, h *corev1.LifecycleHandler) (*opsv1.Hook, error) {
+	switch {
+	case h == nil:
+		return nil, nil
+	case h.Exec != nil:
+		if len(h.Exec.Command) == 0 {
+			return nil, errors.New("exec has no command")
+		}
+		return &opsv1.Hook{Action: &opsv1.Hook_Exec{Exec: &opsv1.ExecAction{Command: h.Exec.Command}}}, nil
+	case h.HTTPGet != nil:
+		port, err := portOf(c, h.HTTPGet)
+		if err != nil {
+			return nil, err
+		}
+		get := &opsv1.HTTPGetAction{
+			Scheme: string(h.HTTPGet.Scheme), Host: h.HTTPGet.Host, Port: port, Path: h.HTTPGet.Path,
+		}
+		for _, header := range h.HTTPGet.HTTPHeaders {
+			get.Headers = append(get.Headers, &opsv1.HTTPHeader{Name: header.Name, Value: header.Value})
+		}
+		return &opsv1.Hook{Action: &opsv1.Hook_HttpGet{HttpGet: get}}, nil
+	case h.Sleep != nil:
+		return &opsv1.Hook{Action: &opsv1.Hook_Sleep{Sleep: &opsv1.SleepAction{Seconds: h.Sleep.Seconds}}}, nil
+	case h.TCPSocket != nil:
+		return nil, errTCPSocketHook
+	default:
+		return nil, errors.New("the handler has no action")
+	}
+}
+
+// portOf resolves as kubelet does: a number, the name of a container port, or a
+// number in a string; 80 when there is none.
+func portOf(c *corev1.Container, get *corev1.HTTPGetAction) (int32, error) {
+	port := get.Port.IntValue()
+	if get.Port.StrVal == "" && port == 0 {
+		return 80, nil
+	}
+	if port == 0 {
+		for _, p := range c.Ports {
+			if p.Name == get.Port.StrVal {
+				return p.ContainerPort, nil
+			}
+		}
+		return 0, fmt.Errorf("httpGet names the port %q, which container %s does not have", get.Port.StrVal, c.Name)
+	}
+	if port < 1 || port > 65535 {
+		return 0, errors.New("httpGet port " + strconv.Itoa(port) + " is not a port number")
+	}
+	return int32(port), nil
+}

@@ -1,0 +1,77 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package controller
+
+import (
+	"fmt"
+
+	"github.com/go-logr/logr"
+	"github.com/sirupsen/logrus"
+)
+
+// NewLogr lets what controller-runtime and client-go log come out of log: V(0) as
+// info, V(1) and above as debug, the logger's name as field "logger".
+func NewLogr(log logrus.FieldLogger) logr.Logger {
+	entry := log.WithFields(nil)
+	return logr.New(&logrusSink{entry: entry})
+}
+
+type logrusSink struct {
+	entry *logrus.Entry
+	name  string
+}
+
+var _ logr.LogSink = (*logrusSink)(nil)
+
+func (s *logrusSink) Init(logr.RuntimeInfo) {}
+
+func (s *logrusSink) Enabled(level int) bool {
+	return s.entry.Logger.IsLevelEnabled(logrusLevel(level))
+}
+
+func (s *logrusSink) Info(level int, msg string, keysAndValues ...any) {
+	s.entry.WithFields(fieldsOf(keysAndValues)).Log(logrusLevel(level), msg)
+}
+
+func (s *logrusSink) Error(err error, msg string, keysAndValues ...any) {
+	s.entry.WithFields(fieldsOf(keysAndValues)).WithError(err).Error(msg)
+}
+
+func (s *logrusSink) WithValues(keysAndValues ...any) logr.LogSink {
+	return &logrusSink{entry: s.entry.WithFields(fieldsOf(keysAndValues)), name: s.name}
+}
+
+func (s *logrusSink) WithName(name string) logr.LogSink {
+	if s.name != "" {
+		name = s.name + "." + name
+	}
+	return &logrusSink{entry: s.entry.WithField("logger", name), name: name}
+}
+
+func logrusLevel(level int) logrus.Level {
+	if level > 0 {
+		return logrus.DebugLevel
+	}
+	return logrus.InfoLevel
+}
+
+func fieldsOf(keysAndValues []any) logrus.Fields {
+	fields := logrus.Fields{}
+	for i := 0; i < len(keysAndValues); i += 2 {
+		key := fmt.Sprint(keysAndValues[i])
+		if i+1 == len(keysAndValues) {
+			fields[key] = "(no value)"
+			break
+		}
+		switch v := keysAndValues[i+1].(type) {
+		case logr.Marshaler:
+			fields[key] = v.MarshalLog()
+		case fmt.Stringer:
+			fields[key] = v.String()
+		default:
+			fields[key] = v
+		}
+	}
+	return fields
+}

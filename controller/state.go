@@ -1,0 +1,236 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package controller
+
+import (
+	"fmt"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+
+	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+// Short names of the phases.
+const (
+	pending    = appsv1alpha1.ContainerRecreateRequestPending
+	recreating = appsv1alpha1.ContainerRecreateRequestRecreating
+	succeeded  = appsv1alpha1.ContainerRecreateRequestSucceeded
+	failed     = appsv1alpha1.ContainerRecreateRequestFailed
+	completed  = appsv1alpha1.ContainerRecreateRequestCompleted
+)
+
+// reasonExpectedIDDiffers is the node's word for a container that has been
+// replaced since the request was accepted.
+const reasonExpectedIDDiffers = "ExpectedIDDiffers"
+
+// container is all that is known of one container of a request.
+type container struct {
+	name     string
+	strategy strategy
+	// pinned is the container's identity when the request was accepted.
+	pinned appsv1alpha1.ContainerRecreateRequestContainerContext
+	// spec and status are the pod's; status is nil when the pod has none.
+	spec   *corev1.Container
+	status *corev1.ContainerStatus
+	// op is the node's account of it; nil until the node has accepted the
+	// operation. With replaced it is another operation than the request's own: the
+	// one that replaced the pinned container first.
+	op       *opsv1.ContainerOperation
+	replaced bool
+	// firstSeen is when this controller first saw the new container running.
+	firstSeen time.Time
+	// state is what the status says, and what it shall say.
+	state appsv1alpha1.ContainerRecreateRequestContainerRecreateState
+}
+
+func (c *container) done() bool { return c.state.Phase == succeeded || c.state.Phase == failed }
+
+func (c *container) fail(format string, args ...any) {
+	c.state.Phase, c.state.Message = failed, fmt.Sprintf(format, args...)
+}
+
+// observe brings c.state up to date with the node's account and the pod's status.
+// It returns how long until the passing of time alone changes it; 0 means never.
+// Succeeded and Failed stay.
+func (c *container) observe(pod *corev1.Pod, now time.Time) time.Duration {
+	if c.done() {
+		return 0
+	}
+	if c.op == nil {
+		if c.state.Phase == "" {
+			c.state.Phase = pending
+		}
+		return 0
+	}
+	c.state.Message = ""
+	if c.op.GetStopTime() != nil && !c.replaced {
+		c.state.IsKilled = true
+	}
+	switch c.op.GetPhase() {
+	case opsv1.Phase_PHASE_UNSPECIFIED, opsv1.Phase_PHASE_PENDING:
+		c.state.Phase = pending
+		c.state.Message = "waits for an earlier operation on this container"
+	case opsv1.Phase_PHASE_FAILED:
+		message := c.op.GetMessage()
+		if message == "" {
+			message = "the node says only: " + c.op.GetReason()
+		}
+		c.fail("%s", message)
+	case opsv1.Phase_PHASE_CANCELLED:
+		c.fail("not recreated: %s", c.op.GetMessage())
+	case opsv1.Phase_PHASE_SUCCEEDED:
+		c.state.Phase = recreating
+		return c.awaitReady(pod, now)
+	default:
+		c.state.Phase = recreating
+	}
+	return 0
+}
+
+// isNew says that the pod status shows the successor, or a container kubelet
+// started after it.
+func (c *container) isNew() bool {
+	if c.status == nil {
+		return false
+	}
+	id := bareID(c.status.ContainerID)
+	switch id {
+	case "", bareID(c.pinned.ContainerID), c.op.GetIncumbentId():
+		return false
+	case c.op.GetSuccessorId():
+		return true
+	}
+	return c.status.RestartCount > int32(c.op.GetAttempt())
+}
+
+// awaitReady is what observe says once the node has done its part.
+func (c *container) awaitReady(pod *corev1.Pod, now time.Time) time.Duration {
+	if !c.isNew() {
+		return 0
+	}
+	state := c.status.State
+	switch {
+	case state.Terminated != nil:
+		if t := state.Terminated; !c.restartsAfter(pod, t.ExitCode) {
+			c.fail("the new container ended (exit code %d, %s) and its restartPolicy does not start it again", t.ExitCode, t.Reason)
+			return 0
+		}
+		c.state.Message = fmt.Sprintf("the new container exited with code %d; waiting for it to become ready", state.Terminated.ExitCode)
+	case state.Waiting != nil:
+		c.state.Message = fmt.Sprintf("the new container is waiting (%s); waiting for it to become ready", state.Waiting.Reason)
+	case state.Running != nil && c.status.Ready:
+		// A node whose clock is ahead must not make the wait longer than it is.
+		since := state.Running.StartedAt.Time
+		if !c.firstSeen.IsZero() && c.firstSeen.Before(since) {
+			since = c.firstSeen
+		}
+		if left := c.strategy.minStarted - now.Sub(since); left > 0 {
+			return left
+		}
+		c.state.Phase, c.state.Message = succeeded, ""
+	}
+	return 0
+}
+
+// restartsAfter says whether kubelet starts the container again after it exited
+// with code (pkg/kubelet/container: ShouldContainerBeRestarted).
+func (c *container) restartsAfter(pod *corev1.Pod, code int32) bool {
+	if pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed {
+		return false
+	}
+	policy := pod.Spec.RestartPolicy
+	if c.spec != nil {
+		if len(c.spec.RestartPolicyRules) > 0 {
+			return true // kubelet decides by exit code; wait for what it does
+		}
+		if c.spec.RestartPolicy != nil {
+			policy = corev1.RestartPolicy(*c.spec.RestartPolicy)
+		}
+	}
+	switch policy {
+	case corev1.RestartPolicyNever:
+		return false
+	case corev1.RestartPolicyOnFailure:
+		return code != 0
+	}
+	return true
+}
+
+// plan is what to do next for a request.
+type plan struct {
+	// command are the containers to start an operation for.
+	command []*container
+	// cancel are those whose operation is to be taken back if it still can be.
+	cancel []*container
+	// drain says that the pod has to go out of service before anything else.
+	drain bool
+	// wait is how long until the passing of time alone changes the plan; 0 means never.
+	wait time.Duration
+}
+
+// decide says what to do next, given containers whose state is up to date, and
+// fails those that an earlier failure leaves out. unready is when the pod went out
+// of service for the request; zero means it has not. gated says whether it can.
+func decide(containers []*container, gated bool, unready, now time.Time) plan {
+	var p plan
+	var broken *container
+	for _, c := range containers {
+		if c.state.Phase == failed && !c.strategy.ignoreFailure {
+			broken = c
+			break
+		}
+	}
+	ready := true // all before are done
+	for _, c := range containers {
+		before := ready
+		if c.done() {
+			continue
+		}
+		ready = false
+		if c.op != nil {
+			if broken != nil && c.state.Phase == pending {
+				p.cancel = append(p.cancel, c)
+			}
+			continue
+		}
+		if broken != nil && c.state.Phase != recreating {
+			c.fail("left alone: container %s failed and failurePolicy is Fail", broken.name)
+			continue
+		}
+		if gated && c.strategy.unready != nil {
+			if unready.IsZero() {
+				p.drain = true
+				continue
+			}
+			if left := unready.Add(*c.strategy.unready).Sub(now); left > 0 {
+				p.wait = sooner(p.wait, left)
+				continue
+			}
+		}
+		if c.strategy.ordered && !before {
+			continue
+		}
+		p.command = append(p.command, c)
+	}
+	return p
+}
+
+// sooner is the smaller of two waits of which 0 means never.
+func sooner(a, b time.Duration) time.Duration {
+	if a == 0 || (b != 0 && b < a) {
+		return b
+	}
+	return a
+}
+
+// bareID takes the runtime's scheme off a container ID of the pod status.
+func bareID(id string) string {
+	if _, bare, ok := strings.Cut(id, "://"); ok {
+		return bare
+	}
+	return id
+}
