@@ -20,6 +20,7 @@ import (
 	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/encoding"
 	protocodec "google.golang.org/grpc/encoding/proto"
@@ -160,7 +161,7 @@ func newBed(t *testing.T, o proxy.Options, backendOptions ...grpc.ServerOption) 
 		if err := <-b.served; err != nil {
 			t.Errorf("Serve: %v", err)
 		}
-		if err := b.upstream.Close(); err != nil {
+		if err := b.upstream.Close(); err != nil && b.upstream.State() != connectivity.Shutdown {
 			t.Errorf("Close: %v", err)
 		}
 		b.backend.stop()
@@ -205,7 +206,9 @@ type seen struct {
 	Details []byte // the encoded google.rpc.Status
 }
 
-func (s *seen) mark(format string, args ...any) { s.Events = append(s.Events, fmt.Sprintf(format, args...)) }
+func (s *seen) mark(format string, args ...any) {
+	s.Events = append(s.Events, fmt.Sprintf(format, args...))
+}
 
 func (s *seen) end(err error) {
 	if errors.Is(err, io.EOF) {
