@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -48,13 +50,44 @@ func newRoot() *cobra.Command {
 		Short:         "Transparent CRI proxy that restarts containers in place",
 		SilenceErrors: true,
 		SilenceUsage:  true,
-		Args:          cobra.NoArgs,
 	}
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return &config.InvalidError{Err: fmt.Errorf("%w; see %s --help", err, c.CommandPath())}
 	})
-	root.AddCommand(serve.Command(), ctl.Command(), newConfig(), newVersion())
+	root.AddCommand(serve.Command(), ctl.Command(time.Now), newConfig(), newVersion())
+	checkArgs(root)
 	return root
+}
+
+// checkArgs makes wrong arguments of c and the commands below it usage errors, and gives
+// commands that only group others an answer to a name they don't know, which cobra
+// has for the root only.
+func checkArgs(c *cobra.Command) {
+	if c.HasSubCommands() {
+		c.SuggestionsMinimumDistance = 2
+		c.RunE = func(c *cobra.Command, _ []string) error { return c.Help() }
+		c.Args = func(c *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return nil
+			}
+			hint := "see " + c.CommandPath() + " --help"
+			if near := c.SuggestionsFor(args[0]); len(near) > 0 {
+				hint = "did you mean " + strings.Join(near, " or ") + "?"
+			}
+			return fmt.Errorf("unknown command %q for %q, %s", args[0], c.CommandPath(), hint)
+		}
+	}
+	if check := c.Args; check != nil {
+		c.Args = func(c *cobra.Command, args []string) error {
+			if err := check(c, args); err != nil {
+				return &config.InvalidError{Err: err}
+			}
+			return nil
+		}
+	}
+	for _, sub := range c.Commands() {
+		checkArgs(sub)
+	}
 }
 
 func newVersion() *cobra.Command {

@@ -39,13 +39,12 @@ type ctl struct {
 	now func() time.Time
 }
 
-// Command returns `cri-proxy ctl`.
-func Command() *cobra.Command {
-	c := &ctl{output: table, now: time.Now}
+// Command returns `cri-proxy ctl`. now is the clock, for ages.
+func Command(now func() time.Time) *cobra.Command {
+	c := &ctl{output: table, now: now}
 	cmd := &cobra.Command{
 		Use:   "ctl",
 		Short: "Command the node daemon over its admin socket",
-		Args:  cobra.NoArgs,
 	}
 	socket := os.Getenv(socketVariable)
 	if socket == "" {
@@ -104,7 +103,12 @@ func plain(err error) error {
 // callError is the daemon's refusal. It keeps its gRPC status.
 type callError struct{ status *status.Status }
 
-func (e *callError) Error() string { return e.status.Message() }
+func (e *callError) Error() string {
+	if e.status.Message() == context.DeadlineExceeded.Error() {
+		return "the daemon did not answer in time; see journalctl -u cri-proxy"
+	}
+	return e.status.Message()
+}
 
 // GRPCStatus returns the status that the daemon answered.
 func (e *callError) GRPCStatus() *status.Status { return e.status }

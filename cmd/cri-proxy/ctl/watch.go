@@ -37,10 +37,12 @@ func (c *ctl) watch(ctx context.Context, out io.Writer, client opsv1.OpsClient, 
 		view = &lines{c: c, out: out, last: map[string]string{}}
 	}
 	op, err := follow(ctx, client, uid, view.update)
+	// gRPC may see the end of ctx a moment before ctx itself says so.
+	code := status.Code(err)
 	switch {
-	case ctx.Err() != nil && op != nil:
+	case err != nil && op != nil && (ctx.Err() != nil || code == codes.DeadlineExceeded || code == codes.Canceled):
 		why := "interrupted"
-		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		if code == codes.DeadlineExceeded || errors.Is(ctx.Err(), context.DeadlineExceeded) {
 			why = "gave up waiting"
 		}
 		return fmt.Errorf("%s while the operation is %s; it goes on, see cri-proxy ctl ops %s", why, strings.ToLower(phaseName(op.GetPhase())), uid)
