@@ -1,0 +1,433 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"go.uber.org/goleak"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/proto"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/proxy"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// waitLong bounds every wait of a test; reaching it is a failure.
+const waitLong = 20 * time.Second
+
+const podUID = "11111111-2222-3333-4444-555555555555"
+
+func podRef() *opsv1.PodRef { return &opsv1.PodRef{Namespace: "default", Name: "shop", Uid: podUID} }
+
+// daemon is one run of cri-proxy on the node: the engine behind a real proxy that kubelet calls.
+type daemon struct {
+	view    *interceptors.View
+	engine  *Engine
+	api     *Server
+	kubelet runtimeapi.RuntimeServiceClient
+	leash   *leash
+	server  *proxy.Server
+	log     *signals
+
+	stop func() // ends Run
+	ran  sync.WaitGroup
+}
+
+// node is a node with one pod: containers app and web, made by kubelet through the proxy.
+type node struct {
+	t     testing.TB
+	dir   string
+	state string // the state directory of the current daemon
+	rt    *fakeRuntime
+
+	*daemon
+	daemons []*daemon
+	sandbox string
+	seenBad []string // guarded by rt.mu: what kubelet must never see
+}
+
+// podOptions are what a test wants different about the pod.
+type podOptions struct {
+	annotations map[string]string // of app
+	hidden      bool              // app is made behind the proxy's back, as before its installation
+}
+
+func newNode(t testing.TB, o podOptions) *node {
+	t.Helper()
+	n := &node{t: t, dir: t.TempDir(), rt: newFakeRuntime()}
+	n.rt.serve(t, n.socket())
+	n.state = filepath.Join(n.dir, "state")
+	if err := os.Mkdir(n.state, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	n.boot(n.state)
+	n.makePod(o)
+	n.rt.takeCalls()
+	return n
+}
+
+func (n *node) socket() string { return filepath.Join(n.dir, "r.sock") }
+
+// boot starts a daemon on a state directory, without Run.
+func (n *node) boot(state string) {
+	n.t.Helper()
+	t := n.t
+	log := logrus.New()
+	log.SetOutput(io.Discard)
+	if os.Getenv("OPS_TEST_LOG") != "" {
+		log.SetOutput(os.Stderr)
+	}
+	log.SetLevel(logrus.DebugLevel)
+	d := &daemon{view: interceptors.NewView(), log: &signals{}}
+	log.AddHook(d.log)
+
+	up, err := proxy.NewUpstream(n.socket(), proxy.UpstreamOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.leash = &leash{ClientConnInterface: up.Conn()}
+	d.engine, err = Open(t.Context(), Options{StateDir: state, Conn: d.leash, View: d.view, Log: log, LegacyLogDir: filepath.Join(n.dir, "links")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.api = NewServer(d.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
+	d.server = proxy.NewServer(up, proxy.Options{Director: interceptors.New(interceptors.Options{View: d.view, Records: d.engine.Records(), Log: log})})
+	path := filepath.Join(n.dir, fmt.Sprintf("p%d.sock", len(n.daemons)))
+	l, err := proxy.Listen(path, proxy.ListenOptions{Mode: 0o600})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var served sync.WaitGroup
+	served.Go(func() {
+		if err := d.server.Serve(l); err != nil {
+			t.Error(err)
+		}
+	})
+	conn, err := grpc.NewClient("unix://"+path, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithUnaryInterceptor(
+		func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+			return invoke(metadata.AppendToOutgoingContext(ctx, "caller", "kubelet"), method, req, reply, cc, opts...)
+		}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.kubelet = runtimeapi.NewRuntimeServiceClient(conn)
+	d.stop = func() {}
+	n.daemon = d
+	n.daemons = append(n.daemons, d)
+	t.Cleanup(func() {
+		d.leash.free()
+		d.stop()
+		d.ran.Wait()
+		if err := conn.Close(); err != nil {
+			t.Error(err)
+		}
+		d.server.Stop()
+		served.Wait()
+		if err := d.engine.Close(); err != nil {
+			t.Error(err)
+		}
+		if err := up.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// run starts the current daemon's Run; it ends with the test at the latest.
+func (n *node) run() {
+	d := n.daemon
+	ctx, cancel := context.WithCancel(context.Background())
+	d.stop = cancel
+	d.ran.Go(func() {
+		if err := d.engine.Run(ctx); err != nil {
+			n.t.Error(err)
+		}
+	})
+}
+
+func (n *node) sandboxConfig() *runtimeapi.PodSandboxConfig {
+	return &runtimeapi.PodSandboxConfig{
+		Metadata:     &runtimeapi.PodSandboxMetadata{Name: "shop", Namespace: "default", Uid: podUID},
+		LogDirectory: "/var/log/pods/shop",
+		Labels:       map[string]string{labelPodName: "shop", labelPodNamespace: "default", labelPodUID: podUID},
+	}
+}
+
+func (n *node) containerConfig(name string, attempt uint32) *runtimeapi.ContainerConfig {
+	return &runtimeapi.ContainerConfig{
+		Metadata: &runtimeapi.ContainerMetadata{Name: name, Attempt: attempt},
+		Labels:   map[string]string{labelPodName: "shop", labelPodNamespace: "default", labelPodUID: podUID, labelContainer: name},
+		Annotations: map[string]string{
+			"io.kubernetes.container.hash": "abc", annotationRestartCount: fmt.Sprint(attempt), annotationTerminationGrace: "30",
+			annotationTerminationPath: "/dev/termination-log",
+		},
+		Envs:    []*runtimeapi.KeyValue{{Key: "BLOB", Value: []byte{0xff, 0xfe, 'a'}}},
+		Mounts:  []*runtimeapi.Mount{{ContainerPath: "/dev/termination-log", HostPath: filepath.Join(n.dir, "0a0b0c0d")}},
+		LogPath: fmt.Sprintf("%s/%d.log", name, attempt),
+		Linux:   &runtimeapi.LinuxContainerConfig{Resources: &runtimeapi.LinuxContainerResources{CpuShares: 102, CpusetCpus: "0-3"}},
+	}
+}
+
+func (n *node) makePod(o podOptions) {
+	n.t.Helper()
+	ctx := n.t.Context()
+	sb, err := n.kubelet.RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: n.sandboxConfig()})
+	n.must(err)
+	n.sandbox = sb.GetPodSandboxId()
+	for _, name := range []string{"app", "web"} {
+		cfg := n.containerConfig(name, 0)
+		if name == "app" {
+			for k, v := range o.annotations {
+				cfg.Annotations[k] = v
+			}
+		}
+		req := &runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: cfg, SandboxConfig: n.sandboxConfig()}
+		var made *runtimeapi.CreateContainerResponse
+		if o.hidden && name == "app" {
+			cfg.Envs = nil
+			made, err = n.rt.CreateContainer(ctx, req)
+		} else {
+			made, err = n.kubelet.CreateContainer(ctx, req)
+		}
+		n.must(err)
+		_, err = n.kubelet.StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: made.GetContainerId()})
+		n.must(err)
+	}
+}
+
+func (n *node) must(err error) {
+	n.t.Helper()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// restart accepts a restart of app; edit changes the request.
+func (n *node) restart(uid string, edit ...func(*opsv1.RestartRequest)) *opsv1.Operation {
+	n.t.Helper()
+	op, err := n.api.Restart(n.t.Context(), restartRequest(uid, edit...))
+	n.must(err)
+	return op
+}
+
+func restartRequest(uid string, edit ...func(*opsv1.RestartRequest)) *opsv1.RestartRequest {
+	req := &opsv1.RestartRequest{Uid: uid, Pod: podRef(), Containers: []*opsv1.ContainerRestart{{Name: "app"}}, Requester: "test"}
+	for _, f := range edit {
+		f(req)
+	}
+	return req
+}
+
+// finish waits for the end of an operation.
+func (n *node) finish(uid string) *opsv1.Operation {
+	n.t.Helper()
+	return n.until(uid, func(op *opsv1.Operation) bool { return op.GetFinishTime() != nil })
+}
+
+// until waits for a state of an operation.
+func (n *node) until(uid string, is func(*opsv1.Operation) bool) *opsv1.Operation {
+	n.t.Helper()
+	o := n.engine.lookup(uid)
+	if o == nil {
+		n.t.Fatalf("no operation %s", uid)
+	}
+	late := time.NewTimer(waitLong)
+	defer late.Stop()
+	for {
+		op, changed := o.watch()
+		if is(op) {
+			return op
+		}
+		select {
+		case <-changed:
+		case <-late.C:
+			n.t.Fatalf("operation is still %v; the runtime has %s; calls %q", op, n.rt.state(), n.rt.takeCalls())
+		}
+	}
+}
+
+// verdict is the end of an operation for goldens.
+func verdict(op *opsv1.Operation) string {
+	out := []string{strings.TrimPrefix(op.GetPhase().String(), "PHASE_")}
+	for _, c := range op.GetContainers() {
+		s := c.GetName() + " " + strings.TrimPrefix(c.GetPhase().String(), "PHASE_")
+		if c.GetReason() != "" {
+			s += " " + c.GetReason()
+		}
+		out = append(out, s)
+	}
+	return strings.Join(out, ", ")
+}
+
+// list is what kubelet sees of the slot's containers, newest first.
+func (n *node) list(ctx context.Context) ([]*runtimeapi.Container, error) {
+	resp, err := n.kubelet.ListContainers(ctx, &runtimeapi.ListContainersRequest{})
+	slices.SortFunc(resp.GetContainers(), func(a, b *runtimeapi.Container) int { return int(b.GetCreatedAt() - a.GetCreatedAt()) })
+	return resp.GetContainers(), err
+}
+
+// sees is what kubelet sees, in the form of fakeRuntime.state.
+func (n *node) sees() string {
+	n.t.Helper()
+	all, err := n.list(n.t.Context())
+	n.must(err)
+	var out []string
+	for _, c := range all {
+		out = append(out, nameOf(c)+" "+strings.TrimPrefix(c.GetState().String(), "CONTAINER_"))
+	}
+	slices.Sort(out)
+	return strings.Join(out, ", ")
+}
+
+// checkView asserts that kubelet has no reason to act now: of each slot it sees the newest
+// container running, none that has not been started, and status and list agree.
+func (n *node) checkView() error {
+	all, err := n.list(context.Background())
+	if err != nil {
+		return err
+	}
+	done := map[string]bool{}
+	for _, c := range all {
+		name := c.GetMetadata().GetName()
+		if c.GetState() == runtimeapi.ContainerState_CONTAINER_CREATED {
+			return fmt.Errorf("kubelet sees %s created", nameOf(c))
+		}
+		if !done[name] && c.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
+			return fmt.Errorf("kubelet sees %s %s as the newest", nameOf(c), c.GetState())
+		}
+		done[name] = true
+		st, err := n.kubelet.ContainerStatus(context.Background(), &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()})
+		if err != nil {
+			return fmt.Errorf("kubelet asks for %s, which was listed: %w", nameOf(c), err)
+		}
+		if st.GetStatus().GetState() == runtimeapi.ContainerState_CONTAINER_CREATED {
+			return fmt.Errorf("kubelet reads %s created", nameOf(c))
+		}
+	}
+	if len(done) != 2 {
+		return fmt.Errorf("kubelet sees %d slots", len(done))
+	}
+	return nil
+}
+
+// relist does what kubelet's PLEG does, all the time, until the returned function is called,
+// and asserts that nothing kubelet sees makes it act.
+func (n *node) relist() (end func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for ctx.Err() == nil {
+			if err := n.checkView(); err != nil {
+				n.t.Error(err)
+				return
+			}
+		}
+	})
+	return func() {
+		cancel()
+		wg.Wait()
+	}
+}
+
+// copyState returns a copy of the current state directory as it is now.
+func (n *node) copyState() string {
+	dir := filepath.Join(n.dir, fmt.Sprintf("state%d", len(n.daemons)))
+	if err := os.CopyFS(dir, os.DirFS(n.state)); err != nil {
+		n.t.Error(err)
+	}
+	return dir
+}
+
+// leash is the engine's connection, which a test can cut: from then on no call of that
+// engine gets through or returns until the test ends, as if its process were gone.
+type leash struct {
+	grpc.ClientConnInterface
+	gone atomic.Pointer[chan struct{}]
+}
+
+func (l *leash) cut() {
+	c := make(chan struct{})
+	l.gone.CompareAndSwap(nil, &c)
+}
+
+func (l *leash) free() {
+	l.cut()
+	close(*l.gone.Load())
+}
+
+func (l *leash) Invoke(ctx context.Context, method string, args, reply any, opts ...grpc.CallOption) error {
+	if c := l.gone.Load(); c != nil {
+		<-*c
+		return context.Canceled
+	}
+	err := l.ClientConnInterface.Invoke(ctx, method, args, reply, opts...)
+	if c := l.gone.Load(); c != nil {
+		<-*c
+		return context.Canceled
+	}
+	return err
+}
+
+// signals lets a test wait for a line of the log.
+type signals struct {
+	mu    sync.Mutex // guards all following fields
+	lines []string
+	more  chan struct{}
+}
+
+func (s *signals) Levels() []logrus.Level { return logrus.AllLevels }
+
+func (s *signals) Fire(e *logrus.Entry) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lines = append(s.lines, e.Message)
+	if s.more != nil {
+		close(s.more)
+		s.more = nil
+	}
+	return nil
+}
+
+func (s *signals) await(t testing.TB, part string) {
+	t.Helper()
+	late := time.NewTimer(waitLong)
+	defer late.Stop()
+	for {
+		s.mu.Lock()
+		if s.more == nil {
+			s.more = make(chan struct{})
+		}
+		more, found := s.more, slices.ContainsFunc(s.lines, func(l string) bool { return strings.Contains(l, part) })
+		s.mu.Unlock()
+		if found {
+			return
+		}
+		select {
+		case <-more:
+		case <-late.C:
+			t.Errorf("no log line with %q", part)
+			return
+		}
+	}
+}
+
+// clone of a message, typed.
+func clone[M proto.Message](m M) M { return proto.Clone(m).(M) }
