@@ -26,6 +26,7 @@ apiVersion: v1
 kind: Pod
 metadata: {name: never-starts, namespace: %[1]s}
 spec:
+  terminationGracePeriodSeconds: 1
   initContainers: [{name: setup, image: "%[2]s", command: ["true"]}]
   containers:
   - {name: app, image: "%[2]s", command: [sleep, "3600"]}
@@ -42,7 +43,7 @@ spec:
 	})
 	for _, tc := range []struct{ name, pod, rest, text string }{
 		{"unknown-pod", "nobody", "containers: [{name: app}]", "no pod"},
-		{"unknown-container", "my-pod", "containers: [{name: nope}]", `"nope"`},
+		{"unknown-container", "my-pod", "containers: [{name: nope}]", "no container nope; it has app, two, three"},
 		{"not-started", "never-starts", "containers: [{name: absent}]", "absent"},
 		{"init-container", "never-starts", "containers: [{name: setup}]", "init container"},
 	} {

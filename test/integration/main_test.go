@@ -19,6 +19,7 @@ var bed struct {
 	runtime string // socket
 	busybox string // image references
 	app     string
+	extra   string // one that no other test uses
 	cgroup  string
 	dir     string // for sockets and state; its path is short
 }
@@ -42,6 +43,7 @@ func run(m *testing.M) (code int, err error) {
 	defer func() { err = errors.Join(err, b.Close(ctx)) }()
 	bed.runtime, bed.cgroup = b.RuntimeSocket, b.CgroupParent
 	bed.busybox, bed.app = b.Image("busybox:1.0"), b.Image("app:1")
+	bed.extra = b.Image("busybox:3.0")
 	bed.dir = filepath.Join(b.RunDir, "t")
 	if err := os.Mkdir(bed.dir, 0o755); err != nil {
 		return 0, err
