@@ -76,16 +76,13 @@ $(TOOLS)/%: tools/go.sum
 	@cd tools && CGO_ENABLED=0 GOFLAGS=-mod=readonly go build -trimpath -ldflags '-s -w' -o $@ $(TOOL_PACKAGE)
 
 $(TOOLS)/golangci-lint: TOOL_PACKAGE = github.com/golangci/golangci-lint/v2/cmd/golangci-lint
-$(TOOLS)/controller-gen: TOOL_PACKAGE = sigs.k8s.io/controller-tools/cmd/controller-gen
 $(TOOLS)/protoc-gen-go: TOOL_PACKAGE = google.golang.org/protobuf/cmd/protoc-gen-go
 $(TOOLS)/protoc-gen-go-grpc: TOOL_PACKAGE = google.golang.org/grpc/cmd/protoc-gen-go-grpc
 
 .PHONY: generate
-generate: $(TOOLS)/controller-gen $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## protobuf code, deep copies, CRDs, RBAC and the golden dependency list
+generate: $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## protobuf code (needs protoc), deep copies, CRDs, RBAC, the golden dependency list
 	PATH=$(TOOLS):$$PATH protoc --go_out=. --go_opt=paths=source_relative --go-grpc_out=. --go-grpc_opt=paths=source_relative api/ops/v1/ops.proto
-	$(TOOLS)/controller-gen object:headerFile=deploy/boilerplate.go.txt paths=./api/apps/...
-	$(TOOLS)/controller-gen crd paths=./api/apps/... output:crd:artifacts:config=deploy/crds
-	$(TOOLS)/controller-gen rbac:roleName=cri-controller paths=./controller/... output:rbac:artifacts:config=deploy/rbac
+	sh deploy/generate.sh
 	go test -run '^TestBinaryDependencies$$' . -update
 
 .PHONY: clean

@@ -25,7 +25,7 @@ func TestRun(t *testing.T) {
 		return file
 	}
 	good := write("good.yaml", "log: {level: debug}\n")
-	unknown := write("unknown.yaml", "log:\n  levle: debug\n")
+	unknown := write("unknown.yaml", "log:\n  lvel: debug\n")
 	invalid := write("invalid.yaml", "listen: {path: relative}\n")
 	for _, tt := range []struct {
 		name           string
@@ -36,7 +36,7 @@ func TestRun(t *testing.T) {
 		{"version", []string{"version"}, 0, "cri-proxy ", ""},
 		{"help", []string{"--help"}, 0, "completion", ""},
 		{"good file", []string{"config", "check", good}, 0, good + ": ok\n", ""},
-		{"unknown key", []string{"config", "check", unknown}, 2, "", "cri-proxy: " + unknown + `:2:3: unknown key "log.levle", did you mean "log.level"?`},
+		{"unknown key", []string{"config", "check", unknown}, 2, "", "cri-proxy: " + unknown + `:2:3: unknown key "log.lvel", did you mean "log.level"?`},
 		{"invalid value", []string{"config", "check", invalid}, 2, "", invalid + `: listen.path: "relative" is not an absolute path`},
 		{"missing file", []string{"config", "check", dir + "/none"}, 2, "", "no such file"},
 		{"unknown flag", []string{"serve", "--bogus"}, 2, "", "unknown flag: --bogus; see cri-proxy serve --help"},

@@ -31,7 +31,7 @@ func TestParse(t *testing.T) {
 		{"null keeps defaults", "stateDir:\nlisten:\n", nil},
 		{"unknown key", "listn:\n  path: /x\n", []string{`f.yaml:1:1: unknown key "listn", did you mean "listen"?`}},
 		{"unknown key in another case", "statedir: /x\n", []string{`f.yaml:1:1: unknown key "statedir", did you mean "stateDir"?`}},
-		{"unknown nested key", "log:\n  levle: debug\n", []string{`f.yaml:2:3: unknown key "log.levle", did you mean "log.level"?`}},
+		{"unknown nested key", "log:\n  lvel: debug\n", []string{`f.yaml:2:3: unknown key "log.lvel", did you mean "log.level"?`}},
 		{"unknown key near none", "log:\n  zzz: debug\n", []string{`f.yaml:2:3: unknown key "log.zzz"; valid keys of log: level, format`}},
 		{"flag-only setting", "recordCalls: /x\n", []string{`f.yaml:1:1: unknown key "recordCalls"; valid keys: listen, runtimeEndpoint`}},
 		{"twice", "stateDir: /a\n\nstateDir: /b\n", []string{"f.yaml:3:1: stateDir: already set in line 1"}},
