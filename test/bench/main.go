@@ -1,0 +1,55 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+const usage = `usage: bench COMMAND [flags]
+
+commands:
+  passthrough   calls through the proxy against direct ones and a byte relay
+`
+
+func run(ctx context.Context, args []string) error {
+	command := ""
+	if len(args) > 0 {
+		command, args = args[0], args[1:]
+	}
+	switch command {
+	case "passthrough":
+		fs := flag.NewFlagSet(command, flag.ExitOnError)
+		var o options
+		fs.StringVar(&o.out, "out", "", "write the results as JSON to this file")
+		fs.StringVar(&o.criProxy, "cri-proxy", "", "cri-proxy binary whose idle memory is measured (default: this command's own proxy)")
+		fs.IntVar(&o.rounds, "rounds", 20, "batches per case and variant")
+		fs.Float64Var(&o.scale, "scale", 1, "factor on the calls per batch")
+		if err := fs.Parse(args); err != nil {
+			return err
+		}
+		if o.rounds < 1 || o.scale <= 0 {
+			return fmt.Errorf("-rounds and -scale must be positive")
+		}
+		return passthrough(ctx, o)
+	case "role": // one of the processes, started by passthrough
+		return runRole(ctx, args)
+	}
+	fmt.Fprint(os.Stderr, usage)
+	return fmt.Errorf("unknown command %q", command)
+}
