@@ -46,7 +46,11 @@ func (d *Director) streamContainers(_ context.Context, _ string, raw []byte) ([]
 		if err != nil {
 			return nil, err
 		}
+		had := len(m.Containers)
 		m.Containers = look.showContainers(m.Containers, want)
+		if had > 0 && len(m.Containers) == 0 {
+			return nil, nil // a runtime sends no empty messages either
+		}
 		return encode(m)
 	}}, nil
 }

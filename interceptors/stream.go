@@ -12,6 +12,7 @@ type messageFilter struct {
 	look *look
 	// always has change called even if the look is blank.
 	always bool
+	// change returns the message to send instead, nil for none.
 	change func(msg []byte) ([]byte, error)
 }
 
@@ -23,6 +24,9 @@ func (f *messageFilter) Message(msg []byte) ([][]byte, error) {
 	b, err := f.change(msg)
 	if err != nil {
 		return nil, err
+	}
+	if b == nil {
+		return nil, nil
 	}
 	return [][]byte{b}, nil
 }
