@@ -28,7 +28,7 @@ help: ## list the targets
 
 .PHONY: build
 build: ## build the binaries into bin/
-	CGO_ENABLED=0 go build -trimpath -o bin/ ./cmd/...
+	CGO_ENABLED=0 go build -trimpath -buildvcs=auto -o bin/ ./cmd/...
 
 # The closing line of test is go test's own, so its last step has no timing line.
 .PHONY: test

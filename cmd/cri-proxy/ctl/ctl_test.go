@@ -376,7 +376,7 @@ func TestRestartRequest(t *testing.T) {
 			}
 			tt.want.Pod, tt.want.Requester = pod, "ctl/alice"
 			if tt.want.Uid == "" {
-				if !strings.HasPrefix(d.restarted.GetUid(), "ctl-") || len(d.restarted.GetUid()) < 24 {
+				if !strings.HasPrefix(d.restarted.GetUid(), "ctl-") || len(d.restarted.GetUid()) != 16 {
 					t.Errorf("uid %q", d.restarted.GetUid())
 				}
 				tt.want.Uid = d.restarted.GetUid()
@@ -589,7 +589,7 @@ func TestScreenRedraws(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	first, second, found := strings.Cut(out.String(), "\x1b[2A\x1b[J")
+	first, second, found := strings.Cut(out.String(), "\x1b[?7l\x1b[2A\x1b[J")
 	if !found || !strings.Contains(first, "Staging") || !strings.Contains(second, "Succeeded") {
 		t.Errorf("%q", out.String())
 	}

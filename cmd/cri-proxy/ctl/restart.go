@@ -107,7 +107,8 @@ func (f *restartFlags) request(pod string, graceGiven bool) (*opsv1.RestartReque
 	}
 	uid := f.uid
 	if uid == "" {
-		uid = "ctl-" + strings.ToLower(rand.Text())
+		// 60 bits: short enough to type, and unique among the operations of a node's last hour.
+		uid = "ctl-" + strings.ToLower(rand.Text()[:12])
 	}
 	req := &opsv1.RestartRequest{
 		Uid:       uid,

@@ -152,6 +152,8 @@ type screen struct {
 
 func (s *screen) update(op *opsv1.Operation) error {
 	var b bytes.Buffer
+	// A line that is too wide is cut, not wrapped, or more would have to be erased.
+	b.WriteString("\x1b[?7l")
 	if s.drawn > 0 {
 		fmt.Fprintf(&b, "\x1b[%dA\x1b[J", s.drawn)
 	}
@@ -160,6 +162,7 @@ func (s *screen) update(op *opsv1.Operation) error {
 		return err
 	}
 	s.drawn = bytes.Count(b.Bytes()[before:], []byte("\n"))
+	b.WriteString("\x1b[?7h")
 	_, err := s.out.Write(b.Bytes())
 	return err
 }
