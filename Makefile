@@ -51,8 +51,8 @@ test-e2e: ## a one-node cluster behind the proxy, needs root
 	@go test -count=1 -p 1 -timeout $(E2E_TIMEOUT) ./test/e2e/...
 
 .PHONY: bench
-bench: ## data path against direct calls and a plain byte relay
-	@go test -run '^$$' -bench . -benchmem -timeout 30m ./proxy/... $$(go list ./test/bench/... 2>/dev/null)
+bench: ## data path against direct calls and a plain byte relay; BENCH_ARGS='-out FILE.json'
+	@go run ./test/bench passthrough $(BENCH_ARGS)
 
 .PHONY: demo
 demo: ## a cluster behind the proxy and a restart on it; KEEP=1 leaves it up

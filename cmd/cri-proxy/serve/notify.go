@@ -63,7 +63,7 @@ func (d *daemon) reportStatus(ctx context.Context) {
 	for {
 		state := d.upstream.State()
 		if !d.draining.Load() {
-			d.notify.send("STATUS=" + statusLine(d.probePath, d.upstream.Endpoint(), state))
+			d.notify.send("STATUS=" + statusLine(d.listen, d.upstream.Endpoint(), state))
 		}
 		if !d.upstream.Conn().WaitForStateChange(ctx, state) {
 			return

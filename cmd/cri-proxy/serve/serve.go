@@ -48,14 +48,14 @@ func Run(ctx, hard context.Context, c *config.Config, log *logrus.Logger) error 
 		return err
 	}
 	defer cri.Close()
-	n, err := newNode(ctx, c, log)
+	n, err := newNode(ctx, c, cri.Addr().String(), log)
 	if err != nil {
 		return err
 	}
-	d := &daemon{node: n, log: log, notify: notifier{log: log}, probePath: cri.Addr().String(), failed: make(chan error, 8)}
+	d := &daemon{node: n, log: log, notify: notifier{log: log}, failed: make(chan error, 8)}
 	err = d.start(ctx, hard, cri, sockets)
 	if err == nil {
-		log.WithFields(logrus.Fields{"listen": d.probePath, "endpoint": n.upstream.Endpoint(), "admin": c.AdminSocket, "node": c.NodeName}).Info("serving")
+		log.WithFields(logrus.Fields{"listen": d.listen, "endpoint": n.upstream.Endpoint(), "admin": c.AdminSocket, "node": c.NodeName}).Info("serving")
 		d.notify.send("READY=1")
 		select {
 		case <-ctx.Done():
@@ -69,11 +69,10 @@ func Run(ctx, hard context.Context, c *config.Config, log *logrus.Logger) error 
 // daemon is the running node: what is listened on and who works.
 type daemon struct {
 	*node
-	log       logrus.FieldLogger
-	notify    notifier
-	probePath string
-	failed    chan error // the first error of a server
-	draining  atomic.Bool
+	log      logrus.FieldLogger
+	notify   notifier
+	failed   chan error // the first error of a server
+	draining atomic.Bool
 
 	workers    sync.WaitGroup // servers, watchdog and status
 	stopWork   context.CancelFunc
@@ -176,7 +175,7 @@ func (d *daemon) fail(err error) {
 func (d *daemon) probe(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
-	return probe(ctx, d.probePath)
+	return probe(ctx, d.listen)
 }
 
 // alive is what the watchdog asks. While draining the listener is closed on

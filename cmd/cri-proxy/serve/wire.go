@@ -36,6 +36,7 @@ const runtimeVersionTimeout = time.Second
 type node struct {
 	config   *config.Config
 	log      logrus.FieldLogger
+	listen   string // the CRI socket, which systemd may have chosen
 	started  time.Time
 	registry *prometheus.Registry
 	upstream *proxy.Upstream
@@ -51,8 +52,8 @@ type node struct {
 
 // newNode opens the state and wires everything. When it returns, kubelet may be
 // served: the view is armed with what the journal holds.
-func newNode(ctx context.Context, c *config.Config, log logrus.FieldLogger) (_ *node, err error) {
-	n := &node{config: c, log: log, started: time.Now(), registry: prometheus.NewRegistry()}
+func newNode(ctx context.Context, c *config.Config, listen string, log logrus.FieldLogger) (_ *node, err error) {
+	n := &node{config: c, log: log, listen: listen, started: time.Now(), registry: prometheus.NewRegistry()}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, n.close())
@@ -140,7 +141,7 @@ func (n *node) info(ctx context.Context) *opsv1.NodeInfoResponse {
 		Version:          version.Short(),
 		NodeName:         n.config.NodeName,
 		StartTime:        timestamppb.New(n.started),
-		Listen:           n.config.Listen.Path,
+		Listen:           n.listen,
 		KubeletUserAgent: st.LastUserAgent,
 		Runtime:          &opsv1.Runtime{Endpoint: n.upstream.Endpoint(), State: state.String()},
 		Counters: &opsv1.Counters{
