@@ -80,7 +80,10 @@ func (r *ContainerRecreateReconciler) setUnready(ctx context.Context, crr *appsv
 	if condition != nil && condition.Status == changed.Status {
 		changed.LastTransitionTime = condition.LastTransitionTime
 	}
-	conditions := []corev1.PodCondition{changed}
+	// Written out, so that an empty message takes the old one away.
+	conditions := []any{map[string]any{
+		"type": changed.Type, "status": changed.Status, "message": changed.Message, "lastTransitionTime": changed.LastTransitionTime,
+	}}
 	if ready := podCondition(pod, corev1.PodReady); unready && ready != nil && ready.Status == corev1.ConditionTrue {
 		// kubelet would do the same at its next sync; endpoints must not wait for it.
 		conditions = append(conditions, corev1.PodCondition{

@@ -449,7 +449,7 @@ func troubleReason(err error) string {
 
 // backOff is the pause after a number of failed tries.
 func backOff(attempts int) time.Duration {
-	return min(500*time.Millisecond<<min(attempts, 5), 10*time.Second)
+	return min(500*time.Millisecond<<min(attempts, 5), 5*time.Second)
 }
 
 // untouched says that no node has ever taken an operation of the request.

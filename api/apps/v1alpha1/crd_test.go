@@ -1,0 +1,339 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package v1alpha1_test
+
+import (
+	"context"
+	"os"
+	"strings"
+	"testing"
+
+	"k8s.io/apiextensions-apiserver/pkg/apis/apiextensions"
+	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
+	crdvalidation "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/validation"
+	"k8s.io/apiextensions-apiserver/pkg/apiserver/schema"
+	"k8s.io/apiextensions-apiserver/pkg/apiserver/schema/cel"
+	"k8s.io/apiextensions-apiserver/pkg/apiserver/schema/defaulting"
+	"k8s.io/apiextensions-apiserver/pkg/apiserver/schema/listtype"
+	"k8s.io/apiextensions-apiserver/pkg/apiserver/schema/pruning"
+	"k8s.io/apiextensions-apiserver/pkg/apiserver/validation"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/util/validation/field"
+	celconfig "k8s.io/apiserver/pkg/apis/cel"
+	"sigs.k8s.io/yaml"
+
+	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
+)
+
+// crd does with a manifest what the API server does with the CRD in deploy/crds,
+// through the API server's own packages.
+type crd struct {
+	t          *testing.T
+	structural *schema.Structural
+	validator  validation.SchemaCreateValidator
+	celRules   *cel.Validator
+}
+
+func loadCRD(t *testing.T) *crd {
+	t.Helper()
+	text, err := os.ReadFile("../../../deploy/crds/apps.kruise.io_containerrecreaterequests.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var external apiextensionsv1.CustomResourceDefinition
+	if err := yaml.UnmarshalStrict(text, &external); err != nil {
+		t.Fatal(err)
+	}
+	apiextensionsv1.SetDefaults_CustomResourceDefinition(&external)
+	apiextensionsv1.SetDefaults_CustomResourceDefinitionSpec(&external.Spec)
+	var internal apiextensions.CustomResourceDefinition
+	if err := apiextensionsv1.Convert_v1_CustomResourceDefinition_To_apiextensions_CustomResourceDefinition(&external, &internal, nil); err != nil {
+		t.Fatal(err)
+	}
+	internal.Status.StoredVersions = []string{"v1alpha1"}
+	// Covers the form, the defaults, and the cost of the rules.
+	for _, err := range crdvalidation.ValidateCustomResourceDefinition(context.Background(), &internal) {
+		t.Errorf("the API server would refuse the CRD: %v", err)
+	}
+	v := internal.Spec.Validation
+	if v == nil {
+		v = internal.Spec.Versions[0].Schema
+	}
+	s, err := schema.NewStructural(v.OpenAPIV3Schema)
+	if err != nil {
+		t.Fatal(err)
+	}
+	validator, _, err := validation.NewSchemaValidator(v.OpenAPIV3Schema)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &crd{t, s, validator, cel.NewValidator(s, true, celconfig.PerCallLimit)}
+}
+
+// create is the object as stored after a strict create, and what was wrong.
+func (c *crd) create(manifest string) (map[string]any, []string) {
+	c.t.Helper()
+	object := c.parse(manifest)
+	unknown := c.prune(object)
+	// The status subresource drops status before validation.
+	delete(object, "status")
+	defaulting.Default(object, c.structural)
+	return object, append(unknown, c.validate(object, nil)...)
+}
+
+// update is what is wrong with putting after in the place of before.
+func (c *crd) update(after, before map[string]any) []string {
+	defaulting.Default(after, c.structural)
+	return c.validate(after, before)
+}
+
+func (c *crd) parse(manifest string) map[string]any {
+	c.t.Helper()
+	object := map[string]any{}
+	if err := yaml.Unmarshal([]byte(manifest), &object); err != nil {
+		c.t.Fatal(err)
+	}
+	// As from JSON on the wire: integers are int64.
+	return runtime.DeepCopyJSON((&unstructured.Unstructured{Object: toInt64(object).(map[string]any)}).Object)
+}
+
+func toInt64(v any) any {
+	switch v := v.(type) {
+	case map[string]any:
+		for k := range v {
+			v[k] = toInt64(v[k])
+		}
+	case []any:
+		for i := range v {
+			v[i] = toInt64(v[i])
+		}
+	case float64:
+		if v == float64(int64(v)) {
+			return int64(v)
+		}
+	}
+	return v
+}
+
+func (c *crd) prune(object map[string]any) []string {
+	var wrong []string
+	for _, path := range pruning.PruneWithOptions(object, c.structural, true, schema.UnknownFieldPathOptions{TrackUnknownFieldPaths: true}) {
+		wrong = append(wrong, "unknown field "+path)
+	}
+	return wrong
+}
+
+func (c *crd) validate(object, old map[string]any) []string {
+	errs := validation.ValidateCustomResource(nil, object, c.validator)
+	errs = append(errs, listtype.ValidateListSetsAndMaps(nil, c.structural, object)...)
+	var before any
+	if old != nil {
+		before = old
+	}
+	if len(errs) == 0 {
+		var more field.ErrorList
+		more, _ = c.celRules.Validate(context.Background(), nil, c.structural, object, before, celconfig.RuntimeCELCostBudget)
+		errs = append(errs, more...)
+	}
+	var wrong []string
+	for _, err := range errs {
+		wrong = append(wrong, err.Error())
+	}
+	return wrong
+}
+
+const head = "apiVersion: apps.kruise.io/v1alpha1\nkind: ContainerRecreateRequest\nmetadata: {namespace: ns, name: crr}\n"
+
+// fromTheField is what users apply today.
+const fromTheField = `
+apiVersion: apps.kruise.io/v1alpha1
+kind: ContainerRecreateRequest
+metadata:
+  namespace: pod-namespace
+  name: example-restart
+spec:
+  podName: my-pod
+  containers:
+  - name: app
+    strategy: {}
+  activeDeadlineSeconds: 300
+  ttlSecondsAfterFinished: 1800
+status:
+  containerRecreateStates:
+  - name: app
+    phase: Succeeded
+`
+
+// fromTheManual has every field users of OpenKruise set.
+const fromTheManual = `
+apiVersion: apps.kruise.io/v1alpha1
+kind: ContainerRecreateRequest
+metadata:
+  namespace: pod-namespace
+  name: xxx
+spec:
+  podName: pod-name
+  containers:
+  - name: app
+  - name: sidecar
+  strategy:
+    failurePolicy: Fail
+    orderedRecreate: false
+    forceRecreate: false
+    terminationGracePeriodSeconds: 30
+    unreadyGracePeriodSeconds: 3
+    minStartedSeconds: 10
+  activeDeadlineSeconds: 300
+  ttlSecondsAfterFinished: 1800
+`
+
+func TestCreate(t *testing.T) {
+	c := loadCRD(t)
+	tests := []struct {
+		name, manifest string
+		wrong          string // "" for none
+	}{
+		{"from the field, with a status and an empty strategy of a container", fromTheField, ""},
+		{"from OpenKruise's manual", fromTheManual, ""},
+		{"least", head + `spec: {podName: p, containers: [{name: app}]}`, ""},
+		{"every strategy field of a container", head + `spec: {podName: p, containers: [{name: app, strategy: {failurePolicy: Ignore, orderedRecreate: true, forceRecreate: true, terminationGracePeriodSeconds: 0, unreadyGracePeriodSeconds: 0, minStartedSeconds: 0}}]}`, ""},
+		{"deadline of 3 s", head + `spec: {podName: p, containers: [{name: app}], activeDeadlineSeconds: 3}`, ""},
+		{"full status", fromTheField + "    message: m\n    isKilled: true\n  phase: Completed\n  completionTime: \"2026-01-01T00:00:00Z\"\n  message: m\n", ""},
+
+		{"no podName", head + `spec: {containers: [{name: app}]}`, "spec.podName: Required value"},
+		{"empty podName", head + `spec: {podName: "", containers: [{name: app}]}`, "podName can not be empty"},
+		{"no containers", head + `spec: {podName: p}`, "spec.containers: Required value"},
+		{"empty containers", head + `spec: {podName: p, containers: []}`, "name at least one container"},
+		{"a container twice", head + `spec: {podName: p, containers: [{name: app}, {name: app}]}`, "Duplicate value"},
+		{"a container without name", head + `spec: {podName: p, containers: [{}]}`, "Required value"},
+		{"deadline of 2 s", head + `spec: {podName: p, containers: [{name: app}], activeDeadlineSeconds: 2}`, "activeDeadlineSeconds can not be less than 3"},
+		{"negative grace", head + `spec: {podName: p, containers: [{name: app}], strategy: {terminationGracePeriodSeconds: -1}}`, "should be greater than or equal to 0"},
+		{"negative drain", head + `spec: {podName: p, containers: [{name: app}], strategy: {unreadyGracePeriodSeconds: -1}}`, "should be greater than or equal to 0"},
+		{"unknown failurePolicy", head + `spec: {podName: p, containers: [{name: app}], strategy: {failurePolicy: Maybe}}`, `supported values: "Fail", "Ignore"`},
+		{"unknown failurePolicy of a container", head + `spec: {podName: p, containers: [{name: app, strategy: {failurePolicy: Maybe}}]}`, `supported values: "Fail", "Ignore"`},
+		{"unknown field", head + `spec: {podName: p, containers: [{name: app, strategi: {}}]}`, "unknown field spec.containers[0].strategi"},
+		{"preStop given", head + `spec: {podName: p, containers: [{name: app, preStop: {exec: {command: [a]}}}]}`, "read-only"},
+		{"ports given", head + `spec: {podName: p, containers: [{name: app, ports: [{containerPort: 80}]}]}`, "read-only"},
+		{"statusContext given", head + `spec: {podName: p, containers: [{name: app, statusContext: {containerID: a, restartCount: 0}}]}`, "read-only"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			c.t = t
+			_, wrong := c.create(tt.manifest)
+			got := strings.Join(wrong, "\n")
+			if tt.wrong == "" && got != "" || !strings.Contains(got, tt.wrong) {
+				t.Errorf("errors:\n%s\nwant: %q", got, tt.wrong)
+			}
+		})
+	}
+}
+
+func TestDefaults(t *testing.T) {
+	c := loadCRD(t)
+	object, wrong := c.create(fromTheField)
+	if len(wrong) > 0 {
+		t.Fatal(wrong)
+	}
+	var crr appsv1alpha1.ContainerRecreateRequest
+	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(object, &crr); err != nil {
+		t.Fatal(err)
+	}
+	if crr.Spec.Strategy == nil || crr.Spec.Strategy.FailurePolicy != appsv1alpha1.ContainerRecreateRequestFailurePolicyFail {
+		t.Errorf("strategy is %+v, want failurePolicy Fail", crr.Spec.Strategy)
+	}
+	if s := crr.Spec.Containers[0].Strategy; s == nil || *s != (appsv1alpha1.ContainerRecreateRequestContainerStrategy{}) {
+		t.Errorf("strategy of the container is %+v, want it empty as given", s)
+	}
+}
+
+func TestUpdate(t *testing.T) {
+	c := loadCRD(t)
+	container := func(o map[string]any) map[string]any {
+		return o["spec"].(map[string]any)["containers"].([]any)[0].(map[string]any)
+	}
+	spec := func(o map[string]any) map[string]any { return o["spec"].(map[string]any) }
+	context := func(id string) map[string]any {
+		return map[string]any{"containerID": id, "restartCount": int64(1)}
+	}
+	pinned := func(o map[string]any) { container(o)["statusContext"] = context("containerd://a") }
+	tests := []struct {
+		name   string
+		before func(map[string]any)
+		change func(map[string]any)
+		wrong  string
+	}{
+		{"nothing", nil, func(map[string]any) {}, ""},
+		{"labels", nil, func(o map[string]any) {
+			o["metadata"].(map[string]any)["labels"] = map[string]any{"a": "b"}
+		}, ""},
+		{"statusContext filled in", nil, pinned, ""},
+		{"same manifest applied again", pinned, func(o map[string]any) { delete(container(o), "statusContext") }, ""},
+		{"statusContext changed", pinned, func(o map[string]any) { container(o)["statusContext"] = context("containerd://b") }, "statusContext is immutable"},
+		{"podName", nil, func(o map[string]any) { spec(o)["podName"] = "other" }, "podName cannot be changed"},
+		{"container renamed", nil, func(o map[string]any) { container(o)["name"] = "other" }, "cannot be added, removed or reordered"},
+		{"container added", nil, func(o map[string]any) {
+			spec(o)["containers"] = append(spec(o)["containers"].([]any), map[string]any{"name": "third"})
+		}, "cannot be added, removed or reordered"},
+		{"containers reordered", nil, func(o map[string]any) {
+			l := spec(o)["containers"].([]any)
+			spec(o)["containers"] = []any{l[1], l[0]}
+		}, "cannot be added, removed or reordered"},
+		{"strategy", nil, func(o map[string]any) { spec(o)["strategy"] = map[string]any{"orderedRecreate": true} }, "strategy cannot be changed"},
+		{"strategy of a container", nil, func(o map[string]any) {
+			container(o)["strategy"] = map[string]any{"orderedRecreate": true}
+		}, "strategy of a container cannot be changed"},
+		{"deadline", nil, func(o map[string]any) { spec(o)["activeDeadlineSeconds"] = int64(10) }, "activeDeadlineSeconds cannot be changed"},
+		{"deadline taken away", nil, func(o map[string]any) { delete(spec(o), "activeDeadlineSeconds") }, "activeDeadlineSeconds cannot be changed"},
+		{"time to live", nil, func(o map[string]any) { spec(o)["ttlSecondsAfterFinished"] = int64(10) }, "ttlSecondsAfterFinished cannot be changed"},
+		{"preStop added", nil, func(o map[string]any) { container(o)["preStop"] = map[string]any{} }, "read-only"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			c.t = t
+			before, wrong := c.create(fromTheManual)
+			if len(wrong) > 0 {
+				t.Fatal(wrong)
+			}
+			if tt.before != nil {
+				tt.before(before)
+			}
+			after := runtime.DeepCopyJSON(before)
+			tt.change(after)
+			got := strings.Join(c.update(after, before), "\n")
+			if tt.wrong == "" && got != "" || !strings.Contains(got, tt.wrong) {
+				t.Errorf("errors:\n%s\nwant: %q", got, tt.wrong)
+			}
+		})
+	}
+}
+
+func TestNamesAndColumns(t *testing.T) {
+	text, err := os.ReadFile("../../../deploy/crds/apps.kruise.io_containerrecreaterequests.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var crd apiextensionsv1.CustomResourceDefinition
+	if err := yaml.UnmarshalStrict(text, &crd); err != nil {
+		t.Fatal(err)
+	}
+	if got := strings.Join(crd.Spec.Names.ShortNames, ","); got != "crr" {
+		t.Errorf("short names %q, want crr", got)
+	}
+	version := crd.Spec.Versions[0]
+	if version.Subresources == nil || version.Subresources.Status == nil {
+		t.Error("no status subresource")
+	}
+	want := []string{
+		"PHASE .status.phase", "POD .spec.podName",
+		`NODE .metadata.labels.crr\.apps\.kruise\.io/node-name`, "AGE .metadata.creationTimestamp",
+	}
+	var got []string
+	for _, column := range version.AdditionalPrinterColumns {
+		got = append(got, column.Name+" "+column.JSONPath)
+	}
+	if strings.Join(got, "\n") != strings.Join(want, "\n") {
+		t.Errorf("columns\n%q\nwant\n%q", got, want)
+	}
+}
