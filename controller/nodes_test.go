@@ -1,0 +1,236 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package controller
+
+import (
+	"context"
+	"errors"
+	"net"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+func TestNodeOf(t *testing.T) {
+	address := func(kind corev1.NodeAddressType, a string) corev1.NodeAddress {
+		return corev1.NodeAddress{Type: kind, Address: a}
+	}
+	tests := []struct {
+		name       string
+		annotation string
+		addresses  []corev1.NodeAddress
+		want       string
+	}{
+		{"internal address first", "", []corev1.NodeAddress{address(corev1.NodeHostName, "h"), address(corev1.NodeExternalIP, "1.1.1.1"), address(corev1.NodeInternalIP, "10.0.0.1")}, "10.0.0.1:10260"},
+		{"else the host name", "", []corev1.NodeAddress{address(corev1.NodeHostName, "h")}, "h:10260"},
+		{"IPv6", "", []corev1.NodeAddress{address(corev1.NodeInternalIP, "fd00::1")}, "[fd00::1]:10260"},
+		{"annotation with a port", "10.9.9.9:1234", []corev1.NodeAddress{address(corev1.NodeInternalIP, "10.0.0.1")}, "10.9.9.9:1234"},
+		{"annotation without", "10.9.9.9", nil, "10.9.9.9:10260"},
+		{"annotation with IPv6", "fd00::2", nil, "[fd00::2]:10260"},
+		{"nothing", "", nil, ""},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n"}, Status: corev1.NodeStatus{Addresses: tt.addresses}}
+			if tt.annotation != "" {
+				n.Annotations = map[string]string{OpsAddressAnnotation: tt.annotation}
+			}
+			got, err := nodeOf(n, DefaultNodePort)
+			if got.Address != tt.want || (err == nil) != (tt.want != "") {
+				t.Errorf("got %v, error %v; want %s", got, err, tt.want)
+			}
+		})
+	}
+}
+
+func newNodes(t *testing.T, files TLSFiles) *GRPCNodes {
+	t.Helper()
+	nodes, err := NewGRPCNodes(files, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = nodes.Close() })
+	return nodes
+}
+
+func TestNodeTLS(t *testing.T) {
+	ca := newAuthority(t)
+	node := newTestNode(t, ca.issue("node-1"))
+	files := ca.issue("cri-controller")
+	get := func(nodes *GRPCNodes, name string) error {
+		_, err := nodes.GetOperation(context.Background(), Node{name, node.address}, "x")
+		return err
+	}
+	t.Run("a node's answer", func(t *testing.T) {
+		err := get(newNodes(t, files), "node-1")
+		if code(err) != codes.NotFound || err.Error() != "no such operation" {
+			t.Errorf("error %v", err)
+		}
+	})
+	t.Run("another node's certificate", func(t *testing.T) {
+		err := get(newNodes(t, files), "node-2")
+		if err == nil || !strings.Contains(err.Error(), "valid for node-1, not node-2") {
+			t.Errorf("error %v", err)
+		}
+	})
+	t.Run("a CA the node does not trust", func(t *testing.T) {
+		foreign := newAuthority(t).issue("cri-controller")
+		foreign.CA = files.CA
+		err := get(newNodes(t, foreign), "node-1")
+		var nodeError *NodeError
+		if !errors.As(err, &nodeError) || !nodeError.Temporary() || !strings.Contains(err.Error(), "trust this controller's certificate") {
+			t.Errorf("error %v", err)
+		}
+	})
+	t.Run("renewed in place", func(t *testing.T) {
+		other := newAuthority(t)
+		second := newTestNode(t, other.issue("node-3"))
+		nodes := newNodes(t, files)
+		_, err := nodes.GetOperation(context.Background(), Node{"node-3", second.address}, "x")
+		if code(err) != codes.Unavailable {
+			t.Fatalf("error %v, want the node of another CA refused", err)
+		}
+		renewed := other.issue("cri-controller")
+		for from, to := range map[string]string{renewed.Cert: files.Cert, renewed.Key: files.Key, renewed.CA: files.CA} {
+			text, err := os.ReadFile(from)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(to, text, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for end := time.Now().Add(patience); ; { // the next dial, after its back-off
+			_, err := nodes.GetOperation(context.Background(), Node{"node-3", second.address}, "x")
+			if code(err) == codes.NotFound {
+				return
+			}
+			if time.Now().After(end) {
+				t.Fatalf("error %v", err)
+			}
+		}
+	})
+}
+
+func TestBadTLSFiles(t *testing.T) {
+	ca := newAuthority(t)
+	good := ca.issue("c")
+	tests := []struct {
+		name  string
+		files TLSFiles
+		want  string
+	}{
+		{"none", TLSFiles{}, "must all be given"},
+		{"no such file", TLSFiles{good.Cert, good.Key, "/nonexistent"}, "/nonexistent"},
+		{"key of another", TLSFiles{good.Cert, ca.issue("d").Key, good.CA}, "certificate " + good.Cert},
+		{"CA without a certificate", TLSFiles{good.Cert, good.Key, good.Key}, "no PEM certificate in CA file"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			_, err := NewGRPCNodes(tt.files, nil)
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("error %v, want %q", err, tt.want)
+			}
+		})
+	}
+}
+
+func TestSilentNode(t *testing.T) {
+	ca := newAuthority(t)
+	nodes := newNodes(t, ca.issue("cri-controller"))
+	t.Run("nobody listens", func(t *testing.T) {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		address := l.Addr().String()
+		l.Close()
+		_, err = nodes.GetOperation(context.Background(), Node{"n", address}, "x")
+		var nodeError *NodeError
+		if !errors.As(err, &nodeError) || !nodeError.Silent || !nodeError.Temporary() || !strings.Contains(err.Error(), "connection refused") {
+			t.Errorf("error %v", err)
+		}
+	})
+	t.Run("accepts and says nothing", func(t *testing.T) {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		ctx, cancel := context.WithTimeout(context.Background(), 300*time.Millisecond)
+		defer cancel()
+		_, err = nodes.GetOperation(ctx, Node{"n", l.Addr().String()}, "x")
+		var nodeError *NodeError
+		if !errors.As(err, &nodeError) || !nodeError.Silent {
+			t.Errorf("error %v", err)
+		}
+	})
+}
+
+func TestNodeErrorText(t *testing.T) {
+	n := Node{"n", "10.0.0.1:10260"}
+	tests := []struct {
+		code      codes.Code
+		want      string
+		temporary bool
+	}{
+		{codes.PermissionDenied, "on the node's list of allowed clients?", true},
+		{codes.Unimplemented, "upgrade it", false},
+		{codes.FailedPrecondition, "why", false},
+		{codes.NotFound, "why", false},
+		{codes.InvalidArgument, "why", false},
+		{codes.ResourceExhausted, "why", true},
+		{codes.Unavailable, "why", true},
+	}
+	for _, tt := range tests {
+		t.Run(tt.code.String(), func(t *testing.T) {
+			err := &NodeError{Node: n, Method: "Restart", Err: status.Error(tt.code, "why")}
+			if !strings.Contains(err.Error(), tt.want) || err.Temporary() != tt.temporary {
+				t.Errorf("%q, temporary %v", err.Error(), err.Temporary())
+			}
+		})
+	}
+}
+
+// An operation beyond the limit of streams is polled, and still completes.
+func TestWatchLimit(t *testing.T) {
+	b := newBed(t)
+	b.r.watches.limit = 0
+	b.create("a", spec{Containers: containers("app")})
+	b.wantStates(b.until("completed", isCompleted, "a"), "app Succeeded killed")
+}
+
+// No stream outlives its operation's request.
+func TestWatchForgotten(t *testing.T) {
+	b := newBed(t)
+	release := b.node.hold("app", opsv1.Phase_PHASE_STARTING)
+	defer release()
+	b.create("a", spec{Containers: containers("app"), ActiveDeadlineSeconds: pointer(int64(3))})
+	b.until("under way", b.phaseIs(recreating, "app"), "a")
+	b.after(4 * time.Second)
+	b.until("completed", retired, "a")
+	for end := time.Now().Add(patience); ; {
+		b.r.watches.mu.Lock()
+		known, active := len(b.r.watches.ops), b.r.watches.active
+		b.r.watches.mu.Unlock()
+		if known == 0 && active == 0 && len(b.r.memories) == 0 {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%d operations known, %d streams, %d requests remembered", known, active, len(b.r.memories))
+		}
+		select {
+		case <-b.r.watches.events:
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
