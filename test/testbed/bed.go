@@ -98,7 +98,7 @@ func Start(ctx context.Context, o Options) (*Bed, error) {
 // allocate reserves the bed's names and networks and computes everything that follows from them.
 func allocate(ctx context.Context, o Options, source string) (*Bed, error) {
 	b := &Bed{Mode: o.Mode, options: o, source: source, ledger: ledger{root: runRoot}, began: time.Now(), processes: map[string]*Process{}}
-	b.plain = &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	b.plain = oneShotClient()
 	dir := o.Dir
 	if dir == "" {
 		cache, err := CacheDir()
@@ -180,11 +180,7 @@ func (b *Bed) up(ctx context.Context, components, images string) error {
 	b.step("bed %s prepared in %s", b.ID, b.Dir)
 
 	g, gctx := errgroup.WithContext(ctx)
-	g.Go(func() error {
-		reg, err := startRegistry(gctx, b.spawner, b.Bin, "registry", b.Registry, b.Dir, b.Logs, b.pidDir())
-		b.adopt("registry", reg)
-		return err
-	})
+	g.Go(func() error { return b.StartRegistry(gctx) })
 	for _, n := range b.Nodes {
 		g.Go(func() error {
 			if err := n.StartContainerd(gctx); err != nil || b.options.Direct {
@@ -306,7 +302,7 @@ func (b *Bed) product(ctx context.Context, name, given string) error {
 func (b *Bed) pidDir() string { return filepath.Join(b.ledger.runDir(b.ID), "pid") }
 
 // start runs one of Bin's programs under a name that is unique in the bed. A process of that name that ended is replaced.
-func (b *Bed) start(name, program string, args, env []string) (*Process, error) {
+func (b *Bed) start(name, program string, args ...string) (*Process, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.closed {
@@ -315,25 +311,14 @@ func (b *Bed) start(name, program string, args, env []string) (*Process, error) 
 	if p := b.processes[name]; p != nil && p.Running() {
 		return nil, fmt.Errorf("start %s: it runs already with pid %d", name, p.PID)
 	}
-	env = append([]string{
+	env := []string{
 		"PATH=" + b.Bin + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + b.Dir, "LANG=C.UTF-8",
-		// A race report must not be missed in a log that nobody reads: the process exits with 66 at its end.
-		"GORACE=halt_on_error=0",
-	}, env...)
+	}
 	p, err := b.spawner.start(command{name: name, path: filepath.Join(b.Bin, program), args: args, env: env, log: b.logFile(name)}, b.pidDir())
 	if err == nil {
 		b.processes[name] = p
 	}
 	return p, err
-}
-
-func (b *Bed) adopt(name string, p *Process) {
-	if p == nil {
-		return
-	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.processes[name] = p
 }
 
 func (b *Bed) process(name string) *Process {
@@ -373,7 +358,7 @@ func (b *Bed) step(format string, args ...any) {
 }
 
 // Close stops everything and removes every trace of the bed. Pods are removed by containerd where it still can; the rest by force.
-// Calling it again is harmless.
+// It returns an error, and keeps the logs, when a program built with Options.Race reported a data race. Calling it again is harmless.
 func (b *Bed) Close(ctx context.Context) error {
 	return b.close(ctx, b.options.KeepLogs != nil && b.options.KeepLogs())
 }
@@ -400,7 +385,6 @@ func (b *Bed) close(ctx context.Context, keepLogs bool) error {
 	for _, p := range first {
 		errs = append(errs, p.stop(ctx, unix.SIGKILL))
 	}
-	podCtx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	var wg sync.WaitGroup
 	for _, n := range b.Nodes {
 		p := b.process(n.name("containerd"))
@@ -408,16 +392,16 @@ func (b *Bed) close(ctx context.Context, keepLogs bool) error {
 			continue
 		}
 		wg.Go(func() {
-			if err := n.removePods(podCtx); err != nil {
+			if err := removePods(ctx, n.RuntimeSocket); err != nil {
 				b.step("remove pods of %s, which now go by force: %v", n.NodeName, err)
 			}
 			_ = p.stop(ctx, unix.SIGTERM)
 		})
 	}
 	wg.Wait()
-	cancel()
 	b.spawnerClose(ctx, &errs)
-	if keepLogs {
+	races := b.races()
+	if keepLogs || races != nil {
 		errs = append(errs, b.keepLogs())
 	}
 	if err := errors.Join(errs...); err != nil {
@@ -426,7 +410,23 @@ func (b *Bed) close(ctx context.Context, keepLogs bool) error {
 	err := b.ledger.destroy(ctx, b.record)
 	b.release()
 	b.step("bed %s removed in %.1fs", b.ID, time.Since(began).Seconds())
-	return err
+	return errors.Join(races, err)
+}
+
+// races returns an error when one of the project's programs, built with Options.Race, reported a data race in its log.
+func (b *Bed) races() error {
+	var errs []error
+	logs, _ := filepath.Glob(filepath.Join(b.Logs, "*.log"))
+	for _, log := range logs {
+		out, err := os.ReadFile(log)
+		if err != nil || !strings.Contains(filepath.Base(log), "cri-") {
+			continue
+		}
+		if _, report, found := strings.Cut(string(out), "WARNING: DATA RACE"); found {
+			errs = append(errs, fmt.Errorf("%s reports a data race:%s", filepath.Base(log), report[:min(len(report), 3000)]))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // spawnerClose ends what is left, then the thread whose end would kill it.
@@ -441,7 +441,6 @@ func (b *Bed) spawnerClose(ctx context.Context, errs *[]error) {
 		*errs = append(*errs, p.stop(ctx, unix.SIGKILL))
 	}
 	b.spawner.close()
-	b.plain.CloseIdleConnections()
 	if b.api != nil {
 		b.api.CloseIdleConnections()
 	}

@@ -69,11 +69,11 @@ func (b *Bed) startControlPlane(ctx context.Context) error {
 	ip := b.BridgeIP
 	client := fmt.Sprintf("http://%s:%d", ip, b.etcdPort)
 	peer := fmt.Sprintf("http://%s:%d", ip, b.etcdPeerPort)
-	etcd, err := b.start("etcd", "etcd", []string{
+	etcd, err := b.start("etcd", "etcd",
 		"--data-dir", filepath.Join(b.Dir, "etcd"), "--listen-client-urls", client, "--advertise-client-urls", client,
-		"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", "default=" + peer,
+		"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", "default="+peer,
 		"--unsafe-no-fsync", // the data does not outlive the bed
-	}, nil)
+	)
 	if err != nil {
 		return err
 	}
@@ -102,7 +102,7 @@ func (b *Bed) startControlPlane(ctx context.Context) error {
 		// The address that it would announce for the kubernetes service may be one that the API refuses as an endpoint.
 		"--endpoint-reconciler-type", "none",
 		"--cert-dir", filepath.Join(b.Dir, "apiserver"),
-	}, b.options.APIServerArgs...), nil)
+	}, b.options.APIServerArgs...)...)
 	if err != nil {
 		return err
 	}
@@ -125,13 +125,13 @@ func (b *Bed) startControlPlane(ctx context.Context) error {
 		"--use-service-account-credentials", "--leader-elect=false",
 		// The default limit of 20 per second makes its own start last five seconds.
 		"--kube-api-qps", "500", "--kube-api-burst", "1000",
-	}, b.options.ControllerManagerArgs...), nil); err != nil {
+	}, b.options.ControllerManagerArgs...)...); err != nil {
 		return err
 	}
-	_, err = b.start("kube-scheduler", "kube-scheduler", []string{
+	_, err = b.start("kube-scheduler", "kube-scheduler",
 		"--kubeconfig", scheduler, "--authentication-kubeconfig", scheduler, "--authorization-kubeconfig", scheduler, "--bind-address", ip, "--leader-elect=false",
 		"--kube-api-qps", "500", "--kube-api-burst", "1000",
-	}, nil)
+	)
 	return err
 }
 
@@ -262,7 +262,7 @@ func (b *Bed) StartController(ctx context.Context, args ...string) error {
 		"--kubeconfig", b.ControllerKubeconfig, "--node-port", strconv.Itoa(b.opsPort),
 		"--tls-cert-file", b.PKI.Controller.Cert, "--tls-key-file", b.PKI.Controller.Key, "--tls-ca-file", b.PKI.OpsCA.Cert,
 		"--metrics-bind-address", b.ControllerMetricsAddress, "--health-probe-bind-address", b.ControllerHealthAddress, "--leader-elect=false",
-	}, args...), nil)
+	}, args...)...)
 	if err != nil {
 		return err
 	}

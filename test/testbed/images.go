@@ -6,6 +6,7 @@ package testbed
 import (
 	"archive/tar"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -14,6 +15,8 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // pauseImage is the sandbox image of every bed.
@@ -95,6 +98,26 @@ func seed(ctx context.Context, source, bin string, log io.Writer) (string, error
 	return dir, nil
 }
 
+// PushLargeImage pushes app:1 under a new name (such as big:1) with layers of random bytes on top, mib MiB each, for tests of pulls that
+// take time.
+func (b *Bed) PushLargeImage(ctx context.Context, name string, layers, mib int) error {
+	dir, err := os.MkdirTemp(b.Dir, "image-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	files := make([]string, layers)
+	for i := range files {
+		data := make([]byte, mib<<20)
+		_, _ = rand.Read(data) // never fails
+		files[i] = filepath.Join(dir, fmt.Sprintf("%d.tar", i))
+		if err := writeTar(files[i], []tarEntry{{name: fmt.Sprintf("filler/%d", i), data: data, mode: 0o644}}); err != nil {
+			return err
+		}
+	}
+	return pushImage(ctx, b.Bin, b.Registry, "app:1", name, files)
+}
+
 type imageMaker struct{ source, bin, work, registry string }
 
 // make runs a registry on work/registry and pushes all images into it.
@@ -106,11 +129,18 @@ func (m *imageMaker) make(ctx context.Context, busybox string, bb []byte) (err e
 		return err
 	}
 	m.registry = fmt.Sprintf("127.0.0.1:%d", port)
-	reg, err := startRegistry(ctx, sp, m.bin, "registry", m.registry, m.work, m.work, m.work)
+	config := filepath.Join(m.work, "registry.yaml")
+	if err := writeRegistry(config, m.registry, filepath.Join(m.work, "registry")); err != nil {
+		return err
+	}
+	reg, err := sp.start(command{name: "registry", path: filepath.Join(m.bin, "registry"), args: []string{"serve", config}, log: filepath.Join(m.work, "registry.log")}, m.work)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, reg.stop(context.WithoutCancel(ctx), unixTerm)) }()
+	defer func() { err = errors.Join(err, reg.stop(context.WithoutCancel(ctx), unix.SIGKILL)) }()
+	if err := reg.ready(ctx, func(ctx context.Context) error { return registryAnswers(ctx, m.registry) }); err != nil {
+		return err
+	}
 
 	list, err := exec.CommandContext(ctx, busybox, "--list").Output()
 	if err != nil {

@@ -5,8 +5,12 @@ package testbed
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
+	"os"
+	"path/filepath"
+	"strings"
 	"time"
 )
 
@@ -71,6 +75,7 @@ func Destroy(ctx context.Context, id string, log io.Writer) error {
 		}
 		defer release()
 		began := time.Now()
+		l.removePods(ctx, r, log)
 		if err := l.destroy(ctx, r); err != nil {
 			return err
 		}
@@ -78,4 +83,22 @@ func Destroy(ctx context.Context, id string, log io.Writer) error {
 		return nil
 	}
 	return fmt.Errorf("there is no bed %q: see testbed list", id)
+}
+
+// removePods lets the bed's containerds, where they run, remove their pods in order. kubelets go first: they would bring them back.
+func (l ledger) removePods(ctx context.Context, r record, log io.Writer) {
+	files, _ := filepath.Glob(filepath.Join(l.runDir(r.ID), "pid", "*.json"))
+	for _, f := range files {
+		var p identity
+		b, err := os.ReadFile(f)
+		if err == nil && json.Unmarshal(b, &p) == nil && !strings.HasSuffix(f, "containerd.json") {
+			_ = p.kill(ctx) // destroy finds what survives
+		}
+	}
+	for i := range r.Nodes {
+		socket := filepath.Join(l.runDir(r.ID), fmt.Sprintf("n%d", i), "containerd.sock")
+		if err := removePods(ctx, socket); err != nil {
+			fmt.Fprintf(log, "remove pods of node %d, which now go by force: %v\n", i, err)
+		}
+	}
 }

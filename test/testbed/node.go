@@ -173,7 +173,7 @@ imports = [%[3]q]
 
 // StartContainerd starts containerd and waits until it answers CRI calls.
 func (n *Node) StartContainerd(ctx context.Context) error {
-	p, err := n.bed.start(n.name("containerd"), "containerd", []string{"--config", n.etc("containerd.toml")}, nil)
+	p, err := n.bed.start(n.name("containerd"), "containerd", "--config", n.etc("containerd.toml"))
 	if err != nil {
 		return err
 	}
@@ -220,22 +220,22 @@ func (n *Node) ProxyConfig() string { return n.etc("cri-proxy.yaml") }
 
 // StartProxy starts `cri-proxy serve` with the bed's configuration, Options.ProxyArgs and args, and waits until it answers.
 func (n *Node) StartProxy(ctx context.Context, args ...string) error {
-	if err := n.LaunchProxy(args...); err != nil {
+	if err := n.LaunchProxy(ctx, args...); err != nil {
 		return err
 	}
 	return n.WaitProxyReady(ctx)
 }
 
 // LaunchProxy is StartProxy without the wait, for a proxy that is meant to die or wait on its way up.
-func (n *Node) LaunchProxy(args ...string) error {
-	if err := n.bed.product(context.Background(), "cri-proxy", n.bed.options.ProxyBinary); err != nil {
+func (n *Node) LaunchProxy(ctx context.Context, args ...string) error {
+	if err := n.bed.product(ctx, "cri-proxy", n.bed.options.ProxyBinary); err != nil {
 		return err
 	}
 	n.mu.Lock()
 	n.proxyArgs = args
 	n.mu.Unlock()
 	all := append([]string{"serve", "--config", n.ProxyConfig()}, n.bed.options.ProxyArgs...)
-	_, err := n.bed.start(n.name("cri-proxy"), "cri-proxy", append(all, args...), nil)
+	_, err := n.bed.start(n.name("cri-proxy"), "cri-proxy", append(all, args...)...)
 	return err
 }
 
@@ -261,8 +261,6 @@ func (n *Node) WaitProxyReady(ctx context.Context) error {
 	if p == nil {
 		return errors.New("the proxy has not been started")
 	}
-	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
-	defer cancel()
 	return p.ready(ctx, func(ctx context.Context) error { return criAnswers(ctx, n.ProxySocket) })
 }
 
@@ -304,7 +302,7 @@ func (n *Node) StartKubelet(ctx context.Context) error {
 	p, err := n.bed.start(n.name("kubelet"), "kubelet", append([]string{
 		"--config", n.etc("kubelet.yaml"), "--kubeconfig", conf, "--hostname-override", n.NodeName, "--node-ip", n.BridgeIP,
 		"--root-dir", root, "--cert-dir", filepath.Join(root, "pki"), "--v", "2",
-	}, n.bed.options.KubeletArgs...), nil)
+	}, n.bed.options.KubeletArgs...)...)
 	if err != nil {
 		return err
 	}
@@ -330,6 +328,9 @@ func (n *Node) DialCRI() (*grpc.ClientConn, error) { return dialCRI(n.CRISocket)
 
 // DialRuntime returns a connection to containerd itself. The caller closes it.
 func (n *Node) DialRuntime() (*grpc.ClientConn, error) { return dialCRI(n.RuntimeSocket) }
+
+// removePodsTimeout bounds the orderly part of a bed's removal; what is left goes by force.
+const removePodsTimeout = 20 * time.Second
 
 // criMessageSize is what kubelet allows (pkg/kubelet/cri remote: maxMsgSize).
 const criMessageSize = 16 << 20
@@ -360,13 +361,15 @@ func criAnswers(ctx context.Context, socket string) error {
 	return nil
 }
 
-// removePods stops and removes all pods through containerd, so that CNI, cgroups and mounts are undone by those who made them.
-func (n *Node) removePods(ctx context.Context) error {
-	conn, err := n.DialRuntime()
+// removePods stops and removes all pods of the containerd at socket, so that CNI, cgroups and mounts are undone by those who made them.
+func removePods(ctx context.Context, socket string) error {
+	conn, err := dialCRI(socket)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, removePodsTimeout)
+	defer cancel()
 	rt := runtimeapi.NewRuntimeServiceClient(conn)
 	list, err := rt.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
 	if err != nil {

@@ -28,12 +28,12 @@ const pollInterval = 20 * time.Millisecond
 // stopGrace is how long a component may take to end before it is killed.
 const stopGrace = 10 * time.Second
 
-// identity names a process beyond its pid, which the kernel reuses.
+// identity names a process beyond its pid, which the kernel reuses: never twice within the same clock tick of the same boot.
 type identity struct {
 	PID   int    `json:"pid"`
 	Start uint64 `json:"start"` // clock ticks since boot, field 22 of proc_pid_stat(5)
 	Boot  string `json:"boot"`
-	Exe   string `json:"exe"`
+	Exe   string `json:"exe"` // for people to read; a process may replace it
 }
 
 func bootID() string {
@@ -82,15 +82,14 @@ func (id identity) alive() bool {
 		return false
 	}
 	_, state, start, err := procStat(id.PID)
-	if err != nil || start != id.Start || state == 'Z' || state == 'X' {
-		return false
-	}
-	exe, err := os.Readlink("/proc/" + strconv.Itoa(id.PID) + "/exe")
-	return err == nil && strings.TrimSuffix(exe, " (deleted)") == strings.TrimSuffix(id.Exe, " (deleted)")
+	return err == nil && start == id.Start && state != 'Z' && state != 'X'
 }
 
 // signal sends sig to that very process. It goes through a pidfd, so a pid reused in between is not hit.
 func (id identity) signal(sig syscall.Signal) error {
+	if !id.alive() {
+		return unix.ESRCH
+	}
 	fd, err := unix.PidfdOpen(id.PID, 0)
 	if err != nil {
 		return err
@@ -183,9 +182,9 @@ type Process struct {
 	// LogFile takes its stdout and stderr.
 	LogFile string
 
-	id   identity
-	done chan struct{} // closed when it has been reaped
-	err  error         // how it ended; read after done
+	process *os.Process
+	done    chan struct{} // closed when it has been reaped
+	err     error         // how it ended; read after done
 }
 
 // start runs c in a session of its own, so that a terminal's ctrl-C reaches only the owner, and records it in pidDir for the sweep.
@@ -207,25 +206,32 @@ func (s *spawner) start(c command, pidDir string) (*Process, error) {
 	if err := <-started; err != nil {
 		return nil, fmt.Errorf("start %s: %w", c.name, err)
 	}
-	p := &Process{Name: c.name, PID: cmd.Process.Pid, LogFile: c.log, done: make(chan struct{})}
-	id, idErr := identify(p.PID)
-	p.id = id
+	p := &Process{Name: c.name, PID: cmd.Process.Pid, LogFile: c.log, process: cmd.Process, done: make(chan struct{})}
+	err = recordProcess(p.PID, filepath.Join(pidDir, c.name+".json"))
 	go func() {
 		p.err = cmd.Wait()
 		close(p.done)
 	}()
-	if idErr == nil {
-		b, err := json.Marshal(id)
-		if err == nil {
-			err = writeFileAtomic(filepath.Join(pidDir, c.name+".json"), b, 0o644)
-		}
-		if err != nil {
-			_ = p.id.signal(syscall.SIGKILL)
-			<-p.done
-			return nil, fmt.Errorf("record %s: %w", c.name, err)
-		}
+	if err != nil {
+		_ = p.process.Kill()
+		<-p.done
+		return nil, fmt.Errorf("record %s: %w", c.name, err)
 	}
 	return p, nil
+}
+
+// recordProcess writes the identity of a child that has not been waited for: even one that ended at once still has its entry in /proc.
+func recordProcess(pid int, file string) error {
+	_, _, started, err := procStat(pid)
+	if err != nil {
+		return err
+	}
+	exe, _ := os.Readlink("/proc/" + strconv.Itoa(pid) + "/exe") // a zombie has none
+	b, err := json.Marshal(identity{PID: pid, Start: started, Boot: bootID(), Exe: exe})
+	if err != nil {
+		return err
+	}
+	return writeFileAtomic(file, b, 0o644)
 }
 
 // Running reports whether the process has not ended yet.
@@ -253,10 +259,10 @@ func (p *Process) Err() error {
 
 // Signal sends sig to the process; the error wraps [os.ErrProcessDone] when it has ended.
 func (p *Process) Signal(sig syscall.Signal) error {
-	if !p.Running() {
-		return fmt.Errorf("%s: %w", p.Name, os.ErrProcessDone)
+	if err := p.process.Signal(sig); err != nil {
+		return fmt.Errorf("signal %s: %w", p.Name, err)
 	}
-	return p.id.signal(sig)
+	return nil
 }
 
 // stop sends sig, waits for the end, and kills after stopGrace.
@@ -264,8 +270,8 @@ func (p *Process) stop(ctx context.Context, sig syscall.Signal) error {
 	if !p.Running() {
 		return nil
 	}
-	if err := p.Signal(sig); err != nil && !errors.Is(err, unix.ESRCH) && !errors.Is(err, os.ErrProcessDone) {
-		return fmt.Errorf("stop %s: %w", p.Name, err)
+	if err := p.Signal(sig); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return fmt.Errorf("stop: %w", err)
 	}
 	grace := time.NewTimer(stopGrace)
 	defer grace.Stop()
@@ -284,8 +290,10 @@ func (p *Process) stop(ctx context.Context, sig syscall.Signal) error {
 	}
 }
 
-// ready polls cond and gives up early, quoting the log, when the process ends.
+// ready polls cond for at most readyTimeout and gives up early, quoting the log, when the process ends.
 func (p *Process) ready(ctx context.Context, cond func(context.Context) error) error {
+	ctx, expire := context.WithTimeout(ctx, readyTimeout)
+	defer expire()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	stop := make(chan struct{})

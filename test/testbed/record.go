@@ -24,6 +24,9 @@ import (
 // not below the cache directory; and it is the one place where runs with different caches see each other.
 const runRoot = "/run/cri-proxy-test"
 
+// destroyTimeout is for the kernel, which frees processes, mounts and cgroups a moment after they end.
+const destroyTimeout = 30 * time.Second
+
 // record is what somebody else needs to remove a bed whose owner is gone.
 type record struct {
 	ID         string       `json:"id"`
@@ -209,6 +212,8 @@ func (l ledger) sweepDirs() error {
 // destroy removes all traces of a bed from the machine, whatever state it is in, without the help of any of its components.
 // It is safe to repeat. The caller holds the bed's lock.
 func (l ledger) destroy(ctx context.Context, r record) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, destroyTimeout, fmt.Errorf("given up after %s", destroyTimeout))
+	defer cancel()
 	runDir := l.runDir(r.ID)
 	if err := endProcesses(ctx, r, runDir); err != nil {
 		return err // nothing below is safe while they run
@@ -246,7 +251,7 @@ func (l ledger) destroy(ctx context.Context, r record) error {
 func endProcesses(ctx context.Context, r record, runDir string) error {
 	return poll(ctx, func() error {
 		var left []string
-		for _, id := range bedProcesses(r.ID, runDir) {
+		for _, id := range bedProcesses(r, runDir) {
 			if err := id.signal(unix.SIGKILL); errors.Is(err, unix.ESRCH) {
 				continue
 			}
@@ -260,7 +265,7 @@ func endProcesses(ctx context.Context, r record, runDir string) error {
 }
 
 // bedProcesses returns every live process that belongs to a bed.
-func bedProcesses(id, runDir string) []identity {
+func bedProcesses(r record, runDir string) []identity {
 	parent := map[int]int{}
 	roots := map[int]bool{}
 	entries, _ := os.ReadDir("/proc")
@@ -279,6 +284,11 @@ func bedProcesses(id, runDir string) []identity {
 		if strings.HasPrefix(filepath.Base(argv[0]), "containerd-shim") && slices.ContainsFunc(argv, func(a string) bool { return strings.HasPrefix(a, runDir+"/") }) {
 			roots[pid] = true
 		}
+		// Programs that a test put among the bed's files.
+		exe, _ := os.Readlink("/proc/" + e.Name() + "/exe")
+		if strings.HasPrefix(exe, runDir+"/") || (r.Dir != "" && strings.HasPrefix(exe, r.Dir+"/")) {
+			roots[pid] = true
+		}
 	}
 	files, _ := filepath.Glob(filepath.Join(runDir, "pid", "*.json"))
 	for _, f := range files {
@@ -287,7 +297,7 @@ func bedProcesses(id, runDir string) []identity {
 			roots[p.PID] = true
 		}
 	}
-	for _, pid := range cgroupProcesses(cgroupPath(id)) {
+	for _, pid := range cgroupProcesses(cgroupPath(r.ID)) {
 		roots[pid] = true
 	}
 	var out []identity

@@ -5,39 +5,50 @@ package testbed
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"net"
 	"net/http"
-	"os"
 	"path/filepath"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-const unixTerm = unix.SIGTERM
-
-// startRegistry serves dir/registry on addr.
-func startRegistry(ctx context.Context, sp *spawner, bin, name, addr, dir, logDir, pidDir string) (*Process, error) {
-	config, err := json.Marshal(map[string]any{
+// writeRegistry writes the configuration of a registry that serves storage on addr and returns its path.
+func writeRegistry(file, addr, storage string) error {
+	type m = map[string]any
+	return writeYAML(file, m{
 		"version": "0.1",
-		"storage": map[string]any{"filesystem": map[string]any{"rootdirectory": filepath.Join(dir, "registry")}, "delete": map[string]any{"enabled": true}},
-		"http":    map[string]any{"addr": addr},
-		"log":     map[string]any{"level": "info"},
+		"storage": m{"filesystem": m{"rootdirectory": storage}, "delete": m{"enabled": true}},
+		"http":    m{"addr": addr},
+		"log":     m{"level": "info"},
 	})
+}
+
+// registryAnswers is nil when the registry at addr serves.
+func registryAnswers(ctx context.Context, addr string) error {
+	return httpOK(ctx, oneShotClient(), "http://"+addr+"/v2/")
+}
+
+// StartRegistry starts the image registry on its old address and with its old content, after [Bed.StopRegistry].
+func (b *Bed) StartRegistry(ctx context.Context) error {
+	config := filepath.Join(b.Dir, "etc", "registry.yaml")
+	if err := writeRegistry(config, b.Registry, filepath.Join(b.Dir, "registry")); err != nil {
+		return err
+	}
+	p, err := b.start("registry", "registry", "serve", config)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	file := filepath.Join(dir, "registry.yml") // JSON is YAML
-	if err := os.WriteFile(file, config, 0o644); err != nil {
-		return nil, err
-	}
-	p, err := sp.start(command{name: name, path: filepath.Join(bin, "registry"), args: []string{"serve", file},
-		env: []string{"OTEL_TRACES_EXPORTER=none"}, log: filepath.Join(logDir, name+".log")}, pidDir)
-	if err != nil {
-		return nil, err
-	}
-	return p, p.ready(ctx, func(ctx context.Context) error { return httpOK(ctx, http.DefaultClient, "http://"+addr+"/v2/") })
+	return p.ready(ctx, func(ctx context.Context) error { return registryAnswers(ctx, b.Registry) })
+}
+
+// StopRegistry ends the image registry: pulls fail from then on.
+func (b *Bed) StopRegistry(ctx context.Context) error { return b.stop(ctx, "registry", unix.SIGKILL) }
+
+// oneShotClient keeps no connection, and so no goroutine, after a request.
+func oneShotClient() *http.Client {
+	return &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
 }
 
 // httpOK is nil when a GET answers 200.
