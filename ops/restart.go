@@ -136,7 +136,6 @@ type restart struct {
 	incumbent *runtimeapi.ContainerStatus
 	request   *runtimeapi.CreateContainerRequest // of the incumbent
 	applied   *runtimeapi.LinuxContainerResources
-	attempt   uint32
 }
 
 func (e *Engine) newRestart(o *operation, i int) *restart {

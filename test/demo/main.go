@@ -66,7 +66,7 @@ func main() {
 	if err := run(ctx, os.Stdout, os.Getenv("KEEP") != ""); err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)
 		stop()
-		os.Exit(1) //nolint:gocritic // stop has been called
+		os.Exit(1)
 	}
 }
 

@@ -178,12 +178,6 @@ func (k *kubelet) status(t testing.TB, id string) *runtimeapi.ContainerStatus {
 	return resp.GetStatus()
 }
 
-// containers returns the pod's containers as kubelet sees them.
-func (p *pod) containers(ctx context.Context) ([]*runtimeapi.Container, error) {
-	resp, err := p.k.ListContainers(ctx, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{LabelSelector: map[string]string{"io.kubernetes.pod.uid": p.uid}}})
-	return resp.GetContainers(), err
-}
-
 // running returns how many containers of the name run, and how many exist, as the socket of k tells.
 func (p *pod) running(t testing.TB, k *kubelet, name string) (running, all int) {
 	t.Helper()

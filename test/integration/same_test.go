@@ -6,6 +6,7 @@ package integration
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -236,7 +237,7 @@ func received[M any](s grpc.ServerStreamingClient[M], err error) string {
 			n++
 		}
 	}
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		return fmt.Sprint(n, " ", codes.OK)
 	}
 	return fmt.Sprint(n, " ", status.Convert(err).Code(), " ", status.Convert(err).Message())
