@@ -137,9 +137,9 @@ func hash(parts ...string) string {
 	return hex.EncodeToString(h.Sum(nil))[:16]
 }
 
-// Build makes the pinned components available below the cache and returns their directory, one subdirectory linkless per program set:
-// the directory holds symlinks to every program. Components that are there already are not built again; parallel callers build once.
-// Progress goes to log, one line per step.
+// Build builds the pinned components that mode needs into the cache, unless they are there, and returns a directory of symlinks to all
+// programs. Missing Debian packages are installed first. Parallel callers build once. Progress goes to log, one line per step.
+// source is any directory of the checkout, the working directory when empty.
 func Build(ctx context.Context, source string, mode Mode, log io.Writer) (string, error) {
 	if err := installPackages(ctx, log); err != nil {
 		return "", err
@@ -232,7 +232,7 @@ func (c component) build(ctx context.Context, module, store, goVersion string, l
 	}
 	defer os.RemoveAll(tmp)
 	began := time.Now()
-	fmt.Fprintf(log, "build %s (minutes when done for the first time) ...\n", c.dir)
+	fmt.Fprintf(log, "build component %s, for this version once ...\n", c.dir)
 	for name, pkg := range c.programs {
 		args := []string{"build", "-ldflags", "-s -w " + c.ldflags, "-o", filepath.Join(tmp, name)}
 		if c.tags != "" {

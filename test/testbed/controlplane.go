@@ -250,6 +250,15 @@ func (b *Bed) kubectl(ctx context.Context, stdin io.Reader, args ...string) (str
 	return string(out), nil
 }
 
+// InstallCRDs applies the checkout's custom resource definitions, which cri-controller needs, and waits until they are served.
+func (b *Bed) InstallCRDs(ctx context.Context) error {
+	if _, err := b.Kubectl(ctx, "apply", "--server-side", "-f", filepath.Join(b.source, "deploy", "crds")); err != nil {
+		return err
+	}
+	_, err := b.Kubectl(ctx, "wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+	return err
+}
+
 // StartController starts cri-controller on the cluster as user [Bed.ControllerKubeconfig] and waits until it is ready. args are appended.
 func (b *Bed) StartController(ctx context.Context, args ...string) error {
 	if b.Mode != ModeCluster {

@@ -51,7 +51,9 @@ func up() *cobra.Command {
 			return err
 		}
 		if controller {
-			err = bed.StartController(cmd.Context())
+			if err = bed.InstallCRDs(cmd.Context()); err == nil {
+				err = bed.StartController(cmd.Context())
+			}
 		}
 		if err == nil {
 			print(bed)
@@ -71,7 +73,7 @@ func up() *cobra.Command {
 	f.BoolVar(&o.Direct, "direct", false, "no proxy: kubelet dials containerd")
 	f.BoolVar(&o.Detach, "keep", false, "leave it running")
 	f.BoolVar(&o.Race, "race", false, "build the project's programs with the race detector")
-	f.BoolVar(&controller, "controller", false, "also start cri-controller")
+	f.BoolVar(&controller, "controller", false, "also install the CRDs and start cri-controller")
 	return cmd
 }
 
