@@ -143,19 +143,22 @@ func (e *Engine) revive(uid string, r *record) error {
 		if c.Step == stepNone || c.Step == stepDone {
 			continue
 		}
-		o.committed = o.committed || c.Step == stepStaged || c.Step == stepStop || c.Step == stepStarted
+		o.committed = o.committed || c.Step == stepStaged || c.Step == stepStop || c.Step == stepStarted || c.Step == stepReveal
 		slot := interceptors.Slot{PodUID: o.op.GetPod().GetUid(), Container: o.op.GetContainers()[i].GetName()}
 		claim, err := e.view.TryClaim(slot)
 		if err != nil {
 			return fmt.Errorf("journal: operation %s: slot %s: %w", uid, slot, err)
 		}
 		claim.Bind(c.Sandbox, c.Incumbent)
+		o.claims[i] = claim
+		if c.Step == stepReveal {
+			continue // what kubelet has seen must not vanish again
+		}
 		claim.HideNow(c.Token)
 		claim.Staged(c.Successor)
 		if c.Step != stepStage {
 			claim.Mask()
 		}
-		o.claims[i] = claim
 	}
 	e.waiting = append(e.waiting, o)
 	e.log.WithFields(logrus.Fields{"op": uid, "pod": podName(o.op.GetPod()), "phase": o.op.GetPhase()}).Info("resuming operation from the journal")

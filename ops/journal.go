@@ -32,7 +32,8 @@ const (
 	stepStaged  step = "staged"  // it exists; the incumbent is about to be masked and its preStop run
 	stepStop    step = "stop"    // the incumbent is about to be stopped and the successor started
 	stepStarted step = "started" // the successor runs; postStart and reveal follow
-	stepUndo    step = "undo"    // the successor is about to be removed
+	stepReveal  step = "reveal"  // both are about to be shown to kubelet, and stay so
+	stepUndo    step = "undo"    // the successor is about to be removed, or shown as failed
 	stepDone    step = "done"
 )
 

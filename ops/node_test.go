@@ -62,7 +62,6 @@ type node struct {
 	*daemon
 	daemons []*daemon
 	sandbox string
-	seenBad []string // guarded by rt.mu: what kubelet must never see
 }
 
 // podOptions are what a test wants different about the pod.
@@ -109,6 +108,7 @@ func (n *node) boot(state string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	d.engine.journal.db.NoSync = true // no power is cut here; copies of the file are made by this process
 	d.api = NewServer(d.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
 	d.server = proxy.NewServer(up, proxy.Options{Director: interceptors.New(interceptors.Options{View: d.view, Records: d.engine.Records(), Log: log})})
 	path := filepath.Join(n.dir, fmt.Sprintf("p%d.sock", len(n.daemons)))
@@ -134,8 +134,8 @@ func (n *node) boot(state string) {
 	n.daemon = d
 	n.daemons = append(n.daemons, d)
 	t.Cleanup(func() {
-		d.leash.free()
 		d.stop()
+		d.leash.free()
 		d.ran.Wait()
 		if err := conn.Close(); err != nil {
 			t.Error(err)
@@ -161,6 +161,27 @@ func (n *node) run() {
 			n.t.Error(err)
 		}
 	})
+}
+
+// runTidied is run, and waits until the calls of the start are over.
+func (n *node) runTidied() {
+	n.t.Helper()
+	tidied := make(chan struct{})
+	n.rt.set(func(f *fakeRuntime) {
+		f.after = func(call string) error {
+			if call == "ListContainers" {
+				close(tidied)
+			}
+			return nil
+		}
+	})
+	n.run()
+	select {
+	case <-tidied:
+	case <-time.After(waitLong):
+		n.t.Fatal("records are not tidied")
+	}
+	n.rt.set(func(f *fakeRuntime) { f.after = nil })
 }
 
 func (n *node) sandboxConfig() *runtimeapi.PodSandboxConfig {

@@ -267,6 +267,12 @@ func (r *restart) drive(ctx context.Context) error {
 			err = r.swap(ctx)
 		case stepStarted:
 			return r.afterStart(ctx)
+		case stepReveal: // resumed: kubelet has been shown both
+			if c := r.container(); c.GetReason() != "" {
+				return failf(c.GetReason(), "%s", c.GetMessage())
+			}
+			r.measure(ctx, r.rec())
+			return nil
 		default:
 			return failf(ReasonJournal, "the journal has the unknown step %q", s)
 		}
@@ -520,9 +526,6 @@ func (r *restart) preStop(ctx context.Context, grace time.Duration, by time.Time
 // swap stops the incumbent and starts the successor. It is the only part that the
 // application notices, so nothing in it waits for the disk.
 func (r *restart) swap(ctx context.Context) error {
-	if err := r.load(ctx); err != nil {
-		return err
-	}
 	if err := r.stop(ctx); err != nil {
 		return err
 	}
@@ -534,11 +537,12 @@ func (r *restart) swap(ctx context.Context) error {
 		return err
 	}
 	failpoint("restart.running")
-	return r.write(func(rec *containerRecord, c *opsv1.ContainerOperation) {
+	r.note(func(rec *containerRecord, c *opsv1.ContainerOperation) {
 		rec.Step = stepStarted
 		c.Phase = opsv1.Phase_PHASE_STARTING
 		c.SuccessorId = rec.Successor
 	})
+	return nil
 }
 
 // stop stops the incumbent within what is left of its grace.
@@ -651,10 +655,10 @@ const startError = "StartError"
 func (r *restart) afterStart(ctx context.Context) error {
 	rec := r.rec()
 	r.logLink(ctx, rec.Successor)
-	if hook := r.want.GetPostStart(); hook != nil && !rec.PostStarted {
-		if err := r.write(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.PostStarted = true }); err != nil {
-			return err
-		}
+	if hook := r.want.GetPostStart(); hook != nil && rec.PostStarted { // resumed
+		r.warn("cri-proxy was restarted while the postStart hook ran: how it ended is not known, and it is not run again")
+	} else if hook != nil {
+		r.note(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.PostStarted = true })
 		if err := r.postStart(ctx, hook, rec); err != nil {
 			return err
 		}
@@ -662,11 +666,29 @@ func (r *restart) afterStart(ctx context.Context) error {
 	if err := r.interrupted(); err != nil {
 		return err
 	}
-	r.show(func(c *opsv1.ContainerOperation) { c.Phase = opsv1.Phase_PHASE_REVEALING })
-	r.claim.Reveal()
+	r.note(func(c *containerRecord, op *opsv1.ContainerOperation) {
+		c.Step = stepReveal
+		op.Phase = opsv1.Phase_PHASE_REVEALING
+	})
+	if !r.claim.TryReveal() {
+		return r.interrupted()
+	}
 	failpoint("restart.revealed")
 	r.measure(ctx, rec)
 	return nil
+}
+
+// note is write for the time after the swap: the successor serves, and a journal that cannot
+// be written is no reason to take it away. The next process would resume from an earlier step,
+// which finds the successor running.
+func (r *restart) note(f func(rec *containerRecord, c *opsv1.ContainerOperation)) {
+	if err := r.write(f); err != nil {
+		r.log.WithError(err).Error("step not written")
+		r.o.mu.Lock()
+		defer r.o.mu.Unlock()
+		f(&r.o.containers[r.i], r.o.op.GetContainers()[r.i])
+		r.o.notifyLocked()
+	}
 }
 
 // postStart runs the hook. As in kubelet, the container is not shown before it has
@@ -716,20 +738,19 @@ func (r *restart) undo(ctx context.Context, out *outcome) bool {
 	if r.claim == nil || rec.Step == stepNone || rec.Step == stepDone {
 		return true
 	}
-	started := rec.Step == stepStarted
-	failedStart := rec.Step == stepStop && out.reason == ReasonStartFailed
-	err := r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
+	if rec.Step == stepReveal && r.container().GetReason() != "" {
+		return true // resumed: shown already
+	}
+	r.note(func(c *containerRecord, op *opsv1.ContainerOperation) {
 		c.Step = stepUndo
 		op.Reason, op.Message = out.reason, out.message
 	})
-	if err != nil {
-		r.log.WithError(err).Error("undo not written")
-	}
-	if failedStart || (started && out.reason == ReasonPostStartFailed) {
+	if out.reason == ReasonStartFailed || out.reason == ReasonPostStartFailed {
 		// Kubelet gets to see the attempt that failed, and why.
-		if started {
+		if out.reason == ReasonPostStartFailed {
 			r.stopSuccessor(ctx, rec.Successor)
 		}
+		r.note(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.Step = stepReveal })
 		r.claim.Reveal()
 		return true
 	}

@@ -1,0 +1,268 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+func execHook(cmd ...string) *opsv1.Hook {
+	return &opsv1.Hook{Action: &opsv1.Hook_Exec{Exec: &opsv1.ExecAction{Command: cmd}}}
+}
+
+// scenario is a restart that is cut off at every call it makes.
+type scenario struct {
+	name   string
+	edit   func(*opsv1.RestartRequest)
+	script func(*fakeRuntime)
+	want   string   // the end of the operation
+	states []string // of the runtime in the end
+	// lost is the end after a crash in the middle of a hook, whose result nobody knows.
+	lost       string
+	lostStates []string
+	// dies is set where kubelet is to see a container fail.
+	dies bool
+}
+
+// failStarts makes the first starts fail, of any successor.
+func failStarts(f *fakeRuntime, times int) {
+	f.start = func(c *runtimeapi.ContainerConfig) error {
+		if c.GetMetadata().GetAttempt() == 0 || times == 0 {
+			return nil
+		}
+		times--
+		return errors.New("exec: no such file or directory")
+	}
+}
+
+var scenarios = []scenario{
+	{
+		name: "plain",
+		want: "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+	},
+	{
+		name: "hooks",
+		edit: func(r *opsv1.RestartRequest) {
+			r.Containers[0].PreStop, r.Containers[0].PostStart = execHook("bye"), execHook("hello")
+		},
+		want: "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+	},
+	{
+		name:   "second start",
+		script: func(f *fakeRuntime) { failStarts(f, 1) },
+		want:   "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+	},
+	{
+		name: "no start", dies: true,
+		script: func(f *fakeRuntime) { failStarts(f, 100) },
+		want:   "FAILED, app FAILED StartFailed", states: []string{"app/0 EXITED, app/1 EXITED, web/0 RUNNING"},
+	},
+	{
+		name: "postStart fails", dies: true,
+		edit: func(r *opsv1.RestartRequest) { r.Containers[0].PostStart = execHook("hello") },
+		script: func(f *fakeRuntime) {
+			f.exec = func(context.Context, *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
+				return &runtimeapi.ExecSyncResponse{ExitCode: 3}, nil
+			}
+		},
+		want: "FAILED, app FAILED PostStartHookFailed", states: []string{"app/0 EXITED, app/1 EXITED, web/0 RUNNING"},
+		lost: "SUCCEEDED, app SUCCEEDED", lostStates: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+	},
+	{
+		name: "ordered",
+		edit: func(r *opsv1.RestartRequest) {
+			r.Ordered = true
+			r.Containers = append(r.Containers, &opsv1.ContainerRestart{Name: "web"})
+		},
+		want: "SUCCEEDED, app SUCCEEDED, web SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 EXITED, web/1 RUNNING"},
+	},
+}
+
+// point is a moment of a scenario: before or after the effect of a call of the engine.
+type point struct {
+	n    int
+	call string
+	done bool // after
+}
+
+func (p point) String() string {
+	if p.done {
+		return fmt.Sprintf("%02d after %s", p.n, p.call)
+	}
+	return fmt.Sprintf("%02d before %s", p.n, p.call)
+}
+
+// begin readies a node and the operation "op", and calls at before and after each call that the engine makes for it.
+func (s scenario) begin(t *testing.T, at func(point) error) *node {
+	t.Helper()
+	n := newNode(t, podOptions{})
+	n.runTidied()
+	var mu sync.Mutex
+	count := -1
+	accepted := false
+	n.rt.set(func(f *fakeRuntime) {
+		if s.script != nil {
+			s.script(f)
+		}
+		f.before = func(call string) error {
+			mu.Lock()
+			if !accepted || strings.HasPrefix(call, "kubelet:") {
+				mu.Unlock()
+				return nil
+			}
+			count++
+			p := point{n: count, call: call}
+			mu.Unlock()
+			return at(p)
+		}
+		f.after = func(call string) error {
+			mu.Lock()
+			if !accepted || strings.HasPrefix(call, "kubelet:") {
+				mu.Unlock()
+				return nil
+			}
+			p := point{n: count, call: call, done: true}
+			mu.Unlock()
+			return at(p)
+		}
+	})
+	req := restartRequest("op")
+	if s.edit != nil {
+		s.edit(req)
+	}
+	pod, err := n.api.precheck(t.Context(), req) // what Restart does, without its calls being counted
+	n.must(err)
+	mu.Lock()
+	accepted = true
+	mu.Unlock()
+	_, err = n.engine.submit(req, pod)
+	n.must(err)
+	return n
+}
+
+// points runs the scenario undisturbed and returns the moments that differ: a call that
+// reads leaves nothing behind.
+func (s scenario) points(t *testing.T) []point {
+	t.Helper()
+	var mu sync.Mutex
+	var all []point
+	n := s.begin(t, func(p point) error {
+		mu.Lock()
+		defer mu.Unlock()
+		if !p.done || len(mutating([]string{p.call})) > 0 {
+			all = append(all, p)
+		}
+		return nil
+	})
+	s.check(t, n)
+	mu.Lock()
+	defer mu.Unlock()
+	return all
+}
+
+func (s scenario) check(t *testing.T, n *node) {
+	t.Helper()
+	op := n.finish("op")
+	if got := verdict(op); got != s.want {
+		t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), s.want)
+	}
+	if got := n.rt.state(); !slices.Contains(s.states, got) {
+		t.Errorf("runtime has %s, want %q", got, s.states)
+	}
+	if got, want := n.sees(), n.rt.state(); got != want {
+		t.Errorf("kubelet sees %s, though there is %s", got, want)
+	}
+	if n.view.Active() {
+		t.Error("something is still hidden or masked")
+	}
+	if !s.dies {
+		if err := n.checkView(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// The process dies without warning at every moment of a restart, and another takes over.
+func TestCrashes(t *testing.T) {
+	for _, s := range scenarios {
+		t.Run(s.name, func(t *testing.T) {
+			t.Parallel()
+			for _, at := range s.points(t) {
+				t.Run(at.String(), func(t *testing.T) {
+					t.Parallel()
+					s.crash(t, at)
+				})
+			}
+		})
+	}
+}
+
+func (s scenario) crash(t *testing.T, at point) {
+	if s.lost != "" && strings.HasPrefix(at.call, "ExecSync") {
+		s.want, s.states = s.lost, s.lostStates
+	}
+	crashed := make(chan struct{})
+	var n *node
+	var ready sync.WaitGroup // n is set
+	ready.Add(1)
+	var state string
+	n = s.begin(t, func(p point) error {
+		if p != at {
+			return nil
+		}
+		ready.Wait()
+		n.leash.cut()
+		state = n.copyState()
+		n.stop()
+		close(crashed)
+		if at.done {
+			return nil
+		}
+		return status.Error(codes.Unavailable, "the caller is gone")
+	})
+	ready.Done()
+	select {
+	case <-crashed:
+	case <-time.After(waitLong):
+		t.Fatal("the moment did not come")
+	}
+	before := n.sees()
+
+	n.boot(state)
+	n.state = state
+	// Kubelet is served before the engine has done anything.
+	if got := n.sees(); got != before {
+		t.Errorf("kubelet sees %s after the crash, %s before it", got, before)
+	}
+	if !s.dies {
+		if err := n.checkView(); err != nil {
+			t.Errorf("before Run: %v", err)
+		}
+	}
+	n.rt.set(func(f *fakeRuntime) { f.before, f.after = nil, nil })
+	end := func() {}
+	if !s.dies {
+		end = n.relist()
+	}
+	n.run()
+	n.finish("op")
+	end()
+	s.check(t, n)
+	if w := n.finish("op").GetContainers()[0].GetWarnings(); s.lost == s.want && (len(w) != 1 || !strings.Contains(w[0], "postStart")) {
+		t.Errorf("warnings are %q", w)
+	}
+}
