@@ -10,8 +10,13 @@ import (
 	"github.com/sirupsen/logrus"
 )
 
+// bodies is the verbosity from which client-go logs what it sends and receives,
+// which is never to be seen: it holds env and secrets.
+const bodies = 8
+
 // NewLogr lets what controller-runtime and client-go log come out of log: V(0) as
-// info, V(1) and above as debug, the logger's name as field "logger".
+// info, V(1) and V(2) as debug, up to V(7) as trace, and nothing above; the
+// logger's name as field "logger".
 func NewLogr(log logrus.FieldLogger) logr.Logger {
 	entry := log.WithFields(nil)
 	return logr.New(&logrusSink{entry: entry})
@@ -27,7 +32,7 @@ var _ logr.LogSink = (*logrusSink)(nil)
 func (s *logrusSink) Init(logr.RuntimeInfo) {}
 
 func (s *logrusSink) Enabled(level int) bool {
-	return s.entry.Logger.IsLevelEnabled(logrusLevel(level))
+	return level < bodies && s.entry.Logger.IsLevelEnabled(logrusLevel(level))
 }
 
 func (s *logrusSink) Info(level int, msg string, keysAndValues ...any) {
@@ -50,10 +55,13 @@ func (s *logrusSink) WithName(name string) logr.LogSink {
 }
 
 func logrusLevel(level int) logrus.Level {
-	if level > 0 {
+	switch {
+	case level <= 0:
+		return logrus.InfoLevel
+	case level <= 2:
 		return logrus.DebugLevel
 	}
-	return logrus.InfoLevel
+	return logrus.TraceLevel
 }
 
 func fieldsOf(keysAndValues []any) logrus.Fields {

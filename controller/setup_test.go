@@ -121,6 +121,10 @@ func TestLogr(t *testing.T) {
 	if out.String() != want {
 		t.Errorf("got\n%swant\n%s", out.String(), want)
 	}
+	log.SetLevel(logrus.TraceLevel)
+	if !l.V(7).Enabled() || l.V(8).Enabled() {
+		t.Error("V(7) must be seen at trace, and the request bodies of V(8) never")
+	}
 }
 
 func TestMetrics(t *testing.T) {

@@ -121,7 +121,7 @@ func (nodeCredentials) ServerHandshake(net.Conn) (net.Conn, credentials.AuthInfo
 }
 
 func (n nodeCredentials) Info() credentials.ProtocolInfo {
-	return credentials.ProtocolInfo{SecurityProtocol: "tls", SecurityVersion: "1.3", ServerName: n.nodeName}
+	return credentials.ProtocolInfo{SecurityProtocol: "tls", ServerName: n.nodeName}
 }
 
 func (n nodeCredentials) Clone() credentials.TransportCredentials { return n }

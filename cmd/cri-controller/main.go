@@ -129,7 +129,7 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	defer nodes.Close()
+	defer func() { _ = nodes.Close() }() // the process ends
 
 	m, err := ctrl.NewManager(config, ctrl.Options{
 		Scheme:                        scheme,
