@@ -331,3 +331,41 @@ func TestSweepAfterKill(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestCRIConformance runs critest on a bed behind the proxy and on one without: the proxy must not change any result.
+func TestCRIConformance(t *testing.T) {
+	real(t)
+	if os.Getenv("TESTBED_CRITEST") == "" {
+		t.Skip("set TESTBED_CRITEST=1 too: it takes minutes")
+	}
+	failed := map[bool][]string{}
+	for _, direct := range []bool{true, false} {
+		b := startBed(t, Options{Mode: ModeNode, Direct: direct})
+		args, err := b.PushCRITestImages(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd := exec.CommandContext(t.Context(), filepath.Join(b.Bin, "critest"), append(args, "-ginkgo.skip", "digest|benchmark", "-ginkgo.no-color")...)
+		cmd.Dir = b.Dir
+		out, err := cmd.CombinedOutput()
+		for line := range strings.Lines(string(out)) {
+			if strings.HasPrefix(strings.TrimSpace(line), "[FAIL]") {
+				failed[direct] = append(failed[direct], strings.TrimSpace(line))
+			}
+			if strings.HasPrefix(line, "Ran ") || strings.HasPrefix(line, "FAIL!") || strings.HasPrefix(line, "SUCCESS!") {
+				t.Log(strings.TrimSpace(line))
+			}
+		}
+		if err != nil && len(failed[direct]) == 0 {
+			t.Fatalf("critest: %v\n%s", err, out)
+		}
+		slices.Sort(failed[direct])
+	}
+	for _, f := range failed[false] {
+		if !slices.Contains(failed[true], f) {
+			t.Errorf("fails only behind the proxy: %s", f)
+		} else {
+			t.Logf("fails with and without the proxy: %s", f)
+		}
+	}
+}

@@ -10,9 +10,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -30,6 +32,7 @@ const kubernetesVersion = "v1.37.2"
 type component struct {
 	dir      string
 	programs map[string]string // binary name: package
+	tests    map[string]string // likewise, for programs that are a package's tests
 	tags     string
 	ldflags  string
 	cluster  bool // only a Cluster bed needs it
@@ -54,7 +57,7 @@ func components() []component {
 		}},
 		{dir: "registry", programs: map[string]string{"registry": "github.com/distribution/distribution/v3/cmd/registry"}},
 		{dir: "crane", programs: map[string]string{"crane": "github.com/google/go-containerregistry/cmd/crane"}},
-		{dir: "cri-tools", programs: map[string]string{"crictl": "sigs.k8s.io/cri-tools/cmd/crictl"}},
+		{dir: "cri-tools", programs: map[string]string{"crictl": "sigs.k8s.io/cri-tools/cmd/crictl"}, tests: map[string]string{"critest": "sigs.k8s.io/cri-tools/cmd/critest"}},
 		{dir: "etcd", programs: map[string]string{"etcd": "go.etcd.io/etcd/server/v3"}, cluster: true},
 		{dir: "kubernetes", programs: map[string]string{
 			"kube-apiserver": kubernetes + "kube-apiserver", "kube-controller-manager": kubernetes + "kube-controller-manager",
@@ -171,7 +174,7 @@ func Build(ctx context.Context, source string, mode Mode, log io.Writer) (string
 			return "", err
 		}
 		keys = append(keys, dir)
-		for name := range c.programs {
+		for _, name := range c.names() {
 			links[name] = filepath.Join(dir, name)
 		}
 	}
@@ -234,16 +237,13 @@ func (c component) build(ctx context.Context, module, store, goVersion string, l
 	began := time.Now()
 	fmt.Fprintf(log, "build component %s, for this version once ...\n", c.dir)
 	for name, pkg := range c.programs {
-		args := []string{"build", "-ldflags", "-s -w " + c.ldflags, "-o", filepath.Join(tmp, name)}
-		if c.tags != "" {
-			args = append(args, "-tags", c.tags)
+		if err := c.compile(ctx, module, filepath.Join(tmp, name), pkg, "build"); err != nil {
+			return "", err
 		}
-		cmd := exec.CommandContext(ctx, "go", append(args, pkg)...)
-		cmd.Dir = module
-		// GOFLAGS of the caller must not touch the checked-in module files.
-		cmd.Env = append(os.Environ(), "GOFLAGS=-mod=readonly -buildvcs=false", "GOWORK=off", "CGO_ENABLED=1")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			return "", fmt.Errorf("build %s of component %s: %w\n%s", name, c.dir, err, out)
+	}
+	for name, pkg := range c.tests {
+		if err := c.compile(ctx, module, filepath.Join(tmp, name), pkg, "test", "-c"); err != nil {
+			return "", err
 		}
 	}
 	if err := os.Chmod(tmp, 0o755); err != nil {
@@ -254,6 +254,27 @@ func (c component) build(ctx context.Context, module, store, goVersion string, l
 	}
 	fmt.Fprintf(log, "build %s: %.1fs\n", c.dir, time.Since(began).Seconds())
 	return dir, nil
+}
+
+// names are those of all programs.
+func (c component) names() []string {
+	return slices.Concat(slices.Collect(maps.Keys(c.programs)), slices.Collect(maps.Keys(c.tests)))
+}
+
+// compile runs a go subcommand that writes pkg's binary to out.
+func (c component) compile(ctx context.Context, module, out, pkg string, subcommand ...string) error {
+	args := append(subcommand, "-ldflags", "-s -w "+c.ldflags, "-o", out)
+	if c.tags != "" {
+		args = append(args, "-tags", c.tags)
+	}
+	cmd := exec.CommandContext(ctx, "go", append(args, pkg)...)
+	cmd.Dir = module
+	// GOFLAGS of the caller must not touch the checked-in module files.
+	cmd.Env = append(os.Environ(), "GOFLAGS=-mod=readonly -buildvcs=false", "GOWORK=off", "CGO_ENABLED=1")
+	if msg, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("build %s of component %s: %w\n%s", filepath.Base(out), c.dir, err, msg)
+	}
+	return nil
 }
 
 // buildProduct compiles one of the project's own commands and copies it to dst. The go command leaves an up-to-date binary alone, so

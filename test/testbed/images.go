@@ -28,8 +28,14 @@ var (
 	appVersions     = [...]string{"1", "2", "3"}
 )
 
+// Users and groups of the busybox image; default-user and its second group are for critest.
+const (
+	passwd = "root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33:www-data:/:/bin/false\ndefault-user:x:1000:1000::/:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"
+	group  = "root:x:0:\nwww-data:x:33:\ndefault-user:x:1000:\ngroup-defined-in-image:x:50000:default-user\nnobody:x:65534:\n"
+)
+
 // seedRevision changes when the images change in a way that their sources do not show.
-const seedRevision = "2"
+const seedRevision = "3"
 
 // Image returns the full reference of an image of the bed's registry: pause:3.10, busybox:1.0|2.0|3.0, app:1|2|3, or what a test pushed.
 // containerd takes names without a registry as well, for every registry's name leads here: busybox, app and nginx (which is app) in the
@@ -147,8 +153,8 @@ func (m *imageMaker) make(ctx context.Context, busybox string, bb []byte) (err e
 		return err
 	}
 	bbLayer := []tarEntry{{name: "bin/busybox", data: bb, mode: 0o755}, {name: "tmp/", mode: 0o1777}, {name: "etc/", mode: 0o755},
-		{name: "etc/passwd", data: []byte("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"), mode: 0o644},
-		{name: "etc/group", data: []byte("root:x:0:\nnobody:x:65534:\n"), mode: 0o644}}
+		{name: "etc/passwd", data: []byte(passwd), mode: 0o644},
+		{name: "etc/group", data: []byte(group), mode: 0o644}}
 	for applet := range strings.FieldsSeq(string(list)) {
 		if applet != "busybox" {
 			bbLayer = append(bbLayer, tarEntry{name: "bin/" + applet, link: "busybox"})

@@ -129,9 +129,11 @@ func TestEveryComponentHasAModule(t *testing.T) {
 		if err != nil {
 			t.Error(err)
 		}
-		for name, pkg := range c.programs {
-			if !bytes.Contains(b, []byte(pkg+"\n")) {
-				t.Errorf("component %s: its go.mod names no tool %s for %s", c.dir, pkg, name)
+		for _, programs := range []map[string]string{c.programs, c.tests} {
+			for name, pkg := range programs {
+				if !bytes.Contains(b, []byte(pkg+"\n")) {
+					t.Errorf("component %s: its go.mod names no tool %s for %s", c.dir, pkg, name)
+				}
 			}
 		}
 	}
