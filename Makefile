@@ -44,11 +44,11 @@ test-unit: ## tests that need nothing but Go, with the race detector
 
 .PHONY: test-integration
 test-integration: ## containerd behind the proxy, needs root
-	@go test -count=1 -p 1 -timeout $(INTEGRATION_TIMEOUT) ./test/integration/...
+	@go test -race -count=1 -p 1 -timeout $(INTEGRATION_TIMEOUT) ./test/integration/...
 
 .PHONY: test-e2e
 test-e2e: ## a one-node cluster behind the proxy, needs root
-	@go test -count=1 -p 1 -timeout $(E2E_TIMEOUT) ./test/e2e/...
+	@go test -race -count=1 -p 1 -timeout $(E2E_TIMEOUT) ./test/e2e/...
 
 .PHONY: bench
 bench: ## data path against direct calls and a plain byte relay; BENCH_ARGS='-out FILE.json'

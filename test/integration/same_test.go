@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -267,6 +268,23 @@ func forwarded(t *testing.T, k *kubelet, p *pod, rawURL string) string {
 		_, err := k.RemoveContainer(t.Context(), &runtimeapi.RemoveContainerRequest{ContainerId: web})
 		must(t, err)
 	}()
+	// A connection that is refused ends the whole session, so the app must listen before.
+	st, err := k.PodSandboxStatus(t.Context(), &runtimeapi.PodSandboxStatusRequest{PodSandboxId: p.sandbox})
+	must(t, err)
+	get := func(address string) (string, error) {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+address+"/healthz", nil)
+		must(t, err)
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			return "", err
+		}
+		b, err := io.ReadAll(resp.Body)
+		return fmt.Sprint(resp.StatusCode, " ", string(b)), errors.Join(err, resp.Body.Close())
+	}
+	eventually(t, "the app listens", func() bool {
+		_, err := get(net.JoinHostPort(st.GetStatus().GetNetwork().GetIp(), "8080"))
+		return err == nil
+	})
 	u, err := url.Parse(rawURL)
 	must(t, err)
 	transport, upgrader, err := spdy.RoundTripperFor(&rest.Config{Host: u.Host})
@@ -284,19 +302,8 @@ func forwarded(t *testing.T, k *kubelet, p *pod, rawURL string) string {
 	}
 	ports, err := f.GetPorts()
 	must(t, err)
-	var body string
-	eventually(t, "the app answers", func() bool {
-		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d/healthz", ports[0].Local), nil)
-		must(t, err)
-		resp, err := http.DefaultClient.Do(req)
-		if err != nil {
-			return false
-		}
-		b, _ := io.ReadAll(resp.Body)
-		_ = resp.Body.Close()
-		body = fmt.Sprint(resp.StatusCode, " ", string(b))
-		return resp.StatusCode == http.StatusOK
-	})
+	body, err := get(fmt.Sprintf("127.0.0.1:%d", ports[0].Local))
+	must(t, err)
 	return body
 }
 
