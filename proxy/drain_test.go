@@ -153,6 +153,28 @@ func TestDrainOutOfTime(t *testing.T) {
 	}
 }
 
+// An interceptor that works on, detached, cannot hold up a drain for longer than
+// the drain's own limit.
+func TestDrainDoesNotWaitForDetachedWork(t *testing.T) {
+	release, returned := make(chan struct{}), make(chan struct{})
+	b := newBed(t, proxy.Options{Director: &director{unary: func(context.Context, string, []byte, proxy.UnaryNext) ([]byte, error) {
+		defer close(returned)
+		<-release
+		return nil, nil
+	}}})
+	call := begin(t, b, methodVersion)
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := b.server.Drain(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Drain: %v", err)
+	}
+	if s := <-call; s.Code != codes.Unavailable {
+		t.Errorf("%+v", s)
+	}
+	close(release)
+	<-returned
+}
+
 // A client that does not read its event stream cannot hold up the drain.
 func TestDrainCutsClientThatDoesNotRead(t *testing.T) {
 	b := newBed(t, proxy.Options{})

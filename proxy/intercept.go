@@ -12,6 +12,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
 
@@ -79,6 +80,7 @@ type lastAnswer struct {
 	called bool
 	resp   []byte
 	err    error
+	over   bool // the interceptor has returned: next is of no use any more
 }
 
 // interceptUnary lets take answer the call. Whatever goes wrong inside it, the
@@ -94,6 +96,9 @@ func (c *call) interceptUnary(take UnaryInterceptor, req *frame) error {
 	next := func(ctx context.Context, b []byte) ([]byte, error) {
 		last.mu.Lock()
 		defer last.mu.Unlock()
+		if last.over {
+			return nil, status.Error(codes.Canceled, "the call is over")
+		}
 		var resp frame
 		last.called = true
 		last.resp, last.err = nil, c.invoke(ctx, newFrame(b), &resp)
@@ -107,6 +112,7 @@ func (c *call) interceptUnary(take UnaryInterceptor, req *frame) error {
 
 	last.mu.Lock()
 	defer last.mu.Unlock()
+	last.over = true
 	switch {
 	case err == nil:
 		return c.answer(newFrame(resp), nil)

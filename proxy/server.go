@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"math"
 	"net"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -129,13 +128,14 @@ func (s *Server) Serve(l net.Listener) error {
 // they are ended with Unavailable. Calls that are still open when ctx is done are
 // cut, and the error says how many.
 func (s *Server) Drain(ctx context.Context) error {
-	var owned sync.WaitGroup
-	defer owned.Wait()
-	gone := make(chan struct{}) // every client has taken the GOAWAY and left
-	owned.Go(func() {
+	// gone closes when every client has taken the GOAWAY and left. The goroutine
+	// ends with the last call, which Stop below sees to; only an interceptor that
+	// works on detached from its caller can keep it longer.
+	gone := make(chan struct{})
+	go func() {
 		defer close(gone)
 		s.grpc.GracefulStop()
-	})
+	}()
 	defer s.Stop()
 
 	err := s.flight.wait(ctx, s.flight.finite)

@@ -45,14 +45,18 @@ func (c *call) invoke(ctx context.Context, req, resp *frame) error {
 	return connectionError(err)
 }
 
+// bareHeader is the size of a header without metadata: the content type alone.
+const bareHeader = 1
+
 // answer sends header, message, trailer and status as they are. An answer
 // without header was trailers-only and stays so.
 func (c *call) answer(resp *frame, err error) error {
 	defer resp.free()
-	if c.header != nil {
+	// A message brings the header along by itself, an error does not.
+	if c.header != nil && (err != nil || len(c.header) > bareHeader) {
 		_ = c.client.SetHeader(c.header) // fails only if the call is over
 	}
-	if c.trailer != nil {
+	if len(c.trailer) > 0 {
 		c.client.SetTrailer(c.trailer)
 	}
 	if err != nil {

@@ -5,6 +5,8 @@ package proxy
 
 import (
 	"context"
+	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -31,14 +33,15 @@ func (u *Upstream) watchSocket(ctx context.Context, path string) {
 				_ = w.Remove(watched) // gone with its directory, mostly
 			}
 			watched = ""
-			if err := w.Add(now); err == nil {
+			switch err := w.Add(now); {
+			case err == nil:
 				watched = now
+			case !errors.Is(err, fs.ErrNotExist):
+				u.log.WithError(err).Warn("runtime socket is not watched, reconnects rely on back-off")
+				return
 			}
-			// Whatever came between the look and the watch sent no event.
+			// Whatever came or went between the look and the watch sent no event.
 			if watched == "" || nearestDir(dir) != now {
-				if ctx.Err() != nil {
-					return
-				}
 				continue
 			}
 			if _, err := os.Lstat(path); err == nil {

@@ -38,6 +38,7 @@ func run(ctx context.Context, args []string) error {
 		var o options
 		fs.StringVar(&o.out, "out", "", "write the results as JSON to this file")
 		fs.StringVar(&o.criProxy, "cri-proxy", "", "cri-proxy binary whose idle memory is measured (default: this command's own proxy)")
+		fs.StringVar(&o.only, "case", "", "run only the cases whose name contains this")
 		fs.IntVar(&o.rounds, "rounds", 20, "batches per case and variant")
 		fs.Float64Var(&o.scale, "scale", 1, "factor on the calls per batch")
 		if err := fs.Parse(args); err != nil {

@@ -25,6 +25,7 @@ import (
 
 type options struct {
 	out      string
+	only     string
 	criProxy string
 	rounds   int
 	scale    float64
@@ -126,6 +127,9 @@ func passthrough(ctx context.Context, o options) error {
 	}
 
 	for _, c := range cases() {
+		if !strings.Contains(c.name, o.only) {
+			continue
+		}
 		fmt.Fprintf(os.Stderr, "%s: %d rounds\n", c.name, o.rounds)
 		c.batch.Calls = max(c.batch.Callers, int(float64(c.batch.Calls)*o.scale))
 		results, err := runCase(c, o.rounds, clients, between)
@@ -291,17 +295,23 @@ func (r *Report) result(c, variant string) Result {
 	return Result{}
 }
 
-// judge compares with what is promised.
+// judge compares with what is promised. A ratio to a relay that is lost in the
+// noise says nothing: it counts as missed, run again on a quieter machine.
 func (r *Report) judge() {
 	all := cases()
 	goal := func(name string, value, limit float64) {
-		r.Goals = append(r.Goals, Goal{name, value, limit, value <= limit})
+		r.Goals = append(r.Goals, Goal{name, value, limit, value >= 0 && value <= limit})
 	}
-	for _, c := range all[:2] {
-		goal(c.name+": added p50, times the relay's", r.result(c.name, "cri-proxy").Added/r.result(c.name, "relay").Added, 1.5)
+	if small := all[0].name; r.result(small, "direct").Calls > 0 {
+		times := -1.0
+		if relay := r.result(small, "relay").Added; relay > 0 {
+			times = max(0, r.result(small, "cri-proxy").Added/relay)
+		}
+		goal(small+": added p50, times the relay's", times, 1.5)
 	}
-	big := all[3].name
-	goal(big+": added p50, % of direct", 100*r.result(big, "cri-proxy").Added/r.result(big, "direct").P50, 5)
+	if big := all[3].name; r.result(big, "direct").Calls > 0 {
+		goal(big+": added p50, % of direct", max(0, 100*r.result(big, "cri-proxy").Added/r.result(big, "direct").P50), 5)
+	}
 	goal("idle RSS of "+r.IdleOf+", MiB", r.IdleRSS, 25)
 }
 
