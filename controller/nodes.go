@@ -183,6 +183,7 @@ func (g *GRPCNodes) client(n Node) (opsv1.OpsClient, *grpc.ClientConn, error) {
 	}
 	conn, err := grpc.NewClient("passthrough:///"+n.Address,
 		grpc.WithTransportCredentials(nodeCredentials{g.certificates, n.Name}),
+		grpc.WithAuthority(n.Name),
 		grpc.WithIdleTimeout(idleTimeout),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: reconnectMax},

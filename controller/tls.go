@@ -120,8 +120,8 @@ func (nodeCredentials) ServerHandshake(net.Conn) (net.Conn, credentials.AuthInfo
 	return nil, nil, errors.New("client credentials only")
 }
 
-func (n nodeCredentials) Info() credentials.ProtocolInfo {
-	return credentials.ProtocolInfo{SecurityProtocol: "tls", ServerName: n.nodeName}
+func (nodeCredentials) Info() credentials.ProtocolInfo {
+	return credentials.ProtocolInfo{SecurityProtocol: "tls"}
 }
 
 func (n nodeCredentials) Clone() credentials.TransportCredentials { return n }
