@@ -68,7 +68,7 @@ fuzz: ## every fuzz target for FUZZ_TIME
 
 .PHONY: lint
 lint: $(TOOLS)/golangci-lint ## vet the code with the pinned golangci-lint
-	@GOLANGCI_LINT_CACHE=$(CRI_PROXY_CACHE)/golangci-lint $(TOOLS)/golangci-lint run ./...
+	@GOLANGCI_LINT_CACHE=$(CRI_PROXY_CACHE)/golangci-lint $(TOOLS)/golangci-lint run --allow-serial-runners ./...
 
 $(TOOLS)/%: tools/go.sum
 	@mkdir -p $(TOOLS)
