@@ -12,13 +12,13 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/mtls"
 )
 
 // Bounds of a request; far above what a pod can have.
@@ -236,20 +236,15 @@ func noOperation(uid string) error {
 
 // callerOf returns who calls, for the audit line, and whether they come over the network.
 func callerOf(ctx context.Context) (name string, remote bool) {
+	if name, ok := mtls.ClientName(ctx); ok {
+		return name, true
+	}
 	p, ok := peer.FromContext(ctx)
 	if !ok {
 		return "in-process", false
 	}
-	tls, ok := p.AuthInfo.(credentials.TLSInfo)
-	if !ok || len(tls.State.PeerCertificates) == 0 {
+	if p.Addr.Network() == "unix" {
 		return "admin socket", false
-	}
-	cert := tls.State.PeerCertificates[0]
-	if cert.Subject.CommonName != "" {
-		return cert.Subject.CommonName, true
-	}
-	if len(cert.DNSNames) > 0 {
-		return cert.DNSNames[0], true
 	}
 	return p.Addr.String(), true
 }

@@ -263,7 +263,7 @@ func (c component) names() []string {
 
 // compile runs a go subcommand that writes pkg's binary to out.
 func (c component) compile(ctx context.Context, module, out, pkg string, subcommand ...string) error {
-	args := append(subcommand, "-ldflags", "-s -w "+c.ldflags, "-o", out)
+	args := slices.Concat(subcommand, []string{"-ldflags", "-s -w " + c.ldflags, "-o", out})
 	if c.tags != "" {
 		args = append(args, "-tags", c.tags)
 	}

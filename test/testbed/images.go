@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -168,7 +169,7 @@ func (m *imageMaker) make(ctx context.Context, busybox string, bb []byte) (err e
 		return err
 	}
 	for _, v := range busyboxVersions {
-		layer := append(bbLayer[:len(bbLayer):len(bbLayer)], tarEntry{name: "etc/version", data: []byte(v + "\n"), mode: 0o644})
+		layer := slices.Concat(bbLayer, []tarEntry{{name: "etc/version", data: []byte(v + "\n"), mode: 0o644}})
 		if err := m.image(ctx, "", "busybox:"+v, layer, "--cmd", "sh", "--env", "VERSION="+v, "--label", "version="+v); err != nil {
 			return err
 		}

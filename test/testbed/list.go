@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 )
@@ -62,10 +63,8 @@ func Destroy(ctx context.Context, id string, log io.Writer) error {
 	if err != nil {
 		return err
 	}
-	for _, r := range recs {
-		if r.ID != id {
-			continue
-		}
+	if i := slices.IndexFunc(recs, func(r record) bool { return r.ID == id }); i >= 0 {
+		r := recs[i]
 		release, held, err := l.hold(id)
 		if err != nil {
 			return err

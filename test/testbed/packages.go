@@ -5,6 +5,7 @@ package testbed
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -52,7 +53,7 @@ func installPackages(ctx context.Context, log io.Writer) error {
 func missingPackages(ctx context.Context, names []string) ([]string, error) {
 	// dpkg-query exits 1 when it does not know a name, and still answers for the others.
 	out, err := exec.CommandContext(ctx, "dpkg-query", append([]string{"-W", "-f", "${Package} ${db:Status-Status}\n"}, names...)...).Output()
-	if _, exited := err.(*exec.ExitError); err != nil && !exited {
+	if exited := (*exec.ExitError)(nil); err != nil && !errors.As(err, &exited) {
 		return nil, fmt.Errorf("ask dpkg for installed packages: %w", err)
 	}
 	installed := map[string]bool{}

@@ -301,7 +301,7 @@ func (p *Process) ready(ctx context.Context, cond func(context.Context) error) e
 	go func() {
 		select {
 		case <-p.done:
-			cancel(fmt.Errorf("the process ended: %v", p.err))
+			cancel(errors.Join(errors.New("the process ended"), p.err))
 		case <-stop:
 		}
 	}()

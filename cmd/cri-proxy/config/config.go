@@ -121,9 +121,14 @@ func Default() *Config {
 		StateDir:        "/var/lib/cri-proxy",
 		AdminSocket:     DefaultAdminSocket,
 		Log:             Log{Level: "info", Format: "text"},
-		DrainTimeout:    30 * time.Minute,
+		DrainTimeout:    defaultDrain,
 	}
 }
+
+// defaultDrain is as long as kubelet can go without the runtime unnoticed: while a
+// single instance drains, kubelet cannot connect, and after 30 s (maxWaitForContainerRuntime in
+// pkg/kubelet/kubelet.go) it reports the node as not ready.
+const defaultDrain = 20 * time.Second
 
 // DefaultAdminSocket is where the ops API for root listens.
 const DefaultAdminSocket = "/run/cri-proxy/admin.sock"
