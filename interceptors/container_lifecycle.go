@@ -81,8 +81,8 @@ func (d *Director) stopContainer(ctx context.Context, method string, raw []byte,
 		// Nobody can know this container: answered as the runtime answers for unknown ones.
 		return encode(&runtimeapi.StopContainerResponse{})
 	}
-	d.log.WithFields(logrusFields(claim.Slot(), method)).Info("kubelet takes the slot back from an operation")
 	claim.takeBack(Yield{Method: method, Grace: req.GetTimeout()})
+	d.log.WithFields(logrusFields(claim.Slot(), method)).Info("kubelet takes the slot back from an operation")
 	b, err := next(ctx, raw)
 	if err != nil {
 		return nil, err
@@ -118,8 +118,8 @@ const sandboxGrace = 2
 func (d *Director) takeBackSandbox(ctx context.Context, method, sandbox string) {
 	claims := d.view.bySandbox(sandbox)
 	for _, c := range claims {
-		d.log.WithFields(logrusFields(c.Slot(), method)).Info("the pod goes away, its operation gives way")
 		c.takeBack(Yield{Method: method, Grace: sandboxGrace})
+		d.log.WithFields(logrusFields(c.Slot(), method)).Info("the pod goes away, its operation gives way")
 	}
 	for _, c := range claims {
 		d.awaitYield(ctx, c, sandboxGrace*time.Second)

@@ -15,6 +15,7 @@ import (
 	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -396,6 +397,9 @@ func (r *restart) create(ctx context.Context, token string) (string, error) {
 	if err := r.load(ctx); err != nil {
 		return "", err
 	}
+	if newer := r.records.resources(r.rec().Incumbent); newer != nil {
+		r.applied = newer
+	}
 	req, err := cloneFor(r.request, r.applied, r.container().GetAttempt(), token)
 	if err != nil {
 		return "", failf(ReasonCreateFailed, "%v", err)
@@ -416,7 +420,27 @@ func (r *restart) create(ctx context.Context, token string) (string, error) {
 	}
 	r.claim.Staged(resp.GetContainerId())
 	failpoint("restart.created")
+	r.catchUp(ctx, resp.GetContainerId())
 	return resp.GetContainerId(), nil
+}
+
+// catchUp applies to the successor what kubelet has set on the incumbent while the
+// successor was being created. From Staged on the director applies updates to both.
+func (r *restart) catchUp(ctx context.Context, id string) {
+	newer := r.records.resources(r.rec().Incumbent)
+	if newer == nil || proto.Equal(newer, r.applied) {
+		return
+	}
+	r.applied = newer
+	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
+	defer cancel()
+	if _, err := r.rt.UpdateContainerResources(call, &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: newer}); err != nil {
+		r.log.WithError(err).Warn("staged container did not take the new resources")
+		return
+	}
+	if b, err := proto.Marshal(newer); err == nil {
+		r.records.Updated(id, b)
+	}
 }
 
 // load reads the incumbent and the request that made it, once.

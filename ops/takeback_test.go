@@ -1,0 +1,283 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"context"
+	"strings"
+	"sync"
+	"testing"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+// during calls f once, before the effect of the first call of the engine that begins with prefix.
+func (n *node) during(prefix string, f func()) {
+	var once sync.Once
+	n.rt.set(func(rt *fakeRuntime) {
+		rt.before = func(call string) error {
+			if strings.HasPrefix(call, prefix) {
+				once.Do(f)
+			}
+			return nil
+		}
+	})
+}
+
+// kubelet calls on its own goroutine; the result is awaited by the returned function.
+func (n *node) asKubelet(f func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error) (answered func()) {
+	done := make(chan error, 1)
+	ctx, cancel := context.WithTimeout(context.Background(), waitLong)
+	k := n.kubelet
+	go func() {
+		defer cancel()
+		done <- f(ctx, k)
+	}()
+	return func() {
+		n.t.Helper()
+		if err := <-done; err != nil {
+			n.t.Errorf("kubelet's call: %v", err)
+		}
+	}
+}
+
+// Kubelet takes the slot back in every phase of a restart: its call is answered OK, the operation
+// fails and says why, and nothing of it is left.
+func TestTakenBack(t *testing.T) {
+	moments := []struct {
+		name string
+		at   string // the engine's call during which kubelet comes
+		edit func(*opsv1.RestartRequest)
+		exec bool // the hook hangs until it is cancelled
+		// calls are the engine's mutating calls.
+		stop, sandbox string
+	}{
+		{
+			name: "staging", at: "CreateContainer app/1",
+			stop: "CreateContainer app/1; RemoveContainer app/1", sandbox: "CreateContainer app/1; RemoveContainer app/1",
+		},
+		{
+			name: "preStop", at: "ExecSync", exec: true,
+			edit: func(r *opsv1.RestartRequest) { r.Containers[0].PreStop = execHook("bye") },
+			stop: "CreateContainer app/1; ExecSync app/0 bye 29s; RemoveContainer app/1", sandbox: "CreateContainer app/1; ExecSync app/0 bye 29s; RemoveContainer app/1",
+		},
+		{
+			name: "stop", at: "StopContainer app/0",
+			stop:    "CreateContainer app/1; StopContainer app/0 30s; StopContainer app/1 7s; RemoveContainer app/1",
+			sandbox: "CreateContainer app/1; StopContainer app/0 30s; StopContainer app/1 2s; RemoveContainer app/1",
+		},
+		{
+			name: "start", at: "StartContainer app/1",
+			stop:    "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1; StopContainer app/1 7s; RemoveContainer app/1",
+			sandbox: "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1",
+		},
+		{
+			name: "postStart", at: "ExecSync", exec: true,
+			edit:    func(r *opsv1.RestartRequest) { r.Containers[0].PostStart = execHook("hello") },
+			stop:    "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1; ExecSync app/1 hello 0s; StopContainer app/1 7s; RemoveContainer app/1",
+			sandbox: "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1; ExecSync app/1 hello 0s; StopContainer app/1 2s; RemoveContainer app/1",
+		},
+	}
+	for _, m := range moments {
+		for _, by := range []string{"StopContainer", "StopPodSandbox"} {
+			t.Run(m.name+" "+by, func(t *testing.T) {
+				t.Parallel()
+				n := newNode(t, podOptions{})
+				n.runTidied()
+				n.rt.takeCalls()
+				if m.exec {
+					n.rt.set(func(f *fakeRuntime) {
+						f.exec = func(ctx context.Context, _ *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
+							<-ctx.Done()
+							return nil, ctx.Err()
+						}
+					})
+				}
+				incumbent := n.rt.idOf(t, "app/0")
+				var answered func()
+				n.during(m.at, func() {
+					answered = n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
+						if by == "StopContainer" {
+							_, err := k.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 7})
+							return err
+						}
+						_, err := k.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: n.sandbox})
+						return err
+					})
+					if by == "StopContainer" {
+						n.log.await(t, "takes the slot back")
+					} else {
+						n.log.await(t, "the pod goes away")
+					}
+				})
+				if m.edit != nil {
+					n.restart("op", m.edit)
+				} else {
+					n.restart("op")
+				}
+				op := n.finish("op")
+				answered()
+				if got, want := verdict(op), "FAILED, app FAILED "+ReasonTakenBack; got != want {
+					t.Errorf("operation ended %s, want %s", got, want)
+				}
+				if !strings.Contains(op.GetMessage(), "kubelet called "+by+" ") {
+					t.Errorf("message is %q", op.GetMessage())
+				}
+				var own []string
+				for _, c := range mutating(n.rt.takeCalls()) {
+					if !strings.HasPrefix(c, "kubelet:") {
+						own = append(own, c)
+					}
+				}
+				want, state := m.stop, "app/0 EXITED, web/0 RUNNING"
+				if by == "StopPodSandbox" {
+					want, state = m.sandbox, "app/0 EXITED, web/0 EXITED"
+				}
+				if got := strings.Join(own, "; "); got != want {
+					t.Errorf("engine called %s\nwant %s", got, want)
+				}
+				if got := n.rt.state(); got != state {
+					t.Errorf("runtime has %s, want %s", got, state)
+				}
+				if got := n.sees(); got != state {
+					t.Errorf("kubelet sees %s, want %s", got, state)
+				}
+			})
+		}
+	}
+}
+
+// Kubelet's CreateContainer that follows its stop finds the name free.
+func TestKubeletRestartsAfterTakingBack(t *testing.T) {
+	n := newNode(t, podOptions{})
+	n.runTidied()
+	incumbent := n.rt.idOf(t, "app/0")
+	var answered func()
+	n.during("StopContainer app/0", func() {
+		answered = n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
+			if _, err := k.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 2}); err != nil {
+				return err
+			}
+			made, err := k.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: n.containerConfig("app", 1), SandboxConfig: n.sandboxConfig()})
+			if err != nil {
+				return err
+			}
+			_, err = k.StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: made.GetContainerId()})
+			return err
+		})
+		n.log.await(t, "takes the slot back")
+	})
+	n.restart("op")
+	op := n.finish("op")
+	answered()
+	if got, want := verdict(op), "FAILED, app FAILED "+ReasonTakenBack; got != want {
+		t.Errorf("operation ended %s, want %s", got, want)
+	}
+	if got, want := n.sees(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want || n.rt.state() != want {
+		t.Errorf("kubelet sees %s, the runtime has %s, want %s", got, n.rt.state(), want)
+	}
+}
+
+// A create of kubelet's own on a busy slot waits for the operation; here the incumbent died by itself.
+func TestIncumbentExitsBeforeTheMask(t *testing.T) {
+	n := newNode(t, podOptions{})
+	n.runTidied()
+	var answered func()
+	n.during("CreateContainer app/1", func() {
+		n.rt.exit(t, "app/0", 3)
+		answered = n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
+			_, err := k.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: n.containerConfig("app", 1), SandboxConfig: n.sandboxConfig()})
+			return err
+		})
+		n.log.await(t, "waiting for the operation on this slot")
+	})
+	n.restart("op")
+	op := n.finish("op")
+	answered()
+	if got, want := verdict(op), "FAILED, app FAILED "+ReasonNotRunning; got != want {
+		t.Errorf("operation ended %s, want %s", got, want)
+	}
+	if !strings.Contains(op.GetMessage(), "exit code 3") {
+		t.Errorf("message is %q", op.GetMessage())
+	}
+	if got, want := n.rt.state(), "app/0 EXITED, app/1 CREATED, web/0 RUNNING"; got != want {
+		t.Errorf("runtime has %s, want %s", got, want)
+	}
+}
+
+// A stop that kubelet began before the operation makes the operation refuse.
+func TestKubeletIsStoppingAlready(t *testing.T) {
+	n := newNode(t, podOptions{})
+	n.runTidied()
+	incumbent := n.rt.get(t, "app/0")
+	n.rt.set(func(*fakeRuntime) { incumbent.stubborn = true })
+	stopping := make(chan struct{})
+	n.during("kubelet:StopContainer", func() { close(stopping) })
+	answered := n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
+		_, err := k.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent.status.GetId(), Timeout: 10})
+		return err
+	})
+	<-stopping
+	n.restart("op")
+	op := n.finish("op")
+	if got, want := verdict(op), "FAILED, app FAILED "+ReasonPodStopping; got != want {
+		t.Errorf("operation ended %s, want %s", got, want)
+	}
+	n.rt.exit(t, "app/0", 0)
+	answered()
+	if got, want := n.rt.state(), "app/0 EXITED, web/0 RUNNING"; got != want {
+		t.Errorf("runtime has %s, want %s", got, want)
+	}
+}
+
+// The shorter grace wins when both stop the same container.
+func TestKubeletStopsWithLessGrace(t *testing.T) {
+	n := newNode(t, podOptions{})
+	n.runTidied()
+	incumbent := n.rt.get(t, "app/0")
+	n.rt.set(func(*fakeRuntime) { incumbent.stubborn = true })
+	var answered func()
+	n.during("StopContainer app/0 30s", func() {
+		answered = n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
+			_, err := k.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent.status.GetId(), Timeout: 0})
+			return err
+		})
+		n.log.await(t, "takes the slot back")
+	})
+	n.restart("op")
+	op := n.finish("op")
+	answered()
+	if got, want := verdict(op), "FAILED, app FAILED "+ReasonTakenBack; got != want {
+		t.Errorf("operation ended %s, want %s", got, want)
+	}
+	if got, want := n.sees(), "app/0 EXITED, web/0 RUNNING"; got != want {
+		t.Errorf("kubelet sees %s, want %s", got, want)
+	}
+}
+
+func TestResourcesUpdatedDuringTheRestart(t *testing.T) {
+	for _, at := range []string{"CreateContainer app/1", "StopContainer app/0", "StartContainer app/1"} {
+		t.Run(at, func(t *testing.T) {
+			n := newNode(t, podOptions{})
+			n.runTidied()
+			incumbent := n.rt.idOf(t, "app/0")
+			n.during(at, func() {
+				n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
+					_, err := k.UpdateContainerResources(ctx, &runtimeapi.UpdateContainerResourcesRequest{ContainerId: incumbent, Linux: &runtimeapi.LinuxContainerResources{CpusetCpus: "2"}})
+					return err
+				})()
+			})
+			n.restart("op")
+			if got, want := verdict(n.finish("op")), "SUCCEEDED, app SUCCEEDED"; got != want {
+				t.Errorf("operation ended %s", got)
+			}
+			linux := n.rt.get(t, "app/1").status.GetResources().GetLinux()
+			if linux.GetCpusetCpus() != "2" || linux.GetCpuShares() != 102 {
+				t.Errorf("the new container has %v, want the CPUs that kubelet set meanwhile", linux)
+			}
+		})
+	}
+}
