@@ -32,6 +32,9 @@ const (
 	hidePatience = 10 * time.Second
 	// minGrace is kubelet's minimumGracePeriodInSeconds (kuberuntime_manager.go).
 	minGrace = 2 * time.Second
+	// maxTries bounds the tries of a call that answers Unavailable although the runtime answers others:
+	// about 20 s together. A runtime that is away altogether is waited for without bound.
+	maxTries = 12
 	// defaultGrace is the API's default terminationGracePeriodSeconds, for pods that tell none.
 	defaultGrace = 30 * time.Second
 )
@@ -572,7 +575,7 @@ func (r *restart) swap(ctx context.Context) error {
 // stop stops the incumbent within what is left of its grace.
 func (r *restart) stop(ctx context.Context) error {
 	rec := r.rec()
-	for {
+	for try := 1; ; try++ {
 		left := max(time.Until(rec.StopBy), minGrace)
 		seconds := int64((left + time.Second - 1) / time.Second)
 		// Not bound to ctx: a cancelled StopContainer never kills.
@@ -582,13 +585,22 @@ func (r *restart) stop(ctx context.Context) error {
 		if err == nil {
 			return nil
 		}
-		if status.Code(err) != codes.Unavailable {
+		if status.Code(err) != codes.Unavailable || try == maxTries {
 			return failf(ReasonStopFailed, "stopping the container: %v", status.Convert(err).Message())
 		}
-		if err := r.awaitRuntime(ctx); err != nil {
+		if err := r.awaitReturn(ctx, try); err != nil {
 			return err
 		}
 	}
+}
+
+// awaitReturn waits until the runtime answers again after a call that it did not answer; longer
+// each time, because a runtime that does answer may be without the container's shim.
+func (r *restart) awaitReturn(ctx context.Context, try int) error {
+	if err := r.awaitRuntime(ctx); err != nil {
+		return err
+	}
+	return sleep(ctx, min(10*time.Millisecond<<try, 5*time.Second))
 }
 
 // start starts the successor; once, from a fresh stage, if that fails.
@@ -638,7 +650,7 @@ func (r *restart) start(ctx context.Context) error {
 
 // startOnce starts the container, whatever state a crash or a runtime restart left it in.
 func (r *restart) startOnce(ctx context.Context, id string) error {
-	for {
+	for try := 1; ; try++ {
 		// Not bound to ctx: a cancelled StartContainer destroys the container.
 		call, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
 		_, err := r.rt.StartContainer(call, &runtimeapi.StartContainerRequest{ContainerId: id})
@@ -646,14 +658,15 @@ func (r *restart) startOnce(ctx context.Context, id string) error {
 		if err == nil {
 			return nil
 		}
-		if status.Code(err) == codes.Unavailable {
-			if err := r.awaitRuntime(ctx); err != nil {
+		again := status.Code(err) == codes.Unavailable && try < maxTries
+		if again {
+			if err := r.awaitReturn(ctx, try); err != nil {
 				return err
 			}
 		}
 		st, serr := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
 		if serr != nil {
-			if status.Code(serr) == codes.Unavailable {
+			if again && status.Code(serr) == codes.Unavailable {
 				continue
 			}
 			return failf(ReasonStartFailed, "starting the new container: %v", status.Convert(err).Message())
@@ -663,7 +676,7 @@ func (r *restart) startOnce(ctx context.Context, id string) error {
 			return nil // it had been started before
 		case s.GetState() == runtimeapi.ContainerState_CONTAINER_EXITED && s.GetReason() != startError && s.GetStartedAt() != 0:
 			return nil // it had been started before, and has ended: kubelet's policy decides
-		case s.GetState() == runtimeapi.ContainerState_CONTAINER_CREATED && status.Code(err) == codes.Unavailable:
+		case s.GetState() == runtimeapi.ContainerState_CONTAINER_CREATED && again:
 			continue
 		default:
 			return failf(ReasonStartFailed, "starting the new container: %v", status.Convert(err).Message())
