@@ -18,33 +18,40 @@ type Director interface {
 }
 
 // UnaryInterceptor answers one unary call. req is the encoded request message and
-// must not be kept or changed after return (copy what is needed); the result is the encoded response. next forwards to
-// the runtime; it may be called with another request, more than once (the header
-// and trailer of the last call are what the caller gets), or not at all.
+// must not be kept or changed after return (copy what is needed); the result is
+// the encoded response. next forwards to the runtime; it may be called with
+// another request, more than once (the header and trailer of the last call are
+// what the caller gets), or not at all.
 //
 // An error made by next, or a gRPC status error of the interceptor's own, is the
-// call's answer. An interceptor that finds it cannot do its work, say because
-// the bytes don't decode, returns a [*PassError]; then, as after a panic, the
-// proxy answers what next answered if it was called, else forwards the original
-// request, and counts a fault.
+// call's answer; an error of next goes out as it came, whatever it was wrapped
+// in. An interceptor that finds it cannot do its work, say because the bytes
+// don't decode, returns a [*PassError]; then, as after a panic or an error that
+// carries no status, the proxy answers what next answered if it was called, else
+// forwards the original request, and counts a fault. next must not be called
+// after the interceptor has returned.
 type UnaryInterceptor func(ctx context.Context, method string, req []byte, next UnaryNext) ([]byte, error)
 
 // UnaryNext forwards a request to the runtime with the caller's metadata and
-// returns the encoded response. ctx bounds the upstream call, and may be detached from the caller's.
+// returns the encoded response, which is the interceptor's to keep. ctx bounds
+// the upstream call, and may be detached from the caller's.
 type UnaryNext func(ctx context.Context, req []byte) ([]byte, error)
 
 // StreamInterceptor takes part in one server-streaming call. It is given the
-// encoded request and returns the request to send upstream (normally req itself) and a filter.
+// encoded request and returns the request to send upstream (normally req itself)
+// and a filter, nil for none. Its errors are treated as a [UnaryInterceptor]'s.
 type StreamInterceptor func(ctx context.Context, method string, req []byte) (upstreamReq []byte, filter StreamFilter, err error)
 
 // StreamFilter sees every response message of one stream, in order, from one
 // goroutine.
 type StreamFilter interface {
-	// Message returns the messages to send in place of msg: none drops it; returning msg
-	// itself passes it unchanged. An error counts as a fault and passes msg on.
+	// Message returns the messages to send in place of msg: none drops it;
+	// returning msg itself passes it unchanged. An error or a panic counts as a
+	// fault and passes msg on.
 	Message(msg []byte) ([][]byte, error)
-	// Extra delivers messages that the filter wants sent out of turn. A nil
-	// channel means never.
+	// Extra delivers messages that the filter wants sent out of turn. It is
+	// asked once; a nil or closed channel means never. What is ready when the
+	// runtime ends the stream is still sent.
 	Extra() <-chan []byte
 	// Close is called once when the stream is over.
 	Close()
