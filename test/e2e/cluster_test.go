@@ -6,6 +6,7 @@ package e2e
 import (
 	"bufio"
 	"context"
+	"fmt"
 	"io"
 	"net/http"
 	"os"
@@ -67,6 +68,42 @@ func assertContainers(t testing.TB, podUID, name string, all, running int) {
 	if len(list.GetContainers()) != all || n != running {
 		t.Errorf("containerd has %d containers of the slot, %d running; want %d and %d", len(list.GetContainers()), n, all, running)
 	}
+}
+
+// watchSlot lists the slot through the socket that kubelet dials, over and over, until the returned function is called,
+// which says what was there that kubelet must not see.
+func watchSlot(t testing.TB, podUID, name string) (stop func() []string) {
+	t.Helper()
+	conn, err := bed.DialCRI()
+	must(t, err)
+	ctx, cancel := context.WithCancel(context.Background())
+	cri := runtimeapi.NewRuntimeServiceClient(conn)
+	var bad []string
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for ctx.Err() == nil && len(bad) < 10 {
+			list, err := cri.ListContainers(ctx, &runtimeapi.ListContainersRequest{
+				Filter: &runtimeapi.ContainerFilter{LabelSelector: map[string]string{"io.kubernetes.pod.uid": podUID, "io.kubernetes.container.name": name}},
+			})
+			if err != nil {
+				continue
+			}
+			running, states := 0, ""
+			for _, c := range list.GetContainers() {
+				states += fmt.Sprintf(" %d:%s", c.GetMetadata().GetAttempt(), c.GetState())
+				if c.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING {
+					running++
+				}
+			}
+			if running != 1 || strings.Contains(states, "CREATED") {
+				bad = append(bad, states)
+			}
+		}
+	}()
+	end := sync.OnceFunc(func() { cancel(); <-done; _ = conn.Close() })
+	t.Cleanup(end)
+	return func() []string { end(); return bad }
 }
 
 func nodeReady(n *corev1.Node) bool {

@@ -79,14 +79,7 @@ func run(m *testing.M) (code int, err error) {
 	if api, err = newClient(bed.Kubeconfig); err != nil {
 		return 0, err
 	}
-	root, err := testbed.SourceDir("")
-	if err != nil {
-		return 0, err
-	}
-	if _, err := bed.Kubectl(ctx, "apply", "-f", filepath.Join(root, "deploy", "crds")); err != nil {
-		return 0, err
-	}
-	if _, err := bed.Kubectl(ctx, "wait", "--for=condition=Established", "crd", "--all", "--timeout=30s"); err != nil {
+	if err := bed.InstallCRDs(ctx); err != nil {
 		return 0, err
 	}
 	if err := bed.StartController(ctx); err != nil {

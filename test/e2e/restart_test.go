@@ -103,6 +103,7 @@ func TestContainerRecreateRequest(t *testing.T) {
 			apply(t, threeContainers(ns, "my-pod", policy))
 			before := ready(t, ns, "my-pod")
 			seen := watchPhases(t, ns, "my-pod", string(before.UID))
+			slot := watchSlot(t, string(before.UID), "app")
 
 			// As found in the field, status and all; only names and namespace are adapted.
 			apply(t, fmt.Sprintf(`
@@ -128,6 +129,9 @@ status:
 				t.Fatalf("states: %+v, message %q", s, crr.Status.Message)
 			}
 			after := getPod(t, ns, "my-pod")
+			if bad := slot(); len(bad) > 0 {
+				t.Errorf("kubelet could see: %q", bad)
+			}
 			if bad := seen.bad(); len(bad) > 0 {
 				t.Errorf("the pod was not running all the time:\n%s", strings.Join(bad, "\n"))
 			}
@@ -270,20 +274,19 @@ spec:
     startupProbe: {httpGet: {path: /healthz, port: http}, periodSeconds: 1, failureThreshold: 30}
     readinessProbe: {httpGet: {path: /readyz, port: http}, periodSeconds: 1}
     livenessProbe: {tcpSocket: {port: http}, periodSeconds: 1}
-    lifecycle:
-      postStart: {httpGet: {path: "/hook?name=post", port: http}}
   - name: shell
     image: %[3]s
     command: [sh, -c, "trap exit TERM; touch /tmp/alive; while :; do sleep 0.2; done"]
     livenessProbe: {exec: {command: [cat, /tmp/alive]}, periodSeconds: 1}
     lifecycle:
+      postStart: {exec: {command: [touch, /work/post-start]}}
       preStop: {exec: {command: [sh, -c, "echo stopping > /work/stopping; sleep 2"]}}
     volumeMounts: [{name: work, mountPath: /work}]
   volumes: [{name: work, emptyDir: {}}]
 `, ns, bed.Image("app:1"), bed.Image("busybox:1.0")))
 	pod := ready(t, ns, "web")
 
-	if out := kubectl(t, "-n", ns, "exec", "web", "-c", "shell", "--", "cat", "/work/init"); out != "from-init" {
+	if out := kubectl(t, "-n", ns, "exec", "web", "-c", "shell", "--", "cat", "/work/init", "/work/post-start"); out != "from-init" {
 		t.Errorf("exec: %q", out)
 	}
 	if out := kubectl(t, "-n", ns, "logs", "web", "-c", "app"); out == "" {
