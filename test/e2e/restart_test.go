@@ -219,7 +219,7 @@ func TestTenRestarts(t *testing.T) {
 // TestKillProxyAtEachStep kills cri-proxy at every step of a restart that a request asked for.
 func TestKillProxyAtEachStep(t *testing.T) {
 	ns := namespace(t)
-	for _, point := range []string{"stage", "created", "staged", "stop", "stopped", "running", "started", "revealed", "done"} {
+	for _, point := range []string{"stage", "created", "staged", "stop", "stopped", "running", "started", "reveal", "revealed", "done"} {
 		t.Run(point, func(t *testing.T) {
 			pod := "pod-" + point
 			apply(t, threeContainers(ns, pod, corev1.RestartPolicyNever))

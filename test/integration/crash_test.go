@@ -118,7 +118,7 @@ func (p *process) died(t testing.TB) {
 // TestKillAtEachStep kills cri-proxy at every step of a restart. The next process
 // must end the restart with one running container, nothing hidden and nothing left.
 func TestKillAtEachStep(t *testing.T) {
-	for _, point := range []string{"stage", "created", "staged", "stop", "stopped", "running", "started", "revealed", "done"} {
+	for _, point := range []string{"stage", "created", "staged", "stop", "stopped", "running", "started", "reveal", "revealed", "done"} {
 		t.Run(point, func(t *testing.T) {
 			n := startProcess(t, "restart."+point)
 			p := n.runPod(t)
