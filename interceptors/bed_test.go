@@ -65,7 +65,6 @@ type bed struct {
 	mu     sync.Mutex // guards all following fields
 	script map[string]answer
 	calls  []string // method names without the service, in order
-	reqs   []proto.Message
 }
 
 type answer func(ctx context.Context, req []byte) (proto.Message, error)

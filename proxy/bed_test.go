@@ -304,9 +304,9 @@ func digest(b []byte) string {
 func echo(_ string, s grpc.ServerStream) error {
 	for {
 		var m []byte
-		switch err := s.RecvMsg(&m); err {
-		case nil:
-		case io.EOF:
+		switch err := s.RecvMsg(&m); {
+		case err == nil:
+		case errors.Is(err, io.EOF):
 			return nil
 		default:
 			return err

@@ -124,19 +124,19 @@ func (c *call) record(f *frame) {
 // sends none or several, it is left to the runtime to complain: the call goes on
 // as a bidirectional stream, done is true and err its outcome.
 func (c *call) receiveOnly(f *frame) (done bool, err error) {
-	switch err := c.client.RecvMsg(f); err {
-	case nil:
-	case io.EOF:
+	switch err := c.client.RecvMsg(f); {
+	case err == nil:
+	case errors.Is(err, io.EOF):
 		return true, c.bidi(nil, true)
 	default:
 		return true, err
 	}
 	c.record(f)
 	second := new(frame)
-	switch err := c.client.RecvMsg(second); err {
-	case io.EOF:
+	switch err := c.client.RecvMsg(second); {
+	case errors.Is(err, io.EOF):
 		return false, nil
-	case nil:
+	case err == nil:
 		return true, c.bidi([]*frame{f, second}, false)
 	default:
 		f.free()
@@ -149,9 +149,9 @@ func (c *call) receiveOnly(f *frame) (done bool, err error) {
 // it is only the echo of our own cancel of ctx.
 func (c *call) upstreamError(ctx context.Context, err error) error {
 	switch cause := context.Cause(ctx); {
-	case cause == errEnded:
+	case errors.Is(cause, errEnded):
 		return status.Error(codes.Unavailable, "cri-proxy is stopping, connect again")
-	case cause != nil && cause != ctx.Err():
+	case cause != nil && !errors.Is(cause, ctx.Err()):
 		return cause // why the caller could not be read
 	}
 	return connectionError(err)
@@ -160,7 +160,7 @@ func (c *call) upstreamError(ctx context.Context, err error) error {
 // connectionError says Unavailable where gRPC says Canceled though nobody has
 // cancelled: when the connection to the runtime was closed by [Upstream.Close].
 func connectionError(err error) error {
-	if errors.Is(err, grpc.ErrClientConnClosing) {
+	if errors.Is(err, grpc.ErrClientConnClosing) { //nolint:staticcheck // the code alone cannot be told from a cancel of the caller's
 		return status.Error(codes.Unavailable, "cri-proxy has closed its connection to the runtime")
 	}
 	return err

@@ -5,6 +5,7 @@ package proxy_test
 
 import (
 	"context"
+	"errors"
 	"io"
 	"math/rand/v2"
 	"strings"
@@ -63,7 +64,7 @@ func FuzzDifferential(f *testing.F) {
 				for {
 					var m []byte
 					err := s.RecvMsg(&m)
-					if err == io.EOF {
+					if errors.Is(err, io.EOF) {
 						break
 					} else if err != nil {
 						return err

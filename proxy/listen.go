@@ -4,6 +4,7 @@
 package proxy
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -89,7 +90,9 @@ func clearStale(path string) error {
 	if fi.Mode().Type() != fs.ModeSocket {
 		return fmt.Errorf("listen path %s is not a socket (%s), it is left alone: remove it or choose another path", path, fi.Mode())
 	}
-	conn, err := net.DialTimeout("unix", path, probeTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), probeTimeout)
+	defer cancel()
+	conn, err := new(net.Dialer).DialContext(ctx, "unix", path)
 	if err == nil {
 		defer conn.Close()
 		return fmt.Errorf("listen path %s is in use by a live process%s: stop it first or choose another path", path, peer(conn))

@@ -5,6 +5,7 @@ package proxy
 
 import (
 	"context"
+	"errors"
 	"io"
 
 	"google.golang.org/grpc"
@@ -96,9 +97,9 @@ func (c *call) upload(runtime grpc.ClientStream, first []*frame, closed bool) er
 	}
 	for !closed {
 		var f frame
-		switch err := c.client.RecvMsg(&f); err {
-		case nil:
-		case io.EOF:
+		switch err := c.client.RecvMsg(&f); {
+		case err == nil:
+		case errors.Is(err, io.EOF):
 			closed = true
 			continue
 		default:
@@ -145,7 +146,7 @@ func (c *call) download(ctx context.Context, runtime grpc.ClientStream, sent fun
 // ended the upstream.
 func (c *call) endStream(ctx context.Context, runtime grpc.ClientStream, err error) error {
 	c.client.SetTrailer(runtime.Trailer())
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		return nil
 	}
 	return c.upstreamError(ctx, err)

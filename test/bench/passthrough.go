@@ -104,15 +104,21 @@ func passthrough(ctx context.Context, o options) error {
 	}
 	defer backend.stop()
 	between := make(map[string]*process)
+	clients := make(map[string]*process)
+	defer func() {
+		for _, m := range []map[string]*process{clients, between} {
+			for _, p := range m {
+				p.stop()
+			}
+		}
+	}()
 	for variant, role := range map[string]string{"relay": "relay", "cri-proxy": "proxy"} {
 		p, err := start(ctx, role, socket(variant), socket("runtime"))
 		if err != nil {
 			return err
 		}
-		defer p.stop()
 		between[variant] = p
 	}
-	clients := make(map[string]*process)
 	for _, variant := range variants {
 		at := socket(variant)
 		if variant == "direct" {
@@ -122,7 +128,6 @@ func passthrough(ctx context.Context, o options) error {
 		if err != nil {
 			return err
 		}
-		defer p.stop()
 		clients[variant] = p
 	}
 
@@ -327,7 +332,7 @@ func (r *Report) print(w io.Writer) {
 		fmt.Fprintf(t, "\t%s\t%.0f\t%.0f\t%+.0f\t%+.0f…%+.0f\t%.2f\t%+.1f %%\t%.0f\t%.1f\t\n", x.Variant, x.P50, x.P99,
 			x.Added, x.AddedLow, x.AddedHigh, x.Added/relay.Added, 100*x.Added/direct.P50, x.PerSecond, x.CPU)
 	}
-	t.Flush()
+	_ = t.Flush()
 	fmt.Fprintf(w, "\nidle memory of %s: RSS %.1f MiB, of that anonymous %.1f MiB\n", r.IdleOf, r.IdleRSS, r.IdleAnon)
 	fmt.Fprintf(w, "%s, %d CPUs, %d rounds, load before %s, after %s\n\n", r.Go, r.CPUs, r.Rounds, r.LoadBefore, r.LoadAfter)
 	for _, g := range r.Goals {

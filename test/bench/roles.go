@@ -57,7 +57,7 @@ func runRole(ctx context.Context, args []string) error {
 		if err != nil {
 			return err
 		}
-		defer up.Close()
+		defer func() { _ = up.Close() }()
 		s := proxy.NewServer(up, proxy.Options{})
 		l, err := proxy.Listen(socket, proxy.ListenOptions{UID: -1, GID: -1})
 		if err != nil {
@@ -265,7 +265,7 @@ func (b batch) run(ctx context.Context, cri runtimeapi.RuntimeServiceClient) (ti
 			var err error
 			for range b.Calls / b.Callers {
 				if b.Pause > 0 {
-					time.Sleep(b.Pause) // kubelet's rhythm, not a wait for something
+					time.Sleep(b.Pause) //nolint:forbidigo // kubelet's rhythm, not a wait for something
 				}
 				before := time.Now()
 				if err = b.call(ctx, cri); err != nil {
