@@ -83,11 +83,12 @@ func (e *Engine) runHTTPHook(ctx context.Context, a *opsv1.HTTPGetAction, sandbo
 	if scheme == "" {
 		scheme = "http"
 	}
-	u := &url.URL{Scheme: scheme, Host: net.JoinHostPort(host, strconv.Itoa(int(a.GetPort())))}
-	if ref, err := url.Parse(a.GetPath()); err == nil {
-		u = u.ResolveReference(&url.URL{Path: "/" + strings.TrimPrefix(ref.Path, "/"), RawQuery: ref.RawQuery})
+	u, err := url.Parse(a.GetPath())
+	if err != nil {
+		u = &url.URL{Path: a.GetPath()} // as kubelet does (pkg/probe/http/request.go formatURL)
 	}
-	err := e.httpGet(ctx, u, a.GetHeaders())
+	u.Scheme, u.Host = scheme, net.JoinHostPort(host, strconv.Itoa(int(a.GetPort())))
+	err = e.httpGet(ctx, u, a.GetHeaders())
 	var record tls.RecordHeaderError
 	if errors.As(err, &record) || (err != nil && strings.Contains(err.Error(), "server gave HTTP response to HTTPS client")) {
 		u.Scheme = "http"
@@ -101,14 +102,17 @@ func (e *Engine) httpGet(ctx context.Context, u *url.URL, headers []*opsv1.HTTPH
 	if err != nil {
 		return err
 	}
-	req.Header.Set("User-Agent", "kube-lifecycle/cri-proxy")
-	req.Header.Set("Accept", "*/*")
 	for _, h := range headers {
 		if strings.EqualFold(h.GetName(), "Host") {
 			req.Host = h.GetValue()
 			continue
 		}
 		req.Header.Add(h.GetName(), h.GetValue())
+	}
+	for name, value := range map[string]string{"User-Agent": "kube-lifecycle/cri-proxy", "Accept": "*/*"} {
+		if req.Header.Values(name) == nil {
+			req.Header.Set(name, value)
+		}
 	}
 	resp, err := e.hooks.Do(req)
 	if err != nil {
@@ -124,15 +128,26 @@ func (e *Engine) httpGet(ctx context.Context, u *url.URL, headers []*opsv1.HTTPH
 	return nil
 }
 
+// maxRedirects is what kubelet follows (pkg/probe/http RedirectChecker).
+const maxRedirects = 10
+
 // hookClient is for hooks only: certificates of pods are not verifiable, and
-// redirects go nowhere, so that a pod cannot make the node call another host.
+// redirects stay on the host, so that a pod cannot make the node call another one.
 func hookClient() *http.Client {
 	return &http.Client{
 		Transport: &http.Transport{
 			TLSClientConfig:   &tls.Config{InsecureSkipVerify: true}, //nolint:gosec // as kubelet; see runHTTPHook
 			DisableKeepAlives: true,
 		},
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		CheckRedirect: func(req *http.Request, via []*http.Request) error {
+			switch {
+			case req.URL.Hostname() != via[0].URL.Hostname():
+				return http.ErrUseLastResponse
+			case len(via) >= maxRedirects:
+				return fmt.Errorf("stopped after %d redirects", maxRedirects)
+			}
+			return nil
+		},
 	}
 }
 

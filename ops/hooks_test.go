@@ -1,0 +1,177 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"encoding/json"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"strconv"
+	"strings"
+	"testing"
+
+	"google.golang.org/protobuf/proto"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+func TestRecordedPreStop(t *testing.T) {
+	hook := func(a *opsv1.HTTPGetAction) *opsv1.Hook {
+		return &opsv1.Hook{Action: &opsv1.Hook_HttpGet{HttpGet: a}}
+	}
+	const ports = `[{"name":"web","containerPort":8080},{"name":"admin","containerPort":9090}]`
+	cases := []struct {
+		name, recorded string
+		want           *opsv1.Hook
+		err            string
+	}{
+		{name: "none"},
+		{name: "exec", recorded: `{"exec":{"command":["sh","-c","x"]}}`, want: execHook("sh", "-c", "x")},
+		{name: "sleep", recorded: `{"sleep":{"seconds":5}}`, want: &opsv1.Hook{Action: &opsv1.Hook_Sleep{Sleep: &opsv1.SleepAction{Seconds: 5}}}},
+		{
+			name: "http", recorded: `{"httpGet":{"path":"/bye?x=1","port":80,"host":"h","scheme":"HTTPS","httpHeaders":[{"name":"A","value":"b"}]}}`,
+			want: hook(&opsv1.HTTPGetAction{Path: "/bye?x=1", Port: 80, Host: "h", Scheme: "HTTPS", Headers: []*opsv1.HTTPHeader{{Name: "A", Value: "b"}}}),
+		},
+		{name: "named port", recorded: `{"httpGet":{"port":"admin"}}`, want: hook(&opsv1.HTTPGetAction{Port: 9090})},
+		{name: "number as a name", recorded: `{"httpGet":{"port":"81"}}`, want: hook(&opsv1.HTTPGetAction{Port: 81})},
+		{name: "unknown port", recorded: `{"httpGet":{"port":"nope"}}`, err: `the container has no port named "nope"`},
+		{name: "no port", recorded: `{"httpGet":{}}`, err: "port"},
+		{name: "odd port", recorded: `{"httpGet":{"port":[]}}`, err: "port []"},
+		{name: "tcpSocket", recorded: `{"tcpSocket":{"port":80}}`, err: "no action that can be run"},
+		{name: "empty", recorded: `{}`, err: "no action that can be run"},
+		{name: "not JSON", recorded: `sh -c x`, err: annotationPreStop},
+	}
+	for _, tc := range cases {
+		t.Run(tc.name, func(t *testing.T) {
+			got, err := recordedPreStop(map[string]string{annotationPreStop: tc.recorded, annotationPorts: ports})
+			if (err == nil) != (tc.err == "") || (err != nil && !strings.Contains(err.Error(), tc.err)) {
+				t.Errorf("error is %v, want %q", err, tc.err)
+			}
+			if !proto.Equal(got, tc.want) {
+				t.Errorf("got %v, want %v", got, tc.want)
+			}
+		})
+	}
+	if _, err := resolvePort(json.RawMessage(`"x"`), `{`); err == nil || !strings.Contains(err.Error(), annotationPorts) {
+		t.Errorf("ports that are not JSON: %v", err)
+	}
+}
+
+// The request is the one kubelet would make (pkg/kubelet/lifecycle/handlers.go, pkg/probe/http/request.go).
+func TestHTTPHook(t *testing.T) {
+	type seen struct{ uri, host, agent, accept, custom string }
+	for _, tls := range []bool{false, true} {
+		requests := make(chan seen, 10)
+		mux := http.NewServeMux()
+		mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+			requests <- seen{r.RequestURI, r.Host, strings.Join(r.Header.Values("User-Agent"), ","), strings.Join(r.Header.Values("Accept"), ","), strings.Join(r.Header.Values("X-A"), ",")}
+			switch r.URL.Path {
+			case "/busy":
+				w.WriteHeader(http.StatusServiceUnavailable)
+			case "/moved":
+				http.Redirect(w, r, "/there", http.StatusFound)
+			case "/away":
+				http.Redirect(w, r, "http://192.0.2.1/", http.StatusFound)
+			}
+		})
+		server := httptest.NewUnstartedServer(mux)
+		if tls {
+			server.StartTLS()
+		} else {
+			server.Start()
+		}
+		u, err := url.Parse(server.URL)
+		if err != nil {
+			t.Fatal(err)
+		}
+		port, err := strconv.Atoi(u.Port())
+		if err != nil {
+			t.Fatal(err)
+		}
+		at := func(path string, headers ...*opsv1.HTTPHeader) *opsv1.HTTPGetAction {
+			return &opsv1.HTTPGetAction{Port: int32(port), Path: path, Headers: headers, Scheme: map[bool]string{true: "HTTPS"}[tls]}
+		}
+		plain := func(uri string) seen {
+			return seen{uri: uri, host: u.Host, agent: "kube-lifecycle/cri-proxy", accept: "*/*"}
+		}
+		cases := []struct {
+			name string
+			a    *opsv1.HTTPGetAction
+			want []seen
+			err  string
+		}{
+			{name: "no path", a: at(""), want: []seen{plain("/")}},
+			{name: "path and query", a: at("/a/b?c=d"), want: []seen{plain("/a/b?c=d")}},
+			{name: "relative path", a: at("a"), want: []seen{plain("/a")}},
+			{name: "escaped path", a: at("/a%2Fb"), want: []seen{plain("/a%2Fb")}},
+			{name: "path that cannot be parsed", a: at("/%zz"), want: []seen{plain("/%25zz")}},
+			{name: "headers", a: at("/", &opsv1.HTTPHeader{Name: "X-A", Value: "1"}, &opsv1.HTTPHeader{Name: "x-a", Value: "2"}), want: []seen{{uri: "/", host: u.Host, agent: "kube-lifecycle/cri-proxy", accept: "*/*", custom: "1,2"}}},
+			{name: "headers of ours", a: at("/", &opsv1.HTTPHeader{Name: "user-agent", Value: "me"}, &opsv1.HTTPHeader{Name: "Accept", Value: "text/plain"}, &opsv1.HTTPHeader{Name: "host", Value: "shop.example"}), want: []seen{{uri: "/", host: "shop.example", agent: "me", accept: "text/plain"}}},
+			{name: "refused", a: at("/busy"), want: []seen{plain("/busy")}, err: "503 Service Unavailable"},
+			{name: "redirect on the host", a: at("/moved"), want: []seen{plain("/moved"), plain("/there")}},
+			{name: "another host", a: at("/away"), want: []seen{plain("/away")}},
+		}
+		if tls {
+			plainServer := httptest.NewServer(mux)
+			pu, err := url.Parse(plainServer.URL)
+			if err != nil {
+				t.Fatal(err)
+			}
+			pport, err := strconv.Atoi(pu.Port())
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(plainServer.Close)
+			cases = append(cases, struct {
+				name string
+				a    *opsv1.HTTPGetAction
+				want []seen
+				err  string
+			}{name: "no TLS there", a: &opsv1.HTTPGetAction{Scheme: "HTTPS", Port: int32(pport), Path: "/x"}, want: []seen{{uri: "/x", host: pu.Host, agent: "kube-lifecycle/cri-proxy", accept: "*/*"}}})
+		}
+		for _, tc := range cases {
+			t.Run(map[bool]string{true: "https ", false: "http "}[tls]+tc.name, func(t *testing.T) {
+				n := newNode(t, podOptions{})
+				err := n.engine.runHTTPHook(t.Context(), tc.a, n.sandbox) // the fake's pod IP is the loopback
+				if (err == nil) != (tc.err == "") || (err != nil && !strings.Contains(err.Error(), tc.err)) {
+					t.Errorf("error is %v, want %q", err, tc.err)
+				}
+				for _, want := range tc.want {
+					select {
+					case got := <-requests:
+						if got != want {
+							t.Errorf("got  %+v\nwant %+v", got, want)
+						}
+					default:
+						t.Errorf("no request, want %+v", want)
+					}
+				}
+				if len(requests) > 0 {
+					t.Errorf("one more request: %+v", <-requests)
+				}
+			})
+		}
+		server.Close()
+	}
+	t.Run("nobody listens", func(t *testing.T) {
+		n := newNode(t, podOptions{})
+		n.rt.set(func(f *fakeRuntime) { f.sandboxes[n.sandbox].ip = "" }) // host network: the loopback
+		server := httptest.NewServer(http.NotFoundHandler())
+		u, err := url.Parse(server.URL)
+		n.must(err)
+		server.Close()
+		port, err := strconv.Atoi(u.Port())
+		n.must(err)
+		if err := n.engine.runHTTPHook(t.Context(), &opsv1.HTTPGetAction{Port: int32(port)}, n.sandbox); err == nil || !strings.Contains(err.Error(), "connection refused") {
+			t.Errorf("got %v", err)
+		}
+		if err := n.engine.runHTTPHook(t.Context(), &opsv1.HTTPGetAction{Port: int32(port)}, "nope"); err == nil || !strings.Contains(err.Error(), "finding the pod's address") {
+			t.Errorf("got %v", err)
+		}
+		if err := n.engine.runHook(t.Context(), &opsv1.Hook{}, "c", "s"); err == nil {
+			t.Error("an empty hook is run")
+		}
+	})
+}
