@@ -85,7 +85,7 @@ func openJournal(dir string) (*journal, error) {
 func openError(path string, err error) error {
 	switch {
 	case errors.Is(err, bolterrors.ErrTimeout):
-		return fmt.Errorf("%s is held by another process: is a cri-proxy with the same state directory running? Stop it or choose another stateDir", path)
+		return fmt.Errorf("%s is held by another process: is a cri-proxy with the same state directory running? Stop it or choose another stateDir (%w)", path, err)
 	case errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("opening %s: %w (cri-proxy must run as root)", path, err)
 	default:
@@ -123,13 +123,21 @@ func (j *journal) remove(uids []string) error {
 func (j *journal) load(f func(uid string, r *record) error) error {
 	return j.db.View(func(tx *bolt.Tx) error {
 		return tx.Bucket(bucketOperations).ForEach(func(k, v []byte) error {
-			r := &record{}
-			if err := json.Unmarshal(v, r); err != nil {
+			r, err := decodeRecord(v)
+			if err != nil {
 				return fmt.Errorf("journal: operation %s: %w", k, err)
 			}
 			return f(string(k), r)
 		})
 	})
+}
+
+func decodeRecord(b []byte) (*record, error) {
+	r := &record{}
+	if err := json.Unmarshal(b, r); err != nil {
+		return nil, err
+	}
+	return r, nil
 }
 
 func (j *journal) close() error { return j.db.Close() }

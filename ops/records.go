@@ -13,6 +13,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 	bolt "go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -22,8 +23,6 @@ import (
 var (
 	bucketRequests  = []byte("requests")
 	bucketResources = []byte("resources")
-	bucketMeta      = []byte("meta")
-	keyBoot         = []byte("boot")
 )
 
 // Records keeps, by container ID, the CreateContainer request as kubelet sent it and the
@@ -39,43 +38,54 @@ var _ interceptors.Records = (*Records)(nil)
 
 func openRecords(dir string, log logrus.FieldLogger) (*Records, error) {
 	path := filepath.Join(dir, "records.db")
-	r, err := openRecordsFile(path, log)
-	if err == nil || errors.Is(err, errOtherBoot) {
-		if err == nil {
-			return r, nil
-		}
-		log.WithField("file", path).Info("records are of an earlier boot: starting anew")
-	} else {
-		if _, statErr := os.Stat(path); statErr != nil {
-			return nil, err
-		}
-		var held *heldError
-		if errors.As(err, &held) {
-			return nil, err
-		}
-		// A power cut can tear the file, because it is not synced; then it is of an earlier boot as well.
-		log.WithField("file", path).WithError(err).Warn("records cannot be read: starting anew; containers made before now are cloned from the runtime's own record")
+	if err := dropOldRecords(path, filepath.Join(dir, "records.boot"), log); err != nil {
+		return nil, err
 	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("removing old records: %w", err)
+	r, err := openRecordsFile(path, log)
+	if err == nil || errors.Is(err, bolterrors.ErrTimeout) || errors.Is(err, fs.ErrPermission) {
+		return r, err
+	}
+	if _, statErr := os.Stat(path); statErr != nil {
+		return nil, err
+	}
+	log.WithField("file", path).WithError(err).Warn("records cannot be read: starting anew; containers made before now are cloned from the runtime's own record")
+	if err := removeRecords(path); err != nil {
+		return nil, err
 	}
 	return openRecordsFile(path, log)
 }
 
-var errOtherBoot = errors.New("records of another boot")
+// dropOldRecords removes the records of an earlier boot before they are opened: a power
+// cut can tear the file, because it is not synced, and bbolt panics on some torn files. mark
+// is a file that names the boot the records are of.
+func dropOldRecords(path, mark string, log logrus.FieldLogger) error {
+	boot := bootID()
+	if old, err := os.ReadFile(mark); err == nil && string(old) == boot {
+		return nil
+	}
+	if _, err := os.Stat(path); err == nil {
+		log.WithField("file", path).Info("records are of an earlier boot: starting anew")
+	}
+	if err := removeRecords(path); err != nil {
+		return err
+	}
+	if err := os.WriteFile(mark, []byte(boot), 0o600); err != nil {
+		return fmt.Errorf("marking the records' boot: %w", err)
+	}
+	return nil
+}
 
-type heldError struct{ error }
-
-func (e *heldError) Unwrap() error { return e.error }
+func removeRecords(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("removing old records: %w", err)
+	}
+	return nil
+}
 
 func openRecordsFile(path string, log logrus.FieldLogger) (_ *Records, err error) {
 	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: lockPatience, NoSync: true, NoFreelistSync: true, FreelistType: bolt.FreelistMapType})
 	if err != nil {
-		err = openError(path, err)
-		if errors.Is(err, fs.ErrPermission) {
-			return nil, &heldError{err}
-		}
-		return nil, err
+		return nil, openError(path, err)
 	}
 	defer func() {
 		if err != nil {
@@ -83,19 +93,14 @@ func openRecordsFile(path string, log logrus.FieldLogger) (_ *Records, err error
 		}
 	}()
 	r := &Records{db: db, log: log}
-	boot := []byte(bootID())
 	err = db.Update(func(tx *bolt.Tx) error {
-		for _, b := range [][]byte{bucketRequests, bucketResources, bucketMeta} {
+		for _, b := range [][]byte{bucketRequests, bucketResources} {
 			if _, err := tx.CreateBucketIfNotExists(b); err != nil {
 				return err
 			}
 		}
-		meta := tx.Bucket(bucketMeta)
-		if old := meta.Get(keyBoot); old != nil && string(old) != string(boot) {
-			return errOtherBoot
-		}
 		r.n.Store(int64(tx.Bucket(bucketRequests).Stats().KeyN))
-		return meta.Put(keyBoot, boot)
+		return nil
 	})
 	if err != nil {
 		return nil, err
