@@ -119,6 +119,10 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 	if e.metrics, err = newMetrics(o.Registerer, e); err == nil {
 		err = j.load(e.revive)
 	}
+	// Those that wait for the same slot get it in the order they came.
+	slices.SortStableFunc(e.waiting, func(a, b *operation) int {
+		return a.op.GetCreateTime().AsTime().Compare(b.op.GetCreateTime().AsTime())
+	})
 	if err != nil {
 		return nil, errors.Join(err, e.Close())
 	}
@@ -133,6 +137,9 @@ func (e *Engine) revive(uid string, r *record) error {
 	}
 	if err := errors.Join(proto.Unmarshal(r.Operation, o.op), proto.Unmarshal(r.Request, o.req)); err != nil {
 		return fmt.Errorf("journal: operation %s: %w", uid, err)
+	}
+	if n := len(o.containers); n != len(o.op.GetContainers()) || n != len(o.req.GetContainers()) || uid != o.op.GetUid() {
+		return fmt.Errorf("journal: operation %s: the record does not hold together: was the file edited?", uid)
 	}
 	e.ops[uid] = o
 	if o.op.GetFinishTime() != nil {

@@ -1,0 +1,250 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/interceptors"
+)
+
+// entry is a journal record of an operation on app at a step.
+func entry(t testing.TB, uid string, at step, created time.Time) *record {
+	t.Helper()
+	return &record{
+		Operation: wire(t, &opsv1.Operation{
+			Uid: uid, Kind: kindRestart, Pod: podRef(), CreateTime: timestamppb.New(created), Phase: opsv1.Phase_PHASE_PENDING,
+			Containers: []*opsv1.ContainerOperation{{Name: "app", Phase: opsv1.Phase_PHASE_PENDING}},
+		}),
+		Request:    wire(t, restartRequest(uid)),
+		Containers: []containerRecord{{Step: at, Sandbox: "s", Incumbent: "old", Successor: "new", Token: someToken}},
+	}
+}
+
+func journalWith(t testing.TB, records map[string]*record) string {
+	t.Helper()
+	dir := t.TempDir()
+	j, err := openJournal(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for uid, r := range records {
+		if err := j.put(uid, r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := j.close(); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+func openEngine(dir string, v *interceptors.View) (*Engine, error) {
+	return Open(context.Background(), Options{StateDir: dir, Conn: directConn{newFakeRuntime()}, View: v, Log: quiet()})
+}
+
+// What the view shows as soon as the journal has been read, by step.
+func TestOpenArmsTheView(t *testing.T) {
+	for at, want := range map[step]bool{
+		stepNone: false, stepStage: true, stepStaged: true, stepStop: true, stepStarted: true, stepUndo: true, stepReveal: false, stepDone: false,
+	} {
+		t.Run(string(at), func(t *testing.T) {
+			v := interceptors.NewView()
+			e, err := openEngine(journalWith(t, map[string]*record{"op": entry(t, "op", at, time.Now())}), v)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := v.Active(); got != want {
+				t.Errorf("the view is active: %t, want %t", got, want)
+			}
+			claimed := v.Claimed(interceptors.Slot{PodUID: podUID, Container: "app"})
+			if wantClaim := at != stepNone && at != stepDone; claimed != wantClaim {
+				t.Errorf("the slot is claimed: %t, want %t", claimed, wantClaim)
+			}
+			if err := e.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+func TestOpenKeepsTheOrderOfOperations(t *testing.T) {
+	now := time.Now()
+	e, err := openEngine(journalWith(t, map[string]*record{
+		"a": entry(t, "a", stepNone, now.Add(2*time.Second)), "b": entry(t, "b", stepNone, now), "c": entry(t, "c", stepNone, now.Add(time.Second)),
+	}), interceptors.NewView())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, o := range e.waiting {
+		got = append(got, o.op.GetUid())
+	}
+	if s := strings.Join(got, " "); s != "b c a" {
+		t.Errorf("they are resumed as %s", s)
+	}
+	if err := e.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestOpenRefuses(t *testing.T) {
+	t.Run("no directory", func(t *testing.T) {
+		_, err := openEngine(filepath.Join(t.TempDir(), "no"), interceptors.NewView())
+		if !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("got %v", err)
+		}
+	})
+	t.Run("not a journal", func(t *testing.T) {
+		dir := t.TempDir()
+		if err := os.WriteFile(filepath.Join(dir, "journal.db"), make([]byte, 1<<16), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := openEngine(dir, interceptors.NewView()); err == nil || !strings.Contains(err.Error(), "journal.db") {
+			t.Errorf("got %v", err)
+		}
+	})
+	broken := entry(t, "op", stepNone, time.Now())
+	broken.Containers = nil
+	for name, r := range map[string]*record{"lengths differ": broken, "another UID": entry(t, "other", stepNone, time.Now()), "not protobuf": {Operation: []byte{0xff}}} {
+		t.Run(name, func(t *testing.T) {
+			if _, err := openEngine(journalWith(t, map[string]*record{"op": r}), interceptors.NewView()); err == nil || !strings.Contains(err.Error(), "journal: operation op: ") {
+				t.Errorf("got %v", err)
+			}
+		})
+	}
+	t.Run("held", func(t *testing.T) {
+		err := openError("journal.db", bolterrors.ErrTimeout)
+		if !errors.Is(err, bolterrors.ErrTimeout) || !strings.Contains(err.Error(), "is held by another process") {
+			t.Errorf("got %v", err)
+		}
+		if err := openError("journal.db", fs.ErrPermission); !strings.Contains(err.Error(), "must run as root") {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
+func TestJournalFile(t *testing.T) {
+	dir := t.TempDir()
+	j, err := openJournal(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if st, err := os.Stat(filepath.Join(dir, "journal.db")); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("mode is %v, %v", st.Mode(), err)
+	}
+	want := entry(t, "op", stepStop, time.Now())
+	want.Containers[0].StopBy = time.Now().UTC()
+	want.Containers[0].Retried, want.Containers[0].PostStarted = true, true
+	if err := errors.Join(j.put("op", want), j.put("b", &record{}), j.put("c", &record{}), j.remove(nil), j.remove([]string{"b", "c", "never"})); err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	err = j.load(func(uid string, got *record) error {
+		n++
+		a, b := fmt.Sprintf("%q %+v", uid, got), fmt.Sprintf("%q %+v", "op", want)
+		if !got.Containers[0].StopBy.Equal(want.Containers[0].StopBy) {
+			t.Errorf("got  %s\nwant %s", a, b)
+		}
+		got.Containers[0].StopBy = want.Containers[0].StopBy
+		if a, b := fmt.Sprintf("%q %+v", uid, got), fmt.Sprintf("%q %+v", "op", want); a != b {
+			t.Errorf("got  %s\nwant %s", a, b)
+		}
+		return nil
+	})
+	if err != nil || n != 1 {
+		t.Errorf("%d records, %v", n, err)
+	}
+	err = j.db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketOperations).Put([]byte("x"), []byte("{")) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := j.load(func(string, *record) error { return nil }); err == nil || !strings.Contains(err.Error(), "journal: operation x: ") {
+		t.Errorf("got %v", err)
+	}
+	if err := j.close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := j.put("op", want); !errors.Is(err, bolterrors.ErrDatabaseNotOpen) {
+		t.Errorf("a closed journal: %v", err)
+	}
+}
+
+// FuzzJournal reads any bytes as a record of the journal.
+func FuzzJournal(f *testing.F) {
+	for _, s := range []step{stepNone, stepStage, stepStaged, stepStop, stepStarted, stepReveal, stepUndo, stepDone, "other"} {
+		b, err := json.Marshal(entry(f, "op", s, time.Unix(0, 0)))
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	f.Add([]byte(`{}`))
+	f.Add([]byte(`{"containers":[{"step":"stop"}]}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		r, err := decodeRecord(b)
+		if err != nil {
+			return
+		}
+		e := &Engine{view: interceptors.NewView(), log: quiet(), ops: map[string]*operation{}}
+		if e.revive("op", r) != nil {
+			return
+		}
+		for _, o := range e.ops {
+			_ = verdict(o.snapshot())
+			for i := range o.containers {
+				e.newRestart(o, i)
+			}
+		}
+	})
+}
+
+// FuzzRecordedPreStop reads any annotations as hooks.
+func FuzzRecordedPreStop(f *testing.F) {
+	for _, s := range []string{`{"exec":{"command":["a"]}}`, `{"httpGet":{"port":"web","httpHeaders":[{"name":"a"}]}}`, `{"sleep":{"seconds":1}}`, `{`, `null`, `[]`, `{"httpGet":null}`} {
+		f.Add(s, `[{"name":"web","containerPort":80}]`)
+	}
+	f.Fuzz(func(t *testing.T, hook, ports string) {
+		h, err := recordedPreStop(map[string]string{annotationPreStop: hook, annotationPorts: ports})
+		if h != nil && (err != nil || h.GetAction() == nil) {
+			t.Errorf("hook %v with error %v", h, err)
+		}
+	})
+}
+
+// FuzzRestartRequest checks any bytes as a request; an accepted one must hold what the engine relies on.
+func FuzzRestartRequest(f *testing.F) {
+	f.Add(wire(f, restartRequest("op")), true)
+	f.Add(wire(f, restartRequest("op", func(r *opsv1.RestartRequest) {
+		r.Containers[0].PreStop, r.Containers[0].PostStart = execHook("a"), httpHook("HTTP", 1)
+	})), false)
+	f.Add([]byte(nil), false)
+	f.Fuzz(func(t *testing.T, b []byte, remote bool) {
+		req := &opsv1.RestartRequest{}
+		if proto.Unmarshal(b, req) != nil {
+			return
+		}
+		if validateRestart(req, remote) != nil {
+			return
+		}
+		if req.GetPod() == nil || len(req.GetContainers()) == 0 || req.GetUid() == "" || !sameRequest(req, req) {
+			t.Errorf("accepted: %v", req)
+		}
+	})
+}
