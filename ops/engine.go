@@ -105,7 +105,7 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 	e := &Engine{
 		view:      o.View,
 		log:       log,
-		rt:        runtimeapi.NewRuntimeServiceClient(o.Conn),
+		rt:        runtimeapi.NewRuntimeServiceClient(bounded{o.Conn}),
 		journal:   j,
 		records:   records,
 		hooks:     hookClient(),
@@ -127,6 +127,20 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		return nil, errors.Join(err, e.Close())
 	}
 	return e, nil
+}
+
+// bounded ends calls that have no deadline of their own after callTimeout: an operation that
+// waits for a runtime that hangs would hold its slot, and with it kubelet's calls, for ever.
+type bounded struct{ grpc.ClientConnInterface }
+
+func (b bounded) Invoke(ctx context.Context, method string, args, reply any, opts ...grpc.CallOption) error {
+	// A hook lasts as long as its command, as with kubelet.
+	if _, has := ctx.Deadline(); !has && method != runtimeapi.RuntimeService_ExecSync_FullMethodName {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, callTimeout)
+		defer cancel()
+	}
+	return b.ClientConnInterface.Invoke(ctx, method, args, reply, opts...)
 }
 
 // revive takes one operation from the journal.

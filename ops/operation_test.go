@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -18,6 +19,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/interceptors"
 )
 
 // hold keeps the first call of the engine that begins with prefix back until the returned release is called.
@@ -162,6 +164,40 @@ func TestStopIsNeverPossible(t *testing.T) {
 			t.Errorf("%d calls", len(calls))
 		}
 	})
+}
+
+// A runtime that hangs ends the operation, not the use of the slot.
+func TestRuntimeHangs(t *testing.T) {
+	for _, tc := range []struct{ call, want, state string }{
+		{"ListContainers", "FAILED, app FAILED RuntimeError", "app/0 RUNNING"},
+		{"ContainerStatus app/0", "FAILED, app FAILED RuntimeError", "app/0 RUNNING"},
+		{"ContainerStatus app/1", "SUCCEEDED, app SUCCEEDED", "app/0 EXITED, app/1 RUNNING"},
+	} {
+		t.Run(tc.call, func(t *testing.T) {
+			newBubble(t).run(func(t *testing.T, n *bubbleNode) {
+				synctest.Wait() // the start is over
+				n.rt.set(func(f *fakeRuntime) {
+					f.hang = func(ctx context.Context, call string) error {
+						if call != tc.call {
+							return nil
+						}
+						<-ctx.Done()
+						return status.FromContextError(ctx.Err()).Err()
+					}
+				})
+				op := n.restart("op")
+				if got := verdict(op); got != tc.want {
+					t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), tc.want)
+				}
+				if got := n.rt.state(); got != tc.state {
+					t.Errorf("runtime has %s, want %s", got, tc.state)
+				}
+				if n.engine.view.Claimed(interceptors.Slot{PodUID: podUID, Container: "app"}) {
+					t.Error("the slot stays claimed")
+				}
+			})
+		})
+	}
 }
 
 func TestCancel(t *testing.T) {

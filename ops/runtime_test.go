@@ -37,6 +37,7 @@ type fakeRuntime struct {
 	calls      []string
 	before     func(call string) error
 	after      func(call string) error
+	hang       func(ctx context.Context, call string) error // before
 	exec       func(ctx context.Context, r *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error)
 	start      func(c *runtimeapi.ContainerConfig) error // nil: starts
 }
@@ -88,8 +89,13 @@ func (f *fakeRuntime) watch(ctx context.Context, req any, info *grpc.UnaryServer
 	call := f.describe(ctx, info.FullMethod, req)
 	f.mu.Lock()
 	f.calls = append(f.calls, call)
-	before, after := f.before, f.after
+	before, after, hang := f.before, f.after, f.hang
 	f.mu.Unlock()
+	if hang != nil {
+		if err := hang(ctx, call); err != nil {
+			return nil, err
+		}
+	}
 	if before != nil {
 		if err := before(call); err != nil {
 			return nil, err
