@@ -148,7 +148,7 @@ func (d *Director) removeContainer(ctx context.Context, method string, raw []byt
 		if claim != nil && d.view.successorOf(claim) == id {
 			return encode(&runtimeapi.RemoveContainerResponse{})
 		}
-		if claim != nil && d.view.judge(id, nil) == masked {
+		if claim != nil && d.view.judge(id) == masked {
 			claim.takeBack(Yield{Method: method, Grace: sandboxGrace})
 			d.awaitYield(ctx, claim, sandboxGrace*time.Second)
 		}

@@ -88,7 +88,7 @@ func (d *Director) inContainer(ctx context.Context, id string, raw []byte, next 
 
 func (d *Director) masked(id string) bool {
 	claim, full := d.view.byContainer(id)
-	return claim != nil && d.view.judge(full, nil) == masked
+	return claim != nil && d.view.judge(full) == masked
 }
 
 func logrusFields(s Slot, method string) logrus.Fields {

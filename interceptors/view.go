@@ -365,16 +365,10 @@ const (
 	masked
 )
 
-// judge returns how the container is shown now. annotations may be nil where the
-// call has none; then only the ID counts. It must not be a prefix.
-func (v *View) judge(id string, annotations map[string]string) verdict {
+// judge returns how the container is shown now, for calls that name one; id must not be a prefix.
+func (v *View) judge(id string) verdict {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
-	if t := annotations[StagedAnnotation]; t != "" {
-		if _, ok := v.tokens[t]; ok {
-			return hidden
-		}
-	}
 	return v.verdictLocked(id)
 }
 
@@ -431,7 +425,8 @@ func (l *look) blank() bool {
 	return len(l.tokens) == 0 && len(l.ids) == 0
 }
 
-// judge is [View.judge] for this call.
+// judge returns how the container is shown in this call's answer. annotations may be nil
+// where the answer has none; then only the ID counts.
 func (l *look) judge(id string, annotations map[string]string) verdict {
 	l.view.mu.RLock()
 	defer l.view.mu.RUnlock()

@@ -5,12 +5,14 @@ package ops
 
 import (
 	"context"
+	"maps"
 	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -164,6 +166,77 @@ func TestStopIsNeverPossible(t *testing.T) {
 			t.Errorf("%d calls", len(calls))
 		}
 	})
+}
+
+// A journal that cannot be written any more stops what has not stopped anything yet, and takes
+// nothing away from an application that has been swapped.
+func TestJournalBreaks(t *testing.T) {
+	for _, tc := range []struct{ at, want, state string }{
+		{"CreateContainer app/1", "FAILED, app FAILED JournalError", "app/0 RUNNING, web/0 RUNNING"},
+		{"ExecSync app/0", "FAILED, app FAILED JournalError", "app/0 RUNNING, web/0 RUNNING"},
+		{"StopContainer app/0", "SUCCEEDED, app SUCCEEDED", "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+		{"StartContainer app/1", "SUCCEEDED, app SUCCEEDED", "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+		{"ExecSync app/1", "SUCCEEDED, app SUCCEEDED", "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+	} {
+		t.Run(tc.at, func(t *testing.T) {
+			n := newNode(t, podOptions{})
+			n.runTidied()
+			n.during(tc.at, func() { n.must(n.engine.journal.db.Close()) })
+			n.restart("op", func(r *opsv1.RestartRequest) {
+				r.Containers[0].PreStop, r.Containers[0].PostStart = execHook("bye"), execHook("hello")
+			})
+			op := n.finish("op")
+			if got := verdict(op); got != tc.want {
+				t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), tc.want)
+			}
+			if got := n.rt.state(); got != tc.state || n.sees() != tc.state {
+				t.Errorf("runtime has %s, kubelet sees %s, want %s", got, n.sees(), tc.state)
+			}
+		})
+	}
+}
+
+func TestMetrics(t *testing.T) {
+	reg := prometheus.NewPedanticRegistry()
+	n := newNode(t, podOptions{})
+	m, err := newMetrics(reg, n.engine)
+	n.must(err)
+	n.engine.metrics = m
+	n.run()
+	n.restart("good")
+	n.finish("good")
+	n.rt.set(func(f *fakeRuntime) {
+		f.before = func(call string) error {
+			if strings.HasPrefix(call, "CreateContainer") {
+				return status.Error(codes.Unknown, "no such luck")
+			}
+			return nil
+		}
+	})
+	n.restart("bad")
+	n.finish("bad")
+	families, err := reg.Gather()
+	n.must(err)
+	got := map[string]float64{}
+	for _, f := range families {
+		for _, s := range f.GetMetric() {
+			name := f.GetName()
+			for _, l := range s.GetLabel() {
+				name += " " + l.GetValue()
+			}
+			got[name] = s.GetCounter().GetValue() + s.GetGauge().GetValue() + float64(s.GetHistogram().GetSampleCount())
+		}
+	}
+	want := map[string]float64{
+		"criproxy_operations_total Restart succeeded": 1, "criproxy_operations_total Restart failed": 1,
+		"criproxy_operations_active": 0, "criproxy_recorded_containers": 3, "criproxy_restart_gap_seconds": 1,
+	}
+	if !maps.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+	if _, err := newMetrics(reg, n.engine); err == nil {
+		t.Error("registered twice")
+	}
 }
 
 // A runtime that hangs ends the operation, not the use of the slot.

@@ -137,7 +137,11 @@ func TestRecordsThatAreTorn(t *testing.T) {
 			if err := os.WriteFile(path, torn, 0o600); err != nil {
 				t.Fatal(err)
 			}
-			if err := os.WriteFile(filepath.Join(dir, "records.boot"), []byte("another"), 0o600); err != nil {
+			if name != "garbage" { // which is refused without a panic, of whatever boot
+				if err := os.WriteFile(filepath.Join(dir, "records.boot"), []byte("another"), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			} else if err := os.WriteFile(filepath.Join(dir, "records.boot"), []byte(bootID()), 0o600); err != nil {
 				t.Fatal(err)
 			}
 			r := open(t, dir)
