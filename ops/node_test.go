@@ -411,7 +411,12 @@ func (l *leash) Invoke(ctx context.Context, method string, args, reply any, opts
 type signals struct {
 	mu    sync.Mutex // guards all following fields
 	lines []string
-	more  chan struct{}
+	waits []wait
+}
+
+type wait struct {
+	is   func(string) bool
+	seen chan struct{}
 }
 
 func (s *signals) Levels() []logrus.Level { return logrus.AllLevels }
@@ -420,33 +425,35 @@ func (s *signals) Fire(e *logrus.Entry) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.lines = append(s.lines, e.Message)
-	if s.more != nil {
-		close(s.more)
-		s.more = nil
-	}
+	s.waits = slices.DeleteFunc(s.waits, func(w wait) bool {
+		if w.is(e.Message) {
+			close(w.seen)
+			return true
+		}
+		return false
+	})
 	return nil
+}
+
+// line returns a channel that is closed once a line has been logged that is the one.
+func (s *signals) line(is func(string) bool) <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	seen := make(chan struct{})
+	if slices.ContainsFunc(s.lines, is) {
+		close(seen)
+	} else {
+		s.waits = append(s.waits, wait{is, seen})
+	}
+	return seen
 }
 
 func (s *signals) await(t testing.TB, part string) {
 	t.Helper()
-	late := time.NewTimer(waitLong)
-	defer late.Stop()
-	for {
-		s.mu.Lock()
-		if s.more == nil {
-			s.more = make(chan struct{})
-		}
-		more, found := s.more, slices.ContainsFunc(s.lines, func(l string) bool { return strings.Contains(l, part) })
-		s.mu.Unlock()
-		if found {
-			return
-		}
-		select {
-		case <-more:
-		case <-late.C:
-			t.Errorf("no log line with %q", part)
-			return
-		}
+	select {
+	case <-s.line(func(l string) bool { return strings.Contains(l, part) }):
+	case <-time.After(waitLong):
+		t.Errorf("no log line with %q", part)
 	}
 }
 

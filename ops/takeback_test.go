@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -147,6 +148,62 @@ func TestTakenBack(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// Kubelet stops the incumbent at every moment of a restart. Either the restart gives way and leaves
+// nothing behind, or it is over and kubelet sees the successor.
+func TestStopAtEveryMoment(t *testing.T) {
+	s := scenarios[1] // with hooks
+	for _, at := range s.points(t) {
+		t.Run(at.String(), func(t *testing.T) {
+			t.Parallel()
+			var n *node
+			var ready sync.WaitGroup // n and incumbent are set
+			ready.Add(1)
+			var incumbent string
+			answered := make(chan error, 1)
+			n = s.begin(t, func(p point) error {
+				if p != at {
+					return nil
+				}
+				ready.Wait()
+				go func() {
+					ctx, cancel := context.WithTimeout(context.Background(), waitLong)
+					defer cancel()
+					_, err := n.kubelet.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 2})
+					answered <- err
+				}()
+				select {
+				case <-n.log.line(func(l string) bool { return strings.Contains(l, "takes the slot back") }):
+				case err := <-answered: // nobody holds it (any more)
+					answered <- err
+				case <-time.After(waitLong):
+					t.Error("kubelet's stop neither takes back nor ends")
+				}
+				return nil
+			})
+			incumbent = n.rt.idOf(t, "app/0")
+			ready.Done()
+			op := n.finish("op")
+			if err := <-answered; err != nil {
+				t.Errorf("kubelet's stop: %v", err)
+			}
+			got := verdict(op) + "; " + n.rt.state()
+			switch got {
+			case "FAILED, app FAILED TakenBackByKubelet; app/0 EXITED, web/0 RUNNING":
+			case "FAILED, app FAILED ContainerNotRunning; app/0 EXITED, web/0 RUNNING":
+			case "SUCCEEDED, app SUCCEEDED; app/0 EXITED, app/1 RUNNING, web/0 RUNNING":
+				if len(mutating([]string{at.call})) > 0 {
+					t.Errorf("ended %s, though kubelet came before the reveal", got)
+				}
+			default:
+				t.Errorf("ended %s", got)
+			}
+			if n.sees() != n.rt.state() {
+				t.Errorf("kubelet sees %s, there is %s", n.sees(), n.rt.state())
+			}
+		})
 	}
 }
 
