@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/proto"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
@@ -59,12 +60,6 @@ nodeName: it
 			t.Logf("log of cri-proxy:\n%s", b)
 		}
 	})
-	p.kubelet = dial(t, p.socket, bed.dir)
-	p.direct = dial(t, bed.runtime, bed.dir)
-	conn, err := grpc.NewClient("unix://"+filepath.Join(dir, "admin.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
-	must(t, err)
-	t.Cleanup(func() { _ = conn.Close() })
-	p.ops = opsv1.NewOpsClient(conn)
 	return p
 }
 
@@ -80,13 +75,19 @@ func (p *process) start(t testing.TB, failpoint string) {
 	p.cmd.Env = append(os.Environ(), "CRI_PROXY_FAILPOINT="+failpoint)
 	p.cmd.Stdout, p.cmd.Stderr = log, log
 	must(t, p.cmd.Start())
-	eventually(t, "cri-proxy listens", func() bool {
-		for _, s := range []string{p.socket, filepath.Join(p.dir, "admin.sock")} {
-			if _, err := os.Stat(s); err != nil {
-				return false
-			}
-		}
-		return true
+	if p.kubelet == nil {
+		p.kubelet = dial(t, p.socket, bed.dir)
+		p.direct = dial(t, bed.runtime, bed.dir)
+		conn, err := grpc.NewClient("unix://"+filepath.Join(p.dir, "admin.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+		must(t, err)
+		t.Cleanup(func() { _ = conn.Close() })
+		p.ops = opsv1.NewOpsClient(conn)
+	}
+	// The socket files of a killed process stay: only answers tell, on the very connections that the test goes on with.
+	eventually(t, "cri-proxy answers", func() bool {
+		_, err := p.Version(t.Context(), &runtimeapi.VersionRequest{})
+		_, opsErr := p.ops.NodeInfo(t.Context(), &opsv1.NodeInfoRequest{})
+		return err == nil && opsErr == nil
 	})
 }
 
