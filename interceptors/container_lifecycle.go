@@ -7,6 +7,7 @@ import (
 	"context"
 	"time"
 
+	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -75,7 +76,7 @@ func (d *Director) stopContainer(ctx context.Context, method string, raw []byte,
 	defer d.view.stopping(req.GetContainerId())()
 	claim, id := d.view.byContainer(req.GetContainerId())
 	if claim == nil {
-		return next(ctx, raw)
+		return d.stopHeir(ctx, req, raw, next)
 	}
 	if d.view.successorOf(claim) == id {
 		// Nobody can know this container: answered as the runtime answers for unknown ones.
@@ -89,6 +90,25 @@ func (d *Director) stopContainer(ctx context.Context, method string, raw []byte,
 	}
 	d.awaitYield(ctx, claim, time.Duration(req.GetTimeout())*time.Second)
 	return b, nil
+}
+
+// stopHeir stops the container and, if a restart has replaced it, the one in its place. Kubelet stops
+// only what it saw running: its stop of an exited incumbent means that it began, with a long preStop perhaps,
+// before the reveal. It would then stop the sandbox, which kills the new process without asking.
+func (d *Director) stopHeir(ctx context.Context, req *runtimeapi.StopContainerRequest, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+	for id := d.view.heirOf(req.GetContainerId()); id != ""; id = d.view.heirOf(id) {
+		heir := proto.Clone(req).(*runtimeapi.StopContainerRequest)
+		heir.ContainerId = id
+		b, err := encode(heir)
+		if err != nil {
+			return nil, err
+		}
+		d.log.WithFields(logrus.Fields{"container": req.GetContainerId(), "successor": id}).Info("kubelet stops a container that was replaced since: stopping the one in its place")
+		if _, err := next(ctx, b); err != nil {
+			return nil, err
+		}
+	}
+	return next(ctx, raw)
 }
 
 // stopPodSandbox and removePodSandbox make all operations in the sandbox give way first.
@@ -158,6 +178,7 @@ func (d *Director) removeContainer(ctx context.Context, method string, raw []byt
 		return nil, err
 	}
 	d.records.Removed(req.GetContainerId())
+	d.view.forget(req.GetContainerId())
 	return b, nil
 }
 

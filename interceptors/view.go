@@ -45,7 +45,10 @@ type View struct {
 	tokens  map[string]*Claim
 	ids     map[string]*Claim // staged and masked container IDs
 	streams map[*eventFilter]struct{}
-	stops   map[string]int // container and sandbox IDs, as given, with a stop of kubelet's in flight
+	// heirs are the successors of incumbents that were shown exited, until those are removed. Kubelet may have
+	// begun to kill the pod before, and then stops the container that it saw running.
+	heirs map[string]string
+	stops map[string]int // container and sandbox IDs, as given, with a stop of kubelet's in flight
 }
 
 // NewView returns a view that hides and masks nothing.
@@ -57,6 +60,7 @@ func NewView() *View {
 		tokens:  map[string]*Claim{},
 		ids:     map[string]*Claim{},
 		streams: map[*eventFilter]struct{}{},
+		heirs:   map[string]string{},
 		stops:   map[string]int{},
 	}
 }
@@ -296,6 +300,9 @@ func (c *Claim) settleLocked(show bool) {
 	delete(v.tokens, c.token)
 	delete(v.ids, c.successor)
 	delete(v.ids, c.incumbent)
+	if show && successor != "" && len(v.heirs) < maxHeirs {
+		v.heirs[c.incumbent] = successor
+	}
 	c.token, c.successor = "", ""
 	v.active.Add(-1)
 	for f := range v.streams {
@@ -354,6 +361,32 @@ func (c *Claim) wait(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+}
+
+// Holds reports whether a claim hides the token.
+func (v *View) Holds(token string) bool {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	_, held := v.tokens[token]
+	return held
+}
+
+// maxHeirs bounds what is remembered of reveals. kubelet keeps one exited container per slot, so this is room for
+// more slots than a node has.
+const maxHeirs = 4096
+
+// heirOf returns the container that has taken the place of an exited incumbent, and "" if none has.
+func (v *View) heirOf(id string) string {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	return v.heirs[id]
+}
+
+// forget drops what is remembered of a container that is removed.
+func (v *View) forget(id string) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	delete(v.heirs, id)
 }
 
 // verdict is how one container is shown.

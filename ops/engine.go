@@ -117,7 +117,9 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		e.legacyLog = "/var/log/containers"
 	}
 	if e.metrics, err = newMetrics(o.Registerer, e); err == nil {
-		err = j.load(e.revive)
+		err = j.load(e.revive, func(err error) {
+			log.WithError(err).Error("journal record set aside; what its operation has staged is removed")
+		})
 	}
 	// Those that wait for the same slot get it in the order they came.
 	slices.SortStableFunc(e.waiting, func(a, b *operation) int {
@@ -150,13 +152,13 @@ func (e *Engine) revive(uid string, r *record) error {
 		changed: make(chan struct{}), cancelled: make(chan struct{}), claims: map[int]*interceptors.Claim{},
 	}
 	if err := errors.Join(proto.Unmarshal(r.Operation, o.op), proto.Unmarshal(r.Request, o.req)); err != nil {
-		return fmt.Errorf("journal: operation %s: %w", uid, err)
+		return fmt.Errorf("decoding: %w", err)
 	}
 	if n := len(o.containers); n != len(o.op.GetContainers()) || n != len(o.req.GetContainers()) || uid != o.op.GetUid() {
-		return fmt.Errorf("journal: operation %s: the record does not hold together: was the file edited?", uid)
+		return errors.New("the record does not hold together: was the file edited?")
 	}
-	e.ops[uid] = o
 	if o.op.GetFinishTime() != nil {
+		e.ops[uid] = o
 		return nil
 	}
 	for i := range o.containers {
@@ -168,7 +170,10 @@ func (e *Engine) revive(uid string, r *record) error {
 		slot := interceptors.Slot{PodUID: o.op.GetPod().GetUid(), Container: o.op.GetContainers()[i].GetName()}
 		claim, err := e.view.TryClaim(slot)
 		if err != nil {
-			return fmt.Errorf("journal: operation %s: slot %s: %w", uid, slot, err)
+			for _, c := range o.claims {
+				c.Release()
+			}
+			return fmt.Errorf("slot %s: %w", slot, err)
 		}
 		claim.Bind(c.Sandbox, c.Incumbent)
 		o.claims[i] = claim
@@ -181,6 +186,7 @@ func (e *Engine) revive(uid string, r *record) error {
 			claim.Mask()
 		}
 	}
+	e.ops[uid] = o
 	e.waiting = append(e.waiting, o)
 	e.log.WithFields(logrus.Fields{"op": uid, "pod": podName(o.op.GetPod()), "phase": o.op.GetPhase()}).Info("resuming operation from the journal")
 	return nil
@@ -195,7 +201,14 @@ func (e *Engine) Records() *Records { return e.records }
 func (e *Engine) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	wg.Go(func() { e.tidyRecords(ctx) })
+	wg.Go(func() {
+		if e.awaitRuntime(ctx) == nil {
+			e.tidy(ctx)
+		}
+		if sleep(ctx, lateCreate) == nil {
+			e.tidy(ctx)
+		}
+	})
 	for {
 		e.mu.Lock()
 		waiting := e.waiting
@@ -221,11 +234,8 @@ func (e *Engine) Close() error {
 	return errors.Join(e.journal.close(), e.records.close())
 }
 
-// tidyRecords forgets containers that went away while the proxy did not look.
-func (e *Engine) tidyRecords(ctx context.Context) {
-	if e.awaitRuntime(ctx) != nil {
-		return
-	}
+// tidy forgets containers that went away while the proxy did not look, and removes strays.
+func (e *Engine) tidy(ctx context.Context) {
 	// What is recorded is read first: a container made between the two reads is in the list but not
 	// in the records read, and stays.
 	recorded := map[string]bool{}
@@ -242,6 +252,28 @@ func (e *Engine) tidyRecords(ctx context.Context) {
 	}
 	for id := range recorded {
 		e.records.Removed(id)
+	}
+	e.removeStrays(ctx, list.GetContainers())
+}
+
+// lateCreate is how long after the start of a process a CreateContainer of the one before, which was cut off, may still
+// bring a container about: the runtime is then in the middle of it, which takes it milliseconds, seconds under load.
+const lateCreate = 15 * time.Second
+
+// removeStrays removes containers that an operation created and nobody knows: they were never started, kubelet must not
+// see them, and they hold the name that kubelet's next attempt needs.
+func (e *Engine) removeStrays(ctx context.Context, list []*runtimeapi.Container) {
+	for _, c := range list {
+		token := c.GetAnnotations()[interceptors.StagedAnnotation]
+		if c.GetState() != runtimeapi.ContainerState_CONTAINER_CREATED || token == "" || e.view.Holds(token) {
+			continue
+		}
+		log := e.log.WithFields(logrus.Fields{"pod": c.GetLabels()[labelPodNamespace] + "/" + c.GetLabels()[labelPodName], "container": c.GetLabels()[labelContainer]})
+		if _, err := e.rt.RemoveContainer(ctx, &runtimeapi.RemoveContainerRequest{ContainerId: c.GetId()}); err != nil {
+			log.WithError(err).Warn("staged container that no operation knows not removed")
+			continue
+		}
+		log.Warn("removed a staged container that no operation knows")
 	}
 }
 

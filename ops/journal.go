@@ -4,6 +4,7 @@
 package ops
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -20,7 +21,10 @@ import (
 // it: a predecessor that drains holds it until its operations have ended.
 const lockPatience = 10 * time.Second
 
-var bucketOperations = []byte("operations")
+var (
+	bucketOperations = []byte("operations")
+	bucketUnreadable = []byte("unreadable") // set aside by load, for a person to look at
+)
 
 // step is how far the restart of one container has come, as the journal knows it. A
 // step is written before what it names is done.
@@ -119,16 +123,36 @@ func (j *journal) remove(uids []string) error {
 	})
 }
 
-// load calls f for every operation.
-func (j *journal) load(f func(uid string, r *record) error) error {
-	return j.db.View(func(tx *bolt.Tx) error {
-		return tx.Bucket(bucketOperations).ForEach(func(k, v []byte) error {
+// load calls f for every operation. One that cannot be read, or that f refuses, is set aside, so that it
+// cannot keep the proxy, and kubelet with it, from starting; bad gets its error.
+func (j *journal) load(f func(uid string, r *record) error, bad func(error)) error {
+	return j.db.Update(func(tx *bolt.Tx) error {
+		aside := map[string][]byte{}
+		operations := tx.Bucket(bucketOperations)
+		err := operations.ForEach(func(k, v []byte) error {
 			r, err := decodeRecord(v)
-			if err != nil {
-				return fmt.Errorf("journal: operation %s: %w", k, err)
+			if err == nil {
+				err = f(string(k), r)
 			}
-			return f(string(k), r)
+			if err != nil {
+				bad(fmt.Errorf("operation %s: %w", k, err))
+				aside[string(k)] = bytes.Clone(v)
+			}
+			return nil
 		})
+		if err != nil || len(aside) == 0 {
+			return err
+		}
+		unreadable, err := tx.CreateBucketIfNotExists(bucketUnreadable)
+		if err != nil {
+			return err
+		}
+		for uid, v := range aside {
+			if err := errors.Join(unreadable.Put([]byte(uid), v), operations.Delete([]byte(uid))); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 }
 

@@ -415,6 +415,10 @@ func (r *restart) create(ctx context.Context, token string) (string, error) {
 	defer cancel()
 	resp, err := r.rt.CreateContainer(call, req)
 	if err != nil {
+		if status.Code(err) == codes.DeadlineExceeded {
+			// The runtime may be just about to finish it; until it is gone the token keeps it hidden.
+			r.removeLate(ctx)
+		}
 		return "", failf(ReasonCreateFailed, "creating the new container: %v", status.Convert(err).Message())
 	}
 	raw, err := encodeRequest(req)
@@ -425,6 +429,17 @@ func (r *restart) create(ctx context.Context, token string) (string, error) {
 	failpoint("restart.created")
 	r.catchUp(ctx, resp.GetContainerId())
 	return resp.GetContainerId(), nil
+}
+
+// removeLate removes the container of a create that was cut off, if it comes about within lateCreate.
+func (r *restart) removeLate(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, lateCreate)
+	defer cancel()
+	for sleep(ctx, 500*time.Millisecond) == nil {
+		if id, err := r.findStaged(ctx, r.rec()); err == nil && id != "" {
+			return // undo removes it
+		}
+	}
 }
 
 // catchUp applies to the successor what kubelet has set on the incumbent while the

@@ -16,6 +16,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/interceptors"
 )
 
 func stopRequest(id string, grace int64) *runtimeapi.StopContainerRequest {
@@ -311,4 +312,44 @@ func TestOlderThanProxy(t *testing.T) {
 		t.Fatalf("operation: %v", op)
 	}
 	eventually(t, "the new process says what the old one said", func() bool { return started(p.log(t, "app", 1)) == "plain" })
+}
+
+// TestLateStop stops the incumbent after the reveal, as a kubelet does that began to kill
+// the pod before: what runs in its place is asked to stop, too.
+func TestLateStop(t *testing.T) {
+	n := startNode(t)
+	p := n.runPod(t)
+	app := p.run(t, spec{name: "app", command: looping})
+	var last string
+	for range 2 {
+		last = n.restart(t, p, restartOf("app")).GetContainers()[0].GetSuccessorId()
+	}
+	_, err := n.StopContainer(t.Context(), stopRequest(app, 5))
+	must(t, err)
+	if got := n.status(t, last); got.GetState() != runtimeapi.ContainerState_CONTAINER_EXITED || got.GetExitCode() != 7 {
+		t.Errorf("the container in its place is %v", got)
+	}
+}
+
+// TestStrays leaves a staged container that no operation knows, as a create does that was
+// cut off together with the proxy: the next process removes it, and touches no other.
+func TestStrays(t *testing.T) {
+	direct := dial(t, bed.runtime, bed.dir)
+	p := direct.runPod(t)
+	app := p.run(t, spec{name: "app", command: looping})
+	stray := p.request(t, spec{name: "app", command: looping}, 1)
+	stray.Config.Annotations[interceptors.StagedAnnotation] = "unknown"
+	_, err := direct.CreateContainer(t.Context(), stray)
+	must(t, err)
+	other := p.request(t, spec{name: "other", command: looping}, 0)
+	_, err = direct.CreateContainer(t.Context(), other)
+	must(t, err)
+	n := startNode(t)
+	eventually(t, "the stray is gone", func() bool { _, all := p.running(t, n.kubelet, "app"); return all == 1 })
+	if got := n.status(t, app).GetState(); got != runtimeapi.ContainerState_CONTAINER_RUNNING {
+		t.Errorf("the container of the slot is %s", got)
+	}
+	if _, all := p.running(t, n.kubelet, "other"); all != 1 {
+		t.Error("a container that kubelet created is gone")
+	}
 }

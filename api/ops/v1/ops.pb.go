@@ -779,7 +779,8 @@ type ContainerOperation struct {
 	SuccessorId string `protobuf:"bytes,6,opt,name=successor_id,json=successorId,proto3" json:"successor_id,omitempty"`
 	// attempt is the restart count of the successor.
 	Attempt uint32 `protobuf:"varint,7,opt,name=attempt,proto3" json:"attempt,omitempty"`
-	// exit_code is the incumbent's; valid from PHASE_STARTING on.
+	// exit_code is the incumbent's. It and the times below are known once the
+	// container has succeeded.
 	ExitCode  int32                  `protobuf:"varint,8,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
 	StopTime  *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=stop_time,json=stopTime,proto3" json:"stop_time,omitempty"`
 	StartTime *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`

@@ -45,8 +45,9 @@ type OpsClient interface {
 	//
 	// Errors: InvalidArgument (the request itself), NotFound (pod or container),
 	// FailedPrecondition (container not running, expected ID differs, pod going
-	// away, init or ephemeral container), ResourceExhausted (too many operations),
-	// Unavailable (runtime away).
+	// away), ResourceExhausted (too many operations), Unavailable (runtime away).
+	// The runtime does not tell init and ephemeral containers from others: the
+	// caller, who knows the pod spec, must not name them.
 	Restart(ctx context.Context, in *RestartRequest, opts ...grpc.CallOption) (*Operation, error)
 	// GetOperation returns one operation. NotFound once it has expired.
 	GetOperation(ctx context.Context, in *GetOperationRequest, opts ...grpc.CallOption) (*Operation, error)
@@ -151,8 +152,9 @@ type OpsServer interface {
 	//
 	// Errors: InvalidArgument (the request itself), NotFound (pod or container),
 	// FailedPrecondition (container not running, expected ID differs, pod going
-	// away, init or ephemeral container), ResourceExhausted (too many operations),
-	// Unavailable (runtime away).
+	// away), ResourceExhausted (too many operations), Unavailable (runtime away).
+	// The runtime does not tell init and ephemeral containers from others: the
+	// caller, who knows the pod spec, must not name them.
 	Restart(context.Context, *RestartRequest) (*Operation, error)
 	// GetOperation returns one operation. NotFound once it has expired.
 	GetOperation(context.Context, *GetOperationRequest) (*Operation, error)
