@@ -97,6 +97,13 @@ func (k *kubelet) runPod(t testing.TB) *pod {
 		if _, err := direct.RemovePodSandbox(ctx, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: p.sandbox}); err != nil {
 			t.Errorf("removing the pod: %v", err)
 		}
+		// Kubelet removes the links of the containers that it removes.
+		links, _ := filepath.Glob(filepath.Join("/var/log/containers", p.name+"_default_*.log"))
+		for _, link := range links {
+			if to, err := os.Readlink(link); err == nil && strings.HasPrefix(to, logs+"/") {
+				_ = os.Remove(link)
+			}
+		}
 	})
 	return p
 }
