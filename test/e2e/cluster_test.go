@@ -117,9 +117,24 @@ func nodeReady(n *corev1.Node) bool {
 
 func isNodeReady(t testing.TB) bool {
 	t.Helper()
+	return nodeReady(getNode(t))
+}
+
+func getNode(t testing.TB) *corev1.Node {
+	t.Helper()
 	n := &corev1.Node{}
 	must(t, api.Get(t.Context(), client.ObjectKey{Name: bed.NodeName}, n))
-	return nodeReady(n)
+	return n
+}
+
+// reported is when kubelet last reported the node's readiness.
+func reported(n *corev1.Node) time.Time {
+	for _, c := range n.Status.Conditions {
+		if c.Type == corev1.NodeReady {
+			return c.LastHeartbeatTime.Time
+		}
+	}
+	return time.Time{}
 }
 
 func assertNodeReady(t testing.TB) {

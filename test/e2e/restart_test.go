@@ -305,14 +305,18 @@ spec:
 		}
 	}
 	watching := watchNode(t)
+	last := reported(getNode(t))
 	must(t, bed.RestartKubelet(t.Context()))
 	ready(t, ns, "web")
 	check("a restart of kubelet")
-	eventually(t, "the node is ready after a restart of kubelet", func() bool { return isNodeReady(t) })
+	eventually(t, "the new kubelet says that the node is ready", func() bool {
+		n := getNode(t)
+		return nodeReady(n) && !reported(n).Equal(last)
+	})
 	for _, why := range watching() {
-		// A kubelet that has just started says this of itself, with or without a proxy, until its first Status call has
-		// come back (pkg/kubelet/runtime.go); it must be the only thing it says.
-		if !strings.Contains(why, "container runtime status check may not have completed yet") {
+		// A kubelet that has just started says this of itself, with or without a proxy, until its first Status call and its
+		// first relist have come back (pkg/kubelet/runtime.go, pkg/kubelet/pleg/generic.go); it must not say anything else.
+		if !strings.Contains(why, "container runtime status check may not have completed yet") && !strings.Contains(why, "pleg has yet to be successful") {
 			t.Errorf("the node was not ready: %s", why)
 		}
 	}
