@@ -13,10 +13,12 @@ import (
 	"sync"
 	"time"
 
+	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 	corev1 "k8s.io/api/core/v1"
 
@@ -133,8 +135,8 @@ func (e *NodeError) Temporary() bool {
 // GRPCNodes is the NodeClient over gRPC with mutual TLS. Connections are made on
 // demand, shared, and closed when idle. It is safe for concurrent use.
 type GRPCNodes struct {
-	certificates *certificates
-	metrics      *Metrics
+	credentials credentials.TransportCredentials
+	metrics     *Metrics
 
 	mu    sync.Mutex
 	conns map[Node]*nodeConn
@@ -150,12 +152,12 @@ var _ NodeClient = (*GRPCNodes)(nil)
 
 // NewGRPCNodes reads the files and returns a client that has not dialled yet. Its
 // error says which file is missing or bad.
-func NewGRPCNodes(files TLSFiles, m *Metrics) (*GRPCNodes, error) {
-	c, err := newCertificates(files)
+func NewGRPCNodes(files TLSFiles, m *Metrics, log logrus.FieldLogger) (*GRPCNodes, error) {
+	c, err := files.credentials(log)
 	if err != nil {
 		return nil, err
 	}
-	return &GRPCNodes{certificates: c, metrics: m, conns: map[Node]*nodeConn{}}, nil
+	return &GRPCNodes{credentials: c, metrics: m, conns: map[Node]*nodeConn{}}, nil
 }
 
 // Close closes all connections.
@@ -182,7 +184,7 @@ func (g *GRPCNodes) client(n Node) (opsv1.OpsClient, *grpc.ClientConn, error) {
 		return opsv1.NewOpsClient(c.conn), c.conn, nil
 	}
 	conn, err := grpc.NewClient("passthrough:///"+n.Address,
-		grpc.WithTransportCredentials(nodeCredentials{g.certificates, n.Name}),
+		grpc.WithTransportCredentials(g.credentials),
 		grpc.WithAuthority(n.Name),
 		grpc.WithIdleTimeout(idleTimeout),
 		grpc.WithConnectParams(grpc.ConnectParams{

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	corev1 "k8s.io/api/core/v1"
@@ -54,7 +55,7 @@ func TestNodeOf(t *testing.T) {
 
 func newNodes(t *testing.T, files TLSFiles) *GRPCNodes {
 	t.Helper()
-	nodes, err := NewGRPCNodes(files, nil)
+	nodes, err := NewGRPCNodes(files, nil, logrus.New())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -132,11 +133,11 @@ func TestBadTLSFiles(t *testing.T) {
 		{"none", TLSFiles{}, "must all be given"},
 		{"no such file", TLSFiles{good.Cert, good.Key, "/nonexistent"}, "/nonexistent"},
 		{"key of another", TLSFiles{good.Cert, ca.issue("d").Key, good.CA}, "certificate " + good.Cert},
-		{"CA without a certificate", TLSFiles{good.Cert, good.Key, good.Key}, "no PEM certificate in CA file"},
+		{"CA without a certificate", TLSFiles{good.Cert, good.Key, good.Key}, "holds no PEM certificate"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			_, err := NewGRPCNodes(tt.files, nil)
+			_, err := NewGRPCNodes(tt.files, nil, logrus.New())
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("error %v, want %q", err, tt.want)
 			}

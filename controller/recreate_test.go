@@ -121,7 +121,7 @@ func (b *bed) start() {
 	if b.stop != nil {
 		b.stop()
 	}
-	nodes, err := NewGRPCNodes(b.files, nil)
+	nodes, err := NewGRPCNodes(b.files, nil, logrus.New())
 	if err != nil {
 		b.t.Fatal(err)
 	}

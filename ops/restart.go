@@ -292,23 +292,31 @@ func (r *restart) container() *opsv1.ContainerOperation {
 
 // takeSlot waits for the operation's turn on the slot.
 func (r *restart) takeSlot(ctx context.Context) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	stop := make(chan struct{})
-	defer close(stop)
-	go func() { // ends with this call
+	waiting, end := endWith(ctx, r.o.cancelled)
+	defer end()
+	claim, err := r.view.Claim(waiting, interceptors.Slot{PodUID: r.o.op.GetPod().GetUid(), Container: r.want.GetName()})
+	switch {
+	case err == nil:
+		r.claim = claim
+		return nil
+	case ctx.Err() == nil:
+		return r.cancelledOutcome()
+	default:
+		return err
+	}
+}
+
+// endWith returns ctx, which also ends when c is closed. The caller must call end.
+func endWith(ctx context.Context, c <-chan struct{}) (_ context.Context, end func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	go func() { // ends with ctx
 		select {
-		case <-r.o.cancelled:
-			cancel(r.cancelledOutcome())
-		case <-stop:
+		case <-c:
+			cancel()
+		case <-ctx.Done():
 		}
 	}()
-	claim, err := r.view.Claim(ctx, interceptors.Slot{PodUID: r.o.op.GetPod().GetUid(), Container: r.want.GetName()})
-	if err != nil {
-		return context.Cause(ctx)
-	}
-	r.claim = claim
-	return nil
+	return ctx, cancel
 }
 
 func (r *restart) cancelledOutcome() *outcome {
@@ -548,15 +556,8 @@ func (r *restart) preStop(ctx context.Context, grace time.Duration, by time.Time
 	}
 	ctx, cancel := context.WithDeadline(ctx, by)
 	defer cancel()
-	done := make(chan struct{})
-	defer close(done)
-	go func() { // ends with this call
-		select {
-		case <-r.claim.Yielded():
-			cancel()
-		case <-done:
-		}
-	}()
+	ctx, end := endWith(ctx, r.claim.Yielded())
+	defer end()
 	rec := r.rec()
 	if err := r.runHook(ctx, hook, rec.Incumbent, rec.Sandbox); err != nil && ctx.Err() == nil {
 		r.warn("preStop hook failed: %v", err)
@@ -746,17 +747,8 @@ func (r *restart) note(f func(rec *containerRecord, c *opsv1.ContainerOperation)
 // postStart runs the hook. As in kubelet, the container is not shown before it has
 // ended, and is stopped when it fails (kuberuntime_container.go startContainer).
 func (r *restart) postStart(ctx context.Context, hook *opsv1.Hook, rec containerRecord) error {
-	call, cancel := context.WithCancel(ctx)
-	defer cancel()
-	done := make(chan struct{})
-	defer close(done)
-	go func() { // ends with this call
-		select {
-		case <-r.claim.Yielded():
-			cancel()
-		case <-done:
-		}
-	}()
+	call, end := endWith(ctx, r.claim.Yielded())
+	defer end()
 	err := r.runHook(call, hook, rec.Successor, rec.Sandbox)
 	if err == nil || call.Err() != nil {
 		return ctx.Err()

@@ -125,7 +125,7 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	nodes, err := controller.NewGRPCNodes(s.tls, counters)
+	nodes, err := controller.NewGRPCNodes(s.tls, counters, log)
 	if err != nil {
 		return err
 	}
