@@ -5,6 +5,7 @@ package interceptors
 
 import (
 	"context"
+	"sync"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -76,7 +77,8 @@ func (d *Director) stopContainer(ctx context.Context, method string, raw []byte,
 	defer d.view.stopping(req.GetContainerId())()
 	claim, id := d.view.byContainer(req.GetContainerId())
 	if claim == nil {
-		return d.stopHeir(ctx, req, raw, next)
+		d.view.lateStop(req.GetContainerId(), req.GetTimeout())
+		return next(ctx, raw)
 	}
 	if d.view.successorOf(claim) == id {
 		// Nobody can know this container: answered as the runtime answers for unknown ones.
@@ -89,26 +91,8 @@ func (d *Director) stopContainer(ctx context.Context, method string, raw []byte,
 		return nil, err
 	}
 	d.awaitYield(ctx, claim, time.Duration(req.GetTimeout())*time.Second)
+	d.view.lateStop(id, req.GetTimeout()) // had it been revealed a moment before
 	return b, nil
-}
-
-// stopHeir stops the container and, if a restart has replaced it, the one in its place. Kubelet stops
-// only what it saw running: its stop of an exited incumbent means that it began, with a long preStop perhaps,
-// before the reveal. It would then stop the sandbox, which kills the new process without asking.
-func (d *Director) stopHeir(ctx context.Context, req *runtimeapi.StopContainerRequest, raw []byte, next proxy.UnaryNext) ([]byte, error) {
-	for id := d.view.heirOf(req.GetContainerId()); id != ""; id = d.view.heirOf(id) {
-		heir := proto.Clone(req).(*runtimeapi.StopContainerRequest)
-		heir.ContainerId = id
-		b, err := encode(heir)
-		if err != nil {
-			return nil, err
-		}
-		d.log.WithFields(logrus.Fields{"container": req.GetContainerId(), "successor": id}).Info("kubelet stops a container that was replaced since: stopping the one in its place")
-		if _, err := next(ctx, b); err != nil {
-			return nil, err
-		}
-	}
-	return next(ctx, raw)
 }
 
 // stopPodSandbox and removePodSandbox make all operations in the sandbox give way first.
@@ -119,7 +103,28 @@ func (d *Director) stopPodSandbox(ctx context.Context, method string, raw []byte
 	}
 	defer d.view.stopping(req.GetPodSandboxId())()
 	d.takeBackSandbox(ctx, method, req.GetPodSandboxId())
+	d.stopLateHeirs(ctx, req.GetPodSandboxId())
 	return next(ctx, raw)
+}
+
+// lateGrace bounds the grace of a late heir, in seconds: kubelet waits two minutes for StopPodSandbox.
+const lateGrace = 90
+
+// stopLateHeirs asks containers to stop that the runtime would kill with the sandbox: kubelet began to kill the pod, with a long
+// preStop perhaps, before a restart was revealed, and stopped only the container that it saw then. Not at that
+// stop already: after a failed liveness probe it looks the same, and then kubelet finds the fresh container and is content.
+func (d *Director) stopLateHeirs(ctx context.Context, sandbox string) {
+	var wg sync.WaitGroup
+	for _, h := range d.view.lateHeirs(sandbox) {
+		wg.Go(func() {
+			log := d.log.WithFields(logrus.Fields{"successor": h.id})
+			log.Info("the pod goes away, stopping the container that took the place of the one that kubelet stopped")
+			if _, err := d.runtime.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: h.id, Timeout: min(h.grace, lateGrace)}); err != nil {
+				log.WithError(err).Warn("container not stopped before its sandbox")
+			}
+		})
+	}
+	wg.Wait()
 }
 
 func (d *Director) removePodSandbox(ctx context.Context, method string, raw []byte, next proxy.UnaryNext) ([]byte, error) {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 
 	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -32,6 +33,8 @@ type Records interface {
 type Options struct {
 	View    *View
 	Records Records
+	// Runtime is for the few calls that an interceptor makes of its own.
+	Runtime grpc.ClientConnInterface
 	Log     logrus.FieldLogger
 }
 
@@ -40,6 +43,7 @@ type Options struct {
 type Director struct {
 	view    *View
 	records Records
+	runtime runtimeapi.RuntimeServiceClient
 	log     logrus.FieldLogger
 
 	always map[string]proxy.UnaryInterceptor
@@ -54,7 +58,7 @@ var (
 
 // New returns a director over the view.
 func New(o Options) *Director {
-	d := &Director{view: o.View, records: o.Records, log: o.Log}
+	d := &Director{view: o.View, records: o.Records, runtime: runtimeapi.NewRuntimeServiceClient(o.Runtime), log: o.Log}
 	d.always = map[string]proxy.UnaryInterceptor{
 		runtimeapi.RuntimeService_CreateContainer_FullMethodName:          d.createContainer,
 		runtimeapi.RuntimeService_RemoveContainer_FullMethodName:          d.removeContainer,

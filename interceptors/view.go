@@ -45,9 +45,8 @@ type View struct {
 	tokens  map[string]*Claim
 	ids     map[string]*Claim // staged and masked container IDs
 	streams map[*eventFilter]struct{}
-	// heirs are the successors of incumbents that were shown exited, until those are removed. Kubelet may have
-	// begun to kill the pod before, and then stops the container that it saw running.
-	heirs map[string]string
+	// heirs are the successors of incumbents that were shown exited, until those are removed.
+	heirs map[string]*heir
 	stops map[string]int // container and sandbox IDs, as given, with a stop of kubelet's in flight
 }
 
@@ -60,7 +59,7 @@ func NewView() *View {
 		tokens:  map[string]*Claim{},
 		ids:     map[string]*Claim{},
 		streams: map[*eventFilter]struct{}{},
-		heirs:   map[string]string{},
+		heirs:   map[string]*heir{},
 		stops:   map[string]int{},
 	}
 }
@@ -301,7 +300,7 @@ func (c *Claim) settleLocked(show bool) {
 	delete(v.ids, c.successor)
 	delete(v.ids, c.incumbent)
 	if show && successor != "" && len(v.heirs) < maxHeirs {
-		v.heirs[c.incumbent] = successor
+		v.heirs[c.incumbent] = &heir{id: successor, sandbox: c.sandbox}
 	}
 	c.token, c.successor = "", ""
 	v.active.Add(-1)
@@ -363,23 +362,39 @@ func (c *Claim) wait(ctx context.Context) error {
 	}
 }
 
-// Holds reports whether a claim hides the token.
-func (v *View) Holds(token string) bool {
-	v.mu.RLock()
-	defer v.mu.RUnlock()
-	_, held := v.tokens[token]
-	return held
-}
-
 // maxHeirs bounds what is remembered of reveals. kubelet keeps one exited container per slot, so this is room for
 // more slots than a node has.
 const maxHeirs = 4096
 
-// heirOf returns the container that has taken the place of an exited incumbent, and "" if none has.
-func (v *View) heirOf(id string) string {
+// heir is a container that took the place of an incumbent.
+type heir struct {
+	id, sandbox string
+	// late is set when kubelet stopped the incumbent after it had been shown exited, which it does only to a container that it
+	// saw running before: it may be killing the pod. grace is what it gave, in seconds.
+	late  bool
+	grace int64
+}
+
+// lateStop notes that kubelet stops a container that has been replaced.
+func (v *View) lateStop(id string, grace int64) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for h := v.heirs[id]; h != nil; h = v.heirs[h.id] {
+		h.late, h.grace = true, grace
+	}
+}
+
+// lateHeirs returns the containers of the sandbox whose incumbents kubelet stopped late.
+func (v *View) lateHeirs(sandbox string) []heir {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
-	return v.heirs[id]
+	var out []heir
+	for _, h := range v.heirs {
+		if h.late && h.sandbox == sandbox {
+			out = append(out, *h)
+		}
+	}
+	return out
 }
 
 // forget drops what is remembered of a container that is removed.

@@ -72,6 +72,9 @@ type Engine struct {
 	ops     map[string]*operation
 	waiting []*operation
 	closed  bool
+	// tokens are all that this process has used or found in the journal, until nothing more can
+	// be a stray; see removeStrays.
+	tokens map[string]bool
 }
 
 // operation is one operation in memory.
@@ -112,6 +115,7 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		legacyLog: o.LegacyLogDir,
 		queue:     make(chan struct{}, 1),
 		ops:       map[string]*operation{},
+		tokens:    map[string]bool{},
 	}
 	if e.legacyLog == "" {
 		e.legacyLog = "/var/log/containers"
@@ -180,6 +184,7 @@ func (e *Engine) revive(uid string, r *record) error {
 		if c.Step == stepReveal {
 			continue // what kubelet has seen must not vanish again
 		}
+		e.tokens[c.Token] = true
 		claim.HideNow(c.Token)
 		claim.Staged(c.Successor)
 		if c.Step != stepStage {
@@ -208,6 +213,9 @@ func (e *Engine) Run(ctx context.Context) error {
 		if sleep(ctx, lateCreate) == nil {
 			e.tidy(ctx)
 		}
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.tokens = nil
 	})
 	for {
 		e.mu.Lock()
@@ -261,11 +269,13 @@ func (e *Engine) tidy(ctx context.Context) {
 const lateCreate = 15 * time.Second
 
 // removeStrays removes containers that an operation created and nobody knows: they were never started, kubelet must not
-// see them, and they hold the name that kubelet's next attempt needs.
+// see them, and they hold the name that kubelet's next attempt needs. What counts is that this process has never
+// known the token: by the time that the list is read, an operation may have started and revealed what is
+// in it as created.
 func (e *Engine) removeStrays(ctx context.Context, list []*runtimeapi.Container) {
 	for _, c := range list {
 		token := c.GetAnnotations()[interceptors.StagedAnnotation]
-		if c.GetState() != runtimeapi.ContainerState_CONTAINER_CREATED || token == "" || e.view.Holds(token) {
+		if c.GetState() != runtimeapi.ContainerState_CONTAINER_CREATED || token == "" || e.knows(token) {
 			continue
 		}
 		log := e.log.WithFields(logrus.Fields{"pod": c.GetLabels()[labelPodNamespace] + "/" + c.GetLabels()[labelPodName], "container": c.GetLabels()[labelContainer]})
@@ -511,8 +521,25 @@ func (o *operation) cancel(reason string) error {
 	return nil
 }
 
-// newToken returns 32 random hexadecimal digits.
-func newToken() string {
+// newToken returns a token that is known to this process.
+func (e *Engine) newToken() string {
+	token := randomToken()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.tokens != nil {
+		e.tokens[token] = true
+	}
+	return token
+}
+
+func (e *Engine) knows(token string) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.tokens[token]
+}
+
+// randomToken returns 32 random hexadecimal digits.
+func randomToken() string {
 	b := make([]byte, 16)
 	_, _ = rand.Read(b) // never fails (crypto/rand)
 	return hex.EncodeToString(b)

@@ -238,7 +238,7 @@ func FuzzJournal(f *testing.F) {
 		if err != nil {
 			return
 		}
-		e := &Engine{view: interceptors.NewView(), log: quiet(), ops: map[string]*operation{}}
+		e := &Engine{view: interceptors.NewView(), log: quiet(), ops: map[string]*operation{}, tokens: map[string]bool{}}
 		if e.revive("op", r) != nil {
 			return
 		}

@@ -369,7 +369,7 @@ func (r *restart) stage(ctx context.Context) error {
 	if err := r.checkTakenBack(); err != nil {
 		return err
 	}
-	token := newToken()
+	token := r.newToken()
 	err = r.write(func(rec *containerRecord, c *opsv1.ContainerOperation) {
 		*rec = containerRecord{Step: stepStage, Sandbox: found.sandbox, Incumbent: found.incumbent, Token: token}
 		c.IncumbentId, c.Attempt = found.incumbent, found.attempt
@@ -648,7 +648,7 @@ func (r *restart) start(ctx context.Context) error {
 			return err
 		}
 		r.log.WithError(err).Warn("the new container did not start; trying once more from a fresh one")
-		token := newToken()
+		token := r.newToken()
 		if err := r.removeContainer(ctx, rec.Successor); err != nil {
 			return err
 		}

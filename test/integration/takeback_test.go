@@ -314,20 +314,31 @@ func TestOlderThanProxy(t *testing.T) {
 	eventually(t, "the new process says what the old one said", func() bool { return started(p.log(t, "app", 1)) == "plain" })
 }
 
-// TestLateStop stops the incumbent after the reveal, as a kubelet does that began to kill
-// the pod before: what runs in its place is asked to stop, too.
+// TestLateStop stops the incumbent after the reveal, as a kubelet does that decided so before. After a failed
+// liveness probe nothing more comes of it; when the pod goes away, what runs in its place is asked to
+// stop before the sandbox is.
 func TestLateStop(t *testing.T) {
 	n := startNode(t)
 	p := n.runPod(t)
 	app := p.run(t, spec{name: "app", command: looping})
+	side := p.run(t, spec{name: "side", command: looping})
 	var last string
 	for range 2 {
 		last = n.restart(t, p, restartOf("app")).GetContainers()[0].GetSuccessorId()
 	}
+	unasked := n.restart(t, p, restartOf("side")).GetContainers()[0].GetSuccessorId()
 	_, err := n.StopContainer(t.Context(), stopRequest(app, 5))
 	must(t, err)
+	if got := n.status(t, last).GetState(); got != runtimeapi.ContainerState_CONTAINER_RUNNING {
+		t.Errorf("the container in its place is %s", got)
+	}
+	_, err = n.StopPodSandbox(t.Context(), &runtimeapi.StopPodSandboxRequest{PodSandboxId: p.sandbox})
+	must(t, err)
 	if got := n.status(t, last); got.GetState() != runtimeapi.ContainerState_CONTAINER_EXITED || got.GetExitCode() != 7 {
-		t.Errorf("the container in its place is %v", got)
+		t.Errorf("the container in its place was killed: %v", got)
+	}
+	if got := n.status(t, unasked); got.GetExitCode() == 7 {
+		t.Errorf("a container whose incumbent %s kubelet did not stop was asked to stop: %v", side, got)
 	}
 }
 

@@ -82,7 +82,7 @@ func newNode(ctx context.Context, c *config.Config, listen string, log logrus.Fi
 		return nil, fmt.Errorf("state directory %s: %w", c.StateDir, err)
 	}
 	o := proxy.Options{
-		Director:   interceptors.New(interceptors.Options{View: view, Records: n.engine.Records(), Log: log}),
+		Director:   interceptors.New(interceptors.Options{View: view, Records: n.engine.Records(), Runtime: n.upstream.Conn(), Log: log}),
 		Log:        log,
 		Registerer: n.registry,
 		Register:   registerProbe,
