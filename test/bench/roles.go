@@ -53,6 +53,7 @@ func runRole(ctx context.Context, args []string) error {
 		defer s.Stop()
 		return answerUsed()
 	case "proxy":
+		proxy.LimitProcs()
 		up, err := proxy.NewUpstream(target, proxy.UpstreamOptions{})
 		if err != nil {
 			return err

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
+	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
 // Command returns `cri-proxy serve`.
@@ -54,6 +55,7 @@ SIGTERM and SIGINT drain: calls in flight end by themselves, for at most
 			if err != nil {
 				return err
 			}
+			proxy.LimitProcs()
 			graceful, hard, end := signals(log)
 			defer end()
 			return Run(graceful, hard, c, log)
