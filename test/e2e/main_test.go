@@ -82,12 +82,30 @@ func run(m *testing.M) (code int, err error) {
 	if err := bed.InstallCRDs(ctx); err != nil {
 		return 0, err
 	}
+	if err := restrictController(ctx); err != nil {
+		return 0, err
+	}
 	if err := bed.StartController(ctx); err != nil {
 		return 0, err
 	}
 	code = m.Run()
 	failed = code != 0
 	return code, nil
+}
+
+// restrictController gives the controller the permissions that the manifests give it, and no others.
+func restrictController(ctx context.Context) error {
+	root, err := testbed.SourceDir("")
+	if err != nil {
+		return err
+	}
+	for _, f := range []string{"controller/namespace.yaml", "controller/serviceaccount.yaml", "rbac"} {
+		if _, err := bed.Kubectl(ctx, "apply", "-f", filepath.Join(root, "deploy", f)); err != nil {
+			return err
+		}
+	}
+	bed.ControllerKubeconfig, err = bed.NewKubeconfig("cri-controller", "system:serviceaccount:cri-proxy-system:cri-controller", "system:serviceaccounts")
+	return err
 }
 
 // proxyWithFailpoints builds cri-proxy so that a test can have it die at a step.
