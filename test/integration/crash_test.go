@@ -185,3 +185,34 @@ func TestKillWhileUndoing(t *testing.T) {
 		t.Errorf("%d containers are left", all)
 	}
 }
+
+// TestStopWhileStopping ends cri-proxy by SIGTERM while a container takes its time to stop. Kubelet must not
+// wait for that: the process leaves, and the next one takes the restart up within the grace that is left.
+func TestStopWhileStopping(t *testing.T) {
+	n := startProcess(t, "")
+	p := n.runPod(t)
+	const grace = 20
+	p.run(t, spec{name: "app", grace: grace, command: []string{"sh", "-c", `trap 'echo asked-to-stop' TERM; echo started; while :; do sleep 0.05; done`}})
+	began := time.Now()
+	uid := n.begin(t, p, restartOf("app"))
+	eventually(t, "the incumbent has been asked to stop", func() bool { return strings.Contains(p.log(t, "app", 0), "asked-to-stop") })
+	must(t, n.cmd.Process.Signal(syscall.SIGTERM))
+	if err := n.cmd.Wait(); err != nil {
+		t.Errorf("cri-proxy ended with %v", err)
+	}
+	if took := time.Since(began); took > grace*time.Second/2 {
+		t.Errorf("kubelet would have waited %s", took)
+	}
+	n.start(t, "")
+	seen := p.watch("app")
+	op := n.wait(t, uid)
+	if bad := seen.stop(); len(bad) > 0 {
+		t.Errorf("what kubelet must not see:\n%s", strings.Join(bad, "\n"))
+	}
+	if op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED {
+		t.Errorf("operation: %v", op)
+	}
+	if took := time.Since(began); took > (grace+10)*time.Second {
+		t.Errorf("the grace of %d s began anew: %s", grace, took)
+	}
+}

@@ -191,6 +191,10 @@ func (d *daemon) alive(ctx context.Context) error {
 	return err
 }
 
+// engineGrace is how long a shutdown waits for operations to come to a point where they can be left. What must not
+// be cut off, the start of a container, takes a fraction of it.
+const engineGrace = 5 * time.Second
+
 // shutdown drains the CRI server, event streams last, then ends the ops API, the
 // engine and the rest. Operations under way stop at a point from which the next
 // start takes them up.
@@ -208,13 +212,10 @@ func (d *daemon) shutdown(hard context.Context) error {
 	engineOver := true
 	select {
 	case <-d.engineDone:
-	case <-hard.Done():
-		select {
-		case <-d.engineDone:
-		case <-time.After(opsGrace):
-			engineOver = false
-			errs = append(errs, errors.New("stopped in the middle of an operation; the next start finishes it"))
-		}
+	case <-time.After(engineGrace):
+		// It waits for a container to stop, which may take minutes, and kubelet waits for the next process.
+		engineOver = false
+		d.log.Warn("stopping in the middle of an operation; the next start takes it up")
 	}
 	d.http.stop()
 	d.stopWork()
