@@ -43,8 +43,8 @@ test-unit: ## tests that need nothing but Go, with the race detector
 	@go test -race -timeout 10m $$(go list ./... | grep -v -e '/test/integration$$' -e '/test/integration/' -e '/test/e2e$$' -e '/test/e2e/')
 
 .PHONY: test-integration
-test-integration: ## containerd behind the proxy, needs root
-	@go test -race -count=1 -p 1 -timeout $(INTEGRATION_TIMEOUT) ./test/integration/...
+test-integration: ## the test bed itself, containerd behind the proxy; needs root
+	@TESTBED=1 go test -race -count=1 -p 1 -timeout $(INTEGRATION_TIMEOUT) ./test/testbed/... ./test/integration/...
 
 .PHONY: test-e2e
 test-e2e: ## a one-node cluster behind the proxy, needs root
