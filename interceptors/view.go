@@ -41,7 +41,7 @@ type View struct {
 	idle    chan struct{}
 	looks   map[*look]struct{}
 	claims  map[Slot]*Claim
-	queues  map[Slot][]chan struct{}
+	queues  map[Slot][]chan *Claim
 	tokens  map[string]*Claim
 	ids     map[string]*Claim // staged and masked container IDs
 	streams map[*eventFilter]struct{}
@@ -55,7 +55,7 @@ func NewView() *View {
 	return &View{
 		looks:   map[*look]struct{}{},
 		claims:  map[Slot]*Claim{},
-		queues:  map[Slot][]chan struct{}{},
+		queues:  map[Slot][]chan *Claim{},
 		tokens:  map[string]*Claim{},
 		ids:     map[string]*Claim{},
 		streams: map[*eventFilter]struct{}{},
@@ -121,38 +121,32 @@ var ErrClaimed = errors.New("another operation holds the slot")
 // Claim waits, first come first served, until no one holds the slot and takes
 // it. It returns ctx's error if that ends first.
 func (v *View) Claim(ctx context.Context, slot Slot) (*Claim, error) {
-	for {
-		v.mu.Lock()
-		if v.claims[slot] == nil && len(v.queues[slot]) == 0 {
-			c := v.newClaimLocked(slot)
-			v.mu.Unlock()
-			return c, nil
-		}
-		turn := make(chan struct{})
-		v.queues[slot] = append(v.queues[slot], turn)
+	v.mu.Lock()
+	if v.claims[slot] == nil && len(v.queues[slot]) == 0 {
+		c := v.newClaimLocked(slot)
 		v.mu.Unlock()
-
-		select {
-		case <-turn:
-			// The releaser made the claim on our behalf.
-			v.mu.Lock()
-			c := v.claims[slot]
-			v.mu.Unlock()
-			return c, nil
-		case <-ctx.Done():
-			v.mu.Lock()
-			q := v.queues[slot]
-			if i := slices.Index(q, turn); i >= 0 {
-				v.queues[slot] = slices.Delete(q, i, i+1)
-				v.mu.Unlock()
-				return nil, ctx.Err()
-			}
-			c := v.claims[slot] // the turn came at the same moment
-			v.mu.Unlock()
-			c.Release()
-			return nil, ctx.Err()
-		}
+		return c, nil
 	}
+	turn := make(chan *Claim, 1) // the releaser makes the claim on our behalf
+	v.queues[slot] = append(v.queues[slot], turn)
+	v.mu.Unlock()
+
+	select {
+	case c := <-turn:
+		return c, nil
+	case <-ctx.Done():
+	}
+	v.mu.Lock()
+	q := v.queues[slot]
+	i := slices.Index(q, turn)
+	if i >= 0 {
+		v.queues[slot] = slices.Delete(q, i, i+1)
+	}
+	v.mu.Unlock()
+	if i < 0 { // the turn came at the same moment
+		(<-turn).Release()
+	}
+	return nil, ctx.Err()
 }
 
 // TryClaim takes the slot or returns [ErrClaimed] at once.
@@ -333,8 +327,7 @@ func (c *Claim) Release() {
 	close(c.done)
 	delete(v.claims, c.slot)
 	if q := v.queues[c.slot]; len(q) > 0 {
-		v.newClaimLocked(c.slot)
-		close(q[0])
+		q[0] <- v.newClaimLocked(c.slot)
 		v.queues[c.slot] = q[1:]
 	}
 	if len(v.queues[c.slot]) == 0 {

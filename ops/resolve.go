@@ -5,11 +5,9 @@ package ops
 
 import (
 	"context"
-	"fmt"
 	"strconv"
 	"strings"
 
-	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
@@ -102,12 +100,4 @@ func bareID(id string) string {
 
 func stateName(s runtimeapi.ContainerState) string {
 	return strings.ToLower(strings.TrimPrefix(s.String(), "CONTAINER_"))
-}
-
-func encodeRequest(req *runtimeapi.CreateContainerRequest) ([]byte, error) {
-	b, err := proto.Marshal(req)
-	if err != nil {
-		return nil, fmt.Errorf("encoding the request: %w", err)
-	}
-	return b, nil
 }

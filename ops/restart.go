@@ -333,20 +333,11 @@ func (r *restart) interrupted() error {
 		return failf(ReasonTakenBack, "kubelet called %s in the middle of the restart and is in charge now", y.Method[strings.LastIndexByte(y.Method, '/')+1:])
 	}
 	select {
-	case <-r.o.cancelled:
-		if r.commitPassed() {
-			return nil
-		}
+	case <-r.o.cancelled: // then it has not been committed, and never is
 		return r.cancelledOutcome()
 	default:
 		return nil
 	}
-}
-
-func (r *restart) commitPassed() bool {
-	r.o.mu.Lock()
-	defer r.o.mu.Unlock()
-	return r.o.committed
 }
 
 // stage resolves the slot, checks the preconditions and creates the successor, hidden.
@@ -429,7 +420,7 @@ func (r *restart) create(ctx context.Context, token string) (string, error) {
 		}
 		return "", failf(ReasonCreateFailed, "creating the new container: %v", status.Convert(err).Message())
 	}
-	raw, err := encodeRequest(req)
+	raw, err := proto.Marshal(req)
 	if err == nil {
 		r.records.Created(resp.GetContainerId(), raw)
 	}
@@ -493,7 +484,7 @@ func (r *restart) beforeStop(ctx context.Context) error {
 		return err
 	}
 	rec := r.rec()
-	resumed := r.commitPassed() && !rec.StopBy.IsZero()
+	resumed := !rec.StopBy.IsZero() // it is written after the commit
 	r.claim.Mask()
 	if !resumed {
 		// From the mask on, an exit of the incumbent is ours to handle; one from before is kubelet's.
