@@ -41,25 +41,6 @@ const (
 	patience = 2 * time.Minute
 )
 
-// manifest is a request as found in the field.
-const manifest = `apiVersion: apps.kruise.io/v1alpha1
-kind: ContainerRecreateRequest
-metadata:
-  namespace: pod-namespace
-  name: example-restart
-spec:
-  podName: my-pod
-  containers:
-  - name: app
-    strategy: {}
-  activeDeadlineSeconds: 300
-  ttlSecondsAfterFinished: 1800
-status:
-  containerRecreateStates:
-  - name: app
-    phase: Succeeded
-`
-
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -71,9 +52,10 @@ func main() {
 }
 
 type demo struct {
-	out io.Writer
-	bed *testbed.Bed
-	api client.Client
+	out  io.Writer
+	bed  *testbed.Bed
+	api  client.Client
+	root string // of the checkout
 }
 
 func run(ctx context.Context, out io.Writer, keep bool) (err error) {
@@ -126,12 +108,11 @@ func (d *demo) install(ctx context.Context) error {
 	if d.api, err = client.New(config, client.Options{Scheme: scheme}); err != nil {
 		return err
 	}
-	root, err := testbed.SourceDir("")
-	if err != nil {
+	if d.root, err = testbed.SourceDir(""); err != nil {
 		return err
 	}
 	d.heading("Installing the custom resource definition and the controller")
-	if err := d.kubectl(ctx, "", "apply", "-f", filepath.Join(root, "deploy", "crds")); err != nil {
+	if err := d.kubectl(ctx, "", "apply", "-f", filepath.Join(d.root, "deploy", "crds")); err != nil {
 		return err
 	}
 	if _, err := d.bed.Kubectl(ctx, "wait", "--for=condition=Established", "crd/containerrecreaterequests.apps.kruise.io", "--timeout=30s"); err != nil {
@@ -158,10 +139,15 @@ func (d *demo) restart(ctx context.Context) error {
 	d.table(before, nil)
 
 	d.heading("Restarting the container app")
-	_, _ = io.WriteString(indent{d.out}, manifest)
+	file := filepath.Join(d.root, "deploy", "examples", "restart.yaml") // as found in the field
+	manifest, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	_, _ = indent{d.out}.Write(manifest)
 	d.say("")
 	began := time.Now()
-	if err := d.kubectl(ctx, manifest, "apply", "-f", "-"); err != nil {
+	if err := d.kubectl(ctx, "", "apply", "-f", file); err != nil {
 		return err
 	}
 	crr, err := d.follow(ctx, began)

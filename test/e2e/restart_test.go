@@ -6,6 +6,8 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -16,6 +18,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
 // threeContainers is a pod whose container app exits with code 7 and a termination
@@ -84,6 +87,16 @@ func (p *phases) bad() []string {
 	return p.seen
 }
 
+// example returns the project's example of a request, for another namespace.
+func example(t testing.TB, ns string) string {
+	t.Helper()
+	root, err := testbed.SourceDir("")
+	must(t, err)
+	b, err := os.ReadFile(filepath.Join(root, "deploy", "examples", "restart.yaml"))
+	must(t, err)
+	return strings.Replace(string(b), "pod-namespace", ns, 1)
+}
+
 func recreate(ns, name, pod, rest string) string {
 	return fmt.Sprintf(`
 apiVersion: apps.kruise.io/v1alpha1
@@ -105,25 +118,8 @@ func TestContainerRecreateRequest(t *testing.T) {
 			seen := watchPhases(t, ns, "my-pod", string(before.UID))
 			slot := watchSlot(t, string(before.UID), "app")
 
-			// As found in the field, status and all; only names and namespace are adapted.
-			apply(t, fmt.Sprintf(`
-apiVersion: apps.kruise.io/v1alpha1
-kind: ContainerRecreateRequest
-metadata:
-  namespace: %s
-  name: example-restart
-spec:
-  podName: my-pod
-  containers:
-  - name: app
-    strategy: {}
-  activeDeadlineSeconds: 300
-  ttlSecondsAfterFinished: 1800
-status:
-  containerRecreateStates:
-  - name: app
-    phase: Succeeded
-`, ns))
+			// As found in the field, status and all; only the namespace is adapted.
+			apply(t, example(t, ns))
 			crr := completed(t, ns, "example-restart")
 			if s := crr.Status.ContainerRecreateStates; len(s) != 1 || s[0].Name != "app" || s[0].Phase != appsv1alpha1.ContainerRecreateRequestSucceeded {
 				t.Fatalf("states: %+v, message %q", s, crr.Status.Message)

@@ -147,24 +147,14 @@ func (c *crd) validate(object, old map[string]any) []string {
 const head = "apiVersion: apps.kruise.io/v1alpha1\nkind: ContainerRecreateRequest\nmetadata: {namespace: ns, name: crr}\n"
 
 // fromTheField is what users apply today.
-const fromTheField = `
-apiVersion: apps.kruise.io/v1alpha1
-kind: ContainerRecreateRequest
-metadata:
-  namespace: pod-namespace
-  name: example-restart
-spec:
-  podName: my-pod
-  containers:
-  - name: app
-    strategy: {}
-  activeDeadlineSeconds: 300
-  ttlSecondsAfterFinished: 1800
-status:
-  containerRecreateStates:
-  - name: app
-    phase: Succeeded
-`
+func fromTheField(t *testing.T) string {
+	t.Helper()
+	b, err := os.ReadFile("../../../deploy/examples/restart.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
 
 // fromTheManual has every field users of OpenKruise set.
 const fromTheManual = `
@@ -195,12 +185,12 @@ func TestCreate(t *testing.T) {
 		name, manifest string
 		wrong          string // "" for none
 	}{
-		{"from the field, with a status and an empty strategy of a container", fromTheField, ""},
+		{"from the field, with a status and an empty strategy of a container", fromTheField(t), ""},
 		{"from OpenKruise's manual", fromTheManual, ""},
 		{"least", head + `spec: {podName: p, containers: [{name: app}]}`, ""},
 		{"every strategy field of a container", head + `spec: {podName: p, containers: [{name: app, strategy: {failurePolicy: Ignore, orderedRecreate: true, forceRecreate: true, terminationGracePeriodSeconds: 0, unreadyGracePeriodSeconds: 0, minStartedSeconds: 0}}]}`, ""},
 		{"deadline of 3 s", head + `spec: {podName: p, containers: [{name: app}], activeDeadlineSeconds: 3}`, ""},
-		{"full status", fromTheField + "    message: m\n    isKilled: true\n  phase: Completed\n  completionTime: \"2026-01-01T00:00:00Z\"\n  message: m\n", ""},
+		{"full status", fromTheField(t) + "    message: m\n    isKilled: true\n  phase: Completed\n  completionTime: \"2026-01-01T00:00:00Z\"\n  message: m\n", ""},
 
 		{"no podName", head + `spec: {containers: [{name: app}]}`, "spec.podName: Required value"},
 		{"empty podName", head + `spec: {podName: "", containers: [{name: app}]}`, "podName can not be empty"},
@@ -232,7 +222,7 @@ func TestCreate(t *testing.T) {
 
 func TestDefaults(t *testing.T) {
 	c := loadCRD(t)
-	object, wrong := c.create(fromTheField)
+	object, wrong := c.create(fromTheField(t))
 	if len(wrong) > 0 {
 		t.Fatal(wrong)
 	}
