@@ -7,14 +7,19 @@ package ops
 
 import (
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 )
 
 // armed is the failpoint of this process: what the environment variable
 // CRI_PROXY_FAILPOINT says or, for processes that get no environment of their own, the file beside the program with
 // the ending .failpoint. It is read at the start, so that the next process can be given another.
-var armed = func() string {
+//
+// NAME kills the process at that point. NAME=pause:DIR makes the file DIR/reached there and waits for the file
+// DIR/go, so that a test can do to others what it wants to happen at that very moment; later passes do not wait.
+var armed = parseFailpoint(func() string {
 	if name := os.Getenv("CRI_PROXY_FAILPOINT"); name != "" {
 		return name
 	}
@@ -24,12 +29,29 @@ var armed = func() string {
 	}
 	b, _ := os.ReadFile(program + ".failpoint") // none is the usual case
 	return strings.TrimSpace(string(b))
-}()
+}())
 
-// failpoint kills the process without warning if it is the armed one. Only in test builds.
+type failpointAction struct{ name, pause string }
+
+func parseFailpoint(s string) failpointAction {
+	name, action, _ := strings.Cut(s, "=")
+	return failpointAction{name: name, pause: strings.TrimPrefix(action, "pause:")}
+}
+
+// failpoint does what is armed for the point. Only in test builds.
 func failpoint(name string) {
-	if name == armed {
+	if name != armed.name {
+		return
+	}
+	if armed.pause == "" {
 		_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
 		select {}
+	}
+	_ = os.WriteFile(filepath.Join(armed.pause, "reached"), nil, 0o600)
+	for {
+		if _, err := os.Stat(filepath.Join(armed.pause, "go")); err == nil {
+			return
+		}
+		time.Sleep(time.Millisecond) // polling another process
 	}
 }

@@ -30,6 +30,61 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// Order is which of the two containers of a restart goes first.
+type Order int32
+
+const (
+	Order_ORDER_UNSPECIFIED Order = 0
+	// ORDER_STOP_FIRST stops the old container, then lets the new one run: never both.
+	Order_ORDER_STOP_FIRST Order = 1
+	// ORDER_START_FIRST starts the new container while the old one runs and stops
+	// the old one when the new one has run for min_ready_seconds. For applications that
+	// share their ports (SO_REUSEPORT) or have none. A new container that ends before
+	// that fails the operation and leaves the old one alone.
+	Order_ORDER_START_FIRST Order = 2
+)
+
+// Enum value maps for Order.
+var (
+	Order_name = map[int32]string{
+		0: "ORDER_UNSPECIFIED",
+		1: "ORDER_STOP_FIRST",
+		2: "ORDER_START_FIRST",
+	}
+	Order_value = map[string]int32{
+		"ORDER_UNSPECIFIED": 0,
+		"ORDER_STOP_FIRST":  1,
+		"ORDER_START_FIRST": 2,
+	}
+)
+
+func (x Order) Enum() *Order {
+	p := new(Order)
+	*p = x
+	return p
+}
+
+func (x Order) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Order) Descriptor() protoreflect.EnumDescriptor {
+	return file_api_ops_v1_ops_proto_enumTypes[0].Descriptor()
+}
+
+func (Order) Type() protoreflect.EnumType {
+	return &file_api_ops_v1_ops_proto_enumTypes[0]
+}
+
+func (x Order) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Order.Descriptor instead.
+func (Order) EnumDescriptor() ([]byte, []int) {
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{0}
+}
+
 // Phase is where an operation, or one container of it, stands.
 type Phase int32
 
@@ -87,11 +142,11 @@ func (x Phase) String() string {
 }
 
 func (Phase) Descriptor() protoreflect.EnumDescriptor {
-	return file_api_ops_v1_ops_proto_enumTypes[0].Descriptor()
+	return file_api_ops_v1_ops_proto_enumTypes[1].Descriptor()
 }
 
 func (Phase) Type() protoreflect.EnumType {
-	return &file_api_ops_v1_ops_proto_enumTypes[0]
+	return &file_api_ops_v1_ops_proto_enumTypes[1]
 }
 
 func (x Phase) Number() protoreflect.EnumNumber {
@@ -100,7 +155,7 @@ func (x Phase) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Phase.Descriptor instead.
 func (Phase) EnumDescriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{0}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{1}
 }
 
 // PodRef names a pod. Over TCP uid is required; on the admin socket it may be
@@ -268,9 +323,14 @@ type ContainerRestart struct {
 	PreStop *Hook `protobuf:"bytes,4,opt,name=pre_stop,json=preStop,proto3" json:"pre_stop,omitempty"`
 	// post_start runs after the new container has started. Only the pod spec
 	// knows it, so it must be given here.
-	PostStart     *Hook `protobuf:"bytes,5,opt,name=post_start,json=postStart,proto3" json:"post_start,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	PostStart *Hook `protobuf:"bytes,5,opt,name=post_start,json=postStart,proto3" json:"post_start,omitempty"`
+	// order is STOP_FIRST when unspecified.
+	Order Order `protobuf:"varint,6,opt,name=order,proto3,enum=criproxy.ops.v1.Order" json:"order,omitempty"`
+	// min_ready_seconds is how long, with START_FIRST, the new container must have run
+	// (after postStart) before the old one is stopped; at most 3600.
+	MinReadySeconds int32 `protobuf:"varint,7,opt,name=min_ready_seconds,json=minReadySeconds,proto3" json:"min_ready_seconds,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *ContainerRestart) Reset() {
@@ -336,6 +396,20 @@ func (x *ContainerRestart) GetPostStart() *Hook {
 		return x.PostStart
 	}
 	return nil
+}
+
+func (x *ContainerRestart) GetOrder() Order {
+	if x != nil {
+		return x.Order
+	}
+	return Order_ORDER_UNSPECIFIED
+}
+
+func (x *ContainerRestart) GetMinReadySeconds() int32 {
+	if x != nil {
+		return x.MinReadySeconds
+	}
+	return 0
 }
 
 // Hook is a container lifecycle handler, with named ports resolved.
@@ -787,7 +861,10 @@ type ContainerOperation struct {
 	// gap is from the incumbent's exit to the successor's start, as the runtime reports them.
 	Gap *durationpb.Duration `protobuf:"bytes,11,opt,name=gap,proto3" json:"gap,omitempty"`
 	// warnings are hook failures and the like that did not end the operation.
-	Warnings      []string `protobuf:"bytes,12,rep,name=warnings,proto3" json:"warnings,omitempty"`
+	Warnings []string `protobuf:"bytes,12,rep,name=warnings,proto3" json:"warnings,omitempty"`
+	// method is how the gap was kept short: gate, pidfd, plain or overlap (see
+	// NodeInfoResponse.restart_methods); empty until it is chosen.
+	Method        string `protobuf:"bytes,13,opt,name=method,proto3" json:"method,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -904,6 +981,13 @@ func (x *ContainerOperation) GetWarnings() []string {
 		return x.Warnings
 	}
 	return nil
+}
+
+func (x *ContainerOperation) GetMethod() string {
+	if x != nil {
+		return x.Method
+	}
+	return ""
 }
 
 type GetOperationRequest struct {
@@ -1195,8 +1279,12 @@ type NodeInfoResponse struct {
 	ActiveSlots      []*ActiveSlot `protobuf:"bytes,7,rep,name=active_slots,json=activeSlots,proto3" json:"active_slots,omitempty"`
 	Counters         *Counters     `protobuf:"bytes,8,opt,name=counters,proto3" json:"counters,omitempty"`
 	Listen           string        `protobuf:"bytes,9,opt,name=listen,proto3" json:"listen,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// restart_methods are the ways to restart a container with a short gap, the
+	// shortest first, and whether this node has them. The first one that is available
+	// and applies to the container is used.
+	RestartMethods []*RestartMethod `protobuf:"bytes,10,rep,name=restart_methods,json=restartMethods,proto3" json:"restart_methods,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *NodeInfoResponse) Reset() {
@@ -1292,6 +1380,78 @@ func (x *NodeInfoResponse) GetListen() string {
 	return ""
 }
 
+func (x *NodeInfoResponse) GetRestartMethods() []*RestartMethod {
+	if x != nil {
+		return x.RestartMethods
+	}
+	return nil
+}
+
+// RestartMethod is one way to hand over from the old container to the new one:
+// gate (the new process waits just before its entrypoint), pidfd (the new
+// container is started when the kernel tells the old process' end) or plain (when the
+// runtime tells it).
+type RestartMethod struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Name      string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Available bool                   `protobuf:"varint,2,opt,name=available,proto3" json:"available,omitempty"`
+	// reason says why it is not available.
+	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestartMethod) Reset() {
+	*x = RestartMethod{}
+	mi := &file_api_ops_v1_ops_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestartMethod) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestartMethod) ProtoMessage() {}
+
+func (x *RestartMethod) ProtoReflect() protoreflect.Message {
+	mi := &file_api_ops_v1_ops_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestartMethod.ProtoReflect.Descriptor instead.
+func (*RestartMethod) Descriptor() ([]byte, []int) {
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *RestartMethod) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RestartMethod) GetAvailable() bool {
+	if x != nil {
+		return x.Available
+	}
+	return false
+}
+
+func (x *RestartMethod) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 type Runtime struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Endpoint string                 `protobuf:"bytes,1,opt,name=endpoint,proto3" json:"endpoint,omitempty"`
@@ -1305,7 +1465,7 @@ type Runtime struct {
 
 func (x *Runtime) Reset() {
 	*x = Runtime{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[17]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1317,7 +1477,7 @@ func (x *Runtime) String() string {
 func (*Runtime) ProtoMessage() {}
 
 func (x *Runtime) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[17]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1330,7 +1490,7 @@ func (x *Runtime) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Runtime.ProtoReflect.Descriptor instead.
 func (*Runtime) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{17}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Runtime) GetEndpoint() string {
@@ -1373,7 +1533,7 @@ type ActiveSlot struct {
 
 func (x *ActiveSlot) Reset() {
 	*x = ActiveSlot{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[18]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1385,7 +1545,7 @@ func (x *ActiveSlot) String() string {
 func (*ActiveSlot) ProtoMessage() {}
 
 func (x *ActiveSlot) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[18]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1398,7 +1558,7 @@ func (x *ActiveSlot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActiveSlot.ProtoReflect.Descriptor instead.
 func (*ActiveSlot) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{18}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ActiveSlot) GetPodUid() string {
@@ -1447,7 +1607,7 @@ type Counters struct {
 
 func (x *Counters) Reset() {
 	*x = Counters{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[19]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1459,7 +1619,7 @@ func (x *Counters) String() string {
 func (*Counters) ProtoMessage() {}
 
 func (x *Counters) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[19]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1472,7 +1632,7 @@ func (x *Counters) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Counters.ProtoReflect.Descriptor instead.
 func (*Counters) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{19}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Counters) GetCalls() uint64 {
@@ -1548,14 +1708,16 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"containers\x12\x18\n" +
 	"\aordered\x18\x04 \x01(\bR\aordered\x12\x14\n" +
 	"\x05force\x18\x05 \x01(\bR\x05force\x12\x1c\n" +
-	"\trequester\x18\x06 \x01(\tR\trequester\"\x92\x02\n" +
+	"\trequester\x18\x06 \x01(\tR\trequester\"\xec\x02\n" +
 	"\x10ContainerRestart\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x122\n" +
 	"\x15expected_container_id\x18\x02 \x01(\tR\x13expectedContainerId\x125\n" +
 	"\x14grace_period_seconds\x18\x03 \x01(\x03H\x00R\x12gracePeriodSeconds\x88\x01\x01\x120\n" +
 	"\bpre_stop\x18\x04 \x01(\v2\x15.criproxy.ops.v1.HookR\apreStop\x124\n" +
 	"\n" +
-	"post_start\x18\x05 \x01(\v2\x15.criproxy.ops.v1.HookR\tpostStartB\x17\n" +
+	"post_start\x18\x05 \x01(\v2\x15.criproxy.ops.v1.HookR\tpostStart\x12,\n" +
+	"\x05order\x18\x06 \x01(\x0e2\x16.criproxy.ops.v1.OrderR\x05order\x12*\n" +
+	"\x11min_ready_seconds\x18\a \x01(\x05R\x0fminReadySecondsB\x17\n" +
 	"\x15_grace_period_seconds\"\xb6\x01\n" +
 	"\x04Hook\x121\n" +
 	"\x04exec\x18\x01 \x01(\v2\x1b.criproxy.ops.v1.ExecActionH\x00R\x04exec\x12;\n" +
@@ -1590,7 +1752,7 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\vcreate_time\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"createTime\x12;\n" +
 	"\vfinish_time\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"finishTime\"\xc2\x03\n" +
+	"finishTime\"\xda\x03\n" +
 	"\x12ContainerOperation\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12,\n" +
 	"\x05phase\x18\x02 \x01(\x0e2\x16.criproxy.ops.v1.PhaseR\x05phase\x12\x16\n" +
@@ -1605,7 +1767,8 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"start_time\x18\n" +
 	" \x01(\v2\x1a.google.protobuf.TimestampR\tstartTime\x12+\n" +
 	"\x03gap\x18\v \x01(\v2\x19.google.protobuf.DurationR\x03gap\x12\x1a\n" +
-	"\bwarnings\x18\f \x03(\tR\bwarnings\"'\n" +
+	"\bwarnings\x18\f \x03(\tR\bwarnings\x12\x16\n" +
+	"\x06method\x18\r \x01(\tR\x06method\"'\n" +
 	"\x13GetOperationRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\")\n" +
 	"\x15WatchOperationRequest\x12\x10\n" +
@@ -1621,7 +1784,7 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\x16CancelOperationRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x11\n" +
-	"\x0fNodeInfoRequest\"\xbd\x03\n" +
+	"\x0fNodeInfoRequest\"\x86\x04\n" +
 	"\x10NodeInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1b\n" +
 	"\tnode_name\x18\x02 \x01(\tR\bnodeName\x129\n" +
@@ -1632,7 +1795,13 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\x12kubelet_user_agent\x18\x06 \x01(\tR\x10kubeletUserAgent\x12>\n" +
 	"\factive_slots\x18\a \x03(\v2\x1b.criproxy.ops.v1.ActiveSlotR\vactiveSlots\x125\n" +
 	"\bcounters\x18\b \x01(\v2\x19.criproxy.ops.v1.CountersR\bcounters\x12\x16\n" +
-	"\x06listen\x18\t \x01(\tR\x06listen\"i\n" +
+	"\x06listen\x18\t \x01(\tR\x06listen\x12G\n" +
+	"\x0frestart_methods\x18\n" +
+	" \x03(\v2\x1e.criproxy.ops.v1.RestartMethodR\x0erestartMethods\"Y\n" +
+	"\rRestartMethod\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
+	"\tavailable\x18\x02 \x01(\bR\tavailable\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"i\n" +
 	"\aRuntime\x12\x1a\n" +
 	"\bendpoint\x18\x01 \x01(\tR\bendpoint\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x12\n" +
@@ -1653,7 +1822,11 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\tin_flight\x18\x05 \x01(\x04R\binFlight\x121\n" +
 	"\x14operations_succeeded\x18\x06 \x01(\x04R\x13operationsSucceeded\x12+\n" +
 	"\x11operations_failed\x18\a \x01(\x04R\x10operationsFailed\x12/\n" +
-	"\x13recorded_containers\x18\b \x01(\x04R\x12recordedContainers*\xbd\x01\n" +
+	"\x13recorded_containers\x18\b \x01(\x04R\x12recordedContainers*K\n" +
+	"\x05Order\x12\x15\n" +
+	"\x11ORDER_UNSPECIFIED\x10\x00\x12\x14\n" +
+	"\x10ORDER_STOP_FIRST\x10\x01\x12\x15\n" +
+	"\x11ORDER_START_FIRST\x10\x02*\xbd\x01\n" +
 	"\x05Phase\x12\x15\n" +
 	"\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rPHASE_PENDING\x10\x01\x12\x11\n" +
@@ -1684,75 +1857,79 @@ func file_api_ops_v1_ops_proto_rawDescGZIP() []byte {
 	return file_api_ops_v1_ops_proto_rawDescData
 }
 
-var file_api_ops_v1_ops_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_api_ops_v1_ops_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_api_ops_v1_ops_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_api_ops_v1_ops_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_api_ops_v1_ops_proto_goTypes = []any{
-	(Phase)(0),                     // 0: criproxy.ops.v1.Phase
-	(*PodRef)(nil),                 // 1: criproxy.ops.v1.PodRef
-	(*RestartRequest)(nil),         // 2: criproxy.ops.v1.RestartRequest
-	(*ContainerRestart)(nil),       // 3: criproxy.ops.v1.ContainerRestart
-	(*Hook)(nil),                   // 4: criproxy.ops.v1.Hook
-	(*ExecAction)(nil),             // 5: criproxy.ops.v1.ExecAction
-	(*HTTPGetAction)(nil),          // 6: criproxy.ops.v1.HTTPGetAction
-	(*HTTPHeader)(nil),             // 7: criproxy.ops.v1.HTTPHeader
-	(*SleepAction)(nil),            // 8: criproxy.ops.v1.SleepAction
-	(*Operation)(nil),              // 9: criproxy.ops.v1.Operation
-	(*ContainerOperation)(nil),     // 10: criproxy.ops.v1.ContainerOperation
-	(*GetOperationRequest)(nil),    // 11: criproxy.ops.v1.GetOperationRequest
-	(*WatchOperationRequest)(nil),  // 12: criproxy.ops.v1.WatchOperationRequest
-	(*ListOperationsRequest)(nil),  // 13: criproxy.ops.v1.ListOperationsRequest
-	(*ListOperationsResponse)(nil), // 14: criproxy.ops.v1.ListOperationsResponse
-	(*CancelOperationRequest)(nil), // 15: criproxy.ops.v1.CancelOperationRequest
-	(*NodeInfoRequest)(nil),        // 16: criproxy.ops.v1.NodeInfoRequest
-	(*NodeInfoResponse)(nil),       // 17: criproxy.ops.v1.NodeInfoResponse
-	(*Runtime)(nil),                // 18: criproxy.ops.v1.Runtime
-	(*ActiveSlot)(nil),             // 19: criproxy.ops.v1.ActiveSlot
-	(*Counters)(nil),               // 20: criproxy.ops.v1.Counters
-	(*timestamppb.Timestamp)(nil),  // 21: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),    // 22: google.protobuf.Duration
+	(Order)(0),                     // 0: criproxy.ops.v1.Order
+	(Phase)(0),                     // 1: criproxy.ops.v1.Phase
+	(*PodRef)(nil),                 // 2: criproxy.ops.v1.PodRef
+	(*RestartRequest)(nil),         // 3: criproxy.ops.v1.RestartRequest
+	(*ContainerRestart)(nil),       // 4: criproxy.ops.v1.ContainerRestart
+	(*Hook)(nil),                   // 5: criproxy.ops.v1.Hook
+	(*ExecAction)(nil),             // 6: criproxy.ops.v1.ExecAction
+	(*HTTPGetAction)(nil),          // 7: criproxy.ops.v1.HTTPGetAction
+	(*HTTPHeader)(nil),             // 8: criproxy.ops.v1.HTTPHeader
+	(*SleepAction)(nil),            // 9: criproxy.ops.v1.SleepAction
+	(*Operation)(nil),              // 10: criproxy.ops.v1.Operation
+	(*ContainerOperation)(nil),     // 11: criproxy.ops.v1.ContainerOperation
+	(*GetOperationRequest)(nil),    // 12: criproxy.ops.v1.GetOperationRequest
+	(*WatchOperationRequest)(nil),  // 13: criproxy.ops.v1.WatchOperationRequest
+	(*ListOperationsRequest)(nil),  // 14: criproxy.ops.v1.ListOperationsRequest
+	(*ListOperationsResponse)(nil), // 15: criproxy.ops.v1.ListOperationsResponse
+	(*CancelOperationRequest)(nil), // 16: criproxy.ops.v1.CancelOperationRequest
+	(*NodeInfoRequest)(nil),        // 17: criproxy.ops.v1.NodeInfoRequest
+	(*NodeInfoResponse)(nil),       // 18: criproxy.ops.v1.NodeInfoResponse
+	(*RestartMethod)(nil),          // 19: criproxy.ops.v1.RestartMethod
+	(*Runtime)(nil),                // 20: criproxy.ops.v1.Runtime
+	(*ActiveSlot)(nil),             // 21: criproxy.ops.v1.ActiveSlot
+	(*Counters)(nil),               // 22: criproxy.ops.v1.Counters
+	(*timestamppb.Timestamp)(nil),  // 23: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),    // 24: google.protobuf.Duration
 }
 var file_api_ops_v1_ops_proto_depIdxs = []int32{
-	1,  // 0: criproxy.ops.v1.RestartRequest.pod:type_name -> criproxy.ops.v1.PodRef
-	3,  // 1: criproxy.ops.v1.RestartRequest.containers:type_name -> criproxy.ops.v1.ContainerRestart
-	4,  // 2: criproxy.ops.v1.ContainerRestart.pre_stop:type_name -> criproxy.ops.v1.Hook
-	4,  // 3: criproxy.ops.v1.ContainerRestart.post_start:type_name -> criproxy.ops.v1.Hook
-	5,  // 4: criproxy.ops.v1.Hook.exec:type_name -> criproxy.ops.v1.ExecAction
-	6,  // 5: criproxy.ops.v1.Hook.http_get:type_name -> criproxy.ops.v1.HTTPGetAction
-	8,  // 6: criproxy.ops.v1.Hook.sleep:type_name -> criproxy.ops.v1.SleepAction
-	7,  // 7: criproxy.ops.v1.HTTPGetAction.headers:type_name -> criproxy.ops.v1.HTTPHeader
-	1,  // 8: criproxy.ops.v1.Operation.pod:type_name -> criproxy.ops.v1.PodRef
-	0,  // 9: criproxy.ops.v1.Operation.phase:type_name -> criproxy.ops.v1.Phase
-	10, // 10: criproxy.ops.v1.Operation.containers:type_name -> criproxy.ops.v1.ContainerOperation
-	21, // 11: criproxy.ops.v1.Operation.create_time:type_name -> google.protobuf.Timestamp
-	21, // 12: criproxy.ops.v1.Operation.finish_time:type_name -> google.protobuf.Timestamp
-	0,  // 13: criproxy.ops.v1.ContainerOperation.phase:type_name -> criproxy.ops.v1.Phase
-	21, // 14: criproxy.ops.v1.ContainerOperation.stop_time:type_name -> google.protobuf.Timestamp
-	21, // 15: criproxy.ops.v1.ContainerOperation.start_time:type_name -> google.protobuf.Timestamp
-	22, // 16: criproxy.ops.v1.ContainerOperation.gap:type_name -> google.protobuf.Duration
-	9,  // 17: criproxy.ops.v1.ListOperationsResponse.operations:type_name -> criproxy.ops.v1.Operation
-	21, // 18: criproxy.ops.v1.NodeInfoResponse.start_time:type_name -> google.protobuf.Timestamp
-	18, // 19: criproxy.ops.v1.NodeInfoResponse.runtime:type_name -> criproxy.ops.v1.Runtime
-	21, // 20: criproxy.ops.v1.NodeInfoResponse.kubelet_last_call:type_name -> google.protobuf.Timestamp
-	19, // 21: criproxy.ops.v1.NodeInfoResponse.active_slots:type_name -> criproxy.ops.v1.ActiveSlot
-	20, // 22: criproxy.ops.v1.NodeInfoResponse.counters:type_name -> criproxy.ops.v1.Counters
-	0,  // 23: criproxy.ops.v1.ActiveSlot.phase:type_name -> criproxy.ops.v1.Phase
-	2,  // 24: criproxy.ops.v1.Ops.Restart:input_type -> criproxy.ops.v1.RestartRequest
-	11, // 25: criproxy.ops.v1.Ops.GetOperation:input_type -> criproxy.ops.v1.GetOperationRequest
-	12, // 26: criproxy.ops.v1.Ops.WatchOperation:input_type -> criproxy.ops.v1.WatchOperationRequest
-	13, // 27: criproxy.ops.v1.Ops.ListOperations:input_type -> criproxy.ops.v1.ListOperationsRequest
-	15, // 28: criproxy.ops.v1.Ops.CancelOperation:input_type -> criproxy.ops.v1.CancelOperationRequest
-	16, // 29: criproxy.ops.v1.Ops.NodeInfo:input_type -> criproxy.ops.v1.NodeInfoRequest
-	9,  // 30: criproxy.ops.v1.Ops.Restart:output_type -> criproxy.ops.v1.Operation
-	9,  // 31: criproxy.ops.v1.Ops.GetOperation:output_type -> criproxy.ops.v1.Operation
-	9,  // 32: criproxy.ops.v1.Ops.WatchOperation:output_type -> criproxy.ops.v1.Operation
-	14, // 33: criproxy.ops.v1.Ops.ListOperations:output_type -> criproxy.ops.v1.ListOperationsResponse
-	9,  // 34: criproxy.ops.v1.Ops.CancelOperation:output_type -> criproxy.ops.v1.Operation
-	17, // 35: criproxy.ops.v1.Ops.NodeInfo:output_type -> criproxy.ops.v1.NodeInfoResponse
-	30, // [30:36] is the sub-list for method output_type
-	24, // [24:30] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	2,  // 0: criproxy.ops.v1.RestartRequest.pod:type_name -> criproxy.ops.v1.PodRef
+	4,  // 1: criproxy.ops.v1.RestartRequest.containers:type_name -> criproxy.ops.v1.ContainerRestart
+	5,  // 2: criproxy.ops.v1.ContainerRestart.pre_stop:type_name -> criproxy.ops.v1.Hook
+	5,  // 3: criproxy.ops.v1.ContainerRestart.post_start:type_name -> criproxy.ops.v1.Hook
+	0,  // 4: criproxy.ops.v1.ContainerRestart.order:type_name -> criproxy.ops.v1.Order
+	6,  // 5: criproxy.ops.v1.Hook.exec:type_name -> criproxy.ops.v1.ExecAction
+	7,  // 6: criproxy.ops.v1.Hook.http_get:type_name -> criproxy.ops.v1.HTTPGetAction
+	9,  // 7: criproxy.ops.v1.Hook.sleep:type_name -> criproxy.ops.v1.SleepAction
+	8,  // 8: criproxy.ops.v1.HTTPGetAction.headers:type_name -> criproxy.ops.v1.HTTPHeader
+	2,  // 9: criproxy.ops.v1.Operation.pod:type_name -> criproxy.ops.v1.PodRef
+	1,  // 10: criproxy.ops.v1.Operation.phase:type_name -> criproxy.ops.v1.Phase
+	11, // 11: criproxy.ops.v1.Operation.containers:type_name -> criproxy.ops.v1.ContainerOperation
+	23, // 12: criproxy.ops.v1.Operation.create_time:type_name -> google.protobuf.Timestamp
+	23, // 13: criproxy.ops.v1.Operation.finish_time:type_name -> google.protobuf.Timestamp
+	1,  // 14: criproxy.ops.v1.ContainerOperation.phase:type_name -> criproxy.ops.v1.Phase
+	23, // 15: criproxy.ops.v1.ContainerOperation.stop_time:type_name -> google.protobuf.Timestamp
+	23, // 16: criproxy.ops.v1.ContainerOperation.start_time:type_name -> google.protobuf.Timestamp
+	24, // 17: criproxy.ops.v1.ContainerOperation.gap:type_name -> google.protobuf.Duration
+	10, // 18: criproxy.ops.v1.ListOperationsResponse.operations:type_name -> criproxy.ops.v1.Operation
+	23, // 19: criproxy.ops.v1.NodeInfoResponse.start_time:type_name -> google.protobuf.Timestamp
+	20, // 20: criproxy.ops.v1.NodeInfoResponse.runtime:type_name -> criproxy.ops.v1.Runtime
+	23, // 21: criproxy.ops.v1.NodeInfoResponse.kubelet_last_call:type_name -> google.protobuf.Timestamp
+	21, // 22: criproxy.ops.v1.NodeInfoResponse.active_slots:type_name -> criproxy.ops.v1.ActiveSlot
+	22, // 23: criproxy.ops.v1.NodeInfoResponse.counters:type_name -> criproxy.ops.v1.Counters
+	19, // 24: criproxy.ops.v1.NodeInfoResponse.restart_methods:type_name -> criproxy.ops.v1.RestartMethod
+	1,  // 25: criproxy.ops.v1.ActiveSlot.phase:type_name -> criproxy.ops.v1.Phase
+	3,  // 26: criproxy.ops.v1.Ops.Restart:input_type -> criproxy.ops.v1.RestartRequest
+	12, // 27: criproxy.ops.v1.Ops.GetOperation:input_type -> criproxy.ops.v1.GetOperationRequest
+	13, // 28: criproxy.ops.v1.Ops.WatchOperation:input_type -> criproxy.ops.v1.WatchOperationRequest
+	14, // 29: criproxy.ops.v1.Ops.ListOperations:input_type -> criproxy.ops.v1.ListOperationsRequest
+	16, // 30: criproxy.ops.v1.Ops.CancelOperation:input_type -> criproxy.ops.v1.CancelOperationRequest
+	17, // 31: criproxy.ops.v1.Ops.NodeInfo:input_type -> criproxy.ops.v1.NodeInfoRequest
+	10, // 32: criproxy.ops.v1.Ops.Restart:output_type -> criproxy.ops.v1.Operation
+	10, // 33: criproxy.ops.v1.Ops.GetOperation:output_type -> criproxy.ops.v1.Operation
+	10, // 34: criproxy.ops.v1.Ops.WatchOperation:output_type -> criproxy.ops.v1.Operation
+	15, // 35: criproxy.ops.v1.Ops.ListOperations:output_type -> criproxy.ops.v1.ListOperationsResponse
+	10, // 36: criproxy.ops.v1.Ops.CancelOperation:output_type -> criproxy.ops.v1.Operation
+	18, // 37: criproxy.ops.v1.Ops.NodeInfo:output_type -> criproxy.ops.v1.NodeInfoResponse
+	32, // [32:38] is the sub-list for method output_type
+	26, // [26:32] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_api_ops_v1_ops_proto_init() }
@@ -1771,8 +1948,8 @@ func file_api_ops_v1_ops_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_ops_v1_ops_proto_rawDesc), len(file_api_ops_v1_ops_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   20,
+			NumEnums:      2,
+			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

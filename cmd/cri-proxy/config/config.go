@@ -34,6 +34,8 @@ type Config struct {
 	NodeName string `yaml:"nodeName"`
 	// Ops is the ops API over TCP, for the controller.
 	Ops Ops `yaml:"ops"`
+	// Restart says how containers are restarted.
+	Restart Restart `yaml:"restart"`
 	// DrainTimeout bounds the wait for calls in flight at shutdown. The longest
 	// of them are image pulls.
 	DrainTimeout time.Duration `yaml:"drainTimeout"`
@@ -76,6 +78,16 @@ type Ops struct {
 	// AllowedClients are the names, one of which a client certificate must carry
 	// as DNS or URI subject alternative name, or as common name.
 	AllowedClients []string `yaml:"allowedClients"`
+}
+
+// Restart says how containers are restarted.
+type Restart struct {
+	// Method is the fastest way that may be used to hand over from the old container to the
+	// new one: gate, pidfd or plain. Where it does not work, the next slower one is used.
+	Method string `yaml:"method"`
+	// CDISpecDir is the directory that the runtime reads CDI specs from, for method gate.
+	// Empty: the last one in the runtime's own list.
+	CDISpecDir string `yaml:"cdiSpecDir"`
 }
 
 // Mode is a file mode written in octal.
@@ -121,6 +133,7 @@ func Default() *Config {
 		StateDir:        "/var/lib/cri-proxy",
 		AdminSocket:     DefaultAdminSocket,
 		Log:             Log{Level: "info", Format: "text"},
+		Restart:         Restart{Method: "gate"},
 		DrainTimeout:    defaultDrain,
 	}
 }
@@ -151,6 +164,8 @@ func (c *Config) Flags(fs *pflag.FlagSet) {
 	fs.StringVar(&c.Ops.KeyFile, "ops-key-file", c.Ops.KeyFile, "PEM key of the server certificate")
 	fs.StringVar(&c.Ops.ClientCAFile, "ops-client-ca-file", c.Ops.ClientCAFile, "PEM certificates of who signs client certificates")
 	fs.StringSliceVar(&c.Ops.AllowedClients, "ops-allowed-clients", c.Ops.AllowedClients, "names that client certificates may carry")
+	fs.StringVar(&c.Restart.Method, "restart-method", c.Restart.Method, "fastest way to hand over to a restarted container: gate, pidfd or plain")
+	fs.StringVar(&c.Restart.CDISpecDir, "cdi-spec-dir", c.Restart.CDISpecDir, "directory that the runtime reads CDI specs from (default: asked from the runtime)")
 	fs.DurationVar(&c.DrainTimeout, "drain-timeout", c.DrainTimeout, "longest wait for calls in flight at shutdown")
 	fs.StringVar(&c.RecordCalls, "record-calls", c.RecordCalls, "debug: file that gets a JSON line for every CRI call")
 }

@@ -99,6 +99,12 @@ func (c *Config) Validate() error {
 			bad("metricsAddress: %w", err)
 		}
 	}
+	if !slices.Contains([]string{"gate", "pidfd", "plain"}, c.Restart.Method) {
+		bad("restart.method: %q; want gate, pidfd or plain", c.Restart.Method)
+	}
+	if d := c.Restart.CDISpecDir; d != "" && !filepath.IsAbs(d) {
+		bad("restart.cdiSpecDir: %q is not an absolute path", d)
+	}
 	if c.DrainTimeout < 0 {
 		bad("drainTimeout: %s is negative; 0 ends calls at once", c.DrainTimeout)
 	}
