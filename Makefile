@@ -51,9 +51,10 @@ test-e2e: ## a one-node cluster behind the proxy, needs root
 	@go test -race -count=1 -p 1 -timeout $(E2E_TIMEOUT) ./test/e2e/...
 
 .PHONY: bench
-bench: build ## data path against direct calls and a plain byte relay, numbers into docs/benchmarks
+bench: build ## data path against direct calls, restarts against other ways (needs root), numbers into docs/benchmarks
 	@mkdir -p docs/benchmarks
-	@go run ./test/bench passthrough -cri-proxy bin/cri-proxy -out docs/benchmarks/passthrough.json $(BENCH_ARGS)
+	@$(call step,passthrough,go run ./test/bench passthrough -cri-proxy bin/cri-proxy -out docs/benchmarks/passthrough.json $(BENCH_ARGS))
+	@$(call step,gap,go run ./test/bench gap -cri-proxy bin/cri-proxy -out docs/benchmarks/gap.json -plot docs/benchmarks/gap.svg $(GAP_ARGS))
 
 .PHONY: demo
 demo: ## a cluster behind the proxy and a restart on it; KEEP=1 leaves it up

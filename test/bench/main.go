@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 )
 
 func main() {
@@ -25,6 +26,7 @@ const usage = `usage: bench COMMAND [flags]
 
 commands:
   passthrough   calls through the proxy against direct ones and a byte relay
+  gap           how long a container does not answer when it is restarted, against other ways; needs root
 `
 
 func run(ctx context.Context, args []string) error {
@@ -48,6 +50,29 @@ func run(ctx context.Context, args []string) error {
 			return fmt.Errorf("-rounds and -scale must be positive")
 		}
 		return passthrough(ctx, o)
+	case "gap":
+		fs := flag.NewFlagSet(command, flag.ExitOnError)
+		var o gapOptions
+		var from string
+		fs.StringVar(&o.out, "out", "", "write the results as JSON to this file")
+		fs.StringVar(&o.plot, "plot", "", "draw the results as SVG into this file")
+		fs.StringVar(&o.criProxy, "cri-proxy", "", "cri-proxy binary to measure (default: built from this checkout)")
+		fs.StringVar(&o.only, "ways", "", "measure only these, with commas: kubelet, cri-stop, plain, pidfd, gate, overlap, recreate")
+		fs.IntVar(&o.rounds, "rounds", 20, "restarts per way")
+		fs.IntVar(&o.series, "series", 20, "series of five restarts in a row")
+		fs.DurationVar(&o.period, "period", 500*time.Microsecond, "rhythm of the client that measures gaps")
+		fs.IntVar(&o.rate, "rate", 200, "requests a second, each on a new connection, of the client that counts failures")
+		fs.StringVar(&from, "from", "", "measure nothing: print and draw the results in this JSON file")
+		if err := fs.Parse(args); err != nil {
+			return err
+		}
+		if from != "" {
+			return redraw(from, o.plot)
+		}
+		if o.rounds < 1 || o.series < 0 || o.period <= 0 || o.rate < 1 {
+			return fmt.Errorf("-rounds, -period and -rate must be positive, -series not negative")
+		}
+		return gap(ctx, o)
 	case "role": // one of the processes, started by passthrough
 		return runRole(ctx, args)
 	}
