@@ -192,12 +192,12 @@ func setMethod(ctx context.Context, n *testbed.Node, method string) error {
 // takeTurns measures every way once per round, starting with another one each round.
 func (g *gapBench) takeTurns(ctx context.Context) error {
 	pods := map[*way]*gapPod{}
-	for round := range g.rounds {
+	for round := -1; round < g.rounds; round++ { // the first one warms up
 		if err := g.renew(ctx, pods); err != nil {
 			return err
 		}
 		for i := range g.ways {
-			w := g.ways[(i+round)%len(g.ways)]
+			w := g.ways[(i+max(round, 0))%len(g.ways)]
 			s, err := g.measure(ctx, w, pods[w])
 			if ctx.Err() != nil {
 				return ctx.Err()
@@ -209,7 +209,9 @@ func (g *gapBench) takeTurns(ctx context.Context) error {
 				pods[w].spent = true
 				g.report.note("%s, round %d: %v", w.name, round+1, err)
 			}
-			g.report.way(w.name).add(s)
+			if round >= 0 {
+				g.report.way(w.name).add(s)
+			}
 			progress("round %d/%d  %-9s %s", round+1, g.rounds, w.name, s)
 		}
 	}
