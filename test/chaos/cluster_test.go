@@ -1,0 +1,256 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package chaos
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/tools/clientcmd"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/yaml"
+
+	"github.com/cri-proxy/cri-proxy/test/chaos/faultproxy"
+	"github.com/cri-proxy/cri-proxy/test/testbed"
+)
+
+const (
+	// namespace holds all pods of a run.
+	namespace = "chaos"
+	// slotName is the container that is restarted; side is its neighbour.
+	slotName = "app"
+	sideName = "side"
+	// witness is a pod that nothing is done to.
+	witness = "witness"
+)
+
+// cluster is the one cluster of a run.
+type cluster struct {
+	bed       *testbed.Bed
+	api       client.Client
+	disk      *disk
+	faults    *faultproxy.Proxy
+	socket    string // of the fault proxy
+	failpoint string // the file that names the failpoint of the proxy's next start
+	scratch   string
+	calls     *callLog
+}
+
+// start brings the cluster up for the test.
+func start(t *testing.T) *cluster {
+	t.Helper()
+	cache, err := testbed.CacheDir()
+	must(t, err)
+	scratch, err := os.MkdirTemp(cache, "chaos-")
+	must(t, err)
+	t.Cleanup(func() { must(t, os.RemoveAll(scratch)) })
+	program := filepath.Join(scratch, "cri-proxy")
+	build := exec.CommandContext(t.Context(), "go", "build", "-race", "-tags", "failpoint", "-o", program, "github.com/cri-proxy/cri-proxy/cmd/cri-proxy")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("building cri-proxy: %v\n%s", err, out)
+	}
+	c := &cluster{scratch: scratch, calls: &callLog{path: filepath.Join(scratch, "calls.json")}}
+	c.bed, err = testbed.Start(t.Context(), testbed.Options{
+		Mode: testbed.ModeCluster, Race: true, Log: os.Stderr, KeepLogs: t.Failed,
+		ProxyBinary: program, ProxyArgs: []string{"--record-calls", c.calls.path},
+	})
+	must(t, err)
+	t.Cleanup(func() {
+		if err := c.bed.Close(context.WithoutCancel(t.Context())); err != nil {
+			t.Error(err)
+		}
+	})
+	// What the bed copied the program to is what runs.
+	copied, err := filepath.EvalSymlinks(filepath.Join(c.bed.Bin, "cri-proxy"))
+	must(t, err)
+	c.failpoint = copied + ".failpoint"
+	c.disk, err = mountDisk(filepath.Join(c.bed.NodeDir, "disk"))
+	must(t, err)
+	t.Cleanup(func() {
+		_ = c.bed.KillProxy(context.WithoutCancel(t.Context()), syscall.SIGKILL)
+		if err := c.disk.close(); err != nil {
+			t.Error(err)
+		}
+	})
+	c.socket = filepath.Join(c.bed.RunDir, "faults.sock")
+	c.faults, err = faultproxy.Start(c.socket, c.bed.RuntimeSocket)
+	must(t, err)
+	t.Cleanup(func() {
+		if err := c.faults.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	config, err := clientcmd.BuildConfigFromFlags("", c.bed.Kubeconfig)
+	must(t, err)
+	config.QPS, config.Burst = 200, 400
+	c.api, err = client.New(config, client.Options{})
+	must(t, err)
+	must(t, c.bed.CreateNamespace(t.Context(), namespace))
+	return c
+}
+
+// configure writes the proxy's configuration for its next start.
+func (c *cluster) configure(method string, faulty bool) error {
+	file := c.bed.ProxyConfig()
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	config := map[string]any{}
+	if err := yaml.Unmarshal(b, &config); err != nil {
+		return err
+	}
+	if method == overlap {
+		method = gate // of no account: the order decides
+	}
+	config["stateDir"] = c.disk.state()
+	config["restart"] = map[string]any{"method": method, "cdiSpecDir": c.cdi()}
+	config["runtimeEndpoint"] = "unix://" + c.bed.RuntimeSocket
+	if faulty {
+		config["runtimeEndpoint"] = "unix://" + c.socket
+	}
+	if b, err = yaml.Marshal(config); err != nil {
+		return err
+	}
+	return os.WriteFile(file, b, 0o600)
+}
+
+func (c *cluster) cdi() string { return filepath.Join(c.bed.RunDir, "cdi") }
+
+// restartProxy ends the proxy and starts it with a failpoint armed, none if empty. Later starts have none.
+func (c *cluster) restartProxy(ctx context.Context, sig syscall.Signal, failpoint string) error {
+	if err := c.bed.KillProxy(ctx, sig); err != nil {
+		return err
+	}
+	return c.startProxy(ctx, failpoint)
+}
+
+func (c *cluster) startProxy(ctx context.Context, failpoint string) error {
+	if err := os.WriteFile(c.failpoint, []byte(failpoint), 0o600); err != nil {
+		return err
+	}
+	return errors.Join(c.bed.StartProxy(ctx), os.WriteFile(c.failpoint, nil, 0o600))
+}
+
+// heal brings back what a case may have left broken.
+func (c *cluster) heal(ctx context.Context) error {
+	c.faults.Disarm()
+	errs := []error{c.disk.free()}
+	if p := c.bed.Process("containerd"); p.Running() {
+		errs = append(errs, p.Signal(syscall.SIGCONT))
+	} else {
+		errs = append(errs, c.bed.StartContainerd(ctx))
+	}
+	if !c.bed.Process("kubelet").Running() {
+		errs = append(errs, c.bed.StartKubelet(ctx))
+	}
+	if !c.bed.Process("cri-proxy").Running() {
+		errs = append(errs, c.startProxy(ctx, ""))
+	}
+	return errors.Join(errs...)
+}
+
+// script is what the containers run. The kernel tells whether two are alive at a time, for a lock goes when its last holder is gone,
+// whichever way; and it costs nothing while it waits.
+const script = `exec 9>>/work/lock
+flock -n 9 || echo overlap >> /work/overlaps
+echo start >> /work/starts
+trap 'exit 0' TERM
+sleep 2147483647 & wait`
+
+// podNamed is a pod with the slot and a neighbour.
+func (c *cluster) podNamed(name string) *corev1.Pod {
+	grace, no := int64(2), false
+	container := func(name string) corev1.Container {
+		return corev1.Container{
+			Name: name, Image: c.bed.Image("busybox:1.0"), Command: []string{"sh", "-c", script},
+			VolumeMounts: []corev1.VolumeMount{{Name: name, MountPath: "/work"}},
+		}
+	}
+	volume := func(name string) corev1.Volume {
+		return corev1.Volume{Name: name, VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}}
+	}
+	return &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name},
+		Spec: corev1.PodSpec{
+			RestartPolicy: corev1.RestartPolicyAlways, TerminationGracePeriodSeconds: &grace,
+			AutomountServiceAccountToken: &no, EnableServiceLinks: &no,
+			Containers: []corev1.Container{container(slotName), container(sideName)},
+			Volumes:    []corev1.Volume{volume(slotName), volume(sideName)},
+		},
+	}
+}
+
+// volume is the slot's directory on the node.
+func (c *cluster) volume(podUID string) string {
+	return filepath.Join(c.bed.NodeDir, "kubelet", "pods", podUID, "volumes", "kubernetes.io~empty-dir", slotName)
+}
+
+// create creates pods and waits until all run.
+func (c *cluster) create(ctx context.Context, names ...string) error {
+	for _, n := range names {
+		if err := c.api.Create(ctx, c.podNamed(n)); err != nil {
+			return err
+		}
+	}
+	for _, n := range names {
+		err := eventually(ctx, time.Minute, func() error {
+			p := &corev1.Pod{}
+			if err := c.api.Get(ctx, client.ObjectKey{Namespace: namespace, Name: n}, p); err != nil {
+				return err
+			}
+			for _, cond := range p.Status.Conditions {
+				if cond.Type == corev1.PodReady && cond.Status == corev1.ConditionTrue {
+					return nil
+				}
+			}
+			return fmt.Errorf("pod %s is not ready: %+v", n, p.Status.ContainerStatuses)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// remove deletes the pod and does not wait.
+func (c *cluster) remove(ctx context.Context, name string) error {
+	grace := int64(1)
+	return client.IgnoreNotFound(c.api.Delete(ctx, c.podNamed(name), &client.DeleteOptions{GracePeriodSeconds: &grace}))
+}
+
+// eventually calls cond until it returns nil, at most for the time given, and returns its last error.
+func eventually(ctx context.Context, patience time.Duration, cond func() error) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	tick := time.NewTicker(50 * time.Millisecond) // other processes are polled
+	defer tick.Stop()
+	for {
+		err := cond()
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return fmt.Errorf("not within %s: %w", patience, err)
+		}
+	}
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
