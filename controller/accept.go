@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"maps"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 
@@ -31,6 +32,8 @@ type accepted struct {
 	PodUID     string                                                           `json:"podUID"`
 	NodeName   string                                                           `json:"nodeName"`
 	Containers map[string]appsv1alpha1.ContainerRecreateRequestContainerContext `json:"containers"`
+	// StartFirst is what RestartOrderAnnotation asked for.
+	StartFirst bool `json:"startFirst,omitempty"`
 }
 
 // acceptedOf reads the annotation; nil when the request has not been accepted.
@@ -86,8 +89,12 @@ func accept(crr *appsv1alpha1.ContainerRecreateRequest, pod *corev1.Pod, node *c
 	case node == nil:
 		return nil, &refusal{message: fmt.Sprintf("node %s of pod %s does not exist", pod.Spec.NodeName, where)}
 	}
+	startFirst, err := startFirstOf(crr)
+	if err != nil {
+		return nil, err
+	}
 	a := &accepted{
-		Request: string(crr.UID), PodUID: string(pod.UID), NodeName: pod.Spec.NodeName,
+		Request: string(crr.UID), PodUID: string(pod.UID), NodeName: pod.Spec.NodeName, StartFirst: startFirst,
 		Containers: map[string]appsv1alpha1.ContainerRecreateRequestContainerContext{},
 	}
 	wrong := map[string]string{}
@@ -99,6 +106,9 @@ func accept(crr *appsv1alpha1.ContainerRecreateRequest, pod *corev1.Pod, node *c
 		context, err := identify(pod, c.Name)
 		if err != nil {
 			wrong[c.Name] = err.Error()
+		} else if s := strategyOf(crr.Spec.Strategy, c.Strategy); startFirst && s.minStarted > maxMinReady {
+			wrong[c.Name] = fmt.Sprintf("container %s: minStartedSeconds is %d, and at most %d with annotation %s: %s",
+				c.Name, s.minStarted/time.Second, maxMinReady/time.Second, appsv1alpha1.RestartOrderAnnotation, appsv1alpha1.RestartOrderStartFirst)
 		}
 		a.Containers[c.Name] = context
 	}
@@ -106,6 +116,22 @@ func accept(crr *appsv1alpha1.ContainerRecreateRequest, pod *corev1.Pod, node *c
 		return nil, &refusal{containers: wrong}
 	}
 	return a, nil
+}
+
+// maxMinReady is what a node accepts as ContainerRestart.min_ready_seconds.
+const maxMinReady = time.Hour
+
+// startFirstOf reads RestartOrderAnnotation; the error is a *refusal.
+func startFirstOf(crr *appsv1alpha1.ContainerRecreateRequest) (bool, error) {
+	order, ok := crr.Annotations[appsv1alpha1.RestartOrderAnnotation]
+	switch {
+	case !ok || order == appsv1alpha1.RestartOrderStopFirst:
+		return false, nil
+	case order == appsv1alpha1.RestartOrderStartFirst:
+		return true, nil
+	}
+	return false, &refusal{message: fmt.Sprintf("annotation %s is %q: it must be %s or %s, or left out",
+		appsv1alpha1.RestartOrderAnnotation, order, appsv1alpha1.RestartOrderStopFirst, appsv1alpha1.RestartOrderStartFirst)}
 }
 
 // identify is the identity of a container that can be recreated, or why it cannot.
@@ -119,6 +145,11 @@ func identify(pod *corev1.Pod, name string) (appsv1alpha1.ContainerRecreateReque
 		return none, fmt.Errorf("container %s is an ephemeral container: it cannot be recreated", name)
 	case kindNone:
 		return none, fmt.Errorf("pod %s has no container %s; it has %s", pod.Name, name, strings.Join(containerNames(pod), ", "))
+	}
+	if spec.Lifecycle != nil {
+		if _, err := hookOf(spec, spec.Lifecycle.PostStart, ""); err != nil {
+			return none, fmt.Errorf("container %s has a postStart handler that kubelet would stop the new container for (%w): correct it in the pod's template", name, err)
+		}
 	}
 	status := containerStatus(pod, spec.Name)
 	if status == nil || status.ContainerID == "" {

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
@@ -29,6 +30,14 @@ func (p *pass) podUID() string {
 		return p.pod.Annotations[mirrorAnnotation]
 	}
 	return p.accepted.PodUID
+}
+
+// podIP is where httpGet hooks without a host go. The runtime does not know it of a pod in the host's network.
+func (p *pass) podIP() string {
+	if p.pod == nil {
+		return ""
+	}
+	return p.pod.Status.PodIP
 }
 
 // node is where to reach the node of the request.
@@ -179,10 +188,14 @@ func (p *pass) restartRequest(c *container) *opsv1.RestartRequest {
 	want := &opsv1.ContainerRestart{
 		Name: c.name, ExpectedContainerId: c.pinned.ContainerID, GracePeriodSeconds: c.strategy.grace,
 	}
+	if c.strategy.startFirst {
+		want.Order, want.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, int32(c.strategy.minStarted/time.Second)
+	}
 	if c.spec != nil && c.spec.Lifecycle != nil {
-		// What cannot be resolved is not sent; tell reports it as kubelet does.
-		want.PreStop, _ = hookOf(c.spec, c.spec.Lifecycle.PreStop)
-		want.PostStart, _ = hookOf(c.spec, c.spec.Lifecycle.PostStart)
+		// A preStop that cannot be resolved is not sent: the node finds it on the container and says what is wrong
+		// with it. A postStart that cannot be is refused in identify.
+		want.PreStop, _ = hookOf(c.spec, c.spec.Lifecycle.PreStop, p.podIP())
+		want.PostStart, _ = hookOf(c.spec, c.spec.Lifecycle.PostStart, p.podIP())
 	}
 	return &opsv1.RestartRequest{
 		Uid:        p.operationUID(c),

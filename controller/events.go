@@ -52,13 +52,17 @@ func (p *pass) tell(before *appsv1alpha1.ContainerRecreateRequestStatus) {
 		switch c.state.Phase {
 		case recreating:
 			p.event(pod, corev1.EventTypeNormal, eventRestarting, "Restarting container %s in place for ContainerRecreateRequest %s", c.name, p.crr.Name)
-			p.tellHooks(c)
 		case succeeded:
 			p.event(pod, corev1.EventTypeNormal, eventRestarted, "%s", p.restartedNote(c))
 			p.tellWarnings(c)
 		case failed:
-			p.event(pod, corev1.EventTypeWarning, eventFailed, "ContainerRecreateRequest %s, container %s: %s", p.crr.Name, c.name, c.state.Message)
-			p.event(p.requestRef(), corev1.EventTypeWarning, eventFailed, "container %s: %s", c.name, c.state.Message)
+			message := c.state.Message
+			if c.op.GetReason() == reasonPostStartFailed && !c.replaced {
+				p.tellHook(c, eventPostStartFailed, "PostStartHook failed")
+				message = "the postStart hook failed and the new container was stopped" // without the hook's output, see tellHook
+			}
+			p.event(pod, corev1.EventTypeWarning, eventFailed, "ContainerRecreateRequest %s, container %s: %s", p.crr.Name, c.name, message)
+			p.event(p.requestRef(), corev1.EventTypeWarning, eventFailed, "container %s: %s", c.name, message)
 			p.tellWarnings(c)
 		}
 	}
@@ -68,6 +72,9 @@ func (p *pass) restartedNote(c *container) string {
 	note := fmt.Sprintf("Restarted container %s in place for ContainerRecreateRequest %s", c.name, p.crr.Name)
 	if c.replaced {
 		return note + " (another request had replaced it already)"
+	}
+	if c.op.GetMethod() == methodOverlap {
+		return note + ", the old one was stopped after the new one had started"
 	}
 	if d := c.op.GetGap(); d != nil {
 		note += fmt.Sprintf(", it was down for %s", d.AsDuration().Round(1e6))
@@ -81,28 +88,19 @@ func (p *pass) tellWarnings(c *container) {
 		return
 	}
 	for _, w := range c.op.GetWarnings() {
-		reason := eventWarning
-		switch lower := strings.ToLower(w); {
-		case strings.Contains(lower, "prestop"):
-			reason = eventPreStopFailed
-		case strings.Contains(lower, "poststart"):
-			reason = eventPostStartFailed
+		if strings.HasPrefix(w, "preStop") {
+			p.tellHook(c, eventPreStopFailed, "PreStopHook failed")
+			continue
 		}
-		p.event(p.podRef(c), corev1.EventTypeWarning, reason, "%s", w)
+		p.event(p.podRef(c), corev1.EventTypeWarning, eventWarning, "%s", w)
 	}
 }
 
-// tellHooks reports hooks that cannot be run, as kubelet does.
-func (p *pass) tellHooks(c *container) {
-	if c.spec == nil || c.spec.Lifecycle == nil {
-		return
-	}
-	if _, err := hookOf(c.spec, c.spec.Lifecycle.PreStop); err != nil {
-		p.event(p.podRef(c), corev1.EventTypeWarning, eventPreStopFailed, "PreStopHook failed: %s", err)
-	}
-	if _, err := hookOf(c.spec, c.spec.Lifecycle.PostStart); err != nil {
-		p.event(p.podRef(c), corev1.EventTypeWarning, eventPostStartFailed, "PostStartHook failed: %s", err)
-	}
+// tellHook reports a hook that failed, on the pod in kubelet's words and on the request. What the hook printed stays
+// out of Events, as in kubelet (kuberuntime_container.go): there may be secrets in it. The node's log has it.
+func (p *pass) tellHook(c *container, reason, note string) {
+	p.event(p.podRef(c), corev1.EventTypeWarning, reason, "%s", note)
+	p.event(p.requestRef(), corev1.EventTypeWarning, reason, "container %s: %s", c.name, note)
 }
 
 // tellUngated says once that a wished-for drain does not take place.

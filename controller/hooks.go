@@ -6,21 +6,21 @@ package controller
 import (
 	"errors"
 	"fmt"
-	"strconv"
+	"slices"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// errTCPSocketHook is what kubelet makes of such a handler (pkg/kubelet/lifecycle):
+// errTCPSocketHook is what kubelet makes of such a handler (pkg/kubelet/lifecycle/handlers.go):
 // it has no code for it.
 var errTCPSocketHook = errors.New("tcpSocket is not a handler kubelet runs")
 
-// hookOf is the node's form of a lifecycle handler of container c, with a named
-// port resolved. It is nil for no handler; an error says why kubelet could not run
-// the handler either.
-func hookOf(c *corev1.Container, h *corev1.LifecycleHandler) (*opsv1.Hook, error) {
+// hookOf is the node's form of a lifecycle handler of container c, with a named port resolved and podIP for the host
+// that is left out. It is nil for no handler; an error says why kubelet could not run the handler either.
+func hookOf(c *corev1.Container, h *corev1.LifecycleHandler, podIP string) (*opsv1.Hook, error) {
 	switch {
 	case h == nil:
 		return nil, nil
@@ -37,6 +37,9 @@ func hookOf(c *corev1.Container, h *corev1.LifecycleHandler) (*opsv1.Hook, error
 		get := &opsv1.HTTPGetAction{
 			Scheme: string(h.HTTPGet.Scheme), Host: h.HTTPGet.Host, Port: port, Path: h.HTTPGet.Path,
 		}
+		if get.Host == "" {
+			get.Host = podIP
+		}
 		for _, header := range h.HTTPGet.HTTPHeaders {
 			get.Headers = append(get.Headers, &opsv1.HTTPHeader{Name: header.Name, Value: header.Value})
 		}
@@ -50,23 +53,18 @@ func hookOf(c *corev1.Container, h *corev1.LifecycleHandler) (*opsv1.Hook, error
 	}
 }
 
-// portOf resolves as kubelet does: a number, the name of a container port, or a
-// number in a string; 80 when there is none.
+// portOf resolves as kubelet does (pkg/probe/util.go ResolveContainerPort): a number, or the name of a container port.
 func portOf(c *corev1.Container, get *corev1.HTTPGetAction) (int32, error) {
-	port := get.Port.IntValue()
-	if get.Port.StrVal == "" && port == 0 {
-		return 80, nil
-	}
-	if port == 0 {
-		for _, p := range c.Ports {
-			if p.Name == get.Port.StrVal {
-				return p.ContainerPort, nil
-			}
+	port := get.Port.IntVal
+	if get.Port.Type == intstr.String {
+		i := slices.IndexFunc(c.Ports, func(p corev1.ContainerPort) bool { return p.Name == get.Port.StrVal })
+		if i < 0 {
+			return 0, fmt.Errorf("httpGet names the port %q, which container %s does not have", get.Port.StrVal, c.Name)
 		}
-		return 0, fmt.Errorf("httpGet names the port %q, which container %s does not have", get.Port.StrVal, c.Name)
+		port = c.Ports[i].ContainerPort
 	}
 	if port < 1 || port > 65535 {
-		return 0, errors.New("httpGet port " + strconv.Itoa(port) + " is not a port number")
+		return 0, fmt.Errorf("httpGet port %d is not a port number", port)
 	}
-	return int32(port), nil
+	return port, nil
 }

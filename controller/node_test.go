@@ -194,7 +194,7 @@ func (n *testNode) hold(container string, at opsv1.Phase) (release func()) {
 	return sync.OnceFunc(func() { close(gate) })
 }
 
-// failAt makes operations on the container end with the given account at its phase.
+// fail makes operations on the container end with the given account or, if that has no phase, only has its warnings told.
 func (n *testNode) fail(container string, account *opsv1.ContainerOperation) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -317,6 +317,9 @@ func (n *testNode) carryOut(o *testOperation, slot string, token chan struct{}) 
 	for _, phase := range []opsv1.Phase{opsv1.Phase_PHASE_STAGING, opsv1.Phase_PHASE_STOPPING, opsv1.Phase_PHASE_STARTING} {
 		n.update(o, func(c *opsv1.ContainerOperation) {
 			c.Phase, c.IncumbentId, c.Attempt = phase, incumbent, uint32(attempt)
+			if o.request.GetContainers()[0].GetOrder() == opsv1.Order_ORDER_START_FIRST {
+				c.Method = methodOverlap
+			}
 			if phase == opsv1.Phase_PHASE_STARTING {
 				c.StopTime = timestamppb.Now()
 			}
@@ -338,7 +341,10 @@ func (n *testNode) carryOut(o *testOperation, slot string, token chan struct{}) 
 				return
 			}
 		}
-		if failure != nil {
+		switch {
+		case failure.GetPhase() == opsv1.Phase_PHASE_UNSPECIFIED && phase == opsv1.Phase_PHASE_STARTING:
+			n.update(o, func(c *opsv1.ContainerOperation) { c.Warnings = failure.GetWarnings() })
+		case failure.GetPhase() != opsv1.Phase_PHASE_UNSPECIFIED:
 			n.update(o, func(c *opsv1.ContainerOperation) { proto.Merge(c, failure) })
 			return
 		}

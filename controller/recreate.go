@@ -360,7 +360,7 @@ func (p *pass) gather() {
 			}
 		}
 		if p.accepted != nil {
-			c.pinned = p.accepted.Containers[want.Name]
+			c.pinned, c.strategy.startFirst = p.accepted.Containers[want.Name], p.accepted.StartFirst
 		}
 		if p.pod != nil {
 			c.spec, _ = containerSpec(p.pod, want.Name)

@@ -220,11 +220,16 @@ func (b *bed) create(name string, s spec) {
 
 func (b *bed) createFor(name string, s spec) {
 	b.t.Helper()
+	b.createWith(name, s, nil)
+}
+
+func (b *bed) createWith(name string, s spec, annotations map[string]string) {
+	b.t.Helper()
 	if s.Strategy == nil {
 		s.Strategy = &how{}
 	}
 	crr := &request{ObjectMeta: metav1.ObjectMeta{
-		Namespace: "ns", Name: name, UID: types.UID("uid-" + name), CreationTimestamp: metav1.NewTime(b.r.now()),
+		Namespace: "ns", Name: name, UID: types.UID("uid-" + name), CreationTimestamp: metav1.NewTime(b.r.now()), Annotations: annotations,
 	}, Spec: s}
 	if err := b.client.Create(context.Background(), crr); err != nil {
 		b.t.Fatal(err)
@@ -436,7 +441,7 @@ func TestTwoContainers(t *testing.T) {
 }
 
 func TestFailure(t *testing.T) {
-	broken := &opsv1.ContainerOperation{Phase: opsv1.Phase_PHASE_FAILED, Reason: "StartFailed", Message: "starting the new container: no such file", Warnings: []string{"preStop hook: exit 1"}}
+	broken := &opsv1.ContainerOperation{Phase: opsv1.Phase_PHASE_FAILED, Reason: "StartFailed", Message: "starting the new container: no such file", Warnings: []string{"preStop hook failed: exit 1"}}
 	t.Run("Fail leaves the rest alone", func(t *testing.T) {
 		b := newBed(t)
 		b.node.fail("app", broken)
@@ -448,7 +453,7 @@ func TestFailure(t *testing.T) {
 			t.Errorf("node got %v", got)
 		}
 		wantContains(t, "events", b.eventsSoFar(), "Warning RestartFailed")
-		wantContains(t, "events", b.eventsSoFar(), "Warning FailedPreStopHook preStop hook: exit 1")
+		wantContains(t, "events", b.eventsSoFar(), "Warning FailedPreStopHook PreStopHook failed")
 	})
 	t.Run("Ignore goes on", func(t *testing.T) {
 		b := newBed(t)
@@ -852,6 +857,9 @@ func TestRefused(t *testing.T) {
 			p.DeletionTimestamp, p.Finalizers = pointer(metav1.Now()), []string{"test/hold"}
 		}, "", "app", "pod ns/pod is being deleted"},
 		{"no node", func(p *corev1.Pod) { p.Spec.NodeName = "node-2" }, "", "app", "node node-2 of pod ns/pod does not exist"},
+		{"postStart that cannot be run", func(p *corev1.Pod) {
+			p.Spec.Containers[0].Lifecycle = &corev1.Lifecycle{PostStart: &corev1.LifecycleHandler{TCPSocket: &corev1.TCPSocketAction{}}}
+		}, "", "app", "container app has a postStart handler that kubelet would stop the new container for (tcpSocket is not a handler kubelet runs)"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -942,6 +950,68 @@ func TestMinStartedSeconds(t *testing.T) {
 	}
 	b.after(31 * time.Second)
 	b.wantStates(b.until("completed", isCompleted, "a"), "app Succeeded killed")
+}
+
+// TestStartFirst asks for the new container to run before the old one is stopped. The node waits for
+// minStartedSeconds then, and the controller does not wait again.
+func TestStartFirst(t *testing.T) {
+	create := func(b *bed, order string, s how) *request {
+		b.createWith("a", spec{PodName: "pod", Containers: containers("app"), Strategy: &s}, map[string]string{"cri-proxy.io/restart-order": order})
+		return b.until("completed", retired, "a")
+	}
+	t.Run("StartFirst", func(t *testing.T) {
+		b := newBed(t)
+		b.wantStates(create(b, "StartFirst", how{MinStartedSeconds: 3600}), "app Succeeded killed")
+		if got := b.node.requests[0].GetContainers()[0]; got.GetOrder() != opsv1.Order_ORDER_START_FIRST || got.GetMinReadySeconds() != 3600 {
+			t.Errorf("node got %v", got)
+		}
+		wantContains(t, "events", b.eventsSoFar(), "the old one was stopped after the new one had started")
+	})
+	t.Run("a container that kubelet started after it has to run as long itself", func(t *testing.T) {
+		b := newBed(t)
+		release := b.node.hold("app", opsv1.Phase_PHASE_STOPPING)
+		b.createWith("a", spec{PodName: "pod", Containers: containers("app"), Strategy: &how{MinStartedSeconds: 30}}, map[string]string{"cri-proxy.io/restart-order": "StartFirst"})
+		b.until("under way", b.phaseIs(recreating, "app"), "a")
+		b.node.swapped = func(uid, name, _ string, attempt int32) { b.kubelet(uid, name, "later", attempt+1) }
+		release()
+		b.until("the later one runs", func(crr *request) bool { return states(crr) == "app Recreating killed" }, "a")
+		b.after(31 * time.Second)
+		b.wantStates(b.until("completed", isCompleted, "a"), "app Succeeded killed")
+	})
+	t.Run("StopFirst", func(t *testing.T) {
+		b := newBed(t)
+		b.wantStates(create(b, "StopFirst", how{}), "app Succeeded killed")
+		if got := b.node.requests[0].GetContainers()[0]; got.GetOrder() != opsv1.Order_ORDER_UNSPECIFIED || got.GetMinReadySeconds() != 0 {
+			t.Errorf("node got %v", got)
+		}
+	})
+	t.Run("changed after it was accepted", func(t *testing.T) {
+		b := newBed(t)
+		release := b.node.hold("app", opsv1.Phase_PHASE_STAGING)
+		b.create("a", spec{Containers: containers("app")})
+		crr := b.until("under way", b.phaseIs(recreating, "app"), "a")
+		crr.Annotations["cri-proxy.io/restart-order"] = "Sideways"
+		if err := b.client.Update(t.Context(), crr); err != nil {
+			t.Fatal(err)
+		}
+		release()
+		b.wantStates(b.until("completed", isCompleted, "a"), "app Succeeded killed")
+	})
+	for _, order := range []string{"", "startfirst", "Both"} {
+		t.Run(fmt.Sprintf("refused: %q", order), func(t *testing.T) {
+			b := newBed(t)
+			crr := create(b, order, how{})
+			wantContains(t, "message", crr.Status.Message, fmt.Sprintf("annotation cri-proxy.io/restart-order is %q: it must be StopFirst or StartFirst, or left out", order))
+			if len(b.node.requests) != 0 {
+				t.Errorf("node got %v", b.node.commanded())
+			}
+		})
+	}
+	t.Run("refused: minStartedSeconds that no node takes", func(t *testing.T) {
+		b := newBed(t)
+		crr := create(b, "StartFirst", how{MinStartedSeconds: 3601})
+		wantContains(t, "message", crr.Status.Message, "container app: minStartedSeconds is 3601, and at most 3600 with annotation cri-proxy.io/restart-order: StartFirst")
+	})
 }
 
 func TestNewContainerEnds(t *testing.T) {

@@ -83,7 +83,7 @@ func slimPod(in any) (any, error) {
 		}
 		return slim
 	}
-	slim.Status.Phase, slim.Status.Conditions = pod.Status.Phase, pod.Status.Conditions
+	slim.Status.Phase, slim.Status.Conditions, slim.Status.PodIP = pod.Status.Phase, pod.Status.Conditions, pod.Status.PodIP
 	slim.Status.ContainerStatuses, slim.Status.InitContainerStatuses = statuses(pod.Status.ContainerStatuses), statuses(pod.Status.InitContainerStatuses)
 	return slim, nil
 }

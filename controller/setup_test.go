@@ -36,7 +36,7 @@ func TestSlimPod(t *testing.T) {
 			ReadinessGates: []corev1.PodReadinessGate{{ConditionType: "KruisePodReady"}},
 		},
 		Status: corev1.PodStatus{
-			Phase:             corev1.PodRunning,
+			Phase: corev1.PodRunning, PodIP: "192.0.2.7",
 			ContainerStatuses: []corev1.ContainerStatus{{Name: "app", ContainerID: "containerd://x", RestartCount: 3, Image: "i", ImageID: "id"}},
 		},
 	}
@@ -48,7 +48,7 @@ func TestSlimPod(t *testing.T) {
 	if slim.Spec.Containers[0].Env != nil || slim.Spec.Volumes != nil || slim.ManagedFields != nil || len(slim.Annotations) != 1 {
 		t.Errorf("kept too much: %+v", slim)
 	}
-	if !hasReadyGate(slim) || slim.ResourceVersion != "7" || slim.Annotations[mirrorAnnotation] != "m" {
+	if !hasReadyGate(slim) || slim.Status.PodIP != "192.0.2.7" || slim.ResourceVersion != "7" || slim.Annotations[mirrorAnnotation] != "m" {
 		t.Errorf("kept too little: %+v", slim)
 	}
 	crr := &request{Spec: spec{PodName: "pod", Containers: containers("app")}}

@@ -27,6 +27,12 @@ const (
 // replaced since the request was accepted.
 const reasonExpectedIDDiffers = "ExpectedIDDiffers"
 
+// reasonPostStartFailed is the node's word for a new container that was stopped because its postStart hook failed.
+const reasonPostStartFailed = "PostStartHookFailed"
+
+// methodOverlap is the node's word for a restart in which the new container ran before the old one was stopped.
+const methodOverlap = "overlap"
+
 // container is all that is known of one container of a request.
 type container struct {
 	name     string
@@ -123,12 +129,16 @@ func (c *container) awaitReady(pod *corev1.Pod, now time.Time) time.Duration {
 	case state.Waiting != nil:
 		c.state.Message = fmt.Sprintf("the new container is waiting (%s); waiting for it to become ready", state.Waiting.Reason)
 	case state.Running != nil && c.status.Ready:
+		minStarted := c.strategy.minStarted
+		if c.op.GetMethod() == methodOverlap && c.strategy.startFirst && !c.replaced && bareID(c.status.ContainerID) == c.op.GetSuccessorId() {
+			minStarted = 0 // the node saw it run for that long before it stopped the old one
+		}
 		// A node whose clock is ahead must not make the wait longer than it is.
 		since := state.Running.StartedAt.Time
 		if !c.firstSeen.IsZero() && c.firstSeen.Before(since) {
 			since = c.firstSeen
 		}
-		if left := c.strategy.minStarted - now.Sub(since); left > 0 {
+		if left := minStarted - now.Sub(since); left > 0 {
 			return left
 		}
 		c.state.Phase, c.state.Message = succeeded, ""

@@ -21,6 +21,8 @@ type strategy struct {
 	// it stays in service.
 	unready    *time.Duration
 	minStarted time.Duration
+	// startFirst is the request's alone.
+	startFirst bool
 }
 
 func strategyOf(request *appsv1alpha1.ContainerRecreateRequestStrategy, container *appsv1alpha1.ContainerRecreateRequestContainerStrategy) strategy {

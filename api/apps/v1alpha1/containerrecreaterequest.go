@@ -33,6 +33,21 @@ const (
 	KruisePodReadyConditionType corev1.PodConditionType = "KruisePodReady"
 )
 
+// RestartOrderAnnotation on a ContainerRecreateRequest says which goes first, the new container or the end of the
+// old one: RestartOrderStopFirst, as without the annotation, or RestartOrderStartFirst. A request with any other
+// value is refused. It is read once, when the request is accepted.
+const RestartOrderAnnotation = "cri-proxy.io/restart-order"
+
+// Values of RestartOrderAnnotation.
+const (
+	// RestartOrderStopFirst stops the old container, then lets the new one run: never both.
+	RestartOrderStopFirst = "StopFirst"
+	// RestartOrderStartFirst starts the new container beside the old one, which is stopped when the new one has run for
+	// minStartedSeconds (at most 3600). It is for applications that share their ports (SO_REUSEPORT) or have none. A
+	// new container that ends before that fails the request and leaves the old one alone.
+	RestartOrderStartFirst = "StartFirst"
+)
+
 // ContainerRecreateRequestFailurePolicyType says what a failed container means
 // for the containers after it.
 //
