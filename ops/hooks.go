@@ -68,9 +68,9 @@ func (e *Engine) runExecHook(ctx context.Context, a *opsv1.ExecAction, container
 	return nil
 }
 
-// runHTTPHook does what kubelet's handler does (pkg/kubelet/lifecycle/handlers.go): no
-// certificate check, any status below 400 is fine, and https falls back to http
-// when the server does not speak TLS.
+// runHTTPHook does what kubelet's handler does (pkg/kubelet/lifecycle/handlers.go): no certificate check, every
+// answer is fine whatever its status, and https falls back to http, without credentials, when the server
+// answers in plain HTTP.
 func (e *Engine) runHTTPHook(ctx context.Context, a *opsv1.HTTPGetAction, sandbox string) error {
 	host := a.GetHost()
 	if host == "" {
@@ -88,44 +88,51 @@ func (e *Engine) runHTTPHook(ctx context.Context, a *opsv1.HTTPGetAction, sandbo
 		u = &url.URL{Path: a.GetPath()} // as kubelet does (pkg/probe/http/request.go formatURL)
 	}
 	u.Scheme, u.Host = scheme, net.JoinHostPort(host, strconv.Itoa(int(a.GetPort())))
-	err = e.httpGet(ctx, u, a.GetHeaders())
-	var record tls.RecordHeaderError
-	if errors.As(err, &record) || (err != nil && strings.Contains(err.Error(), "server gave HTTP response to HTTPS client")) {
-		u.Scheme = "http"
-		err = e.httpGet(ctx, u, a.GetHeaders())
+	req, err := hookRequest(ctx, u, a.GetHeaders())
+	if err != nil {
+		return err
+	}
+	err = e.httpDo(req)
+	if err != nil && strings.Contains(err.Error(), "server gave HTTP response to HTTPS client") {
+		req = req.Clone(ctx)
+		req.URL.Scheme = "http"
+		req.Header.Del("Authorization")
+		err = e.httpDo(req)
 	}
 	return err
 }
 
-func (e *Engine) httpGet(ctx context.Context, u *url.URL, headers []*opsv1.HTTPHeader) error {
+// hookRequest is kubelet's request (pkg/probe/http/request.go newProbeRequest) under a name of our own.
+func hookRequest(ctx context.Context, u *url.URL, headers []*opsv1.HTTPHeader) (*http.Request, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, h := range headers {
-		if strings.EqualFold(h.GetName(), "Host") {
-			req.Host = h.GetValue()
-			continue
-		}
 		req.Header.Add(h.GetName(), h.GetValue())
 	}
-	for name, value := range map[string]string{"User-Agent": "kube-lifecycle/cri-proxy", "Accept": "*/*"} {
-		if req.Header.Values(name) == nil {
-			req.Header.Set(name, value)
-		}
+	if req.Header.Values("User-Agent") == nil {
+		req.Header.Set("User-Agent", "kube-lifecycle/cri-proxy")
 	}
+	if req.Header.Values("Accept") == nil {
+		req.Header.Set("Accept", "*/*")
+	} else if req.Header.Get("Accept") == "" {
+		req.Header.Del("Accept")
+	}
+	if host := req.Header.Get("Host"); host != "" {
+		req.Host = host
+	}
+	return req, nil
+}
+
+// httpDo sends the request and reads its answer, as far as kubelet does.
+func (e *Engine) httpDo(req *http.Request) error {
 	resp, err := e.hooks.Do(req)
 	if err != nil {
 		return err
 	}
-	_, err = io.Copy(io.Discard, io.LimitReader(resp.Body, 10<<10))
-	if err = errors.Join(err, resp.Body.Close()); err != nil {
-		return err
-	}
-	if resp.StatusCode >= http.StatusBadRequest {
-		return fmt.Errorf("GET %s: %s", u, resp.Status)
-	}
-	return nil
+	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 10<<10)) // so that the server gets its answer off; it was received
+	return resp.Body.Close()
 }
 
 // maxRedirects is what kubelet follows (pkg/probe/http RedirectChecker).
@@ -207,18 +214,16 @@ func recordedPreStop(annotations map[string]string) (*opsv1.Hook, error) {
 	}
 }
 
-// resolvePort reads an int-or-string port; names are looked up in the container's ports.
+// resolvePort reads an int-or-string port; names are looked up in the container's ports (pkg/probe/util.go
+// ResolveContainerPort).
 func resolvePort(raw json.RawMessage, portsJSON string) (int32, error) {
 	var n int32
 	if err := json.Unmarshal(raw, &n); err == nil {
-		return n, nil
+		return portNumber(n)
 	}
 	var name string
 	if err := json.Unmarshal(raw, &name); err != nil {
 		return 0, fmt.Errorf("port %s: %w", raw, err)
-	}
-	if n, err := strconv.ParseInt(name, 10, 32); err == nil {
-		return int32(n), nil
 	}
 	var ports []struct {
 		Name          string `json:"name"`
@@ -231,8 +236,15 @@ func resolvePort(raw json.RawMessage, portsJSON string) (int32, error) {
 	}
 	for _, p := range ports {
 		if p.Name == name {
-			return p.ContainerPort, nil
+			return portNumber(p.ContainerPort)
 		}
 	}
 	return 0, fmt.Errorf("the container has no port named %q", name)
+}
+
+func portNumber(n int32) (int32, error) {
+	if n < 1 || n > 65535 {
+		return 0, fmt.Errorf("%d is not a port number", n)
+	}
+	return n, nil
 }

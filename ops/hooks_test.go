@@ -21,7 +21,7 @@ func TestRecordedPreStop(t *testing.T) {
 	hook := func(a *opsv1.HTTPGetAction) *opsv1.Hook {
 		return &opsv1.Hook{Action: &opsv1.Hook_HttpGet{HttpGet: a}}
 	}
-	const ports = `[{"name":"web","containerPort":8080},{"name":"admin","containerPort":9090}]`
+	const ports = `[{"name":"web","containerPort":8080},{"name":"admin","containerPort":9090},{"name":"big","containerPort":70000}]`
 	cases := []struct {
 		name, recorded string
 		want           *opsv1.Hook
@@ -35,7 +35,9 @@ func TestRecordedPreStop(t *testing.T) {
 			want: hook(&opsv1.HTTPGetAction{Path: "/bye?x=1", Port: 80, Host: "h", Scheme: "HTTPS", Headers: []*opsv1.HTTPHeader{{Name: "A", Value: "b"}}}),
 		},
 		{name: "named port", recorded: `{"httpGet":{"port":"admin"}}`, want: hook(&opsv1.HTTPGetAction{Port: 9090})},
-		{name: "number as a name", recorded: `{"httpGet":{"port":"81"}}`, want: hook(&opsv1.HTTPGetAction{Port: 81})},
+		{name: "number as a name", recorded: `{"httpGet":{"port":"81"}}`, err: `the container has no port named "81"`},
+		{name: "port 0", recorded: `{"httpGet":{"port":0}}`, err: "0 is not a port number"},
+		{name: "port too high", recorded: `{"httpGet":{"port":"big"}}`, err: "70000 is not a port number"},
 		{name: "unknown port", recorded: `{"httpGet":{"port":"nope"}}`, err: `the container has no port named "nope"`},
 		{name: "no port", recorded: `{"httpGet":{}}`, err: "port"},
 		{name: "odd port", recorded: `{"httpGet":{"port":[]}}`, err: "port []"},
@@ -61,12 +63,12 @@ func TestRecordedPreStop(t *testing.T) {
 
 // The request is the one kubelet would make (pkg/kubelet/lifecycle/handlers.go, pkg/probe/http/request.go).
 func TestHTTPHook(t *testing.T) {
-	type seen struct{ uri, host, agent, accept, custom string }
+	type seen struct{ uri, host, agent, accept, custom, credentials string }
 	for _, tls := range []bool{false, true} {
 		requests := make(chan seen, 10)
 		mux := http.NewServeMux()
 		mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-			requests <- seen{r.RequestURI, r.Host, strings.Join(r.Header.Values("User-Agent"), ","), strings.Join(r.Header.Values("Accept"), ","), strings.Join(r.Header.Values("X-A"), ",")}
+			requests <- seen{r.RequestURI, r.Host, strings.Join(r.Header.Values("User-Agent"), ","), strings.Join(r.Header.Values("Accept"), ","), strings.Join(r.Header.Values("X-A"), ","), r.Header.Get("Authorization")}
 			switch r.URL.Path {
 			case "/busy":
 				w.WriteHeader(http.StatusServiceUnavailable)
@@ -109,7 +111,10 @@ func TestHTTPHook(t *testing.T) {
 			{name: "path that cannot be parsed", a: at("/%zz"), want: []seen{plain("/%25zz")}},
 			{name: "headers", a: at("/", &opsv1.HTTPHeader{Name: "X-A", Value: "1"}, &opsv1.HTTPHeader{Name: "x-a", Value: "2"}), want: []seen{{uri: "/", host: u.Host, agent: "kube-lifecycle/cri-proxy", accept: "*/*", custom: "1,2"}}},
 			{name: "headers of ours", a: at("/", &opsv1.HTTPHeader{Name: "user-agent", Value: "me"}, &opsv1.HTTPHeader{Name: "Accept", Value: "text/plain"}, &opsv1.HTTPHeader{Name: "host", Value: "shop.example"}), want: []seen{{uri: "/", host: "shop.example", agent: "me", accept: "text/plain"}}},
-			{name: "refused", a: at("/busy"), want: []seen{plain("/busy")}, err: "503 Service Unavailable"},
+			{name: "empty Accept", a: at("/", &opsv1.HTTPHeader{Name: "accept"}), want: []seen{{uri: "/", host: u.Host, agent: "kube-lifecycle/cri-proxy"}}},
+			{name: "two hosts", a: at("/", &opsv1.HTTPHeader{Name: "Host", Value: "a"}, &opsv1.HTTPHeader{Name: "Host", Value: "b"}), want: []seen{{uri: "/", host: "a", agent: "kube-lifecycle/cri-proxy", accept: "*/*"}}},
+			{name: "credentials", a: at("/", &opsv1.HTTPHeader{Name: "Authorization", Value: "x"}), want: []seen{{uri: "/", host: u.Host, agent: "kube-lifecycle/cri-proxy", accept: "*/*", credentials: "x"}}},
+			{name: "an error is an answer", a: at("/busy"), want: []seen{plain("/busy")}},
 			{name: "redirect on the host", a: at("/moved"), want: []seen{plain("/moved"), plain("/there")}},
 			{name: "another host", a: at("/away"), want: []seen{plain("/away")}},
 		}
@@ -129,7 +134,13 @@ func TestHTTPHook(t *testing.T) {
 				a    *opsv1.HTTPGetAction
 				want []seen
 				err  string
-			}{name: "no TLS there", a: &opsv1.HTTPGetAction{Scheme: "HTTPS", Port: int32(pport), Path: "/x"}, want: []seen{{uri: "/x", host: pu.Host, agent: "kube-lifecycle/cri-proxy", accept: "*/*"}}})
+			}{
+				name: "no TLS there", want: []seen{{uri: "/x", host: pu.Host, agent: "kube-lifecycle/cri-proxy", accept: "*/*", custom: "1"}},
+				a: &opsv1.HTTPGetAction{
+					Scheme: "HTTPS", Port: int32(pport), Path: "/x",
+					Headers: []*opsv1.HTTPHeader{{Name: "Authorization", Value: "x"}, {Name: "X-A", Value: "1"}},
+				},
+			})
 		}
 		for _, tc := range cases {
 			t.Run(map[bool]string{true: "https ", false: "http "}[tls]+tc.name, func(t *testing.T) {
