@@ -41,7 +41,7 @@ type heldEvent struct {
 
 // Message implements [proxy.StreamFilter].
 func (f *eventFilter) Message(msg []byte) ([][]byte, error) {
-	if !f.view.Active() {
+	if !f.view.Active() && f.view.starts.Load() == 0 {
 		return [][]byte{msg}, nil
 	}
 	m, err := decode(msg, &runtimeapi.ContainerEventResponse{})

@@ -183,7 +183,7 @@ func (d *Director) removeContainer(ctx context.Context, method string, raw []byt
 		return nil, err
 	}
 	d.records.Removed(req.GetContainerId())
-	d.view.forget(req.GetContainerId())
+	d.view.Forget(req.GetContainerId())
 	return b, nil
 }
 

@@ -11,7 +11,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
-// containerStatus does not know hidden containers and shows masked ones running.
+// containerStatus does not know hidden containers, shows masked ones running, and tells when a container that had been
+// held at a gate really began.
 func (d *Director) containerStatus(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.ContainerStatusRequest{})
 	if err != nil {
@@ -27,15 +28,18 @@ func (d *Director) containerStatus(ctx context.Context, _ string, raw []byte, ne
 	if err != nil {
 		return nil, err
 	}
+	changed := d.view.correct(m.GetStatus())
 	switch look.judge(m.GetStatus().GetId(), m.GetStatus().GetAnnotations()) {
 	case hidden:
 		return nil, notFound(req.GetContainerId())
 	case masked:
 		showRunning(m.GetStatus())
-		return encode(m)
-	default:
+		changed = true
+	}
+	if !changed {
 		return b, nil
 	}
+	return encode(m)
 }
 
 // podSandboxStatus filters the container statuses that evented PLEG reads from it.
@@ -56,6 +60,7 @@ func (l *look) showStatuses(list []*runtimeapi.ContainerStatus) []*runtimeapi.Co
 		case masked:
 			showRunning(s)
 		}
+		l.view.correct(s)
 		return false
 	})
 }

@@ -93,15 +93,21 @@ func New(o Options) *Director {
 	return d
 }
 
+// tellsStart are the methods whose answer has the start of a container in it.
+var tellsStart = map[string]bool{
+	runtimeapi.RuntimeService_ContainerStatus_FullMethodName:  true,
+	runtimeapi.RuntimeService_PodSandboxStatus_FullMethodName: true,
+}
+
 // Unary implements [proxy.Director].
 func (d *Director) Unary(method string) proxy.UnaryInterceptor {
 	if ic, ok := d.always[method]; ok {
 		return ic
 	}
-	if !d.view.Active() {
-		return nil
+	if d.view.Active() || (d.view.starts.Load() > 0 && tellsStart[method]) {
+		return d.active[method]
 	}
-	return d.active[method]
+	return nil
 }
 
 // Stream implements [proxy.Director]. Streams are always taken, because an operation may

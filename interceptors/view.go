@@ -11,6 +11,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
 // StagedAnnotation marks a container that an operation created. Its value is
@@ -48,6 +50,10 @@ type View struct {
 	// heirs are the successors of incumbents that were shown exited, until those are removed.
 	heirs map[string]*heir
 	stops map[string]int // container and sandbox IDs, as given, with a stop of kubelet's in flight
+	// started has when the processes of containers began whose start the runtime tells too early. starts is its size, for
+	// the pass path.
+	started map[string]time.Time
+	starts  atomic.Int32
 }
 
 // NewView returns a view that hides and masks nothing.
@@ -61,6 +67,7 @@ func NewView() *View {
 		streams: map[*eventFilter]struct{}{},
 		heirs:   map[string]*heir{},
 		stops:   map[string]int{},
+		started: map[string]time.Time{},
 	}
 }
 
@@ -249,9 +256,14 @@ func (c *Claim) Staged(id string) {
 }
 
 // Mask makes the incumbent be shown running from now on.
+//
+// It does nothing once the claim is settled.
 func (c *Claim) Mask() {
 	c.view.mu.Lock()
 	defer c.view.mu.Unlock()
+	if !c.speaking {
+		return
+	}
 	c.view.ids[c.incumbent] = c
 	c.view.noteLocked(c, c.incumbent, masked)
 }
@@ -390,11 +402,41 @@ func (v *View) lateHeirs(sandbox string) []heir {
 	return out
 }
 
-// forget drops what is remembered of a container that is removed.
-func (v *View) forget(id string) {
+// Forget drops what is remembered of a container that does not exist any more.
+func (v *View) Forget(id string) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	delete(v.heirs, id)
+	if _, ok := v.started[id]; ok {
+		delete(v.started, id)
+		v.starts.Add(-1)
+	}
+}
+
+// SetStarted says when the container's process really began, where the runtime tells an earlier time: that of a container
+// that has been held at a gate. It counts until the container is removed.
+func (v *View) SetStarted(id string, at time.Time) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if _, ok := v.started[id]; !ok {
+		v.starts.Add(1)
+	}
+	v.started[id] = at
+}
+
+// correct puts the real start into a status and reports whether that changed it.
+func (v *View) correct(s *runtimeapi.ContainerStatus) bool {
+	if v.starts.Load() == 0 {
+		return false
+	}
+	v.mu.RLock()
+	at, ok := v.started[s.GetId()]
+	v.mu.RUnlock()
+	if !ok || s.GetStartedAt() == 0 || s.GetStartedAt() == at.UnixNano() {
+		return false
+	}
+	s.StartedAt = at.UnixNano()
+	return true
 }
 
 // verdict is how one container is shown.

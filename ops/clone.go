@@ -18,6 +18,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/gate"
 )
 
 // Labels and annotations that kubelet puts on containers and sandboxes
@@ -126,6 +127,7 @@ func (e *Engine) requestOf(ctx context.Context, id, sandbox string) (*runtimeapi
 	if err := json.Unmarshal([]byte(st.GetInfo()["info"]), &info); err != nil || info.Config == nil {
 		return nil, nil, fmt.Errorf("container %s is older than cri-proxy and the runtime does not tell its config: let kubelet restart it once (delete the pod)", id)
 	}
+	gate.Strip(info.Config)
 	for _, m := range info.Config.GetMounts() {
 		if m.GetImage() != nil {
 			m.HostPath = "" // containerd fills in where it mounted the image volume (container_create.go mutateMounts)

@@ -49,6 +49,11 @@ type Options struct {
 	Log  logrus.FieldLogger
 	// Registerer gets the engine's metrics.
 	Registerer prometheus.Registerer
+	// Method is the fastest method that may be used for StopFirst. Empty means [MethodGate].
+	Method Method
+	// CDISpecDir is one of the directories that the runtime reads CDI specs from, for
+	// [MethodGate]. Empty: the runtime is asked.
+	CDISpecDir string
 	// LegacyLogDir is where kubelet keeps a symlink per container log for log
 	// shippers. Empty means /var/log/containers.
 	LegacyLogDir string
@@ -64,6 +69,7 @@ type Engine struct {
 	hooks     *http.Client
 	legacyLog string
 	metrics   *metrics
+	methods   *methods
 
 	// queue wakes Run for operations that are accepted and not yet started.
 	queue chan struct{}
@@ -86,6 +92,7 @@ type operation struct {
 	containers []containerRecord
 	changed    chan struct{} // closed and replaced at each change
 	cancelled  chan struct{} // closed by cancel
+	cancelSaid bool          // cancelled is closed
 	committed  bool          // something has been stopped, or is about to be
 	claims     map[int]*interceptors.Claim
 }
@@ -113,6 +120,7 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		records:   records,
 		hooks:     hookClient(),
 		legacyLog: o.LegacyLogDir,
+		methods:   newMethods(o.Method, o.StateDir, o.CDISpecDir),
 		queue:     make(chan struct{}, 1),
 		ops:       map[string]*operation{},
 		tokens:    map[string]bool{},
@@ -120,6 +128,7 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 	if e.legacyLog == "" {
 		e.legacyLog = "/var/log/containers"
 	}
+	records.eachStarted(o.View.SetStarted)
 	if e.metrics, err = newMetrics(o.Registerer, e); err == nil {
 		err = j.load(e.revive, func(err error) {
 			log.WithError(err).Error("journal record set aside; what its operation has staged is removed")
@@ -165,12 +174,16 @@ func (e *Engine) revive(uid string, r *record) error {
 		e.ops[uid] = o
 		return nil
 	}
+	if r.Cancelled {
+		o.cancelSaid = true
+		close(o.cancelled)
+	}
 	for i := range o.containers {
 		c := &o.containers[i]
 		if c.Step == stepNone || c.Step == stepDone {
 			continue
 		}
-		o.committed = o.committed || c.Step == stepStaged || c.Step == stepStop || c.Step == stepStarted || c.Step == stepReveal
+		o.committed = o.committed || !c.StopBy.IsZero() || c.Step == stepStop || c.Step == stepStarted || c.Step == stepReveal
 		slot := interceptors.Slot{PodUID: o.op.GetPod().GetUid(), Container: o.op.GetContainers()[i].GetName()}
 		claim, err := e.view.TryClaim(slot)
 		if err != nil {
@@ -208,6 +221,7 @@ func (e *Engine) Run(ctx context.Context) error {
 	defer wg.Wait()
 	wg.Go(func() {
 		if e.awaitRuntime(ctx) == nil {
+			e.probe(ctx)
 			e.tidy(ctx)
 		}
 		if sleep(ctx, lateCreate) == nil {
@@ -260,8 +274,12 @@ func (e *Engine) tidy(ctx context.Context) {
 	}
 	for id := range recorded {
 		e.records.Removed(id)
+		e.view.Forget(id)
 	}
 	e.removeStrays(ctx, list.GetContainers())
+	if err := e.methods.removeStray(e.knows); err != nil {
+		e.log.WithError(err).Warn("gates that no operation knows not removed")
+	}
 }
 
 // lateCreate is how long after the start of a process a CreateContainer of the one before, which was cut off, may still
@@ -439,7 +457,7 @@ func (e *Engine) saveLocked(o *operation) error {
 	if err != nil {
 		return err
 	}
-	return e.journal.put(o.op.GetUid(), &record{Operation: op, Request: req, Containers: o.containers})
+	return e.journal.put(o.op.GetUid(), &record{Operation: op, Request: req, Containers: o.containers, Cancelled: o.cancelSaid})
 }
 
 // snapshot returns a copy that nobody changes.
@@ -502,22 +520,22 @@ func (o *operation) commit() bool {
 	}
 }
 
-// cancel cancels the operation unless it has been committed.
-func (o *operation) cancel(reason string) error {
+// cancel cancels the operation unless it has been committed. Once it returns nil, the operation stays cancelled.
+func (e *Engine) cancel(o *operation, reason string) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.op.GetFinishTime() != nil {
+	if o.op.GetFinishTime() != nil || o.cancelSaid {
 		return nil
 	}
 	if o.committed {
 		return status.Errorf(codes.FailedPrecondition, "operation %s has begun to stop containers and runs to its end", o.op.GetUid())
 	}
-	select {
-	case <-o.cancelled:
-	default:
-		o.op.Message = reason
-		close(o.cancelled)
+	o.cancelSaid, o.op.Message = true, reason
+	if err := e.saveLocked(o); err != nil {
+		o.cancelSaid, o.op.Message = false, ""
+		return status.Errorf(codes.Internal, "not cancelled: %v", err)
 	}
+	close(o.cancelled)
 	return nil
 }
 

@@ -34,6 +34,7 @@ const (
 	stepNone    step = ""
 	stepStage   step = "stage"   // the successor is about to be created
 	stepStaged  step = "staged"  // it exists; the incumbent is about to be masked and its preStop run
+	stepStart   step = "start"   // StartFirst: the successor is about to be started beside the incumbent
 	stepStop    step = "stop"    // the incumbent is about to be stopped and the successor started
 	stepStarted step = "started" // the successor runs; postStart and reveal follow
 	stepReveal  step = "reveal"  // both are about to be shown to kubelet, and stay so
@@ -46,6 +47,8 @@ type record struct {
 	Operation  []byte            `json:"operation"` // opsv1.Operation
 	Request    []byte            `json:"request"`   // opsv1.RestartRequest
 	Containers []containerRecord `json:"containers"`
+	// Cancelled is set once the operation has been cancelled, which it then stays.
+	Cancelled bool `json:"cancelled,omitempty"`
 }
 
 // containerRecord is the journal's part of one container's restart.
@@ -60,8 +63,11 @@ type containerRecord struct {
 	Retried bool `json:"retried,omitempty"`
 	// StopBy is when the grace of preStop and stop together ends.
 	StopBy time.Time `json:"stopBy,omitzero"`
-	// PostStarted is set once postStart has been tried.
+	// PostStarted is set once postStart has been tried, PostDone when it has ended well.
 	PostStarted bool `json:"postStarted,omitempty"`
+	PostDone    bool `json:"postDone,omitempty"`
+	// Method is how the container hands over.
+	Method Method `json:"method,omitempty"`
 }
 
 // journal is the durable list of operations, in one bbolt file of mode 0600.

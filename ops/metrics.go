@@ -12,8 +12,9 @@ import (
 )
 
 type metrics struct {
-	results *prometheus.CounterVec
-	gap     prometheus.Histogram
+	results      *prometheus.CounterVec
+	gap          *prometheus.HistogramVec
+	gateFailures prometheus.Counter
 }
 
 func newMetrics(reg prometheus.Registerer, e *Engine) (*metrics, error) {
@@ -21,9 +22,12 @@ func newMetrics(reg prometheus.Registerer, e *Engine) (*metrics, error) {
 		results: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "criproxy_operations_total", Help: "Finished operations by kind and result.",
 		}, []string{"kind", "result"}),
-		gap: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name: "criproxy_restart_gap_seconds", Help: "From the exit of a container to the start of its successor.",
+		gap: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "criproxy_restart_gap_seconds", Help: "From the exit of a container to the start of its successor, by method; 0 where they overlap.",
 			Buckets: []float64{.002, .005, .01, .02, .05, .1, .2, .5, 1, 5, 30},
+		}, []string{"method"}),
+		gateFailures: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "criproxy_gate_failures_total", Help: "Restarts that were to use a gate and went on without.",
 		}),
 	}
 	if reg == nil {
@@ -43,7 +47,7 @@ func newMetrics(reg prometheus.Registerer, e *Engine) (*metrics, error) {
 	recorded := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "criproxy_recorded_containers", Help: "Containers whose creation was recorded.",
 	}, func() float64 { return float64(e.records.Len()) })
-	for _, c := range []prometheus.Collector{m.results, m.gap, active, recorded} {
+	for _, c := range []prometheus.Collector{m.results, m.gap, m.gateFailures, active, recorded} {
 		if err := reg.Register(c); err != nil {
 			return nil, fmt.Errorf("metrics: %w", err)
 		}

@@ -4,12 +4,14 @@
 package ops
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"sync/atomic"
+	"time"
 
 	"github.com/sirupsen/logrus"
 	bolt "go.etcd.io/bbolt"
@@ -23,10 +25,11 @@ import (
 var (
 	bucketRequests  = []byte("requests")
 	bucketResources = []byte("resources")
+	bucketStarted   = []byte("started")
 )
 
 // Records keeps, by container ID, the CreateContainer request as kubelet sent it and the
-// resources last applied. It outlives the process but not the boot: containers
+// resources last applied, and when the process of a gated one began. It outlives the process but not the boot: containers
 // don't either, which is why writes need not wait for the disk.
 type Records struct {
 	db  *bolt.DB
@@ -94,7 +97,7 @@ func openRecordsFile(path string, log logrus.FieldLogger) (_ *Records, err error
 	}()
 	r := &Records{db: db, log: log}
 	err = db.Update(func(tx *bolt.Tx) error {
-		for _, b := range [][]byte{bucketRequests, bucketResources} {
+		for _, b := range [][]byte{bucketRequests, bucketResources, bucketStarted} {
 			if _, err := tx.CreateBucketIfNotExists(b); err != nil {
 				return err
 			}
@@ -142,7 +145,7 @@ func (r *Records) Removed(id string) {
 		if tx.Bucket(bucketRequests).Get([]byte(id)) != nil {
 			r.n.Add(-1)
 		}
-		return errors.Join(tx.Bucket(bucketRequests).Delete([]byte(id)), tx.Bucket(bucketResources).Delete([]byte(id)))
+		return errors.Join(tx.Bucket(bucketRequests).Delete([]byte(id)), tx.Bucket(bucketResources).Delete([]byte(id)), tx.Bucket(bucketStarted).Delete([]byte(id)))
 	})
 	if err != nil {
 		r.log.WithField("container", id).WithError(err).Warn("record not removed")
@@ -170,6 +173,44 @@ func (r *Records) resources(id string) *runtimeapi.LinuxContainerResources {
 	return res
 }
 
+// setStarted records when the container's process passed its gate.
+func (r *Records) setStarted(id string, at time.Time) {
+	r.put(bucketStarted, id, binary.BigEndian.AppendUint64(nil, uint64(at.UnixNano())), 0)
+}
+
+// started returns when the container's process passed its gate; zero if it had none.
+func (r *Records) started(id string) time.Time {
+	var at time.Time
+	err := r.db.View(func(tx *bolt.Tx) error {
+		at = startedTime(tx.Bucket(bucketStarted).Get([]byte(id)))
+		return nil
+	})
+	if err != nil {
+		r.log.WithField("container", id).WithError(err).Warn("record cannot be read")
+	}
+	return at
+}
+
+func startedTime(b []byte) time.Time {
+	if len(b) != 8 {
+		return time.Time{}
+	}
+	return time.Unix(0, int64(binary.BigEndian.Uint64(b)))
+}
+
+// eachStarted calls f for every container that had a gate.
+func (r *Records) eachStarted(f func(id string, at time.Time)) {
+	err := r.db.View(func(tx *bolt.Tx) error {
+		return tx.Bucket(bucketStarted).ForEach(func(k, v []byte) error {
+			f(string(k), startedTime(v))
+			return nil
+		})
+	})
+	if err != nil {
+		r.log.WithError(err).Warn("records cannot be read")
+	}
+}
+
 func (r *Records) get(bucket []byte, id string, m proto.Message) bool {
 	found := false
 	err := r.db.View(func(tx *bolt.Tx) error {
@@ -191,7 +232,7 @@ func (r *Records) get(bucket []byte, id string, m proto.Message) bool {
 func (r *Records) ids() []string {
 	var ids []string
 	err := r.db.View(func(tx *bolt.Tx) error {
-		for _, b := range [][]byte{bucketRequests, bucketResources} {
+		for _, b := range [][]byte{bucketRequests, bucketResources, bucketStarted} {
 			err := tx.Bucket(b).ForEach(func(k, _ []byte) error {
 				ids = append(ids, string(k))
 				return nil

@@ -7,21 +7,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/sirupsen/logrus"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/gate"
 )
 
 const (
@@ -51,6 +47,7 @@ const (
 	ReasonCreateFailed      = "CreateFailed"
 	ReasonStopFailed        = "StopFailed"
 	ReasonStartFailed       = "StartFailed"
+	ReasonSuccessorExited   = "NewContainerExited"
 	ReasonPostStartFailed   = "PostStartHookFailed"
 	ReasonRuntime           = "RuntimeError"
 	ReasonJournal           = "JournalError"
@@ -140,6 +137,10 @@ type restart struct {
 	incumbent *runtimeapi.ContainerStatus
 	request   *runtimeapi.CreateContainerRequest // of the incumbent
 	applied   *runtimeapi.LinuxContainerResources
+
+	exit *exitWatch // of the incumbent; nil where there is none
+	gate *gate.Gate // of the successor, once it waits there
+	pid  int        // of the process that waits there; 0 if this process cannot look at it
 }
 
 func (e *Engine) newRestart(o *operation, i int) *restart {
@@ -160,17 +161,24 @@ func (r *restart) rec() containerRecord {
 // write changes the journal's record and the operation's public state in one
 // durable step.
 func (r *restart) write(f func(rec *containerRecord, c *opsv1.ContainerOperation)) error {
+	step, err := r.writeStep(f)
+	if err == nil {
+		failpoint("restart." + string(step))
+	}
+	return err
+}
+
+func (r *restart) writeStep(f func(rec *containerRecord, c *opsv1.ContainerOperation)) (step, error) {
 	r.o.mu.Lock()
 	defer r.o.mu.Unlock()
 	before := r.o.containers[r.i]
 	f(&r.o.containers[r.i], r.o.op.GetContainers()[r.i])
 	if err := r.saveLocked(r.o); err != nil {
 		r.o.containers[r.i] = before
-		return failf(ReasonJournal, "%v", err)
+		return "", failf(ReasonJournal, "%v", err)
 	}
 	r.o.notifyLocked()
-	failpoint("restart." + string(r.o.containers[r.i].Step))
-	return nil
+	return r.o.containers[r.i].Step, nil
 }
 
 // show changes the public state only.
@@ -191,6 +199,7 @@ func (r *restart) run(ctx context.Context) bool {
 		return r.o.snapshot().GetContainers()[r.i].GetPhase() == opsv1.Phase_PHASE_SUCCEEDED
 	}
 	err := r.drive(ctx)
+	defer r.exit.close()
 	var out *outcome
 	switch {
 	case err == nil:
@@ -266,7 +275,15 @@ func (r *restart) drive(ctx context.Context) error {
 		case stepNone:
 			err = r.stage(ctx)
 		case stepStaged:
-			err = r.beforeStop(ctx)
+			if r.overlaps() {
+				err = r.beforeOverlap(ctx)
+			} else {
+				err = r.beforeStop(ctx)
+			}
+		case stepStart:
+			if err = r.overlap(ctx); err == nil {
+				err = r.beforeStop(ctx)
+			}
 		case stepStop:
 			err = r.swap(ctx)
 		case stepStarted:
@@ -285,6 +302,9 @@ func (r *restart) drive(ctx context.Context) error {
 		}
 	}
 }
+
+// overlaps reports whether the successor runs before the incumbent is stopped.
+func (r *restart) overlaps() bool { return r.want.GetOrder() == opsv1.Order_ORDER_START_FIRST }
 
 func (r *restart) container() *opsv1.ContainerOperation {
 	return r.o.snapshot().GetContainers()[r.i]
@@ -338,529 +358,4 @@ func (r *restart) interrupted() error {
 	default:
 		return nil
 	}
-}
-
-// stage resolves the slot, checks the preconditions and creates the successor, hidden.
-func (r *restart) stage(ctx context.Context) error {
-	r.show(func(c *opsv1.ContainerOperation) { c.Phase = opsv1.Phase_PHASE_STAGING })
-	if err := r.awaitRuntime(ctx); err != nil {
-		return err
-	}
-	call, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	found, err := r.resolve(call, r.o.op.GetPod(), r.want, r.o.req.GetForce())
-	if err != nil {
-		var out *outcome
-		if errors.As(err, &out) {
-			return out
-		}
-		return fmt.Errorf("finding the container: %w", err)
-	}
-	r.claim.Bind(found.sandbox, found.incumbent)
-	if err := r.checkTakenBack(); err != nil {
-		return err
-	}
-	token := r.newToken()
-	err = r.write(func(rec *containerRecord, c *opsv1.ContainerOperation) {
-		*rec = containerRecord{Step: stepStage, Sandbox: found.sandbox, Incumbent: found.incumbent, Token: token}
-		c.IncumbentId, c.Attempt = found.incumbent, found.attempt
-	})
-	if err != nil {
-		return err
-	}
-	hide, cancelHide := context.WithTimeout(ctx, hidePatience)
-	defer cancelHide()
-	if err := r.claim.Hide(hide, token); err != nil {
-		return failf(ReasonRuntime, "the runtime takes more than %s to answer a list: restart not begun", hidePatience)
-	}
-	id, err := r.create(call, token)
-	if err != nil {
-		return err
-	}
-	if err := r.interrupted(); err != nil {
-		return err
-	}
-	return r.write(func(rec *containerRecord, c *opsv1.ContainerOperation) {
-		rec.Step, rec.Successor = stepStaged, id
-		c.SuccessorId, c.Phase = id, opsv1.Phase_PHASE_STOPPING
-	})
-}
-
-// checkTakenBack refuses a container that kubelet is stopping already, or a pod on its way out.
-func (r *restart) checkTakenBack() error {
-	if r.claim.Stopping() {
-		return failf(ReasonPodStopping, "kubelet is stopping container %q already", r.want.GetName())
-	}
-	return r.interrupted()
-}
-
-// create creates the next attempt of the incumbent under the token.
-func (r *restart) create(ctx context.Context, token string) (string, error) {
-	if err := r.load(ctx); err != nil {
-		return "", err
-	}
-	if newer := r.records.resources(r.rec().Incumbent); newer != nil {
-		r.applied = newer
-	}
-	req, err := cloneFor(r.request, r.applied, r.container().GetAttempt(), token)
-	if err != nil {
-		return "", failf(ReasonCreateFailed, "%v", err)
-	}
-	if err := makeTerminationFile(req.GetConfig()); err != nil {
-		return "", failf(ReasonCreateFailed, "%v", err)
-	}
-	// Not bound to ctx: a cancelled CreateContainer leaves a container behind with its name taken.
-	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
-	defer cancel()
-	resp, err := r.rt.CreateContainer(call, req)
-	if err != nil {
-		if status.Code(err) == codes.DeadlineExceeded {
-			// The runtime may be just about to finish it; until it is gone the token keeps it hidden.
-			r.removeLate(ctx)
-		}
-		return "", failf(ReasonCreateFailed, "creating the new container: %v", status.Convert(err).Message())
-	}
-	raw, err := proto.Marshal(req)
-	if err == nil {
-		r.records.Created(resp.GetContainerId(), raw)
-	}
-	r.claim.Staged(resp.GetContainerId())
-	failpoint("restart.created")
-	r.catchUp(ctx, resp.GetContainerId())
-	return resp.GetContainerId(), nil
-}
-
-// removeLate removes the container of a create that was cut off, if it comes about within lateCreate.
-func (r *restart) removeLate(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, lateCreate)
-	defer cancel()
-	for sleep(ctx, 500*time.Millisecond) == nil {
-		if id, err := r.findStaged(ctx, r.rec()); err == nil && id != "" {
-			return // undo removes it
-		}
-	}
-}
-
-// catchUp applies to the successor what kubelet has set on the incumbent while the
-// successor was being created. From Staged on the director applies updates to both.
-func (r *restart) catchUp(ctx context.Context, id string) {
-	newer := r.records.resources(r.rec().Incumbent)
-	if newer == nil || proto.Equal(newer, r.applied) {
-		return
-	}
-	r.applied = newer
-	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
-	defer cancel()
-	if _, err := r.rt.UpdateContainerResources(call, &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: newer}); err != nil {
-		r.log.WithError(err).Warn("staged container did not take the new resources")
-		return
-	}
-	if b, err := proto.Marshal(newer); err == nil {
-		r.records.Updated(id, b)
-	}
-}
-
-// load reads the incumbent and the request that made it, once.
-func (r *restart) load(ctx context.Context) error {
-	if r.request != nil {
-		return nil
-	}
-	rec := r.rec()
-	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Incumbent})
-	if err != nil {
-		return failf(ReasonRuntime, "reading container %s: %v", rec.Incumbent, status.Convert(err).Message())
-	}
-	r.incumbent = st.GetStatus()
-	r.request, r.applied, err = r.requestOf(ctx, rec.Incumbent, rec.Sandbox)
-	if err != nil {
-		return failf(ReasonCreateFailed, "%v", err)
-	}
-	return nil
-}
-
-// beforeStop masks the incumbent and runs its preStop hook.
-func (r *restart) beforeStop(ctx context.Context) error {
-	if err := r.load(ctx); err != nil {
-		return err
-	}
-	rec := r.rec()
-	resumed := !rec.StopBy.IsZero() // it is written after the commit
-	r.claim.Mask()
-	if !resumed {
-		// From the mask on, an exit of the incumbent is ours to handle; one from before is kubelet's.
-		st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Incumbent})
-		if err != nil {
-			return failf(ReasonRuntime, "reading container %s: %v", rec.Incumbent, status.Convert(err).Message())
-		}
-		if st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
-			return failf(ReasonNotRunning, "container %q stopped by itself (exit code %d) before the restart began; kubelet handles it", r.want.GetName(), st.GetStatus().GetExitCode())
-		}
-		if err := r.interrupted(); err != nil {
-			return err
-		}
-		if !r.o.commit() {
-			return r.cancelledOutcome()
-		}
-	}
-	grace := r.grace()
-	if rec.StopBy.IsZero() {
-		rec.StopBy = time.Now().Add(grace)
-		if err := r.write(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.StopBy = rec.StopBy }); err != nil {
-			return err
-		}
-	}
-	r.preStop(ctx, grace, rec.StopBy)
-	if ctx.Err() != nil {
-		return ctx.Err()
-	}
-	if err := r.interrupted(); err != nil {
-		return err
-	}
-	return r.write(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.Step = stepStop })
-}
-
-// grace is what preStop and stop may take together, before the floor for the stop.
-func (r *restart) grace() time.Duration {
-	if r.want.GracePeriodSeconds != nil {
-		return time.Duration(r.want.GetGracePeriodSeconds()) * time.Second
-	}
-	for _, a := range []map[string]string{r.incumbent.GetAnnotations(), r.request.GetConfig().GetAnnotations()} {
-		if s, err := strconv.ParseInt(a[annotationTerminationGrace], 10, 32); err == nil && s >= 0 {
-			return time.Duration(s) * time.Second
-		}
-	}
-	return defaultGrace
-}
-
-// preStop runs the hook within the grace. As in kubelet, its failure does not
-// keep the container from being stopped, and no grace means no hook.
-func (r *restart) preStop(ctx context.Context, grace time.Duration, by time.Time) {
-	hook := r.want.GetPreStop()
-	if hook == nil {
-		var err error
-		if hook, err = recordedPreStop(r.incumbent.GetAnnotations()); err != nil {
-			r.warn("preStop: %v", err)
-		}
-	}
-	if hook == nil || grace <= 0 {
-		return
-	}
-	ctx, cancel := context.WithDeadline(ctx, by)
-	defer cancel()
-	ctx, end := endWith(ctx, r.claim.Yielded())
-	defer end()
-	rec := r.rec()
-	if err := r.runHook(ctx, hook, rec.Incumbent, rec.Sandbox); err != nil && ctx.Err() == nil {
-		r.warn("preStop hook failed: %v", err)
-	} else if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		r.warn("preStop hook did not end within the grace period of %s", grace)
-	}
-}
-
-// swap stops the incumbent and starts the successor. It is the only part that the
-// application notices, so nothing in it waits for the disk.
-func (r *restart) swap(ctx context.Context) error {
-	if err := r.stop(ctx); err != nil {
-		return err
-	}
-	if err := r.interrupted(); err != nil {
-		return err
-	}
-	failpoint("restart.stopped")
-	if err := r.start(ctx); err != nil {
-		return err
-	}
-	failpoint("restart.running")
-	r.note(func(rec *containerRecord, c *opsv1.ContainerOperation) {
-		rec.Step = stepStarted
-		c.Phase = opsv1.Phase_PHASE_STARTING
-		c.SuccessorId = rec.Successor
-	})
-	return nil
-}
-
-// stop stops the incumbent within what is left of its grace.
-func (r *restart) stop(ctx context.Context) error {
-	rec := r.rec()
-	for try := 1; ; try++ {
-		left := max(time.Until(rec.StopBy), minGrace)
-		seconds := int64((left + time.Second - 1) / time.Second)
-		// Not bound to ctx: a cancelled StopContainer never kills.
-		call, cancel := context.WithTimeout(context.WithoutCancel(ctx), left+callTimeout)
-		_, err := r.rt.StopContainer(call, &runtimeapi.StopContainerRequest{ContainerId: rec.Incumbent, Timeout: seconds})
-		cancel()
-		if err == nil {
-			return nil
-		}
-		if status.Code(err) != codes.Unavailable || try == maxTries {
-			return failf(ReasonStopFailed, "stopping the container: %v", status.Convert(err).Message())
-		}
-		if err := r.awaitReturn(ctx, try); err != nil {
-			return err
-		}
-	}
-}
-
-// awaitReturn waits until the runtime answers again after a call that it did not answer; longer
-// each time, because a runtime that does answer may be without the container's shim.
-func (r *restart) awaitReturn(ctx context.Context, try int) error {
-	if err := r.awaitRuntime(ctx); err != nil {
-		return err
-	}
-	return sleep(ctx, min(10*time.Millisecond<<try, 5*time.Second))
-}
-
-// start starts the successor; once, from a fresh stage, if that fails.
-func (r *restart) start(ctx context.Context) error {
-	for {
-		rec := r.rec()
-		if rec.Successor == "" {
-			id, err := r.findStaged(ctx, rec)
-			if err != nil {
-				return err
-			}
-			if id == "" {
-				if id, err = r.create(ctx, rec.Token); err != nil {
-					return err
-				}
-			}
-			r.o.mu.Lock()
-			r.o.containers[r.i].Successor = id // on disk with the next step; until then the token finds it
-			r.o.mu.Unlock()
-			r.claim.Staged(id)
-			rec.Successor = id
-		}
-		err := r.startOnce(ctx, rec.Successor)
-		if err == nil {
-			return nil
-		}
-		var out *outcome
-		if !errors.As(err, &out) || rec.Retried {
-			return err
-		}
-		r.log.WithError(err).Warn("the new container did not start; trying once more from a fresh one")
-		token := r.newToken()
-		if err := r.removeContainer(ctx, rec.Successor); err != nil {
-			return err
-		}
-		r.claim.HideNow(token)
-		r.claim.Staged("")
-		err = r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
-			c.Token, c.Successor, c.Retried = token, "", true
-			op.Warnings = append(op.Warnings, out.message)
-		})
-		if err != nil {
-			return err
-		}
-	}
-}
-
-// startOnce starts the container, whatever state a crash or a runtime restart left it in.
-func (r *restart) startOnce(ctx context.Context, id string) error {
-	for try := 1; ; try++ {
-		// Not bound to ctx: a cancelled StartContainer destroys the container.
-		call, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
-		_, err := r.rt.StartContainer(call, &runtimeapi.StartContainerRequest{ContainerId: id})
-		cancel()
-		if err == nil {
-			return nil
-		}
-		again := status.Code(err) == codes.Unavailable && try < maxTries
-		if again {
-			if err := r.awaitReturn(ctx, try); err != nil {
-				return err
-			}
-		}
-		st, serr := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
-		if serr != nil {
-			if again && status.Code(serr) == codes.Unavailable {
-				continue
-			}
-			return failf(ReasonStartFailed, "starting the new container: %v", status.Convert(err).Message())
-		}
-		switch s := st.GetStatus(); {
-		case s.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING:
-			return nil // it had been started before
-		case s.GetState() == runtimeapi.ContainerState_CONTAINER_EXITED && s.GetReason() != startError && s.GetStartedAt() != 0:
-			return nil // it had been started before, and has ended: kubelet's policy decides
-		case s.GetState() == runtimeapi.ContainerState_CONTAINER_CREATED && again:
-			continue
-		default:
-			return failf(ReasonStartFailed, "starting the new container: %v", status.Convert(err).Message())
-		}
-	}
-}
-
-// startError is containerd's reason for a container whose start failed
-// (internal/cri/server/container_start.go errorStartReason).
-const startError = "StartError"
-
-// afterStart runs postStart and reveals.
-func (r *restart) afterStart(ctx context.Context) error {
-	rec := r.rec()
-	r.logLink(ctx, rec.Successor)
-	if hook := r.want.GetPostStart(); hook != nil && rec.PostStarted { // resumed
-		r.warn("cri-proxy was restarted while the postStart hook ran: how it ended is not known, and it is not run again")
-	} else if hook != nil {
-		r.note(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.PostStarted = true })
-		if err := r.postStart(ctx, hook, rec); err != nil {
-			return err
-		}
-	}
-	if err := r.interrupted(); err != nil {
-		return err
-	}
-	r.note(func(c *containerRecord, op *opsv1.ContainerOperation) {
-		c.Step = stepReveal
-		op.Phase = opsv1.Phase_PHASE_REVEALING
-	})
-	if !r.claim.TryReveal() {
-		return r.interrupted()
-	}
-	failpoint("restart.revealed")
-	r.measure(ctx, rec)
-	return nil
-}
-
-// note is write for the time after the swap: the successor serves, and a journal that cannot
-// be written is no reason to take it away. The next process would resume from an earlier step,
-// which finds the successor running.
-func (r *restart) note(f func(rec *containerRecord, c *opsv1.ContainerOperation)) {
-	if err := r.write(f); err != nil {
-		r.log.WithError(err).Error("step not written")
-		r.o.mu.Lock()
-		defer r.o.mu.Unlock()
-		f(&r.o.containers[r.i], r.o.op.GetContainers()[r.i])
-		r.o.notifyLocked()
-	}
-}
-
-// postStart runs the hook. As in kubelet, the container is not shown before it has
-// ended, and is stopped when it fails (kuberuntime_container.go startContainer).
-func (r *restart) postStart(ctx context.Context, hook *opsv1.Hook, rec containerRecord) error {
-	call, end := endWith(ctx, r.claim.Yielded())
-	defer end()
-	err := r.runHook(call, hook, rec.Successor, rec.Sandbox)
-	if err == nil || call.Err() != nil {
-		return ctx.Err()
-	}
-	return failf(ReasonPostStartFailed, "postStart hook failed and the new container was stopped: %v", err)
-}
-
-// measure fills in what the runtime reports of the swap.
-func (r *restart) measure(ctx context.Context, rec containerRecord) {
-	before, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Incumbent})
-	if err != nil {
-		return
-	}
-	after, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Successor})
-	if err != nil {
-		return
-	}
-	stopped, started := time.Unix(0, before.GetStatus().GetFinishedAt()), time.Unix(0, after.GetStatus().GetStartedAt())
-	r.show(func(c *opsv1.ContainerOperation) {
-		c.ExitCode = before.GetStatus().GetExitCode()
-		c.StopTime, c.StartTime = timestamppb.New(stopped), timestamppb.New(started)
-		c.Gap = durationpb.New(started.Sub(stopped))
-	})
-	r.metrics.gap.Observe(started.Sub(stopped).Seconds())
-}
-
-// undo takes back what is hidden, so that kubelet's policy is in charge of what is left. It
-// returns false if ctx ended before that was possible.
-func (r *restart) undo(ctx context.Context, out *outcome) bool {
-	rec := r.rec()
-	if r.claim == nil || rec.Step == stepNone || rec.Step == stepDone {
-		return true
-	}
-	if rec.Step == stepReveal && r.container().GetReason() != "" {
-		return true // resumed: shown already
-	}
-	r.note(func(c *containerRecord, op *opsv1.ContainerOperation) {
-		c.Step = stepUndo
-		op.Reason, op.Message = out.reason, out.message
-	})
-	if out.reason == ReasonStartFailed || out.reason == ReasonPostStartFailed {
-		// Kubelet gets to see the attempt that failed, and why.
-		if out.reason == ReasonPostStartFailed {
-			r.stopSuccessor(ctx, rec.Successor)
-		}
-		r.note(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.Step = stepReveal })
-		r.claim.Reveal()
-		return true
-	}
-	wait := 200 * time.Millisecond
-	for {
-		if rec.Step != stepStage && rec.Step != stepStaged { // it may run: ask it to stop
-			r.stopSuccessor(ctx, rec.Successor)
-		}
-		err := r.removeStaged(ctx)
-		if err == nil {
-			r.claim.Discard()
-			return true
-		}
-		if ctx.Err() != nil {
-			return false
-		}
-		r.log.WithError(err).Warn("staged container not removed; trying again")
-		if sleep(ctx, wait) != nil {
-			return false
-		}
-		wait = min(2*wait, 5*time.Second)
-	}
-}
-
-// stopSuccessor stops a successor that may have been started, within the grace of
-// whoever took the slot back.
-func (r *restart) stopSuccessor(ctx context.Context, id string) {
-	if id == "" {
-		return
-	}
-	grace := minGrace
-	if y := r.claim.YieldedTo(); y != nil {
-		grace = max(grace, time.Duration(y.Grace)*time.Second)
-	} else if r.incumbent != nil && r.request != nil {
-		grace = max(grace, r.grace())
-	}
-	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace+callTimeout)
-	defer cancel()
-	if _, err := r.rt.StopContainer(call, &runtimeapi.StopContainerRequest{ContainerId: id, Timeout: int64(grace / time.Second)}); err != nil {
-		r.log.WithError(err).Warn("new container not stopped")
-	}
-}
-
-// removeStaged removes every container that carries the token.
-func (r *restart) removeStaged(ctx context.Context) error {
-	rec := r.rec()
-	id, err := r.findStaged(ctx, rec)
-	if err != nil || id == "" {
-		return err
-	}
-	return r.removeContainer(ctx, id)
-}
-
-func (r *restart) removeContainer(ctx context.Context, id string) error {
-	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
-	defer cancel()
-	if _, err := r.rt.RemoveContainer(call, &runtimeapi.RemoveContainerRequest{ContainerId: id}); err != nil {
-		return fmt.Errorf("removing container %s: %w", id, err)
-	}
-	r.records.Removed(id)
-	return nil
-}
-
-// findStaged returns the container that carries the token, or "".
-func (r *restart) findStaged(ctx context.Context, rec containerRecord) (string, error) {
-	call, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	list, err := r.rt.ListContainers(call, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{PodSandboxId: rec.Sandbox}})
-	if err != nil {
-		return "", fmt.Errorf("listing containers: %w", err)
-	}
-	for _, c := range list.GetContainers() {
-		if c.GetAnnotations()[interceptors.StagedAnnotation] == rec.Token {
-			return c.GetId(), nil
-		}
-	}
-	return "", nil
 }

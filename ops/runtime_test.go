@@ -153,7 +153,7 @@ func nameOf(s interface {
 func mutating(calls []string) []string {
 	return slices.DeleteFunc(slices.Clone(calls), func(c string) bool {
 		m := strings.TrimPrefix(c, "kubelet:")
-		return strings.HasPrefix(m, "List") || strings.HasPrefix(m, "ContainerStatus") || strings.HasPrefix(m, "PodSandboxStatus") || m == "Version"
+		return strings.HasPrefix(m, "List") || strings.HasPrefix(m, "ContainerStatus") || strings.HasPrefix(m, "PodSandboxStatus") || m == "Version" || m == "Status"
 	})
 }
 

@@ -27,6 +27,7 @@ const (
 	maxHookArgs    = 256
 	maxHookBytes   = 64 << 10
 	maxGraceSecond = 24 * 60 * 60
+	maxMinReady    = 60 * 60
 	listDefault    = 500
 
 	// errorDomain is the domain of the ErrorInfo that carries a Reason* constant.
@@ -186,7 +187,7 @@ func (s *Server) CancelOperation(ctx context.Context, req *opsv1.CancelOperation
 	if reason == "" {
 		reason = "cancelled by " + caller
 	}
-	if err := o.cancel(reason); err != nil {
+	if err := s.e.cancel(o, reason); err != nil {
 		return nil, err
 	}
 	s.e.log.WithFields(logrus.Fields{"op": req.GetUid(), "caller": caller}).Info("cancel asked for")
@@ -226,6 +227,7 @@ func (s *Server) NodeInfo(ctx context.Context, _ *opsv1.NodeInfoRequest) (*opsv1
 			info.Counters.OperationsFailed++
 		}
 	}
+	info.RestartMethods = s.e.methods.list()
 	info.Counters.RecordedContainers = uint64(s.e.records.Len())
 	return info, nil
 }
@@ -278,6 +280,12 @@ func validateRestart(req *opsv1.RestartRequest, remote bool) error {
 			return invalid("container %q is named twice", name)
 		case c.GracePeriodSeconds != nil && (c.GetGracePeriodSeconds() < 0 || c.GetGracePeriodSeconds() > maxGraceSecond):
 			return invalid("container %q: grace_period_seconds must be between 0 and %d", name, maxGraceSecond)
+		case opsv1.Order_name[int32(c.GetOrder())] == "":
+			return invalid("container %q: unknown order %d", name, c.GetOrder())
+		case c.GetMinReadySeconds() < 0 || c.GetMinReadySeconds() > maxMinReady:
+			return invalid("container %q: min_ready_seconds must be between 0 and %d", name, maxMinReady)
+		case c.GetMinReadySeconds() != 0 && c.GetOrder() != opsv1.Order_ORDER_START_FIRST:
+			return invalid("container %q: min_ready_seconds is for ORDER_START_FIRST only", name)
 		case len(c.GetExpectedContainerId()) > 256:
 			return invalid("container %q: expected_container_id is too long", name)
 		}

@@ -90,6 +90,7 @@ ops:
   keyFile: k
   clientCAFile: ca
   allowedClients: [one, *a]
+restart: {method: pidfd, cdiSpecDir: /cdi}
 drainTimeout: 1m30s
 `
 	if err := config.Parse("f.yaml", []byte(text), c); err != nil {
@@ -104,6 +105,7 @@ drainTimeout: 1m30s
 		MetricsAddress:  ":9090",
 		NodeName:        "007",
 		Ops:             config.Ops{Address: ":9443", CertFile: "c", KeyFile: "k", ClientCAFile: "ca", AllowedClients: []string{"one", "/a.sock"}},
+		Restart:         config.Restart{Method: "pidfd", CDISpecDir: "/cdi"},
 		DrainTimeout:    90 * time.Second,
 	}
 	if !reflect.DeepEqual(c, want) {

@@ -134,8 +134,9 @@ func (d *daemon) NodeInfo(context.Context, *opsv1.NodeInfoRequest) (*opsv1.NodeI
 		Version: "v1", NodeName: "node-1", StartTime: timestamppb.New(epoch), Listen: "/run/l.sock",
 		Runtime:         &opsv1.Runtime{Endpoint: "unix:///run/r.sock", State: "READY", Name: "containerd", Version: "v2"},
 		KubeletLastCall: timestamppb.New(epoch.Add(88 * time.Second)), KubeletUserAgent: "grpc-go/1",
-		ActiveSlots: []*opsv1.ActiveSlot{{PodUid: "pod-uid", Container: "app", OperationUid: "op-2", Phase: opsv1.Phase_PHASE_STOPPING}},
-		Counters:    &opsv1.Counters{Calls: 10, CallErrors: 1, Intercepted: 2, InFlight: 3, OperationsSucceeded: 4, OperationsFailed: 5, RecordedContainers: 6},
+		ActiveSlots:    []*opsv1.ActiveSlot{{PodUid: "pod-uid", Container: "app", OperationUid: "op-2", Phase: opsv1.Phase_PHASE_STOPPING}},
+		Counters:       &opsv1.Counters{Calls: 10, CallErrors: 1, Intercepted: 2, InFlight: 3, OperationsSucceeded: 4, OperationsFailed: 5, RecordedContainers: 6},
+		RestartMethods: []*opsv1.RestartMethod{{Name: "gate", Reason: "CDI is off"}, {Name: "pidfd", Available: true}, {Name: "plain", Available: true}},
 	}, nil
 }
 
@@ -258,6 +259,7 @@ Runtime:       containerd v2, READY at unix:///run/r.sock
 Calls:         10, 3 in flight, 1 with errors
 Interceptors:  2 calls, 0 faults
 Operations:    1 slots active, 4 succeeded, 5 failed
+Restarts:      pidfd (no gate: CDI is off)
 Recorded:      6 containers
 
 POD UID   CONTAINER   OPERATION   PHASE

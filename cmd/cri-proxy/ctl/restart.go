@@ -22,6 +22,8 @@ type restartFlags struct {
 	containers []string
 	grace      time.Duration
 	ordered    bool
+	order      string
+	minReady   time.Duration
 	force      bool
 	expect     []string
 	uid        string
@@ -85,11 +87,14 @@ if it did not succeed.`,
 	fs.StringArrayVarP(&f.containers, "container", "c", nil, "name of a container to restart; may be repeated")
 	fs.DurationVar(&f.grace, "grace", 0, "time for preStop and stop together, in whole seconds (default: the pod's own)")
 	fs.BoolVar(&f.ordered, "ordered", false, "restart the containers one after another, in the order given, and stop at the first failure")
+	fs.StringVar(&f.order, "order", orderStopFirst, "StopFirst, or StartFirst to start the new container before the old one is stopped: for applications that share their port (SO_REUSEPORT) or have none")
+	fs.DurationVar(&f.minReady, "min-ready", 0, "with StartFirst: how long the new container must have run before the old one is stopped, in whole seconds")
 	fs.BoolVar(&f.force, "force", false, "restart even if the container is no longer the expected one")
 	fs.StringArrayVar(&f.expect, "expect", nil, "refuse unless this is the ID of the running container; with several containers NAME=ID, repeated")
 	fs.StringVar(&f.uid, "uid", "", "UID of the operation; giving it again does not restart again (default: a new one)")
 	fs.BoolVarP(&f.watch, "watch", "w", false, "follow the operation to its end")
 	fs.DurationVar(&f.timeout, "timeout", 0, "give up waiting after this long, the operation goes on (default: no limit)")
+	_ = cmd.RegisterFlagCompletionFunc("order", cobra.FixedCompletions([]string{orderStopFirst, orderStartFirst}, cobra.ShellCompDirectiveNoFileComp)) // fails for an unknown flag only
 	return cmd
 }
 
@@ -104,6 +109,10 @@ func (f *restartFlags) request(pod string, graceGiven bool) (*opsv1.RestartReque
 	}
 	if graceGiven && (f.grace < 0 || f.grace%time.Second != 0) {
 		return nil, usage("--grace %s: want whole seconds, 0s or more", f.grace)
+	}
+	order, err := f.parseOrder()
+	if err != nil {
+		return nil, err
 	}
 	uid := f.uid
 	if uid == "" {
@@ -121,7 +130,7 @@ func (f *restartFlags) request(pod string, graceGiven bool) (*opsv1.RestartReque
 		if slices.Contains(f.containers[:i], n) {
 			return nil, usage("-c %s is given twice", n)
 		}
-		r := &opsv1.ContainerRestart{Name: n}
+		r := &opsv1.ContainerRestart{Name: n, Order: order, MinReadySeconds: int32(f.minReady / time.Second)}
 		if graceGiven {
 			seconds := int64(f.grace / time.Second)
 			r.GracePeriodSeconds = &seconds
@@ -143,6 +152,26 @@ func (f *restartFlags) request(pod string, graceGiven bool) (*opsv1.RestartReque
 		req.Containers[i].ExpectedContainerId = id
 	}
 	return req, nil
+}
+
+// The orders of a restart, as in custom resources.
+const (
+	orderStopFirst  = "StopFirst"
+	orderStartFirst = "StartFirst"
+)
+
+func (f *restartFlags) parseOrder() (opsv1.Order, error) {
+	switch {
+	case f.minReady < 0 || f.minReady%time.Second != 0 || f.minReady > time.Hour:
+		return 0, usage("--min-ready %s: want whole seconds, at most 1h", f.minReady)
+	case f.order == orderStartFirst:
+		return opsv1.Order_ORDER_START_FIRST, nil
+	case f.order != orderStopFirst:
+		return 0, usage("--order %q: want StopFirst or StartFirst", f.order)
+	case f.minReady != 0:
+		return 0, usage("--min-ready is for --order StartFirst")
+	}
+	return opsv1.Order_ORDER_UNSPECIFIED, nil
 }
 
 // requester returns who asks, behind sudo too, for the daemon's audit line.

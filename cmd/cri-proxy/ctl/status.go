@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"strings"
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
@@ -67,6 +68,21 @@ func (c *ctl) info(cmd *cobra.Command) (*opsv1.NodeInfoResponse, error) {
 	return info, plain(err)
 }
 
+// restartMethods names the method that is used and says why a better one is not.
+func restartMethods(methods []*opsv1.RestartMethod) string {
+	var not []string
+	for _, m := range methods {
+		if m.GetAvailable() {
+			if len(not) == 0 {
+				return m.GetName()
+			}
+			return fmt.Sprintf("%s (%s)", m.GetName(), strings.Join(not, "; "))
+		}
+		not = append(not, fmt.Sprintf("no %s: %s", m.GetName(), m.GetReason()))
+	}
+	return strings.Join(not, "; ")
+}
+
 func (c *ctl) printStatus(out io.Writer, i *opsv1.NodeInfoResponse) error {
 	kubelet := "not seen yet: is its --container-runtime-endpoint unix://" + i.GetListen() + "?"
 	if i.GetKubeletLastCall() != nil {
@@ -91,6 +107,7 @@ func (c *ctl) printStatus(out io.Writer, i *opsv1.NodeInfoResponse) error {
 		{"Calls:", fmt.Sprintf("%d, %d in flight, %d with errors", n.GetCalls(), n.GetInFlight(), n.GetCallErrors())},
 		{"Interceptors:", fmt.Sprintf("%d calls, %d faults", n.GetIntercepted(), n.GetInterceptorFaults())},
 		{"Operations:", fmt.Sprintf("%d slots active, %d succeeded, %d failed", len(i.GetActiveSlots()), n.GetOperationsSucceeded(), n.GetOperationsFailed())},
+		{"Restarts:", restartMethods(i.GetRestartMethods())},
 		{"Recorded:", fmt.Sprintf("%d containers", n.GetRecordedContainers())},
 	} {
 		if _, err := fmt.Fprintf(w, "%s\t%s\n", row[0], row[1]); err != nil {

@@ -77,6 +77,8 @@ func newNode(ctx context.Context, c *config.Config, listen string, log logrus.Fi
 		View:       view,
 		Log:        log,
 		Registerer: n.registry,
+		Method:     ops.Method(c.Restart.Method),
+		CDISpecDir: c.Restart.CDISpecDir,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("state directory %s: %w", c.StateDir, err)

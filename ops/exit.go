@@ -1,0 +1,98 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// exitWatch tells when a process has ended. The kernel tells it about 1 ms after the last instruction; the runtime's
+// own word takes some 45 ms, because it cleans up first.
+type exitWatch struct {
+	file *os.File
+	// gone is closed when the process has ended, or the watch.
+	gone chan struct{}
+	at   time.Time // when it ended; zero if the watch ended first. Read after gone.
+}
+
+// watchExit watches the container's init process. With a PID namespace of its own, all its
+// processes have ended when that has.
+//
+// Errors: no pidfd here, or pid is not, or no longer, a process of the container, as this process sees it.
+func watchExit(pid int, container string) (*exitWatch, error) {
+	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
+	if err != nil {
+		return nil, os.NewSyscallError("pidfd_open", err)
+	}
+	// os.NewFile gives a non-blocking descriptor to the poller: no thread waits.
+	w := &exitWatch{file: os.NewFile(uintptr(fd), "pidfd"), gone: make(chan struct{})}
+	// Asked after the opening: a number that was given to another process in between would be noticed.
+	if err := ofContainer(pid, container); err != nil {
+		return nil, errors.Join(err, w.file.Close())
+	}
+	raw, err := w.file.SyscallConn()
+	if err != nil {
+		return nil, errors.Join(err, w.file.Close())
+	}
+	go func() { // ends with the process or with close
+		defer close(w.gone)
+		err := raw.Read(func(fd uintptr) bool {
+			n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+			return n > 0 && err == nil
+		})
+		if err == nil {
+			w.at = time.Now()
+		}
+	}()
+	return w, nil
+}
+
+// close ends the watch. It may be nil.
+func (w *exitWatch) close() {
+	if w != nil {
+		_ = w.file.Close()
+		<-w.gone
+	}
+}
+
+// ended returns a channel that is closed when the process has ended; nil for no watch.
+func (w *exitWatch) ended() <-chan struct{} {
+	if w == nil {
+		return nil
+	}
+	return w.gone
+}
+
+// over reports whether the process has ended.
+func (w *exitWatch) over() bool {
+	if w == nil {
+		return false
+	}
+	select {
+	case <-w.gone:
+		return true
+	default:
+		return false
+	}
+}
+
+// ofContainer is nil if the process is in a cgroup that is named after the container, which runtimes do
+// (<parent>/<id>, cri-containerd-<id>.scope). It is not where process numbers are those of
+// another PID namespace than the runtime's.
+func ofContainer(pid int, container string) error {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil {
+		return err
+	}
+	if !bytes.Contains(b, []byte(container)) {
+		return fmt.Errorf("process %d is none of container %s: is this process in another PID namespace than the runtime?", pid, container)
+	}
+	return nil
+}

@@ -1,0 +1,211 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/gate"
+)
+
+// Method is how a container hands over to its successor.
+type Method string
+
+// The methods, the one with the shortest gap first. Overlap is for StartFirst only.
+const (
+	MethodGate    Method = "gate"    // the successor waits just before its entrypoint
+	MethodPidfd   Method = "pidfd"   // the successor is started when the kernel tells the incumbent's end
+	MethodPlain   Method = "plain"   // the successor is started when the runtime tells the incumbent's end
+	MethodOverlap Method = "overlap" // the successor runs before the incumbent is stopped
+)
+
+// methodsBest are those for StopFirst, best first.
+var methodsBest = []Method{MethodGate, MethodPidfd, MethodPlain}
+
+// probeAge is how long what was found out of the runtime counts: it may be
+// reconfigured and restarted at any time.
+const probeAge = time.Minute
+
+// methods knows which methods this node has.
+type methods struct {
+	best       Method // the most that the configuration allows
+	gatesDir   string
+	cdiSpecDir string // empty: asked from the runtime
+
+	mu     sync.Mutex // guards all following fields
+	tried  bool       // the hook runs here
+	probed time.Time
+	why    map[Method]string // why a method is not available
+}
+
+func newMethods(best Method, stateDir, cdiSpecDir string) *methods {
+	if best == "" {
+		best = MethodGate
+	}
+	return &methods{best: best, gatesDir: filepath.Join(stateDir, "gates"), cdiSpecDir: cdiSpecDir}
+}
+
+// probe finds out which methods work, unless it has done so lately.
+func (e *Engine) probe(ctx context.Context) {
+	m := e.methods
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.probed.IsZero() && time.Since(m.probed) < probeAge {
+		return
+	}
+	why := map[Method]string{}
+	for _, method := range methodsBest {
+		if slices.Index(methodsBest, method) < slices.Index(methodsBest, m.best) {
+			why[method] = "restart.method is " + string(m.best)
+		}
+	}
+	if why[MethodPidfd] == "" {
+		if fd, err := unix.PidfdOpen(os.Getpid(), 0); err != nil {
+			why[MethodPidfd] = fmt.Sprintf("pidfd_open: %v", err)
+		} else {
+			_ = unix.Close(fd)
+		}
+	}
+	if why[MethodGate] == "" {
+		if err := e.probeGate(ctx); err != nil {
+			why[MethodGate] = err.Error()
+			if status.Code(err) == codes.Unavailable || ctx.Err() != nil {
+				m.probed = time.Time{} // asked again next time
+				m.why = why
+				return
+			}
+		}
+	}
+	for _, method := range methodsBest {
+		if was, is := m.why[method], why[method]; was != is || m.probed.IsZero() {
+			e.log.WithField("method", method).WithField("reason", is).Infof("restart method available: %v", is == "")
+		}
+	}
+	m.probed, m.why = time.Now(), why
+}
+
+// probeGate makes everything ready for gates. The caller holds methods.mu.
+func (e *Engine) probeGate(ctx context.Context) error {
+	m := e.methods
+	call, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	st, err := e.rt.Status(call, &runtimeapi.StatusRequest{Verbose: true})
+	if err != nil {
+		return err
+	}
+	// containerd's configuration of its CRI plugin (internal/cri/config/config.go).
+	var config struct {
+		EnableCDI   *bool    `json:"enableCDI"` // gone in 2.1, where it is always on
+		CDISpecDirs []string `json:"cdiSpecDirs"`
+	}
+	if err := json.Unmarshal([]byte(st.GetInfo()["config"]), &config); err != nil {
+		return errors.New("the runtime does not tell its configuration")
+	}
+	switch {
+	case config.EnableCDI != nil && !*config.EnableCDI:
+		return errors.New("CDI is off in the runtime: set enable_cdi in containerd's CRI configuration")
+	case len(config.CDISpecDirs) == 0:
+		return errors.New("the runtime reads no CDI specs: set cdi_spec_dirs in containerd's CRI configuration")
+	case m.cdiSpecDir != "" && !slices.ContainsFunc(config.CDISpecDirs, func(d string) bool { return filepath.Clean(d) == filepath.Clean(m.cdiSpecDir) }):
+		return fmt.Errorf("the runtime does not read CDI specs from restart.cdiSpecDir %s but from %v", m.cdiSpecDir, config.CDISpecDirs)
+	}
+	if !m.tried {
+		if err := gate.Try(ctx, m.gatesDir); err != nil {
+			return err
+		}
+		m.tried = true
+	}
+	dir := m.cdiSpecDir
+	if dir == "" {
+		dir = config.CDISpecDirs[len(config.CDISpecDirs)-1] // dynamic ones by convention: /etc/cdi, /var/run/cdi
+	}
+	if err := gate.WriteSpec(dir); err != nil {
+		return fmt.Errorf("CDI spec: %w", err)
+	}
+	return nil
+}
+
+// available reports whether the node has the method.
+func (m *methods) available(method Method) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.why != nil && m.why[method] == ""
+}
+
+// gate returns the gate with that token, which need not exist.
+func (m *methods) gate(token string) *gate.Gate {
+	if token == "" {
+		token = "none" // never the directory of all
+	}
+	return gate.At(filepath.Join(m.gatesDir, token))
+}
+
+// removeStray removes the gates whose token nobody knows.
+func (m *methods) removeStray(known func(token string) bool) error {
+	entries, err := os.ReadDir(m.gatesDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	for _, entry := range entries {
+		if !known(entry.Name()) {
+			err = errors.Join(err, m.gate(entry.Name()).Remove())
+		}
+	}
+	return err
+}
+
+// list describes the methods for a person.
+func (m *methods) list() []*opsv1.RestartMethod {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var out []*opsv1.RestartMethod
+	for _, method := range methodsBest {
+		reason := m.why[method]
+		if m.why == nil {
+			reason = "the runtime has not answered yet"
+		}
+		out = append(out, &opsv1.RestartMethod{Name: string(method), Available: reason == "", Reason: reason})
+	}
+	return out
+}
+
+// runcType is containerd's runtime type for runc and what takes its place (crun, nvidia-container-runtime). Others, such as
+// gVisor and Kata, have no hooks inside the container.
+const runcType = "io.containerd.runc.v2"
+
+// containerInfo is what containerd tells in a verbose status (internal/cri/server/container_status.go).
+type containerInfo struct {
+	PID         int    `json:"pid"`
+	RuntimeType string `json:"runtimeType"`
+}
+
+// inspect returns the container's status and what the runtime tells beyond CRI; zero if it does not.
+func (e *Engine) inspect(ctx context.Context, id string) (*runtimeapi.ContainerStatus, containerInfo, error) {
+	var info containerInfo
+	st, err := e.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id, Verbose: true})
+	if err != nil {
+		return nil, info, err
+	}
+	if raw := st.GetInfo()["info"]; raw != "" {
+		if err := json.Unmarshal([]byte(raw), &info); err != nil {
+			e.log.WithField("container", id).WithError(err).Warn("verbose status not understood")
+		}
+	}
+	return st.GetStatus(), info, nil
+}

@@ -1,0 +1,113 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"context"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+// beforeOverlap writes that the successor is about to run beside the incumbent.
+func (r *restart) beforeOverlap(ctx context.Context) error {
+	if err := r.load(ctx); err != nil {
+		return err
+	}
+	running, err := r.watchIncumbent(ctx)
+	if err != nil {
+		return err
+	}
+	if !running {
+		return r.stoppedByItself(ctx)
+	}
+	if err := r.interrupted(); err != nil {
+		return err
+	}
+	return r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
+		c.Step, op.Phase = stepStart, opsv1.Phase_PHASE_STARTING
+	})
+}
+
+// overlap starts the successor while the incumbent runs and waits until it has run for the time asked for. The
+// incumbent is left alone: an error from here means that it was not touched.
+func (r *restart) overlap(ctx context.Context) error {
+	if err := r.load(ctx); err != nil {
+		return err
+	}
+	if _, err := r.watchIncumbent(ctx); err != nil {
+		return err
+	}
+	if r.exit == nil {
+		// Nothing tells its end in time, so it is masked from here: if it ends by itself the successor takes its place.
+		r.claim.Mask()
+	} else {
+		go func() { // ends with the process or the watch; the runtime needs longer to say that it is gone
+			<-r.exit.gone
+			if !r.exit.at.IsZero() {
+				r.claim.Mask()
+			}
+		}()
+	}
+	if err := r.start(ctx); err != nil {
+		return err
+	}
+	failpoint("restart.running")
+	rec := r.rec()
+	r.logLink(ctx, rec.Successor)
+	if err := r.postStartOnce(ctx); err != nil {
+		return err
+	}
+	if err := r.awaitReady(ctx, rec.Successor); err != nil {
+		return err
+	}
+	failpoint("restart.ready")
+	return nil
+}
+
+// awaitReady waits until the successor has run for the time asked for, or until there is nothing left to wait for.
+func (r *restart) awaitReady(ctx context.Context, id string) error {
+	wait, end := endWith(ctx, r.claim.Yielded())
+	defer end()
+	wait, end = endWith(wait, r.o.cancelled)
+	defer end()
+	if gone := r.exit.ended(); gone != nil {
+		wait, end = endWith(wait, gone)
+		defer end()
+	}
+	until := time.Now().Add(time.Duration(r.want.GetMinReadySeconds()) * time.Second)
+	for {
+		if err := r.interrupted(); err != nil {
+			return err
+		}
+		st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case status.Code(err) == codes.Unavailable:
+			if err := r.awaitRuntime(ctx); err != nil {
+				return err
+			}
+			continue
+		case err != nil:
+			return failf(ReasonStartFailed, "reading the new container: %v", status.Convert(err).Message())
+		case st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING:
+			s := st.GetStatus()
+			return failf(ReasonSuccessorExited, "the new container ended with exit code %d after %s, before the old one was to be stopped, which goes on; what it said is in %s",
+				s.GetExitCode(), time.Duration(s.GetFinishedAt()-s.GetStartedAt()).Round(time.Millisecond), s.GetLogPath())
+		}
+		left := time.Until(until)
+		if left <= 0 || r.exit.over() {
+			return nil
+		}
+		_ = sleep(wait, min(left, readyPoll)) // why it ended is asked above
+	}
+}
+
+// readyPoll is how often a container that is to become ready is looked at.
+const readyPoll = 250 * time.Millisecond

@@ -1,0 +1,105 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"context"
+	"time"
+
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+// afterStart runs postStart and reveals.
+func (r *restart) afterStart(ctx context.Context) error {
+	rec := r.rec()
+	r.logLink(ctx, rec.Successor)
+	if err := r.postStartOnce(ctx); err != nil {
+		return err
+	}
+	if err := r.interrupted(); err != nil {
+		return err
+	}
+	r.note(func(c *containerRecord, op *opsv1.ContainerOperation) {
+		c.Step = stepReveal
+		op.Phase = opsv1.Phase_PHASE_REVEALING
+	})
+	if !r.claim.TryReveal() {
+		return r.interrupted()
+	}
+	failpoint("restart.revealed")
+	r.measure(ctx, rec)
+	return nil
+}
+
+// postStartOnce runs the postStart hook, if there is one that has not been run.
+func (r *restart) postStartOnce(ctx context.Context) error {
+	rec, hook := r.rec(), r.want.GetPostStart()
+	switch {
+	case hook == nil || rec.PostDone:
+		return nil
+	case rec.PostStarted: // resumed
+		r.warn("cri-proxy was restarted while the postStart hook ran: how it ended is not known, and it is not run again")
+		return nil
+	}
+	r.note(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.PostStarted = true })
+	if err := r.postStart(ctx, hook, rec); err != nil {
+		return err
+	}
+	r.note(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.PostDone = true })
+	return nil
+}
+
+// note is write for the time after the swap: the successor serves, and a journal that cannot
+// be written is no reason to take it away. The next process would resume from an earlier step,
+// which finds the successor running.
+func (r *restart) note(f func(rec *containerRecord, c *opsv1.ContainerOperation)) {
+	if err := r.write(f); err != nil {
+		r.log.WithError(err).Error("step not written")
+		r.o.mu.Lock()
+		defer r.o.mu.Unlock()
+		f(&r.o.containers[r.i], r.o.op.GetContainers()[r.i])
+		r.o.notifyLocked()
+	}
+}
+
+// postStart runs the hook. As in kubelet, the container is not shown before it has
+// ended, and is stopped when it fails (kuberuntime_container.go startContainer).
+func (r *restart) postStart(ctx context.Context, hook *opsv1.Hook, rec containerRecord) error {
+	call, end := endWith(ctx, r.claim.Yielded())
+	defer end()
+	err := r.runHook(call, hook, rec.Successor, rec.Sandbox)
+	if err == nil || call.Err() != nil {
+		return ctx.Err()
+	}
+	return failf(ReasonPostStartFailed, "postStart hook failed and the new container was stopped: %v", err)
+}
+
+// measure fills in what the runtime reports of the swap.
+func (r *restart) measure(ctx context.Context, rec containerRecord) {
+	before, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Incumbent})
+	if err != nil {
+		return
+	}
+	after, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Successor})
+	if err != nil {
+		return
+	}
+	stopped, started := time.Unix(0, before.GetStatus().GetFinishedAt()), time.Unix(0, after.GetStatus().GetStartedAt())
+	if r.exit != nil && !r.exit.at.IsZero() {
+		stopped = r.exit.at // the runtime's own is that of its next start if it was away
+	}
+	if at := r.records.started(rec.Successor); !at.IsZero() {
+		started = at
+	}
+	r.show(func(c *opsv1.ContainerOperation) {
+		c.ExitCode = before.GetStatus().GetExitCode()
+		c.StopTime, c.StartTime = timestamppb.New(stopped), timestamppb.New(started)
+		c.Gap = durationpb.New(started.Sub(stopped)) // negative for overlap
+	})
+	r.metrics.gap.WithLabelValues(string(rec.Method)).Observe(max(0, started.Sub(stopped).Seconds()))
+}

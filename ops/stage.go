@@ -1,0 +1,249 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/gate"
+)
+
+// stage resolves the slot, checks the preconditions and creates the successor, hidden.
+func (r *restart) stage(ctx context.Context) error {
+	r.show(func(c *opsv1.ContainerOperation) { c.Phase = opsv1.Phase_PHASE_STAGING })
+	if err := r.awaitRuntime(ctx); err != nil {
+		return err
+	}
+	call, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	found, err := r.resolve(call, r.o.op.GetPod(), r.want, r.o.req.GetForce())
+	if err != nil {
+		var out *outcome
+		if errors.As(err, &out) {
+			return out
+		}
+		return fmt.Errorf("finding the container: %w", err)
+	}
+	r.claim.Bind(found.sandbox, found.incumbent)
+	if err := r.checkTakenBack(); err != nil {
+		return err
+	}
+	r.probe(ctx)
+	token := r.newToken()
+	err = r.write(func(rec *containerRecord, c *opsv1.ContainerOperation) {
+		*rec = containerRecord{Step: stepStage, Sandbox: found.sandbox, Incumbent: found.incumbent, Token: token}
+		c.IncumbentId, c.Attempt = found.incumbent, found.attempt
+	})
+	if err != nil {
+		return err
+	}
+	hide, cancelHide := context.WithTimeout(ctx, hidePatience)
+	defer cancelHide()
+	if err := r.claim.Hide(hide, token); err != nil {
+		return failf(ReasonRuntime, "the runtime takes more than %s to answer a list: restart not begun", hidePatience)
+	}
+	if err := r.chooseMethod(call); err != nil {
+		return err
+	}
+	id, err := r.create(call, token)
+	if err != nil {
+		return err
+	}
+	if err := r.interrupted(); err != nil {
+		return err
+	}
+	return r.write(func(rec *containerRecord, c *opsv1.ContainerOperation) {
+		rec.Step, rec.Successor = stepStaged, id
+		c.SuccessorId = id
+		if !r.overlaps() {
+			c.Phase = opsv1.Phase_PHASE_STOPPING
+		}
+	})
+}
+
+// chooseMethod picks the best method that the node has and that applies to the container.
+func (r *restart) chooseMethod(ctx context.Context) error {
+	if r.overlaps() {
+		r.setMethod(MethodOverlap)
+		return nil
+	}
+	if err := r.load(ctx); err != nil {
+		return err
+	}
+	_, info, err := r.inspect(ctx, r.rec().Incumbent)
+	if err != nil {
+		return failf(ReasonRuntime, "reading container %s: %v", r.rec().Incumbent, status.Convert(err).Message())
+	}
+	switch {
+	case r.methods.available(MethodGate) && info.RuntimeType == runcType && gate.Fits(r.request.GetConfig()) == nil:
+		r.setMethod(MethodGate)
+	case r.methods.available(MethodPidfd) && info.PID > 0 && r.ownPIDs():
+		r.setMethod(MethodPidfd)
+	default:
+		r.setMethod(MethodPlain)
+	}
+	return nil
+}
+
+// setMethod is on disk with the next step.
+func (r *restart) setMethod(m Method) {
+	r.o.mu.Lock()
+	defer r.o.mu.Unlock()
+	r.o.containers[r.i].Method = m
+	r.o.op.GetContainers()[r.i].Method = string(m)
+}
+
+// ownPIDs reports whether the container has a PID namespace of its own: then its other processes, and what they
+// hold, such as a port, have ended when the first one has.
+func (r *restart) ownPIDs() bool {
+	return r.request.GetConfig().GetLinux().GetSecurityContext().GetNamespaceOptions().GetPid() == runtimeapi.NamespaceMode_CONTAINER
+}
+
+// checkTakenBack refuses a container that kubelet is stopping already, or a pod on its way out.
+func (r *restart) checkTakenBack() error {
+	if r.claim.Stopping() {
+		return failf(ReasonPodStopping, "kubelet is stopping container %q already", r.want.GetName())
+	}
+	return r.interrupted()
+}
+
+// create creates the next attempt of the incumbent under the token.
+func (r *restart) create(ctx context.Context, token string) (string, error) {
+	if err := r.load(ctx); err != nil {
+		return "", err
+	}
+	if newer := r.records.resources(r.rec().Incumbent); newer != nil {
+		r.applied = newer
+	}
+	req, err := cloneFor(r.request, r.applied, r.container().GetAttempt(), token)
+	if err != nil {
+		return "", failf(ReasonCreateFailed, "%v", err)
+	}
+	if err := makeTerminationFile(req.GetConfig()); err != nil {
+		return "", failf(ReasonCreateFailed, "%v", err)
+	}
+	id, err := r.createGated(ctx, req, token)
+	if err != nil {
+		return "", err
+	}
+	if id == "" {
+		if id, err = r.createOnce(ctx, req); err != nil {
+			return "", failf(ReasonCreateFailed, "creating the new container: %v", status.Convert(err).Message())
+		}
+	}
+	if raw, err := proto.Marshal(req); err == nil {
+		r.records.Created(id, raw) // without the gate, which is for this one only
+	}
+	r.claim.Staged(id)
+	failpoint("restart.created")
+	r.catchUp(ctx, id)
+	return id, nil
+}
+
+// createGated creates the container behind a gate if that is the method. It returns "" if it is not,
+// or if that did not work, and then the method is another one.
+func (r *restart) createGated(ctx context.Context, req *runtimeapi.CreateContainerRequest, token string) (string, error) {
+	if r.rec().Method != MethodGate {
+		return "", nil
+	}
+	g := r.methods.gate(token)
+	err := g.Make()
+	if err == nil {
+		gated := proto.Clone(req).(*runtimeapi.CreateContainerRequest)
+		g.Inject(gated.GetConfig())
+		var id string
+		if id, err = r.createOnce(ctx, gated); err == nil {
+			return id, nil
+		}
+		if status.Code(err) == codes.DeadlineExceeded || status.Code(err) == codes.Unavailable {
+			return "", failf(ReasonCreateFailed, "creating the new container: %v", status.Convert(err).Message())
+		}
+	}
+	r.dropGate(err)
+	return "", nil
+}
+
+// dropGate goes on without the gate.
+func (r *restart) dropGate(why error) {
+	r.log.WithError(why).Warn("gate cannot be used, restarting without it")
+	r.metrics.gateFailures.Inc()
+	if err := r.methods.gate(r.rec().Token).Remove(); err != nil {
+		r.log.WithError(err).Warn("gate not removed")
+	}
+	r.gate = nil
+	if r.methods.available(MethodPidfd) && r.ownPIDs() {
+		r.setMethod(MethodPidfd)
+		return
+	}
+	r.setMethod(MethodPlain)
+}
+
+func (r *restart) createOnce(ctx context.Context, req *runtimeapi.CreateContainerRequest) (string, error) {
+	// Not bound to ctx: a cancelled CreateContainer leaves a container behind with its name taken.
+	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
+	defer cancel()
+	resp, err := r.rt.CreateContainer(call, req)
+	if status.Code(err) == codes.DeadlineExceeded {
+		// The runtime may be just about to finish it; until it is gone the token keeps it hidden.
+		r.removeLate(ctx)
+	}
+	return resp.GetContainerId(), err
+}
+
+// removeLate removes the container of a create that was cut off, if it comes about within lateCreate.
+func (r *restart) removeLate(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, lateCreate)
+	defer cancel()
+	for sleep(ctx, 500*time.Millisecond) == nil {
+		if id, err := r.findStaged(ctx, r.rec()); err == nil && id != "" {
+			return // undo removes it
+		}
+	}
+}
+
+// catchUp applies to the successor what kubelet has set on the incumbent while the
+// successor was being created. From Staged on the director applies updates to both.
+func (r *restart) catchUp(ctx context.Context, id string) {
+	newer := r.records.resources(r.rec().Incumbent)
+	if newer == nil || proto.Equal(newer, r.applied) {
+		return
+	}
+	r.applied = newer
+	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
+	defer cancel()
+	if _, err := r.rt.UpdateContainerResources(call, &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: newer}); err != nil {
+		r.log.WithError(err).Warn("staged container did not take the new resources")
+		return
+	}
+	if b, err := proto.Marshal(newer); err == nil {
+		r.records.Updated(id, b)
+	}
+}
+
+// load reads the incumbent and the request that made it, once.
+func (r *restart) load(ctx context.Context) error {
+	if r.request != nil {
+		return nil
+	}
+	rec := r.rec()
+	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Incumbent})
+	if err != nil {
+		return failf(ReasonRuntime, "reading container %s: %v", rec.Incumbent, status.Convert(err).Message())
+	}
+	r.incumbent = st.GetStatus()
+	r.request, r.applied, err = r.requestOf(ctx, rec.Incumbent, rec.Sandbox)
+	if err != nil {
+		return failf(ReasonCreateFailed, "%v", err)
+	}
+	return nil
+}

@@ -1,0 +1,167 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"context"
+	"errors"
+	"strconv"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+// beforeStop masks the incumbent and runs its preStop hook.
+func (r *restart) beforeStop(ctx context.Context) error {
+	if err := r.load(ctx); err != nil {
+		return err
+	}
+	rec := r.rec()
+	resumed := !rec.StopBy.IsZero() // it is written after the commit
+	r.claim.Mask()
+	// From the mask on, an exit of the incumbent is ours to handle; one from before is kubelet's, unless
+	// the successor runs already.
+	running, err := r.watchIncumbent(ctx)
+	if err != nil {
+		return err
+	}
+	if !resumed {
+		if !running && !r.overlaps() {
+			return r.stoppedByItself(ctx)
+		}
+		if err := r.interrupted(); err != nil {
+			return err
+		}
+		if !r.o.commit() {
+			return r.cancelledOutcome()
+		}
+	}
+	grace := r.grace()
+	if rec.StopBy.IsZero() {
+		rec.StopBy = time.Now().Add(grace)
+		err := r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
+			c.StopBy, op.Phase = rec.StopBy, opsv1.Phase_PHASE_STOPPING
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if running {
+		r.preStop(ctx, grace, rec.StopBy)
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if err := r.interrupted(); err != nil {
+		return err
+	}
+	return r.write(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.Step = stepStop })
+}
+
+// watchIncumbent finds out whether the incumbent runs and watches its process where that says something.
+func (r *restart) watchIncumbent(ctx context.Context) (running bool, err error) {
+	rec := r.rec()
+	if r.exit != nil {
+		return !r.exit.over(), nil
+	}
+	st, info, err := r.inspect(ctx, rec.Incumbent)
+	if err != nil {
+		return false, failf(ReasonRuntime, "reading container %s: %v", rec.Incumbent, status.Convert(err).Message())
+	}
+	if st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
+		return false, nil
+	}
+	if info.PID > 0 && r.ownPIDs() && r.methods.available(MethodPidfd) {
+		if r.exit, err = watchExit(info.PID, rec.Incumbent); err != nil {
+			r.log.WithError(err).Warn("process not watched")
+		}
+	}
+	return true, nil
+}
+
+// stoppedByItself is the outcome of a restart whose container is gone already.
+func (r *restart) stoppedByItself(ctx context.Context) error {
+	code := int32(0)
+	if st, _, err := r.inspect(ctx, r.rec().Incumbent); err == nil {
+		code = st.GetExitCode()
+	}
+	return failf(ReasonNotRunning, "container %q stopped by itself (exit code %d) before the restart began; kubelet handles it", r.want.GetName(), code)
+}
+
+// grace is what preStop and stop may take together, before the floor for the stop.
+func (r *restart) grace() time.Duration {
+	if r.want.GracePeriodSeconds != nil {
+		return time.Duration(r.want.GetGracePeriodSeconds()) * time.Second
+	}
+	for _, a := range []map[string]string{r.incumbent.GetAnnotations(), r.request.GetConfig().GetAnnotations()} {
+		if s, err := strconv.ParseInt(a[annotationTerminationGrace], 10, 32); err == nil && s >= 0 {
+			return time.Duration(s) * time.Second
+		}
+	}
+	return defaultGrace
+}
+
+// preStop runs the hook within the grace. As in kubelet, its failure does not
+// keep the container from being stopped, and no grace means no hook.
+func (r *restart) preStop(ctx context.Context, grace time.Duration, by time.Time) {
+	hook := r.want.GetPreStop()
+	if hook == nil {
+		var err error
+		if hook, err = recordedPreStop(r.incumbent.GetAnnotations()); err != nil {
+			r.warn("preStop: %v", err)
+		}
+	}
+	if hook == nil || grace <= 0 {
+		return
+	}
+	ctx, cancel := context.WithDeadline(ctx, by)
+	defer cancel()
+	ctx, end := endWith(ctx, r.claim.Yielded())
+	defer end()
+	if gone := r.exit.ended(); gone != nil {
+		ctx, end = endWith(ctx, gone) // nobody left to run it in
+		defer end()
+	}
+	rec := r.rec()
+	if err := r.runHook(ctx, hook, rec.Incumbent, rec.Sandbox); err != nil && ctx.Err() == nil {
+		r.warn("preStop hook failed: %v", err)
+	} else if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		r.warn("preStop hook did not end within the grace period of %s", grace)
+	}
+}
+
+// stop stops the incumbent within what is left of its grace.
+func (r *restart) stop(ctx context.Context) error {
+	rec := r.rec()
+	for try := 1; ; try++ {
+		left := max(time.Until(rec.StopBy), minGrace)
+		seconds := int64((left + time.Second - 1) / time.Second)
+		// Not bound to ctx: a cancelled StopContainer never kills.
+		call, cancel := context.WithTimeout(context.WithoutCancel(ctx), left+callTimeout)
+		_, err := r.rt.StopContainer(call, &runtimeapi.StopContainerRequest{ContainerId: rec.Incumbent, Timeout: seconds})
+		cancel()
+		if err == nil {
+			return nil
+		}
+		if status.Code(err) != codes.Unavailable || try == maxTries {
+			return failf(ReasonStopFailed, "stopping the container: %v", status.Convert(err).Message())
+		}
+		if err := r.awaitReturn(ctx, try); err != nil {
+			return err
+		}
+	}
+}
+
+// awaitReturn waits until the runtime answers again after a call that it did not answer; longer
+// each time, because a runtime that does answer may be without the container's shim.
+func (r *restart) awaitReturn(ctx context.Context, try int) error {
+	if err := r.awaitRuntime(ctx); err != nil {
+		return err
+	}
+	return sleep(ctx, min(10*time.Millisecond<<try, 5*time.Second))
+}

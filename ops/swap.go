@@ -1,0 +1,323 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/gate"
+)
+
+// gatePatience bounds the wait for a started container to come to its gate. It takes milliseconds; if it takes this long,
+// the way without a gate is the better one.
+const gatePatience = 10 * time.Second
+
+// swap stops the incumbent and lets the successor run. It is the only part that the
+// application notices, so nothing in it waits for the disk.
+func (r *restart) swap(ctx context.Context) error {
+	if err := r.load(ctx); err != nil {
+		return err
+	}
+	if _, err := r.watchIncumbent(ctx); err != nil {
+		return err
+	}
+	if r.rec().Method == MethodGate {
+		if err := r.arm(ctx); err != nil {
+			return err
+		}
+	}
+	if err := r.interrupted(); err != nil {
+		return err
+	}
+	stopped := make(chan error, 1)
+	go func() { stopped <- r.stop(ctx) }() // ends with the call, which is waited for below
+	gone := r.exit.ended()
+	if r.rec().Method == MethodPlain {
+		gone = nil
+	}
+	select {
+	case <-gone:
+		err := r.handOver(ctx)
+		if stopErr := <-stopped; err == nil && stopErr != nil {
+			err = r.awaitExited(ctx, stopErr)
+		}
+		if err != nil {
+			return err
+		}
+	case err := <-stopped:
+		if err == nil {
+			err = r.handOver(ctx)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	r.note(func(rec *containerRecord, c *opsv1.ContainerOperation) {
+		rec.Step = stepStarted
+		c.Phase = opsv1.Phase_PHASE_STARTING
+		c.SuccessorId = rec.Successor
+	})
+	return nil
+}
+
+// handOver lets the successor run, now that the incumbent's processes are gone.
+func (r *restart) handOver(ctx context.Context) error {
+	if err := r.interrupted(); err != nil {
+		return err
+	}
+	failpoint("restart.stopped")
+	var err error
+	switch r.rec().Method {
+	case MethodOverlap: // it does
+	case MethodGate:
+		err = r.openGate(ctx)
+	default:
+		err = r.start(ctx)
+	}
+	if err == nil && !r.overlaps() {
+		failpoint("restart.running")
+	}
+	return err
+}
+
+// awaitExited waits until the runtime knows what the kernel does: that the incumbent's process is gone. Until then both
+// would be shown running. stopErr is why it does not know yet.
+func (r *restart) awaitExited(ctx context.Context, stopErr error) error {
+	r.log.WithError(stopErr).Warn("the container's process has ended, but the runtime did not say so")
+	deadline, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	for {
+		st, err := r.rt.ContainerStatus(deadline, &runtimeapi.ContainerStatusRequest{ContainerId: r.rec().Incumbent})
+		if err == nil && st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
+			return nil
+		}
+		if sleep(deadline, 100*time.Millisecond) != nil {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			r.warn("the runtime still shows the old container running: %v", stopErr)
+			return nil // the successor serves
+		}
+	}
+}
+
+// arm starts the successor up to its gate, while the incumbent serves. When the gate does not work for this
+// container, it leaves a fresh successor without one.
+func (r *restart) arm(ctx context.Context) error {
+	for {
+		if err := r.ensureStaged(ctx); err != nil {
+			return err
+		}
+		rec := r.rec()
+		if rec.Method != MethodGate { // just now
+			return nil
+		}
+		err := r.startOnce(ctx, rec.Successor)
+		var out *outcome
+		switch {
+		case err == nil:
+		case !errors.As(err, &out) || rec.Retried:
+			return err // nothing has been stopped
+		default:
+			if err := r.stageAnew(ctx, out.message); err != nil {
+				return err
+			}
+			continue
+		}
+		err = r.awaitGate(ctx, rec)
+		if err == nil {
+			if _, info, err := r.inspect(ctx, rec.Successor); err == nil && ofContainer(info.PID, rec.Successor) == nil {
+				r.pid = info.PID
+			}
+			failpoint("restart.gated")
+			return nil
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if runs, rerr := r.incumbentRuns(ctx); rerr != nil || !runs {
+			// A process before this one has opened the gate; or nothing can be said, and then the
+			// successor is in the state that kubelet's policy is for.
+			r.log.WithError(err).Info("the successor is past its gate")
+			return rerr
+		}
+		// It may run, beside the incumbent.
+		r.stopWithin(ctx, rec.Successor, minGrace)
+		r.dropGate(err)
+		if err := r.stageAnew(ctx, ""); err != nil {
+			return err
+		}
+	}
+}
+
+// awaitGate waits until the successor waits at its gate. The error says why it does not.
+func (r *restart) awaitGate(ctx context.Context, rec containerRecord) error {
+	g := r.methods.gate(rec.Token)
+	ctx, cancel := context.WithTimeout(ctx, gatePatience)
+	defer cancel()
+	began, asked := time.Now(), time.Now()
+	err := g.Await(ctx, func() error {
+		if time.Since(asked) < 100*time.Millisecond {
+			return nil
+		}
+		asked = time.Now()
+		st, info, err := r.inspect(ctx, rec.Successor)
+		switch {
+		case err != nil:
+			return nil // the runtime may be restarting
+		case st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING:
+			return fmt.Errorf("%w: it has ended with exit code %d: %s", gate.ErrNotHeld, st.GetExitCode(), st.GetMessage())
+		case info.PID > 0 && !gate.Waiting(info.PID) && time.Since(began) > time.Second:
+			return fmt.Errorf("%w: the runtime has not run the hook", gate.ErrNotHeld)
+		}
+		return nil
+	})
+	if err == nil {
+		r.gate = g
+	}
+	return err
+}
+
+// openGate lets the successor pass its gate.
+func (r *restart) openGate(ctx context.Context) error {
+	if r.gate == nil { // a process before this one has opened it
+		return nil
+	}
+	if err := r.gate.Open(); err != nil {
+		r.dropGate(err)
+		if err := r.stageAnew(ctx, ""); err != nil {
+			return err
+		}
+		return r.start(ctx)
+	}
+	// The hook ends and runc executes the entrypoint: that is the start of the application.
+	began := time.Now()
+	for gate.Waiting(r.pid) && time.Since(began) < time.Second && sleep(ctx, 100*time.Microsecond) == nil {
+		continue
+	}
+	began = time.Now()
+	rec := r.rec()
+	r.records.setStarted(rec.Successor, began)
+	r.view.SetStarted(rec.Successor, began)
+	if err := r.gate.Remove(); err != nil {
+		r.log.WithError(err).Warn("gate not removed")
+	}
+	return nil
+}
+
+// ensureStaged creates the successor if there is none.
+func (r *restart) ensureStaged(ctx context.Context) error {
+	rec := r.rec()
+	if rec.Successor != "" {
+		return nil
+	}
+	id, err := r.findStaged(ctx, rec)
+	if err != nil {
+		return err
+	}
+	if id == "" {
+		if id, err = r.create(ctx, rec.Token); err != nil {
+			return err
+		}
+	}
+	r.o.mu.Lock()
+	r.o.containers[r.i].Successor = id // on disk with the next step; until then the token finds it
+	r.o.mu.Unlock()
+	r.claim.Staged(id)
+	return nil
+}
+
+// stageAnew removes the successor, so that the next ensureStaged makes a fresh one. why is what was wrong with
+// the container itself; that is tried once.
+func (r *restart) stageAnew(ctx context.Context, why string) error {
+	if why != "" {
+		r.log.WithField("message", why).Warn("the new container did not start; trying once more from a fresh one")
+	}
+	rec := r.rec()
+	token := r.newToken()
+	if err := r.removeContainer(ctx, rec.Successor); err != nil {
+		return err
+	}
+	if err := r.methods.gate(rec.Token).Remove(); err != nil {
+		r.log.WithError(err).Warn("gate not removed")
+	}
+	r.claim.HideNow(token)
+	r.claim.Staged("")
+	return r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
+		c.Token, c.Successor = token, ""
+		if why != "" {
+			c.Retried = true
+			op.Warnings = append(op.Warnings, why)
+		}
+	})
+}
+
+// start starts the successor; once, from a fresh stage, if that fails.
+func (r *restart) start(ctx context.Context) error {
+	for {
+		if err := r.ensureStaged(ctx); err != nil {
+			return err
+		}
+		rec := r.rec()
+		err := r.startOnce(ctx, rec.Successor)
+		if err == nil {
+			return nil
+		}
+		var out *outcome
+		if !errors.As(err, &out) || rec.Retried {
+			return err
+		}
+		if err := r.stageAnew(ctx, out.message); err != nil {
+			return err
+		}
+	}
+}
+
+// startOnce starts the container, whatever state a crash or a runtime restart left it in.
+func (r *restart) startOnce(ctx context.Context, id string) error {
+	for try := 1; ; try++ {
+		// Not bound to ctx: a cancelled StartContainer destroys the container.
+		call, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
+		_, err := r.rt.StartContainer(call, &runtimeapi.StartContainerRequest{ContainerId: id})
+		cancel()
+		if err == nil {
+			return nil
+		}
+		again := status.Code(err) == codes.Unavailable && try < maxTries
+		if again {
+			if err := r.awaitReturn(ctx, try); err != nil {
+				return err
+			}
+		}
+		st, serr := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
+		if serr != nil {
+			if again && status.Code(serr) == codes.Unavailable {
+				continue
+			}
+			return failf(ReasonStartFailed, "starting the new container: %v", status.Convert(err).Message())
+		}
+		switch s := st.GetStatus(); {
+		case s.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING:
+			return nil // it had been started before
+		case s.GetState() == runtimeapi.ContainerState_CONTAINER_EXITED && s.GetReason() != startError && s.GetStartedAt() != 0:
+			return nil // it had been started before, and has ended: kubelet's policy decides
+		case s.GetState() == runtimeapi.ContainerState_CONTAINER_CREATED && again:
+			continue
+		default:
+			return failf(ReasonStartFailed, "starting the new container: %v", status.Convert(err).Message())
+		}
+	}
+}
+
+// startError is containerd's reason for a container whose start failed
+// (internal/cri/server/container_start.go errorStartReason).
+const startError = "StartError"

@@ -1,0 +1,159 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/interceptors"
+)
+
+// undo takes back what is hidden, so that kubelet's policy is in charge of what is left. It
+// returns false if ctx ended before that was possible.
+func (r *restart) undo(ctx context.Context, out *outcome) bool {
+	rec := r.rec()
+	if r.claim == nil || rec.Step == stepNone || rec.Step == stepDone {
+		return true
+	}
+	if rec.Step == stepReveal && r.container().GetReason() != "" {
+		return true // resumed: shown already
+	}
+	r.note(func(c *containerRecord, op *opsv1.ContainerOperation) {
+		c.Step = stepUndo
+		op.Reason, op.Message = out.reason, out.message
+	})
+	if out.reason == ReasonStartFailed || out.reason == ReasonPostStartFailed {
+		touched, err := r.incumbentStopped(ctx)
+		if err != nil {
+			return false
+		}
+		if touched {
+			// Kubelet gets to see the attempt that failed, and why.
+			if out.reason == ReasonPostStartFailed {
+				r.stopSuccessor(ctx, rec.Successor)
+			}
+			r.note(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.Step = stepReveal })
+			r.claim.Reveal()
+			r.removeGate()
+			return true
+		}
+	}
+	wait := 200 * time.Millisecond
+	for {
+		if rec.Step != stepStage && rec.Step != stepStaged { // it may run: ask it to stop
+			r.stopSuccessor(ctx, rec.Successor)
+		}
+		err := r.removeStaged(ctx)
+		if err == nil {
+			r.claim.Discard()
+			r.removeGate()
+			return true
+		}
+		if ctx.Err() != nil {
+			return false
+		}
+		r.log.WithError(err).Warn("staged container not removed; trying again")
+		if sleep(ctx, wait) != nil {
+			return false
+		}
+		wait = min(2*wait, 5*time.Second)
+	}
+}
+
+// incumbentStopped asks until the runtime answers, or ctx ends.
+func (r *restart) incumbentStopped(ctx context.Context) (bool, error) {
+	for {
+		runs, err := r.incumbentRuns(ctx)
+		if err == nil {
+			return !runs, nil
+		}
+		if err := sleep(ctx, 200*time.Millisecond); err != nil {
+			return false, err
+		}
+	}
+}
+
+// incumbentRuns reports whether the incumbent is still running; false if it is gone.
+func (r *restart) incumbentRuns(ctx context.Context) (bool, error) {
+	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: r.rec().Incumbent})
+	if status.Code(err) == codes.NotFound {
+		return false, nil
+	}
+	return st.GetStatus().GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING, err
+}
+
+// removeGate removes the gate's files, if any.
+func (r *restart) removeGate() {
+	if err := r.methods.gate(r.rec().Token).Remove(); err != nil {
+		r.log.WithError(err).Warn("gate not removed")
+	}
+}
+
+// stopSuccessor stops a successor that may have been started, within the grace of
+// whoever took the slot back.
+func (r *restart) stopSuccessor(ctx context.Context, id string) {
+	if id == "" {
+		return
+	}
+	grace := minGrace
+	if y := r.claim.YieldedTo(); y != nil {
+		grace = max(grace, time.Duration(y.Grace)*time.Second)
+	} else if r.incumbent != nil && r.request != nil {
+		grace = max(grace, r.grace())
+	}
+	r.stopWithin(ctx, id, grace)
+}
+
+// stopWithin stops a container of ours.
+func (r *restart) stopWithin(ctx context.Context, id string, grace time.Duration) {
+	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace+callTimeout)
+	defer cancel()
+	if _, err := r.rt.StopContainer(call, &runtimeapi.StopContainerRequest{ContainerId: id, Timeout: int64(grace / time.Second)}); err != nil {
+		r.log.WithError(err).Warn("new container not stopped")
+	}
+}
+
+// removeStaged removes every container that carries the token.
+func (r *restart) removeStaged(ctx context.Context) error {
+	rec := r.rec()
+	id, err := r.findStaged(ctx, rec)
+	if err != nil || id == "" {
+		return err
+	}
+	return r.removeContainer(ctx, id)
+}
+
+func (r *restart) removeContainer(ctx context.Context, id string) error {
+	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
+	defer cancel()
+	if _, err := r.rt.RemoveContainer(call, &runtimeapi.RemoveContainerRequest{ContainerId: id}); err != nil {
+		return fmt.Errorf("removing container %s: %w", id, err)
+	}
+	r.records.Removed(id)
+	r.view.Forget(id)
+	return nil
+}
+
+// findStaged returns the container that carries the token, or "".
+func (r *restart) findStaged(ctx context.Context, rec containerRecord) (string, error) {
+	call, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	list, err := r.rt.ListContainers(call, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{PodSandboxId: rec.Sandbox}})
+	if err != nil {
+		return "", fmt.Errorf("listing containers: %w", err)
+	}
+	for _, c := range list.GetContainers() {
+		if c.GetAnnotations()[interceptors.StagedAnnotation] == rec.Token {
+			return c.GetId(), nil
+		}
+	}
+	return "", nil
+}
