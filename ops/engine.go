@@ -104,7 +104,7 @@ type operation struct {
 // Errors: state directory not writable, held by another process, or unreadable.
 func Open(_ context.Context, o Options) (*Engine, error) {
 	log := o.Log.WithField("component", "ops")
-	j, err := openJournal(o.StateDir)
+	j, err := openJournal(o.StateDir, log)
 	if err != nil {
 		return nil, err
 	}

@@ -11,8 +11,10 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
+	"github.com/sirupsen/logrus"
 	bolt "go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
 )
@@ -73,23 +75,86 @@ type containerRecord struct {
 // journal is the durable list of operations, in one bbolt file of mode 0600.
 // Every write is on disk when it returns.
 type journal struct {
+	path string
+
+	mu sync.Mutex // guards db
+	// db is nil while the file cannot be had, on a full disk for example: kubelet is served all the same, and
+	// every write tries again.
 	db *bolt.DB
 }
 
-func openJournal(dir string) (*journal, error) {
-	path := filepath.Join(dir, "journal.db")
+// openJournal opens the journal in dir. A file that is damaged is set aside under another name, for
+// a person to look at: what an unfinished operation has left is then found by the annotation that it carries.
+//
+// Errors: the file is held by another process or is not permitted to this one, or there is no such directory.
+func openJournal(dir string, log logrus.FieldLogger) (*journal, error) {
+	j := &journal{path: filepath.Join(dir, "journal.db")}
+	log = log.WithField("file", j.path)
+	db, err := openJournalFile(j.path)
+	if errors.Is(err, bolterrors.ErrInvalid) || errors.Is(err, bolterrors.ErrChecksum) || errors.Is(err, bolterrors.ErrVersionMismatch) {
+		aside := fmt.Sprintf("%s.unreadable-%d", j.path, time.Now().Unix())
+		log.WithError(err).WithField("aside", aside).Error("the journal is damaged: setting it aside and starting anew; operations that were under way are not finished")
+		if err := os.Rename(j.path, aside); err != nil {
+			log.WithError(err).Error("journal not set aside: no operations")
+			return j, nil
+		}
+		db, err = openJournalFile(j.path)
+	}
+	if errors.Is(err, bolterrors.ErrTimeout) || errors.Is(err, fs.ErrPermission) || errors.Is(err, fs.ErrNotExist) {
+		return nil, openError(j.path, err)
+	}
+	if err != nil {
+		log.WithError(err).Error("the journal cannot be opened: kubelet is served, operations are refused")
+	}
+	j.db = db
+	return j, nil
+}
+
+func openJournalFile(path string) (*bolt.DB, error) {
 	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: lockPatience, NoFreelistSync: true, FreelistType: bolt.FreelistMapType})
 	if err != nil {
-		return nil, openError(path, err)
+		return nil, err
 	}
-	err = db.Update(func(tx *bolt.Tx) error {
-		_, err := tx.CreateBucketIfNotExists(bucketOperations)
-		return err
+	if err := ensureBuckets(db, bucketOperations); err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
+	return db, nil
+}
+
+// ensureBuckets makes the buckets that do not exist. It writes only then: the disk may be full.
+func ensureBuckets(db *bolt.DB, names ...[]byte) error {
+	missing := false
+	err := db.View(func(tx *bolt.Tx) error {
+		for _, name := range names {
+			missing = missing || tx.Bucket(name) == nil
+		}
+		return nil
 	})
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("journal %s: %w", path, err), db.Close())
+	if err != nil || !missing {
+		return err
 	}
-	return &journal{db: db}, nil
+	return db.Update(func(tx *bolt.Tx) error {
+		for _, name := range names {
+			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// file returns the open file, which it opens if it has not been before.
+func (j *journal) file() (*bolt.DB, error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.db == nil {
+		db, err := openJournalFile(j.path)
+		if err != nil {
+			return nil, fmt.Errorf("journal %s: %w", j.path, err)
+		}
+		j.db = db
+	}
+	return j.db, nil
 }
 
 func openError(path string, err error) error {
@@ -108,7 +173,11 @@ func (j *journal) put(uid string, r *record) error {
 	if err != nil {
 		return fmt.Errorf("journal: encoding operation %s: %w", uid, err)
 	}
-	err = j.db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketOperations).Put([]byte(uid), b) })
+	db, err := j.file()
+	if err != nil {
+		return err
+	}
+	err = db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketOperations).Put([]byte(uid), b) })
 	if err != nil {
 		return fmt.Errorf("journal: writing operation %s: %w", uid, err)
 	}
@@ -119,7 +188,11 @@ func (j *journal) remove(uids []string) error {
 	if len(uids) == 0 {
 		return nil
 	}
-	return j.db.Update(func(tx *bolt.Tx) error {
+	db, err := j.file()
+	if err != nil {
+		return err
+	}
+	return db.Update(func(tx *bolt.Tx) error {
 		for _, uid := range uids {
 			if err := tx.Bucket(bucketOperations).Delete([]byte(uid)); err != nil {
 				return err
@@ -132,10 +205,12 @@ func (j *journal) remove(uids []string) error {
 // load calls f for every operation. One that cannot be read, or that f refuses, is set aside, so that it
 // cannot keep the proxy, and kubelet with it, from starting; bad gets its error.
 func (j *journal) load(f func(uid string, r *record) error, bad func(error)) error {
-	return j.db.Update(func(tx *bolt.Tx) error {
-		aside := map[string][]byte{}
-		operations := tx.Bucket(bucketOperations)
-		err := operations.ForEach(func(k, v []byte) error {
+	if j.db == nil {
+		return nil
+	}
+	aside := map[string][]byte{}
+	err := j.db.View(func(tx *bolt.Tx) error {
+		return tx.Bucket(bucketOperations).ForEach(func(k, v []byte) error {
 			r, err := decodeRecord(v)
 			if err == nil {
 				err = f(string(k), r)
@@ -146,20 +221,26 @@ func (j *journal) load(f func(uid string, r *record) error, bad func(error)) err
 			}
 			return nil
 		})
-		if err != nil || len(aside) == 0 {
-			return err
-		}
+	})
+	if err != nil || len(aside) == 0 {
+		return err
+	}
+	err = j.db.Update(func(tx *bolt.Tx) error {
 		unreadable, err := tx.CreateBucketIfNotExists(bucketUnreadable)
 		if err != nil {
 			return err
 		}
 		for uid, v := range aside {
-			if err := errors.Join(unreadable.Put([]byte(uid), v), operations.Delete([]byte(uid))); err != nil {
+			if err := errors.Join(unreadable.Put([]byte(uid), v), tx.Bucket(bucketOperations).Delete([]byte(uid))); err != nil {
 				return err
 			}
 		}
 		return nil
 	})
+	if err != nil {
+		bad(fmt.Errorf("setting aside: %w", err)) // they are left out this time, and found again the next
+	}
+	return nil
 }
 
 func decodeRecord(b []byte) (*record, error) {
@@ -170,7 +251,14 @@ func decodeRecord(b []byte) (*record, error) {
 	return r, nil
 }
 
-func (j *journal) close() error { return j.db.Close() }
+func (j *journal) close() error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.db == nil {
+		return nil
+	}
+	return j.db.Close()
+}
 
 // bootID tells one run of the kernel from the next; empty where the kernel has none.
 func bootID() string {

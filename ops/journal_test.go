@@ -40,7 +40,7 @@ func entry(t testing.TB, uid string, at step, created time.Time) *record {
 func journalWith(t testing.TB, records map[string]*record) string {
 	t.Helper()
 	dir := t.TempDir()
-	j, err := openJournal(dir)
+	j, err := openJournal(dir, quiet())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -150,15 +150,6 @@ func TestOpenRefuses(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 	})
-	t.Run("not a journal", func(t *testing.T) {
-		dir := t.TempDir()
-		if err := os.WriteFile(filepath.Join(dir, "journal.db"), make([]byte, 1<<16), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := openEngine(dir, interceptors.NewView()); err == nil || !strings.Contains(err.Error(), "journal.db") {
-			t.Errorf("got %v", err)
-		}
-	})
 	t.Run("held", func(t *testing.T) {
 		err := openError("journal.db", bolterrors.ErrTimeout)
 		if !errors.Is(err, bolterrors.ErrTimeout) || !strings.Contains(err.Error(), "is held by another process") {
@@ -170,9 +161,58 @@ func TestOpenRefuses(t *testing.T) {
 	})
 }
 
+// A journal that is not one must not keep kubelet from being served.
+func TestJournalThatIsDamaged(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "journal.db"), make([]byte, 1<<16), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	j, err := openJournal(dir, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(j.put("op", &record{}), j.close()); err != nil {
+		t.Fatal(err)
+	}
+	aside, err := filepath.Glob(filepath.Join(dir, "journal.db.unreadable-*"))
+	if err != nil || len(aside) != 1 {
+		t.Errorf("set aside are %q, %v", aside, err)
+	}
+}
+
+// Without a file there are no operations, until there is one.
+func TestJournalThatCannotBeMade(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"journal.db", "records.db"} {
+		if err := os.MkdirAll(filepath.Join(dir, name, "in the way"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	e, err := openEngine(dir, interceptors.NewView())
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.records.Created("c", nil)
+	if e.records.request("c") != nil || len(e.records.ids()) != 0 {
+		t.Error("records without a file")
+	}
+	if _, err := e.submit(restartRequest("op"), podRef()); err == nil || !strings.Contains(err.Error(), "nothing was done") {
+		t.Errorf("got %v", err)
+	}
+	if err := os.RemoveAll(filepath.Join(dir, "journal.db")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := e.submit(restartRequest("op"), podRef()); err != nil {
+		t.Errorf("the file can be had now, but: %v", err)
+	}
+	if err := e.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestJournalFile(t *testing.T) {
 	dir := t.TempDir()
-	j, err := openJournal(dir)
+	j, err := openJournal(dir, quiet())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -39,23 +39,35 @@ type Records struct {
 
 var _ interceptors.Records = (*Records)(nil)
 
+// openRecords opens the records in dir. Without a file, on a full disk for example, nothing is recorded: containers
+// are then cloned from the runtime's own record.
+//
+// Errors: the file is held by another process, or is not permitted to this one.
 func openRecords(dir string, log logrus.FieldLogger) (*Records, error) {
 	path := filepath.Join(dir, "records.db")
-	if err := dropOldRecords(path, filepath.Join(dir, "records.boot"), log); err != nil {
-		return nil, err
+	log = log.WithField("file", path)
+	r := &Records{log: log}
+	err := dropOldRecords(path, filepath.Join(dir, "records.boot"), log)
+	if err == nil {
+		r.db, err = openRecordsFile(path)
 	}
-	r, err := openRecordsFile(path, log)
-	if err == nil || errors.Is(err, bolterrors.ErrTimeout) || errors.Is(err, fs.ErrPermission) {
-		return r, err
+	if errors.Is(err, bolterrors.ErrTimeout) || errors.Is(err, fs.ErrPermission) {
+		return nil, openError(path, err)
 	}
-	if _, statErr := os.Stat(path); statErr != nil {
-		return nil, err
+	if err != nil {
+		log.WithError(err).Warn("records cannot be read: starting anew; containers made before now are cloned from the runtime's own record")
+		if err = removeRecords(path); err == nil {
+			r.db, err = openRecordsFile(path)
+		}
 	}
-	log.WithField("file", path).WithError(err).Warn("records cannot be read: starting anew; containers made before now are cloned from the runtime's own record")
-	if err := removeRecords(path); err != nil {
-		return nil, err
+	if err != nil {
+		log.WithError(err).Error("no records: containers are cloned from the runtime's own record")
+		return r, nil
 	}
-	return openRecordsFile(path, log)
+	return r, r.view(func(tx *bolt.Tx) error {
+		r.n.Store(int64(tx.Bucket(bucketRequests).Stats().KeyN))
+		return nil
+	})
 }
 
 // dropOldRecords removes the records of an earlier boot before they are opened: a power
@@ -67,7 +79,7 @@ func dropOldRecords(path, mark string, log logrus.FieldLogger) error {
 		return nil
 	}
 	if _, err := os.Stat(path); err == nil {
-		log.WithField("file", path).Info("records are of an earlier boot: starting anew")
+		log.Info("records are of an earlier boot: starting anew")
 	}
 	if err := removeRecords(path); err != nil {
 		return err
@@ -85,30 +97,33 @@ func removeRecords(path string) error {
 	return nil
 }
 
-func openRecordsFile(path string, log logrus.FieldLogger) (_ *Records, err error) {
+func openRecordsFile(path string) (*bolt.DB, error) {
 	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: lockPatience, NoSync: true, NoFreelistSync: true, FreelistType: bolt.FreelistMapType})
-	if err != nil {
-		return nil, openError(path, err)
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, db.Close())
-		}
-	}()
-	r := &Records{db: db, log: log}
-	err = db.Update(func(tx *bolt.Tx) error {
-		for _, b := range [][]byte{bucketRequests, bucketResources, bucketStarted} {
-			if _, err := tx.CreateBucketIfNotExists(b); err != nil {
-				return err
-			}
-		}
-		r.n.Store(int64(tx.Bucket(bucketRequests).Stats().KeyN))
-		return nil
-	})
 	if err != nil {
 		return nil, err
 	}
-	return r, nil
+	if err := ensureBuckets(db, bucketRequests, bucketResources, bucketStarted); err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
+	return db, nil
+}
+
+// errNoRecords is what becomes of a write without a file.
+var errNoRecords = errors.New("there is no file of records")
+
+func (r *Records) update(f func(tx *bolt.Tx) error) error {
+	if r.db == nil {
+		return errNoRecords
+	}
+	return r.db.Update(f)
+}
+
+// view does nothing without a file.
+func (r *Records) view(f func(tx *bolt.Tx) error) error {
+	if r.db == nil {
+		return nil
+	}
+	return r.db.View(f)
 }
 
 // Created implements [interceptors.Records].
@@ -130,7 +145,7 @@ func (r *Records) Updated(id string, resources []byte) {
 }
 
 func (r *Records) put(bucket []byte, id string, value []byte, grow int64) {
-	err := r.db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucket).Put([]byte(id), value) })
+	err := r.update(func(tx *bolt.Tx) error { return tx.Bucket(bucket).Put([]byte(id), value) })
 	if err != nil {
 		// Not kubelet's business: the verbose status is the fallback.
 		r.log.WithField("container", id).WithError(err).Warn("container not recorded")
@@ -141,7 +156,7 @@ func (r *Records) put(bucket []byte, id string, value []byte, grow int64) {
 
 // Removed implements [interceptors.Records]. An ID prefix removes nothing; the next start tidies up.
 func (r *Records) Removed(id string) {
-	err := r.db.Update(func(tx *bolt.Tx) error {
+	err := r.update(func(tx *bolt.Tx) error {
 		if tx.Bucket(bucketRequests).Get([]byte(id)) != nil {
 			r.n.Add(-1)
 		}
@@ -181,7 +196,7 @@ func (r *Records) setStarted(id string, at time.Time) {
 // started returns when the container's process passed its gate; zero if it had none.
 func (r *Records) started(id string) time.Time {
 	var at time.Time
-	err := r.db.View(func(tx *bolt.Tx) error {
+	err := r.view(func(tx *bolt.Tx) error {
 		at = startedTime(tx.Bucket(bucketStarted).Get([]byte(id)))
 		return nil
 	})
@@ -200,7 +215,7 @@ func startedTime(b []byte) time.Time {
 
 // eachStarted calls f for every container that had a gate.
 func (r *Records) eachStarted(f func(id string, at time.Time)) {
-	err := r.db.View(func(tx *bolt.Tx) error {
+	err := r.view(func(tx *bolt.Tx) error {
 		return tx.Bucket(bucketStarted).ForEach(func(k, v []byte) error {
 			f(string(k), startedTime(v))
 			return nil
@@ -213,7 +228,7 @@ func (r *Records) eachStarted(f func(id string, at time.Time)) {
 
 func (r *Records) get(bucket []byte, id string, m proto.Message) bool {
 	found := false
-	err := r.db.View(func(tx *bolt.Tx) error {
+	err := r.view(func(tx *bolt.Tx) error {
 		b := tx.Bucket(bucket).Get([]byte(id))
 		if b == nil {
 			return nil
@@ -231,7 +246,7 @@ func (r *Records) get(bucket []byte, id string, m proto.Message) bool {
 // ids returns the containers that are recorded.
 func (r *Records) ids() []string {
 	var ids []string
-	err := r.db.View(func(tx *bolt.Tx) error {
+	err := r.view(func(tx *bolt.Tx) error {
 		for _, b := range [][]byte{bucketRequests, bucketResources, bucketStarted} {
 			err := tx.Bucket(b).ForEach(func(k, _ []byte) error {
 				ids = append(ids, string(k))
@@ -249,4 +264,9 @@ func (r *Records) ids() []string {
 	return ids
 }
 
-func (r *Records) close() error { return r.db.Close() }
+func (r *Records) close() error {
+	if r.db == nil {
+		return nil
+	}
+	return r.db.Close()
+}
