@@ -56,6 +56,10 @@ bench: build ## data path against direct calls, restarts against other ways (nee
 	@$(call step,passthrough,go run ./test/bench passthrough -cri-proxy bin/cri-proxy -out docs/benchmarks/passthrough.json $(BENCH_ARGS))
 	@$(call step,gap,go run ./test/bench gap -cri-proxy bin/cri-proxy -out docs/benchmarks/gap.json -plot docs/benchmarks/gap.svg $(GAP_ARGS))
 
+.PHONY: soak
+soak: ## restarts over 50 pods under traffic, SOAK_TIME (10m) long or SOAK_RESTARTS times, and a verdict
+	@go run ./test/soak $(if $(SOAK_TIME),-time $(SOAK_TIME)) $(if $(SOAK_RESTARTS),-restarts $(SOAK_RESTARTS)) $(SOAK_ARGS)
+
 .PHONY: demo
 demo: ## a cluster behind the proxy and a restart on it; KEEP=1 leaves it up
 	@go run ./test/demo
@@ -83,7 +87,7 @@ $(TOOLS)/protoc-gen-go-grpc: TOOL_PACKAGE = google.golang.org/grpc/cmd/protoc-ge
 
 .PHONY: generate
 generate: $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## protobuf code (needs protoc), deep copies, CRDs, RBAC, the golden dependency list
-	PATH=$(TOOLS):$$PATH protoc --go_out=. --go_opt=paths=source_relative --go-grpc_out=. --go-grpc_opt=paths=source_relative api/ops/v1/ops.proto
+	PATH=$(TOOLS):$$PATH protoc --go_out=. --go_opt=paths=source_relative --go-grpc_out=. --go-grpc_opt=paths=source_relative api/ops/v1/ops.proto api/ops/v1/images.proto
 	sh deploy/generate.sh
 	go test -run '^TestBinaryDependencies$$' . -update
 
