@@ -36,7 +36,7 @@ const (
 	// endPatience bounds a restart after its fault: the runtime is waited for with pauses of up to five seconds.
 	endPatience = time.Minute
 	// settlePatience bounds the time after the restart until kubelet and the API server have followed, a back-off of kubelet's of 10 s included.
-	settlePatience = 40 * time.Second
+	settlePatience = 30 * time.Second
 )
 
 func TestMatrixIsWellFormed(t *testing.T) {
@@ -175,7 +175,7 @@ func (c *cluster) run(t *testing.T, cs chaosCase, pod string) {
 		}
 	}
 	if err != nil {
-		t.Errorf("%v\noperation: %v\nbefore: %+v\nafter: %+v", err, op, r.before, after)
+		t.Errorf("%v\noperation: %v\nbefore: %s\nafter: %s", err, op, brief(r.before), brief(after))
 	}
 	if shown := seen.stop(); op.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED && len(shown) > 0 {
 		t.Errorf("kubelet could see: %q", shown)
@@ -194,7 +194,7 @@ func (c chaosCase) faulty() bool {
 }
 
 func (r *run) failpointName() string {
-	if r.fault == killProxy {
+	if r.fault == killProxy || r.fault == killTwice {
 		return "restart." + r.point
 	}
 	return "restart." + r.point + "=pause:" + r.dir
@@ -234,14 +234,20 @@ func (r *run) goOn() error { return os.WriteFile(filepath.Join(r.dir, "go"), nil
 
 // strike waits for the step, lets the fault happen and returns the operation when it has ended.
 func (r *run) strike(ctx context.Context) (*opsv1.Operation, error) {
-	if r.fault == killProxy {
-		select {
-		case <-r.bed.Process("cri-proxy").Done():
-		case <-time.After(endPatience):
-			op, _, _ := r.operation(ctx)
-			return op, errors.New("the proxy does not come to the failpoint")
+	switch r.fault {
+	case killProxy:
+		if err := r.died(ctx); err != nil {
+			return nil, err
 		}
 		if err := r.restartProxy(ctx, syscall.SIGKILL, ""); err != nil {
+			return nil, err
+		}
+		return r.ended(ctx)
+	case killTwice:
+		if err := r.died(ctx); err != nil {
+			return nil, err
+		}
+		if err := r.dieAgain(ctx); err != nil {
 			return nil, err
 		}
 		return r.ended(ctx)
@@ -250,14 +256,13 @@ func (r *run) strike(ctx context.Context) (*opsv1.Operation, error) {
 		_, err := os.Stat(filepath.Join(r.dir, "reached"))
 		return err
 	}); err != nil {
-		op, _, _ := r.operation(ctx)
-		return op, fmt.Errorf("the proxy does not come to the failpoint: %w", err)
+		return nil, r.notReached(ctx, err)
 	}
 	if err := r.hit(ctx); err != nil {
 		return nil, err
 	}
 	op, err := r.ended(ctx)
-	if err != nil || r.fault != diskFull {
+	if err != nil || (r.fault != diskFull && r.fault != diskFullKill) {
 		return op, err
 	}
 	// What it has said must stay true when there is space again and another process reads the journal.
@@ -266,9 +271,49 @@ func (r *run) strike(ctx context.Context) (*opsv1.Operation, error) {
 	}
 	again, err := r.ended(ctx)
 	if err == nil && again.GetPhase() != op.GetPhase() {
-		err = fmt.Errorf("the restart ended as %s, and after a restart of the proxy as %s", op.GetPhase(), again.GetPhase())
+		err = fmt.Errorf("the restart ended as %s (%s), and after a restart of the proxy as %s", op.GetPhase(), op.GetMessage(), again.GetPhase())
 	}
 	return again, err
+}
+
+func (r *run) notReached(ctx context.Context, why error) error {
+	op, _, err := r.operation(ctx)
+	return fmt.Errorf("the proxy does not come to the failpoint: %w; operation: %v (%w)", why, op, err)
+}
+
+// died waits until the failpoint has killed the proxy.
+func (r *run) died(ctx context.Context) error {
+	select {
+	case <-r.bed.Process("cri-proxy").Done():
+		return nil
+	case <-time.After(endPatience):
+		return r.notReached(ctx, errors.New("it is still alive"))
+	}
+}
+
+// dieAgain starts the proxy so that it dies at the next step, if it comes by, and once more so that it does not.
+func (r *run) dieAgain(ctx context.Context) error {
+	points := stopFirstPoints
+	if r.order == startFirst {
+		points = startFirstPoints
+	}
+	next := points[slices.Index(points, r.point)+1]
+	if err := os.WriteFile(r.failpoint, []byte("restart."+next), 0o600); err != nil {
+		return err
+	}
+	if err := r.bed.LaunchProxy(ctx); err != nil {
+		return err
+	}
+	err := eventually(ctx, endPatience, func() error {
+		if !r.bed.Process("cri-proxy").Running() {
+			return nil
+		}
+		if _, ended, err := r.operation(ctx); err != nil || !ended {
+			return fmt.Errorf("the second process neither dies at %s nor ends the restart: %w", next, err)
+		}
+		return nil
+	})
+	return errors.Join(err, r.restartProxy(ctx, syscall.SIGKILL, ""))
 }
 
 // hit lets the fault happen to the restart, which waits, and lets it go on.
@@ -396,6 +441,15 @@ func (c *cluster) watch(podUID string) *watching {
 		}
 	}()
 	return &watching{stop: sync.OnceValue(func() []string { cancel(); <-done; return bad })}
+}
+
+// brief is for people: what Check has to say about the rest names it.
+func brief(f *invariant.Facts) string {
+	if f == nil {
+		return "unknown"
+	}
+	return fmt.Sprintf("%s, runtime %v, proxy %v, status %+v, gates %v, logs %v, started %d times, kubelet created %v",
+		f.Phase, f.Runtime, f.Proxy, f.API, f.Gates, f.Logs, f.Starts, f.Created)
 }
 
 func size(path string) int64 {

@@ -160,20 +160,19 @@ func (c *cluster) heal(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// script is what the containers run. The kernel tells whether two are alive at a time, for a lock goes when its last holder is gone,
-// whichever way; and it costs nothing while it waits.
-const script = `exec 9>>/work/lock
-flock -n 9 || echo overlap >> /work/overlaps
-echo start >> /work/starts
+// script is what the containers run. The kernel tells whether two are alive at a time: they listen on one port of the pod's network, which is
+// free again when its last holder is gone, whichever way it went. It costs nothing while it waits.
+const script = `echo start >> /work/starts
+nc -l -p $PORT >/dev/null 2>>/work/overlaps &
 trap 'exit 0' TERM
-sleep 2147483647 & wait`
+sleep 2147483647 & wait $!`
 
 // podNamed is a pod with the slot and a neighbour.
 func (c *cluster) podNamed(name string) *corev1.Pod {
 	grace, no := int64(2), false
-	container := func(name string) corev1.Container {
+	container := func(name, port string) corev1.Container {
 		return corev1.Container{
-			Name: name, Image: c.bed.Image("busybox:1.0"), Command: []string{"sh", "-c", script},
+			Name: name, Env: []corev1.EnvVar{{Name: "PORT", Value: port}}, Image: c.bed.Image("busybox:1.0"), Command: []string{"sh", "-c", script},
 			VolumeMounts: []corev1.VolumeMount{{Name: name, MountPath: "/work"}},
 		}
 	}
@@ -185,7 +184,7 @@ func (c *cluster) podNamed(name string) *corev1.Pod {
 		Spec: corev1.PodSpec{
 			RestartPolicy: corev1.RestartPolicyAlways, TerminationGracePeriodSeconds: &grace,
 			AutomountServiceAccountToken: &no, EnableServiceLinks: &no,
-			Containers: []corev1.Container{container(slotName), container(sideName)},
+			Containers: []corev1.Container{container(slotName, "7001"), container(sideName, "7002")},
 			Volumes:    []corev1.Volume{volume(slotName), volume(sideName)},
 		},
 	}

@@ -27,6 +27,7 @@ const (
 // Faults. Each strikes while the restart waits at a step, unless it says otherwise.
 const (
 	killProxy      = "kill-proxy"       // kill -9 at the step; the next process takes over
+	killTwice      = "kill-proxy-twice" // the next process is killed as well, one step later
 	killContainerd = "kill-containerd"  // kill -9; the restart goes on, then containerd comes back
 	lateKill       = "kill-in-the-call" // kill -9 of containerd a moment after the restart went on: in the middle of a call
 	restartKubelet = "restart-kubelet"  // kill -9; the new kubelet has seen the node before the restart goes on
@@ -63,12 +64,14 @@ var faultsEverywhere = []string{killProxy, killContainerd, restartKubelet, runti
 // more are the faults that say most at certain steps.
 var more = map[string]map[string][]string{
 	stopFirst: {
+		killTwice:     {"stage", "created", "staged", "stop", "gated", "stopped", "running", "started", "reveal"},
 		lateKill:      {"stage", "stop", "gated", "stopped"},
 		runtimeErrors: {"stage", "staged", "stop", "stopped"},
 		answerLost:    {"stage", "staged", "stop", "gated", "stopped"},
 		diskFullKill:  {"stage", "staged", "gated", "stopped", "reveal", "done"},
 	},
 	startFirst: {
+		killTwice:     {"stage", "created", "staged", "start", "running", "ready", "stop", "stopped", "reveal"},
 		lateKill:      {"stage", "start", "ready"},
 		runtimeErrors: {"stage", "start", "ready"},
 		answerLost:    {"stage", "start", "ready"},
@@ -123,7 +126,7 @@ func matrix() []chaosCase {
 			for _, fault := range faultsEverywhere {
 				add(o.order, o.method, point, fault)
 			}
-			for _, fault := range []string{lateKill, runtimeErrors, answerLost, diskFullKill} {
+			for _, fault := range []string{killTwice, lateKill, runtimeErrors, answerLost, diskFullKill} {
 				if slices.Contains(more[o.order][fault], point) {
 					add(o.order, o.method, point, fault)
 				}
@@ -159,7 +162,7 @@ func expect(order, method, point, fault string) invariant.Expect {
 		return e
 	}
 	switch fault {
-	case killProxy, restartKubelet, runtimeHangs:
+	case killProxy, killTwice, restartKubelet, runtimeHangs:
 		e.Outcome = invariant.Succeeds
 	case killContainerd, lateKill:
 		// A restart that has not begun to stop anything may give up.

@@ -123,7 +123,11 @@ func listSlot(ctx context.Context, conn *grpc.ClientConn, podUID string) ([]inva
 	return out, err
 }
 
-// leases returns the IDs of containerd's leases of Kubernetes. Its API is no dependency of this module, and one field of one
+// expires is the label of a lease that ends by itself (containerd's core/leases, WithExpiration): a containerd that is killed in the middle
+// of a CreateContainer leaves one of its own.
+const expires = "containerd.io/gc.expire"
+
+// leases returns the IDs of containerd's leases of Kubernetes that stay for good. Its API is no dependency of this module, and one field of one
 // message (ListResponse.leases[].id, both number 1) is no reason to make it one.
 func leases(ctx context.Context, conn *grpc.ClientConn) ([]string, error) {
 	ctx = metadata.AppendToOutgoingContext(ctx, "containerd-namespace", "k8s.io")
@@ -137,6 +141,9 @@ func leases(ctx context.Context, conn *grpc.ClientConn) ([]string, error) {
 	}
 	var out []string
 	for _, l := range list {
+		if bytes.Contains(l, []byte(expires)) {
+			continue
+		}
 		ids, err := fieldOne(l)
 		if err != nil {
 			return nil, err
