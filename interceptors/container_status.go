@@ -20,6 +20,7 @@ func (d *Director) containerStatus(ctx context.Context, _ string, raw []byte, ne
 	}
 	look := d.view.look()
 	defer look.end()
+	untold := d.view.isUntold(req.GetContainerId())
 	b, err := next(ctx, raw)
 	if err != nil {
 		return nil, err
@@ -29,10 +30,10 @@ func (d *Director) containerStatus(ctx context.Context, _ string, raw []byte, ne
 		return nil, err
 	}
 	changed := d.view.correct(m.GetStatus())
-	switch look.judge(m.GetStatus().GetId(), m.GetStatus().GetAnnotations()) {
-	case hidden:
+	switch how := look.judge(m.GetStatus().GetId(), m.GetStatus().GetAnnotations()); {
+	case how == hidden:
 		return nil, notFound(req.GetContainerId())
-	case masked:
+	case how == masked || untold:
 		showRunning(m.GetStatus())
 		changed = true
 	}

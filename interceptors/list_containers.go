@@ -26,6 +26,9 @@ func (d *Director) listContainers(ctx context.Context, _ string, raw []byte, nex
 	defer look.end()
 	return forward(ctx, upstream, next, &runtimeapi.ListContainersResponse{}, func(m *runtimeapi.ListContainersResponse) {
 		m.Containers = look.showContainers(m.Containers, want)
+		if want == nil {
+			d.view.told(m.Containers)
+		}
 	})
 }
 
@@ -35,19 +38,23 @@ func (d *Director) streamContainers(_ context.Context, _ string, raw []byte) ([]
 	if err != nil {
 		return nil, nil, err
 	}
-	// The state filter is always evaluated here: an operation may begin while the stream is open.
+	// The state filter is always evaluated here: an operation may begin while the stream is open. One that is active
+	// may end in the middle; then what the stream lists counts as told.
 	upstream, want, err := withoutState(raw, req, req.GetFilter())
 	if err != nil {
 		return nil, nil, err
 	}
 	look := d.view.look()
-	return upstream, &messageFilter{look: look, always: want != nil, change: func(b []byte) ([]byte, error) {
+	return upstream, &messageFilter{look: look, always: want != nil || d.view.Active(), change: func(b []byte) ([]byte, error) {
 		m, err := decode(b, &runtimeapi.StreamContainersResponse{})
 		if err != nil {
 			return nil, err
 		}
 		had := len(m.Containers)
 		m.Containers = look.showContainers(m.Containers, want)
+		if want == nil {
+			d.view.told(m.Containers)
+		}
 		if had > 0 && len(m.Containers) == 0 {
 			return nil, nil // a runtime sends no empty messages either
 		}

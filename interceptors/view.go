@@ -49,7 +49,9 @@ type View struct {
 	streams map[*eventFilter]struct{}
 	// heirs are the successors of incumbents that were shown exited, until those are removed.
 	heirs map[string]*heir
-	stops map[string]int // container and sandbox IDs, as given, with a stop of kubelet's in flight
+	// untold has the successors, by incumbent, that were revealed and that no list has shown yet; see told.
+	untold map[string]string
+	stops  map[string]int // container and sandbox IDs, as given, with a stop of kubelet's in flight
 	// started has when the processes of containers began whose start the runtime tells too early. starts is its size, for
 	// the pass path.
 	started map[string]time.Time
@@ -66,6 +68,7 @@ func NewView() *View {
 		ids:     map[string]*Claim{},
 		streams: map[*eventFilter]struct{}{},
 		heirs:   map[string]*heir{},
+		untold:  map[string]string{},
 		stops:   map[string]int{},
 		started: map[string]time.Time{},
 	}
@@ -268,8 +271,8 @@ func (c *Claim) Mask() {
 	c.view.noteLocked(c, c.incumbent, masked)
 }
 
-// Reveal ends hiding and masking in one step: the next answer shows both
-// containers as they are. Events that were held back are sent.
+// Reveal ends hiding and masking in one step: the next list shows both
+// containers as they are, and from then on so does their status. Events that were held back are sent.
 func (c *Claim) Reveal() { c.settle(true) }
 
 // TryReveal is [Claim.Reveal], unless someone has taken the slot back: then it does
@@ -302,6 +305,11 @@ func (c *Claim) settleLocked(show bool) {
 	}
 	c.speaking = false
 	successor := c.successor
+	v.active.Add(-1)
+	if show && successor != "" && v.ids[c.incumbent] == c && len(v.untold) < maxHeirs {
+		v.untold[c.incumbent] = successor
+		v.active.Add(1)
+	}
 	delete(v.tokens, c.token)
 	delete(v.ids, c.successor)
 	delete(v.ids, c.incumbent)
@@ -309,7 +317,6 @@ func (c *Claim) settleLocked(show bool) {
 		v.heirs[c.incumbent] = &heir{id: successor, sandbox: c.sandbox}
 	}
 	c.token, c.successor = "", ""
-	v.active.Add(-1)
 	for f := range v.streams {
 		f.settleLocked(c, successor, show)
 	}
@@ -407,6 +414,7 @@ func (v *View) Forget(id string) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	delete(v.heirs, id)
+	v.tellLocked(id)
 	if _, ok := v.started[id]; ok {
 		delete(v.started, id)
 		v.starts.Add(-1)
@@ -437,6 +445,35 @@ func (v *View) correct(s *runtimeapi.ContainerStatus) bool {
 	}
 	s.StartedAt = at.UnixNano()
 	return true
+}
+
+// told notes that an answer lists these containers, in whatever state they are. Kubelet lists first and then asks for the
+// status of each container that it was told of. One that has been told of the incumbent alone would take its exit for that of
+// the slot, and start the container once more or, where it is never restarted, give up the pod. So the incumbent's
+// own status goes on saying that it runs until a list has shown its successor.
+func (v *View) told(list []*runtimeapi.Container) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for incumbent, successor := range v.untold {
+		if slices.ContainsFunc(list, func(c *runtimeapi.Container) bool { return c.GetId() == successor }) {
+			v.tellLocked(incumbent)
+		}
+	}
+}
+
+func (v *View) tellLocked(incumbent string) {
+	if _, ok := v.untold[incumbent]; ok {
+		delete(v.untold, incumbent)
+		v.active.Add(-1)
+	}
+}
+
+// isUntold reports whether the container has been replaced and no list has shown that yet.
+func (v *View) isUntold(id string) bool {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	_, ok := v.untold[id]
+	return ok
 }
 
 // verdict is how one container is shown.

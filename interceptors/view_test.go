@@ -7,11 +7,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strconv"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -296,30 +300,105 @@ func TestTryRevealYields(t *testing.T) {
 	})
 }
 
-// All methods from many goroutines, for the race detector.
+// swappedRuntime is a runtime whose slot app is swapped over and over.
+type swappedRuntime struct {
+	mu   sync.Mutex
+	list []*runtimeapi.Container // guarded by mu
+}
+
+func (r *swappedRuntime) create(id, token string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.list = append(r.list, &runtimeapi.Container{
+		Id: id, PodSandboxId: sandbox, Labels: labels("app"), Annotations: map[string]string{interceptors.StagedAnnotation: token},
+	})
+}
+
+func (r *swappedRuntime) set(id string, s runtimeapi.ContainerState) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for i, c := range r.list {
+		if c.GetId() == id {
+			r.list[i] = proto.Clone(c).(*runtimeapi.Container)
+			r.list[i].State = s
+		}
+	}
+}
+
+func (r *swappedRuntime) serve(b *bed) {
+	b.on(methodList, func(_ context.Context, raw []byte) (proto.Message, error) {
+		req := &runtimeapi.ListContainersRequest{}
+		if err := proto.Unmarshal(raw, req); err != nil {
+			return nil, err
+		}
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		return &runtimeapi.ListContainersResponse{Containers: list(slices.Clone(r.list), req.GetFilter())}, nil
+	})
+	b.on(methodStatus, func(_ context.Context, raw []byte) (proto.Message, error) {
+		req := &runtimeapi.ContainerStatusRequest{}
+		if err := proto.Unmarshal(raw, req); err != nil {
+			return nil, err
+		}
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		for _, c := range r.list {
+			if c.GetId() == req.GetContainerId() {
+				return &runtimeapi.ContainerStatusResponse{Status: &runtimeapi.ContainerStatus{Id: c.GetId(), State: c.GetState(), Annotations: c.GetAnnotations()}}, nil
+			}
+		}
+		return nil, status.Error(codes.NotFound, "no such container")
+	})
+}
+
+// All methods from many goroutines, for the race detector. One of them reads as kubelet's PLEG does, a list and
+// then the status of what it lists: it always finds one that runs.
 func TestViewUnderLoad(t *testing.T) {
 	b := newBed(t)
-	b.serveList()
+	rt := &swappedRuntime{}
+	rt.create("0", "")
+	rt.set("0", runtimeapi.ContainerState_CONTAINER_RUNNING)
+	rt.serve(b)
 	b.on(methodStop, always(&runtimeapi.StopContainerResponse{}, nil))
 	ctx, cancel := context.WithCancel(t.Context())
 	var kubelet, ops sync.WaitGroup
-	for range 2 {
-		kubelet.Go(func() {
-			for ctx.Err() == nil {
-				resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
-				if err != nil {
-					t.Error(err)
-					return
+	kubelet.Go(func() {
+		for ctx.Err() == nil {
+			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			listed, alive := 0, 0
+			for _, c := range resp.GetContainers() {
+				if c.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
+					continue
 				}
-				// The runtime's list is that of a swap throughout, so either both are as they are or
-				// neither is.
-				if got := show(resp.GetContainers()); got != "old RUNNING, web RUNNING, web-before EXITED" && got != "new CREATED, old EXITED, web RUNNING, web-before EXITED" {
-					t.Errorf("list shows %q", got)
-					return
+				listed++
+				st, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()})
+				if err == nil && st.GetStatus().GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING {
+					alive++
 				}
 			}
-		})
-	}
+			if listed != 1 || alive != 1 {
+				t.Errorf("%d listed as running, %d alive: %v", listed, alive, resp.GetContainers())
+				return
+			}
+		}
+	})
+	kubelet.Go(func() {
+		for ctx.Err() == nil {
+			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{Filter: inState(runtimeapi.ContainerState_CONTAINER_RUNNING)})
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if len(resp.GetContainers()) != 1 {
+				t.Errorf("running: %v", resp.GetContainers())
+				return
+			}
+		}
+	})
 	kubelet.Go(func() {
 		for ctx.Err() == nil {
 			_, filter, err := b.director.Stream(methodEvents)(ctx, methodEvents, nil)
@@ -341,21 +420,28 @@ func TestViewUnderLoad(t *testing.T) {
 			}
 		}
 	})
+	current, next := "0", 1 // guarded by the claim
 	for range 2 {
 		ops.Go(func() {
-			for i := range 300 {
+			for i := range 150 {
 				c, err := b.view.Claim(t.Context(), slot)
 				if err != nil {
 					t.Error(err)
 					return
 				}
-				c.Bind(sandbox, incumbent)
-				c.Mask() // silent until Hide, so that both begin at once
-				c.Staged(successor)
-				if err := c.Hide(t.Context(), token); err != nil {
+				id := strconv.Itoa(next)
+				next++
+				c.Bind(sandbox, current)
+				if err := c.Hide(t.Context(), "token"+id); err != nil {
 					t.Error(err)
 				}
+				rt.create(id, "token"+id)
+				c.Staged(id)
+				c.Mask()
 				_ = c.Stopping()
+				rt.set(current, runtimeapi.ContainerState_CONTAINER_EXITED)
+				rt.set(id, runtimeapi.ContainerState_CONTAINER_RUNNING)
+				current = id
 				if i%2 == 0 {
 					c.TryReveal()
 				}
@@ -366,7 +452,75 @@ func TestViewUnderLoad(t *testing.T) {
 	ops.Wait()
 	cancel()
 	kubelet.Wait()
+	if _, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{}); err != nil {
+		t.Error(err)
+	}
 	if b.view.Active() {
 		t.Error("the view still has something to say")
+	}
+}
+
+// Kubelet reads a list and then the status of each container in it. A reveal between the two must not make it see the
+// incumbent's end without the successor, which is not in its list.
+func TestRevealBetweenListAndStatus(t *testing.T) {
+	look := func(b *bed, req *runtimeapi.ListContainersRequest) {
+		t.Helper()
+		if _, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, req); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stream := func(b *bed, req *runtimeapi.StreamContainersRequest) {
+		t.Helper()
+		_, filter := b.stream(runtimeapi.RuntimeService_StreamContainers_FullMethodName, req)
+		for _, c := range containers() {
+			if _, err := filter.Message(marshal(t, &runtimeapi.StreamContainersResponse{Containers: []*runtimeapi.Container{c}})); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	other := map[string]string{"io.kubernetes.pod.uid": "another"}
+	for _, tc := range []struct {
+		name string
+		read func(*bed) // after the reveal
+		told bool
+	}{
+		{"nothing", func(*bed) {}, false},
+		{"a list", func(b *bed) { look(b, &runtimeapi.ListContainersRequest{}) }, true},
+		{"a list of running ones", func(b *bed) {
+			look(b, &runtimeapi.ListContainersRequest{Filter: inState(runtimeapi.ContainerState_CONTAINER_RUNNING)})
+		}, false},
+		{"a list of another pod", func(b *bed) {
+			look(b, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{LabelSelector: other}})
+		}, false},
+		{"a stream", func(b *bed) { stream(b, &runtimeapi.StreamContainersRequest{}) }, true},
+		{"a stream of running ones", func(b *bed) {
+			stream(b, &runtimeapi.StreamContainersRequest{Filter: inState(runtimeapi.ContainerState_CONTAINER_RUNNING)})
+		}, false},
+		{"the incumbent's removal", func(b *bed) { b.view.Forget(incumbent) }, true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			b := newBed(t)
+			b.serveList()
+			b.on(methodStatus, always(&runtimeapi.ContainerStatusResponse{Status: exited(incumbent)}, nil))
+			c := b.swapping()
+			look(b, &runtimeapi.ListContainersRequest{})
+			c.Reveal()
+			c.Release()
+			tc.read(b)
+			resp, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: incumbent})
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := running(incumbent)
+			if tc.told {
+				want = exited(incumbent)
+			}
+			if !proto.Equal(resp.GetStatus(), want) {
+				t.Errorf("got  %v\nwant %v", resp.GetStatus(), want)
+			}
+			if b.view.Active() == tc.told {
+				t.Errorf("the view is active: %v", b.view.Active())
+			}
+		})
 	}
 }
