@@ -18,6 +18,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
@@ -173,8 +174,22 @@ func assertKubeletDidNothing(t testing.TB, ns, pod, name string) {
 	if len(created) != 1 || created[0].Attempt == nil || *created[0].Attempt != 0 {
 		t.Errorf("kubelet created: %+v", created)
 	}
+	// A stop names only an ID. These are all that the slot has had since the restarts began.
+	uid, ids := string(getPod(t, ns, pod).UID), map[string]bool{}
+	list, err := opsClient(t).ListOperations(t.Context(), &opsv1.ListOperationsRequest{})
+	must(t, err)
+	for _, op := range list.GetOperations() {
+		for _, c := range op.GetContainers() {
+			if op.GetPod().GetUid() == uid && c.GetName() == name {
+				ids[c.GetIncumbentId()], ids[c.GetSuccessorId()] = true, true
+			}
+		}
+	}
+	if len(ids) < 2 {
+		t.Errorf("the node has no operation on container %s: %v", name, ids)
+	}
 	for _, c := range kubeletCalls(t, "StopContainer") {
-		if c.Namespace == ns && c.Pod == pod && c.Container == name {
+		if ids[c.ContainerID] {
 			t.Errorf("kubelet stopped: %+v", c)
 		}
 	}
