@@ -73,6 +73,8 @@ type Engine struct {
 
 	// queue wakes Run for operations that are accepted and not yet started.
 	queue chan struct{}
+	// late wakes Run for ends that could not be written.
+	late chan struct{}
 
 	mu      sync.Mutex // guards all following fields
 	ops     map[string]*operation
@@ -81,6 +83,9 @@ type Engine struct {
 	// tokens are all that this process has used or found in the journal, until nothing more can
 	// be a stray; see removeStrays.
 	tokens map[string]bool
+	// unwritten are finished operations whose end the journal does not have: the next process would take them up again, and
+	// restart a container of which it was said that it is left alone.
+	unwritten []*operation
 }
 
 // operation is one operation in memory.
@@ -122,6 +127,7 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		legacyLog: o.LegacyLogDir,
 		methods:   newMethods(o.Method, o.StateDir, o.CDISpecDir),
 		queue:     make(chan struct{}, 1),
+		late:      make(chan struct{}, 1),
 		ops:       map[string]*operation{},
 		tokens:    map[string]bool{},
 	}
@@ -231,6 +237,7 @@ func (e *Engine) Run(ctx context.Context) error {
 		defer e.mu.Unlock()
 		e.tokens = nil
 	})
+	wg.Go(func() { e.writeAgain(ctx) })
 	for {
 		e.mu.Lock()
 		waiting := e.waiting
@@ -252,8 +259,50 @@ func (e *Engine) Close() error {
 	e.mu.Lock()
 	e.closed = true
 	e.mu.Unlock()
+	if !e.writeEnds() {
+		e.log.Error("operations have ended that the journal knows as unfinished: the next process will take them up again")
+	}
 	e.hooks.CloseIdleConnections()
 	return errors.Join(e.journal.close(), e.records.close())
+}
+
+// writeLater has the end of the operation written as soon as that is possible.
+func (e *Engine) writeLater(o *operation) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.unwritten = append(e.unwritten, o)
+	select {
+	case e.late <- struct{}{}:
+	default:
+	}
+}
+
+// writePause is how long writeAgain waits between its tries: a disk that is full stays so for a while.
+const writePause = time.Second
+
+// writeAgain writes ends that could not be written, until ctx ends.
+func (e *Engine) writeAgain(ctx context.Context) {
+	for {
+		select {
+		case <-e.late:
+		case <-ctx.Done():
+			return
+		}
+		for sleep(ctx, writePause) == nil && !e.writeEnds() {
+			continue
+		}
+	}
+}
+
+// writeEnds tries to write what is unwritten and reports whether nothing is left.
+func (e *Engine) writeEnds() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.unwritten = slices.DeleteFunc(e.unwritten, func(o *operation) bool {
+		uid := o.op.GetUid() // never changes
+		return e.ops[uid] != o || e.save(o) == nil
+	})
+	return len(e.unwritten) == 0
 }
 
 // tidy forgets containers that went away while the proxy did not look, and removes strays.

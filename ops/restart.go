@@ -93,13 +93,21 @@ func (e *Engine) execute(ctx context.Context, o *operation) {
 
 // finish ends the operation if all its containers have ended.
 func (e *Engine) finish(o *operation) {
+	if err := e.conclude(o); err != nil {
+		e.log.WithField("op", o.op.GetUid()).WithError(err).Error("end of operation not written; tried again until it is")
+		e.writeLater(o)
+	}
+}
+
+// conclude is finish but for an end that could not be written, which is the error.
+func (e *Engine) conclude(o *operation) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	phase := opsv1.Phase_PHASE_SUCCEEDED
 	var messages []string
 	for i, c := range o.op.GetContainers() {
 		if o.containers[i].Step != stepDone {
-			return // shutting down
+			return nil // shutting down
 		}
 		phase = max(phase, c.GetPhase())
 		if c.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED {
@@ -116,13 +124,11 @@ func (e *Engine) finish(o *operation) {
 	if len(messages) > 0 {
 		o.op.Message = strings.Join(messages, "; ")
 	}
-	if err := e.saveLocked(o); err != nil {
-		// It is finished all the same; after a restart it would be found done and finished again.
-		e.log.WithField("op", o.op.GetUid()).WithError(err).Error("end of operation not written")
-	}
+	err := e.saveLocked(o) // finished all the same
 	e.metrics.finished(o.op)
 	e.log.WithFields(logrus.Fields{"op": o.op.GetUid(), "pod": podName(o.op.GetPod()), "phase": phase, "requester": o.op.GetRequester()}).Info("operation finished")
 	o.notifyLocked()
+	return err
 }
 
 // restart is the restart of one container: a state machine over [step].
@@ -217,6 +223,9 @@ func (r *restart) run(ctx context.Context) bool {
 	if out.phase != opsv1.Phase_PHASE_SUCCEEDED && !r.undo(ctx, out) {
 		return false
 	}
+	if r.claim != nil {
+		r.removeGate() // whichever process has made or opened it
+	}
 	r.end(out)
 	if r.claim != nil {
 		r.claim.Release()
@@ -265,6 +274,7 @@ func (r *restart) drive(ctx context.Context) error {
 		if err := r.removeStaged(ctx); err != nil {
 			return err
 		}
+		r.removeGate() // the next stage has a token and a gate of its own
 		if err := r.write(func(rec *containerRecord, _ *opsv1.ContainerOperation) { rec.Step = stepNone }); err != nil {
 			return err
 		}

@@ -5,7 +5,11 @@ package ops
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -131,7 +135,10 @@ func (r *restart) removeStaged(ctx context.Context) error {
 	return r.removeContainer(ctx, id)
 }
 
+// removeContainer removes a container that kubelet has not seen, and its traces: kubelet removes those of
+// containers that it knows.
 func (r *restart) removeContainer(ctx context.Context, id string) error {
+	traces := r.traces(ctx, id)
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
 	defer cancel()
 	if _, err := r.rt.RemoveContainer(call, &runtimeapi.RemoveContainerRequest{ContainerId: id}); err != nil {
@@ -139,7 +146,27 @@ func (r *restart) removeContainer(ctx context.Context, id string) error {
 	}
 	r.records.Removed(id)
 	r.view.Forget(id)
+	for _, f := range traces {
+		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			r.log.WithError(err).Warn("trace of a removed container left")
+		}
+	}
 	return nil
+}
+
+// traces are the files that a start of the container has left on the node: the link for log shippers and the log. The log of a
+// successor that ran beside its incumbent is kept: it says why the restart failed.
+func (r *restart) traces(ctx context.Context, id string) []string {
+	pod := r.o.op.GetPod()
+	files := []string{filepath.Join(r.legacyLog, logLinkName(pod.GetName(), pod.GetNamespace(), r.want.GetName(), id))}
+	if r.overlaps() {
+		return files
+	}
+	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
+	if err != nil || st.GetStatus().GetLogPath() == "" {
+		return files
+	}
+	return append(files, st.GetStatus().GetLogPath())
 }
 
 // findStaged returns the container that carries the token, or "".
