@@ -1,0 +1,264 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"runtime"
+	"testing"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/interceptors"
+)
+
+// What is kept of restarts is bounded, in memory and on disk: the oldest operations go, and so do the records of containers
+// that kubelet removes.
+func TestOperationsStayFew(t *testing.T) {
+	const total = 40
+	newBubble(t).run(func(t *testing.T, n *bubbleNode) {
+		n.engine.fill(t)
+		previous := ""
+		for i := range total {
+			time.Sleep(time.Millisecond) // in a bubble all would happen at the same moment
+			op := n.restart(fmt.Sprintf("op-%d", i))
+			if got, want := verdict(op), "SUCCEEDED, app SUCCEEDED"; got != want {
+				t.Fatalf("operation %d ended %s (%s)", i, got, op.GetMessage())
+			}
+			// kubelet keeps the last container that has exited.
+			if previous != "" {
+				if _, err := n.rt.RemoveContainer(t.Context(), &runtimeapi.RemoveContainerRequest{ContainerId: previous}); err != nil {
+					t.Fatal(err)
+				}
+				n.engine.records.Removed(previous)
+			}
+			previous = op.GetContainers()[0].GetIncumbentId()
+		}
+		if got := len(n.engine.list()); got > maxFinished+1 {
+			t.Errorf("%d operations are kept, at most %d finished ones should be", got, maxFinished)
+		}
+		if n.engine.lookup(uidOf(0)) != nil || n.engine.lookup("op-0") == nil {
+			t.Error("the oldest is kept, or a new one is not")
+		}
+		if got := n.engine.records.Len(); got != 2 {
+			t.Errorf("%d containers are recorded, 2 exist", got)
+		}
+	})
+}
+
+// A journal that is full stays as large as it is: new operations take the room of old ones.
+func TestJournalStaysSmall(t *testing.T) {
+	const total = maxFinished + 1000
+	j, err := openJournal(t.TempDir(), logrus.New())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer j.close()
+	j.db.NoSync = true
+	sizes := map[int]int64{}
+	for i := 1; i <= total; i++ {
+		r := finishedRecord(t, i)
+		if err := j.put(uidOf(i), r); err != nil {
+			t.Fatal(err)
+		}
+		if old := i - maxFinished; old > 0 {
+			if err := j.remove([]string{uidOf(old)}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if i%500 == 0 {
+			sizes[i] = fileSize(t, j.path)
+		}
+	}
+	t.Logf("journal.db by operations: %v", sizes)
+	if sizes[total] > sizes[maxFinished] || sizes[total] > 16<<20 {
+		t.Errorf("journal.db by operations: %v", sizes)
+	}
+}
+
+// A busy node: containers of realistic size come and go, and the file does not grow with their number.
+func TestRecordsStaySmall(t *testing.T) {
+	const slots, live, total = 60, 2 * 60, 1500
+	r, err := openRecords(t.TempDir(), logrus.New())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.close()
+	random := rand.New(rand.NewPCG(1, 2))
+	var ids []string
+	bytesLive, most := 0, 0
+	lengths := map[string]int{}
+	sizes := map[int]int64{}
+	for i := 1; i <= total; i++ {
+		id := fmt.Sprintf("%064x", random.Uint64())
+		// 4 to 60 KiB: environment variables, of many services, and mounts are most of it.
+		request := bytes.Repeat([]byte{byte(i)}, 4<<10+random.IntN(56<<10))
+		r.Created(id, request)
+		ids = append(ids, id)
+		lengths[id] = len(request)
+		bytesLive += len(request)
+		most = max(most, bytesLive)
+		if len(ids) > live {
+			j := random.IntN(slots) // an old one, not the oldest
+			r.Removed(ids[j])
+			bytesLive -= lengths[ids[j]]
+			ids = append(ids[:j], ids[j+1:]...)
+		}
+		if i%500 == 0 {
+			sizes[i] = fileSize(t, r.db.Path())
+		}
+	}
+	t.Logf("records.db: %v with at most %d bytes of requests", sizes, most)
+	if r.Len() != live {
+		t.Errorf("%d containers are recorded, want %d", r.Len(), live)
+	}
+	if sizes[total] > sizes[500] || sizes[total] > 4*int64(most) {
+		t.Errorf("records.db has %d bytes after %d containers, %d after 500", sizes[total], total, sizes[500])
+	}
+}
+
+func fileSize(t testing.TB, path string) int64 {
+	t.Helper()
+	fi, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fi.Size()
+}
+
+func uidOf(i int) string { return fmt.Sprintf("3f0e2f5c-8f5e-4d7e-9d55-%012d.app", i) }
+
+func finishedRecord(t testing.TB, i int) *record {
+	t.Helper()
+	o := finishedOperation(i, time.Now())
+	op, err := proto.Marshal(o.op)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req, err := proto.Marshal(o.req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &record{Operation: op, Request: req, Containers: o.containers}
+}
+
+// finishedOperation is an operation of one container as the controller commands it, with its end.
+func finishedOperation(i int, at time.Time) *operation {
+	id := func(k int) string { return fmt.Sprintf("%064x", k) }
+	uid := uidOf(i)
+	pod := &opsv1.PodRef{Namespace: "shop", Name: fmt.Sprintf("shop-7c9f8d6b5-%05d", i), Uid: fmt.Sprintf("11111111-2222-3333-4444-%012d", i)}
+	return &operation{
+		req: &opsv1.RestartRequest{
+			Uid: uid, Pod: pod, Requester: "ContainerRecreateRequest/shop/restart-" + uid,
+			Containers: []*opsv1.ContainerRestart{{Name: "app", ExpectedContainerId: id(2 * i)}},
+		},
+		op: &opsv1.Operation{
+			Uid: uid, Kind: kindRestart, Pod: proto.Clone(pod).(*opsv1.PodRef), Phase: opsv1.Phase_PHASE_SUCCEEDED,
+			Requester: "ContainerRecreateRequest/shop/restart-" + uid, CreateTime: timestamppb.New(at), FinishTime: timestamppb.New(at),
+			Containers: []*opsv1.ContainerOperation{{
+				Name: "app", Phase: opsv1.Phase_PHASE_SUCCEEDED, IncumbentId: id(2 * i), SuccessorId: id(2*i + 1), Attempt: 1, Method: "gate",
+				StopTime: timestamppb.New(at), StartTime: timestamppb.New(at), Gap: durationpb.New(6 * time.Millisecond),
+			}},
+		},
+		containers: []containerRecord{{Step: stepDone, Sandbox: id(1), Incumbent: id(2 * i), Successor: id(2*i + 1), Token: randomToken(), StopBy: at}},
+		changed:    make(chan struct{}), cancelled: make(chan struct{}), claims: map[int]*interceptors.Claim{},
+	}
+}
+
+// fullEngine is an engine that keeps as many finished operations as it may.
+func fullEngine(b *testing.B) *Engine {
+	b.Helper()
+	log := logrus.New()
+	log.SetOutput(io.Discard)
+	e, err := Open(b.Context(), Options{StateDir: b.TempDir(), Conn: directConn{newFakeRuntime()}, View: interceptors.NewView(), Log: log, LegacyLogDir: b.TempDir()})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { _ = e.Close() })
+	e.journal.db.NoSync = true
+	e.fill(b)
+	return e
+}
+
+// fill gives the engine as many finished operations as it may keep, the oldest first.
+func (e *Engine) fill(t testing.TB) {
+	t.Helper()
+	for i := range maxFinished {
+		o := finishedOperation(i, time.Now().Add(time.Duration(i-maxFinished)*time.Millisecond))
+		if err := e.save(o); err != nil {
+			t.Fatal(err)
+		}
+		e.ops[o.op.GetUid()] = o
+	}
+}
+
+// BenchmarkFullJournal is what a journal that is full costs: per operation accepted, per scrape of the metrics, per start of
+// the process, and in memory and on disk.
+func BenchmarkFullJournal(b *testing.B) {
+	b.Run("expire", func(b *testing.B) {
+		e := fullEngine(b)
+		for b.Loop() {
+			e.mu.Lock()
+			err := e.expireLocked(time.Now())
+			e.mu.Unlock()
+			if err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("list", func(b *testing.B) {
+		e := fullEngine(b)
+		for b.Loop() {
+			if n := len(e.list()); n != maxFinished {
+				b.Fatalf("%d operations", n)
+			}
+		}
+	})
+	b.Run("open", func(b *testing.B) {
+		e := fullEngine(b)
+		dir := filepath.Dir(e.journal.path)
+		b.ReportMetric(float64(fileSize(b, e.journal.path)), "file-bytes")
+		if err := e.Close(); err != nil {
+			b.Fatal(err)
+		}
+		log := logrus.New()
+		log.SetOutput(io.Discard)
+		for b.Loop() {
+			e, err := Open(context.Background(), Options{StateDir: dir, Conn: directConn{newFakeRuntime()}, View: interceptors.NewView(), Log: log, LegacyLogDir: dir})
+			if err != nil {
+				b.Fatal(err)
+			}
+			if err := e.Close(); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("memory", func(b *testing.B) {
+		for b.Loop() {
+			var before, after runtime.MemStats
+			runtime.GC()
+			runtime.ReadMemStats(&before)
+			kept := make([]*operation, maxFinished)
+			for i := range kept {
+				kept[i] = finishedOperation(i, time.Now())
+			}
+			runtime.GC()
+			runtime.ReadMemStats(&after)
+			b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/maxFinished, "bytes/operation")
+			runtime.KeepAlive(kept)
+		}
+	})
+}
