@@ -29,13 +29,20 @@ type Records interface {
 	Removed(id string)
 }
 
-// Options configures a [Director]. All fields are required.
+// Pulls is told of kubelet's pulls.
+type Pulls interface {
+	// KubeletPulls says that kubelet pulls an image, until done is called. It must not block.
+	KubeletPulls() (done func())
+}
+
+// Options configures a [Director]. All fields but Pulls are required.
 type Options struct {
 	View    *View
 	Records Records
 	// Runtime is for the few calls that an interceptor makes of its own.
 	Runtime grpc.ClientConnInterface
 	Log     logrus.FieldLogger
+	Pulls   Pulls
 }
 
 // Director implements [proxy.Director]: it takes a method only while the view has
@@ -65,6 +72,9 @@ func New(o Options) *Director {
 		runtimeapi.RuntimeService_UpdateContainerResources_FullMethodName: d.updateContainerResources,
 		runtimeapi.RuntimeService_StopPodSandbox_FullMethodName:           d.stopPodSandbox,
 		runtimeapi.RuntimeService_StopContainer_FullMethodName:            d.stopContainer,
+	}
+	if o.Pulls != nil {
+		d.always[runtimeapi.ImageService_PullImage_FullMethodName] = pullImage(o.Pulls)
 	}
 	d.active = map[string]proxy.UnaryInterceptor{
 		runtimeapi.RuntimeService_ListContainers_FullMethodName:        d.listContainers,

@@ -204,6 +204,7 @@ func (n *Node) writeProxy() error {
 		"log":             m{"level": "debug", "format": "text"},
 		"metricsAddress":  n.MetricsAddress,
 		"nodeName":        n.NodeName,
+		"images":          m{"registryHostsDir": n.RegistryHostsDir()},
 		"ops": m{
 			"address": n.OpsAddress, "certFile": n.OpsCert.Cert, "keyFile": n.OpsCert.Key, "clientCAFile": n.bed.PKI.OpsCA.Cert,
 			"allowedClients": []string{"cri-controller"},
@@ -214,6 +215,9 @@ func (n *Node) writeProxy() error {
 	}
 	return writeYAML(n.ProxyConfig(), config)
 }
+
+// RegistryHostsDir is the config_path of containerd's registry configuration; a test may add hosts.
+func (n *Node) RegistryHostsDir() string { return n.etc("certs.d") }
 
 // ProxyConfig is the proxy's configuration file; a test may edit it before StartProxy.
 func (n *Node) ProxyConfig() string { return n.etc("cri-proxy.yaml") }

@@ -36,6 +36,8 @@ type Config struct {
 	Ops Ops `yaml:"ops"`
 	// Restart says how containers are restarted.
 	Restart Restart `yaml:"restart"`
+	// Images says how images are pulled ahead of time.
+	Images Images `yaml:"images"`
 	// DrainTimeout bounds the wait for calls in flight at shutdown. The longest
 	// of them are image pulls.
 	DrainTimeout time.Duration `yaml:"drainTimeout"`
@@ -90,6 +92,19 @@ type Restart struct {
 	CDISpecDir string `yaml:"cdiSpecDir"`
 }
 
+// Images says how images are pulled ahead of time.
+type Images struct {
+	// Parallel is how many are pulled at the same time.
+	Parallel int `yaml:"parallel"`
+	// BytesPerSecond bounds a pull that brings no bound of its own. 0: none.
+	BytesPerSecond int64 `yaml:"bytesPerSecond"`
+	// MaxDiskPercent is how full a pull may make the image file system. kubelet begins to remove
+	// images at 85 (imageGCHighThresholdPercent). 0: not looked at.
+	MaxDiskPercent float64 `yaml:"maxDiskPercent"`
+	// RegistryHostsDir is the config_path of containerd's registry configuration.
+	RegistryHostsDir string `yaml:"registryHostsDir"`
+}
+
 // Mode is a file mode written in octal.
 type Mode os.FileMode
 
@@ -134,6 +149,7 @@ func Default() *Config {
 		AdminSocket:     DefaultAdminSocket,
 		Log:             Log{Level: "info", Format: "text"},
 		Restart:         Restart{Method: "gate"},
+		Images:          Images{Parallel: 1, MaxDiskPercent: 80, RegistryHostsDir: "/etc/containerd/certs.d"},
 		DrainTimeout:    defaultDrain,
 	}
 }
@@ -166,6 +182,10 @@ func (c *Config) Flags(fs *pflag.FlagSet) {
 	fs.StringSliceVar(&c.Ops.AllowedClients, "ops-allowed-clients", c.Ops.AllowedClients, "names that client certificates may carry")
 	fs.StringVar(&c.Restart.Method, "restart-method", c.Restart.Method, "fastest way to hand over to a restarted container: gate, pidfd or plain")
 	fs.StringVar(&c.Restart.CDISpecDir, "cdi-spec-dir", c.Restart.CDISpecDir, "directory that the runtime reads CDI specs from (default: asked from the runtime)")
+	fs.IntVar(&c.Images.Parallel, "images-parallel", c.Images.Parallel, "how many images are pulled ahead of time at once")
+	fs.Int64Var(&c.Images.BytesPerSecond, "images-bytes-per-second", c.Images.BytesPerSecond, "bound of a pull ahead of time that brings none (default: none)")
+	fs.Float64Var(&c.Images.MaxDiskPercent, "images-max-disk-percent", c.Images.MaxDiskPercent, "how full a pull ahead of time may make the image file system; 0 means not looked at")
+	fs.StringVar(&c.Images.RegistryHostsDir, "registry-hosts-dir", c.Images.RegistryHostsDir, "config_path of containerd's registry configuration")
 	fs.DurationVar(&c.DrainTimeout, "drain-timeout", c.DrainTimeout, "longest wait for calls in flight at shutdown")
 	fs.StringVar(&c.RecordCalls, "record-calls", c.RecordCalls, "debug: file that gets a JSON line for every CRI call")
 }

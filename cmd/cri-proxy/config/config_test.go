@@ -91,6 +91,7 @@ ops:
   clientCAFile: ca
   allowedClients: [one, *a]
 restart: {method: pidfd, cdiSpecDir: /cdi}
+images: {parallel: 2, bytesPerSecond: 3, maxDiskPercent: 4.5, registryHostsDir: /hosts}
 drainTimeout: 1m30s
 `
 	if err := config.Parse("f.yaml", []byte(text), c); err != nil {
@@ -106,6 +107,7 @@ drainTimeout: 1m30s
 		NodeName:        "007",
 		Ops:             config.Ops{Address: ":9443", CertFile: "c", KeyFile: "k", ClientCAFile: "ca", AllowedClients: []string{"one", "/a.sock"}},
 		Restart:         config.Restart{Method: "pidfd", CDISpecDir: "/cdi"},
+		Images:          config.Images{Parallel: 2, BytesPerSecond: 3, MaxDiskPercent: 4.5, RegistryHostsDir: "/hosts"},
 		DrainTimeout:    90 * time.Second,
 	}
 	if !reflect.DeepEqual(c, want) {

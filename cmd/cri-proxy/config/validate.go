@@ -105,6 +105,18 @@ func (c *Config) Validate() error {
 	if d := c.Restart.CDISpecDir; d != "" && !filepath.IsAbs(d) {
 		bad("restart.cdiSpecDir: %q is not an absolute path", d)
 	}
+	if i := c.Images; i.Parallel < 1 || i.Parallel > 16 {
+		bad("images.parallel: %d; want 1 to 16", i.Parallel)
+	}
+	if c.Images.BytesPerSecond < 0 {
+		bad("images.bytesPerSecond: %d is negative; 0 means no bound", c.Images.BytesPerSecond)
+	}
+	if m := c.Images.MaxDiskPercent; m < 0 || m > 100 {
+		bad("images.maxDiskPercent: %v; want 0 (not looked at) to 100", m)
+	}
+	if !filepath.IsAbs(c.Images.RegistryHostsDir) {
+		bad("images.registryHostsDir: %q is not an absolute path", c.Images.RegistryHostsDir)
+	}
 	if c.DrainTimeout < 0 {
 		bad("drainTimeout: %s is negative; 0 ends calls at once", c.DrainTimeout)
 	}

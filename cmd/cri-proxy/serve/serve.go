@@ -95,8 +95,13 @@ func (d *daemon) start(ctx, hard context.Context, cri net.Listener, sockets *soc
 	d.serve("cri", func() error { return d.cri.Serve(cri) })
 	go func() {
 		defer close(d.engineDone)
+		pulls := make(chan error, 1)
+		go func() { pulls <- d.puller.Run(running) }() // ends with running
 		if err := d.engine.Run(running); err != nil {
 			d.fail(fmt.Errorf("operations: %w", err))
+		}
+		if err := <-pulls; err != nil {
+			d.fail(fmt.Errorf("pulls: %w", err))
 		}
 	}()
 

@@ -25,6 +25,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops"
+	"github.com/cri-proxy/cri-proxy/ops/prepull"
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
@@ -44,6 +45,8 @@ type node struct {
 	calls    *callFile // nil: not recorded
 	cri      *proxy.Server
 	ops      *ops.Server
+	puller   *prepull.Puller
+	images   *prepull.Server
 
 	mu             sync.Mutex // guards all following fields
 	runtimeName    string
@@ -83,8 +86,17 @@ func newNode(ctx context.Context, c *config.Config, listen string, log logrus.Fi
 	if err != nil {
 		return nil, fmt.Errorf("state directory %s: %w", c.StateDir, err)
 	}
+	n.puller, err = prepull.Open(prepull.Options{
+		StateDir: c.StateDir, Conn: n.upstream.Conn(), Log: log, Registerer: n.registry,
+		Parallel: c.Images.Parallel, BytesPerSecond: c.Images.BytesPerSecond, HostsDir: c.Images.RegistryHostsDir, MaxDiskPercent: c.Images.MaxDiskPercent,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("state directory %s: %w", c.StateDir, err)
+	}
 	o := proxy.Options{
-		Director:   interceptors.New(interceptors.Options{View: view, Records: n.engine.Records(), Runtime: n.upstream.Conn(), Log: log}),
+		Director: interceptors.New(interceptors.Options{
+			View: view, Records: n.engine.Records(), Runtime: n.upstream.Conn(), Log: log, Pulls: n.puller,
+		}),
 		Log:        log,
 		Registerer: n.registry,
 		Register:   registerProbe,
@@ -97,6 +109,7 @@ func newNode(ctx context.Context, c *config.Config, listen string, log logrus.Fi
 	}
 	n.cri = proxy.NewServer(n.upstream, o)
 	n.ops = ops.NewServer(n.engine, n.info)
+	n.images = prepull.NewServer(n.puller)
 	return n, nil
 }
 
@@ -106,6 +119,9 @@ func (n *node) close() error {
 	var errs []error
 	if n.engine != nil {
 		errs = append(errs, n.engine.Close())
+	}
+	if n.puller != nil {
+		errs = append(errs, n.puller.Close())
 	}
 	if n.upstream != nil {
 		errs = append(errs, n.upstream.Close())
@@ -205,6 +221,7 @@ func (n *node) sayIfRuntimeMissing() {
 func (n *node) opsServer(o ...grpc.ServerOption) *grpc.Server {
 	s := grpc.NewServer(o...)
 	opsv1.RegisterOpsServer(s, n.ops)
+	opsv1.RegisterImagesServer(s, n.images)
 	registerHealth(s)
 	return s
 }

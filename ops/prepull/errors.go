@@ -1,0 +1,104 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package prepull
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"regexp"
+	"strings"
+
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
+	"github.com/containerd/errdefs"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// Reasons of pulls. See PullOperation.reason.
+const (
+	ReasonInQueue           = "InQueue"
+	ReasonYieldsToKubelet   = "YieldsToKubelet"
+	ReasonBackOff           = "BackOff"
+	ReasonCredentialsNeeded = "CredentialsNeeded"
+
+	ReasonPresent = "Present"
+	ReasonPulled  = "Pulled"
+
+	ReasonNotFound            = "NotFound"
+	ReasonUnauthorized        = "Unauthorized"
+	ReasonRegistryUnavailable = "RegistryUnavailable"
+	ReasonTooManyRequests     = "TooManyRequests"
+	ReasonTimeout             = "Timeout"
+	ReasonDeadlineExceeded    = "DeadlineExceeded"
+	ReasonDiskPressure        = "DiskPressure"
+	ReasonInvalidImage        = "InvalidImage"
+	ReasonRuntime             = "RuntimeError"
+	ReasonCancelled           = "Cancelled"
+)
+
+// failure is why an attempt did not succeed, in words for a person.
+type failure struct {
+	reason, message string
+	// final means that another attempt would end the same way.
+	final bool
+	// credentials means that other credentials might end another way.
+	credentials bool
+}
+
+func (f *failure) Error() string { return f.message }
+
+// statusInText finds what containerd says of a registry's answer when it comes through CRI, as text only.
+var statusInText = regexp.MustCompile(`unexpected status[^:]*: (\d{3})|: (\d{3}) [A-Z]|status code (\d{3})`)
+
+// explain says what an error of a registry or of the runtime means and what to do.
+func explain(err error, host string) *failure {
+	var f *failure
+	if errors.As(err, &f) {
+		return f
+	}
+	text := err.Error()
+	if s, ok := status.FromError(err); ok {
+		text = s.Message()
+	}
+	code := 0
+	var unexpected remoteerrors.ErrUnexpectedStatus
+	if errors.As(err, &unexpected) {
+		code = unexpected.StatusCode
+	} else if m := statusInText.FindStringSubmatch(text); m != nil {
+		_, _ = fmt.Sscan(m[1]+m[2]+m[3], &code)
+	}
+	switch {
+	case errors.Is(err, docker.ErrInvalidAuthorization), code == http.StatusUnauthorized, code == http.StatusForbidden,
+		strings.Contains(text, "authorization failed"), strings.Contains(text, "pull access denied"), strings.Contains(text, "no basic auth credentials"):
+		return &failure{reason: ReasonUnauthorized, credentials: true, final: true,
+			message: fmt.Sprintf("registry %s refuses access: check that the image's name is right and that a pull secret for it is given and still valid (%s)", host, text)}
+	case errdefs.IsNotFound(err), status.Code(err) == codes.NotFound, code == http.StatusNotFound:
+		return &failure{reason: ReasonNotFound, credentials: true, final: true, message: fmt.Sprintf("registry %s has no such image, or does not show it without credentials: check name, tag and digest (%s)", host, text)}
+	case code == http.StatusTooManyRequests:
+		return &failure{reason: ReasonTooManyRequests, message: fmt.Sprintf("registry %s asks to slow down: use fewer nodes at once, or credentials with a higher limit (%s)", host, text)}
+	case errors.Is(err, context.DeadlineExceeded), status.Code(err) == codes.DeadlineExceeded, strings.Contains(text, "Client.Timeout"), strings.Contains(text, "timeout awaiting response headers"):
+		return &failure{reason: ReasonTimeout, message: fmt.Sprintf("registry %s does not answer in time: raise timeoutSeconds for a large image or a slow network (%s)", host, text)}
+	case code >= http.StatusInternalServerError, errors.Is(err, errStalled), isNetwork(text):
+		return &failure{reason: ReasonRegistryUnavailable, message: fmt.Sprintf("registry %s cannot be used now (%s)", host, text)}
+	case strings.Contains(text, "no match for platform"), strings.Contains(text, "invalid reference"), strings.Contains(text, "failed size validation"), errdefs.IsInvalidArgument(err):
+		return &failure{reason: ReasonInvalidImage, final: strings.Contains(text, "platform") || strings.Contains(text, "reference"), message: fmt.Sprintf("the image cannot be used on this node (%s)", text)}
+	case strings.Contains(text, "no space left on device"):
+		return &failure{reason: ReasonDiskPressure, message: fmt.Sprintf("the node's disk is full (%s)", text)}
+	default:
+		return &failure{reason: ReasonRuntime, message: text}
+	}
+}
+
+// isNetwork reports whether the text is that of a connection that was not made or was cut.
+func isNetwork(text string) bool {
+	for _, s := range []string{"connection refused", "no such host", "connection reset", "i/o timeout", "unexpected EOF", "no route to host", "network is unreachable", "failed to do request", "server misbehaving"} {
+		if strings.Contains(text, s) {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,140 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package prepull
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"google.golang.org/protobuf/types/known/timestamppb"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+// pinKey is an image and on whose behalf it is pinned: it stays pinned as long as anybody wants it.
+type pinKey struct{ imageID, owner string }
+
+type pin struct {
+	Image string    `json:"image"`
+	Until time.Time `json:"until"`
+	Size  uint64    `json:"size"`
+}
+
+func (p *Puller) addPin(ctx context.Context, image *runtimeapi.Image, u *pull, until time.Time) error {
+	key := pinKey{image.GetId(), u.req.GetOwner()}
+	v := &pin{Image: u.named.String(), Until: until, Size: image.GetSize()}
+	// Written first: a pin that nobody remembers would stay for ever.
+	if err := p.journal.putPin(key, v); err != nil {
+		return err
+	}
+	p.mu.Lock()
+	p.pins[key] = v
+	p.mu.Unlock()
+	err := p.store.pin(ctx, image.GetId(), true)
+	if err != nil {
+		p.mu.Lock()
+		delete(p.pins, key)
+		p.mu.Unlock()
+		err = errors.Join(err, p.journal.removePin(key))
+	}
+	return err
+}
+
+// releasePins ends pins that gone names and returns how many.
+func (p *Puller) releasePins(ctx context.Context, gone func(pinKey, *pin) bool) (int, error) {
+	p.mu.Lock()
+	var ending []pinKey
+	for k, v := range p.pins {
+		if gone(k, v) {
+			ending = append(ending, k)
+		}
+	}
+	p.mu.Unlock()
+	n := 0
+	for _, k := range ending {
+		p.mu.Lock()
+		others := slices.ContainsFunc(p.pinKeysLocked(), func(o pinKey) bool { return o != k && o.imageID == k.imageID })
+		p.mu.Unlock()
+		if !others {
+			if err := p.store.pin(ctx, k.imageID, false); err != nil && !errdefs.IsNotFound(err) && !errors.Is(err, errNotOurs) && !unavailable(err) {
+				return n, err
+			}
+		}
+		if err := p.journal.removePin(k); err != nil {
+			return n, err
+		}
+		p.mu.Lock()
+		delete(p.pins, k)
+		p.mu.Unlock()
+		n++
+	}
+	return n, nil
+}
+
+func (p *Puller) pinKeysLocked() []pinKey {
+	keys := make([]pinKey, 0, len(p.pins))
+	for k := range p.pins {
+		keys = append(keys, k)
+	}
+	return keys
+}
+
+func (p *Puller) listPins() []*opsv1.ImagePin {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	out := make([]*opsv1.ImagePin, 0, len(p.pins))
+	for k, v := range p.pins {
+		out = append(out, &opsv1.ImagePin{ImageId: k.imageID, Image: v.Image, Owner: k.owner, ExpireTime: timestamppb.New(v.Until), SizeBytes: int64(v.Size)})
+	}
+	slices.SortFunc(out, func(a, b *opsv1.ImagePin) int {
+		return strings.Compare(a.GetImage()+"\x00"+a.GetOwner(), b.GetImage()+"\x00"+b.GetOwner())
+	})
+	return out
+}
+
+// sweepUntil ends pins and leases that nobody wants any more, until ctx ends.
+func (p *Puller) sweepUntil(ctx context.Context) {
+	tick := time.NewTicker(sweepEvery)
+	defer tick.Stop()
+	for {
+		p.sweep(ctx, time.Now())
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (p *Puller) sweep(ctx context.Context, now time.Time) {
+	p.mu.Lock()
+	p.expireLocked(now)
+	wanted := map[string]bool{} // leases
+	for _, u := range p.pulls {
+		// One that did not succeed may be tried again, and goes on from what is there.
+		if u.op.GetPhase() != opsv1.PullPhase_PULL_SUCCEEDED {
+			wanted[leaseID(u.named.String())] = true
+		}
+	}
+	p.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, sweepEvery)
+	defer cancel()
+	if _, err := p.releasePins(ctx, func(_ pinKey, v *pin) bool { return now.After(v.Until) }); err != nil && ctx.Err() == nil {
+		p.log.WithError(err).Warn("pins that have expired not ended, trying again in a minute")
+	}
+	leases, err := p.store.ourLeases(ctx)
+	for _, id := range leases {
+		if !wanted[id] {
+			err = errors.Join(err, p.store.dropLease(ctx, id))
+		}
+	}
+	if err != nil && ctx.Err() == nil && !unavailable(err) {
+		p.log.WithError(err).Debug("leases not ended, trying again in a minute")
+	}
+}

@@ -1,0 +1,538 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package prepull
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/distribution/reference"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+const (
+	// maxActive bounds unfinished pulls: a list job has at most 255 images.
+	maxActive = 1024
+	// finished pulls are answered for an hour, and what was fetched for one that did not succeed is kept as long.
+	keepFinished = time.Hour
+	maxFinished  = 2000
+
+	defaultAttempts = 4
+	defaultTimeout  = 10 * time.Minute
+	// backOffMin and backOffMax bound the wait between attempts, which doubles.
+	backOffMin = time.Second
+	backOffMax = 30 * time.Second
+
+	// kubeletPatience is how long a pull of kubelet's is let run beside ours: one of an image that is there takes milliseconds.
+	kubeletPatience = 200 * time.Millisecond
+	sweepEvery      = time.Minute
+)
+
+// Options configures a [Puller]. Registerer may be nil; StateDir, Conn and Log are required.
+type Options struct {
+	// StateDir holds the file of pulls and pins; it must exist.
+	StateDir string
+	// Conn is the connection to the runtime.
+	Conn grpc.ClientConnInterface
+	Log  logrus.FieldLogger
+	// Registerer gets the puller's metrics.
+	Registerer prometheus.Registerer
+	// Parallel is how many images are pulled at the same time; 0 means 1.
+	Parallel int
+	// BytesPerSecond bounds every pull that does not say otherwise; 0 means no bound.
+	BytesPerSecond int64
+	// HostsDir is the config_path of containerd's registry configuration. Empty means /etc/containerd/certs.d.
+	HostsDir string
+	// MaxDiskPercent is how full a pull may make the image file system; 0 means that it is not looked at.
+	MaxDiskPercent float64
+}
+
+// Puller pulls images and keeps their pins.
+type Puller struct {
+	log      logrus.FieldLogger
+	images   runtimeapi.ImageServiceClient
+	store    *store
+	journal  *journal
+	parallel int
+	limit    int64
+	hostsDir string
+	maxDisk  float64
+	metrics  *metrics
+	wake     chan struct{} // Run looks for work
+
+	mu      sync.Mutex // guards all following fields and the pulls
+	pulls   map[string]*pull
+	pins    map[pinKey]*pin
+	kubelet int // pulls of kubelet's that have lasted longer than kubeletPatience
+	closed  bool
+}
+
+// pull is one operation. Its fields are guarded by Puller.mu but for req, named and key, which do not change.
+type pull struct {
+	req   *opsv1.PullRequest // without credentials
+	named reference.Named
+	key   string // pulls with the same key fetch the same
+
+	op          *opsv1.PullOperation
+	credentials []*opsv1.RegistryCredential
+	// wants is set when the operation came with credentials, which an earlier process had.
+	wants   bool
+	retryAt time.Time
+	stop    context.CancelCauseFunc // ends the attempt that runs; nil without
+	changed chan struct{}           // closed and replaced at each change
+}
+
+// Why an attempt is ended.
+var (
+	errYield     = errors.New("kubelet pulls")
+	errCancelled = errors.New("cancelled")
+	errTimeout   = errors.New("the attempt took too long")
+	errDeadline  = errors.New("the deadline has passed")
+)
+
+// Open reads the pulls and pins of the state directory. [Puller.Run] goes on with them.
+//
+// Errors: the file is held by another process or is not permitted to this one.
+func Open(o Options) (*Puller, error) {
+	p := &Puller{
+		log: o.Log.WithField("component", "prepull"), images: runtimeapi.NewImageServiceClient(o.Conn), store: newStore(o.Conn),
+		parallel: max(1, o.Parallel), limit: o.BytesPerSecond, hostsDir: o.HostsDir, maxDisk: o.MaxDiskPercent,
+		wake: make(chan struct{}, 1), pulls: map[string]*pull{}, pins: map[pinKey]*pin{},
+	}
+	if p.hostsDir == "" {
+		p.hostsDir = "/etc/containerd/certs.d"
+	}
+	var err error
+	if p.journal, err = openJournal(o.StateDir, p.log); err != nil {
+		return nil, err
+	}
+	if p.metrics, err = newMetrics(o.Registerer, p); err == nil {
+		err = p.journal.load(p.revive, func(k pinKey, v *pin) { p.pins[k] = v })
+	}
+	if err != nil {
+		return nil, errors.Join(err, p.journal.close())
+	}
+	return p, nil
+}
+
+func (p *Puller) revive(r *record) error {
+	u := &pull{req: &opsv1.PullRequest{}, op: &opsv1.PullOperation{}, wants: r.Credentials, changed: make(chan struct{})}
+	if err := errors.Join(proto.Unmarshal(r.Request, u.req), proto.Unmarshal(r.Operation, u.op)); err != nil {
+		return err
+	}
+	named, err := normalize(u.req.GetImage())
+	if err != nil {
+		return err
+	}
+	u.named, u.key = named, keyOf(named, u.req)
+	if u.op.GetFinishTime() == nil {
+		u.op.Phase, u.op.Reason = opsv1.PullPhase_PULL_WAITING, ReasonInQueue
+		if u.wants {
+			u.op.Reason, u.op.Message = ReasonCredentialsNeeded, "cri-proxy was restarted and does not keep credentials: waiting for the command to be repeated"
+		}
+	}
+	p.pulls[u.op.GetUid()] = u
+	return nil
+}
+
+func keyOf(named reference.Named, req *opsv1.PullRequest) string {
+	return named.String() + "|" + req.GetRuntimeHandler()
+}
+
+// Run pulls until ctx ends. What is under way then goes on in the next process.
+func (p *Puller) Run(ctx context.Context) error {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() { p.sweepUntil(ctx) })
+	for {
+		wait := p.startSome(ctx, &wg)
+		timer := time.NewTimer(wait)
+		select {
+		case <-p.wake:
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return nil
+		}
+		timer.Stop()
+	}
+}
+
+// Close releases the file. Run must have returned.
+func (p *Puller) Close() error {
+	p.mu.Lock()
+	p.closed = true
+	p.mu.Unlock()
+	return p.journal.close()
+}
+
+func (p *Puller) nudge() {
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+}
+
+// startSome starts what may start and returns when there may be more.
+func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	next := time.Hour
+	running, busy := 0, map[string]string{}
+	var waiting []*pull
+	for _, u := range p.pulls {
+		switch {
+		case u.op.GetFinishTime() != nil:
+		case u.stop != nil:
+			running++
+			busy[u.key] = u.op.GetUid()
+		default:
+			waiting = append(waiting, u)
+		}
+	}
+	slices.SortFunc(waiting, func(a, b *pull) int { return a.op.GetCreateTime().AsTime().Compare(b.op.GetCreateTime().AsTime()) })
+	for _, u := range waiting {
+		if by, ok := u.deadline(); ok {
+			if !now.Before(by) {
+				p.finishLocked(u, opsv1.PullPhase_PULL_FAILED, ReasonDeadlineExceeded, "not pulled within its deadline: "+u.op.GetMessage())
+				continue
+			}
+			next = min(next, by.Sub(now))
+		}
+		switch leader := busy[u.key]; {
+		case u.wants && u.credentials == nil:
+		case now.Before(u.retryAt):
+			next = min(next, u.retryAt.Sub(now))
+		case p.kubelet > 0:
+			u.waitLocked(ReasonYieldsToKubelet, "kubelet is pulling")
+		case leader != "":
+			u.followLocked(p.pulls[leader].op)
+			next = min(next, progressEvery)
+		case running >= p.parallel:
+			u.waitLocked(ReasonInQueue, fmt.Sprintf("%d of %d pulls at once are under way", running, p.parallel))
+		default:
+			running++
+			busy[u.key] = u.op.GetUid()
+			p.startLocked(ctx, wg, u)
+		}
+	}
+	return max(next, 10*time.Millisecond)
+}
+
+func (u *pull) deadline() (time.Time, bool) {
+	if d := u.req.GetDeadline().AsDuration(); d > 0 {
+		return u.op.GetCreateTime().AsTime().Add(d), true
+	}
+	return time.Time{}, false
+}
+
+// waitLocked says why the pull waits.
+func (u *pull) waitLocked(reason, message string) {
+	if u.op.GetPhase() == opsv1.PullPhase_PULL_WAITING && u.op.GetReason() == reason {
+		return
+	}
+	u.op.Phase, u.op.Reason, u.op.Message, u.op.BytesPerSecond = opsv1.PullPhase_PULL_WAITING, reason, message, 0
+	u.notifyLocked()
+}
+
+// followLocked shows the progress of another pull of the same image.
+func (u *pull) followLocked(leader *opsv1.PullOperation) {
+	u.op.Phase, u.op.Reason, u.op.Message = leader.GetPhase(), "", "another pull of the image is under way: "+leader.GetUid()
+	u.op.BytesDone, u.op.BytesTotal, u.op.BytesPerSecond, u.op.Layers = leader.GetBytesDone(), leader.GetBytesTotal(), leader.GetBytesPerSecond(), leader.GetLayers()
+	u.notifyLocked()
+}
+
+func (u *pull) notifyLocked() {
+	close(u.changed)
+	u.changed = make(chan struct{})
+}
+
+// startLocked begins an attempt.
+func (p *Puller) startLocked(ctx context.Context, wg *sync.WaitGroup, u *pull) {
+	attempt, stop := context.WithCancelCause(ctx)
+	u.stop = stop
+	u.op.Attempt++
+	if u.op.StartTime == nil {
+		u.op.StartTime = timestamppb.Now()
+	}
+	u.op.Phase, u.op.Reason, u.op.Message = opsv1.PullPhase_PULL_RESOLVING, "", ""
+	u.notifyLocked()
+	timeout := defaultTimeout
+	if d := u.req.GetAttemptTimeout().AsDuration(); d > 0 {
+		timeout = d
+	}
+	credentials := u.credentials
+	by, bound := u.deadline()
+	wg.Go(func() {
+		defer stop(nil)
+		limited, cancel := context.WithTimeoutCause(attempt, timeout, errTimeout)
+		defer cancel()
+		if bound {
+			limited, cancel = context.WithDeadlineCause(limited, by, errDeadline)
+			defer cancel()
+		}
+		err := p.attempt(limited, u, credentials)
+		p.settle(ctx, u, err, context.Cause(limited))
+		p.nudge()
+	})
+}
+
+// settle decides what follows an attempt.
+func (p *Puller) settle(ctx context.Context, u *pull, err, cause error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	u.stop = nil
+	if err == nil {
+		return // finished by attempt
+	}
+	host, _ := registryOf(u.named)
+	f := explain(err, host)
+	attempts := int32(defaultAttempts)
+	if n := u.req.GetMaxAttempts(); n > 0 {
+		attempts = n
+	}
+	switch {
+	case errors.Is(cause, errCancelled):
+		p.finishLocked(u, opsv1.PullPhase_PULL_CANCELLED, ReasonCancelled, u.op.GetMessage())
+		return
+	case errors.Is(cause, errYield):
+		u.op.Attempt--
+		u.waitLocked(ReasonYieldsToKubelet, "kubelet is pulling")
+		return
+	case errors.Is(cause, errDeadline):
+		p.finishLocked(u, opsv1.PullPhase_PULL_FAILED, ReasonDeadlineExceeded, "not pulled within its deadline; "+p.soFar(u))
+		return
+	case ctx.Err() != nil: // shutting down
+		u.op.Attempt--
+		return
+	case errors.Is(cause, errTimeout):
+		f = &failure{reason: ReasonTimeout, message: fmt.Sprintf("an attempt may take %s; %s: raise timeoutSeconds for a large image or a slow network", u.timeout(), p.soFar(u))}
+	}
+	p.log.WithFields(u.fields()).WithField("reason", f.reason).WithField("attempt", u.op.GetAttempt()).Warn(f.message)
+	if f.final || u.op.GetAttempt() >= attempts {
+		message := f.message
+		if n := u.op.GetAttempt(); n > 1 {
+			message = fmt.Sprintf("%s; %d attempts", message, n)
+		}
+		p.finishLocked(u, opsv1.PullPhase_PULL_FAILED, f.reason, message)
+		return
+	}
+	wait := min(backOffMin<<min(u.op.GetAttempt()-1, 10), backOffMax)
+	u.retryAt = time.Now().Add(wait)
+	u.waitLocked(ReasonBackOff, fmt.Sprintf("attempt %d of %d in %s: %s", u.op.GetAttempt()+1, attempts, wait, f.message))
+}
+
+func (u *pull) timeout() time.Duration {
+	if d := u.req.GetAttemptTimeout().AsDuration(); d > 0 {
+		return d
+	}
+	return defaultTimeout
+}
+
+// soFar says how far the pull is.
+func (p *Puller) soFar(u *pull) string {
+	if u.op.GetBytesTotal() == 0 {
+		return "the registry has not told the image's size yet"
+	}
+	return fmt.Sprintf("%s of %s are on the node", bytesText(u.op.GetBytesDone()), bytesText(u.op.GetBytesTotal()))
+}
+
+func (u *pull) fields() logrus.Fields {
+	return logrus.Fields{"op": u.op.GetUid(), "image": u.req.GetImage(), "owner": u.req.GetOwner()}
+}
+
+// finishLocked ends the operation. The caller holds p.mu.
+func (p *Puller) finishLocked(u *pull, phase opsv1.PullPhase, reason, message string) {
+	u.op.Phase, u.op.Reason, u.op.Message, u.op.BytesPerSecond = phase, reason, message, 0
+	u.op.FinishTime = timestamppb.Now()
+	u.credentials = nil
+	if err := p.saveLocked(u); err != nil {
+		p.log.WithFields(u.fields()).WithError(err).Error("end of pull not written")
+	}
+	p.metrics.finished(u.op)
+	p.log.WithFields(u.fields()).WithFields(logrus.Fields{"phase": phase, "reason": reason}).Info("pull finished")
+	u.notifyLocked()
+}
+
+func (p *Puller) saveLocked(u *pull) error {
+	req, err := proto.Marshal(u.req)
+	if err != nil {
+		return err
+	}
+	op, err := proto.Marshal(u.op)
+	if err != nil {
+		return err
+	}
+	return p.journal.putPull(u.op.GetUid(), &record{Request: req, Operation: op, Credentials: u.wants})
+}
+
+// submit accepts a pull, or returns the one there is.
+func (p *Puller) submit(req *opsv1.PullRequest) (*opsv1.PullOperation, error) {
+	named, err := normalize(req.GetImage())
+	if err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	credentials := req.GetCredentials()
+	req = proto.Clone(req).(*opsv1.PullRequest)
+	req.Credentials = nil
+
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return nil, status.Error(codes.Unavailable, "cri-proxy is shutting down; try again")
+	}
+	if known := p.pulls[req.GetUid()]; known != nil {
+		if !proto.Equal(known.req, req) {
+			return nil, status.Errorf(codes.AlreadyExists, "pull %s exists with another request; choose a new UID", req.GetUid())
+		}
+		if known.op.GetFinishTime() == nil && len(credentials) > 0 {
+			known.credentials, known.wants = credentials, true
+			p.nudge()
+		}
+		return proto.Clone(known.op).(*opsv1.PullOperation), nil
+	}
+	active := 0
+	for _, u := range p.pulls {
+		if u.op.GetFinishTime() == nil {
+			active++
+		}
+	}
+	if active >= maxActive {
+		return nil, status.Errorf(codes.ResourceExhausted, "%d pulls are unfinished on this node, which is the most it takes; wait for some to finish", active)
+	}
+	u := &pull{
+		req: req, named: named, key: keyOf(named, req), credentials: credentials, wants: len(credentials) > 0, changed: make(chan struct{}),
+		op: &opsv1.PullOperation{
+			Uid: req.GetUid(), Image: req.GetImage(), Resolved: named.String(), Owner: req.GetOwner(), Phase: opsv1.PullPhase_PULL_WAITING,
+			Reason: ReasonInQueue, CreateTime: timestamppb.Now(),
+		},
+	}
+	p.expireLocked(time.Now())
+	if err := p.saveLocked(u); err != nil {
+		return nil, status.Errorf(codes.Internal, "the pull was not accepted: %v", err)
+	}
+	p.pulls[req.GetUid()] = u
+	p.nudge()
+	return proto.Clone(u.op).(*opsv1.PullOperation), nil
+}
+
+// expireLocked forgets finished pulls that are too old or too many. The caller holds p.mu.
+func (p *Puller) expireLocked(now time.Time) {
+	var finished []*pull
+	for _, u := range p.pulls {
+		if u.op.GetFinishTime() != nil {
+			finished = append(finished, u)
+		}
+	}
+	slices.SortFunc(finished, func(a, b *pull) int { return a.op.GetFinishTime().AsTime().Compare(b.op.GetFinishTime().AsTime()) })
+	for i, u := range finished {
+		if now.Sub(u.op.GetFinishTime().AsTime()) <= keepFinished && len(finished)-i <= maxFinished {
+			break
+		}
+		if err := p.journal.removePull(u.op.GetUid()); err != nil {
+			p.log.WithError(err).Warn("finished pull not forgotten")
+			return
+		}
+		delete(p.pulls, u.op.GetUid())
+	}
+}
+
+// cancel ends a pull.
+func (p *Puller) cancel(uid, reason string) (*opsv1.PullOperation, <-chan struct{}, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	u := p.pulls[uid]
+	if u == nil {
+		return nil, nil, noPull(uid)
+	}
+	if u.op.GetFinishTime() == nil {
+		u.op.Message = reason
+		if u.stop != nil {
+			u.stop(errCancelled)
+		} else {
+			p.finishLocked(u, opsv1.PullPhase_PULL_CANCELLED, ReasonCancelled, reason)
+		}
+	}
+	return proto.Clone(u.op).(*opsv1.PullOperation), u.changed, nil
+}
+
+func (p *Puller) watch(uid string) (*opsv1.PullOperation, <-chan struct{}, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	u := p.pulls[uid]
+	if u == nil {
+		return nil, nil, noPull(uid)
+	}
+	return proto.Clone(u.op).(*opsv1.PullOperation), u.changed, nil
+}
+
+func (p *Puller) list(activeOnly bool) []*opsv1.PullOperation {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var out []*opsv1.PullOperation
+	for _, u := range p.pulls {
+		if activeOnly && u.op.GetFinishTime() != nil {
+			continue
+		}
+		op := proto.Clone(u.op).(*opsv1.PullOperation)
+		op.Layers = nil
+		out = append(out, op)
+	}
+	slices.SortFunc(out, func(a, b *opsv1.PullOperation) int {
+		return b.GetCreateTime().AsTime().Compare(a.GetCreateTime().AsTime())
+	})
+	return out
+}
+
+// KubeletPulls says that kubelet pulls an image, until done is called. Ours give way: what they have fetched stays, so
+// that kubelet's goes on from there at full speed if it needs the same, and they go on when it has ended.
+func (p *Puller) KubeletPulls() (done func()) {
+	var once sync.Once
+	over := false // guarded by p.mu
+	counted := false
+	timer := time.AfterFunc(kubeletPatience, func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if over {
+			return
+		}
+		counted = true
+		p.kubelet++
+		for _, u := range p.pulls {
+			if u.stop != nil {
+				u.stop(errYield)
+			}
+		}
+	})
+	return func() {
+		once.Do(func() {
+			timer.Stop()
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			over = true
+			if counted {
+				p.kubelet--
+				p.nudge()
+			}
+		})
+	}
+}
+
+func noPull(uid string) error {
+	return status.Errorf(codes.NotFound, "no pull %q on this node; finished ones are kept for %s", uid, keepFinished)
+}

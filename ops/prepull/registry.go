@@ -1,0 +1,173 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package prepull
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"sync/atomic"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/remotes"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/containerd/containerd/v2/core/remotes/docker/config"
+	"github.com/containerd/platforms"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/time/rate"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+const (
+	// headerPatience bounds the wait for a registry's answer to begin.
+	headerPatience = 30 * time.Second
+	// stallPatience is how long a layer may stand still before its transfer is given up: containerd's own is
+	// image_pull_progress_timeout, 5 minutes.
+	stallPatience = 2 * time.Minute
+	// layersAtOnce is containerd's max_concurrent_downloads.
+	layersAtOnce = 3
+	// minBurst lets a limited transfer take what one read brings.
+	minBurst = 256 << 10
+)
+
+// manifest is what is to be fetched for this node's platform.
+type manifest struct {
+	layers []ocispec.Descriptor
+	total  int64
+}
+
+// remote is an image in a registry, seen with one credential.
+type remote struct {
+	resolver remotes.Resolver
+	ref      string // as the registry host understands it
+	desc     ocispec.Descriptor
+	fetched  *atomic.Int64 // bytes of bodies that have been read
+}
+
+// newRemote looks the image up. limit may be nil.
+func newRemote(ctx context.Context, hostsDir, ref string, credential *opsv1.RegistryCredential, limit *rate.Limiter) (*remote, error) {
+	r := &remote{fetched: &atomic.Int64{}}
+	options := config.HostOptions{
+		HostDir: config.HostDirFromRoot(hostsDir),
+		UpdateClient: func(c *http.Client) error {
+			if t, ok := c.Transport.(*http.Transport); ok {
+				t.ResponseHeaderTimeout = headerPatience
+			}
+			c.Transport = &meter{next: c.Transport, limit: limit, read: r.fetched}
+			return nil
+		},
+	}
+	if credential != nil {
+		options.Credentials = func(string) (string, string, error) {
+			if credential.GetIdentityToken() != "" {
+				return "", credential.GetIdentityToken(), nil // docker's way to give a refresh token
+			}
+			return credential.GetUsername(), credential.GetPassword(), nil
+		}
+	}
+	r.resolver = docker.NewResolver(docker.ResolverOptions{Hosts: config.ConfigureHosts(ctx, options)})
+	var err error
+	if r.ref, r.desc, err = r.resolver.Resolve(ctx, ref); err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// manifest fetches the image's manifests and config, which are a few kilobytes, and returns the layers
+// for this node's platform.
+func (r *remote) manifest(ctx context.Context, store content.Store) (*manifest, error) {
+	fetcher, err := r.resolver.Fetcher(ctx, r.ref)
+	if err != nil {
+		return nil, err
+	}
+	m := &manifest{}
+	platform := platforms.Default()
+	children := images.LimitManifests(images.FilterPlatforms(images.ChildrenHandler(store), platform), platform, 1)
+	handler := images.HandlerFunc(func(ctx context.Context, d ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+		if images.IsLayerType(d.MediaType) {
+			m.layers = append(m.layers, d)
+			m.total += d.Size
+			return nil, images.ErrSkipDesc
+		}
+		if err := remotes.Fetch(ctx, store, fetcher, d); err != nil {
+			return nil, err
+		}
+		return children(ctx, d)
+	})
+	if err := images.Walk(ctx, handler, r.desc); err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+// layers fetches the layers into the content store. What is there, in part or as a whole, is not fetched again.
+func (r *remote) layers(ctx context.Context, store content.Store, layers []ocispec.Descriptor) error {
+	fetcher, err := r.resolver.Fetcher(ctx, r.ref)
+	if err != nil {
+		return err
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(layersAtOnce)
+	for _, d := range layers {
+		g.Go(func() error { return remotes.Fetch(ctx, store, fetcher, d) })
+	}
+	return g.Wait()
+}
+
+// meter counts, and slows down, what is read from responses, and gives up on those that stand still.
+type meter struct {
+	next  http.RoundTripper
+	limit *rate.Limiter // nil: not slowed down
+	read  *atomic.Int64
+}
+
+// RoundTrip implements [http.RoundTripper].
+func (m *meter) RoundTrip(req *http.Request) (*http.Response, error) {
+	resp, err := m.next.RoundTrip(req)
+	if err == nil {
+		resp.Body = &meteredBody{ReadCloser: resp.Body, m: m, ctx: req.Context}
+	}
+	return resp, err
+}
+
+type meteredBody struct {
+	io.ReadCloser
+	m   *meter
+	ctx func() context.Context // the request's
+}
+
+// errStalled ends a transfer that stands still.
+var errStalled = errors.New("the registry sends nothing any more")
+
+func (b *meteredBody) Read(p []byte) (int, error) {
+	if l := b.m.limit; l != nil && len(p) > l.Burst() {
+		p = p[:l.Burst()]
+	}
+	stalled := time.AfterFunc(stallPatience, func() { _ = b.Close() })
+	n, err := b.ReadCloser.Read(p)
+	if !stalled.Stop() && err != nil {
+		err = fmt.Errorf("%w (%s)", errStalled, stallPatience)
+	}
+	b.m.read.Add(int64(n))
+	if l := b.m.limit; l != nil && n > 0 {
+		if werr := l.WaitN(b.ctx(), n); werr != nil && err == nil {
+			err = werr
+		}
+	}
+	return n, err
+}
+
+// newLimiter returns a limiter for bytes per second; nil for no limit.
+func newLimiter(bytesPerSecond int64) *rate.Limiter {
+	if bytesPerSecond <= 0 {
+		return nil
+	}
+	return rate.NewLimiter(rate.Limit(bytesPerSecond), int(max(minBurst, bytesPerSecond/10)))
+}
