@@ -15,6 +15,7 @@ TOOLS := $(CRI_PROXY_CACHE)/tools/$(TOOLS_KEY)
 # Tests on real components run as root, one package at a time: they share two cores.
 E2E_TIMEOUT ?= 60m
 INTEGRATION_TIMEOUT ?= 45m
+CHAOS_TIMEOUT ?= 90m
 FUZZ_TIME ?= 30s
 
 # step NAME,COMMANDS prints a heading, runs the commands and says how long they took.
@@ -59,6 +60,10 @@ bench: build ## data path against direct calls, restarts against other ways (nee
 .PHONY: soak
 soak: ## restarts over 50 pods under traffic, SOAK_TIME (10m) long or SOAK_RESTARTS times, and a verdict
 	@go run ./test/soak $(if $(SOAK_TIME),-time $(SOAK_TIME)) $(if $(SOAK_RESTARTS),-restarts $(SOAK_RESTARTS)) $(SOAK_ARGS)
+
+.PHONY: chaos
+chaos: ## the whole crash matrix on a real cluster, about 15 minutes; needs root
+	@CHAOS=full go test -race -count=1 -timeout $(CHAOS_TIMEOUT) -v -run '^TestMatrix$$' ./test/chaos
 
 .PHONY: demo
 demo: ## a cluster behind the proxy and a restart on it; KEEP=1 leaves it up

@@ -70,11 +70,11 @@ type Facts struct {
 type Outcome int
 
 const (
-	// Either: whether it succeeds depends on the moment; it must be truthful.
+	// Either means that whether it succeeds depends on the moment; it must be truthful.
 	Either Outcome = iota
 	// Succeeds in spite of the fault.
 	Succeeds
-	// Fails, and leaves a container that runs.
+	// Fails and leaves a container that runs.
 	Fails
 )
 
