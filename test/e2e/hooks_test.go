@@ -120,7 +120,7 @@ spec:
       preStop: {exec: {command: [sh, -c, "echo x >> /work/pre; echo s3cret; exit 3"]}}`)+
 		loop("tcp", `lifecycle: {preStop: {tcpSocket: {port: 80}}}`)+
 		loop("unnamed", `lifecycle: {preStop: {httpGet: {port: nope}}}`)+
-		loop("late", `lifecycle: {preStop: {sleep: {seconds: 60}}}`)+
+		loop("late", `lifecycle: {preStop: {exec: {command: [sleep, "60"]}}}`)+
 		loop("failing", `lifecycle: {postStart: {exec: {command: [sh, -c, "echo x >> /work/failing; echo s3cret; [ $(wc -l < /work/failing) != 2 ]"]}}}`))
 	ready(t, ns, "hooks")
 	apply(t, recreate(ns, "hooks-restart", "hooks", `strategy: {failurePolicy: Ignore}
@@ -165,7 +165,7 @@ spec:
 		t.Errorf("events repeat what a hook printed:\n%s", all)
 	}
 	late := account(t, crr, "late")
-	if late.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || len(late.GetWarnings()) != 1 || !strings.Contains(late.GetWarnings()[0], "grace period") {
+	if late.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || len(late.GetWarnings()) != 1 || !strings.HasPrefix(late.GetWarnings()[0], "preStop hook") {
 		t.Errorf("operation: %v", late)
 	}
 	op, err := opsClient(t).GetOperation(t.Context(), &opsv1.GetOperationRequest{Uid: string(crr.UID) + ".late"})

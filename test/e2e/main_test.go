@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -36,6 +37,7 @@ var (
 	calls string
 	// failpoint is the file that names the failpoint of the proxy's next start.
 	failpoint string
+	leaving   departures
 )
 
 func TestMain(m *testing.M) {
@@ -89,8 +91,41 @@ func run(m *testing.M) (code int, err error) {
 		return 0, err
 	}
 	code = m.Run()
+	if err := leaving.wait(); err != nil {
+		fmt.Fprintln(os.Stderr, "e2e:", err)
+		code = 1
+	}
 	failed = code != 0
 	return code, nil
+}
+
+// departures are the removals of namespaces that are under way. A namespace takes some seconds to go, in which the
+// next test can begin.
+type departures struct {
+	wg   sync.WaitGroup
+	mu   sync.Mutex
+	errs []error // guarded by mu
+}
+
+// add removes a namespace with everything in it.
+func (d *departures) add(name string) {
+	d.wg.Go(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+		defer cancel()
+		if _, err := bed.Kubectl(ctx, "delete", "namespace", name, "--wait=true", "--timeout=110s"); err != nil {
+			d.mu.Lock()
+			defer d.mu.Unlock()
+			d.errs = append(d.errs, fmt.Errorf("removing the namespace of test %s: %w", name, err))
+		}
+	})
+}
+
+// wait waits for all of them and says which did not go.
+func (d *departures) wait() error {
+	d.wg.Wait()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return errors.Join(d.errs...)
 }
 
 // restrictController gives the controller the permissions that the manifests give it, and no others.
@@ -136,14 +171,7 @@ func namespace(t testing.TB) string {
 	t.Helper()
 	name := strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(t.Name()))
 	must(t, bed.CreateNamespace(t.Context(), name))
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-		defer cancel()
-		_, err := bed.Kubectl(ctx, "delete", "namespace", name, "--wait=true", "--timeout=50s")
-		if err != nil {
-			t.Errorf("removing the namespace: %v", err)
-		}
-	})
+	t.Cleanup(func() { leaving.add(name) })
 	return name
 }
 

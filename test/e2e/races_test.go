@@ -7,6 +7,8 @@ import (
 	"bufio"
 	"fmt"
 	"io"
+	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,6 +23,8 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/client-go/tools/remotecommand"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -350,72 +354,84 @@ func connect(t testing.TB, args ...string) *session {
 	return s
 }
 
-// says waits until the session has shown a text.
-func (s *session) says(t testing.TB, text string) {
+// attachTerminal is kubectl attach -it, which wants a terminal of its own to be called from.
+func attachTerminal(t testing.TB, ns, pod, name string) *session {
 	t.Helper()
-	eventually(t, "the session shows "+text, func() bool { return strings.Contains(s.out.String(), text) })
+	config, err := clientcmd.BuildConfigFromFlags("", bed.Kubeconfig)
+	must(t, err)
+	u, err := url.Parse(fmt.Sprintf("%s/api/v1/namespaces/%s/pods/%s/attach?container=%s&stdin=true&stdout=true&tty=true", bed.APIServer, ns, pod, name))
+	must(t, err)
+	executor, err := remotecommand.NewSPDYExecutor(config, http.MethodPost, u)
+	must(t, err)
+	r, w := io.Pipe()
+	s := &session{stdin: w, out: &lockedBuffer{}, ended: make(chan struct{})}
+	go func() { // ends with the container, at the latest with the test
+		defer close(s.ended)
+		_ = executor.StreamWithContext(t.Context(), remotecommand.StreamOptions{Stdin: r, Stdout: s.out, Tty: true})
+		_ = r.Close()
+	}()
+	return s
 }
 
-// TestSessionsDuringRestart restarts a container with a terminal while kubectl exec and attach are open. The sessions end with
-// the container they belong to, and new ones lead to the new container.
+// TestSessionsDuringRestart restarts two containers, one of them with a terminal, while kubectl exec and attach are open. The
+// sessions end with the container they belong to, and new ones lead to the new container.
 func TestSessionsDuringRestart(t *testing.T) {
 	ns := namespace(t)
+	listening := `[sh, -c, 'trap "echo leaving; exit 0" TERM; n=$(cat /proc/sys/kernel/random/uuid); echo first $n; while :; do read -t 1 line && echo heard $line by $n; done']`
 	apply(t, fmt.Sprintf(`
 apiVersion: v1
 kind: Pod
-metadata: {name: shell, namespace: %s}
+metadata: {name: shell, namespace: %[1]s}
 spec:
   terminationGracePeriodSeconds: 2
   containers:
-  - name: app
-    image: "%s"
-    tty: true
-    stdin: true
-    command: [sh, -c, 'trap "echo leaving; exit 0" TERM; n=$(cat /proc/sys/kernel/random/uuid); echo first $n; while :; do read -t 1 line && echo heard $line by $n; done']
-`, ns, bed.Image("busybox:1.0")))
-	before := ready(t, ns, "shell")
-	name := func() string {
-		_, rest, _ := strings.Cut(kubectl(t, "-n", ns, "logs", "shell"), "first ")
+  - {name: pipe, image: "%[2]s", stdin: true, command: %[3]s}
+  - {name: terminal, image: "%[2]s", stdin: true, tty: true, command: %[3]s}
+`, ns, bed.Image("busybox:1.0"), listening))
+	ready(t, ns, "shell")
+	name := func(container string) string {
+		_, rest, _ := strings.Cut(kubectl(t, "-n", ns, "logs", "shell", "-c", container), "first ")
 		name, _, _ := strings.Cut(rest, "\n")
 		return strings.TrimSpace(name)
 	}
-	old := name()
-	open := func(mark string) (*session, *session) {
-		shell := connect(t, "-n", ns, "exec", "-i", "shell", "--", "cat")
-		attached := connect(t, "-n", ns, "attach", "-i", "shell")
-		_, err := io.WriteString(shell.stdin, mark+"\n")
-		must(t, err)
-		shell.says(t, mark)
-		eventually(t, "the container hears what is typed", func() bool {
-			_, err := io.WriteString(attached.stdin, mark+"\n")
-			return err == nil && strings.Contains(attached.out.String(), "heard "+mark)
-		})
-		return shell, attached
+	open := func(mark string) map[string]*session {
+		sessions := map[string]*session{
+			"exec": connect(t, "-n", ns, "exec", "-i", "shell", "-c", "pipe", "--", "cat"),
+			"pipe": connect(t, "-n", ns, "attach", "-i", "shell", "-c", "pipe"), "terminal": attachTerminal(t, ns, "shell", "terminal"),
+		}
+		for what, s := range sessions {
+			heard := mark
+			if what != "exec" {
+				heard = "heard " + mark + " by " + name(what)
+			}
+			eventually(t, what+" hears what is typed", func() bool {
+				_, err := io.WriteString(s.stdin, mark+"\n")
+				return err == nil && strings.Contains(s.out.String(), heard)
+			})
+		}
+		return sessions
 	}
-	shell, attached := open("one")
-	apply(t, recreate(ns, "restart", "shell", "containers: [{name: app}]"))
+	old := map[string]string{"pipe": name("pipe"), "terminal": name("terminal")}
+	sessions := open("one")
+	apply(t, recreate(ns, "restart", "shell", "containers: [{name: pipe}, {name: terminal}]"))
 	succeededAll(t, ns, "restart")
-	for what, s := range map[string]*session{"exec": shell, "attach": attached} {
+	for what, s := range sessions {
 		select {
 		case <-s.ended:
 		case <-time.After(30 * time.Second):
-			t.Errorf("kubectl %s did not end with the container: %q", what, s.out)
+			t.Errorf("%s did not end with the container: %q", what, s.out)
 		}
 	}
-	after := getPod(t, ns, "shell")
-	if container(t, before, "app").ContainerID == container(t, after, "app").ContainerID {
-		t.Fatal("not restarted")
+	for container, old := range old {
+		if now := name(container); now == old || now == "" {
+			t.Errorf("the new process of %s calls itself %q, the old one %q", container, now, old)
+		}
 	}
-	if now := name(); now == old || now == "" {
-		t.Errorf("the new process calls itself %q, the old one %q", now, old)
+	for _, s := range open("two") {
+		must(t, s.stdin.Close())
 	}
-	shell, attached = open("two")
-	if !strings.Contains(attached.out.String(), "heard two by "+name()) {
-		t.Errorf("attached to another container: %q", attached.out)
-	}
-	must(t, shell.stdin.Close())
-	must(t, attached.stdin.Close())
-	assertKubeletDidNothing(t, ns, "shell", "app")
+	assertKubeletDidNothing(t, ns, "shell", "pipe")
+	assertKubeletDidNothing(t, ns, "shell", "terminal")
 }
 
 // TestResizeDuringRestart resizes a container in place, once while its successor waits and once while it has stopped and is
