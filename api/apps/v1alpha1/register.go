@@ -15,7 +15,8 @@ var GroupVersion = schema.GroupVersion{Group: "apps.kruise.io", Version: "v1alph
 // AddToScheme registers the types of this package. It never fails.
 func AddToScheme(s *runtime.Scheme) error {
 	s.AddKnownTypes(GroupVersion,
-		&ContainerRecreateRequest{}, &ContainerRecreateRequestList{})
+		&ContainerRecreateRequest{}, &ContainerRecreateRequestList{},
+		&ImagePullJob{}, &ImagePullJobList{}, &ImageListPullJob{}, &ImageListPullJobList{})
 	metav1.AddToGroupVersion(s, GroupVersion)
 	return nil
 }
