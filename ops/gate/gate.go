@@ -103,7 +103,7 @@ type Gate struct {
 // At returns the gate whose files are in dir, a directory of its own. Nothing is made yet.
 func At(dir string) *Gate { return &Gate{dir: dir} }
 
-// Make makes the gate's files. They are open to every user: the hook runs as the
+// Make makes the gate's files anew. They are open to every user: the hook runs as the
 // container's.
 func (g *Gate) Make() error {
 	if err := os.MkdirAll(g.dir, 0o755); err != nil {
@@ -111,10 +111,16 @@ func (g *Gate) Make() error {
 	}
 	// A copy for each container, because a runtime with SELinux labels the files for it.
 	program, fifo := filepath.Join(g.dir, hookName), filepath.Join(g.dir, fifoName)
+	// The hook of a process before this one may be running there: it could not be written to, and would take the byte.
+	for _, old := range []string{program, fifo} {
+		if err := os.Remove(old); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
 	if err := os.WriteFile(program, hook, 0o755); err != nil {
 		return err
 	}
-	if err := unix.Mkfifo(fifo, 0o666); err != nil && !errors.Is(err, fs.ErrExist) {
+	if err := unix.Mkfifo(fifo, 0o666); err != nil {
 		return &os.PathError{Op: "mkfifo", Path: fifo, Err: err}
 	}
 	// The umask may have taken bits away.
