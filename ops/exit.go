@@ -17,24 +17,24 @@ import (
 // own word takes some 45 ms, because it cleans up first.
 type exitWatch struct {
 	file *os.File
-	// gone is closed when the process has ended, or the watch.
-	gone chan struct{}
-	at   time.Time // when it ended; zero if the watch ended first. Read after gone.
+	gone chan struct{} // closed when the process has ended; never if the watch ends first
+	at   time.Time     // when it ended; read after gone
+	done chan struct{} // closed when the watch has ended
 }
 
 // watchExit watches the container's init process. With a PID namespace of its own, all its
-// processes have ended when that has.
+// processes have ended when that has. owned is nil for a process of the container: see [ofContainer].
 //
 // Errors: no pidfd here, or pid is not, or no longer, a process of the container, as this process sees it.
-func watchExit(pid int, container string) (*exitWatch, error) {
+func watchExit(pid int, container string, owned func(pid int, container string) error) (*exitWatch, error) {
 	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
 	if err != nil {
 		return nil, os.NewSyscallError("pidfd_open", err)
 	}
 	// os.NewFile gives a non-blocking descriptor to the poller: no thread waits.
-	w := &exitWatch{file: os.NewFile(uintptr(fd), "pidfd"), gone: make(chan struct{})}
+	w := &exitWatch{file: os.NewFile(uintptr(fd), "pidfd"), gone: make(chan struct{}), done: make(chan struct{})}
 	// Asked after the opening: a number that was given to another process in between would be noticed.
-	if err := ofContainer(pid, container); err != nil {
+	if err := owned(pid, container); err != nil {
 		return nil, errors.Join(err, w.file.Close())
 	}
 	raw, err := w.file.SyscallConn()
@@ -42,13 +42,14 @@ func watchExit(pid int, container string) (*exitWatch, error) {
 		return nil, errors.Join(err, w.file.Close())
 	}
 	go func() { // ends with the process or with close
-		defer close(w.gone)
+		defer close(w.done)
 		err := raw.Read(func(fd uintptr) bool {
 			n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
 			return n > 0 && err == nil
 		})
-		if err == nil {
+		if err == nil { // not closed, and not a kernel that cannot be waited for
 			w.at = time.Now()
+			close(w.gone)
 		}
 	}()
 	return w, nil
@@ -58,7 +59,7 @@ func watchExit(pid int, container string) (*exitWatch, error) {
 func (w *exitWatch) close() {
 	if w != nil {
 		_ = w.file.Close()
-		<-w.gone
+		<-w.done
 	}
 }
 

@@ -47,9 +47,13 @@ type methods struct {
 	best       Method // the most that the configuration allows
 	gatesDir   string
 	cdiSpecDir string // empty: asked from the runtime
+	// owned is [ofContainer], but for tests, whose processes have no cgroup of their own.
+	owned func(pid int, container string) error
+
+	probing sync.Mutex // held while the runtime is asked, and while gates that nobody knows are removed
+	tried   bool       // the hook runs here; guarded by probing
 
 	mu     sync.Mutex // guards all following fields
-	tried  bool       // the hook runs here
 	probed time.Time
 	why    map[Method]string // why a method is not available
 }
@@ -58,18 +62,18 @@ func newMethods(best Method, stateDir, cdiSpecDir string) *methods {
 	if best == "" {
 		best = MethodGate
 	}
-	return &methods{best: best, gatesDir: filepath.Join(stateDir, "gates"), cdiSpecDir: cdiSpecDir}
+	return &methods{best: best, gatesDir: filepath.Join(stateDir, "gates"), cdiSpecDir: cdiSpecDir, owned: ofContainer}
 }
 
 // probe finds out which methods work, unless it has done so lately.
 func (e *Engine) probe(ctx context.Context) {
 	m := e.methods
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if !m.probed.IsZero() && time.Since(m.probed) < probeAge {
+	m.probing.Lock()
+	defer m.probing.Unlock()
+	if m.fresh() {
 		return
 	}
-	why := map[Method]string{}
+	why, again := map[Method]string{}, false
 	for _, method := range methodsBest {
 		if slices.Index(methodsBest, method) < slices.Index(methodsBest, m.best) {
 			why[method] = "restart.method is " + string(m.best)
@@ -85,12 +89,14 @@ func (e *Engine) probe(ctx context.Context) {
 	if why[MethodGate] == "" {
 		if err := e.probeGate(ctx); err != nil {
 			why[MethodGate] = err.Error()
-			if status.Code(err) == codes.Unavailable || ctx.Err() != nil {
-				m.probed = time.Time{} // asked again next time
-				m.why = why
-				return
-			}
+			again = status.Code(err) == codes.Unavailable || ctx.Err() != nil
 		}
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if again { // not to be believed: asked again next time
+		m.probed, m.why = time.Time{}, why
+		return
 	}
 	for _, method := range methodsBest {
 		if was, is := m.why[method], why[method]; was != is || m.probed.IsZero() {
@@ -100,7 +106,14 @@ func (e *Engine) probe(ctx context.Context) {
 	m.probed, m.why = time.Now(), why
 }
 
-// probeGate makes everything ready for gates. The caller holds methods.mu.
+// fresh reports whether what was found out still counts.
+func (m *methods) fresh() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return !m.probed.IsZero() && time.Since(m.probed) < probeAge
+}
+
+// probeGate makes everything ready for gates. The caller holds methods.probing.
 func (e *Engine) probeGate(ctx context.Context) error {
 	m := e.methods
 	call, cancel := context.WithTimeout(ctx, 10*time.Second)
@@ -158,6 +171,8 @@ func (m *methods) gate(token string) *gate.Gate {
 
 // removeStray removes the gates whose token nobody knows.
 func (m *methods) removeStray(known func(token string) bool) error {
+	m.probing.Lock() // what it tries is in there too
+	defer m.probing.Unlock()
 	entries, err := os.ReadDir(m.gatesDir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil

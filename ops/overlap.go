@@ -26,12 +26,29 @@ func (r *restart) beforeOverlap(ctx context.Context) error {
 	if !running {
 		return r.stoppedByItself(ctx)
 	}
+	r.maskWhenGone()
 	if err := r.interrupted(); err != nil {
 		return err
 	}
 	return r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
 		c.Step, op.Phase = stepStart, opsv1.Phase_PHASE_STARTING
 	})
+}
+
+// maskWhenGone has the incumbent masked from the moment it ends by itself: the successor takes its place. The caller knows that
+// it runs, so the kernel tells that before the runtime does. The next process begins with the mask.
+func (r *restart) maskWhenGone() {
+	if r.exit == nil {
+		r.claim.Mask() // nothing tells its end in time
+		return
+	}
+	go func(w *exitWatch) { // ends with the process or the watch
+		select {
+		case <-w.gone:
+			r.claim.Mask()
+		case <-w.done:
+		}
+	}(r.exit)
 }
 
 // overlap starts the successor while the incumbent runs and waits until it has run for the time asked for. The
@@ -43,16 +60,8 @@ func (r *restart) overlap(ctx context.Context) error {
 	if _, err := r.watchIncumbent(ctx); err != nil {
 		return err
 	}
-	if r.exit == nil {
-		// Nothing tells its end in time, so it is masked from here: if it ends by itself the successor takes its place.
-		r.claim.Mask()
-	} else {
-		go func() { // ends with the process or the watch; the runtime needs longer to say that it is gone
-			<-r.exit.gone
-			if !r.exit.at.IsZero() {
-				r.claim.Mask()
-			}
-		}()
+	if err := r.interrupted(); err != nil { // resumed
+		return err
 	}
 	if err := r.start(ctx); err != nil {
 		return err
@@ -85,27 +94,37 @@ func (r *restart) awaitReady(ctx context.Context, id string) error {
 		if err := r.interrupted(); err != nil {
 			return err
 		}
-		st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
-		switch {
-		case ctx.Err() != nil:
-			return ctx.Err()
-		case status.Code(err) == codes.Unavailable:
-			if err := r.awaitRuntime(ctx); err != nil {
-				return err
-			}
-			continue
-		case err != nil:
-			return failf(ReasonStartFailed, "reading the new container: %v", status.Convert(err).Message())
-		case st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING:
-			s := st.GetStatus()
-			return failf(ReasonSuccessorExited, "the new container ended with exit code %d after %s, before the old one was to be stopped, which goes on; what it said is in %s",
-				s.GetExitCode(), time.Duration(s.GetFinishedAt()-s.GetStartedAt()).Round(time.Millisecond), s.GetLogPath())
+		if err := r.successorRuns(ctx, id); err != nil {
+			return err
 		}
 		left := time.Until(until)
 		if left <= 0 || r.exit.over() {
 			return nil
 		}
 		_ = sleep(wait, min(left, readyPoll)) // why it ended is asked above
+	}
+}
+
+// successorRuns is nil if the successor, which has been started beside the incumbent, runs.
+func (r *restart) successorRuns(ctx context.Context, id string) error {
+	for try := 1; ; try++ {
+		st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
+		s := st.GetStatus()
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case status.Code(err) == codes.Unavailable && try < maxTries:
+			if err := r.awaitReturn(ctx, try); err != nil {
+				return err
+			}
+		case err != nil:
+			return failf(ReasonStartFailed, "reading the new container: %v", status.Convert(err).Message())
+		case s.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING:
+			return failf(ReasonSuccessorExited, "the new container ended with exit code %d after %s, before the old one was to be stopped, which goes on; what it said is in %s",
+				s.GetExitCode(), time.Duration(s.GetFinishedAt()-s.GetStartedAt()).Round(time.Millisecond), s.GetLogPath())
+		default:
+			return nil
+		}
 	}
 }
 

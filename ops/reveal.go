@@ -90,7 +90,7 @@ func (r *restart) measure(ctx context.Context, rec containerRecord) {
 		return
 	}
 	stopped, started := time.Unix(0, before.GetStatus().GetFinishedAt()), time.Unix(0, after.GetStatus().GetStartedAt())
-	if r.exit != nil && !r.exit.at.IsZero() {
+	if r.exit.over() {
 		stopped = r.exit.at // the runtime's own is that of its next start if it was away
 	}
 	if at := r.records.started(rec.Successor); !at.IsZero() {

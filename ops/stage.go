@@ -177,10 +177,8 @@ func (r *restart) createGated(ctx context.Context, req *runtimeapi.CreateContain
 func (r *restart) dropGate(why error) {
 	r.log.WithError(why).Warn("gate cannot be used, restarting without it")
 	r.metrics.gateFailures.Inc()
-	if err := r.methods.gate(r.rec().Token).Remove(); err != nil {
-		r.log.WithError(err).Warn("gate not removed")
-	}
-	r.gate = nil
+	r.leaveGate()
+	r.removeGate()
 	if r.methods.available(MethodPidfd) && r.ownPIDs() {
 		r.setMethod(MethodPidfd)
 		return

@@ -77,7 +77,7 @@ func (r *restart) watchIncumbent(ctx context.Context) (running bool, err error) 
 		return false, nil
 	}
 	if info.PID > 0 && r.ownPIDs() && r.methods.available(MethodPidfd) {
-		if r.exit, err = watchExit(info.PID, rec.Incumbent); err != nil {
+		if r.exit, err = watchExit(info.PID, rec.Incumbent, r.methods.owned); err != nil {
 			r.log.WithError(err).Warn("process not watched")
 		}
 	}

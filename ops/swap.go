@@ -27,13 +27,18 @@ func (r *restart) swap(ctx context.Context) error {
 	if err := r.load(ctx); err != nil {
 		return err
 	}
-	if _, err := r.watchIncumbent(ctx); err != nil {
+	running, err := r.watchIncumbent(ctx)
+	if err != nil {
 		return err
 	}
-	if r.rec().Method == MethodGate {
-		if err := r.arm(ctx); err != nil {
-			return err
-		}
+	switch {
+	case r.rec().Method == MethodGate:
+		err = r.arm(ctx)
+	case r.overlaps() && running: // still so after the preStop hook, or in the next process?
+		err = r.successorRuns(ctx, r.rec().Successor)
+	}
+	if err != nil {
+		return err
 	}
 	if err := r.interrupted(); err != nil {
 		return err
@@ -121,11 +126,17 @@ func (r *restart) arm(ctx context.Context) error {
 		if rec.Method != MethodGate { // just now
 			return nil
 		}
-		err := r.startOnce(ctx, rec.Successor)
+		err := r.startGated(ctx, rec)
 		var out *outcome
 		switch {
 		case err == nil:
-		case !errors.As(err, &out) || rec.Retried:
+		case errors.Is(err, gate.ErrNotHeld):
+			r.dropGate(err)
+			if err := r.stageAnew(ctx, ""); err != nil {
+				return err
+			}
+			continue
+		case !errors.As(err, &out) || out.reason != ReasonStartFailed || rec.Retried:
 			return err // nothing has been stopped
 		default:
 			if err := r.stageAnew(ctx, out.message); err != nil {
@@ -133,30 +144,89 @@ func (r *restart) arm(ctx context.Context) error {
 			}
 			continue
 		}
-		err = r.awaitGate(ctx, rec)
-		if err == nil {
-			if _, info, err := r.inspect(ctx, rec.Successor); err == nil && ofContainer(info.PID, rec.Successor) == nil {
-				r.pid = info.PID
-			}
+		if r.gate != nil {
 			failpoint("restart.gated")
-			return nil
 		}
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
-		if runs, rerr := r.incumbentRuns(ctx); rerr != nil || !runs {
-			// A process before this one has opened the gate; or nothing can be said, and then the
-			// successor is in the state that kubelet's policy is for.
-			r.log.WithError(err).Info("the successor is past its gate")
-			return rerr
-		}
-		// It may run, beside the incumbent.
-		r.stopWithin(ctx, rec.Successor, minGrace)
-		r.dropGate(err)
-		if err := r.stageAnew(ctx, ""); err != nil {
+		return nil
+	}
+}
+
+// startGated starts the successor and waits until it waits at its gate, or finds it past that and the incumbent gone, as a process
+// before this one may have left them. ErrNotHeld means that the gate does not hold it; it has been stopped then.
+func (r *restart) startGated(ctx context.Context, rec containerRecord) error {
+	if !r.methods.gate(rec.Token).Exists() {
+		// Opened; or given up, and the container is one that nothing would hold.
+		if gone, err := r.incumbentGone(ctx); err != nil {
 			return err
+		} else if !gone {
+			r.stopWithin(ctx, rec.Successor, minGrace)
+			return gate.ErrNotHeld
 		}
 	}
+	if err := r.startOnce(ctx, rec.Successor); err != nil {
+		return err
+	}
+	err := r.awaitGate(ctx, rec)
+	if err == nil {
+		if _, info, err := r.inspect(ctx, rec.Successor); err == nil && r.methods.owned(info.PID, rec.Successor) == nil {
+			r.pid = info.PID
+		}
+		return nil
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if err := r.interrupted(); err != nil {
+		return err
+	}
+	gone, gerr := r.incumbentGone(ctx)
+	if gerr != nil {
+		return gerr
+	}
+	if gone && errors.Is(err, gate.ErrNotHeld) {
+		// A process before this one has opened the gate; or nothing can be said, and then the
+		// successor is in the state that kubelet's policy is for.
+		r.log.WithError(err).Info("the successor is past its gate")
+		r.passed(ctx, rec)
+		return nil
+	}
+	// It may run, beside the incumbent; or come to its gate when nobody waits for that any more.
+	r.stopWithin(ctx, rec.Successor, minGrace)
+	if errors.Is(err, gate.ErrNotHeld) {
+		return err
+	}
+	return fmt.Errorf("%w: it has not come there within %s", gate.ErrNotHeld, gatePatience)
+}
+
+// incumbentGone reports whether the incumbent's process has ended, by the kernel's word where there is one: the runtime's
+// comes later.
+func (r *restart) incumbentGone(ctx context.Context) (bool, error) {
+	if r.exit.over() {
+		return true, nil
+	}
+	runs, err := r.incumbentRuns(ctx)
+	if err != nil {
+		return false, fmt.Errorf("asking for the old container: %w", err)
+	}
+	return !runs, nil
+}
+
+// passed says when the successor began if the process that opened its gate did not come to that: it did so
+// when the incumbent ended.
+func (r *restart) passed(ctx context.Context, rec containerRecord) {
+	if !r.records.started(rec.Successor).IsZero() {
+		return
+	}
+	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Incumbent})
+	if at := st.GetStatus().GetFinishedAt(); err == nil && at != 0 {
+		r.began(rec.Successor, time.Unix(0, at))
+	}
+}
+
+// began notes when the application of the successor began.
+func (r *restart) began(id string, at time.Time) {
+	r.records.setStarted(id, at)
+	r.view.SetStarted(id, at)
 }
 
 // awaitGate waits until the successor waits at its gate. The error says why it does not.
@@ -164,6 +234,8 @@ func (r *restart) awaitGate(ctx context.Context, rec containerRecord) error {
 	g := r.methods.gate(rec.Token)
 	ctx, cancel := context.WithTimeout(ctx, gatePatience)
 	defer cancel()
+	ctx, end := endWith(ctx, r.claim.Yielded())
+	defer end()
 	began, asked := time.Now(), time.Now()
 	err := g.Await(ctx, func() error {
 		if time.Since(asked) < 100*time.Millisecond {
@@ -204,14 +276,20 @@ func (r *restart) openGate(ctx context.Context) error {
 	for gate.Waiting(r.pid) && time.Since(began) < time.Second && sleep(ctx, 100*time.Microsecond) == nil {
 		continue
 	}
-	began = time.Now()
-	rec := r.rec()
-	r.records.setStarted(rec.Successor, began)
-	r.view.SetStarted(rec.Successor, began)
+	r.began(r.rec().Successor, time.Now())
 	if err := r.gate.Remove(); err != nil {
 		r.log.WithError(err).Warn("gate not removed")
 	}
+	r.gate = nil
 	return nil
+}
+
+// leaveGate gives up a gate that is held: the hook goes on waiting, for the next process.
+func (r *restart) leaveGate() {
+	if r.gate != nil {
+		r.gate.Leave()
+		r.gate = nil
+	}
 }
 
 // ensureStaged creates the successor if there is none.
