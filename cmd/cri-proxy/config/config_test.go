@@ -40,6 +40,7 @@ func TestParse(t *testing.T) {
 		{"list for everything", "- a\n", []string{"f.yaml:1:1: the configuration: want keys and values, got a list"}},
 		{"string for a list", "ops:\n  allowedClients: a\n", []string{`f.yaml:2:19: ops.allowedClients: want a list, got "a"`}},
 		{"list in a list", "ops:\n  allowedClients: [a, [b]]\n", []string{"f.yaml:2:23: ops.allowedClients[1]: want a string, got a list"}},
+		{"words for numbers", "images: {parallel: two, maxDiskPercent: .nan}\n", []string{`f.yaml:1:20: images.parallel: want a whole number, got "two"`, `f.yaml:1:41: images.maxDiskPercent: want a number, got ".nan"`}},
 		{"number for a duration", "drainTimeout: 30\n", []string{`f.yaml:1:15: drainTimeout: want a duration such as 30m or 90s, got "30"`}},
 		{"bad duration", "drainTimeout: soon\n", []string{`f.yaml:1:15: drainTimeout: want a duration such as 30m or 90s, got "soon"`}},
 		{"bad mode", "listen: {mode: \"0800\"}\n", []string{`f.yaml:1:16: listen.mode: mode "0800": want octal digits such as 0600`}},

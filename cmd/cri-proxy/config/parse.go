@@ -4,15 +4,16 @@
 package config
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"reflect"
 	"strconv"
 	"strings"
 	"time"
 
-	"bytes"
 	"go.yaml.in/yaml/v3"
 )
 
@@ -83,6 +84,18 @@ func (p *parser) value(n *yaml.Node, key string, v reflect.Value) {
 		return
 	}
 	switch v.Kind() {
+	case reflect.Int, reflect.Int64:
+		if i, err := strconv.ParseInt(n.Value, 10, 64); n.Kind != yaml.ScalarNode || err != nil {
+			p.errorf(n, "%s: want a whole number, got %s", key, describe(n))
+		} else {
+			v.SetInt(i)
+		}
+	case reflect.Float64:
+		if f, err := strconv.ParseFloat(n.Value, 64); n.Kind != yaml.ScalarNode || err != nil || math.IsNaN(f) || math.IsInf(f, 0) {
+			p.errorf(n, "%s: want a number, got %s", key, describe(n))
+		} else {
+			v.SetFloat(f)
+		}
 	case reflect.Struct:
 		p.mapping(n, key, v)
 	case reflect.Slice:
