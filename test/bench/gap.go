@@ -207,7 +207,7 @@ func (g *gapBench) takeTurns(ctx context.Context) error {
 			if err != nil {
 				s.Error = err.Error()
 				pods[w].spent = true
-				g.report.note("%s, round %d: %v", w.name, round+1, err)
+				g.report.note("%s, round %d: no measurement, see its sample", w.name, round+1)
 			}
 			if round >= 0 {
 				g.report.way(w.name).add(s)
@@ -269,12 +269,12 @@ func (g *gapBench) measure(ctx context.Context, w *way, p *gapPod) (Sample, erro
 	var s Sample
 	eye := startWatcher(ctx, p.address, g.period)
 	defer eye.stop()
-	requests := startRequests(ctx, p.address, g.rate)
-	defer requests.stop()
 	old, err := eye.other(ctx, "")
 	if err != nil {
 		return s, err
 	}
+	requests := startRequests(ctx, p.address, g.rate)
+	defer requests.stop()
 	exit, err := g.watchExit(ctx, w.node, p)
 	if err != nil {
 		return s, err

@@ -18,7 +18,6 @@ import (
 // Limits of the clients. Peers are on this machine: what does not connect within dialLimit is not there.
 const (
 	dialLimit    = 20 * time.Millisecond
-	answerLimit  = 100 * time.Millisecond
 	requestLimit = time.Second
 )
 
@@ -178,7 +177,7 @@ func (c *appConn) close() {
 
 // ask returns when the app's process says it has started.
 func (c *appConn) ask() (string, error) {
-	if err := c.SetDeadline(time.Now().Add(answerLimit)); err != nil {
+	if err := c.SetDeadline(time.Now().Add(requestLimit)); err != nil {
 		return "", err
 	}
 	if _, err := c.Write([]byte("GET / HTTP/1.1\r\nHost: app\r\n\r\n")); err != nil {

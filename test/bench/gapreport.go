@@ -78,6 +78,9 @@ func (s Sample) String() string {
 	if s.NodeGap != nil {
 		line += fmt.Sprintf(", node: %q %.1f ms", s.Method, *s.NodeGap)
 	}
+	if s.ProcessGap < 0 && s.Failed > 0 {
+		line += ", the first with " + s.Failure // there always was a process to answer
+	}
 	return line
 }
 
@@ -250,8 +253,10 @@ func (r *GapReport) judge() {
 			goal("gate: median gap, times kubelet's alone", gate.OfKubelet, 1.0/8)
 		}
 	}
-	if overlap := r.way("overlap"); overlap.N > 0 {
-		goal(fmt.Sprintf("StartFirst: failed of %d requests", overlap.Sent), float64(overlap.Failed), 0)
+	for _, name := range []string{"overlap", "newest"} {
+		if w := r.way(name); w.N > 0 {
+			goal(fmt.Sprintf("%s: failed of %d requests", w.Title, w.Sent), float64(w.Failed), 0)
+		}
 	}
 	for _, s := range r.Series {
 		if s.Name == "gate" && s.N > 0 {

@@ -30,7 +30,12 @@ const (
 	gapNamespace = "bench"
 	gapContainer = "app"
 	gapPort      = "8080"
+	// minReady, in seconds, is the new process' time to listen before the old one is stopped.
+	minReady = 1
 )
+
+// reusePort says how the app listens: "1", with SO_REUSEPORT; "newest", so that all new connections are the newest process'.
+func reusePort(how string) corev1.EnvVar { return corev1.EnvVar{Name: "REUSEPORT", Value: how} }
 
 // way is one way to get a fresh process in a container.
 type way struct {
@@ -78,8 +83,12 @@ func (g *gapBench) makeWays(ctx context.Context) error {
 		}
 		all = append(all, &way{name: method, title: "cri-proxy, " + method, method: method, node: n, create: plainPod(n), restart: ops.restart(opsv1.Order_ORDER_STOP_FIRST)})
 		if method == "gate" {
-			all = append(all, &way{name: "overlap", title: "cri-proxy, StartFirst (SO_REUSEPORT)", method: "overlap", node: n,
-				create: plainPod(n, corev1.EnvVar{Name: "REUSEPORT", Value: "1"}), restart: ops.restart(opsv1.Order_ORDER_START_FIRST)})
+			startFirst := ops.restart(opsv1.Order_ORDER_START_FIRST)
+			all = append(all,
+				// The old process may take connections with it that it has not answered yet.
+				&way{name: "overlap", title: "cri-proxy, StartFirst", method: "overlap", node: n, create: plainPod(n, reusePort("1")), restart: startFirst},
+				// It has had no new one for a while when the newest process takes them all.
+				&way{name: "newest", title: "cri-proxy, StartFirst, newest takes all", method: "overlap", node: n, create: plainPod(n, reusePort("newest")), restart: startFirst})
 		}
 	}
 	all = append(all, &way{name: "recreate", title: "pod deleted, recreated by its StatefulSet", node: direct,
@@ -91,7 +100,7 @@ func (g *gapBench) makeWays(ctx context.Context) error {
 		}
 	}
 	if len(g.ways) == 0 {
-		return fmt.Errorf("-ways %q names none of kubelet, cri-stop, plain, pidfd, gate, overlap, recreate", g.only)
+		return fmt.Errorf("-ways %q names none of kubelet, cri-stop, plain, pidfd, gate, overlap, newest, recreate", g.only)
 	}
 	return nil
 }
@@ -267,9 +276,13 @@ func (o *nodeOps) restart(order opsv1.Order) func(context.Context, *gapPod, func
 		o.sent++
 		uid := fmt.Sprintf("bench-%s-%d", p.name, o.sent)
 		o.mu.Unlock()
+		restart := &opsv1.ContainerRestart{Name: gapContainer, Order: order}
+		if order == opsv1.Order_ORDER_START_FIRST {
+			restart.MinReadySeconds = minReady
+		}
 		if _, err := o.client.Restart(ctx, &opsv1.RestartRequest{
 			Uid: uid, Requester: "bench", Pod: &opsv1.PodRef{Namespace: gapNamespace, Name: p.name, Uid: p.uid},
-			Containers: []*opsv1.ContainerRestart{{Name: gapContainer, Order: order}},
+			Containers: []*opsv1.ContainerRestart{restart},
 		}); err != nil {
 			return nil, err
 		}
@@ -282,7 +295,7 @@ func (o *nodeOps) restart(order opsv1.Order) func(context.Context, *gapPod, func
 			switch {
 			case errors.Is(err, io.EOF) && last != nil && len(last.GetContainers()) == 1:
 				if last.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED {
-					return nil, fmt.Errorf("the node says: %s: %s %s", last.GetPhase(), last.GetMessage(), last.GetContainers()[0].GetMessage())
+					return nil, fmt.Errorf("the node says: %s: %s", last.GetPhase(), last.GetMessage())
 				}
 				return last.GetContainers()[0], nil
 			case err != nil:

@@ -3,8 +3,8 @@
 
 // The app image is a small HTTP server that tests steer: it says which version and process it is, and ends, hangs or fails on demand.
 //
-// Environment: PORT (8080), REUSEPORT=1 (listen with SO_REUSEPORT), IGNORE_TERM=1 (stay on SIGTERM), FAIL_START=1 (exit 3 at once),
-// STARTUP_DELAY (Go duration before it listens), TERM_EXIT_CODE (0), TERM_DELAY (Go duration between SIGTERM and the end), TERM_MESSAGE
+// Environment: PORT (8080), REUSEPORT=1 (listen with SO_REUSEPORT), REUSEPORT=newest (and take all new connections from a process that
+// listens already), IGNORE_TERM=1 (stay on SIGTERM), FAIL_START=1 (exit 3 at once), STARTUP_DELAY (Go duration before it listens), TERM_EXIT_CODE (0), TERM_DELAY (Go duration between SIGTERM and the end), TERM_MESSAGE
 // (written to TERM_PATH, /dev/termination-log, when it ends), TICK=1 (a log line each second).
 //
 // Endpoints: / (JSON identity; ?env=A,B adds these variables), /healthz, /readyz, /ready?on=0|1, /health?on=0|1 (turn the former on or
@@ -28,13 +28,12 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // version is set by the linker.
 var version = "dev"
-
-// soReusePort is SO_REUSEPORT of asm-generic/socket.h, which package syscall lacks on amd64.
-const soReusePort = 0xf
 
 func main() {
 	port := env("PORT", "8080")
@@ -116,14 +115,7 @@ func (a *app) run(port string) error {
 		a.end(0)
 		return nil
 	}
-	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
-		if os.Getenv("REUSEPORT") != "1" {
-			return nil
-		}
-		var err error
-		return errors.Join(c.Control(func(fd uintptr) { err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, soReusePort, 1) }), err)
-	}}
-	l, err := config.Listen(context.Background(), "tcp", ":"+port)
+	l, err := listen(":" + port)
 	if err != nil {
 		return err
 	}
@@ -160,6 +152,40 @@ func (a *app) run(port string) error {
 			}
 		}
 	}
+}
+
+// listen listens as REUSEPORT says.
+func listen(address string) (net.Listener, error) {
+	share := os.Getenv("REUSEPORT")
+	var config net.ListenConfig
+	config.SetMultipathTCP(share != "newest") // its sockets take no program
+	if share == "1" || share == "newest" {
+		config.Control = func(_, _ string, c syscall.RawConn) error {
+			var err error
+			return errors.Join(c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1) }), err)
+		}
+	}
+	l, err := config.Listen(context.Background(), "tcp", address)
+	if err != nil || share != "newest" {
+		return l, err
+	}
+	tcp, ok := l.(*net.TCPListener)
+	if !ok {
+		return nil, fmt.Errorf("%T is no TCP listener", l)
+	}
+	c, err := tcp.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	// Of a port's listeners, in the order in which they came, the second gets all new connections; the only one does when
+	// there is no second. So the old process has had none for a while when it is told to end: neither the kernel, which resets
+	// what a closed listener has not accepted, nor net/http, which drops what has not sent its request, has any to drop.
+	second := []unix.SockFilter{{Code: unix.BPF_RET | unix.BPF_K, K: 1}}
+	var failed error
+	err = c.Control(func(fd uintptr) {
+		failed = unix.SetsockoptSockFprog(int(fd), unix.SOL_SOCKET, unix.SO_ATTACH_REUSEPORT_CBPF, &unix.SockFprog{Len: 1, Filter: &second[0]})
+	})
+	return l, errors.Join(err, failed)
 }
 
 func (a *app) end(code int) {
