@@ -74,7 +74,9 @@ func (p *Puller) status(ctx context.Context, u *pull) (*runtimeapi.Image, error)
 // pullWith pulls with one credential, or without.
 func (p *Puller) pullWith(ctx context.Context, u *pull, credential *opsv1.RegistryCredential) error {
 	image := u.named.String()
-	leased, err := p.store.lease(ctx, leaseID(image))
+	p.leasing.Lock()
+	leased, err := p.store.lease(ctx, leaseID(u.key))
+	p.leasing.Unlock()
 	if err != nil {
 		if !unavailable(err) {
 			return err
@@ -87,15 +89,23 @@ func (p *Puller) pullWith(ctx context.Context, u *pull, credential *opsv1.Regist
 	}
 	var m *manifest
 	r, err := newRemote(leased, p.hostsDir, image, credential, newLimiter(limit))
+	defer r.close()
 	if err == nil {
 		m, err = r.manifest(leased, p.store.content)
 	}
 	if err != nil {
-		if ctx.Err() != nil {
-			return err
+		host, _ := registryOf(u.named)
+		f := explain(err, host)
+		if ctx.Err() != nil || f.reason == ReasonTooManyRequests {
+			return f
 		}
 		// The runtime's own configuration is what counts, and its word on what is wrong.
-		p.log.WithFields(u.fields()).WithError(err).Debug("image not looked up here, leaving it to the runtime")
+		log := p.log.WithFields(u.fields()).WithField("reason", f.reason).WithField("error", f.message)
+		if limit > 0 && !f.credentials {
+			log.Warn("image not looked up here, leaving it to the runtime, which knows no speed limit")
+		} else {
+			log.Debug("image not looked up here, leaving it to the runtime")
+		}
 		return p.pullCRI(leased, u, credential)
 	}
 	done := make([]int64, len(m.layers))
@@ -197,7 +207,7 @@ func (p *Puller) succeed(ctx context.Context, u *pull, image *runtimeapi.Image, 
 			return fmt.Errorf("pinning: %w", err)
 		}
 	}
-	if err := p.store.dropLease(context.WithoutCancel(ctx), leaseID(u.named.String())); err != nil && !unavailable(err) {
+	if err := p.store.dropLease(context.WithoutCancel(ctx), leaseID(u.key)); err != nil && !unavailable(err) {
 		p.log.WithFields(u.fields()).WithError(err).Warn("lease not ended, it expires by itself")
 	}
 	p.mu.Lock()

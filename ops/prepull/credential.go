@@ -5,6 +5,7 @@ package prepull
 
 import (
 	"net"
+	"net/url"
 	"path"
 	"slices"
 	"strings"
@@ -15,48 +16,62 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// matching returns the credentials for the image, the most specific first, as kubelet's keyring orders
-// them (pkg/credentialprovider/keyring.go).
+// defaultRegistry is the key of docker.io in docker config files.
+const defaultRegistry = "index.docker.io"
+
+// matching returns the credentials for the image, the most specific first, as kubelet's keyring finds and orders
+// them (pkg/credentialprovider/keyring.go, Add and Lookup).
 func matching(all []*opsv1.RegistryCredential, named reference.Named) []*opsv1.RegistryCredential {
+	type entry struct {
+		key        string
+		credential *opsv1.RegistryCredential
+	}
 	host, repository := registryOf(named)
-	var out []*opsv1.RegistryCredential
+	var matched, fallback []entry
 	for _, c := range all {
-		if matches(c.GetMatch(), host, repository) {
-			out = append(out, c)
+		wantHost, wantPath, err := parseMatch(c.GetMatch())
+		switch {
+		case err != nil:
+		case matches(wantHost, wantPath, host, "/"+repository):
+			matched = append(matched, entry{wantHost + wantPath, c})
+		case host == "docker.io" && wantHost == defaultRegistry && wantPath == "":
+			fallback = append(fallback, entry{wantHost, c})
 		}
 	}
-	slices.SortStableFunc(out, func(a, b *opsv1.RegistryCredential) int {
-		return strings.Compare(matchKey(b.GetMatch()), matchKey(a.GetMatch()))
-	})
+	if len(matched) == 0 {
+		matched = fallback
+	}
+	slices.SortStableFunc(matched, func(a, b entry) int { return strings.Compare(b.key, a.key) })
+	var out []*opsv1.RegistryCredential
+	for _, e := range matched {
+		out = append(out, e.credential)
+	}
 	return out
 }
 
-// matchKey is the entry's key without what docker config files carry along: a scheme and an API version.
-func matchKey(match string) string {
-	if _, rest, ok := strings.Cut(match, "://"); ok {
-		match = rest
+// parseMatch returns host and path of an entry's key, without what docker config files carry along: a scheme, and an
+// API version in front of the path.
+func parseMatch(match string) (host, path string, err error) {
+	if !strings.HasPrefix(match, "https://") && !strings.HasPrefix(match, "http://") {
+		match = "https://" + match
 	}
-	match = strings.TrimSuffix(match, "/")
-	host, rest, _ := strings.Cut(match, "/")
-	if host == "index.docker.io" || host == "registry-1.docker.io" {
-		host = "docker.io"
+	u, err := url.Parse(match)
+	if err != nil {
+		return "", "", err
 	}
-	if rest == "v1" || rest == "v2" {
-		rest = ""
+	path = u.Path
+	if strings.HasPrefix(path, "/v2/") || strings.HasPrefix(path, "/v1/") {
+		path = path[3:]
 	}
-	if rest == "" {
-		return host
+	if path == "/" {
+		path = ""
 	}
-	return host + "/" + rest
+	return u.Host, path, nil
 }
 
-// matches reports whether a docker config entry is for the repository. The host matches part by part, with * in each;
+// matches reports whether an entry is for the repository. The host matches part by part, with * in each;
 // the port must be equal; the path is a prefix of whole characters, as kubelet takes it.
-func matches(match, host, repository string) bool {
-	wantHost, wantPath, _ := strings.Cut(matchKey(match), "/")
-	if wantHost == "" {
-		return false
-	}
+func matches(wantHost, wantPath, host, repository string) bool {
 	wantName, wantPort := splitPort(wantHost)
 	name, port := splitPort(host)
 	if wantPort != port {
@@ -81,12 +96,15 @@ func splitPort(host string) (name, port string) {
 	return host, ""
 }
 
-// authConfig is the credential as CRI takes it; nil for none.
+// authConfig is the credential as CRI takes it; nil for none. containerd's CRI plugin prefers a name to an identity token
+// (ParseAuth), and docker config files have both where only the token is good.
 func authConfig(c *opsv1.RegistryCredential) *runtimeapi.AuthConfig {
-	if c == nil {
+	switch {
+	case c == nil:
 		return nil
-	}
-	return &runtimeapi.AuthConfig{
-		Username: c.GetUsername(), Password: c.GetPassword(), IdentityToken: c.GetIdentityToken(), RegistryToken: c.GetRegistryToken(),
+	case c.GetIdentityToken() != "":
+		return &runtimeapi.AuthConfig{IdentityToken: c.GetIdentityToken(), RegistryToken: c.GetRegistryToken()}
+	default:
+		return &runtimeapi.AuthConfig{Username: c.GetUsername(), Password: c.GetPassword(), RegistryToken: c.GetRegistryToken()}
 	}
 }

@@ -64,6 +64,7 @@ func explain(err error, host string) *failure {
 	if s, ok := status.FromError(err); ok {
 		text = s.Message()
 	}
+	text = withoutSecrets(text)
 	code := 0
 	var unexpected remoteerrors.ErrUnexpectedStatus
 	if errors.As(err, &unexpected) {
@@ -72,6 +73,8 @@ func explain(err error, host string) *failure {
 		_, _ = fmt.Sscan(m[1]+m[2]+m[3], &code)
 	}
 	switch {
+	case status.Code(err) == codes.Unavailable, errdefs.IsUnavailable(err):
+		return &failure{reason: ReasonRuntime, message: fmt.Sprintf("the container runtime does not answer: is it running? (%s)", text)}
 	case errors.Is(err, docker.ErrInvalidAuthorization), code == http.StatusUnauthorized, code == http.StatusForbidden,
 		strings.Contains(text, "authorization failed"), strings.Contains(text, "pull access denied"), strings.Contains(text, "no basic auth credentials"):
 		return &failure{reason: ReasonUnauthorized, credentials: true, final: true,
@@ -91,6 +94,14 @@ func explain(err error, host string) *failure {
 	default:
 		return &failure{reason: ReasonRuntime, message: text}
 	}
+}
+
+// query is what follows the path of a URL; user the part before its host.
+var query, user = regexp.MustCompile(`(https?://[^\s"?]+)\?[^\s"]*`), regexp.MustCompile(`(https?://)[^\s"/@]+@`)
+
+// withoutSecrets takes out of URLs what lets their readers in: storage behind registries is reached by signed ones.
+func withoutSecrets(text string) string {
+	return query.ReplaceAllString(user.ReplaceAllString(text, "$1"), "$1?...")
 }
 
 // isNetwork reports whether the text is that of a connection that was not made or was cut.

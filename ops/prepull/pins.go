@@ -27,6 +27,8 @@ type pin struct {
 }
 
 func (p *Puller) addPin(ctx context.Context, image *runtimeapi.Image, u *pull, until time.Time) error {
+	p.pinning.Lock()
+	defer p.pinning.Unlock()
 	key := pinKey{image.GetId(), u.req.GetOwner()}
 	v := &pin{Image: u.named.String(), Until: until, Size: image.GetSize()}
 	// Written first: a pin that nobody remembers would stay for ever.
@@ -34,20 +36,27 @@ func (p *Puller) addPin(ctx context.Context, image *runtimeapi.Image, u *pull, u
 		return err
 	}
 	p.mu.Lock()
+	before := p.pins[key]
 	p.pins[key] = v
 	p.mu.Unlock()
 	err := p.store.pin(ctx, image.GetId(), true)
-	if err != nil {
-		p.mu.Lock()
-		delete(p.pins, key)
-		p.mu.Unlock()
-		err = errors.Join(err, p.journal.removePin(key))
+	if err == nil {
+		return nil
 	}
-	return err
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if before != nil {
+		p.pins[key] = before
+		return errors.Join(err, p.journal.putPin(key, before))
+	}
+	delete(p.pins, key)
+	return errors.Join(err, p.journal.removePin(key))
 }
 
 // releasePins ends pins that gone names and returns how many.
 func (p *Puller) releasePins(ctx context.Context, gone func(pinKey, *pin) bool) (int, error) {
+	p.pinning.Lock()
+	defer p.pinning.Unlock()
 	p.mu.Lock()
 	var ending []pinKey
 	for k, v := range p.pins {
@@ -115,26 +124,40 @@ func (p *Puller) sweepUntil(ctx context.Context) {
 func (p *Puller) sweep(ctx context.Context, now time.Time) {
 	p.mu.Lock()
 	p.expireLocked(now)
-	wanted := map[string]bool{} // leases
-	for _, u := range p.pulls {
-		// One that did not succeed may be tried again, and goes on from what is there.
-		if u.op.GetPhase() != opsv1.PullPhase_PULL_SUCCEEDED {
-			wanted[leaseID(u.named.String())] = true
-		}
-	}
 	p.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, sweepEvery)
 	defer cancel()
 	if _, err := p.releasePins(ctx, func(_ pinKey, v *pin) bool { return now.After(v.Until) }); err != nil && ctx.Err() == nil {
 		p.log.WithError(err).Warn("pins that have expired not ended, trying again in a minute")
 	}
-	leases, err := p.store.ourLeases(ctx)
-	for _, id := range leases {
-		if !wanted[id] {
-			err = errors.Join(err, p.store.dropLease(ctx, id))
-		}
-	}
+	err := p.endLeases(ctx)
 	if err != nil && ctx.Err() == nil && !unavailable(err) {
 		p.log.WithError(err).Debug("leases not ended, trying again in a minute")
 	}
+}
+
+// endLeases ends our leases that no pull goes on from.
+func (p *Puller) endLeases(ctx context.Context) error {
+	p.leasing.Lock()
+	defer p.leasing.Unlock()
+	leases, err := p.store.ourLeases(ctx)
+	if err != nil {
+		return err
+	}
+	wanted := map[string]bool{}
+	p.mu.Lock()
+	for _, u := range p.pulls {
+		// One that did not succeed may be tried again, and goes on from what is there.
+		if u.op.GetPhase() != opsv1.PullPhase_PULL_SUCCEEDED {
+			wanted[leaseID(u.key)] = true
+		}
+	}
+	p.mu.Unlock()
+	var errs []error
+	for _, id := range leases {
+		if !wanted[id] {
+			errs = append(errs, p.store.dropLease(ctx, id))
+		}
+	}
+	return errors.Join(errs...)
 }

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/distribution/reference"
@@ -74,11 +75,16 @@ type Puller struct {
 	metrics  *metrics
 	wake     chan struct{} // Run looks for work
 
-	mu      sync.Mutex // guards all following fields and the pulls
-	pulls   map[string]*pull
-	pins    map[pinKey]*pin
-	kubelet int // pulls of kubelet's that have lasted longer than kubeletPatience
-	closed  bool
+	// kubelet counts kubelet's pulls that have lasted longer than kubeletPatience. Pulls of ours begin under mu only while it
+	// is 0, and who raises it then ends those that run.
+	kubelet atomic.Int64
+	leasing sync.Mutex // held while a lease is made sure of, or found unwanted and ended
+	pinning sync.Mutex // held while the pins of images change
+
+	mu     sync.Mutex // guards all following fields and the pulls
+	pulls  map[string]*pull
+	pins   map[pinKey]*pin
+	closed bool
 }
 
 // pull is one operation. Its fields are guarded by Puller.mu but for req, named and key, which do not change.
@@ -93,7 +99,9 @@ type pull struct {
 	wants   bool
 	retryAt time.Time
 	stop    context.CancelCauseFunc // ends the attempt that runs; nil without
-	changed chan struct{}           // closed and replaced at each change
+	// cancelled is why the pull is to end, once somebody has asked for it.
+	cancelled string
+	changed   chan struct{} // closed and replaced at each change
 }
 
 // Why an attempt is ended.
@@ -194,6 +202,7 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 	now := time.Now()
 	next := time.Hour
 	running, busy := 0, map[string]string{}
+	backOff := map[string]time.Time{} // a registry that wants to be left alone does not care for whom
 	var waiting []*pull
 	for _, u := range p.pulls {
 		switch {
@@ -203,6 +212,9 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 			busy[u.key] = u.op.GetUid()
 		default:
 			waiting = append(waiting, u)
+			if u.retryAt.After(backOff[u.key]) {
+				backOff[u.key] = u.retryAt
+			}
 		}
 	}
 	slices.SortFunc(waiting, func(a, b *pull) int { return a.op.GetCreateTime().AsTime().Compare(b.op.GetCreateTime().AsTime()) })
@@ -216,9 +228,12 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 		}
 		switch leader := busy[u.key]; {
 		case u.wants && u.credentials == nil:
-		case now.Before(u.retryAt):
-			next = min(next, u.retryAt.Sub(now))
-		case p.kubelet > 0:
+		case now.Before(backOff[u.key]):
+			next = min(next, backOff[u.key].Sub(now))
+			if !now.Before(u.retryAt) {
+				u.waitLocked(ReasonBackOff, "another pull of the image has just failed")
+			}
+		case p.kubelet.Load() > 0:
 			u.waitLocked(ReasonYieldsToKubelet, "kubelet is pulling")
 		case leader != "":
 			u.followLocked(p.pulls[leader].op)
@@ -272,11 +287,7 @@ func (p *Puller) startLocked(ctx context.Context, wg *sync.WaitGroup, u *pull) {
 	}
 	u.op.Phase, u.op.Reason, u.op.Message = opsv1.PullPhase_PULL_RESOLVING, "", ""
 	u.notifyLocked()
-	timeout := defaultTimeout
-	if d := u.req.GetAttemptTimeout().AsDuration(); d > 0 {
-		timeout = d
-	}
-	credentials := u.credentials
+	timeout, credentials := u.timeout(), u.credentials
 	by, bound := u.deadline()
 	wg.Go(func() {
 		defer stop(nil)
@@ -307,8 +318,8 @@ func (p *Puller) settle(ctx context.Context, u *pull, err, cause error) {
 		attempts = n
 	}
 	switch {
-	case errors.Is(cause, errCancelled):
-		p.finishLocked(u, opsv1.PullPhase_PULL_CANCELLED, ReasonCancelled, u.op.GetMessage())
+	case u.cancelled != "": // whatever else has ended the attempt
+		p.finishLocked(u, opsv1.PullPhase_PULL_CANCELLED, ReasonCancelled, u.cancelled)
 		return
 	case errors.Is(cause, errYield):
 		u.op.Attempt--
@@ -321,7 +332,7 @@ func (p *Puller) settle(ctx context.Context, u *pull, err, cause error) {
 		u.op.Attempt--
 		return
 	case errors.Is(cause, errTimeout):
-		f = &failure{reason: ReasonTimeout, message: fmt.Sprintf("an attempt may take %s; %s: raise timeoutSeconds for a large image or a slow network", u.timeout(), p.soFar(u))}
+		f = &failure{reason: ReasonTimeout, message: fmt.Sprintf("an attempt may take %s, and %s; give it longer for a large image or a slow network (timeoutSeconds of a job)", u.timeout(), p.soFar(u))}
 	}
 	p.log.WithFields(u.fields()).WithField("reason", f.reason).WithField("attempt", u.op.GetAttempt()).Warn(f.message)
 	if f.final || u.op.GetAttempt() >= attempts {
@@ -347,7 +358,7 @@ func (u *pull) timeout() time.Duration {
 // soFar says how far the pull is.
 func (p *Puller) soFar(u *pull) string {
 	if u.op.GetBytesTotal() == 0 {
-		return "the registry has not told the image's size yet"
+		return "the registry has not told the image's size by then"
 	}
 	return fmt.Sprintf("%s of %s are on the node", bytesText(u.op.GetBytesDone()), bytesText(u.op.GetBytesTotal()))
 }
@@ -401,7 +412,13 @@ func (p *Puller) submit(req *opsv1.PullRequest) (*opsv1.PullOperation, error) {
 			return nil, status.Errorf(codes.AlreadyExists, "pull %s exists with another request; choose a new UID", req.GetUid())
 		}
 		if known.op.GetFinishTime() == nil && len(credentials) > 0 {
-			known.credentials, known.wants = credentials, true
+			known.credentials = credentials
+			if !known.wants {
+				known.wants = true
+				if err := p.saveLocked(known); err != nil {
+					p.log.WithFields(known.fields()).WithError(err).Warn("that the pull has credentials is not written")
+				}
+			}
 			p.nudge()
 		}
 		return proto.Clone(known.op).(*opsv1.PullOperation), nil
@@ -461,7 +478,7 @@ func (p *Puller) cancel(uid, reason string) (*opsv1.PullOperation, <-chan struct
 		return nil, nil, noPull(uid)
 	}
 	if u.op.GetFinishTime() == nil {
-		u.op.Message = reason
+		u.cancelled = reason
 		if u.stop != nil {
 			u.stop(errCancelled)
 		} else {
@@ -502,34 +519,35 @@ func (p *Puller) list(activeOnly bool) []*opsv1.PullOperation {
 // KubeletPulls says that kubelet pulls an image, until done is called. Ours give way: what they have fetched stays, so
 // that kubelet's goes on from there at full speed if it needs the same, and they go on when it has ended.
 func (p *Puller) KubeletPulls() (done func()) {
-	var once sync.Once
-	over := false // guarded by p.mu
-	counted := false
+	var mu sync.Mutex // guards the following two
+	over, counted := false, false
 	timer := time.AfterFunc(kubeletPatience, func() {
-		p.mu.Lock()
-		defer p.mu.Unlock()
+		mu.Lock()
 		if over {
+			mu.Unlock()
 			return
 		}
 		counted = true
-		p.kubelet++
+		p.kubelet.Add(1)
+		mu.Unlock()
+		p.mu.Lock()
+		defer p.mu.Unlock()
 		for _, u := range p.pulls {
 			if u.stop != nil {
 				u.stop(errYield)
 			}
 		}
 	})
+	// It does not take p.mu, which is held while the journal is written: kubelet waits for this.
 	return func() {
-		once.Do(func() {
-			timer.Stop()
-			p.mu.Lock()
-			defer p.mu.Unlock()
-			over = true
-			if counted {
-				p.kubelet--
-				p.nudge()
-			}
-		})
+		timer.Stop()
+		mu.Lock()
+		defer mu.Unlock()
+		if over = true; counted {
+			counted = false
+			p.kubelet.Add(-1)
+			p.nudge()
+		}
 	}
 }
 

@@ -9,7 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"sync/atomic"
+	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -48,36 +48,51 @@ type remote struct {
 	resolver remotes.Resolver
 	ref      string // as the registry host understands it
 	desc     ocispec.Descriptor
-	fetched  *atomic.Int64 // bytes of bodies that have been read
+
+	mu    sync.Mutex // guards conns
+	conns []*http.Transport
 }
 
-// newRemote looks the image up. limit may be nil.
+// newRemote looks the image up. limit may be nil. The caller calls close, also after an error.
 func newRemote(ctx context.Context, hostsDir, ref string, credential *opsv1.RegistryCredential, limit *rate.Limiter) (*remote, error) {
-	r := &remote{fetched: &atomic.Int64{}}
+	r := &remote{}
 	options := config.HostOptions{
 		HostDir: config.HostDirFromRoot(hostsDir),
 		UpdateClient: func(c *http.Client) error {
 			if t, ok := c.Transport.(*http.Transport); ok {
 				t.ResponseHeaderTimeout = headerPatience
+				r.mu.Lock()
+				r.conns = append(r.conns, t)
+				r.mu.Unlock()
 			}
-			c.Transport = &meter{next: c.Transport, limit: limit, read: r.fetched}
+			// A host with headers of its own gets a copy of a client that has been here before.
+			if _, ok := c.Transport.(*meter); !ok {
+				c.Transport = &meter{next: c.Transport, limit: limit}
+			}
 			return nil
 		},
 	}
-	if credential != nil {
-		options.Credentials = func(string) (string, string, error) {
-			if credential.GetIdentityToken() != "" {
-				return "", credential.GetIdentityToken(), nil // docker's way to give a refresh token
-			}
-			return credential.GetUsername(), credential.GetPassword(), nil
+	if auth := authConfig(credential); auth != nil {
+		// A refresh token without a name, as containerd's CRI plugin does it.
+		name, secret := auth.GetUsername(), auth.GetPassword()
+		if auth.GetIdentityToken() != "" {
+			name, secret = "", auth.GetIdentityToken()
 		}
+		options.Credentials = func(string) (string, string, error) { return name, secret, nil }
 	}
 	r.resolver = docker.NewResolver(docker.ResolverOptions{Hosts: config.ConfigureHosts(ctx, options)})
 	var err error
-	if r.ref, r.desc, err = r.resolver.Resolve(ctx, ref); err != nil {
-		return nil, err
+	r.ref, r.desc, err = r.resolver.Resolve(ctx, ref)
+	return r, err
+}
+
+// close lets go of connections that are kept for further requests.
+func (r *remote) close() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, t := range r.conns {
+		t.CloseIdleConnections()
 	}
-	return r, nil
 }
 
 // manifest fetches the image's manifests and config, which are a few kilobytes, and returns the layers
@@ -121,11 +136,10 @@ func (r *remote) layers(ctx context.Context, store content.Store, layers []ocisp
 	return g.Wait()
 }
 
-// meter counts, and slows down, what is read from responses, and gives up on those that stand still.
+// meter slows down what is read from responses, and gives up on those that stand still.
 type meter struct {
 	next  http.RoundTripper
 	limit *rate.Limiter // nil: not slowed down
-	read  *atomic.Int64
 }
 
 // RoundTrip implements [http.RoundTripper].
@@ -155,7 +169,6 @@ func (b *meteredBody) Read(p []byte) (int, error) {
 	if !stalled.Stop() && err != nil {
 		err = fmt.Errorf("%w (%s)", errStalled, stallPatience)
 	}
-	b.m.read.Add(int64(n))
 	if l := b.m.limit; l != nil && n > 0 {
 		if werr := l.WaitN(b.ctx(), n); werr != nil && err == nil {
 			err = werr

@@ -57,9 +57,9 @@ func newStore(conn grpc.ClientConnInterface) *store {
 	}
 }
 
-// leaseID names the lease of an image, so that the next pull of it goes on where this one ended.
-func leaseID(resolved string) string {
-	sum := sha256.Sum256([]byte(resolved))
+// leaseID names the lease of pulls with the same key, so that the next one goes on where this one ended.
+func leaseID(key string) string {
+	sum := sha256.Sum256([]byte(key))
 	return leasePrefix + hex.EncodeToString(sum[:12])
 }
 
