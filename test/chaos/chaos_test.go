@@ -147,7 +147,11 @@ func (c *cluster) run(t *testing.T, cs chaosCase, pod string) {
 	if cs.order == startFirst {
 		r.request.Containers[0].Order, r.request.Containers[0].MinReadySeconds = opsv1.Order_ORDER_START_FIRST, 1
 	}
-	defer r.command(ctx)()
+	if cs.byRequest {
+		must(t, r.createRequest(ctx))
+	} else {
+		defer r.command(ctx)()
+	}
 
 	op, err := r.strike(ctx)
 	if err != nil {
@@ -165,7 +169,7 @@ func (c *cluster) run(t *testing.T, cs chaosCase, pod string) {
 		if bad = invariant.Check(r.before, after, cs.want); len(bad) > 0 {
 			return errors.New(strings.Join(bad, "\n"))
 		}
-		return nil
+		return r.requestAgrees(ctx, after.Operation)
 	}
 	err = eventually(ctx, settlePatience, judge)
 	if err == nil {
@@ -394,7 +398,13 @@ func (r *run) answers(ctx context.Context) (op, again *opsv1.Operation, err erro
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	err = r.onOps(func(ops opsv1.OpsClient) (err error) {
-		if op, err = ops.GetOperation(ctx, &opsv1.GetOperationRequest{Uid: r.request.GetUid()}); err == nil {
+		get := &opsv1.GetOperationRequest{Uid: r.request.GetUid()}
+		if op, err = ops.GetOperation(ctx, get); err != nil {
+			return err
+		}
+		if r.byRequest { // the controller's command is not known here
+			again, err = ops.GetOperation(ctx, get)
+		} else {
 			again, err = ops.Restart(ctx, r.request)
 		}
 		return err

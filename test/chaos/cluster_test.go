@@ -16,10 +16,13 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/tools/clientcmd"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/yaml"
 
+	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/test/chaos/faultproxy"
 	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
@@ -44,6 +47,8 @@ type cluster struct {
 	failpoint string // the file that names the failpoint of the proxy's next start
 	scratch   string
 	calls     *callLog
+	// controlled is set once the controller runs, which only some cases need.
+	controlled bool
 }
 
 // start brings the cluster up for the test.
@@ -93,7 +98,9 @@ func start(t *testing.T) *cluster {
 	config, err := clientcmd.BuildConfigFromFlags("", c.bed.Kubeconfig)
 	must(t, err)
 	config.QPS, config.Burst = 200, 400
-	c.api, err = client.New(config, client.Options{})
+	scheme := runtime.NewScheme()
+	must(t, errors.Join(clientgoscheme.AddToScheme(scheme), appsv1alpha1.AddToScheme(scheme)))
+	c.api, err = client.New(config, client.Options{Scheme: scheme})
 	must(t, err)
 	must(t, c.bed.CreateNamespace(t.Context(), namespace))
 	return c

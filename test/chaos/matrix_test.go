@@ -43,12 +43,18 @@ const (
 type chaosCase struct {
 	order, method, point, fault string
 	want                        invariant.Expect
+	// byRequest: a ContainerRecreateRequest asks for the restart, by way of the controller, instead of a command.
+	byRequest bool
 	// reduced cases run in every go test.
 	reduced bool
 }
 
 func (c chaosCase) name() string {
-	return strings.Join([]string{c.order, c.method, c.point, c.fault}, "/")
+	parts := []string{c.order, c.method, c.point, c.fault}
+	if c.byRequest {
+		parts = append(parts, "by-request")
+	}
+	return strings.Join(parts, "/")
 }
 
 // The steps at which a restart can be caught, in the order in which it comes to them. undo stands for a restart that
@@ -92,6 +98,20 @@ var slower = map[string][]string{
 	diskFull:       {"stopped"},
 }
 
+// byRequest are the cases that are run once more with a request in place of a command.
+var byRequest = []string{
+	"StopFirst/gate/stage/kill-proxy",
+	"StopFirst/gate/gated/kill-proxy",
+	"StopFirst/gate/stopped/kill-containerd",
+	"StopFirst/gate/stopped/restart-kubelet",
+	"StopFirst/gate/staged/disk-full",
+	"StopFirst/gate/undo/kill-proxy",
+	"StopFirst/pidfd/stopped/kill-proxy",
+	"StartFirst/overlap/start/kill-proxy",
+	"StartFirst/overlap/ready/kill-containerd",
+	"StartFirst/overlap/undo/runtime-hangs",
+}
+
 // reduced is the selection for every day: each fault, each order, and the steps that have the most to lose.
 var reduced = []string{
 	"StopFirst/gate/created/kill-proxy",
@@ -115,8 +135,13 @@ func matrix() []chaosCase {
 	var all []chaosCase
 	add := func(order, method, point, fault string) {
 		c := chaosCase{order: order, method: method, point: point, fault: fault, want: expect(order, method, point, fault)}
+		again := c
+		again.byRequest = slices.Contains(byRequest, c.name())
 		c.reduced = slices.Contains(reduced, c.name())
 		all = append(all, c)
+		if again.byRequest {
+			all = append(all, again)
+		}
 	}
 	for _, o := range []struct {
 		order, method string
