@@ -97,11 +97,7 @@ func (s *soak) judge(ctx context.Context) *result {
 	}
 	j.check("one process at a time, and it answers", answers, "%d answers of %d processes; %d requests failed during restarts StopFirst, %d at other times",
 		t.Answered, processes, t.UnansweredStopFirst, t.UnansweredCalm)
-	if canMigrate() {
-		j.check("StartFirst fails no request", lost, "%d requests failed", t.UnansweredStartFirst)
-	} else {
-		j.check("StartFirst fails no request", nil, "not judged: this kernel has no %s; %d requests failed", migrate, t.UnansweredStartFirst)
-	}
+	j.check("StartFirst fails no request", lost, "%d requests failed", t.UnansweredStartFirst)
 	j.check("kubelet's pod status agrees with containerd's", faults, "IDs, restart counts, states, last states, start times, %.0f s after the last restart", rest.Seconds())
 	s.judgeKubelet(j)
 	s.judgeProxy(ctx, j)

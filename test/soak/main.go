@@ -96,8 +96,7 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 	options := testbed.Options{
 		Mode: testbed.ModeCluster, Log: out, KeepLogs: func() bool { return err != nil },
 		ProxyBinary: o.proxyBinary, ControllerBinary: o.controllerBin,
-		ProxyExtra:   "log: {level: info, format: text}\n",
-		KubeletExtra: fmt.Sprintf("allowedUnsafeSysctls: [%s]\n", migrate),
+		ProxyExtra: "log: {level: info, format: text}\n",
 	}
 	if o.method != "" {
 		options.ProxyExtra += fmt.Sprintf("restart: {method: %q}\n", o.method)

@@ -6,7 +6,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"os"
 	"strings"
 	"sync"
 
@@ -59,15 +58,11 @@ func manifest(i int, image string) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "---\napiVersion: v1\nkind: Pod\nmetadata: {name: %s, namespace: %s, labels: {app: soak}}\n", podName(i), namespace)
 	policy := [...]corev1.RestartPolicy{corev1.RestartPolicyAlways, corev1.RestartPolicyNever, corev1.RestartPolicyOnFailure}[i%3]
-	b.WriteString("spec:\n")
-	if shared(i) && canMigrate() {
-		fmt.Fprintf(&b, "  securityContext: {sysctls: [{name: %s, value: \"1\"}]}\n", migrate)
-	}
-	fmt.Fprintf(&b, "  restartPolicy: %s\n  terminationGracePeriodSeconds: 5\n  automountServiceAccountToken: false\n  containers:\n", policy)
+	fmt.Fprintf(&b, "spec:\n  restartPolicy: %s\n  terminationGracePeriodSeconds: 5\n  automountServiceAccountToken: false\n  containers:\n", policy)
 	one := func(name string, port int, probe string) {
 		reuse := "0"
 		if shared(i) {
-			reuse = "1"
+			reuse = "newest"
 		}
 		fmt.Fprintf(&b, "  - name: %s\n    image: %q\n    env: [{name: PORT, value: %q}, {name: REUSEPORT, value: %q}]\n", name, image, fmt.Sprint(port), reuse)
 		b.WriteString("    resources: {requests: {cpu: 1m, memory: 4Mi}, limits: {memory: 64Mi}}\n" + probe)
@@ -84,16 +79,6 @@ func manifest(i int, image string) string {
 		one("side", sidePort, "")
 	}
 	return b.String()
-}
-
-// migrate is the setting that hands a connection, which the kernel has accepted and its listener has not, to another listener on the
-// same port when its own is closed (Linux 5.14). Without it SO_REUSEPORT loses such connections.
-const migrate = "net.ipv4.tcp_migrate_req"
-
-// canMigrate reports whether the kernel has it.
-func canMigrate() bool {
-	_, err := os.Stat("/proc/sys/" + strings.ReplaceAll(migrate, ".", "/"))
-	return err == nil
 }
 
 func podName(i int) string { return fmt.Sprintf("soak-%02d", i) }

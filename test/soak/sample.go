@@ -30,6 +30,8 @@ type sample struct {
 	RSS        float64 `json:"rssMiB"`
 	Anonymous  float64 `json:"rssAnonMiB"` // without pages of files
 	Heap       float64 `json:"heapMiB"`    // live and not yet collected
+	Live       float64 `json:"liveMiB"`    // as of the last collection, which allows as much again
+	Kept       int     `json:"operations"` // in the journal
 	FDs        float64 `json:"fds"`
 	Goroutines float64 `json:"goroutines"`
 	Threads    int     `json:"threads"`
@@ -121,6 +123,7 @@ func (s *sampler) take(ctx context.Context) (sample, error) {
 	}
 	one := sample{
 		RSS: metrics["process_resident_memory_bytes"] / (1 << 20), Heap: metrics["go_memstats_heap_alloc_bytes"] / (1 << 20),
+		Live: metrics["go_memstats_next_gc_bytes"] / 2 / (1 << 20), Kept: int(min(sum(metrics, "criproxy_operations_total"), journalOperations)),
 		FDs: metrics["process_open_fds"], Goroutines: metrics["go_goroutines"],
 		Recorded: metrics["criproxy_recorded_containers"], Active: metrics["criproxy_operations_active"],
 		Removed: calls(metrics, "RemoveContainer"), metrics: metrics,
