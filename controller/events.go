@@ -30,11 +30,11 @@ func (p *pass) tell(before *appsv1alpha1.ContainerRecreateRequestStatus) {
 	after := &p.crr.Status
 	for _, reason := range []string{reasonSilent, reasonUnwilling} {
 		if why, ok := strings.CutPrefix(after.Message, reason+": "); ok && before.Message != after.Message {
-			p.event(p.requestRef(), corev1.EventTypeWarning, reason, "%s", why)
+			p.event(p.requestRef(nil), corev1.EventTypeWarning, reason, "%s", why)
 		}
 	}
 	if p.accepted == nil && after.CompletionTime != nil {
-		p.event(p.requestRef(), corev1.EventTypeWarning, eventRefused, "%s", after.Message)
+		p.event(p.requestRef(nil), corev1.EventTypeWarning, eventRefused, "%s", after.Message)
 		if p.pod != nil {
 			p.event(p.podRef(nil), corev1.EventTypeWarning, eventRefused, "ContainerRecreateRequest %s: %s", p.crr.Name, after.Message)
 		}
@@ -62,7 +62,7 @@ func (p *pass) tell(before *appsv1alpha1.ContainerRecreateRequestStatus) {
 				message = "the postStart hook failed and the new container was stopped" // without the hook's output, see tellHook
 			}
 			p.event(pod, corev1.EventTypeWarning, eventFailed, "ContainerRecreateRequest %s, container %s: %s", p.crr.Name, c.name, message)
-			p.event(p.requestRef(), corev1.EventTypeWarning, eventFailed, "container %s: %s", c.name, message)
+			p.event(p.requestRef(c), corev1.EventTypeWarning, eventFailed, "container %s: %s", c.name, message)
 			p.tellWarnings(c)
 		}
 	}
@@ -87,12 +87,16 @@ func (p *pass) tellWarnings(c *container) {
 	if c.replaced {
 		return
 	}
+	var others []string
 	for _, w := range c.op.GetWarnings() {
 		if strings.HasPrefix(w, "preStop") {
 			p.tellHook(c, eventPreStopFailed, "PreStopHook failed")
-			continue
+		} else {
+			others = append(others, w)
 		}
-		p.event(p.podRef(c), corev1.EventTypeWarning, eventWarning, "%s", w)
+	}
+	if len(others) > 0 {
+		p.event(p.podRef(c), corev1.EventTypeWarning, eventWarning, "%s", strings.Join(others, "; "))
 	}
 }
 
@@ -100,7 +104,7 @@ func (p *pass) tellWarnings(c *container) {
 // out of Events, as in kubelet (kuberuntime_container.go): there may be secrets in it. The node's log has it.
 func (p *pass) tellHook(c *container, reason, note string) {
 	p.event(p.podRef(c), corev1.EventTypeWarning, reason, "%s", note)
-	p.event(p.requestRef(), corev1.EventTypeWarning, reason, "container %s: %s", c.name, note)
+	p.event(p.requestRef(c), corev1.EventTypeWarning, reason, "container %s: %s", c.name, note)
 }
 
 // tellUngated says once that a wished-for drain does not take place.
@@ -111,7 +115,7 @@ func (p *pass) tellUngated() {
 	for _, c := range p.containers {
 		if c.strategy.unready != nil {
 			p.memory.ungated = true
-			p.event(p.requestRef(), corev1.EventTypeWarning, eventNoReadinessGate,
+			p.event(p.requestRef(nil), corev1.EventTypeWarning, eventNoReadinessGate,
 				"pod %s has no readiness gate %s, so it cannot be taken out of service: unreadyGracePeriodSeconds is ignored", p.pod.Name, appsv1alpha1.KruisePodReadyConditionType)
 			return
 		}
@@ -126,14 +130,21 @@ func (p *pass) event(about *corev1.ObjectReference, kind, reason, note string, a
 	if len(text) > 1000 { // the API's limit is 1024
 		text = text[:1000] + "…"
 	}
-	p.r.Recorder.Eventf(about, p.requestRef(), kind, reason, eventAction, "%s", text)
+	p.r.Recorder.Eventf(about, p.requestRef(nil), kind, reason, eventAction, "%s", text)
 }
 
-func (p *pass) requestRef() *corev1.ObjectReference {
-	return &corev1.ObjectReference{
+// requestRef refers to a container of the request, or with nil to the request. Events about the same thing and with the
+// same reason become one, with the note of the first (client-go tools/events): without the path that would be so of two
+// containers.
+func (p *pass) requestRef(c *container) *corev1.ObjectReference {
+	ref := &corev1.ObjectReference{
 		APIVersion: appsv1alpha1.GroupVersion.String(), Kind: "ContainerRecreateRequest",
 		Namespace: p.crr.Namespace, Name: p.crr.Name, UID: p.crr.UID,
 	}
+	if c != nil {
+		ref.FieldPath = "spec.containers{" + c.name + "}"
+	}
+	return ref
 }
 
 // podRef refers to a container of the pod, as kubelet's Events do, or with nil to

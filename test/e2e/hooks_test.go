@@ -155,13 +155,13 @@ spec:
 			t.Errorf("container %s: warnings %q", name, w)
 		}
 	}
-	told := events(t, ns, "hooks-restart")
-	for _, want := range []string{"FailedPreStopHook container exec: PreStopHook failed", "FailedPostStartHook container failing: PostStartHook failed"} {
-		if !strings.Contains(told, want) {
-			t.Errorf("%q is not told of the request:\n%s", want, told)
-		}
+	for _, want := range []string{
+		"FailedPreStopHook container exec: PreStopHook failed", "FailedPreStopHook container tcp: PreStopHook failed",
+		"FailedPostStartHook container failing: PostStartHook failed",
+	} {
+		eventually(t, "event "+want+" of the request", func() bool { return strings.Contains(events(t, ns, "hooks-restart"), want) })
 	}
-	if all := told + events(t, ns, "hooks"); strings.Contains(all, "s3cret") {
+	if all := events(t, ns, "hooks-restart") + events(t, ns, "hooks"); strings.Contains(all, "s3cret") {
 		t.Errorf("events repeat what a hook printed:\n%s", all)
 	}
 	late := account(t, crr, "late")

@@ -1,0 +1,342 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package integration
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+// steps are those of a restart, in order, at which it can be held.
+var steps = []string{"created", "staged", "stop", "gated", "stopped", "running", "started", "reveal", "revealed"}
+
+// after reports whether a restart at step has passed the other one, or is at it.
+func after(step, other string) bool { return slices.Index(steps, step) >= slices.Index(steps, other) }
+
+// pause holds restarts of a process at its failpoint, one after the other.
+type pause struct {
+	t   testing.TB
+	dir string
+}
+
+// startPaused starts cri-proxy so that restarts wait at the step.
+func startPaused(t testing.TB, step string) (*process, *pause) {
+	t.Helper()
+	p := &pause{t: t, dir: shortDir(t)}
+	return startProcess(t, "restart."+step+"=pause:"+p.dir), p
+}
+
+// held begins a restart and waits until it is at the step.
+func (p *pause) held(n *process, pod *pod, req *opsv1.RestartRequest) string {
+	p.t.Helper()
+	for _, name := range []string{"reached", "go"} {
+		if err := os.Remove(filepath.Join(p.dir, name)); err != nil && !os.IsNotExist(err) {
+			p.t.Fatal(err)
+		}
+	}
+	uid := n.begin(p.t, pod, req)
+	eventually(p.t, "the restart is at its failpoint", func() bool {
+		_, err := os.Stat(filepath.Join(p.dir, "reached"))
+		return err == nil
+	})
+	return uid
+}
+
+// release lets the restart go on.
+func (p *pause) release() {
+	p.t.Helper()
+	must(p.t, os.WriteFile(filepath.Join(p.dir, "go"), nil, 0o600))
+}
+
+// stepTest is a restart that is held at a step.
+type stepTest struct {
+	n              *process
+	hold           *pause
+	pod            *pod
+	step           string
+	incumbent, uid string
+}
+
+// TestKubeletAtEachStep makes every call that kubelet makes on a container while a restart of it is at every step. Calls that
+// adjust it are answered and come true for its successor; calls that end it end the restart, and what runs afterwards is
+// what kubelet wants.
+func TestKubeletAtEachStep(t *testing.T) {
+	for _, step := range steps {
+		t.Run(step, func(t *testing.T) {
+			n, hold := startPaused(t, step)
+			for name, test := range map[string]func(*testing.T, *stepTest){
+				"adjusts": kubeletAdjusts, "creates": kubeletCreates, "stops": kubeletStops, "removes": kubeletRemoves, "stops the sandbox": kubeletStopsSandbox,
+			} {
+				t.Run(name, func(t *testing.T) {
+					p := n.runPod(t)
+					s := &stepTest{n: n, hold: hold, pod: p, step: step, incumbent: p.run(t, spec{name: "app", command: looping, grace: 10})}
+					t.Cleanup(hold.release) // a test that fails on the way must not leave the process stuck
+					s.uid = hold.held(n, p, restartOf("app"))
+					test(t, s)
+				})
+			}
+		})
+	}
+}
+
+// kubeletAdjusts makes the calls that do not end a container.
+func kubeletAdjusts(t *testing.T, s *stepTest) {
+	ctx := t.Context()
+	dead, shown := after(s.step, "stopped"), after(s.step, "revealed")
+	exec, err := s.n.ExecSync(ctx, &runtimeapi.ExecSyncRequest{ContainerId: s.incumbent, Cmd: []string{"true"}, Timeout: 5})
+	switch code := status.Code(err); {
+	case code == codes.OK && !dead && exec.GetExitCode() == 0:
+	case code == codes.Unavailable && !shown && after(s.step, "stop"): // which kubelet's prober takes for no result
+	case shown && code != codes.OK && code != codes.DeadlineExceeded: // the runtime's own word
+	default:
+		t.Errorf("exec probe: %v, %v", exec, err)
+	}
+	if _, err := s.n.ReopenContainerLog(ctx, &runtimeapi.ReopenContainerLogRequest{ContainerId: s.incumbent}); err != nil && !shown {
+		t.Errorf("log rotation: %v", err)
+	}
+	_, err = s.n.UpdateContainerResources(ctx, &runtimeapi.UpdateContainerResourcesRequest{
+		ContainerId: s.incumbent, Linux: &runtimeapi.LinuxContainerResources{CpuShares: 333, CpusetCpus: "1"},
+	})
+	if err != nil && !shown {
+		t.Errorf("resize: %v", err)
+	}
+	s.hold.release()
+	successor := s.succeeded(t).GetSuccessorId()
+	if shown {
+		return // kubelet resizes what it then sees
+	}
+	for range 2 { // the successor, and the one after it
+		if got := s.n.status(t, successor).GetResources().GetLinux(); got.GetCpuShares() != 333 || got.GetCpusetCpus() != "1" {
+			t.Errorf("the successor has %v", got)
+		}
+		if got := cpus(t, s.n.kubelet, successor); got != "1" {
+			t.Errorf("the kernel lets the successor run on CPUs %s", got)
+		}
+		op := s.n.restart(t, s.pod, restartOf("app"))
+		successor = op.GetContainers()[0].GetSuccessorId()
+	}
+}
+
+// cpus returns the CPUs that the container's process may run on.
+func cpus(t testing.TB, k *kubelet, id string) string {
+	t.Helper()
+	resp, err := k.ExecSync(t.Context(), &runtimeapi.ExecSyncRequest{ContainerId: id, Cmd: []string{"grep", "Cpus_allowed_list", "/proc/1/status"}, Timeout: 10})
+	must(t, err)
+	_, list, _ := strings.Cut(string(resp.GetStdout()), ":")
+	return strings.TrimSpace(list)
+}
+
+// kubeletCreates creates the next attempt, as a kubelet does that has taken the incumbent for dead. It waits for the
+// restart, whose successor has that name then.
+func kubeletCreates(t *testing.T, s *stepTest) {
+	created := make(chan error, 1)
+	go func() {
+		_, err := s.n.CreateContainer(t.Context(), s.pod.request(t, spec{name: "app", command: looping}, 1))
+		created <- err
+	}()
+	if !after(s.step, "revealed") {
+		select {
+		case err := <-created:
+			t.Errorf("answered in the middle of the restart: %v", err)
+		case <-time.After(50 * time.Millisecond): // it would have been: the runtime refuses a name at once
+		}
+	}
+	s.hold.release()
+	if err := <-created; err == nil || !strings.Contains(err.Error(), "reserve") {
+		t.Errorf("created: %v", err)
+	}
+	s.succeeded(t)
+}
+
+// kubeletStops stops the incumbent, with a grace that no process here needs.
+func kubeletStops(t *testing.T, s *stepTest) {
+	began := time.Now()
+	stopped := make(chan error, 1)
+	go func() {
+		_, err := s.n.StopContainer(t.Context(), stopRequest(s.incumbent, 10))
+		stopped <- err
+	}()
+	s.kubeletArrives(t, "StopContainer")
+	s.hold.release()
+	must(t, <-stopped)
+	if took := time.Since(began); took > 8*time.Second {
+		t.Errorf("kubelet waited %s: a process was not asked to stop", took)
+	}
+	if after(s.step, "revealed") {
+		s.succeeded(t) // kubelet, which sees that one, has nothing to say about it yet
+		return
+	}
+	s.counts(t, 0)
+	s.takenBack(t)
+	s.kubeletGoesOn(t)
+}
+
+// kubeletRemoves removes the incumbent, as a kubelet does that restarts all containers of a pod.
+func kubeletRemoves(t *testing.T, s *stepTest) {
+	removed := make(chan error, 1)
+	go func() {
+		_, err := s.n.RemoveContainer(t.Context(), &runtimeapi.RemoveContainerRequest{ContainerId: s.incumbent})
+		removed <- err
+	}()
+	select { // until the call waits for the operation
+	case err := <-removed:
+		removed <- err
+	case <-time.After(200 * time.Millisecond):
+	}
+	s.hold.release()
+	must(t, <-removed)
+	op := s.n.wait(t, s.uid)
+	if op.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED {
+		s.counts(t, 1)
+		return
+	}
+	s.counts(t, 0)
+	s.kubeletGoesOn(t)
+}
+
+// kubeletStopsSandbox ends the pod without having stopped its containers.
+func kubeletStopsSandbox(t *testing.T, s *stepTest) {
+	stopped := make(chan error, 1)
+	go func() {
+		_, err := s.n.StopPodSandbox(t.Context(), &runtimeapi.StopPodSandboxRequest{PodSandboxId: s.pod.sandbox})
+		stopped <- err
+	}()
+	s.kubeletArrives(t, "StopPodSandbox")
+	s.hold.release()
+	must(t, <-stopped)
+	s.counts(t, 0)
+	if !after(s.step, "revealed") {
+		s.takenBack(t)
+	}
+	resp, err := s.n.PodSandboxStatus(t.Context(), &runtimeapi.PodSandboxStatusRequest{PodSandboxId: s.pod.sandbox})
+	must(t, err)
+	if resp.GetStatus().GetState() != runtimeapi.PodSandboxState_SANDBOX_NOTREADY {
+		t.Errorf("sandbox: %v", resp.GetStatus())
+	}
+}
+
+// kubeletArrives waits until the operation knows that it has to give way to a call.
+func (s *stepTest) kubeletArrives(t *testing.T, method string) {
+	t.Helper()
+	if after(s.step, "revealed") {
+		return // nothing gives way any more
+	}
+	eventually(t, "the operation has to give way", func() bool {
+		log, err := os.ReadFile(filepath.Join(s.n.dir, "log"))
+		must(t, err)
+		for line := range strings.Lines(string(log)) {
+			if strings.Contains(line, s.pod.uid) && strings.Contains(line, method) {
+				return true
+			}
+		}
+		return false
+	})
+}
+
+// kubeletGoesOn creates and starts the next attempt, which nothing is in the way of.
+func (s *stepTest) kubeletGoesOn(t *testing.T) {
+	t.Helper()
+	resp, err := s.n.CreateContainer(t.Context(), s.pod.request(t, spec{name: "app", command: looping}, 1))
+	must(t, err)
+	_, err = s.n.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: resp.GetContainerId()})
+	must(t, err)
+	s.counts(t, 1)
+}
+
+// takenBack checks that the restart has given way.
+func (s *stepTest) takenBack(t *testing.T) {
+	t.Helper()
+	op := s.n.wait(t, s.uid)
+	if op.GetPhase() != opsv1.Phase_PHASE_FAILED || op.GetContainers()[0].GetReason() != "TakenBackByKubelet" {
+		t.Errorf("operation: %v", op)
+	}
+}
+
+// succeeded checks a restart that nothing has come in the way of.
+func (s *stepTest) succeeded(t *testing.T) *opsv1.ContainerOperation {
+	t.Helper()
+	op := s.n.wait(t, s.uid)
+	if op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED {
+		t.Fatalf("operation: %v", op)
+	}
+	s.counts(t, 1)
+	return op.GetContainers()[0]
+}
+
+// counts checks what runs, as the runtime tells and as kubelet sees it, and that nothing is hidden.
+func (s *stepTest) counts(t *testing.T, want int) {
+	t.Helper()
+	running, all := s.pod.running(t, s.n.direct, "app")
+	if running != want {
+		t.Errorf("%d running of %d, want %d", running, all, want)
+	}
+	if shown, listed := s.pod.running(t, s.n.kubelet, "app"); shown != running || listed != all {
+		t.Errorf("kubelet sees %d running of %d, the runtime has %d of %d", shown, listed, running, all)
+	}
+}
+
+// TestResourcesOfClones pins a container to a CPU, as kubelet's static CPU manager does after the start, and gives it
+// devices, of the host and by CDI. Each successor has what its predecessor had, however often.
+func TestResourcesOfClones(t *testing.T) {
+	const spec1 = `{"cdiVersion":"0.6.0","kind":"test.example/device","devices":[{"name":"one","containerEdits":{
+		"env":["FROM_CDI=yes"],"deviceNodes":[{"path":"/dev/by-cdi","hostPath":"/dev/null"}]}}]}`
+	must(t, os.WriteFile(filepath.Join(filepath.Dir(bed.dir), "cdi", "test.json"), []byte(spec1), 0o600))
+	n := startNode(t)
+	p := n.runPod(t)
+	req := p.request(t, spec{name: "app", command: looping}, 0)
+	req.Config.Devices = []*runtimeapi.Device{{ContainerPath: "/dev/of-host", HostPath: "/dev/zero", Permissions: "r"}}
+	req.Config.CDIDevices = []*runtimeapi.CDIDevice{{Name: "test.example/device=one"}}
+	req.Config.Linux.Resources.CpusetCpus = "0-1"
+	created, err := n.CreateContainer(t.Context(), req)
+	must(t, err)
+	id := created.GetContainerId()
+	_, err = n.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: id})
+	must(t, err)
+	_, err = n.UpdateContainerResources(t.Context(), &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: &runtimeapi.LinuxContainerResources{CpusetCpus: "1"}})
+	must(t, err)
+	tell := func() string {
+		resp, err := n.ExecSync(t.Context(), &runtimeapi.ExecSyncRequest{
+			ContainerId: id, Timeout: 10, Cmd: []string{"sh", "-c", "ls -ln /dev/by-cdi /dev/of-host | awk '{print $1, $3, $4, $5, $6, $NF}'; head -c1 /dev/of-host | wc -c; tr '\\000' '\\n' < /proc/1/environ | sort"},
+		})
+		must(t, err)
+		return string(resp.GetStdout()) + string(resp.GetStderr())
+	}
+	first := tell()
+	for _, want := range []string{"FROM_CDI=yes", "/dev/by-cdi", "/dev/of-host"} {
+		if !strings.Contains(first, want) {
+			t.Fatalf("%s is not in\n%s", want, first)
+		}
+	}
+	for i := range 3 {
+		op := n.restart(t, p, restartOf("app"))
+		if op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED {
+			t.Fatalf("operation: %v", op)
+		}
+		id = op.GetContainers()[0].GetSuccessorId()
+		if got := cpus(t, n.kubelet, id); got != "1" {
+			t.Errorf("restart %d: the kernel lets it run on CPUs %s", i, got)
+		}
+		if got := n.status(t, id).GetResources().GetLinux(); got.GetCpusetCpus() != "1" || got.GetCpuShares() != 100 || got.GetMemoryLimitInBytes() != 64<<20 {
+			t.Errorf("restart %d: resources %v", i, got)
+		}
+		gates, err := n.ExecSync(t.Context(), &runtimeapi.ExecSyncRequest{ContainerId: id, Timeout: 10, Cmd: []string{"grep", "-c", "/dev/.cri-proxy ", "/proc/1/mountinfo"}})
+		must(t, err)
+		if got := strings.TrimSpace(string(gates.GetStdout())); got != "1" {
+			t.Errorf("restart %d: it has been given %s gates", i, got)
+		}
+		if got := tell(); got != first {
+			t.Errorf("restart %d: it was\n%s\nand is\n%s", i, first, got)
+		}
+	}
+}
