@@ -201,7 +201,9 @@ func (e *Engine) fill(t testing.TB) {
 		if err := e.save(o); err != nil {
 			t.Fatal(err)
 		}
+		e.mu.Lock()
 		e.ops[o.op.GetUid()] = o
+		e.mu.Unlock()
 	}
 }
 
