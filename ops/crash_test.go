@@ -27,6 +27,7 @@ func execHook(cmd ...string) *opsv1.Hook {
 // scenario is a restart that is cut off at every call it makes.
 type scenario struct {
 	name   string
+	pod    podOptions
 	edit   func(*opsv1.RestartRequest)
 	script func(*fakeRuntime)
 	want   string   // the end of the operation
@@ -90,7 +91,101 @@ var scenarios = []scenario{
 		},
 		want: "SUCCEEDED, app SUCCEEDED, web SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 EXITED, web/1 RUNNING"},
 	},
+	{
+		name: "start first", edit: startFirst,
+		want: "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+	},
+	{
+		name: "start first, hooks",
+		edit: func(r *opsv1.RestartRequest) {
+			startFirst(r)
+			r.Containers[0].PreStop, r.Containers[0].PostStart = execHook("bye"), execHook("hello")
+		},
+		want: "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+	},
+	{
+		name: "start first, second start", edit: startFirst,
+		script: func(f *fakeRuntime) { failStarts(f, 1) },
+		want:   "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+	},
+	{
+		name: "start first, no start", edit: startFirst,
+		script: func(f *fakeRuntime) { failStarts(f, 100) },
+		want:   "FAILED, app FAILED StartFailed", states: []string{"app/0 RUNNING, web/0 RUNNING"},
+	},
+	{
+		name: "start first, postStart fails",
+		edit: func(r *opsv1.RestartRequest) {
+			startFirst(r)
+			r.Containers[0].PostStart = execHook("hello")
+		},
+		script: func(f *fakeRuntime) {
+			f.exec = func(context.Context, *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
+				return &runtimeapi.ExecSyncResponse{ExitCode: 3}, nil
+			}
+		},
+		want: "FAILED, app FAILED PostStartHookFailed", states: []string{"app/0 RUNNING, web/0 RUNNING"},
+		lost: "SUCCEEDED, app SUCCEEDED", lostStates: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+	},
+	{
+		name: "start first, it exits", pod: podOptions{processes: true},
+		edit: func(r *opsv1.RestartRequest) {
+			startFirst(r)
+			r.Containers[0].MinReadySeconds = 5
+		},
+		script: func(f *fakeRuntime) { f.processes.mortal = "app/1" },
+		want:   "FAILED, app FAILED NewContainerExited", states: []string{"app/0 RUNNING, web/0 RUNNING"},
+	},
+	{
+		name: "start first, processes", pod: podOptions{processes: true}, edit: startFirst,
+		want: "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+	},
+	{
+		name: "pidfd", pod: podOptions{processes: true, method: MethodPidfd},
+		want: "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+	},
+	{
+		name: "gate", pod: podOptions{processes: true},
+		want: "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+	},
+	{
+		name: "gate, hooks", pod: podOptions{processes: true},
+		edit: func(r *opsv1.RestartRequest) {
+			r.Containers[0].PreStop, r.Containers[0].PostStart = execHook("bye"), execHook("hello")
+		},
+		want: "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+	},
+	{
+		name: "gate, second start", pod: podOptions{processes: true},
+		script: func(f *fakeRuntime) { failStarts(f, 1) },
+		want:   "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+	},
+	{
+		name: "gate, no start", pod: podOptions{processes: true},
+		script: func(f *fakeRuntime) { failStarts(f, 100) },
+		want:   "FAILED, app FAILED StartFailed", states: []string{"app/0 RUNNING, web/0 RUNNING"},
+	},
+	{
+		name: "gate, refused", pod: podOptions{processes: true},
+		script: func(f *fakeRuntime) { f.processes.cdi = 0 },
+		want:   "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+	},
+	{
+		name: "gate, no start and then refused", pod: podOptions{processes: true},
+		script: func(f *fakeRuntime) {
+			failStarts(f, 1)
+			f.processes.cdi = 1
+		},
+		want: "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+	},
+	{
+		name: "gate, its hook fails", pod: podOptions{processes: true},
+		script: func(f *fakeRuntime) { f.processes.deadHook = true },
+		want:   "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+	},
 }
+
+func startFirst(r *opsv1.RestartRequest) { r.Containers[0].Order = opsv1.Order_ORDER_START_FIRST }
 
 // point is a moment of a scenario: before or after the effect of a call of the engine.
 type point struct {
@@ -109,18 +204,22 @@ func (p point) String() string {
 // begin readies a node and the operation "op", and calls at before and after each call that the engine makes for it.
 func (s scenario) begin(t *testing.T, at func(point) error) *node {
 	t.Helper()
-	n := newNode(t, podOptions{})
+	n := newNode(t, s.pod)
 	n.runTidied()
 	var mu sync.Mutex
 	count := -1
 	accepted := false
+	// Processes take their time, and how often the runtime is asked for them meanwhile differs.
+	skip := func(call string) bool {
+		return !accepted || strings.HasPrefix(call, "kubelet:") || s.pod.processes && len(mutating([]string{call})) == 0
+	}
 	n.rt.set(func(f *fakeRuntime) {
 		if s.script != nil {
 			s.script(f)
 		}
 		f.before = func(call string) error {
 			mu.Lock()
-			if !accepted || strings.HasPrefix(call, "kubelet:") {
+			if skip(call) {
 				mu.Unlock()
 				return nil
 			}
@@ -131,7 +230,7 @@ func (s scenario) begin(t *testing.T, at func(point) error) *node {
 		}
 		f.after = func(call string) error {
 			mu.Lock()
-			if !accepted || strings.HasPrefix(call, "kubelet:") {
+			if skip(call) {
 				mu.Unlock()
 				return nil
 			}
@@ -189,10 +288,39 @@ func (s scenario) check(t *testing.T, n *node) {
 	if n.view.Active() {
 		t.Error("something is still hidden or masked")
 	}
+	if s.pod.processes {
+		s.checkProcesses(t, n)
+	}
 	if !s.dies {
 		if err := n.checkView(); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// checkProcesses asserts that what runs is what the runtime says, and that no two applications of a slot have run at once.
+func (s scenario) checkProcesses(t *testing.T, n *node) {
+	t.Helper()
+	var running []string
+	for _, c := range strings.Split(n.rt.state(), ", ") {
+		if name, is := strings.CutSuffix(c, " RUNNING"); is {
+			running = append(running, name)
+		}
+	}
+	if got, want := n.rt.living(), joined(running); got != want {
+		t.Errorf("alive are %s, want %s", got, want)
+	}
+	if got := n.gates(); got != "" {
+		t.Errorf("gates are left: %s", got)
+	}
+	req := restartRequest("")
+	if s.edit != nil {
+		s.edit(req)
+	}
+	n.rt.mu.Lock()
+	defer n.rt.mu.Unlock()
+	if both := n.rt.processes.overlaps; len(both) > 0 && req.GetContainers()[0].GetOrder() == opsv1.Order_ORDER_STOP_FIRST {
+		t.Errorf("%q began beside the one before", both)
 	}
 }
 
@@ -225,9 +353,7 @@ func (s scenario) crash(t *testing.T, at point) {
 			return nil
 		}
 		ready.Wait()
-		n.leash.cut()
-		state = n.copyState()
-		n.stop()
+		state = n.crash()
 		close(crashed)
 		if at.done {
 			return nil

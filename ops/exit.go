@@ -23,20 +23,30 @@ type exitWatch struct {
 }
 
 // watchExit watches the container's init process. With a PID namespace of its own, all its
-// processes have ended when that has. owned is nil for a process of the container: see [ofContainer].
+// processes have ended when that has.
 //
 // Errors: no pidfd here, or pid is not, or no longer, a process of the container, as this process sees it.
-func watchExit(pid int, container string, owned func(pid int, container string) error) (*exitWatch, error) {
+func watchExit(pid int, container string) (*exitWatch, error) {
+	w, err := watchProcess(pid)
+	if err != nil {
+		return nil, err
+	}
+	// Asked after the opening: a number that was given to another process in between would be noticed.
+	if err := ofContainer(pid, container); err != nil {
+		w.close()
+		return nil, err
+	}
+	return w, nil
+}
+
+// watchProcess watches any process.
+func watchProcess(pid int) (*exitWatch, error) {
 	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
 	if err != nil {
 		return nil, os.NewSyscallError("pidfd_open", err)
 	}
 	// os.NewFile gives a non-blocking descriptor to the poller: no thread waits.
 	w := &exitWatch{file: os.NewFile(uintptr(fd), "pidfd"), gone: make(chan struct{}), done: make(chan struct{})}
-	// Asked after the opening: a number that was given to another process in between would be noticed.
-	if err := owned(pid, container); err != nil {
-		return nil, errors.Join(err, w.file.Close())
-	}
 	raw, err := w.file.SyscallConn()
 	if err != nil {
 		return nil, errors.Join(err, w.file.Close())

@@ -47,8 +47,9 @@ type methods struct {
 	best       Method // the most that the configuration allows
 	gatesDir   string
 	cdiSpecDir string // empty: asked from the runtime
-	// owned is [ofContainer], but for tests, whose processes have no cgroup of their own.
+	// owned and watch are [ofContainer] and [watchExit], but for tests, whose processes have no cgroups of their own.
 	owned func(pid int, container string) error
+	watch func(pid int, container string) (*exitWatch, error)
 
 	probing sync.Mutex // held while the runtime is asked, and while gates that nobody knows are removed
 	tried   bool       // the hook runs here; guarded by probing
@@ -62,7 +63,7 @@ func newMethods(best Method, stateDir, cdiSpecDir string) *methods {
 	if best == "" {
 		best = MethodGate
 	}
-	return &methods{best: best, gatesDir: filepath.Join(stateDir, "gates"), cdiSpecDir: cdiSpecDir, owned: ofContainer}
+	return &methods{best: best, gatesDir: filepath.Join(stateDir, "gates"), cdiSpecDir: cdiSpecDir, owned: ofContainer, watch: watchExit}
 }
 
 // probe finds out which methods work, unless it has done so lately.
@@ -159,6 +160,16 @@ func (m *methods) available(method Method) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.why != nil && m.why[method] == ""
+}
+
+// maybe is available, but for the time before the first answer of the runtime, when it counts what may be used.
+func (m *methods) maybe(method Method) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.why == nil {
+		return slices.Index(methodsBest, method) >= slices.Index(methodsBest, m.best)
+	}
+	return m.why[method] == ""
 }
 
 // gate returns the gate with that token, which need not exist.

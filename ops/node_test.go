@@ -5,8 +5,10 @@ package ops
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -50,6 +52,9 @@ type daemon struct {
 
 	stop func() // ends Run
 	ran  sync.WaitGroup
+
+	mu      sync.Mutex   // guards watches
+	watches []*exitWatch // all that the engine has made
 }
 
 // node is a node with one pod: containers app and web, made by kubelet through the proxy.
@@ -62,17 +67,23 @@ type node struct {
 	*daemon
 	daemons []*daemon
 	sandbox string
+	method  Method
 }
 
 // podOptions are what a test wants different about the pod.
 type podOptions struct {
 	annotations map[string]string // of app
 	hidden      bool              // app is made behind the proxy's back, as before its installation
+	processes   bool              // the containers have real ones
+	method      Method            // the best that is allowed
 }
 
 func newNode(t testing.TB, o podOptions) *node {
 	t.Helper()
-	n := &node{t: t, dir: t.TempDir(), rt: newFakeRuntime()}
+	n := &node{t: t, dir: t.TempDir(), rt: newFakeRuntime(), method: o.method}
+	if o.processes {
+		newProcesses(t, n.rt, n.dir)
+	}
 	n.rt.serve(t, n.socket())
 	n.state = filepath.Join(n.dir, "state")
 	if err := os.Mkdir(n.state, 0o700); err != nil {
@@ -104,9 +115,12 @@ func (n *node) boot(state string) {
 		t.Fatal(err)
 	}
 	d.leash = &leash{ClientConnInterface: up.Conn()}
-	d.engine, err = Open(t.Context(), Options{StateDir: state, Conn: d.leash, View: d.view, Log: log, LegacyLogDir: filepath.Join(n.dir, "links")})
+	d.engine, err = Open(t.Context(), Options{StateDir: state, Conn: d.leash, View: d.view, Log: log, LegacyLogDir: filepath.Join(n.dir, "links"), Method: n.method})
 	if err != nil {
 		t.Fatal(err)
+	}
+	if n.rt.processes != nil {
+		d.engine.methods.owned, d.engine.methods.watch = n.rt.owned, d.watch(n.rt)
 	}
 	d.engine.journal.db.NoSync = true // no power is cut here; copies of the file are made by this process
 	d.api = NewServer(d.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
@@ -149,6 +163,37 @@ func (n *node) boot(state string) {
 			t.Error(err)
 		}
 	})
+}
+
+// watch watches processes of the runtime's containers.
+func (d *daemon) watch(f *fakeRuntime) func(int, string) (*exitWatch, error) {
+	return func(pid int, container string) (*exitWatch, error) {
+		if err := f.owned(pid, container); err != nil {
+			return nil, err
+		}
+		w, err := watchProcess(pid)
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.watches = append(d.watches, w)
+		return w, err
+	}
+}
+
+// crash makes the current daemon one that is gone: nothing that it asks for happens any more, and nothing is told to it. It returns
+// the state directory as that leaves it.
+func (n *node) crash() string {
+	n.leash.cut()
+	n.mu.Lock()
+	for _, w := range n.watches {
+		_ = w.file.Close() // nobody is told of its end then
+	}
+	n.mu.Unlock()
+	state := n.copyState()
+	if err := os.Rename(filepath.Join(n.state, "gates"), filepath.Join(state, "gates")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		n.t.Error(err)
+	}
+	n.stop()
+	return state
 }
 
 // run starts the current daemon's Run; it ends with the test at the latest.
@@ -203,7 +248,10 @@ func (n *node) containerConfig(name string, attempt uint32) *runtimeapi.Containe
 		Envs:    []*runtimeapi.KeyValue{{Key: "BLOB", Value: []byte{0xff, 0xfe, 'a'}}},
 		Mounts:  []*runtimeapi.Mount{{ContainerPath: "/dev/termination-log", HostPath: filepath.Join(n.dir, "0a0b0c0d")}},
 		LogPath: fmt.Sprintf("%s/%d.log", name, attempt),
-		Linux:   &runtimeapi.LinuxContainerConfig{Resources: &runtimeapi.LinuxContainerResources{CpuShares: 102, CpusetCpus: "0-3"}},
+		Linux: &runtimeapi.LinuxContainerConfig{
+			Resources:       &runtimeapi.LinuxContainerResources{CpuShares: 102, CpusetCpus: "0-3"},
+			SecurityContext: &runtimeapi.LinuxContainerSecurityContext{NamespaceOptions: &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_CONTAINER}},
+		},
 	}
 }
 
@@ -371,8 +419,17 @@ func (n *node) relist() (end func()) {
 // copyState returns a copy of the current state directory as it is now.
 func (n *node) copyState() string {
 	dir := filepath.Join(n.dir, fmt.Sprintf("state%d", len(n.daemons)))
-	if err := os.CopyFS(dir, os.DirFS(n.state)); err != nil {
+	if err := os.Mkdir(dir, 0o700); err != nil {
 		n.t.Error(err)
+	}
+	for _, name := range []string{"journal.db", "records.db", "records.boot"} {
+		b, err := os.ReadFile(filepath.Join(n.state, name))
+		if err == nil {
+			err = os.WriteFile(filepath.Join(dir, name), b, 0o600)
+		}
+		if err != nil {
+			n.t.Error(err)
+		}
 	}
 	return dir
 }

@@ -147,6 +147,7 @@ type restart struct {
 	exit *exitWatch // of the incumbent; nil where there is none
 	gate *gate.Gate // of the successor, once it waits there
 	pid  int        // of the process that waits there; 0 if this process cannot look at it
+	held bool       // the successor has been started behind a gate that is not open
 }
 
 func (e *Engine) newRestart(o *operation, i int) *restart {
@@ -205,7 +206,10 @@ func (r *restart) run(ctx context.Context) bool {
 		return r.o.snapshot().GetContainers()[r.i].GetPhase() == opsv1.Phase_PHASE_SUCCEEDED
 	}
 	err := r.drive(ctx)
-	defer r.exit.close()
+	defer func() {
+		r.exit.close()
+		r.leaveGate()
+	}()
 	var out *outcome
 	switch {
 	case err == nil:

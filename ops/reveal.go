@@ -44,6 +44,7 @@ func (r *restart) postStartOnce(ctx context.Context) error {
 		return nil
 	case rec.PostStarted: // resumed
 		r.warn("cri-proxy was restarted while the postStart hook ran: how it ended is not known, and it is not run again")
+		r.note(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.PostDone = true })
 		return nil
 	}
 	r.note(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.PostStarted = true })

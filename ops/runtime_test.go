@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"maps"
 	"net"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -40,6 +41,8 @@ type fakeRuntime struct {
 	hang       func(ctx context.Context, call string) error // before
 	exec       func(ctx context.Context, r *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error)
 	start      func(c *runtimeapi.ContainerConfig) error // nil: starts
+	config     string                                    // of the runtime, as a verbose Status tells it; empty: it does not answer that
+	processes  *fakeProcesses                            // nil: containers have none
 }
 
 type fakeSandbox struct {
@@ -57,6 +60,8 @@ type fakeContainer struct {
 	reserved string
 	stubborn bool          // ignores SIGTERM
 	dead     chan struct{} // closed when the process is gone
+	gate     *os.File      // the directory that is mounted where the hook is, if there is one
+	process  *fakeProcess  // since its start
 }
 
 func newFakeRuntime() *fakeRuntime {
@@ -218,6 +223,9 @@ func (f *fakeRuntime) end(c *fakeContainer, code int32, reason string) {
 	if c.status.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
 		return
 	}
+	if c.process != nil {
+		c.process.kill()
+	}
 	c.status.State, c.status.FinishedAt, c.status.ExitCode, c.status.Reason = runtimeapi.ContainerState_CONTAINER_EXITED, f.now(), code, reason
 	close(c.dead)
 }
@@ -236,6 +244,10 @@ func (f *fakeRuntime) state() string {
 	for _, c := range f.containers {
 		out = append(out, nameOf(c.status)+" "+strings.TrimPrefix(c.status.GetState().String(), "CONTAINER_"))
 	}
+	return joined(out)
+}
+
+func joined(out []string) string {
 	slices.Sort(out)
 	return strings.Join(out, ", ")
 }
@@ -246,6 +258,15 @@ func unknownContainer(id string) error {
 
 func (f *fakeRuntime) Version(context.Context, *runtimeapi.VersionRequest) (*runtimeapi.VersionResponse, error) {
 	return &runtimeapi.VersionResponse{Version: "0.1.0", RuntimeName: "containerd", RuntimeVersion: "v2", RuntimeApiVersion: "v1"}, nil
+}
+
+func (f *fakeRuntime) Status(context.Context, *runtimeapi.StatusRequest) (*runtimeapi.StatusResponse, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.config == "" {
+		return nil, status.Error(codes.Unimplemented, "method Status not implemented")
+	}
+	return &runtimeapi.StatusResponse{Status: &runtimeapi.RuntimeStatus{}, Info: map[string]string{"config": f.config}}, nil
 }
 
 func (f *fakeRuntime) RunPodSandbox(_ context.Context, r *runtimeapi.RunPodSandboxRequest) (*runtimeapi.RunPodSandboxResponse, error) {
@@ -350,8 +371,13 @@ func (f *fakeRuntime) CreateContainer(_ context.Context, r *runtimeapi.CreateCon
 	id := fmt.Sprintf("%03d%s%d", f.made, m.GetName(), m.GetAttempt())
 	f.names[name] = id
 	config := proto.Clone(r.GetConfig()).(*runtimeapi.ContainerConfig)
+	gate, err := f.processes.mount(config)
+	if err != nil {
+		delete(f.names, name)
+		return nil, err
+	}
 	f.containers[id] = &fakeContainer{
-		sandbox: s.id, config: config, reserved: name, dead: make(chan struct{}),
+		sandbox: s.id, config: config, reserved: name, dead: make(chan struct{}), gate: gate,
 		status: &runtimeapi.ContainerStatus{
 			Id: id, Metadata: config.GetMetadata(), State: runtimeapi.ContainerState_CONTAINER_CREATED, CreatedAt: at,
 			Labels: maps.Clone(config.GetLabels()), Annotations: maps.Clone(config.GetAnnotations()), Mounts: config.GetMounts(),
@@ -376,6 +402,9 @@ func (f *fakeRuntime) StartContainer(ctx context.Context, r *runtimeapi.StartCon
 	if err == nil && f.start != nil {
 		err = f.start(c.config)
 	}
+	if err == nil && f.processes != nil {
+		err = f.run(c)
+	}
 	if err != nil {
 		c.status.State, c.status.FinishedAt = runtimeapi.ContainerState_CONTAINER_EXITED, f.now()
 		c.status.ExitCode, c.status.Reason, c.status.Message = 128, startError, err.Error()
@@ -393,6 +422,18 @@ func (f *fakeRuntime) StopContainer(ctx context.Context, r *runtimeapi.StopConta
 		return &runtimeapi.StopContainerResponse{}, nil
 	}
 	if !c.stubborn {
+		if c.process != nil && f.processes.late != nil {
+			late, name := f.processes.late, nameOf(c.status)
+			c.process.stopping = true // it ends when this call says so
+			f.mu.Unlock()
+			c.process.kill()
+			err := late(name)
+			f.mu.Lock()
+			c.process.stopping = false
+			if err != nil {
+				return nil, err
+			}
+		}
 		f.end(c, 0, "Completed")
 		return &runtimeapi.StopContainerResponse{}, nil
 	}
@@ -426,6 +467,9 @@ func (f *fakeRuntime) RemoveContainer(_ context.Context, r *runtimeapi.RemoveCon
 // remove kills what runs. The caller holds f.mu.
 func (f *fakeRuntime) remove(c *fakeContainer) {
 	f.end(c, 137, "Error")
+	if c.gate != nil {
+		_ = c.gate.Close() // only read
+	}
 	delete(f.containers, c.status.GetId())
 	delete(f.names, c.reserved)
 }
@@ -458,6 +502,9 @@ func (f *fakeRuntime) ContainerStatus(_ context.Context, r *runtimeapi.Container
 	resp := &runtimeapi.ContainerStatusResponse{Status: proto.Clone(c.status).(*runtimeapi.ContainerStatus)}
 	if r.GetVerbose() {
 		resp.Info = verbose(c.config)
+		if c.process != nil {
+			resp.Info = c.process.verbose(c.config)
+		}
 	}
 	return resp, nil
 }

@@ -178,6 +178,7 @@ func (r *restart) dropGate(why error) {
 	r.log.WithError(why).Warn("gate cannot be used, restarting without it")
 	r.metrics.gateFailures.Inc()
 	r.leaveGate()
+	r.held = false
 	r.removeGate()
 	if r.methods.available(MethodPidfd) && r.ownPIDs() {
 		r.setMethod(MethodPidfd)

@@ -76,8 +76,8 @@ func (r *restart) watchIncumbent(ctx context.Context) (running bool, err error) 
 	if st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
 		return false, nil
 	}
-	if info.PID > 0 && r.ownPIDs() && r.methods.available(MethodPidfd) {
-		if r.exit, err = watchExit(info.PID, rec.Incumbent, r.methods.owned); err != nil {
+	if info.PID > 0 && r.ownPIDs() && r.methods.maybe(MethodPidfd) {
+		if r.exit, err = r.methods.watch(info.PID, rec.Incumbent); err != nil {
 			r.log.WithError(err).Warn("process not watched")
 		}
 	}
@@ -135,11 +135,11 @@ func (r *restart) preStop(ctx context.Context, grace time.Duration, by time.Time
 	}
 }
 
-// stop stops the incumbent within what is left of its grace.
-func (r *restart) stop(ctx context.Context) error {
+// stop stops the incumbent within what is left of its grace, which ends at by.
+func (r *restart) stop(ctx context.Context, by time.Time) error {
 	rec := r.rec()
 	for try := 1; ; try++ {
-		left := max(time.Until(rec.StopBy), minGrace)
+		left := max(time.Until(by), minGrace)
 		seconds := int64((left + time.Second - 1) / time.Second)
 		// Not bound to ctx: a cancelled StopContainer never kills.
 		call, cancel := context.WithTimeout(context.WithoutCancel(ctx), left+callTimeout)

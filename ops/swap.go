@@ -21,6 +21,10 @@ import (
 // the way without a gate is the better one.
 const gatePatience = 10 * time.Second
 
+// hookPatience is how much sooner that is said of a process that does not look like one before its entrypoint, and how long
+// the runtime may be behind the kernel.
+const hookPatience = time.Second
+
 // swap stops the incumbent and lets the successor run. It is the only part that the
 // application notices, so nothing in it waits for the disk.
 func (r *restart) swap(ctx context.Context) error {
@@ -31,6 +35,7 @@ func (r *restart) swap(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	by, began := r.rec().StopBy, time.Now()
 	switch {
 	case r.rec().Method == MethodGate:
 		err = r.arm(ctx)
@@ -43,8 +48,9 @@ func (r *restart) swap(ctx context.Context) error {
 	if err := r.interrupted(); err != nil {
 		return err
 	}
+	by = by.Add(time.Since(began)) // the incumbent's grace is for what it does, not for what we do
 	stopped := make(chan error, 1)
-	go func() { stopped <- r.stop(ctx) }() // ends with the call, which is waited for below
+	go func() { stopped <- r.stop(ctx, by) }() // ends with the call, which is waited for below
 	gone := r.exit.ended()
 	if r.rec().Method == MethodPlain {
 		gone = nil
@@ -76,10 +82,10 @@ func (r *restart) swap(ctx context.Context) error {
 
 // handOver lets the successor run, now that the incumbent's processes are gone.
 func (r *restart) handOver(ctx context.Context) error {
-	if err := r.interrupted(); err != nil {
+	failpoint("restart.stopped")
+	if err := r.interrupted(); err != nil { // after the failpoint: a test takes the slot back while the restart waits there
 		return err
 	}
-	failpoint("restart.stopped")
 	var err error
 	switch r.rec().Method {
 	case MethodOverlap: // it does
@@ -155,14 +161,16 @@ func (r *restart) arm(ctx context.Context) error {
 // before this one may have left them. ErrNotHeld means that the gate does not hold it; it has been stopped then.
 func (r *restart) startGated(ctx context.Context, rec containerRecord) error {
 	if !r.methods.gate(rec.Token).Exists() {
-		// Opened; or given up, and the container is one that nothing would hold.
-		if gone, err := r.incumbentGone(ctx); err != nil {
+		// Opened at the end of the incumbent, of which the runtime may be late to know; or given up, and the
+		// container is one that nothing would hold.
+		if gone, err := r.awaitGone(ctx, hookPatience); err != nil {
 			return err
 		} else if !gone {
 			r.stopWithin(ctx, rec.Successor, minGrace)
 			return gate.ErrNotHeld
 		}
 	}
+	r.held = true
 	if err := r.startOnce(ctx, rec.Successor); err != nil {
 		return err
 	}
@@ -187,6 +195,7 @@ func (r *restart) startGated(ctx context.Context, rec containerRecord) error {
 		// A process before this one has opened the gate; or nothing can be said, and then the
 		// successor is in the state that kubelet's policy is for.
 		r.log.WithError(err).Info("the successor is past its gate")
+		r.held = false
 		r.passed(ctx, rec)
 		return nil
 	}
@@ -209,6 +218,18 @@ func (r *restart) incumbentGone(ctx context.Context) (bool, error) {
 		return false, fmt.Errorf("asking for the old container: %w", err)
 	}
 	return !runs, nil
+}
+
+// awaitGone waits for the incumbent to be gone, for that long at most.
+func (r *restart) awaitGone(ctx context.Context, patience time.Duration) (bool, error) {
+	for until := time.Now().Add(patience); ; {
+		if gone, err := r.incumbentGone(ctx); gone || err != nil || time.Now().After(until) {
+			return gone, err
+		}
+		if err := sleep(ctx, 50*time.Millisecond); err != nil {
+			return false, err
+		}
+	}
 }
 
 // passed says when the successor began if the process that opened its gate did not come to that: it did so
@@ -248,7 +269,7 @@ func (r *restart) awaitGate(ctx context.Context, rec containerRecord) error {
 			return nil // the runtime may be restarting
 		case st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING:
 			return fmt.Errorf("%w: it has ended with exit code %d: %s", gate.ErrNotHeld, st.GetExitCode(), st.GetMessage())
-		case info.PID > 0 && !gate.Waiting(info.PID) && time.Since(began) > time.Second:
+		case info.PID > 0 && !gate.Waiting(info.PID) && time.Since(began) > hookPatience:
 			return fmt.Errorf("%w: the runtime has not run the hook", gate.ErrNotHeld)
 		}
 		return nil
@@ -271,6 +292,7 @@ func (r *restart) openGate(ctx context.Context) error {
 		}
 		return r.start(ctx)
 	}
+	r.held = false
 	// The hook ends and runc executes the entrypoint: that is the start of the application.
 	began := time.Now()
 	for gate.Waiting(r.pid) && time.Since(began) < time.Second && sleep(ctx, 100*time.Microsecond) == nil {

@@ -108,9 +108,12 @@ func (r *restart) stopSuccessor(ctx context.Context, id string) {
 		return
 	}
 	grace := minGrace
-	if y := r.claim.YieldedTo(); y != nil {
+	switch y := r.claim.YieldedTo(); {
+	case r.held:
+		// No application that would need time; and what waits there may be deaf to signals.
+	case y != nil:
 		grace = max(grace, time.Duration(y.Grace)*time.Second)
-	} else if r.incumbent != nil && r.request != nil {
+	case r.incumbent != nil && r.request != nil:
 		grace = max(grace, r.grace())
 	}
 	r.stopWithin(ctx, id, grace)

@@ -1,0 +1,215 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cri-proxy/cri-proxy/ops/gate"
+)
+
+// fakeProcesses gives the containers of a fakeRuntime real processes. Those behind a gate run the real hook, as runc
+// does: its process is called runc:[2:INIT], runs the hook, and becomes the application with the same number.
+type fakeProcesses struct {
+	t    testing.TB
+	init string // a shell under the name of runc's process
+
+	// The rest is guarded by fakeRuntime.mu.
+	cdi      int                     // how many containers with CDI devices can be created
+	mortal   string                  // a container whose application ends at once
+	noHook   bool                    // the hook is not run, and the application begins at once
+	deadHook bool                    // the container ends instead of running the hook
+	late     func(name string) error // called in StopContainer, between the end of the process and that of the container
+	all      []*fakeProcess
+	slots    map[string]*fakeProcess // of each slot, whose application began last
+	overlaps []string                // applications that began beside another of their slot
+}
+
+type fakeProcess struct {
+	cmd      *exec.Cmd
+	reaped   chan struct{}
+	pipe     *os.File
+	heard    sync.WaitGroup
+	stopping bool // guarded by fakeRuntime.mu
+}
+
+// newProcesses makes the runtime one of real processes, with CDI and the given directory for its specs.
+func newProcesses(t testing.TB, f *fakeRuntime, dir string) {
+	t.Helper()
+	shell, err := exec.LookPath("sh")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &fakeProcesses{t: t, init: filepath.Join(dir, "runc:[2:INIT]"), slots: map[string]*fakeProcess{}, cdi: 1000}
+	if err := os.Symlink(shell, p.init); err != nil {
+		t.Fatal(err)
+	}
+	config, err := json.Marshal(map[string]any{"enableCDI": true, "cdiSpecDirs": []string{"/etc/cdi", filepath.Join(dir, "cdi")}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.set(func(f *fakeRuntime) { f.processes, f.config = p, string(config) })
+	t.Cleanup(func() {
+		f.mu.Lock()
+		all := p.all
+		for _, c := range f.containers {
+			if c.gate != nil {
+				_ = c.gate.Close() // only read
+			}
+		}
+		f.mu.Unlock()
+		for _, q := range all {
+			q.kill()
+			q.heard.Wait()
+		}
+	})
+}
+
+// mount opens the directory that the hook comes from, for bind mounts outlive the names of what they mount.
+func (p *fakeProcesses) mount(c *runtimeapi.ContainerConfig) (*os.File, error) {
+	if len(c.GetCDIDevices()) == 0 {
+		return nil, nil
+	}
+	if p == nil || p.cdi == 0 {
+		return nil, status.Errorf(codes.Unknown, "failed to generate spec: CDI device injection failed: unresolvable CDI devices %v", c.GetCDIDevices())
+	}
+	p.cdi--
+	plain := &runtimeapi.ContainerConfig{}
+	gate.At("").Inject(plain)
+	if c.GetCDIDevices()[0].GetName() != plain.GetCDIDevices()[0].GetName() {
+		return nil, status.Error(codes.Unknown, "another device")
+	}
+	for _, m := range c.GetMounts() {
+		if m.GetContainerPath() == plain.GetMounts()[0].GetContainerPath() {
+			return os.Open(m.GetHostPath())
+		}
+	}
+	return nil, status.Error(codes.Unknown, "no mount for the hook")
+}
+
+// run starts the container's process. The caller holds f.mu.
+func (f *fakeRuntime) run(c *fakeContainer) error {
+	p := f.processes
+	read, write, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	script, dir := `echo begun >&3; exec 3>&-; exec sleep 100000`, ""
+	if nameOf(c.status) == p.mortal {
+		script = `echo begun >&3; exit 3`
+	}
+	switch {
+	case c.gate == nil || p.noHook:
+	case p.deadHook:
+		script = `exit 1`
+	default:
+		dir = fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), c.gate.Fd())
+		script = `"$0/hook" "$0/gate" || exit 1; ` + script
+	}
+	q := &fakeProcess{cmd: exec.Command(p.init, "-c", script, dir), reaped: make(chan struct{}), pipe: read}
+	q.cmd.ExtraFiles = []*os.File{write}
+	q.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // the hook ends with the container, as in a PID namespace
+	err = errors.Join(q.cmd.Start(), write.Close())
+	if err != nil {
+		return errors.Join(err, read.Close())
+	}
+	c.process = q
+	p.all = append(p.all, q)
+	name := nameOf(c.status)
+	q.heard.Go(func() { // ends with the process
+		if line, _ := bufio.NewReader(read).ReadString('\n'); line != "" {
+			f.begun(name, q)
+		}
+		_ = read.Close() // only read
+	})
+	q.heard.Go(func() { // ends with the process
+		_ = q.cmd.Wait() // killed or not
+		close(q.reaped)
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		if !q.stopping {
+			f.end(c, int32(q.cmd.ProcessState.ExitCode()), "Error")
+		}
+	})
+	return nil
+}
+
+// begun notes that an application has begun.
+func (f *fakeRuntime) begun(name string, q *fakeProcess) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	p := f.processes
+	slot, _, _ := strings.Cut(name, "/")
+	if before := p.slots[slot]; before != nil && before != q && before.alive() {
+		p.overlaps = append(p.overlaps, name)
+	}
+	p.slots[slot] = q
+}
+
+// kill ends the process and waits for it.
+func (q *fakeProcess) kill() {
+	_ = syscall.Kill(-q.cmd.Process.Pid, syscall.SIGKILL) // it may have ended
+	<-q.reaped
+}
+
+// alive asks the kernel.
+func (q *fakeProcess) alive() bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", q.cmd.Process.Pid))
+	if err != nil {
+		return false
+	}
+	state := b[bytes.LastIndexByte(b, ')')+2]
+	return state != 'Z' && state != 'X'
+}
+
+func (q *fakeProcess) verbose(config *runtimeapi.ContainerConfig) map[string]string {
+	b, err := json.Marshal(map[string]any{"config": config, "pid": q.cmd.Process.Pid, "runtimeType": runcType})
+	if err != nil {
+		panic(err)
+	}
+	return map[string]string{"info": string(b)}
+}
+
+// owned is what ofContainer is for processes of containers.
+func (f *fakeRuntime) owned(pid int, container string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if c := f.containers[container]; c != nil && c.process != nil && c.process.cmd.Process.Pid == pid {
+		return nil
+	}
+	return fmt.Errorf("process %d is none of container %s", pid, container)
+}
+
+// living returns the containers whose processes are alive, with what they do.
+func (f *fakeRuntime) living() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var out []string
+	for _, c := range f.containers {
+		if c.process == nil || !c.process.alive() {
+			continue
+		}
+		name := nameOf(c.status)
+		if gate.Waiting(c.process.cmd.Process.Pid) {
+			name += " waits"
+		}
+		out = append(out, name)
+	}
+	return joined(out)
+}

@@ -1,0 +1,517 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+// gates returns what is in the directory of the gates.
+func (n *node) gates() string {
+	entries, err := os.ReadDir(filepath.Join(n.state, "gates"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		n.t.Error(err)
+	}
+	var out []string
+	for _, e := range entries {
+		out = append(out, e.Name())
+	}
+	return joined(out)
+}
+
+// checkSwap asserts what holds after every operation on a node with processes: what the runtime says and what runs agree,
+// no two applications of a slot have run at once, unless that was the order, and no gate is left.
+func (n *node) checkSwap(t *testing.T, living string) {
+	t.Helper()
+	if got := n.rt.living(); got != living {
+		t.Errorf("alive are %s, want %s", got, living)
+	}
+	n.rt.mu.Lock()
+	overlaps := joined(n.rt.processes.overlaps)
+	n.rt.mu.Unlock()
+	if overlaps != "" {
+		t.Errorf("began beside the one before: %s", overlaps)
+	}
+	if got := n.gates(); got != "" {
+		t.Errorf("gates are left: %s", got)
+	}
+	if got := n.sees(); got != n.rt.state() {
+		t.Errorf("kubelet sees %s, there is %s", got, n.rt.state())
+	}
+	if n.view.Active() && !n.untold() {
+		t.Error("something is still hidden or masked")
+	}
+}
+
+// untold makes kubelet read what has been revealed, and reports whether something is still to be told.
+func (n *node) untold() bool {
+	n.sees()
+	return !n.view.Active()
+}
+
+func TestMethods(t *testing.T) {
+	for _, tc := range []struct {
+		method Method
+		late   bool // the runtime tells the end long after the kernel
+		calls  string
+	}{
+		{MethodGate, false, "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s"},
+		{MethodPidfd, false, "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1"},
+		{MethodPlain, false, "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1"},
+		{MethodGate, true, "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s"},
+		{MethodPidfd, true, "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1"},
+	} {
+		name := string(tc.method)
+		if tc.late {
+			name += ", late runtime"
+		}
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			n := newNode(t, podOptions{processes: true, method: tc.method})
+			n.runTidied()
+			n.rt.takeCalls()
+			if tc.late {
+				n.rt.set(func(f *fakeRuntime) {
+					f.processes.late = func(string) error {
+						n.awaitLiving("app/1, web/0")
+						return nil
+					}
+				})
+			}
+			end := n.relist()
+			n.restart("op")
+			op := n.finish("op")
+			end()
+			if got, want := verdict(op), "SUCCEEDED, app SUCCEEDED"; got != want {
+				t.Fatalf("operation ended %s (%s)", got, op.GetMessage())
+			}
+			if got := strings.Join(mutating(n.rt.takeCalls()), "; "); got != tc.calls {
+				t.Errorf("calls are %s\nwant %s", got, tc.calls)
+			}
+			if got, want := n.rt.state(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want {
+				t.Errorf("runtime has %s, want %s", got, want)
+			}
+			n.checkSwap(t, "app/1, web/0")
+			c := op.GetContainers()[0]
+			if c.GetMethod() != string(tc.method) || len(c.GetWarnings()) > 0 {
+				t.Errorf("method is %s, warnings are %q", c.GetMethod(), c.GetWarnings())
+			}
+			if c.GetGap().AsDuration() <= 0 || c.GetGap().AsDuration() > waitLong {
+				t.Errorf("gap is %s", c.GetGap().AsDuration())
+			}
+		})
+	}
+}
+
+// awaitLiving waits until just these containers have processes.
+func (n *node) awaitLiving(want string) {
+	for late := time.Now().Add(waitLong); n.rt.living() != want; time.Sleep(time.Millisecond) { // asks the kernel
+		if time.Now().After(late) {
+			n.t.Errorf("alive are %s, want %s", n.rt.living(), want)
+			return
+		}
+	}
+}
+
+// While the successor waits at its gate kubelet must not know of it.
+func TestGatedSuccessorIsNotSeen(t *testing.T) {
+	n := newNode(t, podOptions{processes: true})
+	n.runTidied()
+	reached, release := n.hold("StopContainer app/0")
+	end := n.relist()
+	n.restart("op")
+	<-reached
+	if got, want := n.rt.living(), "app/0, app/1 waits, web/0"; got != want {
+		t.Errorf("alive are %s, want %s", got, want)
+	}
+	if got, want := n.sees(), "app/0 RUNNING, web/0 RUNNING"; got != want {
+		t.Errorf("kubelet sees %s, want %s", got, want)
+	}
+	if n.gates() == "" {
+		t.Error("there is no gate")
+	}
+	release()
+	n.finish("op")
+	end()
+	n.checkSwap(t, "app/1, web/0")
+}
+
+// Kubelet is told when the application began, by every process of cri-proxy, until the container is gone.
+func TestStartIsCorrected(t *testing.T) {
+	n := newNode(t, podOptions{processes: true})
+	n.runTidied()
+	reached, release := n.hold("StopContainer app/0")
+	n.restart("op")
+	<-reached
+	stopped := time.Now()
+	release()
+	n.finish("op")
+	id := n.rt.idOf(t, "app/1")
+	read := func() time.Time {
+		t.Helper()
+		st, err := n.kubelet.ContainerStatus(t.Context(), &runtimeapi.ContainerStatusRequest{ContainerId: id})
+		n.must(err)
+		return time.Unix(0, st.GetStatus().GetStartedAt())
+	}
+	n.sees()
+	at := read()
+	if at.Before(stopped) || at.After(time.Now()) {
+		t.Errorf("kubelet is told %s, the old one was stopped after %s", at, stopped)
+	}
+	op := n.engine.lookup("op").snapshot()
+	if got := op.GetContainers()[0].GetStartTime().AsTime(); !got.Equal(at) {
+		t.Errorf("the operation tells %s, kubelet is told %s", got, at)
+	}
+	state := n.copyState()
+	n.boot(state)
+	n.state = state
+	if got := read(); !got.Equal(at) {
+		t.Errorf("after a restart of cri-proxy kubelet is told %s, was %s", got, at)
+	}
+	n.runTidied()
+	if got := read(); !got.Equal(at) {
+		t.Errorf("once it is tidied kubelet is told %s, was %s", got, at)
+	}
+	_, err := n.kubelet.RemoveContainer(t.Context(), &runtimeapi.RemoveContainerRequest{ContainerId: id})
+	n.must(err)
+	if !n.engine.records.started(id).IsZero() {
+		t.Error("the start of a removed container is still recorded")
+	}
+}
+
+// What goes wrong with the gate does not keep the container from being restarted, and does not touch the incumbent.
+func TestGateCannotBeUsed(t *testing.T) {
+	always := func(f func(*fakeProcesses)) func(*fakeRuntime) { return func(rt *fakeRuntime) { f(rt.processes) } }
+	for _, tc := range []struct {
+		name   string
+		script func(*fakeRuntime)
+		edit   func(*node)
+		want   string
+		method Method
+		calls  string
+		living string
+		both   bool // the applications may have run at once
+	}{
+		{
+			name: "CDI is refused", script: always(func(p *fakeProcesses) { p.cdi = 0 }),
+			method: MethodPidfd, calls: "CreateContainer app/1; CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
+		},
+		{
+			name: "gates cannot be made", edit: func(n *node) {
+				dir := filepath.Join(n.state, "gates")
+				n.must(errors.Join(os.RemoveAll(dir), os.WriteFile(dir, nil, 0o600)))
+				n.t.Cleanup(func() { n.must(os.Remove(dir)) })
+			},
+			method: MethodPidfd, calls: "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
+		},
+		{
+			name: "the container ends at the hook", script: always(func(p *fakeProcesses) { p.deadHook = true }),
+			method: MethodPidfd,
+			calls:  "CreateContainer app/1; StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1; CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
+		},
+		{
+			name: "the hook is not run", script: always(func(p *fakeProcesses) { p.noHook = true }), both: true,
+			method: MethodPidfd,
+			calls:  "CreateContainer app/1; StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1; CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
+		},
+		{
+			name: "the start fails once", script: func(f *fakeRuntime) { failStarts(f, 1) }, method: MethodGate,
+			calls: "CreateContainer app/1; StartContainer app/1; RemoveContainer app/1; CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s",
+		},
+		{
+			name: "the start fails, and then CDI is refused", method: MethodPidfd,
+			script: func(f *fakeRuntime) {
+				failStarts(f, 1)
+				f.processes.cdi = 1
+			},
+			calls: "CreateContainer app/1; StartContainer app/1; RemoveContainer app/1; CreateContainer app/1; CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
+		},
+		{
+			name: "the start fails twice", script: func(f *fakeRuntime) { failStarts(f, 9) }, method: MethodGate,
+			want:  "FAILED, app FAILED StartFailed",
+			calls: "CreateContainer app/1; StartContainer app/1; RemoveContainer app/1; CreateContainer app/1; StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1", living: "app/0, web/0",
+		},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			n := newNode(t, podOptions{processes: true})
+			n.runTidied()
+			n.rt.takeCalls()
+			if tc.script != nil {
+				n.rt.set(tc.script)
+			}
+			if tc.edit != nil {
+				tc.edit(n)
+			}
+			// The incumbent serves until its own stop.
+			early := ""
+			n.watchCalls(func(call string) {
+				if call == "StopContainer app/0 30s" {
+					early = n.rt.living()
+				}
+			})
+			end := n.relist()
+			n.restart("op")
+			op := n.finish("op")
+			end()
+			if tc.want == "" {
+				tc.want, tc.living = "SUCCEEDED, app SUCCEEDED", "app/1, web/0"
+			}
+			if got := verdict(op); got != tc.want {
+				t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), tc.want)
+			}
+			if got := strings.Join(mutating(n.rt.takeCalls()), "; "); got != tc.calls {
+				t.Errorf("calls are %s\nwant      %s", got, tc.calls)
+			}
+			if got := op.GetContainers()[0].GetMethod(); got != string(tc.method) {
+				t.Errorf("method is %s, want %s", got, tc.method)
+			}
+			if tc.living == "app/1, web/0" && tc.edit == nil && !strings.HasPrefix(early, "app/0, ") {
+				t.Errorf("before the stop, alive were %s", early)
+			}
+			if tc.both {
+				n.rt.set(func(f *fakeRuntime) { f.processes.overlaps = nil })
+			}
+			if tc.edit == nil {
+				n.checkSwap(t, tc.living)
+			}
+		})
+	}
+}
+
+// watchCalls calls f before the effect of each call of the engine, beside what the runtime does then already.
+func (n *node) watchCalls(f func(call string)) {
+	n.rt.set(func(rt *fakeRuntime) {
+		before := rt.before
+		rt.before = func(call string) error {
+			f(call)
+			if before != nil {
+				return before(call)
+			}
+			return nil
+		}
+	})
+}
+
+// The stop fails while the successor waits at its gate: it must go without having begun.
+func TestStopFailsWhileGated(t *testing.T) {
+	n := newNode(t, podOptions{processes: true})
+	n.runTidied()
+	n.rt.set(func(f *fakeRuntime) {
+		f.before = func(call string) error {
+			if strings.HasPrefix(call, "StopContainer app/0") {
+				return status.Error(codes.Unknown, "no such luck")
+			}
+			return nil
+		}
+	})
+	n.rt.takeCalls()
+	n.restart("op")
+	op := n.finish("op")
+	if got, want := verdict(op), "FAILED, app FAILED StopFailed"; got != want {
+		t.Errorf("operation ended %s, want %s", got, want)
+	}
+	// With the least grace, for there is no application.
+	if got, want := strings.Join(mutating(n.rt.takeCalls()), "; "), "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s; StopContainer app/1 2s; RemoveContainer app/1"; got != want {
+		t.Errorf("calls are %s\nwant %s", got, want)
+	}
+	n.checkSwap(t, "app/0, web/0")
+}
+
+// The runtime does not tell the end of the incumbent, but the kernel does: the successor runs, and the operation waits for
+// the runtime's word, so that kubelet never sees both running.
+func TestStopFailsAfterTheEnd(t *testing.T) {
+	n := newNode(t, podOptions{processes: true})
+	n.runTidied()
+	n.rt.set(func(f *fakeRuntime) {
+		f.processes.late = func(string) error {
+			n.awaitLiving("app/1, web/0")
+			return status.Error(codes.Unknown, "no such luck")
+		}
+	})
+	n.restart("op")
+	n.log.await(t, "the container's process has ended, but the runtime did not say so")
+	if got, want := n.sees(), "app/0 RUNNING, web/0 RUNNING"; got != want {
+		t.Errorf("kubelet sees %s, want %s", got, want)
+	}
+	n.rt.exit(t, "app/0", 0)
+	op := n.finish("op")
+	if got, want := verdict(op), "SUCCEEDED, app SUCCEEDED"; got != want {
+		t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), want)
+	}
+	n.checkSwap(t, "app/1, web/0")
+}
+
+// The incumbent dies by itself while its successor is being brought to the gate: that takes its place at once.
+func TestIncumbentDiesWhileGated(t *testing.T) {
+	for _, at := range []string{"StartContainer app/1", "StopContainer app/0"} {
+		t.Run(at, func(t *testing.T) {
+			n := newNode(t, podOptions{processes: true})
+			n.runTidied()
+			n.during(at, func() { n.rt.exit(t, "app/0", 3) })
+			end := n.relist()
+			n.restart("op")
+			op := n.finish("op")
+			end()
+			if got, want := verdict(op), "SUCCEEDED, app SUCCEEDED"; got != want {
+				t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), want)
+			}
+			if got := op.GetContainers()[0]; got.GetExitCode() != 3 || got.GetMethod() != "gate" {
+				t.Errorf("container is %v", got)
+			}
+			n.checkSwap(t, "app/1, web/0")
+		})
+	}
+}
+
+// The successor is killed at its gate: the restart goes on without one.
+func TestGatedSuccessorDies(t *testing.T) {
+	n := newNode(t, podOptions{processes: true})
+	n.runTidied()
+	n.during("StopContainer app/0", func() { n.rt.exit(t, "app/1", 137) })
+	n.restart("op")
+	op := n.finish("op")
+	if got, want := verdict(op), "SUCCEEDED, app SUCCEEDED"; got != want {
+		t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), want)
+	}
+	if got := op.GetContainers()[0].GetMethod(); got != "pidfd" {
+		t.Errorf("method is %s", got)
+	}
+	n.checkSwap(t, "app/1, web/0")
+}
+
+// Kubelet takes the slot back at every moment of a gated restart.
+func TestTakenBackWhileGated(t *testing.T) {
+	for _, tc := range []struct {
+		at      string
+		noHook  bool
+		calls   string
+		patient bool
+	}{
+		{at: "StartContainer app/1", calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1"},
+		{at: "StopContainer app/0", calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s; StopContainer app/1 2s; RemoveContainer app/1"},
+	} {
+		t.Run(tc.at, func(t *testing.T) {
+			n := newNode(t, podOptions{processes: true})
+			n.runTidied()
+			n.rt.takeCalls()
+			incumbent := n.rt.idOf(t, "app/0")
+			var answered func()
+			n.during(tc.at, func() {
+				answered = n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
+					_, err := k.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 7})
+					return err
+				})
+				n.log.await(t, "takes the slot back")
+			})
+			n.restart("op")
+			op := n.finish("op")
+			answered()
+			if got, want := verdict(op), "FAILED, app FAILED "+ReasonTakenBack; got != want {
+				t.Errorf("operation ended %s, want %s", got, want)
+			}
+			var own []string
+			for _, c := range mutating(n.rt.takeCalls()) {
+				if !strings.HasPrefix(c, "kubelet:") {
+					own = append(own, c)
+				}
+			}
+			if got := strings.Join(own, "; "); got != tc.calls {
+				t.Errorf("engine called %s\nwant %s", got, tc.calls)
+			}
+			n.checkSwap(t, "web/0")
+		})
+	}
+}
+
+// A hook that never comes does not keep kubelet waiting.
+func TestTakenBackWhileTheHookIsAwaited(t *testing.T) {
+	n := newNode(t, podOptions{processes: true})
+	n.runTidied()
+	n.rt.set(func(f *fakeRuntime) { f.processes.noHook = true })
+	incumbent := n.rt.idOf(t, "app/0")
+	var answered func()
+	var begun time.Time
+	n.rt.set(func(f *fakeRuntime) {
+		f.after = func(call string) error {
+			if call != "StartContainer app/1" {
+				return nil
+			}
+			begun = time.Now()
+			answered = n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
+				_, err := k.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 7})
+				return err
+			})
+			n.log.await(t, "takes the slot back")
+			return nil
+		}
+	})
+	n.restart("op")
+	op := n.finish("op")
+	answered()
+	if got, want := verdict(op), "FAILED, app FAILED "+ReasonTakenBack; got != want {
+		t.Errorf("operation ended %s, want %s", got, want)
+	}
+	if took := time.Since(begun); took > 900*time.Millisecond {
+		t.Errorf("kubelet was kept waiting for %s", took) // a second is what the hook is waited for
+	}
+	n.checkOnlyLiving(t, "web/0")
+}
+
+func (n *node) checkOnlyLiving(t *testing.T, living string) {
+	t.Helper()
+	n.rt.set(func(f *fakeRuntime) { f.processes.overlaps = nil })
+	n.checkSwap(t, living)
+}
+
+// Two restarts in a row: the second clones a container that had a gate, which was for that one only.
+func TestGateAfterGate(t *testing.T) {
+	n := newNode(t, podOptions{processes: true})
+	n.runTidied()
+	for i, uid := range []string{"first", "second"} {
+		n.restart(uid)
+		op := n.finish(uid)
+		if got, want := verdict(op), "SUCCEEDED, app SUCCEEDED"; got != want {
+			t.Fatalf("%d ended %s (%s)", i, got, op.GetMessage())
+		}
+		if op.GetContainers()[0].GetMethod() != "gate" {
+			t.Errorf("method is %s", op.GetContainers()[0].GetMethod())
+		}
+	}
+	if c := n.rt.get(t, "app/2").config; len(c.GetCDIDevices()) != 1 || len(c.GetMounts()) != 2 {
+		t.Errorf("the third has %v and %v", c.GetCDIDevices(), c.GetMounts())
+	}
+	req := n.engine.records.request(n.rt.idOf(t, "app/2"))
+	if len(req.GetConfig().GetCDIDevices()) != 0 || len(req.GetConfig().GetMounts()) != 1 {
+		t.Errorf("recorded is %v", req)
+	}
+	n.checkSwap(t, "app/2, web/0")
+}
+
+// A gate for each container, and none is taken for another's.
+func TestGatesOfTwoContainers(t *testing.T) {
+	n := newNode(t, podOptions{processes: true})
+	n.runTidied()
+	n.restart("op", func(r *opsv1.RestartRequest) {
+		r.Containers = append(r.Containers, &opsv1.ContainerRestart{Name: "web"})
+	})
+	op := n.finish("op")
+	if got, want := verdict(op), "SUCCEEDED, app SUCCEEDED, web SUCCEEDED"; got != want {
+		t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), want)
+	}
+	n.checkSwap(t, "app/1, web/1")
+}
