@@ -46,7 +46,11 @@ type fakeProcess struct {
 	reaped   chan struct{}
 	pipe     *os.File
 	heard    sync.WaitGroup
-	stopping bool // guarded by fakeRuntime.mu
+
+	// The rest is guarded by fakeRuntime.mu.
+	stopping bool
+	handler  string // runtime type; empty: runc's
+	silent   bool   // the runtime tells nothing beyond CRI
 }
 
 // newProcesses makes the runtime one of real processes, with CDI and the given directory for its specs.
@@ -179,7 +183,14 @@ func (q *fakeProcess) alive() bool {
 }
 
 func (q *fakeProcess) verbose(config *runtimeapi.ContainerConfig) map[string]string {
-	b, err := json.Marshal(map[string]any{"config": config, "pid": q.cmd.Process.Pid, "runtimeType": runcType})
+	if q.silent {
+		return nil
+	}
+	handler := q.handler
+	if handler == "" {
+		handler = runcType
+	}
+	b, err := json.Marshal(map[string]any{"config": config, "pid": q.cmd.Process.Pid, "runtimeType": handler})
 	if err != nil {
 		panic(err)
 	}

@@ -1,0 +1,140 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"errors"
+	"os"
+	"os/exec"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// child is a process that lives until it is killed.
+func child(t *testing.T) (pid int, kill func()) {
+	t.Helper()
+	cmd := exec.Command("sleep", "100000")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	reaped := false
+	kill = func() {
+		if !reaped {
+			_ = cmd.Process.Kill() // it lives
+			_ = cmd.Wait()         // it was killed
+			reaped = true
+		}
+	}
+	t.Cleanup(kill)
+	return cmd.Process.Pid, kill
+}
+
+func awaitClosed(t *testing.T, c <-chan struct{}) {
+	t.Helper()
+	select {
+	case <-c:
+	case <-time.After(waitLong):
+		t.Fatal("it is not told")
+	}
+}
+
+func TestExitWatch(t *testing.T) {
+	t.Run("ends", func(t *testing.T) {
+		pid, kill := child(t)
+		w, err := watchProcess(pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer w.close()
+		if w.over() {
+			t.Error("over before the end")
+		}
+		before := time.Now()
+		kill()
+		awaitClosed(t, w.ended())
+		if !w.over() || w.at.Before(before) || w.at.After(time.Now()) {
+			t.Errorf("over: %t, at %s, killed after %s", w.over(), w.at, before)
+		}
+		w.close()
+		if !w.over() {
+			t.Error("not over any more")
+		}
+	})
+	t.Run("has ended, and nobody has asked for it", func(t *testing.T) {
+		cmd := exec.Command("true")
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		w, err := watchProcess(cmd.Process.Pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer w.close()
+		awaitClosed(t, w.ended())
+		if err := cmd.Wait(); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("closed before the end", func(t *testing.T) {
+		pid, kill := child(t)
+		w, err := watchProcess(pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.close()
+		w.close() // again is fine
+		awaitClosed(t, w.done)
+		select {
+		case <-w.ended():
+			t.Error("the end of the watch is told as the end of the process")
+		default:
+		}
+		if w.over() {
+			t.Error("over")
+		}
+		kill()
+	})
+	t.Run("gone before", func(t *testing.T) {
+		pid, kill := child(t)
+		kill()
+		if w, err := watchExit(pid, ""); !errors.Is(err, unix.ESRCH) || w != nil {
+			t.Errorf("got %v, %v", w, err)
+		}
+	})
+	t.Run("none", func(t *testing.T) {
+		var w *exitWatch
+		w.close()
+		if w.over() || w.ended() != nil {
+			t.Error("over")
+		}
+	})
+}
+
+func TestExitWatchOfAnotherContainer(t *testing.T) {
+	pid, _ := child(t)
+	open := func() int {
+		fds, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(fds)
+	}
+	before := open()
+	for range 10 {
+		if w, err := watchExit(pid, "0123456789abcdef"); err == nil {
+			w.close()
+			t.Fatal("watches a process that is none of the container")
+		}
+	}
+	if after := open(); after > before+5 { // other tests have some too
+		t.Errorf("%d descriptors, %d before", after, before)
+	}
+	w, err := watchExit(pid, "/") // every cgroup has a name with this in it
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.close()
+}
