@@ -307,9 +307,7 @@ func (s scenario) checkProcesses(t *testing.T, n *node) {
 			running = append(running, name)
 		}
 	}
-	if got, want := n.rt.living(), joined(running); got != want {
-		t.Errorf("alive are %s, want %s", got, want)
-	}
+	n.awaitLiving(joined(running)) // applications begin when they do
 	if got := n.gates(); got != "" {
 		t.Errorf("gates are left: %s", got)
 	}

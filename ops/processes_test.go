@@ -42,10 +42,10 @@ type fakeProcesses struct {
 }
 
 type fakeProcess struct {
-	cmd      *exec.Cmd
-	reaped   chan struct{}
-	pipe     *os.File
-	heard    sync.WaitGroup
+	cmd    *exec.Cmd
+	reaped chan struct{}
+	pipe   *os.File
+	heard  sync.WaitGroup
 
 	// The rest is guarded by fakeRuntime.mu.
 	stopping bool
