@@ -88,7 +88,8 @@ func (p *Puller) pullWith(ctx context.Context, u *pull, credential *opsv1.Regist
 		limit = p.limit
 	}
 	var m *manifest
-	r, err := newRemote(leased, p.hostsDir, image, credential, newLimiter(limit))
+	limiter := newLimiter(limit)
+	r, err := newRemote(leased, p.hostsDir, image, credential, limiter)
 	defer r.close()
 	if err == nil {
 		m, err = r.manifest(leased, p.store.content)
@@ -126,8 +127,8 @@ func (p *Puller) pullWith(ctx context.Context, u *pull, credential *opsv1.Regist
 		close(ended)
 		<-tracked
 	}()
-	if limit > 0 {
-		if err := r.layers(leased, p.store.content, m.layers); err != nil {
+	if limiter != nil {
+		if err := r.layers(leased, p.store.content, m.layers, limiter); err != nil {
 			return err
 		}
 	}
@@ -213,7 +214,10 @@ func (p *Puller) succeed(ctx context.Context, u *pull, image *runtimeapi.Image, 
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	u.op.ImageId = image.GetId()
-	if reason == ReasonPulled && u.op.GetBytesTotal() > 0 {
+	if u.op.GetBytesFetched() > 0 {
+		reason = ReasonPulled // kubelet may have done the rest
+	}
+	if u.op.GetBytesTotal() > 0 {
 		u.op.BytesDone = u.op.GetBytesTotal()
 		for _, l := range u.op.GetLayers() {
 			l.BytesDone = l.GetBytesTotal()

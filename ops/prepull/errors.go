@@ -79,6 +79,8 @@ func explain(err error, host string) *failure {
 		strings.Contains(text, "authorization failed"), strings.Contains(text, "pull access denied"), strings.Contains(text, "no basic auth credentials"):
 		return &failure{reason: ReasonUnauthorized, credentials: true, final: true,
 			message: fmt.Sprintf("registry %s refuses access: check that the image's name is right and that a pull secret for it is given and still valid (%s)", host, text)}
+	case strings.Contains(text, "no match for platform"):
+		return &failure{reason: ReasonInvalidImage, final: true, message: fmt.Sprintf("the image is not made for this node's platform (%s)", text)}
 	case errdefs.IsNotFound(err), status.Code(err) == codes.NotFound, code == http.StatusNotFound:
 		return &failure{reason: ReasonNotFound, credentials: true, final: true, message: fmt.Sprintf("registry %s has no such image, or does not show it without credentials: check name, tag and digest (%s)", host, text)}
 	case code == http.StatusTooManyRequests:
@@ -87,8 +89,8 @@ func explain(err error, host string) *failure {
 		return &failure{reason: ReasonTimeout, message: fmt.Sprintf("registry %s does not answer in time: raise timeoutSeconds for a large image or a slow network (%s)", host, text)}
 	case code >= http.StatusInternalServerError, errors.Is(err, errStalled), isNetwork(text):
 		return &failure{reason: ReasonRegistryUnavailable, message: fmt.Sprintf("registry %s cannot be used now (%s)", host, text)}
-	case strings.Contains(text, "no match for platform"), strings.Contains(text, "invalid reference"), strings.Contains(text, "failed size validation"), errdefs.IsInvalidArgument(err):
-		return &failure{reason: ReasonInvalidImage, final: strings.Contains(text, "platform") || strings.Contains(text, "reference"), message: fmt.Sprintf("the image cannot be used on this node (%s)", text)}
+	case strings.Contains(text, "invalid reference"), strings.Contains(text, "failed size validation"), errdefs.IsInvalidArgument(err):
+		return &failure{reason: ReasonInvalidImage, final: strings.Contains(text, "reference"), message: fmt.Sprintf("the image cannot be used on this node (%s)", text)}
 	case strings.Contains(text, "no space left on device"):
 		return &failure{reason: ReasonDiskPressure, message: fmt.Sprintf("the node's disk is full (%s)", text)}
 	default:
@@ -97,7 +99,7 @@ func explain(err error, host string) *failure {
 }
 
 // query is what follows the path of a URL; user the part before its host.
-var query, user = regexp.MustCompile(`(https?://[^\s"?]+)\?[^\s"]*`), regexp.MustCompile(`(https?://)[^\s"/@]+@`)
+var query, user = regexp.MustCompile(`(https?://[^\s"?]+)\?[^\s"]*[^\s":]`), regexp.MustCompile(`(https?://)[^\s"/@]+@`)
 
 // withoutSecrets takes out of URLs what lets their readers in: storage behind registries is reached by signed ones.
 func withoutSecrets(text string) string {

@@ -10,7 +10,10 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
+	"sync"
+	"syscall"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -35,58 +38,130 @@ type record struct {
 
 // journal is the file of pulls and pins.
 type journal struct {
-	db  *bolt.DB // nil: see why
-	why error
-	log logrus.FieldLogger
+	path string
+	log  logrus.FieldLogger
+	// unread is set when the file could not be had at the start: what it holds is then not known.
+	unread bool
+
+	mu sync.Mutex // guards db
+	// db is nil while the file cannot be had, on a full disk for example: every write tries again.
+	db *bolt.DB
 }
 
-// openJournal opens the file. One that is damaged is begun anew: nothing in it is needed to serve kubelet, and images
-// stay where they are. Without a file, pulls are refused.
-func openJournal(dir string, log logrus.FieldLogger) (*journal, error) {
-	path := filepath.Join(dir, "pulls.db")
-	j := &journal{log: log.WithField("file", path)}
-	j.db, j.why = openFile(path)
-	if errors.Is(j.why, bolterrors.ErrTimeout) || errors.Is(j.why, fs.ErrPermission) || errors.Is(j.why, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%s: %w", path, j.why)
-	}
-	if errors.Is(j.why, bolterrors.ErrInvalid) || errors.Is(j.why, bolterrors.ErrChecksum) || errors.Is(j.why, bolterrors.ErrVersionMismatch) {
-		j.log.WithError(j.why).Error("damaged, starting anew; pins of before are not ended")
-		if j.why = os.Remove(path); j.why == nil {
-			j.db, j.why = openFile(path)
+// kept is what the file holds.
+type kept struct {
+	pulls map[string]*record
+	pins  map[pinKey]*pin
+}
+
+// errDamaged is returned for a file that is not what was written.
+var errDamaged = errors.New("the file is damaged")
+
+// openJournal opens the file and returns what is in it. One that is damaged is set aside and begun anew: nothing in it is
+// needed to serve kubelet, and images stay where they are.
+//
+// Errors: the file is held by another process or is not permitted to this one, or there is no such directory.
+func openJournal(dir string, log logrus.FieldLogger) (*journal, *kept, error) {
+	j := &journal{path: filepath.Join(dir, "pulls.db"), log: log}
+	j.log = log.WithField("file", j.path)
+	db, k, err := openFile(j.path, j.log)
+	if errors.Is(err, errDamaged) {
+		aside := fmt.Sprintf("%s.unreadable-%d", j.path, time.Now().Unix())
+		j.log.WithError(err).WithField("aside", aside).Error("setting it aside and starting anew; pulls that were under way are forgotten, and pins end")
+		if err = os.Rename(j.path, aside); err == nil {
+			db, k, err = openFile(j.path, j.log)
 		}
 	}
-	if j.why != nil {
-		j.log.WithError(j.why).Error("cannot be opened: images are not pulled ahead of time")
+	if errors.Is(err, bolterrors.ErrTimeout) || errors.Is(err, fs.ErrPermission) || errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, fmt.Errorf("%s: %w", j.path, err)
 	}
-	return j, nil
+	if err != nil {
+		j.log.WithError(err).Error("cannot be opened: images are not pulled ahead of time")
+		k, j.unread = &kept{}, true
+	}
+	j.db = db
+	return j, k, nil
 }
 
-func openFile(path string) (*bolt.DB, error) {
-	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: lockPatience, NoFreelistSync: true, FreelistType: bolt.FreelistMapType})
+// openFile opens the file and reads all of it, so that damage is found here: bolt panics at a page that is not what it should be, and a
+// file that has become shorter is a fault of memory. It reads its list of free pages from the file, for the
+// other way to make it (NoFreelistSync) walks the pages in a goroutine whose panic nobody can catch.
+func openFile(path string, log logrus.FieldLogger) (db *bolt.DB, k *kept, err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if r := recover(); r != nil {
+			db, k, err = nil, nil, fmt.Errorf("%w: %v", errDamaged, r) // what is open of it stays so: closing would panic too
+		}
+	}()
+	db, err = bolt.Open(path, 0o600, &bolt.Options{Timeout: lockPatience, FreelistType: bolt.FreelistMapType})
 	if err != nil {
-		return nil, err
+		if pathErr := (*fs.PathError)(nil); errors.As(err, &pathErr) || errors.Is(err, bolterrors.ErrTimeout) || errors.As(err, new(syscall.Errno)) {
+			return nil, nil, err
+		}
+		return nil, nil, fmt.Errorf("%w: %w", errDamaged, err)
 	}
+	if err := ensureBuckets(db); err != nil {
+		return nil, nil, errors.Join(err, db.Close())
+	}
+	k = &kept{pulls: map[string]*record{}, pins: map[pinKey]*pin{}}
+	if err := db.View(func(tx *bolt.Tx) error { return k.read(tx, log) }); err != nil {
+		return nil, nil, errors.Join(err, db.Close())
+	}
+	return db, k, nil
+}
+
+// ensureBuckets makes the buckets that do not exist. It writes only then: the disk may be full.
+func ensureBuckets(db *bolt.DB) error {
 	missing := false
-	err = db.View(func(tx *bolt.Tx) error {
+	err := db.View(func(tx *bolt.Tx) error {
 		missing = tx.Bucket(bucketPulls) == nil || tx.Bucket(bucketPins) == nil
 		return nil
 	})
-	if err == nil && missing {
-		err = db.Update(func(tx *bolt.Tx) error {
-			_, err := tx.CreateBucketIfNotExists(bucketPulls)
-			_, perr := tx.CreateBucketIfNotExists(bucketPins)
-			return errors.Join(err, perr)
-		})
+	if err != nil || !missing {
+		return err
 	}
+	return db.Update(func(tx *bolt.Tx) error {
+		_, err := tx.CreateBucketIfNotExists(bucketPulls)
+		_, perr := tx.CreateBucketIfNotExists(bucketPins)
+		return errors.Join(err, perr)
+	})
+}
+
+// read takes over what the file holds. A record that cannot be read is left out.
+func (k *kept) read(tx *bolt.Tx, log logrus.FieldLogger) error {
+	err := tx.Bucket(bucketPulls).ForEach(func(uid, v []byte) error {
+		var r record
+		if err := json.Unmarshal(v, &r); err != nil {
+			log.WithField("op", string(uid)).WithError(err).Error("pull cannot be read, left out")
+			return nil
+		}
+		k.pulls[string(uid)] = &r
+		return nil
+	})
 	if err != nil {
-		return nil, errors.Join(err, db.Close())
+		return err
 	}
-	return db, nil
+	return tx.Bucket(bucketPins).ForEach(func(key, v []byte) error {
+		var p pin
+		id, owner, _ := strings.Cut(string(key), "\x00")
+		if err := json.Unmarshal(v, &p); err != nil {
+			log.WithField("image", id).WithError(err).Error("pin cannot be read, left out")
+			return nil
+		}
+		k.pins[pinKey{id, owner}] = &p
+		return nil
+	})
 }
 
 func (j *journal) update(f func(tx *bolt.Tx) error) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
 	if j.db == nil {
-		return j.why
+		db, _, err := openFile(j.path, j.log)
+		if err != nil {
+			return fmt.Errorf("%s: %w", j.path, err)
+		}
+		j.db = db
 	}
 	return j.db.Update(f)
 }
@@ -113,40 +188,9 @@ func (j *journal) removePin(k pinKey) error {
 	return j.update(func(tx *bolt.Tx) error { return tx.Bucket(bucketPins).Delete([]byte(k.imageID + "\x00" + k.owner)) })
 }
 
-// load calls the functions for what is kept. What cannot be read is left out.
-func (j *journal) load(pull func(*record) error, pinned func(pinKey, *pin)) error {
-	if j.db == nil {
-		return nil
-	}
-	return j.db.View(func(tx *bolt.Tx) error {
-		err := tx.Bucket(bucketPulls).ForEach(func(k, v []byte) error {
-			var r record
-			err := json.Unmarshal(v, &r)
-			if err == nil {
-				err = pull(&r)
-			}
-			if err != nil {
-				j.log.WithField("op", string(k)).WithError(err).Error("pull cannot be read, left out")
-			}
-			return nil
-		})
-		if err != nil {
-			return err
-		}
-		return tx.Bucket(bucketPins).ForEach(func(k, v []byte) error {
-			var p pin
-			id, owner, _ := strings.Cut(string(k), "\x00")
-			if err := json.Unmarshal(v, &p); err != nil {
-				j.log.WithField("image", id).WithError(err).Error("pin cannot be read, left out")
-				return nil
-			}
-			pinned(pinKey{id, owner}, &p)
-			return nil
-		})
-	})
-}
-
 func (j *journal) close() error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
 	if j.db == nil {
 		return nil
 	}

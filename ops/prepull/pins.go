@@ -130,9 +130,9 @@ func (p *Puller) sweep(ctx context.Context, now time.Time) {
 	if _, err := p.releasePins(ctx, func(_ pinKey, v *pin) bool { return now.After(v.Until) }); err != nil && ctx.Err() == nil {
 		p.log.WithError(err).Warn("pins that have expired not ended, trying again in a minute")
 	}
-	err := p.endLeases(ctx)
+	err := errors.Join(p.endForgottenPins(ctx), p.endLeases(ctx))
 	if err != nil && ctx.Err() == nil && !unavailable(err) {
-		p.log.WithError(err).Debug("leases not ended, trying again in a minute")
+		p.log.WithError(err).Debug("leases or pins not ended, trying again in a minute")
 	}
 }
 
@@ -157,6 +157,35 @@ func (p *Puller) endLeases(ctx context.Context) error {
 	for _, id := range leases {
 		if !wanted[id] {
 			errs = append(errs, p.store.dropLease(ctx, id))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// endForgottenPins ends pins that are ours and not in the journal: of one that was damaged or has been removed.
+func (p *Puller) endForgottenPins(ctx context.Context) error {
+	if p.journal.unread {
+		return nil
+	}
+	p.pinning.Lock()
+	defer p.pinning.Unlock()
+	ids, err := p.store.pinned(ctx)
+	if err != nil {
+		return err
+	}
+	known := map[string]bool{}
+	p.mu.Lock()
+	for k := range p.pins {
+		known[k.imageID] = true
+	}
+	p.mu.Unlock()
+	var errs []error
+	for _, id := range ids {
+		if known[id] {
+			continue
+		}
+		if err := p.store.pin(ctx, id, false); err != nil && !errdefs.IsNotFound(err) && !errors.Is(err, errNotOurs) {
+			errs = append(errs, err)
 		}
 	}
 	return errors.Join(errs...)

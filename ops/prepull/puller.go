@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -124,14 +125,18 @@ func Open(o Options) (*Puller, error) {
 	if p.hostsDir == "" {
 		p.hostsDir = "/etc/containerd/certs.d"
 	}
+	var before *kept
 	var err error
-	if p.journal, err = openJournal(o.StateDir, p.log); err != nil {
+	if p.journal, before, err = openJournal(o.StateDir, p.log); err != nil {
 		return nil, err
 	}
-	if p.metrics, err = newMetrics(o.Registerer, p); err == nil {
-		err = p.journal.load(p.revive, func(k pinKey, v *pin) { p.pins[k] = v })
+	maps.Copy(p.pins, before.pins)
+	for uid, r := range before.pulls {
+		if err := p.revive(r); err != nil {
+			p.log.WithField("op", uid).WithError(err).Error("pull cannot be read, left out")
+		}
 	}
-	if err != nil {
+	if p.metrics, err = newMetrics(o.Registerer, p); err != nil {
 		return nil, errors.Join(err, p.journal.close())
 	}
 	return p, nil
@@ -258,7 +263,7 @@ func (u *pull) deadline() (time.Time, bool) {
 
 // waitLocked says why the pull waits.
 func (u *pull) waitLocked(reason, message string) {
-	if u.op.GetPhase() == opsv1.PullPhase_PULL_WAITING && u.op.GetReason() == reason {
+	if u.op.GetPhase() == opsv1.PullPhase_PULL_WAITING && u.op.GetReason() == reason && u.op.GetMessage() == message {
 		return
 	}
 	u.op.Phase, u.op.Reason, u.op.Message, u.op.BytesPerSecond = opsv1.PullPhase_PULL_WAITING, reason, message, 0

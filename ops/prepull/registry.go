@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"sync"
 	"time"
@@ -33,6 +34,12 @@ const (
 	stallPatience = 2 * time.Minute
 	// layersAtOnce is containerd's max_concurrent_downloads.
 	layersAtOnce = 3
+	// A limited transfer has a connection for each perConnection bytes a second: what they have read and not handed on is
+	// lost when it is cut off. The buffer of each holds its part of the limit for bufferFor seconds, a long round trip.
+	perConnection = 10 << 20
+	bufferFor     = .05
+	minBuffer     = 64 << 10
+	maxBuffer     = 4 << 20
 	// minBurst lets a limited transfer take what one read brings.
 	minBurst = 256 << 10
 )
@@ -61,6 +68,9 @@ func newRemote(ctx context.Context, hostsDir, ref string, credential *opsv1.Regi
 		UpdateClient: func(c *http.Client) error {
 			if t, ok := c.Transport.(*http.Transport); ok {
 				t.ResponseHeaderTimeout = headerPatience
+				if limit != nil {
+					t.DialContext = smallBuffers(t.DialContext, limit)
+				}
 				r.mu.Lock()
 				r.conns = append(r.conns, t)
 				r.mu.Unlock()
@@ -84,6 +94,19 @@ func newRemote(ctx context.Context, hostsDir, ref string, credential *opsv1.Regi
 	var err error
 	r.ref, r.desc, err = r.resolver.Resolve(ctx, ref)
 	return r, err
+}
+
+// smallBuffers makes connections hold little that has not been read. When a slow transfer is cut off, what waits in the kernel is
+// lost and comes again: that is several MiB a connection by default.
+func smallBuffers(dial func(ctx context.Context, network, addr string) (net.Conn, error), limit *rate.Limiter) func(ctx context.Context, network, addr string) (net.Conn, error) {
+	size := min(max(int(float64(limit.Limit())*bufferFor)/connections(limit), minBuffer), maxBuffer)
+	return func(ctx context.Context, network, addr string) (net.Conn, error) {
+		conn, err := dial(ctx, network, addr)
+		if c, ok := conn.(*net.TCPConn); ok {
+			_ = c.SetReadBuffer(size)
+		}
+		return conn, err
+	}
 }
 
 // close lets go of connections that are kept for further requests.
@@ -123,13 +146,13 @@ func (r *remote) manifest(ctx context.Context, store content.Store) (*manifest, 
 }
 
 // layers fetches the layers into the content store. What is there, in part or as a whole, is not fetched again.
-func (r *remote) layers(ctx context.Context, store content.Store, layers []ocispec.Descriptor) error {
+func (r *remote) layers(ctx context.Context, store content.Store, layers []ocispec.Descriptor, limit *rate.Limiter) error {
 	fetcher, err := r.resolver.Fetcher(ctx, r.ref)
 	if err != nil {
 		return err
 	}
 	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(layersAtOnce)
+	g.SetLimit(connections(limit))
 	for _, d := range layers {
 		g.Go(func() error { return remotes.Fetch(ctx, store, fetcher, d) })
 	}
@@ -175,6 +198,11 @@ func (b *meteredBody) Read(p []byte) (int, error) {
 		}
 	}
 	return n, err
+}
+
+// connections is how many layers are fetched at once.
+func connections(limit *rate.Limiter) int {
+	return min(max(int(limit.Limit()/perConnection), 1), layersAtOnce)
 }
 
 // newLimiter returns a limiter for bytes per second; nil for no limit.

@@ -24,6 +24,8 @@ import (
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/fieldmaskpb"
 )
 
@@ -165,5 +167,20 @@ func (s *store) pin(ctx context.Context, imageID string, on bool) error {
 	return errgrpc.ToNative(err)
 }
 
+// pinned returns the IDs of the images that we have pinned.
+func (s *store) pinned(ctx context.Context) ([]string, error) {
+	list, err := s.images.List(inNamespace(ctx), &imagesapi.ListImagesRequest{Filters: []string{`labels."` + pinnedByUs + `"`}})
+	if err != nil {
+		return nil, fmt.Errorf("listing pinned images: %w", errgrpc.ToNative(err))
+	}
+	var ids []string
+	for _, i := range list.GetImages() {
+		ids = append(ids, i.GetName())
+	}
+	return ids, nil
+}
+
 // unavailable reports whether err means that the runtime is not containerd.
-func unavailable(err error) bool { return errdefs.IsNotImplemented(errgrpc.ToNative(err)) }
+func unavailable(err error) bool {
+	return errdefs.IsNotImplemented(err) || status.Code(err) == codes.Unimplemented
+}

@@ -1,0 +1,209 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package prepull
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+// bubble is a puller where time passes only when nothing else can happen: no sockets, so the runtime is called directly. That runtime
+// is not containerd: it has CRI and nothing else.
+type bubble struct {
+	*Puller
+	t    *testing.T
+	rt   *fakeRuntime
+	dir  string
+	opts Options
+	over func()
+}
+
+func inBubble(t *testing.T, o Options, f func(t *testing.T, b *bubble)) {
+	t.Helper()
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		log := logrus.New()
+		log.SetOutput(io.Discard)
+		b := &bubble{t: t, rt: &fakeRuntime{images: map[string]bool{}}, dir: dir, opts: o}
+		b.opts.StateDir, b.opts.Conn, b.opts.Log = dir, b.rt, log
+		b.open()
+		f(t, b)
+		b.over()
+	})
+}
+
+// open starts the puller, again after over.
+func (b *bubble) open() {
+	b.t.Helper()
+	var err error
+	if b.Puller, err = Open(b.opts); err != nil {
+		b.t.Fatal(err)
+	}
+	if b.journal.db != nil {
+		b.journal.db.NoSync = true
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ran := make(chan error, 1)
+	go func() { ran <- b.Run(ctx) }()
+	p := b.Puller
+	b.over = sync.OnceFunc(func() {
+		cancel()
+		if err := errors.Join(<-ran, p.Close()); err != nil {
+			b.t.Error(err)
+		}
+	})
+}
+
+func (b *bubble) restart() {
+	b.over()
+	b.open()
+}
+
+func (b *bubble) pull(req *opsv1.PullRequest) {
+	b.t.Helper()
+	if _, err := NewServer(b.Puller).Pull(b.t.Context(), req); err != nil {
+		b.t.Fatal(err)
+	}
+	synctest.Wait()
+}
+
+func (b *bubble) get(uid string) *opsv1.PullOperation {
+	b.t.Helper()
+	op, _, err := b.watch(uid)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return op
+}
+
+// want checks where a pull is once nothing more happens without time passing.
+func (b *bubble) want(uid string, phase opsv1.PullPhase, reason string) *opsv1.PullOperation {
+	b.t.Helper()
+	synctest.Wait()
+	op := b.get(uid)
+	if op.GetPhase() != phase || op.GetReason() != reason {
+		b.t.Errorf("%s: want %s %s: %v", uid, phase, reason, op)
+	}
+	return op
+}
+
+// end lets time pass until the pull has ended.
+func (b *bubble) end(uid string) *opsv1.PullOperation {
+	b.t.Helper()
+	for {
+		op, changed, err := b.watch(uid)
+		if err != nil || op.GetFinishTime() != nil {
+			return op
+		}
+		select {
+		case <-changed:
+		case <-time.After(48 * time.Hour):
+			b.t.Fatalf("%s does not end: %v", uid, op)
+		}
+	}
+}
+
+// fakeRuntime is the image service of a runtime.
+type fakeRuntime struct {
+	mu      sync.Mutex // guards all following fields
+	images  map[string]bool
+	takes   time.Duration // a pull
+	fail    []error       // of the next pulls, nil is none; the last one stays
+	pulls   []*runtimeapi.PullImageRequest
+	running int
+	most    int // that ran at once
+}
+
+var _ grpc.ClientConnInterface = (*fakeRuntime)(nil)
+
+// Invoke implements [grpc.ClientConnInterface].
+func (r *fakeRuntime) Invoke(ctx context.Context, method string, args, reply any, _ ...grpc.CallOption) error {
+	switch req := args.(type) {
+	case *runtimeapi.ImageStatusRequest:
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if r.images[req.GetImage().GetImage()] {
+			proto.Merge(reply.(proto.Message), &runtimeapi.ImageStatusResponse{Image: &runtimeapi.Image{Id: "sha256:" + req.GetImage().GetImage()}})
+		}
+		return nil
+	case *runtimeapi.PullImageRequest:
+		return r.pull(ctx, req)
+	default:
+		return status.Error(codes.Unimplemented, method)
+	}
+}
+
+// NewStream implements [grpc.ClientConnInterface].
+func (*fakeRuntime) NewStream(_ context.Context, _ *grpc.StreamDesc, method string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+	return nil, status.Error(codes.Unimplemented, method)
+}
+
+func (r *fakeRuntime) pull(ctx context.Context, req *runtimeapi.PullImageRequest) error {
+	r.mu.Lock()
+	takes := r.takes
+	var fail error
+	if len(r.fail) > 0 {
+		if fail = r.fail[0]; len(r.fail) > 1 {
+			r.fail = r.fail[1:]
+		}
+	}
+	r.pulls = append(r.pulls, req)
+	r.running++
+	r.most = max(r.most, r.running)
+	r.mu.Unlock()
+	defer func() {
+		r.mu.Lock()
+		r.running--
+		r.mu.Unlock()
+	}()
+	if fail != nil {
+		return fail
+	}
+	select {
+	case <-time.After(takes):
+	case <-ctx.Done():
+		return status.FromContextError(ctx.Err()).Err()
+	}
+	r.mu.Lock()
+	r.images[req.GetImage().GetImage()] = true
+	r.mu.Unlock()
+	return nil
+}
+
+func (r *fakeRuntime) set(f func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	f()
+}
+
+func (r *fakeRuntime) count() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.pulls)
+}
+
+func unauthorized() error {
+	return status.Error(codes.Unknown, "unexpected status from HEAD request to https://r.io/v2/a/manifests/1: 401 Unauthorized")
+}
+
+func broken() error {
+	return status.Error(codes.Unknown, "unexpected status from HEAD request to https://r.io/v2/a/manifests/1: 500 Internal Server Error")
+}
+
+func name(i int) string { return fmt.Sprintf("image-%d", i) }

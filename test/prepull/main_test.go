@@ -1,0 +1,149 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package prepull
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	leasesapi "github.com/containerd/containerd/api/services/leases/v1"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/test/testbed"
+)
+
+// bed is the node of this run and its clients.
+var bed struct {
+	*testbed.Bed
+	pulls   opsv1.ImagesClient            // on the admin socket
+	kubelet runtimeapi.ImageServiceClient // through the proxy
+	direct  runtimeapi.ImageServiceClient // around it
+	leases  leasesapi.LeasesClient
+}
+
+// password is the secret of all tests: it must not be found anywhere on the node.
+const password = "hunter2-Zq8vKp"
+
+// waitFor bounds every wait. The machine may be a slow one.
+const waitFor = 90 * time.Second
+
+func TestMain(m *testing.M) {
+	code, err := run(m)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "test bed:", err)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+func run(m *testing.M) (code int, err error) {
+	ctx := context.Background()
+	failed := false
+	b, err := testbed.Start(ctx, testbed.Options{Mode: testbed.ModeNode, Race: true, Log: os.Stderr, KeepLogs: func() bool { return failed }})
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, b.Close(ctx)) }()
+	bed.Bed = b
+	for socket, use := range map[string]func(*grpc.ClientConn){
+		b.AdminSocket: func(c *grpc.ClientConn) { bed.pulls = opsv1.NewImagesClient(c) },
+		b.ProxySocket: func(c *grpc.ClientConn) { bed.kubelet = runtimeapi.NewImageServiceClient(c) },
+		b.RuntimeSocket: func(c *grpc.ClientConn) {
+			bed.direct, bed.leases = runtimeapi.NewImageServiceClient(c), leasesapi.NewLeasesClient(c)
+		},
+	} {
+		conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDefaultCallOptions(grpc.WaitForReady(true)))
+		if err != nil {
+			return 0, err
+		}
+		defer conn.Close()
+		use(conn)
+	}
+	code = m.Run()
+	if err := secretsLeft(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	failed = code != 0
+	return code, nil
+}
+
+// secretsLeft returns an error when the password of the tests is in the node's state or in a log.
+func secretsLeft() error {
+	var errs []error
+	for _, dir := range []string{bed.StateDir, bed.Logs} {
+		errs = append(errs, filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+			if err != nil || !d.Type().IsRegular() {
+				return err
+			}
+			b, err := os.ReadFile(path)
+			if err == nil && bytes.Contains(b, []byte(password)) {
+				err = fmt.Errorf("%s has a password in it", path)
+			}
+			return err
+		}))
+	}
+	return errors.Join(errs...)
+}
+
+// ourLeases returns the leases of pulls that containerd has.
+func ourLeases(t testing.TB) []string {
+	t.Helper()
+	ctx := namespaces.WithNamespace(t.Context(), "k8s.io")
+	list, err := bed.leases.List(ctx, &leasesapi.ListRequest{})
+	must(t, err)
+	var ours []string
+	for _, l := range list.GetLeases() {
+		if strings.HasPrefix(l.GetID(), "cri-proxy") {
+			ours = append(ours, l.GetID())
+		}
+	}
+	return ours
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// eventually calls cond until it returns nil.
+func eventually(t testing.TB, cond func() error) {
+	t.Helper()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	end := time.After(waitFor)
+	for {
+		err := cond()
+		if err == nil {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-end:
+			t.Fatal(err)
+		}
+	}
+}
+
+// scale is how many times the usual size images of tests that measure have.
+func scale() int {
+	if os.Getenv("PREPULL_FULL") != "" {
+		return 8
+	}
+	return 1
+}
