@@ -60,9 +60,9 @@ type group struct {
 	TookP50 float64 `json:"tookP50"`
 	TookP95 float64 `json:"tookP95"`
 	// Gap is from the incumbent's exit to the successor's start, as the operation reports it; with StartFirst there is none.
-	GapP50 float64 `json:"gapP50"`
-	GapP95 float64 `json:"gapP95"`
-	GapMax float64 `json:"gapMax"`
+	GapP50 float64 `json:"gapP50,omitempty"`
+	GapP95 float64 `json:"gapP95,omitempty"`
+	GapMax float64 `json:"gapMax,omitempty"`
 	// Silence is the longest time between two answers around a restart, with a request every 10 ms.
 	SilenceP50 float64 `json:"silenceP50"`
 	SilenceP95 float64 `json:"silenceP95"`
@@ -72,7 +72,7 @@ type group struct {
 }
 
 // mostSamples is how many samples are written.
-const mostSamples = 120
+const mostSamples = 60
 
 func (s *soak) result(checks []check, t traffic, processes int, samples []sample) *result {
 	r := &result{
@@ -106,7 +106,7 @@ func (s *soak) result(checks []check, t traffic, processes int, samples []sample
 			if x.via == viaOps || x.via == viaRepeated {
 				took = append(took, ms(x.took))
 			}
-			if x.op.GetGap() != nil {
+			if x.op.GetGap() != nil && x.order != opsv1.Order_ORDER_START_FIRST {
 				gap = append(gap, ms(x.op.GetGap().AsDuration()))
 			}
 			if x.via != viaPair { // a pair's is that of both
@@ -187,7 +187,11 @@ func (r *result) print(w io.Writer) {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintf(t, "order\tmethod\trestarts\ttook p50 ms\tp95\tgap p50 ms\tp95\tmax\tsilence p50 ms\tp95\tmax\tfailed requests\t\n")
 	for _, g := range r.Groups {
-		fmt.Fprintf(t, "%s\t%s\t%d\t%.0f\t%.0f\t%.1f\t%.1f\t%.1f\t%.0f\t%.0f\t%.0f\t%d\t\n", g.Order, g.Method, g.Restarts, g.TookP50, g.TookP95, g.GapP50, g.GapP95, g.GapMax, g.SilenceP50, g.SilenceP95, g.SilenceMax, g.Failed)
+		gap := "\t\t"
+		if g.GapMax > 0 {
+			gap = fmt.Sprintf("%.1f\t%.1f\t%.1f", g.GapP50, g.GapP95, g.GapMax)
+		}
+		fmt.Fprintf(t, "%s\t%s\t%d\t%.0f\t%.0f\t%s\t%.0f\t%.0f\t%.0f\t%d\t\n", g.Order, g.Method, g.Restarts, g.TookP50, g.TookP95, gap, g.SilenceP50, g.SilenceP95, g.SilenceMax, g.Failed)
 	}
 	_ = t.Flush()
 	fmt.Fprintln(w)
