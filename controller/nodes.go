@@ -216,17 +216,24 @@ func (g *GRPCNodes) sweep(now time.Time) {
 	}
 }
 
-// call runs one unary command within callTimeout.
+// call runs one unary command of the Ops service within callTimeout.
 func call[T any](ctx context.Context, g *GRPCNodes, n Node, method string, do func(context.Context, opsv1.OpsClient) (T, error)) (T, error) {
+	return callOn(ctx, g, n, method, func(ctx context.Context, conn *grpc.ClientConn) (T, error) {
+		return do(ctx, opsv1.NewOpsClient(conn))
+	})
+}
+
+// callOn runs one unary command within callTimeout.
+func callOn[T any](ctx context.Context, g *GRPCNodes, n Node, method string, do func(context.Context, *grpc.ClientConn) (T, error)) (T, error) {
 	var none T
-	client, conn, err := g.client(n)
+	_, conn, err := g.client(n)
 	if err != nil {
 		return none, &NodeError{Node: n, Method: method, Err: err, Silent: true}
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	start := time.Now()
-	answer, err := do(ctx, client)
+	answer, err := do(ctx, conn)
 	g.metrics.nodeCall(method, status.Code(err), time.Since(start))
 	if err != nil {
 		return none, &NodeError{Node: n, Method: method, Err: err, Silent: silent(err, conn)}

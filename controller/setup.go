@@ -26,6 +26,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/source"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 )
 
 // podNameIndex finds the unfinished requests of a pod.
@@ -37,7 +38,10 @@ func NewScheme() (*runtime.Scheme, error) {
 	if err := clientgoscheme.AddToScheme(s); err != nil {
 		return nil, err
 	}
-	return s, appsv1alpha1.AddToScheme(s)
+	if err := appsv1alpha1.AddToScheme(s); err != nil {
+		return nil, err
+	}
+	return s, v1beta1.AddToScheme(s)
 }
 
 // CacheOptions keep of pods and nodes only what the controllers read: the cache of
@@ -59,6 +63,7 @@ func slimPod(in any) (any, error) {
 		return in, nil
 	}
 	slim := &corev1.Pod{ObjectMeta: slimMeta(&pod.ObjectMeta, mirrorAnnotation)}
+	slim.Labels = pod.Labels
 	slim.Spec.NodeName, slim.Spec.RestartPolicy, slim.Spec.ReadinessGates = pod.Spec.NodeName, pod.Spec.RestartPolicy, pod.Spec.ReadinessGates
 	containers := func(list []corev1.Container) []corev1.Container {
 		var slim []corev1.Container
@@ -95,7 +100,14 @@ func slimNode(in any) (any, error) {
 		return in, nil
 	}
 	slim := &corev1.Node{ObjectMeta: slimMeta(&node.ObjectMeta, OpsAddressAnnotation)}
+	slim.Labels = node.Labels
 	slim.Status.Addresses = node.Status.Addresses
+	for _, c := range node.Status.Conditions {
+		if c.Type == corev1.NodeReady {
+			// Without the times: a heartbeat is no change.
+			slim.Status.Conditions = []corev1.NodeCondition{{Type: c.Type, Status: c.Status, Reason: c.Reason, Message: c.Message}}
+		}
+	}
 	return slim, nil
 }
 

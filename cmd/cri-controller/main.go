@@ -26,6 +26,7 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
 	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull"
 )
 
 // leaseName is the Lease that decides which replica works; deploy/rbac grants it.
@@ -68,7 +69,7 @@ func newCommand() *cobra.Command {
 	var s settings
 	cmd := &cobra.Command{
 		Use:           "cri-controller",
-		Short:         "Restart containers in place on ContainerRecreateRequests",
+		Short:         "Restart containers in place and pull images ahead of time, as custom resources say",
 		Version:       version.Short(),
 		Args:          cobra.NoArgs,
 		SilenceErrors: true,
@@ -157,6 +158,9 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 	if err := r.SetupWithManager(ctx, m, s.workers); err != nil {
 		return err
 	}
+	if err := setUpImagePull(ctx, m, s, nodes, log); err != nil {
+		return err
+	}
 	if err := m.AddHealthzCheck("ping", healthz.Ping); err != nil {
 		return err
 	}
@@ -169,6 +173,23 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 	}
 	log.Info("cri-controller stops")
 	return nil
+}
+
+// setUpImagePull adds what carries out image jobs.
+func setUpImagePull(ctx context.Context, m ctrl.Manager, s settings, nodes imagepull.Nodes, log logrus.FieldLogger) error {
+	counters, err := imagepull.NewMetrics(metrics.Registry)
+	if err != nil {
+		return err
+	}
+	recorder := m.GetEventRecorder("cri-controller")
+	jobs := &imagepull.Reconciler{
+		Client: m.GetClient(), APIReader: m.GetAPIReader(), Nodes: nodes, NodePort: s.nodePort, Recorder: recorder, Metrics: counters, Log: log,
+	}
+	if err := jobs.SetupWithManager(ctx, m, s.workers); err != nil {
+		return err
+	}
+	lists := &imagepull.ListReconciler{Client: m.GetClient(), Recorder: recorder, Metrics: counters, Log: log}
+	return lists.SetupWithManager(ctx, m, s.workers)
 }
 
 // restConfig prefers the flag, then $KUBECONFIG, then the pod's service account.

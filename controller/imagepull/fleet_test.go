@@ -1,0 +1,342 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package imagepull
+
+import (
+	"context"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller"
+)
+
+const imageBytes = 100 << 20
+
+// fleet are nodes that do as the Images service says, in one process. It outlives controllers.
+type fleet struct {
+	mu    sync.Mutex
+	nodes map[string]*simNode
+	// inFlight counts unfinished pulls by job UID, peak is the most there were.
+	inFlight, peak map[string]int
+	calls          map[string]int
+	ctx            context.Context
+	stop           context.CancelFunc
+	wg             sync.WaitGroup
+}
+
+// simNode is one node. The fields say how it behaves.
+type simNode struct {
+	takes   time.Duration
+	steps   int
+	outcome string // "" or the reason of a failure
+	stuck   bool   // its pulls never end by themselves
+	silent  bool   // it does not answer
+	refused bool   // nothing listens
+	busy    int    // so many commands are refused
+	lacks   bool   // its pulls wait for credentials to be given again
+
+	pulls    map[string]*simPull
+	order    []string
+	requests []*opsv1.PullRequest // those that began a pull
+	pins     map[string]string    // owner → image
+	released int
+}
+
+type simPull struct {
+	req     *opsv1.PullRequest
+	op      *opsv1.PullOperation
+	changed chan struct{}
+	cancel  context.CancelFunc
+	reason  string // of the cancellation
+}
+
+func newFleet() *fleet {
+	f := &fleet{nodes: map[string]*simNode{}, inFlight: map[string]int{}, peak: map[string]int{}, calls: map[string]int{}}
+	f.ctx, f.stop = context.WithCancel(context.Background())
+	return f
+}
+
+func (f *fleet) end() {
+	f.stop()
+	f.wg.Wait()
+}
+
+func (f *fleet) add(name string, n *simNode) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if n.steps == 0 {
+		n.steps = 4
+	}
+	n.pulls, n.pins = map[string]*simPull{}, map[string]string{}
+	f.nodes[name] = n
+}
+
+// change changes how a node behaves.
+func (f *fleet) change(name string, how func(*simNode)) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	how(f.nodes[name])
+}
+
+func (f *fleet) node(ctx context.Context, n controller.Node, method string) (*simNode, error) {
+	f.mu.Lock()
+	node := f.nodes[n.Name]
+	f.calls[method]++
+	silent, refused := node == nil || node.silent, node != nil && node.refused
+	f.mu.Unlock()
+	fail := func(code codes.Code, message string) error {
+		return &controller.NodeError{Node: n, Method: method, Err: status.Error(code, message), Silent: true}
+	}
+	if refused {
+		return nil, fail(codes.Unavailable, "dial tcp "+n.Address+": connect: connection refused")
+	}
+	if silent {
+		patience := 5 * time.Second
+		if method == "WatchPull" {
+			patience = 24 * time.Hour
+		}
+		pause(ctx, patience)
+		return nil, fail(codes.DeadlineExceeded, "context deadline exceeded")
+	}
+	return node, ctx.Err()
+}
+
+func answer(n controller.Node, method string, code codes.Code, message string) error {
+	return &controller.NodeError{Node: n, Method: method, Err: status.Error(code, message)}
+}
+
+func jobOf(uid string) string {
+	job, _, _ := strings.Cut(uid, ".")
+	return job
+}
+
+func (f *fleet) Pull(ctx context.Context, n controller.Node, r *opsv1.PullRequest) (*opsv1.PullOperation, error) {
+	node, err := f.node(ctx, n, "Pull")
+	if err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if node.busy > 0 {
+		node.busy--
+		return nil, answer(n, "Pull", codes.ResourceExhausted, "too many operations")
+	}
+	bare := proto.Clone(r).(*opsv1.PullRequest)
+	bare.Credentials = nil
+	if p := node.pulls[r.GetUid()]; p != nil {
+		if !proto.Equal(p.req, bare) {
+			return nil, answer(n, "Pull", codes.AlreadyExists, "another request has this UID")
+		}
+		if p.op.GetReason() == reasonCredentials {
+			p.op.Reason = ""
+			f.begin(node, p)
+		}
+		return proto.Clone(p.op).(*opsv1.PullOperation), nil
+	}
+	node.requests = append(node.requests, r)
+	p := &simPull{req: bare, changed: make(chan struct{}), op: &opsv1.PullOperation{
+		Uid: r.GetUid(), Image: r.GetImage(), Owner: r.GetOwner(), Phase: opsv1.PullPhase_PULL_WAITING, CreateTime: timestamppb.Now(),
+	}}
+	node.pulls[r.GetUid()] = p
+	node.order = append(node.order, r.GetUid())
+	job := jobOf(r.GetUid())
+	f.inFlight[job]++
+	f.peak[job] = max(f.peak[job], f.inFlight[job])
+	if node.lacks {
+		node.lacks = false
+		p.op.Reason = reasonCredentials
+	} else {
+		f.begin(node, p)
+	}
+	return proto.Clone(p.op).(*opsv1.PullOperation), nil
+}
+
+// begin lets a pull go on; the caller holds the mutex.
+func (f *fleet) begin(node *simNode, p *simPull) {
+	ctx, cancel := context.WithCancel(f.ctx)
+	p.cancel = cancel
+	if slices.Contains(slices.Collect(maps.Values(node.pins)), p.req.GetImage()) && p.req.GetPolicy() != opsv1.PullPolicy_PULL_POLICY_ALWAYS {
+		f.finish(node, p, opsv1.PullPhase_PULL_SUCCEEDED, "Present", "")
+		cancel()
+		return
+	}
+	takes, steps, outcome, stuck := node.takes, node.steps, node.outcome, node.stuck
+	f.wg.Go(func() {
+		defer cancel()
+		for i := range steps {
+			if !pause(ctx, takes/time.Duration(steps)) {
+				break
+			}
+			f.update(p, func(op *opsv1.PullOperation) {
+				op.Phase, op.BytesTotal, op.BytesDone = opsv1.PullPhase_PULL_FETCHING, imageBytes, imageBytes*int64(i+1)/int64(steps)
+				op.BytesFetched, op.Attempt = op.BytesDone, 1
+			})
+		}
+		if stuck && ctx.Err() == nil {
+			bound := p.req.GetAttemptTimeout().AsDuration() * time.Duration(p.req.GetMaxAttempts())
+			if pause(ctx, bound) {
+				outcome = "Timeout"
+			}
+		}
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		switch {
+		case ctx.Err() != nil:
+			f.finish(node, p, opsv1.PullPhase_PULL_CANCELLED, "Cancelled", p.reason)
+		case outcome != "":
+			f.finish(node, p, opsv1.PullPhase_PULL_FAILED, outcome, "the registry says "+outcome)
+		default:
+			f.finish(node, p, opsv1.PullPhase_PULL_SUCCEEDED, "Pulled", "")
+		}
+	})
+}
+
+func (f *fleet) update(p *simPull, change func(*opsv1.PullOperation)) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if p.op.GetFinishTime() == nil {
+		f.updateLocked(p, change)
+	}
+}
+
+func (f *fleet) updateLocked(p *simPull, change func(*opsv1.PullOperation)) {
+	change(p.op)
+	close(p.changed)
+	p.changed = make(chan struct{})
+}
+
+func (f *fleet) finish(node *simNode, p *simPull, phase opsv1.PullPhase, reason, message string) {
+	if p.op.GetFinishTime() != nil {
+		return
+	}
+	if phase == opsv1.PullPhase_PULL_SUCCEEDED && p.req.GetPinFor().AsDuration() > 0 {
+		node.pins[p.req.GetOwner()] = p.req.GetImage()
+	}
+	f.inFlight[jobOf(p.op.GetUid())]--
+	f.updateLocked(p, func(op *opsv1.PullOperation) {
+		op.Phase, op.Reason, op.Message, op.FinishTime = phase, reason, message, timestamppb.Now()
+	})
+}
+
+func (f *fleet) ListPulls(ctx context.Context, n controller.Node) ([]*opsv1.PullOperation, error) {
+	node, err := f.node(ctx, n, "ListPulls")
+	if err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var ops []*opsv1.PullOperation
+	for _, uid := range slices.Backward(node.order) {
+		ops = append(ops, proto.Clone(node.pulls[uid].op).(*opsv1.PullOperation))
+	}
+	return ops, nil
+}
+
+func (f *fleet) WatchPull(ctx context.Context, n controller.Node, uid string, each func(*opsv1.PullOperation) bool) error {
+	node, err := f.node(ctx, n, "WatchPull")
+	if err != nil {
+		return err
+	}
+	for {
+		f.mu.Lock()
+		p := node.pulls[uid]
+		if p == nil {
+			f.mu.Unlock()
+			return answer(n, "WatchPull", codes.NotFound, "no such pull")
+		}
+		op, changed, silent := proto.Clone(p.op).(*opsv1.PullOperation), p.changed, node.silent
+		f.mu.Unlock()
+		if silent { // a stream whose other end has vanished
+			<-ctx.Done()
+		}
+		if ctx.Err() != nil {
+			return answer(n, "WatchPull", codes.Canceled, "context canceled")
+		}
+		if !each(op) || op.GetFinishTime() != nil {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+		}
+	}
+}
+
+func (f *fleet) CancelPull(ctx context.Context, n controller.Node, uid, reason string) (*opsv1.PullOperation, error) {
+	node, err := f.node(ctx, n, "CancelPull")
+	if err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	p := node.pulls[uid]
+	if p == nil {
+		return nil, answer(n, "CancelPull", codes.NotFound, "no such pull")
+	}
+	p.reason = reason
+	f.finish(node, p, opsv1.PullPhase_PULL_CANCELLED, "Cancelled", reason)
+	if p.cancel != nil {
+		p.cancel()
+	}
+	return proto.Clone(p.op).(*opsv1.PullOperation), nil
+}
+
+func (f *fleet) ReleasePins(ctx context.Context, n controller.Node, owner string) (int, error) {
+	node, err := f.node(ctx, n, "ReleasePins")
+	if err != nil {
+		return 0, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	node.released++
+	if _, ok := node.pins[owner]; !ok {
+		return 0, nil
+	}
+	delete(node.pins, owner)
+	return 1, nil
+}
+
+// begun is how many pulls were begun on each node.
+func (f *fleet) begun(names ...string) map[string]int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	counts := map[string]int{}
+	for name, n := range f.nodes {
+		if len(names) == 0 || slices.Contains(names, name) {
+			counts[name] = len(n.requests)
+		}
+	}
+	return counts
+}
+
+func (f *fleet) flying(job string) int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.inFlight[job]
+}
+
+// last is the last request that began a pull on the node, or nil.
+func (f *fleet) last(name string) *opsv1.PullRequest {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if r := f.nodes[name].requests; len(r) > 0 {
+		return r[len(r)-1]
+	}
+	return nil
+}
+
+func (f *fleet) pinned(name string) []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Sorted(maps.Values(f.nodes[name].pins))
+}

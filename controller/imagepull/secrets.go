@@ -1,0 +1,164 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package imagepull
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+// maxCredentials is the most a node takes.
+const maxCredentials = 256
+
+// defaultServiceAccount is the one whose imagePullSecrets pods get that name no other.
+const defaultServiceAccount = "default"
+
+// keyring is what came of reading a job's secrets.
+type keyring struct {
+	credentials []*opsv1.RegistryCredential
+	// asked says that there are secrets to read; wrong, which of them cannot be used and why. Neither holds a secret.
+	asked bool
+	wrong []string
+}
+
+// secretsError says that the API server did not hand out a secret for now.
+type secretsError struct{ err error }
+
+func (e *secretsError) Error() string { return e.err.Error() }
+func (e *secretsError) Unwrap() error { return e.err }
+
+// readSecrets reads the job's pull secrets and those of the namespace's default ServiceAccount. What is missing or
+// malformed is left out and named; the error, a *secretsError, is one that may pass.
+func readSecrets(ctx context.Context, from client.Reader, namespace string, names []string) (*keyring, error) {
+	k := &keyring{}
+	var account corev1.ServiceAccount
+	err := from.Get(ctx, client.ObjectKey{Namespace: namespace, Name: defaultServiceAccount}, &account)
+	if err != nil && !apierrors.IsNotFound(err) {
+		return nil, &secretsError{fmt.Errorf("reading ServiceAccount %s/%s: %w", namespace, defaultServiceAccount, err)}
+	}
+	type source struct{ name, by string }
+	var sources []source
+	for _, name := range names {
+		sources = append(sources, source{name, "pullSecrets"})
+	}
+	for _, ref := range account.ImagePullSecrets {
+		if !slices.Contains(names, ref.Name) {
+			sources = append(sources, source{ref.Name, "imagePullSecrets of ServiceAccount " + defaultServiceAccount})
+		}
+	}
+	for _, s := range sources {
+		k.asked = true
+		var secret corev1.Secret
+		err := from.Get(ctx, client.ObjectKey{Namespace: namespace, Name: s.name}, &secret)
+		switch {
+		case apierrors.IsNotFound(err):
+			k.wrong = append(k.wrong, fmt.Sprintf("secret %s of %s does not exist in namespace %s", s.name, s.by, namespace))
+			continue
+		case err != nil:
+			return nil, &secretsError{fmt.Errorf("reading secret %s/%s: %w", namespace, s.name, err)}
+		}
+		credentials, err := credentialsOf(&secret)
+		if err != nil {
+			k.wrong = append(k.wrong, fmt.Sprintf("secret %s of %s cannot be used: %s", s.name, s.by, err))
+			continue
+		}
+		k.credentials = append(k.credentials, credentials...)
+	}
+	// Kubelet tries the longest match of a name first, and equal ones in the order in which they came
+	// (pkg/credentialprovider/keyring.go).
+	slices.SortStableFunc(k.credentials, func(a, b *opsv1.RegistryCredential) int { return strings.Compare(b.GetMatch(), a.GetMatch()) })
+	if more := len(k.credentials) - maxCredentials; more > 0 {
+		k.credentials = k.credentials[:maxCredentials]
+		k.wrong = append(k.wrong, fmt.Sprintf("%d registry entries too many: a node takes %d", more, maxCredentials))
+	}
+	return k, nil
+}
+
+// dockerEntry is one registry of a docker config.
+type dockerEntry struct {
+	Username      string `json:"username"`
+	Password      string `json:"password"`
+	Auth          string `json:"auth"`
+	IdentityToken string `json:"identitytoken"`
+	RegistryToken string `json:"registrytoken"`
+}
+
+// credentialsOf reads a secret. No part of it gets into the error.
+func credentialsOf(secret *corev1.Secret) ([]*opsv1.RegistryCredential, error) {
+	var entries map[string]dockerEntry
+	switch secret.Type {
+	case corev1.SecretTypeDockerConfigJson:
+		var config struct {
+			Auths map[string]dockerEntry `json:"auths"`
+		}
+		if json.Unmarshal(secret.Data[corev1.DockerConfigJsonKey], &config) != nil {
+			return nil, fmt.Errorf("its %s is no docker config.json", corev1.DockerConfigJsonKey)
+		}
+		entries = config.Auths
+	case corev1.SecretTypeDockercfg:
+		if json.Unmarshal(secret.Data[corev1.DockerConfigKey], &entries) != nil {
+			return nil, fmt.Errorf("its %s is no docker config", corev1.DockerConfigKey)
+		}
+	default:
+		return nil, fmt.Errorf("its type is %q, not %s or %s", secret.Type, corev1.SecretTypeDockerConfigJson, corev1.SecretTypeDockercfg)
+	}
+	var credentials []*opsv1.RegistryCredential
+	for key, e := range entries {
+		c := &opsv1.RegistryCredential{
+			Match: registryKey(key), Username: e.Username, Password: e.Password, IdentityToken: e.IdentityToken, RegistryToken: e.RegistryToken,
+		}
+		if e.Auth != "" {
+			var err error
+			if c.Username, c.Password, err = decodeAuth(e.Auth); err != nil {
+				return nil, errors.New("the auth of an entry is no base64 of NAME:PASSWORD")
+			}
+		}
+		credentials = append(credentials, c)
+	}
+	// The same order each time.
+	slices.SortFunc(credentials, func(a, b *opsv1.RegistryCredential) int { return strings.Compare(b.GetMatch(), a.GetMatch()) })
+	return credentials, nil
+}
+
+func decodeAuth(auth string) (user, password string, err error) {
+	// Some tools leave the padding out.
+	b, err := base64.RawStdEncoding.DecodeString(strings.TrimRight(auth, "="))
+	if err != nil {
+		return "", "", err
+	}
+	user, password, ok := strings.Cut(string(b), ":")
+	if !ok {
+		return "", "", errors.New("no colon")
+	}
+	return user, strings.TrimRight(password, "\x00"), nil
+}
+
+// registryKey takes off an entry's key what docker leaves on it and does not count: the scheme and the API version.
+func registryKey(key string) string {
+	key = strings.TrimPrefix(strings.TrimPrefix(key, "https://"), "http://")
+	host, path, _ := strings.Cut(key, "/")
+	path = strings.Trim(path, "/")
+	for _, version := range []string{"v1", "v2"} {
+		if path == version {
+			path = ""
+		} else if rest, ok := strings.CutPrefix(path, version+"/"); ok {
+			path = rest
+		}
+	}
+	if path == "" {
+		return host
+	}
+	return host + "/" + path
+}

@@ -1,0 +1,244 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package imagepull
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+// How much of a job the status tells.
+const (
+	maxFailedNodes = 2000
+	maxDetails     = 20
+	maxSlowest     = 5
+	maxMessage     = 300
+)
+
+// Messages are OpenKruise's.
+const (
+	messageNoProgress = "job is running, no progress"
+	messageProgress   = "job is running, progress %.1f%%"
+	messageCompleted  = "job has completed"
+	messageDeadline   = "job exceeds activeDeadlineSeconds"
+)
+
+// Reasons of the conditions.
+const (
+	completePulling     = "Pulling"
+	completePaused      = "Paused"
+	completeWaiting     = "WaitingForNodes"
+	completeUpToDate    = "UpToDate"
+	completeInvalidSpec = "InvalidSpec"
+
+	completeSucceeded   = "Succeeded"
+	completeNodesFailed = "NodesFailed"
+	completeNoNodes     = "NoMatchingNodes"
+	completeDeadline    = "DeadlineExceeded"
+
+	secretsFound   = "Found"
+	secretsMissing = "MissingOrInvalid"
+)
+
+// reasonPresent is the node's word for a pull for which nothing had to be done.
+const reasonPresent = "Present"
+
+// report is what the status is to say of the run: before is what it says now. The caller holds the mutex.
+func (u *run) report(before *v1beta1.ImagePullJobStatus) *v1beta1.ImagePullJobStatus {
+	s := &v1beta1.ImagePullJobStatus{
+		StartTime: before.StartTime, CompletionTime: before.CompletionTime, Conditions: slices.Clone(before.Conditions),
+		ObservedGeneration: before.ObservedGeneration, ObservedWork: before.ObservedWork,
+		Desired: int32(len(u.members)),
+	}
+	var (
+		done        float64
+		known, told int64
+		left, busy  []*member
+		broken      []*member
+		reasons     = map[string]int32{}
+	)
+	for _, m := range u.members {
+		share := m.fraction
+		switch {
+		case m.phase == succeeded || m.held:
+			s.Succeeded++
+			share = 1
+		case m.phase == failed:
+			s.Failed++
+			reasons[m.reason]++
+			broken = append(broken, m)
+		case m.phase == active:
+			s.Active++
+			busy = append(busy, m)
+		case m.away.reason != "":
+			s.Skipped++
+			left = append(left, m)
+		}
+		done += share
+		if total := m.op.GetBytesTotal(); total > 0 {
+			known, told = known+total, told+1
+			s.BytesDone += min(m.op.GetBytesDone(), total)
+		}
+	}
+	if told > 0 {
+		s.BytesTotal = known + known/told*(int64(len(u.members))-told)
+	}
+	if s.Desired > 0 {
+		s.Percent = int32(100*done/float64(s.Desired) + 1e-6)
+		s.Progress = fmt.Sprintf("%d%%", s.Percent)
+		s.Message = fmt.Sprintf(messageProgress, 100*float64(s.Succeeded+s.Failed)/float64(s.Desired))
+	} else {
+		s.Message = messageNoProgress
+	}
+
+	byName := func(a, b *member) int { return strings.Compare(a.target.node.Name, b.target.node.Name) }
+	slices.SortFunc(broken, byName)
+	for _, m := range first(broken, maxFailedNodes) {
+		s.FailedNodes = append(s.FailedNodes, m.target.node.Name)
+	}
+	for _, m := range first(broken, maxDetails) {
+		s.Failures = append(s.Failures, v1beta1.NodePullFailure{Node: m.target.node.Name, Reason: m.reason, Message: shorten(m.message)})
+	}
+	for reason, n := range reasons {
+		s.FailureReasons = append(s.FailureReasons, v1beta1.FailureCount{Reason: reason, Count: n})
+	}
+	slices.SortFunc(s.FailureReasons, func(a, b v1beta1.FailureCount) int {
+		return cmp.Or(cmp.Compare(b.Count, a.Count), strings.Compare(a.Reason, b.Reason))
+	})
+	slices.SortFunc(left, byName)
+	for _, m := range first(left, maxDetails) {
+		s.SkippedNodes = append(s.SkippedNodes, v1beta1.NodePullFailure{Node: m.target.node.Name, Reason: m.away.reason, Message: shorten(m.away.message)})
+	}
+	slices.SortStableFunc(busy, func(a, b *member) int { return a.begun.Compare(b.begun) })
+	for _, m := range first(busy, maxSlowest) {
+		begun := metav1.NewTime(m.begun)
+		s.SlowestNodes = append(s.SlowestNodes, v1beta1.NodePullProgress{
+			Node: m.target.node.Name, Phase: phaseName(m.op.GetPhase()), Reason: m.op.GetReason(),
+			BytesDone: m.op.GetBytesDone(), BytesTotal: m.op.GetBytesTotal(), BytesPerSecond: m.op.GetBytesPerSecond(),
+			Attempt: m.op.GetAttempt(), StartTime: &begun,
+		})
+	}
+	u.tellSecrets(s)
+	return s
+}
+
+func (u *run) tellSecrets(s *v1beta1.ImagePullJobStatus) {
+	switch {
+	case u.keys == nil:
+	case !u.keys.asked:
+		meta.RemoveStatusCondition(&s.Conditions, v1beta1.ConditionPullSecretsFound)
+	case len(u.keys.wrong) > 0:
+		setCondition(s, v1beta1.ConditionPullSecretsFound, false, secretsMissing, strings.Join(first(u.keys.wrong, maxDetails), "; "))
+	default:
+		setCondition(s, v1beta1.ConditionPullSecretsFound, true, secretsFound, "")
+	}
+}
+
+// tellRunning sets the condition of a job that has not ended. The caller holds the mutex.
+func (u *run) tellRunning(s *v1beta1.ImagePullJobStatus) {
+	reason, message := completePulling, ""
+	switch {
+	case u.finished() && s.Desired == 0:
+		reason, message = completeNoNodes, "no node matches; nodes that join later get the image"
+	case u.finished():
+		reason, message = completeUpToDate, "no node has anything left to do; nodes that join later get the image too"
+	case u.wish.limit() == 0:
+		reason, message = completePaused, "parallelism is 0: no node begins to pull"
+	case s.Active == 0 && s.Skipped > 0:
+		reason, message = completeWaiting, fmt.Sprintf("%d nodes cannot be commanded now, see skippedNodes; they are tried again", s.Skipped)
+	}
+	setCondition(s, v1beta1.ConditionComplete, false, reason, message)
+	meta.RemoveStatusCondition(&s.Conditions, v1beta1.ConditionSucceeded)
+}
+
+// conclude makes the status that of a job that has ended. With late, its deadline was over before that.
+func conclude(s *v1beta1.ImagePullJobStatus, late bool, now time.Time) (reason string) {
+	end := metav1.NewTime(now)
+	s.CompletionTime = &end
+	s.Message = messageCompleted
+	var message string
+	switch {
+	case late:
+		over := s.Desired - s.Succeeded - s.Failed
+		s.Message, reason = messageDeadline, completeDeadline
+		message = fmt.Sprintf("%d of %d nodes have the image; %d were not done, what they pulled is cancelled", s.Succeeded, s.Desired, over)
+		s.Failed += over
+		if over > 0 {
+			s.FailureReasons = append(s.FailureReasons, v1beta1.FailureCount{Reason: completeDeadline, Count: over})
+		}
+	case s.Desired == 0:
+		reason, message = completeNoNodes, "no node matches the selectors of the job, so there was nothing to do"
+	case s.Failed > 0:
+		reason = completeNodesFailed
+		message = fmt.Sprintf("%d of %d nodes have no image: %s", s.Failed, s.Desired, reasonsText(s))
+	default:
+		reason, message = completeSucceeded, fmt.Sprintf("all %d nodes have the image", s.Desired)
+	}
+	s.Active, s.Skipped, s.SlowestNodes = 0, 0, nil
+	setCondition(s, v1beta1.ConditionComplete, true, reason, message)
+	setCondition(s, v1beta1.ConditionSucceeded, s.Failed == 0, reason, message)
+	return reason
+}
+
+func reasonsText(s *v1beta1.ImagePullJobStatus) string {
+	var parts []string
+	for _, r := range first(s.FailureReasons, maxSlowest) {
+		parts = append(parts, fmt.Sprintf("%s on %d", r.Reason, r.Count))
+	}
+	if len(s.Failures) > 0 {
+		parts = append(parts, fmt.Sprintf("node %s says: %s", s.Failures[0].Node, s.Failures[0].Message))
+	}
+	return strings.Join(parts, ", ")
+}
+
+func setCondition(s *v1beta1.ImagePullJobStatus, kind string, is bool, reason, message string) {
+	status := metav1.ConditionFalse
+	if is {
+		status = metav1.ConditionTrue
+	}
+	meta.SetStatusCondition(&s.Conditions, metav1.Condition{
+		Type: kind, Status: status, Reason: reason, Message: message, ObservedGeneration: s.ObservedGeneration,
+	})
+}
+
+func phaseName(p opsv1.PullPhase) string {
+	switch p {
+	case opsv1.PullPhase_PULL_RESOLVING:
+		return "Resolving"
+	case opsv1.PullPhase_PULL_FETCHING:
+		return "Fetching"
+	case opsv1.PullPhase_PULL_UNPACKING:
+		return "Unpacking"
+	}
+	return "Waiting"
+}
+
+func first[T any](list []T, n int) []T { return list[:min(len(list), n)] }
+
+func shorten(text string) string {
+	if len(text) <= maxMessage {
+		return text
+	}
+	return strings.ToValidUTF8(text[:maxMessage], "") + "…"
+}
+
+// unfinished is names with those of the nodes that were not done, sorted. The caller holds the mutex.
+func (u *run) unfinished(names []string) []string {
+	for _, m := range u.members {
+		if !m.done() {
+			names = append(names, m.target.node.Name)
+		}
+	}
+	slices.Sort(names)
+	return first(names, maxFailedNodes)
+}
