@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -174,6 +175,15 @@ func TestPodDeletedDuringRestart(t *testing.T) {
 			h := hold(t, point)
 			apply(t, recreate(ns, point, point, "containers: [{name: app}]"))
 			h.reached()
+			processes := 1
+			if slices.Index(points, point) >= slices.Index(points, "running") {
+				processes = 2
+			}
+			// Before it has said how to stop it, the first process of a container takes no notice of being asked.
+			eventually(t, "the processes listen to signals", func() bool {
+				log, err := os.ReadFile(filepath.Join(dir, point))
+				return err == nil && strings.Count(string(log), "began ") == processes
+			})
 			began := time.Now()
 			kubectl(t, "-n", ns, "delete", "pod", point, "--wait=false")
 			eventually(t, "kubelet is stopping the container", func() bool { return strings.Contains(events(t, ns, point), "Killing") })

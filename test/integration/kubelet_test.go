@@ -236,7 +236,7 @@ func (p *pod) watch(name string) *relist {
 		if err != nil {
 			return
 		}
-		running := 0
+		running, alive := 0, 0
 		var states []string
 		for _, c := range resp.GetContainers() {
 			if c.GetLabels()["io.kubernetes.container.name"] != name {
@@ -255,10 +255,16 @@ func (p *pod) watch(name string) *relist {
 				if err == nil && st.GetStatus().GetState() == runtimeapi.ContainerState_CONTAINER_CREATED {
 					report("status of a listed container says created: %s", c.GetId())
 				}
+				if err != nil || st.GetStatus().GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING {
+					alive++
+				}
 			}
 		}
 		if running != 1 {
 			report("kubelet sees %d running containers of the slot: %s", running, strings.Join(states, " "))
+		} else if filter.GetState() == nil && alive == 0 {
+			// Kubelet asks for the status of what a whole list shows it, and takes nothing else for the pod's state.
+			report("the one container that was listed as running has ended: %s", strings.Join(states, " "))
 		}
 	}
 	for _, f := range []*runtimeapi.ContainerFilter{

@@ -18,11 +18,11 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// steps are those of a restart, in order, at which it can be held.
-var steps = []string{"created", "staged", "stop", "gated", "stopped", "running", "started", "reveal", "revealed"}
-
-// after reports whether a restart at step has passed the other one, or is at it.
-func after(step, other string) bool { return slices.Index(steps, step) >= slices.Index(steps, other) }
+// The steps of a restart, in order, at which it can be held.
+var (
+	stopFirst  = []string{"created", "staged", "stop", "gated", "stopped", "running", "started", "reveal", "revealed"}
+	startFirst = []string{"created", "staged", "start", "running", "ready", "stop", "stopped", "started", "reveal", "revealed"}
+)
 
 // pause holds restarts of a process at its failpoint, one after the other.
 type pause struct {
@@ -64,40 +64,72 @@ type stepTest struct {
 	n              *process
 	hold           *pause
 	pod            *pod
+	steps          []string
 	step           string
 	incumbent, uid string
+}
+
+// after reports whether the restart has passed the step, or is at it.
+func (s *stepTest) after(step string) bool {
+	return slices.Index(s.steps, s.step) >= slices.Index(s.steps, step)
 }
 
 // TestKubeletAtEachStep makes every call that kubelet makes on a container while a restart of it is at every step. Calls that
 // adjust it are answered and come true for its successor; calls that end it end the restart, and what runs afterwards is
 // what kubelet wants.
 func TestKubeletAtEachStep(t *testing.T) {
-	for _, step := range steps {
+	for _, step := range stopFirst {
 		t.Run(step, func(t *testing.T) {
-			n, hold := startPaused(t, step)
-			for name, test := range map[string]func(*testing.T, *stepTest){
+			atStep(t, opsv1.Order_ORDER_STOP_FIRST, stopFirst, step, map[string]func(*testing.T, *stepTest){
 				"adjusts": kubeletAdjusts, "creates": kubeletCreates, "stops": kubeletStops, "removes": kubeletRemoves, "stops the sandbox": kubeletStopsSandbox,
-			} {
-				t.Run(name, func(t *testing.T) {
-					p := n.runPod(t)
-					s := &stepTest{n: n, hold: hold, pod: p, step: step, incumbent: p.run(t, spec{name: "app", command: looping, grace: 10})}
-					t.Cleanup(hold.release) // a test that fails on the way must not leave the process stuck
-					s.uid = hold.held(n, p, restartOf("app"))
-					test(t, s)
-				})
-			}
+			})
 		})
 	}
+	for _, step := range startFirst[2:9] { // before, and after, there is no difference
+		t.Run("start first, "+step, func(t *testing.T) {
+			atStep(t, opsv1.Order_ORDER_START_FIRST, startFirst, step, map[string]func(*testing.T, *stepTest){
+				"adjusts": kubeletAdjusts, "stops": kubeletStops, "stops the sandbox": kubeletStopsSandbox,
+			})
+		})
+	}
+}
+
+// atStep runs tests on restarts that are held at a step, each on a pod of its own.
+func atStep(t *testing.T, order opsv1.Order, steps []string, step string, tests map[string]func(*testing.T, *stepTest)) {
+	t.Helper()
+	n, hold := startPaused(t, step)
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			p := n.runPod(t)
+			s := &stepTest{n: n, hold: hold, pod: p, steps: steps, step: step, incumbent: p.run(t, spec{name: "app", command: looping, grace: 10})}
+			t.Cleanup(hold.release) // a test that fails on the way must not leave the process stuck
+			s.began(t, 0)
+			req := restartOf("app")
+			req.Containers[0].Order = order
+			s.uid = hold.held(n, p, req)
+			if s.after("running") {
+				s.began(t, 1)
+			}
+			test(t, s)
+		})
+	}
+}
+
+// began waits until the process of an attempt can be asked to stop: before it has said how, the first process of a
+// container takes no notice.
+func (s *stepTest) began(t *testing.T, attempt int) {
+	t.Helper()
+	eventually(t, "the process listens to signals", func() bool { return strings.Contains(s.pod.log(t, "app", attempt), "started") })
 }
 
 // kubeletAdjusts makes the calls that do not end a container.
 func kubeletAdjusts(t *testing.T, s *stepTest) {
 	ctx := t.Context()
-	dead, shown := after(s.step, "stopped"), after(s.step, "revealed")
+	dead, shown := s.after("stopped"), s.after("revealed")
 	exec, err := s.n.ExecSync(ctx, &runtimeapi.ExecSyncRequest{ContainerId: s.incumbent, Cmd: []string{"true"}, Timeout: 5})
 	switch code := status.Code(err); {
 	case code == codes.OK && !dead && exec.GetExitCode() == 0:
-	case code == codes.Unavailable && !shown && after(s.step, "stop"): // which kubelet's prober takes for no result
+	case code == codes.Unavailable && !shown && s.after("stop"): // which kubelet's prober takes for no result
 	case shown && code != codes.OK && code != codes.DeadlineExceeded: // the runtime's own word
 	default:
 		t.Errorf("exec probe: %v, %v", exec, err)
@@ -145,7 +177,7 @@ func kubeletCreates(t *testing.T, s *stepTest) {
 		_, err := s.n.CreateContainer(t.Context(), s.pod.request(t, spec{name: "app", command: looping}, 1))
 		created <- err
 	}()
-	if !after(s.step, "revealed") {
+	if !s.after("revealed") {
 		select {
 		case err := <-created:
 			t.Errorf("answered in the middle of the restart: %v", err)
@@ -173,7 +205,7 @@ func kubeletStops(t *testing.T, s *stepTest) {
 	if took := time.Since(began); took > 8*time.Second {
 		t.Errorf("kubelet waited %s: a process was not asked to stop", took)
 	}
-	if after(s.step, "revealed") {
+	if s.after("revealed") {
 		s.succeeded(t) // kubelet, which sees that one, has nothing to say about it yet
 		return
 	}
@@ -216,7 +248,7 @@ func kubeletStopsSandbox(t *testing.T, s *stepTest) {
 	s.hold.release()
 	must(t, <-stopped)
 	s.counts(t, 0)
-	if !after(s.step, "revealed") {
+	if !s.after("revealed") {
 		s.takenBack(t)
 	}
 	resp, err := s.n.PodSandboxStatus(t.Context(), &runtimeapi.PodSandboxStatusRequest{PodSandboxId: s.pod.sandbox})
@@ -229,7 +261,7 @@ func kubeletStopsSandbox(t *testing.T, s *stepTest) {
 // kubeletArrives waits until the operation knows that it has to give way to a call.
 func (s *stepTest) kubeletArrives(t *testing.T, method string) {
 	t.Helper()
-	if after(s.step, "revealed") {
+	if s.after("revealed") {
 		return // nothing gives way any more
 	}
 	eventually(t, "the operation has to give way", func() bool {
