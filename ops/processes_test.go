@@ -35,6 +35,7 @@ type fakeProcesses struct {
 	mortal   string                  // a container whose application ends at once
 	noHook   bool                    // the hook is not run, and the application begins at once
 	deadHook bool                    // the container ends instead of running the hook
+	lateHook bool                    // the runtime's process does not come to run the hook
 	late     func(name string) error // called in StopContainer, between the end of the process and that of the container
 	all      []*fakeProcess
 	slots    map[string]*fakeProcess // of each slot, whose application began last
@@ -120,6 +121,8 @@ func (f *fakeRuntime) run(c *fakeContainer) error {
 	}
 	switch {
 	case c.gate == nil || p.noHook:
+	case p.lateHook:
+		script = `sleep 100000; exit 1`
 	case p.deadHook:
 		script = `exit 1`
 	default:

@@ -154,7 +154,18 @@ func TestTakenBack(t *testing.T) {
 // Kubelet stops the incumbent at every moment of a restart. Either the restart gives way and leaves
 // nothing behind, or it is over and kubelet sees the successor.
 func TestStopAtEveryMoment(t *testing.T) {
-	s := scenarios[1] // with hooks
+	for _, s := range scenarios {
+		switch s.name {
+		case "hooks", "start first, hooks", "start first, processes", "pidfd", "gate, hooks":
+			t.Run(s.name, func(t *testing.T) {
+				t.Parallel()
+				s.stopAtEveryMoment(t)
+			})
+		}
+	}
+}
+
+func (s scenario) stopAtEveryMoment(t *testing.T) {
 	for _, at := range s.points(t) {
 		t.Run(at.String(), func(t *testing.T) {
 			t.Parallel()
@@ -202,6 +213,9 @@ func TestStopAtEveryMoment(t *testing.T) {
 			}
 			if n.sees() != n.rt.state() {
 				t.Errorf("kubelet sees %s, there is %s", n.sees(), n.rt.state())
+			}
+			if s.pod.processes {
+				s.checkProcesses(t, n)
 			}
 		})
 	}
