@@ -1,0 +1,173 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
+	"github.com/cri-proxy/cri-proxy/test/testbed"
+)
+
+// imageOnNode returns an image as containerd itself has it, or nil.
+func imageOnNode(t testing.TB, image string) *runtimeapi.Image {
+	t.Helper()
+	conn, err := bed.DialRuntime()
+	must(t, err)
+	defer func() { _ = conn.Close() }()
+	resp, err := runtimeapi.NewImageServiceClient(conn).ImageStatus(t.Context(), &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: image}})
+	must(t, err)
+	return resp.GetImage()
+}
+
+// removeImage takes an image off the node, so that the test finds none of another one's.
+func removeImage(t testing.TB, image string) {
+	t.Helper()
+	conn, err := bed.DialRuntime()
+	must(t, err)
+	defer func() { _ = conn.Close() }()
+	_, err = runtimeapi.NewImageServiceClient(conn).RemoveImage(t.Context(), &runtimeapi.RemoveImageRequest{Image: &runtimeapi.ImageSpec{Image: image}})
+	must(t, err)
+}
+
+// pulled waits until the job has completed and returns it.
+func pulled(t testing.TB, ns, name string) *v1beta1.ImagePullJob {
+	t.Helper()
+	job := &v1beta1.ImagePullJob{}
+	eventually(t, "job "+name+" has completed", func() bool {
+		must(t, api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: name}, job))
+		return job.Status.CompletionTime != nil
+	})
+	return job
+}
+
+// TestImagePullJob applies the manifest as found in the field, verbatim.
+func TestImagePullJob(t *testing.T) {
+	ns := namespace(t)
+	const image = "docker.io/library/nginx:latest"
+	removeImage(t, image)
+	root, err := testbed.SourceDir("")
+	must(t, err)
+	manifest, err := os.ReadFile(filepath.Join(root, "deploy", "examples", "nginx-preheat.yaml"))
+	must(t, err)
+	apply(t, strings.Replace(string(manifest), "metadata:\n", "metadata:\n  namespace: "+ns+"\n", 1))
+
+	job := pulled(t, ns, "nginx-preheat")
+	if s := job.Status; s.Desired != 1 || s.Succeeded != 1 || s.Failed != 0 || s.Active != 0 {
+		t.Errorf("status: %+v", s)
+	}
+	if got := imageOnNode(t, image); got == nil || !got.GetPinned() {
+		t.Fatalf("the image on the node: %v", got)
+	}
+	columns := kubectl(t, "-n", ns, "get", "imagepulljob", "nginx-preheat", "--no-headers")
+	if !strings.Contains(columns, "job has completed") || !strings.Contains(columns, "100") {
+		t.Errorf("kubectl get imagepulljob: %q", columns)
+	}
+
+	// A pod that uses it starts without a pull.
+	apply(t, fmt.Sprintf(`
+apiVersion: v1
+kind: Pod
+metadata: {name: user, namespace: %s}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers: [{name: nginx, image: "nginx:latest", imagePullPolicy: IfNotPresent}]
+`, ns))
+	ready(t, ns, "user")
+	for _, c := range kubeletCalls(t, "PullImage") {
+		if c.Image == "nginx:latest" || c.Image == image {
+			t.Errorf("kubelet pulled: %+v", c)
+		}
+	}
+
+	// With the job goes the pin; the image stays.
+	kubectl(t, "-n", ns, "delete", "imagepulljob", "nginx-preheat", "--timeout=60s")
+	eventually(t, "the image is not pinned any more", func() bool {
+		got := imageOnNode(t, image)
+		if got == nil {
+			t.Fatal("the image has gone with the job")
+		}
+		return !got.GetPinned()
+	})
+}
+
+// TestImagePullJobProgress watches a larger image, in the older version of the API and in the newer one.
+func TestImagePullJobProgress(t *testing.T) {
+	ns := namespace(t)
+	must(t, bed.PushLargeImage(t.Context(), "large:1", 4, 8))
+	image := bed.Image("large:1")
+	apply(t, fmt.Sprintf(`
+apiVersion: apps.kruise.io/v1beta1
+kind: ImagePullJob
+metadata:
+  name: large
+  namespace: %s
+  annotations: {cri-proxy.io/bytes-per-second: 8Mi}
+spec:
+  image: %s
+  selector: {names: [%s]}
+  completionPolicy: {type: Always, ttlSecondsAfterFinished: 1}
+`, ns, image, bed.NodeName))
+	seen := map[string]bool{}
+	job := &v1beta1.ImagePullJob{}
+	eventually(t, "the job is finished and goes by itself", func() bool {
+		err := api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: "large"}, job)
+		if err != nil {
+			return client.IgnoreNotFound(err) == nil
+		}
+		seen[job.Status.Progress] = true
+		time.Sleep(100 * time.Millisecond) // polling another process
+		return false
+	})
+	if job.Status.Succeeded != 1 {
+		b, _ := json.Marshal(job.Status)
+		t.Errorf("status at the end: %s", b)
+	}
+	if len(seen) < 4 {
+		t.Errorf("progress was only %v", seen)
+	}
+	if imageOnNode(t, image) == nil {
+		t.Error("the image is not on the node")
+	}
+}
+
+// TestImagePullJobFails says what is wrong, in words that a user can act on.
+func TestImagePullJobFails(t *testing.T) {
+	ns := namespace(t)
+	job := func(name, image, more string) string {
+		return fmt.Sprintf(`
+---
+apiVersion: apps.kruise.io/v1alpha1
+kind: ImagePullJob
+metadata: {name: %s, namespace: %s}
+spec:
+  image: %s
+  completionPolicy: {type: Always}
+  pullPolicy: {backoffLimit: 0, timeoutSeconds: 20}
+  %s
+`, name, ns, image, more)
+	}
+	apply(t, job("missing", bed.Image("no-such-image:1"), "")+job("nowhere", bed.Image("busybox:1.0"), "selector: {names: [no-such-node]}"))
+	missing := pulled(t, ns, "missing")
+	if s := missing.Status; s.Failed != 1 || len(s.FailedNodes) != 1 || s.FailedNodes[0] != bed.NodeName {
+		t.Errorf("missing: %+v", s)
+	}
+	b, err := json.Marshal(missing.Status)
+	must(t, err)
+	if !strings.Contains(string(b), "NotFound") {
+		t.Errorf("the status does not say why: %s", b)
+	}
+	if nowhere := pulled(t, ns, "nowhere"); nowhere.Status.Desired != 0 || len(nowhere.Status.Conditions) == 0 {
+		t.Errorf("a job without nodes: %+v", nowhere.Status)
+	}
+}
