@@ -53,13 +53,31 @@ func Command(now func() time.Time) *cobra.Command {
 	cmd.PersistentFlags().StringVar(&c.socket, "admin-socket", socket, "admin socket of the daemon, also $"+socketVariable)
 	cmd.PersistentFlags().VarP(&c.output, "output", "o", "json, yaml, table or wide")
 	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(formats(), cobra.ShellCompDirectiveNoFileComp))
-	cmd.AddCommand(c.restart(), c.ops(), c.cancel(), c.status(), c.version())
+	cmd.AddCommand(c.restart(), c.ops(), c.cancel(), c.pull(), c.pulls(), c.images(), c.unpin(), c.status(), c.version())
 	return cmd
 }
 
-// dial returns a client of the daemon. That nobody is there is found out at once,
-// with what to do about it.
+// dial returns a client of the daemon's commands for containers.
 func (c *ctl) dial(ctx context.Context) (opsv1.OpsClient, func(), error) {
+	conn, closeConn, err := c.connect(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	return opsv1.NewOpsClient(conn), closeConn, nil
+}
+
+// dialImages returns a client of the daemon's commands for images.
+func (c *ctl) dialImages(ctx context.Context) (opsv1.ImagesClient, func(), error) {
+	conn, closeConn, err := c.connect(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	return opsv1.NewImagesClient(conn), closeConn, nil
+}
+
+// connect returns a connection to the daemon. That nobody is there is found out at once,
+// with what to do about it.
+func (c *ctl) connect(ctx context.Context) (*grpc.ClientConn, func(), error) {
 	var d net.Dialer
 	probe, err := d.DialContext(ctx, "unix", c.socket)
 	switch {
@@ -84,7 +102,7 @@ func (c *ctl) dial(ctx context.Context) (opsv1.OpsClient, func(), error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("admin socket %s: %w", c.socket, err)
 	}
-	return opsv1.NewOpsClient(conn), func() { _ = conn.Close() }, nil
+	return conn, func() { _ = conn.Close() }, nil
 }
 
 // interruptible returns a context that ends with SIGINT or SIGTERM too.

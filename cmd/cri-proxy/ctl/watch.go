@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
@@ -36,7 +37,9 @@ func (c *ctl) watch(ctx context.Context, out io.Writer, client opsv1.OpsClient, 
 	default:
 		view = &lines{c: c, out: out, last: map[string]string{}}
 	}
-	op, err := follow(ctx, client, uid, view.update)
+	op, err := follow(ctx, func(ctx context.Context, o ...grpc.CallOption) (grpc.ServerStreamingClient[opsv1.Operation], error) {
+		return client.WatchOperation(ctx, &opsv1.WatchOperationRequest{Uid: uid}, o...)
+	}, view.update)
 	// gRPC may see the end of ctx a moment before ctx itself says so.
 	code := status.Code(err)
 	switch {
@@ -52,24 +55,29 @@ func (c *ctl) watch(ctx context.Context, out io.Writer, client opsv1.OpsClient, 
 	return outcome(op)
 }
 
-// follow calls update for every state of the operation and returns the last one
+// finishing is an operation of the daemon; its zero value is one that nothing is known of yet.
+type finishing interface {
+	comparable
+	GetFinishTime() *timestamppb.Timestamp
+}
+
+// follow calls update for every state of an operation and returns the last one
 // seen. When the daemon goes away it waits for it to come back.
-func follow(ctx context.Context, client opsv1.OpsClient, uid string, update func(*opsv1.Operation) error) (*opsv1.Operation, error) {
-	var last *opsv1.Operation
+func follow[T finishing, M any](ctx context.Context, watch func(context.Context, ...grpc.CallOption) (grpc.ServerStreamingClient[M], error), update func(T) error) (T, error) {
+	var last, none T
 	for again := false; ; again = true {
-		var lost error
-		last, lost = followOnce(ctx, client, uid, again, last, update)
+		lost := followOnce(ctx, watch, again, &last, update)
 		switch {
 		case lost == nil, ctx.Err() != nil:
 			return last, lost
-		case status.Code(lost) != codes.Unavailable || last == nil:
+		case status.Code(lost) != codes.Unavailable || last == none:
 			return last, lost
 		}
 	}
 }
 
-// followOnce is one WatchOperation. After a loss it waits for the daemon to be back.
-func followOnce(ctx context.Context, client opsv1.OpsClient, uid string, again bool, last *opsv1.Operation, update func(*opsv1.Operation) error) (*opsv1.Operation, error) {
+// followOnce is one watch. After a loss it waits for the daemon to be back.
+func followOnce[T finishing, M any](ctx context.Context, watch func(context.Context, ...grpc.CallOption) (grpc.ServerStreamingClient[M], error), again bool, last *T, update func(T) error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	if again {
@@ -78,24 +86,24 @@ func followOnce(ctx context.Context, client opsv1.OpsClient, uid string, again b
 		})
 		defer t.Stop()
 	}
-	stream, err := client.WatchOperation(ctx, &opsv1.WatchOperationRequest{Uid: uid}, grpc.WaitForReady(again))
+	stream, err := watch(ctx, grpc.WaitForReady(again))
 	if err != nil {
-		return last, causeOf(ctx, err)
+		return causeOf(ctx, err)
 	}
 	for {
 		op, err := stream.Recv()
 		if errors.Is(err, io.EOF) {
-			if last.GetFinishTime() == nil {
-				return last, status.Error(codes.Unavailable, "the watch ended before the operation")
+			if (*last).GetFinishTime() == nil {
+				return status.Error(codes.Unavailable, "the watch ended before the operation")
 			}
-			return last, nil
+			return nil
 		}
 		if err != nil {
-			return last, causeOf(ctx, err)
+			return causeOf(ctx, err)
 		}
-		last = op
-		if err := update(op); err != nil {
-			return last, err
+		*last = any(op).(T)
+		if err := update(*last); err != nil {
+			return err
 		}
 	}
 }

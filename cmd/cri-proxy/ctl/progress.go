@@ -1,0 +1,164 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ctl
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+// silent shows nothing.
+type silent struct{}
+
+func (silent) update(*opsv1.PullOperation) error { return nil }
+
+// pullLines prints a line for every change and every tenth of the way: for pipes and logs.
+type pullLines struct {
+	c      *ctl
+	out    io.Writer
+	last   string
+	tenths int64
+}
+
+func (l *pullLines) update(op *opsv1.PullOperation) error {
+	state := pullState(op)
+	tenths := int64(0)
+	if op.GetBytesTotal() > 0 {
+		tenths = 10 * op.GetBytesDone() / op.GetBytesTotal()
+	}
+	if state == l.last && (tenths == l.tenths || op.GetPhase() != opsv1.PullPhase_PULL_FETCHING) {
+		return nil
+	}
+	l.last, l.tenths = state, tenths
+	line := []string{l.c.now().Format("15:04:05.000"), op.GetImage(), state}
+	if op.GetPhase() == opsv1.PullPhase_PULL_FETCHING {
+		line = append(line, progressText(op))
+	}
+	_, err := fmt.Fprintln(l.out, strings.Join(line, " "))
+	return err
+}
+
+// pullState is phase, reason and message of a pull in one line.
+func pullState(op *opsv1.PullOperation) string {
+	s := pullPhase(op)
+	if op.GetReason() != "" {
+		s += " (" + op.GetReason() + ")"
+	}
+	if op.GetMessage() != "" {
+		s += ": " + strings.Join(strings.Fields(op.GetMessage()), " ")
+	}
+	return s
+}
+
+// pullPhase turns PULL_FETCHING into Fetching.
+func pullPhase(op *opsv1.PullOperation) string {
+	name := strings.TrimPrefix(op.GetPhase().String(), "PULL_")
+	if op.GetPhase() == opsv1.PullPhase_PULL_PHASE_UNSPECIFIED {
+		return "Unknown"
+	}
+	return name[:1] + strings.ToLower(name[1:])
+}
+
+// progressText is such as "50 % of 1.0 GiB, 61.2 MiB/s, 8s left".
+func progressText(op *opsv1.PullOperation) string {
+	done, total, rate := op.GetBytesDone(), op.GetBytesTotal(), op.GetBytesPerSecond()
+	if total == 0 {
+		return ""
+	}
+	text := fmt.Sprintf("%d %% of %s", 100*done/total, bytesText(total))
+	if rate > 0 && done < total {
+		text += fmt.Sprintf(", %s/s, %s left", bytesText(rate), (time.Duration(float64(total-done)/float64(rate)*float64(time.Second)) + time.Second/2).Round(time.Second))
+	}
+	return text
+}
+
+// bars draws a bar for each layer over itself.
+type bars struct {
+	c    *ctl
+	out  io.Writer
+	size func() (width, height int)
+
+	drawn int // lines
+}
+
+func (s *bars) update(op *opsv1.PullOperation) error {
+	width, height := s.size()
+	var b bytes.Buffer
+	// A line that is too wide is cut, not wrapped, or more would have to be erased.
+	b.WriteString("\x1b[?7l")
+	if s.drawn > 0 {
+		fmt.Fprintf(&b, "\x1b[%dA\x1b[J", s.drawn)
+	}
+	head := op.GetImage() + "  " + pullState(op)
+	if p := progressText(op); p != "" && op.GetFinishTime() == nil {
+		head += "  " + p
+	}
+	lines := append([]string{head}, layerLines(op, width, height-2)...)
+	s.drawn = len(lines)
+	for _, l := range lines {
+		b.WriteString(l + "\n")
+	}
+	b.WriteString("\x1b[?7h")
+	_, err := s.out.Write(b.Bytes())
+	return err
+}
+
+// layerLines is a line for each layer, of those that are not done first if there is no room for all.
+func layerLines(op *opsv1.PullOperation, width, room int) []string {
+	layers := op.GetLayers()
+	if op.GetFinishTime() != nil {
+		return nil
+	}
+	var left int
+	if len(layers) > room {
+		var open []*opsv1.LayerProgress
+		for _, l := range layers {
+			if l.GetBytesDone() < l.GetBytesTotal() {
+				open = append(open, l)
+			}
+		}
+		shown := open[:min(len(open), max(room-1, 0))]
+		left, layers = len(layers)-len(shown), shown
+	}
+	var lines []string
+	for _, l := range layers {
+		lines = append(lines, layerLine(l, width))
+	}
+	if left > 0 {
+		done := 0
+		for _, l := range op.GetLayers() {
+			if l.GetBytesDone() >= l.GetBytesTotal() {
+				done++
+			}
+		}
+		lines = append(lines, fmt.Sprintf("  and %d more layers; %d of %d are done", left, done, len(op.GetLayers())))
+	}
+	return lines
+}
+
+const (
+	digestWidth = 12 // as docker shows layers
+	minBar      = 5
+	maxBar      = 40
+)
+
+func layerLine(l *opsv1.LayerProgress, width int) string {
+	_, id, _ := strings.Cut(l.GetDigest(), ":")
+	part := 1.0
+	if l.GetBytesTotal() > 0 {
+		part = float64(l.GetBytesDone()) / float64(l.GetBytesTotal())
+	}
+	room := min(max(width-digestWidth-33, minBar), maxBar)
+	full := int(part * float64(room))
+	bar := strings.Repeat("=", full)
+	if full < room {
+		bar += ">" + strings.Repeat(" ", room-full-1)
+	}
+	return fmt.Sprintf("  %-12.12s [%s] %3d %%  %10s of %s", id, bar, int(100*part), bytesText(l.GetBytesDone()), bytesText(l.GetBytesTotal()))
+}
