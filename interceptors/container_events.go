@@ -99,12 +99,37 @@ func (f *eventFilter) settleLocked(c *Claim, successor string, show bool) {
 			// of a container that kubelet never sees
 		default:
 			select {
-			case f.extra <- h.msg:
+			case f.extra <- f.view.showHeldLocked(h.msg):
 			default: // see heldEvents
 			}
 		}
 	}
 	f.held = rest
+}
+
+// showHeldLocked returns an event that was held back as it is to be shown now: it tells of all containers of the pod, of which others
+// may be hidden or masked still, and of starts that were not known then. The caller holds v.mu.
+func (v *View) showHeldLocked(msg []byte) []byte {
+	m, err := decode(msg, &runtimeapi.ContainerEventResponse{})
+	if err != nil {
+		return msg // it was decoded when it came
+	}
+	m.ContainersStatuses = without(m.ContainersStatuses, func(s *runtimeapi.ContainerStatus) bool {
+		how := v.verdictLocked(s.GetId())
+		if v.tokens[s.GetAnnotations()[StagedAnnotation]] != nil {
+			how = hidden
+		}
+		if how == masked {
+			showRunning(s)
+		}
+		v.correctLocked(s)
+		return how == hidden
+	})
+	b, err := encode(m)
+	if err != nil {
+		return msg
+	}
+	return b
 }
 
 // Extra implements [proxy.StreamFilter].

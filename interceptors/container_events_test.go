@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -182,6 +183,46 @@ func TestContainerEventsOfSeveralStreamsAndClaims(t *testing.T) {
 		if got := extra(t, f); got != "old STOPPED" {
 			t.Errorf("kubelet gets %q", got)
 		}
+	}
+}
+
+// An event tells of all containers of the pod. When it is released, those of another operation are still not to be seen, and
+// the start of the successor is known.
+func TestContainerEventsHeldTellWhatIsShownNow(t *testing.T) {
+	b := newBed(t)
+	_, f := b.stream(methodEvents, &runtimeapi.GetEventsRequest{})
+	app := b.swapping()
+	defer app.Release()
+	other, err := b.view.TryClaim(interceptors.Slot{PodUID: "uid-1", Container: "web"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Release()
+	other.Bind(sandbox, web)
+	other.HideNow("other")
+	other.Staged("dddd")
+	other.Mask()
+	began := time.Unix(1000, 5)
+	status := func(startedAt int64) *runtimeapi.ContainerStatus {
+		s := running(successor)
+		s.StartedAt = startedAt
+		return s
+	}
+	hiddenByID, hiddenByToken := running("dddd"), running("eeee")
+	hiddenByToken.Annotations = map[string]string{interceptors.StagedAnnotation: "other"}
+	e := event(successor, started, status(900), exited(incumbent), exited(web), hiddenByID, hiddenByToken)
+	if got := sent(t, f, withUnknown(e)); got != "" {
+		t.Fatalf("kubelet gets %q", got)
+	}
+	b.view.SetStarted(successor, began)
+	app.Reveal()
+	got := &runtimeapi.ContainerEventResponse{}
+	if err := proto.Unmarshal(<-f.Extra(), got); err != nil {
+		t.Fatal(err)
+	}
+	want := withUnknown(event(successor, started, status(began.UnixNano()), exited(incumbent), running(web)))
+	if !proto.Equal(got, want) {
+		t.Errorf("kubelet gets %v\nwant %v", got, want)
 	}
 }
 

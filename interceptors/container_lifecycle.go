@@ -133,7 +133,11 @@ func (d *Director) removePodSandbox(ctx context.Context, method string, raw []by
 		return nil, err
 	}
 	d.takeBackSandbox(ctx, method, req.GetPodSandboxId())
-	return next(ctx, raw)
+	b, err := next(ctx, raw)
+	if err == nil {
+		d.view.forgetSandbox(req.GetPodSandboxId())
+	}
+	return b, err
 }
 
 // sandboxGrace is what a successor gets to stop when its sandbox goes away, in

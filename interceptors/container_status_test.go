@@ -4,8 +4,10 @@
 package interceptors_test
 
 import (
+	"context"
 	"strings"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -101,6 +103,80 @@ func TestContainerStatus(t *testing.T) {
 			t.Errorf("got %v, want the runtime's Unavailable", err)
 		}
 	})
+}
+
+// The start of a container that was held at a gate is corrected wherever it is told, as long as the container exists.
+func TestStartedAtIsCorrected(t *testing.T) {
+	b := newBed(t)
+	at := time.Unix(2000, 7)
+	raw := func() *runtimeapi.ContainerStatus {
+		s := withUnknown(running(web))
+		s.StartedAt = 1000
+		return s
+	}
+	other := running(webBefore)
+	other.StartedAt = 1000
+	b.on(methodStatus, func(context.Context, []byte) (proto.Message, error) {
+		return withUnknown(&runtimeapi.ContainerStatusResponse{Status: raw(), Info: map[string]string{"info": "{}"}}), nil
+	})
+	b.on(methodSandboxStatus, func(context.Context, []byte) (proto.Message, error) {
+		return &runtimeapi.PodSandboxStatusResponse{ContainersStatuses: []*runtimeapi.ContainerStatus{raw(), other}}, nil
+	})
+	_, f := b.stream(methodEvents, &runtimeapi.GetEventsRequest{})
+	told := func() (status, sandbox, event int64) {
+		t.Helper()
+		one, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: web})
+		if err != nil {
+			t.Fatal(err)
+		}
+		wantUnknown(t, "status", one.GetStatus())
+		if one.GetInfo()["info"] != "{}" {
+			t.Error("info is lost")
+		}
+		all, err := call[runtimeapi.PodSandboxStatusResponse](t.Context(), b, methodSandboxStatus, &runtimeapi.PodSandboxStatusRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := all.GetContainersStatuses()[1]; !proto.Equal(got, other) {
+			t.Errorf("another container is told as %v", got)
+		}
+		msgs := through(t, f, &runtimeapi.ContainerEventResponse{ContainerId: web, ContainersStatuses: []*runtimeapi.ContainerStatus{raw()}})
+		return one.GetStatus().GetStartedAt(), all.GetContainersStatuses()[0].GetStartedAt(), msgs[0].GetContainersStatuses()[0].GetStartedAt()
+	}
+	check := func(when string, want int64) {
+		t.Helper()
+		if s, p, e := told(); s != want || p != want || e != want {
+			t.Errorf("%s: status tells %d, sandbox %d, event %d, want %d", when, s, p, e, want)
+		}
+	}
+	check("before", 1000)
+	b.view.SetStarted(web, at)
+	check("known", at.UnixNano())
+	if b.view.Active() || b.director.Unary(methodList) != nil {
+		t.Error("lists are taken for a start, which they do not tell")
+	}
+	c := b.swapping()
+	check("during an operation", at.UnixNano())
+	c.Release()
+	b.view.SetStarted(web, at.Add(1)) // once more
+	check("known better", at.UnixNano()+1)
+	b.on(methodStatus, always(&runtimeapi.ContainerStatusResponse{Status: staged()}, nil))
+	b.view.SetStarted(successor, at)
+	resp, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: successor})
+	if err != nil || resp.GetStatus().GetStartedAt() != 0 {
+		t.Errorf("a container that has not been started is told as %v, %v", resp, err)
+	}
+	b.view.Forget(successor)
+	b.view.Forget(successor)
+	b.on(methodStatus, func(context.Context, []byte) (proto.Message, error) {
+		return withUnknown(&runtimeapi.ContainerStatusResponse{Status: raw(), Info: map[string]string{"info": "{}"}}), nil
+	})
+	b.view.Forget(web)
+	check("forgotten", 1000)
+	b.view.Forget(incumbent)
+	if b.director.Unary(methodStatus) != nil {
+		t.Error("a status is taken though there is nothing to say")
+	}
 }
 
 func TestPodSandboxStatus(t *testing.T) {

@@ -6,6 +6,7 @@ package interceptors
 import (
 	"context"
 	"errors"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -50,7 +51,7 @@ type View struct {
 	// heirs are the successors of incumbents that were shown exited, until those are removed.
 	heirs map[string]*heir
 	// untold has the successors, by incumbent, that were revealed and that no list has shown yet; see told.
-	untold map[string]string
+	untold map[string]heir
 	stops  map[string]int // container and sandbox IDs, as given, with a stop of kubelet's in flight
 	// started has when the processes of containers began whose start the runtime tells too early. starts is its size, for
 	// the pass path.
@@ -68,7 +69,7 @@ func NewView() *View {
 		ids:     map[string]*Claim{},
 		streams: map[*eventFilter]struct{}{},
 		heirs:   map[string]*heir{},
-		untold:  map[string]string{},
+		untold:  map[string]heir{},
 		stops:   map[string]int{},
 		started: map[string]time.Time{},
 	}
@@ -307,7 +308,7 @@ func (c *Claim) settleLocked(show bool) {
 	successor := c.successor
 	v.active.Add(-1)
 	if show && successor != "" && v.ids[c.incumbent] == c && len(v.untold) < maxHeirs {
-		v.untold[c.incumbent] = successor
+		v.untold[c.incumbent] = heir{id: successor, sandbox: c.sandbox}
 		v.active.Add(1)
 	}
 	delete(v.tokens, c.token)
@@ -414,7 +415,7 @@ func (v *View) Forget(id string) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	delete(v.heirs, id)
-	v.tellLocked(id)
+	v.tellLocked(func(incumbent string, h heir) bool { return incumbent == id || h.id == id })
 	if _, ok := v.started[id]; ok {
 		delete(v.started, id)
 		v.starts.Add(-1)
@@ -438,8 +439,12 @@ func (v *View) correct(s *runtimeapi.ContainerStatus) bool {
 		return false
 	}
 	v.mu.RLock()
+	defer v.mu.RUnlock()
+	return v.correctLocked(s)
+}
+
+func (v *View) correctLocked(s *runtimeapi.ContainerStatus) bool {
 	at, ok := v.started[s.GetId()]
-	v.mu.RUnlock()
 	if !ok || s.GetStartedAt() == 0 || s.GetStartedAt() == at.UnixNano() {
 		return false
 	}
@@ -454,18 +459,30 @@ func (v *View) correct(s *runtimeapi.ContainerStatus) bool {
 func (v *View) told(list []*runtimeapi.Container) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	for incumbent, successor := range v.untold {
-		if slices.ContainsFunc(list, func(c *runtimeapi.Container) bool { return c.GetId() == successor }) {
-			v.tellLocked(incumbent)
+	v.tellLocked(func(_ string, h heir) bool {
+		return slices.ContainsFunc(list, func(c *runtimeapi.Container) bool { return c.GetId() == h.id })
+	})
+}
+
+// tellLocked ends that for those that is says.
+func (v *View) tellLocked(is func(incumbent string, h heir) bool) {
+	for incumbent, h := range v.untold {
+		if is(incumbent, h) {
+			delete(v.untold, incumbent)
+			v.active.Add(-1)
 		}
 	}
 }
 
-func (v *View) tellLocked(incumbent string) {
-	if _, ok := v.untold[incumbent]; ok {
-		delete(v.untold, incumbent)
-		v.active.Add(-1)
+// forgetSandbox drops what is remembered of the containers of a sandbox that has been removed with them.
+func (v *View) forgetSandbox(id string) {
+	if id == "" {
+		return
 	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	maps.DeleteFunc(v.heirs, func(_ string, h *heir) bool { return strings.HasPrefix(h.sandbox, id) })
+	v.tellLocked(func(_ string, h heir) bool { return strings.HasPrefix(h.sandbox, id) })
 }
 
 // isUntold reports whether the container has been replaced and no list has shown that yet.

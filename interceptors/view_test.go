@@ -524,3 +524,39 @@ func TestRevealBetweenListAndStatus(t *testing.T) {
 		})
 	}
 }
+
+// What has been revealed and never listed must not keep the view busy, nor the incumbent shown running, when it goes away.
+func TestUntoldIsForgotten(t *testing.T) {
+	for name, do := range map[string]func(b *bed) error{
+		"incumbent removed": func(b *bed) error {
+			_, err := call[runtimeapi.RemoveContainerResponse](b.t.Context(), b, runtimeapi.RuntimeService_RemoveContainer_FullMethodName, &runtimeapi.RemoveContainerRequest{ContainerId: incumbent})
+			return err
+		},
+		"successor removed": func(b *bed) error {
+			_, err := call[runtimeapi.RemoveContainerResponse](b.t.Context(), b, runtimeapi.RuntimeService_RemoveContainer_FullMethodName, &runtimeapi.RemoveContainerRequest{ContainerId: successor})
+			return err
+		},
+		"sandbox removed": func(b *bed) error {
+			_, err := call[runtimeapi.RemovePodSandboxResponse](b.t.Context(), b, runtimeapi.RuntimeService_RemovePodSandbox_FullMethodName, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: sandbox})
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBed(t)
+			b.on(runtimeapi.RuntimeService_RemoveContainer_FullMethodName, always(&runtimeapi.RemoveContainerResponse{}, nil))
+			b.on(runtimeapi.RuntimeService_RemovePodSandbox_FullMethodName, always(&runtimeapi.RemovePodSandboxResponse{}, nil))
+			c := b.swapping()
+			c.Reveal()
+			c.Release()
+			if !b.view.Active() {
+				t.Fatal("nothing is to be told")
+			}
+			if err := do(b); err != nil {
+				t.Fatal(err)
+			}
+			if b.view.Active() {
+				t.Error("the view still has something to say")
+			}
+		})
+	}
+}
