@@ -133,6 +133,7 @@ spec:
 		b, _ := json.Marshal(job.Status)
 		t.Errorf("status at the end: %s", b)
 	}
+	t.Logf("progress: %v, status %+v", seen, job.Status)
 	if len(seen) < 4 {
 		t.Errorf("progress was only %v", seen)
 	}
