@@ -107,6 +107,9 @@ func (p *Puller) pullWith(ctx context.Context, u *pull, credential *opsv1.Regist
 		} else {
 			log.Debug("image not looked up here, leaving it to the runtime")
 		}
+		if err := p.checkDisk(ctx, unknown); err != nil {
+			return err
+		}
 		return p.pullCRI(leased, u, credential)
 	}
 	done := make([]int64, len(m.layers))

@@ -15,6 +15,9 @@ import (
 // compress to some 35–45 %.
 const unpacked = 2.5
 
+// unknown is the size of an image that the registry does not tell.
+const unknown = -1
+
 // checkDisk refuses a pull that would fill the image file system above the threshold, in percent.
 func (p *Puller) checkDisk(ctx context.Context, missing int64) error {
 	if p.maxDisk <= 0 || missing == 0 {
@@ -31,10 +34,17 @@ func (p *Puller) checkDisk(ctx context.Context, missing int64) error {
 	}
 	used := float64(fs.Blocks-fs.Bfree) * float64(fs.Bsize)
 	size := used + float64(fs.Bavail)*float64(fs.Bsize) // as df counts
+	if now := 100 * used / size; missing == unknown {
+		if now > p.maxDisk {
+			return &failure{reason: ReasonDiskPressure, message: fmt.Sprintf(
+				"the image file system at %s is %.0f %% full, of %g %% allowed: free space, or raise images.maxDiskPercent", at, now, p.maxDisk)}
+		}
+		return nil
+	}
 	need := float64(missing) * (1 + unpacked)
 	if after := 100 * (used + need) / size; after > p.maxDisk {
 		return &failure{reason: ReasonDiskPressure, message: fmt.Sprintf(
-			"the image needs about %s more (%s to fetch, and unpacked), and the image file system at %s would then be %.0f %% full, of %.0f %% allowed: free space, or raise images.maxDiskPercent",
+			"the image needs about %s more (%s to fetch, and unpacked), and the image file system at %s would then be %.0f %% full, of %g %% allowed: free space, or raise images.maxDiskPercent",
 			bytesText(int64(need)), bytesText(missing), at, after, p.maxDisk)}
 	}
 	return nil

@@ -18,6 +18,8 @@ import (
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/core/remotes/docker/config"
+	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
+	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
@@ -134,7 +136,7 @@ func (r *remote) manifest(ctx context.Context, store content.Store) (*manifest, 
 			m.total += d.Size
 			return nil, images.ErrSkipDesc
 		}
-		if err := remotes.Fetch(ctx, store, fetcher, d); err != nil {
+		if err := fetch(ctx, store, fetcher, d); err != nil {
 			return nil, err
 		}
 		return children(ctx, d)
@@ -154,9 +156,17 @@ func (r *remote) layers(ctx context.Context, store content.Store, layers []ocisp
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(connections(limit))
 	for _, d := range layers {
-		g.Go(func() error { return remotes.Fetch(ctx, store, fetcher, d) })
+		g.Go(func() error { return fetch(ctx, store, fetcher, d) })
 	}
 	return g.Wait()
+}
+
+// fetch fetches one blob unless it is there.
+func fetch(ctx context.Context, store content.Store, fetcher remotes.Fetcher, d ocispec.Descriptor) error {
+	if err := remotes.Fetch(ctx, store, fetcher, d); !errdefs.IsAlreadyExists(err) {
+		return err
+	}
+	return nil
 }
 
 // meter slows down what is read from responses, and gives up on those that stand still.
@@ -168,6 +178,11 @@ type meter struct {
 // RoundTrip implements [http.RoundTripper].
 func (m *meter) RoundTrip(req *http.Request) (*http.Response, error) {
 	resp, err := m.next.RoundTrip(req)
+	if err == nil && resp.StatusCode == http.StatusTooManyRequests {
+		// The resolver would ask five times in a row.
+		defer resp.Body.Close()
+		return nil, remoteerrors.NewUnexpectedStatusErr(resp)
+	}
 	if err == nil {
 		resp.Body = &meteredBody{ReadCloser: resp.Body, m: m, ctx: req.Context}
 	}

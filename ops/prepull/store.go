@@ -104,7 +104,7 @@ func (s *store) ourLeases(ctx context.Context) ([]string, error) {
 	return ids, nil
 }
 
-// fetched returns how many bytes of each blob are on the node.
+// fetched finds how many bytes of each blob are on the node, and writes it into done, which holds what was found before.
 func (s *store) fetched(ctx context.Context, blobs []ocispec.Descriptor, done []int64) error {
 	ctx = inNamespace(ctx)
 	statuses, err := s.content.ListStatuses(ctx)
@@ -127,7 +127,7 @@ func (s *store) fetched(ctx context.Context, blobs []ocispec.Descriptor, done []
 		case err == nil:
 			done[i] = b.Size
 		case errdefs.IsNotFound(err):
-			done[i] = 0
+			// Not begun, or just being entered into the books, when it is neither under way nor there.
 		default:
 			return err
 		}

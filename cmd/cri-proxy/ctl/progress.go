@@ -73,7 +73,7 @@ func progressText(op *opsv1.PullOperation) string {
 	}
 	text := fmt.Sprintf("%d %% of %s", 100*done/total, bytesText(total))
 	if rate > 0 && done < total {
-		text += fmt.Sprintf(", %s/s, %s left", bytesText(rate), (time.Duration(float64(total-done)/float64(rate)*float64(time.Second)) + time.Second/2).Round(time.Second))
+		text += fmt.Sprintf(", %s/s, %s left", bytesText(rate), time.Duration((total-done+rate-1)/rate)*time.Second)
 	}
 	return text
 }
