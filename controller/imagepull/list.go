@@ -101,7 +101,7 @@ func (r *ListReconciler) Reconcile(ctx context.Context, req reconcile.Request) (
 		return reconcile.Result{}, err
 	}
 	var wait time.Duration
-	if list.Status.CompletionTime != nil && sameImages(list, children) {
+	if list.Status.CompletionTime != nil && (list.Status.ObservedWork == "" || list.Status.ObservedWork == listWork(list)) {
 		wait, err = r.retire(ctx, list, children)
 	} else {
 		err = r.advance(ctx, list, children)
@@ -130,20 +130,8 @@ func (r *ListReconciler) children(ctx context.Context, list *v1beta1.ImageListPu
 	return children, nil
 }
 
-// sameImages says that no child of a completed list is for something that the list no longer says: it may lack some,
-// deleted by hand, and they are not made again.
-func sameImages(list *v1beta1.ImageListPullJob, children map[string]*v1beta1.ImagePullJob) bool {
-	names := map[string]bool{}
-	for _, image := range list.Spec.Images {
-		names[childName(list, image)] = true
-	}
-	for name := range children {
-		if !names[name] {
-			return false
-		}
-	}
-	return int32(len(list.Spec.Images)) == list.Status.Desired && list.Labels[v1beta1.TemplateHashLabel] == templateHash(list)
-}
+// listWork identifies what the status of a list is about. A list that has ended begins again when it is changed.
+func listWork(list *v1beta1.ImageListPullJob) string { return hash(list.Spec.Images, templateHash(list)) }
 
 // advance makes the children what the list says, and counts them.
 func (r *ListReconciler) advance(ctx context.Context, list *v1beta1.ImageListPullJob, children map[string]*v1beta1.ImagePullJob) error {
@@ -158,7 +146,7 @@ func (r *ListReconciler) advance(ctx context.Context, list *v1beta1.ImageListPul
 		}
 		r.Metrics.wrote("list")
 	}
-	next := &v1beta1.ImageListPullJobStatus{StartTime: list.Status.StartTime, Desired: int32(len(list.Spec.Images))}
+	next := &v1beta1.ImageListPullJobStatus{StartTime: list.Status.StartTime, Desired: int32(len(list.Spec.Images)), ObservedWork: listWork(list)}
 	if next.StartTime == nil {
 		now := metav1.Now()
 		next.StartTime = &now

@@ -279,7 +279,9 @@ func (p *pass) conclude(ctx context.Context) (time.Duration, error) {
 	next.ObservedGeneration, next.ObservedWork = p.job.Generation, observedWork(p.job)
 	finished := u.finished()
 	n, idle := len(u.members), u.idle()
-	u.tellRunning(next)
+	if u.tellRunning(next); !apiequality.Semantic.DeepEqual(next.Conditions, p.job.Status.Conditions) {
+		u.pace.moved(0)
+	}
 	due, wait := u.pace.due(now, n, idle)
 	if next.ObservedGeneration != p.job.Status.ObservedGeneration {
 		due = true

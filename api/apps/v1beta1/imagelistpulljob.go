@@ -58,6 +58,11 @@ type ImageListPullJobStatus struct {
 	// +listType=atomic
 	// +optional
 	FailedImageStatuses []*FailedImageStatus `json:"failedImageStatuses,omitempty"`
+	// observedWork identifies the images and the template that this status is about. A job that has ended begins again
+	// when they are changed.
+	//
+	// +optional
+	ObservedWork string `json:"observedWork,omitempty"`
 }
 
 // FailedImageStatus is an image that a node failed to pull.

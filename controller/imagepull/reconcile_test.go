@@ -1,0 +1,629 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package imagepull
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	nodes "github.com/cri-proxy/cri-proxy/controller"
+)
+
+type template = v1beta1.ImagePullJobTemplate
+
+func names(list ...string) *v1beta1.ImagePullJobNodeSelector {
+	return &v1beta1.ImagePullJobNodeSelector{Names: list}
+}
+
+func number[T any](n T) *T { return &n }
+
+func TestJob(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addMany(3, time.Minute)
+		b.add("virtual", &simNode{})
+		b.node("virtual", func(n *corev1.Node) { n.Labels["type"] = "virtual-kubelet" })
+		b.create("job", spec{ImagePullJobTemplate: template{
+			Parallelism: parallel(2), Selector: &v1beta1.ImagePullJobNodeSelector{}, PodSelector: &v1beta1.ImagePullJobPodSelector{},
+			SandboxConfig: &v1beta1.SandboxConfig{Labels: map[string]string{"a": "b"}, Annotations: map[string]string{"c": "d"}},
+		}}, v1beta1.BytesPerSecondAnnotation, "20Mi")
+		j := b.until("half way", "job", time.Minute, func(j *job) bool { return j.Status.Percent >= 20 })
+		b.want(j, "False Pulling", "3/2/0/0")
+		if s := j.Status.SlowestNodes; len(s) != 2 || s[0].Phase != "Fetching" || s[0].BytesTotal != imageBytes || s[0].StartTime == nil {
+			t.Errorf("slowest nodes %+v", s)
+		}
+		if j.Status.Message != "job is running, progress 0.0%" || j.Status.BytesTotal != 3*imageBytes || j.Status.BytesDone < imageBytes/2 {
+			t.Errorf("status %+v", j.Status)
+		}
+		j = b.until("completed", "job", 3*time.Minute, completed)
+		b.want(j, "True Succeeded", "3/0/3/0")
+		if j.Status.Message != "job has completed" || condition(j, "Succeeded") != "True Succeeded" || j.Status.Progress != "100%" || j.Status.ObservedGeneration != 1 {
+			t.Errorf("status %+v", j.Status)
+		}
+		r := b.fleet.last("node-1")
+		if r.GetImage() != "nginx" || r.GetPolicy() != opsv1.PullPolicy_PULL_POLICY_IF_NOT_PRESENT || r.GetMaxAttempts() != 4 || r.GetAttemptTimeout().AsDuration() != 10*time.Minute ||
+			r.GetPinFor().AsDuration() != 24*time.Hour || r.GetBytesPerSecond() != 20<<20 || r.GetOwner() != "ImagePullJob/ns/job/uid-job" ||
+			r.GetSandboxLabels()["a"] != "b" || r.GetSandboxAnnotations()["c"] != "d" || !strings.HasPrefix(r.GetUid(), "uid-job.") {
+			t.Errorf("request %v", r)
+		}
+		if told := b.told(); !strings.Contains(told, "PullStarted: pulling nginx on 3 nodes, at most 2 at once") || !strings.Contains(told, "PullCompleted: all 3 nodes have the image") {
+			t.Errorf("events:\n%s", told)
+		}
+	})
+}
+
+func TestRequestOfJob(t *testing.T) {
+	job := &job{Spec: spec{Image: "a", ImagePullJobTemplate: template{
+		PullPolicy: &v1beta1.PullPolicy{TimeoutSeconds: number(int32(30)), BackoffLimit: number(int32(0))}, ImagePullPolicy: "Always",
+	}}}
+	job.Annotations = map[string]string{v1beta1.PinForAnnotation: "0s"}
+	w, err := wishOf(job)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r := w.request; r.GetMaxAttempts() != 1 || r.GetAttemptTimeout().AsDuration() != 30*time.Second || r.GetPinFor().AsDuration() != 0 || r.GetPolicy() != opsv1.PullPolicy_PULL_POLICY_ALWAYS {
+		t.Errorf("%v", r)
+	}
+	job.Spec.PullPolicy = &v1beta1.PullPolicy{TimeoutSeconds: number(int32(-1)), BackoffLimit: number(int32(-1))}
+	if w, _ = wishOf(job); w.request.GetMaxAttempts() != 4 || w.request.GetAttemptTimeout().AsDuration() != 10*time.Minute {
+		t.Errorf("of negative numbers: %v", w.request)
+	}
+	for key, values := range map[string][]string{v1beta1.PinForAnnotation: {"", "x", "-1s", "745h"}, v1beta1.BytesPerSecondAnnotation: {"", "fast", "-1"}} {
+		for _, value := range values {
+			job.Annotations = map[string]string{key: value}
+			if _, err := wishOf(job); err == nil || !strings.Contains(err.Error(), key) {
+				t.Errorf("%s: %q: error %v", key, value, err)
+			}
+		}
+	}
+}
+
+func TestParallelism(t *testing.T) {
+	for _, tt := range []struct {
+		given string
+		nodes int
+		want  int
+	}{{"10%", 25, 3}, {"100%", 7, 7}, {"0%", 7, 0}, {"1%", 1, 1}, {"4", 2, 4}} {
+		w := &wish{nodes: make([]target, tt.nodes)}
+		w.parallelism.Type, w.parallelism.StrVal = 1, tt.given
+		if got := w.limit(); got != tt.want {
+			t.Errorf("%s of %d nodes: %d, want %d", tt.given, tt.nodes, got, tt.want)
+		}
+	}
+}
+
+func TestNoMatchingNodes(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addMany(1, time.Second)
+		b.create("always", spec{ImagePullJobTemplate: template{Selector: names("other")}})
+		j := b.until("completed", "always", time.Second, completed)
+		b.want(j, "True NoMatchingNodes", "0/0/0/0")
+		b.create("never", spec{ImagePullJobTemplate: template{Selector: names("other"), CompletionPolicy: v1beta1.CompletionPolicy{Type: v1beta1.Never}}})
+		j = b.until("waiting", "never", 10*time.Second, func(j *job) bool { return condition(j, "Complete") == "False NoMatchingNodes" })
+		if j.Status.Message != "job is running, no progress" {
+			t.Errorf("message %q", j.Status.Message)
+		}
+		b.add("other", &simNode{takes: time.Second})
+		b.until("served", "never", time.Minute, func(j *job) bool { return j.Status.Succeeded == 1 })
+	})
+}
+
+// A job of type Never serves nodes that join later, forgets those that leave, makes sure of the image while it is
+// pinned, and tries again where it failed.
+func TestNever(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addMany(3, time.Second)
+		b.create("job", spec{ImagePullJobTemplate: template{Parallelism: parallel(3), CompletionPolicy: v1beta1.CompletionPolicy{Type: v1beta1.Never}}})
+		j := b.until("done", "job", time.Minute, func(j *job) bool { return j.Status.Succeeded == 3 })
+		b.want(j, "False UpToDate", "3/0/3/0")
+		b.add("late", &simNode{takes: time.Second})
+		b.until("served late", "job", time.Minute, func(j *job) bool { return j.Status.Succeeded == 4 && j.Status.Desired == 4 })
+		b.removeNode("node-0")
+		b.until("one less", "job", time.Minute, func(j *job) bool { return j.Status.Succeeded == 3 && j.Status.Desired == 3 })
+		b.restart()
+		time.Sleep(time.Minute)
+		writes := b.writesOf("job")
+		time.Sleep(12 * time.Hour)
+		synctest.Wait()
+		if n := b.fleet.begun("node-1")["node-1"]; n != 1 {
+			t.Errorf("%d pulls on a node", n)
+		}
+		time.Sleep(10 * time.Hour)
+		synctest.Wait()
+		if n := b.fleet.begun("node-1")["node-1"]; n != 2 {
+			t.Errorf("%d pulls on a node after the better part of the pin's life", n)
+		}
+		if more := b.writesOf("job") - writes; more > 2 {
+			t.Errorf("%d writes while nothing happened", more)
+		}
+
+		b.add("poor", &simNode{takes: time.Second, outcome: "RegistryUnavailable"})
+		j = b.until("failed", "job", 5*time.Minute, func(j *job) bool { return j.Status.Failed == 1 })
+		if f := j.Status.Failures; len(f) != 1 || f[0].Node != "poor" || f[0].Reason != "RegistryUnavailable" {
+			t.Errorf("failures %+v", f)
+		}
+		b.fleet.change("poor", func(n *simNode) { n.outcome = "" })
+		j = b.until("tried again", "job", time.Hour, func(j *job) bool { return j.Status.Failed == 0 && j.Status.Succeeded == 4 })
+		if len(j.Status.FailedNodes) != 0 || j.Status.CompletionTime != nil {
+			t.Errorf("status %+v", j.Status)
+		}
+	})
+}
+
+func TestPausedAndResumed(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addMany(4, time.Minute)
+		b.create("job", spec{ImagePullJobTemplate: template{Parallelism: parallel(0)}})
+		j := b.until("paused", "job", time.Minute, func(j *job) bool { return condition(j, "Complete") == "False Paused" })
+		b.want(j, "False Paused", "4/0/0/0")
+		b.edit("job", func(j *job) { j.Spec.Parallelism = parallel(2) })
+		b.until("at work", "job", time.Minute, func(*job) bool { return b.fleet.flying("uid-job") == 2 })
+		b.edit("job", func(j *job) { j.Spec.Parallelism = parallel(0) })
+		time.Sleep(5 * time.Minute)
+		synctest.Wait()
+		if n := b.fleet.flying("uid-job"); n != 0 {
+			t.Errorf("%d pulls while paused", n)
+		}
+		b.want(b.get("job"), "False Paused", "4/0/2/0")
+		b.edit("job", func(j *job) { j.Spec.Parallelism.Type, j.Spec.Parallelism.StrVal = 1, "100%" })
+		b.until("completed", "job", 2*time.Minute, completed)
+		if b.fleet.peak["uid-job"] != 2 {
+			t.Errorf("%d at once", b.fleet.peak["uid-job"])
+		}
+	})
+}
+
+// An edit of the image midway: the old one is cancelled and let go of, the new one is pulled everywhere, and never do
+// more nodes pull than may.
+func TestImageChanged(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addMany(10, time.Minute)
+		b.create("job", spec{ImagePullJobTemplate: template{Parallelism: parallel(4)}})
+		b.until("half way", "job", 5*time.Minute, func(j *job) bool { return j.Status.Succeeded >= 4 && b.fleet.flying("uid-job") > 0 })
+		b.edit("job", func(j *job) { j.Spec.Image = "nginx:2" })
+		j := b.until("completed", "job", 10*time.Minute, completed)
+		b.want(j, "True Succeeded", "10/0/10/0")
+		if j.Status.ObservedGeneration != 2 {
+			t.Errorf("observed generation %d", j.Status.ObservedGeneration)
+		}
+		if b.fleet.peak["uid-job"] > 4 {
+			t.Errorf("%d at once", b.fleet.peak["uid-job"])
+		}
+		for name := range b.fleet.begun() {
+			if r := b.fleet.last(name); r.GetImage() != "nginx:2" {
+				t.Errorf("%s has %s", name, r.GetImage())
+			}
+			if pins := strings.Join(b.fleet.pinned(name), " "); pins != "nginx:2" {
+				t.Errorf("%s pins %s", name, pins)
+			}
+		}
+		if writes := b.writesOf("job"); writes > 2*budget(10) {
+			t.Errorf("%d writes", writes)
+		}
+	})
+}
+
+// An edit of the time limit: what runs is begun anew with it, what failed is tried again, what is done stays so.
+func TestPullPolicyChanged(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.add("done", &simNode{takes: time.Second})
+		b.add("fails", &simNode{takes: time.Second, outcome: "Timeout"})
+		b.add("hangs", &simNode{takes: time.Second, stuck: true})
+		b.create("job", spec{ImagePullJobTemplate: template{Parallelism: parallel(3)}})
+		b.until("under way", "job", time.Minute, func(j *job) bool { return j.Status.Failed == 1 && j.Status.Succeeded == 1 })
+		b.fleet.change("fails", func(n *simNode) { n.outcome = "" })
+		b.edit("job", func(j *job) {
+			j.Spec.PullPolicy = &v1beta1.PullPolicy{TimeoutSeconds: number(int32(60)), BackoffLimit: number(int32(1))}
+		})
+		j := b.until("completed", "job", 4*time.Minute, completed)
+		b.want(j, "True NodesFailed", "3/0/2/1")
+		if got := b.fleet.begun(); got["done"] != 1 || got["fails"] != 2 || got["hangs"] != 2 {
+			t.Errorf("pulls begun: %v", got)
+		}
+		if r := b.fleet.last("hangs"); r.GetAttemptTimeout().AsDuration() != time.Minute || r.GetMaxAttempts() != 2 {
+			t.Errorf("request %v", r)
+		}
+	})
+}
+
+func TestSelectorChanged(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addMany(3, time.Minute)
+		b.create("job", spec{ImagePullJobTemplate: template{Parallelism: parallel(3), Selector: names("node-0", "node-1")}})
+		b.until("at work", "job", time.Minute, func(*job) bool { return b.fleet.flying("uid-job") == 2 })
+		time.Sleep(10 * time.Second)
+		b.edit("job", func(j *job) { j.Spec.Selector = names("node-1", "node-2") })
+		j := b.until("completed", "job", 5*time.Minute, completed)
+		b.want(j, "True Succeeded", "2/0/2/0")
+		if got := b.fleet.begun(); got["node-0"] != 1 || got["node-1"] != 1 || got["node-2"] != 1 {
+			t.Errorf("pulls begun: %v", got)
+		}
+		if op := b.fleet.nodes["node-0"].pulls[b.fleet.last("node-0").GetUid()].op; op.GetPhase() != opsv1.PullPhase_PULL_CANCELLED {
+			t.Errorf("pull on the node that was let go: %v", op)
+		}
+	})
+}
+
+// A job that has ended begins again when what it is about is changed, and not when anything else is.
+func TestCompletedJobChanged(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.add("good", &simNode{takes: time.Second})
+		b.add("bad", &simNode{takes: time.Second, outcome: "NotFound"})
+		b.create("job", spec{ImagePullJobTemplate: template{Parallelism: parallel(2)}})
+		first := b.until("completed", "job", time.Minute, completed)
+		b.want(first, "True NodesFailed", "2/0/1/1")
+		b.edit("job", func(j *job) { j.Spec.Parallelism = parallel(5) })
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if got := b.fleet.begun(); got["good"] != 1 || got["bad"] != 1 {
+			t.Errorf("pulls begun after an edit of the parallelism: %v", got)
+		}
+		b.fleet.change("bad", func(n *simNode) { n.outcome = "" })
+		b.edit("job", func(j *job) { j.Spec.Selector = names("good", "bad") })
+		j := b.until("completed again", "job", time.Minute, func(j *job) bool { return completed(j) && j.Status.CompletionTime.After(first.Status.CompletionTime.Time) })
+		b.want(j, "True Succeeded", "2/0/2/0")
+		if got := b.fleet.begun(); got["good"] != 1 || got["bad"] != 2 {
+			t.Errorf("pulls begun: %v", got)
+		}
+		b.edit("job", func(j *job) { j.Spec.Image = "nginx:2" })
+		b.until("completed a third time", "job", time.Minute, func(*job) bool {
+			return strings.Join(b.fleet.pinned("good"), " ") == "nginx:2" && strings.Join(b.fleet.pinned("bad"), " ") == "nginx:2"
+		})
+	})
+}
+
+func TestDeletedJob(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addMany(4, time.Minute)
+		b.create("job", spec{ImagePullJobTemplate: template{Parallelism: parallel(2)}})
+		b.until("half way", "job", 5*time.Minute, func(j *job) bool { return j.Status.Succeeded == 2 && b.fleet.flying("uid-job") == 2 })
+		b.delete("job")
+		b.until("gone", "job", time.Second, gone)
+		if n := b.fleet.flying("uid-job"); n != 0 {
+			t.Errorf("%d pulls go on", n)
+		}
+		for name := range b.fleet.begun() {
+			if pins := b.fleet.pinned(name); len(pins) != 0 {
+				t.Errorf("%s pins %v", name, pins)
+			}
+		}
+	})
+}
+
+// Deletion does not wait long for nodes that are away, and works for a job that ended before the controller began.
+func TestDeletedJobWithNodesAway(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addMany(3, time.Second)
+		b.create("job", spec{})
+		b.until("completed", "job", time.Minute, completed)
+		b.fleet.change("node-1", func(n *simNode) { n.silent = true })
+		b.restart()
+		begin := time.Now()
+		b.delete("job")
+		b.until("gone", "job", 2*dismissPatience, gone)
+		if took := time.Since(begin); took < dismissPatience-time.Second || took > dismissPatience+5*time.Second {
+			t.Errorf("took %s", took)
+		}
+		for name, want := range map[string]int{"node-0": 0, "node-1": 1, "node-2": 0} {
+			if pins := b.fleet.pinned(name); len(pins) != want {
+				t.Errorf("%s pins %v", name, pins)
+			}
+		}
+	})
+}
+
+// The pins of a job outlive it when its time is over, and the finalizer lives no longer than they do.
+func TestTimeToLive(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addMany(1, time.Second)
+		b.create("job", spec{ImagePullJobTemplate: template{CompletionPolicy: v1beta1.CompletionPolicy{TTLSecondsAfterFinished: number(int32(20))}}})
+		begin := time.Now()
+		b.until("gone", "job", time.Minute, gone)
+		if took := time.Since(begin); took < 20*time.Second || took > 23*time.Second {
+			t.Errorf("gone after %s", took)
+		}
+		if len(b.fleet.pinned("node-0")) != 1 {
+			t.Error("no pin left")
+		}
+		b.create("keeps", spec{}, v1beta1.PinForAnnotation, "1h")
+		j := b.until("completed", "keeps", time.Minute, completed)
+		if len(j.Finalizers) != 1 {
+			t.Errorf("finalizers %v", j.Finalizers)
+		}
+		b.until("free", "keeps", 2*time.Hour, func(j *job) bool { return len(j.Finalizers) == 0 })
+		b.create("unpinned", spec{}, v1beta1.PinForAnnotation, "0s")
+		b.until("completed and free", "unpinned", time.Minute, func(j *job) bool { return completed(j) && len(j.Finalizers) == 0 })
+	})
+}
+
+func TestDeadline(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.add("quick", &simNode{takes: time.Second})
+		b.add("slow", &simNode{takes: time.Hour})
+		b.add("away", &simNode{silent: true})
+		b.create("job", spec{ImagePullJobTemplate: template{
+			Parallelism: parallel(3), CompletionPolicy: v1beta1.CompletionPolicy{ActiveDeadlineSeconds: number(int64(60))},
+		}})
+		begin := time.Now()
+		j := b.until("completed", "job", 5*time.Minute, completed)
+		if took := time.Since(begin); took < time.Minute || took > time.Minute+time.Second {
+			t.Errorf("took %s", took)
+		}
+		b.want(j, "True DeadlineExceeded", "3/0/1/2")
+		if j.Status.Message != "job exceeds activeDeadlineSeconds" || strings.Join(j.Status.FailedNodes, " ") != "away slow" || condition(j, "Succeeded") != "False DeadlineExceeded" {
+			t.Errorf("status %+v", j.Status)
+		}
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if n := b.fleet.flying("uid-job"); n != 0 || len(b.fleet.pinned("quick")) != 1 {
+			t.Errorf("%d pulls go on; quick pins %v", n, b.fleet.pinned("quick"))
+		}
+	})
+}
+
+// Two jobs on one image do not disturb each other, neither while they run nor when one is deleted.
+func TestTwoJobsOneImage(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addMany(4, time.Minute)
+		b.create("one", spec{ImagePullJobTemplate: template{Parallelism: parallel(1)}})
+		b.create("two", spec{ImagePullJobTemplate: template{Parallelism: parallel(2), ImagePullPolicy: "Always"}})
+		b.until("at work", "one", time.Minute, func(*job) bool { return b.fleet.flying("uid-one") == 1 && b.fleet.flying("uid-two") == 2 })
+		time.Sleep(70 * time.Second)
+		b.delete("one")
+		b.until("gone", "one", time.Minute, gone)
+		j := b.until("completed", "two", 5*time.Minute, completed)
+		b.want(j, "True Succeeded", "4/0/4/0")
+		for name := range b.fleet.begun() {
+			if pins := b.fleet.nodes[name].pins; len(pins) != 1 || pins["ImagePullJob/ns/two/uid-two"] == "" {
+				t.Errorf("%s pins %v", name, pins)
+			}
+		}
+	})
+}
+
+// A node without a proxy, one that is not ready, one that does not answer: they hold up nobody, and the job ends.
+func TestNodesAway(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.add("well", &simNode{takes: time.Second})
+		b.add("bare", &simNode{refused: true})
+		b.add("down", &simNode{takes: time.Second})
+		b.node("down", ready(corev1.ConditionUnknown))
+		b.add("mute", &simNode{takes: time.Second, silent: true})
+		b.add("busy", &simNode{takes: time.Second, busy: 3})
+		b.create("job", spec{}) // one at a time
+		j := b.until("waiting", "job", 3*time.Minute, func(j *job) bool { return condition(j, "Complete") == "False WaitingForNodes" && j.Status.Failed == 1 })
+		if s := j.Status; s.Succeeded != 2 || s.Skipped != 2 || len(s.SkippedNodes) != 2 || s.SkippedNodes[0].Reason != reasonNotReady || s.SkippedNodes[1].Reason != reasonUnreachable {
+			t.Errorf("status %+v", s)
+		}
+		if f := j.Status.Failures; len(f) != 1 || f[0].Reason != reasonNoProxy || !strings.Contains(f[0].Message, "install cri-proxy") {
+			t.Errorf("failures %+v", f)
+		}
+		// Those that come back in time are served, also the one that had failed.
+		b.node("down", ready(corev1.ConditionTrue))
+		b.fleet.change("bare", func(n *simNode) { n.refused = false })
+		b.until("two served", "job", 2*time.Minute, func(j *job) bool { return j.Status.Succeeded == 4 && j.Status.Failed == 0 })
+		j = b.until("completed", "job", nodePatience+time.Minute, completed)
+		b.want(j, "True NodesFailed", "5/0/4/1")
+		if f := j.Status.Failures; len(f) != 1 || f[0].Node != "mute" || f[0].Reason != reasonUnreachable {
+			t.Errorf("failures %+v", f)
+		}
+		if !strings.Contains(b.told(), "PullImageFailed: node bare: NoProxy") || !strings.Contains(b.told(), "PullIncomplete: 1 of 5 nodes have no image") {
+			t.Errorf("events:\n%s", b.told())
+		}
+	})
+}
+
+// A node that falls silent while it pulls loses its turn after a while, and is taken up again when it is back.
+func TestNodeFallsSilent(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addMany(2, 2*time.Minute)
+		b.create("job", spec{})
+		b.until("at work", "job", time.Minute, func(*job) bool { return b.fleet.flying("uid-job") == 1 })
+		var first, second string
+		for name, n := range b.fleet.begun() {
+			if n == 1 {
+				first = name
+			} else {
+				second = name
+			}
+		}
+		b.fleet.change(first, func(n *simNode) { n.silent = true })
+		begin := time.Now()
+		b.until("the other's turn", "job", 5*time.Minute, func(*job) bool { return b.fleet.begun()[second] == 1 })
+		if took := time.Since(begin); took < slotPatience || took > slotPatience+watchRenew+15*time.Second {
+			t.Errorf("took %s", took)
+		}
+		b.fleet.change(first, func(n *simNode) { n.silent = false })
+		j := b.until("completed", "job", 5*time.Minute, completed)
+		b.want(j, "True Succeeded", "2/0/2/0")
+		if b.fleet.begun()[first] != 1 {
+			t.Errorf("%d pulls on the node that was silent", b.fleet.begun()[first])
+		}
+	})
+}
+
+// A pull that has outlived its process on the node is given its credentials again.
+func TestCredentialsNeeded(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.add("node", &simNode{takes: time.Second, lacks: true})
+		b.create("job", spec{})
+		j := b.until("completed", "job", 30*time.Second, completed)
+		b.want(j, "True Succeeded", "1/0/1/0")
+	})
+}
+
+// A UID that the node has for something else is passed over; a pull cancelled by hand fails.
+func TestOddAnswers(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.add("node", &simNode{takes: time.Minute})
+		b.create("job", spec{})
+		b.until("at work", "job", time.Second, func(*job) bool { return b.fleet.flying("uid-job") == 1 })
+		uid := b.fleet.last("node").GetUid()
+		if _, err := b.fleet.CancelPull(t.Context(), nodes.Node{Name: "node"}, uid, "by hand"); err != nil {
+			t.Fatal(err)
+		}
+		j := b.until("completed", "job", time.Minute, completed)
+		b.want(j, "True NodesFailed", "1/0/0/1")
+		if f := j.Status.Failures; len(f) != 1 || f[0].Reason != "Cancelled" || f[0].Message != "by hand" {
+			t.Errorf("failures %+v", f)
+		}
+		w, _ := wishOf(&job{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "other", UID: "uid-other"}, Spec: spec{Image: "nginx"}})
+		if _, err := b.fleet.Pull(t.Context(), nodes.Node{Name: "node"}, &opsv1.PullRequest{Uid: w.pullUID(0), Image: "else"}); err != nil {
+			t.Fatal(err)
+		}
+		b.create("other", spec{})
+		j = b.until("completed", "other", 5*time.Minute, completed)
+		b.want(j, "True Succeeded", "1/0/1/0")
+	})
+}
+
+func TestInvalidSpec(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addMany(1, time.Second)
+		b.create("job", spec{}, v1beta1.PinForAnnotation, "soon")
+		j := b.until("refused", "job", time.Second, func(j *job) bool { return condition(j, "Complete") == "False InvalidSpec" })
+		if !strings.Contains(j.Status.Message, v1beta1.PinForAnnotation) || len(b.fleet.calls) != 0 {
+			t.Errorf("message %q, calls %v", j.Status.Message, b.fleet.calls)
+		}
+		b.edit("job", func(j *job) { j.Annotations[v1beta1.PinForAnnotation] = "2h" })
+		b.until("completed", "job", time.Minute, completed)
+		b.create("selector", spec{ImagePullJobTemplate: template{Selector: &v1beta1.ImagePullJobNodeSelector{
+			LabelSelector: metav1.LabelSelector{MatchExpressions: []metav1.LabelSelectorRequirement{{Key: "a", Operator: "Near"}}},
+		}}})
+		b.until("refused", "selector", time.Second, func(j *job) bool { return condition(j, "Complete") == "False InvalidSpec" })
+		if !strings.Contains(b.told(), "selector Warning InvalidSpec: spec.selector") {
+			t.Errorf("events:\n%s", b.told())
+		}
+	})
+}
+
+func TestPodSelector(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addMany(4, time.Second)
+		for i, p := range []*corev1.Pod{
+			{Spec: corev1.PodSpec{NodeName: "node-0"}}, {Spec: corev1.PodSpec{NodeName: "node-1"}, Status: corev1.PodStatus{Phase: corev1.PodSucceeded}}, {},
+		} {
+			p.Namespace, p.Name, p.Labels = "ns", string(rune('a'+i)), map[string]string{"app": "web"}
+			if err := b.api.Create(t.Context(), p); err != nil {
+				t.Fatal(err)
+			}
+		}
+		other := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "elsewhere", Name: "a", Labels: map[string]string{"app": "web"}}, Spec: corev1.PodSpec{NodeName: "node-2"}}
+		if err := b.api.Create(t.Context(), other); err != nil {
+			t.Fatal(err)
+		}
+		pods := &v1beta1.ImagePullJobPodSelector{LabelSelector: metav1.LabelSelector{MatchLabels: map[string]string{"app": "web"}}}
+		b.create("job", spec{ImagePullJobTemplate: template{PodSelector: pods, Selector: &v1beta1.ImagePullJobNodeSelector{}}})
+		j := b.until("completed", "job", time.Minute, completed)
+		b.want(j, "True Succeeded", "1/0/1/0")
+		if b.fleet.last("node-0") == nil {
+			t.Error("nothing on the pod's node")
+		}
+		b.create("never", spec{ImagePullJobTemplate: template{PodSelector: pods, CompletionPolicy: v1beta1.CompletionPolicy{Type: v1beta1.Never}}})
+		got := b.r.jobsOfPod(t.Context(), &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Labels: map[string]string{"app": "web"}}})
+		if len(got) != 1 || got[0].Name != "never" {
+			t.Errorf("jobs of the pod: %v", got)
+		}
+	})
+}
+
+func secret(name string, kind corev1.SecretType, key, data string) *corev1.Secret {
+	return &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name}, Type: kind, Data: map[string][]byte{key: []byte(data)}}
+}
+
+const password = "hunter2"
+
+func secretsForTest() []client.Object {
+	auth := base64.StdEncoding.EncodeToString([]byte("bob:" + password))
+	return []client.Object{
+		secret("json", corev1.SecretTypeDockerConfigJson, ".dockerconfigjson",
+			`{"auths":{"https://registry:5000/v2/":{"auth":"`+auth+`"},"registry:5000/team":{"username":"u","password":"`+password+`"},"*.example.com":{"identitytoken":"`+password+`"}}}`),
+		secret("cfg", corev1.SecretTypeDockercfg, ".dockercfg", `{"https://index.docker.io/v1/":{"username":"d","password":"`+password+`"}}`),
+		secret("opaque", corev1.SecretTypeOpaque, "x", password),
+		secret("broken", corev1.SecretTypeDockerConfigJson, ".dockerconfigjson", `{"auths":{"a":{"auth":"`+password+`!"}}}`),
+		&corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "default"}, ImagePullSecrets: []corev1.LocalObjectReference{{Name: "cfg"}, {Name: "lost"}}},
+	}
+}
+
+// Secrets reach the nodes and nothing else.
+func TestPullSecrets(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addMany(1, time.Second)
+		for _, o := range secretsForTest() {
+			if err := b.api.Create(t.Context(), o); err != nil {
+				t.Fatal(err)
+			}
+		}
+		b.create("job", spec{ImagePullJobTemplate: template{PullSecrets: []string{"json", "missing", "opaque", "broken"}}})
+		j := b.until("completed", "job", time.Minute, completed)
+		b.want(j, "True Succeeded", "1/0/1/0")
+		var got []string
+		for _, c := range b.fleet.last("node-0").GetCredentials() {
+			got = append(got, c.GetMatch()+" "+c.GetUsername()+" "+c.GetPassword()+c.GetIdentityToken())
+		}
+		want := "registry:5000/team u hunter2\nregistry:5000 bob hunter2\nindex.docker.io d hunter2\n*.example.com  hunter2"
+		if strings.Join(got, "\n") != want {
+			t.Errorf("credentials\n%s\nwant\n%s", strings.Join(got, "\n"), want)
+		}
+		if condition(j, v1beta1.ConditionPullSecretsFound) != "False MissingOrInvalid" {
+			t.Errorf("conditions %+v", j.Status.Conditions)
+		}
+		told := b.told()
+		for _, part := range []string{"PullSecretMissing", "secret missing of pullSecrets does not exist", "secret lost of imagePullSecrets of ServiceAccount default", "secret opaque of pullSecrets cannot be used: its type is", "secret broken of pullSecrets cannot be used: the auth"} {
+			if !strings.Contains(told, part) {
+				t.Errorf("no %q in the events:\n%s", part, told)
+			}
+		}
+		status, err := json.Marshal(j)
+		if err != nil || strings.Contains(told, password) || strings.Contains(string(status), password) {
+			t.Error("a password has got out")
+		}
+	})
+}
+
+// When the API server does not hand out the secrets, nothing is pulled without them.
+func TestSecretsUnreadable(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addMany(1, time.Second)
+		b.refuse = func(o client.Object) error {
+			if _, ok := o.(*corev1.ServiceAccount); ok {
+				return errors.New("try later")
+			}
+			return nil
+		}
+		b.create("job", spec{})
+		j := b.until("waiting", "job", time.Minute, func(j *job) bool { return j.Status.Skipped == 1 })
+		if s := j.Status.SkippedNodes; s[0].Reason != reasonSecrets || b.fleet.last("node-0") != nil {
+			t.Errorf("skipped %+v", s)
+		}
+		b.mu.Lock()
+		b.refuse = nil
+		b.mu.Unlock()
+		b.until("completed", "job", time.Minute, completed)
+	})
+}
+
+// What OpenKruise left on a job does not keep it from being deleted.
+func TestForeignFinalizer(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addMany(1, time.Second)
+		j := &job{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "job", UID: "uid-job", Finalizers: []string{v1beta1.DeletionProtectionFinalizer}}, Spec: spec{Image: "nginx"}}
+		if err := b.api.Create(context.Background(), j); err != nil {
+			t.Fatal(err)
+		}
+		b.delete("job")
+		b.until("gone", "job", time.Minute, gone)
+	})
+}
