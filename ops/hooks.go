@@ -54,8 +54,9 @@ func sleep(ctx context.Context, d time.Duration) error {
 func (e *Engine) runExecHook(ctx context.Context, a *opsv1.ExecAction, container string) error {
 	req := &runtimeapi.ExecSyncRequest{ContainerId: container, Cmd: a.GetCommand()}
 	if by, ok := ctx.Deadline(); ok {
-		// The runtime kills the command itself then; a cancelled call alone would leave it running.
-		req.Timeout = max(1, int64(time.Until(by)/time.Second))
+		// The runtime kills the command itself then; a cancelled call alone would leave it running. In whole seconds, and
+		// rounded up: the last part of the grace is the hook's as well.
+		req.Timeout = max(1, int64((time.Until(by)+time.Second-1)/time.Second))
 	}
 	resp, err := e.rt.ExecSync(ctx, req)
 	if err != nil {

@@ -4,6 +4,7 @@
 package ops
 
 import (
+	"context"
 	"encoding/json"
 	"net/http"
 	"net/http/httptest"
@@ -11,8 +12,10 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"google.golang.org/protobuf/proto"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
@@ -185,4 +188,35 @@ func TestHTTPHook(t *testing.T) {
 			t.Error("an empty hook is run")
 		}
 	})
+}
+
+// A command has all of the time that is left, also when that is no whole number of seconds.
+func TestExecHookTimeout(t *testing.T) {
+	for _, tt := range []struct {
+		left time.Duration
+		want int64
+	}{{3500 * time.Millisecond, 4}, {time.Millisecond, 1}, {0, 0}} {
+		t.Run(tt.left.String(), func(t *testing.T) {
+			n := newNode(t, podOptions{})
+			var got int64
+			n.rt.set(func(f *fakeRuntime) {
+				f.exec = func(_ context.Context, r *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
+					got = r.GetTimeout()
+					return &runtimeapi.ExecSyncResponse{}, nil
+				}
+			})
+			ctx := t.Context()
+			if tt.left > 0 {
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithTimeout(ctx, tt.left)
+				defer cancel()
+			}
+			if err := n.engine.runExecHook(ctx, &opsv1.ExecAction{Command: []string{"x"}}, n.rt.idOf(t, "app/0")); err != nil && tt.want > 1 {
+				t.Error(err)
+			}
+			if got != tt.want {
+				t.Errorf("timeout of %d s, want %d", got, tt.want)
+			}
+		})
+	}
 }
