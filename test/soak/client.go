@@ -58,6 +58,7 @@ func (t *traffic) add(o traffic) {
 type window struct {
 	overlap bool // StartFirst: both processes answer for a while
 	longest time.Duration
+	asked   bool // in the window: before it, requests are further apart
 	failed  int
 }
 
@@ -141,13 +142,17 @@ func (c *client) note(before *window, sent, received, began time.Time, err error
 			c.traffic.UnansweredStopFirst++
 		}
 		if c.window != nil {
+			c.window.asked = true
 			c.window.failed++
 		}
 		return c.window != nil
 	}
 	c.traffic.Answered++
-	if c.window != nil && !c.lastAnswer.IsZero() {
-		c.window.longest = max(c.window.longest, received.Sub(c.lastAnswer))
+	if c.window != nil {
+		if c.window.asked {
+			c.window.longest = max(c.window.longest, received.Sub(c.lastAnswer))
+		}
+		c.window.asked = true
 	}
 	c.lastAnswer = received
 	c.processes[began] = true
