@@ -80,9 +80,9 @@ func (r *restart) chooseMethod(ctx context.Context) error {
 	if err := r.load(ctx); err != nil {
 		return err
 	}
-	_, info, err := r.inspect(ctx, r.rec().Incumbent)
+	_, info, err := r.inspectIncumbent(ctx)
 	if err != nil {
-		return failf(ReasonRuntime, "reading container %s: %v", r.rec().Incumbent, status.Convert(err).Message())
+		return err
 	}
 	switch {
 	case r.methods.available(MethodGate) && info.RuntimeType == runcType && gate.Fits(r.request.GetConfig()) == nil:
@@ -235,12 +235,15 @@ func (r *restart) load(ctx context.Context) error {
 		return nil
 	}
 	rec := r.rec()
-	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Incumbent})
+	st, _, err := r.inspectIncumbent(ctx)
 	if err != nil {
-		return failf(ReasonRuntime, "reading container %s: %v", rec.Incumbent, status.Convert(err).Message())
+		return err
 	}
-	r.incumbent = st.GetStatus()
-	r.request, r.applied, err = r.requestOf(ctx, rec.Incumbent, rec.Sandbox)
+	r.incumbent = st
+	err = r.patiently(ctx, func() (err error) {
+		r.request, r.applied, err = r.requestOf(ctx, rec.Incumbent, rec.Sandbox)
+		return err
+	})
 	if err != nil {
 		return failf(ReasonCreateFailed, "%v", err)
 	}

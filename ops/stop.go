@@ -69,9 +69,9 @@ func (r *restart) watchIncumbent(ctx context.Context) (running bool, err error) 
 	if r.exit != nil {
 		return !r.exit.over(), nil
 	}
-	st, info, err := r.inspect(ctx, rec.Incumbent)
+	st, info, err := r.inspectIncumbent(ctx)
 	if err != nil {
-		return false, failf(ReasonRuntime, "reading container %s: %v", rec.Incumbent, status.Convert(err).Message())
+		return false, err
 	}
 	if st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
 		return false, nil
@@ -79,6 +79,9 @@ func (r *restart) watchIncumbent(ctx context.Context) (running bool, err error) 
 	if info.PID > 0 && r.ownPIDs() && r.methods.maybe(MethodPidfd) {
 		if r.exit, err = r.methods.watch(info.PID, rec.Incumbent); err != nil {
 			r.log.WithError(err).Warn("process not watched")
+			if rec.Method == MethodPidfd {
+				r.setMethod(MethodPlain)
+			}
 		}
 	}
 	return true, nil
@@ -155,6 +158,32 @@ func (r *restart) stop(ctx context.Context, by time.Time) error {
 			return err
 		}
 	}
+}
+
+// patiently reads from the runtime, again if it is away: a runtime that restarts is no reason to give a restart up.
+func (r *restart) patiently(ctx context.Context, read func() error) error {
+	for try := 1; ; try++ {
+		err := read()
+		if status.Code(err) != codes.Unavailable || try == maxTries {
+			return err
+		}
+		if err := r.awaitReturn(ctx, try); err != nil {
+			return err
+		}
+	}
+}
+
+// inspectIncumbent is inspect of the incumbent, which waits for a runtime that is away.
+func (r *restart) inspectIncumbent(ctx context.Context) (st *runtimeapi.ContainerStatus, info containerInfo, err error) {
+	id := r.rec().Incumbent
+	err = r.patiently(ctx, func() (err error) {
+		st, info, err = r.inspect(ctx, id)
+		return err
+	})
+	if err != nil {
+		return nil, info, failf(ReasonRuntime, "reading container %s: %v", id, status.Convert(err).Message())
+	}
+	return st, info, nil
 }
 
 // awaitReturn waits until the runtime answers again after a call that it did not answer; longer
