@@ -187,12 +187,12 @@ func expect(order, method, point, fault string) invariant.Expect {
 		return e
 	}
 	switch fault {
-	case killProxy, killTwice, restartKubelet, runtimeHangs:
+	case killProxy, killTwice, killContainerd, restartKubelet, runtimeHangs:
 		e.Outcome = invariant.Succeeds
-	case killContainerd, lateKill:
-		// A restart that has not begun to stop anything may give up.
+	case lateKill:
+		// A create that is cut off fails the restart: it may have taken effect, and nothing has been stopped.
 		e.Outcome = invariant.Succeeds
-		if before("stop") {
+		if point == "stage" {
 			e.Outcome, e.Untouched = invariant.Either, true
 		}
 	case runtimeError, runtimeErrors:
