@@ -41,20 +41,21 @@ test: ## lint, then unit, integration and end-to-end tests
 
 .PHONY: test-unit
 test-unit: ## tests that need nothing but Go, with the race detector
-	@go test -race -timeout 10m $$(go list ./... | grep -v -e '/test/integration$$' -e '/test/integration/' -e '/test/e2e$$' -e '/test/e2e/')
+	@go test -race -timeout 10m $$(go list ./... | grep -v -e '/test/integration$$' -e '/test/prepull$$' -e '/test/integration/' -e '/test/e2e$$' -e '/test/e2e/')
 
 .PHONY: test-integration
 test-integration: ## the test bed itself, containerd behind the proxy; needs root
-	@TESTBED=1 go test -race -count=1 -p 1 -timeout $(INTEGRATION_TIMEOUT) ./test/testbed/... ./test/integration/...
+	@TESTBED=1 go test -race -count=1 -p 1 -timeout $(INTEGRATION_TIMEOUT) ./test/testbed/... ./test/integration/... ./test/prepull/...
 
 .PHONY: test-e2e
 test-e2e: ## a one-node cluster behind the proxy, needs root
 	@go test -race -count=1 -p 1 -timeout $(E2E_TIMEOUT) ./test/e2e/...
 
 .PHONY: bench
-bench: build ## data path against direct calls, restarts against other ways (needs root), numbers into docs/benchmarks
+bench: build ## data path against direct calls, restarts against other ways, pulls against the runtime's own (needs root), numbers into docs/benchmarks
 	@mkdir -p docs/benchmarks
 	@$(call step,passthrough,go run ./test/bench passthrough -cri-proxy bin/cri-proxy -out docs/benchmarks/passthrough.json $(BENCH_ARGS))
+	@$(call step,pull,go run ./test/bench pull -cri-proxy bin/cri-proxy -out docs/benchmarks/pull.json $(PULL_ARGS))
 	@$(call step,gap,go run ./test/bench gap -cri-proxy bin/cri-proxy -out docs/benchmarks/gap.json -plot docs/benchmarks/gap.svg $(GAP_ARGS))
 
 .PHONY: soak

@@ -92,7 +92,7 @@ func (p *Puller) pullWith(ctx context.Context, u *pull, credential *opsv1.Regist
 	r, err := newRemote(leased, p.hostsDir, image, credential, limiter)
 	defer r.close()
 	if err == nil {
-		m, err = r.manifest(leased, p.store.content)
+		m, err = r.manifest(leased)
 	}
 	if err != nil {
 		host, _ := registryOf(u.named)

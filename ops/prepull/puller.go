@@ -42,6 +42,9 @@ const (
 	// kubeletPatience is how long a pull of kubelet's is let run beside ours: one of an image that is there takes milliseconds.
 	kubeletPatience = 200 * time.Millisecond
 	sweepEvery      = time.Minute
+
+	// credentialsPatience is how long after a restart a pull waits for its credentials.
+	credentialsPatience = time.Hour
 )
 
 // Options configures a [Puller]. Registerer may be nil; StateDir, Conn and Log are required.
@@ -74,6 +77,7 @@ type Puller struct {
 	hostsDir string
 	maxDisk  float64
 	metrics  *metrics
+	opened   time.Time
 	wake     chan struct{} // Run looks for work
 
 	// kubelet counts kubelet's pulls that have lasted longer than kubeletPatience. Pulls of ours begin under mu only while it
@@ -120,7 +124,7 @@ func Open(o Options) (*Puller, error) {
 	p := &Puller{
 		log: o.Log.WithField("component", "prepull"), images: runtimeapi.NewImageServiceClient(o.Conn), store: newStore(o.Conn),
 		parallel: max(1, o.Parallel), limit: o.BytesPerSecond, hostsDir: o.HostsDir, maxDisk: o.MaxDiskPercent,
-		wake: make(chan struct{}, 1), pulls: map[string]*pull{}, pins: map[pinKey]*pin{},
+		opened: time.Now(), wake: make(chan struct{}, 1), pulls: map[string]*pull{}, pins: map[pinKey]*pin{},
 	}
 	if p.hostsDir == "" {
 		p.hostsDir = "/etc/containerd/certs.d"
@@ -233,6 +237,11 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 		}
 		switch leader := busy[u.key]; {
 		case u.wants && u.credentials == nil:
+			if by := p.opened.Add(credentialsPatience); now.Before(by) {
+				next = min(next, by.Sub(now))
+			} else {
+				p.finishLocked(u, opsv1.PullPhase_PULL_FAILED, ReasonCredentialsNeeded, fmt.Sprintf("cri-proxy was restarted, and nobody has repeated the command with its credentials for %s", credentialsPatience))
+			}
 		case now.Before(backOff[u.key]):
 			next = min(next, backOff[u.key].Sub(now))
 			if !now.Before(u.retryAt) {

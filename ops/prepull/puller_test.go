@@ -341,6 +341,19 @@ func TestRestart(t *testing.T) {
 	})
 }
 
+func TestCredentialsDoNotCome(t *testing.T) {
+	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		b.rt.takes = time.Minute
+		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", Credentials: credentials("docker.io")})
+		b.restart()
+		time.Sleep(credentialsPatience - time.Minute)
+		b.want("a", waiting, ReasonCredentialsNeeded)
+		if op := b.end("a"); op.GetPhase() != failed || op.GetReason() != ReasonCredentialsNeeded {
+			t.Errorf("%v", op)
+		}
+	})
+}
+
 func TestExpiry(t *testing.T) {
 	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})

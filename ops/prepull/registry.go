@@ -4,6 +4,7 @@
 package prepull
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -120,32 +121,65 @@ func (r *remote) close() {
 	}
 }
 
-// manifest fetches the image's manifests and config, which are a few kilobytes, and returns the layers
-// for this node's platform.
-func (r *remote) manifest(ctx context.Context, store content.Store) (*manifest, error) {
+// manifest asks for the image's manifests, which are a few kilobytes, and returns the layers for this node's
+// platform. Nothing is written.
+func (r *remote) manifest(ctx context.Context) (*manifest, error) {
 	fetcher, err := r.resolver.Fetcher(ctx, r.ref)
 	if err != nil {
 		return nil, err
 	}
-	m := &manifest{}
-	platform := platforms.Default()
-	children := images.LimitManifests(images.FilterPlatforms(images.ChildrenHandler(store), platform), platform, 1)
-	handler := images.HandlerFunc(func(ctx context.Context, d ocispec.Descriptor) ([]ocispec.Descriptor, error) {
-		if images.IsLayerType(d.MediaType) {
-			m.layers = append(m.layers, d)
-			m.total += d.Size
-			return nil, images.ErrSkipDesc
-		}
-		if err := fetch(ctx, store, fetcher, d); err != nil {
-			return nil, err
-		}
-		return children(ctx, d)
-	})
-	if err := images.Walk(ctx, handler, r.desc); err != nil {
+	found, err := images.Manifest(ctx, provider{fetcher}, r.desc, platforms.Default())
+	if err != nil {
 		return nil, err
+	}
+	m := &manifest{layers: found.Layers}
+	for _, l := range m.layers {
+		if err := l.Digest.Validate(); err != nil || l.Size < 0 || l.Size > maxLayer {
+			return nil, fmt.Errorf("manifest %s: layer %q of %d bytes: %w", r.desc.Digest, l.Digest, l.Size, errdefs.ErrInvalidArgument)
+		}
+		m.total += l.Size
 	}
 	return m, nil
 }
+
+// maxManifest is what containerd takes of a manifest, too (core/images, maxManifestSize).
+const maxManifest = 8 << 20
+
+// maxLayer keeps sums of what a registry says from running over.
+const maxLayer = 1 << 50
+
+// provider has the blobs of a registry as a content store has them.
+type provider struct{ fetcher remotes.Fetcher }
+
+var _ content.Provider = provider{}
+
+// ReaderAt implements [content.Provider] for manifests and configs.
+func (p provider) ReaderAt(ctx context.Context, d ocispec.Descriptor) (content.ReaderAt, error) {
+	if err := d.Digest.Validate(); err != nil {
+		return nil, fmt.Errorf("digest %q: %w: %w", d.Digest, err, errdefs.ErrInvalidArgument)
+	}
+	if d.Size > maxManifest {
+		return nil, fmt.Errorf("%s: a manifest of %d bytes: %w", d.Digest, d.Size, errdefs.ErrInvalidArgument)
+	}
+	rc, err := p.fetcher.Fetch(ctx, d)
+	if err != nil {
+		return nil, err
+	}
+	defer rc.Close()
+	raw, err := io.ReadAll(io.LimitReader(rc, maxManifest))
+	if err != nil {
+		return nil, err
+	}
+	if got := d.Digest.Algorithm().FromBytes(raw); got != d.Digest {
+		return nil, fmt.Errorf("%s: the registry has sent something else (%s): %w", d.Digest, got, errdefs.ErrInvalidArgument)
+	}
+	return blob{bytes.NewReader(raw)}, nil
+}
+
+type blob struct{ *bytes.Reader }
+
+// Close implements [io.Closer].
+func (blob) Close() error { return nil }
 
 // layers fetches the layers into the content store. What is there, in part or as a whole, is not fetched again.
 func (r *remote) layers(ctx context.Context, store content.Store, layers []ocispec.Descriptor, limit *rate.Limiter) error {

@@ -27,6 +27,7 @@ const usage = `usage: bench COMMAND [flags]
 commands:
   passthrough   calls through the proxy against direct ones and a byte relay
   gap           how long a container does not answer when it is restarted, against other ways; needs root
+  pull          images pulled ahead of time against the runtime's own pulls; needs root
 `
 
 func run(ctx context.Context, args []string) error {
@@ -73,6 +74,21 @@ func run(ctx context.Context, args []string) error {
 			return fmt.Errorf("-rounds, -period and -rate must be positive, -series not negative")
 		}
 		return gap(ctx, o)
+	case "pull":
+		fs := flag.NewFlagSet(command, flag.ExitOnError)
+		var o pullOptions
+		fs.StringVar(&o.out, "out", "", "write the results as JSON to this file")
+		fs.StringVar(&o.criProxy, "cri-proxy", "", "cri-proxy binary to measure (default: built from this checkout)")
+		fs.IntVar(&o.rounds, "rounds", 11, "pulls each way")
+		fs.IntVar(&o.layers, "layers", 8, "layers of the image")
+		fs.IntVar(&o.mib, "mib", 128, "MiB of each layer")
+		if err := fs.Parse(args); err != nil {
+			return err
+		}
+		if o.rounds < 1 || o.layers < 1 || o.mib < 1 {
+			return fmt.Errorf("-rounds, -layers and -mib must be positive")
+		}
+		return pullBenchmark(ctx, o)
 	case "role": // one of the processes, started by passthrough
 		return runRole(ctx, args)
 	}

@@ -4,5 +4,5 @@
 // Package prepull tests pulls ahead of time on a real node: the cri-proxy binary, containerd and an image registry, with a
 // front before the registry that counts what is fetched and misbehaves as real ones do.
 //
-// PREPULL_FULL=1 makes the images of the tests that measure 1 GiB large; without, they are an eighth of that.
+// PREPULL_FULL=1 makes the images of the tests that measure 1 GiB large, in 8 layers; without, they are an eighth of that or less.
 package prepull

@@ -140,10 +140,21 @@ func eventually(t testing.TB, cond func() error) {
 	}
 }
 
-// scale is how many times the usual size images of tests that measure have.
+// full says whether images of tests that measure have their full size.
+func full() bool { return os.Getenv("PREPULL_FULL") != "" }
+
+// layerMiB is the size of each of 8 layers: 128 MiB, or the small one.
+func layerMiB(small int) int {
+	if full() {
+		return 128
+	}
+	return small
+}
+
+// scale is how many times as fast limited pulls of such images are.
 func scale() int {
-	if os.Getenv("PREPULL_FULL") != "" {
-		return 8
+	if full() {
+		return 4
 	}
 	return 1
 }

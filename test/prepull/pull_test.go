@@ -23,7 +23,7 @@ const (
 
 func TestProgress(t *testing.T) {
 	f := newFront(t, "progress.test")
-	p := push(t, "progress:1", 8, 16*scale())
+	p := push(t, "progress:1", 8, layerMiB(16))
 	f.throttle(wire)
 	uid := begin(t, &opsv1.PullRequest{Image: f.image(p.name)})
 	var seen []int64
@@ -110,7 +110,7 @@ func TestGoesOn(t *testing.T) {
 			}
 			t.Run(fmt.Sprintf("%s, limited %v", name, limited), func(t *testing.T) {
 				f := newFront(t, "goes-on.test")
-				p := push(t, fmt.Sprintf("goes-on-%d:1", number.Add(1)), 8, 8*scale())
+				p := push(t, fmt.Sprintf("goes-on-%d:1", number.Add(1)), 8, layerMiB(8))
 				f.throttle(wire)
 				req := &opsv1.PullRequest{Image: f.image(p.name)}
 				if limited {
@@ -130,7 +130,7 @@ func TestGoesOn(t *testing.T) {
 				if name == "containerd killed" && f.bytes.Load() > p.size*21/20 {
 					// It may forget a layer that it was about to enter into its books.
 					t.Logf("containerd has forgotten a layer")
-					f.bytes.Add(-8 * mib * int64(scale()))
+					f.bytes.Add(-p.size / 8)
 				}
 				fetchedOnce(t, f, p)
 				if !limited && f.ranges.Load() == 0 { // a slow one has few layers under way
@@ -146,7 +146,7 @@ func TestGoesOn(t *testing.T) {
 
 func TestSpeedLimit(t *testing.T) {
 	f := newFront(t, "limit.test")
-	p := push(t, "limit:1", 8, 8*scale())
+	p := push(t, "limit:1", 8, layerMiB(8))
 	const limit = 20 * mib
 	uid := begin(t, &opsv1.PullRequest{Image: f.image(p.name), BytesPerSecond: limit})
 	type point struct {
@@ -177,7 +177,7 @@ func TestSpeedLimit(t *testing.T) {
 
 func TestKubeletWantsTheSame(t *testing.T) {
 	f := newFront(t, "same.test")
-	p := push(t, "same:1", 8, 8*scale())
+	p := push(t, "same:1", 8, layerMiB(8))
 	image := f.image(p.name)
 	uid := begin(t, &opsv1.PullRequest{Image: image, BytesPerSecond: int64(scale()) * 4 * mib, PinFor: nil})
 	op := follow(t, uid, func(op *opsv1.PullOperation) bool { return op.GetBytesDone() > p.size/5 })

@@ -1,0 +1,163 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package prepull
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/time/rate"
+)
+
+// serveManifest serves one manifest, for every name, and returns the directory that leads r.io to it. header goes into hosts.toml.
+func serveManifest(t *testing.T, manifest any, header string, answer http.HandlerFunc) string {
+	t.Helper()
+	raw, err := json.Marshal(manifest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if answer == nil {
+		answer = func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", ocispec.MediaTypeImageManifest)
+			w.Header().Set("Docker-Content-Digest", digest.FromBytes(raw).String())
+			w.Header().Set("Content-Length", fmt.Sprint(len(raw)))
+			_, _ = w.Write(raw)
+		}
+	}
+	s := httptest.NewServer(answer)
+	t.Cleanup(s.Close)
+	dir := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(dir, "r.io"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	toml := fmt.Sprintf("[host.%q]\n  capabilities = [\"pull\", \"resolve\"]\n%s", s.URL, header)
+	if err := os.WriteFile(filepath.Join(dir, "r.io", "hosts.toml"), []byte(toml), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// TestManifestThatLies has registries that send what must not be believed.
+func TestManifestThatLies(t *testing.T) {
+	good := digest.FromString("layer")
+	for name, layers := range map[string][]ocispec.Descriptor{
+		"no digest":   {{MediaType: ocispec.MediaTypeImageLayer, Size: 1}},
+		"half digest": {{MediaType: ocispec.MediaTypeImageLayer, Digest: "sha256", Size: 1}},
+		"negative":    {{MediaType: ocispec.MediaTypeImageLayer, Digest: good, Size: -1}},
+		"huge":        {{MediaType: ocispec.MediaTypeImageLayer, Digest: good, Size: 1 << 62}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := serveManifest(t, ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest, Config: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageConfig, Digest: good, Size: 1}, Layers: layers}, "", nil)
+			r, err := newRemote(t.Context(), dir, "r.io/a:1", nil, nil)
+			defer r.close()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if m, err := r.manifest(t.Context()); err == nil {
+				t.Errorf("believed: %v", m)
+			}
+		})
+	}
+	t.Run("index with a child without a digest", func(t *testing.T) {
+		index := ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{{MediaType: ocispec.MediaTypeImageManifest, Size: 1}}}
+		raw, _ := json.Marshal(index)
+		dir := serveManifest(t, nil, "", func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", ocispec.MediaTypeImageIndex)
+			w.Header().Set("Docker-Content-Digest", digest.FromBytes(raw).String())
+			_, _ = w.Write(raw)
+		})
+		r, err := newRemote(t.Context(), dir, "r.io/a:1", nil, nil)
+		defer r.close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if m, err := r.manifest(t.Context()); err == nil {
+			t.Errorf("believed: %v", m)
+		}
+	})
+	t.Run("something else than promised", func(t *testing.T) {
+		dir := serveManifest(t, nil, "", func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", ocispec.MediaTypeImageManifest)
+			w.Header().Set("Docker-Content-Digest", good.String())
+			w.Header().Set("Content-Length", "2")
+			_, _ = io.WriteString(w, "{}")
+		})
+		r, err := newRemote(t.Context(), dir, "r.io/a:1", nil, nil)
+		defer r.close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if m, err := r.manifest(t.Context()); err == nil {
+			t.Errorf("believed: %v", m)
+		}
+	})
+}
+
+// TestLimitCountsOnce has a host with a header of its own, whose client is a copy of one that is limited already.
+func TestLimitCountsOnce(t *testing.T) {
+	body := bytes.Repeat([]byte("x"), 3<<20)
+	dir := serveManifest(t, nil, "  [host.\"%s\".header]\n", nil)
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.Contains(r.URL.Path, "/blobs/") {
+			_, _ = w.Write(body)
+			return
+		}
+		w.Header().Set("Content-Type", ocispec.MediaTypeImageManifest)
+		w.Header().Set("Docker-Content-Digest", digest.FromString("{}").String())
+		w.Header().Set("Content-Length", "2")
+		_, _ = io.WriteString(w, "{}")
+	}))
+	defer s.Close()
+	toml := fmt.Sprintf("[host.%q]\n  capabilities = [\"pull\", \"resolve\"]\n  [host.%q.header]\n    x-custom = [\"1\"]\n", s.URL, s.URL)
+	if err := os.WriteFile(filepath.Join(dir, "r.io", "hosts.toml"), []byte(toml), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r, err := newRemote(t.Context(), dir, "r.io/a:1", nil, rate.NewLimiter(4<<20, 1<<20))
+	defer r.close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	fetcher, err := r.resolver.Fetcher(t.Context(), r.ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	rc, err := fetcher.Fetch(t.Context(), ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromBytes(body), Size: int64(len(body))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := io.Copy(io.Discard, rc)
+	rc.Close()
+	// 1 MiB is there at once, 2 MiB take 0.5 s; counted twice it would be 1.25 s.
+	if took := time.Since(began); err != nil || n != int64(len(body)) || took < 450*time.Millisecond || took > time.Second {
+		t.Errorf("%d bytes in %s, %v", n, took, err)
+	}
+}
+
+// TestTooManyRequestsIsAskedOnce counts what reaches a registry that wants to be left alone.
+func TestTooManyRequestsIsAskedOnce(t *testing.T) {
+	var asked atomic.Int64
+	dir := serveManifest(t, nil, "", func(w http.ResponseWriter, _ *http.Request) {
+		asked.Add(1)
+		http.Error(w, "no", http.StatusTooManyRequests)
+	})
+	r, err := newRemote(context.Background(), dir, "r.io/a:1", nil, nil)
+	defer r.close()
+	if f := explain(err, "r.io"); f.reason != ReasonTooManyRequests || asked.Load() != 1 {
+		t.Errorf("%d requests, %v", asked.Load(), f)
+	}
+}

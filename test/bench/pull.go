@@ -1,0 +1,242 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"time"
+
+	contentapi "github.com/containerd/containerd/api/services/content/v1"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/test/testbed"
+)
+
+type pullOptions struct {
+	out      string
+	criProxy string
+	rounds   int
+	layers   int
+	mib      int
+}
+
+// pullGoal is the least share of the runtime's own throughput.
+const pullGoal = 0.95
+
+// PullReport is the outcome of the command pull. Times are in seconds.
+type PullReport struct {
+	Time       time.Time `json:"time"`
+	Go         string    `json:"go"`
+	CPUs       int       `json:"cpus"`
+	LoadBefore string    `json:"load_before"`
+	LoadAfter  string    `json:"load_after"`
+	Layers     int       `json:"layers"`
+	MiB        float64   `json:"mib"` // compressed
+	// Ahead is by cri-proxy, Direct by CRI PullImage on containerd's socket; the same index is the same round.
+	Ahead  []float64 `json:"ahead_seconds"`
+	Direct []float64 `json:"direct_seconds"`
+	// Ratio is the median over the rounds of cri-proxy's throughput by the direct one's, with its quartiles.
+	Ratio     float64 `json:"throughput_ratio"`
+	RatioLow  float64 `json:"throughput_ratio_q1"`
+	RatioHigh float64 `json:"throughput_ratio_q3"`
+	Met       bool    `json:"met"`
+}
+
+// pullBench is one run of the command pull.
+type pullBench struct {
+	bed     *testbed.Bed
+	image   string
+	layers  []ocispec.Descriptor
+	cri     runtimeapi.ImageServiceClient
+	content contentapi.ContentClient
+	pulls   opsv1.ImagesClient
+}
+
+func pullBenchmark(ctx context.Context, o pullOptions) (err error) {
+	r := PullReport{Time: time.Now().UTC(), Go: runtime.Version(), CPUs: runtime.NumCPU(), LoadBefore: load(), Layers: o.layers}
+	b := &pullBench{}
+	b.bed, err = testbed.Start(ctx, testbed.Options{Mode: testbed.ModeNode, Log: os.Stderr, ProxyBinary: o.criProxy, KeepLogs: func() bool { return err != nil && ctx.Err() == nil }})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.bed.Close(context.WithoutCancel(ctx))) }()
+	for socket, use := range map[string]func(*grpc.ClientConn){
+		b.bed.AdminSocket: func(c *grpc.ClientConn) { b.pulls = opsv1.NewImagesClient(c) },
+		b.bed.RuntimeSocket: func(c *grpc.ClientConn) {
+			b.cri, b.content = runtimeapi.NewImageServiceClient(c), contentapi.NewContentClient(c)
+		},
+	} {
+		conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		use(conn)
+	}
+	fmt.Fprintf(os.Stderr, "make an image of %d layers of %d MiB ...\n", o.layers, o.mib)
+	if err := b.bed.PushLargeImage(ctx, "bench:1", o.layers, o.mib); err != nil {
+		return err
+	}
+	b.image = b.bed.Image("bench:1")
+	if err := b.readManifest(ctx); err != nil {
+		return err
+	}
+	for _, l := range b.layers {
+		r.MiB += float64(l.Size) / (1 << 20)
+	}
+	// The first round of each warms up: the registry's files come from the disk.
+	for round := range o.rounds + 1 {
+		ways := []func(context.Context) (time.Duration, error){b.ahead, b.direct}
+		first := rand.IntN(2) //nolint:gosec // which comes first is no secret
+		var took [2]time.Duration
+		for _, i := range []int{first, 1 - first} {
+			if took[i], err = ways[i](ctx); err != nil {
+				return fmt.Errorf("round %d: %w", round, err)
+			}
+			if err := b.remove(ctx); err != nil {
+				return fmt.Errorf("round %d: remove the image: %w", round, err)
+			}
+		}
+		if round == 0 {
+			continue
+		}
+		fmt.Fprintf(os.Stderr, "round %d: cri-proxy %s, containerd %s\n", round, took[0].Round(time.Millisecond), took[1].Round(time.Millisecond))
+		r.Ahead, r.Direct = append(r.Ahead, took[0].Seconds()), append(r.Direct, took[1].Seconds())
+	}
+	r.LoadAfter = load()
+	r.finish()
+	r.print(os.Stdout)
+	if o.out == "" {
+		return nil
+	}
+	j, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(o.out, append(j, '\n'), 0o644) //nolint:gosec // for everybody to read
+}
+
+// ahead pulls the image through cri-proxy, without a limit, and returns how long it took.
+func (b *pullBench) ahead(ctx context.Context) (time.Duration, error) {
+	began := time.Now()
+	op, err := b.pulls.Pull(ctx, &opsv1.PullRequest{Uid: fmt.Sprintf("bench-%d", began.UnixNano()), Image: b.image})
+	if err != nil {
+		return 0, err
+	}
+	watch, err := b.pulls.WatchPull(ctx, &opsv1.WatchPullRequest{Uid: op.GetUid()})
+	if err != nil {
+		return 0, err
+	}
+	for op.GetFinishTime() == nil {
+		if op, err = watch.Recv(); err != nil {
+			return 0, err
+		}
+	}
+	took := time.Since(began)
+	if op.GetReason() != "Pulled" {
+		return 0, fmt.Errorf("pull has ended with %s %s: %s", op.GetPhase(), op.GetReason(), op.GetMessage())
+	}
+	return took, nil
+}
+
+// direct lets containerd pull the image, as kubelet and crictl do.
+func (b *pullBench) direct(ctx context.Context) (time.Duration, error) {
+	began := time.Now()
+	_, err := b.cri.PullImage(ctx, &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: b.image}, SandboxConfig: &runtimeapi.PodSandboxConfig{}})
+	return time.Since(began), err
+}
+
+// remove removes the image and waits until its layers have been collected.
+func (b *pullBench) remove(ctx context.Context) error {
+	if _, err := b.cri.RemoveImage(ctx, &runtimeapi.RemoveImageRequest{Image: &runtimeapi.ImageSpec{Image: b.image}}); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, "k8s.io"), patience)
+	defer cancel()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for _, l := range b.layers {
+		for {
+			_, err := b.content.Info(ctx, &contentapi.InfoRequest{Digest: l.Digest.String()})
+			if status.Code(err) == codes.NotFound {
+				break
+			}
+			select {
+			case <-tick.C:
+			case <-ctx.Done():
+				return fmt.Errorf("layer %s stays: %w", l.Digest, err)
+			}
+		}
+	}
+	return nil
+}
+
+func (b *pullBench) readManifest(ctx context.Context) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+b.bed.Registry+"/v2/bench/manifests/1", nil)
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Accept", strings.Join([]string{ocispec.MediaTypeImageManifest, "application/vnd.docker.distribution.manifest.v2+json"}, ", "))
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	raw, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return err
+	}
+	var m ocispec.Manifest
+	if err := json.Unmarshal(raw, &m); err != nil || len(m.Layers) == 0 {
+		return fmt.Errorf("manifest of the image: %s: %w", resp.Status, errors.Join(err, errors.New("no layers")))
+	}
+	b.layers = m.Layers
+	// Layers that other images of the bed have stay in the runtime, or are too small to count.
+	b.layers = slices.DeleteFunc(b.layers, func(d ocispec.Descriptor) bool { return d.Size < 1<<20 })
+	return nil
+}
+
+func (r *PullReport) finish() {
+	ratios := make([]float64, len(r.Ahead))
+	for i := range r.Ahead {
+		ratios[i] = r.Direct[i] / r.Ahead[i]
+	}
+	slices.Sort(ratios)
+	r.RatioLow, r.Ratio, r.RatioHigh = ratios[len(ratios)/4], ratios[len(ratios)/2], ratios[len(ratios)*3/4]
+	r.Met = r.Ratio >= pullGoal
+}
+
+func (r *PullReport) print(w io.Writer) {
+	mean := func(seconds []float64) (median, rate float64) {
+		s := slices.Sorted(slices.Values(seconds))
+		median = s[len(s)/2]
+		return median, r.MiB / median
+	}
+	ours, ourRate := mean(r.Ahead)
+	theirs, theirRate := mean(r.Direct)
+	met := "met"
+	if !r.Met {
+		met = "MISSED"
+	}
+	fmt.Fprintf(w, "%.0f MiB in %d layers, %d rounds, load before %s, after %s\n", r.MiB, r.Layers, len(r.Ahead), r.LoadBefore, r.LoadAfter)
+	fmt.Fprintf(w, "cri-proxy ahead of time  median %.2f s  %.0f MiB/s\nPullImage on containerd  median %.2f s  %.0f MiB/s\n", ours, ourRate, theirs, theirRate)
+	fmt.Fprintf(w, "%-6s  throughput %.3f of the direct one's, median of the rounds; quartiles %.3f … %.3f (goal ≥ %g)\n", met, r.Ratio, r.RatioLow, r.RatioHigh, pullGoal)
+}
