@@ -56,6 +56,7 @@ type methods struct {
 
 	mu     sync.Mutex // guards all following fields
 	probed time.Time
+	noHook time.Time         // when the runtime was last seen not to run a hook
 	why    map[Method]string // why a method is not available
 }
 
@@ -117,6 +118,9 @@ func (m *methods) fresh() bool {
 // probeGate makes everything ready for gates. The caller holds methods.probing.
 func (e *Engine) probeGate(ctx context.Context) error {
 	m := e.methods
+	if err := m.trusted(); err != nil {
+		return err
+	}
 	call, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	st, err := e.rt.Status(call, &runtimeapi.StatusRequest{Verbose: true})
@@ -171,6 +175,31 @@ func (m *methods) maybe(method Method) bool {
 	}
 	return m.why[method] == ""
 }
+
+// noHookAge is how long a runtime that has not run a hook is not trusted with another one.
+const noHookAge = time.Hour
+
+// hookNotRun notes that the runtime has started a container without running its hook.
+func (m *methods) hookNotRun(now time.Time) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.noHook = now
+	if m.why != nil && m.why[MethodGate] == "" {
+		m.why[MethodGate] = errHookNotRun.Error()
+	}
+}
+
+// trusted is nil if the runtime is expected to run hooks.
+func (m *methods) trusted() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.noHook.IsZero() && time.Since(m.noHook) < noHookAge {
+		return errHookNotRun
+	}
+	return nil
+}
+
+var errHookNotRun = fmt.Errorf("the runtime has started a container without running its hook, and is not trusted with another for %s", noHookAge)
 
 // gate returns the gate with that token, which need not exist.
 func (m *methods) gate(token string) *gate.Gate {

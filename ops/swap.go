@@ -25,6 +25,9 @@ const gatePatience = 10 * time.Second
 // the runtime may be behind the kernel.
 const hookPatience = time.Second
 
+// errNoHook is the one failure of a gate that an application may notice: its successor has begun beside it.
+var errNoHook = fmt.Errorf("%w: the runtime has not run the hook", gate.ErrNotHeld)
+
 // swap stops the incumbent and lets the successor run. It is the only part that the
 // application notices, so nothing in it waits for the disk.
 func (r *restart) swap(ctx context.Context) error {
@@ -199,6 +202,9 @@ func (r *restart) startGated(ctx context.Context, rec containerRecord) error {
 		r.passed(ctx, rec)
 		return nil
 	}
+	if errors.Is(err, errNoHook) {
+		r.methods.hookNotRun(time.Now())
+	}
 	// It may run, beside the incumbent; or come to its gate when nobody waits for that any more.
 	r.stopWithin(ctx, rec.Successor, minGrace)
 	if errors.Is(err, gate.ErrNotHeld) {
@@ -269,8 +275,8 @@ func (r *restart) awaitGate(ctx context.Context, rec containerRecord) error {
 			return nil // the runtime may be restarting
 		case st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING:
 			return fmt.Errorf("%w: it has ended with exit code %d: %s", gate.ErrNotHeld, st.GetExitCode(), st.GetMessage())
-		case info.PID > 0 && !gate.Waiting(info.PID) && time.Since(began) > hookPatience:
-			return fmt.Errorf("%w: the runtime has not run the hook", gate.ErrNotHeld)
+		case time.Since(began) > hookPatience && r.methods.owned(info.PID, rec.Successor) == nil && !gate.Waiting(info.PID):
+			return errNoHook
 		}
 		return nil
 	})

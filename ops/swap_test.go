@@ -657,3 +657,39 @@ func TestResumePastTheGate(t *testing.T) {
 		})
 	}
 }
+
+// A runtime that does not run the hook has let an application run beside the one that it is to replace. It does that
+// once, not with every restart.
+func TestRuntimeThatRunsNoHooks(t *testing.T) {
+	n := newNode(t, podOptions{processes: true})
+	n.runTidied()
+	n.rt.set(func(f *fakeRuntime) { f.processes.noHook = true })
+	for _, uid := range []string{"first", "second", "third"} {
+		if uid == "third" { // asked anew
+			n.engine.methods.probed = time.Time{}
+		}
+		n.rt.set(func(f *fakeRuntime) { f.processes.overlaps = nil })
+		n.restart(uid)
+		op := n.finish(uid)
+		if got, want := verdict(op), "SUCCEEDED, app SUCCEEDED"; got != want {
+			t.Fatalf("%s ended %s (%s)", uid, got, op.GetMessage())
+		}
+		if uid != "first" {
+			n.rt.mu.Lock()
+			if len(n.rt.processes.overlaps) > 0 {
+				t.Errorf("%s: began beside the one before: %q", uid, n.rt.processes.overlaps)
+			}
+			n.rt.mu.Unlock()
+		}
+	}
+	got, why := n.has()
+	if got != "pidfd plain" || !strings.Contains(why, "without running its hook") {
+		t.Errorf("the node has %s (%s)", got, why)
+	}
+	n.rt.set(func(f *fakeRuntime) { f.processes.noHook = false })
+	n.engine.methods.probed, n.engine.methods.noHook = time.Time{}, time.Now().Add(-noHookAge)
+	n.restart("later")
+	if op := n.finish("later"); op.GetContainers()[0].GetMethod() != "gate" {
+		t.Errorf("method is %s", op.GetContainers()[0].GetMethod())
+	}
+}
