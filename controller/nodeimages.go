@@ -54,10 +54,19 @@ func (g *GRPCNodes) CancelPull(ctx context.Context, n Node, uid, reason string) 
 	})
 }
 
-// ReleasePins ends all pins of an owner and returns how many there were. Errors are *NodeError.
-func (g *GRPCNodes) ReleasePins(ctx context.Context, n Node, owner string) (int, error) {
+// ListPins returns the images that the node keeps, by owner. Errors are *NodeError.
+func (g *GRPCNodes) ListPins(ctx context.Context, n Node) ([]*opsv1.ImagePin, error) {
+	return images(ctx, g, n, "ListPins", func(ctx context.Context, c opsv1.ImagesClient) ([]*opsv1.ImagePin, error) {
+		answer, err := c.ListPins(ctx, &opsv1.ListPinsRequest{})
+		return answer.GetPins(), err
+	})
+}
+
+// ReleasePins ends the pins of an owner, on one image or, with an empty ID, all, and returns how many there were. Errors
+// are *NodeError.
+func (g *GRPCNodes) ReleasePins(ctx context.Context, n Node, owner, imageID string) (int, error) {
 	return images(ctx, g, n, "ReleasePins", func(ctx context.Context, c opsv1.ImagesClient) (int, error) {
-		answer, err := c.ReleasePins(ctx, &opsv1.ReleasePinsRequest{Owner: owner})
+		answer, err := c.ReleasePins(ctx, &opsv1.ReleasePinsRequest{Owner: owner, ImageId: imageID})
 		return int(answer.GetReleased()), err
 	})
 }

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/distribution/reference"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -48,9 +49,10 @@ type simNode struct {
 	pulls    map[string]*simPull
 	order    []string
 	requests []*opsv1.PullRequest // those that began a pull
-	pins     map[string]string    // owner → image
-	released int
+	pins     map[simPin]bool
 }
+
+type simPin struct{ owner, image string }
 
 type simPull struct {
 	req     *opsv1.PullRequest
@@ -77,7 +79,7 @@ func (f *fleet) add(name string, n *simNode) {
 	if n.steps == 0 {
 		n.steps = 4
 	}
-	n.pulls, n.pins = map[string]*simPull{}, map[string]string{}
+	n.pulls, n.pins = map[string]*simPull{}, map[simPin]bool{}
 	f.nodes[name] = n
 }
 
@@ -165,7 +167,8 @@ func (f *fleet) Pull(ctx context.Context, n controller.Node, r *opsv1.PullReques
 func (f *fleet) begin(node *simNode, p *simPull) {
 	ctx, cancel := context.WithCancel(f.ctx)
 	p.cancel = cancel
-	if slices.Contains(slices.Collect(maps.Values(node.pins)), p.req.GetImage()) && p.req.GetPolicy() != opsv1.PullPolicy_PULL_POLICY_ALWAYS {
+	there := slices.ContainsFunc(slices.Collect(maps.Keys(node.pins)), func(pin simPin) bool { return pin.image == p.req.GetImage() })
+	if there && p.req.GetPolicy() != opsv1.PullPolicy_PULL_POLICY_ALWAYS {
 		f.finish(node, p, opsv1.PullPhase_PULL_SUCCEEDED, "Present", "")
 		cancel()
 		return
@@ -220,7 +223,7 @@ func (f *fleet) finish(node *simNode, p *simPull, phase opsv1.PullPhase, reason,
 		return
 	}
 	if phase == opsv1.PullPhase_PULL_SUCCEEDED && p.req.GetPinFor().AsDuration() > 0 {
-		node.pins[p.req.GetOwner()] = p.req.GetImage()
+		node.pins[simPin{p.req.GetOwner(), p.req.GetImage()}] = true
 	}
 	f.inFlight[jobOf(p.op.GetUid())]--
 	f.updateLocked(p, func(op *opsv1.PullOperation) {
@@ -291,19 +294,44 @@ func (f *fleet) CancelPull(ctx context.Context, n controller.Node, uid, reason s
 	return proto.Clone(p.op).(*opsv1.PullOperation), nil
 }
 
-func (f *fleet) ReleasePins(ctx context.Context, n controller.Node, owner string) (int, error) {
+func (f *fleet) ListPins(ctx context.Context, n controller.Node) ([]*opsv1.ImagePin, error) {
+	node, err := f.node(ctx, n, "ListPins")
+	if err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var pins []*opsv1.ImagePin
+	for pin := range node.pins {
+		image, err := reference.ParseNormalizedNamed(pin.image)
+		if err != nil {
+			return nil, answer(n, "ListPins", codes.Internal, err.Error())
+		}
+		pins = append(pins, &opsv1.ImagePin{ImageId: "id of " + pin.image, Image: reference.TagNameOnly(image).String(), Owner: pin.owner})
+	}
+	return pins, nil
+}
+
+func (f *fleet) ReleasePins(ctx context.Context, n controller.Node, owner, imageID string) (int, error) {
 	node, err := f.node(ctx, n, "ReleasePins")
 	if err != nil {
 		return 0, err
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	node.released++
-	if _, ok := node.pins[owner]; !ok {
-		return 0, nil
-	}
-	delete(node.pins, owner)
-	return 1, nil
+	before := len(node.pins)
+	maps.DeleteFunc(node.pins, func(pin simPin, _ bool) bool {
+		return pin.owner == owner && (imageID == "" || imageID == "id of "+pin.image)
+	})
+	return before - len(node.pins), nil
+}
+
+// forget makes a node forget all pulls that are over, as it does after an hour.
+func (f *fleet) forget(name string) {
+	f.change(name, func(n *simNode) {
+		maps.DeleteFunc(n.pulls, func(_ string, p *simPull) bool { return p.op.GetFinishTime() != nil })
+		n.order = slices.DeleteFunc(n.order, func(uid string) bool { return n.pulls[uid] == nil })
+	})
 }
 
 // begun is how many pulls were begun on each node.
@@ -338,5 +366,10 @@ func (f *fleet) last(name string) *opsv1.PullRequest {
 func (f *fleet) pinned(name string) []string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return slices.Sorted(maps.Values(f.nodes[name].pins))
+	var images []string
+	for pin := range f.nodes[name].pins {
+		images = append(images, pin.image)
+	}
+	slices.Sort(images)
+	return images
 }

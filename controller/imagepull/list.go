@@ -100,11 +100,12 @@ func (r *ListReconciler) Reconcile(ctx context.Context, req reconcile.Request) (
 	if err != nil {
 		return reconcile.Result{}, err
 	}
-	var wait time.Duration
-	if list.Status.CompletionTime != nil && (list.Status.ObservedWork == "" || list.Status.ObservedWork == listWork(list)) {
-		wait, err = r.retire(ctx, list, children)
-	} else {
+	if list.Status.CompletionTime == nil || list.Status.ObservedWork != "" && list.Status.ObservedWork != listWork(list) {
 		err = r.advance(ctx, list, children)
+	}
+	var wait time.Duration
+	if err == nil && list.Status.CompletionTime != nil {
+		wait, err = r.retire(ctx, list, children)
 	}
 	switch {
 	case apierrors.IsConflict(err):
@@ -131,7 +132,9 @@ func (r *ListReconciler) children(ctx context.Context, list *v1beta1.ImageListPu
 }
 
 // listWork identifies what the status of a list is about. A list that has ended begins again when it is changed.
-func listWork(list *v1beta1.ImageListPullJob) string { return hash(list.Spec.Images, templateHash(list)) }
+func listWork(list *v1beta1.ImageListPullJob) string {
+	return hash(list.Spec.Images, templateHash(list))
+}
 
 // advance makes the children what the list says, and counts them.
 func (r *ListReconciler) advance(ctx context.Context, list *v1beta1.ImageListPullJob, children map[string]*v1beta1.ImagePullJob) error {

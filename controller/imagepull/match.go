@@ -37,7 +37,7 @@ func match(ctx context.Context, from client.Reader, job *v1beta1.ImagePullJob, p
 		return nil, err
 	}
 	var list corev1.NodeList
-	if err := from.List(ctx, &list); err != nil {
+	if err := from.List(ctx, &list, client.UnsafeDisableDeepCopy); err != nil {
 		return nil, err
 	}
 	var targets []target
@@ -79,7 +79,7 @@ func hostFilter(ctx context.Context, from client.Reader, namespace string, pods 
 		return nil, &specError{fmt.Sprintf("spec.podSelector: %s", err)}
 	}
 	var list corev1.PodList
-	if err := from.List(ctx, &list, client.InNamespace(namespace), client.MatchingLabelsSelector{Selector: selector}); err != nil {
+	if err := from.List(ctx, &list, client.InNamespace(namespace), client.MatchingLabelsSelector{Selector: selector}, client.UnsafeDisableDeepCopy); err != nil {
 		return nil, err
 	}
 	hosts := map[string]bool{}

@@ -24,8 +24,10 @@ type Nodes interface {
 	WatchPull(ctx context.Context, n controller.Node, uid string, each func(*opsv1.PullOperation) bool) error
 	// CancelPull ends a pull; codes.NotFound when the node has none of that UID, or no longer.
 	CancelPull(ctx context.Context, n controller.Node, uid, reason string) (*opsv1.PullOperation, error)
-	// ReleasePins ends all pins of an owner.
-	ReleasePins(ctx context.Context, n controller.Node, owner string) (int, error)
+	// ListPins returns the images that the node keeps, by owner.
+	ListPins(ctx context.Context, n controller.Node) ([]*opsv1.ImagePin, error)
+	// ReleasePins ends the pins of an owner, on one image or, with an empty ID, all.
+	ReleasePins(ctx context.Context, n controller.Node, owner, imageID string) (int, error)
 }
 
 var _ Nodes = (*controller.GRPCNodes)(nil)

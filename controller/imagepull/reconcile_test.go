@@ -272,7 +272,9 @@ func TestCompletedJobChanged(t *testing.T) {
 		}
 		b.fleet.change("bad", func(n *simNode) { n.outcome = "" })
 		b.edit("job", func(j *job) { j.Spec.Selector = names("good", "bad") })
-		j := b.until("completed again", "job", time.Minute, func(j *job) bool { return completed(j) && j.Status.CompletionTime.After(first.Status.CompletionTime.Time) })
+		j := b.until("completed again", "job", time.Minute, func(j *job) bool {
+			return completed(j) && j.Status.CompletionTime.After(first.Status.CompletionTime.Time)
+		})
 		b.want(j, "True Succeeded", "2/0/2/0")
 		if got := b.fleet.begun(); got["good"] != 1 || got["bad"] != 2 {
 			t.Errorf("pulls begun: %v", got)
@@ -386,7 +388,7 @@ func TestTwoJobsOneImage(t *testing.T) {
 		j := b.until("completed", "two", 5*time.Minute, completed)
 		b.want(j, "True Succeeded", "4/0/4/0")
 		for name := range b.fleet.begun() {
-			if pins := b.fleet.nodes[name].pins; len(pins) != 1 || pins["ImagePullJob/ns/two/uid-two"] == "" {
+			if pins := b.fleet.nodes[name].pins; len(pins) != 1 || !pins[simPin{"ImagePullJob/ns/two/uid-two", "nginx"}] {
 				t.Errorf("%s pins %v", name, pins)
 			}
 		}
@@ -626,4 +628,57 @@ func TestForeignFinalizer(t *testing.T) {
 		b.delete("job")
 		b.until("gone", "job", time.Minute, gone)
 	})
+}
+
+// A job that outlasts the nodes' memory of its pulls goes on under another controller without doing them again, and an
+// edit lets go of the image of before.
+func TestForgottenPulls(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addMany(4, time.Minute)
+		b.create("job", spec{})
+		b.until("half way", "job", 5*time.Minute, func(j *job) bool { return j.Status.Succeeded == 2 })
+		b.kill()
+		begun := b.fleet.begun()
+		for name := range begun {
+			b.fleet.forget(name)
+		}
+		b.start()
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if flying := b.fleet.flying("uid-job"); flying != 1 {
+			t.Errorf("%d pulls at once", flying)
+		}
+		j := b.until("completed", "job", 5*time.Minute, completed)
+		b.want(j, "True Succeeded", "4/0/4/0")
+		for name, n := range b.fleet.begun() {
+			if n != 1 {
+				t.Errorf("%d pulls on %s", n, name)
+			}
+			b.fleet.forget(name)
+		}
+		b.edit("job", func(j *job) { j.Spec.Image, j.Spec.Parallelism = "nginx:2", parallel(4) })
+		b.until("completed again", "job", 5*time.Minute, func(j *job) bool {
+			for name := range begun {
+				if strings.Join(b.fleet.pinned(name), " ") != "nginx:2" {
+					return false
+				}
+			}
+			return completed(j)
+		})
+	})
+}
+
+func TestSameImage(t *testing.T) {
+	digest := "@sha256:" + strings.Repeat("0a", 32)
+	for _, tt := range []struct {
+		a, b string
+		same bool
+	}{
+		{"nginx", "docker.io/library/nginx:latest", true}, {"nginx:1", "docker.io/library/nginx:1", true}, {"nginx:1" + digest, "docker.io/library/nginx" + digest, true},
+		{"nginx", "nginx:1", false}, {"nginx:1", "nginx" + digest, false}, {"a/nginx", "nginx", false}, {"Nginx", "Nginx", true},
+	} {
+		if sameImage(tt.a, tt.b) != tt.same {
+			t.Errorf("%s and %s", tt.a, tt.b)
+		}
+	}
 }

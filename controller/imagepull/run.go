@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/distribution/reference"
 	"github.com/sirupsen/logrus"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -114,6 +115,8 @@ type run struct {
 	// surveys are under way; suspects is the number of members that are.
 	surveys, suspects int
 	closed            bool
+	// older says that nodes may know of the job from before: from another controller, or for another image.
+	older bool
 	// woken says that the reconciler has been woken, or wakes by itself soon.
 	woken bool
 	pace  pace
@@ -128,7 +131,7 @@ func newRun(r *Reconciler, w *wish, resume bool, wake func()) *run {
 	u := &run{
 		nodes: r.Nodes, secrets: r.APIReader, crew: r.crew, metrics: r.Metrics, wake: wake,
 		log:  r.Log.WithFields(logrus.Fields{"job": w.job.String(), "image": w.request.GetImage()}),
-		wish: &wish{work: w.work, params: w.params}, byName: map[string]*member{},
+		wish: &wish{work: w.work, params: w.params}, byName: map[string]*member{}, older: resume,
 	}
 	u.follow(w, resume)
 	return u
@@ -179,6 +182,7 @@ func (u *run) follow(w *wish, suspect bool) {
 		}
 	}
 	u.members, u.byName = members, byName
+	u.older = u.older || newWork
 	if newWork || newParams {
 		u.pace.again()
 	}
@@ -264,6 +268,7 @@ func (u *run) troubled(m *member, t trouble, now time.Time) {
 		m.retryAt = now.Add(resurveyAfter)
 	case t.final || t.reason == reasonNoProxy && m.tries >= proxyPatience || now.Sub(m.since) >= nodePatience:
 		u.fail(m, t.reason, t.message)
+		u.metrics.failed(t.reason)
 		m.retryAt = now.Add(resurveyAfter)
 	default:
 		u.setPhase(m, unknown)
@@ -283,6 +288,7 @@ func (u *run) leaveOut(m *member, now time.Time) {
 	}
 	if m.phase != failed && now.Sub(m.since) >= nodePatience {
 		u.fail(m, m.target.reason, m.target.message)
+		u.metrics.failed(m.target.reason)
 	}
 }
 
@@ -404,9 +410,12 @@ func (u *run) talk(m *member, f func(ctx context.Context, epoch int)) {
 // survey asks a node what it does and has done for the job.
 func (u *run) survey(m *member) {
 	u.surveys++
-	w, node := u.wish, m.target.node
+	w, node, older := u.wish, m.target.node, u.older
 	u.talk(m, func(ctx context.Context, epoch int) {
 		found, err := u.lookAt(ctx, w, node)
+		if err == nil && older {
+			err = u.lookAtPins(ctx, w, node, &found)
+		}
 		u.mu.Lock()
 		defer u.mu.Unlock()
 		u.surveys--
@@ -430,6 +439,8 @@ type found struct {
 	round  int
 	// rounds is the highest round of any.
 	rounds int
+	// pinned says that the node keeps the image for the job.
+	pinned bool
 }
 
 // lookAt surveys a node: what the job no longer wants is cancelled, and let go of.
@@ -439,7 +450,6 @@ func (u *run) lookAt(ctx context.Context, w *wish, node controller.Node) (found,
 	if err != nil {
 		return f, err
 	}
-	otherWork := false
 	for _, op := range ops {
 		work, params, round, ours := w.parse(op.GetUid())
 		if !ours {
@@ -447,7 +457,6 @@ func (u *run) lookAt(ctx context.Context, w *wish, node controller.Node) (found,
 		}
 		over := op.GetFinishTime() != nil
 		if work != w.work || params != w.params && op.GetPhase() != opsv1.PullPhase_PULL_SUCCEEDED {
-			otherWork = otherWork || work != w.work
 			if over {
 				continue
 			}
@@ -463,12 +472,43 @@ func (u *run) lookAt(ctx context.Context, w *wish, node controller.Node) (found,
 			f.latest, f.round = op, round
 		}
 	}
-	if otherWork {
-		if _, err := u.nodes.ReleasePins(ctx, node, w.request.GetOwner()); err != nil {
-			return f, err
+	return f, nil
+}
+
+// lookAtPins surveys what a node keeps for the job: what it no longer wants is let go of, and what it wants tells of a
+// pull that the node has forgotten.
+func (u *run) lookAtPins(ctx context.Context, w *wish, node controller.Node, f *found) error {
+	pins, err := u.nodes.ListPins(ctx, node)
+	if err != nil {
+		return err
+	}
+	for _, pin := range pins {
+		switch {
+		case pin.GetOwner() != w.request.GetOwner():
+		case sameImage(pin.GetImage(), w.request.GetImage()):
+			f.pinned = true
+		default:
+			if _, err := u.nodes.ReleasePins(ctx, node, pin.GetOwner(), pin.GetImageId()); err != nil {
+				return err
+			}
 		}
 	}
-	return f, nil
+	return nil
+}
+
+// sameImage compares references as they are written in pods.
+func sameImage(a, b string) bool {
+	x, errX := reference.ParseNormalizedNamed(a)
+	y, errY := reference.ParseNormalizedNamed(b)
+	if errX != nil || errY != nil {
+		return a == b
+	}
+	dx, okX := x.(reference.Digested)
+	dy, okY := y.(reference.Digested)
+	if okX && okY { // a tag beside a digest does not count
+		return x.Name() == y.Name() && dx.Digest() == dy.Digest()
+	}
+	return reference.TagNameOnly(x).String() == reference.TagNameOnly(y).String()
 }
 
 // telling ranks pulls: one that succeeded, one that runs, one that failed.
@@ -487,6 +527,8 @@ func (u *run) adopt(m *member, f found, now time.Time) {
 	m.round, m.retryAt = f.rounds, time.Time{}
 	op := f.latest
 	switch {
+	case op == nil && f.pinned:
+		u.succeed(m, nil, now)
 	case op == nil: // that it can be commanded shows when it takes the command
 		u.setPhase(m, pending)
 	case op.GetPhase() == opsv1.PullPhase_PULL_SUCCEEDED:
@@ -500,6 +542,7 @@ func (u *run) adopt(m *member, f found, now time.Time) {
 	default:
 		u.present(m)
 		m.op = op
+		u.told.count = maxFailureEvents // told by the controller that saw it
 		u.fail(m, op.GetReason(), op.GetMessage())
 		m.retryAt = now.Add(retryMin)
 	}

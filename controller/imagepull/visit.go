@@ -297,7 +297,7 @@ func (u *run) dismissNode(ctx context.Context, w *wish, n leaving, release bool,
 		}
 	}
 	if release {
-		_, err = u.nodes.ReleasePins(ctx, n.node, w.request.GetOwner())
+		_, err = u.nodes.ReleasePins(ctx, n.node, w.request.GetOwner(), "")
 	}
 	return err
 }

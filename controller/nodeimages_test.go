@@ -1,0 +1,172 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package controller
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"net"
+	"os"
+	"testing"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+// imageNode says of each command that it has come in.
+type imageNode struct {
+	opsv1.UnimplementedImagesServer
+}
+
+func (imageNode) Pull(_ context.Context, r *opsv1.PullRequest) (*opsv1.PullOperation, error) {
+	return &opsv1.PullOperation{Uid: r.GetUid(), Image: r.GetImage()}, nil
+}
+
+func (imageNode) ListPulls(context.Context, *opsv1.ListPullsRequest) (*opsv1.ListPullsResponse, error) {
+	return &opsv1.ListPullsResponse{Pulls: []*opsv1.PullOperation{{Uid: "a"}, {Uid: "b"}}}, nil
+}
+
+func (imageNode) CancelPull(context.Context, *opsv1.CancelPullRequest) (*opsv1.PullOperation, error) {
+	return nil, status.Error(codes.NotFound, "no such pull")
+}
+
+func (imageNode) ListPins(context.Context, *opsv1.ListPinsRequest) (*opsv1.ListPinsResponse, error) {
+	return &opsv1.ListPinsResponse{Pins: []*opsv1.ImagePin{{ImageId: "i"}}}, nil
+}
+
+func (imageNode) ReleasePins(_ context.Context, r *opsv1.ReleasePinsRequest) (*opsv1.ReleasePinsResponse, error) {
+	return &opsv1.ReleasePinsResponse{Released: int32(len(r.GetOwner()) + len(r.GetImageId()))}, nil
+}
+
+func (imageNode) WatchPull(r *opsv1.WatchPullRequest, stream grpc.ServerStreamingServer[opsv1.PullOperation]) error {
+	for done := range int64(3) {
+		if err := stream.Send(&opsv1.PullOperation{Uid: r.GetUid(), BytesDone: done}); err != nil {
+			return err
+		}
+	}
+	return stream.Send(&opsv1.PullOperation{Uid: r.GetUid(), FinishTime: timestamppb.Now()})
+}
+
+func newImageNode(t *testing.T, files TLSFiles) (address string) {
+	t.Helper()
+	cert, err := tls.LoadX509KeyPair(files.Cert, files.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ca, err := os.ReadFile(files.CA)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM(ca)
+	server := grpc.NewServer(grpc.Creds(credentials.NewTLS(&tls.Config{
+		Certificates: []tls.Certificate{cert}, ClientCAs: pool, ClientAuth: tls.RequireAndVerifyClientCert, MinVersion: tls.VersionTLS13,
+	})))
+	opsv1.RegisterImagesServer(server, imageNode{})
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = server.Serve(listener)
+	}()
+	t.Cleanup(func() {
+		server.Stop()
+		<-ended
+	})
+	return listener.Addr().String()
+}
+
+func TestImageCommands(t *testing.T) {
+	ca := newAuthority(t)
+	nodes := newNodes(t, ca.issue("cri-controller"))
+	n := Node{Name: "node-1", Address: newImageNode(t, ca.issue("node-1"))}
+	ctx := t.Context()
+	if op, err := nodes.Pull(ctx, n, &opsv1.PullRequest{Uid: "u", Image: "i"}); err != nil || op.GetUid() != "u" || op.GetImage() != "i" {
+		t.Errorf("Pull: %v, %v", op, err)
+	}
+	if ops, err := nodes.ListPulls(ctx, n); err != nil || len(ops) != 2 {
+		t.Errorf("ListPulls: %v, %v", ops, err)
+	}
+	if pins, err := nodes.ListPins(ctx, n); err != nil || len(pins) != 1 {
+		t.Errorf("ListPins: %v, %v", pins, err)
+	}
+	if k, err := nodes.ReleasePins(ctx, n, "own", "id"); err != nil || k != 5 {
+		t.Errorf("ReleasePins: %v, %v", k, err)
+	}
+	var nodeError *NodeError
+	if _, err := nodes.CancelPull(ctx, n, "u", "why"); !errors.As(err, &nodeError) || nodeError.Code() != codes.NotFound || nodeError.Silent || nodeError.Refused() {
+		t.Errorf("CancelPull: %v", err)
+	}
+	for _, tt := range []struct {
+		name  string
+		until int64
+		heard int
+	}{{"to its end", 10, 4}, {"as long as wanted", 1, 2}} {
+		t.Run(tt.name, func(t *testing.T) {
+			heard := 0
+			err := nodes.WatchPull(ctx, n, "u", func(op *opsv1.PullOperation) bool {
+				heard++
+				return op.GetBytesDone() < tt.until
+			})
+			if err != nil || heard != tt.heard {
+				t.Errorf("heard %d times, want %d; error %v", heard, tt.heard, err)
+			}
+		})
+	}
+}
+
+// A node where nothing listens can be told from one that is not there.
+func TestRefused(t *testing.T) {
+	ca := newAuthority(t)
+	nodes := newNodes(t, ca.issue("cri-controller"))
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := listener.Addr().String()
+	_ = listener.Close()
+	var nodeError *NodeError
+	if _, err := nodes.ListPulls(t.Context(), Node{Name: "n", Address: address}); !errors.As(err, &nodeError) || !nodeError.Refused() {
+		t.Errorf("error %v", err)
+	}
+	if err := nodes.WatchPull(t.Context(), Node{Name: "n", Address: address}, "u", func(*opsv1.PullOperation) bool { return true }); !errors.As(err, &nodeError) || !nodeError.Refused() {
+		t.Errorf("error %v", err)
+	}
+}
+
+// What the cache keeps of nodes and pods is enough to choose nodes by.
+func TestSlimKeepsWhatChooses(t *testing.T) {
+	labels := map[string]string{"a": "b"}
+	out, err := slimNode(&corev1.Node{
+		ObjectMeta: metav1.ObjectMeta{Name: "n", Labels: labels},
+		Status: corev1.NodeStatus{Conditions: []corev1.NodeCondition{
+			{Type: corev1.NodeDiskPressure}, {Type: corev1.NodeReady, Status: corev1.ConditionTrue, LastHeartbeatTime: metav1.Now()},
+		}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	node := out.(*corev1.Node)
+	if node.Labels["a"] != "b" || len(node.Status.Conditions) != 1 || node.Status.Conditions[0].Status != corev1.ConditionTrue || !node.Status.Conditions[0].LastHeartbeatTime.IsZero() {
+		t.Errorf("node %+v", node)
+	}
+	if out, err = slimPod(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Labels: labels}, Spec: corev1.PodSpec{NodeName: "n"}}); err != nil {
+		t.Fatal(err)
+	}
+	if pod := out.(*corev1.Pod); pod.Labels["a"] != "b" || pod.Spec.NodeName != "n" {
+		t.Errorf("pod %+v", pod)
+	}
+}
