@@ -129,7 +129,7 @@ func TestImageCommands(t *testing.T) {
 }
 
 // A node where nothing listens can be told from one that is not there.
-func TestRefused(t *testing.T) {
+func TestConnectionRefused(t *testing.T) {
 	ca := newAuthority(t)
 	nodes := newNodes(t, ca.issue("cri-controller"))
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
