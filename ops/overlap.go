@@ -43,10 +43,9 @@ func (r *restart) maskWhenGone() {
 		return
 	}
 	go func(w *exitWatch) { // ends with the process or the watch
-		select {
-		case <-w.gone:
+		<-w.done
+		if w.over() {
 			r.claim.Mask()
-		case <-w.done:
 		}
 	}(r.exit)
 }
