@@ -6,6 +6,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"runtime"
 	"strings"
 	"sync"
 
@@ -54,7 +55,7 @@ func (s *slot) commanded() []*restart {
 
 // manifest is the i-th pod. Pods differ in what could disturb a restart: what kubelet does when it sees a container exit, an own port
 // or a shared one, a neighbour in the pod, probes that kubelet runs meanwhile.
-func manifest(i int, image string) string {
+func manifest(i int, image string, cpu int) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "---\napiVersion: v1\nkind: Pod\nmetadata: {name: %s, namespace: %s, labels: {app: soak}}\n", podName(i), namespace)
 	policy := [...]corev1.RestartPolicy{corev1.RestartPolicyAlways, corev1.RestartPolicyNever, corev1.RestartPolicyOnFailure}[i%3]
@@ -65,7 +66,7 @@ func manifest(i int, image string) string {
 			reuse = "newest"
 		}
 		fmt.Fprintf(&b, "  - name: %s\n    image: %q\n    env: [{name: PORT, value: %q}, {name: REUSEPORT, value: %q}]\n", name, image, fmt.Sprint(port), reuse)
-		b.WriteString("    resources: {requests: {cpu: 1m, memory: 4Mi}, limits: {memory: 64Mi}}\n" + probe)
+		fmt.Fprintf(&b, "    resources: {requests: {cpu: %dm, memory: 4Mi}, limits: {memory: 64Mi}}\n%s", cpu, probe)
 	}
 	probe := ""
 	switch i % 5 {
@@ -81,6 +82,13 @@ func manifest(i int, image string) string {
 	return b.String()
 }
 
+// share is the CPU that each of the containers asks for, in thousandths: three quarters of the machine for all, at most 25. With
+// next to nothing the servers of a loaded machine do not get to answer for seconds, and that would be taken for a fault.
+func share(pods int) int {
+	containers := pods + (pods+4)/5
+	return max(1, min(25, 750*runtime.NumCPU()/containers))
+}
+
 func podName(i int) string { return fmt.Sprintf("soak-%02d", i) }
 
 func shared(i int) bool { return i%2 == 0 }
@@ -92,7 +100,7 @@ func (s *soak) deploy(ctx context.Context) error {
 	}
 	var all strings.Builder
 	for i := range s.o.pods {
-		all.WriteString(manifest(i, s.bed.Image("app:1")))
+		all.WriteString(manifest(i, s.bed.Image("app:1"), share(s.o.pods)))
 	}
 	if err := s.bed.KubectlApply(ctx, all.String()); err != nil {
 		return err
