@@ -31,11 +31,12 @@ func (p *Puller) attempt(ctx context.Context, u *pull, given []*opsv1.RegistryCr
 			return p.succeed(ctx, u, got, ReasonPresent)
 		}
 	}
-	credentials := matching(given, u.named)
+	host, repository := registryOf(u.named)
+	// Those of the pull come before those of the node, as kubelet has pull secrets before its own.
+	credentials := slices.Concat(matching(given, u.named), matching(p.plugins.Credentials(ctx, host+"/"+repository), u.named))
 	if len(credentials) == 0 {
 		credentials = append(credentials, nil) // anonymous
 	}
-	host, _ := registryOf(u.named)
 	var errs []error
 	for _, c := range credentials {
 		err := p.pullWith(ctx, u, c)

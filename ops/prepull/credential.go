@@ -4,9 +4,7 @@
 package prepull
 
 import (
-	"net"
 	"net/url"
-	"path"
 	"slices"
 	"strings"
 
@@ -14,6 +12,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/credentialprovider"
 )
 
 // defaultRegistry is the key of docker.io in docker config files.
@@ -32,7 +31,7 @@ func matching(all []*opsv1.RegistryCredential, named reference.Named) []*opsv1.R
 		wantHost, wantPath, err := parseMatch(c.GetMatch())
 		switch {
 		case err != nil:
-		case matches(wantHost, wantPath, host, "/"+repository):
+		case credentialprovider.MatchHost(wantHost, host) && strings.HasPrefix("/"+repository, wantPath):
 			matched = append(matched, entry{wantHost + wantPath, c})
 		case host == "docker.io" && wantHost == defaultRegistry && wantPath == "":
 			fallback = append(fallback, entry{wantHost, c})
@@ -67,33 +66,6 @@ func parseMatch(match string) (host, path string, err error) {
 		path = ""
 	}
 	return u.Host, path, nil
-}
-
-// matches reports whether an entry is for the repository. The host matches part by part, with * in each;
-// the port must be equal; the path is a prefix of whole characters, as kubelet takes it.
-func matches(wantHost, wantPath, host, repository string) bool {
-	wantName, wantPort := splitPort(wantHost)
-	name, port := splitPort(host)
-	if wantPort != port {
-		return false
-	}
-	want, have := strings.Split(wantName, "."), strings.Split(name, ".")
-	if len(want) != len(have) {
-		return false
-	}
-	for i := range want {
-		if ok, err := path.Match(want[i], have[i]); err != nil || !ok {
-			return false
-		}
-	}
-	return strings.HasPrefix(repository, wantPath)
-}
-
-func splitPort(host string) (name, port string) {
-	if name, port, err := net.SplitHostPort(host); err == nil {
-		return name, port
-	}
-	return host, ""
 }
 
 // authConfig is the credential as CRI takes it; nil for none. containerd's CRI plugin prefers a name to an identity token

@@ -24,6 +24,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/credentialprovider"
 )
 
 const (
@@ -62,6 +63,8 @@ type Options struct {
 	BytesPerSecond int64
 	// HostsDir is the config_path of containerd's registry configuration. Empty means /etc/containerd/certs.d.
 	HostsDir string
+	// Plugins are kubelet's credential provider plugins; nil for none.
+	Plugins *credentialprovider.Plugins
 	// MaxDiskPercent is how full a pull may make the image file system; 0 means that it is not looked at.
 	MaxDiskPercent float64
 }
@@ -75,6 +78,7 @@ type Puller struct {
 	parallel int
 	limit    int64
 	hostsDir string
+	plugins  *credentialprovider.Plugins
 	maxDisk  float64
 	metrics  *metrics
 	opened   time.Time
@@ -123,7 +127,7 @@ var (
 func Open(o Options) (*Puller, error) {
 	p := &Puller{
 		log: o.Log.WithField("component", "prepull"), images: runtimeapi.NewImageServiceClient(o.Conn), store: newStore(o.Conn),
-		parallel: max(1, o.Parallel), limit: o.BytesPerSecond, hostsDir: o.HostsDir, maxDisk: o.MaxDiskPercent,
+		parallel: max(1, o.Parallel), limit: o.BytesPerSecond, hostsDir: o.HostsDir, plugins: o.Plugins, maxDisk: o.MaxDiskPercent,
 		opened: time.Now(), wake: make(chan struct{}, 1), pulls: map[string]*pull{}, pins: map[pinKey]*pin{},
 	}
 	if p.hostsDir == "" {

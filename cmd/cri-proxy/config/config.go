@@ -103,6 +103,10 @@ type Images struct {
 	MaxDiskPercent float64 `yaml:"maxDiskPercent"`
 	// RegistryHostsDir is the config_path of containerd's registry configuration.
 	RegistryHostsDir string `yaml:"registryHostsDir"`
+	// CredentialProviderConfig is kubelet's file of credential provider plugins, or a directory of such files. Empty: none.
+	CredentialProviderConfig string `yaml:"credentialProviderConfig"`
+	// CredentialProviderBinDir holds the plugins.
+	CredentialProviderBinDir string `yaml:"credentialProviderBinDir"`
 }
 
 // Mode is a file mode written in octal.
@@ -186,6 +190,8 @@ func (c *Config) Flags(fs *pflag.FlagSet) {
 	fs.Int64Var(&c.Images.BytesPerSecond, "images-bytes-per-second", c.Images.BytesPerSecond, "bound of a pull ahead of time that brings none (default: none)")
 	fs.Float64Var(&c.Images.MaxDiskPercent, "images-max-disk-percent", c.Images.MaxDiskPercent, "how full a pull ahead of time may make the image file system; 0 means not looked at")
 	fs.StringVar(&c.Images.RegistryHostsDir, "registry-hosts-dir", c.Images.RegistryHostsDir, "config_path of containerd's registry configuration")
+	fs.StringVar(&c.Images.CredentialProviderConfig, "image-credential-provider-config", c.Images.CredentialProviderConfig, "kubelet's file or directory of credential provider plugins, as kubelet's flag of this name (default: none)")
+	fs.StringVar(&c.Images.CredentialProviderBinDir, "image-credential-provider-bin-dir", c.Images.CredentialProviderBinDir, "directory of the credential provider plugins")
 	fs.DurationVar(&c.DrainTimeout, "drain-timeout", c.DrainTimeout, "longest wait for calls in flight at shutdown")
 	fs.StringVar(&c.RecordCalls, "record-calls", c.RecordCalls, "debug: file that gets a JSON line for every CRI call")
 }

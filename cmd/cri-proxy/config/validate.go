@@ -117,6 +117,14 @@ func (c *Config) Validate() error {
 	if !filepath.IsAbs(c.Images.RegistryHostsDir) {
 		bad("images.registryHostsDir: %q is not an absolute path", c.Images.RegistryHostsDir)
 	}
+	if i := c.Images; (i.CredentialProviderConfig == "") != (i.CredentialProviderBinDir == "") {
+		bad("images: credentialProviderConfig and credentialProviderBinDir go together; give both or none")
+	}
+	for key, path := range map[string]string{"credentialProviderConfig": c.Images.CredentialProviderConfig, "credentialProviderBinDir": c.Images.CredentialProviderBinDir} {
+		if path != "" && !filepath.IsAbs(path) {
+			bad("images.%s: %q is not an absolute path", key, path)
+		}
+	}
 	if c.DrainTimeout < 0 {
 		bad("drainTimeout: %s is negative; 0 ends calls at once", c.DrainTimeout)
 	}

@@ -26,6 +26,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops"
 	"github.com/cri-proxy/cri-proxy/ops/prepull"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/credentialprovider"
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
@@ -86,9 +87,16 @@ func newNode(ctx context.Context, c *config.Config, listen string, log logrus.Fi
 	if err != nil {
 		return nil, fmt.Errorf("state directory %s: %w", c.StateDir, err)
 	}
+	var plugins *credentialprovider.Plugins
+	if path := c.Images.CredentialProviderConfig; path != "" {
+		if plugins, err = credentialprovider.Load(path, c.Images.CredentialProviderBinDir, log); err != nil {
+			return nil, &config.InvalidError{Err: fmt.Errorf("images.credentialProviderConfig: %w", err)}
+		}
+	}
 	n.puller, err = prepull.Open(prepull.Options{
 		StateDir: c.StateDir, Conn: n.upstream.Conn(), Log: log, Registerer: n.registry,
 		Parallel: c.Images.Parallel, BytesPerSecond: c.Images.BytesPerSecond, HostsDir: c.Images.RegistryHostsDir, MaxDiskPercent: c.Images.MaxDiskPercent,
+		Plugins: plugins,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("state directory %s: %w", c.StateDir, err)
