@@ -241,12 +241,15 @@ func TestPullPolicyChanged(t *testing.T) {
 func TestSelectorChanged(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addMany(3, time.Minute)
-		b.create("job", spec{ImagePullJobTemplate: template{Parallelism: parallel(3), Selector: names("node-0", "node-1")}})
+		b.create("job", spec{ImagePullJobTemplate: template{Parallelism: parallel(2), Selector: names("node-0", "node-1")}})
 		b.until("at work", "job", time.Minute, func(*job) bool { return b.fleet.flying("uid-job") == 2 })
 		time.Sleep(10 * time.Second)
 		b.edit("job", func(j *job) { j.Spec.Selector = names("node-1", "node-2") })
 		j := b.until("completed", "job", 5*time.Minute, completed)
 		b.want(j, "True Succeeded", "2/0/2/0")
+		if b.fleet.peak["uid-job"] != 2 {
+			t.Errorf("%d at once", b.fleet.peak["uid-job"])
+		}
 		if got := b.fleet.begun(); got["node-0"] != 1 || got["node-1"] != 1 || got["node-2"] != 1 {
 			t.Errorf("pulls begun: %v", got)
 		}

@@ -67,6 +67,8 @@ type member struct {
 	away  trouble
 	since time.Time
 	tries int
+	// untaken says that it answered and did not take the command.
+	untaken bool
 	// retryAt is when to turn to the node again.
 	retryAt time.Time
 	round   int
@@ -114,7 +116,9 @@ type run struct {
 	counts  [phases]int
 	// surveys are under way; suspects is the number of members that are.
 	surveys, suspects int
-	closed            bool
+	// leavers had their turn when they were no longer chosen, and may still be pulling.
+	leavers int
+	closed  bool
 	// older says that nodes may know of the job from before: from another controller, or for another image.
 	older bool
 	// woken says that the reconciler has been woken, or wakes by itself soon.
@@ -172,8 +176,12 @@ func (u *run) follow(w *wish, suspect bool) {
 		members, byName[t.node.Name] = append(members, m), m
 	}
 	var gone []*member
+	leavers := 0
 	for name, m := range u.byName {
 		if byName[name] == nil {
+			if m.phase == active {
+				leavers++
+			}
 			u.setSuspect(m, false)
 			u.counts[m.phase]--
 			u.pace.moved(0)
@@ -187,7 +195,13 @@ func (u *run) follow(w *wish, suspect bool) {
 		u.pace.again()
 	}
 	// A node that was deleted does not answer, and there is no harm in asking.
-	u.dismiss(gone, true, "the node is no longer chosen", func(int) {})
+	u.leavers += leavers
+	u.dismiss(gone, true, "the node is no longer chosen", func(int) {
+		u.mu.Lock()
+		defer u.mu.Unlock()
+		u.leavers -= leavers
+		u.kick(time.Now())
+	})
 }
 
 // hang ends what is being said to the node.
@@ -239,7 +253,7 @@ func (u *run) setFraction(m *member, f float64) {
 
 // present notes that the node can be commanded.
 func (u *run) present(m *member) {
-	m.away, m.since, m.tries = trouble{}, time.Time{}, 0
+	m.away, m.since, m.tries, m.untaken = trouble{}, time.Time{}, 0, false
 }
 
 // fail gives a node up, with the reason in one word and the message for people.
@@ -313,7 +327,7 @@ func (u *run) kick(now time.Time) {
 	}
 	limit := u.wish.limit()
 	for _, m := range u.members {
-		if u.counts[active] >= limit {
+		if u.counts[active]+u.leavers >= limit {
 			return
 		}
 		if m.phase == pending && !m.busy() && m.target.ready && !now.Before(m.retryAt) {
@@ -324,7 +338,7 @@ func (u *run) kick(now time.Time) {
 		return
 	}
 	for _, m := range u.members {
-		if u.counts[active] >= limit {
+		if u.counts[active]+u.leavers >= limit {
 			return
 		}
 		if !m.busy() && m.target.ready && !now.Before(m.retryAt) && (m.phase == succeeded || m.phase == failed && m.away.reason == "") {
@@ -343,7 +357,7 @@ func (u *run) nextLook(now time.Time) time.Duration {
 			next = d
 		}
 	}
-	full := u.counts[active] >= u.wish.limit() || u.suspects > 0
+	full := u.counts[active]+u.leavers >= u.wish.limit() || u.suspects > 0
 	for _, m := range u.members {
 		surveyed := m.phase == unknown || m.phase == failed && m.away.reason != ""
 		switch {
@@ -529,7 +543,10 @@ func (u *run) adopt(m *member, f found, now time.Time) {
 	switch {
 	case op == nil && f.pinned:
 		u.succeed(m, nil, now)
-	case op == nil: // that it can be commanded shows when it takes the command
+	case op == nil:
+		if m.away = (trouble{}); !m.untaken { // else it has to take the command first
+			u.present(m)
+		}
 		u.setPhase(m, pending)
 	case op.GetPhase() == opsv1.PullPhase_PULL_SUCCEEDED:
 		u.succeed(m, op, now)

@@ -113,7 +113,9 @@ func (u *run) giveWay(m *member, err error, t trouble, since time.Time) {
 		u.setPhase(m, succeeded)
 		m.retryAt = time.Now().Add(retryMin)
 	default:
-		m.since = since
+		if m.untaken = true; m.since.IsZero() {
+			m.since = since
+		}
 		u.setPhase(m, unknown)
 		u.troubled(m, t, time.Now())
 	}
