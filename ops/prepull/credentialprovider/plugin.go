@@ -175,7 +175,7 @@ func (g *plugin) run(ctx context.Context, image string) (*response, error) {
 		return nil, err
 	}
 	var r response
-	if err := json.Unmarshal(out.Bytes(), &r); err != nil {
+	if err := json.Unmarshal(out.buffer.Bytes(), &r); err != nil {
 		return nil, errors.New("the answer is not JSON of a CredentialProviderResponse")
 	}
 	if r.Kind != "CredentialProviderResponse" || r.APIVersion != g.config.APIVersion {
@@ -184,10 +184,10 @@ func (g *plugin) run(ctx context.Context, image string) (*response, error) {
 	return &r, nil
 }
 
-// limited is a buffer with an end.
+// limited is a buffer with an end. It embeds none: io.Copy would use the buffer's own ReadFrom, which has no end.
 type limited struct {
-	bytes.Buffer
-	left int
+	buffer bytes.Buffer
+	left   int
 	over func()
 }
 
@@ -199,5 +199,5 @@ func (l *limited) Write(p []byte) (int, error) {
 		l.over() // the program would wait for a reader
 		return 0, errTooLong
 	}
-	return l.Buffer.Write(p)
+	return l.buffer.Write(p)
 }
