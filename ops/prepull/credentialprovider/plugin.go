@@ -188,7 +188,7 @@ func (g *plugin) run(ctx context.Context, image string) (*response, error) {
 type limited struct {
 	buffer bytes.Buffer
 	left   int
-	over func()
+	over   func()
 }
 
 var errTooLong = errors.New("the answer is too long")
