@@ -160,17 +160,22 @@ func (p *Puller) track(ctx context.Context, u *pull, m *manifest, done []int64, 
 		select {
 		case <-tick.C:
 		case <-ended:
-			// What came since the last look counts, also of an attempt that has been cut off.
-			final, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
-			defer cancel()
-			if p.store.fetched(final, m.layers, done) == nil {
-				p.show(u, m, done, max(0, sum(done)-last), 0)
-			}
+			p.lastLook(ctx, u, m, done)
 			return
 		}
 		if err := p.store.fetched(ctx, m.layers, done); err != nil && ctx.Err() == nil {
 			p.log.WithFields(u.fields()).WithError(err).Debug("progress not known")
 		}
+	}
+}
+
+// lastLook counts what came since the one before, also of an attempt that has been cut off.
+func (p *Puller) lastLook(ctx context.Context, u *pull, m *manifest, done []int64) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+	defer cancel()
+	last := sum(done)
+	if p.store.fetched(ctx, m.layers, done) == nil {
+		p.show(u, m, done, max(0, sum(done)-last), 0)
 	}
 }
 

@@ -78,19 +78,17 @@ func pullBenchmark(ctx context.Context, o pullOptions) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, b.bed.Close(context.WithoutCancel(ctx))) }()
-	for socket, use := range map[string]func(*grpc.ClientConn){
-		b.bed.AdminSocket: func(c *grpc.ClientConn) { b.pulls = opsv1.NewImagesClient(c) },
-		b.bed.RuntimeSocket: func(c *grpc.ClientConn) {
-			b.cri, b.content = runtimeapi.NewImageServiceClient(c), contentapi.NewContentClient(c)
-		},
-	} {
-		conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
-		if err != nil {
-			return err
-		}
-		defer conn.Close()
-		use(conn)
+	admin, err := grpc.NewClient("unix://"+b.bed.AdminSocket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return err
 	}
+	defer admin.Close()
+	runtimeConn, err := grpc.NewClient("unix://"+b.bed.RuntimeSocket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return err
+	}
+	defer runtimeConn.Close()
+	b.pulls, b.cri, b.content = opsv1.NewImagesClient(admin), runtimeapi.NewImageServiceClient(runtimeConn), contentapi.NewContentClient(runtimeConn)
 	fmt.Fprintf(os.Stderr, "make an image of %d layers of %d MiB ...\n", o.layers, o.mib)
 	if err := b.bed.PushLargeImage(ctx, "bench:1", o.layers, o.mib); err != nil {
 		return err
@@ -195,7 +193,7 @@ func (b *pullBench) readManifest(ctx context.Context) error {
 		return err
 	}
 	req.Header.Set("Accept", strings.Join([]string{ocispec.MediaTypeImageManifest, "application/vnd.docker.distribution.manifest.v2+json"}, ", "))
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := (&http.Client{Timeout: patience}).Do(req)
 	if err != nil {
 		return err
 	}

@@ -78,7 +78,7 @@ func TestPins(t *testing.T) {
 	t.Run("expires", func(t *testing.T) {
 		pull("a", time.Second)
 		pinned(t, image, true)
-		time.Sleep(1100 * time.Millisecond) //nolint:forbidigo // the pin's own time
+		time.Sleep(1100 * time.Millisecond)
 		// The next process looks at once, a running one within a minute.
 		must(t, bed.RestartProxy(t.Context(), syscall.SIGTERM))
 		pinned(t, image, false)

@@ -307,3 +307,28 @@ func TestParallel(t *testing.T) {
 		t.Errorf("not in order: %v", ends)
 	}
 }
+
+// TestCredentialProviderPlugin has the credentials on the node, as kubelet does in clouds.
+func TestCredentialProviderPlugin(t *testing.T) {
+	dir := filepath.Join(bed.NodeDir, "plugins")
+	must(t, os.MkdirAll(dir, 0o700))
+	const version = "credentialprovider.kubelet.k8s.io/v1"
+	// The script must not hold the password: it is looked for on the whole node.
+	script := fmt.Sprintf("#!/bin/sh\nprintf '{\"kind\":\"CredentialProviderResponse\",\"apiVersion\":%q,\"cacheKeyType\":\"Registry\",\"auth\":{\"*.cloud.test\":{\"username\":\"robot\",\"password\":\"%%s-%%s\"}}}' \"$1\" \"$2\"\n", version)
+	must(t, os.WriteFile(filepath.Join(dir, "cloud"), []byte(script), 0o700)) //nolint:gosec // a program
+	user, rest, _ := strings.Cut(password, "-")
+	config := fmt.Sprintf("apiVersion: kubelet.config.k8s.io/v1\nkind: CredentialProviderConfig\nproviders:\n- {name: cloud, matchImages: ['*.cloud.test'], defaultCacheDuration: 1m, apiVersion: %s, args: [%s, %s]}\n", version, user, rest)
+	path := filepath.Join(dir, "config.yaml")
+	must(t, os.WriteFile(path, []byte(config), 0o600))
+	must(t, bed.KillProxy(t.Context(), syscall.SIGTERM))
+	must(t, bed.StartProxy(t.Context(), "--image-credential-provider-config", path, "--image-credential-provider-bin-dir", dir))
+	defer func() {
+		must(t, bed.KillProxy(t.Context(), syscall.SIGTERM))
+		must(t, bed.StartProxy(t.Context()))
+	}()
+	f := newFront(t, "eu.cloud.test")
+	p := push(t, "cloud/app:1", 1, 1)
+	f.protect("robot", password)
+	succeeds(t, begin(t, &opsv1.PullRequest{Image: f.image(p.name)}))
+	must(t, secretsLeft())
+}
