@@ -66,7 +66,7 @@ func TestMatrix(t *testing.T) {
 	if len(cases) == 0 {
 		t.Skip("no case selected; is CHAOS=full missing?")
 	}
-	c := start(t)
+	c := start(t, slices.ContainsFunc(cases, func(c chaosCase) bool { return c.byRequest }))
 	must(t, c.create(t.Context(), witness))
 	began, failed := time.Now(), 0
 	for i, some := 0, []string(nil); i < len(cases); i++ {

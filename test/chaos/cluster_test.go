@@ -14,12 +14,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-logr/logr"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/tools/clientcmd"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	ctrllog "sigs.k8s.io/controller-runtime/pkg/log"
 	"sigs.k8s.io/yaml"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
@@ -35,6 +37,8 @@ const (
 	sideName = "side"
 	// witness is a pod that nothing is done to.
 	witness = "witness"
+	// podPatience bounds the start of a batch of pods; no fault is at work then, but perhaps a busy machine.
+	podPatience = 5 * time.Minute
 )
 
 // cluster is the one cluster of a run.
@@ -47,13 +51,12 @@ type cluster struct {
 	failpoint string // the file that names the failpoint of the proxy's next start
 	scratch   string
 	calls     *callLog
-	// controlled is set once the controller runs, which only some cases need.
-	controlled bool
 }
 
-// start brings the cluster up for the test.
-func start(t *testing.T) *cluster {
+// start brings the cluster up for the test, with the controller if that is needed.
+func start(t *testing.T, controller bool) *cluster {
 	t.Helper()
+	ctrllog.SetLogger(logr.Discard()) // the client of this package says nothing of interest
 	cache, err := testbed.CacheDir()
 	must(t, err)
 	scratch, err := os.MkdirTemp(cache, "chaos-")
@@ -103,6 +106,9 @@ func start(t *testing.T) *cluster {
 	c.api, err = client.New(config, client.Options{Scheme: scheme})
 	must(t, err)
 	must(t, c.bed.CreateNamespace(t.Context(), namespace))
+	if controller {
+		must(t, errors.Join(c.bed.InstallCRDs(t.Context()), c.bed.StartController(t.Context())))
+	}
 	return c
 }
 
@@ -210,7 +216,7 @@ func (c *cluster) create(ctx context.Context, names ...string) error {
 		}
 	}
 	for _, n := range names {
-		err := eventually(ctx, time.Minute, func() error {
+		err := eventually(ctx, podPatience, func() error {
 			p := &corev1.Pod{}
 			if err := c.api.Get(ctx, client.ObjectKey{Namespace: namespace, Name: n}, p); err != nil {
 				return err

@@ -16,15 +16,6 @@ import (
 
 // createRequest asks for the restart by a ContainerRecreateRequest.
 func (r *run) createRequest(ctx context.Context) error {
-	if !r.controlled {
-		if err := r.bed.InstallCRDs(ctx); err != nil {
-			return err
-		}
-		if err := r.bed.StartController(ctx); err != nil {
-			return err
-		}
-		r.controlled = true
-	}
 	crr := &appsv1alpha1.ContainerRecreateRequest{
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: r.pod},
 		Spec: appsv1alpha1.ContainerRecreateRequestSpec{
