@@ -208,6 +208,7 @@ func (s scenario) begin(t *testing.T, at func(point) error) *node {
 	n.runTidied()
 	var mu sync.Mutex
 	count := -1
+	numbers := map[string]int{} // of the calls that are not over: some are made at once
 	accepted := false
 	// Processes take their time, and how often the runtime is asked for them meanwhile differs.
 	skip := func(call string) bool {
@@ -224,6 +225,7 @@ func (s scenario) begin(t *testing.T, at func(point) error) *node {
 				return nil
 			}
 			count++
+			numbers[call] = count
 			p := point{n: count, call: call}
 			mu.Unlock()
 			return at(p)
@@ -234,7 +236,7 @@ func (s scenario) begin(t *testing.T, at func(point) error) *node {
 				mu.Unlock()
 				return nil
 			}
-			p := point{n: count, call: call, done: true}
+			p := point{n: numbers[call], call: call, done: true}
 			mu.Unlock()
 			return at(p)
 		}

@@ -12,10 +12,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -169,15 +171,24 @@ func (f *fakeRuntime) begun(name string, q *fakeProcess) {
 	p.slots[slot] = q
 }
 
-// kill ends the process and waits for it.
+// kill ends the process, and the hook that it runs, and waits for them.
 func (q *fakeProcess) kill() {
-	_ = syscall.Kill(-q.cmd.Process.Pid, syscall.SIGKILL) // it may have ended
+	pid := q.cmd.Process.Pid
+	children, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid)) // none of a process that is gone
+	_ = syscall.Kill(-pid, syscall.SIGKILL)                                        // it may have ended
 	<-q.reaped
+	for _, child := range strings.Fields(string(children)) {
+		for alive(child) {
+			time.Sleep(time.Millisecond) // it has been killed, and is nobody's to wait for
+		}
+	}
 }
 
+func (q *fakeProcess) alive() bool { return alive(strconv.Itoa(q.cmd.Process.Pid)) }
+
 // alive asks the kernel.
-func (q *fakeProcess) alive() bool {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", q.cmd.Process.Pid))
+func alive(pid string) bool {
+	b, err := os.ReadFile("/proc/" + pid + "/stat")
 	if err != nil {
 		return false
 	}

@@ -63,7 +63,7 @@ func TestTakenBack(t *testing.T) {
 		{
 			name: "preStop", at: "ExecSync", exec: true,
 			edit: func(r *opsv1.RestartRequest) { r.Containers[0].PreStop = execHook("bye") },
-			stop: "CreateContainer app/1; ExecSync app/0 bye 29s; RemoveContainer app/1", sandbox: "CreateContainer app/1; ExecSync app/0 bye 29s; RemoveContainer app/1",
+			stop: "CreateContainer app/1; ExecSync app/0 bye 30s; RemoveContainer app/1", sandbox: "CreateContainer app/1; ExecSync app/0 bye 30s; RemoveContainer app/1",
 		},
 		{
 			name: "stop", at: "StopContainer app/0",
