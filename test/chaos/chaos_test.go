@@ -55,6 +55,21 @@ func TestMatrixIsWellFormed(t *testing.T) {
 	t.Logf("%d cases, %d in the reduced set", len(seen), len(reduced))
 }
 
+func TestMatches(t *testing.T) {
+	const name = "TestMatrix/StopFirst/gate/stop/kill-proxy"
+	for pattern, want := range map[string]bool{
+		"TestMatrix": true, "^TestMatrix$": true, "TestMatrix/StopFirst/gate/stop$/kill-proxy$": true, "TestMatrix/StopFirst/(gate|pidfd)/": true,
+		"TestMatrix/StartFirst": false, "TestMatrix/StopFirst/gate/stop$/kill-proxy-twice": false, "TestMatrix/StopFirst/(plain|pidfd)": false,
+	} {
+		if got := matches(pattern, name); got != want {
+			t.Errorf("%s: %t, want %t", pattern, got, want)
+		}
+	}
+	if got := splitOutside("a/(b|c)|d", '|'); !slices.Equal(got, []string{"a/(b|c)", "d"}) {
+		t.Errorf("%q", got)
+	}
+}
+
 // TestMatrix is the crash matrix. CHAOS=full runs all of it; a case runs alone with
 //
 //	CHAOS=full go test -race ./test/chaos -run TestMatrix/StopFirst/gate/stop/kill-proxy$
@@ -90,13 +105,32 @@ func selected(name string) bool {
 	if f == nil || f.Value.String() == "" {
 		return true
 	}
+	return slices.ContainsFunc(splitOutside(f.Value.String(), '|'), func(pattern string) bool { return matches(pattern, name) })
+}
+
+// matches is go test's rule: each part of the pattern matches the part of the name at its place.
+func matches(pattern, name string) bool {
 	parts := strings.Split(name, "/")
-	for i, pattern := range strings.Split(f.Value.String(), "/") {
-		if i < len(parts) && !regexp.MustCompile(pattern).MatchString(parts[i]) {
+	for i, p := range splitOutside(pattern, '/') {
+		if i < len(parts) && !regexp.MustCompile(p).MatchString(parts[i]) {
 			return false
 		}
 	}
 	return true
+}
+
+// splitOutside splits at separators that are in no brackets, as go test does.
+func splitOutside(s string, at rune) []string {
+	depth := 0
+	return strings.FieldsFunc(s, func(r rune) bool {
+		switch r {
+		case '(', '[':
+			depth++
+		case ')', ']':
+			depth--
+		}
+		return r == at && depth == 0
+	})
 }
 
 // run is one case.
