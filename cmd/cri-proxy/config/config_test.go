@@ -92,7 +92,7 @@ ops:
   clientCAFile: ca
   allowedClients: [one, *a]
 restart: {method: pidfd, cdiSpecDir: /cdi}
-images: {parallel: 2, bytesPerSecond: 3, maxDiskPercent: 4.5, registryHostsDir: /hosts}
+images: {parallel: 2, bytesPerSecond: 3, maxDiskPercent: 4.5, registryHostsDir: /hosts, credentialProviderConfig: /p.yaml, credentialProviderBinDir: /p}
 drainTimeout: 1m30s
 `
 	if err := config.Parse("f.yaml", []byte(text), c); err != nil {
@@ -108,7 +108,7 @@ drainTimeout: 1m30s
 		NodeName:        "007",
 		Ops:             config.Ops{Address: ":9443", CertFile: "c", KeyFile: "k", ClientCAFile: "ca", AllowedClients: []string{"one", "/a.sock"}},
 		Restart:         config.Restart{Method: "pidfd", CDISpecDir: "/cdi"},
-		Images:          config.Images{Parallel: 2, BytesPerSecond: 3, MaxDiskPercent: 4.5, RegistryHostsDir: "/hosts"},
+		Images:          config.Images{Parallel: 2, BytesPerSecond: 3, MaxDiskPercent: 4.5, RegistryHostsDir: "/hosts", CredentialProviderConfig: "/p.yaml", CredentialProviderBinDir: "/p"},
 		DrainTimeout:    90 * time.Second,
 	}
 	if !reflect.DeepEqual(c, want) {
@@ -223,6 +223,17 @@ func TestValidate(t *testing.T) {
 		want   string // part of the error; empty: none
 	}{
 		{"default", func(*config.Config) {}, ""},
+		{"pulls at once", func(c *config.Config) { c.Images.Parallel = 0 }, "images.parallel: 0; want 1 to 16"},
+		{"negative speed", func(c *config.Config) { c.Images.BytesPerSecond = -1 }, "images.bytesPerSecond: -1 is negative"},
+		{"full disk", func(c *config.Config) { c.Images.MaxDiskPercent = 101 }, "images.maxDiskPercent: 101; want 0"},
+		{"relative hosts", func(c *config.Config) { c.Images.RegistryHostsDir = "certs.d" }, "images.registryHostsDir: \"certs.d\" is not an absolute path"},
+		{"plugins", func(c *config.Config) {
+			c.Images.CredentialProviderConfig, c.Images.CredentialProviderBinDir = "/c", "/p"
+		}, ""},
+		{"plugins without a directory", func(c *config.Config) { c.Images.CredentialProviderConfig = "/c" }, "credentialProviderConfig and credentialProviderBinDir go together"},
+		{"relative plugins", func(c *config.Config) {
+			c.Images.CredentialProviderConfig, c.Images.CredentialProviderBinDir = "/c", "p"
+		}, "images.credentialProviderBinDir: \"p\" is not an absolute path"},
 		{"longest path", func(c *config.Config) { c.Listen.Path = long[:107] }, ""},
 		{"long listen path", func(c *config.Config) { c.Listen.Path = long }, "listen.path: \"/aaa"},
 		{"long admin socket", func(c *config.Config) { c.AdminSocket = long }, "is 108 bytes long, a socket path takes at most 107; choose a shorter one"},
