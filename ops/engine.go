@@ -238,6 +238,7 @@ func (e *Engine) Run(ctx context.Context) error {
 		e.tokens = nil
 	})
 	wg.Go(func() { e.writeAgain(ctx) })
+	wg.Go(func() { e.forget(ctx) })
 	for {
 		e.mu.Lock()
 		waiting := e.waiting
@@ -305,8 +306,43 @@ func (e *Engine) writeEnds() bool {
 	return len(e.unwritten) == 0
 }
 
+// forgetEvery is how often what is no longer needed is looked for: operations are kept longer by as much at the most.
+const forgetEvery = 10 * time.Minute
+
+// forget drops finished operations that are too old, and what is known of containers that went away otherwise than by
+// kubelet's RemoveContainer, until ctx ends.
+func (e *Engine) forget(ctx context.Context) {
+	for {
+		e.mu.Lock()
+		err := e.expireLocked(time.Now())
+		e.mu.Unlock()
+		if err != nil {
+			e.log.WithError(err).Warn("old operations stay in the journal")
+		}
+		if sleep(ctx, forgetEvery) != nil {
+			return
+		}
+		if _, err := e.forgetRemoved(ctx); err != nil {
+			e.log.WithError(err).Warn("records not tidied")
+		}
+	}
+}
+
 // tidy forgets containers that went away while the proxy did not look, and removes strays.
 func (e *Engine) tidy(ctx context.Context) {
+	list, err := e.forgetRemoved(ctx)
+	if err != nil {
+		e.log.WithError(err).Warn("records not tidied")
+		return
+	}
+	e.removeStrays(ctx, list)
+	if err := e.methods.removeStray(e.knows); err != nil {
+		e.log.WithError(err).Warn("gates that no operation knows not removed")
+	}
+}
+
+// forgetRemoved forgets containers that do not exist any more, and returns those that do.
+func (e *Engine) forgetRemoved(ctx context.Context) ([]*runtimeapi.Container, error) {
 	// What is recorded is read first: a container made between the two reads is in the list but not
 	// in the records read, and stays.
 	recorded := map[string]bool{}
@@ -315,8 +351,7 @@ func (e *Engine) tidy(ctx context.Context) {
 	}
 	list, err := e.rt.ListContainers(ctx, &runtimeapi.ListContainersRequest{})
 	if err != nil {
-		e.log.WithError(err).Warn("records not tidied")
-		return
+		return nil, err
 	}
 	for _, c := range list.GetContainers() {
 		delete(recorded, c.GetId())
@@ -325,10 +360,7 @@ func (e *Engine) tidy(ctx context.Context) {
 		e.records.Removed(id)
 		e.view.Forget(id)
 	}
-	e.removeStrays(ctx, list.GetContainers())
-	if err := e.methods.removeStray(e.knows); err != nil {
-		e.log.WithError(err).Warn("gates that no operation knows not removed")
-	}
+	return list.GetContainers(), nil
 }
 
 // lateCreate is how long after the start of a process a CreateContainer of the one before, which was cut off, may still
@@ -394,12 +426,7 @@ func (e *Engine) submit(req *opsv1.RestartRequest, pod *opsv1.PodRef) (*operatio
 	if known := e.ops[req.GetUid()]; known != nil {
 		return e.same(known, req)
 	}
-	active := 0
-	for _, k := range e.ops {
-		if !k.finished() {
-			active++
-		}
-	}
+	active := e.activeLocked()
 	if active >= maxActive {
 		return nil, status.Errorf(codes.ResourceExhausted, "%d operations are unfinished on this node, which is the most it takes; wait for some to finish (cri-proxy ctl ops --active)", active)
 	}
@@ -416,6 +443,23 @@ func (e *Engine) submit(req *opsv1.RestartRequest, pod *opsv1.PodRef) (*operatio
 	default:
 	}
 	return o, nil
+}
+
+// active returns how many operations are unfinished.
+func (e *Engine) active() int {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.activeLocked()
+}
+
+func (e *Engine) activeLocked() int {
+	n := 0
+	for _, o := range e.ops {
+		if !o.finished() {
+			n++
+		}
+	}
+	return n
 }
 
 // same returns the known operation if the request is the one that made it.
@@ -470,8 +514,8 @@ func (e *Engine) expireLocked(now time.Time) error {
 	}
 	var finished []done
 	for uid, o := range e.ops {
-		if at := o.snapshot().GetFinishTime(); at != nil {
-			finished = append(finished, done{uid, at.AsTime()})
+		if at, ok := o.finishedAt(); ok {
+			finished = append(finished, done{uid, at})
 		}
 	}
 	slices.SortFunc(finished, func(a, b done) int { return a.at.Compare(b.at) })
@@ -517,9 +561,16 @@ func (o *operation) snapshot() *opsv1.Operation {
 }
 
 func (o *operation) finished() bool {
+	_, ok := o.finishedAt()
+	return ok
+}
+
+// finishedAt returns when the operation has finished; false if it has not.
+func (o *operation) finishedAt() (time.Time, bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.op.GetFinishTime() != nil
+	at := o.op.GetFinishTime()
+	return at.AsTime(), at != nil
 }
 
 // watch returns the operation as it is and a channel that is closed when it changes.

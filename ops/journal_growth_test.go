@@ -59,6 +59,34 @@ func TestOperationsStayFew(t *testing.T) {
 	})
 }
 
+// Finished operations are forgotten after their time though nobody asks for anything, and so are records of containers that
+// went away with their sandbox.
+func TestOldOperationsGoByThemselves(t *testing.T) {
+	newBubble(t).run(func(t *testing.T, n *bubbleNode) {
+		op := n.restart("op")
+		for _, id := range []string{op.GetContainers()[0].GetIncumbentId(), op.GetContainers()[0].GetSuccessorId()} {
+			if _, err := n.rt.RemoveContainer(t.Context(), &runtimeapi.RemoveContainerRequest{ContainerId: id}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		time.Sleep(keepFinished)
+		if n.engine.lookup("op") == nil {
+			t.Error("forgotten before its time")
+		}
+		time.Sleep(forgetEvery + time.Second)
+		if n.engine.lookup("op") != nil {
+			t.Error("the operation is kept")
+		}
+		if got := n.engine.records.Len(); got != 0 {
+			t.Errorf("%d containers are recorded, none exists", got)
+		}
+		err := n.engine.journal.load(func(uid string, _ *record) error { return fmt.Errorf("operation %s is in the journal", uid) }, func(err error) { t.Error(err) })
+		if err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // A journal that is full stays as large as it is: new operations take the room of old ones.
 func TestJournalStaysSmall(t *testing.T) {
 	const total = maxFinished + 1000

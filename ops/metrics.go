@@ -35,15 +35,7 @@ func newMetrics(reg prometheus.Registerer, e *Engine) (*metrics, error) {
 	}
 	active := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "criproxy_operations_active", Help: "Operations that have not finished.",
-	}, func() float64 {
-		n := 0
-		for _, op := range e.list() {
-			if op.GetFinishTime() == nil {
-				n++
-			}
-		}
-		return float64(n)
-	})
+	}, func() float64 { return float64(e.active()) })
 	recorded := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "criproxy_recorded_containers", Help: "Containers whose creation was recorded.",
 	}, func() float64 { return float64(e.records.Len()) })

@@ -28,6 +28,7 @@ const (
 	maxHookBytes   = 64 << 10
 	maxGraceSecond = 24 * 60 * 60
 	maxMinReady    = 60 * 60
+	maxRequest     = 256 << 10 // finished operations are kept with theirs
 	listDefault    = 500
 
 	// errorDomain is the domain of the ErrorInfo that carries a Reason* constant.
@@ -269,6 +270,8 @@ func validateRestart(req *opsv1.RestartRequest, remote bool) error {
 		return invalid("%d containers are too many; the most is %d", len(req.GetContainers()), maxContainers)
 	case len(req.GetRequester()) > 1024:
 		return invalid("requester is too long")
+	case proto.Size(req) > maxRequest:
+		return invalid("the request is larger than %d bytes: the journal keeps it", maxRequest)
 	}
 	seen := map[string]bool{}
 	for _, c := range req.GetContainers() {
