@@ -121,16 +121,19 @@ func matches(pattern, name string) bool {
 
 // splitOutside splits at separators that are in no brackets, as go test does.
 func splitOutside(s string, at rune) []string {
-	depth := 0
-	return strings.FieldsFunc(s, func(r rune) bool {
-		switch r {
-		case '(', '[':
+	var out []string
+	depth, from := 0, 0
+	for i, r := range s {
+		switch {
+		case r == '(' || r == '[':
 			depth++
-		case ')', ']':
+		case r == ')' || r == ']':
 			depth--
+		case r == at && depth == 0:
+			out, from = append(out, s[from:i]), i+1
 		}
-		return r == at && depth == 0
-	})
+	}
+	return append(out, s[from:])
 }
 
 // run is one case.
