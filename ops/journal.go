@@ -11,7 +11,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -91,7 +93,7 @@ func openJournal(dir string, log logrus.FieldLogger) (*journal, error) {
 	j := &journal{path: filepath.Join(dir, "journal.db")}
 	log = log.WithField("file", j.path)
 	db, err := openJournalFile(j.path)
-	if errors.Is(err, bolterrors.ErrInvalid) || errors.Is(err, bolterrors.ErrChecksum) || errors.Is(err, bolterrors.ErrVersionMismatch) {
+	if errors.Is(err, errDamaged) {
 		aside := fmt.Sprintf("%s.unreadable-%d", j.path, time.Now().Unix())
 		log.WithError(err).WithField("aside", aside).Error("the journal is damaged: setting it aside and starting anew; operations that were under way are not finished")
 		if err := os.Rename(j.path, aside); err != nil {
@@ -110,12 +112,33 @@ func openJournal(dir string, log logrus.FieldLogger) (*journal, error) {
 	return j, nil
 }
 
-func openJournalFile(path string) (*bolt.DB, error) {
-	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: lockPatience, NoFreelistSync: true, FreelistType: bolt.FreelistMapType})
+// errDamaged is returned for a file that is not what was written.
+var errDamaged = errors.New("the file is damaged")
+
+// openJournalFile opens the file and reads all of it, so that damage is found here: bolt panics at a page that is not
+// what it should be, and a file that has become shorter is a fault of memory. The list of free pages is kept in the file, because
+// the other way to have it (NoFreelistSync) walks the pages in a goroutine whose panic nobody can catch.
+func openJournalFile(path string) (db *bolt.DB, err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if r := recover(); r != nil {
+			db, err = nil, fmt.Errorf("%w: %v", errDamaged, r) // what is open of it stays so: closing would panic too
+		}
+	}()
+	db, err = bolt.Open(path, 0o600, &bolt.Options{Timeout: lockPatience, FreelistType: bolt.FreelistMapType})
 	if err != nil {
-		return nil, err
+		if pathErr := (*fs.PathError)(nil); errors.As(err, &pathErr) || errors.Is(err, bolterrors.ErrTimeout) || errors.As(err, new(syscall.Errno)) {
+			return nil, err
+		}
+		return nil, fmt.Errorf("%w: %w", errDamaged, err)
 	}
 	if err := ensureBuckets(db, bucketOperations); err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
+	err = db.View(func(tx *bolt.Tx) error {
+		return tx.Bucket(bucketOperations).ForEach(func(_, _ []byte) error { return nil })
+	})
+	if err != nil {
 		return nil, errors.Join(err, db.Close())
 	}
 	return db, nil

@@ -4,6 +4,7 @@
 package ops
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -163,20 +164,43 @@ func TestOpenRefuses(t *testing.T) {
 
 // A journal that is not one must not keep kubelet from being served.
 func TestJournalThatIsDamaged(t *testing.T) {
-	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, "journal.db"), make([]byte, 1<<16), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	j, err := openJournal(dir, quiet())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(j.put("op", &record{}), j.close()); err != nil {
-		t.Fatal(err)
-	}
-	aside, err := filepath.Glob(filepath.Join(dir, "journal.db.unreadable-*"))
-	if err != nil || len(aside) != 1 {
-		t.Errorf("set aside are %q, %v", aside, err)
+	whole := func() []byte {
+		records := map[string]*record{}
+		for i := range 50 {
+			uid := fmt.Sprintf("op-%d", i)
+			records[uid] = entry(t, uid, stepStop, time.Now())
+		}
+		b, err := os.ReadFile(filepath.Join(journalWith(t, records), "journal.db"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}()
+	page := os.Getpagesize()
+	for name, content := range map[string][]byte{
+		"zeroes":           make([]byte, 1<<16),
+		"garbage":          bytes.Repeat([]byte("garbage "), 10_000),
+		"only the metas":   whole[:2*page],
+		"zeroed pages":     append(bytes.Clone(whole[:2*page]), make([]byte, len(whole)-2*page)...),
+		"garbage in pages": append(bytes.Clone(whole[:2*page]), bytes.Repeat([]byte{0xa5}, len(whole)-2*page)...),
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			if err := os.WriteFile(filepath.Join(dir, "journal.db"), content, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			j, err := openJournal(dir, quiet())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := errors.Join(j.put("op", &record{}), j.close()); err != nil {
+				t.Fatal(err)
+			}
+			aside, err := filepath.Glob(filepath.Join(dir, "journal.db.unreadable-*"))
+			if err != nil || len(aside) != 1 {
+				t.Errorf("set aside are %q, %v", aside, err)
+			}
+		})
 	}
 }
 

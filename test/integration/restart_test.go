@@ -58,6 +58,7 @@ func TestRestart(t *testing.T) {
 		t.Errorf("operation tells %v", c)
 	}
 	t.Logf("gap %s", c.GetGap().AsDuration())
+	p.running(t, n.kubelet, "app") // kubelet lists before it asks for a status, and the status tells what the list has told
 	if got := n.status(t, app); got.GetState() != runtimeapi.ContainerState_CONTAINER_EXITED || got.GetExitCode() != 7 {
 		t.Errorf("incumbent is %v", got)
 	}
