@@ -63,7 +63,7 @@ soak: ## restarts over 50 pods under traffic, SOAK_TIME (10m) long or SOAK_RESTA
 	@go run ./test/soak $(if $(SOAK_TIME),-time $(SOAK_TIME)) $(if $(SOAK_RESTARTS),-restarts $(SOAK_RESTARTS)) $(SOAK_ARGS)
 
 .PHONY: chaos
-chaos: ## the whole crash matrix on a real cluster, about 15 minutes; needs root
+chaos: ## the whole crash matrix on a real cluster, about 20 minutes; needs root
 	@CHAOS=full go test -race -count=1 -timeout $(CHAOS_TIMEOUT) -v -run '^TestMatrix$$' ./test/chaos
 
 .PHONY: demo
