@@ -21,7 +21,8 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// identify logs all that a process can tell of what it was given, then waits to be stopped.
+// identify logs all that a process can tell of what it was given, then waits to be stopped. Kubelet writes the hosts
+// file of a pod anew for each container that it creates, so that it is empty for a moment while the next one is made.
 const identify = `trap 'exit 0' TERM
 id
 hostname
@@ -35,6 +36,7 @@ env | sort
 for f in 0 1 2; do readlink /proc/self/fd/$f | cut -d: -f1; done
 stat -c '%a %u %g %s' /dev/termination-log
 ls /dev
+until grep -q . /etc/hosts; do :; done
 cat /etc/hosts /etc/resolv.conf
 cat /conf/one /conf/two /single 2>&1
 touch /sub/kept 2>&1

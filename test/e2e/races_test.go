@@ -168,6 +168,10 @@ func TestPodDeletedDuringRestart(t *testing.T) {
 		pods += traced(ns, point, dir)
 	}
 	apply(t, pods)
+	// All before the first hold, which restarts the proxy: kubelet must not be starting a pod then.
+	for _, point := range points {
+		ready(t, ns, point)
+	}
 	cri, node := runtimeClient(t), opsClient(t)
 	for _, point := range points {
 		t.Run(point, func(t *testing.T) {
