@@ -103,20 +103,33 @@ const (
 	Phase_PHASE_SUCCEEDED Phase = 6
 	Phase_PHASE_FAILED    Phase = 7
 	Phase_PHASE_CANCELLED Phase = 8
+	// The following are of upgrades, in this order, all before PHASE_STOPPING.
+	// PHASE_PULLING gets the image onto the node.
+	Phase_PHASE_PULLING Phase = 9
+	// PHASE_PREPARED waits for CommitUpgrade.
+	Phase_PHASE_PREPARED Phase = 10
+	// PHASE_ARMED waits for kubelet to stop the old container.
+	Phase_PHASE_ARMED Phase = 11
+	// PHASE_ADOPTING has the new container running and shown, and waits for kubelet to ask for it.
+	Phase_PHASE_ADOPTING Phase = 12
 )
 
 // Enum value maps for Phase.
 var (
 	Phase_name = map[int32]string{
-		0: "PHASE_UNSPECIFIED",
-		1: "PHASE_PENDING",
-		2: "PHASE_STAGING",
-		3: "PHASE_STOPPING",
-		4: "PHASE_STARTING",
-		5: "PHASE_REVEALING",
-		6: "PHASE_SUCCEEDED",
-		7: "PHASE_FAILED",
-		8: "PHASE_CANCELLED",
+		0:  "PHASE_UNSPECIFIED",
+		1:  "PHASE_PENDING",
+		2:  "PHASE_STAGING",
+		3:  "PHASE_STOPPING",
+		4:  "PHASE_STARTING",
+		5:  "PHASE_REVEALING",
+		6:  "PHASE_SUCCEEDED",
+		7:  "PHASE_FAILED",
+		8:  "PHASE_CANCELLED",
+		9:  "PHASE_PULLING",
+		10: "PHASE_PREPARED",
+		11: "PHASE_ARMED",
+		12: "PHASE_ADOPTING",
 	}
 	Phase_value = map[string]int32{
 		"PHASE_UNSPECIFIED": 0,
@@ -128,6 +141,10 @@ var (
 		"PHASE_SUCCEEDED":   6,
 		"PHASE_FAILED":      7,
 		"PHASE_CANCELLED":   8,
+		"PHASE_PULLING":     9,
+		"PHASE_PREPARED":    10,
+		"PHASE_ARMED":       11,
+		"PHASE_ADOPTING":    12,
 	}
 )
 
@@ -412,6 +429,319 @@ func (x *ContainerRestart) GetMinReadySeconds() int32 {
 	return 0
 }
 
+type PrepareUpgradeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// uid identifies the operation; 1-128 characters of [A-Za-z0-9._-].
+	Uid        string              `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	Pod        *PodRef             `protobuf:"bytes,2,opt,name=pod,proto3" json:"pod,omitempty"`
+	Containers []*ContainerUpgrade `protobuf:"bytes,3,rep,name=containers,proto3" json:"containers,omitempty"`
+	// credentials are for the pulls; those that do not match an image are ignored. They are never written anywhere.
+	Credentials []*RegistryCredential `protobuf:"bytes,4,rep,name=credentials,proto3" json:"credentials,omitempty"`
+	// requester is who asked, for the audit line: kind/namespace/name of the
+	// custom resource, or the CLI user.
+	Requester string `protobuf:"bytes,5,opt,name=requester,proto3" json:"requester,omitempty"`
+	// owner is whose pins the images get, the old ones too; see ReleasePins. Empty means requester.
+	Owner string `protobuf:"bytes,6,opt,name=owner,proto3" json:"owner,omitempty"`
+	// pin_for is how long; 0 means 24 hours, at most 31 days.
+	PinFor *durationpb.Duration `protobuf:"bytes,7,opt,name=pin_for,json=pinFor,proto3" json:"pin_for,omitempty"`
+	// prepare_timeout bounds the time until PHASE_PREPARED; 0 means 30 minutes, at most 31 days.
+	PrepareTimeout *durationpb.Duration `protobuf:"bytes,8,opt,name=prepare_timeout,json=prepareTimeout,proto3" json:"prepare_timeout,omitempty"`
+	// hold_timeout bounds how long the operation waits for CommitUpgrade, and after that for kubelet; 0 means 10 minutes,
+	// at most 24 hours. Then it is taken back.
+	HoldTimeout   *durationpb.Duration `protobuf:"bytes,9,opt,name=hold_timeout,json=holdTimeout,proto3" json:"hold_timeout,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PrepareUpgradeRequest) Reset() {
+	*x = PrepareUpgradeRequest{}
+	mi := &file_api_ops_v1_ops_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PrepareUpgradeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PrepareUpgradeRequest) ProtoMessage() {}
+
+func (x *PrepareUpgradeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_ops_v1_ops_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PrepareUpgradeRequest.ProtoReflect.Descriptor instead.
+func (*PrepareUpgradeRequest) Descriptor() ([]byte, []int) {
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *PrepareUpgradeRequest) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *PrepareUpgradeRequest) GetPod() *PodRef {
+	if x != nil {
+		return x.Pod
+	}
+	return nil
+}
+
+func (x *PrepareUpgradeRequest) GetContainers() []*ContainerUpgrade {
+	if x != nil {
+		return x.Containers
+	}
+	return nil
+}
+
+func (x *PrepareUpgradeRequest) GetCredentials() []*RegistryCredential {
+	if x != nil {
+		return x.Credentials
+	}
+	return nil
+}
+
+func (x *PrepareUpgradeRequest) GetRequester() string {
+	if x != nil {
+		return x.Requester
+	}
+	return ""
+}
+
+func (x *PrepareUpgradeRequest) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
+func (x *PrepareUpgradeRequest) GetPinFor() *durationpb.Duration {
+	if x != nil {
+		return x.PinFor
+	}
+	return nil
+}
+
+func (x *PrepareUpgradeRequest) GetPrepareTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.PrepareTimeout
+	}
+	return nil
+}
+
+func (x *PrepareUpgradeRequest) GetHoldTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.HoldTimeout
+	}
+	return nil
+}
+
+type ContainerUpgrade struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// image is the new one, to the letter as it will be in the pod's spec: kubelet's hash of the container is
+	// computed from it.
+	Image string `protobuf:"bytes,2,opt,name=image,proto3" json:"image,omitempty"`
+	// expected_container_id is the precondition, with or without a
+	// "containerd://" prefix. Empty means whatever runs now.
+	ExpectedContainerId string `protobuf:"bytes,3,opt,name=expected_container_id,json=expectedContainerId,proto3" json:"expected_container_id,omitempty"`
+	Order               Order  `protobuf:"varint,4,opt,name=order,proto3,enum=criproxy.ops.v1.Order" json:"order,omitempty"`
+	// min_ready_seconds is how long, with START_FIRST, the new container must have run before the upgrade is armed; at most 3600.
+	MinReadySeconds int32 `protobuf:"varint,5,opt,name=min_ready_seconds,json=minReadySeconds,proto3" json:"min_ready_seconds,omitempty"`
+	// run_as_non_root is that of the container's security context, or else the pod's: an image that would run as root is refused,
+	// as kubelet would refuse it. run_as_user is the user there, if set.
+	RunAsNonRoot  bool   `protobuf:"varint,6,opt,name=run_as_non_root,json=runAsNonRoot,proto3" json:"run_as_non_root,omitempty"`
+	RunAsUser     *int64 `protobuf:"varint,7,opt,name=run_as_user,json=runAsUser,proto3,oneof" json:"run_as_user,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ContainerUpgrade) Reset() {
+	*x = ContainerUpgrade{}
+	mi := &file_api_ops_v1_ops_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ContainerUpgrade) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ContainerUpgrade) ProtoMessage() {}
+
+func (x *ContainerUpgrade) ProtoReflect() protoreflect.Message {
+	mi := &file_api_ops_v1_ops_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ContainerUpgrade.ProtoReflect.Descriptor instead.
+func (*ContainerUpgrade) Descriptor() ([]byte, []int) {
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *ContainerUpgrade) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ContainerUpgrade) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
+func (x *ContainerUpgrade) GetExpectedContainerId() string {
+	if x != nil {
+		return x.ExpectedContainerId
+	}
+	return ""
+}
+
+func (x *ContainerUpgrade) GetOrder() Order {
+	if x != nil {
+		return x.Order
+	}
+	return Order_ORDER_UNSPECIFIED
+}
+
+func (x *ContainerUpgrade) GetMinReadySeconds() int32 {
+	if x != nil {
+		return x.MinReadySeconds
+	}
+	return 0
+}
+
+func (x *ContainerUpgrade) GetRunAsNonRoot() bool {
+	if x != nil {
+		return x.RunAsNonRoot
+	}
+	return false
+}
+
+func (x *ContainerUpgrade) GetRunAsUser() int64 {
+	if x != nil && x.RunAsUser != nil {
+		return *x.RunAsUser
+	}
+	return 0
+}
+
+type CommitUpgradeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CommitUpgradeRequest) Reset() {
+	*x = CommitUpgradeRequest{}
+	mi := &file_api_ops_v1_ops_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CommitUpgradeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CommitUpgradeRequest) ProtoMessage() {}
+
+func (x *CommitUpgradeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_ops_v1_ops_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CommitUpgradeRequest.ProtoReflect.Descriptor instead.
+func (*CommitUpgradeRequest) Descriptor() ([]byte, []int) {
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *CommitUpgradeRequest) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+type AbortUpgradeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Uid   string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	// reason goes into the operation's message.
+	Reason        string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AbortUpgradeRequest) Reset() {
+	*x = AbortUpgradeRequest{}
+	mi := &file_api_ops_v1_ops_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AbortUpgradeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AbortUpgradeRequest) ProtoMessage() {}
+
+func (x *AbortUpgradeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_ops_v1_ops_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AbortUpgradeRequest.ProtoReflect.Descriptor instead.
+func (*AbortUpgradeRequest) Descriptor() ([]byte, []int) {
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *AbortUpgradeRequest) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *AbortUpgradeRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 // Hook is a container lifecycle handler, with named ports resolved.
 type Hook struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -427,7 +757,7 @@ type Hook struct {
 
 func (x *Hook) Reset() {
 	*x = Hook{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[3]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -439,7 +769,7 @@ func (x *Hook) String() string {
 func (*Hook) ProtoMessage() {}
 
 func (x *Hook) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[3]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -452,7 +782,7 @@ func (x *Hook) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hook.ProtoReflect.Descriptor instead.
 func (*Hook) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{3}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Hook) GetAction() isHook_Action {
@@ -520,7 +850,7 @@ type ExecAction struct {
 
 func (x *ExecAction) Reset() {
 	*x = ExecAction{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[4]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -532,7 +862,7 @@ func (x *ExecAction) String() string {
 func (*ExecAction) ProtoMessage() {}
 
 func (x *ExecAction) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[4]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -545,7 +875,7 @@ func (x *ExecAction) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecAction.ProtoReflect.Descriptor instead.
 func (*ExecAction) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{4}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ExecAction) GetCommand() []string {
@@ -570,7 +900,7 @@ type HTTPGetAction struct {
 
 func (x *HTTPGetAction) Reset() {
 	*x = HTTPGetAction{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[5]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -582,7 +912,7 @@ func (x *HTTPGetAction) String() string {
 func (*HTTPGetAction) ProtoMessage() {}
 
 func (x *HTTPGetAction) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[5]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -595,7 +925,7 @@ func (x *HTTPGetAction) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HTTPGetAction.ProtoReflect.Descriptor instead.
 func (*HTTPGetAction) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{5}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *HTTPGetAction) GetScheme() string {
@@ -643,7 +973,7 @@ type HTTPHeader struct {
 
 func (x *HTTPHeader) Reset() {
 	*x = HTTPHeader{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[6]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -655,7 +985,7 @@ func (x *HTTPHeader) String() string {
 func (*HTTPHeader) ProtoMessage() {}
 
 func (x *HTTPHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[6]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -668,7 +998,7 @@ func (x *HTTPHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HTTPHeader.ProtoReflect.Descriptor instead.
 func (*HTTPHeader) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{6}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *HTTPHeader) GetName() string {
@@ -694,7 +1024,7 @@ type SleepAction struct {
 
 func (x *SleepAction) Reset() {
 	*x = SleepAction{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[7]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -706,7 +1036,7 @@ func (x *SleepAction) String() string {
 func (*SleepAction) ProtoMessage() {}
 
 func (x *SleepAction) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[7]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -719,7 +1049,7 @@ func (x *SleepAction) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SleepAction.ProtoReflect.Descriptor instead.
 func (*SleepAction) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{7}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SleepAction) GetSeconds() int64 {
@@ -732,7 +1062,7 @@ func (x *SleepAction) GetSeconds() int64 {
 type Operation struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Uid   string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
-	// kind is "Restart".
+	// kind is "Restart" or "Upgrade".
 	Kind string  `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
 	Pod  *PodRef `protobuf:"bytes,3,opt,name=pod,proto3" json:"pod,omitempty"`
 	// phase is the least advanced phase of the containers while the operation
@@ -750,7 +1080,7 @@ type Operation struct {
 
 func (x *Operation) Reset() {
 	*x = Operation{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[8]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -762,7 +1092,7 @@ func (x *Operation) String() string {
 func (*Operation) ProtoMessage() {}
 
 func (x *Operation) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[8]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -775,7 +1105,7 @@ func (x *Operation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Operation.ProtoReflect.Descriptor instead.
 func (*Operation) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{8}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Operation) GetUid() string {
@@ -863,15 +1193,20 @@ type ContainerOperation struct {
 	// warnings are hook failures and the like that did not end the operation.
 	Warnings []string `protobuf:"bytes,12,rep,name=warnings,proto3" json:"warnings,omitempty"`
 	// method is how the gap was kept short: gate, pidfd, plain or overlap (see
-	// NodeInfoResponse.restart_methods); empty until it is chosen.
-	Method        string `protobuf:"bytes,13,opt,name=method,proto3" json:"method,omitempty"`
+	// NodeInfoResponse.restart_methods); empty until it is chosen. For an upgrade it is "kubelet" where kubelet makes the new
+	// container by itself and only the image is put ready: a warning tells why.
+	Method string `protobuf:"bytes,13,opt,name=method,proto3" json:"method,omitempty"`
+	// image is the new image of an upgrade, and pull how far it has been pulled; only
+	// phase, reason, message, the bytes and the image ID of that are set.
+	Image         string         `protobuf:"bytes,14,opt,name=image,proto3" json:"image,omitempty"`
+	Pull          *PullOperation `protobuf:"bytes,15,opt,name=pull,proto3" json:"pull,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ContainerOperation) Reset() {
 	*x = ContainerOperation{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[9]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -883,7 +1218,7 @@ func (x *ContainerOperation) String() string {
 func (*ContainerOperation) ProtoMessage() {}
 
 func (x *ContainerOperation) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[9]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -896,7 +1231,7 @@ func (x *ContainerOperation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerOperation.ProtoReflect.Descriptor instead.
 func (*ContainerOperation) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{9}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ContainerOperation) GetName() string {
@@ -990,6 +1325,20 @@ func (x *ContainerOperation) GetMethod() string {
 	return ""
 }
 
+func (x *ContainerOperation) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
+func (x *ContainerOperation) GetPull() *PullOperation {
+	if x != nil {
+		return x.Pull
+	}
+	return nil
+}
+
 type GetOperationRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
@@ -999,7 +1348,7 @@ type GetOperationRequest struct {
 
 func (x *GetOperationRequest) Reset() {
 	*x = GetOperationRequest{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[10]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1011,7 +1360,7 @@ func (x *GetOperationRequest) String() string {
 func (*GetOperationRequest) ProtoMessage() {}
 
 func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[10]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1024,7 +1373,7 @@ func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationRequest.ProtoReflect.Descriptor instead.
 func (*GetOperationRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{10}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *GetOperationRequest) GetUid() string {
@@ -1043,7 +1392,7 @@ type WatchOperationRequest struct {
 
 func (x *WatchOperationRequest) Reset() {
 	*x = WatchOperationRequest{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[11]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1055,7 +1404,7 @@ func (x *WatchOperationRequest) String() string {
 func (*WatchOperationRequest) ProtoMessage() {}
 
 func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[11]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1068,7 +1417,7 @@ func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationRequest.ProtoReflect.Descriptor instead.
 func (*WatchOperationRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{11}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *WatchOperationRequest) GetUid() string {
@@ -1090,7 +1439,7 @@ type ListOperationsRequest struct {
 
 func (x *ListOperationsRequest) Reset() {
 	*x = ListOperationsRequest{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[12]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1102,7 +1451,7 @@ func (x *ListOperationsRequest) String() string {
 func (*ListOperationsRequest) ProtoMessage() {}
 
 func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[12]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1115,7 +1464,7 @@ func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsRequest.ProtoReflect.Descriptor instead.
 func (*ListOperationsRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{12}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ListOperationsRequest) GetActiveOnly() bool {
@@ -1141,7 +1490,7 @@ type ListOperationsResponse struct {
 
 func (x *ListOperationsResponse) Reset() {
 	*x = ListOperationsResponse{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[13]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1153,7 +1502,7 @@ func (x *ListOperationsResponse) String() string {
 func (*ListOperationsResponse) ProtoMessage() {}
 
 func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[13]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1166,7 +1515,7 @@ func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsResponse.ProtoReflect.Descriptor instead.
 func (*ListOperationsResponse) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{13}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListOperationsResponse) GetOperations() []*Operation {
@@ -1187,7 +1536,7 @@ type CancelOperationRequest struct {
 
 func (x *CancelOperationRequest) Reset() {
 	*x = CancelOperationRequest{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[14]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1199,7 +1548,7 @@ func (x *CancelOperationRequest) String() string {
 func (*CancelOperationRequest) ProtoMessage() {}
 
 func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[14]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1212,7 +1561,7 @@ func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationRequest.ProtoReflect.Descriptor instead.
 func (*CancelOperationRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{14}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *CancelOperationRequest) GetUid() string {
@@ -1237,7 +1586,7 @@ type NodeInfoRequest struct {
 
 func (x *NodeInfoRequest) Reset() {
 	*x = NodeInfoRequest{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[15]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1249,7 +1598,7 @@ func (x *NodeInfoRequest) String() string {
 func (*NodeInfoRequest) ProtoMessage() {}
 
 func (x *NodeInfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[15]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1262,7 +1611,7 @@ func (x *NodeInfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeInfoRequest.ProtoReflect.Descriptor instead.
 func (*NodeInfoRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{15}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{19}
 }
 
 type NodeInfoResponse struct {
@@ -1289,7 +1638,7 @@ type NodeInfoResponse struct {
 
 func (x *NodeInfoResponse) Reset() {
 	*x = NodeInfoResponse{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[16]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1301,7 +1650,7 @@ func (x *NodeInfoResponse) String() string {
 func (*NodeInfoResponse) ProtoMessage() {}
 
 func (x *NodeInfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[16]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1314,7 +1663,7 @@ func (x *NodeInfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeInfoResponse.ProtoReflect.Descriptor instead.
 func (*NodeInfoResponse) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{16}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *NodeInfoResponse) GetVersion() string {
@@ -1403,7 +1752,7 @@ type RestartMethod struct {
 
 func (x *RestartMethod) Reset() {
 	*x = RestartMethod{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[17]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1415,7 +1764,7 @@ func (x *RestartMethod) String() string {
 func (*RestartMethod) ProtoMessage() {}
 
 func (x *RestartMethod) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[17]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1428,7 +1777,7 @@ func (x *RestartMethod) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartMethod.ProtoReflect.Descriptor instead.
 func (*RestartMethod) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{17}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *RestartMethod) GetName() string {
@@ -1465,7 +1814,7 @@ type Runtime struct {
 
 func (x *Runtime) Reset() {
 	*x = Runtime{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[18]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1477,7 +1826,7 @@ func (x *Runtime) String() string {
 func (*Runtime) ProtoMessage() {}
 
 func (x *Runtime) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[18]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1490,7 +1839,7 @@ func (x *Runtime) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Runtime.ProtoReflect.Descriptor instead.
 func (*Runtime) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{18}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Runtime) GetEndpoint() string {
@@ -1533,7 +1882,7 @@ type ActiveSlot struct {
 
 func (x *ActiveSlot) Reset() {
 	*x = ActiveSlot{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[19]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1545,7 +1894,7 @@ func (x *ActiveSlot) String() string {
 func (*ActiveSlot) ProtoMessage() {}
 
 func (x *ActiveSlot) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[19]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1558,7 +1907,7 @@ func (x *ActiveSlot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActiveSlot.ProtoReflect.Descriptor instead.
 func (*ActiveSlot) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{19}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ActiveSlot) GetPodUid() string {
@@ -1607,7 +1956,7 @@ type Counters struct {
 
 func (x *Counters) Reset() {
 	*x = Counters{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[20]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1619,7 +1968,7 @@ func (x *Counters) String() string {
 func (*Counters) ProtoMessage() {}
 
 func (x *Counters) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[20]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1632,7 +1981,7 @@ func (x *Counters) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Counters.ProtoReflect.Descriptor instead.
 func (*Counters) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{20}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Counters) GetCalls() uint64 {
@@ -1695,7 +2044,7 @@ var File_api_ops_v1_ops_proto protoreflect.FileDescriptor
 
 const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\n" +
-	"\x14api/ops/v1/ops.proto\x12\x0fcriproxy.ops.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"L\n" +
+	"\x14api/ops/v1/ops.proto\x12\x0fcriproxy.ops.v1\x1a\x17api/ops/v1/images.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"L\n" +
 	"\x06PodRef\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x10\n" +
@@ -1718,7 +2067,33 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"post_start\x18\x05 \x01(\v2\x15.criproxy.ops.v1.HookR\tpostStart\x12,\n" +
 	"\x05order\x18\x06 \x01(\x0e2\x16.criproxy.ops.v1.OrderR\x05order\x12*\n" +
 	"\x11min_ready_seconds\x18\a \x01(\x05R\x0fminReadySecondsB\x17\n" +
-	"\x15_grace_period_seconds\"\xb6\x01\n" +
+	"\x15_grace_period_seconds\"\xc8\x03\n" +
+	"\x15PrepareUpgradeRequest\x12\x10\n" +
+	"\x03uid\x18\x01 \x01(\tR\x03uid\x12)\n" +
+	"\x03pod\x18\x02 \x01(\v2\x17.criproxy.ops.v1.PodRefR\x03pod\x12A\n" +
+	"\n" +
+	"containers\x18\x03 \x03(\v2!.criproxy.ops.v1.ContainerUpgradeR\n" +
+	"containers\x12E\n" +
+	"\vcredentials\x18\x04 \x03(\v2#.criproxy.ops.v1.RegistryCredentialR\vcredentials\x12\x1c\n" +
+	"\trequester\x18\x05 \x01(\tR\trequester\x12\x14\n" +
+	"\x05owner\x18\x06 \x01(\tR\x05owner\x122\n" +
+	"\apin_for\x18\a \x01(\v2\x19.google.protobuf.DurationR\x06pinFor\x12B\n" +
+	"\x0fprepare_timeout\x18\b \x01(\v2\x19.google.protobuf.DurationR\x0eprepareTimeout\x12<\n" +
+	"\fhold_timeout\x18\t \x01(\v2\x19.google.protobuf.DurationR\vholdTimeout\"\xa6\x02\n" +
+	"\x10ContainerUpgrade\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05image\x18\x02 \x01(\tR\x05image\x122\n" +
+	"\x15expected_container_id\x18\x03 \x01(\tR\x13expectedContainerId\x12,\n" +
+	"\x05order\x18\x04 \x01(\x0e2\x16.criproxy.ops.v1.OrderR\x05order\x12*\n" +
+	"\x11min_ready_seconds\x18\x05 \x01(\x05R\x0fminReadySeconds\x12%\n" +
+	"\x0frun_as_non_root\x18\x06 \x01(\bR\frunAsNonRoot\x12#\n" +
+	"\vrun_as_user\x18\a \x01(\x03H\x00R\trunAsUser\x88\x01\x01B\x0e\n" +
+	"\f_run_as_user\"(\n" +
+	"\x14CommitUpgradeRequest\x12\x10\n" +
+	"\x03uid\x18\x01 \x01(\tR\x03uid\"?\n" +
+	"\x13AbortUpgradeRequest\x12\x10\n" +
+	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"\xb6\x01\n" +
 	"\x04Hook\x121\n" +
 	"\x04exec\x18\x01 \x01(\v2\x1b.criproxy.ops.v1.ExecActionH\x00R\x04exec\x12;\n" +
 	"\bhttp_get\x18\x02 \x01(\v2\x1e.criproxy.ops.v1.HTTPGetActionH\x00R\ahttpGet\x124\n" +
@@ -1752,7 +2127,7 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\vcreate_time\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"createTime\x12;\n" +
 	"\vfinish_time\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"finishTime\"\xda\x03\n" +
+	"finishTime\"\xa4\x04\n" +
 	"\x12ContainerOperation\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12,\n" +
 	"\x05phase\x18\x02 \x01(\x0e2\x16.criproxy.ops.v1.PhaseR\x05phase\x12\x16\n" +
@@ -1768,7 +2143,9 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	" \x01(\v2\x1a.google.protobuf.TimestampR\tstartTime\x12+\n" +
 	"\x03gap\x18\v \x01(\v2\x19.google.protobuf.DurationR\x03gap\x12\x1a\n" +
 	"\bwarnings\x18\f \x03(\tR\bwarnings\x12\x16\n" +
-	"\x06method\x18\r \x01(\tR\x06method\"'\n" +
+	"\x06method\x18\r \x01(\tR\x06method\x12\x14\n" +
+	"\x05image\x18\x0e \x01(\tR\x05image\x122\n" +
+	"\x04pull\x18\x0f \x01(\v2\x1e.criproxy.ops.v1.PullOperationR\x04pull\"'\n" +
 	"\x13GetOperationRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\")\n" +
 	"\x15WatchOperationRequest\x12\x10\n" +
@@ -1826,7 +2203,7 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\x05Order\x12\x15\n" +
 	"\x11ORDER_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10ORDER_STOP_FIRST\x10\x01\x12\x15\n" +
-	"\x11ORDER_START_FIRST\x10\x02*\xbd\x01\n" +
+	"\x11ORDER_START_FIRST\x10\x02*\x89\x02\n" +
 	"\x05Phase\x12\x15\n" +
 	"\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rPHASE_PENDING\x10\x01\x12\x11\n" +
@@ -1836,13 +2213,21 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\x0fPHASE_REVEALING\x10\x05\x12\x13\n" +
 	"\x0fPHASE_SUCCEEDED\x10\x06\x12\x10\n" +
 	"\fPHASE_FAILED\x10\a\x12\x13\n" +
-	"\x0fPHASE_CANCELLED\x10\b2\x83\x04\n" +
+	"\x0fPHASE_CANCELLED\x10\b\x12\x11\n" +
+	"\rPHASE_PULLING\x10\t\x12\x12\n" +
+	"\x0ePHASE_PREPARED\x10\n" +
+	"\x12\x0f\n" +
+	"\vPHASE_ARMED\x10\v\x12\x12\n" +
+	"\x0ePHASE_ADOPTING\x10\f2\xff\x05\n" +
 	"\x03Ops\x12F\n" +
 	"\aRestart\x12\x1f.criproxy.ops.v1.RestartRequest\x1a\x1a.criproxy.ops.v1.Operation\x12P\n" +
 	"\fGetOperation\x12$.criproxy.ops.v1.GetOperationRequest\x1a\x1a.criproxy.ops.v1.Operation\x12V\n" +
 	"\x0eWatchOperation\x12&.criproxy.ops.v1.WatchOperationRequest\x1a\x1a.criproxy.ops.v1.Operation0\x01\x12a\n" +
 	"\x0eListOperations\x12&.criproxy.ops.v1.ListOperationsRequest\x1a'.criproxy.ops.v1.ListOperationsResponse\x12V\n" +
-	"\x0fCancelOperation\x12'.criproxy.ops.v1.CancelOperationRequest\x1a\x1a.criproxy.ops.v1.Operation\x12O\n" +
+	"\x0fCancelOperation\x12'.criproxy.ops.v1.CancelOperationRequest\x1a\x1a.criproxy.ops.v1.Operation\x12T\n" +
+	"\x0ePrepareUpgrade\x12&.criproxy.ops.v1.PrepareUpgradeRequest\x1a\x1a.criproxy.ops.v1.Operation\x12R\n" +
+	"\rCommitUpgrade\x12%.criproxy.ops.v1.CommitUpgradeRequest\x1a\x1a.criproxy.ops.v1.Operation\x12P\n" +
+	"\fAbortUpgrade\x12$.criproxy.ops.v1.AbortUpgradeRequest\x1a\x1a.criproxy.ops.v1.Operation\x12O\n" +
 	"\bNodeInfo\x12 .criproxy.ops.v1.NodeInfoRequest\x1a!.criproxy.ops.v1.NodeInfoResponseB1Z/github.com/cri-proxy/cri-proxy/api/ops/v1;opsv1b\x06proto3"
 
 var (
@@ -1858,78 +2243,98 @@ func file_api_ops_v1_ops_proto_rawDescGZIP() []byte {
 }
 
 var file_api_ops_v1_ops_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_api_ops_v1_ops_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_api_ops_v1_ops_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_api_ops_v1_ops_proto_goTypes = []any{
 	(Order)(0),                     // 0: criproxy.ops.v1.Order
 	(Phase)(0),                     // 1: criproxy.ops.v1.Phase
 	(*PodRef)(nil),                 // 2: criproxy.ops.v1.PodRef
 	(*RestartRequest)(nil),         // 3: criproxy.ops.v1.RestartRequest
 	(*ContainerRestart)(nil),       // 4: criproxy.ops.v1.ContainerRestart
-	(*Hook)(nil),                   // 5: criproxy.ops.v1.Hook
-	(*ExecAction)(nil),             // 6: criproxy.ops.v1.ExecAction
-	(*HTTPGetAction)(nil),          // 7: criproxy.ops.v1.HTTPGetAction
-	(*HTTPHeader)(nil),             // 8: criproxy.ops.v1.HTTPHeader
-	(*SleepAction)(nil),            // 9: criproxy.ops.v1.SleepAction
-	(*Operation)(nil),              // 10: criproxy.ops.v1.Operation
-	(*ContainerOperation)(nil),     // 11: criproxy.ops.v1.ContainerOperation
-	(*GetOperationRequest)(nil),    // 12: criproxy.ops.v1.GetOperationRequest
-	(*WatchOperationRequest)(nil),  // 13: criproxy.ops.v1.WatchOperationRequest
-	(*ListOperationsRequest)(nil),  // 14: criproxy.ops.v1.ListOperationsRequest
-	(*ListOperationsResponse)(nil), // 15: criproxy.ops.v1.ListOperationsResponse
-	(*CancelOperationRequest)(nil), // 16: criproxy.ops.v1.CancelOperationRequest
-	(*NodeInfoRequest)(nil),        // 17: criproxy.ops.v1.NodeInfoRequest
-	(*NodeInfoResponse)(nil),       // 18: criproxy.ops.v1.NodeInfoResponse
-	(*RestartMethod)(nil),          // 19: criproxy.ops.v1.RestartMethod
-	(*Runtime)(nil),                // 20: criproxy.ops.v1.Runtime
-	(*ActiveSlot)(nil),             // 21: criproxy.ops.v1.ActiveSlot
-	(*Counters)(nil),               // 22: criproxy.ops.v1.Counters
-	(*timestamppb.Timestamp)(nil),  // 23: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),    // 24: google.protobuf.Duration
+	(*PrepareUpgradeRequest)(nil),  // 5: criproxy.ops.v1.PrepareUpgradeRequest
+	(*ContainerUpgrade)(nil),       // 6: criproxy.ops.v1.ContainerUpgrade
+	(*CommitUpgradeRequest)(nil),   // 7: criproxy.ops.v1.CommitUpgradeRequest
+	(*AbortUpgradeRequest)(nil),    // 8: criproxy.ops.v1.AbortUpgradeRequest
+	(*Hook)(nil),                   // 9: criproxy.ops.v1.Hook
+	(*ExecAction)(nil),             // 10: criproxy.ops.v1.ExecAction
+	(*HTTPGetAction)(nil),          // 11: criproxy.ops.v1.HTTPGetAction
+	(*HTTPHeader)(nil),             // 12: criproxy.ops.v1.HTTPHeader
+	(*SleepAction)(nil),            // 13: criproxy.ops.v1.SleepAction
+	(*Operation)(nil),              // 14: criproxy.ops.v1.Operation
+	(*ContainerOperation)(nil),     // 15: criproxy.ops.v1.ContainerOperation
+	(*GetOperationRequest)(nil),    // 16: criproxy.ops.v1.GetOperationRequest
+	(*WatchOperationRequest)(nil),  // 17: criproxy.ops.v1.WatchOperationRequest
+	(*ListOperationsRequest)(nil),  // 18: criproxy.ops.v1.ListOperationsRequest
+	(*ListOperationsResponse)(nil), // 19: criproxy.ops.v1.ListOperationsResponse
+	(*CancelOperationRequest)(nil), // 20: criproxy.ops.v1.CancelOperationRequest
+	(*NodeInfoRequest)(nil),        // 21: criproxy.ops.v1.NodeInfoRequest
+	(*NodeInfoResponse)(nil),       // 22: criproxy.ops.v1.NodeInfoResponse
+	(*RestartMethod)(nil),          // 23: criproxy.ops.v1.RestartMethod
+	(*Runtime)(nil),                // 24: criproxy.ops.v1.Runtime
+	(*ActiveSlot)(nil),             // 25: criproxy.ops.v1.ActiveSlot
+	(*Counters)(nil),               // 26: criproxy.ops.v1.Counters
+	(*RegistryCredential)(nil),     // 27: criproxy.ops.v1.RegistryCredential
+	(*durationpb.Duration)(nil),    // 28: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),  // 29: google.protobuf.Timestamp
+	(*PullOperation)(nil),          // 30: criproxy.ops.v1.PullOperation
 }
 var file_api_ops_v1_ops_proto_depIdxs = []int32{
 	2,  // 0: criproxy.ops.v1.RestartRequest.pod:type_name -> criproxy.ops.v1.PodRef
 	4,  // 1: criproxy.ops.v1.RestartRequest.containers:type_name -> criproxy.ops.v1.ContainerRestart
-	5,  // 2: criproxy.ops.v1.ContainerRestart.pre_stop:type_name -> criproxy.ops.v1.Hook
-	5,  // 3: criproxy.ops.v1.ContainerRestart.post_start:type_name -> criproxy.ops.v1.Hook
+	9,  // 2: criproxy.ops.v1.ContainerRestart.pre_stop:type_name -> criproxy.ops.v1.Hook
+	9,  // 3: criproxy.ops.v1.ContainerRestart.post_start:type_name -> criproxy.ops.v1.Hook
 	0,  // 4: criproxy.ops.v1.ContainerRestart.order:type_name -> criproxy.ops.v1.Order
-	6,  // 5: criproxy.ops.v1.Hook.exec:type_name -> criproxy.ops.v1.ExecAction
-	7,  // 6: criproxy.ops.v1.Hook.http_get:type_name -> criproxy.ops.v1.HTTPGetAction
-	9,  // 7: criproxy.ops.v1.Hook.sleep:type_name -> criproxy.ops.v1.SleepAction
-	8,  // 8: criproxy.ops.v1.HTTPGetAction.headers:type_name -> criproxy.ops.v1.HTTPHeader
-	2,  // 9: criproxy.ops.v1.Operation.pod:type_name -> criproxy.ops.v1.PodRef
-	1,  // 10: criproxy.ops.v1.Operation.phase:type_name -> criproxy.ops.v1.Phase
-	11, // 11: criproxy.ops.v1.Operation.containers:type_name -> criproxy.ops.v1.ContainerOperation
-	23, // 12: criproxy.ops.v1.Operation.create_time:type_name -> google.protobuf.Timestamp
-	23, // 13: criproxy.ops.v1.Operation.finish_time:type_name -> google.protobuf.Timestamp
-	1,  // 14: criproxy.ops.v1.ContainerOperation.phase:type_name -> criproxy.ops.v1.Phase
-	23, // 15: criproxy.ops.v1.ContainerOperation.stop_time:type_name -> google.protobuf.Timestamp
-	23, // 16: criproxy.ops.v1.ContainerOperation.start_time:type_name -> google.protobuf.Timestamp
-	24, // 17: criproxy.ops.v1.ContainerOperation.gap:type_name -> google.protobuf.Duration
-	10, // 18: criproxy.ops.v1.ListOperationsResponse.operations:type_name -> criproxy.ops.v1.Operation
-	23, // 19: criproxy.ops.v1.NodeInfoResponse.start_time:type_name -> google.protobuf.Timestamp
-	20, // 20: criproxy.ops.v1.NodeInfoResponse.runtime:type_name -> criproxy.ops.v1.Runtime
-	23, // 21: criproxy.ops.v1.NodeInfoResponse.kubelet_last_call:type_name -> google.protobuf.Timestamp
-	21, // 22: criproxy.ops.v1.NodeInfoResponse.active_slots:type_name -> criproxy.ops.v1.ActiveSlot
-	22, // 23: criproxy.ops.v1.NodeInfoResponse.counters:type_name -> criproxy.ops.v1.Counters
-	19, // 24: criproxy.ops.v1.NodeInfoResponse.restart_methods:type_name -> criproxy.ops.v1.RestartMethod
-	1,  // 25: criproxy.ops.v1.ActiveSlot.phase:type_name -> criproxy.ops.v1.Phase
-	3,  // 26: criproxy.ops.v1.Ops.Restart:input_type -> criproxy.ops.v1.RestartRequest
-	12, // 27: criproxy.ops.v1.Ops.GetOperation:input_type -> criproxy.ops.v1.GetOperationRequest
-	13, // 28: criproxy.ops.v1.Ops.WatchOperation:input_type -> criproxy.ops.v1.WatchOperationRequest
-	14, // 29: criproxy.ops.v1.Ops.ListOperations:input_type -> criproxy.ops.v1.ListOperationsRequest
-	16, // 30: criproxy.ops.v1.Ops.CancelOperation:input_type -> criproxy.ops.v1.CancelOperationRequest
-	17, // 31: criproxy.ops.v1.Ops.NodeInfo:input_type -> criproxy.ops.v1.NodeInfoRequest
-	10, // 32: criproxy.ops.v1.Ops.Restart:output_type -> criproxy.ops.v1.Operation
-	10, // 33: criproxy.ops.v1.Ops.GetOperation:output_type -> criproxy.ops.v1.Operation
-	10, // 34: criproxy.ops.v1.Ops.WatchOperation:output_type -> criproxy.ops.v1.Operation
-	15, // 35: criproxy.ops.v1.Ops.ListOperations:output_type -> criproxy.ops.v1.ListOperationsResponse
-	10, // 36: criproxy.ops.v1.Ops.CancelOperation:output_type -> criproxy.ops.v1.Operation
-	18, // 37: criproxy.ops.v1.Ops.NodeInfo:output_type -> criproxy.ops.v1.NodeInfoResponse
-	32, // [32:38] is the sub-list for method output_type
-	26, // [26:32] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	2,  // 5: criproxy.ops.v1.PrepareUpgradeRequest.pod:type_name -> criproxy.ops.v1.PodRef
+	6,  // 6: criproxy.ops.v1.PrepareUpgradeRequest.containers:type_name -> criproxy.ops.v1.ContainerUpgrade
+	27, // 7: criproxy.ops.v1.PrepareUpgradeRequest.credentials:type_name -> criproxy.ops.v1.RegistryCredential
+	28, // 8: criproxy.ops.v1.PrepareUpgradeRequest.pin_for:type_name -> google.protobuf.Duration
+	28, // 9: criproxy.ops.v1.PrepareUpgradeRequest.prepare_timeout:type_name -> google.protobuf.Duration
+	28, // 10: criproxy.ops.v1.PrepareUpgradeRequest.hold_timeout:type_name -> google.protobuf.Duration
+	0,  // 11: criproxy.ops.v1.ContainerUpgrade.order:type_name -> criproxy.ops.v1.Order
+	10, // 12: criproxy.ops.v1.Hook.exec:type_name -> criproxy.ops.v1.ExecAction
+	11, // 13: criproxy.ops.v1.Hook.http_get:type_name -> criproxy.ops.v1.HTTPGetAction
+	13, // 14: criproxy.ops.v1.Hook.sleep:type_name -> criproxy.ops.v1.SleepAction
+	12, // 15: criproxy.ops.v1.HTTPGetAction.headers:type_name -> criproxy.ops.v1.HTTPHeader
+	2,  // 16: criproxy.ops.v1.Operation.pod:type_name -> criproxy.ops.v1.PodRef
+	1,  // 17: criproxy.ops.v1.Operation.phase:type_name -> criproxy.ops.v1.Phase
+	15, // 18: criproxy.ops.v1.Operation.containers:type_name -> criproxy.ops.v1.ContainerOperation
+	29, // 19: criproxy.ops.v1.Operation.create_time:type_name -> google.protobuf.Timestamp
+	29, // 20: criproxy.ops.v1.Operation.finish_time:type_name -> google.protobuf.Timestamp
+	1,  // 21: criproxy.ops.v1.ContainerOperation.phase:type_name -> criproxy.ops.v1.Phase
+	29, // 22: criproxy.ops.v1.ContainerOperation.stop_time:type_name -> google.protobuf.Timestamp
+	29, // 23: criproxy.ops.v1.ContainerOperation.start_time:type_name -> google.protobuf.Timestamp
+	28, // 24: criproxy.ops.v1.ContainerOperation.gap:type_name -> google.protobuf.Duration
+	30, // 25: criproxy.ops.v1.ContainerOperation.pull:type_name -> criproxy.ops.v1.PullOperation
+	14, // 26: criproxy.ops.v1.ListOperationsResponse.operations:type_name -> criproxy.ops.v1.Operation
+	29, // 27: criproxy.ops.v1.NodeInfoResponse.start_time:type_name -> google.protobuf.Timestamp
+	24, // 28: criproxy.ops.v1.NodeInfoResponse.runtime:type_name -> criproxy.ops.v1.Runtime
+	29, // 29: criproxy.ops.v1.NodeInfoResponse.kubelet_last_call:type_name -> google.protobuf.Timestamp
+	25, // 30: criproxy.ops.v1.NodeInfoResponse.active_slots:type_name -> criproxy.ops.v1.ActiveSlot
+	26, // 31: criproxy.ops.v1.NodeInfoResponse.counters:type_name -> criproxy.ops.v1.Counters
+	23, // 32: criproxy.ops.v1.NodeInfoResponse.restart_methods:type_name -> criproxy.ops.v1.RestartMethod
+	1,  // 33: criproxy.ops.v1.ActiveSlot.phase:type_name -> criproxy.ops.v1.Phase
+	3,  // 34: criproxy.ops.v1.Ops.Restart:input_type -> criproxy.ops.v1.RestartRequest
+	16, // 35: criproxy.ops.v1.Ops.GetOperation:input_type -> criproxy.ops.v1.GetOperationRequest
+	17, // 36: criproxy.ops.v1.Ops.WatchOperation:input_type -> criproxy.ops.v1.WatchOperationRequest
+	18, // 37: criproxy.ops.v1.Ops.ListOperations:input_type -> criproxy.ops.v1.ListOperationsRequest
+	20, // 38: criproxy.ops.v1.Ops.CancelOperation:input_type -> criproxy.ops.v1.CancelOperationRequest
+	5,  // 39: criproxy.ops.v1.Ops.PrepareUpgrade:input_type -> criproxy.ops.v1.PrepareUpgradeRequest
+	7,  // 40: criproxy.ops.v1.Ops.CommitUpgrade:input_type -> criproxy.ops.v1.CommitUpgradeRequest
+	8,  // 41: criproxy.ops.v1.Ops.AbortUpgrade:input_type -> criproxy.ops.v1.AbortUpgradeRequest
+	21, // 42: criproxy.ops.v1.Ops.NodeInfo:input_type -> criproxy.ops.v1.NodeInfoRequest
+	14, // 43: criproxy.ops.v1.Ops.Restart:output_type -> criproxy.ops.v1.Operation
+	14, // 44: criproxy.ops.v1.Ops.GetOperation:output_type -> criproxy.ops.v1.Operation
+	14, // 45: criproxy.ops.v1.Ops.WatchOperation:output_type -> criproxy.ops.v1.Operation
+	19, // 46: criproxy.ops.v1.Ops.ListOperations:output_type -> criproxy.ops.v1.ListOperationsResponse
+	14, // 47: criproxy.ops.v1.Ops.CancelOperation:output_type -> criproxy.ops.v1.Operation
+	14, // 48: criproxy.ops.v1.Ops.PrepareUpgrade:output_type -> criproxy.ops.v1.Operation
+	14, // 49: criproxy.ops.v1.Ops.CommitUpgrade:output_type -> criproxy.ops.v1.Operation
+	14, // 50: criproxy.ops.v1.Ops.AbortUpgrade:output_type -> criproxy.ops.v1.Operation
+	22, // 51: criproxy.ops.v1.Ops.NodeInfo:output_type -> criproxy.ops.v1.NodeInfoResponse
+	43, // [43:52] is the sub-list for method output_type
+	34, // [34:43] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_api_ops_v1_ops_proto_init() }
@@ -1937,8 +2342,10 @@ func file_api_ops_v1_ops_proto_init() {
 	if File_api_ops_v1_ops_proto != nil {
 		return
 	}
+	file_api_ops_v1_images_proto_init()
 	file_api_ops_v1_ops_proto_msgTypes[2].OneofWrappers = []any{}
-	file_api_ops_v1_ops_proto_msgTypes[3].OneofWrappers = []any{
+	file_api_ops_v1_ops_proto_msgTypes[4].OneofWrappers = []any{}
+	file_api_ops_v1_ops_proto_msgTypes[7].OneofWrappers = []any{
 		(*Hook_Exec)(nil),
 		(*Hook_HttpGet)(nil),
 		(*Hook_Sleep)(nil),
@@ -1949,7 +2356,7 @@ func file_api_ops_v1_ops_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_ops_v1_ops_proto_rawDesc), len(file_api_ops_v1_ops_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   21,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

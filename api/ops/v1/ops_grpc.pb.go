@@ -31,6 +31,9 @@ const (
 	Ops_WatchOperation_FullMethodName  = "/criproxy.ops.v1.Ops/WatchOperation"
 	Ops_ListOperations_FullMethodName  = "/criproxy.ops.v1.Ops/ListOperations"
 	Ops_CancelOperation_FullMethodName = "/criproxy.ops.v1.Ops/CancelOperation"
+	Ops_PrepareUpgrade_FullMethodName  = "/criproxy.ops.v1.Ops/PrepareUpgrade"
+	Ops_CommitUpgrade_FullMethodName   = "/criproxy.ops.v1.Ops/CommitUpgrade"
+	Ops_AbortUpgrade_FullMethodName    = "/criproxy.ops.v1.Ops/AbortUpgrade"
 	Ops_NodeInfo_FullMethodName        = "/criproxy.ops.v1.Ops/NodeInfo"
 )
 
@@ -60,6 +63,24 @@ type OpsClient interface {
 	// then on it runs to its end and the call fails with FailedPrecondition.
 	// Cancelling a finished operation returns it unchanged.
 	CancelOperation(ctx context.Context, in *CancelOperationRequest, opts ...grpc.CallOption) (*Operation, error)
+	// PrepareUpgrade makes everything ready for new images of containers of one pod, and
+	// touches nothing that runs: it pulls and pins the images, checks that they can run in place of the
+	// old ones, and creates the new containers, hidden. It returns as soon as the operation is in the
+	// journal; when everything is ready its phase is PHASE_PREPARED, and it waits for CommitUpgrade.
+	// UIDs and errors are as with Restart; repeating the request also hands over credentials,
+	// which are kept in memory only.
+	PrepareUpgrade(ctx context.Context, in *PrepareUpgradeRequest, opts ...grpc.CallOption) (*Operation, error)
+	// CommitUpgrade says that the pod's spec is about to be patched with the new images.
+	// The new containers are brought as far as they come while the old ones serve (to their gate, or with
+	// START_FIRST to running for min_ready_seconds); then the phase is PHASE_ARMED, and the spec may be patched:
+	// kubelet's StopContainer lets the new container take over, and its CreateContainer is answered with it. The operation
+	// ends when kubelet has taken all of them over. Committing twice is fine.
+	//
+	// Errors: NotFound, FailedPrecondition (not an upgrade, not PHASE_PREPARED yet, or ended; the message tells which).
+	CommitUpgrade(ctx context.Context, in *CommitUpgradeRequest, opts ...grpc.CallOption) (*Operation, error)
+	// AbortUpgrade takes an upgrade back and removes what it has prepared; the images stay pinned. FailedPrecondition once
+	// kubelet has begun to stop a container of it. Aborting a finished operation returns it unchanged.
+	AbortUpgrade(ctx context.Context, in *AbortUpgradeRequest, opts ...grpc.CallOption) (*Operation, error)
 	// NodeInfo describes the proxy, its runtime and what it has seen.
 	NodeInfo(ctx context.Context, in *NodeInfoRequest, opts ...grpc.CallOption) (*NodeInfoResponse, error)
 }
@@ -131,6 +152,36 @@ func (c *opsClient) CancelOperation(ctx context.Context, in *CancelOperationRequ
 	return out, nil
 }
 
+func (c *opsClient) PrepareUpgrade(ctx context.Context, in *PrepareUpgradeRequest, opts ...grpc.CallOption) (*Operation, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Operation)
+	err := c.cc.Invoke(ctx, Ops_PrepareUpgrade_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *opsClient) CommitUpgrade(ctx context.Context, in *CommitUpgradeRequest, opts ...grpc.CallOption) (*Operation, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Operation)
+	err := c.cc.Invoke(ctx, Ops_CommitUpgrade_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *opsClient) AbortUpgrade(ctx context.Context, in *AbortUpgradeRequest, opts ...grpc.CallOption) (*Operation, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Operation)
+	err := c.cc.Invoke(ctx, Ops_AbortUpgrade_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *opsClient) NodeInfo(ctx context.Context, in *NodeInfoRequest, opts ...grpc.CallOption) (*NodeInfoResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(NodeInfoResponse)
@@ -167,6 +218,24 @@ type OpsServer interface {
 	// then on it runs to its end and the call fails with FailedPrecondition.
 	// Cancelling a finished operation returns it unchanged.
 	CancelOperation(context.Context, *CancelOperationRequest) (*Operation, error)
+	// PrepareUpgrade makes everything ready for new images of containers of one pod, and
+	// touches nothing that runs: it pulls and pins the images, checks that they can run in place of the
+	// old ones, and creates the new containers, hidden. It returns as soon as the operation is in the
+	// journal; when everything is ready its phase is PHASE_PREPARED, and it waits for CommitUpgrade.
+	// UIDs and errors are as with Restart; repeating the request also hands over credentials,
+	// which are kept in memory only.
+	PrepareUpgrade(context.Context, *PrepareUpgradeRequest) (*Operation, error)
+	// CommitUpgrade says that the pod's spec is about to be patched with the new images.
+	// The new containers are brought as far as they come while the old ones serve (to their gate, or with
+	// START_FIRST to running for min_ready_seconds); then the phase is PHASE_ARMED, and the spec may be patched:
+	// kubelet's StopContainer lets the new container take over, and its CreateContainer is answered with it. The operation
+	// ends when kubelet has taken all of them over. Committing twice is fine.
+	//
+	// Errors: NotFound, FailedPrecondition (not an upgrade, not PHASE_PREPARED yet, or ended; the message tells which).
+	CommitUpgrade(context.Context, *CommitUpgradeRequest) (*Operation, error)
+	// AbortUpgrade takes an upgrade back and removes what it has prepared; the images stay pinned. FailedPrecondition once
+	// kubelet has begun to stop a container of it. Aborting a finished operation returns it unchanged.
+	AbortUpgrade(context.Context, *AbortUpgradeRequest) (*Operation, error)
 	// NodeInfo describes the proxy, its runtime and what it has seen.
 	NodeInfo(context.Context, *NodeInfoRequest) (*NodeInfoResponse, error)
 	mustEmbedUnimplementedOpsServer()
@@ -193,6 +262,15 @@ func (UnimplementedOpsServer) ListOperations(context.Context, *ListOperationsReq
 }
 func (UnimplementedOpsServer) CancelOperation(context.Context, *CancelOperationRequest) (*Operation, error) {
 	return nil, status.Error(codes.Unimplemented, "method CancelOperation not implemented")
+}
+func (UnimplementedOpsServer) PrepareUpgrade(context.Context, *PrepareUpgradeRequest) (*Operation, error) {
+	return nil, status.Error(codes.Unimplemented, "method PrepareUpgrade not implemented")
+}
+func (UnimplementedOpsServer) CommitUpgrade(context.Context, *CommitUpgradeRequest) (*Operation, error) {
+	return nil, status.Error(codes.Unimplemented, "method CommitUpgrade not implemented")
+}
+func (UnimplementedOpsServer) AbortUpgrade(context.Context, *AbortUpgradeRequest) (*Operation, error) {
+	return nil, status.Error(codes.Unimplemented, "method AbortUpgrade not implemented")
 }
 func (UnimplementedOpsServer) NodeInfo(context.Context, *NodeInfoRequest) (*NodeInfoResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method NodeInfo not implemented")
@@ -301,6 +379,60 @@ func _Ops_CancelOperation_Handler(srv interface{}, ctx context.Context, dec func
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Ops_PrepareUpgrade_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PrepareUpgradeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(OpsServer).PrepareUpgrade(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Ops_PrepareUpgrade_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(OpsServer).PrepareUpgrade(ctx, req.(*PrepareUpgradeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Ops_CommitUpgrade_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CommitUpgradeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(OpsServer).CommitUpgrade(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Ops_CommitUpgrade_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(OpsServer).CommitUpgrade(ctx, req.(*CommitUpgradeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Ops_AbortUpgrade_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AbortUpgradeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(OpsServer).AbortUpgrade(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Ops_AbortUpgrade_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(OpsServer).AbortUpgrade(ctx, req.(*AbortUpgradeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Ops_NodeInfo_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(NodeInfoRequest)
 	if err := dec(in); err != nil {
@@ -341,6 +473,18 @@ var Ops_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "CancelOperation",
 			Handler:    _Ops_CancelOperation_Handler,
+		},
+		{
+			MethodName: "PrepareUpgrade",
+			Handler:    _Ops_PrepareUpgrade_Handler,
+		},
+		{
+			MethodName: "CommitUpgrade",
+			Handler:    _Ops_CommitUpgrade_Handler,
+		},
+		{
+			MethodName: "AbortUpgrade",
+			Handler:    _Ops_AbortUpgrade_Handler,
 		},
 		{
 			MethodName: "NodeInfo",
