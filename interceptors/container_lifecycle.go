@@ -25,7 +25,7 @@ const (
 
 // createContainer records the request as kubelet sent it, and lets an operation on
 // the slot finish first: kubelet creates in a slot only after it stopped the
-// incumbent, which made the operation give way.
+// incumbent, which made the operation give way. An operation that has the very container ready answers with it.
 func (d *Director) createContainer(ctx context.Context, method string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.CreateContainerRequest{})
 	if err != nil {
@@ -33,6 +33,9 @@ func (d *Director) createContainer(ctx context.Context, method string, raw []byt
 	}
 	slot := Slot{PodUID: req.GetConfig().GetLabels()[labelPodUID], Container: req.GetConfig().GetLabels()[labelContainer]}
 	if slot.PodUID != "" && slot.Container != "" {
+		if id := d.prepared(ctx, slot, req); id != "" {
+			return encode(&runtimeapi.CreateContainerResponse{ContainerId: id})
+		}
 		if d.view.Claimed(slot) {
 			d.log.WithFields(logrusFields(slot, method)).Info("waiting for the operation on this slot")
 		}
@@ -54,7 +57,25 @@ func (d *Director) createContainer(ctx context.Context, method string, raw []byt
 	return b, nil
 }
 
-// startContainer does not know hidden containers.
+// prepared returns the container that an operation on the slot has ready for the request, or "".
+func (d *Director) prepared(ctx context.Context, slot Slot, req *runtimeapi.CreateContainerRequest) string {
+	claim := d.view.claimOf(slot)
+	if claim == nil {
+		return ""
+	}
+	driver := claim.awaitDriver(ctx)
+	if driver == nil {
+		return ""
+	}
+	id := driver.Create(ctx, req)
+	if id != "" {
+		d.view.adopted(id)
+	}
+	return id
+}
+
+// startContainer does not know hidden containers. One that an operation has made and started before kubelet asked for
+// it needs no start.
 func (d *Director) startContainer(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.StartContainerRequest{})
 	if err != nil {
@@ -63,7 +84,21 @@ func (d *Director) startContainer(ctx context.Context, _ string, raw []byte, nex
 	if _, is := d.staged(req.GetContainerId()); is {
 		return nil, notFound(req.GetContainerId())
 	}
-	return next(ctx, raw)
+	b, err := next(ctx, raw)
+	if err == nil || ctx.Err() != nil {
+		return b, err
+	}
+	st, serr := d.runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: req.GetContainerId()})
+	s := st.GetStatus()
+	if serr != nil || s.GetAnnotations()[StagedAnnotation] == "" || s.GetStartedAt() == 0 {
+		return nil, err
+	}
+	switch s.GetState() {
+	case runtimeapi.ContainerState_CONTAINER_RUNNING, runtimeapi.ContainerState_CONTAINER_EXITED:
+		return encode(&runtimeapi.StartContainerResponse{}) // how it ended is for kubelet to find
+	default:
+		return nil, err
+	}
 }
 
 // stopContainer makes an operation on the slot give way. The stop itself goes
@@ -83,6 +118,16 @@ func (d *Director) stopContainer(ctx context.Context, method string, raw []byte,
 	if d.view.successorOf(claim) == id {
 		// Nobody can know this container: answered as the runtime answers for unknown ones.
 		return encode(&runtimeapi.StopContainerResponse{})
+	}
+	if driver := claim.awaitDriver(ctx); driver != nil {
+		if ok, err := driver.Stop(ctx, req.GetTimeout()); ok {
+			if err != nil {
+				return nil, err
+			}
+			// It may be that the pod goes away: then its sandbox is stopped next, and nobody has asked the successor.
+			d.view.lateStop(id, req.GetTimeout())
+			return encode(&runtimeapi.StopContainerResponse{})
+		}
 	}
 	claim.takeBack(Yield{Method: method, Grace: req.GetTimeout()})
 	d.log.WithFields(logrusFields(claim.Slot(), method)).Info("kubelet takes the slot back from an operation")

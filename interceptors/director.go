@@ -68,6 +68,7 @@ func New(o Options) *Director {
 	d := &Director{view: o.View, records: o.Records, runtime: runtimeapi.NewRuntimeServiceClient(o.Runtime), log: o.Log}
 	d.always = map[string]proxy.UnaryInterceptor{
 		runtimeapi.RuntimeService_CreateContainer_FullMethodName:          d.createContainer,
+		runtimeapi.RuntimeService_StartContainer_FullMethodName:           d.startContainer,
 		runtimeapi.RuntimeService_RemoveContainer_FullMethodName:          d.removeContainer,
 		runtimeapi.RuntimeService_UpdateContainerResources_FullMethodName: d.updateContainerResources,
 		runtimeapi.RuntimeService_StopPodSandbox_FullMethodName:           d.stopPodSandbox,
@@ -85,7 +86,6 @@ func New(o Options) *Director {
 		runtimeapi.RuntimeService_PodSandboxStats_FullMethodName:       d.podSandboxStats,
 		runtimeapi.RuntimeService_ListPodSandboxStats_FullMethodName:   d.listPodSandboxStats,
 		runtimeapi.RuntimeService_ListPodSandboxMetrics_FullMethodName: d.listPodSandboxMetrics,
-		runtimeapi.RuntimeService_StartContainer_FullMethodName:        d.startContainer,
 		runtimeapi.RuntimeService_RemovePodSandbox_FullMethodName:      d.removePodSandbox,
 		runtimeapi.RuntimeService_ExecSync_FullMethodName:              d.execSync,
 		runtimeapi.RuntimeService_Exec_FullMethodName:                  d.exec,

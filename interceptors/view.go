@@ -124,6 +124,8 @@ type Claim struct {
 	successor string
 	speaking  bool
 	released  bool
+	driven    chan struct{} // closed once driver is set; nil if there will be none
+	driver    Driver
 }
 
 // ErrClaimed is returned by TryClaim when the slot is taken.

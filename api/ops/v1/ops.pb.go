@@ -560,8 +560,10 @@ type ContainerUpgrade struct {
 	MinReadySeconds int32 `protobuf:"varint,5,opt,name=min_ready_seconds,json=minReadySeconds,proto3" json:"min_ready_seconds,omitempty"`
 	// run_as_non_root is that of the container's security context, or else the pod's: an image that would run as root is refused,
 	// as kubelet would refuse it. run_as_user is the user there, if set.
-	RunAsNonRoot  bool   `protobuf:"varint,6,opt,name=run_as_non_root,json=runAsNonRoot,proto3" json:"run_as_non_root,omitempty"`
-	RunAsUser     *int64 `protobuf:"varint,7,opt,name=run_as_user,json=runAsUser,proto3,oneof" json:"run_as_user,omitempty"`
+	RunAsNonRoot bool   `protobuf:"varint,6,opt,name=run_as_non_root,json=runAsNonRoot,proto3" json:"run_as_non_root,omitempty"`
+	RunAsUser    *int64 `protobuf:"varint,7,opt,name=run_as_user,json=runAsUser,proto3,oneof" json:"run_as_user,omitempty"`
+	// pull_policy is the container's: with Always, kubelet will ask the registry too, and must find the same image.
+	PullPolicy    PullPolicy `protobuf:"varint,8,opt,name=pull_policy,json=pullPolicy,proto3,enum=criproxy.ops.v1.PullPolicy" json:"pull_policy,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -643,6 +645,13 @@ func (x *ContainerUpgrade) GetRunAsUser() int64 {
 		return *x.RunAsUser
 	}
 	return 0
+}
+
+func (x *ContainerUpgrade) GetPullPolicy() PullPolicy {
+	if x != nil {
+		return x.PullPolicy
+	}
+	return PullPolicy_PULL_POLICY_UNSPECIFIED
 }
 
 type CommitUpgradeRequest struct {
@@ -2079,7 +2088,7 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\x05owner\x18\x06 \x01(\tR\x05owner\x122\n" +
 	"\apin_for\x18\a \x01(\v2\x19.google.protobuf.DurationR\x06pinFor\x12B\n" +
 	"\x0fprepare_timeout\x18\b \x01(\v2\x19.google.protobuf.DurationR\x0eprepareTimeout\x12<\n" +
-	"\fhold_timeout\x18\t \x01(\v2\x19.google.protobuf.DurationR\vholdTimeout\"\xa6\x02\n" +
+	"\fhold_timeout\x18\t \x01(\v2\x19.google.protobuf.DurationR\vholdTimeout\"\xe4\x02\n" +
 	"\x10ContainerUpgrade\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\x122\n" +
@@ -2087,7 +2096,9 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\x05order\x18\x04 \x01(\x0e2\x16.criproxy.ops.v1.OrderR\x05order\x12*\n" +
 	"\x11min_ready_seconds\x18\x05 \x01(\x05R\x0fminReadySeconds\x12%\n" +
 	"\x0frun_as_non_root\x18\x06 \x01(\bR\frunAsNonRoot\x12#\n" +
-	"\vrun_as_user\x18\a \x01(\x03H\x00R\trunAsUser\x88\x01\x01B\x0e\n" +
+	"\vrun_as_user\x18\a \x01(\x03H\x00R\trunAsUser\x88\x01\x01\x12<\n" +
+	"\vpull_policy\x18\b \x01(\x0e2\x1b.criproxy.ops.v1.PullPolicyR\n" +
+	"pullPolicyB\x0e\n" +
 	"\f_run_as_user\"(\n" +
 	"\x14CommitUpgradeRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\"?\n" +
@@ -2274,8 +2285,9 @@ var file_api_ops_v1_ops_proto_goTypes = []any{
 	(*Counters)(nil),               // 26: criproxy.ops.v1.Counters
 	(*RegistryCredential)(nil),     // 27: criproxy.ops.v1.RegistryCredential
 	(*durationpb.Duration)(nil),    // 28: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),  // 29: google.protobuf.Timestamp
-	(*PullOperation)(nil),          // 30: criproxy.ops.v1.PullOperation
+	(PullPolicy)(0),                // 29: criproxy.ops.v1.PullPolicy
+	(*timestamppb.Timestamp)(nil),  // 30: google.protobuf.Timestamp
+	(*PullOperation)(nil),          // 31: criproxy.ops.v1.PullOperation
 }
 var file_api_ops_v1_ops_proto_depIdxs = []int32{
 	2,  // 0: criproxy.ops.v1.RestartRequest.pod:type_name -> criproxy.ops.v1.PodRef
@@ -2290,51 +2302,52 @@ var file_api_ops_v1_ops_proto_depIdxs = []int32{
 	28, // 9: criproxy.ops.v1.PrepareUpgradeRequest.prepare_timeout:type_name -> google.protobuf.Duration
 	28, // 10: criproxy.ops.v1.PrepareUpgradeRequest.hold_timeout:type_name -> google.protobuf.Duration
 	0,  // 11: criproxy.ops.v1.ContainerUpgrade.order:type_name -> criproxy.ops.v1.Order
-	10, // 12: criproxy.ops.v1.Hook.exec:type_name -> criproxy.ops.v1.ExecAction
-	11, // 13: criproxy.ops.v1.Hook.http_get:type_name -> criproxy.ops.v1.HTTPGetAction
-	13, // 14: criproxy.ops.v1.Hook.sleep:type_name -> criproxy.ops.v1.SleepAction
-	12, // 15: criproxy.ops.v1.HTTPGetAction.headers:type_name -> criproxy.ops.v1.HTTPHeader
-	2,  // 16: criproxy.ops.v1.Operation.pod:type_name -> criproxy.ops.v1.PodRef
-	1,  // 17: criproxy.ops.v1.Operation.phase:type_name -> criproxy.ops.v1.Phase
-	15, // 18: criproxy.ops.v1.Operation.containers:type_name -> criproxy.ops.v1.ContainerOperation
-	29, // 19: criproxy.ops.v1.Operation.create_time:type_name -> google.protobuf.Timestamp
-	29, // 20: criproxy.ops.v1.Operation.finish_time:type_name -> google.protobuf.Timestamp
-	1,  // 21: criproxy.ops.v1.ContainerOperation.phase:type_name -> criproxy.ops.v1.Phase
-	29, // 22: criproxy.ops.v1.ContainerOperation.stop_time:type_name -> google.protobuf.Timestamp
-	29, // 23: criproxy.ops.v1.ContainerOperation.start_time:type_name -> google.protobuf.Timestamp
-	28, // 24: criproxy.ops.v1.ContainerOperation.gap:type_name -> google.protobuf.Duration
-	30, // 25: criproxy.ops.v1.ContainerOperation.pull:type_name -> criproxy.ops.v1.PullOperation
-	14, // 26: criproxy.ops.v1.ListOperationsResponse.operations:type_name -> criproxy.ops.v1.Operation
-	29, // 27: criproxy.ops.v1.NodeInfoResponse.start_time:type_name -> google.protobuf.Timestamp
-	24, // 28: criproxy.ops.v1.NodeInfoResponse.runtime:type_name -> criproxy.ops.v1.Runtime
-	29, // 29: criproxy.ops.v1.NodeInfoResponse.kubelet_last_call:type_name -> google.protobuf.Timestamp
-	25, // 30: criproxy.ops.v1.NodeInfoResponse.active_slots:type_name -> criproxy.ops.v1.ActiveSlot
-	26, // 31: criproxy.ops.v1.NodeInfoResponse.counters:type_name -> criproxy.ops.v1.Counters
-	23, // 32: criproxy.ops.v1.NodeInfoResponse.restart_methods:type_name -> criproxy.ops.v1.RestartMethod
-	1,  // 33: criproxy.ops.v1.ActiveSlot.phase:type_name -> criproxy.ops.v1.Phase
-	3,  // 34: criproxy.ops.v1.Ops.Restart:input_type -> criproxy.ops.v1.RestartRequest
-	16, // 35: criproxy.ops.v1.Ops.GetOperation:input_type -> criproxy.ops.v1.GetOperationRequest
-	17, // 36: criproxy.ops.v1.Ops.WatchOperation:input_type -> criproxy.ops.v1.WatchOperationRequest
-	18, // 37: criproxy.ops.v1.Ops.ListOperations:input_type -> criproxy.ops.v1.ListOperationsRequest
-	20, // 38: criproxy.ops.v1.Ops.CancelOperation:input_type -> criproxy.ops.v1.CancelOperationRequest
-	5,  // 39: criproxy.ops.v1.Ops.PrepareUpgrade:input_type -> criproxy.ops.v1.PrepareUpgradeRequest
-	7,  // 40: criproxy.ops.v1.Ops.CommitUpgrade:input_type -> criproxy.ops.v1.CommitUpgradeRequest
-	8,  // 41: criproxy.ops.v1.Ops.AbortUpgrade:input_type -> criproxy.ops.v1.AbortUpgradeRequest
-	21, // 42: criproxy.ops.v1.Ops.NodeInfo:input_type -> criproxy.ops.v1.NodeInfoRequest
-	14, // 43: criproxy.ops.v1.Ops.Restart:output_type -> criproxy.ops.v1.Operation
-	14, // 44: criproxy.ops.v1.Ops.GetOperation:output_type -> criproxy.ops.v1.Operation
-	14, // 45: criproxy.ops.v1.Ops.WatchOperation:output_type -> criproxy.ops.v1.Operation
-	19, // 46: criproxy.ops.v1.Ops.ListOperations:output_type -> criproxy.ops.v1.ListOperationsResponse
-	14, // 47: criproxy.ops.v1.Ops.CancelOperation:output_type -> criproxy.ops.v1.Operation
-	14, // 48: criproxy.ops.v1.Ops.PrepareUpgrade:output_type -> criproxy.ops.v1.Operation
-	14, // 49: criproxy.ops.v1.Ops.CommitUpgrade:output_type -> criproxy.ops.v1.Operation
-	14, // 50: criproxy.ops.v1.Ops.AbortUpgrade:output_type -> criproxy.ops.v1.Operation
-	22, // 51: criproxy.ops.v1.Ops.NodeInfo:output_type -> criproxy.ops.v1.NodeInfoResponse
-	43, // [43:52] is the sub-list for method output_type
-	34, // [34:43] is the sub-list for method input_type
-	34, // [34:34] is the sub-list for extension type_name
-	34, // [34:34] is the sub-list for extension extendee
-	0,  // [0:34] is the sub-list for field type_name
+	29, // 12: criproxy.ops.v1.ContainerUpgrade.pull_policy:type_name -> criproxy.ops.v1.PullPolicy
+	10, // 13: criproxy.ops.v1.Hook.exec:type_name -> criproxy.ops.v1.ExecAction
+	11, // 14: criproxy.ops.v1.Hook.http_get:type_name -> criproxy.ops.v1.HTTPGetAction
+	13, // 15: criproxy.ops.v1.Hook.sleep:type_name -> criproxy.ops.v1.SleepAction
+	12, // 16: criproxy.ops.v1.HTTPGetAction.headers:type_name -> criproxy.ops.v1.HTTPHeader
+	2,  // 17: criproxy.ops.v1.Operation.pod:type_name -> criproxy.ops.v1.PodRef
+	1,  // 18: criproxy.ops.v1.Operation.phase:type_name -> criproxy.ops.v1.Phase
+	15, // 19: criproxy.ops.v1.Operation.containers:type_name -> criproxy.ops.v1.ContainerOperation
+	30, // 20: criproxy.ops.v1.Operation.create_time:type_name -> google.protobuf.Timestamp
+	30, // 21: criproxy.ops.v1.Operation.finish_time:type_name -> google.protobuf.Timestamp
+	1,  // 22: criproxy.ops.v1.ContainerOperation.phase:type_name -> criproxy.ops.v1.Phase
+	30, // 23: criproxy.ops.v1.ContainerOperation.stop_time:type_name -> google.protobuf.Timestamp
+	30, // 24: criproxy.ops.v1.ContainerOperation.start_time:type_name -> google.protobuf.Timestamp
+	28, // 25: criproxy.ops.v1.ContainerOperation.gap:type_name -> google.protobuf.Duration
+	31, // 26: criproxy.ops.v1.ContainerOperation.pull:type_name -> criproxy.ops.v1.PullOperation
+	14, // 27: criproxy.ops.v1.ListOperationsResponse.operations:type_name -> criproxy.ops.v1.Operation
+	30, // 28: criproxy.ops.v1.NodeInfoResponse.start_time:type_name -> google.protobuf.Timestamp
+	24, // 29: criproxy.ops.v1.NodeInfoResponse.runtime:type_name -> criproxy.ops.v1.Runtime
+	30, // 30: criproxy.ops.v1.NodeInfoResponse.kubelet_last_call:type_name -> google.protobuf.Timestamp
+	25, // 31: criproxy.ops.v1.NodeInfoResponse.active_slots:type_name -> criproxy.ops.v1.ActiveSlot
+	26, // 32: criproxy.ops.v1.NodeInfoResponse.counters:type_name -> criproxy.ops.v1.Counters
+	23, // 33: criproxy.ops.v1.NodeInfoResponse.restart_methods:type_name -> criproxy.ops.v1.RestartMethod
+	1,  // 34: criproxy.ops.v1.ActiveSlot.phase:type_name -> criproxy.ops.v1.Phase
+	3,  // 35: criproxy.ops.v1.Ops.Restart:input_type -> criproxy.ops.v1.RestartRequest
+	16, // 36: criproxy.ops.v1.Ops.GetOperation:input_type -> criproxy.ops.v1.GetOperationRequest
+	17, // 37: criproxy.ops.v1.Ops.WatchOperation:input_type -> criproxy.ops.v1.WatchOperationRequest
+	18, // 38: criproxy.ops.v1.Ops.ListOperations:input_type -> criproxy.ops.v1.ListOperationsRequest
+	20, // 39: criproxy.ops.v1.Ops.CancelOperation:input_type -> criproxy.ops.v1.CancelOperationRequest
+	5,  // 40: criproxy.ops.v1.Ops.PrepareUpgrade:input_type -> criproxy.ops.v1.PrepareUpgradeRequest
+	7,  // 41: criproxy.ops.v1.Ops.CommitUpgrade:input_type -> criproxy.ops.v1.CommitUpgradeRequest
+	8,  // 42: criproxy.ops.v1.Ops.AbortUpgrade:input_type -> criproxy.ops.v1.AbortUpgradeRequest
+	21, // 43: criproxy.ops.v1.Ops.NodeInfo:input_type -> criproxy.ops.v1.NodeInfoRequest
+	14, // 44: criproxy.ops.v1.Ops.Restart:output_type -> criproxy.ops.v1.Operation
+	14, // 45: criproxy.ops.v1.Ops.GetOperation:output_type -> criproxy.ops.v1.Operation
+	14, // 46: criproxy.ops.v1.Ops.WatchOperation:output_type -> criproxy.ops.v1.Operation
+	19, // 47: criproxy.ops.v1.Ops.ListOperations:output_type -> criproxy.ops.v1.ListOperationsResponse
+	14, // 48: criproxy.ops.v1.Ops.CancelOperation:output_type -> criproxy.ops.v1.Operation
+	14, // 49: criproxy.ops.v1.Ops.PrepareUpgrade:output_type -> criproxy.ops.v1.Operation
+	14, // 50: criproxy.ops.v1.Ops.CommitUpgrade:output_type -> criproxy.ops.v1.Operation
+	14, // 51: criproxy.ops.v1.Ops.AbortUpgrade:output_type -> criproxy.ops.v1.Operation
+	22, // 52: criproxy.ops.v1.Ops.NodeInfo:output_type -> criproxy.ops.v1.NodeInfoResponse
+	44, // [44:53] is the sub-list for method output_type
+	35, // [35:44] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_api_ops_v1_ops_proto_init() }

@@ -1,0 +1,89 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package interceptors
+
+import (
+	"context"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// Driver is an operation that does not act by itself but lets kubelet drive: it has a container ready for what
+// kubelet does next in the slot. Both methods block until the operation has decided.
+type Driver interface {
+	// Stop is asked when kubelet stops the incumbent, with the grace in seconds. If it returns true, the incumbent has been
+	// stopped and the successor has taken over, or the error says why it has not been stopped. If it returns false, the
+	// operation gives way and kubelet's call goes on as without it.
+	Stop(ctx context.Context, grace int64) (bool, error)
+	// Create is asked when kubelet creates a container in the slot. It returns the ID of the container that is what kubelet asks
+	// for, or "" after it has got out of the way.
+	Create(ctx context.Context, req *runtimeapi.CreateContainerRequest) string
+}
+
+// Drive lets kubelet drive from now on, until the claim is released.
+func (c *Claim) Drive(d Driver) {
+	c.view.mu.Lock()
+	defer c.view.mu.Unlock()
+	if c.driver != nil {
+		return
+	}
+	c.driver = d
+	if c.driven == nil {
+		c.driven = make(chan struct{})
+	}
+	close(c.driven)
+}
+
+// WillDrive makes kubelet's calls on the slot wait for [Claim.Drive], for the time before the first call is served.
+func (c *Claim) WillDrive() {
+	c.view.mu.Lock()
+	defer c.view.mu.Unlock()
+	if c.driven == nil {
+		c.driven = make(chan struct{})
+	}
+}
+
+// Done is closed when the claim has been released.
+func (c *Claim) Done() <-chan struct{} { return c.done }
+
+// awaitDriver returns the claim's driver; nil if it has none, or is released before it has one, or ctx ends first.
+func (c *Claim) awaitDriver(ctx context.Context) Driver {
+	c.view.mu.RLock()
+	driven := c.driven
+	c.view.mu.RUnlock()
+	if driven == nil {
+		return nil
+	}
+	select {
+	case <-driven:
+	case <-c.done:
+		return nil
+	case <-ctx.Done():
+		return nil
+	}
+	c.view.mu.RLock()
+	defer c.view.mu.RUnlock()
+	if c.released {
+		return nil
+	}
+	return c.driver
+}
+
+// claimOf returns who holds the slot, or nil.
+func (v *View) claimOf(slot Slot) *Claim {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	return v.claims[slot]
+}
+
+// adopted notes that kubelet has taken the container over: it will stop it by itself, whatever it did to the one before.
+func (v *View) adopted(id string) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for _, h := range v.heirs {
+		if h.id == id {
+			h.late = false
+		}
+	}
+}
