@@ -55,8 +55,12 @@ func (b *bubble) open() {
 	if b.Puller, err = Open(b.opts); err != nil {
 		b.t.Fatal(err)
 	}
-	if b.journal.db != nil {
-		b.journal.db.NoSync = true
+	if b.journal.IsOpen() {
+		db, err := b.journal.DB()
+		if err != nil {
+			b.t.Fatal(err)
+		}
+		db.NoSync = true
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ran := make(chan error, 1)

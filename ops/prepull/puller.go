@@ -145,7 +145,7 @@ func Open(o Options) (*Puller, error) {
 		}
 	}
 	if p.metrics, err = newMetrics(o.Registerer, p); err != nil {
-		return nil, errors.Join(err, p.journal.close())
+		return nil, errors.Join(err, p.journal.Close())
 	}
 	return p, nil
 }
@@ -198,7 +198,7 @@ func (p *Puller) Close() error {
 	p.mu.Lock()
 	p.closed = true
 	p.mu.Unlock()
-	return p.journal.close()
+	return p.journal.Close()
 }
 
 func (p *Puller) nudge() {
