@@ -45,6 +45,7 @@ type simNode struct {
 	refused bool   // nothing listens
 	busy    int    // so many commands are refused
 	lacks   bool   // its pulls wait for credentials to be given again
+	endless string // "" or the phase in which its pulls stay for ever: Fetching or InQueue
 
 	pulls    map[string]*simPull
 	order    []string
@@ -173,9 +174,13 @@ func (f *fleet) begin(node *simNode, p *simPull) {
 		cancel()
 		return
 	}
-	takes, steps, outcome, stuck := node.takes, node.steps, node.outcome, node.stuck
+	takes, steps, outcome, stuck, endless := node.takes, node.steps, node.outcome, node.stuck, node.endless
 	f.wg.Go(func() {
 		defer cancel()
+		if endless != "" {
+			f.goOn(ctx, p, endless)
+			return
+		}
 		for i := range steps {
 			if !pause(ctx, takes/time.Duration(steps)) {
 				break
@@ -202,6 +207,17 @@ func (f *fleet) begin(node *simNode, p *simPull) {
 			f.finish(node, p, opsv1.PullPhase_PULL_SUCCEEDED, "Pulled", "")
 		}
 	})
+}
+
+// goOn says something of a pull from time to time, which never ends.
+func (f *fleet) goOn(ctx context.Context, p *simPull, how string) {
+	for pause(ctx, 7*time.Second) {
+		f.update(p, func(op *opsv1.PullOperation) {
+			if op.Phase, op.Reason = opsv1.PullPhase_PULL_WAITING, how; how == "Fetching" {
+				op.Phase, op.Reason, op.Attempt = opsv1.PullPhase_PULL_FETCHING, "", 1
+			}
+		})
+	}
 }
 
 func (f *fleet) update(p *simPull, change func(*opsv1.PullOperation)) {

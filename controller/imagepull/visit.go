@@ -55,14 +55,17 @@ func (u *run) visit(m *member) {
 		defer u.metrics.pulling(-1)
 		taken := false // the node has the command
 		var silent time.Time
+		left, over := newAllowance(w.request, time.Now()), ""
 		for tries := 0; ; tries++ {
 			op, err := u.tell(ctx, w, node, round)
 			if err == nil && op.GetFinishTime() == nil {
 				taken = true
 				u.progress(m, epoch, op)
-				op, err = u.watch(ctx, node, op.GetUid(), func(op *opsv1.PullOperation) {
+				op, err = u.watch(ctx, node, op.GetUid(), func(op *opsv1.PullOperation) bool {
 					silent, tries = time.Time{}, 0
 					u.progress(m, epoch, op)
+					over = left.spend(op, time.Now())
+					return over == ""
 				})
 			}
 			if ctx.Err() != nil {
@@ -71,6 +74,10 @@ func (u *run) visit(m *member) {
 			now := time.Now()
 			if err == nil && op.GetFinishTime() != nil {
 				u.change(m, epoch, func() { u.settle(m, op, now) })
+				return
+			}
+			if err == nil && over != "" {
+				u.overdue(ctx, m, epoch, node, op, over)
 				return
 			}
 			if err != nil && notFound(err) {
@@ -157,9 +164,9 @@ func (u *run) tell(ctx context.Context, w *wish, node controller.Node, round int
 	return u.nodes.Pull(ctx, node, w.pullRequest(round, keys.credentials))
 }
 
-// watch follows a pull and returns the last that it said: once that has ended, when it needs credentials, or when there
-// has been no news for a while.
-func (u *run) watch(ctx context.Context, node controller.Node, uid string, each func(*opsv1.PullOperation)) (*opsv1.PullOperation, error) {
+// watch follows a pull and returns the last that it said: once that has ended, when it needs credentials, when each has
+// enough, or when there has been no news for a while.
+func (u *run) watch(ctx context.Context, node controller.Node, uid string, each func(*opsv1.PullOperation) bool) (*opsv1.PullOperation, error) {
 	watching, cancel := context.WithCancel(ctx)
 	defer cancel()
 	patience := time.AfterFunc(answerPatience, cancel)
@@ -168,8 +175,7 @@ func (u *run) watch(ctx context.Context, node controller.Node, uid string, each 
 	err := u.nodes.WatchPull(watching, node, uid, func(op *opsv1.PullOperation) bool {
 		patience.Reset(watchRenew)
 		last = op
-		each(op)
-		return op.GetFinishTime() == nil && op.GetReason() != reasonCredentials
+		return each(op) && op.GetFinishTime() == nil && op.GetReason() != reasonCredentials
 	})
 	if watching.Err() != nil && ctx.Err() == nil && last.GetFinishTime() == nil {
 		if last != nil {

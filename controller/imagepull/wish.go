@@ -101,6 +101,7 @@ func wishOf(job *v1beta1.ImagePullJob) (*wish, error) {
 		}
 	}
 	r.AttemptTimeout = durationpb.New(timeout)
+	r.Deadline = deadlineOf(job, r)
 	if text, ok := job.Annotations[v1beta1.PinForAnnotation]; ok {
 		d, err := time.ParseDuration(text)
 		if err != nil || d < 0 || d > maxSpan {
@@ -117,7 +118,7 @@ func wishOf(job *v1beta1.ImagePullJob) (*wish, error) {
 	}
 	w.request = r
 	w.work = hash(r.Image, r.Policy, r.SandboxLabels, r.SandboxAnnotations)
-	w.params = hash(r.MaxAttempts, r.AttemptTimeout.AsDuration(), r.BytesPerSecond, r.PinFor.AsDuration())
+	w.params = hash(r.MaxAttempts, r.AttemptTimeout.AsDuration(), r.Deadline.AsDuration(), r.BytesPerSecond, r.PinFor.AsDuration())
 	return w, nil
 }
 

@@ -1,0 +1,84 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package imagepull
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
+)
+
+// What a node is told, by the job.
+func TestDeadlineOfRequest(t *testing.T) {
+	for name, tt := range map[string]struct {
+		attempts, timeout int32
+		policy            v1beta1.CompletionPolicy
+		want              time.Duration
+	}{
+		"one attempt":         {1, 60, v1beta1.CompletionPolicy{}, time.Minute + queueAllowance},
+		"four":                {4, 60, v1beta1.CompletionPolicy{}, 4*time.Minute + 7*time.Second + queueAllowance},
+		"seven":               {7, 60, v1beta1.CompletionPolicy{}, 7*time.Minute + (1+2+4+8+16+30)*time.Second + queueAllowance},
+		"the most":            {100, 31 * 24 * 3600, v1beta1.CompletionPolicy{}, maxSpan},
+		"the job's":           {4, 60, v1beta1.CompletionPolicy{Type: v1beta1.Always, ActiveDeadlineSeconds: number(int64(90))}, 90 * time.Second},
+		"the job's is longer": {1, 60, v1beta1.CompletionPolicy{Type: v1beta1.Always, ActiveDeadlineSeconds: number(int64(1e12))}, time.Minute + queueAllowance},
+		"never ends":          {1, 60, v1beta1.CompletionPolicy{Type: v1beta1.Never, ActiveDeadlineSeconds: number(int64(90))}, time.Minute + queueAllowance},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w, err := wishOf(&job{Spec: spec{Image: "a", ImagePullJobTemplate: template{
+				PullPolicy:       &v1beta1.PullPolicy{TimeoutSeconds: &tt.timeout, BackoffLimit: number(tt.attempts - 1)},
+				CompletionPolicy: tt.policy,
+			}}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := w.request.GetDeadline().AsDuration(); got != tt.want {
+				t.Errorf("deadline %s, want %s", got, tt.want)
+			}
+		})
+	}
+}
+
+// A node that answers for ever and does not come to an end loses its turn.
+func TestEndlessPull(t *testing.T) {
+	for how, bound := range map[string]time.Duration{
+		"Fetching": 2*time.Minute + time.Second, // two attempts of a minute
+		"InQueue":  queueAllowance,
+	} {
+		t.Run(how, func(t *testing.T) {
+			inBed(t, func(t *testing.T, b *bed) {
+				b.addMany(2, time.Second)
+				b.create("job", spec{ImagePullJobTemplate: template{PullPolicy: &v1beta1.PullPolicy{TimeoutSeconds: number(int32(60)), BackoffLimit: number(int32(1))}}})
+				// The one whose turn is first.
+				b.fleet.change("node-0", func(n *simNode) { n.endless = how })
+				b.fleet.change("node-1", func(n *simNode) { n.endless = how })
+				var first, second string
+				b.until("under way", "job", time.Minute, func(*job) bool {
+					for name, n := range b.fleet.begun() {
+						if n == 1 {
+							first = name
+						} else {
+							second = name
+						}
+					}
+					return first != "" && second != ""
+				})
+				b.fleet.change(second, func(n *simNode) { n.endless = "" })
+				begin := time.Now()
+				j := b.until("completed", "job", bound+10*time.Minute, completed)
+				if took := time.Since(begin); took < bound || took > bound+boundSlack+time.Minute {
+					t.Errorf("took %s, bound %s", took, bound)
+				}
+				b.want(j, "True NodesFailed", "2/0/1/1")
+				if f := j.Status.Failures; len(f) != 1 || f[0].Node != first || f[0].Reason != reasonOverdue || !strings.Contains(f[0].Message, "ctl pulls") {
+					t.Errorf("failures %+v", f)
+				}
+				if b.fleet.flying("uid-job") != 0 {
+					t.Error("the pull goes on")
+				}
+			})
+		})
+	}
+}
