@@ -144,6 +144,9 @@ func allocate(ctx context.Context, o Options, source string) (*Bed, error) {
 		n.PodLogs = filepath.Join(n.NodeDir, "pods")
 		if i > 0 {
 			n.prefix = name + "-"
+			if o.Namespaces {
+				n.netns = filepath.Join(n.RunDir, "netns")
+			}
 		}
 		b.Nodes = append(b.Nodes, n)
 	}
@@ -181,13 +184,8 @@ func (b *Bed) up(ctx context.Context, components, images string) error {
 
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return b.StartRegistry(gctx) })
-	for _, n := range b.Nodes {
-		g.Go(func() error {
-			if err := n.StartContainerd(gctx); err != nil || b.options.Direct {
-				return err
-			}
-			return n.StartProxy(gctx)
-		})
+	for _, n := range b.atOnce() {
+		g.Go(func() error { return n.startRuntime(gctx) })
 	}
 	if b.Mode == ModeCluster {
 		g.Go(func() error { return b.startControlPlane(gctx) })
@@ -198,7 +196,7 @@ func (b *Bed) up(ctx context.Context, components, images string) error {
 	b.step("container runtime ready at %s", b.CRISocket)
 	if b.Mode == ModeCluster {
 		g, gctx := errgroup.WithContext(ctx)
-		for _, n := range b.Nodes {
+		for _, n := range b.atOnce() {
 			g.Go(func() error { return n.StartKubelet(gctx) })
 		}
 		if err := g.Wait(); err != nil {
@@ -207,7 +205,7 @@ func (b *Bed) up(ctx context.Context, components, images string) error {
 		if err := b.waitCluster(ctx); err != nil {
 			return err
 		}
-		b.step("cluster ready, %d node(s)", len(b.Nodes))
+		b.step("cluster ready, %d node(s)", len(b.atOnce()))
 	}
 	if b.options.Detach {
 		b.record.Detached, b.record.Kubeconfig = true, b.Kubeconfig
@@ -215,6 +213,9 @@ func (b *Bed) up(ctx context.Context, components, images string) error {
 	}
 	return nil
 }
+
+// atOnce returns the nodes that start with the bed.
+func (b *Bed) atOnce() []*Node { return b.Nodes[:len(b.Nodes)-b.options.Later] }
 
 // assignAddresses picks ports and prepares the nodes: bridges must be up before their addresses can be bound.
 func (b *Bed) assignAddresses(ctx context.Context) error {
@@ -303,6 +304,11 @@ func (b *Bed) pidDir() string { return filepath.Join(b.ledger.runDir(b.ID), "pid
 
 // start runs one of Bin's programs under a name that is unique in the bed. A process of that name that ended is replaced.
 func (b *Bed) start(name, program string, args ...string) (*Process, error) {
+	return b.startIn("", name, program, args...)
+}
+
+// startIn is start in a network namespace, which is a file; empty is this machine's.
+func (b *Bed) startIn(netns, name, program string, args ...string) (*Process, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.closed {
@@ -314,7 +320,7 @@ func (b *Bed) start(name, program string, args ...string) (*Process, error) {
 	env := []string{
 		"PATH=" + b.Bin + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + b.Dir, "LANG=C.UTF-8",
 	}
-	p, err := b.spawner.start(command{name: name, path: filepath.Join(b.Bin, program), args: args, env: env, log: b.logFile(name)}, b.pidDir())
+	p, err := b.spawner.start(command{name: name, path: filepath.Join(b.Bin, program), args: args, env: env, log: b.logFile(name), netns: netns}, b.pidDir())
 	if err == nil {
 		b.processes[name] = p
 	}

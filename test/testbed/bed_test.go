@@ -212,9 +212,21 @@ func TestNodeBed(t *testing.T) {
 func TestClusterBed(t *testing.T) {
 	real(t)
 	before := hostFiles(t)
-	b := startBed(t, Options{Mode: ModeCluster, Direct: true, Nodes: 2, KubeletExtra: "maxPods: 17\n"})
+	b := startBed(t, Options{Mode: ModeCluster, Direct: true, Nodes: 2, Later: 1, Namespaces: true, KubeletExtra: "maxPods: 17\n"})
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
+	late := b.Nodes[1]
+	if out, err := b.Kubectl(ctx, "get", "nodes", "-o", "name"); err != nil || strings.TrimSpace(out) != "node/"+b.NodeName {
+		t.Errorf("nodes at first: %q, %v", out, err)
+	}
+	if err := late.Join(ctx); err != nil {
+		t.Fatal(err)
+	}
+	here, errHere := os.Readlink("/proc/self/ns/net")
+	there, errThere := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", b.Pid("n1-kubelet")))
+	if err := errors.Join(errHere, errThere); err != nil || here == there {
+		t.Errorf("the second node's kubelet is in %s, this process in %s: %v", there, here, err)
+	}
 	if err := b.CreateNamespace(ctx, "here"); err != nil {
 		t.Fatal(err)
 	}

@@ -135,11 +135,11 @@ func (b *Bed) startControlPlane(ctx context.Context) error {
 	return err
 }
 
-// waitCluster returns when a pod can be created in the default namespace and run on every node.
+// waitCluster returns when a pod can be created in the default namespace and run on every node that has started.
 func (b *Bed) waitCluster(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return b.WaitNamespace(ctx, "default") })
-	for _, n := range b.Nodes {
+	for _, n := range b.atOnce() {
 		g.Go(func() error { return b.WaitNodeReady(ctx, n.NodeName) })
 	}
 	return g.Wait()

@@ -8,7 +8,9 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 )
 
@@ -42,14 +44,43 @@ func inUse(network netip.Prefix) (bool, error) {
 	return false, nil
 }
 
-// addBridge creates a bridge with the gateway's address, up.
-func addBridge(ctx context.Context, name string, network netip.Prefix, gateway netip.Addr) error {
+// addBridge creates a bridge with the gateway's address, up, in a network namespace or, without one, on this machine.
+func addBridge(ctx context.Context, netns, name string, network netip.Prefix, gateway netip.Addr) error {
 	for _, args := range [][]string{
 		{"link", "add", name, "type", "bridge"},
 		{"addr", "add", fmt.Sprintf("%s/%d", gateway, network.Bits()), "dev", name},
 		{"link", "set", name, "up"},
 	} {
-		if err := ip(ctx, args...); err != nil {
+		if err := ipIn(ctx, netns, args...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// uplink is the interface by which a network namespace reaches this machine.
+const uplink = "uplink"
+
+// joinNamespace makes the bridge of a node in its network namespace, and a pair of interfaces between there and here. Neither end has an
+// address of its own: here network is routed to the bridge, there everything else to host, an address of this machine. The namespace
+// takes all of it along when it goes.
+func joinNamespace(ctx context.Context, netns, name string, network netip.Prefix, host netip.Addr) error {
+	gateway := network.Addr().Next()
+	if err := addBridge(ctx, netns, name, network, gateway); err != nil {
+		return err
+	}
+	for _, step := range []struct {
+		netns string
+		args  []string
+	}{
+		{netns, []string{"link", "set", "lo", "up"}},
+		{netns, []string{"link", "add", uplink, "type", "veth", "peer", "name", name, "netns", strconv.Itoa(os.Getpid())}},
+		{netns, []string{"link", "set", uplink, "up"}},
+		{netns, []string{"route", "add", "default", "via", host.String(), "dev", uplink, "src", gateway.String(), "onlink"}},
+		{"", []string{"link", "set", name, "up"}},
+		{"", []string{"route", "add", network.String(), "via", gateway.String(), "dev", name, "src", host.String(), "onlink"}},
+	} {
+		if err := ipIn(ctx, step.netns, step.args...); err != nil {
 			return err
 		}
 	}
@@ -75,8 +106,15 @@ func deleteBridge(ctx context.Context, name string) error {
 	return ip(ctx, "link", "del", name)
 }
 
-func ip(ctx context.Context, args ...string) error {
-	if out, err := exec.CommandContext(ctx, "ip", args...).CombinedOutput(); err != nil {
+func ip(ctx context.Context, args ...string) error { return ipIn(ctx, "", args...) }
+
+// ipIn runs ip in a network namespace, which is a file; empty is this machine's.
+func ipIn(ctx context.Context, netns string, args ...string) error {
+	cmd := exec.CommandContext(ctx, "ip", args...)
+	if netns != "" {
+		cmd = exec.CommandContext(ctx, "nsenter", append([]string{"--net=" + netns, "ip"}, args...)...)
+	}
+	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("ip %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(string(out)))
 	}
 	return nil

@@ -34,7 +34,8 @@ type Node struct {
 	CRISocket string
 	// StateDir is where the proxy keeps its journal.
 	StateDir string
-	// Bridge is the pods' network interface, BridgeIP its address and the node's InternalIP, PodCIDR the pods' network.
+	// Bridge is the pods' network interface, BridgeIP its address and the node's InternalIP, PodCIDR the pods' network. Of a node in a
+	// network namespace, this machine's end of its link is called as its bridge.
 	Bridge, BridgeIP, PodCIDR string
 	// OpsAddress (host:port) takes node commands over mTLS, MetricsAddress serves the proxy's metrics.
 	OpsAddress, MetricsAddress string
@@ -49,6 +50,7 @@ type Node struct {
 	prefix  string // of process names, empty on the first node
 	network string // CNI
 	subnet  netip.Prefix
+	netns   string // file of its network namespace, empty for this machine's
 
 	mu        sync.Mutex
 	proxyArgs []string // of the last StartProxy, guarded by mu
@@ -68,7 +70,12 @@ func (n *Node) prepare(ctx context.Context) error {
 		return err
 	}
 	gateway := netip.MustParseAddr(n.BridgeIP)
-	if err := addBridge(ctx, n.Bridge, n.subnet, gateway); err != nil {
+	if n.netns == "" {
+		err := addBridge(ctx, "", n.Bridge, n.subnet, gateway)
+		if err != nil {
+			return err
+		}
+	} else if err := n.addNamespace(ctx); err != nil {
 		return err
 	}
 	sub := subject{name: "system:node:" + n.NodeName, groups: []string{"system:nodes"}, dns: []string{n.NodeName}, ips: []net.IP{gateway.AsSlice()}}
@@ -171,9 +178,43 @@ imports = [%[3]q]
 	return os.WriteFile(n.etc("containerd.toml"), []byte(config), 0o644)
 }
 
+// addNamespace makes the node's network namespace and joins it to this machine.
+func (n *Node) addNamespace(ctx context.Context) error {
+	if err := n.bed.spawner.newNamespace(n.netns); err != nil {
+		return err
+	}
+	return joinNamespace(ctx, n.netns, n.Bridge, n.subnet, netip.MustParseAddr(n.bed.BridgeIP))
+}
+
+// start runs a program where the node is.
+func (n *Node) start(component string, args ...string) (*Process, error) {
+	return n.bed.startIn(n.netns, n.name(component), component, args...)
+}
+
+// startRuntime starts containerd and the proxy.
+func (n *Node) startRuntime(ctx context.Context) error {
+	if err := n.StartContainerd(ctx); err != nil || n.bed.options.Direct {
+		return err
+	}
+	return n.StartProxy(ctx)
+}
+
+// Join starts a node of Options.Later and waits until it is ready.
+func (n *Node) Join(ctx context.Context) error {
+	if err := n.startRuntime(ctx); err != nil || n.bed.Mode != ModeCluster {
+		return err
+	}
+	if err := n.StartKubelet(ctx); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
+	defer cancel()
+	return n.bed.WaitNodeReady(ctx, n.NodeName)
+}
+
 // StartContainerd starts containerd and waits until it answers CRI calls.
 func (n *Node) StartContainerd(ctx context.Context) error {
-	p, err := n.bed.start(n.name("containerd"), "containerd", "--config", n.etc("containerd.toml"))
+	p, err := n.start("containerd", "--config", n.etc("containerd.toml"))
 	if err != nil {
 		return err
 	}
@@ -239,7 +280,7 @@ func (n *Node) LaunchProxy(ctx context.Context, args ...string) error {
 	n.proxyArgs = args
 	n.mu.Unlock()
 	all := append([]string{"serve", "--config", n.ProxyConfig()}, n.bed.options.ProxyArgs...)
-	_, err := n.bed.start(n.name("cri-proxy"), "cri-proxy", append(all, args...)...)
+	_, err := n.start("cri-proxy", append(all, args...)...)
 	return err
 }
 
@@ -303,7 +344,7 @@ func (n *Node) StartKubelet(ctx context.Context) error {
 		return err
 	}
 	root := filepath.Join(n.NodeDir, "kubelet")
-	p, err := n.bed.start(n.name("kubelet"), "kubelet", append([]string{
+	p, err := n.start("kubelet", append([]string{
 		"--config", n.etc("kubelet.yaml"), "--kubeconfig", conf, "--hostname-override", n.NodeName, "--node-ip", n.BridgeIP,
 		"--root-dir", root, "--cert-dir", filepath.Join(root, "pki"), "--v", "2",
 	}, n.bed.options.KubeletArgs...)...)

@@ -47,6 +47,11 @@ type Options struct {
 	Mode Mode
 	// Nodes is the number of nodes, 1 when 0, at most 8. All share this machine; each has its own containerd, proxy, kubelet and bridge.
 	Nodes int
+	// Later is how many of them, the last ones, are prepared and not started: they join with [Node.Join].
+	Later int
+	// Namespaces gives every node but the first a network namespace of its own, which a pair of interfaces and routes join to this
+	// machine. The first has the registry and the control plane beside it.
+	Namespaces bool
 	// Direct makes kubelet dial containerd itself and starts no proxy.
 	Direct bool
 
@@ -89,6 +94,9 @@ func (o *Options) complete() error {
 	var errs []error
 	if o.Nodes < 1 || o.Nodes > maxNodes {
 		errs = append(errs, fmt.Errorf("%d nodes asked for, 1 to %d are possible", o.Nodes, maxNodes))
+	}
+	if o.Later < 0 || o.Later >= o.Nodes {
+		errs = append(errs, fmt.Errorf("%d of %d nodes are to join later: the first cannot", o.Later, o.Nodes))
 	}
 	if o.Direct && (o.ProxyExtra != "" || len(o.ProxyArgs) > 0 || o.ProxyBinary != "") {
 		errs = append(errs, errors.New("a direct bed has no proxy, so the Proxy options have no effect: leave them out"))

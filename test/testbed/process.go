@@ -171,6 +171,61 @@ type command struct {
 	args []string
 	env  []string // added to a minimal environment
 	log  string   // file, appended to
+	// netns is the file of the network namespace to run in; empty is this machine's.
+	netns string
+}
+
+// newNamespace makes a network namespace and mounts it at file, which keeps it until it is unmounted.
+func (s *spawner) newNamespace(file string) error {
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		return err
+	}
+	made := make(chan error, 1)
+	s.calls <- func() {
+		made <- atHome(func() error {
+			if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+				return fmt.Errorf("new network namespace: %w", err)
+			}
+			return unix.Mount(ownNamespace, file, "", unix.MS_BIND, "")
+		})
+	}
+	return <-made
+}
+
+// ownNamespace is the network namespace of the thread that reads it.
+const ownNamespace = "/proc/thread-self/ns/net"
+
+// inNamespace calls f with the thread in a network namespace. The caller has locked the thread.
+func inNamespace(file string, f func() error) error {
+	if file == "" {
+		return f()
+	}
+	return atHome(func() error {
+		if err := enter(file); err != nil {
+			return err
+		}
+		return f()
+	})
+}
+
+// atHome calls f, which takes the thread to another network namespace, and takes it back.
+func atHome(f func() error) error {
+	home, err := os.Open(ownNamespace)
+	if err != nil {
+		return err
+	}
+	defer home.Close()
+	err = f()
+	return errors.Join(err, unix.Setns(int(home.Fd()), unix.CLONE_NEWNET))
+}
+
+func enter(file string) error {
+	ns, err := os.Open(file)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	return unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET)
 }
 
 // Process is a running (or ended) component of a bed.
@@ -202,7 +257,7 @@ func (s *spawner) start(c command, pidDir string) (*Process, error) {
 		cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	}
 	started := make(chan error, 1)
-	s.calls <- func() { started <- cmd.Start() }
+	s.calls <- func() { started <- inNamespace(c.netns, cmd.Start) }
 	if err := <-started; err != nil {
 		return nil, fmt.Errorf("start %s: %w", c.name, err)
 	}

@@ -45,6 +45,7 @@ func TestOptions(t *testing.T) {
 		{"zero value", Options{}, ""},
 		{"too many nodes", Options{Nodes: maxNodes + 1}, "nodes asked for"},
 		{"negative", Options{Nodes: -1}, "nodes asked for"},
+		{"all later", Options{Nodes: 2, Later: 2}, "the first cannot"},
 		{"proxy options of a direct bed", Options{Direct: true, ProxyArgs: []string{"-v"}}, "direct bed"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
