@@ -27,6 +27,7 @@ import (
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
+	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 )
 
 // podNameIndex finds the unfinished requests of a pod.
@@ -41,7 +42,10 @@ func NewScheme() (*runtime.Scheme, error) {
 	if err := appsv1alpha1.AddToScheme(s); err != nil {
 		return nil, err
 	}
-	return s, v1beta1.AddToScheme(s)
+	if err := v1beta1.AddToScheme(s); err != nil {
+		return nil, err
+	}
+	return s, inplace.AddToScheme(s)
 }
 
 // CacheOptions keep of pods and nodes only what the controllers read: the cache of
@@ -62,15 +66,23 @@ func slimPod(in any) (any, error) {
 	if !ok {
 		return in, nil
 	}
-	slim := &corev1.Pod{ObjectMeta: slimMeta(&pod.ObjectMeta, mirrorAnnotation)}
-	slim.Labels = pod.Labels
+	slim := &corev1.Pod{ObjectMeta: slimMeta(&pod.ObjectMeta, mirrorAnnotation, inplace.PodStateAnnotation)}
+	slim.Labels, slim.OwnerReferences, slim.CreationTimestamp = pod.Labels, pod.OwnerReferences, pod.CreationTimestamp
+	slim.Spec.ServiceAccountName, slim.Spec.ImagePullSecrets = pod.Spec.ServiceAccountName, pod.Spec.ImagePullSecrets
+	if s := pod.Spec.SecurityContext; s != nil {
+		slim.Spec.SecurityContext = &corev1.PodSecurityContext{RunAsNonRoot: s.RunAsNonRoot, RunAsUser: s.RunAsUser}
+	}
 	slim.Spec.NodeName, slim.Spec.RestartPolicy, slim.Spec.ReadinessGates = pod.Spec.NodeName, pod.Spec.RestartPolicy, pod.Spec.ReadinessGates
 	containers := func(list []corev1.Container) []corev1.Container {
 		var slim []corev1.Container
 		for _, c := range list {
-			slim = append(slim, corev1.Container{
-				Name: c.Name, Ports: c.Ports, Lifecycle: c.Lifecycle, RestartPolicy: c.RestartPolicy, RestartPolicyRules: c.RestartPolicyRules,
-			})
+			kept := corev1.Container{
+				Name: c.Name, Image: c.Image, Ports: c.Ports, Lifecycle: c.Lifecycle, RestartPolicy: c.RestartPolicy, RestartPolicyRules: c.RestartPolicyRules,
+			}
+			if s := c.SecurityContext; s != nil {
+				kept.SecurityContext = &corev1.SecurityContext{RunAsNonRoot: s.RunAsNonRoot, RunAsUser: s.RunAsUser}
+			}
+			slim = append(slim, kept)
 		}
 		return slim
 	}
@@ -84,6 +96,7 @@ func slimPod(in any) (any, error) {
 		for _, c := range list {
 			slim = append(slim, corev1.ContainerStatus{
 				Name: c.Name, State: c.State, Ready: c.Ready, RestartCount: c.RestartCount, ContainerID: c.ContainerID,
+				Image: c.Image, ImageID: c.ImageID, LastTerminationState: c.LastTerminationState,
 			})
 		}
 		return slim
@@ -117,7 +130,10 @@ func slimMeta(m *metav1.ObjectMeta, annotations ...string) metav1.ObjectMeta {
 	}
 	for _, key := range annotations {
 		if value, ok := m.Annotations[key]; ok {
-			slim.Annotations = map[string]string{key: value}
+			if slim.Annotations == nil {
+				slim.Annotations = map[string]string{}
+			}
+			slim.Annotations[key] = value
 		}
 	}
 	return slim

@@ -3,6 +3,6 @@
 # Run it from the root of the repository.
 set -eu
 GOFLAGS=-mod=mod go -C tools build -o ../bin/controller-gen sigs.k8s.io/controller-tools/cmd/controller-gen
-bin/controller-gen object:headerFile=deploy/boilerplate.go.txt paths=./api/apps/...
-bin/controller-gen crd paths=./api/apps/... output:crd:dir=deploy/crds
+bin/controller-gen object:headerFile=deploy/boilerplate.go.txt paths=./api/apps/... paths=./api/inplace/...
+bin/controller-gen crd paths=./api/apps/... paths=./api/inplace/... output:crd:dir=deploy/crds
 bin/controller-gen rbac:roleName=cri-controller paths=./controller/... output:rbac:dir=deploy/rbac

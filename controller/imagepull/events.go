@@ -46,7 +46,7 @@ func (u *run) announce(recorder events.EventRecorder, job client.Object) {
 	u.told.failures = nil
 	secrets := ""
 	if u.keys != nil {
-		if text := strings.Join(u.keys.wrong, "; "); text != u.told.secrets {
+		if text := strings.Join(u.keys.Wrong, "; "); text != u.told.secrets {
 			u.told.secrets, secrets = text, text
 		}
 	}

@@ -11,6 +11,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 )
 
 // Nodes commands the nodes. All errors are *controller.NodeError, and no unary call takes longer than a few seconds.
@@ -54,7 +55,7 @@ type trouble struct {
 }
 
 func troubleOf(err error) trouble {
-	var unreadable *secretsError
+	var unreadable *pullsecrets.UnreadableError
 	if errors.As(err, &unreadable) {
 		return trouble{reason: reasonSecrets, message: err.Error()}
 	}

@@ -17,6 +17,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 )
 
 const (
@@ -125,7 +126,7 @@ type run struct {
 	woken bool
 	pace  pace
 	// keys were read at keysAt.
-	keys   *keyring
+	keys   *pullsecrets.Keyring
 	keysAt time.Time
 	told   told
 }

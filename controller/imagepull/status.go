@@ -135,10 +135,10 @@ func (u *run) report(before *v1beta1.ImagePullJobStatus) *v1beta1.ImagePullJobSt
 func (u *run) tellSecrets(s *v1beta1.ImagePullJobStatus) {
 	switch {
 	case u.keys == nil:
-	case !u.keys.asked:
+	case !u.keys.Asked:
 		meta.RemoveStatusCondition(&s.Conditions, v1beta1.ConditionPullSecretsFound)
-	case len(u.keys.wrong) > 0:
-		setCondition(s, v1beta1.ConditionPullSecretsFound, false, secretsMissing, strings.Join(first(u.keys.wrong, maxDetails), "; "))
+	case len(u.keys.Wrong) > 0:
+		setCondition(s, v1beta1.ConditionPullSecretsFound, false, secretsMissing, strings.Join(first(u.keys.Wrong, maxDetails), "; "))
 	default:
 		setCondition(s, v1beta1.ConditionPullSecretsFound, true, secretsFound, "")
 	}

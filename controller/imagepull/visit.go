@@ -15,6 +15,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 )
 
 const (
@@ -161,7 +162,7 @@ func (u *run) tell(ctx context.Context, w *wish, node controller.Node, round int
 	if err != nil {
 		return nil, err
 	}
-	return u.nodes.Pull(ctx, node, w.pullRequest(round, keys.credentials))
+	return u.nodes.Pull(ctx, node, w.pullRequest(round, keys.Credentials))
 }
 
 // watch follows a pull and returns the last that it said: once that has ended, when it needs credentials, when each has
@@ -202,7 +203,7 @@ func pause(ctx context.Context, d time.Duration) bool {
 }
 
 // keyring reads the job's secrets, if that was not just done.
-func (u *run) keyring(ctx context.Context, w *wish) (*keyring, error) {
+func (u *run) keyring(ctx context.Context, w *wish) (*pullsecrets.Keyring, error) {
 	u.keysMu.Lock()
 	defer u.keysMu.Unlock()
 	u.mu.Lock()
@@ -213,7 +214,7 @@ func (u *run) keyring(ctx context.Context, w *wish) (*keyring, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, secretsPatience)
 	defer cancel()
-	read, err := readSecrets(ctx, u.secrets, w.job.Namespace, w.secrets)
+	read, err := pullsecrets.Read(ctx, u.secrets, w.job.Namespace, pullsecrets.DefaultAccount, w.secrets, "pullSecrets")
 	if err != nil {
 		if keys != nil {
 			return keys, nil // those of before are as good as any
@@ -222,7 +223,7 @@ func (u *run) keyring(ctx context.Context, w *wish) (*keyring, error) {
 	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if keys == nil && read.asked || len(read.wrong) > 0 != (keys != nil && len(keys.wrong) > 0) {
+	if keys == nil && read.Asked || len(read.Wrong) > 0 != (keys != nil && len(keys.Wrong) > 0) {
 		u.pace.urgent = true
 		u.pace.moved(0)
 	}

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package imagepull
+package pullsecrets
 
 import (
 	"context"
@@ -22,66 +22,70 @@ import (
 // maxCredentials is the most a node takes.
 const maxCredentials = 256
 
-// defaultServiceAccount is the one whose imagePullSecrets pods get that name no other.
-const defaultServiceAccount = "default"
+// DefaultAccount is the ServiceAccount whose imagePullSecrets pods get that name no other.
+const DefaultAccount = "default"
 
-// keyring is what came of reading a job's secrets.
-type keyring struct {
-	credentials []*opsv1.RegistryCredential
-	// asked says that there are secrets to read; wrong, which of them cannot be used and why. Neither holds a secret.
-	asked bool
-	wrong []string
+// Keyring is what came of reading secrets.
+type Keyring struct {
+	// Credentials in the order in which kubelet tries them.
+	Credentials []*opsv1.RegistryCredential
+	// Asked says that there are secrets to read; Wrong, which of them cannot be used and why. Neither holds a secret.
+	Asked bool
+	Wrong []string
 }
 
-// secretsError says that the API server did not hand out a secret for now.
-type secretsError struct{ err error }
+// UnreadableError says that the API server did not hand out a secret for now.
+type UnreadableError struct{ Err error }
 
-func (e *secretsError) Error() string { return e.err.Error() }
-func (e *secretsError) Unwrap() error { return e.err }
+// Error says what could not be read.
+func (e *UnreadableError) Error() string { return e.Err.Error() }
 
-// readSecrets reads the job's pull secrets and those of the namespace's default ServiceAccount. What is missing or
-// malformed is left out and named; the error, a *secretsError, is one that may pass.
-func readSecrets(ctx context.Context, from client.Reader, namespace string, names []string) (*keyring, error) {
-	k := &keyring{}
+// Unwrap returns the API server's error.
+func (e *UnreadableError) Unwrap() error { return e.Err }
+
+// Read reads the named secrets of a namespace, which the user gave in a field called by, and those of a ServiceAccount. What
+// is missing or malformed is left out and named; the error, an *UnreadableError, is one that may pass.
+func Read(ctx context.Context, from client.Reader, namespace, serviceAccount string, names []string, by string) (*Keyring, error) {
+	k := &Keyring{}
 	var account corev1.ServiceAccount
-	err := from.Get(ctx, client.ObjectKey{Namespace: namespace, Name: defaultServiceAccount}, &account)
+	err := from.Get(ctx, client.ObjectKey{Namespace: namespace, Name: serviceAccount}, &account)
 	if err != nil && !apierrors.IsNotFound(err) {
-		return nil, &secretsError{fmt.Errorf("reading ServiceAccount %s/%s: %w", namespace, defaultServiceAccount, err)}
+		return nil, &UnreadableError{fmt.Errorf("reading ServiceAccount %s/%s: %w", namespace, serviceAccount, err)}
 	}
 	type source struct{ name, by string }
 	var sources []source
 	for _, name := range names {
-		sources = append(sources, source{name, "pullSecrets"})
+		sources = append(sources, source{name, by})
 	}
 	for _, ref := range account.ImagePullSecrets {
 		if !slices.Contains(names, ref.Name) {
-			sources = append(sources, source{ref.Name, "imagePullSecrets of ServiceAccount " + defaultServiceAccount})
+			sources = append(sources, source{ref.Name, "imagePullSecrets of ServiceAccount " + serviceAccount})
 		}
 	}
 	for _, s := range sources {
-		k.asked = true
+		k.Asked = true
 		var secret corev1.Secret
 		err := from.Get(ctx, client.ObjectKey{Namespace: namespace, Name: s.name}, &secret)
 		switch {
 		case apierrors.IsNotFound(err):
-			k.wrong = append(k.wrong, fmt.Sprintf("secret %s of %s does not exist in namespace %s", s.name, s.by, namespace))
+			k.Wrong = append(k.Wrong, fmt.Sprintf("secret %s of %s does not exist in namespace %s", s.name, s.by, namespace))
 			continue
 		case err != nil:
-			return nil, &secretsError{fmt.Errorf("reading secret %s/%s: %w", namespace, s.name, err)}
+			return nil, &UnreadableError{fmt.Errorf("reading secret %s/%s: %w", namespace, s.name, err)}
 		}
 		credentials, err := credentialsOf(&secret)
 		if err != nil {
-			k.wrong = append(k.wrong, fmt.Sprintf("secret %s of %s cannot be used: %s", s.name, s.by, err))
+			k.Wrong = append(k.Wrong, fmt.Sprintf("secret %s of %s cannot be used: %s", s.name, s.by, err))
 			continue
 		}
-		k.credentials = append(k.credentials, credentials...)
+		k.Credentials = append(k.Credentials, credentials...)
 	}
 	// Kubelet tries the longest match of a name first, and equal ones in the order in which they came
 	// (pkg/credentialprovider/keyring.go).
-	slices.SortStableFunc(k.credentials, func(a, b *opsv1.RegistryCredential) int { return strings.Compare(b.GetMatch(), a.GetMatch()) })
-	if more := len(k.credentials) - maxCredentials; more > 0 {
-		k.credentials = k.credentials[:maxCredentials]
-		k.wrong = append(k.wrong, fmt.Sprintf("%d registry entries too many: a node takes %d", more, maxCredentials))
+	slices.SortStableFunc(k.Credentials, func(a, b *opsv1.RegistryCredential) int { return strings.Compare(b.GetMatch(), a.GetMatch()) })
+	if more := len(k.Credentials) - maxCredentials; more > 0 {
+		k.Credentials = k.Credentials[:maxCredentials]
+		k.Wrong = append(k.Wrong, fmt.Sprintf("%d registry entries too many: a node takes %d", more, maxCredentials))
 	}
 	return k, nil
 }
