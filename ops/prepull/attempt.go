@@ -208,7 +208,7 @@ func layerProgress(layers []ocispec.Descriptor, done []int64) []*opsv1.LayerProg
 func (p *Puller) succeed(ctx context.Context, u *pull, image *runtimeapi.Image, reason string) error {
 	message := ""
 	if keep := u.req.GetPinFor().AsDuration(); keep > 0 {
-		switch err := p.addPin(ctx, image, u, time.Now().Add(keep)); {
+		switch err := p.addPin(ctx, image, u.named.String(), u.req.GetOwner(), time.Now().Add(keep)); {
 		case errors.Is(err, errNotOurs):
 			message = err.Error()
 		case err != nil && unavailable(err):

@@ -8,11 +8,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	imagesapi "github.com/containerd/containerd/api/services/images/v1"
 	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -24,7 +26,7 @@ import (
 )
 
 // bubble is a puller where time passes only when nothing else can happen: no sockets, so the runtime is called directly. That runtime
-// is not containerd: it has CRI and nothing else.
+// is not containerd: it has CRI and nothing else, but for containerd's images if a test gives it some.
 type bubble struct {
 	*Puller
 	t    *testing.T
@@ -127,8 +129,9 @@ func (b *bubble) end(uid string) *opsv1.PullOperation {
 type fakeRuntime struct {
 	mu      sync.Mutex // guards all following fields
 	images  map[string]bool
-	takes   time.Duration // a pull
-	fail    []error       // of the next pulls, nil is none; the last one stays
+	labels  map[string]map[string]string // of containerd's images; nil without containerd
+	takes   time.Duration                // a pull
+	fail    []error                      // of the next pulls, nil is none; the last one stays
 	pulls   []*runtimeapi.PullImageRequest
 	running int
 	most    int // that ran at once
@@ -148,9 +151,25 @@ func (r *fakeRuntime) Invoke(ctx context.Context, method string, args, reply any
 		return nil
 	case *runtimeapi.PullImageRequest:
 		return r.pull(ctx, req)
-	default:
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.labels == nil {
 		return status.Error(codes.Unimplemented, method)
 	}
+	switch req := args.(type) {
+	case *imagesapi.GetImageRequest:
+		labels, ok := r.labels[req.GetName()]
+		if !ok {
+			return status.Error(codes.NotFound, "no such image")
+		}
+		proto.Merge(reply.(proto.Message), &imagesapi.GetImageResponse{Image: &imagesapi.Image{Name: req.GetName(), Labels: labels}})
+		return nil
+	case *imagesapi.UpdateImageRequest:
+		r.labels[req.GetImage().GetName()] = maps.Clone(req.GetImage().GetLabels())
+		return nil
+	}
+	return status.Error(codes.Unimplemented, method)
 }
 
 // NewStream implements [grpc.ClientConnInterface].

@@ -6,6 +6,7 @@ package prepull
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -26,11 +27,47 @@ type pin struct {
 	Size  uint64    `json:"size"`
 }
 
-func (p *Puller) addPin(ctx context.Context, image *runtimeapi.Image, u *pull, until time.Time) error {
+// Pin keeps an image that is on the node from kubelet's image garbage collection until then, on behalf of owner. image is an
+// image ID or a reference. A pin that owner has on it already is replaced. An image that the runtime's configuration pins
+// stays as it is.
+//
+// Errors: NotFound (errdefs) if it is not on the node, NotImplemented or Unimplemented if the runtime is not containerd.
+func (p *Puller) Pin(ctx context.Context, image, owner string, until time.Time) error {
+	resp, err := p.images.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: image}})
+	if err != nil {
+		return fmt.Errorf("asking the runtime for the image: %w", err)
+	}
+	if resp.GetImage() == nil {
+		return fmt.Errorf("pinning image %s: %w on this node", image, errdefs.ErrNotFound)
+	}
+	err = p.addPin(ctx, resp.GetImage(), nameOf(resp.GetImage(), image), owner, until)
+	switch {
+	case errors.Is(err, errNotOurs):
+		return nil
+	case err != nil:
+		return fmt.Errorf("pinning image %s: %w", image, err)
+	}
+	return nil
+}
+
+// nameOf returns the name to show for an image that was asked for by its ID or a reference.
+func nameOf(image *runtimeapi.Image, asked string) string {
+	id := strings.TrimPrefix(asked, "sha256:")
+	byID := strings.Trim(id, "0123456789abcdef") == "" && strings.HasPrefix(strings.TrimPrefix(image.GetId(), "sha256:"), id)
+	if named, err := normalize(asked); err == nil && !byID {
+		return named.String()
+	}
+	for _, name := range slices.Concat(image.GetRepoTags(), image.GetRepoDigests()) {
+		return name
+	}
+	return image.GetId()
+}
+
+func (p *Puller) addPin(ctx context.Context, image *runtimeapi.Image, name, owner string, until time.Time) error {
 	p.pinning.Lock()
 	defer p.pinning.Unlock()
-	key := pinKey{image.GetId(), u.req.GetOwner()}
-	v := &pin{Image: u.named.String(), Until: until, Size: image.GetSize()}
+	key := pinKey{image.GetId(), owner}
+	v := &pin{Image: name, Until: until, Size: image.GetSize()}
 	// Written first: a pin that nobody remembers would stay for ever.
 	if err := p.journal.putPin(key, v); err != nil {
 		return err

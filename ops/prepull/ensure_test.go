@@ -1,0 +1,213 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package prepull
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/containerd/errdefs"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+// course is what an Ensure has been told, without repetitions. States that last no time may be missing.
+type course []string
+
+func (c *course) add(op *opsv1.PullOperation) {
+	text := strings.TrimSpace(strings.TrimPrefix(op.GetPhase().String(), "PULL_") + " " + op.GetReason())
+	if n := len(*c); n == 0 || (*c)[n-1] != text {
+		*c = append(*c, text)
+	}
+}
+
+func TestEnsure(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		prepare func(rt *fakeRuntime)
+		phase   opsv1.PullPhase
+		reason  string
+		course  []string
+	}{
+		{name: "pulled", prepare: func(*fakeRuntime) {}, phase: succeeded, reason: ReasonPulled, course: []string{"RESOLVING", "SUCCEEDED Pulled"}},
+		{name: "there", prepare: func(rt *fakeRuntime) { rt.images["docker.io/library/nginx:latest"] = true }, phase: succeeded, reason: ReasonPresent, course: []string{"SUCCEEDED Present"}},
+		{name: "refused", prepare: func(rt *fakeRuntime) { rt.fail = []error{unauthorized()} }, phase: failed, reason: ReasonUnauthorized, course: []string{"FAILED Unauthorized"}},
+		{name: "tried again", prepare: func(rt *fakeRuntime) { rt.fail = []error{broken(), nil} }, phase: succeeded, reason: ReasonPulled, course: []string{"WAITING BackOff", "RESOLVING", "SUCCEEDED Pulled"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+				b.rt.takes = time.Minute
+				tt.prepare(b.rt)
+				var seen course
+				op, err := b.Ensure(t.Context(), &opsv1.PullRequest{Uid: "a", Image: "nginx"}, seen.add)
+				if err != nil || op.GetPhase() != tt.phase || op.GetReason() != tt.reason || op.GetFinishTime() == nil {
+					t.Errorf("%v, %v", op, err)
+				}
+				if len(seen) < len(tt.course) || !slices.Equal(seen[len(seen)-len(tt.course):], tt.course) {
+					t.Errorf("told %q, want %q in the end", seen, tt.course)
+				}
+			})
+		})
+	}
+}
+
+func TestEnsureJoins(t *testing.T) {
+	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		b.rt.takes = time.Minute
+		req := &opsv1.PullRequest{Uid: "a", Image: "nginx"}
+		b.pull(req)
+		time.Sleep(30 * time.Second)
+		began := time.Now()
+		for range 2 { // the second finds it finished
+			if op, err := b.Ensure(t.Context(), req, nil); err != nil || op.GetPhase() != succeeded {
+				t.Errorf("%v, %v", op, err)
+			}
+		}
+		if took := time.Since(began).Round(time.Second); took != 30*time.Second || b.rt.count() != 1 {
+			t.Errorf("%d pulls, took %s", b.rt.count(), took)
+		}
+	})
+}
+
+func TestEnsureCancels(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		queue bool
+	}{{"running", false}, {"in the queue", true}} {
+		t.Run(tt.name, func(t *testing.T) {
+			inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+				b.rt.takes = time.Minute
+				if tt.queue {
+					b.pull(&opsv1.PullRequest{Uid: "before", Image: "busybox"})
+				}
+				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+				defer cancel()
+				if op, err := b.Ensure(ctx, &opsv1.PullRequest{Uid: "a", Image: "nginx"}, nil); !errors.Is(err, context.DeadlineExceeded) || op != nil {
+					t.Errorf("%v, %v", op, err)
+				}
+				b.want("a", cancelled, ReasonCancelled)
+				// One more of the same image is not held up.
+				if op, err := b.Ensure(t.Context(), &opsv1.PullRequest{Uid: "again", Image: "nginx"}, nil); err != nil || op.GetPhase() != succeeded {
+					t.Errorf("%v, %v", op, err)
+				}
+				// And nothing is begun for who is gone already.
+				if _, err := b.Ensure(ctx, &opsv1.PullRequest{Uid: "late", Image: "nginx"}, nil); !errors.Is(err, context.DeadlineExceeded) {
+					t.Error(err)
+				}
+				if _, _, err := b.watch("late"); err == nil {
+					t.Error("a pull was begun")
+				}
+			})
+		})
+	}
+}
+
+func TestEnsureCancelledByAnother(t *testing.T) {
+	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		b.rt.takes = time.Minute
+		ended := make(chan *opsv1.PullOperation, 1)
+		go func() {
+			op, err := b.Ensure(t.Context(), &opsv1.PullRequest{Uid: "a", Image: "nginx"}, nil)
+			if err != nil {
+				t.Error(err)
+			}
+			ended <- op
+		}()
+		synctest.Wait()
+		if _, _, err := b.cancel("a", "enough"); err != nil {
+			t.Fatal(err)
+		}
+		if op := <-ended; op.GetPhase() != cancelled || op.GetMessage() != "enough" {
+			t.Errorf("%v", op)
+		}
+	})
+}
+
+func TestEnsureRefused(t *testing.T) {
+	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		b.pull(&opsv1.PullRequest{Uid: "taken", Image: "nginx"})
+		for want, req := range map[string]*opsv1.PullRequest{
+			`image "A": invalid reference format`:            {Uid: "a", Image: "A"},
+			"pull taken exists with another request; choose": {Uid: "taken", Image: "busybox"},
+		} {
+			if _, err := b.Ensure(t.Context(), req, nil); err == nil || !strings.HasPrefix(err.Error(), want) {
+				t.Errorf("%v, want %s", err, want)
+			}
+		}
+	})
+}
+
+func TestPin(t *testing.T) {
+	const id = "sha256:docker.io/library/nginx:latest" // as the fake has it
+	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		b.rt.set(func() {
+			b.rt.images["docker.io/library/nginx:latest"], b.rt.images["nginx"] = true, true
+			b.rt.labels = map[string]map[string]string{id: {}, "sha256:nginx": {}}
+		})
+		pinned := func() (yes bool) {
+			b.rt.set(func() { yes = b.rt.labels[id][pinLabel] == pinValue })
+			return yes
+		}
+
+		until := time.Now().Add(time.Hour)
+		if err := b.Pin(t.Context(), "docker.io/library/nginx:latest", "me", until); err != nil || !pinned() {
+			t.Fatalf("not pinned: %v", err)
+		}
+		if pins := b.listPins(); len(pins) != 1 || pins[0].GetImageId() != id || pins[0].GetImage() != "docker.io/library/nginx:latest" || pins[0].GetOwner() != "me" || !pins[0].GetExpireTime().AsTime().Equal(until) {
+			t.Errorf("%v", pins)
+		}
+		// Again, for longer; it outlives the process, and ends by itself.
+		if err := b.Pin(t.Context(), "docker.io/library/nginx:latest", "me", until.Add(time.Hour)); err != nil {
+			t.Fatal(err)
+		}
+		b.restart()
+		time.Sleep(time.Until(until) + 10*sweepEvery)
+		if !pinned() {
+			t.Error("not pinned any more")
+		}
+		time.Sleep(time.Hour)
+		if pinned() || len(b.listPins()) != 0 {
+			t.Errorf("still pinned: %v", b.listPins())
+		}
+		if err := b.Pin(t.Context(), "none", "me", until); !errdefs.IsNotFound(err) {
+			t.Errorf("an image that is not there: %v", err)
+		}
+		b.rt.set(func() { b.rt.labels[id] = map[string]string{pinLabel: pinValue} })
+		if err := b.Pin(t.Context(), "docker.io/library/nginx:latest", "me", until); err != nil || len(b.listPins()) != 0 {
+			t.Errorf("an image that the configuration pins: %v, %v", err, b.listPins())
+		}
+		b.rt.set(func() { b.rt.labels = nil })
+		if err := b.Pin(t.Context(), "nginx", "me", until); !unavailable(err) || len(b.listPins()) != 0 {
+			t.Errorf("a runtime that is not containerd: %v, %v", err, b.listPins())
+		}
+	})
+}
+
+func TestNameOf(t *testing.T) {
+	image := &runtimeapi.Image{Id: "sha256:0123456789abcdef", RepoTags: []string{"docker.io/library/nginx:1"}, RepoDigests: []string{"docker.io/library/nginx@sha256:00"}}
+	for _, tt := range []struct {
+		asked string
+		image *runtimeapi.Image
+		want  string
+	}{
+		{"nginx:1", image, "docker.io/library/nginx:1"},
+		{"nginx", image, "docker.io/library/nginx:latest"},
+		{image.GetId(), image, "docker.io/library/nginx:1"},
+		{"0123456789ab", image, "docker.io/library/nginx:1"},
+		{image.GetId(), &runtimeapi.Image{Id: image.GetId(), RepoDigests: image.GetRepoDigests()}, "docker.io/library/nginx@sha256:00"},
+		{image.GetId(), &runtimeapi.Image{Id: image.GetId()}, image.GetId()},
+	} {
+		t.Run(tt.asked, func(t *testing.T) {
+			if got := nameOf(tt.image, tt.asked); got != tt.want {
+				t.Errorf("nameOf(%q): %s, want %s", tt.asked, got, tt.want)
+			}
+		})
+	}
+}
