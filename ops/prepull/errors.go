@@ -87,6 +87,12 @@ func explain(err error, host string) *failure {
 		return &failure{reason: ReasonTooManyRequests, message: fmt.Sprintf("registry %s asks to slow down: use fewer nodes at once, or credentials with a higher limit (%s)", host, text)}
 	case errors.Is(err, context.DeadlineExceeded), status.Code(err) == codes.DeadlineExceeded, strings.Contains(text, "Client.Timeout"), strings.Contains(text, "timeout awaiting response headers"):
 		return &failure{reason: ReasonTimeout, message: fmt.Sprintf("registry %s does not answer in time: raise timeoutSeconds for a large image or a slow network (%s)", host, text)}
+	case strings.Contains(text, "x509: "), strings.Contains(text, "tls: failed to verify"):
+		return &failure{reason: ReasonRegistryUnavailable, message: fmt.Sprintf("the node does not trust the certificate of registry %s: give the runtime its CA (ca in hosts.toml), or correct the certificate (%s)", host, text)}
+	case strings.Contains(text, "server gave HTTP response to HTTPS client"):
+		return &failure{reason: ReasonRegistryUnavailable, message: fmt.Sprintf("registry %s speaks plain HTTP where HTTPS is expected: write http:// in its hosts.toml, or have it speak HTTPS (%s)", host, text)}
+	case code == http.StatusBadRequest:
+		return &failure{reason: ReasonRegistryUnavailable, message: fmt.Sprintf("registry %s does not understand the request: if it speaks HTTPS, write https:// in its hosts.toml (%s)", host, text)}
 	case code >= http.StatusInternalServerError, errors.Is(err, errStalled), isNetwork(text):
 		return &failure{reason: ReasonRegistryUnavailable, message: fmt.Sprintf("registry %s cannot be used now (%s)", host, text)}
 	case strings.Contains(text, "invalid reference"), strings.Contains(text, "failed size validation"), errdefs.IsInvalidArgument(err):

@@ -43,6 +43,9 @@ func TestExplain(t *testing.T) {
 		"platform":           {status.Error(codes.NotFound, pull+`no match for platform in manifest sha256:0: not found`), ReasonInvalidImage, true},
 		"disk full":          {status.Error(codes.Unknown, pull+`write /var/lib/containerd/x: no space left on device`), ReasonDiskPressure, false},
 		"stalled":            {fmt.Errorf("%w (2m0s)", errStalled), ReasonRegistryUnavailable, false},
+		"unknown CA":         {status.Error(codes.Unknown, pull+`failed to do request: Head "https://r.io/v2/a/manifests/1": tls: failed to verify certificate: x509: certificate signed by unknown authority`), ReasonRegistryUnavailable, false},
+		"no TLS":             {status.Error(codes.Unknown, pull+`failed to do request: Head "https://r.io/v2/a/manifests/1": http: server gave HTTP response to HTTPS client`), ReasonRegistryUnavailable, false},
+		"400":                {status.Error(codes.Unknown, pull+`unexpected status from HEAD request to http://r.io:5000/v2/a/manifests/1: 400 Bad Request`), ReasonRegistryUnavailable, false},
 		"whatever":           {errors.New("whatever"), ReasonRuntime, false},
 	} {
 		t.Run(name, func(t *testing.T) {

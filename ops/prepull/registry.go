@@ -61,6 +61,22 @@ type remote struct {
 
 	mu    sync.Mutex // guards conns
 	conns []*http.Transport
+
+	authorizing sync.Mutex // held while a request is authorized
+}
+
+// oneByOne authorizes one request at a time. containerd's authorizer reads the expiry of a token that another request is
+// fetching (remotes/docker, doBearerAuth); others would wait for that token anyway.
+type oneByOne struct {
+	docker.Authorizer
+	mu *sync.Mutex
+}
+
+// Authorize implements [docker.Authorizer].
+func (o *oneByOne) Authorize(ctx context.Context, req *http.Request) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.Authorizer.Authorize(ctx, req)
 }
 
 // newRemote looks the image up. limit may be nil. The caller calls close, also after an error.
@@ -93,7 +109,14 @@ func newRemote(ctx context.Context, hostsDir, ref string, credential *opsv1.Regi
 		}
 		options.Credentials = func(string) (string, string, error) { return name, secret, nil }
 	}
-	r.resolver = docker.NewResolver(docker.ResolverOptions{Hosts: config.ConfigureHosts(ctx, options)})
+	hosts := config.ConfigureHosts(ctx, options)
+	r.resolver = docker.NewResolver(docker.ResolverOptions{Hosts: func(host string) ([]docker.RegistryHost, error) {
+		list, err := hosts(host)
+		for i := range list {
+			list[i].Authorizer = &oneByOne{mu: &r.authorizing, Authorizer: list[i].Authorizer}
+		}
+		return list, err
+	}})
 	var err error
 	r.ref, r.desc, err = r.resolver.Resolve(ctx, ref)
 	return r, err

@@ -55,7 +55,9 @@ func pulledOnce(t *testing.T, job *v1beta1.ImagePullJob, reference string) {
 		}
 		all = append(all, ops[0])
 	}
-	slices.SortFunc(all, func(a, b *opsv1.PullOperation) int { return a.GetCreateTime().AsTime().Compare(b.GetCreateTime().AsTime()) })
+	slices.SortFunc(all, func(a, b *opsv1.PullOperation) int {
+		return a.GetCreateTime().AsTime().Compare(b.GetCreateTime().AsTime())
+	})
 	for i, op := range all[1:] {
 		// All nodes have this machine's clock.
 		if before := all[i].GetFinishTime().AsTime(); op.GetCreateTime().AsTime().Before(before) {

@@ -5,7 +5,6 @@ package prepull
 
 import (
 	"context"
-	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -65,11 +64,8 @@ func newFront(t testing.TB, host string) *front {
 		_ = server.Close()
 		served.Wait()
 	})
-	dir := filepath.Join(bed.RegistryHostsDir(), host)
-	must(t, os.MkdirAll(dir, 0o755))
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	toml := fmt.Sprintf("server = \"http://%[1]s\"\n[host.\"http://%[1]s\"]\n  capabilities = [\"pull\", \"resolve\"]\n", f.addr)
-	must(t, os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(toml), 0o644))
+	must(t, bed.MapRegistry(host, "http://"+f.addr))
+	t.Cleanup(func() { _ = os.RemoveAll(filepath.Join(bed.RegistryHostsDir(), host)) })
 	return f
 }
 

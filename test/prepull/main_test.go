@@ -90,7 +90,7 @@ func secretsLeft() error {
 				return err
 			}
 			b, err := os.ReadFile(path)
-			if err == nil && bytes.Contains(b, []byte(password)) {
+			if err == nil && (bytes.Contains(b, []byte(password)) || bytes.Contains(b, []byte(testbed.RegistryPassword))) {
 				err = fmt.Errorf("%s has a password in it", path)
 			}
 			return err

@@ -165,7 +165,7 @@ func (b *Bed) up(ctx context.Context, components, images string) error {
 		return err
 	}
 	// The copy is small (some 20 MB) and makes pushes of tests the bed's own.
-	if err := os.CopyFS(filepath.Join(b.Dir, "registry"), os.DirFS(images)); err != nil {
+	if err := os.CopyFS(b.storage(), os.DirFS(images)); err != nil {
 		return err
 	}
 	var err error

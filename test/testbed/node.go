@@ -108,13 +108,8 @@ func (n *Node) writeCNI() error {
 
 // writeRegistries sends containerd to the bed's registry for every image name.
 func (n *Node) writeRegistries() error {
-	hosts := fmt.Sprintf("server = \"http://%s\"\n[host.\"http://%s\"]\n  capabilities = [\"pull\", \"resolve\"]\n", n.bed.Registry, n.bed.Registry)
-	for _, name := range []string{"_default", "docker.io", n.bed.Registry} {
-		dir := filepath.Join(n.etc("certs.d"), name)
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return err
-		}
-		if err := os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(hosts), 0o644); err != nil {
+	for _, host := range []string{"_default", "docker.io", n.bed.Registry} {
+		if err := n.MapRegistry(host, "http://"+n.bed.Registry); err != nil {
 			return err
 		}
 	}
@@ -259,6 +254,20 @@ func (n *Node) writeProxy() error {
 
 // RegistryHostsDir is the config_path of containerd's registry configuration; a test may add hosts.
 func (n *Node) RegistryHostsDir() string { return n.etc("certs.d") }
+
+// MapRegistry makes images of host come from the server at url, such as https://198.18.0.1:5001. more are further lines of the host's
+// entry in hosts.toml.
+func (n *Node) MapRegistry(host, url string, more ...string) error {
+	dir := filepath.Join(n.RegistryHostsDir(), host)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	hosts := fmt.Sprintf("server = %q\n[host.%q]\n  capabilities = [\"pull\", \"resolve\"]\n", url, url)
+	for _, line := range more {
+		hosts += "  " + line + "\n"
+	}
+	return os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(hosts), 0o644)
+}
 
 // ProxyConfig is the proxy's configuration file; a test may edit it before StartProxy.
 func (n *Node) ProxyConfig() string { return n.etc("cri-proxy.yaml") }
