@@ -33,7 +33,7 @@ func (d *Director) createContainer(ctx context.Context, method string, raw []byt
 	}
 	slot := Slot{PodUID: req.GetConfig().GetLabels()[labelPodUID], Container: req.GetConfig().GetLabels()[labelContainer]}
 	if slot.PodUID != "" && slot.Container != "" {
-		if id := d.prepared(ctx, slot, req); id != "" {
+		if id := d.prepared(ctx, method, slot, req); id != "" {
 			return encode(&runtimeapi.CreateContainerResponse{ContainerId: id})
 		}
 		if d.view.Claimed(slot) {
@@ -58,7 +58,7 @@ func (d *Director) createContainer(ctx context.Context, method string, raw []byt
 }
 
 // prepared returns the container that an operation on the slot has ready for the request, or "".
-func (d *Director) prepared(ctx context.Context, slot Slot, req *runtimeapi.CreateContainerRequest) string {
+func (d *Director) prepared(ctx context.Context, method string, slot Slot, req *runtimeapi.CreateContainerRequest) string {
 	claim := d.view.claimOf(slot)
 	if claim == nil {
 		return ""
@@ -67,7 +67,11 @@ func (d *Director) prepared(ctx context.Context, slot Slot, req *runtimeapi.Crea
 	if driver == nil {
 		return ""
 	}
-	id := driver.Create(ctx, req)
+	id, ok := driver.Create(ctx, req)
+	if !ok {
+		claim.takeBack(Yield{Method: method, Grace: sandboxGrace})
+		return ""
+	}
 	if id != "" {
 		d.view.adopted(id)
 	}

@@ -16,9 +16,9 @@ type Driver interface {
 	// stopped and the successor has taken over, or the error says why it has not been stopped. If it returns false, the
 	// operation gives way and kubelet's call goes on as without it.
 	Stop(ctx context.Context, grace int64) (bool, error)
-	// Create is asked when kubelet creates a container in the slot. It returns the ID of the container that is what kubelet asks
-	// for, or "" after it has got out of the way.
-	Create(ctx context.Context, req *runtimeapi.CreateContainerRequest) string
+	// Create is asked when kubelet creates a container in the slot. If it returns true, the ID is that of the container that is
+	// what kubelet asks for, or "" when the operation has ended. If it returns false, the operation gives way.
+	Create(ctx context.Context, req *runtimeapi.CreateContainerRequest) (id string, ok bool)
 }
 
 // Drive lets kubelet drive from now on, until the claim is released.

@@ -37,9 +37,18 @@ const (
 	maxFinished  = 2000
 
 	kindRestart = "Restart"
+	kindUpgrade = "Upgrade"
 )
 
-// Options configures an [Engine]. Registerer may be nil; all else is required.
+// Images puts images on the node for upgrades. [*prepull.Puller] does.
+type Images interface {
+	// Ensure pulls an image unless it is there, and reports changes to each. It returns the finished pull, or ctx's error.
+	Ensure(ctx context.Context, req *opsv1.PullRequest, each func(*opsv1.PullOperation)) (*opsv1.PullOperation, error)
+	// Pin keeps an image that is on the node from kubelet's image garbage collection.
+	Pin(ctx context.Context, image, owner string, until time.Time) error
+}
+
+// Options configures an [Engine]. StateDir, Conn, View and Log are required.
 type Options struct {
 	// StateDir holds the journal and the records; it must exist.
 	StateDir string
@@ -54,6 +63,10 @@ type Options struct {
 	// CDISpecDir is one of the directories that the runtime reads CDI specs from, for
 	// [MethodGate]. Empty: the runtime is asked.
 	CDISpecDir string
+	// Images is for upgrades, which are refused without.
+	Images Images
+	// Pods tells kubelet's mind about pods. Without, kubelet's intentions are found by what it does next.
+	Pods Pods
 	// LegacyLogDir is where kubelet keeps a symlink per container log for log
 	// shippers. Empty means /var/log/containers.
 	LegacyLogDir string
@@ -64,12 +77,15 @@ type Engine struct {
 	view      *interceptors.View
 	log       logrus.FieldLogger
 	rt        runtimeapi.RuntimeServiceClient
+	img       runtimeapi.ImageServiceClient
 	journal   *journal
 	records   *Records
 	hooks     *http.Client
 	legacyLog string
 	metrics   *metrics
 	methods   *methods
+	images    Images // nil: no upgrades
+	pods      Pods   // may be nil
 
 	// queue wakes Run for operations that are accepted and not yet started.
 	queue chan struct{}
@@ -90,7 +106,8 @@ type Engine struct {
 
 // operation is one operation in memory.
 type operation struct {
-	req *opsv1.RestartRequest
+	req     *opsv1.RestartRequest
+	upgrade *opsv1.PrepareUpgradeRequest // nil if it is none; without credentials
 
 	mu         sync.Mutex // guards all following fields
 	op         *opsv1.Operation
@@ -99,7 +116,12 @@ type operation struct {
 	cancelled  chan struct{} // closed by cancel
 	cancelSaid bool          // cancelled is closed
 	committed  bool          // something has been stopped, or is about to be
-	claims     map[int]*interceptors.Claim
+	released   chan struct{} // closed when an upgrade is committed by its caller
+	isReleased bool          // released is closed
+	// credentials are for the pulls of an upgrade; supplied is closed and replaced when there are others.
+	credentials []*opsv1.RegistryCredential
+	supplied    chan struct{}
+	claims      map[int]*interceptors.Claim
 }
 
 // Open reads the journal in the state directory and makes the view show what
@@ -121,11 +143,14 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		view:      o.View,
 		log:       log,
 		rt:        runtimeapi.NewRuntimeServiceClient(bounded{o.Conn}),
+		img:       runtimeapi.NewImageServiceClient(bounded{o.Conn}),
 		journal:   j,
 		records:   records,
 		hooks:     hookClient(),
 		legacyLog: o.LegacyLogDir,
 		methods:   newMethods(o.Method, o.StateDir, o.CDISpecDir),
+		images:    o.Images,
+		pods:      o.Pods,
 		queue:     make(chan struct{}, 1),
 		late:      make(chan struct{}, 1),
 		ops:       map[string]*operation{},
@@ -166,12 +191,22 @@ func (b bounded) Invoke(ctx context.Context, method string, args, reply any, opt
 
 // revive takes one operation from the journal.
 func (e *Engine) revive(uid string, r *record) error {
-	o := &operation{
-		req: &opsv1.RestartRequest{}, op: &opsv1.Operation{}, containers: r.Containers,
-		changed: make(chan struct{}), cancelled: make(chan struct{}), claims: map[int]*interceptors.Claim{},
-	}
+	o := newOperation(&opsv1.RestartRequest{}, &opsv1.Operation{}, r.Containers)
 	if err := errors.Join(proto.Unmarshal(r.Operation, o.op), proto.Unmarshal(r.Request, o.req)); err != nil {
 		return fmt.Errorf("decoding: %w", err)
+	}
+	if r.Upgrade != nil {
+		o.upgrade = &opsv1.PrepareUpgradeRequest{}
+		if err := proto.Unmarshal(r.Upgrade, o.upgrade); err != nil {
+			return fmt.Errorf("decoding: %w", err)
+		}
+		if len(o.upgrade.GetContainers()) != len(o.containers) {
+			return errors.New("the record does not hold together: was the file edited?")
+		}
+	}
+	if r.Committed {
+		o.isReleased = true
+		close(o.released)
 	}
 	if n := len(o.containers); n != len(o.op.GetContainers()) || n != len(o.req.GetContainers()) || uid != o.op.GetUid() {
 		return errors.New("the record does not hold together: was the file edited?")
@@ -200,13 +235,16 @@ func (e *Engine) revive(uid string, r *record) error {
 		}
 		claim.Bind(c.Sandbox, c.Incumbent)
 		o.claims[i] = claim
+		if o.upgrade != nil && c.Step != stepStage && c.Step != stepUndo {
+			claim.WillDrive()
+		}
 		if c.Step == stepReveal {
 			continue // what kubelet has seen must not vanish again
 		}
 		e.tokens[c.Token] = true
 		claim.HideNow(c.Token)
 		claim.Staged(c.Successor)
-		if c.Step != stepStage {
+		if c.Step != stepStage && (o.upgrade == nil || c.Step == stepStop || c.Step == stepStarted) {
 			claim.Mask()
 		}
 	}
@@ -405,26 +443,33 @@ func (e *Engine) awaitRuntime(ctx context.Context) error {
 
 // submit accepts an operation: once it returns nil, the operation is in the journal.
 func (e *Engine) submit(req *opsv1.RestartRequest, pod *opsv1.PodRef) (*operation, error) {
-	o := &operation{
-		req: req,
-		op: &opsv1.Operation{
-			Uid: req.GetUid(), Kind: kindRestart, Pod: pod, Phase: opsv1.Phase_PHASE_PENDING,
-			Requester: req.GetRequester(), CreateTime: timestamppb.Now(),
-		},
-		containers: make([]containerRecord, len(req.GetContainers())),
-		changed:    make(chan struct{}), cancelled: make(chan struct{}), claims: map[int]*interceptors.Claim{},
-	}
+	o := newOperation(req, &opsv1.Operation{
+		Uid: req.GetUid(), Kind: kindRestart, Pod: pod, Phase: opsv1.Phase_PHASE_PENDING,
+		Requester: req.GetRequester(), CreateTime: timestamppb.Now(),
+	}, make([]containerRecord, len(req.GetContainers())))
 	for _, c := range req.GetContainers() {
 		o.op.Containers = append(o.op.Containers, &opsv1.ContainerOperation{Name: c.GetName(), Phase: opsv1.Phase_PHASE_PENDING})
 	}
+	return e.accept(o)
+}
 
+// newOperation returns an operation without claims.
+func newOperation(req *opsv1.RestartRequest, op *opsv1.Operation, containers []containerRecord) *operation {
+	return &operation{
+		req: req, op: op, containers: containers, claims: map[int]*interceptors.Claim{},
+		changed: make(chan struct{}), cancelled: make(chan struct{}), released: make(chan struct{}), supplied: make(chan struct{}),
+	}
+}
+
+// accept is submit for an operation of any kind.
+func (e *Engine) accept(o *operation) (*operation, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.closed {
 		return nil, status.Error(codes.Unavailable, "cri-proxy is shutting down; try again")
 	}
-	if known := e.ops[req.GetUid()]; known != nil {
-		return e.same(known, req)
+	if known := e.ops[o.req.GetUid()]; known != nil {
+		return known.as(o)
 	}
 	active := e.activeLocked()
 	if active >= maxActive {
@@ -436,7 +481,7 @@ func (e *Engine) submit(req *opsv1.RestartRequest, pod *opsv1.PodRef) (*operatio
 	if err := e.save(o); err != nil {
 		return nil, status.Errorf(codes.Internal, "the operation was not accepted and nothing was done: %v", err)
 	}
-	e.ops[req.GetUid()] = o
+	e.ops[o.req.GetUid()] = o
 	e.waiting = append(e.waiting, o)
 	select {
 	case e.queue <- struct{}{}:
@@ -462,12 +507,15 @@ func (e *Engine) activeLocked() int {
 	return n
 }
 
-// same returns the known operation if the request is the one that made it.
-func (e *Engine) same(known *operation, req *opsv1.RestartRequest) (*operation, error) {
-	if !sameRequest(known.req, req) {
-		return nil, status.Errorf(codes.AlreadyExists, "operation %s exists with another request; choose a new UID", req.GetUid())
+// as returns the operation if it is what the other one would be.
+func (o *operation) as(other *operation) (*operation, error) {
+	if (o.upgrade == nil) != (other.upgrade == nil) || !sameRequest(o.req, other.req) || !sameUpgrade(o.upgrade, other.upgrade) {
+		return nil, status.Errorf(codes.AlreadyExists, "operation %s exists with another request; choose a new UID", o.req.GetUid())
 	}
-	return known, nil
+	if len(other.credentials) > 0 {
+		o.supply(other.credentials)
+	}
+	return o, nil
 }
 
 // sameRequest compares requests as commands; who asks is not part of that, nor is a pod
@@ -542,6 +590,9 @@ func (e *Engine) save(o *operation) error {
 }
 
 func (e *Engine) saveLocked(o *operation) error {
+	if o.op.GetFinishTime() == nil {
+		o.op.Phase = leastAdvanced(o.op.GetContainers())
+	}
 	op, err := proto.Marshal(o.op)
 	if err != nil {
 		return err
@@ -550,7 +601,13 @@ func (e *Engine) saveLocked(o *operation) error {
 	if err != nil {
 		return err
 	}
-	return e.journal.put(o.op.GetUid(), &record{Operation: op, Request: req, Containers: o.containers, Cancelled: o.cancelSaid})
+	r := &record{Operation: op, Request: req, Containers: o.containers, Cancelled: o.cancelSaid, Committed: o.isReleased}
+	if o.upgrade != nil {
+		if r.Upgrade, err = proto.Marshal(o.upgrade); err != nil {
+			return err
+		}
+	}
+	return e.journal.put(o.op.GetUid(), r)
 }
 
 // snapshot returns a copy that nobody changes.
@@ -598,13 +655,22 @@ func (o *operation) notifyLocked() {
 
 // leastAdvanced is the phase of a running operation.
 func leastAdvanced(cs []*opsv1.ContainerOperation) opsv1.Phase {
-	phase := opsv1.Phase_PHASE_REVEALING
+	least := len(course)
 	for _, c := range cs {
-		if c.GetPhase() < phase {
-			phase = c.GetPhase()
+		if i := slices.Index(course, c.GetPhase()); i >= 0 {
+			least = min(least, i)
 		}
 	}
-	return phase
+	if least == len(course) {
+		return opsv1.Phase_PHASE_REVEALING // all have ended
+	}
+	return course[least]
+}
+
+// course are the phases of a container before it has ended, in order.
+var course = []opsv1.Phase{
+	opsv1.Phase_PHASE_UNSPECIFIED, opsv1.Phase_PHASE_PENDING, opsv1.Phase_PHASE_PULLING, opsv1.Phase_PHASE_STAGING, opsv1.Phase_PHASE_PREPARED,
+	opsv1.Phase_PHASE_ARMED, opsv1.Phase_PHASE_STOPPING, opsv1.Phase_PHASE_STARTING, opsv1.Phase_PHASE_REVEALING, opsv1.Phase_PHASE_ADOPTING,
 }
 
 // commit passes the point after which the operation cannot be cancelled; false if it has been cancelled before.

@@ -38,7 +38,10 @@ const (
 	stepNone    step = ""
 	stepStage   step = "stage"   // the successor is about to be created
 	stepStaged  step = "staged"  // it exists; the incumbent is about to be masked and its preStop run
+	stepHeld    step = "held"    // an upgrade: it exists, and waits for the commit
 	stepStart   step = "start"   // StartFirst: the successor is about to be started beside the incumbent
+	stepArm     step = "arm"     // an upgrade: the successor is about to be started up to its gate, if it has one
+	stepArmed   step = "armed"   // an upgrade: the successor is ready to take over, and waits for kubelet to stop the incumbent
 	stepStop    step = "stop"    // the incumbent is about to be stopped and the successor started
 	stepStarted step = "started" // the successor runs; postStart and reveal follow
 	stepReveal  step = "reveal"  // both are about to be shown to kubelet, and stay so
@@ -53,6 +56,10 @@ type record struct {
 	Containers []containerRecord `json:"containers"`
 	// Cancelled is set once the operation has been cancelled, which it then stays.
 	Cancelled bool `json:"cancelled,omitempty"`
+	// Upgrade is an opsv1.PrepareUpgradeRequest, without credentials, if that is what the operation is; Request is then made from it.
+	Upgrade []byte `json:"upgrade,omitempty"`
+	// Committed is set once an upgrade has been committed.
+	Committed bool `json:"committed,omitempty"`
 }
 
 // containerRecord is the journal's part of one container's restart.
@@ -72,6 +79,8 @@ type containerRecord struct {
 	PostDone    bool `json:"postDone,omitempty"`
 	// Method is how the container hands over.
 	Method Method `json:"method,omitempty"`
+	// Grace is what kubelet gave the incumbent of an upgrade to stop, in seconds.
+	Grace int64 `json:"grace,omitempty"`
 }
 
 // journal is the durable list of operations, in one bbolt file of mode 0600.

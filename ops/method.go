@@ -33,6 +33,8 @@ const (
 	MethodPidfd   Method = "pidfd"   // the successor is started when the kernel tells the incumbent's end
 	MethodPlain   Method = "plain"   // the successor is started when the runtime tells the incumbent's end
 	MethodOverlap Method = "overlap" // the successor runs before the incumbent is stopped
+	// MethodKubelet is for upgrades only: kubelet makes the successor, with the image that is there for it.
+	MethodKubelet Method = "kubelet"
 )
 
 // methodsBest are those for StopFirst, best first.

@@ -65,16 +65,18 @@ func (r *restart) overlap(ctx context.Context) error {
 	if err := r.start(ctx); err != nil {
 		return err
 	}
-	failpoint("restart.running")
+	r.failpoint("running")
 	rec := r.rec()
-	r.logLink(ctx, rec.Successor)
+	if r.up == nil { // kubelet does it when it takes the container over
+		r.logLink(ctx, rec.Successor)
+	}
 	if err := r.postStartOnce(ctx); err != nil {
 		return err
 	}
 	if err := r.awaitReady(ctx, rec.Successor); err != nil {
 		return err
 	}
-	failpoint("restart.ready")
+	r.failpoint("ready")
 	return nil
 }
 

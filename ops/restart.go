@@ -148,15 +148,21 @@ type restart struct {
 	gate *gate.Gate // of the successor, once it waits there
 	pid  int        // of the process that waits there; 0 if this process cannot look at it
 	held bool       // the successor has been started behind a gate that is not open
+
+	up *upgrade // nil if it is a plain restart
 }
 
 func (e *Engine) newRestart(o *operation, i int) *restart {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return &restart{
+	r := &restart{
 		Engine: e, o: o, i: i, want: o.req.GetContainers()[i], claim: o.claims[i],
 		log: e.log.WithFields(logrus.Fields{"op": o.op.GetUid(), "pod": podName(o.op.GetPod()), "container": o.req.GetContainers()[i].GetName()}),
 	}
+	if o.upgrade != nil {
+		r.up = newUpgrade(o.upgrade.GetContainers()[i])
+	}
+	return r
 }
 
 func (r *restart) rec() containerRecord {
@@ -170,7 +176,7 @@ func (r *restart) rec() containerRecord {
 func (r *restart) write(f func(rec *containerRecord, c *opsv1.ContainerOperation)) error {
 	step, err := r.writeStep(f)
 	if err == nil {
-		failpoint("restart." + string(step))
+		r.failpoint(string(step))
 	}
 	return err
 }
@@ -186,6 +192,17 @@ func (r *restart) writeStep(f func(rec *containerRecord, c *opsv1.ContainerOpera
 	}
 	r.o.notifyLocked()
 	return r.o.containers[r.i].Step, nil
+}
+
+// failpoint is where a test may end or hold the process.
+func (r *restart) failpoint(name string) { failpoint(r.kind() + "." + name) }
+
+// kind is restart or upgrade.
+func (r *restart) kind() string {
+	if r.up != nil {
+		return "upgrade"
+	}
+	return "restart"
 }
 
 // show changes the public state only.
@@ -205,7 +222,11 @@ func (r *restart) run(ctx context.Context) bool {
 	if r.rec().Step == stepDone {
 		return r.o.snapshot().GetContainers()[r.i].GetPhase() == opsv1.Phase_PHASE_SUCCEEDED
 	}
-	err := r.drive(ctx)
+	drive := r.drive
+	if r.up != nil {
+		drive = r.driveUpgrade
+	}
+	err := drive(ctx)
 	defer func() {
 		r.exit.close()
 		r.leaveGate()
@@ -234,6 +255,9 @@ func (r *restart) run(ctx context.Context) bool {
 	if r.claim != nil {
 		r.claim.Release()
 	}
+	if r.up != nil && out.phase != opsv1.Phase_PHASE_SUCCEEDED {
+		r.endOthers()
+	}
 	return out.phase == opsv1.Phase_PHASE_SUCCEEDED
 }
 
@@ -253,7 +277,7 @@ func (r *restart) end(out *outcome) {
 	if out.reason != "" {
 		log = log.WithFields(logrus.Fields{"reason": out.reason, "message": out.message})
 	}
-	log.Info("container restart ended")
+	log.Infof("container %s ended", r.kind())
 }
 
 // drive takes the container through the steps. It returns nil on success, an
@@ -263,25 +287,8 @@ func (r *restart) drive(ctx context.Context) error {
 		if err := r.takeSlot(ctx); err != nil {
 			return err
 		}
-	} else if err := r.awaitRuntime(ctx); err != nil { // resumed from the journal
+	} else if err := r.resume(ctx); err != nil {
 		return err
-	}
-	if rec := r.rec(); rec.Step == stepUndo {
-		c := r.container()
-		out := &outcome{phase: opsv1.Phase_PHASE_FAILED, reason: c.GetReason(), message: c.GetMessage()}
-		if out.reason == ReasonCancelled {
-			out.phase = opsv1.Phase_PHASE_CANCELLED
-		}
-		return out
-	}
-	if r.rec().Step == stepStage { // resumed: the successor may or may not exist; nothing was stopped
-		if err := r.removeStaged(ctx); err != nil {
-			return err
-		}
-		r.removeGate() // the next stage has a token and a gate of its own
-		if err := r.write(func(rec *containerRecord, _ *opsv1.ContainerOperation) { rec.Step = stepNone }); err != nil {
-			return err
-		}
 	}
 	for {
 		var err error
@@ -315,6 +322,29 @@ func (r *restart) drive(ctx context.Context) error {
 			return err
 		}
 	}
+}
+
+// resume readies what the journal has of the container for the next step.
+func (r *restart) resume(ctx context.Context) error {
+	if err := r.awaitRuntime(ctx); err != nil {
+		return err
+	}
+	if rec := r.rec(); rec.Step == stepUndo {
+		c := r.container()
+		out := &outcome{phase: opsv1.Phase_PHASE_FAILED, reason: c.GetReason(), message: c.GetMessage()}
+		if out.reason == ReasonCancelled {
+			out.phase = opsv1.Phase_PHASE_CANCELLED
+		}
+		return out
+	}
+	if r.rec().Step == stepStage { // resumed: the successor may or may not exist; nothing was stopped
+		if err := r.removeStaged(ctx); err != nil {
+			return err
+		}
+		r.removeGate() // the next stage has a token and a gate of its own
+		return r.write(func(rec *containerRecord, _ *opsv1.ContainerOperation) { rec.Step = stepNone })
+	}
+	return nil
 }
 
 // overlaps reports whether the successor runs before the incumbent is stopped.
@@ -364,7 +394,7 @@ func (r *restart) cancelledOutcome() *outcome {
 // interrupted returns an outcome if the operation was cancelled or kubelet took the slot back.
 func (r *restart) interrupted() error {
 	if y := r.claim.YieldedTo(); y != nil {
-		return failf(ReasonTakenBack, "kubelet called %s in the middle of the restart and is in charge now", y.Method[strings.LastIndexByte(y.Method, '/')+1:])
+		return failf(ReasonTakenBack, "kubelet called %s in the middle of the %s and is in charge now", y.Method[strings.LastIndexByte(y.Method, '/')+1:], r.kind())
 	}
 	select {
 	case <-r.o.cancelled: // then it has not been committed, and never is

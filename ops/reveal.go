@@ -31,7 +31,7 @@ func (r *restart) afterStart(ctx context.Context) error {
 	if !r.claim.TryReveal() {
 		return r.interrupted()
 	}
-	failpoint("restart.revealed")
+	r.failpoint("revealed")
 	r.measure(ctx, rec)
 	return nil
 }

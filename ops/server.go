@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"regexp"
+	"slices"
 
 	"github.com/sirupsen/logrus"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -64,7 +65,7 @@ func (s *Server) Restart(ctx context.Context, req *opsv1.RestartRequest) (*opsv1
 	}
 	log := s.e.log.WithFields(logrus.Fields{"op": req.GetUid(), "pod": podName(req.GetPod()), "caller": caller, "requester": req.GetRequester()})
 	if known := s.e.lookup(req.GetUid()); known != nil {
-		o, err := s.e.same(known, req)
+		o, err := known.as(&operation{req: req})
 		if err != nil {
 			return nil, err
 		}
@@ -216,7 +217,7 @@ func (s *Server) NodeInfo(ctx context.Context, _ *opsv1.NodeInfoRequest) (*opsv1
 		switch {
 		case op.GetFinishTime() == nil:
 			for _, c := range op.GetContainers() {
-				if c.GetPhase() < opsv1.Phase_PHASE_SUCCEEDED {
+				if slices.Contains(course, c.GetPhase()) {
 					info.ActiveSlots = append(info.ActiveSlots, &opsv1.ActiveSlot{
 						PodUid: op.GetPod().GetUid(), Container: c.GetName(), OperationUid: op.GetUid(), Phase: c.GetPhase(),
 					})

@@ -50,7 +50,7 @@ func (r *restart) stage(ctx context.Context) error {
 	hide, cancelHide := context.WithTimeout(ctx, hidePatience)
 	defer cancelHide()
 	if err := r.claim.Hide(hide, token); err != nil {
-		return failf(ReasonRuntime, "the runtime takes more than %s to answer a list: restart not begun", hidePatience)
+		return failf(ReasonRuntime, "the runtime takes more than %s to answer a list: %s not begun", hidePatience, r.kind())
 	}
 	if err := r.chooseMethod(call); err != nil {
 		return err
@@ -65,6 +65,10 @@ func (r *restart) stage(ctx context.Context) error {
 	return r.write(func(rec *containerRecord, c *opsv1.ContainerOperation) {
 		rec.Step, rec.Successor = stepStaged, id
 		c.SuccessorId = id
+		if r.up != nil {
+			rec.Step, c.Phase = stepHeld, opsv1.Phase_PHASE_PREPARED
+			return
+		}
 		if !r.overlaps() {
 			c.Phase = opsv1.Phase_PHASE_STOPPING
 		}
@@ -129,6 +133,11 @@ func (r *restart) create(ctx context.Context, token string) (string, error) {
 	if err != nil {
 		return "", failf(ReasonCreateFailed, "%v", err)
 	}
+	if r.up != nil {
+		if err := r.dress(ctx, req.GetConfig()); err != nil {
+			return "", err
+		}
+	}
 	if err := makeTerminationFile(req.GetConfig()); err != nil {
 		return "", failf(ReasonCreateFailed, "%v", err)
 	}
@@ -145,7 +154,7 @@ func (r *restart) create(ctx context.Context, token string) (string, error) {
 		r.records.Created(id, raw) // without the gate, which is for this one only
 	}
 	r.claim.Staged(id)
-	failpoint("restart.created")
+	r.failpoint("created")
 	r.catchUp(ctx, id)
 	return id, nil
 }

@@ -85,7 +85,7 @@ func (r *restart) swap(ctx context.Context) error {
 
 // handOver lets the successor run, now that the incumbent's processes are gone.
 func (r *restart) handOver(ctx context.Context) error {
-	failpoint("restart.stopped")
+	r.failpoint("stopped")
 	if err := r.interrupted(); err != nil { // after the failpoint: a test takes the slot back while the restart waits there
 		return err
 	}
@@ -98,7 +98,7 @@ func (r *restart) handOver(ctx context.Context) error {
 		err = r.start(ctx)
 	}
 	if err == nil && !r.overlaps() {
-		failpoint("restart.running")
+		r.failpoint("running")
 	}
 	return err
 }
@@ -154,7 +154,7 @@ func (r *restart) arm(ctx context.Context) error {
 			continue
 		}
 		if r.gate != nil {
-			failpoint("restart.gated")
+			r.failpoint("gated")
 		}
 		return nil
 	}

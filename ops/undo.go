@@ -27,14 +27,14 @@ func (r *restart) undo(ctx context.Context, out *outcome) bool {
 	if r.claim == nil || rec.Step == stepNone || rec.Step == stepDone {
 		return true
 	}
-	if rec.Step == stepReveal && r.container().GetReason() != "" {
-		return true // resumed: shown already
+	if rec.Step == stepReveal && (r.container().GetReason() != "" || r.up != nil && r.up.revealed) {
+		return true // shown already
 	}
 	r.note(func(c *containerRecord, op *opsv1.ContainerOperation) {
 		c.Step = stepUndo
 		op.Reason, op.Message = out.reason, out.message
 	})
-	if out.reason == ReasonStartFailed || out.reason == ReasonPostStartFailed {
+	if (out.reason == ReasonStartFailed || out.reason == ReasonPostStartFailed) && r.up == nil {
 		touched, err := r.incumbentStopped(ctx)
 		if err != nil {
 			return false
@@ -52,7 +52,7 @@ func (r *restart) undo(ctx context.Context, out *outcome) bool {
 	}
 	wait := 200 * time.Millisecond
 	for {
-		if rec.Step != stepStage && rec.Step != stepStaged { // it may run: ask it to stop
+		if rec.Step != stepStage && rec.Step != stepStaged && rec.Step != stepHeld { // it may run: ask it to stop
 			r.stopSuccessor(ctx, rec.Successor)
 		}
 		err := r.removeStaged(ctx)

@@ -50,7 +50,8 @@ stateDir: %q
 adminSocket: %q
 log: {level: debug, format: text}
 nodeName: it
-`, p.socket, bed.runtime, filepath.Join(dir, "state"), filepath.Join(dir, "admin.sock"))
+images: {registryHostsDir: %q, parallel: 2}
+`, p.socket, bed.runtime, filepath.Join(dir, "state"), filepath.Join(dir, "admin.sock"), bed.hosts)
 	must(t, os.WriteFile(filepath.Join(dir, "config.yaml"), []byte(config), 0o600))
 	p.start(t, failpoint)
 	t.Cleanup(func() {

@@ -16,12 +16,14 @@ import (
 
 // bed is the containerd of this run.
 var bed struct {
-	runtime string // socket
-	busybox string // image references
-	app     string
-	extra   string // one that no other test uses
-	cgroup  string
-	dir     string // for sockets and state; its path is short
+	runtime           string // socket
+	busybox           string // image references
+	app               string
+	busybox2, missing string
+	extra             string // one that no other test uses
+	hosts             string // containerd's config_path of registries
+	cgroup            string
+	dir               string // for sockets and state; its path is short
 }
 
 func TestMain(m *testing.M) {
@@ -41,9 +43,11 @@ func run(m *testing.M) (code int, err error) {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, b.Close(ctx)) }()
-	bed.runtime, bed.cgroup = b.RuntimeSocket, b.CgroupParent
+	bed.runtime, bed.cgroup, bed.hosts = b.RuntimeSocket, b.CgroupParent, b.RegistryHostsDir()
 	bed.busybox, bed.app = b.Image("busybox:1.0"), b.Image("app:1")
 	bed.extra = b.Image("busybox:3.0")
+	bed.busybox2 = b.Image("busybox:2.0")
+	bed.missing = b.Image("busybox:none")
 	bed.dir = filepath.Join(b.RunDir, "t")
 	if err := os.Mkdir(bed.dir, 0o755); err != nil {
 		return 0, err

@@ -22,6 +22,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops"
+	"github.com/cri-proxy/cri-proxy/ops/prepull"
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
@@ -64,7 +65,11 @@ func startNodeIn(t testing.TB, dir string) *node {
 	up, err := proxy.NewUpstream("unix://"+bed.runtime, proxy.UpstreamOptions{Log: log})
 	must(t, err)
 	view := interceptors.NewView()
-	engine, err := ops.Open(t.Context(), ops.Options{StateDir: dir, Conn: up.Conn(), View: view, Log: log, LegacyLogDir: filepath.Join(dir, "containers")})
+	puller, err := prepull.Open(prepull.Options{StateDir: dir, Conn: up.Conn(), Log: log, Parallel: 2, HostsDir: bed.hosts})
+	must(t, err)
+	engine, err := ops.Open(t.Context(), ops.Options{
+		StateDir: dir, Conn: up.Conn(), View: view, Log: log, LegacyLogDir: filepath.Join(dir, "containers"), Images: puller,
+	})
 	must(t, err)
 	director := interceptors.New(interceptors.Options{View: view, Records: engine.Records(), Runtime: up.Conn(), Log: log})
 	server := proxy.NewServer(up, proxy.Options{Director: director, Log: log})
@@ -81,12 +86,16 @@ func startNodeIn(t testing.TB, dir string) *node {
 	wg.Go(func() { _ = server.Serve(lis) })
 	wg.Go(func() { _ = commands.Serve(admin) })
 	wg.Go(func() { _ = engine.Run(ctx) })
+	wg.Go(func() { _ = puller.Run(ctx) })
 	n.stop = sync.OnceFunc(func() {
 		server.Stop()
 		commands.Stop()
 		cancel()
 		wg.Wait()
 		if err := engine.Close(); err != nil {
+			t.Error(err)
+		}
+		if err := puller.Close(); err != nil {
 			t.Error(err)
 		}
 		_ = up.Close()

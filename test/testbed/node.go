@@ -241,6 +241,7 @@ func (n *Node) writeProxy() error {
 		"metricsAddress":  n.MetricsAddress,
 		"nodeName":        n.NodeName,
 		"images":          m{"registryHostsDir": n.RegistryHostsDir()},
+		"kubelet":         m{"podsSocket": filepath.Join(n.NodeDir, "kubelet", "pods-api", "pods-api.sock")},
 		"ops": m{
 			"address": n.OpsAddress, "certFile": n.OpsCert.Cert, "keyFile": n.OpsCert.Key, "clientCAFile": n.bed.PKI.OpsCA.Cert,
 			"allowedClients": []string{"cri-controller"},

@@ -38,6 +38,8 @@ type Config struct {
 	Restart Restart `yaml:"restart"`
 	// Images says how images are pulled ahead of time.
 	Images Images `yaml:"images"`
+	// Kubelet says where kubelet is asked.
+	Kubelet Kubelet `yaml:"kubelet"`
 	// DrainTimeout bounds the wait for calls in flight at shutdown. The longest
 	// of them are image pulls.
 	DrainTimeout time.Duration `yaml:"drainTimeout"`
@@ -109,6 +111,13 @@ type Images struct {
 	CredentialProviderBinDir string `yaml:"credentialProviderBinDir"`
 }
 
+// Kubelet says where kubelet is asked.
+type Kubelet struct {
+	// PodsSocket is that of kubelet's Pods API, which tells an upgrade whether a pod is going away. Where there is none, kubelet's
+	// next call tells. Empty: not asked.
+	PodsSocket string `yaml:"podsSocket"`
+}
+
 // Mode is a file mode written in octal.
 type Mode os.FileMode
 
@@ -154,6 +163,7 @@ func Default() *Config {
 		Log:             Log{Level: "info", Format: "text"},
 		Restart:         Restart{Method: "gate"},
 		Images:          Images{Parallel: 1, MaxDiskPercent: 80, RegistryHostsDir: "/etc/containerd/certs.d"},
+		Kubelet:         Kubelet{PodsSocket: "/var/lib/kubelet/pods-api/pods-api.sock"},
 		DrainTimeout:    defaultDrain,
 	}
 }
@@ -192,6 +202,7 @@ func (c *Config) Flags(fs *pflag.FlagSet) {
 	fs.StringVar(&c.Images.RegistryHostsDir, "registry-hosts-dir", c.Images.RegistryHostsDir, "config_path of containerd's registry configuration")
 	fs.StringVar(&c.Images.CredentialProviderConfig, "image-credential-provider-config", c.Images.CredentialProviderConfig, "kubelet's file or directory of credential provider plugins, as kubelet's flag of this name (default: none)")
 	fs.StringVar(&c.Images.CredentialProviderBinDir, "image-credential-provider-bin-dir", c.Images.CredentialProviderBinDir, "directory of the credential provider plugins")
+	fs.StringVar(&c.Kubelet.PodsSocket, "kubelet-pods-socket", c.Kubelet.PodsSocket, "socket of kubelet's Pods API, asked during upgrades where it is there")
 	fs.DurationVar(&c.DrainTimeout, "drain-timeout", c.DrainTimeout, "longest wait for calls in flight at shutdown")
 	fs.StringVar(&c.RecordCalls, "record-calls", c.RecordCalls, "debug: file that gets a JSON line for every CRI call")
 }

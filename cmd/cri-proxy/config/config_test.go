@@ -93,6 +93,7 @@ ops:
   allowedClients: [one, *a]
 restart: {method: pidfd, cdiSpecDir: /cdi}
 images: {parallel: 2, bytesPerSecond: 3, maxDiskPercent: 4.5, registryHostsDir: /hosts, credentialProviderConfig: /p.yaml, credentialProviderBinDir: /p}
+kubelet: {podsSocket: /k.sock}
 drainTimeout: 1m30s
 `
 	if err := config.Parse("f.yaml", []byte(text), c); err != nil {
@@ -109,6 +110,7 @@ drainTimeout: 1m30s
 		Ops:             config.Ops{Address: ":9443", CertFile: "c", KeyFile: "k", ClientCAFile: "ca", AllowedClients: []string{"one", "/a.sock"}},
 		Restart:         config.Restart{Method: "pidfd", CDISpecDir: "/cdi"},
 		Images:          config.Images{Parallel: 2, BytesPerSecond: 3, MaxDiskPercent: 4.5, RegistryHostsDir: "/hosts", CredentialProviderConfig: "/p.yaml", CredentialProviderBinDir: "/p"},
+		Kubelet:         config.Kubelet{PodsSocket: "/k.sock"},
 		DrainTimeout:    90 * time.Second,
 	}
 	if !reflect.DeepEqual(c, want) {

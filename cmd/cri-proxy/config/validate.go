@@ -117,6 +117,9 @@ func (c *Config) Validate() error {
 	if !filepath.IsAbs(c.Images.RegistryHostsDir) {
 		bad("images.registryHostsDir: %q is not an absolute path", c.Images.RegistryHostsDir)
 	}
+	if s := c.Kubelet.PodsSocket; s != "" && !filepath.IsAbs(s) {
+		bad("kubelet.podsSocket: %q is not an absolute path", s)
+	}
 	if i := c.Images; (i.CredentialProviderConfig == "") != (i.CredentialProviderBinDir == "") {
 		bad("images: credentialProviderConfig and credentialProviderBinDir go together; give both or none")
 	}

@@ -25,6 +25,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops"
+	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 	"github.com/cri-proxy/cri-proxy/ops/prepull"
 	"github.com/cri-proxy/cri-proxy/ops/prepull/credentialprovider"
 	"github.com/cri-proxy/cri-proxy/proxy"
@@ -74,6 +75,13 @@ func newNode(ctx context.Context, c *config.Config, listen string, log logrus.Fi
 	if n.upstream, err = proxy.NewUpstream(c.RuntimeEndpoint, proxy.UpstreamOptions{Log: log}); err != nil {
 		return nil, &config.InvalidError{Err: err}
 	}
+	if err := n.openPuller(); err != nil {
+		return nil, err
+	}
+	var pods ops.Pods
+	if socket := c.Kubelet.PodsSocket; socket != "" {
+		pods = podsapi.New(socket)
+	}
 	view := interceptors.NewView()
 	n.engine, err = ops.Open(ctx, ops.Options{
 		StateDir:   c.StateDir,
@@ -83,20 +91,8 @@ func newNode(ctx context.Context, c *config.Config, listen string, log logrus.Fi
 		Registerer: n.registry,
 		Method:     ops.Method(c.Restart.Method),
 		CDISpecDir: c.Restart.CDISpecDir,
-	})
-	if err != nil {
-		return nil, fmt.Errorf("state directory %s: %w", c.StateDir, err)
-	}
-	var plugins *credentialprovider.Plugins
-	if path := c.Images.CredentialProviderConfig; path != "" {
-		if plugins, err = credentialprovider.Load(path, c.Images.CredentialProviderBinDir, log); err != nil {
-			return nil, &config.InvalidError{Err: fmt.Errorf("images.credentialProviderConfig: %w", err)}
-		}
-	}
-	n.puller, err = prepull.Open(prepull.Options{
-		StateDir: c.StateDir, Conn: n.upstream.Conn(), Log: log, Registerer: n.registry,
-		Parallel: c.Images.Parallel, BytesPerSecond: c.Images.BytesPerSecond, HostsDir: c.Images.RegistryHostsDir, MaxDiskPercent: c.Images.MaxDiskPercent,
-		Plugins: plugins,
+		Images:     n.puller,
+		Pods:       pods,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("state directory %s: %w", c.StateDir, err)
@@ -119,6 +115,26 @@ func newNode(ctx context.Context, c *config.Config, listen string, log logrus.Fi
 	n.ops = ops.NewServer(n.engine, n.info)
 	n.images = prepull.NewServer(n.puller)
 	return n, nil
+}
+
+// openPuller opens the puller of images.
+func (n *node) openPuller() (err error) {
+	c := n.config
+	var plugins *credentialprovider.Plugins
+	if path := c.Images.CredentialProviderConfig; path != "" {
+		if plugins, err = credentialprovider.Load(path, c.Images.CredentialProviderBinDir, n.log); err != nil {
+			return &config.InvalidError{Err: fmt.Errorf("images.credentialProviderConfig: %w", err)}
+		}
+	}
+	n.puller, err = prepull.Open(prepull.Options{
+		StateDir: c.StateDir, Conn: n.upstream.Conn(), Log: n.log, Registerer: n.registry,
+		Parallel: c.Images.Parallel, BytesPerSecond: c.Images.BytesPerSecond, HostsDir: c.Images.RegistryHostsDir, MaxDiskPercent: c.Images.MaxDiskPercent,
+		Plugins: plugins,
+	})
+	if err != nil {
+		return fmt.Errorf("state directory %s: %w", c.StateDir, err)
+	}
+	return nil
 }
 
 // close releases what newNode opened. The servers must have stopped and the

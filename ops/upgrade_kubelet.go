@@ -1,0 +1,415 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/podsapi"
+)
+
+// Pods is kubelet's own view of its pods. [*podsapi.Client] is one.
+type Pods interface {
+	// Pod returns the pod with that UID. [podsapi.ErrNotFound] means that kubelet has none.
+	Pod(ctx context.Context, uid string) (*podsapi.Pod, error)
+}
+
+// kubelet passes on to the operation what kubelet does in its slot.
+type kubelet struct {
+	stops   chan stopped
+	creates chan created
+	done    <-chan struct{} // closed when the slot is given up
+
+	mu        sync.Mutex
+	listening bool
+}
+
+var _ interceptors.Driver = (*kubelet)(nil)
+
+// stopped is a StopContainer of the incumbent; answer has room for one.
+type stopped struct {
+	grace  int64
+	answer chan bool
+}
+
+// created is a CreateContainer in the slot; answer has room for one.
+type created struct {
+	req    *runtimeapi.CreateContainerRequest
+	answer chan adoption
+}
+
+type adoption struct {
+	id string
+	ok bool
+}
+
+func newKubelet() kubelet { return kubelet{stops: make(chan stopped), creates: make(chan created)} }
+
+// listen says whether the operation has something for kubelet. Until then it gives way at once.
+func (k *kubelet) listen(on bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.listening = on
+}
+
+func (k *kubelet) listens() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.listening
+}
+
+// Stop implements [interceptors.Driver].
+func (k *kubelet) Stop(ctx context.Context, grace int64) (bool, error) {
+	if !k.listens() {
+		return false, nil
+	}
+	q := stopped{grace: grace, answer: make(chan bool, 1)}
+	select {
+	case k.stops <- q:
+	case <-k.done:
+		return false, nil
+	case <-ctx.Done():
+		return true, ctx.Err()
+	}
+	select {
+	case ok := <-q.answer:
+		return ok, nil
+	case <-k.done: // it has failed: kubelet's own stop does no harm
+		return false, nil
+	case <-ctx.Done(): // the operation goes on
+		return true, ctx.Err()
+	}
+}
+
+// Create implements [interceptors.Driver].
+func (k *kubelet) Create(ctx context.Context, req *runtimeapi.CreateContainerRequest) (string, bool) {
+	if !k.listens() {
+		return "", false
+	}
+	q := created{req: req, answer: make(chan adoption, 1)}
+	select {
+	case k.creates <- q:
+	case <-k.done:
+		return "", true
+	case <-ctx.Done():
+		return "", true
+	}
+	select {
+	case a := <-q.answer:
+		return a.id, a.ok
+	case <-k.done:
+		return "", true
+	case <-ctx.Done():
+		return "", true
+	}
+}
+
+// awaitCommit waits until the caller is about to patch the pod's spec.
+func (r *restart) awaitCommit(ctx context.Context) error {
+	limit := orElse(r.o.upgrade.GetHoldTimeout(), defaultHold)
+	hold := time.NewTimer(limit)
+	defer hold.Stop()
+	select {
+	case <-r.o.released:
+	case <-r.claim.Yielded():
+		return r.interrupted()
+	case <-r.o.cancelled:
+		return r.cancelledOutcome()
+	case <-hold.C:
+		return failf(ReasonHoldTimeout, "not committed within %s", limit)
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	if err := r.load(ctx); err != nil {
+		return err
+	}
+	running, err := r.watchIncumbent(ctx)
+	if err != nil {
+		return err
+	}
+	if !running {
+		return r.stoppedByItself(ctx)
+	}
+	return r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
+		c.Step, op.Phase = stepArm, opsv1.Phase_PHASE_PREPARED
+		if r.overlaps() {
+			c.Step = stepStart
+		}
+	})
+}
+
+// makeReady brings the successor as far as it comes while the incumbent serves.
+func (r *restart) makeReady(ctx context.Context) error {
+	if err := r.load(ctx); err != nil {
+		return err
+	}
+	if _, err := r.watchIncumbent(ctx); err != nil {
+		return err
+	}
+	if err := r.interrupted(); err != nil {
+		return err
+	}
+	var err error
+	switch {
+	case r.overlaps():
+		err = r.overlap(ctx)
+	case r.rec().Method == MethodGate:
+		err = r.arm(ctx)
+	default:
+		err = r.ensureStaged(ctx)
+	}
+	if err != nil {
+		return err
+	}
+	if err := r.interrupted(); err != nil {
+		return err
+	}
+	r.up.listen(true) // before anyone is told that kubelet may come
+	return r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
+		c.Step, op.Phase, op.SuccessorId = stepArmed, opsv1.Phase_PHASE_ARMED, c.Successor
+	})
+}
+
+// armedPoll is how often a successor that runs beside its incumbent, and waits to take over, is looked at.
+const armedPoll = time.Second
+
+// awaitKubelet waits until kubelet, which has seen the new spec, stops the incumbent.
+func (r *restart) awaitKubelet(ctx context.Context) error {
+	if err := r.rearm(ctx); err != nil {
+		return err
+	}
+	limit := orElse(r.o.upgrade.GetHoldTimeout(), defaultHold)
+	hold := time.NewTimer(limit)
+	defer hold.Stop()
+	look := time.NewTicker(armedPoll)
+	defer look.Stop()
+	for {
+		select {
+		case q := <-r.up.stops:
+			if why := r.refusal(ctx); why != "" {
+				r.log.WithField("reason", why).Info("kubelet stops the container for another reason than the upgrade")
+				q.answer <- false
+				continue // it takes the slot back
+			}
+			return r.stopFor(q.grace, func() { r.up.pending = append(r.up.pending, q) })
+		case q := <-r.up.creates:
+			// The incumbent has ended by itself, and kubelet makes the next one.
+			if differing := r.differs(ctx, q.req); len(differing) > 0 || r.successor() == "" {
+				q.answer <- adoption{}
+				continue
+			}
+			return r.stopFor(int64(minGrace/time.Second), func() { r.up.asked = &q })
+		case <-look.C:
+			if r.overlaps() && !r.exit.over() {
+				if err := r.successorRuns(ctx, r.successor()); err != nil {
+					return err
+				}
+			}
+		case <-r.claim.Yielded():
+			return r.interrupted()
+		case <-r.o.cancelled:
+			return r.cancelledOutcome()
+		case <-hold.C:
+			return failf(ReasonHoldTimeout, "kubelet has not stopped the container within %s: was the pod's spec patched?", limit)
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// rearm makes a successor ready again that a process before this one had made so.
+func (r *restart) rearm(ctx context.Context) error {
+	if r.request != nil {
+		return nil // this one has
+	}
+	if err := r.load(ctx); err != nil {
+		return err
+	}
+	if _, err := r.watchIncumbent(ctx); err != nil {
+		return err
+	}
+	if r.rec().Method == MethodGate {
+		return r.arm(ctx)
+	}
+	return r.ensureStaged(ctx)
+}
+
+func (r *restart) successor() string { return r.rec().Successor }
+
+// stopFor passes the point of no return: the incumbent is to be stopped within the grace, in seconds.
+func (r *restart) stopFor(grace int64, accept func()) error {
+	if !r.o.commit() {
+		return r.cancelledOutcome()
+	}
+	r.claim.Mask()
+	err := r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
+		c.Step, c.Grace, op.Phase = stepStop, grace, opsv1.Phase_PHASE_STOPPING
+		c.StopBy = time.Now().Add(time.Duration(grace) * time.Second)
+	})
+	if err == nil {
+		accept()
+	}
+	return err
+}
+
+// podsPatience bounds the question for kubelet's mind: its StopContainer waits for the answer.
+const podsPatience = 500 * time.Millisecond
+
+// refusal says why a stop of the incumbent is not that of the upgrade, as far as kubelet tells; empty if it may be. What
+// kubelet does next decides in the end.
+func (r *restart) refusal(ctx context.Context) string {
+	if r.pods == nil {
+		return ""
+	}
+	ctx, cancel := context.WithTimeout(ctx, podsPatience)
+	defer cancel()
+	pod, err := r.pods.Pod(ctx, r.o.op.GetPod().GetUid())
+	switch {
+	case errors.Is(err, podsapi.ErrNotFound):
+		return "kubelet has no such pod any more"
+	case err != nil:
+		return ""
+	case pod.Deleting:
+		return "the pod is being deleted"
+	case pod.Phase == "Failed" || pod.Phase == "Succeeded":
+		return strings.TrimSpace("the pod has ended: " + pod.Phase + " " + pod.Reason)
+	case pod.Images[r.want.GetName()] != r.up.want.GetImage():
+		return "the pod's spec has not the new image yet"
+	}
+	return ""
+}
+
+// showSuccessor shows both containers to kubelet and lets its StopContainer return.
+func (r *restart) showSuccessor(ctx context.Context) error {
+	if err := r.interrupted(); err != nil {
+		return err
+	}
+	r.note(func(c *containerRecord, op *opsv1.ContainerOperation) {
+		c.Step, op.Phase, op.SuccessorId = stepReveal, opsv1.Phase_PHASE_ADOPTING, c.Successor
+	})
+	if !r.claim.TryReveal() {
+		return r.interrupted()
+	}
+	r.up.revealed = true
+	for _, q := range r.up.pending {
+		q.answer <- true
+	}
+	r.up.pending = nil
+	r.failpoint("revealed")
+	r.measure(ctx, r.rec())
+	return nil
+}
+
+// adoptPatience is how long kubelet may take from the stop of the old container to the creation of the new one: with
+// pull policy Always it asks the registry in between. If it does not come at all, because it was restarted in
+// between, it has found the successor running and has nothing to do.
+const adoptPatience = 2 * time.Minute
+
+// awaitAdoption answers kubelet's CreateContainer with the successor, if that is what it asks for.
+func (r *restart) awaitAdoption(ctx context.Context) error {
+	r.up.revealed = true
+	patience := time.NewTimer(adoptPatience)
+	defer patience.Stop()
+	if q := r.up.asked; q != nil {
+		r.up.asked = nil
+		if ended, err := r.adopt(ctx, *q); ended || err != nil {
+			return err
+		}
+	}
+	for {
+		select {
+		case q := <-r.up.stops:
+			q.answer <- true // it has been: kubelet repeats a call that was cut off
+		case q := <-r.up.creates:
+			if ended, err := r.adopt(ctx, q); ended || err != nil {
+				return err
+			}
+		case <-r.claim.Yielded():
+			r.log.Info("the pod goes away, stopping the new container")
+			r.stopWithin(ctx, r.successor(), time.Duration(min(max(r.rec().Grace, 2), maxLateGrace))*time.Second)
+			return r.interrupted()
+		case <-patience.C:
+			r.logLink(ctx, r.successor())
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// maxLateGrace bounds the grace of a successor whose pod goes away, in seconds: kubelet waits two minutes for StopPodSandbox.
+const maxLateGrace = 90
+
+// adopt answers one CreateContainer. ended says that nothing is left to wait for.
+func (r *restart) adopt(ctx context.Context, q created) (ended bool, err error) {
+	r.failpoint("adopt")
+	asked, ours := q.req.GetConfig().GetMetadata().GetAttempt(), r.container().GetAttempt()
+	if asked != ours {
+		// Kubelet knows the successor, which has ended or been stopped since; or it knows neither, and then it is not ours to say.
+		return true, nil
+	}
+	differing := r.differs(ctx, q.req)
+	if len(differing) == 0 {
+		r.matchResources(ctx, q.req)
+		q.answer <- adoption{id: r.successor(), ok: true}
+		return true, nil
+	}
+	r.log.WithField("differing", differing).Warn("kubelet asks for another container than was prepared: it makes its own")
+	r.stopWithin(ctx, r.successor(), max(r.grace0(ctx), minGrace))
+	if err := r.removeContainer(ctx, r.successor()); err != nil {
+		return true, failf(ReasonRuntime, "%v", err)
+	}
+	if slices.Contains(differing, "image") || slices.Contains(differing, "annotations."+annotationHash) {
+		return true, failf(ReasonTakenBack, "kubelet restarted the container with another image than the upgrade's: was the pod's spec patched?")
+	}
+	r.warn("kubelet made the container itself, because it asked for another one than was prepared: %s", strings.Join(differing, ", "))
+	r.setMethod(MethodKubelet)
+	return true, nil
+}
+
+// grace0 is the grace of the pod's containers.
+func (r *restart) grace0(ctx context.Context) time.Duration {
+	if r.load(ctx) != nil {
+		return minGrace
+	}
+	return r.grace()
+}
+
+// differs names what kubelet asks for otherwise than it was prepared.
+func (r *restart) differs(ctx context.Context, asked *runtimeapi.CreateContainerRequest) []string {
+	ours, _, err := r.requestOf(ctx, r.successor(), r.rec().Sandbox)
+	if err != nil {
+		r.log.WithError(err).Warn("prepared container cannot be compared")
+		return []string{"unknown"}
+	}
+	return differs(ours, asked)
+}
+
+// matchResources gives the successor the resources that kubelet asks for, if they have changed since it was made.
+func (r *restart) matchResources(ctx context.Context, asked *runtimeapi.CreateContainerRequest) {
+	ours := r.records.request(r.successor())
+	want := asked.GetConfig().GetLinux().GetResources()
+	if ours == nil || want == nil || !resourcesDiffer(ours, asked) {
+		return
+	}
+	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
+	defer cancel()
+	if _, err := r.rt.UpdateContainerResources(call, &runtimeapi.UpdateContainerResourcesRequest{ContainerId: r.successor(), Linux: want}); err != nil {
+		r.warn("the new container did not take the resources that kubelet asked for: %v", err)
+		return
+	}
+	if b, err := proto.Marshal(want); err == nil {
+		r.records.Updated(r.successor(), b)
+	}
+}
