@@ -236,9 +236,9 @@ OPERATION   KIND      POD           CONTAINERS    PHASE     DURATION   AGE
 op-2        Restart   default/web   app,sidecar   Staging   30s        30s
 `, []string{"ops", "--active"}},
 		{"wide list", `
-OPERATION   KIND      POD           CONTAINERS    PHASE       DURATION   AGE   REQUESTER   MESSAGE
-op-2        Restart   default/web   app,sidecar   Staging     30s        30s   ctl/me      
-op-1        Restart   default/db    db            Succeeded   1.25s      90s               
+OPERATION   KIND      POD           CONTAINERS    PHASE       DURATION   AGE   IMAGES   REQUESTER   MESSAGE
+op-2        Restart   default/web   app,sidecar   Staging     30s        30s            ctl/me      
+op-1        Restart   default/db    db            Succeeded   1.25s      90s                        
 `, []string{"ops", "-o", "wide"}},
 		{"one running", `
 OPERATION   POD           CONTAINER   PHASE      ATTEMPT   EXIT   GAP   AGE   MESSAGE
@@ -409,6 +409,18 @@ func TestUsageErrors(t *testing.T) {
 		{"restart a/b -c x --expect y=id", "want NAME=ID with a NAME given as -c"},
 		{"restart a/b -c x --expect x=", "want NAME=ID"},
 		{"ops op-1 --active", "leave the UID out"},
+		{"upgrade", "name one pod"},
+		{"upgrade web -c app=i", `"web": name the pod as NAMESPACE/POD`},
+		{"upgrade a/b", "which container, and which image? give -c NAME=IMAGE"},
+		{"upgrade a/b -c app", "-c app: want NAME=IMAGE"},
+		{"upgrade a/b -c app=", "-c app=: want NAME=IMAGE"},
+		{"upgrade a/b -c =i", "-c =i: want NAME=IMAGE"},
+		{"upgrade a/b -c app=i -c app=j", "-c app is given twice"},
+		{"upgrade a/b -c app=i --order Both", "want StopFirst or StartFirst"},
+		{"upgrade a/b -c app=i --min-ready 5s", "--min-ready is for --order StartFirst"},
+		{"upgrade a/b -c app=i --hold-timeout -1s", "--hold-timeout -1s is negative"},
+		{"upgrade a/b -c app=i --prepare-only --watch", "--prepare-only ends before"},
+		{"upgrade a/b -c app=i --auth-file /nonexistent", "--auth-file: stat /nonexistent"},
 	} {
 		t.Run(tt.args, func(t *testing.T) {
 			_, err := d.run(t, strings.Fields(tt.args)...)
@@ -466,7 +478,7 @@ func TestDaemonNotThere(t *testing.T) {
 		dead: "no cri-proxy at " + dead + ": the daemon behind the socket is gone; start it",
 	} {
 		t.Setenv(socketVariable, socket)
-		for _, args := range []string{"status", "version", "ops", "ops x", "ops -w", "cancel x", "restart a/b -c c"} {
+		for _, args := range []string{"status", "version", "ops", "ops x", "ops -w", "cancel x", "restart a/b -c c", "upgrade a/b -c c=i"} {
 			err := command(io.Discard, strings.Fields(args)...).ExecuteContext(t.Context())
 			if err == nil || !strings.HasPrefix(err.Error(), want) {
 				t.Errorf("%s: got %v, want %s", args, err, want)

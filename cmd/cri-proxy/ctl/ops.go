@@ -68,8 +68,11 @@ func (c *ctl) ops() *cobra.Command {
 func (c *ctl) cancel() *cobra.Command {
 	var reason string
 	cmd := &cobra.Command{
-		Use:               "cancel UID",
-		Short:             "Cancel an operation that has not stopped anything yet",
+		Use:   "cancel UID",
+		Short: "Cancel an operation that has not stopped anything yet",
+		Long: `Cancel an operation that has not stopped anything yet, and remove what it has
+prepared. An upgrade can be cancelled until kubelet begins to stop the container,
+so not after the pod has been patched; its image stays on the node.`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: c.completeUIDs(true),
 		RunE: func(cmd *cobra.Command, args []string) error {

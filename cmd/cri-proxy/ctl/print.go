@@ -98,12 +98,19 @@ func (c *ctl) printOperation(out io.Writer, op *opsv1.Operation) error {
 		return c.print(out, op)
 	}
 	columns := []string{"OPERATION", "POD", "CONTAINER", "PHASE", "ATTEMPT", "EXIT", "GAP", "AGE"}
+	images := slices.ContainsFunc(op.GetContainers(), func(r *opsv1.ContainerOperation) bool { return r.GetImage() != "" })
 	if c.output == wide {
+		if images {
+			columns = append(columns, "IMAGE")
+		}
 		columns = append(columns, "INCUMBENT", "SUCCESSOR", "REQUESTER")
 	}
 	t := newTable(out, append(columns, "MESSAGE")...)
 	for _, r := range op.GetContainers() {
 		row := []string{op.GetUid(), podName(op.GetPod()), r.GetName(), phaseName(r.GetPhase()), attempt(r), exitCode(r), gap(r), c.age(op.GetCreateTime())}
+		if c.output == wide && images {
+			row = append(row, r.GetImage())
+		}
 		if c.output == wide {
 			row = append(row, shortID(r.GetIncumbentId()), shortID(r.GetSuccessorId()), op.GetRequester())
 		}
@@ -134,15 +141,18 @@ func (c *ctl) printList(out io.Writer, l *opsv1.ListOperationsResponse) error {
 func (c *ctl) listColumns() []string {
 	columns := []string{"OPERATION", "KIND", "POD", "CONTAINERS", "PHASE", "DURATION", "AGE"}
 	if c.output == wide {
-		columns = append(columns, "REQUESTER", "MESSAGE")
+		columns = append(columns, "IMAGES", "REQUESTER", "MESSAGE")
 	}
 	return columns
 }
 
 func (c *ctl) listRow(op *opsv1.Operation) []string {
-	var names []string
+	var names, images []string
 	for _, r := range op.GetContainers() {
 		names = append(names, r.GetName())
+		if r.GetImage() != "" {
+			images = append(images, r.GetImage())
+		}
 	}
 	end := c.now()
 	if op.GetFinishTime() != nil {
@@ -151,7 +161,7 @@ func (c *ctl) listRow(op *opsv1.Operation) []string {
 	took := end.Sub(op.GetCreateTime().AsTime())
 	row := []string{op.GetUid(), op.GetKind(), podName(op.GetPod()), strings.Join(names, ","), phaseName(op.GetPhase()), shortDuration(took), c.age(op.GetCreateTime())}
 	if c.output == wide {
-		row = append(row, op.GetRequester(), op.GetMessage())
+		row = append(row, strings.Join(images, ","), op.GetRequester(), op.GetMessage())
 	}
 	return row
 }
@@ -209,10 +219,22 @@ func containerNote(r *opsv1.ContainerOperation) string {
 	for i := range notes {
 		notes[i] = "warning: " + notes[i]
 	}
+	if p := r.GetPull(); pulling(r) {
+		text := pullState(p)
+		if p.GetPhase() == opsv1.PullPhase_PULL_FETCHING {
+			text += " " + progressText(p)
+		}
+		notes = slices.Insert(notes, 0, strings.TrimSpace(text))
+	}
 	if r.GetMessage() != "" {
 		notes = slices.Insert(notes, 0, r.GetMessage())
 	}
 	return strings.Join(notes, "; ")
+}
+
+// pulling reports whether the pull is what a container's upgrade waits for.
+func pulling(r *opsv1.ContainerOperation) bool {
+	return r.GetPhase() == opsv1.Phase_PHASE_PULLING && r.GetPull() != nil
 }
 
 func attempt(r *opsv1.ContainerOperation) string {

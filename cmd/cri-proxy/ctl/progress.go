@@ -28,10 +28,7 @@ type pullLines struct {
 
 func (l *pullLines) update(op *opsv1.PullOperation) error {
 	state := pullState(op)
-	tenths := int64(0)
-	if op.GetBytesTotal() > 0 {
-		tenths = 10 * op.GetBytesDone() / op.GetBytesTotal()
-	}
+	tenths := tenthsOf(op)
 	if state == l.last && (tenths == l.tenths || op.GetPhase() != opsv1.PullPhase_PULL_FETCHING) {
 		return nil
 	}
@@ -150,15 +147,28 @@ const (
 
 func layerLine(l *opsv1.LayerProgress, width int) string {
 	_, id, _ := strings.Cut(l.GetDigest(), ":")
-	part := 1.0
-	if l.GetBytesTotal() > 0 {
-		part = float64(l.GetBytesDone()) / float64(l.GetBytesTotal())
-	}
 	room := min(max(width-digestWidth-33, minBar), maxBar)
-	full := int(part * float64(room))
-	bar := strings.Repeat("=", full)
-	if full < room {
-		bar += ">" + strings.Repeat(" ", room-full-1)
+	return fmt.Sprintf("  %-12.12s %s  %10s of %s", id, bar(l.GetBytesDone(), l.GetBytesTotal(), room), bytesText(l.GetBytesDone()), bytesText(l.GetBytesTotal()))
+}
+
+// bar is such as "[====>    ]  50 %", room wide between the brackets.
+func bar(done, total int64, room int) string {
+	part := 1.0
+	if total > 0 {
+		part = float64(done) / float64(total)
 	}
-	return fmt.Sprintf("  %-12.12s [%s] %3d %%  %10s of %s", id, bar, int(100*part), bytesText(l.GetBytesDone()), bytesText(l.GetBytesTotal()))
+	full := int(part * float64(room))
+	text := strings.Repeat("=", full)
+	if full < room {
+		text += ">" + strings.Repeat(" ", room-full-1)
+	}
+	return fmt.Sprintf("[%s] %3d %%", text, int(100*part))
+}
+
+// tenthsOf is how many tenths of the image are there.
+func tenthsOf(op *opsv1.PullOperation) int64 {
+	if op.GetBytesTotal() == 0 {
+		return 0
+	}
+	return 10 * op.GetBytesDone() / op.GetBytesTotal()
 }

@@ -5,7 +5,6 @@ package ctl
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -95,11 +94,8 @@ func (f *pullFlags) request(image string) (*opsv1.PullRequest, error) {
 		return nil, usage("--attempts %d is negative", f.attempts)
 	}
 	req := &opsv1.PullRequest{
-		Uid: f.uid, Image: image, BytesPerSecond: int64(f.limit), RuntimeHandler: f.handler, MaxAttempts: f.attempts,
+		Uid: uidOr(f.uid), Image: image, BytesPerSecond: int64(f.limit), RuntimeHandler: f.handler, MaxAttempts: f.attempts,
 		PinFor: optional(f.pin), AttemptTimeout: optional(f.timeout), Deadline: optional(f.deadline), Owner: requester(),
-	}
-	if req.GetUid() == "" {
-		req.Uid = "ctl-" + strings.ToLower(rand.Text()[:12]) // as for restarts
 	}
 	if f.always {
 		req.Policy = opsv1.PullPolicy_PULL_POLICY_ALWAYS
@@ -143,7 +139,10 @@ func (c *ctl) runPull(cmd *cobra.Command, req *opsv1.PullRequest, wait bool) err
 	cancelled := make(chan error, 1)
 	over := make(chan struct{})
 	go func() { // ends with over
-		cancelled <- cancelOnInterrupt(ctx, interrupts, over, client, req.GetUid(), leave)
+		cancelled <- cancelOnInterrupt(ctx, interrupts, over, leave, func(call context.Context) error {
+			_, err := client.CancelPull(call, &opsv1.CancelPullRequest{Uid: req.GetUid(), Reason: "cancelled by " + requester()})
+			return err
+		})
 	}()
 	op, err = c.followPull(ctx, out, client, req)
 	close(over)
@@ -173,8 +172,8 @@ func begin(ctx context.Context, client opsv1.ImagesClient, req *opsv1.PullReques
 // errLeft ends the command at the second signal.
 var errLeft = errors.New("left")
 
-// cancelOnInterrupt cancels the pull at the first signal and leaves at the second.
-func cancelOnInterrupt(ctx context.Context, interrupts <-chan os.Signal, over <-chan struct{}, client opsv1.ImagesClient, uid string, leave context.CancelCauseFunc) error {
+// cancelOnInterrupt calls cancel at the first signal and leaves at the second.
+func cancelOnInterrupt(ctx context.Context, interrupts <-chan os.Signal, over <-chan struct{}, leave context.CancelCauseFunc, cancel func(context.Context) error) error {
 	select {
 	case <-interrupts:
 	case <-over:
@@ -182,10 +181,9 @@ func cancelOnInterrupt(ctx context.Context, interrupts <-chan os.Signal, over <-
 	}
 	answered := make(chan error, 1)
 	go func() { // ends with the call
-		call, cancel := context.WithTimeout(ctx, callTimeout)
-		defer cancel()
-		_, err := client.CancelPull(call, &opsv1.CancelPullRequest{Uid: uid, Reason: "cancelled by " + requester()})
-		answered <- err
+		call, end := context.WithTimeout(ctx, callTimeout)
+		defer end()
+		answered <- cancel(call)
 	}()
 	select {
 	case <-interrupts:

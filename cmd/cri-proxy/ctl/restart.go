@@ -100,9 +100,9 @@ if it did not succeed.`,
 
 // request turns the command line into a request.
 func (f *restartFlags) request(pod string, graceGiven bool) (*opsv1.RestartRequest, error) {
-	namespace, name, ok := strings.Cut(pod, "/")
-	if !ok || namespace == "" || name == "" || strings.Contains(name, "/") {
-		return nil, usage("%q: name the pod as NAMESPACE/POD", pod)
+	ref, err := parsePod(pod)
+	if err != nil {
+		return nil, err
 	}
 	if len(f.containers) == 0 {
 		return nil, usage("which container? give -c NAME, more than once for several")
@@ -110,18 +110,13 @@ func (f *restartFlags) request(pod string, graceGiven bool) (*opsv1.RestartReque
 	if graceGiven && (f.grace < 0 || f.grace%time.Second != 0) {
 		return nil, usage("--grace %s: want whole seconds, 0s or more", f.grace)
 	}
-	order, err := f.parseOrder()
+	order, err := parseOrder(f.order, f.minReady)
 	if err != nil {
 		return nil, err
 	}
-	uid := f.uid
-	if uid == "" {
-		// 60 bits: short enough to type, and unique among the operations of a node's last hour.
-		uid = "ctl-" + strings.ToLower(rand.Text()[:12])
-	}
 	req := &opsv1.RestartRequest{
-		Uid:       uid,
-		Pod:       &opsv1.PodRef{Namespace: namespace, Name: name},
+		Uid:       uidOr(f.uid),
+		Pod:       ref,
 		Ordered:   f.ordered,
 		Force:     f.force,
 		Requester: requester(),
@@ -160,18 +155,35 @@ const (
 	orderStartFirst = "StartFirst"
 )
 
-func (f *restartFlags) parseOrder() (opsv1.Order, error) {
+func parseOrder(order string, minReady time.Duration) (opsv1.Order, error) {
 	switch {
-	case f.minReady < 0 || f.minReady%time.Second != 0 || f.minReady > time.Hour:
-		return 0, usage("--min-ready %s: want whole seconds, at most 1h", f.minReady)
-	case f.order == orderStartFirst:
+	case minReady < 0 || minReady%time.Second != 0 || minReady > time.Hour:
+		return 0, usage("--min-ready %s: want whole seconds, at most 1h", minReady)
+	case order == orderStartFirst:
 		return opsv1.Order_ORDER_START_FIRST, nil
-	case f.order != orderStopFirst:
-		return 0, usage("--order %q: want StopFirst or StartFirst", f.order)
-	case f.minReady != 0:
+	case order != orderStopFirst:
+		return 0, usage("--order %q: want StopFirst or StartFirst", order)
+	case minReady != 0:
 		return 0, usage("--min-ready is for --order StartFirst")
 	}
 	return opsv1.Order_ORDER_UNSPECIFIED, nil
+}
+
+func parsePod(pod string) (*opsv1.PodRef, error) {
+	namespace, name, ok := strings.Cut(pod, "/")
+	if !ok || namespace == "" || name == "" || strings.Contains(name, "/") {
+		return nil, usage("%q: name the pod as NAMESPACE/POD", pod)
+	}
+	return &opsv1.PodRef{Namespace: namespace, Name: name}, nil
+}
+
+// uidOr returns the UID that was given, or a new one.
+func uidOr(given string) string {
+	if given != "" {
+		return given
+	}
+	// 60 bits: short enough to type, and unique among the operations of a node's last hour.
+	return "ctl-" + strings.ToLower(rand.Text()[:12])
 }
 
 // requester returns who asks, behind sudo too, for the daemon's audit line.

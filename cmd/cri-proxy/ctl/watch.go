@@ -28,15 +28,22 @@ const restartWait = 30 * time.Second
 
 // watch follows one operation to its end and returns its outcome.
 func (c *ctl) watch(ctx context.Context, out io.Writer, client opsv1.OpsClient, uid string) error {
-	var view watchView
+	return watchTo(ctx, c.view(out), client, uid)
+}
+
+// view is how the course of an operation is shown on out.
+func (c *ctl) view(out io.Writer) watchView {
 	switch {
 	case c.output.structured():
-		view = &documents{c: c, out: out}
+		return &documents{c: c, out: out}
 	case isTerminal(out):
-		view = &screen{c: c, out: out}
-	default:
-		view = &lines{c: c, out: out, last: map[string]string{}}
+		return &screen{c: c, out: out}
 	}
+	return &lines{c: c, out: out, last: map[string]string{}}
+}
+
+// watchTo is watch with a view that may have shown something already.
+func watchTo(ctx context.Context, view watchView, client opsv1.OpsClient, uid string) error {
 	op, err := follow(ctx, func(ctx context.Context, o ...grpc.CallOption) (grpc.ServerStreamingClient[opsv1.Operation], error) {
 		return client.WatchOperation(ctx, &opsv1.WatchOperationRequest{Uid: uid}, o...)
 	}, view.update)
@@ -127,7 +134,7 @@ type documents struct {
 
 func (d *documents) update(op *opsv1.Operation) error { return d.c.print(d.out, op) }
 
-// lines prints a line for every change of a container: for pipes and logs.
+// lines prints a line for every change of a container, and every tenth of a pull: for pipes and logs.
 type lines struct {
 	c    *ctl
 	out  io.Writer
@@ -140,10 +147,14 @@ func (l *lines) update(op *opsv1.Operation) error {
 		if note := containerNote(r); note != "" {
 			text += ": " + note
 		}
-		if l.last[r.GetName()] == text {
+		key := text
+		if p := r.GetPull(); pulling(r) && p.GetPhase() == opsv1.PullPhase_PULL_FETCHING {
+			key = fmt.Sprint(phaseName(r.GetPhase()), pullState(p), tenthsOf(p), r.GetWarnings())
+		}
+		if l.last[r.GetName()] == key {
 			continue
 		}
-		l.last[r.GetName()] = text
+		l.last[r.GetName()] = key
 		if _, err := fmt.Fprintf(l.out, "%s %s %s %s\n", l.c.now().Format("15:04:05.000"), podName(op.GetPod()), r.GetName(), text); err != nil {
 			return err
 		}
@@ -151,7 +162,7 @@ func (l *lines) update(op *opsv1.Operation) error {
 	return nil
 }
 
-// screen draws the table of containers over itself.
+// screen draws the table of containers over itself, with a bar for each pull below.
 type screen struct {
 	c     *ctl
 	out   io.Writer
@@ -168,6 +179,11 @@ func (s *screen) update(op *opsv1.Operation) error {
 	before := b.Len()
 	if err := s.c.printOperation(&b, op); err != nil {
 		return err
+	}
+	for _, r := range op.GetContainers() {
+		if p := r.GetPull(); pulling(r) && p.GetBytesTotal() > 0 {
+			fmt.Fprintf(&b, "  %s %s\n", bar(p.GetBytesDone(), p.GetBytesTotal(), maxBar), r.GetImage())
+		}
 	}
 	s.drawn = bytes.Count(b.Bytes()[before:], []byte("\n"))
 	b.WriteString("\x1b[?7h")
