@@ -5,7 +5,7 @@ package ops
 
 import (
 	"context"
-	"fmt"
+	"strings"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -213,4 +213,4 @@ func (e *Engine) release(o *operation) error {
 	return nil
 }
 
-func phaseName(p opsv1.Phase) string { return fmt.Sprint(p) }
+func phaseName(p opsv1.Phase) string { return strings.ToLower(strings.TrimPrefix(p.String(), "PHASE_")) }

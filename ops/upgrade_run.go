@@ -277,7 +277,9 @@ func (r *restart) dress(ctx context.Context, c *runtimeapi.ContainerConfig) erro
 	}
 	c.Image.Image, c.Image.UserSpecifiedImage = r.up.image.GetId(), r.up.want.GetImage()
 	c.Annotations[annotationHash] = kubeletHash(c.GetMetadata().GetName(), r.up.want.GetImage())
-	adoptImageUser(c, r.up.old, r.up.image)
+	if r.up.want.RunAsUser == nil { // else it is the pod's and not the image's
+		adoptImageUser(c, r.up.old, r.up.image)
+	}
 	return nil
 }
 

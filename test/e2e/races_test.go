@@ -51,8 +51,14 @@ func scratchDir(t testing.TB, name string) string {
 // hold restarts the proxy so that the next restart waits at the point until it is released.
 func hold(t testing.TB, point string) *held {
 	t.Helper()
+	return holdAt(t, "restart."+point)
+}
+
+// holdAt is hold for operations of any kind.
+func holdAt(t testing.TB, point string) *held {
+	t.Helper()
 	h := &held{t: t, dir: scratchDir(t, "hold")}
-	setFailpoint(t, "restart."+point+"=pause:"+h.dir)
+	setFailpoint(t, point+"=pause:"+h.dir)
 	restartProxy(t, syscall.SIGTERM)
 	setFailpoint(t, "")
 	t.Cleanup(h.release) // a test that fails on the way must not leave the proxy stuck

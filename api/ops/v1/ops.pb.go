@@ -559,7 +559,8 @@ type ContainerUpgrade struct {
 	// min_ready_seconds is how long, with START_FIRST, the new container must have run before the upgrade is armed; at most 3600.
 	MinReadySeconds int32 `protobuf:"varint,5,opt,name=min_ready_seconds,json=minReadySeconds,proto3" json:"min_ready_seconds,omitempty"`
 	// run_as_non_root is that of the container's security context, or else the pod's: an image that would run as root is refused,
-	// as kubelet would refuse it. run_as_user is the user there, if set.
+	// as kubelet would refuse it. run_as_user is the user there, if set; without, the user of the new image takes the place of the old
+	// image's.
 	RunAsNonRoot bool   `protobuf:"varint,6,opt,name=run_as_non_root,json=runAsNonRoot,proto3" json:"run_as_non_root,omitempty"`
 	RunAsUser    *int64 `protobuf:"varint,7,opt,name=run_as_user,json=runAsUser,proto3,oneof" json:"run_as_user,omitempty"`
 	// pull_policy is the container's: with Always, kubelet will ask the registry too, and must find the same image.
