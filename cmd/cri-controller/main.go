@@ -27,6 +27,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
 	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull"
+	"github.com/cri-proxy/cri-proxy/controller/rollout"
 )
 
 // leaseName is the Lease that decides which replica works; deploy/rbac grants it.
@@ -69,7 +70,7 @@ func newCommand() *cobra.Command {
 	var s settings
 	cmd := &cobra.Command{
 		Use:           "cri-controller",
-		Short:         "Restart containers in place and pull images ahead of time, as custom resources say",
+		Short:         "Restart containers in place, change their images in place and pull images ahead of time, as custom resources say",
 		Version:       version.Short(),
 		Args:          cobra.NoArgs,
 		SilenceErrors: true,
@@ -161,6 +162,9 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 	if err := setUpImagePull(ctx, m, s, nodes, log); err != nil {
 		return err
 	}
+	if err := setUpRollout(ctx, m, s, nodes, log); err != nil {
+		return err
+	}
 	if err := m.AddHealthzCheck("ping", healthz.Ping); err != nil {
 		return err
 	}
@@ -190,6 +194,19 @@ func setUpImagePull(ctx context.Context, m ctrl.Manager, s settings, nodes image
 	}
 	lists := &imagepull.ListReconciler{Client: m.GetClient(), Recorder: recorder, Metrics: counters, Log: log}
 	return lists.SetupWithManager(ctx, m, s.workers)
+}
+
+// setUpRollout adds what carries out rollouts.
+func setUpRollout(ctx context.Context, m ctrl.Manager, s settings, nodes rollout.Nodes, log logrus.FieldLogger) error {
+	counters, err := rollout.NewMetrics(metrics.Registry)
+	if err != nil {
+		return err
+	}
+	r := &rollout.Reconciler{
+		Client: m.GetClient(), APIReader: m.GetAPIReader(), Nodes: nodes, NodePort: s.nodePort,
+		Recorder: m.GetEventRecorder("cri-controller"), Metrics: counters, Log: log,
+	}
+	return r.SetupWithManager(ctx, m, s.workers)
 }
 
 // restConfig prefers the flag, then $KUBECONFIG, then the pod's service account.

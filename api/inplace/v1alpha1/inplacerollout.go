@@ -137,7 +137,7 @@ const (
 
 // Strategy says how the pods of a rollout are changed.
 //
-// +kubebuilder:validation:XValidation:rule="self.progressDeadlineSeconds > self.minReadySeconds + self.drainSeconds",message="progressDeadlineSeconds must be greater than minReadySeconds and drainSeconds together: no pod could be in time"
+// +kubebuilder:validation:XValidation:rule="(has(self.progressDeadlineSeconds) ? self.progressDeadlineSeconds : 600) > (has(self.minReadySeconds) ? self.minReadySeconds : 0) + (has(self.drainSeconds) ? self.drainSeconds : 0)",message="progressDeadlineSeconds must be greater than minReadySeconds and drainSeconds together: no pod could be in time"
 type Strategy struct {
 	// maxUnavailable is how many pods may be unavailable at once, whatever the cause: a number from 1, or a percentage of the
 	// pods, rounded down but at least one. PodDisruptionBudgets are kept as well. A pod that is not available anyway is changed
@@ -275,6 +275,11 @@ type InPlaceRolloutStatus struct {
 	//
 	// +optional
 	CompletionTime *metav1.Time `json:"completionTime,omitempty"`
+
+	// lastSuccessTime is when the pods last all had what they were to get. A rollback undoes what was done after that.
+	//
+	// +optional
+	LastSuccessTime *metav1.MicroTime `json:"lastSuccessTime,omitempty"`
 
 	// message says in a sentence how it stands.
 	//

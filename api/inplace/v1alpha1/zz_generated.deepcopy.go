@@ -151,6 +151,10 @@ func (in *InPlaceRolloutStatus) DeepCopyInto(out *InPlaceRolloutStatus) {
 		in, out := &in.CompletionTime, &out.CompletionTime
 		*out = (*in).DeepCopy()
 	}
+	if in.LastSuccessTime != nil {
+		in, out := &in.LastSuccessTime, &out.LastSuccessTime
+		*out = (*in).DeepCopy()
+	}
 	if in.Conditions != nil {
 		in, out := &in.Conditions, &out.Conditions
 		*out = make([]v1.Condition, len(*in))

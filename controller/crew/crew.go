@@ -1,0 +1,44 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+// Package crew owns goroutines that outlive the reconcile which wanted them.
+package crew
+
+import (
+	"context"
+	"sync"
+)
+
+// Crew owns goroutines. It is a manager.Runnable.
+type Crew struct {
+	work  chan func(context.Context)
+	ended chan struct{}
+}
+
+// New returns a crew whose work begins with Start.
+func New() *Crew {
+	return &Crew{work: make(chan func(context.Context)), ended: make(chan struct{})}
+}
+
+// Start runs what Do is given until ctx is done and all of it has ended. It returns nil.
+func (c *Crew) Start(ctx context.Context) error {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer close(c.ended)
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case f := <-c.work:
+			wg.Go(func() { f(ctx) })
+		}
+	}
+}
+
+// Do lets f run, as soon as Start does. After Start has ended, f is dropped.
+func (c *Crew) Do(f func(context.Context)) {
+	select {
+	case c.work <- f:
+	case <-c.ended:
+	}
+}

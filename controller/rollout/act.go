@@ -1,0 +1,229 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package rollout
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+// roundsMax is how often the preparation of a pod is begun anew.
+const roundsMax = 8
+
+// item is a pod in a pass.
+type item struct {
+	pod     *corev1.Pod
+	m       *member
+	goal    goal
+	verdict verdict
+	ordinal int
+	stale   bool
+}
+
+// armed says that the pod may be patched.
+func armed(phase opsv1.Phase) bool {
+	switch phase {
+	case opsv1.Phase_PHASE_ARMED, opsv1.Phase_PHASE_ADOPTING, opsv1.Phase_PHASE_STOPPING, opsv1.Phase_PHASE_STARTING, opsv1.Phase_PHASE_REVEALING, opsv1.Phase_PHASE_SUCCEEDED:
+		return true
+	}
+	return false
+}
+
+// settlePreparation decides what becomes of a preparation that has ended without the pod having been changed.
+func (p *pass) settlePreparation(i *item) {
+	w, m := p.work, i.m
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	t := m.visit
+	if t == nil || t.over || m.mark.by(i.goal) && t.uid == m.mark.Operation {
+		return
+	}
+	once := false
+	switch {
+	case t.failed != nil:
+		once = t.stale
+	case t.op.GetFinishTime() != nil && t.op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED:
+		reason, message := failPreparation, accountOf(t.op)
+		for _, c := range t.op.GetContainers() {
+			if c.GetPhase() == opsv1.Phase_PHASE_FAILED || c.GetPhase() == opsv1.Phase_PHASE_CANCELLED {
+				if c.GetReason() != "" {
+					reason = c.GetReason()
+				}
+				once = slices.Contains(again, c.GetReason())
+			}
+		}
+		t.failed = &failure{reason, message}
+	default:
+		return
+	}
+	switch {
+	case once && m.round < roundsMax:
+		m.round++
+		m.visit = nil
+		p.wait = sooner(p.wait, min(tellPause<<m.round, tellPauseMax))
+		m.retryAt = p.now.Add(min(tellPause<<m.round, tellPauseMax))
+	case i.goal.undo:
+		// What was before must come back, with the node's help or without.
+		m.plain, m.visit = true, nil
+	}
+}
+
+// preparation is how far the node is.
+func (p *pass) preparation(i *item) readiness {
+	if len(i.verdict.images) == 0 || i.m.plain {
+		return prepared
+	}
+	if _, running := idsOf(i.pod, sortedKeys(i.verdict.images)); !running {
+		return prepared // there is nothing to take over from
+	}
+	p.work.mu.Lock()
+	defer p.work.mu.Unlock()
+	t := i.m.visit
+	switch {
+	case t == nil || t.uid != p.upgradeUID(i):
+		if p.now.Before(i.m.retryAt) {
+			return preparing
+		}
+		return unprepared
+	case t.op.GetPhase() == opsv1.Phase_PHASE_PREPARED || armed(t.op.GetPhase()):
+		return prepared
+	}
+	return preparing
+}
+
+// step takes a pod whose turn it is a step further.
+func (p *pass) step(ctx context.Context, i *item) error {
+	i.m.turn = true
+	if i.stale {
+		return nil
+	}
+	if len(gatesOf(i.pod)) > 0 {
+		shut, since := shutBy(i.pod)
+		if shut != p.rollout.UID {
+			return p.setGates(ctx, i, p.rollout.UID)
+		}
+		if left := since.Add(p.strategy.drain).Sub(p.now); p.strategy.drain > 0 && left > 0 {
+			p.wait = sooner(p.wait, left)
+			return nil
+		}
+	}
+	_, running := idsOf(i.pod, sortedKeys(i.verdict.images))
+	if len(i.verdict.images) == 0 || i.m.plain || !running {
+		return p.write(ctx, i, "")
+	}
+	p.work.mu.Lock()
+	t := i.m.visit
+	current := t != nil && t.uid == p.upgradeUID(i)
+	var phase opsv1.Phase
+	if current {
+		phase = t.op.GetPhase()
+	}
+	p.work.mu.Unlock()
+	switch {
+	case !current:
+		p.prepare(i) // a container has been replaced meanwhile
+	case phase == opsv1.Phase_PHASE_PREPARED:
+		p.commit(i)
+	case armed(phase):
+		return p.write(ctx, i, t.uid)
+	}
+	return nil
+}
+
+// setGates closes the pod's gates for a rollout, or with an empty UID opens them.
+func (p *pass) setGates(ctx context.Context, i *item, rollout types.UID) error {
+	patch, err := gatePatch(i.pod, rollout, "changes containers of InPlaceRollout "+p.rollout.Name, stamp(p.now).Time)
+	if err != nil {
+		return err
+	}
+	target := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: i.pod.Namespace, Name: i.pod.Name}}
+	if err := p.r.Client.Status().Patch(ctx, target, client.RawPatch(types.StrategicMergePatchType, patch)); err != nil {
+		return err
+	}
+	i.m.written = versionOf(target.ResourceVersion)
+	p.r.Metrics.wrote("pod status")
+	p.log.WithField("pod", i.pod.Name).Debugf("gates: out of service %v", rollout != "")
+	return nil
+}
+
+// write changes the pod: its images, the label of its revision, and the mark that says so, in one patch.
+func (p *pass) write(ctx context.Context, i *item, operation string) error {
+	m := &mark{Rollout: p.rollout.UID, Revision: i.goal.revision, Operation: operation, Time: metav1.NewMicroTime(p.now), Containers: map[string]was{}}
+	lists := map[bool][]any{}
+	unfinished := i.m.mark != nil && i.m.mark.Rollout == p.rollout.UID && i.m.mark.Time.After(p.lastSuccess())
+	for _, name := range append(sortedKeys(i.verdict.images), i.verdict.restarts...) {
+		c, sidecar := containerOf(i.pod, name)
+		w := was{Image: c.Image, Base: c.Image}
+		if cs := statusOf(i.pod, name); cs != nil {
+			w.ID, w.ImageID = cs.ContainerID, cs.ImageID
+		}
+		if unfinished {
+			if old := i.m.mark.Containers[name]; old.Base != "" {
+				w.Base = old.Base
+			}
+		}
+		m.Containers[name] = w
+		if image := i.verdict.images[name]; image != "" {
+			lists[sidecar] = append(lists[sidecar], map[string]any{"name": name, "image": image})
+		}
+	}
+	if unfinished { // containers that are not changed now can still be undone
+		for name, old := range i.m.mark.Containers {
+			if c, _ := containerOf(i.pod, name); c != nil && old.Base != "" && old.Base != c.Image {
+				if _, ok := m.Containers[name]; !ok {
+					m.Containers[name] = old
+				}
+			}
+		}
+	}
+	text, err := json.Marshal(m)
+	if err != nil {
+		return err
+	}
+	meta := map[string]any{"uid": i.pod.UID, "resourceVersion": i.pod.ResourceVersion, "annotations": map[string]any{inplace.PodStateAnnotation: string(text)}}
+	if p.target.workload != nil {
+		if label := p.target.workload.revisionLabel(i.pod, i.verdict.images); label != "" {
+			meta["labels"] = map[string]any{revisionLabel: label}
+		}
+	}
+	spec := map[string]any{}
+	for sidecar, list := range lists {
+		spec[map[bool]string{false: "containers", true: "initContainers"}[sidecar]] = list
+	}
+	body := map[string]any{"metadata": meta}
+	if len(spec) > 0 {
+		body["spec"] = spec
+	}
+	patch, err := json.Marshal(body)
+	if err != nil {
+		return err
+	}
+	target := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: i.pod.Namespace, Name: i.pod.Name}}
+	if err := p.r.Client.Patch(ctx, target, client.RawPatch(types.StrategicMergePatchType, patch)); err != nil {
+		return fmt.Errorf("changing pod %s: %w", i.pod.Name, err)
+	}
+	i.m.written = versionOf(target.ResourceVersion)
+	p.r.Metrics.wrote("pod")
+	p.log.WithField("pod", i.pod.Name).WithField("op", operation).WithField("revision", i.goal.revision).Info("pod changed")
+	return nil
+}
+
+// lastSuccess is when the rollout last was where it should be.
+func (p *pass) lastSuccess() time.Time {
+	if t := p.rollout.Status.LastSuccessTime; t != nil {
+		return t.Time
+	}
+	return time.Time{}
+}

@@ -1,0 +1,84 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package rollout
+
+import (
+	"context"
+	"fmt"
+
+	corev1 "k8s.io/api/core/v1"
+	policyv1 "k8s.io/api/policy/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+)
+
+// disruptions is what a PodDisruptionBudget has left.
+type disruptions struct {
+	name     string
+	selector labels.Selector
+	left     int
+}
+
+// budgetsOf reads the budgets of a namespace that are about any of the pods. doomed says that a pod, though ready, is about to
+// be disrupted: the budget does not know that yet.
+func budgetsOf(ctx context.Context, from client.Reader, namespace string, chosen []candidate, doomed func(*corev1.Pod) bool) ([]*disruptions, error) {
+	var list policyv1.PodDisruptionBudgetList
+	if err := from.List(ctx, &list, client.InNamespace(namespace), client.UnsafeDisableDeepCopy); err != nil {
+		return nil, err
+	}
+	var budgets []*disruptions
+	for i := range list.Items {
+		b := &list.Items[i]
+		selector, err := metav1.LabelSelectorAsSelector(b.Spec.Selector)
+		if err != nil || !matchesAny(selector, chosen) {
+			continue
+		}
+		var pods corev1.PodList
+		if err := from.List(ctx, &pods, client.InNamespace(namespace), client.MatchingLabelsSelector{Selector: selector}, client.UnsafeDisableDeepCopy); err != nil {
+			return nil, err
+		}
+		healthy, coming := 0, 0
+		for j := range pods.Items {
+			pod := &pods.Items[j]
+			if ready := conditionOf(pod, corev1.PodReady); pod.DeletionTimestamp == nil && ready != nil && ready.Status == corev1.ConditionTrue {
+				healthy++
+				if doomed(pod) {
+					coming++
+				}
+			}
+		}
+		// The budget's own count lags behind the pods.
+		left := min(int(b.Status.DisruptionsAllowed), healthy-int(b.Status.DesiredHealthy)) - coming
+		if b.Status.ObservedGeneration < b.Generation {
+			left = 0
+		}
+		budgets = append(budgets, &disruptions{b.Name, selector, left})
+	}
+	return budgets, nil
+}
+
+func matchesAny(s labels.Selector, pods []candidate) bool {
+	for _, c := range pods {
+		if s.Matches(labels.Set(c.pod.Labels)) {
+			return true
+		}
+	}
+	return false
+}
+
+// take lets a pod go if all budgets do.
+func take(budgets []*disruptions, pod *corev1.Pod) (bool, string) {
+	for _, b := range budgets {
+		if b.left <= 0 && b.selector.Matches(labels.Set(pod.Labels)) {
+			return false, fmt.Sprintf("PodDisruptionBudget %s lets no further pod become unavailable", b.name)
+		}
+	}
+	for _, b := range budgets {
+		if b.selector.Matches(labels.Set(pod.Labels)) {
+			b.left--
+		}
+	}
+	return true, ""
+}

@@ -1,0 +1,359 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package rollout
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller"
+)
+
+// fleet are nodes that do as the Ops service says, in one process. It outlives controllers.
+type fleet struct {
+	mu    sync.Mutex
+	nodes map[string]*simNode
+	calls map[string]int
+	// pulls are how long an image takes, breaks how its preparation fails: by what its name ends with.
+	pulls  time.Duration
+	breaks map[string]string
+	// swap lets the pod's container be replaced, for Restart.
+	swap func(podUID, container, id string)
+	ctx  context.Context
+	stop context.CancelFunc
+	wg   sync.WaitGroup
+}
+
+// simNode is one node. The fields say how it behaves.
+type simNode struct {
+	silent  bool // it does not answer
+	refused bool // nothing listens
+	deaf    bool // its preparations never end
+
+	ops      map[string]*simOp
+	requests []*opsv1.PrepareUpgradeRequest // those that began an operation
+	restarts []*opsv1.RestartRequest
+	pins     map[string]bool // by owner
+}
+
+type simOp struct {
+	request  proto.Message
+	op       *opsv1.Operation
+	changed  chan struct{}
+	upgrades []*opsv1.ContainerUpgrade
+}
+
+func newFleet() *fleet {
+	f := &fleet{nodes: map[string]*simNode{}, calls: map[string]int{}, pulls: 2 * time.Second, breaks: map[string]string{}}
+	f.ctx, f.stop = context.WithCancel(context.Background())
+	return f
+}
+
+func (f *fleet) end() {
+	f.stop()
+	f.wg.Wait()
+}
+
+func (f *fleet) add(name string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.nodes[name] = &simNode{ops: map[string]*simOp{}, pins: map[string]bool{}}
+}
+
+// change changes how a node behaves.
+func (f *fleet) change(name string, how func(*simNode)) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	how(f.nodes[name])
+}
+
+func (f *fleet) node(ctx context.Context, n controller.Node, method string) (*simNode, error) {
+	f.mu.Lock()
+	node := f.nodes[n.Name]
+	f.calls[method]++
+	silent, refused := node == nil || node.silent, node != nil && node.refused
+	f.mu.Unlock()
+	fail := func(code codes.Code, message string) error {
+		return &controller.NodeError{Node: n, Method: method, Err: status.Error(code, message), Silent: true}
+	}
+	if refused {
+		return nil, fail(codes.Unavailable, "dial tcp "+n.Address+": connect: connection refused")
+	}
+	if silent {
+		patience := 5 * time.Second
+		if method == "WatchOperation" {
+			patience = 24 * time.Hour
+		}
+		pause(ctx, patience)
+		return nil, fail(codes.DeadlineExceeded, "context deadline exceeded")
+	}
+	return node, ctx.Err()
+}
+
+func answer(n controller.Node, method string, code codes.Code, message string) error {
+	return &controller.NodeError{Node: n, Method: method, Err: status.Error(code, message)}
+}
+
+func (f *fleet) update(o *simOp, change func(*opsv1.Operation)) {
+	if o.op.GetFinishTime() != nil {
+		return
+	}
+	change(o.op)
+	switch o.op.GetPhase() {
+	case opsv1.Phase_PHASE_SUCCEEDED, opsv1.Phase_PHASE_FAILED, opsv1.Phase_PHASE_CANCELLED:
+		o.op.FinishTime = timestamppb.Now()
+	}
+	for _, c := range o.op.GetContainers() {
+		c.Phase = o.op.GetPhase()
+	}
+	close(o.changed)
+	o.changed = make(chan struct{})
+}
+
+func (f *fleet) PrepareUpgrade(ctx context.Context, n controller.Node, r *opsv1.PrepareUpgradeRequest) (*opsv1.Operation, error) {
+	const method = "PrepareUpgrade"
+	node, err := f.node(ctx, n, method)
+	if err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	bare := proto.Clone(r).(*opsv1.PrepareUpgradeRequest)
+	bare.Credentials = nil
+	if o := node.ops[r.GetUid()]; o != nil {
+		if !proto.Equal(o.request, bare) {
+			return nil, answer(n, method, codes.AlreadyExists, "another request has this UID")
+		}
+		return proto.Clone(o.op).(*opsv1.Operation), nil
+	}
+	node.requests = append(node.requests, proto.Clone(r).(*opsv1.PrepareUpgradeRequest))
+	node.pins[r.GetOwner()] = true
+	o := &simOp{request: bare, changed: make(chan struct{}), upgrades: r.GetContainers(), op: &opsv1.Operation{
+		Uid: r.GetUid(), Kind: "Upgrade", Pod: r.GetPod(), Phase: opsv1.Phase_PHASE_PULLING, CreateTime: timestamppb.Now(),
+	}}
+	broken := ""
+	for _, c := range r.GetContainers() {
+		o.op.Containers = append(o.op.Containers, &opsv1.ContainerOperation{Name: c.GetName(), Image: c.GetImage(), Phase: opsv1.Phase_PHASE_PULLING, IncumbentId: bareID(c.GetExpectedContainerId())})
+		for suffix, reason := range f.breaks {
+			if strings.HasSuffix(c.GetImage(), suffix) {
+				broken = reason
+			}
+		}
+	}
+	node.ops[r.GetUid()] = o
+	takes, deaf := f.pulls, node.deaf
+	f.wg.Go(func() {
+		if deaf || !pause(f.ctx, takes) {
+			return
+		}
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.update(o, func(op *opsv1.Operation) {
+			op.Phase = opsv1.Phase_PHASE_PREPARED
+			if broken != "" {
+				op.Phase = opsv1.Phase_PHASE_FAILED
+				op.Containers[0].Reason, op.Containers[0].Message = broken, "the registry says "+broken
+			}
+		})
+	})
+	return proto.Clone(o.op).(*opsv1.Operation), nil
+}
+
+func (f *fleet) CommitUpgrade(ctx context.Context, n controller.Node, uid string) (*opsv1.Operation, error) {
+	const method = "CommitUpgrade"
+	node, err := f.node(ctx, n, method)
+	if err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	o := node.ops[uid]
+	switch {
+	case o == nil:
+		return nil, answer(n, method, codes.NotFound, "no such operation")
+	case o.op.GetPhase() == opsv1.Phase_PHASE_ARMED:
+	case o.op.GetPhase() != opsv1.Phase_PHASE_PREPARED:
+		return nil, answer(n, method, codes.FailedPrecondition, "the operation is "+o.op.GetPhase().String())
+	default:
+		f.wg.Go(func() {
+			if pause(f.ctx, 100*time.Millisecond) {
+				f.mu.Lock()
+				defer f.mu.Unlock()
+				if o.op.GetPhase() == opsv1.Phase_PHASE_PREPARED {
+					f.update(o, func(op *opsv1.Operation) { op.Phase = opsv1.Phase_PHASE_ARMED })
+				}
+			}
+		})
+	}
+	return proto.Clone(o.op).(*opsv1.Operation), nil
+}
+
+// adopt is what kubelet's calls make of an armed operation: it returns whether the node had one for the container and image.
+func (f *fleet) adopt(nodeName, podUID, container, image, id string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	node := f.nodes[nodeName]
+	if node == nil {
+		return false
+	}
+	for _, o := range node.ops {
+		if o.op.GetPhase() != opsv1.Phase_PHASE_ARMED || o.op.GetPod().GetUid() != podUID {
+			continue
+		}
+		i := slices.IndexFunc(o.upgrades, func(u *opsv1.ContainerUpgrade) bool { return u.GetName() == container && u.GetImage() == image })
+		if i < 0 {
+			continue
+		}
+		o.op.Containers[i].SuccessorId = id
+		done := true
+		for _, c := range o.op.GetContainers() {
+			done = done && c.GetSuccessorId() != ""
+		}
+		if done {
+			f.update(o, func(op *opsv1.Operation) { op.Phase = opsv1.Phase_PHASE_SUCCEEDED })
+		}
+		return true
+	}
+	return false
+}
+
+func (f *fleet) AbortUpgrade(ctx context.Context, n controller.Node, uid, reason string) (*opsv1.Operation, error) {
+	const method = "AbortUpgrade"
+	node, err := f.node(ctx, n, method)
+	if err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	o := node.ops[uid]
+	if o == nil {
+		return nil, answer(n, method, codes.NotFound, "no such operation")
+	}
+	f.update(o, func(op *opsv1.Operation) {
+		op.Phase, op.Message = opsv1.Phase_PHASE_CANCELLED, reason
+		for _, c := range op.GetContainers() {
+			c.Reason = "Cancelled"
+		}
+	})
+	return proto.Clone(o.op).(*opsv1.Operation), nil
+}
+
+func (f *fleet) Restart(ctx context.Context, n controller.Node, r *opsv1.RestartRequest) (*opsv1.Operation, error) {
+	node, err := f.node(ctx, n, "Restart")
+	if err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if o := node.ops[r.GetUid()]; o != nil {
+		return proto.Clone(o.op).(*opsv1.Operation), nil
+	}
+	node.restarts = append(node.restarts, r)
+	o := &simOp{request: r, changed: make(chan struct{}), op: &opsv1.Operation{Uid: r.GetUid(), Kind: "Restart", Pod: r.GetPod(), Phase: opsv1.Phase_PHASE_STAGING, CreateTime: timestamppb.Now()}}
+	node.ops[r.GetUid()] = o
+	f.wg.Go(func() {
+		if !pause(f.ctx, time.Second) {
+			return
+		}
+		for _, c := range r.GetContainers() {
+			id := fmt.Sprintf("restarted-%s-%s", r.GetPod().GetUid(), c.GetName())
+			f.swap(r.GetPod().GetUid(), c.GetName(), id)
+			f.mu.Lock()
+			o.op.Containers = append(o.op.Containers, &opsv1.ContainerOperation{Name: c.GetName(), SuccessorId: id})
+			f.mu.Unlock()
+		}
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.update(o, func(op *opsv1.Operation) { op.Phase = opsv1.Phase_PHASE_SUCCEEDED })
+	})
+	return proto.Clone(o.op).(*opsv1.Operation), nil
+}
+
+func (f *fleet) GetOperation(ctx context.Context, n controller.Node, uid string) (*opsv1.Operation, error) {
+	node, err := f.node(ctx, n, "GetOperation")
+	if err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if o := node.ops[uid]; o != nil {
+		return proto.Clone(o.op).(*opsv1.Operation), nil
+	}
+	return nil, answer(n, "GetOperation", codes.NotFound, "no such operation")
+}
+
+func (f *fleet) WatchOperation(ctx context.Context, n controller.Node, uid string, each func(*opsv1.Operation)) error {
+	node, err := f.node(ctx, n, "WatchOperation")
+	if err != nil {
+		return err
+	}
+	for {
+		f.mu.Lock()
+		o := node.ops[uid]
+		if o == nil {
+			f.mu.Unlock()
+			return answer(n, "WatchOperation", codes.NotFound, "no such operation")
+		}
+		op, changed, silent := proto.Clone(o.op).(*opsv1.Operation), o.changed, node.silent
+		f.mu.Unlock()
+		if silent { // a stream whose other end has vanished
+			<-ctx.Done()
+		}
+		if ctx.Err() != nil {
+			return answer(n, "WatchOperation", codes.Canceled, "context canceled")
+		}
+		if each(op); op.GetFinishTime() != nil {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+		}
+	}
+}
+
+func (f *fleet) ReleasePins(ctx context.Context, n controller.Node, owner, _ string) (int, error) {
+	node, err := f.node(ctx, n, "ReleasePins")
+	if err != nil {
+		return 0, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !node.pins[owner] {
+		return 0, nil
+	}
+	delete(node.pins, owner)
+	return 1, nil
+}
+
+// pinned is how many pins there are.
+func (f *fleet) pinned() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	n := 0
+	for _, node := range f.nodes {
+		n += len(node.pins)
+	}
+	return n
+}
+
+func (f *fleet) prepared() []*opsv1.PrepareUpgradeRequest {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var all []*opsv1.PrepareUpgradeRequest
+	for _, name := range sortedKeys(f.nodes) {
+		all = append(all, f.nodes[name].requests...)
+	}
+	return all
+}

@@ -1,0 +1,424 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package rollout
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/distribution/reference"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+// stage is where a pod stands on its way to a goal.
+type stage int
+
+const (
+	// outdated: something is still to be written into the pod.
+	outdated stage = iota
+	// changing: it is written, and not there yet.
+	changing
+	// updated: the pod runs what it should. It need not be available.
+	updated
+	// broken: it will not get there by itself.
+	broken
+)
+
+// Reasons of pods that fail, besides the node's own.
+const (
+	failNoContainer  = "NoSuchContainer"
+	failStatic       = "StaticPod"
+	failExited       = "ContainerExited"
+	failCrashed      = "ContainerCrashed"
+	failDeadline     = "ProgressDeadlineExceeded"
+	failRestart      = "RestartFailed"
+	failUnreachable  = "NodeUnreachable"
+	failRefused      = "NodeRefuses"
+	failOutdated     = "ProxyOutdated"
+	failPreparation  = "PreparationFailed"
+	failPodEnded     = "PodEnded"
+	waitImagePull    = "ImagePullBackOff"
+	waitInvalidImage = "InvalidImageName"
+	waitNeverPull    = "ErrImageNeverPull"
+	waitCrashLoop    = "CrashLoopBackOff"
+)
+
+const (
+	// crashWithin is how soon after its start a container must have ended to count as broken, whatever minReadySeconds says.
+	crashWithin = 10 * time.Second
+	// statusPatience is how long a container of another ID may run in a pod whose status does not tell the image.
+	statusPatience = 15 * time.Second
+)
+
+// failure is why a pod does not get to its goal.
+type failure struct{ reason, message string }
+
+// knowledge is what is known of a pod besides the pod.
+type knowledge struct {
+	// begun is when the rollout took the goal up: pods made later are as the goal wants them to be restarted.
+	begun time.Time
+	// op is the operation of the mark, if asked says so; restart is that of the containers that are restarted only.
+	op, restart *opsv1.Operation
+	asked       bool
+	// failed is why nothing could be prepared, or restarted.
+	failed *failure
+	// turn says that the pod is being changed, or about to be.
+	turn bool
+	// readySeen is when the containers as they are were first seen ready.
+	readySeen time.Time
+	// settled says that the pod has been available after the change.
+	settled bool
+	now     time.Time
+}
+
+// verdict is where a pod stands.
+type verdict struct {
+	stage stage
+	// images and restarts are what is to be written.
+	images   map[string]string
+	restarts []string
+	// available says that the pod counts as available, disrupted that it must not be counted on.
+	available, disrupted bool
+	// open says that its gates are to be opened.
+	open bool
+	// ask says that the operation of the mark is worth asking for, restart that the marked containers are to be restarted.
+	ask, restart bool
+	// recovered says that the pod is available after a change.
+	recovered bool
+	failure   failure
+	// wait is how long until the passing of time alone changes the verdict; 0 means never.
+	wait time.Duration
+}
+
+func (v *verdict) fail(reason, format string, args ...any) {
+	v.stage, v.failure = broken, failure{reason, fmt.Sprintf(format, args...)}
+}
+
+// judge says where an active pod stands. It depends on nothing but its arguments.
+func judge(pod *corev1.Pod, m *mark, g goal, k knowledge, s *strategy, now time.Time) verdict {
+	var v verdict
+	k.now = now
+	shut, _ := shutBy(pod)
+	v.available, v.wait = available(pod, k, s, now)
+	moving := m.moving(pod, k)
+	v.disrupted = k.turn || shut != "" || moving
+
+	v.images = map[string]string{}
+	for name, image := range g.images {
+		c, _ := containerOf(pod, name)
+		if c == nil {
+			v.fail(failNoContainer, "pod %s has no container %s that can be changed in place; it has %s", pod.Name, name, strings.Join(containersOf(pod), ", "))
+			return v
+		}
+		if c.Image != image {
+			v.images[name] = image
+		}
+	}
+	for _, name := range g.restarts {
+		c, _ := containerOf(pod, name)
+		if c == nil {
+			v.fail(failNoContainer, "pod %s has no container %s that can be restarted in place; it has %s", pod.Name, name, strings.Join(containersOf(pod), ", "))
+			return v
+		}
+		_, done := was{}, false
+		if m.by(g) {
+			_, done = m.Containers[name]
+		}
+		if !done && !pod.CreationTimestamp.After(k.begun) {
+			v.restarts = append(v.restarts, name)
+		}
+	}
+	switch {
+	case len(v.images)+len(v.restarts) > 0:
+		v.stage = outdated
+		switch {
+		case pod.Annotations[corev1.MirrorPodAnnotationKey] != "":
+			v.fail(failStatic, "pod %s is a static pod: change its manifest on node %s", pod.Name, pod.Spec.NodeName)
+		case k.failed != nil:
+			v.fail(k.failed.reason, "%s", k.failed.message)
+			v.open = shut == g.rollout
+			v.disrupted = shut != "" || moving
+		}
+		return v
+	case !m.by(g):
+		v.stage = updated
+		v.open = shut == g.rollout && !moving // shut for a change that is not wanted any more
+		v.judgeCreated(pod, k, s, now)
+		return v
+	}
+	v.judgeChanged(pod, m, g, k, s, moving, now)
+	return v
+}
+
+// judgeChanged is about a pod that was changed for the goal.
+func (v *verdict) judgeChanged(pod *corev1.Pod, m *mark, g goal, k knowledge, s *strategy, moving bool, now time.Time) {
+	v.stage = changing
+	v.ask = !k.asked && m.Operation != ""
+	if moving {
+		v.restart = k.restart == nil && m.restarts(pod)
+		if k.restart.GetFinishTime() != nil && k.restart.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED {
+			v.fail(failRestart, "%s", accountOf(k.restart))
+		}
+	} else {
+		ready, wait := containersReady(pod, k, s, now)
+		v.wait = sooner(v.wait, wait)
+		shut, _ := shutBy(pod)
+		v.open = ready && shut == g.rollout
+		if k.settled || v.available && shut == "" {
+			v.stage, v.recovered, v.disrupted = updated, v.available, k.turn && !v.available
+			return
+		}
+		if wasReady(pod, m) {
+			v.stage = updated // whatever it suffers from came later
+			return
+		}
+	}
+	if why := brokenContainer(pod, m, s); why != nil {
+		v.fail(why.reason, "%s", why.message)
+	} else if left := m.Time.Add(s.deadline).Sub(now); left <= 0 {
+		v.fail(failDeadline, "pod %s is not available %s after its change%s", pod.Name, s.deadline, waitingFor(pod))
+	} else {
+		v.wait = sooner(v.wait, left)
+	}
+}
+
+// judgeCreated is about a pod that was made as it should be, or was so before: if that was since the rollout began and it does
+// not come up, the rollout is at fault.
+func (v *verdict) judgeCreated(pod *corev1.Pod, k knowledge, s *strategy, now time.Time) {
+	if v.available || k.settled || !pod.CreationTimestamp.After(k.begun) || pod.Spec.NodeName == "" {
+		return
+	}
+	if why := brokenContainer(pod, nil, s); why != nil && why.reason != failExited {
+		v.fail(why.reason, "%s", why.message)
+	} else if left := pod.CreationTimestamp.Add(s.deadline).Sub(now); left <= 0 {
+		v.fail(failDeadline, "pod %s is not available %s after its creation%s", pod.Name, s.deadline, waitingFor(pod))
+	} else {
+		v.wait = sooner(v.wait, left)
+	}
+}
+
+// moving says that a container of the mark is not replaced yet.
+func (m *mark) moving(pod *corev1.Pod, k knowledge) bool {
+	if m == nil {
+		return false
+	}
+	for name, w := range m.Containers {
+		if c, _ := containerOf(pod, name); c != nil && !replaced(pod, m, name, w, c.Image, k) {
+			return true
+		}
+	}
+	return false
+}
+
+// restarts says that a container of the mark that keeps its image is still the old one.
+func (m *mark) restarts(pod *corev1.Pod) bool {
+	for name, w := range m.Containers {
+		if c, _ := containerOf(pod, name); c != nil && c.Image == w.Image {
+			if cs := statusOf(pod, name); cs != nil && cs.ContainerID == w.ID {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// replaced says that the pod's status shows the container that belongs to the change.
+func replaced(pod *corev1.Pod, m *mark, name string, w was, image string, k knowledge) bool {
+	cs := statusOf(pod, name)
+	if cs == nil || cs.ContainerID == "" {
+		return false
+	}
+	if cs.ContainerID == w.ID {
+		// Taken back before kubelet had acted on it: there is nothing to replace.
+		return w.Base == image && w.Image != image && cs.State.Running != nil && sameImage(cs.Image, image) && k.now.Sub(m.Time.Time) >= statusPatience
+	}
+	if w.Image == image || w.ImageID != "" && cs.ImageID != "" && cs.ImageID != w.ImageID || sameImage(cs.Image, image) {
+		return true
+	}
+	if m.Operation == "" {
+		// Its name is that of the same content under another one.
+		return cs.State.Running == nil || w.ID != "" || cs.State.Running.StartedAt.After(m.Time.Add(statusPatience))
+	}
+	// A crash of the old container between a look at it and the patch leaves another ID, too: the node knows.
+	for _, c := range k.op.GetContainers() {
+		if c.GetName() == name && c.GetSuccessorId() != "" && c.GetSuccessorId() == bareID(cs.ContainerID) {
+			return true
+		}
+	}
+	return k.asked && (k.op == nil || k.op.GetFinishTime() != nil)
+}
+
+// sameImage compares references as people write them.
+func sameImage(a, b string) bool {
+	x, err1 := reference.ParseDockerRef(a)
+	y, err2 := reference.ParseDockerRef(b)
+	return err1 == nil && err2 == nil && x.String() == y.String()
+}
+
+// brokenContainer finds a container that will not get ready, or has ended too soon. Without a mark all containers are looked at.
+func brokenContainer(pod *corev1.Pod, m *mark, s *strategy) *failure {
+	names := containersOf(pod)
+	if m != nil {
+		names = names[:0]
+		for name := range m.Containers {
+			names = append(names, name)
+		}
+		slices.Sort(names)
+	}
+	for _, name := range names {
+		cs := statusOf(pod, name)
+		if cs == nil {
+			continue
+		}
+		if w := cs.State.Waiting; w != nil {
+			// What the old container waited for may still be shown.
+			c, _ := containerOf(pod, name)
+			switch {
+			case w.Reason == waitCrashLoop && (m == nil || cs.ContainerID != m.Containers[name].ID),
+				slices.Contains([]string{waitImagePull, waitInvalidImage, waitNeverPull}, w.Reason) && c != nil && strings.Contains(w.Message, c.Image):
+				return &failure{w.Reason, fmt.Sprintf("container %s: %s", name, w.Message)}
+			}
+		}
+		if m == nil {
+			continue
+		}
+		old := m.Containers[name].ID
+		if t := cs.State.Terminated; t != nil && cs.ContainerID != old {
+			return &failure{failExited, fmt.Sprintf("container %s: the new one ended (exit code %d, %s)", name, t.ExitCode, t.Reason)}
+		}
+		if t := cs.LastTerminationState.Terminated; t != nil && cs.ContainerID != old && t.ContainerID != "" && t.ContainerID != old && !t.StartedAt.Time.Before(m.Time.Truncate(time.Second)) &&
+			t.FinishedAt.Sub(t.StartedAt.Time) < max(s.minReady, crashWithin) {
+			return &failure{failCrashed, fmt.Sprintf("container %s: the new one ended after %s (exit code %d, %s)", name, t.FinishedAt.Sub(t.StartedAt.Time).Round(time.Second), t.ExitCode, t.Reason)}
+		}
+	}
+	return nil
+}
+
+// waitingFor says what keeps a pod from being available.
+func waitingFor(pod *corev1.Pod) string {
+	for _, list := range [][]corev1.ContainerStatus{pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses} {
+		for _, c := range list {
+			switch {
+			case c.State.Waiting != nil:
+				return fmt.Sprintf(": container %s is waiting (%s)", c.Name, c.State.Waiting.Reason)
+			case c.State.Running != nil && !c.Ready:
+				return fmt.Sprintf(": container %s is not ready", c.Name)
+			}
+		}
+	}
+	return ""
+}
+
+// available says whether the pod is ready, and has been for long enough; wait is how long until it has.
+func available(pod *corev1.Pod, k knowledge, s *strategy, now time.Time) (bool, time.Duration) {
+	ready := conditionOf(pod, corev1.PodReady)
+	if ready == nil || ready.Status != corev1.ConditionTrue {
+		return false, 0
+	}
+	if len(gatesOf(pod)) > 0 {
+		return containersReady(pod, k, s, now) // the gate may have been opened only now
+	}
+	return readyLongEnough(pod, ready, k, s, now)
+}
+
+// containersReady says the same of the containers alone.
+func containersReady(pod *corev1.Pod, k knowledge, s *strategy, now time.Time) (bool, time.Duration) {
+	ready := conditionOf(pod, corev1.ContainersReady)
+	if ready == nil || ready.Status != corev1.ConditionTrue {
+		return false, 0
+	}
+	return readyLongEnough(pod, ready, k, s, now)
+}
+
+func readyLongEnough(pod *corev1.Pod, ready *corev1.PodCondition, k knowledge, s *strategy, now time.Time) (bool, time.Duration) {
+	if s.minReady == 0 {
+		return true, 0
+	}
+	since := ready.LastTransitionTime.Time
+	for _, c := range pod.Status.ContainerStatuses {
+		if r := c.State.Running; r != nil && r.StartedAt.After(since) {
+			since = r.StartedAt.Time // so short a gap that readiness did not notice
+		}
+	}
+	// A node whose clock is ahead must not make the wait longer than it is.
+	if !k.readySeen.IsZero() && k.readySeen.Before(since) {
+		since = k.readySeen
+	}
+	left := since.Add(s.minReady).Sub(now)
+	return left <= 0, max(left, 0)
+}
+
+// wasReady says that the pod, which is not ready, was so for a while after its change.
+func wasReady(pod *corev1.Pod, m *mark) bool {
+	ready := conditionOf(pod, corev1.ContainersReady)
+	if ready == nil || ready.Status != corev1.ConditionFalse {
+		return false
+	}
+	since := m.Time.Time
+	for name := range m.Containers {
+		if cs := statusOf(pod, name); cs != nil && cs.State.Running != nil && cs.State.Running.StartedAt.After(since) {
+			since = cs.State.Running.StartedAt.Time
+		}
+	}
+	return ready.LastTransitionTime.After(since.Add(crashWithin))
+}
+
+// containersOf are the names of containers that can be changed in place.
+func containersOf(pod *corev1.Pod) []string {
+	var names []string
+	for _, list := range [][]corev1.Container{pod.Spec.Containers, pod.Spec.InitContainers} {
+		for i := range list {
+			if c, _ := containerOf(pod, list[i].Name); c != nil {
+				names = append(names, c.Name)
+			}
+		}
+	}
+	return names
+}
+
+// accountOf is what an operation says of its failure.
+func accountOf(op *opsv1.Operation) string {
+	for _, c := range op.GetContainers() {
+		if c.GetPhase() == opsv1.Phase_PHASE_FAILED || c.GetPhase() == opsv1.Phase_PHASE_CANCELLED {
+			text := c.GetMessage()
+			if text == "" {
+				text = c.GetPull().GetMessage()
+			}
+			return fmt.Sprintf("container %s: %s", c.GetName(), text)
+		}
+	}
+	return op.GetMessage()
+}
+
+// imagesOf are the container IDs that an operation is to find, and says whether all of the containers run.
+func idsOf(pod *corev1.Pod, names []string) (ids map[string]string, running bool) {
+	ids, running = map[string]string{}, pod.Spec.NodeName != ""
+	for _, name := range names {
+		cs := statusOf(pod, name)
+		if cs == nil || cs.State.Running == nil || cs.ContainerID == "" {
+			running = false
+			continue
+		}
+		ids[name] = cs.ContainerID
+	}
+	return ids, running
+}
+
+// stamp is now in the resolution of the API, rounded up: what is to last is never too short.
+func stamp(now time.Time) metav1.Time {
+	return metav1.NewTime(now.Add(time.Second - 1).Truncate(time.Second))
+}
+
+// sooner is the smaller of two waits of which 0 means never.
+func sooner(a, b time.Duration) time.Duration {
+	if a == 0 || (b != 0 && b < a) {
+		return b
+	}
+	return a
+}

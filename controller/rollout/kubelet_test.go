@@ -1,0 +1,197 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package rollout
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+)
+
+// kubelet says how the kubelets behave: how long until they see a change, and until a new container is ready. An image whose
+// name ends with :crash ends at once, with :slow never gets ready, with :gone cannot be pulled.
+type kubelet struct{ sync, start time.Duration }
+
+func setReady(pod *corev1.Pod, containers bool) {
+	set := func(kind corev1.PodConditionType, is bool) {
+		status := corev1.ConditionFalse
+		if is {
+			status = corev1.ConditionTrue
+		}
+		if c := conditionOf(pod, kind); c == nil {
+			pod.Status.Conditions = append(pod.Status.Conditions, corev1.PodCondition{Type: kind, Status: status, LastTransitionTime: metav1.Now()})
+		} else if c.Status != status {
+			c.Status, c.LastTransitionTime = status, metav1.Now()
+		}
+	}
+	set(corev1.ContainersReady, containers)
+	ready := containers
+	for _, g := range pod.Spec.ReadinessGates {
+		c := conditionOf(pod, g.ConditionType)
+		ready = ready && c != nil && c.Status == corev1.ConditionTrue
+	}
+	set(corev1.PodReady, ready)
+}
+
+// status changes a pod's status as its kubelet does.
+func (b *bed) status(key types.NamespacedName, uid types.UID, change func(*corev1.Pod) bool) {
+	for {
+		var pod corev1.Pod
+		err := b.api.Get(context.Background(), key, &pod)
+		if apierrors.IsNotFound(err) || err == nil && pod.UID != uid || err == nil && !change(&pod) {
+			return
+		}
+		if err == nil {
+			ready := true
+			for _, c := range pod.Status.ContainerStatuses {
+				ready = ready && c.Ready
+			}
+			setReady(&pod, ready)
+			err = b.api.Status().Update(context.Background(), &pod)
+		}
+		if err == nil {
+			b.podWritten(key)
+			return
+		}
+		if !apierrors.IsConflict(err) && !apierrors.IsNotFound(err) {
+			b.t.Error(err)
+			return
+		}
+	}
+}
+
+// kubeletSync is a pod worker that looks at the pod once, some time after a change.
+func (b *bed) kubeletSync(key types.NamespacedName) {
+	pod := b.pod2(key)
+	if pod == nil || pod.Spec.NodeName == "" {
+		return
+	}
+	b.syncConditions(key, pod.UID)
+	stale := false
+	for _, c := range pod.Spec.Containers {
+		cs := statusOf(pod, c.Name)
+		stale = stale || cs == nil || strings.TrimPrefix(cs.Image, "docker.io/library/") != c.Image && (cs.State.Waiting == nil || !strings.Contains(cs.State.Waiting.Message, c.Image))
+	}
+	if !stale || !pause(b.ctx, b.kubelet.sync) {
+		return
+	}
+	pod = b.pod2(key)
+	if pod == nil {
+		return
+	}
+	for _, c := range pod.Spec.Containers {
+		cs := statusOf(pod, c.Name)
+		if cs != nil && strings.TrimPrefix(cs.Image, "docker.io/library/") == c.Image {
+			continue
+		}
+		if strings.HasSuffix(c.Image, ":gone") {
+			b.status(key, pod.UID, func(p *corev1.Pod) bool {
+				cs := statusOf(p, c.Name)
+				cs.Ready, cs.State = false, corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: waitImagePull, Message: "Back-off pulling image \"" + c.Image + "\""}}
+				return true
+			})
+			continue
+		}
+		b.runContainer(key, pod.UID, pod.Spec.NodeName, c.Name, c.Image)
+	}
+}
+
+func (b *bed) pod2(key types.NamespacedName) *corev1.Pod {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.real[key]
+}
+
+// syncConditions lets Ready follow the gates.
+func (b *bed) syncConditions(key types.NamespacedName, uid types.UID) {
+	b.status(key, uid, func(p *corev1.Pod) bool {
+		if len(p.Spec.ReadinessGates) == 0 || len(p.Status.ContainerStatuses) == 0 {
+			return false
+		}
+		before := conditionOf(p, corev1.PodReady)
+		was := before != nil && before.Status == corev1.ConditionTrue
+		q := p.DeepCopy()
+		ready := true
+		for _, c := range q.Status.ContainerStatuses {
+			ready = ready && c.Ready
+		}
+		setReady(q, ready)
+		now := conditionOf(q, corev1.PodReady).Status == corev1.ConditionTrue
+		return was != now
+	})
+}
+
+// runContainer replaces a container; it becomes ready after a while if the image is good.
+func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, image string) {
+	b.mu.Lock()
+	b.serial++
+	id := fmt.Sprintf("c%d-%s", b.serial, name)
+	start := b.kubelet.start
+	b.mu.Unlock()
+	b.fleet.adopt(node, string(uid), name, image, id)
+	crash, slow := strings.HasSuffix(image, ":crash"), strings.HasSuffix(image, ":slow")
+	done := false
+	b.status(key, uid, func(p *corev1.Pod) bool {
+		if c, _ := containerOf(p, name); c == nil || c.Image != image {
+			return false
+		}
+		cs := statusOf(p, name)
+		if cs == nil {
+			p.Status.ContainerStatuses = append(p.Status.ContainerStatuses, corev1.ContainerStatus{Name: name})
+			cs = statusOf(p, name)
+		} else if strings.TrimPrefix(cs.Image, "docker.io/library/") == image && cs.ContainerID != "" {
+			return false // another worker was quicker
+		}
+		if cs.ContainerID != "" {
+			cs.LastTerminationState = corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ContainerID: cs.ContainerID, StartedAt: metav1.Now(), FinishedAt: metav1.Now()}}
+		}
+		p.Status.Phase = corev1.PodRunning
+		cs.ContainerID, cs.Image, cs.ImageID, cs.Ready = "containerd://"+id, "docker.io/library/"+image, "id of "+image, false
+		cs.RestartCount++
+		cs.State = corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: metav1.Now()}}
+		if crash {
+			cs.State = corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ExitCode: 1, Reason: "Error", ContainerID: cs.ContainerID, StartedAt: metav1.Now(), FinishedAt: metav1.Now()}}
+		}
+		done = true
+		return true
+	})
+	if !done || crash || slow {
+		return
+	}
+	b.wg.Go(func() {
+		if !pause(b.ctx, start) {
+			return
+		}
+		b.status(key, uid, func(p *corev1.Pod) bool {
+			cs := statusOf(p, name)
+			if cs == nil || cs.ContainerID != "containerd://"+id {
+				return false
+			}
+			cs.Ready = true
+			return true
+		})
+	})
+}
+
+// swapped is what a restart by the node looks like to the kubelet.
+func (b *bed) swapped(podUID, container, id string) {
+	for _, pod := range b.pods() {
+		if string(pod.UID) != podUID {
+			continue
+		}
+		b.status(client.ObjectKeyFromObject(pod), pod.UID, func(p *corev1.Pod) bool {
+			cs := statusOf(p, container)
+			cs.ContainerID, cs.RestartCount = "containerd://"+id, cs.RestartCount+1
+			cs.State = corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: metav1.Now()}}
+			return true
+		})
+	}
+}

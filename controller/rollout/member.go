@@ -1,0 +1,192 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package rollout
+
+import (
+	"context"
+	"strconv"
+	"sync"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/types"
+
+	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
+)
+
+// work is what is known of a rollout between two reconciles, and can be found out again after a restart. A rollout is reconciled by
+// one worker at a time; the conversations with nodes are what the mutex is for.
+type work struct {
+	uid  types.UID
+	wake func()
+	// written is the resourceVersion of the last write of the rollout: what is older is not worth looking at.
+	written   uint64
+	lastWrite time.Time
+	// told are the events that are not to be told again.
+	told map[string]bool
+	// revision is what members, failures and progress are about.
+	revision string
+	failures map[types.UID]inplace.PodFailure
+	// nodes are those that were told anything, and hold pins.
+	nodes map[string]controller.Node
+	// progress is a picture of the pods, and when it last changed.
+	progress   [4]int
+	progressed time.Time
+	released   chan struct{} // closed when the nodes have been told that the rollout has ended; nil before
+	missing    []string      // secrets that were told to be missing
+
+	mu sync.Mutex
+	// selector chooses the pods that the rollout may be about; nil until it is known.
+	selector labels.Selector
+	members  map[types.UID]*member
+	keys     map[string]*keys
+}
+
+// keys are credentials, and when they were read.
+type keys struct {
+	ring *pullsecrets.Keyring
+	at   time.Time
+}
+
+// member is a pod of a rollout.
+type member struct {
+	uid  types.UID
+	node controller.Node
+	// revision is the goal that the fields below are about.
+	revision string
+	// written is the resourceVersion of the last write of the pod.
+	written uint64
+	turn    bool
+	plain   bool // without preparation by the node
+	round   int  // of the preparation
+	retryAt time.Time
+	settled bool
+	// readySeen is when the containers of readyIDs were first seen ready.
+	readySeen time.Time
+	readyIDs  string
+	marked    string // the annotation that mark was read from
+	mark      *mark
+
+	// The rest is guarded by the mutex of work.
+
+	// visit is the conversation about the upgrade, restart that about containers to restart.
+	visit, restart *talk
+}
+
+// talk is a conversation with a node about one operation.
+type talk struct {
+	uid    string
+	cancel context.CancelFunc // nil until it runs
+	over   bool               // nothing more is said
+	// asked says that op is the node's word: nil means that it has none.
+	asked bool
+	op    *opsv1.Operation
+	// failed ends it.
+	failed *failure
+	stale  bool
+	// committed says that CommitUpgrade was taken, or is under way.
+	committed bool
+}
+
+// memberOf finds the member of a pod, or makes it.
+func (w *work) memberOf(pod *corev1.Pod, revision string) *member {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	m := w.members[pod.UID]
+	if m == nil {
+		m = &member{uid: pod.UID, revision: revision}
+		w.members[pod.UID] = m
+	}
+	if m.revision != revision {
+		w.drop(m)
+		*m = member{uid: pod.UID, revision: revision, written: m.written, turn: m.turn, node: m.node, readySeen: m.readySeen, readyIDs: m.readyIDs, marked: m.marked, mark: m.mark}
+	}
+	if text := pod.Annotations[inplace.PodStateAnnotation]; text != m.marked {
+		m.marked, m.mark = text, markOf(pod)
+	}
+	return m
+}
+
+// drop ends the conversations about a member. The caller holds the mutex.
+func (w *work) drop(m *member) {
+	for _, t := range []*talk{m.visit, m.restart} {
+		t.end()
+	}
+	m.visit, m.restart = nil, nil
+}
+
+func (t *talk) end() {
+	if t != nil {
+		t.over = true
+		if t.cancel != nil {
+			t.cancel()
+		}
+	}
+}
+
+// keep forgets the members that are not in pods.
+func (w *work) keep(pods map[types.UID]bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for uid, m := range w.members {
+		if !pods[uid] {
+			w.drop(m)
+			delete(w.members, uid)
+		}
+	}
+}
+
+// close ends all conversations.
+func (w *work) close() { w.keep(nil) }
+
+// knowledge is what judge is to know of a member.
+func (w *work) knowledge(m *member, begun time.Time) knowledge {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	k := knowledge{begun: begun, turn: m.turn, readySeen: m.readySeen, settled: m.settled}
+	if t := m.visit; t != nil {
+		if m.mark != nil && t.uid == m.mark.Operation {
+			k.op, k.asked = t.op, t.asked
+		}
+		k.failed = t.failed
+	}
+	if t := m.restart; t != nil {
+		k.restart = t.op
+		if k.failed == nil {
+			k.failed = t.failed
+		}
+	}
+	return k
+}
+
+// noteReady keeps when the containers as they are were first seen ready.
+func (m *member) noteReady(pod *corev1.Pod, now time.Time) {
+	ready := conditionOf(pod, corev1.ContainersReady)
+	if ready == nil || ready.Status != corev1.ConditionTrue {
+		m.readySeen = time.Time{}
+		return
+	}
+	ids := ""
+	for _, c := range pod.Status.ContainerStatuses {
+		ids += c.ContainerID + " "
+	}
+	if m.readySeen.IsZero() || m.readyIDs != ids {
+		m.readySeen, m.readyIDs = now, ids
+	}
+}
+
+// stale says that the cache has not caught up with the last write.
+func (m *member) stale(pod *corev1.Pod) bool { return versionOf(pod.ResourceVersion) < m.written }
+
+func versionOf(text string) uint64 {
+	version, err := strconv.ParseUint(text, 10, 64)
+	if err != nil {
+		return 0
+	}
+	return version
+}

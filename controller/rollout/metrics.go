@@ -1,0 +1,55 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package rollout
+
+import "github.com/prometheus/client_golang/prometheus"
+
+// Metrics of rollouts, all named criproxy_controller_rollout*. A nil *Metrics counts nothing.
+type Metrics struct {
+	rollouts *prometheus.CounterVec
+	pods     *prometheus.CounterVec
+	writes   *prometheus.CounterVec
+}
+
+// NewMetrics registers the metrics with r.
+func NewMetrics(r prometheus.Registerer) (*Metrics, error) {
+	m := &Metrics{
+		rollouts: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "criproxy_controller_rollouts_completed_total",
+			Help: "InPlaceRollouts that have ended, by reason of the condition Complete.",
+		}, []string{"reason"}),
+		pods: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "criproxy_controller_rollout_pods_failed_total",
+			Help: "Pods that failed in a rollout, by reason.",
+		}, []string{"reason"}),
+		writes: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "criproxy_controller_rollout_api_writes_total",
+			Help: "Writes to the API server for rollouts other than events, by what was written.",
+		}, []string{"object"}),
+	}
+	for _, c := range []prometheus.Collector{m.rollouts, m.pods, m.writes} {
+		if err := r.Register(c); err != nil {
+			return nil, err
+		}
+	}
+	return m, nil
+}
+
+func (m *Metrics) completed(reason string) {
+	if m != nil {
+		m.rollouts.WithLabelValues(reason).Inc()
+	}
+}
+
+func (m *Metrics) pod(reason string) {
+	if m != nil {
+		m.pods.WithLabelValues(reason).Inc()
+	}
+}
+
+func (m *Metrics) wrote(object string) {
+	if m != nil {
+		m.writes.WithLabelValues(object).Inc()
+	}
+}

@@ -1,0 +1,78 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package rollout
+
+import (
+	"context"
+	"errors"
+
+	"google.golang.org/grpc/codes"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
+)
+
+// Nodes commands the nodes. All errors are *controller.NodeError, and no unary call takes longer than a few seconds.
+type Nodes interface {
+	// PrepareUpgrade makes new images ready, or returns the operation of that UID.
+	PrepareUpgrade(ctx context.Context, n controller.Node, r *opsv1.PrepareUpgradeRequest) (*opsv1.Operation, error)
+	// CommitUpgrade announces the patch of the pod.
+	CommitUpgrade(ctx context.Context, n controller.Node, uid string) (*opsv1.Operation, error)
+	// AbortUpgrade takes an upgrade back.
+	AbortUpgrade(ctx context.Context, n controller.Node, uid, reason string) (*opsv1.Operation, error)
+	// Restart starts an operation, or returns the one of that UID.
+	Restart(ctx context.Context, n controller.Node, r *opsv1.RestartRequest) (*opsv1.Operation, error)
+	// GetOperation returns one operation; codes.NotFound when the node has none of that UID, or no longer.
+	GetOperation(ctx context.Context, n controller.Node, uid string) (*opsv1.Operation, error)
+	// WatchOperation calls each with the operation as it is and after every change, and returns nil after the finished one.
+	WatchOperation(ctx context.Context, n controller.Node, uid string, each func(*opsv1.Operation)) error
+	// ReleasePins ends the pins of an owner, on one image or, with an empty ID, all.
+	ReleasePins(ctx context.Context, n controller.Node, owner, imageID string) (int, error)
+}
+
+var _ Nodes = (*controller.GRPCNodes)(nil)
+
+// trouble is why a node cannot be commanded.
+type trouble struct {
+	failure
+	// final says that trying again is of no use, stale that the pod is not, or no longer, what the command says.
+	final, stale bool
+}
+
+func troubleOf(err error) trouble {
+	if err == nil {
+		return trouble{}
+	}
+	var unreadable *pullsecrets.UnreadableError
+	var nodeError *controller.NodeError
+	if errors.As(err, &unreadable) || !errors.As(err, &nodeError) {
+		return trouble{failure: failure{failPreparation, err.Error()}}
+	}
+	t := trouble{failure: failure{failPreparation, err.Error()}}
+	switch c := nodeError.Code(); {
+	case nodeError.Refused():
+		t.reason = failUnreachable
+		t.message = "nothing listens at " + nodeError.Node.Address + ": install cri-proxy on the node, or start it"
+	case nodeError.Silent:
+		t.reason = failUnreachable
+	case c == codes.Unimplemented:
+		t.reason, t.final = failOutdated, true
+	case c == codes.PermissionDenied || c == codes.Unauthenticated:
+		t.reason = failRefused
+	case c == codes.NotFound || c == codes.FailedPrecondition:
+		t.stale = true
+	case !nodeError.Temporary():
+		t.final = true
+	}
+	return t
+}
+
+func code(err error) codes.Code {
+	var nodeError *controller.NodeError
+	if errors.As(err, &nodeError) {
+		return nodeError.Code()
+	}
+	return codes.Unknown
+}

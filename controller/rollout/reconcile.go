@@ -1,0 +1,433 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package rollout
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"google.golang.org/protobuf/types/known/timestamppb"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/tools/events"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/event"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+
+	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/crew"
+)
+
+const (
+	// stalePause lets the cache catch up.
+	stalePause = 100 * time.Millisecond
+	// blockedPause is how often budgets and workloads that hold a rollout back are looked at without an event.
+	blockedPause = 2 * time.Second
+	// lookAgain is how often a rollout that goes on is looked at without an event.
+	lookAgain = 30 * time.Second
+)
+
+// +kubebuilder:rbac:groups=cri-proxy.io,resources=inplacerollouts,verbs=get;list;watch;create;patch;delete
+// +kubebuilder:rbac:groups=cri-proxy.io,resources=inplacerollouts/status,verbs=patch
+// +kubebuilder:rbac:groups="",resources=pods,verbs=get;list;watch;patch
+// +kubebuilder:rbac:groups="",resources=pods/status,verbs=patch
+// +kubebuilder:rbac:groups="",resources=nodes,verbs=get;list;watch
+// +kubebuilder:rbac:groups="",resources=secrets;serviceaccounts,verbs=get
+// +kubebuilder:rbac:groups=apps,resources=deployments;replicasets;statefulsets;daemonsets,verbs=get;list;watch;patch
+// +kubebuilder:rbac:groups=apps,resources=controllerrevisions,verbs=list
+// +kubebuilder:rbac:groups=policy,resources=poddisruptionbudgets,verbs=get;list;watch
+// +kubebuilder:rbac:groups=events.k8s.io,resources=events,verbs=create;patch
+
+// Reconciler carries out InPlaceRollouts.
+type Reconciler struct {
+	// Client reads from the cache and writes.
+	Client client.Client
+	// APIReader reads past the cache: secrets and revisions are not kept.
+	APIReader client.Reader
+	// Nodes commands the nodes.
+	Nodes Nodes
+	// NodePort is the port for nodes without an address of their own in an annotation.
+	NodePort int
+	// Recorder writes Events; nil writes none.
+	Recorder events.EventRecorder
+	// Metrics may be nil.
+	Metrics *Metrics
+	// Log must be set.
+	Log logrus.FieldLogger
+
+	crew  *crew.Crew
+	wakes chan wakeUp
+
+	mu    sync.Mutex
+	works map[types.NamespacedName]*work
+}
+
+// wakeUp makes the reconciler look at a rollout.
+type wakeUp = event.TypedGenericEvent[*inplace.InPlaceRollout]
+
+func (r *Reconciler) prepare() {
+	r.crew, r.wakes, r.works = crew.New(), make(chan wakeUp), map[types.NamespacedName]*work{}
+}
+
+func (r *Reconciler) workOf(rollout *inplace.InPlaceRollout) *work {
+	key := client.ObjectKeyFromObject(rollout)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	w := r.works[key]
+	if w == nil || w.uid != rollout.UID {
+		if w != nil {
+			w.close()
+		}
+		w = &work{
+			uid: rollout.UID, wake: r.waker(key), told: map[string]bool{}, failures: map[types.UID]inplace.PodFailure{},
+			nodes: map[string]controller.Node{}, members: map[types.UID]*member{}, keys: map[string]*keys{},
+		}
+		r.works[key] = w
+	}
+	return w
+}
+
+// knownWork is the work of a rollout, or nil.
+func (r *Reconciler) knownWork(key types.NamespacedName) *work {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.works[key]
+}
+
+func (r *Reconciler) forget(key types.NamespacedName) {
+	r.mu.Lock()
+	w := r.works[key]
+	delete(r.works, key)
+	r.mu.Unlock()
+	if w != nil {
+		w.close()
+	}
+}
+
+// waker wakes the reconciler for a rollout.
+func (r *Reconciler) waker(key types.NamespacedName) func() {
+	return func() {
+		r.crew.Do(func(ctx context.Context) {
+			rollout := &inplace.InPlaceRollout{}
+			rollout.Namespace, rollout.Name = key.Namespace, key.Name
+			select {
+			case r.wakes <- wakeUp{Object: rollout}:
+			case <-ctx.Done():
+			}
+		})
+	}
+}
+
+// Reconcile takes one rollout as far as it goes and says when to look again.
+func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
+	rollout := &inplace.InPlaceRollout{}
+	if err := r.Client.Get(ctx, req.NamespacedName, rollout); err != nil {
+		if apierrors.IsNotFound(err) {
+			r.forget(req.NamespacedName)
+			return reconcile.Result{}, nil
+		}
+		return reconcile.Result{}, err
+	}
+	p := &pass{
+		r: r, rollout: rollout, work: r.workOf(rollout), now: time.Now(), strategy: strategyOf(&rollout.Spec.Strategy),
+		log: r.Log.WithField("rollout", req.String()),
+	}
+	if versionOf(rollout.ResourceVersion) < p.work.written {
+		return reconcile.Result{RequeueAfter: stalePause}, nil // the cache has not caught up with the last write
+	}
+	var err error
+	switch {
+	case rollout.DeletionTimestamp != nil:
+		err = p.finalize(ctx)
+	case rollout.Status.CompletionTime != nil && rollout.Status.ObservedRevision == revisionOf(rollout):
+		err = p.retire(ctx)
+	default:
+		err = p.advance(ctx)
+	}
+	switch {
+	case apierrors.IsConflict(err):
+		return reconcile.Result{RequeueAfter: stalePause}, nil
+	case apierrors.IsNotFound(err):
+		return reconcile.Result{RequeueAfter: stalePause}, nil // something was deleted meanwhile
+	}
+	return reconcile.Result{RequeueAfter: p.wait}, err
+}
+
+// pass is one reconcile of one rollout.
+type pass struct {
+	r        *Reconciler
+	rollout  *inplace.InPlaceRollout
+	work     *work
+	strategy strategy
+	now      time.Time
+	log      logrus.FieldLogger
+	// wait is when to look again; 0 means when something happens.
+	wait time.Duration
+
+	target *target
+	goal   goal
+	items  []*item
+	ended  []*corev1.Pod // pods that broke so that they ended
+	plan   plan
+	// blocked says what holds the rollout back as a whole, with a condition's reason.
+	blockedReason, blocked string
+}
+
+// advance takes a rollout that has not ended a step further.
+func (p *pass) advance(ctx context.Context) error {
+	if !slices.Contains(p.rollout.Finalizers, inplace.RolloutFinalizer) {
+		before := p.rollout.DeepCopy()
+		p.rollout.Finalizers = append(p.rollout.Finalizers, inplace.RolloutFinalizer)
+		if err := p.patch(ctx, before); err != nil {
+			return err
+		}
+	}
+	var why *specError
+	var err error
+	if p.target, err = p.find(ctx); errors.As(err, &why) {
+		return p.refuse(ctx, why)
+	} else if err != nil {
+		return err
+	}
+	p.goal = goalOf(p.rollout)
+	if p.rollout.Status.ObservedRevision != p.goal.revision {
+		if err := p.begin(ctx); err != nil {
+			return err
+		}
+	}
+	if p.work.revision != p.goal.revision {
+		p.work.revision, p.work.failures, p.work.told = p.goal.revision, map[types.UID]inplace.PodFailure{}, map[string]bool{}
+		p.work.progressed, p.work.released = p.now, nil
+	}
+	if p.undoing() {
+		p.goal = p.goal.undoing(&p.rollout.Status, p.target.workload != nil)
+	}
+	ready := true
+	if w := p.target.workload; w != nil {
+		if ready, p.blocked, err = w.align(ctx, p.goal.images); errors.As(err, &why) {
+			return p.refuse(ctx, why)
+		} else if err != nil {
+			return err
+		}
+		if !ready {
+			p.blockedReason = inplace.ReasonWaiting
+			p.wait = sooner(p.wait, blockedPause)
+		}
+	}
+	p.gather()
+	if err := p.decide(ctx, !ready); err != nil {
+		return err
+	}
+	if fails := p.noteFailures(); fails > 0 && p.strategy.onFailure == inplace.Rollback && !p.goal.undo && len(p.rollout.Status.PreviousImages) > 0 {
+		return p.turnBack(ctx)
+	}
+	if err := p.act(ctx); err != nil {
+		return err
+	}
+	return p.conclude(ctx)
+}
+
+// undoing says that the revision is being rolled back.
+func (p *pass) undoing() bool {
+	return p.rollout.Status.FailedRevision == revisionOf(p.rollout) && p.strategy.onFailure == inplace.Rollback
+}
+
+// gather judges the pods.
+func (p *pass) gather() {
+	there := map[types.UID]bool{}
+	begun := p.now
+	if t := p.rollout.Status.StartTime; t != nil {
+		begun = t.Time
+	}
+	for _, pod := range p.target.pods {
+		m := p.work.memberOf(pod, p.goal.revision)
+		there[pod.UID] = true
+		if !active(pod) {
+			if pod.DeletionTimestamp == nil && m.mark.by(p.goal) {
+				p.ended = append(p.ended, pod)
+			}
+			continue
+		}
+		i := &item{pod: pod, m: m, goal: p.goal.of(m.mark), ordinal: -1, stale: m.stale(pod)}
+		if p.target.ordered {
+			i.ordinal = ordinalOf(pod.Name)
+		}
+		if !i.stale {
+			m.noteReady(pod, p.now)
+		}
+		p.settlePreparation(i)
+		i.verdict = judge(pod, m.mark, i.goal, p.work.knowledge(m, begun), &p.strategy, p.now)
+		p.wait = sooner(p.wait, i.verdict.wait)
+		if v := &i.verdict; !i.stale && (v.recovered || v.stage == broken && !v.disrupted || v.stage == updated && v.available) {
+			m.turn, m.settled = false, v.recovered || m.settled
+			v.disrupted = v.open
+		}
+		p.items = append(p.items, i)
+	}
+	p.work.keep(there)
+}
+
+// decide plans what to do with the pods.
+func (p *pass) decide(ctx context.Context, halted bool) error {
+	s := &p.strategy
+	candidates := make([]candidate, len(p.items))
+	failed := false
+	for n, i := range p.items {
+		shut, _ := shutBy(i.pod)
+		turn := i.m.turn || shut == p.rollout.UID && i.verdict.stage == outdated
+		candidates[n] = candidate{i.pod, i.ordinal, i.verdict, turn, p.preparation(i)}
+		failed = failed || i.verdict.stage == broken
+	}
+	l := limits{
+		desired: p.target.desired, maxUnavailable: s.unavailableLimit(p.target.desired),
+		keep: resolve(s.partition, p.target.desired, true), firstOrdinal: p.target.firstOrdinal, ordered: p.target.ordered,
+		halted: halted || p.rollout.Spec.Paused,
+	}
+	if p.goal.undo {
+		l.keep = 0
+	} else if (failed || len(p.ended) > 0) && s.onFailure != inplace.Continue {
+		l.halted = true
+	}
+	var budgets []*disruptions
+	read := false
+	var err error
+	l.allowed = func(pod *corev1.Pod) (bool, string) {
+		if !read {
+			read = true
+			budgets, err = budgetsOf(ctx, p.r.Client, p.rollout.Namespace, candidates, p.doomed())
+		}
+		if err != nil {
+			return false, err.Error()
+		}
+		return take(budgets, pod)
+	}
+	p.plan = decide(candidates, l)
+	if err != nil {
+		return err
+	}
+	if p.plan.blocked != "" {
+		p.wait = sooner(p.wait, blockedPause)
+	}
+	return nil
+}
+
+// doomed says of pods that they are about to be disrupted by this rollout.
+func (p *pass) doomed() func(*corev1.Pod) bool {
+	pods := map[types.UID]bool{}
+	for _, i := range p.items {
+		pods[i.pod.UID] = i.verdict.disrupted
+	}
+	return func(pod *corev1.Pod) bool { return pods[pod.UID] }
+}
+
+// act takes the pods further. What went wrong with one does not keep the others.
+func (p *pass) act(ctx context.Context) error {
+	for _, n := range p.plan.prepare {
+		p.prepare(p.items[n])
+	}
+	var errs []error
+	for _, n := range p.plan.begin {
+		errs = append(errs, p.step(ctx, p.items[n]))
+	}
+	for _, i := range p.items {
+		if i.stale {
+			continue
+		}
+		if i.verdict.open {
+			errs = append(errs, p.setGates(ctx, i, ""))
+		}
+		if i.verdict.ask {
+			p.follow(i)
+		}
+		if i.verdict.restart {
+			p.restart(i)
+		}
+	}
+	for _, err := range errs {
+		switch {
+		case apierrors.IsConflict(err), apierrors.IsNotFound(err):
+			p.wait = sooner(p.wait, stalePause)
+		case err != nil:
+			return err
+		}
+	}
+	return nil
+}
+
+// begin takes up the containers of the spec: what they replace is written down before anything is done.
+func (p *pass) begin(ctx context.Context) error {
+	old := &p.rollout.Status
+	now := metav1.NewTime(p.now)
+	next := inplace.InPlaceRolloutStatus{
+		ObservedGeneration: p.rollout.Generation, ObservedRevision: p.goal.revision, StartTime: &now, LastSuccessTime: old.LastSuccessTime,
+		TargetImages: p.goal.images, PreviousImages: map[string]string{}, Conditions: slices.Clone(old.Conditions), Desired: int32(p.target.desired),
+	}
+	for name, image := range p.goal.images {
+		if kept := old.PreviousImages[name]; kept != "" && old.CompletionTime == nil {
+			next.PreviousImages[name] = kept // the last that was good
+			continue
+		}
+		if w := p.target.workload; w != nil {
+			if was := w.image(name); was != "" && was != image {
+				next.PreviousImages[name] = was
+				continue
+			}
+		}
+		if was := usual(p.target.pods, name, image); was != "" {
+			next.PreviousImages[name] = was
+		}
+	}
+	setCondition(&next, inplace.ConditionComplete, false, inplace.ReasonRollingOut, "")
+	setCondition(&next, inplace.ConditionProgressing, true, inplace.ReasonRollingOut, "")
+	setCondition(&next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")
+	if err := p.writeStatus(ctx, &next); err != nil {
+		return err
+	}
+	p.work.progressed = p.now
+	p.event(corev1.EventTypeNormal, eventStarted, "rolling out to "+p.target.what+": "+describe(p.rollout.Spec.Containers))
+	p.log.WithField("revision", p.goal.revision).Info("rollout begins")
+	return nil
+}
+
+// usual is the image that most pods have in a container, besides the given one.
+func usual(pods []*corev1.Pod, name, besides string) string {
+	counts := map[string]int{}
+	for _, pod := range pods {
+		if c, _ := containerOf(pod, name); c != nil && active(pod) && c.Image != besides {
+			counts[c.Image]++
+		}
+	}
+	best := ""
+	for _, image := range slices.Sorted(maps.Keys(counts)) {
+		if best == "" || counts[image] > counts[best] {
+			best = image
+		}
+	}
+	return best
+}
+
+// node is where to reach the node of a pod.
+func (p *pass) node(pod *corev1.Pod) (controller.Node, error) {
+	var n corev1.Node
+	if err := p.r.Client.Get(context.Background(), client.ObjectKey{Name: pod.Spec.NodeName}, &n); err != nil {
+		return controller.Node{}, err
+	}
+	port := p.r.NodePort
+	if port == 0 {
+		port = controller.DefaultNodePort
+	}
+	return controller.NodeOf(&n, port)
+}
+
+func stampProto(t time.Time) *timestamppb.Timestamp { return timestamppb.New(t) }
+
+func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

@@ -1,0 +1,124 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package rollout
+
+import (
+	"context"
+	"maps"
+	"slices"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apiequality "k8s.io/apimachinery/pkg/api/equality"
+	"k8s.io/client-go/util/workqueue"
+	"sigs.k8s.io/controller-runtime/pkg/builder"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/controller"
+	"sigs.k8s.io/controller-runtime/pkg/event"
+	"sigs.k8s.io/controller-runtime/pkg/handler"
+	"sigs.k8s.io/controller-runtime/pkg/manager"
+	"sigs.k8s.io/controller-runtime/pkg/predicate"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+	"sigs.k8s.io/controller-runtime/pkg/source"
+
+	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+)
+
+// gatherFor is how long events of pods and nodes are collected: they come in crowds, and a look is at all pods.
+const gatherFor = 50 * time.Millisecond
+
+// SetupWithManager adds the reconciler to a manager: it then watches rollouts, pods and workloads, and talks to nodes, with the
+// given number of workers.
+func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, workers int) error {
+	r.prepare()
+	if err := m.Add(r.crew); err != nil {
+		return err
+	}
+	return builder.ControllerManagedBy(m).
+		Named("inplacerollout").
+		For(&inplace.InPlaceRollout{}, builder.WithPredicates(rolloutChanges())).
+		Watches(&corev1.Pod{}, crowd(r.rolloutsOfPod), builder.WithPredicates(podChanges())).
+		WatchesRawSource(source.Channel(r.wakes, wakeHandler())).
+		WithOptions(options(workers)).
+		Complete(r)
+}
+
+func options(workers int) controller.Options {
+	return controller.Options{
+		MaxConcurrentReconciles: workers,
+		RateLimiter:             workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](50*time.Millisecond, 30*time.Second),
+	}
+}
+
+// rolloutChanges leaves out what the controller itself writes.
+func rolloutChanges() predicate.Predicate {
+	return predicate.Or[client.Object](predicate.GenerationChangedPredicate{}, predicate.AnnotationChangedPredicate{})
+}
+
+type queue = workqueue.TypedRateLimitingInterface[reconcile.Request]
+
+// wakeHandler enqueues what the conversations with nodes wake.
+func wakeHandler() handler.TypedEventHandler[*inplace.InPlaceRollout, reconcile.Request] {
+	return handler.TypedFuncs[*inplace.InPlaceRollout, reconcile.Request]{
+		GenericFunc: func(_ context.Context, e wakeUp, q queue) {
+			q.AddAfter(reconcile.Request{NamespacedName: client.ObjectKeyFromObject(e.Object)}, gatherFor)
+		},
+	}
+}
+
+// crowd enqueues requests after a while, so that many events make one.
+func crowd(requests func(context.Context, client.Object) []reconcile.Request) handler.EventHandler {
+	add := func(ctx context.Context, o client.Object, q queue) {
+		for _, r := range requests(ctx, o) {
+			q.AddAfter(r, gatherFor)
+		}
+	}
+	return handler.Funcs{
+		CreateFunc: func(ctx context.Context, e event.CreateEvent, q queue) { add(ctx, e.Object, q) },
+		UpdateFunc: func(ctx context.Context, e event.UpdateEvent, q queue) { add(ctx, e.ObjectNew, q) },
+		DeleteFunc: func(ctx context.Context, e event.DeleteEvent, q queue) { add(ctx, e.Object, q) },
+	}
+}
+
+// rolloutsOf are the unfinished rollouts that a thing of their namespace concerns.
+func (r *Reconciler) rolloutsOf(ctx context.Context, o client.Object, mine func(*work, *inplace.InPlaceRollout) bool) []reconcile.Request {
+	var list inplace.InPlaceRolloutList
+	if err := r.Client.List(ctx, &list, client.InNamespace(o.GetNamespace()), client.UnsafeDisableDeepCopy); err != nil {
+		r.Log.WithError(err).Warn("listing rollouts")
+		return nil
+	}
+	var requests []reconcile.Request
+	for i := range list.Items {
+		key := client.ObjectKeyFromObject(&list.Items[i])
+		if list.Items[i].Status.CompletionTime == nil && mine(r.knownWork(key), &list.Items[i]) {
+			requests = append(requests, reconcile.Request{NamespacedName: key})
+		}
+	}
+	return requests
+}
+
+func (r *Reconciler) rolloutsOfPod(ctx context.Context, pod client.Object) []reconcile.Request {
+	return r.rolloutsOf(ctx, pod, func(w *work, rollout *inplace.InPlaceRollout) bool { return w.about(rollout, pod) })
+}
+
+// podChanges lets through what judge reads.
+func podChanges() predicate.Predicate {
+	return predicate.Funcs{
+		GenericFunc: func(event.GenericEvent) bool { return false },
+		UpdateFunc: func(e event.UpdateEvent) bool {
+			before, ok1 := e.ObjectOld.(*corev1.Pod)
+			after, ok2 := e.ObjectNew.(*corev1.Pod)
+			return !ok1 || !ok2 || before.UID != after.UID || active(before) != active(after) || before.Spec.NodeName != after.Spec.NodeName ||
+				!maps.Equal(before.Labels, after.Labels) || !slices.EqualFunc(before.Status.Conditions, after.Status.Conditions, sameCondition) ||
+				!slices.EqualFunc(before.Status.ContainerStatuses, after.Status.ContainerStatuses, sameStatus) ||
+				!slices.EqualFunc(before.Status.InitContainerStatuses, after.Status.InitContainerStatuses, sameStatus) ||
+				!slices.EqualFunc(before.Spec.Containers, after.Spec.Containers, func(a, b corev1.Container) bool { return a.Image == b.Image }) ||
+				!slices.EqualFunc(before.Spec.InitContainers, after.Spec.InitContainers, func(a, b corev1.Container) bool { return a.Image == b.Image })
+		},
+	}
+}
+
+func sameCondition(a, b corev1.PodCondition) bool { return a.Type == b.Type && a.Status == b.Status }
+
+func sameStatus(a, b corev1.ContainerStatus) bool { return apiequality.Semantic.DeepEqual(a, b) }

@@ -1,0 +1,402 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package rollout
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/types/known/durationpb"
+	corev1 "k8s.io/api/core/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
+)
+
+const (
+	// pinFor is longer than rollouts take; the pins are released at their end.
+	pinFor = 7 * 24 * time.Hour
+	// holdFor is how long a node keeps what is ready: the budget may let a pod wait.
+	holdFor = time.Hour
+	// tellPause is the first pause between two tries to tell a node something; it doubles up to tellPauseMax.
+	tellPause    = 500 * time.Millisecond
+	tellPauseMax = 5 * time.Second
+	// watchRenew is how long a stream may be without news: then it is asked whether the node is still there.
+	watchRenew = time.Minute
+	// secretsFor is how long secrets that were read are good.
+	secretsFor = 5 * time.Minute
+)
+
+// reasonCredentials is the node's word for a pull that has outlived the process which had its credentials.
+const reasonCredentials = "CredentialsNeeded"
+
+// again are the node's reasons for the end of a preparation that is worth another try: nothing was touched, and what was in
+// the way has passed.
+var again = []string{"HoldTimeout", "TakenBackByKubelet", "ExpectedIDDiffers", "ContainerNotRunning", "Cancelled", "Aborted", "JournalError", "RuntimeError"} //nolint:gochecknoglobals // a constant
+
+// conversation is one talk and what it is about.
+type conversation struct {
+	r    *Reconciler
+	w    *work
+	t    *talk
+	node controller.Node
+	// begin starts the operation, or finds it.
+	begin func(context.Context) (*opsv1.Operation, error)
+	// patience is how long the node may be away.
+	patience time.Duration
+}
+
+// start lets the conversation run until the operation has ended.
+func (c *conversation) start() {
+	c.r.crew.Do(func(ctx context.Context) {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		c.w.mu.Lock()
+		c.t.cancel = cancel
+		over := c.t.over
+		c.w.mu.Unlock()
+		if !over {
+			c.run(ctx)
+		}
+	})
+}
+
+func (c *conversation) run(ctx context.Context) {
+	var silent time.Time
+	for tries := 0; ; tries++ {
+		op, err := c.begin(ctx)
+		if err == nil {
+			silent, tries = time.Time{}, 0
+			c.note(op)
+			if op.GetFinishTime() != nil {
+				return
+			}
+			if op, err = c.watch(ctx, op.GetUid()); err == nil && op.GetFinishTime() != nil {
+				return
+			}
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		if err != nil {
+			if t := troubleOf(err); t.final || t.stale {
+				c.change(func() { c.t.failed, c.t.stale, c.t.asked = &t.failure, t.stale, true })
+				return
+			} else if silent.IsZero() {
+				silent = time.Now()
+			} else if time.Since(silent) >= c.patience {
+				c.change(func() { c.t.failed, c.t.asked = &t.failure, true })
+				return
+			}
+		}
+		if !pause(ctx, min(tellPause<<min(tries, 4), tellPauseMax)) {
+			return
+		}
+	}
+}
+
+// watch follows the operation until it has ended, needs credentials, or there has been no news for a while.
+func (c *conversation) watch(ctx context.Context, uid string) (*opsv1.Operation, error) {
+	watching, cancel := context.WithCancel(ctx)
+	defer cancel()
+	patience := time.AfterFunc(watchRenew, cancel)
+	defer patience.Stop()
+	var last *opsv1.Operation
+	err := c.r.Nodes.WatchOperation(watching, c.node, uid, func(op *opsv1.Operation) {
+		patience.Reset(watchRenew)
+		last = op
+		c.note(op)
+		if slices.ContainsFunc(op.GetContainers(), func(x *opsv1.ContainerOperation) bool { return x.GetPull().GetReason() == reasonCredentials }) {
+			cancel()
+		}
+	})
+	if watching.Err() != nil {
+		err = nil // it is asked again
+	}
+	return last, err
+}
+
+// note keeps what the node says. A finished operation stays as it is.
+func (c *conversation) note(op *opsv1.Operation) {
+	c.change(func() {
+		c.t.asked = true
+		if c.t.op.GetFinishTime() == nil {
+			c.t.op = op
+		}
+	})
+}
+
+func (c *conversation) change(f func()) {
+	c.w.mu.Lock()
+	over := c.t.over
+	if !over {
+		f()
+	}
+	c.w.mu.Unlock()
+	if !over {
+		c.w.wake()
+	}
+}
+
+// prepare lets the node of a pod make the images ready.
+func (p *pass) prepare(i *item) {
+	w, m := p.work, i.m
+	uid := p.upgradeUID(i)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if m.visit != nil && m.visit.uid == uid {
+		return
+	}
+	if old := m.visit; old != nil {
+		p.abort(m.node, old, "something else is wanted of the pod")
+		old.end()
+	}
+	t := &talk{uid: uid}
+	m.visit = t
+	node, err := p.node(i.pod)
+	if err != nil {
+		t.failed = &failure{failUnreachable, err.Error()}
+		return
+	}
+	m.node, w.nodes[node.Name] = node, node
+	request := p.prepareRequest(i, uid)
+	account, names := i.pod.Spec.ServiceAccountName, secretNames(i.pod)
+	c := &conversation{r: p.r, w: w, t: t, node: node, patience: p.strategy.deadline}
+	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
+		ring, err := p.r.keyring(ctx, w, i.pod.Namespace, account, names)
+		if err != nil {
+			return nil, err
+		}
+		request.Credentials = ring.Credentials
+		op, err := p.r.Nodes.PrepareUpgrade(ctx, node, request)
+		if code(err) == codes.AlreadyExists {
+			// By a controller of another version, which put some detail otherwise.
+			op, err = p.r.Nodes.GetOperation(ctx, node, uid)
+		}
+		return op, err
+	}
+	c.start()
+	p.log.WithField("pod", i.pod.Name).WithField("op", uid).Debug("preparing")
+}
+
+// upgradeUID is what the node of a pod calls its upgrade.
+func (p *pass) upgradeUID(i *item) string {
+	ids, _ := idsOf(i.pod, sortedKeys(i.verdict.images))
+	return operationUID("u", i.goal, i.pod, ids, i.m.round)
+}
+
+func (p *pass) prepareRequest(i *item, uid string) *opsv1.PrepareUpgradeRequest {
+	owner := ownerOf(p.rollout)
+	request := &opsv1.PrepareUpgradeRequest{
+		Uid: uid, Pod: podRef(i.pod), Requester: owner, Owner: owner, PinFor: durationpb.New(pinFor),
+		PrepareTimeout: durationpb.New(p.strategy.deadline), HoldTimeout: durationpb.New(holdFor),
+	}
+	for _, name := range sortedKeys(i.verdict.images) {
+		c, _ := containerOf(i.pod, name)
+		u := &opsv1.ContainerUpgrade{Name: name, Image: i.verdict.images[name], Order: opsv1.Order_ORDER_STOP_FIRST}
+		if cs := statusOf(i.pod, name); cs != nil {
+			u.ExpectedContainerId = cs.ContainerID
+		}
+		if p.strategy.startFirst {
+			u.Order, u.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, int32(p.strategy.minReady/time.Second)
+		}
+		if s := i.pod.Spec.SecurityContext; s != nil {
+			u.RunAsNonRoot, u.RunAsUser = s.RunAsNonRoot != nil && *s.RunAsNonRoot, s.RunAsUser
+		}
+		if s := c.SecurityContext; s != nil {
+			if s.RunAsNonRoot != nil {
+				u.RunAsNonRoot = *s.RunAsNonRoot
+			}
+			if s.RunAsUser != nil {
+				u.RunAsUser = s.RunAsUser
+			}
+		}
+		request.Containers = append(request.Containers, u)
+	}
+	return request
+}
+
+// commit announces the patch to the node.
+func (p *pass) commit(i *item) {
+	w, t, node := p.work, i.m.visit, i.m.node
+	w.mu.Lock()
+	if t.committed {
+		w.mu.Unlock()
+		return
+	}
+	t.committed = true
+	w.mu.Unlock()
+	p.r.crew.Do(func(ctx context.Context) {
+		for tries := 0; ; tries++ {
+			op, err := p.r.Nodes.CommitUpgrade(ctx, node, t.uid)
+			w.mu.Lock()
+			over := t.over || t.op.GetFinishTime() != nil
+			if err == nil && !over && op.GetPhase() != t.op.GetPhase() && t.op.GetPhase() == opsv1.Phase_PHASE_PREPARED {
+				t.op = op // unless the stream was quicker
+			}
+			w.mu.Unlock()
+			if tr := troubleOf(err); err == nil || over || ctx.Err() != nil || tr.final || tr.stale {
+				if err != nil && !over && ctx.Err() == nil {
+					w.mu.Lock()
+					t.failed, t.stale = &tr.failure, tr.stale
+					w.mu.Unlock()
+				}
+				w.wake()
+				return
+			}
+			if !pause(ctx, min(tellPause<<min(tries, 4), tellPauseMax)) {
+				return
+			}
+		}
+	})
+}
+
+// abort tells a node to take an upgrade back. If it cannot be told, what it has prepared ends after holdFor. The caller holds the
+// mutex of work.
+func (p *pass) abort(node controller.Node, t *talk, why string) {
+	if t == nil || t.op == nil || t.op.GetFinishTime() != nil || t.op.GetKind() == "Restart" {
+		return
+	}
+	uid := t.uid
+	p.r.crew.Do(func(ctx context.Context) {
+		for tries := range 5 {
+			_, err := p.r.Nodes.AbortUpgrade(ctx, node, uid, why)
+			if t := troubleOf(err); err == nil || t.final || t.stale || !pause(ctx, tellPause<<tries) {
+				return
+			}
+		}
+	})
+}
+
+// follow listens to the operation of a pod that was changed already.
+func (p *pass) follow(i *item) {
+	w, m, uid := p.work, i.m, i.m.mark.Operation
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if m.visit != nil && m.visit.uid == uid {
+		return
+	}
+	m.visit.end()
+	t := &talk{uid: uid}
+	m.visit = t
+	node, err := p.node(i.pod)
+	if err != nil {
+		t.asked = true // there is nobody to ask
+		return
+	}
+	m.node, w.nodes[node.Name] = node, node
+	c := &conversation{r: p.r, w: w, t: t, node: node, patience: p.strategy.deadline}
+	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
+		op, err := p.r.Nodes.GetOperation(ctx, node, uid)
+		if code(err) == codes.NotFound {
+			c.change(func() { t.asked = true })
+			return &opsv1.Operation{Uid: uid, FinishTime: stampProto(p.now), Phase: opsv1.Phase_PHASE_CANCELLED}, nil
+		}
+		return op, err
+	}
+	c.start()
+}
+
+// restart lets the node restart the containers of a pod that keep their images.
+func (p *pass) restart(i *item) {
+	w, m := p.work, i.m
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if m.restart != nil {
+		return
+	}
+	request := p.restartRequest(i)
+	t := &talk{uid: request.GetUid()}
+	m.restart = t
+	node, err := p.node(i.pod)
+	if err != nil {
+		t.failed = &failure{failUnreachable, err.Error()}
+		return
+	}
+	m.node, w.nodes[node.Name] = node, node
+	c := &conversation{r: p.r, w: w, t: t, node: node, patience: p.strategy.deadline}
+	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
+		op, err := p.r.Nodes.Restart(ctx, node, request)
+		if code(err) == codes.AlreadyExists {
+			op, err = p.r.Nodes.GetOperation(ctx, node, request.GetUid())
+		}
+		return op, err
+	}
+	c.start()
+}
+
+func (p *pass) restartRequest(i *item) *opsv1.RestartRequest {
+	ids := map[string]string{}
+	request := &opsv1.RestartRequest{Pod: podRef(i.pod), Requester: ownerOf(p.rollout)}
+	for _, name := range sortedKeys(i.m.mark.Containers) {
+		c, _ := containerOf(i.pod, name)
+		old := i.m.mark.Containers[name]
+		if c == nil || c.Image != old.Image || old.ID == "" {
+			continue
+		}
+		ids[name] = old.ID
+		want := &opsv1.ContainerRestart{Name: name, ExpectedContainerId: old.ID, GracePeriodSeconds: p.strategy.grace}
+		if p.strategy.startFirst {
+			want.Order, want.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, int32(p.strategy.minReady/time.Second)
+		}
+		if c.Lifecycle != nil {
+			// A hook that cannot be resolved is not sent: kubelet could not run it either.
+			want.PreStop, _ = controller.HookOf(c, c.Lifecycle.PreStop, i.pod.Status.PodIP)
+			want.PostStart, _ = controller.HookOf(c, c.Lifecycle.PostStart, i.pod.Status.PodIP)
+		}
+		request.Containers = append(request.Containers, want)
+	}
+	request.Uid = operationUID("r", i.goal, i.pod, ids, 0)
+	return request
+}
+
+// keyring reads secrets, if that was not just done.
+func (r *Reconciler) keyring(ctx context.Context, w *work, namespace, account string, names []string) (*pullsecrets.Keyring, error) {
+	if account == "" {
+		account = pullsecrets.DefaultAccount
+	}
+	key := fmt.Sprint(account, names)
+	w.mu.Lock()
+	k := w.keys[key]
+	w.mu.Unlock()
+	if k != nil && time.Since(k.at) < secretsFor {
+		return k.ring, nil
+	}
+	ring, err := pullsecrets.Read(ctx, r.APIReader, namespace, account, names, "imagePullSecrets")
+	if err != nil {
+		return nil, err
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.keys[key] = &keys{ring, time.Now()}
+	return ring, nil
+}
+
+func secretNames(pod *corev1.Pod) []string {
+	var names []string
+	for _, s := range pod.Spec.ImagePullSecrets {
+		names = append(names, s.Name)
+	}
+	return names
+}
+
+func podRef(pod *corev1.Pod) *opsv1.PodRef {
+	return &opsv1.PodRef{Namespace: pod.Namespace, Name: pod.Name, Uid: string(pod.UID)}
+}
+
+// pause waits and says whether to go on.
+func pause(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}

@@ -1,0 +1,115 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package rollout
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+)
+
+// target is what a rollout is about.
+type target struct {
+	// pods are all of them, those that have ended or are being deleted too.
+	pods []*corev1.Pod
+	// desired is how many there should be.
+	desired int
+	// what names the target for people.
+	what string
+	// workload is nil unless the target is one.
+	workload workload
+	// firstOrdinal is that of a StatefulSet.
+	firstOrdinal int
+	ordered      bool
+}
+
+// specError is what the user has to correct.
+type specError struct{ message string }
+
+func (e *specError) Error() string { return e.message }
+
+func wrong(format string, args ...any) error { return &specError{fmt.Sprintf(format, args...)} }
+
+// find reads the target. The error is a *specError if the user can correct it.
+func (p *pass) find(ctx context.Context) (*target, error) {
+	t := p.rollout.Spec.Target
+	switch {
+	case t.PodName != "":
+		return p.findPod(ctx, t.PodName)
+	case t.Selector != nil:
+		selector, err := metav1.LabelSelectorAsSelector(t.Selector)
+		if err != nil {
+			return nil, wrong("spec.target.selector: %s", err)
+		}
+		p.work.choose(selector)
+		pods, err := p.list(ctx, selector)
+		if err != nil {
+			return nil, err
+		}
+		found := &target{pods: pods, what: "pods with " + metav1.FormatLabelSelector(t.Selector)}
+		for _, pod := range pods {
+			if active(pod) {
+				found.desired++
+			}
+		}
+		return found, nil
+	case t.WorkloadRef != nil:
+		return p.findWorkload(ctx, t.WorkloadRef)
+	}
+	return nil, wrong("spec.target names neither podName, nor selector, nor workloadRef: set one of them")
+}
+
+func (p *pass) findPod(ctx context.Context, name string) (*target, error) {
+	found := &target{what: "pod " + name, desired: 1}
+	var pod corev1.Pod
+	err := p.r.Client.Get(ctx, client.ObjectKey{Namespace: p.rollout.Namespace, Name: name}, &pod)
+	if apierrors.IsNotFound(err) {
+		return found, nil
+	}
+	found.pods = []*corev1.Pod{&pod}
+	return found, err
+}
+
+// list reads pods; they must not be changed.
+func (p *pass) list(ctx context.Context, selector labels.Selector) ([]*corev1.Pod, error) {
+	var list corev1.PodList
+	if err := p.r.Client.List(ctx, &list, client.InNamespace(p.rollout.Namespace), client.MatchingLabelsSelector{Selector: selector}, client.UnsafeDisableDeepCopy); err != nil {
+		return nil, err
+	}
+	pods := make([]*corev1.Pod, len(list.Items))
+	for i := range list.Items {
+		pods[i] = &list.Items[i]
+	}
+	slices.SortFunc(pods, func(a, b *corev1.Pod) int { return strings.Compare(a.Name, b.Name) })
+	return pods, nil
+}
+
+// choose keeps the selector for events of pods.
+func (w *work) choose(s labels.Selector) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.selector = s
+}
+
+// about says whether a pod is one that the rollout may be about.
+func (w *work) about(r *inplace.InPlaceRollout, pod client.Object) bool {
+	if r.Spec.Target.PodName != "" {
+		return r.Spec.Target.PodName == pod.GetName()
+	}
+	if w == nil {
+		return false
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.selector != nil && w.selector.Matches(labels.Set(pod.GetLabels()))
+}

@@ -1,0 +1,167 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package rollout
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/intstr"
+
+	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+)
+
+// rollbackSuffix makes of a revision that of its rollback.
+const rollbackSuffix = "-undo"
+
+// goal is what pods are to become.
+type goal struct {
+	rollout  types.UID
+	revision string
+	// images by container, and the containers to restart.
+	images   map[string]string
+	restarts []string
+	// undo says that this is a rollback: pods that were changed after since go back to the images they had before. Others get images
+	// if the rollout is about a workload, whose template has them.
+	undo, workload bool
+	since          time.Time
+}
+
+// strategy is that of the spec, with what it leaves out.
+type strategy struct {
+	maxUnavailable, partition intstr.IntOrString
+	startFirst                bool
+	drain, minReady, deadline time.Duration
+	onFailure                 inplace.FailurePolicy
+	grace                     *int64
+}
+
+// goalOf is what the spec wants.
+func goalOf(r *inplace.InPlaceRollout) goal {
+	g := goal{rollout: r.UID, revision: revisionOf(r), images: map[string]string{}}
+	for _, c := range r.Spec.Containers {
+		if c.Image == "" {
+			g.restarts = append(g.restarts, c.Name)
+		} else {
+			g.images[c.Name] = c.Image
+		}
+	}
+	return g
+}
+
+// undoing is the goal after a failure.
+func (g goal) undoing(status *inplace.InPlaceRolloutStatus, workload bool) goal {
+	u := goal{rollout: g.rollout, revision: g.revision + rollbackSuffix, images: map[string]string{}, undo: true, workload: workload}
+	for name := range g.images {
+		if image := status.PreviousImages[name]; image != "" {
+			u.images[name] = image
+		}
+	}
+	if t := status.LastSuccessTime; t != nil {
+		u.since = t.Time
+	}
+	return u
+}
+
+// of is the goal of one pod.
+func (g goal) of(m *mark) goal {
+	if !g.undo {
+		return g
+	}
+	own := g
+	own.images = map[string]string{}
+	if g.workload {
+		maps.Copy(own.images, g.images)
+	}
+	if m != nil && m.Rollout == g.rollout && m.Time.After(g.since) {
+		for name, was := range m.Containers {
+			if was.Base != "" {
+				own.images[name] = was.Base
+			}
+		}
+	}
+	return own
+}
+
+// revisionOf identifies the containers of a rollout.
+func revisionOf(r *inplace.InPlaceRollout) string {
+	list := slices.Clone(r.Spec.Containers)
+	slices.SortFunc(list, func(a, b inplace.ContainerChange) int { return cmp.Compare(a.Name, b.Name) })
+	return hash(list, r.Annotations[inplace.RetryAnnotation])
+}
+
+func strategyOf(s *inplace.Strategy) strategy {
+	seconds := func(n int32) time.Duration { return time.Duration(n) * time.Second }
+	t := strategy{
+		maxUnavailable: intstr.FromInt32(1), partition: intstr.FromInt32(0), startFirst: s.Order == inplace.StartFirst,
+		drain: seconds(s.DrainSeconds), minReady: seconds(s.MinReadySeconds), deadline: seconds(s.ProgressDeadlineSeconds),
+		onFailure: s.OnFailure, grace: s.TerminationGracePeriodSeconds,
+	}
+	if s.MaxUnavailable != nil {
+		t.maxUnavailable = *s.MaxUnavailable
+	}
+	if s.Partition != nil {
+		t.partition = *s.Partition
+	}
+	if t.deadline <= 0 {
+		t.deadline = 600 * time.Second
+	}
+	if t.onFailure == "" {
+		t.onFailure = inplace.Rollback
+	}
+	return t
+}
+
+// resolve is the number that n is of total; up says which way percentages are rounded.
+func resolve(n intstr.IntOrString, total int, up bool) int {
+	if n.Type == intstr.Int {
+		return max(n.IntValue(), 0)
+	}
+	percent, err := strconv.Atoi(strings.TrimSuffix(n.StrVal, "%"))
+	if err != nil {
+		return 0 // the schema lets nothing else through
+	}
+	part := total * percent
+	if up {
+		part += 99
+	}
+	return part / 100
+}
+
+// unavailableLimit is how many of the pods may be unavailable.
+func (s *strategy) unavailableLimit(desired int) int {
+	return max(resolve(s.maxUnavailable, desired, false), 1)
+}
+
+// operationUID is what nodes call an operation: the same for the same work on the same containers, whoever asks.
+func operationUID(kind string, g goal, pod *corev1.Pod, containers map[string]string, round int) string {
+	uid := string(g.rollout) + "." + kind + "." + string(pod.UID) + "." + hash(g.revision, containers, round)
+	if len(uid) > 128 {
+		uid = kind + "." + hash(uid) + "." + hash(containers, uid)
+	}
+	return uid
+}
+
+func hash(parts ...any) string {
+	b, err := json.Marshal(parts)
+	if err != nil {
+		return "unhashable" // never: all parts are plain data
+	}
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:5])
+}
+
+// ownerOf is whose the pins of a rollout are, and who asks the nodes.
+func ownerOf(r *inplace.InPlaceRollout) string {
+	return "InPlaceRollout/" + r.Namespace + "/" + r.Name + "/" + string(r.UID)
+}
