@@ -67,7 +67,7 @@ chaos: ## the whole crash matrix on a real cluster, about 20 minutes; needs root
 	@CHAOS=full go test -race -count=1 -timeout $(CHAOS_TIMEOUT) -v -run '^TestMatrix$$' ./test/chaos
 
 .PHONY: demo
-demo: ## a cluster behind the proxy and a restart on it; KEEP=1 leaves it up
+demo: ## a cluster behind the proxy, a restart and a pull ahead of time on it; KEEP=1 leaves it up
 	@go run ./test/demo
 
 .PHONY: fuzz
