@@ -4,6 +4,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -65,44 +66,31 @@ func (d *demo) prepull(ctx context.Context) error {
 	return d.startedWithoutPull(ctx)
 }
 
-// followJob shows the job as kubectl does, whenever that changes, until it has completed.
+// followJob watches the job until it has completed.
 func (d *demo) followJob(ctx context.Context) (*v1beta1.ImagePullJob, error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	d.say("$ kubectl get imagepulljob %s --watch", pullJob)
-	tick := time.NewTicker(100 * time.Millisecond)
-	defer tick.Stop()
-	last, seen := "", ""
-	for {
-		job := &v1beta1.ImagePullJob{}
-		if err := d.api.Get(ctx, client.ObjectKey{Namespace: "default", Name: pullJob}, job); err != nil {
-			return nil, err
-		}
-		s := job.Status
-		if now := fmt.Sprint(s.Active, s.Succeeded, s.Failed, s.Progress, s.Message); now != last {
-			last = now
-			out, err := d.bed.Kubectl(ctx, "get", "imagepulljob", pullJob)
-			if err != nil {
-				return nil, err
-			}
-			titles, row, _ := strings.Cut(strings.TrimSpace(out), "\n")
-			if seen == "" {
-				d.say("%s", titles)
-			}
-			if row != seen {
-				d.say("%s", row)
-			}
-			seen = row
-		}
-		if s.CompletionTime != nil {
-			return job, nil
-		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return nil, fmt.Errorf("the job is not completed: %w; see the logs of cri-controller and cri-proxy in %s", ctx.Err(), d.bed.Logs)
+	watching, stop := context.WithCancel(ctx)
+	defer stop()
+	watch := d.kubectlCommand(watching, "get", "imagepulljob", pullJob, "--watch")
+	out, err := watch.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := watch.Start(); err != nil {
+		return nil, err
+	}
+	for lines := bufio.NewScanner(out); lines.Scan(); {
+		d.say("%s", lines.Text())
+		if strings.Contains(lines.Text(), "completed") {
+			stop()
 		}
 	}
+	if err := watch.Wait(); watching.Err() == nil || ctx.Err() != nil {
+		return nil, fmt.Errorf("the job is not completed: %w; see the logs of cri-controller and cri-proxy in %s", errors.Join(err, ctx.Err()), d.bed.Logs)
+	}
+	job := &v1beta1.ImagePullJob{}
+	return job, d.api.Get(ctx, client.ObjectKey{Namespace: "default", Name: pullJob}, job)
 }
 
 // startedWithoutPull shows kubelet's own word for it.

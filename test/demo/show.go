@@ -16,11 +16,17 @@ import (
 
 // kubectl runs kubectl and shows what a person would type and see.
 func (d *demo) kubectl(ctx context.Context, stdin string, args ...string) error {
+	cmd := d.kubectlCommand(ctx, args...)
+	cmd.Stdin = strings.NewReader(stdin)
+	return d.show(cmd)
+}
+
+// kubectlCommand shows a command of kubectl and returns it.
+func (d *demo) kubectlCommand(ctx context.Context, args ...string) *exec.Cmd {
 	d.say("$ kubectl %s", strings.Join(args, " "))
 	cmd := exec.CommandContext(ctx, filepath.Join(d.bed.Bin, "kubectl"), args...)
 	cmd.Env = append(os.Environ(), "KUBECONFIG="+d.bed.Kubeconfig, "HOME="+d.bed.Dir)
-	cmd.Stdin = strings.NewReader(stdin)
-	return d.show(cmd)
+	return cmd
 }
 
 func (d *demo) exec(ctx context.Context, program string, args ...string) error {
