@@ -67,6 +67,7 @@ type bed struct {
 	stop           context.CancelFunc
 	wg             sync.WaitGroup
 	transform      func(any) (any, error)
+	watches        map[string]func(before, now *corev1.Pod)
 	serial         int
 
 	r     *Reconciler
@@ -322,13 +323,16 @@ func (b *bed) podWritten(key types.NamespacedName) {
 	before := b.real[key]
 	if now == nil {
 		delete(b.real, key)
-	} else if before != nil && versionOf(before.ResourceVersion) > versionOf(now.ResourceVersion) {
+	} else if before != nil && before.UID == now.UID && versionOf(before.ResourceVersion) > versionOf(now.ResourceVersion) {
 		b.mu.Unlock()
 		return
 	} else {
 		b.real[key] = now
 	}
 	b.count(before, now)
+	if watch := b.watches[key.Name]; watch != nil && now != nil {
+		watch(before, now)
+	}
 	b.mu.Unlock()
 	if now != nil {
 		b.wg.Go(func() { b.kubeletSync(key) })
@@ -341,8 +345,12 @@ func (b *bed) podWritten(key types.NamespacedName) {
 		old := b.cache[key]
 		var seen *corev1.Pod
 		if now == nil {
+			if b.real[key] != nil {
+				b.mu.Unlock()
+				return // made anew since
+			}
 			delete(b.cache, key)
-		} else if old == nil || versionOf(old.ResourceVersion) < versionOf(now.ResourceVersion) {
+		} else if old == nil || old.UID != now.UID || versionOf(old.ResourceVersion) < versionOf(now.ResourceVersion) {
 			seen = b.slim(now)
 			b.cache[key] = seen
 		}
@@ -362,6 +370,16 @@ func (b *bed) podWritten(key types.NamespacedName) {
 			queue.AddAfter(request, gatherFor)
 		}
 	})
+}
+
+// watch calls f with every write of a pod.
+func (b *bed) watch(name string, f func(before, now *corev1.Pod)) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.watches == nil {
+		b.watches = map[string]func(before, now *corev1.Pod){}
+	}
+	b.watches[name] = f
 }
 
 // count keeps notReady; the caller holds the mutex.
@@ -563,11 +581,25 @@ func (b *bed) until(what, name string, within time.Duration, so func(*rollout) b
 		}
 		if time.Now().After(end) {
 			if r != nil {
-				b.t.Fatalf("rollout %s not %s within %s: %+v\nevents:\n%s\nimages %v", name, what, within, r.Status, b.told(), b.images("app"))
+				b.t.Fatalf("rollout %s not %s within %s: %+v\nevents:\n%s\nimages %v\n%s", name, what, within, r.Status, b.told(), b.images("app"), b.dump())
 			}
 			b.t.Fatalf("rollout %s not %s within %s: it is gone", name, what, within)
 		}
 	}
+}
+
+// dump is what there is to know of pods that do not run what they should.
+func (b *bed) dump() string {
+	var lines []string
+	for _, pod := range b.pods() {
+		lines = append(lines, fmt.Sprintf("%s %s: spec %s, status %+v, mark %s", pod.Name, pod.UID, pod.Spec.Containers[0].Image, pod.Status.ContainerStatuses[:min(1, len(pod.Status.ContainerStatuses))], pod.Annotations[inplace.PodStateAnnotation]))
+		if w := b.r.knownWork(types.NamespacedName{Namespace: "ns", Name: "all"}); w != nil {
+			if m := w.members[pod.UID]; m != nil {
+				lines = append(lines, fmt.Sprintf("   member %+v visit %+v", m, m.visit))
+			}
+		}
+	}
+	return strings.Join(lines, "\n")
 }
 
 func ended(r *rollout) bool {

@@ -267,7 +267,7 @@ func (f *fleet) Restart(ctx context.Context, n controller.Node, r *opsv1.Restart
 			return
 		}
 		for _, c := range r.GetContainers() {
-			id := fmt.Sprintf("restarted-%s-%s", r.GetPod().GetUid(), c.GetName())
+			id := fmt.Sprintf("restarted-%s-%s", r.GetUid(), c.GetName())
 			f.swap(r.GetPod().GetUid(), c.GetName(), id)
 			f.mu.Lock()
 			o.op.Containers = append(o.op.Containers, &opsv1.ContainerOperation{Name: c.GetName(), SuccessorId: id})

@@ -83,8 +83,8 @@ type verdict struct {
 	// images and restarts are what is to be written.
 	images   map[string]string
 	restarts []string
-	// available says that the pod counts as available, disrupted that it must not be counted on.
-	available, disrupted bool
+	// serving says that the pod is ready, available that it has been for long enough, disrupted that it must not be counted on.
+	serving, available, disrupted bool
 	// open says that its gates are to be opened.
 	open bool
 	// ask says that the operation of the mark is worth asking for, restart that the marked containers are to be restarted.
@@ -106,6 +106,8 @@ func judge(pod *corev1.Pod, m *mark, g goal, k knowledge, s *strategy, now time.
 	k.now = now
 	shut, _ := shutBy(pod)
 	v.available, v.wait = available(pod, k, s, now)
+	ready := conditionOf(pod, corev1.PodReady)
+	v.serving = ready != nil && ready.Status == corev1.ConditionTrue
 	moving := m.moving(pod, k)
 	v.disrupted = k.turn || shut != "" || moving
 

@@ -78,7 +78,7 @@ func (b *bed) kubeletSync(key types.NamespacedName) {
 	stale := false
 	for _, c := range pod.Spec.Containers {
 		cs := statusOf(pod, c.Name)
-		stale = stale || cs == nil || strings.TrimPrefix(cs.Image, "docker.io/library/") != c.Image && (cs.State.Waiting == nil || !strings.Contains(cs.State.Waiting.Message, c.Image))
+		stale = stale || !asked(cs, c.Image) && (cs == nil || cs.State.Waiting == nil || !strings.Contains(cs.State.Waiting.Message, c.Image))
 	}
 	if !stale || !pause(b.ctx, b.kubelet.sync) {
 		return
@@ -89,7 +89,7 @@ func (b *bed) kubeletSync(key types.NamespacedName) {
 	}
 	for _, c := range pod.Spec.Containers {
 		cs := statusOf(pod, c.Name)
-		if cs != nil && strings.TrimPrefix(cs.Image, "docker.io/library/") == c.Image {
+		if asked(cs, c.Image) {
 			continue
 		}
 		if strings.HasSuffix(c.Image, ":gone") {
@@ -102,6 +102,11 @@ func (b *bed) kubeletSync(key types.NamespacedName) {
 		}
 		b.runContainer(key, pod.UID, pod.Spec.NodeName, c.Name, c.Image)
 	}
+}
+
+// asked says that a container is of the image, as far as kubelet is concerned.
+func asked(cs *corev1.ContainerStatus, image string) bool {
+	return cs != nil && cs.ContainerID != "" && strings.TrimPrefix(cs.Image, "docker.io/library/") == image && cs.State.Waiting == nil
 }
 
 func (b *bed) pod2(key types.NamespacedName) *corev1.Pod {
@@ -147,7 +152,7 @@ func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, 
 		if cs == nil {
 			p.Status.ContainerStatuses = append(p.Status.ContainerStatuses, corev1.ContainerStatus{Name: name})
 			cs = statusOf(p, name)
-		} else if strings.TrimPrefix(cs.Image, "docker.io/library/") == image && cs.ContainerID != "" {
+		} else if asked(cs, image) {
 			return false // another worker was quicker
 		}
 		if cs.ContainerID != "" {

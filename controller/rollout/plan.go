@@ -111,14 +111,18 @@ func decide(pods []candidate, l limits) plan {
 			}
 		}
 		if c.preparation != prepared {
-			blocked = blocked || l.ordered && c.verdict.available
+			blocked = blocked || l.ordered && c.verdict.serving
 			continue
 		}
 		if turns >= turnsMax {
 			continue
 		}
-		if c.verdict.available {
-			if blocked || unavailable >= l.maxUnavailable {
+		if c.verdict.serving {
+			cost := 0
+			if c.verdict.available {
+				cost = 1
+			}
+			if blocked || unavailable+cost > l.maxUnavailable {
 				continue
 			}
 			if ok, why := l.allowed(c.pod); !ok {
@@ -126,11 +130,9 @@ func decide(pods []candidate, l limits) plan {
 				blocked = blocked || l.ordered
 				continue
 			}
-			unavailable++
-		} else {
-			if turns >= free {
-				continue
-			}
+			unavailable += cost
+		} else if turns >= free {
+			continue
 		}
 		turns++
 		p.begin = append(p.begin, i)
@@ -138,7 +140,7 @@ func decide(pods []candidate, l limits) plan {
 	return p
 }
 
-// inOrder are the pods in the order of their turn: those that are not available cost nothing and go first, then by ordinal from
+// inOrder are the pods in the order of their turn: those that are not ready cost nothing and go first, then by ordinal from
 // the highest down, else by name.
 func inOrder(pods []candidate) []int {
 	order := make([]int, len(pods))
@@ -147,8 +149,8 @@ func inOrder(pods []candidate) []int {
 	}
 	slices.SortFunc(order, func(a, b int) int {
 		x, y := &pods[a], &pods[b]
-		if x.verdict.available != y.verdict.available {
-			if y.verdict.available {
+		if x.verdict.serving != y.verdict.serving {
+			if y.verdict.serving {
 				return -1
 			}
 			return 1

@@ -204,6 +204,17 @@ func (p *pass) advance(ctx context.Context) error {
 			return err
 		}
 	}
+	if next := p.rollout.Status.DeepCopy(); !p.undoing() && len(next.PreviousImages) < len(p.goal.images) {
+		// Pods that have come since.
+		if next.PreviousImages == nil {
+			next.PreviousImages = map[string]string{}
+		}
+		if p.findPrevious(next.PreviousImages) {
+			if err := p.writeStatus(ctx, next); err != nil {
+				return err
+			}
+		}
+	}
 	if p.work.revision != p.goal.revision {
 		p.work.revision, p.work.failures, p.work.told = p.goal.revision, map[types.UID]inplace.PodFailure{}, map[string]bool{}
 		p.work.progressed, p.work.released = p.now, nil
@@ -371,21 +382,14 @@ func (p *pass) begin(ctx context.Context) error {
 		ObservedGeneration: p.rollout.Generation, ObservedRevision: p.goal.revision, StartTime: &now, LastSuccessTime: old.LastSuccessTime,
 		TargetImages: p.goal.images, PreviousImages: map[string]string{}, Conditions: slices.Clone(old.Conditions), Desired: int32(p.target.desired),
 	}
-	for name, image := range p.goal.images {
-		if kept := old.PreviousImages[name]; kept != "" && old.CompletionTime == nil {
-			next.PreviousImages[name] = kept // the last that was good
-			continue
-		}
-		if w := p.target.workload; w != nil {
-			if was := w.image(name); was != "" && was != image {
-				next.PreviousImages[name] = was
-				continue
+	if old.CompletionTime == nil {
+		for name := range p.goal.images {
+			if kept := old.PreviousImages[name]; kept != "" {
+				next.PreviousImages[name] = kept // the last that was good
 			}
 		}
-		if was := usual(p.target.pods, name, image); was != "" {
-			next.PreviousImages[name] = was
-		}
 	}
+	p.findPrevious(next.PreviousImages)
 	setCondition(&next, inplace.ConditionComplete, false, inplace.ReasonRollingOut, "")
 	setCondition(&next, inplace.ConditionProgressing, true, inplace.ReasonRollingOut, "")
 	setCondition(&next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")
@@ -396,6 +400,27 @@ func (p *pass) begin(ctx context.Context) error {
 	p.event(corev1.EventTypeNormal, eventStarted, "rolling out to "+p.target.what+": "+describe(p.rollout.Spec.Containers))
 	p.log.WithField("revision", p.goal.revision).Info("rollout begins")
 	return nil
+}
+
+// findPrevious adds the images that are to be replaced, as far as they can be told, and says whether that is more than before.
+func (p *pass) findPrevious(previous map[string]string) bool {
+	more := false
+	for name, image := range p.goal.images {
+		if previous[name] != "" {
+			continue
+		}
+		was := ""
+		if w := p.target.workload; w != nil && w.image(name) != image {
+			was = w.image(name)
+		}
+		if was == "" {
+			was = usual(p.target.pods, name, image)
+		}
+		if was != "" {
+			previous[name], more = was, true
+		}
+	}
+	return more
 }
 
 // usual is the image that most pods have in a container, besides the given one.

@@ -149,7 +149,7 @@ func (p *pass) isTarget(pod *corev1.Pod) bool {
 }
 
 // tally counts the pods by where they stand.
-type tally struct{ outdated, changing, updated, broken, available, open int }
+type tally struct{ outdated, changing, updated, broken, available, open, turns int }
 
 func (p *pass) tally() tally {
 	var t tally
@@ -169,6 +169,9 @@ func (p *pass) tally() tally {
 		}
 		if shut, _ := shutBy(i.pod); shut == p.rollout.UID {
 			t.open++
+		}
+		if i.m.turn {
+			t.turns++
 		}
 	}
 	return t
@@ -210,10 +213,10 @@ func (p *pass) conclude(ctx context.Context) error {
 	case len(p.items) == 0:
 		next.Message = "there are no " + p.target.what
 		p.stand(next, true, inplace.ReasonNoPods, next.Message)
-	case p.rollout.Spec.Paused && t.changing == 0:
+	case p.rollout.Spec.Paused && t.changing+t.turns == 0:
 		next.Message = fmt.Sprintf("paused with %d of %d pods updated", next.Updated, next.Desired)
 		p.stand(next, true, inplace.ReasonPaused, next.Message)
-	case p.plan.held > 0 && t.changing == 0 && t.outdated == p.plan.held:
+	case p.plan.held > 0 && t.changing+t.turns == 0 && t.outdated == p.plan.held:
 		next.Message = fmt.Sprintf("%d of %d pods are updated, the partition keeps %d", next.Updated, next.Desired, p.plan.held)
 		p.stand(next, true, inplace.ReasonPartitioned, next.Message)
 	case p.plan.blocked != "":
