@@ -126,15 +126,46 @@ func failedWith(t testing.TB, job *v1beta1.ImagePullJob, reason string, words ..
 	}
 }
 
+// privateRegistry starts a registry that asks for a name and a password, for images of host.
+func privateRegistry(t testing.TB, host string) {
+	t.Helper()
+	auth, err := bed.BasicAuth()
+	must(t, err)
+	addr, err := bed.StartRegistryAs(t.Context(), "registry-"+host, testbed.RegistryOptions{Auth: auth})
+	must(t, err)
+	t.Cleanup(func() { _ = bed.Process("registry-" + host).Signal(syscall.SIGKILL) })
+	must(t, bed.MapRegistry(host, "http://"+addr))
+}
+
+// TestImagePullJobProxyKilled kills the only process that has the credentials of a pull: the controller gives them again.
+func TestImagePullJobProxyKilled(t *testing.T) {
+	ns := namespace(t)
+	const host = "forgotten.e2e"
+	privateRegistry(t, host)
+	removeImage(t, host+"/forgotten:1")
+	must(t, bed.PushLargeImage(t.Context(), "forgotten:1", 2, 8))
+	apply(t, fmt.Sprintf("apiVersion: v1\nkind: Secret\nmetadata: {name: good, namespace: %s}\ntype: kubernetes.io/dockerconfigjson\nstringData: {.dockerconfigjson: '{\"auths\":{\"%s\":{\"username\":\"%s\",\"password\":\"%s\"}}}'}\n",
+		ns, host, testbed.RegistryUser, testbed.RegistryPassword)+
+		imageJob(ns, "job", host+"/forgotten:1", "4Mi", "completionPolicy: {}", "pullSecrets: [good]"))
+	job := untilJob(t, "halfway", ns, "job", func(j *v1beta1.ImagePullJob) bool { return j.Status.Percent >= 40 })
+	before := pullsOf(t, job)
+	restartProxy(t, syscall.SIGKILL)
+	job = pulled(t, ns, "job")
+	ops := pullsOf(t, job)
+	if complete(job) != "True Succeeded" || len(ops) != 1 || len(before) != 1 || ops[0].GetUid() != before[0].GetUid() {
+		t.Fatalf("%+v, pulls %v", job.Status, ops)
+	}
+	// What this process has fetched is the rest.
+	if rest := ops[0].GetBytesTotal() - before[0].GetBytesDone(); ops[0].GetBytesFetched() > rest+ops[0].GetBytesTotal()/20 {
+		t.Errorf("fetched %d again, %d were missing", ops[0].GetBytesFetched(), rest)
+	}
+}
+
 // TestImagePullSecrets has a registry that asks for a name and a password.
 func TestImagePullSecrets(t *testing.T) {
 	ns := namespace(t)
 	const host = "private.e2e"
-	auth, err := bed.BasicAuth()
-	must(t, err)
-	addr, err := bed.StartRegistryAs(t.Context(), "registry-private", testbed.RegistryOptions{Auth: auth})
-	must(t, err)
-	must(t, bed.MapRegistry(host, "http://"+addr))
+	privateRegistry(t, host)
 	encoded := base64.StdEncoding.EncodeToString([]byte(testbed.RegistryUser + ":" + testbed.RegistryPassword))
 	secret := func(name, kind, key, value string) string {
 		return fmt.Sprintf("---\napiVersion: v1\nkind: Secret\nmetadata: {name: %s, namespace: %s}\ntype: kubernetes.io/%s\nstringData: {%s: '%s'}\n", name, ns, kind, key, value)
