@@ -104,7 +104,7 @@ const (
 	Phase_PHASE_FAILED    Phase = 7
 	Phase_PHASE_CANCELLED Phase = 8
 	// The following are of upgrades, in this order, all before PHASE_STOPPING.
-	// PHASE_PULLING gets the image onto the node.
+	// PHASE_PULLING gets the image onto the node; it is of restarts with another image too.
 	Phase_PHASE_PULLING Phase = 9
 	// PHASE_PREPARED waits for CommitUpgrade.
 	Phase_PHASE_PREPARED Phase = 10
@@ -250,7 +250,10 @@ type RestartRequest struct {
 	Force bool `protobuf:"varint,5,opt,name=force,proto3" json:"force,omitempty"`
 	// requester is who asked, for the audit line: kind/namespace/name of the
 	// custom resource, or the CLI user.
-	Requester     string `protobuf:"bytes,6,opt,name=requester,proto3" json:"requester,omitempty"`
+	Requester string `protobuf:"bytes,6,opt,name=requester,proto3" json:"requester,omitempty"`
+	// credentials are for the pulls of images; those that do not match an image are ignored. They are kept in memory only:
+	// repeating the request hands them over again, to a daemon that has been restarted for example.
+	Credentials   []*RegistryCredential `protobuf:"bytes,7,rep,name=credentials,proto3" json:"credentials,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -327,6 +330,13 @@ func (x *RestartRequest) GetRequester() string {
 	return ""
 }
 
+func (x *RestartRequest) GetCredentials() []*RegistryCredential {
+	if x != nil {
+		return x.Credentials
+	}
+	return nil
+}
+
 type ContainerRestart struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -346,8 +356,17 @@ type ContainerRestart struct {
 	// min_ready_seconds is how long, with START_FIRST, the new container must have run
 	// (after postStart) before the old one is stopped; at most 3600.
 	MinReadySeconds int32 `protobuf:"varint,7,opt,name=min_ready_seconds,json=minReadySeconds,proto3" json:"min_ready_seconds,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// image, if set, takes the place of the one in the pod's spec, which kubelet is not told: in this restart and whenever kubelet makes the
+	// container anew, until it is reverted, the spec gets another image, or the pod is gone. It is pulled, pinned for 24 hours with
+	// the requester as owner, and checked before anything is touched. If it does not start, there is no override.
+	Image string `protobuf:"bytes,8,opt,name=image,proto3" json:"image,omitempty"`
+	// revert_image restarts the container with the image of the pod's spec and ends the override. A container that does not run
+	// is left to kubelet, which makes it with that image then.
+	RevertImage bool `protobuf:"varint,9,opt,name=revert_image,json=revertImage,proto3" json:"revert_image,omitempty"`
+	// pull_policy is for image and revert_image: with Always the registry is asked even if the image is on the node.
+	PullPolicy    PullPolicy `protobuf:"varint,10,opt,name=pull_policy,json=pullPolicy,proto3,enum=criproxy.ops.v1.PullPolicy" json:"pull_policy,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ContainerRestart) Reset() {
@@ -427,6 +446,27 @@ func (x *ContainerRestart) GetMinReadySeconds() int32 {
 		return x.MinReadySeconds
 	}
 	return 0
+}
+
+func (x *ContainerRestart) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
+func (x *ContainerRestart) GetRevertImage() bool {
+	if x != nil {
+		return x.RevertImage
+	}
+	return false
+}
+
+func (x *ContainerRestart) GetPullPolicy() PullPolicy {
+	if x != nil {
+		return x.PullPolicy
+	}
+	return PullPolicy_PULL_POLICY_UNSPECIFIED
 }
 
 type PrepareUpgradeRequest struct {
@@ -1206,7 +1246,7 @@ type ContainerOperation struct {
 	// NodeInfoResponse.restart_methods); empty until it is chosen. For an upgrade it is "kubelet" where kubelet makes the new
 	// container by itself and only the image is put ready: a warning tells why.
 	Method string `protobuf:"bytes,13,opt,name=method,proto3" json:"method,omitempty"`
-	// image is the new image of an upgrade, and pull how far it has been pulled; only
+	// image is the new image of an upgrade or of a restart with another image, and pull how far it has been pulled; only
 	// phase, reason, message, the bytes and the image ID of that are set.
 	Image         string         `protobuf:"bytes,14,opt,name=image,proto3" json:"image,omitempty"`
 	Pull          *PullOperation `protobuf:"bytes,15,opt,name=pull,proto3" json:"pull,omitempty"`
@@ -1588,6 +1628,189 @@ func (x *CancelOperationRequest) GetReason() string {
 	return ""
 }
 
+type ListOverridesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListOverridesRequest) Reset() {
+	*x = ListOverridesRequest{}
+	mi := &file_api_ops_v1_ops_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListOverridesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListOverridesRequest) ProtoMessage() {}
+
+func (x *ListOverridesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_ops_v1_ops_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListOverridesRequest.ProtoReflect.Descriptor instead.
+func (*ListOverridesRequest) Descriptor() ([]byte, []int) {
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{19}
+}
+
+type ListOverridesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Overrides     []*ImageOverride       `protobuf:"bytes,1,rep,name=overrides,proto3" json:"overrides,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListOverridesResponse) Reset() {
+	*x = ListOverridesResponse{}
+	mi := &file_api_ops_v1_ops_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListOverridesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListOverridesResponse) ProtoMessage() {}
+
+func (x *ListOverridesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_ops_v1_ops_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListOverridesResponse.ProtoReflect.Descriptor instead.
+func (*ListOverridesResponse) Descriptor() ([]byte, []int) {
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *ListOverridesResponse) GetOverrides() []*ImageOverride {
+	if x != nil {
+		return x.Overrides
+	}
+	return nil
+}
+
+// ImageOverride is a container whose image is not the one in its pod's spec.
+type ImageOverride struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Pod       *PodRef                `protobuf:"bytes,1,opt,name=pod,proto3" json:"pod,omitempty"`
+	Container string                 `protobuf:"bytes,2,opt,name=container,proto3" json:"container,omitempty"`
+	// image is what was asked for, and image_id what it was then: the container stays with that.
+	Image   string `protobuf:"bytes,3,opt,name=image,proto3" json:"image,omitempty"`
+	ImageId string `protobuf:"bytes,4,opt,name=image_id,json=imageId,proto3" json:"image_id,omitempty"`
+	// spec_image is the image in the pod's spec.
+	SpecImage     string                 `protobuf:"bytes,5,opt,name=spec_image,json=specImage,proto3" json:"spec_image,omitempty"`
+	Since         *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=since,proto3" json:"since,omitempty"`
+	Requester     string                 `protobuf:"bytes,7,opt,name=requester,proto3" json:"requester,omitempty"`
+	OperationUid  string                 `protobuf:"bytes,8,opt,name=operation_uid,json=operationUid,proto3" json:"operation_uid,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageOverride) Reset() {
+	*x = ImageOverride{}
+	mi := &file_api_ops_v1_ops_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageOverride) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageOverride) ProtoMessage() {}
+
+func (x *ImageOverride) ProtoReflect() protoreflect.Message {
+	mi := &file_api_ops_v1_ops_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageOverride.ProtoReflect.Descriptor instead.
+func (*ImageOverride) Descriptor() ([]byte, []int) {
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *ImageOverride) GetPod() *PodRef {
+	if x != nil {
+		return x.Pod
+	}
+	return nil
+}
+
+func (x *ImageOverride) GetContainer() string {
+	if x != nil {
+		return x.Container
+	}
+	return ""
+}
+
+func (x *ImageOverride) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
+func (x *ImageOverride) GetImageId() string {
+	if x != nil {
+		return x.ImageId
+	}
+	return ""
+}
+
+func (x *ImageOverride) GetSpecImage() string {
+	if x != nil {
+		return x.SpecImage
+	}
+	return ""
+}
+
+func (x *ImageOverride) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *ImageOverride) GetRequester() string {
+	if x != nil {
+		return x.Requester
+	}
+	return ""
+}
+
+func (x *ImageOverride) GetOperationUid() string {
+	if x != nil {
+		return x.OperationUid
+	}
+	return ""
+}
+
 type NodeInfoRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1596,7 +1819,7 @@ type NodeInfoRequest struct {
 
 func (x *NodeInfoRequest) Reset() {
 	*x = NodeInfoRequest{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[19]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1608,7 +1831,7 @@ func (x *NodeInfoRequest) String() string {
 func (*NodeInfoRequest) ProtoMessage() {}
 
 func (x *NodeInfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[19]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1621,7 +1844,7 @@ func (x *NodeInfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeInfoRequest.ProtoReflect.Descriptor instead.
 func (*NodeInfoRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{19}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{22}
 }
 
 type NodeInfoResponse struct {
@@ -1648,7 +1871,7 @@ type NodeInfoResponse struct {
 
 func (x *NodeInfoResponse) Reset() {
 	*x = NodeInfoResponse{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[20]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1660,7 +1883,7 @@ func (x *NodeInfoResponse) String() string {
 func (*NodeInfoResponse) ProtoMessage() {}
 
 func (x *NodeInfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[20]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1673,7 +1896,7 @@ func (x *NodeInfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeInfoResponse.ProtoReflect.Descriptor instead.
 func (*NodeInfoResponse) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{20}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *NodeInfoResponse) GetVersion() string {
@@ -1762,7 +1985,7 @@ type RestartMethod struct {
 
 func (x *RestartMethod) Reset() {
 	*x = RestartMethod{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[21]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1774,7 +1997,7 @@ func (x *RestartMethod) String() string {
 func (*RestartMethod) ProtoMessage() {}
 
 func (x *RestartMethod) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[21]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1787,7 +2010,7 @@ func (x *RestartMethod) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartMethod.ProtoReflect.Descriptor instead.
 func (*RestartMethod) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{21}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RestartMethod) GetName() string {
@@ -1824,7 +2047,7 @@ type Runtime struct {
 
 func (x *Runtime) Reset() {
 	*x = Runtime{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[22]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1836,7 +2059,7 @@ func (x *Runtime) String() string {
 func (*Runtime) ProtoMessage() {}
 
 func (x *Runtime) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[22]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1849,7 +2072,7 @@ func (x *Runtime) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Runtime.ProtoReflect.Descriptor instead.
 func (*Runtime) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{22}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Runtime) GetEndpoint() string {
@@ -1892,7 +2115,7 @@ type ActiveSlot struct {
 
 func (x *ActiveSlot) Reset() {
 	*x = ActiveSlot{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[23]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1904,7 +2127,7 @@ func (x *ActiveSlot) String() string {
 func (*ActiveSlot) ProtoMessage() {}
 
 func (x *ActiveSlot) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[23]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1917,7 +2140,7 @@ func (x *ActiveSlot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActiveSlot.ProtoReflect.Descriptor instead.
 func (*ActiveSlot) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{23}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ActiveSlot) GetPodUid() string {
@@ -1966,7 +2189,7 @@ type Counters struct {
 
 func (x *Counters) Reset() {
 	*x = Counters{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[24]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1978,7 +2201,7 @@ func (x *Counters) String() string {
 func (*Counters) ProtoMessage() {}
 
 func (x *Counters) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[24]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1991,7 +2214,7 @@ func (x *Counters) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Counters.ProtoReflect.Descriptor instead.
 func (*Counters) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{24}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Counters) GetCalls() uint64 {
@@ -2058,7 +2281,7 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\x06PodRef\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x10\n" +
-	"\x03uid\x18\x03 \x01(\tR\x03uid\"\xde\x01\n" +
+	"\x03uid\x18\x03 \x01(\tR\x03uid\"\xa5\x02\n" +
 	"\x0eRestartRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12)\n" +
 	"\x03pod\x18\x02 \x01(\v2\x17.criproxy.ops.v1.PodRefR\x03pod\x12A\n" +
@@ -2067,7 +2290,8 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"containers\x12\x18\n" +
 	"\aordered\x18\x04 \x01(\bR\aordered\x12\x14\n" +
 	"\x05force\x18\x05 \x01(\bR\x05force\x12\x1c\n" +
-	"\trequester\x18\x06 \x01(\tR\trequester\"\xec\x02\n" +
+	"\trequester\x18\x06 \x01(\tR\trequester\x12E\n" +
+	"\vcredentials\x18\a \x03(\v2#.criproxy.ops.v1.RegistryCredentialR\vcredentials\"\xe3\x03\n" +
 	"\x10ContainerRestart\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x122\n" +
 	"\x15expected_container_id\x18\x02 \x01(\tR\x13expectedContainerId\x125\n" +
@@ -2076,7 +2300,12 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\n" +
 	"post_start\x18\x05 \x01(\v2\x15.criproxy.ops.v1.HookR\tpostStart\x12,\n" +
 	"\x05order\x18\x06 \x01(\x0e2\x16.criproxy.ops.v1.OrderR\x05order\x12*\n" +
-	"\x11min_ready_seconds\x18\a \x01(\x05R\x0fminReadySecondsB\x17\n" +
+	"\x11min_ready_seconds\x18\a \x01(\x05R\x0fminReadySeconds\x12\x14\n" +
+	"\x05image\x18\b \x01(\tR\x05image\x12!\n" +
+	"\frevert_image\x18\t \x01(\bR\vrevertImage\x12<\n" +
+	"\vpull_policy\x18\n" +
+	" \x01(\x0e2\x1b.criproxy.ops.v1.PullPolicyR\n" +
+	"pullPolicyB\x17\n" +
 	"\x15_grace_period_seconds\"\xc8\x03\n" +
 	"\x15PrepareUpgradeRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12)\n" +
@@ -2172,7 +2401,20 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"operations\"B\n" +
 	"\x16CancelOperationRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x11\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x16\n" +
+	"\x14ListOverridesRequest\"U\n" +
+	"\x15ListOverridesResponse\x12<\n" +
+	"\toverrides\x18\x01 \x03(\v2\x1e.criproxy.ops.v1.ImageOverrideR\toverrides\"\x9d\x02\n" +
+	"\rImageOverride\x12)\n" +
+	"\x03pod\x18\x01 \x01(\v2\x17.criproxy.ops.v1.PodRefR\x03pod\x12\x1c\n" +
+	"\tcontainer\x18\x02 \x01(\tR\tcontainer\x12\x14\n" +
+	"\x05image\x18\x03 \x01(\tR\x05image\x12\x19\n" +
+	"\bimage_id\x18\x04 \x01(\tR\aimageId\x12\x1d\n" +
+	"\n" +
+	"spec_image\x18\x05 \x01(\tR\tspecImage\x120\n" +
+	"\x05since\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x1c\n" +
+	"\trequester\x18\a \x01(\tR\trequester\x12#\n" +
+	"\roperation_uid\x18\b \x01(\tR\foperationUid\"\x11\n" +
 	"\x0fNodeInfoRequest\"\x86\x04\n" +
 	"\x10NodeInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1b\n" +
@@ -2230,7 +2472,7 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\x0ePHASE_PREPARED\x10\n" +
 	"\x12\x0f\n" +
 	"\vPHASE_ARMED\x10\v\x12\x12\n" +
-	"\x0ePHASE_ADOPTING\x10\f2\xff\x05\n" +
+	"\x0ePHASE_ADOPTING\x10\f2\xdf\x06\n" +
 	"\x03Ops\x12F\n" +
 	"\aRestart\x12\x1f.criproxy.ops.v1.RestartRequest\x1a\x1a.criproxy.ops.v1.Operation\x12P\n" +
 	"\fGetOperation\x12$.criproxy.ops.v1.GetOperationRequest\x1a\x1a.criproxy.ops.v1.Operation\x12V\n" +
@@ -2239,7 +2481,8 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\x0fCancelOperation\x12'.criproxy.ops.v1.CancelOperationRequest\x1a\x1a.criproxy.ops.v1.Operation\x12T\n" +
 	"\x0ePrepareUpgrade\x12&.criproxy.ops.v1.PrepareUpgradeRequest\x1a\x1a.criproxy.ops.v1.Operation\x12R\n" +
 	"\rCommitUpgrade\x12%.criproxy.ops.v1.CommitUpgradeRequest\x1a\x1a.criproxy.ops.v1.Operation\x12P\n" +
-	"\fAbortUpgrade\x12$.criproxy.ops.v1.AbortUpgradeRequest\x1a\x1a.criproxy.ops.v1.Operation\x12O\n" +
+	"\fAbortUpgrade\x12$.criproxy.ops.v1.AbortUpgradeRequest\x1a\x1a.criproxy.ops.v1.Operation\x12^\n" +
+	"\rListOverrides\x12%.criproxy.ops.v1.ListOverridesRequest\x1a&.criproxy.ops.v1.ListOverridesResponse\x12O\n" +
 	"\bNodeInfo\x12 .criproxy.ops.v1.NodeInfoRequest\x1a!.criproxy.ops.v1.NodeInfoResponseB1Z/github.com/cri-proxy/cri-proxy/api/ops/v1;opsv1b\x06proto3"
 
 var (
@@ -2255,7 +2498,7 @@ func file_api_ops_v1_ops_proto_rawDescGZIP() []byte {
 }
 
 var file_api_ops_v1_ops_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_api_ops_v1_ops_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_api_ops_v1_ops_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_api_ops_v1_ops_proto_goTypes = []any{
 	(Order)(0),                     // 0: criproxy.ops.v1.Order
 	(Phase)(0),                     // 1: criproxy.ops.v1.Phase
@@ -2278,77 +2521,87 @@ var file_api_ops_v1_ops_proto_goTypes = []any{
 	(*ListOperationsRequest)(nil),  // 18: criproxy.ops.v1.ListOperationsRequest
 	(*ListOperationsResponse)(nil), // 19: criproxy.ops.v1.ListOperationsResponse
 	(*CancelOperationRequest)(nil), // 20: criproxy.ops.v1.CancelOperationRequest
-	(*NodeInfoRequest)(nil),        // 21: criproxy.ops.v1.NodeInfoRequest
-	(*NodeInfoResponse)(nil),       // 22: criproxy.ops.v1.NodeInfoResponse
-	(*RestartMethod)(nil),          // 23: criproxy.ops.v1.RestartMethod
-	(*Runtime)(nil),                // 24: criproxy.ops.v1.Runtime
-	(*ActiveSlot)(nil),             // 25: criproxy.ops.v1.ActiveSlot
-	(*Counters)(nil),               // 26: criproxy.ops.v1.Counters
-	(*RegistryCredential)(nil),     // 27: criproxy.ops.v1.RegistryCredential
-	(*durationpb.Duration)(nil),    // 28: google.protobuf.Duration
-	(PullPolicy)(0),                // 29: criproxy.ops.v1.PullPolicy
-	(*timestamppb.Timestamp)(nil),  // 30: google.protobuf.Timestamp
-	(*PullOperation)(nil),          // 31: criproxy.ops.v1.PullOperation
+	(*ListOverridesRequest)(nil),   // 21: criproxy.ops.v1.ListOverridesRequest
+	(*ListOverridesResponse)(nil),  // 22: criproxy.ops.v1.ListOverridesResponse
+	(*ImageOverride)(nil),          // 23: criproxy.ops.v1.ImageOverride
+	(*NodeInfoRequest)(nil),        // 24: criproxy.ops.v1.NodeInfoRequest
+	(*NodeInfoResponse)(nil),       // 25: criproxy.ops.v1.NodeInfoResponse
+	(*RestartMethod)(nil),          // 26: criproxy.ops.v1.RestartMethod
+	(*Runtime)(nil),                // 27: criproxy.ops.v1.Runtime
+	(*ActiveSlot)(nil),             // 28: criproxy.ops.v1.ActiveSlot
+	(*Counters)(nil),               // 29: criproxy.ops.v1.Counters
+	(*RegistryCredential)(nil),     // 30: criproxy.ops.v1.RegistryCredential
+	(PullPolicy)(0),                // 31: criproxy.ops.v1.PullPolicy
+	(*durationpb.Duration)(nil),    // 32: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),  // 33: google.protobuf.Timestamp
+	(*PullOperation)(nil),          // 34: criproxy.ops.v1.PullOperation
 }
 var file_api_ops_v1_ops_proto_depIdxs = []int32{
 	2,  // 0: criproxy.ops.v1.RestartRequest.pod:type_name -> criproxy.ops.v1.PodRef
 	4,  // 1: criproxy.ops.v1.RestartRequest.containers:type_name -> criproxy.ops.v1.ContainerRestart
-	9,  // 2: criproxy.ops.v1.ContainerRestart.pre_stop:type_name -> criproxy.ops.v1.Hook
-	9,  // 3: criproxy.ops.v1.ContainerRestart.post_start:type_name -> criproxy.ops.v1.Hook
-	0,  // 4: criproxy.ops.v1.ContainerRestart.order:type_name -> criproxy.ops.v1.Order
-	2,  // 5: criproxy.ops.v1.PrepareUpgradeRequest.pod:type_name -> criproxy.ops.v1.PodRef
-	6,  // 6: criproxy.ops.v1.PrepareUpgradeRequest.containers:type_name -> criproxy.ops.v1.ContainerUpgrade
-	27, // 7: criproxy.ops.v1.PrepareUpgradeRequest.credentials:type_name -> criproxy.ops.v1.RegistryCredential
-	28, // 8: criproxy.ops.v1.PrepareUpgradeRequest.pin_for:type_name -> google.protobuf.Duration
-	28, // 9: criproxy.ops.v1.PrepareUpgradeRequest.prepare_timeout:type_name -> google.protobuf.Duration
-	28, // 10: criproxy.ops.v1.PrepareUpgradeRequest.hold_timeout:type_name -> google.protobuf.Duration
-	0,  // 11: criproxy.ops.v1.ContainerUpgrade.order:type_name -> criproxy.ops.v1.Order
-	29, // 12: criproxy.ops.v1.ContainerUpgrade.pull_policy:type_name -> criproxy.ops.v1.PullPolicy
-	10, // 13: criproxy.ops.v1.Hook.exec:type_name -> criproxy.ops.v1.ExecAction
-	11, // 14: criproxy.ops.v1.Hook.http_get:type_name -> criproxy.ops.v1.HTTPGetAction
-	13, // 15: criproxy.ops.v1.Hook.sleep:type_name -> criproxy.ops.v1.SleepAction
-	12, // 16: criproxy.ops.v1.HTTPGetAction.headers:type_name -> criproxy.ops.v1.HTTPHeader
-	2,  // 17: criproxy.ops.v1.Operation.pod:type_name -> criproxy.ops.v1.PodRef
-	1,  // 18: criproxy.ops.v1.Operation.phase:type_name -> criproxy.ops.v1.Phase
-	15, // 19: criproxy.ops.v1.Operation.containers:type_name -> criproxy.ops.v1.ContainerOperation
-	30, // 20: criproxy.ops.v1.Operation.create_time:type_name -> google.protobuf.Timestamp
-	30, // 21: criproxy.ops.v1.Operation.finish_time:type_name -> google.protobuf.Timestamp
-	1,  // 22: criproxy.ops.v1.ContainerOperation.phase:type_name -> criproxy.ops.v1.Phase
-	30, // 23: criproxy.ops.v1.ContainerOperation.stop_time:type_name -> google.protobuf.Timestamp
-	30, // 24: criproxy.ops.v1.ContainerOperation.start_time:type_name -> google.protobuf.Timestamp
-	28, // 25: criproxy.ops.v1.ContainerOperation.gap:type_name -> google.protobuf.Duration
-	31, // 26: criproxy.ops.v1.ContainerOperation.pull:type_name -> criproxy.ops.v1.PullOperation
-	14, // 27: criproxy.ops.v1.ListOperationsResponse.operations:type_name -> criproxy.ops.v1.Operation
-	30, // 28: criproxy.ops.v1.NodeInfoResponse.start_time:type_name -> google.protobuf.Timestamp
-	24, // 29: criproxy.ops.v1.NodeInfoResponse.runtime:type_name -> criproxy.ops.v1.Runtime
-	30, // 30: criproxy.ops.v1.NodeInfoResponse.kubelet_last_call:type_name -> google.protobuf.Timestamp
-	25, // 31: criproxy.ops.v1.NodeInfoResponse.active_slots:type_name -> criproxy.ops.v1.ActiveSlot
-	26, // 32: criproxy.ops.v1.NodeInfoResponse.counters:type_name -> criproxy.ops.v1.Counters
-	23, // 33: criproxy.ops.v1.NodeInfoResponse.restart_methods:type_name -> criproxy.ops.v1.RestartMethod
-	1,  // 34: criproxy.ops.v1.ActiveSlot.phase:type_name -> criproxy.ops.v1.Phase
-	3,  // 35: criproxy.ops.v1.Ops.Restart:input_type -> criproxy.ops.v1.RestartRequest
-	16, // 36: criproxy.ops.v1.Ops.GetOperation:input_type -> criproxy.ops.v1.GetOperationRequest
-	17, // 37: criproxy.ops.v1.Ops.WatchOperation:input_type -> criproxy.ops.v1.WatchOperationRequest
-	18, // 38: criproxy.ops.v1.Ops.ListOperations:input_type -> criproxy.ops.v1.ListOperationsRequest
-	20, // 39: criproxy.ops.v1.Ops.CancelOperation:input_type -> criproxy.ops.v1.CancelOperationRequest
-	5,  // 40: criproxy.ops.v1.Ops.PrepareUpgrade:input_type -> criproxy.ops.v1.PrepareUpgradeRequest
-	7,  // 41: criproxy.ops.v1.Ops.CommitUpgrade:input_type -> criproxy.ops.v1.CommitUpgradeRequest
-	8,  // 42: criproxy.ops.v1.Ops.AbortUpgrade:input_type -> criproxy.ops.v1.AbortUpgradeRequest
-	21, // 43: criproxy.ops.v1.Ops.NodeInfo:input_type -> criproxy.ops.v1.NodeInfoRequest
-	14, // 44: criproxy.ops.v1.Ops.Restart:output_type -> criproxy.ops.v1.Operation
-	14, // 45: criproxy.ops.v1.Ops.GetOperation:output_type -> criproxy.ops.v1.Operation
-	14, // 46: criproxy.ops.v1.Ops.WatchOperation:output_type -> criproxy.ops.v1.Operation
-	19, // 47: criproxy.ops.v1.Ops.ListOperations:output_type -> criproxy.ops.v1.ListOperationsResponse
-	14, // 48: criproxy.ops.v1.Ops.CancelOperation:output_type -> criproxy.ops.v1.Operation
-	14, // 49: criproxy.ops.v1.Ops.PrepareUpgrade:output_type -> criproxy.ops.v1.Operation
-	14, // 50: criproxy.ops.v1.Ops.CommitUpgrade:output_type -> criproxy.ops.v1.Operation
-	14, // 51: criproxy.ops.v1.Ops.AbortUpgrade:output_type -> criproxy.ops.v1.Operation
-	22, // 52: criproxy.ops.v1.Ops.NodeInfo:output_type -> criproxy.ops.v1.NodeInfoResponse
-	44, // [44:53] is the sub-list for method output_type
-	35, // [35:44] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	30, // 2: criproxy.ops.v1.RestartRequest.credentials:type_name -> criproxy.ops.v1.RegistryCredential
+	9,  // 3: criproxy.ops.v1.ContainerRestart.pre_stop:type_name -> criproxy.ops.v1.Hook
+	9,  // 4: criproxy.ops.v1.ContainerRestart.post_start:type_name -> criproxy.ops.v1.Hook
+	0,  // 5: criproxy.ops.v1.ContainerRestart.order:type_name -> criproxy.ops.v1.Order
+	31, // 6: criproxy.ops.v1.ContainerRestart.pull_policy:type_name -> criproxy.ops.v1.PullPolicy
+	2,  // 7: criproxy.ops.v1.PrepareUpgradeRequest.pod:type_name -> criproxy.ops.v1.PodRef
+	6,  // 8: criproxy.ops.v1.PrepareUpgradeRequest.containers:type_name -> criproxy.ops.v1.ContainerUpgrade
+	30, // 9: criproxy.ops.v1.PrepareUpgradeRequest.credentials:type_name -> criproxy.ops.v1.RegistryCredential
+	32, // 10: criproxy.ops.v1.PrepareUpgradeRequest.pin_for:type_name -> google.protobuf.Duration
+	32, // 11: criproxy.ops.v1.PrepareUpgradeRequest.prepare_timeout:type_name -> google.protobuf.Duration
+	32, // 12: criproxy.ops.v1.PrepareUpgradeRequest.hold_timeout:type_name -> google.protobuf.Duration
+	0,  // 13: criproxy.ops.v1.ContainerUpgrade.order:type_name -> criproxy.ops.v1.Order
+	31, // 14: criproxy.ops.v1.ContainerUpgrade.pull_policy:type_name -> criproxy.ops.v1.PullPolicy
+	10, // 15: criproxy.ops.v1.Hook.exec:type_name -> criproxy.ops.v1.ExecAction
+	11, // 16: criproxy.ops.v1.Hook.http_get:type_name -> criproxy.ops.v1.HTTPGetAction
+	13, // 17: criproxy.ops.v1.Hook.sleep:type_name -> criproxy.ops.v1.SleepAction
+	12, // 18: criproxy.ops.v1.HTTPGetAction.headers:type_name -> criproxy.ops.v1.HTTPHeader
+	2,  // 19: criproxy.ops.v1.Operation.pod:type_name -> criproxy.ops.v1.PodRef
+	1,  // 20: criproxy.ops.v1.Operation.phase:type_name -> criproxy.ops.v1.Phase
+	15, // 21: criproxy.ops.v1.Operation.containers:type_name -> criproxy.ops.v1.ContainerOperation
+	33, // 22: criproxy.ops.v1.Operation.create_time:type_name -> google.protobuf.Timestamp
+	33, // 23: criproxy.ops.v1.Operation.finish_time:type_name -> google.protobuf.Timestamp
+	1,  // 24: criproxy.ops.v1.ContainerOperation.phase:type_name -> criproxy.ops.v1.Phase
+	33, // 25: criproxy.ops.v1.ContainerOperation.stop_time:type_name -> google.protobuf.Timestamp
+	33, // 26: criproxy.ops.v1.ContainerOperation.start_time:type_name -> google.protobuf.Timestamp
+	32, // 27: criproxy.ops.v1.ContainerOperation.gap:type_name -> google.protobuf.Duration
+	34, // 28: criproxy.ops.v1.ContainerOperation.pull:type_name -> criproxy.ops.v1.PullOperation
+	14, // 29: criproxy.ops.v1.ListOperationsResponse.operations:type_name -> criproxy.ops.v1.Operation
+	23, // 30: criproxy.ops.v1.ListOverridesResponse.overrides:type_name -> criproxy.ops.v1.ImageOverride
+	2,  // 31: criproxy.ops.v1.ImageOverride.pod:type_name -> criproxy.ops.v1.PodRef
+	33, // 32: criproxy.ops.v1.ImageOverride.since:type_name -> google.protobuf.Timestamp
+	33, // 33: criproxy.ops.v1.NodeInfoResponse.start_time:type_name -> google.protobuf.Timestamp
+	27, // 34: criproxy.ops.v1.NodeInfoResponse.runtime:type_name -> criproxy.ops.v1.Runtime
+	33, // 35: criproxy.ops.v1.NodeInfoResponse.kubelet_last_call:type_name -> google.protobuf.Timestamp
+	28, // 36: criproxy.ops.v1.NodeInfoResponse.active_slots:type_name -> criproxy.ops.v1.ActiveSlot
+	29, // 37: criproxy.ops.v1.NodeInfoResponse.counters:type_name -> criproxy.ops.v1.Counters
+	26, // 38: criproxy.ops.v1.NodeInfoResponse.restart_methods:type_name -> criproxy.ops.v1.RestartMethod
+	1,  // 39: criproxy.ops.v1.ActiveSlot.phase:type_name -> criproxy.ops.v1.Phase
+	3,  // 40: criproxy.ops.v1.Ops.Restart:input_type -> criproxy.ops.v1.RestartRequest
+	16, // 41: criproxy.ops.v1.Ops.GetOperation:input_type -> criproxy.ops.v1.GetOperationRequest
+	17, // 42: criproxy.ops.v1.Ops.WatchOperation:input_type -> criproxy.ops.v1.WatchOperationRequest
+	18, // 43: criproxy.ops.v1.Ops.ListOperations:input_type -> criproxy.ops.v1.ListOperationsRequest
+	20, // 44: criproxy.ops.v1.Ops.CancelOperation:input_type -> criproxy.ops.v1.CancelOperationRequest
+	5,  // 45: criproxy.ops.v1.Ops.PrepareUpgrade:input_type -> criproxy.ops.v1.PrepareUpgradeRequest
+	7,  // 46: criproxy.ops.v1.Ops.CommitUpgrade:input_type -> criproxy.ops.v1.CommitUpgradeRequest
+	8,  // 47: criproxy.ops.v1.Ops.AbortUpgrade:input_type -> criproxy.ops.v1.AbortUpgradeRequest
+	21, // 48: criproxy.ops.v1.Ops.ListOverrides:input_type -> criproxy.ops.v1.ListOverridesRequest
+	24, // 49: criproxy.ops.v1.Ops.NodeInfo:input_type -> criproxy.ops.v1.NodeInfoRequest
+	14, // 50: criproxy.ops.v1.Ops.Restart:output_type -> criproxy.ops.v1.Operation
+	14, // 51: criproxy.ops.v1.Ops.GetOperation:output_type -> criproxy.ops.v1.Operation
+	14, // 52: criproxy.ops.v1.Ops.WatchOperation:output_type -> criproxy.ops.v1.Operation
+	19, // 53: criproxy.ops.v1.Ops.ListOperations:output_type -> criproxy.ops.v1.ListOperationsResponse
+	14, // 54: criproxy.ops.v1.Ops.CancelOperation:output_type -> criproxy.ops.v1.Operation
+	14, // 55: criproxy.ops.v1.Ops.PrepareUpgrade:output_type -> criproxy.ops.v1.Operation
+	14, // 56: criproxy.ops.v1.Ops.CommitUpgrade:output_type -> criproxy.ops.v1.Operation
+	14, // 57: criproxy.ops.v1.Ops.AbortUpgrade:output_type -> criproxy.ops.v1.Operation
+	22, // 58: criproxy.ops.v1.Ops.ListOverrides:output_type -> criproxy.ops.v1.ListOverridesResponse
+	25, // 59: criproxy.ops.v1.Ops.NodeInfo:output_type -> criproxy.ops.v1.NodeInfoResponse
+	50, // [50:60] is the sub-list for method output_type
+	40, // [40:50] is the sub-list for method input_type
+	40, // [40:40] is the sub-list for extension type_name
+	40, // [40:40] is the sub-list for extension extendee
+	0,  // [0:40] is the sub-list for field type_name
 }
 
 func init() { file_api_ops_v1_ops_proto_init() }
@@ -2370,7 +2623,7 @@ func file_api_ops_v1_ops_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_ops_v1_ops_proto_rawDesc), len(file_api_ops_v1_ops_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   25,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -34,6 +34,7 @@ const (
 	Ops_PrepareUpgrade_FullMethodName  = "/criproxy.ops.v1.Ops/PrepareUpgrade"
 	Ops_CommitUpgrade_FullMethodName   = "/criproxy.ops.v1.Ops/CommitUpgrade"
 	Ops_AbortUpgrade_FullMethodName    = "/criproxy.ops.v1.Ops/AbortUpgrade"
+	Ops_ListOverrides_FullMethodName   = "/criproxy.ops.v1.Ops/ListOverrides"
 	Ops_NodeInfo_FullMethodName        = "/criproxy.ops.v1.Ops/NodeInfo"
 )
 
@@ -81,6 +82,9 @@ type OpsClient interface {
 	// AbortUpgrade takes an upgrade back and removes what it has prepared; the images stay pinned. FailedPrecondition once
 	// kubelet has begun to stop a container of it. Aborting a finished operation returns it unchanged.
 	AbortUpgrade(ctx context.Context, in *AbortUpgradeRequest, opts ...grpc.CallOption) (*Operation, error)
+	// ListOverrides returns the containers that run, and are made anew by kubelet, with another image than the one in their pod's
+	// spec, ordered by pod and container; see ContainerRestart.image.
+	ListOverrides(ctx context.Context, in *ListOverridesRequest, opts ...grpc.CallOption) (*ListOverridesResponse, error)
 	// NodeInfo describes the proxy, its runtime and what it has seen.
 	NodeInfo(ctx context.Context, in *NodeInfoRequest, opts ...grpc.CallOption) (*NodeInfoResponse, error)
 }
@@ -182,6 +186,16 @@ func (c *opsClient) AbortUpgrade(ctx context.Context, in *AbortUpgradeRequest, o
 	return out, nil
 }
 
+func (c *opsClient) ListOverrides(ctx context.Context, in *ListOverridesRequest, opts ...grpc.CallOption) (*ListOverridesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListOverridesResponse)
+	err := c.cc.Invoke(ctx, Ops_ListOverrides_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *opsClient) NodeInfo(ctx context.Context, in *NodeInfoRequest, opts ...grpc.CallOption) (*NodeInfoResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(NodeInfoResponse)
@@ -236,6 +250,9 @@ type OpsServer interface {
 	// AbortUpgrade takes an upgrade back and removes what it has prepared; the images stay pinned. FailedPrecondition once
 	// kubelet has begun to stop a container of it. Aborting a finished operation returns it unchanged.
 	AbortUpgrade(context.Context, *AbortUpgradeRequest) (*Operation, error)
+	// ListOverrides returns the containers that run, and are made anew by kubelet, with another image than the one in their pod's
+	// spec, ordered by pod and container; see ContainerRestart.image.
+	ListOverrides(context.Context, *ListOverridesRequest) (*ListOverridesResponse, error)
 	// NodeInfo describes the proxy, its runtime and what it has seen.
 	NodeInfo(context.Context, *NodeInfoRequest) (*NodeInfoResponse, error)
 	mustEmbedUnimplementedOpsServer()
@@ -271,6 +288,9 @@ func (UnimplementedOpsServer) CommitUpgrade(context.Context, *CommitUpgradeReque
 }
 func (UnimplementedOpsServer) AbortUpgrade(context.Context, *AbortUpgradeRequest) (*Operation, error) {
 	return nil, status.Error(codes.Unimplemented, "method AbortUpgrade not implemented")
+}
+func (UnimplementedOpsServer) ListOverrides(context.Context, *ListOverridesRequest) (*ListOverridesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListOverrides not implemented")
 }
 func (UnimplementedOpsServer) NodeInfo(context.Context, *NodeInfoRequest) (*NodeInfoResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method NodeInfo not implemented")
@@ -433,6 +453,24 @@ func _Ops_AbortUpgrade_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Ops_ListOverrides_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListOverridesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(OpsServer).ListOverrides(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Ops_ListOverrides_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(OpsServer).ListOverrides(ctx, req.(*ListOverridesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Ops_NodeInfo_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(NodeInfoRequest)
 	if err := dec(in); err != nil {
@@ -485,6 +523,10 @@ var Ops_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "AbortUpgrade",
 			Handler:    _Ops_AbortUpgrade_Handler,
+		},
+		{
+			MethodName: "ListOverrides",
+			Handler:    _Ops_ListOverrides_Handler,
 		},
 		{
 			MethodName: "NodeInfo",
