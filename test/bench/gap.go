@@ -64,6 +64,8 @@ type gapBench struct {
 	api     kube.WithWatch
 	ways    []*way
 	runtime map[*testbed.Node]runtimeapi.RuntimeServiceClient
+	criConn map[*testbed.Node]*grpc.ClientConn // to the runtime
+	nodeOps map[*testbed.Node]*nodeOps
 	conns   []*grpc.ClientConn
 	report  GapReport
 	pods    int // made so far, for their names
@@ -74,7 +76,9 @@ type gapBench struct {
 var gapNodes = []string{"direct", "plain", "pidfd", "gate"}
 
 func gap(ctx context.Context, o gapOptions) (err error) {
-	g := &gapBench{gapOptions: o, runtime: map[*testbed.Node]runtimeapi.RuntimeServiceClient{}}
+	g := &gapBench{
+		gapOptions: o, runtime: map[*testbed.Node]runtimeapi.RuntimeServiceClient{}, criConn: map[*testbed.Node]*grpc.ClientConn{}, nodeOps: map[*testbed.Node]*nodeOps{},
+	}
 	g.report = GapReport{Time: time.Now().UTC(), Rounds: o.rounds, PeriodMS: millis(o.period), SeriesPeriodMS: millis(seriesPeriod), PerSecond: o.rate, LoadBefore: load()}
 	g.bed, err = testbed.Start(ctx, testbed.Options{
 		Mode: testbed.ModeCluster, Nodes: len(gapNodes), Log: os.Stderr, ProxyBinary: o.criProxy,
@@ -127,7 +131,7 @@ func (g *gapBench) prepare(ctx context.Context) error {
 			return err
 		}
 		g.conns = append(g.conns, conn)
-		g.runtime[n] = runtimeapi.NewRuntimeServiceClient(conn)
+		g.runtime[n], g.criConn[n] = runtimeapi.NewRuntimeServiceClient(conn), conn
 		for _, image := range []string{"app:1", "app:2"} {
 			if _, err := runtimeapi.NewImageServiceClient(conn).PullImage(ctx, &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: g.bed.Image(image)}}); err != nil {
 				return fmt.Errorf("pull %s: %w", image, err)
@@ -198,6 +202,9 @@ func (g *gapBench) takeTurns(ctx context.Context) error {
 		}
 		for i := range g.ways {
 			w := g.ways[(i+max(round, 0))%len(g.ways)]
+			if w.every > 1 && round%w.every != 0 {
+				continue
+			}
 			s, err := g.measure(ctx, w, pods[w])
 			if ctx.Err() != nil {
 				return ctx.Err()
@@ -267,6 +274,11 @@ func (g *gapBench) measure(ctx context.Context, w *way, p *gapPod) (Sample, erro
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	var s Sample
+	if w.ready != nil {
+		if err := w.ready(ctx); err != nil {
+			return s, err
+		}
+	}
 	eye := startWatcher(ctx, p.address, g.period)
 	defer eye.stop()
 	old, err := eye.other(ctx, "")

@@ -29,14 +29,16 @@ type GapReport struct {
 	Rounds int `json:"rounds"`
 	// PeriodMS is the rhythm of the client that measures gaps, SeriesPeriodMS that for series
 	// side by side; PerSecond is the rate of the client that counts failed requests.
-	PeriodMS       float64        `json:"client_period_ms"`
-	SeriesPeriodMS float64        `json:"side_by_side_client_period_ms"`
-	PerSecond      int            `json:"requests_per_second"`
-	LoadBefore     string         `json:"load_before"`
-	LoadAfter      string         `json:"load_after"`
-	Ways           []*WayResult   `json:"ways"`
-	Series         []SeriesResult `json:"series"`
-	Goals          []Goal         `json:"goals"`
+	PeriodMS       float64 `json:"client_period_ms"`
+	SeriesPeriodMS float64 `json:"side_by_side_client_period_ms"`
+	PerSecond      int     `json:"requests_per_second"`
+	// AbsentMiB is the size of the image that is not on the node where a way says so.
+	AbsentMiB  float64        `json:"absent_image_mib,omitempty"`
+	LoadBefore string         `json:"load_before"`
+	LoadAfter  string         `json:"load_after"`
+	Ways       []*WayResult   `json:"ways"`
+	Series     []SeriesResult `json:"series"`
+	Goals      []Goal         `json:"goals"`
 	// Notes are what went otherwise than meant.
 	Notes []string `json:"notes"`
 }
@@ -253,7 +255,13 @@ func (r *GapReport) judge() {
 			goal("gate: median gap, times kubelet's alone", gate.OfKubelet, 1.0/8)
 		}
 	}
-	for _, name := range []string{"overlap", "newest"} {
+	if absent, present := r.way("upgrade-absent"), r.way("upgrade"); absent.N > 0 && present.N > 0 {
+		goal("upgrade: median gap with the image absent, times that with the image present", absent.Gap.Median/present.Gap.Median, steady)
+	}
+	if absent, alone := r.way("upgrade-absent"), r.way("kubelet-absent"); absent.N > 0 && alone.N > 0 {
+		goal("upgrade: median gap with the image absent, times kubelet's alone", absent.Gap.Median/alone.Gap.Median, 1.0/8)
+	}
+	for _, name := range []string{"overlap", "newest", "upgrade-newest"} {
 		if w := r.way(name); w.N > 0 {
 			goal(fmt.Sprintf("%s: failed of %d requests", w.Title, w.Sent), float64(w.Failed), 0)
 		}

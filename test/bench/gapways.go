@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"sync"
 	"time"
@@ -44,6 +43,10 @@ type way struct {
 	// method is what the node should report for ours, else empty.
 	method string
 	node   *testbed.Node
+	// every is in how many rounds it is measured once; 0: in each.
+	every int
+	// ready makes the node what it must be before each restart; it may be nil.
+	ready func(ctx context.Context) error
 	// perPod is how often one pod may be restarted before it is replaced; 0: without end.
 	perPod int
 	create func(ctx context.Context, name string) (*gapPod, error)
@@ -68,9 +71,8 @@ func (p *gapPod) restarted(w *way) {
 
 func (g *gapBench) makeWays(ctx context.Context) error {
 	direct := g.bed.Nodes[0]
-	plainPod := func(n *testbed.Node, env ...corev1.EnvVar) func(context.Context, string) (*gapPod, error) {
-		return func(ctx context.Context, name string) (*gapPod, error) { return g.createPod(ctx, name, n, env...) }
-	}
+	plainPod := g.plainPod
+	var gate *testbed.Node
 	all := []*way{
 		// kubelet's back-off has the image in its key: there and back are two first restarts of a pod, the next would wait.
 		{name: "kubelet", title: "kubelet alone: image patched, present", node: direct, perPod: 2, create: plainPod(direct), restart: g.patchImage},
@@ -84,16 +86,24 @@ func (g *gapBench) makeWays(ctx context.Context) error {
 		}
 		all = append(all, &way{name: method, title: "cri-proxy, " + method, method: method, node: n, create: plainPod(n), restart: ops.restart(opsv1.Order_ORDER_STOP_FIRST)})
 		if method == "gate" {
+			gate = n
 			startFirst := ops.restart(opsv1.Order_ORDER_START_FIRST)
 			all = append(all,
 				// The old process may take connections with it that it has not answered yet.
 				&way{name: "overlap", title: "cri-proxy, StartFirst", method: "overlap", node: n, create: plainPod(n, reusePort("1")), restart: startFirst},
 				// It has had no new one for a while when the newest process takes them all.
-				&way{name: "newest", title: "cri-proxy, StartFirst, newest takes all", method: "overlap", node: n, create: plainPod(n, reusePort("newest")), restart: startFirst})
+				&way{name: "newest", title: "cri-proxy, StartFirst, newest takes all", method: "overlap", node: n, create: plainPod(n, reusePort("newest")), restart: startFirst},
+				&way{name: "upgrade", title: "cri-proxy, upgrade: image present", method: "gate", node: n, perPod: 2, create: plainPod(n), restart: g.upgrade(ops, opsv1.Order_ORDER_STOP_FIRST, g.otherImage)},
+				&way{name: "upgrade-newest", title: "cri-proxy, upgrade, StartFirst, newest takes all", method: "overlap", node: n, perPod: 2, create: plainPod(n, reusePort("newest")),
+					restart: g.upgrade(ops, opsv1.Order_ORDER_START_FIRST, g.otherImage)})
 		}
 	}
 	all = append(all, &way{name: "recreate", title: "pod deleted, recreated by its StatefulSet", node: direct,
 		create: func(ctx context.Context, name string) (*gapPod, error) { return g.createSet(ctx, name, direct) }, restart: g.deletePod})
+	all, err := g.addAbsent(ctx, direct, gate, all)
+	if err != nil {
+		return err
+	}
 	for _, w := range all {
 		if wanted(g.only, w.name) {
 			g.ways = append(g.ways, w)
@@ -101,9 +111,17 @@ func (g *gapBench) makeWays(ctx context.Context) error {
 		}
 	}
 	if len(g.ways) == 0 {
-		return fmt.Errorf("-ways %q names none of kubelet, cri-stop, plain, pidfd, gate, overlap, newest, recreate", g.only)
+		return fmt.Errorf("-ways %q names none of %s", g.only, wayNames)
 	}
 	return nil
+}
+
+// wayNames are for people who choose.
+const wayNames = "kubelet, kubelet-absent, cri-stop, plain, pidfd, gate, overlap, newest, upgrade, upgrade-newest, upgrade-absent, recreate"
+
+// plainPod returns a way's creation of a pod on a node.
+func (g *gapBench) plainPod(n *testbed.Node, env ...corev1.EnvVar) func(context.Context, string) (*gapPod, error) {
+	return func(ctx context.Context, name string) (*gapPod, error) { return g.createPod(ctx, name, n, env...) }
 }
 
 func (g *gapBench) podSpec(env ...corev1.EnvVar) corev1.PodSpec {
@@ -194,17 +212,17 @@ func (g *gapBench) removePod(ctx context.Context, p *gapPod) error {
 
 // patchImage changes the image in the pod's spec, as `kubectl set image` does.
 func (g *gapBench) patchImage(ctx context.Context, p *gapPod, _ func(string)) (*opsv1.ContainerOperation, error) {
-	image := g.bed.Image("app:2")
-	if p.image == image {
-		image = g.bed.Image("app:1")
-	}
+	return nil, g.setImage(ctx, p, g.otherImage(p))
+}
+
+func (g *gapBench) setImage(ctx context.Context, p *gapPod, image string) error {
 	p.image = image
 	patch, err := json.Marshal(map[string]any{"spec": map[string]any{"containers": []map[string]any{{"name": gapContainer, "image": image}}}})
 	if err != nil {
-		return nil, err
+		return err
 	}
 	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: gapNamespace, Name: p.name}}
-	return nil, g.api.Patch(ctx, pod, kube.RawPatch("application/strategic-merge-patch+json", patch))
+	return g.api.Patch(ctx, pod, kube.RawPatch("application/strategic-merge-patch+json", patch))
 }
 
 // stopThroughCRI stops the container behind kubelet's back, as side-car daemons do that restart containers.
@@ -259,6 +277,7 @@ func (g *gapBench) dialOps(ctx context.Context, n *testbed.Node, method string) 
 	}
 	g.conns = append(g.conns, conn)
 	o := &nodeOps{client: opsv1.NewOpsClient(conn)}
+	g.nodeOps[n] = o
 	info, err := o.client.NodeInfo(ctx, &opsv1.NodeInfoRequest{})
 	if err != nil {
 		return nil, err
@@ -289,23 +308,7 @@ func (o *nodeOps) restart(order opsv1.Order) func(context.Context, *gapPod, func
 		}); err != nil {
 			return nil, err
 		}
-		watch, err := o.client.WatchOperation(ctx, &opsv1.WatchOperationRequest{Uid: uid})
-		if err != nil {
-			return nil, err
-		}
-		for last := (*opsv1.Operation)(nil); ; {
-			op, err := watch.Recv()
-			switch {
-			case errors.Is(err, io.EOF) && last != nil && len(last.GetContainers()) == 1:
-				if last.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED {
-					return nil, fmt.Errorf("the node says: %s: %s", last.GetPhase(), last.GetMessage())
-				}
-				return last.GetContainers()[0], nil
-			case err != nil:
-				return nil, err
-			}
-			last = op
-		}
+		return o.until(ctx, uid, opsv1.Phase_PHASE_SUCCEEDED)
 	}
 }
 

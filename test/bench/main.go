@@ -58,7 +58,7 @@ func run(ctx context.Context, args []string) error {
 		fs.StringVar(&o.out, "out", "", "write the results as JSON to this file")
 		fs.StringVar(&o.plot, "plot", "", "draw the results as SVG into this file")
 		fs.StringVar(&o.criProxy, "cri-proxy", "", "cri-proxy binary to measure (default: built from this checkout)")
-		fs.StringVar(&o.only, "ways", "", "measure only these, with commas: kubelet, cri-stop, plain, pidfd, gate, overlap, newest, recreate")
+		fs.StringVar(&o.only, "ways", "", "measure only these, with commas: "+wayNames)
 		fs.IntVar(&o.rounds, "rounds", 20, "restarts per way")
 		fs.IntVar(&o.series, "series", 20, "series of five restarts in a row")
 		fs.DurationVar(&o.period, "period", 500*time.Microsecond, "rhythm of the client that measures gaps")

@@ -10,20 +10,13 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net/http"
 	"os"
 	"runtime"
 	"slices"
-	"strings"
 	"time"
 
-	contentapi "github.com/containerd/containerd/api/services/content/v1"
-	"github.com/containerd/containerd/v2/pkg/namespaces"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
@@ -62,12 +55,11 @@ type PullReport struct {
 
 // pullBench is one run of the command pull.
 type pullBench struct {
-	bed     *testbed.Bed
-	image   string
-	layers  []ocispec.Descriptor
-	cri     runtimeapi.ImageServiceClient
-	content contentapi.ContentClient
-	pulls   opsv1.ImagesClient
+	bed   *testbed.Bed
+	image *largeImage
+	cri   runtimeapi.ImageServiceClient
+	conn  *grpc.ClientConn // to the runtime
+	pulls opsv1.ImagesClient
 }
 
 func pullBenchmark(ctx context.Context, o pullOptions) (err error) {
@@ -88,18 +80,11 @@ func pullBenchmark(ctx context.Context, o pullOptions) (err error) {
 		return err
 	}
 	defer runtimeConn.Close()
-	b.pulls, b.cri, b.content = opsv1.NewImagesClient(admin), runtimeapi.NewImageServiceClient(runtimeConn), contentapi.NewContentClient(runtimeConn)
-	fmt.Fprintf(os.Stderr, "make an image of %d layers of %d MiB ...\n", o.layers, o.mib)
-	if err := b.bed.PushLargeImage(ctx, "bench:1", o.layers, o.mib); err != nil {
+	b.pulls, b.cri, b.conn = opsv1.NewImagesClient(admin), runtimeapi.NewImageServiceClient(runtimeConn), runtimeConn
+	if b.image, err = pushLarge(ctx, b.bed, o.layers, o.mib); err != nil {
 		return err
 	}
-	b.image = b.bed.Image("bench:1")
-	if err := b.readManifest(ctx); err != nil {
-		return err
-	}
-	for _, l := range b.layers {
-		r.MiB += float64(l.Size) / (1 << 20)
-	}
+	r.MiB = b.image.mib()
 	// The first round of each warms up: the registry's files come from the disk.
 	for round := range o.rounds + 1 {
 		ways := []func(context.Context) (time.Duration, error){b.ahead, b.direct}
@@ -109,7 +94,7 @@ func pullBenchmark(ctx context.Context, o pullOptions) (err error) {
 			if took[i], err = ways[i](ctx); err != nil {
 				return fmt.Errorf("round %d: %w", round, err)
 			}
-			if err := b.remove(ctx); err != nil {
+			if err := b.image.remove(ctx, b.conn); err != nil {
 				return fmt.Errorf("round %d: remove the image: %w", round, err)
 			}
 		}
@@ -135,7 +120,7 @@ func pullBenchmark(ctx context.Context, o pullOptions) (err error) {
 // ahead pulls the image through cri-proxy, without a limit, and returns how long it took.
 func (b *pullBench) ahead(ctx context.Context) (time.Duration, error) {
 	began := time.Now()
-	op, err := b.pulls.Pull(ctx, &opsv1.PullRequest{Uid: fmt.Sprintf("bench-%d", began.UnixNano()), Image: b.image})
+	op, err := b.pulls.Pull(ctx, &opsv1.PullRequest{Uid: fmt.Sprintf("bench-%d", began.UnixNano()), Image: b.image.ref})
 	if err != nil {
 		return 0, err
 	}
@@ -158,58 +143,8 @@ func (b *pullBench) ahead(ctx context.Context) (time.Duration, error) {
 // direct lets containerd pull the image, as kubelet and crictl do.
 func (b *pullBench) direct(ctx context.Context) (time.Duration, error) {
 	began := time.Now()
-	_, err := b.cri.PullImage(ctx, &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: b.image}, SandboxConfig: &runtimeapi.PodSandboxConfig{}})
+	_, err := b.cri.PullImage(ctx, &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: b.image.ref}, SandboxConfig: &runtimeapi.PodSandboxConfig{}})
 	return time.Since(began), err
-}
-
-// remove removes the image and waits until its layers have been collected.
-func (b *pullBench) remove(ctx context.Context) error {
-	if _, err := b.cri.RemoveImage(ctx, &runtimeapi.RemoveImageRequest{Image: &runtimeapi.ImageSpec{Image: b.image}}); err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, "k8s.io"), patience)
-	defer cancel()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for _, l := range b.layers {
-		for {
-			_, err := b.content.Info(ctx, &contentapi.InfoRequest{Digest: l.Digest.String()})
-			if status.Code(err) == codes.NotFound {
-				break
-			}
-			select {
-			case <-tick.C:
-			case <-ctx.Done():
-				return fmt.Errorf("layer %s stays: %w", l.Digest, err)
-			}
-		}
-	}
-	return nil
-}
-
-func (b *pullBench) readManifest(ctx context.Context) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+b.bed.Registry+"/v2/bench/manifests/1", nil)
-	if err != nil {
-		return err
-	}
-	req.Header.Set("Accept", strings.Join([]string{ocispec.MediaTypeImageManifest, "application/vnd.docker.distribution.manifest.v2+json"}, ", "))
-	resp, err := (&http.Client{Timeout: patience}).Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	raw, err := io.ReadAll(resp.Body)
-	if err != nil {
-		return err
-	}
-	var m ocispec.Manifest
-	if err := json.Unmarshal(raw, &m); err != nil || len(m.Layers) == 0 {
-		return fmt.Errorf("manifest of the image: %s: %w", resp.Status, errors.Join(err, errors.New("no layers")))
-	}
-	b.layers = m.Layers
-	// Layers that other images of the bed have stay in the runtime, or are too small to count.
-	b.layers = slices.DeleteFunc(b.layers, func(d ocispec.Descriptor) bool { return d.Size < 1<<20 })
-	return nil
 }
 
 func (r *PullReport) finish() {
