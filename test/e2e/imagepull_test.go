@@ -107,8 +107,7 @@ spec:
 // TestImagePullJobProgress watches a larger image, in the older version of the API and in the newer one.
 func TestImagePullJobProgress(t *testing.T) {
 	ns := namespace(t)
-	must(t, bed.PushLargeImage(t.Context(), "large:1", 4, 8))
-	image := bed.Image("large:1")
+	image := pushed(t, "large:1", 4, 8)
 	apply(t, fmt.Sprintf(`
 apiVersion: apps.kruise.io/v1beta1
 kind: ImagePullJob
