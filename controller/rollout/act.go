@@ -220,6 +220,25 @@ func (p *pass) write(ctx context.Context, i *item, operation string) error {
 	return nil
 }
 
+// relabel gives a pod the label of its revision that has got its images otherwise.
+func (p *pass) relabel(ctx context.Context, i *item) error {
+	label := p.target.workload.revisionLabel(i.pod, nil)
+	if label == "" || label == i.pod.Labels[revisionLabel] {
+		return nil
+	}
+	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{"uid": i.pod.UID, "resourceVersion": i.pod.ResourceVersion, "labels": map[string]any{revisionLabel: label}}})
+	if err != nil {
+		return err
+	}
+	target := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: i.pod.Namespace, Name: i.pod.Name}}
+	if err := p.r.Client.Patch(ctx, target, client.RawPatch(types.StrategicMergePatchType, patch)); err != nil {
+		return err
+	}
+	i.m.written = versionOf(target.ResourceVersion)
+	p.r.Metrics.wrote("pod")
+	return nil
+}
+
 // lastSuccess is when the rollout last was where it should be.
 func (p *pass) lastSuccess() time.Time {
 	if t := p.rollout.Status.LastSuccessTime; t != nil {

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
@@ -256,7 +257,7 @@ func (b *bed) start() {
 
 // patch is the API server's, with generations of pods' owners.
 func (b *bed) patch(ctx context.Context, c client.WithWatch, o client.Object, p client.Patch, opts ...client.PatchOption) error {
-	return c.Patch(ctx, o, p, opts...)
+	return b.generation(ctx, o, func() error { return c.Patch(ctx, o, p, opts...) })
 }
 
 func (b *bed) slim(pod *corev1.Pod) *corev1.Pod {
@@ -306,6 +307,26 @@ func (b *bed) changed(o client.Object) {
 		b.mu.Unlock()
 		if running {
 			b.queue.Add(reconcile.Request{NamespacedName: client.ObjectKeyFromObject(o)})
+		}
+	case *appsv1.StatefulSet:
+		b.workloadWritten(o, func() []reconcile.Request { return b.r.rolloutsOfWorkload(kindStatefulSet)(b.ctx, o) })
+	case *appsv1.DaemonSet:
+		b.workloadWritten(o, func() []reconcile.Request { return b.r.rolloutsOfWorkload(kindDaemonSet)(b.ctx, o) })
+	case *appsv1.Deployment:
+		b.workloadWritten(o, func() []reconcile.Request { return b.r.rolloutsOfWorkload(kindDeployment)(b.ctx, o) })
+	case *appsv1.ReplicaSet:
+		b.workloadWritten(o, func() []reconcile.Request { return b.r.rolloutsOfReplicaSet(b.ctx, o) })
+	}
+}
+
+// workloadWritten wakes the rollouts of a workload.
+func (b *bed) workloadWritten(_ client.Object, requests func() []reconcile.Request) {
+	b.mu.Lock()
+	running, queue := b.running, b.queue
+	b.mu.Unlock()
+	if running {
+		for _, request := range requests() {
+			queue.AddAfter(request, gatherFor)
 		}
 	}
 }
@@ -395,6 +416,12 @@ func (b *bed) count(before, now *corev1.Pod) {
 	}
 	b.notReady += is(now) - is(before)
 	b.peak = max(b.peak, b.notReady)
+}
+
+func (b *bed) unready() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.notReady
 }
 
 // addNodes adds nodes with their proxies.

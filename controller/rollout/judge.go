@@ -28,6 +28,8 @@ const (
 	updated
 	// broken: it will not get there by itself.
 	broken
+	// left: it would take more than images to get it there, so it is left to its workload.
+	left
 )
 
 // Reasons of pods that fail, besides the node's own.

@@ -38,7 +38,7 @@ type work struct {
 	progress   [4]int
 	progressed time.Time
 	released   chan struct{} // closed when the nodes have been told that the rollout has ended; nil before
-	missing    []string      // secrets that were told to be missing
+	revisions  *revisions
 
 	mu sync.Mutex
 	// selector chooses the pods that the rollout may be about; nil until it is known.

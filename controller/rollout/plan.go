@@ -77,7 +77,7 @@ func decide(pods []candidate, l limits) plan {
 		if c.turn {
 			turns++
 		}
-		if c.verdict.stage != outdated {
+		if c.verdict.stage != outdated && c.verdict.stage != left {
 			written++
 		}
 	}

@@ -178,6 +178,8 @@ type pass struct {
 	items  []*item
 	ended  []*corev1.Pod // pods that broke so that they ended
 	plan   plan
+	// obstacle is why a pod is left to its workload.
+	obstacle string
 	// blocked says what holds the rollout back as a whole, with a condition's reason.
 	blockedReason, blocked string
 }
@@ -278,6 +280,11 @@ func (p *pass) gather() {
 		p.settlePreparation(i)
 		i.verdict = judge(pod, m.mark, i.goal, p.work.knowledge(m, begun), &p.strategy, p.now)
 		p.wait = sooner(p.wait, i.verdict.wait)
+		if s := i.verdict.stage; p.target.workload != nil && (s == outdated && !m.turn || s == broken && i.verdict.failure.reason == failNoContainer) {
+			if why := p.target.workload.obstacle(pod); why != "" {
+				i.verdict.stage, p.obstacle = left, why
+			}
+		}
 		if v := &i.verdict; !i.stale && (v.recovered || v.stage == broken && !v.disrupted || v.stage == updated && v.available) {
 			m.turn, m.settled = false, v.recovered || m.settled
 			v.disrupted = v.open
@@ -352,6 +359,9 @@ func (p *pass) act(ctx context.Context) error {
 	for _, i := range p.items {
 		if i.stale {
 			continue
+		}
+		if i.verdict.stage == updated && p.target.workload != nil {
+			errs = append(errs, p.relabel(ctx, i))
 		}
 		if i.verdict.open {
 			errs = append(errs, p.setGates(ctx, i, ""))

@@ -199,7 +199,9 @@ func TestPartition(t *testing.T) {
 		b.want(r, "False Partitioned", "5/2/5/0/0")
 		time.Sleep(time.Hour)
 		b.edit("all", func(r *rollout) { r.Spec.Strategy.Partition = number(1) })
-		b.until("further", "all", time.Minute, func(r *rollout) bool { return r.Status.Updated == 4 && condition(r, inplace.ConditionProgressing) == "True Partitioned" })
+		b.until("further", "all", time.Minute, func(r *rollout) bool {
+			return r.Status.Updated == 4 && condition(r, inplace.ConditionProgressing) == "True Partitioned"
+		})
 		b.edit("all", func(r *rollout) { r.Spec.Strategy.Partition = nil })
 		b.until("ended", "all", time.Minute, ended)
 	})
@@ -355,12 +357,12 @@ func TestDelete(t *testing.T) {
 		b.addNodes(2)
 		b.addPods(6, 2, gated)
 		b.create("all", spec{Target: all(), Containers: to("app:2"), Strategy: settings{DrainSeconds: 30}})
-		b.until("draining", "all", time.Minute, func(*rollout) bool { return b.notReady == 1 })
+		b.until("draining", "all", time.Minute, func(*rollout) bool { return b.unready() == 1 })
 		b.delete(&rollout{ObjectMeta: metav1.ObjectMeta{Name: "all"}})
 		b.until("gone", "all", time.Minute, gone)
 		time.Sleep(time.Minute)
-		if b.notReady != 0 || b.fleet.pinned() != 0 {
-			t.Errorf("%d not ready, %d pins", b.notReady, b.fleet.pinned())
+		if b.unready() != 0 || b.fleet.pinned() != 0 {
+			t.Errorf("%d not ready, %d pins", b.unready(), b.fleet.pinned())
 		}
 	})
 }

@@ -9,8 +9,10 @@ import (
 	"slices"
 	"time"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	apiequality "k8s.io/apimachinery/pkg/api/equality"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/util/workqueue"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -39,6 +41,10 @@ func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, work
 		Named("inplacerollout").
 		For(&inplace.InPlaceRollout{}, builder.WithPredicates(rolloutChanges())).
 		Watches(&corev1.Pod{}, crowd(r.rolloutsOfPod), builder.WithPredicates(podChanges())).
+		Watches(&appsv1.StatefulSet{}, crowd(r.rolloutsOfWorkload(kindStatefulSet))).
+		Watches(&appsv1.DaemonSet{}, crowd(r.rolloutsOfWorkload(kindDaemonSet))).
+		Watches(&appsv1.Deployment{}, crowd(r.rolloutsOfWorkload(kindDeployment))).
+		Watches(&appsv1.ReplicaSet{}, crowd(r.rolloutsOfReplicaSet)).
 		WatchesRawSource(source.Channel(r.wakes, wakeHandler())).
 		WithOptions(options(workers)).
 		Complete(r)
@@ -100,6 +106,28 @@ func (r *Reconciler) rolloutsOf(ctx context.Context, o client.Object, mine func(
 
 func (r *Reconciler) rolloutsOfPod(ctx context.Context, pod client.Object) []reconcile.Request {
 	return r.rolloutsOf(ctx, pod, func(w *work, rollout *inplace.InPlaceRollout) bool { return w.about(rollout, pod) })
+}
+
+// rolloutsOfWorkload are the unfinished rollouts of a workload of the kind.
+func (r *Reconciler) rolloutsOfWorkload(kind string) func(context.Context, client.Object) []reconcile.Request {
+	return func(ctx context.Context, o client.Object) []reconcile.Request {
+		return r.rolloutsNaming(ctx, o, kind, o.GetName())
+	}
+}
+
+func (r *Reconciler) rolloutsOfReplicaSet(ctx context.Context, set client.Object) []reconcile.Request {
+	owner := metav1.GetControllerOf(set)
+	if owner == nil || owner.Kind != kindDeployment {
+		return nil
+	}
+	return r.rolloutsNaming(ctx, set, kindDeployment, owner.Name)
+}
+
+func (r *Reconciler) rolloutsNaming(ctx context.Context, o client.Object, kind, name string) []reconcile.Request {
+	return r.rolloutsOf(ctx, o, func(_ *work, rollout *inplace.InPlaceRollout) bool {
+		ref := rollout.Spec.Target.WorkloadRef
+		return ref != nil && ref.Kind == kind && ref.Name == name
+	})
 }
 
 // podChanges lets through what judge reads.

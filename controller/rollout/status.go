@@ -149,7 +149,7 @@ func (p *pass) isTarget(pod *corev1.Pod) bool {
 }
 
 // tally counts the pods by where they stand.
-type tally struct{ outdated, changing, updated, broken, available, open, turns int }
+type tally struct{ outdated, changing, updated, broken, available, open, turns, left int }
 
 func (p *pass) tally() tally {
 	var t tally
@@ -166,6 +166,8 @@ func (p *pass) tally() tally {
 			}
 		case broken:
 			t.broken++
+		case left:
+			t.left++
 		}
 		if shut, _ := shutBy(i.pod); shut == p.rollout.UID {
 			t.open++
@@ -183,7 +185,7 @@ func (p *pass) conclude(ctx context.Context) error {
 	t := p.tally()
 	p.progress(t)
 	undo := p.goal.undo
-	through := t.outdated+t.changing == 0 && p.blocked == "" && t.open == 0 && len(p.items) > 0 || len(p.items) == 0 && p.target.desired == 0 && p.target.workload != nil && p.blocked == ""
+	through := t.outdated+t.changing+t.left == 0 && p.blocked == "" && t.open == 0 && len(p.items) > 0 || len(p.items) == 0 && p.target.desired == 0 && p.target.workload != nil && p.blocked == ""
 	whole := through && t.broken == 0 && t.available == t.updated && t.available >= p.target.desired
 	switch {
 	case whole && !undo, through && undo && (whole || p.stuck()), through && p.strategy.onFailure == inplace.Continue && t.broken > 0 && t.available == t.updated:
@@ -223,6 +225,10 @@ func (p *pass) conclude(ctx context.Context) error {
 		next.Message = p.plan.blocked
 		p.stand(next, true, inplace.ReasonBudget, next.Message)
 		p.tell(corev1.EventTypeNormal, eventBlocked, next.Message, "budget")
+	case t.left > 0 && t.outdated+t.changing+t.turns == 0:
+		next.Message = fmt.Sprintf("%d pods are left to the workload's own strategy: %s; delete them to have them made anew", t.left, p.obstacle)
+		p.stand(next, false, inplace.ReasonNotInPlace, next.Message)
+		p.tell(corev1.EventTypeWarning, eventNotInPlace, next.Message, "left")
 	case p.stuck():
 		next.Message = fmt.Sprintf("nothing has changed for %s: %d pods are unavailable", p.strategy.deadline, p.plan.unavailable)
 		p.stand(next, false, inplace.ReasonStuck, next.Message)

@@ -5,16 +5,33 @@ package rollout
 
 import (
 	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	apiequality "k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 )
 
+// The kinds of workloads.
+const (
+	kindDeployment  = "Deployment"
+	kindStatefulSet = "StatefulSet"
+	kindDaemonSet   = "DaemonSet"
+)
+
 // revisionLabel is what StatefulSets and DaemonSets tell the revision of a pod by.
-const revisionLabel = "controller-revision-hash"
+const revisionLabel = appsv1.ControllerRevisionHashLabelKey
 
 // workload is a target with a template.
 type workload interface {
@@ -23,14 +40,136 @@ type workload interface {
 	// align brings the template to the images. Unless ready, pods must wait, for what why says. The error is a *specError if the
 	// user can correct it.
 	align(ctx context.Context, images map[string]string) (ready bool, why string, err error)
-	// revisionLabel is the label of a pod that gets these images; empty for none.
+	// obstacle says why a pod cannot be brought to the template in place; empty when it can.
+	obstacle(pod *corev1.Pod) string
+	// revisionLabel is the label of a pod that gets these images; empty when it is not of the template's revision then.
 	revisionLabel(pod *corev1.Pod, images map[string]string) string
 	// settle lets the workload's controller go on as before, and says whether it has taken notice.
 	settle(ctx context.Context) (bool, error)
 }
 
-func (p *pass) findWorkload(_ context.Context, ref *inplace.WorkloadRef) (*target, error) {
-	return nil, wrong("workloads of kind %s are not supported", ref.Kind)
+func (p *pass) findWorkload(ctx context.Context, ref *inplace.WorkloadRef) (*target, error) {
+	var object client.Object
+	switch ref.Kind {
+	case kindDeployment:
+		object = &appsv1.Deployment{}
+	case kindStatefulSet:
+		object = &appsv1.StatefulSet{}
+	case kindDaemonSet:
+		object = &appsv1.DaemonSet{}
+	default:
+		return nil, wrong("spec.target.workloadRef: kind %s is none of Deployment, StatefulSet and DaemonSet", ref.Kind)
+	}
+	err := p.r.Client.Get(ctx, client.ObjectKey{Namespace: p.rollout.Namespace, Name: ref.Name}, object)
+	switch {
+	case apierrors.IsNotFound(err):
+		return nil, wrong("there is no %s %s in namespace %s", ref.Kind, ref.Name, p.rollout.Namespace)
+	case err != nil:
+		return nil, err
+	case object.GetDeletionTimestamp() != nil:
+		return nil, wrong("%s %s is being deleted", ref.Kind, ref.Name)
+	}
+	var found *target
+	switch o := object.(type) {
+	case *appsv1.Deployment:
+		found, err = p.findDeployment(ctx, o)
+	case *appsv1.StatefulSet:
+		found, err = p.findStatefulSet(ctx, o)
+	case *appsv1.DaemonSet:
+		found, err = p.findDaemonSet(ctx, o)
+	}
+	if err != nil {
+		return nil, err
+	}
+	found.what = ref.Kind + " " + ref.Name
+	return found, nil
+}
+
+// podsOf are the pods that a selector chooses and that an object controls.
+func (p *pass) podsOf(ctx context.Context, selector *metav1.LabelSelector, owner types.UID) ([]*corev1.Pod, error) {
+	s, err := metav1.LabelSelectorAsSelector(selector)
+	if err != nil {
+		return nil, wrong("the selector of %s: %s", p.rollout.Spec.Target.WorkloadRef.Name, err)
+	}
+	p.work.choose(s)
+	pods, err := p.list(ctx, s)
+	return slices.DeleteFunc(pods, func(pod *corev1.Pod) bool { c := metav1.GetControllerOf(pod); return c == nil || c.UID != owner }), err
+}
+
+// templateImages are the images of the containers of a template that can be changed in place.
+func templateImages(t *corev1.PodTemplateSpec) map[string]string {
+	images := map[string]string{}
+	pod := &corev1.Pod{Spec: t.Spec}
+	for _, name := range containersOf(pod) {
+		c, _ := containerOf(pod, name)
+		images[name] = c.Image
+	}
+	return images
+}
+
+// templateDiff are the images that a template lacks. The error is a *specError.
+func templateDiff(t *corev1.PodTemplateSpec, images map[string]string, what string) (map[string]string, error) {
+	have := templateImages(t)
+	diff := map[string]string{}
+	for name, image := range images {
+		switch was, ok := have[name]; {
+		case !ok:
+			return nil, wrong("the template of %s has no container %s that can be changed in place; it has %s", what, name, strings.Join(slices.Sorted(maps.Keys(have)), ", "))
+		case was != image:
+			diff[name] = image
+		}
+	}
+	return diff, nil
+}
+
+// templatePatch is the strategic merge patch that puts images into the template of a workload, with more of its spec and metadata.
+func templatePatch(o client.Object, t *corev1.PodTemplateSpec, images map[string]string, annotations, spec map[string]any) ([]byte, error) {
+	lists := map[string][]any{}
+	pod := &corev1.Pod{Spec: t.Spec}
+	for _, name := range slices.Sorted(maps.Keys(images)) {
+		list := "containers"
+		if _, sidecar := containerOf(pod, name); sidecar {
+			list = "initContainers"
+		}
+		lists[list] = append(lists[list], map[string]any{"name": name, "image": images[name]})
+	}
+	body := map[string]any{}
+	maps.Copy(body, spec)
+	if len(lists) > 0 {
+		body["template"] = map[string]any{"spec": lists}
+	}
+	meta := map[string]any{"uid": o.GetUID(), "resourceVersion": o.GetResourceVersion()}
+	if annotations != nil {
+		meta["annotations"] = annotations
+	}
+	return json.Marshal(map[string]any{"metadata": meta, "spec": body})
+}
+
+// patchWorkload writes a patch, unless someone else wrote in between.
+func (p *pass) patchWorkload(ctx context.Context, o client.Object, patch []byte, object string) error {
+	if err := p.r.Client.Patch(ctx, o, client.RawPatch(types.StrategicMergePatchType, patch)); err != nil {
+		return fmt.Errorf("changing %s %s: %w", object, o.GetName(), err)
+	}
+	p.r.Metrics.wrote(object)
+	return nil
+}
+
+// sameButImages says that templates differ in nothing that cannot be changed in place.
+func sameButImages(a, b *corev1.PodTemplateSpec) bool {
+	bare := func(t *corev1.PodTemplateSpec) *corev1.PodTemplateSpec {
+		t = t.DeepCopy()
+		delete(t.Labels, appsv1.DefaultDeploymentUniqueLabelKey)
+		if len(t.Labels) == 0 {
+			t.Labels = nil
+		}
+		pod := &corev1.Pod{Spec: t.Spec}
+		for _, name := range containersOf(pod) {
+			c, _ := containerOf(pod, name)
+			c.Image = ""
+		}
+		return t
+	}
+	return apiequality.Semantic.DeepEqual(bare(a), bare(b))
 }
 
 // ordinalOf is the number at the end of a name; -1 without.

@@ -58,6 +58,7 @@ const (
 	ReasonWaiting        = "WaitingForWorkload"
 	ReasonBudget         = "DisruptionBudget"
 	ReasonStuck          = "ProgressDeadlineExceeded"
+	ReasonNotInPlace     = "NotInPlace"
 	ReasonAsExpected     = "AsExpected"
 	ReasonMinimumAvail   = "MinimumPodsAvailable"
 	ReasonMinimumUnavail = "MinimumPodsUnavailable"

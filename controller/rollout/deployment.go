@@ -1,0 +1,176 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package rollout
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+)
+
+// deploymentRevision is the annotation by which the Deployment's controller numbers ReplicaSets.
+const deploymentRevision = "deployment.kubernetes.io/revision"
+
+// deployment is a Deployment. Its controller makes a new ReplicaSet when none has the Deployment's template. So it is paused,
+// the template of its present ReplicaSet gets the images, then its own; when it goes on after the pods have been changed, it finds that
+// ReplicaSet equal to its template, and the pods in it.
+type deployment struct {
+	p       *pass
+	d       *appsv1.Deployment
+	current *appsv1.ReplicaSet
+	// others says that older ReplicaSets have pods.
+	others bool
+}
+
+func (p *pass) findDeployment(ctx context.Context, d *appsv1.Deployment) (*target, error) {
+	w := &deployment{p: p, d: d}
+	found := &target{desired: 1, workload: w}
+	if d.Spec.Replicas != nil {
+		found.desired = int(*d.Spec.Replicas)
+	}
+	selector, err := metav1.LabelSelectorAsSelector(d.Spec.Selector)
+	if err != nil {
+		return nil, wrong("the selector of Deployment %s: %s", d.Name, err)
+	}
+	var list appsv1.ReplicaSetList
+	if err := p.r.Client.List(ctx, &list, client.InNamespace(d.Namespace), client.MatchingLabelsSelector{Selector: selector}); err != nil {
+		return nil, err
+	}
+	newest := -1
+	var sets []*appsv1.ReplicaSet
+	for i := range list.Items {
+		set := &list.Items[i]
+		if owner := metav1.GetControllerOf(set); owner == nil || owner.UID != d.UID {
+			continue
+		}
+		sets = append(sets, set)
+		if n, err := strconv.Atoi(set.Annotations[deploymentRevision]); err == nil && n > newest {
+			newest, w.current = n, set
+		}
+	}
+	for _, set := range sets {
+		w.others = w.others || set != w.current && (set.Status.Replicas > 0 || set.Spec.Replicas != nil && *set.Spec.Replicas > 0)
+	}
+	if w.current == nil {
+		p.work.choose(selector)
+		return found, nil
+	}
+	found.pods, err = p.podsOf(ctx, d.Spec.Selector, w.current.UID)
+	return found, err
+}
+
+func (w *deployment) image(container string) string {
+	return templateImages(&w.d.Spec.Template)[container]
+}
+
+func (w *deployment) obstacle(*corev1.Pod) string                         { return "" }
+func (w *deployment) revisionLabel(*corev1.Pod, map[string]string) string { return "" }
+
+// ours says that this rollout has paused the Deployment.
+func (w *deployment) ours() bool {
+	return w.d.Annotations[inplace.PausedByAnnotation] == string(w.p.rollout.UID)
+}
+
+// observed says that the controller has seen the Deployment as it is.
+func (w *deployment) observed() bool { return w.d.Status.ObservedGeneration >= w.d.Generation }
+
+func (w *deployment) align(ctx context.Context, images map[string]string) (bool, string, error) {
+	name := "Deployment " + w.d.Name
+	if w.current == nil {
+		return false, name + " has no ReplicaSet yet", nil
+	}
+	own, err := templateDiff(&w.d.Spec.Template, images, name)
+	if err != nil {
+		return false, "", err
+	}
+	sets, err := templateDiff(&w.current.Spec.Template, images, "ReplicaSet "+w.current.Name)
+	if err != nil {
+		return false, "", err
+	}
+	by := w.d.Annotations[inplace.PausedByAnnotation]
+	switch {
+	case w.d.Spec.Paused && by != "" && !w.ours():
+		return false, name + " is being changed by another InPlaceRollout", nil
+	case !sameButImages(&w.d.Spec.Template, &w.current.Spec.Template):
+		return false, name + " has changes in its template that are more than images and not rolled out: let its own rollout finish first", nil
+	case w.others:
+		return false, "a rollout of " + name + " itself is under way", nil
+	case !w.observed():
+		return false, "the controller of " + name + " has not seen its changes yet", nil
+	case len(own)+len(sets) == 0 && !sameImages(&w.d.Spec.Template, &w.current.Spec.Template):
+		return false, name + " has other images in its template that are not rolled out: let its own rollout finish first", nil
+	case len(own)+len(sets) == 0:
+		return true, "", nil
+	case !w.d.Spec.Paused:
+		patch, err := templatePatch(w.d, &w.d.Spec.Template, nil, map[string]any{inplace.PausedByAnnotation: string(w.p.rollout.UID)}, map[string]any{"paused": true})
+		if err != nil {
+			return false, "", err
+		}
+		if err := w.p.patchWorkload(ctx, w.d, patch, kindDeployment); err != nil {
+			return false, "", err
+		}
+		w.p.event(corev1.EventTypeNormal, eventPaused, name+" is paused until its pods are changed")
+		return false, name + " has just been paused", nil
+	case len(sets) > 0:
+		patch, err := templatePatch(w.current, &w.current.Spec.Template, sets, nil, nil)
+		if err != nil {
+			return false, "", err
+		}
+		return false, "the template of ReplicaSet " + w.current.Name + " has just been changed", w.p.patchWorkload(ctx, w.current, patch, "ReplicaSet")
+	}
+	patch, err := templatePatch(w.d, &w.d.Spec.Template, own, nil, nil)
+	if err != nil {
+		return false, "", err
+	}
+	return false, "the template of " + name + " has just been changed", w.p.patchWorkload(ctx, w.d, patch, kindDeployment)
+}
+
+// settle lets a Deployment go on that the rollout has paused. Its template and that of its ReplicaSet must agree before: a
+// Deployment that differs gets a new ReplicaSet.
+func (w *deployment) settle(ctx context.Context) (bool, error) {
+	if !w.ours() {
+		return w.observed() || !w.d.Spec.Paused, nil
+	}
+	if w.current != nil && w.d.Spec.Paused && sameButImages(&w.d.Spec.Template, &w.current.Spec.Template) {
+		images := map[string]string{}
+		have := templateImages(&w.d.Spec.Template)
+		for name, image := range templateImages(&w.current.Spec.Template) {
+			if have[name] != image && w.halfDone(name, have[name]) {
+				images[name] = image
+			}
+		}
+		if len(images) > 0 {
+			patch, err := templatePatch(w.d, &w.d.Spec.Template, images, nil, nil)
+			if err != nil {
+				return false, err
+			}
+			return false, w.p.patchWorkload(ctx, w.d, patch, kindDeployment)
+		}
+		if !w.observed() || w.current.Status.ObservedGeneration < w.current.Generation {
+			return false, nil
+		}
+	}
+	patch, err := templatePatch(w.d, &w.d.Spec.Template, nil, map[string]any{inplace.PausedByAnnotation: nil}, map[string]any{"paused": false})
+	if err != nil {
+		return false, err
+	}
+	if err := w.p.patchWorkload(ctx, w.d, patch, kindDeployment); err != nil {
+		return false, err
+	}
+	w.p.event(corev1.EventTypeNormal, eventResumed, fmt.Sprintf("Deployment %s goes on", w.d.Name))
+	return false, nil
+}
+
+// halfDone says that the Deployment's image is one that this rollout was about to replace, and not one that somebody else wants.
+func (w *deployment) halfDone(container, image string) bool {
+	s := &w.p.rollout.Status
+	return image == s.PreviousImages[container] || image == s.TargetImages[container]
+}

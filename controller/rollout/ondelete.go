@@ -1,0 +1,210 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package rollout
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"time"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+)
+
+// onDelete is a StatefulSet or DaemonSet that leaves its pods alone: a pod that has the images of the template and the label of its
+// revision is up to date for it.
+type onDelete struct {
+	p        *pass
+	object   client.Object
+	kind     string
+	template *corev1.PodTemplateSpec
+	selector *metav1.LabelSelector
+	observed int64
+	// update is the label of the template's revision, of a StatefulSet as its status names it.
+	update    string
+	revisions *revisions
+}
+
+// revisions are the templates that pods were made from, by label.
+type revisions struct {
+	generation int64
+	at         time.Time
+	newest     string
+	templates  map[string]*corev1.PodTemplateSpec
+}
+
+// revisionsPause is how often revisions are read again because a pod is of one that is not known.
+const revisionsPause = 10 * time.Second
+
+func (p *pass) findStatefulSet(ctx context.Context, s *appsv1.StatefulSet) (*target, error) {
+	if s.Spec.UpdateStrategy.Type != appsv1.OnDeleteStatefulSetStrategyType {
+		return nil, notOnDelete(kindStatefulSet, s.Name, string(s.Spec.UpdateStrategy.Type))
+	}
+	pods, err := p.podsOf(ctx, s.Spec.Selector, s.UID)
+	if err != nil {
+		return nil, err
+	}
+	found := &target{pods: pods, desired: 1, ordered: true, workload: &onDelete{
+		p: p, object: s, kind: kindStatefulSet, template: &s.Spec.Template, selector: s.Spec.Selector, observed: s.Status.ObservedGeneration, update: s.Status.UpdateRevision,
+	}}
+	if s.Spec.Replicas != nil {
+		found.desired = int(*s.Spec.Replicas)
+	}
+	if o := s.Spec.Ordinals; o != nil {
+		found.firstOrdinal = int(o.Start)
+	}
+	return found, nil
+}
+
+func (p *pass) findDaemonSet(ctx context.Context, d *appsv1.DaemonSet) (*target, error) {
+	if d.Spec.UpdateStrategy.Type != appsv1.OnDeleteDaemonSetStrategyType {
+		return nil, notOnDelete(kindDaemonSet, d.Name, string(d.Spec.UpdateStrategy.Type))
+	}
+	pods, err := p.podsOf(ctx, d.Spec.Selector, d.UID)
+	if err != nil {
+		return nil, err
+	}
+	found := &target{pods: pods, desired: int(d.Status.DesiredNumberScheduled), workload: &onDelete{
+		p: p, object: d, kind: kindDaemonSet, template: &d.Spec.Template, selector: d.Spec.Selector, observed: d.Status.ObservedGeneration,
+	}}
+	return found, nil
+}
+
+func notOnDelete(kind, name, strategy string) error {
+	return wrong("%s %s has updateStrategy %s, with which its controller replaces the pods: set updateStrategy.type to OnDelete", kind, name, strategy)
+}
+
+func (w *onDelete) name() string { return w.kind + " " + w.object.GetName() }
+
+func (w *onDelete) image(container string) string { return templateImages(w.template)[container] }
+
+func (w *onDelete) align(ctx context.Context, images map[string]string) (bool, string, error) {
+	diff, err := templateDiff(w.template, images, w.name())
+	if err != nil {
+		return false, "", err
+	}
+	if len(diff) > 0 {
+		patch, err := templatePatch(w.object, w.template, diff, nil, nil)
+		if err != nil {
+			return false, "", err
+		}
+		w.p.log.WithField("images", diff).Info("changing the template of " + w.name())
+		return false, "the template of " + w.name() + " has just been changed", w.p.patchWorkload(ctx, w.object, patch, w.kind)
+	}
+	if w.observed < w.object.GetGeneration() {
+		return false, "the controller of " + w.name() + " has not seen its template yet", nil
+	}
+	if err := w.readRevisions(ctx); err != nil {
+		return false, "", err
+	}
+	if t := w.revisions.templates[w.update]; t == nil || !sameButImages(t, w.template) || !sameImages(t, w.template) {
+		w.p.work.revisions = nil
+		return false, "the controller of " + w.name() + " has not made a revision of its template yet", nil
+	}
+	return true, "", nil
+}
+
+func sameImages(a, b *corev1.PodTemplateSpec) bool {
+	x, y := templateImages(a), templateImages(b)
+	for name, image := range x {
+		if y[name] != image {
+			return false
+		}
+	}
+	return len(x) == len(y)
+}
+
+// readRevisions reads the revisions past the cache, once for a generation, and again when pods are of others.
+func (w *onDelete) readRevisions(ctx context.Context) error {
+	r := w.p.work.revisions
+	if r == nil || r.generation != w.object.GetGeneration() || w.p.now.Sub(r.at) >= revisionsPause && w.strange(r) {
+		selector, err := metav1.LabelSelectorAsSelector(w.selector)
+		if err != nil {
+			return err
+		}
+		var list appsv1.ControllerRevisionList
+		if err := w.p.r.APIReader.List(ctx, &list, client.InNamespace(w.object.GetNamespace()), client.MatchingLabelsSelector{Selector: selector}); err != nil {
+			return fmt.Errorf("reading the revisions of %s: %w", w.name(), err)
+		}
+		r = &revisions{generation: w.object.GetGeneration(), at: w.p.now, templates: map[string]*corev1.PodTemplateSpec{}}
+		newest := int64(-1)
+		for i := range list.Items {
+			c := &list.Items[i]
+			if owner := metav1.GetControllerOf(c); owner == nil || owner.UID != w.object.GetUID() {
+				continue
+			}
+			var data struct {
+				Spec struct {
+					Template corev1.PodTemplateSpec `json:"template"`
+				} `json:"spec"`
+			}
+			if err := json.Unmarshal(c.Data.Raw, &data); err != nil {
+				continue // not one that the controller makes
+			}
+			label := c.Name
+			if w.kind == kindDaemonSet {
+				label = c.Labels[revisionLabel]
+			}
+			r.templates[label] = &data.Spec.Template
+			if c.Revision > newest {
+				newest, r.newest = c.Revision, label
+			}
+		}
+		w.p.work.revisions = r
+	}
+	w.revisions = r
+	if w.kind == kindDaemonSet {
+		w.update = r.newest
+	}
+	return nil
+}
+
+func (w *onDelete) strange(r *revisions) bool {
+	for _, pod := range w.p.target.pods {
+		if r.templates[pod.Labels[revisionLabel]] == nil {
+			return true
+		}
+	}
+	return false
+}
+
+func (w *onDelete) obstacle(pod *corev1.Pod) string {
+	label := pod.Labels[revisionLabel]
+	if w.revisions == nil || label == w.update {
+		return ""
+	}
+	t := w.revisions.templates[label]
+	if t == nil {
+		return fmt.Sprintf("pod %s is of a revision (%s) that is not known any more", pod.Name, label)
+	}
+	if !sameButImages(t, w.revisions.templates[w.update]) {
+		return fmt.Sprintf("pod %s was made from a template that differs from the present one in more than images", pod.Name)
+	}
+	return ""
+}
+
+func (w *onDelete) revisionLabel(pod *corev1.Pod, images map[string]string) string {
+	if w.revisions == nil || w.update == "" || w.obstacle(pod) != "" {
+		return ""
+	}
+	for name, want := range templateImages(w.template) {
+		c, _ := containerOf(pod, name)
+		if c == nil {
+			return ""
+		}
+		image := c.Image
+		if to := images[name]; to != "" {
+			image = to
+		}
+		if image != want {
+			return ""
+		}
+	}
+	return w.update
+}
+
+func (w *onDelete) settle(context.Context) (bool, error) { return true, nil }
