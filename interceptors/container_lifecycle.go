@@ -44,6 +44,11 @@ func (d *Director) createContainer(ctx context.Context, method string, raw []byt
 			return nil, status.FromContextError(err).Err()
 		}
 		defer claim.Release()
+		if d.overrides.Any() {
+			if raw, err = d.overridden(ctx, slot, req, raw); err != nil {
+				return nil, err
+			}
+		}
 	}
 	b, err := next(ctx, raw)
 	if err != nil {
@@ -55,6 +60,16 @@ func (d *Director) createContainer(ctx context.Context, method string, raw []byt
 	}
 	d.records.Created(resp.GetContainerId(), raw)
 	return b, nil
+}
+
+// overridden returns the request with the image that the slot has in the place of the one in the pod's spec, or raw as it is. What
+// is recorded of the container is that too.
+func (d *Director) overridden(ctx context.Context, slot Slot, req *runtimeapi.CreateContainerRequest, raw []byte) ([]byte, error) {
+	changed, err := d.overrides.Apply(ctx, slot, req)
+	if err != nil || !changed {
+		return raw, err
+	}
+	return encode(req)
 }
 
 // prepared returns the container that an operation on the slot has ready for the request, or "".
@@ -185,6 +200,7 @@ func (d *Director) removePodSandbox(ctx context.Context, method string, raw []by
 	b, err := next(ctx, raw)
 	if err == nil {
 		d.view.forgetSandbox(req.GetPodSandboxId())
+		d.overrides.SandboxRemoved()
 	}
 	return b, err
 }

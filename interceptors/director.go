@@ -35,7 +35,17 @@ type Pulls interface {
 	KubeletPulls() (done func())
 }
 
-// Options configures a [Director]. All fields but Pulls are required.
+// Overrides knows the slots whose image is not the one in the pod's spec. Its methods must not block for long.
+type Overrides interface {
+	// Any reports whether there is any; it is asked on the pass path.
+	Any() bool
+	// Apply puts the slot's image into kubelet's request, if it has one of its own, and reports whether it has. An error is the answer to kubelet.
+	Apply(ctx context.Context, slot Slot, req *runtimeapi.CreateContainerRequest) (bool, error)
+	// SandboxRemoved says that some sandbox has been removed.
+	SandboxRemoved()
+}
+
+// Options configures a [Director]. All fields but Pulls and Overrides are required.
 type Options struct {
 	View    *View
 	Records Records
@@ -43,15 +53,18 @@ type Options struct {
 	Runtime grpc.ClientConnInterface
 	Log     logrus.FieldLogger
 	Pulls   Pulls
+	// Overrides, if nil, are none.
+	Overrides Overrides
 }
 
 // Director implements [proxy.Director]: it takes a method only while the view has
 // something to say about it, except for the few that it records always.
 type Director struct {
-	view    *View
-	records Records
-	runtime runtimeapi.RuntimeServiceClient
-	log     logrus.FieldLogger
+	view      *View
+	records   Records
+	overrides Overrides
+	runtime   runtimeapi.RuntimeServiceClient
+	log       logrus.FieldLogger
 
 	always map[string]proxy.UnaryInterceptor
 	active map[string]proxy.UnaryInterceptor
@@ -65,7 +78,10 @@ var (
 
 // New returns a director over the view.
 func New(o Options) *Director {
-	d := &Director{view: o.View, records: o.Records, runtime: runtimeapi.NewRuntimeServiceClient(o.Runtime), log: o.Log}
+	d := &Director{view: o.View, records: o.Records, runtime: runtimeapi.NewRuntimeServiceClient(o.Runtime), log: o.Log, overrides: o.Overrides}
+	if d.overrides == nil {
+		d.overrides = noOverrides{}
+	}
 	d.always = map[string]proxy.UnaryInterceptor{
 		runtimeapi.RuntimeService_CreateContainer_FullMethodName:          d.createContainer,
 		runtimeapi.RuntimeService_StartContainer_FullMethodName:           d.startContainer,
@@ -103,6 +119,15 @@ func New(o Options) *Director {
 	return d
 }
 
+// noOverrides is where there are none.
+type noOverrides struct{}
+
+func (noOverrides) Any() bool { return false }
+func (noOverrides) Apply(context.Context, Slot, *runtimeapi.CreateContainerRequest) (bool, error) {
+	return false, nil
+}
+func (noOverrides) SandboxRemoved() {}
+
 // tellsStart are the methods whose answer has the start of a container in it.
 var tellsStart = map[string]bool{
 	runtimeapi.RuntimeService_ContainerStatus_FullMethodName:  true,
@@ -114,7 +139,8 @@ func (d *Director) Unary(method string) proxy.UnaryInterceptor {
 	if ic, ok := d.always[method]; ok {
 		return ic
 	}
-	if d.view.Active() || (d.view.starts.Load() > 0 && tellsStart[method]) {
+	if d.view.Active() || (d.view.starts.Load() > 0 && tellsStart[method]) ||
+		(method == runtimeapi.RuntimeService_RemovePodSandbox_FullMethodName && d.overrides.Any()) {
 		return d.active[method]
 	}
 	return nil

@@ -40,7 +40,7 @@ const (
 	kindUpgrade = "Upgrade"
 )
 
-// Images puts images on the node for upgrades. [*prepull.Puller] does.
+// Images puts images on the node for upgrades and overrides. [*prepull.Puller] does.
 type Images interface {
 	// Ensure pulls an image unless it is there, and reports changes to each. It returns the finished pull, or ctx's error.
 	Ensure(ctx context.Context, req *opsv1.PullRequest, each func(*opsv1.PullOperation)) (*opsv1.PullOperation, error)
@@ -63,7 +63,7 @@ type Options struct {
 	// CDISpecDir is one of the directories that the runtime reads CDI specs from, for
 	// [MethodGate]. Empty: the runtime is asked.
 	CDISpecDir string
-	// Images is for upgrades, which are refused without.
+	// Images is for upgrades and restarts with another image, which are refused without.
 	Images Images
 	// Pods tells kubelet's mind about pods. Without, kubelet's intentions are found by what it does next.
 	Pods Pods
@@ -84,7 +84,8 @@ type Engine struct {
 	legacyLog string
 	metrics   *metrics
 	methods   *methods
-	images    Images // nil: no upgrades
+	overrides *Overrides
+	images    Images // nil: no upgrades and overrides
 	pods      Pods   // may be nil
 
 	// queue wakes Run for operations that are accepted and not yet started.
@@ -118,7 +119,7 @@ type operation struct {
 	committed  bool          // something has been stopped, or is about to be
 	released   chan struct{} // closed when an upgrade is committed by its caller
 	isReleased bool          // released is closed
-	// credentials are for the pulls of an upgrade; supplied is closed and replaced when there are others.
+	// credentials are for the pulls; supplied is closed and replaced when there are others.
 	credentials []*opsv1.RegistryCredential
 	supplied    chan struct{}
 	claims      map[int]*interceptors.Claim
@@ -160,7 +161,10 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		e.legacyLog = "/var/log/containers"
 	}
 	records.eachStarted(o.View.SetStarted)
-	if e.metrics, err = newMetrics(o.Registerer, e); err == nil {
+	if e.overrides, err = openOverrides(j, e.img, log); err == nil {
+		e.metrics, err = newMetrics(o.Registerer, e)
+	}
+	if err == nil {
 		err = j.load(e.revive, func(err error) {
 			log.WithError(err).Error("journal record set aside; what its operation has staged is removed")
 		})
@@ -257,6 +261,9 @@ func (e *Engine) revive(uid string, r *record) error {
 // Records returns the store for the interceptors.
 func (e *Engine) Records() *Records { return e.records }
 
+// Overrides returns the slots with another image, for the interceptors.
+func (e *Engine) Overrides() *Overrides { return e.overrides }
+
 // Run waits for the runtime, finishes what the journal holds and then runs
 // operations until ctx ends. It returns when the last one has come to a point from
 // which the journal can resume it.
@@ -277,6 +284,7 @@ func (e *Engine) Run(ctx context.Context) error {
 	})
 	wg.Go(func() { e.writeAgain(ctx) })
 	wg.Go(func() { e.forget(ctx) })
+	wg.Go(func() { e.forgetOnRemoval(ctx) })
 	for {
 		e.mu.Lock()
 		waiting := e.waiting
@@ -363,11 +371,14 @@ func (e *Engine) forget(ctx context.Context) {
 		if _, err := e.forgetRemoved(ctx); err != nil {
 			e.log.WithError(err).Warn("records not tidied")
 		}
+		e.overrides.flush()
+		e.forgetOverrides(ctx)
 	}
 }
 
 // tidy forgets containers that went away while the proxy did not look, and removes strays.
 func (e *Engine) tidy(ctx context.Context) {
+	e.forgetOverrides(ctx)
 	list, err := e.forgetRemoved(ctx)
 	if err != nil {
 		e.log.WithError(err).Warn("records not tidied")
@@ -441,15 +452,16 @@ func (e *Engine) awaitRuntime(ctx context.Context) error {
 	}
 }
 
-// submit accepts an operation: once it returns nil, the operation is in the journal.
+// submit accepts an operation: once it returns nil, the operation is in the journal. It takes req, and the credentials out of it.
 func (e *Engine) submit(req *opsv1.RestartRequest, pod *opsv1.PodRef) (*operation, error) {
 	o := newOperation(req, &opsv1.Operation{
 		Uid: req.GetUid(), Kind: kindRestart, Pod: pod, Phase: opsv1.Phase_PHASE_PENDING,
 		Requester: req.GetRequester(), CreateTime: timestamppb.Now(),
 	}, make([]containerRecord, len(req.GetContainers())))
 	for _, c := range req.GetContainers() {
-		o.op.Containers = append(o.op.Containers, &opsv1.ContainerOperation{Name: c.GetName(), Phase: opsv1.Phase_PHASE_PENDING})
+		o.op.Containers = append(o.op.Containers, &opsv1.ContainerOperation{Name: c.GetName(), Image: c.GetImage(), Phase: opsv1.Phase_PHASE_PENDING})
 	}
+	o.credentials, req.Credentials = req.GetCredentials(), nil
 	return e.accept(o)
 }
 
@@ -523,6 +535,7 @@ func (o *operation) as(other *operation) (*operation, error) {
 func sameRequest(a, b *opsv1.RestartRequest) bool {
 	a, b = proto.Clone(a).(*opsv1.RestartRequest), proto.Clone(b).(*opsv1.RestartRequest)
 	a.Requester, b.Requester = "", ""
+	a.Credentials, b.Credentials = nil, nil
 	if a.GetPod().GetUid() == "" || b.GetPod().GetUid() == "" {
 		a.Pod.Uid, b.Pod.Uid = "", ""
 	}
@@ -607,7 +620,7 @@ func (e *Engine) saveLocked(o *operation) error {
 			return err
 		}
 	}
-	return e.journal.put(o.op.GetUid(), r)
+	return e.overrides.write(func(changes map[string][]byte) error { return e.journal.putWith(o.op.GetUid(), r, changes) })
 }
 
 // snapshot returns a copy that nobody changes.

@@ -76,6 +76,19 @@ func nonRootFits(image *runtimeapi.Image, want *opsv1.ContainerUpgrade) error {
 	return nil
 }
 
+// isRoot reports whether a container with that user runs as root, as far as its name tells.
+func isRoot(uid *runtimeapi.Int64Value, username string) bool {
+	return uid != nil && uid.GetValue() == 0 || username == "root"
+}
+
+// nonRootByImage reports whether the container does not run as root and has that from its image, which is the one given. The pod may
+// insist on it (runAsNonRoot), and the runtime is not told.
+func nonRootByImage(c *runtimeapi.ContainerConfig, image *runtimeapi.Image) bool {
+	sc := c.GetLinux().GetSecurityContext()
+	uid, username := imageUser(image)
+	return image != nil && proto.Equal(sc.GetRunAsUser(), uid) && sc.GetRunAsUsername() == username && !isRoot(uid, username)
+}
+
 // imageUser is kubelet's getImageUser (kuberuntime/helpers.go): an image without a user runs as root.
 func imageUser(image *runtimeapi.Image) (*runtimeapi.Int64Value, string) {
 	switch {

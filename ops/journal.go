@@ -27,6 +27,7 @@ const lockPatience = 10 * time.Second
 
 var (
 	bucketOperations = []byte("operations")
+	bucketOverrides  = []byte("overrides")
 	bucketUnreadable = []byte("unreadable") // set aside by load, for a person to look at
 )
 
@@ -79,6 +80,8 @@ type containerRecord struct {
 	PostDone    bool `json:"postDone,omitempty"`
 	// Method is how the container hands over.
 	Method Method `json:"method,omitempty"`
+	// Override is what the slot has once the successor is shown; nil for none.
+	Override *override `json:"override,omitempty"`
 	// Grace is what kubelet gave the incumbent of an upgrade to stop, in seconds.
 	Grace int64 `json:"grace,omitempty"`
 }
@@ -145,7 +148,11 @@ func openJournalFile(path string) (db *bolt.DB, err error) {
 		return nil, errors.Join(err, db.Close())
 	}
 	err = db.View(func(tx *bolt.Tx) error {
-		return tx.Bucket(bucketOperations).ForEach(func(_, _ []byte) error { return nil })
+		none := func(_, _ []byte) error { return nil }
+		if err := tx.Bucket(bucketOperations).ForEach(none); err != nil || tx.Bucket(bucketOverrides) == nil {
+			return err
+		}
+		return tx.Bucket(bucketOverrides).ForEach(none)
 	})
 	if err != nil {
 		return nil, errors.Join(err, db.Close())
@@ -200,7 +207,10 @@ func openError(path string, err error) error {
 	}
 }
 
-func (j *journal) put(uid string, r *record) error {
+func (j *journal) put(uid string, r *record) error { return j.putWith(uid, r, nil) }
+
+// putWith is put of the operation and of changes to overrides, by slot and nil for one that has ended: all of it or nothing.
+func (j *journal) putWith(uid string, r *record, overrides map[string][]byte) error {
 	b, err := json.Marshal(r)
 	if err != nil {
 		return fmt.Errorf("journal: encoding operation %s: %w", uid, err)
@@ -209,11 +219,64 @@ func (j *journal) put(uid string, r *record) error {
 	if err != nil {
 		return err
 	}
-	err = db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketOperations).Put([]byte(uid), b) })
+	err = db.Update(func(tx *bolt.Tx) error {
+		return errors.Join(tx.Bucket(bucketOperations).Put([]byte(uid), b), changeOverrides(tx, overrides))
+	})
 	if err != nil {
 		return fmt.Errorf("journal: writing operation %s: %w", uid, err)
 	}
 	return nil
+}
+
+// putOverrides writes changes to overrides alone.
+func (j *journal) putOverrides(changes map[string][]byte) error {
+	if len(changes) == 0 {
+		return nil
+	}
+	db, err := j.file()
+	if err != nil {
+		return err
+	}
+	if err := db.Update(func(tx *bolt.Tx) error { return changeOverrides(tx, changes) }); err != nil {
+		return fmt.Errorf("journal: writing image overrides: %w", err)
+	}
+	return nil
+}
+
+// changeOverrides makes the bucket when there is something to put into it, not before: the disk may be full.
+func changeOverrides(tx *bolt.Tx, changes map[string][]byte) error {
+	if len(changes) == 0 {
+		return nil
+	}
+	b, err := tx.CreateBucketIfNotExists(bucketOverrides)
+	for slot, raw := range changes {
+		switch {
+		case err != nil:
+			return err
+		case raw == nil:
+			err = b.Delete([]byte(slot))
+		default:
+			err = b.Put([]byte(slot), raw)
+		}
+	}
+	return err
+}
+
+// loadOverrides calls f for every override.
+func (j *journal) loadOverrides(f func(slot string, raw []byte)) error {
+	if j.db == nil {
+		return nil
+	}
+	return j.db.View(func(tx *bolt.Tx) error {
+		b := tx.Bucket(bucketOverrides)
+		if b == nil {
+			return nil
+		}
+		return b.ForEach(func(k, v []byte) error {
+			f(string(k), v)
+			return nil
+		})
+	})
 }
 
 func (j *journal) remove(uids []string) error {

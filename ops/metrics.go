@@ -39,7 +39,10 @@ func newMetrics(reg prometheus.Registerer, e *Engine) (*metrics, error) {
 	recorded := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "criproxy_recorded_containers", Help: "Containers whose creation was recorded.",
 	}, func() float64 { return float64(e.records.Len()) })
-	for _, c := range []prometheus.Collector{m.results, m.gap, m.gateFailures, active, recorded} {
+	overrides := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "criproxy_image_overrides", Help: "Containers whose image is not the one in the pod's spec.",
+	}, func() float64 { return float64(e.overrides.n.Load()) })
+	for _, c := range []prometheus.Collector{m.results, m.gap, m.gateFailures, active, recorded, overrides, e.overrides.lost} {
 		if err := reg.Register(c); err != nil {
 			return nil, fmt.Errorf("metrics: %w", err)
 		}

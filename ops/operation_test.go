@@ -230,6 +230,7 @@ func TestMetrics(t *testing.T) {
 	want := map[string]float64{
 		"criproxy_operations_total Restart succeeded": 1, "criproxy_operations_total Restart failed": 1,
 		"criproxy_operations_active": 0, "criproxy_recorded_containers": 3, "criproxy_restart_gap_seconds plain": 1, "criproxy_gate_failures_total": 0,
+		"criproxy_image_overrides": 0, "criproxy_image_overrides_lost_total": 0,
 	}
 	if !maps.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)

@@ -149,7 +149,8 @@ type restart struct {
 	pid  int        // of the process that waits there; 0 if this process cannot look at it
 	held bool       // the successor has been started behind a gate that is not open
 
-	up *upgrade // nil if it is a plain restart
+	change *newImage // nil if the image stays
+	up     *upgrade  // nil if it is no upgrade
 }
 
 func (e *Engine) newRestart(o *operation, i int) *restart {
@@ -160,7 +161,10 @@ func (e *Engine) newRestart(o *operation, i int) *restart {
 		log: e.log.WithFields(logrus.Fields{"op": o.op.GetUid(), "pod": podName(o.op.GetPod()), "container": o.req.GetContainers()[i].GetName()}),
 	}
 	if o.upgrade != nil {
-		r.up = newUpgrade(o.upgrade.GetContainers()[i])
+		r.up = newUpgrade()
+		r.change = &newImage{want: o.upgrade.GetContainers()[i]}
+	} else if r.want.GetImage() != "" || r.want.GetRevertImage() {
+		r.change = &newImage{want: &opsv1.ContainerUpgrade{Name: r.want.GetName(), Image: o.op.GetContainers()[i].GetImage(), PullPolicy: r.want.GetPullPolicy()}}
 	}
 	return r
 }
@@ -251,6 +255,9 @@ func (r *restart) run(ctx context.Context) bool {
 	if r.claim != nil {
 		r.removeGate() // whichever process has made or opened it
 	}
+	if r.up != nil && out.phase == opsv1.Phase_PHASE_SUCCEEDED && r.rec().Method != MethodKubelet {
+		r.overrides.set(r.slot(), nil) // the image is that of the pod's spec
+	}
 	r.end(out)
 	if r.claim != nil {
 		r.claim.Release()
@@ -283,18 +290,23 @@ func (r *restart) end(out *outcome) {
 // drive takes the container through the steps. It returns nil on success, an
 // [outcome], or the error of a call that was cut off.
 func (r *restart) drive(ctx context.Context) error {
-	if r.claim == nil {
-		if err := r.takeSlot(ctx); err != nil {
-			return err
-		}
-	} else if err := r.resume(ctx); err != nil {
+	ready := r.takeSlot
+	switch {
+	case r.claim != nil:
+		ready = r.resume
+	case r.change != nil:
+		ready = r.prepareImage
+	}
+	if err := ready(ctx); err != nil {
 		return err
 	}
 	for {
 		var err error
 		switch s := r.rec().Step; s {
 		case stepNone:
-			err = r.stage(ctx)
+			if err = r.stage(ctx); r.revertStopped(err) {
+				return nil
+			}
 		case stepStaged:
 			if r.overlaps() {
 				err = r.beforeOverlap(ctx)

@@ -24,6 +24,7 @@ func (r *restart) afterStart(ctx context.Context) error {
 	if err := r.interrupted(); err != nil {
 		return err
 	}
+	r.keepOverride()
 	r.note(func(c *containerRecord, op *opsv1.ContainerOperation) {
 		c.Step = stepReveal
 		op.Phase = opsv1.Phase_PHASE_REVEALING

@@ -65,11 +65,14 @@ func (s *Server) Restart(ctx context.Context, req *opsv1.RestartRequest) (*opsv1
 	}
 	log := s.e.log.WithFields(logrus.Fields{"op": req.GetUid(), "pod": podName(req.GetPod()), "caller": caller, "requester": req.GetRequester()})
 	if known := s.e.lookup(req.GetUid()); known != nil {
-		o, err := known.as(&operation{req: req})
+		o, err := known.as(&operation{req: req, credentials: req.GetCredentials()})
 		if err != nil {
 			return nil, err
 		}
 		return o.snapshot(), nil
+	}
+	if s.e.images == nil && slices.ContainsFunc(req.GetContainers(), func(c *opsv1.ContainerRestart) bool { return c.GetImage() != "" || c.GetRevertImage() }) {
+		return nil, status.Error(codes.FailedPrecondition, "this node pulls no images, which a restart with another image needs")
 	}
 	pod, err := s.precheck(ctx, req)
 	if err != nil {
@@ -94,10 +97,18 @@ func (s *Server) precheck(ctx context.Context, req *opsv1.RestartRequest) (*opsv
 	pod := proto.Clone(req.GetPod()).(*opsv1.PodRef)
 	pod.Uid = sandbox.GetMetadata().GetUid()
 	for _, c := range req.GetContainers() {
-		if s.e.view.Claimed(interceptors.Slot{PodUID: pod.GetUid(), Container: c.GetName()}) {
+		slot := interceptors.Slot{PodUID: pod.GetUid(), Container: c.GetName()}
+		if s.e.view.Claimed(slot) {
 			continue
 		}
-		if _, err := s.e.resolve(ctx, pod, c, req.GetForce()); err != nil {
+		_, err := s.e.resolve(ctx, pod, c, req.GetForce())
+		if c.GetRevertImage() && (err == nil || notRunning(err)) {
+			err = nil
+			if s.e.overrides.of(slot) == nil {
+				err = notOverridden(c.GetName())
+			}
+		}
+		if err != nil {
 			return nil, precheckError(err)
 		}
 	}
@@ -271,7 +282,9 @@ func validateRestart(req *opsv1.RestartRequest, remote bool) error {
 		return invalid("%d containers are too many; the most is %d", len(req.GetContainers()), maxContainers)
 	case len(req.GetRequester()) > 1024:
 		return invalid("requester is too long")
-	case proto.Size(req) > maxRequest:
+	case len(req.GetCredentials()) > maxCredentials:
+		return invalid("%d credentials are too many; the most is %d", len(req.GetCredentials()), maxCredentials)
+	case proto.Size(req)-proto.Size(&opsv1.RestartRequest{Credentials: req.GetCredentials()}) > maxRequest:
 		return invalid("the request is larger than %d bytes: the journal keeps it", maxRequest)
 	}
 	seen := map[string]bool{}
@@ -292,6 +305,12 @@ func validateRestart(req *opsv1.RestartRequest, remote bool) error {
 			return invalid("container %q: min_ready_seconds is for ORDER_START_FIRST only", name)
 		case len(c.GetExpectedContainerId()) > 256:
 			return invalid("container %q: expected_container_id is too long", name)
+		case len(c.GetImage()) > maxImage:
+			return invalid("container %q: image is longer than %d bytes", name, maxImage)
+		case c.GetImage() != "" && c.GetRevertImage():
+			return invalid("container %q: image and revert_image exclude each other", name)
+		case opsv1.PullPolicy_name[int32(c.GetPullPolicy())] == "":
+			return invalid("container %q: unknown pull policy %d", name, c.GetPullPolicy())
 		}
 		seen[name] = true
 		for field, h := range map[string]*opsv1.Hook{"pre_stop": c.GetPreStop(), "post_start": c.GetPostStart()} {

@@ -39,9 +39,15 @@ func (r *restart) stage(ctx context.Context) error {
 		return err
 	}
 	r.probe(ctx)
+	var plan *override
+	if r.change != nil && r.up == nil {
+		if plan, err = r.planImage(call, found); err != nil {
+			return err
+		}
+	}
 	token := r.newToken()
 	err = r.write(func(rec *containerRecord, c *opsv1.ContainerOperation) {
-		*rec = containerRecord{Step: stepStage, Sandbox: found.sandbox, Incumbent: found.incumbent, Token: token}
+		*rec = containerRecord{Step: stepStage, Sandbox: found.sandbox, Incumbent: found.incumbent, Token: token, Override: plan}
 		c.IncumbentId, c.Attempt = found.incumbent, found.attempt
 	})
 	if err != nil {
@@ -133,10 +139,14 @@ func (r *restart) create(ctx context.Context, token string) (string, error) {
 	if err != nil {
 		return "", failf(ReasonCreateFailed, "%v", err)
 	}
-	if r.up != nil {
-		if err := r.dress(ctx, req.GetConfig()); err != nil {
-			return "", err
-		}
+	switch {
+	case r.up != nil:
+		err = r.dress(ctx, req.GetConfig())
+	case r.change != nil:
+		err = r.useImage(ctx, req.GetConfig())
+	}
+	if err != nil {
+		return "", err
 	}
 	if err := makeTerminationFile(req.GetConfig()); err != nil {
 		return "", failf(ReasonCreateFailed, "%v", err)

@@ -30,6 +30,7 @@ func (r *restart) undo(ctx context.Context, out *outcome) bool {
 	if rec.Step == stepReveal && (r.container().GetReason() != "" || r.up != nil && r.up.revealed) {
 		return true // shown already
 	}
+	r.undoOverride()
 	r.note(func(c *containerRecord, op *opsv1.ContainerOperation) {
 		c.Step = stepUndo
 		op.Reason, op.Message = out.reason, out.message

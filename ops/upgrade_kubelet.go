@@ -284,7 +284,7 @@ func (r *restart) refusal(ctx context.Context) string {
 		return "the pod is being deleted"
 	case pod.Phase == "Failed" || pod.Phase == "Succeeded":
 		return strings.TrimSpace("the pod has ended: " + pod.Phase + " " + pod.Reason)
-	case pod.Images[r.want.GetName()] != r.up.want.GetImage():
+	case pod.Images[r.want.GetName()] != r.change.want.GetImage():
 		return "the pod's spec has not the new image yet"
 	}
 	return ""

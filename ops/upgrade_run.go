@@ -9,27 +9,20 @@ import (
 	"fmt"
 	"time"
 
-	"google.golang.org/protobuf/types/known/durationpb"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// Reasons of upgrades that did not succeed, beside those of restarts.
+// Reasons of upgrades that did not succeed, beside those of restarts with another image.
 const (
-	ReasonPullFailed     = "PullFailed"
-	ReasonPrepareTimeout = "PrepareTimeout"
-	ReasonHoldTimeout    = "HoldTimeout"
-	ReasonSameImage      = "ImageUnchanged"
-	ReasonOther          = "OtherContainerFailed"
+	ReasonHoldTimeout = "HoldTimeout"
+	ReasonOther       = "OtherContainerFailed"
 )
 
 // upgrade is what a restart that is an upgrade has beyond that.
 type upgrade struct {
-	want *opsv1.ContainerUpgrade
 	kubelet
-	// image is the new image and old the incumbent's, as the runtime tells them; nil until they are known.
-	image, old *runtimeapi.Image
 	// pending are kubelet's stops that wait for the successor, and asked its creation that has come before that.
 	pending []stopped
 	asked   *created
@@ -37,9 +30,7 @@ type upgrade struct {
 	revealed bool
 }
 
-func newUpgrade(want *opsv1.ContainerUpgrade) *upgrade {
-	return &upgrade{want: want, kubelet: newKubelet()}
-}
+func newUpgrade() *upgrade { return &upgrade{kubelet: newKubelet()} }
 
 // driveUpgrade is drive for an upgrade: everything that takes time is done before kubelet is involved, and what
 // stops the incumbent is kubelet's own StopContainer.
@@ -96,117 +87,22 @@ func (r *restart) drives() {
 // prepare pulls the image, checks it, takes the slot and stages the successor.
 func (r *restart) prepare(ctx context.Context) error {
 	limit := orElse(r.o.upgrade.GetPrepareTimeout(), defaultPrepare)
-	ready, cancel := context.WithDeadline(ctx, r.o.op.GetCreateTime().AsTime().Add(limit)) // never changes
-	defer cancel()
-	err := r.prepareWithin(ready)
-	var out *outcome
-	if err != nil && !errors.As(err, &out) && ctx.Err() == nil && ready.Err() != nil {
-		return failf(ReasonPrepareTimeout, "not ready within %s, in phase %s", limit, phaseName(r.container().GetPhase()))
-	}
-	return err
-}
-
-func (r *restart) prepareWithin(ctx context.Context) error {
-	ctx, end := endWith(ctx, r.o.cancelled)
-	defer end()
-	err := r.pullImage(ctx)
-	if err == nil {
-		err = r.checkImage(ctx)
-	}
-	if err == nil && r.rec().Method != MethodKubelet && r.claim == nil {
-		if err = r.takeSlot(ctx); err == nil {
+	return r.withinPatience(ctx, r.o.op.GetCreateTime().AsTime(), limit, func(ctx context.Context) error { // the time never changes
+		err := r.pullImage(ctx)
+		if err == nil {
+			err = r.checkImage(ctx)
+		}
+		if err != nil || r.rec().Method == MethodKubelet {
+			return err
+		}
+		if r.claim == nil {
+			if err := r.takeSlot(ctx); err != nil {
+				return err
+			}
 			r.drives()
 		}
-	}
-	if err == nil && r.rec().Method != MethodKubelet {
-		err = r.stage(ctx)
-	}
-	if err != nil && r.isCancelled() {
-		return r.cancelledOutcome()
-	}
-	return err
-}
-
-func (r *restart) isCancelled() bool {
-	select {
-	case <-r.o.cancelled:
-		return true
-	default:
-		return false
-	}
-}
-
-func orElse(d *durationpb.Duration, otherwise time.Duration) time.Duration {
-	if v := d.AsDuration(); v > 0 {
-		return v
-	}
-	return otherwise
-}
-
-// pullImage gets the image onto the node and pins it. Credentials that come meanwhile start the pull anew; what has been fetched counts.
-func (r *restart) pullImage(ctx context.Context) error {
-	r.show(func(c *opsv1.ContainerOperation) { c.Phase = opsv1.Phase_PHASE_PULLING })
-	owner := r.o.upgrade.GetOwner()
-	if owner == "" {
-		owner = r.o.op.GetRequester()
-	}
-	if owner == "" {
-		owner = "upgrade " + r.o.op.GetUid()
-	}
-	for {
-		credentials, others := r.o.given()
-		req := &opsv1.PullRequest{
-			Uid: "upgrade-" + randomToken(), Image: r.up.want.GetImage(), Policy: r.up.want.GetPullPolicy(), Credentials: credentials,
-			PinFor: durationpb.New(orElse(r.o.upgrade.GetPinFor(), defaultPin)), Owner: owner,
-		}
-		if by, ok := ctx.Deadline(); ok {
-			req.Deadline = durationpb.New(max(time.Second, time.Until(by)))
-		}
-		pull, end := endWith(ctx, others)
-		done, err := r.images.Ensure(pull, req, func(p *opsv1.PullOperation) {
-			r.show(func(c *opsv1.ContainerOperation) { c.Pull = briefly(p) })
-		})
-		again := pull.Err() != nil && ctx.Err() == nil
-		end()
-		switch {
-		case err == nil && done.GetPhase() == opsv1.PullPhase_PULL_SUCCEEDED:
-			r.show(func(c *opsv1.ContainerOperation) { c.Pull = briefly(done) })
-			r.pinOld(ctx, owner)
-			return nil
-		case again:
-			continue
-		case ctx.Err() != nil:
-			return ctx.Err()
-		case err != nil:
-			return failf(ReasonPullFailed, "pulling %s: %v", r.up.want.GetImage(), err)
-		default:
-			r.show(func(c *opsv1.ContainerOperation) { c.Pull = briefly(done) })
-			return failf(ReasonPullFailed, "pulling %s: %s: %s", r.up.want.GetImage(), done.GetReason(), done.GetMessage())
-		}
-	}
-}
-
-// briefly is what an operation tells of its pull.
-func briefly(p *opsv1.PullOperation) *opsv1.PullOperation {
-	return &opsv1.PullOperation{
-		Phase: p.GetPhase(), Reason: p.GetReason(), Message: p.GetMessage(), ImageId: p.GetImageId(),
-		BytesDone: p.GetBytesDone(), BytesTotal: p.GetBytesTotal(), BytesFetched: p.GetBytesFetched(), BytesPerSecond: p.GetBytesPerSecond(),
-	}
-}
-
-// pinOld keeps the image that is replaced on the node, for the way back.
-func (r *restart) pinOld(ctx context.Context, owner string) {
-	found, err := r.resolve(ctx, r.o.op.GetPod(), r.want, false)
-	if err != nil {
-		return // checkImage says why
-	}
-	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: found.incumbent})
-	if err == nil {
-		err = r.images.Pin(ctx, st.GetStatus().GetImageRef(), owner, time.Now().Add(orElse(r.o.upgrade.GetPinFor(), defaultPin)))
-	}
-	if err != nil {
-		r.warn("the old image is not pinned: %v", err)
-	}
+		return r.stage(ctx)
+	})
 }
 
 // checkImage finds out whether the successor can be made here, and whether the image fits. If only kubelet can make it, the
@@ -220,25 +116,25 @@ func (r *restart) checkImage(ctx context.Context) error {
 		}
 		return fmt.Errorf("finding the container: %w", err)
 	}
-	st, err := r.img.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: r.up.want.GetImage()}, Verbose: true})
+	request, err := r.fitImage(ctx, found)
+	var none *noRequestError
 	switch {
-	case err != nil:
-		return fmt.Errorf("reading the image: %w", err)
-	case st.GetImage() == nil:
-		return failf(ReasonPullFailed, "the runtime does not know %s, which has been pulled: was it removed meanwhile?", r.up.want.GetImage())
-	}
-	request, _, err := r.requestOf(ctx, found.incumbent, found.sandbox)
-	if err != nil {
+	case errors.As(err, &none):
 		r.toKubelet("%v", err)
 		return nil
-	}
-	if err := imageFits(st, request, r.up.want); err != nil {
+	case err != nil:
 		return err
 	}
 	config := request.GetConfig()
 	was := config.GetImage().GetUserSpecifiedImage()
+	o := r.overrides.of(r.slot())
+	if o != nil {
+		was = o.SpecImage // which is patched, and that ends the override
+	}
 	switch {
-	case was == r.up.want.GetImage():
+	case o != nil && was == r.change.want.GetImage():
+		return failf(ReasonSameImage, "container %q has image %s in its spec already, and runs %s in its place: revert that override instead", r.want.GetName(), was, o.Image)
+	case was == r.change.want.GetImage():
 		return failf(ReasonSameImage, "container %q has image %s in its spec already: kubelet would leave it as it is (restart it instead)", r.want.GetName(), was)
 	case config.GetAnnotations()[annotationHash] != kubeletHash(config.GetMetadata().GetName(), was):
 		r.toKubelet("kubelet's hash of the container is not that of its name and image, so it would not take over a container made here (is kubelet older than 1.31?)")
@@ -272,35 +168,10 @@ func (r *restart) leaveToKubelet(ctx context.Context) error {
 
 // dress makes the clone of the incumbent what kubelet will ask for once the pod's spec has the new image.
 func (r *restart) dress(ctx context.Context, c *runtimeapi.ContainerConfig) error {
-	if err := r.loadImages(ctx, c.GetImage().GetImage()); err != nil {
+	if err := r.useImage(ctx, c); err != nil {
 		return err
 	}
-	c.Image.Image, c.Image.UserSpecifiedImage = r.up.image.GetId(), r.up.want.GetImage()
-	c.Annotations[annotationHash] = kubeletHash(c.GetMetadata().GetName(), r.up.want.GetImage())
-	if r.up.want.RunAsUser == nil { // else it is the pod's and not the image's
-		adoptImageUser(c, r.up.old, r.up.image)
-	}
-	return nil
-}
-
-// loadImages asks the runtime for both images, once. old is the ID of the incumbent's.
-func (r *restart) loadImages(ctx context.Context, old string) error {
-	for ref, into := range map[string]**runtimeapi.Image{r.up.want.GetImage(): &r.up.image, old: &r.up.old} {
-		if *into != nil {
-			continue
-		}
-		err := r.patiently(ctx, func() error {
-			st, err := r.img.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: ref}})
-			*into = st.GetImage()
-			return err
-		})
-		if err != nil {
-			return failf(ReasonCreateFailed, "reading image %s: %v", ref, err)
-		}
-		if *into == nil && into == &r.up.image {
-			return failf(ReasonCreateFailed, "image %s is not on the node any more", ref)
-		}
-	}
+	c.Annotations[annotationHash] = kubeletHash(c.GetMetadata().GetName(), r.change.want.GetImage())
 	return nil
 }
 

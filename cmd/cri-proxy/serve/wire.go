@@ -100,6 +100,7 @@ func newNode(ctx context.Context, c *config.Config, listen string, log logrus.Fi
 	o := proxy.Options{
 		Director: interceptors.New(interceptors.Options{
 			View: view, Records: n.engine.Records(), Runtime: n.upstream.Conn(), Log: log, Pulls: n.puller,
+			Overrides: n.engine.Overrides(),
 		}),
 		Log:        log,
 		Registerer: n.registry,

@@ -1,0 +1,340 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"google.golang.org/protobuf/types/known/durationpb"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/interceptors"
+)
+
+// Reasons of operations with another image that did not succeed, beside those of restarts.
+const (
+	ReasonPullFailed     = "PullFailed"
+	ReasonPrepareTimeout = "PrepareTimeout"
+	ReasonSameImage      = "ImageUnchanged"
+	ReasonNotOverridden  = "ImageNotOverridden"
+)
+
+// newImage is what an operation that gives the container another image has of that.
+type newImage struct {
+	// want has the image, which is not known before the slot is taken if the restart goes back to that of the pod's spec.
+	want *opsv1.ContainerUpgrade
+	// image is the new image and old the incumbent's, as the runtime tells them; nil until they are known.
+	image, old *runtimeapi.Image
+	// before was the slot's override before this operation changed it, which it has if changed is set.
+	before  *override
+	changed bool
+}
+
+// slot is the slot of the container.
+func (r *restart) slot() interceptors.Slot {
+	return interceptors.Slot{PodUID: r.o.op.GetPod().GetUid(), Container: r.want.GetName()} // neither ever changes
+}
+
+// withinPatience runs f until it is done, ctx ends, the operation is cancelled or the limit, which is counted from began, is over.
+func (r *restart) withinPatience(ctx context.Context, began time.Time, limit time.Duration, f func(context.Context) error) error {
+	ready, cancel := context.WithDeadline(ctx, began.Add(limit))
+	defer cancel()
+	call, end := endWith(ready, r.o.cancelled)
+	defer end()
+	err := f(call)
+	var out *outcome
+	switch {
+	case err != nil && r.isCancelled():
+		return r.cancelledOutcome()
+	case err != nil && !errors.As(err, &out) && ctx.Err() == nil && ready.Err() != nil:
+		return failf(ReasonPrepareTimeout, "not ready within %s, in phase %s", limit, phaseName(r.container().GetPhase()))
+	}
+	return err
+}
+
+func (r *restart) isCancelled() bool {
+	select {
+	case <-r.o.cancelled:
+		return true
+	default:
+		return false
+	}
+}
+
+func orElse(d *durationpb.Duration, otherwise time.Duration) time.Duration {
+	if v := d.AsDuration(); v > 0 {
+		return v
+	}
+	return otherwise
+}
+
+// pullImage gets the image onto the node and pins it. Credentials that come meanwhile start the pull anew; what has been fetched counts.
+func (r *restart) pullImage(ctx context.Context) error {
+	want := r.change.want
+	r.show(func(c *opsv1.ContainerOperation) { c.Phase = opsv1.Phase_PHASE_PULLING })
+	owner := r.o.upgrade.GetOwner()
+	if owner == "" {
+		owner = r.o.op.GetRequester()
+	}
+	if owner == "" {
+		owner = r.kind() + " " + r.o.op.GetUid()
+	}
+	for {
+		credentials, others := r.o.given()
+		req := &opsv1.PullRequest{
+			Uid: r.kind() + "-" + randomToken(), Image: want.GetImage(), Policy: want.GetPullPolicy(), Credentials: credentials,
+			PinFor: durationpb.New(orElse(r.o.upgrade.GetPinFor(), defaultPin)), Owner: owner,
+		}
+		if by, ok := ctx.Deadline(); ok {
+			req.Deadline = durationpb.New(max(time.Second, time.Until(by)))
+		}
+		pull, end := endWith(ctx, others)
+		done, err := r.images.Ensure(pull, req, func(p *opsv1.PullOperation) {
+			r.show(func(c *opsv1.ContainerOperation) { c.Pull = briefly(p) })
+		})
+		again := pull.Err() != nil && ctx.Err() == nil
+		end()
+		switch {
+		case err == nil && done.GetPhase() == opsv1.PullPhase_PULL_SUCCEEDED:
+			r.show(func(c *opsv1.ContainerOperation) { c.Pull = briefly(done) })
+			r.pinOld(ctx, owner)
+			return nil
+		case again:
+			continue
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case err != nil:
+			return failf(ReasonPullFailed, "pulling %s: %v", want.GetImage(), err)
+		default:
+			r.show(func(c *opsv1.ContainerOperation) { c.Pull = briefly(done) })
+			return failf(ReasonPullFailed, "pulling %s: %s: %s", want.GetImage(), done.GetReason(), done.GetMessage())
+		}
+	}
+}
+
+// briefly is what an operation tells of its pull.
+func briefly(p *opsv1.PullOperation) *opsv1.PullOperation {
+	return &opsv1.PullOperation{
+		Phase: p.GetPhase(), Reason: p.GetReason(), Message: p.GetMessage(), ImageId: p.GetImageId(),
+		BytesDone: p.GetBytesDone(), BytesTotal: p.GetBytesTotal(), BytesFetched: p.GetBytesFetched(), BytesPerSecond: p.GetBytesPerSecond(),
+	}
+}
+
+// pinOld keeps the image that is replaced on the node, for the way back.
+func (r *restart) pinOld(ctx context.Context, owner string) {
+	found, err := r.resolve(ctx, r.o.op.GetPod(), r.want, r.o.req.GetForce())
+	if err != nil {
+		return // what comes next says why
+	}
+	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: found.incumbent})
+	if err == nil {
+		err = r.images.Pin(ctx, st.GetStatus().GetImageRef(), owner, time.Now().Add(orElse(r.o.upgrade.GetPinFor(), defaultPin)))
+	}
+	if err != nil {
+		r.warn("the old image is not pinned: %v", err)
+	}
+}
+
+// noRequestError says why the request that made a container cannot be told.
+type noRequestError struct{ err error }
+
+func (e *noRequestError) Error() string { return e.err.Error() }
+func (e *noRequestError) Unwrap() error { return e.err }
+
+// fitImage returns the request that made the container, if the image can take the place of the one there.
+//
+// Errors: an *outcome, a *noRequestError, or the runtime's.
+func (r *restart) fitImage(ctx context.Context, at *target) (*runtimeapi.CreateContainerRequest, error) {
+	want := r.change.want
+	st, err := r.imageStatus(ctx, want.GetImage())
+	if err != nil {
+		return nil, err
+	}
+	request, _, err := r.requestOf(ctx, at.incumbent, at.sandbox)
+	if err != nil {
+		return nil, &noRequestError{err}
+	}
+	return request, imageFits(st, request, want)
+}
+
+// imageStatus is the verbose status of an image that is on the node.
+func (r *restart) imageStatus(ctx context.Context, name string) (*runtimeapi.ImageStatusResponse, error) {
+	st, err := r.img.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: name}, Verbose: true})
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("reading the image: %w", err)
+	case st.GetImage() == nil:
+		return nil, failf(ReasonPullFailed, "the runtime does not know %s, which has been pulled: was it removed meanwhile?", name)
+	}
+	return st, nil
+}
+
+// loadImages asks the runtime for both images, once. old is the ID of the incumbent's.
+func (r *restart) loadImages(ctx context.Context, ref, old string) error {
+	for ref, into := range map[string]**runtimeapi.Image{ref: &r.change.image, old: &r.change.old} {
+		if *into != nil {
+			continue
+		}
+		err := r.patiently(ctx, func() error {
+			st, err := r.img.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: ref}})
+			*into = st.GetImage()
+			return err
+		})
+		if err != nil {
+			return failf(ReasonCreateFailed, "reading image %s: %v", ref, err)
+		}
+		if *into == nil && into == &r.change.image {
+			return failf(ReasonCreateFailed, "image %s is not on the node any more", ref)
+		}
+	}
+	return nil
+}
+
+// prepareImage pulls the image of a restart with another one and takes the slot. What else is checked is so once the slot is taken.
+func (r *restart) prepareImage(ctx context.Context) error {
+	if r.want.GetRevertImage() {
+		return r.prepareRevert(ctx)
+	}
+	if err := r.withinPatience(ctx, time.Now(), defaultPrepare, r.pullImage); err != nil {
+		return err
+	}
+	r.failpoint("pulled")
+	return r.takeSlot(ctx)
+}
+
+// prepareRevert takes the slot once the image of the pod's spec is on the node.
+func (r *restart) prepareRevert(ctx context.Context) error {
+	for pulled := ""; ; {
+		if err := r.takeSlot(ctx); err != nil {
+			return err
+		}
+		o := r.overrides.of(r.slot())
+		if o == nil {
+			return notOverridden(r.want.GetName())
+		}
+		r.change.want.Image = o.SpecImage
+		r.show(func(c *opsv1.ContainerOperation) { c.Image = o.SpecImage })
+		_, err := r.resolve(ctx, r.o.op.GetPod(), r.want, r.o.req.GetForce())
+		if notRunning(err) || pulled == o.SpecImage {
+			return nil
+		}
+		if r.want.GetPullPolicy() != opsv1.PullPolicy_PULL_POLICY_ALWAYS {
+			if st, err := r.img.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: o.SpecImage}}); err == nil && st.GetImage() != nil {
+				return nil
+			}
+		}
+		// Not while the slot is taken: kubelet could not make the container anew.
+		r.claim.Release()
+		r.claim = nil
+		if err := r.withinPatience(ctx, time.Now(), defaultPrepare, r.pullImage); err != nil {
+			return err
+		}
+		pulled = o.SpecImage
+	}
+}
+
+func notOverridden(container string) error {
+	return failf(ReasonNotOverridden, "container %q has the image of the pod's spec: there is nothing to revert", container)
+}
+
+func notRunning(err error) bool {
+	var out *outcome
+	return errors.As(err, &out) && out.reason == ReasonNotRunning
+}
+
+// revertStopped ends the override of a container that does not run, and reports whether err, of staging its successor, is that: kubelet
+// makes it, with the image of the pod's spec then.
+func (r *restart) revertStopped(err error) bool {
+	if !notRunning(err) || !r.want.GetRevertImage() {
+		return false
+	}
+	r.overrides.set(r.slot(), nil) // on disk with the end of the restart
+	r.warn("the container does not run: kubelet makes it, by its own policy, and with the image of the pod's spec")
+	return true
+}
+
+// planImage checks the image of a restart with another one and returns the override that it comes to; nil if it is the
+// end of one. The slot is taken.
+func (r *restart) planImage(ctx context.Context, at *target) (*override, error) {
+	now := r.overrides.of(r.slot())
+	if r.want.GetRevertImage() {
+		if now == nil {
+			return nil, notOverridden(r.want.GetName())
+		}
+		r.change.want.Image = now.SpecImage // a process before this one may have found another
+	}
+	request, err := r.fitImage(ctx, at)
+	var none *noRequestError
+	switch {
+	case errors.As(err, &none):
+		return nil, failf(ReasonCreateFailed, "%v", err)
+	case err != nil:
+		return nil, err
+	}
+	name, config := r.change.want.GetImage(), request.GetConfig()
+	runs := config.GetImage().GetUserSpecifiedImage()
+	if err := r.loadImages(ctx, name, config.GetImage().GetImage()); err != nil {
+		return nil, err
+	}
+	if r.want.GetRevertImage() {
+		return nil, nil
+	}
+	spec, nonRoot := runs, nonRootByImage(config, r.change.old)
+	if now != nil {
+		spec, nonRoot = now.SpecImage, now.NonRoot
+	}
+	switch {
+	case nonRoot && isRoot(imageUser(r.change.image)):
+		return nil, failf(ReasonImageUnfit, "image %s runs as root and that of the pod's spec does not: the pod may insist on that, which this node cannot tell; change the pod's spec instead", name)
+	case spec == "":
+		return nil, failf(ReasonCreateFailed, "kubelet does not tell which image the spec of container %q has, so that an override could not last", r.want.GetName())
+	case now != nil && name == spec:
+		return nil, failf(ReasonSameImage, "%s is the image of the pod's spec: revert the override instead", name)
+	case name == runs && r.change.old.GetId() == r.change.image.GetId():
+		return nil, failf(ReasonSameImage, "container %q has image %s already: leave the image out to restart it", r.want.GetName(), name)
+	}
+	pod := r.o.op.GetPod()
+	return &override{
+		PodUID: pod.GetUid(), Namespace: pod.GetNamespace(), Pod: pod.GetName(), Container: r.want.GetName(),
+		Image: name, ImageID: r.change.image.GetId(), SpecImage: spec, NonRoot: nonRoot,
+		Since: time.Now(), Requester: r.o.op.GetRequester(), Operation: r.o.op.GetUid(),
+	}, nil
+}
+
+// useImage makes the clone of the incumbent one of the new image. Its hash stays as it is: with that of the pod's spec kubelet is content.
+func (r *restart) useImage(ctx context.Context, c *runtimeapi.ContainerConfig) error {
+	name, ref := r.change.want.GetImage(), r.change.want.GetImage()
+	if o := r.rec().Override; o != nil {
+		ref = o.ImageID // what the name meant then
+	}
+	if err := r.loadImages(ctx, ref, c.GetImage().GetImage()); err != nil {
+		return err
+	}
+	setImage(c, name, r.change.image.GetId())
+	if r.change.want.RunAsUser == nil { // else it is the pod's and not the image's
+		adoptImageUser(c, r.change.old, r.change.image)
+	}
+	return nil
+}
+
+// keepOverride makes the image that of the slot from now on. It is on disk with the next step, which is the one that reveals the successor.
+func (r *restart) keepOverride() {
+	if r.change == nil || r.up != nil {
+		return
+	}
+	r.change.before, r.change.changed = r.overrides.set(r.slot(), r.rec().Override), true
+}
+
+// undoOverride takes keepOverride back, on disk with the next step.
+func (r *restart) undoOverride() {
+	if r.change == nil || !r.change.changed {
+		return
+	}
+	r.overrides.set(r.slot(), r.change.before)
+	r.change.changed = false
+}
