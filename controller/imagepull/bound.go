@@ -6,6 +6,7 @@ package imagepull
 import (
 	"context"
 	"fmt"
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -28,6 +29,8 @@ const (
 
 	// reasonOverdue is why a node fails that answers and does not come to an end.
 	reasonOverdue = "Overdue"
+	// overdueReason begins what such a node is told.
+	overdueReason = cancelReason + reasonOverdue + ": "
 )
 
 // workBound is how long all attempts of a pull may take, with the waits between them.
@@ -92,12 +95,20 @@ func inQueue(op *opsv1.PullOperation) bool {
 	return false
 }
 
+// overdueText is why a pull was ended that was overdue, else nothing.
+func overdueText(op *opsv1.PullOperation) string {
+	if text, ok := strings.CutPrefix(op.GetMessage(), overdueReason); ok && op.GetPhase() == opsv1.PullPhase_PULL_CANCELLED {
+		return text
+	}
+	return ""
+}
+
 // overdue ends a pull whose time is over.
 func (u *run) overdue(ctx context.Context, m *member, epoch int, node controller.Node, op *opsv1.PullOperation, why string) {
 	end := proto.Clone(op).(*opsv1.PullOperation)
 	end.Phase, end.Reason, end.Message = opsv1.PullPhase_PULL_FAILED, reasonOverdue, why
 	// A node that does not cancel is failed all the same.
-	if last, err := u.nodes.CancelPull(ctx, node, op.GetUid(), cancelReason+why); err == nil && last.GetPhase() == opsv1.PullPhase_PULL_SUCCEEDED {
+	if last, err := u.nodes.CancelPull(ctx, node, op.GetUid(), overdueReason+why); err == nil && last.GetPhase() == opsv1.PullPhase_PULL_SUCCEEDED {
 		end = last
 	}
 	if ctx.Err() == nil {

@@ -554,14 +554,18 @@ func (u *run) adopt(m *member, f found, now time.Time) {
 	case op.GetFinishTime() == nil:
 		m.round = f.round
 		u.pull(m, now)
-	case op.GetPhase() == opsv1.PullPhase_PULL_CANCELLED || op.GetFinishTime().AsTime().Before(u.wish.begun):
+	case op.GetFinishTime().AsTime().Before(u.wish.begun), op.GetPhase() == opsv1.PullPhase_PULL_CANCELLED && overdueText(op) == "":
 		m.round++ // the job has begun again since
 		u.setPhase(m, pending)
 	default:
 		u.present(m)
 		m.op = op
 		u.told.count = maxFailureEvents // told by the controller that saw it
-		u.fail(m, op.GetReason(), op.GetMessage())
+		reason, message := op.GetReason(), op.GetMessage()
+		if text := overdueText(op); text != "" {
+			reason, message = reasonOverdue, text
+		}
+		u.fail(m, reason, message)
 		m.retryAt = now.Add(retryMin)
 	}
 }
