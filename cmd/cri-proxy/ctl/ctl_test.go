@@ -12,6 +12,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -51,6 +52,8 @@ type daemon struct {
 	lose      int                // end this many watches early with Unavailable
 	hang      bool               // watches send their course and stay open
 	restarted *opsv1.RestartRequest
+	restarts  int
+	overrides []*opsv1.ImageOverride
 	cancelled *opsv1.CancelOperationRequest
 }
 
@@ -58,6 +61,7 @@ func (d *daemon) Restart(_ context.Context, r *opsv1.RestartRequest) (*opsv1.Ope
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.restarted = r
+	d.restarts++
 	if d.refuse != nil {
 		return nil, d.refuse
 	}
@@ -357,6 +361,7 @@ func TestRestartRequest(t *testing.T) {
 	grace := int64(10)
 	zero := int64(0)
 	pod := &opsv1.PodRef{Namespace: "default", Name: "web"}
+	auth := authFile(t)
 	for _, tt := range []struct {
 		args []string
 		want *opsv1.RestartRequest
@@ -368,6 +373,14 @@ func TestRestartRequest(t *testing.T) {
 		},
 		{[]string{"-c", "app", "--grace", "0s"}, &opsv1.RestartRequest{Containers: []*opsv1.ContainerRestart{{Name: "app", GracePeriodSeconds: &zero}}}},
 		{[]string{"-c", "app", "--expect", "containerd://x"}, &opsv1.RestartRequest{Containers: []*opsv1.ContainerRestart{{Name: "app", ExpectedContainerId: "containerd://x"}}}},
+		{
+			[]string{"-c", "app", "--image", "r.io/app:v2", "--auth-file", auth, "--always"},
+			&opsv1.RestartRequest{
+				Containers:  []*opsv1.ContainerRestart{{Name: "app", Image: "r.io/app:v2", PullPolicy: opsv1.PullPolicy_PULL_POLICY_ALWAYS}},
+				Credentials: []*opsv1.RegistryCredential{{Match: "r.io", Username: "u", Password: "p"}},
+			},
+		},
+		{[]string{"-c", "a", "-c", "b", "--revert-image"}, &opsv1.RestartRequest{Containers: []*opsv1.ContainerRestart{{Name: "a", RevertImage: true}, {Name: "b", RevertImage: true}}}},
 		{[]string{"-c", "a", "-c", "b", "--expect", "b=y"}, &opsv1.RestartRequest{Containers: []*opsv1.ContainerRestart{{Name: "a"}, {Name: "b", ExpectedContainerId: "y"}}}},
 	} {
 		t.Run(strings.Join(tt.args, " "), func(t *testing.T) {
@@ -408,6 +421,11 @@ func TestUsageErrors(t *testing.T) {
 		{"restart a/b -c x -c y --expect id", "with several containers write NAME=ID"},
 		{"restart a/b -c x --expect y=id", "want NAME=ID with a NAME given as -c"},
 		{"restart a/b -c x --expect x=", "want NAME=ID"},
+		{"restart a/b -c x --image i --revert-image", "exclude each other"},
+		{"restart a/b -c x -c y --image i", "--image is for one container"},
+		{"restart a/b -c x --auth-file /nonexistent", "--auth-file is for --image"},
+		{"restart a/b -c x --always", "--always is for --image"},
+		{"restart a/b -c x --image i --auth-file /nonexistent", "--auth-file: stat /nonexistent"},
 		{"ops op-1 --active", "leave the UID out"},
 		{"upgrade", "name one pod"},
 		{"upgrade web -c app=i", `"web": name the pod as NAMESPACE/POD`},
@@ -478,7 +496,7 @@ func TestDaemonNotThere(t *testing.T) {
 		dead: "no cri-proxy at " + dead + ": the daemon behind the socket is gone; start it",
 	} {
 		t.Setenv(socketVariable, socket)
-		for _, args := range []string{"status", "version", "ops", "ops x", "ops -w", "cancel x", "restart a/b -c c", "upgrade a/b -c c=i"} {
+		for _, args := range []string{"status", "version", "ops", "ops x", "ops -w", "cancel x", "restart a/b -c c", "overrides", "upgrade a/b -c c=i"} {
 			err := command(io.Discard, strings.Fields(args)...).ExecuteContext(t.Context())
 			if err == nil || !strings.HasPrefix(err.Error(), want) {
 				t.Errorf("%s: got %v, want %s", args, err, want)
@@ -611,16 +629,21 @@ func TestScreenRedraws(t *testing.T) {
 
 func TestCompletion(t *testing.T) {
 	d := newDaemon(t)
+	d.overrides = imageOverrides()
 	for args, want := range map[string]string{
-		"ops":    "op-2\tRestart default/web Staging\nop-1\tRestart default/db Succeeded\n",
-		"cancel": "op-2\tRestart default/web Staging\n",
+		"ops":                                   "op-2\tRestart default/web Staging\nop-1\tRestart default/db Succeeded\n",
+		"cancel":                                "op-2\tRestart default/web Staging\n",
+		"restart":                               ":4\n",
+		"restart --revert-image":                "default/web\tr.io/app:debug\nshop/cart-0\tcart\n:36\n",
+		"restart default/web --revert-image -c": "app\tr.io/app:debug\n:36\n",
+		"overrides":                             ":4\n",
 	} {
 		root := &cobra.Command{Use: "cri-proxy"}
 		root.AddCommand(Command(now))
 		var out bytes.Buffer
 		root.SetOut(&out)
 		root.SetErr(io.Discard)
-		root.SetArgs([]string{cobra.ShellCompRequestCmd, "ctl", "--admin-socket=" + d.socket, args, ""})
+		root.SetArgs(slices.Concat([]string{cobra.ShellCompRequestCmd, "ctl", "--admin-socket=" + d.socket}, strings.Fields(args), []string{""}))
 		if err := root.ExecuteContext(t.Context()); err != nil {
 			t.Fatal(err)
 		}

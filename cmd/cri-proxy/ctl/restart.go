@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
@@ -29,6 +30,10 @@ type restartFlags struct {
 	uid        string
 	watch      bool
 	timeout    time.Duration
+	image      string
+	revert     bool
+	always     bool
+	authFile   string
 }
 
 func (c *ctl) restart() *cobra.Command {
@@ -42,18 +47,26 @@ and volumes, whatever the pod's restartPolicy says, without back-off.
 The pod's preStop hooks run. postStart hooks do not: this node knows them only from
 a ContainerRecreateRequest.
 
+With --image the new container has another image than the pod's spec says, and keeps
+it when kubelet makes the container anew, until --revert-image, or until the spec gets
+another image: for trying one out on a running pod. The pod's status shows it; the
+API server is not asked. See cri-proxy ctl overrides. Credentials of the auth file go
+to the daemon, which keeps them in memory only.
+
 Without --watch the command returns once the daemon has written the operation
 down; it then runs to its end whatever happens. With --watch the exit code is 1
 if it did not succeed.`,
 		Example: `  cri-proxy ctl restart default/web -c app --watch
-  cri-proxy ctl restart default/web -c app -c sidecar --ordered --grace 10s`,
+  cri-proxy ctl restart default/web -c app -c sidecar --ordered --grace 10s
+  cri-proxy ctl restart default/web -c app --image registry.example/app:debug --watch
+  cri-proxy ctl restart default/web -c app --revert-image`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) != 1 {
 				return usage("name one pod: cri-proxy ctl restart NAMESPACE/POD -c NAME")
 			}
 			return nil
 		},
-		ValidArgsFunction: cobra.NoFileCompletions,
+		ValidArgsFunction: c.completeOverridden(&f, func(_ []string, o *opsv1.ImageOverride) string { return podName(o.GetPod()) }),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req, err := f.request(args[0], cmd.Flags().Changed("grace"))
 			if err != nil {
@@ -78,7 +91,7 @@ if it did not succeed.`,
 				return plain(err)
 			}
 			if f.watch {
-				return c.watch(ctx, cmd.OutOrStdout(), client, op.GetUid())
+				return watchTo(ctx, c.view(cmd.OutOrStdout()), &supplier{OpsClient: client, req: req}, op.GetUid())
 			}
 			return c.printOperation(cmd.OutOrStdout(), op)
 		},
@@ -94,7 +107,19 @@ if it did not succeed.`,
 	fs.StringVar(&f.uid, "uid", "", "UID of the operation; giving it again does not restart again (default: a new one)")
 	fs.BoolVarP(&f.watch, "watch", "w", false, "follow the operation to its end")
 	fs.DurationVar(&f.timeout, "timeout", 0, "give up waiting after this long, the operation goes on (default: no limit)")
-	_ = cmd.RegisterFlagCompletionFunc("order", cobra.FixedCompletions([]string{orderStopFirst, orderStartFirst}, cobra.ShellCompDirectiveNoFileComp)) // fails for an unknown flag only
+	fs.StringVar(&f.image, "image", "", "run this image in the place of the one in the pod's spec, until --revert-image")
+	fs.BoolVar(&f.revert, "revert-image", false, "go back to the image of the pod's spec")
+	fs.BoolVar(&f.always, "always", false, "ask the registry for the image even if it is there")
+	fs.StringVar(&f.authFile, "auth-file", "", "docker config file with credentials of registries, such as ~/.docker/config.json")
+	_ = cmd.MarkFlagFilename("auth-file", "json")                                                                                 // fails for an unknown flag only
+	_ = cmd.RegisterFlagCompletionFunc("image", cobra.NoFileCompletions)                                                          // likewise
+	_ = cmd.RegisterFlagCompletionFunc("container", c.completeOverridden(&f, func(args []string, o *opsv1.ImageOverride) string { // likewise
+		if len(args) == 1 && args[0] == podName(o.GetPod()) {
+			return o.GetContainer()
+		}
+		return ""
+	}))
+	_ = cmd.RegisterFlagCompletionFunc("order", cobra.FixedCompletions([]string{orderStopFirst, orderStartFirst}, cobra.ShellCompDirectiveNoFileComp)) // likewise
 	return cmd
 }
 
@@ -114,6 +139,9 @@ func (f *restartFlags) request(pod string, graceGiven bool) (*opsv1.RestartReque
 	if err != nil {
 		return nil, err
 	}
+	if err := f.checkImage(); err != nil {
+		return nil, err
+	}
 	req := &opsv1.RestartRequest{
 		Uid:       uidOr(f.uid),
 		Pod:       ref,
@@ -125,12 +153,20 @@ func (f *restartFlags) request(pod string, graceGiven bool) (*opsv1.RestartReque
 		if slices.Contains(f.containers[:i], n) {
 			return nil, usage("-c %s is given twice", n)
 		}
-		r := &opsv1.ContainerRestart{Name: n, Order: order, MinReadySeconds: int32(f.minReady / time.Second)}
+		r := &opsv1.ContainerRestart{Name: n, Order: order, MinReadySeconds: int32(f.minReady / time.Second), Image: f.image, RevertImage: f.revert}
+		if f.always {
+			r.PullPolicy = opsv1.PullPolicy_PULL_POLICY_ALWAYS
+		}
 		if graceGiven {
 			seconds := int64(f.grace / time.Second)
 			r.GracePeriodSeconds = &seconds
 		}
 		req.Containers = append(req.Containers, r)
+	}
+	if f.authFile != "" {
+		if req.Credentials, err = readAuthFile(f.authFile); err != nil {
+			return nil, usage("--auth-file: %w", err)
+		}
 	}
 	for _, e := range f.expect {
 		container, id, named := strings.Cut(e, "=")
@@ -147,6 +183,38 @@ func (f *restartFlags) request(pod string, graceGiven bool) (*opsv1.RestartReque
 		req.Containers[i].ExpectedContainerId = id
 	}
 	return req, nil
+}
+
+// checkImage checks the flags that are about another image.
+func (f *restartFlags) checkImage() error {
+	switch {
+	case f.image != "" && f.revert:
+		return usage("--image and --revert-image exclude each other")
+	case f.image != "" && len(f.containers) > 1:
+		return usage("--image is for one container: give one -c")
+	case f.image == "" && !f.revert && f.authFile != "":
+		return usage("--auth-file is for --image and --revert-image")
+	case f.image == "" && !f.revert && f.always:
+		return usage("--always is for --image and --revert-image")
+	}
+	return nil
+}
+
+// supplier hands the credentials over again when a watch begins anew: the daemon may have been restarted.
+type supplier struct {
+	opsv1.OpsClient
+	req   *opsv1.RestartRequest
+	again bool
+}
+
+func (s *supplier) WatchOperation(ctx context.Context, r *opsv1.WatchOperationRequest, o ...grpc.CallOption) (grpc.ServerStreamingClient[opsv1.Operation], error) {
+	if s.again && len(s.req.GetCredentials()) > 0 {
+		if _, err := s.Restart(ctx, s.req, o...); err != nil {
+			return nil, err
+		}
+	}
+	s.again = true
+	return s.OpsClient.WatchOperation(ctx, r, o...)
 }
 
 // The orders of a restart, as in custom resources.
