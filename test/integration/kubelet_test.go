@@ -202,10 +202,15 @@ func (p *pod) running(t testing.TB, k *kubelet, name string) (running, all int) 
 	return running, len(resp.GetContainers())
 }
 
+// logFile is where the log of the container's attempt is.
+func (p *pod) logFile(name string, attempt int) string {
+	return filepath.Join(p.config.GetLogDirectory(), name, strconv.Itoa(attempt)+".log")
+}
+
 // log returns what the container's attempt logged.
 func (p *pod) log(t testing.TB, name string, attempt int) string {
 	t.Helper()
-	b, err := os.ReadFile(filepath.Join(p.config.GetLogDirectory(), name, strconv.Itoa(attempt)+".log"))
+	b, err := os.ReadFile(p.logFile(name, attempt))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -18,7 +18,7 @@ import (
 var bed struct {
 	runtime           string // socket
 	busybox           string // image references
-	app               string
+	app, app3         string
 	busybox2, missing string
 	extra             string // one that no other test uses
 	hosts             string // containerd's config_path of registries
@@ -46,6 +46,7 @@ func run(m *testing.M) (code int, err error) {
 	bed.runtime, bed.cgroup, bed.hosts = b.RuntimeSocket, b.CgroupParent, b.RegistryHostsDir()
 	bed.busybox, bed.app = b.Image("busybox:1.0"), b.Image("app:1")
 	bed.extra = b.Image("busybox:3.0")
+	bed.app3 = b.Image("app:3")
 	bed.busybox2 = b.Image("busybox:2.0")
 	bed.missing = b.Image("busybox:none")
 	bed.dir = filepath.Join(b.RunDir, "t")
