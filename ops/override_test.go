@@ -1,0 +1,285 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/interceptors"
+)
+
+var appSlot = interceptors.Slot{PodUID: podUID, Container: "app"}
+
+func someOverride() *override {
+	return &override{
+		PodUID: podUID, Namespace: "default", Pod: "shop", Container: "app", Image: "app:debug", ImageID: "sha256:debug", SpecImage: "app:v1",
+		Since: time.Unix(1000, 0).UTC(), Requester: "test", Operation: "op",
+	}
+}
+
+// nodeImages is what the node has of images, by name and ID.
+type nodeImages struct {
+	runtimeapi.ImageServiceClient
+	images map[string]*runtimeapi.Image
+	err    error
+}
+
+func (n *nodeImages) ImageStatus(_ context.Context, r *runtimeapi.ImageStatusRequest, _ ...grpc.CallOption) (*runtimeapi.ImageStatusResponse, error) {
+	if n.err != nil {
+		return nil, n.err
+	}
+	return &runtimeapi.ImageStatusResponse{Image: n.images[r.GetImage().GetImage()]}, nil
+}
+
+func overridesIn(t *testing.T, dir string, img runtimeapi.ImageServiceClient) *Overrides {
+	t.Helper()
+	j, err := openJournal(dir, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := j.close(); err != nil {
+			t.Error(err)
+		}
+	})
+	s, err := openOverrides(j, img, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func TestOverrideApply(t *testing.T) {
+	uid := func(n int64) *runtimeapi.Image { return &runtimeapi.Image{Uid: &runtimeapi.Int64Value{Value: n}} }
+	for _, tc := range []struct {
+		name           string
+		spec, debug    *runtimeapi.Image // nil: not on the node
+		err            error
+		asked          string // by the spec
+		user, want     int64
+		container      string
+		applied, keeps bool
+		code           codes.Code
+	}{
+		{name: "root", spec: uid(0), debug: uid(0), applied: true, keeps: true},
+		{name: "user of the image", spec: uid(1000), debug: uid(2000), user: 1000, want: 2000, applied: true, keeps: true},
+		{name: "user of the pod", spec: uid(1000), debug: uid(2000), user: 3000, want: 3000, applied: true, keeps: true},
+		{name: "the spec's image is not to be had", debug: uid(2000), user: 1000, want: 1000, applied: true, keeps: true},
+		{name: "image gone", spec: uid(1000), user: 1000, want: 1000},
+		{name: "patched", spec: uid(1000), debug: uid(2000), asked: "app:v2", user: 1000, want: 1000},
+		{name: "the runtime is away", err: status.Error(codes.Unavailable, "away"), user: 1000, want: 1000, keeps: true, code: codes.Unavailable},
+		{name: "the runtime refuses", err: status.Error(codes.Unknown, "no"), user: 1000, want: 1000},
+		{name: "another container", container: "web", user: 1000, want: 1000, keeps: true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			images := map[string]*runtimeapi.Image{}
+			for id, image := range map[string]*runtimeapi.Image{"sha256:spec": tc.spec, "sha256:debug": tc.debug} {
+				if image != nil {
+					image.Id = id
+					images[id] = image
+				}
+			}
+			s := overridesIn(t, t.TempDir(), &nodeImages{images: images, err: tc.err})
+			s.set(appSlot, someOverride())
+			if tc.asked == "" {
+				tc.asked = "app:v1"
+			}
+			if tc.container == "" {
+				tc.container = "app"
+			}
+			req := &runtimeapi.CreateContainerRequest{Config: &runtimeapi.ContainerConfig{
+				Image: &runtimeapi.ImageSpec{Image: "sha256:spec", UserSpecifiedImage: tc.asked}, Annotations: map[string]string{annotationHash: "abc"},
+				Linux: &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{RunAsUser: &runtimeapi.Int64Value{Value: tc.user}}},
+			}}
+			want := proto.Clone(req).(*runtimeapi.CreateContainerRequest)
+			want.Config.Linux.SecurityContext.RunAsUser.Value = tc.want
+			if tc.applied {
+				want.Config.Image = &runtimeapi.ImageSpec{Image: "sha256:debug", UserSpecifiedImage: "app:debug"}
+			}
+			applied, err := s.Apply(t.Context(), interceptors.Slot{PodUID: podUID, Container: tc.container}, req)
+			if applied != tc.applied || status.Code(err) != tc.code {
+				t.Errorf("applied: %v, %v", applied, err)
+			}
+			if !proto.Equal(req, want) {
+				t.Errorf("got  %v\nwant %v", req, want)
+			}
+			if keeps := s.of(appSlot) != nil; keeps != tc.keeps || s.Any() != tc.keeps {
+				t.Errorf("keeps the override: %v", keeps)
+			}
+		})
+	}
+}
+
+// TestOverridesOnDisk opens them anew.
+func TestOverridesOnDisk(t *testing.T) {
+	dir := t.TempDir()
+	j, err := openJournal(dir, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := openOverrides(j, nil, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	web := someOverride()
+	web.Container = "web"
+	s.set(appSlot, someOverride())
+	s.set(web.slot(), web)
+	if err := s.write(func(map[string][]byte) error { return errors.New("disk full") }); err == nil {
+		t.Error("written to a full disk")
+	}
+	s.drop(web) // which writes the other one too
+	if err := j.db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketOverrides).Put([]byte("bad"), []byte("{")) }); err != nil {
+		t.Fatal(err)
+	}
+	if err := j.close(); err != nil {
+		t.Fatal(err)
+	}
+	again := overridesIn(t, dir, nil)
+	if got := again.list(); len(got) != 1 || *got[0] != *someOverride() || !again.Any() {
+		t.Errorf("overrides: %+v", got)
+	}
+	if len(again.unwritten) != 0 {
+		t.Errorf("unwritten: %v", again.unwritten)
+	}
+}
+
+// TestOverridesOfPodsThatAreGone has a pod whose sandbox is removed, one with a second sandbox, and one that never had any.
+func TestOverridesOfPodsThatAreGone(t *testing.T) {
+	n := newNode(t, podOptions{})
+	n.run()
+	old, err := n.kubelet.RunPodSandbox(t.Context(), &runtimeapi.RunPodSandboxRequest{Config: &runtimeapi.PodSandboxConfig{Metadata: &runtimeapi.PodSandboxMetadata{Uid: podUID}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	none := someOverride()
+	none.PodUID = "none"
+	o := n.engine.Overrides()
+	o.set(appSlot, someOverride())
+	o.set(none.slot(), none)
+	remove := func(id string) {
+		if _, err := n.kubelet.RemovePodSandbox(t.Context(), &runtimeapi.RemovePodSandboxRequest{PodSandboxId: id}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	remove(old.GetPodSandboxId())
+	eventually(t, func() bool { return o.of(none.slot()) == nil })
+	if o.of(appSlot) == nil {
+		t.Error("the pod has a sandbox and its override is gone")
+	}
+	remove(n.sandbox)
+	eventually(t, func() bool { return !o.Any() })
+}
+
+func eventually(t *testing.T, cond func() bool) {
+	t.Helper()
+	for end := time.Now().Add(waitLong); !cond(); time.Sleep(time.Millisecond) { // polling goroutines of the engine
+		if time.Now().After(end) {
+			t.Fatal("it did not come to that")
+		}
+	}
+}
+
+func TestRestartWithImageIsRefused(t *testing.T) {
+	n := newNode(t, podOptions{})
+	n.run()
+	for name, tc := range map[string]struct {
+		c    *opsv1.ContainerRestart
+		code codes.Code
+		text string
+	}{
+		"both":    {&opsv1.ContainerRestart{Image: "a", RevertImage: true}, codes.InvalidArgument, "exclude each other"},
+		"long":    {&opsv1.ContainerRestart{Image: strings.Repeat("a", maxImage+1)}, codes.InvalidArgument, "longer than"},
+		"policy":  {&opsv1.ContainerRestart{Image: "a", PullPolicy: 99}, codes.InvalidArgument, "unknown pull policy"},
+		"no pull": {&opsv1.ContainerRestart{Image: "a"}, codes.FailedPrecondition, "this node pulls no images"},
+	} {
+		tc.c.Name = "app"
+		_, err := n.api.Restart(t.Context(), &opsv1.RestartRequest{Uid: "op-" + strings.ReplaceAll(name, " ", ""), Pod: podRef(), Containers: []*opsv1.ContainerRestart{tc.c}})
+		if status.Code(err) != tc.code || !strings.Contains(err.Error(), tc.text) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// TestCredentialsOfRestartAreNotKept looks for them in the journal and in what is compared.
+func TestCredentialsOfRestartAreNotKept(t *testing.T) {
+	e, err := openEngine(t.TempDir(), interceptors.NewView())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	request := func(password string) *opsv1.RestartRequest {
+		return &opsv1.RestartRequest{
+			Uid: "op", Pod: podRef(), Containers: []*opsv1.ContainerRestart{{Name: "app", Image: "app:debug"}},
+			Credentials: []*opsv1.RegistryCredential{{Match: "r.io", Username: "u", Password: password}},
+		}
+	}
+	o, err := e.submit(request("hunter2"), podRef())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c, _ := o.given(); len(c) != 1 || c[0].GetPassword() != "hunter2" || o.op.GetContainers()[0].GetImage() != "app:debug" {
+		t.Errorf("operation: %v, credentials %v", o.op, c)
+	}
+	again := request("secret2")
+	if _, err := o.as(&operation{req: again, credentials: again.GetCredentials()}); err != nil {
+		t.Fatal(err)
+	}
+	if c, _ := o.given(); c[0].GetPassword() != "secret2" {
+		t.Errorf("credentials: %v", c)
+	}
+	err = e.journal.db.View(func(tx *bolt.Tx) error {
+		return tx.Bucket(bucketOperations).ForEach(func(_, v []byte) error {
+			r, err := decodeRecord(v)
+			if err != nil {
+				return err
+			}
+			if s := string(v) + string(r.Operation) + string(r.Request); strings.Contains(s, "hunter2") || strings.Contains(s, "secret2") {
+				t.Errorf("in the journal: %q", s)
+			}
+			return nil
+		})
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+func TestNonRootByImage(t *testing.T) {
+	for _, tc := range []struct {
+		name     string
+		uid      *runtimeapi.Int64Value // of the container
+		username string
+		image    *runtimeapi.Image
+		want     bool
+	}{
+		{name: "number of the image", uid: uid(1), image: &runtimeapi.Image{Uid: uid(1)}, want: true},
+		{name: "name of the image", username: "www", image: &runtimeapi.Image{Username: "www"}, want: true},
+		{name: "root by name", username: "root", image: &runtimeapi.Image{Username: "root"}},
+		{name: "root", uid: uid(0), image: &runtimeapi.Image{}},
+		{name: "of the pod", uid: uid(2), image: &runtimeapi.Image{Uid: uid(1)}},
+		{name: "image unknown", uid: uid(1)},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c := &runtimeapi.ContainerConfig{Linux: &runtimeapi.LinuxContainerConfig{
+				SecurityContext: &runtimeapi.LinuxContainerSecurityContext{RunAsUser: tc.uid, RunAsUsername: tc.username},
+			}}
+			if got := nonRootByImage(c, tc.image); got != tc.want {
+				t.Errorf("got %v", got)
+			}
+		})
+	}
+}
