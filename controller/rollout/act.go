@@ -65,6 +65,13 @@ func (p *pass) settlePreparation(i *item) {
 			}
 		}
 		t.failed = &failure{reason, message}
+	case t.op.GetPhase() != opsv1.Phase_PHASE_PREPARED && !armed(t.op.GetPhase()):
+		if left := t.begun.Add(p.strategy.deadline + prepareSlack).Sub(p.now); left > 0 {
+			p.wait = sooner(p.wait, left)
+			return
+		}
+		t.failed = &failure{failDeadline, fmt.Sprintf("node %s has not made the images ready within %s", m.node.Name, p.strategy.deadline)}
+		p.abort(m.node, t, "it took too long")
 	default:
 		return
 	}

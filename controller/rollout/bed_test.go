@@ -70,6 +70,7 @@ type bed struct {
 	transform      func(any) (any, error)
 	watches        map[string]func(before, now *corev1.Pod)
 	serial         int
+	version        int
 
 	r     *Reconciler
 	queue workqueue.TypedRateLimitingInterface[reconcile.Request]
@@ -96,7 +97,7 @@ func inBed(t *testing.T, f func(*testing.T, *bed)) {
 		}
 		b.ctx, b.stop = context.WithCancel(context.Background())
 		b.fleet.swap = b.swapped
-		b.api = fake.NewClientBuilder().WithScheme(scheme).WithStatusSubresource(&rollout{}, &corev1.Pod{}).Build()
+		b.api = fake.NewClientBuilder().WithScheme(scheme).WithStatusSubresource(&rollout{}).Build()
 		b.start()
 		defer func() {
 			b.kill()
@@ -186,6 +187,13 @@ func (b *bed) start() {
 			return err
 		},
 		Patch: func(ctx context.Context, c client.WithWatch, o client.Object, p client.Patch, opts ...client.PatchOption) error {
+			if pod, ok := o.(*corev1.Pod); ok {
+				err := b.patchPod(pod, p, false)
+				if err == nil {
+					b.wrote("patch", o)
+				}
+				return err
+			}
 			err := b.patch(ctx, c, o, p, opts...)
 			if err == nil {
 				b.wrote("patch", o)
@@ -194,6 +202,13 @@ func (b *bed) start() {
 			return err
 		},
 		SubResourcePatch: func(ctx context.Context, c client.Client, sub string, o client.Object, p client.Patch, opts ...client.SubResourcePatchOption) error {
+			if pod, ok := o.(*corev1.Pod); ok {
+				err := b.patchPod(pod, p, true)
+				if err == nil {
+					b.wrote("status", o)
+				}
+				return err
+			}
 			err := c.SubResource(sub).Patch(ctx, o, p, opts...)
 			if err == nil {
 				b.wrote("status", o)
@@ -299,8 +314,6 @@ func (b *bed) restart() {
 // changed is what the watches make of a write.
 func (b *bed) changed(o client.Object) {
 	switch o := o.(type) {
-	case *corev1.Pod:
-		b.podWritten(client.ObjectKeyFromObject(o))
 	case *rollout:
 		b.mu.Lock()
 		running := b.running
@@ -332,29 +345,7 @@ func (b *bed) workloadWritten(_ client.Object, requests func() []reconcile.Reque
 }
 
 // podWritten lets the kubelet know of a pod at once, and the cache after a while.
-func (b *bed) podWritten(key types.NamespacedName) {
-	var now *corev1.Pod
-	var pod corev1.Pod
-	if err := b.api.Get(context.Background(), key, &pod); err == nil {
-		now = &pod
-	} else if !apierrors.IsNotFound(err) {
-		b.t.Error(err)
-	}
-	b.mu.Lock()
-	before := b.real[key]
-	if now == nil {
-		delete(b.real, key)
-	} else if before != nil && before.UID == now.UID && versionOf(before.ResourceVersion) > versionOf(now.ResourceVersion) {
-		b.mu.Unlock()
-		return
-	} else {
-		b.real[key] = now
-	}
-	b.count(before, now)
-	if watch := b.watches[key.Name]; watch != nil && now != nil {
-		watch(before, now)
-	}
-	b.mu.Unlock()
+func (b *bed) podWritten(key types.NamespacedName, now *corev1.Pod) {
 	if now != nil {
 		b.wg.Go(func() { b.kubeletSync(key) })
 	}
@@ -371,7 +362,7 @@ func (b *bed) podWritten(key types.NamespacedName) {
 				return // made anew since
 			}
 			delete(b.cache, key)
-		} else if old == nil || old.UID != now.UID || versionOf(old.ResourceVersion) < versionOf(now.ResourceVersion) {
+		} else if old == nil || versionOf(old.ResourceVersion) < versionOf(now.ResourceVersion) {
 			seen = b.slim(now)
 			b.cache[key] = seen
 		}
@@ -468,10 +459,9 @@ func (b *bed) addPod(name, node string, change ...func(*corev1.Pod)) {
 		}
 		setReady(pod, true)
 	}
-	if err := b.api.Create(context.Background(), pod); err != nil {
-		b.t.Fatal(err)
+	if err := b.store(client.ObjectKeyFromObject(pod), nil, pod); err != nil {
+		b.t.Error(err)
 	}
-	b.podWritten(client.ObjectKeyFromObject(pod))
 }
 
 func (b *bed) uid() types.UID {
@@ -619,6 +609,9 @@ func (b *bed) until(what, name string, within time.Duration, so func(*rollout) b
 func (b *bed) dump() string {
 	var lines []string
 	for _, pod := range b.pods() {
+		if len(lines) > 5 || runningImage(pod, "app") == pod.Spec.Containers[0].Image && pod.Spec.Containers[0].Image == "app:2" {
+			continue
+		}
 		lines = append(lines, fmt.Sprintf("%s %s: spec %s, status %+v, mark %s", pod.Name, pod.UID, pod.Spec.Containers[0].Image, pod.Status.ContainerStatuses[:min(1, len(pod.Status.ContainerStatuses))], pod.Annotations[inplace.PodStateAnnotation]))
 		if w := b.r.knownWork(types.NamespacedName{Namespace: "ns", Name: "all"}); w != nil {
 			if m := w.members[pod.UID]; m != nil {

@@ -231,7 +231,7 @@ func (b *bed) syncStatefulSet() {
 	}
 	for _, pod := range b.pods() {
 		if ordinalOf(pod.Name) >= int(*s.Spec.Replicas) {
-			b.delete(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: pod.Name}})
+			b.remove(pod.Name)
 		}
 	}
 }
@@ -334,7 +334,7 @@ func (b *bed) syncReplicaSet(s *appsv1.ReplicaSet) {
 		b.make(name, fmt.Sprintf("node-%d", n%3), "ReplicaSet", s.UID, &s.Spec.Template, nil)
 	}
 	for n := len(pods); n > int(*s.Spec.Replicas); n-- {
-		b.delete(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: pods[n-1].Name}})
+		b.remove(pods[n-1].Name)
 	}
 	if s.Status.ObservedGeneration != s.Generation || s.Status.Replicas != *s.Spec.Replicas {
 		s.Status.ObservedGeneration, s.Status.Replicas = s.Generation, *s.Spec.Replicas

@@ -175,11 +175,11 @@ func (v *verdict) judgeChanged(pod *corev1.Pod, m *mark, g goal, k knowledge, s 
 		shut, _ := shutBy(pod)
 		v.open = ready && shut == g.rollout
 		if k.settled || v.available && shut == "" {
-			v.stage, v.recovered, v.disrupted = updated, v.available, k.turn && !v.available
+			v.stage, v.recovered, v.disrupted, v.ask = updated, v.available, k.turn && !v.available, false
 			return
 		}
 		if wasReady(pod, m) {
-			v.stage = updated // whatever it suffers from came later
+			v.stage, v.ask = updated, false // whatever it suffers from came later
 			return
 		}
 	}

@@ -4,13 +4,11 @@
 package rollout
 
 import (
-	"context"
 	"fmt"
 	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -43,34 +41,22 @@ func setReady(pod *corev1.Pod, containers bool) {
 
 // status changes a pod's status as its kubelet does.
 func (b *bed) status(key types.NamespacedName, uid types.UID, change func(*corev1.Pod) bool) {
-	for {
-		var pod corev1.Pod
-		err := b.api.Get(context.Background(), key, &pod)
-		if apierrors.IsNotFound(err) || err == nil && pod.UID != uid || err == nil && !change(&pod) {
-			return
+	b.change(key, uid, func(pod *corev1.Pod) bool {
+		if !change(pod) {
+			return false
 		}
-		if err == nil {
-			ready := true
-			for _, c := range pod.Status.ContainerStatuses {
-				ready = ready && c.Ready
-			}
-			setReady(&pod, ready)
-			err = b.api.Status().Update(context.Background(), &pod)
+		ready := true
+		for _, c := range pod.Status.ContainerStatuses {
+			ready = ready && c.Ready
 		}
-		if err == nil {
-			b.podWritten(key)
-			return
-		}
-		if !apierrors.IsConflict(err) && !apierrors.IsNotFound(err) {
-			b.t.Error(err)
-			return
-		}
-	}
+		setReady(pod, ready)
+		return true
+	})
 }
 
 // kubeletSync is a pod worker that looks at the pod once, some time after a change.
 func (b *bed) kubeletSync(key types.NamespacedName) {
-	pod := b.pod2(key)
+	pod := b.stored(key)
 	if pod == nil || pod.Spec.NodeName == "" {
 		return
 	}
@@ -83,7 +69,7 @@ func (b *bed) kubeletSync(key types.NamespacedName) {
 	if !stale || !pause(b.ctx, b.kubelet.sync) {
 		return
 	}
-	pod = b.pod2(key)
+	pod = b.stored(key)
 	if pod == nil {
 		return
 	}
@@ -107,12 +93,6 @@ func (b *bed) kubeletSync(key types.NamespacedName) {
 // asked says that a container is of the image, as far as kubelet is concerned.
 func asked(cs *corev1.ContainerStatus, image string) bool {
 	return cs != nil && cs.ContainerID != "" && strings.TrimPrefix(cs.Image, "docker.io/library/") == image && cs.State.Waiting == nil
-}
-
-func (b *bed) pod2(key types.NamespacedName) *corev1.Pod {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.real[key]
 }
 
 // syncConditions lets Ready follow the gates.

@@ -81,6 +81,7 @@ type member struct {
 // talk is a conversation with a node about one operation.
 type talk struct {
 	uid    string
+	begun  time.Time
 	cancel context.CancelFunc // nil until it runs
 	over   bool               // nothing more is said
 	// asked says that op is the node's word: nil means that it has none.

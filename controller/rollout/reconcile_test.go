@@ -259,9 +259,9 @@ func TestPodsChange(t *testing.T) {
 		})
 		b.create("all", spec{Target: all(), Containers: to("app:2"), Strategy: settings{MaxUnavailable: number(3)}})
 		b.until("on its way", "all", time.Minute, func(r *rollout) bool { return b.images("app")["app:2"] >= 2 })
-		b.delete(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: "web-0"}})
-		b.delete(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: "web-5"}})
-		b.delete(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: "pending"}})
+		b.remove("web-0")
+		b.remove("web-5")
+		b.remove("pending")
 		b.addPod("web-0", "node-2") // made anew elsewhere, with the old image
 		b.addPod("late", "node-1")
 		r := b.until("ended", "all", 5*time.Minute, ended)

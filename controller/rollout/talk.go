@@ -28,6 +28,8 @@ const (
 	tellPauseMax = 5 * time.Second
 	// watchRenew is how long a stream may be without news: then it is asked whether the node is still there.
 	watchRenew = time.Minute
+	// prepareSlack is how much longer than it may a node takes to say that a preparation has taken too long.
+	prepareSlack = 15 * time.Second
 	// secretsFor is how long secrets that were read are good.
 	secretsFor = 5 * time.Minute
 )
@@ -156,7 +158,7 @@ func (p *pass) prepare(i *item) {
 		p.abort(m.node, old, "something else is wanted of the pod")
 		old.end()
 	}
-	t := &talk{uid: uid}
+	t := &talk{uid: uid, begun: p.now}
 	m.visit = t
 	node, err := p.node(i.pod)
 	if err != nil {

@@ -156,7 +156,7 @@ func TestWorkloadChanges(t *testing.T) {
 					return condition(r, inplace.ConditionProgressing) == "True Partitioned" && r.Status.Ready == 8
 				})
 				b.edit("web", func(r *rollout) { r.Spec.Strategy.Partition = number(0) })
-				b.delete(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: b.pods()[0].Name}})
+				b.remove(b.pods()[0].Name)
 				time.Sleep(3 * time.Second)
 				b.edit("web", func(r *rollout) { r.Spec.Paused = true })
 				scale(5)
@@ -263,7 +263,7 @@ func TestNotInPlace(t *testing.T) {
 			t.Errorf("images %v", got)
 		}
 		for i := range 3 {
-			b.delete(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("web-%d", i)}})
+			b.remove(fmt.Sprintf("web-%d", i))
 		}
 		b.until("ended", "web", time.Minute, ended)
 		b.atRest(kindStatefulSet, "app:2")
