@@ -122,7 +122,9 @@ type operation struct {
 	// credentials are for the pulls; supplied is closed and replaced when there are others.
 	credentials []*opsv1.RegistryCredential
 	supplied    chan struct{}
-	claims      map[int]*interceptors.Claim
+	// forgotten is whether there were credentials in the process before this one, until there are others.
+	forgotten bool
+	claims    map[int]*interceptors.Claim
 }
 
 // Open reads the journal in the state directory and makes the view show what
@@ -208,6 +210,7 @@ func (e *Engine) revive(uid string, r *record) error {
 			return errors.New("the record does not hold together: was the file edited?")
 		}
 	}
+	o.forgotten = r.Credentials
 	if r.Committed {
 		o.isReleased = true
 		close(o.released)
@@ -614,7 +617,7 @@ func (e *Engine) saveLocked(o *operation) error {
 	if err != nil {
 		return err
 	}
-	r := &record{Operation: op, Request: req, Containers: o.containers, Cancelled: o.cancelSaid, Committed: o.isReleased}
+	r := &record{Operation: op, Request: req, Containers: o.containers, Cancelled: o.cancelSaid, Committed: o.isReleased, Credentials: o.forgotten || len(o.credentials) > 0}
 	if o.upgrade != nil {
 		if r.Upgrade, err = proto.Marshal(o.upgrade); err != nil {
 			return err

@@ -55,6 +55,8 @@ type record struct {
 	Operation  []byte            `json:"operation"` // opsv1.Operation
 	Request    []byte            `json:"request"`   // opsv1.RestartRequest
 	Containers []containerRecord `json:"containers"`
+	// Credentials is whether there were any for the pulls: they themselves are never kept.
+	Credentials bool `json:"credentials,omitempty"`
 	// Cancelled is set once the operation has been cancelled, which it then stays.
 	Cancelled bool `json:"cancelled,omitempty"`
 	// Upgrade is an opsv1.PrepareUpgradeRequest, without credentials, if that is what the operation is; Request is then made from it.

@@ -24,6 +24,9 @@ const (
 	ReasonNotOverridden  = "ImageNotOverridden"
 )
 
+// reasonCredentialsNeeded is that of a pull that waits for them, as with pulls ahead of time.
+const reasonCredentialsNeeded = "CredentialsNeeded"
+
 // newImage is what an operation that gives the container another image has of that.
 type newImage struct {
 	// want has the image, which is not known before the slot is taken if the restart goes back to that of the pod's spec.
@@ -85,7 +88,8 @@ func (r *restart) pullImage(ctx context.Context) error {
 		owner = r.kind() + " " + r.o.op.GetUid()
 	}
 	for {
-		credentials, others := r.o.given()
+		credentials, forgotten, others := r.o.given()
+		r.failpoint("pulling")
 		req := &opsv1.PullRequest{
 			Uid: r.kind() + "-" + randomToken(), Image: want.GetImage(), Policy: want.GetPullPolicy(), Credentials: credentials,
 			PinFor: durationpb.New(orElse(r.o.upgrade.GetPinFor(), defaultPin)), Owner: owner,
@@ -110,6 +114,17 @@ func (r *restart) pullImage(ctx context.Context) error {
 			return ctx.Err()
 		case err != nil:
 			return failf(ReasonPullFailed, "pulling %s: %v", want.GetImage(), err)
+		case forgotten:
+			r.log.WithField("reason", done.GetReason()).Info("waiting for the credentials, which were in the memory of the process before this one")
+			r.show(func(c *opsv1.ContainerOperation) {
+				c.Pull = briefly(done)
+				c.Pull.Phase, c.Pull.Reason, c.Pull.Message = opsv1.PullPhase_PULL_WAITING, reasonCredentialsNeeded, "cri-proxy was restarted and does not keep credentials: waiting for the command to be repeated"
+			})
+			select {
+			case <-others:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
 		default:
 			r.show(func(c *opsv1.ContainerOperation) { c.Pull = briefly(done) })
 			return failf(ReasonPullFailed, "pulling %s: %s: %s", want.GetImage(), done.GetReason(), done.GetMessage())

@@ -231,14 +231,14 @@ func TestCredentialsOfRestartAreNotKept(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c, _ := o.given(); len(c) != 1 || c[0].GetPassword() != "hunter2" || o.op.GetContainers()[0].GetImage() != "app:debug" {
+	if c, _, _ := o.given(); len(c) != 1 || c[0].GetPassword() != "hunter2" || o.op.GetContainers()[0].GetImage() != "app:debug" {
 		t.Errorf("operation: %v, credentials %v", o.op, c)
 	}
 	again := request("secret2")
 	if _, err := o.as(&operation{req: again, credentials: again.GetCredentials()}); err != nil {
 		t.Fatal(err)
 	}
-	if c, _ := o.given(); c[0].GetPassword() != "secret2" {
+	if c, _, _ := o.given(); c[0].GetPassword() != "secret2" {
 		t.Errorf("credentials: %v", c)
 	}
 	err = e.journal.db.View(func(tx *bolt.Tx) error {

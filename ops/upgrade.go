@@ -141,16 +141,16 @@ func sameUpgrade(a, b *opsv1.PrepareUpgradeRequest) bool {
 func (o *operation) supply(c []*opsv1.RegistryCredential) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.credentials = c
+	o.credentials, o.forgotten = c, false
 	close(o.supplied)
 	o.supplied = make(chan struct{})
 }
 
-// given returns the credentials, and a channel that is closed when there are others.
-func (o *operation) given() ([]*opsv1.RegistryCredential, <-chan struct{}) {
+// given returns the credentials, whether others have been forgotten, and a channel that is closed when there are new ones.
+func (o *operation) given() (c []*opsv1.RegistryCredential, forgotten bool, others <-chan struct{}) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.credentials, o.supplied
+	return o.credentials, o.forgotten, o.supplied
 }
 
 // CommitUpgrade implements [opsv1.OpsServer].

@@ -23,6 +23,7 @@ var bed struct {
 	extra             string // one that no other test uses
 	hosts             string // containerd's config_path of registries
 	cgroup            string
+	node              *testbed.Bed
 	dir               string // for sockets and state; its path is short
 }
 
@@ -46,6 +47,7 @@ func run(m *testing.M) (code int, err error) {
 	bed.runtime, bed.cgroup, bed.hosts = b.RuntimeSocket, b.CgroupParent, b.RegistryHostsDir()
 	bed.busybox, bed.app = b.Image("busybox:1.0"), b.Image("app:1")
 	bed.extra = b.Image("busybox:3.0")
+	bed.node = b
 	bed.app3 = b.Image("app:3")
 	bed.busybox2 = b.Image("busybox:2.0")
 	bed.missing = b.Image("busybox:none")

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"google.golang.org/grpc/codes"
@@ -14,6 +15,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
 const annotationHash = "io.kubernetes.container.hash"
@@ -114,7 +116,9 @@ func TestOverride(t *testing.T) {
 				t.Errorf("kubelet's container: %v", st)
 			}
 			// A plain restart keeps it, and so does another one on top.
-			op = n.restart(t, p, restartOf("app"))
+			if op = n.restart(t, p, restartOf("app")); op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED {
+				t.Fatalf("operation: %v", op)
+			}
 			n.has(t, p, 4, "2.0", bed.busybox2)
 			op = n.restart(t, p, overrideWith(bed.app3))
 			if op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED {
@@ -458,4 +462,57 @@ func TestOverrideKillWhileUndoing(t *testing.T) {
 	}
 	p.replace(t, app, s)
 	n.has(t, p, 1, "1.0", "")
+}
+
+// TestOverridePrivate pulls from a registry that wants a password, and kills the only process that has it.
+func TestOverridePrivate(t *testing.T) {
+	const host = "private.it"
+	auth, err := bed.node.BasicAuth()
+	must(t, err)
+	addr, err := bed.node.StartRegistryAs(t.Context(), "registry-"+host, testbed.RegistryOptions{Auth: auth})
+	must(t, err)
+	t.Cleanup(func() { _ = bed.node.Process("registry-" + host).Signal(syscall.SIGKILL) })
+	must(t, bed.node.MapRegistry(host, "http://"+addr))
+	image := host + "/busybox:2.0"
+
+	n := startProcess(t, "restart.pulling")
+	p := n.runPod(t)
+	p.runSpec(t, version1())
+	req := overrideWith(image)
+	req.Uid, req.Pod = "private", &opsv1.PodRef{Namespace: "default", Name: p.name, Uid: p.uid}
+	req.Credentials = []*opsv1.RegistryCredential{{Match: host, Username: testbed.RegistryUser, Password: testbed.RegistryPassword}}
+	_, _ = n.ops.Restart(t.Context(), req) // the answer may not come
+	n.died(t)
+	n.start(t, "")
+	n.waitFor(t, "private", func(op *opsv1.Operation) bool {
+		return op.GetContainers()[0].GetPull().GetReason() == "CredentialsNeeded"
+	})
+	_, err = n.ops.Restart(t.Context(), req)
+	must(t, err)
+	if op := n.wait(t, "private"); op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED {
+		t.Fatalf("operation: %v", op)
+	}
+	n.has(t, p, 1, "2.0", image)
+	files, err := filepath.Glob(filepath.Join(n.dir, "state", "*.db"))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("state: %v, %v", files, err)
+	}
+	for _, f := range append(files, filepath.Join(n.dir, "log")) {
+		b, err := os.ReadFile(f)
+		must(t, err)
+		if strings.Contains(string(b), testbed.RegistryPassword) {
+			t.Errorf("the password is in %s", f)
+		}
+	}
+
+	t.Run("without", func(t *testing.T) {
+		p := n.runPod(t)
+		p.removeImage(t, image)
+		p.runSpec(t, version1())
+		op := n.restart(t, p, overrideWith(image))
+		if c := op.GetContainers()[0]; c.GetReason() != "PullFailed" || !strings.Contains(c.GetMessage(), "Unauthorized") {
+			t.Errorf("operation: %v", op)
+		}
+		n.has(t, p, 0, "1.0", "")
+	})
 }
