@@ -296,12 +296,19 @@ func (r *restart) planImage(ctx context.Context, at *target) (*override, error) 
 	if err := r.loadImages(ctx, name, config.GetImage().GetImage()); err != nil {
 		return nil, err
 	}
-	if r.want.GetRevertImage() {
-		return nil, nil
+	spec, nonRoot := now.specImage(runs), nonRootByImage(config, r.change.old)
+	if now != nil && now.stale(runs) {
+		r.overrides.drop(now)
+		now = nil
 	}
-	spec, nonRoot := runs, nonRootByImage(config, r.change.old)
 	if now != nil {
-		spec, nonRoot = now.SpecImage, now.NonRoot
+		nonRoot = now.NonRoot
+	}
+	switch {
+	case r.want.GetRevertImage() && now == nil:
+		return nil, notOverridden(r.want.GetName())
+	case r.want.GetRevertImage():
+		return nil, nil
 	}
 	switch {
 	case nonRoot && isRoot(imageUser(r.change.image)):

@@ -46,6 +46,18 @@ func (o *override) slot() interceptors.Slot {
 	return interceptors.Slot{PodUID: o.PodUID, Container: o.Container}
 }
 
+// stale reports whether the pod's spec has been patched while the proxy was not in the path: the container was made of an image that
+// is neither the one nor the other.
+func (o *override) stale(runs string) bool { return runs != o.Image && runs != o.SpecImage }
+
+// specImage returns the image in the spec of a pod whose container was made of the image runs; o may be nil.
+func (o *override) specImage(runs string) string {
+	if o == nil || o.stale(runs) {
+		return runs
+	}
+	return o.SpecImage
+}
+
 // Overrides are the slots whose image is not the one in the pod's spec. They are kept in the journal's file.
 type Overrides struct {
 	journal *journal

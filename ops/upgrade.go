@@ -213,4 +213,6 @@ func (e *Engine) release(o *operation) error {
 	return nil
 }
 
-func phaseName(p opsv1.Phase) string { return strings.ToLower(strings.TrimPrefix(p.String(), "PHASE_")) }
+func phaseName(p opsv1.Phase) string {
+	return strings.ToLower(strings.TrimPrefix(p.String(), "PHASE_"))
+}

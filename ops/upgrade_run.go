@@ -126,13 +126,10 @@ func (r *restart) checkImage(ctx context.Context) error {
 		return err
 	}
 	config := request.GetConfig()
-	was := config.GetImage().GetUserSpecifiedImage()
-	o := r.overrides.of(r.slot())
-	if o != nil {
-		was = o.SpecImage // which is patched, and that ends the override
-	}
+	o, runs := r.overrides.of(r.slot()), config.GetImage().GetUserSpecifiedImage()
+	was := o.specImage(runs)
 	switch {
-	case o != nil && was == r.change.want.GetImage():
+	case was != runs && was == r.change.want.GetImage():
 		return failf(ReasonSameImage, "container %q has image %s in its spec already, and runs %s in its place: revert that override instead", r.want.GetName(), was, o.Image)
 	case was == r.change.want.GetImage():
 		return failf(ReasonSameImage, "container %q has image %s in its spec already: kubelet would leave it as it is (restart it instead)", r.want.GetName(), was)

@@ -516,3 +516,23 @@ func TestOverridePrivate(t *testing.T) {
 		n.has(t, p, 0, "1.0", "")
 	})
 }
+
+// TestOverridePatchedBehindTheProxy has kubelet make the container of another spec while the proxy is bypassed.
+func TestOverridePatchedBehindTheProxy(t *testing.T) {
+	n := startNode(t)
+	p, id := n.overridden(t)
+	p.k = n.direct
+	s := version1()
+	s.image = bed.app3
+	id = p.crash(t, n, id, s)
+	p.k = n.kubelet
+	req := revertImage()
+	op := n.restart(t, p, req)
+	if c := op.GetContainers()[0]; c.GetReason() != "ImageNotOverridden" || c.GetSuccessorId() != "" {
+		t.Errorf("operation: %v", op)
+	}
+	n.has(t, p, 2, "3", "")
+	if st := n.status(t, id); st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
+		t.Errorf("container: %v", st)
+	}
+}
