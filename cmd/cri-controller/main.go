@@ -202,11 +202,21 @@ func setUpRollout(ctx context.Context, m ctrl.Manager, s settings, nodes rollout
 	if err != nil {
 		return err
 	}
+	recorder := m.GetEventRecorder("cri-controller")
 	r := &rollout.Reconciler{
-		Client: m.GetClient(), APIReader: m.GetAPIReader(), Nodes: nodes, NodePort: s.nodePort,
-		Recorder: m.GetEventRecorder("cri-controller"), Metrics: counters, Log: log,
+		Client: m.GetClient(), APIReader: m.GetAPIReader(), Nodes: nodes, NodePort: s.nodePort, Recorder: recorder, Metrics: counters, Log: log,
 	}
-	return r.SetupWithManager(ctx, m, s.workers)
+	if err := r.SetupWithManager(ctx, m, s.workers); err != nil {
+		return err
+	}
+	for _, kind := range []string{"StatefulSet", "DaemonSet"} {
+		f := &rollout.FollowReconciler{Client: m.GetClient(), Recorder: recorder, Metrics: counters, Log: log, Kind: kind}
+		if err := f.SetupWithManager(ctx, m, s.workers); err != nil {
+			return err
+		}
+	}
+	g := &rollout.GateReconciler{Client: m.GetClient(), APIReader: m.GetAPIReader(), Metrics: counters, Log: log}
+	return g.SetupWithManager(ctx, m, s.workers)
 }
 
 // restConfig prefers the flag, then $KUBECONFIG, then the pod's service account.

@@ -74,7 +74,10 @@ type bed struct {
 
 	r     *Reconciler
 	queue workqueue.TypedRateLimitingInterface[reconcile.Request]
-	kill  func()
+	// follows are the queues of the FollowReconcilers by kind, gates that of the GateReconciler.
+	follows map[string]workqueue.TypedRateLimitingInterface[reconcile.Request]
+	gates   workqueue.TypedRateLimitingInterface[reconcile.Request]
+	kill    func()
 }
 
 // inBed runs f in a bubble with a bed.
@@ -227,10 +230,21 @@ func (b *bed) start() {
 	})
 	b.r = &Reconciler{Client: c, APIReader: b.api, Nodes: b.fleet, NodePort: nodes.DefaultNodePort, Recorder: b, Log: log}
 	b.r.prepare()
-	limiter := workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](50*time.Millisecond, 30*time.Second)
-	b.queue = workqueue.NewTypedRateLimitingQueue[reconcile.Request](limiter)
+	newQueue := func() workqueue.TypedRateLimitingInterface[reconcile.Request] {
+		return workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](50*time.Millisecond, 30*time.Second))
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
+	b.mu.Lock()
+	b.queue, b.gates = newQueue(), newQueue()
+	b.follows = map[string]workqueue.TypedRateLimitingInterface[reconcile.Request]{kindStatefulSet: newQueue(), kindDaemonSet: newQueue()}
+	b.mu.Unlock()
+	all := []workqueue.TypedRateLimitingInterface[reconcile.Request]{b.queue, b.gates}
+	for kind, q := range b.follows {
+		all = append(all, q)
+		b.work(ctx, &wg, q, &FollowReconciler{Client: c, Recorder: b, Log: log, Kind: kind})
+	}
+	b.work(ctx, &wg, b.gates, &GateReconciler{Client: c, APIReader: b.api, Log: log})
 	crew := b.r.crew
 	wg.Go(func() { _ = crew.Start(ctx) })
 	wakes, queue := b.r.wakes, b.queue
@@ -250,7 +264,9 @@ func (b *bed) start() {
 		b.running = false
 		b.mu.Unlock()
 		cancel()
-		queue.ShutDown()
+		for _, q := range all {
+			q.ShutDown()
+		}
 		wg.Wait()
 	})
 	b.mu.Lock()
@@ -267,6 +283,14 @@ func (b *bed) start() {
 	}
 	for i := range list.Items {
 		b.queue.Add(reconcile.Request{NamespacedName: client.ObjectKeyFromObject(&list.Items[i])})
+	}
+	for _, q := range b.follows {
+		q.Add(reconcile.Request{NamespacedName: types.NamespacedName{Namespace: "ns", Name: "web"}})
+	}
+	for _, pod := range b.pods() {
+		if needsGate(pod) {
+			b.gates.Add(reconcile.Request{NamespacedName: client.ObjectKeyFromObject(pod)})
+		}
 	}
 }
 
@@ -316,10 +340,13 @@ func (b *bed) changed(o client.Object) {
 	switch o := o.(type) {
 	case *rollout:
 		b.mu.Lock()
-		running := b.running
+		running, queue, follows := b.running, b.queue, b.follows
 		b.mu.Unlock()
 		if running {
-			b.queue.Add(reconcile.Request{NamespacedName: client.ObjectKeyFromObject(o)})
+			queue.Add(reconcile.Request{NamespacedName: client.ObjectKeyFromObject(o)})
+			for _, owner := range o.OwnerReferences {
+				follows[owner.Kind].Add(reconcile.Request{NamespacedName: types.NamespacedName{Namespace: "ns", Name: owner.Name}})
+			}
 		}
 	case *appsv1.StatefulSet:
 		b.workloadWritten(o, func() []reconcile.Request { return b.r.rolloutsOfWorkload(kindStatefulSet)(b.ctx, o) })
@@ -333,11 +360,15 @@ func (b *bed) changed(o client.Object) {
 }
 
 // workloadWritten wakes the rollouts of a workload.
-func (b *bed) workloadWritten(_ client.Object, requests func() []reconcile.Request) {
+func (b *bed) workloadWritten(o client.Object, requests func() []reconcile.Request) {
 	b.mu.Lock()
-	running, queue := b.running, b.queue
+	running, queue, follows := b.running, b.queue, b.follows
 	b.mu.Unlock()
 	if running {
+		kind := strings.TrimPrefix(fmt.Sprintf("%T", o), "*v1.")
+		if q := follows[kind]; q != nil {
+			q.Add(reconcile.Request{NamespacedName: client.ObjectKeyFromObject(o)})
+		}
 		for _, request := range requests() {
 			queue.AddAfter(request, gatherFor)
 		}
@@ -366,7 +397,7 @@ func (b *bed) podWritten(key types.NamespacedName, now *corev1.Pod) {
 			seen = b.slim(now)
 			b.cache[key] = seen
 		}
-		running, r, queue := b.running, b.r, b.queue
+		running, r, queue, gates := b.running, b.r, b.queue, b.gates
 		b.mu.Unlock()
 		if !running || seen == nil && now != nil {
 			return
@@ -377,6 +408,9 @@ func (b *bed) podWritten(key types.NamespacedName, now *corev1.Pod) {
 		}
 		if of == nil || old != nil && seen != nil && !podChanges().Update(event.UpdateEvent{ObjectOld: old, ObjectNew: seen}) {
 			return
+		}
+		if seen != nil && needsGate(seen) {
+			gates.Add(reconcile.Request{NamespacedName: key})
 		}
 		for _, request := range r.rolloutsOfPod(context.Background(), of) {
 			queue.AddAfter(request, gatherFor)

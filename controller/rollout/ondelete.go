@@ -87,6 +87,9 @@ func (w *onDelete) align(ctx context.Context, images map[string]string) (bool, s
 	if err != nil {
 		return false, "", err
 	}
+	if len(diff) > 0 && !w.mayWrite(diff) {
+		return false, "the template of " + w.name() + " has other images by now", nil // the rollout will have them too
+	}
 	if len(diff) > 0 {
 		patch, err := templatePatch(w.object, w.template, diff, nil, nil)
 		if err != nil {
@@ -106,6 +109,21 @@ func (w *onDelete) align(ctx context.Context, images map[string]string) (bool, s
 		return false, "the controller of " + w.name() + " has not made a revision of its template yet", nil
 	}
 	return true, "", nil
+}
+
+// mayWrite says that the rollout may change images of the template. A rollout that follows the template leaves it alone, except to put
+// back what has failed.
+func (w *onDelete) mayWrite(diff map[string]string) bool {
+	if !metav1.IsControlledBy(w.p.rollout, w.object) {
+		return true
+	}
+	have := templateImages(w.template)
+	for name := range diff {
+		if !w.p.goal.undo || have[name] != w.p.rollout.Status.TargetImages[name] {
+			return false
+		}
+	}
+	return true
 }
 
 func sameImages(a, b *corev1.PodTemplateSpec) bool {

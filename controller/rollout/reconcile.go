@@ -283,6 +283,8 @@ func (p *pass) gather() {
 		if s := i.verdict.stage; p.target.workload != nil && (s == outdated && !m.turn || s == broken && i.verdict.failure.reason == failNoContainer) {
 			if why := p.target.workload.obstacle(pod); why != "" {
 				i.verdict.stage, p.obstacle = left, why
+			} else if p.blocked != "" && s == broken {
+				i.verdict.stage = left // that is not known yet
 			}
 		}
 		if v := &i.verdict; !i.stale && (v.recovered || v.stage == broken && !v.disrupted || v.stage == updated && v.available) {

@@ -7,6 +7,7 @@ import (
 	"context"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -48,6 +49,65 @@ func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, work
 		WatchesRawSource(source.Channel(r.wakes, wakeHandler())).
 		WithOptions(options(workers)).
 		Complete(r)
+}
+
+// SetupWithManager adds the reconciler to a manager: it then watches workloads of its kind and their rollouts.
+func (r *FollowReconciler) SetupWithManager(_ context.Context, m manager.Manager, workers int) error {
+	var object client.Object = &appsv1.DaemonSet{}
+	if r.Kind == kindStatefulSet {
+		object = &appsv1.StatefulSet{}
+	}
+	return builder.ControllerManagedBy(m).
+		Named("inplace-"+strings.ToLower(r.Kind)).
+		For(object, builder.WithPredicates(rolloutChanges())).
+		Owns(&inplace.InPlaceRollout{}).
+		WithOptions(options(workers)).
+		Complete(r)
+}
+
+// SetupWithManager adds the reconciler to a manager: it then watches pods with gates.
+func (r *GateReconciler) SetupWithManager(_ context.Context, m manager.Manager, workers int) error {
+	return builder.ControllerManagedBy(m).
+		Named("inplace-gates").
+		For(&corev1.Pod{}, builder.WithPredicates(gateChanges())).
+		Watches(&inplace.InPlaceRollout{}, handler.EnqueueRequestsFromMapFunc(r.shutPods), builder.WithPredicates(endings())).
+		WithOptions(options(workers)).
+		Complete(r)
+}
+
+// gateChanges lets through pods whose gates may have to be opened.
+func gateChanges() predicate.Predicate {
+	return predicate.NewPredicateFuncs(func(o client.Object) bool {
+		pod, ok := o.(*corev1.Pod)
+		return ok && needsGate(pod)
+	})
+}
+
+// endings lets through the ends of rollouts.
+func endings() predicate.Predicate {
+	return predicate.Funcs{
+		CreateFunc:  func(event.CreateEvent) bool { return false },
+		GenericFunc: func(event.GenericEvent) bool { return false },
+		UpdateFunc: func(e event.UpdateEvent) bool {
+			return len(e.ObjectOld.GetFinalizers()) > 0 && len(e.ObjectNew.GetFinalizers()) == 0
+		},
+	}
+}
+
+// shutPods are the pods that a rollout has taken out of service.
+func (r *GateReconciler) shutPods(ctx context.Context, rollout client.Object) []reconcile.Request {
+	var list corev1.PodList
+	if err := r.Client.List(ctx, &list, client.InNamespace(rollout.GetNamespace()), client.UnsafeDisableDeepCopy); err != nil {
+		r.Log.WithError(err).Warn("listing the pods of a rollout")
+		return nil
+	}
+	var requests []reconcile.Request
+	for i := range list.Items {
+		if by, _ := shutBy(&list.Items[i]); by == rollout.GetUID() {
+			requests = append(requests, reconcile.Request{NamespacedName: client.ObjectKeyFromObject(&list.Items[i])})
+		}
+	}
+	return requests
 }
 
 func options(workers int) controller.Options {

@@ -1,0 +1,89 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package rollout
+
+import (
+	"context"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+
+	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+)
+
+// GateReconciler opens the readiness gates of pods: those of new pods, which are not ready before, and those that a rollout has
+// closed which is not there any more.
+type GateReconciler struct {
+	// Client reads from the cache and writes.
+	Client client.Client
+	// APIReader reads past the cache: a rollout is only taken for gone on the API server's word.
+	APIReader client.Reader
+	// Metrics may be nil.
+	Metrics *Metrics
+	// Log must be set.
+	Log logrus.FieldLogger
+}
+
+// Reconcile looks at the gates of one pod.
+func (r *GateReconciler) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
+	var pod corev1.Pod
+	if err := r.Client.Get(ctx, req.NamespacedName, &pod); err != nil {
+		return reconcile.Result{}, client.IgnoreNotFound(err)
+	}
+	if !active(&pod) || !needsGate(&pod) {
+		return reconcile.Result{}, nil
+	}
+	if uid, _ := shutBy(&pod); uid != "" {
+		if there, err := r.works(ctx, pod.Namespace, uid); there || err != nil {
+			return reconcile.Result{}, err
+		}
+		r.Log.WithField("pod", req.String()).Warn("the rollout that took the pod out of service has gone: putting it back")
+	}
+	patch, err := gatePatch(&pod, "", "", time.Now())
+	if err != nil {
+		return reconcile.Result{}, err
+	}
+	target := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: pod.Namespace, Name: pod.Name}}
+	err = r.Client.Status().Patch(ctx, target, client.RawPatch(types.StrategicMergePatchType, patch))
+	if apierrors.IsConflict(err) {
+		return reconcile.Result{RequeueAfter: stalePause}, nil
+	}
+	if err == nil {
+		r.Metrics.wrote("pod status")
+	}
+	return reconcile.Result{}, client.IgnoreNotFound(err)
+}
+
+// works says whether there is a rollout of that UID with pods in its hands.
+func (r *GateReconciler) works(ctx context.Context, namespace string, uid types.UID) (bool, error) {
+	for _, from := range []client.Reader{r.Client, r.APIReader} {
+		var list inplace.InPlaceRolloutList
+		if err := from.List(ctx, &list, client.InNamespace(namespace)); err != nil {
+			return false, err
+		}
+		for i := range list.Items {
+			if list.Items[i].UID == uid && len(list.Items[i].Finalizers) > 0 {
+				return true, nil
+			}
+		}
+	}
+	return false, nil
+}
+
+// needsGate says that a gate of the pod has no condition yet, or is closed by a rollout.
+func needsGate(pod *corev1.Pod) bool {
+	for _, kind := range gatesOf(pod) {
+		if conditionOf(pod, kind) == nil {
+			return true
+		}
+	}
+	uid, _ := shutBy(pod)
+	return uid != ""
+}
