@@ -5,6 +5,7 @@ package e2e
 
 import (
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"syscall"
@@ -16,6 +17,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
 // workload is a StatefulSet, DaemonSet or Deployment of the app image; rest is what its spec has beyond that, pod what the pod template's
@@ -337,4 +339,78 @@ func TestRolloutFails(t *testing.T) {
 	s := getRollout(t, ns, "ill").Status
 	t.Log(s.Message, s.Failures)
 	t.Log(events(t, ns, "ill"))
+}
+
+// TestRolloutOfPrivateImage changes a pod to an image that its imagePullSecrets open, and says what is wrong without them.
+func TestRolloutOfPrivateImage(t *testing.T) {
+	ns := namespace(t)
+	const host = "rollout.e2e"
+	privateRegistry(t, host)
+	removeImage(t, host+"/app:2")
+	apply(t, fmt.Sprintf(`
+apiVersion: v1
+kind: Secret
+metadata: {name: good, namespace: %[1]s}
+type: kubernetes.io/dockerconfigjson
+stringData: {.dockerconfigjson: '{"auths":{"%[2]s":{"username":"%[3]s","password":"%[4]s"}}}'}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: with, namespace: %[1]s}
+spec:
+  imagePullSecrets: [{name: good}]
+  containers: [{name: app, image: "%[5]s", imagePullPolicy: Always}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: without, namespace: %[1]s}
+spec:
+  containers: [{name: app, image: "%[5]s"}]
+---
+`, ns, host, testbed.RegistryUser, testbed.RegistryPassword, bed.Image("app:1")))
+	before, bare := ready(t, ns, "with"), ready(t, ns, "without")
+	apply(t, rollout(ns, "without", "{podName: without}", host+"/app:2", ""))
+	waitRollout(t, ns, "without", "Degraded")
+	if s := getRollout(t, ns, "without").Status; len(s.Failures) != 1 || !strings.Contains(s.Failures[0].Message, "Unauthorized") {
+		t.Errorf("status: %+v", s)
+	}
+	if got := getPod(t, ns, "without"); container(t, got, "app").ContainerID != container(t, bare, "app").ContainerID || got.Spec.Containers[0].Image != bed.Image("app:1") {
+		t.Errorf("the pod was touched: %+v", got.Status)
+	}
+	apply(t, rollout(ns, "with", "{podName: with}", host+"/app:2", ""))
+	waitRollout(t, ns, "with", "Complete")
+	after := ready(t, ns, "with")
+	if c := container(t, after, "app"); c.RestartCount != 1 || c.Image != host+"/app:2" && c.ImageID == container(t, before, "app").ImageID {
+		t.Errorf("container: %+v", c)
+	}
+	for _, log := range []string{"cri-proxy", "cri-controller"} {
+		b, err := os.ReadFile(bed.LogFile(log))
+		must(t, err)
+		if strings.Contains(string(b), testbed.RegistryPassword) {
+			t.Errorf("the log of %s has the password", log)
+		}
+	}
+}
+
+// TestRolloutKeepsBudget has a PodDisruptionBudget that allows nothing: nothing is stopped until it does.
+func TestRolloutKeepsBudget(t *testing.T) {
+	ns := namespace(t)
+	one, two := bed.Image("app:1"), bed.Image("app:2")
+	apply(t, workload("Deployment", ns, "kept", "\n  replicas: 2", "")+fmt.Sprintf(`
+apiVersion: policy/v1
+kind: PodDisruptionBudget
+metadata: {name: kept, namespace: %s}
+spec: {minAvailable: 2, selector: {matchLabels: {app: kept}}}
+`, ns))
+	before := podsOf(t, ns, "kept", 2)
+	apply(t, rollout(ns, "kept", "{workloadRef: {kind: Deployment, name: kept}}", two, ""))
+	eventually(t, "the rollout says what holds it", func() bool {
+		return slices.ContainsFunc(getRollout(t, ns, "kept").Status.Conditions, func(c metav1.Condition) bool { return c.Reason == inplace.ReasonBudget })
+	})
+	if p := podsOf(t, ns, "kept", 2); imagesOf(p)[one] != 2 {
+		t.Errorf("images: %v", imagesOf(p))
+	}
+	kubectl(t, "-n", ns, "patch", "pdb", "kept", "--type=merge", "-p", `{"spec":{"minAvailable":1}}`)
+	waitRollout(t, ns, "kept", "Complete")
+	inPlace(t, before, onImage(t, ns, "kept", two, 2), two, 1)
 }
