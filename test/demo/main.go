@@ -3,7 +3,7 @@
 
 // Command demo shows cri-proxy at work on a one-node cluster whose kubelet talks to
 // containerd only through the proxy. Each scene is a file: one of three containers of a pod is
-// restarted with a ContainerRecreateRequest, and an image is put on the node with an
+// restarted with a ContainerRecreateRequest, a StatefulSet gets a new image in place under traffic, and an image is put on the node with an
 // ImagePullJob before a pod needs it.
 //
 // With KEEP=1 in the environment the cluster stays up.
@@ -27,6 +27,7 @@ import (
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
+	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
@@ -46,7 +47,7 @@ func main() {
 type demo struct {
 	out  io.Writer
 	bed  *testbed.Bed
-	api  client.Client
+	api  client.WithWatch
 	root string // of the checkout
 }
 
@@ -71,7 +72,7 @@ func run(ctx context.Context, out io.Writer, keep bool) (err error) {
 		return err
 	}
 	up := time.Since(began)
-	for _, scene := range []func(context.Context) error{d.restart, d.prepull} {
+	for _, scene := range []func(context.Context) error{d.restart, d.upgrade, d.prepull} {
 		if err := scene(ctx); err != nil {
 			return err
 		}
@@ -80,7 +81,7 @@ func run(ctx context.Context, out io.Writer, keep bool) (err error) {
 	if keep {
 		d.say("The cluster stays up. To look around:")
 		d.say("    export KUBECONFIG=%s PATH=%s:$PATH", d.bed.Kubeconfig, d.bed.Bin)
-		d.say("    kubectl get crr,imagepulljobs,pods -A -o wide")
+		d.say("    kubectl get crr,ipr,imagepulljobs,pods -A -o wide")
 		d.say("    cri-proxy ctl --admin-socket %s status", d.bed.AdminSocket)
 		d.say("To take it down:")
 		d.say("    go run ./test/cmd/testbed down %s", d.bed.ID)
@@ -96,10 +97,10 @@ func (d *demo) install(ctx context.Context) error {
 		return err
 	}
 	scheme := runtime.NewScheme()
-	if err := errors.Join(clientgoscheme.AddToScheme(scheme), appsv1alpha1.AddToScheme(scheme), v1beta1.AddToScheme(scheme)); err != nil {
+	if err := errors.Join(clientgoscheme.AddToScheme(scheme), appsv1alpha1.AddToScheme(scheme), v1beta1.AddToScheme(scheme), inplace.AddToScheme(scheme)); err != nil {
 		return err
 	}
-	if d.api, err = client.New(config, client.Options{Scheme: scheme}); err != nil {
+	if d.api, err = client.NewWithWatch(config, client.Options{Scheme: scheme}); err != nil {
 		return err
 	}
 	if d.root, err = testbed.SourceDir(""); err != nil {
