@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -152,28 +153,68 @@ func onImage(t testing.TB, ns, app, image string, n int) []*corev1.Pod {
 	return out
 }
 
-// TestRolloutOfPod changes the image of one container of a pod and restarts another one, each once.
+// TestRolloutOfPod changes the images of two containers of a pod and restarts a third one, each once.
 func TestRolloutOfPod(t *testing.T) {
 	ns := namespace(t)
 	apply(t, threeContainers(ns, "my-pod", corev1.RestartPolicyNever))
 	before := ready(t, ns, "my-pod")
-	apply(t, rollout(ns, "both", "{podName: my-pod}", bed.Image("busybox:2.0"), "\n  - {name: two}"))
-	waitRollout(t, ns, "both", "Complete")
+	want := map[string]string{"app": bed.Image("busybox:2.0"), "two": bed.Image("busybox:1.0"), "three": bed.Image("busybox:3.0")}
+	apply(t, rollout(ns, "all", "{podName: my-pod}", want["app"], fmt.Sprintf("\n  - {name: two}\n  - {name: three, image: %q}", want["three"])))
+	waitRollout(t, ns, "all", "Complete")
 	var after *corev1.Pod
-	eventually(t, "both have been restarted", func() bool {
+	eventually(t, "all have been restarted", func() bool {
 		after = getPod(t, ns, "my-pod")
-		return container(t, after, "app").RestartCount == 1 && container(t, after, "two").RestartCount == 1
+		for name := range want {
+			if container(t, after, name).RestartCount == 0 {
+				return false
+			}
+		}
+		return true
 	})
-	if after.UID != before.UID || container(t, after, "three").ContainerID != container(t, before, "three").ContainerID || after.Status.Phase != corev1.PodRunning {
+	if after.UID != before.UID || after.Status.PodIP != before.Status.PodIP || after.Status.Phase != corev1.PodRunning {
 		t.Errorf("pod: %+v", after.Status)
 	}
-	if got := container(t, after, "app").Image; got != bed.Image("busybox:2.0") {
-		t.Errorf("image: %s", got)
-	}
-	for _, name := range []string{"app", "two"} {
-		if last := container(t, after, name).LastTerminationState.Terminated; last == nil || last.ExitCode != 7 {
+	for name, image := range want {
+		c := container(t, after, name)
+		if c.Image != image || c.RestartCount != 1 {
+			t.Errorf("container %s: %+v", name, c)
+		}
+		if last := c.LastTerminationState.Terminated; last == nil || last.ExitCode != 7 {
 			t.Errorf("container %s ended with %+v", name, last)
 		}
+	}
+}
+
+// TestRolloutOfSidecar changes the image of an init container that runs along.
+func TestRolloutOfSidecar(t *testing.T) {
+	ns := namespace(t)
+	two := bed.Image("busybox:2.0")
+	loop := `[sh, -c, 'trap "exit 0" TERM; while :; do sleep 0.1; done']`
+	apply(t, fmt.Sprintf(`
+apiVersion: v1
+kind: Pod
+metadata: {name: meshed, namespace: %s}
+spec:
+  terminationGracePeriodSeconds: 3
+  initContainers:
+  - {name: app, image: "%s", restartPolicy: Always, command: %s}
+  containers:
+  - {name: main, image: "%s", command: %s}
+---
+`, ns, bed.Image("busybox:1.0"), loop, bed.Image("busybox:1.0"), loop))
+	before := ready(t, ns, "meshed")
+	since := time.Now()
+	apply(t, rollout(ns, "mesh", "{podName: meshed}", two, ""))
+	waitRollout(t, ns, "mesh", "Complete")
+	after := ready(t, ns, "meshed")
+	if c := container(t, after, "app"); c.Image != two || c.RestartCount != 1 {
+		t.Errorf("sidecar: %+v", c)
+	}
+	if container(t, after, "main").ContainerID != container(t, before, "main").ContainerID {
+		t.Errorf("main container: %+v", after.Status)
+	}
+	if got := callsOf(t, ns, "meshed", "app", since); !slices.Equal(got, []string{"StopContainer OK", "CreateContainer OK", "StartContainer OK"}) {
+		t.Errorf("kubelet called %q", got)
 	}
 }
 
