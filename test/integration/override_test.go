@@ -505,6 +505,24 @@ func TestOverridePrivate(t *testing.T) {
 		}
 	}
 
+	t.Run("cancelled", func(t *testing.T) {
+		n.kill(t)
+		n.start(t, "restart.pulling")
+		again := overrideWith(host + "/busybox:3.0")
+		again.Uid, again.Pod, again.Credentials = "cancelled", req.GetPod(), req.GetCredentials()
+		_, _ = n.ops.Restart(t.Context(), again)
+		n.died(t)
+		n.start(t, "")
+		n.waitFor(t, "cancelled", func(op *opsv1.Operation) bool {
+			return op.GetContainers()[0].GetPull().GetReason() == "CredentialsNeeded"
+		})
+		op, err := n.ops.CancelOperation(t.Context(), &opsv1.CancelOperationRequest{Uid: "cancelled"})
+		must(t, err)
+		if op.GetPhase() != opsv1.Phase_PHASE_CANCELLED || op.GetContainers()[0].GetReason() != "Cancelled" {
+			t.Errorf("operation: %v", op)
+		}
+		n.has(t, p, 1, "2.0", image)
+	})
 	t.Run("without", func(t *testing.T) {
 		p := n.runPod(t)
 		p.removeImage(t, image)
