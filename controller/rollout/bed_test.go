@@ -247,12 +247,13 @@ func (b *bed) start() {
 	b.work(ctx, &wg, b.gates, &GateReconciler{Client: c, APIReader: b.api, Log: log})
 	crew := b.r.crew
 	wg.Go(func() { _ = crew.Start(ctx) })
-	wakes, queue := b.r.wakes, b.queue
+	r, wakes, queue := b.r, b.r.wakes, b.queue
 	wg.Go(func() {
 		for {
 			select {
 			case e := <-wakes:
-				queue.AddAfter(reconcile.Request{NamespacedName: client.ObjectKeyFromObject(e.Object)}, gatherFor)
+				key := client.ObjectKeyFromObject(e.Object)
+				queue.AddAfter(reconcile.Request{NamespacedName: key}, r.gather(key))
 			case <-ctx.Done():
 				return
 			}
@@ -413,7 +414,7 @@ func (b *bed) podWritten(key types.NamespacedName, now *corev1.Pod) {
 			gates.Add(reconcile.Request{NamespacedName: key})
 		}
 		for _, request := range r.rolloutsOfPod(context.Background(), of) {
-			queue.AddAfter(request, gatherFor)
+			queue.AddAfter(request, r.gather(request.NamespacedName))
 		}
 	})
 }

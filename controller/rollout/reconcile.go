@@ -378,7 +378,7 @@ func (p *pass) act(ctx context.Context) error {
 	for _, err := range errs {
 		switch {
 		case apierrors.IsConflict(err), apierrors.IsNotFound(err):
-			p.wait = sooner(p.wait, stalePause)
+			p.wait = sooner(p.wait, max(stalePause, p.r.gather(client.ObjectKeyFromObject(p.rollout))))
 		case err != nil:
 			return err
 		}

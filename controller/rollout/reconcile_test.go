@@ -160,9 +160,9 @@ func TestFailure(t *testing.T) {
 				b.addPods(6, 2)
 				b.fleet.breaks[":missing"] = "NotFound"
 				b.create("all", spec{Target: all(), Containers: to(tt.image), Strategy: settings{MaxUnavailable: number(2), OnFailure: tt.policy, ProgressDeadlineSeconds: 60}})
-				r := b.until("over", "all", 10*time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionComplete) == tt.complete })
+				b.until("over", "all", 10*time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionComplete) == tt.complete })
 				time.Sleep(5 * time.Second)
-				r = b.get("all")
+				r := b.get("all")
 				if len(r.Status.Failures) == 0 || r.Status.Failures[0].Reason != tt.reason || !strings.HasPrefix(condition(r, inplace.ConditionDegraded), "True ") {
 					t.Errorf("status %+v", r.Status)
 				}

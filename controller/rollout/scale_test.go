@@ -12,7 +12,6 @@ import (
 )
 
 const (
-	manyNodes   = 500
 	podsPerNode = 10
 	manyPods    = manyNodes * podsPerNode
 )

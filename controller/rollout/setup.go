@@ -14,6 +14,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apiequality "k8s.io/apimachinery/pkg/api/equality"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/util/workqueue"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -28,8 +29,23 @@ import (
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 )
 
-// gatherFor is how long events of pods and nodes are collected: they come in crowds, and a look is at all pods.
-const gatherFor = 50 * time.Millisecond
+// gatherFor is how long events of pods and nodes are collected: they come in crowds, and a look is at all pods. It is so much longer
+// with every gatherPods of them.
+const (
+	gatherFor  = 50 * time.Millisecond
+	gatherPods = 1000
+)
+
+// gather is how long events of a rollout are collected.
+func (r *Reconciler) gather(key types.NamespacedName) time.Duration {
+	w := r.knownWork(key)
+	if w == nil {
+		return gatherFor
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return gatherFor + gatherFor*time.Duration(len(w.members))/gatherPods
+}
 
 // SetupWithManager adds the reconciler to a manager: it then watches rollouts, pods and workloads, and talks to nodes, with the
 // given number of workers.
@@ -41,12 +57,12 @@ func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, work
 	return builder.ControllerManagedBy(m).
 		Named("inplacerollout").
 		For(&inplace.InPlaceRollout{}, builder.WithPredicates(rolloutChanges())).
-		Watches(&corev1.Pod{}, crowd(r.rolloutsOfPod), builder.WithPredicates(podChanges())).
-		Watches(&appsv1.StatefulSet{}, crowd(r.rolloutsOfWorkload(kindStatefulSet))).
-		Watches(&appsv1.DaemonSet{}, crowd(r.rolloutsOfWorkload(kindDaemonSet))).
-		Watches(&appsv1.Deployment{}, crowd(r.rolloutsOfWorkload(kindDeployment))).
-		Watches(&appsv1.ReplicaSet{}, crowd(r.rolloutsOfReplicaSet)).
-		WatchesRawSource(source.Channel(r.wakes, wakeHandler())).
+		Watches(&corev1.Pod{}, r.crowd(r.rolloutsOfPod), builder.WithPredicates(podChanges())).
+		Watches(&appsv1.StatefulSet{}, r.crowd(r.rolloutsOfWorkload(kindStatefulSet))).
+		Watches(&appsv1.DaemonSet{}, r.crowd(r.rolloutsOfWorkload(kindDaemonSet))).
+		Watches(&appsv1.Deployment{}, r.crowd(r.rolloutsOfWorkload(kindDeployment))).
+		Watches(&appsv1.ReplicaSet{}, r.crowd(r.rolloutsOfReplicaSet)).
+		WatchesRawSource(source.Channel(r.wakes, r.wakeHandler())).
 		WithOptions(options(workers)).
 		Complete(r)
 }
@@ -125,19 +141,20 @@ func rolloutChanges() predicate.Predicate {
 type queue = workqueue.TypedRateLimitingInterface[reconcile.Request]
 
 // wakeHandler enqueues what the conversations with nodes wake.
-func wakeHandler() handler.TypedEventHandler[*inplace.InPlaceRollout, reconcile.Request] {
+func (r *Reconciler) wakeHandler() handler.TypedEventHandler[*inplace.InPlaceRollout, reconcile.Request] {
 	return handler.TypedFuncs[*inplace.InPlaceRollout, reconcile.Request]{
 		GenericFunc: func(_ context.Context, e wakeUp, q queue) {
-			q.AddAfter(reconcile.Request{NamespacedName: client.ObjectKeyFromObject(e.Object)}, gatherFor)
+			key := client.ObjectKeyFromObject(e.Object)
+			q.AddAfter(reconcile.Request{NamespacedName: key}, r.gather(key))
 		},
 	}
 }
 
 // crowd enqueues requests after a while, so that many events make one.
-func crowd(requests func(context.Context, client.Object) []reconcile.Request) handler.EventHandler {
+func (r *Reconciler) crowd(requests func(context.Context, client.Object) []reconcile.Request) handler.EventHandler {
 	add := func(ctx context.Context, o client.Object, q queue) {
-		for _, r := range requests(ctx, o) {
-			q.AddAfter(r, gatherFor)
+		for _, request := range requests(ctx, o) {
+			q.AddAfter(request, r.gather(request.NamespacedName))
 		}
 	}
 	return handler.Funcs{

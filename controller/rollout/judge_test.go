@@ -1,0 +1,144 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package rollout
+
+import (
+	"testing"
+	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+func TestJudge(t *testing.T) {
+	now := time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC)
+	ago := func(d time.Duration) metav1.Time { return metav1.NewTime(now.Add(-d)) }
+	g := goal{rollout: "r", revision: "rev", images: map[string]string{"app": "app:2"}}
+	changed := func(d time.Duration) *mark {
+		return &mark{Rollout: "r", Revision: "rev", Operation: "op", Time: metav1.NewMicroTime(now.Add(-d)), Containers: map[string]was{"app": {Image: "app:1", Base: "app:1", ID: "c://1", ImageID: "i1"}}}
+	}
+	image := func(image string) func(*corev1.Pod) {
+		return func(p *corev1.Pod) { p.Spec.Containers[0].Image = image }
+	}
+	container := func(id, imageID, name string, state corev1.ContainerState) func(*corev1.Pod) {
+		return func(p *corev1.Pod) {
+			p.Status.ContainerStatuses = []corev1.ContainerStatus{{Name: "app", ContainerID: id, ImageID: imageID, Image: name, State: state}}
+		}
+	}
+	running := func(d time.Duration) corev1.ContainerState {
+		return corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: ago(d)}}
+	}
+	waiting := func(reason, message string) corev1.ContainerState {
+		return corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: reason, Message: message}}
+	}
+	ready := func(is bool, d time.Duration) func(*corev1.Pod) {
+		return func(p *corev1.Pod) {
+			setReady(p, is)
+			for i := range p.Status.Conditions {
+				p.Status.Conditions[i].LastTransitionTime = ago(d)
+			}
+		}
+	}
+	shut := func(p *corev1.Pod) {
+		p.Spec.ReadinessGates = []corev1.PodReadinessGate{{ConditionType: inplace.ReadyGate}}
+		p.Status.Conditions = append(p.Status.Conditions, corev1.PodCondition{Type: inplace.ReadyGate, Status: corev1.ConditionFalse, Reason: gateUpdating, Message: "r x"})
+		setReady(p, true)
+	}
+	finished := &opsv1.Operation{FinishTime: timestamppb.New(now), Phase: opsv1.Phase_PHASE_SUCCEEDED}
+	successor := &opsv1.Operation{Containers: []*opsv1.ContainerOperation{{Name: "app", SuccessorId: "2"}}}
+	tests := []struct {
+		name     string
+		mark     *mark
+		k        knowledge
+		pod      []func(*corev1.Pod)
+		minReady time.Duration
+		stage    stage
+		flags    string // a available, d disrupted, o open, q ask
+		reason   string
+	}{
+		{"untouched", nil, knowledge{}, nil, 0, outdated, "a", ""},
+		{"untouched, its turn", nil, knowledge{turn: true}, nil, 0, outdated, "ad", ""},
+		{"out of service", nil, knowledge{}, []func(*corev1.Pod){shut}, 0, outdated, "d", ""},
+		{"failed before anything was touched", nil, knowledge{failed: &failure{"NotFound", "no"}}, []func(*corev1.Pod){shut}, 0, broken, "do", "NotFound"},
+		{"has the image from the beginning", nil, knowledge{}, []func(*corev1.Pod){image("app:2")}, 0, updated, "a", ""},
+		{"is a static pod", nil, knowledge{}, []func(*corev1.Pod){func(p *corev1.Pod) { p.Annotations = map[string]string{corev1.MirrorPodAnnotationKey: "x"} }}, 0, broken, "a", failStatic},
+		{"written, kubelet has not acted", changed(time.Second), knowledge{}, []func(*corev1.Pod){image("app:2")}, 0, changing, "adq", ""},
+		{"new, not ready", changed(5 * time.Second), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://2", "i2", "app:2", running(time.Second)), ready(false, time.Second)}, 0, changing, "", ""},
+		{"new and ready", changed(5 * time.Second), knowledge{turn: true}, []func(*corev1.Pod){image("app:2"), container("c://2", "i2", "app:2", running(time.Second)), ready(true, time.Second)}, 0, updated, "a", ""},
+		{"new and ready, not for long", changed(5 * time.Second), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://2", "i2", "app:2", running(time.Second)), ready(true, time.Hour)}, 10 * time.Second, changing, "", ""},
+		{"new and ready, out of service", changed(5 * time.Second), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://2", "i2", "app:2", running(time.Second)), ready(true, time.Second), shut}, 0, changing, "do", ""},
+		{"another ID, the same image ID: not asked", changed(5 * time.Second), knowledge{}, []func(*corev1.Pod){image("app:2"), container("c://2", "i1", "app:1", running(time.Second))}, 0, changing, "adq", ""},
+		{"another ID, the same image ID: the operation goes on", changed(5 * time.Second), knowledge{asked: true, op: &opsv1.Operation{}}, []func(*corev1.Pod){image("app:2"), container("c://2", "i1", "app:1", running(time.Second))}, 0, changing, "ad", ""},
+		{"another ID, the same image ID: the successor's", changed(5 * time.Second), knowledge{asked: true, op: successor}, []func(*corev1.Pod){image("app:2"), container("c://2", "i1", "app:1", running(time.Second))}, 0, updated, "a", ""},
+		{"another ID, the same image ID: the operation has ended", changed(5 * time.Second), knowledge{asked: true, op: finished}, []func(*corev1.Pod){image("app:2"), container("c://3", "i1", "app:1", running(time.Second))}, 0, updated, "a", ""},
+		{"the new one ended", changed(5 * time.Second), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://2", "i2", "app:2", corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ExitCode: 3}}), ready(false, 0)}, 0, broken, "", failExited},
+		{"the new one ended and runs again", changed(5 * time.Second), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://3", "i2", "app:2", running(time.Second)), func(p *corev1.Pod) {
+			p.Status.ContainerStatuses[0].LastTerminationState.Terminated = &corev1.ContainerStateTerminated{ContainerID: "c://2", StartedAt: ago(4 * time.Second), FinishedAt: ago(2 * time.Second)}
+		}, ready(false, 0)}, 0, broken, "", failCrashed},
+		{"the old one was in a crash loop", changed(time.Second), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://1", "i1", "app:1", waiting(waitCrashLoop, "back-off")), ready(false, time.Hour)}, 0, changing, "d", ""},
+		{"the new one is in a crash loop", changed(time.Minute), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://2", "i2", "app:2", waiting(waitCrashLoop, "back-off")), ready(false, time.Minute)}, 0, broken, "", waitCrashLoop},
+		{"the old image could not be pulled", changed(time.Second), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("", "", "app:1", waiting(waitImagePull, `Back-off pulling image "app:1"`)), ready(false, time.Hour)}, 0, changing, "d", ""},
+		{"the new image cannot be pulled", changed(time.Second), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://1", "i1", "app:2", waiting(waitImagePull, `Back-off pulling image "app:2"`)), ready(false, 0)}, 0, broken, "d", waitImagePull},
+		{"not ready in time", changed(11 * time.Minute), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://2", "i2", "app:2", running(10*time.Minute)), ready(false, 11*time.Minute)}, 0, broken, "", failDeadline},
+		{"was ready after it, and is not now", changed(11 * time.Minute), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://2", "i2", "app:2", running(10*time.Minute)), ready(false, time.Minute)}, 0, updated, "", ""},
+		{"was available as far as is known", changed(11 * time.Minute), knowledge{asked: true, settled: true}, []func(*corev1.Pod){image("app:2"), container("c://2", "i2", "app:2", running(time.Second)), ready(false, 11*time.Minute)}, 0, updated, "", ""},
+		{"made anew with a bad image", nil, knowledge{}, []func(*corev1.Pod){image("app:2"), func(p *corev1.Pod) { p.CreationTimestamp = ago(time.Minute) }, container("c://2", "i2", "app:2", waiting(waitCrashLoop, "")), ready(false, time.Minute)}, 0, broken, "", waitCrashLoop},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			pod := &corev1.Pod{
+				ObjectMeta: metav1.ObjectMeta{Name: "p", CreationTimestamp: ago(2 * time.Hour)},
+				Spec:       corev1.PodSpec{NodeName: "n", Containers: []corev1.Container{{Name: "app", Image: "app:1"}}},
+			}
+			container("c://1", "i1", "app:1", running(time.Hour))(pod)
+			ready(true, time.Hour)(pod)
+			for _, f := range tt.pod {
+				f(pod)
+			}
+			tt.k.begun = now.Add(-time.Hour)
+			v := judge(pod, tt.mark, g, tt.k, &strategy{deadline: 10 * time.Minute, minReady: tt.minReady}, now)
+			flags := ""
+			for _, f := range []struct {
+				is   bool
+				name string
+			}{{v.available, "a"}, {v.disrupted, "d"}, {v.open, "o"}, {v.ask, "q"}} {
+				if f.is {
+					flags += f.name
+				}
+			}
+			if v.stage != tt.stage || flags != tt.flags || v.failure.reason != tt.reason {
+				t.Errorf("stage %d, %q, %q (%s); want %d, %q, %q", v.stage, flags, v.failure.reason, v.failure.message, tt.stage, tt.flags, tt.reason)
+			}
+		})
+	}
+}
+
+// A rollback puts back what the pod had before all that was not finished.
+func TestUndo(t *testing.T) {
+	since := metav1.NewMicroTime(time.Unix(100, 0))
+	status := &inplace.InPlaceRolloutStatus{PreviousImages: map[string]string{"app": "app:1"}, LastSuccessTime: &since}
+	g := goal{rollout: "r", revision: "rev", images: map[string]string{"app": "app:2"}}
+	of := func(at int64) *mark {
+		return &mark{Rollout: "r", Time: metav1.NewMicroTime(time.Unix(at, 0)), Containers: map[string]was{"app": {Base: "own:1"}}}
+	}
+	for _, tt := range []struct {
+		name     string
+		workload bool
+		mark     *mark
+		want     string
+	}{
+		{"changed since", false, of(101), "own:1"}, {"changed before", false, of(99), ""}, {"not changed", false, nil, ""},
+		{"of a workload, not changed", true, nil, "app:1"}, {"of a workload, changed before", true, of(99), "app:1"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := g.undoing(status, tt.workload).of(tt.mark).images["app"]; got != tt.want {
+				t.Errorf("back to %q, want %q", got, tt.want)
+			}
+		})
+	}
+}
