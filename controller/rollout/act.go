@@ -47,24 +47,20 @@ func (p *pass) settlePreparation(i *item) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	t := m.visit
-	if t == nil || t.over || m.mark.by(i.goal) && t.uid == m.mark.Operation {
+	if t == nil || t.over || i.stale || m.mark.by(i.goal) && t.uid == m.mark.Operation {
 		return
 	}
-	once := false
+	once, unchanged := false, false
 	switch {
 	case t.failed != nil:
 		once = t.stale
 	case t.op.GetFinishTime() != nil && t.op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED:
-		reason, message := failPreparation, accountOf(t.op)
-		for _, c := range t.op.GetContainers() {
-			if c.GetPhase() == opsv1.Phase_PHASE_FAILED || c.GetPhase() == opsv1.Phase_PHASE_CANCELLED {
-				if c.GetReason() != "" {
-					reason = c.GetReason()
-				}
-				once = slices.Contains(again, c.GetReason())
-			}
+		c := culprit(t.op)
+		t.failed = &failure{failPreparation, accountOf(t.op)}
+		if c.GetReason() != "" {
+			t.failed.reason = c.GetReason()
 		}
-		t.failed = &failure{reason, message}
+		once, unchanged = slices.Contains(again, c.GetReason()), c.GetReason() == reasonUnchanged
 	case t.op.GetPhase() != opsv1.Phase_PHASE_PREPARED && !armed(t.op.GetPhase()):
 		if left := t.begun.Add(p.strategy.deadline + prepareSlack).Sub(p.now); left > 0 {
 			p.wait = sooner(p.wait, left)
@@ -81,8 +77,8 @@ func (p *pass) settlePreparation(i *item) {
 		m.visit = nil
 		p.wait = sooner(p.wait, min(tellPause<<m.round, tellPauseMax))
 		m.retryAt = p.now.Add(min(tellPause<<m.round, tellPauseMax))
-	case i.goal.undo:
-		// What was before must come back, with the node's help or without.
+	case i.goal.undo, unchanged:
+		// What was before must come back, with the node's help or without, and what runs already needs none.
 		m.plain, m.visit = true, nil
 	}
 }
@@ -140,7 +136,7 @@ func (p *pass) step(ctx context.Context, i *item) error {
 	p.work.mu.Unlock()
 	switch {
 	case !current:
-		p.prepare(i) // a container has been replaced meanwhile
+		p.prepare(ctx, i) // a container has been replaced meanwhile
 	case phase == opsv1.Phase_PHASE_PREPARED:
 		p.commit(i)
 	case armed(phase):

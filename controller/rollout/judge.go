@@ -386,21 +386,32 @@ func containersOf(pod *corev1.Pod) []string {
 	return names
 }
 
-// accountOf is what an operation says of its failure.
-func accountOf(op *opsv1.Operation) string {
+// culprit is the container for which an operation failed, nil without.
+func culprit(op *opsv1.Operation) *opsv1.ContainerOperation {
+	var found *opsv1.ContainerOperation
 	for _, c := range op.GetContainers() {
 		if c.GetPhase() == opsv1.Phase_PHASE_FAILED || c.GetPhase() == opsv1.Phase_PHASE_CANCELLED {
-			text := c.GetMessage()
-			if text == "" {
-				text = c.GetPull().GetMessage()
+			if found == nil || found.GetReason() == reasonOther {
+				found = c
 			}
-			return fmt.Sprintf("container %s: %s", c.GetName(), text)
 		}
 	}
-	return op.GetMessage()
+	return found
 }
 
-// imagesOf are the container IDs that an operation is to find, and says whether all of the containers run.
+// accountOf is what an operation says of its failure.
+func accountOf(op *opsv1.Operation) string {
+	c := culprit(op)
+	switch {
+	case c == nil:
+		return op.GetMessage()
+	case c.GetMessage() == "":
+		return fmt.Sprintf("container %s: %s", c.GetName(), c.GetPull().GetMessage())
+	}
+	return fmt.Sprintf("container %s: %s", c.GetName(), c.GetMessage())
+}
+
+// idsOf are the container IDs that an operation is to find, and says whether all of the containers run.
 func idsOf(pod *corev1.Pod, names []string) (ids map[string]string, running bool) {
 	ids, running = map[string]string{}, pod.Spec.NodeName != ""
 	for _, name := range names {

@@ -352,7 +352,7 @@ func (p *pass) doomed() func(*corev1.Pod) bool {
 // act takes the pods further. What went wrong with one does not keep the others.
 func (p *pass) act(ctx context.Context) error {
 	for _, n := range p.plan.prepare {
-		p.prepare(p.items[n])
+		p.prepare(ctx, p.items[n])
 	}
 	var errs []error
 	for _, n := range p.plan.begin {
@@ -369,10 +369,10 @@ func (p *pass) act(ctx context.Context) error {
 			errs = append(errs, p.setGates(ctx, i, ""))
 		}
 		if i.verdict.ask {
-			p.follow(i)
+			p.follow(ctx, i)
 		}
 		if i.verdict.restart {
-			p.restart(i)
+			p.restart(ctx, i)
 		}
 	}
 	for _, err := range errs {
@@ -453,9 +453,9 @@ func usual(pods []*corev1.Pod, name, besides string) string {
 }
 
 // node is where to reach the node of a pod.
-func (p *pass) node(pod *corev1.Pod) (controller.Node, error) {
+func (p *pass) node(ctx context.Context, pod *corev1.Pod) (controller.Node, error) {
 	var n corev1.Node
-	if err := p.r.Client.Get(context.Background(), client.ObjectKey{Name: pod.Spec.NodeName}, &n); err != nil {
+	if err := p.r.Client.Get(ctx, client.ObjectKey{Name: pod.Spec.NodeName}, &n); err != nil {
 		return controller.Node{}, err
 	}
 	port := p.r.NodePort

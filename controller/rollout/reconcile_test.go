@@ -146,19 +146,19 @@ func TestFailure(t *testing.T) {
 		complete    string
 		changed     int // pods that were patched, at most
 	}{
-		{"the image cannot be pulled", "app:missing", inplace.Rollback, "NotFound", "False RolledBack", 0},
+		{"the image cannot be pulled", "app:missing", inplace.Rollback, "PullFailed", "False RolledBack", 0},
 		{"the new container ends", "app:crash", inplace.Rollback, failExited, "False RolledBack", 2},
 		{"the new container does not get ready", "app:slow", inplace.Rollback, failDeadline, "False RolledBack", 2},
 		{"kubelet cannot pull", "app:gone", inplace.Rollback, waitImagePull, "False RolledBack", 2},
 		{"stop", "app:crash", inplace.Pause, failExited, "False StoppedOnFailure", 2},
-		{"stop before anything was touched", "app:missing", inplace.Pause, "NotFound", "False StoppedOnFailure", 0},
-		{"go on", "app:missing", inplace.Continue, "NotFound", "False PodsFailed", 0},
+		{"stop before anything was touched", "app:missing", inplace.Pause, "PullFailed", "False StoppedOnFailure", 0},
+		{"go on", "app:missing", inplace.Continue, "PullFailed", "False PodsFailed", 0},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addNodes(2)
 				b.addPods(6, 2)
-				b.fleet.breaks[":missing"] = "NotFound"
+				b.fleet.breaks[":missing"] = "PullFailed"
 				b.create("all", spec{Target: all(), Containers: to(tt.image), Strategy: settings{MaxUnavailable: number(2), OnFailure: tt.policy, ProgressDeadlineSeconds: 60}})
 				b.until("over", "all", 10*time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionComplete) == tt.complete })
 				time.Sleep(5 * time.Second)
@@ -375,5 +375,40 @@ func TestTimeToLive(t *testing.T) {
 		b.create("one", spec{Target: inplace.Target{PodName: "web-0"}, Containers: to("app:2"), TTLSecondsAfterFinished: &ttl})
 		b.until("ended", "one", time.Minute, ended)
 		b.until("gone", "one", 2*time.Minute, gone)
+	})
+}
+
+// The nodes get the credentials of the pod's imagePullSecrets, and of its ServiceAccount's.
+func TestPullSecrets(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addNodes(1)
+		b.addPod("web-0", "node-0", func(p *corev1.Pod) {
+			p.Spec.ImagePullSecrets = []corev1.LocalObjectReference{{Name: "of-pod"}, {Name: "missing"}}
+		})
+		account := &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "web"}, ImagePullSecrets: []corev1.LocalObjectReference{{Name: "of-account"}}}
+		if err := b.api.Create(t.Context(), account); err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range []string{"of-pod", "of-account"} {
+			secret := &corev1.Secret{
+				ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name}, Type: corev1.SecretTypeDockerConfigJson,
+				Data: map[string][]byte{corev1.DockerConfigJsonKey: []byte(`{"auths":{"https://` + name + `/v1/":{"username":"u","password":"p"}}}`)},
+			}
+			if err := b.api.Create(t.Context(), secret); err != nil {
+				t.Fatal(err)
+			}
+		}
+		b.create("one", spec{Target: inplace.Target{PodName: "web-0"}, Containers: to("app:2")})
+		b.until("ended", "one", time.Minute, ended)
+		got := ""
+		for _, c := range b.fleet.prepared()[0].GetCredentials() {
+			got += c.GetMatch() + " " + c.GetUsername() + " " + c.GetPassword() + "; "
+		}
+		if got != "of-pod u p; of-account u p; " {
+			t.Errorf("credentials %s", got)
+		}
+		if !strings.Contains(b.told(), "PullSecretMissing: pulling without: secret missing of imagePullSecrets does not exist in namespace ns") {
+			t.Errorf("events\n%s", b.told())
+		}
 	})
 }

@@ -72,7 +72,7 @@ func (p *pass) release(ctx context.Context) {
 			if pod.Spec.NodeName == "" || p.work.nodes[pod.Spec.NodeName].Name != "" {
 				continue
 			}
-			if node, err := p.node(pod); err == nil {
+			if node, err := p.node(ctx, pod); err == nil {
 				p.work.nodes[node.Name] = node
 			}
 		}

@@ -239,6 +239,7 @@ func (p *pass) conclude(ctx context.Context) error {
 	if p.work.failuresGone() && !undo {
 		setCondition(next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")
 	}
+	p.tellSecrets()
 	p.wait = sooner(p.wait, lookAgain)
 	if left := p.work.lastWrite.Add(writePause).Sub(p.now); left > 0 && minor(&p.rollout.Status, next) {
 		if !apiequality.Semantic.DeepEqual(&p.rollout.Status, next) {
@@ -247,6 +248,20 @@ func (p *pass) conclude(ctx context.Context) error {
 		return nil
 	}
 	return p.writeStatus(ctx, next)
+}
+
+// tellSecrets tells of secrets that cannot be used: the images are pulled without them.
+func (p *pass) tellSecrets() {
+	p.work.mu.Lock()
+	var wrong []string
+	for _, name := range sortedKeys(p.work.keys) {
+		wrong = append(wrong, p.work.keys[name].ring.Wrong...)
+	}
+	p.work.mu.Unlock()
+	if len(wrong) > 0 {
+		text := "pulling without: " + strings.Join(wrong, "; ")
+		p.tell(corev1.EventTypeWarning, eventSecrets, text, text)
+	}
 }
 
 func (w *work) failuresGone() bool { return len(w.failures) == 0 }

@@ -37,9 +37,15 @@ const (
 // reasonCredentials is the node's word for a pull that has outlived the process which had its credentials.
 const reasonCredentials = "CredentialsNeeded"
 
+// reasonUnchanged is the node's word for an image that is that of the container's spec already, as far as the node knows.
+const reasonUnchanged = "ImageUnchanged"
+
+// reasonOther is the node's word for a container that would have been all right.
+const reasonOther = "OtherContainerFailed"
+
 // again are the node's reasons for the end of a preparation that is worth another try: nothing was touched, and what was in
 // the way has passed.
-var again = []string{"HoldTimeout", "TakenBackByKubelet", "ExpectedIDDiffers", "ContainerNotRunning", "Cancelled", "Aborted", "JournalError", "RuntimeError"} //nolint:gochecknoglobals // a constant
+var again = []string{"HoldTimeout", "TakenBackByKubelet", "ExpectedIDDiffers", "ContainerNotRunning", "Cancelled", "Aborted", "JournalError", "RuntimeError", "PodStopping", "NotFound"} //nolint:gochecknoglobals // a constant
 
 // conversation is one talk and what it is about.
 type conversation struct {
@@ -146,7 +152,7 @@ func (c *conversation) change(f func()) {
 }
 
 // prepare lets the node of a pod make the images ready.
-func (p *pass) prepare(i *item) {
+func (p *pass) prepare(ctx context.Context, i *item) {
 	w, m := p.work, i.m
 	uid := p.upgradeUID(i)
 	w.mu.Lock()
@@ -160,7 +166,7 @@ func (p *pass) prepare(i *item) {
 	}
 	t := &talk{uid: uid, begun: p.now}
 	m.visit = t
-	node, err := p.node(i.pod)
+	node, err := p.node(ctx, i.pod)
 	if err != nil {
 		t.failed = &failure{failUnreachable, err.Error()}
 		return
@@ -276,7 +282,7 @@ func (p *pass) abort(node controller.Node, t *talk, why string) {
 }
 
 // follow listens to the operation of a pod that was changed already.
-func (p *pass) follow(i *item) {
+func (p *pass) follow(ctx context.Context, i *item) {
 	w, m, uid := p.work, i.m, i.m.mark.Operation
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -286,7 +292,7 @@ func (p *pass) follow(i *item) {
 	m.visit.end()
 	t := &talk{uid: uid}
 	m.visit = t
-	node, err := p.node(i.pod)
+	node, err := p.node(ctx, i.pod)
 	if err != nil {
 		t.asked = true // there is nobody to ask
 		return
@@ -305,7 +311,7 @@ func (p *pass) follow(i *item) {
 }
 
 // restart lets the node restart the containers of a pod that keep their images.
-func (p *pass) restart(i *item) {
+func (p *pass) restart(ctx context.Context, i *item) {
 	w, m := p.work, i.m
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -315,7 +321,7 @@ func (p *pass) restart(i *item) {
 	request := p.restartRequest(i)
 	t := &talk{uid: request.GetUid()}
 	m.restart = t
-	node, err := p.node(i.pod)
+	node, err := p.node(ctx, i.pod)
 	if err != nil {
 		t.failed = &failure{failUnreachable, err.Error()}
 		return

@@ -1,0 +1,116 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package rollout
+
+import (
+	"io"
+	"strings"
+	"testing"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/sirupsen/logrus"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/rest"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/config"
+	"sigs.k8s.io/controller-runtime/pkg/event"
+	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
+
+	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	nodes "github.com/cri-proxy/cri-proxy/controller"
+)
+
+func TestSetup(t *testing.T) {
+	scheme, err := nodes.NewScheme()
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := logrus.New()
+	log.SetOutput(io.Discard)
+	m, err := ctrl.NewManager(&rest.Config{Host: "http://127.0.0.1:1"}, ctrl.Options{
+		Scheme: scheme, Logger: nodes.NewLogr(log), Metrics: metricsserver.Options{BindAddress: "0"}, HealthProbeBindAddress: "0",
+		Controller: config.Controller{SkipNameValidation: new(true)}, // for -count
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := (&Reconciler{Client: m.GetClient(), Log: log}).SetupWithManager(t.Context(), m, 1); err != nil {
+		t.Error(err)
+	}
+	for _, kind := range []string{kindStatefulSet, kindDaemonSet} {
+		if err := (&FollowReconciler{Client: m.GetClient(), Log: log, Kind: kind}).SetupWithManager(t.Context(), m, 1); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := (&GateReconciler{Client: m.GetClient(), Log: log}).SetupWithManager(t.Context(), m, 1); err != nil {
+		t.Error(err)
+	}
+}
+
+// What wakes a rollout, and what does not.
+func TestPodChanges(t *testing.T) {
+	pod := func(change func(*corev1.Pod)) *corev1.Pod {
+		p := &corev1.Pod{
+			Spec:   corev1.PodSpec{NodeName: "n", Containers: []corev1.Container{{Name: "app", Image: "a"}}},
+			Status: corev1.PodStatus{Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}}, ContainerStatuses: []corev1.ContainerStatus{{Name: "app"}}},
+		}
+		change(p)
+		return p
+	}
+	now := metav1.Now()
+	for _, tt := range []struct {
+		name   string
+		change func(*corev1.Pod)
+		want   bool
+	}{
+		{"nothing", func(*corev1.Pod) {}, false},
+		{"the time of a probe", func(p *corev1.Pod) { p.Status.Conditions[0].LastProbeTime = now }, false},
+		{"readiness", func(p *corev1.Pod) { p.Status.Conditions[0].Status = corev1.ConditionFalse }, true},
+		{"a container", func(p *corev1.Pod) { p.Status.ContainerStatuses[0].ContainerID = "x" }, true},
+		{"an image", func(p *corev1.Pod) { p.Spec.Containers[0].Image = "b" }, true},
+		{"deletion", func(p *corev1.Pod) { p.DeletionTimestamp = &now }, true},
+		{"a label", func(p *corev1.Pod) { p.Labels = map[string]string{"a": "b"} }, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := podChanges().Update(event.UpdateEvent{ObjectOld: pod(func(*corev1.Pod) {}), ObjectNew: pod(tt.change)}); got != tt.want {
+				t.Errorf("got %v", got)
+			}
+		})
+	}
+}
+
+func TestEndings(t *testing.T) {
+	with := &rollout{ObjectMeta: metav1.ObjectMeta{Finalizers: []string{inplace.RolloutFinalizer}}}
+	if p := endings(); !p.Update(event.UpdateEvent{ObjectOld: with, ObjectNew: &rollout{}}) || p.Update(event.UpdateEvent{ObjectOld: with, ObjectNew: with}) || !p.Delete(event.DeleteEvent{Object: with}) {
+		t.Error("the end of a rollout is not seen, or seen where there is none")
+	}
+}
+
+func TestMetrics(t *testing.T) {
+	registry := prometheus.NewRegistry()
+	m, err := NewMetrics(registry)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := nodes.NewMetrics(registry); err != nil {
+		t.Errorf("beside those of requests: %v", err)
+	}
+	m.completed(inplace.ReasonRolledOut)
+	m.pod(failExited)
+	m.wrote("pod")
+	families, err := registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, f := range families {
+		if strings.HasPrefix(f.GetName(), "criproxy_controller_rollout") {
+			names = append(names, f.GetName())
+		}
+	}
+	if got := strings.Join(names, " "); got != "criproxy_controller_rollout_api_writes_total criproxy_controller_rollout_pods_failed_total criproxy_controller_rollouts_completed_total" {
+		t.Errorf("metrics %s", got)
+	}
+}
