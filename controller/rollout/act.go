@@ -50,7 +50,7 @@ func (p *pass) settlePreparation(i *item) {
 	if t == nil || t.over || i.stale || m.mark.by(i.goal) && t.uid == m.mark.Operation {
 		return
 	}
-	once, unchanged := false, false
+	once, unchanged, held := false, false, false
 	switch {
 	case t.failed != nil:
 		once = t.stale
@@ -60,6 +60,7 @@ func (p *pass) settlePreparation(i *item) {
 		if c.GetReason() != "" {
 			t.failed.reason = c.GetReason()
 		}
+		held = c.GetReason() == reasonHeld
 		once, unchanged = slices.Contains(again, c.GetReason()), c.GetReason() == reasonUnchanged
 	case t.op.GetPhase() != opsv1.Phase_PHASE_PREPARED && !armed(t.op.GetPhase()):
 		if left := t.begun.Add(p.strategy.deadline + prepareSlack).Sub(p.now); left > 0 {
@@ -72,15 +73,21 @@ func (p *pass) settlePreparation(i *item) {
 		return
 	}
 	switch {
-	case once && m.round < roundsMax:
-		m.round++
+	case held, once && m.tries < roundsMax:
+		if m.round++; !held { // a budget may hold a pod back for days
+			m.tries++
+		}
 		m.visit = nil
-		p.wait = sooner(p.wait, min(tellPause<<m.round, tellPauseMax))
-		m.retryAt = p.now.Add(min(tellPause<<m.round, tellPauseMax))
+		p.again(m, min(tellPause<<m.tries, tellPauseMax))
 	case i.goal.undo, unchanged:
 		// What was before must come back, with the node's help or without, and what runs already needs none.
 		m.plain, m.visit = true, nil
 	}
+}
+
+// again looks at a pod again after a while.
+func (p *pass) again(m *member, after time.Duration) {
+	m.retryAt, p.wait = p.now.Add(after), sooner(p.wait, after)
 }
 
 // preparation is how far the node is.

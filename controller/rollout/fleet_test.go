@@ -166,6 +166,18 @@ func (f *fleet) PrepareUpgrade(ctx context.Context, n controller.Node, r *opsv1.
 				op.Containers[0].Reason, op.Containers[0].Message = broken, "the registry says "+broken
 			}
 		})
+		f.wg.Go(func() {
+			if !pause(f.ctx, r.GetHoldTimeout().AsDuration()) {
+				return
+			}
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			if o.op.GetPhase() == opsv1.Phase_PHASE_PREPARED {
+				f.update(o, func(op *opsv1.Operation) {
+					op.Phase, op.Containers[0].Reason = opsv1.Phase_PHASE_FAILED, reasonHeld
+				})
+			}
+		})
 	})
 	return proto.Clone(o.op).(*opsv1.Operation), nil
 }

@@ -62,8 +62,10 @@ type member struct {
 	// written is the resourceVersion of the last write of the pod.
 	written uint64
 	turn    bool
-	plain   bool // without preparation by the node
-	round   int  // of the preparation
+	plain   bool      // without preparation by the node
+	round   int       // of the preparation
+	tries   int       // of those that had a reason of their own
+	lost    time.Time // since when there is no such node
 	retryAt time.Time
 	settled bool
 	// readySeen is when the containers of readyIDs were first seen ready.

@@ -336,7 +336,7 @@ func TestBudget(t *testing.T) {
 		}
 		b.create("all", spec{Target: all(), Containers: to("app:2"), Strategy: settings{MaxUnavailable: number(3)}})
 		b.until("held back", "all", time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionProgressing) == "True DisruptionBudget" })
-		time.Sleep(time.Minute)
+		time.Sleep(24 * time.Hour) // longer than nodes hold what they have prepared
 		if b.peak != 0 {
 			t.Errorf("%d were not ready", b.peak)
 		}
@@ -410,5 +410,23 @@ func TestPullSecrets(t *testing.T) {
 		if !strings.Contains(b.told(), "PullSecretMissing: pulling without: secret missing of imagePullSecrets does not exist in namespace ns") {
 			t.Errorf("events\n%s", b.told())
 		}
+	})
+}
+
+// A node that is taken away, and its pods a while after it, fail nothing.
+func TestNodeGone(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addNodes(3)
+		b.addPods(9, 3)
+		b.mu.Lock()
+		delete(b.nodes, "node-1")
+		b.mu.Unlock()
+		b.create("all", spec{Target: all(), Containers: to("app:2")})
+		time.Sleep(40 * time.Second)
+		for _, name := range []string{"web-1", "web-4", "web-7"} {
+			b.remove(name)
+			b.addPod(name+"-anew", "node-2")
+		}
+		b.want(b.until("ended", "all", 5*time.Minute, ended), "True RolledOut", "9/9/9/0/0")
 	})
 }

@@ -43,6 +43,9 @@ const reasonUnchanged = "ImageUnchanged"
 // reasonOther is the node's word for a container that would have been all right.
 const reasonOther = "OtherContainerFailed"
 
+// reasonHeld is the node's word for a preparation that has waited for its turn for holdFor.
+const reasonHeld = "HoldTimeout"
+
 // again are the node's reasons for the end of a preparation that is worth another try: nothing was touched, and what was in
 // the way has passed.
 var again = []string{"HoldTimeout", "TakenBackByKubelet", "ExpectedIDDiffers", "ContainerNotRunning", "Cancelled", "Aborted", "JournalError", "RuntimeError", "PodStopping", "NotFound"} //nolint:gochecknoglobals // a constant
@@ -168,7 +171,16 @@ func (p *pass) prepare(ctx context.Context, i *item) {
 	m.visit = t
 	node, err := p.node(ctx, i.pod)
 	if err != nil {
-		t.failed = &failure{failUnreachable, err.Error()}
+		// A node that is taken away takes its pods with it, soon.
+		if m.lost.IsZero() {
+			m.lost = p.now
+		}
+		if p.now.Sub(m.lost) >= p.strategy.deadline {
+			t.failed = &failure{failUnreachable, err.Error()}
+		} else {
+			m.visit = nil
+			p.again(m, tellPauseMax)
+		}
 		return
 	}
 	m.node, w.nodes[node.Name] = node, node
