@@ -198,6 +198,7 @@ func assertKubeletDidNothing(t testing.TB, ns, pod, name string) {
 // TestTenRestarts restarts a container ten times, 5 s apart. Kubelet would add 10, 20,
 // 40 … seconds from the second on.
 func TestTenRestarts(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	apply(t, threeContainers(ns, "my-pod", corev1.RestartPolicyAlways))
 	before := ready(t, ns, "my-pod")

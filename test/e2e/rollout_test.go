@@ -155,6 +155,7 @@ func onImage(t testing.TB, ns, app, image string, n int) []*corev1.Pod {
 
 // TestRolloutOfPod changes the images of two containers of a pod and restarts a third one, each once.
 func TestRolloutOfPod(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	apply(t, threeContainers(ns, "my-pod", corev1.RestartPolicyNever))
 	before := ready(t, ns, "my-pod")
@@ -187,6 +188,7 @@ func TestRolloutOfPod(t *testing.T) {
 
 // TestRolloutOfSidecar changes the image of an init container that runs along.
 func TestRolloutOfSidecar(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	two := bed.Image("busybox:2.0")
 	loop := `[sh, -c, 'trap "exit 0" TERM; while :; do sleep 0.1; done']`
@@ -220,6 +222,7 @@ spec:
 
 // TestRolloutOfStatefulSet takes a StatefulSet through a partition, a pause, scaling, an undo and a broken image.
 func TestRolloutOfStatefulSet(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	one, two := bed.Image("app:1"), bed.Image("app:2")
 	apply(t, workload("StatefulSet", ns, "web", "\n  serviceName: web\n  replicas: 5\n  podManagementPolicy: Parallel\n  updateStrategy: {type: OnDelete}", ""))
@@ -279,6 +282,7 @@ func TestRolloutOfStatefulSet(t *testing.T) {
 
 // TestSetImageOnStatefulSet has a workload follow its template by itself: kubectl set image and kubectl rollout undo do what people expect.
 func TestSetImageOnStatefulSet(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	one, two := bed.Image("app:1"), bed.Image("app:2")
 	apply(t, strings.Replace(workload("StatefulSet", ns, "auto", "\n  serviceName: auto\n  replicas: 3\n  podManagementPolicy: Parallel\n  updateStrategy: {type: OnDelete}",
@@ -301,6 +305,7 @@ func TestSetImageOnStatefulSet(t *testing.T) {
 
 // TestRolloutOfDaemonSet has one node only; test/multinode has more.
 func TestRolloutOfDaemonSet(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	two := bed.Image("app:2")
 	apply(t, workload("DaemonSet", ns, "agent", "\n  updateStrategy: {type: OnDelete}", ""))
@@ -352,6 +357,7 @@ func TestRolloutOfDeployment(t *testing.T) {
 
 // TestRolloutFails rolls an image out that ends as soon as it runs. The pods get their old image back, and no second one is begun.
 func TestRolloutFails(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	one := bed.Image("app:1")
 	crane(t, "mutate", bed.Image("app:2"), "-t", bed.Image("app:crash"), "--env", "FAIL_START=1")
@@ -384,6 +390,7 @@ func TestRolloutFails(t *testing.T) {
 
 // TestRolloutOfPrivateImage changes a pod to an image that its imagePullSecrets open, and says what is wrong without them.
 func TestRolloutOfPrivateImage(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	const host = "rollout.e2e"
 	privateRegistry(t, host)
@@ -435,6 +442,7 @@ spec:
 
 // TestRolloutKeepsBudget has a PodDisruptionBudget that allows nothing: nothing is stopped until it does.
 func TestRolloutKeepsBudget(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	one, two := bed.Image("app:1"), bed.Image("app:2")
 	apply(t, workload("Deployment", ns, "kept", "\n  replicas: 2", "")+fmt.Sprintf(`

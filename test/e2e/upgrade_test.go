@@ -172,6 +172,7 @@ func callsOf(t testing.TB, ns, pod, name string, since time.Time) []string {
 
 // TestUpgrade changes the image of a running container. Kubelet does what it does for any change of an image, and finds everything ready.
 func TestUpgrade(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	dir := scratchDir(t, "trace")
 	hooks := `
@@ -269,6 +270,7 @@ func watchUnexpected(t testing.TB, pod *corev1.Pod) func() []string {
 
 // TestUpgradeWithNewSetting upgrades a container whose ConfigMap has changed since it was made: it gets the new setting.
 func TestUpgradeWithNewSetting(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	dir := scratchDir(t, "trace")
 	apply(t, fmt.Sprintf("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: conf, namespace: %s}\ndata: {setting: old}\n---\n", ns)+
@@ -472,6 +474,7 @@ func TestKillDuringUpgrade(t *testing.T) {
 			}
 			upgraded(t, pod, bed.Image("busybox:2.0"))
 			assertOneRunning(t, string(pod.UID), "app")
+			began(t, dir, name, "2.0")
 			counts := map[string]int{}
 			for _, l := range traceOf(t, dir, name) {
 				counts[strings.TrimSpace(l)]++
