@@ -26,6 +26,7 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/crew"
 )
 
 // stalePause lets the cache catch up.
@@ -54,7 +55,7 @@ type Reconciler struct {
 	// Log must be set.
 	Log logrus.FieldLogger
 
-	crew  *crew
+	crew  *crew.Crew
 	wakes chan wakeUp
 
 	mu    sync.Mutex
@@ -78,7 +79,7 @@ type work struct {
 }
 
 func (r *Reconciler) prepare() {
-	r.crew, r.wakes, r.works = newCrew(), make(chan wakeUp), map[types.NamespacedName]*work{}
+	r.crew, r.wakes, r.works = crew.New(), make(chan wakeUp), map[types.NamespacedName]*work{}
 }
 
 func (r *Reconciler) workOf(job *v1beta1.ImagePullJob) *work {
@@ -109,7 +110,7 @@ func (r *Reconciler) forget(key types.NamespacedName) {
 // waker wakes the reconciler for a job.
 func (r *Reconciler) waker(key types.NamespacedName) func() {
 	return func() {
-		r.crew.do(func(ctx context.Context) {
+		r.crew.Do(func(ctx context.Context) {
 			job := &v1beta1.ImagePullJob{}
 			job.Namespace, job.Name = key.Namespace, key.Name
 			select {

@@ -17,6 +17,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/crew"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 )
 
@@ -101,7 +102,7 @@ func (m *member) busy() bool { return m.ended != nil }
 type run struct {
 	nodes   Nodes
 	secrets client.Reader
-	crew    *crew
+	crew    *crew.Crew
 	metrics *Metrics
 	log     logrus.FieldLogger
 	// wake lets the reconciler look at the job, soon.
@@ -403,7 +404,7 @@ func (u *run) news() {
 func (u *run) talk(m *member, f func(ctx context.Context, epoch int)) {
 	epoch, ended := m.epoch, make(chan struct{})
 	m.ended = ended
-	u.crew.do(func(ctx context.Context) {
+	u.crew.Do(func(ctx context.Context) {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
 		u.mu.Lock()

@@ -249,7 +249,7 @@ func (u *run) dismiss(members []*member, release bool, why string, done func(lef
 		left = append(left, leaving{m.target.node, m.ended})
 	}
 	w := u.wish
-	u.crew.do(func(ctx context.Context) {
+	u.crew.Do(func(ctx context.Context) {
 		ctx, cancel := context.WithTimeout(ctx, dismissPatience)
 		defer cancel()
 		for wait := tellPause; ; wait = min(2*wait, tellPauseMax) {
