@@ -44,9 +44,6 @@ func (c *Claim) WillDrive() {
 	}
 }
 
-// Done is closed when the claim has been released.
-func (c *Claim) Done() <-chan struct{} { return c.done }
-
 // awaitDriver returns the claim's driver; nil if it has none, or is released before it has one, or ctx ends first.
 func (c *Claim) awaitDriver(ctx context.Context) Driver {
 	c.view.mu.RLock()

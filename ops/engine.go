@@ -607,7 +607,7 @@ func (e *Engine) save(o *operation) error {
 
 func (e *Engine) saveLocked(o *operation) error {
 	if o.op.GetFinishTime() == nil {
-		o.op.Phase = leastAdvanced(o.op.GetContainers())
+		o.op.Phase = o.phaseLocked()
 	}
 	op, err := proto.Marshal(o.op)
 	if err != nil {
@@ -663,13 +663,31 @@ func (o *operation) change(f func(op *opsv1.Operation)) {
 
 func (o *operation) notifyLocked() {
 	if o.op.GetFinishTime() == nil {
-		o.op.Phase = leastAdvanced(o.op.GetContainers())
+		o.op.Phase = o.phaseLocked()
 	}
 	close(o.changed)
 	o.changed = make(chan struct{})
 }
 
-// leastAdvanced is the phase of a running operation.
+// phaseLocked is the phase of a running operation. An upgrade that is about to be taken back, because one of its containers has failed, is
+// neither prepared nor armed, whatever the others are: its caller must not go on. The caller holds o.mu.
+func (o *operation) phaseLocked() opsv1.Phase {
+	phase := leastAdvanced(o.op.GetContainers())
+	if o.upgrade != nil && !o.committed && (o.cancelSaid || o.failedLocked()) &&
+		slices.Index(course, phase) > slices.Index(course, opsv1.Phase_PHASE_STAGING) {
+		return opsv1.Phase_PHASE_STAGING
+	}
+	return phase
+}
+
+// failedLocked reports whether a container has ended otherwise than well. The caller holds o.mu.
+func (o *operation) failedLocked() bool {
+	return slices.ContainsFunc(o.op.GetContainers(), func(c *opsv1.ContainerOperation) bool {
+		return c.GetPhase() == opsv1.Phase_PHASE_FAILED || c.GetPhase() == opsv1.Phase_PHASE_CANCELLED
+	})
+}
+
+// leastAdvanced is the least advanced phase of the containers that have not ended.
 func leastAdvanced(cs []*opsv1.ContainerOperation) opsv1.Phase {
 	least := len(course)
 	for _, c := range cs {

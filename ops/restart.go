@@ -121,6 +121,7 @@ func (e *Engine) conclude(o *operation) error {
 	}
 	o.op.Phase = phase
 	o.op.FinishTime = timestamppb.Now()
+	o.credentials = nil
 	if len(messages) > 0 {
 		o.op.Message = strings.Join(messages, "; ")
 	}
@@ -162,6 +163,7 @@ func (e *Engine) newRestart(o *operation, i int) *restart {
 	}
 	if o.upgrade != nil {
 		r.up = newUpgrade()
+		r.up.hurry = r.hurry
 		r.change = &newImage{want: o.upgrade.GetContainers()[i]}
 	} else if r.want.GetImage() != "" || r.want.GetRevertImage() {
 		r.change = &newImage{want: &opsv1.ContainerUpgrade{Name: r.want.GetName(), Image: o.op.GetContainers()[i].GetImage(), PullPolicy: r.want.GetPullPolicy()}}
@@ -224,13 +226,20 @@ func (r *restart) warn(format string, args ...any) {
 // leaves the rest to the next process.
 func (r *restart) run(ctx context.Context) bool {
 	if r.rec().Step == stepDone {
-		return r.o.snapshot().GetContainers()[r.i].GetPhase() == opsv1.Phase_PHASE_SUCCEEDED
+		ok := r.container().GetPhase() == opsv1.Phase_PHASE_SUCCEEDED
+		if r.up != nil && !ok {
+			r.endOthers() // the process before may not have come to that
+		}
+		return ok
 	}
 	drive := r.drive
 	if r.up != nil {
 		drive = r.driveUpgrade
 	}
 	err := drive(ctx)
+	if r.up != nil {
+		close(r.up.over) // whatever is still to be done: kubelet is not kept waiting for it
+	}
 	defer func() {
 		r.exit.close()
 		r.leaveGate()

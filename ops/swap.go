@@ -163,12 +163,14 @@ func (r *restart) arm(ctx context.Context) error {
 // startGated starts the successor and waits until it waits at its gate, or finds it past that and the incumbent gone, as a process
 // before this one may have left them. ErrNotHeld means that the gate does not hold it; it has been stopped then.
 func (r *restart) startGated(ctx context.Context, rec containerRecord) error {
+	// A gate is opened in one step only, and what this process holds it has not opened.
+	mayBeOpen := rec.Step == stepStop && !r.held
 	if !r.methods.gate(rec.Token).Exists() {
 		// Opened at the end of the incumbent, of which the runtime may be late to know; or given up, and the
 		// container is one that nothing would hold.
 		if gone, err := r.awaitGone(ctx, hookPatience); err != nil {
 			return err
-		} else if !gone {
+		} else if !gone || !mayBeOpen {
 			r.stopWithin(ctx, rec.Successor, minGrace)
 			return gate.ErrNotHeld
 		}
@@ -194,7 +196,7 @@ func (r *restart) startGated(ctx context.Context, rec containerRecord) error {
 	if gerr != nil {
 		return gerr
 	}
-	if gone && errors.Is(err, gate.ErrNotHeld) {
+	if gone && mayBeOpen && errors.Is(err, gate.ErrNotHeld) {
 		// A process before this one has opened the gate; or nothing can be said, and then the
 		// successor is in the state that kubelet's policy is for.
 		r.log.WithError(err).Info("the successor is past its gate")
@@ -281,6 +283,7 @@ func (r *restart) awaitGate(ctx context.Context, rec containerRecord) error {
 		return nil
 	})
 	if err == nil {
+		r.leaveGate() // an upgrade's that has been held before
 		r.gate = g
 	}
 	return err

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -103,7 +104,7 @@ func (r *restart) removeGate() {
 }
 
 // stopSuccessor stops a successor that may have been started, within the grace of
-// whoever took the slot back.
+// whoever took the slot back, or takes it back meanwhile.
 func (r *restart) stopSuccessor(ctx context.Context, id string) {
 	if id == "" {
 		return
@@ -115,9 +116,26 @@ func (r *restart) stopSuccessor(ctx context.Context, id string) {
 	case y != nil:
 		grace = max(grace, time.Duration(y.Grace)*time.Second)
 	case r.incumbent != nil && r.request != nil:
-		grace = max(grace, r.grace())
+		r.stopUntilYield(ctx, id, max(grace, r.grace()))
+		return
 	}
 	r.stopWithin(ctx, id, grace)
+}
+
+// stopUntilYield is stopWithin, but for a shorter grace once someone waits for the slot.
+func (r *restart) stopUntilYield(ctx context.Context, id string, grace time.Duration) {
+	stopped := make(chan struct{})
+	var sooner sync.WaitGroup
+	sooner.Go(func() {
+		select {
+		case <-r.claim.Yielded():
+			r.stopWithin(ctx, id, max(minGrace, time.Duration(r.claim.YieldedTo().Grace)*time.Second))
+		case <-stopped:
+		}
+	})
+	r.stopWithin(ctx, id, grace)
+	close(stopped)
+	sooner.Wait()
 }
 
 // stopWithin stops a container of ours.

@@ -199,7 +199,7 @@ func (e *Engine) release(o *operation) error {
 	switch {
 	case o.op.GetFinishTime() != nil:
 		return refused("upgrade %s has ended: %s", o.op.GetUid(), o.op.GetMessage())
-	case o.cancelSaid:
+	case o.cancelSaid || o.failedLocked():
 		return refused("upgrade %s is being taken back: %s", o.op.GetUid(), o.op.GetMessage())
 	case leastAdvanced(o.op.GetContainers()) != opsv1.Phase_PHASE_PREPARED:
 		return refused("upgrade %s is not prepared yet: %s", o.op.GetUid(), phaseName(leastAdvanced(o.op.GetContainers())))

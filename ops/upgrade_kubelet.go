@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -29,10 +31,13 @@ type Pods interface {
 type kubelet struct {
 	stops   chan stopped
 	creates chan created
-	done    <-chan struct{} // closed when the slot is given up
+	over    chan struct{} // closed when the operation answers no more
+	// hurry stops the incumbent within a grace that is shorter than the one it is being stopped within.
+	hurry func(ctx context.Context, grace time.Duration)
 
-	mu        sync.Mutex
+	mu        sync.Mutex // guards all following fields
 	listening bool
+	by        time.Time // when the grace of a stop under way ends
 }
 
 var _ interceptors.Driver = (*kubelet)(nil)
@@ -54,7 +59,9 @@ type adoption struct {
 	ok bool
 }
 
-func newKubelet() kubelet { return kubelet{stops: make(chan stopped), creates: make(chan created)} }
+func newKubelet() kubelet {
+	return kubelet{stops: make(chan stopped), creates: make(chan created), over: make(chan struct{})}
+}
 
 // listen says whether the operation has something for kubelet. Until then it gives way at once.
 func (k *kubelet) listen(on bool) {
@@ -69,15 +76,37 @@ func (k *kubelet) listens() bool {
 	return k.listening
 }
 
+// stopBy says when the grace of the stop that is under way ends.
+func (k *kubelet) stopBy(by time.Time) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.by = by
+}
+
+// sooner reports whether a stop is under way that has more time than that.
+func (k *kubelet) sooner(grace time.Duration) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	by := time.Now().Add(grace)
+	if k.by.IsZero() || !by.Before(k.by) {
+		return false
+	}
+	k.by = by
+	return true
+}
+
 // Stop implements [interceptors.Driver].
 func (k *kubelet) Stop(ctx context.Context, grace int64) (bool, error) {
 	if !k.listens() {
 		return false, nil
 	}
+	if d := time.Duration(grace) * time.Second; k.sooner(d) {
+		k.hurry(ctx, d) // as with the runtime, the shorter grace wins
+	}
 	q := stopped{grace: grace, answer: make(chan bool, 1)}
 	select {
 	case k.stops <- q:
-	case <-k.done:
+	case <-k.over:
 		return false, nil
 	case <-ctx.Done():
 		return true, ctx.Err()
@@ -85,10 +114,15 @@ func (k *kubelet) Stop(ctx context.Context, grace int64) (bool, error) {
 	select {
 	case ok := <-q.answer:
 		return ok, nil
-	case <-k.done: // it has failed: kubelet's own stop does no harm
-		return false, nil
+	case <-k.over:
 	case <-ctx.Done(): // the operation goes on
 		return true, ctx.Err()
+	}
+	select {
+	case ok := <-q.answer: // its last
+		return ok, nil
+	default: // it has failed: kubelet's own stop does no harm
+		return false, nil
 	}
 }
 
@@ -100,7 +134,7 @@ func (k *kubelet) Create(ctx context.Context, req *runtimeapi.CreateContainerReq
 	q := created{req: req, answer: make(chan adoption, 1)}
 	select {
 	case k.creates <- q:
-	case <-k.done:
+	case <-k.over:
 		return "", true
 	case <-ctx.Done():
 		return "", true
@@ -108,9 +142,14 @@ func (k *kubelet) Create(ctx context.Context, req *runtimeapi.CreateContainerReq
 	select {
 	case a := <-q.answer:
 		return a.id, a.ok
-	case <-k.done:
-		return "", true
+	case <-k.over:
 	case <-ctx.Done():
+		return "", true
+	}
+	select {
+	case a := <-q.answer: // its last
+		return a.id, a.ok
+	default:
 		return "", true
 	}
 }
@@ -253,14 +292,26 @@ func (r *restart) stopFor(grace int64, accept func()) error {
 		return r.cancelledOutcome()
 	}
 	r.claim.Mask()
+	by := time.Now().Add(time.Duration(grace) * time.Second)
 	err := r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
-		c.Step, c.Grace, op.Phase = stepStop, grace, opsv1.Phase_PHASE_STOPPING
-		c.StopBy = time.Now().Add(time.Duration(grace) * time.Second)
+		c.Step, c.Grace, c.StopBy, op.Phase = stepStop, grace, by, opsv1.Phase_PHASE_STOPPING
 	})
 	if err == nil {
+		r.up.stopBy(by)
 		accept()
 	}
 	return err
+}
+
+// hurry stops the incumbent, whose stop is under way, within that grace.
+func (r *restart) hurry(ctx context.Context, grace time.Duration) {
+	grace = max(grace, minGrace)
+	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace+callTimeout)
+	defer cancel()
+	r.log.WithField("grace", grace).Info("kubelet stops the container within a shorter time than before")
+	if _, err := r.rt.StopContainer(call, &runtimeapi.StopContainerRequest{ContainerId: r.rec().Incumbent, Timeout: int64(grace / time.Second)}); err != nil {
+		r.log.WithError(err).Warn("container not stopped sooner")
+	}
 }
 
 // podsPatience bounds the question for kubelet's mind: its StopContainer waits for the answer.
@@ -302,6 +353,7 @@ func (r *restart) showSuccessor(ctx context.Context) error {
 		return r.interrupted()
 	}
 	r.up.revealed = true
+	r.up.stopBy(time.Time{})
 	for _, q := range r.up.pending {
 		q.answer <- true
 	}
@@ -340,6 +392,9 @@ func (r *restart) awaitAdoption(ctx context.Context) error {
 			r.stopWithin(ctx, r.successor(), time.Duration(min(max(r.rec().Grace, 2), maxLateGrace))*time.Second)
 			return r.interrupted()
 		case <-patience.C:
+			if _, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: r.successor()}); status.Code(err) == codes.NotFound {
+				return failf(ReasonTakenBack, "the new container was removed before kubelet asked for it: has the pod gone away?")
+			}
 			r.logLink(ctx, r.successor())
 			return nil
 		case <-ctx.Done():
@@ -348,15 +403,19 @@ func (r *restart) awaitAdoption(ctx context.Context) error {
 	}
 }
 
-// maxLateGrace bounds the grace of a successor whose pod goes away, in seconds: kubelet waits two minutes for StopPodSandbox.
+// maxLateGrace bounds the grace of a successor whose pod goes away, or that is not what kubelet asks for, in seconds: kubelet
+// waits two minutes for StopPodSandbox and for CreateContainer.
 const maxLateGrace = 90
 
 // adopt answers one CreateContainer. ended says that nothing is left to wait for.
 func (r *restart) adopt(ctx context.Context, q created) (ended bool, err error) {
 	r.failpoint("adopt")
 	asked, ours := q.req.GetConfig().GetMetadata().GetAttempt(), r.container().GetAttempt()
-	if asked != ours {
-		// Kubelet knows the successor, which has ended or been stopped since; or it knows neither, and then it is not ours to say.
+	if asked > ours {
+		// Kubelet knows the successor, which has ended or been stopped since.
+		if !r.isOurs(q.req) {
+			return true, tookAnotherImage()
+		}
 		return true, nil
 	}
 	differing := r.differs(ctx, q.req)
@@ -366,16 +425,25 @@ func (r *restart) adopt(ctx context.Context, q created) (ended bool, err error) 
 		return true, nil
 	}
 	r.log.WithField("differing", differing).Warn("kubelet asks for another container than was prepared: it makes its own")
-	r.stopWithin(ctx, r.successor(), max(r.grace0(ctx), minGrace))
+	r.stopWithin(ctx, r.successor(), min(max(r.grace0(ctx), minGrace), maxLateGrace*time.Second))
 	if err := r.removeContainer(ctx, r.successor()); err != nil {
 		return true, failf(ReasonRuntime, "%v", err)
 	}
 	if slices.Contains(differing, "image") || slices.Contains(differing, "annotations."+annotationHash) {
-		return true, failf(ReasonTakenBack, "kubelet restarted the container with another image than the upgrade's: was the pod's spec patched?")
+		return true, tookAnotherImage()
 	}
 	r.warn("kubelet made the container itself, because it asked for another one than was prepared: %s", strings.Join(differing, ", "))
 	r.setMethod(MethodKubelet)
 	return true, nil
+}
+
+// isOurs reports whether what kubelet asks for has the image of the upgrade.
+func (r *restart) isOurs(asked *runtimeapi.CreateContainerRequest) bool {
+	return asked.GetConfig().GetAnnotations()[annotationHash] == kubeletHash(r.want.GetName(), r.change.want.GetImage())
+}
+
+func tookAnotherImage() *outcome {
+	return failf(ReasonTakenBack, "kubelet restarted the container with another image than the upgrade's: was the pod's spec patched?")
 }
 
 // grace0 is the grace of the pod's containers.

@@ -40,12 +40,19 @@ func (r *restart) driveUpgrade(ctx context.Context) error {
 		if err := r.resume(ctx); err != nil {
 			return err
 		}
+		if r.rec().Step == stepNone {
+			// Nothing is staged any more. The image comes first again, which may take long: not while kubelet waits for the slot.
+			r.claim.Release()
+			r.claim = nil
+		}
 	}
 	for {
 		var err error
 		switch s := r.rec().Step; s {
 		case stepNone:
-			err = r.prepare(ctx)
+			if r.rec().Method != MethodKubelet {
+				err = r.prepare(ctx)
+			}
 			if err == nil && r.rec().Method == MethodKubelet {
 				return r.leaveToKubelet(ctx)
 			}
@@ -80,7 +87,9 @@ func (r *restart) drives() {
 	if s := r.rec().Step; r.rec().Method == MethodGate && (s == stepArm || s == stepArmed) {
 		r.held = true
 	}
-	r.up.done = r.claim.Done()
+	if rec := r.rec(); rec.Step == stepStop {
+		r.up.stopBy(rec.StopBy)
+	}
 	r.claim.Drive(&r.up.kubelet)
 }
 
@@ -147,7 +156,10 @@ func (r *restart) toKubelet(format string, args ...any) {
 
 // leaveToKubelet waits for the commit of an upgrade of which only the image has been prepared.
 func (r *restart) leaveToKubelet(ctx context.Context) error {
-	r.show(func(c *opsv1.ContainerOperation) { c.Phase = opsv1.Phase_PHASE_PREPARED })
+	// The next process needs not do it again.
+	if err := r.write(func(_ *containerRecord, c *opsv1.ContainerOperation) { c.Phase = opsv1.Phase_PHASE_PREPARED }); err != nil {
+		return err
+	}
 	limit := orElse(r.o.upgrade.GetHoldTimeout(), defaultHold)
 	hold := time.NewTimer(limit)
 	defer hold.Stop()

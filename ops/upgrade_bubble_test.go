@@ -1,0 +1,470 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/podsapi"
+)
+
+// fakeImages are the images of a node: what a pull brings, and what the runtime says of them.
+type fakeImages struct {
+	nodeImages
+
+	mu     sync.Mutex // guards all following fields
+	ensure func(ctx context.Context, req *opsv1.PullRequest) (*opsv1.PullOperation, error)
+	pulled []string // images, with whether there were credentials
+	pinned []string
+}
+
+var _ Images = (*fakeImages)(nil)
+
+func newFakeImages() *fakeImages {
+	images := map[string]*runtimeapi.Image{}
+	for _, name := range []string{"app:v1", "app:v2", "app:v3", "web:v2"} {
+		images[name] = &runtimeapi.Image{Id: "sha256:" + name}
+		images["sha256:"+name] = images[name]
+	}
+	return &fakeImages{nodeImages: nodeImages{images: images}}
+}
+
+func (f *fakeImages) Ensure(ctx context.Context, req *opsv1.PullRequest, each func(*opsv1.PullOperation)) (*opsv1.PullOperation, error) {
+	f.mu.Lock()
+	ensure := f.ensure
+	pulled := req.GetImage()
+	if len(req.GetCredentials()) > 0 {
+		pulled += " with credentials"
+	}
+	f.pulled = append(f.pulled, pulled)
+	f.mu.Unlock()
+	each(&opsv1.PullOperation{Phase: opsv1.PullPhase_PULL_FETCHING})
+	if ensure != nil {
+		return ensure(ctx, req)
+	}
+	return &opsv1.PullOperation{Phase: opsv1.PullPhase_PULL_SUCCEEDED}, ctx.Err()
+}
+
+func (f *fakeImages) Pin(_ context.Context, image, _ string, _ time.Time) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.pinned = append(f.pinned, image)
+	return nil
+}
+
+// upNode is a node with one pod, containers app and web, on which time passes only when nothing else can happen. Kubelet calls through
+// the interceptors, without sockets.
+type upNode struct {
+	t       *testing.T
+	dir     string
+	rt      *fakeRuntime
+	images  *fakeImages
+	pods    Pods
+	shape   *node
+	sandbox string
+
+	*upProcess
+	processes []*upProcess
+}
+
+// upProcess is one run of cri-proxy.
+type upProcess struct {
+	state   string
+	engine  *Engine
+	view    *interceptors.View
+	api     *Server
+	kubelet runtimeapi.RuntimeServiceClient
+	leash   *leash
+	log     *signals
+	stop    context.CancelFunc
+	ran     sync.WaitGroup
+}
+
+// inUpNode runs f on such a node. The engine runs.
+func inUpNode(t *testing.T, f func(t *testing.T, n *upNode)) {
+	t.Helper()
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		n := &upNode{t: t, dir: dir, rt: newFakeRuntime(), images: newFakeImages()}
+		n.shape = &node{t: t, dir: dir, rt: n.rt}
+		state := filepath.Join(dir, "state")
+		n.must(os.Mkdir(state, 0o700))
+		n.boot(state)
+		n.makePod()
+		n.run()
+		synctest.Wait()
+		n.rt.takeCalls()
+		f(t, n)
+		for _, p := range n.processes {
+			p.stop()
+			p.leash.free()
+			p.ran.Wait()
+			n.must(p.engine.Close())
+		}
+	})
+}
+
+func (n *upNode) must(err error) {
+	n.t.Helper()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// boot starts a process, without Run.
+func (n *upNode) boot(state string) {
+	n.t.Helper()
+	log := logrus.New()
+	log.SetOutput(io.Discard)
+	if os.Getenv("OPS_TEST_LOG") != "" {
+		log.SetOutput(os.Stderr)
+	}
+	log.SetLevel(logrus.DebugLevel)
+	p := &upProcess{state: state, view: interceptors.NewView(), log: &signals{}, stop: func() {}, leash: &leash{ClientConnInterface: directConn{n.rt}}}
+	log.AddHook(p.log)
+	var err error
+	p.engine, err = Open(n.t.Context(), Options{StateDir: state, Conn: p.leash, View: p.view, Log: log, LegacyLogDir: n.dir, Images: n.images, Pods: n.pods})
+	n.must(err)
+	p.engine.img, p.engine.overrides.img = n.images, n.images
+	p.engine.journal.db.NoSync = true
+	p.api = NewServer(p.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
+	p.kubelet = runtimeapi.NewRuntimeServiceClient(throughProxy{n.rt, interceptors.New(interceptors.Options{
+		View: p.view, Records: p.engine.Records(), Runtime: directConn{n.rt}, Log: log, Overrides: p.engine.Overrides(),
+	})})
+	n.upProcess = p
+	n.processes = append(n.processes, p)
+}
+
+func (n *upNode) run() {
+	p := n.upProcess
+	ctx, cancel := context.WithCancel(context.Background())
+	p.stop = cancel
+	p.ran.Go(func() {
+		if err := p.engine.Run(ctx); err != nil {
+			n.t.Error(err)
+		}
+	})
+}
+
+// crash ends the process without warning, and returns the state directory as that leaves it.
+func (n *upNode) crash() string {
+	n.leash.cut()
+	dir := fmt.Sprintf("%s%d", n.state, len(n.processes))
+	err := os.Mkdir(dir, 0o700)
+	for _, name := range []string{"journal.db", "records.db", "records.boot"} {
+		b, rerr := os.ReadFile(filepath.Join(n.state, name))
+		err = errors.Join(err, rerr, os.WriteFile(filepath.Join(dir, name), b, 0o600))
+	}
+	if err != nil {
+		n.t.Error(err)
+	}
+	n.stop()
+	return dir
+}
+
+// reboot is the next process after a crash; it runs.
+func (n *upNode) reboot(state string) {
+	n.t.Helper()
+	n.rt.set(func(f *fakeRuntime) { f.before, f.after = nil, nil })
+	n.boot(state)
+	n.run()
+}
+
+// throughProxy makes calls as kubelet does, through the interceptors.
+type throughProxy struct {
+	f *fakeRuntime
+	d *interceptors.Director
+}
+
+func (p throughProxy) Invoke(ctx context.Context, method string, args, reply any, _ ...grpc.CallOption) error {
+	raw, err := proto.Marshal(args.(proto.Message))
+	if err != nil {
+		return err
+	}
+	for {
+		if take := p.d.Unary(method); take != nil {
+			raw, err = take(ctx, method, raw, p.next(method))
+			break
+		}
+		done, ok := p.d.Pass(method)
+		if !ok {
+			continue
+		}
+		raw, err = p.next(method)(ctx, raw)
+		if done != nil {
+			done()
+		}
+		break
+	}
+	if err != nil {
+		return status.Convert(err).Err()
+	}
+	return proto.Unmarshal(raw, reply.(proto.Message))
+}
+
+func (p throughProxy) next(method string) func(context.Context, []byte) ([]byte, error) {
+	return func(ctx context.Context, raw []byte) ([]byte, error) {
+		for _, m := range runtimeapi.RuntimeService_ServiceDesc.Methods {
+			if !strings.HasSuffix(method, "/"+m.MethodName) {
+				continue
+			}
+			resp, err := m.Handler(p.f, ctx, func(v any) error { return proto.Unmarshal(raw, v.(proto.Message)) }, p.f.watchKubelet)
+			if err != nil {
+				return nil, err
+			}
+			return proto.Marshal(resp.(proto.Message))
+		}
+		return nil, status.Error(codes.Unimplemented, method)
+	}
+}
+
+// watchKubelet is watch for calls that are not the engine's: they are noted only.
+func (f *fakeRuntime) watchKubelet(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	call := "kubelet:" + f.describe(ctx, info.FullMethod, req)
+	f.mu.Lock()
+	f.calls = append(f.calls, call)
+	f.mu.Unlock()
+	return handler(ctx, req)
+}
+
+func (throughProxy) NewStream(context.Context, *grpc.StreamDesc, string, ...grpc.CallOption) (grpc.ClientStream, error) {
+	return nil, status.Error(codes.Unimplemented, "no streams here")
+}
+
+func (n *upNode) makePod() {
+	n.t.Helper()
+	sb, err := n.rt.RunPodSandbox(n.t.Context(), &runtimeapi.RunPodSandboxRequest{Config: n.shape.sandboxConfig()})
+	n.must(err)
+	n.sandbox = sb.GetPodSandboxId()
+	for _, name := range []string{"app", "web"} {
+		n.must(n.kubeletMakes(n.t.Context(), n.asks(name, name+":v1", 0)))
+	}
+}
+
+// asks is what kubelet asks for when the pod's spec has that image.
+func (n *upNode) asks(name, image string, attempt uint32, edit ...func(*runtimeapi.ContainerConfig)) *runtimeapi.CreateContainerRequest {
+	c := n.shape.containerConfig(name, attempt)
+	c.Image = &runtimeapi.ImageSpec{Image: "sha256:" + image, UserSpecifiedImage: image}
+	c.Annotations[annotationHash] = kubeletHash(name, image)
+	c.Mounts[0].HostPath = filepath.Join(n.dir, fmt.Sprintf("%s-%d", name, attempt))
+	for _, f := range edit {
+		f(c)
+	}
+	return &runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: c, SandboxConfig: n.shape.sandboxConfig()}
+}
+
+// kubeletMakes creates and starts a container as kubelet does.
+func (n *upNode) kubeletMakes(ctx context.Context, req *runtimeapi.CreateContainerRequest) error {
+	ctx, cancel := context.WithTimeout(ctx, runtimeRequestTimeout)
+	defer cancel()
+	made, err := n.kubelet.CreateContainer(ctx, req)
+	if err != nil {
+		return err
+	}
+	_, err = n.kubelet.StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: made.GetContainerId()})
+	return err
+}
+
+// runtimeRequestTimeout is kubelet's default: what it gives every call, StopContainer the grace on top.
+const runtimeRequestTimeout = 2 * time.Minute
+
+func (n *upNode) kubeletStops(ctx context.Context, id string, grace int64) error {
+	ctx, cancel := context.WithTimeout(ctx, runtimeRequestTimeout+time.Duration(grace)*time.Second)
+	defer cancel()
+	_, err := n.kubelet.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: id, Timeout: grace})
+	return err
+}
+
+func (n *upNode) kubeletStopsPod(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, runtimeRequestTimeout)
+	defer cancel()
+	_, err := n.kubelet.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: n.sandbox})
+	return err
+}
+
+// newest is the container of the slot that kubelet goes by; nil if it sees none.
+func (n *upNode) newest(ctx context.Context, name string) (*runtimeapi.Container, error) {
+	list, err := n.kubelet.ListContainers(ctx, &runtimeapi.ListContainersRequest{})
+	var newest *runtimeapi.Container
+	for _, c := range list.GetContainers() {
+		if c.GetMetadata().GetName() == name && (newest == nil || c.GetCreatedAt() > newest.GetCreatedAt()) {
+			newest = c
+		}
+	}
+	return newest, err
+}
+
+// sync is kubelet's work on one container whose spec has that image, once: it returns an error where kubelet would begin again later.
+func (n *upNode) sync(ctx context.Context, name, image string, edit ...func(*runtimeapi.ContainerConfig)) error {
+	newest, err := n.newest(ctx, name)
+	if err != nil {
+		return err
+	}
+	attempt := uint32(0)
+	if newest != nil {
+		attempt = newest.GetMetadata().GetAttempt() + 1
+		if newest.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING {
+			if newest.GetAnnotations()[annotationHash] == kubeletHash(name, image) {
+				return nil
+			}
+			if err := n.kubeletStops(ctx, newest.GetId(), 30); err != nil {
+				return err
+			}
+		}
+	}
+	return n.kubeletMakes(ctx, n.asks(name, image, attempt, edit...))
+}
+
+// sees is what kubelet sees.
+func (n *upNode) sees() string {
+	n.t.Helper()
+	list, err := n.kubelet.ListContainers(n.t.Context(), &runtimeapi.ListContainersRequest{})
+	n.must(err)
+	var out []string
+	for _, c := range list.GetContainers() {
+		out = append(out, nameOf(c)+" "+strings.TrimPrefix(c.GetState().String(), "CONTAINER_"))
+	}
+	return joined(out)
+}
+
+func upgradeRequest(uid string, edit ...func(*opsv1.PrepareUpgradeRequest)) *opsv1.PrepareUpgradeRequest {
+	req := &opsv1.PrepareUpgradeRequest{Uid: uid, Pod: podRef(), Containers: []*opsv1.ContainerUpgrade{{Name: "app", Image: "app:v2"}}, Requester: "test"}
+	for _, f := range edit {
+		f(req)
+	}
+	return req
+}
+
+// first edits the first container of the request.
+func first(f func(c *opsv1.ContainerUpgrade)) func(*opsv1.PrepareUpgradeRequest) {
+	return func(r *opsv1.PrepareUpgradeRequest) { f(r.Containers[0]) }
+}
+
+func runBeside(c *opsv1.ContainerUpgrade) { c.Order = opsv1.Order_ORDER_START_FIRST }
+
+// webToo upgrades the other container as well.
+func webToo(r *opsv1.PrepareUpgradeRequest) {
+	r.Containers = append(r.Containers, &opsv1.ContainerUpgrade{Name: "web", Image: "web:v2"})
+}
+
+func (n *upNode) begin(uid string, edit ...func(*opsv1.PrepareUpgradeRequest)) {
+	n.t.Helper()
+	_, err := n.api.PrepareUpgrade(n.t.Context(), upgradeRequest(uid, edit...))
+	n.must(err)
+}
+
+func (n *upNode) prepared(uid string, edit ...func(*opsv1.PrepareUpgradeRequest)) {
+	n.t.Helper()
+	n.begin(uid, edit...)
+	n.until(uid, opsv1.Phase_PHASE_PREPARED)
+}
+
+func (n *upNode) armed(uid string, edit ...func(*opsv1.PrepareUpgradeRequest)) {
+	n.t.Helper()
+	n.prepared(uid, edit...)
+	n.commit(uid)
+	n.until(uid, opsv1.Phase_PHASE_ARMED)
+}
+
+func (n *upNode) commit(uid string) {
+	n.t.Helper()
+	_, err := n.api.CommitUpgrade(n.t.Context(), &opsv1.CommitUpgradeRequest{Uid: uid})
+	n.must(err)
+}
+
+// until waits for one of the phases, or for the end.
+func (n *upNode) until(uid string, phases ...opsv1.Phase) *opsv1.Operation {
+	n.t.Helper()
+	o := n.engine.lookup(uid)
+	if o == nil {
+		n.t.Fatalf("no operation %s", uid)
+	}
+	for {
+		op, changed := o.watch()
+		if slices.Contains(phases, op.GetPhase()) || op.GetFinishTime() != nil {
+			if op.GetFinishTime() != nil && len(phases) > 0 && !slices.Contains(phases, op.GetPhase()) {
+				n.t.Fatalf("operation ended %s: %s", verdict(op), op.GetMessage())
+			}
+			return op
+		}
+		select {
+		case <-changed:
+		case <-time.After(48 * time.Hour):
+			n.t.Fatalf("operation is still %v; the runtime has %s; calls %q", op, n.rt.state(), mutating(n.rt.takeCalls()))
+		}
+	}
+}
+
+// ends waits for the end and asserts it.
+func (n *upNode) ends(uid, want, state string) *opsv1.Operation {
+	n.t.Helper()
+	op := n.until(uid)
+	if got := verdict(op); got != want {
+		n.t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), want)
+	}
+	n.settled(state)
+	return op
+}
+
+// settled asserts that nothing of an operation is left, and what there is.
+func (n *upNode) settled(state string) {
+	n.t.Helper()
+	synctest.Wait()
+	if got := n.rt.state(); got != state {
+		n.t.Errorf("runtime has %s, want %s", got, state)
+	}
+	if got := n.sees(); got != n.rt.state() {
+		n.t.Errorf("kubelet sees %s, though there is %s", got, n.rt.state())
+	}
+	if n.view.Active() {
+		n.t.Error("something is still hidden or masked")
+	}
+	for _, name := range []string{"app", "web"} {
+		if n.view.Claimed(interceptors.Slot{PodUID: podUID, Container: name}) {
+			n.t.Errorf("slot %s is still held", name)
+		}
+	}
+}
+
+// inBackground makes a call of kubelet's on its own goroutine; the result is awaited by the returned function, which tells how long it took.
+func (n *upNode) inBackground(f func(ctx context.Context) error) (answered func() (time.Duration, error)) {
+	began, took := time.Now(), time.Duration(0)
+	done := make(chan error, 1)
+	ctx := context.WithoutCancel(n.t.Context())
+	go func() {
+		err := f(ctx)
+		took = time.Since(began)
+		done <- err
+	}()
+	return func() (time.Duration, error) {
+		err := <-done
+		return took, err
+	}
+}
+
+const (
+	untouched = "app/0 RUNNING, web/0 RUNNING"
+	upgraded  = "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"
+	succeeded = "SUCCEEDED, app SUCCEEDED"
+)
