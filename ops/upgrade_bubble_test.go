@@ -26,7 +26,6 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
-	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 )
 
 // fakeImages are the images of a node: what a pull brings, and what the runtime says of them.
