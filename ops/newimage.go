@@ -80,19 +80,12 @@ func orElse(d *durationpb.Duration, otherwise time.Duration) time.Duration {
 func (r *restart) pullImage(ctx context.Context) error {
 	want := r.change.want
 	r.show(func(c *opsv1.ContainerOperation) { c.Phase = opsv1.Phase_PHASE_PULLING })
-	owner := r.o.upgrade.GetOwner()
-	if owner == "" {
-		owner = r.o.op.GetRequester()
-	}
-	if owner == "" {
-		owner = r.kind() + " " + r.o.op.GetUid()
-	}
 	for {
 		credentials, forgotten, others := r.o.given()
 		r.failpoint("pulling")
 		req := &opsv1.PullRequest{
 			Uid: r.kind() + "-" + randomToken(), Image: want.GetImage(), Policy: want.GetPullPolicy(), Credentials: credentials,
-			PinFor: durationpb.New(orElse(r.o.upgrade.GetPinFor(), defaultPin)), Owner: owner,
+			PinFor: durationpb.New(orElse(r.o.upgrade.GetPinFor(), defaultPin)), Owner: r.pinOwner(),
 		}
 		if by, ok := ctx.Deadline(); ok {
 			req.Deadline = durationpb.New(max(time.Second, time.Until(by)))
@@ -106,7 +99,6 @@ func (r *restart) pullImage(ctx context.Context) error {
 		switch {
 		case err == nil && done.GetPhase() == opsv1.PullPhase_PULL_SUCCEEDED:
 			r.show(func(c *opsv1.ContainerOperation) { c.Pull = briefly(done) })
-			r.pinOld(ctx, owner)
 			return nil
 		case again:
 			continue
@@ -140,15 +132,28 @@ func briefly(p *opsv1.PullOperation) *opsv1.PullOperation {
 	}
 }
 
-// pinOld keeps the image that is replaced on the node, for the way back.
-func (r *restart) pinOld(ctx context.Context, owner string) {
-	found, err := r.resolve(ctx, r.o.op.GetPod(), r.want, r.o.req.GetForce())
-	if err != nil {
-		return // what comes next says why
+// pinOwner is whose pins the images get.
+func (r *restart) pinOwner() string {
+	if owner := r.o.upgrade.GetOwner(); owner != "" {
+		return owner
 	}
-	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: found.incumbent})
+	if requester := r.o.op.GetRequester(); requester != "" {
+		return requester
+	}
+	return r.kind() + " " + r.o.op.GetUid()
+}
+
+// pinPatience bounds the pinning of the old image: the slot is taken meanwhile.
+const pinPatience = 10 * time.Second
+
+// pinOld keeps the image that is replaced on the node, for the way back. The slot is taken: what is staged in it is not taken for
+// what runs.
+func (r *restart) pinOld(ctx context.Context, at *target) {
+	ctx, cancel := context.WithTimeout(ctx, pinPatience)
+	defer cancel()
+	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: at.incumbent})
 	if err == nil {
-		err = r.images.Pin(ctx, st.GetStatus().GetImageRef(), owner, time.Now().Add(orElse(r.o.upgrade.GetPinFor(), defaultPin)))
+		err = r.images.Pin(ctx, st.GetStatus().GetImageRef(), r.pinOwner(), time.Now().Add(orElse(r.o.upgrade.GetPinFor(), defaultPin)))
 	}
 	if err != nil {
 		r.warn("the old image is not pinned: %v", err)
@@ -310,6 +315,7 @@ func (r *restart) planImage(ctx context.Context, at *target) (*override, error) 
 	case r.want.GetRevertImage():
 		return nil, nil
 	}
+	r.pinOld(ctx, at)
 	switch {
 	case nonRoot && isRoot(imageUser(r.change.image)):
 		return nil, failf(ReasonImageUnfit, "image %s runs as root and that of the pod's spec does not: the pod may insist on that, which this node cannot tell; change the pod's spec instead", name)

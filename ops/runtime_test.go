@@ -380,7 +380,7 @@ func (f *fakeRuntime) CreateContainer(_ context.Context, r *runtimeapi.CreateCon
 		sandbox: s.id, config: config, reserved: name, dead: make(chan struct{}), gate: gate,
 		status: &runtimeapi.ContainerStatus{
 			Id: id, Metadata: config.GetMetadata(), State: runtimeapi.ContainerState_CONTAINER_CREATED, CreatedAt: at,
-			Labels: maps.Clone(config.GetLabels()), Annotations: maps.Clone(config.GetAnnotations()), Mounts: config.GetMounts(),
+			ImageRef: config.GetImage().GetImage(), Labels: maps.Clone(config.GetLabels()), Annotations: maps.Clone(config.GetAnnotations()), Mounts: config.GetMounts(),
 			LogPath:   s.config.GetLogDirectory() + "/" + config.GetLogPath(),
 			Resources: &runtimeapi.ContainerResources{Linux: config.GetLinux().GetResources()},
 		},

@@ -107,6 +107,16 @@ func inUpNode(t *testing.T, f func(t *testing.T, n *upNode)) {
 	synctest.Test(t, func(t *testing.T) {
 		n := &upNode{t: t, dir: dir, rt: newFakeRuntime(), images: newFakeImages()}
 		n.shape = &node{t: t, dir: dir, rt: n.rt}
+		defer func() {
+			for _, p := range n.processes {
+				p.stop()
+				p.leash.free()
+				p.ran.Wait()
+				if err := p.engine.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+		}()
 		state := filepath.Join(dir, "state")
 		n.must(os.Mkdir(state, 0o700))
 		n.boot(state)
@@ -115,12 +125,6 @@ func inUpNode(t *testing.T, f func(t *testing.T, n *upNode)) {
 		synctest.Wait()
 		n.rt.takeCalls()
 		f(t, n)
-		for _, p := range n.processes {
-			p.stop()
-			p.leash.free()
-			p.ran.Wait()
-			n.must(p.engine.Close())
-		}
 	})
 }
 
@@ -146,7 +150,6 @@ func (n *upNode) boot(state string) {
 	p.engine, err = Open(n.t.Context(), Options{StateDir: state, Conn: p.leash, View: p.view, Log: log, LegacyLogDir: n.dir, Images: n.images, Pods: n.pods})
 	n.must(err)
 	p.engine.img, p.engine.overrides.img = n.images, n.images
-	p.engine.journal.db.NoSync = true
 	p.api = NewServer(p.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
 	p.kubelet = runtimeapi.NewRuntimeServiceClient(throughProxy{n.rt, interceptors.New(interceptors.Options{
 		View: p.view, Records: p.engine.Records(), Runtime: directConn{n.rt}, Log: log, Overrides: p.engine.Overrides(),

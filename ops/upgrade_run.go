@@ -97,18 +97,21 @@ func (r *restart) drives() {
 func (r *restart) prepare(ctx context.Context) error {
 	limit := orElse(r.o.upgrade.GetPrepareTimeout(), defaultPrepare)
 	return r.withinPatience(ctx, r.o.op.GetCreateTime().AsTime(), limit, func(ctx context.Context) error { // the time never changes
-		err := r.pullImage(ctx)
-		if err == nil {
-			err = r.checkImage(ctx)
-		}
-		if err != nil || r.rec().Method == MethodKubelet {
+		if err := r.pullImage(ctx); err != nil {
 			return err
 		}
-		if r.claim == nil {
-			if err := r.takeSlot(ctx); err != nil {
-				return err
-			}
-			r.drives()
+		// Before the slot is taken, another operation may have a container of its own in it.
+		if err := r.takeSlot(ctx); err != nil {
+			return err
+		}
+		r.drives()
+		if err := r.checkImage(ctx); err != nil {
+			return err
+		}
+		if r.rec().Method == MethodKubelet {
+			r.claim.Release()
+			r.claim = nil
+			return nil
 		}
 		return r.stage(ctx)
 	})
@@ -125,6 +128,7 @@ func (r *restart) checkImage(ctx context.Context) error {
 		}
 		return fmt.Errorf("finding the container: %w", err)
 	}
+	r.pinOld(ctx, found)
 	request, err := r.fitImage(ctx, found)
 	var none *noRequestError
 	switch {
