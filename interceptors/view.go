@@ -6,6 +6,7 @@ package interceptors
 import (
 	"context"
 	"errors"
+	"iter"
 	"maps"
 	"slices"
 	"strings"
@@ -53,6 +54,8 @@ type View struct {
 	// untold has the successors, by incumbent, that were revealed and that no list has shown yet; see told.
 	untold map[string]heir
 	stops  map[string]int // container and sandbox IDs, as given, with a stop of kubelet's in flight
+	// elsewhere are such IDs with a stop in flight in the process before this one.
+	elsewhere []string
 	// started has when the processes of containers began whose start the runtime tells too early. starts is its size, for
 	// the pass path.
 	started map[string]time.Time
@@ -660,7 +663,11 @@ func (v *View) stopping(id string) (done func()) {
 func (c *Claim) Stopping() bool {
 	c.view.mu.RLock()
 	defer c.view.mu.RUnlock()
-	for id := range c.view.stops {
+	return c.stoppingLocked(maps.Keys(c.view.stops)) || c.stoppingLocked(slices.Values(c.view.elsewhere))
+}
+
+func (c *Claim) stoppingLocked(ids iter.Seq[string]) bool {
+	for id := range ids {
 		if id != "" && (strings.HasPrefix(c.incumbent, id) || strings.HasPrefix(c.sandbox, id)) {
 			return true
 		}

@@ -22,12 +22,17 @@ type call struct {
 	m      *method
 	name   string // full method name
 	client grpc.ServerStream
-	md     metadata.MD // the caller's, ready to be sent upstream
+	conn   *grpc.ClientConn // where it goes
+	md     metadata.MD      // the caller's, ready to be sent upstream
 
 	req      []byte        // copy for the recorder
 	upstream time.Duration // time spent waiting for the runtime
 	header   metadata.MD   // of the latest unary answer
 	trailer  metadata.MD
+
+	diverted bool // conn is another proxy, which sees to the interceptors
+	looks    Looks
+	looking  bool // guarded by flight.mu
 }
 
 // handle answers every call that no local service has taken. gRPC calls it for
@@ -41,8 +46,11 @@ func (s *Server) handle(_ any, client grpc.ServerStream) error {
 	}
 	c := &call{s: s, m: m, name: name, client: client}
 	s.calls.Add(1)
-	s.flight.begin()
+	s.flight.begin(c)
 	defer s.flight.end(c)
+	if err := s.flight.enter(client.Context(), c); err != nil {
+		return err
+	}
 	c.readMetadata()
 	s.lastCall.Store(began.UnixNano())
 

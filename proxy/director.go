@@ -73,3 +73,21 @@ type Passer interface {
 	// answered. ok is false when the director has changed its mind: then Unary is asked again.
 	Pass(method string) (done func(), ok bool)
 }
+
+// Looks says how long a call depends on what its director knows.
+type Looks int
+
+const (
+	// LooksToTheEnd is a call that does until it has been answered.
+	LooksToTheEnd Looks = iota
+	// LooksAtFirst is a call that does until it has been forwarded: what comes back goes out whatever has changed meanwhile.
+	LooksAtFirst
+	// LooksNever is a call that does not, or that may be ended at any time.
+	LooksNever
+)
+
+// Looker is implemented by a [Director] for [Server.Hold]. Without it every call of a known method looks to the end.
+type Looker interface {
+	// Looks answers for a method. It never changes its mind.
+	Looks(method string) Looks
+}

@@ -7,6 +7,9 @@ import (
 	"context"
 	"errors"
 	"sync"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
 )
 
 // errEnded is the cause of the context of a stream that a drain has ended.
@@ -19,14 +22,79 @@ type flight struct {
 	total   int
 	uploads int // client-to-runtime halves of bidirectional calls
 	endless map[*call]context.CancelCauseFunc
-	ended   bool            // streams that begin now are ended at once
-	waiters []chan struct{} // closed at the next change of the counts
+	ended   bool             // streams that begin now are ended at once
+	looking int              // calls that look, see [Server.Hold]
+	held    chan struct{}    // not nil: calls that begin wait until it is closed
+	divert  *grpc.ClientConn // not nil: where calls that begin go
+	waiters []chan struct{}  // closed at the next change of the counts
 }
 
-func (f *flight) begin() {
+func (f *flight) begin(c *call) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.total++
+	c.m.inFlight++
+}
+
+// enter waits while calls are held, and then says where the call goes. Its error is the call's answer.
+func (f *flight) enter(ctx context.Context, c *call) error {
+	for {
+		held := f.tryEnter(c)
+		if held == nil {
+			return nil
+		}
+		select {
+		case <-held:
+		case <-ctx.Done():
+			return status.FromContextError(ctx.Err()).Err()
+		}
+	}
+}
+
+func (f *flight) tryEnter(c *call) (held <-chan struct{}) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch {
+	case f.held != nil:
+		return f.held
+	case f.divert != nil:
+		c.conn, c.diverted = f.divert, true
+	default:
+		c.conn = c.s.up.conn
+		if c.looks = c.m.looks; c.looks != LooksNever {
+			c.looking = true
+			c.m.looking++
+			f.looking++
+		}
+	}
+	return nil
+}
+
+// forwarded is called when c is sent on.
+func (f *flight) forwarded(c *call) {
+	if c.looks != LooksAtFirst {
+		return
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.lookedLocked(c)
+}
+
+func (f *flight) lookedLocked(c *call) {
+	if !c.looking {
+		return
+	}
+	c.looking = false
+	c.m.looking--
+	f.looking--
+	f.wakeLocked()
+}
+
+// looks returns how many calls look.
+func (f *flight) looks() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.looking
 }
 
 // markEndless says that a drain may end c by cancel.
@@ -47,6 +115,8 @@ func (f *flight) end(c *call) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.total--
+	c.m.inFlight--
+	f.lookedLocked(c)
 	delete(f.endless, c)
 	f.wakeLocked()
 }
@@ -116,11 +186,11 @@ func (f *flight) wait(ctx context.Context, count func() int) error {
 	}
 }
 
-// endStreams ends the endless streams, and those still to come.
-func (f *flight) endStreams() {
+// endStreams ends the endless streams, and with final those still to come.
+func (f *flight) endStreams(final bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.ended = true
+	f.ended = f.ended || final
 	for _, cancel := range f.endless {
 		cancel(errEnded)
 	}

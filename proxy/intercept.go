@@ -18,14 +18,16 @@ import (
 
 // directUnary asks the director for a unary method. done is not nil if the
 // director wants to know when a call is over that it let pass; see [Passer].
-func (s *Server) directUnary(name string) (take UnaryInterceptor, done func()) {
-	if s.director == nil {
+func (c *call) directUnary() (take UnaryInterceptor, done func()) {
+	s, name := c.s, c.name
+	d := s.director.Load()
+	if d == nil || c.diverted {
 		return nil, nil
 	}
 	defer s.catch(name, func() { take, done = nil, nil })
-	passer, _ := s.director.(Passer)
+	passer, _ := (*d).(Passer)
 	for {
-		if take := s.director.Unary(name); take != nil || passer == nil {
+		if take := (*d).Unary(name); take != nil || passer == nil {
 			return take, nil
 		}
 		if done, ok := passer.Pass(name); ok {
@@ -35,12 +37,13 @@ func (s *Server) directUnary(name string) (take UnaryInterceptor, done func()) {
 }
 
 // directStream asks the director for a server-streaming method.
-func (s *Server) directStream(name string) (take StreamInterceptor) {
-	if s.director == nil {
+func (c *call) directStream() (take StreamInterceptor) {
+	d := c.s.director.Load()
+	if d == nil || c.diverted {
 		return nil
 	}
-	defer s.catch(name, func() { take = nil })
-	return s.director.Stream(name)
+	defer c.s.catch(c.name, func() { take = nil })
+	return (*d).Stream(c.name)
 }
 
 // catch is deferred around code of an interceptor: a panic becomes a fault.
@@ -101,6 +104,7 @@ func (c *call) interceptUnary(take UnaryInterceptor, req *frame) error {
 		}
 		var resp frame
 		last.called = true
+		c.s.flight.forwarded(c)
 		last.resp, last.err = nil, c.invoke(ctx, newFrame(b), &resp)
 		if last.err == nil {
 			last.resp = resp.data.Materialize()

@@ -30,6 +30,11 @@ type method struct {
 	// them. The Stream* lists end by themselves and are waited for (KEP-5825).
 	endless bool
 	metrics *methodMetrics
+
+	// The rest is guarded by flight.mu.
+	looks    Looks
+	inFlight int // calls that are not answered yet
+	looking  int // those of them that look, see [Server.Hold]
 }
 
 // criMethods lists the methods of both CRI services from the descriptors that

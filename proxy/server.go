@@ -5,10 +5,8 @@ package proxy
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"math"
-	"net"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -16,7 +14,6 @@ import (
 	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/keepalive"
 )
 
 // streamEndGrace is how long a drain waits for event streams to take their last
@@ -62,11 +59,11 @@ type Stats struct {
 // Server answers CRI calls by forwarding them to the runtime.
 type Server struct {
 	up       *Upstream
-	director Director
+	director atomic.Pointer[Director]
 	recorder CallRecorder
 	log      logrus.FieldLogger
-	grpc     *grpc.Server
 	codec    rawCodec
+	register func(grpc.ServiceRegistrar)
 	options  []grpc.CallOption // of every upstream call
 
 	methods map[string]*method
@@ -80,46 +77,34 @@ type Server struct {
 	faults        atomic.Uint64
 	lastCall      atomic.Int64 // Unix nanoseconds
 	lastUserAgent atomic.Pointer[string]
+
+	mu        sync.Mutex // guards all following fields
+	listeners map[*accepting]struct{}
+	turn      *turn          // takes new connections
+	turns     map[*turn]bool // those that serve
+	over      bool
 }
 
 // NewServer makes a server that forwards to up. It does not listen: see Serve.
 func NewServer(up *Upstream, o Options) *Server {
-	s := &Server{up: up, director: o.Director, recorder: o.Recorder, log: o.Log, codec: newRawCodec()}
+	s := &Server{
+		up: up, recorder: o.Recorder, log: o.Log, codec: newRawCodec(), register: o.Register,
+		listeners: map[*accepting]struct{}{}, turns: map[*turn]bool{},
+	}
 	if s.log == nil {
 		s.log = discardLogger()
 	}
 	s.options = []grpc.CallOption{grpc.ForceCodecV2(s.codec)}
 	s.metrics = newMetrics(o.Registerer, s, up, s.log)
-	s.unknown = &method{shape: bidi, metrics: s.metrics.method(unknownMethod)}
+	s.unknown = &method{shape: bidi, looks: LooksNever, metrics: s.metrics.method(unknownMethod)}
 	s.methods = make(map[string]*method)
 	for _, m := range criMethods() {
 		m.metrics = s.metrics.method(m.name)
 		s.methods[m.name] = &m
 	}
-	s.grpc = grpc.NewServer(
-		grpc.ForceServerCodecV2(s.codec),
-		grpc.UnknownServiceHandler(s.handle),
-		// No limits of our own: both peers enforce theirs.
-		grpc.MaxRecvMsgSize(math.MaxInt32),
-		grpc.MaxSendMsgSize(math.MaxInt32),
-		grpc.MaxHeaderListSize(maxHeaderList),
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
-		grpc.StaticStreamWindowSize(streamWindow),
-		grpc.StaticConnWindowSize(connWindow),
-	)
-	if o.Register != nil {
-		o.Register(s.grpc)
-	}
+	s.SetDirector(o.Director)
+	s.turn = s.newTurn()
 	return s
-}
-
-// Serve answers calls on l until Drain or Stop, after which it returns nil. It
-// may be called for several listeners.
-func (s *Server) Serve(l net.Listener) error {
-	if err := s.grpc.Serve(l); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
-		return fmt.Errorf("serve %s: %w", l.Addr(), err)
-	}
-	return nil
 }
 
 // Drain ends the server without failing a call: it stops accepting, tells the
@@ -134,12 +119,16 @@ func (s *Server) Drain(ctx context.Context) error {
 	gone := make(chan struct{})
 	go func() {
 		defer close(gone)
-		s.grpc.GracefulStop()
+		var turns sync.WaitGroup
+		for _, t := range s.finish() {
+			turns.Go(t.grpc.GracefulStop)
+		}
+		turns.Wait()
 	}()
 	defer s.Stop()
 
 	err := s.flight.wait(ctx, s.flight.finite)
-	s.flight.endStreams()
+	s.flight.endStreams(true)
 	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), streamEndGrace)
 	defer cancel()
 	for err == nil {
@@ -167,11 +156,46 @@ func (s *Server) Drain(ctx context.Context) error {
 // cancelled, and an interceptor that works on detached from its caller is not
 // waited for.
 func (s *Server) Stop() {
-	s.flight.endStreams()
-	s.grpc.Stop()
+	s.flight.endStreams(true)
+	for _, t := range s.finish() {
+		t.grpc.Stop()
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), streamEndGrace)
 	defer cancel()
 	_ = s.flight.wait(ctx, s.flight.goroutines)
+}
+
+// SetDirector changes who chooses the interceptors. Calls under way keep theirs.
+func (s *Server) SetDirector(d Director) {
+	looker, _ := d.(Looker)
+	s.flight.mu.Lock()
+	defer s.flight.mu.Unlock()
+	for _, m := range s.methods {
+		switch {
+		case d == nil || m.endless:
+			m.looks = LooksNever
+		case looker == nil:
+			m.looks = LooksToTheEnd
+		default:
+			m.looks = looker.Looks(m.name)
+		}
+	}
+	if d == nil {
+		s.director.Store(nil)
+		return
+	}
+	s.director.Store(&d)
+}
+
+// InFlight returns how many calls of a CRI method are not answered yet. name is its full name.
+func (s *Server) InFlight(name string) int {
+	m := s.methods[name]
+	if m == nil {
+		return 0
+	}
+	s.flight.mu.Lock()
+	defer s.flight.mu.Unlock()
+	return m.inFlight
 }
 
 // Stats returns the counts so far.

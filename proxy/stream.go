@@ -18,7 +18,7 @@ var (
 
 // serverStream relays one request and the stream of its answers.
 func (c *call) serverStream() error {
-	take := c.s.directStream(c.name)
+	take := c.directStream()
 	var req frame
 	if done, err := c.receiveOnly(&req); done {
 		return err
@@ -42,7 +42,7 @@ func (c *call) serverStream() error {
 // error is the call's answer.
 func (c *call) openServerStream(ctx context.Context, req *frame) (grpc.ClientStream, error) {
 	defer req.free()
-	runtime, err := c.s.up.conn.NewStream(c.outgoing(ctx), &serverStreamDesc, c.name, c.callOptions()...)
+	runtime, err := c.conn.NewStream(c.outgoing(ctx), &serverStreamDesc, c.name, c.callOptions()...)
 	if err != nil {
 		return nil, c.upstreamError(ctx, err)
 	}
@@ -58,7 +58,7 @@ func (c *call) openServerStream(ctx context.Context, req *frame) (grpc.ClientStr
 func (c *call) bidi(first []*frame, closed bool) error {
 	ctx, cancel := context.WithCancelCause(c.client.Context())
 	defer cancel(nil)
-	runtime, err := c.s.up.conn.NewStream(c.outgoing(ctx), &bidiDesc, c.name, c.callOptions()...)
+	runtime, err := c.conn.NewStream(c.outgoing(ctx), &bidiDesc, c.name, c.callOptions()...)
 	if err != nil {
 		for _, f := range first {
 			f.free()

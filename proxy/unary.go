@@ -12,7 +12,7 @@ import (
 
 // unary relays one request and one answer.
 func (c *call) unary() error {
-	take, done := c.s.directUnary(c.name)
+	take, done := c.directUnary()
 	if done != nil {
 		defer done()
 	}
@@ -29,6 +29,7 @@ func (c *call) unary() error {
 // passUnary forwards req, undecoded, and answers what the runtime answers.
 func (c *call) passUnary(req *frame) error {
 	var resp frame
+	c.s.flight.forwarded(c)
 	err := c.invoke(c.client.Context(), req, &resp)
 	return c.answer(&resp, err)
 }
@@ -40,7 +41,7 @@ func (c *call) invoke(ctx context.Context, req, resp *frame) error {
 	c.header, c.trailer = nil, nil
 	opts := append(c.callOptions(), grpc.Header(&c.header), grpc.Trailer(&c.trailer))
 	began := time.Now()
-	err := c.s.up.conn.Invoke(c.outgoing(ctx), c.name, req, resp, opts...)
+	err := c.conn.Invoke(c.outgoing(ctx), c.name, req, resp, opts...)
 	c.upstream += time.Since(began)
 	return connectionError(err)
 }

@@ -1,0 +1,35 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"slices"
+	"strings"
+)
+
+// Unleavable returns the operations that Run would not leave at once, ordered: they wait for a container to stop, which nothing
+// cuts short, or are about to start the one in its place. Others can be left at any time.
+func (e *Engine) Unleavable() []string {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	var uids []string
+	for uid, o := range e.ops {
+		if o.unleavable() {
+			uids = append(uids, uid)
+		}
+	}
+	slices.SortFunc(uids, strings.Compare)
+	return uids
+}
+
+func (o *operation) unleavable() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.op.GetFinishTime() != nil {
+		return false
+	}
+	return slices.ContainsFunc(o.containers, func(c containerRecord) bool {
+		return c.Step == stepStop || c.Step == stepStarted || c.Step == stepUndo
+	})
+}
