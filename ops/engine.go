@@ -140,7 +140,7 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 	}
 	records, err := openRecords(o.StateDir, log)
 	if err != nil {
-		return nil, errors.Join(err, j.close())
+		return nil, errors.Join(err, j.Close())
 	}
 	e := &Engine{
 		view:      o.View,
@@ -313,7 +313,7 @@ func (e *Engine) Close() error {
 		e.log.Error("operations have ended that the journal knows as unfinished: the next process will take them up again")
 	}
 	e.hooks.CloseIdleConnections()
-	return errors.Join(e.journal.close(), e.records.close())
+	return errors.Join(e.journal.Close(), e.records.close())
 }
 
 // writeLater has the end of the operation written as soon as that is possible.

@@ -8,22 +8,15 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime/debug"
-	"sync"
-	"syscall"
 	"time"
 
 	"github.com/sirupsen/logrus"
 	bolt "go.etcd.io/bbolt"
-	bolterrors "go.etcd.io/bbolt/errors"
-)
 
-// lockPatience is how long opening a state file waits for another process to let go of
-// it: a predecessor that drains holds it until its operations have ended.
-const lockPatience = 10 * time.Second
+	"github.com/cri-proxy/cri-proxy/ops/boltfile"
+)
 
 var (
 	bucketOperations = []byte("operations")
@@ -88,125 +81,49 @@ type containerRecord struct {
 	Grace int64 `json:"grace,omitempty"`
 }
 
-// journal is the durable list of operations, in one bbolt file of mode 0600.
+// journal is the durable list of operations and image overrides, in one bbolt file of mode 0600.
 // Every write is on disk when it returns.
-type journal struct {
-	path string
+type journal struct{ *boltfile.File }
 
-	mu sync.Mutex // guards db
-	// db is nil while the file cannot be had, on a full disk for example: kubelet is served all the same, and
-	// every write tries again.
-	db *bolt.DB
-}
-
-// openJournal opens the journal in dir. A file that is damaged is set aside under another name, for
-// a person to look at: what an unfinished operation has left is then found by the annotation that it carries.
+// openJournal opens the journal in dir. What an unfinished operation of a damaged one has left is found by the annotation that it carries.
 //
-// Errors: the file is held by another process or is not permitted to this one, or there is no such directory.
+// Errors: those of [boltfile.Open].
 func openJournal(dir string, log logrus.FieldLogger) (*journal, error) {
-	j := &journal{path: filepath.Join(dir, "journal.db")}
-	log = log.WithField("file", j.path)
-	db, err := openJournalFile(j.path)
-	if errors.Is(err, errDamaged) {
-		aside := fmt.Sprintf("%s.unreadable-%d", j.path, time.Now().Unix())
-		log.WithError(err).WithField("aside", aside).Error("the journal is damaged: setting it aside and starting anew; operations that were under way are not finished")
-		if err := os.Rename(j.path, aside); err != nil {
-			log.WithError(err).Error("journal not set aside: no operations")
-			return j, nil
-		}
-		db, err = openJournalFile(j.path)
-	}
-	if errors.Is(err, bolterrors.ErrTimeout) || errors.Is(err, fs.ErrPermission) || errors.Is(err, fs.ErrNotExist) {
-		return nil, openError(j.path, err)
-	}
-	if err != nil {
-		log.WithError(err).Error("the journal cannot be opened: kubelet is served, operations are refused")
-	}
-	j.db = db
-	return j, nil
-}
-
-// errDamaged is returned for a file that is not what was written.
-var errDamaged = errors.New("the file is damaged")
-
-// openJournalFile opens the file and reads all of it, so that damage is found here: bolt panics at a page that is not
-// what it should be, and a file that has become shorter is a fault of memory. The list of free pages is kept in the file, because
-// the other way to have it (NoFreelistSync) walks the pages in a goroutine whose panic nobody can catch.
-func openJournalFile(path string) (db *bolt.DB, err error) {
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		if r := recover(); r != nil {
-			db, err = nil, fmt.Errorf("%w: %v", errDamaged, r) // what is open of it stays so: closing would panic too
-		}
-	}()
-	db, err = bolt.Open(path, 0o600, &bolt.Options{Timeout: lockPatience, FreelistType: bolt.FreelistMapType})
-	if err != nil {
-		if pathErr := (*fs.PathError)(nil); errors.As(err, &pathErr) || errors.Is(err, bolterrors.ErrTimeout) || errors.As(err, new(syscall.Errno)) {
-			return nil, err
-		}
-		return nil, fmt.Errorf("%w: %w", errDamaged, err)
-	}
-	if err := ensureBuckets(db, bucketOperations); err != nil {
-		return nil, errors.Join(err, db.Close())
-	}
-	err = db.View(func(tx *bolt.Tx) error {
-		none := func(_, _ []byte) error { return nil }
-		if err := tx.Bucket(bucketOperations).ForEach(none); err != nil || tx.Bucket(bucketOverrides) == nil {
-			return err
-		}
-		return tx.Bucket(bucketOverrides).ForEach(none)
-	})
-	if err != nil {
-		return nil, errors.Join(err, db.Close())
-	}
-	return db, nil
-}
-
-// ensureBuckets makes the buckets that do not exist. It writes only then: the disk may be full.
-func ensureBuckets(db *bolt.DB, names ...[]byte) error {
-	missing := false
-	err := db.View(func(tx *bolt.Tx) error {
-		for _, name := range names {
-			missing = missing || tx.Bucket(name) == nil
-		}
-		return nil
-	})
-	if err != nil || !missing {
-		return err
-	}
-	return db.Update(func(tx *bolt.Tx) error {
-		for _, name := range names {
-			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
+	file, err := boltfile.Open(filepath.Join(dir, "journal.db"), boltfile.Options{
+		Buckets: [][]byte{bucketOperations},
+		Read: func(tx *bolt.Tx) error {
+			none := func(_, _ []byte) error { return nil }
+			if err := tx.Bucket(bucketOperations).ForEach(none); err != nil || tx.Bucket(bucketOverrides) == nil {
 				return err
 			}
-		}
-		return nil
+			return tx.Bucket(bucketOverrides).ForEach(none)
+		},
+		Lost: "operations that were under way are not finished", Missing: "kubelet is served, operations are refused", Log: log,
 	})
+	if err != nil {
+		return nil, err
+	}
+	return &journal{file}, nil
 }
 
-// file returns the open file, which it opens if it has not been before.
-func (j *journal) file() (*bolt.DB, error) {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	if j.db == nil {
-		db, err := openJournalFile(j.path)
-		if err != nil {
-			return nil, fmt.Errorf("journal %s: %w", j.path, err)
-		}
-		j.db = db
+// update writes in one transaction.
+func (j *journal) update(change func(*bolt.Tx) error) error {
+	if err := j.Update(change); err != nil {
+		return fmt.Errorf("journal: %w", err)
 	}
-	return j.db, nil
+	return nil
 }
 
-func openError(path string, err error) error {
-	switch {
-	case errors.Is(err, bolterrors.ErrTimeout):
-		return fmt.Errorf("%s is held by another process: is a cri-proxy with the same state directory running? Stop it or choose another stateDir (%w)", path, err)
-	case errors.Is(err, fs.ErrPermission):
-		return fmt.Errorf("opening %s: %w (cri-proxy must run as root)", path, err)
-	default:
-		return fmt.Errorf("opening %s: %w", path, err)
+// view reads; it does nothing while there is no file.
+func (j *journal) view(read func(*bolt.Tx) error) error {
+	if !j.IsOpen() {
+		return nil
 	}
+	db, err := j.DB()
+	if err != nil {
+		return err
+	}
+	return db.View(read)
 }
 
 func (j *journal) put(uid string, r *record) error { return j.putWith(uid, r, nil) }
@@ -217,17 +134,9 @@ func (j *journal) putWith(uid string, r *record, overrides map[string][]byte) er
 	if err != nil {
 		return fmt.Errorf("journal: encoding operation %s: %w", uid, err)
 	}
-	db, err := j.file()
-	if err != nil {
-		return err
-	}
-	err = db.Update(func(tx *bolt.Tx) error {
+	return j.update(func(tx *bolt.Tx) error {
 		return errors.Join(tx.Bucket(bucketOperations).Put([]byte(uid), b), changeOverrides(tx, overrides))
 	})
-	if err != nil {
-		return fmt.Errorf("journal: writing operation %s: %w", uid, err)
-	}
-	return nil
 }
 
 // putOverrides writes changes to overrides alone.
@@ -235,14 +144,7 @@ func (j *journal) putOverrides(changes map[string][]byte) error {
 	if len(changes) == 0 {
 		return nil
 	}
-	db, err := j.file()
-	if err != nil {
-		return err
-	}
-	if err := db.Update(func(tx *bolt.Tx) error { return changeOverrides(tx, changes) }); err != nil {
-		return fmt.Errorf("journal: writing image overrides: %w", err)
-	}
-	return nil
+	return j.update(func(tx *bolt.Tx) error { return changeOverrides(tx, changes) })
 }
 
 // changeOverrides makes the bucket when there is something to put into it, not before: the disk may be full.
@@ -266,10 +168,7 @@ func changeOverrides(tx *bolt.Tx, changes map[string][]byte) error {
 
 // loadOverrides calls f for every override.
 func (j *journal) loadOverrides(f func(slot string, raw []byte)) error {
-	if j.db == nil {
-		return nil
-	}
-	return j.db.View(func(tx *bolt.Tx) error {
+	return j.view(func(tx *bolt.Tx) error {
 		b := tx.Bucket(bucketOverrides)
 		if b == nil {
 			return nil
@@ -285,11 +184,7 @@ func (j *journal) remove(uids []string) error {
 	if len(uids) == 0 {
 		return nil
 	}
-	db, err := j.file()
-	if err != nil {
-		return err
-	}
-	return db.Update(func(tx *bolt.Tx) error {
+	return j.update(func(tx *bolt.Tx) error {
 		for _, uid := range uids {
 			if err := tx.Bucket(bucketOperations).Delete([]byte(uid)); err != nil {
 				return err
@@ -302,11 +197,8 @@ func (j *journal) remove(uids []string) error {
 // load calls f for every operation. One that cannot be read, or that f refuses, is set aside, so that it
 // cannot keep the proxy, and kubelet with it, from starting; bad gets its error.
 func (j *journal) load(f func(uid string, r *record) error, bad func(error)) error {
-	if j.db == nil {
-		return nil
-	}
 	aside := map[string][]byte{}
-	err := j.db.View(func(tx *bolt.Tx) error {
+	err := j.view(func(tx *bolt.Tx) error {
 		return tx.Bucket(bucketOperations).ForEach(func(k, v []byte) error {
 			r, err := decodeRecord(v)
 			if err == nil {
@@ -322,7 +214,7 @@ func (j *journal) load(f func(uid string, r *record) error, bad func(error)) err
 	if err != nil || len(aside) == 0 {
 		return err
 	}
-	err = j.db.Update(func(tx *bolt.Tx) error {
+	err = j.update(func(tx *bolt.Tx) error {
 		unreadable, err := tx.CreateBucketIfNotExists(bucketUnreadable)
 		if err != nil {
 			return err
@@ -346,15 +238,6 @@ func decodeRecord(b []byte) (*record, error) {
 		return nil, err
 	}
 	return r, nil
-}
-
-func (j *journal) close() error {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	if j.db == nil {
-		return nil
-	}
-	return j.db.Close()
 }
 
 // bootID tells one run of the kernel from the next; empty where the kernel has none.

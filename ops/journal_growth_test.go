@@ -90,12 +90,13 @@ func TestOldOperationsGoByThemselves(t *testing.T) {
 // A journal that is full stays as large as it is: new operations take the room of old ones.
 func TestJournalStaysSmall(t *testing.T) {
 	const total = maxFinished + 1000
-	j, err := openJournal(t.TempDir(), logrus.New())
+	dir := t.TempDir()
+	j, err := openJournal(dir, logrus.New())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer j.close()
-	j.db.NoSync = true
+	defer j.Close()
+	j.unsynced()
 	sizes := map[int]int64{}
 	for i := 1; i <= total; i++ {
 		r := finishedRecord(t, i)
@@ -108,7 +109,7 @@ func TestJournalStaysSmall(t *testing.T) {
 			}
 		}
 		if i%500 == 0 {
-			sizes[i] = fileSize(t, j.path)
+			sizes[i] = fileSize(t, filepath.Join(dir, "journal.db"))
 		}
 	}
 	t.Logf("journal.db by operations: %v", sizes)
@@ -207,16 +208,16 @@ func finishedOperation(i int, at time.Time) *operation {
 }
 
 // fullEngine is an engine that keeps as many finished operations as it may.
-func fullEngine(b *testing.B) *Engine {
+func fullEngine(b *testing.B, dir string) *Engine {
 	b.Helper()
 	log := logrus.New()
 	log.SetOutput(io.Discard)
-	e, err := Open(b.Context(), Options{StateDir: b.TempDir(), Conn: directConn{newFakeRuntime()}, View: interceptors.NewView(), Log: log, LegacyLogDir: b.TempDir()})
+	e, err := Open(b.Context(), Options{StateDir: dir, Conn: directConn{newFakeRuntime()}, View: interceptors.NewView(), Log: log, LegacyLogDir: b.TempDir()})
 	if err != nil {
 		b.Fatal(err)
 	}
 	b.Cleanup(func() { _ = e.Close() })
-	e.journal.db.NoSync = true
+	e.journal.unsynced()
 	e.fill(b)
 	return e
 }
@@ -239,7 +240,7 @@ func (e *Engine) fill(t testing.TB) {
 // the process, and in memory and on disk.
 func BenchmarkFullJournal(b *testing.B) {
 	b.Run("expire", func(b *testing.B) {
-		e := fullEngine(b)
+		e := fullEngine(b, b.TempDir())
 		for b.Loop() {
 			e.mu.Lock()
 			err := e.expireLocked(time.Now())
@@ -250,7 +251,7 @@ func BenchmarkFullJournal(b *testing.B) {
 		}
 	})
 	b.Run("list", func(b *testing.B) {
-		e := fullEngine(b)
+		e := fullEngine(b, b.TempDir())
 		for b.Loop() {
 			if n := len(e.list()); n != maxFinished {
 				b.Fatalf("%d operations", n)
@@ -258,9 +259,9 @@ func BenchmarkFullJournal(b *testing.B) {
 		}
 	})
 	b.Run("open", func(b *testing.B) {
-		e := fullEngine(b)
-		dir := filepath.Dir(e.journal.path)
-		b.ReportMetric(float64(fileSize(b, e.journal.path)), "file-bytes")
+		dir := b.TempDir()
+		e := fullEngine(b, dir)
+		b.ReportMetric(float64(fileSize(b, filepath.Join(dir, "journal.db"))), "file-bytes")
 		if err := e.Close(); err != nil {
 			b.Fatal(err)
 		}

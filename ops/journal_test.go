@@ -23,6 +23,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/boltfile"
 )
 
 // entry is a journal record of an operation on app at a step.
@@ -50,7 +51,7 @@ func journalWith(t testing.TB, records map[string]*record) string {
 			t.Fatal(err)
 		}
 	}
-	if err := j.close(); err != nil {
+	if err := j.Close(); err != nil {
 		t.Fatal(err)
 	}
 	return dir
@@ -118,7 +119,7 @@ func TestOpenSetsBadRecordsAside(t *testing.T) {
 			if e.lookup("op") != nil || e.lookup("good") == nil || len(e.waiting) != 1 {
 				t.Errorf("operations: %v", e.list())
 			}
-			err = e.journal.db.View(func(tx *bolt.Tx) error {
+			err = e.journal.view(func(tx *bolt.Tx) error {
 				if tx.Bucket(bucketUnreadable).Get([]byte("op")) == nil || tx.Bucket(bucketOperations).Get([]byte("op")) != nil {
 					t.Error("the record is not set aside")
 				}
@@ -152,11 +153,11 @@ func TestOpenRefuses(t *testing.T) {
 		}
 	})
 	t.Run("held", func(t *testing.T) {
-		err := openError("journal.db", bolterrors.ErrTimeout)
+		err := boltfile.Explain("journal.db", bolterrors.ErrTimeout)
 		if !errors.Is(err, bolterrors.ErrTimeout) || !strings.Contains(err.Error(), "is held by another process") {
 			t.Errorf("got %v", err)
 		}
-		if err := openError("journal.db", fs.ErrPermission); !strings.Contains(err.Error(), "must run as root") {
+		if err := boltfile.Explain("journal.db", fs.ErrPermission); !strings.Contains(err.Error(), "must run as root") {
 			t.Errorf("got %v", err)
 		}
 	})
@@ -193,7 +194,7 @@ func TestJournalThatIsDamaged(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := errors.Join(j.put("op", &record{}), j.close()); err != nil {
+			if err := errors.Join(j.put("op", &record{}), j.Close()); err != nil {
 				t.Fatal(err)
 			}
 			aside, err := filepath.Glob(filepath.Join(dir, "journal.db.unreadable-*"))
@@ -265,7 +266,7 @@ func TestJournalFile(t *testing.T) {
 	if err != nil || n != 1 {
 		t.Errorf("%d records, %v", n, err)
 	}
-	err = j.db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketOperations).Put([]byte("x"), []byte("{")) })
+	err = j.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketOperations).Put([]byte("x"), []byte("{")) })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -278,7 +279,7 @@ func TestJournalFile(t *testing.T) {
 			t.Errorf("got %v, want %q", bad, want)
 		}
 	}
-	if err := j.close(); err != nil {
+	if err := j.Close(); err != nil {
 		t.Fatal(err)
 	}
 	if err := j.put("op", want); !errors.Is(err, bolterrors.ErrDatabaseNotOpen) {

@@ -24,23 +24,15 @@ import (
 
 // breakJournal makes writes fail during the call; the returned function makes them work again.
 func (n *node) breakJournal(during string) (mend func()) {
-	n.during(during, func() { n.must(n.engine.journal.db.Close()) })
-	return func() {
-		n.engine.journal.mu.Lock()
-		defer n.engine.journal.mu.Unlock()
-		n.engine.journal.db = nil // as on a disk that was full at the start: opened with the next write
-	}
+	n.during(during, func() { n.must(n.engine.journal.Close()) })
+	return func() { n.must(n.engine.journal.Reopen()) } // as on a disk that was full at the start: opened with the next write
 }
 
 // endOf returns the end of an operation as the next process would find it.
 func endOf(t *testing.T, j *journal, uid string) string {
 	t.Helper()
-	db, err := j.file()
-	if err != nil {
-		t.Fatal(err)
-	}
 	op := &opsv1.Operation{}
-	err = db.View(func(tx *bolt.Tx) error {
+	err := j.view(func(tx *bolt.Tx) error {
 		r, err := decodeRecord(tx.Bucket(bucketOperations).Get([]byte(uid)))
 		if err != nil {
 			return err
@@ -94,7 +86,7 @@ func TestEndIsWrittenWhenTheJournalIsBack(t *testing.T) {
 				if got := endOf(t, j, "op"); got != tc.want {
 					t.Errorf("the journal has %q, want %q", got, tc.want)
 				}
-				n.must(j.close())
+				n.must(j.Close())
 			})
 		})
 	}

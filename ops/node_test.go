@@ -122,7 +122,7 @@ func (n *node) boot(state string) {
 	if n.rt.processes != nil {
 		d.engine.methods.owned, d.engine.methods.watch = n.rt.owned, d.watch(n.rt)
 	}
-	d.engine.journal.db.NoSync = true // no power is cut here; copies of the file are made by this process
+	d.engine.journal.unsynced() // no power is cut here; copies of the file are made by this process
 	d.api = NewServer(d.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
 	d.server = proxy.NewServer(up, proxy.Options{Director: interceptors.New(interceptors.Options{View: d.view, Records: d.engine.Records(), Runtime: up.Conn(), Log: log, Overrides: d.engine.Overrides()})})
 	path := filepath.Join(n.dir, fmt.Sprintf("p%d.sock", len(n.daemons)))

@@ -181,7 +181,7 @@ func TestJournalBreaks(t *testing.T) {
 		t.Run(tc.at, func(t *testing.T) {
 			n := newNode(t, podOptions{})
 			n.runTidied()
-			n.during(tc.at, func() { n.must(n.engine.journal.db.Close()) })
+			n.during(tc.at, func() { n.must(n.engine.journal.Close()) })
 			n.restart("op", func(r *opsv1.RestartRequest) {
 				r.Containers[0].PreStop, r.Containers[0].PostStart = execHook("bye"), execHook("hello")
 			})
@@ -527,7 +527,7 @@ func TestRestartIsRefused(t *testing.T) {
 		{name: "runtime broken", prepare: func(n *node) {
 			n.rt.set(func(f *fakeRuntime) { f.before = func(string) error { return status.Error(codes.Unknown, "odd") } })
 		}, code: codes.Internal, message: "asking the runtime: "},
-		{name: "state directory gone", prepare: func(n *node) { n.must(n.engine.journal.db.Close()) }, code: codes.Internal, message: "nothing was done"},
+		{name: "state directory gone", prepare: func(n *node) { n.must(n.engine.journal.Close()) }, code: codes.Internal, message: "nothing was done"},
 	}
 	for _, tc := range cases {
 		t.Run(tc.name, func(t *testing.T) {

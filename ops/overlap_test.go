@@ -199,10 +199,13 @@ func TestIncumbentEndsWhileTheJournalIsWritten(t *testing.T) {
 	free := make(chan struct{})
 	n.engine.methods.watch = func(pid int, container string) (*exitWatch, error) {
 		w, err := watch(pid, container)
-		j.mu.Lock()
+		db, dbErr := j.DB()
+		n.must(dbErr)
+		tx, txErr := db.Begin(true) // the only one at a time
+		n.must(txErr)
 		go func() {
 			<-free
-			j.mu.Unlock()
+			_ = tx.Rollback()
 		}()
 		n.rt.exit(t, "app/0", 5)
 		return w, err
@@ -381,7 +384,7 @@ func TestJournalBreaksDuringTheOverlap(t *testing.T) {
 			t.Parallel()
 			n := newNode(t, podOptions{})
 			n.runTidied()
-			n.during(tc.at, func() { n.must(n.engine.journal.db.Close()) })
+			n.during(tc.at, func() { n.must(n.engine.journal.Close()) })
 			end := n.relist()
 			n.restart("op", startFirst, func(r *opsv1.RestartRequest) {
 				r.Containers[0].PreStop, r.Containers[0].PostStart = execHook("bye"), execHook("hello")

@@ -51,7 +51,7 @@ func overridesIn(t *testing.T, dir string, img runtimeapi.ImageServiceClient) *O
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := j.close(); err != nil {
+		if err := j.Close(); err != nil {
 			t.Error(err)
 		}
 	})
@@ -142,10 +142,10 @@ func TestOverridesOnDisk(t *testing.T) {
 		t.Error("written to a full disk")
 	}
 	s.drop(web) // which writes the other one too
-	if err := j.db.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketOverrides).Put([]byte("bad"), []byte("{")) }); err != nil {
+	if err := j.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketOverrides).Put([]byte("bad"), []byte("{")) }); err != nil {
 		t.Fatal(err)
 	}
-	if err := j.close(); err != nil {
+	if err := j.Close(); err != nil {
 		t.Fatal(err)
 	}
 	again := overridesIn(t, dir, nil)
@@ -241,7 +241,7 @@ func TestCredentialsOfRestartAreNotKept(t *testing.T) {
 	if c, _, _ := o.given(); c[0].GetPassword() != "secret2" {
 		t.Errorf("credentials: %v", c)
 	}
-	err = e.journal.db.View(func(tx *bolt.Tx) error {
+	err = e.journal.view(func(tx *bolt.Tx) error {
 		return tx.Bucket(bucketOperations).ForEach(func(_, v []byte) error {
 			r, err := decodeRecord(v)
 			if err != nil {

@@ -15,11 +15,11 @@ import (
 
 	"github.com/sirupsen/logrus"
 	bolt "go.etcd.io/bbolt"
-	bolterrors "go.etcd.io/bbolt/errors"
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/boltfile"
 )
 
 var (
@@ -51,8 +51,8 @@ func openRecords(dir string, log logrus.FieldLogger) (*Records, error) {
 	if err == nil {
 		r.db, err = openRecordsFile(path)
 	}
-	if errors.Is(err, bolterrors.ErrTimeout) || errors.Is(err, fs.ErrPermission) {
-		return nil, openError(path, err)
+	if boltfile.Hopeless(err) {
+		return nil, boltfile.Explain(path, err)
 	}
 	if err != nil {
 		log.WithError(err).Warn("records cannot be read: starting anew; containers made before now are cloned from the runtime's own record")
@@ -98,14 +98,7 @@ func removeRecords(path string) error {
 }
 
 func openRecordsFile(path string) (*bolt.DB, error) {
-	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: lockPatience, NoSync: true, NoFreelistSync: true, FreelistType: bolt.FreelistMapType})
-	if err != nil {
-		return nil, err
-	}
-	if err := ensureBuckets(db, bucketRequests, bucketResources, bucketStarted); err != nil {
-		return nil, errors.Join(err, db.Close())
-	}
-	return db, nil
+	return boltfile.OpenDB(path, boltfile.Options{Buckets: [][]byte{bucketRequests, bucketResources, bucketStarted}, Unsynced: true})
 }
 
 // errNoRecords is what becomes of a write without a file.

@@ -67,18 +67,31 @@ func Open(path string, o Options) (*File, error) {
 		}
 		db, err = OpenDB(path, o)
 	}
-	switch {
-	case errors.Is(err, bolterrors.ErrTimeout):
-		return nil, fmt.Errorf("%s is held by another process: is a cri-proxy with the same state directory running? Stop it or choose another stateDir (%w)", path, err)
-	case errors.Is(err, fs.ErrPermission):
-		return nil, fmt.Errorf("opening %s: %w (cri-proxy must run as root)", path, err)
-	case errors.Is(err, fs.ErrNotExist):
-		return nil, fmt.Errorf("opening %s: %w", path, err)
-	case err != nil:
+	if Hopeless(err) || errors.Is(err, fs.ErrNotExist) {
+		return nil, Explain(path, err)
+	}
+	if err != nil {
 		log.WithError(err).Error("cannot be opened: " + o.Missing)
 	}
 	f.db = db
 	return f, nil
+}
+
+// Hopeless says that opening will go on failing until a person does something: another process has the file, or this one may not.
+func Hopeless(err error) bool {
+	return errors.Is(err, bolterrors.ErrTimeout) || errors.Is(err, fs.ErrPermission)
+}
+
+// Explain says in words for a person why the file at path could not be opened.
+func Explain(path string, err error) error {
+	switch {
+	case errors.Is(err, bolterrors.ErrTimeout):
+		return fmt.Errorf("%s is held by another process: is a cri-proxy with the same state directory running? Stop it or choose another stateDir (%w)", path, err)
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("opening %s: %w (cri-proxy must run as root)", path, err)
+	default:
+		return fmt.Errorf("opening %s: %w", path, err)
+	}
 }
 
 // OpenDB opens a file, makes its buckets and reads it, once. Damage of any kind is an [ErrDamaged]: bolt panics at a page that is not
@@ -161,6 +174,18 @@ func (f *File) Update(change func(*bolt.Tx) error) error {
 		return err
 	}
 	return db.Update(change)
+}
+
+// Reopen lets go of the file; what uses it next opens it anew.
+func (f *File) Reopen() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.db == nil {
+		return nil
+	}
+	err := f.db.Close()
+	f.db = nil
+	return err
 }
 
 // Close lets go of the file. Nothing may be done with it after that.
