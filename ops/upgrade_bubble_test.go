@@ -82,6 +82,7 @@ type upNode struct {
 	pods    Pods
 	shape   *node
 	sandbox string
+	patched bool // the pod's spec has the new images
 
 	*upProcess
 	processes []*upProcess
@@ -152,8 +153,8 @@ func (n *upNode) boot(state string) {
 	p.engine.img, p.engine.overrides.img = n.images, n.images
 	p.api = NewServer(p.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
 	p.kubelet = runtimeapi.NewRuntimeServiceClient(throughProxy{n.rt, interceptors.New(interceptors.Options{
-		View: p.view, Records: p.engine.Records(), Runtime: directConn{n.rt}, Log: log, Overrides: p.engine.Overrides(),
-	})})
+		View: p.view, Records: p.engine.Records(), Runtime: p.leash, Log: log, Overrides: p.engine.Overrides(),
+	}), p.leash})
 	n.upProcess = p
 	n.processes = append(n.processes, p)
 }
@@ -195,8 +196,9 @@ func (n *upNode) reboot(state string) {
 
 // throughProxy makes calls as kubelet does, through the interceptors.
 type throughProxy struct {
-	f *fakeRuntime
-	d *interceptors.Director
+	f     *fakeRuntime
+	d     *interceptors.Director
+	leash *leash // that of the process
 }
 
 func (p throughProxy) Invoke(ctx context.Context, method string, args, reply any, _ ...grpc.CallOption) error {
@@ -227,6 +229,9 @@ func (p throughProxy) Invoke(ctx context.Context, method string, args, reply any
 
 func (p throughProxy) next(method string) func(context.Context, []byte) ([]byte, error) {
 	return func(ctx context.Context, raw []byte) ([]byte, error) {
+		if p.leash.gone.Load() != nil || ctx.Err() != nil {
+			return nil, status.Error(codes.Unavailable, "the process is gone, or whoever asks")
+		}
 		for _, m := range runtimeapi.RuntimeService_ServiceDesc.Methods {
 			if !strings.HasSuffix(method, "/"+m.MethodName) {
 				continue
