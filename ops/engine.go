@@ -673,6 +673,9 @@ func (o *operation) notifyLocked() {
 // neither prepared nor armed, whatever the others are: its caller must not go on. The caller holds o.mu.
 func (o *operation) phaseLocked() opsv1.Phase {
 	phase := leastAdvanced(o.op.GetContainers())
+	if o.upgrade != nil && phase == opsv1.Phase_PHASE_REVEALING {
+		phase = opsv1.Phase_PHASE_ADOPTING // all have ended, which is later
+	}
 	if o.upgrade != nil && !o.committed && (o.cancelSaid || o.failedLocked()) &&
 		slices.Index(course, phase) > slices.Index(course, opsv1.Phase_PHASE_STAGING) {
 		return opsv1.Phase_PHASE_STAGING

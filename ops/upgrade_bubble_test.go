@@ -151,6 +151,7 @@ func (n *upNode) boot(state string) {
 	p.engine, err = Open(n.t.Context(), Options{StateDir: state, Conn: p.leash, View: p.view, Log: log, LegacyLogDir: n.dir, Images: n.images, Pods: n.pods})
 	n.must(err)
 	p.engine.img, p.engine.overrides.img = n.images, n.images
+	p.engine.journal.unsynced()
 	p.api = NewServer(p.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
 	p.kubelet = runtimeapi.NewRuntimeServiceClient(throughProxy{n.rt, interceptors.New(interceptors.Options{
 		View: p.view, Records: p.engine.Records(), Runtime: p.leash, Log: log, Overrides: p.engine.Overrides(),
