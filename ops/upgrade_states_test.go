@@ -588,3 +588,30 @@ func TestSlotIsFreeWhileTheImageIsPulledAgain(t *testing.T) {
 		n.ends("op", "CANCELLED, app CANCELLED Cancelled", upgraded)
 	})
 }
+
+// A journal that cannot be written, on a full disk for example, does not keep kubelet from replacing the container.
+func TestUpgradeWithoutAJournal(t *testing.T) {
+	for _, edit := range []func(*opsv1.PrepareUpgradeRequest){first(func(*opsv1.ContainerUpgrade) {}), first(runBeside)} {
+		inUpNode(t, func(t *testing.T, n *upNode) {
+			n.armed("op", edit, webToo)
+			n.must(n.engine.journal.Close())
+			began := time.Now()
+			n.must(n.sync(t.Context(), "app", "app:v2"))
+			if took := time.Since(began); took > 35*time.Second {
+				t.Errorf("kubelet has waited %s", took)
+			}
+			if got := n.rt.get(t, "app/1").config.GetImage().GetUserSpecifiedImage(); got != "app:v2" {
+				t.Errorf("runs %s", got)
+			}
+			n.must(n.engine.journal.Reopen())
+			n.until("op")
+			synctest.Wait()
+			if got, want := n.rt.state(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want {
+				t.Errorf("runtime has %s, want %s", got, want)
+			}
+			if op := n.engine.lookup("op").snapshot(); op.GetContainers()[0].GetReason() != ReasonJournal {
+				t.Errorf("operation: %v", op)
+			}
+		})
+	}
+}
