@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/test/testbed"
@@ -19,30 +20,28 @@ const (
 	absentMiB    = 125
 )
 
-// addAbsent adds the ways in which the new image is not on the node: kubelet alone, and an upgrade by cri-proxy.
-func (g *gapBench) addAbsent(ctx context.Context, direct, gate *testbed.Node, all []*way) ([]*way, error) {
-	if !wanted(g.only, "kubelet-absent") && !wanted(g.only, "upgrade-absent") {
-		return all, nil
+// addAbsent adds the ways in which the new image is not on the node: kubelet alone, and an upgrade by cri-proxy. Each time it is an
+// image of its own: of one that has been removed, containers that are gone may keep the layers for a while.
+func (g *gapBench) addAbsent(direct, gate *testbed.Node, all []*way) []*way {
+	var fresh *largeImage
+	pushed := 0
+	push := func(ctx context.Context) (err error) {
+		pushed++
+		fresh, err = pushLarge(ctx, g.bed, strconv.Itoa(pushed), absentLayers, absentMiB)
+		if err == nil {
+			g.report.AbsentMiB = fresh.mib()
+		}
+		return err
 	}
-	large, err := pushLarge(ctx, g.bed, absentLayers, absentMiB)
-	if err != nil {
-		return nil, err
-	}
-	g.report.AbsentMiB = large.mib()
-	ops := g.nodeOps[gate]
-	// The next change of the pod would be back to an image that is there.
-	without := func(n *testbed.Node) func(context.Context) error {
-		return func(ctx context.Context) error { return large.remove(ctx, g.criConn[n]) }
-	}
-	title := fmt.Sprintf("image absent, %.0f MiB", large.mib())
+	title := fmt.Sprintf("absent, %d MiB", absentLayers*absentMiB)
 	return append(all,
-		&way{name: "kubelet-absent", title: "kubelet alone: image patched, " + title[len("image "):], node: direct, perPod: 1, every: absentEvery, create: g.plainPod(direct), ready: without(direct),
+		&way{name: "kubelet-absent", title: "kubelet alone: image patched, " + title, node: direct, perPod: 1, every: absentEvery, create: g.plainPod(direct), ready: push,
 			restart: func(ctx context.Context, p *gapPod, _ func(string)) (*opsv1.ContainerOperation, error) {
-				return nil, g.setImage(ctx, p, large.ref)
+				return nil, g.setImage(ctx, p, fresh.ref)
 			}},
-		&way{name: "upgrade-absent", title: "cri-proxy, upgrade: " + title, method: "gate", node: gate, perPod: 1, every: absentEvery, create: g.plainPod(gate), ready: without(gate),
-			restart: g.upgrade(ops, opsv1.Order_ORDER_STOP_FIRST, func(*gapPod) string { return large.ref })},
-	), nil
+		&way{name: "upgrade-absent", title: "cri-proxy, upgrade: image " + title, method: "gate", node: gate, perPod: 1, every: absentEvery, create: g.plainPod(gate), ready: push,
+			restart: g.upgrade(g.nodeOps[gate], opsv1.Order_ORDER_STOP_FIRST, func(*gapPod) string { return fresh.ref })},
+	)
 }
 
 // absentEvery is in how many rounds the ways with a large image are measured once: a pull takes seconds, and its time does not vary as gaps do.

@@ -32,13 +32,13 @@ type largeImage struct {
 	layers []ocispec.Descriptor // the large ones
 }
 
-// pushLarge makes the image bench:1 in the bed's registry.
-func pushLarge(ctx context.Context, bed *testbed.Bed, layers, mib int) (*largeImage, error) {
+// pushLarge makes the image bench:TAG in the bed's registry.
+func pushLarge(ctx context.Context, bed *testbed.Bed, tag string, layers, mib int) (*largeImage, error) {
 	fmt.Fprintf(os.Stderr, "make an image of %d layers of %d MiB ...\n", layers, mib)
-	if err := bed.PushLargeImage(ctx, "bench:1", layers, mib); err != nil {
+	if err := bed.PushLargeImage(ctx, "bench:"+tag, layers, mib); err != nil {
 		return nil, err
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+bed.Registry+"/v2/bench/manifests/1", nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+bed.Registry+"/v2/bench/manifests/"+tag, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -58,7 +58,7 @@ func pushLarge(ctx context.Context, bed *testbed.Bed, layers, mib int) (*largeIm
 	}
 	// The app's own layers may stay in the runtime, which has other images with them.
 	m.Layers = slices.DeleteFunc(m.Layers, func(d ocispec.Descriptor) bool { return d.Size < int64(mib)<<19 })
-	return &largeImage{ref: bed.Image("bench:1"), layers: m.Layers}, nil
+	return &largeImage{ref: bed.Image("bench:" + tag), layers: m.Layers}, nil
 }
 
 // mib is the size as the registry has it.

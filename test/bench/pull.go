@@ -81,7 +81,7 @@ func pullBenchmark(ctx context.Context, o pullOptions) (err error) {
 	}
 	defer runtimeConn.Close()
 	b.pulls, b.cri, b.conn = opsv1.NewImagesClient(admin), runtimeapi.NewImageServiceClient(runtimeConn), runtimeConn
-	if b.image, err = pushLarge(ctx, b.bed, o.layers, o.mib); err != nil {
+	if b.image, err = pushLarge(ctx, b.bed, "1", o.layers, o.mib); err != nil {
 		return err
 	}
 	r.MiB = b.image.mib()
