@@ -32,6 +32,16 @@ build: ## build the binaries into bin/
 	CGO_ENABLED=0 go build -trimpath -buildvcs=auto -o bin/ ./cmd/...
 
 # The closing line of test is go test's own, so its last step has no timing line.
+# IMAGE is a reference to push to, or a file to write an OCI archive to.
+IMAGE ?= bin/cri-controller.tar
+PLATFORMS ?= linux/amd64,linux/arm64
+
+.PHONY: image
+image: ## cri-controller's container image: IMAGE=registry/name:tag pushes it, without it is written to bin/
+	@mkdir -p bin
+	@cd tools/deploy && CGO_ENABLED=0 GOFLAGS=-mod=readonly go build -trimpath -o ../../bin/image ./image
+	@bin/image -platforms $(PLATFORMS) -to $(IMAGE) $(IMAGE_ARGS) ./cmd/cri-controller
+
 .PHONY: test
 test: ## lint, then unit, integration and end-to-end tests
 	@$(call step,lint,$(MAKE) --no-print-directory lint)

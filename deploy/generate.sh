@@ -6,3 +6,7 @@ GOFLAGS=-mod=mod go -C tools build -o ../bin/controller-gen sigs.k8s.io/controll
 bin/controller-gen object:headerFile=deploy/boilerplate.go.txt paths=./api/apps/... paths=./api/inplace/...
 bin/controller-gen crd paths=./api/apps/... paths=./api/inplace/... output:crd:dir=deploy/crds
 bin/controller-gen rbac:roleName=cri-controller paths=./controller/... output:rbac:dir=deploy/rbac
+# The chart cannot reach outside its folder, so it has copies of what is generated.
+rm -f deploy/helm/cri-proxy/files/crds/*.yaml
+cp deploy/crds/*.yaml deploy/helm/cri-proxy/files/crds/
+cp deploy/rbac/role.yaml deploy/helm/cri-proxy/files/role.yaml
