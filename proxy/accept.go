@@ -23,8 +23,9 @@ import (
 // turn is one gRPC server and what feeds it. A gRPC server that has told its clients to go elsewhere cannot take new ones, so that
 // the proxy that goes on needs another one.
 type turn struct {
-	grpc *grpc.Server
-	feed *feed
+	grpc  *grpc.Server
+	feed  *feed
+	conns map[*clientConn]struct{} // guarded by Server.mu; some may be closed
 }
 
 // feed is the listener of one turn: it hands out connections that were accepted elsewhere, and closing it closes no socket.
@@ -190,7 +191,7 @@ func (s *Server) newTurn() *turn {
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
 		grpc.StaticStreamWindowSize(streamWindow),
 		grpc.StaticConnWindowSize(connWindow),
-	), feed: newFeed()}
+	), feed: newFeed(), conns: map[*clientConn]struct{}{}}
 	if s.register != nil {
 		s.register(t.grpc)
 	}
@@ -222,11 +223,12 @@ func (s *Server) Serve(l net.Listener) error {
 }
 
 // take gives a connection to the gRPC server whose turn it is.
-func (s *Server) take(c net.Conn) {
+func (s *Server) take(raw net.Conn) {
+	c := newClientConn(raw)
 	for {
-		t := s.current()
+		t := s.current(c)
 		if t == nil {
-			c.Close()
+			_ = c.Close()
 			return
 		}
 		if t.feed.give(c) {
@@ -235,8 +237,8 @@ func (s *Server) take(c net.Conn) {
 	}
 }
 
-// current returns the turn that takes connections, nil after the end.
-func (s *Server) current() *turn {
+// current returns the turn that takes connections, and notes that it is given c; nil after the end.
+func (s *Server) current(c *clientConn) *turn {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.over {
@@ -246,6 +248,14 @@ func (s *Server) current() *turn {
 		s.turns[t] = true
 		go func() { _ = t.grpc.Serve(t.feed) }() // ends with Stop or GracefulStop, which every turn gets
 	}
+	for old := range s.turn.conns {
+		select {
+		case <-old.away:
+			delete(s.turn.conns, old)
+		default:
+		}
+	}
+	s.turn.conns[c] = struct{}{}
 	return s.turn
 }
 
@@ -296,21 +306,30 @@ func (s *Server) Resume() {
 	}
 }
 
-// Redial makes every client dial anew (GOAWAY) and goes on serving: calls in flight end by themselves, event streams are ended with
-// Unavailable. A client finds at the path that it dials whatever listens there by then.
-func (s *Server) Redial() {
+// Redial makes every client dial anew (GOAWAY) and goes on serving. Calls in flight end by themselves; event streams are ended with
+// Unavailable as soon as the clients know that they are to come back elsewhere, or ctx ends. A client finds at the path that it dials
+// whatever listens there by then.
+func (s *Server) Redial(ctx context.Context) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	if s.over {
+		s.mu.Unlock()
 		return
 	}
 	old := s.turn
 	s.turn = s.newTurn()
+	conns := slices.Collect(maps.Keys(old.conns))
+	s.mu.Unlock()
 	go func() { // ends with the last call of the old clients, which Drain and Stop see to
 		old.grpc.GracefulStop()
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		delete(s.turns, old)
 	}()
+	for _, c := range conns {
+		select {
+		case <-c.away:
+		case <-ctx.Done():
+		}
+	}
 	s.flight.endStreams(false)
 }

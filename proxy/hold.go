@@ -64,6 +64,3 @@ func (s *Server) lookingNames() []string {
 	slices.Sort(names)
 	return names
 }
-
-// EndStreams ends the event streams that are open with Unavailable. Clients open them again.
-func (s *Server) EndStreams() { s.flight.endStreams(false) }

@@ -19,7 +19,9 @@ type httpServer struct{ s *http.Server }
 
 func newHTTPServer(d *daemon) *httpServer {
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(d.registry, promhttp.HandlerOpts{Registry: d.registry}))
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) {
+		promhttp.HandlerFor(d.gatherers(), promhttp.HandlerOpts{Registry: d.registry}).ServeHTTP(w, r)
+	})
 	// Alive: the CRI listener answers. The runtime has no part in it, a restart of
 	// the proxy would not bring it back.
 	mux.HandleFunc("GET /healthz", check(d.alive))

@@ -22,65 +22,85 @@ import (
 // FileDescriptorName=: that of its unit. It is the CRI socket.
 const socketUnit = "cri-proxy.socket"
 
-// sockets are the listeners that systemd has passed, by name: cri (or
-// cri-proxy.socket), admin, ops and metrics.
+// sockets are the listening sockets that systemd has passed, by name: cri (or
+// cri-proxy.socket), admin, ops and metrics. They stay open to the end, because a listener that a server has closed may be
+// wanted again.
 type sockets struct {
 	log    logrus.FieldLogger
-	passed map[string][]net.Listener
+	passed map[string][]*os.File
+	used   map[string]bool
 }
 
-// activated takes the listeners that systemd has passed, if any.
+// activated takes the sockets that systemd has passed, if any.
 func activated(c *config.Config, log logrus.FieldLogger) (*sockets, error) {
-	passed, err := proxy.ListenersFromSystemd()
+	listeners, err := proxy.ListenersFromSystemd()
 	if err != nil {
 		return nil, err
 	}
-	s := &sockets{log: log, passed: passed}
-	if l := passed[socketUnit]; len(l) > 0 {
-		passed["cri"] = append(passed["cri"], l...)
-		delete(passed, socketUnit)
+	s := &sockets{log: log, passed: map[string][]*os.File{}, used: map[string]bool{}}
+	for name, ls := range listeners {
+		if name == socketUnit {
+			name = "cri"
+		}
+		for _, l := range ls {
+			f, err := l.(interface{ File() (*os.File, error) }).File()
+			l.Close()
+			if err != nil {
+				return nil, errors.Join(fmt.Errorf("socket %q from systemd: %w", name, err), s.close())
+			}
+			s.passed[name] = append(s.passed[name], f)
+		}
 	}
-	if len(passed["ops"]) > 0 && c.Ops.Address == "" || len(passed["metrics"]) > 0 && c.MetricsAddress == "" {
+	if len(s.passed["ops"]) > 0 && c.Ops.Address == "" || len(s.passed["metrics"]) > 0 && c.MetricsAddress == "" {
 		return nil, errors.Join(errors.New("systemd passes a socket named ops or metrics, but ops.address or metricsAddress is empty; set it or remove the socket unit"), s.close())
 	}
 	return s, nil
 }
 
+// has reports whether systemd has passed a socket of that name.
+func (s *sockets) has(name string) bool { return len(s.passed[name]) > 0 }
+
 // listen returns the passed socket of that name, else what open makes.
 func (s *sockets) listen(name, address string, open func() (net.Listener, error)) (net.Listener, error) {
-	l := s.passed[name]
-	if len(l) == 0 {
+	fs := s.passed[name]
+	if len(fs) == 0 {
 		return open()
 	}
-	if len(l) > 1 {
-		return nil, fmt.Errorf("systemd passes %d sockets named %s; one is wanted, remove ListenStream= lines", len(l), name)
+	if len(fs) > 1 {
+		return nil, fmt.Errorf("systemd passes %d sockets named %s; one is wanted, remove ListenStream= lines", len(fs), name)
 	}
-	delete(s.passed, name)
-	if got := l[0].Addr().String(); got != address {
+	l, err := net.FileListener(fs[0])
+	if err != nil {
+		return nil, fmt.Errorf("socket %q from systemd: %w", name, err)
+	}
+	if got := l.Addr().String(); got != address && !s.used[name] {
 		s.log.WithFields(logrus.Fields{"socket": name, "passed": got, "configured": address}).Warn("using the socket that systemd passes, which differs from the configured one")
 	}
-	return l[0], nil
+	s.used[name] = true
+	return l, nil
 }
 
 // unused returns an error if a passed socket has no use: nobody would ever answer on it.
 func (s *sockets) unused() error {
-	if len(s.passed) == 0 {
-		return nil
-	}
 	var names []string
 	for name := range s.passed {
-		names = append(names, name)
+		if !slices.Contains([]string{"cri", "admin", "ops", "metrics"}, name) {
+			names = append(names, name)
+		}
+	}
+	if len(names) == 0 {
+		return nil
 	}
 	slices.Sort(names)
 	return fmt.Errorf("systemd passes sockets with unknown names: %s; FileDescriptorName= must be cri, admin, ops or metrics", strings.Join(names, ", "))
 }
 
-// close closes what listen did not hand out.
+// close lets go of the sockets; systemd keeps them.
 func (s *sockets) close() error {
 	var errs []error
-	for _, ls := range s.passed {
-		for _, l := range ls {
-			errs = append(errs, l.Close())
+	for _, fs := range s.passed {
+		for _, f := range fs {
+			errs = append(errs, f.Close())
 		}
 	}
 	s.passed = nil

@@ -19,6 +19,8 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/handover"
+	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/mtls"
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
@@ -33,13 +35,17 @@ const (
 
 // Run serves until ctx ends, then drains until all calls are over, the drain
 // timeout has passed or hard ends. It returns the first error that keeps the node
-// from being served; a drain that had to cut calls is one too.
+// from being served; a drain that had to cut calls is one too. If another process has taken over it returns
+// a [HandedOverError].
 func Run(ctx, hard context.Context, c *config.Config, log *logrus.Logger) error {
 	sockets, err := activated(c, log)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = sockets.close() }()
+	if err := sockets.unused(); err != nil {
+		return err
+	}
 
 	// Listening comes before the state is opened, because "in use by pid N" says
 	// more than a locked journal. Nothing is accepted until the view is armed.
@@ -48,22 +54,68 @@ func Run(ctx, hard context.Context, c *config.Config, log *logrus.Logger) error 
 		return err
 	}
 	defer cri.Close()
-	n, err := newNode(ctx, c, cri.Addr().String(), log)
+	n, err := newNode(c, cri.Addr().String(), log)
 	if err != nil {
 		return err
 	}
-	d := &daemon{node: n, log: log, notify: notifier{log: log}, failed: make(chan error, 8)}
-	err = d.start(ctx, hard, cri, sockets)
+	d := &daemon{node: n, log: log, notify: notifier{log: log}, failed: make(chan error, 8), sockets: sockets, requests: make(chan *request)}
+	if o := c.Ops; o.Address != "" {
+		d.creds, err = mtls.NewServer(mtls.ServerOptions{
+			CertFile: o.CertFile, KeyFile: o.KeyFile, ClientCAFile: o.ClientCAFile,
+			AllowedClients: o.AllowedClients, Log: log,
+		})
+		if err != nil {
+			return errors.Join(fmt.Errorf("ops: %w", err), n.close())
+		}
+	}
+	// All that can be wrong with this process is found before the one that serves is asked to let go.
+	var before *predecessor
+	if sockets.has("cri") {
+		if before, err = d.askForState(ctx); err != nil {
+			return errors.Join(err, n.close())
+		}
+	}
+	defer before.close()
+	if err := d.openState(ctx, before.view()); err != nil {
+		return errors.Join(err, n.close())
+	}
+	before.follow(d.state.Load())
+	err = d.start(ctx, hard, cri)
 	if err == nil {
+		err = before.serving()
+	}
+	if err == nil {
+		// The engine outlives ctx: an operation may need the drained calls answered.
+		d.state.Load().run(ctx, d.fail)
 		log.WithFields(logrus.Fields{"listen": d.listen, "endpoint": n.upstream.Endpoint(), "admin": c.AdminSocket, "node": c.NodeName}).Info("serving")
 		d.notify.send("READY=1")
-		select {
-		case <-ctx.Done():
-		case err = <-d.failed:
-			log.WithError(err).Error("a listener failed, shutting down")
+		var over bool
+		if over, err = d.untilEnd(ctx, hard); over {
+			return err
 		}
 	}
 	return errors.Join(err, d.shutdown(hard))
+}
+
+// untilEnd returns when the daemon is to end, or, with over, when it has ended because another process has taken over.
+func (d *daemon) untilEnd(ctx, hard context.Context) (over bool, err error) {
+	for {
+		select {
+		case <-ctx.Done():
+			return false, nil
+		case err := <-d.failed:
+			d.log.WithError(err).Error("a listener failed, shutting down")
+			return false, err
+		case r := <-d.requests:
+			to, err := d.handOver(ctx, r)
+			switch {
+			case to != nil:
+				return true, d.leave(ctx, hard, r, to)
+			case err != nil:
+				return false, err
+			}
+		}
+	}
 }
 
 // daemon is the running node: what is listened on and who works.
@@ -71,73 +123,30 @@ type daemon struct {
 	*node
 	log      logrus.FieldLogger
 	notify   notifier
-	failed   chan error // the first error of a server
+	sockets  *sockets
+	creds    *mtls.Server // of the ops API; nil: off
+	failed   chan error   // the first error of a server
 	draining atomic.Bool
+	// handing is set while it is open which process serves.
+	handing atomic.Bool
 
 	workers    sync.WaitGroup // servers, watchdog and status
 	stopWork   context.CancelFunc
-	engineDone chan struct{}
-	stopEngine context.CancelFunc
 	opsServers []*grpc.Server
 	http       *httpServer
+	handover   *handover.Listener
+	requests   chan *request // for the state
+	// given is the view of the state that has been handed over: of the calls that are still under way.
+	given *interceptors.View
 }
 
-// start opens the listeners in order: kubelet first.
-func (d *daemon) start(ctx, hard context.Context, cri net.Listener, sockets *sockets) error {
+// start serves kubelet first, then the rest.
+func (d *daemon) start(ctx, hard context.Context, cri net.Listener) error {
 	work, stopWork := context.WithCancel(context.WithoutCancel(ctx))
 	d.stopWork = stopWork
-	// The engine outlives ctx: an operation may need the drained calls answered.
-	running, stopEngine := context.WithCancel(context.WithoutCancel(ctx))
-	d.stopEngine = stopEngine
-	d.engineDone = make(chan struct{})
-
 	d.sayIfRuntimeMissing()
 	d.serve("cri", func() error { return d.cri.Serve(cri) })
-	go func() {
-		defer close(d.engineDone)
-		pulls := make(chan error, 1)
-		go func() { pulls <- d.puller.Run(running) }() // ends with running
-		if err := d.engine.Run(running); err != nil {
-			d.fail(fmt.Errorf("operations: %w", err))
-		}
-		if err := <-pulls; err != nil {
-			d.fail(fmt.Errorf("pulls: %w", err))
-		}
-	}()
-
-	admin, err := sockets.listen("admin", d.config.AdminSocket, func() (net.Listener, error) {
-		return proxy.Listen(d.config.AdminSocket, proxy.ListenOptions{Mode: 0o600, UID: -1, GID: -1})
-	})
-	if err != nil {
-		return fmt.Errorf("adminSocket: %w", err)
-	}
-	d.serveOps("admin", admin, grpc.MaxRecvMsgSize(adminMaxMessage))
-
-	if o := d.config.Ops; o.Address != "" {
-		creds, err := mtls.NewServer(mtls.ServerOptions{
-			CertFile: o.CertFile, KeyFile: o.KeyFile, ClientCAFile: o.ClientCAFile,
-			AllowedClients: o.AllowedClients, Log: d.log,
-		})
-		if err != nil {
-			return fmt.Errorf("ops: %w", err)
-		}
-		l, err := sockets.listen("ops", o.Address, func() (net.Listener, error) { return listenTCP(ctx, o.Address) })
-		if err != nil {
-			return fmt.Errorf("ops.address: %w", err)
-		}
-		d.serveOps("ops", mtls.LimitListener(l), creds.GRPC()...)
-		d.log.WithFields(logrus.Fields{"address": l.Addr().String(), "clients": o.AllowedClients}).Info("ops API with mutual TLS")
-	}
-	if d.config.MetricsAddress != "" {
-		l, err := sockets.listen("metrics", d.config.MetricsAddress, func() (net.Listener, error) { return listenTCP(ctx, d.config.MetricsAddress) })
-		if err != nil {
-			return fmt.Errorf("metricsAddress: %w", err)
-		}
-		d.http = newHTTPServer(d)
-		d.serve("metrics", func() error { return d.http.Serve(l) })
-		d.log.WithField("address", l.Addr().String()).Info("metrics")
-	}
-	if err := sockets.unused(); err != nil {
+	if err := d.startServers(ctx); err != nil {
 		return err
 	}
 	// The first probe comes before READY: a unit that is active can serve.
@@ -147,6 +156,48 @@ func (d *daemon) start(ctx, hard context.Context, cri net.Listener, sockets *soc
 	d.workers.Go(func() { d.notify.watchdog(work, d.alive) })
 	d.workers.Go(func() { d.reportStatus(work) })
 	return nil
+}
+
+// startServers opens what goes with the state: commands, metrics, and the door for the next process.
+func (d *daemon) startServers(ctx context.Context) error {
+	admin, err := d.sockets.listen("admin", d.config.AdminSocket, func() (net.Listener, error) {
+		return proxy.Listen(d.config.AdminSocket, proxy.ListenOptions{Mode: 0o600, UID: -1, GID: -1})
+	})
+	if err != nil {
+		return fmt.Errorf("adminSocket: %w", err)
+	}
+	d.serveOps("admin", admin, grpc.MaxRecvMsgSize(adminMaxMessage))
+	if o := d.config.Ops; d.creds != nil {
+		l, err := d.sockets.listen("ops", o.Address, func() (net.Listener, error) { return listenTCP(ctx, o.Address) })
+		if err != nil {
+			return fmt.Errorf("ops.address: %w", err)
+		}
+		d.serveOps("ops", mtls.LimitListener(l), d.creds.GRPC()...)
+		d.log.WithFields(logrus.Fields{"address": l.Addr().String(), "clients": o.AllowedClients}).Info("ops API with mutual TLS")
+	}
+	if d.config.MetricsAddress != "" {
+		l, err := d.sockets.listen("metrics", d.config.MetricsAddress, func() (net.Listener, error) { return listenTCP(ctx, d.config.MetricsAddress) })
+		if err != nil {
+			return fmt.Errorf("metricsAddress: %w", err)
+		}
+		d.http = newHTTPServer(d)
+		h := d.http
+		d.serve("metrics", func() error { return h.Serve(l) })
+		d.log.WithField("address", l.Addr().String()).Info("metrics")
+	}
+	d.listenForSuccessor()
+	return nil
+}
+
+// stopServers ends what startServers has begun.
+func (d *daemon) stopServers(hard context.Context, grace time.Duration) {
+	if d.handover != nil {
+		_ = d.handover.Close()
+		d.handover = nil
+	}
+	d.stopOps(hard, grace)
+	d.http.stop()
+	d.http = nil
 }
 
 // serve runs one server until shutdown stops it.
@@ -183,14 +234,15 @@ func (d *daemon) probe(ctx context.Context) error {
 	return probe(ctx, d.listen)
 }
 
-// alive is what the watchdog asks. While draining the listener is closed on
+// alive is what the watchdog asks. While draining, or handing over, nothing is accepted on
 // purpose, then a running process is all there is to say.
 func (d *daemon) alive(ctx context.Context) error {
-	if d.draining.Load() {
+	elsewhere := func() bool { return d.draining.Load() || d.handing.Load() }
+	if elsewhere() {
 		return nil
 	}
 	err := d.probe(ctx)
-	if d.draining.Load() {
+	if elsewhere() {
 		return nil
 	}
 	return err
@@ -212,17 +264,15 @@ func (d *daemon) shutdown(hard context.Context) error {
 	if err := d.cri.Drain(drain); err != nil {
 		errs = append(errs, err)
 	}
-	d.stopOps(hard)
-	d.stopEngine()
+	d.stopServers(hard, opsGrace)
 	engineOver := true
-	select {
-	case <-d.engineDone:
-	case <-time.After(engineGrace):
+	if st := d.state.Load(); st != nil {
+		engineOver = st.end(engineGrace)
+	}
+	if !engineOver {
 		// It waits for a container to stop, which may take minutes, and kubelet waits for the next process.
-		engineOver = false
 		d.log.Warn("stopping in the middle of an operation; the next start takes it up")
 	}
-	d.http.stop()
 	d.stopWork()
 	d.workers.Wait()
 	if engineOver { // else it still uses what close closes, and the process ends anyway
@@ -235,8 +285,9 @@ func (d *daemon) shutdown(hard context.Context) error {
 	return nil
 }
 
-func (d *daemon) stopOps(hard context.Context) {
-	grace, cancel := context.WithTimeout(hard, opsGrace)
+// stopOps ends the ops servers; calls that are not over within the grace are cut.
+func (d *daemon) stopOps(hard context.Context, within time.Duration) {
+	grace, cancel := context.WithTimeout(hard, within)
 	defer cancel()
 	var over sync.WaitGroup
 	for _, s := range d.opsServers {
@@ -254,6 +305,7 @@ func (d *daemon) stopOps(hard context.Context) {
 		})
 	}
 	over.Wait()
+	d.opsServers = nil
 }
 
 func registerHealth(s *grpc.Server) {

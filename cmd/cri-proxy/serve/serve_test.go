@@ -47,10 +47,20 @@ func TestMain(m *testing.M) {
 	if os.Getenv(asDaemon) != "" {
 		cmd := Command()
 		cmd.SetArgs(os.Args[1:])
-		if err := cmd.Execute(); err != nil {
+		cmd.SilenceUsage, cmd.SilenceErrors = true, true
+		err := cmd.Execute()
+		if over := (*HandedOverError)(nil); errors.As(err, &over) {
+			os.Exit(over.ExitCode())
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
 		os.Exit(0)
+	}
+	if dir := os.Getenv(asSuccessor); dir != "" {
+		fmt.Fprintln(os.Stderr, successor(dir, os.Args[1] == "falls"))
+		os.Exit(1)
 	}
 	goleak.VerifyTestMain(m)
 }

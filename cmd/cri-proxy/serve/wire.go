@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -23,9 +24,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
-	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops"
-	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 	"github.com/cri-proxy/cri-proxy/ops/prepull"
 	"github.com/cri-proxy/cri-proxy/ops/prepull/credentialprovider"
 	"github.com/cri-proxy/cri-proxy/proxy"
@@ -35,7 +34,7 @@ import (
 // node, and must do so too when the runtime hangs.
 const runtimeVersionTimeout = time.Second
 
-// node is the wired daemon without its listeners.
+// node is the wired daemon without its listeners. It answers CRI calls only once it has a state.
 type node struct {
 	config   *config.Config
 	log      logrus.FieldLogger
@@ -43,21 +42,18 @@ type node struct {
 	started  time.Time
 	registry *prometheus.Registry
 	upstream *proxy.Upstream
-	engine   *ops.Engine
 	calls    *callFile // nil: not recorded
 	cri      *proxy.Server
-	ops      *ops.Server
-	puller   *prepull.Puller
-	images   *prepull.Server
+	plugins  *credentialprovider.Plugins // nil: none
+	state    atomic.Pointer[state]       // nil: another process has it
 
 	mu             sync.Mutex // guards all following fields
 	runtimeName    string
 	runtimeVersion string
 }
 
-// newNode opens the state and wires everything. When it returns, kubelet may be
-// served: the view is armed with what the journal holds.
-func newNode(ctx context.Context, c *config.Config, listen string, log logrus.FieldLogger) (_ *node, err error) {
+// newNode makes all that needs no state.
+func newNode(c *config.Config, listen string, log logrus.FieldLogger) (_ *node, err error) {
 	n := &node{config: c, log: log, listen: listen, started: time.Now(), registry: prometheus.NewRegistry()}
 	defer func() {
 		if err != nil {
@@ -75,37 +71,12 @@ func newNode(ctx context.Context, c *config.Config, listen string, log logrus.Fi
 	if n.upstream, err = proxy.NewUpstream(c.RuntimeEndpoint, proxy.UpstreamOptions{Log: log}); err != nil {
 		return nil, &config.InvalidError{Err: err}
 	}
-	if err := n.openPuller(); err != nil {
-		return nil, err
+	if path := c.Images.CredentialProviderConfig; path != "" {
+		if n.plugins, err = credentialprovider.Load(path, c.Images.CredentialProviderBinDir, n.log); err != nil {
+			return nil, &config.InvalidError{Err: fmt.Errorf("images.credentialProviderConfig: %w", err)}
+		}
 	}
-	var pods ops.Pods
-	if socket := c.Kubelet.PodsSocket; socket != "" {
-		pods = podsapi.New(socket)
-	}
-	view := interceptors.NewView()
-	n.engine, err = ops.Open(ctx, ops.Options{
-		StateDir:   c.StateDir,
-		Conn:       n.upstream.Conn(),
-		View:       view,
-		Log:        log,
-		Registerer: n.registry,
-		Method:     ops.Method(c.Restart.Method),
-		CDISpecDir: c.Restart.CDISpecDir,
-		Images:     n.puller,
-		Pods:       pods,
-	})
-	if err != nil {
-		return nil, fmt.Errorf("state directory %s: %w", c.StateDir, err)
-	}
-	o := proxy.Options{
-		Director: interceptors.New(interceptors.Options{
-			View: view, Records: n.engine.Records(), Runtime: n.upstream.Conn(), Log: log, Pulls: n.puller,
-			Overrides: n.engine.Overrides(),
-		}),
-		Log:        log,
-		Registerer: n.registry,
-		Register:   registerProbe,
-	}
+	o := proxy.Options{Log: log, Registerer: n.registry, Register: registerProbe}
 	if c.RecordCalls != "" {
 		if n.calls, err = openCallFile(c.RecordCalls, log); err != nil {
 			return nil, err
@@ -113,40 +84,14 @@ func newNode(ctx context.Context, c *config.Config, listen string, log logrus.Fi
 		o.Recorder = n.calls
 	}
 	n.cri = proxy.NewServer(n.upstream, o)
-	n.ops = ops.NewServer(n.engine, n.info)
-	n.images = prepull.NewServer(n.puller)
 	return n, nil
 }
 
-// openPuller opens the puller of images.
-func (n *node) openPuller() (err error) {
-	c := n.config
-	var plugins *credentialprovider.Plugins
-	if path := c.Images.CredentialProviderConfig; path != "" {
-		if plugins, err = credentialprovider.Load(path, c.Images.CredentialProviderBinDir, n.log); err != nil {
-			return &config.InvalidError{Err: fmt.Errorf("images.credentialProviderConfig: %w", err)}
-		}
-	}
-	n.puller, err = prepull.Open(prepull.Options{
-		StateDir: c.StateDir, Conn: n.upstream.Conn(), Log: n.log, Registerer: n.registry,
-		Parallel: c.Images.Parallel, BytesPerSecond: c.Images.BytesPerSecond, HostsDir: c.Images.RegistryHostsDir, MaxDiskPercent: c.Images.MaxDiskPercent,
-		Plugins: plugins,
-	})
-	if err != nil {
-		return fmt.Errorf("state directory %s: %w", c.StateDir, err)
-	}
-	return nil
-}
-
-// close releases what newNode opened. The servers must have stopped and the
-// engine's Run must have returned.
+// close releases what newNode opened, and the state. The servers must have stopped.
 func (n *node) close() error {
 	var errs []error
-	if n.engine != nil {
-		errs = append(errs, n.engine.Close())
-	}
-	if n.puller != nil {
-		errs = append(errs, n.puller.Close())
+	if st := n.state.Load(); st != nil {
+		errs = append(errs, st.close())
 	}
 	if n.upstream != nil {
 		errs = append(errs, n.upstream.Close())
@@ -242,11 +187,12 @@ func (n *node) sayIfRuntimeMissing() {
 	}
 }
 
-// opsServer makes a gRPC server with the node's commands on it.
+// opsServer makes a gRPC server with the commands of the state on it.
 func (n *node) opsServer(o ...grpc.ServerOption) *grpc.Server {
 	s := grpc.NewServer(o...)
-	opsv1.RegisterOpsServer(s, n.ops)
-	opsv1.RegisterImagesServer(s, n.images)
+	st := n.state.Load()
+	opsv1.RegisterOpsServer(s, ops.NewServer(st.engine, n.info))
+	opsv1.RegisterImagesServer(s, prepull.NewServer(st.puller))
 	registerHealth(s)
 	return s
 }
