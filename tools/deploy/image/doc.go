@@ -3,7 +3,7 @@
 
 // Command image builds the container image of a Go program with ko: the static
 // binary and nothing else, no base, no shell, user 65532. Equal sources give an
-// equal digest.
+// equal digest (the commit is a part of them, unless -buildvcs=false).
 //
 //	image [-platforms linux/amd64,linux/arm64] -to REF|FILE.tar [-insecure] ./cmd/cri-controller
 //

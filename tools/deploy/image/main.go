@@ -48,6 +48,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	platforms := flags.String("platforms", "linux/amd64,linux/arm64", "comma-separated list of os/architecture")
 	to := flags.String("to", "", "where to: a reference is pushed, a name that ends in .tar is written as an OCI archive")
 	insecure := flags.Bool("insecure", false, "the registry speaks plain HTTP")
+	vcs := flags.String("buildvcs", "auto", "go build's flag of this name: whether the binary knows its commit")
 	dir := flags.String("dir", ".", "root of the module")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -55,7 +56,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	if flags.NArg() != 1 || *to == "" {
 		return errors.New("give -to and one package, e.g. -to registry.example/cri-controller:v1 ./cmd/cri-controller")
 	}
-	index, err := image(ctx, *dir, flags.Arg(0), strings.Split(*platforms, ","))
+	index, err := image(ctx, *dir, flags.Arg(0), *vcs, strings.Split(*platforms, ","))
 	if err != nil {
 		return err
 	}
@@ -86,7 +87,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 }
 
 // image builds one image per platform, joined in an index.
-func image(ctx context.Context, dir, program string, platforms []string) (v1.ImageIndex, error) {
+func image(ctx context.Context, dir, program, vcs string, platforms []string) (v1.ImageIndex, error) {
 	created, err := creationTime()
 	if err != nil {
 		return nil, err
@@ -102,6 +103,7 @@ func image(ctx context.Context, dir, program string, platforms []string) (v1.Ima
 	builder, err := build.NewGo(ctx, dir,
 		build.WithBaseImages(func(context.Context, string) (name.Reference, build.Result, error) { return ref, base, nil }),
 		build.WithPlatforms(platforms...), build.WithTrimpath(true), build.WithDefaultLdflags([]string{"-s", "-w"}),
+		build.WithDefaultFlags([]string{"-buildvcs=" + vcs}),
 		build.WithCreationTime(created), build.WithKoDataCreationTime(created),
 		build.WithUser(user), build.WithDisabledSBOM(), build.WithJobs(1),
 		build.WithLabel("org.opencontainers.image.source", "https://github.com/cri-proxy/cri-proxy"),
