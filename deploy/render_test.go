@@ -225,7 +225,7 @@ func TestValues(t *testing.T) {
 
 		{name: "issuer missing", set: []string{"tls.certManager.enabled=true"}, fail: "issuerRef.name must name the issuer"},
 		{name: "misspelt value", set: []string{"replica=3"}, fail: "replica"},
-		{name: "misspelt value below", set: []string{"log.leveling=debug"}, fail: "leveling"},
+		{name: "unknown value below", set: []string{"log.leveling=debug"}, fail: "leveling"},
 		{name: "no such level", set: []string{"log.level=loud"}, fail: "/log/level"},
 		{name: "no port", set: []string{"nodePort=70000"}, fail: "/nodePort"},
 		{name: "no digest", set: []string{"image.digest=abc"}, fail: "/image/digest"},
