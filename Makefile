@@ -51,11 +51,11 @@ test: ## lint, then unit, integration and end-to-end tests
 
 .PHONY: test-unit
 test-unit: ## tests that need nothing but Go, with the race detector
-	@go test -race -timeout 10m $$(go list ./... | grep -v -e '/test/integration$$' -e '/test/prepull$$' -e '/test/integration/' -e '/test/e2e$$' -e '/test/e2e/' -e '/test/multinode$$' -e '/test/chaos$$' -e '/test/deploy$$')
+	@go test -race -timeout 10m $$(go list ./... | grep -v -e '/test/integration$$' -e '/test/prepull$$' -e '/test/nspawn$$' -e '/test/integration/' -e '/test/e2e$$' -e '/test/e2e/' -e '/test/multinode$$' -e '/test/chaos$$' -e '/test/deploy$$')
 
 .PHONY: test-integration
-test-integration: ## the test bed itself, containerd behind the proxy; needs root
-	@TESTBED=1 go test -race -count=1 -p 1 -timeout $(INTEGRATION_TIMEOUT) ./test/testbed/... ./test/integration/... ./test/prepull/...
+test-integration: ## the test bed itself, containerd behind the proxy, the systemd units; needs root
+	@TESTBED=1 go test -race -count=1 -p 1 -timeout $(INTEGRATION_TIMEOUT) ./test/testbed/... ./test/integration/... ./test/prepull/... ./test/nspawn/...
 
 .PHONY: test-e2e
 test-e2e: ## a one-node cluster behind the proxy, one of three nodes, one with the controller as pods, and a part of the crash matrix; needs root

@@ -13,9 +13,11 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/bypass"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/ctl"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/serve"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/upgrade"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
 )
 
@@ -54,7 +56,7 @@ func newRoot() *cobra.Command {
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return &config.InvalidError{Err: fmt.Errorf("%w; see %s --help", err, c.CommandPath())}
 	})
-	root.AddCommand(serve.Command(), ctl.Command(time.Now), newConfig(), newVersion())
+	root.AddCommand(serve.Command(), upgrade.Command(), bypass.Command(), ctl.Command(time.Now), newConfig(), newVersion())
 	checkArgs(root)
 	return root
 }

@@ -1865,8 +1865,11 @@ type NodeInfoResponse struct {
 	// shortest first, and whether this node has them. The first one that is available
 	// and applies to the container is used.
 	RestartMethods []*RestartMethod `protobuf:"bytes,10,rep,name=restart_methods,json=restartMethods,proto3" json:"restart_methods,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// bypass says since when and why kubelet talks to the runtime directly, past this
+	// daemon; then Restart, PrepareUpgrade and CommitUpgrade are refused. Empty if it does not.
+	Bypass        string `protobuf:"bytes,11,opt,name=bypass,proto3" json:"bypass,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *NodeInfoResponse) Reset() {
@@ -1967,6 +1970,13 @@ func (x *NodeInfoResponse) GetRestartMethods() []*RestartMethod {
 		return x.RestartMethods
 	}
 	return nil
+}
+
+func (x *NodeInfoResponse) GetBypass() string {
+	if x != nil {
+		return x.Bypass
+	}
+	return ""
 }
 
 // RestartMethod is one way to hand over from the old container to the new one:
@@ -2415,7 +2425,7 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\x05since\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x1c\n" +
 	"\trequester\x18\a \x01(\tR\trequester\x12#\n" +
 	"\roperation_uid\x18\b \x01(\tR\foperationUid\"\x11\n" +
-	"\x0fNodeInfoRequest\"\x86\x04\n" +
+	"\x0fNodeInfoRequest\"\x9e\x04\n" +
 	"\x10NodeInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1b\n" +
 	"\tnode_name\x18\x02 \x01(\tR\bnodeName\x129\n" +
@@ -2428,7 +2438,8 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\bcounters\x18\b \x01(\v2\x19.criproxy.ops.v1.CountersR\bcounters\x12\x16\n" +
 	"\x06listen\x18\t \x01(\tR\x06listen\x12G\n" +
 	"\x0frestart_methods\x18\n" +
-	" \x03(\v2\x1e.criproxy.ops.v1.RestartMethodR\x0erestartMethods\"Y\n" +
+	" \x03(\v2\x1e.criproxy.ops.v1.RestartMethodR\x0erestartMethods\x12\x16\n" +
+	"\x06bypass\x18\v \x01(\tR\x06bypass\"Y\n" +
 	"\rRestartMethod\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tavailable\x18\x02 \x01(\bR\tavailable\x12\x16\n" +

@@ -176,6 +176,9 @@ const defaultDrain = 20 * time.Second
 // DefaultAdminSocket is where the ops API for root listens.
 const DefaultAdminSocket = "/run/cri-proxy/admin.sock"
 
+// DefaultFile is where the units have the configuration.
+const DefaultFile = "/etc/cri-proxy/config.yaml"
+
 // Flags registers a flag for every setting. They write into c.
 func (c *Config) Flags(fs *pflag.FlagSet) {
 	fs.StringVar(&c.Listen.Path, "listen", c.Listen.Path, "CRI socket that kubelet is pointed at")

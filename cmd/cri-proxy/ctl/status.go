@@ -95,6 +95,9 @@ func (c *ctl) printStatus(out io.Writer, i *opsv1.NodeInfoResponse) error {
 	if i.GetRuntime().GetName() != "" {
 		runtime = fmt.Sprintf("%s %s, %s", i.GetRuntime().GetName(), i.GetRuntime().GetVersion(), runtime)
 	}
+	if i.GetBypass() != "" {
+		kubelet = "BYPASSED " + i.GetBypass() + "; " + kubelet
+	}
 	n := i.GetCounters()
 	w := tabwriter.NewWriter(out, 0, 4, 2, ' ', 0)
 	for _, row := range [][2]string{

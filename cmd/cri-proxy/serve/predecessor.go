@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc/connectivity"
 
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/handover"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
@@ -37,6 +38,7 @@ func (d *daemon) askForState(ctx context.Context) (*predecessor, error) {
 		return nil, err
 	}
 	defer context.AfterFunc(ctx, func() { conn.Close() })()
+	d.awaitUpstream(ctx)
 	pid, err := conn.PID()
 	if err == nil && pid == os.Getpid() {
 		err = errors.New("asking myself")
@@ -69,6 +71,20 @@ func (d *daemon) askForState(ctx context.Context) (*predecessor, error) {
 		case m.Waiting != "":
 			log.WithField("for", m.Waiting).Info("the hand-over waits")
 			d.notify.send(fmt.Sprintf("STATUS=Waiting for process %d to hand over: %s\nEXTEND_TIMEOUT_USEC=%d", pid, m.Waiting, (time.Minute).Microseconds()))
+		}
+	}
+}
+
+// upstreamPatience is how long a process waits for its connection to the runtime before it takes over from one that has one.
+const upstreamPatience = time.Second
+
+// awaitUpstream waits for the runtime, which may be away.
+func (d *daemon) awaitUpstream(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, upstreamPatience)
+	defer cancel()
+	for state := d.upstream.State(); state != connectivity.Ready; state = d.upstream.State() {
+		if !d.upstream.Conn().WaitForStateChange(ctx, state) {
+			return
 		}
 	}
 }

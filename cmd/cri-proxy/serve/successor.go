@@ -160,6 +160,13 @@ func (d *daemon) answer(conn *handover.Conn) {
 	conn.Close()
 }
 
+// pause takes no more connections. What is awaited takes microseconds, unless somebody has made the socket block.
+func (d *daemon) pause(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, parkPatience)
+	defer cancel()
+	return d.cri.Pause(ctx)
+}
+
 // redial makes the clients dial anew. One that does not read is not waited for for long.
 func (d *daemon) redial(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, redialPatience)
@@ -201,8 +208,7 @@ func (d *daemon) handOver(ctx context.Context, r *request) (*proxy.Upstream, err
 			return nil, err
 		}
 	}
-	err = d.cri.Pause(ctx)
-	if err == nil {
+	if err = d.pause(ctx); err == nil {
 		carry := st.view.Carry()
 		d.state.Store(nil)
 		d.given = st.view

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -64,6 +65,7 @@ func newNode(c *config.Config, listen string, log logrus.FieldLogger) (_ *node, 
 		collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		collectors.NewBuildInfoCollector(),
+		n.bypassMetric(),
 	)
 	if err := makeStateDir(c.StateDir, log); err != nil {
 		return nil, err
@@ -130,6 +132,7 @@ func (n *node) info(ctx context.Context) *opsv1.NodeInfoResponse {
 		NodeName:         n.config.NodeName,
 		StartTime:        timestamppb.New(n.started),
 		Listen:           n.listen,
+		Bypass:           n.bypassed(),
 		KubeletUserAgent: st.LastUserAgent,
 		Runtime:          &opsv1.Runtime{Endpoint: n.upstream.Endpoint(), State: state.String()},
 		Counters: &opsv1.Counters{
@@ -189,7 +192,7 @@ func (n *node) sayIfRuntimeMissing() {
 
 // opsServer makes a gRPC server with the commands of the state on it.
 func (n *node) opsServer(o ...grpc.ServerOption) *grpc.Server {
-	s := grpc.NewServer(o...)
+	s := grpc.NewServer(append(slices.Clip(o), grpc.ChainUnaryInterceptor(n.refuseBypassed))...)
 	st := n.state.Load()
 	opsv1.RegisterOpsServer(s, ops.NewServer(st.engine, n.info))
 	opsv1.RegisterImagesServer(s, prepull.NewServer(st.puller))

@@ -1,0 +1,292 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package bypass
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os/exec"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/handover"
+	"github.com/cri-proxy/cri-proxy/interceptors"
+)
+
+const (
+	// callPatience bounds a question to the daemon or the runtime: both answer in milliseconds, if they do.
+	callPatience = 5 * time.Second
+	// lookEvery is how often is looked whether operations have ended, or kubelet has come back.
+	lookEvery = 200 * time.Millisecond
+	// kubeletPatience is how long kubelet takes to start.
+	kubeletPatience = time.Minute
+)
+
+// path is the proxy's place in kubelet's path.
+type path struct {
+	config *config.Config
+	links  links
+	out    io.Writer
+}
+
+func (p *path) say(format string, args ...any) { _, _ = fmt.Fprintf(p.out, format+"\n", args...) }
+
+// dial returns a connection to a socket; it is made with the first call, which fails at once if nobody is there.
+func dial(socket string) (*grpc.ClientConn, error) {
+	return grpc.NewClient("passthrough:///"+socket,
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, path string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", path)
+		}),
+		grpc.WithAuthority("localhost"), grpc.WithDisableServiceConfig(),
+	)
+}
+
+// onOptions say how kubelet is led past the proxy.
+type onOptions struct {
+	reason    string
+	automatic bool
+	force     bool          // also if operations do not end
+	wait      time.Duration // for operations to end
+}
+
+// on leads kubelet past the proxy. What operations have prepared is taken away before kubelet could see it.
+func (p *path) on(ctx context.Context, o onOptions) error {
+	dir := p.config.StateDir
+	if s := Read(dir); s != nil {
+		if is, err := p.links.isBypassed(); err == nil && is {
+			p.say("bypassed already, %s", s)
+			return nil
+		}
+	}
+	// From here on operations are refused.
+	if err := (&State{Since: time.Now(), Reason: o.reason, Automatic: o.automatic}).write(dir); err != nil {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	there, err := p.serves(ctx)
+	if err == nil && there {
+		there, err = p.endOperations(ctx, o)
+	}
+	if err != nil {
+		return errors.Join(err, remove(statePath(dir)))
+	}
+	if !there {
+		p.removeStaged(ctx)
+	}
+	if err := p.links.lead(true); err != nil {
+		return errors.Join(err, remove(statePath(dir)))
+	}
+	call, cancel := context.WithTimeout(ctx, callPatience)
+	defer cancel()
+	if _, err := handover.Redial(call, dir); err != nil {
+		p.say("kubelet was not told to dial anew (%v): calls go through cri-proxy until it does", err)
+	}
+	p.say("kubelet is led past cri-proxy, to %s", p.links.target)
+	return nil
+}
+
+// serves reports whether there is a daemon. Its sockets do not tell: they are there without it.
+func (p *path) serves(ctx context.Context) (bool, error) {
+	conn, err := handover.Dial(ctx, p.config.StateDir)
+	if err != nil || conn == nil {
+		return false, err
+	}
+	return true, conn.Close()
+}
+
+// endOperations waits until the daemon has no operation under way. It reports whether the daemon answers.
+func (p *path) endOperations(ctx context.Context, o onOptions) (there bool, err error) {
+	conn, err := dial(p.config.AdminSocket)
+	if err != nil {
+		return false, err
+	}
+	defer conn.Close()
+	ops := opsv1.NewOpsClient(conn)
+	ctx, cancel := context.WithTimeout(ctx, o.wait+callPatience)
+	defer cancel()
+	asked := map[string]bool{}
+	said := ""
+	for until := time.Now().Add(o.wait); ; {
+		call, done := context.WithTimeout(ctx, callPatience)
+		list, err := ops.ListOperations(call, &opsv1.ListOperationsRequest{ActiveOnly: true})
+		done()
+		if err != nil {
+			p.say("cri-proxy does not answer on %s (%s)", p.config.AdminSocket, status.Code(err))
+			return false, nil
+		}
+		var names []string
+		for _, op := range list.GetOperations() {
+			names = append(names, fmt.Sprintf("%s %s of %s/%s (%s)", op.GetKind(), op.GetUid(), op.GetPod().GetNamespace(), op.GetPod().GetName(),
+				strings.TrimPrefix(op.GetPhase().String(), "PHASE_")))
+			if o.force && !asked[op.GetUid()] {
+				asked[op.GetUid()] = true
+				p.takeBack(ctx, ops, op)
+			}
+		}
+		if len(names) == 0 {
+			return true, nil
+		}
+		what := strings.Join(names, "; ")
+		if time.Now().After(until) {
+			if o.force {
+				p.say("not waiting any longer for %s: kubelet may see what it has prepared", what)
+				return true, nil
+			}
+			return true, fmt.Errorf("operations are under way: %s; wait, cancel them (cri-proxy ctl cancel UID), or use --force", what)
+		}
+		if what != said {
+			said = what
+			p.say("waiting for %s", what)
+		}
+		timer := time.NewTimer(lookEvery)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return true, ctx.Err()
+		}
+	}
+}
+
+// takeBack ends an operation, unless it has gone too far: then it runs to its end.
+func (p *path) takeBack(ctx context.Context, ops opsv1.OpsClient, op *opsv1.Operation) {
+	ctx, cancel := context.WithTimeout(ctx, callPatience)
+	defer cancel()
+	var err error
+	if op.GetKind() == "Upgrade" {
+		_, err = ops.AbortUpgrade(ctx, &opsv1.AbortUpgradeRequest{Uid: op.GetUid()})
+	} else {
+		_, err = ops.CancelOperation(ctx, &opsv1.CancelOperationRequest{Uid: op.GetUid(), Reason: "cri-proxy is bypassed"})
+	}
+	if err != nil && status.Code(err) != codes.FailedPrecondition {
+		p.say("%s not cancelled: %v", op.GetUid(), err)
+	}
+}
+
+// removeStaged removes containers that were made and never started, where no daemon can: kubelet would take them for its own.
+func (p *path) removeStaged(ctx context.Context) {
+	conn, err := dial(p.links.target)
+	if err != nil {
+		p.say("staged containers not looked for: %v", err)
+		return
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, callPatience)
+	defer cancel()
+	rt := runtimeapi.NewRuntimeServiceClient(conn)
+	list, err := rt.ListContainers(ctx, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
+		State: &runtimeapi.ContainerStateValue{State: runtimeapi.ContainerState_CONTAINER_CREATED},
+	}})
+	if err != nil {
+		p.say("staged containers not looked for: %v", err)
+		return
+	}
+	for _, c := range list.GetContainers() {
+		if c.GetAnnotations()[interceptors.StagedAnnotation] == "" {
+			continue
+		}
+		if _, err := rt.RemoveContainer(ctx, &runtimeapi.RemoveContainerRequest{ContainerId: c.GetId()}); err != nil {
+			p.say("staged container %s not removed: %v", c.GetId(), err)
+			continue
+		}
+		p.say("removed the staged container %s", c.GetId())
+	}
+}
+
+// off leads kubelet back through the proxy. It comes with its next dial, unless kubelet is to be restarted, a systemd unit.
+func (p *path) off(ctx context.Context, force bool, kubelet string) error {
+	if err := p.probe(ctx); err != nil {
+		if !force {
+			return fmt.Errorf("cri-proxy does not serve, so kubelet stays where it is: %w; see journalctl -u 'cri-proxy@*', or use --force", err)
+		}
+		p.say("cri-proxy does not serve: %v", err)
+	}
+	began := time.Now()
+	if err := errors.Join(remove(p.links.crashes), p.links.lead(false), remove(statePath(p.config.StateDir))); err != nil {
+		return err
+	}
+	p.say("kubelet is led through cri-proxy again, with its next dial")
+	if kubelet == "" {
+		p.say("it keeps the connection that it has: restart kubelet (containers run on), or wait until the runtime restarts")
+		return nil
+	}
+	if out, err := exec.CommandContext(ctx, "systemctl", "restart", kubelet).CombinedOutput(); err != nil {
+		return fmt.Errorf("restarting %s: %w: %s", kubelet, err, strings.TrimSpace(string(out)))
+	}
+	return p.awaitKubelet(ctx, began)
+}
+
+// probe asks the proxy's CRI socket, as its own watchdog does.
+func (p *path) probe(ctx context.Context) error {
+	conn, err := dial(p.links.proxy)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, callPatience)
+	defer cancel()
+	return conn.Invoke(ctx, "/criproxy.probe.v1.Health/Check", &healthpb.HealthCheckRequest{}, &healthpb.HealthCheckResponse{})
+}
+
+// awaitKubelet waits for a call on the CRI socket.
+func (p *path) awaitKubelet(ctx context.Context, since time.Time) error {
+	conn, err := dial(p.config.AdminSocket)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, kubeletPatience)
+	defer cancel()
+	ops := opsv1.NewOpsClient(conn)
+	for {
+		info, err := ops.NodeInfo(ctx, &opsv1.NodeInfoRequest{}, grpc.WaitForReady(true))
+		if err == nil && info.GetKubeletLastCall().AsTime().After(since) {
+			p.say("kubelet is back")
+			return nil
+		}
+		timer := time.NewTimer(lookEvery)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return errors.Join(fmt.Errorf("kubelet has not called within %s: does its containerRuntimeEndpoint say unix://%s?", kubeletPatience, p.links.kubelet), err)
+		}
+	}
+}
+
+// apply makes the symlinks what the state says, for the start of the machine.
+func (p *path) apply() error { return p.links.lead(Read(p.config.StateDir) != nil) }
+
+// status says how it is.
+func (p *path) status() error {
+	is, err := p.links.isBypassed()
+	if err != nil {
+		return fmt.Errorf("%w; cri-proxy bypass apply makes it", err)
+	}
+	s := Read(p.config.StateDir)
+	switch {
+	case is && s != nil:
+		p.say("on, %s", s)
+	case is:
+		p.say("on: %s leads to the runtime, though nobody has said so; cri-proxy bypass apply puts it right", p.links.kubelet)
+	case s != nil:
+		p.say("off, though it was asked for %s; cri-proxy bypass apply puts it right", s)
+	default:
+		p.say("off")
+	}
+	return nil
+}

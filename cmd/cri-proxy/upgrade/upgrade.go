@@ -1,0 +1,221 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package upgrade
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/handover"
+)
+
+const (
+	// checkPatience bounds what a new binary is asked before it may serve.
+	checkPatience = 20 * time.Second
+	// tidyPatience bounds the commands that put things back after a failure.
+	tidyPatience = time.Minute
+)
+
+// Command returns `cri-proxy upgrade`.
+func Command() *cobra.Command {
+	u := upgrade{layout: layout{lib: "/usr/local/lib/cri-proxy", bin: "/usr/local/bin/cri-proxy"}}
+	cmd := &cobra.Command{
+		Use:   "upgrade",
+		Short: "Put another version in the place of the one that runs, without a failed call",
+		Long: `Put another version in the place of the one that runs: the instance of
+cri-proxy@.service that is idle is started with it and takes over. Calls that
+take long, such as image pulls, end in the old one. If the new one does not get
+as far as serving, the old one serves on as if nothing had been.
+
+Where none runs the binary is installed and started.`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			u.out = c.OutOrStdout()
+			ctx, cancel := context.WithTimeout(c.Context(), u.timeout)
+			defer cancel()
+			return u.run(ctx)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&u.binary, "binary", "", "the new version (default: this one)")
+	f.BoolVar(&u.back, "back", false, "go back to the version before")
+	f.BoolVar(&u.endDrain, "end-drain", false, "cut the calls that are still under way from the upgrade before this one")
+	f.StringVar(&u.config, "config", config.DefaultFile, "configuration of the daemon")
+	f.DurationVar(&u.timeout, "timeout", 5*time.Minute, "for the new one to serve; it waits for operations that stop containers")
+	cmd.MarkFlagsMutuallyExclusive("binary", "back")
+	return cmd
+}
+
+type upgrade struct {
+	layout
+	binary, config string
+	back, endDrain bool
+	timeout        time.Duration
+	out            io.Writer
+}
+
+func (u *upgrade) say(format string, args ...any) { _, _ = fmt.Fprintf(u.out, format+"\n", args...) }
+
+func (u *upgrade) run(ctx context.Context) error {
+	c := config.Default()
+	if err := c.Load(u.config, nil); err != nil {
+		return err
+	}
+	serving, err := u.serving(ctx, c.StateDir)
+	if err != nil {
+		return err
+	}
+	idle := instances()[0]
+	if serving != "" {
+		idle = other(serving)
+	}
+	if err := u.free(ctx, idle); err != nil {
+		return err
+	}
+	before := u.of(idle)
+	version := before
+	switch {
+	case u.back && (serving == "" || before == ""):
+		return errors.New("there is no version to go back to")
+	case !u.back:
+		if version, err = u.add(ctx); err != nil {
+			return err
+		}
+	}
+	if serving != "" && version == u.of(serving) {
+		u.say("%s runs already, as %s", version, unit(serving))
+		return nil
+	}
+	if err := u.use(idle, version); err != nil {
+		return err
+	}
+	if err := u.start(ctx, idle, c.StateDir); err != nil {
+		return errors.Join(err, u.putBack(ctx, idle, before, serving, c.StateDir))
+	}
+	if serving == "" {
+		u.say("%s serves, as %s", version, unit(idle))
+	} else {
+		u.say("%s serves, as %s; %s ends its calls", version, unit(idle), unit(serving))
+	}
+	// What starts with the machine, and what people call, is the new one.
+	if _, err := systemctl(ctx, "enable", unit(idle)); err != nil {
+		return err
+	}
+	if serving != "" {
+		if _, err := systemctl(ctx, "disable", unit(serving)); err != nil {
+			return err
+		}
+	}
+	return errors.Join(link(u.layout.binary(version), u.bin), u.tidy())
+}
+
+// serving returns the instance that has the state, "" if there is none.
+func (u *upgrade) serving(ctx context.Context, stateDir string) (string, error) {
+	conn, err := handover.Dial(ctx, stateDir)
+	if err != nil {
+		return "", err
+	}
+	if conn == nil {
+		for _, i := range instances() {
+			if s, err := stateOf(ctx, i); err != nil || s.active == "activating" {
+				return "", errors.Join(err, fmt.Errorf("%s is starting, or fails to: see journalctl -u %s; cri-proxy bypass on takes it out of kubelet's path", unit(i), unit(i)))
+			}
+		}
+		return "", nil
+	}
+	defer conn.Close()
+	pid, err := conn.PID()
+	if err != nil {
+		return "", err
+	}
+	for _, i := range instances() {
+		s, err := stateOf(ctx, i)
+		if err != nil {
+			return "", err
+		}
+		if s.pid == pid {
+			return i, nil
+		}
+	}
+	return "", fmt.Errorf("process %d serves, which is neither %s nor %s: stop it first", pid, unit(instances()[0]), unit(instances()[1]))
+}
+
+// free makes sure that the instance does not run.
+func (u *upgrade) free(ctx context.Context, instance string) error {
+	s, err := stateOf(ctx, instance)
+	if err != nil || !s.runs() {
+		return err
+	}
+	if !u.endDrain {
+		return fmt.Errorf("%s still runs (%s): wait until its calls are over, or cut them with --end-drain", unit(instance), s.status)
+	}
+	u.say("stopping %s (%s)", unit(instance), s.status)
+	_, err = systemctl(ctx, "stop", unit(instance))
+	return err
+}
+
+// add checks and installs the new binary.
+func (u *upgrade) add(ctx context.Context) (version string, err error) {
+	binary := u.binary
+	if binary == "" {
+		if binary, err = os.Executable(); err != nil {
+			return "", err
+		}
+	}
+	if binary, err = filepath.Abs(binary); err != nil {
+		return "", err
+	}
+	ctx, cancel := context.WithTimeout(ctx, checkPatience)
+	defer cancel()
+	says, err := exec.CommandContext(ctx, binary, "version").Output()
+	fields := strings.Fields(string(says))
+	if err != nil || len(fields) < 2 || fields[0] != "cri-proxy" {
+		return "", fmt.Errorf("%s is no cri-proxy that runs here (%w): %.100q", binary, err, says)
+	}
+	if out, err := exec.CommandContext(ctx, binary, "config", "check", u.config).CombinedOutput(); err != nil {
+		return "", fmt.Errorf("the new version does not take the configuration: %s", strings.TrimSpace(string(out)))
+	}
+	return u.install(binary, strings.TrimSuffix(fields[1], ","))
+}
+
+// start starts the instance and makes sure that it serves.
+func (u *upgrade) start(ctx context.Context, instance, stateDir string) error {
+	_, _ = systemctl(ctx, "reset-failed", unit(instance)) // it may not have been loaded before
+	if _, err := systemctl(ctx, "start", unit(instance)); err != nil {
+		return fmt.Errorf("%w; see journalctl -u %s", err, unit(instance))
+	}
+	now, err := u.serving(ctx, stateDir)
+	if err == nil && now != instance {
+		err = fmt.Errorf("%s runs, but %q serves; see journalctl -u %s", unit(instance), now, unit(instance))
+	}
+	return err
+}
+
+// putBack makes everything what it was.
+func (u *upgrade) putBack(ctx context.Context, instance, version, serving, stateDir string) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), tidyPatience)
+	defer cancel()
+	_, err := systemctl(ctx, "stop", unit(instance))
+	err = errors.Join(err, u.use(instance, version), u.tidy())
+	if serving == "" {
+		return err
+	}
+	now, serr := u.serving(ctx, stateDir)
+	if now == serving {
+		u.say("%s serves on", unit(serving))
+	} else {
+		serr = errors.Join(serr, fmt.Errorf("%s does not serve any more; see journalctl -u %s", unit(serving), unit(serving)))
+	}
+	return errors.Join(err, serr)
+}

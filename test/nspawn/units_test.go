@@ -1,0 +1,273 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package nspawn
+
+import (
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// The tests share one machine, and each leaves it with one instance that serves, and kubelet behind it.
+func TestUnits(t *testing.T) {
+	m := shared
+	for _, c := range []struct {
+		name string
+		test func(*testing.T, *machine)
+	}{
+		{"boot order", bootOrder},
+		{"sandbox", sandbox},
+		{"upgrade", upgrade},
+		{"upgrade that fails", upgradeThatFails},
+		{"kill", kill},
+		{"watchdog", watchdog},
+		{"bypass", bypass},
+		{"crash loop", crashLoop},
+		{"reboot", reboot},
+	} {
+		ok := t.Run(c.name, func(t *testing.T) {
+			began := time.Now()
+			c.test(t, m)
+			t.Logf("took %s", time.Since(began).Round(time.Millisecond))
+		})
+		if !ok {
+			t.Fatalf("what follows would not tell anything\n%s", m.must(t, "journalctl", "--no-pager", "-n", "60", "-o", "short-precise"))
+		}
+	}
+}
+
+// monotonic is a time since boot that systemd tells of a unit.
+func monotonic(t *testing.T, m *machine, unit, property string) int {
+	t.Helper()
+	us, err := strconv.Atoi(m.show(t, unit, property))
+	if err != nil || us == 0 {
+		t.Fatalf("%s of %s: %d, %v", property, unit, us, err)
+	}
+	return us
+}
+
+func bootOrder(t *testing.T, m *machine) {
+	socket := monotonic(t, m, "cri-proxy.socket", "ActiveEnterTimestampMonotonic")
+	proxy := monotonic(t, m, "cri-proxy@a.service", "ActiveEnterTimestampMonotonic")
+	kubelet := monotonic(t, m, "kubelet.service", "ExecMainStartTimestampMonotonic")
+	if socket >= proxy || proxy >= kubelet {
+		t.Errorf("the socket came at %d µs, the proxy at %d, kubelet at %d", socket, proxy, kubelet)
+	}
+	if got := strings.TrimSpace(m.must(t, "readlink", "/run/cri-proxy/kubelet.sock")); got != "/run/cri-proxy/cri.sock" {
+		t.Errorf("kubelet.sock leads to %s", got)
+	}
+	m.moreCalls(t)
+	m.noFailures(t, time.Time{})
+	if calls, _ := m.counted(t); calls < 20 {
+		t.Errorf("%d calls through the proxy", calls)
+	}
+	// The runtime may come and go.
+	m.must(t, "systemctl", "restart", "containerd.service")
+	if got := m.show(t, "cri-proxy@a.service", "NRestarts"); got != "0" {
+		t.Errorf("the proxy went with the runtime: %s restarts", got)
+	}
+}
+
+// sandbox says how exposed the unit is: a figure to keep an eye on, lower is better.
+func sandbox(t *testing.T, m *machine) {
+	out := strings.TrimSpace(m.must(t, "systemd-analyze", "security", "--no-pager", "cri-proxy@a.service"))
+	last := out[strings.LastIndexByte(out, '\n')+1:]
+	t.Log(last)
+	_, level, _ := strings.Cut(last, ".service:")
+	fields := append(strings.Fields(level), "")
+	if figure, err := strconv.ParseFloat(fields[0], 64); err != nil || figure > 4.5 {
+		t.Errorf("exposure %v, %v\n%s", figure, err, out)
+	}
+	if got := m.show(t, "cri-proxy@a.service", "OOMScoreAdjust"); got != "-999" {
+		t.Errorf("OOMScoreAdjust is %s", got)
+	}
+}
+
+// upgrade is the way there and the way back, with a pull under way.
+func upgrade(t *testing.T, m *machine) {
+	m.freshKubelet(t)
+	touch(t, m, "pull")
+	await(t, "the pull", func() bool { return m.kubelet(t).PullsBegun == 1 })
+	_, old := m.serving(t)
+	t.Log(m.must(t, "cri-proxy", "upgrade", "--binary", "/shared/cri-proxy-v2"))
+	if i, _ := m.serving(t); i != "b" {
+		t.Fatalf("%q serves", i)
+	}
+	m.moreCalls(t)
+	r := m.noFailures(t, time.Time{})
+	if r.PullsDone != 0 || m.show(t, "cri-proxy@a", "MainPID") != old {
+		t.Fatalf("the old process has not waited for the pull: %+v", r)
+	}
+	if out := m.fails(t, "cri-proxy", "upgrade", "--binary", "/shared/cri-proxy"); !strings.Contains(out, "still runs (Handed over to process") {
+		t.Errorf("a third version while the first one drains: %s", out)
+	}
+	touch(t, m, "release")
+	await(t, "the end of the pull", func() bool { return m.kubelet(t).PullsDone == 1 })
+	await(t, "the end of the old process", func() bool { return m.show(t, "cri-proxy@a", "ActiveState") == "inactive" })
+	if got := m.show(t, "cri-proxy@a", "Result") + m.show(t, "cri-proxy@a", "NRestarts"); got != "success0" {
+		t.Errorf("the old instance: %s", got)
+	}
+	if got := m.show(t, "cri-proxy@a", "UnitFileState") + m.show(t, "cri-proxy@b", "UnitFileState"); got != "disabledenabled" {
+		t.Errorf("what starts with the machine: %s", got)
+	}
+	t.Log(m.must(t, "cri-proxy", "upgrade", "--back"))
+	if i, _ := m.serving(t); i != "a" {
+		t.Fatalf("%q serves", i)
+	}
+	await(t, "the end of the second instance", func() bool { return m.show(t, "cri-proxy@b", "ActiveState") == "inactive" })
+	m.moreCalls(t)
+	r = m.noFailures(t, time.Time{})
+	if r.Streams != 3 {
+		t.Errorf("%d event streams, want one for each process", r.Streams)
+	}
+	t.Logf("%d calls, none failed, slowest %s", r.Calls, r.Slowest.Round(time.Millisecond))
+}
+
+func touch(t *testing.T, m *machine, name string) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(m.shared, name), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// upgradeThatFails is one to a version that passes the checks and does not serve.
+func upgradeThatFails(t *testing.T, m *machine) {
+	m.freshKubelet(t)
+	before, pid := m.serving(t)
+	t.Log(m.fails(t, "cri-proxy", "upgrade", "--binary", "/shared/cri-proxy-bad"))
+	if out := m.fails(t, "cri-proxy", "upgrade", "--binary", "/bin/true"); !strings.Contains(out, "no cri-proxy that runs here") {
+		t.Error(out)
+	}
+	if after, now := m.serving(t); after != before || now != pid {
+		t.Errorf("%s (%s) serves, before it was %s (%s)", after, now, before, pid)
+	}
+	if got := m.show(t, "cri-proxy@b", "ActiveState"); got != "inactive" && got != "failed" {
+		t.Errorf("the other instance is %s", got)
+	}
+	m.moreCalls(t)
+	m.noFailures(t, time.Time{})
+}
+
+// kill costs the calls in flight, and no other.
+func kill(t *testing.T, m *machine) {
+	m.freshKubelet(t)
+	i, pid := m.signal(t, "KILL")
+	since := time.Now()
+	await(t, "the next process", func() bool { s, now := m.serving(t); return s == i && now != pid && now != "0" })
+	m.moreCalls(t)
+	r := m.noFailures(t, since)
+	t.Logf("%d of %d calls in flight were lost, slowest %s", len(r.Failures), r.Calls, r.Slowest.Round(time.Millisecond))
+}
+
+// watchdog replaces a process that is frozen.
+func watchdog(t *testing.T, m *machine) {
+	m.freshKubelet(t)
+	i, pid := m.signal(t, "STOP")
+	began := time.Now()
+	await(t, "the next process", func() bool { s, now := m.serving(t); return s == i && now != pid && now != "0" })
+	took := time.Since(began)
+	out := m.must(t, "journalctl", "--no-pager", "-u", "cri-proxy@"+i)
+	if !strings.Contains(out, "Watchdog timeout") {
+		t.Errorf("it was not the watchdog:\n%s", out)
+	}
+	m.moreCalls(t)
+	m.noFailures(t, began.Add(took)) // those that came meanwhile went to the frozen process
+	t.Logf("replaced after %s, with WatchdogSec=3s", took.Round(time.Millisecond))
+}
+
+// bypass is the way out of kubelet's path, and back.
+func bypass(t *testing.T, m *machine) {
+	m.freshKubelet(t)
+	t.Log(m.must(t, "cri-proxy", "bypass", "on", "--reason", "a test"))
+	m.moreCalls(t)
+	before, why := m.counted(t)
+	if !strings.HasSuffix(why, ": a test") {
+		t.Errorf("ctl status: %q", why)
+	}
+	m.moreCalls(t)
+	if after, _ := m.counted(t); after != before {
+		t.Errorf("%d calls have come through the proxy", after-before)
+	}
+	if out := m.fails(t, "cri-proxy", "ctl", "restart", "default/pod", "-c", "app"); !strings.Contains(out, "cri-proxy is bypassed on this node since ") {
+		t.Error(out)
+	}
+	if out := m.must(t, "cri-proxy", "bypass", "status"); !strings.HasPrefix(out, "on, since ") {
+		t.Error(out)
+	}
+	m.must(t, "cri-proxy", "bypass", "on") // once more does nothing
+	m.moreCalls(t)
+	r := m.noFailures(t, time.Time{})
+	t.Logf("on: %d calls, none failed, slowest %s", r.Calls, r.Slowest.Round(time.Millisecond))
+	t.Log(m.must(t, "cri-proxy", "bypass", "off", "--restart-kubelet"))
+	m.moreCalls(t)
+	m.noFailures(t, time.Time{})
+	if after, why := m.counted(t); after == before || why != "" {
+		t.Errorf("after bypass off: %d calls, %q", after-before, why)
+	}
+	if out := m.must(t, "cri-proxy", "bypass", "status"); out != "off\n" {
+		t.Error(out)
+	}
+}
+
+// crashLoop is a version that serves no more: kubelet is led past it.
+func crashLoop(t *testing.T, m *machine) {
+	m.freshKubelet(t)
+	i, _ := m.serving(t)
+	instance := "/usr/local/lib/cri-proxy/" + i + "/cri-proxy"
+	m.must(t, "rm", "-f", "/run/cri-proxy/crashes") // of the tests before
+	m.must(t, "cp", "--remove-destination", "/shared/cri-proxy-bad", instance)
+	m.signal(t, "KILL")
+	began := time.Now()
+	await(t, "the bypass", func() bool {
+		return strings.TrimSpace(m.must(t, "readlink", "/run/cri-proxy/kubelet.sock")) == "/run/containerd/containerd.sock"
+	})
+	led := time.Since(began)
+	m.moreCalls(t)
+	answered := time.Now()
+	m.moreCalls(t)
+	r := m.noFailures(t, answered)
+	t.Logf("kubelet was led past after %s; %d calls failed until it was there, %s after the kill", led.Round(time.Millisecond), len(r.Failures), answered.Sub(began).Round(time.Millisecond))
+	if out := m.must(t, "cri-proxy", "bypass", "status"); !strings.Contains(out, "it has ended 5 times within 600 s") {
+		t.Error(out)
+	}
+	if out := m.fails(t, "cri-proxy", "bypass", "off"); !strings.Contains(out, "cri-proxy does not serve") {
+		t.Error(out)
+	}
+	m.must(t, "cp", "--remove-destination", "/shared/cri-proxy", instance)
+	await(t, "the proxy", func() bool { s, _ := m.serving(t); return s == i })
+	since := time.Now()
+	t.Log(m.must(t, "cri-proxy", "bypass", "off", "--restart-kubelet"))
+	m.moreCalls(t)
+	m.noFailures(t, since)
+}
+
+// reboot brings the instance that served, and a bypass that was on.
+func reboot(t *testing.T, m *machine) {
+	m.must(t, "cri-proxy", "upgrade", "--binary", "/shared/cri-proxy-v2")
+	m.must(t, "cri-proxy", "bypass", "on")
+	now := time.Now()
+	m.must(t, "systemctl", "reboot", "--no-block")
+	select {
+	case <-m.ended: // and leaves the start to whoever started it
+	case <-time.After(soon):
+		t.Fatal("the machine does not go down")
+	}
+	if err := m.boot(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "kubelet", func() bool { r := m.kubelet(t); return r.Started.After(now) && r.Calls > 20 })
+	m.noFailures(t, time.Time{})
+	if i, _ := m.serving(t); i != "b" {
+		t.Errorf("%q serves", i)
+	}
+	if got := strings.TrimSpace(m.must(t, "readlink", "/run/cri-proxy/kubelet.sock")); got != "/run/containerd/containerd.sock" {
+		t.Errorf("kubelet.sock leads to %s", got)
+	}
+	m.must(t, "cri-proxy", "bypass", "off", "--restart-kubelet")
+	m.moreCalls(t)
+	m.noFailures(t, time.Time{})
+}
