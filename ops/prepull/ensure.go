@@ -12,7 +12,19 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// Ensure begins the pull, or joins the one that has its UID, and returns it when it has finished, however it ended. each, if not nil, is called
+// hurry lets a pull go past those that nobody waits for.
+func (p *Puller) hurry(uid string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if u := p.pulls[uid]; u != nil && !u.urgent {
+		// One that runs keeps the place it has.
+		u.urgent = u.stop == nil
+		p.nudge()
+	}
+}
+
+// Ensure begins the pull, or joins the one that has its UID, and returns it when it has finished, however it ended. It does not stand in the queue of [Puller]'s
+// other pulls: something waits for it. each, if not nil, is called
 // with the pull as it is and after each change, the last included. When ctx ends the pull is cancelled, whoever began it; what it has
 // fetched counts for the next pull of the image within an hour.
 //
@@ -25,6 +37,7 @@ func (p *Puller) Ensure(ctx context.Context, req *opsv1.PullRequest, each func(*
 	err := validate(req)
 	if err == nil {
 		_, err = p.submit(req)
+		p.hurry(req.GetUid())
 	}
 	if err != nil {
 		return nil, errors.New(status.Convert(err).Message())

@@ -85,7 +85,11 @@ func TestEnsureCancels(t *testing.T) {
 			inBubble(t, Options{}, func(t *testing.T, b *bubble) {
 				b.rt.takes = time.Minute
 				if tt.queue {
-					b.pull(&opsv1.PullRequest{Uid: "before", Image: "busybox"})
+					for _, image := range []string{"busybox", "redis", "httpd"} { // the first has a place of its own
+						b.pull(&opsv1.PullRequest{Uid: image, Image: image})
+						b.hurry(image)
+					}
+					synctest.Wait()
 				}
 				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 				defer cancel()
@@ -107,6 +111,25 @@ func TestEnsureCancels(t *testing.T) {
 			})
 		})
 	}
+}
+
+// An image that something waits for does not stand behind one that takes its time.
+func TestEnsurePasses(t *testing.T) {
+	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		b.rt.takes = time.Hour
+		b.pull(&opsv1.PullRequest{Uid: "slow", Image: "busybox"})
+		b.pull(&opsv1.PullRequest{Uid: "next", Image: "redis"})
+		synctest.Wait()
+		b.rt.takes = time.Second
+		b.rt.images["docker.io/library/there:latest"] = true
+		for image, reason := range map[string]string{"there": ReasonPresent, "nginx": ReasonPulled} {
+			began := time.Now()
+			if op, err := b.Ensure(t.Context(), &opsv1.PullRequest{Uid: image, Image: image}, nil); err != nil || op.GetReason() != reason || time.Since(began) > 2*time.Second {
+				t.Errorf("%s: %v, %v after %s", image, op, err, time.Since(began))
+			}
+		}
+		b.want("next", opsv1.PullPhase_PULL_WAITING, ReasonInQueue)
+	})
 }
 
 func TestEnsureCancelledByAnother(t *testing.T) {

@@ -107,7 +107,9 @@ type pull struct {
 	// wants is set when the operation came with credentials, which an earlier process had.
 	wants   bool
 	retryAt time.Time
-	stop    context.CancelCauseFunc // ends the attempt that runs; nil without
+	// urgent is set when something on the node waits for it.
+	urgent bool
+	stop   context.CancelCauseFunc // ends the attempt that runs; nil without
 	// cancelled is why the pull is to end, once somebody has asked for it.
 	cancelled string
 	changed   chan struct{} // closed and replaced at each change
@@ -208,20 +210,29 @@ func (p *Puller) nudge() {
 	}
 }
 
+// urgentParallel is how many pulls that something on the node waits for run beside the others: they must not
+// stand behind a pull that takes its time because nobody waits for it.
+const urgentParallel = 2
+
 // startSome starts what may start and returns when there may be more.
 func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duration {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	now := time.Now()
 	next := time.Hour
-	running, busy := 0, map[string]string{}
+	var running, urgent int
+	busy := map[string]string{}
 	backOff := map[string]time.Time{} // a registry that wants to be left alone does not care for whom
 	var waiting []*pull
 	for _, u := range p.pulls {
 		switch {
 		case u.op.GetFinishTime() != nil:
 		case u.stop != nil:
-			running++
+			if u.urgent {
+				urgent++
+			} else {
+				running++
+			}
 			busy[u.key] = u.op.GetUid()
 		default:
 			waiting = append(waiting, u)
@@ -256,7 +267,11 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 		case leader != "":
 			u.followLocked(p.pulls[leader].op)
 			next = min(next, progressEvery)
-		case running >= p.parallel:
+		case u.urgent && urgent < urgentParallel:
+			urgent++
+			busy[u.key] = u.op.GetUid()
+			p.startLocked(ctx, wg, u)
+		case running >= p.parallel || u.urgent:
 			u.waitLocked(ReasonInQueue, fmt.Sprintf("%d of %d pulls at once are under way", running, p.parallel))
 		default:
 			running++
