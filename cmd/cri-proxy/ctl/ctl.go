@@ -82,9 +82,9 @@ func (c *ctl) connect(ctx context.Context) (*grpc.ClientConn, func(), error) {
 	probe, err := d.DialContext(ctx, "unix", c.socket)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return nil, nil, fmt.Errorf("no cri-proxy at %s: the socket does not exist; start the daemon (systemctl start cri-proxy) or name its socket with --admin-socket or $%s", c.socket, socketVariable)
+		return nil, nil, fmt.Errorf("no cri-proxy at %s: the socket does not exist; start the daemon (systemctl start cri-proxy.socket) or name its socket with --admin-socket or $%s", c.socket, socketVariable)
 	case errors.Is(err, unix.ECONNREFUSED):
-		return nil, nil, fmt.Errorf("no cri-proxy at %s: the daemon behind the socket is gone; start it (systemctl start cri-proxy), see also journalctl -u cri-proxy", c.socket)
+		return nil, nil, fmt.Errorf("no cri-proxy at %s: the daemon behind the socket is gone; start it (systemctl start cri-proxy@a), see also journalctl -u 'cri-proxy@*'", c.socket)
 	case errors.Is(err, fs.ErrPermission):
 		return nil, nil, fmt.Errorf("%s is for root only: run this with sudo", c.socket)
 	case err != nil:
@@ -123,7 +123,7 @@ type callError struct{ status *status.Status }
 
 func (e *callError) Error() string {
 	if e.status.Message() == context.DeadlineExceeded.Error() {
-		return "the daemon did not answer in time; see journalctl -u cri-proxy"
+		return "the daemon did not answer in time; see journalctl -u 'cri-proxy@*'"
 	}
 	return e.status.Message()
 }
