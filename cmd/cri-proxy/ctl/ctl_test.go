@@ -492,7 +492,7 @@ func TestDaemonNotThere(t *testing.T) {
 	l.SetUnlinkOnClose(false)
 	l.Close()
 	for socket, want := range map[string]string{
-		none: "no cri-proxy at " + none + ": the socket does not exist; start the daemon (systemctl start cri-proxy)",
+		none: "no cri-proxy at " + none + ": the socket does not exist; start the daemon (systemctl start cri-proxy.socket)",
 		dead: "no cri-proxy at " + dead + ": the daemon behind the socket is gone; start it",
 	} {
 		t.Setenv(socketVariable, socket)
