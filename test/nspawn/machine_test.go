@@ -43,8 +43,8 @@ type machine struct {
 	log    *bytes.Buffer
 }
 
-// the machine that the tests share.
-var shared *machine
+// base is the root file system that machines are made from.
+var base string
 
 func TestMain(m *testing.M) { os.Exit(testMain(m)) }
 
@@ -55,19 +55,35 @@ func testMain(m *testing.M) int {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), buildPatience)
 	defer cancel()
-	machine, err := start(ctx)
-	if machine != nil {
-		defer machine.stop()
-	}
-	if err != nil {
+	var err error
+	if base, err = makeRoot(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, err)
-		if machine != nil {
-			fmt.Fprintln(os.Stderr, machine.log)
-		}
 		return 1
 	}
-	shared = machine
 	return m.Run()
+}
+
+// newMachine starts a machine for the test.
+func newMachine(t *testing.T) *machine {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), buildPatience)
+	defer cancel()
+	m, err := start(ctx)
+	if m != nil {
+		t.Cleanup(m.stop)
+	}
+	if err != nil {
+		t.Fatalf("%v\n%s", err, m.said())
+	}
+	return m
+}
+
+// said is what the machine has said on its console.
+func (m *machine) said() string {
+	if m == nil {
+		return ""
+	}
+	return m.log.String()
 }
 
 // command runs a program and returns an error with what it says.
@@ -149,10 +165,6 @@ WantedBy=multi-user.target
 )
 
 func start(ctx context.Context) (m *machine, err error) {
-	base, err := makeRoot(ctx)
-	if err != nil {
-		return nil, err
-	}
 	runs := filepath.Join(filepath.Dir(base), "runs")
 	sweep(runs)
 	dir := filepath.Join(runs, strconv.Itoa(os.Getpid()))

@@ -12,9 +12,9 @@ import (
 	"time"
 )
 
-// The tests share one machine, and each leaves it with one instance that serves, and kubelet behind it.
+// The steps share one machine, and each leaves it with one instance that serves, and kubelet behind it.
 func TestUnits(t *testing.T) {
-	m := shared
+	m := newMachine(t)
 	for _, c := range []struct {
 		name string
 		test func(*testing.T, *machine)

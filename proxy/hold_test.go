@@ -1,0 +1,142 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package proxy_test
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cri-proxy/cri-proxy/proxy"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+)
+
+// looker says how long calls of Version and Status look; others never do.
+type looker struct {
+	*director
+	version proxy.Looks
+}
+
+func (l *looker) Looks(method string) proxy.Looks {
+	if method == methodVersion {
+		return l.version
+	}
+	return proxy.LooksNever
+}
+
+func TestHold(t *testing.T) {
+	for name, c := range map[string]struct {
+		looks proxy.Looks
+		waits bool
+	}{
+		"to the end": {proxy.LooksToTheEnd, true},
+		"at first":   {proxy.LooksAtFirst, false},
+		"never":      {proxy.LooksNever, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			release := make(chan struct{})
+			b := newBed(t, proxy.Options{Director: &looker{&director{}, c.looks}})
+			entered := make(chan struct{}, 8)
+			hold := holding(release)
+			b.backend.answer(func(method string, s grpc.ServerStream) error {
+				entered <- struct{}{}
+				return hold(method, s)
+			})
+			events, call := begin(t, b, methodEvents), begin(t, b, methodVersion)
+			<-entered
+			<-entered
+			ctx, cancel := context.WithTimeout(testContext(t), 50*time.Millisecond)
+			defer cancel()
+			held, err := b.server.Hold(ctx)
+			if c.waits {
+				if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "calls under way: Version") {
+					t.Fatalf("%v", err)
+				}
+			} else {
+				if err != nil {
+					t.Fatal(err)
+				}
+				// What begins waits, and what is under way goes on.
+				later := begin(t, b, methodAlien)
+				select {
+				case <-later:
+					t.Error("a call was answered while calls were held")
+				case <-entered:
+					t.Error("a call was sent on while calls were held")
+				case <-time.After(20 * time.Millisecond):
+				}
+				held.Release()
+				if s := <-later; s.Code != codes.OK {
+					t.Errorf("%+v", s)
+				}
+			}
+			close(release)
+			if s := <-call; s.Code != codes.OK {
+				t.Errorf("%+v", s)
+			}
+			<-events
+		})
+	}
+}
+
+// Calls that are held go to the other proxy, past the director of this one, and so do those that come.
+func TestDivert(t *testing.T) {
+	asked := make(chan string, 8)
+	b := newBed(t, proxy.Options{Director: &director{unary: func(ctx context.Context, method string, req []byte, next proxy.UnaryNext) ([]byte, error) {
+		asked <- method
+		return next(ctx, req)
+	}}})
+	other := newBed(t, proxy.Options{})
+	held, err := b.server.Hold(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := begin(t, b, methodVersion)
+	to, err := proxy.NewUpstream(other.listen, proxy.UpstreamOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer to.Close()
+	held.Divert(to.Conn())
+	<-first
+	if s := <-begin(t, b, methodVersion); s.Code == codes.Unavailable {
+		t.Errorf("%+v", s)
+	}
+	if n := other.server.Stats().Calls; n != 2 {
+		t.Errorf("%d calls came to the other proxy, want 2", n)
+	}
+	select {
+	case m := <-asked:
+		t.Errorf("the director was asked for %s", m)
+	default:
+	}
+}
+
+// A paused server leaves connections in the queue, and takes them when it goes on.
+func TestPause(t *testing.T) {
+	b := newBed(t, proxy.Options{})
+	untilOK(t, b.proxied)
+	if err := b.server.Pause(testContext(t)); err != nil {
+		t.Fatal(err)
+	}
+	fresh := dial(t, b.listen)
+	answered := make(chan *seen, 1)
+	ctx := testContext(t)
+	go func() { s, _ := invoke(ctx, fresh, methodVersion, nil); answered <- s }()
+	if s, _ := invoke(ctx, b.proxied, methodVersion, nil); s.Code != codes.OK {
+		t.Errorf("an old connection: %+v", s)
+	}
+	select {
+	case s := <-answered:
+		t.Errorf("answered while paused: %+v", s)
+	case <-time.After(20 * time.Millisecond):
+	}
+	b.server.Resume()
+	if s := <-answered; s.Code != codes.OK {
+		t.Errorf("%+v", s)
+	}
+}
