@@ -163,3 +163,30 @@ func TestHandOverDuringRestarts(t *testing.T) {
 	}
 	t.Logf("%d hand-overs, %d calls, %d failed", times, calls.Load(), failed.Load())
 }
+
+// TestHandOverDuringUpgrade hands a prepared upgrade to a process and, armed, to a third one, before kubelet comes.
+func TestHandOverDuringUpgrade(t *testing.T) {
+	s := startInstances(t)
+	p := s.runPod(t)
+	app := p.runSpec(t, spec{name: "app", command: versioned})
+	seen := p.watch("app")
+	uid := s.toVersion2(t, p, nil)
+	s.next(t)
+	s.arm(t, uid)
+	s.next(t)
+	if bad := seen.stop(); len(bad) > 0 {
+		t.Errorf("what kubelet must not see:\n%s", strings.Join(bad, "\n"))
+	}
+	_, err := s.StopContainer(t.Context(), stopRequest(app, 5))
+	must(t, err)
+	resp, err := s.CreateContainer(t.Context(), p.withSpec(t, version2(), 1))
+	must(t, err)
+	_, err = s.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: resp.GetContainerId()})
+	must(t, err)
+	op := s.end(t, uid)
+	c := op.GetContainers()[0]
+	if op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || c.GetSuccessorId() != resp.GetContainerId() || c.GetMethod() == "kubelet" {
+		t.Errorf("kubelet was given %s by %v", resp.GetContainerId(), op)
+	}
+	t.Logf("gap %s, method %s", c.GetGap().AsDuration(), c.GetMethod())
+}
