@@ -326,8 +326,16 @@ func TestRolloutOfDeployment(t *testing.T) {
 	one, two := bed.Image("app:1"), bed.Image("app:2")
 	apply(t, workload("Deployment", ns, "front", "\n  replicas: 5", ""))
 	before := podsOf(t, ns, "front", 5)
-	apply(t, rollout(ns, "front", "{workloadRef: {kind: Deployment, name: front}}", two, "\n  strategy: {maxUnavailable: 2}"))
-	eventually(t, "it has begun", func() bool { return getRollout(t, ns, "front").Status.Updated > 0 })
+	apply(t, rollout(ns, "front", "{workloadRef: {kind: Deployment, name: front}}", two, "\n  strategy: {maxUnavailable: 2, partition: 3}"))
+	eventually(t, "two pods are updated", func() bool { return getRollout(t, ns, "front").Status.Updated == 2 })
+	kubectl(t, "-n", ns, "patch", "ipr", "front", "--type=merge", "-p", `{"spec":{"paused":true,"strategy":{"partition":0}}}`)
+	eventually(t, "it is paused", func() bool {
+		return slices.ContainsFunc(getRollout(t, ns, "front").Status.Conditions, func(c metav1.Condition) bool { return c.Reason == inplace.ReasonPaused })
+	})
+	if p := podsOf(t, ns, "front", 5); imagesOf(p)[two] != 2 || imagesOf(p)[one] != 3 {
+		t.Errorf("paused: %v", imagesOf(p))
+	}
+	kubectl(t, "-n", ns, "patch", "ipr", "front", "--type=merge", "-p", `{"spec":{"paused":false}}`)
 	kubectl(t, "-n", ns, "scale", "deploy/front", "--replicas=6")
 	must(t, bed.StopController(t.Context(), syscall.SIGKILL))
 	must(t, bed.StartController(t.Context()))

@@ -54,7 +54,8 @@ func rolloutStatus(t *testing.T, name string) inplace.InPlaceRolloutStatus {
 	return r.Status
 }
 
-// TestRolloutOfDaemonSet changes a DaemonSet over three nodes, of which one does not answer for a while.
+// TestRolloutOfDaemonSet changes a DaemonSet over three nodes, with a partition and a pause, and back, when one node does not answer for a
+// while.
 func TestRolloutOfDaemonSet(t *testing.T) {
 	if bed.Pid("n2-kubelet") == 0 {
 		t.Fatal("the third node joins in TestImagePullJob")
@@ -75,26 +76,50 @@ spec:
       - {name: app, image: "%s"}
 `, one)))
 	before := agents(t)
-	// The commands of one node lead nowhere: it is skipped for now, and holds nobody up who can go on.
-	must(t, bed.Process("n1-cri-proxy").Signal(syscall.SIGSTOP))
-	must(t, bed.KubectlApply(t.Context(), fmt.Sprintf(`
+	apply := func(spec string) {
+		must(t, bed.KubectlApply(t.Context(), fmt.Sprintf(`
 apiVersion: cri-proxy.io/v1alpha1
 kind: InPlaceRollout
 metadata: {name: agent, namespace: default}
 spec:
   target: {workloadRef: {kind: DaemonSet, name: agent}}
-  containers: [{name: app, image: "%s"}]
-`, two)))
-	poll(t, "the other nodes are updated", func() bool { return rolloutStatus(t, "agent").Updated == 2 })
-	must(t, bed.Process("n1-cri-proxy").Signal(syscall.SIGCONT))
-	poll(t, "the rollout is complete", func() bool {
-		return meta.IsStatusConditionTrue(rolloutStatus(t, "agent").Conditions, inplace.ConditionComplete)
-	})
-	after := agents(t)
-	for i, p := range after {
-		c := p.Status.ContainerStatuses[0]
-		if p.UID != before[i].UID || p.Status.PodIP != before[i].Status.PodIP || c.Image != two || c.RestartCount != 1 {
-			t.Errorf("pod %s on %s: %+v", p.Name, p.Spec.NodeName, c)
+%s
+`, spec)))
+	}
+	complete := func(image string, restarts int32) {
+		t.Helper()
+		poll(t, "the rollout is complete", func() bool {
+			s := rolloutStatus(t, "agent")
+			return s.TargetImages["app"] == image && meta.IsStatusConditionTrue(s.Conditions, inplace.ConditionComplete)
+		})
+		for i, p := range agents(t) {
+			c := p.Status.ContainerStatuses[0]
+			if p.UID != before[i].UID || p.Status.PodIP != before[i].Status.PodIP || c.Image != image || c.RestartCount != restarts {
+				t.Errorf("pod %s on %s: %+v", p.Name, p.Spec.NodeName, c)
+			}
 		}
 	}
+	// One pod first, and no more while the rollout is paused.
+	apply(fmt.Sprintf("  strategy: {partition: 2}\n  containers: [{name: app, image: %q}]", two))
+	poll(t, "one pod is updated", func() bool { return rolloutStatus(t, "agent").Updated == 1 })
+	apply(fmt.Sprintf("  paused: true\n  strategy: {partition: 0}\n  containers: [{name: app, image: %q}]", two))
+	poll(t, "the rollout is paused", func() bool {
+		c := meta.FindStatusCondition(rolloutStatus(t, "agent").Conditions, inplace.ConditionProgressing)
+		return c != nil && c.Reason == inplace.ReasonPaused
+	})
+	if s := rolloutStatus(t, "agent"); s.Updated != 1 {
+		t.Errorf("paused: %+v", s)
+	}
+	apply(fmt.Sprintf("  containers: [{name: app, image: %q}]", two))
+	complete(two, 1)
+
+	// And back, while the commands of one node lead nowhere: it is skipped for now, and holds nobody up who can go on.
+	must(t, bed.Process("n1-cri-proxy").Signal(syscall.SIGSTOP))
+	apply(fmt.Sprintf("  containers: [{name: app, image: %q}]", one))
+	poll(t, "the other nodes are updated", func() bool {
+		s := rolloutStatus(t, "agent")
+		return s.TargetImages["app"] == one && s.Updated == 2
+	})
+	must(t, bed.Process("n1-cri-proxy").Signal(syscall.SIGCONT))
+	complete(one, 2)
 }
