@@ -59,7 +59,7 @@ test-integration: ## the test bed itself, containerd behind the proxy, the syste
 
 .PHONY: test-e2e
 test-e2e: ## a one-node cluster behind the proxy, one of three nodes, one with the controller as pods, and a part of the crash matrix; needs root
-	@go test -race -count=1 -p 1 -timeout $(E2E_TIMEOUT) ./test/e2e/... ./test/multinode ./test/deploy ./test/chaos/...
+	@go test -race -count=1 -p 1 -parallel 3 -timeout $(E2E_TIMEOUT) ./test/e2e/... ./test/multinode ./test/deploy ./test/chaos/...
 
 .PHONY: bench
 bench: build ## data path against direct calls, restarts against other ways, pulls against the runtime's own (needs root), numbers into docs/benchmarks
