@@ -9,11 +9,8 @@ import (
 	"strings"
 	"testing"
 
-	"k8s.io/apiextensions-apiserver/pkg/apis/apiextensions"
 	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
-	crdvalidation "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/validation"
 	"k8s.io/apiextensions-apiserver/pkg/apiserver/schema"
-	"k8s.io/apiextensions-apiserver/pkg/apiserver/schema/cel"
 	"k8s.io/apiextensions-apiserver/pkg/apiserver/schema/defaulting"
 	"k8s.io/apiextensions-apiserver/pkg/apiserver/schema/listtype"
 	"k8s.io/apiextensions-apiserver/pkg/apiserver/schema/pruning"
@@ -25,51 +22,19 @@ import (
 	"sigs.k8s.io/yaml"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/api/crdtest"
 )
 
 // crd does with a manifest what the API server does with the CRD in deploy/crds,
 // through the API server's own packages.
 type crd struct {
-	t          *testing.T
-	structural *schema.Structural
-	validator  validation.SchemaCreateValidator
-	celRules   *cel.Validator
+	crdtest.Schema
+	t *testing.T
 }
 
 func loadCRD(t *testing.T) *crd {
 	t.Helper()
-	text, err := os.ReadFile("../../../deploy/crds/apps.kruise.io_containerrecreaterequests.yaml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var external apiextensionsv1.CustomResourceDefinition
-	if err := yaml.UnmarshalStrict(text, &external); err != nil {
-		t.Fatal(err)
-	}
-	apiextensionsv1.SetDefaults_CustomResourceDefinition(&external)
-	apiextensionsv1.SetDefaults_CustomResourceDefinitionSpec(&external.Spec)
-	var internal apiextensions.CustomResourceDefinition
-	if err := apiextensionsv1.Convert_v1_CustomResourceDefinition_To_apiextensions_CustomResourceDefinition(&external, &internal, nil); err != nil {
-		t.Fatal(err)
-	}
-	internal.Status.StoredVersions = []string{"v1alpha1"}
-	// Covers the form, the defaults, and the cost of the rules.
-	for _, err := range crdvalidation.ValidateCustomResourceDefinition(context.Background(), &internal) {
-		t.Errorf("the API server would refuse the CRD: %v", err)
-	}
-	v := internal.Spec.Validation
-	if v == nil {
-		v = internal.Spec.Versions[0].Schema
-	}
-	s, err := schema.NewStructural(v.OpenAPIV3Schema)
-	if err != nil {
-		t.Fatal(err)
-	}
-	validator, _, err := validation.NewSchemaValidator(v.OpenAPIV3Schema)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &crd{t, s, validator, cel.NewValidator(s, true, celconfig.PerCallLimit)}
+	return &crd{crdtest.Load(t, readCRD(t, "containerrecreaterequests"), "v1alpha1"), t}
 }
 
 // create is the object as stored after a strict create, and what was wrong.
@@ -79,13 +44,13 @@ func (c *crd) create(manifest string) (map[string]any, []string) {
 	unknown := c.prune(object)
 	// The status subresource drops status before validation.
 	delete(object, "status")
-	defaulting.Default(object, c.structural)
+	defaulting.Default(object, c.Structural)
 	return object, append(unknown, c.validate(object, nil)...)
 }
 
 // update is what is wrong with putting after in the place of before.
 func (c *crd) update(after, before map[string]any) []string {
-	defaulting.Default(after, c.structural)
+	defaulting.Default(after, c.Structural)
 	return c.validate(after, before)
 }
 
@@ -119,22 +84,22 @@ func toInt64(v any) any {
 
 func (c *crd) prune(object map[string]any) []string {
 	var wrong []string
-	for _, path := range pruning.PruneWithOptions(object, c.structural, true, schema.UnknownFieldPathOptions{TrackUnknownFieldPaths: true}) {
+	for _, path := range pruning.PruneWithOptions(object, c.Structural, true, schema.UnknownFieldPathOptions{TrackUnknownFieldPaths: true}) {
 		wrong = append(wrong, "unknown field "+path)
 	}
 	return wrong
 }
 
 func (c *crd) validate(object, old map[string]any) []string {
-	errs := validation.ValidateCustomResource(nil, object, c.validator)
-	errs = append(errs, listtype.ValidateListSetsAndMaps(nil, c.structural, object)...)
+	errs := validation.ValidateCustomResource(nil, object, c.Validator)
+	errs = append(errs, listtype.ValidateListSetsAndMaps(nil, c.Structural, object)...)
 	var before any
 	if old != nil {
 		before = old
 	}
 	if len(errs) == 0 {
 		var more field.ErrorList
-		more, _ = c.celRules.Validate(context.Background(), nil, c.structural, object, before, celconfig.RuntimeCELCostBudget)
+		more, _ = c.Rules.Validate(context.Background(), nil, c.Structural, object, before, celconfig.RuntimeCELCostBudget)
 		errs = append(errs, more...)
 	}
 	var wrong []string

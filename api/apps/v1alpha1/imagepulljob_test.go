@@ -4,7 +4,6 @@
 package v1alpha1_test
 
 import (
-	"context"
 	"os"
 	"reflect"
 	"slices"
@@ -12,60 +11,24 @@ import (
 	"testing"
 
 	"github.com/distribution/reference"
-	"k8s.io/apiextensions-apiserver/pkg/apis/apiextensions"
 	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
-	crdvalidation "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/validation"
-	"k8s.io/apiextensions-apiserver/pkg/apiserver/schema"
-	"k8s.io/apiextensions-apiserver/pkg/apiserver/schema/cel"
-	"k8s.io/apiextensions-apiserver/pkg/apiserver/validation"
 	"k8s.io/apimachinery/pkg/runtime"
-	celconfig "k8s.io/apiserver/pkg/apis/cel"
 	"sigs.k8s.io/yaml"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
+	"github.com/cri-proxy/cri-proxy/api/crdtest"
 )
 
-func readCRD(t *testing.T, plural string) apiextensionsv1.CustomResourceDefinition {
+func readCRD(t *testing.T, plural string) *apiextensionsv1.CustomResourceDefinition {
 	t.Helper()
-	text, err := os.ReadFile("../../../deploy/crds/apps.kruise.io_" + plural + ".yaml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var external apiextensionsv1.CustomResourceDefinition
-	if err := yaml.UnmarshalStrict(text, &external); err != nil {
-		t.Fatal(err)
-	}
-	return external
+	return crdtest.Read(t, "../../../deploy/crds", "apps.kruise.io_"+plural+".yaml")
 }
 
 // pullCRD is the schema that both versions of the CRD have.
 func pullCRD(t *testing.T, plural string) *crd {
 	t.Helper()
-	external := readCRD(t, plural)
-	apiextensionsv1.SetDefaults_CustomResourceDefinition(&external)
-	apiextensionsv1.SetDefaults_CustomResourceDefinitionSpec(&external.Spec)
-	var internal apiextensions.CustomResourceDefinition
-	if err := apiextensionsv1.Convert_v1_CustomResourceDefinition_To_apiextensions_CustomResourceDefinition(&external, &internal, nil); err != nil {
-		t.Fatal(err)
-	}
-	internal.Status.StoredVersions = []string{"v1beta1"}
-	for _, err := range crdvalidation.ValidateCustomResourceDefinition(context.Background(), &internal) {
-		t.Errorf("the API server would refuse the CRD: %v", err)
-	}
-	v := internal.Spec.Validation // one schema for all versions
-	if v == nil {
-		v = internal.Spec.Versions[0].Schema
-	}
-	s, err := schema.NewStructural(v.OpenAPIV3Schema)
-	if err != nil {
-		t.Fatal(err)
-	}
-	validator, _, err := validation.NewSchemaValidator(v.OpenAPIV3Schema)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &crd{t, s, validator, cel.NewValidator(s, true, celconfig.PerCallLimit)}
+	return &crd{crdtest.Load(t, readCRD(t, plural), "v1beta1"), t}
 }
 
 const (

@@ -9,11 +9,8 @@ import (
 	"strings"
 	"testing"
 
-	"k8s.io/apiextensions-apiserver/pkg/apis/apiextensions"
 	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
-	crdvalidation "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/validation"
 	"k8s.io/apiextensions-apiserver/pkg/apiserver/schema"
-	"k8s.io/apiextensions-apiserver/pkg/apiserver/schema/cel"
 	"k8s.io/apiextensions-apiserver/pkg/apiserver/schema/defaulting"
 	"k8s.io/apiextensions-apiserver/pkg/apiserver/schema/listtype"
 	"k8s.io/apiextensions-apiserver/pkg/apiserver/schema/pruning"
@@ -23,51 +20,20 @@ import (
 	celconfig "k8s.io/apiserver/pkg/apis/cel"
 	"sigs.k8s.io/yaml"
 
+	"github.com/cri-proxy/cri-proxy/api/crdtest"
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 )
 
 // crd does with a manifest what the API server does with the CRD in deploy/crds, through the API server's own packages.
 type crd struct {
-	structural *schema.Structural
-	validator  validation.SchemaCreateValidator
-	rules      *cel.Validator
+	crdtest.Schema
 	definition *apiextensionsv1.CustomResourceDefinition
 }
 
 func load(t *testing.T) *crd {
 	t.Helper()
-	text, err := os.ReadFile("../../../deploy/crds/cri-proxy.io_inplacerollouts.yaml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var external apiextensionsv1.CustomResourceDefinition
-	if err := yaml.UnmarshalStrict(text, &external); err != nil {
-		t.Fatal(err)
-	}
-	apiextensionsv1.SetDefaults_CustomResourceDefinition(&external)
-	apiextensionsv1.SetDefaults_CustomResourceDefinitionSpec(&external.Spec)
-	var internal apiextensions.CustomResourceDefinition
-	if err := apiextensionsv1.Convert_v1_CustomResourceDefinition_To_apiextensions_CustomResourceDefinition(&external, &internal, nil); err != nil {
-		t.Fatal(err)
-	}
-	internal.Status.StoredVersions = []string{"v1alpha1"}
-	// Covers the form, the defaults, and the cost of the rules.
-	for _, err := range crdvalidation.ValidateCustomResourceDefinition(t.Context(), &internal) {
-		t.Errorf("the API server would refuse the CRD: %v", err)
-	}
-	v := internal.Spec.Validation
-	if v == nil {
-		v = internal.Spec.Versions[0].Schema
-	}
-	s, err := schema.NewStructural(v.OpenAPIV3Schema)
-	if err != nil {
-		t.Fatal(err)
-	}
-	validator, _, err := validation.NewSchemaValidator(v.OpenAPIV3Schema)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &crd{s, validator, cel.NewValidator(s, true, celconfig.PerCallLimit), &external}
+	definition := crdtest.Read(t, "../../../deploy/crds", "cri-proxy.io_inplacerollouts.yaml")
+	return &crd{crdtest.Load(t, definition, "v1alpha1"), definition}
 }
 
 // apply is the object as stored after a strict create, or an update of before, and what was wrong.
@@ -82,18 +48,18 @@ func (c *crd) apply(t *testing.T, manifest string, before map[string]any) (map[s
 		t.Fatal(err)
 	}
 	var wrong []string
-	for _, path := range pruning.PruneWithOptions(object, c.structural, true, schema.UnknownFieldPathOptions{TrackUnknownFieldPaths: true}) {
+	for _, path := range pruning.PruneWithOptions(object, c.Structural, true, schema.UnknownFieldPathOptions{TrackUnknownFieldPaths: true}) {
 		wrong = append(wrong, "unknown field "+path)
 	}
-	defaulting.Default(object, c.structural)
-	errs := validation.ValidateCustomResource(nil, object, c.validator)
-	errs = append(errs, listtype.ValidateListSetsAndMaps(nil, c.structural, object)...)
+	defaulting.Default(object, c.Structural)
+	errs := validation.ValidateCustomResource(nil, object, c.Validator)
+	errs = append(errs, listtype.ValidateListSetsAndMaps(nil, c.Structural, object)...)
 	if len(errs) == 0 {
 		var old any
 		if before != nil {
 			old = before
 		}
-		more, _ := c.rules.Validate(t.Context(), nil, c.structural, object, old, celconfig.RuntimeCELCostBudget)
+		more, _ := c.Rules.Validate(t.Context(), nil, c.Structural, object, old, celconfig.RuntimeCELCostBudget)
 		errs = append(errs, more...)
 	}
 	for _, err := range errs {
@@ -109,7 +75,9 @@ const (
 
 func TestCreate(t *testing.T) {
 	c := load(t)
-	with := func(strategy string) string { return head + "{target: {podName: p}, " + change + ", strategy: {" + strategy + "}}" }
+	with := func(strategy string) string {
+		return head + "{target: {podName: p}, " + change + ", strategy: {" + strategy + "}}"
+	}
 	tests := []struct{ name, manifest, wrong string }{
 		{"least", head + "{target: {podName: p}, " + change + "}", ""},
 		{"selector", head + "{target: {selector: {matchLabels: {a: b}}}, " + change + "}", ""},
