@@ -154,14 +154,19 @@ func (k *kubelet) Create(ctx context.Context, req *runtimeapi.CreateContainerReq
 	}
 }
 
-// awaitCommit waits until the caller is about to patch the pod's spec.
-func (r *restart) awaitCommit(ctx context.Context) error {
+// awaitRelease waits until the caller is about to patch the pod's spec.
+func (r *restart) awaitRelease(ctx context.Context) error {
+	var yielded <-chan struct{} // never, without a slot
+	if r.claim != nil {
+		yielded = r.claim.Yielded()
+	}
 	limit := orElse(r.o.upgrade.GetHoldTimeout(), defaultHold)
 	hold := time.NewTimer(limit)
 	defer hold.Stop()
 	select {
 	case <-r.o.released:
-	case <-r.claim.Yielded():
+		return nil
+	case <-yielded:
 		return r.interrupted()
 	case <-r.o.cancelled:
 		return r.cancelledOutcome()
@@ -169,6 +174,13 @@ func (r *restart) awaitCommit(ctx context.Context) error {
 		return failf(ReasonHoldTimeout, "not committed within %s", limit)
 	case <-ctx.Done():
 		return ctx.Err()
+	}
+}
+
+// awaitCommit waits for the commit of an upgrade whose successor is staged.
+func (r *restart) awaitCommit(ctx context.Context) error {
+	if err := r.awaitRelease(ctx); err != nil {
+		return err
 	}
 	if err := r.load(ctx); err != nil {
 		return err
@@ -425,7 +437,7 @@ func (r *restart) adopt(ctx context.Context, q created) (ended bool, err error) 
 		return true, nil
 	}
 	r.log.WithField("differing", differing).Warn("kubelet asks for another container than was prepared: it makes its own")
-	r.stopWithin(ctx, r.successor(), min(max(r.grace0(ctx), minGrace), maxLateGrace*time.Second))
+	r.stopWithin(ctx, r.successor(), min(max(r.podGrace(ctx), minGrace), maxLateGrace*time.Second))
 	if err := r.removeContainer(ctx, r.successor()); err != nil {
 		return true, failf(ReasonRuntime, "%v", err)
 	}
@@ -446,8 +458,8 @@ func tookAnotherImage() *outcome {
 	return failf(ReasonTakenBack, "kubelet restarted the container with another image than the upgrade's: was the pod's spec patched?")
 }
 
-// grace0 is the grace of the pod's containers.
-func (r *restart) grace0(ctx context.Context) time.Duration {
+// podGrace is the grace of the pod's containers.
+func (r *restart) podGrace(ctx context.Context) time.Duration {
 	if r.load(ctx) != nil {
 		return minGrace
 	}

@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"time"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -164,19 +163,7 @@ func (r *restart) leaveToKubelet(ctx context.Context) error {
 	if err := r.write(func(_ *containerRecord, c *opsv1.ContainerOperation) { c.Phase = opsv1.Phase_PHASE_PREPARED }); err != nil {
 		return err
 	}
-	limit := orElse(r.o.upgrade.GetHoldTimeout(), defaultHold)
-	hold := time.NewTimer(limit)
-	defer hold.Stop()
-	select {
-	case <-r.o.released:
-		return nil
-	case <-r.o.cancelled:
-		return r.cancelledOutcome()
-	case <-hold.C:
-		return failf(ReasonHoldTimeout, "not committed within %s", limit)
-	case <-ctx.Done():
-		return ctx.Err()
-	}
+	return r.awaitRelease(ctx)
 }
 
 // dress makes the clone of the incumbent what kubelet will ask for once the pod's spec has the new image.
