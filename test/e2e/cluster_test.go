@@ -19,6 +19,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -137,6 +138,18 @@ func reported(n *corev1.Node) time.Time {
 	return time.Time{}
 }
 
+// restartKubelet sends sig to kubelet, starts it anew and waits until the new one has said that the node is ready.
+func restartKubelet(t testing.TB, sig syscall.Signal) {
+	t.Helper()
+	must(t, bed.StopKubelet(t.Context(), sig))
+	last := reported(getNode(t)) // after its end: the old one may have reported until then
+	must(t, bed.StartKubelet(t.Context()))
+	eventually(t, "the new kubelet says that the node is ready", func() bool {
+		n := getNode(t)
+		return nodeReady(n) && !reported(n).Equal(last)
+	})
+}
+
 func assertNodeReady(t testing.TB) {
 	t.Helper()
 	if !isNodeReady(t) {
@@ -149,7 +162,10 @@ func assertNodeReady(t testing.TB) {
 func watchNode(t testing.TB) (stop func() []string) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	w, err := api.Watch(ctx, &corev1.NodeList{})
+	// From now on: a watch without a version may begin with an older state, out of the API server's cache.
+	var now corev1.NodeList
+	must(t, api.List(ctx, &now))
+	w, err := api.Watch(ctx, &corev1.NodeList{}, &client.ListOptions{Raw: &metav1.ListOptions{ResourceVersion: now.ResourceVersion}})
 	must(t, err)
 	var bad []string
 	done := make(chan struct{})

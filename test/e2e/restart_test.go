@@ -317,14 +317,9 @@ spec:
 		}
 	}
 	watching := watchNode(t)
-	last := reported(getNode(t))
-	must(t, bed.RestartKubelet(t.Context()))
+	restartKubelet(t, syscall.SIGTERM)
 	ready(t, ns, "web")
 	check("a restart of kubelet")
-	eventually(t, "the new kubelet says that the node is ready", func() bool {
-		n := getNode(t)
-		return nodeReady(n) && !reported(n).Equal(last)
-	})
 	for _, why := range watching() {
 		// A kubelet that has just started says this of itself, with or without a proxy, until its first Status call and its
 		// first relist have come back (pkg/kubelet/runtime.go, pkg/kubelet/pleg/generic.go); it must not say anything else.
