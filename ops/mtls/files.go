@@ -20,6 +20,8 @@ type files struct {
 	cert, key, ca string
 	// complain is told of new files that cannot be used; the old ones stay in force.
 	complain func(error)
+	// changed is told of new authorities; nil: nobody is.
+	changed func(*x509.CertPool)
 
 	mu     sync.Mutex // guards all following fields
 	stamps [3]stamp
@@ -50,24 +52,39 @@ func (f *files) load() error {
 	return f.readLocked(stamps)
 }
 
-// current returns the certificate and the CA in force.
-func (f *files) current() (*tls.Certificate, *x509.CertPool) {
+// current returns the certificate and the CA in force, nil and why if there are none yet.
+func (f *files) current() (*tls.Certificate, *x509.CertPool, error) {
 	f.mu.Lock()
-	defer f.mu.Unlock()
-	stamps, err := f.stat()
-	if err == nil {
-		same := true
-		for i := range stamps {
-			same = same && stamps[i].same(f.stamps[i])
-		}
-		if !same {
-			err = f.readLocked(stamps)
-		}
+	before := f.roots
+	err := f.refreshLocked()
+	pair, roots := f.pair, f.roots
+	f.mu.Unlock()
+	if pair == nil {
+		return nil, nil, err
 	}
 	if err != nil {
 		f.complain(fmt.Errorf("new TLS files not used, those read before stay in force: %w", err))
 	}
-	return f.pair, f.roots
+	if before != nil && before != roots && !before.Equal(roots) && f.changed != nil {
+		f.changed(roots)
+	}
+	return pair, roots, nil
+}
+
+// refreshLocked reads the files if one of them is another one than before.
+func (f *files) refreshLocked() error {
+	stamps, err := f.stat()
+	if err != nil {
+		return err
+	}
+	same := true
+	for i := range stamps {
+		same = same && stamps[i].same(f.stamps[i])
+	}
+	if same {
+		return nil
+	}
+	return f.readLocked(stamps)
 }
 
 func (f *files) stat() (stamps [3]stamp, err error) {

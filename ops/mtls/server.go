@@ -40,7 +40,7 @@ const (
 	maxIdle = 15 * time.Minute
 )
 
-// ServerOptions says who the server is and whom it lets in. All fields are required.
+// ServerOptions says who the server is and whom it lets in. All fields but Awaited and Unknown are required.
 type ServerOptions struct {
 	// CertFile and KeyFile are the PEM server certificate and its key.
 	CertFile, KeyFile string
@@ -51,6 +51,11 @@ type ServerOptions struct {
 	AllowedClients []string
 	// Log gets denied clients and unusable new files.
 	Log logrus.FieldLogger
+	// Awaited, if set, says why the files are not there yet. Without it they must be there from the beginning; with it
+	// everybody is refused until they are.
+	Awaited func() error
+	// Unknown, if set, is told that a client came whose certificate is of no known authority. It must not wait.
+	Unknown func()
 }
 
 // Server makes the ops API accept known clients only.
@@ -58,6 +63,9 @@ type Server struct {
 	files   *files
 	allowed []string
 	log     logrus.FieldLogger
+	awaited func() error
+	unknown func()
+	conns   conns
 	// denials keeps a client that tries again and again from filling the log.
 	denials *rate.Limiter
 }
@@ -72,6 +80,8 @@ func NewServer(o ServerOptions) (*Server, error) {
 		files:   &files{cert: o.CertFile, key: o.KeyFile, ca: o.ClientCAFile},
 		allowed: slices.Clone(o.AllowedClients),
 		log:     o.Log,
+		awaited: o.Awaited,
+		unknown: o.Unknown,
 		denials: rate.NewLimiter(rate.Every(10*time.Second), 5),
 	}
 	s.files.complain = func(err error) {
@@ -79,10 +89,20 @@ func NewServer(o ServerOptions) (*Server, error) {
 			s.log.WithError(err).Error("mutual TLS")
 		}
 	}
-	if err := s.files.load(); err != nil {
+	s.files.changed = s.conns.recheck
+	if err := s.files.load(); err != nil && o.Awaited == nil {
 		return nil, err
 	}
 	return s, nil
+}
+
+// Certificate returns the server's own certificate, nil if there is none yet.
+func (s *Server) Certificate() *x509.Certificate {
+	pair, _, err := s.files.current()
+	if err != nil {
+		return nil
+	}
+	return pair.Leaf
 }
 
 // GRPC returns the options of a gRPC server that only allowed clients reach:
@@ -111,11 +131,35 @@ var _ credentials.TransportCredentials = serverCredentials{}
 // ServerHandshake implements [credentials.TransportCredentials]. The AuthInfo is a
 // [credentials.TLSInfo].
 func (c serverCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	secure, info, err := credentials.NewTLS(c.s.config()).ServerHandshake(conn)
-	if err != nil && c.s.denials.Allow() {
+	secure, info, err := c.s.handshake(conn)
+	if err == nil {
+		return secure, info, nil
+	}
+	if errors.As(err, new(x509.UnknownAuthorityError)) && c.s.unknown != nil {
+		c.s.unknown()
+	}
+	if c.s.denials.Allow() {
 		c.s.log.WithError(err).WithField("remote", conn.RemoteAddr().String()).Warn("ops client denied")
 	}
-	return secure, info, err
+	return nil, nil, err
+}
+
+// handshake lets a client in whose certificate is good, for as long as it is.
+func (s *Server) handshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	config, err := s.config()
+	if err != nil {
+		return nil, nil, err
+	}
+	secure, info, err := credentials.NewTLS(config).ServerHandshake(conn)
+	if err != nil {
+		return nil, nil, err
+	}
+	// The list of connections is complete before the authorities are looked at again: those that are withdrawn meanwhile end it, too.
+	tracked := s.conns.track(secure, info.(credentials.TLSInfo).State)
+	if _, roots, err := s.files.current(); err == nil && roots != config.ClientCAs {
+		s.conns.recheck(roots)
+	}
+	return tracked, info, nil
 }
 
 // ClientHandshake implements [credentials.TransportCredentials]; it always fails.
@@ -136,8 +180,14 @@ func (serverCredentials) OverrideServerName(string) error { return nil }
 
 // config returns the settings of one handshake. Session tickets are off: each
 // connection is checked against the files of its moment.
-func (s *Server) config() *tls.Config {
-	pair, roots := s.files.current()
+func (s *Server) config() (*tls.Config, error) {
+	pair, roots, err := s.files.current()
+	if err != nil {
+		if s.awaited != nil {
+			err = s.awaited()
+		}
+		return nil, err
+	}
 	return &tls.Config{
 		MinVersion:             tls.VersionTLS13,
 		Certificates:           []tls.Certificate{*pair},
@@ -149,7 +199,7 @@ func (s *Server) config() *tls.Config {
 			_, err := s.nameOf(cs)
 			return err
 		},
-	}
+	}, nil
 }
 
 // nameOf returns the allowed name that the client's certificate carries.
@@ -188,6 +238,7 @@ func ClientName(ctx context.Context) (string, bool) {
 }
 
 func (s *Server) named(ctx context.Context) (context.Context, error) {
+	_, _, _ = s.files.current() // a withdrawn authority is noticed by calls, too, and ends its connections
 	p, ok := peer.FromContext(ctx)
 	if !ok {
 		return nil, status.Error(codes.Unauthenticated, "no peer")
@@ -195,6 +246,9 @@ func (s *Server) named(ctx context.Context) (context.Context, error) {
 	info, ok := p.AuthInfo.(credentials.TLSInfo)
 	if !ok {
 		return nil, status.Error(codes.Unauthenticated, "no TLS")
+	}
+	if now := time.Now(); now.After(info.State.PeerCertificates[0].NotAfter) {
+		return nil, status.Error(codes.Unauthenticated, "the client certificate has expired")
 	}
 	name, err := s.nameOf(info.State)
 	if err != nil {

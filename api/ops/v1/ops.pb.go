@@ -248,7 +248,7 @@ type RestartRequest struct {
 	Ordered bool `protobuf:"varint,4,opt,name=ordered,proto3" json:"ordered,omitempty"`
 	// force restarts a container even if its ID is no longer the expected one.
 	Force bool `protobuf:"varint,5,opt,name=force,proto3" json:"force,omitempty"`
-	// requester is who asked, for the audit line: kind/namespace/name of the
+	// requester is who asked, for the audit line: kind/namespace/name/uid of the
 	// custom resource, or the CLI user.
 	Requester string `protobuf:"bytes,6,opt,name=requester,proto3" json:"requester,omitempty"`
 	// credentials are for the pulls of images; those that do not match an image are ignored. They are kept in memory only:
@@ -477,7 +477,7 @@ type PrepareUpgradeRequest struct {
 	Containers []*ContainerUpgrade `protobuf:"bytes,3,rep,name=containers,proto3" json:"containers,omitempty"`
 	// credentials are for the pulls; those that do not match an image are ignored. They are never written anywhere.
 	Credentials []*RegistryCredential `protobuf:"bytes,4,rep,name=credentials,proto3" json:"credentials,omitempty"`
-	// requester is who asked, for the audit line: kind/namespace/name of the
+	// requester is who asked, for the audit line: kind/namespace/name/uid of the
 	// custom resource, or the CLI user.
 	Requester string `protobuf:"bytes,5,opt,name=requester,proto3" json:"requester,omitempty"`
 	// owner is whose pins the images get, the old ones too; see ReleasePins. Empty means requester.
@@ -1867,7 +1867,9 @@ type NodeInfoResponse struct {
 	RestartMethods []*RestartMethod `protobuf:"bytes,10,rep,name=restart_methods,json=restartMethods,proto3" json:"restart_methods,omitempty"`
 	// bypass says since when and why kubelet talks to the runtime directly, past this
 	// daemon; then Restart, PrepareUpgrade and CommitUpgrade are refused. Empty if it does not.
-	Bypass        string `protobuf:"bytes,11,opt,name=bypass,proto3" json:"bypass,omitempty"`
+	Bypass string `protobuf:"bytes,11,opt,name=bypass,proto3" json:"bypass,omitempty"`
+	// identity is the certificate that commands over TCP are taken with; unset if none are.
+	Identity      *Identity `protobuf:"bytes,12,opt,name=identity,proto3" json:"identity,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1979,6 +1981,102 @@ func (x *NodeInfoResponse) GetBypass() string {
 	return ""
 }
 
+func (x *NodeInfoResponse) GetIdentity() *Identity {
+	if x != nil {
+		return x.Identity
+	}
+	return nil
+}
+
+// Identity is the node's server certificate.
+type Identity struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// source is "controller" (asked for by a CertificateSigningRequest) or "files".
+	Source string `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`
+	// expire_time is the end of the certificate, unset if there is none yet: then nobody is let in. renew_time is when another one will be asked for.
+	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
+	RenewTime  *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=renew_time,json=renewTime,proto3" json:"renew_time,omitempty"`
+	// problem says why there is no certificate, or no new one, or no news of who may command the node; empty if all is well. since is
+	// when that began, retry_time when it is tried again.
+	Problem       string                 `protobuf:"bytes,4,opt,name=problem,proto3" json:"problem,omitempty"`
+	Since         *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=since,proto3" json:"since,omitempty"`
+	RetryTime     *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=retry_time,json=retryTime,proto3" json:"retry_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Identity) Reset() {
+	*x = Identity{}
+	mi := &file_api_ops_v1_ops_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Identity) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Identity) ProtoMessage() {}
+
+func (x *Identity) ProtoReflect() protoreflect.Message {
+	mi := &file_api_ops_v1_ops_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Identity.ProtoReflect.Descriptor instead.
+func (*Identity) Descriptor() ([]byte, []int) {
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *Identity) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *Identity) GetExpireTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpireTime
+	}
+	return nil
+}
+
+func (x *Identity) GetRenewTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.RenewTime
+	}
+	return nil
+}
+
+func (x *Identity) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
+func (x *Identity) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *Identity) GetRetryTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.RetryTime
+	}
+	return nil
+}
+
 // RestartMethod is one way to hand over from the old container to the new one:
 // gate (the new process waits just before its entrypoint), pidfd (the new
 // container is started when the kernel tells the old process' end) or plain (when the
@@ -1995,7 +2093,7 @@ type RestartMethod struct {
 
 func (x *RestartMethod) Reset() {
 	*x = RestartMethod{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[24]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2007,7 +2105,7 @@ func (x *RestartMethod) String() string {
 func (*RestartMethod) ProtoMessage() {}
 
 func (x *RestartMethod) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[24]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2020,7 +2118,7 @@ func (x *RestartMethod) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartMethod.ProtoReflect.Descriptor instead.
 func (*RestartMethod) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{24}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *RestartMethod) GetName() string {
@@ -2057,7 +2155,7 @@ type Runtime struct {
 
 func (x *Runtime) Reset() {
 	*x = Runtime{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[25]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2069,7 +2167,7 @@ func (x *Runtime) String() string {
 func (*Runtime) ProtoMessage() {}
 
 func (x *Runtime) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[25]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2082,7 +2180,7 @@ func (x *Runtime) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Runtime.ProtoReflect.Descriptor instead.
 func (*Runtime) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{25}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Runtime) GetEndpoint() string {
@@ -2125,7 +2223,7 @@ type ActiveSlot struct {
 
 func (x *ActiveSlot) Reset() {
 	*x = ActiveSlot{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[26]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2137,7 +2235,7 @@ func (x *ActiveSlot) String() string {
 func (*ActiveSlot) ProtoMessage() {}
 
 func (x *ActiveSlot) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[26]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2150,7 +2248,7 @@ func (x *ActiveSlot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActiveSlot.ProtoReflect.Descriptor instead.
 func (*ActiveSlot) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{26}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ActiveSlot) GetPodUid() string {
@@ -2199,7 +2297,7 @@ type Counters struct {
 
 func (x *Counters) Reset() {
 	*x = Counters{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[27]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2211,7 +2309,7 @@ func (x *Counters) String() string {
 func (*Counters) ProtoMessage() {}
 
 func (x *Counters) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[27]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2224,7 +2322,7 @@ func (x *Counters) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Counters.ProtoReflect.Descriptor instead.
 func (*Counters) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{27}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Counters) GetCalls() uint64 {
@@ -2425,7 +2523,7 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\x05since\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x1c\n" +
 	"\trequester\x18\a \x01(\tR\trequester\x12#\n" +
 	"\roperation_uid\x18\b \x01(\tR\foperationUid\"\x11\n" +
-	"\x0fNodeInfoRequest\"\x9e\x04\n" +
+	"\x0fNodeInfoRequest\"\xd5\x04\n" +
 	"\x10NodeInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1b\n" +
 	"\tnode_name\x18\x02 \x01(\tR\bnodeName\x129\n" +
@@ -2439,7 +2537,18 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\x06listen\x18\t \x01(\tR\x06listen\x12G\n" +
 	"\x0frestart_methods\x18\n" +
 	" \x03(\v2\x1e.criproxy.ops.v1.RestartMethodR\x0erestartMethods\x12\x16\n" +
-	"\x06bypass\x18\v \x01(\tR\x06bypass\"Y\n" +
+	"\x06bypass\x18\v \x01(\tR\x06bypass\x125\n" +
+	"\bidentity\x18\f \x01(\v2\x19.criproxy.ops.v1.IdentityR\bidentity\"\xa1\x02\n" +
+	"\bIdentity\x12\x16\n" +
+	"\x06source\x18\x01 \x01(\tR\x06source\x12;\n" +
+	"\vexpire_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"expireTime\x129\n" +
+	"\n" +
+	"renew_time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\trenewTime\x12\x18\n" +
+	"\aproblem\x18\x04 \x01(\tR\aproblem\x120\n" +
+	"\x05since\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x129\n" +
+	"\n" +
+	"retry_time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tretryTime\"Y\n" +
 	"\rRestartMethod\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tavailable\x18\x02 \x01(\bR\tavailable\x12\x16\n" +
@@ -2509,7 +2618,7 @@ func file_api_ops_v1_ops_proto_rawDescGZIP() []byte {
 }
 
 var file_api_ops_v1_ops_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_api_ops_v1_ops_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
+var file_api_ops_v1_ops_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_api_ops_v1_ops_proto_goTypes = []any{
 	(Order)(0),                     // 0: criproxy.ops.v1.Order
 	(Phase)(0),                     // 1: criproxy.ops.v1.Phase
@@ -2537,32 +2646,33 @@ var file_api_ops_v1_ops_proto_goTypes = []any{
 	(*ImageOverride)(nil),          // 23: criproxy.ops.v1.ImageOverride
 	(*NodeInfoRequest)(nil),        // 24: criproxy.ops.v1.NodeInfoRequest
 	(*NodeInfoResponse)(nil),       // 25: criproxy.ops.v1.NodeInfoResponse
-	(*RestartMethod)(nil),          // 26: criproxy.ops.v1.RestartMethod
-	(*Runtime)(nil),                // 27: criproxy.ops.v1.Runtime
-	(*ActiveSlot)(nil),             // 28: criproxy.ops.v1.ActiveSlot
-	(*Counters)(nil),               // 29: criproxy.ops.v1.Counters
-	(*RegistryCredential)(nil),     // 30: criproxy.ops.v1.RegistryCredential
-	(PullPolicy)(0),                // 31: criproxy.ops.v1.PullPolicy
-	(*durationpb.Duration)(nil),    // 32: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),  // 33: google.protobuf.Timestamp
-	(*PullOperation)(nil),          // 34: criproxy.ops.v1.PullOperation
+	(*Identity)(nil),               // 26: criproxy.ops.v1.Identity
+	(*RestartMethod)(nil),          // 27: criproxy.ops.v1.RestartMethod
+	(*Runtime)(nil),                // 28: criproxy.ops.v1.Runtime
+	(*ActiveSlot)(nil),             // 29: criproxy.ops.v1.ActiveSlot
+	(*Counters)(nil),               // 30: criproxy.ops.v1.Counters
+	(*RegistryCredential)(nil),     // 31: criproxy.ops.v1.RegistryCredential
+	(PullPolicy)(0),                // 32: criproxy.ops.v1.PullPolicy
+	(*durationpb.Duration)(nil),    // 33: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),  // 34: google.protobuf.Timestamp
+	(*PullOperation)(nil),          // 35: criproxy.ops.v1.PullOperation
 }
 var file_api_ops_v1_ops_proto_depIdxs = []int32{
 	2,  // 0: criproxy.ops.v1.RestartRequest.pod:type_name -> criproxy.ops.v1.PodRef
 	4,  // 1: criproxy.ops.v1.RestartRequest.containers:type_name -> criproxy.ops.v1.ContainerRestart
-	30, // 2: criproxy.ops.v1.RestartRequest.credentials:type_name -> criproxy.ops.v1.RegistryCredential
+	31, // 2: criproxy.ops.v1.RestartRequest.credentials:type_name -> criproxy.ops.v1.RegistryCredential
 	9,  // 3: criproxy.ops.v1.ContainerRestart.pre_stop:type_name -> criproxy.ops.v1.Hook
 	9,  // 4: criproxy.ops.v1.ContainerRestart.post_start:type_name -> criproxy.ops.v1.Hook
 	0,  // 5: criproxy.ops.v1.ContainerRestart.order:type_name -> criproxy.ops.v1.Order
-	31, // 6: criproxy.ops.v1.ContainerRestart.pull_policy:type_name -> criproxy.ops.v1.PullPolicy
+	32, // 6: criproxy.ops.v1.ContainerRestart.pull_policy:type_name -> criproxy.ops.v1.PullPolicy
 	2,  // 7: criproxy.ops.v1.PrepareUpgradeRequest.pod:type_name -> criproxy.ops.v1.PodRef
 	6,  // 8: criproxy.ops.v1.PrepareUpgradeRequest.containers:type_name -> criproxy.ops.v1.ContainerUpgrade
-	30, // 9: criproxy.ops.v1.PrepareUpgradeRequest.credentials:type_name -> criproxy.ops.v1.RegistryCredential
-	32, // 10: criproxy.ops.v1.PrepareUpgradeRequest.pin_for:type_name -> google.protobuf.Duration
-	32, // 11: criproxy.ops.v1.PrepareUpgradeRequest.prepare_timeout:type_name -> google.protobuf.Duration
-	32, // 12: criproxy.ops.v1.PrepareUpgradeRequest.hold_timeout:type_name -> google.protobuf.Duration
+	31, // 9: criproxy.ops.v1.PrepareUpgradeRequest.credentials:type_name -> criproxy.ops.v1.RegistryCredential
+	33, // 10: criproxy.ops.v1.PrepareUpgradeRequest.pin_for:type_name -> google.protobuf.Duration
+	33, // 11: criproxy.ops.v1.PrepareUpgradeRequest.prepare_timeout:type_name -> google.protobuf.Duration
+	33, // 12: criproxy.ops.v1.PrepareUpgradeRequest.hold_timeout:type_name -> google.protobuf.Duration
 	0,  // 13: criproxy.ops.v1.ContainerUpgrade.order:type_name -> criproxy.ops.v1.Order
-	31, // 14: criproxy.ops.v1.ContainerUpgrade.pull_policy:type_name -> criproxy.ops.v1.PullPolicy
+	32, // 14: criproxy.ops.v1.ContainerUpgrade.pull_policy:type_name -> criproxy.ops.v1.PullPolicy
 	10, // 15: criproxy.ops.v1.Hook.exec:type_name -> criproxy.ops.v1.ExecAction
 	11, // 16: criproxy.ops.v1.Hook.http_get:type_name -> criproxy.ops.v1.HTTPGetAction
 	13, // 17: criproxy.ops.v1.Hook.sleep:type_name -> criproxy.ops.v1.SleepAction
@@ -2570,49 +2680,54 @@ var file_api_ops_v1_ops_proto_depIdxs = []int32{
 	2,  // 19: criproxy.ops.v1.Operation.pod:type_name -> criproxy.ops.v1.PodRef
 	1,  // 20: criproxy.ops.v1.Operation.phase:type_name -> criproxy.ops.v1.Phase
 	15, // 21: criproxy.ops.v1.Operation.containers:type_name -> criproxy.ops.v1.ContainerOperation
-	33, // 22: criproxy.ops.v1.Operation.create_time:type_name -> google.protobuf.Timestamp
-	33, // 23: criproxy.ops.v1.Operation.finish_time:type_name -> google.protobuf.Timestamp
+	34, // 22: criproxy.ops.v1.Operation.create_time:type_name -> google.protobuf.Timestamp
+	34, // 23: criproxy.ops.v1.Operation.finish_time:type_name -> google.protobuf.Timestamp
 	1,  // 24: criproxy.ops.v1.ContainerOperation.phase:type_name -> criproxy.ops.v1.Phase
-	33, // 25: criproxy.ops.v1.ContainerOperation.stop_time:type_name -> google.protobuf.Timestamp
-	33, // 26: criproxy.ops.v1.ContainerOperation.start_time:type_name -> google.protobuf.Timestamp
-	32, // 27: criproxy.ops.v1.ContainerOperation.gap:type_name -> google.protobuf.Duration
-	34, // 28: criproxy.ops.v1.ContainerOperation.pull:type_name -> criproxy.ops.v1.PullOperation
+	34, // 25: criproxy.ops.v1.ContainerOperation.stop_time:type_name -> google.protobuf.Timestamp
+	34, // 26: criproxy.ops.v1.ContainerOperation.start_time:type_name -> google.protobuf.Timestamp
+	33, // 27: criproxy.ops.v1.ContainerOperation.gap:type_name -> google.protobuf.Duration
+	35, // 28: criproxy.ops.v1.ContainerOperation.pull:type_name -> criproxy.ops.v1.PullOperation
 	14, // 29: criproxy.ops.v1.ListOperationsResponse.operations:type_name -> criproxy.ops.v1.Operation
 	23, // 30: criproxy.ops.v1.ListOverridesResponse.overrides:type_name -> criproxy.ops.v1.ImageOverride
 	2,  // 31: criproxy.ops.v1.ImageOverride.pod:type_name -> criproxy.ops.v1.PodRef
-	33, // 32: criproxy.ops.v1.ImageOverride.since:type_name -> google.protobuf.Timestamp
-	33, // 33: criproxy.ops.v1.NodeInfoResponse.start_time:type_name -> google.protobuf.Timestamp
-	27, // 34: criproxy.ops.v1.NodeInfoResponse.runtime:type_name -> criproxy.ops.v1.Runtime
-	33, // 35: criproxy.ops.v1.NodeInfoResponse.kubelet_last_call:type_name -> google.protobuf.Timestamp
-	28, // 36: criproxy.ops.v1.NodeInfoResponse.active_slots:type_name -> criproxy.ops.v1.ActiveSlot
-	29, // 37: criproxy.ops.v1.NodeInfoResponse.counters:type_name -> criproxy.ops.v1.Counters
-	26, // 38: criproxy.ops.v1.NodeInfoResponse.restart_methods:type_name -> criproxy.ops.v1.RestartMethod
-	1,  // 39: criproxy.ops.v1.ActiveSlot.phase:type_name -> criproxy.ops.v1.Phase
-	3,  // 40: criproxy.ops.v1.Ops.Restart:input_type -> criproxy.ops.v1.RestartRequest
-	16, // 41: criproxy.ops.v1.Ops.GetOperation:input_type -> criproxy.ops.v1.GetOperationRequest
-	17, // 42: criproxy.ops.v1.Ops.WatchOperation:input_type -> criproxy.ops.v1.WatchOperationRequest
-	18, // 43: criproxy.ops.v1.Ops.ListOperations:input_type -> criproxy.ops.v1.ListOperationsRequest
-	20, // 44: criproxy.ops.v1.Ops.CancelOperation:input_type -> criproxy.ops.v1.CancelOperationRequest
-	5,  // 45: criproxy.ops.v1.Ops.PrepareUpgrade:input_type -> criproxy.ops.v1.PrepareUpgradeRequest
-	7,  // 46: criproxy.ops.v1.Ops.CommitUpgrade:input_type -> criproxy.ops.v1.CommitUpgradeRequest
-	8,  // 47: criproxy.ops.v1.Ops.AbortUpgrade:input_type -> criproxy.ops.v1.AbortUpgradeRequest
-	21, // 48: criproxy.ops.v1.Ops.ListOverrides:input_type -> criproxy.ops.v1.ListOverridesRequest
-	24, // 49: criproxy.ops.v1.Ops.NodeInfo:input_type -> criproxy.ops.v1.NodeInfoRequest
-	14, // 50: criproxy.ops.v1.Ops.Restart:output_type -> criproxy.ops.v1.Operation
-	14, // 51: criproxy.ops.v1.Ops.GetOperation:output_type -> criproxy.ops.v1.Operation
-	14, // 52: criproxy.ops.v1.Ops.WatchOperation:output_type -> criproxy.ops.v1.Operation
-	19, // 53: criproxy.ops.v1.Ops.ListOperations:output_type -> criproxy.ops.v1.ListOperationsResponse
-	14, // 54: criproxy.ops.v1.Ops.CancelOperation:output_type -> criproxy.ops.v1.Operation
-	14, // 55: criproxy.ops.v1.Ops.PrepareUpgrade:output_type -> criproxy.ops.v1.Operation
-	14, // 56: criproxy.ops.v1.Ops.CommitUpgrade:output_type -> criproxy.ops.v1.Operation
-	14, // 57: criproxy.ops.v1.Ops.AbortUpgrade:output_type -> criproxy.ops.v1.Operation
-	22, // 58: criproxy.ops.v1.Ops.ListOverrides:output_type -> criproxy.ops.v1.ListOverridesResponse
-	25, // 59: criproxy.ops.v1.Ops.NodeInfo:output_type -> criproxy.ops.v1.NodeInfoResponse
-	50, // [50:60] is the sub-list for method output_type
-	40, // [40:50] is the sub-list for method input_type
-	40, // [40:40] is the sub-list for extension type_name
-	40, // [40:40] is the sub-list for extension extendee
-	0,  // [0:40] is the sub-list for field type_name
+	34, // 32: criproxy.ops.v1.ImageOverride.since:type_name -> google.protobuf.Timestamp
+	34, // 33: criproxy.ops.v1.NodeInfoResponse.start_time:type_name -> google.protobuf.Timestamp
+	28, // 34: criproxy.ops.v1.NodeInfoResponse.runtime:type_name -> criproxy.ops.v1.Runtime
+	34, // 35: criproxy.ops.v1.NodeInfoResponse.kubelet_last_call:type_name -> google.protobuf.Timestamp
+	29, // 36: criproxy.ops.v1.NodeInfoResponse.active_slots:type_name -> criproxy.ops.v1.ActiveSlot
+	30, // 37: criproxy.ops.v1.NodeInfoResponse.counters:type_name -> criproxy.ops.v1.Counters
+	27, // 38: criproxy.ops.v1.NodeInfoResponse.restart_methods:type_name -> criproxy.ops.v1.RestartMethod
+	26, // 39: criproxy.ops.v1.NodeInfoResponse.identity:type_name -> criproxy.ops.v1.Identity
+	34, // 40: criproxy.ops.v1.Identity.expire_time:type_name -> google.protobuf.Timestamp
+	34, // 41: criproxy.ops.v1.Identity.renew_time:type_name -> google.protobuf.Timestamp
+	34, // 42: criproxy.ops.v1.Identity.since:type_name -> google.protobuf.Timestamp
+	34, // 43: criproxy.ops.v1.Identity.retry_time:type_name -> google.protobuf.Timestamp
+	1,  // 44: criproxy.ops.v1.ActiveSlot.phase:type_name -> criproxy.ops.v1.Phase
+	3,  // 45: criproxy.ops.v1.Ops.Restart:input_type -> criproxy.ops.v1.RestartRequest
+	16, // 46: criproxy.ops.v1.Ops.GetOperation:input_type -> criproxy.ops.v1.GetOperationRequest
+	17, // 47: criproxy.ops.v1.Ops.WatchOperation:input_type -> criproxy.ops.v1.WatchOperationRequest
+	18, // 48: criproxy.ops.v1.Ops.ListOperations:input_type -> criproxy.ops.v1.ListOperationsRequest
+	20, // 49: criproxy.ops.v1.Ops.CancelOperation:input_type -> criproxy.ops.v1.CancelOperationRequest
+	5,  // 50: criproxy.ops.v1.Ops.PrepareUpgrade:input_type -> criproxy.ops.v1.PrepareUpgradeRequest
+	7,  // 51: criproxy.ops.v1.Ops.CommitUpgrade:input_type -> criproxy.ops.v1.CommitUpgradeRequest
+	8,  // 52: criproxy.ops.v1.Ops.AbortUpgrade:input_type -> criproxy.ops.v1.AbortUpgradeRequest
+	21, // 53: criproxy.ops.v1.Ops.ListOverrides:input_type -> criproxy.ops.v1.ListOverridesRequest
+	24, // 54: criproxy.ops.v1.Ops.NodeInfo:input_type -> criproxy.ops.v1.NodeInfoRequest
+	14, // 55: criproxy.ops.v1.Ops.Restart:output_type -> criproxy.ops.v1.Operation
+	14, // 56: criproxy.ops.v1.Ops.GetOperation:output_type -> criproxy.ops.v1.Operation
+	14, // 57: criproxy.ops.v1.Ops.WatchOperation:output_type -> criproxy.ops.v1.Operation
+	19, // 58: criproxy.ops.v1.Ops.ListOperations:output_type -> criproxy.ops.v1.ListOperationsResponse
+	14, // 59: criproxy.ops.v1.Ops.CancelOperation:output_type -> criproxy.ops.v1.Operation
+	14, // 60: criproxy.ops.v1.Ops.PrepareUpgrade:output_type -> criproxy.ops.v1.Operation
+	14, // 61: criproxy.ops.v1.Ops.CommitUpgrade:output_type -> criproxy.ops.v1.Operation
+	14, // 62: criproxy.ops.v1.Ops.AbortUpgrade:output_type -> criproxy.ops.v1.Operation
+	22, // 63: criproxy.ops.v1.Ops.ListOverrides:output_type -> criproxy.ops.v1.ListOverridesResponse
+	25, // 64: criproxy.ops.v1.Ops.NodeInfo:output_type -> criproxy.ops.v1.NodeInfoResponse
+	55, // [55:65] is the sub-list for method output_type
+	45, // [45:55] is the sub-list for method input_type
+	45, // [45:45] is the sub-list for extension type_name
+	45, // [45:45] is the sub-list for extension extendee
+	0,  // [0:45] is the sub-list for field type_name
 }
 
 func init() { file_api_ops_v1_ops_proto_init() }
@@ -2634,7 +2749,7 @@ func file_api_ops_v1_ops_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_ops_v1_ops_proto_rawDesc), len(file_api_ops_v1_ops_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   28,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -11,6 +11,8 @@ import (
 
 	"github.com/spf13/pflag"
 	"go.yaml.in/yaml/v3"
+
+	"github.com/cri-proxy/cri-proxy/ops/enrol"
 )
 
 // Config is everything `cri-proxy serve` can be told. The yaml tags are the keys
@@ -69,19 +71,29 @@ type Log struct {
 	Format string `yaml:"format"`
 }
 
-// Ops is the ops API over TCP with mutual TLS. The files are read again when
-// they change.
+// Ops is the ops API over TCP with mutual TLS. The node's certificate comes from files, which are
+// read again when they change, or is asked for from the cluster's controller (Enrol): one of the two.
 type Ops struct {
 	// Address is host:port. Empty: off.
 	Address string `yaml:"address"`
+	// Enrol says how the node gets its certificate from the controller.
+	Enrol Enrol `yaml:"enrol"`
 	// CertFile and KeyFile are the PEM server certificate and its key.
 	CertFile string `yaml:"certFile"`
 	KeyFile  string `yaml:"keyFile"`
 	// ClientCAFile holds the PEM certificates of who may sign client certificates.
 	ClientCAFile string `yaml:"clientCAFile"`
 	// AllowedClients are the names, one of which a client certificate must carry
-	// as DNS or URI subject alternative name, or as common name.
+	// as DNS or URI subject alternative name, or as common name. Empty with Enrol: the controller's.
 	AllowedClients []string `yaml:"allowedClients"`
+}
+
+// Enrol says how the node gets its certificate from the controller, by a CertificateSigningRequest.
+type Enrol struct {
+	// Kubeconfig is kubelet's, or another one of the user system:node:NAME. Empty: the certificate comes from files.
+	Kubeconfig string `yaml:"kubeconfig"`
+	// Namespace is the controller's, where it publishes its CA.
+	Namespace string `yaml:"namespace"`
 }
 
 // Restart says how containers are restarted.
@@ -161,6 +173,7 @@ func Default() *Config {
 		StateDir:        "/var/lib/cri-proxy",
 		AdminSocket:     DefaultAdminSocket,
 		Log:             Log{Level: "info", Format: "text"},
+		Ops:             Ops{Enrol: Enrol{Namespace: enrol.DefaultNamespace}},
 		Restart:         Restart{Method: "gate"},
 		Images:          Images{Parallel: 1, MaxDiskPercent: 80, RegistryHostsDir: "/etc/containerd/certs.d"},
 		Kubelet:         Kubelet{PodsSocket: "/var/lib/kubelet/pods-api/pods-api.sock"},
@@ -193,6 +206,8 @@ func (c *Config) Flags(fs *pflag.FlagSet) {
 	fs.StringVar(&c.MetricsAddress, "metrics-address", c.MetricsAddress, "host:port for /metrics, /healthz and /readyz (default: off)")
 	fs.StringVar(&c.NodeName, "node-name", c.NodeName, "Kubernetes name of this node (default: the host name)")
 	fs.StringVar(&c.Ops.Address, "ops-address", c.Ops.Address, "host:port of the ops API with mutual TLS (default: off)")
+	fs.StringVar(&c.Ops.Enrol.Kubeconfig, "ops-enrol-kubeconfig", c.Ops.Enrol.Kubeconfig, "kubelet's kubeconfig, to get the server certificate from cri-controller (in place of the files)")
+	fs.StringVar(&c.Ops.Enrol.Namespace, "ops-enrol-namespace", c.Ops.Enrol.Namespace, "namespace of cri-controller, which publishes its CA there")
 	fs.StringVar(&c.Ops.CertFile, "ops-cert-file", c.Ops.CertFile, "PEM server certificate of the ops API")
 	fs.StringVar(&c.Ops.KeyFile, "ops-key-file", c.Ops.KeyFile, "PEM key of the server certificate")
 	fs.StringVar(&c.Ops.ClientCAFile, "ops-client-ca-file", c.Ops.ClientCAFile, "PEM certificates of who signs client certificates")

@@ -274,6 +274,19 @@ func TestValidate(t *testing.T) {
 		{"ops without certificates", func(c *config.Config) {
 			c.Ops = config.Ops{Address: ":1", AllowedClients: []string{"d"}}
 		}, "ops.certFile: empty; the ops API over TCP speaks mutual TLS only"},
+		{"ops by enrolment", func(c *config.Config) {
+			c.Ops.Address, c.Ops.Enrol.Kubeconfig = ":1", "/etc/kubernetes/kubelet.conf"
+		}, ""},
+		{"ops by enrolment and from files", func(c *config.Config) {
+			c.Ops.Address, c.Ops.Enrol.Kubeconfig, c.Ops.KeyFile = ":1", "/etc/kubernetes/kubelet.conf", "b"
+		}, "ops: enrol.kubeconfig and certFile, keyFile or clientCAFile exclude each other"},
+		{"ops by enrolment with a relative path", func(c *config.Config) {
+			c.Ops.Address, c.Ops.Enrol.Kubeconfig = ":1", "kubelet.conf"
+		}, `ops.enrol.kubeconfig: "kubelet.conf" is not an absolute path`},
+		{"ops by enrolment without a namespace", func(c *config.Config) {
+			c.Ops.Address, c.Ops.Enrol = ":1", config.Enrol{Kubeconfig: "/k", Namespace: "A/b"}
+		}, `ops.enrol.namespace: "A/b" is no namespace`},
+		{"enrolment without address", func(c *config.Config) { c.Ops.Enrol.Kubeconfig = "/k" }, "ops.address: empty, so the other ops settings have no effect"},
 		{"ops without clients", func(c *config.Config) {
 			c.Ops = config.Ops{Address: ":1", CertFile: "a", KeyFile: "b", ClientCAFile: "c"}
 		}, "ops.allowedClients: empty, so every client would be refused"},

@@ -10,15 +10,21 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/sirupsen/logrus"
+
+	"github.com/cri-proxy/cri-proxy/ops/enrol"
 )
 
 // maxSocketPath is sizeof(sockaddr_un.sun_path) less the final NUL, see unix(7).
 const maxSocketPath = 107
+
+// namespaceForm is that of a DNS label, as the API server wants it.
+var namespaceForm = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
 
 // Complete fills in what depends on the machine: the node name.
 func (c *Config) Complete() error {
@@ -136,8 +142,9 @@ func (c *Config) Validate() error {
 
 func (o *Ops) validate() (errs []error) {
 	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	files := o.CertFile != "" || o.KeyFile != "" || o.ClientCAFile != ""
 	if o.Address == "" {
-		if o.CertFile != "" || o.KeyFile != "" || o.ClientCAFile != "" || len(o.AllowedClients) > 0 {
+		if files || o.Enrol.Kubeconfig != "" || len(o.AllowedClients) > 0 {
 			bad("ops.address: empty, so the other ops settings have no effect; give host:port or remove them")
 		}
 		return errs
@@ -145,17 +152,29 @@ func (o *Ops) validate() (errs []error) {
 	if err := checkAddress(o.Address); err != nil {
 		bad("ops.address: %w", err)
 	}
-	for _, f := range []struct{ key, value, what string }{
-		{"ops.certFile", o.CertFile, "the server certificate"},
-		{"ops.keyFile", o.KeyFile, "the key of the server certificate"},
-		{"ops.clientCAFile", o.ClientCAFile, "the certificates of who signs client certificates"},
-	} {
-		if f.value == "" {
-			bad("%s: empty; the ops API over TCP speaks mutual TLS only, give the PEM file with %s", f.key, f.what)
+	if o.Enrol.Kubeconfig != "" {
+		if files {
+			bad("ops: enrol.kubeconfig and certFile, keyFile or clientCAFile exclude each other; the certificate is either asked for or given, remove one of the two")
 		}
-	}
-	if len(o.AllowedClients) == 0 {
-		bad("ops.allowedClients: empty, so every client would be refused; list the names that client certificates carry")
+		if !filepath.IsAbs(o.Enrol.Kubeconfig) {
+			bad("ops.enrol.kubeconfig: %q is not an absolute path", o.Enrol.Kubeconfig)
+		}
+		if !namespaceForm.MatchString(o.Enrol.Namespace) {
+			bad("ops.enrol.namespace: %q is no namespace; give the one that cri-controller runs in, such as %s", o.Enrol.Namespace, enrol.DefaultNamespace)
+		}
+	} else {
+		for _, f := range []struct{ key, value, what string }{
+			{"ops.certFile", o.CertFile, "the server certificate"},
+			{"ops.keyFile", o.KeyFile, "the key of the server certificate"},
+			{"ops.clientCAFile", o.ClientCAFile, "the certificates of who signs client certificates"},
+		} {
+			if f.value == "" {
+				bad("%s: empty; the ops API over TCP speaks mutual TLS only, give the PEM file with %s, or ops.enrol.kubeconfig to get a certificate from the controller", f.key, f.what)
+			}
+		}
+		if len(o.AllowedClients) == 0 {
+			bad("ops.allowedClients: empty, so every client would be refused; list the names that client certificates carry")
+		}
 	}
 	if slices.Contains(o.AllowedClients, "") {
 		bad("ops.allowedClients: an empty name")

@@ -264,6 +264,7 @@ Calls:         10, 3 in flight, 1 with errors
 Interceptors:  2 calls, 0 faults
 Operations:    1 slots active, 4 succeeded, 5 failed
 Restarts:      pidfd (no gate: CDI is off)
+Identity:      none, commands come over this socket only (ops.address is not set)
 Recorded:      6 containers
 
 POD UID   CONTAINER   OPERATION   PHASE

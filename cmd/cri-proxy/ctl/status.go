@@ -9,8 +9,10 @@ import (
 	"io"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
@@ -83,6 +85,32 @@ func restartMethods(methods []*opsv1.RestartMethod) string {
 	return strings.Join(not, "; ")
 }
 
+// identity says with which certificate commands come over TCP, and what is wrong with it.
+func identity(i *opsv1.Identity) string {
+	if i == nil {
+		return "none, commands come over this socket only (ops.address is not set)"
+	}
+	at := func(t *timestamppb.Timestamp) string { return t.AsTime().Local().Format(time.RFC3339) }
+	text := "no certificate yet"
+	switch {
+	case i.GetExpireTime() != nil && i.GetExpireTime().AsTime().Before(time.Now()):
+		text = "certificate EXPIRED " + at(i.GetExpireTime())
+	case i.GetExpireTime() != nil:
+		text = "certificate until " + at(i.GetExpireTime())
+	}
+	text += map[string]string{"controller": ", from the controller", "files": ", from files"}[i.GetSource()]
+	if i.GetRenewTime() != nil {
+		text += ", renewed from " + at(i.GetRenewTime())
+	}
+	if i.GetProblem() != "" {
+		text += "; PROBLEM since " + at(i.GetSince()) + ": " + i.GetProblem()
+		if i.GetRetryTime() != nil {
+			text += " (tried again at " + at(i.GetRetryTime()) + ")"
+		}
+	}
+	return text
+}
+
 func (c *ctl) printStatus(out io.Writer, i *opsv1.NodeInfoResponse) error {
 	kubelet := "not seen yet: is its --container-runtime-endpoint unix://" + i.GetListen() + "?"
 	if i.GetKubeletLastCall() != nil {
@@ -111,6 +139,7 @@ func (c *ctl) printStatus(out io.Writer, i *opsv1.NodeInfoResponse) error {
 		{"Interceptors:", fmt.Sprintf("%d calls, %d faults", n.GetIntercepted(), n.GetInterceptorFaults())},
 		{"Operations:", fmt.Sprintf("%d slots active, %d succeeded, %d failed", len(i.GetActiveSlots()), n.GetOperationsSucceeded(), n.GetOperationsFailed())},
 		{"Restarts:", restartMethods(i.GetRestartMethods())},
+		{"Identity:", identity(i.GetIdentity())},
 		{"Recorded:", fmt.Sprintf("%d containers", n.GetRecordedContainers())},
 	} {
 		if _, err := fmt.Fprintf(w, "%s\t%s\n", row[0], row[1]); err != nil {

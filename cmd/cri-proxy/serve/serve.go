@@ -59,14 +59,8 @@ func Run(ctx, hard context.Context, c *config.Config, log *logrus.Logger) error 
 		return err
 	}
 	d := &daemon{node: n, log: log, notify: notifier{log: log}, failed: make(chan error, 8), sockets: sockets, requests: make(chan *request)}
-	if o := c.Ops; o.Address != "" {
-		d.creds, err = mtls.NewServer(mtls.ServerOptions{
-			CertFile: o.CertFile, KeyFile: o.KeyFile, ClientCAFile: o.ClientCAFile,
-			AllowedClients: o.AllowedClients, Log: log,
-		})
-		if err != nil {
-			return errors.Join(fmt.Errorf("ops: %w", err), n.close())
-		}
+	if err := n.identify(); err != nil {
+		return errors.Join(fmt.Errorf("ops: %w", err), n.close())
 	}
 	// All that can be wrong with this process is found before the one that serves is asked to let go.
 	var before *predecessor
@@ -124,8 +118,7 @@ type daemon struct {
 	log      logrus.FieldLogger
 	notify   notifier
 	sockets  *sockets
-	creds    *mtls.Server // of the ops API; nil: off
-	failed   chan error   // the first error of a server
+	failed   chan error // the first error of a server
 	draining atomic.Bool
 	// handing is set while it is open which process serves.
 	handing atomic.Bool
@@ -135,6 +128,8 @@ type daemon struct {
 	opsServers []*grpc.Server
 	http       *httpServer
 	handover   *handover.Listener
+	// stopEnrol ends what keeps the node's identity new; nil: nothing does.
+	stopEnrol func()
 	requests   chan *request // for the state
 	// given is the view of the state that has been handed over: of the calls that are still under way.
 	given *interceptors.View
@@ -173,7 +168,8 @@ func (d *daemon) startServers(ctx context.Context) error {
 			return fmt.Errorf("ops.address: %w", err)
 		}
 		d.serveOps("ops", mtls.LimitListener(l), d.creds.GRPC()...)
-		d.log.WithFields(logrus.Fields{"address": l.Addr().String(), "clients": o.AllowedClients}).Info("ops API with mutual TLS")
+		d.log.WithFields(logrus.Fields{"address": l.Addr().String(), "clients": d.allowedClients()}).Info("ops API with mutual TLS")
+		d.startEnrolling(ctx)
 	}
 	if d.config.MetricsAddress != "" {
 		l, err := d.sockets.listen("metrics", d.config.MetricsAddress, func() (net.Listener, error) { return listenTCP(ctx, d.config.MetricsAddress) })
@@ -195,6 +191,7 @@ func (d *daemon) stopServers(hard context.Context, grace time.Duration) {
 		_ = d.handover.Close()
 		d.handover = nil
 	}
+	d.stopEnrolling()
 	d.stopOps(hard, grace)
 	d.http.stop()
 	d.http = nil

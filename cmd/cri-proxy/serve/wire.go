@@ -26,6 +26,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
 	"github.com/cri-proxy/cri-proxy/ops"
+	"github.com/cri-proxy/cri-proxy/ops/enrol"
+	"github.com/cri-proxy/cri-proxy/ops/mtls"
 	"github.com/cri-proxy/cri-proxy/ops/prepull"
 	"github.com/cri-proxy/cri-proxy/ops/prepull/credentialprovider"
 	"github.com/cri-proxy/cri-proxy/proxy"
@@ -47,6 +49,8 @@ type node struct {
 	cri      *proxy.Server
 	plugins  *credentialprovider.Plugins // nil: none
 	state    atomic.Pointer[state]       // nil: another process has it
+	creds    *mtls.Server                // of the ops API over TCP; nil: off
+	enroller *enrol.Enroller             // nil: the identity comes from files
 
 	mu             sync.Mutex // guards all following fields
 	runtimeName    string
@@ -134,6 +138,7 @@ func (n *node) info(ctx context.Context) *opsv1.NodeInfoResponse {
 		Listen:           n.listen,
 		Bypass:           n.bypassed(),
 		KubeletUserAgent: st.LastUserAgent,
+		Identity:         n.identity(),
 		Runtime:          &opsv1.Runtime{Endpoint: n.upstream.Endpoint(), State: state.String()},
 		Counters: &opsv1.Counters{
 			Calls:             st.Calls,
