@@ -103,7 +103,7 @@ $(TOOLS)/protoc-gen-go-grpc: TOOL_PACKAGE = google.golang.org/grpc/cmd/protoc-ge
 
 .PHONY: generate
 generate: $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## protobuf code (needs protoc), deep copies, CRDs, RBAC, the golden dependency list
-	PATH=$(TOOLS):$$PATH protoc --go_out=. --go_opt=paths=source_relative --go-grpc_out=. --go-grpc_opt=paths=source_relative api/ops/v1/ops.proto api/ops/v1/images.proto
+	PATH=$(TOOLS):$$PATH protoc --go_out=. --go_opt=paths=source_relative --go-grpc_out=. --go-grpc_opt=paths=source_relative api/ops/v1/ops.proto api/ops/v1/images.proto api/ops/v1/debug.proto
 	sh deploy/generate.sh
 	go test -run '^TestBinaryDependencies$$' . -update
 

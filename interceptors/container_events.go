@@ -18,8 +18,8 @@ const heldEvents = 1024
 
 // getContainerEvents keeps events of hidden containers, and the stop of a masked one,
 // back until the reveal.
-func (d *Director) getContainerEvents(_ context.Context, _ string, raw []byte) ([]byte, proxy.StreamFilter, error) {
-	f := &eventFilter{view: d.view, extra: make(chan []byte, heldEvents)}
+func (d *Director) getContainerEvents(ctx context.Context, _ string, raw []byte) ([]byte, proxy.StreamFilter, error) {
+	f := &eventFilter{view: d.view, did: decidedIn(ctx), extra: make(chan []byte, heldEvents)}
 	d.view.mu.Lock()
 	d.view.streams[f] = struct{}{}
 	d.view.mu.Unlock()
@@ -29,6 +29,7 @@ func (d *Director) getContainerEvents(_ context.Context, _ string, raw []byte) (
 // eventFilter is the filter of one GetContainerEvents stream.
 type eventFilter struct {
 	view  *View
+	did   *decided
 	extra chan []byte
 	held  []heldEvent // guarded by view.mu
 }
@@ -49,9 +50,10 @@ func (f *eventFilter) Message(msg []byte) ([][]byte, error) {
 		return nil, err
 	}
 	if f.hold(m, msg) {
+		f.did.add(didHold)
 		return nil, nil
 	}
-	look := f.view.look()
+	look := f.view.look(f.did)
 	defer look.end()
 	m.ContainersStatuses = look.showStatuses(m.ContainersStatuses)
 	b, err := encode(m)

@@ -34,9 +34,11 @@ func (d *Director) createContainer(ctx context.Context, method string, raw []byt
 	slot := Slot{PodUID: req.GetConfig().GetLabels()[labelPodUID], Container: req.GetConfig().GetLabels()[labelContainer]}
 	if slot.PodUID != "" && slot.Container != "" {
 		if id := d.prepared(ctx, method, slot, req); id != "" {
+			did(ctx, didAdopt)
 			return encode(&runtimeapi.CreateContainerResponse{ContainerId: id})
 		}
 		if d.view.Claimed(slot) {
+			did(ctx, didHold)
 			d.log.WithFields(logrusFields(slot, method)).Info("waiting for the operation on this slot")
 		}
 		claim, err := d.view.Claim(ctx, slot)
@@ -69,6 +71,7 @@ func (d *Director) overridden(ctx context.Context, slot Slot, req *runtimeapi.Cr
 	if err != nil || !changed {
 		return raw, err
 	}
+	did(ctx, didOverride)
 	return encode(req)
 }
 
@@ -84,6 +87,7 @@ func (d *Director) prepared(ctx context.Context, method string, slot Slot, req *
 	}
 	id, ok := driver.Create(ctx, req)
 	if !ok {
+		did(ctx, didYield)
 		claim.takeBack(Yield{Method: method, Grace: sandboxGrace})
 		return ""
 	}
@@ -101,6 +105,7 @@ func (d *Director) startContainer(ctx context.Context, _ string, raw []byte, nex
 		return nil, err
 	}
 	if _, is := d.staged(req.GetContainerId()); is {
+		did(ctx, didHide)
 		return nil, notFound(req.GetContainerId())
 	}
 	b, err := next(ctx, raw)
@@ -114,6 +119,7 @@ func (d *Director) startContainer(ctx context.Context, _ string, raw []byte, nex
 	}
 	switch s.GetState() {
 	case runtimeapi.ContainerState_CONTAINER_RUNNING, runtimeapi.ContainerState_CONTAINER_EXITED:
+		did(ctx, didAdopt)
 		return encode(&runtimeapi.StartContainerResponse{}) // how it ended is for kubelet to find
 	default:
 		return nil, err
@@ -135,11 +141,13 @@ func (d *Director) stopContainer(ctx context.Context, method string, raw []byte,
 		return next(ctx, raw)
 	}
 	if d.view.successorOf(claim) == id {
+		did(ctx, didHide)
 		// Nobody can know this container: answered as the runtime answers for unknown ones.
 		return encode(&runtimeapi.StopContainerResponse{})
 	}
 	if driver := claim.awaitDriver(ctx); driver != nil {
 		if ok, err := driver.Stop(ctx, req.GetTimeout()); ok {
+			did(ctx, didHandOver)
 			if err != nil {
 				return nil, err
 			}
@@ -148,6 +156,7 @@ func (d *Director) stopContainer(ctx context.Context, method string, raw []byte,
 			return encode(&runtimeapi.StopContainerResponse{})
 		}
 	}
+	did(ctx, didYield)
 	claim.takeBack(Yield{Method: method, Grace: req.GetTimeout()})
 	d.log.WithFields(logrusFields(claim.Slot(), method)).Info("kubelet takes the slot back from an operation")
 	b, err := next(ctx, raw)
@@ -180,6 +189,7 @@ const lateGrace = 90
 func (d *Director) stopLateHeirs(ctx context.Context, sandbox string) {
 	var wg sync.WaitGroup
 	for _, h := range d.view.lateHeirs(sandbox) {
+		did(ctx, didStop)
 		wg.Go(func() {
 			log := d.log.WithFields(logrus.Fields{"successor": h.id})
 			log.Info("the pod goes away, stopping the container that took the place of the one that kubelet stopped")
@@ -212,6 +222,7 @@ const sandboxGrace = 2
 func (d *Director) takeBackSandbox(ctx context.Context, method, sandbox string) {
 	claims := d.view.bySandbox(sandbox)
 	for _, c := range claims {
+		did(ctx, didYield)
 		c.takeBack(Yield{Method: method, Grace: sandboxGrace})
 		d.log.WithFields(logrusFields(c.Slot(), method)).Info("the pod goes away, its operation gives way")
 	}
@@ -240,9 +251,11 @@ func (d *Director) removeContainer(ctx context.Context, method string, raw []byt
 	if d.view.Active() {
 		claim, id := d.view.byContainer(req.GetContainerId())
 		if claim != nil && d.view.successorOf(claim) == id {
+			did(ctx, didHide)
 			return encode(&runtimeapi.RemoveContainerResponse{})
 		}
 		if claim != nil && d.view.judge(id) == masked {
+			did(ctx, didYield)
 			claim.takeBack(Yield{Method: method, Grace: sandboxGrace})
 			d.awaitYield(ctx, claim, sandboxGrace*time.Second)
 		}
@@ -281,6 +294,7 @@ func (d *Director) updateContainerResources(ctx context.Context, method string, 
 	}
 	d.records.Updated(id, linux)
 	if successor := d.view.successorOf(claim); successor != "" && successor != id {
+		did(ctx, didRepeat)
 		d.records.Updated(successor, linux)
 		again := proto.Clone(req).(*runtimeapi.UpdateContainerResourcesRequest)
 		again.ContainerId = successor

@@ -17,7 +17,7 @@ func (d *Director) containerStats(ctx context.Context, _ string, raw []byte, nex
 	if err != nil {
 		return nil, err
 	}
-	look := d.view.look()
+	look := d.view.look(decidedIn(ctx))
 	defer look.end()
 	b, err := next(ctx, raw)
 	if err != nil {
@@ -34,15 +34,15 @@ func (d *Director) containerStats(ctx context.Context, _ string, raw []byte, nex
 }
 
 func (d *Director) listContainerStats(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
-	look := d.view.look()
+	look := d.view.look(decidedIn(ctx))
 	defer look.end()
 	return forward(ctx, raw, next, &runtimeapi.ListContainerStatsResponse{}, func(m *runtimeapi.ListContainerStatsResponse) {
 		m.Stats = without(m.Stats, look.hiddenStats)
 	})
 }
 
-func (d *Director) streamContainerStats(_ context.Context, _ string, raw []byte) ([]byte, proxy.StreamFilter, error) {
-	look := d.view.look()
+func (d *Director) streamContainerStats(ctx context.Context, _ string, raw []byte) ([]byte, proxy.StreamFilter, error) {
+	look := d.view.look(decidedIn(ctx))
 	return raw, &messageFilter{look: look, change: func(b []byte) ([]byte, error) {
 		m, err := decode(b, &runtimeapi.StreamContainerStatsResponse{})
 		if err != nil {
@@ -54,7 +54,7 @@ func (d *Director) streamContainerStats(_ context.Context, _ string, raw []byte)
 }
 
 func (d *Director) podSandboxStats(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
-	look := d.view.look()
+	look := d.view.look(decidedIn(ctx))
 	defer look.end()
 	return forward(ctx, raw, next, &runtimeapi.PodSandboxStatsResponse{}, func(m *runtimeapi.PodSandboxStatsResponse) {
 		look.showPodStats(m.GetStats())
@@ -62,7 +62,7 @@ func (d *Director) podSandboxStats(ctx context.Context, _ string, raw []byte, ne
 }
 
 func (d *Director) listPodSandboxStats(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
-	look := d.view.look()
+	look := d.view.look(decidedIn(ctx))
 	defer look.end()
 	return forward(ctx, raw, next, &runtimeapi.ListPodSandboxStatsResponse{}, func(m *runtimeapi.ListPodSandboxStatsResponse) {
 		for _, s := range m.GetStats() {
@@ -71,8 +71,8 @@ func (d *Director) listPodSandboxStats(ctx context.Context, _ string, raw []byte
 	})
 }
 
-func (d *Director) streamPodSandboxStats(_ context.Context, _ string, raw []byte) ([]byte, proxy.StreamFilter, error) {
-	look := d.view.look()
+func (d *Director) streamPodSandboxStats(ctx context.Context, _ string, raw []byte) ([]byte, proxy.StreamFilter, error) {
+	look := d.view.look(decidedIn(ctx))
 	return raw, &messageFilter{look: look, change: func(b []byte) ([]byte, error) {
 		m, err := decode(b, &runtimeapi.StreamPodSandboxStatsResponse{})
 		if err != nil {
@@ -86,7 +86,7 @@ func (d *Director) streamPodSandboxStats(_ context.Context, _ string, raw []byte
 }
 
 func (d *Director) listPodSandboxMetrics(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
-	look := d.view.look()
+	look := d.view.look(decidedIn(ctx))
 	defer look.end()
 	return forward(ctx, raw, next, &runtimeapi.ListPodSandboxMetricsResponse{}, func(m *runtimeapi.ListPodSandboxMetricsResponse) {
 		for _, s := range m.GetPodMetrics() {
@@ -95,8 +95,8 @@ func (d *Director) listPodSandboxMetrics(ctx context.Context, _ string, raw []by
 	})
 }
 
-func (d *Director) streamPodSandboxMetrics(_ context.Context, _ string, raw []byte) ([]byte, proxy.StreamFilter, error) {
-	look := d.view.look()
+func (d *Director) streamPodSandboxMetrics(ctx context.Context, _ string, raw []byte) ([]byte, proxy.StreamFilter, error) {
+	look := d.view.look(decidedIn(ctx))
 	return raw, &messageFilter{look: look, change: func(b []byte) ([]byte, error) {
 		m, err := decode(b, &runtimeapi.StreamPodSandboxMetricsResponse{})
 		if err != nil {

@@ -18,7 +18,7 @@ func (d *Director) containerStatus(ctx context.Context, _ string, raw []byte, ne
 	if err != nil {
 		return nil, err
 	}
-	look := d.view.look()
+	look := d.view.look(decidedIn(ctx))
 	defer look.end()
 	untold := d.view.isUntold(req.GetContainerId())
 	b, err := next(ctx, raw)
@@ -30,10 +30,14 @@ func (d *Director) containerStatus(ctx context.Context, _ string, raw []byte, ne
 		return nil, err
 	}
 	changed := d.view.correct(m.GetStatus())
+	if changed {
+		did(ctx, didCorrect)
+	}
 	switch how := look.judge(m.GetStatus().GetId(), m.GetStatus().GetAnnotations()); {
 	case how == hidden:
 		return nil, notFound(req.GetContainerId())
 	case how == masked || untold:
+		did(ctx, didMask)
 		showRunning(m.GetStatus())
 		changed = true
 	}
@@ -45,7 +49,7 @@ func (d *Director) containerStatus(ctx context.Context, _ string, raw []byte, ne
 
 // podSandboxStatus filters the container statuses that evented PLEG reads from it.
 func (d *Director) podSandboxStatus(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
-	look := d.view.look()
+	look := d.view.look(decidedIn(ctx))
 	defer look.end()
 	return forward(ctx, raw, next, &runtimeapi.PodSandboxStatusResponse{}, func(m *runtimeapi.PodSandboxStatusResponse) {
 		m.ContainersStatuses = look.showStatuses(m.ContainersStatuses)
@@ -61,7 +65,9 @@ func (l *look) showStatuses(list []*runtimeapi.ContainerStatus) []*runtimeapi.Co
 		case masked:
 			showRunning(s)
 		}
-		l.view.correct(s)
+		if l.view.correct(s) {
+			l.did.add(didCorrect)
+		}
 		return false
 	})
 }

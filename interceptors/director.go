@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -45,7 +46,7 @@ type Overrides interface {
 	SandboxRemoved()
 }
 
-// Options configures a [Director]. All fields but Pulls and Overrides are required.
+// Options configures a [Director]. All fields but Pulls, Overrides and Registerer are required.
 type Options struct {
 	View    *View
 	Records Records
@@ -55,6 +56,8 @@ type Options struct {
 	Pulls   Pulls
 	// Overrides, if nil, are none.
 	Overrides Overrides
+	// Registerer gets the metrics. Nil: they are kept but not served.
+	Registerer prometheus.Registerer
 }
 
 // Director implements [proxy.Director]: it takes a method only while the view has
@@ -115,6 +118,18 @@ func New(o Options) *Director {
 		runtimeapi.RuntimeService_StreamContainerStats_FullMethodName:    d.streamContainerStats,
 		runtimeapi.RuntimeService_StreamPodSandboxStats_FullMethodName:   d.streamPodSandboxStats,
 		runtimeapi.RuntimeService_StreamPodSandboxMetrics_FullMethodName: d.streamPodSandboxMetrics,
+	}
+	counts, err := newDecisions(o.Registerer)
+	if err != nil {
+		o.Log.WithError(err).Warn("metric not registered")
+	}
+	for _, methods := range []map[string]proxy.UnaryInterceptor{d.always, d.active} {
+		for method, take := range methods {
+			methods[method] = newCounter(counts, method).unary(take)
+		}
+	}
+	for method, take := range d.stream {
+		d.stream[method] = newCounter(counts, method).stream(take)
 	}
 	return d
 }

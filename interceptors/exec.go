@@ -30,6 +30,7 @@ func (d *Director) execSync(ctx context.Context, _ string, raw []byte, next prox
 		return nil, err
 	}
 	if resp.GetExitCode() != 0 {
+		did(ctx, didRefuse)
 		// A probe that the stop has killed, or that fails because the app drains.
 		return nil, maskedDead(req.GetContainerId())
 	}
@@ -69,6 +70,7 @@ func (d *Director) reopenContainerLog(ctx context.Context, _ string, raw []byte,
 	}
 	b, err := d.inContainer(ctx, req.GetContainerId(), raw, next)
 	if status.Code(err) == codes.Unavailable && d.masked(req.GetContainerId()) {
+		did(ctx, didMask)
 		return encode(&runtimeapi.ReopenContainerLogResponse{})
 	}
 	return b, err
@@ -77,10 +79,12 @@ func (d *Director) reopenContainerLog(ctx context.Context, _ string, raw []byte,
 // inContainer forwards a call that needs the container's process.
 func (d *Director) inContainer(ctx context.Context, id string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	if _, is := d.staged(id); is {
+		did(ctx, didHide)
 		return nil, notFound(id)
 	}
 	b, err := next(ctx, raw)
 	if err != nil && d.masked(id) { // a timeout as well: kubelet's prober counts DeadlineExceeded as a failure
+		did(ctx, didRefuse)
 		return nil, maskedDead(id)
 	}
 	return b, err

@@ -22,7 +22,7 @@ func (d *Director) listContainers(ctx context.Context, _ string, raw []byte, nex
 	if err != nil {
 		return nil, err
 	}
-	look := d.view.look()
+	look := d.view.look(decidedIn(ctx))
 	defer look.end()
 	return forward(ctx, upstream, next, &runtimeapi.ListContainersResponse{}, func(m *runtimeapi.ListContainersResponse) {
 		m.Containers = look.showContainers(m.Containers, want)
@@ -33,7 +33,7 @@ func (d *Director) listContainers(ctx context.Context, _ string, raw []byte, nex
 }
 
 // streamContainers is listContainers for the streaming form.
-func (d *Director) streamContainers(_ context.Context, _ string, raw []byte) ([]byte, proxy.StreamFilter, error) {
+func (d *Director) streamContainers(ctx context.Context, _ string, raw []byte) ([]byte, proxy.StreamFilter, error) {
 	req, err := decode(raw, &runtimeapi.StreamContainersRequest{})
 	if err != nil {
 		return nil, nil, err
@@ -44,7 +44,7 @@ func (d *Director) streamContainers(_ context.Context, _ string, raw []byte) ([]
 	if err != nil {
 		return nil, nil, err
 	}
-	look := d.view.look()
+	look := d.view.look(decidedIn(ctx))
 	return upstream, &messageFilter{look: look, always: want != nil || d.view.Active(), change: func(b []byte) ([]byte, error) {
 		m, err := decode(b, &runtimeapi.StreamContainersResponse{})
 		if err != nil {

@@ -533,15 +533,16 @@ func (v *View) verdictLocked(id string) verdict {
 // is the end of a pod that is never restarted.
 type look struct {
 	view   *View
+	did    *decided
 	tokens map[string]struct{} // guarded by view.mu
 	ids    map[string]verdict  // guarded by view.mu
 }
 
-// look begins a call; end must be called when it has been answered.
-func (v *View) look() *look {
+// look begins a call, whose decisions are noted in did; end must be called when it has been answered.
+func (v *View) look(did *decided) *look {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	l := &look{view: v, tokens: make(map[string]struct{}, len(v.tokens)), ids: make(map[string]verdict, len(v.ids))}
+	l := &look{view: v, did: did, tokens: make(map[string]struct{}, len(v.tokens)), ids: make(map[string]verdict, len(v.ids))}
 	for t := range v.tokens {
 		l.tokens[t] = struct{}{}
 	}
@@ -574,10 +575,18 @@ func (l *look) judge(id string, annotations map[string]string) verdict {
 	defer l.view.mu.RUnlock()
 	if t := annotations[StagedAnnotation]; t != "" {
 		if _, ok := l.tokens[t]; ok {
+			l.did.add(didHide)
 			return hidden
 		}
 	}
-	return l.ids[id]
+	how := l.ids[id]
+	switch how {
+	case hidden:
+		l.did.add(didHide)
+	case masked:
+		l.did.add(didMask)
+	}
+	return how
 }
 
 // noteLocked tells the calls in flight what has become hidden or masked.

@@ -125,6 +125,7 @@ type operation struct {
 	// forgotten is whether there were credentials in the process before this one, until there are others.
 	forgotten bool
 	claims    map[int]*interceptors.Claim
+	stays     []stay // for metrics and traces
 }
 
 // Open reads the journal in the state directory and makes the view show what
@@ -259,6 +260,12 @@ func (e *Engine) revive(uid string, r *record) error {
 	e.waiting = append(e.waiting, o)
 	e.log.WithFields(logrus.Fields{"op": uid, "pod": podName(o.op.GetPod()), "phase": o.op.GetPhase()}).Info("resuming operation from the journal")
 	return nil
+}
+
+// JournalError says why operations cannot be written down, and are refused; nil if they can.
+func (e *Engine) JournalError() error {
+	_, err := e.journal.DB()
+	return err
 }
 
 // Records returns the store for the interceptors.
@@ -493,6 +500,9 @@ func (e *Engine) accept(o *operation) (*operation, error) {
 	if err := e.expireLocked(time.Now()); err != nil {
 		return nil, status.Error(codes.Internal, err.Error())
 	}
+	o.mu.Lock()
+	o.enterLocked()
+	o.mu.Unlock()
 	if err := e.save(o); err != nil {
 		return nil, status.Errorf(codes.Internal, "the operation was not accepted and nothing was done: %v", err)
 	}
@@ -505,13 +515,6 @@ func (e *Engine) accept(o *operation) (*operation, error) {
 	return o, nil
 }
 
-// active returns how many operations are unfinished.
-func (e *Engine) active() int {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return e.activeLocked()
-}
-
 func (e *Engine) activeLocked() int {
 	n := 0
 	for _, o := range e.ops {
@@ -520,6 +523,19 @@ func (e *Engine) activeLocked() int {
 		}
 	}
 	return n
+}
+
+// activeOperations returns the operations that have not finished.
+func (e *Engine) activeOperations() []*operation {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	var all []*operation
+	for _, o := range e.ops {
+		if !o.finished() {
+			all = append(all, o)
+		}
+	}
+	return all
 }
 
 // as returns the operation if it is what the other one would be.
@@ -665,6 +681,7 @@ func (o *operation) notifyLocked() {
 	if o.op.GetFinishTime() == nil {
 		o.op.Phase = o.phaseLocked()
 	}
+	o.enterLocked()
 	close(o.changed)
 	o.changed = make(chan struct{})
 }

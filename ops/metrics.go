@@ -5,6 +5,9 @@ package ops
 
 import (
 	"fmt"
+	"slices"
+	"strings"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -13,6 +16,7 @@ import (
 
 type metrics struct {
 	results      *prometheus.CounterVec
+	phases       *prometheus.HistogramVec
 	gap          *prometheus.HistogramVec
 	gateFailures prometheus.Counter
 }
@@ -23,9 +27,13 @@ func newMetrics(reg prometheus.Registerer, e *Engine) (*metrics, error) {
 			Name: "criproxy_operations_total", Help: "Finished operations by kind and result.",
 		}, []string{"kind", "result"}),
 		gap: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "criproxy_restart_gap_seconds", Help: "From the exit of a container to the start of its successor, by method; 0 where they overlap.",
+			Name: "criproxy_operation_gap_seconds", Help: "From the exit of a container to the start of its successor, by kind of operation and method; 0 where they overlap.",
 			Buckets: []float64{.002, .005, .01, .02, .05, .1, .2, .5, 1, 5, 30},
-		}, []string{"method"}),
+		}, []string{"kind", "method"}),
+		phases: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "criproxy_operation_phase_duration_seconds", Help: "How long finished operations have been in a phase, by kind and phase.",
+			Buckets: []float64{.005, .02, .1, .5, 1, 5, 10, 30, 60, 300, 1800},
+		}, []string{"kind", "phase"}),
 		gateFailures: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "criproxy_gate_failures_total", Help: "Restarts that were to use a gate and went on without.",
 		}),
@@ -33,16 +41,21 @@ func newMetrics(reg prometheus.Registerer, e *Engine) (*metrics, error) {
 	if reg == nil {
 		return m, nil
 	}
-	active := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "criproxy_operations_active", Help: "Operations that have not finished.",
-	}, func() float64 { return float64(e.active()) })
 	recorded := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "criproxy_recorded_containers", Help: "Containers whose creation was recorded.",
 	}, func() float64 { return float64(e.records.Len()) })
+	journal := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "criproxy_journal_open", Help: "1 while operations can be written down; otherwise they are refused.",
+	}, func() float64 {
+		if e.journal.IsOpen() {
+			return 1
+		}
+		return 0
+	})
 	overrides := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "criproxy_image_overrides", Help: "Containers whose image is not the one in the pod's spec.",
 	}, func() float64 { return float64(e.overrides.n.Load()) })
-	for _, c := range []prometheus.Collector{m.results, m.gap, m.gateFailures, active, recorded, overrides, e.overrides.lost} {
+	for _, c := range []prometheus.Collector{m.results, m.phases, m.gap, m.gateFailures, &activeOperations{e}, recorded, journal, overrides, e.overrides.lost} {
 		if err := reg.Register(c); err != nil {
 			return nil, fmt.Errorf("metrics: %w", err)
 		}
@@ -50,10 +63,63 @@ func newMetrics(reg prometheus.Registerer, e *Engine) (*metrics, error) {
 	return m, nil
 }
 
-func (m *metrics) finished(op *opsv1.Operation) {
-	result := map[opsv1.Phase]string{opsv1.Phase_PHASE_SUCCEEDED: "succeeded", opsv1.Phase_PHASE_CANCELLED: "cancelled"}[op.GetPhase()]
+// activeOperations counts the operations that have not finished.
+type activeOperations struct{ e *Engine }
+
+var activeDesc = prometheus.NewDesc("criproxy_operations_active", "Operations that have not finished, by kind and phase.", []string{"kind", "phase"}, nil)
+
+// Describe implements [prometheus.Collector].
+func (*activeOperations) Describe(c chan<- *prometheus.Desc) { c <- activeDesc }
+
+// Collect implements [prometheus.Collector]. Phases that no operation is in have no series, but each kind has one.
+func (a *activeOperations) Collect(c chan<- prometheus.Metric) {
+	type key struct{ kind, phase string }
+	counts := map[key]int{{kindRestart, phaseLabel(opsv1.Phase_PHASE_PENDING)}: 0, {kindUpgrade, phaseLabel(opsv1.Phase_PHASE_PENDING)}: 0}
+	for _, o := range a.e.activeOperations() {
+		o.mu.Lock()
+		counts[key{o.op.GetKind(), phaseLabel(o.phaseLocked())}]++
+		o.mu.Unlock()
+	}
+	for k, n := range counts {
+		c <- prometheus.MustNewConstMetric(activeDesc, prometheus.GaugeValue, float64(n), k.kind, k.phase)
+	}
+}
+
+// phaseLabel is the phase as a label value: pulling, staging and so on.
+func phaseLabel(p opsv1.Phase) string {
+	return strings.ToLower(strings.TrimPrefix(p.String(), "PHASE_"))
+}
+
+// stay is when an operation came into a phase, as far as this process has seen it.
+type stay struct {
+	phase opsv1.Phase
+	since time.Time
+}
+
+// maxStays bounds the phases that are kept of an operation: those of one with many containers that pass them one by one.
+const maxStays = 64
+
+// enterLocked notes the present phase. The caller holds o.mu.
+func (o *operation) enterLocked() {
+	over := !slices.ContainsFunc(o.op.GetContainers(), func(c *opsv1.ContainerOperation) bool { return slices.Contains(course, c.GetPhase()) })
+	if over && o.op.GetFinishTime() == nil {
+		return // all containers have ended, the phase is only that of the last ones
+	}
+	if n := len(o.stays); n == maxStays || n > 0 && o.stays[n-1].phase == o.op.GetPhase() {
+		return
+	}
+	o.stays = append(o.stays, stay{o.op.GetPhase(), time.Now()})
+}
+
+// finishedLocked counts an operation that has finished. The caller holds o.mu.
+func (m *metrics) finishedLocked(o *operation) {
+	result := map[opsv1.Phase]string{opsv1.Phase_PHASE_SUCCEEDED: "succeeded", opsv1.Phase_PHASE_CANCELLED: "cancelled"}[o.op.GetPhase()]
 	if result == "" {
 		result = "failed"
 	}
-	m.results.WithLabelValues(op.GetKind(), result).Inc()
+	m.results.WithLabelValues(o.op.GetKind(), result).Inc()
+	o.enterLocked()
+	for i := range len(o.stays) - 1 {
+		m.phases.WithLabelValues(o.op.GetKind(), phaseLabel(o.stays[i].phase)).Observe(o.stays[i+1].since.Sub(o.stays[i].since).Seconds())
+	}
 }

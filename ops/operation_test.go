@@ -229,8 +229,11 @@ func TestMetrics(t *testing.T) {
 	}
 	want := map[string]float64{
 		"criproxy_operations_total Restart succeeded": 1, "criproxy_operations_total Restart failed": 1,
-		"criproxy_operations_active": 0, "criproxy_recorded_containers": 3, "criproxy_restart_gap_seconds plain": 1, "criproxy_gate_failures_total": 0,
-		"criproxy_image_overrides": 0, "criproxy_image_overrides_lost_total": 0,
+		"criproxy_operations_active Restart pending": 0, "criproxy_operations_active Upgrade pending": 0, "criproxy_recorded_containers": 3, "criproxy_operation_gap_seconds Restart plain": 1,
+		"criproxy_operation_phase_duration_seconds Restart pending": 2, "criproxy_operation_phase_duration_seconds Restart staging": 2, "criproxy_operation_phase_duration_seconds Restart stopping": 1,
+		"criproxy_operation_phase_duration_seconds Restart starting": 1, "criproxy_operation_phase_duration_seconds Restart revealing": 1,
+		"criproxy_gate_failures_total": 0,
+		"criproxy_journal_open":        1, "criproxy_image_overrides": 0, "criproxy_image_overrides_lost_total": 0,
 	}
 	if !maps.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)

@@ -126,7 +126,7 @@ func (e *Engine) conclude(o *operation) error {
 		o.op.Message = strings.Join(messages, "; ")
 	}
 	err := e.saveLocked(o) // finished all the same
-	e.metrics.finished(o.op)
+	e.metrics.finishedLocked(o)
 	e.log.WithFields(logrus.Fields{"op": o.op.GetUid(), "pod": podName(o.op.GetPod()), "phase": phase, "requester": o.op.GetRequester()}).Info("operation finished")
 	o.notifyLocked()
 	return err

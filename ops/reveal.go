@@ -103,5 +103,5 @@ func (r *restart) measure(ctx context.Context, rec containerRecord) {
 		c.StopTime, c.StartTime = timestamppb.New(stopped), timestamppb.New(started)
 		c.Gap = durationpb.New(started.Sub(stopped)) // negative for overlap
 	})
-	r.metrics.gap.WithLabelValues(string(rec.Method)).Observe(max(0, started.Sub(stopped).Seconds()))
+	r.metrics.gap.WithLabelValues(r.o.op.GetKind(), string(rec.Method)).Observe(max(0, started.Sub(stopped).Seconds()))
 }

@@ -241,6 +241,9 @@ func (s *Server) NodeInfo(ctx context.Context, _ *opsv1.NodeInfoRequest) (*opsv1
 		}
 	}
 	info.RestartMethods = s.e.methods.list()
+	if err := s.e.JournalError(); err != nil {
+		info.JournalError = err.Error()
+	}
 	info.Counters.RecordedContainers = uint64(s.e.records.Len())
 	return info, nil
 }

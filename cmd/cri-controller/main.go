@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"syscall"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
 	"github.com/spf13/cobra"
 	"k8s.io/client-go/rest"
@@ -127,11 +128,17 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
+	if err := metrics.Registry.Register(buildMetric()); err != nil {
+		return err
+	}
 	nodes, err := controller.NewGRPCNodes(s.tls, counters, log)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = nodes.Close() }() // the process ends
+	if err := metrics.Registry.Register(nodes); err != nil {
+		return err
+	}
 
 	m, err := ctrl.NewManager(config, ctrl.Options{
 		Scheme:                        scheme,
@@ -177,6 +184,16 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 	}
 	log.Info("cri-controller stops")
 	return nil
+}
+
+// buildMetric is always 1; what it is about is in its labels.
+func buildMetric() prometheus.Collector {
+	g := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "criproxy_controller_build_info", Help: "1, with the version of the controller and the one of Go that it was built with.",
+		ConstLabels: prometheus.Labels{"version": version.Short(), "goversion": runtime.Version()},
+	})
+	g.Set(1)
+	return g
 }
 
 // setUpImagePull adds what carries out image jobs.

@@ -7,17 +7,23 @@ package crew
 import (
 	"context"
 	"sync"
+
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 // Crew owns goroutines. It is a manager.Runnable.
 type Crew struct {
-	work  chan func(context.Context)
-	ended chan struct{}
+	work    chan func(context.Context)
+	ended   chan struct{}
+	working prometheus.Gauge
 }
 
-// New returns a crew whose work begins with Start.
-func New() *Crew {
-	return &Crew{work: make(chan func(context.Context)), ended: make(chan struct{})}
+// New returns a crew whose work begins with Start. working gets how many goroutines work; nil: nobody wants to know.
+func New(working prometheus.Gauge) *Crew {
+	if working == nil {
+		working = prometheus.NewGauge(prometheus.GaugeOpts{Name: "unregistered"})
+	}
+	return &Crew{work: make(chan func(context.Context)), ended: make(chan struct{}), working: working}
 }
 
 // Start runs what Do is given until ctx is done and all of it has ended. It returns nil.
@@ -30,7 +36,11 @@ func (c *Crew) Start(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case f := <-c.work:
-			wg.Go(func() { f(ctx) })
+			c.working.Inc()
+			wg.Go(func() {
+				defer c.working.Dec()
+				f(ctx)
+			})
 		}
 	}
 }

@@ -19,6 +19,7 @@ type Metrics struct {
 	active   prometheus.Gauge
 	jobs     *prometheus.CounterVec
 	writes   *prometheus.CounterVec
+	working  prometheus.Gauge
 }
 
 // NewMetrics registers the metrics with r.
@@ -50,7 +51,11 @@ func NewMetrics(r prometheus.Registerer) (*Metrics, error) {
 			Help: "Writes to the API server for image jobs other than events, by what was written.",
 		}, []string{"object"}),
 	}
-	for _, c := range []prometheus.Collector{m.pulls, m.bytes, m.duration, m.active, m.jobs, m.writes} {
+	m.working = prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "criproxy_controller_image_conversations_active",
+		Help: "Conversations with nodes, and waits for them, that are under way for image jobs.",
+	})
+	for _, c := range []prometheus.Collector{m.working, m.pulls, m.bytes, m.duration, m.active, m.jobs, m.writes} {
 		if err := r.Register(c); err != nil {
 			return nil, err
 		}
@@ -100,4 +105,12 @@ func (m *Metrics) wrote(object string) {
 	if m != nil {
 		m.writes.WithLabelValues(object).Inc()
 	}
+}
+
+// crew is for who talks to nodes.
+func (m *Metrics) crew() prometheus.Gauge {
+	if m == nil {
+		return nil
+	}
+	return m.working
 }

@@ -79,7 +79,7 @@ type work struct {
 }
 
 func (r *Reconciler) prepare() {
-	r.crew, r.wakes, r.works = crew.New(), make(chan wakeUp), map[types.NamespacedName]*work{}
+	r.crew, r.wakes, r.works = crew.New(r.Metrics.crew()), make(chan wakeUp), map[types.NamespacedName]*work{}
 }
 
 func (r *Reconciler) workOf(job *v1beta1.ImagePullJob) *work {

@@ -10,6 +10,7 @@ type Metrics struct {
 	rollouts *prometheus.CounterVec
 	pods     *prometheus.CounterVec
 	writes   *prometheus.CounterVec
+	working  prometheus.Gauge
 }
 
 // NewMetrics registers the metrics with r.
@@ -28,7 +29,11 @@ func NewMetrics(r prometheus.Registerer) (*Metrics, error) {
 			Help: "Writes to the API server for rollouts other than events, by what was written.",
 		}, []string{"object"}),
 	}
-	for _, c := range []prometheus.Collector{m.rollouts, m.pods, m.writes} {
+	m.working = prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "criproxy_controller_rollout_conversations_active",
+		Help: "Conversations with nodes, and waits for them, that are under way for rollouts.",
+	})
+	for _, c := range []prometheus.Collector{m.working, m.rollouts, m.pods, m.writes} {
 		if err := r.Register(c); err != nil {
 			return nil, err
 		}
@@ -52,4 +57,12 @@ func (m *Metrics) wrote(object string) {
 	if m != nil {
 		m.writes.WithLabelValues(object).Inc()
 	}
+}
+
+// crew is for who talks to nodes.
+func (m *Metrics) crew() prometheus.Gauge {
+	if m == nil {
+		return nil
+	}
+	return m.working
 }

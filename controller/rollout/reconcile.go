@@ -75,7 +75,7 @@ type Reconciler struct {
 type wakeUp = event.TypedGenericEvent[*inplace.InPlaceRollout]
 
 func (r *Reconciler) prepare() {
-	r.crew, r.wakes, r.works = crew.New(), make(chan wakeUp), map[types.NamespacedName]*work{}
+	r.crew, r.wakes, r.works = crew.New(r.Metrics.crew()), make(chan wakeUp), map[types.NamespacedName]*work{}
 }
 
 func (r *Reconciler) workOf(rollout *inplace.InPlaceRollout) *work {

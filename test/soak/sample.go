@@ -125,7 +125,7 @@ func (s *sampler) take(ctx context.Context) (sample, error) {
 		RSS: metrics["process_resident_memory_bytes"] / (1 << 20), Heap: metrics["go_memstats_heap_alloc_bytes"] / (1 << 20),
 		Live: metrics["go_memstats_next_gc_bytes"] / 2 / (1 << 20), Kept: int(min(sum(metrics, "criproxy_operations_total"), journalOperations)),
 		FDs: metrics["process_open_fds"], Goroutines: metrics["go_goroutines"],
-		Recorded: metrics["criproxy_recorded_containers"], Active: metrics["criproxy_operations_active"],
+		Recorded: metrics["criproxy_recorded_containers"], Active: sum(metrics, "criproxy_operations_active"),
 		Removed: calls(metrics, "RemoveContainer"), metrics: metrics,
 		Anonymous:  statusMiB(s.bed.Pid("cri-proxy"), "RssAnon:"),
 		KubeletRSS: statusMiB(s.bed.Pid("kubelet"), "VmRSS:"), ContainerdRSS: statusMiB(s.bed.Pid("containerd"), "VmRSS:"),

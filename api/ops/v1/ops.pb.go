@@ -1869,7 +1869,18 @@ type NodeInfoResponse struct {
 	// daemon; then Restart, PrepareUpgrade and CommitUpgrade are refused. Empty if it does not.
 	Bypass string `protobuf:"bytes,11,opt,name=bypass,proto3" json:"bypass,omitempty"`
 	// identity is the certificate that commands over TCP are taken with; unset if none are.
-	Identity      *Identity `protobuf:"bytes,12,opt,name=identity,proto3" json:"identity,omitempty"`
+	Identity *Identity `protobuf:"bytes,12,opt,name=identity,proto3" json:"identity,omitempty"`
+	// pid is that of the daemon, as it sees itself.
+	Pid int32 `protobuf:"varint,20,opt,name=pid,proto3" json:"pid,omitempty"`
+	// config_file is what the daemon has read its settings from, if any, and config_sha256 the hex digest of that file as it was.
+	ConfigFile   string `protobuf:"bytes,21,opt,name=config_file,json=configFile,proto3" json:"config_file,omitempty"`
+	ConfigSha256 string `protobuf:"bytes,22,opt,name=config_sha256,json=configSha256,proto3" json:"config_sha256,omitempty"`
+	// controller_last_call is when the last call of a client over TCP was let in, and controller_name the name in its certificate;
+	// unset if none has been, by this process.
+	ControllerLastCall *timestamppb.Timestamp `protobuf:"bytes,23,opt,name=controller_last_call,json=controllerLastCall,proto3" json:"controller_last_call,omitempty"`
+	ControllerName     string                 `protobuf:"bytes,24,opt,name=controller_name,json=controllerName,proto3" json:"controller_name,omitempty"`
+	// journal_error says why operations cannot be written down, and are refused. Empty: they can.
+	JournalError  string `protobuf:"bytes,25,opt,name=journal_error,json=journalError,proto3" json:"journal_error,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1986,6 +1997,48 @@ func (x *NodeInfoResponse) GetIdentity() *Identity {
 		return x.Identity
 	}
 	return nil
+}
+
+func (x *NodeInfoResponse) GetPid() int32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *NodeInfoResponse) GetConfigFile() string {
+	if x != nil {
+		return x.ConfigFile
+	}
+	return ""
+}
+
+func (x *NodeInfoResponse) GetConfigSha256() string {
+	if x != nil {
+		return x.ConfigSha256
+	}
+	return ""
+}
+
+func (x *NodeInfoResponse) GetControllerLastCall() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ControllerLastCall
+	}
+	return nil
+}
+
+func (x *NodeInfoResponse) GetControllerName() string {
+	if x != nil {
+		return x.ControllerName
+	}
+	return ""
+}
+
+func (x *NodeInfoResponse) GetJournalError() string {
+	if x != nil {
+		return x.JournalError
+	}
+	return ""
 }
 
 // Identity is the node's server certificate.
@@ -2523,7 +2576,7 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\x05since\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x1c\n" +
 	"\trequester\x18\a \x01(\tR\trequester\x12#\n" +
 	"\roperation_uid\x18\b \x01(\tR\foperationUid\"\x11\n" +
-	"\x0fNodeInfoRequest\"\xd5\x04\n" +
+	"\x0fNodeInfoRequest\"\xc9\x06\n" +
 	"\x10NodeInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1b\n" +
 	"\tnode_name\x18\x02 \x01(\tR\bnodeName\x129\n" +
@@ -2538,7 +2591,14 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\x0frestart_methods\x18\n" +
 	" \x03(\v2\x1e.criproxy.ops.v1.RestartMethodR\x0erestartMethods\x12\x16\n" +
 	"\x06bypass\x18\v \x01(\tR\x06bypass\x125\n" +
-	"\bidentity\x18\f \x01(\v2\x19.criproxy.ops.v1.IdentityR\bidentity\"\xa1\x02\n" +
+	"\bidentity\x18\f \x01(\v2\x19.criproxy.ops.v1.IdentityR\bidentity\x12\x10\n" +
+	"\x03pid\x18\x14 \x01(\x05R\x03pid\x12\x1f\n" +
+	"\vconfig_file\x18\x15 \x01(\tR\n" +
+	"configFile\x12#\n" +
+	"\rconfig_sha256\x18\x16 \x01(\tR\fconfigSha256\x12L\n" +
+	"\x14controller_last_call\x18\x17 \x01(\v2\x1a.google.protobuf.TimestampR\x12controllerLastCall\x12'\n" +
+	"\x0fcontroller_name\x18\x18 \x01(\tR\x0econtrollerName\x12#\n" +
+	"\rjournal_error\x18\x19 \x01(\tR\fjournalError\"\xa1\x02\n" +
 	"\bIdentity\x12\x16\n" +
 	"\x06source\x18\x01 \x01(\tR\x06source\x12;\n" +
 	"\vexpire_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
@@ -2698,36 +2758,37 @@ var file_api_ops_v1_ops_proto_depIdxs = []int32{
 	30, // 37: criproxy.ops.v1.NodeInfoResponse.counters:type_name -> criproxy.ops.v1.Counters
 	27, // 38: criproxy.ops.v1.NodeInfoResponse.restart_methods:type_name -> criproxy.ops.v1.RestartMethod
 	26, // 39: criproxy.ops.v1.NodeInfoResponse.identity:type_name -> criproxy.ops.v1.Identity
-	34, // 40: criproxy.ops.v1.Identity.expire_time:type_name -> google.protobuf.Timestamp
-	34, // 41: criproxy.ops.v1.Identity.renew_time:type_name -> google.protobuf.Timestamp
-	34, // 42: criproxy.ops.v1.Identity.since:type_name -> google.protobuf.Timestamp
-	34, // 43: criproxy.ops.v1.Identity.retry_time:type_name -> google.protobuf.Timestamp
-	1,  // 44: criproxy.ops.v1.ActiveSlot.phase:type_name -> criproxy.ops.v1.Phase
-	3,  // 45: criproxy.ops.v1.Ops.Restart:input_type -> criproxy.ops.v1.RestartRequest
-	16, // 46: criproxy.ops.v1.Ops.GetOperation:input_type -> criproxy.ops.v1.GetOperationRequest
-	17, // 47: criproxy.ops.v1.Ops.WatchOperation:input_type -> criproxy.ops.v1.WatchOperationRequest
-	18, // 48: criproxy.ops.v1.Ops.ListOperations:input_type -> criproxy.ops.v1.ListOperationsRequest
-	20, // 49: criproxy.ops.v1.Ops.CancelOperation:input_type -> criproxy.ops.v1.CancelOperationRequest
-	5,  // 50: criproxy.ops.v1.Ops.PrepareUpgrade:input_type -> criproxy.ops.v1.PrepareUpgradeRequest
-	7,  // 51: criproxy.ops.v1.Ops.CommitUpgrade:input_type -> criproxy.ops.v1.CommitUpgradeRequest
-	8,  // 52: criproxy.ops.v1.Ops.AbortUpgrade:input_type -> criproxy.ops.v1.AbortUpgradeRequest
-	21, // 53: criproxy.ops.v1.Ops.ListOverrides:input_type -> criproxy.ops.v1.ListOverridesRequest
-	24, // 54: criproxy.ops.v1.Ops.NodeInfo:input_type -> criproxy.ops.v1.NodeInfoRequest
-	14, // 55: criproxy.ops.v1.Ops.Restart:output_type -> criproxy.ops.v1.Operation
-	14, // 56: criproxy.ops.v1.Ops.GetOperation:output_type -> criproxy.ops.v1.Operation
-	14, // 57: criproxy.ops.v1.Ops.WatchOperation:output_type -> criproxy.ops.v1.Operation
-	19, // 58: criproxy.ops.v1.Ops.ListOperations:output_type -> criproxy.ops.v1.ListOperationsResponse
-	14, // 59: criproxy.ops.v1.Ops.CancelOperation:output_type -> criproxy.ops.v1.Operation
-	14, // 60: criproxy.ops.v1.Ops.PrepareUpgrade:output_type -> criproxy.ops.v1.Operation
-	14, // 61: criproxy.ops.v1.Ops.CommitUpgrade:output_type -> criproxy.ops.v1.Operation
-	14, // 62: criproxy.ops.v1.Ops.AbortUpgrade:output_type -> criproxy.ops.v1.Operation
-	22, // 63: criproxy.ops.v1.Ops.ListOverrides:output_type -> criproxy.ops.v1.ListOverridesResponse
-	25, // 64: criproxy.ops.v1.Ops.NodeInfo:output_type -> criproxy.ops.v1.NodeInfoResponse
-	55, // [55:65] is the sub-list for method output_type
-	45, // [45:55] is the sub-list for method input_type
-	45, // [45:45] is the sub-list for extension type_name
-	45, // [45:45] is the sub-list for extension extendee
-	0,  // [0:45] is the sub-list for field type_name
+	34, // 40: criproxy.ops.v1.NodeInfoResponse.controller_last_call:type_name -> google.protobuf.Timestamp
+	34, // 41: criproxy.ops.v1.Identity.expire_time:type_name -> google.protobuf.Timestamp
+	34, // 42: criproxy.ops.v1.Identity.renew_time:type_name -> google.protobuf.Timestamp
+	34, // 43: criproxy.ops.v1.Identity.since:type_name -> google.protobuf.Timestamp
+	34, // 44: criproxy.ops.v1.Identity.retry_time:type_name -> google.protobuf.Timestamp
+	1,  // 45: criproxy.ops.v1.ActiveSlot.phase:type_name -> criproxy.ops.v1.Phase
+	3,  // 46: criproxy.ops.v1.Ops.Restart:input_type -> criproxy.ops.v1.RestartRequest
+	16, // 47: criproxy.ops.v1.Ops.GetOperation:input_type -> criproxy.ops.v1.GetOperationRequest
+	17, // 48: criproxy.ops.v1.Ops.WatchOperation:input_type -> criproxy.ops.v1.WatchOperationRequest
+	18, // 49: criproxy.ops.v1.Ops.ListOperations:input_type -> criproxy.ops.v1.ListOperationsRequest
+	20, // 50: criproxy.ops.v1.Ops.CancelOperation:input_type -> criproxy.ops.v1.CancelOperationRequest
+	5,  // 51: criproxy.ops.v1.Ops.PrepareUpgrade:input_type -> criproxy.ops.v1.PrepareUpgradeRequest
+	7,  // 52: criproxy.ops.v1.Ops.CommitUpgrade:input_type -> criproxy.ops.v1.CommitUpgradeRequest
+	8,  // 53: criproxy.ops.v1.Ops.AbortUpgrade:input_type -> criproxy.ops.v1.AbortUpgradeRequest
+	21, // 54: criproxy.ops.v1.Ops.ListOverrides:input_type -> criproxy.ops.v1.ListOverridesRequest
+	24, // 55: criproxy.ops.v1.Ops.NodeInfo:input_type -> criproxy.ops.v1.NodeInfoRequest
+	14, // 56: criproxy.ops.v1.Ops.Restart:output_type -> criproxy.ops.v1.Operation
+	14, // 57: criproxy.ops.v1.Ops.GetOperation:output_type -> criproxy.ops.v1.Operation
+	14, // 58: criproxy.ops.v1.Ops.WatchOperation:output_type -> criproxy.ops.v1.Operation
+	19, // 59: criproxy.ops.v1.Ops.ListOperations:output_type -> criproxy.ops.v1.ListOperationsResponse
+	14, // 60: criproxy.ops.v1.Ops.CancelOperation:output_type -> criproxy.ops.v1.Operation
+	14, // 61: criproxy.ops.v1.Ops.PrepareUpgrade:output_type -> criproxy.ops.v1.Operation
+	14, // 62: criproxy.ops.v1.Ops.CommitUpgrade:output_type -> criproxy.ops.v1.Operation
+	14, // 63: criproxy.ops.v1.Ops.AbortUpgrade:output_type -> criproxy.ops.v1.Operation
+	22, // 64: criproxy.ops.v1.Ops.ListOverrides:output_type -> criproxy.ops.v1.ListOverridesResponse
+	25, // 65: criproxy.ops.v1.Ops.NodeInfo:output_type -> criproxy.ops.v1.NodeInfoResponse
+	56, // [56:66] is the sub-list for method output_type
+	46, // [46:56] is the sub-list for method input_type
+	46, // [46:46] is the sub-list for extension type_name
+	46, // [46:46] is the sub-list for extension extendee
+	0,  // [0:46] is the sub-list for field type_name
 }
 
 func init() { file_api_ops_v1_ops_proto_init() }

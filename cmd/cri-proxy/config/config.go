@@ -5,6 +5,8 @@ package config
 
 import (
 	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"os"
 	"time"
@@ -50,6 +52,10 @@ type Config struct {
 	// flag only: what tests and a person with a question use does not belong in a file
 	// that stays.
 	RecordCalls string `yaml:"-"`
+
+	// File is the file that Load has read, and FileSHA256 the hex digest of what was in it. Empty: none.
+	File       string `yaml:"-"`
+	FileSHA256 string `yaml:"-"`
 }
 
 // Listen is the CRI socket that kubelet is pointed at.
@@ -237,6 +243,8 @@ func (c *Config) Load(file string, fs *pflag.FlagSet) error {
 	if err != nil {
 		return &InvalidError{fmt.Errorf("configuration: %w", err)}
 	}
+	sum := sha256.Sum256(b)
+	c.File, c.FileSHA256 = file, hex.EncodeToString(sum[:])
 	type given struct {
 		flag  *pflag.Flag
 		value string

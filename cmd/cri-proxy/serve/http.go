@@ -9,9 +9,11 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"google.golang.org/grpc/connectivity"
 )
 
 // httpServer serves /metrics, /healthz and /readyz.
@@ -24,14 +26,14 @@ func newHTTPServer(d *daemon) *httpServer {
 	})
 	// Alive: the CRI listener answers. The runtime has no part in it, a restart of
 	// the proxy would not bring it back.
-	mux.HandleFunc("GET /healthz", check(d.alive))
-	// Ready: kubelet is served.
-	mux.HandleFunc("GET /readyz", check(func(ctx context.Context) error {
-		if d.draining.Load() {
-			return errors.New("draining")
-		}
-		return d.alive(ctx)
-	}))
+	cri := check{name: "cri", healthy: d.alive}
+	mux.HandleFunc("GET /healthz", checks("healthz", cri))
+	// Ready: kubelet is served. What else may be wrong is said, and does not count: nobody is to send kubelet elsewhere for it.
+	mux.HandleFunc("GET /readyz", checks("readyz", check{name: "draining", healthy: d.notDraining}, cri,
+		check{name: "runtime", healthy: d.runtimeConnected, informative: true},
+		check{name: "journal", healthy: d.journalUsable, informative: true},
+		check{name: "bypass", healthy: d.notBypassed, informative: true},
+	))
 	return &httpServer{&http.Server{
 		Handler:           mux,
 		ReadHeaderTimeout: 5 * time.Second,
@@ -55,12 +57,78 @@ func (h *httpServer) stop() {
 	}
 }
 
-func check(healthy func(context.Context) error) http.HandlerFunc {
+func (d *daemon) notDraining(context.Context) error {
+	if d.draining.Load() {
+		return fmt.Errorf("draining, %d calls are left", d.cri.Stats().InFlight)
+	}
+	return nil
+}
+
+func (d *daemon) runtimeConnected(context.Context) error {
+	if s := d.upstream.State(); s != connectivity.Ready {
+		return fmt.Errorf("%s is away (%s)", d.upstream.Endpoint(), s)
+	}
+	return nil
+}
+
+func (d *daemon) journalUsable(context.Context) error {
+	st := d.state.Load()
+	if st == nil {
+		return errors.New("another process has it")
+	}
+	return st.engine.JournalError()
+}
+
+func (d *daemon) notBypassed(context.Context) error {
+	if s := d.bypassed(); s != "" {
+		return errors.New(s)
+	}
+	return nil
+}
+
+// check is one line of a verbose answer.
+type check struct {
+	name    string
+	healthy func(context.Context) error
+	// informative ones are shown, and do not make the answer a failure.
+	informative bool
+}
+
+// checks answers as kube-apiserver does: "ok", and line by line with ?verbose or when a check fails; ?exclude=NAME leaves one out.
+func checks(path string, all ...check) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		if err := healthy(r.Context()); err != nil {
-			http.Error(w, err.Error(), http.StatusServiceUnavailable)
-			return
+		q := r.URL.Query()
+		exclude := map[string]bool{}
+		for _, name := range q["exclude"] {
+			exclude[name] = true
 		}
-		fmt.Fprintln(w, "ok")
+		var lines strings.Builder
+		failed := false
+		for _, c := range all {
+			if exclude[c.name] {
+				fmt.Fprintf(&lines, "[+]%s excluded: ok\n", c.name)
+				continue
+			}
+			switch err := c.healthy(r.Context()); {
+			case err == nil:
+				fmt.Fprintf(&lines, "[+]%s ok\n", c.name)
+			case c.informative:
+				fmt.Fprintf(&lines, "[!]%s: %v (does not count)\n", c.name, err)
+			default:
+				failed = true
+				fmt.Fprintf(&lines, "[-]%s failed: %v\n", c.name, err)
+			}
+		}
+		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		w.Header().Set("X-Content-Type-Options", "nosniff")
+		switch {
+		case failed:
+			w.WriteHeader(http.StatusServiceUnavailable)
+			fmt.Fprintf(w, "%s%s check failed\n", &lines, path)
+		case q.Has("verbose"):
+			fmt.Fprintf(w, "%s%s check passed\n", &lines, path)
+		default:
+			fmt.Fprintln(w, "ok")
+		}
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -97,8 +98,8 @@ func (p *predecessor) view() interceptors.Carry {
 	return p.yours.View
 }
 
-// follow keeps the state's eye on what the predecessor still does, until that is gone.
-func (p *predecessor) follow(st *state) {
+// follow keeps the state's eye on what the predecessor still does, until that is gone. calls is how many calls that has, nil once it is gone.
+func (p *predecessor) follow(st *state, calls *atomic.Pointer[int]) {
 	if p == nil {
 		return
 	}
@@ -107,6 +108,7 @@ func (p *predecessor) follow(st *state) {
 		pulling := false
 		apply := func(l handover.Left) {
 			st.view.StopsElsewhere(l.Stops)
+			calls.Store(&l.Calls)
 			switch {
 			case l.Pulls > 0 && !pulling:
 				pulling, pulled = true, st.puller.KubeletPulls()
@@ -120,6 +122,7 @@ func (p *predecessor) follow(st *state) {
 			m, err := p.conn.Receive()
 			if err != nil {
 				apply(handover.Left{})
+				calls.Store(nil)
 				p.log.Info("the process before this one has ended")
 				return
 			}

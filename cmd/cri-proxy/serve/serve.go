@@ -31,6 +31,8 @@ const (
 	opsGrace = 2 * time.Second
 	// adminMaxMessage bounds requests of the admin socket; a command is a few kilobytes.
 	adminMaxMessage = 1 << 20
+	// admin is the name of the listener for root.
+	admin = "admin"
 )
 
 // Run serves until ctx ends, then drains until all calls are over, the drain
@@ -58,7 +60,14 @@ func Run(ctx, hard context.Context, c *config.Config, log *logrus.Logger) error 
 	if err != nil {
 		return err
 	}
-	d := &daemon{node: n, log: log, notify: notifier{log: log}, failed: make(chan error, 8), sockets: sockets, requests: make(chan *request)}
+	d := &daemon{node: n, log: log, notify: notifier{log: log}, failed: make(chan error, 8), sockets: sockets, requests: make(chan *request), stopping: make(chan struct{})}
+	d.drains = &drains{here: func() int {
+		if !d.draining.Load() {
+			return -1
+		}
+		return int(d.cri.Stats().InFlight)
+	}}
+	n.registry.MustRegister(d.drains)
 	if err := n.identify(); err != nil {
 		return errors.Join(fmt.Errorf("ops: %w", err), n.close())
 	}
@@ -73,7 +82,7 @@ func Run(ctx, hard context.Context, c *config.Config, log *logrus.Logger) error 
 	if err := d.openState(ctx, before.view()); err != nil {
 		return errors.Join(err, n.close())
 	}
-	before.follow(d.state.Load())
+	before.follow(d.state.Load(), &d.drains.before)
 	err = d.start(ctx, hard, cri)
 	if err == nil {
 		err = before.serving()
@@ -123,6 +132,8 @@ type daemon struct {
 	// handing is set while it is open which process serves.
 	handing atomic.Bool
 
+	drains     *drains
+	stopping   chan struct{}  // closed when the daemon does not serve any more
 	workers    sync.WaitGroup // servers, watchdog and status
 	stopWork   context.CancelFunc
 	opsServers []*grpc.Server
@@ -130,7 +141,7 @@ type daemon struct {
 	handover   *handover.Listener
 	// stopEnrol ends what keeps the node's identity new; nil: nothing does.
 	stopEnrol func()
-	requests   chan *request // for the state
+	requests  chan *request // for the state
 	// given is the view of the state that has been handed over: of the calls that are still under way.
 	given *interceptors.View
 }
@@ -155,13 +166,13 @@ func (d *daemon) start(ctx, hard context.Context, cri net.Listener) error {
 
 // startServers opens what goes with the state: commands, metrics, and the door for the next process.
 func (d *daemon) startServers(ctx context.Context) error {
-	admin, err := d.sockets.listen("admin", d.config.AdminSocket, func() (net.Listener, error) {
+	l, err := d.sockets.listen(admin, d.config.AdminSocket, func() (net.Listener, error) {
 		return proxy.Listen(d.config.AdminSocket, proxy.ListenOptions{Mode: 0o600, UID: -1, GID: -1})
 	})
 	if err != nil {
 		return fmt.Errorf("adminSocket: %w", err)
 	}
-	d.serveOps("admin", admin, grpc.MaxRecvMsgSize(adminMaxMessage))
+	d.serveOps(admin, l, grpc.MaxRecvMsgSize(adminMaxMessage))
 	if o := d.config.Ops; d.creds != nil {
 		l, err := d.sockets.listen("ops", o.Address, func() (net.Listener, error) { return listenTCP(ctx, o.Address) })
 		if err != nil {
@@ -207,7 +218,10 @@ func (d *daemon) serve(name string, run func() error) {
 }
 
 func (d *daemon) serveOps(name string, l net.Listener, o ...grpc.ServerOption) {
-	s := d.opsServer(o...)
+	s := d.opsServer(name, o...)
+	if name == admin {
+		opsv1.RegisterDebugServer(s, &debugServer{stopping: d.stopping})
+	}
 	d.opsServers = append(d.opsServers, s)
 	d.serve(name, func() error {
 		if err := s.Serve(l); !errors.Is(err, grpc.ErrServerStopped) {
@@ -254,6 +268,7 @@ const engineGrace = 5 * time.Second
 // start takes them up.
 func (d *daemon) shutdown(hard context.Context) error {
 	d.draining.Store(true)
+	close(d.stopping)
 	d.notify.stopping(d.config.DrainTimeout)
 	drain, cancel := context.WithTimeout(hard, d.config.DrainTimeout)
 	defer cancel()

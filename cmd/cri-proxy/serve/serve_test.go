@@ -475,6 +475,25 @@ func TestHTTP(t *testing.T) {
 			t.Errorf("%s: %d %q", path, code, body)
 		}
 	}
+	for path, want := range map[string]string{
+		"/healthz?verbose":             "[+]cri ok\nhealthz check passed\n",
+		"/readyz?verbose":              "[+]draining ok\n[+]cri ok\n[+]runtime ok\n[+]journal ok\n[+]bypass ok\nreadyz check passed\n",
+		"/readyz?verbose&exclude=cri":  "[+]draining ok\n[+]cri excluded: ok\n[+]runtime ok\n[+]journal ok\n[+]bypass ok\nreadyz check passed\n",
+		"/healthz?verbose&exclude=cri": "[+]cri excluded: ok\nhealthz check passed\n",
+	} {
+		if code, body := get(path); code != http.StatusOK || body != want {
+			t.Errorf("%s: %d %q, want %q", path, code, body, want)
+		}
+	}
+	if code, _ := get("/debug/pprof/"); code != http.StatusNotFound {
+		t.Errorf("profiles over TCP: %d", code)
+	}
+	if err := os.WriteFile(filepath.Join(c.StateDir, "bypass"), []byte(`{"since":"2026-01-02T03:04:05Z","reason":"a test"}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if code, body := get("/readyz?verbose"); code != http.StatusOK || !strings.Contains(body, "[!]bypass: since ") || !strings.Contains(body, ": a test (does not count)\n") {
+		t.Errorf("bypassed: %d %q", code, body)
+	}
 	_, body := get("/metrics")
 	for _, want := range []string{"criproxy_calls_total{", "criproxy_upstream_state{", "go_goroutines", "process_resident_memory_bytes", "go_build_info"} {
 		if !strings.Contains(body, want) {
@@ -488,9 +507,12 @@ func TestHTTP(t *testing.T) {
 	d.term()
 	for {
 		code, body := get("/readyz")
-		if code == http.StatusServiceUnavailable && strings.Contains(body, "draining") {
+		if code == http.StatusServiceUnavailable && strings.Contains(body, "[-]draining failed: draining, 1 calls are left\n") && strings.HasSuffix(body, "readyz check failed\n") {
 			break
 		}
+	}
+	if _, body := get("/metrics"); !strings.Contains(body, "\ncriproxy_draining{process=\"this\"} 1\n") || !strings.Contains(body, "\ncriproxy_drain_calls_left{process=\"this\"} 1\n") {
+		t.Errorf("the drain is not in the metrics:\n%s", body)
 	}
 	if code, body := get("/healthz"); code != http.StatusOK {
 		t.Errorf("healthz while draining: %d %q", code, body)

@@ -374,7 +374,7 @@ func (d *daemon) tellLeft(ctx context.Context, r *request) {
 		if left.Calls != last.Calls {
 			d.notify.send(fmt.Sprintf("STATUS=Handed over to process %d, %d calls are still under way", r.pid, left.Calls))
 		}
-		if left.Pulls != last.Pulls || !slices.Equal(left.Stops, last.Stops) {
+		if left.Calls != last.Calls || left.Pulls != last.Pulls || !slices.Equal(left.Stops, last.Stops) {
 			if r.Send(handover.Message{Left: &left}) != nil {
 				return // it may have been replaced itself
 			}

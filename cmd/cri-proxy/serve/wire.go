@@ -51,6 +51,7 @@ type node struct {
 	state    atomic.Pointer[state]       // nil: another process has it
 	creds    *mtls.Server                // of the ops API over TCP; nil: off
 	enroller *enrol.Enroller             // nil: the identity comes from files
+	commands *commands
 
 	mu             sync.Mutex // guards all following fields
 	runtimeName    string
@@ -59,7 +60,7 @@ type node struct {
 
 // newNode makes all that needs no state.
 func newNode(c *config.Config, listen string, log logrus.FieldLogger) (_ *node, err error) {
-	n := &node{config: c, log: log, listen: listen, started: time.Now(), registry: prometheus.NewRegistry()}
+	n := &node{config: c, log: log, listen: listen, started: time.Now(), registry: prometheus.NewRegistry(), commands: newCommands()}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, n.close())
@@ -70,6 +71,8 @@ func newNode(c *config.Config, listen string, log logrus.FieldLogger) (_ *node, 
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		collectors.NewBuildInfoCollector(),
 		n.bypassMetric(),
+		buildMetric(),
+		n.commands,
 	)
 	if err := makeStateDir(c.StateDir, log); err != nil {
 		return nil, err
@@ -139,6 +142,9 @@ func (n *node) info(ctx context.Context) *opsv1.NodeInfoResponse {
 		Bypass:           n.bypassed(),
 		KubeletUserAgent: st.LastUserAgent,
 		Identity:         n.identity(),
+		Pid:              int32(os.Getpid()), //nolint:gosec // PID_MAX_LIMIT is 2^22
+		ConfigFile:       n.config.File,
+		ConfigSha256:     n.config.FileSHA256,
 		Runtime:          &opsv1.Runtime{Endpoint: n.upstream.Endpoint(), State: state.String()},
 		Counters: &opsv1.Counters{
 			Calls:             st.Calls,
@@ -150,6 +156,9 @@ func (n *node) info(ctx context.Context) *opsv1.NodeInfoResponse {
 	}
 	if !st.LastCall.IsZero() {
 		info.KubeletLastCall = timestamppb.New(st.LastCall)
+	}
+	if last := n.commands.last.Load(); last != nil {
+		info.ControllerLastCall, info.ControllerName = timestamppb.New(last.at), last.name
 	}
 	info.Runtime.Name, info.Runtime.Version = n.runtime(ctx, state)
 	return info
@@ -195,9 +204,10 @@ func (n *node) sayIfRuntimeMissing() {
 	}
 }
 
-// opsServer makes a gRPC server with the commands of the state on it.
-func (n *node) opsServer(o ...grpc.ServerOption) *grpc.Server {
-	s := grpc.NewServer(append(slices.Clip(o), grpc.ChainUnaryInterceptor(n.refuseBypassed))...)
+// opsServer makes a gRPC server with the commands of the state on it. name is that of the listener.
+func (n *node) opsServer(name string, o ...grpc.ServerOption) *grpc.Server {
+	before, after := n.commands.options(name)
+	s := grpc.NewServer(append(slices.Concat(before, o, after), grpc.ChainUnaryInterceptor(n.refuseBypassed))...)
 	st := n.state.Load()
 	opsv1.RegisterOpsServer(s, ops.NewServer(st.engine, n.info))
 	opsv1.RegisterImagesServer(s, prepull.NewServer(st.puller))

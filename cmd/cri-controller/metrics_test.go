@@ -1,0 +1,32 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"testing"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull"
+	"github.com/cri-proxy/cri-proxy/controller/rollout"
+	"github.com/cri-proxy/cri-proxy/test/metricdoc"
+)
+
+// docs/METRICS.md has what the controller really shows, no more and no less.
+func TestMetricsAreDocumented(t *testing.T) {
+	r := prometheus.NewRegistry()
+	for name, register := range map[string]func() error{
+		"controller": func() error { _, err := controller.NewMetrics(r); return err },
+		"imagepull":  func() error { _, err := imagepull.NewMetrics(r); return err },
+		"rollout":    func() error { _, err := rollout.NewMetrics(r); return err },
+		"nodes":      func() error { return r.Register(&controller.GRPCNodes{}) },
+		"build":      func() error { return r.Register(buildMetric()) },
+	} {
+		if err := register(); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+	}
+	metricdoc.Compare(t, metricdoc.Read(t, "../../docs/METRICS.md", "Controller"), "criproxy_", r)
+}
