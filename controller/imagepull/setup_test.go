@@ -142,6 +142,7 @@ func TestMetrics(t *testing.T) {
 		}
 	}
 	want := `criproxy_controller_image_api_writes_total job
+criproxy_controller_image_conversations_active
 criproxy_controller_image_jobs_completed_total Succeeded
 criproxy_controller_image_pull_bytes_total
 criproxy_controller_image_pull_duration_seconds

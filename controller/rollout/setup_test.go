@@ -110,7 +110,7 @@ func TestMetrics(t *testing.T) {
 			names = append(names, f.GetName())
 		}
 	}
-	if got := strings.Join(names, " "); got != "criproxy_controller_rollout_api_writes_total criproxy_controller_rollout_pods_failed_total criproxy_controller_rollouts_completed_total" {
+	if got := strings.Join(names, " "); got != "criproxy_controller_rollout_api_writes_total criproxy_controller_rollout_conversations_active criproxy_controller_rollout_pods_failed_total criproxy_controller_rollouts_completed_total" {
 		t.Errorf("metrics %s", got)
 	}
 }
