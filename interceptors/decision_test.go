@@ -6,10 +6,14 @@ package interceptors_test
 import (
 	"io"
 	"maps"
+	"slices"
 	"testing"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
+	"go.opentelemetry.io/otel/attribute"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -52,6 +56,30 @@ func TestDecisionsAreCounted(t *testing.T) {
 	}
 	want := map[string]float64{"ListContainers hidden": 1, "ListContainers masked": 1, "ExecSync refused": 1, "StartContainer hidden": 1, "RemoveContainer passed": 1}
 	if !maps.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+}
+
+// A traced call says on its span what was done to it.
+func TestDecisionsAreTraced(t *testing.T) {
+	b := newBed(t)
+	b.serveList()
+	claim := b.swapping()
+	defer claim.Release()
+	spans := tracetest.NewInMemoryExporter()
+	provider := sdktrace.NewTracerProvider(sdktrace.WithSyncer(spans))
+	ctx, span := provider.Tracer("test").Start(t.Context(), "call")
+	if _, err := b.raw(ctx, methodList, nil); err != nil {
+		t.Fatal(err)
+	}
+	_, filter, err := b.director.Stream(methodStreamList)(ctx, methodStreamList, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	filter.Close()
+	span.End()
+	got := spans.GetSpans()[0].Attributes
+	if want := []attribute.KeyValue{attribute.StringSlice("criproxy.decisions", []string{"hidden", "masked"})}; !slices.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
 	}
 }

@@ -16,6 +16,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
+	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -58,6 +59,8 @@ type Options struct {
 	Log  logrus.FieldLogger
 	// Registerer gets the engine's metrics.
 	Registerer prometheus.Registerer
+	// Tracer makes spans of finished operations. Nil: none.
+	Tracer trace.Tracer
 	// Method is the fastest method that may be used for StopFirst. Empty means [MethodGate].
 	Method Method
 	// CDISpecDir is one of the directories that the runtime reads CDI specs from, for
@@ -83,6 +86,7 @@ type Engine struct {
 	hooks     *http.Client
 	legacyLog string
 	metrics   *metrics
+	tracer    trace.Tracer // nil: off
 	methods   *methods
 	overrides *Overrides
 	images    Images // nil: no upgrades and overrides
@@ -154,6 +158,7 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		legacyLog: o.LegacyLogDir,
 		methods:   newMethods(o.Method, o.StateDir, o.CDISpecDir),
 		images:    o.Images,
+		tracer:    o.Tracer,
 		pods:      o.Pods,
 		queue:     make(chan struct{}, 1),
 		late:      make(chan struct{}, 1),

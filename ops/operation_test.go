@@ -14,6 +14,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -240,6 +242,39 @@ func TestMetrics(t *testing.T) {
 	}
 	if _, err := newMetrics(reg, n.engine); err == nil {
 		t.Error("registered twice")
+	}
+}
+
+// An operation that has finished has a span, with its phases below and what happened to its containers.
+func TestTraces(t *testing.T) {
+	spans := tracetest.NewInMemoryExporter()
+	n := newNode(t, podOptions{})
+	n.engine.tracer = sdktrace.NewTracerProvider(sdktrace.WithSyncer(spans)).Tracer("test")
+	n.run()
+	n.restart("traced")
+	op := n.finish("traced")
+	var phases []string
+	for _, s := range spans.GetSpans() {
+		if s.Name != "Restart" {
+			phases = append(phases, s.Name)
+			if s.EndTime.Before(s.StartTime) {
+				t.Errorf("%s ends before it begins", s.Name)
+			}
+			continue
+		}
+		var events []string
+		for _, e := range s.Events {
+			events = append(events, e.Name)
+		}
+		if got, want := strings.Join(events, ", "), "container ended, container started"; got != want {
+			t.Errorf("events %q, want %q", got, want)
+		}
+		if !s.StartTime.Equal(op.GetCreateTime().AsTime()) || !s.EndTime.Equal(op.GetFinishTime().AsTime()) {
+			t.Errorf("span from %s to %s, the operation from %s to %s", s.StartTime, s.EndTime, op.GetCreateTime().AsTime(), op.GetFinishTime().AsTime())
+		}
+	}
+	if got, want := strings.Join(phases, ", "), "pending, staging, stopping, starting, revealing"; got != want {
+		t.Errorf("phases %q, want %q", got, want)
 	}
 }
 

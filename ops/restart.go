@@ -127,6 +127,7 @@ func (e *Engine) conclude(o *operation) error {
 	}
 	err := e.saveLocked(o) // finished all the same
 	e.metrics.finishedLocked(o)
+	e.traceLocked(o)
 	e.log.WithFields(logrus.Fields{"op": o.op.GetUid(), "pod": podName(o.op.GetPod()), "phase": phase, "requester": o.op.GetRequester()}).Info("operation finished")
 	o.notifyLocked()
 	return err

@@ -9,6 +9,7 @@ import (
 	"io"
 	"time"
 
+	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/encoding"
@@ -53,6 +54,10 @@ func (s *Server) handle(_ any, client grpc.ServerStream) error {
 	}
 	c.readMetadata()
 	s.lastCall.Store(began.UnixNano())
+	var span trace.Span
+	if s.tracer != nil {
+		span = c.startSpan(s.tracer)
+	}
 
 	var err error
 	switch m.shape {
@@ -75,6 +80,9 @@ func (s *Server) handle(_ any, client grpc.ServerStream) error {
 		s.callErrors.Add(1)
 	}
 	m.metrics.done(code)
+	if span != nil {
+		endSpan(span, code, err)
+	}
 	if s.recorder != nil {
 		s.recorder.Record(name, c.req, code)
 	}

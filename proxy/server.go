@@ -12,6 +12,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
+	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 )
@@ -37,6 +38,9 @@ type Options struct {
 	Log logrus.FieldLogger
 	// Registerer gets the metrics criproxy_*. Nil: they are kept but not served.
 	Registerer prometheus.Registerer
+	// Tracer makes a span for every call whose caller traces it, and for others as its sampler says. Nil: none, and trace
+	// context goes through as it comes.
+	Tracer trace.Tracer
 	// Recorder sees every call. Nil: none.
 	Recorder CallRecorder
 	// Register adds services that the proxy answers itself, such as a health
@@ -61,6 +65,7 @@ type Server struct {
 	up       *Upstream
 	director atomic.Pointer[Director]
 	recorder CallRecorder
+	tracer   trace.Tracer // nil: off
 	log      logrus.FieldLogger
 	codec    rawCodec
 	register func(grpc.ServiceRegistrar)
@@ -88,7 +93,7 @@ type Server struct {
 // NewServer makes a server that forwards to up. It does not listen: see Serve.
 func NewServer(up *Upstream, o Options) *Server {
 	s := &Server{
-		up: up, recorder: o.Recorder, log: o.Log, codec: newRawCodec(), register: o.Register,
+		up: up, recorder: o.Recorder, tracer: o.Tracer, log: o.Log, codec: newRawCodec(), register: o.Register,
 		listeners: map[*accepting]struct{}{}, turns: map[*turn]bool{},
 	}
 	if s.log == nil {

@@ -16,6 +16,7 @@ import (
 	"github.com/distribution/reference"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
+	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -48,7 +49,7 @@ const (
 	credentialsPatience = time.Hour
 )
 
-// Options configures a [Puller]. Registerer may be nil; StateDir, Conn and Log are required.
+// Options configures a [Puller]. Registerer and Tracer may be nil; StateDir, Conn and Log are required.
 type Options struct {
 	// StateDir holds the file of pulls and pins; it must exist.
 	StateDir string
@@ -57,6 +58,8 @@ type Options struct {
 	Log  logrus.FieldLogger
 	// Registerer gets the puller's metrics.
 	Registerer prometheus.Registerer
+	// Tracer makes spans of finished pulls. Nil: none.
+	Tracer trace.Tracer
 	// Parallel is how many images are pulled at the same time; 0 means 1.
 	Parallel int
 	// BytesPerSecond bounds every pull that does not say otherwise; 0 means no bound.
@@ -81,6 +84,7 @@ type Puller struct {
 	plugins  *credentialprovider.Plugins
 	maxDisk  float64
 	metrics  *metrics
+	tracer   trace.Tracer // nil: off
 	opened   time.Time
 	wake     chan struct{} // Run looks for work
 
@@ -130,7 +134,7 @@ func Open(o Options) (*Puller, error) {
 	p := &Puller{
 		log: o.Log.WithField("component", "prepull"), images: runtimeapi.NewImageServiceClient(o.Conn), store: newStore(o.Conn),
 		parallel: max(1, o.Parallel), limit: o.BytesPerSecond, hostsDir: o.HostsDir, plugins: o.Plugins, maxDisk: o.MaxDiskPercent,
-		opened: time.Now(), wake: make(chan struct{}, 1), pulls: map[string]*pull{}, pins: map[pinKey]*pin{},
+		tracer: o.Tracer, opened: time.Now(), wake: make(chan struct{}, 1), pulls: map[string]*pull{}, pins: map[pinKey]*pin{},
 	}
 	if p.hostsDir == "" {
 		p.hostsDir = "/etc/containerd/certs.d"
@@ -409,6 +413,7 @@ func (p *Puller) finishLocked(u *pull, phase opsv1.PullPhase, reason, message st
 		p.log.WithFields(u.fields()).WithError(err).Error("end of pull not written")
 	}
 	p.metrics.finished(u.op)
+	p.traced(u.op, u.req.GetImage())
 	p.log.WithFields(u.fields()).WithFields(logrus.Fields{"phase": phase, "reason": reason}).Info("pull finished")
 	u.notifyLocked()
 }

@@ -44,6 +44,8 @@ type Config struct {
 	Images Images `yaml:"images"`
 	// Kubelet says where kubelet is asked.
 	Kubelet Kubelet `yaml:"kubelet"`
+	// Tracing says where spans are sent.
+	Tracing Tracing `yaml:"tracing"`
 	// DrainTimeout bounds the wait for calls in flight at shutdown. The longest
 	// of them are image pulls.
 	DrainTimeout time.Duration `yaml:"drainTimeout"`
@@ -134,6 +136,15 @@ type Kubelet struct {
 	// PodsSocket is that of kubelet's Pods API, which tells an upgrade whether a pod is going away. Where there is none, kubelet's
 	// next call tells. Empty: not asked.
 	PodsSocket string `yaml:"podsSocket"`
+}
+
+// Tracing says where spans are sent, with kubelet's names for it.
+type Tracing struct {
+	// Endpoint is host:port of an OpenTelemetry collector that takes OTLP over gRPC, without TLS, as kubelet's. Empty: off.
+	Endpoint string `yaml:"endpoint"`
+	// SamplingRatePerMillion is how many of a million traces that begin here are kept. Calls that kubelet traces are kept if kubelet
+	// keeps them.
+	SamplingRatePerMillion int `yaml:"samplingRatePerMillion"`
 }
 
 // Mode is a file mode written in octal.
@@ -227,6 +238,8 @@ func (c *Config) Flags(fs *pflag.FlagSet) {
 	fs.StringVar(&c.Images.CredentialProviderConfig, "image-credential-provider-config", c.Images.CredentialProviderConfig, "kubelet's file or directory of credential provider plugins, as kubelet's flag of this name (default: none)")
 	fs.StringVar(&c.Images.CredentialProviderBinDir, "image-credential-provider-bin-dir", c.Images.CredentialProviderBinDir, "directory of the credential provider plugins")
 	fs.StringVar(&c.Kubelet.PodsSocket, "kubelet-pods-socket", c.Kubelet.PodsSocket, "socket of kubelet's Pods API, asked during upgrades where it is there")
+	fs.StringVar(&c.Tracing.Endpoint, "tracing-endpoint", c.Tracing.Endpoint, "host:port of an OpenTelemetry collector, OTLP over gRPC without TLS (default: off)")
+	fs.IntVar(&c.Tracing.SamplingRatePerMillion, "tracing-sampling-rate-per-million", c.Tracing.SamplingRatePerMillion, "how many of a million traces that begin here are kept; those of kubelet's follow kubelet")
 	fs.DurationVar(&c.DrainTimeout, "drain-timeout", c.DrainTimeout, "longest wait for calls in flight at shutdown")
 	fs.StringVar(&c.RecordCalls, "record-calls", c.RecordCalls, "debug: file that gets a JSON line for every CRI call")
 }

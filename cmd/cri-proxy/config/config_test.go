@@ -94,6 +94,7 @@ ops:
 restart: {method: pidfd, cdiSpecDir: /cdi}
 images: {parallel: 2, bytesPerSecond: 3, maxDiskPercent: 4.5, registryHostsDir: /hosts, credentialProviderConfig: /p.yaml, credentialProviderBinDir: /p}
 kubelet: {podsSocket: /k.sock}
+tracing: {endpoint: c:4317, samplingRatePerMillion: 5}
 drainTimeout: 1m30s
 `
 	if err := config.Parse("f.yaml", []byte(text), c); err != nil {
@@ -107,10 +108,11 @@ drainTimeout: 1m30s
 		Log:             config.Log{Level: "debug", Format: "json"},
 		MetricsAddress:  ":9090",
 		NodeName:        "007",
-		Ops:             config.Ops{Address: ":9443", CertFile: "c", KeyFile: "k", ClientCAFile: "ca", AllowedClients: []string{"one", "/a.sock"}},
+		Ops:             config.Ops{Address: ":9443", Enrol: config.Enrol{Namespace: "cri-proxy-system"}, CertFile: "c", KeyFile: "k", ClientCAFile: "ca", AllowedClients: []string{"one", "/a.sock"}},
 		Restart:         config.Restart{Method: "pidfd", CDISpecDir: "/cdi"},
 		Images:          config.Images{Parallel: 2, BytesPerSecond: 3, MaxDiskPercent: 4.5, RegistryHostsDir: "/hosts", CredentialProviderConfig: "/p.yaml", CredentialProviderBinDir: "/p"},
 		Kubelet:         config.Kubelet{PodsSocket: "/k.sock"},
+		Tracing:         config.Tracing{Endpoint: "c:4317", SamplingRatePerMillion: 5},
 		DrainTimeout:    90 * time.Second,
 	}
 	if !reflect.DeepEqual(c, want) {

@@ -105,6 +105,16 @@ func (c *Config) Validate() error {
 			bad("metricsAddress: %w", err)
 		}
 	}
+	if t := c.Tracing; t.Endpoint != "" {
+		if host, _, err := net.SplitHostPort(t.Endpoint); err != nil || host == "" || checkAddress(t.Endpoint) != nil {
+			bad("tracing.endpoint: %q; want host:port, such as localhost:4317", t.Endpoint)
+		}
+	} else if t.SamplingRatePerMillion != 0 {
+		bad("tracing.endpoint: empty, so samplingRatePerMillion has no effect; give host:port of a collector or remove it")
+	}
+	if r := c.Tracing.SamplingRatePerMillion; r < 0 || r > 1e6 {
+		bad("tracing.samplingRatePerMillion: %d; want 0 (only what kubelet traces) to 1000000", r)
+	}
 	if !slices.Contains([]string{"gate", "pidfd", "plain"}, c.Restart.Method) {
 		bad("restart.method: %q; want gate, pidfd or plain", c.Restart.Method)
 	}

@@ -39,7 +39,7 @@ func (n *node) openState(ctx context.Context, carry interceptors.Carry) (err err
 		}
 	}()
 	st.puller, err = prepull.Open(prepull.Options{
-		StateDir: c.StateDir, Conn: n.upstream.Conn(), Log: n.log, Registerer: st.registry,
+		StateDir: c.StateDir, Conn: n.upstream.Conn(), Log: n.log, Registerer: st.registry, Tracer: n.tracing.Tracer(),
 		Parallel: c.Images.Parallel, BytesPerSecond: c.Images.BytesPerSecond, HostsDir: c.Images.RegistryHostsDir, MaxDiskPercent: c.Images.MaxDiskPercent,
 		Plugins: n.plugins,
 	})
@@ -57,6 +57,7 @@ func (n *node) openState(ctx context.Context, carry interceptors.Carry) (err err
 		View:       st.view,
 		Log:        n.log,
 		Registerer: st.registry,
+		Tracer:     n.tracing.Tracer(),
 		Method:     ops.Method(c.Restart.Method),
 		CDISpecDir: c.Restart.CDISpecDir,
 		Images:     st.puller,

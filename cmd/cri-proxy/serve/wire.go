@@ -24,6 +24,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/tracing"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
 	"github.com/cri-proxy/cri-proxy/ops"
 	"github.com/cri-proxy/cri-proxy/ops/enrol"
@@ -52,6 +53,7 @@ type node struct {
 	creds    *mtls.Server                // of the ops API over TCP; nil: off
 	enroller *enrol.Enroller             // nil: the identity comes from files
 	commands *commands
+	tracing  *tracing.Tracing // nil: off
 
 	mu             sync.Mutex // guards all following fields
 	runtimeName    string
@@ -85,7 +87,15 @@ func newNode(c *config.Config, listen string, log logrus.FieldLogger) (_ *node, 
 			return nil, &config.InvalidError{Err: fmt.Errorf("images.credentialProviderConfig: %w", err)}
 		}
 	}
-	o := proxy.Options{Log: log, Registerer: n.registry, Register: registerProbe}
+	if t := c.Tracing; t.Endpoint != "" {
+		n.tracing, err = tracing.Start(context.Background(), tracing.Options{
+			Endpoint: t.Endpoint, SamplingRatePerMillion: t.SamplingRatePerMillion, NodeName: c.NodeName, Version: version.Short(), Log: log,
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	o := proxy.Options{Log: log, Registerer: n.registry, Register: registerProbe, Tracer: n.tracing.Tracer()}
 	if c.RecordCalls != "" {
 		if n.calls, err = openCallFile(c.RecordCalls, log); err != nil {
 			return nil, err
@@ -105,6 +115,7 @@ func (n *node) close() error {
 	if n.upstream != nil {
 		errs = append(errs, n.upstream.Close())
 	}
+	n.tracing.Close()
 	if n.calls != nil {
 		errs = append(errs, n.calls.Close())
 	}
