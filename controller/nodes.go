@@ -40,8 +40,8 @@ const (
 	reconnectMax = 3 * time.Second
 	// idleTimeout closes the connection to a node nothing is asked of.
 	idleTimeout = 5 * time.Minute
-	// forgetAfter drops the bookkeeping of such a node.
-	forgetAfter = 10 * time.Minute
+	// forgetAfter drops a connection that is not up and that nobody has used, such as that of a node that is gone.
+	forgetAfter = time.Minute
 )
 
 // Node is where to reach one node's cri-proxy.
@@ -140,7 +140,6 @@ type GRPCNodes struct {
 
 	mu    sync.Mutex
 	conns map[Node]*nodeConn
-	swept time.Time
 }
 
 type nodeConn struct {
@@ -150,7 +149,7 @@ type nodeConn struct {
 
 var _ NodeClient = (*GRPCNodes)(nil)
 
-// NewGRPCNodes reads the files and returns a client that has not dialled yet. Its
+// NewGRPCNodes reads the files and returns a client that has not dialled yet. [GRPCNodes.Run] must run beside its use. Its
 // error says which file is missing or bad.
 func NewGRPCNodes(files TLSFiles, m *Metrics, log logrus.FieldLogger) (*GRPCNodes, error) {
 	c, err := files.credentials(log)
@@ -178,7 +177,6 @@ func (g *GRPCNodes) client(n Node) (opsv1.OpsClient, *grpc.ClientConn, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	now := time.Now()
-	g.sweep(now)
 	if c := g.conns[n]; c != nil {
 		c.used = now
 		return opsv1.NewOpsClient(c.conn), c.conn, nil
@@ -201,13 +199,23 @@ func (g *GRPCNodes) client(n Node) (opsv1.OpsClient, *grpc.ClientConn, error) {
 	return opsv1.NewOpsClient(conn), conn, nil
 }
 
-// sweep drops connections that are idle and unused. A connection with a stream on
-// it is not idle.
-func (g *GRPCNodes) sweep(now time.Time) {
-	if now.Sub(g.swept) < time.Minute {
-		return
+// Run forgets nodes that are not talked to any more, until ctx ends.
+func (g *GRPCNodes) Run(ctx context.Context) error {
+	for tick := time.NewTicker(forgetAfter); ; {
+		select {
+		case <-ctx.Done():
+			tick.Stop()
+			return nil
+		case now := <-tick.C:
+			g.sweep(now)
+		}
 	}
-	g.swept = now
+}
+
+// sweep drops connections that are down and unused. One with a stream on it is up.
+func (g *GRPCNodes) sweep(now time.Time) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
 	for n, c := range g.conns {
 		if now.Sub(c.used) > forgetAfter && c.conn.GetState() != connectivity.Ready {
 			_ = c.conn.Close() // nothing is in flight on an idle connection

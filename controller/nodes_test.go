@@ -6,8 +6,10 @@ package controller
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -232,6 +234,39 @@ func TestWatchForgotten(t *testing.T) {
 		select {
 		case <-b.r.watches.events:
 		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+// Nodes that go away leave nothing behind: no connection, no goroutine.
+func TestNodesGone(t *testing.T) {
+	ca := newAuthority(t)
+	nodes := newNodes(t, ca.issue("cri-controller"))
+	before := runtime.NumGoroutine()
+	var ends []func()
+	for i := range 30 {
+		name := fmt.Sprintf("node-%d", i)
+		n := newTestNode(t, ca.issue(name))
+		if _, err := nodes.GetOperation(t.Context(), Node{name, n.address}, "x"); code(err) != codes.NotFound {
+			t.Fatalf("error %v", err)
+		}
+		ends = append(ends, func() { n.down() })
+	}
+	nodes.sweep(time.Now().Add(2 * forgetAfter))
+	if len(nodes.conns) != 30 {
+		t.Errorf("%d connections of 30 nodes are kept", len(nodes.conns))
+	}
+	for _, end := range ends {
+		end()
+	}
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		nodes.sweep(time.Now().Add(2 * forgetAfter))
+		now := runtime.NumGoroutine()
+		if len(nodes.conns) == 0 && now <= before+5 {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%d connections are left, and %d goroutines, %d before", len(nodes.conns), now, before)
 		}
 	}
 }

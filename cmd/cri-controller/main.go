@@ -22,6 +22,7 @@ import (
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/healthz"
 	ctrllog "sigs.k8s.io/controller-runtime/pkg/log"
+	"sigs.k8s.io/controller-runtime/pkg/manager"
 	"sigs.k8s.io/controller-runtime/pkg/metrics"
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
@@ -153,6 +154,9 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 	})
 	if err != nil {
 		return fmt.Errorf("API server %s: %w", config.Host, err)
+	}
+	if err := m.Add(manager.RunnableFunc(nodes.Run)); err != nil {
+		return err
 	}
 	r := &controller.ContainerRecreateReconciler{
 		Client:    m.GetClient(),
