@@ -12,7 +12,8 @@ export CRI_PROXY_CACHE ?= $(HOME)/.cache/cri-proxy
 TOOLS_KEY := $(shell sha256sum tools/go.sum | cut -c1-16)
 TOOLS := $(CRI_PROXY_CACHE)/tools/$(TOOLS_KEY)
 
-# Tests on real components run as root, one package at a time: they share two cores.
+# Tests on real components run as root. Those of one node mostly wait, so two packages run beside each other; clusters run one at a time: they
+# share two cores.
 E2E_TIMEOUT ?= 60m
 INTEGRATION_TIMEOUT ?= 45m
 CHAOS_TIMEOUT ?= 90m
@@ -55,7 +56,7 @@ test-unit: ## tests that need nothing but Go, with the race detector
 
 .PHONY: test-integration
 test-integration: ## the test bed itself, containerd behind the proxy, the systemd units; needs root
-	@TESTBED=1 go test -race -count=1 -p 1 -timeout $(INTEGRATION_TIMEOUT) ./test/testbed/... ./test/integration/... ./test/prepull/... ./test/nspawn/...
+	@TESTBED=1 go test -race -count=1 -p 2 -timeout $(INTEGRATION_TIMEOUT) ./test/testbed/... ./test/integration/... ./test/prepull/... ./test/nspawn/...
 
 .PHONY: test-e2e
 test-e2e: ## a one-node cluster behind the proxy, one of three nodes, one with the controller as pods, and a part of the crash matrix; needs root
