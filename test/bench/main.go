@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strconv"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -28,6 +30,7 @@ commands:
   passthrough   calls through the proxy against direct ones and a byte relay
   gap           how long a container does not answer when it is restarted, against other ways; needs root
   pull          images pulled ahead of time against the runtime's own pulls; needs root
+  fanout        a job over thousands of simulated nodes, against an object per node; needs root
 `
 
 func run(ctx context.Context, args []string) error {
@@ -89,7 +92,29 @@ func run(ctx context.Context, args []string) error {
 			return fmt.Errorf("-rounds, -layers and -mib must be positive")
 		}
 		return pullBenchmark(ctx, o)
-	case "role": // one of the processes, started by passthrough
+	case "fanout":
+		fs := flag.NewFlagSet(command, flag.ExitOnError)
+		var o fanoutOptions
+		var sizes string
+		fs.StringVar(&o.out, "out", "", "write the results as JSON to this file")
+		fs.StringVar(&o.controller, "cri-controller", "", "cri-controller binary to measure (default: built from this checkout)")
+		fs.StringVar(&sizes, "nodes", "100,1000,5000", "numbers of nodes, with commas, at most 50000")
+		fs.DurationVar(&o.idle, "idle", time.Minute, "how long the idle controller is looked at")
+		if err := fs.Parse(args); err != nil {
+			return err
+		}
+		for s := range strings.SplitSeq(sizes, ",") {
+			n, err := strconv.Atoi(s)
+			if err != nil || n < 1 || n > 50000 {
+				return fmt.Errorf("-nodes %q: want numbers from 1 to 50000, with commas", sizes)
+			}
+			o.sizes = append(o.sizes, n)
+		}
+		if o.idle <= 0 {
+			return fmt.Errorf("-idle must be positive")
+		}
+		return fanout(ctx, o)
+	case "role": // one of the processes, started by other commands
 		return runRole(ctx, args)
 	}
 	fmt.Fprint(os.Stderr, usage)

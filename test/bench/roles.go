@@ -40,6 +40,8 @@ func runRole(ctx context.Context, args []string) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	switch role {
+	case "fleet":
+		return runFleet(ctx, socket, target)
 	case "client":
 		return client(ctx, socket)
 	case "runtime":
@@ -79,7 +81,7 @@ func runRole(ctx context.Context, args []string) error {
 		defer cancel()
 		return answerUsed()
 	}
-	return fmt.Errorf("role %q is none of client, runtime, proxy, relay", role)
+	return fmt.Errorf("role %q is none of client, runtime, proxy, relay, fleet", role)
 }
 
 // answerUsed says ready and answers every line with the resources used.
