@@ -35,9 +35,10 @@ const (
 
 // machine is a system under systemd-nspawn.
 type machine struct {
-	dir    string // of this run
-	root   string // of the machine, an overlay over the root that is kept
-	shared string // a directory of both sides, /shared inside
+	dir    string   // of this run
+	root   string   // of the machine, an overlay over the root that is kept
+	shared string   // a directory of both sides, /shared inside
+	args   []string // more of systemd-nspawn's
 	nspawn *exec.Cmd
 	ended  chan struct{}
 	log    *bytes.Buffer
@@ -68,7 +69,13 @@ func newMachine(t *testing.T) *machine {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), buildPatience)
 	defer cancel()
-	m, err := start(ctx)
+	m, err := makeMachine(ctx)
+	if err == nil {
+		err = m.installStandins(ctx)
+	}
+	if err == nil {
+		err = m.boot(ctx)
+	}
 	if m != nil {
 		t.Cleanup(m.stop)
 	}
@@ -164,7 +171,8 @@ WantedBy=multi-user.target
 	quick = "[Service]\nWatchdogSec=3s\n"
 )
 
-func start(ctx context.Context) (m *machine, err error) {
+// makeMachine makes the machine's root, with the binaries in /shared.
+func makeMachine(ctx context.Context) (m *machine, err error) {
 	runs := filepath.Join(filepath.Dir(base), "runs")
 	sweep(runs)
 	dir := filepath.Join(runs, strconv.Itoa(os.Getpid()))
@@ -181,14 +189,14 @@ func start(ctx context.Context) (m *machine, err error) {
 	if err := unix.Mount("overlay", m.root, "overlay", 0, fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", base, upper, work)); err != nil {
 		return m, fmt.Errorf("overlay of the root: %w", err)
 	}
-	if err := m.install(ctx); err != nil {
-		return m, err
-	}
-	return m, m.boot(ctx)
+	return m, m.build(ctx)
 }
 
-// install puts into the machine what docs/OPERATIONS.md says.
-func (m *machine) install(ctx context.Context) error {
+// masked are units that a machine for a test does not need.
+var masked = []string{"systemd-networkd.service", "systemd-resolved.service", "systemd-timesyncd.service", "apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "fstrim.timer", "e2scrub_all.timer", "systemd-logind.service", "getty.target", "console-getty.service"}
+
+// build makes the programs, and versions of them.
+func (m *machine) build(ctx context.Context) error {
 	build := exec.CommandContext(ctx, "go", "build", "-o", m.shared+"/", "./cmd/cri-proxy", "./test/nspawn/standin")
 	build.Dir = "../.."
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
@@ -200,9 +208,15 @@ func (m *machine) install(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	return errors.Join(
+		os.WriteFile(m.shared+"/cri-proxy-v2", append(slices.Clip(first), "second"...), 0o755),
+		os.WriteFile(m.shared+"/cri-proxy-bad", []byte("#!/bin/sh\n[ \"$1\" = serve ] && exit 1\nexec /shared/cri-proxy \"$@\"\n"), 0o755),
+		command(ctx, "systemctl", append([]string{"--quiet", "--root=" + m.root, "mask"}, masked...)...))
+}
+
+// installStandins puts into the machine what docs/OPERATIONS.md says, by hand.
+func (m *machine) installStandins(ctx context.Context) error {
 	files := map[string][]byte{
-		m.shared + "/cri-proxy-v2":                                    append(slices.Clip(first), "second"...),
-		m.shared + "/cri-proxy-bad":                                   []byte("#!/bin/sh\n[ \"$1\" = serve ] && exit 1\nexec /shared/cri-proxy \"$@\"\n"),
 		m.root + "/etc/systemd/system/containerd.service":             []byte(containerdUnit),
 		m.root + "/etc/systemd/system/kubelet.service":                []byte(kubeletUnit),
 		m.root + "/etc/systemd/system/cri-proxy@.service.d/test.conf": []byte(quick),
@@ -211,11 +225,7 @@ func (m *machine) install(ctx context.Context) error {
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 			return err
 		}
-		mode := os.FileMode(0o644)
-		if strings.HasPrefix(path, m.shared) {
-			mode = 0o755
-		}
-		if err := os.WriteFile(path, b, mode); err != nil {
+		if err := os.WriteFile(path, b, 0o644); err != nil {
 			return err
 		}
 	}
@@ -240,7 +250,6 @@ func (m *machine) install(ctx context.Context) error {
 		{"cp", m.shared + "/cri-proxy", m.root + "/usr/local/lib/cri-proxy/versions/first/cri-proxy"},
 		{"ln", "-s", "versions/first", m.root + "/usr/local/lib/cri-proxy/a"},
 		{"systemctl", "--root=" + m.root, "enable", "cri-proxy.socket", "cri-proxy-admin.socket", "cri-proxy@a.service", "containerd.service", "kubelet.service"},
-		{"systemctl", "--root=" + m.root, "mask", "systemd-networkd.service", "systemd-resolved.service", "systemd-timesyncd.service", "apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "fstrim.timer", "e2scrub_all.timer", "systemd-logind.service", "getty.target", "console-getty.service"},
 	} {
 		if err := command(ctx, c[0], c[1:]...); err != nil {
 			return err
@@ -249,10 +258,17 @@ func (m *machine) install(ctx context.Context) error {
 	return nil
 }
 
+// atCgroupRoot leaves, with cgroup v1, the cgroups of whoever runs the test: what a machine sees as the root is then this machine's.
+const atCgroupRoot = `if [ "$(stat -f -c %T /sys/fs/cgroup)" != cgroup2fs ]; then for f in /sys/fs/cgroup/*/cgroup.procs; do echo $$ >"$f" || :; done; fi; `
+
 // boot starts the machine and waits until it is up.
 func (m *machine) boot(ctx context.Context) error {
-	m.nspawn = exec.Command("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--private-network", "--console=pipe", "--boot",
-		"--machine=cri-proxy-"+strconv.Itoa(os.Getpid()), "--directory="+m.root, "--bind="+m.shared+":/shared")
+	args := []string{"systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--console=pipe", "--boot",
+		"--machine=cri-proxy-" + strconv.Itoa(os.Getpid()), "--directory=" + m.root, "--bind=" + m.shared + ":/shared"}
+	if m.args == nil {
+		args = append(args, "--private-network")
+	}
+	m.nspawn = exec.Command("sh", append([]string{"-c", atCgroupRoot + `exec "$@"`, "sh"}, append(args, m.args...)...)...)
 	m.nspawn.Stdout, m.nspawn.Stderr = m.log, m.log
 	m.nspawn.WaitDelay = time.Second
 	if err := m.nspawn.Start(); err != nil {
@@ -316,6 +332,9 @@ func (m *machine) awaitUp(ctx context.Context) error {
 
 // leader is the machine's first process, 0 if there is none.
 func (m *machine) leader() int {
+	if m.nspawn == nil || m.nspawn.Process == nil {
+		return 0
+	}
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", m.nspawn.Process.Pid, m.nspawn.Process.Pid))
 	if err != nil {
 		return 0

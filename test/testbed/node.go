@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"syscall"
 	"time"
@@ -209,7 +210,7 @@ func (n *Node) Join(ctx context.Context) error {
 
 // StartContainerd starts containerd and waits until it answers CRI calls.
 func (n *Node) StartContainerd(ctx context.Context) error {
-	p, err := n.start("containerd", "--config", n.etc("containerd.toml"))
+	p, err := n.start("containerd", n.ContainerdCommand()...)
 	if err != nil {
 		return err
 	}
@@ -344,24 +345,46 @@ func (n *Node) writeKubelet() error {
 	return writeYAML(n.etc("kubelet.yaml"), config)
 }
 
-// StartKubelet starts kubelet and waits until it is healthy. It does not wait for the node to be Ready, see [Bed.WaitNodeReady].
-func (n *Node) StartKubelet(ctx context.Context) error {
+// KubeletCommand writes kubelet's configuration and returns its command line, without the program, for a test that starts it in its own way.
+func (n *Node) KubeletCommand() ([]string, error) {
 	if err := n.writeKubelet(); err != nil {
-		return err
+		return nil, err
 	}
 	conf, err := n.bed.writeKubeconfig(n.name("kubelet"), n.KubeletCert)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	root := filepath.Join(n.NodeDir, "kubelet")
-	p, err := n.start("kubelet", append([]string{
+	return append([]string{
 		"--config", n.etc("kubelet.yaml"), "--kubeconfig", conf, "--hostname-override", n.NodeName, "--node-ip", n.BridgeIP,
 		"--root-dir", root, "--cert-dir", filepath.Join(root, "pki"), "--v", "2",
-	}, n.bed.options.KubeletArgs...)...)
+	}, n.bed.options.KubeletArgs...), nil
+}
+
+// ContainerdCommand is that of containerd.
+func (n *Node) ContainerdCommand() []string {
+	return []string{"--config", n.etc("containerd.toml")}
+}
+
+// KubeletHealthz is host:port of kubelet's health check.
+func (n *Node) KubeletHealthz() string {
+	return net.JoinHostPort(n.BridgeIP, strconv.Itoa(kubeletHealthzPort))
+}
+
+// Netns is the file of the node's network namespace, empty for this machine's.
+func (n *Node) Netns() string { return n.netns }
+
+// StartKubelet starts kubelet and waits until it is healthy. It does not wait for the node to be Ready, see [Bed.WaitNodeReady].
+func (n *Node) StartKubelet(ctx context.Context) error {
+	args, err := n.KubeletCommand()
 	if err != nil {
 		return err
 	}
-	url := fmt.Sprintf("http://%s:%d/healthz", n.BridgeIP, kubeletHealthzPort)
+	p, err := n.start("kubelet", args...)
+	if err != nil {
+		return err
+	}
+	url := "http://" + n.KubeletHealthz() + "/healthz"
 	return p.ready(ctx, func(ctx context.Context) error { return httpOK(ctx, n.bed.plain, url) })
 }
 

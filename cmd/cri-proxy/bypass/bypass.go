@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -23,6 +24,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/handover"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/kubelet"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 )
 
@@ -56,11 +58,47 @@ func dial(socket string) (*grpc.ClientConn, error) {
 	)
 }
 
+// Options of [On].
+type Options struct {
+	Reason string
+	// Force cancels operations, and does not wait for those that cannot be any longer than Wait.
+	Force bool
+	Wait  time.Duration
+	// Anyway is for a kubelet that is pointed elsewhere next, so that it need not be reached now.
+	Anyway bool
+	Out    io.Writer // what is done, for people
+}
+
+// On leads kubelet past the proxy, as `cri-proxy bypass on` does.
+func On(ctx context.Context, c *config.Config, o Options) error {
+	l, err := linksOf(c)
+	if err != nil {
+		return err
+	}
+	p := &path{config: c, links: l, out: o.Out}
+	return p.on(ctx, onOptions{reason: o.Reason, force: o.Force, wait: o.Wait, anyway: o.Anyway})
+}
+
+// Forget ends a bypass where there is no proxy any more: what is installed next serves.
+func Forget(c *config.Config) error { return remove(statePath(c.StateDir)) }
+
+// KubeletSocket is what kubelet dials: the symlink beside the CRI socket.
+func KubeletSocket(c *config.Config) string {
+	return filepath.Join(filepath.Dir(c.Listen.Path), "kubelet.sock")
+}
+
+// RuntimeFiles are what lies beside the CRI socket, and the sockets.
+func RuntimeFiles(c *config.Config) ([]string, error) {
+	l, err := linksOf(c)
+	return []string{l.kubelet, l.runtime, l.crashes, l.proxy, c.AdminSocket}, err
+}
+
 // onOptions say how kubelet is led past the proxy.
 type onOptions struct {
 	reason    string
 	automatic bool
 	force     bool          // also if operations do not end
+	anyway    bool          // also if kubelet is not reached
 	wait      time.Duration // for operations to end
 }
 
@@ -71,6 +109,13 @@ func (p *path) on(ctx context.Context, o onOptions) error {
 		if is, err := p.links.isBypassed(); err == nil && is {
 			p.say("bypassed already, %s", s)
 			return nil
+		}
+	}
+	if !o.automatic && !o.anyway {
+		if remark := p.unreachable(ctx); remark != "" && !o.force {
+			return errors.New(remark)
+		} else if remark != "" {
+			p.say("%s", remark)
 		}
 	}
 	// From here on operations are refused.
@@ -177,6 +222,19 @@ func (p *path) takeBack(ctx context.Context, ops opsv1.OpsClient, op *opsv1.Oper
 	}
 }
 
+// unreachable says why a bypass does not reach kubelet, empty if it does or nothing is known.
+func (p *path) unreachable(ctx context.Context) string {
+	k, err := kubelet.Find(ctx, kubelet.DefaultUnit)
+	if err != nil {
+		return ""
+	}
+	containers, images, err := k.Dials(p.links.proxy)
+	if err != nil || !containers && !images {
+		return ""
+	}
+	return fmt.Sprintf("kubelet dials %s itself, where a bypass does not reach it: set its containerRuntimeEndpoint to unix://%s (cri-proxy install does) and restart it", p.links.proxy, p.links.kubelet)
+}
+
 // removeStaged removes containers that were made and never started, where no daemon can: kubelet would take them for its own.
 func (p *path) removeStaged(ctx context.Context) {
 	conn, err := dial(p.links.target)
@@ -208,7 +266,7 @@ func (p *path) removeStaged(ctx context.Context) {
 }
 
 // off leads kubelet back through the proxy. It comes with its next dial, unless kubelet is to be restarted, a systemd unit.
-func (p *path) off(ctx context.Context, force bool, kubelet string) error {
+func (p *path) off(ctx context.Context, force bool, unit string) error {
 	if err := p.probe(ctx); err != nil {
 		if !force {
 			return fmt.Errorf("cri-proxy does not serve, so kubelet stays where it is: %w; see journalctl -u 'cri-proxy@*', or use --force", err)
@@ -220,12 +278,12 @@ func (p *path) off(ctx context.Context, force bool, kubelet string) error {
 		return err
 	}
 	p.say("kubelet is led through cri-proxy again, with its next dial")
-	if kubelet == "" {
+	if unit == "" {
 		p.say("it keeps the connection that it has: restart kubelet (containers run on), or wait until the runtime restarts")
 		return nil
 	}
-	if out, err := exec.CommandContext(ctx, "systemctl", "restart", kubelet).CombinedOutput(); err != nil {
-		return fmt.Errorf("restarting %s: %w: %s", kubelet, err, strings.TrimSpace(string(out)))
+	if out, err := exec.CommandContext(ctx, "systemctl", "restart", unit).CombinedOutput(); err != nil {
+		return fmt.Errorf("restarting %s: %w: %s", unit, err, strings.TrimSpace(string(out)))
 	}
 	return p.awaitKubelet(ctx, began)
 }
@@ -272,7 +330,10 @@ func (p *path) awaitKubelet(ctx context.Context, since time.Time) error {
 func (p *path) apply() error { return p.links.lead(Read(p.config.StateDir) != nil) }
 
 // status says how it is.
-func (p *path) status() error {
+func (p *path) status(ctx context.Context) error {
+	if remark := p.unreachable(ctx); remark != "" {
+		p.say("%s", remark)
+	}
 	is, err := p.links.isBypassed()
 	if err != nil {
 		return fmt.Errorf("%w; cri-proxy bypass apply makes it", err)

@@ -44,7 +44,7 @@ The guard of the unit does the same when the daemon ends too often.`,
 			if err != nil {
 				return err
 			}
-			return p.status()
+			return p.status(c.Context())
 		},
 	}, &cobra.Command{
 		Use: "apply", Short: "Make the symlink what was asked for last; the socket unit does", Args: cobra.NoArgs,

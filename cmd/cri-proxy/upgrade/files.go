@@ -36,6 +36,20 @@ func (l layout) of(instance string) string {
 
 var oddBytes = regexp.MustCompile(`[^A-Za-z0-9._+-]+`)
 
+// digest tells one binary from another.
+func digest(binary string) (string, error) {
+	f, err := os.Open(binary)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	sum := sha256.New()
+	if _, err := io.Copy(sum, f); err != nil {
+		return "", fmt.Errorf("%s: %w", binary, err)
+	}
+	return fmt.Sprintf("%x", sum.Sum(nil)[:6]), nil
+}
+
 // install copies the binary into its version's directory, which is named after what it says of itself and what is in it, and
 // returns the version. A binary that is there already stays.
 func (l layout) install(binary, says string) (version string, err error) {
@@ -44,16 +58,13 @@ func (l layout) install(binary, says string) (version string, err error) {
 		return "", err
 	}
 	defer src.Close()
-	sum := sha256.New()
-	if _, err := io.Copy(sum, src); err != nil {
-		return "", fmt.Errorf("%s: %w", binary, err)
+	sum, err := digest(binary)
+	if err != nil {
+		return "", err
 	}
-	version = fmt.Sprintf("%s-%x", oddBytes.ReplaceAllString(says, "_"), sum.Sum(nil)[:6])
+	version = oddBytes.ReplaceAllString(says, "_") + "-" + sum
 	if _, err := os.Stat(l.binary(version)); err == nil {
 		return version, nil
-	}
-	if _, err := src.Seek(0, io.SeekStart); err != nil {
-		return "", err
 	}
 	if err := os.MkdirAll(l.version(version), 0o755); err != nil {
 		return "", err

@@ -29,7 +29,7 @@ const (
 
 // Command returns `cri-proxy upgrade`.
 func Command() *cobra.Command {
-	u := upgrade{layout: layout{lib: "/usr/local/lib/cri-proxy", bin: "/usr/local/bin/cri-proxy"}}
+	u := upgrade{layout: layout{lib: LibDir, bin: BinLink}}
 	cmd := &cobra.Command{
 		Use:   "upgrade",
 		Short: "Put another version in the place of the one that runs, without a failed call",
@@ -38,7 +38,8 @@ cri-proxy@.service that is idle is started with it and takes over. Calls that
 take long, such as image pulls, end in the old one. If the new one does not get
 as far as serving, the old one serves on as if nothing had been.
 
-Where none runs the binary is installed and started.`,
+Where none runs the binary is installed and started. With --reload the same
+version takes over from itself, which takes up a changed configuration.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			u.out = c.OutOrStdout()
@@ -51,18 +52,73 @@ Where none runs the binary is installed and started.`,
 	f.StringVar(&u.binary, "binary", "", "the new version (default: this one)")
 	f.BoolVar(&u.back, "back", false, "go back to the version before")
 	f.BoolVar(&u.endDrain, "end-drain", false, "cut the calls that are still under way from the upgrade before this one")
+	f.BoolVar(&u.reload, "reload", false, "also if this version runs already: it takes up a changed configuration or unit")
 	f.StringVar(&u.config, "config", config.DefaultFile, "configuration of the daemon")
-	f.DurationVar(&u.timeout, "timeout", 5*time.Minute, "for the new one to serve; it waits for operations that stop containers")
+	f.DurationVar(&u.timeout, "timeout", DefaultTimeout, "for the new one to serve; it waits for operations that stop containers")
 	cmd.MarkFlagsMutuallyExclusive("binary", "back")
+	cmd.MarkFlagsMutuallyExclusive("reload", "back")
 	return cmd
+}
+
+const (
+	// LibDir holds the versions.
+	LibDir = "/usr/local/lib/cri-proxy"
+	// BinLink leads to the one that serves.
+	BinLink = "/usr/local/bin/cri-proxy"
+	// DefaultTimeout is how long a new process may take to serve.
+	DefaultTimeout = 5 * time.Minute
+)
+
+// Options of [Run].
+type Options struct {
+	Binary string // the new version, empty is this program
+	Config string // file of the daemon
+	// Reload has the same version take over from itself.
+	Reload bool
+	Out    io.Writer // what is done, for people
+}
+
+// Run puts a version in the place of the one that serves, or starts it where none does, as `cri-proxy upgrade` does.
+func Run(ctx context.Context, o Options) error {
+	u := upgrade{layout: layout{lib: LibDir, bin: BinLink}, binary: o.Binary, config: o.Config, reload: o.Reload, out: o.Out}
+	ctx, cancel := context.WithTimeout(ctx, DefaultTimeout)
+	defer cancel()
+	return u.run(ctx)
+}
+
+// Serving returns the version that serves, empty if none does, and whether it is that of the binary, empty for this program.
+func Serving(ctx context.Context, stateDir, binary string) (version string, same bool, err error) {
+	u := upgrade{layout: layout{lib: LibDir, bin: BinLink}, binary: binary}
+	i, err := u.serving(ctx, stateDir)
+	if err != nil || i == "" {
+		return "", false, err
+	}
+	if binary, err = u.program(); err != nil {
+		return "", false, err
+	}
+	here, err := digest(binary)
+	if err != nil {
+		return "", false, err
+	}
+	there, err := digest(filepath.Join(u.instance(i), "cri-proxy"))
+	return u.of(i), here == there, err
+}
+
+// Units are those of the instances.
+func Units() []string {
+	var out []string
+	for _, i := range instances() {
+		out = append(out, unit(i))
+	}
+	return out
 }
 
 type upgrade struct {
 	layout
-	binary, config string
-	back, endDrain bool
-	timeout        time.Duration
-	out            io.Writer
+	binary, config         string
+	back, endDrain, reload bool
+	timeout                time.Duration
+	out                    io.Writer
 }
 
 func (u *upgrade) say(format string, args ...any) { _, _ = fmt.Fprintf(u.out, format+"\n", args...) }
@@ -93,7 +149,7 @@ func (u *upgrade) run(ctx context.Context) error {
 			return err
 		}
 	}
-	if serving != "" && version == u.of(serving) {
+	if serving != "" && version == u.of(serving) && !u.reload {
 		u.say("%s runs already, as %s", version, unit(serving))
 		return nil
 	}
@@ -165,15 +221,18 @@ func (u *upgrade) free(ctx context.Context, instance string) error {
 	return err
 }
 
+// program is the new binary.
+func (u *upgrade) program() (string, error) {
+	if u.binary == "" {
+		return os.Executable()
+	}
+	return filepath.Abs(u.binary)
+}
+
 // add checks and installs the new binary.
 func (u *upgrade) add(ctx context.Context) (version string, err error) {
-	binary := u.binary
-	if binary == "" {
-		if binary, err = os.Executable(); err != nil {
-			return "", err
-		}
-	}
-	if binary, err = filepath.Abs(binary); err != nil {
+	binary, err := u.program()
+	if err != nil {
 		return "", err
 	}
 	ctx, cancel := context.WithTimeout(ctx, checkPatience)

@@ -1,0 +1,262 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package install
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/kubelet"
+	"github.com/cri-proxy/cri-proxy/systemd"
+)
+
+func write600(t *testing.T, path, content string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func contentOf(t *testing.T, path string) string {
+	t.Helper()
+	b, err := read(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b == nil {
+		return "(none)"
+	}
+	return string(b)
+}
+
+// The shipped configuration says what the defaults are.
+func TestShippedConfig(t *testing.T) {
+	text, err := systemd.File("config.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := config.Default()
+	if err := config.Parse("config.yaml", text, c); err != nil {
+		t.Fatal(err)
+	}
+	got, err := merge(text, config.Default(), c)
+	if err != nil || !bytes.Equal(got, text) {
+		t.Errorf("%v\n%s", err, diff("config.yaml", text, got))
+	}
+}
+
+func TestMerge(t *testing.T) {
+	text := []byte("# mine\nruntimeEndpoint: unix:///run/a.sock # here\n\nops:\n  address: \"\"\n")
+	have := config.Default()
+	if err := config.Parse("x", text, have); err != nil {
+		t.Fatal(err)
+	}
+	want := *have
+	want.Ops.Address = ":10260"
+	want.Ops.AllowedClients = []string{"a", "b"}
+	want.Images.Parallel = 3
+	want.Listen.Mode = 0o660
+	got, err := merge(text, have, &want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{"# mine\nruntimeEndpoint: unix:///run/a.sock # here\n\n", "  address: \":10260\"\n", "  allowedClients: [\"a\",\"b\"]\n", "images:\n  parallel: 3\n", "listen:\n  mode: \"0660\"\n"} {
+		if !strings.Contains(string(got), line) {
+			t.Errorf("no %q in\n%s", line, got)
+		}
+	}
+	back := config.Default()
+	if err := config.Parse("x", got, back); err != nil {
+		t.Fatal(err)
+	}
+	a, err := back.YAML()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := want.YAML()
+	if err != nil || !bytes.Equal(a, b) {
+		t.Errorf("%v\n%s\n%s", err, a, b)
+	}
+}
+
+// What is put back is what was there, also when somebody else has changed a file since.
+func TestRecord(t *testing.T) {
+	for _, c := range []struct {
+		name          string
+		before, after string
+		now, want     string // now is what somebody else has made of it
+	}{
+		{"as we left it", "e: old # x\n", "e: ours # x\n", "e: ours # x\n", "e: old # x\n"},
+		{"changed since", "e: old\n", "e: ours\n", "e: ours\nmore: 1\n", "e: old\nmore: 1\n"},
+		{"put back by somebody else", "e: old\n", "e: ours\n", "e: old\nmore: 1\n", "e: old\nmore: 1\n"},
+		{"not written yet", "e: old\n", "e: ours\n", "e: old\n", "e: old\n"},
+		{"taken away", "e: old\n", "e: ours\n", "(none)", "(none)"},
+		{"a file of ours", "(none)", "e: ours\n", "e: ours\n", "(none)"},
+		{"a file of ours, changed", "(none)", "e: ours\n", "e: ours\nmore: 1\n", "e: old\nmore: 1\n"},
+		{"a file of ours, not written yet", "(none)", "e: ours\n", "(none)", "(none)"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			dir := t.TempDir()
+			path := filepath.Join(dir, "kubelet.d", "f.conf")
+			if err := os.Mkdir(filepath.Dir(path), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			e := kubelet.Edit{Path: path, After: []byte(c.after), Mode: 0o600}
+			if c.before != "(none)" {
+				e.Before = []byte(c.before)
+			}
+			r := &record{dir: filepath.Join(dir, "record"), Endpoint: "old", Ours: "ours"}
+			if err := r.keep([]kubelet.Edit{e}); err != nil {
+				t.Fatal(err)
+			}
+			if c.now != "(none)" {
+				write600(t, path, c.now)
+			}
+			r, err := readRecord(r.dir)
+			if err != nil || !r.exists() || !r.Pending {
+				t.Fatalf("%+v, %v", r, err)
+			}
+			did, err := r.restore()
+			if err != nil || did != (c.now != c.want) {
+				t.Errorf("%v, %v", did, err)
+			}
+			if got := contentOf(t, path); got != c.want {
+				t.Errorf("%q, want %q", got, c.want)
+			}
+			if did, err := r.restore(); did || err != nil {
+				t.Errorf("once more: %v, %v", did, err)
+			}
+			if err := r.forget(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+func TestPlan(t *testing.T) {
+	dir := t.TempDir()
+	there, gone, fresh := filepath.Join(dir, "there"), filepath.Join(dir, "gone"), filepath.Join(dir, "x.d", "fresh")
+	write600(t, there, "a\n")
+	write600(t, gone, "b\n")
+	var out strings.Builder
+	p := &plan{out: &out}
+	for path, content := range map[string][]byte{there: []byte("A\n"), gone: nil, fresh: []byte("c\n")} {
+		a, ok, err := writing(path, content, 0o644)
+		if err != nil || !ok {
+			t.Fatal(ok, err)
+		}
+		p.add(a)
+	}
+	if _, ok, err := writing(there, []byte("a\n"), 0o644); ok || err != nil {
+		t.Errorf("a file that is as it should be: %v, %v", ok, err)
+	}
+	p.show()
+	for _, want := range []string{"would change " + there, "-a", "+A", "would remove " + gone, "would write " + fresh, "--- /dev/null"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("no %q in\n%s", want, out.String())
+		}
+	}
+	state := func() [3]string { return [3]string{contentOf(t, there), contentOf(t, gone), contentOf(t, fresh)} }
+	before := [3]string{"a\n", "b\n", "(none)"}
+	if state() != before {
+		t.Fatalf("showing has done something: %q", state())
+	}
+	boom := errors.New("boom")
+	p.add(action{what: "fail; at length", do: func(context.Context) error { return boom }})
+	if err := p.run(t.Context()); !errors.Is(err, boom) || !strings.HasSuffix(err.Error(), "everything is as it was") || state() != before {
+		t.Errorf("%v: %q", err, state())
+	}
+	if _, err := os.Stat(filepath.Dir(fresh)); err == nil {
+		t.Error("the directory of drop-ins has stayed")
+	}
+	p.actions = p.actions[:3]
+	if err := p.run(t.Context()); err != nil || state() != [3]string{"A\n", "(none)", "c\n"} {
+		t.Errorf("%v: %q", err, state())
+	}
+}
+
+func TestUnitChanges(t *testing.T) {
+	c := config.Default()
+	for _, unit := range []string{criSocket, adminSocket, opsSocket, serviceTemplate} {
+		if got := unitChanges(unit, c, nil); got != nil {
+			t.Errorf("%s: %s", unit, got)
+		}
+	}
+	c.Listen.Path, c.Listen.Group, c.Ops.Address = "/run/x/cri.sock", "crictl", "10.0.0.1:7443"
+	k := &kubelet.Kubelet{Args: []string{"--root-dir=/data/kubelet", "--pod-logs-dir=/data/kubelet/logs"}}
+	for unit, want := range map[string]string{
+		criSocket:       "[Socket]\nListenStream=\nListenStream=/run/x/cri.sock\nSocketGroup=crictl\n",
+		opsSocket:       "[Socket]\nListenStream=\nListenStream=10.0.0.1:7443\nFreeBind=yes\n",
+		serviceTemplate: "[Service]\nSockets=cri-proxy-ops.socket\nReadWritePaths=-/data/kubelet\n",
+	} {
+		if got := string(unitChanges(unit, c, k)); got != dropInHead+want {
+			t.Errorf("%s:\n%s", unit, got)
+		}
+	}
+	if got := listenStream(":7443"); got != "7443" {
+		t.Error(got)
+	}
+}
+
+func TestNumbers(t *testing.T) {
+	for version, want := range map[string][2]int{"v1.37.2": {1, 37}, "2.4.2+unknown": {2, 4}, "1.7.0-rc.1": {1, 7}, "v1.30-eks": {1, 30}, "1.6": {1, 6}} {
+		major, minor, ok := numbers(version)
+		if !ok || [2]int{major, minor} != want {
+			t.Errorf("%s: %d, %d, %v", version, major, minor, ok)
+		}
+	}
+	for _, version := range []string{"", "2", "x.y", "<unknown>"} {
+		if _, _, ok := numbers(version); ok {
+			t.Errorf("%q is a version", version)
+		}
+	}
+}
+
+func TestNodeReady(t *testing.T) {
+	since := time.Date(2026, 1, 2, 3, 4, 5, 600, time.UTC)
+	answer := ""
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/api/v1/nodes/n1" || r.Header.Get("Authorization") != "Bearer secret" {
+			http.Error(w, "forbidden", http.StatusForbidden)
+			return
+		}
+		_, _ = w.Write([]byte(answer))
+	}))
+	defer s.Close()
+	dir := t.TempDir()
+	file := filepath.Join(dir, "kubeconfig")
+	write600(t, filepath.Join(dir, "token"), "secret\n")
+	write600(t, file, "current-context: c\ncontexts: [{name: c, context: {cluster: x, user: y}}]\nclusters: [{name: x, cluster: {server: "+s.URL+"/}}]\nusers: [{name: y, user: {tokenFile: token}}]\n")
+	a, err := openAPIServer(t.Context(), file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.close()
+	for _, c := range []struct{ name, conditions, want string }{
+		{"ready", `{"type":"Ready","status":"True","lastHeartbeatTime":"2026-01-02T03:04:05Z"}`, ""},
+		{"not since", `{"type":"Ready","status":"True","lastHeartbeatTime":"2026-01-02T03:04:04Z"}`, "has not reported"},
+		{"not ready", `{"type":"DiskPressure","status":"False"},{"type":"Ready","status":"False","reason":"KubeletNotReady","message":"why","lastHeartbeatTime":"2026-01-02T03:04:06Z"}`, "node n1 is not ready: KubeletNotReady: why"},
+		{"nothing", ``, "no Ready condition"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			answer = `{"status":{"conditions":[` + c.conditions + `]}}`
+			err := a.notReady(t.Context(), "n1", since)
+			if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+				t.Error(err)
+			}
+		})
+	}
+	if err := a.notReady(t.Context(), "n2", since); err == nil || !strings.Contains(err.Error(), "403") {
+		t.Error(err)
+	}
+}

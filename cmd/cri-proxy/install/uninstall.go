@@ -1,0 +1,336 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package install
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/bypass"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/kubelet"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/upgrade"
+)
+
+// operationPatience is how long operations may take to end.
+const operationPatience = 30 * time.Second
+
+// uninstaller takes the proxy off a node.
+type uninstaller struct {
+	dryRun, force, purge, noKubelet bool
+	unit, kubeconfig                string
+	timeout                         time.Duration
+
+	config *config.Config
+	out    io.Writer
+}
+
+func (u *uninstaller) say(format string, args ...any) {
+	_, _ = fmt.Fprintf(u.out, format+"\n", args...)
+}
+
+func (u *uninstaller) run(ctx context.Context) error {
+	if err := checkMachine(); err != nil {
+		return err
+	}
+	if err := u.open(); err != nil {
+		return err
+	}
+	p, err := u.plan(ctx)
+	if err != nil {
+		return err
+	}
+	u.warnOfOverrides(ctx)
+	if u.dryRun {
+		p.show()
+		return nil
+	}
+	if err := p.run(ctx); err != nil {
+		return fmt.Errorf("%w; cri-proxy uninstall goes on where this ended", err)
+	}
+	if len(p.actions) == 0 {
+		u.say("cri-proxy is not installed here")
+		return nil
+	}
+	u.say("cri-proxy is removed")
+	if !u.purge {
+		u.say("kept: %s and %s; --purge removes them", config.DefaultFile, u.config.StateDir)
+	}
+	return nil
+}
+
+// open reads the configuration; without one, or a good one, the defaults do.
+func (u *uninstaller) open() error {
+	u.config = config.Default()
+	err := u.config.Load(config.DefaultFile, nil)
+	if err == nil {
+		err = errors.Join(u.config.Complete(), u.config.Validate())
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		u.say("warning: %v", err)
+	}
+	return nil
+}
+
+// warnOfOverrides says which images will not stay.
+func (u *uninstaller) warnOfOverrides(ctx context.Context) {
+	if _, err := os.Stat(u.config.AdminSocket); err != nil {
+		return
+	}
+	// The socket may be there without a daemon, and a call would start one.
+	if _, _, err := upgrade.Serving(ctx, u.config.StateDir, ""); err != nil {
+		return
+	}
+	conn, err := dial(u.config.AdminSocket)
+	if err != nil {
+		return
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, callPatience)
+	defer cancel()
+	l, err := opsv1.NewOpsClient(conn).ListOverrides(ctx, &opsv1.ListOverridesRequest{})
+	if err != nil {
+		return
+	}
+	for _, o := range l.GetOverrides() {
+		u.say("warning: container %s of %s/%s runs %s; kubelet makes the next one with its spec's image", o.GetContainer(), o.GetPod().GetNamespace(), o.GetPod().GetName(), o.GetImage())
+	}
+}
+
+func (u *uninstaller) plan(ctx context.Context) (*plan, error) {
+	p := &plan{out: u.out}
+	r, err := readRecord(recordDir)
+	if err != nil {
+		return nil, err
+	}
+	socket := bypass.KubeletSocket(u.config)
+	if there(socket) && there(u.config.StateDir) {
+		p.add(action{what: "lead kubelet past cri-proxy", do: func(ctx context.Context) error {
+			return bypass.On(ctx, u.config, bypass.Options{Reason: "cri-proxy uninstall", Force: u.force, Wait: operationPatience, Anyway: true, Out: u.out})
+		}})
+	}
+	if !u.noKubelet {
+		if err := u.planKubelet(ctx, p, r); err != nil {
+			return nil, err
+		}
+	}
+	installed, err := u.installed()
+	if err != nil {
+		return nil, err
+	}
+	if len(installed) > 0 {
+		p.add(action{what: "stop and remove " + strings.Join(installed, ", "), do: func(ctx context.Context) error { return removeAll(ctx, u.config) }})
+	}
+	if r.exists() {
+		p.add(action{what: "remove " + r.dir, do: func(context.Context) error { return r.forget() }})
+	}
+	if u.purge {
+		for _, dir := range []string{filepath.Dir(config.DefaultFile), u.config.StateDir} {
+			if dir != filepath.Dir(config.DefaultFile) && dir != config.Default().StateDir {
+				u.say("kept: %s, which is no directory of ours by its name: remove it by hand", dir)
+				continue
+			}
+			if there(dir) {
+				p.add(action{what: "remove " + dir, do: func(context.Context) error { return os.RemoveAll(dir) }})
+			}
+		}
+	}
+	return p, nil
+}
+
+func there(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
+
+// planKubelet makes kubelet dial the runtime again.
+func (u *uninstaller) planKubelet(ctx context.Context, p *plan, r *record) error {
+	if r.Unit != "" {
+		u.unit = r.Unit
+	}
+	k, err := kubelet.Find(ctx, u.unit)
+	if err != nil {
+		u.say("warning: %v: see to it yourself that it does not dial %s", err, bypass.KubeletSocket(u.config))
+		k = nil
+	}
+	var diffs strings.Builder
+	var paths []string
+	for _, f := range r.Files {
+		now, was, ok, err := r.original(f)
+		if err != nil {
+			return err
+		}
+		if ok {
+			diffs.WriteString(diff(f.Path, now, was))
+			paths = append(paths, f.Path)
+		}
+	}
+	var edits []kubelet.Edit
+	if len(paths) == 0 && k != nil { // set up by hand, or changed since
+		if edits, err = u.pointAway(k); err != nil {
+			return err
+		}
+		for _, e := range edits {
+			diffs.WriteString(diff(e.Path, e.Before, e.After))
+			paths = append(paths, e.Path)
+		}
+	}
+	if len(paths) == 0 && !r.Pending {
+		return nil
+	}
+	w, warnings := newWatch(ctx, k, u.unit, u.kubeconfig, u.timeout)
+	for _, warning := range warnings {
+		u.say("warning: %s", warning)
+	}
+	what := "put kubelet's files back as they were: " + strings.Join(paths, ", ") + "; restart " + u.unit
+	p.add(action{what: what, diff: diffs.String(), do: func(ctx context.Context) error {
+		if r.exists() {
+			r.Pending = true
+			if err := r.write(); err != nil {
+				return err
+			}
+		}
+		if _, err := r.restore(); err != nil {
+			return err
+		}
+		for _, e := range edits {
+			if err := write(e.Path, e.After, e.Mode); err != nil {
+				return err
+			}
+		}
+		if k == nil {
+			return systemctl(ctx, "daemon-reload")
+		}
+		if err := w.restart(ctx); err != nil {
+			return err
+		}
+		return u.away(ctx)
+	}})
+	return nil
+}
+
+// pointAway is what makes a kubelet that dials the proxy dial the runtime.
+func (u *uninstaller) pointAway(k *kubelet.Kubelet) ([]kubelet.Edit, error) {
+	for _, socket := range []string{bypass.KubeletSocket(u.config), u.config.Listen.Path} {
+		containers, images, err := k.Dials(socket)
+		if err != nil {
+			return nil, err
+		}
+		if containers || images {
+			return k.Point(u.config.RuntimeEndpoint)
+		}
+	}
+	return nil, nil
+}
+
+// away makes sure that kubelet does not dial what is taken away next.
+func (u *uninstaller) away(ctx context.Context) error {
+	k, err := kubelet.Find(ctx, u.unit)
+	if err != nil {
+		return err
+	}
+	edits, err := u.pointAway(k)
+	if err != nil || len(edits) == 0 {
+		return err
+	}
+	for _, e := range edits { // the files of before were pointed at us, too
+		if err := write(e.Path, e.After, e.Mode); err != nil {
+			return err
+		}
+	}
+	w, _ := newWatch(ctx, k, u.unit, u.kubeconfig, u.timeout)
+	defer w.api.close()
+	return w.restart(ctx)
+}
+
+// ownFiles are all that may be there, but for the configuration and the state.
+func ownFiles() []string {
+	out := []string{filepath.Join(tmpfilesDir, tmpfilesName), guardFile(), upgrade.BinLink}
+	for _, name := range []string{criSocket, adminSocket, opsSocket, serviceTemplate} {
+		out = append(out, filepath.Join(unitDir, name), filepath.Join(unitDir, name+".d", dropInName))
+	}
+	return out
+}
+
+// installed lists what of ours is there.
+func (u *uninstaller) installed() ([]string, error) {
+	var out []string
+	sockets, err := bypass.RuntimeFiles(u.config)
+	if err != nil {
+		return nil, err
+	}
+	for _, f := range slices.Concat(ownFiles(), []string{upgrade.LibDir}, sockets) {
+		switch _, err := os.Lstat(f); {
+		case err == nil:
+			out = append(out, f)
+		case !errors.Is(err, fs.ErrNotExist):
+			return nil, err
+		}
+	}
+	return out, nil
+}
+
+// removeDaemon stops the instances and removes the binaries.
+func removeDaemon(ctx context.Context, c *config.Config) error {
+	var errs []error
+	for _, unit := range upgrade.Units() {
+		// An instance whose unit is gone has nothing to stop.
+		if s, err := show(ctx, unit, "LoadState"); err != nil || s["LoadState"] == "not-found" {
+			continue
+		}
+		errs = append(errs, systemctl(ctx, "disable", "--now", unit))
+		_ = systemctl(ctx, "reset-failed", unit)
+	}
+	return errors.Join(append(errs, remove(upgrade.BinLink), os.RemoveAll(upgrade.LibDir), bypass.Forget(c))...)
+}
+
+// removeAll stops everything and removes it. The sockets go first: a call would start an instance.
+func removeAll(ctx context.Context, c *config.Config) error {
+	var errs []error
+	for _, unit := range []string{criSocket, adminSocket, opsSocket} {
+		if s, err := show(ctx, unit, "LoadState"); err != nil || s["LoadState"] == "not-found" {
+			continue
+		}
+		errs = append(errs, systemctl(ctx, "disable", unit))
+	}
+	// Stopping a socket with a service that runs stops neither for good: both in one go.
+	units := append([]string{"stop", criSocket, adminSocket, opsSocket}, upgrade.Units()...)
+	_ = systemctl(ctx, units...) // one that is not loaded is an error
+	errs = append(errs, removeDaemon(ctx, c))
+	for _, f := range ownFiles() {
+		errs = append(errs, put(f, nil, 0))
+	}
+	errs = append(errs, removeSockets(c), systemctl(ctx, "daemon-reload"))
+	return errors.Join(errs...)
+}
+
+// removeSockets removes the sockets and the symlinks. Their directory goes if nothing else is in it.
+func removeSockets(c *config.Config) error {
+	files, err := bypass.RuntimeFiles(c)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, f := range files {
+		errs = append(errs, remove(f))
+	}
+	_ = os.Remove(filepath.Dir(c.Listen.Path))
+	return errors.Join(errs...)
+}
+
+func remove(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}

@@ -1,0 +1,320 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package nspawn
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// What runs on the node: a Deployment whose pods kubelet probes through the runtime, and a pod that is operated on.
+const workloads = `
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: web}
+spec:
+  replicas: 3
+  selector: {matchLabels: {app: web}}
+  template:
+    metadata: {labels: {app: web}}
+    spec:
+      nodeName: %[1]s
+      terminationGracePeriodSeconds: 1
+      containers:
+      - name: app
+        image: %[2]s
+        livenessProbe: {exec: {command: [/app, call, /healthz]}, periodSeconds: 2, failureThreshold: 1}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: target}
+spec:
+  nodeName: %[1]s
+  terminationGracePeriodSeconds: 1
+  containers:
+  - {name: app, image: %[2]s}
+`
+
+// TestNode installs cri-proxy on a running node with workloads, operates it, and takes it off. The steps share the node.
+func TestNode(t *testing.T) {
+	n := newNode(t)
+	if err := n.bed.KubectlApply(t.Context(), fmt.Sprintf(workloads, n.NodeName, n.bed.Image("app:1"))); err != nil {
+		t.Fatal(err)
+	}
+	n.kubectl(t, "rollout", "status", "deployment/web", "--timeout=60s")
+	n.kubectl(t, "wait", "--for=condition=Ready", "pod/target", "--timeout=60s")
+	before := n.containers(t)
+	if len(before) != 4 {
+		t.Fatalf("pods: %v", before)
+	}
+	notReady := n.watchReady(t)
+	traffic := n.traffic(t, strings.Fields(n.kubectl(t, "get", "pods", "-l", "app=web", "-o", "jsonpath={.items[*].status.podIP}"))...)
+
+	for _, c := range []struct {
+		name string
+		test func(*testing.T, *node)
+	}{
+		{"dry run", installDryRun},
+		{"roll back", installRollBack},
+		{"install", installOnNode},
+		{"restart", restartOnNode},
+		{"image upgrade", imageUpgradeOnNode},
+		{"upgrade", upgradeOnNode},
+		{"bypass", bypassOnNode},
+		{"uninstall", uninstallOnNode},
+		{"killed", killedInstall},
+	} {
+		ok := t.Run(c.name, func(t *testing.T) {
+			began := time.Now()
+			c.test(t, n)
+			t.Logf("took %s", time.Since(began).Round(time.Millisecond))
+		})
+		if !ok {
+			t.Fatalf("what follows would not tell anything\n%s", n.must(t, "sh", "-c", "journalctl --no-pager -n 25 -o short-precise -u 'cri-proxy*'; journalctl --no-pager -u kubelet.service -o cat | grep ^E | tail -n 5"))
+		}
+	}
+
+	if bad := notReady(); len(bad) > 0 {
+		t.Errorf("the node was not ready: %q", bad)
+	}
+	calls, failures := traffic()
+	if len(failures) > 0 || calls < 100 {
+		t.Errorf("%d calls to pods, failed: %q", calls, failures)
+	}
+	after := n.containers(t)
+	for pod, was := range before {
+		if is := after[pod]; pod != "target" && is != was {
+			t.Errorf("%s: was %v, is %v", pod, was, is)
+		}
+	}
+	if r := after["target"].Restarts; r != 2 {
+		t.Errorf("target was restarted %d times, asked for were 2", r)
+	}
+	t.Logf("%d calls to pods, none failed", calls)
+}
+
+// installed checks that kubelet calls through the proxy.
+func (n *node) installed(t *testing.T) {
+	t.Helper()
+	before, _ := n.counted(t)
+	await(t, "kubelet's calls through cri-proxy", func() bool { now, _ := n.counted(t); return now > before+3 })
+}
+
+func installDryRun(t *testing.T, n *node) {
+	before := n.files(t)
+	pid := n.show(t, "kubelet.service", "MainPID")
+	out := n.does(t, "/shared/cri-proxy", "install", "--dry-run")
+	for _, want := range []string{"would write /etc/cri-proxy/config.yaml", "would systemctl enable --now cri-proxy.socket", "point kubelet at unix:///run/cri-proxy/kubelet.sock, in " + kubeadmFlags, "+KUBELET_KUBEADM_ARGS"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("not said: %s", want)
+		}
+	}
+	same(t, before, n.files(t))
+	if n.show(t, "kubelet.service", "MainPID") != pid {
+		t.Error("kubelet was restarted")
+	}
+	if out := n.does(t, "/shared/cri-proxy", "uninstall"); !strings.Contains(out, "cri-proxy is not installed here") {
+		t.Error(out)
+	}
+}
+
+// installRollBack is one that must put everything back: because kubelet does not come up, and because the proxy does not reach the runtime.
+func installRollBack(t *testing.T, n *node) {
+	before := n.files(t)
+	touch(t, n.machine, "break-kubelet")
+	out := n.doesNot(t, "/shared/cri-proxy", "install", "--timeout", "30s")
+	if err := os.Remove(filepath.Join(n.shared, "break-kubelet")); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(out, "everything is as it was") {
+		t.Error(out)
+	}
+	same(t, before, n.files(t), "/var/lib/cri-proxy/")
+	if err := n.bed.WaitNodeReady(t.Context(), n.NodeName); err != nil {
+		t.Error(err)
+	}
+
+	dropIn := n.root + "/etc/systemd/system/cri-proxy@.service.d/test.conf"
+	if err := os.MkdirAll(filepath.Dir(dropIn), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(dropIn, []byte("[Service]\nInaccessiblePaths="+n.RuntimeSocket+"\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	pid := n.show(t, "kubelet.service", "MainPID")
+	out = n.doesNot(t, "/shared/cri-proxy", "install")
+	if !strings.Contains(out, "kubelet is left alone") || !strings.Contains(out, "everything is as it was") {
+		t.Error(out)
+	}
+	if n.show(t, "kubelet.service", "MainPID") != pid {
+		t.Error("kubelet was restarted")
+	}
+	if err := os.RemoveAll(filepath.Dir(dropIn)); err != nil {
+		t.Fatal(err)
+	}
+	n.must(t, "systemctl", "daemon-reload")
+	same(t, before, n.files(t), "/var/lib/cri-proxy/")
+}
+
+func installOnNode(t *testing.T, n *node) {
+	n.does(t, "/shared/cri-proxy", "install")
+	n.installed(t)
+	config, err := os.ReadFile(n.root + "/etc/cri-proxy/config.yaml")
+	if err != nil || !strings.Contains(string(config), "runtimeEndpoint: unix://"+n.RuntimeSocket) || !strings.Contains(string(config), "\nnodeName: \""+n.NodeName+"\"\n") {
+		t.Errorf("%v\n%s", err, config)
+	}
+	// Once more does nothing, with a flag just that.
+	before := n.files(t)
+	pid := n.show(t, "kubelet.service", "MainPID")
+	if out := n.does(t, "cri-proxy", "install"); !strings.Contains(out, "there is nothing to do") {
+		t.Error(out)
+	}
+	same(t, before, n.files(t))
+	i, _ := n.serving(t)
+	n.does(t, "cri-proxy", "install", "--log-level", "debug")
+	now, _ := n.serving(t)
+	if now == i || now == "" {
+		t.Errorf("%q serves, before it was %q: the configuration was not taken up", now, i)
+	}
+	after := n.files(t)
+	if want := strings.Replace(before["/etc/cri-proxy/config.yaml"], "level: info", "level: debug", 1); after["/etc/cri-proxy/config.yaml"] != want {
+		t.Errorf("configuration:\n%s", after["/etc/cri-proxy/config.yaml"])
+	}
+	if n.show(t, "kubelet.service", "MainPID") != pid {
+		t.Error("kubelet was restarted")
+	}
+	await(t, "the end of the first process", func() bool { return n.show(t, "cri-proxy@"+i, "ActiveState") == "inactive" })
+}
+
+// operation is what cri-proxy ctl says of one.
+type operation struct {
+	Kind       string
+	Phase      string
+	Containers []struct{ Method string }
+}
+
+// method is how the containers of the last operation of that kind were handed over.
+func (n *node) method(t *testing.T, kind string) string {
+	t.Helper()
+	out := n.must(t, "cri-proxy", "ctl", "ops", "-o", "json")
+	var list struct{ Operations []operation }
+	if err := json.Unmarshal([]byte(out), &list); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, op := range list.Operations {
+		if strings.EqualFold(op.Kind, kind) && len(op.Containers) > 0 {
+			return op.Containers[0].Method
+		}
+	}
+	t.Fatalf("no operation %s\n%s", kind, out)
+	return ""
+}
+
+// restartOnNode is the first restart under the unit's sandbox: everything that it needs must be let through.
+func restartOnNode(t *testing.T, n *node) {
+	was := n.containers(t)["target"]
+	n.does(t, "cri-proxy", "ctl", "restart", "default/target", "-c", "app", "--watch")
+	await(t, "the restart in the API", func() bool { is := n.containers(t)["target"]; return is.ID != was.ID && is.Restarts == 1 })
+	if m := n.method(t, "Restart"); m != "gate" {
+		t.Errorf("the method was %s", m)
+	}
+}
+
+func imageUpgradeOnNode(t *testing.T, n *node) {
+	image := n.bed.Image("app:2")
+	n.does(t, "cri-proxy", "ctl", "upgrade", "default/target", "-c", "app="+image)
+	n.kubectl(t, "set", "image", "pod/target", "app="+image)
+	await(t, "the new image in the API", func() bool { is := n.containers(t)["target"]; return is.Image == image && is.Restarts == 2 })
+	if m := n.method(t, "Upgrade"); m != "gate" {
+		t.Errorf("the method was %s", m)
+	}
+}
+
+func upgradeOnNode(t *testing.T, n *node) {
+	i, _ := n.serving(t)
+	n.does(t, "cri-proxy", "upgrade", "--binary", "/shared/cri-proxy-v2")
+	if now, _ := n.serving(t); now == i || now == "" {
+		t.Errorf("%q serves", now)
+	}
+	n.installed(t)
+	await(t, "the end of the process before", func() bool { return n.show(t, "cri-proxy@"+i, "ActiveState") == "inactive" })
+}
+
+func bypassOnNode(t *testing.T, n *node) {
+	n.does(t, "cri-proxy", "bypass", "on")
+	at, _ := n.counted(t)
+	<-time.After(2 * time.Second) // kubelet lists containers every second
+	if now, _ := n.counted(t); now != at {
+		t.Errorf("%d calls through a proxy that is bypassed", now-at)
+	}
+	n.does(t, "cri-proxy", "bypass", "off", "--restart-kubelet")
+	n.installed(t)
+
+	// Pointed at the CRI socket itself, kubelet is out of a bypass's reach, and install puts that right.
+	n.must(t, "sed", "-i", "s,/run/cri-proxy/kubelet.sock,/run/cri-proxy/cri.sock,", kubeadmFlags)
+	n.must(t, "systemctl", "restart", "kubelet.service")
+	n.installed(t)
+	if out := n.doesNot(t, "cri-proxy", "bypass", "on"); !strings.Contains(out, "where a bypass does not reach it") {
+		t.Error(out)
+	}
+	if out := n.does(t, "cri-proxy", "bypass", "status"); !strings.Contains(out, "where a bypass does not reach it") || !strings.Contains(out, "off") {
+		t.Error(out)
+	}
+	n.does(t, "cri-proxy", "install")
+	if out := n.does(t, "cri-proxy", "bypass", "status"); out != "off\n" {
+		t.Error(out)
+	}
+}
+
+func uninstallOnNode(t *testing.T, n *node) {
+	n.does(t, "cri-proxy", "uninstall")
+	flags, err := os.ReadFile(n.root + kubeadmFlags)
+	if err != nil || !strings.Contains(string(flags), "--container-runtime-endpoint=unix://"+n.RuntimeSocket+" ") {
+		t.Errorf("%v: %s", err, flags)
+	}
+	for path := range n.files(t) {
+		if strings.Contains(path, "cri-proxy") && path != "/etc/cri-proxy/config.yaml" && !strings.HasPrefix(path, "/var/lib/cri-proxy/") && !strings.HasPrefix(path, n.NodeDir) {
+			t.Errorf("left: %s", path)
+		}
+	}
+	if out := n.must(t, "sh", "-c", "ls /run/cri-proxy 2>/dev/null || :"); out != "" {
+		t.Errorf("left in /run: %s", out)
+	}
+	if out := n.must(t, "systemctl", "list-units", "--all", "--no-legend", "cri-proxy*"); strings.TrimSpace(out) != "" {
+		t.Errorf("left: %s", out)
+	}
+}
+
+// killedInstall is one that is killed at one step or another: kubelet works, and uninstall or another install go on.
+func killedInstall(t *testing.T, n *node) {
+	before := n.files(t)
+	kill := func(t *testing.T, at string) {
+		t.Helper()
+		n.does(t, "sh", "-c", `/shared/cri-proxy install >/shared/install.out 2>&1 & p=$!
+while ! grep -q "$1" /shared/install.out; do kill -0 $p || { cat /shared/install.out; exit 1; }; sleep 0.01; done
+kill -9 $p; wait $p; tail -n 3 /shared/install.out`, "sh", at)
+	}
+	kill(t, "enable --now cri-proxy.socket")
+	n.does(t, "/shared/cri-proxy", "uninstall")
+	same(t, before, n.files(t), "/var/lib/cri-proxy/")
+
+	kill(t, "^point kubelet")
+	n.must(t, "sh", "-c", "until systemctl is-active -q kubelet.service; do sleep 0.05; done")
+	n.does(t, "/shared/cri-proxy", "install")
+	n.installed(t)
+	n.does(t, "cri-proxy", "uninstall", "--purge")
+	for path := range n.files(t) {
+		if strings.Contains(path, "cri-proxy") && !strings.HasPrefix(path, n.NodeDir) {
+			t.Errorf("left: %s", path)
+		}
+	}
+	if err := n.bed.WaitNodeReady(t.Context(), n.NodeName); err != nil {
+		t.Error(err)
+	}
+}
