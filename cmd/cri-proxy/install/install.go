@@ -147,6 +147,9 @@ func (i *installer) configure(k *kubelet.Kubelet) ([]byte, error) {
 			return nil, &config.InvalidError{Err: fmt.Errorf("--%s: %w", name, err)}
 		}
 	}
+	if o := &i.config.Ops; k != nil && o.Address != "" && o.CertFile == "" && o.Enrol.Kubeconfig == "" {
+		o.Enrol.Kubeconfig = k.Kubeconfig() // the controller gives the certificate
+	}
 	if text, err = merge(text, have, i.config); err != nil {
 		return nil, err
 	}
