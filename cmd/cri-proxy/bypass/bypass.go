@@ -46,8 +46,8 @@ type path struct {
 
 func (p *path) say(format string, args ...any) { _, _ = fmt.Fprintf(p.out, format+"\n", args...) }
 
-// dial returns a connection to a socket; it is made with the first call, which fails at once if nobody is there.
-func dial(socket string) (*grpc.ClientConn, error) {
+// Dial returns a connection to a socket; it is made with the first call, which fails at once if nobody is there.
+func Dial(socket string) (*grpc.ClientConn, error) {
 	return grpc.NewClient("passthrough:///"+socket,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, path string) (net.Conn, error) {
@@ -155,7 +155,7 @@ func (p *path) serves(ctx context.Context) (bool, error) {
 
 // endOperations waits until the daemon has no operation under way. It reports whether the daemon answers.
 func (p *path) endOperations(ctx context.Context, o onOptions) (there bool, err error) {
-	conn, err := dial(p.config.AdminSocket)
+	conn, err := Dial(p.config.AdminSocket)
 	if err != nil {
 		return false, err
 	}
@@ -237,7 +237,7 @@ func (p *path) unreachable(ctx context.Context) string {
 
 // removeStaged removes containers that were made and never started, where no daemon can: kubelet would take them for its own.
 func (p *path) removeStaged(ctx context.Context) {
-	conn, err := dial(p.links.target)
+	conn, err := Dial(p.links.target)
 	if err != nil {
 		p.say("staged containers not looked for: %v", err)
 		return
@@ -290,19 +290,24 @@ func (p *path) off(ctx context.Context, force bool, unit string) error {
 
 // probe asks the proxy's CRI socket, as its own watchdog does.
 func (p *path) probe(ctx context.Context) error {
-	conn, err := dial(p.links.proxy)
+	ctx, cancel := context.WithTimeout(ctx, callPatience)
+	defer cancel()
+	return Probe(ctx, p.links.proxy)
+}
+
+// Probe asks whether the proxy answers on its CRI socket; neither the runtime nor what is counted as kubelet's calls has a part in it.
+func Probe(ctx context.Context, socket string) error {
+	conn, err := Dial(socket)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, callPatience)
-	defer cancel()
 	return conn.Invoke(ctx, "/criproxy.probe.v1.Health/Check", &healthpb.HealthCheckRequest{}, &healthpb.HealthCheckResponse{})
 }
 
 // awaitKubelet waits for a call on the CRI socket.
 func (p *path) awaitKubelet(ctx context.Context, since time.Time) error {
-	conn, err := dial(p.config.AdminSocket)
+	conn, err := Dial(p.config.AdminSocket)
 	if err != nil {
 		return err
 	}

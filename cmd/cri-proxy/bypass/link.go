@@ -95,6 +95,17 @@ func linksOf(c *config.Config) (links, error) {
 	}, nil
 }
 
+// Past reports whether kubelet's symlink leads past the proxy.
+//
+// Errors: there is no such symlink, or it leads elsewhere.
+func Past(c *config.Config) (bool, error) {
+	l, err := linksOf(c)
+	if err != nil {
+		return false, err
+	}
+	return l.isBypassed()
+}
+
 // isBypassed reports where kubelet's symlink leads.
 func (l links) isBypassed() (bool, error) {
 	to, err := os.Readlink(l.kubelet)

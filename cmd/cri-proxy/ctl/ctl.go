@@ -53,7 +53,7 @@ func Command(now func() time.Time) *cobra.Command {
 	cmd.PersistentFlags().StringVar(&c.socket, "admin-socket", socket, "admin socket of the daemon, also $"+socketVariable)
 	cmd.PersistentFlags().VarP(&c.output, "output", "o", "json, yaml, table or wide")
 	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(formats(), cobra.ShellCompDirectiveNoFileComp))
-	cmd.AddCommand(c.restart(), c.overrides(), c.upgrade(), c.ops(), c.cancel(), c.pull(), c.pulls(), c.images(), c.unpin(), c.status(), c.profile(), c.version())
+	cmd.AddCommand(c.restart(), c.overrides(), c.upgrade(), c.ops(), c.cancel(), c.pull(), c.pulls(), c.images(), c.unpin(), c.status(), c.doctor(), c.profile(), c.version())
 	return cmd
 }
 

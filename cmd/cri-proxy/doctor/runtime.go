@@ -1,0 +1,137 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package doctor
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/bypass"
+	"github.com/cri-proxy/cri-proxy/interceptors"
+)
+
+// plain is the message of a gRPC error, without its frame.
+func plain(err error) string { return status.Convert(err).Message() }
+
+// runtime asks the runtime itself, past the proxy.
+func (x *examination) runtime(ctx context.Context) {
+	const check = "runtime"
+	conn, err := bypass.Dial(x.runtimeSocket)
+	if err != nil {
+		x.fail(check, "", "%s: %v", x.runtimeSocket, err)
+		return
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	rt := runtimeapi.NewRuntimeServiceClient(conn)
+	v, err := rt.Version(ctx, &runtimeapi.VersionRequest{})
+	if err != nil {
+		x.fail(check, "start the runtime, or set runtimeEndpoint", "%s does not answer: %s", x.runtimeSocket, plain(err))
+		return
+	}
+	x.ok(check, "%s %s at %s", v.GetRuntimeName(), v.GetRuntimeVersion(), x.runtimeSocket)
+	if st, err := rt.Status(ctx, &runtimeapi.StatusRequest{}); err == nil {
+		for _, c := range st.GetStatus().GetConditions() {
+			if !c.GetStatus() {
+				x.warn(check, "", "%s is not so: %s %s", c.GetType(), c.GetReason(), c.GetMessage())
+			}
+		}
+	}
+	if state := x.info.GetRuntime().GetState(); x.info != nil && state != "READY" {
+		x.fail(check, "does the daemon have the same runtimeEndpoint? "+x.info.GetRuntime().GetEndpoint(), "it answers here, but the daemon is not connected (%s)", state)
+	}
+	x.leftovers(ctx, rt)
+	x.images(ctx, runtimeapi.NewImageServiceClient(conn))
+}
+
+// leftovers looks for containers that an operation has made and never started, and that no operation knows.
+func (x *examination) leftovers(ctx context.Context, rt runtimeapi.RuntimeServiceClient) {
+	const check = "containers"
+	list, err := rt.ListContainers(ctx, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
+		State: &runtimeapi.ContainerStateValue{State: runtimeapi.ContainerState_CONTAINER_CREATED},
+	}})
+	if err != nil {
+		x.warn(check, "", "staged containers not looked for: %s", plain(err))
+		return
+	}
+	busy := map[string]bool{}
+	for _, s := range x.info.GetActiveSlots() {
+		busy[s.GetPodUid()+"/"+s.GetContainer()] = true
+	}
+	var left []string
+	for _, c := range list.GetContainers() {
+		slot := c.GetLabels()["io.kubernetes.pod.uid"] + "/" + c.GetLabels()["io.kubernetes.container.name"]
+		if c.GetAnnotations()[interceptors.StagedAnnotation] != "" && !busy[slot] {
+			left = append(left, fmt.Sprintf("%.13s (%s of %s/%s)", c.GetId(), c.GetLabels()["io.kubernetes.container.name"],
+				c.GetLabels()["io.kubernetes.pod.namespace"], c.GetLabels()["io.kubernetes.pod.name"]))
+		}
+	}
+	if len(left) == 0 {
+		x.ok(check, "none is left from an operation that has ended")
+		return
+	}
+	hint := "the daemon removes them within 15 s of its start; else crictl rm ID"
+	if x.info == nil {
+		hint = "start cri-proxy, which removes them or goes on with them; cri-proxy bypass on removes them too"
+	}
+	x.warn(check, hint, "made by an operation and not started, though no operation is under way: %s", strings.Join(left, ", "))
+}
+
+// images looks at the file system of the images.
+func (x *examination) images(ctx context.Context, images runtimeapi.ImageServiceClient) {
+	const check = "images"
+	info, err := images.ImageFsInfo(ctx, &runtimeapi.ImageFsInfoRequest{})
+	if err != nil {
+		if status.Code(err) != codes.Unimplemented {
+			x.warn(check, "", "the image file system is not known: %s", plain(err))
+		}
+		return
+	}
+	for _, fs := range info.GetImageFilesystems() {
+		dir := fs.GetFsId().GetMountpoint()
+		var st unix.Statfs_t
+		if err := unix.Statfs(dir, &st); err != nil || st.Blocks == 0 {
+			x.warn(check, "", "%s: %v", dir, err)
+			continue
+		}
+		used := 100 * (1 - float64(st.Bavail)/float64(st.Blocks))
+		switch limit := x.config.Images.MaxDiskPercent; {
+		case limit > 0 && used >= limit:
+			x.warn(check, "make room, or raise images.maxDiskPercent; kubelet removes images from its imageGCHighThresholdPercent on",
+				"%s is %.0f %% full: pulls ahead of time are refused from %.0f %% on", dir, used, limit)
+		default:
+			x.ok(check, "%s is %.0f %% full", dir, used)
+		}
+	}
+}
+
+// methods looks at how containers can be restarted.
+func (x *examination) methods() {
+	const check = "restarts"
+	if x.info == nil {
+		return
+	}
+	var not []string
+	for _, m := range x.info.GetRestartMethods() {
+		switch {
+		case !m.GetAvailable():
+			not = append(not, fmt.Sprintf("no %s: %s", m.GetName(), m.GetReason()))
+		case len(not) == 0:
+			x.ok(check, "method %s", m.GetName())
+			return
+		default:
+			x.warn(check, "enable CDI in containerd (enable_cdi, the default since 2.0), see docs/ARCHITECTURE.md; without it a restart takes ten times as long",
+				"method %s (%s)", m.GetName(), strings.Join(not, "; "))
+			return
+		}
+	}
+	x.warn(check, "it is found out once the runtime answers", "no method is known yet (%s)", strings.Join(not, "; "))
+}

@@ -1,0 +1,78 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package doctor
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+)
+
+// instanceUnit is in the cgroup of a daemon that systemd has started.
+var instanceUnit = regexp.MustCompile(`cri-proxy@[a-z]\.service`)
+
+// unitOf returns the unit of a process; empty if it is none of ours.
+func (x *examination) unitOf(pid int) string {
+	b, err := os.ReadFile(filepath.Join(x.o.Proc, fmt.Sprint(pid), "cgroup"))
+	if err != nil {
+		return ""
+	}
+	return instanceUnit.FindString(string(b))
+}
+
+// units looks at what systemd has to say, where there is systemd.
+func (x *examination) units(ctx context.Context) {
+	const check = "units"
+	if _, err := os.Stat(x.o.Systemd); err != nil {
+		return
+	}
+	serving := x.unitOf(int(x.info.GetPid()))
+	if x.info != nil && serving == "" {
+		x.warn(check, "see docs/OPERATIONS.md#install", "cri-proxy was not started by systemd: nothing starts it again")
+		return
+	}
+	wanted := []string{"cri-proxy.socket", "cri-proxy-admin.socket"}
+	if serving != "" {
+		wanted = append(wanted, serving)
+	}
+	before := len(x.findings)
+	for _, unit := range wanted {
+		u, err := show(ctx, unit)
+		switch {
+		case err != nil:
+			x.warn(check, "", "%v", err)
+		case u["LoadState"] != "loaded":
+			x.fail(check, "see docs/OPERATIONS.md#install", "%s is not installed (%s)", unit, u["LoadState"])
+		case u["ActiveState"] != "active":
+			x.fail(check, "systemctl start "+unit, "%s is %s (%s)", unit, u["ActiveState"], u["Result"])
+		case u["UnitFileState"] != "enabled":
+			x.warn(check, "systemctl enable "+unit, "%s is %s: it is not started at the next boot", unit, u["UnitFileState"])
+		case u["NeedDaemonReload"] == "yes":
+			x.warn(check, "systemctl daemon-reload", "%s has changed on disk", unit)
+		}
+	}
+	if len(x.findings) == before {
+		x.ok(check, "%s are active and enabled", strings.Join(wanted, ", "))
+	}
+}
+
+func show(ctx context.Context, unit string) (map[string]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, "systemctl", "show", unit, "-p", "LoadState,ActiveState,UnitFileState,NeedDaemonReload,Result").CombinedOutput()
+	if err != nil {
+		return nil, fmt.Errorf("systemctl show %s: %w: %s", unit, err, strings.TrimSpace(string(out)))
+	}
+	state := map[string]string{}
+	for line := range strings.Lines(string(out)) {
+		if key, value, ok := strings.Cut(strings.TrimSpace(line), "="); ok {
+			state[key] = value
+		}
+	}
+	return state, nil
+}
