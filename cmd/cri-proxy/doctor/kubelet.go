@@ -4,95 +4,34 @@
 package doctor
 
 import (
-	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
+	"strconv"
 	"time"
 
-	"go.yaml.in/yaml/v3"
-
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/kubelet"
 )
-
-// kubeletDefault is kubelet's own default endpoint (pkg/kubelet/apis/config/v1beta1/defaults.go).
-const kubeletDefault = "unix:///run/containerd/containerd.sock"
 
 // quietKubelet is after how long without a call something is wrong: kubelet lists the containers every second, with the
 // generic PLEG, and every 5 minutes with the evented one.
 const quietKubelet = 6 * time.Minute
-
-// endpoints are where a kubelet is told to find its runtime.
-type endpoints struct {
-	runtime, image string // image: empty if it is the same
-	from           string // flag or file that says so
-}
 
 // kubelets returns the processes that are one.
 func kubelets(proc string) []process {
 	return processes(proc, func(dir string) bool { return comm(dir) == "kubelet" })
 }
 
-// endpointsOf finds out what a kubelet is told: flags win over the drop-in directory, that wins over the file (cmd/kubelet/app/server.go).
-func endpointsOf(p process) (endpoints, error) {
-	e := endpoints{runtime: kubeletDefault, from: "kubelet's default"}
-	var files []string
-	if file := flagOf(p.args, "config"); file != "" {
-		files = append(files, file)
+// endpoint is where a kubelet is told to find its runtime, and whether images are there too.
+func (x *examination) endpoint(p process) (endpoint string, images bool, err error) {
+	k := &kubelet.Kubelet{PID: p.pid, Args: p.args[min(1, len(p.args)):]}
+	k.Dir, _ = os.Readlink(filepath.Join(x.o.Proc, strconv.Itoa(p.pid), "cwd")) // for relative paths only
+	if endpoint, err = k.Endpoint(); err != nil {
+		return "", false, err
 	}
-	if dir := flagOf(p.args, "config-dir"); dir != "" {
-		drops, err := filepath.Glob(filepath.Join(dir, "*.conf"))
-		if err != nil {
-			return e, err
-		}
-		slices.Sort(drops)
-		files = append(files, drops...)
-	}
-	for _, file := range files {
-		b, err := os.ReadFile(file)
-		if err != nil {
-			return e, fmt.Errorf("kubelet's configuration: %w", err)
-		}
-		var c struct {
-			Runtime string `yaml:"containerRuntimeEndpoint"`
-			Image   string `yaml:"imageServiceEndpoint"`
-		}
-		if err := yaml.Unmarshal(b, &c); err != nil {
-			return e, fmt.Errorf("kubelet's configuration %s: %w", file, err)
-		}
-		if c.Runtime != "" {
-			e.runtime, e.from = c.Runtime, file
-		}
-		if c.Image != "" {
-			e.image = c.Image
-		}
-	}
-	if f := flagOf(p.args, "container-runtime-endpoint"); f != "" {
-		e.runtime, e.from = f, "--container-runtime-endpoint"
-	}
-	if f := flagOf(p.args, "image-service-endpoint"); f != "" {
-		e.image = f
-	}
-	if e.image == e.runtime {
-		e.image = ""
-	}
-	return e, nil
-}
-
-// flagOf returns the last value of a flag.
-func flagOf(args []string, name string) string {
-	value := ""
-	for i, a := range args {
-		for _, dashes := range []string{"--", "-"} {
-			if v, ok := strings.CutPrefix(a, dashes+name+"="); ok {
-				value = v
-			} else if a == dashes+name && i+1 < len(args) {
-				value = args[i+1]
-			}
-		}
-	}
-	return value
+	_, images, err = k.Dials(endpoint)
+	return endpoint, images, err
 }
 
 // kubelet looks at what kubelet dials, and at what it is told to dial.
@@ -108,12 +47,12 @@ func (x *examination) kubelet() {
 
 	told := 0
 	for _, k := range kubelets(x.o.Proc) {
-		e, err := endpointsOf(k)
+		endpoint, images, err := x.endpoint(k)
 		if err != nil {
 			x.warn(check, "", "%s: %v", k, err)
 			continue
 		}
-		if x.toldWhere(check, k, e, through >= 0 && toProxy[through].pid == k.pid || past >= 0 && toRuntime[past].pid == k.pid) {
+		if x.toldWhere(check, k, endpoint, images, through >= 0 && toProxy[through].pid == k.pid || past >= 0 && toRuntime[past].pid == k.pid) {
 			told++
 		}
 	}
@@ -122,30 +61,27 @@ func (x *examination) kubelet() {
 }
 
 // toldWhere judges the endpoint of a kubelet. It returns false for one that has nothing to do with this proxy.
-func (x *examination) toldWhere(check string, k process, e endpoints, connected bool) bool {
-	socket, err := config.SocketPath(e.runtime)
+func (x *examination) toldWhere(check string, k process, endpoint string, images, connected bool) bool {
+	socket, err := config.SocketPath(endpoint)
 	if err != nil {
-		x.warn(check, "", "%s: endpoint %s (%s) is not understood: %v", k, e.runtime, e.from, err)
+		x.warn(check, "", "%s: endpoint %s: %v", k, endpoint, err)
 		return true
 	}
-	here := "point it at unix://" + x.link + " and restart kubelet; containers run on"
+	here := "point it at unix://" + x.link + " (cri-proxy install does); containers run on"
 	switch {
 	case same(socket, x.link):
-		x.ok(check, "%s is told to dial %s (%s)", k, socket, e.from)
+		x.ok(check, "%s is told to dial %s", k, socket)
 	case same(socket, x.config.Listen.Path):
-		x.warn(check, here, "%s is told to dial %s itself (%s): a bypass cannot lead it elsewhere", k, socket, e.from)
+		x.warn(check, here, "%s is told to dial %s itself: a bypass cannot lead it elsewhere", k, socket)
 	case same(socket, x.runtimeSocket):
-		x.fail(check, here, "%s is told to dial the runtime, %s (%s), past cri-proxy", k, socket, e.from)
+		x.fail(check, here, "%s is told to dial the runtime, %s, past cri-proxy", k, socket)
 	case connected:
-		x.warn(check, "restart kubelet", "%s is told to dial %s (%s), and is connected to something else", k, socket, e.from)
+		x.warn(check, "restart kubelet", "%s is told to dial %s, and is connected to something else", k, socket)
 	default:
 		return false
 	}
-	if e.image != "" {
-		image, err := config.SocketPath(e.image)
-		if err == nil && !same(image, socket) {
-			x.warn(check, "remove imageServiceEndpoint", "%s has another endpoint for images, %s: pulls ahead of time do not give way to its own", k, e.image)
-		}
+	if !images {
+		x.warn(check, "remove imageServiceEndpoint", "%s has another endpoint for images: pulls ahead of time do not give way to its own", k)
 	}
 	return true
 }
