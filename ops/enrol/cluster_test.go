@@ -25,6 +25,8 @@ import (
 
 	"github.com/sirupsen/logrus"
 	logtest "github.com/sirupsen/logrus/hooks/test"
+
+	"github.com/cri-proxy/cri-proxy/ops/apiserver"
 )
 
 const nodeName = "node-1"
@@ -190,7 +192,9 @@ func (s *standIn) enroller(t testing.TB, dir string) (e *Enroller, log *logtest.
 	t.Helper()
 	logger, log := logtest.NewNullLogger()
 	e = New(Options{Kubeconfig: "/none", Namespace: DefaultNamespace, NodeName: nodeName, StateDir: dir, Log: logger})
-	e.connect = func(context.Context) (*client, error) { return &client{server: "https://api", http: &http.Client{Transport: s}}, nil }
+	e.connect = func(context.Context) (*client, error) {
+		return &client{apiserver.New("https://api", "", &http.Client{Transport: s})}, nil
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() {

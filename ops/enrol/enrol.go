@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+
+	"github.com/cri-proxy/cri-proxy/ops/apiserver"
 )
 
 const (
@@ -163,12 +165,12 @@ func (e *Enroller) readCA(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer c.close()
+	defer c.Close()
 	text, err := c.bundle(ctx, e.o.Namespace)
 	switch {
-	case isCode(err, http.StatusNotFound):
+	case apiserver.IsCode(err, http.StatusNotFound):
 		return fmt.Errorf("the controller has not published its CA, ConfigMap %s/%s: is cri-controller installed, in that namespace (ops.enrol.namespace) and with identity.mode csr?", e.o.Namespace, BundleName)
-	case isCode(err, http.StatusForbidden):
+	case apiserver.IsCode(err, http.StatusForbidden):
 		return fmt.Errorf("reading the controller's CA: %w (are the roles of this version of cri-controller installed, and is the kubeconfig kubelet's?)", err)
 	case err != nil:
 		return fmt.Errorf("reading the controller's CA: %w", err)
@@ -296,12 +298,12 @@ func (e *Enroller) ask(ctx context.Context) (name string, key *ecdsa.PrivateKey,
 	if err != nil {
 		return "", nil, err
 	}
-	defer c.close()
+	defer c.Close()
 	n, err := c.node(ctx, e.o.NodeName)
 	switch {
-	case isCode(err, http.StatusNotFound):
+	case apiserver.IsCode(err, http.StatusNotFound):
 		return "", nil, fmt.Errorf("there is no Node %s: has kubelet registered it, and is nodeName (--node-name) its name?", e.o.NodeName)
-	case isCode(err, http.StatusForbidden):
+	case apiserver.IsCode(err, http.StatusForbidden):
 		return "", nil, fmt.Errorf("reading Node %s: %w (is nodeName, --node-name, that of the kubeconfig's user?)", e.o.NodeName, err)
 	case err != nil:
 		return "", nil, fmt.Errorf("reading Node %s: %w", e.o.NodeName, err)
@@ -332,7 +334,7 @@ func (e *Enroller) awaitAnswer(ctx context.Context, name string) ([]byte, error)
 		switch {
 		case err == nil && len(cert) > 0:
 			return cert, nil
-		case errors.As(err, &denied), isCode(err, http.StatusNotFound):
+		case errors.As(err, &denied), apiserver.IsCode(err, http.StatusNotFound):
 			return nil, err
 		case waited > askFor:
 			return nil, fmt.Errorf("CertificateSigningRequest %s has not been answered within %s: is cri-controller running?", name, askFor)
@@ -350,7 +352,7 @@ func (e *Enroller) look(ctx context.Context, name string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer c.close()
+	defer c.Close()
 	r, err := c.answer(ctx, name)
 	if err != nil {
 		return nil, err

@@ -125,7 +125,7 @@ esac
 			c, err := connect(t.Context(), filepath.Join(dir, "kubelet.conf"))
 			if err == nil {
 				_, err = c.node(t.Context(), nodeName)
-				c.close()
+				c.Close()
 			}
 			switch {
 			case tt.fail == "" && (err != nil || *who != tt.who):
@@ -146,7 +146,7 @@ esac
 			if _, err := c.node(t.Context(), nodeName); err != nil || *who != name {
 				t.Errorf("%q %v", *who, err)
 			}
-			c.close()
+			c.Close()
 		}
 	})
 }

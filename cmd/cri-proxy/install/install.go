@@ -83,9 +83,20 @@ func (i *installer) run(ctx context.Context) error {
 	if s := bypass.Read(i.config.StateDir); s != nil {
 		i.say("it is bypassed %s; cri-proxy bypass off ends that", s)
 	}
-	if i.noKubelet {
-		i.say("kubelet was left alone: its containerRuntimeEndpoint must be %s", i.ours())
+	return i.sayEndpoint(k)
+}
+
+// sayEndpoint says what is left to do where kubelet was left alone.
+func (i *installer) sayEndpoint(k *kubelet.Kubelet) error {
+	if !i.noKubelet {
+		return nil
 	}
+	if k != nil {
+		if containers, _, err := k.Dials(i.kubeletSocket()); err != nil || containers {
+			return err
+		}
+	}
+	i.say("kubelet was left alone: its containerRuntimeEndpoint must be %s", i.ours())
 	return nil
 }
 
@@ -399,18 +410,24 @@ func (i *installer) planDaemon(p *plan, version string, same, changed bool) {
 			return upgrade.Run(ctx, upgrade.Options{Config: config.DefaultFile, Reload: reload, Out: i.out})
 		}
 	}
-	switch {
+	switch fresh := !there(filepath.Join(upgrade.LibDir, "versions")); {
 	case version == "":
 		p.add(action{
 			what: "install this version and start it",
 			do: func(ctx context.Context) error {
-				// Left over from a time before: nobody is led past what is installed now.
-				if err := bypass.Forget(i.config); err != nil {
-					return err
+				if fresh { // a bypass is left over from a time before
+					if err := bypass.Forget(i.config); err != nil {
+						return err
+					}
 				}
 				return do(false)(ctx)
 			},
-			undo: func(ctx context.Context) error { return removeDaemon(ctx, i.config) },
+			undo: func(ctx context.Context) error {
+				if !fresh {
+					return nil
+				}
+				return removeDaemon(ctx, i.config)
+			},
 		})
 	case !same:
 		p.add(action{what: "put this version in the place of " + version, do: do(false)})

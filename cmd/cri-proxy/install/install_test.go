@@ -17,6 +17,7 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/kubelet"
+	"github.com/cri-proxy/cri-proxy/ops/apiserver"
 	"github.com/cri-proxy/cri-proxy/systemd"
 )
 
@@ -233,15 +234,8 @@ func TestNodeReady(t *testing.T) {
 		_, _ = w.Write([]byte(answer))
 	}))
 	defer s.Close()
-	dir := t.TempDir()
-	file := filepath.Join(dir, "kubeconfig")
-	write600(t, filepath.Join(dir, "token"), "secret\n")
-	write600(t, file, "current-context: c\ncontexts: [{name: c, context: {cluster: x, user: y}}]\nclusters: [{name: x, cluster: {server: "+s.URL+"/}}]\nusers: [{name: y, user: {tokenFile: token}}]\n")
-	a, err := openAPIServer(t.Context(), file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer a.close()
+	a := apiserver.New(s.URL, "secret", s.Client())
+	defer a.Close()
 	for _, c := range []struct{ name, conditions, want string }{
 		{"ready", `{"type":"Ready","status":"True","lastHeartbeatTime":"2026-01-02T03:04:05Z"}`, ""},
 		{"not since", `{"type":"Ready","status":"True","lastHeartbeatTime":"2026-01-02T03:04:04Z"}`, "has not reported"},
@@ -250,13 +244,13 @@ func TestNodeReady(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			answer = `{"status":{"conditions":[` + c.conditions + `]}}`
-			err := a.notReady(t.Context(), "n1", since)
+			err := notReady(t.Context(), a, "n1", since)
 			if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
 				t.Error(err)
 			}
 		})
 	}
-	if err := a.notReady(t.Context(), "n2", since); err == nil || !strings.Contains(err.Error(), "403") {
+	if err := notReady(t.Context(), a, "n2", since); err == nil || !strings.Contains(err.Error(), "403") {
 		t.Error(err)
 	}
 }

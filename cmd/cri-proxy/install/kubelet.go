@@ -15,6 +15,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/kubelet"
+	"github.com/cri-proxy/cri-proxy/ops/apiserver"
 )
 
 // watch is how kubelet is watched after a restart.
@@ -25,7 +26,7 @@ type watch struct {
 	// admin is the proxy's admin socket, if kubelet is to call through the proxy.
 	admin string
 	// api and node tell whether the node is ready, nil for not asked.
-	api     *apiServer
+	api     *apiserver.Client
 	node    string
 	timeout time.Duration
 }
@@ -91,7 +92,7 @@ func (w *watch) look(ctx context.Context, since time.Time, base int) (over bool,
 		}
 	}
 	if w.api != nil {
-		return false, w.api.notReady(ctx, w.node, since)
+		return false, notReady(ctx, w.api, w.node, since)
 	}
 	return false, nil
 }
@@ -163,19 +164,19 @@ func newWatch(ctx context.Context, k *kubelet.Kubelet, unit, kubeconfigFile stri
 	if kubeconfigFile == "" {
 		return w, []string{"kubelet has no kubeconfig: whether the node is ready is not asked"}
 	}
-	api, err := openAPIServer(ctx, kubeconfigFile)
+	api, err := apiserver.Connect(ctx, kubeconfigFile)
 	if err != nil {
 		return w, []string{fmt.Sprintf("whether the node is ready is not asked: %v", err)}
 	}
 	node, err := k.NodeName()
-	if api.node != "" {
-		node, err = api.node, nil
+	if name, ok := strings.CutPrefix(api.User(), "system:node:"); ok {
+		node, err = name, nil
 	}
 	if err == nil {
-		err = api.notReady(ctx, node, time.Time{})
+		err = notReady(ctx, api, node, time.Time{})
 	}
 	if err != nil { // it cannot become what it was not
-		api.close()
+		api.Close()
 		return w, []string{fmt.Sprintf("whether the node is ready is not asked afterwards: %v", err)}
 	}
 	w.api, w.node = api, node

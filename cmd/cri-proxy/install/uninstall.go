@@ -249,7 +249,6 @@ func (u *uninstaller) away(ctx context.Context) error {
 		}
 	}
 	w, _ := newWatch(ctx, k, u.unit, u.kubeconfig, u.timeout)
-	defer w.api.close()
 	return w.restart(ctx)
 }
 

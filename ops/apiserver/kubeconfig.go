@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package enrol
+package apiserver
 
 import (
 	"bytes"
@@ -80,9 +80,9 @@ type plugin struct {
 	} `yaml:"env"`
 }
 
-// connect reads a kubeconfig and the files that it names, which kubelet rotates, and returns a client of its API server. The caller
+// Connect reads a kubeconfig and the files that it names, which kubelet rotates, and returns a client of its API server. The caller
 // closes it. Nothing is dialled yet.
-func connect(ctx context.Context, file string) (*client, error) {
+func Connect(ctx context.Context, file string) (*Client, error) {
 	text, err := os.ReadFile(file)
 	if err != nil {
 		return nil, fmt.Errorf("kubeconfig: %w", err)
@@ -94,7 +94,7 @@ func connect(ctx context.Context, file string) (*client, error) {
 	return c, nil
 }
 
-func clientOf(ctx context.Context, text []byte, dir string) (*client, error) {
+func clientOf(ctx context.Context, text []byte, dir string) (*Client, error) {
 	var k kubeconfig
 	if err := yaml.Unmarshal(text, &k); err != nil {
 		return nil, err
@@ -125,12 +125,13 @@ func clientOf(ctx context.Context, text []byte, dir string) (*client, error) {
 	if err != nil {
 		return nil, err
 	}
+	user := ""
 	if creds.cert != nil {
 		pair, err := tls.X509KeyPair(creds.cert, creds.key)
 		if err != nil {
 			return nil, fmt.Errorf("client-certificate: %w", err)
 		}
-		settings.Certificates = []tls.Certificate{pair}
+		settings.Certificates, user = []tls.Certificate{pair}, pair.Leaf.Subject.CommonName
 	}
 	transport := &http.Transport{TLSClientConfig: settings, TLSHandshakeTimeout: 10 * time.Second, MaxIdleConns: 1, Proxy: http.ProxyFromEnvironment}
 	if cl.ProxyURL != "" {
@@ -140,7 +141,9 @@ func clientOf(ctx context.Context, text []byte, dir string) (*client, error) {
 		}
 		transport.Proxy = http.ProxyURL(proxy)
 	}
-	return &client{server: strings.TrimSuffix(server.String(), "/"), token: creds.token, http: &http.Client{Transport: transport, Timeout: requestTimeout}}, nil
+	c := New(strings.TrimSuffix(server.String(), "/"), creds.token, &http.Client{Transport: transport, Timeout: requestTimeout})
+	c.user = user
+	return c, nil
 }
 
 // current returns what the current context names.
