@@ -32,6 +32,23 @@ help: ## list the targets
 build: ## build the binaries into bin/
 	CGO_ENABLED=0 go build -trimpath -buildvcs=auto -o bin/ ./cmd/...
 
+# Released binaries and packages go here. A Debian version begins with a digit: that of a tag, else one before the first.
+DIST ?= bin/dist
+ARCHS ?= amd64 arm64
+DEB_VERSION ?= $(shell git describe --tags --exact-match 2>/dev/null | sed -n 's/^v//p' | grep . || git log -1 --format='0~git%cd.%h' --date=format:%Y%m%d%H%M%S)
+
+.PHONY: dist
+dist: ## static binaries for amd64 and arm64, with checksums, into bin/dist
+	@mkdir -p $(DIST)
+	@for arch in $(ARCHS); do for program in cri-proxy cri-controller; do \
+		CGO_ENABLED=0 GOOS=linux GOARCH=$$arch go build -trimpath -buildvcs=auto -ldflags '-s -w' -o $(DIST)/$$program-linux-$$arch ./cmd/$$program; \
+	done; done
+	@cd $(DIST) && sha256sum *-linux-* | tee SHA256SUMS
+
+.PHONY: deb
+deb: dist ## Debian packages of cri-proxy for amd64 and arm64 into bin/dist
+	@for arch in $(ARCHS); do packaging/deb/build.sh $(DIST)/cri-proxy-linux-$$arch $$arch $(DEB_VERSION) $(DIST); done
+
 # The closing line of test is go test's own, so its last step has no timing line.
 # IMAGE is a reference to push to, or a file to write an OCI archive to.
 IMAGE ?= bin/cri-controller.tar

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -69,6 +70,7 @@ func TestNode(t *testing.T) {
 		{"bypass", bypassOnNode},
 		{"uninstall", uninstallOnNode},
 		{"killed", killedInstall},
+		{"package", packageOnNode},
 	} {
 		ok := t.Run(c.name, func(t *testing.T) {
 			began := time.Now()
@@ -317,4 +319,62 @@ kill -9 $p; wait $p; tail -n 3 /shared/install.out`, "sh", at)
 	if err := n.bed.WaitNodeReady(t.Context(), n.NodeName); err != nil {
 		t.Error(err)
 	}
+}
+
+// packageOnNode is the way of the Debian package: it does not touch kubelet until it is asked to, takes over when it is upgraded, and is not
+// removed from under kubelet.
+func packageOnNode(t *testing.T, n *node) {
+	before := n.files(t)
+	debs := map[string]string{}
+	for version, binary := range map[string]string{"1": "cri-proxy", "2": "cri-proxy-v2"} {
+		if err := command(t.Context(), "../../packaging/deb/build.sh", filepath.Join(n.shared, binary), runtime.GOARCH, version, n.shared); err != nil {
+			t.Fatal(err)
+		}
+		debs[version] = "/shared/cri-proxy_" + version + "_" + runtime.GOARCH + ".deb"
+	}
+	pid := n.show(t, "kubelet.service", "MainPID")
+	if out := n.does(t, "dpkg", "-i", debs["1"]); !strings.Contains(out, "kubelet has not been touched") {
+		t.Error(out)
+	}
+	if n.show(t, "kubelet.service", "MainPID") != pid || n.show(t, "cri-proxy.socket", "ActiveState") != "inactive" {
+		t.Error("the package alone does something")
+	}
+
+	n.does(t, "/usr/bin/cri-proxy", "install")
+	n.installed(t)
+	for path := range n.files(t) {
+		if dir, name := filepath.Split(path); dir == "/etc/systemd/system/" && strings.HasPrefix(name, "cri-proxy") {
+			t.Errorf("%s is in the way of the package's", path)
+		}
+	}
+	pid = n.show(t, "kubelet.service", "MainPID")
+	_, process := n.serving(t)
+	n.does(t, "dpkg", "-i", debs["2"])
+	if _, now := n.serving(t); now == process || now == "" {
+		t.Errorf("process %q serves, before it was %q", now, process)
+	}
+	if out := n.must(t, "sh", "-c", "cmp /usr/bin/cri-proxy /usr/local/bin/cri-proxy && cmp /usr/bin/cri-proxy /shared/cri-proxy-v2"); out != "" {
+		t.Error(out)
+	}
+	n.installed(t)
+	if n.show(t, "kubelet.service", "MainPID") != pid {
+		t.Error("kubelet was restarted")
+	}
+
+	// As long as kubelet cannot be led elsewhere, the package stays.
+	n.must(t, "touch", "/shared/break-uninstall")
+	n.must(t, "sh", "-c", "mkdir -p /etc/systemd/system/kubelet.service.d; printf '[Service]\nExecStartPre=/bin/sh -c \"! test -e /shared/break-uninstall\"\n' >/etc/systemd/system/kubelet.service.d/test.conf")
+	n.doesNot(t, "dpkg", "-r", "cri-proxy")
+	n.must(t, "rm", "-r", "/shared/break-uninstall", "/etc/systemd/system/kubelet.service.d")
+	n.must(t, "systemctl", "daemon-reload")
+	n.must(t, "systemctl", "restart", "kubelet.service")
+	if out := n.must(t, "cri-proxy", "version"); out == "" {
+		t.Error("no cri-proxy any more")
+	}
+	n.does(t, "dpkg", "-r", "cri-proxy")
+	if err := n.bed.WaitNodeReady(t.Context(), n.NodeName); err != nil {
+		t.Error(err)
+	}
+	n.does(t, "dpkg", "-P", "cri-proxy")
+	same(t, before, n.files(t))
 }

@@ -192,7 +192,10 @@ func (u *uninstaller) planKubelet(ctx context.Context, p *plan, r *record) error
 	for _, warning := range warnings {
 		u.say("warning: %s", warning)
 	}
-	what := "put kubelet's files back as they were: " + strings.Join(paths, ", ") + "; restart " + u.unit
+	what := "kubelet's files are as they were; restart " + u.unit
+	if len(paths) > 0 {
+		what = "put kubelet's files back as they were: " + strings.Join(paths, ", ") + "; restart " + u.unit
+	}
 	p.add(action{what: what, diff: diffs.String(), do: func(ctx context.Context) error {
 		if r.exists() {
 			r.Pending = true
