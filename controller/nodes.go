@@ -21,6 +21,8 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 	corev1 "k8s.io/api/core/v1"
+	toolscache "k8s.io/client-go/tools/cache"
+	"sigs.k8s.io/controller-runtime/pkg/cache"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
@@ -156,7 +158,41 @@ func NewGRPCNodes(files TLSFiles, m *Metrics, log logrus.FieldLogger) (*GRPCNode
 	if err != nil {
 		return nil, err
 	}
-	return &GRPCNodes{credentials: c, metrics: m, conns: map[Node]*nodeConn{}}, nil
+	return NewGRPCNodesOf(c, m), nil
+}
+
+// NewGRPCNodesOf returns a client with these credentials, which must be mutual TLS.
+func NewGRPCNodesOf(c credentials.TransportCredentials, m *Metrics) *GRPCNodes {
+	return &GRPCNodes{credentials: c, metrics: m, conns: map[Node]*nodeConn{}}
+}
+
+// ForgetRemoved makes the connections to a node end with its Node object: who has its certificate is nobody's node any more.
+func (g *GRPCNodes) ForgetRemoved(ctx context.Context, c cache.Cache) error {
+	informer, err := c.GetInformer(ctx, &corev1.Node{})
+	if err != nil {
+		return err
+	}
+	_, err = informer.AddEventHandler(toolscache.ResourceEventHandlerFuncs{DeleteFunc: func(o any) {
+		if gone, ok := o.(toolscache.DeletedFinalStateUnknown); ok {
+			o = gone.Obj
+		}
+		if n, ok := o.(*corev1.Node); ok {
+			g.Forget(func(other Node) bool { return other.Name == n.Name })
+		}
+	}})
+	return err
+}
+
+// Forget closes the connections to some nodes, for example when nothing that they were made with counts any more.
+func (g *GRPCNodes) Forget(some func(Node) bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for n, c := range g.conns {
+		if some(n) {
+			_ = c.conn.Close() // who waits for an answer asks again
+			delete(g.conns, n)
+		}
+	}
 }
 
 // Close closes all connections.

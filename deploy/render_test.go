@@ -109,6 +109,7 @@ func TestSameObjects(t *testing.T) {
 		values    []string
 	}{
 		{name: "defaults"},
+		{name: "identity from files", component: "components/identity-files", values: []string{"--set", "identity.mode=files"}},
 		{name: "with the ServiceMonitor", component: "components/servicemonitor", values: []string{"--set", "serviceMonitor.enabled=true"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -216,14 +217,17 @@ func TestValues(t *testing.T) {
 		{name: "budget in percent", set: []string{"podDisruptionBudget.maxUnavailable=50%"}, want: []string{"maxUnavailable: 50%"}},
 		{name: "scheduling", set: []string{"tolerations[0].operator=Exists", "affinity.nodeAffinity.x=y", "nodeSelector.pool=system", "priorityClassName=mine", "replicas=3"},
 			want: []string{"tolerations:\n        - operator: Exists", "affinity:\n        nodeAffinity:", "pool: system", "priorityClassName: mine", "replicas: 3"}},
-		{name: "secret", set: []string{"tls.secretName=other"}, want: []string{"secretName: other"}, not: []string{"cri-controller-tls", "kind: Certificate"}},
-		{name: "cert-manager", set: []string{"tls.certManager.enabled=true", "tls.certManager.issuerRef.name=nodes", "tls.certManager.issuerRef.kind=ClusterIssuer"},
+		{name: "lives", set: []string{"identity.certificateLife=24h", "identity.caLife=2400h"}, want: []string{"--identity=csr", "--certificate-life=24h", "--ca-life=2400h"}, not: []string{"secretName", "--tls-"}},
+		{name: "secret", set: []string{"identity.mode=files", "tls.secretName=other"}, want: []string{"secretName: other"}, not: []string{"cri-controller-tls", "kind: Certificate"}},
+		{name: "cert-manager", set: []string{"identity.mode=files", "tls.certManager.enabled=true", "tls.certManager.issuerRef.name=nodes", "tls.certManager.issuerRef.kind=ClusterIssuer"},
 			want: []string{"kind: Certificate\n", "name: nodes", "secretName: cri-controller-tls", "client auth"}},
 		{name: "service monitor", set: []string{"serviceMonitor.enabled=true", "serviceMonitor.interval=15s", "serviceMonitor.labels.release=prom"}, want: []string{"kind: ServiceMonitor", "interval: 15s", "release: prom"}},
 		{name: "no CRDs", set: []string{"crds.enabled=false"}, not: []string{"kind: CustomResourceDefinition"}},
 		{name: "CRDs go too", set: []string{"crds.keep=false"}, want: []string{"kind: CustomResourceDefinition"}, not: []string{"resource-policy"}},
 
-		{name: "issuer missing", set: []string{"tls.certManager.enabled=true"}, fail: "issuerRef.name must name the issuer"},
+		{name: "cert-manager for nothing", set: []string{"tls.certManager.enabled=true"}, fail: "needs identity.mode=files"},
+		{name: "no such identity", set: []string{"identity.mode=none"}, fail: "/identity/mode"},
+		{name: "issuer missing", set: []string{"identity.mode=files", "tls.certManager.enabled=true"}, fail: "issuerRef.name must name the issuer"},
 		{name: "misspelt value", set: []string{"replica=3"}, fail: "replica"},
 		{name: "unknown value below", set: []string{"log.leveling=debug"}, fail: "leveling"},
 		{name: "no such level", set: []string{"log.level=loud"}, fail: "/log/level"},

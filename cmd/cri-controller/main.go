@@ -11,11 +11,14 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"strings"
 	"syscall"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
 	"github.com/spf13/cobra"
+	certificatesv1 "k8s.io/api/certificates/v1"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
@@ -26,10 +29,13 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/metrics"
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
+	"github.com/cri-proxy/cri-proxy/api/identity"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
 	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/authority"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull"
 	"github.com/cri-proxy/cri-proxy/controller/rollout"
+	"github.com/cri-proxy/cri-proxy/ops/mtls"
 )
 
 // leaseName is the Lease that decides which replica works; deploy/rbac grants it.
@@ -39,6 +45,9 @@ const leaseName = "cri-controller"
 type settings struct {
 	kubeconfig       string
 	nodePort         int
+	identity         string
+	namespace        string
+	lives            authority.Settings
 	tls              controller.TLSFiles
 	metricsAddress   string
 	probeAddress     string
@@ -85,9 +94,13 @@ func newCommand() *cobra.Command {
 	f := cmd.Flags()
 	f.StringVar(&s.kubeconfig, "kubeconfig", "", "kubeconfig file; empty means $KUBECONFIG, then the pod's service account")
 	f.IntVar(&s.nodePort, "node-port", controller.DefaultNodePort, "TCP port of cri-proxy's command interface on the nodes; a node's annotation "+controller.OpsAddressAnnotation+" overrides it")
-	f.StringVar(&s.tls.Cert, "tls-cert-file", "", "PEM certificate this controller shows to nodes; read again when it changes")
-	f.StringVar(&s.tls.Key, "tls-key-file", "", "PEM key of that certificate")
-	f.StringVar(&s.tls.CA, "tls-ca-file", "", "PEM file with the CAs that node certificates must chain to")
+	f.StringVar(&s.identity, "identity", "", "csr: this controller is the authority of the nodes' certificates and of its own; files: it has one from --tls-cert-file; empty means files if that is given, else csr")
+	f.StringVar(&s.namespace, "identity-namespace", "", "csr: namespace of Secret "+authority.SecretName+" and ConfigMap "+identity.BundleName+"; empty means the pod's own")
+	f.DurationVar(&s.lives.Life, "certificate-life", 72*time.Hour, "csr: how long a node's certificate, and this controller's own, is good; nodes renew theirs at 70 to 80 %")
+	f.DurationVar(&s.lives.CALife, "ca-life", 365*24*time.Hour, "csr: how long the CA is good; the next one is made at 70 %")
+	f.StringVar(&s.tls.Cert, "tls-cert-file", "", "files: PEM certificate this controller shows to nodes; read again when it changes")
+	f.StringVar(&s.tls.Key, "tls-key-file", "", "files: PEM key of that certificate")
+	f.StringVar(&s.tls.CA, "tls-ca-file", "", "files: PEM file with the CAs that node certificates must chain to")
 	f.StringVar(&s.metricsAddress, "metrics-bind-address", ":8080", "address of the Prometheus metrics; 0 switches them off")
 	f.StringVar(&s.probeAddress, "health-probe-bind-address", ":8081", "address of /healthz and /readyz; 0 switches them off")
 	f.BoolVar(&s.leaderElect, "leader-elect", false, "work only while holding the Lease "+leaseName+", so that several replicas can run")
@@ -109,8 +122,8 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 	if s.nodePort < 1 || s.nodePort > 65535 {
 		return fmt.Errorf("--node-port must be between 1 and 65535, not %d", s.nodePort)
 	}
-	if s.tls.Cert == "" || s.tls.Key == "" || s.tls.CA == "" {
-		return errors.New("--tls-cert-file, --tls-key-file and --tls-ca-file are all needed: nodes take commands over mutual TLS only")
+	if err := s.checkIdentity(); err != nil {
+		return err
 	}
 	logr := controller.NewLogr(log)
 	ctrllog.SetLogger(logr)
@@ -132,7 +145,16 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 	if err := metrics.Registry.Register(buildMetric()); err != nil {
 		return err
 	}
-	nodes, err := controller.NewGRPCNodes(s.tls, counters, log)
+	cached := controller.CacheOptions()
+	var own *authority.Authority
+	var nodes *controller.GRPCNodes
+	if s.identity == identityFiles {
+		nodes, err = controller.NewGRPCNodes(s.tls, counters, log)
+	} else if own, err = newAuthority(s, log); err == nil {
+		nodes = controller.NewGRPCNodesOf(mtls.NewClientOf(own), counters)
+		own.Replaced = func() { nodes.Forget(func(controller.Node) bool { return true }) }
+		cached.ByObject[&certificatesv1.CertificateSigningRequest{}] = authority.CacheOptions()
+	}
 	if err != nil {
 		return err
 	}
@@ -144,7 +166,7 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 	m, err := ctrl.NewManager(config, ctrl.Options{
 		Scheme:                        scheme,
 		Logger:                        logr,
-		Cache:                         controller.CacheOptions(),
+		Cache:                         cached,
 		Metrics:                       metricsserver.Options{BindAddress: s.metricsAddress},
 		HealthProbeBindAddress:        s.probeAddress,
 		LeaderElection:                s.leaderElect,
@@ -156,6 +178,14 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 		return fmt.Errorf("API server %s: %w", config.Host, err)
 	}
 	if err := m.Add(manager.RunnableFunc(nodes.Run)); err != nil {
+		return err
+	}
+	if own != nil {
+		if err := setUpAuthority(m, own); err != nil {
+			return err
+		}
+	}
+	if err := nodes.ForgetRemoved(ctx, m.GetCache()); err != nil {
 		return err
 	}
 	r := &controller.ContainerRecreateReconciler{
@@ -198,6 +228,62 @@ func buildMetric() prometheus.Collector {
 	})
 	g.Set(1)
 	return g
+}
+
+// Values of --identity.
+const (
+	identityCSR   = "csr"
+	identityFiles = "files"
+)
+
+// checkIdentity settles which of the two ways it is.
+func (s *settings) checkIdentity() error {
+	files := s.tls != controller.TLSFiles{}
+	if s.identity == "" {
+		s.identity = identityCSR
+		if files {
+			s.identity = identityFiles
+		}
+	}
+	switch {
+	case s.identity != identityCSR && s.identity != identityFiles:
+		return fmt.Errorf("--identity must be csr or files, not %q", s.identity)
+	case s.identity == identityFiles && (s.tls.Cert == "" || s.tls.Key == "" || s.tls.CA == ""):
+		return errors.New("--tls-cert-file, --tls-key-file and --tls-ca-file are all needed with --identity=files: nodes take commands over mutual TLS only")
+	case s.identity == identityCSR && files:
+		return errors.New("--tls-cert-file, --tls-key-file and --tls-ca-file have no effect with --identity=csr; remove them, or give --identity=files")
+	case s.identity == identityCSR:
+		return s.lives.Validate()
+	}
+	return nil
+}
+
+// namespaceFile has the namespace of a pod's ServiceAccount.
+const namespaceFile = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
+
+func newAuthority(s settings, log logrus.FieldLogger) (*authority.Authority, error) {
+	if s.namespace == "" {
+		text, err := os.ReadFile(namespaceFile)
+		if err != nil {
+			return nil, fmt.Errorf("no namespace for the CA, give --identity-namespace outside a pod: %w", err)
+		}
+		s.namespace = strings.TrimSpace(string(text))
+	}
+	counters, err := authority.NewMetrics(metrics.Registry)
+	if err != nil {
+		return nil, err
+	}
+	return &authority.Authority{Namespace: s.namespace, Settings: s.lives, Metrics: counters, Log: log}, nil
+}
+
+// setUpAuthority adds what signs certificates.
+func setUpAuthority(m ctrl.Manager, a *authority.Authority) error {
+	a.Client, a.Reader = m.GetClient(), m.GetAPIReader()
+	if err := m.Add(a); err != nil {
+		return err
+	}
+	signer := &authority.Signer{Authority: a, Recorder: m.GetEventRecorder("cri-controller")}
+	return signer.SetupWithManager(m, 2)
 }
 
 // setUpImagePull adds what carries out image jobs.

@@ -5,6 +5,7 @@ package main
 
 import (
 	"bytes"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -19,13 +20,18 @@ func TestCommandLine(t *testing.T) {
 	}{
 		{"version", []string{"--version"}, 0, "cri-controller "},
 		{"help names the flags", []string{"--help"}, 0, "--leader-election-namespace"},
-		{"no TLS files", nil, 1, "--tls-cert-file, --tls-key-file and --tls-ca-file are all needed"},
+		{"a part of the TLS files", tls[:1], 1, "--tls-cert-file, --tls-key-file and --tls-ca-file are all needed"},
+		{"files, and none given", []string{"--identity=files"}, 1, "--tls-cert-file, --tls-key-file and --tls-ca-file are all needed"},
+		{"files, and not wanted", slices.Concat(tls, []string{"--identity=csr"}), 1, "have no effect with --identity=csr"},
+		{"identity", []string{"--identity=none"}, 1, `--identity must be csr or files, not "none"`},
+		{"life", []string{"--certificate-life=1s"}, 1, "must be at least a minute"},
+		{"CA's life", []string{"--ca-life=1h"}, 1, "must be at least ten times"},
 		{"an argument", []string{"serve"}, 1, "unknown command"},
-		{"log level", append(tls, "--log-level=loud"), 1, "--log-level"},
-		{"log format", append(tls, "--log-format=xml"), 1, `--log-format must be text or json, not "xml"`},
-		{"workers", append(tls, "--workers=0"), 1, "--workers must be at least 1"},
-		{"port", append(tls, "--node-port=70000"), 1, "--node-port must be between 1 and 65535"},
-		{"kubeconfig", append(tls, "--kubeconfig=/none/kubeconfig"), 1, "give --kubeconfig outside a pod"},
+		{"log level", slices.Concat(tls, []string{"--log-level=loud"}), 1, "--log-level"},
+		{"log format", slices.Concat(tls, []string{"--log-format=xml"}), 1, `--log-format must be text or json, not "xml"`},
+		{"workers", slices.Concat(tls, []string{"--workers=0"}), 1, "--workers must be at least 1"},
+		{"port", slices.Concat(tls, []string{"--node-port=70000"}), 1, "--node-port must be between 1 and 65535"},
+		{"kubeconfig", slices.Concat(tls, []string{"--kubeconfig=/none/kubeconfig"}), 1, "give --kubeconfig outside a pod"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

@@ -9,6 +9,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/authority"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull"
 	"github.com/cri-proxy/cri-proxy/controller/rollout"
 	"github.com/cri-proxy/cri-proxy/test/metricdoc"
@@ -22,6 +23,7 @@ func TestMetricsAreDocumented(t *testing.T) {
 		"imagepull":  func() error { _, err := imagepull.NewMetrics(r); return err },
 		"rollout":    func() error { _, err := rollout.NewMetrics(r); return err },
 		"nodes":      func() error { return r.Register(&controller.GRPCNodes{}) },
+		"authority":  func() error { _, err := authority.NewMetrics(r); return err },
 		"build":      func() error { return r.Register(buildMetric()) },
 	} {
 		if err := register(); err != nil {

@@ -26,6 +26,7 @@ import (
 	"github.com/sirupsen/logrus"
 	logtest "github.com/sirupsen/logrus/hooks/test"
 
+	"github.com/cri-proxy/cri-proxy/api/identity"
 	"github.com/cri-proxy/cri-proxy/ops/apiserver"
 )
 
@@ -120,12 +121,12 @@ func (s *standIn) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		answer = map[string]any{"status": map[string]any{"addresses": []map[string]string{
 			{"type": "InternalIP", "address": "192.0.2.7"}, {"type": "InternalIP", "address": "2001:db8::7"}, {"type": "Hostname", "address": "elsewhere"}, {"type": "ExternalIP", "address": "203.0.113.1"},
 		}}}
-	case last == BundleName:
+	case last == identity.BundleName:
 		text := s.ca.pem
 		if s.bundle != "" {
 			text = s.bundle
 		}
-		answer = map[string]any{"data": map[string]string{BundleKey: text}}
+		answer = map[string]any{"data": map[string]string{identity.BundleKey: text}}
 	case r.Method == http.MethodPost:
 		body, _ := io.ReadAll(r.Body)
 		s.bodies = append(s.bodies, string(body))
@@ -191,7 +192,7 @@ func (s *standIn) sign(request []byte) []byte {
 func (s *standIn) enroller(t testing.TB, dir string) (e *Enroller, log *logtest.Hook, stop func()) {
 	t.Helper()
 	logger, log := logtest.NewNullLogger()
-	e = New(Options{Kubeconfig: "/none", Namespace: DefaultNamespace, NodeName: nodeName, StateDir: dir, Log: logger})
+	e = New(Options{Kubeconfig: "/none", Namespace: identity.DefaultNamespace, NodeName: nodeName, StateDir: dir, Log: logger})
 	e.connect = func(context.Context) (*client, error) {
 		return &client{apiserver.New("https://api", "", &http.Client{Transport: s})}, nil
 	}

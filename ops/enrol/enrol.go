@@ -20,6 +20,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/cri-proxy/cri-proxy/api/identity"
 	"github.com/cri-proxy/cri-proxy/ops/apiserver"
 )
 
@@ -169,21 +170,21 @@ func (e *Enroller) readCA(ctx context.Context) error {
 	text, err := c.bundle(ctx, e.o.Namespace)
 	switch {
 	case apiserver.IsCode(err, http.StatusNotFound):
-		return fmt.Errorf("the controller has not published its CA, ConfigMap %s/%s: is cri-controller installed, in that namespace (ops.enrol.namespace) and with identity.mode csr?", e.o.Namespace, BundleName)
+		return fmt.Errorf("the controller has not published its CA, ConfigMap %s/%s: is cri-controller installed, in that namespace (ops.enrol.namespace) and with identity.mode csr?", e.o.Namespace, identity.BundleName)
 	case apiserver.IsCode(err, http.StatusForbidden):
 		return fmt.Errorf("reading the controller's CA: %w (are the roles of this version of cri-controller installed, and is the kubeconfig kubelet's?)", err)
 	case err != nil:
 		return fmt.Errorf("reading the controller's CA: %w", err)
 	}
 	if _, err := readBundle([]byte(text)); err != nil {
-		return fmt.Errorf("the CA that the controller publishes, ConfigMap %s/%s, cannot be used, the one before stays in force: %w", e.o.Namespace, BundleName, err)
+		return fmt.Errorf("the CA that the controller publishes, ConfigMap %s/%s, cannot be used, the one before stays in force: %w", e.o.Namespace, identity.BundleName, err)
 	}
 	old, _ := os.ReadFile(CAFile(e.o.StateDir))
 	if !bytes.Equal(old, []byte(text)) {
 		if err := write(CAFile(e.o.StateDir), []byte(text)); err != nil {
 			return err
 		}
-		e.o.Log.WithField("configmap", e.o.Namespace+"/"+BundleName).Info("the controller's CA is read")
+		e.o.Log.WithField("configmap", e.o.Namespace+"/"+identity.BundleName).Info("the controller's CA is read")
 		select {
 		case e.changed <- struct{}{}:
 		default:

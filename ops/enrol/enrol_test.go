@@ -20,6 +20,8 @@ import (
 
 	"github.com/sirupsen/logrus"
 	"go.uber.org/goleak"
+
+	"github.com/cri-proxy/cri-proxy/api/identity"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -61,7 +63,7 @@ func TestEnrol(t *testing.T) {
 func TestRenewal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, dir := newStandIn(t), t.TempDir()
-		e, log, stop := s.enroller(t, dir)
+		e, _, stop := s.enroller(t, dir)
 		time.Sleep(5 * time.Second)
 		first := e.Status().Certificate
 
@@ -71,8 +73,8 @@ func TestRenewal(t *testing.T) {
 		}
 		// Another process finds what is there, and asks for nothing.
 		stop()
-		e, log, stop = s.enroller(t, dir)
-		defer func() { stop() }()
+		e, log, stop := s.enroller(t, dir)
+		defer stop()
 		synctest.Wait()
 		if e.Status().Certificate.SerialNumber.Cmp(first.SerialNumber) != 0 {
 			t.Fatal("another certificate")
@@ -116,8 +118,8 @@ func TestProblems(t *testing.T) {
 		most    int    // requests in that time
 	}{
 		{"no API server", func(_ testing.TB, s *standIn) { s.away = true }, time.Hour, "connection refused", 0},
-		{"no CA published", func(_ testing.TB, s *standIn) { s.refuse[BundleName] = http.StatusNotFound }, time.Hour, "has not published its CA", 0},
-		{"CA forbidden", func(_ testing.TB, s *standIn) { s.refuse[BundleName] = http.StatusForbidden }, time.Hour, "are the roles of this version", 0},
+		{"no CA published", func(_ testing.TB, s *standIn) { s.refuse[identity.BundleName] = http.StatusNotFound }, time.Hour, "has not published its CA", 0},
+		{"CA forbidden", func(_ testing.TB, s *standIn) { s.refuse[identity.BundleName] = http.StatusForbidden }, time.Hour, "are the roles of this version", 0},
 		{"CA is nonsense", func(_ testing.TB, s *standIn) { s.bundle = "nonsense" }, time.Hour, "holds no PEM certificate", 0},
 		{"no Node yet", func(_ testing.TB, s *standIn) { s.refuse[nodeName] = http.StatusNotFound }, time.Hour, "there is no Node node-1: has kubelet registered it", 0},
 		{"another node's name", func(_ testing.TB, s *standIn) { s.refuse[nodeName] = http.StatusForbidden }, time.Hour, "is nodeName, --node-name, that of the kubeconfig's user?", 0},
@@ -135,7 +137,7 @@ func TestProblems(t *testing.T) {
 		}, time.Hour, "it is for", 20},
 		{"another CA", func(t testing.TB, s *standIn) { s.bundle = newAuthority(t, "other").pem }, time.Hour, "has not signed it", 20},
 		{"no CA at all", func(t testing.TB, s *standIn) {
-			s.bundle = string(s.sign([]byte(must(newRequestPEM())(t))))
+			s.bundle = string(s.sign(must(newRequestPEM())(t)))
 		}, time.Hour, "is no CA", 0},
 		{"from the future", func(_ testing.TB, s *standIn) {
 			s.change = func(c *x509.Certificate) (any, error) { c.NotBefore = time.Now().Add(time.Minute); return nil, nil }
@@ -209,7 +211,7 @@ func TestAnotherCA(t *testing.T) {
 			t.Errorf("%d requests, certificate of %s", s.requests(), c.Issuer)
 		}
 		// But not each time.
-		s.set(func() { s.refuse[BundleName] = http.StatusTeapot })
+		s.set(func() { s.refuse[identity.BundleName] = http.StatusTeapot })
 		synctest.Wait()
 		read := e.Status().Bundle
 		for range 1000 {

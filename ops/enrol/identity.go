@@ -21,19 +21,6 @@ import (
 	"time"
 )
 
-// Both sides of an enrolment know these.
-const (
-	// SignerName is the signer of node certificates: cri-controller.
-	SignerName = "cri-proxy.io/node"
-	// BundleName is the ConfigMap in the controller's namespace, BundleKey the key in it, with the PEM certificates of who signs both sides.
-	BundleName = "cri-proxy-ca"
-	BundleKey  = "ca.crt"
-	// ControllerName is the common name in the controller's client certificate.
-	ControllerName = "cri-controller"
-	// DefaultNamespace is the controller's, unless it has been installed elsewhere.
-	DefaultNamespace = "cri-proxy-system"
-)
-
 // Of a certificate's life, this part has passed when it is renewed: between 70 and 80 %, so that nodes that were enrolled together
 // are not renewed together.
 const (

@@ -26,7 +26,6 @@ func testHelm(t *testing.T) {
 		return out
 	}
 	must(t, bed.CreateNamespace(t.Context(), namespace))
-	secret(t, namespace)
 	kubectl(t, "-n", "cri-proxy-system", "delete", "deployment", "cri-controller")
 
 	// The definitions and the ClusterRole are there and must become the release's.
@@ -36,6 +35,7 @@ func testHelm(t *testing.T) {
 	}
 	controllers(t, namespace)
 	leader(t, namespace, "")
+	must(t, enrolIn(t.Context(), namespace)) // another controller, with another CA
 	must(t, bed.CreateNamespace(t.Context(), "by-helm"))
 	startWork(t, "by-helm", 1, 2)
 	finishWork(t, "by-helm", 1)

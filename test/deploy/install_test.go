@@ -37,10 +37,11 @@ func testImage(t *testing.T) {
 	}
 }
 
+// certificateLife is short, so that all of them are renewed while the story goes on.
+const certificateLife = "1m"
+
 // testKustomize installs as the README says and sees the controller work.
 func testKustomize(t *testing.T) {
-	kubectl(t, "apply", "-f", filepath.Join(root, "deploy", "controller", "namespace.yaml"))
-	secret(t, "cri-proxy-system")
 	kubectl(t, "apply", "-k", overlay(t))
 	pods := controllers(t, "cri-proxy-system")
 	name, _ := leader(t, "cri-proxy-system", "")
@@ -103,6 +104,7 @@ func overlay(t *testing.T) string {
 	host, port := apiServer(t)
 	patch, err := json.Marshal([]map[string]any{
 		{"op": "add", "path": "/spec/template/spec/containers/0/args/-", "value": "--node-port=" + opsPort()},
+		{"op": "add", "path": "/spec/template/spec/containers/0/args/-", "value": "--certificate-life=" + certificateLife},
 		{"op": "add", "path": "/spec/template/spec/containers/0/env", "value": []map[string]string{
 			{"name": "KUBERNETES_SERVICE_HOST", "value": host}, {"name": "KUBERNETES_SERVICE_PORT", "value": port},
 		}},
@@ -117,13 +119,6 @@ func overlay(t *testing.T) string {
 	must(t, err)
 	must(t, os.WriteFile(filepath.Join(dir, "kustomization.yaml"), text, 0o644))
 	return dir
-}
-
-// secret is the controller's identity towards nodes.
-func secret(t *testing.T, namespace string) {
-	t.Helper()
-	kubectl(t, "-n", namespace, "create", "secret", "generic", "cri-controller-tls", "--type=kubernetes.io/tls",
-		"--from-file=tls.crt="+bed.PKI.Controller.Cert, "--from-file=tls.key="+bed.PKI.Controller.Key, "--from-file=ca.crt="+bed.PKI.OpsCA.Cert)
 }
 
 // opsPort is where the bed's proxy listens for commands.

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -21,6 +22,7 @@ import (
 	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/tools/clientcmd"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/yaml"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
@@ -74,10 +76,33 @@ func run(m *testing.M) (code int, err error) {
 	if api, err = client.New(config, client.Options{Scheme: scheme}); err != nil {
 		return 0, err
 	}
+	if err := enrolIn(ctx, "cri-proxy-system"); err != nil {
+		return 0, err
+	}
 	imageRef = bed.Image("cri-controller")
 	code = m.Run()
 	failed = code != 0
 	return code, nil
+}
+
+// enrolIn makes the node ask the controller in a namespace for its certificate, with kubelet's own kubeconfig, as a user would.
+func enrolIn(ctx context.Context, namespace string) error {
+	var config map[string]any
+	text, err := os.ReadFile(bed.ProxyConfig())
+	if err != nil {
+		return err
+	}
+	if err := yaml.Unmarshal(text, &config); err != nil {
+		return err
+	}
+	config["ops"] = map[string]any{"address": bed.OpsAddress, "enrol": map[string]any{"kubeconfig": bed.KubeletKubeconfig(), "namespace": namespace}}
+	if text, err = yaml.Marshal(config); err != nil {
+		return err
+	}
+	if err := os.WriteFile(bed.ProxyConfig(), text, 0o644); err != nil {
+		return err
+	}
+	return bed.RestartProxy(ctx, syscall.SIGTERM)
 }
 
 // TestDeploy is one story: what is installed first is there for the steps after it.
@@ -89,6 +114,7 @@ func TestDeploy(t *testing.T) {
 		{"image", testImage},
 		{"kustomize", testKustomize},
 		{"permissions", testPermissions},
+		{"identity", testIdentity},
 		{"the leader is killed", testLeaderKilled},
 		{"the leader is deleted", testLeaderDeleted},
 		{"helm", testHelm},

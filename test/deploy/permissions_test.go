@@ -26,7 +26,17 @@ func testPermissions(t *testing.T) {
 		{own, "get update", "leases.coordination.k8s.io", "cri-controller", true},
 
 		{everywhere, "list watch create update patch delete deletecollection", "secrets", "", false},
-		{own, "list watch create update patch delete", "secrets", "", false},
+		{own, "list watch update patch delete", "secrets", "", false},
+		{own, "create", "secrets", "", true}, // no name can be given to create
+		{own, "get update", "secrets", "cri-proxy-ca", true},
+		{own, "get update", "configmaps", "cri-proxy-ca", true},
+		{own, "get update patch delete", "configmaps", "another", false},
+		{own, "patch delete", "configmaps", "cri-proxy-ca", false},
+		{"", "approve sign", "signers.certificates.k8s.io", "cri-proxy.io/node", true},
+		{"", "approve sign", "signers.certificates.k8s.io", "kubernetes.io/kube-apiserver-client-kubelet", false},
+		{"", "approve sign", "signers.certificates.k8s.io", "kubernetes.io/kube-apiserver-client", false},
+		{"", "approve sign attest", "signers.certificates.k8s.io", "", false},
+		{"", "create update patch delete", "certificatesigningrequests.certificates.k8s.io", "", false},
 		{everywhere, "create update delete deletecollection", "pods", "", false},
 		{everywhere, "create get", "pods/exec", "", false},
 		{everywhere, "create get", "pods/attach", "", false},

@@ -345,6 +345,11 @@ func (n *Node) writeKubelet() error {
 	return writeYAML(n.etc("kubelet.yaml"), config)
 }
 
+// KubeletKubeconfig is the file with kubelet's credentials, once kubelet has been started.
+func (n *Node) KubeletKubeconfig() string {
+	return filepath.Join(n.bed.Dir, "etc", n.name("kubelet")+".kubeconfig")
+}
+
 // KubeletCommand writes kubelet's configuration and returns its command line, without the program, for a test that starts it in its own way.
 func (n *Node) KubeletCommand() ([]string, error) {
 	if err := n.writeKubelet(); err != nil {

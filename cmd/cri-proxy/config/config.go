@@ -14,7 +14,7 @@ import (
 	"github.com/spf13/pflag"
 	"go.yaml.in/yaml/v3"
 
-	"github.com/cri-proxy/cri-proxy/ops/enrol"
+	"github.com/cri-proxy/cri-proxy/api/identity"
 )
 
 // Config is everything `cri-proxy serve` can be told. The yaml tags are the keys
@@ -190,7 +190,7 @@ func Default() *Config {
 		StateDir:        "/var/lib/cri-proxy",
 		AdminSocket:     DefaultAdminSocket,
 		Log:             Log{Level: "info", Format: "text"},
-		Ops:             Ops{Enrol: Enrol{Namespace: enrol.DefaultNamespace}},
+		Ops:             Ops{Enrol: Enrol{Namespace: identity.DefaultNamespace}},
 		Restart:         Restart{Method: "gate"},
 		Images:          Images{Parallel: 1, MaxDiskPercent: 80, RegistryHostsDir: "/etc/containerd/certs.d"},
 		Kubelet:         Kubelet{PodsSocket: "/var/lib/kubelet/pods-api/pods-api.sock"},

@@ -87,6 +87,7 @@ metricsAddress: :9090
 nodeName: 007
 ops:
   address: :9443
+  enrol: {kubeconfig: /kubelet.conf, namespace: elsewhere}
   certFile: c
   keyFile: k
   clientCAFile: ca
@@ -108,7 +109,7 @@ drainTimeout: 1m30s
 		Log:             config.Log{Level: "debug", Format: "json"},
 		MetricsAddress:  ":9090",
 		NodeName:        "007",
-		Ops:             config.Ops{Address: ":9443", Enrol: config.Enrol{Namespace: "cri-proxy-system"}, CertFile: "c", KeyFile: "k", ClientCAFile: "ca", AllowedClients: []string{"one", "/a.sock"}},
+		Ops:             config.Ops{Address: ":9443", Enrol: config.Enrol{Kubeconfig: "/kubelet.conf", Namespace: "elsewhere"}, CertFile: "c", KeyFile: "k", ClientCAFile: "ca", AllowedClients: []string{"one", "/a.sock"}},
 		Restart:         config.Restart{Method: "pidfd", CDISpecDir: "/cdi"},
 		Images:          config.Images{Parallel: 2, BytesPerSecond: 3, MaxDiskPercent: 4.5, RegistryHostsDir: "/hosts", CredentialProviderConfig: "/p.yaml", CredentialProviderBinDir: "/p"},
 		Kubelet:         config.Kubelet{PodsSocket: "/k.sock"},

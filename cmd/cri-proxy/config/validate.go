@@ -17,7 +17,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 
-	"github.com/cri-proxy/cri-proxy/ops/enrol"
+	"github.com/cri-proxy/cri-proxy/api/identity"
 )
 
 // maxSocketPath is sizeof(sockaddr_un.sun_path) less the final NUL, see unix(7).
@@ -170,7 +170,7 @@ func (o *Ops) validate() (errs []error) {
 			bad("ops.enrol.kubeconfig: %q is not an absolute path", o.Enrol.Kubeconfig)
 		}
 		if !namespaceForm.MatchString(o.Enrol.Namespace) {
-			bad("ops.enrol.namespace: %q is no namespace; give the one that cri-controller runs in, such as %s", o.Enrol.Namespace, enrol.DefaultNamespace)
+			bad("ops.enrol.namespace: %q is no namespace; give the one that cri-controller runs in, such as %s", o.Enrol.Namespace, identity.DefaultNamespace)
 		}
 	} else {
 		for _, f := range []struct{ key, value, what string }{

@@ -10,6 +10,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/cri-proxy/cri-proxy/api/identity"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/enrol"
 	"github.com/cri-proxy/cri-proxy/ops/mtls"
@@ -62,7 +63,7 @@ func (n *node) allowedClients() []string {
 	if o := n.config.Ops; len(o.AllowedClients) > 0 || o.Enrol.Kubeconfig == "" {
 		return o.AllowedClients
 	}
-	return []string{enrol.ControllerName}
+	return []string{identity.ControllerName}
 }
 
 // identity describes the certificate of the ops API over TCP; nil: that is off.
