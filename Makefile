@@ -51,14 +51,15 @@ deb: dist ## Debian packages of cri-proxy for amd64 and arm64 into bin/dist
 
 # The closing line of test is go test's own, so its last step has no timing line.
 # IMAGE is a reference to push to, or a file to write an OCI archive to.
-IMAGE ?= bin/cri-controller.tar
+PROGRAM ?= cri-controller
+IMAGE ?= bin/$(PROGRAM).tar
 PLATFORMS ?= linux/amd64,linux/arm64
 
 .PHONY: image
-image: ## cri-controller's container image: IMAGE=registry/name:tag pushes it, without it is written to bin/
+image: ## the container image of PROGRAM (cri-controller, or cri-proxy for deploy/installer): IMAGE=registry/name:tag pushes it, without it is written to bin/
 	@mkdir -p bin
 	@cd tools/deploy && CGO_ENABLED=0 GOFLAGS=-mod=readonly go build -trimpath -o ../../bin/image ./image
-	@bin/image -platforms $(PLATFORMS) -to $(IMAGE) $(IMAGE_ARGS) ./cmd/cri-controller
+	@bin/image -platforms $(PLATFORMS) -to $(IMAGE) $(IMAGE_ARGS) ./cmd/$(PROGRAM)
 
 .PHONY: test
 test: ## lint, then unit, integration and end-to-end tests

@@ -17,6 +17,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/ctl"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/install"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/installer"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/serve"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/upgrade"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
@@ -57,7 +58,7 @@ func newRoot() *cobra.Command {
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return &config.InvalidError{Err: fmt.Errorf("%w; see %s --help", err, c.CommandPath())}
 	})
-	root.AddCommand(serve.Command(), install.Command(), install.Uninstall(), upgrade.Command(), bypass.Command(), ctl.Command(time.Now), newConfig(), newVersion())
+	root.AddCommand(serve.Command(), install.Command(), install.Uninstall(), installer.Command(), upgrade.Command(), bypass.Command(), ctl.Command(time.Now), newConfig(), newVersion())
 	checkArgs(root)
 	return root
 }

@@ -6,6 +6,7 @@ package nspawn
 import (
 	"encoding/json"
 	"fmt"
+	"net/url"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -70,6 +71,8 @@ func TestNode(t *testing.T) {
 		{"bypass", bypassOnNode},
 		{"uninstall", uninstallOnNode},
 		{"killed", killedInstall},
+		{"before kubelet", beforeKubelet},
+		{"DaemonSet", daemonSetOnNode},
 		{"package", packageOnNode},
 	} {
 		ok := t.Run(c.name, func(t *testing.T) {
@@ -376,5 +379,98 @@ func packageOnNode(t *testing.T, n *node) {
 		t.Error(err)
 	}
 	n.does(t, "dpkg", "-P", "cri-proxy")
+	same(t, before, n.files(t))
+}
+
+// beforeKubelet is an install on a node whose kubelet has not been started yet, as cloud-init does it. What kubelet reads is somebody
+// else's, and uninstall changes it back all the same.
+func beforeKubelet(t *testing.T, n *node) {
+	before := n.files(t)
+	n.must(t, "systemctl", "stop", "kubelet.service")
+	if out := n.doesNot(t, "/shared/cri-proxy", "install"); !strings.Contains(out, "use --no-kubelet") {
+		t.Error(out)
+	}
+	if out := n.does(t, "/shared/cri-proxy", "install", "--no-kubelet", "--runtime-endpoint", n.RuntimeSocket); !strings.Contains(out, "must be unix:///run/cri-proxy/kubelet.sock") {
+		t.Error(out)
+	}
+	n.must(t, "sed", "-i", "s,unix://"+n.RuntimeSocket+",unix:///run/cri-proxy/kubelet.sock,", kubeadmFlags)
+	n.must(t, "systemctl", "start", "kubelet.service")
+	n.installed(t)
+	if out := n.does(t, "/shared/cri-proxy", "install", "--dry-run"); strings.Contains(out, "point kubelet") {
+		t.Error(out)
+	}
+	n.does(t, "cri-proxy", "uninstall", "--purge")
+	same(t, before, n.files(t))
+}
+
+// daemonSetOnNode installs by a DaemonSet: it says what it would do, does it, and takes it off again.
+func daemonSetOnNode(t *testing.T, n *node) {
+	before := n.files(t)
+	ctx := t.Context()
+	// The image as make image makes it: the binary and nothing else.
+	layer := filepath.Join(n.dir, "image")
+	if err := command(ctx, "install", "-D", filepath.Join(n.shared, "cri-proxy"), filepath.Join(layer, "ko-app", "cri-proxy")); err != nil {
+		t.Fatal(err)
+	}
+	crane := filepath.Join(n.bed.Bin, "crane")
+	image := n.bed.Image("cri-proxy:test")
+	for _, c := range [][]string{
+		{"tar", "-C", layer, "-cf", layer + ".tar", "ko-app"},
+		{crane, "append", "--insecure", "--platform", "linux/" + runtime.GOARCH, "--oci-empty-base", "-f", layer + ".tar", "-t", image},
+		{crane, "mutate", "--insecure", "--set-platform", "linux/" + runtime.GOARCH, "--entrypoint", "/ko-app/cri-proxy", "--user", "65532:65532", "-t", image, image},
+	} {
+		if err := command(ctx, c[0], c[1:]...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, file := range []string{"namespace.yaml", "rbac.yaml"} {
+		n.kubectl(t, "apply", "-f", filepath.Join("../../deploy/installer", file))
+	}
+	if err := n.bed.WaitNamespace(ctx, "cri-proxy-installer"); err != nil {
+		t.Fatal(err)
+	}
+	daemonSet, err := os.ReadFile("../../deploy/installer/daemonset.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	api, err := url.Parse(n.bed.APIServer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Only on this node, and without kube-proxy the API server has its own address only.
+	text := strings.NewReplacer(
+		"image: cri-proxy\n", "image: "+image+"\n",
+		"{kubernetes.io/os: linux}", "{kubernetes.io/hostname: "+n.NodeName+"}",
+		"        env:\n", "        env:\n        - {name: KUBERNETES_SERVICE_HOST, value: "+api.Hostname()+"}\n        - {name: KUBERNETES_SERVICE_PORT, value: \""+api.Port()+"\"}\n",
+		"minReadySeconds: 10", "minReadySeconds: 0", "periodSeconds: 5", "periodSeconds: 1",
+	).Replace(string(daemonSet))
+	if err := n.bed.KubectlApply(ctx, text); err != nil {
+		t.Fatal(err)
+	}
+	rolled := func(want string) {
+		t.Helper()
+		out, err := n.bed.Kubectl(ctx, "-n", "cri-proxy-installer", "rollout", "status", "daemonset/cri-proxy-installer", "--timeout=60s")
+		log := n.kubectl(t, "-n", "cri-proxy-installer", "logs", "daemonset/cri-proxy-installer", "--tail=100")
+		if err != nil || !strings.Contains(log, want) {
+			t.Fatalf("%v: %s\n%s\n%s", err, out, log, n.kubectl(t, "-n", "cri-proxy-installer", "describe", "pods"))
+		}
+	}
+	label := func() string {
+		return n.kubectl(t, "get", "node", n.NodeName, "-o", `jsonpath={.metadata.labels.cri-proxy\.io/installed}`)
+	}
+	rolled("would point kubelet at unix:///run/cri-proxy/kubelet.sock")
+	same(t, before, n.files(t), "/usr/local/lib/cri-proxy-installer/")
+	n.kubectl(t, "-n", "cri-proxy-installer", "set", "env", "daemonset/cri-proxy-installer", "ACTION=install", "ARGS=--log-level=debug --metrics-address=127.0.0.1:9464")
+	rolled("install is done")
+	n.installed(t)
+	if label() != "true" {
+		t.Error("the node has no label")
+	}
+	n.kubectl(t, "-n", "cri-proxy-installer", "set", "env", "daemonset/cri-proxy-installer", "ACTION=uninstall", "ARGS=--purge")
+	rolled("uninstall is done")
+	if label() != "" {
+		t.Error("the node still has its label")
+	}
+	n.kubectl(t, "delete", "-f", "../../deploy/installer/namespace.yaml", "--wait=false")
 	same(t, before, n.files(t))
 }

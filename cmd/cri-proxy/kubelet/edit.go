@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/yamledit"
 )
 
@@ -36,9 +37,14 @@ const (
 	dropInKind = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n"
 )
 
-// Point returns what must be changed for kubelet to dial an endpoint: nothing if it does already. Where the images' endpoint is set to
-// the runtime as well, it goes along.
+// Point returns what must be changed for kubelet to dial an endpoint, a path or unix:// URL: nothing if it does already. Where the images'
+// endpoint is set to the runtime as well, it goes along.
 func (k *Kubelet) Point(endpoint string) ([]Edit, error) {
+	path, err := config.SocketPath(endpoint)
+	if err != nil {
+		return nil, err
+	}
+	endpoint = "unix://" + path // kubelet will not take a path for ever
 	runtime, err := k.setting(endpoints.runtime[0], endpoints.runtime[1])
 	if err != nil {
 		return nil, err

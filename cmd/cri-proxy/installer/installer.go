@@ -1,0 +1,208 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package installer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
+	"github.com/cri-proxy/cri-proxy/ops/apiserver"
+)
+
+const (
+	// label is on nodes where the proxy is; its value says nothing more, since versions need not be label values.
+	label = "cri-proxy.io/installed"
+	// hostDir is where the binary is on the node. Not below that of the installed versions, which an uninstall removes, and not
+	// below /run, from which some distributions run no programs.
+	hostDir = "/usr/local/lib/cri-proxy-installer"
+	// unit is the node's: the work goes on when the pod goes away.
+	unit = "cri-proxy-installer"
+)
+
+// The actions.
+const (
+	check     = "check"
+	install   = "install"
+	uninstall = "uninstall"
+)
+
+// Command returns `cri-proxy installer`, which is for pods only.
+func Command() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:    "installer",
+		Short:  "Run cri-proxy install on the node of this privileged pod",
+		Hidden: true,
+		Long: `Run cri-proxy install or uninstall on the node of this pod, label the node, and
+stay until asked to stop. The pod must be privileged and see the node's
+processes (hostPID). See deploy/installer.`,
+	}
+	for action, short := range map[string]string{
+		check: "Say what cri-proxy install would do", install: "Run cri-proxy install", uninstall: "Run cri-proxy uninstall",
+	} {
+		cmd.AddCommand(newAction(action, short))
+	}
+	cmd.AddCommand(&cobra.Command{
+		Use: "done FILE", Short: "Succeed if the node is done", Args: cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			_, err := os.Stat(args[0])
+			return err
+		},
+	})
+	return cmd
+}
+
+func newAction(action, short string) *cobra.Command {
+	i := &installer{action: action}
+	cmd := &cobra.Command{
+		Use: action, Short: short, Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGINT, unix.SIGTERM)
+			defer stop()
+			i.out = cmd.OutOrStdout()
+			return i.run(ctx)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&i.host, "host", "/proc/1/root", "root of the node's files")
+	f.StringVar(&i.node, "node", "", "name of the node, for its label (default: no label)")
+	f.StringVar(&i.done, "done", "", "file to write when the node is done, for a readiness probe")
+	f.StringVar(&i.args, "args", "", "more arguments of cri-proxy install or uninstall, separated by spaces")
+	return cmd
+}
+
+type installer struct {
+	action, host, node, done, args string
+	out                            io.Writer
+}
+
+func (i *installer) run(ctx context.Context) error {
+	args := []string{i.action}
+	if i.action == check {
+		args = []string{install, "--dry-run"}
+	}
+	if err := i.copyIn(); err != nil {
+		return fmt.Errorf("copying this program to the node: %w", err)
+	}
+	if err := i.onHost(ctx, append(args, strings.Fields(i.args)...)); err != nil {
+		return err
+	}
+	if err := i.setLabel(ctx); err != nil {
+		return err
+	}
+	if i.action == uninstall {
+		if err := os.RemoveAll(filepath.Join(i.host, hostDir)); err != nil {
+			return err
+		}
+	}
+	if i.done != "" {
+		if err := os.WriteFile(i.done, nil, 0o644); err != nil {
+			return err
+		}
+	}
+	_, _ = fmt.Fprintf(i.out, "%s is done; waiting to be stopped\n", i.action)
+	<-ctx.Done()
+	return nil
+}
+
+// copyIn puts this program on the node.
+func (i *installer) copyIn() (err error) {
+	src, err := os.Open("/proc/self/exe")
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	dir := filepath.Join(i.host, hostDir)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	dst, err := os.CreateTemp(dir, ".cri-proxy-*")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			_ = os.Remove(dst.Name())
+		}
+	}()
+	_, err = io.Copy(dst, src)
+	if err = errors.Join(err, dst.Chmod(0o755), dst.Close()); err != nil {
+		return err
+	}
+	return os.Rename(dst.Name(), filepath.Join(dir, "cri-proxy"))
+}
+
+// onHost has the node's systemd run it, and passes on what it says.
+func (i *installer) onHost(ctx context.Context, args []string) error {
+	run := append([]string{"--quiet", "--wait", "--collect", "--pipe", "--unit=" + unit, "--", filepath.Join(hostDir, "cri-proxy")}, args...)
+	program, err := i.find("systemd-run")
+	if err != nil {
+		return err
+	}
+	// Not killed with this process: what systemd runs goes on anyway.
+	cmd := exec.CommandContext(ctx, program, run...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: i.host}
+	cmd.Dir = "/"
+	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+	cmd.Stdout, cmd.Stderr = i.out, i.out
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("cri-proxy %s on the node: %w", strings.Join(args, " "), err)
+	}
+	return nil
+}
+
+// find returns where the node has a program.
+func (i *installer) find(name string) (string, error) {
+	for _, dir := range []string{"/usr/bin", "/bin"} {
+		path := filepath.Join(dir, name)
+		if _, err := os.Stat(filepath.Join(i.host, path)); err == nil {
+			return path, nil
+		}
+	}
+	return "", fmt.Errorf("no %s on the node: does it run systemd, and is the pod privileged, with hostPID?", name)
+}
+
+// setLabel says on the Node what there is.
+func (i *installer) setLabel(ctx context.Context) error {
+	if i.node == "" || i.action == check {
+		return nil
+	}
+	c, err := apiserver.InCluster()
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	var value any // null takes it away
+	if i.action == install {
+		value = "true"
+	}
+	patch := map[string]any{"metadata": map[string]any{
+		"labels":      map[string]any{label: value},
+		"annotations": map[string]any{"cri-proxy.io/installed-version": orNil(value, version.Short())},
+	}}
+	if err := c.Do(ctx, http.MethodPatch, "/api/v1/nodes/"+url.PathEscape(i.node), patch, &struct{}{}); err != nil {
+		return fmt.Errorf("label of node %s: %w", i.node, err)
+	}
+	return nil
+}
+
+func orNil(there any, value string) any {
+	if there == nil {
+		return nil
+	}
+	return value
+}
