@@ -217,6 +217,16 @@ func (g *GRPCNodes) client(n Node) (opsv1.OpsClient, *grpc.ClientConn, error) {
 		c.used = now
 		return opsv1.NewOpsClient(c.conn), c.conn, nil
 	}
+	conn, err := g.dial(n)
+	if err != nil {
+		return nil, nil, err
+	}
+	g.conns[n] = &nodeConn{conn, now}
+	return opsv1.NewOpsClient(conn), conn, nil
+}
+
+// dial makes a connection, which is made up with its first call.
+func (g *GRPCNodes) dial(n Node) (*grpc.ClientConn, error) {
 	conn, err := grpc.NewClient("passthrough:///"+n.Address,
 		grpc.WithTransportCredentials(g.credentials),
 		grpc.WithAuthority(n.Name),
@@ -229,10 +239,9 @@ func (g *GRPCNodes) client(n Node) (opsv1.OpsClient, *grpc.ClientConn, error) {
 		grpc.WithUserAgent("cri-controller"),
 	)
 	if err != nil {
-		return nil, nil, status.Errorf(codes.Unavailable, "address %q: %v", n.Address, err)
+		return nil, status.Errorf(codes.Unavailable, "address %q: %v", n.Address, err)
 	}
-	g.conns[n] = &nodeConn{conn, now}
-	return opsv1.NewOpsClient(conn), conn, nil
+	return conn, nil
 }
 
 // Run forgets nodes that are not talked to any more, until ctx ends.

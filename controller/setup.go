@@ -116,9 +116,9 @@ func slimNode(in any) (any, error) {
 	slim.Labels = node.Labels
 	slim.Status.Addresses = node.Status.Addresses
 	for _, c := range node.Status.Conditions {
-		if c.Type == corev1.NodeReady {
+		if c.Type == corev1.NodeReady || c.Type == BypassedCondition {
 			// Without the times: a heartbeat is no change.
-			slim.Status.Conditions = []corev1.NodeCondition{{Type: c.Type, Status: c.Status, Reason: c.Reason, Message: c.Message}}
+			slim.Status.Conditions = append(slim.Status.Conditions, corev1.NodeCondition{Type: c.Type, Status: c.Status, Reason: c.Reason, Message: c.Message})
 		}
 	}
 	return slim, nil

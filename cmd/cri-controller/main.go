@@ -34,6 +34,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/authority"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull"
+	"github.com/cri-proxy/cri-proxy/controller/nodecondition"
 	"github.com/cri-proxy/cri-proxy/controller/rollout"
 	"github.com/cri-proxy/cri-proxy/ops/mtls"
 )
@@ -55,6 +56,7 @@ type settings struct {
 	leaderNamespace  string
 	logLevel, format string
 	workers          int
+	nodeEvery        time.Duration
 }
 
 func main() {
@@ -108,6 +110,7 @@ func newCommand() *cobra.Command {
 	f.StringVar(&s.logLevel, "log-level", "info", "error, warn, info, debug or trace")
 	f.StringVar(&s.format, "log-format", "text", "text or json")
 	f.IntVar(&s.workers, "workers", 8, "requests worked on at the same time")
+	f.DurationVar(&s.nodeEvery, "node-condition-period", nodecondition.DefaultEvery, "how often a node is asked whether its cri-proxy is bypassed, for the condition "+string(controller.BypassedCondition)+" on Nodes")
 	return cmd
 }
 
@@ -118,6 +121,9 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 	}
 	if s.workers < 1 {
 		return fmt.Errorf("--workers must be at least 1, not %d", s.workers)
+	}
+	if s.nodeEvery < time.Second {
+		return fmt.Errorf("--node-condition-period must be at least 1s, not %s", s.nodeEvery)
 	}
 	if s.nodePort < 1 || s.nodePort > 65535 {
 		return fmt.Errorf("--node-port must be between 1 and 65535, not %d", s.nodePort)
@@ -206,6 +212,9 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 	if err := setUpRollout(ctx, m, s, nodes, log); err != nil {
 		return err
 	}
+	if err := setUpNodeCondition(m, s, nodes, log); err != nil {
+		return err
+	}
 	if err := m.AddHealthzCheck("ping", healthz.Ping); err != nil {
 		return err
 	}
@@ -284,6 +293,18 @@ func setUpAuthority(m ctrl.Manager, a *authority.Authority) error {
 	}
 	signer := &authority.Signer{Authority: a, Recorder: m.GetEventRecorder("cri-controller")}
 	return signer.SetupWithManager(m, 2)
+}
+
+// setUpNodeCondition adds what says on Nodes whether kubelet is led past cri-proxy.
+func setUpNodeCondition(m ctrl.Manager, s settings, nodes nodecondition.Nodes, log logrus.FieldLogger) error {
+	counters, err := nodecondition.NewMetrics(metrics.Registry)
+	if err != nil {
+		return err
+	}
+	r := &nodecondition.Reconciler{
+		Client: m.GetClient(), Nodes: nodes, NodePort: s.nodePort, Recorder: m.GetEventRecorder("cri-controller"), Metrics: counters, Log: log, Every: s.nodeEvery,
+	}
+	return r.SetupWithManager(m)
 }
 
 // setUpImagePull adds what carries out image jobs.

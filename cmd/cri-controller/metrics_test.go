@@ -11,6 +11,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/authority"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull"
+	"github.com/cri-proxy/cri-proxy/controller/nodecondition"
 	"github.com/cri-proxy/cri-proxy/controller/rollout"
 	"github.com/cri-proxy/cri-proxy/test/metricdoc"
 )
@@ -21,6 +22,7 @@ func TestMetricsAreDocumented(t *testing.T) {
 	for name, register := range map[string]func() error{
 		"controller": func() error { _, err := controller.NewMetrics(r); return err },
 		"imagepull":  func() error { _, err := imagepull.NewMetrics(r); return err },
+		"condition":  func() error { _, err := nodecondition.NewMetrics(r); return err },
 		"rollout":    func() error { _, err := rollout.NewMetrics(r); return err },
 		"nodes":      func() error { return r.Register(&controller.GRPCNodes{}) },
 		"authority":  func() error { _, err := authority.NewMetrics(r); return err },

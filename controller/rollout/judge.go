@@ -42,6 +42,7 @@ const (
 	failRestart      = "RestartFailed"
 	failUnreachable  = "NodeUnreachable"
 	failRefused      = "NodeRefuses"
+	failBypassed     = "NodeBypassed" // kubelet is led past cri-proxy there
 	failOutdated     = "ProxyOutdated"
 	failPreparation  = "PreparationFailed"
 	failPodEnded     = "PodEnded"

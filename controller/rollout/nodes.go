@@ -61,6 +61,8 @@ func troubleOf(err error) trouble {
 		t.reason, t.final = failOutdated, true
 	case c == codes.PermissionDenied || c == codes.Unauthenticated:
 		t.reason = failRefused
+	case nodeError.Bypassed():
+		t.reason = failBypassed
 	case c == codes.NotFound || c == codes.FailedPrecondition:
 		t.stale = true
 	case !nodeError.Temporary():

@@ -105,6 +105,7 @@ func overlay(t *testing.T) string {
 	patch, err := json.Marshal([]map[string]any{
 		{"op": "add", "path": "/spec/template/spec/containers/0/args/-", "value": "--node-port=" + opsPort()},
 		{"op": "add", "path": "/spec/template/spec/containers/0/args/-", "value": "--certificate-life=" + certificateLife},
+		{"op": "add", "path": "/spec/template/spec/containers/0/args/-", "value": "--node-condition-period=1s"},
 		{"op": "add", "path": "/spec/template/spec/containers/0/env", "value": []map[string]string{
 			{"name": "KUBERNETES_SERVICE_HOST", "value": host}, {"name": "KUBERNETES_SERVICE_PORT", "value": port},
 		}},

@@ -115,6 +115,8 @@ func TestDeploy(t *testing.T) {
 		{"kustomize", testKustomize},
 		{"permissions", testPermissions},
 		{"identity", testIdentity},
+		{"bypass", testBypass},
+		{"doctor", testDoctor},
 		{"the leader is killed", testLeaderKilled},
 		{"the leader is deleted", testLeaderDeleted},
 		{"helm", testHelm},

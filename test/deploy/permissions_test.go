@@ -48,7 +48,7 @@ func testPermissions(t *testing.T) {
 		{everywhere, "update patch", "pods/ephemeralcontainers", "", false},
 		{everywhere, "update patch", "pods/resize", "", false},
 		{"", "create update patch delete", "nodes", "", false},
-		{"", "update patch", "nodes/status", "", false},
+		{"", "update", "nodes/status", "", false},
 		{"", "get create", "nodes/proxy", "", false},
 		{"", "create update patch delete", "namespaces", "", false},
 		{everywhere, "create update patch delete list watch", "serviceaccounts", "", false},
