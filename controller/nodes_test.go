@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/status"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/controller-runtime/pkg/cache/informertest"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
@@ -267,6 +268,39 @@ func TestNodesGone(t *testing.T) {
 		}
 		if time.Now().After(end) {
 			t.Fatalf("%d connections are left, and %d goroutines, %d before", len(nodes.conns), now, before)
+		}
+	}
+}
+
+// A node that is removed from the cluster is not talked to any more, over connections that are open neither.
+func TestRemovedNode(t *testing.T) {
+	ca := newAuthority(t)
+	nodes := newNodes(t, ca.issue("cri-controller"))
+	scheme, err := NewScheme()
+	if err != nil {
+		t.Fatal(err)
+	}
+	informers := &informertest.FakeInformers{Scheme: scheme}
+	if err := nodes.ForgetRemoved(t.Context(), informers); err != nil {
+		t.Fatal(err)
+	}
+	informer, err := informers.FakeInformerFor(t.Context(), &corev1.Node{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"node-1", "node-2"} {
+		n := newTestNode(t, ca.issue(name))
+		if _, err := nodes.GetOperation(t.Context(), Node{name, n.address}, "x"); code(err) != codes.NotFound {
+			t.Fatalf("error %v", err)
+		}
+	}
+	informer.Delete(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "node-1"}})
+	if len(nodes.conns) != 1 {
+		t.Fatalf("%d connections", len(nodes.conns))
+	}
+	for n := range nodes.conns {
+		if n.Name != "node-2" {
+			t.Errorf("connected to %v", n)
 		}
 	}
 }

@@ -9,7 +9,6 @@ import (
 	"regexp"
 	"slices"
 
-	"github.com/sirupsen/logrus"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -59,11 +58,10 @@ func NewServer(e *Engine, info InfoFunc) *Server { return &Server{e: e, info: in
 
 // Restart implements [opsv1.OpsServer].
 func (s *Server) Restart(ctx context.Context, req *opsv1.RestartRequest) (*opsv1.Operation, error) {
-	caller, remote := callerOf(ctx)
+	_, remote := callerOf(ctx)
 	if err := validateRestart(req, remote); err != nil {
 		return nil, err
 	}
-	log := s.e.log.WithFields(logrus.Fields{"op": req.GetUid(), "pod": podName(req.GetPod()), "caller": caller, "requester": req.GetRequester()})
 	if known := s.e.lookup(req.GetUid()); known != nil {
 		o, err := known.as(&operation{req: req, credentials: req.GetCredentials()})
 		if err != nil {
@@ -76,14 +74,12 @@ func (s *Server) Restart(ctx context.Context, req *opsv1.RestartRequest) (*opsv1
 	}
 	pod, err := s.precheck(ctx, req)
 	if err != nil {
-		log.WithError(err).Info("restart refused")
 		return nil, err
 	}
 	o, err := s.e.submit(proto.Clone(req).(*opsv1.RestartRequest), pod)
 	if err != nil {
 		return nil, err
 	}
-	log.Info("restart accepted")
 	return o.snapshot(), nil
 }
 
@@ -203,7 +199,6 @@ func (s *Server) CancelOperation(ctx context.Context, req *opsv1.CancelOperation
 	if err := s.e.cancel(o, reason); err != nil {
 		return nil, err
 	}
-	s.e.log.WithFields(logrus.Fields{"op": req.GetUid(), "caller": caller}).Info("cancel asked for")
 	// The operation takes back what it has staged; tell the caller how it ended.
 	for {
 		op, changed := o.watch()

@@ -8,7 +8,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -30,7 +29,7 @@ const (
 
 // PrepareUpgrade implements [opsv1.OpsServer].
 func (s *Server) PrepareUpgrade(ctx context.Context, req *opsv1.PrepareUpgradeRequest) (*opsv1.Operation, error) {
-	caller, remote := callerOf(ctx)
+	_, remote := callerOf(ctx)
 	restart := restartOf(req)
 	if err := validateRestart(restart, remote); err != nil {
 		return nil, err
@@ -50,10 +49,8 @@ func (s *Server) PrepareUpgrade(ctx context.Context, req *opsv1.PrepareUpgradeRe
 		}
 		return same.snapshot(), nil
 	}
-	log := s.e.log.WithFields(logrus.Fields{"op": req.GetUid(), "pod": podName(req.GetPod()), "caller": caller, "requester": req.GetRequester()})
 	pod, err := s.precheck(ctx, restart)
 	if err != nil {
-		log.WithError(err).Info("upgrade refused")
 		return nil, err
 	}
 	o.op = &opsv1.Operation{
@@ -66,7 +63,6 @@ func (s *Server) PrepareUpgrade(ctx context.Context, req *opsv1.PrepareUpgradeRe
 	if o, err = s.e.accept(o); err != nil {
 		return nil, err
 	}
-	log.Info("upgrade accepted")
 	return o.snapshot(), nil
 }
 
@@ -154,7 +150,7 @@ func (o *operation) given() (c []*opsv1.RegistryCredential, forgotten bool, othe
 }
 
 // CommitUpgrade implements [opsv1.OpsServer].
-func (s *Server) CommitUpgrade(ctx context.Context, req *opsv1.CommitUpgradeRequest) (*opsv1.Operation, error) {
+func (s *Server) CommitUpgrade(_ context.Context, req *opsv1.CommitUpgradeRequest) (*opsv1.Operation, error) {
 	o, err := s.upgrade(req.GetUid())
 	if err != nil {
 		return nil, err
@@ -162,8 +158,6 @@ func (s *Server) CommitUpgrade(ctx context.Context, req *opsv1.CommitUpgradeRequ
 	if err := s.e.release(o); err != nil {
 		return nil, err
 	}
-	caller, _ := callerOf(ctx)
-	s.e.log.WithFields(logrus.Fields{"op": req.GetUid(), "caller": caller}).Info("upgrade committed")
 	return o.snapshot(), nil
 }
 

@@ -8,6 +8,8 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"errors"
+	"fmt"
 	"net"
 	"net/url"
 	"os"
@@ -23,6 +25,7 @@ import (
 	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
@@ -393,3 +396,178 @@ func errString(err error) string {
 	}
 	return err.Error()
 }
+
+// TestConnectionsEndInTime: what let a client in must be good for as long as it is in.
+func TestConnectionsEndInTime(t *testing.T) {
+	connect := func(t *testing.T, b *bed, template x509.Certificate) *grpc.ClientConn {
+		t.Helper()
+		template.DNSNames = []string{allowed}
+		cert, key := b.ca.Issue(t.TempDir(), "client", template)
+		conn, err := grpc.NewClient(b.addr, grpc.WithTransportCredentials(b.client(t, cert, key)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		if err := ask(t, conn); status.Code(err) != codes.AlreadyExists {
+			t.Fatalf("not let in: %v", err)
+		}
+		return conn
+	}
+	lost := func(t *testing.T, conn *grpc.ClientConn) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		defer cancel()
+		if conn.GetState() == connectivity.Ready && !conn.WaitForStateChange(ctx, connectivity.Ready) {
+			t.Fatal("the connection stays")
+		}
+		if err := ask(t, conn); status.Code(err) != codes.Unavailable {
+			t.Errorf("let in again: %v", err)
+		}
+	}
+	t.Run("with the client's certificate", func(t *testing.T) {
+		b := newBed(t)
+		lost(t, connect(t, b, x509.Certificate{NotAfter: time.Now().Add(2 * time.Second)}))
+	})
+	t.Run("when its authority is withdrawn", func(t *testing.T) {
+		b := newBed(t)
+		old := connect(t, b, x509.Certificate{})
+		next := *b
+		next.ca = mtlstest.NewCA(t, "next")
+		b.trust(t, b.ca, next.ca)
+		if err := ask(t, old); status.Code(err) != codes.AlreadyExists {
+			t.Fatalf("with another authority beside its own: %v", err)
+		}
+		b.trust(t, next.ca)
+		_ = ask(t, old) // somebody's call is when the server looks
+		lost(t, old)
+	})
+}
+
+func ask(t *testing.T, conn *grpc.ClientConn) error {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	_, err := healthpb.NewHealthClient(conn).Check(ctx, &healthpb.HealthCheckRequest{})
+	return err
+}
+
+// identity is a client's that changes.
+type identity struct {
+	cert    *tls.Certificate
+	roots   *x509.CertPool
+	refuse  map[string]bool
+	servers []string
+}
+
+func (i *identity) Current(context.Context) (*tls.Certificate, *x509.CertPool, error) {
+	return i.cert, i.roots, nil
+}
+
+func (i *identity) Server(_ context.Context, name string, c *x509.Certificate) error {
+	if c != nil {
+		i.servers = append(i.servers, c.DNSNames...)
+	}
+	if i.refuse[name] {
+		return errors.New("not " + name)
+	}
+	return nil
+}
+
+func TestIdentityOfAClient(t *testing.T) {
+	b := newBed(t)
+	cert, key := b.ca.Issue(t.TempDir(), "client", x509.Certificate{DNSNames: []string{allowed}})
+	pair, err := tls.LoadX509KeyPair(cert, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(b.ca.File)
+	if err != nil {
+		t.Fatal(err)
+	}
+	id := &identity{cert: &pair, roots: x509.NewCertPool(), refuse: map[string]bool{}}
+	call := func(name string) error {
+		t.Helper()
+		conn, err := grpc.NewClient("passthrough:///"+b.addr, grpc.WithTransportCredentials(mtls.NewClientOf(id)), grpc.WithAuthority(name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		return ask(t, conn)
+	}
+	if err := call("node"); status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "unknown authority") {
+		t.Errorf("trusts nobody: %v", err)
+	}
+	id.roots.AppendCertsFromPEM(text)
+	if err := call("node"); status.Code(err) != codes.AlreadyExists {
+		t.Error(err)
+	}
+	if err := call("other"); status.Code(err) != codes.Unavailable {
+		t.Errorf("another name: %v", err)
+	}
+	if len(id.servers) != 1 || id.servers[0] != "node" {
+		t.Errorf("was shown %v", id.servers)
+	}
+	id.refuse["node"] = true
+	if err := call("node"); status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "not node") || len(id.servers) != 1 {
+		t.Errorf("refused before anything is sent: %v", err)
+	}
+}
+
+func TestAwaitedFiles(t *testing.T) {
+	ca, dir := mtlstest.NewCA(t, "ca"), t.TempDir()
+	log, hook := logtest.NewNullLogger()
+	s, err := mtls.NewServer(mtls.ServerOptions{
+		CertFile: dir + "/n.crt", KeyFile: dir + "/n.key", ClientCAFile: ca.File, AllowedClients: []string{allowed}, Log: log,
+		Awaited: func() error { return errors.New("it is on its way") },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	client, server := net.Pipe()
+	defer client.Close()
+	if s.Certificate() != nil {
+		t.Error("there is a certificate")
+	}
+	srv := grpc.NewServer(s.GRPC()...)
+	var owned sync.WaitGroup
+	l := &oneConn{c: server, end: make(chan struct{})}
+	owned.Go(func() { _ = srv.Serve(l) })
+	if _, err := client.Read(make([]byte, 1)); err == nil {
+		t.Error("not hung up")
+	}
+	for e := hook.LastEntry(); e == nil || !strings.Contains(fmt.Sprint(e.Data[logrus.ErrorKey]), "on its way"); e = hook.LastEntry() {
+		runtime.Gosched()
+		if t.Context().Err() != nil {
+			t.Fatal("not logged")
+		}
+	}
+	ca.Issue(dir, "n", x509.Certificate{DNSNames: []string{"node"}})
+	if c := s.Certificate(); c == nil || c.DNSNames[0] != "node" {
+		t.Errorf("%v", c)
+	}
+	srv.Stop()
+	owned.Wait()
+}
+
+// oneConn is a listener with one connection.
+type oneConn struct {
+	c    net.Conn
+	end  chan struct{}
+	once sync.Once
+}
+
+func (l *oneConn) Accept() (net.Conn, error) {
+	if c := l.c; c != nil {
+		l.c = nil
+		return c, nil
+	}
+	<-l.end
+	return nil, net.ErrClosed
+}
+
+func (l *oneConn) Close() error {
+	l.once.Do(func() { close(l.end) })
+	return nil
+}
+
+func (l *oneConn) Addr() net.Addr { return &net.TCPAddr{} }

@@ -27,6 +27,8 @@ import (
 const (
 	// maxMessage bounds a request: a command for every container of a large pod is a few kilobytes.
 	maxMessage = 1 << 20
+	// maxHeaders bounds the metadata of a request, of which no command has any.
+	maxHeaders = 16 << 10
 	// maxConnections is far above what the replicas of one controller need.
 	maxConnections = 64
 	// maxStreams bounds the calls of one connection: a watch per operation, and
@@ -112,7 +114,10 @@ func (s *Server) GRPC() []grpc.ServerOption {
 		grpc.Creds(serverCredentials{s}),
 		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.MaxRecvMsgSize(maxMessage),
+		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.MaxConcurrentStreams(maxStreams),
+		grpc.StatsHandler(refusals{s}),
+		grpc.UnknownServiceHandler(s.unknownMethod),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minPing, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: maxIdle, Time: time.Minute, Timeout: 20 * time.Second}),
 		grpc.ChainUnaryInterceptor(s.unary),
@@ -238,6 +243,9 @@ func ClientName(ctx context.Context) (string, bool) {
 }
 
 func (s *Server) named(ctx context.Context) (context.Context, error) {
+	if c, ok := ctx.Value(callKey{}).(*call); ok {
+		c.reached.Store(true)
+	}
 	_, _, _ = s.files.current() // a withdrawn authority is noticed by calls, too, and ends its connections
 	p, ok := peer.FromContext(ctx)
 	if !ok {

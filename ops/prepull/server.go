@@ -8,7 +8,6 @@ import (
 	"regexp"
 	"time"
 
-	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -43,11 +42,7 @@ func (s *Server) Pull(_ context.Context, req *opsv1.PullRequest) (*opsv1.PullOpe
 	if err := validate(req); err != nil {
 		return nil, err
 	}
-	op, err := s.p.submit(req)
-	if err == nil {
-		s.p.log.WithFields(logrus.Fields{"op": req.GetUid(), "image": req.GetImage(), "owner": req.GetOwner(), "credentials": len(req.GetCredentials())}).Info("pull asked for")
-	}
-	return op, err
+	return s.p.submit(req)
 }
 
 func validate(req *opsv1.PullRequest) error {

@@ -94,7 +94,7 @@ func (r *runtime) RemoveContainer(ctx context.Context, _ *runtimeapi.RemoveConta
 	}
 }
 
-func startRuntime(t *testing.T, path string) *runtime {
+func startRuntime(t testing.TB, path string) *runtime {
 	t.Helper()
 	l, err := net.Listen("unix", path)
 	if err != nil {
@@ -121,7 +121,7 @@ type daemonUnderTest struct {
 	err    chan error // what Run returned
 }
 
-func newConfig(t *testing.T) *config.Config {
+func newConfig(t testing.TB) *config.Config {
 	t.Helper()
 	// Not t.TempDir: its names are longer than a socket path may be.
 	dir, err := os.MkdirTemp("", "serve")
@@ -142,7 +142,7 @@ func newConfig(t *testing.T) *config.Config {
 func runtimePath(c *config.Config) string { return strings.TrimPrefix(c.RuntimeEndpoint, "unix://") }
 
 // start runs the daemon and returns once it answers on the admin socket.
-func start(t *testing.T, c *config.Config) *daemonUnderTest {
+func start(t testing.TB, c *config.Config) *daemonUnderTest {
 	t.Helper()
 	if err := c.Validate(); err != nil {
 		t.Fatal(err)
@@ -188,7 +188,7 @@ func (d *daemonUnderTest) logged(message string) bool {
 }
 
 // ended returns what Run returned.
-func (d *daemonUnderTest) ended(t *testing.T) error {
+func (d *daemonUnderTest) ended(t testing.TB) error {
 	t.Helper()
 	select {
 	case err := <-d.err:
@@ -199,7 +199,7 @@ func (d *daemonUnderTest) ended(t *testing.T) error {
 	}
 }
 
-func dial(t *testing.T, path string) *grpc.ClientConn {
+func dial(t testing.TB, path string) *grpc.ClientConn {
 	t.Helper()
 	conn, err := grpc.NewClient("unix://"+path, grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: time.Second}))
@@ -523,7 +523,7 @@ func TestHTTP(t *testing.T) {
 	}
 }
 
-func freePort(t *testing.T) string {
+func freePort(t testing.TB) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -562,7 +562,7 @@ func TestOpsOverTLS(t *testing.T) {
 	}
 }
 
-func callNodeInfo(t *testing.T, address string, creds credentials.TransportCredentials) (*opsv1.NodeInfoResponse, error) {
+func callNodeInfo(t testing.TB, address string, creds credentials.TransportCredentials) (*opsv1.NodeInfoResponse, error) {
 	t.Helper()
 	conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(creds))
 	if err != nil {

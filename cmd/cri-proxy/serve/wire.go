@@ -218,6 +218,8 @@ func (n *node) sayIfRuntimeMissing() {
 // opsServer makes a gRPC server with the commands of the state on it. name is that of the listener.
 func (n *node) opsServer(name string, o ...grpc.ServerOption) *grpc.Server {
 	before, after := n.commands.options(name)
+	after = append(after, grpc.ChainUnaryInterceptor(ops.Audit(n.log)))
+	after = append(after, ops.Guard(n.log)...)
 	s := grpc.NewServer(append(slices.Concat(before, o, after), grpc.ChainUnaryInterceptor(n.refuseBypassed))...)
 	st := n.state.Load()
 	opsv1.RegisterOpsServer(s, ops.NewServer(st.engine, n.info))
