@@ -233,9 +233,7 @@ func pin(crr *appsv1alpha1.ContainerRecreateRequest, a *accepted, drains bool) e
 	crr.Annotations[acceptedAnnotation] = string(value)
 	delete(crr.Annotations, appsv1alpha1.UnreadyAcquiredAnnotation)
 	delete(crr.Annotations, appsv1alpha1.SyncContainerStatusesAnnotation)
-	crr.Labels[appsv1alpha1.PodUIDLabel] = a.PodUID
-	crr.Labels[appsv1alpha1.NodeNameLabel] = a.NodeName
-	crr.Labels[appsv1alpha1.ActiveLabel] = "true"
+	label(crr.Labels, a.PodUID, a.NodeName)
 	crr.Finalizers = without(crr.Finalizers, operationFinalizer, appsv1alpha1.UnreadyAcquiredFinalizer)
 	crr.Finalizers = append(crr.Finalizers, operationFinalizer)
 	if drains {
@@ -246,6 +244,11 @@ func pin(crr *appsv1alpha1.ContainerRecreateRequest, a *accepted, drains bool) e
 		crr.Spec.Containers[i].StatusContext = &context
 	}
 	return nil
+}
+
+// label sets the labels of an active request.
+func label(labels map[string]string, podUID, node string) {
+	labels[appsv1alpha1.PodUIDLabel], labels[appsv1alpha1.NodeNameLabel], labels[appsv1alpha1.ActiveLabel] = podUID, node, "true"
 }
 
 func withDefault(m map[string]string) map[string]string {

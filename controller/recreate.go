@@ -279,9 +279,9 @@ func (p *pass) deadline() *time.Time {
 // accept checks and pins the request, with one patch. A refusal by what the cache
 // shows is checked against the API server.
 func (p *pass) accept(ctx context.Context) error {
-	a, pod, err := p.tryAccept(ctx, p.r.Client)
+	a, pod, err := readAndAccept(ctx, p.r.Client, p.crr)
 	if refused(err) != nil {
-		a, pod, err = p.tryAccept(ctx, p.r.APIReader)
+		a, pod, err = readAndAccept(ctx, p.r.APIReader, p.crr)
 	}
 	if err != nil {
 		p.pod = pod
@@ -301,28 +301,6 @@ func (p *pass) accept(ctx context.Context) error {
 	p.memory.lastWrite = p.r.now()
 	p.log.WithField("node", a.NodeName).Info("request accepted")
 	return nil
-}
-
-func (p *pass) tryAccept(ctx context.Context, from client.Reader) (*accepted, *corev1.Pod, error) {
-	pod := &corev1.Pod{}
-	err := from.Get(ctx, client.ObjectKey{Namespace: p.crr.Namespace, Name: p.crr.Spec.PodName}, pod)
-	if apierrors.IsNotFound(err) {
-		pod = nil
-	} else if err != nil {
-		return nil, nil, err
-	}
-	var node *corev1.Node
-	if pod != nil && pod.Spec.NodeName != "" {
-		node = &corev1.Node{}
-		err := from.Get(ctx, client.ObjectKey{Name: pod.Spec.NodeName}, node)
-		if apierrors.IsNotFound(err) {
-			node = nil
-		} else if err != nil {
-			return nil, nil, err
-		}
-	}
-	a, err := accept(p.crr, pod, node)
-	return a, pod, err
 }
 
 // refuse completes a request that cannot be carried out.

@@ -111,6 +111,8 @@ func TestSameObjects(t *testing.T) {
 		{name: "defaults"},
 		{name: "identity from files", component: "components/identity-files", values: []string{"--set", "identity.mode=files"}},
 		{name: "with the ServiceMonitor", component: "components/servicemonitor", values: []string{"--set", "serviceMonitor.enabled=true"}},
+		{name: "without webhooks", component: "components/without-webhooks", values: []string{"--set", "webhook.enabled=false"}},
+		{name: "webhooks with cert-manager", component: "components/webhook-cert-manager", values: []string{"--set", "webhook.certManager.enabled=true"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			base := absolute(t, ".")
@@ -221,6 +223,9 @@ func TestValues(t *testing.T) {
 		{name: "secret", set: []string{"identity.mode=files", "tls.secretName=other"}, want: []string{"secretName: other"}, not: []string{"cri-controller-tls", "kind: Certificate"}},
 		{name: "cert-manager", set: []string{"identity.mode=files", "tls.certManager.enabled=true", "tls.certManager.issuerRef.name=nodes", "tls.certManager.issuerRef.kind=ClusterIssuer"},
 			want: []string{"kind: Certificate\n", "name: nodes", "secretName: cri-controller-tls", "client auth"}},
+		{name: "no webhooks", set: []string{"webhook.enabled=false", "webhook.certManager.enabled=true"}, not: []string{"ebhook", "9443"}},
+		{name: "webhooks by an issuer", set: []string{"webhook.certManager.enabled=true", "webhook.certManager.issuerRef.name=corp", "webhook.certManager.issuerRef.kind=ClusterIssuer"},
+			want: []string{"issuerRef:\n    kind: ClusterIssuer\n    name: corp", "inject-ca-from: cri-proxy-system/cri-controller-webhook", "--webhook-cert-dir="}, not: []string{"selfSigned", "type: Opaque", "name: cri-controller-webhook-ca"}},
 		{name: "service monitor", set: []string{"serviceMonitor.enabled=true", "serviceMonitor.interval=15s", "serviceMonitor.labels.release=prom"}, want: []string{"kind: ServiceMonitor", "interval: 15s", "release: prom"}},
 		{name: "no CRDs", set: []string{"crds.enabled=false"}, not: []string{"kind: CustomResourceDefinition"}},
 		{name: "CRDs go too", set: []string{"crds.keep=false"}, want: []string{"kind: CustomResourceDefinition"}, not: []string{"resource-policy"}},

@@ -57,6 +57,7 @@ type settings struct {
 	logLevel, format string
 	workers          int
 	nodeEvery        time.Duration
+	webhook          webhookSettings
 }
 
 func main() {
@@ -111,6 +112,7 @@ func newCommand() *cobra.Command {
 	f.StringVar(&s.format, "log-format", "text", "text or json")
 	f.IntVar(&s.workers, "workers", 8, "requests worked on at the same time")
 	f.DurationVar(&s.nodeEvery, "node-condition-period", nodecondition.DefaultEvery, "how often a node is asked whether its cri-proxy is bypassed, for the condition "+string(controller.BypassedCondition)+" on Nodes")
+	s.webhook.flags(f)
 	return cmd
 }
 
@@ -129,6 +131,9 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 		return fmt.Errorf("--node-port must be between 1 and 65535, not %d", s.nodePort)
 	}
 	if err := s.checkIdentity(); err != nil {
+		return err
+	}
+	if err := s.webhook.complete(); err != nil {
 		return err
 	}
 	logr := controller.NewLogr(log)
@@ -169,10 +174,12 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 		return err
 	}
 
+	hooks, keeper := s.webhook.server(&cached, log)
 	m, err := ctrl.NewManager(config, ctrl.Options{
 		Scheme:                        scheme,
 		Logger:                        logr,
 		Cache:                         cached,
+		WebhookServer:                 hooks,
 		Metrics:                       metricsserver.Options{BindAddress: s.metricsAddress},
 		HealthProbeBindAddress:        s.probeAddress,
 		LeaderElection:                s.leaderElect,
@@ -214,6 +221,11 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 	}
 	if err := setUpNodeCondition(m, s, nodes, log); err != nil {
 		return err
+	}
+	if hooks != nil {
+		if err := setUpWebhooks(m, keeper, log); err != nil {
+			return err
+		}
 	}
 	if err := m.AddHealthzCheck("ping", healthz.Ping); err != nil {
 		return err

@@ -31,6 +31,9 @@ func TestCommandLine(t *testing.T) {
 		{"log format", slices.Concat(tls, []string{"--log-format=xml"}), 1, `--log-format must be text or json, not "xml"`},
 		{"workers", slices.Concat(tls, []string{"--workers=0"}), 1, "--workers must be at least 1"},
 		{"port", slices.Concat(tls, []string{"--node-port=70000"}), 1, "--node-port must be between 1 and 65535"},
+		{"webhook port", slices.Concat(tls, []string{"--webhook-port=70000"}), 1, "--webhook-port must be between 0, which switches the webhooks off, and 65535"},
+		{"webhooks outside a pod", slices.Concat(tls, []string{"--webhook-port=9443"}), 1, "give --webhook-namespace outside a pod"},
+		{"webhook certificates too short", slices.Concat(tls, []string{"--webhook-port=9443", "--webhook-namespace=x", "--webhook-cert-validity=1s"}), 1, "--webhook-cert-validity must be at least 1m"},
 		{"kubeconfig", slices.Concat(tls, []string{"--kubeconfig=/none/kubeconfig"}), 1, "give --kubeconfig outside a pod"},
 	}
 	for _, tt := range tests {

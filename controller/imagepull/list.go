@@ -227,8 +227,8 @@ func count(next *v1beta1.ImageListPullJobStatus, child *v1beta1.ImagePullJob) {
 	}
 }
 
-// create makes a child. foreign says why there is none: another object has its name.
-func (r *ListReconciler) create(ctx context.Context, list *v1beta1.ImageListPullJob, name, image string) (foreign string, err error) {
+// childOf is the job for an image of a list.
+func childOf(list *v1beta1.ImageListPullJob, name, image string) *v1beta1.ImagePullJob {
 	child := &v1beta1.ImagePullJob{
 		ObjectMeta: metav1.ObjectMeta{
 			Namespace: list.Namespace, Name: name,
@@ -240,6 +240,12 @@ func (r *ListReconciler) create(ctx context.Context, list *v1beta1.ImageListPull
 	}
 	// A child lives as long as the list: were it deleted before its siblings are done, it would be missing.
 	child.Spec.CompletionPolicy.TTLSecondsAfterFinished = nil
+	return child
+}
+
+// create makes a child. foreign says why there is none: another object has its name.
+func (r *ListReconciler) create(ctx context.Context, list *v1beta1.ImageListPullJob, name, image string) (foreign string, err error) {
+	child := childOf(list, name, image)
 	err = r.Client.Create(ctx, child)
 	if apierrors.IsAlreadyExists(err) {
 		var there v1beta1.ImagePullJob

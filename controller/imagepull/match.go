@@ -63,20 +63,29 @@ func nodeFilter(ctx context.Context, from client.Reader, job *v1beta1.ImagePullJ
 		}
 		return func(n *corev1.Node) bool { return names[n.Name] }, nil
 	case s != nil && !emptySelector(&s.LabelSelector):
-		selector, err := metav1.LabelSelectorAsSelector(&s.LabelSelector)
+		selector, err := selectorOf("spec.selector", &s.LabelSelector)
 		if err != nil {
-			return nil, &specError{fmt.Sprintf("spec.selector: %s", err)}
+			return nil, err
 		}
 		return func(n *corev1.Node) bool { return selector.Matches(labels.Set(n.Labels)) }, nil
 	}
 	return func(*corev1.Node) bool { return true }, nil
 }
 
+// selectorOf reads the selector in a field. The error is a *specError.
+func selectorOf(field string, s *metav1.LabelSelector) (labels.Selector, error) {
+	selector, err := metav1.LabelSelectorAsSelector(s)
+	if err != nil {
+		return nil, wrong("%s: %s", field, err)
+	}
+	return selector, nil
+}
+
 // hostFilter chooses the nodes of active pods.
 func hostFilter(ctx context.Context, from client.Reader, namespace string, pods *metav1.LabelSelector) (func(*corev1.Node) bool, error) {
-	selector, err := metav1.LabelSelectorAsSelector(pods)
+	selector, err := selectorOf("spec.podSelector", pods)
 	if err != nil {
-		return nil, &specError{fmt.Sprintf("spec.podSelector: %s", err)}
+		return nil, err
 	}
 	var list corev1.PodList
 	if err := from.List(ctx, &list, client.InNamespace(namespace), client.MatchingLabelsSelector{Selector: selector}, client.UnsafeDisableDeepCopy); err != nil {

@@ -189,9 +189,9 @@ func (p *pass) advance(ctx context.Context) (time.Duration, error) {
 		}
 	}
 	w, err := p.wish(ctx)
-	var wrong *specError
-	if errors.As(err, &wrong) {
-		return p.refuse(ctx, wrong)
+	var why *specError
+	if errors.As(err, &why) {
+		return p.refuse(ctx, why)
 	}
 	if err != nil {
 		return 0, err
@@ -223,19 +223,19 @@ func (p *pass) wish(ctx context.Context) (*wish, error) {
 }
 
 // refuse says what is wrong with a job and leaves it until that is corrected.
-func (p *pass) refuse(ctx context.Context, wrong *specError) (time.Duration, error) {
+func (p *pass) refuse(ctx context.Context, why *specError) (time.Duration, error) {
 	if p.work.run != nil {
 		p.work.run.close()
 		p.work.run = nil
 	}
-	if p.work.invalid != wrong.message {
-		p.work.invalid = wrong.message
-		p.event(corev1.EventTypeWarning, eventInvalidSpec, wrong.message)
+	if p.work.invalid != why.Message {
+		p.work.invalid = why.Message
+		p.event(corev1.EventTypeWarning, eventInvalidSpec, why.Message)
 	}
 	next := p.job.Status.DeepCopy()
 	next.ObservedGeneration = p.job.Generation
-	next.Message = wrong.message
-	setCondition(next, v1beta1.ConditionComplete, false, completeInvalidSpec, wrong.message)
+	next.Message = why.Message
+	setCondition(next, v1beta1.ConditionComplete, false, completeInvalidSpec, why.Message)
 	return 0, p.writeStatus(ctx, next)
 }
 
@@ -431,8 +431,8 @@ func (p *pass) dismiss(ctx context.Context) error {
 		}
 		w := &wish{job: client.ObjectKeyFromObject(job), uid: job.UID, request: &opsv1.PullRequest{Image: job.Spec.Image, Owner: owner(job)}}
 		var err error
-		var wrong *specError
-		if w.nodes, err = match(ctx, p.r.Client, job, p.r.NodePort); err != nil && !errors.As(err, &wrong) {
+		var why *specError
+		if w.nodes, err = match(ctx, p.r.Client, job, p.r.NodePort); err != nil && !errors.As(err, &why) {
 			return err
 		}
 		p.work.run = newRun(p.r, w, false, func() {})

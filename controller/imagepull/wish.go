@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/distribution/reference"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"k8s.io/apimachinery/pkg/api/resource"
@@ -64,9 +65,11 @@ type target struct {
 }
 
 // specError is what the user has to correct in a job.
-type specError struct{ message string }
+type specError = controller.SpecError
 
-func (e *specError) Error() string { return e.message }
+func wrong(format string, args ...any) error {
+	return &specError{Message: fmt.Sprintf(format, args...)}
+}
 
 // wishOf reads the job. The error is a *specError.
 func wishOf(job *v1beta1.ImagePullJob) (*wish, error) {
@@ -80,6 +83,9 @@ func wishOf(job *v1beta1.ImagePullJob) (*wish, error) {
 	}
 	if job.Status.StartTime != nil {
 		w.begun = job.Status.StartTime.Time
+	}
+	if _, err := reference.ParseDockerRef(s.Image); err != nil {
+		return nil, wrong("image %q is no image reference (%s): it must be [REGISTRY[:PORT]/]NAME[:TAG][@DIGEST], as in a pod", s.Image, err)
 	}
 	r := &opsv1.PullRequest{
 		Image: s.Image, Policy: opsv1.PullPolicy_PULL_POLICY_IF_NOT_PRESENT, Owner: owner(job),
@@ -105,14 +111,14 @@ func wishOf(job *v1beta1.ImagePullJob) (*wish, error) {
 	if text, ok := job.Annotations[v1beta1.PinForAnnotation]; ok {
 		d, err := time.ParseDuration(text)
 		if err != nil || d < 0 || d > maxSpan {
-			return nil, &specError{fmt.Sprintf("annotation %s is %q: it must be a duration from 0s to 744h, such as 36h", v1beta1.PinForAnnotation, text)}
+			return nil, wrong("annotation %s is %q: it must be a duration from 0s to 744h, such as 36h", v1beta1.PinForAnnotation, text)
 		}
 		r.PinFor = durationpb.New(d)
 	}
 	if text, ok := job.Annotations[v1beta1.BytesPerSecondAnnotation]; ok {
 		q, err := resource.ParseQuantity(text)
 		if err != nil || q.Sign() < 0 || q.Value() == math.MaxInt64 {
-			return nil, &specError{fmt.Sprintf("annotation %s is %q: it must be a quantity of bytes, such as 20Mi", v1beta1.BytesPerSecondAnnotation, text)}
+			return nil, wrong("annotation %s is %q: it must be a quantity of bytes, such as 20Mi", v1beta1.BytesPerSecondAnnotation, text)
 		}
 		r.BytesPerSecond = q.Value()
 	}

@@ -118,7 +118,7 @@ func judge(pod *corev1.Pod, m *mark, g goal, k knowledge, s *strategy, now time.
 	for name, image := range g.images {
 		c, _ := containerOf(pod, name)
 		if c == nil {
-			v.fail(failNoContainer, "pod %s has no container %s that can be changed in place; it has %s", pod.Name, name, strings.Join(containersOf(pod), ", "))
+			v.fail(failNoContainer, "%s", podLacks(pod, name, toChange))
 			return v
 		}
 		if c.Image != image {
@@ -128,7 +128,7 @@ func judge(pod *corev1.Pod, m *mark, g goal, k knowledge, s *strategy, now time.
 	for _, name := range g.restarts {
 		c, _ := containerOf(pod, name)
 		if c == nil {
-			v.fail(failNoContainer, "pod %s has no container %s that can be restarted in place; it has %s", pod.Name, name, strings.Join(containersOf(pod), ", "))
+			v.fail(failNoContainer, "%s", podLacks(pod, name, toRestart))
 			return v
 		}
 		_, done := was{}, false
@@ -143,8 +143,8 @@ func judge(pod *corev1.Pod, m *mark, g goal, k knowledge, s *strategy, now time.
 	case len(v.images)+len(v.restarts) > 0:
 		v.stage = outdated
 		switch {
-		case pod.Annotations[corev1.MirrorPodAnnotationKey] != "":
-			v.fail(failStatic, "pod %s is a static pod: change its manifest on node %s", pod.Name, pod.Spec.NodeName)
+		case static(pod) != "":
+			v.fail(failStatic, "%s", static(pod))
 		case k.failed != nil:
 			v.fail(k.failed.reason, "%s", k.failed.message)
 			v.open = shut == g.rollout
@@ -159,6 +159,19 @@ func judge(pod *corev1.Pod, m *mark, g goal, k knowledge, s *strategy, now time.
 	}
 	v.judgeChanged(pod, m, g, k, s, moving, now)
 	return v
+}
+
+// podLacks says that a pod has no such container.
+func podLacks(pod *corev1.Pod, name, change string) string {
+	return lacks("pod "+pod.Name, name, change, containersOf(pod))
+}
+
+// static says that a pod is a static one; empty when it is none.
+func static(pod *corev1.Pod) string {
+	if pod.Annotations[corev1.MirrorPodAnnotationKey] == "" {
+		return ""
+	}
+	return fmt.Sprintf("pod %s is a static pod: change its manifest on node %s", pod.Name, pod.Spec.NodeName)
 }
 
 // judgeChanged is about a pod that was changed for the goal.

@@ -41,9 +41,6 @@ type revisions struct {
 const revisionsPause = 10 * time.Second
 
 func (p *pass) findStatefulSet(ctx context.Context, s *appsv1.StatefulSet) (*target, error) {
-	if s.Spec.UpdateStrategy.Type != appsv1.OnDeleteStatefulSetStrategyType {
-		return nil, notOnDelete(kindStatefulSet, s.Name, string(s.Spec.UpdateStrategy.Type))
-	}
 	pods, err := p.podsOf(ctx, s.Spec.Selector, s.UID)
 	if err != nil {
 		return nil, err
@@ -61,9 +58,6 @@ func (p *pass) findStatefulSet(ctx context.Context, s *appsv1.StatefulSet) (*tar
 }
 
 func (p *pass) findDaemonSet(ctx context.Context, d *appsv1.DaemonSet) (*target, error) {
-	if d.Spec.UpdateStrategy.Type != appsv1.OnDeleteDaemonSetStrategyType {
-		return nil, notOnDelete(kindDaemonSet, d.Name, string(d.Spec.UpdateStrategy.Type))
-	}
 	pods, err := p.podsOf(ctx, d.Spec.Selector, d.UID)
 	if err != nil {
 		return nil, err
@@ -72,10 +66,6 @@ func (p *pass) findDaemonSet(ctx context.Context, d *appsv1.DaemonSet) (*target,
 		p: p, object: d, kind: kindDaemonSet, template: &d.Spec.Template, selector: d.Spec.Selector, observed: d.Status.ObservedGeneration,
 	}}
 	return found, nil
-}
-
-func notOnDelete(kind, name, strategy string) error {
-	return wrong("%s %s has updateStrategy %s, with which its controller replaces the pods: set updateStrategy.type to OnDelete", kind, name, strategy)
 }
 
 func (w *onDelete) name() string { return w.kind + " " + w.object.GetName() }

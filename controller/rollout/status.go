@@ -345,9 +345,9 @@ func (p *pass) complete(ctx context.Context, next *inplace.InPlaceRolloutStatus,
 // refuse says what is wrong with a rollout and leaves it until that is corrected.
 func (p *pass) refuse(ctx context.Context, why *specError) error {
 	next := p.rollout.Status.DeepCopy()
-	next.ObservedGeneration, next.Message = p.rollout.Generation, why.message
-	p.stand(next, false, inplace.ReasonInvalidTarget, why.message)
-	p.tell(corev1.EventTypeWarning, eventInvalid, why.message, why.message)
+	next.ObservedGeneration, next.Message = p.rollout.Generation, why.Message
+	p.stand(next, false, inplace.ReasonInvalidTarget, why.Message)
+	p.tell(corev1.EventTypeWarning, eventInvalid, why.Message, why.Message)
 	p.wait = sooner(p.wait, lookAgain)
 	return p.writeStatus(ctx, next)
 }

@@ -16,6 +16,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller"
 )
 
 // target is what a rollout is about.
@@ -34,11 +35,11 @@ type target struct {
 }
 
 // specError is what the user has to correct.
-type specError struct{ message string }
+type specError = controller.SpecError
 
-func (e *specError) Error() string { return e.message }
-
-func wrong(format string, args ...any) error { return &specError{fmt.Sprintf(format, args...)} }
+func wrong(format string, args ...any) error {
+	return &specError{Message: fmt.Sprintf(format, args...)}
+}
 
 // find reads the target. The error is a *specError if the user can correct it.
 func (p *pass) find(ctx context.Context) (*target, error) {
@@ -47,9 +48,9 @@ func (p *pass) find(ctx context.Context) (*target, error) {
 	case t.PodName != "":
 		return p.findPod(ctx, t.PodName)
 	case t.Selector != nil:
-		selector, err := metav1.LabelSelectorAsSelector(t.Selector)
+		selector, err := selectorOf(t.Selector)
 		if err != nil {
-			return nil, wrong("spec.target.selector: %s", err)
+			return nil, err
 		}
 		p.work.choose(selector)
 		pods, err := p.list(ctx, selector)
@@ -67,6 +68,15 @@ func (p *pass) find(ctx context.Context) (*target, error) {
 		return p.findWorkload(ctx, t.WorkloadRef)
 	}
 	return nil, wrong("spec.target names neither podName, nor selector, nor workloadRef: set one of them")
+}
+
+// selectorOf reads the selector of a target. The error is a *specError.
+func selectorOf(s *metav1.LabelSelector) (labels.Selector, error) {
+	selector, err := metav1.LabelSelectorAsSelector(s)
+	if err != nil {
+		return nil, wrong("spec.target.selector: %s", err)
+	}
+	return selector, nil
 }
 
 func (p *pass) findPod(ctx context.Context, name string) (*target, error) {

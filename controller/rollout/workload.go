@@ -33,6 +33,9 @@ const (
 // revisionLabel is what StatefulSets and DaemonSets tell the revision of a pod by.
 const revisionLabel = appsv1.ControllerRevisionHashLabelKey
 
+// onDeleteStrategy is that of StatefulSets and of DaemonSets.
+const onDeleteStrategy = string(appsv1.OnDeleteStatefulSetStrategyType)
+
 // workload is a target with a template.
 type workload interface {
 	// image is that of a container in the template; empty when there is no such container.
@@ -48,7 +51,9 @@ type workload interface {
 	settle(ctx context.Context) (bool, error)
 }
 
-func (p *pass) findWorkload(ctx context.Context, ref *inplace.WorkloadRef) (*target, error) {
+// readWorkload reads the workload of a target, and says whether its pods can be changed in place. It is nil if there is none of that name. The
+// error is a *specError if the user can correct it.
+func readWorkload(ctx context.Context, from client.Reader, namespace string, ref *inplace.WorkloadRef) (client.Object, error) {
 	var object client.Object
 	switch ref.Kind {
 	case kindDeployment:
@@ -60,14 +65,41 @@ func (p *pass) findWorkload(ctx context.Context, ref *inplace.WorkloadRef) (*tar
 	default:
 		return nil, wrong("spec.target.workloadRef: kind %s is none of Deployment, StatefulSet and DaemonSet", ref.Kind)
 	}
-	err := p.r.Client.Get(ctx, client.ObjectKey{Namespace: p.rollout.Namespace, Name: ref.Name}, object)
+	err := from.Get(ctx, client.ObjectKey{Namespace: namespace, Name: ref.Name}, object)
 	switch {
 	case apierrors.IsNotFound(err):
-		return nil, wrong("there is no %s %s in namespace %s", ref.Kind, ref.Name, p.rollout.Namespace)
+		return nil, nil
 	case err != nil:
 		return nil, err
 	case object.GetDeletionTimestamp() != nil:
 		return nil, wrong("%s %s is being deleted", ref.Kind, ref.Name)
+	}
+	strategy := ""
+	switch o := object.(type) {
+	case *appsv1.StatefulSet:
+		strategy = string(o.Spec.UpdateStrategy.Type)
+	case *appsv1.DaemonSet:
+		strategy = string(o.Spec.UpdateStrategy.Type)
+	default:
+		return object, nil
+	}
+	if strategy != onDeleteStrategy {
+		return nil, wrong("%s %s has updateStrategy %s, with which its controller replaces the pods: set updateStrategy.type to %s", ref.Kind, ref.Name, strategy, onDeleteStrategy)
+	}
+	return object, nil
+}
+
+func noWorkload(namespace string, ref *inplace.WorkloadRef) string {
+	return fmt.Sprintf("there is no %s %s in namespace %s", ref.Kind, ref.Name, namespace)
+}
+
+func (p *pass) findWorkload(ctx context.Context, ref *inplace.WorkloadRef) (*target, error) {
+	object, err := readWorkload(ctx, p.r.Client, p.rollout.Namespace, ref)
+	if err != nil {
+		return nil, err
+	}
+	if object == nil {
+		return nil, wrong("%s", noWorkload(p.rollout.Namespace, ref))
 	}
 	var found *target
 	switch o := object.(type) {
@@ -107,6 +139,30 @@ func templateImages(t *corev1.PodTemplateSpec) map[string]string {
 	return images
 }
 
+// podTemplate is the template of a workload.
+func podTemplate(object client.Object) *corev1.PodTemplateSpec {
+	switch o := object.(type) {
+	case *appsv1.Deployment:
+		return &o.Spec.Template
+	case *appsv1.StatefulSet:
+		return &o.Spec.Template
+	case *appsv1.DaemonSet:
+		return &o.Spec.Template
+	}
+	return &corev1.PodTemplateSpec{}
+}
+
+// lacks says that something has no container of a name that can be changed in place, but others.
+func lacks(what, name, change string, has []string) string {
+	return fmt.Sprintf("%s has no container %s that can be %s in place; it has %s", what, name, change, strings.Join(has, ", "))
+}
+
+// What can be done to a container.
+const (
+	toChange  = "changed"
+	toRestart = "restarted"
+)
+
 // templateDiff are the images that a template lacks. The error is a *specError.
 func templateDiff(t *corev1.PodTemplateSpec, images map[string]string, what string) (map[string]string, error) {
 	have := templateImages(t)
@@ -114,7 +170,7 @@ func templateDiff(t *corev1.PodTemplateSpec, images map[string]string, what stri
 	for name, image := range images {
 		switch was, ok := have[name]; {
 		case !ok:
-			return nil, wrong("the template of %s has no container %s that can be changed in place; it has %s", what, name, strings.Join(slices.Sorted(maps.Keys(have)), ", "))
+			return nil, wrong("%s", lacks("the template of "+what, name, toChange, sortedKeys(have)))
 		case was != image:
 			diff[name] = image
 		}

@@ -1,0 +1,176 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package admission
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+
+	"github.com/sirupsen/logrus"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/webhook/admission"
+
+	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
+	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull"
+	"github.com/cri-proxy/cri-proxy/controller/rollout"
+)
+
+// Paths that the webhooks are served at, as the webhook configurations in deploy name them. Image jobs come as v1beta1, whatever version they
+// were sent as: the API server converts them.
+const (
+	PathDefaultRecreate  = "/default-containerrecreaterequest"
+	PathValidateRecreate = "/validate-containerrecreaterequest"
+	PathValidateJob      = "/validate-imagepulljob"
+	PathValidateList     = "/validate-imagelistpulljob"
+	PathValidateRollout  = "/validate-inplacerollout"
+)
+
+// mux is where handlers are registered; a webhook.Server is one.
+type mux interface {
+	Register(path string, hook http.Handler)
+}
+
+// Register adds the webhooks to a server. What they look up they read from the given reader: past the cache, because a replica that does
+// not lead keeps none of pods, and because a user must not be refused for what was true a moment ago.
+func Register(server mux, scheme *runtime.Scheme, from client.Reader, log logrus.FieldLogger) {
+	w := &webhooks{from: from, log: log}
+	for path, handler := range map[string]admission.Handler{
+		PathDefaultRecreate:  w.label(scheme),
+		PathValidateRecreate: admission.WithValidator(scheme, w.recreate()).Handler,
+		PathValidateJob:      admission.WithValidator(scheme, w.job()).Handler,
+		PathValidateList:     admission.WithValidator(scheme, w.list()).Handler,
+		PathValidateRollout:  admission.WithValidator(scheme, w.rollout()).Handler,
+	} {
+		server.Register(path, &admission.Webhook{Handler: w.guard(path, handler)})
+	}
+}
+
+// webhooks is what they share.
+type webhooks struct {
+	from client.Reader
+	log  logrus.FieldLogger
+}
+
+// guard lets an object through when a check panics: an error of ours must not keep users from working.
+func (w *webhooks) guard(path string, h admission.Handler) admission.Handler {
+	return admission.HandlerFunc(func(ctx context.Context, req admission.Request) (resp admission.Response) {
+		defer func() {
+			if why := recover(); why != nil {
+				w.log.WithFields(logrus.Fields{"path": path, "object": req.Namespace + "/" + req.Name}).Errorf("a check panicked: %v", why)
+				resp = admission.Allowed("").WithWarnings("not checked because of an error in cri-controller; the object's status will say whether it can be carried out")
+			}
+		}()
+		return h.Handle(ctx, req)
+	})
+}
+
+// label labels new requests. It is best effort: the reconciler sets the labels anyway, and what cannot be read here is refused by the schema,
+// with a better text. The patch is of labels only: a whole object of our types would bring fields along that the user has not set.
+func (w *webhooks) label(scheme *runtime.Scheme) admission.Handler {
+	decoder := admission.NewDecoder(scheme)
+	return admission.HandlerFunc(func(ctx context.Context, req admission.Request) admission.Response {
+		var crr appsv1alpha1.ContainerRecreateRequest
+		if err := decoder.Decode(req, &crr); err != nil {
+			return admission.Allowed("")
+		}
+		if err := controller.LabelRecreate(ctx, w.from, &crr); err != nil {
+			w.log.WithError(err).WithField("request", req.Namespace+"/"+req.Name).Warn("labelling a new request")
+			return admission.Allowed("")
+		}
+		var sent unstructured.Unstructured
+		if err := sent.UnmarshalJSON(req.Object.Raw); err != nil {
+			return admission.Allowed("")
+		}
+		sent.SetLabels(crr.Labels)
+		labelled, err := sent.MarshalJSON()
+		if err != nil {
+			return admission.Allowed("")
+		}
+		return admission.PatchResponseFromRaw(req.Object.Raw, labelled)
+	})
+}
+
+func (w *webhooks) recreate() admission.Validator[*appsv1alpha1.ContainerRecreateRequest] {
+	return &validator[*appsv1alpha1.ContainerRecreateRequest]{w, func(ctx context.Context, before, crr *appsv1alpha1.ContainerRecreateRequest) ([]string, error) {
+		if before != nil {
+			return nil, controller.CheckRecreateUpdate(before, crr)
+		}
+		return nil, controller.CheckRecreate(ctx, w.from, crr)
+	}}
+}
+
+func (w *webhooks) job() admission.Validator[*v1beta1.ImagePullJob] {
+	return &validator[*v1beta1.ImagePullJob]{w, func(_ context.Context, _, job *v1beta1.ImagePullJob) ([]string, error) {
+		return imagepull.Check(job)
+	}}
+}
+
+func (w *webhooks) list() admission.Validator[*v1beta1.ImageListPullJob] {
+	return &validator[*v1beta1.ImageListPullJob]{w, func(_ context.Context, _, list *v1beta1.ImageListPullJob) ([]string, error) {
+		return imagepull.CheckList(list)
+	}}
+}
+
+func (w *webhooks) rollout() admission.Validator[*inplace.InPlaceRollout] {
+	return &validator[*inplace.InPlaceRollout]{w, func(ctx context.Context, before, r *inplace.InPlaceRollout) ([]string, error) {
+		return rollout.Check(ctx, w.from, before, r)
+	}}
+}
+
+// object is one of ours.
+type object interface {
+	comparable
+	client.Object
+}
+
+// validator is an admission.Validator for one kind.
+type validator[T object] struct {
+	*webhooks
+	// check is told what is to be stored and, unless it is new, what is there.
+	check func(ctx context.Context, before, after T) (warnings []string, err error)
+}
+
+// ValidateCreate implements admission.Validator.
+func (v *validator[T]) ValidateCreate(ctx context.Context, o T) (admission.Warnings, error) {
+	var none T
+	return v.answer(ctx, none, o)
+}
+
+// ValidateUpdate implements admission.Validator. What is being deleted is let go, whatever it says.
+func (v *validator[T]) ValidateUpdate(ctx context.Context, before, after T) (admission.Warnings, error) {
+	if after.GetDeletionTimestamp() != nil {
+		return nil, nil
+	}
+	return v.answer(ctx, before, after)
+}
+
+// ValidateDelete implements admission.Validator. Deletion is never refused.
+func (v *validator[T]) ValidateDelete(context.Context, T) (admission.Warnings, error) {
+	return nil, nil
+}
+
+// answer refuses what the user can correct, and lets through what could not be checked.
+func (v *validator[T]) answer(ctx context.Context, before, after T) (admission.Warnings, error) {
+	warnings, err := v.check(ctx, before, after)
+	var why *controller.SpecError
+	switch {
+	case errors.As(err, &why) && why.Immutable:
+		return nil, &apierrors.StatusError{ErrStatus: metav1.Status{Status: metav1.StatusFailure, Code: http.StatusForbidden, Reason: metav1.StatusReasonForbidden, Message: why.Message}}
+	case errors.As(err, &why):
+		return nil, apierrors.NewBadRequest(why.Message)
+	case err != nil:
+		v.log.WithError(err).WithField("object", client.ObjectKeyFromObject(after).String()).Warn("a new object could not be checked")
+		return append(warnings, fmt.Sprintf("not checked (%v); the object's status will say whether it can be carried out", err)), nil
+	}
+	return warnings, nil
+}

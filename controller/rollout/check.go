@@ -1,0 +1,258 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package rollout
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/distribution/reference"
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	apiequality "k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+)
+
+// checkPods is how many pods of a selector are looked at in a check.
+const checkPods = 500
+
+// Check says whether a rollout can be carried out as the cluster is, by what the reconciler would find as it goes along, and whether another
+// rollout is at work on the same containers. before is nil for a new one; what it had already is not checked again. The error is a
+// *controller.SpecError if the user can correct it. Warnings tell what is accepted and may not be meant: a target may be made after its rollout.
+func Check(ctx context.Context, from client.Reader, before, r *inplace.InPlaceRollout) (warnings []string, err error) {
+	if before != nil {
+		// The schema compares the rest of a target, and is content with any selector.
+		if !apiequality.Semantic.DeepEqual(before.Spec.Target.Selector, r.Spec.Target.Selector) {
+			return nil, &specError{Immutable: true, Message: "the target is immutable: create another InPlaceRollout"}
+		}
+		if revisionOf(before) == revisionOf(r) {
+			return nil, nil
+		}
+	}
+	for _, c := range r.Spec.Containers {
+		if c.Image == "" {
+			continue
+		}
+		if _, err := reference.ParseDockerRef(c.Image); err != nil {
+			return nil, wrong("container %s: image %q is no image reference (%s): it must be [REGISTRY[:PORT]/]NAME[:TAG][@DIGEST], as in a pod", c.Name, c.Image, err)
+		}
+	}
+	switch t := r.Spec.Target; {
+	case t.PodName != "":
+		warnings, err = checkPod(ctx, from, r)
+	case t.Selector != nil:
+		warnings, err = checkSelected(ctx, from, r)
+	case t.WorkloadRef != nil:
+		warnings, err = checkWorkload(ctx, from, r)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return warnings, checkRivals(ctx, from, r)
+}
+
+func checkPod(ctx context.Context, from client.Reader, r *inplace.InPlaceRollout) ([]string, error) {
+	name := r.Spec.Target.PodName
+	pod, err := readPod(ctx, from, r.Namespace, name)
+	switch {
+	case err != nil:
+		return nil, err
+	case pod == nil:
+		return []string{fmt.Sprintf("there is no pod %s in namespace %s: the rollout waits for it", name, r.Namespace)}, nil
+	case pod.DeletionTimestamp != nil:
+		return nil, wrong("pod %s is being deleted: nothing in it is changed any more", name)
+	case !active(pod):
+		return nil, wrong("pod %s has ended (phase %s): only containers of an active pod can be changed", name, pod.Status.Phase)
+	}
+	return ungated(r, pod, "pod "+name), fits(pod, r)
+}
+
+func checkSelected(ctx context.Context, from client.Reader, r *inplace.InPlaceRollout) ([]string, error) {
+	selector, err := selectorOf(r.Spec.Target.Selector)
+	if err != nil {
+		return nil, err
+	}
+	pods, err := somePods(ctx, from, r.Namespace, selector)
+	if err != nil {
+		return nil, err
+	}
+	if len(pods) == 0 {
+		return []string{fmt.Sprintf("no pod in namespace %s has labels %s: the rollout waits for one", r.Namespace, metav1.FormatLabelSelector(r.Spec.Target.Selector))}, nil
+	}
+	for i := range pods {
+		if err := fits(&pods[i], r); err != nil {
+			return nil, err
+		}
+	}
+	return ungated(r, &pods[0], "pod "+pods[0].Name), nil
+}
+
+func checkWorkload(ctx context.Context, from client.Reader, r *inplace.InPlaceRollout) ([]string, error) {
+	ref := r.Spec.Target.WorkloadRef
+	object, err := readWorkload(ctx, from, r.Namespace, ref)
+	if err != nil {
+		return nil, err
+	}
+	if object == nil {
+		return []string{noWorkload(r.Namespace, ref) + ": the rollout waits for it"}, nil
+	}
+	pod := &corev1.Pod{Spec: podTemplate(object).Spec}
+	what := ref.Kind + " " + ref.Name
+	for _, c := range r.Spec.Containers {
+		if found, _ := containerOf(pod, c.Name); found == nil {
+			return nil, wrong("%s", lacks("the template of "+what, c.Name, changeOf(c), containersOf(pod)))
+		}
+	}
+	return ungated(r, pod, "the template of "+what), nil
+}
+
+// fits says whether the containers of a rollout can be changed in a pod. The error is a *specError.
+func fits(pod *corev1.Pod, r *inplace.InPlaceRollout) error {
+	if why := static(pod); why != "" {
+		return wrong("%s", why)
+	}
+	for _, c := range r.Spec.Containers {
+		if found, _ := containerOf(pod, c.Name); found == nil {
+			return wrong("%s", podLacks(pod, c.Name, changeOf(c)))
+		}
+	}
+	return nil
+}
+
+func changeOf(c inplace.ContainerChange) string {
+	if c.Image == "" {
+		return toRestart
+	}
+	return toChange
+}
+
+// ungated warns that a pod cannot be taken out of service.
+func ungated(r *inplace.InPlaceRollout, pod *corev1.Pod, what string) []string {
+	if r.Spec.Strategy.DrainSeconds == 0 || len(gatesOf(pod)) > 0 {
+		return nil
+	}
+	return []string{fmt.Sprintf("spec.strategy.drainSeconds has no effect: %s has no readiness gate %s", what, inplace.ReadyGate)}
+}
+
+// checkRivals says whether another rollout is at work on a container that this one wants. The error is a *specError then.
+func checkRivals(ctx context.Context, from client.Reader, r *inplace.InPlaceRollout) error {
+	var list inplace.InPlaceRolloutList
+	if err := from.List(ctx, &list, client.InNamespace(r.Namespace)); err != nil {
+		return err
+	}
+	for i := range list.Items {
+		other := &list.Items[i]
+		if other.Name == r.Name || other.DeletionTimestamp != nil || other.Status.CompletionTime != nil && other.Status.ObservedRevision == revisionOf(other) {
+			continue
+		}
+		container := sharedContainer(r, other)
+		if container == "" {
+			continue
+		}
+		what, err := sharedTarget(ctx, from, r, other)
+		if err != nil {
+			return err
+		}
+		if what != "" {
+			return wrong("InPlaceRollout %s is at work on container %s of %s: wait for its end (kubectl wait --for=condition=Complete ipr/%s), change that one instead, or delete it", other.Name, container, what, other.Name)
+		}
+	}
+	return nil
+}
+
+// sharedContainer is the first container that both are about.
+func sharedContainer(a, b *inplace.InPlaceRollout) string {
+	for _, c := range a.Spec.Containers {
+		if slices.ContainsFunc(b.Spec.Containers, func(o inplace.ContainerChange) bool { return o.Name == c.Name }) {
+			return c.Name
+		}
+	}
+	return ""
+}
+
+// sharedTarget names what both are about: a workload or a pod. Empty when there is none.
+func sharedTarget(ctx context.Context, from client.Reader, a, b *inplace.InPlaceRollout) (string, error) {
+	s, t := a.Spec.Target, b.Spec.Target
+	if s.WorkloadRef != nil && t.WorkloadRef != nil {
+		// A pod is of one workload.
+		if s.WorkloadRef.Kind == t.WorkloadRef.Kind && s.WorkloadRef.Name == t.WorkloadRef.Name {
+			return s.WorkloadRef.Kind + " " + s.WorkloadRef.Name, nil
+		}
+		return "", nil
+	}
+	if s.WorkloadRef != nil || s.Selector != nil && t.PodName != "" {
+		s, t = t, s // the pods of the first are read
+	}
+	if s.PodName != "" {
+		if s.PodName == t.PodName {
+			return "pod " + s.PodName, nil
+		}
+		pod, err := readPod(ctx, from, a.Namespace, s.PodName)
+		if err != nil || pod == nil || !isOf(pod, t) {
+			return "", err
+		}
+		return "pod " + pod.Name, nil
+	}
+	if s.Selector == nil {
+		return "", nil // neither of them has a target
+	}
+	selector, err := metav1.LabelSelectorAsSelector(s.Selector)
+	if err != nil {
+		return "", nil // the other one, which the reconciler has refused
+	}
+	pods, err := somePods(ctx, from, a.Namespace, selector)
+	for i := range pods {
+		if isOf(&pods[i], t) {
+			return "pod " + pods[i].Name, nil
+		}
+	}
+	return "", err
+}
+
+// isOf says whether a pod is one of a target.
+func isOf(pod *corev1.Pod, t inplace.Target) bool {
+	switch {
+	case t.PodName != "":
+		return pod.Name == t.PodName
+	case t.Selector != nil:
+		selector, err := metav1.LabelSelectorAsSelector(t.Selector)
+		return err == nil && selector.Matches(labels.Set(pod.Labels))
+	case t.WorkloadRef != nil:
+		owner := metav1.GetControllerOf(pod)
+		if owner == nil {
+			return false
+		}
+		if owner.Kind == "ReplicaSet" {
+			// It is named after its Deployment and the hash of the template.
+			name, ok := strings.CutSuffix(owner.Name, "-"+pod.Labels[appsv1.DefaultDeploymentUniqueLabelKey])
+			return ok && t.WorkloadRef.Kind == kindDeployment && t.WorkloadRef.Name == name
+		}
+		return owner.Kind == t.WorkloadRef.Kind && owner.Name == t.WorkloadRef.Name
+	}
+	return false
+}
+
+// readPod reads a pod; nil when there is none of that name.
+func readPod(ctx context.Context, from client.Reader, namespace, name string) (*corev1.Pod, error) {
+	pod := &corev1.Pod{}
+	err := from.Get(ctx, client.ObjectKey{Namespace: namespace, Name: name}, pod)
+	if apierrors.IsNotFound(err) {
+		return nil, nil
+	}
+	return pod, err
+}
+
+// somePods are the active ones of the first checkPods pods that a selector chooses.
+func somePods(ctx context.Context, from client.Reader, namespace string, selector labels.Selector) ([]corev1.Pod, error) {
+	var list corev1.PodList
+	err := from.List(ctx, &list, client.InNamespace(namespace), client.MatchingLabelsSelector{Selector: selector}, client.Limit(checkPods))
+	return slices.DeleteFunc(list.Items, func(p corev1.Pod) bool { return !active(&p) }), err
+}
