@@ -37,6 +37,9 @@ func testHelm(t *testing.T) {
 	leader(t, namespace, "")
 	must(t, enrolIn(t.Context(), namespace)) // another controller, with another CA
 	must(t, bed.CreateNamespace(t.Context(), "by-helm"))
+	if err := api.Create(t.Context(), wrong("by-helm", "wrong")); err == nil || !strings.Contains(err.Error(), "no pod by-helm/none") {
+		t.Errorf("the webhooks of the release: %v", err)
+	}
 	startWork(t, "by-helm", 1, 2)
 	finishWork(t, "by-helm", 1)
 
@@ -44,7 +47,7 @@ func testHelm(t *testing.T) {
 	if j := job(t, "by-helm"); j.Status.Succeeded != 1 {
 		t.Errorf("the job did not outlive the release: %+v", j.Status)
 	}
-	if out := kubectl(t, "get", "clusterrole,clusterrolebinding", "-o", "name"); strings.Contains(out, "cri-controller") {
-		t.Errorf("the release left permissions: %s", out)
+	if out := kubectl(t, "get", "clusterrole,clusterrolebinding,validatingwebhookconfiguration,mutatingwebhookconfiguration", "-o", "name"); strings.Contains(out, "cri-controller") {
+		t.Errorf("the release left permissions or webhooks: %s", out)
 	}
 }

@@ -59,6 +59,8 @@ func run(m *testing.M) (code int, err error) {
 		Mode: testbed.ModeCluster, Race: true, Log: os.Stderr, KeepLogs: func() bool { return failed },
 		// With one at a time the rollout would wait until the slow pull is through.
 		ProxyArgs: []string{"--images-parallel", "2"},
+		// See the package comment.
+		APIServerArgs: []string{"--enable-aggregator-routing"},
 	})
 	if err != nil {
 		return 0, err
@@ -117,8 +119,11 @@ func TestDeploy(t *testing.T) {
 		{"identity", testIdentity},
 		{"bypass", testBypass},
 		{"doctor", testDoctor},
+		{"webhooks", testWebhooks},
+		{"the webhooks' certificate", testCertificate},
 		{"the leader is killed", testLeaderKilled},
 		{"the leader is deleted", testLeaderDeleted},
+		{"no controller", testAway},
 		{"helm", testHelm},
 	} {
 		if !t.Run(step.name, step.test) {

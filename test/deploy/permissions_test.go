@@ -25,6 +25,10 @@ func testPermissions(t *testing.T) {
 		{everywhere, "get list watch patch delete create", "inplacerollouts.cri-proxy.io", "", true},
 		{own, "get update", "leases.coordination.k8s.io", "cri-controller", true},
 
+		{own, "get list watch update", "secrets", "cri-controller-webhook-tls", true},
+		{"", "get list watch patch", "mutatingwebhookconfigurations.admissionregistration.k8s.io", "cri-controller", true},
+		{"", "get list watch patch", "validatingwebhookconfigurations.admissionregistration.k8s.io", "cri-controller", true},
+
 		{everywhere, "list watch create update patch delete deletecollection", "secrets", "", false},
 		{own, "list watch update patch delete", "secrets", "", false},
 		{own, "create", "secrets", "", true}, // no name can be given to create
@@ -37,6 +41,9 @@ func testPermissions(t *testing.T) {
 		{"", "approve sign", "signers.certificates.k8s.io", "kubernetes.io/kube-apiserver-client", false},
 		{"", "approve sign attest", "signers.certificates.k8s.io", "", false},
 		{"", "create update patch delete", "certificatesigningrequests.certificates.k8s.io", "", false},
+		{own, "patch delete", "secrets", "cri-controller-webhook-tls", false},
+		{own, "list watch update patch delete", "secrets", "cri-controller-tls", false},
+		{everywhere, "list watch update", "secrets", "cri-controller-webhook-tls", false},
 		{everywhere, "create update delete deletecollection", "pods", "", false},
 		{everywhere, "create get", "pods/exec", "", false},
 		{everywhere, "create get", "pods/attach", "", false},
@@ -69,8 +76,10 @@ func testPermissions(t *testing.T) {
 		{everywhere, "create update patch delete bind escalate", "roles.rbac.authorization.k8s.io", "", false},
 		{everywhere, "create update patch delete", "rolebindings.rbac.authorization.k8s.io", "", false},
 		{"", "create update patch delete", "customresourcedefinitions.apiextensions.k8s.io", "", false},
-		{"", "create delete", "mutatingwebhookconfigurations.admissionregistration.k8s.io", "", false},
-		{"", "create delete", "validatingwebhookconfigurations.admissionregistration.k8s.io", "", false},
+		{"", "get list watch create update patch delete", "mutatingwebhookconfigurations.admissionregistration.k8s.io", "", false},
+		{"", "get list watch create update patch delete", "validatingwebhookconfigurations.admissionregistration.k8s.io", "", false},
+		{"", "create update delete", "validatingwebhookconfigurations.admissionregistration.k8s.io", "cri-controller", false},
+		{"", "get patch", "validatingwebhookconfigurations.admissionregistration.k8s.io", "another", false},
 		{everywhere, "get create update delete", "leases.coordination.k8s.io", "", false},
 		{own, "get update patch delete", "leases.coordination.k8s.io", "another", false},
 		{"kube-node-lease", "get update", "leases.coordination.k8s.io", "", false},

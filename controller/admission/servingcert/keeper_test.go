@@ -26,7 +26,7 @@ import (
 
 const (
 	namespace = "cri-proxy-system"
-	validity  = 3 * time.Hour
+	validity  = 4 * time.Hour
 	// noticed is how long an API server takes to notice a changed configuration here.
 	noticed = 2 * time.Second
 	step    = 500 * time.Millisecond
@@ -201,20 +201,66 @@ func bubble(t *testing.T, test func(*cluster)) {
 	})
 }
 
+// TestOvertaken: while one replica is between two calls, another one makes a new certificate. What the first one goes on to write must not take the
+// new CA away again.
+func TestOvertaken(t *testing.T) {
+	for _, call := range []string{"get 1", "get 2", "get 3", "patch 1", "patch 2"} {
+		t.Run(call, func(t *testing.T) {
+			bubble(t, func(c *cluster) {
+				c.t = t
+				a, b := c.replicas["a"], c.replicas["b"]
+				for _, o := range []client.Object{&admissionv1.MutatingWebhookConfiguration{}, &admissionv1.ValidatingWebhookConfiguration{}} {
+					must(t, c.api.Get(t.Context(), client.ObjectKey{Name: Configuration}, o))
+					switch o := o.(type) { // so that there is something to write
+					case *admissionv1.MutatingWebhookConfiguration:
+						o.Webhooks[0].ClientConfig.CABundle = nil
+					case *admissionv1.ValidatingWebhookConfiguration:
+						o.Webhooks[0].ClientConfig.CABundle = nil
+					}
+					must(t, c.api.Update(t.Context(), o))
+				}
+				overtaken := false
+				a.Client = &hookedClient{Client: c.api, calls: map[string]int{}, before: func(now string) {
+					if now == call {
+						overtaken = true
+						c.change(func(s *corev1.Secret) { s.Data = nil })
+						if _, err := b.Reconcile(t.Context(), reconcile.Request{}); err != nil {
+							t.Fatal(err)
+						}
+					}
+				}}
+				if _, err := a.Reconcile(t.Context(), reconcile.Request{}); err != nil || !overtaken {
+					t.Fatal(err, overtaken)
+				}
+				made, err := parsePair(c.secret().Data[corev1.TLSCertKey], c.secret().Data[corev1.TLSPrivateKeyKey])
+				must(t, err)
+				for i, text := range c.bundles() {
+					if !parseBundle(time.Now(), text).has(made.ca) {
+						t.Errorf("webhook %d does not trust the new certificate any more", i)
+					}
+				}
+				c.wake()
+				c.run(time.Minute)
+				if c.serial("a") != c.serial("b") {
+					t.Error("they show different certificates")
+				}
+			})
+		})
+	}
+}
+
 func TestBothAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCluster(t)
 		// Both have read the empty Secret when the first one writes.
 		late := c.start("late")
-		slow := &hookedClient{Client: c.api}
-		late.Client = slow
-		slow.beforeUpdate = func() {
-			slow.beforeUpdate = nil
-			first := c.start("first")
-			if _, err := first.Reconcile(t.Context(), reconcile.Request{}); err != nil {
-				t.Fatal(err)
+		late.Client = &hookedClient{Client: c.api, calls: map[string]int{}, before: func(now string) {
+			if now == "update 1" {
+				if _, err := c.start("first").Reconcile(t.Context(), reconcile.Request{}); err != nil {
+					t.Fatal(err)
+				}
 			}
-		}
+		}}
 		c.run(time.Minute)
 		if c.serial("late") != c.serial("first") {
 			t.Error("they show different certificates")
@@ -222,16 +268,31 @@ func TestBothAtOnce(t *testing.T) {
 	})
 }
 
+// hookedClient tells of each call before it is made, such as "get 2" for the second one.
 type hookedClient struct {
 	client.Client
-	beforeUpdate func()
+	calls  map[string]int
+	before func(call string)
+}
+
+func (h *hookedClient) tell(verb string) {
+	h.calls[verb]++
+	h.before(fmt.Sprint(verb, " ", h.calls[verb]))
+}
+
+func (h *hookedClient) Get(ctx context.Context, key client.ObjectKey, o client.Object, opts ...client.GetOption) error {
+	h.tell("get")
+	return h.Client.Get(ctx, key, o, opts...)
 }
 
 func (h *hookedClient) Update(ctx context.Context, o client.Object, opts ...client.UpdateOption) error {
-	if h.beforeUpdate != nil {
-		h.beforeUpdate()
-	}
+	h.tell("update")
 	return h.Client.Update(ctx, o, opts...)
+}
+
+func (h *hookedClient) Patch(ctx context.Context, o client.Object, p client.Patch, opts ...client.PatchOption) error {
+	h.tell("patch")
+	return h.Client.Patch(ctx, o, p, opts...)
 }
 
 func TestRenewal(t *testing.T) {
