@@ -367,6 +367,8 @@ func restConfig(path string) (*rest.Config, error) {
 	if err != nil {
 		return nil, fmt.Errorf("no API server to talk to, give --kubeconfig outside a pod: %w", err)
 	}
+	// client-go's own limit of 5 calls a second, and kind of object, would be what rollouts and webhooks wait for. The API server has its priorities.
+	config.QPS = -1
 	return config, nil
 }
 
