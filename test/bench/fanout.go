@@ -227,6 +227,7 @@ func (b *fanoutBench) job(ctx context.Context, n int, idle time.Duration) (_ *Fa
 	}
 	job.Commanded, job.Connections = seen.Last.Sub(seen.First).Seconds(), seen.Peak
 	job.PerSecond = float64(n) / job.Commanded
+	fmt.Fprintf(os.Stderr, "%d nodes: commanded in %.2f s, the first after %.2f s\n", n, job.Commanded, seen.First.Sub(began).Seconds())
 	after, err := b.metric(ctx, "process_cpu_seconds_total")
 	if err != nil {
 		return nil, fresh, err

@@ -67,11 +67,6 @@ func (b *fanoutBench) objects(ctx context.Context, n int) (o Objects, err error)
 	for i := range n {
 		nodes.Go(func() error { return b.objectNode(nctx, ns, nodeName(i), watching, commanded) })
 	}
-	results, err := b.api.Watch(ctx, &corev1.ConfigMapList{}, kube.InNamespace(ns))
-	if err != nil {
-		return o, err
-	}
-	defer results.Stop()
 	for range n {
 		select {
 		case <-watching:
@@ -93,19 +88,8 @@ func (b *fanoutBench) objects(ctx context.Context, n int) (o Objects, err error)
 	for i := range n {
 		write.Go(func() error { return b.setKey(wctx, ns, nodeName(i), commandKey, "registry.invalid/app:1") })
 	}
-	done := map[string]bool{}
-	for len(done) < n {
-		select {
-		case e, ok := <-results.ResultChan():
-			if !ok {
-				return o, errors.New("the watch of results has ended")
-			}
-			if c, ok := e.Object.(*corev1.ConfigMap); ok && c.Data[resultKey] != "" {
-				done[c.Name] = true
-			}
-		case <-nctx.Done():
-			return o, errors.Join(nodes.Wait(), ctx.Err())
-		}
+	if err := b.results(nctx, ns, n); err != nil {
+		return o, errors.Join(err, context.Cause(nctx))
 	}
 	o.Completed = time.Since(began).Seconds()
 	if err := write.Wait(); err != nil {
@@ -127,6 +111,28 @@ func (b *fanoutBench) objects(ctx context.Context, n int) (o Objects, err error)
 		return o, err
 	}
 	return o, b.api.Delete(context.WithoutCancel(ctx), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: ns}})
+}
+
+// results waits until n objects have a result. It begins anew where the API server finds it too slow.
+func (b *fanoutBench) results(ctx context.Context, ns string, n int) error {
+	for done := map[string]bool{}; ; {
+		w, err := b.api.Watch(ctx, &corev1.ConfigMapList{}, kube.InNamespace(ns))
+		if err != nil {
+			return err
+		}
+		for e := range w.ResultChan() {
+			if c, ok := e.Object.(*corev1.ConfigMap); ok && c.Data[resultKey] != "" {
+				done[c.Name] = true
+			}
+			if len(done) == n {
+				break
+			}
+		}
+		w.Stop()
+		if len(done) == n || ctx.Err() != nil {
+			return ctx.Err()
+		}
+	}
 }
 
 // objectNode is one node: it watches its object until it has a command, takes its second, and writes the result.
