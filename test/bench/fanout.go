@@ -53,24 +53,33 @@ type FanoutReport struct {
 	Cases []FanoutJob `json:"cases"`
 }
 
-// FanoutJob is one image job over so many nodes, all at once. Times are in seconds.
+// FanoutJob is an image job over so many nodes, all at once, twice.
 type FanoutJob struct {
 	Nodes int `json:"nodes"`
-	// Commanded is from the first node's command to the last one's, Completed from the job's creation to its completion. Each
-	// node takes one second of that for its pull.
-	Commanded float64 `json:"commanded_seconds"`
-	PerSecond float64 `json:"commands_per_second"`
-	Completed float64 `json:"completed_seconds"`
-	// CPU is the controller's for the job; Peak its resident memory at the most.
-	CPU         float64 `json:"cpu_seconds"`
+	// First has to connect to every node, with a handshake and a new certificate on either side; Second finds the connections open.
+	First  FanoutRound `json:"first"`
+	Second FanoutRound `json:"second"`
+	// Peak is the controller's resident memory at the most.
 	Peak        float64 `json:"peak_rss_mib"`
 	Connections int     `json:"connections"`
-	APIWrites   int     `json:"api_writes"`
-	// Idle is after the job, with the connections kept; Gone after the nodes were removed and their processes ended.
+	// Idle is after the jobs, with the connections kept; Gone after the nodes were removed and their processes ended.
 	Idle    holding `json:"idle"`
 	IdleCPU float64 `json:"idle_cpu_percent"` // of one CPU
 	Gone    holding `json:"gone"`
 	Objects Objects `json:"objects"`
+}
+
+// FanoutRound is one job. Times are in seconds.
+type FanoutRound struct {
+	// Commanded is from the job's creation to the last node's command, Completed to the job's completion. Each node takes one
+	// second of that for its pull.
+	Commanded float64 `json:"commanded_seconds"`
+	PerSecond float64 `json:"commands_per_second"`
+	Completed float64 `json:"completed_seconds"`
+	// CPU is the controller's, APICPU that of API server and etcd.
+	CPU       float64 `json:"cpu_seconds"`
+	APICPU    float64 `json:"api_cpu_seconds"`
+	APIWrites int     `json:"api_writes"`
 }
 
 // holding is what a process holds.
@@ -175,79 +184,27 @@ func (b *fanoutBench) job(ctx context.Context, n int, idle time.Duration) (_ *Fa
 		return nil, fresh, err
 	}
 	job := &FanoutJob{Nodes: n}
+	if job.First, err = b.round(ctx, fleet, n, "first"); err != nil {
+		return nil, fresh, err
+	}
+	if job.Second, err = b.round(ctx, fleet, n, "second"); err != nil {
+		return nil, fresh, err
+	}
 	var seen fleetSeen
 	if err := fleet.ask("seen", &seen); err != nil {
 		return nil, fresh, err
 	}
-	cpu, err := b.metric(ctx, "process_cpu_seconds_total")
-	if err != nil {
-		return nil, fresh, err
-	}
-	writes, err := b.writes(ctx)
-	if err != nil {
-		return nil, fresh, err
-	}
-	apiCPU, err := b.apiCPU()
-	if err != nil {
-		return nil, fresh, err
-	}
-	all := intstr.FromString("100%")
-	o := &v1beta1.ImagePullJob{
-		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: fmt.Sprintf("on-%d", n)},
-		Spec: v1beta1.ImagePullJobSpec{Image: "registry.invalid/app:1", ImagePullJobTemplate: v1beta1.ImagePullJobTemplate{
-			Parallelism: &all, Selector: &v1beta1.ImagePullJobNodeSelector{LabelSelector: metav1.LabelSelector{MatchLabels: map[string]string{"fleet": "true"}}},
-		}},
-	}
-	began := time.Now()
-	if err := b.api.Create(ctx, o); err != nil {
-		return nil, fresh, err
-	}
-	for o.Status.CompletionTime == nil {
-		if err := pause(ctx, 50*time.Millisecond); err != nil {
-			return nil, fresh, err
-		}
-		if err := b.api.Get(ctx, kube.ObjectKeyFromObject(o), o); err != nil {
-			return nil, fresh, err
-		}
-		if time.Since(began) > 10*time.Minute {
-			return nil, fresh, fmt.Errorf("the job has not ended: %+v", o.Status)
-		}
-	}
-	job.Completed = time.Since(began).Seconds()
-	fmt.Fprintf(os.Stderr, "%d nodes: done in %.2f s\n", n, job.Completed)
-	apiAfter, err := b.apiCPU()
-	if err != nil {
-		return nil, fresh, err
-	}
-	if int(o.Status.Succeeded) != n {
-		return nil, fresh, fmt.Errorf("%d of %d nodes have the image: %+v", o.Status.Succeeded, n, o.Status)
-	}
-	if err := fleet.ask("seen", &seen); err != nil {
-		return nil, fresh, err
-	}
-	job.Commanded, job.Connections = seen.Last.Sub(seen.First).Seconds(), seen.Peak
-	job.PerSecond = float64(n) / job.Commanded
-	fmt.Fprintf(os.Stderr, "%d nodes: commanded in %.2f s, the first after %.2f s\n", n, job.Commanded, seen.First.Sub(began).Seconds())
-	after, err := b.metric(ctx, "process_cpu_seconds_total")
-	if err != nil {
-		return nil, fresh, err
-	}
-	job.CPU = after - cpu
+	job.Connections = seen.Connections
 	if job.Peak, err = peakRSS(b.bed.Pid("cri-controller")); err != nil {
 		return nil, fresh, err
 	}
-	if job.APIWrites, err = b.writes(ctx); err != nil {
-		return nil, fresh, err
-	}
-	job.APIWrites -= writes
 	if err := b.idle(ctx, job, idle); err != nil {
 		return nil, fresh, err
 	}
 	if job.Objects, err = b.objects(ctx, n); err != nil {
 		return nil, fresh, err
 	}
-	job.Objects.OursCPU = apiAfter - apiCPU
-	if err := b.api.Delete(ctx, o); err != nil {
+	if err := b.api.DeleteAllOf(ctx, &v1beta1.ImagePullJob{}, kube.InNamespace("default")); err != nil {
 		return nil, fresh, err
 	}
 	if err := b.api.DeleteAllOf(ctx, &corev1.Node{}, kube.MatchingLabels{"fleet": "true"}); err != nil {
@@ -258,6 +215,73 @@ func (b *fanoutBench) job(ctx context.Context, n int, idle time.Duration) (_ *Fa
 		return u.Goroutines <= fresh.Goroutines+20 && u.Files <= fresh.Files+20
 	})
 	return job, fresh, err
+}
+
+// round runs one job over all nodes.
+func (b *fanoutBench) round(ctx context.Context, fleet *process, n int, name string) (r FanoutRound, err error) {
+	var seen fleetSeen
+	if err := fleet.ask("seen", &seen); err != nil { // counts anew
+		return r, err
+	}
+	before, err := b.spent(ctx)
+	if err != nil {
+		return r, err
+	}
+	all := intstr.FromString("100%")
+	o := &v1beta1.ImagePullJob{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: fmt.Sprintf("%s-on-%d", name, n)},
+		Spec: v1beta1.ImagePullJobSpec{Image: "registry.invalid/app:" + name, ImagePullJobTemplate: v1beta1.ImagePullJobTemplate{
+			Parallelism: &all, Selector: &v1beta1.ImagePullJobNodeSelector{LabelSelector: metav1.LabelSelector{MatchLabels: map[string]string{"fleet": "true"}}},
+		}},
+	}
+	began := time.Now()
+	if err := b.api.Create(ctx, o); err != nil {
+		return r, err
+	}
+	for o.Status.CompletionTime == nil {
+		if err := pause(ctx, 50*time.Millisecond); err != nil {
+			return r, err
+		}
+		if err := b.api.Get(ctx, kube.ObjectKeyFromObject(o), o); err != nil {
+			return r, err
+		}
+		if time.Since(began) > 10*time.Minute {
+			return r, fmt.Errorf("the job has not ended: %+v", o.Status)
+		}
+	}
+	r.Completed = time.Since(began).Seconds()
+	if int(o.Status.Succeeded) != n {
+		return r, fmt.Errorf("%d of %d nodes have the image: %+v", o.Status.Succeeded, n, o.Status)
+	}
+	if err := fleet.ask("seen", &seen); err != nil {
+		return r, err
+	}
+	after, err := b.spent(ctx)
+	if err != nil {
+		return r, err
+	}
+	r.Commanded = seen.Last.Sub(began).Seconds()
+	r.PerSecond = float64(n) / r.Commanded
+	r.CPU, r.APICPU, r.APIWrites = after.cpu-before.cpu, after.apiCPU-before.apiCPU, after.writes-before.writes
+	fmt.Fprintf(os.Stderr, "%d nodes, %s job: %+v\n", n, name, r)
+	return r, nil
+}
+
+// spent is what has been used so far.
+type spent struct {
+	cpu, apiCPU float64
+	writes      int
+}
+
+func (b *fanoutBench) spent(ctx context.Context) (s spent, err error) {
+	if s.cpu, err = b.metric(ctx, "process_cpu_seconds_total"); err != nil {
+		return s, err
+	}
+	if s.apiCPU, err = b.apiCPU(); err != nil {
+		return s, err
+	}
+	s.writes, err = b.writes(ctx)
+	return s, err
 }
 
 // idle is what the controller uses while it has nothing to do, with its connections open.
@@ -400,7 +424,16 @@ func memory(pid int, field string) (float64, error) {
 }
 
 func (j *FanoutJob) print(w io.Writer) {
-	fmt.Fprintf(w, "%d nodes: %.0f commands/s (%.2f s), job %.2f s, CPU %.2f s, peak %.0f MiB, %d connections, %d API writes; idle %.0f MiB, %.2f %% of a CPU, %d goroutines, %d files; gone %.0f MiB, %d goroutines, %d files\n",
-		j.Nodes, j.PerSecond, j.Commanded, j.Completed, j.CPU, j.Peak, j.Connections, j.APIWrites, j.Idle.RSS, j.IdleCPU, j.Idle.Goroutines, j.Idle.Files, j.Gone.RSS, j.Gone.Goroutines, j.Gone.Files)
-	j.Objects.print(w, j)
+	for _, r := range []struct {
+		name string
+		FanoutRound
+	}{{"connecting", j.First}, {"connected", j.Second}} {
+		fmt.Fprintf(w, "%d nodes, %s: all commanded after %.2f s (%.0f/s), job %.2f s, controller %.2f s CPU, API server and etcd %.2f s, %d API writes\n",
+			j.Nodes, r.name, r.Commanded, r.PerSecond, r.Completed, r.CPU, r.APICPU, r.APIWrites)
+	}
+	o := j.Objects
+	fmt.Fprintf(w, "  an object per node:    all commanded after %.2f s, job %.2f s, API server and etcd %.2f s CPU, %d API writes, %d watches (%+.0f MiB)\n",
+		o.Commanded, o.Completed, o.APICPU, o.APIWrites, o.Watches, o.APIRSS)
+	fmt.Fprintf(w, "  %d connections: peak %.0f MiB; idle %.0f MiB, %.2f %% of a CPU, %d goroutines, %d files; gone %.0f MiB, %d goroutines, %d files\n",
+		j.Connections, j.Peak, j.Idle.RSS, j.IdleCPU, j.Idle.Goroutines, j.Idle.Files, j.Gone.RSS, j.Gone.Goroutines, j.Gone.Files)
 }

@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"strings"
 	"time"
@@ -28,9 +27,8 @@ type Objects struct {
 	Completed float64 `json:"completed_seconds"`
 	APIWrites int     `json:"api_writes"`
 	Watches   int     `json:"watches"`
-	// APICPU is the CPU time of API server and etcd in this way, OursCPU in ours.
-	APICPU  float64 `json:"api_cpu_seconds"`
-	OursCPU float64 `json:"api_cpu_seconds_ours"`
+	// APICPU is the CPU time of API server and etcd.
+	APICPU float64 `json:"api_cpu_seconds"`
 	// APIRSS is how much the API server has grown by with the watches open, in MiB.
 	APIRSS float64 `json:"api_rss_growth_mib"`
 }
@@ -189,9 +187,4 @@ func (b *fanoutBench) apiCPU() (float64, error) {
 		sum += (user + system) / 100
 	}
 	return sum, nil
-}
-
-func (o *Objects) print(w io.Writer, j *FanoutJob) {
-	fmt.Fprintf(w, "  an object per node: %.2f s to the last node (ours %.2f s), %.2f s in all (%.2f s), %d API writes (%d), %.2f s CPU of API server and etcd (%.2f s), %d watches (%+.0f MiB)\n",
-		o.Commanded, j.Commanded, o.Completed, j.Completed, o.APIWrites, j.APIWrites, o.APICPU, o.OursCPU, o.Watches, o.APIRSS)
 }
