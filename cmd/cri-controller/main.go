@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"os/signal"
 	"runtime"
@@ -15,6 +16,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/KimMachineGun/automemlimit/memlimit"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
 	"github.com/spf13/cobra"
@@ -120,6 +122,10 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 	log, err := newLog(s, stderr)
 	if err != nil {
 		return err
+	}
+	// Below the container's memory limit, with room for what is not on the heap; GOMEMLIMIT wins. Without a limit there is none.
+	if limit, err := memlimit.Set(memlimit.WithRatio(0.85)); err == nil && limit != math.MaxInt64 {
+		log.WithField("bytes", limit).Debug("memory limit")
 	}
 	if s.workers < 1 {
 		return fmt.Errorf("--workers must be at least 1, not %d", s.workers)
