@@ -81,10 +81,11 @@ test-e2e: ## a one-node cluster behind the proxy, one of three nodes, one with t
 	@go test -race -count=1 -p 1 -parallel 3 -timeout $(E2E_TIMEOUT) ./test/e2e/... ./test/multinode ./test/deploy ./test/chaos/...
 
 .PHONY: bench
-bench: build ## data path against direct calls, restarts against other ways, pulls against the runtime's own (needs root), numbers into docs/benchmarks
+bench: build ## data path against direct calls, restarts against other ways, pulls against the runtime's own, jobs over thousands of nodes (needs root), numbers into docs/benchmarks
 	@mkdir -p docs/benchmarks
 	@$(call step,passthrough,go run ./test/bench passthrough -cri-proxy bin/cri-proxy -out docs/benchmarks/passthrough.json $(BENCH_ARGS))
 	@$(call step,pull,go run ./test/bench pull -cri-proxy bin/cri-proxy -out docs/benchmarks/pull.json $(PULL_ARGS))
+	@$(call step,fanout,go run ./test/bench fanout -out docs/benchmarks/fanout.json $(FANOUT_ARGS))
 	@$(call step,gap,go run ./test/bench gap -cri-proxy bin/cri-proxy -out docs/benchmarks/gap.json -plot docs/benchmarks/gap.svg $(GAP_ARGS))
 
 .PHONY: soak

@@ -232,7 +232,7 @@ func (g *GRPCNodes) dial(n Node) (*grpc.ClientConn, error) {
 		grpc.WithAuthority(n.Name),
 		grpc.WithIdleTimeout(idleTimeout),
 		// Commands are small, and there may be thousands of nodes.
-		grpc.WithReadBufferSize(4<<10), grpc.WithWriteBufferSize(4<<10), grpc.WithSharedWriteBuffer(true),
+		grpc.WithReadBufferSize(4<<10), grpc.WithWriteBufferSize(4<<10),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: reconnectMax},
 			MinConnectTimeout: callTimeout,

@@ -376,7 +376,7 @@ func (b *fanoutBench) metric(ctx context.Context, name string, pairs ...string) 
 	if err != nil {
 		return 0, err
 	}
-	answer, err := http.DefaultClient.Do(r)
+	answer, err := (&http.Client{Timeout: 10 * time.Second}).Do(r)
 	if err != nil {
 		return 0, err
 	}
