@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	admissionv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -215,6 +216,35 @@ func testCertificate(t *testing.T) {
 	if asked < 20 {
 		t.Errorf("only %d requests", asked)
 	}
+
+	// The manifests have neither certificate nor CA.
+	kept := storedCertificate(t)
+	for _, how := range [][]string{{"apply", "-k", overlay(t)}, {"apply", "--server-side", "--force-conflicts", "-k", overlay(t)}} {
+		kubectl(t, how...)
+		if now := storedCertificate(t); now != kept || !strings.Contains(kept, "BEGIN CERTIFICATE") {
+			t.Errorf("kubectl %s changed the certificate:\n%s\nwas\n%s", strings.Join(how, " "), now, kept)
+		}
+	}
+	controllers(t, "cri-proxy-system")
+}
+
+// storedCertificate is what is stored of the webhooks' certificate: the Secret without the key, and the CAs of all webhooks.
+func storedCertificate(t *testing.T) string {
+	t.Helper()
+	var s corev1.Secret
+	must(t, api.Get(t.Context(), client.ObjectKey{Namespace: "cri-proxy-system", Name: "cri-controller-webhook-tls"}, &s))
+	var m admissionv1.MutatingWebhookConfiguration
+	must(t, api.Get(t.Context(), client.ObjectKey{Name: "cri-controller"}, &m))
+	var v admissionv1.ValidatingWebhookConfiguration
+	must(t, api.Get(t.Context(), client.ObjectKey{Name: "cri-controller"}, &v))
+	text := string(s.Data["tls.crt"])
+	for _, w := range m.Webhooks {
+		text += w.Name + "\n" + string(w.ClientConfig.CABundle)
+	}
+	for _, w := range v.Webhooks {
+		text += w.Name + "\n" + string(w.ClientConfig.CABundle)
+	}
+	return text
 }
 
 // serial is that of the certificate that a pod shows.
