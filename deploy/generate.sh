@@ -10,3 +10,19 @@ bin/controller-gen rbac:roleName=cri-controller paths=./controller/... output:rb
 rm -f deploy/helm/cri-proxy/files/crds/*.yaml
 cp deploy/crds/*.yaml deploy/helm/cri-proxy/files/crds/
 cp deploy/rbac/role.yaml deploy/helm/cri-proxy/files/role.yaml
+# The alert rules, as the Prometheus operator wants them.
+{
+	cat <<END
+apiVersion: monitoring.coreos.com/v1
+kind: PrometheusRule
+metadata:
+  name: cri-proxy
+  namespace: cri-proxy-system
+  labels:
+    app.kubernetes.io/name: cri-controller
+    app.kubernetes.io/part-of: cri-proxy
+spec:
+END
+	sed -e '/^#/d' -e 's/^/  /' deploy/alerts/cri-proxy.rules.yaml
+} >deploy/components/prometheusrule/prometheusrule.yaml
+cp deploy/alerts/cri-proxy.rules.yaml deploy/helm/cri-proxy/files/alerts.yaml

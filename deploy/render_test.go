@@ -113,6 +113,7 @@ func TestSameObjects(t *testing.T) {
 		{name: "with the ServiceMonitor", component: "components/servicemonitor", values: []string{"--set", "serviceMonitor.enabled=true"}},
 		{name: "without webhooks", component: "components/without-webhooks", values: []string{"--set", "webhook.enabled=false"}},
 		{name: "webhooks with cert-manager", component: "components/webhook-cert-manager", values: []string{"--set", "webhook.certManager.enabled=true"}},
+		{name: "with the PrometheusRule", component: "components/prometheusrule", values: []string{"--set", "prometheusRule.enabled=true"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			base := absolute(t, ".")
@@ -172,7 +173,7 @@ func TestLint(t *testing.T) {
 
 // TestCopies: the chart's copies are those that `make generate` makes.
 func TestCopies(t *testing.T) {
-	pairs := map[string]string{"rbac/role.yaml": chart + "/files/role.yaml"}
+	pairs := map[string]string{"rbac/role.yaml": chart + "/files/role.yaml", "alerts/cri-proxy.rules.yaml": chart + "/files/alerts.yaml"}
 	crds, err := filepath.Glob("crds/*.yaml")
 	if err != nil || len(crds) == 0 {
 		t.Fatalf("no CRDs: %v", err)
@@ -227,6 +228,7 @@ func TestValues(t *testing.T) {
 		{name: "webhooks by an issuer", set: []string{"webhook.certManager.enabled=true", "webhook.certManager.issuerRef.name=corp", "webhook.certManager.issuerRef.kind=ClusterIssuer"},
 			want: []string{"issuerRef:\n    kind: ClusterIssuer\n    name: corp", "inject-ca-from: cri-proxy-system/cri-controller-webhook", "--webhook-cert-dir="}, not: []string{"selfSigned", "type: Opaque", "name: cri-controller-webhook-ca"}},
 		{name: "service monitor", set: []string{"serviceMonitor.enabled=true", "serviceMonitor.interval=15s", "serviceMonitor.labels.release=prom"}, want: []string{"kind: ServiceMonitor", "interval: 15s", "release: prom"}},
+		{name: "alerts", set: []string{"prometheusRule.enabled=true", "prometheusRule.labels.release=prom"}, want: []string{"kind: PrometheusRule", "alert: CRIProxyBypassed", "release: prom"}},
 		{name: "no CRDs", set: []string{"crds.enabled=false"}, not: []string{"kind: CustomResourceDefinition"}},
 		{name: "CRDs go too", set: []string{"crds.keep=false"}, want: []string{"kind: CustomResourceDefinition"}, not: []string{"resource-policy"}},
 
