@@ -5,7 +5,7 @@ package prepull
 
 import (
 	"fmt"
-	"math"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -144,10 +144,29 @@ func TestGoesOn(t *testing.T) {
 	}
 }
 
+// The rate stays within a tenth of the limit. It is never above; a machine that has other things to do may be late once or
+// twice, a limit that is too low always is.
 func TestSpeedLimit(t *testing.T) {
-	f := newFront(t, "limit.test")
-	p := push(t, "limit:1", 8, layerMiB(8))
 	const limit = 20 * mib
+	var rates []float64
+	for i := range 3 {
+		rates = append(rates, limitedRate(t, fmt.Sprintf("limit:%d", i), limit)/limit)
+		last := rates[len(rates)-1]
+		if last > 1.1 {
+			t.Fatalf("%.2f times the limit", last)
+		}
+		if last >= 0.9 {
+			return
+		}
+	}
+	t.Errorf("times the limit: %.2f", rates)
+}
+
+// limitedRate pulls an image and returns how many bytes a second came.
+func limitedRate(t *testing.T, name string, limit int64) float64 {
+	t.Helper()
+	f := newFront(t, strings.ReplaceAll(name, ":", "-")+".test")
+	p := push(t, name, 8, layerMiB(8))
 	uid := begin(t, &opsv1.PullRequest{Image: f.image(p.name), BytesPerSecond: limit})
 	type point struct {
 		at    time.Time
@@ -168,11 +187,9 @@ func TestSpeedLimit(t *testing.T) {
 	to := points[len(points)-1]
 	rate := float64(to.bytes-from.bytes) / to.at.Sub(from.at).Seconds()
 	t.Logf("%.2f MiB/s over %s", rate/mib, to.at.Sub(from.at).Round(time.Millisecond))
-	if math.Abs(rate/limit-1) > 0.1 {
-		t.Errorf("%.2f MiB/s with a limit of 20", rate/mib)
-	}
 	succeeds(t, uid)
 	fetchedOnce(t, f, p)
+	return rate
 }
 
 func TestKubeletWantsTheSame(t *testing.T) {
