@@ -216,7 +216,12 @@ func (m *machine) build(ctx context.Context) error {
 
 // installStandins puts into the machine what docs/OPERATIONS.md says, by hand.
 func (m *machine) installStandins(ctx context.Context) error {
+	config, err := os.ReadFile("../../systemd/config.yaml")
+	if err != nil {
+		return err
+	}
 	files := map[string][]byte{
+		m.root + "/etc/cri-proxy/config.yaml":                         bytes.Replace(config, []byte("\ndrainTimeout: 20s"), []byte("\ndrainTimeout: 1s"), 1),
 		m.root + "/etc/systemd/system/containerd.service":             []byte(containerdUnit),
 		m.root + "/etc/systemd/system/kubelet.service":                []byte(kubeletUnit),
 		m.root + "/etc/systemd/system/cri-proxy@.service.d/test.conf": []byte(quick),
@@ -233,7 +238,6 @@ func (m *machine) installStandins(ctx context.Context) error {
 		{m.shared + "/standin", "/usr/local/bin/standin", "0755"},
 		{m.shared + "/cri-proxy", "/usr/local/bin/cri-proxy", "0755"},
 		{"../../systemd/crash-guard", "/usr/local/lib/cri-proxy/crash-guard", "0755"},
-		{"../../systemd/config.yaml", "/etc/cri-proxy/config.yaml", "0644"},
 		{"../../systemd/tmpfiles.conf", "/etc/tmpfiles.d/cri-proxy.conf", "0644"},
 		{"../../systemd/cri-proxy@.service", "/etc/systemd/system/cri-proxy@.service", "0644"},
 		{"../../systemd/cri-proxy.socket", "/etc/systemd/system/cri-proxy.socket", "0644"},

@@ -23,10 +23,12 @@ func TestUnits(t *testing.T) {
 		{"sandbox", sandbox},
 		{"upgrade", upgrade},
 		{"upgrade that fails", upgradeThatFails},
+		{"drain", drain},
 		{"kill", kill},
 		{"watchdog", watchdog},
 		{"bypass", bypass},
 		{"crash loop", crashLoop},
+		{"guard without the binary", guardAlone},
 		{"reboot", reboot},
 	} {
 		ok := t.Run(c.name, func(t *testing.T) {
@@ -148,6 +150,81 @@ func upgradeThatFails(t *testing.T, m *machine) {
 	if got := m.show(t, "cri-proxy@b", "ActiveState"); got != "inactive" && got != "failed" {
 		t.Errorf("the other instance is %s", got)
 	}
+	m.moreCalls(t)
+	m.noFailures(t, time.Time{})
+}
+
+// drain is cut by who wants the next upgrade, and ends by itself after its time.
+func drain(t *testing.T, m *machine) {
+	config := "/etc/cri-proxy/config.yaml"
+	for _, c := range []struct {
+		name string
+		end  func(old string)
+	}{
+		{"end-drain", func(old string) {
+			t.Log(m.must(t, "cri-proxy", "upgrade", "--reload", "--end-drain"))
+			await(t, "the other instance", func() bool { s, _ := m.serving(t); return s == old })
+		}},
+		{"upgradeDrainTimeout", func(string) {}},
+	} {
+		m.freshKubelet(t)
+		if c.name == "upgradeDrainTimeout" { // as the process has it that is to end
+			m.must(t, "sed", "-i", "s/^upgradeDrainTimeout: .*/upgradeDrainTimeout: 1s/", config)
+			m.must(t, "cri-proxy", "upgrade", "--reload")
+			await(t, "the end of the instance before", m.oneRuns(t))
+		}
+		m.must(t, "rm", "-f", "/shared/release")
+		touch(t, m, "pull")
+		await(t, "the pull", func() bool { return m.kubelet(t).PullsBegun == 1 })
+		old, pid := m.serving(t)
+		m.must(t, "cri-proxy", "upgrade", "--reload")
+		began := time.Now()
+		c.end(old)
+		await(t, "the end of the process with the pull", func() bool { return m.show(t, "cri-proxy@"+old, "MainPID") != pid })
+		await(t, "the end of the pull", func() bool { return m.kubelet(t).PullsDone == 1 })
+		m.moreCalls(t)
+		// It is the pull that was cut, and no other call.
+		if r := m.kubelet(t); len(r.Failures) != 1 || r.Failures[0].What != "PullImage" {
+			t.Errorf("%s: failed: %+v", c.name, r.Failures)
+		}
+		t.Logf("%s: the process with the pull has ended after %s", c.name, time.Since(began).Round(time.Millisecond))
+		await(t, "the end of the instance before", m.oneRuns(t))
+	}
+	m.must(t, "sed", "-i", "s/^upgradeDrainTimeout: .*/upgradeDrainTimeout: 30m/", config)
+	m.must(t, "cri-proxy", "upgrade", "--reload")
+	await(t, "the end of the instance before", m.oneRuns(t))
+	if i, _ := m.serving(t); i != "a" { // where the next test begins
+		m.must(t, "cri-proxy", "upgrade", "--reload")
+		await(t, "the end of the instance before", m.oneRuns(t))
+	}
+}
+
+// oneRuns reports whether one instance runs, and no more.
+func (m *machine) oneRuns(t *testing.T) func() bool {
+	return func() bool {
+		s, _ := m.serving(t)
+		return s != "" && m.show(t, "cri-proxy@"+map[string]string{"a": "b", "b": "a"}[s], "ActiveState") == "inactive"
+	}
+}
+
+// guardAlone: with a binary that does not even start, the guard itself leads kubelet past the proxy.
+func guardAlone(t *testing.T, m *machine) {
+	m.freshKubelet(t)
+	i, _ := m.serving(t)
+	target := strings.TrimSpace(m.must(t, "readlink", "/usr/local/bin/cri-proxy"))
+	m.must(t, "ln", "-sfn", "/bin/false", "/usr/local/bin/cri-proxy")
+	out := m.must(t, "env", "SERVICE_RESULT=exit-code", "EXIT_CODE=exited", "EXIT_STATUS=1", "CRI_PROXY_CRASHES=1", "/usr/local/lib/cri-proxy/crash-guard", i)
+	m.must(t, "ln", "-sfn", target, "/usr/local/bin/cri-proxy")
+	if !strings.Contains(out, "leading kubelet past cri-proxy") {
+		t.Error(out)
+	}
+	if to := strings.TrimSpace(m.must(t, "readlink", "/run/cri-proxy/kubelet.sock")); to != "/run/containerd/containerd.sock" {
+		t.Errorf("kubelet.sock leads to %s", to)
+	}
+	if out := m.must(t, "cri-proxy", "bypass", "status"); !strings.HasPrefix(out, "on, since ") || !strings.Contains(out, "it has ended") {
+		t.Error(out)
+	}
+	m.must(t, "cri-proxy", "bypass", "off", "--restart-kubelet")
 	m.moreCalls(t)
 	m.noFailures(t, time.Time{})
 }

@@ -49,6 +49,9 @@ type Config struct {
 	// DrainTimeout bounds the wait for calls in flight at shutdown. The longest
 	// of them are image pulls.
 	DrainTimeout time.Duration `yaml:"drainTimeout"`
+	// UpgradeDrainTimeout bounds the calls that a process still answers after another one has taken over: image pulls, and stops with
+	// a long grace.
+	UpgradeDrainTimeout time.Duration `yaml:"upgradeDrainTimeout"`
 
 	// RecordCalls is a file that gets a JSON line for every CRI call. It is a
 	// flag only: what tests and a person with a question use does not belong in a file
@@ -195,6 +198,8 @@ func Default() *Config {
 		Images:          Images{Parallel: 1, MaxDiskPercent: 80, RegistryHostsDir: "/etc/containerd/certs.d"},
 		Kubelet:         Kubelet{PodsSocket: "/var/lib/kubelet/pods-api/pods-api.sock"},
 		DrainTimeout:    defaultDrain,
+
+		UpgradeDrainTimeout: 30 * time.Minute,
 	}
 }
 
@@ -241,6 +246,7 @@ func (c *Config) Flags(fs *pflag.FlagSet) {
 	fs.StringVar(&c.Tracing.Endpoint, "tracing-endpoint", c.Tracing.Endpoint, "host:port of an OpenTelemetry collector, OTLP over gRPC without TLS (default: off)")
 	fs.IntVar(&c.Tracing.SamplingRatePerMillion, "tracing-sampling-rate-per-million", c.Tracing.SamplingRatePerMillion, "how many of a million traces that begin here are kept; those of kubelet's follow kubelet")
 	fs.DurationVar(&c.DrainTimeout, "drain-timeout", c.DrainTimeout, "longest wait for calls in flight at shutdown")
+	fs.DurationVar(&c.UpgradeDrainTimeout, "upgrade-drain-timeout", c.UpgradeDrainTimeout, "longest wait for calls in flight after another process has taken over")
 	fs.StringVar(&c.RecordCalls, "record-calls", c.RecordCalls, "debug: file that gets a JSON line for every CRI call")
 }
 

@@ -97,6 +97,7 @@ images: {parallel: 2, bytesPerSecond: 3, maxDiskPercent: 4.5, registryHostsDir: 
 kubelet: {podsSocket: /k.sock}
 tracing: {endpoint: c:4317, samplingRatePerMillion: 5}
 drainTimeout: 1m30s
+upgradeDrainTimeout: 1h
 `
 	if err := config.Parse("f.yaml", []byte(text), c); err != nil {
 		t.Fatal(err)
@@ -115,6 +116,8 @@ drainTimeout: 1m30s
 		Kubelet:         config.Kubelet{PodsSocket: "/k.sock"},
 		Tracing:         config.Tracing{Endpoint: "c:4317", SamplingRatePerMillion: 5},
 		DrainTimeout:    90 * time.Second,
+
+		UpgradeDrainTimeout: time.Hour,
 	}
 	if !reflect.DeepEqual(c, want) {
 		t.Fatalf("got  %+v\nwant %+v", c, want)
@@ -272,6 +275,7 @@ func TestValidate(t *testing.T) {
 		{"metrics with a large port", func(c *config.Config) { c.MetricsAddress = ":65536" }, "is no number up to 65535"},
 		{"metrics", func(c *config.Config) { c.MetricsAddress = "[::1]:0" }, ""},
 		{"negative drain", func(c *config.Config) { c.DrainTimeout = -1 }, "drainTimeout: -1ns is negative"},
+		{"negative drain after an upgrade", func(c *config.Config) { c.UpgradeDrainTimeout = -1 }, "upgradeDrainTimeout: -1ns is negative"},
 		{"ops", func(c *config.Config) {
 			c.Ops = config.Ops{Address: ":1", CertFile: "a", KeyFile: "b", ClientCAFile: "c", AllowedClients: []string{"d"}}
 		}, ""},

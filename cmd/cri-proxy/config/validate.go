@@ -147,6 +147,9 @@ func (c *Config) Validate() error {
 	if c.DrainTimeout < 0 {
 		bad("drainTimeout: %s is negative; 0 ends calls at once", c.DrainTimeout)
 	}
+	if c.UpgradeDrainTimeout < 0 {
+		bad("upgradeDrainTimeout: %s is negative; 0 ends calls at once", c.UpgradeDrainTimeout)
+	}
 	return errors.Join(append(errs, c.Ops.validate()...)...)
 }
 

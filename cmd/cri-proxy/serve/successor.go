@@ -34,8 +34,6 @@ const (
 	servingPatience = 10 * time.Second
 	// redialPatience bounds the wait for clients to know that they are to dial anew.
 	redialPatience = time.Second
-	// leavePatience bounds the calls that a process answers after it has handed over: image pulls, and stops with a long grace.
-	leavePatience = 30 * time.Minute
 	// leftEvery is how often the process after this one is told what is left.
 	leftEvery = time.Second
 )
@@ -338,12 +336,12 @@ func (d *daemon) left(stops []string) handover.Left {
 	}
 }
 
-// leave answers the calls that are still under way, for at most leavePatience, and ends. A signal makes it the drain timeout, a second one ends
+// leave answers the calls that are still under way, for at most upgradeDrainTimeout, and ends. A signal makes it the drain timeout, a second one ends
 // it at once.
 func (d *daemon) leave(ctx, hard context.Context, r *request, to *proxy.Upstream) error {
 	d.draining.Store(true)
 	defer r.close()
-	drain, cancel := context.WithTimeout(hard, leavePatience)
+	drain, cancel := context.WithTimeout(hard, d.config.UpgradeDrainTimeout)
 	defer cancel()
 	defer context.AfterFunc(ctx, func() {
 		d.notify.stopping(d.config.DrainTimeout)
