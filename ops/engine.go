@@ -764,6 +764,22 @@ func (e *Engine) cancel(o *operation, reason string) error {
 	return nil
 }
 
+// CancelAll cancels all operations that may still be cancelled, and does not wait for their end. It may be called before [Engine.Run].
+func (e *Engine) CancelAll(reason string) {
+	for _, op := range e.list() {
+		o := e.lookup(op.GetUid())
+		if o == nil || op.GetFinishTime() != nil {
+			continue
+		}
+		log := e.log.WithFields(logrus.Fields{"op": op.GetUid(), "reason": reason})
+		if err := e.cancel(o, reason); err != nil {
+			log.WithError(err).Warn("operation not cancelled")
+		} else {
+			log.Info("operation cancelled")
+		}
+	}
+}
+
 // newToken returns a token that is known to this process.
 func (e *Engine) newToken() string {
 	token := randomToken()

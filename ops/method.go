@@ -66,7 +66,7 @@ func newMethods(best Method, stateDir, cdiSpecDir string) *methods {
 	if best == "" {
 		best = MethodGate
 	}
-	return &methods{best: best, gatesDir: filepath.Join(stateDir, "gates"), cdiSpecDir: cdiSpecDir, owned: ofContainer, watch: watchExit}
+	return &methods{best: best, gatesDir: gate.Dir(stateDir), cdiSpecDir: cdiSpecDir, owned: ofContainer, watch: watchExit}
 }
 
 // probe finds out which methods work, unless it has done so lately.

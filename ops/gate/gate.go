@@ -100,6 +100,9 @@ type Gate struct {
 	fifo *os.File // the writing end, once the hook reads
 }
 
+// Dir is where the gates of a node are, each in a directory named after its container's token.
+func Dir(stateDir string) string { return filepath.Join(stateDir, "gates") }
+
 // At returns the gate whose files are in dir, a directory of its own. Nothing is made yet.
 func At(dir string) *Gate { return &Gate{dir: dir} }
 

@@ -4,8 +4,13 @@
 package nspawn
 
 import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"net"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -13,6 +18,12 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
 // What runs on the node: a Deployment whose pods kubelet probes through the runtime, and a pod that is operated on.
@@ -41,6 +52,14 @@ spec:
   terminationGracePeriodSeconds: 1
   containers:
   - {name: app, image: %[2]s}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: slow}
+spec:
+  nodeName: %[1]s
+  containers:
+  - {name: app, image: %[2]s, env: [{name: TERM_DELAY, value: 3s}]}
 `
 
 // TestNode installs cri-proxy on a running node with workloads, operates it, and takes it off. The steps share the node.
@@ -50,9 +69,9 @@ func TestNode(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.kubectl(t, "rollout", "status", "deployment/web", "--timeout=60s")
-	n.kubectl(t, "wait", "--for=condition=Ready", "pod/target", "--timeout=60s")
+	n.kubectl(t, "wait", "--for=condition=Ready", "pod/target", "pod/slow", "--timeout=60s")
 	before := n.containers(t)
-	if len(before) != 4 {
+	if len(before) != 5 {
 		t.Fatalf("pods: %v", before)
 	}
 	notReady := n.watchReady(t)
@@ -69,6 +88,8 @@ func TestNode(t *testing.T) {
 		{"image upgrade", imageUpgradeOnNode},
 		{"upgrade", upgradeOnNode},
 		{"bypass", bypassOnNode},
+		{"bypass with operations", bypassWithOperations},
+		{"commands over TCP", opsSocketOnNode},
 		{"uninstall", uninstallOnNode},
 		{"killed", killedInstall},
 		{"before kubelet", beforeKubelet},
@@ -94,12 +115,12 @@ func TestNode(t *testing.T) {
 	}
 	after := n.containers(t)
 	for pod, was := range before {
-		if is := after[pod]; pod != "target" && is != was {
+		if is := after[pod]; pod != "target" && pod != "slow" && is != was {
 			t.Errorf("%s: was %v, is %v", pod, was, is)
 		}
 	}
-	if r := after["target"].Restarts; r != 2 {
-		t.Errorf("target was restarted %d times, asked for were 2", r)
+	if target, slow := after["target"].Restarts, after["slow"].Restarts; target != 2 || slow != 1 {
+		t.Errorf("target was restarted %d times, slow %d times, asked for were 2 and 1", target, slow)
 	}
 	t.Logf("%d calls to pods, none failed", calls)
 }
@@ -473,4 +494,140 @@ func daemonSetOnNode(t *testing.T, n *node) {
 	}
 	n.kubectl(t, "delete", "-f", "../../deploy/installer/namespace.yaml", "--wait=false")
 	same(t, before, n.files(t))
+}
+
+// made is how many containers of a pod the runtime has that have not ended.
+func (n *node) made(t *testing.T, pod string) (count int) {
+	t.Helper()
+	conn, err := n.DialRuntime()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	list, err := runtimeapi.NewRuntimeServiceClient(conn).ListContainers(t.Context(), &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
+		LabelSelector: map[string]string{"io.kubernetes.pod.name": pod},
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range list.GetContainers() {
+		if c.GetState() != runtimeapi.ContainerState_CONTAINER_EXITED {
+			count++
+		}
+	}
+	return count
+}
+
+// bypassWithOperations: what is under way is waited for, named, or cancelled; what has been prepared never comes to kubelet's eyes.
+func bypassWithOperations(t *testing.T, n *node) {
+	n.must(t, "cri-proxy", "ctl", "restart", "default/slow", "-c", "app")
+	if out := n.doesNot(t, "cri-proxy", "bypass", "on", "--wait", "200ms"); !strings.Contains(out, "operations are under way: Restart ") || !strings.Contains(out, "default/slow") {
+		t.Error(out)
+	}
+	if out := n.must(t, "cri-proxy", "bypass", "status"); out != "off\n" {
+		t.Error(out)
+	}
+	if out := n.does(t, "cri-proxy", "bypass", "on"); !strings.Contains(out, "waiting for Restart ") {
+		t.Error(out)
+	}
+	if s := n.containers(t)["slow"]; s.Restarts > 1 {
+		t.Errorf("slow: %+v", s)
+	}
+	n.does(t, "cri-proxy", "bypass", "off", "--restart-kubelet")
+
+	image := "app=" + n.bed.Image("app:2")
+	n.must(t, "cri-proxy", "ctl", "upgrade", "default/slow", "-c", image)
+	if out := n.doesNot(t, "cri-proxy", "bypass", "on", "--wait", "200ms"); !strings.Contains(out, "operations are under way: Upgrade ") {
+		t.Error(out)
+	}
+	if got := n.made(t, "slow"); got != 2 {
+		t.Errorf("%d containers, want the old one and the prepared one", got)
+	}
+	n.does(t, "cri-proxy", "bypass", "on", "--force")
+	if n.made(t, "slow") != 1 {
+		t.Error("what was prepared is still there")
+	}
+	n.does(t, "cri-proxy", "bypass", "off", "--restart-kubelet")
+
+	// Without a daemon, the command takes it away itself. The daemon finds out later.
+	i, _ := n.serving(t)
+	n.must(t, "cri-proxy", "ctl", "upgrade", "default/slow", "-c", image)
+	n.must(t, "systemctl", "stop", "cri-proxy.socket", "cri-proxy-admin.socket", "cri-proxy@"+i)
+	if out := n.does(t, "cri-proxy", "bypass", "on"); !strings.Contains(out, "removed the staged container") {
+		t.Error(out)
+	}
+	if n.made(t, "slow") != 1 {
+		t.Error("what was prepared is still there")
+	}
+	n.must(t, "systemctl", "start", "cri-proxy.socket", "cri-proxy-admin.socket", "cri-proxy@"+i)
+	n.does(t, "cri-proxy", "bypass", "off", "--restart-kubelet")
+	n.installed(t)
+	await(t, "the end of the upgrade", func() bool {
+		return strings.Contains(n.must(t, "cri-proxy", "ctl", "ops", "--active"), "No operations")
+	})
+}
+
+// opsSocketOnNode: systemd holds the socket for the controller, so that no connection is refused while one process follows another.
+func opsSocketOnNode(t *testing.T, n *node) {
+	address := net.JoinHostPort(n.BridgeIP, "10260")
+	n.does(t, "cri-proxy", "install", "--ops-address", address, "--ops-cert-file", n.OpsCert.Cert, "--ops-key-file", n.OpsCert.Key,
+		"--ops-client-ca-file", n.bed.PKI.OpsCA.Cert, "--ops-allowed-clients", "cri-controller")
+	cert, err := tls.LoadX509KeyPair(n.bed.PKI.Controller.Cert, n.bed.PKI.Controller.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ca, err := os.ReadFile(n.bed.PKI.OpsCA.Cert)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM(ca)
+	config := &tls.Config{Certificates: []tls.Certificate{cert}, RootCAs: pool, ServerName: n.NodeName}
+	ask := func() error {
+		conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(credentials.NewTLS(config)))
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		info, err := opsv1.NewOpsClient(conn).NodeInfo(ctx, &opsv1.NodeInfoRequest{})
+		if err == nil && info.GetNodeName() != n.NodeName {
+			err = errors.New("another node answers: " + info.GetNodeName())
+		}
+		return err
+	}
+	if err := ask(); err != nil {
+		t.Fatal(err)
+	}
+	var refused []string
+	connections := 0
+	done, over := make(chan struct{}), make(chan struct{})
+	go func() { // ends with done
+		defer close(over)
+		for {
+			select {
+			case <-done:
+				return
+			case <-time.After(2 * time.Millisecond):
+			}
+			c, err := net.DialTimeout("tcp", address, time.Second)
+			if connections++; err != nil {
+				refused = append(refused, err.Error())
+				continue
+			}
+			c.Close()
+		}
+	}()
+	n.does(t, "cri-proxy", "upgrade", "--reload")
+	close(done)
+	<-over
+	if len(refused) > 0 || connections < 50 {
+		t.Errorf("%d connections, refused: %q", connections, refused)
+	}
+	if err := ask(); err != nil {
+		t.Error(err)
+	}
+	t.Logf("%d connections, none refused", connections)
+	await(t, "the end of the process before", n.oneRuns(t))
 }

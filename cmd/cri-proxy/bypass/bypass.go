@@ -26,6 +26,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/handover"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/kubelet"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/gate"
 )
 
 const (
@@ -235,34 +236,78 @@ func (p *path) unreachable(ctx context.Context) string {
 	return fmt.Sprintf("kubelet dials %s itself, where a bypass does not reach it: set its containerRuntimeEndpoint to unix://%s (cri-proxy install does) and restart it", p.links.proxy, p.links.kubelet)
 }
 
-// removeStaged removes containers that were made and never started, where no daemon can: kubelet would take them for its own.
+// stagedPatience bounds the removal of what is staged.
+const stagedPatience = 30 * time.Second
+
+// removeStaged takes away what was prepared and does not run yet, where no daemon can: kubelet would take it for its own. That is a container
+// that was made and not started, and one that waits at its gate; if nothing else runs in its place any more, the gate is opened.
 func (p *path) removeStaged(ctx context.Context) {
+	if err := p.eachStaged(ctx); err != nil {
+		p.say("staged containers not looked for: %v", err)
+	}
+}
+
+func (p *path) eachStaged(ctx context.Context) error {
 	conn, err := Dial(p.links.target)
 	if err != nil {
-		p.say("staged containers not looked for: %v", err)
-		return
+		return err
 	}
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, callPatience)
+	ctx, cancel := context.WithTimeout(ctx, stagedPatience)
 	defer cancel()
 	rt := runtimeapi.NewRuntimeServiceClient(conn)
-	list, err := rt.ListContainers(ctx, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
-		State: &runtimeapi.ContainerStateValue{State: runtimeapi.ContainerState_CONTAINER_CREATED},
-	}})
+	list, err := rt.ListContainers(ctx, &runtimeapi.ListContainersRequest{})
 	if err != nil {
-		p.say("staged containers not looked for: %v", err)
-		return
+		return err
+	}
+	type slot struct{ sandbox, name string }
+	running := map[slot]int{}
+	for _, c := range list.GetContainers() {
+		if c.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING {
+			running[slot{c.GetPodSandboxId(), c.GetMetadata().GetName()}]++
+		}
 	}
 	for _, c := range list.GetContainers() {
-		if c.GetAnnotations()[interceptors.StagedAnnotation] == "" {
+		token := c.GetAnnotations()[interceptors.StagedAnnotation]
+		if token == "" || strings.ContainsAny(token, "/.") {
 			continue
 		}
-		if _, err := rt.RemoveContainer(ctx, &runtimeapi.RemoveContainerRequest{ContainerId: c.GetId()}); err != nil {
+		switch c.GetState() {
+		case runtimeapi.ContainerState_CONTAINER_CREATED:
+			err = removeContainer(ctx, rt, c.GetId(), false)
+		case runtimeapi.ContainerState_CONTAINER_RUNNING:
+			g := gate.At(filepath.Join(gate.Dir(p.config.StateDir), token))
+			if g.Await(ctx, func() error { return gate.ErrNotHeld }) != nil {
+				continue // it has passed: an operation that is over
+			}
+			if running[slot{c.GetPodSandboxId(), c.GetMetadata().GetName()}] == 1 {
+				if err := errors.Join(g.Open(), g.Remove()); err != nil {
+					p.say("container %s is held back: %v", c.GetId(), err)
+				}
+				continue
+			}
+			err = errors.Join(removeContainer(ctx, rt, c.GetId(), true), g.Remove())
+		default:
+			continue
+		}
+		if err != nil {
 			p.say("staged container %s not removed: %v", c.GetId(), err)
 			continue
 		}
 		p.say("removed the staged container %s", c.GetId())
 	}
+	return nil
+}
+
+// removeContainer removes a container. One that waits at its gate has nothing to say to a signal.
+func removeContainer(ctx context.Context, rt runtimeapi.RuntimeServiceClient, id string, runs bool) error {
+	if runs {
+		if _, err := rt.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: id}); err != nil {
+			return err
+		}
+	}
+	_, err := rt.RemoveContainer(ctx, &runtimeapi.RemoveContainerRequest{ContainerId: id})
+	return err
 }
 
 // off leads kubelet back through the proxy. It comes with its next dial, unless kubelet is to be restarted, a systemd unit.

@@ -15,10 +15,9 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/bypass"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/kubelet"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/upgrade"
 )
@@ -31,17 +30,6 @@ const (
 	// freeBytes is for the binary twice, and the journal.
 	freeBytes = 256 << 20
 )
-
-func dial(socket string) (*grpc.ClientConn, error) {
-	return grpc.NewClient("passthrough:///"+socket,
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithContextDialer(func(ctx context.Context, path string) (net.Conn, error) {
-			var d net.Dialer
-			return d.DialContext(ctx, "unix", path)
-		}),
-		grpc.WithAuthority("localhost"), grpc.WithDisableServiceConfig(),
-	)
-}
 
 // checkMachine is what must be before anything is looked at.
 func checkMachine() error {
@@ -56,7 +44,7 @@ func checkMachine() error {
 
 // runtimeVersion asks the runtime who it is.
 func runtimeVersion(ctx context.Context, socket string) (*runtimeapi.VersionResponse, error) {
-	conn, err := dial(socket)
+	conn, err := bypass.Dial(socket)
 	if err != nil {
 		return nil, err
 	}
@@ -91,7 +79,7 @@ func checkRuntime(ctx context.Context, socket string) (warnings []string, err er
 
 // cdi says why the runtime does not take CDI devices, empty if it does.
 func cdi(ctx context.Context, socket string) string {
-	conn, err := dial(socket)
+	conn, err := bypass.Dial(socket)
 	if err != nil {
 		return err.Error()
 	}

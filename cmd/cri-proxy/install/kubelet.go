@@ -14,6 +14,7 @@ import (
 	"time"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/bypass"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/kubelet"
 	"github.com/cri-proxy/cri-proxy/ops/apiserver"
 )
@@ -123,7 +124,7 @@ func (w *watch) healthy(ctx context.Context) error {
 
 // calls is nil if a call has come through the proxy since.
 func (w *watch) calls(ctx context.Context, since time.Time) error {
-	conn, err := dial(w.admin)
+	conn, err := bypass.Dial(w.admin)
 	if err != nil {
 		return err
 	}

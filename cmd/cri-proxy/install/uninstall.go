@@ -91,7 +91,7 @@ func (u *uninstaller) warnOfOverrides(ctx context.Context) {
 	if _, _, err := upgrade.Serving(ctx, u.config.StateDir, ""); err != nil {
 		return
 	}
-	conn, err := dial(u.config.AdminSocket)
+	conn, err := bypass.Dial(u.config.AdminSocket)
 	if err != nil {
 		return
 	}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/bypass"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops"
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
@@ -71,6 +72,10 @@ func (n *node) openState(ctx context.Context, carry interceptors.Carry) (err err
 		Overrides: st.engine.Overrides(), Registerer: st.registry,
 	}))
 	n.state.Store(st)
+	if s := bypass.Read(c.StateDir); s != nil {
+		// What they would prepare is seen by a kubelet that does not come through here. What has stopped a container goes to its end.
+		st.engine.CancelAll("cri-proxy is bypassed on this node " + s.String())
+	}
 	return nil
 }
 
