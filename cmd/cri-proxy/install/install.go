@@ -33,6 +33,7 @@ type installer struct {
 	timeout                  time.Duration
 
 	config *config.Config // what is to be in the file; before that, the target of flags
+	before *config.Config // what is in the file
 	flags  *pflag.FlagSet
 	out    io.Writer
 }
@@ -130,6 +131,7 @@ func (i *installer) configure(k *kubelet.Kubelet) ([]byte, error) {
 	if err := config.Parse(config.DefaultFile, text, have); err != nil {
 		return nil, &config.InvalidError{Err: err}
 	}
+	i.before = have
 	// Flags have been written into i.config; they go over what is in the file.
 	given := map[string]string{}
 	lists := map[string][]string{}
@@ -390,6 +392,9 @@ func (i *installer) planSockets(ctx context.Context, p *plan, changed bool) erro
 			what: "systemctl enable --now " + unit,
 			do: func(ctx context.Context) error {
 				_ = systemctl(ctx, "reset-failed", unit)
+				if unit == opsSocket {
+					return i.enableOpsSocket(ctx)
+				}
 				return systemctl(ctx, "enable", "--now", unit)
 			},
 			undo: func(ctx context.Context) error { return systemctl(ctx, "disable", "--now", unit) },
@@ -401,6 +406,36 @@ func (i *installer) planSockets(ctx context.Context, p *plan, changed bool) erro
 		}
 	}
 	return nil
+}
+
+// startDropIn is for the start of the socket only.
+const startDropIn = "/run/systemd/system/" + opsSocket + ".d/90-start.conf"
+
+// enableOpsSocket starts the socket beside an instance that serves. systemd refuses a socket whose Service= runs, so for the start that is
+// the instance that does not; the one that serves is replaced next. If it has the address itself, the socket comes with the next boot.
+func (i *installer) enableOpsSocket(ctx context.Context) error {
+	idle := upgrade.Units()[0]
+	s, err := show(ctx, idle, "ActiveState")
+	if err != nil {
+		return err
+	}
+	if s["ActiveState"] != "inactive" && s["ActiveState"] != "failed" {
+		idle = upgrade.Units()[1]
+	}
+	if err := write(startDropIn, []byte("[Socket]\nService="+idle+"\n"), 0o644); err != nil {
+		return err
+	}
+	if err = systemctl(ctx, "daemon-reload"); err == nil {
+		err = systemctl(ctx, "enable", "--now", opsSocket)
+	}
+	if err := errors.Join(put(startDropIn, nil, 0), systemctl(ctx, "daemon-reload")); err != nil {
+		return err
+	}
+	if err != nil && i.before.Ops.Address != "" {
+		i.warn("the process that serves has " + i.before.Ops.Address + " itself: systemd has it from the next boot on")
+		return systemctl(ctx, "enable", opsSocket)
+	}
+	return err
 }
 
 // planDaemon makes this version serve. Version is the one that does, empty for none.
