@@ -29,6 +29,8 @@ const (
 	refreshMost = 10 * time.Minute
 	// refreshLeast is for certificates that live for minutes.
 	refreshLeast = 5 * time.Second
+	// pokedMost is how long the CA is not read again when strangers come, who may be anybody.
+	pokedMost = 30 * time.Second
 	// A failure is tried again after retryFirst, then after twice as long each time, up to retryMost. A denial is not taken back soon.
 	retryFirst = 5 * time.Second
 	retryMost  = 10 * time.Minute
@@ -114,7 +116,7 @@ func (e *Enroller) Awaited() error {
 	return errors.New("this node has no certificate yet; it is asking the controller for one")
 }
 
-// Refresh makes the controller's CA be read soon: somebody came whose CA is not known. It does not wait.
+// Refresh makes the controller's CA be read soon: somebody came whose CA is not known, or who does not know this node's. It does not wait.
 func (e *Enroller) Refresh() {
 	select {
 	case e.poke <- struct{}{}:
@@ -145,7 +147,8 @@ func (e *Enroller) keepBundle(ctx context.Context) {
 			e.fault(ctx, loop, nil, 0)
 		}
 		// A stranger at the door makes it look again, but not all the time.
-		if !e.wait(ctx, min(pause, refreshLeast), nil) || pause > refreshLeast && !e.wait(ctx, pause-refreshLeast, e.poke) {
+		quiet := max(refreshLeast, min(pokedMost, e.refreshEvery()/20))
+		if !e.wait(ctx, min(pause, quiet), nil) || pause > quiet && !e.wait(ctx, pause-quiet, e.poke) {
 			return
 		}
 	}
@@ -289,6 +292,7 @@ func (e *Enroller) enrol(ctx context.Context, why string) error {
 	e.status.Certificate, e.status.Renewal = leaf, renewalOf(leaf)
 	e.status.Enrolments++
 	e.mu.Unlock()
+	e.Refresh() // how often it looks depends on the certificate
 	log.WithFields(logrus.Fields{"request": name, "until": leaf.NotAfter.Format(time.RFC3339), "renewal": renewalOf(leaf).Format(time.RFC3339)}).Info("enrolled")
 	return nil
 }

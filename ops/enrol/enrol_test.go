@@ -206,7 +206,7 @@ func TestAnotherCA(t *testing.T) {
 		// The old one is withdrawn. Somebody whose CA is not known makes the node look at once.
 		s.set(func() { s.bundle = "" })
 		e.Refresh()
-		time.Sleep(refreshLeast + 5*time.Second)
+		time.Sleep(pokedMost + 5*time.Second)
 		if c := e.Status().Certificate; s.requests() != 2 || c.SerialNumber.Cmp(first.SerialNumber) == 0 || c.Issuer.CommonName != "next" {
 			t.Errorf("%d requests, certificate of %s", s.requests(), c.Issuer)
 		}

@@ -17,6 +17,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -65,17 +66,18 @@ type bed struct {
 	addr     string
 	clientCA string // file that the server reads
 	log      *logtest.Hook
+	unknown  *atomic.Int64 // how often it was told to look for other authorities
 }
 
 func newBed(t *testing.T) *bed {
 	t.Helper()
-	b := &bed{ca: mtlstest.NewCA(t, "ca"), dir: t.TempDir()}
+	b := &bed{ca: mtlstest.NewCA(t, "ca"), dir: t.TempDir(), unknown: &atomic.Int64{}}
 	cert, key := b.ca.Issue(b.dir, "server", x509.Certificate{DNSNames: []string{"node"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}})
 	b.clientCA = filepath.Join(b.dir, "clients.pem")
 	b.trust(t, b.ca)
 	log, hook := logtest.NewNullLogger()
 	b.log = hook
-	s, err := mtls.NewServer(mtls.ServerOptions{CertFile: cert, KeyFile: key, ClientCAFile: b.clientCA, AllowedClients: []string{allowed, allowedURI}, Log: log})
+	s, err := mtls.NewServer(mtls.ServerOptions{CertFile: cert, KeyFile: key, ClientCAFile: b.clientCA, AllowedClients: []string{allowed, allowedURI}, Log: log, Unknown: func() { b.unknown.Add(1) }})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -571,3 +573,46 @@ func (l *oneConn) Close() error {
 }
 
 func (l *oneConn) Addr() net.Addr { return &net.TCPAddr{} }
+
+// TestUnknown: whoever may know of another authority makes the server look for it; others do not.
+func TestUnknown(t *testing.T) {
+	other := mtlstest.NewCA(t, "other")
+	for _, tt := range []struct {
+		name string
+		dial func(*bed) credentials.TransportCredentials
+		want bool
+	}{
+		{"a client of another authority", func(b *bed) credentials.TransportCredentials {
+			cert, key := other.Issue(t.TempDir(), "c", x509.Certificate{DNSNames: []string{allowed}})
+			return b.client(t, cert, key)
+		}, true},
+		{"a client who knows another authority", func(b *bed) credentials.TransportCredentials {
+			cert, key := b.ca.Issue(t.TempDir(), "c", x509.Certificate{DNSNames: []string{allowed}})
+			creds, err := mtls.NewClient(mtls.ClientOptions{CertFile: cert, KeyFile: key, ServerCAFile: other.File, Log: logrus.New()})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return creds
+		}, true},
+		{"a client of another name", func(b *bed) credentials.TransportCredentials {
+			cert, key := b.ca.Issue(t.TempDir(), "c", x509.Certificate{DNSNames: []string{"another"}})
+			return b.client(t, cert, key)
+		}, false},
+		{"no certificate", func(*bed) credentials.TransportCredentials {
+			return credentials.NewTLS(&tls.Config{InsecureSkipVerify: true})
+		}, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			b := newBed(t)
+			if _, err := b.call(t, tt.dial(b)); status.Code(err) != codes.Unavailable {
+				t.Fatal(err)
+			}
+			for e := b.log.LastEntry(); e == nil; e = b.log.LastEntry() {
+				runtime.Gosched() // the client knows of the refusal a moment earlier
+			}
+			if asked := b.unknown.Load() > 0; asked != tt.want {
+				t.Errorf("looks for other authorities: %t", asked)
+			}
+		})
+	}
+}

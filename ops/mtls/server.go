@@ -56,7 +56,8 @@ type ServerOptions struct {
 	// Awaited, if set, says why the files are not there yet. Without it they must be there from the beginning; with it
 	// everybody is refused until they are.
 	Awaited func() error
-	// Unknown, if set, is told that a client came whose certificate is of no known authority. It must not wait.
+	// Unknown, if set, is told that there may be other authorities by now: a client came whose certificate is of no known one, or who did
+	// not take the server's, or before there was one. It must not wait.
 	Unknown func()
 }
 
@@ -140,8 +141,11 @@ func (c serverCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials
 	if err == nil {
 		return secure, info, nil
 	}
-	if errors.As(err, new(x509.UnknownAuthorityError)) && c.s.unknown != nil {
-		c.s.unknown()
+	var remote *net.OpError
+	if errors.As(err, new(x509.UnknownAuthorityError)) || errors.As(err, &remote) && remote.Op == "remote error" || c.s.Certificate() == nil {
+		if c.s.unknown != nil {
+			c.s.unknown()
+		}
 	}
 	if c.s.denials.Allow() {
 		c.s.log.WithError(err).WithField("remote", conn.RemoteAddr().String()).Warn("ops client denied")
