@@ -16,12 +16,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-logr/logr"
 	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/tools/clientcmd"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	ctrllog "sigs.k8s.io/controller-runtime/pkg/log"
 	"sigs.k8s.io/yaml"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
@@ -54,6 +56,7 @@ func run(m *testing.M) (code int, err error) {
 	if root, err = testbed.SourceDir(""); err != nil {
 		return 0, err
 	}
+	ctrllog.SetLogger(logr.Discard()) // the clients of this package say nothing of interest
 	failed := false
 	bed, err = testbed.Start(ctx, testbed.Options{
 		Mode: testbed.ModeCluster, Race: true, Log: os.Stderr, KeepLogs: func() bool { return failed },

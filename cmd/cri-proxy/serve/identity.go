@@ -98,18 +98,11 @@ func (d *daemon) startEnrolling(ctx context.Context) {
 	if d.enroller == nil {
 		return
 	}
-	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	done := make(chan struct{})
-	go func() { // ends with stopEnrolling
-		defer close(done)
-		d.enroller.Run(ctx)
-	}()
-	d.stopEnrol = func() {
-		cancel()
-		<-done
-	}
+	ctx, d.stopEnrol = context.WithCancel(context.WithoutCancel(ctx))
+	d.workers.Go(func() { d.enroller.Run(ctx) }) // ends with stopEnrolling
 }
 
+// stopEnrolling does not wait for the end: calls of kubelet's may be held meanwhile. A file that is written is there as a whole or not at all.
 func (d *daemon) stopEnrolling() {
 	if d.stopEnrol != nil {
 		d.stopEnrol()

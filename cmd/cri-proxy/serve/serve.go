@@ -140,7 +140,7 @@ type daemon struct {
 	http       *httpServer
 	handover   *handover.Listener
 	// stopEnrol ends what keeps the node's identity new; nil: nothing does.
-	stopEnrol func()
+	stopEnrol context.CancelFunc
 	requests  chan *request // for the state
 	// given is the view of the state that has been handed over: of the calls that are still under way.
 	given *interceptors.View
