@@ -370,9 +370,9 @@ func FuzzCommands(f *testing.F) {
 		}
 	}
 	const frames = 0xff
-	f.Add(uint8(frames), []byte{0, 0, 1, 4, 0, 0, 0, 0, 0, 0})                                            // SETTINGS of a wrong size
+	f.Add(uint8(frames), []byte{0, 0, 1, 4, 0, 0, 0, 0, 0, 0})                                             // SETTINGS of a wrong size
 	f.Add(uint8(frames), append([]byte{0, 0, 0, 4, 0, 0, 0, 0, 0}, 0, 0, 3, 1, 5, 0, 0, 0, 1, 0xff, 0, 0)) // HEADERS that cannot be read
-	f.Add(uint8(frames), []byte{0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 1})                                        // DATA of 16 MiB
+	f.Add(uint8(frames), []byte{0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 1})                                       // DATA of 16 MiB
 	f.Add(uint8(frames), []byte("GET / HTTP/1.1\r\n\r\n"))
 
 	d := newDoor(f)
