@@ -463,7 +463,7 @@ func daemonSetOnNode(t *testing.T, n *node) {
 		"image: cri-proxy\n", "image: "+image+"\n",
 		"{kubernetes.io/os: linux}", "{kubernetes.io/hostname: "+n.NodeName+"}",
 		"        env:\n", "        env:\n        - {name: KUBERNETES_SERVICE_HOST, value: "+api.Hostname()+"}\n        - {name: KUBERNETES_SERVICE_PORT, value: \""+api.Port()+"\"}\n",
-		"minReadySeconds: 10", "minReadySeconds: 0", "periodSeconds: 5", "periodSeconds: 1",
+		"minReadySeconds: 10", "minReadySeconds: 3", "periodSeconds: 5", "periodSeconds: 1",
 	).Replace(string(daemonSet))
 	if err := n.bed.KubectlApply(ctx, text); err != nil {
 		t.Fatal(err)

@@ -233,6 +233,8 @@ func guardAlone(t *testing.T, m *machine) {
 func kill(t *testing.T, m *machine) {
 	m.freshKubelet(t)
 	i, pid := m.signal(t, "KILL")
+	// Until the kernel has closed its connections, calls go to a process that is dead.
+	m.must(t, "sh", "-c", "while kill -0 "+pid+" 2>/dev/null; do :; done")
 	since := time.Now()
 	await(t, "the next process", func() bool { s, now := m.serving(t); return s == i && now != pid && now != "0" })
 	m.moreCalls(t)
