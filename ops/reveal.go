@@ -98,6 +98,9 @@ func (r *restart) measure(ctx context.Context, rec containerRecord) {
 	if at := r.records.started(rec.Successor); !at.IsZero() {
 		started = at
 	}
+	if !r.overlaps() && started.Before(stopped) {
+		stopped = started // the end is noticed in two places, and what waits for it may have been the faster one
+	}
 	r.show(func(c *opsv1.ContainerOperation) {
 		c.ExitCode = before.GetStatus().GetExitCode()
 		c.StopTime, c.StartTime = timestamppb.New(stopped), timestamppb.New(started)

@@ -110,7 +110,7 @@ func TestMethods(t *testing.T) {
 			if c.GetMethod() != string(tc.method) || len(c.GetWarnings()) > 0 {
 				t.Errorf("method is %s, warnings are %q", c.GetMethod(), c.GetWarnings())
 			}
-			if c.GetGap().AsDuration() <= 0 || c.GetGap().AsDuration() > waitLong {
+			if c.GetGap().AsDuration() < 0 || c.GetGap().AsDuration() > waitLong {
 				t.Errorf("gap is %s", c.GetGap().AsDuration())
 			}
 		})
