@@ -326,7 +326,6 @@ func (e *Enroller) ask(ctx context.Context) (name string, key *ecdsa.PrivateKey,
 // awaitAnswer returns the certificate of a request.
 func (e *Enroller) awaitAnswer(ctx context.Context, name string) ([]byte, error) {
 	const loop = "request"
-	defer e.fault(ctx, loop, nil, 0)
 	began, pause := time.Now(), askFirst
 	for {
 		if !e.wait(ctx, jitter(pause), nil) {
@@ -385,6 +384,10 @@ func (e *Enroller) check(ctx context.Context, cert []byte, key *ecdsa.PrivateKey
 	if now := time.Now(); now.Before(c.NotBefore) || now.After(c.NotAfter) {
 		return nil, fmt.Errorf("it is good from %s to %s, and here it is %s: set the clock of the node, or of the controller's", c.NotBefore.Format(time.RFC3339), c.NotAfter.Format(time.RFC3339), now.Format(time.RFC3339))
 	}
+	if at := renewalOf(c); !at.After(time.Now()) {
+		// It would be renewed at once, and again and again.
+		return nil, fmt.Errorf("it is good until %s and to be renewed at %s, and here it is %s: set the clock of the node, or of the controller's", c.NotAfter.Format(time.RFC3339), at.Format(time.RFC3339), time.Now().Format(time.RFC3339))
+	}
 	verify := func() error {
 		text, err := os.ReadFile(CAFile(e.o.StateDir))
 		if err != nil {
@@ -423,9 +426,13 @@ func (e *Enroller) fault(ctx context.Context, loop string, err error, pause time
 	} else {
 		next := time.Now().Add(pause)
 		e.faults[loop], e.tries[loop] = err, &next
-		if loop != "request" { // the request's end has its own line
+		if loop != "request" || before == nil { // a request that waits is one failure
 			e.status.Failures++
 		}
+	}
+	if loop == "certificate" { // which is how the request ends
+		delete(e.faults, "request")
+		delete(e.tries, "request")
 	}
 	if err != nil && (before == nil || before.Error() != err.Error()) {
 		e.o.Log.WithError(err).WithField("again", pause.Round(time.Second).String()).Warn("identity of this node")

@@ -142,6 +142,12 @@ func TestProblems(t *testing.T) {
 		{"from the future", func(_ testing.TB, s *standIn) {
 			s.change = func(c *x509.Certificate) (any, error) { c.NotBefore = time.Now().Add(time.Minute); return nil, nil }
 		}, time.Hour, "set the clock", 20},
+		{"all but over", func(_ testing.TB, s *standIn) {
+			s.change = func(c *x509.Certificate) (any, error) {
+				c.NotBefore, c.NotAfter = time.Now().Add(-9*time.Hour), time.Now().Add(time.Hour)
+				return nil, nil
+			}
+		}, time.Hour, "to be renewed at", 20},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -159,6 +165,9 @@ func TestProblems(t *testing.T) {
 				}
 				if !said(log, logrus.WarnLevel, tt.problem) {
 					t.Error("not logged")
+				}
+				if said(log, logrus.InfoLevel, "in order again") || st.Failures == 0 {
+					t.Errorf("said to be in order while it was not: %+v", st)
 				}
 				if n := s.requests(); n > tt.most {
 					t.Errorf("%d requests", n)

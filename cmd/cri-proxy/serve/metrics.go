@@ -114,7 +114,11 @@ func (c *commands) options(listener string) (before, after []grpc.ServerOption) 
 		}),
 		grpc.ChainStreamInterceptor(func(srv any, s grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 			err := handler(srv, s)
-			count(info.FullMethod, err)
+			if method := info.FullMethod; srv != nil {
+				count(method, err)
+			} else {
+				count("unknown", err) // no method of ours: the client has made it up
+			}
 			return err
 		}),
 	}

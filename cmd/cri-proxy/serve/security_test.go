@@ -201,6 +201,9 @@ func TestRequestsAreBounded(t *testing.T) {
 		t.Errorf("unknown method: %v", err)
 	}
 	d.said("ops call refused", "unknown method")
+	if err := conn.Invoke(ctx, "/criproxy.ops.v1.Ops/\xff\xfe", &opsv1.NodeInfoRequest{}, &opsv1.NodeInfoResponse{}); err == nil {
+		t.Error("a method that is no text is accepted")
+	}
 	d.healthy()
 }
 

@@ -218,9 +218,10 @@ func (n *node) sayIfRuntimeMissing() {
 // opsServer makes a gRPC server with the commands of the state on it. name is that of the listener.
 func (n *node) opsServer(name string, o ...grpc.ServerOption) *grpc.Server {
 	before, after := n.commands.options(name)
+	guard := ops.Guard(n.log)
 	after = append(after, grpc.ChainUnaryInterceptor(ops.Audit(n.log)))
-	after = append(after, ops.Guard(n.log)...)
-	s := grpc.NewServer(append(slices.Concat(before, o, after), grpc.ChainUnaryInterceptor(n.refuseBypassed))...)
+	// The guard is around everything, and once more around the command itself, so that its panics are counted and audited.
+	s := grpc.NewServer(slices.Concat(guard, before, o, after, guard, []grpc.ServerOption{grpc.ChainUnaryInterceptor(n.refuseBypassed)})...)
 	st := n.state.Load()
 	opsv1.RegisterOpsServer(s, ops.NewServer(st.engine, n.info))
 	opsv1.RegisterImagesServer(s, prepull.NewServer(st.puller))

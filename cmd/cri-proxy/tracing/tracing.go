@@ -28,7 +28,7 @@ const (
 	// exportTimeout bounds one try to send them.
 	exportTimeout = 10 * time.Second
 	// shutdownTimeout is how long the end of the process waits for the last ones.
-	shutdownTimeout = 2 * time.Second
+	shutdownTimeout = 300 * time.Millisecond
 )
 
 // Options of [Start]. All are required but SamplingRatePerMillion.
