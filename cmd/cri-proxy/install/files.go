@@ -18,6 +18,8 @@ import (
 )
 
 const (
+	// runUnitDir is for what ends with the boot.
+	runUnitDir = "/run/systemd/system"
 	// unitDir is the administrator's; a package has its units in vendorUnitDir.
 	unitDir, vendorUnitDir = "/etc/systemd/system", "/usr/lib/systemd/system"
 	tmpfilesName           = "cri-proxy.conf"

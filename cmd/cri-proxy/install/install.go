@@ -372,7 +372,13 @@ func (i *installer) planSockets(ctx context.Context, p *plan, changed bool) erro
 			return err
 		}}
 		if !links {
-			a.undo = func(context.Context) error { return removeSockets(i.config) }
+			sockets := there(i.config.Listen.Path) // somebody may be dialling that already
+			a.undo = func(context.Context) error {
+				if sockets {
+					return remove(i.kubeletSocket())
+				}
+				return removeSockets(i.config)
+			}
 		}
 		p.add(a)
 	}
@@ -409,7 +415,7 @@ func (i *installer) planSockets(ctx context.Context, p *plan, changed bool) erro
 }
 
 // startDropIn is for the start of the socket only.
-const startDropIn = "/run/systemd/system/" + opsSocket + ".d/90-start.conf"
+const startDropIn = runUnitDir + "/" + opsSocket + ".d/90-start.conf"
 
 // enableOpsSocket starts the socket beside an instance that serves. systemd refuses a socket whose Service= runs, so for the start that is
 // the instance that does not; the one that serves is replaced next. If it has the address itself, the socket comes with the next boot.

@@ -7,10 +7,12 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -177,12 +179,31 @@ func TestPlan(t *testing.T) {
 	if err := p.run(t.Context()); !errors.Is(err, boom) || !strings.HasSuffix(err.Error(), "everything is as it was") || state() != before {
 		t.Errorf("%v: %q", err, state())
 	}
-	if _, err := os.Stat(filepath.Dir(fresh)); err == nil {
-		t.Error("the directory of drop-ins has stayed")
+	if _, err := os.Stat(filepath.Dir(fresh)); err != nil {
+		t.Error("a directory is gone that kubelet may want") // a --config-dir that was empty
 	}
 	p.actions = p.actions[:3]
 	if err := p.run(t.Context()); err != nil || state() != [3]string{"A\n", "(none)", "c\n"} {
 		t.Errorf("%v: %q", err, state())
+	}
+}
+
+// What kubelet uses is not taken away before kubelet is led away from it.
+func TestPutBackHolds(t *testing.T) {
+	var undone []string
+	step := func(name string, holds bool, err error) action {
+		return action{
+			what: name, holds: holds, do: func(context.Context) error { return nil },
+			undo: func(context.Context) error { undone = append(undone, name); return err },
+		}
+	}
+	boom := errors.New("read-only file system")
+	p := &plan{out: io.Discard}
+	p.add(step("sockets", false, nil), step("kubelet", true, boom), step("label", false, nil))
+	p.add(action{what: "fail", do: func(context.Context) error { return errors.New("no") }})
+	err := p.run(t.Context())
+	if !errors.Is(err, boom) || !strings.Contains(err.Error(), "the rest stays as it is") || !slices.Equal(undone, []string{"label", "kubelet"}) {
+		t.Errorf("%v: undone %q", err, undone)
 	}
 }
 

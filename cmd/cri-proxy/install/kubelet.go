@@ -220,13 +220,16 @@ func (i *installer) pointing(k *kubelet.Kubelet, edits []kubelet.Edit, w *watch,
 				}
 			}
 			restarted = true
-			w.admin = i.config.AdminSocket
+			if bypass.Read(i.config.StateDir) == nil { // otherwise it does not call through the proxy
+				w.admin = i.config.AdminSocket
+			}
 			if err := w.restart(ctx); err != nil {
 				return err
 			}
 			r.Pending = false
 			return r.write()
 		},
+		holds: true,
 		undo: func(ctx context.Context) error {
 			var errs []error
 			if worked {
@@ -239,7 +242,7 @@ func (i *installer) pointing(k *kubelet.Kubelet, edits []kubelet.Edit, w *watch,
 				errs = append(errs, err)
 			}
 			if restarted {
-				w.admin = ""
+				w.admin, w.api = "", nil // the API server may be what is away
 				if err := w.restart(ctx); err != nil {
 					errs = append(errs, fmt.Errorf("kubelet with its configuration of before: %w", err))
 				}

@@ -24,6 +24,8 @@ type action struct {
 	diff string
 	do   func(context.Context) error
 	undo func(context.Context) error // nil: nothing to put back
+	// holds says that nothing before it may be undone unless it has been: kubelet uses it.
+	holds bool
 }
 
 // plan is done in order, and undone the other way round.
@@ -74,11 +76,10 @@ func (p *plan) putBack(ctx context.Context, err error, done []action) error {
 		return err
 	}
 	p.say("that went wrong; putting everything back")
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoPatience)
-	defer cancel()
+	ctx = context.WithoutCancel(ctx)
 	uerr := undo(ctx, done)
 	if p.undone != nil {
-		uerr = errors.Join(uerr, p.undone(ctx))
+		uerr = errors.Join(uerr, within(ctx, p.undone))
 	}
 	if uerr != nil {
 		return errors.Join(err, fmt.Errorf("not everything was put back, cri-proxy uninstall tries again: %w", uerr))
@@ -89,11 +90,24 @@ func (p *plan) putBack(ctx context.Context, err error, done []action) error {
 func undo(ctx context.Context, done []action) error {
 	var errs []error
 	for _, a := range slices.Backward(done) {
-		if a.undo != nil {
-			errs = append(errs, a.undo(ctx))
+		if a.undo == nil {
+			continue
+		}
+		err := within(ctx, a.undo)
+		errs = append(errs, err)
+		if err != nil && a.holds {
+			errs = append(errs, errors.New("so the rest stays as it is: kubelet may need it"))
+			break
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// within bounds the putting back of one thing.
+func within(ctx context.Context, f func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, undoPatience)
+	defer cancel()
+	return f(ctx)
 }
 
 // diff is the change of a file as people read it. Nil is a file that is not there.
@@ -164,8 +178,8 @@ func put(path string, b []byte, mode os.FileMode) error {
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	// Directories of drop-ins go with the last one.
-	if dir := filepath.Dir(path); strings.HasSuffix(dir, ".d") {
+	// Directories of units' drop-ins go with the last one. Others may have to be there: kubelet does not start without its --config-dir.
+	if dir := filepath.Dir(path); strings.HasSuffix(dir, ".d") && (filepath.Dir(dir) == unitDir || filepath.Dir(dir) == runUnitDir) {
 		_ = os.Remove(dir)
 	}
 	return nil

@@ -185,7 +185,7 @@ func (u *uninstaller) planKubelet(ctx context.Context, p *plan, r *record) error
 			paths = append(paths, e.Path)
 		}
 	}
-	if len(paths) == 0 && !r.Pending {
+	if len(paths) == 0 && !r.exists() { // otherwise it may still run with what was there before
 		return nil
 	}
 	w, warnings := newWatch(ctx, k, u.unit, u.kubeconfig, u.timeout)
