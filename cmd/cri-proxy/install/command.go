@@ -40,6 +40,7 @@ the rest of that file stays as it is.`,
 			if i.config.RecordCalls != "" {
 				return &config.InvalidError{Err: errors.New("--record-calls is for cri-proxy serve only")}
 			}
+			outlive()
 			ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGINT, unix.SIGTERM)
 			defer stop()
 			i.flags, i.out = cmd.Flags(), cmd.OutOrStdout()
@@ -69,6 +70,7 @@ The configuration and the journal stay, unless with --purge.
 It may be run again at any time, and after an install that did not get to its end.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			outlive()
 			ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGINT, unix.SIGTERM)
 			defer stop()
 			u.out = cmd.OutOrStdout()
@@ -83,6 +85,10 @@ It may be run again at any time, and after an install that did not get to its en
 	common(cmd, &u.unit, &u.kubeconfig, &u.timeout)
 	return cmd
 }
+
+// outlive has the process, and the programs that it runs, go on when whoever reads its output goes away: what is under way ends, or is put
+// back. Go ends a process that writes to a broken pipe as its output unless it ignores SIGPIPE itself; SIGHUP comes when a session is lost.
+func outlive() { signal.Ignore(unix.SIGPIPE, unix.SIGHUP) }
 
 func common(cmd *cobra.Command, unit, kubeconfig *string, timeout *time.Duration) {
 	f := cmd.Flags()

@@ -326,7 +326,7 @@ func (i *installer) plan(ctx context.Context, k *kubelet.Kubelet, text []byte) (
 	if err != nil {
 		return nil, err
 	}
-	files = slices.Insert(files, 0, file{config.DefaultFile, text, 0o644})
+	files = slices.Insert(files, 0, configFile(config.DefaultFile, text))
 	changed := false
 	for _, f := range files {
 		a, ok, err := writing(f.path, f.content, f.mode)
@@ -362,6 +362,15 @@ func (i *installer) plan(ctx context.Context, k *kubelet.Kubelet, text []byte) (
 		p.add(i.pointing(k, edits, w, r))
 	}
 	return p, nil
+}
+
+// configFile is the configuration as it is to be. It may be the administrator's: a symlink stays one, and the mode is kept.
+func configFile(path string, text []byte) file {
+	f := file{real(path), text, 0o644}
+	if fi, err := os.Stat(f.path); err == nil {
+		f.mode = fi.Mode().Perm()
+	}
+	return f
 }
 
 // planSockets makes systemd hold the sockets, and the symlinks be there.

@@ -7,15 +7,19 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/kubelet"
@@ -273,5 +277,101 @@ func TestNodeReady(t *testing.T) {
 	}
 	if err := notReady(t.Context(), a, "n2", since); err == nil || !strings.Contains(err.Error(), "403") {
 		t.Error(err)
+	}
+}
+
+// A process whose reader and whose session are gone goes on.
+func TestOutlive(t *testing.T) {
+	if file := os.Getenv("OUTLIVE_FILE"); file != "" {
+		outlive()
+		_, werr := os.Stdout.WriteString("to nobody\n")
+		if err := errors.Join(unix.Kill(os.Getpid(), unix.SIGHUP), os.WriteFile(file, []byte("on"), 0o600)); err != nil || !errors.Is(werr, unix.EPIPE) {
+			t.Fatal(err, werr)
+		}
+		os.Exit(0)
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "file")
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestOutlive$")
+	cmd.Env = append(os.Environ(), "OUTLIVE_FILE="+file)
+	cmd.Stdout, cmd.Stderr = w, w
+	if err := errors.Join(r.Close(), cmd.Run(), w.Close()); err != nil {
+		t.Error(err)
+	}
+	if got := contentOf(t, file); got != "on" {
+		t.Error(got)
+	}
+}
+
+// An administrator's mode and symlink are kept, when the file is changed and when it is put back.
+func TestConfigFile(t *testing.T) {
+	dir := t.TempDir()
+	target, link := filepath.Join(dir, "target.yaml"), filepath.Join(dir, "config.yaml")
+	write600(t, target, "a\n")
+	if err := os.Symlink(target, link); err != nil {
+		t.Fatal(err)
+	}
+	f := configFile(link, []byte("b\n"))
+	a, ok, err := writing(f.path, f.content, f.mode)
+	if err != nil || !ok {
+		t.Fatal(ok, err)
+	}
+	for _, step := range []struct {
+		want string
+		do   func(context.Context) error
+	}{{"b\n", a.do}, {"a\n", a.undo}} {
+		if err := step.do(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		fi, err := os.Stat(target)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if to, err := os.Readlink(link); err != nil || to != target || fi.Mode().Perm() != 0o600 || contentOf(t, link) != step.want {
+			t.Errorf("%s (%v) %s %q", to, err, fi.Mode(), contentOf(t, link))
+		}
+	}
+	if f := configFile(filepath.Join(dir, "new.yaml"), nil); f.mode != 0o644 {
+		t.Error(f.mode)
+	}
+}
+
+// A kubelet that is down is not left with nothing to dial.
+func TestRefuse(t *testing.T) {
+	down := fmt.Errorf("%w as kubelet.service", kubelet.ErrNotRunning)
+	for _, tt := range []struct {
+		name, state string
+		record      *record
+		found       error
+		absent      bool
+		want        bool
+	}{
+		{"down", "loaded", &record{}, down, false, true},
+		{"no such unit", "not-found", &record{}, down, false, false},
+		{"installed by the command", "loaded", &record{Time: time.Now()}, down, false, false},
+		{"not installed", "loaded", &record{}, down, true, false},
+		{"something else", "loaded", &record{}, errors.New("x"), false, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			dir := t.TempDir()
+			if err := os.WriteFile(filepath.Join(dir, "systemctl"), []byte("#!/bin/sh\necho LoadState="+tt.state+"\n"), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+			c := config.Default()
+			c.Listen.Path = filepath.Join(dir, "cri.sock")
+			c.StateDir = dir
+			if !tt.absent {
+				write600(t, c.Listen.Path, "")
+			}
+			u := &uninstaller{unit: kubelet.DefaultUnit, config: c, out: io.Discard}
+			err := u.refuse(t.Context(), tt.record, tt.found)
+			if (err != nil) != tt.want || err != nil && !strings.Contains(err.Error(), "start kubelet first") {
+				t.Error(err)
+			}
+		})
 	}
 }

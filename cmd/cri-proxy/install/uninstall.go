@@ -160,6 +160,9 @@ func (u *uninstaller) planKubelet(ctx context.Context, p *plan, r *record) error
 	}
 	k, err := kubelet.Find(ctx, u.unit)
 	if err != nil {
+		if rerr := u.refuse(ctx, r, err); rerr != nil {
+			return rerr
+		}
 		u.say("warning: %v: see to it yourself that it does not dial %s", err, bypass.KubeletSocket(u.config))
 		k = nil
 	}
@@ -220,6 +223,23 @@ func (u *uninstaller) planKubelet(ctx context.Context, p *plan, r *record) error
 		return u.away(ctx)
 	}})
 	return nil
+}
+
+// refuse is the error if kubelet, which was not found because of found, will be started some day and may dial what is to be removed: where
+// its configuration is is known from its process, or from the record.
+func (u *uninstaller) refuse(ctx context.Context, r *record, found error) error {
+	if r.exists() || !errors.Is(found, kubelet.ErrNotRunning) {
+		return nil
+	}
+	installed, err := u.installed()
+	if err != nil || len(installed) == 0 {
+		return err
+	}
+	s, err := show(ctx, u.unit, "LoadState")
+	if err != nil || s["LoadState"] != "loaded" {
+		return err
+	}
+	return fmt.Errorf("%w: start kubelet first, so that its configuration can be put back, or give cri-proxy uninstall --no-kubelet if it does not use cri-proxy", found)
 }
 
 // pointAway is what makes a kubelet that dials the proxy dial the runtime.

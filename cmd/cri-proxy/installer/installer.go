@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -48,7 +49,8 @@ func Command() *cobra.Command {
 		Short:  "Run cri-proxy install on the node of this privileged pod",
 		Hidden: true,
 		Long: `Run cri-proxy install or uninstall on the node of this pod, label the node, and
-stay until asked to stop. The pod must be privileged and see the node's
+stay until asked to stop, also where that went wrong: a new pod is another try.
+The pod must be privileged and see the node's
 processes (hostPID). See deploy/installer.`,
 	}
 	for action, short := range map[string]string{
@@ -99,6 +101,11 @@ func (i *installer) run(ctx context.Context) error {
 		return fmt.Errorf("copying this program to the node: %w", err)
 	}
 	if err := i.onHost(ctx, append(args, strings.Fields(i.args)...)); err != nil {
+		if i.action != check {
+			// A container that ends is started again, at once and without end where kubelet is restarted and forgets its back-off.
+			_, _ = fmt.Fprintf(i.out, "%v\n%s went wrong; waiting to be stopped: a new pod tries again\n", err, i.action)
+			<-ctx.Done()
+		}
 		return err
 	}
 	if err := i.setLabel(ctx); err != nil {
@@ -153,6 +160,9 @@ func (i *installer) onHost(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
+	if err := i.idle(ctx); err != nil {
+		return err
+	}
 	// Not killed with this process: what systemd runs goes on anyway.
 	cmd := exec.CommandContext(ctx, program, run...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: i.host}
@@ -163,6 +173,32 @@ func (i *installer) onHost(ctx context.Context, args []string) error {
 		return fmt.Errorf("cri-proxy %s on the node: %w", strings.Join(args, " "), err)
 	}
 	return nil
+}
+
+// idle waits until the node is done with what a pod before this one has begun.
+func (i *installer) idle(ctx context.Context) error {
+	program, err := i.find("systemctl")
+	if err != nil {
+		return err
+	}
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		cmd := exec.CommandContext(ctx, program, "is-active", unit)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: i.host}
+		cmd.Dir = "/"
+		out, _ := cmd.Output() // it says the state by its code, too
+		switch strings.TrimSpace(string(out)) {
+		case "active", "activating", "deactivating":
+		default:
+			return ctx.Err()
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 }
 
 // find returns where the node has a program.

@@ -46,7 +46,11 @@ type Kubelet struct {
 }
 
 // Find looks at the process of a systemd unit. It returns [ErrNotRunning] if there is no such unit, or it has no process.
+// As for systemctl, the name may come without .service.
 func Find(ctx context.Context, unit string) (*Kubelet, error) {
+	if !strings.HasSuffix(unit, ".service") {
+		unit += ".service"
+	}
 	ctx, cancel := context.WithTimeout(ctx, askPatience)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, "systemctl", "show", unit, "-p", "MainPID,FragmentPath,DropInPaths,EnvironmentFiles").Output()

@@ -4,7 +4,9 @@
 package kubelet
 
 import (
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -196,5 +198,34 @@ func TestDials(t *testing.T) {
 	k := &Kubelet{Args: []string{"--config=config.yaml", "--healthz-bind-address=0.0.0.0"}, Dir: dir}
 	if got := k.HealthzAddress(); got != "127.0.0.1:1" {
 		t.Error(got)
+	}
+}
+
+// Drop-ins go to the unit's directory, however the unit is named.
+func TestFindUnit(t *testing.T) {
+	dir := t.TempDir()
+	program, err := exec.LookPath("sleep")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), program)
+	cmd.Args = []string{"kubelet", "60"}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _, _ = cmd.Process.Kill(), cmd.Wait() }()
+	script := fmt.Sprintf("#!/bin/sh\necho MainPID=%d\n", cmd.Process.Pid)
+	if err := os.WriteFile(filepath.Join(dir, "systemctl"), []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	for _, name := range []string{"kubelet", DefaultUnit} {
+		k, err := Find(t.Context(), name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if k.Unit != DefaultUnit || k.UnitDir != "/etc/systemd/system/kubelet.service.d" {
+			t.Errorf("%s: %s in %s", name, k.Unit, k.UnitDir)
+		}
 	}
 }
