@@ -138,7 +138,7 @@ type fleetSeen struct {
 }
 
 // fleet is many nodes in one process: one server that answers at every loopback address, for each node with its own
-// certificate. What a node is told to pull is there a second later.
+// certificate. What a node is told to pull is there a second later. It does not know NodeInfo: the condition on Nodes is no part of what is measured.
 type fleet struct {
 	opsv1.UnimplementedImagesServer
 	opsv1.UnimplementedOpsServer
@@ -280,10 +280,6 @@ func (f *fleet) ListPins(context.Context, *opsv1.ListPinsRequest) (*opsv1.ListPi
 
 func (f *fleet) ReleasePins(context.Context, *opsv1.ReleasePinsRequest) (*opsv1.ReleasePinsResponse, error) {
 	return &opsv1.ReleasePinsResponse{}, nil
-}
-
-func (f *fleet) NodeInfo(ctx context.Context, _ *opsv1.NodeInfoRequest) (*opsv1.NodeInfoResponse, error) {
-	return &opsv1.NodeInfoResponse{NodeName: node(ctx)}, nil
 }
 
 // TagRPC, HandleRPC, TagConn and HandleConn implement [stats.Handler].
