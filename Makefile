@@ -12,8 +12,8 @@ export CRI_PROXY_CACHE ?= $(HOME)/.cache/cri-proxy
 TOOLS_KEY := $(shell sha256sum tools/go.sum | cut -c1-16)
 TOOLS := $(CRI_PROXY_CACHE)/tools/$(TOOLS_KEY)
 
-# Tests on real components run as root. Those of one node mostly wait, so two packages run beside each other; clusters run one at a time: they
-# share two cores.
+# Tests on real components run as root. Those of one node mostly wait, so two packages run beside each other; pulls, whose bytes and rates are
+# looked at, and clusters run one at a time: they share two cores.
 E2E_TIMEOUT ?= 60m
 INTEGRATION_TIMEOUT ?= 45m
 CHAOS_TIMEOUT ?= 90m
@@ -75,8 +75,9 @@ test-unit: ## tests that need nothing but Go, with the race detector
 	@go test -race -timeout 10m $$(go list ./... | grep -v -e '/test/integration$$' -e '/test/prepull$$' -e '/test/nspawn$$' -e '/test/integration/' -e '/test/e2e$$' -e '/test/e2e/' -e '/test/multinode$$' -e '/test/chaos$$' -e '/test/deploy$$')
 
 .PHONY: test-integration
-test-integration: ## the test bed itself, containerd behind the proxy, the systemd units; needs root
-	@TESTBED=1 go test -race -count=1 -p 2 -timeout $(INTEGRATION_TIMEOUT) ./test/testbed/... ./test/integration/... ./test/prepull/... ./test/nspawn/...
+test-integration: ## the test bed itself, containerd behind the proxy, the systemd units, pulls; needs root
+	@TESTBED=1 go test -race -count=1 -p 2 -timeout $(INTEGRATION_TIMEOUT) ./test/testbed/... ./test/integration/... ./test/nspawn/...
+	@go test -race -count=1 -timeout $(INTEGRATION_TIMEOUT) ./test/prepull/...
 
 .PHONY: test-e2e
 test-e2e: ## a one-node cluster behind the proxy, one of three nodes, one with the controller as pods, and a part of the crash matrix; needs root

@@ -118,8 +118,8 @@ func fetchedOnce(t testing.TB, f *front, p pushed) {
 	times := float64(f.bytes.Load()) / float64(p.size)
 	t.Logf("fetched %.3f times the image of %d MiB, in %d requests for blobs, %d of them for a part", times, p.size>>20, f.blobs.Load(), f.ranges.Load())
 	// What was under way in the connections when they were cut is lost, and does not grow with the image: for 1 GiB a twentieth is the
-	// bound, for a small one 5 MiB, which is less than a layer.
-	if most := p.size + max(p.size/20, 5*mib); f.bytes.Load() < p.size || f.bytes.Load() > most {
+	// bound, for a small one 5 MiB, or a tenth, which is less than a layer.
+	if most := p.size + min(max(p.size/20, 5*mib), p.size/10); f.bytes.Load() < p.size || f.bytes.Load() > most {
 		t.Errorf("the registry sent %.3f times the image", times)
 	}
 }
