@@ -49,6 +49,7 @@ func holding(release <-chan struct{}) func(string, grpc.ServerStream) error {
 	}
 }
 
+// begin makes a call that does not end by itself, and returns when it has come to the proxy.
 func begin(t *testing.T, b *bed, method string) <-chan *seen {
 	t.Helper()
 	before := b.server.Stats().InFlight

@@ -103,7 +103,7 @@ func TestDivert(t *testing.T) {
 	defer to.Close()
 	held.Divert(to.Conn())
 	<-first
-	if s := <-begin(t, b, methodVersion); s.Code == codes.Unavailable {
+	if s := exchange(testContext(t), b.proxied, methodVersion, nil); s.Code != codes.OK {
 		t.Errorf("%+v", s)
 	}
 	if n := other.server.Stats().Calls; n != 2 {
