@@ -79,6 +79,8 @@ type containerRecord struct {
 	Override *override `json:"override,omitempty"`
 	// Grace is what kubelet gave the incumbent of an upgrade to stop, in seconds.
 	Grace int64 `json:"grace,omitempty"`
+	// HoldSince is since when an upgrade waits for its commit or, once it is armed, for kubelet.
+	HoldSince time.Time `json:"holdSince,omitzero"`
 }
 
 // journal is the durable list of operations and image overrides, in one bbolt file of mode 0600.

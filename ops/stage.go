@@ -72,7 +72,7 @@ func (r *restart) stage(ctx context.Context) error {
 		rec.Step, rec.Successor = stepStaged, id
 		c.SuccessorId = id
 		if r.up != nil {
-			rec.Step, c.Phase = stepHeld, opsv1.Phase_PHASE_PREPARED
+			rec.Step, rec.HoldSince, c.Phase = stepHeld, time.Now(), opsv1.Phase_PHASE_PREPARED
 			return
 		}
 		if !r.overlaps() {

@@ -154,6 +154,18 @@ func (k *kubelet) Create(ctx context.Context, req *runtimeapi.CreateContainerReq
 	}
 }
 
+// holdLeast is what a process that finds an upgrade waiting gives those who may have found nobody there, and come again.
+const holdLeast = 15 * time.Second
+
+// holdLeft is what is left of the time for which the upgrade waits, whichever process began to.
+func (r *restart) holdLeft(limit time.Duration) time.Duration {
+	since := r.rec().HoldSince
+	if since.IsZero() { // written by a version that did not keep it
+		return limit
+	}
+	return min(max(limit-time.Since(since), holdLeast), limit) // the clock may have been set
+}
+
 // awaitRelease waits until the caller is about to patch the pod's spec.
 func (r *restart) awaitRelease(ctx context.Context) error {
 	var yielded <-chan struct{} // never, without a slot
@@ -161,7 +173,7 @@ func (r *restart) awaitRelease(ctx context.Context) error {
 		yielded = r.claim.Yielded()
 	}
 	limit := orElse(r.o.upgrade.GetHoldTimeout(), defaultHold)
-	hold := time.NewTimer(limit)
+	hold := time.NewTimer(r.holdLeft(limit))
 	defer hold.Stop()
 	select {
 	case <-r.o.released:
@@ -193,7 +205,7 @@ func (r *restart) awaitCommit(ctx context.Context) error {
 		return r.stoppedByItself(ctx)
 	}
 	return r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
-		c.Step, op.Phase = stepArm, opsv1.Phase_PHASE_PREPARED
+		c.Step, c.HoldSince, op.Phase = stepArm, time.Time{}, opsv1.Phase_PHASE_PREPARED
 		if r.overlaps() {
 			c.Step = stepStart
 		}
@@ -228,7 +240,7 @@ func (r *restart) makeReady(ctx context.Context) error {
 	}
 	r.up.listen(true) // before anyone is told that kubelet may come
 	return r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
-		c.Step, op.Phase, op.SuccessorId = stepArmed, opsv1.Phase_PHASE_ARMED, c.Successor
+		c.Step, c.HoldSince, op.Phase, op.SuccessorId = stepArmed, time.Now(), opsv1.Phase_PHASE_ARMED, c.Successor
 	})
 }
 
@@ -241,7 +253,7 @@ func (r *restart) awaitKubelet(ctx context.Context) error {
 		return err
 	}
 	limit := orElse(r.o.upgrade.GetHoldTimeout(), defaultHold)
-	hold := time.NewTimer(limit)
+	hold := time.NewTimer(r.holdLeft(limit))
 	defer hold.Stop()
 	look := time.NewTicker(armedPoll)
 	defer look.Stop()

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -160,7 +161,13 @@ func (r *restart) toKubelet(format string, args ...any) {
 // leaveToKubelet waits for the commit of an upgrade of which only the image has been prepared.
 func (r *restart) leaveToKubelet(ctx context.Context) error {
 	// The next process needs not do it again.
-	if err := r.write(func(_ *containerRecord, c *opsv1.ContainerOperation) { c.Phase = opsv1.Phase_PHASE_PREPARED }); err != nil {
+	err := r.write(func(rec *containerRecord, c *opsv1.ContainerOperation) {
+		c.Phase = opsv1.Phase_PHASE_PREPARED
+		if rec.HoldSince.IsZero() {
+			rec.HoldSince = time.Now()
+		}
+	})
+	if err != nil {
 		return err
 	}
 	return r.awaitRelease(ctx)

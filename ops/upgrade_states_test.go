@@ -447,18 +447,21 @@ func (n *upNode) phases(uid string) (seen func() string) {
 	return func() string { return <-done }
 }
 
+// olderKubelet has made app/0 with a hash of the whole spec, as kubelet before 1.31 does.
+func olderKubelet(t *testing.T, n *upNode) {
+	t.Helper()
+	req := n.engine.records.request(n.rt.idOf(t, "app/0"))
+	req.Config.Annotations[annotationHash] = "1234"
+	raw, err := proto.Marshal(req)
+	n.must(err)
+	n.engine.records.Created(n.rt.idOf(t, "app/0"), raw)
+}
+
 // A container that kubelet must make itself: the image is put ready, and the commit is all that is waited for.
 func TestUpgradeLeftToKubelet(t *testing.T) {
-	older := func(t *testing.T, n *upNode) { // a hash of the whole spec, as kubelet before 1.31 has it
-		req := n.engine.records.request(n.rt.idOf(t, "app/0"))
-		req.Config.Annotations[annotationHash] = "1234"
-		raw, err := proto.Marshal(req)
-		n.must(err)
-		n.engine.records.Created(n.rt.idOf(t, "app/0"), raw)
-	}
 	t.Run("committed", func(t *testing.T) {
 		inUpNode(t, func(t *testing.T, n *upNode) {
-			older(t, n)
+			olderKubelet(t, n)
 			n.prepared("op")
 			if n.view.Active() || n.view.Claimed(appSlot) {
 				t.Error("the slot is held")
@@ -472,14 +475,14 @@ func TestUpgradeLeftToKubelet(t *testing.T) {
 	})
 	t.Run("not committed", func(t *testing.T) {
 		inUpNode(t, func(t *testing.T, n *upNode) {
-			older(t, n)
+			olderKubelet(t, n)
 			n.prepared("op")
 			n.ends("op", "FAILED, app FAILED HoldTimeout", untouched)
 		})
 	})
 	t.Run("the next process goes on waiting", func(t *testing.T) {
 		inUpNode(t, func(t *testing.T, n *upNode) {
-			older(t, n)
+			olderKubelet(t, n)
 			n.prepared("op", func(r *opsv1.PrepareUpgradeRequest) { r.HoldTimeout = seconds(7200) })
 			time.Sleep(time.Hour) // longer than the preparation may take
 			n.images.ensure = endless
@@ -492,6 +495,50 @@ func TestUpgradeLeftToKubelet(t *testing.T) {
 			n.ends("op", succeeded, untouched)
 		})
 	})
+}
+
+// The time for which an upgrade waits is one, however many processes wait.
+func TestUpgradeHoldOutlivesProcesses(t *testing.T) {
+	for name, wait := range map[string]func(*testing.T, *upNode, func(*opsv1.PrepareUpgradeRequest)){
+		"for the commit": func(_ *testing.T, n *upNode, hold func(*opsv1.PrepareUpgradeRequest)) { n.prepared("op", hold) },
+		"for kubelet": func(_ *testing.T, n *upNode, hold func(*opsv1.PrepareUpgradeRequest)) {
+			n.prepared("op", hold)
+			time.Sleep(4 * time.Minute) // of another wait
+			n.reboot(n.crash())
+			n.commit("op")
+			n.until("op", opsv1.Phase_PHASE_ARMED)
+		},
+		"for the commit of what kubelet makes": func(t *testing.T, n *upNode, hold func(*opsv1.PrepareUpgradeRequest)) {
+			olderKubelet(t, n)
+			n.prepared("op", hold)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, tc := range []struct {
+				name   string
+				lives  []time.Duration
+				within time.Duration
+			}{
+				{name: "some is left", lives: []time.Duration{2 * time.Minute, time.Minute}, within: 2 * time.Minute},
+				{name: "just over while nobody was there", lives: []time.Duration{299 * time.Second}, within: holdLeast},
+			} {
+				t.Run(tc.name, func(t *testing.T) {
+					inUpNode(t, func(t *testing.T, n *upNode) {
+						wait(t, n, func(r *opsv1.PrepareUpgradeRequest) { r.HoldTimeout = seconds(300) })
+						for _, d := range tc.lives {
+							time.Sleep(d)
+							n.reboot(n.crash())
+						}
+						began := time.Now()
+						n.ends("op", "FAILED, app FAILED HoldTimeout", untouched)
+						if took := time.Since(began); took < tc.within || took > tc.within+5*time.Second {
+							t.Errorf("taken back after %s, want %s", took, tc.within)
+						}
+					})
+				})
+			}
+		})
+	}
 }
 
 // Credentials are in memory only: what the node writes down, logs and tells has none of them.
