@@ -445,6 +445,59 @@ func TestConnectionsEndInTime(t *testing.T) {
 	})
 }
 
+// TestPlaces: strangers give way, known clients don't.
+func TestPlaces(t *testing.T) {
+	const places = 64
+	b := newBed(t)
+	cert, key := b.ca.Issue(t.TempDir(), "client", x509.Certificate{DNSNames: []string{allowed}})
+	connect := func() *grpc.ClientConn {
+		conn, err := grpc.NewClient(b.addr, grpc.WithTransportCredentials(b.client(t, cert, key)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		return conn
+	}
+	var strangers [places]net.Conn
+	for i := range strangers {
+		var err error
+		if strangers[i], err = net.Dial("tcp", b.addr); err != nil {
+			t.Fatal(err)
+		}
+		defer strangers[i].Close()
+	}
+	over := func(c net.Conn, within time.Duration) bool {
+		_ = c.SetReadDeadline(time.Now().Add(within))
+		_, err := c.Read(make([]byte, 1))
+		return !errors.Is(err, os.ErrDeadlineExceeded)
+	}
+	first := connect()
+	if err := ask(t, first); status.Code(err) != codes.AlreadyExists {
+		t.Fatalf("with all places of strangers taken: %v", err)
+	}
+	if over(strangers[places-1], time.Millisecond) {
+		t.Error("the newest stranger had to go")
+	}
+	if !over(strangers[0], 20*time.Second) {
+		t.Error("the oldest stranger stays")
+	}
+	for i := 2; i <= places; i++ {
+		if err := ask(t, connect()); status.Code(err) != codes.AlreadyExists {
+			t.Fatalf("client %d: %v", i, err)
+		}
+	}
+	if err := ask(t, connect()); status.Code(err) != codes.Unavailable {
+		t.Errorf("one client too many: %v", err)
+	}
+	first.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	_, err := healthpb.NewHealthClient(connect()).Check(ctx, &healthpb.HealthCheckRequest{}, grpc.WaitForReady(true))
+	if status.Code(err) != codes.AlreadyExists {
+		t.Errorf("after one has left: %v", err)
+	}
+}
+
 func ask(t *testing.T, conn *grpc.ClientConn) error {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)

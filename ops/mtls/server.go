@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
-	"golang.org/x/net/netutil"
 	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -29,8 +28,6 @@ const (
 	maxMessage = 1 << 20
 	// maxHeaders bounds the metadata of a request, of which no command has any.
 	maxHeaders = 16 << 10
-	// maxConnections is far above what the replicas of one controller need.
-	maxConnections = 64
 	// maxStreams bounds the calls of one connection: a watch per operation, and
 	// a node has a few hundred containers at most.
 	maxStreams = 1024
@@ -126,9 +123,6 @@ func (s *Server) GRPC() []grpc.ServerOption {
 	}
 }
 
-// LimitListener bounds the connections that are open at the same time.
-func LimitListener(l net.Listener) net.Listener { return netutil.LimitListener(l, maxConnections) }
-
 // serverCredentials are TLS credentials over the files as they are at each handshake.
 type serverCredentials struct{ s *Server }
 
@@ -161,6 +155,9 @@ func (s *Server) handshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error
 	}
 	secure, info, err := credentials.NewTLS(config).ServerHandshake(conn)
 	if err != nil {
+		return nil, nil, err
+	}
+	if err := letIn(conn); err != nil {
 		return nil, nil, err
 	}
 	// The list of connections is complete before the authorities are looked at again: those that are withdrawn meanwhile end it, too.

@@ -207,7 +207,7 @@ func TestRequestsAreBounded(t *testing.T) {
 	d.healthy()
 }
 
-// TestSlowStrangers: connections that do not speak take all places, and lose them.
+// TestSlowStrangers: connections that do not speak take all places, and the controller comes in nevertheless.
 func TestSlowStrangers(t *testing.T) {
 	t.Parallel()
 	d := newDoor(t)
