@@ -282,8 +282,35 @@ func TestJournalFile(t *testing.T) {
 	if err := j.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if err := j.put("op", want); !errors.Is(err, bolterrors.ErrDatabaseNotOpen) {
+	if err := j.put("op", want); !errors.Is(err, boltfile.ErrClosed) {
 		t.Errorf("a closed journal: %v", err)
+	}
+}
+
+// A process that has handed over may be asked once more whether its journal is usable, in the middle of that. It must not take the file from
+// the process that has it by then.
+func TestJournalIsNotOpenedAfterTheEnd(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "journal.db")
+	if err := os.Mkdir(path, 0o700); err != nil { // in the way: it is opened as soon as it can be
+		t.Fatal(err)
+	}
+	e, err := openEngine(dir, interceptors.NewView())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(e.Close(), os.Remove(path)); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.JournalError(); !errors.Is(err, boltfile.ErrClosed) {
+		t.Errorf("got %v", err)
+	}
+	next, err := openEngine(dir, interceptors.NewView())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(next.JournalError(), next.Close()); err != nil {
+		t.Error(err)
 	}
 }
 

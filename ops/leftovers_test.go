@@ -25,7 +25,7 @@ import (
 // breakJournal makes writes fail during the call; the returned function makes them work again.
 func (n *node) breakJournal(during string) (mend func()) {
 	n.during(during, func() { n.must(n.engine.journal.Close()) })
-	return func() { n.must(n.engine.journal.Reopen()) } // as on a disk that was full at the start: opened with the next write
+	return n.engine.journal.Reopen // as on a disk that was full at the start: opened with the next write
 }
 
 // endOf returns the end of an operation as the next process would find it.

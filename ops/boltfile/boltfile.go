@@ -45,10 +45,14 @@ type File struct {
 	path string
 	o    Options
 
-	mu sync.Mutex // guards db
-	// db is nil while the file cannot be had: every use tries again.
-	db *bolt.DB
+	mu sync.Mutex // guards all following fields
+	// db is nil while the file cannot be had: every use tries again until the file is closed.
+	db     *bolt.DB
+	closed bool
 }
+
+// ErrClosed is returned for a file that has been closed: another process may have it by then.
+var ErrClosed = errors.New("the file has been closed")
 
 // Open opens the file, which is made if it does not exist. One that is damaged is set aside under another name, for a person to look
 // at, and a new one begun. One that cannot be had for another reason is logged, and tried again by [File.DB].
@@ -153,10 +157,13 @@ func (f *File) IsOpen() bool {
 	return f.db != nil
 }
 
-// DB returns the open file, which it opens if that has not been possible before.
+// DB returns the open file, which it opens if that has not been possible before. After [File.Close] the error is [ErrClosed].
 func (f *File) DB() (*bolt.DB, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.closed {
+		return nil, fmt.Errorf("%s: %w", f.path, ErrClosed)
+	}
 	if f.db == nil {
 		db, err := OpenDB(f.path, f.o)
 		if err != nil {
@@ -176,24 +183,22 @@ func (f *File) Update(change func(*bolt.Tx) error) error {
 	return db.Update(change)
 }
 
-// Reopen lets go of the file; what uses it next opens it anew.
-func (f *File) Reopen() error {
+// Reopen takes a closed file up again; what uses it next opens it.
+func (f *File) Reopen() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.db == nil {
-		return nil
-	}
-	err := f.db.Close()
-	f.db = nil
-	return err
+	f.closed = false
 }
 
-// Close lets go of the file. Nothing may be done with it after that.
+// Close lets go of the file, for good unless it is followed by [File.Reopen]: nothing opens it again meanwhile, so that another process can have it.
 func (f *File) Close() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.db == nil {
+	f.closed = true
+	db := f.db
+	f.db = nil
+	if db == nil {
 		return nil
 	}
-	return f.db.Close()
+	return db.Close()
 }

@@ -137,6 +137,47 @@ func TestCannotBeMade(t *testing.T) {
 	}
 }
 
+// A file that has been given to another process is not taken from it by who still asks here, whether it could be had before or not.
+func TestClosed(t *testing.T) {
+	for name, missing := range map[string]bool{"had before": false, "not had before": true} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "things.db")
+			if missing {
+				if err := os.Mkdir(path, 0o700); err != nil {
+					t.Fatal(err)
+				}
+			}
+			f, _, _ := open(t, path)
+			if f.IsOpen() == missing {
+				t.Fatalf("open %t", f.IsOpen())
+			}
+			if err := f.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Remove(path); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := f.DB(); !errors.Is(err, ErrClosed) || !strings.Contains(err.Error(), path) {
+				t.Errorf("got %v", err)
+			}
+			if err := put(f, 1); !errors.Is(err, ErrClosed) || f.IsOpen() {
+				t.Errorf("got %v, open %t", err, f.IsOpen())
+			}
+			if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("made anew: %v", err)
+			}
+			next, _, _ := open(t, path)
+			if err := errors.Join(put(next, 1), next.Close(), f.Close()); err != nil {
+				t.Error(err)
+			}
+			f.Reopen()
+			if err := errors.Join(put(f, 2), f.Close()); err != nil {
+				t.Errorf("taken back: %v", err)
+			}
+		})
+	}
+}
+
 func TestRefused(t *testing.T) {
 	dir := t.TempDir()
 	o, _ := options(map[string]string{})
