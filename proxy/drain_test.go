@@ -75,6 +75,9 @@ func TestDrainWaitsForCallsAndEndsEventStreams(t *testing.T) {
 			// Closed to newcomers: the listener is gone, and the client goes away
 			// from the connection that it has.
 			for exchange(ctx, b.proxied, methodAlien, nil).Code != codes.Unavailable {
+				if ctx.Err() != nil {
+					t.Fatal("newcomers are served on")
+				}
 			}
 			select {
 			case s := <-events:
@@ -138,8 +141,14 @@ func TestDrainEndsUnknownStream(t *testing.T) {
 
 func TestDrainOutOfTime(t *testing.T) {
 	b := newBed(t, proxy.Options{})
-	b.backend.answer(holding(nil))
+	entered, hold := make(chan struct{}, 2), holding(nil)
+	b.backend.answer(func(method string, s grpc.ServerStream) error {
+		entered <- struct{}{}
+		return hold(method, s)
+	})
 	events, call := begin(t, b, methodEvents), begin(t, b, methodVersion)
+	<-entered // by then the proxy knows what will not end by itself
+	<-entered
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	err := b.server.Drain(ctx)
@@ -157,13 +166,15 @@ func TestDrainOutOfTime(t *testing.T) {
 // An interceptor that works on, detached, cannot hold up a drain for longer than
 // the drain's own limit.
 func TestDrainDoesNotWaitForDetachedWork(t *testing.T) {
-	release, returned := make(chan struct{}), make(chan struct{})
+	began, release, returned := make(chan struct{}), make(chan struct{}), make(chan struct{})
 	b := newBed(t, proxy.Options{Director: &director{unary: func(context.Context, string, []byte, proxy.UnaryNext) ([]byte, error) {
 		defer close(returned)
+		close(began)
 		<-release
 		return nil, nil
 	}}})
 	call := begin(t, b, methodVersion)
+	<-began
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	if err := b.server.Drain(ctx); !errors.Is(err, context.DeadlineExceeded) {

@@ -22,19 +22,32 @@ import (
 // back-off with its jitter, and room for a loaded machine under the race detector.
 const recovery = 240*time.Millisecond + time.Second
 
+// soon asserts that what f measures is within recovery. A proxy that waits too long does so every time; a machine that has too much
+// to do does not.
+func soon(t *testing.T, what string, f func() time.Duration) {
+	t.Helper()
+	var took []time.Duration
+	for range 10 {
+		d := f()
+		if d <= recovery {
+			return
+		}
+		took = append(took, d)
+	}
+	t.Errorf("%s took %v", what, took)
+}
+
 // untilOK calls until an answer comes and returns how long that took.
 func untilOK(t *testing.T, conn *grpc.ClientConn) time.Duration {
 	t.Helper()
-	began := time.Now()
+	began, ctx := time.Now(), testContext(t)
 	for {
-		s, _ := invoke(testContext(t), conn, methodVersion, nil)
+		s, _ := invoke(ctx, conn, methodVersion, nil)
 		switch {
 		case s.Code == codes.OK:
 			return time.Since(began)
 		case s.Code != codes.Unavailable:
 			t.Fatalf("%v %s", s.Code, s.Message)
-		case time.Since(began) > waitLong:
-			t.Fatalf("still %s", s.Message)
 		}
 	}
 }
@@ -57,71 +70,76 @@ func awaitState(t *testing.T, u *proxy.Upstream, want connectivity.State) {
 func TestRuntimeDiesDuringCalls(t *testing.T) {
 	b := newBed(t, proxy.Options{})
 	eachKind(t, func(t *testing.T, method string) {
-		untilOK(t, b.proxied)
-		began := make(chan struct{})
-		b.backend.answer(func(_ string, s grpc.ServerStream) error {
-			if method != methodVersion {
-				_ = s.SendMsg(new([]byte))
-			}
-			close(began)
-			<-s.Context().Done()
-			return nil
-		})
-		stream, err := b.proxied.NewStream(testContext(t), &anyStream, method)
-		if err != nil {
-			t.Fatal(err)
-		}
-		_ = stream.SendMsg(new([]byte))
-		_ = stream.CloseSend()
-		<-began
-		if method != methodVersion {
-			if err := stream.RecvMsg(new([]byte)); err != nil {
+		soon(t, "finding the runtime again", func() time.Duration {
+			untilOK(t, b.proxied)
+			began := make(chan struct{})
+			b.backend.answer(func(_ string, s grpc.ServerStream) error {
+				if method != methodVersion {
+					_ = s.SendMsg(new([]byte))
+				}
+				close(began)
+				<-s.Context().Done()
+				return nil
+			})
+			stream, err := b.proxied.NewStream(testContext(t), &anyStream, method)
+			if err != nil {
 				t.Fatal(err)
 			}
-		}
-		b.backend.stop()
-		var s seen
-		if s.read(stream); s.Code != codes.Unavailable {
-			t.Errorf("in flight: %v %s", s.Code, s.Message)
-		}
-		if s := exchange(testContext(t), b.proxied, method, nil); s.Code != codes.Unavailable {
-			t.Errorf("while away: %v %s", s.Code, s.Message)
-		}
-		b.backend.answer(echo)
-		b.backend.start(t)
-		if d := untilOK(t, b.proxied); d > recovery {
-			t.Errorf("took %v to find the runtime again", d)
-		}
+			_ = stream.SendMsg(new([]byte))
+			_ = stream.CloseSend()
+			<-began
+			if method != methodVersion {
+				if err := stream.RecvMsg(new([]byte)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			b.backend.stop()
+			var s seen
+			if s.read(stream); s.Code != codes.Unavailable {
+				t.Errorf("in flight: %v %s", s.Code, s.Message)
+			}
+			if s := exchange(testContext(t), b.proxied, method, nil); s.Code != codes.Unavailable {
+				t.Errorf("while away: %v %s", s.Code, s.Message)
+			}
+			b.backend.answer(echo)
+			b.backend.start(t)
+			return untilOK(t, b.proxied)
+		})
 	})
 }
 
 // An outage of any length ends as quickly.
 func TestRuntimeReturnsAfterLongOutage(t *testing.T) {
 	b := newBed(t, proxy.Options{})
-	untilOK(t, b.proxied)
-	b.backend.stop()
-	// Something else listens meanwhile and hangs up, which counts the tries.
-	l, err := net.Listen("unix", b.backend.path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var tries []time.Time
-	for range 12 { // by then the back-off is at its longest
-		conn, err := l.Accept()
+	soon(t, "the return", func() time.Duration {
+		untilOK(t, b.proxied)
+		b.backend.stop()
+		// Something else listens meanwhile and hangs up, which counts the tries.
+		l, err := net.Listen("unix", b.backend.path)
 		if err != nil {
 			t.Fatal(err)
 		}
-		conn.Close()
-		tries = append(tries, time.Now())
-	}
-	l.Close()
-	if gap := tries[11].Sub(tries[10]); gap > recovery {
-		t.Errorf("%v between two tries", gap)
-	}
-	b.backend.start(t)
-	if d := untilOK(t, b.proxied); d > recovery {
-		t.Errorf("took %v", d)
-	}
+		try := func() time.Time {
+			conn, err := l.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			conn.Close()
+			return time.Now()
+		}
+		var last time.Time
+		for range 11 { // by then the back-off is at its longest
+			last = try()
+		}
+		soon(t, "the next try", func() time.Duration {
+			before := last
+			last = try()
+			return last.Sub(before)
+		})
+		l.Close()
+		b.backend.start(t)
+		return untilOK(t, b.proxied)
+	})
 }
 
 func TestRuntimeNotThereAtStart(t *testing.T) {
