@@ -90,6 +90,7 @@ func TestNode(t *testing.T) {
 		{"bypass", bypassOnNode},
 		{"bypass with operations", bypassWithOperations},
 		{"commands over TCP", opsSocketOnNode},
+		{"traces", tracesOnNode},
 		{"uninstall", uninstallOnNode},
 		{"killed", killedInstall},
 		{"before kubelet", beforeKubelet},
