@@ -310,7 +310,7 @@ func TestWebhooks(t *testing.T) {
 		{name: "a drain with a gate", path: PathValidateRollout, manifest: strings.Replace(roll("podName: front-5d9c-x"), "spec: {", "spec: {strategy: {drainSeconds: 5}, ", 1)},
 
 		{name: "the same workload", path: PathValidateRollout, others: []string{active("o", web, "app")}, manifest: roll(web), wrong: "InPlaceRollout o is at work on container app of StatefulSet web: wait for its end (kubectl wait --for=condition=Complete ipr/o), change that one instead, or delete it"},
-		{name: "another container", path: PathValidateRollout, others: []string{active("o", web, "logs")}, manifest: roll(web)},
+		{name: "another container", path: PathValidateRollout, others: []string{active("o", web, "logs")}, manifest: roll(web), warning: "InPlaceRollout o is at work on StatefulSet web: the rollout waits for its end"},
 		{name: "another workload", path: PathValidateRollout, others: []string{active("o", "workloadRef: {kind: DaemonSet, name: web}", "app")}, manifest: roll(web)},
 		{name: "the same pod", path: PathValidateRollout, others: []string{active("o", "podName: later", "app")}, manifest: roll("podName: later"), wrong: "InPlaceRollout o is at work on container app of pod later"},
 		{name: "another pod", path: PathValidateRollout, others: []string{active("o", "podName: later", "app")}, manifest: roll("podName: web-0")},

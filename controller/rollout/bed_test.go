@@ -47,6 +47,9 @@ type (
 // cacheLag is how long the controller's cache is behind the API server.
 const cacheLag = 20 * time.Millisecond
 
+// workers is how many rollouts are reconciled at the same time.
+const workers = 4
+
 // bed is a cluster: an API server in memory that counts writes, nodes with kubelets, and a controller that can be killed. It lives
 // in a synctest bubble, so that hours take no time.
 type bed struct {
@@ -57,6 +60,8 @@ type bed struct {
 	mu sync.Mutex
 	// cache are the pods as the controller's cache has them, real as they are.
 	cache, real map[types.NamespacedName]*corev1.Pod
+	// rollouts are those of the controller's cache.
+	rollouts map[types.NamespacedName]*rollout
 	nodes       map[string]*corev1.Node
 	writes      map[string]int
 	events      []string
@@ -145,30 +150,43 @@ func (b *bed) start() {
 	log.SetOutput(io.Discard)
 	c := interceptor.NewClient(b.api, interceptor.Funcs{
 		List: func(ctx context.Context, c client.WithWatch, list client.ObjectList, opts ...client.ListOption) error {
-			l, ok := list.(*corev1.PodList)
-			if !ok {
-				return c.List(ctx, list, opts...)
-			}
 			o := (&client.ListOptions{}).ApplyOptions(opts)
-			b.mu.Lock()
-			defer b.mu.Unlock()
-			for key, pod := range b.cache {
-				if key.Namespace == o.Namespace && (o.LabelSelector == nil || o.LabelSelector.Matches(labels.Set(pod.Labels))) {
-					l.Items = append(l.Items, *pod)
+			switch l := list.(type) {
+			case *corev1.PodList:
+				b.mu.Lock()
+				defer b.mu.Unlock()
+				for key, pod := range b.cache {
+					if key.Namespace == o.Namespace && (o.LabelSelector == nil || o.LabelSelector.Matches(labels.Set(pod.Labels))) {
+						l.Items = append(l.Items, *pod)
+					}
 				}
+				return nil
+			case *inplace.InPlaceRolloutList:
+				b.mu.Lock()
+				defer b.mu.Unlock()
+				for _, r := range b.rollouts {
+					l.Items = append(l.Items, *r)
+				}
+				return nil
 			}
-			return nil
+			return c.List(ctx, list, opts...)
 		},
 		Get: func(ctx context.Context, c client.WithWatch, key client.ObjectKey, o client.Object, opts ...client.GetOption) error {
 			b.mu.Lock()
 			defer b.mu.Unlock()
-			switch into := o.(type) {
+			switch into := o.(type) { // of the rest there is no cache
 			case *corev1.Pod:
 				if pod := b.cache[key]; pod != nil {
 					pod.DeepCopyInto(into)
 					return nil
 				}
 				return apierrors.NewNotFound(schema.GroupResource{Resource: "pods"}, key.Name)
+			case *rollout:
+				if r := b.rollouts[key]; r != nil {
+					r.DeepCopyInto(into)
+					return nil
+				}
+				return apierrors.NewNotFound(schema.GroupResource{Resource: "inplacerollouts"}, key.Name)
 			case *corev1.Node:
 				if node := b.nodes[key.Name]; node != nil {
 					*into = *node
@@ -259,7 +277,9 @@ func (b *bed) start() {
 			}
 		}
 	})
-	b.work(ctx, &wg, b.queue, b.r)
+	for range workers {
+		b.work(ctx, &wg, b.queue, b.r)
+	}
 	b.kill = sync.OnceFunc(func() {
 		b.mu.Lock()
 		b.running = false
@@ -270,18 +290,21 @@ func (b *bed) start() {
 		}
 		wg.Wait()
 	})
-	b.mu.Lock()
-	b.running = true
-	b.cache = map[types.NamespacedName]*corev1.Pod{}
-	for key, pod := range b.real {
-		b.cache[key] = b.slim(pod)
-	}
-	b.mu.Unlock()
 	// What an informer does at first.
 	var list inplace.InPlaceRolloutList
 	if err := b.api.List(ctx, &list); err != nil {
 		b.t.Fatal(err)
 	}
+	b.mu.Lock()
+	b.running = true
+	b.cache, b.rollouts = map[types.NamespacedName]*corev1.Pod{}, map[types.NamespacedName]*rollout{}
+	for key, pod := range b.real {
+		b.cache[key] = b.slim(pod)
+	}
+	for i := range list.Items {
+		b.rollouts[client.ObjectKeyFromObject(&list.Items[i])] = &list.Items[i]
+	}
+	b.mu.Unlock()
 	for i := range list.Items {
 		b.queue.Add(reconcile.Request{NamespacedName: client.ObjectKeyFromObject(&list.Items[i])})
 	}
@@ -340,15 +363,26 @@ func (b *bed) restart() {
 func (b *bed) changed(o client.Object) {
 	switch o := o.(type) {
 	case *rollout:
-		b.mu.Lock()
-		running, queue, follows := b.running, b.queue, b.follows
-		b.mu.Unlock()
-		if running {
-			queue.Add(reconcile.Request{NamespacedName: client.ObjectKeyFromObject(o)})
-			for _, owner := range o.OwnerReferences {
-				follows[owner.Kind].Add(reconcile.Request{NamespacedName: types.NamespacedName{Namespace: "ns", Name: owner.Name}})
+		key, owners := client.ObjectKeyFromObject(o), o.OwnerReferences
+		b.wg.Go(func() {
+			if !pause(b.ctx, cacheLag) {
+				return
 			}
-		}
+			b.mu.Lock()
+			defer b.mu.Unlock()
+			if !b.running {
+				return
+			}
+			if now := b.get(key.Name); now == nil {
+				delete(b.rollouts, key)
+			} else {
+				b.rollouts[key] = now
+			}
+			b.queue.Add(reconcile.Request{NamespacedName: key})
+			for _, owner := range owners {
+				b.follows[owner.Kind].Add(reconcile.Request{NamespacedName: types.NamespacedName{Namespace: "ns", Name: owner.Name}})
+			}
+		})
 	case *appsv1.StatefulSet:
 		b.workloadWritten(o, func() []reconcile.Request { return b.r.rolloutsOfWorkload(kindStatefulSet)(b.ctx, o) })
 	case *appsv1.DaemonSet:
@@ -572,7 +606,7 @@ func (b *bed) create(name string, s spec) {
 	if s.Strategy.OnFailure == "" {
 		s.Strategy.OnFailure = inplace.Rollback
 	}
-	r := &rollout{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name, UID: types.UID("uid-" + name), Generation: 1}, Spec: s}
+	r := &rollout{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name, UID: types.UID("uid-" + name), Generation: 1, CreationTimestamp: metav1.Now()}, Spec: s}
 	if err := b.api.Create(context.Background(), r); err != nil {
 		b.t.Fatal(err)
 	}

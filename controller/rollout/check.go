@@ -56,7 +56,8 @@ func Check(ctx context.Context, from client.Reader, before, r *inplace.InPlaceRo
 	if err != nil {
 		return nil, err
 	}
-	return warnings, checkRivals(ctx, from, r)
+	waits, err := checkRivals(ctx, from, r)
+	return append(warnings, waits...), err
 }
 
 func checkPod(ctx context.Context, from client.Reader, r *inplace.InPlaceRollout) ([]string, error) {
@@ -142,30 +143,32 @@ func ungated(r *inplace.InPlaceRollout, pod *corev1.Pod, what string) []string {
 	return []string{fmt.Sprintf("spec.strategy.drainSeconds has no effect: %s has no readiness gate %s", what, inplace.ReadyGate)}
 }
 
-// checkRivals says whether another rollout is at work on a container that this one wants. The error is a *specError then.
-func checkRivals(ctx context.Context, from client.Reader, r *inplace.InPlaceRollout) error {
+// checkRivals says whether another rollout is at work on a container that this one wants: the error is a *specError then. If it is at work on
+// other containers of the same pods, this one waits, and a warning says so.
+func checkRivals(ctx context.Context, from client.Reader, r *inplace.InPlaceRollout) (warnings []string, err error) {
 	var list inplace.InPlaceRolloutList
 	if err := from.List(ctx, &list, client.InNamespace(r.Namespace)); err != nil {
-		return err
+		return nil, err
 	}
 	for i := range list.Items {
 		other := &list.Items[i]
-		if other.Name == r.Name || other.DeletionTimestamp != nil || other.Status.CompletionTime != nil && other.Status.ObservedRevision == revisionOf(other) {
-			continue
-		}
-		container := sharedContainer(r, other)
-		if container == "" {
+		if other.Name == r.Name || other.DeletionTimestamp != nil || over(other) {
 			continue
 		}
 		what, err := sharedTarget(ctx, from, r, other)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		if what != "" {
-			return wrong("InPlaceRollout %s is at work on container %s of %s: wait for its end (kubectl wait --for=condition=Complete ipr/%s), change that one instead, or delete it", other.Name, container, what, other.Name)
+		container := sharedContainer(r, other)
+		switch {
+		case what == "":
+		case container == "":
+			warnings = append(warnings, fmt.Sprintf("InPlaceRollout %s is at work on %s: the rollout waits for its end", other.Name, what))
+		default:
+			return nil, wrong("InPlaceRollout %s is at work on container %s of %s: wait for its end (kubectl wait --for=condition=Complete ipr/%s), change that one instead, or delete it", other.Name, container, what, other.Name)
 		}
 	}
-	return nil
+	return warnings, nil
 }
 
 // sharedContainer is the first container that both are about.
@@ -182,11 +185,7 @@ func sharedContainer(a, b *inplace.InPlaceRollout) string {
 func sharedTarget(ctx context.Context, from client.Reader, a, b *inplace.InPlaceRollout) (string, error) {
 	s, t := a.Spec.Target, b.Spec.Target
 	if s.WorkloadRef != nil && t.WorkloadRef != nil {
-		// A pod is of one workload.
-		if s.WorkloadRef.Kind == t.WorkloadRef.Kind && s.WorkloadRef.Name == t.WorkloadRef.Name {
-			return s.WorkloadRef.Kind + " " + s.WorkloadRef.Name, nil
-		}
-		return "", nil
+		return sameWorkload(s.WorkloadRef, t.WorkloadRef), nil
 	}
 	if s.WorkloadRef != nil || s.Selector != nil && t.PodName != "" {
 		s, t = t, s // the pods of the first are read
@@ -196,7 +195,7 @@ func sharedTarget(ctx context.Context, from client.Reader, a, b *inplace.InPlace
 			return "pod " + s.PodName, nil
 		}
 		pod, err := readPod(ctx, from, a.Namespace, s.PodName)
-		if err != nil || pod == nil || !isOf(pod, t) {
+		if err != nil || pod == nil || !members(t)(pod) {
 			return "", err
 		}
 		return "pod " + pod.Name, nil
@@ -209,35 +208,49 @@ func sharedTarget(ctx context.Context, from client.Reader, a, b *inplace.InPlace
 		return "", nil // the other one, which the reconciler has refused
 	}
 	pods, err := somePods(ctx, from, a.Namespace, selector)
+	is := members(t)
 	for i := range pods {
-		if isOf(&pods[i], t) {
+		if is(&pods[i]) {
 			return "pod " + pods[i].Name, nil
 		}
 	}
 	return "", err
 }
 
-// isOf says whether a pod is one of a target.
-func isOf(pod *corev1.Pod, t inplace.Target) bool {
+// sameWorkload names the workload that both are about; empty when those are two. A pod is of one workload.
+func sameWorkload(a, b *inplace.WorkloadRef) string {
+	if a.Kind != b.Kind || a.Name != b.Name {
+		return ""
+	}
+	return a.Kind + " " + a.Name
+}
+
+// members tells which pods of the namespace are those of a target.
+func members(t inplace.Target) func(*corev1.Pod) bool {
 	switch {
 	case t.PodName != "":
-		return pod.Name == t.PodName
+		return func(pod *corev1.Pod) bool { return pod.Name == t.PodName }
 	case t.Selector != nil:
 		selector, err := metav1.LabelSelectorAsSelector(t.Selector)
-		return err == nil && selector.Matches(labels.Set(pod.Labels))
+		return func(pod *corev1.Pod) bool { return err == nil && selector.Matches(labels.Set(pod.Labels)) }
 	case t.WorkloadRef != nil:
-		owner := metav1.GetControllerOf(pod)
-		if owner == nil {
-			return false
-		}
-		if owner.Kind == "ReplicaSet" {
-			// It is named after its Deployment and the hash of the template.
-			name, ok := strings.CutSuffix(owner.Name, "-"+pod.Labels[appsv1.DefaultDeploymentUniqueLabelKey])
-			return ok && t.WorkloadRef.Kind == kindDeployment && t.WorkloadRef.Name == name
-		}
-		return owner.Kind == t.WorkloadRef.Kind && owner.Name == t.WorkloadRef.Name
+		return func(pod *corev1.Pod) bool { return ownedBy(pod, t.WorkloadRef) }
 	}
-	return false
+	return func(*corev1.Pod) bool { return false }
+}
+
+// ownedBy says that a pod is one of a workload, by the names of its owners.
+func ownedBy(pod *corev1.Pod, ref *inplace.WorkloadRef) bool {
+	owner := metav1.GetControllerOf(pod)
+	if owner == nil {
+		return false
+	}
+	if owner.Kind == "ReplicaSet" {
+		// It is named after its Deployment and the hash of the template.
+		name, ok := strings.CutSuffix(owner.Name, "-"+pod.Labels[appsv1.DefaultDeploymentUniqueLabelKey])
+		return ok && ref.Kind == kindDeployment && ref.Name == name
+	}
+	return owner.Kind == ref.Kind && owner.Name == ref.Name
 }
 
 // readPod reads a pod; nil when there is none of that name.

@@ -23,6 +23,9 @@ import (
 // controllerPeriod is how often the workloads' own controllers look.
 const controllerPeriod = 500 * time.Millisecond
 
+// hashLabel is what a ReplicaSet tells its pods by.
+const hashLabel = appsv1.DefaultDeploymentUniqueLabelKey
+
 func templateOf(image string) corev1.PodTemplateSpec {
 	return corev1.PodTemplateSpec{
 		ObjectMeta: metav1.ObjectMeta{Labels: map[string]string{"app": "web"}},
@@ -196,12 +199,12 @@ func (b *bed) revise(owner client.Object, kind string, t *corev1.PodTemplateSpec
 }
 
 // make is a pod of a workload; it is not started yet.
-func (b *bed) make(name, node, kind string, owner types.UID, t *corev1.PodTemplateSpec, labels map[string]string) {
+func (b *bed) make(name, node, kind string, owner client.Object, t *corev1.PodTemplateSpec, labels map[string]string) {
 	yes := true
 	b.addPod(name, node, func(p *corev1.Pod) {
 		p.Spec.Containers = t.DeepCopy().Spec.Containers
 		p.Spec.ReadinessGates = t.Spec.ReadinessGates
-		p.OwnerReferences = []metav1.OwnerReference{{Kind: kind, UID: owner, Controller: &yes}}
+		p.OwnerReferences = []metav1.OwnerReference{{Kind: kind, Name: owner.GetName(), UID: owner.GetUID(), Controller: &yes}}
 		for k, v := range labels {
 			p.Labels[k] = v
 		}
@@ -226,7 +229,7 @@ func (b *bed) syncStatefulSet() {
 	}
 	for i := range int(*s.Spec.Replicas) {
 		if name := fmt.Sprintf("web-%d", i); b.pod(name) == nil {
-			b.make(name, fmt.Sprintf("node-%d", i%3), kindStatefulSet, s.UID, &s.Spec.Template, map[string]string{revisionLabel: revision})
+			b.make(name, fmt.Sprintf("node-%d", i%3), kindStatefulSet, s, &s.Spec.Template, map[string]string{revisionLabel: revision})
 		}
 	}
 	for _, pod := range b.pods() {
@@ -252,7 +255,7 @@ func (b *bed) syncDaemonSet() {
 	}
 	for _, node := range names {
 		if !there[node] {
-			b.make("web-of-"+node, node, kindDaemonSet, d.UID, &d.Spec.Template, map[string]string{revisionLabel: revision})
+			b.make("web-of-"+node, node, kindDaemonSet, d, &d.Spec.Template, map[string]string{revisionLabel: revision})
 		}
 	}
 }
@@ -280,7 +283,7 @@ func (b *bed) syncDeployment() {
 		yes := true
 		label := hash(d.Spec.Template, newest)
 		t := d.Spec.Template.DeepCopy()
-		t.Labels[appsv1.DefaultDeploymentUniqueLabelKey] = label
+		t.Labels[hashLabel] = label
 		mine = &appsv1.ReplicaSet{
 			ObjectMeta: metav1.ObjectMeta{
 				Namespace: "ns", Name: "web-" + label, UID: types.UID("uid-" + label), Generation: 1, Labels: map[string]string{"app": "web"},
@@ -331,7 +334,7 @@ func (b *bed) syncReplicaSet(s *appsv1.ReplicaSet) {
 		b.serial++
 		name := fmt.Sprintf("%s-%03d", s.Name, b.serial)
 		b.mu.Unlock()
-		b.make(name, fmt.Sprintf("node-%d", n%3), "ReplicaSet", s.UID, &s.Spec.Template, nil)
+		b.make(name, fmt.Sprintf("node-%d", n%3), "ReplicaSet", s, &s.Spec.Template, map[string]string{hashLabel: s.Spec.Template.Labels[hashLabel]})
 	}
 	for n := len(pods); n > int(*s.Spec.Replicas); n-- {
 		b.remove(pods[n-1].Name)

@@ -18,6 +18,7 @@ const (
 	eventPodFailed   = "PodFailed"
 	eventRollingBack = "RollingBack"
 	eventBlocked     = "WaitingForBudget"
+	eventQueued      = "WaitingForRollout"
 	eventInvalid     = "InvalidTarget"
 	eventPaused      = "DeploymentPaused"
 	eventResumed     = "DeploymentResumed"

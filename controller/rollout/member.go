@@ -24,6 +24,8 @@ import (
 type work struct {
 	uid  types.UID
 	wake func()
+	// turn is the place among the rollouts that were let in; 0 when it was not. The mutex of Reconciler guards it.
+	turn uint64
 	// written is the resourceVersion of the last write of the rollout: what is older is not worth looking at.
 	written   uint64
 	lastWrite time.Time

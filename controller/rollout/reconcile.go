@@ -66,9 +66,13 @@ type Reconciler struct {
 
 	crew  *crew.Crew
 	wakes chan wakeUp
+	// turns is held while a rollout is let in.
+	turns sync.Mutex
 
 	mu    sync.Mutex
 	works map[types.NamespacedName]*work
+	// lastTurn counts the rollouts that were let in.
+	lastTurn uint64
 }
 
 // wakeUp makes the reconciler look at a rollout.
@@ -148,7 +152,8 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	switch {
 	case rollout.DeletionTimestamp != nil:
 		err = p.finalize(ctx)
-	case rollout.Status.CompletionTime != nil && rollout.Status.ObservedRevision == revisionOf(rollout):
+	case over(rollout):
+		r.endTurn(p.work)
 		err = p.retire(ctx)
 	default:
 		err = p.advance(ctx)
@@ -201,6 +206,11 @@ func (p *pass) advance(ctx context.Context) error {
 		return err
 	}
 	p.goal = goalOf(p.rollout)
+	if first, shared, err := p.r.takeTurn(ctx, p); err != nil {
+		return err
+	} else if first != nil {
+		return p.queue(ctx, first, shared)
+	}
 	if p.rollout.Status.ObservedRevision != p.goal.revision {
 		if err := p.begin(ctx); err != nil {
 			return err

@@ -165,15 +165,24 @@ func (p *pass) undoTraces(ctx context.Context) (bool, error) {
 		return false, err
 	}
 	p.goal = goalOf(p.rollout)
+	return p.stepBack(ctx, "the InPlaceRollout was deleted")
+}
+
+// stepBack leaves the pods alone: what nodes have made ready for them is taken back, they go back into service, and their workload's
+// controller goes on. It says whether all is done.
+func (p *pass) stepBack(ctx context.Context, why string) (bool, error) {
 	done := true
 	for _, pod := range p.target.pods {
 		m := p.work.memberOf(pod, p.goal.revision)
 		p.work.mu.Lock()
 		if t := m.visit; t != nil && !t.over && (m.mark == nil || m.mark.Operation != t.uid) {
-			p.abort(m.node, t, "the InPlaceRollout was deleted")
+			p.abort(m.node, t, why)
 			t.end()
+			m.visit = nil
+			m.round++ // what was taken back stays so
 		}
 		p.work.mu.Unlock()
+		m.turn = false
 		if shut, _ := shutBy(pod); shut != p.rollout.UID || !active(pod) {
 			continue
 		}

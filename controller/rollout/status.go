@@ -331,6 +331,7 @@ func (p *pass) complete(ctx context.Context, next *inplace.InPlaceRolloutStatus,
 	if err := p.writeStatus(ctx, next); err != nil {
 		return err
 	}
+	p.r.endTurn(p.work)
 	reason := meta.FindStatusCondition(next.Conditions, inplace.ConditionComplete).Reason
 	kind := corev1.EventTypeNormal
 	if reason != inplace.ReasonRolledOut {
@@ -344,6 +345,7 @@ func (p *pass) complete(ctx context.Context, next *inplace.InPlaceRolloutStatus,
 
 // refuse says what is wrong with a rollout and leaves it until that is corrected.
 func (p *pass) refuse(ctx context.Context, why *specError) error {
+	p.r.endTurn(p.work)
 	next := p.rollout.Status.DeepCopy()
 	next.ObservedGeneration, next.Message = p.rollout.Generation, why.Message
 	p.stand(next, false, inplace.ReasonInvalidTarget, why.Message)

@@ -56,6 +56,7 @@ const (
 	ReasonInvalidTarget  = "InvalidTarget"
 	ReasonNoPods         = "NoPods"
 	ReasonWaiting        = "WaitingForWorkload"
+	ReasonQueued         = "WaitingForRollout"
 	ReasonBudget         = "DisruptionBudget"
 	ReasonStuck          = "ProgressDeadlineExceeded"
 	ReasonNotInPlace     = "NotInPlace"
