@@ -31,6 +31,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/test/address"
 )
 
 // authority issues certificates for one test.
@@ -140,12 +141,8 @@ func newTestNode(t *testing.T, files TLSFiles) *testNode {
 		current: map[string]string{}, attempts: map[string]int32{}, holds: map[string]chan struct{}{},
 		failures: map[string]*opsv1.ContainerOperation{}, swapped: func(string, string, string, int32) {},
 	}
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	n.address = listener.Addr().String()
-	n.serve(listener)
+	n.address = address.Reserve(t)
+	n.serve(address.Listen(t, n.address))
 	t.Cleanup(func() {
 		close(n.ended)
 		n.server.Stop()
@@ -176,13 +173,7 @@ func (n *testNode) serve(listener net.Listener) {
 // down makes the node unreachable until the returned function is called.
 func (n *testNode) down() (up func()) {
 	n.server.Stop()
-	return func() {
-		listener, err := net.Listen("tcp", n.address)
-		if err != nil {
-			n.t.Fatal(err)
-		}
-		n.serve(listener)
-	}
+	return func() { n.serve(address.Listen(n.t, n.address)) }
 }
 
 // hold stops operations on the container at the phase until release.

@@ -21,6 +21,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/test/address"
 )
 
 // imageNode says of each command that it has come in.
@@ -132,17 +133,12 @@ func TestImageCommands(t *testing.T) {
 func TestConnectionRefused(t *testing.T) {
 	ca := newAuthority(t)
 	nodes := newNodes(t, ca.issue("cri-controller"))
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	address := listener.Addr().String()
-	_ = listener.Close()
+	nobody := address.Reserve(t)
 	var nodeError *NodeError
-	if _, err := nodes.ListPulls(t.Context(), Node{Name: "n", Address: address}); !errors.As(err, &nodeError) || !nodeError.Refused() {
+	if _, err := nodes.ListPulls(t.Context(), Node{Name: "n", Address: nobody}); !errors.As(err, &nodeError) || !nodeError.Refused() {
 		t.Errorf("error %v", err)
 	}
-	if err := nodes.WatchPull(t.Context(), Node{Name: "n", Address: address}, "u", func(*opsv1.PullOperation) bool { return true }); !errors.As(err, &nodeError) || !nodeError.Refused() {
+	if err := nodes.WatchPull(t.Context(), Node{Name: "n", Address: nobody}, "u", func(*opsv1.PullOperation) bool { return true }); !errors.As(err, &nodeError) || !nodeError.Refused() {
 		t.Errorf("error %v", err)
 	}
 }

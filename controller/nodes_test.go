@@ -22,6 +22,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/cache/informertest"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/test/address"
 )
 
 func TestNodeOf(t *testing.T) {
@@ -152,13 +153,7 @@ func TestSilentNode(t *testing.T) {
 	ca := newAuthority(t)
 	nodes := newNodes(t, ca.issue("cri-controller"))
 	t.Run("nobody listens", func(t *testing.T) {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		address := l.Addr().String()
-		l.Close()
-		_, err = nodes.GetOperation(context.Background(), Node{"n", address}, "x")
+		_, err := nodes.GetOperation(context.Background(), Node{"n", address.Reserve(t)}, "x")
 		var nodeError *NodeError
 		if !errors.As(err, &nodeError) || !nodeError.Silent || !nodeError.Temporary() || !strings.Contains(err.Error(), "connection refused") {
 			t.Errorf("error %v", err)
@@ -218,9 +213,9 @@ func TestWatchForgotten(t *testing.T) {
 	b := newBed(t)
 	release := b.node.hold("app", opsv1.Phase_PHASE_STARTING)
 	defer release()
-	b.create("a", spec{Containers: containers("app"), ActiveDeadlineSeconds: pointer(int64(3))})
+	b.create("a", spec{Containers: containers("app"), ActiveDeadlineSeconds: pointer(int64(300))})
 	b.until("under way", b.phaseIs(recreating, "app"), "a")
-	b.after(4 * time.Second)
+	b.after(301 * time.Second)
 	b.until("completed", retired, "a")
 	for end := time.Now().Add(patience); ; {
 		b.r.watches.mu.Lock()

@@ -36,7 +36,7 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // patience is how long a test waits for what must happen.
-const patience = 20 * time.Second
+const patience = time.Minute
 
 type (
 	request = appsv1alpha1.ContainerRecreateRequest
@@ -56,6 +56,7 @@ type bed struct {
 	recorder *events.FakeRecorder
 
 	offset  atomic.Int64 // the clock runs this many ns ahead
+	stopped atomic.Int64 // in ns since 1970 when the clock stands still, else 0
 	podWake chan struct{}
 	unready atomic.Bool // new containers do not become ready by themselves
 
@@ -148,7 +149,13 @@ func (b *bed) start() {
 	})
 	b.r = &ContainerRecreateReconciler{
 		Client: counting, APIReader: b.client, Nodes: nodes, Recorder: b.recorder, Log: log,
-		Now: func() time.Time { return time.Now().Add(time.Duration(b.offset.Load())) },
+		Now: func() time.Time {
+			now := time.Now()
+			if at := b.stopped.Load(); at != 0 {
+				now = time.Unix(0, at)
+			}
+			return now.Add(time.Duration(b.offset.Load()))
+		},
 	}
 	b.r.watches = newOperationWatches(nodes, nil, log, 16)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -211,6 +218,9 @@ func (b *bed) after(d time.Duration) {
 	b.offset.Add(int64(d))
 	b.wake()
 }
+
+// stopClock lets no time pass but what after adds: how often a status is written that has only other numbers depends on how long things take.
+func (b *bed) stopClock() { b.stopped.Store(time.Now().UnixNano()) }
 
 func (b *bed) create(name string, s spec) {
 	b.t.Helper()
@@ -359,8 +369,16 @@ func (b *bed) phaseIs(phase appsv1alpha1.ContainerRecreateRequestPhase, containe
 	}
 }
 
+// restarted says that the new container of request a's app runs, as the controller knows, and that the request goes on. The states alone
+// are the same from when the old container was stopped.
+func (b *bed) restarted(crr *request) bool {
+	op, _, _ := b.r.watches.get("uid-a.app")
+	return op.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED && states(crr) == "app Recreating killed"
+}
+
 func TestRecreate(t *testing.T) {
 	b := newBed(t)
+	b.stopClock()
 	b.create("a", spec{Containers: containers("app")})
 	crr := b.until("completed", retired, "a")
 	b.wantStates(crr, "app Succeeded killed")
@@ -402,7 +420,9 @@ func TestTwoContainers(t *testing.T) {
 		b := newBed(t)
 		release := b.node.hold("app", opsv1.Phase_PHASE_STOPPING)
 		b.create("a", spec{Containers: containers("app", "web")})
-		crr := b.until("web is done while app is not", b.phaseIs(succeeded, "web"), "a")
+		crr := b.until("web is done while app is not", func(crr *request) bool {
+			return b.phaseIs(succeeded, "web")(crr) && b.phaseIs(recreating, "app")(crr)
+		}, "a")
 		b.wantStates(crr, "app Recreating; web Succeeded killed")
 		release()
 		b.wantStates(b.until("completed", isCompleted, "a"), "app Succeeded killed; web Succeeded killed")
@@ -504,7 +524,7 @@ func TestDeadline(t *testing.T) {
 			b := newBed(t)
 			release := b.node.hold("app", tt.hold)
 			defer release()
-			b.create("a", spec{Containers: containers("app"), ActiveDeadlineSeconds: pointer(int64(30))})
+			b.create("a", spec{Containers: containers("app"), ActiveDeadlineSeconds: pointer(int64(300))})
 			b.until("the node works on it", func(*request) bool {
 				return b.node.operation("uid-a.app").GetPhase() == tt.hold
 			}, "a")
@@ -512,7 +532,7 @@ func TestDeadline(t *testing.T) {
 				return len(crr.Status.ContainerRecreateStates) == 1 && crr.Status.ContainerRecreateStates[0].IsKilled == tt.killed &&
 					crr.Status.ContainerRecreateStates[0].Phase == recreating
 			}, "a")
-			b.after(31 * time.Second)
+			b.after(301 * time.Second)
 			crr := b.until("completed", retired, "a")
 			b.wantStates(crr, tt.want)
 			wantContains(t, "message", crr.Status.Message, messageDeadline)
@@ -527,15 +547,15 @@ func TestDeadline(t *testing.T) {
 	t.Run("new container not ready in time", func(t *testing.T) {
 		b := newBed(t)
 		b.unready.Store(true)
-		b.create("a", spec{Containers: containers("app"), ActiveDeadlineSeconds: pointer(int64(30))})
-		b.until("stopped", func(crr *request) bool { return states(crr) == "app Recreating killed" }, "a")
-		b.after(31 * time.Second)
+		b.create("a", spec{Containers: containers("app"), ActiveDeadlineSeconds: pointer(int64(300))})
+		b.until("the new container runs", b.restarted, "a")
+		b.after(301 * time.Second)
 		b.wantStates(b.until("completed", isCompleted, "a"), "app Failed killed: recreating has exceeded the activeDeadlineSeconds: the new container is not ready")
 	})
 	t.Run("passed before the controller saw the request", func(t *testing.T) {
 		b := newBed(t)
-		b.create("a", spec{Containers: containers("app"), ActiveDeadlineSeconds: pointer(int64(30))})
-		b.after(time.Minute)
+		b.create("a", spec{Containers: containers("app"), ActiveDeadlineSeconds: pointer(int64(300))})
+		b.after(301 * time.Second)
 		crr := b.until("completed", isCompleted, "a")
 		b.wantStates(crr, "app Failed: recreating has exceeded the activeDeadlineSeconds: nothing had been done yet")
 		if len(b.node.requests) != 0 {
@@ -711,7 +731,7 @@ func TestControllerRestart(t *testing.T) {
 		b := newBed(t)
 		b.unready.Store(true)
 		b.create("a", spec{Containers: containers("app"), Strategy: &how{ForceRecreate: true}})
-		b.until("stopped", func(crr *request) bool { return states(crr) == "app Recreating killed" }, "a")
+		b.until("the new container runs", b.restarted, "a")
 		b.node.mu.Lock()
 		clear(b.node.ops)
 		b.node.order = nil
@@ -753,14 +773,14 @@ func TestStaleCache(t *testing.T) {
 
 func TestTTL(t *testing.T) {
 	b := newBed(t)
-	b.create("a", spec{Containers: containers("app"), TTLSecondsAfterFinished: pointer(int32(60))})
+	b.create("a", spec{Containers: containers("app"), TTLSecondsAfterFinished: pointer(int32(600))})
 	b.until("completed", retired, "a")
 	key := reconcile.Request{NamespacedName: types.NamespacedName{Namespace: "ns", Name: "a"}}
 	result, err := b.r.Reconcile(context.Background(), key)
-	if err != nil || result.RequeueAfter < 50*time.Second || result.RequeueAfter > time.Minute {
+	if err != nil || result.RequeueAfter < 300*time.Second || result.RequeueAfter > 600*time.Second {
 		t.Errorf("result %v, error %v", result, err)
 	}
-	b.after(61 * time.Second)
+	b.after(601 * time.Second)
 	b.until("gone", func(crr *request) bool { return crr == nil }, "a")
 }
 
@@ -780,6 +800,7 @@ func TestDrain(t *testing.T) {
 	}
 	t.Run("with the gate", func(t *testing.T) {
 		b := newBed(t, gate)
+		b.stopClock()
 		b.create("a", spec{Containers: containers("app"), Strategy: &how{UnreadyGracePeriodSeconds: pointer(int64(30))}})
 		crr := b.until("draining", func(crr *request) bool { return crr.Status.Phase == recreating }, "a")
 		b.wantStates(crr, "app Pending")
@@ -942,13 +963,13 @@ func TestPodGone(t *testing.T) {
 
 func TestMinStartedSeconds(t *testing.T) {
 	b := newBed(t)
-	b.create("a", spec{Containers: containers("app"), Strategy: &how{MinStartedSeconds: 30}})
-	crr := b.until("the new container runs", func(crr *request) bool { return states(crr) == "app Recreating killed" }, "a")
+	b.create("a", spec{Containers: containers("app"), Strategy: &how{MinStartedSeconds: 300}})
+	crr := b.until("the new container runs", b.restarted, "a")
 	result, err := b.r.Reconcile(context.Background(), reconcile.Request{NamespacedName: client.ObjectKeyFromObject(crr)})
-	if err != nil || result.RequeueAfter <= 0 || result.RequeueAfter > 30*time.Second || isCompleted(b.get("a")) {
+	if err != nil || result.RequeueAfter <= 0 || result.RequeueAfter > 300*time.Second || isCompleted(b.get("a")) {
 		t.Fatalf("result %v, error %v, %s", result, err, describe(b.get("a")))
 	}
-	b.after(31 * time.Second)
+	b.after(301 * time.Second)
 	b.wantStates(b.until("completed", isCompleted, "a"), "app Succeeded killed")
 }
 
@@ -970,12 +991,12 @@ func TestStartFirst(t *testing.T) {
 	t.Run("a container that kubelet started after it has to run as long itself", func(t *testing.T) {
 		b := newBed(t)
 		release := b.node.hold("app", opsv1.Phase_PHASE_STOPPING)
-		b.createWith("a", spec{PodName: "pod", Containers: containers("app"), Strategy: &how{MinStartedSeconds: 30}}, map[string]string{"cri-proxy.io/restart-order": "StartFirst"})
+		b.createWith("a", spec{PodName: "pod", Containers: containers("app"), Strategy: &how{MinStartedSeconds: 300}}, map[string]string{"cri-proxy.io/restart-order": "StartFirst"})
 		b.until("under way", b.phaseIs(recreating, "app"), "a")
 		b.node.swapped = func(uid, name, _ string, attempt int32) { b.kubelet(uid, name, "later", attempt+1) }
 		release()
-		b.until("the later one runs", func(crr *request) bool { return states(crr) == "app Recreating killed" }, "a")
-		b.after(31 * time.Second)
+		b.until("the later one runs", b.restarted, "a")
+		b.after(301 * time.Second)
 		b.wantStates(b.until("completed", isCompleted, "a"), "app Succeeded killed")
 	})
 	t.Run("StopFirst", func(t *testing.T) {
@@ -1018,7 +1039,7 @@ func TestNewContainerEnds(t *testing.T) {
 	b := newBed(t, func(p *corev1.Pod) { p.Spec.RestartPolicy = corev1.RestartPolicyNever })
 	b.unready.Store(true)
 	b.create("a", spec{Containers: containers("app")})
-	b.until("the new container runs", func(crr *request) bool { return states(crr) == "app Recreating killed" }, "a")
+	b.until("the new container runs", b.restarted, "a")
 	b.setStatus("app", func(s *corev1.ContainerStatus) {
 		s.State = corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ExitCode: 3, Reason: "Error"}}
 	})

@@ -62,9 +62,9 @@ type bed struct {
 	cache, real map[types.NamespacedName]*corev1.Pod
 	// rollouts are those of the controller's cache.
 	rollouts map[types.NamespacedName]*rollout
-	nodes       map[string]*corev1.Node
-	writes      map[string]int
-	events      []string
+	nodes    map[string]*corev1.Node
+	writes   map[string]int
+	events   []string
 	// notReady is how many pods are not ready, and peak the most there were.
 	notReady, peak int
 	kubelet        kubelet

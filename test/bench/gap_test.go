@@ -7,7 +7,6 @@ import (
 	"encoding/xml"
 	"errors"
 	"io"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"os/exec"
@@ -15,15 +14,14 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/cri-proxy/cri-proxy/test/address"
 )
 
 // serve answers as the app image does, as a process that has started at the given time.
-func serve(t *testing.T, address, start string) *httptest.Server {
+func serve(t *testing.T, at, start string) *httptest.Server {
 	t.Helper()
-	l, err := net.Listen("tcp", address)
-	if err != nil {
-		t.Fatal(err)
-	}
+	l := address.Listen(t, at)
 	s := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		_, _ = io.WriteString(w, `{"version":"1","startTime":"`+start+`"}`)
 	}))
@@ -48,11 +46,11 @@ func until(r *requests, cond func(sent, failed int) bool) {
 // address and then elsewhere.
 func TestClientsSeeARestart(t *testing.T) {
 	ctx, began := t.Context(), time.Now()
-	first := serve(t, "127.0.0.1:0", "first")
-	address := first.Listener.Addr().String()
-	eye := startWatcher(ctx, address, time.Millisecond)
+	here := address.Reserve(t)
+	first := serve(t, here, "first")
+	eye := startWatcher(ctx, here, time.Millisecond)
 	defer eye.stop()
-	load := startRequests(ctx, address, 500)
+	load := startRequests(ctx, here, 500)
 	defer load.stop()
 	other := func(than, want string) {
 		t.Helper()
@@ -66,13 +64,13 @@ func TestClientsSeeARestart(t *testing.T) {
 	first.CloseClientConnections()
 	first.Close()
 	until(load, func(_, failed int) bool { return failed > 0 })
-	serve(t, address, "second")
+	serve(t, here, "second")
 	other("first", "second")
 	if gap, all := eye.gap("first", "second"), time.Since(began); gap <= 0 || gap >= all {
 		t.Errorf("gap %s, in a test that has taken %s so far", gap, all)
 	}
 
-	third := serve(t, "127.0.0.1:0", "third")
+	third := serve(t, address.Reserve(t), "third")
 	eye.follow(third.Listener.Addr().String())
 	load.follow(third.Listener.Addr().String())
 	other("second", "third")
