@@ -34,6 +34,7 @@ type slowRuntime struct {
 	runtimeapi.UnimplementedImageServiceServer
 	began   chan string // the method of a call that takes its time
 	release chan struct{}
+	server  *grpc.Server
 }
 
 func (*slowRuntime) Version(context.Context, *runtimeapi.VersionRequest) (*runtimeapi.VersionResponse, error) {
@@ -84,8 +85,8 @@ func startSlowRuntime(t *testing.T, path string) *slowRuntime {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &slowRuntime{began: make(chan string, 8), release: make(chan struct{})}
 	s := grpc.NewServer()
+	r := &slowRuntime{began: make(chan string, 8), release: make(chan struct{}), server: s}
 	runtimeapi.RegisterRuntimeServiceServer(s, r)
 	runtimeapi.RegisterImageServiceServer(s, r)
 	var owned sync.WaitGroup
@@ -161,11 +162,16 @@ func (w *twins) start() *twin {
 func (w *twins) serving() time.Time {
 	w.t.Helper()
 	conn := dial(w.t, w.c.AdminSocket)
-	info, err := opsv1.NewOpsClient(conn).NodeInfo(w.ctx(), &opsv1.NodeInfoRequest{}, grpc.WaitForReady(true))
-	if err != nil {
-		w.t.Fatal(err)
+	ctx := w.ctx()
+	for {
+		info, err := opsv1.NewOpsClient(conn).NodeInfo(ctx, &opsv1.NodeInfoRequest{}, grpc.WaitForReady(true))
+		if err == nil {
+			return info.GetStartTime().AsTime()
+		}
+		if status.Code(err) != codes.Unavailable || ctx.Err() != nil { // it was cut by a hand-over: whoever commands asks again
+			w.t.Fatal(err)
+		}
 	}
-	return info.GetStartTime().AsTime()
 }
 
 // awaitAnother waits until another process answers commands than the one that began at that time.
@@ -297,6 +303,17 @@ func (f *traffic) await(t *testing.T, n int64) {
 	}
 }
 
+// awaitStreams waits until an event stream has been opened for the nth time.
+func (f *traffic) awaitStreams(t *testing.T, n int64) {
+	t.Helper()
+	for end := time.Now().Add(deadline); f.streams.Load() < n; {
+		if time.Now().After(end) {
+			t.Fatalf("%d event streams, want %d", f.streams.Load(), n)
+		}
+		<-time.After(time.Millisecond)
+	}
+}
+
 // A second process takes over from the first, and a third from the second: no call fails, and what takes long goes on in the
 // process in which it began.
 func TestHandOver(t *testing.T) {
@@ -305,8 +322,9 @@ func TestHandOver(t *testing.T) {
 	at := w.serving()
 	f := w.traffic()
 	f.await(t, 20)
+	f.awaitStreams(t, 1)
 	slow := make(chan error, 2)
-	ctx := w.ctx()
+	ctx := t.Context() // they are released
 	go func() {
 		_, err := runtimeapi.NewImageServiceClient(w.kubelet).PullImage(ctx, &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: "big"}})
 		slow <- err
@@ -320,9 +338,11 @@ func TestHandOver(t *testing.T) {
 	second := w.start()
 	at = w.awaitAnother(at)
 	f.await(t, 20)
+	f.awaitStreams(t, 2)
 	third := w.start()
 	w.awaitAnother(at)
 	f.await(t, 20)
+	f.awaitStreams(t, 3)
 	if code := second.code(t); code != handedOverCode {
 		t.Errorf("the second process ended with code %d, want %d", code, handedOverCode)
 	}
@@ -352,6 +372,19 @@ func TestHandOver(t *testing.T) {
 	}
 	if code := third.code(t); code != 0 {
 		t.Errorf("the last process ended with code %d", code)
+	}
+}
+
+// An upgrade of cri-proxy does not need the runtime: the next process waits for it in vain, and then asks.
+func TestHandOverWhileTheRuntimeIsAway(t *testing.T) {
+	w := newTwins(t)
+	first := w.start()
+	at := w.serving()
+	w.runtime.server.Stop()
+	w.start()
+	w.awaitAnother(at)
+	if code := first.code(t); code != handedOverCode {
+		t.Errorf("the first process ended with code %d, want %d", code, handedOverCode)
 	}
 }
 
@@ -465,12 +498,14 @@ func TestRedial(t *testing.T) {
 	at := w.serving()
 	f := w.traffic()
 	f.await(t, 20)
-	for range 3 {
+	for n := range int64(3) {
+		f.awaitStreams(t, n+1)
 		if there, err := handover.Redial(w.ctx(), w.c.StateDir); err != nil || !there {
 			t.Fatalf("%v, %v", there, err)
 		}
 		f.await(t, 20)
 	}
+	f.awaitStreams(t, 4)
 	f.end(t)
 	if !w.serving().Equal(at) {
 		t.Error("another process serves")

@@ -38,8 +38,13 @@ func (d *daemon) askForState(ctx context.Context) (*predecessor, error) {
 	if conn == nil || err != nil {
 		return nil, err
 	}
-	defer context.AfterFunc(ctx, func() { conn.Close() })()
+	// It does not listen for long to who says nothing: what this process has to wait for comes before the question.
+	conn.Close()
 	d.awaitUpstream(ctx)
+	if conn, err = handover.Dial(ctx, d.config.StateDir); conn == nil || err != nil {
+		return nil, err
+	}
+	defer context.AfterFunc(ctx, func() { conn.Close() })()
 	pid, err := conn.PID()
 	if err == nil && pid == os.Getpid() {
 		err = errors.New("asking myself")

@@ -48,13 +48,14 @@ const controllerName = "cri-controller"
 func newDoor(t testing.TB) *door {
 	t.Helper()
 	c := newConfig(t)
-	d := &door{t: t, ca: mtlstest.NewCA(t, "ca"), address: freePort(t)}
-	c.Ops.Address = d.address
+	d := &door{t: t, ca: mtlstest.NewCA(t, "ca")}
+	c.Ops.Address = anyPort
 	c.Ops.CertFile, c.Ops.KeyFile = d.ca.Issue(filepath.Dir(c.StateDir), "server", x509.Certificate{DNSNames: []string{"node"}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
 	c.Ops.ClientCAFile = d.ca.File
 	c.Ops.AllowedClients = []string{controllerName}
 	startRuntime(t, runtimePath(c))
 	d.daemonUnderTest = start(t, c)
+	d.address = d.daemonUnderTest.address(t, opsListens)
 	return d
 }
 
@@ -290,10 +291,12 @@ func TestCommandsAreRepeatableAndAudited(t *testing.T) {
 // TestEnrolment: neither kubelet nor root waits for a certificate, and who comes for commands is told nothing but no until there is one.
 func TestEnrolment(t *testing.T) {
 	c := newConfig(t)
-	c.Ops.Address = freePort(t)
+	c.Ops.Address = anyPort
 	c.Ops.Enrol.Kubeconfig = filepath.Join(filepath.Dir(c.StateDir), "kubelet.conf") // not there
 	startRuntime(t, runtimePath(c))
-	d := &door{daemonUnderTest: start(t, c), t: t, ca: mtlstest.NewCA(t, "ca"), address: c.Ops.Address}
+	d := &door{daemonUnderTest: start(t, c), t: t, ca: mtlstest.NewCA(t, "ca")}
+	d.address = d.daemonUnderTest.address(t, opsListens)
+	d.said("identity of this node", "kubelet.conf: no such file") // it has tried, and knows why
 	if _, err := callNodeInfo(t, d.address, credentials.NewTLS(client(t, d.ca, controllerCert()))); status.Code(err) != codes.Unavailable {
 		t.Errorf("let in: %v", err)
 	}

@@ -65,8 +65,8 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-// deadline bounds what must happen soon.
-const deadline = 20 * time.Second
+// deadline bounds what must happen soon, on a machine with too much to do.
+const deadline = 2 * time.Minute
 
 // runtime stands in for containerd: it knows its version, blocks in RemoveContainer
 // until told otherwise and answers all else with Unimplemented.
@@ -141,7 +141,7 @@ func newConfig(t testing.TB) *config.Config {
 
 func runtimePath(c *config.Config) string { return strings.TrimPrefix(c.RuntimeEndpoint, "unix://") }
 
-// start runs the daemon and returns once it answers on the admin socket.
+// start runs the daemon and returns once it serves.
 func start(t testing.TB, c *config.Config) *daemonUnderTest {
 	t.Helper()
 	if err := c.Validate(); err != nil {
@@ -166,8 +166,38 @@ func start(t testing.TB, c *config.Config) *daemonUnderTest {
 	if _, err := opsv1.NewOpsClient(admin).NodeInfo(t.Context(), &opsv1.NodeInfoRequest{}, grpc.WaitForReady(true)); err != nil {
 		t.Fatalf("not started: %v; log: %v", err, entries(hook))
 	}
+	d.await(t, "serving") // the admin socket answers before the others listen
 	return d
 }
+
+// await returns the log line with that message.
+func (d *daemonUnderTest) await(t testing.TB, message string) *logrus.Entry {
+	t.Helper()
+	for end := time.Now().Add(deadline); time.Now().Before(end); time.Sleep(time.Millisecond) { // polling the log
+		for _, e := range d.log.AllEntries() {
+			if e.Message == message {
+				return e
+			}
+		}
+	}
+	t.Fatalf("%q is not logged: %v", message, entries(d.log))
+	return nil
+}
+
+// anyPort is for a listener whose address is in the log: a port that was free a moment ago may be somebody else's.
+const anyPort = "127.0.0.1:0"
+
+// address is where the daemon listens, of the listener that the log line with that message is about.
+func (d *daemonUnderTest) address(t testing.TB, message string) string {
+	t.Helper()
+	address, _ := d.await(t, message).Data["address"].(string)
+	return address
+}
+
+const (
+	opsListens     = "ops API with mutual TLS"
+	metricsListens = "metrics"
+)
 
 func entries(h *logtest.Hook) []string {
 	var all []string
@@ -335,6 +365,7 @@ func TestDrainLetsCallsEnd(t *testing.T) {
 
 func TestSecondSignalStopsAtOnce(t *testing.T) {
 	c := newConfig(t)
+	c.DrainTimeout = 10 * deadline
 	r := startRuntime(t, runtimePath(c))
 	d := start(t, c)
 	kubelet := runtimeapi.NewRuntimeServiceClient(dial(t, c.Listen.Path))
@@ -345,14 +376,10 @@ func TestSecondSignalStopsAtOnce(t *testing.T) {
 		answered <- err
 	}()
 	<-r.entered
-	begin := time.Now()
 	d.term()
 	d.kill()
 	if err := d.ended(t); err == nil || !strings.Contains(err.Error(), "1 calls cut") {
 		t.Errorf("got %v, want the cut call named", err)
-	}
-	if took := time.Since(begin); took > deadline/2 {
-		t.Errorf("took %s", took)
 	}
 	if err := <-answered; status.Code(err) != codes.Unavailable {
 		t.Errorf("the cut call got %v", err)
@@ -447,12 +474,13 @@ func TestStateDirectoryIsClosedToOthers(t *testing.T) {
 
 func TestHTTP(t *testing.T) {
 	c := newConfig(t)
-	c.MetricsAddress = freePort(t)
+	c.MetricsAddress = anyPort
 	r := startRuntime(t, runtimePath(c))
 	d := start(t, c)
+	address := d.address(t, metricsListens)
 	get := func(path string) (int, string) {
 		t.Helper()
-		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+c.MetricsAddress+path, nil)
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+address+path, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -523,25 +551,15 @@ func TestHTTP(t *testing.T) {
 	}
 }
 
-func freePort(t testing.TB) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
-}
-
 func TestOpsOverTLS(t *testing.T) {
 	ca := mtlstest.NewCA(t, "ca")
 	dir := t.TempDir()
 	c := newConfig(t)
-	c.Ops.Address = freePort(t)
+	c.Ops.Address = anyPort
 	c.Ops.CertFile, c.Ops.KeyFile = ca.Issue(dir, "server", x509.Certificate{IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}})
 	c.Ops.ClientCAFile = ca.File
 	c.Ops.AllowedClients = []string{"controller"}
-	start(t, c)
+	address := start(t, c).address(t, opsListens)
 	call := func(name string) (*opsv1.NodeInfoResponse, error) {
 		t.Helper()
 		cert, key := ca.Issue(dir, name, x509.Certificate{DNSNames: []string{name}})
@@ -549,7 +567,7 @@ func TestOpsOverTLS(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return callNodeInfo(t, c.Ops.Address, creds)
+		return callNodeInfo(t, address, creds)
 	}
 	if info, err := call("controller"); err != nil || info.GetNodeName() != "node" {
 		t.Errorf("allowed client: %v, %v", info, err)
@@ -557,7 +575,7 @@ func TestOpsOverTLS(t *testing.T) {
 	if info, err := call("stranger"); status.Code(err) != codes.Unavailable {
 		t.Errorf("stranger: %v, %v", info, err)
 	}
-	if info, err := callNodeInfo(t, c.Ops.Address, insecure.NewCredentials()); status.Code(err) != codes.Unavailable {
+	if info, err := callNodeInfo(t, address, insecure.NewCredentials()); status.Code(err) != codes.Unavailable {
 		t.Errorf("without TLS: %v, %v", info, err)
 	}
 }
@@ -648,7 +666,7 @@ func TestUndecodableCallsAreRecorded(t *testing.T) {
 }
 
 // notifySocket is where systemd would listen.
-func notifySocket(t *testing.T) (path string, read func() map[string]string) {
+func notifySocket(t *testing.T) (path string, conn *net.UnixConn) {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "notify")
 	if err != nil {
@@ -656,32 +674,35 @@ func notifySocket(t *testing.T) (path string, read func() map[string]string) {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	path = filepath.Join(dir, "n.sock")
-	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	conn, err = net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	return path, func() map[string]string {
-		t.Helper()
-		buf := make([]byte, 4096)
-		if err := conn.SetReadDeadline(time.Now().Add(deadline)); err != nil {
-			t.Fatal(err)
-		}
-		n, err := conn.Read(buf)
-		if err != nil {
-			t.Fatal(err)
-		}
-		state := map[string]string{}
-		for line := range strings.SplitSeq(string(buf[:n]), "\n") {
-			k, v, _ := strings.Cut(line, "=")
-			state[k] = v
-		}
-		return state
+	return path, conn
+}
+
+// notified returns the next message.
+func notified(t *testing.T, conn *net.UnixConn) map[string]string {
+	t.Helper()
+	buf := make([]byte, 4096)
+	if err := conn.SetReadDeadline(time.Now().Add(deadline)); err != nil {
+		t.Fatal(err)
 	}
+	n, err := conn.Read(buf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	state := map[string]string{}
+	for line := range strings.SplitSeq(string(buf[:n]), "\n") {
+		k, v, _ := strings.Cut(line, "=")
+		state[k] = v
+	}
+	return state
 }
 
 func TestSystemdIsNotified(t *testing.T) {
-	path, read := notifySocket(t)
+	path, conn := notifySocket(t)
 	t.Setenv("NOTIFY_SOCKET", path)
 	t.Setenv("WATCHDOG_USEC", "100000")
 	t.Setenv("WATCHDOG_PID", fmt.Sprint(os.Getpid()))
@@ -689,31 +710,36 @@ func TestSystemdIsNotified(t *testing.T) {
 	d := start(t, c)
 	seen := map[string]bool{}
 	for !seen["READY"] || !seen["WATCHDOG"] || !seen["away"] {
-		for k, v := range read() {
+		for k, v := range notified(t, conn) {
 			seen[k] = true
 			seen["away"] = seen["away"] || strings.Contains(v, "is away")
 		}
 	}
 	startRuntime(t, runtimePath(c))
-	for want := "Relaying " + c.Listen.Path + " to " + c.RuntimeEndpoint; read()["STATUS"] != want; {
+	for want := "Relaying " + c.Listen.Path + " to " + c.RuntimeEndpoint; notified(t, conn)["STATUS"] != want; {
 		continue
 	}
 	d.term()
 	for {
-		if state := read(); state["STOPPING"] == "1" {
+		if state := notified(t, conn); state["STOPPING"] == "1" {
 			if state["EXTEND_TIMEOUT_USEC"] != fmt.Sprint((deadline + 10*time.Second).Microseconds()) {
 				t.Errorf("got %v", state)
 			}
 			break
 		}
 	}
+	// Its pings go on until the end, and would wait for somebody to read them.
+	var reader sync.WaitGroup
+	reader.Go(func() { _, _ = io.Copy(io.Discard, conn) }) // ends with the deadline that notified has set, or now
 	if err := d.ended(t); err != nil {
 		t.Error(err)
 	}
+	conn.Close()
+	reader.Wait()
 }
 
 func TestWatchdogIsNotPingedWithoutAnAnswer(t *testing.T) {
-	path, read := notifySocket(t)
+	path, conn := notifySocket(t)
 	t.Setenv("NOTIFY_SOCKET", path)
 	t.Setenv("WATCHDOG_USEC", "40000")
 	t.Setenv("WATCHDOG_PID", "")
@@ -731,7 +757,7 @@ func TestWatchdogIsNotPingedWithoutAnAnswer(t *testing.T) {
 			return nil
 		})
 	}()
-	if read()["WATCHDOG"] != "1" {
+	if notified(t, conn)["WATCHDOG"] != "1" {
 		t.Error("not pinged")
 	}
 	cancel()

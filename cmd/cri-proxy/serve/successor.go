@@ -34,6 +34,8 @@ const (
 	servingPatience = 10 * time.Second
 	// redialPatience bounds the wait for clients to know that they are to dial anew.
 	redialPatience = time.Second
+	// requestPatience bounds the wait of who asks for the state while this process finds out that another one, which asked before, has gone away.
+	requestPatience = holdPatience + calmPause + time.Second
 	// leftEvery is how often the process after this one is told what is left.
 	leftEvery = time.Second
 )
@@ -139,7 +141,7 @@ func (d *daemon) answer(conn *handover.Conn) {
 			break
 		}
 		r := &request{Conn: conn, pid: pid, pidfd: pidfd, version: m.Version, serving: make(chan struct{}), gone: make(chan struct{})}
-		timer := time.NewTimer(time.Second)
+		timer := time.NewTimer(requestPatience)
 		defer timer.Stop()
 		select {
 		case d.requests <- r:
