@@ -119,7 +119,7 @@ func (i *installer) configure(k *kubelet.Kubelet) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	text, err := read(config.DefaultFile)
+	text, err := readConfig(config.DefaultFile)
 	if err != nil {
 		return nil, err
 	}
@@ -171,6 +171,16 @@ func (i *installer) configure(k *kubelet.Kubelet) ([]byte, error) {
 		return nil, &config.InvalidError{Err: fmt.Errorf("configuration: %w", err)}
 	}
 	return text, nil
+}
+
+// readConfig returns what is in the file, nil if there is none. A symlink to nothing is a mistake, or to a file system that is not mounted
+// yet, and no place to write to.
+func readConfig(path string) ([]byte, error) {
+	text, err := read(path)
+	if to, lerr := os.Readlink(path); err == nil && text == nil && lerr == nil {
+		return nil, fmt.Errorf("%s is a symlink to %s, which is not there: put a file there, or remove the symlink", path, to)
+	}
+	return text, err
 }
 
 // learn takes over from kubelet what both must know.

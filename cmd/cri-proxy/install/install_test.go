@@ -337,6 +337,18 @@ func TestConfigFile(t *testing.T) {
 	if f := configFile(filepath.Join(dir, "new.yaml"), nil); f.mode != 0o644 {
 		t.Error(f.mode)
 	}
+	if text, err := readConfig(link); err != nil || string(text) != "a\n" {
+		t.Errorf("%q, %v", text, err)
+	}
+	if text, err := readConfig(filepath.Join(dir, "new.yaml")); err != nil || text != nil {
+		t.Errorf("%q, %v", text, err)
+	}
+	if err := os.Remove(target); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := readConfig(link); err == nil || !strings.Contains(err.Error(), "is a symlink to "+target) {
+		t.Errorf("a symlink to nothing: %v", err)
+	}
 }
 
 // A kubelet that is down is not left with nothing to dial.
@@ -345,15 +357,23 @@ func TestRefuse(t *testing.T) {
 	for _, tt := range []struct {
 		name, state string
 		record      *record
+		now         string // what is in the one file that told kubelet what to dial
 		found       error
 		absent      bool
 		want        bool
 	}{
-		{"down", "loaded", &record{}, down, false, true},
-		{"no such unit", "not-found", &record{}, down, false, false},
-		{"installed by the command", "loaded", &record{Time: time.Now()}, down, false, false},
-		{"not installed", "loaded", &record{}, down, true, false},
-		{"something else", "loaded", &record{}, errors.New("x"), false, false},
+		{"down", "loaded", &record{}, "", down, false, true},
+		{"no such unit", "not-found", &record{}, "", down, false, false},
+		{"installed by the command", "loaded", &record{Time: time.Now()}, "", down, false, false},
+		{"as it was installed", "loaded", &record{}, "e: ours\n", down, false, false},
+		{"put back by an uninstall before", "loaded", &record{}, "e: old\n", down, false, false},
+		{"put back by somebody else", "loaded", &record{}, "e: old\nmore: 1\n", down, false, false},
+		{"told elsewhere", "loaded", &record{}, "more: 1\n", down, false, true},
+		{"told elsewhere, the file is gone", "loaded", &record{}, "(none)", down, false, true},
+		{"told elsewhere, not installed any more", "loaded", &record{}, "(none)", down, true, false},
+		{"told elsewhere, and systemd does not say", "loaded", &record{}, "(none)", errors.New("x"), false, false},
+		{"not installed", "loaded", &record{}, "", down, true, false},
+		{"something else", "loaded", &record{}, "", errors.New("x"), false, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			dir := t.TempDir()
@@ -368,6 +388,16 @@ func TestRefuse(t *testing.T) {
 				write600(t, c.Listen.Path, "")
 			}
 			u := &uninstaller{unit: kubelet.DefaultUnit, config: c, out: io.Discard}
+			if tt.now != "" {
+				path := filepath.Join(dir, "flags")
+				tt.record.dir, tt.record.Ours, tt.record.Endpoint = filepath.Join(dir, "record"), "ours", "old"
+				if err := tt.record.keep([]kubelet.Edit{{Path: path, Before: []byte("e: old\n"), After: []byte("e: ours\n")}}); err != nil {
+					t.Fatal(err)
+				}
+				if tt.now != "(none)" {
+					write600(t, path, tt.now)
+				}
+			}
 			err := u.refuse(t.Context(), tt.record, tt.found)
 			if (err != nil) != tt.want || err != nil && !strings.Contains(err.Error(), "start kubelet first") {
 				t.Error(err)

@@ -123,6 +123,28 @@ func (r *record) original(k kept) (before, after []byte, ok bool, err error) {
 	return now, was, !bytes.Equal(now, was), nil
 }
 
+// astray returns a file that told kubelet what to dial and says neither that any more nor what it said before, empty for none: kubelet may
+// have been told elsewhere since.
+func (r *record) astray() (string, error) {
+	for _, k := range r.Files {
+		now, err := read(k.Path)
+		if err != nil {
+			return "", err
+		}
+		var was []byte
+		if k.Backup != "" {
+			if was, err = os.ReadFile(filepath.Join(r.dir, k.Backup)); err != nil {
+				return "", err
+			}
+		}
+		back := (now == nil) == (k.Backup == "") && bytes.Equal(now, was)
+		if !back && !bytes.Contains(now, []byte(r.Ours)) && !bytes.Contains(now, []byte(r.Endpoint)) {
+			return k.Path, nil
+		}
+	}
+	return "", nil
+}
+
 // restore puts kubelet's files back. It reports whether there was anything to do.
 func (r *record) restore() (did bool, err error) {
 	var errs []error

@@ -226,10 +226,17 @@ func (u *uninstaller) planKubelet(ctx context.Context, p *plan, r *record) error
 }
 
 // refuse is the error if kubelet, which was not found because of found, will be started some day and may dial what is to be removed: where
-// its configuration is is known from its process, or from the record.
+// its configuration is is known from its process, or from the record unless it has been moved since.
 func (u *uninstaller) refuse(ctx context.Context, r *record, found error) error {
-	if r.exists() || !errors.Is(found, kubelet.ErrNotRunning) {
+	if !errors.Is(found, kubelet.ErrNotRunning) {
 		return nil
+	}
+	if r.exists() {
+		path, err := r.astray()
+		if err != nil || path == "" {
+			return err
+		}
+		found = fmt.Errorf("%w, and %s, which told it what to dial, does so no more", found, path)
 	}
 	installed, err := u.installed()
 	if err != nil || len(installed) == 0 {
