@@ -92,9 +92,13 @@ func TestNode(t *testing.T) {
 		{"commands over TCP", opsSocketOnNode},
 		{"traces", tracesOnNode},
 		{"uninstall", uninstallOnNode},
+		{"the endpoint in kubelet's file", endpointInFile},
 		{"killed", killedInstall},
 		{"before kubelet", beforeKubelet},
+		{"the endpoint in a directory of drop-ins", endpointInDirectory},
 		{"DaemonSet", daemonSetOnNode},
+		{"the endpoint in kubelet's unit", endpointInUnit},
+		{"controller", startController},
 		{"package", packageOnNode},
 	} {
 		ok := t.Run(c.name, func(t *testing.T) {
@@ -120,8 +124,8 @@ func TestNode(t *testing.T) {
 			t.Errorf("%s: was %v, is %v", pod, was, is)
 		}
 	}
-	if target, slow := after["target"].Restarts, after["slow"].Restarts; target != 2 || slow != 1 {
-		t.Errorf("target was restarted %d times, slow %d times, asked for were 2 and 1", target, slow)
+	if target, slow := after["target"].Restarts, after["slow"].Restarts; target != 3 || slow != 1 {
+		t.Errorf("target was restarted %d times, slow %d times, asked for were 3 and 1", target, slow)
 	}
 	t.Logf("%d calls to pods, none failed", calls)
 }
@@ -190,14 +194,16 @@ func installRollBack(t *testing.T, n *node) {
 }
 
 func installOnNode(t *testing.T, n *node) {
+	before := n.files(t)
 	n.does(t, "/shared/cri-proxy", "install")
 	n.installed(t)
+	n.pointed(t, before)
 	config, err := os.ReadFile(n.root + "/etc/cri-proxy/config.yaml")
 	if err != nil || !strings.Contains(string(config), "runtimeEndpoint: unix://"+n.RuntimeSocket) || !strings.Contains(string(config), "\nnodeName: \""+n.NodeName+"\"\n") {
 		t.Errorf("%v\n%s", err, config)
 	}
 	// Once more does nothing, with a flag just that.
-	before := n.files(t)
+	before = n.files(t)
 	pid := n.show(t, "kubelet.service", "MainPID")
 	if out := n.does(t, "cri-proxy", "install"); !strings.Contains(out, "there is nothing to do") {
 		t.Error(out)
@@ -335,12 +341,14 @@ kill -9 $p; wait $p; tail -n 3 /shared/install.out`, "sh", at)
 	n.must(t, "sh", "-c", "until systemctl is-active -q kubelet.service; do sleep 0.05; done")
 	n.does(t, "/shared/cri-proxy", "install")
 	n.installed(t)
+	n.pointed(t, before)
 	n.does(t, "cri-proxy", "uninstall", "--purge")
 	for path := range n.files(t) {
 		if strings.Contains(path, "cri-proxy") && !strings.HasPrefix(path, n.NodeDir) {
 			t.Errorf("left: %s", path)
 		}
 	}
+	same(t, before, n.files(t), "/etc/cri-proxy/", "/var/lib/cri-proxy/")
 	if err := n.bed.WaitNodeReady(t.Context(), n.NodeName); err != nil {
 		t.Error(err)
 	}
@@ -365,8 +373,10 @@ func packageOnNode(t *testing.T, n *node) {
 		t.Error("the package alone does something")
 	}
 
-	n.does(t, "/usr/bin/cri-proxy", "install")
+	n.does(t, "/usr/bin/cri-proxy", "install", "--ops-address", ":10260")
 	n.installed(t)
+	n.pointed(t, before)
+	n.commanded(t)
 	for path := range n.files(t) {
 		if dir, name := filepath.Split(path); dir == "/etc/systemd/system/" && strings.HasPrefix(name, "cri-proxy") {
 			t.Errorf("%s is in the way of the package's", path)
@@ -390,7 +400,7 @@ func packageOnNode(t *testing.T, n *node) {
 	n.must(t, "touch", "/shared/break-uninstall")
 	n.must(t, "sh", "-c", "mkdir -p /etc/systemd/system/kubelet.service.d; printf '[Service]\nExecStartPre=/bin/sh -c \"! test -e /shared/break-uninstall\"\n' >/etc/systemd/system/kubelet.service.d/test.conf")
 	n.doesNot(t, "dpkg", "-r", "cri-proxy")
-	n.must(t, "rm", "-r", "/shared/break-uninstall", "/etc/systemd/system/kubelet.service.d")
+	n.must(t, "rm", "/shared/break-uninstall", "/etc/systemd/system/kubelet.service.d/test.conf")
 	n.must(t, "systemctl", "daemon-reload")
 	n.must(t, "systemctl", "restart", "kubelet.service")
 	if out := n.must(t, "cri-proxy", "version"); out == "" {
@@ -402,6 +412,10 @@ func packageOnNode(t *testing.T, n *node) {
 	}
 	n.does(t, "dpkg", "-P", "cri-proxy")
 	same(t, before, n.files(t))
+	if c, err := net.Dial("tcp", net.JoinHostPort(n.BridgeIP, "10260")); err == nil {
+		c.Close()
+		t.Error("somebody still takes commands")
+	}
 }
 
 // beforeKubelet is an install on a node whose kubelet has not been started yet, as cloud-init does it. What kubelet reads is somebody
@@ -415,7 +429,7 @@ func beforeKubelet(t *testing.T, n *node) {
 	if out := n.does(t, "/shared/cri-proxy", "install", "--no-kubelet", "--runtime-endpoint", n.RuntimeSocket); !strings.Contains(out, "must be unix:///run/cri-proxy/kubelet.sock") {
 		t.Error(out)
 	}
-	n.must(t, "sed", "-i", "s,unix://"+n.RuntimeSocket+",unix:///run/cri-proxy/kubelet.sock,", kubeadmFlags)
+	n.must(t, "sed", "-i", "s,unix://"+n.RuntimeSocket+",unix:///run/cri-proxy/kubelet.sock,", n.endpoint[0])
 	n.must(t, "systemctl", "start", "kubelet.service")
 	n.installed(t)
 	if out := n.does(t, "/shared/cri-proxy", "install", "--dry-run"); strings.Contains(out, "point kubelet") {
@@ -485,6 +499,7 @@ func daemonSetOnNode(t *testing.T, n *node) {
 	n.kubectl(t, "-n", "cri-proxy-installer", "set", "env", "daemonset/cri-proxy-installer", "ACTION=install", "ARGS=--log-level=debug --metrics-address=127.0.0.1:9464")
 	rolled("install is done")
 	n.installed(t)
+	n.pointed(t, before)
 	if label() != "true" {
 		t.Error("the node has no label")
 	}

@@ -32,6 +32,8 @@ type node struct {
 	*machine
 	*testbed.Node
 	bed *testbed.Bed
+	// endpoint are the files by which an install points kubelet at cri-proxy.
+	endpoint []string
 }
 
 // patience bounds what takes a restart of kubelet or two.
@@ -76,7 +78,7 @@ func newNode(t *testing.T) *node {
 	ctx, cancel := context.WithTimeout(t.Context(), buildPatience)
 	defer cancel()
 	bed, err := testbed.Start(ctx, testbed.Options{
-		Mode: testbed.ModeCluster, Direct: true, Nodes: 2, Later: 1, Namespaces: true, KeepLogs: t.Failed,
+		Mode: testbed.ModeCluster, Direct: true, Nodes: 2, Later: 1, Namespaces: true, Race: true, KeepLogs: t.Failed,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -86,7 +88,7 @@ func newNode(t *testing.T) *node {
 			t.Error(err)
 		}
 	})
-	n := &node{Node: bed.Nodes[1], bed: bed}
+	n := &node{Node: bed.Nodes[1], bed: bed, endpoint: []string{kubeadmFlags}}
 	if n.machine, err = makeMachine(ctx); n.machine != nil {
 		t.Cleanup(n.stop)
 	}
