@@ -43,6 +43,7 @@ func TestCommands(t *testing.T) {
 	image := f.image(p.name)
 	f.protect("robot", password)
 	f.throttle(wire / 4)
+	f.hold(p, 6)
 	t.Cleanup(func() {
 		_, _ = bed.direct.RemoveImage(context.WithoutCancel(t.Context()), &runtimeapi.RemoveImageRequest{Image: spec(image)})
 	})
@@ -62,6 +63,7 @@ func TestCommands(t *testing.T) {
 	if err := cut.Wait(); cut.ProcessState.ExitCode() != 1 || !strings.Contains(out.String(), "the pull of "+image+" was cancelled: cancelled by ctl/alice") {
 		t.Errorf("%v\n%s", err, &out)
 	}
+	f.goOn()
 	if present(t, image) != nil {
 		t.Error("nothing was cancelled")
 	}

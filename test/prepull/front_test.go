@@ -31,14 +31,16 @@ type front struct {
 	ranges   atomic.Int64 // of those, for a part
 	limit    atomic.Pointer[rate.Limiter]
 
-	mu     sync.Mutex // guards all following fields
-	status int        // answer everything with this
-	left   int        // that many times; -1 for ever
-	user   string     // asked for when set
-	secret string
-	hang   chan struct{} // closed when hanging ends; nil: no hanging
-	cut    int64         // cut a blob after so many bytes
-	cuts   int           // that many times
+	mu       sync.Mutex    // guards all following fields
+	stop     int64         // send no more than so many bytes of blobs
+	released chan struct{} // closed when that ends; nil: no end to what is sent
+	status   int           // answer everything with this
+	left     int           // that many times; -1 for ever
+	user     string        // asked for when set
+	secret   string
+	hang     chan struct{} // closed when hanging ends; nil: no hanging
+	cut      int64         // cut a blob after so many bytes
+	cuts     int           // that many times
 }
 
 // newFront starts a front and makes its host name known to containerd and to cri-proxy.
@@ -61,6 +63,7 @@ func newFront(t testing.TB, host string) *front {
 	served.Go(func() { _ = server.Serve(l) })
 	t.Cleanup(func() {
 		f.release()
+		f.goOn()
 		_ = server.Close()
 		served.Wait()
 	})
@@ -107,6 +110,45 @@ func (f *front) release() {
 	if f.hang != nil {
 		close(f.hang)
 		f.hang = nil
+	}
+}
+
+// hold sends no more than a share of the image, the first that this front sends, until goOn; 6 is six tenths. What a test does to a pull
+// that is half done then finds it under way, however late it comes.
+func (f *front) hold(p pushed, tenths int64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.released != nil {
+		close(f.released) // they wait again, at the new point
+	}
+	f.stop, f.released = p.size*tenths/10, make(chan struct{})
+}
+
+func (f *front) goOn() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.released != nil {
+		close(f.released)
+		f.released = nil
+	}
+}
+
+// wait waits where hold has said, or until the client has gone.
+func (f *front) wait(ctx context.Context) error {
+	f.mu.Lock()
+	released := f.released
+	if f.bytes.Load() < f.stop {
+		released = nil
+	}
+	f.mu.Unlock()
+	if released == nil {
+		return nil
+	}
+	select {
+	case <-released:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 }
 
@@ -172,6 +214,9 @@ func (b *blobWriter) Write(p []byte) (int, error) {
 	written := 0
 	for len(p) > 0 {
 		n := min(len(p), 32<<10)
+		if err := b.f.wait(b.ctx); err != nil {
+			return written, err
+		}
 		if l := b.f.limit.Load(); l != nil {
 			if err := l.WaitN(b.ctx, n); err != nil {
 				return written, err

@@ -71,6 +71,7 @@ func TestPins(t *testing.T) {
 		must(t, err)
 		pinned(t, image, true)
 		must(t, bed.RestartContainerd(t.Context()))
+		must(t, bed.WaitProxyReady(t.Context()))
 		pinned(t, image, true)
 		release(t, "a", "")
 		pinned(t, image, false)

@@ -112,6 +112,7 @@ func TestGoesOn(t *testing.T) {
 				f := newFront(t, "goes-on.test")
 				p := push(t, fmt.Sprintf("goes-on-%d:1", number.Add(1)), 8, layerMiB(8))
 				f.throttle(wire)
+				f.hold(p, 6)
 				req := &opsv1.PullRequest{Image: f.image(p.name)}
 				if limited {
 					req.BytesPerSecond = int64(20 * mib * scale())
@@ -120,6 +121,7 @@ func TestGoesOn(t *testing.T) {
 				follow(t, uid, half)
 				cut, again := f.bytes.Load(), time.Now()
 				uid = interrupt(t, uid, req)
+				f.goOn()
 				op := succeeds(t, uid)
 				if op.GetBytesTotal() != p.size || op.GetBytesDone() != p.size {
 					t.Errorf("progress is not known: %v", op)
@@ -219,6 +221,8 @@ func TestKubeletWantsAnother(t *testing.T) {
 	p, q := push(t, "ours:1", 8, 8), push(t, "kubelets:1", 2, 16)
 	f.throttle(wire / 2)
 	other.throttle(wire / 2)
+	f.hold(p, 6)
+	other.hold(q, 3)
 	uid := begin(t, &opsv1.PullRequest{Image: f.image(p.name)})
 	follow(t, uid, half)
 	pulled := make(chan error, 1)
@@ -230,7 +234,8 @@ func TestKubeletWantsAnother(t *testing.T) {
 	if op.GetPhase() != opsv1.PullPhase_PULL_WAITING {
 		t.Errorf("%v", op)
 	}
-	// What the wire still holds has come; from then on nothing does.
+	// What the wire still holds has come; from then on nothing does, until kubelet has what it wants.
+	f.goOn()
 	var before int64
 	eventually(t, func() error {
 		now := f.bytes.Load()
@@ -240,10 +245,18 @@ func TestKubeletWantsAnother(t *testing.T) {
 		}
 		return nil
 	})
-	must(t, <-pulled)
-	if now := f.bytes.Load(); now != before && now-before > p.size/20 {
+	other.hold(q, 9)
+	eventually(t, func() error {
+		if n := other.bytes.Load(); n < q.size*8/10 {
+			return fmt.Errorf("kubelet has %d bytes", n)
+		}
+		return nil
+	})
+	if now := f.bytes.Load(); now != before {
 		t.Errorf("%d bytes came while kubelet was pulling", now-before)
 	}
+	other.goOn()
+	must(t, <-pulled)
 	if op := succeeds(t, uid); op.GetAttempt() != 1 {
 		t.Errorf("giving way counts as an attempt: %v", op)
 	}
@@ -254,7 +267,7 @@ func TestKubeletWantsAnother(t *testing.T) {
 func TestJoin(t *testing.T) {
 	f := newFront(t, "join.test")
 	p := push(t, "join:1", 4, 16)
-	f.throttle(wire)
+	f.hold(p, 6)
 	var uids []string
 	for range 3 {
 		uids = append(uids, begin(t, &opsv1.PullRequest{Image: f.image(p.name)}))
@@ -263,6 +276,7 @@ func TestJoin(t *testing.T) {
 	if op.GetPhase() != opsv1.PullPhase_PULL_FETCHING || len(op.GetLayers()) != 4 {
 		t.Errorf("the second does not show the first's progress: %v", op)
 	}
+	f.goOn()
 	for _, uid := range uids {
 		succeeds(t, uid)
 	}

@@ -178,7 +178,7 @@ func TestOnTerminal(t *testing.T) {
 	})
 	t.Run("no terminal", func(t *testing.T) {
 		q := push(t, "terminal:3", 4, 8)
-		f.throttle(wire / 2)
+		f.throttle(wire / 4)
 		out := output(t, "pull", f.image(q.name))
 		begin(t, &opsv1.PullRequest{Image: f.image(q.name)}) // as above
 		for line := range strings.Lines(out) {
