@@ -81,8 +81,6 @@ func Start(ctx context.Context, o Options) (*Bed, error) {
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, readyTimeout, fmt.Errorf("the bed is not up within %s", readyTimeout))
-	defer cancel()
 	b, err := allocate(ctx, o, source)
 	if err != nil {
 		return nil, err
@@ -177,6 +175,9 @@ func (b *Bed) up(ctx context.Context, components, images string) error {
 			return err
 		}
 	}
+	// From here on: the compiler takes minutes the first time.
+	ctx, cancel := context.WithTimeoutCause(ctx, readyTimeout, fmt.Errorf("the bed is not up within %s", readyTimeout))
+	defer cancel()
 	if err := b.assignAddresses(ctx); err != nil {
 		return err
 	}

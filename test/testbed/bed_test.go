@@ -45,6 +45,14 @@ func startBed(t *testing.T, o Options) *Bed {
 	return b
 }
 
+// within bounds what the test waits for.
+func within(t *testing.T) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	t.Cleanup(cancel)
+	return ctx
+}
+
 // runPod runs an app:1 pod through CRI and returns its address.
 func runPod(ctx context.Context, b *Bed, name string) (string, error) {
 	conn, err := b.DialCRI()
@@ -181,8 +189,13 @@ func TestNodeBed(t *testing.T) {
 	if err := b.StartContainerd(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if got := len(bedProcesses(b.record, b.ledger.runDir(b.ID))); got != shims {
-		t.Errorf("%d processes before containerd was killed and restarted, %d after", shims, got)
+	if err := poll(within(t), func() error { // what containerd calls while it starts ends by itself
+		if got := len(bedProcesses(b.record, b.ledger.runDir(b.ID))); got != shims {
+			return fmt.Errorf("%d processes before containerd was killed and restarted, %d after", shims, got)
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
 	}
 	if err := b.StopRegistry(t.Context()); err != nil {
 		t.Fatal(err)
@@ -213,8 +226,7 @@ func TestClusterBed(t *testing.T) {
 	real(t)
 	before := hostFiles(t)
 	b := startBed(t, Options{Mode: ModeCluster, Direct: true, Nodes: 2, Later: 1, Namespaces: true, KubeletExtra: "maxPods: 17\n"})
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
+	ctx := within(t)
 	late := b.Nodes[1]
 	if out, err := b.Kubectl(ctx, "get", "nodes", "-o", "name"); err != nil || strings.TrimSpace(out) != "node/"+b.NodeName {
 		t.Errorf("nodes at first: %q, %v", out, err)
@@ -245,7 +257,7 @@ spec:
 			t.Fatal(err)
 		}
 	}
-	if _, err := b.Kubectl(ctx, "wait", "-n", "here", "--for=condition=Ready", "pod", "--all", "--timeout=50s"); err != nil {
+	if _, err := b.Kubectl(ctx, "wait", "-n", "here", "--for=condition=Ready", "pod", "--all", "--timeout=100s"); err != nil {
 		t.Fatal(err)
 	}
 	for _, n := range b.Nodes {
@@ -261,7 +273,7 @@ spec:
 			t.Errorf("node: %q, %v", out, err)
 		}
 	}
-	if err := b.RestartKubelet(ctx); err != nil {
+	if err := b.RestartKubeletReady(ctx, syscall.SIGTERM); err != nil {
 		t.Error(err)
 	}
 	if _, err := b.Kubectl(ctx, "get", "no-such-kind"); err == nil || !strings.Contains(err.Error(), "no-such-kind") {
@@ -323,6 +335,12 @@ func TestSweepAfterKill(t *testing.T) {
 	if err := Destroy(t.Context(), id, os.Stderr); err == nil || !strings.Contains(err.Error(), "which runs") {
 		t.Errorf("destroying a bed in use: %v", err)
 	}
+	// Nobody else sweeps while we look: other tests start beds, too.
+	unlock, err := ledger{root: runRoot}.lock(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unlock()
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
@@ -335,6 +353,7 @@ func TestSweepAfterKill(t *testing.T) {
 	if len(traces(t, id, info[i].Dir)) == 0 {
 		t.Error("nothing is left to sweep")
 	}
+	unlock()
 	b := startBed(t, Options{Mode: ModeNode, Direct: true})
 	if left := traces(t, id, info[i].Dir); len(left) > 0 {
 		t.Errorf("left after the sweep:\n%s", strings.Join(left, "\n"))

@@ -160,26 +160,66 @@ func (b *Bed) CreateNamespace(ctx context.Context, namespace string) error {
 	return b.WaitNamespace(ctx, namespace)
 }
 
-// WaitNodeReady waits for a node's Ready condition.
+// WaitNodeReady waits for a node's Ready condition. After a restart of kubelet that may be what the old one has said: see
+// [Node.RestartKubeletReady].
 func (b *Bed) WaitNodeReady(ctx context.Context, name string) error {
 	return poll(ctx, func() error {
-		var node struct {
-			Status struct {
-				Conditions []struct{ Type, Status, Reason, Message string }
+		_, err := b.nodeReady(ctx, name)
+		return err
+	})
+}
+
+// nodeReady is nil when a node is ready by its condition, of which it returns when kubelet has last reported it.
+func (b *Bed) nodeReady(ctx context.Context, name string) (reported time.Time, err error) {
+	var node struct {
+		Status struct {
+			Conditions []struct {
+				Type, Status, Reason, Message string
+				LastHeartbeatTime             time.Time
 			}
 		}
-		if err := b.apiGet(ctx, "/api/v1/nodes/"+name, &node); err != nil {
-			return err
+	}
+	if err := b.apiGet(ctx, "/api/v1/nodes/"+name, &node); err != nil {
+		return time.Time{}, err
+	}
+	for _, c := range node.Status.Conditions {
+		if c.Type == "Ready" && c.Status != "True" {
+			return c.LastHeartbeatTime, fmt.Errorf("node %s is not ready: %s: %s", name, c.Reason, c.Message)
 		}
-		for _, c := range node.Status.Conditions {
-			if c.Type == "Ready" && c.Status != "True" {
-				return fmt.Errorf("node %s is not ready: %s: %s", name, c.Reason, c.Message)
-			}
-			if c.Type == "Ready" {
-				return nil
-			}
+		if c.Type == "Ready" {
+			return c.LastHeartbeatTime, nil
 		}
-		return fmt.Errorf("node %s has no Ready condition yet", name)
+	}
+	return time.Time{}, fmt.Errorf("node %s has no Ready condition yet", name)
+}
+
+// RestartKubeletReady sends sig to kubelet, starts it anew and waits until the new one has said that the node is ready.
+func (n *Node) RestartKubeletReady(ctx context.Context, sig syscall.Signal) error {
+	if err := n.StopKubelet(ctx, sig); err != nil {
+		return err
+	}
+	// After its end: it may have reported until then.
+	last, _ := n.bed.nodeReady(ctx, n.NodeName)
+	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
+	defer cancel()
+	// Reports have whole seconds, and the first of the new one must differ.
+	if err := poll(ctx, func() error {
+		if !time.Now().Truncate(time.Second).After(last) {
+			return errors.New("it is the second of the last report")
+		}
+		return nil
+	}); err != nil {
+		return err
+	}
+	if err := n.StartKubelet(ctx); err != nil {
+		return err
+	}
+	return poll(ctx, func() error {
+		now, err := n.bed.nodeReady(ctx, n.NodeName)
+		if err == nil && !now.After(last) {
+			err = fmt.Errorf("kubelet of node %s has not reported since its start", n.NodeName)
+		}
+		return err
 	})
 }
 
@@ -255,8 +295,22 @@ func (b *Bed) InstallCRDs(ctx context.Context) error {
 	if _, err := b.Kubectl(ctx, "apply", "--server-side", "-f", filepath.Join(b.source, "deploy", "crds")); err != nil {
 		return err
 	}
-	_, err := b.Kubectl(ctx, "wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
-	return err
+	if _, err := b.Kubectl(ctx, "wait", "--for=condition=Established", "crd", "--all", "--timeout=60s"); err != nil {
+		return err
+	}
+	// The API server serves them a moment after it has said so.
+	out, err := b.Kubectl(ctx, "get", "crd", "-o", `jsonpath={range .items[*]}{.spec.group}/{.spec.versions[0].name}/{.spec.names.plural} {end}`)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
+	defer cancel()
+	for resource := range strings.FieldsSeq(out) {
+		if err := poll(ctx, func() error { return b.apiOK(ctx, "/apis/"+resource) }); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // StartController starts cri-controller on the cluster as user [Bed.ControllerKubeconfig] and waits until it is ready. args are appended.

@@ -94,7 +94,7 @@ func deleteBridge(ctx context.Context, name string) error {
 	}
 	out, err := exec.CommandContext(ctx, "ip", "-o", "link", "show", "master", name).Output()
 	if err != nil {
-		return fmt.Errorf("list the ports of bridge %s: %w", name, err)
+		return goneOr(name, fmt.Errorf("list the ports of bridge %s: %w", name, err))
 	}
 	for line := range strings.Lines(string(out)) {
 		// "7: veth1a2b@if2: <BROADCAST ..."
@@ -103,7 +103,18 @@ func deleteBridge(ctx context.Context, name string) error {
 			_ = ip(ctx, "link", "del", port) // it goes by itself with the pod's network namespace
 		}
 	}
-	return ip(ctx, "link", "del", name)
+	return goneOr(name, ip(ctx, "link", "del", name))
+}
+
+// goneOr returns err unless the interface has gone: that to a network namespace goes by itself some time after it.
+func goneOr(name string, err error) error {
+	if err == nil {
+		return nil
+	}
+	if _, gone := net.InterfaceByName(name); gone != nil {
+		return nil
+	}
+	return err
 }
 
 func ip(ctx context.Context, args ...string) error { return ipIn(ctx, "", args...) }

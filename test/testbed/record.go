@@ -318,7 +318,7 @@ func bedProcesses(r record, runDir string) []identity {
 func removeCNIResults(network string) error {
 	files, err := filepath.Glob("/var/lib/cni/results/" + network + "-*")
 	for _, f := range files {
-		err = errors.Join(err, os.Remove(f))
+		err = errors.Join(err, removeFile(f))
 	}
 	return err
 }
@@ -335,10 +335,18 @@ func removeLogSymlinks(dir string) error {
 	for _, e := range entries {
 		link := filepath.Join(containerLogs, e.Name())
 		if target, linkErr := os.Readlink(link); linkErr == nil && strings.HasPrefix(target, dir+"/") {
-			err = errors.Join(err, os.Remove(link))
+			err = errors.Join(err, removeFile(link)) // every kubelet of this machine removes those that lead nowhere
 		}
 	}
 	return err
+}
+
+// removeFile removes a file, which somebody else may have done.
+func removeFile(path string) error {
+	if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // mountsBelow returns the mount points at or below dirs, the latest first.

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 )
 
 // newLedger returns a ledger and a cache that are not the machine's.
@@ -173,8 +174,8 @@ func TestSweepEndsProcesses(t *testing.T) {
 	defer releaseNext()
 	for _, p := range []*Process{recorded, unrecorded} {
 		select {
-		case <-p.Done():
-		default:
+		case <-p.Done(): // once it has been waited for, which is a moment after its end
+		case <-time.After(time.Minute):
 			t.Errorf("%s still runs", p.Name)
 		}
 	}
