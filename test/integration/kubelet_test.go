@@ -49,6 +49,9 @@ type pod struct {
 	name, uid string
 	sandbox   string
 	config    *runtimeapi.PodSandboxConfig
+	// relisting is held from a list of everything until the statuses that it is followed by: there is one kubelet, and what one
+	// of its lists has shown counts as known.
+	relisting sync.Mutex
 }
 
 // spec is what a test says of a container.
@@ -163,7 +166,8 @@ func (p *pod) request(t testing.TB, s spec, attempt int) *runtimeapi.CreateConta
 	return &runtimeapi.CreateContainerRequest{PodSandboxId: p.sandbox, Config: c, SandboxConfig: p.config}
 }
 
-// run creates and starts a container and returns its ID.
+// run creates and starts a container and returns its ID. One that says when it has begun has done so: before, the first process of a
+// container takes no notice of signals.
 func (p *pod) run(t testing.TB, s spec) string {
 	t.Helper()
 	resp, err := p.k.CreateContainer(t.Context(), p.request(t, s, 0))
@@ -173,7 +177,22 @@ func (p *pod) run(t testing.TB, s spec) string {
 	if _, err := p.k.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: resp.GetContainerId()}); err != nil {
 		t.Fatal(err)
 	}
+	if strings.Contains(strings.Join(s.command, " "), "echo started") {
+		p.began(t, s.name, 0)
+	}
 	return resp.GetContainerId()
+}
+
+// began waits until the process of an attempt has said so, and with that can be asked to stop.
+func (p *pod) began(t testing.TB, name string, attempt int) {
+	t.Helper()
+	p.logs(t, name, attempt, "started")
+}
+
+// logs waits until the attempt has logged the text: what a process writes is in the log a moment later.
+func (p *pod) logs(t testing.TB, name string, attempt int, text string) {
+	t.Helper()
+	eventually(t, fmt.Sprintf("attempt %d of %s logs %q", attempt, name, text), func() bool { return strings.Contains(p.log(t, name, attempt), text) })
 }
 
 func (k *kubelet) status(t testing.TB, id string) *runtimeapi.ContainerStatus {
@@ -237,6 +256,10 @@ func (p *pod) watch(name string) *relist {
 		}
 	}
 	check := func(filter *runtimeapi.ContainerFilter) {
+		if filter.GetState() == nil {
+			p.relisting.Lock()
+			defer p.relisting.Unlock()
+		}
 		resp, err := p.k.ListContainers(ctx, &runtimeapi.ListContainersRequest{Filter: filter})
 		if err != nil {
 			return
@@ -292,10 +315,10 @@ func (p *pod) watch(name string) *relist {
 // eventually waits for a condition.
 func eventually(t testing.TB, what string, cond func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(30 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for !cond() {
 		if time.Now().After(deadline) {
-			t.Fatalf("not within 30 s: %s", what)
+			t.Fatalf("not within a minute: %s", what)
 		}
 		time.Sleep(5 * time.Millisecond) // polling another process
 	}

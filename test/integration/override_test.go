@@ -449,7 +449,7 @@ func TestOverrideKillWhileUndoing(t *testing.T) {
 	n := startProcess(t, "restart.undo")
 	p := n.runPod(t)
 	s := version1()
-	s.preStop = `{"sleep":{"seconds":4}}`
+	s.preStop, s.grace = `{"sleep":{"seconds":60}}`, 60
 	app := p.runSpec(t, s)
 	uid := n.begin(t, p, overrideWith(bed.busybox2))
 	n.waitFor(t, uid, func(op *opsv1.Operation) bool { return op.GetPhase() == opsv1.Phase_PHASE_STOPPING })

@@ -105,6 +105,7 @@ func TestRestartTenTimes(t *testing.T) {
 		if op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || op.GetContainers()[0].GetAttempt() != uint32(i+1) {
 			t.Fatalf("restart %d: %v", i, op)
 		}
+		p.began(t, "app", i+1)
 		t.Logf("restart %d: gap %s, whole %s", i, op.GetContainers()[0].GetGap().AsDuration(),
 			op.GetFinishTime().AsTime().Sub(op.GetCreateTime().AsTime()).Round(time.Millisecond))
 	}

@@ -101,26 +101,21 @@ func atStep(t *testing.T, order opsv1.Order, steps []string, step string, tests 
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
 			p := n.runPod(t)
-			s := &stepTest{n: n, hold: hold, pod: p, steps: steps, step: step, incumbent: p.run(t, spec{name: "app", command: looping, grace: 10})}
+			s := &stepTest{n: n, hold: hold, pod: p, steps: steps, step: step, incumbent: p.run(t, spec{name: "app", command: looping, grace: unneededGrace})}
 			t.Cleanup(hold.release) // a test that fails on the way must not leave the process stuck
-			s.began(t, 0)
 			req := restartOf("app")
 			req.Containers[0].Order = order
 			s.uid = hold.held(n, p, req)
 			if s.after("running") {
-				s.began(t, 1)
+				p.began(t, "app", 1)
 			}
 			test(t, s)
 		})
 	}
 }
 
-// began waits until the process of an attempt can be asked to stop: before it has said how, the first process of a
-// container takes no notice.
-func (s *stepTest) began(t *testing.T, attempt int) {
-	t.Helper()
-	eventually(t, "the process listens to signals", func() bool { return strings.Contains(s.pod.log(t, "app", attempt), "started") })
-}
+// unneededGrace is what nothing here takes, in seconds, unless a process is not asked to stop.
+const unneededGrace = 30
 
 // kubeletAdjusts makes the calls that do not end a container.
 func kubeletAdjusts(t *testing.T, s *stepTest) {
@@ -148,7 +143,8 @@ func kubeletAdjusts(t *testing.T, s *stepTest) {
 	if shown {
 		return // kubelet resizes what it then sees
 	}
-	for range 2 { // the successor, and the one after it
+	for i := range 2 { // the successor, and the one after it
+		s.pod.began(t, "app", i+1)
 		if got := s.n.status(t, successor).GetResources().GetLinux(); got.GetCpuShares() != 333 || got.GetCpusetCpus() != "1" {
 			t.Errorf("the successor has %v", got)
 		}
@@ -196,13 +192,13 @@ func kubeletStops(t *testing.T, s *stepTest) {
 	began := time.Now()
 	stopped := make(chan error, 1)
 	go func() {
-		_, err := s.n.StopContainer(t.Context(), stopRequest(s.incumbent, 10))
+		_, err := s.n.StopContainer(t.Context(), stopRequest(s.incumbent, unneededGrace))
 		stopped <- err
 	}()
 	s.kubeletArrives(t, "StopContainer")
 	s.hold.release()
 	must(t, <-stopped)
-	if took := time.Since(began); took > 8*time.Second {
+	if took := time.Since(began); took > unneededGrace*time.Second*9/10 {
 		t.Errorf("kubelet waited %s: a process was not asked to stop", took)
 	}
 	if s.after("revealed") {
@@ -337,7 +333,9 @@ func TestResourcesOfClones(t *testing.T) {
 	must(t, err)
 	_, err = n.UpdateContainerResources(t.Context(), &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: &runtimeapi.LinuxContainerResources{CpusetCpus: "1"}})
 	must(t, err)
+	attempt := 0
 	tell := func() string {
+		p.began(t, "app", attempt) // until then /proc/1 is the runtime's
 		resp, err := n.ExecSync(t.Context(), &runtimeapi.ExecSyncRequest{
 			ContainerId: id, Timeout: 10, Cmd: []string{"sh", "-c", "ls -ln /dev/by-cdi /dev/of-host | awk '{print $1, $3, $4, $5, $6, $NF}'; head -c1 /dev/of-host | wc -c; tr '\\000' '\\n' < /proc/1/environ | sort"},
 		})
@@ -356,6 +354,7 @@ func TestResourcesOfClones(t *testing.T) {
 			t.Fatalf("operation: %v", op)
 		}
 		id = op.GetContainers()[0].GetSuccessorId()
+		attempt++
 		if got := cpus(t, n.kubelet, id); got != "1" {
 			t.Errorf("restart %d: the kernel lets it run on CPUs %s", i, got)
 		}

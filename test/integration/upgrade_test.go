@@ -47,7 +47,7 @@ func (p *pod) runSpec(t testing.TB, s spec) string {
 	must(t, err)
 	_, err = p.k.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: resp.GetContainerId()})
 	must(t, err)
-	eventually(t, "the process has begun", func() bool { return strings.Contains(p.log(t, s.name, 0), "started") })
+	p.began(t, s.name, 0)
 	return resp.GetContainerId()
 }
 
@@ -95,9 +95,11 @@ func (p *pod) replace(t testing.TB, old string, s spec) string {
 	ctx := t.Context()
 	created := ""
 	eventually(t, "kubelet has replaced the container", func() bool {
+		p.relisting.Lock()
 		list, err := p.k.ListContainers(ctx, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{LabelSelector: map[string]string{
 			"io.kubernetes.pod.uid": p.uid, "io.kubernetes.container.name": s.name,
 		}}})
+		p.relisting.Unlock()
 		if err != nil || len(list.GetContainers()) == 0 {
 			return false
 		}
@@ -180,7 +182,8 @@ func TestUpgrade(t *testing.T) {
 			if old := n.status(t, app); old.GetExitCode() != 7 {
 				t.Errorf("old container: %v", old)
 			}
-			if got := started(p.log(t, "app", 1)); got != "2.0" && got != "2.0 " {
+			p.began(t, "app", 1)
+			if got := strings.TrimSpace(started(p.log(t, "app", 1))); got != "2.0" {
 				t.Errorf("the new container is of version %q", got)
 			}
 			if got := n.status(t, side); got.GetId() != before.GetId() || got.GetState() != before.GetState() {
@@ -296,13 +299,11 @@ func TestUpgradeTakenBack(t *testing.T) {
 		p, app, uid := start(t, true)
 		_, err := n.StopContainer(t.Context(), stopRequest(app, 5))
 		must(t, err)
-		eventually(t, "the successor has begun", func() bool { return strings.Contains(p.log(t, "app", 1), "started") })
+		p.began(t, "app", 1)
 		_, err = n.StopPodSandbox(t.Context(), &runtimeapi.StopPodSandboxRequest{PodSandboxId: p.sandbox})
 		must(t, err)
 		failed(t, p, uid, "TakenBackByKubelet", 2)
-		if log := p.log(t, "app", 1); !strings.Contains(log, "asked 2.0") {
-			t.Errorf("the successor was killed without being asked:\n%s", log)
-		}
+		p.logs(t, "app", 1, "asked 2.0") // it was not killed without being asked
 		if running, _ := p.running(t, n.direct, "app"); running != 0 {
 			t.Errorf("%d running", running)
 		}
@@ -315,8 +316,12 @@ func TestUpgradeTakenBack(t *testing.T) {
 		_, err := n.ops.PrepareUpgrade(t.Context(), req)
 		must(t, err)
 		n.waitFor(t, req.GetUid(), func(op *opsv1.Operation) bool { return op.GetPhase() == opsv1.Phase_PHASE_PREPARED })
-		n.arm(t, req.GetUid())
+		_, err = n.ops.CommitUpgrade(t.Context(), &opsv1.CommitUpgradeRequest{Uid: req.GetUid()})
+		must(t, err)
 		failed(t, p, req.GetUid(), "HoldTimeout", 1)
+		if op := n.wait(t, req.GetUid()); !strings.Contains(op.GetContainers()[0].GetMessage(), "was the pod's spec patched") {
+			t.Errorf("it was not armed: %v", op)
+		}
 	})
 }
 
@@ -452,6 +457,8 @@ func TestUpgradeKillAtEachStep(t *testing.T) {
 			if st.GetImage().GetImage() != bed.busybox2 || st.GetMetadata().GetAttempt() != 1 {
 				t.Errorf("new container: %v", st)
 			}
+			p.logs(t, "app", 0, "asked")
+			p.began(t, "app", 1)
 			if strings.Count(p.log(t, "app", 0), "asked") != 1 || strings.Count(p.log(t, "app", 1), "started") != 1 {
 				t.Errorf("old: %s\nnew: %s", p.log(t, "app", 0), p.log(t, "app", 1))
 			}
