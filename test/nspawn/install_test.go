@@ -42,7 +42,8 @@ spec:
       containers:
       - name: app
         image: %[2]s
-        livenessProbe: {exec: {command: [/app, call, /healthz]}, periodSeconds: 2, failureThreshold: 1}
+        # One that fails restarts the container; one that is slow, on a busy machine, does not.
+        livenessProbe: {exec: {command: [/app, call, /healthz]}, periodSeconds: 2, timeoutSeconds: 10, failureThreshold: 1}
 ---
 apiVersion: v1
 kind: Pod
@@ -59,7 +60,11 @@ metadata: {name: slow}
 spec:
   nodeName: %[1]s
   containers:
-  - {name: app, image: %[2]s, env: [{name: TERM_DELAY, value: 3s}]}
+  - name: app
+    image: %[2]s
+    lifecycle: {preStop: {exec: {command: [sh, -c, "until [ -e /shared/let-go ]; do sleep 0.05; done"]}}}
+    volumeMounts: [{name: shared, mountPath: /shared}]
+  volumes: [{name: shared, hostPath: {path: /shared}}]
 `
 
 // TestNode installs cri-proxy on a running node with workloads, operates it, and takes it off. The steps share the node.
@@ -68,8 +73,8 @@ func TestNode(t *testing.T) {
 	if err := n.bed.KubectlApply(t.Context(), fmt.Sprintf(workloads, n.NodeName, n.bed.Image("app:1"))); err != nil {
 		t.Fatal(err)
 	}
-	n.kubectl(t, "rollout", "status", "deployment/web", "--timeout=60s")
-	n.kubectl(t, "wait", "--for=condition=Ready", "pod/target", "pod/slow", "--timeout=60s")
+	n.kubectl(t, "rollout", "status", "deployment/web", "--timeout=150s")
+	n.kubectl(t, "wait", "--for=condition=Ready", "pod/target", "pod/slow", "--timeout=150s")
 	before := n.containers(t)
 	if len(before) != 5 {
 		t.Fatalf("pods: %v", before)
@@ -485,7 +490,7 @@ func daemonSetOnNode(t *testing.T, n *node) {
 	}
 	rolled := func(want string) {
 		t.Helper()
-		out, err := n.bed.Kubectl(ctx, "-n", "cri-proxy-installer", "rollout", "status", "daemonset/cri-proxy-installer", "--timeout=60s")
+		out, err := n.bed.Kubectl(ctx, "-n", "cri-proxy-installer", "rollout", "status", "daemonset/cri-proxy-installer", "--timeout=150s")
 		log := n.kubectl(t, "-n", "cri-proxy-installer", "logs", "daemonset/cri-proxy-installer", "--tail=100")
 		if err != nil || !strings.Contains(log, want) {
 			t.Fatalf("%v: %s\n%s\n%s", err, out, log, n.kubectl(t, "-n", "cri-proxy-installer", "describe", "pods"))
@@ -543,7 +548,10 @@ func bypassWithOperations(t *testing.T, n *node) {
 	if out := n.must(t, "cri-proxy", "bypass", "status"); out != "off\n" {
 		t.Error(out)
 	}
-	if out := n.does(t, "cri-proxy", "bypass", "on"); !strings.Contains(out, "waiting for Restart ") {
+	// The restart, whose preStop hook waits, comes to its end when the command has said that it waits.
+	if out := n.does(t, "sh", "-c", `cri-proxy bypass on >/shared/bypass.out 2>&1 & p=$!
+until grep -q "waiting for Restart " /shared/bypass.out || ! kill -0 $p 2>/dev/null; do sleep 0.02; done
+touch /shared/let-go; wait $p; r=$?; cat /shared/bypass.out; exit $r`); !strings.Contains(out, "waiting for Restart ") {
 		t.Error(out)
 	}
 	if s := n.containers(t)["slow"]; s.Restarts > 1 {

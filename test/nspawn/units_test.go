@@ -92,8 +92,7 @@ func sandbox(t *testing.T, m *machine) {
 // upgrade is the way there and the way back, with a pull under way.
 func upgrade(t *testing.T, m *machine) {
 	m.freshKubelet(t)
-	touch(t, m, "pull")
-	await(t, "the pull", func() bool { return m.kubelet(t).PullsBegun == 1 })
+	m.beginPull(t)
 	_, old := m.serving(t)
 	t.Log(m.must(t, "cri-proxy", "upgrade", "--binary", "/shared/cri-proxy-v2"))
 	if i, _ := m.serving(t); i != "b" {
@@ -173,9 +172,7 @@ func drain(t *testing.T, m *machine) {
 			m.must(t, "cri-proxy", "upgrade", "--reload")
 			await(t, "the end of the instance before", m.oneRuns(t))
 		}
-		m.must(t, "rm", "-f", "/shared/release")
-		touch(t, m, "pull")
-		await(t, "the pull", func() bool { return m.kubelet(t).PullsBegun == 1 })
+		m.beginPull(t)
 		old, pid := m.serving(t)
 		m.must(t, "cri-proxy", "upgrade", "--reload")
 		began := time.Now()
@@ -232,10 +229,11 @@ func guardAlone(t *testing.T, m *machine) {
 // kill costs the calls in flight, and no other.
 func kill(t *testing.T, m *machine) {
 	m.freshKubelet(t)
+	killed := time.Now()
 	i, pid := m.signal(t, "KILL")
-	// Until the kernel has closed its connections, calls go to a process that is dead.
-	m.must(t, "sh", "-c", "while kill -0 "+pid+" 2>/dev/null; do :; done")
-	since := time.Now()
+	// Until kubelet has seen the end of its connection, its calls go to a process that is dead.
+	await(t, "the end of kubelet's stream", func() bool { return m.kubelet(t).StreamEnded.After(killed) })
+	since := m.kubelet(t).StreamEnded
 	await(t, "the next process", func() bool { s, now := m.serving(t); return s == i && now != pid && now != "0" })
 	m.moreCalls(t)
 	r := m.noFailures(t, since)

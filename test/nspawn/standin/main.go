@@ -47,7 +47,7 @@ func run(args []string) error {
 	return fmt.Errorf("%q is neither runtime nor kubelet", args[0])
 }
 
-// slowRuntime pulls until the file "release" is in dir.
+// slowRuntime pulls until the file "release" is in dir. While it does, the file "pulling" is there.
 type slowRuntime struct {
 	runtimeapi.UnimplementedRuntimeServiceServer
 	runtimeapi.UnimplementedImageServiceServer
@@ -67,6 +67,9 @@ func (*slowRuntime) ContainerStatus(_ context.Context, req *runtimeapi.Container
 }
 
 func (r *slowRuntime) PullImage(ctx context.Context, req *runtimeapi.PullImageRequest) (*runtimeapi.PullImageResponse, error) {
+	if err := os.WriteFile(filepath.Join(r.dir, "pulling"), nil, 0o600); err != nil {
+		return nil, err
+	}
 	err := poll(ctx, func() bool {
 		_, err := os.Stat(filepath.Join(r.dir, "release"))
 		return err == nil
@@ -131,9 +134,10 @@ type report struct {
 	Failures []failure     `json:"failures"`
 	Slowest  time.Duration `json:"slowest"` // of the short calls
 	Streams  int           `json:"streams"` // event streams opened
+	// StreamEnded is when the end of the last one was seen, which is after that of its connection: calls that begin later go elsewhere.
+	StreamEnded time.Time `json:"streamEnded"`
 	// Pulls are asked for by the file "pull", which is taken away.
-	PullsBegun int `json:"pullsBegun"`
-	PullsDone  int `json:"pullsDone"`
+	PullsDone int `json:"pullsDone"`
 }
 
 // load is what kubelet does.
@@ -253,6 +257,7 @@ func (l *load) events(ctx context.Context, rt runtimeapi.RuntimeServiceClient) {
 		for err == nil {
 			_, err = s.Recv()
 		}
+		l.change(func(r *report) { r.StreamEnded = time.Now() })
 		if ctx.Err() == nil && status.Code(err) != codes.Unavailable {
 			l.change(func(r *report) {
 				r.Failures = append(r.Failures, failure{"the end of GetContainerEvents", began, time.Now(), err.Error()})
@@ -266,7 +271,6 @@ func (l *load) pulls(ctx context.Context, images runtimeapi.ImageServiceClient, 
 	defer under.Wait()
 	for poll(ctx, func() bool { return os.Remove(filepath.Join(dir, "pull")) == nil }) == nil {
 		under.Go(func() {
-			l.change(func(r *report) { r.PullsBegun++ })
 			l.call("PullImage", false, func() error { // no deadline, as kubelet's
 				_, err := images.PullImage(ctx, &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: "big"}})
 				return err
