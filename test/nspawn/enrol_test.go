@@ -40,16 +40,16 @@ spec: {podName: target, containers: [{name: app}]}
 	if err != nil {
 		t.Fatal(err)
 	}
-	var out string
 	defer func() {
 		if t.Failed() {
-			t.Logf("%s\n%s", out, n.must(t, "cri-proxy", "ctl", "status"))
+			t.Log(n.must(t, "cri-proxy", "ctl", "status"))
 		}
 	}()
-	await(t, "the restart that was asked for", func() bool {
-		out = n.kubectl(t, "get", "containerrecreaterequest", "enrolled", "-o", "jsonpath={.status.phase} {.status.containerRecreateStates[*].phase} {.status.message}")
-		return strings.HasPrefix(out, "Completed Succeeded")
-	})
+	n.kubectl(t, "wait", "--for=jsonpath={.status.phase}=Completed", "containerrecreaterequest/enrolled", "--timeout=60s")
+	out := n.kubectl(t, "get", "containerrecreaterequest", "enrolled", "-o", "jsonpath={.status.containerRecreateStates[*].phase} {.status.message}")
+	if !strings.HasPrefix(out, "Succeeded") {
+		t.Error(out)
+	}
 	if m := n.method(t, "Restart"); m != "gate" {
 		t.Errorf("the method was %s", m)
 	}

@@ -347,7 +347,15 @@ kill -9 $p; wait $p; tail -n 3 /shared/install.out`, "sh", at)
 	n.does(t, "/shared/cri-proxy", "install")
 	n.installed(t)
 	n.pointed(t, before)
+	// A kubelet that is down and may have been told elsewhere is in the way of an uninstall; one whose files are known is not.
+	n.must(t, "systemctl", "stop", "kubelet.service")
+	n.must(t, "mv", n.endpoint[0], n.endpoint[0]+".moved")
+	if out := n.doesNot(t, "cri-proxy", "uninstall", "--purge"); !strings.Contains(out, n.endpoint[0]+", which told it what to dial, does so no more: start kubelet first") {
+		t.Error(out)
+	}
+	n.must(t, "mv", n.endpoint[0]+".moved", n.endpoint[0])
 	n.does(t, "cri-proxy", "uninstall", "--purge")
+	n.must(t, "systemctl", "start", "kubelet.service")
 	for path := range n.files(t) {
 		if strings.Contains(path, "cri-proxy") && !strings.HasPrefix(path, n.NodeDir) {
 			t.Errorf("left: %s", path)

@@ -219,7 +219,7 @@ func tracesOnNode(t *testing.T, n *node) {
 		since := time.Now()
 		n.newPod(t, pod)
 		var seen string
-		end := time.Now().Add(soon)
+		end := time.Now().Add(patience)
 		for ok := false; !ok; {
 			if seen, ok = c.chained(since, way...); !ok && time.Now().After(end) {
 				t.Fatalf("wanted %q, have\n%s", way, seen)
