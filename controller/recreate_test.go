@@ -22,7 +22,9 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/types"
+	clienttesting "k8s.io/client-go/testing"
 	"k8s.io/client-go/tools/events"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/fake"
@@ -108,7 +110,9 @@ func newBed(t *testing.T, change ...func(*corev1.Pod)) *bed {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.client = fake.NewClientBuilder().WithScheme(scheme).WithObjects(pod, node).
+	// Without managed fields, which nobody reads and most of the time would go into.
+	tracker := clienttesting.NewObjectTracker(scheme, serializer.NewCodecFactory(scheme).UniversalDecoder())
+	b.client = fake.NewClientBuilder().WithScheme(scheme).WithObjectTracker(tracker).WithObjects(pod, node).
 		WithStatusSubresource(&request{}, &corev1.Pod{}).
 		WithIndex(&request{}, podNameIndex, indexPodName).Build()
 	b.start()

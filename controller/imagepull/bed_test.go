@@ -19,8 +19,10 @@ import (
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
+	clienttesting "k8s.io/client-go/testing"
 	"k8s.io/client-go/util/workqueue"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/fake"
@@ -66,7 +68,9 @@ func inBed(t *testing.T, f func(*testing.T, *bed)) {
 			t.Fatal(err)
 		}
 		b := &bed{t: t, fleet: newFleet(), nodes: map[string]*corev1.Node{}, writes: map[string]int{}, history: map[string][]v1beta1.ImagePullJobStatus{}}
-		b.api = fake.NewClientBuilder().WithScheme(scheme).WithStatusSubresource(&job{}, &v1beta1.ImageListPullJob{}).Build()
+		// Without managed fields, which nobody reads and most of the time would go into.
+		tracker := clienttesting.NewObjectTracker(scheme, serializer.NewCodecFactory(scheme).UniversalDecoder())
+		b.api = fake.NewClientBuilder().WithScheme(scheme).WithObjectTracker(tracker).WithStatusSubresource(&job{}, &v1beta1.ImageListPullJob{}).Build()
 		b.start()
 		defer func() {
 			b.kill()

@@ -24,8 +24,10 @@ import (
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
+	clienttesting "k8s.io/client-go/testing"
 	"k8s.io/client-go/util/workqueue"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/fake"
@@ -88,6 +90,7 @@ type bed struct {
 // inBed runs f in a bubble with a bed.
 func inBed(t *testing.T, f func(*testing.T, *bed)) {
 	t.Helper()
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		scheme, err := nodes.NewScheme()
 		if err != nil {
@@ -105,7 +108,9 @@ func inBed(t *testing.T, f func(*testing.T, *bed)) {
 		}
 		b.ctx, b.stop = context.WithCancel(context.Background())
 		b.fleet.swap = b.swapped
-		b.api = fake.NewClientBuilder().WithScheme(scheme).WithStatusSubresource(&rollout{}).Build()
+		// Without managed fields, which nobody reads and most of the time would go into.
+		tracker := clienttesting.NewObjectTracker(scheme, serializer.NewCodecFactory(scheme).UniversalDecoder())
+		b.api = fake.NewClientBuilder().WithScheme(scheme).WithObjectTracker(tracker).WithStatusSubresource(&rollout{}).Build()
 		b.start()
 		defer func() {
 			b.kill()

@@ -4,6 +4,7 @@
 package rollout
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -28,6 +29,8 @@ type fleet struct {
 	// pulls are how long an image takes, breaks how its preparation fails: by what its name ends with.
 	pulls  time.Duration
 	breaks map[string]string
+	// holds is how long nodes keep what they have prepared; 0 means as long as they are asked to.
+	holds time.Duration
 	// swap lets the pod's container be replaced, for Restart.
 	swap func(podUID, container, id string)
 	ctx  context.Context
@@ -153,6 +156,7 @@ func (f *fleet) PrepareUpgrade(ctx context.Context, n controller.Node, r *opsv1.
 	}
 	node.ops[r.GetUid()] = o
 	takes, deaf := f.pulls, node.deaf
+	holds := cmp.Or(f.holds, r.GetHoldTimeout().AsDuration())
 	f.wg.Go(func() {
 		if deaf || !pause(f.ctx, takes) {
 			return
@@ -167,7 +171,7 @@ func (f *fleet) PrepareUpgrade(ctx context.Context, n controller.Node, r *opsv1.
 			}
 		})
 		f.wg.Go(func() {
-			if !pause(f.ctx, r.GetHoldTimeout().AsDuration()) {
+			if !pause(f.ctx, holds) {
 				return
 			}
 			f.mu.Lock()

@@ -56,14 +56,15 @@ func TestManyPods(t *testing.T) {
 // Nodes that hang hold up nobody else, and their pods are named.
 func TestManyPodsSomeNodesAway(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
-		b.addNodes(100)
-		b.addPods(1000, 100)
+		const some = min(manyNodes, 100)
+		b.addNodes(some)
+		b.addPods(some*podsPerNode, some)
 		for i := range 4 {
 			b.fleet.change(fmt.Sprintf("node-%d", i*7), func(n *simNode) { n.silent, n.deaf = i%2 == 0, i%2 == 1 })
 		}
 		b.create("all", spec{Target: all(), Containers: to("app:2"), Strategy: settings{MaxUnavailable: number(50), OnFailure: inplace.Continue, ProgressDeadlineSeconds: 120}})
 		r := b.until("over", "all", 2*time.Hour, ended)
-		if condition(r, inplace.ConditionComplete) != "False PodsFailed" || r.Status.Failed != 40 || r.Status.Updated != 960 || len(r.Status.Failures) != maxFailures {
+		if condition(r, inplace.ConditionComplete) != "False PodsFailed" || r.Status.Failed != 4*podsPerNode || r.Status.Updated != (some-4)*podsPerNode || len(r.Status.Failures) != maxFailures {
 			t.Errorf("status %+v", r.Status)
 		}
 		if b.peak > 50 {
