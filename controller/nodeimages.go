@@ -81,6 +81,7 @@ func (g *GRPCNodes) WatchPull(ctx context.Context, n Node, uid string, each func
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	ctx, end := noteEnding(ctx)
 	stream, err := opsv1.NewImagesClient(conn).WatchPull(ctx, &opsv1.WatchPullRequest{Uid: uid})
 	for err == nil {
 		var op *opsv1.PullOperation
@@ -93,7 +94,7 @@ func (g *GRPCNodes) WatchPull(ctx context.Context, n Node, uid string, each func
 	}
 	g.metrics.nodeCall(method, status.Code(err), 0)
 	if err != nil {
-		return &NodeError{Node: n, Method: method, Err: err, Silent: silent(err, conn)}
+		return &NodeError{Node: n, Method: method, Err: err, Silent: end.silent(err)}
 	}
 	return nil
 }

@@ -42,11 +42,12 @@ func (g *GRPCNodes) NodeInfo(ctx context.Context, n Node) (*opsv1.NodeInfoRespon
 	defer done()
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
+	ctx, end := noteEnding(ctx)
 	start := time.Now()
 	info, err := opsv1.NewOpsClient(conn).NodeInfo(ctx, &opsv1.NodeInfoRequest{})
 	g.metrics.nodeCall(method, status.Code(err), time.Since(start))
 	if err != nil {
-		return nil, &NodeError{Node: n, Method: method, Err: err, Silent: silent(err, conn)}
+		return nil, &NodeError{Node: n, Method: method, Err: err, Silent: end.silent(err)}
 	}
 	return info, nil
 }

@@ -239,6 +239,7 @@ func (g *GRPCNodes) dial(n Node) (*grpc.ClientConn, error) {
 		}),
 		grpc.WithDisableServiceConfig(),
 		grpc.WithUserAgent("cri-controller"),
+		grpc.WithStatsHandler(endings{}),
 	)
 	if err != nil {
 		return nil, status.Errorf(codes.Unavailable, "address %q: %v", n.Address, err)
@@ -287,25 +288,14 @@ func callOn[T any](ctx context.Context, g *GRPCNodes, n Node, method string, do 
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
+	ctx, end := noteEnding(ctx)
 	start := time.Now()
 	answer, err := do(ctx, conn)
 	g.metrics.nodeCall(method, status.Code(err), time.Since(start))
 	if err != nil {
-		return none, &NodeError{Node: n, Method: method, Err: err, Silent: silent(err, conn)}
+		return none, &NodeError{Node: n, Method: method, Err: err, Silent: end.silent(err)}
 	}
 	return answer, nil
-}
-
-// silent tells a node that gave no answer from one that answered "unavailable"
-// because its runtime is away.
-func silent(err error, conn *grpc.ClientConn) bool {
-	switch status.Code(err) {
-	case codes.DeadlineExceeded:
-		return true
-	case codes.Unavailable:
-		return conn.GetState() != connectivity.Ready
-	}
-	return false
 }
 
 // Restart implements NodeClient.
@@ -340,12 +330,13 @@ func (g *GRPCNodes) CancelOperation(ctx context.Context, n Node, uid, reason str
 // WatchOperation implements NodeClient.
 func (g *GRPCNodes) WatchOperation(ctx context.Context, n Node, uid string, each func(*opsv1.Operation)) error {
 	const method = "WatchOperation"
-	client, conn, err := g.client(n)
+	client, _, err := g.client(n)
 	if err != nil {
 		return &NodeError{Node: n, Method: method, Err: err, Silent: true}
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	ctx, end := noteEnding(ctx)
 	stream, err := client.WatchOperation(ctx, &opsv1.WatchOperationRequest{Uid: uid})
 	for err == nil {
 		var op *opsv1.Operation
@@ -358,7 +349,7 @@ func (g *GRPCNodes) WatchOperation(ctx context.Context, n Node, uid string, each
 	}
 	g.metrics.nodeCall(method, status.Code(err), 0)
 	if err != nil {
-		return &NodeError{Node: n, Method: method, Err: err, Silent: silent(err, conn)}
+		return &NodeError{Node: n, Method: method, Err: err, Silent: end.silent(err)}
 	}
 	return nil
 }

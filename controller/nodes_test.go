@@ -175,6 +175,50 @@ func TestSilentNode(t *testing.T) {
 	})
 }
 
+// TestSilence: a node that goes away in the middle of a call has given no answer, one whose runtime is away has, also at the end of a stream.
+func TestSilence(t *testing.T) {
+	ca := newAuthority(t)
+	files := ca.issue("node-1")
+	nodes := newNodes(t, ca.issue("cri-controller"))
+	silent := func(err error) bool {
+		t.Helper()
+		var e *NodeError
+		if !errors.As(err, &e) || e.Code() != codes.Unavailable {
+			t.Errorf("error %v", err)
+		}
+		return e != nil && e.Silent
+	}
+	begin := func() (*testNode, Node) {
+		n := newTestNode(t, files)
+		n.run(podUID, "app", "old", 0)
+		t.Cleanup(n.hold("app", opsv1.Phase_PHASE_STAGING))
+		at := Node{"node-1", n.address}
+		if _, err := nodes.Restart(t.Context(), at, &opsv1.RestartRequest{Uid: "x", Pod: &opsv1.PodRef{Uid: podUID}, Containers: []*opsv1.ContainerRestart{{Name: "app"}}, Force: true}); err != nil {
+			t.Fatal(err)
+		}
+		return n, at
+	}
+	for range 20 { // the call ends before the connection is known to be gone, or after it
+		n, at := begin()
+		heard, ended := make(chan struct{}, 10), make(chan error, 1)
+		go func() {
+			ended <- nodes.WatchOperation(t.Context(), at, "x", func(*opsv1.Operation) { heard <- struct{}{} })
+		}()
+		<-heard
+		n.down()
+		if !silent(<-ended) {
+			t.Error("a node that has gone away has answered")
+		}
+	}
+	n, at := begin()
+	n.mu.Lock()
+	n.refuse = status.Error(codes.Unavailable, "the runtime is away")
+	n.mu.Unlock()
+	if _, err := nodes.Restart(t.Context(), at, &opsv1.RestartRequest{Uid: "y", Pod: &opsv1.PodRef{Uid: podUID}, Containers: []*opsv1.ContainerRestart{{Name: "app"}}}); silent(err) {
+		t.Error("a node that has answered is silent")
+	}
+}
+
 func TestNodeErrorText(t *testing.T) {
 	n := Node{"n", "10.0.0.1:10260"}
 	tests := []struct {
