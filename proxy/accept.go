@@ -13,6 +13,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -161,6 +162,7 @@ func (a *accepting) next() (net.Conn, error) {
 			<-paused
 			continue
 		}
+		Unblock(a.Listener)
 		c, err := a.Accept()
 		switch {
 		case err == nil:
@@ -176,6 +178,19 @@ func (a *accepting) next() (net.Conn, error) {
 			}
 			return nil, err
 		}
+	}
+}
+
+// Unblock is for a listening socket that other processes have, too, right before each Accept: it has Accept wait where a deadline or Close can
+// wake it. Whether a socket blocks is a property that all these processes share, and systemd makes it block when it starts another one with it:
+// an Accept that begins then ends with the next connection and with nothing else.
+func Unblock(l net.Listener) {
+	c, ok := l.(syscall.Conn)
+	if !ok {
+		return
+	}
+	if raw, err := c.SyscallConn(); err == nil {
+		_ = raw.Control(func(fd uintptr) { _ = unix.SetNonblock(int(fd), true) }) // else it is as it was
 	}
 }
 

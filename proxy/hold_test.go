@@ -6,11 +6,14 @@ package proxy_test
 import (
 	"context"
 	"errors"
+	"net"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/cri-proxy/cri-proxy/proxy"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 )
@@ -113,6 +116,34 @@ func TestDivert(t *testing.T) {
 	case m := <-asked:
 		t.Errorf("the director was asked for %s", m)
 	default:
+	}
+}
+
+// Another process that has the listening socket has made it block, as systemd does when it starts the next instance.
+func TestPauseOfASocketThatBlocks(t *testing.T) {
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(t.TempDir(), "s"), Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	shared, err := l.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer shared.Close()
+	b := newBed(t, proxy.Options{})
+	served := make(chan error, 1)
+	go func() { served <- b.server.Serve(l) }()
+	untilOK(t, dial(t, l.Addr().String()))
+	if err := unix.SetNonblock(int(shared.Fd()), false); err != nil {
+		t.Fatal(err)
+	}
+	untilOK(t, dial(t, l.Addr().String())) // what is accepted next begins while the socket blocks
+	if err := b.server.Pause(testContext(t)); err != nil {
+		t.Error(err)
+	}
+	b.server.Stop()
+	if err := <-served; err != nil {
+		t.Error(err)
 	}
 }
 

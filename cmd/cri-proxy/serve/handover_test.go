@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	logtest "github.com/sirupsen/logrus/hooks/test"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -385,6 +386,50 @@ func TestHandOverWhileTheRuntimeIsAway(t *testing.T) {
 	w.awaitAnother(at)
 	if code := first.code(t); code != handedOverCode {
 		t.Errorf("the first process ended with code %d, want %d", code, handedOverCode)
+	}
+}
+
+// A socket that another process has made block is left all the same, though nobody comes any more.
+func TestSharedSocketThatBlocks(t *testing.T) {
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(t.TempDir(), "s"), Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	f, err := l.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	log, _ := logtest.NewNullLogger()
+	s := &sockets{log: log, passed: map[string][]*os.File{admin: {f}}, used: map[string]bool{}}
+	defer func() { _ = s.close() }()
+	passed, err := s.listen(admin, l.Addr().String(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.SetNonblock(int(f.Fd()), false); err != nil {
+		t.Fatal(err)
+	}
+	over := make(chan error, 1)
+	go func() {
+		_, err := passed.Accept()
+		over <- err
+	}()
+	select {
+	case err := <-over:
+		t.Fatalf("accepted: %v", err)
+	case <-time.After(20 * time.Millisecond):
+	}
+	if err := passed.Close(); err != nil {
+		t.Error(err)
+	}
+	select {
+	case err := <-over:
+		if !errors.Is(err, net.ErrClosed) {
+			t.Error(err)
+		}
+	case <-time.After(deadline):
+		t.Error("it waits for the next connection")
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/sirupsen/logrus"
 
@@ -77,7 +78,21 @@ func (s *sockets) listen(name, address string, open func() (net.Listener, error)
 		s.log.WithFields(logrus.Fields{"socket": name, "passed": got, "configured": address}).Warn("using the socket that systemd passes, which differs from the configured one")
 	}
 	s.used[name] = true
-	return l, nil
+	return shared{l}, nil
+}
+
+// shared is a listener whose socket systemd gives to the next instance, too.
+type shared struct{ net.Listener }
+
+// Accept implements [net.Listener].
+func (s shared) Accept() (net.Conn, error) {
+	proxy.Unblock(s.Listener)
+	return s.Listener.Accept()
+}
+
+// SetDeadline is for the CRI server, which stops accepting for a while.
+func (s shared) SetDeadline(t time.Time) error {
+	return s.Listener.(interface{ SetDeadline(t time.Time) error }).SetDeadline(t) // sockets have it
 }
 
 // unused returns an error if a passed socket has no use: nobody would ever answer on it.

@@ -228,8 +228,12 @@ func (d *daemon) handOver(ctx context.Context, r *request) (*proxy.Upstream, err
 		if err := d.openState(ctx, carry); err != nil {
 			return nil, err
 		}
-	} else if err := errors.Join(st.close(), d.openState(ctx, st.view.Carry())); err != nil {
-		return nil, err
+	} else {
+		log.WithError(err).Error("connections are taken on, no hand-over")
+		_ = r.Send(handover.Message{Refused: fmt.Sprintf("it cannot stop taking connections: %v; try again", err)})
+		if err := errors.Join(st.close(), d.openState(ctx, st.view.Carry())); err != nil {
+			return nil, err
+		}
 	}
 	d.state.Load().run(ctx, d.fail)
 	d.cri.Resume()
