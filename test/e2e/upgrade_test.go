@@ -401,6 +401,110 @@ func TestLivenessDuringUpgrade(t *testing.T) {
 	assertOneRunning(t, string(before.UID), "app")
 }
 
+// TestLivenessAtEachStepOfUpgrade has the liveness probe fail at steps between the patch and kubelet's start of the new container, at all of them with CHAOS=full. What kubelet
+// makes of it is one preStop and one request to stop for each process, and a container of the new image in the end.
+func TestLivenessAtEachStepOfUpgrade(t *testing.T) {
+	ns := namespace(t)
+	dir := scratchDir(t, "trace")
+	points := []string{"armed", "stop", "stopped", "running", "started", "reveal", "revealed", "adopt"}
+	if os.Getenv("CHAOS") != "full" {
+		points = []string{"armed", "stop", "running", "revealed"}
+	}
+	pods := ""
+	for _, point := range points {
+		pods += upgradable(ns, point, dir, `
+    lifecycle: {preStop: {exec: {command: [sh, -c, "echo preStop $VERSION >> /trace/$HOSTNAME"]}}}
+    livenessProbe: {exec: {command: [sh, -c, "test ! -e /trace/$HOSTNAME-ill-$VERSION"]}, periodSeconds: 1, failureThreshold: 1}`, corev1.RestartPolicyAlways)
+	}
+	apply(t, pods)
+	for _, point := range points {
+		ready(t, ns, point)
+	}
+	for _, point := range points {
+		t.Run(point, func(t *testing.T) {
+			two := bed.Image("busybox:2.0")
+			pod := ready(t, ns, point)
+			began(t, dir, point, "1.0")
+			ill := func(version string) string { return filepath.Join(dir, point+"-ill-"+version) }
+			failing := func(version string) { must(t, os.WriteFile(ill(version), nil, 0o644)) }
+			// A probe of the old container has failed, or could not be told.
+			probed := func() {
+				t.Helper()
+				_, id, _ := strings.Cut(container(t, pod, "app").ContainerID, "://")
+				since := time.Now()
+				eventually(t, "kubelet has probed the old container", func() bool {
+					return slices.ContainsFunc(kubeletCalls(t, "ExecSync"), func(c call) bool { return c.ContainerID == id && c.Time.After(since) })
+				})
+			}
+			waits := point != "armed" // there nothing is held: kubelet stops the container for the one reason or the other
+			var h *held
+			if waits {
+				h = holdAt(t, "upgrade."+point)
+			}
+			uid := prepareUpgrade(t, pod, two, nil)
+			commitUpgrade(t, uid)
+			kills := 0
+			if waits {
+				setImage(t, pod, two)
+				h.reached()
+				failing("1.0")
+				if point == "revealed" || point == "adopt" { // kubelet knows the new one
+					began(t, dir, point, "2.0")
+					failing("2.0")
+					kills = 1
+				}
+				probed()
+				h.release()
+			} else {
+				failing("1.0")
+				probed()
+				setImage(t, pod, two)
+			}
+			eventually(t, "the old container has been asked to stop", func() bool { return slices.Contains(traceOf(t, dir, point), "asked 1.0") })
+			must(t, os.Remove(ill("1.0")))
+			if kills > 0 {
+				eventually(t, "kubelet has killed the new one", func() bool { return slices.Contains(traceOf(t, dir, point), "asked 2.0") })
+				must(t, os.Remove(ill("2.0")))
+			}
+			// Without a hold kubelet may stop the old container for its probe, and make it anew as the spec was then, after the node has taken the stop
+			// for that of the patch: the new one is then asked to stop and forgotten, and made again.
+			counts, forgotten := map[string]int{}, 0
+			var after *corev1.Pod
+			eventually(t, "all is settled", func() bool {
+				clear(counts)
+				for _, l := range traceOf(t, dir, point) {
+					counts[strings.TrimSpace(l)]++
+				}
+				forgotten = counts["asked 2.0"] - kills
+				after = getPod(t, ns, point)
+				c := container(t, after, "app")
+				return c.Ready && c.Image == two && counts["began 2.0"] == counts["asked 2.0"]+1 && int(c.RestartCount) == counts["began 1.0"]+counts["began 2.0"]-1-forgotten
+			})
+			if counts["preStop 1.0"] != counts["began 1.0"] || counts["asked 1.0"] != counts["began 1.0"] || counts["preStop 2.0"] != kills ||
+				forgotten > 1 || waits && (forgotten > 0 || counts["began 1.0"] != 1) {
+				t.Errorf("the pod wrote %q", traceOf(t, dir, point))
+			}
+			if n := container(t, after, "neighbour"); n.ContainerID != container(t, pod, "neighbour").ContainerID || after.UID != pod.UID || after.Status.PodIP != pod.Status.PodIP {
+				t.Errorf("the pod was touched: %+v", after.Status)
+			}
+			node := opsClient(t)
+			eventually(t, "no operation is left on the node", func() bool {
+				info, err := node.NodeInfo(t.Context(), &opsv1.NodeInfoRequest{})
+				must(t, err)
+				return len(info.GetActiveSlots()) == 0
+			})
+			op, err := node.GetOperation(t.Context(), &opsv1.GetOperationRequest{Uid: uid})
+			must(t, err)
+			if waits && op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED {
+				t.Errorf("operation: %v", op)
+			}
+			t.Logf("%s: the pod wrote %q", op.GetPhase(), traceOf(t, dir, point))
+			assertOneRunning(t, string(pod.UID), "app")
+			assertNoGates(t)
+		})
+	}
+}
+
 // TestKillDuringUpgrade kills the proxy, kubelet or the runtime at steps of an upgrade, at all of them with CHAOS=full. It ends with the
 // new image all the same.
 func TestKillDuringUpgrade(t *testing.T) {
