@@ -8,7 +8,9 @@ package ops
 import (
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -19,6 +21,7 @@ import (
 //
 // NAME kills the process at that point. NAME=pause:DIR makes the file DIR/reached there and waits for the file
 // DIR/go, so that a test can do to others what it wants to happen at that very moment; later passes do not wait.
+// NAME#2 is the second time that the process comes by.
 var armed = parseFailpoint(func() string {
 	if name := os.Getenv("CRI_PROXY_FAILPOINT"); name != "" {
 		return name
@@ -31,16 +34,24 @@ var armed = parseFailpoint(func() string {
 	return strings.TrimSpace(string(b))
 }())
 
-type failpointAction struct{ name, pause string }
+type failpointAction struct {
+	name, pause string
+	skip        atomic.Int64 // how often it is still to be passed by
+}
 
-func parseFailpoint(s string) failpointAction {
+func parseFailpoint(s string) *failpointAction {
 	name, action, _ := strings.Cut(s, "=")
-	return failpointAction{name: name, pause: strings.TrimPrefix(action, "pause:")}
+	name, nth, _ := strings.Cut(name, "#")
+	a := &failpointAction{name: name, pause: strings.TrimPrefix(action, "pause:")}
+	if n, err := strconv.ParseInt(nth, 10, 64); err == nil {
+		a.skip.Store(n - 1)
+	}
+	return a
 }
 
 // failpoint does what is armed for the point. Only in test builds.
 func failpoint(name string) {
-	if name != armed.name {
+	if name != armed.name || armed.skip.Add(-1) >= 0 {
 		return
 	}
 	if armed.pause == "" {

@@ -23,8 +23,10 @@ import (
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	corev1 "k8s.io/api/core/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/test/chaos/faultproxy"
 	"github.com/cri-proxy/cri-proxy/test/chaos/invariant"
@@ -47,7 +49,7 @@ func TestMatrixIsWellFormed(t *testing.T) {
 		}
 		seen[c.name()] = true
 	}
-	for _, name := range reduced {
+	for _, name := range slices.Concat(reduced, upReduced) {
 		if !seen[name] {
 			t.Errorf("%s is no case", name)
 		}
@@ -81,18 +83,18 @@ func TestMatrix(t *testing.T) {
 	if len(cases) == 0 {
 		t.Skip("no case selected; is CHAOS=full missing?")
 	}
-	c := start(t, slices.ContainsFunc(cases, func(c chaosCase) bool { return c.byRequest }))
-	must(t, c.create(t.Context(), witness))
+	c := start(t, slices.ContainsFunc(cases, func(c chaosCase) bool { return c.byRequest || c.upgrade }))
+	must(t, c.create(t.Context(), c.podNamed(witness)))
 	began, failed := time.Now(), 0
-	for i, some := 0, []string(nil); i < len(cases); i++ {
+	for i, some := 0, []*corev1.Pod(nil); i < len(cases); i++ {
 		if i%batch == 0 {
 			some = nil
 			for n := i; n < min(i+batch, len(cases)); n++ {
-				some = append(some, fmt.Sprintf("pod-%d", n))
+				some = append(some, c.podFor(cases[n], fmt.Sprintf("pod-%d", n)))
 			}
 			must(t, c.create(t.Context(), some...))
 		}
-		if !t.Run(cases[i].name(), func(t *testing.T) { c.run(t, cases[i], some[i%batch]) }) {
+		if !t.Run(cases[i].name(), func(t *testing.T) { c.run(t, cases[i], some[i%batch].Name) }) {
 			failed++
 		}
 	}
@@ -144,6 +146,7 @@ type run struct {
 	dir     string // where the failpoint says that it is reached
 	before  *invariant.Facts
 	request *opsv1.RestartRequest
+	rollout *inplace.InPlaceRollout // of an upgrade
 }
 
 // run meets one restart with one fault and judges what is left.
@@ -155,7 +158,7 @@ func (c *cluster) run(t *testing.T, cs chaosCase, pod string) {
 	logged := size(c.bed.LogFile("cri-proxy"))
 	t.Cleanup(func() {
 		ctx := context.WithoutCancel(ctx)
-		if err := errors.Join(r.goOn(), c.heal(ctx), c.remove(ctx, pod)); err != nil {
+		if err := errors.Join(r.goOn(), c.heal(ctx), r.removeRollout(ctx), c.remove(ctx, pod)); err != nil {
 			t.Errorf("after the case: %v", err)
 		}
 		if t.Failed() {
@@ -172,8 +175,12 @@ func (c *cluster) run(t *testing.T, cs chaosCase, pod string) {
 	if cs.faulty() {
 		c.faults.Watch(r.before.PodUID, slotName)
 	}
-	if cs.point == "undo" {
+	if cs.point == "undo" && !cs.upgrade {
 		c.faults.Arm(r.undoing())
+	}
+	if cs.upgrade {
+		r.runUpgrade(t)
+		return
 	}
 	seen := c.watch(r.before.PodUID)
 	defer seen.stop()
@@ -231,14 +238,23 @@ func (c *cluster) run(t *testing.T, cs chaosCase, pod string) {
 // faulty says whether the case needs the fault proxy between cri-proxy and the runtime. Others do without, so that
 // cri-proxy meets the runtime itself.
 func (c chaosCase) faulty() bool {
-	return c.point == "undo" || slices.Contains([]string{runtimeError, runtimeErrors, answerLost}, c.fault)
+	return c.point == "undo" && !c.upgrade || slices.Contains([]string{runtimeError, runtimeErrors, answerLost}, c.fault)
 }
 
 func (r *run) failpointName() string {
-	if r.fault == killProxy || r.fault == killTwice {
-		return "restart." + r.point
+	name := "restart." + r.point
+	switch {
+	case slices.Contains(controllers, r.point):
+		return ""
+	case r.order == upBack:
+		name = "upgrade." + r.point + "#2" // that of the way back
+	case r.upgrade:
+		name = "upgrade." + r.point
 	}
-	return "restart." + r.point + "=pause:" + r.dir
+	if r.fault == killProxy || r.fault == killTwice {
+		return name
+	}
+	return name + "=pause:" + r.dir
 }
 
 // undoing is the fault that makes a restart fail in the first place.
@@ -293,10 +309,7 @@ func (r *run) strike(ctx context.Context) (*opsv1.Operation, error) {
 		}
 		return r.ended(ctx)
 	}
-	if err := eventually(ctx, endPatience, func() error {
-		_, err := os.Stat(filepath.Join(r.dir, "reached"))
-		return err
-	}); err != nil {
+	if err := r.reached(ctx); err != nil {
 		return nil, r.notReached(ctx, err)
 	}
 	if err := r.hit(ctx); err != nil {
@@ -317,6 +330,20 @@ func (r *run) strike(ctx context.Context) (*opsv1.Operation, error) {
 	return again, err
 }
 
+// reached waits until the step has come.
+func (r *run) reached(ctx context.Context) error {
+	switch r.point {
+	case "asked":
+		return nil
+	case "complete":
+		return eventually(ctx, endPatience, func() error { return r.rolloutEnded(ctx) })
+	}
+	return eventually(ctx, endPatience, func() error {
+		_, err := os.Stat(filepath.Join(r.dir, "reached"))
+		return err
+	})
+}
+
 func (r *run) notReached(ctx context.Context, why error) error {
 	op, _, err := r.operation(ctx)
 	return fmt.Errorf("the proxy does not come to the failpoint: %w; operation: %v (%w)", why, op, err)
@@ -334,12 +361,15 @@ func (r *run) died(ctx context.Context) error {
 
 // dieAgain starts the proxy so that it dies at the next step, if it comes by, and once more so that it does not.
 func (r *run) dieAgain(ctx context.Context) error {
-	points := stopFirstPoints
-	if r.order == startFirst {
+	points, kind := stopFirstPoints, "restart."
+	switch {
+	case r.upgrade:
+		points, kind = upStopFirstPoints, "upgrade."
+	case r.order == startFirst:
 		points = startFirstPoints
 	}
 	next := points[slices.Index(points, r.point)+1]
-	if err := os.WriteFile(r.failpoint, []byte("restart."+next), 0o600); err != nil {
+	if err := os.WriteFile(r.failpoint, []byte(kind+next), 0o600); err != nil {
 		return err
 	}
 	if err := r.bed.LaunchProxy(ctx); err != nil {
@@ -369,6 +399,13 @@ func (r *run) hit(ctx context.Context) error {
 		err := r.goOn()
 		pass(ctx, 30*time.Millisecond) // about half of a StartContainer or StopContainer
 		return errors.Join(err, r.bed.StopContainerd(ctx, syscall.SIGKILL), r.bed.StartContainerd(ctx))
+	case killController:
+		err := errors.Join(r.bed.StopController(ctx, syscall.SIGKILL), r.goOn())
+		pass(ctx, 300*time.Millisecond) // the node goes on without it
+		return errors.Join(err, r.bed.StartController(ctx))
+	case killAll:
+		return errors.Join(r.bed.StopController(ctx, syscall.SIGKILL), r.bed.StopKubelet(ctx, syscall.SIGKILL), r.restartProxy(ctx, syscall.SIGKILL, ""),
+			r.bed.StartKubelet(ctx), r.bed.StartController(ctx))
 	case restartKubelet:
 		return errors.Join(r.bed.StopKubelet(ctx, syscall.SIGKILL), r.bed.StartKubelet(ctx), r.relisted(ctx, 3), r.goOn())
 	case runtimeHangs:
@@ -411,6 +448,9 @@ func pass(ctx context.Context, d time.Duration) {
 func (r *run) operation(ctx context.Context) (op *opsv1.Operation, ended bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
+	if r.upgrade {
+		return nil, r.rolloutEnded(ctx) == nil, nil
+	}
 	err = r.onOps(func(ops opsv1.OpsClient) (err error) {
 		op, err = ops.GetOperation(ctx, &opsv1.GetOperationRequest{Uid: r.request.GetUid()}, grpc.WaitForReady(true))
 		return err
@@ -423,7 +463,10 @@ func (r *run) ended(ctx context.Context) (*opsv1.Operation, error) {
 	err := eventually(ctx, endPatience, func() (err error) {
 		ended := false
 		if op, ended, err = r.operation(ctx); err == nil && !ended {
-			err = errors.New("the restart has not ended")
+			err = errors.New("it has not ended")
+			if r.upgrade {
+				err = r.rolloutEnded(ctx)
+			}
 		}
 		return err
 	})

@@ -25,6 +25,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
+	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/test/chaos/faultproxy"
 	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
@@ -37,6 +38,8 @@ const (
 	sideName = "side"
 	// witness is a pod that nothing is done to.
 	witness = "witness"
+	// firstImage is what pods begin with, otherImage what upgrades give them, and brokenImage one whose process ends at once.
+	firstImage, otherImage, brokenImage = "busybox:1.0", "busybox:2.0", "busybox:3.0"
 	// podPatience bounds the start of a batch of pods; no fault is at work then, but perhaps a busy machine.
 	podPatience = 5 * time.Minute
 )
@@ -51,6 +54,8 @@ type cluster struct {
 	failpoint string // the file that names the failpoint of the proxy's next start
 	scratch   string
 	calls     *callLog
+	// controller is whether there is one.
+	controller bool
 }
 
 // start brings the cluster up for the test, with the controller if that is needed.
@@ -67,7 +72,7 @@ func start(t *testing.T, controller bool) *cluster {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("building cri-proxy: %v\n%s", err, out)
 	}
-	c := &cluster{scratch: scratch, calls: &callLog{path: filepath.Join(scratch, "calls.json")}}
+	c := &cluster{scratch: scratch, controller: controller, calls: &callLog{path: filepath.Join(scratch, "calls.json")}}
 	c.bed, err = testbed.Start(t.Context(), testbed.Options{
 		Mode: testbed.ModeCluster, Race: true, Log: os.Stderr, KeepLogs: t.Failed,
 		ProxyBinary: program, ProxyArgs: []string{"--record-calls", c.calls.path},
@@ -102,7 +107,7 @@ func start(t *testing.T, controller bool) *cluster {
 	must(t, err)
 	config.QPS, config.Burst = 200, 400
 	scheme := runtime.NewScheme()
-	must(t, errors.Join(clientgoscheme.AddToScheme(scheme), appsv1alpha1.AddToScheme(scheme)))
+	must(t, errors.Join(clientgoscheme.AddToScheme(scheme), appsv1alpha1.AddToScheme(scheme), inplace.AddToScheme(scheme)))
 	c.api, err = client.New(config, client.Options{Scheme: scheme})
 	must(t, err)
 	must(t, c.bed.CreateNamespace(t.Context(), namespace))
@@ -170,12 +175,16 @@ func (c *cluster) heal(ctx context.Context) error {
 	if !c.bed.Process("cri-proxy").Running() {
 		errs = append(errs, c.startProxy(ctx, ""))
 	}
+	if c.controller && !c.bed.Process("cri-controller").Running() {
+		errs = append(errs, c.bed.StartController(ctx))
+	}
 	return errors.Join(errs...)
 }
 
 // script is what the containers run. The kernel tells whether two are alive at a time: they listen on one port of the pod's network, which is
 // free again when its last holder is gone, whichever way it went. It costs nothing while it waits.
 const script = `echo start >> /work/starts
+[ $VERSION != 3.0 ] || exit 3
 nc -l -p $PORT >/dev/null 2>>/work/overlaps &
 trap 'exit 0' TERM
 sleep 2147483647 & wait $!`
@@ -185,7 +194,7 @@ func (c *cluster) podNamed(name string) *corev1.Pod {
 	grace, no := int64(2), false
 	container := func(name, port string) corev1.Container {
 		return corev1.Container{
-			Name: name, Env: []corev1.EnvVar{{Name: "PORT", Value: port}}, Image: c.bed.Image("busybox:1.0"), Command: []string{"sh", "-c", script},
+			Name: name, Env: []corev1.EnvVar{{Name: "PORT", Value: port}}, Image: c.bed.Image(firstImage), Command: []string{"sh", "-c", script},
 			VolumeMounts: []corev1.VolumeMount{{Name: name, MountPath: "/work"}},
 		}
 	}
@@ -208,14 +217,26 @@ func (c *cluster) volume(podUID string) string {
 	return filepath.Join(c.bed.NodeDir, "kubelet", "pods", podUID, "volumes", "kubernetes.io~empty-dir", slotName)
 }
 
+// podFor is the pod of a case.
+func (c *cluster) podFor(cs chaosCase, name string) *corev1.Pod {
+	p := c.podNamed(name)
+	if cs.order == upBack {
+		p.Spec.Containers[0].ReadinessProbe = &corev1.Probe{
+			PeriodSeconds: 1, ProbeHandler: corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: []string{"sh", "-c", "test $VERSION != 2.0"}}},
+		}
+	}
+	return p
+}
+
 // create creates pods and waits until all run.
-func (c *cluster) create(ctx context.Context, names ...string) error {
-	for _, n := range names {
-		if err := c.api.Create(ctx, c.podNamed(n)); err != nil {
+func (c *cluster) create(ctx context.Context, pods ...*corev1.Pod) error {
+	for _, p := range pods {
+		if err := c.api.Create(ctx, p); err != nil {
 			return err
 		}
 	}
-	for _, n := range names {
+	for _, p := range pods {
+		n := p.Name
 		err := eventually(ctx, podPatience, func() error {
 			p := &corev1.Pod{}
 			if err := c.api.Get(ctx, client.ObjectKey{Namespace: namespace, Name: n}, p); err != nil {

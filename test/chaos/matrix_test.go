@@ -43,6 +43,10 @@ const (
 type chaosCase struct {
 	order, method, point, fault string
 	want                        invariant.Expect
+	// upgrade: an InPlaceRollout gives the slot another image.
+	upgrade bool
+	// patient cases wait until the node knows that kubelet does not come any more.
+	patient bool
 	// byRequest: a ContainerRecreateRequest asks for the restart, by way of the controller, instead of a command.
 	byRequest bool
 	// reduced cases run in every go test.
@@ -167,7 +171,7 @@ func matrix() []chaosCase {
 			}
 		}
 	}
-	return all
+	return append(all, upgrades()...)
 }
 
 // expect says how a restart that meets the fault at the step may end.

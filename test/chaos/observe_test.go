@@ -52,6 +52,7 @@ func (c *cluster) observe(ctx context.Context, pod string) (*invariant.Facts, er
 		}
 		if name == pod {
 			f.PodUID, f.PodIP, f.Phase = string(p.UID), p.Status.PodIP, string(p.Status.Phase)
+			f.Image = p.Spec.Containers[0].Image // the slot's: see podNamed
 		}
 	}
 	var errs []error
@@ -104,12 +105,16 @@ func (c *cluster) onRuntime(f func(*grpc.ClientConn) error) error {
 
 // onOps calls the proxy's command socket. A connection of its own each time: the socket is another one after each start.
 func (c *cluster) onOps(f func(opsv1.OpsClient) error) error {
+	return c.onNode(func(conn *grpc.ClientConn) error { return f(opsv1.NewOpsClient(conn)) })
+}
+
+func (c *cluster) onNode(f func(*grpc.ClientConn) error) error {
 	conn, err := grpc.NewClient("unix://"+c.bed.AdminSocket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	return f(opsv1.NewOpsClient(conn))
+	return f(conn)
 }
 
 func listSlot(ctx context.Context, conn *grpc.ClientConn, podUID string) ([]invariant.Container, error) {
@@ -118,7 +123,7 @@ func listSlot(ctx context.Context, conn *grpc.ClientConn, podUID string) ([]inva
 	}})
 	var out []invariant.Container
 	for _, x := range list.GetContainers() {
-		out = append(out, invariant.Container{ID: x.GetId(), Sandbox: x.GetPodSandboxId(), Attempt: x.GetMetadata().GetAttempt(), State: x.GetState()})
+		out = append(out, invariant.Container{ID: x.GetId(), Sandbox: x.GetPodSandboxId(), Attempt: x.GetMetadata().GetAttempt(), State: x.GetState(), Image: x.GetImage().GetUserSpecifiedImage()})
 	}
 	return out, err
 }
@@ -241,7 +246,7 @@ func (c *cluster) strays(f *invariant.Facts) ([]string, error) {
 		args := strings.Split(strings.TrimRight(string(cmdline), "\x00"), "\x00")
 		say := func(why string) { out = append(out, fmt.Sprintf("%s %q: %s", d.Name(), args, why)) }
 		runc := filepath.Base(args[0]) == "runc"
-		if runc && slices.ContainsFunc(args, func(a string) bool { return slot[a] }) {
+		if probe := slices.Contains(args, "exec"); runc && !probe && slices.ContainsFunc(args, func(a string) bool { return slot[a] }) {
 			say("runc at work")
 			continue
 		}
@@ -252,7 +257,7 @@ func (c *cluster) strays(f *invariant.Facts) ([]string, error) {
 		of, ok := containerOf(string(cgroups), f.PodUID)
 		switch {
 		case !ok:
-		case runc:
+		case runc && !slices.Contains(args, "exec"):
 			say("container not started")
 		case idle[of]:
 			say("container does not run")

@@ -24,6 +24,8 @@ type Container struct {
 	Sandbox string
 	Attempt uint32
 	State   runtimeapi.ContainerState
+	// Image is the one that it was made of, as the pod's spec has it.
+	Image string
 }
 
 func (c Container) String() string {
@@ -62,8 +64,14 @@ type Facts struct {
 	// Created are the attempts that kubelet itself created in the slot.
 	Created []uint32
 
-	// Operation is the restart, nil before; Again the answer to the same command sent again.
+	// Operation is the restart, nil before; Again the answer to the same command sent again. Of an upgrade it is the last operation that the
+	// pod was changed with, nil if it was not.
 	Operation, Again *opsv1.Operation
+
+	// Image is the slot's in the pod's spec, Rollout the reason for which the rollout of an upgrade ended.
+	Image, Rollout string
+	// Active are the operations on the node that have not ended, Pins what keeps images on it.
+	Active, Pins []string
 }
 
 // Outcome is how a restart may end.
@@ -88,6 +96,8 @@ type Expect struct {
 	Overlap bool
 	// Untouched asks that a failure left the incumbent running.
 	Untouched bool
+	// Image is what an upgrade changes the slot to.
+	Image string
 }
 
 // Check returns what does not hold, in sentences; none is what a test wants. before is from before the command.
