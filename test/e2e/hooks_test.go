@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -71,6 +72,36 @@ func (s *hookServer) seen(key string) []string {
 	return slices.Clone(s.requests[key])
 }
 
+// heldHook is a server for a hook that lasts until it is released.
+type heldHook struct {
+	*httptest.Server
+	reached chan struct{}
+	release func()
+}
+
+func newHeldHook(t testing.TB) *heldHook {
+	h := &heldHook{reached: make(chan struct{})}
+	released := make(chan struct{})
+	h.release = sync.OnceFunc(func() { close(released) })
+	reach := sync.OnceFunc(func() { close(h.reached) })
+	h.Server = httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		reach()
+		select {
+		case <-released:
+		case <-r.Context().Done():
+		}
+	}))
+	t.Cleanup(func() { h.release(); h.Close() })
+	return h
+}
+
+// preStop gives the first container of a pod of threeContainers the hook, and the pod the time for it.
+func (h *heldHook) preStop(pod string) string {
+	addr, _ := h.Listener.Addr().(*net.TCPAddr)
+	pod = strings.Replace(pod, "terminationGracePeriodSeconds: 5", "terminationGracePeriodSeconds: 90", 1)
+	return strings.Replace(pod, "    command:", fmt.Sprintf("    lifecycle: {preStop: {httpGet: {host: 127.0.0.1, port: %d, path: /}}}\n    command:", addr.Port), 1)
+}
+
 // containerEvents returns what has been told about one container of a pod, "reason message" by line.
 func containerEvents(t testing.TB, ns, pod, name string) string {
 	t.Helper()
@@ -120,7 +151,7 @@ spec:
       preStop: {exec: {command: [sh, -c, "echo x >> /work/pre; echo s3cret; exit 3"]}}`)+
 		loop("tcp", `lifecycle: {preStop: {tcpSocket: {port: 80}}}`)+
 		loop("unnamed", `lifecycle: {preStop: {httpGet: {port: nope}}}`)+
-		loop("late", `lifecycle: {preStop: {exec: {command: [sleep, "60"]}}}`)+
+		loop("late", `lifecycle: {preStop: {exec: {command: [sh, -c, "date +%s > /work/late; sleep 60"]}}}`)+
 		loop("failing", `lifecycle: {postStart: {exec: {command: [sh, -c, "echo x >> /work/failing; echo s3cret; [ $(wc -l < /work/failing) != 2 ]"]}}}`))
 	ready(t, ns, "hooks")
 	apply(t, recreate(ns, "hooks-restart", "hooks", `strategy: {failurePolicy: Ignore}
@@ -170,9 +201,12 @@ spec:
 	}
 	op, err := opsClient(t).GetOperation(t.Context(), &opsv1.GetOperationRequest{Uid: string(crr.UID) + ".late"})
 	must(t, err)
-	// The hook has the 4 s of grace, and the stop after it has kubelet's floor of 2 s.
-	if took := late.GetStopTime().AsTime().Sub(op.GetCreateTime().AsTime()); took < 4*time.Second || took > 8*time.Second {
-		t.Errorf("stopped after %s, the grace is 4 s", took)
+	hooked, err := strconv.ParseInt(kubectl(t, "-n", ns, "exec", "hooks", "-c", "exec", "--", "cat", "/work/late"), 10, 64)
+	must(t, err)
+	// The hook has the 4 s of grace, and the stop after it has kubelet's floor of 2 s. When it began is known to the second.
+	took, most := late.GetStopTime().AsTime().Sub(op.GetCreateTime().AsTime()), late.GetStopTime().AsTime().Sub(time.Unix(hooked, 0))
+	if took < 4*time.Second || most > 9*time.Second {
+		t.Errorf("stopped after %s, %s after the hook began, the grace is 4 s", took, most)
 	}
 	if out := kubectl(t, "-n", ns, "exec", "hooks", "-c", "exec", "--", "cat", "/work/pre", "/work/post"); out != "x\nx\nx" {
 		t.Errorf("the hooks of exec left %q, want one run of preStop and two of postStart", out)

@@ -14,8 +14,6 @@ import (
 	"syscall"
 	"testing"
 
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 	"k8s.io/apimachinery/pkg/api/meta"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -72,16 +70,32 @@ func complete(job *v1beta1.ImagePullJob) string {
 
 func images(t testing.TB) opsv1.ImagesClient {
 	t.Helper()
-	conn, err := grpc.NewClient("unix://"+bed.AdminSocket, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	must(t, err)
-	t.Cleanup(func() { _ = conn.Close() })
-	return opsv1.NewImagesClient(conn)
+	return opsv1.NewImagesClient(adminConn(t))
 }
 
 // pullsOf are the node's pulls for a job, the newest first.
 func pullsOf(t testing.TB, job *v1beta1.ImagePullJob) []*opsv1.PullOperation {
 	t.Helper()
-	list, err := images(t).ListPulls(t.Context(), &opsv1.ListPullsRequest{})
+	return pullsBy(t, images(t), job)
+}
+
+// fetched waits until the node has so many percent of a job's image, and returns the job and its pulls. The job's status tells some time
+// later, when there may be nothing left to fetch.
+func fetched(t testing.TB, ns, name string, percent int64) (*v1beta1.ImagePullJob, []*opsv1.PullOperation) {
+	t.Helper()
+	node, job := images(t), &v1beta1.ImagePullJob{}
+	must(t, api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: name}, job))
+	var ops []*opsv1.PullOperation
+	eventually(t, fmt.Sprintf("the node has %d %% of the image of job %s", percent, name), func() bool {
+		ops = pullsBy(t, node, job)
+		return len(ops) > 0 && ops[0].GetBytesTotal() > 0 && ops[0].GetBytesDone()*100 >= ops[0].GetBytesTotal()*percent
+	})
+	return job, ops
+}
+
+func pullsBy(t testing.TB, node opsv1.ImagesClient, job *v1beta1.ImagePullJob) []*opsv1.PullOperation {
+	t.Helper()
+	list, err := node.ListPulls(t.Context(), &opsv1.ListPullsRequest{})
 	must(t, err)
 	var mine []*opsv1.PullOperation
 	for _, op := range list.GetPulls() {
@@ -147,10 +161,9 @@ func TestImagePullJobProxyKilled(t *testing.T) {
 	apply(t, fmt.Sprintf("apiVersion: v1\nkind: Secret\nmetadata: {name: good, namespace: %s}\ntype: kubernetes.io/dockerconfigjson\nstringData: {.dockerconfigjson: '{\"auths\":{\"%s\":{\"username\":\"%s\",\"password\":\"%s\"}}}'}\n",
 		ns, host, testbed.RegistryUser, testbed.RegistryPassword)+
 		imageJob(ns, "job", host+"/forgotten:1", "4Mi", "completionPolicy: {}", "pullSecrets: [good]"))
-	job := untilJob(t, "halfway", ns, "job", func(j *v1beta1.ImagePullJob) bool { return j.Status.Percent >= 40 })
-	before := pullsOf(t, job)
+	_, before := fetched(t, ns, "job", 40)
 	restartProxy(t, syscall.SIGKILL)
-	job = pulled(t, ns, "job")
+	job := pulled(t, ns, "job")
 	ops := pullsOf(t, job)
 	if complete(job) != "True Succeeded" || len(ops) != 1 || len(before) != 1 || ops[0].GetUid() != before[0].GetUid() {
 		t.Fatalf("%+v, pulls %v", job.Status, ops)
@@ -231,21 +244,22 @@ func TestImagePullJobReferences(t *testing.T) {
 	image := pushed(t, "digested:1", 1, 1)
 	digest := digestOf(t, "digested", "1")
 	repository := bed.Image("digested")
+	// The host is nobody's, so it is not the bed's registry that answers.
+	must(t, bed.MapRegistry("127.0.0.1:1", "http://127.0.0.1:1"))
 	once := []string{"completionPolicy: {}", "pullPolicy: {backoffLimit: 0}"}
 	apply(t, imageJob(ns, "by-digest", repository+"@"+digest, "0", once...)+
 		imageJob(ns, "by-both", image+"@"+digest, "0", once...)+
 		imageJob(ns, "no-tag", repository+":no-such-tag", "0", once...)+
 		imageJob(ns, "no-digest", repository+"@sha256:"+strings.Repeat("0", 64), "0", once...)+
 		imageJob(ns, "no-registry", "127.0.0.1:1/x:1", "0", once...))
-	// The host is nobody's, so it is not the bed's registry that answers.
-	must(t, bed.MapRegistry("127.0.0.1:1", "http://127.0.0.1:1"))
 	for _, name := range []string{"by-digest", "by-both"} {
 		job := pulled(t, ns, name)
 		if complete(job) != "True Succeeded" || len(pinsOf(t, job)) != 1 {
 			t.Errorf("%s: %+v", name, job.Status)
 		}
 	}
-	if got := imageOnNode(t, repository+"@"+digest); !got.GetPinned() || len(got.GetRepoDigests()) != 1 {
+	pinned(t, repository+"@"+digest, true)
+	if got := imageOnNode(t, repository+"@"+digest); len(got.GetRepoDigests()) != 1 {
 		t.Errorf("the image on the node: %v", got)
 	}
 	for _, name := range []string{"no-tag", "no-digest"} {
@@ -298,9 +312,7 @@ func TestImagePullJobsOfOneImage(t *testing.T) {
 		t.Errorf("with one of the jobs gone: %v", got)
 	}
 	kubectl(t, "-n", ns, "delete", "imagepulljob", "other", "--timeout=60s")
-	if got := imageOnNode(t, image); got == nil || got.GetPinned() {
-		t.Errorf("with both jobs gone: %v", got)
-	}
+	pinned(t, image, false)
 }
 
 // TestImagePullJobDeleted deletes a job midway; another one goes on from what it has left.
@@ -308,7 +320,7 @@ func TestImagePullJobDeleted(t *testing.T) {
 	ns := namespace(t)
 	image := pushed(t, "given-up:1", 2, 8)
 	apply(t, imageJob(ns, "first", image, "4Mi"))
-	job := untilJob(t, "halfway", ns, "first", func(j *v1beta1.ImagePullJob) bool { return j.Status.Percent >= 40 })
+	job, _ := fetched(t, ns, "first", 40)
 	kubectl(t, "-n", ns, "delete", "imagepulljob", "first", "--timeout=60s")
 	ops := pullsOf(t, job)
 	if len(ops) != 1 || ops[0].GetPhase() != opsv1.PullPhase_PULL_CANCELLED || !strings.Contains(ops[0].GetMessage(), "the job was deleted") {
@@ -328,7 +340,7 @@ func TestImagePullJobDeleted(t *testing.T) {
 func TestImagePullJobEdited(t *testing.T) {
 	ns := namespace(t)
 	old, image := pushed(t, "edited:1", 2, 8), pushed(t, "edited:2", 2, 4)
-	apply(t, imageJob(ns, "job", old, "4Mi"))
+	apply(t, imageJob(ns, "job", old, "1Mi")) // so that it is under way as long as it may take
 	untilJob(t, "under way", ns, "job", underWay)
 	kubectl(t, "-n", ns, "patch", "imagepulljob", "job", "--type=merge", "-p", fmt.Sprintf(`{"spec":{"image":%q,"parallelism":0}}`, image))
 	job := untilJob(t, "paused", ns, "job", func(j *v1beta1.ImagePullJob) bool { return complete(j) == "False Paused" })
@@ -339,12 +351,13 @@ func TestImagePullJobEdited(t *testing.T) {
 		ops := pullsOf(t, job)
 		return len(ops) == 1 && ops[0].GetPhase() == opsv1.PullPhase_PULL_CANCELLED && strings.Contains(ops[0].GetMessage(), "it has been changed")
 	})
-	kubectl(t, "-n", ns, "patch", "imagepulljob", "job", "--type=merge", "-p", `{"spec":{"parallelism":"100%"}}`)
+	kubectl(t, "-n", ns, "patch", "imagepulljob", "job", "--type=merge", "-p", `{"metadata":{"annotations":{"cri-proxy.io/bytes-per-second":"0"}},"spec":{"parallelism":"100%"}}`)
 	job = pulled(t, ns, "job")
 	if complete(job) != "True Succeeded" || len(pullsOf(t, job)) != 2 {
 		t.Errorf("in the end: %+v, pulls %v", job.Status, pullsOf(t, job))
 	}
-	if imageOnNode(t, old) != nil || !imageOnNode(t, image).GetPinned() || len(pinsOf(t, job)) != 1 {
+	pinned(t, image, true)
+	if imageOnNode(t, old) != nil || len(pinsOf(t, job)) != 1 {
 		t.Error("the first image is there, or the second is not pinned")
 	}
 
@@ -353,9 +366,8 @@ func TestImagePullJobEdited(t *testing.T) {
 	job = untilJob(t, "through with the first image", ns, "job", func(j *v1beta1.ImagePullJob) bool {
 		return complete(j) == "True Succeeded" && j.Status.ObservedGeneration == j.Generation
 	})
-	if !imageOnNode(t, old).GetPinned() || imageOnNode(t, image).GetPinned() {
-		t.Errorf("pins: %v", pinsOf(t, job))
-	}
+	pinned(t, old, true)
+	pinned(t, image, false)
 }
 
 // TestImagePullJobDeadline has a registry that is too slow for the job's deadline.
@@ -389,7 +401,8 @@ func TestImagePullJobNever(t *testing.T) {
 	kubectl(t, "label", "node", bed.NodeName, "pool="+ns)
 	t.Cleanup(func() { _, _ = bed.Kubectl(context.WithoutCancel(t.Context()), "label", "node", bed.NodeName, "pool-") })
 	job = untilJob(t, "up to date", ns, "stays", func(j *v1beta1.ImagePullJob) bool { return complete(j) == "False UpToDate" && j.Status.Succeeded == 1 })
-	if job.Status.CompletionTime != nil || !imageOnNode(t, image).GetPinned() {
+	pinned(t, image, true)
+	if job.Status.CompletionTime != nil {
 		t.Errorf("%+v", job.Status)
 	}
 	// A node that is no longer chosen is let go of.
@@ -402,7 +415,7 @@ func TestImagePullJobControllerKilled(t *testing.T) {
 	ns := namespace(t)
 	image := pushed(t, "alone:1", 2, 8)
 	apply(t, imageJob(ns, "job", image, "6Mi")+imageJob(ns, "next", pushed(t, "alone:2", 1, 1), "0"))
-	job := untilJob(t, "under way", ns, "job", underWay)
+	job, _ := fetched(t, ns, "job", 1)
 	must(t, bed.StopController(t.Context(), syscall.SIGKILL))
 	eventually(t, "the node has finished alone", func() bool { return imageOnNode(t, image).GetPinned() })
 	must(t, api.Get(t.Context(), client.ObjectKeyFromObject(job), job))
@@ -446,9 +459,8 @@ spec:
 	if f := s.FailedImageStatuses[0]; f.Name != missing || !strings.Contains(f.Message, "failed on 1 of 1 nodes: NotFound on 1") || f.ImagePullJob == "" {
 		t.Errorf("%+v", f)
 	}
-	if !imageOnNode(t, a).GetPinned() || !imageOnNode(t, b).GetPinned() {
-		t.Error("an image is not there, or not pinned")
-	}
+	pinned(t, a, true)
+	pinned(t, b, true)
 	if columns := strings.Fields(kubectl(t, "-n", ns, "get", "imagelistpulljob", "list", "--no-headers")); len(columns) != 5 || columns[1] != "3" || columns[2] != "2" || columns[3] != "3" {
 		t.Errorf("kubectl get: %q", columns)
 	}
@@ -459,7 +471,7 @@ spec:
 		must(t, api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: "list"}, list))
 		return list.Status.CompletionTime != nil && list.Status.Desired == 1 && list.Status.Succeeded == 1
 	})
-	eventually(t, "the other image is not pinned any more", func() bool { return !imageOnNode(t, b).GetPinned() })
+	pinned(t, b, false)
 
 	kubectl(t, "-n", ns, "delete", "imagelistpulljob", "list", "--timeout=60s")
 	eventually(t, "the list's jobs are gone, and their pins", func() bool {

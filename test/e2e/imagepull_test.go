@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	apiwatch "k8s.io/apimachinery/pkg/watch"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -28,6 +30,18 @@ func imageOnNode(t testing.TB, image string) *runtimeapi.Image {
 	resp, err := runtimeapi.NewImageServiceClient(conn).ImageStatus(t.Context(), &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: image}})
 	must(t, err)
 	return resp.GetImage()
+}
+
+// pinned waits until an image of the node is, or is not any more, pinned: containerd's CRI plugin learns of labels by an event.
+func pinned(t testing.TB, image string, want bool) {
+	t.Helper()
+	eventually(t, fmt.Sprintf("it is %v that %s is pinned", want, image), func() bool {
+		got := imageOnNode(t, image)
+		if got == nil {
+			t.Fatalf("image %s is not there", image)
+		}
+		return got.GetPinned() == want
+	})
 }
 
 // removeImage takes an image off the node, so that the test finds none of another one's.
@@ -69,9 +83,7 @@ func TestImagePullJob(t *testing.T) {
 	if s := job.Status; s.Desired != 1 || s.Succeeded != 1 || s.Failed != 0 || s.Active != 0 {
 		t.Errorf("status: %+v", s)
 	}
-	if got := imageOnNode(t, image); got == nil || !got.GetPinned() {
-		t.Fatalf("the image on the node: %v", got)
-	}
+	pinned(t, image, true)
 	columns := kubectl(t, "-n", ns, "get", "imagepulljob", "nginx-preheat", "--no-headers")
 	if !strings.Contains(columns, "job has completed") || !strings.Contains(columns, "100") {
 		t.Errorf("kubectl get imagepulljob: %q", columns)
@@ -95,19 +107,18 @@ spec:
 
 	// With the job goes the pin; the image stays.
 	kubectl(t, "-n", ns, "delete", "imagepulljob", "nginx-preheat", "--timeout=60s")
-	eventually(t, "the image is not pinned any more", func() bool {
-		got := imageOnNode(t, image)
-		if got == nil {
-			t.Fatal("the image has gone with the job")
-		}
-		return !got.GetPinned()
-	})
+	pinned(t, image, false)
 }
 
 // TestImagePullJobProgress watches a larger image, in the older version of the API and in the newer one.
 func TestImagePullJobProgress(t *testing.T) {
 	ns := namespace(t)
 	image := pushed(t, "large:1", 4, 8)
+	var before v1beta1.ImagePullJobList
+	must(t, api.List(t.Context(), &before, client.InNamespace(ns)))
+	watch, err := api.Watch(t.Context(), &before, client.InNamespace(ns), &client.ListOptions{Raw: &metav1.ListOptions{ResourceVersion: before.ResourceVersion}})
+	must(t, err)
+	defer watch.Stop()
 	apply(t, fmt.Sprintf(`
 apiVersion: apps.kruise.io/v1beta1
 kind: ImagePullJob
@@ -122,15 +133,21 @@ spec:
 `, ns, image, bed.NodeName))
 	seen := map[string]bool{}
 	job := &v1beta1.ImagePullJob{}
-	eventually(t, "the job is finished and goes by itself", func() bool {
-		err := api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: "large"}, job)
-		if err != nil {
-			return client.IgnoreNotFound(err) == nil
+	for gone := false; !gone; { // it is finished and goes by itself
+		select {
+		case e, ok := <-watch.ResultChan():
+			if !ok {
+				t.Fatalf("the watch has ended, status %+v", job.Status)
+			}
+			if now, is := e.Object.(*v1beta1.ImagePullJob); is {
+				job = now
+				seen[job.Status.Progress] = true
+			}
+			gone = e.Type == apiwatch.Deleted
+		case <-time.After(2 * time.Minute):
+			t.Fatalf("the job is there still, status %+v", job.Status)
 		}
-		seen[job.Status.Progress] = true
-		time.Sleep(100 * time.Millisecond) // polling another process
-		return false
-	})
+	}
 	if job.Status.Succeeded != 1 {
 		b, _ := json.Marshal(job.Status)
 		t.Errorf("status at the end: %s", b)

@@ -112,9 +112,9 @@ type departures struct {
 // add removes a namespace with everything in it.
 func (d *departures) add(name string) {
 	d.wg.Go(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 		defer cancel()
-		if _, err := bed.Kubectl(ctx, "delete", "namespace", name, "--wait=true", "--timeout=110s"); err != nil {
+		if _, err := bed.Kubectl(ctx, "delete", "namespace", name, "--wait=true", "--timeout=4m"); err != nil {
 			d.mu.Lock()
 			defer d.mu.Unlock()
 			d.errs = append(d.errs, fmt.Errorf("removing the namespace of test %s: %w", name, err))
@@ -240,10 +240,10 @@ func completed(t testing.TB, ns, name string) *appsv1alpha1.ContainerRecreateReq
 // eventually waits for a condition in the cluster.
 func eventually(t testing.TB, what string, cond func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(90 * time.Second)
+	deadline := time.Now().Add(2 * time.Minute)
 	for !cond() {
 		if time.Now().After(deadline) {
-			t.Fatalf("not within 90 s: %s", what)
+			t.Fatalf("not within 2 minutes: %s", what)
 		}
 		time.Sleep(50 * time.Millisecond) // polling another process
 	}
@@ -278,6 +278,14 @@ func kubeletCalls(t testing.TB, method string) []call {
 	}
 	must(t, s.Err())
 	return out
+}
+
+// kubeletIsThrough waits until kubelet has called through the proxy that runs now: after a restart of that it comes when its connection's
+// back-off is over, and what is asked of it before fails.
+func kubeletIsThrough(t testing.TB) {
+	t.Helper()
+	since := len(kubeletCalls(t, "ListContainers"))
+	eventually(t, "kubelet lists through the proxy", func() bool { return len(kubeletCalls(t, "ListContainers")) > since })
 }
 
 // restartProxy ends the proxy with the signal and starts it again.

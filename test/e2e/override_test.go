@@ -69,6 +69,7 @@ func TestOverride(t *testing.T) {
 	}
 
 	restartProxy(t, syscall.SIGKILL)
+	kubeletIsThrough(t)
 	kubectl(t, "-n", ns, "exec", "shop", "-c", "app", "--", "kill", "1")
 	crashed := shows(2, two)
 	var trace []string

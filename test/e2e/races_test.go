@@ -80,13 +80,18 @@ func (h *held) release() {
 	must(h.t, os.WriteFile(filepath.Join(h.dir, "go"), nil, 0o600))
 }
 
-// opsClient talks to the node over the admin socket.
+// opsClient talks to the node over the admin socket, and waits for a proxy that is away.
 func opsClient(t testing.TB) opsv1.OpsClient {
 	t.Helper()
-	conn, err := grpc.NewClient("unix://"+bed.AdminSocket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	return opsv1.NewOpsClient(adminConn(t))
+}
+
+func adminConn(t testing.TB) *grpc.ClientConn {
+	t.Helper()
+	conn, err := grpc.NewClient("unix://"+bed.AdminSocket, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDefaultCallOptions(grpc.WaitForReady(true)))
 	must(t, err)
 	t.Cleanup(func() { _ = conn.Close() })
-	return opsv1.NewOpsClient(conn)
+	return conn
 }
 
 // account waits for the end of the operation that a request has on the node for one container, and returns its account.
@@ -161,7 +166,7 @@ spec:
 }
 
 // tracedGrace is far longer than the process takes to end when it is asked to.
-const tracedGrace = 20 * time.Second
+const tracedGrace = 40 * time.Second
 
 // TestPodDeletedDuringRestart deletes the pod while a restart of its container is at a step. The pod goes away within its
 // grace; every process that had begun has been asked to stop, and nothing is left.
@@ -255,10 +260,10 @@ spec:
   - name: exec
     image: "%s"
     command: [sh, -c, "trap exit TERM; while :; do sleep 0.1; done"]
-    livenessProbe: {exec: {command: ["true"]}, periodSeconds: 1, failureThreshold: 1}
+    livenessProbe: {exec: {command: ["true"]}, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 1}
   - name: http
     image: "%s"
-    livenessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1, failureThreshold: 1}
+    livenessProbe: {httpGet: {path: /healthz, port: 8080}, initialDelaySeconds: 3, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 1}
 `, ns, bed.Image("busybox:1.0"), bed.Image("app:1"))
 }
 
@@ -410,9 +415,15 @@ spec:
 `, ns, bed.Image("busybox:1.0"), listening))
 	ready(t, ns, "shell")
 	name := func(container string) string {
-		_, rest, _ := strings.Cut(kubectl(t, "-n", ns, "logs", "shell", "-c", container), "first ")
-		name, _, _ := strings.Cut(rest, "\n")
-		return strings.TrimSpace(name)
+		var name string
+		eventually(t, "the process of "+container+" has told its name", func() bool {
+			_, rest, _ := strings.Cut(kubectl(t, "-n", ns, "logs", "shell", "-c", container), "first ")
+			var whole bool
+			name, _, whole = strings.Cut(rest+"\n", "\n")
+			name = strings.TrimSpace(name)
+			return whole && name != ""
+		})
+		return name
 	}
 	open := func(mark string) map[string]*session {
 		sessions := map[string]*session{
@@ -438,7 +449,7 @@ spec:
 	for what, s := range sessions {
 		select {
 		case <-s.ended:
-		case <-time.After(30 * time.Second):
+		case <-time.After(time.Minute):
 			t.Errorf("%s did not end with the container: %q", what, s.out)
 		}
 	}
@@ -577,14 +588,19 @@ func TestKubeletRestartDuringRestart(t *testing.T) {
 // is held, the other is not.
 func TestTwoRequestsOnePod(t *testing.T) {
 	ns := namespace(t)
-	apply(t, strings.Replace(threeContainers(ns, "my-pod", corev1.RestartPolicyAlways), "    command:", "    lifecycle: {preStop: {sleep: {seconds: 4}}}\n    command:", 1))
+	hook := newHeldHook(t)
+	apply(t, hook.preStop(threeContainers(ns, "my-pod", corev1.RestartPolicyAlways)))
 	ready(t, ns, "my-pod")
 	apply(t, recreate(ns, "slow", "my-pod", "containers: [{name: app}]")+"---"+recreate(ns, "quick", "my-pod", "containers: [{name: two}]"))
-	quick := succeededAll(t, ns, "quick")
-	slow := succeededAll(t, ns, "slow")
-	if !quick.Status.CompletionTime.Before(slow.Status.CompletionTime) {
-		t.Errorf("the quick one completed at %s, the slow one at %s", quick.Status.CompletionTime, slow.Status.CompletionTime)
+	<-hook.reached
+	succeededAll(t, ns, "quick")
+	slow := &appsv1alpha1.ContainerRecreateRequest{}
+	must(t, api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: "slow"}, slow))
+	if slow.Status.Phase == appsv1alpha1.ContainerRecreateRequestCompleted {
+		t.Errorf("the slow one completed before the quick one: %+v", slow.Status)
 	}
+	hook.release()
+	succeededAll(t, ns, "slow")
 	for name, restarts := range map[string]int32{"app": 1, "two": 1, "three": 0} {
 		if n := container(t, getPod(t, ns, "my-pod"), name).RestartCount; n != restarts {
 			t.Errorf("container %s has restarted %d times, want %d", name, n, restarts)

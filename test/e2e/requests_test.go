@@ -5,6 +5,7 @@ package e2e
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -212,21 +213,20 @@ func TestNodeUnreachable(t *testing.T) {
 	if container(t, after, "app").ContainerID != container(t, before, "app").ContainerID || container(t, after, "two").RestartCount != 1 {
 		t.Error("the wrong container was restarted")
 	}
-	events := &corev1.EventList{}
-	must(t, api.List(t.Context(), events, client.InNamespace(ns)))
-	found := false
-	for _, e := range events.Items {
-		found = found || (e.Reason == "NodeUnreachable" && strings.Contains(e.Message, bed.OpsAddress))
-	}
-	if !found {
-		t.Error("no event NodeUnreachable names the address")
-	}
+	eventually(t, "an event NodeUnreachable names the address", func() bool {
+		events := &corev1.EventList{}
+		must(t, api.List(t.Context(), events, client.InNamespace(ns)))
+		return slices.ContainsFunc(events.Items, func(e corev1.Event) bool {
+			return e.Reason == "NodeUnreachable" && strings.Contains(e.Message, bed.OpsAddress)
+		})
+	})
 }
 
 // TestControllerRestart kills the controller in the middle of a request.
 func TestControllerRestart(t *testing.T) {
 	ns := namespace(t)
-	apply(t, strings.Replace(threeContainers(ns, "my-pod", corev1.RestartPolicyNever), "    command:", "    lifecycle: {preStop: {sleep: {seconds: 3}}}\n    command:", 1))
+	hook := newHeldHook(t)
+	apply(t, hook.preStop(threeContainers(ns, "my-pod", corev1.RestartPolicyNever)))
 	ready(t, ns, "my-pod")
 	apply(t, recreate(ns, "survives", "my-pod", "containers: [{name: app}]"))
 	crr := &appsv1alpha1.ContainerRecreateRequest{}
@@ -236,6 +236,7 @@ func TestControllerRestart(t *testing.T) {
 	})
 	must(t, bed.StopController(t.Context(), syscall.SIGKILL))
 	must(t, bed.StartController(t.Context()))
+	hook.release()
 	if s := completed(t, ns, "survives").Status.ContainerRecreateStates; len(s) != 1 || s[0].Phase != appsv1alpha1.ContainerRecreateRequestSucceeded {
 		t.Errorf("states: %+v", s)
 	}

@@ -342,9 +342,9 @@ func TestRolloutOfDeployment(t *testing.T) {
 	waitRollout(t, ns, "front", "Complete")
 	after := onImage(t, ns, "front", two, 6)
 	inPlace(t, before, after, two, 1)
-	kubectl(t, "-n", ns, "rollout", "status", "deploy/front", "--timeout=60s")
 	atRest := func() {
 		t.Helper()
+		kubectl(t, "-n", ns, "rollout", "status", "deploy/front", "--timeout=60s") // its controller may be a moment behind
 		sets := &appsv1.ReplicaSetList{}
 		must(t, api.List(t.Context(), sets, client.InNamespace(ns)))
 		d := &appsv1.Deployment{}
