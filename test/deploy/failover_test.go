@@ -75,6 +75,15 @@ func finishWork(t *testing.T, namespace string, pods int) {
 		j := job(t, namespace)
 		return fmt.Sprintf("%+v", j.Status), j.Status.CompletionTime != nil
 	})
+	eventually(t, "the pods say so, for which kubelet takes a moment", func() (string, bool) {
+		said := ""
+		for _, p := range shop(t, namespace) {
+			if c := p.Status.ContainerStatuses[0]; c.RestartCount < 1 || c.Image != bed.Image("app:2") {
+				said += fmt.Sprintf("%s %+v; ", p.Name, c)
+			}
+		}
+		return said, said == ""
+	})
 	for _, p := range shop(t, namespace) {
 		if c := p.Status.ContainerStatuses[0]; c.RestartCount != 1 || c.Image != bed.Image("app:2") {
 			t.Errorf("pod %s: %+v", p.Name, c)

@@ -4,9 +4,12 @@
 package deploy
 
 import (
+	"fmt"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"sigs.k8s.io/controller-runtime/pkg/client"
 )
 
 // testHelm moves the cluster from the manifests to the chart, in another namespace, and removes the release.
@@ -37,9 +40,11 @@ func testHelm(t *testing.T) {
 	leader(t, namespace, "")
 	must(t, enrolIn(t.Context(), namespace)) // another controller, with another CA
 	must(t, bed.CreateNamespace(t.Context(), "by-helm"))
-	if err := api.Create(t.Context(), wrong("by-helm", "wrong")); err == nil || !strings.Contains(err.Error(), "no pod by-helm/none") {
-		t.Errorf("the webhooks of the release: %v", err)
-	}
+	// The API server takes up new webhooks, and their CA, some time after they are there.
+	eventually(t, "the webhooks of the release refuse what is wrong", func() (string, bool) {
+		err := api.Create(t.Context(), wrong("by-helm", "wrong"), client.DryRunAll)
+		return fmt.Sprint(err), err != nil && strings.Contains(err.Error(), "no pod by-helm/none")
+	})
 	startWork(t, "by-helm", 1, 2)
 	finishWork(t, "by-helm", 1)
 

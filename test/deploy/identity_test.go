@@ -42,9 +42,11 @@ const ownNamespace = "cri-proxy-system"
 func testIdentity(t *testing.T) {
 	proxy := bed.Pid("cri-proxy")
 	first := certificate(t)
-	if i := nodeIdentity(t); i.GetSource() != "controller" || i.GetExpireTime().AsTime().Unix() != first.NotAfter.Unix() || i.GetProblem() != "" {
-		t.Errorf("the node says %v, and its certificate is good until %s", i, first.NotAfter)
-	}
+	eventually(t, "the node says what its certificate says", func() (string, bool) { // it is renewed all the time
+		i, c := nodeIdentity(t), certificate(t)
+		return fmt.Sprintf("%v, and its certificate is good until %s", i, c.NotAfter),
+			i.GetSource() == "controller" && i.GetExpireTime().AsTime().Unix() == c.NotAfter.Unix() && i.GetProblem() == ""
+	})
 	for file, mode := range map[string]fs.FileMode{enrol.CertFile(bed.StateDir): 0o600, enrol.Directory(bed.StateDir): 0o700 | fs.ModeDir} {
 		if fi, err := os.Stat(file); err != nil || fi.Mode() != mode {
 			t.Errorf("%s: %v %v", file, fi.Mode(), err)
@@ -100,9 +102,17 @@ spec: {podName: shop-0, containers: [{name: app}]}
 // certificate is the node's, as it lies on its disk.
 func certificate(t *testing.T) *x509.Certificate {
 	t.Helper()
-	pair, err := tls.LoadX509KeyPair(enrol.CertFile(bed.StateDir), enrol.CertFile(bed.StateDir))
+	return pair(t).Leaf
+}
+
+// pair is the node's certificate and key, which are one file that is replaced now and then: both are of one reading.
+func pair(t *testing.T) tls.Certificate {
+	t.Helper()
+	text, err := os.ReadFile(enrol.CertFile(bed.StateDir))
 	must(t, err)
-	return pair.Leaf
+	p, err := tls.X509KeyPair(text, text)
+	must(t, err)
+	return p
 }
 
 func nodeIdentity(t *testing.T) *opsv1.Identity {
@@ -206,13 +216,11 @@ func testKubeletReads(t *testing.T) {
 }
 
 func testStolenCertificate(t *testing.T) {
-	pair, err := tls.LoadX509KeyPair(enrol.CertFile(bed.StateDir), enrol.CertFile(bed.StateDir))
-	must(t, err)
 	text, err := os.ReadFile(enrol.CAFile(bed.StateDir))
 	must(t, err)
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(text)
-	conn, err := grpc.NewClient(bed.OpsAddress, grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{Certificates: []tls.Certificate{pair}, RootCAs: roots, ServerName: bed.NodeName})))
+	conn, err := grpc.NewClient(bed.OpsAddress, grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{Certificates: []tls.Certificate{pair(t)}, RootCAs: roots, ServerName: bed.NodeName})))
 	must(t, err)
 	defer conn.Close()
 	if _, err := opsv1.NewOpsClient(conn).NodeInfo(t.Context(), &opsv1.NodeInfoRequest{}); status.Code(err) != codes.Unavailable {

@@ -209,14 +209,14 @@ func leader(t *testing.T, namespace, not string) (pod, identity string) {
 // eventually waits for a condition in the cluster, which also says how things are.
 func eventually(t testing.TB, what string, cond func() (string, bool)) {
 	t.Helper()
-	deadline := time.Now().Add(90 * time.Second)
+	deadline := time.Now().Add(3 * time.Minute)
 	for {
 		how, ok := cond()
 		if ok {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("not within 90 s: %s; it is: %s", what, how)
+			t.Fatalf("not within 3 minutes: %s; it is: %s", what, how)
 		}
 		time.Sleep(50 * time.Millisecond) // polling another process
 	}

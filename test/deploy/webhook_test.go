@@ -20,8 +20,10 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/yaml"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
+	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 )
 
 // targets are what deploy/examples and the requests below are about.
@@ -159,7 +161,18 @@ func testWebhooks(t *testing.T) {
 	t.Run("two rollouts of one container", func(t *testing.T) {
 		// The first one waits for its pod, which has a container of that name only later.
 		apply(t, strings.Replace(ipr, "name: bad", "name: first", 1)+"{target: {podName: later}, paused: true, containers: [{name: app, image: b}]}")
-		err := bed.KubectlApply(t.Context(), ipr+"{target: {podName: later}, containers: [{name: app, image: c}]}")
+		second := ipr + "{target: {podName: later}, containers: [{name: app, image: c}]}"
+		eventually(t, "every replica's cache has the first", func() (string, bool) {
+			for range 4 { // requests come to either of them
+				var r inplace.InPlaceRollout
+				must(t, yaml.Unmarshal([]byte(second), &r))
+				if err := api.Create(t.Context(), &r, client.DryRunAll); err == nil || !strings.Contains(err.Error(), "is at work") {
+					return fmt.Sprint(err), false
+				}
+			}
+			return "", true
+		})
+		err := bed.KubectlApply(t.Context(), second)
 		if err == nil || !strings.Contains(err.Error(), "InPlaceRollout first is at work on container app of pod later: wait for its end") {
 			t.Error(err)
 		}

@@ -80,7 +80,7 @@ func must(t testing.TB, err error) {
 func until(t testing.TB, what, name string, so func(*v1beta1.ImagePullJob) bool) *v1beta1.ImagePullJob {
 	t.Helper()
 	job := &v1beta1.ImagePullJob{}
-	for deadline := time.Now().Add(90 * time.Second); ; time.Sleep(50 * time.Millisecond) { // polling another process
+	for deadline := time.Now().Add(3 * time.Minute); ; time.Sleep(50 * time.Millisecond) { // polling another process
 		must(t, api.Get(t.Context(), client.ObjectKey{Namespace: "default", Name: name}, job))
 		if so(job) {
 			return job

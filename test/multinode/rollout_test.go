@@ -40,9 +40,9 @@ func agents(t *testing.T) []corev1.Pod {
 
 func poll(t *testing.T, what string, so func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(90 * time.Second); !so(); time.Sleep(50 * time.Millisecond) { // polling another process
+	for deadline := time.Now().Add(3 * time.Minute); !so(); time.Sleep(50 * time.Millisecond) { // polling another process
 		if time.Now().After(deadline) {
-			t.Fatalf("not within 90 s: %s", what)
+			t.Fatalf("not within 3 minutes: %s", what)
 		}
 	}
 }
@@ -91,6 +91,11 @@ spec:
 		poll(t, "the rollout is complete", func() bool {
 			s := rolloutStatus(t, "agent")
 			return s.TargetImages["app"] == image && meta.IsStatusConditionTrue(s.Conditions, inplace.ConditionComplete)
+		})
+		poll(t, "the pods say so, for which kubelet takes a moment", func() bool {
+			return !slices.ContainsFunc(agents(t), func(p corev1.Pod) bool {
+				return p.Status.ContainerStatuses[0].Image != image || p.Status.ContainerStatuses[0].RestartCount < restarts
+			})
 		})
 		for i, p := range agents(t) {
 			c := p.Status.ContainerStatuses[0]
