@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -64,8 +63,8 @@ func run(m *testing.M) (code int, err error) {
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(scratch)) }()
 	calls = filepath.Join(scratch, "calls.json")
-	program, err := proxyWithFailpoints(scratch)
-	if err != nil {
+	program := filepath.Join(scratch, "cri-proxy") // which a test can have die at a step
+	if err := testbed.BuildWithFailpoints(ctx, program); err != nil {
 		return 0, err
 	}
 	bed, err = testbed.Start(ctx, testbed.Options{
@@ -143,16 +142,6 @@ func restrictController(ctx context.Context) error {
 	}
 	bed.ControllerKubeconfig, err = bed.NewKubeconfig("cri-controller", "system:serviceaccount:cri-proxy-system:cri-controller", "system:serviceaccounts")
 	return err
-}
-
-// proxyWithFailpoints builds cri-proxy so that a test can have it die at a step.
-func proxyWithFailpoints(dir string) (string, error) {
-	program := filepath.Join(dir, "cri-proxy")
-	cmd := exec.Command("go", "build", "-race", "-tags", "failpoint", "-o", program, "github.com/cri-proxy/cri-proxy/cmd/cri-proxy")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("building cri-proxy: %w\n%s", err, out)
-	}
-	return program, nil
 }
 
 func newClient(kubeconfig string) (client.WithWatch, error) {

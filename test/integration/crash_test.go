@@ -4,6 +4,7 @@
 package integration
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -21,6 +22,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
 // process is cri-proxy as a process of its own, which can be killed.
@@ -33,11 +35,7 @@ type process struct {
 // failpointBinary builds cri-proxy with failpoints, once.
 var failpointBinary = sync.OnceValues(func() (string, error) {
 	path := filepath.Join(bed.dir, "cri-proxy-failpoint")
-	cmd := exec.Command("go", "build", "-race", "-tags", "failpoint", "-o", path, "github.com/cri-proxy/cri-proxy/cmd/cri-proxy")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("building cri-proxy: %w\n%s", err, out)
-	}
-	return path, nil
+	return path, testbed.BuildWithFailpoints(context.Background(), path)
 })
 
 func startProcess(t testing.TB, failpoint string) *process {
@@ -192,7 +190,7 @@ func TestKillWhileUndoing(t *testing.T) {
 func TestStopWhileStopping(t *testing.T) {
 	n := startProcess(t, "")
 	p := n.runPod(t)
-	const grace = 20
+	const grace = 12
 	p.run(t, spec{name: "app", grace: grace, command: []string{"sh", "-c", `trap 'echo asked-to-stop' TERM; echo started; while :; do sleep 0.05; done`}})
 	began := time.Now()
 	uid := n.begin(t, p, restartOf("app"))
@@ -202,7 +200,7 @@ func TestStopWhileStopping(t *testing.T) {
 	if err := n.cmd.Wait(); err != nil {
 		t.Errorf("cri-proxy ended with %v", err)
 	}
-	if took := time.Since(asked); took > grace*time.Second/2 {
+	if took := time.Since(asked); took > grace*time.Second*3/4 {
 		t.Errorf("kubelet would have waited %s", took)
 	}
 	n.start(t, "")

@@ -298,7 +298,11 @@ func (b *Bed) product(ctx context.Context, name, given string) error {
 	if given != "" {
 		return copyFile(given, dst)
 	}
-	return buildProduct(ctx, b.source, name, b.options.Race, dst)
+	var flags []string
+	if b.options.Race {
+		flags = []string{"-race"}
+	}
+	return buildProduct(ctx, b.source, name, dst, flags...)
 }
 
 func (b *Bed) pidDir() string { return filepath.Join(b.ledger.runDir(b.ID), "pid") }

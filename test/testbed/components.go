@@ -277,9 +277,18 @@ func (c component) compile(ctx context.Context, module, out, pkg string, subcomm
 	return nil
 }
 
-// buildProduct compiles one of the project's own commands and copies it to dst. The go command leaves an up-to-date binary alone, so
-// it is kept in the cache per checkout, and copied because a later build may replace it under a running process.
-func buildProduct(ctx context.Context, source, command string, race bool, dst string) error {
+// BuildWithFailpoints compiles the checkout's cri-proxy with the race detector and the failpoints of ops/failpoint_on.go to dst.
+func BuildWithFailpoints(ctx context.Context, dst string) error {
+	source, err := SourceDir("")
+	if err != nil {
+		return err
+	}
+	return buildProduct(ctx, source, "cri-proxy", dst, "-race", "-tags", "failpoint")
+}
+
+// buildProduct compiles one of the project's own commands with the flags and copies it to dst. The go command leaves an up-to-date
+// binary alone, so it is kept in the cache per checkout, and copied because a later build may replace it under a running process.
+func buildProduct(ctx context.Context, source, command, dst string, flags ...string) error {
 	if _, err := os.Stat(filepath.Join(source, "cmd", command)); err != nil {
 		return fmt.Errorf("this checkout has no cmd/%s yet: use a direct bed or give the path of a built binary: %w", command, err)
 	}
@@ -287,7 +296,7 @@ func buildProduct(ctx context.Context, source, command string, race bool, dst st
 	if err != nil {
 		return err
 	}
-	dir := filepath.Join(cache, "product", hash(source, fmt.Sprint(race)))
+	dir := filepath.Join(cache, "product", hash(append([]string{source}, flags...)...))
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
@@ -296,11 +305,8 @@ func buildProduct(ctx context.Context, source, command string, race bool, dst st
 		return err
 	}
 	defer unlock()
-	args := []string{"build", "-buildvcs=false", "-o", filepath.Join(dir, command)}
-	if race {
-		args = append(args, "-race")
-	}
-	cmd := exec.CommandContext(ctx, "go", append(args, "./cmd/"+command)...)
+	args := slices.Concat([]string{"build", "-buildvcs=false", "-o", filepath.Join(dir, command)}, flags, []string{"./cmd/" + command})
+	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir = source
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("build %s from %s: %w\n%s", command, source, err, out)
