@@ -171,6 +171,7 @@ data: {one: "first", two: "second"}
 
 // TestIdentity restarts containers of many kinds. Each new one is what the old one was, to the last capability.
 func TestIdentity(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	image, script := bed.Image("busybox:1.0"), strconv.Quote(identify)
 	apply(t, fmt.Sprintf(conf, ns)+

@@ -401,6 +401,7 @@ func attachTerminal(t testing.TB, ns, pod, name string) *session {
 // TestSessionsDuringRestart restarts two containers, one of them with a terminal, while kubectl exec and attach are open. The
 // sessions end with the container they belong to, and new ones lead to the new container.
 func TestSessionsDuringRestart(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	listening := `[sh, -c, 'trap "echo leaving; exit 0" TERM; n=$(cat /proc/sys/kernel/random/uuid); echo first $n; while :; do read -t 1 line && echo heard $line by $n; done']`
 	apply(t, fmt.Sprintf(`

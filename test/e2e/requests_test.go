@@ -85,13 +85,14 @@ spec:
 
 // TestDeletingPod asks for a restart in a pod that is on its way out.
 func TestDeletingPod(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	apply(t, fmt.Sprintf(`
 apiVersion: v1
 kind: Pod
 metadata: {name: leaving, namespace: %s}
 spec:
-  terminationGracePeriodSeconds: 8
+  terminationGracePeriodSeconds: 20
   containers: [{name: app, image: "%s", command: [sh, -c, "trap true TERM; while :; do sleep 0.1; done"]}]
 `, ns, bed.Image("busybox:1.0")))
 	ready(t, ns, "leaving")
@@ -110,6 +111,7 @@ spec:
 // TestTwoRequests sends requests for one container at the same time: all complete, and those without force may be
 // satisfied by the restart that another one made, in whatever order they are taken. One with force always restarts.
 func TestTwoRequests(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	apply(t, threeContainers(ns, "my-pod", corev1.RestartPolicyAlways))
 	ready(t, ns, "my-pod")
@@ -137,6 +139,7 @@ func TestTwoRequests(t *testing.T) {
 
 // TestOrdered restarts two containers one after the other.
 func TestOrdered(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	apply(t, threeContainers(ns, "my-pod", corev1.RestartPolicyNever))
 	before := ready(t, ns, "my-pod")
@@ -158,18 +161,19 @@ func TestOrdered(t *testing.T) {
 // TestDeadline lets the deadline pass once before anything was stopped, where
 // nothing may happen any more, and once while the container stops.
 func TestDeadline(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	apply(t, fmt.Sprintf(`
 apiVersion: v1
 kind: Pod
 metadata: {name: slow, namespace: %s}
 spec:
-  terminationGracePeriodSeconds: 12
+  terminationGracePeriodSeconds: 24
   containers: [{name: app, image: "%s", command: [sh, -c, "trap true TERM; while :; do sleep 0.1; done"]}]
 `, ns, bed.Image("busybox:1.0")))
 	before := ready(t, ns, "slow")
-	apply(t, recreate(ns, "first", "slow", "containers: [{name: app}]\n  activeDeadlineSeconds: 4"))
-	apply(t, recreate(ns, "second", "slow", "containers: [{name: app}]\n  strategy: {forceRecreate: true}\n  activeDeadlineSeconds: 4"))
+	apply(t, recreate(ns, "first", "slow", "containers: [{name: app}]\n  activeDeadlineSeconds: 10"))
+	apply(t, recreate(ns, "second", "slow", "containers: [{name: app}]\n  strategy: {forceRecreate: true}\n  activeDeadlineSeconds: 10"))
 	for _, name := range []string{"first", "second"} {
 		crr := completed(t, ns, name)
 		if !strings.Contains(crr.Status.Message, "activeDeadlineSeconds") {
@@ -248,6 +252,7 @@ func TestControllerRestart(t *testing.T) {
 
 // TestTTL lets a finished request go.
 func TestTTL(t *testing.T) {
+	t.Parallel()
 	ns := namespace(t)
 	apply(t, threeContainers(ns, "my-pod", corev1.RestartPolicyAlways))
 	ready(t, ns, "my-pod")
