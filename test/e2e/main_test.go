@@ -100,8 +100,7 @@ func run(m *testing.M) (code int, err error) {
 	return code, nil
 }
 
-// departures are the removals of namespaces that are under way. A namespace takes some seconds to go, in which the
-// next test can begin.
+// departures are what is on its way out: namespaces, for some seconds, and what goes with them. The next test can begin meanwhile.
 type departures struct {
 	wg   sync.WaitGroup
 	mu   sync.Mutex
@@ -117,6 +116,27 @@ func (d *departures) add(name string) {
 			d.mu.Lock()
 			defer d.mu.Unlock()
 			d.errs = append(d.errs, fmt.Errorf("removing the namespace of test %s: %w", name, err))
+		}
+	})
+}
+
+// await waits until gone says so, which tells of nothing but the cluster.
+func (d *departures) await(what string, gone func(context.Context) (bool, error)) {
+	d.wg.Go(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+		defer cancel()
+		for {
+			is, err := gone(ctx)
+			if is {
+				return
+			}
+			if ctx.Err() != nil {
+				d.mu.Lock()
+				defer d.mu.Unlock()
+				d.errs = append(d.errs, fmt.Errorf("%s is there still: %w", what, errors.Join(err, ctx.Err())))
+				return
+			}
+			time.Sleep(100 * time.Millisecond) // polling another process
 		}
 	})
 }

@@ -100,19 +100,3 @@ func TestOverride(t *testing.T) {
 	}
 	assertNoGates(t)
 }
-
-// TestOverrideGoesWithPod is of its own because kubelet takes a while to remove the sandbox of a pod that is gone.
-func TestOverrideGoesWithPod(t *testing.T) {
-	t.Parallel()
-	ns := namespace(t)
-	dir := scratchDir(t, "trace")
-	apply(t, upgradable(ns, "shop", dir, "", corev1.RestartPolicyAlways))
-	pod := ready(t, ns, "shop")
-	began(t, dir, "shop", "1.0")
-	restartWith(t, pod, "override", func(c *opsv1.ContainerRestart) { c.Image = bed.Image("busybox:2.0") })
-	if o := overridesOf(t, pod); len(o) != 1 {
-		t.Errorf("overrides: %v", o)
-	}
-	kubectl(t, "-n", ns, "delete", "pod", "shop", "--wait=true")
-	eventually(t, "the override is gone with the pod", func() bool { return len(overridesOf(t, pod)) == 0 })
-}

@@ -184,7 +184,7 @@ spec:
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.kubectl(t, "wait", "--for=condition=Ready", "pod/"+name, "--timeout=60s")
+	n.kubectl(t, "wait", "--for=condition=Ready", "pod/"+name, "--timeout=150s")
 	n.kubectl(t, "delete", "pod", name, "--wait=false")
 }
 
