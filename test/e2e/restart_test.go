@@ -240,10 +240,19 @@ func TestTenRestarts(t *testing.T) {
 // TestKillProxyAtEachStep kills cri-proxy at every step of a restart that a request asked for.
 func TestKillProxyAtEachStep(t *testing.T) {
 	ns := namespace(t)
-	for _, point := range []string{"stage", "created", "staged", "stop", "stopped", "running", "started", "reveal", "revealed", "done"} {
+	points := []string{"stage", "created", "staged", "stop", "stopped", "running", "started", "reveal", "revealed", "done"}
+	pods := ""
+	for _, point := range points {
+		pods += threeContainers(ns, "pod-"+point, corev1.RestartPolicyNever) + "---\n"
+	}
+	apply(t, pods)
+	// All before the proxy is restarted for the first time: kubelet must not be starting a pod then.
+	for _, point := range points {
+		ready(t, ns, "pod-"+point)
+	}
+	for _, point := range points {
 		t.Run(point, func(t *testing.T) {
 			pod := "pod-" + point
-			apply(t, threeContainers(ns, pod, corev1.RestartPolicyNever))
 			before := ready(t, ns, pod)
 			setFailpoint(t, "restart."+point)
 			restartProxy(t, syscall.SIGTERM)
