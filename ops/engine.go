@@ -96,6 +96,8 @@ type Engine struct {
 	queue chan struct{}
 	// late wakes Run for ends that could not be written.
 	late chan struct{}
+	// lateCreate is the constant of that name, but for tests that count calls.
+	lateCreate time.Duration
 
 	mu      sync.Mutex // guards all following fields
 	ops     map[string]*operation
@@ -148,22 +150,23 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		return nil, errors.Join(err, j.Close())
 	}
 	e := &Engine{
-		view:      o.View,
-		log:       log,
-		rt:        runtimeapi.NewRuntimeServiceClient(bounded{o.Conn}),
-		img:       runtimeapi.NewImageServiceClient(bounded{o.Conn}),
-		journal:   j,
-		records:   records,
-		hooks:     hookClient(),
-		legacyLog: o.LegacyLogDir,
-		methods:   newMethods(o.Method, o.StateDir, o.CDISpecDir),
-		images:    o.Images,
-		tracer:    o.Tracer,
-		pods:      o.Pods,
-		queue:     make(chan struct{}, 1),
-		late:      make(chan struct{}, 1),
-		ops:       map[string]*operation{},
-		tokens:    map[string]bool{},
+		view:       o.View,
+		log:        log,
+		rt:         runtimeapi.NewRuntimeServiceClient(bounded{o.Conn}),
+		img:        runtimeapi.NewImageServiceClient(bounded{o.Conn}),
+		journal:    j,
+		records:    records,
+		hooks:      hookClient(),
+		legacyLog:  o.LegacyLogDir,
+		methods:    newMethods(o.Method, o.StateDir, o.CDISpecDir),
+		images:     o.Images,
+		tracer:     o.Tracer,
+		pods:       o.Pods,
+		queue:      make(chan struct{}, 1),
+		late:       make(chan struct{}, 1),
+		lateCreate: lateCreate,
+		ops:        map[string]*operation{},
+		tokens:     map[string]bool{},
 	}
 	if e.legacyLog == "" {
 		e.legacyLog = "/var/log/containers"
@@ -290,7 +293,7 @@ func (e *Engine) Run(ctx context.Context) error {
 			e.probe(ctx)
 			e.tidy(ctx)
 		}
-		if sleep(ctx, lateCreate) == nil {
+		if sleep(ctx, e.lateCreate) == nil {
 			e.tidy(ctx)
 		}
 		e.mu.Lock()

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -172,22 +173,35 @@ func TestHTTPHook(t *testing.T) {
 	t.Run("nobody listens", func(t *testing.T) {
 		n := newNode(t, podOptions{})
 		n.rt.set(func(f *fakeRuntime) { f.sandboxes[n.sandbox].ip = "" }) // host network: the loopback
-		server := httptest.NewServer(http.NotFoundHandler())
-		u, err := url.Parse(server.URL)
-		n.must(err)
-		server.Close()
-		port, err := strconv.Atoi(u.Port())
-		n.must(err)
-		if err := n.engine.runHTTPHook(t.Context(), &opsv1.HTTPGetAction{Port: int32(port)}, n.sandbox); err == nil || !strings.Contains(err.Error(), "connection refused") {
+		port := refusingPort(t)
+		if err := n.engine.runHTTPHook(t.Context(), &opsv1.HTTPGetAction{Port: port}, n.sandbox); err == nil || !strings.Contains(err.Error(), "connection refused") {
 			t.Errorf("got %v", err)
 		}
-		if err := n.engine.runHTTPHook(t.Context(), &opsv1.HTTPGetAction{Port: int32(port)}, "nope"); err == nil || !strings.Contains(err.Error(), "finding the pod's address") {
+		if err := n.engine.runHTTPHook(t.Context(), &opsv1.HTTPGetAction{Port: port}, "nope"); err == nil || !strings.Contains(err.Error(), "finding the pod's address") {
 			t.Errorf("got %v", err)
 		}
 		if err := n.engine.runHook(t.Context(), &opsv1.Hook{}, "c", "s"); err == nil {
 			t.Error("an empty hook is run")
 		}
 	})
+}
+
+// refusingPort is a port of the loopback that stays taken and on which nobody listens.
+func refusingPort(t *testing.T) int32 {
+	t.Helper()
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fd) })
+	if err := unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	at, err := unix.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return int32(at.(*unix.SockaddrInet4).Port)
 }
 
 // A command has all of the time that is left, also when that is no whole number of seconds.
@@ -197,26 +211,27 @@ func TestExecHookTimeout(t *testing.T) {
 		want int64
 	}{{3500 * time.Millisecond, 4}, {900 * time.Millisecond, 1}, {0, 0}} {
 		t.Run(tt.left.String(), func(t *testing.T) {
-			n := newNode(t, podOptions{})
-			var got int64
-			n.rt.set(func(f *fakeRuntime) {
-				f.exec = func(_ context.Context, r *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
-					got = r.GetTimeout()
-					return &runtimeapi.ExecSyncResponse{}, nil
+			newBubble(t).run(func(t *testing.T, n *bubbleNode) { // where no time passes
+				var got int64
+				n.rt.set(func(f *fakeRuntime) {
+					f.exec = func(_ context.Context, r *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
+						got = r.GetTimeout()
+						return &runtimeapi.ExecSyncResponse{}, nil
+					}
+				})
+				ctx := t.Context()
+				if tt.left > 0 {
+					var cancel context.CancelFunc
+					ctx, cancel = context.WithTimeout(ctx, tt.left)
+					defer cancel()
+				}
+				if err := n.engine.runExecHook(ctx, &opsv1.ExecAction{Command: []string{"x"}}, n.rt.idOf(t, "app/0")); err != nil {
+					t.Error(err)
+				}
+				if got != tt.want {
+					t.Errorf("timeout of %d s, want %d", got, tt.want)
 				}
 			})
-			ctx := t.Context()
-			if tt.left > 0 {
-				var cancel context.CancelFunc
-				ctx, cancel = context.WithTimeout(ctx, tt.left)
-				defer cancel()
-			}
-			if err := n.engine.runExecHook(ctx, &opsv1.ExecAction{Command: []string{"x"}}, n.rt.idOf(t, "app/0")); err != nil {
-				t.Error(err)
-			}
-			if got != tt.want {
-				t.Errorf("timeout of %d s, want %d", got, tt.want)
-			}
 		})
 	}
 }

@@ -52,6 +52,8 @@ type methods struct {
 	// owned and watch are [ofContainer] and [watchExit], but for tests, whose processes have no cgroups of their own.
 	owned func(pid int, container string) error
 	watch func(pid int, container string) (*exitWatch, error)
+	// gatePatience is the constant of that name, but for tests on a machine with too much to do.
+	gatePatience time.Duration
 
 	probing sync.Mutex // held while the runtime is asked, and while gates that nobody knows are removed
 	tried   bool       // the hook runs here; guarded by probing
@@ -66,7 +68,10 @@ func newMethods(best Method, stateDir, cdiSpecDir string) *methods {
 	if best == "" {
 		best = MethodGate
 	}
-	return &methods{best: best, gatesDir: gate.Dir(stateDir), cdiSpecDir: cdiSpecDir, owned: ofContainer, watch: watchExit}
+	return &methods{
+		best: best, gatesDir: gate.Dir(stateDir), cdiSpecDir: cdiSpecDir, owned: ofContainer, watch: watchExit,
+		gatePatience: gatePatience,
+	}
 }
 
 // probe finds out which methods work, unless it has done so lately.

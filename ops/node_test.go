@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+	bolt "go.etcd.io/bbolt"
 	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
@@ -34,7 +35,7 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // waitLong bounds every wait of a test; reaching it is a failure.
-const waitLong = 20 * time.Second
+const waitLong = 2 * time.Minute
 
 const podUID = "11111111-2222-3333-4444-555555555555"
 
@@ -122,6 +123,8 @@ func (n *node) boot(state string) {
 	if n.rt.processes != nil {
 		d.engine.methods.owned, d.engine.methods.watch = n.rt.owned, d.watch(n.rt)
 	}
+	d.engine.lateCreate = time.Hour // tests count calls
+	d.engine.methods.gatePatience = waitLong
 	d.engine.journal.unsynced() // no power is cut here; copies of the file are made by this process
 	d.api = NewServer(d.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
 	d.server = proxy.NewServer(up, proxy.Options{Director: interceptors.New(interceptors.Options{View: d.view, Records: d.engine.Records(), Runtime: up.Conn(), Log: log, Overrides: d.engine.Overrides()})})
@@ -172,10 +175,13 @@ func (d *daemon) watch(f *fakeRuntime) func(int, string) (*exitWatch, error) {
 			return nil, err
 		}
 		w, err := watchProcess(pid)
+		if err != nil {
+			return nil, err // it has ended meanwhile
+		}
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		d.watches = append(d.watches, w)
-		return w, err
+		return w, nil
 	}
 }
 
@@ -212,10 +218,11 @@ func (n *node) run() {
 func (n *node) runTidied() {
 	n.t.Helper()
 	tidied := make(chan struct{})
+	is := sync.OnceFunc(func() { close(tidied) })
 	n.rt.set(func(f *fakeRuntime) {
 		f.after = func(call string) error {
 			if call == "ListContainers" {
-				close(tidied)
+				is()
 			}
 			return nil
 		}
@@ -422,16 +429,22 @@ func (n *node) copyState() string {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		n.t.Error(err)
 	}
-	for _, name := range []string{"journal.db", "records.db", "records.boot"} {
-		b, err := os.ReadFile(filepath.Join(n.state, name))
-		if err == nil {
-			err = os.WriteFile(filepath.Join(dir, name), b, 0o600)
-		}
-		if err != nil {
-			n.t.Error(err)
-		}
+	if err := n.engine.copyState(n.state, dir); err != nil {
+		n.t.Error(err)
 	}
 	return dir
+}
+
+// copyState copies the files of the engine's state as they are at one moment, even if something is being written.
+func (e *Engine) copyState(from, to string) error {
+	boot, err := os.ReadFile(filepath.Join(from, "records.boot"))
+	if err == nil {
+		err = os.WriteFile(filepath.Join(to, "records.boot"), boot, 0o600)
+	}
+	save := func(name string) func(*bolt.Tx) error {
+		return func(tx *bolt.Tx) error { return tx.CopyFile(filepath.Join(to, name), 0o600) }
+	}
+	return errors.Join(err, e.journal.view(save("journal.db")), e.records.view(save("records.db")))
 }
 
 // leash is the engine's connection, which a test can cut: from then on no call of that
@@ -503,6 +516,13 @@ func (s *signals) line(is func(string) bool) <-chan struct{} {
 		s.waits = append(s.waits, wait{is, seen})
 	}
 	return seen
+}
+
+// has reports whether a line with that part has been logged.
+func (s *signals) has(part string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.ContainsFunc(s.lines, func(l string) bool { return strings.Contains(l, part) })
 }
 
 func (s *signals) await(t testing.TB, part string) {

@@ -219,7 +219,7 @@ func TestIncumbentEndsWhileTheJournalIsWritten(t *testing.T) {
 		time.Sleep(time.Millisecond) // the operation goes on by itself
 	}
 	// The runtime here is as fast as the kernel, so the mask may come a moment later.
-	for late = time.Now().Add(time.Second); n.sees() != "app/0 RUNNING, web/0 RUNNING"; time.Sleep(time.Millisecond) {
+	for late = time.Now().Add(waitLong); n.sees() != "app/0 RUNNING, web/0 RUNNING"; time.Sleep(time.Millisecond) {
 		if time.Now().After(late) {
 			t.Errorf("kubelet sees %s", n.sees())
 			break

@@ -212,7 +212,7 @@ func (r *restart) startGated(ctx context.Context, rec containerRecord) error {
 	if errors.Is(err, gate.ErrNotHeld) {
 		return err
 	}
-	return fmt.Errorf("%w: it has not come there within %s", gate.ErrNotHeld, gatePatience)
+	return fmt.Errorf("%w: it has not come there within %s", gate.ErrNotHeld, r.methods.gatePatience)
 }
 
 // incumbentGone reports whether the incumbent's process has ended, by the kernel's word where there is one: the runtime's
@@ -228,10 +228,11 @@ func (r *restart) incumbentGone(ctx context.Context) (bool, error) {
 	return !runs, nil
 }
 
-// awaitGone waits for the incumbent to be gone, for that long at most.
+// awaitGone waits for the incumbent to be gone, for that long at most; it asks once more when that is over.
 func (r *restart) awaitGone(ctx context.Context, patience time.Duration) (bool, error) {
 	for until := time.Now().Add(patience); ; {
-		if gone, err := r.incumbentGone(ctx); gone || err != nil || time.Now().After(until) {
+		last := time.Now().After(until)
+		if gone, err := r.incumbentGone(ctx); gone || err != nil || last {
 			return gone, err
 		}
 		if err := sleep(ctx, 50*time.Millisecond); err != nil {
@@ -261,7 +262,7 @@ func (r *restart) began(id string, at time.Time) {
 // awaitGate waits until the successor waits at its gate. The error says why it does not.
 func (r *restart) awaitGate(ctx context.Context, rec containerRecord) error {
 	g := r.methods.gate(rec.Token)
-	ctx, cancel := context.WithTimeout(ctx, gatePatience)
+	ctx, cancel := context.WithTimeout(ctx, r.methods.gatePatience)
 	defer cancel()
 	ctx, end := endWith(ctx, r.claim.Yielded())
 	defer end()

@@ -169,56 +169,76 @@ func (s scenario) stopAtEveryMoment(t *testing.T) {
 	for _, at := range s.points(t) {
 		t.Run(at.String(), func(t *testing.T) {
 			t.Parallel()
-			var n *node
-			var ready sync.WaitGroup // n and incumbent are set
-			ready.Add(1)
-			var incumbent string
-			answered := make(chan error, 1)
-			n = s.begin(t, func(p point) error {
-				if p != at {
-					return nil
+			for range tries {
+				if s.stopAt(t, at) {
+					return
 				}
-				ready.Wait()
-				go func() {
-					ctx, cancel := context.WithTimeout(context.Background(), waitLong)
-					defer cancel()
-					_, err := n.kubelet.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 2})
-					answered <- err
-				}()
-				select {
-				case <-n.log.line(func(l string) bool { return strings.Contains(l, "takes the slot back") }):
-				case err := <-answered: // nobody holds it (any more)
-					answered <- err
-				case <-time.After(waitLong):
-					t.Error("kubelet's stop neither takes back nor ends")
-				}
-				return nil
-			})
-			incumbent = n.rt.idOf(t, "app/0")
-			ready.Done()
-			op := n.finish("op")
-			if err := <-answered; err != nil {
-				t.Errorf("kubelet's stop: %v", err)
 			}
-			got := verdict(op) + "; " + n.rt.state()
-			switch got {
-			case "FAILED, app FAILED TakenBackByKubelet; app/0 EXITED, web/0 RUNNING":
-			case "FAILED, app FAILED ContainerNotRunning; app/0 EXITED, web/0 RUNNING":
-			case "SUCCEEDED, app SUCCEEDED; app/0 EXITED, app/1 RUNNING, web/0 RUNNING":
-				if len(mutating([]string{at.call})) > 0 {
-					t.Errorf("ended %s, though kubelet came before the reveal", got)
-				}
-			default:
-				t.Errorf("ended %s", got)
-			}
-			if n.sees() != n.rt.state() {
-				t.Errorf("kubelet sees %s, there is %s", n.sees(), n.rt.state())
-			}
-			if s.pod.processes {
-				s.checkProcesses(t, n)
-			}
+			t.Fatal("the moment did not come")
 		})
 	}
+}
+
+// stopAt has kubelet stop the incumbent at that moment, if it comes to it.
+func (s scenario) stopAt(t *testing.T, at point) bool {
+	t.Helper()
+	var n *node
+	var ready sync.WaitGroup // n and incumbent are set
+	ready.Add(1)
+	var incumbent string
+	answered := make(chan error, 1)
+	came := make(chan struct{})
+	n = s.begin(t, func(p point) error {
+		if !p.is(at) {
+			return nil
+		}
+		ready.Wait()
+		close(came)
+		go func() {
+			ctx, cancel := context.WithTimeout(context.Background(), waitLong)
+			defer cancel()
+			_, err := n.kubelet.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 2})
+			answered <- err
+		}()
+		select {
+		case <-n.log.line(func(l string) bool { return strings.Contains(l, "takes the slot back") }):
+		case err := <-answered: // nobody holds it (any more)
+			answered <- err
+		case <-time.After(waitLong):
+			t.Error("kubelet's stop neither takes back nor ends")
+		}
+		return nil
+	})
+	incumbent = n.rt.idOf(t, "app/0")
+	ready.Done()
+	op := n.finish("op")
+	select {
+	case <-came:
+	default:
+		s.check(t, n)
+		return false
+	}
+	if err := <-answered; err != nil {
+		t.Errorf("kubelet's stop: %v", err)
+	}
+	got := verdict(op) + "; " + n.rt.state()
+	switch got {
+	case "FAILED, app FAILED TakenBackByKubelet; app/0 EXITED, web/0 RUNNING":
+	case "FAILED, app FAILED ContainerNotRunning; app/0 EXITED, web/0 RUNNING":
+	case "SUCCEEDED, app SUCCEEDED; app/0 EXITED, app/1 RUNNING, web/0 RUNNING":
+		if len(mutating([]string{at.call})) > 0 {
+			t.Errorf("ended %s, though kubelet came before the reveal", got)
+		}
+	default:
+		t.Errorf("ended %s", got)
+	}
+	if n.sees() != n.rt.state() {
+		t.Errorf("kubelet sees %s, there is %s", n.sees(), n.rt.state())
+	}
+	if s.pod.processes {
+		s.checkProcesses(t, n)
+	}
+	return true
 }
 
 // Kubelet's CreateContainer that follows its stop finds the name free.

@@ -175,12 +175,7 @@ func (n *upNode) run() {
 func (n *upNode) crash() string {
 	n.leash.cut()
 	dir := fmt.Sprintf("%s%d", n.state, len(n.processes))
-	err := os.Mkdir(dir, 0o700)
-	for _, name := range []string{"journal.db", "records.db", "records.boot"} {
-		b, rerr := os.ReadFile(filepath.Join(n.state, name))
-		err = errors.Join(err, rerr, os.WriteFile(filepath.Join(dir, name), b, 0o600))
-	}
-	if err != nil {
+	if err := errors.Join(os.Mkdir(dir, 0o700), n.engine.copyState(n.state, dir)); err != nil {
 		n.t.Error(err)
 	}
 	n.stop()

@@ -38,16 +38,19 @@ var (
 )
 
 // Client asks kubelet. It holds no connection: calls are few, and kubelet comes and goes.
-type Client struct{ socket string }
+type Client struct {
+	socket  string
+	timeout time.Duration // of a call; [timeout], but for tests on a machine with too much to do
+}
 
 // New returns a client of the API at that unix socket. Nothing need be there.
-func New(socket string) *Client { return &Client{socket: socket} }
+func New(socket string) *Client { return &Client{socket: socket, timeout: timeout} }
 
 // Pod returns the pod with that UID as kubelet sees it now, which may be ahead of the API server.
 //
 // Errors: [ErrNotFound], [ErrUnavailable], ctx's, or that the answer makes no sense.
 func (c *Client) Pod(ctx context.Context, uid string) (*Pod, error) {
-	call, cancel := context.WithTimeout(ctx, timeout)
+	call, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
 	conn, err := grpc.NewClient("passthrough:///"+c.socket,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),

@@ -219,7 +219,7 @@ func command(out io.Writer, args ...string) *cobra.Command {
 func (d *daemon) run(t *testing.T, args ...string) (string, error) {
 	t.Helper()
 	var out bytes.Buffer
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	err := command(&out, append(args, "--admin-socket", d.socket)...).ExecuteContext(ctx)
 	return out.String(), err
@@ -604,7 +604,7 @@ func (b *buffer) await(t *testing.T, want string) {
 	t.Helper()
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
-	give := time.After(20 * time.Second)
+	give := time.After(2 * time.Minute)
 	for !strings.Contains(b.String(), want) {
 		select {
 		case <-tick.C:

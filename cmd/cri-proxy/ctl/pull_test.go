@@ -203,7 +203,7 @@ func newImageDaemon(t *testing.T) *imageDaemon {
 func (d *imageDaemon) run(t *testing.T, args ...string) (string, error) {
 	t.Helper()
 	var out bytes.Buffer
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	err := command(&out, append(args, "--admin-socket", d.socket)...).ExecuteContext(ctx)
 	return out.String(), err

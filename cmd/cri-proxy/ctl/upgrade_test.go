@@ -166,7 +166,7 @@ func (d *upgradeDaemon) WatchOperation(_ *opsv1.WatchOperationRequest, s grpc.Se
 func (d *upgradeDaemon) run(t *testing.T, args ...string) (string, error) {
 	t.Helper()
 	var out bytes.Buffer
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	err := command(&out, append(args, "--admin-socket", d.socket)...).ExecuteContext(ctx)
 	return out.String(), err
@@ -333,7 +333,7 @@ func TestUpgradeRefused(t *testing.T) {
 func TestUpgradeInterrupted(t *testing.T) {
 	t.Setenv("SUDO_USER", "alice")
 	start := func(t *testing.T, d *upgradeDaemon, out io.Writer, args ...string) <-chan error {
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 		t.Cleanup(cancel)
 		over := make(chan error, 1)
 		go func() {

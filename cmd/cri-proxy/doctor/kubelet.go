@@ -49,7 +49,9 @@ func (x *examination) kubelet() {
 	for _, k := range kubelets(x.o.Proc) {
 		endpoint, images, err := x.endpoint(k)
 		if err != nil {
-			x.warn(check, "", "%s: %v", k, err)
+			if args, readErr := os.ReadFile(filepath.Join(x.o.Proc, strconv.Itoa(k.pid), "cmdline")); readErr == nil && len(args) > 0 { // it still runs
+				x.warn(check, "", "%s: %v", k, err)
+			}
 			continue
 		}
 		if x.toldWhere(check, k, endpoint, images, through >= 0 && toProxy[through].pid == k.pid || past >= 0 && toRuntime[past].pid == k.pid) {

