@@ -25,7 +25,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
-// The cluster of this run: two nodes, and a third that joins in a test.
+// The cluster of this run: two nodes, a third that joins in the first test, and two that join for a DaemonSet.
 var (
 	bed *testbed.Bed
 	api client.Client
@@ -44,7 +44,7 @@ func run(m *testing.M) (code int, err error) {
 	ctx := context.Background()
 	failed := false
 	bed, err = testbed.Start(ctx, testbed.Options{
-		Mode: testbed.ModeCluster, Nodes: 3, Later: 1, Namespaces: true, Race: true, Log: os.Stderr, KeepLogs: func() bool { return failed },
+		Mode: testbed.ModeCluster, Nodes: 5, Later: 3, Namespaces: true, Race: true, Log: os.Stderr, KeepLogs: func() bool { return failed },
 	})
 	if err != nil {
 		return 0, err

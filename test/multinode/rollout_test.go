@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -54,12 +55,17 @@ func rolloutStatus(t *testing.T, name string) inplace.InPlaceRolloutStatus {
 	return r.Status
 }
 
-// TestRolloutOfDaemonSet changes a DaemonSet over three nodes, with a partition and a pause, and back, when one node does not answer for a
+// TestRolloutOfDaemonSet changes a DaemonSet over five nodes, with a partition and a pause, and back, when one node does not answer for a
 // while.
 func TestRolloutOfDaemonSet(t *testing.T) {
 	if bed.Pid("n2-kubelet") == 0 {
 		t.Fatal("the third node joins in TestImagePullJob")
 	}
+	var join errgroup.Group
+	for _, n := range bed.Nodes[3:] {
+		join.Go(func() error { return n.Join(t.Context()) })
+	}
+	must(t, join.Wait())
 	one, two := bed.Image("app:1"), bed.Image("app:2")
 	must(t, bed.KubectlApply(t.Context(), fmt.Sprintf(`
 apiVersion: apps/v1
@@ -104,18 +110,18 @@ spec:
 			}
 		}
 	}
-	// One pod first, and no more while the rollout is paused.
-	apply(fmt.Sprintf("  strategy: {partition: 2}\n  containers: [{name: app, image: %q}]", two))
-	poll(t, "one pod is updated", func() bool { return rolloutStatus(t, "agent").Updated == 1 })
+	// Two pods first, and no more while the rollout is paused.
+	apply(fmt.Sprintf("  strategy: {partition: 3}\n  containers: [{name: app, image: %q}]", two))
+	poll(t, "two pods are updated", func() bool { return rolloutStatus(t, "agent").Updated == 2 })
 	apply(fmt.Sprintf("  paused: true\n  strategy: {partition: 0}\n  containers: [{name: app, image: %q}]", two))
 	poll(t, "the rollout is paused", func() bool {
 		c := meta.FindStatusCondition(rolloutStatus(t, "agent").Conditions, inplace.ConditionProgressing)
 		return c != nil && c.Reason == inplace.ReasonPaused
 	})
-	if s := rolloutStatus(t, "agent"); s.Updated != 1 {
+	if s := rolloutStatus(t, "agent"); s.Updated != 2 {
 		t.Errorf("paused: %+v", s)
 	}
-	apply(fmt.Sprintf("  containers: [{name: app, image: %q}]", two))
+	apply(fmt.Sprintf("  strategy: {maxUnavailable: 2}\n  containers: [{name: app, image: %q}]", two))
 	complete(two, 1)
 
 	// And back, while the commands of one node lead nowhere: it is skipped for now, and holds nobody up who can go on.
@@ -123,7 +129,7 @@ spec:
 	apply(fmt.Sprintf("  containers: [{name: app, image: %q}]", one))
 	poll(t, "the other nodes are updated", func() bool {
 		s := rolloutStatus(t, "agent")
-		return s.TargetImages["app"] == one && s.Updated == 2
+		return s.TargetImages["app"] == one && s.Updated == 4
 	})
 	must(t, bed.Process("n1-cri-proxy").Signal(syscall.SIGCONT))
 	complete(one, 2)
