@@ -54,7 +54,6 @@ var upMore = map[string][]string{
 
 // upReduced are those of every day.
 var upReduced = []string{
-	"UpgradeStopFirst/gate/stop/kill-proxy",
 	"UpgradeStopFirst/gate/armed/kill-controller",
 	"UpgradeStopFirst/gate/revealed/restart-kubelet",
 	"UpgradeStartFirst/overlap/ready/kill-proxy",
