@@ -222,9 +222,12 @@ func (c *check) leaks() {
 	}
 }
 
-// attempt is the successor's.
+// attempt is the successor's, with or without an operation that is known.
 func (c *check) attempt() uint32 {
 	if len(c.after.Operation.GetContainers()) != 1 {
+		if was := running(c.before.Runtime); was != nil {
+			return was.Attempt + 1
+		}
 		return 0
 	}
 	return c.after.Operation.GetContainers()[0].GetAttempt()

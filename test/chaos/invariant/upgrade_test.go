@@ -47,6 +47,12 @@ func rolledBackLater() *Facts {
 	return f
 }
 
+// withLog has kept the log of a container that ended beside the incumbent.
+func withLog(f *Facts) *Facts {
+	f.Logs = append(f.Logs, 1)
+	return f
+}
+
 func TestCheckUpgradeIsContent(t *testing.T) {
 	for name, tt := range map[string]struct {
 		after *Facts
@@ -56,6 +62,7 @@ func TestCheckUpgradeIsContent(t *testing.T) {
 		"rolled back at once": {rolledBackAtOnce(), Expect{Outcome: Fails, Untouched: true}},
 		"rolled back later":   {rolledBackLater(), Expect{Outcome: Fails}},
 		"either":              {rolledBackAtOnce(), Expect{}},
+		"its log is kept":     {withLog(rolledBackAtOnce()), Expect{Outcome: Fails, Untouched: true, Overlap: true}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			tt.want.Image = "app:2"
