@@ -62,6 +62,7 @@ type bed struct {
 // inBed runs f in a bubble with a bed.
 func inBed(t *testing.T, f func(*testing.T, *bed)) {
 	t.Helper()
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		scheme, err := nodes.NewScheme()
 		if err != nil {

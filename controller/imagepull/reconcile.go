@@ -294,7 +294,10 @@ func (p *pass) conclude(ctx context.Context) (time.Duration, error) {
 	if due {
 		u.pace.wrote(now, n, idle)
 	}
-	u.woken = !due && wait > 0 && wait <= writeGap
+	u.woken, u.planned = !due && wait > 0 && wait <= writeGap, time.Time{}
+	if wait > 0 {
+		u.planned = now.Add(wait)
+	}
 	u.mu.Unlock()
 
 	if always && (finished || late) {

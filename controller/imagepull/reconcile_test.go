@@ -162,6 +162,31 @@ func TestNever(t *testing.T) {
 	})
 }
 
+// A reconciler that has looked just when a node had failed, and was still being talked to, is woken to try it again in time.
+func TestPlanAhead(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		w := &wish{never: true, request: &opsv1.PullRequest{}, nodes: []target{{node: nodes.Node{Name: "poor"}, ready: true}}}
+		w.parallelism = *parallel(1)
+		woken := 0
+		u := newRun(b.r, w, false, func() { woken++ })
+		u.mu.Lock()
+		m := u.members[0]
+		u.talk(m, func(context.Context, int) {
+			u.mu.Lock()
+			defer u.mu.Unlock()
+			u.setPhase(m, failed)
+			m.retryAt = time.Now().Add(retryMin)
+			u.planned, u.woken, u.pace.dirty = time.Now().Add(19*time.Hour), false, false // what the reconciler leaves, for another node
+		})
+		u.mu.Unlock()
+		synctest.Wait()
+		if woken != 1 {
+			t.Errorf("woken %d times", woken)
+		}
+		u.close()
+	})
+}
+
 func TestPausedAndResumed(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addMany(4, time.Minute)

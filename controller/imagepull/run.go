@@ -125,7 +125,9 @@ type run struct {
 	older bool
 	// woken says that the reconciler has been woken, or wakes by itself soon.
 	woken bool
-	pace  pace
+	// planned is when the reconciler looks by itself, at the latest; zero means never.
+	planned time.Time
+	pace    pace
 	// keys were read at keysAt.
 	keys   *pullsecrets.Keyring
 	keysAt time.Time
@@ -400,6 +402,18 @@ func (u *run) news() {
 	}
 }
 
+// planAhead wakes the reconciler if it would look too late by itself: a node to which something was being said when it looked last was left out
+// of nextLook. The caller holds the mutex.
+func (u *run) planAhead(now time.Time) {
+	if u.woken || u.closed {
+		return
+	}
+	if look := u.nextLook(now); look > 0 && (u.planned.IsZero() || now.Add(look).Before(u.planned)) {
+		u.woken = true
+		u.wake()
+	}
+}
+
 // talk runs f in a goroutine of the node's. f gets the epoch it belongs to. The caller holds the mutex.
 func (u *run) talk(m *member, f func(ctx context.Context, epoch int)) {
 	epoch, ended := m.epoch, make(chan struct{})
@@ -418,8 +432,10 @@ func (u *run) talk(m *member, f func(ctx context.Context, epoch int)) {
 		defer u.mu.Unlock()
 		m.ended, m.cancel = nil, nil
 		close(ended)
-		u.kick(time.Now())
+		now := time.Now()
+		u.kick(now)
 		u.news()
+		u.planAhead(now)
 	})
 }
 

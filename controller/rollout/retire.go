@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
@@ -172,7 +173,9 @@ func (p *pass) undoTraces(ctx context.Context) (bool, error) {
 // controller goes on. It says whether all is done.
 func (p *pass) stepBack(ctx context.Context, why string) (bool, error) {
 	done := true
+	there := map[types.UID]bool{}
 	for _, pod := range p.target.pods {
+		there[pod.UID] = true
 		m := p.work.memberOf(pod, p.goal.revision)
 		p.work.mu.Lock()
 		if t := m.visit; t != nil && !t.over && (m.mark == nil || m.mark.Operation != t.uid) {
@@ -192,6 +195,7 @@ func (p *pass) stepBack(ctx context.Context, why string) (bool, error) {
 			return false, client.IgnoreNotFound(err)
 		}
 	}
+	p.work.keep(there)
 	if w := p.target.workload; w != nil {
 		settled, err := w.settle(ctx)
 		return done && settled, err
