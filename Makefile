@@ -96,7 +96,7 @@ soak: ## restarts over 50 pods under traffic, SOAK_TIME (10m) long or SOAK_RESTA
 	@go run ./test/soak $(if $(SOAK_TIME),-time $(SOAK_TIME)) $(if $(SOAK_RESTARTS),-restarts $(SOAK_RESTARTS)) $(SOAK_ARGS)
 
 .PHONY: chaos
-chaos: ## the whole crash matrix on a real cluster, restarts and upgrades, and probes and kills at every step of an upgrade, about 45 minutes; needs root
+chaos: ## the whole crash matrix on a real cluster, restarts and upgrades, and probes and kills at every step of an upgrade, about an hour; needs root
 	@CHAOS=full go test -race -count=1 -timeout $(CHAOS_TIMEOUT) -v -run '^TestMatrix$$' ./test/chaos
 	@CHAOS=full go test -race -count=1 -timeout $(E2E_TIMEOUT) -v -run '^(TestKillDuringUpgrade|TestLivenessAtEachStepOfUpgrade)$$' ./test/e2e
 

@@ -37,7 +37,7 @@ var (
 	}
 	upBrokenPoints       = []string{"armed", "running", "started", "revealed", "adopt", "done"}
 	upBrokenBesidePoints = []string{"start", "running", "undo", "done"}
-	upBackPoints         = []string{"pulling", "held", "gated", "armed", "stop", "stopped", "revealed", "adopt", "done"}
+	upBackPoints         = []string{"held", "armed", "stop", "revealed", "adopt", "done"}
 )
 
 // controllers are the steps that only the controller knows.

@@ -25,8 +25,9 @@ import (
 	"github.com/cri-proxy/cri-proxy/test/chaos/invariant"
 )
 
-// backAfter is how long a pod may take to get ready with the image that never does, in seconds.
-const backAfter = 5
+// backAfter is how long a pod may take to get ready with the image that never does, in seconds. A kubelet whose calls failed when the proxy was
+// restarted for the case looks at the pod again only after its back-off of some 15 s.
+const backAfter = 25
 
 // adoptPatience is more than the two minutes for which the node waits for a kubelet that has no reason to call any more.
 const adoptPatience = 150 * time.Second
