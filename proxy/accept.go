@@ -119,14 +119,18 @@ func (a *accepting) resume() {
 	a.paused = nil
 }
 
-// close ends accepting for good.
+// close ends accepting for good. Not even for a moment does it go on after a pause: what is in the queue may be another process's.
 func (a *accepting) close() {
-	a.resume()
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if !a.closed {
-		a.closed = true
-		_ = a.Listener.Close()
+	if a.closed {
+		return
+	}
+	a.closed = true
+	_ = a.Listener.Close()
+	if a.paused != nil {
+		close(a.paused)
+		a.paused = nil
 	}
 }
 
@@ -290,6 +294,16 @@ func (s *Server) finish() []*turn {
 	}
 	s.turns[s.turn] = true
 	return slices.Collect(maps.Keys(s.turns))
+}
+
+// hangUp closes the connections of a turn. gRPC's Stop does so, too, but waits for those that have not begun to speak HTTP/2, for up to two minutes.
+func (s *Server) hangUp(t *turn) {
+	s.mu.Lock()
+	conns := slices.Collect(maps.Keys(t.conns))
+	s.mu.Unlock()
+	for _, c := range conns {
+		_ = c.Close()
+	}
 }
 
 // Pause leaves connections that come in the sockets' queues, where another process may take them, until Resume. It returns when nothing more

@@ -171,3 +171,63 @@ func TestPause(t *testing.T) {
 		t.Errorf("%+v", s)
 	}
 }
+
+// What comes after a pause is another process's, which has the socket, too: a server that ends while it is paused takes nothing of it.
+func TestEndAfterPause(t *testing.T) {
+	up, err := proxy.NewUpstream(filepath.Join(t.TempDir(), "none"), proxy.UpstreamOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer up.Close()
+	for range 200 {
+		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(t.TempDir(), "s"), Net: "unix"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.SetUnlinkOnClose(false)
+		f, err := l.File()
+		if err != nil {
+			t.Fatal(err)
+		}
+		other, err := net.FileListener(f)
+		if err := errors.Join(err, f.Close()); err != nil {
+			t.Fatal(err)
+		}
+		s := proxy.NewServer(up, proxy.Options{})
+		served := make(chan error, 1)
+		go func() { served <- s.Serve(l) }()
+		before, err := net.Dial("unix", l.Addr().String()) // says nothing, which does not keep the server from its end
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := before.Read(make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Pause(testContext(t)); err != nil {
+			t.Fatal(err)
+		}
+		after, err := net.Dial("unix", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.Stop()
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+		_ = other.(*net.UnixListener).SetDeadline(time.Now().Add(waitLong))
+		taken := make(chan struct{})
+		go func() { // ends with the connection
+			if _, err := after.Read(make([]byte, 1)); err != nil {
+				_ = other.Close()
+			}
+			close(taken)
+		}()
+		c, err := other.Accept()
+		if err != nil {
+			t.Fatalf("the server has taken it: %v", err)
+		}
+		_ = errors.Join(c.Close(), before.Close())
+		<-taken
+		_ = errors.Join(after.Close(), other.Close())
+	}
+}

@@ -163,6 +163,7 @@ func (s *Server) Drain(ctx context.Context) error {
 func (s *Server) Stop() {
 	s.flight.endStreams(true)
 	for _, t := range s.finish() {
+		s.hangUp(t)
 		t.grpc.Stop()
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), streamEndGrace)
