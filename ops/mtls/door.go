@@ -61,7 +61,9 @@ func (d *door) enter(g *guest) *guest {
 	if d.strangers.Len() <= maxStrangers {
 		return nil
 	}
-	return d.strangers.Front().Value.(*guest)
+	oldest := d.strangers.Front().Value.(*guest)
+	oldest.leaveLocked() // it is not let in any more
+	return oldest
 }
 
 // letIn is called for a connection whose client is known by now. One that came through no door needs no place.
