@@ -53,6 +53,21 @@ func (d *door) Accept() (net.Conn, error) {
 	return g, nil
 }
 
+// Close implements [net.Listener]. Strangers have to go, too: gRPC's Stop waits for every handshake, and kubelet's calls may wait for that.
+func (d *door) Close() error {
+	err := d.Listener.Close()
+	d.mu.Lock()
+	var all []*guest
+	for e := d.strangers.Front(); e != nil; e = e.Next() {
+		all = append(all, e.Value.(*guest))
+	}
+	d.mu.Unlock()
+	for _, g := range all {
+		_ = g.Close()
+	}
+	return err
+}
+
 // enter returns the stranger who has to give way to g.
 func (d *door) enter(g *guest) *guest {
 	d.mu.Lock()

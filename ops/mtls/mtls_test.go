@@ -515,6 +515,30 @@ func TestPlaces(t *testing.T) {
 	}
 }
 
+// TestEndWithStrangers: a server that stops does not wait for who says nothing.
+func TestEndWithStrangers(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := mtls.LimitListener(l)
+	silent, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	if _, err := d.Accept(); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+	_ = silent.SetReadDeadline(time.Now().Add(waitLong))
+	if _, err := silent.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the stranger stays: %v", err)
+	}
+}
+
 func ask(t *testing.T, conn *grpc.ClientConn) error {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), waitLong)
