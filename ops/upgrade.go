@@ -5,9 +5,11 @@ package ops
 
 import (
 	"context"
+	"slices"
 	"strings"
 	"time"
 
+	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -63,7 +65,41 @@ func (s *Server) PrepareUpgrade(ctx context.Context, req *opsv1.PrepareUpgradeRe
 	if o, err = s.e.accept(o); err != nil {
 		return nil, err
 	}
+	s.e.supersede(o)
 	return o.snapshot(), nil
+}
+
+// supersede takes back what the owner of an upgrade has had prepared before for the same container and not committed: something else is wanted
+// by now, and would wait for it.
+func (e *Engine) supersede(by *operation) {
+	for _, o := range e.activeOperations() {
+		if o == by || !sameSubject(o, by) || o.isCommitted() {
+			continue
+		}
+		log := e.log.WithFields(logrus.Fields{"op": o.req.GetUid(), "by": by.req.GetUid()})
+		if err := e.cancel(o, "its owner wants something else: "+by.req.GetUid()); err != nil {
+			log.WithError(err).Warn("an upgrade that is wanted no more was not cancelled")
+		} else {
+			log.Info("an upgrade that is wanted no more was cancelled")
+		}
+	}
+}
+
+// sameSubject says that two upgrades have one owner and a container in common.
+func sameSubject(a, b *operation) bool {
+	if a.upgrade.GetOwner() == "" || a.upgrade.GetOwner() != b.upgrade.GetOwner() || a.op.GetPod().GetUid() != b.op.GetPod().GetUid() { // pods never change
+		return false
+	}
+	return slices.ContainsFunc(a.req.GetContainers(), func(x *opsv1.ContainerRestart) bool {
+		return slices.ContainsFunc(b.req.GetContainers(), func(y *opsv1.ContainerRestart) bool { return x.GetName() == y.GetName() })
+	})
+}
+
+// isCommitted says that the pod's spec may have been patched for an upgrade.
+func (o *operation) isCommitted() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.isReleased
 }
 
 // restartOf is what an upgrade has in common with a restart.

@@ -497,6 +497,43 @@ func TestUpgradeLeftToKubelet(t *testing.T) {
 	})
 }
 
+// What an owner has had prepared and not committed does not stand in the way of what it wants now. What somebody else wants, or what is
+// committed, is waited for.
+func TestUpgradeSuperseded(t *testing.T) {
+	by := func(owner, image string) func(*opsv1.PrepareUpgradeRequest) {
+		return func(r *opsv1.PrepareUpgradeRequest) {
+			r.Owner, r.Containers[0].Image, r.HoldTimeout, r.PrepareTimeout = owner, image, seconds(3600), seconds(7200)
+		}
+	}
+	for _, tc := range []struct {
+		name  string
+		first func(*upNode)
+		over  bool // the first one ends by the second
+	}{
+		{"prepared", func(n *upNode) { n.prepared("one", by("rollout", "app:v2")) }, true},
+		{"being prepared", func(n *upNode) { n.begin("one", by("rollout", "app:v2")) }, true},
+		{"found by the next process", func(n *upNode) { n.prepared("one", by("rollout", "app:v2")); n.reboot(n.crash()) }, true},
+		{"committed", func(n *upNode) { n.armed("one", by("rollout", "app:v2")) }, false},
+		{"of another owner", func(n *upNode) { n.prepared("one", by("other", "app:v2")) }, false},
+		{"of nobody", func(n *upNode) { n.prepared("one", by("", "app:v2")) }, false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			inUpNode(t, func(t *testing.T, n *upNode) {
+				tc.first(n)
+				began := time.Now()
+				n.begin("two", by("rollout", "app:v3"))
+				n.until("one", opsv1.Phase_PHASE_CANCELLED, opsv1.Phase_PHASE_FAILED)
+				took := time.Since(began)
+				if got := verdict(n.until("one")); tc.over != (took < time.Minute) || tc.over != strings.HasPrefix(got, "CANCELLED") {
+					t.Errorf("the first one ended %s after %s", got, took)
+				}
+				n.until("two", opsv1.Phase_PHASE_PREPARED)
+				n.ends("two", "FAILED, app FAILED HoldTimeout", untouched)
+			})
+		})
+	}
+}
+
 // The time for which an upgrade waits is one, however many processes wait.
 func TestUpgradeHoldOutlivesProcesses(t *testing.T) {
 	for name, wait := range map[string]func(*testing.T, *upNode, func(*opsv1.PrepareUpgradeRequest)){

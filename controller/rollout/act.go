@@ -225,6 +225,9 @@ func (p *pass) write(ctx context.Context, i *item, operation string) error {
 		return fmt.Errorf("changing pod %s: %w", i.pod.Name, err)
 	}
 	i.m.written = versionOf(target.ResourceVersion)
+	if operation == "" {
+		p.abortMarked(i.m, "the pod was changed otherwise")
+	}
 	p.r.Metrics.wrote("pod")
 	p.log.WithField("pod", i.pod.Name).WithField("op", operation).WithField("revision", i.goal.revision).Info("pod changed")
 	return nil

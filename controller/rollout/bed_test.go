@@ -107,7 +107,7 @@ func inBed(t *testing.T, f func(*testing.T, *bed)) {
 			}
 		}
 		b.ctx, b.stop = context.WithCancel(context.Background())
-		b.fleet.swap = b.swapped
+		b.fleet.swap, b.fleet.runs = b.swapped, b.runs
 		// Without managed fields, which nobody reads and most of the time would go into.
 		tracker := clienttesting.NewObjectTracker(scheme, serializer.NewCodecFactory(scheme).UniversalDecoder())
 		b.api = fake.NewClientBuilder().WithScheme(scheme).WithObjectTracker(tracker).WithStatusSubresource(&rollout{}).Build()

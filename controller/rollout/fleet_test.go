@@ -33,9 +33,13 @@ type fleet struct {
 	holds time.Duration
 	// swap lets the pod's container be replaced, for Restart.
 	swap func(podUID, container, id string)
-	ctx  context.Context
-	stop context.CancelFunc
-	wg   sync.WaitGroup
+	// runs is the image that a pod's container runs.
+	runs func(podUID, container string) string
+	// serial counts operations.
+	serial int
+	ctx    context.Context
+	stop   context.CancelFunc
+	wg     sync.WaitGroup
 }
 
 // simNode is one node. The fields say how it behaves.
@@ -55,6 +59,9 @@ type simOp struct {
 	op       *opsv1.Operation
 	changed  chan struct{}
 	upgrades []*opsv1.ContainerUpgrade
+	// serial is the place among all operations, committed that the pod may have been changed for it.
+	serial    int
+	committed bool
 }
 
 func newFleet() *fleet {
@@ -145,6 +152,13 @@ func (f *fleet) PrepareUpgrade(ctx context.Context, n controller.Node, r *opsv1.
 	o := &simOp{request: bare, changed: make(chan struct{}), upgrades: r.GetContainers(), op: &opsv1.Operation{
 		Uid: r.GetUid(), Kind: "Upgrade", Pod: r.GetPod(), Phase: opsv1.Phase_PHASE_PULLING, CreateTime: timestamppb.Now(),
 	}}
+	for _, other := range node.ops {
+		if was, ok := other.request.(*opsv1.PrepareUpgradeRequest); ok && was.GetOwner() == r.GetOwner() && was.GetPod().GetUid() == r.GetPod().GetUid() && !other.committed {
+			f.cancel(other, "its owner wants something else")
+		}
+	}
+	f.serial++
+	o.serial = f.serial
 	broken := ""
 	for _, c := range r.GetContainers() {
 		o.op.Containers = append(o.op.Containers, &opsv1.ContainerOperation{Name: c.GetName(), Image: c.GetImage(), Phase: opsv1.Phase_PHASE_PULLING, IncumbentId: bareID(c.GetExpectedContainerId())})
@@ -160,6 +174,13 @@ func (f *fleet) PrepareUpgrade(ctx context.Context, n controller.Node, r *opsv1.
 	f.wg.Go(func() {
 		if deaf || !pause(f.ctx, takes) {
 			return
+		}
+		if !f.turn(node, o, r.GetPrepareTimeout().AsDuration()) {
+			broken = "PrepareTimeout"
+		} else if !slices.ContainsFunc(r.GetContainers(), func(c *opsv1.ContainerUpgrade) bool {
+			return f.runs(r.GetPod().GetUid(), c.GetName()) != c.GetImage()
+		}) {
+			broken = reasonUnchanged
 		}
 		f.mu.Lock()
 		defer f.mu.Unlock()
@@ -186,6 +207,35 @@ func (f *fleet) PrepareUpgrade(ctx context.Context, n controller.Node, r *opsv1.
 	return proto.Clone(o.op).(*opsv1.Operation), nil
 }
 
+// turn waits until nothing that was there before has the pod's containers.
+func (f *fleet) turn(node *simNode, o *simOp, limit time.Duration) bool {
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	for {
+		f.mu.Lock()
+		var first *simOp
+		for _, other := range node.ops {
+			if other.serial < o.serial && other.op.GetPod().GetUid() == o.op.GetPod().GetUid() && other.op.GetFinishTime() == nil {
+				first = other
+			}
+		}
+		if first == nil || o.op.GetFinishTime() != nil {
+			f.mu.Unlock()
+			return true
+		}
+		changed, over := first.changed, o.changed
+		f.mu.Unlock()
+		select {
+		case <-changed:
+		case <-over:
+		case <-timer.C:
+			return false
+		case <-f.ctx.Done():
+			return true
+		}
+	}
+}
+
 func (f *fleet) CommitUpgrade(ctx context.Context, n controller.Node, uid string) (*opsv1.Operation, error) {
 	const method = "CommitUpgrade"
 	node, err := f.node(ctx, n, method)
@@ -202,6 +252,7 @@ func (f *fleet) CommitUpgrade(ctx context.Context, n controller.Node, uid string
 	case o.op.GetPhase() != opsv1.Phase_PHASE_PREPARED:
 		return nil, answer(n, method, codes.FailedPrecondition, "the operation is "+o.op.GetPhase().String())
 	default:
+		o.committed = true
 		f.wg.Go(func() {
 			if pause(f.ctx, 100*time.Millisecond) {
 				f.mu.Lock()
@@ -256,13 +307,32 @@ func (f *fleet) AbortUpgrade(ctx context.Context, n controller.Node, uid, reason
 	if o == nil {
 		return nil, answer(n, method, codes.NotFound, "no such operation")
 	}
+	f.cancel(o, reason)
+	return proto.Clone(o.op).(*opsv1.Operation), nil
+}
+
+func (f *fleet) cancel(o *simOp, reason string) {
 	f.update(o, func(op *opsv1.Operation) {
 		op.Phase, op.Message = opsv1.Phase_PHASE_CANCELLED, reason
 		for _, c := range op.GetContainers() {
 			c.Reason = "Cancelled"
 		}
 	})
-	return proto.Clone(o.op).(*opsv1.Operation), nil
+}
+
+// unfinished are the operations that nodes still have.
+func (f *fleet) unfinished() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var all []string
+	for name, node := range f.nodes {
+		for _, o := range node.ops {
+			if o.op.GetFinishTime() == nil {
+				all = append(all, fmt.Sprintf("%s: %s of %s is %s", name, o.op.GetUid(), o.op.GetPod().GetName(), o.op.GetPhase()))
+			}
+		}
+	}
+	return all
 }
 
 func (f *fleet) Restart(ctx context.Context, n controller.Node, r *opsv1.RestartRequest) (*opsv1.Operation, error) {
@@ -276,7 +346,8 @@ func (f *fleet) Restart(ctx context.Context, n controller.Node, r *opsv1.Restart
 		return proto.Clone(o.op).(*opsv1.Operation), nil
 	}
 	node.restarts = append(node.restarts, r)
-	o := &simOp{request: r, changed: make(chan struct{}), op: &opsv1.Operation{Uid: r.GetUid(), Kind: "Restart", Pod: r.GetPod(), Phase: opsv1.Phase_PHASE_STAGING, CreateTime: timestamppb.Now()}}
+	f.serial++
+	o := &simOp{request: r, changed: make(chan struct{}), serial: f.serial, op: &opsv1.Operation{Uid: r.GetUid(), Kind: "Restart", Pod: r.GetPod(), Phase: opsv1.Phase_PHASE_STAGING, CreateTime: timestamppb.Now()}}
 	node.ops[r.GetUid()] = o
 	f.wg.Go(func() {
 		if !pause(f.ctx, time.Second) {

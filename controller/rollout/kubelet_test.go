@@ -180,3 +180,13 @@ func (b *bed) swapped(podUID, container, id string) {
 		})
 	}
 }
+
+// runs is the image that a pod's container runs.
+func (b *bed) runs(podUID, container string) string {
+	for _, pod := range b.pods() {
+		if string(pod.UID) == podUID {
+			return runningImage(pod, container)
+		}
+	}
+	return ""
+}

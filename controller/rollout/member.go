@@ -98,23 +98,24 @@ type talk struct {
 	committed bool
 }
 
-// memberOf finds the member of a pod, or makes it.
-func (w *work) memberOf(pod *corev1.Pod, revision string) *member {
+// memberOf finds the member of a pod, or makes it. If it was about another revision, the conversation about the upgrade for that is returned, too.
+func (w *work) memberOf(pod *corev1.Pod, revision string) (m *member, dropped *talk) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	m := w.members[pod.UID]
+	m = w.members[pod.UID]
 	if m == nil {
 		m = &member{uid: pod.UID, revision: revision}
 		w.members[pod.UID] = m
 	}
 	if m.revision != revision {
+		dropped = m.visit
 		w.drop(m)
 		*m = member{uid: pod.UID, revision: revision, written: m.written, turn: m.turn, node: m.node, readySeen: m.readySeen, readyIDs: m.readyIDs, marked: m.marked, mark: m.mark}
 	}
 	if text := pod.Annotations[inplace.PodStateAnnotation]; text != m.marked {
 		m.marked, m.mark = text, markOf(pod)
 	}
-	return m
+	return m, dropped
 }
 
 // drop ends the conversations about a member. The caller holds the mutex.

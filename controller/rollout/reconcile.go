@@ -272,7 +272,7 @@ func (p *pass) gather() {
 		begun = t.Time
 	}
 	for _, pod := range p.target.pods {
-		m := p.work.memberOf(pod, p.goal.revision)
+		m := p.memberOf(pod)
 		there[pod.UID] = true
 		if !active(pod) {
 			if pod.DeletionTimestamp == nil && m.mark.by(p.goal) {
@@ -303,7 +303,7 @@ func (p *pass) gather() {
 		}
 		p.items = append(p.items, i)
 	}
-	p.work.keep(there)
+	p.keep(there)
 }
 
 // decide plans what to do with the pods.

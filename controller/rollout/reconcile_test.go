@@ -181,6 +181,9 @@ func TestFailure(t *testing.T) {
 					if got := b.images("app"); got["app:1"] != 6 || r.Status.Updated != 0 || r.Status.Ready != 6 {
 						t.Errorf("images %v, status %+v", got, r.Status)
 					}
+					if got := b.fleet.unfinished(); len(got) > 0 {
+						t.Errorf("nodes still have %q", got)
+					}
 					// The next image goes its way.
 					b.edit("all", func(r *rollout) { r.Spec.Containers[0].Image = "app:2" })
 					r = b.until("ended", "all", 10*time.Minute, func(r *rollout) bool { return ended(r) && r.Status.ObservedGeneration == 2 })
@@ -189,6 +192,42 @@ func TestFailure(t *testing.T) {
 			})
 		})
 	}
+}
+
+// What nodes have ready for a change that is taken back, or for images that are not wanted any more, they do not keep: it would stand in the
+// way of what comes next.
+func TestNothingStaysReady(t *testing.T) {
+	t.Run("kubelet has not come", func(t *testing.T) {
+		inBed(t, func(t *testing.T, b *bed) {
+			b.addNodes(2)
+			b.addPods(4, 2)
+			b.kubelet.sync = 5 * time.Minute
+			b.create("all", spec{Target: all(), Containers: to("app:2"), Strategy: settings{MaxUnavailable: number(2), ProgressDeadlineSeconds: 30}})
+			b.until("back", "all", 10*time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionComplete) == "False RolledBack" })
+			if got := b.fleet.unfinished(); len(got) > 0 || b.images("app")["app:1"] != 4 {
+				t.Errorf("nodes still have %q; images %v", got, b.images("app"))
+			}
+			for _, pod := range b.pods() {
+				if got := pod.Spec.Containers[0].Image; got != "app:1" {
+					t.Errorf("pod %s is to run %s", pod.Name, got)
+				}
+			}
+		})
+	})
+	t.Run("another image is wanted", func(t *testing.T) {
+		inBed(t, func(t *testing.T, b *bed) {
+			b.addNodes(2)
+			b.addPods(6, 2)
+			b.create("all", spec{Target: all(), Containers: to("app:2"), Strategy: settings{MaxUnavailable: number(1)}})
+			b.until("on its way", "all", time.Minute, func(r *rollout) bool { return b.images("app")["app:2"] >= 1 })
+			b.edit("all", func(r *rollout) { r.Spec.Containers[0].Image = "app:3" })
+			r := b.until("ended", "all", 2*time.Minute, func(r *rollout) bool { return ended(r) && r.Status.ObservedGeneration == 2 })
+			b.want(r, "True RolledOut", "6/6/6/0/0")
+			if got := b.fleet.unfinished(); len(got) > 0 {
+				t.Errorf("nodes still have %q", got)
+			}
+		})
+	})
 }
 
 // A partition keeps pods; lowering it goes on.

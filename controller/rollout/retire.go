@@ -176,7 +176,7 @@ func (p *pass) stepBack(ctx context.Context, why string) (bool, error) {
 	there := map[types.UID]bool{}
 	for _, pod := range p.target.pods {
 		there[pod.UID] = true
-		m := p.work.memberOf(pod, p.goal.revision)
+		m := p.memberOf(pod)
 		p.work.mu.Lock()
 		if t := m.visit; t != nil && !t.over && (m.mark == nil || m.mark.Operation != t.uid) {
 			p.abort(m.node, t, why)
@@ -186,16 +186,21 @@ func (p *pass) stepBack(ctx context.Context, why string) (bool, error) {
 		}
 		p.work.mu.Unlock()
 		m.turn = false
-		if shut, _ := shutBy(pod); shut != p.rollout.UID || !active(pod) {
+		if !active(pod) {
 			continue
 		}
-		if i := (&item{pod: pod, m: m}); m.stale(pod) {
-			done = false
-		} else if err := p.setGates(ctx, i, ""); err != nil {
+		if m.stale(pod) {
+			done = false // the gate may have been closed by what the cache does not show yet
+			continue
+		}
+		if shut, _ := shutBy(pod); shut != p.rollout.UID {
+			continue
+		}
+		if err := p.setGates(ctx, &item{pod: pod, m: m}, ""); err != nil {
 			return false, client.IgnoreNotFound(err)
 		}
 	}
-	p.work.keep(there)
+	p.keep(there)
 	if w := p.target.workload; w != nil {
 		settled, err := w.settle(ctx)
 		return done && settled, err

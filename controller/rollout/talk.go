@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/types/known/durationpb"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller"
@@ -184,6 +185,9 @@ func (p *pass) prepare(ctx context.Context, i *item) {
 		return
 	}
 	m.node, w.nodes[node.Name] = node, node
+	if m.mark != nil && m.mark.Operation != uid && p.now.Sub(m.mark.Time.Time) >= p.strategy.deadline {
+		p.abortMarked(m, "something else is wanted of the pod, and kubelet has not come for this")
+	}
 	request := p.prepareRequest(i, uid)
 	account, names := i.pod.Spec.ServiceAccountName, secretNames(i.pod)
 	c := &conversation{r: p.r, w: w, t: t, node: node, patience: p.strategy.deadline}
@@ -282,7 +286,41 @@ func (p *pass) abort(node controller.Node, t *talk, why string) {
 	if t == nil || t.op == nil || t.op.GetFinishTime() != nil || t.op.GetKind() == "Restart" {
 		return
 	}
-	uid := t.uid
+	p.takeBack(node, t.uid, why)
+}
+
+// memberOf finds the member of a pod, or makes it. What the node has made ready of another revision is taken back, unless the pod was changed for it.
+func (p *pass) memberOf(pod *corev1.Pod) *member {
+	m, dropped := p.work.memberOf(pod, p.goal.revision)
+	if dropped != nil && !m.stale(pod) && (m.mark == nil || m.mark.Operation != dropped.uid) {
+		p.work.mu.Lock()
+		defer p.work.mu.Unlock()
+		p.abort(m.node, dropped, "something else is wanted of the pod")
+	}
+	return m
+}
+
+// keep forgets the pods that are no more the rollout's. What nodes have made ready for them is taken back.
+func (p *pass) keep(pods map[types.UID]bool) {
+	p.work.mu.Lock()
+	for uid, m := range p.work.members {
+		if t := m.visit; !pods[uid] && t != nil && (m.mark == nil || m.mark.Operation != t.uid) {
+			p.abort(m.node, t, "the pod is not the rollout's any more")
+		}
+	}
+	p.work.mu.Unlock()
+	p.work.keep(pods)
+}
+
+// abortMarked tells the node to take back the upgrade that the pod was last changed for, if that is this rollout's and kubelet has not begun
+// with it: the node would keep it ready, and the container from whatever comes next. The caller holds the mutex of work.
+func (p *pass) abortMarked(m *member, why string) {
+	if m.mark != nil && m.mark.Rollout == p.rollout.UID && m.mark.Operation != "" && m.node.Name != "" {
+		p.takeBack(m.node, m.mark.Operation, why)
+	}
+}
+
+func (p *pass) takeBack(node controller.Node, uid, why string) {
 	p.r.crew.Do(func(ctx context.Context) {
 		for tries := range 5 {
 			_, err := p.r.Nodes.AbortUpgrade(ctx, node, uid, why)

@@ -68,6 +68,7 @@ type OpsClient interface {
 	// touches nothing that runs: it pulls and pins the images, checks that they can run in place of the
 	// old ones, and creates the new containers, hidden. It returns as soon as the operation is in the
 	// journal; when everything is ready its phase is PHASE_PREPARED, and it waits for CommitUpgrade.
+	// What its owner (if the request names one) has had prepared before for the same container, and not committed, is taken back.
 	// UIDs and errors are as with Restart; repeating the request also hands over credentials,
 	// which are kept in memory only.
 	PrepareUpgrade(ctx context.Context, in *PrepareUpgradeRequest, opts ...grpc.CallOption) (*Operation, error)
@@ -236,6 +237,7 @@ type OpsServer interface {
 	// touches nothing that runs: it pulls and pins the images, checks that they can run in place of the
 	// old ones, and creates the new containers, hidden. It returns as soon as the operation is in the
 	// journal; when everything is ready its phase is PHASE_PREPARED, and it waits for CommitUpgrade.
+	// What its owner (if the request names one) has had prepared before for the same container, and not committed, is taken back.
 	// UIDs and errors are as with Restart; repeating the request also hands over credentials,
 	// which are kept in memory only.
 	PrepareUpgrade(context.Context, *PrepareUpgradeRequest) (*Operation, error)
