@@ -139,5 +139,6 @@ func (p *pass) queue(ctx context.Context, first *inplace.InPlaceRollout, shared 
 	p.stand(next, true, inplace.ReasonQueued, text)
 	p.tell(corev1.EventTypeNormal, eventQueued, text, string(first.UID))
 	p.wait = sooner(p.wait, blockedPause)
+	p.work.progressed = p.now // the deadline is for pods, not for others
 	return p.writeStatus(ctx, next)
 }
