@@ -31,6 +31,9 @@ const (
 	opsGrace = 2 * time.Second
 	// adminMaxMessage bounds requests of the admin socket; a command is a few kilobytes.
 	adminMaxMessage = 1 << 20
+	// adminHello is how long a client of the admin socket may say nothing after it has connected: the end of the server, which kubelet's calls
+	// wait for in a hand-over, waits for it.
+	adminHello = 5 * time.Second
 	// admin is the name of the listener for root.
 	admin = "admin"
 )
@@ -172,7 +175,7 @@ func (d *daemon) startServers(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("adminSocket: %w", err)
 	}
-	d.serveOps(admin, l, grpc.MaxRecvMsgSize(adminMaxMessage))
+	d.serveOps(admin, l, grpc.MaxRecvMsgSize(adminMaxMessage), grpc.ConnectionTimeout(adminHello))
 	if o := d.config.Ops; d.creds != nil {
 		l, err := d.sockets.listen("ops", o.Address, func() (net.Listener, error) { return listenTCP(ctx, o.Address) })
 		if err != nil {

@@ -386,6 +386,24 @@ func TestSecondSignalStopsAtOnce(t *testing.T) {
 	}
 }
 
+// Who connects to the admin socket and says nothing is hung up on: the end of the daemon would wait for it.
+func TestSilentAdmin(t *testing.T) {
+	t.Parallel()
+	d := start(t, newConfig(t))
+	c, err := net.Dial("unix", d.config.AdminSocket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	_ = c.SetReadDeadline(time.Now().Add(time.Minute)) // a deadline of the server's own is two minutes
+	for err == nil {
+		_, err = c.Read(make([]byte, 256))
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error("not hung up on")
+	}
+}
+
 func TestStartErrors(t *testing.T) {
 	busy := func(t *testing.T, path string) {
 		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
