@@ -270,7 +270,9 @@ func (d *Director) removeContainer(ctx context.Context, method string, raw []byt
 }
 
 // updateContainerResources records what was applied, because the runtime's own
-// config keeps the old values, and applies it to a staged successor too.
+// config keeps the old values, and applies it to a staged successor too. When the
+// incumbent is on its way out, what the successor answers counts: the runtime
+// fails the call for a process that ends meanwhile.
 func (d *Director) updateContainerResources(ctx context.Context, method string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.UpdateContainerResourcesRequest{})
 	if err != nil {
@@ -278,35 +280,49 @@ func (d *Director) updateContainerResources(ctx context.Context, method string, 
 	}
 	claim, id := d.view.byContainer(req.GetContainerId())
 	b, err := next(ctx, raw)
-	if err != nil {
+	going := claim != nil && d.view.judge(id) == masked
+	if err != nil && !going {
 		return nil, err
 	}
 	if req.GetLinux() == nil {
-		return b, nil
+		return b, err
 	}
-	linux, err := encode(req.GetLinux())
-	if err != nil {
-		return nil, err
+	linux, merr := encode(req.GetLinux())
+	if merr != nil {
+		return nil, merr
 	}
 	if claim == nil {
 		d.records.Updated(req.GetContainerId(), linux)
 		return b, nil
 	}
-	d.records.Updated(id, linux)
-	if successor := d.view.successorOf(claim); successor != "" && successor != id {
-		did(ctx, didRepeat)
-		d.records.Updated(successor, linux)
-		again := proto.Clone(req).(*runtimeapi.UpdateContainerResourcesRequest)
-		again.ContainerId = successor
-		more, err := encode(again)
-		if err != nil {
-			return nil, err
-		}
-		if _, err := next(ctx, more); err != nil {
-			// Kubelet asked for the incumbent, which has it. The successor starts with what it was created with.
-			d.log.WithFields(logrusFields(claim.Slot(), method)).WithError(err).Warn("staged container did not take the new resources")
-		}
+	if err == nil {
+		d.records.Updated(id, linux) // before the look for a successor: one that is staged after it reads this
 	}
+	successor := d.view.successorOf(claim)
+	if successor == "" || successor == id {
+		return b, err
+	}
+	did(ctx, didRepeat)
+	again := proto.Clone(req).(*runtimeapi.UpdateContainerResourcesRequest)
+	again.ContainerId = successor
+	more, merr := encode(again)
+	if merr != nil {
+		return nil, merr
+	}
+	of, serr := next(ctx, more)
+	log := d.log.WithFields(logrusFields(claim.Slot(), method))
+	switch {
+	case err != nil && serr != nil:
+		return nil, err
+	case err != nil:
+		log.WithError(err).Info("only the staged container took the new resources, the other is being stopped")
+		d.records.Updated(id, linux)
+		b = of
+	case serr != nil:
+		// Kubelet asked for the incumbent, which has it. The successor starts with what it was created with.
+		log.WithError(serr).Warn("staged container did not take the new resources")
+	}
+	d.records.Updated(successor, linux)
 	return b, nil
 }
 

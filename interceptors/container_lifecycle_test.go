@@ -310,7 +310,8 @@ func TestUpdateContainerResources(t *testing.T) {
 		id      string
 		linux   *runtimeapi.LinuxContainerResources
 		staged  bool
-		fail    string // the container whose update fails
+		masked  bool
+		fail    string // the containers whose updates fail
 		code    codes.Code
 		updates string // what the runtime saw
 		records string
@@ -323,6 +324,12 @@ func TestUpdateContainerResources(t *testing.T) {
 		{name: "by prefix", id: incumbent[:4], linux: cpus, staged: true, updates: "old=3 new=3", records: "updated " + incumbent + " cpus=3, updated " + successor + " cpus=3"},
 		// Kubelet asked for the incumbent only: what the successor says is ours.
 		{name: "successor refuses", id: incumbent, linux: cpus, staged: true, fail: successor, updates: "old=3 new=3", records: "updated " + incumbent + " cpus=3, updated " + successor + " cpus=3"},
+		{name: "incumbent refuses", id: incumbent, linux: cpus, staged: true, fail: incumbent, code: codes.Unknown, updates: "old=3"},
+		// The runtime's word on a process that is going says nothing about what kubelet will see.
+		{name: "incumbent is going", id: incumbent, linux: cpus, staged: true, masked: true, fail: incumbent, updates: "old=3 new=3", records: "updated " + incumbent + " cpus=3, updated " + successor + " cpus=3"},
+		{name: "incumbent is going, both refuse", id: incumbent, linux: cpus, staged: true, masked: true, fail: incumbent + successor, code: codes.Unknown, updates: "old=3 new=3"},
+		{name: "incumbent is going, no Linux part", id: incumbent, staged: true, masked: true, fail: incumbent, code: codes.Unknown, updates: "old="},
+		{name: "incumbent is going, nothing is staged", id: incumbent, linux: cpus, masked: true, fail: incumbent, code: codes.Unknown, updates: "old=3"},
 	}
 	for _, tc := range cases {
 		t.Run(tc.name, func(t *testing.T) {
@@ -332,6 +339,10 @@ func TestUpdateContainerResources(t *testing.T) {
 			if tc.staged {
 				c.HideNow(token)
 				c.Staged(successor)
+			}
+			if tc.masked {
+				c.HideNow(token)
+				c.Mask()
 			}
 			var seen []string
 			b.on(methodUpdate, func(_ context.Context, raw []byte) (proto.Message, error) {
@@ -346,7 +357,7 @@ func TestUpdateContainerResources(t *testing.T) {
 					}
 				}
 				seen = append(seen, names[id]+"="+req.GetLinux().GetCpusetCpus())
-				if id == tc.fail {
+				if strings.Contains(tc.fail, id) {
 					return nil, status.Error(codes.Unknown, "no")
 				}
 				wantUnknown(t, "request", req)
