@@ -55,9 +55,45 @@ func (r *restart) withinPatience(ctx context.Context, began time.Time, limit tim
 	case err != nil && r.isCancelled():
 		return r.cancelledOutcome()
 	case err != nil && !errors.As(err, &out) && ctx.Err() == nil && ready.Err() != nil:
-		return failf(ReasonPrepareTimeout, "not ready within %s, in phase %s", limit, phaseName(r.container().GetPhase()))
+		return failf(ReasonPrepareTimeout, "not ready within %s, %s", limit, r.awaited())
 	}
 	return err
+}
+
+// awaited says what an operation that is not ready is at.
+func (r *restart) awaited() string {
+	if r.queued {
+		return "waiting for the container, which " + orOther(r.holder(r.slot())) + " has"
+	}
+	return "in phase " + phaseName(r.container().GetPhase())
+}
+
+func orOther(uid string) string {
+	if uid == "" {
+		return "another operation"
+	}
+	return "operation " + uid
+}
+
+// holder is the UID of the operation that has the slot, as far as the journal tells: one that has just taken it has written nothing yet.
+func (e *Engine) holder(slot interceptors.Slot) string {
+	for _, o := range e.activeOperations() {
+		if o.op.GetPod().GetUid() == slot.PodUID && o.holds(slot.Container) { // pods never change
+			return o.req.GetUid()
+		}
+	}
+	return ""
+}
+
+func (o *operation) holds(container string) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for i, c := range o.req.GetContainers() {
+		if s := o.containers[i].Step; c.GetName() == container && s != stepNone && s != stepDone {
+			return true
+		}
+	}
+	return false
 }
 
 func (r *restart) isCancelled() bool {

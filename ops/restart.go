@@ -151,6 +151,8 @@ type restart struct {
 	pid  int        // of the process that waits there; 0 if this process cannot look at it
 	held bool       // the successor has been started behind a gate that is not open
 
+	queued bool // it waits for the slot, or has ended doing so
+
 	change *newImage // nil if the image stays
 	up     *upgrade  // nil if it is no upgrade
 }
@@ -380,10 +382,11 @@ func (r *restart) container() *opsv1.ContainerOperation {
 func (r *restart) takeSlot(ctx context.Context) error {
 	waiting, end := endWith(ctx, r.o.cancelled)
 	defer end()
+	r.queued = true
 	claim, err := r.view.Claim(waiting, interceptors.Slot{PodUID: r.o.op.GetPod().GetUid(), Container: r.want.GetName()})
 	switch {
 	case err == nil:
-		r.claim = claim
+		r.claim, r.queued = claim, false
 		return nil
 	case ctx.Err() == nil:
 		return r.cancelledOutcome()

@@ -177,7 +177,14 @@ func TestUpgradeWaitsForTheSlot(t *testing.T) {
 		if took := op.GetFinishTime().AsTime().Sub(began); took != defaultPrepare {
 			t.Errorf("ended after %s", took)
 		}
+		if says := "waiting for the container, which another operation has"; !strings.Contains(op.GetMessage(), says) {
+			t.Errorf("says %q, want %q", op.GetMessage(), says)
+		}
 		n.armed("next")
+		n.begin("late", first(func(c *opsv1.ContainerUpgrade) { c.Image = "app:v3" }), func(r *opsv1.PrepareUpgradeRequest) { r.PrepareTimeout = seconds(10) })
+		if op, says := n.until("late"), "not ready within 10s, waiting for the container, which operation next has"; !strings.Contains(op.GetMessage(), says) {
+			t.Errorf("says %q, want %q", op.GetMessage(), says)
+		}
 		n.must(n.sync(t.Context(), "app", "app:v2"))
 		n.ends("next", succeeded, upgraded)
 	})
