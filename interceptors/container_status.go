@@ -29,6 +29,7 @@ func (d *Director) containerStatus(ctx context.Context, _ string, raw []byte, ne
 	if err != nil {
 		return nil, err
 	}
+	d.view.asked(m.GetStatus().GetId())
 	changed := d.view.correct(m.GetStatus())
 	if changed {
 		did(ctx, didCorrect)

@@ -66,10 +66,7 @@ func TestContainerStatus(t *testing.T) {
 			defer c.Release()
 			if tc.settle {
 				c.Reveal()
-				b.serveList()
-				if _, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{}); err != nil {
-					t.Fatal(err)
-				}
+				b.readAll()
 			}
 			b.on(methodStatus, always(withUnknown(&runtimeapi.ContainerStatusResponse{Status: tc.real, Info: map[string]string{"info": "{}"}}), nil))
 			resp, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: tc.id, Verbose: true})

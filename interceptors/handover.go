@@ -53,6 +53,7 @@ type CarriedHeir struct {
 	Sandbox string `json:"sandbox"`
 	Late    bool   `json:"late,omitempty"`
 	Grace   int64  `json:"grace,omitempty"`
+	Listed  bool   `json:"listed,omitempty"` // of an untold one
 }
 
 // Carry returns what the next process must be told. Nothing may change the view any more.
@@ -63,8 +64,8 @@ func (v *View) Carry() Carry {
 	for incumbent, h := range v.heirs {
 		c.Heirs[incumbent] = CarriedHeir{ID: h.id, Sandbox: h.sandbox, Late: h.late, Grace: h.grace}
 	}
-	for incumbent, h := range v.untold {
-		c.Untold[incumbent] = CarriedHeir{ID: h.id, Sandbox: h.sandbox}
+	for incumbent, u := range v.untold {
+		c.Untold[incumbent] = CarriedHeir{ID: u.id, Sandbox: u.sandbox, Listed: u.listed}
 	}
 	return c
 }
@@ -78,7 +79,7 @@ func (v *View) TakeOver(c Carry) {
 		v.heirs[incumbent] = &heir{id: h.ID, sandbox: h.Sandbox, late: h.Late, grace: h.Grace}
 	}
 	for incumbent, h := range c.Untold {
-		v.untold[incumbent] = heir{id: h.ID, sandbox: h.Sandbox}
+		v.untold[incumbent] = untold{heir: heir{id: h.ID, sandbox: h.Sandbox}, listed: h.Listed}
 		v.active.Add(1)
 	}
 }

@@ -6,9 +6,12 @@ package interceptors_test
 import (
 	"context"
 	"maps"
+	"slices"
 	"strings"
 	"testing"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -44,6 +47,44 @@ func (b *bed) serveList() {
 		}
 		return &runtimeapi.ListContainersResponse{Containers: list(containers(), req.GetFilter())}, nil
 	})
+}
+
+// serveStatus answers for the containers of containers().
+func (b *bed) serveStatus() {
+	b.on(methodStatus, func(_ context.Context, raw []byte) (proto.Message, error) {
+		req := &runtimeapi.ContainerStatusRequest{}
+		if err := proto.Unmarshal(raw, req); err != nil {
+			return nil, err
+		}
+		for _, c := range containers() {
+			if c.GetId() != req.GetContainerId() {
+				continue
+			}
+			s := exited(c.GetId())
+			if c.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING {
+				s = running(c.GetId())
+			}
+			s.Annotations = c.GetAnnotations()
+			return &runtimeapi.ContainerStatusResponse{Status: s}, nil
+		}
+		return nil, status.Error(codes.NotFound, "no such container")
+	})
+}
+
+// readAll reads as kubelet does: a list, and then the status of what it lists.
+func (b *bed) readAll() {
+	b.t.Helper()
+	b.serveList()
+	b.serveStatus()
+	resp, err := call[runtimeapi.ListContainersResponse](b.t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	for _, c := range resp.GetContainers() {
+		if _, err := call[runtimeapi.ContainerStatusResponse](b.t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()}); err != nil {
+			b.t.Fatal(err)
+		}
+	}
 }
 
 func inState(s runtimeapi.ContainerState) *runtimeapi.ContainerFilter {
@@ -127,6 +168,33 @@ func TestListContainersHidesByToken(t *testing.T) {
 	}
 }
 
+// Kubelets that ask in the order of the list come to the successor first, whatever the runtime's order is.
+func TestRevealedIsListedBeforeItsIncumbent(t *testing.T) {
+	for name, order := range map[string]func([]*runtimeapi.Container){"as it is": func([]*runtimeapi.Container) {}, "turned round": slices.Reverse[[]*runtimeapi.Container]} {
+		t.Run(name, func(t *testing.T) {
+			b := newBed(t)
+			b.on(methodList, func(context.Context, []byte) (proto.Message, error) {
+				all := containers()
+				order(all)
+				return &runtimeapi.ListContainersResponse{Containers: all}, nil
+			})
+			c := b.swapping()
+			c.Reveal()
+			c.Release()
+			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			at := func(id string) int {
+				return slices.IndexFunc(resp.GetContainers(), func(c *runtimeapi.Container) bool { return c.GetId() == id })
+			}
+			if len(resp.GetContainers()) != len(containers()) || at(successor) < 0 || at(successor) > at(incumbent) {
+				t.Errorf("the list is %v", resp.GetContainers())
+			}
+		})
+	}
+}
+
 // What the list shows after each step of an operation, ending in each way.
 func TestListContainersStepByStep(t *testing.T) {
 	const untouched, before = "new CREATED, old EXITED, web RUNNING, web-before EXITED", "old EXITED, web RUNNING, web-before EXITED"
@@ -178,6 +246,7 @@ func TestListContainersStepByStep(t *testing.T) {
 				}
 			}
 			c.Release()
+			b.readAll()
 			if b.view.Active() {
 				t.Error("the view still has something to say")
 			}

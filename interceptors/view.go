@@ -51,8 +51,8 @@ type View struct {
 	streams map[*eventFilter]struct{}
 	// heirs are the successors of incumbents that were shown exited, until those are removed.
 	heirs map[string]*heir
-	// untold has the successors, by incumbent, that were revealed and that no list has shown yet; see told.
-	untold map[string]heir
+	// untold has the successors, by incumbent, that were revealed and that kubelet does not go by yet; see told.
+	untold map[string]untold
 	stops  map[string]int // container and sandbox IDs, as given, with a stop of kubelet's in flight
 	// elsewhere are such IDs with a stop in flight in the process before this one.
 	elsewhere []string
@@ -72,7 +72,7 @@ func NewView() *View {
 		ids:     map[string]*Claim{},
 		streams: map[*eventFilter]struct{}{},
 		heirs:   map[string]*heir{},
-		untold:  map[string]heir{},
+		untold:  map[string]untold{},
 		stops:   map[string]int{},
 		started: map[string]time.Time{},
 	}
@@ -313,7 +313,7 @@ func (c *Claim) settleLocked(show bool) {
 	successor := c.successor
 	v.active.Add(-1)
 	if show && successor != "" && v.ids[c.incumbent] == c && len(v.untold) < maxHeirs {
-		v.untold[c.incumbent] = heir{id: successor, sandbox: c.sandbox}
+		v.untold[c.incumbent] = untold{heir: heir{id: successor, sandbox: c.sandbox}}
 		v.active.Add(1)
 	}
 	delete(v.tokens, c.token)
@@ -420,7 +420,7 @@ func (v *View) Forget(id string) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	delete(v.heirs, id)
-	v.tellLocked(func(incumbent string, h heir) bool { return incumbent == id || h.id == id })
+	v.tellLocked(func(incumbent string, u untold) bool { return incumbent == id || u.id == id })
 	if _, ok := v.started[id]; ok {
 		delete(v.started, id)
 		v.starts.Add(-1)
@@ -457,22 +457,45 @@ func (v *View) correctLocked(s *runtimeapi.ContainerStatus) bool {
 	return true
 }
 
+// untold is an heir that kubelet may not know of yet.
+type untold struct {
+	heir
+	listed bool // a list has shown it
+}
+
 // told notes that an answer lists these containers, in whatever state they are. Kubelet lists first and then asks for the
 // status of each container that it was told of. One that has been told of the incumbent alone would take its exit for that of
 // the slot, and start the container once more or, where it is never restarted, give up the pod. So the incumbent's
-// own status goes on saying that it runs until a list has shown its successor.
+// own status goes on saying that it runs until a list has shown its successor and somebody has asked for the status of that:
+// the list alone may have been another part of kubelet's, in the middle of all it asks by an older one. Kubelet
+// asks for the newest container of a slot first, or in the order of the list, which is changed here to be that.
 func (v *View) told(list []*runtimeapi.Container) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.tellLocked(func(_ string, h heir) bool {
-		return slices.ContainsFunc(list, func(c *runtimeapi.Container) bool { return c.GetId() == h.id })
-	})
+	for incumbent, u := range v.untold {
+		i := slices.IndexFunc(list, func(c *runtimeapi.Container) bool { return c.GetId() == u.id })
+		if i < 0 {
+			continue
+		}
+		if j := slices.IndexFunc(list[:i], func(c *runtimeapi.Container) bool { return c.GetId() == incumbent }); j >= 0 {
+			list[i], list[j] = list[j], list[i]
+		}
+		u.listed = true
+		v.untold[incumbent] = u
+	}
+}
+
+// asked notes that the status of the container has been asked for.
+func (v *View) asked(id string) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.tellLocked(func(_ string, u untold) bool { return u.listed && u.id == id })
 }
 
 // tellLocked ends that for those that is says.
-func (v *View) tellLocked(is func(incumbent string, h heir) bool) {
-	for incumbent, h := range v.untold {
-		if is(incumbent, h) {
+func (v *View) tellLocked(is func(incumbent string, u untold) bool) {
+	for incumbent, u := range v.untold {
+		if is(incumbent, u) {
 			delete(v.untold, incumbent)
 			v.active.Add(-1)
 		}
@@ -487,10 +510,10 @@ func (v *View) forgetSandbox(id string) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	maps.DeleteFunc(v.heirs, func(_ string, h *heir) bool { return strings.HasPrefix(h.sandbox, id) })
-	v.tellLocked(func(_ string, h heir) bool { return strings.HasPrefix(h.sandbox, id) })
+	v.tellLocked(func(_ string, u untold) bool { return strings.HasPrefix(u.sandbox, id) })
 }
 
-// isUntold reports whether the container has been replaced and no list has shown that yet.
+// isUntold reports whether the container has been replaced and kubelet does not go by that yet.
 func (v *View) isUntold(id string) bool {
 	v.mu.RLock()
 	defer v.mu.RUnlock()

@@ -399,6 +399,14 @@ func TestViewUnderLoad(t *testing.T) {
 			}
 		}
 	})
+	kubelet.Go(func() { // its other parts list too, in the middle of that
+		for ctx.Err() == nil {
+			if _, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{}); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	})
 	kubelet.Go(func() {
 		for ctx.Err() == nil {
 			_, filter, err := b.director.Stream(methodEvents)(ctx, methodEvents, nil)
@@ -452,8 +460,14 @@ func TestViewUnderLoad(t *testing.T) {
 	ops.Wait()
 	cancel()
 	kubelet.Wait()
-	if _, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{}); err != nil {
-		t.Error(err)
+	resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range resp.GetContainers() {
+		if _, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()}); err != nil {
+			t.Error(err)
+		}
 	}
 	if b.view.Active() {
 		t.Error("the view still has something to say")
@@ -479,29 +493,43 @@ func TestRevealBetweenListAndStatus(t *testing.T) {
 		}
 	}
 	other := map[string]string{"io.kubernetes.pod.uid": "another"}
+	all := &runtimeapi.ListContainersRequest{}
+	ask := func(b *bed, id string) {
+		t.Helper()
+		if _, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: id}); err != nil {
+			t.Fatal(err)
+		}
+	}
 	for _, tc := range []struct {
 		name string
 		read func(*bed) // after the reveal
 		told bool
 	}{
 		{"nothing", func(*bed) {}, false},
-		{"a list", func(b *bed) { look(b, &runtimeapi.ListContainersRequest{}) }, true},
+		{"a list of somebody else's", func(b *bed) { look(b, all) }, false},
+		{"the successor, of which nobody was told", func(b *bed) { ask(b, successor) }, false},
+		{"the successor, before the list", func(b *bed) { ask(b, successor); look(b, all) }, false},
+		{"another one", func(b *bed) { look(b, all); ask(b, web) }, false},
+		{"a list and its successor", func(b *bed) { look(b, all); ask(b, successor) }, true},
 		{"a list of running ones", func(b *bed) {
 			look(b, &runtimeapi.ListContainersRequest{Filter: inState(runtimeapi.ContainerState_CONTAINER_RUNNING)})
+			ask(b, successor)
 		}, false},
 		{"a list of another pod", func(b *bed) {
 			look(b, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{LabelSelector: other}})
+			ask(b, successor)
 		}, false},
-		{"a stream", func(b *bed) { stream(b, &runtimeapi.StreamContainersRequest{}) }, true},
+		{"a stream", func(b *bed) { stream(b, &runtimeapi.StreamContainersRequest{}); ask(b, successor) }, true},
 		{"a stream of running ones", func(b *bed) {
 			stream(b, &runtimeapi.StreamContainersRequest{Filter: inState(runtimeapi.ContainerState_CONTAINER_RUNNING)})
+			ask(b, successor)
 		}, false},
 		{"the incumbent's removal", func(b *bed) { b.view.Forget(incumbent) }, true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			b := newBed(t)
 			b.serveList()
-			b.on(methodStatus, always(&runtimeapi.ContainerStatusResponse{Status: exited(incumbent)}, nil))
+			b.serveStatus()
 			c := b.swapping()
 			look(b, &runtimeapi.ListContainersRequest{})
 			c.Reveal()

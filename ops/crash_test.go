@@ -306,7 +306,7 @@ func (s scenario) check(t *testing.T, n *node) {
 	if got, want := n.sees(), n.rt.state(); got != want {
 		t.Errorf("kubelet sees %s, though there is %s", got, want)
 	}
-	if n.view.Active() {
+	if !plain(n.t, n.kubelet, n.view) {
 		t.Error("something is still hidden or masked")
 	}
 	if s.pod.processes {

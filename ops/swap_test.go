@@ -20,6 +20,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/interceptors"
 )
 
 // gates returns what is in the directory of the gates.
@@ -54,15 +55,24 @@ func (n *node) checkSwap(t *testing.T, living string) {
 	if got := n.sees(); got != n.rt.state() {
 		t.Errorf("kubelet sees %s, there is %s", got, n.rt.state())
 	}
-	if n.view.Active() && !n.untold() {
+	if !plain(n.t, n.kubelet, n.view) {
 		t.Error("something is still hidden or masked")
 	}
 }
 
-// untold makes kubelet read what has been revealed, and reports whether something is still to be told.
-func (n *node) untold() bool {
-	n.sees()
-	return !n.view.Active()
+// plain makes kubelet read all there is, and reports whether nothing is hidden or masked then.
+func plain(t testing.TB, kubelet runtimeapi.RuntimeServiceClient, view *interceptors.View) bool {
+	t.Helper()
+	list, err := kubelet.ListContainers(t.Context(), &runtimeapi.ListContainersRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range list.GetContainers() {
+		if _, err := kubelet.ContainerStatus(t.Context(), &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return !view.Active()
 }
 
 func TestMethods(t *testing.T) {

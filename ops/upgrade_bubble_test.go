@@ -440,7 +440,7 @@ func (n *upNode) settled(state string) {
 	if got := n.sees(); got != n.rt.state() {
 		n.t.Errorf("kubelet sees %s, though there is %s", got, n.rt.state())
 	}
-	if n.view.Active() {
+	if !plain(n.t, n.kubelet, n.view) {
 		n.t.Error("something is still hidden or masked")
 	}
 	for _, name := range []string{"app", "web"} {
