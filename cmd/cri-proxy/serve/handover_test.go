@@ -106,6 +106,7 @@ type twins struct {
 	sockets []*os.File
 	runtime *slowRuntime
 	kubelet *grpc.ClientConn
+	args    []string // of the daemon, beyond the usual
 }
 
 func newTwins(t *testing.T) *twins {
@@ -142,7 +143,7 @@ type twin struct {
 
 func (w *twins) start() *twin {
 	w.t.Helper()
-	cmd, stderr := process(w.t, w.c, []string{"cri", "admin"})
+	cmd, stderr := process(w.t, w.c, []string{"cri", "admin"}, w.args...)
 	cmd.ExtraFiles = w.sockets
 	if err := cmd.Start(); err != nil {
 		w.t.Fatal(err)
@@ -487,7 +488,8 @@ func (w *twins) ask() *handover.Conn {
 // asSuccessor is set in a process that asks for the state in the directory that it names, and does nothing with it.
 const asSuccessor = "CRI_PROXY_TEST_SUCCESSOR"
 
-func successor(dir string, fall bool) error {
+// successor falls or hangs with the state in its hands, or falls after it has moved the state away, or has told the process before to end.
+func successor(dir, how string) error {
 	conn, err := handover.Dial(context.Background(), dir)
 	if err != nil || conn == nil {
 		return errors.Join(err, errors.New("nobody there"))
@@ -500,11 +502,26 @@ func successor(dir string, fall bool) error {
 		switch {
 		case err != nil:
 			return err
-		case m.Yours != nil && fall:
-			os.Exit(3)
-		case m.Yours != nil:
-			select {} // until killed
+		case m.Yours == nil:
+			continue
 		}
+		switch how {
+		case "hangs":
+			select {} // until killed
+		case "spoils":
+			if err := os.Rename(dir, dir+".away"); err != nil {
+				return err
+			}
+		case "ends":
+			pid, err := conn.PID()
+			if err != nil {
+				return err
+			}
+			if err := unix.Kill(pid, unix.SIGTERM); err != nil {
+				return err
+			}
+		}
+		os.Exit(3)
 	}
 }
 
@@ -534,6 +551,63 @@ func TestHandOverGoesBack(t *testing.T) {
 			f.await(t, 20)
 			f.end(t)
 		})
+	}
+}
+
+// fallSuccessor runs a successor that falls.
+func (w *twins) fallSuccessor(how string) {
+	w.t.Helper()
+	cmd := exec.CommandContext(w.ctx(), "/proc/self/exe", how)
+	cmd.Env = append(os.Environ(), asSuccessor+"="+w.c.StateDir)
+	if out, _ := cmd.CombinedOutput(); cmd.ProcessState.ExitCode() != 3 {
+		w.t.Fatalf("the successor: %s: %s", cmd.ProcessState, out)
+	}
+}
+
+// The first process cannot take the state back: it does not keep kubelet's calls until its own end, which does not wait for them either,
+// and the next process answers them.
+func TestHandOverCannotGoBack(t *testing.T) {
+	w := newTwins(t)
+	w.args = []string{"--drain-timeout=1h"}
+	first := w.start()
+	w.serving()
+	f := w.traffic()
+	f.await(t, 20)
+	w.fallSuccessor("spoils")
+	if code := first.code(t); code != 1 {
+		t.Errorf("the first process ended with code %d, want 1", code)
+	}
+	if err := os.Rename(w.c.StateDir+".away", w.c.StateDir); err != nil {
+		t.Fatal(err)
+	}
+	second := w.start()
+	w.serving()
+	f.await(t, 20)
+	f.stop()
+	f.owned.Wait()
+	for _, failure := range f.failures {
+		if !strings.Contains(failure, "code = Unavailable") {
+			t.Error(failure)
+		}
+	}
+	if err := second.cmd.Process.Signal(unix.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if code := second.code(t); code != 0 {
+		t.Errorf("the second process ended with code %d", code)
+	}
+}
+
+// The first process is told to end while the other one has the state, which does not come to serve: it takes the state back, answers what it
+// has, and ends as if nothing had been.
+func TestHandOverGoesBackAtTheEnd(t *testing.T) {
+	w := newTwins(t)
+	w.args = []string{"--metrics-address=localhost:0"} // which this process listens on by itself
+	first := w.start()
+	w.serving()
+	w.fallSuccessor("ends")
+	if code := first.code(t); code != 0 {
+		t.Errorf("the process ended with code %d", code)
 	}
 }
 

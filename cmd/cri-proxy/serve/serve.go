@@ -282,7 +282,7 @@ func (d *daemon) shutdown(hard context.Context) error {
 	d.stopServers(hard, opsGrace)
 	engineOver := true
 	if st := d.state.Load(); st != nil {
-		engineOver = st.end(engineGrace)
+		engineOver = st.end(context.WithoutCancel(hard), engineGrace)
 	}
 	if !engineOver {
 		// It waits for a container to stop, which may take minutes, and kubelet waits for the next process.

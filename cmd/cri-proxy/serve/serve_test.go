@@ -59,7 +59,7 @@ func TestMain(m *testing.M) {
 		os.Exit(0)
 	}
 	if dir := os.Getenv(asSuccessor); dir != "" {
-		fmt.Fprintln(os.Stderr, successor(dir, os.Args[1] == "falls"))
+		fmt.Fprintln(os.Stderr, successor(dir, os.Args[1]))
 		os.Exit(1)
 	}
 	goleak.VerifyTestMain(m)

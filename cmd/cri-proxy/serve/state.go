@@ -96,9 +96,9 @@ func (st *state) run(ctx context.Context, failed func(error)) {
 	}()
 }
 
-// end stops the engine and the puller and reports whether they have ended in time. Operations are left at a point from which
-// the next process takes them up.
-func (st *state) end(within time.Duration) bool {
+// end stops the engine and the puller and reports whether they have ended in time, and before ctx. Operations are left at a point from
+// which the next process takes them up.
+func (st *state) end(ctx context.Context, within time.Duration) bool {
 	if st.stop == nil {
 		return true
 	}
@@ -109,8 +109,9 @@ func (st *state) end(within time.Duration) bool {
 	case <-st.done:
 		return true
 	case <-timer.C:
-		return false
+	case <-ctx.Done():
 	}
+	return false
 }
 
 // close lets go of the files. The engine and the puller must have ended.

@@ -197,19 +197,24 @@ func (d *daemon) handOver(ctx context.Context, r *request) (*proxy.Upstream, err
 	began := time.Now()
 	d.stopServers(ctx, handingOpsGrace)
 	st := d.state.Load()
-	if !st.end(parkPatience) {
+	if !st.end(ctx, parkPatience) {
 		// It has begun to stop a container in the last moment. The view holds as long as it does not move.
 		hold.Release()
 		r.waiting("an operation that stops a container")
-		if !st.end(calmPatience) {
+		ended := st.end(ctx, calmPatience)
+		if ctx.Err() != nil {
+			return nil, nil // this process is to end, and lacks nothing for that
+		}
+		if !ended {
 			return nil, errors.New("operations do not end; the next process takes them up")
 		}
 		if hold, err = d.cri.Hold(ctx); err != nil {
-			return nil, err
+			return nil, nil // ctx has ended
 		}
 	}
-	if err = d.pause(ctx); err == nil {
-		carry := st.view.Carry()
+	err = d.pause(ctx)
+	carry := st.view.Carry()
+	if err == nil {
 		d.state.Store(nil)
 		d.given = st.view
 		if err := st.close(); err != nil {
@@ -225,21 +230,32 @@ func (d *daemon) handOver(ctx context.Context, r *request) (*proxy.Upstream, err
 			}
 		}
 		log.WithError(err).Error("the other process does not serve, taking the state back")
-		if err := d.openState(ctx, carry); err != nil {
-			return nil, err
-		}
 	} else {
 		log.WithError(err).Error("connections are taken on, no hand-over")
 		_ = r.Send(handover.Message{Refused: fmt.Sprintf("it cannot stop taking connections: %v; try again", err)})
-		if err := errors.Join(st.close(), d.openState(ctx, st.view.Carry())); err != nil {
-			return nil, err
+		d.state.Store(nil)
+		if err := st.close(); err != nil {
+			log.WithError(err).Error("closing the state")
 		}
+	}
+	// Also if this process is to end meanwhile: the calls that it has are answered first.
+	if err := d.openState(context.WithoutCancel(ctx), carry); err != nil {
+		// Nobody can answer them here any more. Who calls finds the next process, which starts when this one has ended.
+		d.cri.Stop()
+		return nil, fmt.Errorf("the state cannot be taken back, calls are cut: %w", err)
 	}
 	d.state.Load().run(ctx, d.fail)
 	d.cri.Resume()
 	hold.Release()
 	log.WithField("held", time.Since(began).Round(time.Millisecond)).Warn("serving on")
-	return nil, d.startServers(ctx)
+	if ctx.Err() != nil {
+		return nil, nil
+	}
+	err = d.startServers(ctx)
+	if ctx.Err() != nil {
+		return nil, nil // which is why, if it failed
+	}
+	return nil, err
 }
 
 // calm waits for a moment at which no operation and no call of kubelet's needs the state for long, and holds it.
