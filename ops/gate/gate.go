@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -120,7 +121,7 @@ func (g *Gate) Make() error {
 			return err
 		}
 	}
-	if err := os.WriteFile(program, hook, 0o755); err != nil {
+	if err := writeProgram(program); err != nil {
 		return err
 	}
 	if err := unix.Mkfifo(fifo, 0o666); err != nil {
@@ -128,6 +129,14 @@ func (g *Gate) Make() error {
 	}
 	// The umask may have taken bits away.
 	return errors.Join(os.Chmod(g.dir, 0o755), os.Chmod(program, 0o755), os.Chmod(fifo, 0o666))
+}
+
+// writeProgram writes the hook while this process starts no other: that one would have the file open for writing until it runs its own
+// program, and the kernel runs none that somebody writes to (ETXTBSY).
+func writeProgram(path string) error {
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	return os.WriteFile(path, hook, 0o755)
 }
 
 // Fits says why a container cannot have a gate; nil if it can.

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -348,6 +349,37 @@ func TestMakeWhileTheHookRuns(t *testing.T) {
 	}
 }
 
+// Whatever the process starts meanwhile, the hook can be run as soon as it is made.
+func TestMakeBesideOtherStarts(t *testing.T) {
+	if len(hook) == 0 {
+		t.Skipf("no hook for %s", runtime.GOARCH)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var others sync.WaitGroup
+	for range 4 {
+		others.Go(func() {
+			for ctx.Err() == nil {
+				if err := exec.Command("true").Run(); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	g := At(filepath.Join(t.TempDir(), "gate"))
+	for range 300 {
+		must(t, g.Make())
+		var ended *exec.ExitError
+		if err := exec.Command(filepath.Join(g.dir, hookName), filepath.Join(g.dir, "none")).Run(); !errors.As(err, &ended) { // it has run, in vain
+			t.Errorf("the hook is not run: %v", err)
+			break
+		}
+	}
+	cancel()
+	others.Wait()
+	must(t, g.Remove())
+}
+
 func TestMakeWhereItCannot(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "file")
 	must(t, os.WriteFile(file, nil, 0o600))
@@ -614,7 +646,10 @@ func TestWaiting(t *testing.T) {
 		_ = cmd.Wait() // it is killed
 	}()
 	defer func() { must(t, cmd.Process.Kill()) }()
-	if !Waiting(cmd.Process.Pid) {
-		t.Error("runc's process does not wait")
+	// The kernel tells of the new program a moment before it gives the process its name.
+	for late := time.Now().Add(waitLong); !Waiting(cmd.Process.Pid); runtime.Gosched() {
+		if time.Now().After(late) {
+			t.Fatal("runc's process does not wait")
+		}
 	}
 }
