@@ -299,7 +299,7 @@ func TestNodesGone(t *testing.T) {
 	for _, end := range ends {
 		end()
 	}
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
 		nodes.sweep(time.Now().Add(2 * forgetAfter))
 		now := runtime.NumGoroutine()
 		if len(nodes.conns) == 0 && now <= before+5 {

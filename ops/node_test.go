@@ -92,6 +92,9 @@ func newNode(t testing.TB, o podOptions) *node {
 	}
 	n.boot(n.state)
 	n.makePod(o)
+	if o.processes {
+		n.awaitLiving("app/0, web/0") // a start does not wait until the application is there
+	}
 	n.rt.takeCalls()
 	return n
 }

@@ -231,8 +231,10 @@ func (d *daemonUnderTest) ended(t testing.TB) error {
 
 func dial(t testing.TB, path string) *grpc.ClientConn {
 	t.Helper()
+	// Without a back-off, for what is waited for at once; and with patience, for a connection that a machine with too much to do takes up late
+	// must not fail the call.
 	conn, err := grpc.NewClient("unix://"+path, grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: time.Second}))
+		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: deadline}))
 	if err != nil {
 		t.Fatal(err)
 	}
