@@ -69,9 +69,11 @@ const deadline = 2 * time.Minute
 type runtime struct {
 	runtimeapi.UnimplementedRuntimeServiceServer
 	runtimeapi.UnimplementedImageServiceServer
-	noNetwork  bool
+	noNetwork bool
+	images    string
+
+	mu         sync.Mutex // guards containers, which the daemon asks for, too
 	containers []*runtimeapi.Container
-	images     string
 }
 
 func (*runtime) Version(context.Context, *runtimeapi.VersionRequest) (*runtimeapi.VersionResponse, error) {
@@ -85,6 +87,8 @@ func (r *runtime) Status(context.Context, *runtimeapi.StatusRequest) (*runtimeap
 }
 
 func (r *runtime) ListContainers(context.Context, *runtimeapi.ListContainersRequest) (*runtimeapi.ListContainersResponse, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	return &runtimeapi.ListContainersResponse{Containers: r.containers}, nil
 }
 
@@ -337,6 +341,8 @@ func TestDoctor(t *testing.T) {
 			want: []string{"warn runtime: NetworkReady is not so: NetworkPluginNotReady no CNI"}},
 		{name: "a staged container is left", make: func(n *node) {
 			n.whole()
+			n.runtime.mu.Lock()
+			defer n.runtime.mu.Unlock()
 			n.runtime.containers = []*runtimeapi.Container{{
 				Id: "0123456789abcdef", Annotations: map[string]string{interceptors.StagedAnnotation: "t"},
 				Labels: map[string]string{"io.kubernetes.container.name": "app", "io.kubernetes.pod.namespace": "ns", "io.kubernetes.pod.name": "pod", "io.kubernetes.pod.uid": "u"},

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 const (
@@ -214,6 +215,15 @@ func TestFindUnit(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _, _ = cmd.Process.Kill(), cmd.Wait() }()
+	// The kernel tells of the new program a moment before it tells its arguments.
+	for late := time.Now().Add(2 * time.Minute); ; time.Sleep(time.Millisecond) {
+		if b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", cmd.Process.Pid)); strings.HasPrefix(string(b), "kubelet\x00") {
+			break
+		}
+		if time.Now().After(late) {
+			t.Fatal("no process named kubelet")
+		}
+	}
 	script := fmt.Sprintf("#!/bin/sh\necho MainPID=%d\n", cmd.Process.Pid)
 	if err := os.WriteFile(filepath.Join(dir, "systemctl"), []byte(script), 0o700); err != nil {
 		t.Fatal(err)
