@@ -12,8 +12,8 @@ export CRI_PROXY_CACHE ?= $(HOME)/.cache/cri-proxy
 TOOLS_KEY := $(shell sha256sum tools/go.sum | cut -c1-16)
 TOOLS := $(CRI_PROXY_CACHE)/tools/$(TOOLS_KEY)
 
-# Tests on real components run as root. Those of one node mostly wait, so two packages run beside each other; pulls, whose bytes and rates are
-# looked at, and clusters run one at a time: they share two cores.
+# Tests on real components run as root. They mostly wait, so two packages run beside each other; only pulls, whose bytes and rates are
+# looked at, have the machine for themselves.
 E2E_TIMEOUT ?= 60m
 INTEGRATION_TIMEOUT ?= 45m
 CHAOS_TIMEOUT ?= 90m
@@ -81,7 +81,7 @@ test-integration: ## the test bed itself, containerd behind the proxy, the syste
 
 .PHONY: test-e2e
 test-e2e: ## a one-node cluster behind the proxy, one of three nodes, one with the controller as pods, and a part of the crash matrix; needs root
-	@go test -race -count=1 -p 1 -parallel 3 -timeout $(E2E_TIMEOUT) ./test/e2e/... ./test/multinode ./test/deploy ./test/chaos/...
+	@go test -race -count=1 -p 2 -parallel 3 -timeout $(E2E_TIMEOUT) ./test/e2e/... ./test/multinode ./test/deploy ./test/chaos/...
 
 .PHONY: bench
 bench: build ## data path against direct calls, restarts against other ways, pulls against the runtime's own, jobs over thousands of nodes (needs root), numbers into docs/benchmarks
