@@ -70,7 +70,8 @@ test: ## lint, then unit, integration and end-to-end tests
 
 .PHONY: test-unit
 test-unit: ## tests that need nothing but Go, with the race detector
-	@# It takes minutes to build, once, which is no test's time.
+	@# They take minutes to build, once, which is no test's time.
+	@cd tools/deploy && export GOFLAGS=-mod=readonly CGO_ENABLED=0 && { go tool helm version && go tool kustomize version; } >/dev/null 2>&1
 	@cd tools/alerts && GOFLAGS='-mod=readonly -tags=remove_all_sd' CGO_ENABLED=0 go tool promtool --version >/dev/null 2>&1
 	@go test -race -timeout 10m $$(go list ./... | grep -v -e '/test/integration$$' -e '/test/prepull$$' -e '/test/nspawn$$' -e '/test/integration/' -e '/test/e2e$$' -e '/test/e2e/' -e '/test/multinode$$' -e '/test/chaos$$' -e '/test/deploy$$')
 
