@@ -5,6 +5,7 @@ package rollout
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -78,6 +79,7 @@ type bed struct {
 	watches        map[string]func(before, now *corev1.Pod)
 	serial         int
 	version        int
+	webhook        bool // asked for what the controller writes of rollouts
 
 	r     *Reconciler
 	queue workqueue.TypedRateLimitingInterface[reconcile.Request]
@@ -205,7 +207,10 @@ func (b *bed) start() {
 			o.SetUID(types.UID("uid-" + o.GetName()))
 			o.SetGeneration(1)
 			o.SetCreationTimestamp(metav1.Now())
-			err := c.Create(ctx, o, opts...)
+			err := b.admit(ctx, o)
+			if err == nil {
+				err = c.Create(ctx, o, opts...)
+			}
 			if err == nil {
 				b.wrote("create", o)
 				b.changed(o)
@@ -220,7 +225,10 @@ func (b *bed) start() {
 				}
 				return err
 			}
-			err := b.patch(ctx, c, o, p, opts...)
+			err := b.admit(ctx, o)
+			if err == nil {
+				err = b.patch(ctx, c, o, p, opts...)
+			}
 			if err == nil {
 				b.wrote("patch", o)
 				b.changed(o)
@@ -321,6 +329,22 @@ func (b *bed) start() {
 			b.gates.Add(reconcile.Request{NamespacedName: client.ObjectKeyFromObject(pod)})
 		}
 	}
+}
+
+// admit is the webhook's answer to what is written of a rollout.
+func (b *bed) admit(ctx context.Context, o client.Object) error {
+	after, ok := o.(*rollout)
+	if !ok || !b.webhook || after.DeletionTimestamp != nil {
+		return nil
+	}
+	_, err := Check(ctx, b.api, b.get(after.Name), after)
+	if why := (*specError)(nil); errors.As(err, &why) {
+		b.mu.Lock()
+		b.writes["refused"]++
+		b.mu.Unlock()
+		return apierrors.NewBadRequest("admission webhook denied the request: " + why.Message)
+	}
+	return err
 }
 
 // patch is the API server's, with generations of pods' owners.

@@ -5,6 +5,7 @@ package rollout
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -59,6 +60,9 @@ func follower(kind, name string) string {
 // Reconcile brings the rollout of one workload up to date.
 func (r *FollowReconciler) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
 	err := r.follow(ctx, req.NamespacedName)
+	if errors.Is(err, errHeld) {
+		return reconcile.Result{RequeueAfter: blockedPause}, nil
+	}
 	if apierrors.IsConflict(err) || apierrors.IsAlreadyExists(err) {
 		return reconcile.Result{RequeueAfter: stalePause}, nil
 	}
@@ -135,7 +139,7 @@ func (r *FollowReconciler) create(ctx context.Context, owner client.Object, temp
 			Strategy:   inplace.Strategy{ProgressDeadlineSeconds: 600, OnFailure: inplace.Rollback, Order: inplace.StopFirst},
 		},
 	}
-	if err := r.Client.Create(ctx, rollout); err != nil {
+	if err := r.write(ctx, owner, rollout, func() error { return r.Client.Create(ctx, rollout) }); err != nil {
 		return err
 	}
 	r.Metrics.wrote("rollout")
@@ -163,18 +167,50 @@ func (r *FollowReconciler) update(ctx context.Context, rollout *inplace.InPlaceR
 	case failed && isPrevious(rollout, list):
 		return nil // it was put back
 	case same:
+		r.forget(owner)
 		return nil
 	}
 	if rollout.Annotations == nil {
 		rollout.Annotations = map[string]string{}
 	}
 	rollout.Spec.Containers, rollout.Annotations[followedAnnotation] = list, generation
-	if err := r.Client.Patch(ctx, rollout, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})); err != nil {
+	err := r.write(ctx, owner, rollout, func() error {
+		return r.Client.Patch(ctx, rollout, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{}))
+	})
+	if err != nil {
 		return err
 	}
 	r.Metrics.wrote("rollout")
 	r.Log.WithField("rollout", rollout.Name).Info("the template has other images")
 	return nil
+}
+
+// errHeld says that another rollout is at work on the containers. An Event names it.
+var errHeld = errors.New("another rollout is at work")
+
+// write writes a rollout, unless the webhook has refused that because another one is at work on the containers, and still would.
+func (r *FollowReconciler) write(ctx context.Context, owner client.Object, rollout *inplace.InPlaceRollout, write func() error) error {
+	_, err := checkRivals(ctx, r.Client, rollout)
+	var why *specError
+	text := ""
+	if errors.As(err, &why) {
+		text = "the pods do not follow the images of the template yet: " + why.Message
+	} else if err != nil {
+		return err
+	}
+	if text != "" && r.hasTold(owner, text) {
+		return errHeld
+	}
+	switch err := write(); {
+	case err == nil:
+		r.forget(owner)
+		return nil
+	case text == "" || !apierrors.IsBadRequest(err):
+		return err
+	}
+	r.Log.WithField("rollout", rollout.Name).Info(text)
+	r.tell(owner, corev1.EventTypeNormal, eventQueued, text)
+	return errHeld
 }
 
 // isPrevious says that the images are those that a rollback puts back.
@@ -195,6 +231,20 @@ func sortedChanges(list []inplace.ContainerChange) []inplace.ContainerChange {
 	list = slices.Clone(list)
 	slices.SortFunc(list, func(a, b inplace.ContainerChange) int { return strings.Compare(a.Name, b.Name) })
 	return list
+}
+
+// hasTold says that this is what was last told of a workload.
+func (r *FollowReconciler) hasTold(about client.Object, text string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.told[about.GetUID()] == text
+}
+
+// forget has whatever comes next told, be it what was told before.
+func (r *FollowReconciler) forget(about client.Object) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.told, about.GetUID())
 }
 
 // tell is an event that is told once.

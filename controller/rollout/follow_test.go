@@ -79,6 +79,53 @@ func TestFollow(t *testing.T) {
 	}
 }
 
+// The rollout of an annotated workload waits for one that somebody has made for the same containers, and says so once; then it goes on.
+func TestFollowWaits(t *testing.T) {
+	for _, tc := range []struct {
+		name  string
+		there bool // the rollout of the workload, before the other one comes
+	}{{"changed", true}, {"made", false}} {
+		t.Run(tc.name, func(t *testing.T) {
+			inBed(t, func(t *testing.T, b *bed) {
+				b.webhook = true
+				b.addNodes(2)
+				b.addStatefulSet(2, func(s *appsv1.StatefulSet) {
+					if tc.there {
+						annotated(s)
+					}
+				})
+				own := "statefulset-web"
+				if tc.there {
+					b.until("ended", own, time.Minute, ended)
+				}
+				b.create("manual", spec{
+					Target:     inplace.Target{WorkloadRef: &inplace.WorkloadRef{APIVersion: "apps/v1", Kind: kindStatefulSet, Name: "web"}},
+					Containers: []change{{Name: "app", Image: "app:2"}},
+					Strategy:   settings{DrainSeconds: 60},
+				})
+				b.until("at work", "manual", time.Minute, func(r *rollout) bool { return r.Status.StartTime != nil })
+				if !tc.there {
+					user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { annotated(s) })
+				}
+				b.edit("manual", func(r *rollout) { r.Spec.Paused = true })
+				time.Sleep(5 * time.Minute)
+				said := "web Normal WaitingForRollout: the pods do not follow the images of the template yet: InPlaceRollout manual is at work on container app of StatefulSet web"
+				if n := strings.Count(b.told(), said); n != 1 {
+					t.Errorf("said %d times, events\n%s", n, b.told())
+				}
+				if n := b.counted("refused"); n != 1 {
+					t.Errorf("%d writes were refused", n)
+				}
+				b.edit("manual", func(r *rollout) { r.Spec.Paused = false })
+				b.until("ended", "manual", 10*time.Minute, ended)
+				r := b.until("follows", own, time.Minute, func(r *rollout) bool { return r != nil && ended(r) && r.Status.TargetImages["app"] == "app:2" })
+				b.want(r, "True RolledOut", "2/2/2/0/0")
+				b.atRest(kindStatefulSet, "app:2")
+			})
+		})
+	}
+}
+
 // What an annotation cannot do is said, and what is more than images is left to the workload.
 func TestFollowNot(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
