@@ -81,6 +81,8 @@ type containerRecord struct {
 	Grace int64 `json:"grace,omitempty"`
 	// HoldSince is since when an upgrade waits for its commit or, once it is armed, for kubelet.
 	HoldSince time.Time `json:"holdSince,omitzero"`
+	// Asked is set once kubelet has asked for the successor of an upgrade.
+	Asked bool `json:"asked,omitempty"`
 }
 
 // journal is the durable list of operations and image overrides, in one bbolt file of mode 0600.

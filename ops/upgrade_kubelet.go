@@ -395,6 +395,10 @@ const adoptPatience = 2 * time.Minute
 // awaitAdoption answers kubelet's CreateContainer with the successor, if that is what it asks for.
 func (r *restart) awaitAdoption(ctx context.Context) error {
 	r.up.revealed = true
+	if r.rec().Asked {
+		// The process before this one was asked. If its answer was cut off, kubelet looks again, finds the successor, and asks no more.
+		return r.unasked(ctx)
+	}
 	patience := time.NewTimer(adoptPatience)
 	defer patience.Stop()
 	if q := r.up.asked; q != nil {
@@ -416,15 +420,20 @@ func (r *restart) awaitAdoption(ctx context.Context) error {
 			r.stopWithin(ctx, r.successor(), time.Duration(min(max(r.rec().Grace, 2), maxLateGrace))*time.Second)
 			return r.interrupted()
 		case <-patience.C:
-			if _, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: r.successor()}); status.Code(err) == codes.NotFound {
-				return failf(ReasonTakenBack, "the new container was removed before kubelet asked for it: has the pod gone away?")
-			}
-			r.logLink(ctx, r.successor())
-			return nil
+			return r.unasked(ctx)
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
+}
+
+// unasked ends an upgrade whose successor kubelet has found by itself, if it is there.
+func (r *restart) unasked(ctx context.Context) error {
+	if _, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: r.successor()}); status.Code(err) == codes.NotFound {
+		return failf(ReasonTakenBack, "the new container was removed before kubelet asked for it: has the pod gone away?")
+	}
+	r.logLink(ctx, r.successor())
+	return nil
 }
 
 // maxLateGrace bounds the grace of a successor whose pod goes away, or that is not what kubelet asks for, in seconds: kubelet
@@ -433,8 +442,17 @@ const maxLateGrace = 90
 
 // adopt answers one CreateContainer. ended says that nothing is left to wait for.
 func (r *restart) adopt(ctx context.Context, q created) (ended bool, err error) {
-	r.failpoint("adopt")
 	asked, ours := q.req.GetConfig().GetMetadata().GetAttempt(), r.container().GetAttempt()
+	var differing []string
+	if asked <= ours {
+		if differing = r.differs(ctx, q.req); len(differing) == 0 {
+			// Before anything else, for the next process.
+			if _, err := r.writeStep(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.Asked = true }); err != nil {
+				r.log.WithError(err).Warn("not written that kubelet has asked for the new container")
+			}
+		}
+	}
+	r.failpoint("adopt")
 	if asked > ours {
 		// Kubelet knows the successor, which has ended or been stopped since.
 		if !r.isOurs(q.req) {
@@ -442,7 +460,6 @@ func (r *restart) adopt(ctx context.Context, q created) (ended bool, err error) 
 		}
 		return true, nil
 	}
-	differing := r.differs(ctx, q.req)
 	if len(differing) == 0 {
 		r.matchResources(ctx, q.req)
 		q.answer <- adoption{id: r.successor(), ok: true}

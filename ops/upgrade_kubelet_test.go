@@ -421,6 +421,37 @@ func TestLastAnswerIsNotLost(t *testing.T) {
 	}
 }
 
+// The process dies while it answers kubelet's CreateContainer with the successor. Kubelet finds that running, and the next process does not
+// wait to be asked once more.
+func TestUpgradeEndsAfterTheCreateWasCutOff(t *testing.T) {
+	inUpNode(t, func(t *testing.T, n *upNode) {
+		n.armed("op")
+		ctx, dies := context.WithCancel(t.Context())
+		defer dies()
+		state := ""
+		n.watchMoments(func(m moment) error {
+			if m.done || !strings.HasPrefix(m.call, "UpdateContainerResources app/1") || state != "" {
+				return nil
+			}
+			dies()
+			state = n.crash()
+			return status.Error(codes.Unavailable, "the caller is gone")
+		})
+		cut := n.sync(ctx, "app", "app:v2", func(c *runtimeapi.ContainerConfig) { c.Linux.Resources.CpusetCpus = "3" })
+		synctest.Wait()
+		if cut == nil || state == "" {
+			t.Fatalf("the process has not died in the middle: %v", cut)
+		}
+		n.reboot(state)
+		began := time.Now()
+		n.must(n.sync(t.Context(), "app", "app:v2"))
+		n.ends("op", succeeded, upgraded)
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("the operation ended %s after the start of the next process", took)
+		}
+	})
+}
+
 // What kubelet sets on the container while the upgrade waits is set on both, and what it asks for in the end counts.
 func TestResourcesDuringUpgrade(t *testing.T) {
 	for _, edit := range []func(*opsv1.PrepareUpgradeRequest){first(func(*opsv1.ContainerUpgrade) {}), first(runBeside)} {
