@@ -23,13 +23,13 @@ func (r *restart) beforeOverlap(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := r.interrupted(); err != nil {
+		return err
+	}
 	if !running {
 		return r.stoppedByItself(ctx)
 	}
 	r.maskWhenGone()
-	if err := r.interrupted(); err != nil {
-		return err
-	}
 	return r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
 		c.Step, op.Phase = stepStart, opsv1.Phase_PHASE_STARTING
 	})

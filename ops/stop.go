@@ -31,11 +31,11 @@ func (r *restart) beforeStop(ctx context.Context) error {
 		return err
 	}
 	if !resumed {
+		if err := r.interrupted(); err != nil { // before anything is said of an incumbent that kubelet has stopped
+			return err
+		}
 		if !running && !r.overlaps() {
 			return r.stoppedByItself(ctx)
-		}
-		if err := r.interrupted(); err != nil {
-			return err
 		}
 		if !r.o.commit() {
 			return r.cancelledOutcome()
@@ -148,7 +148,7 @@ func (r *restart) stop(ctx context.Context, by time.Time) error {
 		call, cancel := context.WithTimeout(context.WithoutCancel(ctx), left+callTimeout)
 		_, err := r.rt.StopContainer(call, &runtimeapi.StopContainerRequest{ContainerId: rec.Incumbent, Timeout: seconds})
 		cancel()
-		if err == nil {
+		if err == nil || status.Code(err) == codes.NotFound { // somebody has removed it meanwhile
 			return nil
 		}
 		if status.Code(err) != codes.Unavailable || try == maxTries {

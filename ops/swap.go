@@ -58,22 +58,21 @@ func (r *restart) swap(ctx context.Context) error {
 	if r.rec().Method == MethodPlain {
 		gone = nil
 	}
+	var stopErr error
 	select {
 	case <-gone:
-		err := r.handOver(ctx)
-		if stopErr := <-stopped; err == nil && stopErr != nil {
-			err = r.awaitExited(ctx, stopErr)
-		}
-		if err != nil {
-			return err
-		}
-	case err := <-stopped:
+		err = r.handOver(ctx)
+		stopErr = <-stopped
+	case err = <-stopped:
 		if err == nil {
 			err = r.handOver(ctx)
 		}
-		if err != nil {
-			return err
-		}
+	}
+	if err == nil {
+		err = r.awaitExited(ctx, stopErr)
+	}
+	if err != nil {
+		return err
 	}
 	r.note(func(rec *containerRecord, c *opsv1.ContainerOperation) {
 		rec.Step = stepStarted
@@ -104,23 +103,31 @@ func (r *restart) handOver(ctx context.Context) error {
 }
 
 // awaitExited waits until the runtime knows what the kernel does: that the incumbent's process is gone. Until then both
-// would be shown running. stopErr is why it does not know yet.
+// would be shown running. stopErr is why it does not know yet. Without one it may be late as well: containerd answers a stop at
+// once when the process had ended before, and it is still clearing that away (internal/cri/server/container_stop.go).
 func (r *restart) awaitExited(ctx context.Context, stopErr error) error {
-	r.log.WithError(stopErr).Warn("the container's process has ended, but the runtime did not say so")
+	if stopErr != nil {
+		r.log.WithError(stopErr).Warn("the container's process has ended, but the runtime did not say so")
+	}
 	deadline, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	for {
+	waiting, end := endWith(deadline, r.claim.Yielded())
+	defer end()
+	for wait := 5 * time.Millisecond; ; wait = min(2*wait, 100*time.Millisecond) {
 		st, err := r.rt.ContainerStatus(deadline, &runtimeapi.ContainerStatusRequest{ContainerId: r.rec().Incumbent})
-		if err == nil && st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
+		if status.Code(err) == codes.NotFound || err == nil && st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
 			return nil
 		}
-		if sleep(deadline, 100*time.Millisecond) != nil {
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
-			r.warn("the runtime still shows the old container running: %v", stopErr)
-			return nil // the successor serves
+		if sleep(waiting, wait) == nil {
+			continue
 		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if deadline.Err() != nil {
+			r.warn("the runtime still shows the old container running, %s after its process has ended", callTimeout)
+		}
+		return nil // the successor serves; or kubelet has come, which is asked for before anything is shown
 	}
 }
 

@@ -710,3 +710,67 @@ func TestRuntimeThatRunsNoHooks(t *testing.T) {
 		t.Errorf("method is %s", op.GetContainers()[0].GetMethod())
 	}
 }
+
+// The runtime answers the stop of a process that has just ended by itself before it knows that it has: nothing is shown until it does.
+func TestRuntimeIsLateToKnow(t *testing.T) {
+	n := newNode(t, podOptions{})
+	n.runTidied()
+	app := n.rt.get(t, "app/0")
+	state := func(s runtimeapi.ContainerState) { n.rt.set(func(*fakeRuntime) { app.status.State = s }) }
+	looks := -1 // since the stop
+	n.rt.set(func(f *fakeRuntime) {
+		f.after = func(call string) error {
+			if strings.HasPrefix(call, "StopContainer app/0") {
+				state(runtimeapi.ContainerState_CONTAINER_RUNNING)
+				looks = 0
+			}
+			return nil
+		}
+		f.before = func(call string) error {
+			if looks < 0 || call != "ContainerStatus app/0" {
+				return nil
+			}
+			if looks++; looks == 3 {
+				if got, want := n.sees(), "app/0 RUNNING, web/0 RUNNING"; got != want {
+					t.Errorf("kubelet sees %s, want %s", got, want)
+				}
+				state(runtimeapi.ContainerState_CONTAINER_EXITED)
+			}
+			return nil
+		}
+	})
+	n.restart("op")
+	if got, want := verdict(n.finish("op")), "SUCCEEDED, app SUCCEEDED"; got != want {
+		t.Errorf("operation ended %s, want %s", got, want)
+	}
+	if got, want := n.sees(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want {
+		t.Errorf("kubelet sees %s, want %s", got, want)
+	}
+}
+
+// Somebody removes the incumbent while it stops, and the runtime has no answer to the stop but that it does not know it.
+func TestIncumbentRemovedWhileStopping(t *testing.T) {
+	for _, processes := range []bool{false, true} {
+		t.Run(map[bool]string{false: "plain", true: "gate"}[processes], func(t *testing.T) {
+			n := newNode(t, podOptions{processes: processes})
+			n.runTidied()
+			n.rt.set(func(f *fakeRuntime) {
+				f.after = func(call string) error {
+					if !strings.HasPrefix(call, "StopContainer app/0") {
+						return nil
+					}
+					app := n.rt.get(t, "app/0")
+					n.rt.set(func(f *fakeRuntime) { f.remove(app) })
+					return status.Error(codes.NotFound, "get container info: not found")
+				}
+			})
+			n.restart("op")
+			if got, want := verdict(n.finish("op")), "SUCCEEDED, app SUCCEEDED"; got != want {
+				t.Errorf("operation ended %s, want %s", got, want)
+			}
+			if got, want := n.rt.state(), "app/1 RUNNING, web/0 RUNNING"; got != want {
+				t.Errorf("runtime has %s, want %s", got, want)
+			}
+		})
+	}
+}

@@ -299,6 +299,48 @@ func TestIncumbentExitsBeforeTheMask(t *testing.T) {
 	}
 }
 
+// Kubelet has stopped the incumbent before the restart comes to look at it: that it did is what is told, not that the
+// container ended.
+func TestKubeletStopsBeforeTheMask(t *testing.T) {
+	for order, at := range map[opsv1.Order]string{opsv1.Order_ORDER_STOP_FIRST: "stop first", opsv1.Order_ORDER_START_FIRST: "start first"} {
+		t.Run(at, func(t *testing.T) {
+			n := newNode(t, podOptions{})
+			n.runTidied()
+			incumbent := n.rt.idOf(t, "app/0")
+			var answered func()
+			var once sync.Once
+			created := false
+			n.rt.set(func(f *fakeRuntime) {
+				f.before = func(call string) error {
+					created = created || call == "CreateContainer app/1"
+					if created && call == "ContainerStatus app/0" {
+						once.Do(func() {
+							answered = n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
+								_, err := k.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 2})
+								return err
+							})
+							n.log.await(t, "takes the slot back")
+							for !strings.Contains(n.rt.state(), "app/0 EXITED") {
+								time.Sleep(time.Millisecond) // the call is on its way
+							}
+						})
+					}
+					return nil
+				}
+			})
+			n.restart("op", func(r *opsv1.RestartRequest) { r.Containers[0].Order = order })
+			op := n.finish("op")
+			answered()
+			if got, want := verdict(op), "FAILED, app FAILED "+ReasonTakenBack; got != want {
+				t.Errorf("operation ended %s, want %s", got, want)
+			}
+			if got, want := n.rt.state(), "app/0 EXITED, web/0 RUNNING"; got != want {
+				t.Errorf("runtime has %s, want %s", got, want)
+			}
+		})
+	}
+}
+
 // A stop that kubelet began before the operation makes the operation refuse.
 func TestKubeletIsStoppingAlready(t *testing.T) {
 	n := newNode(t, podOptions{})

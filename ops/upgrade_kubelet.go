@@ -201,6 +201,9 @@ func (r *restart) awaitCommit(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := r.interrupted(); err != nil {
+		return err
+	}
 	if !running {
 		return r.stoppedByItself(ctx)
 	}
