@@ -389,9 +389,11 @@ func (d *daemon) tellLeft(ctx context.Context, r *request) {
 	tick := time.NewTicker(leftEvery)
 	defer tick.Stop()
 	var last handover.Left
+	told := -1 // that there are none is news too: crash-guard goes by it
 	for {
 		left := d.left(d.given.Carry().Stops)
-		if left.Calls != last.Calls {
+		if left.Calls != told {
+			told = left.Calls
 			d.notify.send(fmt.Sprintf("STATUS=Handed over to process %d, %d calls are still under way", r.pid, left.Calls))
 		}
 		if left.Calls != last.Calls || left.Pulls != last.Pulls || !slices.Equal(left.Stops, last.Stops) {
