@@ -182,7 +182,19 @@ func TestNodeBed(t *testing.T) {
 	if _, err := runPod(t.Context(), b, "first"); err != nil {
 		t.Fatal(err)
 	}
-	shims := len(bedProcesses(b.record, b.ledger.runDir(b.ID)))
+	shims, same := 0, 0
+	if err := poll(within(t), func() error { // what starts a pod is gone a moment after it
+		now := len(bedProcesses(b.record, b.ledger.runDir(b.ID)))
+		if same++; now != shims {
+			shims, same = now, 0
+		}
+		if same < 10 {
+			return fmt.Errorf("%d processes, %d times", shims, same)
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
 	if err := b.StopContainerd(t.Context(), syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}

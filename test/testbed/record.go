@@ -68,7 +68,7 @@ func (l ledger) records() ([]record, error) {
 	}
 	var recs []record
 	for _, e := range entries {
-		if !e.IsDir() {
+		if !e.IsDir() || strings.HasPrefix(e.Name(), gonePrefix) {
 			continue
 		}
 		r := record{}
@@ -176,12 +176,18 @@ func (l ledger) sweep(ctx context.Context, log io.Writer) error {
 		}
 		release, held, err := l.hold(r.ID)
 		if err != nil || !held {
-			errs = append(errs, err)
+			if !errors.Is(err, fs.ErrNotExist) { // it has just been removed
+				errs = append(errs, err)
+			}
 			continue
 		}
 		fmt.Fprintf(log, "sweep %s, left by a dead run\n", r.ID)
 		errs = append(errs, l.destroy(ctx, r))
 		release()
+	}
+	left, _ := filepath.Glob(filepath.Join(l.root, gonePrefix+"*"))
+	for _, dir := range left {
+		errs = append(errs, removeTree(dir))
 	}
 	return errors.Join(append(errs, l.sweepDirs())...)
 }
@@ -244,7 +250,27 @@ func (l ledger) destroy(ctx context.Context, r record) error {
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("remove bed %s: %w", r.ID, err)
 	}
-	return removeTree(runDir) // last: it holds the record
+	return l.forget(r.ID) // last: it holds the record
+}
+
+// gonePrefix begins the names of beds' directories that are being removed.
+const gonePrefix = ".gone-"
+
+// forget removes the bed's directory with its record and its lock. They go in one step: who sweeps in the middle of it would take the
+// rest for a bed whose owner is dead, and put a lock of its own there.
+func (l ledger) forget(id string) error {
+	mounts, err := mountsBelow(l.runDir(id))
+	if err != nil {
+		return err
+	}
+	if len(mounts) > 0 {
+		return fmt.Errorf("remove %s: %s is still mounted", l.runDir(id), mounts[0])
+	}
+	gone := filepath.Join(l.root, gonePrefix+id)
+	if err := os.Rename(l.runDir(id), gone); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return removeTree(gone)
 }
 
 // endProcesses kills the recorded processes, the shims that serve the bed's containerd, and everything in their care.

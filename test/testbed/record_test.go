@@ -211,6 +211,34 @@ func TestSweepRemovesDirectoriesWithoutRecord(t *testing.T) {
 	}
 }
 
+// A bed that is being removed is nobody's to sweep, and what its owner did not come to remove goes with the next sweep.
+func TestForget(t *testing.T) {
+	l := newLedger(t)
+	r, release := allocateIn(t, l, 1, nil)
+	defer release()
+	left := filepath.Join(l.root, gonePrefix+"left1", "n0")
+	if err := os.MkdirAll(left, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.forget(r.ID); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.forget(r.ID); err != nil {
+		t.Errorf("once more: %v", err)
+	}
+	if got := ids(t, l); len(got) > 0 {
+		t.Errorf("beds: %q", got)
+	}
+	next, releaseNext := allocateIn(t, l, 1, nil)
+	defer releaseNext()
+	if got := ids(t, l); !slices.Equal(got, []string{next.ID}) {
+		t.Errorf("beds: %q, want %s", got, next.ID)
+	}
+	if _, err := os.Stat(left); err == nil {
+		t.Error("what was left is still there")
+	}
+}
+
 func TestParseMounts(t *testing.T) {
 	const mountinfo = `22 1 253:0 / / rw,relatime - ext4 /dev/vda rw
 30 22 0:30 / /run/bed/abc/shm rw - tmpfs shm rw
