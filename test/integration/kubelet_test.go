@@ -97,8 +97,17 @@ func (k *kubelet) runPod(t testing.TB) *pod {
 		defer cancel()
 		direct := dial(t, bed.runtime, k.dir) // the proxy under test may be gone
 		_, _ = direct.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: p.sandbox})
-		if _, err := direct.RemovePodSandbox(ctx, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: p.sandbox}); err != nil {
-			t.Errorf("removing the pod: %v", err)
+		// The runtime refuses to remove what has ended by itself, and it is still clearing away. Kubelet tries again as well.
+		for {
+			_, err := direct.RemovePodSandbox(ctx, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: p.sandbox})
+			if err == nil {
+				break
+			}
+			if ctx.Err() != nil {
+				t.Errorf("removing the pod: %v", err)
+				break
+			}
+			time.Sleep(50 * time.Millisecond) // polling another process
 		}
 		// Kubelet removes the links of the containers that it removes.
 		links, _ := filepath.Glob(filepath.Join("/var/log/containers", p.name+"_default_*.log"))
@@ -226,11 +235,11 @@ func (p *pod) logFile(name string, attempt int) string {
 	return filepath.Join(p.config.GetLogDirectory(), name, strconv.Itoa(attempt)+".log")
 }
 
-// log returns what the container's attempt logged.
+// log returns what the container's attempt logged; nothing if it has not been started.
 func (p *pod) log(t testing.TB, name string, attempt int) string {
 	t.Helper()
 	b, err := os.ReadFile(p.logFile(name, attempt))
-	if err != nil {
+	if err != nil && !os.IsNotExist(err) {
 		t.Fatal(err)
 	}
 	return string(b)

@@ -58,11 +58,12 @@ func TestRestart(t *testing.T) {
 		t.Errorf("operation tells %v", c)
 	}
 	t.Logf("gap %s", c.GetGap().AsDuration())
-	p.running(t, n.kubelet, "app") // kubelet lists before it asks for a status, and the status tells what the list has told
+	// Kubelet lists, and then asks for the newest container's status first: until then, the other one's says that it runs.
+	p.running(t, n.kubelet, "app")
+	now := n.status(t, c.GetSuccessorId())
 	if got := n.status(t, app); got.GetState() != runtimeapi.ContainerState_CONTAINER_EXITED || got.GetExitCode() != 7 {
 		t.Errorf("incumbent is %v", got)
 	}
-	now := n.status(t, c.GetSuccessorId())
 	if now.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING || now.GetCreatedAt() <= old.GetCreatedAt() {
 		t.Errorf("successor is %v", now)
 	}

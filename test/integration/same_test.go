@@ -216,6 +216,10 @@ func everything(t *testing.T, k *kubelet) []string {
 	cs("removed")
 	sp, err := k.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: p.sandbox})
 	note("StopPodSandbox", sp, err)
+	eventually(t, "the CRI plugin knows that the sandbox has ended", func() bool { // it learns of it beside the call
+		l, err := k.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{Filter: &runtimeapi.PodSandboxFilter{Id: p.sandbox}})
+		return err == nil && len(l.GetItems()) == 1 && l.GetItems()[0].GetState() == runtimeapi.PodSandboxState_SANDBOX_NOTREADY
+	})
 	created, err = k.CreateContainer(ctx, p.request(t, spec{name: "late", command: looping}, 0))
 	note("CreateContainer in a stopped pod", created, err)
 	rp, err := k.RemovePodSandbox(ctx, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: p.sandbox})

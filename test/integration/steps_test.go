@@ -121,7 +121,7 @@ const unneededGrace = 30
 func kubeletAdjusts(t *testing.T, s *stepTest) {
 	ctx := t.Context()
 	dead, shown := s.after("stopped"), s.after("revealed")
-	exec, err := s.n.ExecSync(ctx, &runtimeapi.ExecSyncRequest{ContainerId: s.incumbent, Cmd: []string{"true"}, Timeout: 5})
+	exec, err := s.n.ExecSync(ctx, &runtimeapi.ExecSyncRequest{ContainerId: s.incumbent, Cmd: []string{"true"}, Timeout: 30})
 	switch code := status.Code(err); {
 	case code == codes.OK && !dead && exec.GetExitCode() == 0:
 	case code == codes.Unavailable && !shown && s.after("stop"): // which kubelet's prober takes for no result
@@ -355,6 +355,7 @@ func TestResourcesOfClones(t *testing.T) {
 		}
 		id = op.GetContainers()[0].GetSuccessorId()
 		attempt++
+		p.began(t, "app", attempt)
 		if got := cpus(t, n.kubelet, id); got != "1" {
 			t.Errorf("restart %d: the kernel lets it run on CPUs %s", i, got)
 		}
