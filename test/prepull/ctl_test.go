@@ -58,7 +58,7 @@ func TestCommands(t *testing.T) {
 		_, err := bed.pulls.GetPull(t.Context(), &opsv1.GetPullRequest{Uid: "by-hand"})
 		return err
 	})
-	follow(t, "by-hand", half)
+	follow(t, "by-hand", upTo(p, 6))
 	must(t, cut.Process.Signal(unix.SIGINT))
 	if err := cut.Wait(); cut.ProcessState.ExitCode() != 1 || !strings.Contains(out.String(), "the pull of "+image+" was cancelled: cancelled by ctl/alice") {
 		t.Errorf("%v\n%s", err, &out)

@@ -29,6 +29,7 @@ type front struct {
 	requests atomic.Int64
 	blobs    atomic.Int64 // requests for blobs
 	ranges   atomic.Int64 // of those, for a part
+	sending  atomic.Int64 // of those, how many are under way
 	limit    atomic.Pointer[rate.Limiter]
 
 	mu       sync.Mutex    // guards all following fields
@@ -190,6 +191,8 @@ func (f *front) handler(next http.Handler) http.Handler {
 			return
 		}
 		f.blobs.Add(1)
+		f.sending.Add(1)
+		defer f.sending.Add(-1)
 		if r.Header.Get("Range") != "" {
 			f.ranges.Add(1)
 		}

@@ -86,10 +86,16 @@ func secretsLeft() error {
 	var errs []error
 	for _, dir := range []string{bed.StateDir, bed.Logs} {
 		errs = append(errs, filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil // gone meanwhile
+			}
 			if err != nil || !d.Type().IsRegular() {
 				return err
 			}
 			b, err := os.ReadFile(path)
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil
+			}
 			if err == nil && (bytes.Contains(b, []byte(password)) || bytes.Contains(b, []byte(testbed.RegistryPassword))) {
 				err = fmt.Errorf("%s has a password in it", path)
 			}

@@ -81,6 +81,14 @@ func half(op *opsv1.PullOperation) bool {
 	return op.GetBytesTotal() > 0 && op.GetBytesDone() >= op.GetBytesTotal()/2
 }
 
+// upTo holds when all has come that [front.hold] lets through, so that nothing is under way in the connections: what is there is lost
+// when they are cut. containerd fetches three layers at a time and writes a MiB at a time (core/content/helpers.go copyWithBuffer); the
+// front keeps some KiB.
+func upTo(p pushed, tenths int64) func(*opsv1.PullOperation) bool {
+	const fetchers, kept = 3, 64 << 10
+	return func(op *opsv1.PullOperation) bool { return op.GetBytesDone() >= p.size*tenths/10-fetchers*mib-kept }
+}
+
 // succeeds follows a pull to its end, which must be good.
 func succeeds(t testing.TB, uid string) *opsv1.PullOperation {
 	t.Helper()

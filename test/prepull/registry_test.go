@@ -238,7 +238,7 @@ func TestCredentialsAreForgotten(t *testing.T) {
 	f.hold(p, 6)
 	req := &opsv1.PullRequest{Image: f.image(p.name), Credentials: []*opsv1.RegistryCredential{{Match: "forgotten.test", Username: "robot", Password: password}}}
 	uid := begin(t, req)
-	follow(t, uid, half)
+	follow(t, uid, upTo(p, 6))
 	must(t, bed.RestartProxy(t.Context(), syscall.SIGKILL))
 	f.goOn()
 	must(t, secretsLeft())
