@@ -91,7 +91,7 @@ func (r *run) runUpgrade(t *testing.T) {
 	err := eventually(ctx, patience, judge)
 	if err == nil {
 		if err = r.relisted(ctx, 2); err == nil {
-			err = judge()
+			err = eventually(ctx, glance, judge)
 		}
 	}
 	if err != nil {

@@ -42,8 +42,14 @@ func loseLeader(t *testing.T, namespace string, lose func(*corev1.Pod)) {
 	const pods, seconds = 3, 10
 	must(t, bed.CreateNamespace(t.Context(), namespace))
 	name, identity := leader(t, "cri-proxy-system", "")
-	startWork(t, namespace, pods, seconds)
+	must(t, bed.PushLargeImage(t.Context(), namespace+":1", 2, seconds))
+	startRollout(t, namespace, pods)
 	before := uids(t, namespace)
+	eventually(t, "a pod is updated", func() (string, bool) {
+		r := rollout(t, namespace)
+		return fmt.Sprintf("%+v", r.Status), r.Status.Updated >= 1
+	})
+	startPull(t, namespace) // only now: it goes by the clock, and the rollout by how fast the machine is
 	eventually(t, "the rollout and the pull are half done", func() (string, bool) {
 		r, j := rollout(t, namespace), job(t, namespace)
 		if r.Status.Updated >= pods || j.Status.CompletionTime != nil {

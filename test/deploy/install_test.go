@@ -129,6 +129,12 @@ func opsPort() string { return bed.OpsAddress[strings.LastIndex(bed.OpsAddress, 
 func startWork(t *testing.T, namespace string, pods, seconds int) {
 	t.Helper()
 	must(t, bed.PushLargeImage(t.Context(), namespace+":1", 2, seconds))
+	startRollout(t, namespace, pods)
+	startPull(t, namespace)
+}
+
+func startRollout(t *testing.T, namespace string, pods int) {
+	t.Helper()
 	apply(t, fmt.Sprintf(`
 apiVersion: apps/v1
 kind: StatefulSet
@@ -163,12 +169,17 @@ spec:
   target: {workloadRef: {kind: StatefulSet, name: shop}}
   containers: [{name: app, image: "%[2]s"}]
   strategy: {maxUnavailable: 1, minReadySeconds: 2}
----
+`, namespace, bed.Image("app:2")))
+}
+
+func startPull(t *testing.T, namespace string) {
+	t.Helper()
+	apply(t, fmt.Sprintf(`
 apiVersion: apps.kruise.io/v1beta1
 kind: ImagePullJob
 metadata: {name: ahead, namespace: %[1]s, annotations: {cri-proxy.io/bytes-per-second: 2Mi}}
-spec: {image: "%[3]s", completionPolicy: {type: Always}}
-`, namespace, bed.Image("app:2"), bed.Image(namespace+":1")))
+spec: {image: "%[2]s", completionPolicy: {type: Always}}
+`, namespace, bed.Image(namespace+":1")))
 }
 
 func rollout(t *testing.T, namespace string) *inplace.InPlaceRollout {

@@ -308,8 +308,9 @@ func TestImagePullJobsOfOneImage(t *testing.T) {
 		t.Errorf("%d bytes were fetched of %d", fetched, total)
 	}
 	kubectl(t, "-n", ns, "delete", "imagepulljob", "one", "--timeout=60s")
-	if got := imageOnNode(t, image); !got.GetPinned() || len(pinsOf(t, one)) != 0 || len(pinsOf(t, other)) != 1 {
-		t.Errorf("with one of the jobs gone: %v", got)
+	pinned(t, image, true)
+	if gone, there := pinsOf(t, one), pinsOf(t, other); len(gone) != 0 || len(there) != 1 {
+		t.Errorf("with one of the jobs gone: its pins are %v, those of the other %v", gone, there)
 	}
 	kubectl(t, "-n", ns, "delete", "imagepulljob", "other", "--timeout=60s")
 	pinned(t, image, false)
@@ -319,7 +320,7 @@ func TestImagePullJobsOfOneImage(t *testing.T) {
 func TestImagePullJobDeleted(t *testing.T) {
 	ns := namespace(t)
 	image := pushed(t, "given-up:1", 2, 8)
-	apply(t, imageJob(ns, "first", image, "4Mi"))
+	apply(t, imageJob(ns, "first", image, "2Mi")) // so that it is not through before kubectl has deleted it
 	job, _ := fetched(t, ns, "first", 40)
 	kubectl(t, "-n", ns, "delete", "imagepulljob", "first", "--timeout=60s")
 	ops := pullsOf(t, job)

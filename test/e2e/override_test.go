@@ -70,7 +70,8 @@ func TestOverride(t *testing.T) {
 
 	restartProxy(t, syscall.SIGKILL)
 	kubeletIsThrough(t)
-	kubectl(t, "-n", ns, "exec", "shop", "-c", "app", "--", "kill", "1")
+	// In a second: the container must not end before kubectl has heard how its command did.
+	kubectl(t, "-n", ns, "exec", "shop", "-c", "app", "--", "sh", "-c", "(sleep 1; kill 1) >/dev/null 2>&1 &")
 	crashed := shows(2, two)
 	var trace []string
 	eventually(t, "the container has begun anew", func() bool {

@@ -183,7 +183,6 @@ func TestPodDeletedDuringRestart(t *testing.T) {
 	for _, point := range points {
 		ready(t, ns, point)
 	}
-	cri, node := runtimeClient(t), opsClient(t)
 	for _, point := range points {
 		t.Run(point, func(t *testing.T) {
 			pod := ready(t, ns, point)
@@ -216,36 +215,46 @@ func TestPodDeletedDuringRestart(t *testing.T) {
 					t.Errorf("a process was killed without being asked to stop:\n%s", log)
 				}
 			}
-			list, err := cri.ListContainers(t.Context(), &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
-				LabelSelector: map[string]string{"io.kubernetes.pod.uid": string(pod.UID)},
-			}})
-			must(t, err)
-			for _, c := range list.GetContainers() {
-				if c.GetState() != runtimeapi.ContainerState_CONTAINER_EXITED {
-					t.Errorf("left behind: %v", c)
-				}
-			}
 			completed(t, ns, point)
-			eventually(t, "no operation is left on the node", func() bool {
-				info, err := node.NodeInfo(t.Context(), &opsv1.NodeInfoRequest{})
-				must(t, err)
-				return len(info.GetActiveSlots()) == 0
-			})
-			assertNoGates(t)
+			assertNothingLeft(t, pod)
 		})
 	}
 }
 
-// assertNoGates checks that the proxy has nothing left of gates that were opened or given up.
+// assertNoGates checks that the proxy has nothing left of gates that were opened or given up. An operation that has
+// been taken up again removes its gate at its end.
 func assertNoGates(t testing.TB) {
 	t.Helper()
-	left, err := filepath.Glob(filepath.Join(bed.StateDir, "gates", "*", "*"))
+	eventually(t, "no gate is left", func() bool {
+		left, err := filepath.Glob(filepath.Join(bed.StateDir, "gates", "*", "*"))
+		must(t, err)
+		return !slices.ContainsFunc(left, func(path string) bool {
+			info, err := os.Lstat(path)
+			return err == nil && info.Mode()&os.ModeNamedPipe != 0
+		})
+	})
+}
+
+// assertNothingLeft waits until no operation is at work on the node, and checks that the runtime has nothing of the pod
+// but what has ended.
+func assertNothingLeft(t testing.TB, pod *corev1.Pod) {
+	t.Helper()
+	node := opsClient(t)
+	eventually(t, "no operation is left on the node", func() bool {
+		info, err := node.NodeInfo(t.Context(), &opsv1.NodeInfoRequest{})
+		must(t, err)
+		return len(info.GetActiveSlots()) == 0
+	})
+	list, err := runtimeClient(t).ListContainers(t.Context(), &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
+		LabelSelector: map[string]string{"io.kubernetes.pod.uid": string(pod.UID)},
+	}})
 	must(t, err)
-	for _, path := range left {
-		if info, err := os.Lstat(path); err == nil && info.Mode()&os.ModeNamedPipe != 0 {
-			t.Errorf("left behind: %s", path)
+	for _, c := range list.GetContainers() {
+		if c.GetState() != runtimeapi.ContainerState_CONTAINER_EXITED {
+			t.Errorf("left behind: %v", c)
 		}
 	}
+	assertNoGates(t)
 }
 
 // probed is a pod whose probes fail, or are answered by nobody, while its containers do not run.
@@ -314,26 +323,31 @@ func TestLivenessDuringRestart(t *testing.T) {
 	}
 }
 
-// assertOneRunning counts the running and the created containers of a slot around the proxy.
+// assertOneRunning waits until of a slot's containers, around the proxy, one runs and none has only been created: a process
+// runs a moment before the runtime says so. Two that run are one too many at any time.
 func assertOneRunning(t testing.TB, podUID, name string) {
 	t.Helper()
-	list, err := runtimeClient(t).ListContainers(t.Context(), &runtimeapi.ListContainersRequest{
-		Filter: &runtimeapi.ContainerFilter{LabelSelector: map[string]string{"io.kubernetes.pod.uid": podUID, "io.kubernetes.container.name": name}},
-	})
-	must(t, err)
-	running := 0
-	for _, c := range list.GetContainers() {
-		switch c.GetState() {
-		case runtimeapi.ContainerState_CONTAINER_RUNNING:
-			running++
-		case runtimeapi.ContainerState_CONTAINER_EXITED:
-		default:
-			t.Errorf("container %s of %s is %s", c.GetId(), name, c.GetState())
+	cri := runtimeClient(t)
+	eventually(t, "one container of "+name+" runs and none waits", func() bool {
+		list, err := cri.ListContainers(t.Context(), &runtimeapi.ListContainersRequest{
+			Filter: &runtimeapi.ContainerFilter{LabelSelector: map[string]string{"io.kubernetes.pod.uid": podUID, "io.kubernetes.container.name": name}},
+		})
+		must(t, err)
+		running, others := 0, 0
+		for _, c := range list.GetContainers() {
+			switch c.GetState() {
+			case runtimeapi.ContainerState_CONTAINER_RUNNING:
+				running++
+			case runtimeapi.ContainerState_CONTAINER_EXITED:
+			default:
+				others++
+			}
 		}
-	}
-	if running != 1 {
-		t.Errorf("%d containers of %s run: %v", running, name, list.GetContainers())
-	}
+		if running > 1 {
+			t.Fatalf("%d containers of %s run: %v", running, name, list.GetContainers())
+		}
+		return running == 1 && others == 0
+	})
 }
 
 // session is a kubectl that stays connected.

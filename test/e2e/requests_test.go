@@ -12,6 +12,8 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	apiwatch "k8s.io/apimachinery/pkg/watch"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
@@ -256,10 +258,29 @@ func TestTTL(t *testing.T) {
 	ns := namespace(t)
 	apply(t, threeContainers(ns, "my-pod", corev1.RestartPolicyAlways))
 	ready(t, ns, "my-pod")
+	// A watch misses nothing, however short it lives.
+	var before appsv1alpha1.ContainerRecreateRequestList
+	must(t, api.List(t.Context(), &before, client.InNamespace(ns)))
+	watch, err := api.Watch(t.Context(), &before, client.InNamespace(ns), &client.ListOptions{Raw: &metav1.ListOptions{ResourceVersion: before.ResourceVersion}})
+	must(t, err)
+	defer watch.Stop()
 	apply(t, recreate(ns, "short-lived", "my-pod", "containers: [{name: app}]\n  ttlSecondsAfterFinished: 2"))
-	completed(t, ns, "short-lived")
-	eventually(t, "the request is gone", func() bool {
-		crr := &appsv1alpha1.ContainerRecreateRequest{}
-		return client.IgnoreNotFound(api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: "short-lived"}, crr)) == nil && crr.Name == ""
-	})
+	crr := &appsv1alpha1.ContainerRecreateRequest{}
+	for gone := false; !gone; {
+		select {
+		case e, ok := <-watch.ResultChan():
+			if !ok {
+				t.Fatalf("the watch has ended, status %+v", crr.Status)
+			}
+			if now, is := e.Object.(*appsv1alpha1.ContainerRecreateRequest); is {
+				crr = now
+			}
+			gone = e.Type == apiwatch.Deleted
+		case <-time.After(2 * time.Minute):
+			t.Fatalf("the request is there still, status %+v", crr.Status)
+		}
+	}
+	if crr.Status.Phase != appsv1alpha1.ContainerRecreateRequestCompleted {
+		t.Errorf("the request went with status %+v", crr.Status)
+	}
 }

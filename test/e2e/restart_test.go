@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -340,8 +341,10 @@ spec:
 	check("a restart of kubelet")
 	for _, why := range watching() {
 		// A kubelet that has just started says this of itself, with or without a proxy, until its first Status call and its
-		// first relist have come back (pkg/kubelet/runtime.go, pkg/kubelet/pleg/generic.go); it must not say anything else.
-		if !strings.Contains(why, "container runtime status check may not have completed yet") && !strings.Contains(why, "pleg has yet to be successful") {
+		// first relist have come back (pkg/kubelet/runtime.go, pkg/kubelet/pleg/generic.go) and it has reached the API server
+		// (pkg/volume/csi/csi_plugin.go); it must not say anything else.
+		if !slices.ContainsFunc([]string{"container runtime status check may not have completed yet", "pleg has yet to be successful", "CSINode is not yet initialized"},
+			func(said string) bool { return strings.Contains(why, said) }) {
 			t.Errorf("the node was not ready: %s", why)
 		}
 	}
