@@ -5,6 +5,7 @@ package e2e
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -229,11 +230,17 @@ spec:
 // goes to the pod's.
 func TestHostNetworkHook(t *testing.T) {
 	ns := namespace(t)
-	l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", net.JoinHostPort(bed.BridgeIP, "0"))
-	must(t, err)
-	_, port, err := net.SplitHostPort(l.Addr().String())
-	must(t, err)
-	must(t, l.Close())
+	// Free on all addresses, and below those that the kernel takes for connections of its own choice (ip(7), ip_local_port_range).
+	port := ""
+	for n := 20000 + rand.IntN(10000); port == ""; n++ {
+		if n > 32000 {
+			t.Fatal("no port is free")
+		}
+		if l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", fmt.Sprintf(":%d", n)); err == nil {
+			port = strconv.Itoa(n)
+			must(t, l.Close())
+		}
+	}
 	apply(t, fmt.Sprintf(`
 apiVersion: v1
 kind: Pod
