@@ -195,6 +195,39 @@ func TestRevealedIsListedBeforeItsIncumbent(t *testing.T) {
 	}
 }
 
+// So it is for a container that was replaced twice before kubelet looked.
+func TestRevealedTwiceIsListedNewestFirst(t *testing.T) {
+	for range 20 { // whichever pair comes first
+		b := newBed(t)
+		b.on(methodList, func(context.Context, []byte) (proto.Message, error) {
+			return &runtimeapi.ListContainersResponse{Containers: []*runtimeapi.Container{{Id: "0"}, {Id: "1"}, {Id: "2"}}}, nil
+		})
+		for _, next := range []string{"1", "2"} {
+			c, err := b.view.TryClaim(slot)
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.Bind(sandbox, map[string]string{"1": "0", "2": "1"}[next])
+			c.HideNow(next)
+			c.Staged(next)
+			c.Mask()
+			c.Reveal()
+			c.Release()
+		}
+		resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var ids []string
+		for _, c := range resp.GetContainers() {
+			ids = append(ids, c.GetId())
+		}
+		if got := strings.Join(ids, " "); got != "2 1 0" {
+			t.Fatalf("the list is %s", got)
+		}
+	}
+}
+
 // What the list shows after each step of an operation, ending in each way.
 func TestListContainersStepByStep(t *testing.T) {
 	const untouched, before = "new CREATED, old EXITED, web RUNNING, web-before EXITED", "old EXITED, web RUNNING, web-before EXITED"

@@ -472,16 +472,20 @@ type untold struct {
 func (v *View) told(list []*runtimeapi.Container) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	for incumbent, u := range v.untold {
-		i := slices.IndexFunc(list, func(c *runtimeapi.Container) bool { return c.GetId() == u.id })
-		if i < 0 {
-			continue
+	for turned := true; turned; { // of a chain of three, one that is in its place may have to move again
+		turned = false
+		for incumbent, u := range v.untold {
+			i := slices.IndexFunc(list, func(c *runtimeapi.Container) bool { return c.GetId() == u.id })
+			if i < 0 {
+				continue
+			}
+			if j := slices.IndexFunc(list[:i], func(c *runtimeapi.Container) bool { return c.GetId() == incumbent }); j >= 0 {
+				list[i], list[j] = list[j], list[i]
+				turned = true
+			}
+			u.listed = true
+			v.untold[incumbent] = u
 		}
-		if j := slices.IndexFunc(list[:i], func(c *runtimeapi.Container) bool { return c.GetId() == incumbent }); j >= 0 {
-			list[i], list[j] = list[j], list[i]
-		}
-		u.listed = true
-		v.untold[incumbent] = u
 	}
 }
 
