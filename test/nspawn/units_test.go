@@ -121,6 +121,7 @@ func upgrade(t *testing.T, m *machine) {
 	}
 	await(t, "the end of the second instance", func() bool { return m.show(t, "cri-proxy@b", "ActiveState") == "inactive" })
 	m.moreCalls(t)
+	await(t, "the third event stream", func() bool { return m.kubelet(t).Streams >= 3 })
 	r = m.noFailures(t, time.Time{})
 	if r.Streams != 3 {
 		t.Errorf("%d event streams, want one for each process", r.Streams)
@@ -247,10 +248,9 @@ func watchdog(t *testing.T, m *machine) {
 	began := time.Now()
 	await(t, "the next process", func() bool { s, now := m.serving(t); return s == i && now != pid && now != "0" })
 	took := time.Since(began)
-	out := m.must(t, "journalctl", "--no-pager", "-u", "cri-proxy@"+i)
-	if !strings.Contains(out, "Watchdog timeout") {
-		t.Errorf("it was not the watchdog:\n%s", out)
-	}
+	await(t, "the journal to say that it was the watchdog", func() bool {
+		return strings.Contains(m.must(t, "journalctl", "--no-pager", "-u", "cri-proxy@"+i), "Watchdog timeout")
+	})
 	m.moreCalls(t)
 	m.noFailures(t, began.Add(took)) // those that came meanwhile went to the frozen process
 	t.Logf("replaced after %s, with WatchdogSec=3s", took.Round(time.Millisecond))
