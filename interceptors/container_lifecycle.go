@@ -279,12 +279,15 @@ func (d *Director) updateContainerResources(ctx context.Context, method string, 
 		return nil, err
 	}
 	claim, id := d.view.byContainer(req.GetContainerId())
-	b, err := next(ctx, raw)
-	going := claim != nil && d.view.judge(id) == masked
-	if err != nil && !going {
-		return nil, err
+	going, successor := false, ""
+	if claim != nil {
+		going, successor = d.view.judge(id) == masked, d.view.successorOf(claim)
 	}
-	if req.GetLinux() == nil {
+	b, err := next(ctx, raw)
+	if err != nil && claim != nil {
+		going = going || d.view.judge(id) == masked
+	}
+	if req.GetLinux() == nil || err != nil && !going {
 		return b, err
 	}
 	linux, merr := encode(req.GetLinux())
@@ -298,7 +301,9 @@ func (d *Director) updateContainerResources(ctx context.Context, method string, 
 	if err == nil {
 		d.records.Updated(id, linux) // before the look for a successor: one that is staged after it reads this
 	}
-	successor := d.view.successorOf(claim)
+	if now := d.view.successorOf(claim); now != "" || err == nil { // else it may have been revealed during the call
+		successor = now
+	}
 	if successor == "" || successor == id {
 		return b, err
 	}

@@ -311,6 +311,7 @@ func TestUpdateContainerResources(t *testing.T) {
 		linux   *runtimeapi.LinuxContainerResources
 		staged  bool
 		masked  bool
+		reveals bool   // in the middle of the incumbent's update
 		fail    string // the containers whose updates fail
 		code    codes.Code
 		updates string // what the runtime saw
@@ -327,6 +328,7 @@ func TestUpdateContainerResources(t *testing.T) {
 		{name: "incumbent refuses", id: incumbent, linux: cpus, staged: true, fail: incumbent, code: codes.Unknown, updates: "old=3"},
 		// The runtime's word on a process that is going says nothing about what kubelet will see.
 		{name: "incumbent is going", id: incumbent, linux: cpus, staged: true, masked: true, fail: incumbent, updates: "old=3 new=3", records: "updated " + incumbent + " cpus=3, updated " + successor + " cpus=3"},
+		{name: "incumbent is going, and gone", id: incumbent, linux: cpus, staged: true, masked: true, reveals: true, fail: incumbent, updates: "old=3 new=3", records: "updated " + incumbent + " cpus=3, updated " + successor + " cpus=3"},
 		{name: "incumbent is going, both refuse", id: incumbent, linux: cpus, staged: true, masked: true, fail: incumbent + successor, code: codes.Unknown, updates: "old=3 new=3"},
 		{name: "incumbent is going, no Linux part", id: incumbent, staged: true, masked: true, fail: incumbent, code: codes.Unknown, updates: "old="},
 		{name: "incumbent is going, nothing is staged", id: incumbent, linux: cpus, masked: true, fail: incumbent, code: codes.Unknown, updates: "old=3"},
@@ -357,6 +359,9 @@ func TestUpdateContainerResources(t *testing.T) {
 					}
 				}
 				seen = append(seen, names[id]+"="+req.GetLinux().GetCpusetCpus())
+				if tc.reveals && id == incumbent {
+					c.Reveal()
+				}
 				if strings.Contains(tc.fail, id) {
 					return nil, status.Error(codes.Unknown, "no")
 				}

@@ -6,6 +6,8 @@ package interceptors
 import (
 	"context"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cri-proxy/cri-proxy/proxy"
@@ -20,7 +22,7 @@ func (d *Director) containerStatus(ctx context.Context, _ string, raw []byte, ne
 	}
 	look := d.view.look(decidedIn(ctx))
 	defer look.end()
-	untold := d.view.isUntold(req.GetContainerId())
+	heir := d.view.untoldHeir(req.GetContainerId())
 	b, err := next(ctx, raw)
 	if err != nil {
 		return nil, err
@@ -37,7 +39,7 @@ func (d *Director) containerStatus(ctx context.Context, _ string, raw []byte, ne
 	switch how := look.judge(m.GetStatus().GetId(), m.GetStatus().GetAnnotations()); {
 	case how == hidden:
 		return nil, notFound(req.GetContainerId())
-	case how == masked || untold:
+	case how == masked || heir != "" && !d.lost(ctx, heir, next):
 		did(ctx, didMask)
 		showRunning(m.GetStatus())
 		changed = true
@@ -46,6 +48,20 @@ func (d *Director) containerStatus(ctx context.Context, _ string, raw []byte, ne
 		return b, nil
 	}
 	return encode(m)
+}
+
+// lost reports whether a container that has been revealed is gone without anybody having said so: then nobody will ever ask for its
+// status. next asks the runtime for that.
+func (d *Director) lost(ctx context.Context, id string, next proxy.UnaryNext) bool {
+	raw, err := encode(&runtimeapi.ContainerStatusRequest{ContainerId: id})
+	if err != nil {
+		return false
+	}
+	if _, err := next(ctx, raw); status.Code(err) != codes.NotFound {
+		return false
+	}
+	d.view.Forget(id)
+	return true
 }
 
 // podSandboxStatus filters the container statuses that evented PLEG reads from it.

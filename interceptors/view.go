@@ -517,12 +517,11 @@ func (v *View) forgetSandbox(id string) {
 	v.tellLocked(func(_ string, u untold) bool { return strings.HasPrefix(u.sandbox, id) })
 }
 
-// isUntold reports whether the container has been replaced and kubelet does not go by that yet.
-func (v *View) isUntold(id string) bool {
+// untoldHeir returns the container that has replaced this one, if kubelet does not go by that yet, or "".
+func (v *View) untoldHeir(id string) string {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
-	_, ok := v.untold[id]
-	return ok
+	return v.untold[id].id
 }
 
 // verdict is how one container is shown.

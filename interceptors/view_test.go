@@ -4,6 +4,7 @@
 package interceptors_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -525,6 +526,14 @@ func TestRevealBetweenListAndStatus(t *testing.T) {
 			ask(b, successor)
 		}, false},
 		{"the incumbent's removal", func(b *bed) { b.view.Forget(incumbent) }, true},
+		{"the successor's removal, beside kubelet", func(b *bed) {
+			b.on(methodStatus, func(_ context.Context, raw []byte) (proto.Message, error) {
+				if bytes.Contains(raw, []byte(successor)) {
+					return nil, status.Error(codes.NotFound, "no such container")
+				}
+				return &runtimeapi.ContainerStatusResponse{Status: exited(incumbent)}, nil
+			})
+		}, true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			b := newBed(t)

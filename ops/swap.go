@@ -4,6 +4,7 @@
 package ops
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -102,14 +103,19 @@ func (r *restart) handOver(ctx context.Context) error {
 	return err
 }
 
+// exitPatience is how long a runtime that has answered a stop may take to show the container exited; kubelet may wait for that.
+const exitPatience = 15 * time.Second
+
 // awaitExited waits until the runtime knows what the kernel does: that the incumbent's process is gone. Until then both
 // would be shown running. stopErr is why it does not know yet. Without one it may be late as well: containerd answers a stop at
 // once when the process had ended before, and it is still clearing that away (internal/cri/server/container_stop.go).
 func (r *restart) awaitExited(ctx context.Context, stopErr error) error {
+	limit := exitPatience
 	if stopErr != nil {
+		limit = callTimeout // it may be restarting
 		r.log.WithError(stopErr).Warn("the container's process has ended, but the runtime did not say so")
 	}
-	deadline, cancel := context.WithTimeout(ctx, callTimeout)
+	deadline, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	waiting, end := endWith(deadline, r.claim.Yielded())
 	defer end()
@@ -125,7 +131,11 @@ func (r *restart) awaitExited(ctx context.Context, stopErr error) error {
 			return ctx.Err()
 		}
 		if deadline.Err() != nil {
-			r.warn("the runtime still shows the old container running, %s after its process has ended", callTimeout)
+			why := "it shows it running"
+			if e := cmp.Or(stopErr, err); e != nil {
+				why = status.Convert(e).Message()
+			}
+			r.warn("the runtime did not say within %s that the old container has ended: %s", limit, why)
 		}
 		return nil // the successor serves; or kubelet has come, which is asked for before anything is shown
 	}

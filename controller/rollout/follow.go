@@ -153,6 +153,9 @@ func (r *FollowReconciler) update(ctx context.Context, rollout *inplace.InPlaceR
 		return nil
 	}
 	before := rollout.DeepCopy()
+	if rollout.Annotations == nil {
+		rollout.Annotations = map[string]string{}
+	}
 	generation := strconv.FormatInt(owner.GetGeneration(), 10)
 	list := wish(template)
 	revision := revisionOf(rollout)
@@ -169,9 +172,6 @@ func (r *FollowReconciler) update(ctx context.Context, rollout *inplace.InPlaceR
 	case same:
 		r.forget(owner)
 		return nil
-	}
-	if rollout.Annotations == nil {
-		rollout.Annotations = map[string]string{}
 	}
 	rollout.Spec.Containers, rollout.Annotations[followedAnnotation] = list, generation
 	err := r.write(ctx, owner, rollout, func() error {
