@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -325,6 +326,8 @@ func copyFile(src, dst string) error {
 	if err != nil {
 		return err
 	}
+	syscall.ForkLock.RLock() // a child with the open file would make it busy for who runs the copy
+	defer syscall.ForkLock.RUnlock()
 	out, err := os.CreateTemp(filepath.Dir(dst), ".tmp-*")
 	if err != nil {
 		return err
