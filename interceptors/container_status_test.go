@@ -66,6 +66,8 @@ func TestContainerStatus(t *testing.T) {
 			defer c.Release()
 			if tc.settle {
 				c.Reveal()
+				b.serveList()
+				b.serveStatus()
 				b.readAll()
 			}
 			b.on(methodStatus, always(withUnknown(&runtimeapi.ContainerStatusResponse{Status: tc.real, Info: map[string]string{"info": "{}"}}), nil))

@@ -74,8 +74,6 @@ func (b *bed) serveStatus() {
 // readAll reads as kubelet does: a list, and then the status of what it lists.
 func (b *bed) readAll() {
 	b.t.Helper()
-	b.serveList()
-	b.serveStatus()
 	resp, err := call[runtimeapi.ListContainersResponse](b.t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
 	if err != nil {
 		b.t.Fatal(err)
@@ -267,6 +265,7 @@ func TestListContainersStepByStep(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			b := newBed(t)
 			b.serveList()
+			b.serveStatus()
 			c := b.claimed()
 			for _, step := range course {
 				steps[step].do(t, c)
