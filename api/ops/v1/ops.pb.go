@@ -363,8 +363,15 @@ type ContainerRestart struct {
 	// revert_image restarts the container with the image of the pod's spec and ends the override. A container that does not run
 	// is left to kubelet, which makes it with that image then.
 	RevertImage bool `protobuf:"varint,9,opt,name=revert_image,json=revertImage,proto3" json:"revert_image,omitempty"`
-	// pull_policy is for image and revert_image: with Always the registry is asked even if the image is on the node.
-	PullPolicy    PullPolicy `protobuf:"varint,10,opt,name=pull_policy,json=pullPolicy,proto3,enum=criproxy.ops.v1.PullPolicy" json:"pull_policy,omitempty"`
+	// pull_policy is the container's imagePullPolicy. Before anything is stopped the node makes sure of the image as kubelet does before
+	// each start: with Always it asks the registry again, with Never it only looks, else it pulls what is not there. When unspecified
+	// it is IfNotPresent.
+	PullPolicy PullPolicy `protobuf:"varint,10,opt,name=pull_policy,json=pullPolicy,proto3,enum=criproxy.ops.v1.PullPolicy" json:"pull_policy,omitempty"`
+	// environment is what kubelet would compute now of the container's spec. Unset: that of the last creation is used again.
+	// It is kept where the node keeps the requests that made its containers, and not in the journal.
+	Environment *Environment `protobuf:"bytes,11,opt,name=environment,proto3" json:"environment,omitempty"`
+	// hold_probes is for how long after it is shown kubelet must not probe the new container; see ContainerUpgrade.hold_probes.
+	HoldProbes    *durationpb.Duration `protobuf:"bytes,12,opt,name=hold_probes,json=holdProbes,proto3" json:"hold_probes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -469,6 +476,362 @@ func (x *ContainerRestart) GetPullPolicy() PullPolicy {
 	return PullPolicy_PULL_POLICY_UNSPECIFIED
 }
 
+func (x *ContainerRestart) GetEnvironment() *Environment {
+	if x != nil {
+		return x.Environment
+	}
+	return nil
+}
+
+func (x *ContainerRestart) GetHoldProbes() *durationpb.Duration {
+	if x != nil {
+		return x.HoldProbes
+	}
+	return nil
+}
+
+// Environment is what kubelet computes of a container's spec at each start, besides what is always the same
+// (kubelet_pods.go makeEnvironmentVariables and makeMounts). The node does the last step, since only the node can read files in volumes.
+type Environment struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// variables are those of envFrom and env, in the order in which kubelet looks at them: the last of a name counts.
+	Variables []*Variable `protobuf:"bytes,1,rep,name=variables,proto3" json:"variables,omitempty"`
+	// services are the variables for services; one counts where variables have none of that name.
+	Services []*Variable `protobuf:"bytes,2,rep,name=services,proto3" json:"services,omitempty"`
+	// command and args are those of the spec; $(NAME) is replaced.
+	Command []string `protobuf:"bytes,3,rep,name=command,proto3" json:"command,omitempty"`
+	Args    []string `protobuf:"bytes,4,rep,name=args,proto3" json:"args,omitempty"`
+	// sub_paths are the volume mounts that have one.
+	SubPaths []*SubPath `protobuf:"bytes,5,rep,name=sub_paths,json=subPaths,proto3" json:"sub_paths,omitempty"`
+	// device_variables says that device plugins may have set variables, which the spec does not tell: those that stand first in the
+	// request that made the old container are kept.
+	DeviceVariables bool `protobuf:"varint,6,opt,name=device_variables,json=deviceVariables,proto3" json:"device_variables,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *Environment) Reset() {
+	*x = Environment{}
+	mi := &file_api_ops_v1_ops_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Environment) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Environment) ProtoMessage() {}
+
+func (x *Environment) ProtoReflect() protoreflect.Message {
+	mi := &file_api_ops_v1_ops_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Environment.ProtoReflect.Descriptor instead.
+func (*Environment) Descriptor() ([]byte, []int) {
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Environment) GetVariables() []*Variable {
+	if x != nil {
+		return x.Variables
+	}
+	return nil
+}
+
+func (x *Environment) GetServices() []*Variable {
+	if x != nil {
+		return x.Services
+	}
+	return nil
+}
+
+func (x *Environment) GetCommand() []string {
+	if x != nil {
+		return x.Command
+	}
+	return nil
+}
+
+func (x *Environment) GetArgs() []string {
+	if x != nil {
+		return x.Args
+	}
+	return nil
+}
+
+func (x *Environment) GetSubPaths() []*SubPath {
+	if x != nil {
+		return x.SubPaths
+	}
+	return nil
+}
+
+func (x *Environment) GetDeviceVariables() bool {
+	if x != nil {
+		return x.DeviceVariables
+	}
+	return false
+}
+
+type Variable struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Types that are valid to be assigned to Source:
+	//
+	//	*Variable_Value
+	//	*Variable_Template
+	//	*Variable_File
+	Source        isVariable_Source `protobuf_oneof:"source"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Variable) Reset() {
+	*x = Variable{}
+	mi := &file_api_ops_v1_ops_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Variable) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Variable) ProtoMessage() {}
+
+func (x *Variable) ProtoReflect() protoreflect.Message {
+	mi := &file_api_ops_v1_ops_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Variable.ProtoReflect.Descriptor instead.
+func (*Variable) Descriptor() ([]byte, []int) {
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Variable) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Variable) GetSource() isVariable_Source {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
+func (x *Variable) GetValue() []byte {
+	if x != nil {
+		if x, ok := x.Source.(*Variable_Value); ok {
+			return x.Value
+		}
+	}
+	return nil
+}
+
+func (x *Variable) GetTemplate() string {
+	if x != nil {
+		if x, ok := x.Source.(*Variable_Template); ok {
+			return x.Template
+		}
+	}
+	return ""
+}
+
+func (x *Variable) GetFile() *FileKey {
+	if x != nil {
+		if x, ok := x.Source.(*Variable_File); ok {
+			return x.File
+		}
+	}
+	return nil
+}
+
+type isVariable_Source interface {
+	isVariable_Source()
+}
+
+type Variable_Value struct {
+	// value is taken as it is.
+	Value []byte `protobuf:"bytes,2,opt,name=value,proto3,oneof"`
+}
+
+type Variable_Template struct {
+	// template is taken with each $(NAME) replaced by a variable before it, or of a service.
+	Template string `protobuf:"bytes,3,opt,name=template,proto3,oneof"`
+}
+
+type Variable_File struct {
+	// file is a key in a file in a volume.
+	File *FileKey `protobuf:"bytes,4,opt,name=file,proto3,oneof"`
+}
+
+func (*Variable_Value) isVariable_Source() {}
+
+func (*Variable_Template) isVariable_Source() {}
+
+func (*Variable_File) isVariable_Source() {}
+
+// FileKey names a variable in a file in an emptyDir volume, which an init container has written.
+type FileKey struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Volume string                 `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	Path   string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	Key    string                 `protobuf:"bytes,3,opt,name=key,proto3" json:"key,omitempty"`
+	// optional: if there is no such key, there is no variable.
+	Optional      bool `protobuf:"varint,4,opt,name=optional,proto3" json:"optional,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FileKey) Reset() {
+	*x = FileKey{}
+	mi := &file_api_ops_v1_ops_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FileKey) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FileKey) ProtoMessage() {}
+
+func (x *FileKey) ProtoReflect() protoreflect.Message {
+	mi := &file_api_ops_v1_ops_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FileKey.ProtoReflect.Descriptor instead.
+func (*FileKey) Descriptor() ([]byte, []int) {
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *FileKey) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+func (x *FileKey) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *FileKey) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *FileKey) GetOptional() bool {
+	if x != nil {
+		return x.Optional
+	}
+	return false
+}
+
+// SubPath is a mount of a part of a volume.
+type SubPath struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// container_path is where it is mounted.
+	ContainerPath string `protobuf:"bytes,1,opt,name=container_path,json=containerPath,proto3" json:"container_path,omitempty"`
+	Volume        string `protobuf:"bytes,2,opt,name=volume,proto3" json:"volume,omitempty"`
+	// path is within the volume. expand: $(NAME) is replaced in it (subPathExpr).
+	Path          string `protobuf:"bytes,3,opt,name=path,proto3" json:"path,omitempty"`
+	Expand        bool   `protobuf:"varint,4,opt,name=expand,proto3" json:"expand,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SubPath) Reset() {
+	*x = SubPath{}
+	mi := &file_api_ops_v1_ops_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SubPath) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SubPath) ProtoMessage() {}
+
+func (x *SubPath) ProtoReflect() protoreflect.Message {
+	mi := &file_api_ops_v1_ops_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SubPath.ProtoReflect.Descriptor instead.
+func (*SubPath) Descriptor() ([]byte, []int) {
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *SubPath) GetContainerPath() string {
+	if x != nil {
+		return x.ContainerPath
+	}
+	return ""
+}
+
+func (x *SubPath) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+func (x *SubPath) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *SubPath) GetExpand() bool {
+	if x != nil {
+		return x.Expand
+	}
+	return false
+}
+
 type PrepareUpgradeRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// uid identifies the operation; 1-128 characters of [A-Za-z0-9._-].
@@ -495,7 +858,7 @@ type PrepareUpgradeRequest struct {
 
 func (x *PrepareUpgradeRequest) Reset() {
 	*x = PrepareUpgradeRequest{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[3]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -507,7 +870,7 @@ func (x *PrepareUpgradeRequest) String() string {
 func (*PrepareUpgradeRequest) ProtoMessage() {}
 
 func (x *PrepareUpgradeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[3]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -520,7 +883,7 @@ func (x *PrepareUpgradeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareUpgradeRequest.ProtoReflect.Descriptor instead.
 func (*PrepareUpgradeRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{3}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *PrepareUpgradeRequest) GetUid() string {
@@ -604,14 +967,22 @@ type ContainerUpgrade struct {
 	RunAsNonRoot bool   `protobuf:"varint,6,opt,name=run_as_non_root,json=runAsNonRoot,proto3" json:"run_as_non_root,omitempty"`
 	RunAsUser    *int64 `protobuf:"varint,7,opt,name=run_as_user,json=runAsUser,proto3,oneof" json:"run_as_user,omitempty"`
 	// pull_policy is the container's: with Always, kubelet will ask the registry too, and must find the same image.
-	PullPolicy    PullPolicy `protobuf:"varint,8,opt,name=pull_policy,json=pullPolicy,proto3,enum=criproxy.ops.v1.PullPolicy" json:"pull_policy,omitempty"`
+	PullPolicy PullPolicy `protobuf:"varint,8,opt,name=pull_policy,json=pullPolicy,proto3,enum=criproxy.ops.v1.PullPolicy" json:"pull_policy,omitempty"`
+	// environment is what kubelet would compute now of the container's spec; see CommitUpgradeRequest. Unset: that of the old container is
+	// used again, and the new container does not begin before kubelet's own request has been compared with it.
+	Environment *Environment `protobuf:"bytes,9,opt,name=environment,proto3" json:"environment,omitempty"`
+	// hold_probes is for how long after it is shown kubelet must not probe the new container. A kubelet since 1.35 takes a
+	// new container for started, because the one before was, until its startup probe is due for the first time
+	// (kubelet_pods.go convertToAPIContainerStatuses): without this its liveness probe may end a container that is still starting. Give it
+	// for a container with a startupProbe: that probe's period and two seconds. At most an hour.
+	HoldProbes    *durationpb.Duration `protobuf:"bytes,10,opt,name=hold_probes,json=holdProbes,proto3" json:"hold_probes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ContainerUpgrade) Reset() {
 	*x = ContainerUpgrade{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[4]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -623,7 +994,7 @@ func (x *ContainerUpgrade) String() string {
 func (*ContainerUpgrade) ProtoMessage() {}
 
 func (x *ContainerUpgrade) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[4]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -636,7 +1007,7 @@ func (x *ContainerUpgrade) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerUpgrade.ProtoReflect.Descriptor instead.
 func (*ContainerUpgrade) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{4}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ContainerUpgrade) GetName() string {
@@ -695,16 +1066,35 @@ func (x *ContainerUpgrade) GetPullPolicy() PullPolicy {
 	return PullPolicy_PULL_POLICY_UNSPECIFIED
 }
 
+func (x *ContainerUpgrade) GetEnvironment() *Environment {
+	if x != nil {
+		return x.Environment
+	}
+	return nil
+}
+
+func (x *ContainerUpgrade) GetHoldProbes() *durationpb.Duration {
+	if x != nil {
+		return x.HoldProbes
+	}
+	return nil
+}
+
 type CommitUpgradeRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Uid   string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	// environments are those of now, of containers by name. Where one differs from that of the preparation, the new container is made
+	// again. A container without one begins only when kubelet's own request has been compared with it.
+	Environments []*ContainerEnvironment `protobuf:"bytes,2,rep,name=environments,proto3" json:"environments,omitempty"`
+	// credentials are for images whose pull policy is Always: their tags are resolved again.
+	Credentials   []*RegistryCredential `protobuf:"bytes,3,rep,name=credentials,proto3" json:"credentials,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CommitUpgradeRequest) Reset() {
 	*x = CommitUpgradeRequest{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[5]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -716,7 +1106,7 @@ func (x *CommitUpgradeRequest) String() string {
 func (*CommitUpgradeRequest) ProtoMessage() {}
 
 func (x *CommitUpgradeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[5]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -729,7 +1119,7 @@ func (x *CommitUpgradeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitUpgradeRequest.ProtoReflect.Descriptor instead.
 func (*CommitUpgradeRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{5}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *CommitUpgradeRequest) GetUid() string {
@@ -737,6 +1127,72 @@ func (x *CommitUpgradeRequest) GetUid() string {
 		return x.Uid
 	}
 	return ""
+}
+
+func (x *CommitUpgradeRequest) GetEnvironments() []*ContainerEnvironment {
+	if x != nil {
+		return x.Environments
+	}
+	return nil
+}
+
+func (x *CommitUpgradeRequest) GetCredentials() []*RegistryCredential {
+	if x != nil {
+		return x.Credentials
+	}
+	return nil
+}
+
+type ContainerEnvironment struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Environment   *Environment           `protobuf:"bytes,2,opt,name=environment,proto3" json:"environment,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ContainerEnvironment) Reset() {
+	*x = ContainerEnvironment{}
+	mi := &file_api_ops_v1_ops_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ContainerEnvironment) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ContainerEnvironment) ProtoMessage() {}
+
+func (x *ContainerEnvironment) ProtoReflect() protoreflect.Message {
+	mi := &file_api_ops_v1_ops_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ContainerEnvironment.ProtoReflect.Descriptor instead.
+func (*ContainerEnvironment) Descriptor() ([]byte, []int) {
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ContainerEnvironment) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ContainerEnvironment) GetEnvironment() *Environment {
+	if x != nil {
+		return x.Environment
+	}
+	return nil
 }
 
 type AbortUpgradeRequest struct {
@@ -750,7 +1206,7 @@ type AbortUpgradeRequest struct {
 
 func (x *AbortUpgradeRequest) Reset() {
 	*x = AbortUpgradeRequest{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[6]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -762,7 +1218,7 @@ func (x *AbortUpgradeRequest) String() string {
 func (*AbortUpgradeRequest) ProtoMessage() {}
 
 func (x *AbortUpgradeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[6]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -775,7 +1231,7 @@ func (x *AbortUpgradeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortUpgradeRequest.ProtoReflect.Descriptor instead.
 func (*AbortUpgradeRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{6}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *AbortUpgradeRequest) GetUid() string {
@@ -807,7 +1263,7 @@ type Hook struct {
 
 func (x *Hook) Reset() {
 	*x = Hook{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[7]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -819,7 +1275,7 @@ func (x *Hook) String() string {
 func (*Hook) ProtoMessage() {}
 
 func (x *Hook) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[7]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -832,7 +1288,7 @@ func (x *Hook) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hook.ProtoReflect.Descriptor instead.
 func (*Hook) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{7}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Hook) GetAction() isHook_Action {
@@ -900,7 +1356,7 @@ type ExecAction struct {
 
 func (x *ExecAction) Reset() {
 	*x = ExecAction{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[8]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -912,7 +1368,7 @@ func (x *ExecAction) String() string {
 func (*ExecAction) ProtoMessage() {}
 
 func (x *ExecAction) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[8]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -925,7 +1381,7 @@ func (x *ExecAction) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecAction.ProtoReflect.Descriptor instead.
 func (*ExecAction) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{8}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ExecAction) GetCommand() []string {
@@ -950,7 +1406,7 @@ type HTTPGetAction struct {
 
 func (x *HTTPGetAction) Reset() {
 	*x = HTTPGetAction{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[9]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -962,7 +1418,7 @@ func (x *HTTPGetAction) String() string {
 func (*HTTPGetAction) ProtoMessage() {}
 
 func (x *HTTPGetAction) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[9]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -975,7 +1431,7 @@ func (x *HTTPGetAction) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HTTPGetAction.ProtoReflect.Descriptor instead.
 func (*HTTPGetAction) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{9}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *HTTPGetAction) GetScheme() string {
@@ -1023,7 +1479,7 @@ type HTTPHeader struct {
 
 func (x *HTTPHeader) Reset() {
 	*x = HTTPHeader{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[10]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1035,7 +1491,7 @@ func (x *HTTPHeader) String() string {
 func (*HTTPHeader) ProtoMessage() {}
 
 func (x *HTTPHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[10]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1048,7 +1504,7 @@ func (x *HTTPHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HTTPHeader.ProtoReflect.Descriptor instead.
 func (*HTTPHeader) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{10}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *HTTPHeader) GetName() string {
@@ -1074,7 +1530,7 @@ type SleepAction struct {
 
 func (x *SleepAction) Reset() {
 	*x = SleepAction{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[11]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1086,7 +1542,7 @@ func (x *SleepAction) String() string {
 func (*SleepAction) ProtoMessage() {}
 
 func (x *SleepAction) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[11]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1099,7 +1555,7 @@ func (x *SleepAction) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SleepAction.ProtoReflect.Descriptor instead.
 func (*SleepAction) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{11}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SleepAction) GetSeconds() int64 {
@@ -1130,7 +1586,7 @@ type Operation struct {
 
 func (x *Operation) Reset() {
 	*x = Operation{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[12]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1142,7 +1598,7 @@ func (x *Operation) String() string {
 func (*Operation) ProtoMessage() {}
 
 func (x *Operation) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[12]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1155,7 +1611,7 @@ func (x *Operation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Operation.ProtoReflect.Descriptor instead.
 func (*Operation) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{12}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Operation) GetUid() string {
@@ -1256,7 +1712,7 @@ type ContainerOperation struct {
 
 func (x *ContainerOperation) Reset() {
 	*x = ContainerOperation{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[13]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1268,7 +1724,7 @@ func (x *ContainerOperation) String() string {
 func (*ContainerOperation) ProtoMessage() {}
 
 func (x *ContainerOperation) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[13]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1281,7 +1737,7 @@ func (x *ContainerOperation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerOperation.ProtoReflect.Descriptor instead.
 func (*ContainerOperation) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{13}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ContainerOperation) GetName() string {
@@ -1398,7 +1854,7 @@ type GetOperationRequest struct {
 
 func (x *GetOperationRequest) Reset() {
 	*x = GetOperationRequest{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[14]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1410,7 +1866,7 @@ func (x *GetOperationRequest) String() string {
 func (*GetOperationRequest) ProtoMessage() {}
 
 func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[14]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1423,7 +1879,7 @@ func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationRequest.ProtoReflect.Descriptor instead.
 func (*GetOperationRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{14}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *GetOperationRequest) GetUid() string {
@@ -1442,7 +1898,7 @@ type WatchOperationRequest struct {
 
 func (x *WatchOperationRequest) Reset() {
 	*x = WatchOperationRequest{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[15]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1454,7 +1910,7 @@ func (x *WatchOperationRequest) String() string {
 func (*WatchOperationRequest) ProtoMessage() {}
 
 func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[15]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1467,7 +1923,7 @@ func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationRequest.ProtoReflect.Descriptor instead.
 func (*WatchOperationRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{15}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *WatchOperationRequest) GetUid() string {
@@ -1489,7 +1945,7 @@ type ListOperationsRequest struct {
 
 func (x *ListOperationsRequest) Reset() {
 	*x = ListOperationsRequest{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[16]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1501,7 +1957,7 @@ func (x *ListOperationsRequest) String() string {
 func (*ListOperationsRequest) ProtoMessage() {}
 
 func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[16]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1514,7 +1970,7 @@ func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsRequest.ProtoReflect.Descriptor instead.
 func (*ListOperationsRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{16}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ListOperationsRequest) GetActiveOnly() bool {
@@ -1540,7 +1996,7 @@ type ListOperationsResponse struct {
 
 func (x *ListOperationsResponse) Reset() {
 	*x = ListOperationsResponse{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[17]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1552,7 +2008,7 @@ func (x *ListOperationsResponse) String() string {
 func (*ListOperationsResponse) ProtoMessage() {}
 
 func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[17]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1565,7 +2021,7 @@ func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsResponse.ProtoReflect.Descriptor instead.
 func (*ListOperationsResponse) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{17}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ListOperationsResponse) GetOperations() []*Operation {
@@ -1586,7 +2042,7 @@ type CancelOperationRequest struct {
 
 func (x *CancelOperationRequest) Reset() {
 	*x = CancelOperationRequest{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[18]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1598,7 +2054,7 @@ func (x *CancelOperationRequest) String() string {
 func (*CancelOperationRequest) ProtoMessage() {}
 
 func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[18]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1611,7 +2067,7 @@ func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationRequest.ProtoReflect.Descriptor instead.
 func (*CancelOperationRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{18}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *CancelOperationRequest) GetUid() string {
@@ -1636,7 +2092,7 @@ type ListOverridesRequest struct {
 
 func (x *ListOverridesRequest) Reset() {
 	*x = ListOverridesRequest{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[19]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1648,7 +2104,7 @@ func (x *ListOverridesRequest) String() string {
 func (*ListOverridesRequest) ProtoMessage() {}
 
 func (x *ListOverridesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[19]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1661,7 +2117,7 @@ func (x *ListOverridesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOverridesRequest.ProtoReflect.Descriptor instead.
 func (*ListOverridesRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{19}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{24}
 }
 
 type ListOverridesResponse struct {
@@ -1673,7 +2129,7 @@ type ListOverridesResponse struct {
 
 func (x *ListOverridesResponse) Reset() {
 	*x = ListOverridesResponse{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[20]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1685,7 +2141,7 @@ func (x *ListOverridesResponse) String() string {
 func (*ListOverridesResponse) ProtoMessage() {}
 
 func (x *ListOverridesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[20]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1698,7 +2154,7 @@ func (x *ListOverridesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOverridesResponse.ProtoReflect.Descriptor instead.
 func (*ListOverridesResponse) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{20}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ListOverridesResponse) GetOverrides() []*ImageOverride {
@@ -1727,7 +2183,7 @@ type ImageOverride struct {
 
 func (x *ImageOverride) Reset() {
 	*x = ImageOverride{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[21]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1739,7 +2195,7 @@ func (x *ImageOverride) String() string {
 func (*ImageOverride) ProtoMessage() {}
 
 func (x *ImageOverride) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[21]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1752,7 +2208,7 @@ func (x *ImageOverride) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageOverride.ProtoReflect.Descriptor instead.
 func (*ImageOverride) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{21}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ImageOverride) GetPod() *PodRef {
@@ -1819,7 +2275,7 @@ type NodeInfoRequest struct {
 
 func (x *NodeInfoRequest) Reset() {
 	*x = NodeInfoRequest{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[22]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1831,7 +2287,7 @@ func (x *NodeInfoRequest) String() string {
 func (*NodeInfoRequest) ProtoMessage() {}
 
 func (x *NodeInfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[22]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1844,7 +2300,7 @@ func (x *NodeInfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeInfoRequest.ProtoReflect.Descriptor instead.
 func (*NodeInfoRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{22}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{27}
 }
 
 type NodeInfoResponse struct {
@@ -1880,14 +2336,16 @@ type NodeInfoResponse struct {
 	ControllerLastCall *timestamppb.Timestamp `protobuf:"bytes,23,opt,name=controller_last_call,json=controllerLastCall,proto3" json:"controller_last_call,omitempty"`
 	ControllerName     string                 `protobuf:"bytes,24,opt,name=controller_name,json=controllerName,proto3" json:"controller_name,omitempty"`
 	// journal_error says why operations cannot be written down, and are refused. Empty: they can.
-	JournalError  string `protobuf:"bytes,25,opt,name=journal_error,json=journalError,proto3" json:"journal_error,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	JournalError string `protobuf:"bytes,25,opt,name=journal_error,json=journalError,proto3" json:"journal_error,omitempty"`
+	// unknown_methods are the CRI methods that kubelet has called and this version does not know: kubelet is newer.
+	UnknownMethods []string `protobuf:"bytes,26,rep,name=unknown_methods,json=unknownMethods,proto3" json:"unknown_methods,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *NodeInfoResponse) Reset() {
 	*x = NodeInfoResponse{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[23]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1899,7 +2357,7 @@ func (x *NodeInfoResponse) String() string {
 func (*NodeInfoResponse) ProtoMessage() {}
 
 func (x *NodeInfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[23]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1912,7 +2370,7 @@ func (x *NodeInfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeInfoResponse.ProtoReflect.Descriptor instead.
 func (*NodeInfoResponse) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{23}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *NodeInfoResponse) GetVersion() string {
@@ -2041,6 +2499,13 @@ func (x *NodeInfoResponse) GetJournalError() string {
 	return ""
 }
 
+func (x *NodeInfoResponse) GetUnknownMethods() []string {
+	if x != nil {
+		return x.UnknownMethods
+	}
+	return nil
+}
+
 // Identity is the node's server certificate.
 type Identity struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2060,7 +2525,7 @@ type Identity struct {
 
 func (x *Identity) Reset() {
 	*x = Identity{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[24]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2072,7 +2537,7 @@ func (x *Identity) String() string {
 func (*Identity) ProtoMessage() {}
 
 func (x *Identity) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[24]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2085,7 +2550,7 @@ func (x *Identity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Identity.ProtoReflect.Descriptor instead.
 func (*Identity) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{24}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Identity) GetSource() string {
@@ -2146,7 +2611,7 @@ type RestartMethod struct {
 
 func (x *RestartMethod) Reset() {
 	*x = RestartMethod{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[25]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2158,7 +2623,7 @@ func (x *RestartMethod) String() string {
 func (*RestartMethod) ProtoMessage() {}
 
 func (x *RestartMethod) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[25]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2171,7 +2636,7 @@ func (x *RestartMethod) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartMethod.ProtoReflect.Descriptor instead.
 func (*RestartMethod) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{25}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *RestartMethod) GetName() string {
@@ -2208,7 +2673,7 @@ type Runtime struct {
 
 func (x *Runtime) Reset() {
 	*x = Runtime{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[26]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2220,7 +2685,7 @@ func (x *Runtime) String() string {
 func (*Runtime) ProtoMessage() {}
 
 func (x *Runtime) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[26]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2233,7 +2698,7 @@ func (x *Runtime) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Runtime.ProtoReflect.Descriptor instead.
 func (*Runtime) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{26}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Runtime) GetEndpoint() string {
@@ -2276,7 +2741,7 @@ type ActiveSlot struct {
 
 func (x *ActiveSlot) Reset() {
 	*x = ActiveSlot{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[27]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2288,7 +2753,7 @@ func (x *ActiveSlot) String() string {
 func (*ActiveSlot) ProtoMessage() {}
 
 func (x *ActiveSlot) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[27]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2301,7 +2766,7 @@ func (x *ActiveSlot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActiveSlot.ProtoReflect.Descriptor instead.
 func (*ActiveSlot) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{27}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ActiveSlot) GetPodUid() string {
@@ -2350,7 +2815,7 @@ type Counters struct {
 
 func (x *Counters) Reset() {
 	*x = Counters{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[28]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2362,7 +2827,7 @@ func (x *Counters) String() string {
 func (*Counters) ProtoMessage() {}
 
 func (x *Counters) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[28]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2375,7 +2840,7 @@ func (x *Counters) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Counters.ProtoReflect.Descriptor instead.
 func (*Counters) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{28}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Counters) GetCalls() uint64 {
@@ -2452,7 +2917,7 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\aordered\x18\x04 \x01(\bR\aordered\x12\x14\n" +
 	"\x05force\x18\x05 \x01(\bR\x05force\x12\x1c\n" +
 	"\trequester\x18\x06 \x01(\tR\trequester\x12E\n" +
-	"\vcredentials\x18\a \x03(\v2#.criproxy.ops.v1.RegistryCredentialR\vcredentials\"\xe3\x03\n" +
+	"\vcredentials\x18\a \x03(\v2#.criproxy.ops.v1.RegistryCredentialR\vcredentials\"\xdf\x04\n" +
 	"\x10ContainerRestart\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x122\n" +
 	"\x15expected_container_id\x18\x02 \x01(\tR\x13expectedContainerId\x125\n" +
@@ -2466,8 +2931,34 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\frevert_image\x18\t \x01(\bR\vrevertImage\x12<\n" +
 	"\vpull_policy\x18\n" +
 	" \x01(\x0e2\x1b.criproxy.ops.v1.PullPolicyR\n" +
-	"pullPolicyB\x17\n" +
-	"\x15_grace_period_seconds\"\xc8\x03\n" +
+	"pullPolicy\x12>\n" +
+	"\venvironment\x18\v \x01(\v2\x1c.criproxy.ops.v1.EnvironmentR\venvironment\x12:\n" +
+	"\vhold_probes\x18\f \x01(\v2\x19.google.protobuf.DurationR\n" +
+	"holdProbesB\x17\n" +
+	"\x15_grace_period_seconds\"\x8d\x02\n" +
+	"\vEnvironment\x127\n" +
+	"\tvariables\x18\x01 \x03(\v2\x19.criproxy.ops.v1.VariableR\tvariables\x125\n" +
+	"\bservices\x18\x02 \x03(\v2\x19.criproxy.ops.v1.VariableR\bservices\x12\x18\n" +
+	"\acommand\x18\x03 \x03(\tR\acommand\x12\x12\n" +
+	"\x04args\x18\x04 \x03(\tR\x04args\x125\n" +
+	"\tsub_paths\x18\x05 \x03(\v2\x18.criproxy.ops.v1.SubPathR\bsubPaths\x12)\n" +
+	"\x10device_variables\x18\x06 \x01(\bR\x0fdeviceVariables\"\x8e\x01\n" +
+	"\bVariable\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x05value\x18\x02 \x01(\fH\x00R\x05value\x12\x1c\n" +
+	"\btemplate\x18\x03 \x01(\tH\x00R\btemplate\x12.\n" +
+	"\x04file\x18\x04 \x01(\v2\x18.criproxy.ops.v1.FileKeyH\x00R\x04fileB\b\n" +
+	"\x06source\"c\n" +
+	"\aFileKey\x12\x16\n" +
+	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x10\n" +
+	"\x03key\x18\x03 \x01(\tR\x03key\x12\x1a\n" +
+	"\boptional\x18\x04 \x01(\bR\boptional\"t\n" +
+	"\aSubPath\x12%\n" +
+	"\x0econtainer_path\x18\x01 \x01(\tR\rcontainerPath\x12\x16\n" +
+	"\x06volume\x18\x02 \x01(\tR\x06volume\x12\x12\n" +
+	"\x04path\x18\x03 \x01(\tR\x04path\x12\x16\n" +
+	"\x06expand\x18\x04 \x01(\bR\x06expand\"\xc8\x03\n" +
 	"\x15PrepareUpgradeRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12)\n" +
 	"\x03pod\x18\x02 \x01(\v2\x17.criproxy.ops.v1.PodRefR\x03pod\x12A\n" +
@@ -2479,7 +2970,7 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\x05owner\x18\x06 \x01(\tR\x05owner\x122\n" +
 	"\apin_for\x18\a \x01(\v2\x19.google.protobuf.DurationR\x06pinFor\x12B\n" +
 	"\x0fprepare_timeout\x18\b \x01(\v2\x19.google.protobuf.DurationR\x0eprepareTimeout\x12<\n" +
-	"\fhold_timeout\x18\t \x01(\v2\x19.google.protobuf.DurationR\vholdTimeout\"\xe4\x02\n" +
+	"\fhold_timeout\x18\t \x01(\v2\x19.google.protobuf.DurationR\vholdTimeout\"\xe0\x03\n" +
 	"\x10ContainerUpgrade\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\x122\n" +
@@ -2489,10 +2980,19 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\x0frun_as_non_root\x18\x06 \x01(\bR\frunAsNonRoot\x12#\n" +
 	"\vrun_as_user\x18\a \x01(\x03H\x00R\trunAsUser\x88\x01\x01\x12<\n" +
 	"\vpull_policy\x18\b \x01(\x0e2\x1b.criproxy.ops.v1.PullPolicyR\n" +
-	"pullPolicyB\x0e\n" +
-	"\f_run_as_user\"(\n" +
+	"pullPolicy\x12>\n" +
+	"\venvironment\x18\t \x01(\v2\x1c.criproxy.ops.v1.EnvironmentR\venvironment\x12:\n" +
+	"\vhold_probes\x18\n" +
+	" \x01(\v2\x19.google.protobuf.DurationR\n" +
+	"holdProbesB\x0e\n" +
+	"\f_run_as_user\"\xba\x01\n" +
 	"\x14CommitUpgradeRequest\x12\x10\n" +
-	"\x03uid\x18\x01 \x01(\tR\x03uid\"?\n" +
+	"\x03uid\x18\x01 \x01(\tR\x03uid\x12I\n" +
+	"\fenvironments\x18\x02 \x03(\v2%.criproxy.ops.v1.ContainerEnvironmentR\fenvironments\x12E\n" +
+	"\vcredentials\x18\x03 \x03(\v2#.criproxy.ops.v1.RegistryCredentialR\vcredentials\"j\n" +
+	"\x14ContainerEnvironment\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12>\n" +
+	"\venvironment\x18\x02 \x01(\v2\x1c.criproxy.ops.v1.EnvironmentR\venvironment\"?\n" +
 	"\x13AbortUpgradeRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"\xb6\x01\n" +
@@ -2576,7 +3076,7 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\x05since\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x1c\n" +
 	"\trequester\x18\a \x01(\tR\trequester\x12#\n" +
 	"\roperation_uid\x18\b \x01(\tR\foperationUid\"\x11\n" +
-	"\x0fNodeInfoRequest\"\xc9\x06\n" +
+	"\x0fNodeInfoRequest\"\xf2\x06\n" +
 	"\x10NodeInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1b\n" +
 	"\tnode_name\x18\x02 \x01(\tR\bnodeName\x129\n" +
@@ -2598,7 +3098,8 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\rconfig_sha256\x18\x16 \x01(\tR\fconfigSha256\x12L\n" +
 	"\x14controller_last_call\x18\x17 \x01(\v2\x1a.google.protobuf.TimestampR\x12controllerLastCall\x12'\n" +
 	"\x0fcontroller_name\x18\x18 \x01(\tR\x0econtrollerName\x12#\n" +
-	"\rjournal_error\x18\x19 \x01(\tR\fjournalError\"\xa1\x02\n" +
+	"\rjournal_error\x18\x19 \x01(\tR\fjournalError\x12'\n" +
+	"\x0funknown_methods\x18\x1a \x03(\tR\x0eunknownMethods\"\xa1\x02\n" +
 	"\bIdentity\x12\x16\n" +
 	"\x06source\x18\x01 \x01(\tR\x06source\x12;\n" +
 	"\vexpire_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
@@ -2678,117 +3179,133 @@ func file_api_ops_v1_ops_proto_rawDescGZIP() []byte {
 }
 
 var file_api_ops_v1_ops_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_api_ops_v1_ops_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_api_ops_v1_ops_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
 var file_api_ops_v1_ops_proto_goTypes = []any{
 	(Order)(0),                     // 0: criproxy.ops.v1.Order
 	(Phase)(0),                     // 1: criproxy.ops.v1.Phase
 	(*PodRef)(nil),                 // 2: criproxy.ops.v1.PodRef
 	(*RestartRequest)(nil),         // 3: criproxy.ops.v1.RestartRequest
 	(*ContainerRestart)(nil),       // 4: criproxy.ops.v1.ContainerRestart
-	(*PrepareUpgradeRequest)(nil),  // 5: criproxy.ops.v1.PrepareUpgradeRequest
-	(*ContainerUpgrade)(nil),       // 6: criproxy.ops.v1.ContainerUpgrade
-	(*CommitUpgradeRequest)(nil),   // 7: criproxy.ops.v1.CommitUpgradeRequest
-	(*AbortUpgradeRequest)(nil),    // 8: criproxy.ops.v1.AbortUpgradeRequest
-	(*Hook)(nil),                   // 9: criproxy.ops.v1.Hook
-	(*ExecAction)(nil),             // 10: criproxy.ops.v1.ExecAction
-	(*HTTPGetAction)(nil),          // 11: criproxy.ops.v1.HTTPGetAction
-	(*HTTPHeader)(nil),             // 12: criproxy.ops.v1.HTTPHeader
-	(*SleepAction)(nil),            // 13: criproxy.ops.v1.SleepAction
-	(*Operation)(nil),              // 14: criproxy.ops.v1.Operation
-	(*ContainerOperation)(nil),     // 15: criproxy.ops.v1.ContainerOperation
-	(*GetOperationRequest)(nil),    // 16: criproxy.ops.v1.GetOperationRequest
-	(*WatchOperationRequest)(nil),  // 17: criproxy.ops.v1.WatchOperationRequest
-	(*ListOperationsRequest)(nil),  // 18: criproxy.ops.v1.ListOperationsRequest
-	(*ListOperationsResponse)(nil), // 19: criproxy.ops.v1.ListOperationsResponse
-	(*CancelOperationRequest)(nil), // 20: criproxy.ops.v1.CancelOperationRequest
-	(*ListOverridesRequest)(nil),   // 21: criproxy.ops.v1.ListOverridesRequest
-	(*ListOverridesResponse)(nil),  // 22: criproxy.ops.v1.ListOverridesResponse
-	(*ImageOverride)(nil),          // 23: criproxy.ops.v1.ImageOverride
-	(*NodeInfoRequest)(nil),        // 24: criproxy.ops.v1.NodeInfoRequest
-	(*NodeInfoResponse)(nil),       // 25: criproxy.ops.v1.NodeInfoResponse
-	(*Identity)(nil),               // 26: criproxy.ops.v1.Identity
-	(*RestartMethod)(nil),          // 27: criproxy.ops.v1.RestartMethod
-	(*Runtime)(nil),                // 28: criproxy.ops.v1.Runtime
-	(*ActiveSlot)(nil),             // 29: criproxy.ops.v1.ActiveSlot
-	(*Counters)(nil),               // 30: criproxy.ops.v1.Counters
-	(*RegistryCredential)(nil),     // 31: criproxy.ops.v1.RegistryCredential
-	(PullPolicy)(0),                // 32: criproxy.ops.v1.PullPolicy
-	(*durationpb.Duration)(nil),    // 33: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),  // 34: google.protobuf.Timestamp
-	(*PullOperation)(nil),          // 35: criproxy.ops.v1.PullOperation
+	(*Environment)(nil),            // 5: criproxy.ops.v1.Environment
+	(*Variable)(nil),               // 6: criproxy.ops.v1.Variable
+	(*FileKey)(nil),                // 7: criproxy.ops.v1.FileKey
+	(*SubPath)(nil),                // 8: criproxy.ops.v1.SubPath
+	(*PrepareUpgradeRequest)(nil),  // 9: criproxy.ops.v1.PrepareUpgradeRequest
+	(*ContainerUpgrade)(nil),       // 10: criproxy.ops.v1.ContainerUpgrade
+	(*CommitUpgradeRequest)(nil),   // 11: criproxy.ops.v1.CommitUpgradeRequest
+	(*ContainerEnvironment)(nil),   // 12: criproxy.ops.v1.ContainerEnvironment
+	(*AbortUpgradeRequest)(nil),    // 13: criproxy.ops.v1.AbortUpgradeRequest
+	(*Hook)(nil),                   // 14: criproxy.ops.v1.Hook
+	(*ExecAction)(nil),             // 15: criproxy.ops.v1.ExecAction
+	(*HTTPGetAction)(nil),          // 16: criproxy.ops.v1.HTTPGetAction
+	(*HTTPHeader)(nil),             // 17: criproxy.ops.v1.HTTPHeader
+	(*SleepAction)(nil),            // 18: criproxy.ops.v1.SleepAction
+	(*Operation)(nil),              // 19: criproxy.ops.v1.Operation
+	(*ContainerOperation)(nil),     // 20: criproxy.ops.v1.ContainerOperation
+	(*GetOperationRequest)(nil),    // 21: criproxy.ops.v1.GetOperationRequest
+	(*WatchOperationRequest)(nil),  // 22: criproxy.ops.v1.WatchOperationRequest
+	(*ListOperationsRequest)(nil),  // 23: criproxy.ops.v1.ListOperationsRequest
+	(*ListOperationsResponse)(nil), // 24: criproxy.ops.v1.ListOperationsResponse
+	(*CancelOperationRequest)(nil), // 25: criproxy.ops.v1.CancelOperationRequest
+	(*ListOverridesRequest)(nil),   // 26: criproxy.ops.v1.ListOverridesRequest
+	(*ListOverridesResponse)(nil),  // 27: criproxy.ops.v1.ListOverridesResponse
+	(*ImageOverride)(nil),          // 28: criproxy.ops.v1.ImageOverride
+	(*NodeInfoRequest)(nil),        // 29: criproxy.ops.v1.NodeInfoRequest
+	(*NodeInfoResponse)(nil),       // 30: criproxy.ops.v1.NodeInfoResponse
+	(*Identity)(nil),               // 31: criproxy.ops.v1.Identity
+	(*RestartMethod)(nil),          // 32: criproxy.ops.v1.RestartMethod
+	(*Runtime)(nil),                // 33: criproxy.ops.v1.Runtime
+	(*ActiveSlot)(nil),             // 34: criproxy.ops.v1.ActiveSlot
+	(*Counters)(nil),               // 35: criproxy.ops.v1.Counters
+	(*RegistryCredential)(nil),     // 36: criproxy.ops.v1.RegistryCredential
+	(PullPolicy)(0),                // 37: criproxy.ops.v1.PullPolicy
+	(*durationpb.Duration)(nil),    // 38: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),  // 39: google.protobuf.Timestamp
+	(*PullOperation)(nil),          // 40: criproxy.ops.v1.PullOperation
 }
 var file_api_ops_v1_ops_proto_depIdxs = []int32{
 	2,  // 0: criproxy.ops.v1.RestartRequest.pod:type_name -> criproxy.ops.v1.PodRef
 	4,  // 1: criproxy.ops.v1.RestartRequest.containers:type_name -> criproxy.ops.v1.ContainerRestart
-	31, // 2: criproxy.ops.v1.RestartRequest.credentials:type_name -> criproxy.ops.v1.RegistryCredential
-	9,  // 3: criproxy.ops.v1.ContainerRestart.pre_stop:type_name -> criproxy.ops.v1.Hook
-	9,  // 4: criproxy.ops.v1.ContainerRestart.post_start:type_name -> criproxy.ops.v1.Hook
+	36, // 2: criproxy.ops.v1.RestartRequest.credentials:type_name -> criproxy.ops.v1.RegistryCredential
+	14, // 3: criproxy.ops.v1.ContainerRestart.pre_stop:type_name -> criproxy.ops.v1.Hook
+	14, // 4: criproxy.ops.v1.ContainerRestart.post_start:type_name -> criproxy.ops.v1.Hook
 	0,  // 5: criproxy.ops.v1.ContainerRestart.order:type_name -> criproxy.ops.v1.Order
-	32, // 6: criproxy.ops.v1.ContainerRestart.pull_policy:type_name -> criproxy.ops.v1.PullPolicy
-	2,  // 7: criproxy.ops.v1.PrepareUpgradeRequest.pod:type_name -> criproxy.ops.v1.PodRef
-	6,  // 8: criproxy.ops.v1.PrepareUpgradeRequest.containers:type_name -> criproxy.ops.v1.ContainerUpgrade
-	31, // 9: criproxy.ops.v1.PrepareUpgradeRequest.credentials:type_name -> criproxy.ops.v1.RegistryCredential
-	33, // 10: criproxy.ops.v1.PrepareUpgradeRequest.pin_for:type_name -> google.protobuf.Duration
-	33, // 11: criproxy.ops.v1.PrepareUpgradeRequest.prepare_timeout:type_name -> google.protobuf.Duration
-	33, // 12: criproxy.ops.v1.PrepareUpgradeRequest.hold_timeout:type_name -> google.protobuf.Duration
-	0,  // 13: criproxy.ops.v1.ContainerUpgrade.order:type_name -> criproxy.ops.v1.Order
-	32, // 14: criproxy.ops.v1.ContainerUpgrade.pull_policy:type_name -> criproxy.ops.v1.PullPolicy
-	10, // 15: criproxy.ops.v1.Hook.exec:type_name -> criproxy.ops.v1.ExecAction
-	11, // 16: criproxy.ops.v1.Hook.http_get:type_name -> criproxy.ops.v1.HTTPGetAction
-	13, // 17: criproxy.ops.v1.Hook.sleep:type_name -> criproxy.ops.v1.SleepAction
-	12, // 18: criproxy.ops.v1.HTTPGetAction.headers:type_name -> criproxy.ops.v1.HTTPHeader
-	2,  // 19: criproxy.ops.v1.Operation.pod:type_name -> criproxy.ops.v1.PodRef
-	1,  // 20: criproxy.ops.v1.Operation.phase:type_name -> criproxy.ops.v1.Phase
-	15, // 21: criproxy.ops.v1.Operation.containers:type_name -> criproxy.ops.v1.ContainerOperation
-	34, // 22: criproxy.ops.v1.Operation.create_time:type_name -> google.protobuf.Timestamp
-	34, // 23: criproxy.ops.v1.Operation.finish_time:type_name -> google.protobuf.Timestamp
-	1,  // 24: criproxy.ops.v1.ContainerOperation.phase:type_name -> criproxy.ops.v1.Phase
-	34, // 25: criproxy.ops.v1.ContainerOperation.stop_time:type_name -> google.protobuf.Timestamp
-	34, // 26: criproxy.ops.v1.ContainerOperation.start_time:type_name -> google.protobuf.Timestamp
-	33, // 27: criproxy.ops.v1.ContainerOperation.gap:type_name -> google.protobuf.Duration
-	35, // 28: criproxy.ops.v1.ContainerOperation.pull:type_name -> criproxy.ops.v1.PullOperation
-	14, // 29: criproxy.ops.v1.ListOperationsResponse.operations:type_name -> criproxy.ops.v1.Operation
-	23, // 30: criproxy.ops.v1.ListOverridesResponse.overrides:type_name -> criproxy.ops.v1.ImageOverride
-	2,  // 31: criproxy.ops.v1.ImageOverride.pod:type_name -> criproxy.ops.v1.PodRef
-	34, // 32: criproxy.ops.v1.ImageOverride.since:type_name -> google.protobuf.Timestamp
-	34, // 33: criproxy.ops.v1.NodeInfoResponse.start_time:type_name -> google.protobuf.Timestamp
-	28, // 34: criproxy.ops.v1.NodeInfoResponse.runtime:type_name -> criproxy.ops.v1.Runtime
-	34, // 35: criproxy.ops.v1.NodeInfoResponse.kubelet_last_call:type_name -> google.protobuf.Timestamp
-	29, // 36: criproxy.ops.v1.NodeInfoResponse.active_slots:type_name -> criproxy.ops.v1.ActiveSlot
-	30, // 37: criproxy.ops.v1.NodeInfoResponse.counters:type_name -> criproxy.ops.v1.Counters
-	27, // 38: criproxy.ops.v1.NodeInfoResponse.restart_methods:type_name -> criproxy.ops.v1.RestartMethod
-	26, // 39: criproxy.ops.v1.NodeInfoResponse.identity:type_name -> criproxy.ops.v1.Identity
-	34, // 40: criproxy.ops.v1.NodeInfoResponse.controller_last_call:type_name -> google.protobuf.Timestamp
-	34, // 41: criproxy.ops.v1.Identity.expire_time:type_name -> google.protobuf.Timestamp
-	34, // 42: criproxy.ops.v1.Identity.renew_time:type_name -> google.protobuf.Timestamp
-	34, // 43: criproxy.ops.v1.Identity.since:type_name -> google.protobuf.Timestamp
-	34, // 44: criproxy.ops.v1.Identity.retry_time:type_name -> google.protobuf.Timestamp
-	1,  // 45: criproxy.ops.v1.ActiveSlot.phase:type_name -> criproxy.ops.v1.Phase
-	3,  // 46: criproxy.ops.v1.Ops.Restart:input_type -> criproxy.ops.v1.RestartRequest
-	16, // 47: criproxy.ops.v1.Ops.GetOperation:input_type -> criproxy.ops.v1.GetOperationRequest
-	17, // 48: criproxy.ops.v1.Ops.WatchOperation:input_type -> criproxy.ops.v1.WatchOperationRequest
-	18, // 49: criproxy.ops.v1.Ops.ListOperations:input_type -> criproxy.ops.v1.ListOperationsRequest
-	20, // 50: criproxy.ops.v1.Ops.CancelOperation:input_type -> criproxy.ops.v1.CancelOperationRequest
-	5,  // 51: criproxy.ops.v1.Ops.PrepareUpgrade:input_type -> criproxy.ops.v1.PrepareUpgradeRequest
-	7,  // 52: criproxy.ops.v1.Ops.CommitUpgrade:input_type -> criproxy.ops.v1.CommitUpgradeRequest
-	8,  // 53: criproxy.ops.v1.Ops.AbortUpgrade:input_type -> criproxy.ops.v1.AbortUpgradeRequest
-	21, // 54: criproxy.ops.v1.Ops.ListOverrides:input_type -> criproxy.ops.v1.ListOverridesRequest
-	24, // 55: criproxy.ops.v1.Ops.NodeInfo:input_type -> criproxy.ops.v1.NodeInfoRequest
-	14, // 56: criproxy.ops.v1.Ops.Restart:output_type -> criproxy.ops.v1.Operation
-	14, // 57: criproxy.ops.v1.Ops.GetOperation:output_type -> criproxy.ops.v1.Operation
-	14, // 58: criproxy.ops.v1.Ops.WatchOperation:output_type -> criproxy.ops.v1.Operation
-	19, // 59: criproxy.ops.v1.Ops.ListOperations:output_type -> criproxy.ops.v1.ListOperationsResponse
-	14, // 60: criproxy.ops.v1.Ops.CancelOperation:output_type -> criproxy.ops.v1.Operation
-	14, // 61: criproxy.ops.v1.Ops.PrepareUpgrade:output_type -> criproxy.ops.v1.Operation
-	14, // 62: criproxy.ops.v1.Ops.CommitUpgrade:output_type -> criproxy.ops.v1.Operation
-	14, // 63: criproxy.ops.v1.Ops.AbortUpgrade:output_type -> criproxy.ops.v1.Operation
-	22, // 64: criproxy.ops.v1.Ops.ListOverrides:output_type -> criproxy.ops.v1.ListOverridesResponse
-	25, // 65: criproxy.ops.v1.Ops.NodeInfo:output_type -> criproxy.ops.v1.NodeInfoResponse
-	56, // [56:66] is the sub-list for method output_type
-	46, // [46:56] is the sub-list for method input_type
-	46, // [46:46] is the sub-list for extension type_name
-	46, // [46:46] is the sub-list for extension extendee
-	0,  // [0:46] is the sub-list for field type_name
+	37, // 6: criproxy.ops.v1.ContainerRestart.pull_policy:type_name -> criproxy.ops.v1.PullPolicy
+	5,  // 7: criproxy.ops.v1.ContainerRestart.environment:type_name -> criproxy.ops.v1.Environment
+	38, // 8: criproxy.ops.v1.ContainerRestart.hold_probes:type_name -> google.protobuf.Duration
+	6,  // 9: criproxy.ops.v1.Environment.variables:type_name -> criproxy.ops.v1.Variable
+	6,  // 10: criproxy.ops.v1.Environment.services:type_name -> criproxy.ops.v1.Variable
+	8,  // 11: criproxy.ops.v1.Environment.sub_paths:type_name -> criproxy.ops.v1.SubPath
+	7,  // 12: criproxy.ops.v1.Variable.file:type_name -> criproxy.ops.v1.FileKey
+	2,  // 13: criproxy.ops.v1.PrepareUpgradeRequest.pod:type_name -> criproxy.ops.v1.PodRef
+	10, // 14: criproxy.ops.v1.PrepareUpgradeRequest.containers:type_name -> criproxy.ops.v1.ContainerUpgrade
+	36, // 15: criproxy.ops.v1.PrepareUpgradeRequest.credentials:type_name -> criproxy.ops.v1.RegistryCredential
+	38, // 16: criproxy.ops.v1.PrepareUpgradeRequest.pin_for:type_name -> google.protobuf.Duration
+	38, // 17: criproxy.ops.v1.PrepareUpgradeRequest.prepare_timeout:type_name -> google.protobuf.Duration
+	38, // 18: criproxy.ops.v1.PrepareUpgradeRequest.hold_timeout:type_name -> google.protobuf.Duration
+	0,  // 19: criproxy.ops.v1.ContainerUpgrade.order:type_name -> criproxy.ops.v1.Order
+	37, // 20: criproxy.ops.v1.ContainerUpgrade.pull_policy:type_name -> criproxy.ops.v1.PullPolicy
+	5,  // 21: criproxy.ops.v1.ContainerUpgrade.environment:type_name -> criproxy.ops.v1.Environment
+	38, // 22: criproxy.ops.v1.ContainerUpgrade.hold_probes:type_name -> google.protobuf.Duration
+	12, // 23: criproxy.ops.v1.CommitUpgradeRequest.environments:type_name -> criproxy.ops.v1.ContainerEnvironment
+	36, // 24: criproxy.ops.v1.CommitUpgradeRequest.credentials:type_name -> criproxy.ops.v1.RegistryCredential
+	5,  // 25: criproxy.ops.v1.ContainerEnvironment.environment:type_name -> criproxy.ops.v1.Environment
+	15, // 26: criproxy.ops.v1.Hook.exec:type_name -> criproxy.ops.v1.ExecAction
+	16, // 27: criproxy.ops.v1.Hook.http_get:type_name -> criproxy.ops.v1.HTTPGetAction
+	18, // 28: criproxy.ops.v1.Hook.sleep:type_name -> criproxy.ops.v1.SleepAction
+	17, // 29: criproxy.ops.v1.HTTPGetAction.headers:type_name -> criproxy.ops.v1.HTTPHeader
+	2,  // 30: criproxy.ops.v1.Operation.pod:type_name -> criproxy.ops.v1.PodRef
+	1,  // 31: criproxy.ops.v1.Operation.phase:type_name -> criproxy.ops.v1.Phase
+	20, // 32: criproxy.ops.v1.Operation.containers:type_name -> criproxy.ops.v1.ContainerOperation
+	39, // 33: criproxy.ops.v1.Operation.create_time:type_name -> google.protobuf.Timestamp
+	39, // 34: criproxy.ops.v1.Operation.finish_time:type_name -> google.protobuf.Timestamp
+	1,  // 35: criproxy.ops.v1.ContainerOperation.phase:type_name -> criproxy.ops.v1.Phase
+	39, // 36: criproxy.ops.v1.ContainerOperation.stop_time:type_name -> google.protobuf.Timestamp
+	39, // 37: criproxy.ops.v1.ContainerOperation.start_time:type_name -> google.protobuf.Timestamp
+	38, // 38: criproxy.ops.v1.ContainerOperation.gap:type_name -> google.protobuf.Duration
+	40, // 39: criproxy.ops.v1.ContainerOperation.pull:type_name -> criproxy.ops.v1.PullOperation
+	19, // 40: criproxy.ops.v1.ListOperationsResponse.operations:type_name -> criproxy.ops.v1.Operation
+	28, // 41: criproxy.ops.v1.ListOverridesResponse.overrides:type_name -> criproxy.ops.v1.ImageOverride
+	2,  // 42: criproxy.ops.v1.ImageOverride.pod:type_name -> criproxy.ops.v1.PodRef
+	39, // 43: criproxy.ops.v1.ImageOverride.since:type_name -> google.protobuf.Timestamp
+	39, // 44: criproxy.ops.v1.NodeInfoResponse.start_time:type_name -> google.protobuf.Timestamp
+	33, // 45: criproxy.ops.v1.NodeInfoResponse.runtime:type_name -> criproxy.ops.v1.Runtime
+	39, // 46: criproxy.ops.v1.NodeInfoResponse.kubelet_last_call:type_name -> google.protobuf.Timestamp
+	34, // 47: criproxy.ops.v1.NodeInfoResponse.active_slots:type_name -> criproxy.ops.v1.ActiveSlot
+	35, // 48: criproxy.ops.v1.NodeInfoResponse.counters:type_name -> criproxy.ops.v1.Counters
+	32, // 49: criproxy.ops.v1.NodeInfoResponse.restart_methods:type_name -> criproxy.ops.v1.RestartMethod
+	31, // 50: criproxy.ops.v1.NodeInfoResponse.identity:type_name -> criproxy.ops.v1.Identity
+	39, // 51: criproxy.ops.v1.NodeInfoResponse.controller_last_call:type_name -> google.protobuf.Timestamp
+	39, // 52: criproxy.ops.v1.Identity.expire_time:type_name -> google.protobuf.Timestamp
+	39, // 53: criproxy.ops.v1.Identity.renew_time:type_name -> google.protobuf.Timestamp
+	39, // 54: criproxy.ops.v1.Identity.since:type_name -> google.protobuf.Timestamp
+	39, // 55: criproxy.ops.v1.Identity.retry_time:type_name -> google.protobuf.Timestamp
+	1,  // 56: criproxy.ops.v1.ActiveSlot.phase:type_name -> criproxy.ops.v1.Phase
+	3,  // 57: criproxy.ops.v1.Ops.Restart:input_type -> criproxy.ops.v1.RestartRequest
+	21, // 58: criproxy.ops.v1.Ops.GetOperation:input_type -> criproxy.ops.v1.GetOperationRequest
+	22, // 59: criproxy.ops.v1.Ops.WatchOperation:input_type -> criproxy.ops.v1.WatchOperationRequest
+	23, // 60: criproxy.ops.v1.Ops.ListOperations:input_type -> criproxy.ops.v1.ListOperationsRequest
+	25, // 61: criproxy.ops.v1.Ops.CancelOperation:input_type -> criproxy.ops.v1.CancelOperationRequest
+	9,  // 62: criproxy.ops.v1.Ops.PrepareUpgrade:input_type -> criproxy.ops.v1.PrepareUpgradeRequest
+	11, // 63: criproxy.ops.v1.Ops.CommitUpgrade:input_type -> criproxy.ops.v1.CommitUpgradeRequest
+	13, // 64: criproxy.ops.v1.Ops.AbortUpgrade:input_type -> criproxy.ops.v1.AbortUpgradeRequest
+	26, // 65: criproxy.ops.v1.Ops.ListOverrides:input_type -> criproxy.ops.v1.ListOverridesRequest
+	29, // 66: criproxy.ops.v1.Ops.NodeInfo:input_type -> criproxy.ops.v1.NodeInfoRequest
+	19, // 67: criproxy.ops.v1.Ops.Restart:output_type -> criproxy.ops.v1.Operation
+	19, // 68: criproxy.ops.v1.Ops.GetOperation:output_type -> criproxy.ops.v1.Operation
+	19, // 69: criproxy.ops.v1.Ops.WatchOperation:output_type -> criproxy.ops.v1.Operation
+	24, // 70: criproxy.ops.v1.Ops.ListOperations:output_type -> criproxy.ops.v1.ListOperationsResponse
+	19, // 71: criproxy.ops.v1.Ops.CancelOperation:output_type -> criproxy.ops.v1.Operation
+	19, // 72: criproxy.ops.v1.Ops.PrepareUpgrade:output_type -> criproxy.ops.v1.Operation
+	19, // 73: criproxy.ops.v1.Ops.CommitUpgrade:output_type -> criproxy.ops.v1.Operation
+	19, // 74: criproxy.ops.v1.Ops.AbortUpgrade:output_type -> criproxy.ops.v1.Operation
+	27, // 75: criproxy.ops.v1.Ops.ListOverrides:output_type -> criproxy.ops.v1.ListOverridesResponse
+	30, // 76: criproxy.ops.v1.Ops.NodeInfo:output_type -> criproxy.ops.v1.NodeInfoResponse
+	67, // [67:77] is the sub-list for method output_type
+	57, // [57:67] is the sub-list for method input_type
+	57, // [57:57] is the sub-list for extension type_name
+	57, // [57:57] is the sub-list for extension extendee
+	0,  // [0:57] is the sub-list for field type_name
 }
 
 func init() { file_api_ops_v1_ops_proto_init() }
@@ -2798,8 +3315,13 @@ func file_api_ops_v1_ops_proto_init() {
 	}
 	file_api_ops_v1_images_proto_init()
 	file_api_ops_v1_ops_proto_msgTypes[2].OneofWrappers = []any{}
-	file_api_ops_v1_ops_proto_msgTypes[4].OneofWrappers = []any{}
-	file_api_ops_v1_ops_proto_msgTypes[7].OneofWrappers = []any{
+	file_api_ops_v1_ops_proto_msgTypes[4].OneofWrappers = []any{
+		(*Variable_Value)(nil),
+		(*Variable_Template)(nil),
+		(*Variable_File)(nil),
+	}
+	file_api_ops_v1_ops_proto_msgTypes[8].OneofWrappers = []any{}
+	file_api_ops_v1_ops_proto_msgTypes[12].OneofWrappers = []any{
 		(*Hook_Exec)(nil),
 		(*Hook_HttpGet)(nil),
 		(*Hook_Sleep)(nil),
@@ -2810,7 +3332,7 @@ func file_api_ops_v1_ops_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_ops_v1_ops_proto_rawDesc), len(file_api_ops_v1_ops_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   29,
+			NumMessages:   34,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
