@@ -6,6 +6,7 @@ package interceptors
 import (
 	"context"
 	"errors"
+	"fmt"
 	"iter"
 	"maps"
 	"slices"
@@ -39,9 +40,9 @@ type View struct {
 	active atomic.Int32
 
 	mu sync.RWMutex // guards all following fields
-	// passing counts the calls that went through undecoded and are not answered yet: they
-	// may still carry what becomes hidden meanwhile. idle, if not nil, is closed when it comes to 0.
-	passing int
+	// passing counts, by method, the calls that went through undecoded and are not answered yet: they
+	// may still carry what becomes hidden meanwhile. idle, if not nil, is closed when there is none.
+	passing map[string]int
 	idle    chan struct{}
 	looks   map[*look]struct{}
 	claims  map[Slot]*Claim
@@ -65,6 +66,7 @@ type View struct {
 // NewView returns a view that hides and masks nothing.
 func NewView() *View {
 	return &View{
+		passing: map[string]int{},
 		looks:   map[*look]struct{}{},
 		claims:  map[Slot]*Claim{},
 		queues:  map[Slot][]chan *Claim{},
@@ -83,23 +85,38 @@ func (v *View) Active() bool { return v.active.Load() > 0 }
 
 // pass registers a call that goes through undecoded; done must be called when
 // it has been answered. ok is false when the view has become active meanwhile.
-func (v *View) pass() (done func(), ok bool) {
+func (v *View) pass(method string) (done func(), ok bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if v.Active() {
 		return nil, false
 	}
-	v.passing++
-	return v.passed, true
+	v.passing[method]++
+	return func() { v.passed(method) }, true
 }
 
-func (v *View) passed() {
+func (v *View) passed(method string) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if v.passing--; v.passing == 0 && v.idle != nil {
+	if v.passing[method]--; v.passing[method] == 0 {
+		delete(v.passing, method)
+	}
+	if len(v.passing) == 0 && v.idle != nil {
 		close(v.idle)
 		v.idle = nil
 	}
+}
+
+// passingNames returns the methods of calls that pass undecoded, ordered, without their services.
+func (v *View) passingNames() string {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	var names []string
+	for method := range v.passing {
+		names = append(names, method[strings.LastIndexByte(method, '/')+1:])
+	}
+	slices.Sort(names)
+	return strings.Join(names, ", ")
 }
 
 // Yield says that kubelet, or whoever speaks CRI through the proxy, takes the
@@ -202,14 +219,15 @@ func (c *Claim) Bind(sandbox, incumbent string) {
 // Hide makes the view speak for this claim: from its return on, no answer shows
 // a container that carries the token. It waits until answers that were already on
 // their way undecoded have passed, at most until ctx ends (then nothing is
-// hidden and ctx's error is returned).
+// hidden, and the error names the calls that have not been answered and wraps ctx's).
 func (c *Claim) Hide(ctx context.Context, token string) error {
 	select {
 	case <-c.hide(token):
 		return nil
 	case <-ctx.Done():
+		names := c.view.passingNames()
 		c.Discard()
-		return ctx.Err()
+		return fmt.Errorf("not answered yet: %s: %w", names, ctx.Err())
 	}
 }
 
@@ -239,7 +257,7 @@ func (c *Claim) hide(token string) <-chan struct{} {
 			v.noteLocked(c, id, v.verdictLocked(id))
 		}
 	}
-	if v.passing == 0 {
+	if len(v.passing) == 0 {
 		none := make(chan struct{})
 		close(none)
 		return none
