@@ -150,10 +150,10 @@ var tellsStart = map[string]bool{
 	runtimeapi.RuntimeService_PodSandboxStatus_FullMethodName: true,
 }
 
-// tells are the methods whose answers tell of containers. Those of others show nothing that is hidden, however long they
+// tellsOf are the methods whose answers tell of containers. Those of others show nothing that is hidden, however long they
 // have been under way when it is hidden: a call into a container, such as a hook of 30 s, is addressed to the one that its
 // caller knows.
-var tells = map[string]bool{
+var tellsOf = map[string]bool{
 	runtimeapi.RuntimeService_ListContainers_FullMethodName:        true,
 	runtimeapi.RuntimeService_ContainerStatus_FullMethodName:       true,
 	runtimeapi.RuntimeService_PodSandboxStatus_FullMethodName:      true,
@@ -183,7 +183,7 @@ func (d *Director) Stream(method string) proxy.StreamInterceptor {
 
 // Pass implements [proxy.Passer].
 func (d *Director) Pass(method string) (done func(), ok bool) {
-	if !tells[method] {
+	if !tellsOf[method] {
 		return nil, true
 	}
 	return d.view.pass(method)

@@ -38,12 +38,19 @@ func (s Slot) String() string { return s.PodUID + "/" + s.Container }
 type View struct {
 	// active is how many claims have something to say. The pass path reads only this.
 	active atomic.Int32
+	// carried is closed once the view goes on in another process.
+	carried chan struct{}
+	leave   sync.Once
 
 	mu sync.RWMutex // guards all following fields
 	// passing counts, by method, the calls that went through undecoded and are not answered yet: they
 	// may still carry what becomes hidden meanwhile. idle, if not nil, is closed when there is none.
 	passing map[string]int
 	idle    chan struct{}
+	// cuttable are those of them whose methods are not known.
+	cuttable map[*cuttable]struct{}
+	// quiet, if not nil, is closed when nothing is hidden any more.
+	quiet   chan struct{}
 	looks   map[*look]struct{}
 	claims  map[Slot]*Claim
 	queues  map[Slot][]chan *Claim
@@ -66,7 +73,8 @@ type View struct {
 // NewView returns a view that hides and masks nothing.
 func NewView() *View {
 	return &View{
-		passing: map[string]int{},
+		carried: make(chan struct{}),
+		passing: map[string]int{}, cuttable: map[*cuttable]struct{}{},
 		looks:   map[*look]struct{}{},
 		claims:  map[Slot]*Claim{},
 		queues:  map[Slot][]chan *Claim{},
@@ -98,6 +106,10 @@ func (v *View) pass(method string) (done func(), ok bool) {
 func (v *View) passed(method string) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	v.passedLocked(method)
+}
+
+func (v *View) passedLocked(method string) {
 	if v.passing[method]--; v.passing[method] == 0 {
 		delete(v.passing, method)
 	}
@@ -221,13 +233,20 @@ func (c *Claim) Bind(sandbox, incumbent string) {
 // their way undecoded have passed, at most until ctx ends (then nothing is
 // hidden, and the error names the calls that have not been answered and wraps ctx's).
 func (c *Claim) Hide(ctx context.Context, token string) error {
-	select {
-	case <-c.hide(token):
-		return nil
-	case <-ctx.Done():
-		names := c.view.passingNames()
-		c.Discard()
-		return fmt.Errorf("not answered yet: %s: %w", names, ctx.Err())
+	idle := c.hide(token)
+	cut := time.NewTimer(cutPatience)
+	defer cut.Stop()
+	for {
+		select {
+		case <-idle:
+			return nil
+		case <-cut.C:
+			c.view.cutUnknown()
+		case <-ctx.Done():
+			names := c.view.passingNames()
+			c.Discard()
+			return fmt.Errorf("not answered yet: %s: %w", names, ctx.Err())
+		}
 	}
 }
 
@@ -335,6 +354,10 @@ func (c *Claim) settleLocked(show bool) {
 		v.active.Add(1)
 	}
 	delete(v.tokens, c.token)
+	if len(v.tokens) == 0 && v.quiet != nil {
+		close(v.quiet)
+		v.quiet = nil
+	}
 	delete(v.ids, c.successor)
 	delete(v.ids, c.incumbent)
 	if show && successor != "" && len(v.heirs) < maxHeirs {

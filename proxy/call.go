@@ -44,6 +44,7 @@ func (s *Server) handle(_ any, client grpc.ServerStream) error {
 	m := s.methods[name]
 	if m == nil {
 		m = s.unknown
+		s.newer.note(name)
 	}
 	c := &call{s: s, m: m, name: name, client: client}
 	s.calls.Add(1)

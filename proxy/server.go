@@ -58,6 +58,9 @@ type Stats struct {
 	InFlight          uint64    // calls not answered yet
 	LastCall          time.Time // begin of the latest call; zero: none yet
 	LastUserAgent     string    // its user agent, such as grpc-go/1.79.1
+	// UnknownMethods are the CRI methods that were called and that the cri-api linked here does not have, such as
+	// runtime.v1.RuntimeService/ListContainers2, ordered.
+	UnknownMethods []string
 }
 
 // Server answers CRI calls by forwarding them to the runtime.
@@ -73,6 +76,7 @@ type Server struct {
 
 	methods map[string]*method
 	unknown *method
+	newer   newerMethods
 	metrics *metrics
 
 	flight        flight
@@ -216,6 +220,7 @@ func (s *Server) Stats() Stats {
 	if ns := s.lastCall.Load(); ns != 0 {
 		st.LastCall = time.Unix(0, ns)
 	}
+	st.UnknownMethods = s.newer.list()
 	if ua := s.lastUserAgent.Load(); ua != nil {
 		st.LastUserAgent = *ua
 	}

@@ -152,6 +152,7 @@ func (n *node) info(ctx context.Context) *opsv1.NodeInfoResponse {
 		Listen:           n.listen,
 		Bypass:           n.bypassed(),
 		KubeletUserAgent: st.LastUserAgent,
+		UnknownMethods:   st.UnknownMethods,
 		Identity:         n.identity(),
 		Pid:              int32(os.Getpid()), //nolint:gosec // PID_MAX_LIMIT is 2^22
 		ConfigFile:       n.config.File,
