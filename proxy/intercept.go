@@ -120,7 +120,9 @@ type lastAnswer struct {
 // interceptUnary lets take answer the call. Whatever goes wrong inside it, the
 // caller gets the runtime's answer.
 func (c *call) interceptUnary(take UnaryInterceptor, req *frame) error {
-	c.s.intercepted.Add(1)
+	if !c.probe {
+		c.s.intercepted.Add(1)
+	}
 	// A copy of its own: an early cancel leaves the transport holding the
 	// request after the interceptor has returned.
 	raw := req.data.Materialize()
