@@ -201,16 +201,20 @@ func (d *Director) stopLateHeirs(ctx context.Context, sandbox string) {
 	wg.Wait()
 }
 
+// removePodSandbox stops what still runs in the sandbox, as the runtime does (sandbox_remove.go in containerd).
 func (d *Director) removePodSandbox(ctx context.Context, method string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.RemovePodSandboxRequest{})
 	if err != nil {
 		return nil, err
 	}
+	defer d.view.stopping(req.GetPodSandboxId())()
 	d.takeBackSandbox(ctx, method, req.GetPodSandboxId())
 	b, err := next(ctx, raw)
 	if err == nil {
 		d.view.forgetSandbox(req.GetPodSandboxId())
-		d.overrides.SandboxRemoved()
+		if d.overrides.Any() {
+			d.overrides.SandboxRemoved()
+		}
 	}
 	return b, err
 }
@@ -248,6 +252,7 @@ func (d *Director) removeContainer(ctx context.Context, method string, raw []byt
 	if err != nil {
 		return nil, err
 	}
+	defer d.view.stopping(req.GetContainerId())() // the runtime kills what runs
 	if d.view.Active() {
 		claim, id := d.view.byContainer(req.GetContainerId())
 		if claim != nil && d.view.successorOf(claim) == id {

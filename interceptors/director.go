@@ -92,6 +92,9 @@ func New(o Options) *Director {
 		runtimeapi.RuntimeService_UpdateContainerResources_FullMethodName: d.updateContainerResources,
 		runtimeapi.RuntimeService_StopPodSandbox_FullMethodName:           d.stopPodSandbox,
 		runtimeapi.RuntimeService_StopContainer_FullMethodName:            d.stopContainer,
+		// An operation may begin while they are under way, and then their end has to do with it.
+		runtimeapi.RuntimeService_RemovePodSandbox_FullMethodName: d.removePodSandbox,
+		runtimeapi.RuntimeService_ExecSync_FullMethodName:         d.execSync,
 	}
 	if o.Pulls != nil {
 		d.always[runtimeapi.ImageService_PullImage_FullMethodName] = pullImage(o.Pulls)
@@ -105,8 +108,6 @@ func New(o Options) *Director {
 		runtimeapi.RuntimeService_PodSandboxStats_FullMethodName:       d.podSandboxStats,
 		runtimeapi.RuntimeService_ListPodSandboxStats_FullMethodName:   d.listPodSandboxStats,
 		runtimeapi.RuntimeService_ListPodSandboxMetrics_FullMethodName: d.listPodSandboxMetrics,
-		runtimeapi.RuntimeService_RemovePodSandbox_FullMethodName:      d.removePodSandbox,
-		runtimeapi.RuntimeService_ExecSync_FullMethodName:              d.execSync,
 		runtimeapi.RuntimeService_Exec_FullMethodName:                  d.exec,
 		runtimeapi.RuntimeService_Attach_FullMethodName:                d.attach,
 		runtimeapi.RuntimeService_ReopenContainerLog_FullMethodName:    d.reopenContainerLog,
@@ -149,13 +150,26 @@ var tellsStart = map[string]bool{
 	runtimeapi.RuntimeService_PodSandboxStatus_FullMethodName: true,
 }
 
+// tellsOf are the methods whose answers tell of containers. Those of others show nothing that is hidden, however long they
+// have been under way when it is hidden: a call into a container, such as a hook of 30 s, is addressed to the one that its
+// caller knows.
+var tellsOf = map[string]bool{
+	runtimeapi.RuntimeService_ListContainers_FullMethodName:        true,
+	runtimeapi.RuntimeService_ContainerStatus_FullMethodName:       true,
+	runtimeapi.RuntimeService_PodSandboxStatus_FullMethodName:      true,
+	runtimeapi.RuntimeService_ContainerStats_FullMethodName:        true,
+	runtimeapi.RuntimeService_ListContainerStats_FullMethodName:    true,
+	runtimeapi.RuntimeService_PodSandboxStats_FullMethodName:       true,
+	runtimeapi.RuntimeService_ListPodSandboxStats_FullMethodName:   true,
+	runtimeapi.RuntimeService_ListPodSandboxMetrics_FullMethodName: true,
+}
+
 // Unary implements [proxy.Director].
 func (d *Director) Unary(method string) proxy.UnaryInterceptor {
 	if ic, ok := d.always[method]; ok {
 		return ic
 	}
-	if d.view.Active() || (d.view.starts.Load() > 0 && tellsStart[method]) ||
-		(method == runtimeapi.RuntimeService_RemovePodSandbox_FullMethodName && d.overrides.Any()) {
+	if d.view.Active() || (d.view.starts.Load() > 0 && tellsStart[method]) {
 		return d.active[method]
 	}
 	return nil
@@ -169,10 +183,10 @@ func (d *Director) Stream(method string) proxy.StreamInterceptor {
 
 // Pass implements [proxy.Passer].
 func (d *Director) Pass(method string) (done func(), ok bool) {
-	if _, watched := d.active[method]; !watched {
+	if !tellsOf[method] {
 		return nil, true
 	}
-	return d.view.pass()
+	return d.view.pass(method)
 }
 
 // decode fills m from an encoded message; its error makes the proxy pass the call.

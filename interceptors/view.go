@@ -6,6 +6,7 @@ package interceptors
 import (
 	"context"
 	"errors"
+	"fmt"
 	"iter"
 	"maps"
 	"slices"
@@ -37,12 +38,19 @@ func (s Slot) String() string { return s.PodUID + "/" + s.Container }
 type View struct {
 	// active is how many claims have something to say. The pass path reads only this.
 	active atomic.Int32
+	// carried is closed once the view goes on in another process.
+	carried chan struct{}
+	leave   sync.Once
 
 	mu sync.RWMutex // guards all following fields
-	// passing counts the calls that went through undecoded and are not answered yet: they
-	// may still carry what becomes hidden meanwhile. idle, if not nil, is closed when it comes to 0.
-	passing int
+	// passing counts, by method, the calls that went through undecoded and are not answered yet: they
+	// may still carry what becomes hidden meanwhile. idle, if not nil, is closed when there is none.
+	passing map[string]int
 	idle    chan struct{}
+	// cuttable are those of them whose methods are not known.
+	cuttable map[*cuttable]struct{}
+	// quiet, if not nil, is closed when nothing is hidden any more.
+	quiet   chan struct{}
 	looks   map[*look]struct{}
 	claims  map[Slot]*Claim
 	queues  map[Slot][]chan *Claim
@@ -65,6 +73,8 @@ type View struct {
 // NewView returns a view that hides and masks nothing.
 func NewView() *View {
 	return &View{
+		carried: make(chan struct{}),
+		passing: map[string]int{}, cuttable: map[*cuttable]struct{}{},
 		looks:   map[*look]struct{}{},
 		claims:  map[Slot]*Claim{},
 		queues:  map[Slot][]chan *Claim{},
@@ -83,23 +93,42 @@ func (v *View) Active() bool { return v.active.Load() > 0 }
 
 // pass registers a call that goes through undecoded; done must be called when
 // it has been answered. ok is false when the view has become active meanwhile.
-func (v *View) pass() (done func(), ok bool) {
+func (v *View) pass(method string) (done func(), ok bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if v.Active() {
 		return nil, false
 	}
-	v.passing++
-	return v.passed, true
+	v.passing[method]++
+	return func() { v.passed(method) }, true
 }
 
-func (v *View) passed() {
+func (v *View) passed(method string) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if v.passing--; v.passing == 0 && v.idle != nil {
+	v.passedLocked(method)
+}
+
+func (v *View) passedLocked(method string) {
+	if v.passing[method]--; v.passing[method] == 0 {
+		delete(v.passing, method)
+	}
+	if len(v.passing) == 0 && v.idle != nil {
 		close(v.idle)
 		v.idle = nil
 	}
+}
+
+// passingNames returns the methods of calls that pass undecoded, ordered, without their services.
+func (v *View) passingNames() string {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	var names []string
+	for method := range v.passing {
+		names = append(names, method[strings.LastIndexByte(method, '/')+1:])
+	}
+	slices.Sort(names)
+	return strings.Join(names, ", ")
 }
 
 // Yield says that kubelet, or whoever speaks CRI through the proxy, takes the
@@ -202,14 +231,22 @@ func (c *Claim) Bind(sandbox, incumbent string) {
 // Hide makes the view speak for this claim: from its return on, no answer shows
 // a container that carries the token. It waits until answers that were already on
 // their way undecoded have passed, at most until ctx ends (then nothing is
-// hidden and ctx's error is returned).
+// hidden, and the error names the calls that have not been answered and wraps ctx's).
 func (c *Claim) Hide(ctx context.Context, token string) error {
-	select {
-	case <-c.hide(token):
-		return nil
-	case <-ctx.Done():
-		c.Discard()
-		return ctx.Err()
+	idle := c.hide(token)
+	cut := time.NewTimer(cutPatience)
+	defer cut.Stop()
+	for {
+		select {
+		case <-idle:
+			return nil
+		case <-cut.C:
+			c.view.cutUnknown()
+		case <-ctx.Done():
+			names := c.view.passingNames()
+			c.Discard()
+			return fmt.Errorf("not answered yet: %s: %w", names, ctx.Err())
+		}
 	}
 }
 
@@ -239,7 +276,7 @@ func (c *Claim) hide(token string) <-chan struct{} {
 			v.noteLocked(c, id, v.verdictLocked(id))
 		}
 	}
-	if v.passing == 0 {
+	if len(v.passing) == 0 {
 		none := make(chan struct{})
 		close(none)
 		return none
@@ -317,6 +354,10 @@ func (c *Claim) settleLocked(show bool) {
 		v.active.Add(1)
 	}
 	delete(v.tokens, c.token)
+	if len(v.tokens) == 0 && v.quiet != nil {
+		close(v.quiet)
+		v.quiet = nil
+	}
 	delete(v.ids, c.successor)
 	delete(v.ids, c.incumbent)
 	if show && successor != "" && len(v.heirs) < maxHeirs {
