@@ -383,6 +383,12 @@ func (r *restart) takeSlot(ctx context.Context) error {
 	waiting, end := endWith(ctx, r.o.cancelled)
 	defer end()
 	r.queued = true
+	if err := r.awaitJudged(waiting); err != nil { // what an earlier process has left in the slot comes first
+		if ctx.Err() == nil {
+			return r.cancelledOutcome()
+		}
+		return err
+	}
 	claim, err := r.view.Claim(waiting, interceptors.Slot{PodUID: r.o.op.GetPod().GetUid(), Container: r.want.GetName()})
 	switch {
 	case err == nil:

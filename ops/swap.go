@@ -271,9 +271,12 @@ func (r *restart) passed(ctx context.Context, rec containerRecord) {
 }
 
 // began notes when the application of the successor began.
-func (r *restart) began(id string, at time.Time) {
-	r.records.setStarted(id, at)
-	r.view.SetStarted(id, at)
+func (r *restart) began(id string, at time.Time) { r.setStarted(id, at) }
+
+// setStarted notes when the application of a container that was held at a gate began.
+func (e *Engine) setStarted(id string, at time.Time) {
+	e.records.setStarted(id, at)
+	e.view.SetStarted(id, at)
 }
 
 // awaitGate waits until the successor waits at its gate. The error says why it does not.
