@@ -324,10 +324,15 @@ func (c *Claim) settleLocked(show bool) {
 		v.untold[c.incumbent] = untold{heir: heir{id: successor, sandbox: c.sandbox}}
 		v.active.Add(1)
 	}
-	delete(v.tokens, c.token)
-	delete(v.ids, c.successor)
-	delete(v.ids, c.incumbent)
-	if show && successor != "" && len(v.heirs) < maxHeirs {
+	if v.tokens[c.token] == c {
+		delete(v.tokens, c.token)
+	}
+	for _, id := range []string{c.successor, c.incumbent} {
+		if v.ids[id] == c {
+			delete(v.ids, id)
+		}
+	}
+	if show && successor != "" && c.incumbent != "" && len(v.heirs) < maxHeirs {
 		v.heirs[c.incumbent] = &heir{id: successor, sandbox: c.sandbox}
 	}
 	c.token, c.successor = "", ""

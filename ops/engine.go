@@ -30,6 +30,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
+	"github.com/cri-proxy/cri-proxy/ops/guard"
 )
 
 const (
@@ -115,7 +116,7 @@ type Engine struct {
 	// tokens are all that this process has used or found in the journal, until nothing more can
 	// be a stray; see removeStrays.
 	tokens map[string]bool
-	// settled are the tokens of containers that the journal knows as shown, incumbents the containers that its operations replace.
+	// settled are the tokens of containers that the journal knows as having taken over, incumbents the containers that its operations replace.
 	settled    map[string]bool
 	incumbents map[string]bool
 	// decided are the tokens that judge has met.
@@ -251,8 +252,8 @@ func (e *Engine) revive(uid string, r *record) error {
 		return errors.New("the record does not hold together: was the file edited?")
 	}
 	if o.op.GetFinishTime() != nil {
-		for _, c := range o.containers {
-			e.settled[c.Token] = true
+		for i, c := range o.containers {
+			e.settled[c.Token] = o.op.GetContainers()[i].GetPhase() == opsv1.Phase_PHASE_SUCCEEDED
 		}
 		e.ops[uid] = o
 		return nil
@@ -264,7 +265,7 @@ func (e *Engine) revive(uid string, r *record) error {
 	for i := range o.containers {
 		c := &o.containers[i]
 		if c.Step == stepNone || c.Step == stepDone {
-			e.settled[c.Token] = true
+			e.settled[c.Token] = o.op.GetContainers()[i].GetPhase() == opsv1.Phase_PHASE_SUCCEEDED
 			continue
 		}
 		e.incumbents[c.Incumbent] = true
@@ -317,22 +318,10 @@ func (e *Engine) Overrides() *Overrides { return e.overrides }
 func (e *Engine) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	wg.Go(func() {
-		if e.awaitRuntime(ctx) == nil {
-			e.probe(ctx)
-			e.tidy(ctx, &wg)
-		}
-		if sleep(ctx, e.lateCreate) == nil {
-			e.tidy(ctx, &wg)
-			e.view.Unguard()
-		}
-		e.mu.Lock()
-		defer e.mu.Unlock()
-		e.tokens = nil
-	})
-	wg.Go(func() { e.writeAgain(ctx) })
-	wg.Go(func() { e.forget(ctx) })
-	wg.Go(func() { e.forgetOnRemoval(ctx) })
+	wg.Go(func() { guard.Keep(ctx, e.log, func() { e.begin(ctx, &wg) }) })
+	for _, keep := range []func(context.Context){e.writeAgain, e.forget, e.forgetOnRemoval} {
+		wg.Go(func() { guard.Keep(ctx, e.log, func() { keep(ctx) }) })
+	}
 	for {
 		e.mu.Lock()
 		waiting := e.waiting
@@ -347,6 +336,21 @@ func (e *Engine) Run(ctx context.Context) error {
 			return nil
 		}
 	}
+}
+
+// begin does what is to be done once: it tidies up after earlier processes, until nothing of theirs can come about any more. wg owns what takes longer.
+func (e *Engine) begin(ctx context.Context, wg *sync.WaitGroup) {
+	if e.awaitRuntime(ctx) == nil {
+		e.probe(ctx)
+		e.tidy(ctx, wg)
+	}
+	if sleep(ctx, e.lateCreate) == nil {
+		e.tidy(ctx, wg)
+		e.view.Unguard()
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.tokens = nil
 }
 
 // Close releases the state files. Run must have returned.
@@ -440,7 +444,7 @@ func (e *Engine) tidy(ctx context.Context, wg *sync.WaitGroup) {
 		e.log.WithError(err).Warn("gates that no operation knows not removed")
 	}
 	for _, s := range e.takeLost() {
-		wg.Go(func() { e.clear(ctx, s) })
+		wg.Go(func() { guard.Do(e.log, func() { e.clear(ctx, s) }) })
 	}
 }
 

@@ -19,6 +19,7 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
+	"github.com/cri-proxy/cri-proxy/ops/guard"
 )
 
 // A container that an operation has made keeps its annotation for life, and an operation that has ended is forgotten after an hour. So a token that
@@ -320,6 +321,66 @@ func (e *Engine) strayGone(s *stray) {
 	if err := e.methods.gate(s.token).Remove(); err != nil {
 		e.log.WithError(err).Warn("gate not removed")
 	}
+}
+
+// abandon leaves what an operation has staged in the slot of claim, as rec has it, to the rules for lost ones. The operation itself does nothing with
+// it any more. The slot is given up when that is done.
+func (r *restart) abandon(ctx context.Context, claim *interceptors.Claim, rec containerRecord) {
+	if rec.Token == "" || rec.Step == stepReveal || rec.Step == stepDone || rec.Step == stepNone {
+		claim.Release()
+		return
+	}
+	pod := r.o.op.GetPod() // never changes
+	s := &stray{id: rec.Successor, token: rec.Token, pod: podName(pod), sandbox: rec.Sandbox, labels: map[string]string{
+		labelPodName: pod.GetName(), labelPodNamespace: pod.GetNamespace(), labelPodUID: pod.GetUid(), labelContainer: r.want.GetName(),
+	}}
+	s.claim = r.view.Stray(claim.Slot(), s.sandbox, s.token, s.id)
+	claim.Discard()
+	l := &lostSlot{slot: claim.Slot(), hold: claim}
+	over := guard.Do(r.log, func() {
+		for sleep(ctx, 0) == nil {
+			err := r.findLost(ctx, l, s)
+			if err == nil {
+				r.clear(ctx, l)
+				return
+			}
+			r.log.WithError(err).Warn("what the operation has left is not found; trying again")
+			_ = sleep(ctx, time.Second)
+		}
+	})
+	if !over {
+		claim.Release() // what is hidden stays so: it was not meant to be seen
+	}
+}
+
+// findLost decides of what an operation has left in the slot.
+func (e *Engine) findLost(ctx context.Context, l *lostSlot, s *stray) error {
+	list, err := e.rt.ListContainers(ctx, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{PodSandboxId: s.sandbox}})
+	if err != nil {
+		return err
+	}
+	of := slices.DeleteFunc(list.GetContainers(), func(c *runtimeapi.Container) bool { return c.GetLabels()[labelContainer] != l.slot.Container })
+	slices.SortFunc(of, func(a, b *runtimeapi.Container) int { return cmp.Compare(a.GetCreatedAt(), b.GetCreatedAt()) })
+	serves := e.serves(ctx, of)
+	i := slices.IndexFunc(of, func(c *runtimeapi.Container) bool {
+		return c.GetAnnotations()[interceptors.StagedAnnotation] == s.token
+	})
+	switch {
+	case i < 0:
+		e.strayGone(s)
+	case e.isStray(of[i], s.token, serves):
+		s.id = of[i].GetId()
+		s.claim.Staged(s.id)
+		l.strays = append(l.strays, s)
+	default:
+		s.id = of[i].GetId()
+		s.claim.Staged(s.id)
+		s.claim.Reveal()
+		if of[i] == serves && e.methods.gate(s.token).Exists() {
+			l.waits = s
+		}
+	}
+	return nil
 }
 
 // isAlone reports whether nothing else of the slot runs.

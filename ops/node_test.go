@@ -455,6 +455,8 @@ func (e *Engine) copyState(from, to string) error {
 type leash struct {
 	grpc.ClientConnInterface
 	gone atomic.Pointer[chan struct{}]
+	// bug, if set, is called with the method of each call: where it panics, the engine does.
+	bug atomic.Pointer[func(method string)]
 }
 
 func (l *leash) cut() {
@@ -468,6 +470,9 @@ func (l *leash) free() {
 }
 
 func (l *leash) Invoke(ctx context.Context, method string, args, reply any, opts ...grpc.CallOption) error {
+	if bug := l.bug.Load(); bug != nil {
+		(*bug)(method[strings.LastIndexByte(method, '/')+1:])
+	}
 	if c := l.gone.Load(); c != nil {
 		<-*c
 		return context.Canceled

@@ -19,6 +19,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/guard"
 )
 
 // undo takes back what is hidden, so that kubelet's policy is in charge of what is left. It
@@ -129,13 +130,13 @@ func (r *restart) stopUntilYield(ctx context.Context, id string, grace time.Dura
 	sooner.Go(func() {
 		select {
 		case <-r.claim.Yielded():
-			r.stopWithin(ctx, id, max(minGrace, time.Duration(r.claim.YieldedTo().Grace)*time.Second))
+			guard.Do(r.log, func() { r.stopWithin(ctx, id, max(minGrace, time.Duration(r.claim.YieldedTo().Grace)*time.Second)) })
 		case <-stopped:
 		}
 	})
+	defer sooner.Wait()
+	defer close(stopped)
 	r.stopWithin(ctx, id, grace)
-	close(stopped)
-	sooner.Wait()
 }
 
 // stopWithin stops a container of ours.
