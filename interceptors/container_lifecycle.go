@@ -5,6 +5,7 @@ package interceptors
 
 import (
 	"context"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -192,6 +193,11 @@ func (d *Director) stopLateHeirs(ctx context.Context, sandbox string) {
 		did(ctx, didStop)
 		wg.Go(func() {
 			log := d.log.WithFields(logrus.Fields{"successor": h.id})
+			defer func() { // nobody else guards this goroutine, and kubelet's call goes on without it
+				if p := recover(); p != nil {
+					log.WithFields(logrus.Fields{"panic": p, "stack": string(debug.Stack())}).Error("container not stopped before its sandbox: the daemon would have panicked; please report this")
+				}
+			}()
 			log.Info("the pod goes away, stopping the container that took the place of the one that kubelet stopped")
 			if _, err := d.runtime.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: h.id, Timeout: min(h.grace, lateGrace)}); err != nil {
 				log.WithError(err).Warn("container not stopped before its sandbox")

@@ -46,7 +46,7 @@ type Overrides interface {
 	SandboxRemoved()
 }
 
-// Options configures a [Director]. All fields but Pulls, Overrides and Registerer are required.
+// Options configures a [Director]. All fields but Pulls, Overrides, Registerer and Judge are required.
 type Options struct {
 	View    *View
 	Records Records
@@ -58,6 +58,8 @@ type Options struct {
 	Overrides Overrides
 	// Registerer gets the metrics. Nil: they are kept but not served.
 	Registerer prometheus.Registerer
+	// Judge is asked while the view has a guard. Nil: there is nothing to judge.
+	Judge Judge
 }
 
 // Director implements [proxy.Director]: it takes a method only while the view has
@@ -66,6 +68,7 @@ type Director struct {
 	view      *View
 	records   Records
 	overrides Overrides
+	judge     Judge
 	runtime   runtimeapi.RuntimeServiceClient
 	log       logrus.FieldLogger
 
@@ -81,7 +84,7 @@ var (
 
 // New returns a director over the view.
 func New(o Options) *Director {
-	d := &Director{view: o.View, records: o.Records, runtime: runtimeapi.NewRuntimeServiceClient(o.Runtime), log: o.Log, overrides: o.Overrides}
+	d := &Director{view: o.View, records: o.Records, runtime: runtimeapi.NewRuntimeServiceClient(o.Runtime), log: o.Log, overrides: o.Overrides, judge: o.Judge}
 	if d.overrides == nil {
 		d.overrides = noOverrides{}
 	}
@@ -126,11 +129,11 @@ func New(o Options) *Director {
 	}
 	for _, methods := range []map[string]proxy.UnaryInterceptor{d.always, d.active} {
 		for method, take := range methods {
-			methods[method] = newCounter(counts, method).unary(take)
+			methods[method] = newCounter(counts, method).unary(d.unaryJudged(method, take))
 		}
 	}
 	for method, take := range d.stream {
-		d.stream[method] = newCounter(counts, method).stream(take)
+		d.stream[method] = newCounter(counts, method).stream(d.streamJudged(method, take))
 	}
 	return d
 }
@@ -169,7 +172,7 @@ func (d *Director) Unary(method string) proxy.UnaryInterceptor {
 	if ic, ok := d.always[method]; ok {
 		return ic
 	}
-	if d.view.Active() || (d.view.starts.Load() > 0 && tellsStart[method]) {
+	if d.view.Active() || d.view.Guarded() || (d.view.starts.Load() > 0 && tellsStart[method]) {
 		return d.active[method]
 	}
 	return nil

@@ -38,11 +38,16 @@ func (s Slot) String() string { return s.PodUID + "/" + s.Container }
 type View struct {
 	// active is how many claims have something to say. The pass path reads only this.
 	active atomic.Int32
+	// guard says what a token means that the view does not hold; see Guard. The pass path reads it, too.
+	guard atomic.Int32
 	// carried is closed once the view goes on in another process.
 	carried chan struct{}
 	leave   sync.Once
 
 	mu sync.RWMutex // guards all following fields
+	// known are the tokens that say nothing new, while there is a guard; strays the claims that hold no slot.
+	known  map[string]struct{}
+	strays map[*Claim]struct{}
 	// passing counts, by method, the calls that went through undecoded and are not answered yet: they
 	// may still carry what becomes hidden meanwhile. idle, if not nil, is closed when there is none.
 	passing map[string]int
@@ -81,6 +86,7 @@ func NewView() *View {
 		tokens:  map[string]*Claim{},
 		ids:     map[string]*Claim{},
 		streams: map[*eventFilter]struct{}{},
+		strays:  map[*Claim]struct{}{},
 		heirs:   map[string]*heir{},
 		untold:  map[string]untold{},
 		stops:   map[string]int{},
@@ -96,7 +102,7 @@ func (v *View) Active() bool { return v.active.Load() > 0 }
 func (v *View) pass(method string) (done func(), ok bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if v.Active() {
+	if v.Active() || v.Guarded() {
 		return nil, false
 	}
 	v.passing[method]++
@@ -264,6 +270,7 @@ func (c *Claim) hide(token string) <-chan struct{} {
 	}
 	c.token = token
 	v.tokens[token] = c
+	v.knowLocked(token)
 	if !c.speaking {
 		c.speaking = true
 		v.active.Add(1)
@@ -347,20 +354,26 @@ func (c *Claim) settleLocked(show bool) {
 		return
 	}
 	c.speaking = false
+	delete(v.strays, c)
 	successor := c.successor
 	v.active.Add(-1)
 	if show && successor != "" && v.ids[c.incumbent] == c && len(v.untold) < maxHeirs {
 		v.untold[c.incumbent] = untold{heir: heir{id: successor, sandbox: c.sandbox}}
 		v.active.Add(1)
 	}
-	delete(v.tokens, c.token)
+	if v.tokens[c.token] == c {
+		delete(v.tokens, c.token)
+	}
 	if len(v.tokens) == 0 && v.quiet != nil {
 		close(v.quiet)
 		v.quiet = nil
 	}
-	delete(v.ids, c.successor)
-	delete(v.ids, c.incumbent)
-	if show && successor != "" && len(v.heirs) < maxHeirs {
+	for _, id := range []string{c.successor, c.incumbent} {
+		if v.ids[id] == c {
+			delete(v.ids, id)
+		}
+	}
+	if show && successor != "" && c.incumbent != "" && len(v.heirs) < maxHeirs {
 		v.heirs[c.incumbent] = &heir{id: successor, sandbox: c.sandbox}
 	}
 	c.token, c.successor = "", ""
@@ -632,7 +645,7 @@ func (l *look) end() {
 func (l *look) blank() bool {
 	l.view.mu.RLock()
 	defer l.view.mu.RUnlock()
-	return len(l.tokens) == 0 && len(l.ids) == 0
+	return len(l.tokens) == 0 && len(l.ids) == 0 && l.view.known == nil
 }
 
 // judge returns how the container is shown in this call's answer. annotations may be nil
@@ -641,7 +654,7 @@ func (l *look) judge(id string, annotations map[string]string) verdict {
 	l.view.mu.RLock()
 	defer l.view.mu.RUnlock()
 	if t := annotations[StagedAnnotation]; t != "" {
-		if _, ok := l.tokens[t]; ok {
+		if _, ok := l.tokens[t]; ok || l.view.suspectLocked(t) {
 			l.did.add(didHide)
 			return hidden
 		}
@@ -678,7 +691,7 @@ func (v *View) byContainer(id string) (*Claim, string) {
 	defer v.mu.RUnlock()
 	var found *Claim
 	full := ""
-	for _, c := range v.claims {
+	for c := range v.allLocked() {
 		for _, known := range []string{c.incumbent, c.successor} {
 			if known == id {
 				return c, known
@@ -689,6 +702,22 @@ func (v *View) byContainer(id string) (*Claim, string) {
 		}
 	}
 	return found, full
+}
+
+// allLocked are the claims, with and without a slot. The caller holds v.mu.
+func (v *View) allLocked() iter.Seq[*Claim] {
+	return func(yield func(*Claim) bool) {
+		for c := range v.strays {
+			if !yield(c) {
+				return
+			}
+		}
+		for _, c := range v.claims {
+			if !yield(c) {
+				return
+			}
+		}
+	}
 }
 
 // bySandbox returns the claims on slots of the sandbox.
