@@ -81,7 +81,7 @@ func (r *restart) ensureImage(ctx context.Context) error {
 	if err != nil {
 		return nil //nolint:nilerr // see above
 	}
-	request, _, err := r.requestOf(ctx, found.incumbent, found.sandbox)
+	request, err := r.requestOf(ctx, found.incumbent, found.sandbox)
 	if err != nil {
 		return nil //nolint:nilerr // see above
 	}
