@@ -185,12 +185,24 @@ func (e *Engine) serves(ctx context.Context, list []*runtimeapi.Container) *runt
 		return c.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING
 	})
 	for len(list) > 1 && e.isShell(ctx, list) {
+		e.awaitEnd(ctx, list[0].GetId())
 		list = list[1:]
 	}
 	if len(list) == 0 {
 		return nil
 	}
 	return list[0]
+}
+
+// awaitEnd waits until the runtime knows that the container has ended, for as long as it may be behind the kernel: until then kubelet would
+// be shown two that run.
+func (e *Engine) awaitEnd(ctx context.Context, id string) {
+	for until := time.Now().Add(hookPatience); time.Now().Before(until); {
+		st, err := e.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
+		if err != nil || st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING || sleep(ctx, 20*time.Millisecond) != nil {
+			return
+		}
+	}
 }
 
 // isShell reports whether the first one's process is gone, by the kernel's word. That this process can see the runtime's processes at all is told by
