@@ -4,6 +4,7 @@
 package ops
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -121,6 +122,9 @@ type Engine struct {
 	incumbents map[string]bool
 	// decided are the tokens that judge has met.
 	decided map[string]bool
+	// left are the records that this binary does not understand, leftSlots the slots with containers of theirs that are hidden, by the operation.
+	left      [][]byte
+	leftSlots map[interceptors.Slot]string
 	// lost are the slots with containers of operations that no journal knows, until Run takes care of them.
 	lost []*lostSlot
 	// unwritten are finished operations whose end the journal does not have: the next process would take them up again, and
@@ -132,6 +136,8 @@ type Engine struct {
 type operation struct {
 	req     *opsv1.RestartRequest
 	upgrade *opsv1.PrepareUpgradeRequest // nil if it is none; without credentials
+	// left is set of one that this binary does not understand: the journal keeps it as it is.
+	left bool
 
 	mu         sync.Mutex // guards all following fields
 	op         *opsv1.Operation
@@ -187,6 +193,7 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		settled:    map[string]bool{},
 		incumbents: map[string]bool{},
 		decided:    map[string]bool{},
+		leftSlots:  map[interceptors.Slot]string{},
 		judging:    make(chan struct{}, 1),
 	}
 	if e.legacyLog == "" {
@@ -200,7 +207,7 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		e.metrics, err = newMetrics(o.Registerer, e)
 	}
 	if err == nil {
-		err = j.load(e.revive, func(err error) {
+		err = j.load(e.revive, e.leaveAlone, func(err error) {
 			log.WithError(err).Error("journal record set aside; what its operation has staged is removed")
 		})
 	}
@@ -297,6 +304,48 @@ func (e *Engine) revive(uid string, r *record) error {
 	e.ops[uid] = o
 	e.waiting = append(e.waiting, o)
 	e.log.WithFields(logrus.Fields{"op": uid, "pod": podName(o.op.GetPod()), "phase": o.op.GetPhase()}).Info("resuming operation from the journal")
+	return nil
+}
+
+// leaveAlone takes an operation from the journal that this binary does not understand. It is told of as one that has failed; nothing of it is undone,
+// removed or changed in the file.
+func (e *Engine) leaveAlone(uid string, raw []byte, r *record, why string) {
+	e.left = append(e.left, raw)
+	message := why + ": it is left alone, with its containers, until that version is installed again"
+	o := newOperation(&opsv1.RestartRequest{}, &opsv1.Operation{}, nil)
+	o.left = true
+	if r == nil || proto.Unmarshal(r.Operation, o.op) != nil || proto.Unmarshal(r.Request, o.req) != nil || o.op.GetUid() != uid {
+		o.op, o.req = &opsv1.Operation{Uid: uid}, &opsv1.RestartRequest{Uid: uid}
+	} else if r.Upgrade != nil {
+		o.upgrade = &opsv1.PrepareUpgradeRequest{}
+		if proto.Unmarshal(r.Upgrade, o.upgrade) != nil {
+			o.upgrade = nil
+		}
+	}
+	if o.op.GetFinishTime() == nil {
+		o.op.Phase, o.op.FinishTime, o.op.Message = opsv1.Phase_PHASE_FAILED, timestamppb.Now(), message
+		for _, c := range o.op.GetContainers() {
+			if slices.Contains(course, c.GetPhase()) {
+				c.Phase, c.Reason, c.Message = opsv1.Phase_PHASE_FAILED, ReasonVersion, message
+			}
+		}
+		e.log.WithFields(logrus.Fields{"op": uid, "pod": podName(o.op.GetPod())}).Error("an operation of the journal is left alone: " + message)
+	}
+	e.ops[uid] = o
+}
+
+// isLeftAlone reports whether the token is that of an operation that this binary does not understand, wherever its record has it.
+func (e *Engine) isLeftAlone(token string) bool {
+	return slices.ContainsFunc(e.left, func(raw []byte) bool { return bytes.Contains(raw, []byte(token)) }) // never changes after Open
+}
+
+// refuseLeft is an outcome if the slot has something hidden of an operation that this binary does not understand.
+func (e *Engine) refuseLeft(slot interceptors.Slot) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if uid := e.leftSlots[slot]; uid != "" {
+		return failf(ReasonVersion, "container %q has a successor of another version of cri-proxy waiting: install that version again, or delete the pod (the journal's operations: cri-proxy ctl ops)", slot.Container)
+	}
 	return nil
 }
 
@@ -623,7 +672,7 @@ func (e *Engine) expireLocked(now time.Time) error {
 	}
 	var finished []done
 	for uid, o := range e.ops {
-		if at, ok := o.finishedAt(); ok {
+		if at, ok := o.finishedAt(); ok && !o.left {
 			finished = append(finished, done{uid, at})
 		}
 	}

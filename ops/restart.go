@@ -52,7 +52,8 @@ const (
 	ReasonPostStartFailed   = "PostStartHookFailed"
 	ReasonRuntime           = "RuntimeError"
 	ReasonJournal           = "JournalError"
-	ReasonInternal          = "InternalError" // a panic
+	ReasonVersion           = "JournalVersion" // written by a binary that knows more
+	ReasonInternal          = "InternalError"  // a panic
 )
 
 // outcome ends the restart of a container. It is an error, except that it also
@@ -437,7 +438,10 @@ func (r *restart) takeSlot(ctx context.Context) error {
 		}
 		return err
 	}
-	claim, err := r.view.Claim(waiting, interceptors.Slot{PodUID: r.o.op.GetPod().GetUid(), Container: r.want.GetName()})
+	if err := r.refuseLeft(r.slot()); err != nil {
+		return err
+	}
+	claim, err := r.view.Claim(waiting, r.slot())
 	switch {
 	case err == nil:
 		r.claim, r.queued = claim, false
