@@ -84,6 +84,7 @@ type Options struct {
 // Engine runs operations and keeps their journal.
 type Engine struct {
 	view      *interceptors.View
+	boot      string // of the machine
 	log       logrus.FieldLogger
 	rt        runtimeapi.RuntimeServiceClient
 	img       runtimeapi.ImageServiceClient
@@ -138,6 +139,8 @@ type operation struct {
 	upgrade *opsv1.PrepareUpgradeRequest // nil if it is none; without credentials
 	// left is set of one that this binary does not understand: the journal keeps it as it is.
 	left bool
+	// rebooted is set of one that another boot of the machine has cut off.
+	rebooted bool
 
 	mu         sync.Mutex // guards all following fields
 	op         *opsv1.Operation
@@ -174,6 +177,7 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 	}
 	e := &Engine{
 		view:       o.View,
+		boot:       bootID(),
 		log:        log,
 		rt:         runtimeapi.NewRuntimeServiceClient(bounded{o.Conn}),
 		img:        runtimeapi.NewImageServiceClient(bounded{o.Conn}),
@@ -251,6 +255,7 @@ func (e *Engine) revive(uid string, r *record) error {
 		}
 	}
 	o.forgotten = r.Credentials
+	o.rebooted = r.Boot != "" && e.boot != "" && r.Boot != e.boot
 	if r.Committed {
 		o.isReleased = true
 		close(o.released)
@@ -297,7 +302,7 @@ func (e *Engine) revive(uid string, r *record) error {
 		e.tokens[c.Token] = true
 		claim.HideNow(c.Token)
 		claim.Staged(c.Successor)
-		if c.Step != stepStage && (o.upgrade == nil || c.Step == stepStop || c.Step == stepStarted) {
+		if !o.rebooted && c.Step != stepStage && (o.upgrade == nil || c.Step == stepStop || c.Step == stepStarted) {
 			claim.Mask()
 		}
 	}
@@ -711,7 +716,7 @@ func (e *Engine) saveLocked(o *operation) error {
 	if err != nil {
 		return err
 	}
-	r := &record{Operation: op, Request: req, Containers: o.containers, Cancelled: o.cancelSaid, Committed: o.isReleased, Credentials: o.forgotten || len(o.credentials) > 0}
+	r := &record{Boot: e.boot, Operation: op, Request: req, Containers: o.containers, Cancelled: o.cancelSaid, Committed: o.isReleased, Credentials: o.forgotten || len(o.credentials) > 0}
 	if o.upgrade != nil {
 		if r.Upgrade, err = proto.Marshal(o.upgrade); err != nil {
 			return err

@@ -73,7 +73,9 @@ var steps = []step{stepNone, stepStage, stepStaged, stepHeld, stepStart, stepArm
 // record is what the journal keeps of an operation.
 type record struct {
 	// Version is the schema's; 0 is 1.
-	Version    int               `json:"version,omitempty"`
+	Version int `json:"version,omitempty"`
+	// Boot is the boot of the machine at the last write; empty if the kernel does not tell.
+	Boot       string            `json:"boot,omitempty"`
 	Operation  []byte            `json:"operation"` // opsv1.Operation
 	Request    []byte            `json:"request"`   // opsv1.RestartRequest
 	Containers []containerRecord `json:"containers"`
