@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -52,7 +54,9 @@ const (
 	ReasonPostStartFailed   = "PostStartHookFailed"
 	ReasonRuntime           = "RuntimeError"
 	ReasonJournal           = "JournalError"
-	ReasonInternal          = "InternalError" // a panic
+	ReasonRebooted          = "NodeRestarted"
+	ReasonVersion           = "JournalVersion" // written by a binary that knows more
+	ReasonInternal          = "InternalError"  // a panic
 )
 
 // outcome ends the restart of a container. It is an error, except that it also
@@ -387,7 +391,9 @@ func (r *restart) drive(ctx context.Context) error {
 			if c := r.container(); c.GetReason() != "" {
 				return failf(c.GetReason(), "%s", c.GetMessage())
 			}
-			r.measure(ctx, r.rec())
+			if !r.o.rebooted { // else the runtime's times are those of the reboot
+				r.measure(ctx, r.rec())
+			}
 			return nil
 		default:
 			return failf(ReasonJournal, "the journal has the unknown step %q", s)
@@ -422,6 +428,9 @@ func (r *restart) resume(ctx context.Context) error {
 		}
 		return out
 	}
+	if err := r.outlived(ctx); err != nil {
+		return err
+	}
 	if r.rec().Step == stepStage { // resumed: the successor may or may not exist; nothing was stopped
 		if err := r.removeStaged(ctx); err != nil {
 			return err
@@ -430,6 +439,27 @@ func (r *restart) resume(ctx context.Context) error {
 		return r.write(func(rec *containerRecord, _ *opsv1.ContainerOperation) { rec.Step = stepNone })
 	}
 	return nil
+}
+
+// outlived is an outcome if the pod's sandbox has not outlived the process that began the operation, with the machine perhaps: all containers have ended
+// with it, and kubelet makes others in a new one. What has been shown to kubelet before is not undone by that.
+func (r *restart) outlived(ctx context.Context) error {
+	rec := r.rec()
+	if rec.Step == stepNone || rec.Step == stepReveal {
+		return nil
+	}
+	if r.o.rebooted {
+		return failf(ReasonRebooted, "the node was restarted in the middle of the %s, which ended all containers: kubelet makes them anew, and the new container of this %s has not taken over", r.kind(), r.kind())
+	}
+	var st *runtimeapi.PodSandboxStatusResponse
+	err := r.patiently(ctx, func() (err error) {
+		st, err = r.rt.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: rec.Sandbox})
+		return err
+	})
+	if status.Code(err) == codes.NotFound || err == nil && st.GetStatus().GetState() != runtimeapi.PodSandboxState_SANDBOX_READY {
+		return failf(ReasonPodStopping, "the pod's sandbox has ended in the middle of the %s, and its containers with it: the pod goes away, or kubelet makes them anew", r.kind())
+	}
+	return nil // what the runtime cannot tell, the next step meets
 }
 
 // overlaps reports whether the successor runs before the incumbent is stopped.
@@ -450,7 +480,10 @@ func (r *restart) takeSlot(ctx context.Context) error {
 		}
 		return err
 	}
-	claim, err := r.view.Claim(waiting, interceptors.Slot{PodUID: r.o.op.GetPod().GetUid(), Container: r.want.GetName()})
+	if err := r.refuseLeft(r.slot()); err != nil {
+		return err
+	}
+	claim, err := r.view.Claim(waiting, r.slot())
 	switch {
 	case err == nil:
 		r.claim, r.queued = claim, false

@@ -348,6 +348,7 @@ func (r *restart) openGate(ctx context.Context) error {
 	if r.gate == nil { // a process before this one has opened it
 		return nil
 	}
+	waits, _ := gate.ProgramOf(r.pid) // none of a process that cannot be looked at
 	if err := r.gate.Open(); err != nil {
 		r.dropGate(err)
 		if err := r.stageAnew(ctx, ""); err != nil {
@@ -356,10 +357,12 @@ func (r *restart) openGate(ctx context.Context) error {
 		return r.start(ctx)
 	}
 	r.held = false
-	// The hook ends and runc executes the entrypoint: that is the start of the application.
-	began := time.Now()
-	for gate.Waiting(r.pid) && time.Since(began) < time.Second && sleep(ctx, 100*time.Microsecond) == nil {
-		continue
+	// The hook ends and the runtime's process, whatever its name is, executes the entrypoint: that is the start of the application. Like the end of
+	// the old one it is the kernel's word, noticed here. The runtime's own times are those of its bookkeeping.
+	for opened := time.Now(); r.pid != 0 && time.Since(opened) < time.Second; {
+		if now, err := gate.ProgramOf(r.pid); err != nil || now != waits || sleep(ctx, 100*time.Microsecond) != nil {
+			break
+		}
 	}
 	r.began(r.rec().Successor, time.Now())
 	if err := r.gate.Remove(); err != nil {

@@ -469,6 +469,9 @@ const adoptPatience = 2 * time.Minute
 // awaitAdoption answers kubelet's CreateContainer with the successor, if that is what it asks for.
 func (r *restart) awaitAdoption(ctx context.Context) error {
 	r.up.revealed = true
+	if r.o.rebooted {
+		return nil // the spec has the new image, of which kubelet makes the container anew
+	}
 	if r.rec().Asked && r.up.asked == nil {
 		// The process before this one was asked. If its answer was cut off, kubelet looks again, finds the successor, and asks no more.
 		return r.unasked(ctx)
