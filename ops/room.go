@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
@@ -224,6 +225,9 @@ func (r *restart) raise(ctx context.Context) error {
 	why := "somebody else is changing the pod's limit"
 	if err != nil {
 		why = "the pod's limit cannot be raised: " + err.Error()
+		if errors.Is(err, unix.EROFS) {
+			why += " (cri-proxy's unit is an older one, which has ProtectControlGroups=: run cri-proxy install again)"
+		}
 	}
 	return failf(ReasonNoRoom, "the new container cannot run beside the old one, which goes on: it may use %s, the pod has %s, and %s; without StartFirst the old one is stopped first",
 		mebi(need), memoryOf(room), why)
