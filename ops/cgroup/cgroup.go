@@ -224,9 +224,7 @@ func (p *Pod) memoryRoom(group, child string) (Room, error) {
 	if err != nil {
 		return room, err
 	}
-	// Pages of files that have not been used lately and need not be written first. They are what the kernel takes back
-	// without harm: kubelet's working set is without them, too (cAdvisor container/libcontainer/handler.go).
-	clean := max(0, stat[files.inactiveFile]-stat[files.dirty]-stat[files.writeback])
+	clean := files.clean(stat)
 	protected, err := p.protected(child)
 	if err != nil {
 		return room, err
@@ -264,8 +262,15 @@ func (p *Pod) protected(group string) (int64, error) {
 
 // memoryFiles are the names that a version of the kernel's interface has.
 type memoryFiles struct {
-	limits                         []limitFiles
-	inactiveFile, dirty, writeback string
+	limits                                             []limitFiles
+	inactiveFile, activeFile, mapped, dirty, writeback string
+}
+
+// clean is what the kernel takes back before it kills: pages of files that need not be written first. Of those in use lately the ones
+// that programs have mapped, such as their own code, are not counted: the kernel would have to read them again all the time.
+func (f memoryFiles) clean(stat map[string]int64) int64 {
+	inactive := stat[f.inactiveFile]
+	return max(0, max(inactive, inactive+stat[f.activeFile]-stat[f.mapped])-stat[f.dirty]-stat[f.writeback])
 }
 
 type limitFiles struct{ limit, used string }
@@ -276,11 +281,11 @@ var (
 			{"memory.limit_in_bytes", "memory.usage_in_bytes"},
 			{"memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes"},
 		},
-		inactiveFile: "total_inactive_file", dirty: "total_dirty", writeback: "total_writeback",
+		inactiveFile: "total_inactive_file", activeFile: "total_active_file", mapped: "total_mapped_file", dirty: "total_dirty", writeback: "total_writeback",
 	}
 	memoryV2 = memoryFiles{
 		limits:       []limitFiles{{"memory.max", "memory.current"}},
-		inactiveFile: "inactive_file", dirty: "file_dirty", writeback: "file_writeback",
+		inactiveFile: "inactive_file", activeFile: "active_file", mapped: "file_mapped", dirty: "file_dirty", writeback: "file_writeback",
 	}
 )
 
@@ -300,7 +305,8 @@ func (s System) machine() (Room, error) {
 	return Room{Free: available * kib, Limit: total * kib, Used: (total - available) * kib, At: "the node"}, nil
 }
 
-// MemoryUsed returns the memory of the container that cannot be had back.
+// MemoryUsed returns the container's working set, as kubelet has it (cAdvisor container/libcontainer/handler.go): without what has not
+// been used lately.
 func (p *Pod) MemoryUsed() (int64, error) {
 	files := memoryV1
 	if p.memory.v2 {

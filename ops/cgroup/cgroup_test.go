@@ -54,7 +54,7 @@ const (
 func memoryOfV1(files map[string]string, dir, limit string, used, inactive int) {
 	files[dir+"/memory.limit_in_bytes"], files[dir+"/memory.usage_in_bytes"] = limit, strconv.Itoa(used)
 	files[dir+"/memory.memsw.limit_in_bytes"], files[dir+"/memory.memsw.usage_in_bytes"] = unlimitedV1, strconv.Itoa(used)
-	files[dir+"/memory.stat"] = fmt.Sprintf("inactive_file 7\ntotal_inactive_file %d\ntotal_active_file 999999999\ntotal_dirty 4096", inactive+4096)
+	files[dir+"/memory.stat"] = fmt.Sprintf("inactive_file 7\ntotal_inactive_file %d\ntotal_active_file 999999999\ntotal_mapped_file 999999999\ntotal_dirty 4096", inactive+4096)
 }
 
 func memoryOfV2(files map[string]string, dir, limit string, used, inactive int) {
@@ -142,6 +142,14 @@ func TestFind(t *testing.T) {
 				memoryOfV2(f, m2+"/kubepods", "max", 60*mib, 0)
 			},
 			want: Room{Free: 6 * mib, Limit: 64 * mib, Used: 60 * mib, Reclaimable: 2 * mib, At: "/kubepods/burstable/podu-1"},
+		},
+		{
+			name: "v2, a cache that is in use", groups: "0::" + cgroupfs, mounts: mountV2,
+			files: func(f map[string]string) {
+				memoryOfV2(f, m2+"/kubepods/burstable/podu-1", "67108864", 64*mib, 0)
+				f[m2+"/kubepods/burstable/podu-1/memory.stat"] = fmt.Sprintf("inactive_file %d\nactive_file %d\nfile_mapped %d\nfile_dirty %d", 8*mib, 50*mib, 20*mib, mib)
+			},
+			want: Room{Free: 37 * mib, Limit: 64 * mib, Used: 64 * mib, Reclaimable: 37 * mib, At: "/kubepods/burstable/podu-1"},
 		},
 		{
 			name: "v2, nothing limits", groups: "0::" + cgroupfs, mounts: mountV2,
