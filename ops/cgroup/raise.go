@@ -143,7 +143,7 @@ var ErrInUse = errors.New("more memory is in use")
 // tried again after ErrInUse.
 func (r *Raise) TakeBack(others []Raise) error {
 	left := r.among(others)
-	with := append(left[:len(left):len(left)], r.By)
+	with := append([]int64{r.By}, left...)
 	now, err := readNumber(r.Dir, r.file())
 	if err != nil {
 		return gone(err)
