@@ -103,6 +103,9 @@ type Engine struct {
 	queue chan struct{}
 	// late wakes Run for ends that could not be written.
 	late chan struct{}
+	// limits is held while the limits of pods are changed, see [cgroup.Raise].
+	limits sync.Mutex
+
 	// lateCreate is the constant of that name, but for tests that count calls.
 	lateCreate time.Duration
 	// judging is held while containers are judged; judged is set once all have been. See Judge.

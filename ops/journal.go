@@ -34,6 +34,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 
 	"github.com/cri-proxy/cri-proxy/ops/boltfile"
+	"github.com/cri-proxy/cri-proxy/ops/cgroup"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
 )
 
@@ -69,7 +70,7 @@ const (
 )
 
 // steps are those that this binary knows.
-var steps = []step{stepNone, stepStage, stepStaged, stepHeld, stepStart, stepArm, stepArmed, stepStop, stepStarted, stepReveal, stepUndo, stepDone}
+var steps = []step{stepNone, stepStage, stepStaged, stepHeld, stepStart, stepArm, stepArmed, stepStop, stepAsk, stepStarted, stepReveal, stepUndo, stepDone}
 
 // record is what the journal keeps of an operation.
 type record struct {
@@ -118,6 +119,10 @@ type containerRecord struct {
 	HoldSince time.Time `json:"holdSince,omitzero"`
 	// Asked is set once kubelet has asked for the successor of an upgrade.
 	Asked bool `json:"asked,omitempty"`
+	// StopFirst is set once an operation that was to be StartFirst goes on otherwise.
+	StopFirst bool `json:"stopFirst,omitempty"`
+	// Raised is what is added to the pod's limit of memory while both containers run, from before that until it has been taken back.
+	Raised *cgroup.Raise `json:"raised,omitempty"`
 }
 
 // journal is the durable list of operations and image overrides, in one bbolt file of mode 0600.

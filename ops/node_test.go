@@ -69,6 +69,7 @@ type node struct {
 	daemons []*daemon
 	sandbox string
 	method  Method
+	room    *room // nil: the processes' own cgroups, which are none of a pod
 }
 
 // podOptions are what a test wants different about the pod.
@@ -77,11 +78,12 @@ type podOptions struct {
 	hidden      bool              // app is made behind the proxy's back, as before its installation
 	processes   bool              // the containers have real ones
 	method      Method            // the best that is allowed
+	room        *room             // of the pod
 }
 
 func newNode(t testing.TB, o podOptions) *node {
 	t.Helper()
-	n := &node{t: t, dir: t.TempDir(), rt: newFakeRuntime(), method: o.method}
+	n := &node{t: t, dir: t.TempDir(), rt: newFakeRuntime(), method: o.method, room: o.room}
 	if o.processes {
 		newProcesses(t, n.rt, n.dir)
 	}
@@ -125,6 +127,9 @@ func (n *node) boot(state string) {
 	}
 	if n.rt.processes != nil {
 		d.engine.methods.owned, d.engine.methods.watch = n.rt.owned, d.watch(n.rt)
+	}
+	if n.room != nil {
+		d.engine.methods.cgroups = n.room.find
 	}
 	d.engine.lateCreate = time.Hour // tests count calls
 	d.engine.methods.gatePatience = waitLong

@@ -19,6 +19,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/cgroup"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
 )
@@ -192,6 +193,13 @@ type restart struct {
 	pid  int        // of the process that waits there; 0 if this process cannot look at it
 	held bool       // the successor has been started behind a gate that is not open
 
+	// asked is when this process asked the incumbent to stop. From beside to besideUntil it had the successor started beside it.
+	asked, beside, besideUntil time.Time
+	// pod is where the pod of a successor that waits at its gate is looked at; nil if that cannot be.
+	pod *cgroup.Pod
+
+	stopFirst bool // it was to be StartFirst and goes on otherwise; as in the record
+
 	queued bool // it waits for the slot, or has ended doing so
 
 	change *newImage // nil if the image stays
@@ -202,7 +210,7 @@ func (e *Engine) newRestart(o *operation, i int) *restart {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	r := &restart{
-		Engine: e, o: o, i: i, want: o.req.GetContainers()[i], claim: o.claims[i],
+		Engine: e, o: o, i: i, want: o.req.GetContainers()[i], claim: o.claims[i], stopFirst: o.containers[i].StopFirst,
 		log: e.log.WithFields(logrus.Fields{"op": o.op.GetUid(), "pod": podName(o.op.GetPod()), "container": o.req.GetContainers()[i].GetName()}),
 	}
 	if o.upgrade != nil {
@@ -319,7 +327,11 @@ func (r *restart) run(ctx context.Context) bool {
 		return false // a panic in there is the caller's
 	}
 	if r.claim != nil {
+		if !r.lower(ctx) {
+			return false
+		}
 		r.removeGate() // whichever process has made or opened it
+		r.tellEnd(ctx)
 	}
 	if r.up != nil && out.phase == opsv1.Phase_PHASE_SUCCEEDED && r.rec().Method != MethodKubelet {
 		r.overrides.set(r.slot(), nil) // the image is that of the pod's spec
@@ -380,8 +392,11 @@ func (r *restart) drive(ctx context.Context) error {
 				err = r.beforeStop(ctx)
 			}
 		case stepStart:
-			if err = r.overlap(ctx); err == nil {
+			switch err = r.overlap(ctx); {
+			case err == nil:
 				err = r.beforeStop(ctx)
+			case besideFails(err):
+				err = r.giveUpOverlap(ctx, err)
 			}
 		case stepStop:
 			err = r.swap(ctx)
@@ -463,7 +478,9 @@ func (r *restart) outlived(ctx context.Context) error {
 }
 
 // overlaps reports whether the successor runs before the incumbent is stopped.
-func (r *restart) overlaps() bool { return r.want.GetOrder() == opsv1.Order_ORDER_START_FIRST }
+func (r *restart) overlaps() bool {
+	return r.want.GetOrder() == opsv1.Order_ORDER_START_FIRST && !r.stopFirst
+}
 
 func (r *restart) container() *opsv1.ContainerOperation {
 	return r.o.snapshot().GetContainers()[r.i]

@@ -54,6 +54,7 @@ func (r *restart) swap(ctx context.Context) error {
 		return err
 	}
 	by = by.Add(time.Since(began)) // the incumbent's grace is for what it does, not for what we do
+	r.asked = time.Now()
 	stopped := make(chan error, 1)
 	go func() { stopped <- guard.Try(r.log, func() error { return r.stop(ctx, by) }) }() // ends with the call, which is waited for below
 	gone := r.exit.ended()
@@ -185,10 +186,26 @@ func (r *restart) arm(ctx context.Context) error {
 		if rec.Method != MethodGate { // just now
 			return nil
 		}
+		// In the middle of the stop, and in the next process, the successor may wait there already.
+		if !r.held && r.unstarted(ctx) {
+			if why := r.noRoomForGate(ctx); why != "" {
+				if err := r.stopFirstFor(ctx, why); err != nil {
+					return err
+				}
+				continue
+			}
+			r.beside = time.Now()
+		}
 		err := r.startGated(ctx, rec)
+		r.besideUntil = time.Now()
 		var out *outcome
 		switch {
 		case err == nil:
+		case besideFails(err):
+			if err := r.stopFirstFor(ctx, "the new container does not start beside the old one ("+err.Error()+")"); err != nil {
+				return err
+			}
+			continue
 		case errors.Is(err, gate.ErrNotHeld):
 			r.dropGate(err)
 			if err := r.stageAnew(ctx, ""); err != nil {
@@ -439,7 +456,7 @@ func (r *restart) start(ctx context.Context) error {
 			return nil
 		}
 		var out *outcome
-		if !errors.As(err, &out) || rec.Retried {
+		if !errors.As(err, &out) || rec.Retried || r.overlaps() && besideFails(err) {
 			return err
 		}
 		if err := r.stageAnew(ctx, out.message); err != nil {

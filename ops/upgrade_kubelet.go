@@ -235,7 +235,9 @@ func (r *restart) makeReady(ctx context.Context) error {
 	var err error
 	switch {
 	case r.overlaps():
-		err = r.overlap(ctx)
+		if err = r.overlap(ctx); besideFails(err) {
+			err = r.giveUpOverlap(ctx, err)
+		}
 	case r.rec().Method == MethodGate:
 		err = r.arm(ctx)
 	default:
@@ -284,6 +286,9 @@ func (r *restart) awaitKubelet(ctx context.Context) error {
 			r.sure()
 			return r.stopFor(int64(minGrace/time.Second), func() { r.up.asked = &q })
 		case <-look.C:
+			if err := r.makeRoom(ctx); err != nil {
+				return err
+			}
 			if r.overlaps() && !r.exit.over() {
 				if err := r.successorRuns(ctx, r.successor()); err != nil {
 					return err
@@ -469,6 +474,11 @@ const adoptPatience = 2 * time.Minute
 // awaitAdoption answers kubelet's CreateContainer with the successor, if that is what it asks for.
 func (r *restart) awaitAdoption(ctx context.Context) error {
 	r.up.revealed = true
+	if r.rec().Raised != nil {
+		if err := r.lowerOnce(); err != nil {
+			r.log.WithError(err).Info("the pod's limit of memory is not taken back yet")
+		}
+	}
 	if r.o.rebooted {
 		return nil // the spec has the new image, of which kubelet makes the container anew
 	}
