@@ -303,6 +303,7 @@ func (e *Engine) Run(ctx context.Context) error {
 	wg.Go(func() { e.writeAgain(ctx) })
 	wg.Go(func() { e.forget(ctx) })
 	wg.Go(func() { e.forgetOnRemoval(ctx) })
+	wg.Go(func() { e.writeEnded(ctx) })
 	for {
 		e.mu.Lock()
 		waiting := e.waiting
@@ -327,6 +328,7 @@ func (e *Engine) Close() error {
 	if !e.writeEnds() {
 		e.log.Error("operations have ended that the journal knows as unfinished: the next process will take them up again")
 	}
+	e.overrides.flush()
 	e.hooks.CloseIdleConnections()
 	return errors.Join(e.journal.Close(), e.records.close())
 }
