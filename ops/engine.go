@@ -381,7 +381,7 @@ func (e *Engine) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() { guard.Keep(ctx, e.log, func() { e.begin(ctx, &wg) }) })
-	for _, keep := range []func(context.Context){e.writeAgain, e.forget, e.forgetOnRemoval} {
+	for _, keep := range []func(context.Context){e.writeAgain, e.forget, e.forgetOnRemoval, e.writeEnded} {
 		wg.Go(func() { guard.Keep(ctx, e.log, func() { keep(ctx) }) })
 	}
 	for {
@@ -423,6 +423,7 @@ func (e *Engine) Close() error {
 	if !e.writeEnds() {
 		e.log.Error("operations have ended that the journal knows as unfinished: the next process will take them up again")
 	}
+	e.overrides.flush()
 	e.hooks.CloseIdleConnections()
 	return errors.Join(e.journal.Close(), e.records.close())
 }

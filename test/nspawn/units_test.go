@@ -94,6 +94,12 @@ func sandbox(t *testing.T, m *machine) {
 	if got := m.show(t, "cri-proxy@a.service", "OOMScoreAdjust"); got != "-999" {
 		t.Errorf("OOMScoreAdjust is %s", got)
 	}
+	if got := m.show(t, "cri-proxy@a.service", "MemoryMax"); got != strconv.Itoa(512<<20) {
+		t.Errorf("MemoryMax is %s", got)
+	}
+	if got := m.show(t, "cri-proxy@a.service", "Environment"); !strings.Contains(got, "GOMEMLIMIT=384MiB") || !strings.Contains(got, "CRI_PROXY_CRASHES=5") {
+		t.Errorf("Environment is %s", got)
+	}
 }
 
 // upgrade is the way there and the way back, with a pull under way.
