@@ -251,7 +251,7 @@ func (e *Engine) revive(uid string, r *record) error {
 		}
 		claim.Bind(c.Sandbox, c.Incumbent)
 		o.claims[i] = claim
-		if o.upgrade != nil && c.Step != stepStage && c.Step != stepUndo {
+		if o.upgrade != nil && c.Step != stepStage && c.Step != stepUndo || o.upgrade == nil && c.joinable() {
 			claim.WillDrive()
 		}
 		if c.Step == stepReveal {

@@ -83,6 +83,8 @@ type containerRecord struct {
 	HoldSince time.Time `json:"holdSince,omitzero"`
 	// Asked is set once kubelet has asked for the successor of an upgrade.
 	Asked bool `json:"asked,omitempty"`
+	// Joined is set once a stop of kubelet's has joined the restart.
+	Joined bool `json:"joined,omitempty"`
 }
 
 // journal is the durable list of operations and image overrides, in one bbolt file of mode 0600.

@@ -155,6 +155,7 @@ type restart struct {
 
 	change *newImage // nil if the image stays
 	up     *upgrade  // nil if it is no upgrade
+	join   *join     // nil if it is one
 }
 
 func (e *Engine) newRestart(o *operation, i int) *restart {
@@ -168,7 +169,10 @@ func (e *Engine) newRestart(o *operation, i int) *restart {
 		r.up = newUpgrade()
 		r.up.hurry = r.hurry
 		r.change = &newImage{want: o.upgrade.GetContainers()[i]}
-	} else if r.want.GetImage() != "" || r.want.GetRevertImage() {
+		return r
+	}
+	r.join = newJoin(r)
+	if r.want.GetImage() != "" || r.want.GetRevertImage() {
 		r.change = &newImage{want: &opsv1.ContainerUpgrade{Name: r.want.GetName(), Image: o.op.GetContainers()[i].GetImage(), PullPolicy: r.want.GetPullPolicy()}}
 	}
 	return r
@@ -242,6 +246,8 @@ func (r *restart) run(ctx context.Context) bool {
 	err := drive(ctx)
 	if r.up != nil {
 		close(r.up.over) // whatever is still to be done: kubelet is not kept waiting for it
+	} else {
+		r.join.end(ctx.Err() != nil)
 	}
 	defer func() {
 		r.exit.close()
@@ -305,6 +311,7 @@ func (r *restart) drive(ctx context.Context) error {
 	ready := r.takeSlot
 	switch {
 	case r.claim != nil:
+		r.joins()
 		ready = r.resume
 	case r.change != nil:
 		ready = r.prepareImage
@@ -338,6 +345,9 @@ func (r *restart) drive(ctx context.Context) error {
 				return failf(c.GetReason(), "%s", c.GetMessage())
 			}
 			r.measure(ctx, r.rec())
+			if r.rec().Joined {
+				return r.awaitRecreation(ctx)
+			}
 			return nil
 		default:
 			return failf(ReasonJournal, "the journal has the unknown step %q", s)
@@ -387,6 +397,9 @@ func (r *restart) takeSlot(ctx context.Context) error {
 	switch {
 	case err == nil:
 		r.claim, r.queued = claim, false
+		if r.join != nil {
+			r.joins()
+		}
 		return nil
 	case ctx.Err() == nil:
 		return r.cancelledOutcome()

@@ -32,8 +32,12 @@ func (r *restart) afterStart(ctx context.Context) error {
 	if !r.claim.TryReveal() {
 		return r.interrupted()
 	}
+	joined := r.join.show()
 	r.failpoint("revealed")
 	r.measure(ctx, rec)
+	if joined {
+		return r.awaitRecreation(ctx)
+	}
 	return nil
 }
 

@@ -341,6 +341,9 @@ func (f *fakeRuntime) PodSandboxStatus(_ context.Context, r *runtimeapi.PodSandb
 		return nil, status.Errorf(codes.NotFound, "an error occurred when try to find sandbox: not found")
 	}
 	resp := &runtimeapi.PodSandboxStatusResponse{Status: &runtimeapi.PodSandboxStatus{Id: s.id, Metadata: s.config.GetMetadata(), Network: &runtimeapi.PodSandboxNetworkStatus{Ip: s.ip}}}
+	if !s.ready {
+		resp.Status.State = runtimeapi.PodSandboxState_SANDBOX_NOTREADY
+	}
 	if r.GetVerbose() {
 		resp.Info = verbose(s.config)
 	}

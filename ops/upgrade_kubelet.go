@@ -5,7 +5,6 @@ package ops
 
 import (
 	"context"
-	"errors"
 	"slices"
 	"strings"
 	"sync"
@@ -347,25 +346,12 @@ const podsPatience = 500 * time.Millisecond
 // refusal says why a stop of the incumbent is not that of the upgrade, as far as kubelet tells; empty if it may be. What
 // kubelet does next decides in the end.
 func (r *restart) refusal(ctx context.Context) string {
-	if r.pods == nil {
+	return r.askKubelet(ctx, func(_ context.Context, pod *podsapi.Pod) string {
+		if pod.Images[r.want.GetName()] != r.change.want.GetImage() {
+			return "the pod's spec has not the new image yet"
+		}
 		return ""
-	}
-	ctx, cancel := context.WithTimeout(ctx, podsPatience)
-	defer cancel()
-	pod, err := r.pods.Pod(ctx, r.o.op.GetPod().GetUid())
-	switch {
-	case errors.Is(err, podsapi.ErrNotFound):
-		return "kubelet has no such pod any more"
-	case err != nil:
-		return ""
-	case pod.Deleting:
-		return "the pod is being deleted"
-	case pod.Phase == "Failed" || pod.Phase == "Succeeded":
-		return strings.TrimSpace("the pod has ended: " + pod.Phase + " " + pod.Reason)
-	case pod.Images[r.want.GetName()] != r.change.want.GetImage():
-		return "the pod's spec has not the new image yet"
-	}
-	return ""
+	})
 }
 
 // showSuccessor shows both containers to kubelet and lets its StopContainer return.
