@@ -61,6 +61,7 @@ func (d *Director) createContainer(ctx context.Context, method string, raw []byt
 		return nil, err
 	}
 	d.records.Created(resp.GetContainerId(), raw)
+	d.view.created(slot, resp.GetContainerId(), req)
 	return b, nil
 }
 

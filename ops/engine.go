@@ -172,6 +172,7 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		e.legacyLog = "/var/log/containers"
 	}
 	records.eachStarted(o.View.SetStarted)
+	records.eachHeld(o.View.HoldProbesUntil)
 	if e.overrides, err = openOverrides(j, e.img, log); err == nil {
 		e.metrics, err = newMetrics(o.Registerer, e)
 	}

@@ -328,6 +328,7 @@ func (r *restart) recreate(ctx context.Context, q created) error {
 	}
 	r.warn("kubelet made the container once more, because it asked for another one than there was: %s", strings.Join(differing, ", "))
 	r.setMethod(MethodKubelet)
+	r.holdNext(ctx, adoptPatience)
 	return nil
 }
 

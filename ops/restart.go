@@ -153,6 +153,8 @@ type restart struct {
 
 	queued bool // it waits for the slot, or has ended doing so
 
+	probes *time.Duration // for how long kubelet's probes of the successor are held; nil until that is known
+
 	change *newImage // nil if the image stays
 	up     *upgrade  // nil if it is no upgrade
 	join   *join     // nil if it is one

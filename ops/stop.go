@@ -52,6 +52,7 @@ func (r *restart) beforeStop(ctx context.Context) error {
 			return err
 		}
 	}
+	r.probeHold(ctx)
 	if running {
 		r.preStop(ctx, grace, rec.StopBy)
 	}

@@ -240,6 +240,7 @@ func (r *restart) makeReady(ctx context.Context) error {
 	if err := r.interrupted(); err != nil {
 		return err
 	}
+	r.probeHold(ctx)
 	r.up.listen(true) // before anyone is told that kubelet may come
 	return r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
 		c.Step, c.HoldSince, op.Phase, op.SuccessorId = stepArmed, time.Now(), opsv1.Phase_PHASE_ARMED, c.Successor
@@ -359,6 +360,7 @@ func (r *restart) showSuccessor(ctx context.Context) error {
 	if err := r.interrupted(); err != nil {
 		return err
 	}
+	r.holdProbes(ctx)
 	r.note(func(c *containerRecord, op *opsv1.ContainerOperation) {
 		c.Step, op.Phase, op.SuccessorId = stepReveal, opsv1.Phase_PHASE_ADOPTING, c.Successor
 	})
@@ -464,6 +466,7 @@ func (r *restart) adopt(ctx context.Context, q created) (ended bool, err error) 
 	}
 	r.warn("kubelet made the container itself, because it asked for another one than was prepared: %s", strings.Join(differing, ", "))
 	r.setMethod(MethodKubelet)
+	r.holdNext(ctx, adoptPatience)
 	return true, nil
 }
 
