@@ -214,6 +214,7 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 	_, err = os.Lstat(gate.Dir(o.StateDir))
 	e.gatesLost = errors.Is(err, fs.ErrNotExist)
 	records.eachStarted(o.View.SetStarted)
+	records.eachHeld(o.View.HoldProbesUntil)
 	o.View.Guard()
 	if e.overrides, err = openOverrides(j, e.img, log); err == nil {
 		e.metrics, err = newMetrics(o.Registerer, e)
@@ -300,7 +301,7 @@ func (e *Engine) revive(uid string, r *record) error {
 		}
 		claim.Bind(c.Sandbox, c.Incumbent)
 		o.claims[i] = claim
-		if o.upgrade != nil && c.Step != stepStage && c.Step != stepUndo {
+		if o.upgrade != nil && c.Step != stepStage && c.Step != stepUndo || o.upgrade == nil && c.joinable() {
 			claim.WillDrive()
 		}
 		if c.Step == stepReveal {

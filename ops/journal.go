@@ -123,6 +123,8 @@ type containerRecord struct {
 	StopFirst bool `json:"stopFirst,omitempty"`
 	// Raised is what is added to the pod's limit of memory while both containers run, from before that until it has been taken back.
 	Raised *cgroup.Raise `json:"raised,omitempty"`
+	// Joined is set once a stop of kubelet's has joined the restart.
+	Joined bool `json:"joined,omitempty"`
 }
 
 // journal is the durable list of operations and image overrides, in one bbolt file of mode 0600.

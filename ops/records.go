@@ -32,6 +32,7 @@ var (
 	bucketStarted   = []byte("started")
 	// bucketEnvironments has the environments of unfinished operations, by operation and container.
 	bucketEnvironments = []byte("environments")
+	bucketHeld         = []byte("held")
 )
 
 const (
@@ -43,7 +44,7 @@ const (
 )
 
 // Records keeps, by container ID, the CreateContainer request as kubelet sent it and the
-// resources last applied, and when the process of a gated one began. It outlives the process but not the boot: containers
+// resources last applied, when the process of a gated one began, and until when its probes are held. It outlives the process but not the boot: containers
 // don't either, which is why writes need not wait for the disk.
 type Records struct {
 	db  *bolt.DB
@@ -133,7 +134,7 @@ func removeRecords(path string) error {
 }
 
 func openRecordsFile(path string) (*bolt.DB, error) {
-	return boltfile.OpenDB(path, boltfile.Options{Buckets: [][]byte{bucketRequests, bucketResources, bucketStarted, bucketEnvironments}, Unsynced: true})
+	return boltfile.OpenDB(path, boltfile.Options{Buckets: [][]byte{bucketRequests, bucketResources, bucketStarted, bucketEnvironments, bucketHeld}, Unsynced: true})
 }
 
 // errNoRecords is what becomes of a write without a file.
@@ -282,7 +283,11 @@ func (r *Records) Removed(id string) {
 		if tx.Bucket(bucketRequests).Get([]byte(id)) != nil {
 			r.n.Add(-1)
 		}
-		return errors.Join(tx.Bucket(bucketRequests).Delete([]byte(id)), tx.Bucket(bucketResources).Delete([]byte(id)), tx.Bucket(bucketStarted).Delete([]byte(id)))
+		var errs []error
+		for _, b := range [][]byte{bucketRequests, bucketResources, bucketStarted, bucketHeld} {
+			errs = append(errs, tx.Bucket(b).Delete([]byte(id)))
+		}
+		return errors.Join(errs...)
 	}})
 }
 
@@ -312,6 +317,11 @@ func (r *Records) setStarted(id string, at time.Time) {
 	r.put(bucketStarted, id, binary.BigEndian.AppendUint64(nil, uint64(at.UnixNano())), 0)
 }
 
+// setHeld records until when kubelet is kept from probing the container.
+func (r *Records) setHeld(id string, until time.Time) {
+	r.put(bucketHeld, id, binary.BigEndian.AppendUint64(nil, uint64(until.UnixNano())), 0)
+}
+
 // started returns when the container's process passed its gate; zero if it had none.
 func (r *Records) started(id string) time.Time {
 	var at time.Time
@@ -333,9 +343,14 @@ func startedTime(b []byte) time.Time {
 }
 
 // eachStarted calls f for every container that had a gate.
-func (r *Records) eachStarted(f func(id string, at time.Time)) {
+func (r *Records) eachStarted(f func(id string, at time.Time)) { r.eachTime(bucketStarted, f) }
+
+// eachHeld calls f for every container that kubelet has been kept from probing.
+func (r *Records) eachHeld(f func(id string, until time.Time)) { r.eachTime(bucketHeld, f) }
+
+func (r *Records) eachTime(bucket []byte, f func(id string, at time.Time)) {
 	err := r.view(func(tx *bolt.Tx) error {
-		return tx.Bucket(bucketStarted).ForEach(func(k, v []byte) error {
+		return tx.Bucket(bucket).ForEach(func(k, v []byte) error {
 			f(string(k), startedTime(v))
 			return nil
 		})
@@ -392,7 +407,7 @@ func (r *Records) get(bucket []byte, id string, m proto.Message) bool {
 func (r *Records) ids() []string {
 	var ids []string
 	err := r.view(func(tx *bolt.Tx) error {
-		for _, b := range [][]byte{bucketRequests, bucketResources, bucketStarted} {
+		for _, b := range [][]byte{bucketRequests, bucketResources, bucketStarted, bucketHeld} {
 			err := tx.Bucket(b).ForEach(func(k, _ []byte) error {
 				ids = append(ids, string(k))
 				return nil

@@ -202,8 +202,11 @@ type restart struct {
 
 	queued bool // it waits for the slot, or has ended doing so
 
+	probes *time.Duration // for how long kubelet's probes of the successor are held; nil until that is known
+
 	change *newImage // nil if the image stays
 	up     *upgrade  // nil if it is no upgrade
+	join   *join     // nil if it is one
 }
 
 func (e *Engine) newRestart(o *operation, i int) *restart {
@@ -217,7 +220,10 @@ func (e *Engine) newRestart(o *operation, i int) *restart {
 		r.up = newUpgrade()
 		r.up.hurry = r.hurry
 		r.change = &newImage{want: o.upgrade.GetContainers()[i]}
-	} else if r.want.GetImage() != "" || r.want.GetRevertImage() {
+		return r
+	}
+	r.join = newJoin(r)
+	if r.want.GetImage() != "" || r.want.GetRevertImage() {
 		r.change = &newImage{want: &opsv1.ContainerUpgrade{Name: r.want.GetName(), Image: o.op.GetContainers()[i].GetImage(), PullPolicy: r.want.GetPullPolicy()}}
 	}
 	return r
@@ -301,6 +307,8 @@ func (r *restart) run(ctx context.Context) bool {
 	err := guard.Try(r.log, func() error { return drive(ctx) })
 	if r.up != nil {
 		close(r.up.over) // whatever is still to be done: kubelet is not kept waiting for it
+	} else {
+		r.join.end(ctx.Err() != nil)
 	}
 	defer func() {
 		r.exit.close()
@@ -371,6 +379,7 @@ func (r *restart) drive(ctx context.Context) error {
 	ready := r.prepareSpecImage
 	switch {
 	case r.claim != nil:
+		r.joins()
 		ready = r.resume
 	case r.change != nil:
 		ready = r.prepareImage
@@ -408,6 +417,9 @@ func (r *restart) drive(ctx context.Context) error {
 			}
 			if !r.o.rebooted { // else the runtime's times are those of the reboot
 				r.measure(ctx, r.rec())
+			}
+			if r.rec().Joined {
+				return r.awaitRecreation(ctx)
 			}
 			return nil
 		default:
@@ -504,6 +516,9 @@ func (r *restart) takeSlot(ctx context.Context) error {
 	switch {
 	case err == nil:
 		r.claim, r.queued = claim, false
+		if r.join != nil {
+			r.joins()
+		}
 		return nil
 	case ctx.Err() == nil:
 		return r.cancelledOutcome()

@@ -5,7 +5,6 @@ package ops
 
 import (
 	"context"
-	"errors"
 	"slices"
 	"strings"
 	"sync"
@@ -249,6 +248,7 @@ func (r *restart) makeReady(ctx context.Context) error {
 	if err := r.interrupted(); err != nil {
 		return err
 	}
+	r.probeHold(ctx)
 	r.up.listen(true) // before anyone is told that kubelet may come
 	return r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
 		c.Step, c.HoldSince, op.Phase, op.SuccessorId = stepArmed, time.Now(), opsv1.Phase_PHASE_ARMED, c.Successor
@@ -359,25 +359,12 @@ const podsPatience = 500 * time.Millisecond
 // refusal says why a stop of the incumbent is not that of the upgrade, as far as kubelet tells; empty if it may be. What
 // kubelet does next decides in the end.
 func (r *restart) refusal(ctx context.Context) string {
-	if r.pods == nil {
+	return r.askKubelet(ctx, func(_ context.Context, pod *podsapi.Pod) string {
+		if pod.Images[r.want.GetName()] != r.change.want.GetImage() {
+			return "the pod's spec has not the new image yet"
+		}
 		return ""
-	}
-	ctx, cancel := context.WithTimeout(ctx, podsPatience)
-	defer cancel()
-	pod, err := r.pods.Pod(ctx, r.o.op.GetPod().GetUid())
-	switch {
-	case errors.Is(err, podsapi.ErrNotFound):
-		return "kubelet has no such pod any more"
-	case err != nil:
-		return ""
-	case pod.Deleting:
-		return "the pod is being deleted"
-	case pod.Phase == "Failed" || pod.Phase == "Succeeded":
-		return strings.TrimSpace("the pod has ended: " + pod.Phase + " " + pod.Reason)
-	case pod.Images[r.want.GetName()] != r.change.want.GetImage():
-		return "the pod's spec has not the new image yet"
-	}
-	return ""
+	})
 }
 
 // sure says that the successor is what kubelet asks for.
@@ -408,7 +395,11 @@ func (r *restart) awaitRequest(ctx context.Context) (ended bool, err error) {
 			q.answer <- true // it has been
 		case q := <-r.up.creates:
 			if differing := r.differs(ctx, q.req); len(differing) > 0 {
-				return true, r.leaveCreation(ctx, differing, 0)
+				err := r.leaveCreation(ctx, differing, 0)
+				if err == nil {
+					r.holdNext(ctx, adoptPatience)
+				}
+				return true, err
 			}
 			// Before it begins, for the next process.
 			r.note(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.Step, c.Asked = stepStop, true })
@@ -449,6 +440,7 @@ func (r *restart) showSuccessor(ctx context.Context) error {
 	if err := r.interrupted(); err != nil {
 		return err
 	}
+	r.holdProbes(ctx)
 	r.note(func(c *containerRecord, op *opsv1.ContainerOperation) {
 		c.Step, op.Phase, op.SuccessorId = stepReveal, opsv1.Phase_PHASE_ADOPTING, c.Successor
 	})
@@ -552,7 +544,11 @@ func (r *restart) adopt(ctx context.Context, q created) (ended bool, err error) 
 		q.answer <- adoption{id: r.successor(), ok: true}
 		return true, nil
 	}
-	return true, r.leaveCreation(ctx, differing, min(max(r.podGrace(ctx), minGrace), maxLateGrace*time.Second))
+	err = r.leaveCreation(ctx, differing, min(max(r.podGrace(ctx), minGrace), maxLateGrace*time.Second))
+	if err == nil {
+		r.holdNext(ctx, adoptPatience)
+	}
+	return true, err
 }
 
 // isOurs reports whether what kubelet asks for has the image of the upgrade.
