@@ -222,7 +222,7 @@ func (c *containerRecord) joinable() bool {
 func (r *restart) refusalToJoin(ctx context.Context) string {
 	return r.askKubelet(ctx, func(ctx context.Context, pod *podsapi.Pod) string {
 		name, rec := r.want.GetName(), r.rec()
-		request, _, err := r.requestOf(ctx, rec.Incumbent, rec.Sandbox)
+		request, err := r.requestOf(ctx, rec.Incumbent, rec.Sandbox)
 		hash := request.GetConfig().GetAnnotations()[annotationHash]
 		if err == nil && hash != "" && pod.Images[name] != "" && hash != kubeletHash(name, pod.Images[name]) {
 			// Kubelet makes a container of another image. The successor would run in between, for nothing.
