@@ -69,10 +69,6 @@ func (n *upNode) kubeletTells(edit ...func(*podsapi.Pod)) {
 	})
 }
 
-func warnings(op *opsv1.Operation) string {
-	return strings.Join(op.GetContainers()[0].GetWarnings(), "; ")
-}
-
 // A probe fails while the container drains, and kubelet stops it and makes the next one: it gets the successor.
 func TestStopJoins(t *testing.T) {
 	for _, tells := range []bool{true, false} {
