@@ -259,7 +259,7 @@ func (s scenario) begin(t *testing.T, at func(point) error) *node {
 	mu.Lock()
 	accepted = true
 	mu.Unlock()
-	_, err = n.engine.submit(req, pod)
+	_, err = n.engine.submit(req, nil, pod)
 	n.must(err)
 	return n
 }

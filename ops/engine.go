@@ -130,8 +130,13 @@ type operation struct {
 	supplied    chan struct{}
 	// forgotten is whether there were credentials in the process before this one, until there are others.
 	forgotten bool
-	claims    map[int]*interceptors.Claim
-	stays     []stay // for metrics and traces
+	// environments are by container; had, of which there were any, also in the process before this one.
+	environments environments
+	had          []string
+	// certain are the containers of an upgrade that will be, as its caller has said with the commit, what kubelet asks for.
+	certain map[string]bool
+	claims  map[int]*interceptors.Claim
+	stays   []stay // for metrics and traces
 }
 
 // Open reads the journal in the state directory and makes the view show what
@@ -219,7 +224,7 @@ func (e *Engine) revive(uid string, r *record) error {
 			return errors.New("the record does not hold together: was the file edited?")
 		}
 	}
-	o.forgotten = r.Credentials
+	o.forgotten, o.had = r.Credentials, r.Environments
 	if r.Committed {
 		o.isReleased = true
 		close(o.released)
@@ -240,7 +245,7 @@ func (e *Engine) revive(uid string, r *record) error {
 		if c.Step == stepNone || c.Step == stepDone {
 			continue
 		}
-		o.committed = o.committed || !c.StopBy.IsZero() || c.Step == stepStop || c.Step == stepStarted || c.Step == stepReveal
+		o.committed = o.committed || !c.StopBy.IsZero() || c.Step == stepStop || c.Step == stepAsk || c.Step == stepStarted || c.Step == stepReveal
 		slot := interceptors.Slot{PodUID: o.op.GetPod().GetUid(), Container: o.op.GetContainers()[i].GetName()}
 		claim, err := e.view.TryClaim(slot)
 		if err != nil {
@@ -260,7 +265,7 @@ func (e *Engine) revive(uid string, r *record) error {
 		e.tokens[c.Token] = true
 		claim.HideNow(c.Token)
 		claim.Staged(c.Successor)
-		if c.Step != stepStage && (o.upgrade == nil || c.Step == stepStop || c.Step == stepStarted) {
+		if c.Step != stepStage && (o.upgrade == nil || c.Step == stepStop || c.Step == stepAsk || c.Step == stepStarted) {
 			claim.Mask()
 		}
 	}
@@ -471,7 +476,7 @@ func (e *Engine) awaitRuntime(ctx context.Context) error {
 }
 
 // submit accepts an operation: once it returns nil, the operation is in the journal. It takes req, and the credentials out of it.
-func (e *Engine) submit(req *opsv1.RestartRequest, pod *opsv1.PodRef) (*operation, error) {
+func (e *Engine) submit(req *opsv1.RestartRequest, given environments, pod *opsv1.PodRef) (*operation, error) {
 	o := newOperation(req, &opsv1.Operation{
 		Uid: req.GetUid(), Kind: kindRestart, Pod: pod, Phase: opsv1.Phase_PHASE_PENDING,
 		Requester: req.GetRequester(), CreateTime: timestamppb.Now(),
@@ -480,13 +485,14 @@ func (e *Engine) submit(req *opsv1.RestartRequest, pod *opsv1.PodRef) (*operatio
 		o.op.Containers = append(o.op.Containers, &opsv1.ContainerOperation{Name: c.GetName(), Image: c.GetImage(), Phase: opsv1.Phase_PHASE_PENDING})
 	}
 	o.credentials, req.Credentials = req.GetCredentials(), nil
+	o.environments = given
 	return e.accept(o)
 }
 
 // newOperation returns an operation without claims.
 func newOperation(req *opsv1.RestartRequest, op *opsv1.Operation, containers []containerRecord) *operation {
 	return &operation{
-		req: req, op: op, containers: containers, claims: map[int]*interceptors.Claim{},
+		req: req, op: op, containers: containers, claims: map[int]*interceptors.Claim{}, certain: map[string]bool{},
 		changed: make(chan struct{}), cancelled: make(chan struct{}), released: make(chan struct{}), supplied: make(chan struct{}),
 	}
 }
@@ -499,7 +505,7 @@ func (e *Engine) accept(o *operation) (*operation, error) {
 		return nil, status.Error(codes.Unavailable, "cri-proxy is shutting down; try again")
 	}
 	if known := e.ops[o.req.GetUid()]; known != nil {
-		return known.as(o)
+		return e.again(known, o)
 	}
 	active := e.activeLocked()
 	if active >= maxActive {
@@ -510,6 +516,7 @@ func (e *Engine) accept(o *operation) (*operation, error) {
 	}
 	o.mu.Lock()
 	o.enterLocked()
+	e.giveLocked(o, o.environments)
 	o.mu.Unlock()
 	if err := e.save(o); err != nil {
 		return nil, status.Errorf(codes.Internal, "the operation was not accepted and nothing was done: %v", err)
@@ -641,7 +648,7 @@ func (e *Engine) saveLocked(o *operation) error {
 	if err != nil {
 		return err
 	}
-	r := &record{Operation: op, Request: req, Containers: o.containers, Cancelled: o.cancelSaid, Committed: o.isReleased, Credentials: o.forgotten || len(o.credentials) > 0}
+	r := &record{Operation: op, Request: req, Containers: o.containers, Cancelled: o.cancelSaid, Committed: o.isReleased, Credentials: o.forgotten || len(o.credentials) > 0, Environments: o.had}
 	if o.upgrade != nil {
 		if r.Upgrade, err = proto.Marshal(o.upgrade); err != nil {
 			return err

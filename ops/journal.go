@@ -37,6 +37,7 @@ const (
 	stepArm     step = "arm"     // an upgrade: the successor is about to be started up to its gate, if it has one
 	stepArmed   step = "armed"   // an upgrade: the successor is ready to take over, and waits for kubelet to stop the incumbent
 	stepStop    step = "stop"    // the incumbent is about to be stopped and the successor started
+	stepAsk     step = "ask"     // an upgrade: the incumbent is gone, and the successor begins if it is what kubelet asks for
 	stepStarted step = "started" // the successor runs; postStart and reveal follow
 	stepReveal  step = "reveal"  // both are about to be shown to kubelet, and stay so
 	stepUndo    step = "undo"    // the successor is about to be removed, or shown as failed
@@ -50,6 +51,9 @@ type record struct {
 	Containers []containerRecord `json:"containers"`
 	// Credentials is whether there were any for the pulls: they themselves are never kept.
 	Credentials bool `json:"credentials,omitempty"`
+	// Environments are the containers whose environment the command has brought. The environments themselves are
+	// in the records of this boot.
+	Environments []string `json:"environments,omitempty"`
 	// Cancelled is set once the operation has been cancelled, which it then stays.
 	Cancelled bool `json:"cancelled,omitempty"`
 	// Upgrade is an opsv1.PrepareUpgradeRequest, without credentials, if that is what the operation is; Request is then made from it.

@@ -221,13 +221,13 @@ func TestJournalThatCannotBeMade(t *testing.T) {
 	if e.records.request("c") != nil || len(e.records.ids()) != 0 {
 		t.Error("records without a file")
 	}
-	if _, err := e.submit(restartRequest("op"), podRef()); err == nil || !strings.Contains(err.Error(), "nothing was done") {
+	if _, err := e.submit(restartRequest("op"), nil, podRef()); err == nil || !strings.Contains(err.Error(), "nothing was done") {
 		t.Errorf("got %v", err)
 	}
 	if err := os.RemoveAll(filepath.Join(dir, "journal.db")); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := e.submit(restartRequest("op"), podRef()); err != nil {
+	if _, err := e.submit(restartRequest("op"), nil, podRef()); err != nil {
 		t.Errorf("the file can be had now, but: %v", err)
 	}
 	if err := e.Close(); err != nil {

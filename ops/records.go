@@ -18,6 +18,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/boltfile"
 )
@@ -26,6 +27,8 @@ var (
 	bucketRequests  = []byte("requests")
 	bucketResources = []byte("resources")
 	bucketStarted   = []byte("started")
+	// bucketEnvironments has the environments of unfinished operations, by operation and container.
+	bucketEnvironments = []byte("environments")
 )
 
 // Records keeps, by container ID, the CreateContainer request as kubelet sent it and the
@@ -98,7 +101,7 @@ func removeRecords(path string) error {
 }
 
 func openRecordsFile(path string) (*bolt.DB, error) {
-	return boltfile.OpenDB(path, boltfile.Options{Buckets: [][]byte{bucketRequests, bucketResources, bucketStarted}, Unsynced: true})
+	return boltfile.OpenDB(path, boltfile.Options{Buckets: [][]byte{bucketRequests, bucketResources, bucketStarted, bucketEnvironments}, Unsynced: true})
 }
 
 // errNoRecords is what becomes of a write without a file.
@@ -216,6 +219,34 @@ func (r *Records) eachStarted(f func(id string, at time.Time)) {
 	})
 	if err != nil {
 		r.log.WithError(err).Warn("records cannot be read")
+	}
+}
+
+func environmentKey(operation, container string) string { return operation + "/" + container }
+
+// setEnvironment keeps what a container of an operation will be made with.
+func (r *Records) setEnvironment(operation, container string, env *opsv1.Environment) {
+	if b, err := proto.Marshal(env); err == nil {
+		r.put(bucketEnvironments, environmentKey(operation, container), b, 0)
+	}
+}
+
+// environment returns what setEnvironment has kept, or nil.
+func (r *Records) environment(operation, container string) *opsv1.Environment {
+	env := &opsv1.Environment{}
+	if !r.get(bucketEnvironments, environmentKey(operation, container), env) {
+		return nil
+	}
+	return env
+}
+
+// forgetEnvironment is for an operation that has ended.
+func (r *Records) forgetEnvironment(operation, container string) {
+	err := r.update(func(tx *bolt.Tx) error {
+		return tx.Bucket(bucketEnvironments).Delete([]byte(environmentKey(operation, container)))
+	})
+	if err != nil && !errors.Is(err, errNoRecords) {
+		r.log.WithField("op", operation).WithError(err).Warn("record not removed")
 	}
 }
 

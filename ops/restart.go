@@ -122,6 +122,7 @@ func (e *Engine) conclude(o *operation) error {
 	o.op.Phase = phase
 	o.op.FinishTime = timestamppb.Now()
 	o.credentials = nil
+	e.forgetEnvironmentsLocked(o)
 	if len(messages) > 0 {
 		o.op.Message = strings.Join(messages, "; ")
 	}
@@ -302,7 +303,7 @@ func (r *restart) end(out *outcome) {
 // drive takes the container through the steps. It returns nil on success, an
 // [outcome], or the error of a call that was cut off.
 func (r *restart) drive(ctx context.Context) error {
-	ready := r.takeSlot
+	ready := r.prepareSpecImage
 	switch {
 	case r.claim != nil:
 		ready = r.resume
@@ -346,6 +347,17 @@ func (r *restart) drive(ctx context.Context) error {
 			return err
 		}
 	}
+}
+
+// prepareSpecImage takes the slot once the image of the pod's spec is on the node.
+func (r *restart) prepareSpecImage(ctx context.Context) error {
+	if err := r.awaitRuntime(ctx); err != nil {
+		return err
+	}
+	if err := r.ensureImage(ctx); err != nil {
+		return err
+	}
+	return r.takeSlot(ctx)
 }
 
 // resume readies what the journal has of the container for the next step.

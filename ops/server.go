@@ -59,11 +59,13 @@ func NewServer(e *Engine, info InfoFunc) *Server { return &Server{e: e, info: in
 // Restart implements [opsv1.OpsServer].
 func (s *Server) Restart(ctx context.Context, req *opsv1.RestartRequest) (*opsv1.Operation, error) {
 	_, remote := callerOf(ctx)
-	if err := validateRestart(req, remote); err != nil {
+	req = proto.Clone(req).(*opsv1.RestartRequest)
+	given := takeEnvironments(req)
+	if err := errors.Join(validateRestart(req, remote), given.validate()); err != nil {
 		return nil, err
 	}
 	if known := s.e.lookup(req.GetUid()); known != nil {
-		o, err := known.as(&operation{req: req, credentials: req.GetCredentials()})
+		o, err := s.e.again(known, &operation{req: req, credentials: req.GetCredentials(), environments: given})
 		if err != nil {
 			return nil, err
 		}
@@ -76,7 +78,7 @@ func (s *Server) Restart(ctx context.Context, req *opsv1.RestartRequest) (*opsv1
 	if err != nil {
 		return nil, err
 	}
-	o, err := s.e.submit(proto.Clone(req).(*opsv1.RestartRequest), pod)
+	o, err := s.e.submit(req, given, pod)
 	if err != nil {
 		return nil, err
 	}

@@ -129,22 +129,7 @@ func (r *restart) checkTakenBack() error {
 
 // create creates the next attempt of the incumbent under the token.
 func (r *restart) create(ctx context.Context, token string) (string, error) {
-	if err := r.load(ctx); err != nil {
-		return "", err
-	}
-	if newer := r.records.resources(r.rec().Incumbent); newer != nil {
-		r.applied = newer
-	}
-	req, err := cloneFor(r.request, r.applied, r.container().GetAttempt(), token)
-	if err != nil {
-		return "", failf(ReasonCreateFailed, "%v", err)
-	}
-	switch {
-	case r.up != nil:
-		err = r.dress(ctx, req.GetConfig())
-	case r.change != nil:
-		err = r.useImage(ctx, req.GetConfig())
-	}
+	req, err := r.nextRequest(ctx, token)
 	if err != nil {
 		return "", err
 	}

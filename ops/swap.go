@@ -75,12 +75,42 @@ func (r *restart) swap(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	begun, err := r.hasBegun(ctx)
+	if err != nil {
+		return err
+	}
 	r.note(func(rec *containerRecord, c *opsv1.ContainerOperation) {
 		rec.Step = stepStarted
+		if !begun {
+			rec.Step = stepAsk
+		}
 		c.Phase = opsv1.Phase_PHASE_STARTING
 		c.SuccessorId = rec.Successor
 	})
 	return nil
+}
+
+// hasBegun reports whether the successor has begun, or may have. That of an upgrade has not if it is to wait for kubelet's request,
+// unless a process before this one knew that it need not.
+func (r *restart) hasBegun(ctx context.Context) (bool, error) {
+	switch rec := r.rec(); {
+	case r.isCertain() || r.overlaps():
+		return true, nil
+	case rec.Method == MethodGate:
+		return r.gate == nil, nil
+	case rec.Successor == "":
+		return false, nil
+	default:
+		var st *runtimeapi.ContainerStatusResponse
+		err := r.patiently(ctx, func() (err error) {
+			st, err = r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Successor})
+			return err
+		})
+		if err != nil {
+			return false, failf(ReasonRuntime, "reading the new container: %v", status.Convert(err).Message())
+		}
+		return st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_CREATED, nil
+	}
 }
 
 // handOver lets the successor run, now that the incumbent's processes are gone.
@@ -90,9 +120,11 @@ func (r *restart) handOver(ctx context.Context) error {
 		return err
 	}
 	var err error
-	switch r.rec().Method {
-	case MethodOverlap: // it does
-	case MethodGate:
+	switch method := r.rec().Method; {
+	case method == MethodOverlap: // it does
+	case !r.isCertain(): // it begins when kubelet has asked for it
+		return nil
+	case method == MethodGate:
 		err = r.openGate(ctx)
 	default:
 		err = r.start(ctx)

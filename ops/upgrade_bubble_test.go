@@ -392,7 +392,7 @@ func (n *upNode) armed(uid string, edit ...func(*opsv1.PrepareUpgradeRequest)) {
 
 func (n *upNode) commit(uid string) {
 	n.t.Helper()
-	_, err := n.api.CommitUpgrade(n.t.Context(), &opsv1.CommitUpgradeRequest{Uid: uid})
+	_, err := n.api.CommitUpgrade(n.t.Context(), n.engine.commitRequest(uid))
 	n.must(err)
 }
 

@@ -207,6 +207,12 @@ func (r *restart) awaitCommit(ctx context.Context) error {
 	if !running {
 		return r.stoppedByItself(ctx)
 	}
+	if err := r.renewStaged(ctx); err != nil {
+		return err
+	}
+	if r.overlaps() && !r.isCertain() {
+		r.warn("the new container begins beside the old one before kubelet has asked for it, with the environment of the old one's start: a caller who knows the environment gives it with the commit")
+	}
 	return r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
 		c.Step, c.HoldSince, op.Phase = stepArm, time.Time{}, opsv1.Phase_PHASE_PREPARED
 		if r.overlaps() {
@@ -275,6 +281,7 @@ func (r *restart) awaitKubelet(ctx context.Context) error {
 				q.answer <- adoption{}
 				continue
 			}
+			r.sure()
 			return r.stopFor(int64(minGrace/time.Second), func() { r.up.asked = &q })
 		case <-look.C:
 			if r.overlaps() && !r.exit.over() {
@@ -368,6 +375,70 @@ func (r *restart) refusal(ctx context.Context) string {
 	return ""
 }
 
+// sure says that the successor is what kubelet asks for.
+func (r *restart) sure() {
+	r.o.mu.Lock()
+	defer r.o.mu.Unlock()
+	r.o.certain[r.want.GetName()] = true
+}
+
+// awaitRequest answers kubelet's stop of an incumbent whose successor need not be what kubelet asks for, and waits for the request: the
+// successor has run nothing yet. ended says that nothing is left to do.
+func (r *restart) awaitRequest(ctx context.Context) (ended bool, err error) {
+	if err := r.rearm(ctx); err != nil {
+		return true, err
+	}
+	r.up.stopBy(time.Time{})
+	for _, q := range r.up.pending {
+		q.answer <- true
+	}
+	r.up.pending = nil
+	r.failpoint("asking")
+	limit := orElse(r.o.upgrade.GetHoldTimeout(), defaultHold)
+	patience := time.NewTimer(limit)
+	defer patience.Stop()
+	for {
+		select {
+		case q := <-r.up.stops:
+			q.answer <- true // it has been
+		case q := <-r.up.creates:
+			if differing := r.differs(ctx, q.req); len(differing) > 0 {
+				return true, r.leaveCreation(ctx, differing, 0)
+			}
+			// Before it begins, for the next process.
+			r.note(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.Step, c.Asked = stepStop, true })
+			r.up.asked = &q
+			return false, nil
+		case <-r.claim.Yielded():
+			return true, r.interrupted()
+		case <-patience.C:
+			return true, failf(ReasonHoldTimeout, "kubelet has stopped the container and not asked for the new one within %s", limit)
+		case <-ctx.Done():
+			return true, ctx.Err()
+		}
+	}
+}
+
+// leaveCreation lets kubelet make the container, because it asks for another one than the successor, which has this time to end.
+func (r *restart) leaveCreation(ctx context.Context, differing []string, grace time.Duration) error {
+	r.log.WithField("differing", differing).Warn("kubelet asks for another container than was prepared: it makes its own")
+	if grace > 0 {
+		r.stopWithin(ctx, r.successor(), grace)
+	}
+	if err := r.removeContainer(ctx, r.successor()); err != nil {
+		return failf(ReasonRuntime, "%v", err)
+	}
+	if slices.Contains(differing, "image") || slices.Contains(differing, "annotations."+annotationHash) {
+		return tookAnotherImage()
+	}
+	r.warn("kubelet made the container itself, because it asked for another one than was prepared: %s", strings.Join(differing, ", "))
+	r.show(func(c *opsv1.ContainerOperation) { // those of the successor that is gone
+		c.SuccessorId, c.Gap, c.StartTime = "", nil, nil
+	})
+	r.setMethod(MethodKubelet)
+	return nil
+}
+
 // showSuccessor shows both containers to kubelet and lets its StopContainer return.
 func (r *restart) showSuccessor(ctx context.Context) error {
 	if err := r.interrupted(); err != nil {
@@ -398,7 +469,7 @@ const adoptPatience = 2 * time.Minute
 // awaitAdoption answers kubelet's CreateContainer with the successor, if that is what it asks for.
 func (r *restart) awaitAdoption(ctx context.Context) error {
 	r.up.revealed = true
-	if r.rec().Asked {
+	if r.rec().Asked && r.up.asked == nil {
 		// The process before this one was asked. If its answer was cut off, kubelet looks again, finds the successor, and asks no more.
 		return r.unasked(ctx)
 	}
@@ -468,17 +539,7 @@ func (r *restart) adopt(ctx context.Context, q created) (ended bool, err error) 
 		q.answer <- adoption{id: r.successor(), ok: true}
 		return true, nil
 	}
-	r.log.WithField("differing", differing).Warn("kubelet asks for another container than was prepared: it makes its own")
-	r.stopWithin(ctx, r.successor(), min(max(r.podGrace(ctx), minGrace), maxLateGrace*time.Second))
-	if err := r.removeContainer(ctx, r.successor()); err != nil {
-		return true, failf(ReasonRuntime, "%v", err)
-	}
-	if slices.Contains(differing, "image") || slices.Contains(differing, "annotations."+annotationHash) {
-		return true, tookAnotherImage()
-	}
-	r.warn("kubelet made the container itself, because it asked for another one than was prepared: %s", strings.Join(differing, ", "))
-	r.setMethod(MethodKubelet)
-	return true, nil
+	return true, r.leaveCreation(ctx, differing, min(max(r.podGrace(ctx), minGrace), maxLateGrace*time.Second))
 }
 
 // isOurs reports whether what kubelet asks for has the image of the upgrade.
@@ -505,7 +566,7 @@ func (r *restart) differs(ctx context.Context, asked *runtimeapi.CreateContainer
 		r.log.WithError(err).Warn("prepared container cannot be compared")
 		return []string{"unknown"}
 	}
-	return differs(ours, asked)
+	return differs(sameMounts(ours, asked), asked)
 }
 
 // matchResources gives the successor the resources that kubelet asks for, if they have changed since it was made.

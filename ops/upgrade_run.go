@@ -64,6 +64,11 @@ func (r *restart) driveUpgrade(ctx context.Context) error {
 			err = r.awaitKubelet(ctx)
 		case stepStop:
 			err = r.swap(ctx)
+		case stepAsk:
+			ended := false
+			if ended, err = r.awaitRequest(ctx); ended {
+				return err
+			}
 		case stepStarted:
 			err = r.showSuccessor(ctx)
 		case stepReveal:
@@ -80,11 +85,11 @@ func (r *restart) driveUpgrade(ctx context.Context) error {
 // drives lets kubelet drive.
 func (r *restart) drives() {
 	switch r.rec().Step {
-	case stepArmed, stepStop, stepStarted, stepReveal:
+	case stepArmed, stepStop, stepAsk, stepStarted, stepReveal:
 		r.up.listen(true)
 	}
 	// What waited at its gate in the process before this one waits still, and needs no time to stop.
-	if s := r.rec().Step; r.rec().Method == MethodGate && (s == stepArm || s == stepArmed) {
+	if s := r.rec().Step; r.rec().Method == MethodGate && (s == stepArm || s == stepArmed || s == stepAsk) {
 		r.held = true
 	}
 	if rec := r.rec(); rec.Step == stepStop {
