@@ -32,7 +32,10 @@ spec:
     - sh
     - -c
     - |
-      say() { echo "$1 $(cat /etc/version) $SETTING$(cat /setting /setting/version 2>/dev/null) $(date +%%s.%%N)" >>/trace/%[1]s; }
+      say() {
+        read -r uptime idle </proc/uptime
+        echo "$1 $(cat /etc/version) $SETTING$(cat /setting /setting/version 2>/dev/null) $uptime" >>/trace/%[1]s
+      }
       trap 'say asked; sleep %[5]s; say ended; exit 0' TERM
       say began
       while :; do sleep 0.1; done
@@ -50,22 +53,18 @@ spec:
 // said is a line of a trace.
 type said struct {
 	what string
-	at   time.Time
+	at   time.Duration // since this machine was started
 }
 
 // traceOf returns what the pod has written.
 func traceOf(t testing.TB, dir, pod string) []said {
 	t.Helper()
-	b, err := os.ReadFile(filepath.Join(dir, pod))
-	if err != nil && !os.IsNotExist(err) {
-		t.Fatal(err)
-	}
 	var out []said
-	for line := range strings.Lines(string(b)) {
+	for line := range strings.Lines(readFile(t, filepath.Join(dir, pod))) {
 		fields := strings.Fields(line)
 		at, err := strconv.ParseFloat(fields[len(fields)-1], 64)
 		must(t, err)
-		out = append(out, said{what: strings.Join(fields[:len(fields)-1], " "), at: time.UnixMicro(int64(at * 1e6))})
+		out = append(out, said{what: strings.Join(fields[:len(fields)-1], " "), at: time.Duration(at * float64(time.Second))})
 	}
 	return out
 }
@@ -76,6 +75,16 @@ func whats(trace []said) []string {
 		out = append(out, s.what)
 	}
 	return out
+}
+
+// readFile returns what is in a file, nothing if there is none.
+func readFile(t testing.TB, path string) string {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil && !os.IsNotExist(err) {
+		t.Fatal(err)
+	}
+	return string(b)
 }
 
 func writeFile(t testing.TB, path, content string) {
@@ -210,7 +219,7 @@ spec: {minAvailable: 1, selector: {matchLabels: {pod: %[2]s}}}
 			op := lastOperation(t, ns, c.name)
 			// Both lines are written while the processes run. The gap is not false by the time of a
 			// whole stop or start. by the time of a whole stop or start either.
-			outer, told := trace[3].at.Sub(trace[2].at), op.GetGap().AsDuration()
+			outer, told := trace[3].at-trace[2].at, op.GetGap().AsDuration()
 			if slack := 5 * time.Second; told > outer+slack || told < outer-slack {
 				t.Errorf("the gap is told as %s; from the last line of the old container to the first of the new one it is %s", told, outer)
 			}
@@ -255,4 +264,13 @@ func TestImages(t *testing.T) {
 	if s := container(t, now, "app"); s.ContainerID != container(t, before["never"], "app").ContainerID || now.Spec.Containers[0].Image != bed.Image("busybox:1.0") {
 		t.Errorf("the pod was touched: %s, image %s", states(now), now.Spec.Containers[0].Image)
 	}
+}
+
+func exists(t testing.TB, path string) bool {
+	t.Helper()
+	_, err := os.Stat(path)
+	if err != nil && !os.IsNotExist(err) {
+		t.Fatal(err)
+	}
+	return err == nil
 }
