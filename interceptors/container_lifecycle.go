@@ -5,6 +5,7 @@ package interceptors
 
 import (
 	"context"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -192,6 +193,11 @@ func (d *Director) stopLateHeirs(ctx context.Context, sandbox string) {
 		did(ctx, didStop)
 		wg.Go(func() {
 			log := d.log.WithFields(logrus.Fields{"successor": h.id})
+			defer func() { // nobody else guards this goroutine, and kubelet's call goes on without it
+				if p := recover(); p != nil {
+					log.WithFields(logrus.Fields{"panic": p, "stack": string(debug.Stack())}).Error("container not stopped before its sandbox: the daemon would have panicked; please report this")
+				}
+			}()
 			log.Info("the pod goes away, stopping the container that took the place of the one that kubelet stopped")
 			if _, err := d.runtime.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: h.id, Timeout: min(h.grace, lateGrace)}); err != nil {
 				log.WithError(err).Warn("container not stopped before its sandbox")
@@ -201,16 +207,20 @@ func (d *Director) stopLateHeirs(ctx context.Context, sandbox string) {
 	wg.Wait()
 }
 
+// removePodSandbox stops what still runs in the sandbox, as the runtime does (sandbox_remove.go in containerd).
 func (d *Director) removePodSandbox(ctx context.Context, method string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.RemovePodSandboxRequest{})
 	if err != nil {
 		return nil, err
 	}
+	defer d.view.stopping(req.GetPodSandboxId())()
 	d.takeBackSandbox(ctx, method, req.GetPodSandboxId())
 	b, err := next(ctx, raw)
 	if err == nil {
 		d.view.forgetSandbox(req.GetPodSandboxId())
-		d.overrides.SandboxRemoved()
+		if d.overrides.Any() {
+			d.overrides.SandboxRemoved()
+		}
 	}
 	return b, err
 }
@@ -248,6 +258,7 @@ func (d *Director) removeContainer(ctx context.Context, method string, raw []byt
 	if err != nil {
 		return nil, err
 	}
+	defer d.view.stopping(req.GetContainerId())() // the runtime kills what runs
 	if d.view.Active() {
 		claim, id := d.view.byContainer(req.GetContainerId())
 		if claim != nil && d.view.successorOf(claim) == id {

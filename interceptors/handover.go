@@ -58,6 +58,7 @@ type CarriedHeir struct {
 
 // Carry returns what the next process must be told. Nothing may change the view any more.
 func (v *View) Carry() Carry {
+	v.leave.Do(func() { close(v.carried) })
 	v.mu.RLock()
 	defer v.mu.RUnlock()
 	c := Carry{Heirs: map[string]CarriedHeir{}, Untold: map[string]CarriedHeir{}, Stops: slices.Sorted(maps.Keys(v.stops))}

@@ -6,6 +6,7 @@ package interceptors
 import (
 	"context"
 	"errors"
+	"fmt"
 	"iter"
 	"maps"
 	"slices"
@@ -37,12 +38,24 @@ func (s Slot) String() string { return s.PodUID + "/" + s.Container }
 type View struct {
 	// active is how many claims have something to say. The pass path reads only this.
 	active atomic.Int32
+	// guard says what a token means that the view does not hold; see Guard. The pass path reads it, too.
+	guard atomic.Int32
+	// carried is closed once the view goes on in another process.
+	carried chan struct{}
+	leave   sync.Once
 
 	mu sync.RWMutex // guards all following fields
-	// passing counts the calls that went through undecoded and are not answered yet: they
-	// may still carry what becomes hidden meanwhile. idle, if not nil, is closed when it comes to 0.
-	passing int
+	// known are the tokens that say nothing new, while there is a guard; strays the claims that hold no slot.
+	known  map[string]struct{}
+	strays map[*Claim]struct{}
+	// passing counts, by method, the calls that went through undecoded and are not answered yet: they
+	// may still carry what becomes hidden meanwhile. idle, if not nil, is closed when there is none.
+	passing map[string]int
 	idle    chan struct{}
+	// cuttable are those of them whose methods are not known.
+	cuttable map[*cuttable]struct{}
+	// quiet, if not nil, is closed when nothing is hidden any more.
+	quiet   chan struct{}
 	looks   map[*look]struct{}
 	claims  map[Slot]*Claim
 	queues  map[Slot][]chan *Claim
@@ -65,12 +78,15 @@ type View struct {
 // NewView returns a view that hides and masks nothing.
 func NewView() *View {
 	return &View{
+		carried: make(chan struct{}),
+		passing: map[string]int{}, cuttable: map[*cuttable]struct{}{},
 		looks:   map[*look]struct{}{},
 		claims:  map[Slot]*Claim{},
 		queues:  map[Slot][]chan *Claim{},
 		tokens:  map[string]*Claim{},
 		ids:     map[string]*Claim{},
 		streams: map[*eventFilter]struct{}{},
+		strays:  map[*Claim]struct{}{},
 		heirs:   map[string]*heir{},
 		untold:  map[string]untold{},
 		stops:   map[string]int{},
@@ -83,23 +99,42 @@ func (v *View) Active() bool { return v.active.Load() > 0 }
 
 // pass registers a call that goes through undecoded; done must be called when
 // it has been answered. ok is false when the view has become active meanwhile.
-func (v *View) pass() (done func(), ok bool) {
+func (v *View) pass(method string) (done func(), ok bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if v.Active() {
+	if v.Active() || v.Guarded() {
 		return nil, false
 	}
-	v.passing++
-	return v.passed, true
+	v.passing[method]++
+	return func() { v.passed(method) }, true
 }
 
-func (v *View) passed() {
+func (v *View) passed(method string) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if v.passing--; v.passing == 0 && v.idle != nil {
+	v.passedLocked(method)
+}
+
+func (v *View) passedLocked(method string) {
+	if v.passing[method]--; v.passing[method] == 0 {
+		delete(v.passing, method)
+	}
+	if len(v.passing) == 0 && v.idle != nil {
 		close(v.idle)
 		v.idle = nil
 	}
+}
+
+// passingNames returns the methods of calls that pass undecoded, ordered, without their services.
+func (v *View) passingNames() string {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	var names []string
+	for method := range v.passing {
+		names = append(names, method[strings.LastIndexByte(method, '/')+1:])
+	}
+	slices.Sort(names)
+	return strings.Join(names, ", ")
 }
 
 // Yield says that kubelet, or whoever speaks CRI through the proxy, takes the
@@ -202,14 +237,22 @@ func (c *Claim) Bind(sandbox, incumbent string) {
 // Hide makes the view speak for this claim: from its return on, no answer shows
 // a container that carries the token. It waits until answers that were already on
 // their way undecoded have passed, at most until ctx ends (then nothing is
-// hidden and ctx's error is returned).
+// hidden, and the error names the calls that have not been answered and wraps ctx's).
 func (c *Claim) Hide(ctx context.Context, token string) error {
-	select {
-	case <-c.hide(token):
-		return nil
-	case <-ctx.Done():
-		c.Discard()
-		return ctx.Err()
+	idle := c.hide(token)
+	cut := time.NewTimer(cutPatience)
+	defer cut.Stop()
+	for {
+		select {
+		case <-idle:
+			return nil
+		case <-cut.C:
+			c.view.cutUnknown()
+		case <-ctx.Done():
+			names := c.view.passingNames()
+			c.Discard()
+			return fmt.Errorf("not answered yet: %s: %w", names, ctx.Err())
+		}
 	}
 }
 
@@ -227,6 +270,7 @@ func (c *Claim) hide(token string) <-chan struct{} {
 	}
 	c.token = token
 	v.tokens[token] = c
+	v.knowLocked(token)
 	if !c.speaking {
 		c.speaking = true
 		v.active.Add(1)
@@ -239,7 +283,7 @@ func (c *Claim) hide(token string) <-chan struct{} {
 			v.noteLocked(c, id, v.verdictLocked(id))
 		}
 	}
-	if v.passing == 0 {
+	if len(v.passing) == 0 {
 		none := make(chan struct{})
 		close(none)
 		return none
@@ -310,16 +354,26 @@ func (c *Claim) settleLocked(show bool) {
 		return
 	}
 	c.speaking = false
+	delete(v.strays, c)
 	successor := c.successor
 	v.active.Add(-1)
 	if show && successor != "" && v.ids[c.incumbent] == c && len(v.untold) < maxHeirs {
 		v.untold[c.incumbent] = untold{heir: heir{id: successor, sandbox: c.sandbox}}
 		v.active.Add(1)
 	}
-	delete(v.tokens, c.token)
-	delete(v.ids, c.successor)
-	delete(v.ids, c.incumbent)
-	if show && successor != "" && len(v.heirs) < maxHeirs {
+	if v.tokens[c.token] == c {
+		delete(v.tokens, c.token)
+	}
+	if len(v.tokens) == 0 && v.quiet != nil {
+		close(v.quiet)
+		v.quiet = nil
+	}
+	for _, id := range []string{c.successor, c.incumbent} {
+		if v.ids[id] == c {
+			delete(v.ids, id)
+		}
+	}
+	if show && successor != "" && c.incumbent != "" && len(v.heirs) < maxHeirs {
 		v.heirs[c.incumbent] = &heir{id: successor, sandbox: c.sandbox}
 	}
 	c.token, c.successor = "", ""
@@ -591,7 +645,7 @@ func (l *look) end() {
 func (l *look) blank() bool {
 	l.view.mu.RLock()
 	defer l.view.mu.RUnlock()
-	return len(l.tokens) == 0 && len(l.ids) == 0
+	return len(l.tokens) == 0 && len(l.ids) == 0 && l.view.known == nil
 }
 
 // judge returns how the container is shown in this call's answer. annotations may be nil
@@ -600,7 +654,7 @@ func (l *look) judge(id string, annotations map[string]string) verdict {
 	l.view.mu.RLock()
 	defer l.view.mu.RUnlock()
 	if t := annotations[StagedAnnotation]; t != "" {
-		if _, ok := l.tokens[t]; ok {
+		if _, ok := l.tokens[t]; ok || l.view.suspectLocked(t) {
 			l.did.add(didHide)
 			return hidden
 		}
@@ -637,7 +691,7 @@ func (v *View) byContainer(id string) (*Claim, string) {
 	defer v.mu.RUnlock()
 	var found *Claim
 	full := ""
-	for _, c := range v.claims {
+	for c := range v.allLocked() {
 		for _, known := range []string{c.incumbent, c.successor} {
 			if known == id {
 				return c, known
@@ -648,6 +702,22 @@ func (v *View) byContainer(id string) (*Claim, string) {
 		}
 	}
 	return found, full
+}
+
+// allLocked are the claims, with and without a slot. The caller holds v.mu.
+func (v *View) allLocked() iter.Seq[*Claim] {
+	return func(yield func(*Claim) bool) {
+		for c := range v.strays {
+			if !yield(c) {
+				return
+			}
+		}
+		for _, c := range v.claims {
+			if !yield(c) {
+				return
+			}
+		}
+	}
 }
 
 // bySandbox returns the claims on slots of the sandbox.

@@ -208,8 +208,15 @@ func (p point) String() string {
 // begin readies a node and the operation "op", and calls at before and after each call that the engine makes for it.
 func (s scenario) begin(t *testing.T, at func(point) error) *node {
 	t.Helper()
+	return s.beginWith(t, at, func(*node) {})
+}
+
+// beginWith is begin, and calls ready when the node is.
+func (s scenario) beginWith(t *testing.T, at func(point) error, ready func(*node)) *node {
+	t.Helper()
 	n := newNode(t, s.pod)
 	n.runTidied()
+	ready(n)
 	var mu sync.Mutex
 	count := -1
 	numbers := map[string]point{} // of the calls that are not over: some are made at once

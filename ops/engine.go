@@ -9,9 +9,12 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/http"
+	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -26,6 +29,8 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/gate"
+	"github.com/cri-proxy/cri-proxy/ops/guard"
 )
 
 const (
@@ -98,6 +103,11 @@ type Engine struct {
 	late chan struct{}
 	// lateCreate is the constant of that name, but for tests that count calls.
 	lateCreate time.Duration
+	// judging is held while containers are judged; judged is set once all have been. See Judge.
+	judging chan struct{}
+	judged  atomic.Bool
+	// gatesLost is set where not even the directory of the gates was there at the start.
+	gatesLost bool
 
 	mu      sync.Mutex // guards all following fields
 	ops     map[string]*operation
@@ -106,6 +116,13 @@ type Engine struct {
 	// tokens are all that this process has used or found in the journal, until nothing more can
 	// be a stray; see removeStrays.
 	tokens map[string]bool
+	// settled are the tokens of containers that the journal knows as having taken over, incumbents the containers that its operations replace.
+	settled    map[string]bool
+	incumbents map[string]bool
+	// decided are the tokens that judge has met.
+	decided map[string]bool
+	// lost are the slots with containers of operations that no journal knows, until Run takes care of them.
+	lost []*lostSlot
 	// unwritten are finished operations whose end the journal does not have: the next process would take them up again, and
 	// restart a container of which it was said that it is left alone.
 	unwritten []*operation
@@ -172,11 +189,18 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		lateCreate: lateCreate,
 		ops:        map[string]*operation{},
 		tokens:     map[string]bool{},
+		settled:    map[string]bool{},
+		incumbents: map[string]bool{},
+		decided:    map[string]bool{},
+		judging:    make(chan struct{}, 1),
 	}
 	if e.legacyLog == "" {
 		e.legacyLog = "/var/log/containers"
 	}
+	_, err = os.Lstat(gate.Dir(o.StateDir))
+	e.gatesLost = errors.Is(err, fs.ErrNotExist)
 	records.eachStarted(o.View.SetStarted)
+	o.View.Guard()
 	if e.overrides, err = openOverrides(j, e.img, log); err == nil {
 		e.metrics, err = newMetrics(o.Registerer, e)
 	}
@@ -233,6 +257,9 @@ func (e *Engine) revive(uid string, r *record) error {
 		return errors.New("the record does not hold together: was the file edited?")
 	}
 	if o.op.GetFinishTime() != nil {
+		for i, c := range o.containers {
+			e.settled[c.Token] = o.op.GetContainers()[i].GetPhase() == opsv1.Phase_PHASE_SUCCEEDED
+		}
 		e.ops[uid] = o
 		return nil
 	}
@@ -243,8 +270,10 @@ func (e *Engine) revive(uid string, r *record) error {
 	for i := range o.containers {
 		c := &o.containers[i]
 		if c.Step == stepNone || c.Step == stepDone {
+			e.settled[c.Token] = o.op.GetContainers()[i].GetPhase() == opsv1.Phase_PHASE_SUCCEEDED
 			continue
 		}
+		e.incumbents[c.Incumbent] = true
 		o.committed = o.committed || !c.StopBy.IsZero() || c.Step == stepStop || c.Step == stepAsk || c.Step == stepStarted || c.Step == stepReveal
 		slot := interceptors.Slot{PodUID: o.op.GetPod().GetUid(), Container: o.op.GetContainers()[i].GetName()}
 		claim, err := e.view.TryClaim(slot)
@@ -260,6 +289,7 @@ func (e *Engine) revive(uid string, r *record) error {
 			claim.WillDrive()
 		}
 		if c.Step == stepReveal {
+			e.settled[c.Token] = true
 			continue // what kubelet has seen must not vanish again
 		}
 		e.tokens[c.Token] = true
@@ -293,21 +323,10 @@ func (e *Engine) Overrides() *Overrides { return e.overrides }
 func (e *Engine) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	wg.Go(func() {
-		if e.awaitRuntime(ctx) == nil {
-			e.probe(ctx)
-			e.tidy(ctx)
-		}
-		if sleep(ctx, e.lateCreate) == nil {
-			e.tidy(ctx)
-		}
-		e.mu.Lock()
-		defer e.mu.Unlock()
-		e.tokens = nil
-	})
-	wg.Go(func() { e.writeAgain(ctx) })
-	wg.Go(func() { e.forget(ctx) })
-	wg.Go(func() { e.forgetOnRemoval(ctx) })
+	wg.Go(func() { guard.Keep(ctx, e.log, func() { e.begin(ctx, &wg) }) })
+	for _, keep := range []func(context.Context){e.writeAgain, e.forget, e.forgetOnRemoval} {
+		wg.Go(func() { guard.Keep(ctx, e.log, func() { keep(ctx) }) })
+	}
 	for {
 		e.mu.Lock()
 		waiting := e.waiting
@@ -322,6 +341,21 @@ func (e *Engine) Run(ctx context.Context) error {
 			return nil
 		}
 	}
+}
+
+// begin does what is to be done once: it tidies up after earlier processes, until nothing of theirs can come about any more. wg owns what takes longer.
+func (e *Engine) begin(ctx context.Context, wg *sync.WaitGroup) {
+	if e.awaitRuntime(ctx) == nil {
+		e.probe(ctx)
+		e.tidy(ctx, wg)
+	}
+	if sleep(ctx, e.lateCreate) == nil {
+		e.tidy(ctx, wg)
+		e.view.Unguard()
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.tokens = nil
 }
 
 // Close releases the state files. Run must have returned.
@@ -399,17 +433,23 @@ func (e *Engine) forget(ctx context.Context) {
 	}
 }
 
-// tidy forgets containers that went away while the proxy did not look, and removes strays.
-func (e *Engine) tidy(ctx context.Context) {
+// tidy forgets containers that went away while the proxy did not look, and takes care of those whose operation is lost. wg owns that.
+func (e *Engine) tidy(ctx context.Context, wg *sync.WaitGroup) {
 	e.forgetOverrides(ctx)
+	if e.awaitJudged(ctx) != nil {
+		return
+	}
 	list, err := e.forgetRemoved(ctx)
 	if err != nil {
 		e.log.WithError(err).Warn("records not tidied")
 		return
 	}
-	e.removeStrays(ctx, list)
+	e.judge(ctx, list) // what has come about since
 	if err := e.methods.removeStray(e.knows); err != nil {
 		e.log.WithError(err).Warn("gates that no operation knows not removed")
+	}
+	for _, s := range e.takeLost() {
+		wg.Go(func() { guard.Do(e.log, func() { e.clear(ctx, s) }) })
 	}
 }
 
@@ -438,25 +478,6 @@ func (e *Engine) forgetRemoved(ctx context.Context) ([]*runtimeapi.Container, er
 // lateCreate is how long after the start of a process a CreateContainer of the one before, which was cut off, may still
 // bring a container about: the runtime is then in the middle of it, which takes it milliseconds, seconds under load.
 const lateCreate = 15 * time.Second
-
-// removeStrays removes containers that an operation created and nobody knows: they were never started, kubelet must not
-// see them, and they hold the name that kubelet's next attempt needs. What counts is that this process has never
-// known the token: by the time that the list is read, an operation may have started and revealed what is
-// in it as created.
-func (e *Engine) removeStrays(ctx context.Context, list []*runtimeapi.Container) {
-	for _, c := range list {
-		token := c.GetAnnotations()[interceptors.StagedAnnotation]
-		if c.GetState() != runtimeapi.ContainerState_CONTAINER_CREATED || token == "" || e.knows(token) {
-			continue
-		}
-		log := e.log.WithFields(logrus.Fields{"pod": c.GetLabels()[labelPodNamespace] + "/" + c.GetLabels()[labelPodName], "container": c.GetLabels()[labelContainer]})
-		if _, err := e.rt.RemoveContainer(ctx, &runtimeapi.RemoveContainerRequest{ContainerId: c.GetId()}); err != nil {
-			log.WithError(err).Warn("staged container that no operation knows not removed")
-			continue
-		}
-		log.Warn("removed a staged container that no operation knows")
-	}
-}
 
 // awaitRuntime returns when the runtime answers.
 func (e *Engine) awaitRuntime(ctx context.Context) error {

@@ -330,7 +330,10 @@ func FuzzJournal(f *testing.F) {
 		if err != nil {
 			return
 		}
-		e := &Engine{view: interceptors.NewView(), log: quiet(), ops: map[string]*operation{}, tokens: map[string]bool{}}
+		e := &Engine{
+			view: interceptors.NewView(), log: quiet(), ops: map[string]*operation{},
+			tokens: map[string]bool{}, settled: map[string]bool{}, incumbents: map[string]bool{},
+		}
 		if e.revive("op", r) != nil {
 			return
 		}

@@ -130,7 +130,7 @@ func (n *node) boot(state string) {
 	d.engine.methods.gatePatience = waitLong
 	d.engine.journal.unsynced() // no power is cut here; copies of the file are made by this process
 	d.api = NewServer(d.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
-	d.server = proxy.NewServer(up, proxy.Options{Director: interceptors.New(interceptors.Options{View: d.view, Records: d.engine.Records(), Runtime: up.Conn(), Log: log, Overrides: d.engine.Overrides()})})
+	d.server = proxy.NewServer(up, proxy.Options{Director: interceptors.New(interceptors.Options{View: d.view, Records: d.engine.Records(), Runtime: up.Conn(), Log: log, Overrides: d.engine.Overrides(), Judge: d.engine})})
 	path := filepath.Join(n.dir, fmt.Sprintf("p%d.sock", len(n.daemons)))
 	l, err := proxy.Listen(path, proxy.ListenOptions{Mode: 0o600})
 	if err != nil {
@@ -455,6 +455,8 @@ func (e *Engine) copyState(from, to string) error {
 type leash struct {
 	grpc.ClientConnInterface
 	gone atomic.Pointer[chan struct{}]
+	// bug, if set, is called with the method of each call: where it panics, the engine does.
+	bug atomic.Pointer[func(method string)]
 }
 
 func (l *leash) cut() {
@@ -468,6 +470,9 @@ func (l *leash) free() {
 }
 
 func (l *leash) Invoke(ctx context.Context, method string, args, reply any, opts ...grpc.CallOption) error {
+	if bug := l.bug.Load(); bug != nil {
+		(*bug)(method[strings.LastIndexByte(method, '/')+1:])
+	}
 	if c := l.gone.Load(); c != nil {
 		<-*c
 		return context.Canceled

@@ -18,13 +18,14 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
+	"github.com/cri-proxy/cri-proxy/ops/guard"
 )
 
 const (
 	// callTimeout bounds one call to the runtime: kubelet's own runtimeRequestTimeout.
 	callTimeout = 2 * time.Minute
-	// hidePatience bounds the wait for answers that are on their way to kubelet undecoded. Lists take
-	// milliseconds; if one takes this long the runtime is in no state for a restart.
+	// hidePatience bounds the wait for answers that tell of containers and are on their way to kubelet undecoded. Lists and
+	// statuses take milliseconds; if one takes this long the runtime is in no state for a restart.
 	hidePatience = 10 * time.Second
 	// minGrace is kubelet's minimumGracePeriodInSeconds (kuberuntime_manager.go).
 	minGrace = 2 * time.Second
@@ -51,6 +52,7 @@ const (
 	ReasonPostStartFailed   = "PostStartHookFailed"
 	ReasonRuntime           = "RuntimeError"
 	ReasonJournal           = "JournalError"
+	ReasonInternal          = "InternalError" // a panic
 )
 
 // outcome ends the restart of a container. It is an error, except that it also
@@ -69,20 +71,53 @@ func failf(reason, format string, args ...any) *outcome {
 
 // execute runs an operation to its end, or until ctx ends.
 func (e *Engine) execute(ctx context.Context, o *operation) {
+	log := e.log.WithFields(logrus.Fields{"op": o.req.GetUid()})
+	if err := guard.Try(log, func() error { e.carryOut(ctx, o); return nil }); err != nil {
+		guard.Do(log, func() { e.giveUp(ctx, o, err) })
+	}
+}
+
+// giveUp ends an operation that cannot be carried out, whatever it has come to.
+func (e *Engine) giveUp(ctx context.Context, o *operation, why error) {
+	if o.finished() { // it was after that
+		return
+	}
+	for i := range o.req.GetContainers() {
+		e.newRestart(o, i).giveUp(ctx, why)
+	}
+	e.finish(o)
+}
+
+// giveUp ends the container's part of an operation after a panic that nothing is known of, such as one in the middle of undoing it.
+func (r *restart) giveUp(ctx context.Context, why error) {
+	rec := r.rec()
+	if rec.Step != stepDone {
+		r.end(failf(ReasonInternal, "%v", why))
+	}
+	if r.claim != nil {
+		r.abandon(ctx, r.claim, rec)
+	}
+	if r.up != nil {
+		r.endOthers()
+	}
+}
+
+// carryOut is execute without a guard.
+func (e *Engine) carryOut(ctx context.Context, o *operation) {
 	req := o.req
 	var wg sync.WaitGroup
 	failed := false
 	for i := range req.GetContainers() {
 		r := e.newRestart(o, i)
 		if !req.GetOrdered() {
-			wg.Go(func() { r.run(ctx) })
+			wg.Go(func() { r.runGuarded(ctx) })
 			continue
 		}
 		if failed {
 			r.end(&outcome{phase: opsv1.Phase_PHASE_CANCELLED, reason: ReasonSkipped, message: "not restarted because an earlier container failed"})
 			continue
 		}
-		failed = !r.run(ctx)
+		failed = !r.runGuarded(ctx)
 		if ctx.Err() != nil {
 			return
 		}
@@ -226,6 +261,16 @@ func (r *restart) warn(format string, args ...any) {
 	r.show(func(c *opsv1.ContainerOperation) { c.Warnings = append(c.Warnings, msg) })
 }
 
+// runGuarded is run, and ends the container's part of the operation if that panics.
+func (r *restart) runGuarded(ctx context.Context) (ok bool) {
+	err := guard.Try(r.log, func() error { ok = r.run(ctx); return nil })
+	if err == nil {
+		return ok
+	}
+	guard.Do(r.log, func() { r.giveUp(ctx, err) })
+	return false
+}
+
 // run returns whether the container was restarted. When ctx ends it returns early and
 // leaves the rest to the next process.
 func (r *restart) run(ctx context.Context) bool {
@@ -240,7 +285,7 @@ func (r *restart) run(ctx context.Context) bool {
 	if r.up != nil {
 		drive = r.driveUpgrade
 	}
-	err := drive(ctx)
+	err := guard.Try(r.log, func() error { return drive(ctx) })
 	if r.up != nil {
 		close(r.up.over) // whatever is still to be done: kubelet is not kept waiting for it
 	}
@@ -249,10 +294,13 @@ func (r *restart) run(ctx context.Context) bool {
 		r.leaveGate()
 	}()
 	var out *outcome
+	var bug *guard.Panic
 	switch {
 	case err == nil:
 		out = &outcome{phase: opsv1.Phase_PHASE_SUCCEEDED}
 	case errors.As(err, &out):
+	case errors.As(err, &bug):
+		out = failf(ReasonInternal, "%v", bug)
 	case ctx.Err() != nil:
 		return false
 	default:
@@ -263,7 +311,7 @@ func (r *restart) run(ctx context.Context) bool {
 		return false
 	}
 	if out.phase != opsv1.Phase_PHASE_SUCCEEDED && !r.undo(ctx, out) {
-		return false
+		return false // a panic in there is the caller's
 	}
 	if r.claim != nil {
 		r.removeGate() // whichever process has made or opened it
@@ -395,6 +443,12 @@ func (r *restart) takeSlot(ctx context.Context) error {
 	waiting, end := endWith(ctx, r.o.cancelled)
 	defer end()
 	r.queued = true
+	if err := r.awaitJudged(waiting); err != nil { // what an earlier process has left in the slot comes first
+		if ctx.Err() == nil {
+			return r.cancelledOutcome()
+		}
+		return err
+	}
 	claim, err := r.view.Claim(waiting, interceptors.Slot{PodUID: r.o.op.GetPod().GetUid(), Container: r.want.GetName()})
 	switch {
 	case err == nil:

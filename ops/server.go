@@ -88,6 +88,9 @@ func (s *Server) Restart(ctx context.Context, req *opsv1.RestartRequest) (*opsv1
 // precheck refuses at once what cannot work, so that nothing is journaled for it.
 // A container that is being restarted already is checked when its turn comes.
 func (s *Server) precheck(ctx context.Context, req *opsv1.RestartRequest) (*opsv1.PodRef, error) {
+	if err := s.e.Judge(ctx); err != nil {
+		return nil, precheckError(err)
+	}
 	sandbox, err := s.e.sandboxOf(ctx, req.GetPod())
 	if err != nil {
 		return nil, precheckError(err)

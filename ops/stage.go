@@ -56,7 +56,11 @@ func (r *restart) stage(ctx context.Context) error {
 	hide, cancelHide := context.WithTimeout(ctx, hidePatience)
 	defer cancelHide()
 	if err := r.claim.Hide(hide, token); err != nil {
-		return failf(ReasonRuntime, "the runtime takes more than %s to answer a list: %s not begun", hidePatience, r.kind())
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		return failf(ReasonRuntime, "%s not begun: the runtime takes more than %s to tell kubelet of its containers (%v); try again when crictl ps answers at once",
+			r.kind(), hidePatience, err)
 	}
 	if err := r.chooseMethod(call); err != nil {
 		return err

@@ -16,6 +16,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
+	"github.com/cri-proxy/cri-proxy/ops/guard"
 )
 
 // gatePatience bounds the wait for a started container to come to its gate. It takes milliseconds; if it takes this long,
@@ -54,7 +55,7 @@ func (r *restart) swap(ctx context.Context) error {
 	}
 	by = by.Add(time.Since(began)) // the incumbent's grace is for what it does, not for what we do
 	stopped := make(chan error, 1)
-	go func() { stopped <- r.stop(ctx, by) }() // ends with the call, which is waited for below
+	go func() { stopped <- guard.Try(r.log, func() error { return r.stop(ctx, by) }) }() // ends with the call, which is waited for below
 	gone := r.exit.ended()
 	if r.rec().Method == MethodPlain {
 		gone = nil
@@ -303,9 +304,12 @@ func (r *restart) passed(ctx context.Context, rec containerRecord) {
 }
 
 // began notes when the application of the successor began.
-func (r *restart) began(id string, at time.Time) {
-	r.records.setStarted(id, at)
-	r.view.SetStarted(id, at)
+func (r *restart) began(id string, at time.Time) { r.setStarted(id, at) }
+
+// setStarted notes when the application of a container that was held at a gate began.
+func (e *Engine) setStarted(id string, at time.Time) {
+	e.records.setStarted(id, at)
+	e.view.SetStarted(id, at)
 }
 
 // awaitGate waits until the successor waits at its gate. The error says why it does not.

@@ -58,6 +58,15 @@ func (c *call) openServerStream(ctx context.Context, req *frame) (grpc.ClientStr
 func (c *call) bidi(first []*frame, closed bool) error {
 	ctx, cancel := context.WithCancelCause(c.client.Context())
 	defer cancel(nil)
+	if c.m == c.s.unknown {
+		done, err := c.directUnknown(ctx, cancel)
+		if err != nil {
+			return err
+		}
+		if done != nil {
+			defer done()
+		}
+	}
 	runtime, err := c.conn.NewStream(c.outgoing(ctx), &bidiDesc, c.name, c.callOptions()...)
 	if err != nil {
 		for _, f := range first {

@@ -56,9 +56,36 @@ type Reader struct {
 	node     *corev1.Node
 }
 
-// Of returns a reader for the pod. from should read past caches: what has just been changed counts.
+// Of returns a reader for the pod, which must be whole: the pods in the controller's cache are not.
 func Of(from client.Reader, pod *corev1.Pod) *Reader {
 	return &Reader{from: from, pod: pod, objects: map[string]client.Object{}}
+}
+
+// Read returns a reader for a pod as it is now, by the name and UID of the one given. from must read
+// past caches: what has just been changed counts.
+//
+// Errors: the API server's, or that there is no such pod any more.
+func Read(ctx context.Context, from client.Reader, of *corev1.Pod) (*Reader, error) {
+	pod := &corev1.Pod{}
+	if err := from.Get(ctx, client.ObjectKeyFromObject(of), pod); err != nil {
+		return nil, fmt.Errorf("reading pod %s/%s: %w", of.Namespace, of.Name, err)
+	}
+	if pod.UID != of.UID {
+		return nil, fmt.Errorf("pod %s/%s is another one by now", of.Namespace, of.Name)
+	}
+	return Of(from, pod), nil
+}
+
+// Pod is the pod that is read for.
+func (r *Reader) Pod() *corev1.Pod { return r.pod }
+
+// Label has the pod read as if it had the label: it is about to be patched.
+func (r *Reader) Label(key, value string) {
+	r.pod = r.pod.DeepCopy()
+	if r.pod.Labels == nil {
+		r.pod.Labels = map[string]string{}
+	}
+	r.pod.Labels[key] = value
 }
 
 // Container returns what kubelet would compute now of the container of that name, which the pod

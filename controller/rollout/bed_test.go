@@ -259,7 +259,7 @@ func (b *bed) start() {
 			return err
 		},
 	})
-	b.r = &Reconciler{Client: c, APIReader: b.api, Nodes: b.fleet, NodePort: nodes.DefaultNodePort, Recorder: b, Log: log}
+	b.r = &Reconciler{Client: c, APIReader: uncached{b.api, b}, Nodes: b.fleet, NodePort: nodes.DefaultNodePort, Recorder: b, Log: log}
 	b.r.prepare()
 	newQueue := func() workqueue.TypedRateLimitingInterface[reconcile.Request] {
 		return workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](50*time.Millisecond, 30*time.Second))

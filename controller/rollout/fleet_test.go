@@ -236,8 +236,9 @@ func (f *fleet) turn(node *simNode, o *simOp, limit time.Duration) bool {
 	}
 }
 
-func (f *fleet) CommitUpgrade(ctx context.Context, n controller.Node, uid string) (*opsv1.Operation, error) {
+func (f *fleet) CommitUpgrade(ctx context.Context, n controller.Node, r *opsv1.CommitUpgradeRequest) (*opsv1.Operation, error) {
 	const method = "CommitUpgrade"
+	uid := r.GetUid()
 	node, err := f.node(ctx, n, method)
 	if err != nil {
 		return nil, err
