@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	corev1 "k8s.io/api/core/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -22,7 +23,8 @@ func TestMissing(t *testing.T) {
 		name string
 		// spec is that of the container, volumes that of the pod.
 		spec, volumes string
-		// words are what kubelet says, where it does not always say the same.
+		// words are what kubelet says, where it does not always say the same, or names a directory
+		// of the machine.
 		words string
 	}{
 		{name: "env-config-map", spec: `env: [{name: A, valueFrom: {configMapKeyRef: {name: whole, key: a}}}]`},
@@ -36,10 +38,12 @@ func TestMissing(t *testing.T) {
 			name:    "env-file-key",
 			spec:    `env: [{name: A, valueFrom: {fileKeyRef: {volumeName: work, path: one/settings, key: A}}}]`,
 			volumes: `[{name: work, emptyDir: {}}]`,
+			words:   `environment variable key "A" not found in file`,
 		},
 		{
 			name: "sub-path-leads-out", spec: `volumeMounts: [{name: work, mountPath: /work}, {name: work, mountPath: /sub, subPath: one}]`,
 			volumes: `[{name: work, emptyDir: {}}]`,
+			words:   `failed to prepare subPath for volumeMount "work"`,
 		},
 		{
 			name: "sub-path-steps-up",
@@ -139,9 +143,16 @@ spec:
 		}
 		told[c.name] = outcome(completed(t, ns, c.name))
 	}
+	after := map[string]*corev1.Pod{}
+	for _, c := range cases {
+		after[c.name] = getPod(t, ns, c.name)
+		if container(t, after[c.name], "app").State.Running != nil {
+			endProcess(t, after[c.name], "app") // kubelet is the judge
+		}
+	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
-			now := getPod(t, ns, c.name)
+			now := after[c.name]
 			was, is := container(t, before[c.name], "app"), container(t, now, "app")
 			if is.ContainerID != was.ContainerID || is.State.Running == nil || is.RestartCount != 0 {
 				t.Errorf("the old container was touched: it was %s and is %s", states(before[c.name]), states(now))
@@ -152,20 +163,24 @@ spec:
 			if told[c.name] == "" {
 				t.Fatal("the request has succeeded")
 			}
-			words := c.words
-			if words == "" { // the judge
-				endProcess(t, now, "app")
-				eventually(t, "kubelet says why it makes no container", func() bool {
-					w := container(t, getPod(t, ns, c.name), "app").State.Waiting
-					// It may say at first that it waits before the next attempt.
-					if w == nil || w.Message == "" || w.Reason == "CrashLoopBackOff" {
-						return false
-					}
-					words = w.Message
-					return true
-				})
+			words := ""
+			eventually(t, "kubelet says why it makes no container", func() bool {
+				w := container(t, getPod(t, ns, c.name), "app").State.Waiting
+				// It may say at first that it waits before the next attempt.
+				if w == nil || w.Message == "" || w.Reason == "CrashLoopBackOff" {
+					return false
+				}
+				words = w.Message
+				return true
+			})
+			want := words
+			if c.words != "" {
+				want = c.words
 			}
-			if !strings.Contains(told[c.name], words) {
+			if !strings.Contains(words, want) {
+				t.Errorf("the test is wrong: kubelet says\n  %s", words)
+			}
+			if !strings.Contains(told[c.name], want) {
 				t.Errorf("the request says\n  %s\nkubelet says\n  %s", told[c.name], words)
 			}
 		})

@@ -134,11 +134,11 @@ func TestUpgradeTakesWhatIsNew(t *testing.T) {
 			volumes: "- {name: part, image: {reference: " + staleVolume + ", pullPolicy: Always}}", began: "1.0 2.0", then: "2.0 3.0"},
 		{name: "stale", spec: "imagePullPolicy: Always", to: stale, began: "1.0", then: "3.0"},
 		{name: "moved", spec: "imagePullPolicy: Always", from: moving, to: "restart", began: "1.0", then: "2.0"},
-		{name: "late", spec: key, began: "1.0 before", then: "2.0 later", pdb: true},
+		{name: "late", spec: strings.Replace(key, "conf", "late", 1), began: "1.0 before", then: "2.0 later", pdb: true},
 		{name: "nothing", spec: `env: [{name: SETTING, value: same}]`, began: "1.0 same", then: "2.0 same"},
 	}
-	conf := func(value string) string {
-		return fmt.Sprintf("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: conf, namespace: %s}\ndata: {setting: %s}\n---\n", ns, value)
+	conf := func(name, value string) string {
+		return fmt.Sprintf("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: %s, namespace: %s}\ndata: {setting: %s}\n---\n", name, ns, value)
 	}
 	pods := ""
 	for i := range cases {
@@ -165,11 +165,11 @@ spec: {minAvailable: 1, selector: {matchLabels: {pod: %[2]s}}}
 `, ns, c.name))
 		}
 	}
-	apply(t, conf("before"))
+	apply(t, conf("conf", "before")+conf("late", "before"))
 	create(t, pods)
 	before := allReady(t, ns)
 
-	apply(t, conf("after"))
+	apply(t, conf("conf", "after")+conf("late", "after"))
 	kubectl(t, "-n", ns, "create", "service", "clusterip", "fresh", "--tcp=80:80")
 	kubectl(t, "-n", ns, "patch", "pod", "resized", "--subresource=resize", "-p",
 		`{"spec":{"containers":[{"name":"app","resources":{"requests":{"memory":"56Mi"},"limits":{"memory":"56Mi"}}}]}}`)
@@ -191,7 +191,7 @@ spec: {minAvailable: 1, selector: {matchLabels: {pod: %[2]s}}}
 					ops := operations(t, ns, c.name)
 					return len(ops) > 0 && ops[0].GetPhase().String() == "PHASE_PREPARED"
 				})
-			apply(t, conf("later"))
+			apply(t, conf("late", "later"))
 			kubectl(t, "-n", ns, "delete", "pdb", c.name)
 		}
 	}
