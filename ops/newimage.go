@@ -223,7 +223,7 @@ func (r *restart) fitImage(ctx context.Context, at *target) (*runtimeapi.CreateC
 	if err != nil {
 		return nil, err
 	}
-	request, _, err := r.requestOf(ctx, at.incumbent, at.sandbox)
+	request, err := r.requestOf(ctx, at.incumbent, at.sandbox)
 	if err != nil {
 		return nil, &noRequestError{err}
 	}

@@ -247,6 +247,14 @@ func (n *node) sandboxConfig() *runtimeapi.PodSandboxConfig {
 	}
 }
 
+// terminationDir is where kubelet makes the termination message files of a container. It is made.
+func (n *node) terminationDir(name string) string {
+	n.t.Helper()
+	dir := filepath.Join(n.dir, "pods", podUID, "containers", name)
+	n.must(os.MkdirAll(dir, 0o750))
+	return dir
+}
+
 func (n *node) containerConfig(name string, attempt uint32) *runtimeapi.ContainerConfig {
 	return &runtimeapi.ContainerConfig{
 		Metadata: &runtimeapi.ContainerMetadata{Name: name, Attempt: attempt},
@@ -256,7 +264,7 @@ func (n *node) containerConfig(name string, attempt uint32) *runtimeapi.Containe
 			annotationTerminationPath: "/dev/termination-log",
 		},
 		Envs:    []*runtimeapi.KeyValue{{Key: "BLOB", Value: []byte{0xff, 0xfe, 'a'}}},
-		Mounts:  []*runtimeapi.Mount{{ContainerPath: "/dev/termination-log", HostPath: filepath.Join(n.dir, "0a0b0c0d")}},
+		Mounts:  []*runtimeapi.Mount{{ContainerPath: "/dev/termination-log", HostPath: filepath.Join(n.terminationDir(name), "0a0b0c0d")}},
 		LogPath: fmt.Sprintf("%s/%d.log", name, attempt),
 		Linux: &runtimeapi.LinuxContainerConfig{
 			Resources:       &runtimeapi.LinuxContainerResources{CpuShares: 102, CpusetCpus: "0-3"},

@@ -48,9 +48,7 @@ func (r *restart) nextRequest(ctx context.Context, token string) (*runtimeapi.Cr
 	if err := r.load(ctx); err != nil {
 		return nil, err
 	}
-	if newer := r.records.resources(r.rec().Incumbent); newer != nil {
-		r.applied = newer
-	}
+	r.update()
 	req, err := cloneFor(r.request, r.applied, r.container().GetAttempt(), token)
 	if err != nil {
 		return nil, failf(ReasonCreateFailed, "%v", err)

@@ -180,7 +180,8 @@ type restart struct {
 
 	incumbent *runtimeapi.ContainerStatus
 	request   *runtimeapi.CreateContainerRequest // of the incumbent
-	applied   *runtimeapi.LinuxContainerResources
+	// applied is what the resources in request have become, with all that has been recorded up to recorded.
+	applied, recorded *runtimeapi.LinuxContainerResources
 
 	exit *exitWatch // of the incumbent; nil where there is none
 	gate *gate.Gate // of the successor, once it waits there

@@ -62,6 +62,7 @@ type fakeContainer struct {
 	stubborn bool          // ignores SIGTERM
 	dead     chan struct{} // closed when the process is gone
 	gate     *os.File      // the directory that is mounted where the hook is, if there is one
+	told     string        // what a verbose status tells beyond CRI; empty: what containerd does
 	process  *fakeProcess  // since its start
 }
 
@@ -514,6 +515,9 @@ func (f *fakeRuntime) ContainerStatus(_ context.Context, r *runtimeapi.Container
 	resp := &runtimeapi.ContainerStatusResponse{Status: proto.Clone(c.status).(*runtimeapi.ContainerStatus)}
 	if r.GetVerbose() {
 		resp.Info = verbose(c.config)
+		if c.told != "" {
+			resp.Info = map[string]string{"info": c.told}
+		}
 		if c.process != nil {
 			resp.Info = c.process.verbose(c.config)
 		}

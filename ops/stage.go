@@ -218,14 +218,24 @@ func (r *restart) removeLate(ctx context.Context) {
 	}
 }
 
+// update adds to the resources of the successor what kubelet has asked for of the incumbent since they were
+// read, and returns that; nil for nothing.
+func (r *restart) update() *runtimeapi.LinuxContainerResources {
+	newer := r.records.resources(r.rec().Incumbent)
+	if newer == nil || proto.Equal(newer, r.recorded) {
+		return nil
+	}
+	r.recorded, r.applied = newer, overlayResources(r.applied, newer)
+	return newer
+}
+
 // catchUp applies to the successor what kubelet has set on the incumbent while the
 // successor was being created. From Staged on the director applies updates to both.
 func (r *restart) catchUp(ctx context.Context, id string) {
-	newer := r.records.resources(r.rec().Incumbent)
-	if newer == nil || proto.Equal(newer, r.applied) {
+	newer := r.update()
+	if newer == nil {
 		return
 	}
-	r.applied = newer
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
 	defer cancel()
 	if _, err := r.rt.UpdateContainerResources(call, &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: newer}); err != nil {
@@ -243,17 +253,21 @@ func (r *restart) load(ctx context.Context) error {
 		return nil
 	}
 	rec := r.rec()
+	// Before the runtime's own: what is recorded meanwhile is noticed as newer.
+	recorded := r.records.resources(rec.Incumbent)
 	st, _, err := r.inspectIncumbent(ctx)
 	if err != nil {
 		return err
 	}
 	r.incumbent = st
 	err = r.patiently(ctx, func() (err error) {
-		r.request, r.applied, err = r.requestOf(ctx, rec.Incumbent, rec.Sandbox)
+		r.request, err = r.requestOf(ctx, rec.Incumbent, rec.Sandbox)
 		return err
 	})
 	if err != nil {
 		return failf(ReasonCreateFailed, "%v", err)
 	}
+	asked := overlayResources(r.request.GetConfig().GetLinux().GetResources(), recorded)
+	r.recorded, r.applied = recorded, overlayResources(recorded, reported(st, asked))
 	return nil
 }

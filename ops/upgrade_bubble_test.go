@@ -270,7 +270,7 @@ func (n *upNode) asks(name, image string, attempt uint32, edit ...func(*runtimea
 	c := n.shape.containerConfig(name, attempt)
 	c.Image = &runtimeapi.ImageSpec{Image: "sha256:" + image, UserSpecifiedImage: image}
 	c.Annotations[annotationHash] = kubeletHash(name, image)
-	c.Mounts[0].HostPath = filepath.Join(n.dir, fmt.Sprintf("%s-%d", name, attempt))
+	c.Mounts[0].HostPath = filepath.Join(n.shape.terminationDir(name), fmt.Sprintf("%08x", attempt))
 	for _, f := range edit {
 		f(c)
 	}

@@ -561,7 +561,7 @@ func (r *restart) podGrace(ctx context.Context) time.Duration {
 
 // differs names what kubelet asks for otherwise than it was prepared.
 func (r *restart) differs(ctx context.Context, asked *runtimeapi.CreateContainerRequest) []string {
-	ours, _, err := r.requestOf(ctx, r.successor(), r.rec().Sandbox)
+	ours, err := r.requestOf(ctx, r.successor(), r.rec().Sandbox)
 	if err != nil {
 		r.log.WithError(err).Warn("prepared container cannot be compared")
 		return []string{"unknown"}

@@ -135,7 +135,10 @@ func (p *pod) request(t testing.TB, s spec, attempt int) *runtimeapi.CreateConta
 			t.Fatal(err)
 		}
 	}
-	term := filepath.Join(p.k.dir, "pods", p.uid, fmt.Sprintf("%s-%d", s.name, attempt))
+	term := filepath.Join(p.k.dir, "pods", p.uid, "containers", s.name, fmt.Sprintf("%08x", attempt))
+	if err := os.MkdirAll(filepath.Dir(term), 0o750); err != nil {
+		t.Fatal(err)
+	}
 	if err := os.WriteFile(term, nil, 0o666); err != nil {
 		t.Fatal(err)
 	}

@@ -4,6 +4,8 @@
 package integration
 
 import (
+	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -371,4 +373,78 @@ func TestResourcesOfClones(t *testing.T) {
 			t.Errorf("restart %d: it was\n%s\nand is\n%s", i, first, got)
 		}
 	}
+}
+
+// TestResourcesChangedPastTheProxy changes a container's resources at the runtime itself, as kubelet does while the proxy is
+// bypassed. The successor has what the kernel gave the incumbent last, and not what the proxy has recorded.
+func TestResourcesChangedPastTheProxy(t *testing.T) {
+	for name, before := range map[string]*runtimeapi.LinuxContainerResources{
+		"nothing recorded since":      nil,
+		"another cpuset by the proxy": {CpusetCpus: "0", MemoryLimitInBytes: 80 << 20},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := startNode(t)
+			p := n.runPod(t)
+			req := p.request(t, spec{name: "app", command: looping}, 0)
+			req.Config.Linux.Resources.CpusetCpus = "0-1"
+			req.Config.Linux.Resources.CpuQuota, req.Config.Linux.Resources.CpuPeriod = 50_000, 100_000
+			created, err := n.CreateContainer(t.Context(), req)
+			must(t, err)
+			id := created.GetContainerId()
+			_, err = n.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: id})
+			must(t, err)
+			p.began(t, "app", 0)
+			update := func(k *kubelet, r *runtimeapi.LinuxContainerResources) {
+				t.Helper()
+				_, err := k.UpdateContainerResources(t.Context(), &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: r})
+				must(t, err)
+			}
+			if before != nil {
+				update(n.kubelet, before)
+			}
+			update(n.direct, &runtimeapi.LinuxContainerResources{CpusetCpus: "1", MemoryLimitInBytes: 96 << 20, CpuQuota: 70_000})
+			was := n.inKernel(t, id)
+			if !strings.HasPrefix(was, "1 100663296 70000 100000 ") {
+				t.Fatalf("the kernel has %s", was)
+			}
+			for attempt := 1; attempt <= 2; attempt++ {
+				op := n.restart(t, p, restartOf("app"))
+				if op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED {
+					t.Fatalf("operation: %v", op)
+				}
+				id = op.GetContainers()[0].GetSuccessorId()
+				p.began(t, "app", attempt)
+				if got := n.inKernel(t, id); got != was {
+					t.Errorf("restart %d: the kernel has %s, want %s", attempt, got, was)
+				}
+			}
+		})
+	}
+}
+
+// inKernel is what the kernel has of a container's resources: cpuset, memory limit, CPU quota, period and shares.
+func (k *kubelet) inKernel(t testing.TB, id string) string {
+	t.Helper()
+	resp, err := k.ContainerStatus(t.Context(), &runtimeapi.ContainerStatusRequest{ContainerId: id, Verbose: true})
+	must(t, err)
+	var info struct {
+		PID int `json:"pid"`
+	}
+	must(t, json.Unmarshal([]byte(resp.GetInfo()["info"]), &info))
+	groups, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", info.PID))
+	must(t, err)
+	var told []string
+	for _, file := range []string{"cpuset/cpuset.cpus", "memory/memory.limit_in_bytes", "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us", "cpu/cpu.shares"} {
+		controller, name, _ := strings.Cut(file, "/")
+		at := ""
+		for line := range strings.Lines(string(groups)) {
+			if f := strings.SplitN(strings.TrimSpace(line), ":", 3); slices.Contains(strings.Split(f[1], ","), controller) {
+				at = f[2]
+			}
+		}
+		b, err := os.ReadFile(filepath.Join("/sys/fs/cgroup", controller, at, name))
+		must(t, err)
+		told = append(told, strings.TrimSpace(string(b)))
+	}
+	return strings.Join(told, " ")
 }
