@@ -66,7 +66,8 @@ spec:
 		requests := ""
 		for _, c := range cases {
 			if i < len(c.requests) {
-				requests += recreate(ns, fmt.Sprintf("%s-%d", c.name, i+1), pods[c.name].Name, "containers: [{name: app}]"+c.requests[i])
+				requests += recreate(ns, fmt.Sprintf("%s-%d", c.name, i+1), pods[c.name].Name,
+					"containers: [{name: app}]"+c.requests[i])
 			}
 		}
 		apply(t, requests)
@@ -143,7 +144,7 @@ func TestRestartRules(t *testing.T) {
 				}
 			}
 			after := restarted(t, before, "app", 2)
-			if is, was := container(t, after, "neighbour"), container(t, before, "neighbour"); is.ContainerID != was.ContainerID {
+			if container(t, after, "neighbour").ContainerID != container(t, before, "neighbour").ContainerID {
 				t.Errorf("the neighbour was restarted: %s\n%s", states(after), events(t, ns, name))
 			}
 			if bad := seen(); len(bad) > 0 {

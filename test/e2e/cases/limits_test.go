@@ -85,7 +85,8 @@ func TestNearMemoryLimit(t *testing.T) {
 		if image != "" {
 			image = bed.Image(image)
 		}
-		orders += rollout(ns, c.name, "{podName: "+c.name+"}", image, "progressDeadlineSeconds: 60, minReadySeconds: 1, order: "+c.order)
+		orders += rollout(ns, c.name, "{podName: "+c.name+"}", image,
+			"progressDeadlineSeconds: 60, minReadySeconds: 1, order: "+c.order)
 	}
 	apply(t, orders)
 	for _, c := range cases {

@@ -76,7 +76,8 @@ func run(m *testing.M) (code int, err error) {
 	}
 	config.QPS, config.Burst = 200, 400
 	scheme := runtime.NewScheme()
-	if err := errors.Join(clientgoscheme.AddToScheme(scheme), appsv1alpha1.AddToScheme(scheme), inplace.AddToScheme(scheme)); err != nil {
+	if err := errors.Join(clientgoscheme.AddToScheme(scheme), appsv1alpha1.AddToScheme(scheme),
+		inplace.AddToScheme(scheme)); err != nil {
 		return 0, err
 	}
 	if api, err = client.New(config, client.Options{Scheme: scheme}); err != nil {
@@ -112,7 +113,8 @@ func restrictController(ctx context.Context) error {
 			return err
 		}
 	}
-	bed.ControllerKubeconfig, err = bed.NewKubeconfig("cri-controller", "system:serviceaccount:cri-proxy-system:cri-controller", "system:serviceaccounts")
+	bed.ControllerKubeconfig, err = bed.NewKubeconfig("cri-controller",
+		"system:serviceaccount:cri-proxy-system:cri-controller", "system:serviceaccounts")
 	return err
 }
 
@@ -177,7 +179,8 @@ func kubectl(t testing.TB, args ...string) string {
 // crane runs the registry client on the bed's registry.
 func crane(t testing.TB, args ...string) {
 	t.Helper()
-	out, err := exec.CommandContext(t.Context(), filepath.Join(bed.Bin, "crane"), append(args, "--insecure")...).CombinedOutput()
+	out, err := exec.CommandContext(t.Context(), filepath.Join(bed.Bin, "crane"),
+		append(args, "--insecure")...).CombinedOutput()
 	if err != nil {
 		t.Fatalf("crane %s: %v\n%s", strings.Join(args, " "), err, out)
 	}
@@ -267,7 +270,8 @@ func states(p *corev1.Pod) string {
 		case s.State.Waiting != nil:
 			out = append(out, fmt.Sprintf("%s waits, %s: %s", s.Name, s.State.Waiting.Reason, s.State.Waiting.Message))
 		case s.State.Terminated != nil:
-			out = append(out, fmt.Sprintf("%s has ended with %d, %s", s.Name, s.State.Terminated.ExitCode, s.State.Terminated.Reason))
+			out = append(out, fmt.Sprintf("%s has ended with %d, %s", s.Name, s.State.Terminated.ExitCode,
+				s.State.Terminated.Reason))
 		}
 	}
 	return strings.Join(out, "; ")
@@ -313,7 +317,9 @@ func restart(t testing.TB, ns, pod, name string) *appsv1alpha1.ContainerRecreate
 func completed(t testing.TB, ns, name string) *appsv1alpha1.ContainerRecreateRequest {
 	t.Helper()
 	crr := &appsv1alpha1.ContainerRecreateRequest{}
-	eventuallySaying(t, "request "+name+" is completed", func() string { return fmt.Sprintf("%+v\n%s", crr.Status, events(t, ns, name)) }, func() bool {
+	eventuallySaying(t, "request "+name+" is completed", func() string {
+		return fmt.Sprintf("%+v\n%s", crr.Status, events(t, ns, name))
+	}, func() bool {
 		must(t, api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: name}, crr))
 		return crr.Status.Phase == appsv1alpha1.ContainerRecreateRequestCompleted
 	})
@@ -325,7 +331,8 @@ func completed(t testing.TB, ns, name string) *appsv1alpha1.ContainerRecreateReq
 func outcome(crr *appsv1alpha1.ContainerRecreateRequest) string {
 	var out []string
 	if len(crr.Status.ContainerRecreateStates) != len(crr.Spec.Containers) {
-		out = append(out, fmt.Sprintf("%d of %d containers", len(crr.Status.ContainerRecreateStates), len(crr.Spec.Containers)))
+		out = append(out, fmt.Sprintf("%d of %d containers", len(crr.Status.ContainerRecreateStates),
+			len(crr.Spec.Containers)))
 	}
 	for _, s := range crr.Status.ContainerRecreateStates {
 		if s.Phase != appsv1alpha1.ContainerRecreateRequestSucceeded {
@@ -367,7 +374,9 @@ func getRollout(t testing.TB, ns, name string) *inplace.InPlaceRollout {
 func ended(t testing.TB, ns, name string) *inplace.InPlaceRollout {
 	t.Helper()
 	var r *inplace.InPlaceRollout
-	eventuallySaying(t, "rollout "+name+" has ended", func() string { return fmt.Sprintf("%+v\n%s", r.Status, events(t, ns, name)) }, func() bool {
+	eventuallySaying(t, "rollout "+name+" has ended", func() string {
+		return fmt.Sprintf("%+v\n%s", r.Status, events(t, ns, name))
+	}, func() bool {
 		r = getRollout(t, ns, name)
 		return r.Status.CompletionTime != nil && r.Status.ObservedGeneration == r.Generation
 	})
@@ -381,13 +390,15 @@ func complete(r *inplace.InPlaceRollout) string {
 			return ""
 		}
 	}
-	return fmt.Sprintf("rollout %s: %s; failures %+v; conditions %+v", r.Name, r.Status.Message, r.Status.Failures, r.Status.Conditions)
+	return fmt.Sprintf("rollout %s: %s; failures %+v; conditions %+v", r.Name, r.Status.Message, r.Status.Failures,
+		r.Status.Conditions)
 }
 
 // node talks to the node over the admin socket, and waits for a proxy that is away.
 func node(t testing.TB) opsv1.OpsClient {
 	t.Helper()
-	conn, err := grpc.NewClient("unix://"+bed.AdminSocket, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDefaultCallOptions(grpc.WaitForReady(true)))
+	conn, err := grpc.NewClient("unix://"+bed.AdminSocket, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithDefaultCallOptions(grpc.WaitForReady(true)))
 	must(t, err)
 	t.Cleanup(func() { _ = conn.Close() })
 	return opsv1.NewOpsClient(conn)
@@ -408,14 +419,15 @@ func operations(t testing.TB, ns, pod string) []*opsv1.Operation {
 func lastOperation(t testing.TB, ns, pod string) *opsv1.ContainerOperation {
 	t.Helper()
 	var op *opsv1.Operation
-	eventuallySaying(t, "the node's last operation on pod "+pod+" has ended", func() string { return op.String() }, func() bool {
-		ops := operations(t, ns, pod)
-		if len(ops) == 0 {
-			return false
-		}
-		op = ops[0]
-		return op.GetFinishTime() != nil
-	})
+	eventuallySaying(t, "the node's last operation on pod "+pod+" has ended", func() string { return op.String() },
+		func() bool {
+			ops := operations(t, ns, pod)
+			if len(ops) == 0 {
+				return false
+			}
+			op = ops[0]
+			return op.GetFinishTime() != nil
+		})
 	for _, c := range op.GetContainers() {
 		if c.GetName() == "app" {
 			return c
@@ -431,9 +443,10 @@ func containersOf(t testing.TB, p *corev1.Pod, name string) []*runtimeapi.Contai
 	conn, err := bed.DialRuntime()
 	must(t, err)
 	defer func() { _ = conn.Close() }()
-	list, err := runtimeapi.NewRuntimeServiceClient(conn).ListContainers(t.Context(), &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
-		LabelSelector: map[string]string{"io.kubernetes.pod.uid": string(p.UID), "io.kubernetes.container.name": name},
-	}})
+	list, err := runtimeapi.NewRuntimeServiceClient(conn).ListContainers(t.Context(),
+		&runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
+			LabelSelector: map[string]string{"io.kubernetes.pod.uid": string(p.UID), "io.kubernetes.container.name": name},
+		}})
 	must(t, err)
 	return list.GetContainers()
 }
@@ -443,12 +456,15 @@ func containersOf(t testing.TB, p *corev1.Pod, name string) []*runtimeapi.Contai
 func assertOneLive(t testing.TB, ns, pod, name string) {
 	t.Helper()
 	var all []*runtimeapi.Container
-	eventuallySaying(t, "one container of "+pod+"/"+name+" runs, the one that kubelet knows", func() string { return fmt.Sprint(all) }, func() bool {
-		p := getPod(t, ns, pod)
-		all = containersOf(t, p, name)
-		live := slices.DeleteFunc(slices.Clone(all), func(c *runtimeapi.Container) bool { return c.GetState() == runtimeapi.ContainerState_CONTAINER_EXITED })
-		return len(live) == 1 && live[0].GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING && idOf(container(t, p, name)) == live[0].GetId()
-	})
+	eventuallySaying(t, "one container of "+pod+"/"+name+" runs, the one that kubelet knows",
+		func() string { return fmt.Sprint(all) }, func() bool {
+			p := getPod(t, ns, pod)
+			all = containersOf(t, p, name)
+			live := slices.DeleteFunc(slices.Clone(all),
+				func(c *runtimeapi.Container) bool { return c.GetState() == runtimeapi.ContainerState_CONTAINER_EXITED })
+			return len(live) == 1 && live[0].GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING &&
+				idOf(container(t, p, name)) == live[0].GetId()
+		})
 }
 
 // idOf is the runtime's ID of a container, empty if it has none yet.

@@ -198,21 +198,24 @@ func imageService(t testing.TB) runtimeapi.ImageServiceClient {
 
 func pullOnNode(t testing.TB, image string) {
 	t.Helper()
-	_, err := imageService(t).PullImage(t.Context(), &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: image}})
+	_, err := imageService(t).PullImage(t.Context(),
+		&runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: image}})
 	must(t, err)
 }
 
 // removeFromNode removes a name of an image, and the image with its last name.
 func removeFromNode(t testing.TB, image string) {
 	t.Helper()
-	_, err := imageService(t).RemoveImage(t.Context(), &runtimeapi.RemoveImageRequest{Image: &runtimeapi.ImageSpec{Image: image}})
+	_, err := imageService(t).RemoveImage(t.Context(),
+		&runtimeapi.RemoveImageRequest{Image: &runtimeapi.ImageSpec{Image: image}})
 	must(t, err)
 }
 
 // onNode says whether the node has an image of that name.
 func onNode(t testing.TB, image string) bool {
 	t.Helper()
-	resp, err := imageService(t).ImageStatus(t.Context(), &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: image}})
+	resp, err := imageService(t).ImageStatus(t.Context(),
+		&runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: image}})
 	must(t, err)
 	return resp.GetImage() != nil
 }

@@ -34,7 +34,8 @@ func TestHookOfNeighbour(t *testing.T) {
     volumeMounts: [{name: trace, mountPath: /trace}]
     lifecycle: {preStop: {exec: {command: [sh, -c, "touch /trace/hook; until [ -e /trace/go ]; do sleep 0.1; done"]}}}
   volumes: [{name: trace, hostPath: {path: %s}}]`, bed.Image("busybox:1.0"), loop, dir))+
-		traced(ns, "restarted", dir, bed.Image("busybox:1.0"), "0", "", "")+traced(ns, "upgraded", dir, bed.Image("busybox:1.0"), "0", "", ""))
+		traced(ns, "restarted", dir, bed.Image("busybox:1.0"), "0", "", "")+
+		traced(ns, "upgraded", dir, bed.Image("busybox:1.0"), "0", "", ""))
 	before := allReady(t, ns)
 	kubectl(t, "-n", ns, "delete", "pod", "leaving", "--wait=false")
 	release := func() { writeFile(t, dir+"/go", "") }
@@ -91,7 +92,8 @@ spec: {minAvailable: 2, selector: {matchLabels: {app: held}}}
 		var found *corev1.Pod
 		eventually(t, "a pod is prepared, and waits", func() bool {
 			for _, p := range before {
-				if ops := operations(t, ns, p.Name); slices.ContainsFunc(ops, func(op *opsv1.Operation) bool { return op.GetPhase() == opsv1.Phase_PHASE_PREPARED }) {
+				if ops := operations(t, ns, p.Name); slices.ContainsFunc(ops,
+					func(op *opsv1.Operation) bool { return op.GetPhase() == opsv1.Phase_PHASE_PREPARED }) {
 					found = p
 				}
 			}
@@ -100,7 +102,8 @@ spec: {minAvailable: 2, selector: {matchLabels: {app: held}}}
 		return found
 	}
 	p := prepared()
-	apply(t, recreate(ns, "app", p.Name, "containers: [{name: app}]")+recreate(ns, "side", p.Name, "containers: [{name: side}]"))
+	apply(t, recreate(ns, "app", p.Name, "containers: [{name: app}]")+
+		recreate(ns, "side", p.Name, "containers: [{name: side}]"))
 	for _, name := range []string{"app", "side"} {
 		if f := outcome(completed(t, ns, name)); f != "" {
 			t.Errorf("request %s: %s", name, f)
@@ -120,7 +123,8 @@ spec: {minAvailable: 2, selector: {matchLabels: {app: held}}}
 	prepared()
 	kubectl(t, "-n", ns, "patch", "ipr", "held", "--type=merge", "-p", `{"spec":{"paused":true}}`)
 	eventually(t, "the rollout is paused", func() bool {
-		return slices.ContainsFunc(getRollout(t, ns, "held").Status.Conditions, func(c metav1.Condition) bool { return c.Reason == inplace.ReasonPaused })
+		return slices.ContainsFunc(getRollout(t, ns, "held").Status.Conditions,
+			func(c metav1.Condition) bool { return c.Reason == inplace.ReasonPaused })
 	})
 	apply(t, recreate(ns, "paused", p.Name, "containers: [{name: app}]"))
 	if f := outcome(completed(t, ns, "paused")); f != "" {
@@ -164,13 +168,16 @@ spec:
 ---
 `, ns, bed.Image("app:1")))
 	podsOf(t, ns, "moved", 3)
-	apply(t, rollout(ns, "moved", "{workloadRef: {kind: Deployment, name: moved}}", bed.Image("app:2"), "minReadySeconds: 4, progressDeadlineSeconds: 20"))
+	apply(t, rollout(ns, "moved", "{workloadRef: {kind: Deployment, name: moved}}", bed.Image("app:2"),
+		"minReadySeconds: 4, progressDeadlineSeconds: 20"))
 	eventually(t, "a pod is updated", func() bool { return getRollout(t, ns, "moved").Status.Updated >= 1 })
 	kubectl(t, "-n", ns, "set", "env", "deploy/moved", "ADDED=late")
 	r := ended(t, ns, "moved")
 	t.Log(r.Status.Message, r.Status.Conditions)
 	d := &appsv1.Deployment{}
-	eventuallySaying(t, "the Deployment goes on by itself", func() string { return fmt.Sprintf("paused %v, %v, %+v", d.Spec.Paused, d.Annotations, d.Status) }, func() bool {
+	eventuallySaying(t, "the Deployment goes on by itself", func() string {
+		return fmt.Sprintf("paused %v, %v, %+v", d.Spec.Paused, d.Annotations, d.Status)
+	}, func() bool {
 		must(t, api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: "moved"}, d))
 		return !d.Spec.Paused && d.Annotations[inplace.PausedByAnnotation] == ""
 	})
@@ -178,7 +185,9 @@ spec:
 	image := d.Spec.Template.Spec.Containers[0].Image
 	for _, p := range podsOf(t, ns, "moved", 3) {
 		c := p.Spec.Containers[0]
-		if c.Image != image || !slices.ContainsFunc(c.Env, func(e corev1.EnvVar) bool { return e.Name == "ADDED" && e.Value == "late" }) {
+		if c.Image != image || !slices.ContainsFunc(c.Env, func(e corev1.EnvVar) bool {
+			return e.Name == "ADDED" && e.Value == "late"
+		}) {
 			t.Errorf("pod %s has image %s, environment %v; the template has %s", p.Name, c.Image, c.Env, image)
 		}
 	}
@@ -199,7 +208,8 @@ spec: {minAvailable: 100%%, selector: {matchLabels: {job: upgrade}}}
 ---
 `, ns)
 	for _, name := range upgraded {
-		pods += strings.Replace(traced(ns, name, dir, bed.Image("busybox:1.0"), "0", "", ""), "labels: {", "labels: {job: upgrade, ", 1)
+		pods += strings.Replace(traced(ns, name, dir, bed.Image("busybox:1.0"), "0", "", ""), "labels: {",
+			"labels: {job: upgrade, ", 1)
 	}
 	pods += traced(ns, "restart", dir, bed.Image("busybox:1.0"), "0",
 		`lifecycle: {preStop: {exec: {command: [sh, -c, "touch /trace/hook; until [ -e /trace/go ]; do sleep 0.1; done"]}}}`, "")
@@ -212,7 +222,8 @@ spec: {minAvailable: 100%%, selector: {matchLabels: {job: upgrade}}}
 	apply(t, rollouts+recreate(ns, "restart", "restart", "containers: [{name: app}]"))
 	for _, name := range upgraded {
 		eventually(t, name+" is prepared", func() bool {
-			return slices.ContainsFunc(operations(t, ns, name), func(op *opsv1.Operation) bool { return op.GetPhase() == opsv1.Phase_PHASE_PREPARED })
+			return slices.ContainsFunc(operations(t, ns, name),
+				func(op *opsv1.Operation) bool { return op.GetPhase() == opsv1.Phase_PHASE_PREPARED })
 		})
 	}
 	eventually(t, "the hook runs, and the new container waits", func() bool {
@@ -234,7 +245,9 @@ spec: {minAvailable: 100%%, selector: {matchLabels: {job: upgrade}}}
 			t.Error(f)
 		}
 		want := []string{"began 1.0", "asked 1.0", "ended 1.0", "began 2.0"}
-		eventually(t, "the new container of "+name+" has begun", func() bool { return len(traceOf(t, dir, name)) >= len(want) })
+		eventually(t, "the new container of "+name+" has begun", func() bool {
+			return len(traceOf(t, dir, name)) >= len(want)
+		})
 		if got := whats(traceOf(t, dir, name)); !slices.Equal(got, want) {
 			t.Errorf("pod %s wrote %q, want %q", name, got, want)
 		}

@@ -226,7 +226,8 @@ func TestDrain(t *testing.T) {
 			if s := container(t, after, "app"); s.RestartCount != 1 || s.State.Running == nil {
 				t.Errorf("%s", states(after))
 			}
-			if want, got := []string{"began 1.0", "asked 1.0", "ended 1.0", then}, linesOf(t, dir, c.name); !slices.Equal(got, want) {
+			want, got := []string{"began 1.0", "asked 1.0", "ended 1.0", then}, linesOf(t, dir, c.name)
+			if !slices.Equal(got, want) {
 				t.Errorf("the pod wrote %q, want %q", got, want)
 			}
 			if container(t, after, "neighbour").ContainerID != container(t, before[c.name], "neighbour").ContainerID {
@@ -291,11 +292,13 @@ func TestStartup(t *testing.T) {
 		serves  bool
 	}
 	ends := make(map[string]chan end, len(cases))
+	for _, c := range cases {
+		ends[c.name] = make(chan end, 1)
+	}
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	for _, c := range cases {
 		// Each is asked at the moment when it is said to be done.
-		ends[c.name] = make(chan end, 1)
 		wg.Go(func() {
 			defer close(ends[c.name])
 			var e end
@@ -384,7 +387,8 @@ spec: {minAvailable: %[4]d, selector: {matchLabels: {app: slow}}}
 	}()
 	end := sync.OnceFunc(func() { cancel(); <-done })
 	t.Cleanup(end)
-	apply(t, rollout(ns, "slow", "{workloadRef: {kind: Deployment, name: slow}}", bed.Image("app:2"), "progressDeadlineSeconds: 90, maxUnavailable: 1"))
+	apply(t, rollout(ns, "slow", "{workloadRef: {kind: Deployment, name: slow}}", bed.Image("app:2"),
+		"progressDeadlineSeconds: 90, maxUnavailable: 1"))
 	if f := complete(ended(t, ns, "slow")); f != "" {
 		t.Error(f)
 	}

@@ -83,13 +83,15 @@ func dumpOf(t testing.TB, p *corev1.Pod, name string) dump {
 	}
 	for line := range strings.Lines(read("status")) {
 		key, value, _ := strings.Cut(strings.TrimSpace(line), ":")
-		if slices.Contains([]string{"Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp"}, key) {
+		if slices.Contains([]string{"Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs",
+			"Seccomp"}, key) {
 			d["status "+key] = strings.TrimSpace(value)
 		}
 	}
 	d["limits"] = read("limits")
 	d["oom_score_adj"] = strings.TrimSpace(read("oom_score_adj"))
-	for _, file := range []string{"memory.limit_in_bytes", "cpu.cfs_quota_us", "cpu.cfs_period_us", "cpu.shares", "cpuset.cpus",
+	for _, file := range []string{"memory.limit_in_bytes", "cpu.cfs_quota_us", "cpu.cfs_period_us", "cpu.shares",
+		"cpuset.cpus",
 		"memory.max", "cpu.max", "cpu.weight", "pids.max"} {
 		if b, err := os.ReadFile(cgroupFile(t, pid, file)); err == nil {
 			d["cgroup "+file] = strings.TrimSpace(string(b))
@@ -192,7 +194,8 @@ func difference(oneName string, one dump, otherName string, other dump) []string
 	var out []string
 	for _, k := range slices.Sorted(maps.Keys(keys)) {
 		if a, b := show(one, k), show(other, k); a != b {
-			out = append(out, fmt.Sprintf("%s\n    %-*s %s\n    %-*s %s", k, max(len(oneName), len(otherName)), oneName, a, max(len(oneName), len(otherName)), otherName, b))
+			out = append(out, fmt.Sprintf("%s\n    %-*s %s\n    %-*s %s", k, max(len(oneName), len(otherName)), oneName, a,
+				max(len(oneName), len(otherName)), otherName, b))
 		}
 	}
 	return out
@@ -204,7 +207,8 @@ func pidOf(t testing.TB, s corev1.ContainerStatus) int {
 	conn, err := bed.DialRuntime()
 	must(t, err)
 	defer func() { _ = conn.Close() }()
-	status, err := runtimeapi.NewRuntimeServiceClient(conn).ContainerStatus(t.Context(), &runtimeapi.ContainerStatusRequest{ContainerId: idOf(s), Verbose: true})
+	status, err := runtimeapi.NewRuntimeServiceClient(conn).ContainerStatus(t.Context(),
+		&runtimeapi.ContainerStatusRequest{ContainerId: idOf(s), Verbose: true})
 	must(t, err)
 	var info struct{ PID int }
 	must(t, json.Unmarshal([]byte(status.GetInfo()["info"]), &info))
@@ -266,7 +270,8 @@ func restarted(t testing.TB, before *corev1.Pod, name string, restarts int32) *c
 		func() string { return states(p) + "\n" + events(t, before.Namespace, before.Name) }, func() bool {
 			p = getPod(t, before.Namespace, before.Name)
 			s := statusOf(p, name)
-			return s != nil && s.State.Running != nil && s.RestartCount == restarts && s.ContainerID != container(t, before, name).ContainerID
+			return s != nil && s.State.Running != nil && s.RestartCount == restarts &&
+				s.ContainerID != container(t, before, name).ContainerID
 		})
 	return p
 }

@@ -51,7 +51,8 @@ spec:
   terminationGracePeriodSeconds: 2
 %[3]s
 ---
-`, c.name, ns, strings.TrimRight(strings.NewReplacer("BUSYBOX", bed.Image("busybox:1.0"), "LOOP", loop).Replace(c.spec), "\n"))
+`, c.name, ns, strings.TrimRight(strings.NewReplacer("BUSYBOX", bed.Image("busybox:1.0"), "LOOP", loop).Replace(c.spec),
+		"\n"))
 }
 
 // sources are the objects that the pods take values from, as they are before and after.
@@ -205,7 +206,8 @@ func sameCases(host, image, volumeImage, ns string) []sameCase {
     - {name: user, value: "$(user)!"}
     - {name: c, valueFrom: {configMapKeyRef: {name: conf, key: a}}}
 `,
-			want: map[string]string{"environment both": "appearing-after", "environment user": "user-after!!", "environment b": "more-after",
+			want: map[string]string{"environment both": "appearing-after", "environment user": "user-after!!",
+				"environment b":          "more-after",
 				"environment REFERENCES": "after after after $(a) $$(a) after"},
 		},
 		{
@@ -221,7 +223,8 @@ func sameCases(host, image, volumeImage, ns string) []sameCase {
     - {name: LINE, valueFrom: {secretKeyRef: {name: keys, key: line}}}
     - {name: REFERENCES, value: "<$(RAW)$(S_line)>"}
 `,
-			want: map[string]string{"environment RAW": "after\uFFFD\uFFFD\uFFFD not", "environment REFERENCES": "<after\uFFFD\uFFFD\uFFFD not UTF-8after\n>"},
+			want: map[string]string{"environment RAW": "after\uFFFD\uFFFD\uFFFD not",
+				"environment REFERENCES": "<after\uFFFD\uFFFD\uFFFD not UTF-8after\n>"},
 		},
 		{
 			name: "keys",
@@ -247,7 +250,8 @@ func sameCases(host, image, volumeImage, ns string) []sameCase {
     - {name: S_FRESH, valueFrom: {secretKeyRef: {name: appearing, key: secretly, optional: true}}}
     - {name: REFERENCES, value: "$(KEY_GONE) $(KEY_FRESH) $(MAP_GONE) $(MAP_FRESH) $(S_GONE) $(S_FRESH)"}
 `,
-			want: map[string]string{"environment REFERENCES": "$(KEY_GONE) after $(MAP_GONE) after $(S_GONE) after", "environment HERE": "after\nline two\n"},
+			want: map[string]string{"environment REFERENCES": "$(KEY_GONE) after $(MAP_GONE) after $(S_GONE) after",
+				"environment HERE": "after\nline two\n"},
 		},
 		{
 			name: "binary", // binaryData is for volumes only
@@ -289,7 +293,8 @@ func sameCases(host, image, volumeImage, ns string) []sameCase {
     - {name: IPS, valueFrom: {fieldRef: {fieldPath: status.podIPs}}}
     - {name: REFERENCES, value: "$(POD)/$(LABEL)/$(NOTE)/$(IP)"}
 `,
-			want: map[string]string{"environment REFERENCES": "downward/after/after/", "environment FRESH_LABEL": "after", "environment HOST": bed.BridgeIP},
+			want: map[string]string{"environment REFERENCES": "downward/after/after/", "environment FRESH_LABEL": "after",
+				"environment HOST": bed.BridgeIP},
 		},
 		{
 			name: "resources",
@@ -355,8 +360,9 @@ func sameCases(host, image, volumeImage, ns string) []sameCase {
   containers:
   - {name: app, image: BUSYBOX, command: [sh, -c, LOOP]}
 `,
-			want: map[string]string{"environment WEB_SERVICE_PORT_HTTP": "8000", "environment FRESH_SVC_PORT_80_TCP_PROTO": "tcp",
-				"environment WEB_PORT_53_UDP_PORT": "53", "environment KUBERNETES_SERVICE_PORT_HTTPS": "443"},
+			want: map[string]string{"environment WEB_SERVICE_PORT_HTTP": "8000",
+				"environment FRESH_SVC_PORT_80_TCP_PROTO": "tcp",
+				"environment WEB_PORT_53_UDP_PORT":        "53", "environment KUBERNETES_SERVICE_PORT_HTTPS": "443"},
 		},
 		{
 			name: "no-links",
@@ -384,7 +390,8 @@ func sameCases(host, image, volumeImage, ns string) []sameCase {
     envFrom: [{configMapRef: {name: conf}}, {secretRef: {name: keys}}]
     env: [{name: NOTE, valueFrom: {fieldRef: {fieldPath: "metadata.annotations['note']"}}}]
 `,
-			want: map[string]string{"argument 3": "after", "argument 4": "$(a)", "argument 5": "--setting=after", "argument 7": "8000", "argument 9": "after after",
+			want: map[string]string{"argument 3": "after", "argument 4": "$(a)", "argument 5": "--setting=after",
+				"argument 7": "8000", "argument 9": "after after",
 				"argument 10": "user-after", "argument 11": "$(VERSION)"},
 		},
 		{
@@ -410,7 +417,8 @@ func sameCases(host, image, volumeImage, ns string) []sameCase {
   volumes: [{name: work, emptyDir: {}}]
 `,
 			rewrite: `printf "# a comment\nKEY='after'\n MULTI='after\nline two' # more\nGONE= 'after'\nLAST='\$(KEY) after'\nNONE=''\n" | tee /work/settings.env >/work/sub/other.env`,
-			want:    map[string]string{"environment REFERENCES": "after $(GONE) $(LATE)", "environment MULTI": "after\nline two", "argument 3": "after"},
+			want: map[string]string{"environment REFERENCES": "after $(GONE) $(LATE)", "environment MULTI": "after\nline two",
+				"argument 3": "after"},
 		},
 		{
 			name: "host",
@@ -470,7 +478,8 @@ func sameCases(host, image, volumeImage, ns string) []sameCase {
   - {name: appearing, configMap: {name: appearing, optional: true}}
   - {name: vanishing, configMap: {name: vanishing, optional: true}}
 `,
-			want: map[string]string{"file /etc/app/multi": `"after\nline two\n"`, "file /renamed": "after", "file /deep/renamed": "after", "file /by-key": "after"},
+			want: map[string]string{"file /etc/app/multi": `"after\nline two\n"`, "file /renamed": "after",
+				"file /deep/renamed": "after", "file /by-key": "after"},
 		},
 		{
 			name: "secret-files",
@@ -517,7 +526,8 @@ func sameCases(host, image, volumeImage, ns string) []sameCase {
       - {secret: {name: keys, items: [{key: user, path: part/deep/secret, mode: 0400}]}}
       - {downwardAPI: {items: [{path: part/note, fieldRef: {fieldPath: "metadata.annotations['note']"}}]}}
 `,
-			want: map[string]string{"file /note": "after", "file /secret": "user-after", "file /part/conf": "after", "file /token": "sha256"},
+			want: map[string]string{"file /note": "after", "file /secret": "user-after", "file /part/conf": "after",
+				"file /token": "sha256"},
 		},
 		{
 			name: "downward-files",
@@ -585,7 +595,8 @@ func sameCases(host, image, volumeImage, ns string) []sameCase {
   - {name: claim, persistentVolumeClaim: {claimName: claim}}
 `),
 			rewrite: `ln -sfn two /work/link; echo after >/work/made-by-app; echo after >/memory/file; echo after >/claim/file`,
-			want: map[string]string{"file /by-link/file": "two", "mount /by-note": "/directories/after ", "mount /host-sub": "/dir/after/deep ",
+			want: map[string]string{"file /by-link/file": "two", "mount /by-note": "/directories/after ",
+				"mount /host-sub":   "/dir/after/deep ",
 				"mount /memory-sub": "/after ro", "file /single": "after", "file /host-file": "after"},
 		},
 		{
@@ -684,7 +695,8 @@ func TestSame(t *testing.T) {
 	write("before")
 	image, volumeImage := moveTag(t, "same-moving:1", "busybox:1.0"), moveTag(t, "same-volume:1", "busybox:1.0")
 	t.Cleanup(func() { // what does not go with the namespace
-		if _, err := bed.Kubectl(context.Background(), "delete", "--wait=false", "--ignore-not-found", "pv/"+ns, "service/"+ns+"-elsewhere-80",
+		if _, err := bed.Kubectl(context.Background(), "delete", "--wait=false", "--ignore-not-found", "pv/"+ns,
+			"service/"+ns+"-elsewhere-80",
 			"service/"+ns+"-elsewhere-8000"); err != nil {
 			t.Error(err)
 		}
@@ -722,7 +734,8 @@ spec: {storageClassName: "", volumeName: %[1]s, accessModes: [ReadWriteOnce], re
 	moveTag(t, "same-moving:1", "busybox:2.0")
 	moveTag(t, "same-volume:1", "busybox:3.0")
 	write("after")
-	kubectl(t, "-n", ns, "delete", "configmap/vanishing", "secret/vanishing", "service/old", "service/headless-80", "service/external-80")
+	kubectl(t, "-n", ns, "delete", "configmap/vanishing", "secret/vanishing", "service/old", "service/headless-80",
+		"service/external-80")
 	apply(t, sources(ns, true)+services(ns, true))
 	for _, c := range cases {
 		if c.resize != "" {
@@ -733,7 +746,8 @@ spec: {storageClassName: "", volumeName: %[1]s, accessModes: [ReadWriteOnce], re
 		}
 	}
 	kubectl(t, "-n", ns, "label", "pods", "--all", "--overwrite", "tier=after", "fresh=after")
-	kubectl(t, "-n", ns, "annotate", "pods", "--all", "--overwrite", "note=after", "quoted.key/with.dots=after\n\"quoted\"")
+	kubectl(t, "-n", ns, "annotate", "pods", "--all", "--overwrite", "note=after",
+		"quoted.key/with.dots=after\n\"quoted\"")
 	shown(t, ns, first)
 	before := allReady(t, ns)
 	for _, c := range cases {
@@ -818,10 +832,12 @@ func shown(t testing.TB, ns string, pods map[string]*corev1.Pod) {
 				if s.Resources == nil {
 					continue
 				}
-				for _, pair := range [][2]corev1.ResourceList{{c.Resources.Limits, s.Resources.Limits}, {c.Resources.Requests, s.Resources.Requests}} {
+				for _, pair := range [][2]corev1.ResourceList{{c.Resources.Limits, s.Resources.Limits},
+					{c.Resources.Requests, s.Resources.Requests}} {
 					for resource, want := range pair[0] {
 						if got := pair[1][resource]; got.Cmp(want) != 0 {
-							old = append(old, fmt.Sprintf("%s/%s has %s %s, is to have %s", name, c.Name, resource, got.String(), want.String()))
+							old = append(old, fmt.Sprintf("%s/%s has %s %s, is to have %s", name, c.Name, resource, got.String(),
+								want.String()))
 						}
 					}
 				}
@@ -843,7 +859,8 @@ func shown(t testing.TB, ns string, pods map[string]*corev1.Pod) {
 		if len(old) > 0 {
 			// But not the pod that has its annotations in a volume: they are to stay as they are
 			// from here on.
-			kubectl(t, "-n", ns, "annotate", "pods", "-l", "case!=downward-files", "--overwrite", fmt.Sprintf("left=%d-%d", round, len(old)))
+			kubectl(t, "-n", ns, "annotate", "pods", "-l", "case!=downward-files", "--overwrite",
+				fmt.Sprintf("left=%d-%d", round, len(old)))
 		}
 		return len(old) == 0
 	})

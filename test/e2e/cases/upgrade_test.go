@@ -120,13 +120,15 @@ func TestUpgradeTakesWhatIsNew(t *testing.T) {
 		pdb           bool   // holds the rollout back when it has been prepared
 	}{
 		{name: "config", spec: key, drain: "4", began: "1.0 before", then: "2.0 after"},
-		{name: "service", spec: `env: [{name: SETTING, value: "$(FRESH_SERVICE_PORT)"}]`, began: "1.0 $(FRESH_SERVICE_PORT)", then: "2.0 80"},
+		{name: "service", spec: `env: [{name: SETTING, value: "$(FRESH_SERVICE_PORT)"}]`, began: "1.0 $(FRESH_SERVICE_PORT)",
+			then: "2.0 80"},
 		{name: "annotation", spec: `env: [{name: SETTING, valueFrom: {fieldRef: {fieldPath: "metadata.annotations['note']"}}}]`,
 			began: "1.0 before", then: "2.0 after"},
 		{name: "resized", spec: `env: [{name: SETTING, valueFrom: {resourceFieldRef: {resource: limits.memory, divisor: 1Mi}}}]
     resources: {requests: {memory: 40Mi}, limits: {memory: 40Mi}}`, began: "1.0 40", then: "2.0 56"},
-		{name: "sub-path", spec: "- {name: conf, mountPath: /setting, subPath: setting}", volumes: "- {name: conf, configMap: {name: conf}}",
-			began: "1.0 before", then: "2.0 after"},
+		{name: "sub-path", spec: "- {name: conf, mountPath: /setting, subPath: setting}",
+			volumes: "- {name: conf, configMap: {name: conf}}",
+			began:   "1.0 before", then: "2.0 after"},
 		{name: "sub-path-expr", spec: `- {name: host, mountPath: /setting, subPathExpr: $(NOTE)/setting}
     env: [{name: NOTE, valueFrom: {fieldRef: {fieldPath: "metadata.annotations['note']"}}}]`,
 			volumes: "- {name: host, hostPath: {path: " + host + "}}", began: "1.0 before", then: "2.0 after"},
@@ -138,7 +140,8 @@ func TestUpgradeTakesWhatIsNew(t *testing.T) {
 		{name: "nothing", spec: `env: [{name: SETTING, value: same}]`, began: "1.0 same", then: "2.0 same"},
 	}
 	conf := func(name, value string) string {
-		return fmt.Sprintf("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: %s, namespace: %s}\ndata: {setting: %s}\n---\n", name, ns, value)
+		return fmt.Sprintf("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: %s, namespace: %s}\ndata: {setting: %s}\n---\n",
+			name, ns, value)
 	}
 	pods := ""
 	for i := range cases {
@@ -221,7 +224,8 @@ spec: {minAvailable: 1, selector: {matchLabels: {pod: %[2]s}}}
 			// whole stop or start. by the time of a whole stop or start either.
 			outer, told := trace[3].at-trace[2].at, op.GetGap().AsDuration()
 			if slack := 5 * time.Second; told > outer+slack || told < outer-slack {
-				t.Errorf("the gap is told as %s; from the last line of the old container to the first of the new one it is %s", told, outer)
+				t.Errorf("the gap is told as %s; from the last line of the old container to the first of the new one it is %s",
+					told, outer)
 			}
 			t.Logf("%s, gap %s within %s, warnings %q", op.GetMethod(), told, outer, op.GetWarnings())
 			assertOneLive(t, ns, c.name, "app")
@@ -238,7 +242,8 @@ func TestImages(t *testing.T) {
 		crane(t, "mutate", bed.Image("busybox:2.0"), "-t", image, "--label", "of="+strings.ReplaceAll(image, ":", "-"))
 	}
 	dir := scratchDir(t)
-	create(t, traced(ns, "gone", dir, gone, "0", "", "")+traced(ns, "never", dir, bed.Image("busybox:1.0"), "0", "imagePullPolicy: Never", ""))
+	create(t, traced(ns, "gone", dir, gone, "0", "", "")+traced(ns, "never", dir, bed.Image("busybox:1.0"), "0",
+		"imagePullPolicy: Never", ""))
 	before := allReady(t, ns)
 
 	// A request has it pulled again, as kubelet's own restart does.
@@ -261,7 +266,8 @@ func TestImages(t *testing.T) {
 	if onNode(t, unknown) {
 		t.Error("the image was pulled")
 	}
-	if s := container(t, now, "app"); s.ContainerID != container(t, before["never"], "app").ContainerID || now.Spec.Containers[0].Image != bed.Image("busybox:1.0") {
+	if s := container(t, now, "app"); s.ContainerID != container(t, before["never"], "app").ContainerID ||
+		now.Spec.Containers[0].Image != bed.Image("busybox:1.0") {
 		t.Errorf("the pod was touched: %s, image %s", states(now), now.Spec.Containers[0].Image)
 	}
 }
