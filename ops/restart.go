@@ -433,9 +433,6 @@ func (r *restart) drive(ctx context.Context) error {
 
 // prepareSpecImage takes the slot once the image of the pod's spec is on the node.
 func (r *restart) prepareSpecImage(ctx context.Context) error {
-	if err := r.awaitRuntime(ctx); err != nil {
-		return err
-	}
 	if err := r.ensureImage(ctx); err != nil {
 		return err
 	}

@@ -42,7 +42,7 @@ var _ Images = (*fakeImages)(nil)
 
 func newFakeImages() *fakeImages {
 	images := map[string]*runtimeapi.Image{}
-	for _, name := range []string{"app:v1", "app:v2", "app:v3", "web:v2"} {
+	for _, name := range []string{"app:v1", "app:v2", "app:v3", "web:v1", "web:v2"} {
 		images[name] = &runtimeapi.Image{Id: "sha256:" + name}
 		images["sha256:"+name] = images[name]
 	}
