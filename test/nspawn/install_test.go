@@ -312,7 +312,33 @@ func bypassOnNode(t *testing.T, n *node) {
 }
 
 func uninstallOnNode(t *testing.T, n *node) {
-	n.does(t, "cri-proxy", "uninstall")
+	// What nobody would ever take off again: a pin, and the lease of a pull that was cut off.
+	image, lease := n.bed.Image("app:3"), "cri-proxy-pull-cut-off"
+	n.does(t, "cri-proxy", "ctl", "pull", image, "--pin", "24h")
+	n.ctr(t, "leases", "create", "--id", lease)
+	if out := n.ctr(t, "images", "ls", "-q", `labels."cri-proxy.io/pinned"`); !strings.HasPrefix(out, "sha256:") {
+		t.Fatalf("pinned: %q", out)
+	}
+	if out := n.does(t, "cri-proxy", "uninstall"); !strings.Contains(out, "taken off: pins of images: 1 ("+image+"), leases of pulls: 1") {
+		t.Error(out)
+	}
+	if out := n.ctr(t, "images", "ls", "-q", `labels."cri-proxy.io/pinned"`); out != "" {
+		t.Errorf("still pinned: %s", out)
+	}
+	if out := n.ctr(t, "leases", "ls", "-q"); strings.Contains(out, "cri-proxy") {
+		t.Errorf("leases: %s", out)
+	}
+	await(t, "the image, which stays, to be kubelet's to collect", func() bool {
+		return strings.Contains(n.must(t, filepath.Join(n.bed.Bin, "crictl"), "-r", "unix://"+n.RuntimeSocket, "inspecti", image), `"pinned": false`)
+	})
+	if out := n.ctr(t, "images", "ls", "-q", `labels."io.cri-containerd.pinned"==pinned`); !strings.Contains(out, "pause") {
+		t.Errorf("the sandbox image is not pinned any more: %s", out)
+	}
+	// It is for what was left by an uninstall before this one, too, and when the runtime was away.
+	n.ctr(t, "leases", "create", "--id", lease)
+	if out := n.does(t, "/shared/cri-proxy", "uninstall"); !strings.Contains(out, "taken off: pins of images: 0, leases of pulls: 1") {
+		t.Error(out)
+	}
 	flags, err := os.ReadFile(n.root + kubeadmFlags)
 	if err != nil || !strings.Contains(string(flags), "--container-runtime-endpoint=unix://"+n.RuntimeSocket+" ") {
 		t.Errorf("%v: %s", err, flags)
@@ -328,6 +354,12 @@ func uninstallOnNode(t *testing.T, n *node) {
 	await(t, "systemd to forget the units", func() bool {
 		return strings.TrimSpace(n.must(t, "systemctl", "list-units", "--all", "--no-legend", "cri-proxy*")) == ""
 	})
+}
+
+// ctr speaks to containerd itself. What it warns of is left out.
+func (n *node) ctr(t *testing.T, args ...string) string {
+	t.Helper()
+	return n.must(t, append([]string{"sh", "-c", `exec "$@" 2>/dev/null`, "sh", filepath.Join(n.bed.Bin, "ctr"), "-a", n.RuntimeSocket, "-n", "k8s.io"}, args...)...)
 }
 
 // killedInstall is one that is killed at one step or another: kubelet works, and uninstall or another install go on.
