@@ -43,8 +43,9 @@ type View struct {
 	leave   sync.Once
 
 	mu sync.RWMutex // guards all following fields
-	// passing counts, by method, the calls that went through undecoded and are not answered yet: they
-	// may still carry what becomes hidden meanwhile. idle, if not nil, is closed when there is none.
+	// passing counts, by method, the calls that went through undecoded and are not answered yet:
+	// they may still carry what becomes hidden meanwhile. idle, if not nil, is closed when there is
+	// none.
 	passing map[string]int
 	idle    chan struct{}
 	// cuttable are those of them whose methods are not known.

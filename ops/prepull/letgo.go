@@ -24,7 +24,8 @@ import (
 
 // Held is what a runtime keeps because of us.
 type Held struct {
-	// Images are pinned, so that kubelet's image garbage collection leaves them: by a name, or by their ID.
+	// Images are pinned, so that kubelet's image garbage collection leaves them: by a name, or by
+	// their ID.
 	Images []string
 	// Leases of pulls keep what has been fetched so far; they end by themselves after a day.
 	Leases int
@@ -52,8 +53,9 @@ func Holds(ctx context.Context, conn grpc.ClientConnInterface) (Held, error) {
 	return Held{Images: names, Leases: len(leases)}, err
 }
 
-// LetGo takes our pins off the images of a runtime, and ends our leases, and returns what these were. No image is removed, and one that the
-// runtime's configuration pins stays so. It is for a node from which cri-proxy is taken away: no process of it may run.
+// LetGo takes our pins off the images of a runtime, and ends our leases, and returns what these
+// were. No image is removed, and one that the runtime's configuration pins stays so. It is for a
+// node from which cri-proxy is taken away: no process of it may run.
 func LetGo(ctx context.Context, conn grpc.ClientConnInterface) (Held, error) {
 	s := newStore(conn)
 	ids, leases, err := s.holds(ctx)
@@ -85,8 +87,8 @@ func (s *store) holds(ctx context.Context) (images, leases []string, err error) 
 	return images, leases, err
 }
 
-// names returns a name for each of the images, which are given by ID: containerd's CRI plugin has a record for each name, with the same
-// target as that for the ID.
+// names returns a name for each of the images, which are given by ID: containerd's CRI plugin has a
+// record for each name, with the same target as that for the ID.
 func (s *store) names(ctx context.Context, ids []string) ([]string, error) {
 	if len(ids) == 0 {
 		return nil, nil
@@ -114,8 +116,8 @@ func (s *store) names(ctx context.Context, ids []string) ([]string, error) {
 	return names, nil
 }
 
-// ForgetPins takes the pins out of a state directory that is kept: the next process must not believe in what [LetGo] has taken off. No
-// process may have it.
+// ForgetPins takes the pins out of a state directory that is kept: the next process must not
+// believe in what [LetGo] has taken off. No process may have it.
 func ForgetPins(dir string) error {
 	path := filepath.Join(dir, "pulls.db")
 	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {

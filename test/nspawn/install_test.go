@@ -15,6 +15,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -319,7 +320,8 @@ func uninstallOnNode(t *testing.T, n *node) {
 	if out := n.ctr(t, "images", "ls", "-q", `labels."cri-proxy.io/pinned"`); !strings.HasPrefix(out, "sha256:") {
 		t.Fatalf("pinned: %q", out)
 	}
-	if out := n.does(t, "cri-proxy", "uninstall"); !strings.Contains(out, "taken off: pins of images: 1 ("+image+"), leases of pulls: 1") {
+	out := n.does(t, "cri-proxy", "uninstall")
+	if !strings.Contains(out, "taken off: pins of images: 1 ("+image+"), leases of pulls: 1") {
 		t.Error(out)
 	}
 	if out := n.ctr(t, "images", "ls", "-q", `labels."cri-proxy.io/pinned"`); out != "" {
@@ -329,14 +331,17 @@ func uninstallOnNode(t *testing.T, n *node) {
 		t.Errorf("leases: %s", out)
 	}
 	await(t, "the image, which stays, to be kubelet's to collect", func() bool {
-		return strings.Contains(n.must(t, filepath.Join(n.bed.Bin, "crictl"), "-r", "unix://"+n.RuntimeSocket, "inspecti", image), `"pinned": false`)
+		crictl := []string{filepath.Join(n.bed.Bin, "crictl"), "-r", "unix://" + n.RuntimeSocket, "inspecti", image}
+		return strings.Contains(n.must(t, crictl...), `"pinned": false`)
 	})
-	if out := n.ctr(t, "images", "ls", "-q", `labels."io.cri-containerd.pinned"==pinned`); !strings.Contains(out, "pause") {
+	out = n.ctr(t, "images", "ls", "-q", `labels."io.cri-containerd.pinned"==pinned`)
+	if !strings.Contains(out, "pause") {
 		t.Errorf("the sandbox image is not pinned any more: %s", out)
 	}
 	// It is for what was left by an uninstall before this one, too, and when the runtime was away.
 	n.ctr(t, "leases", "create", "--id", lease)
-	if out := n.does(t, "/shared/cri-proxy", "uninstall"); !strings.Contains(out, "taken off: pins of images: 0, leases of pulls: 1") {
+	out = n.does(t, "/shared/cri-proxy", "uninstall")
+	if !strings.Contains(out, "taken off: pins of images: 0, leases of pulls: 1") {
 		t.Error(out)
 	}
 	flags, err := os.ReadFile(n.root + kubeadmFlags)
@@ -359,7 +364,8 @@ func uninstallOnNode(t *testing.T, n *node) {
 // ctr speaks to containerd itself. What it warns of is left out.
 func (n *node) ctr(t *testing.T, args ...string) string {
 	t.Helper()
-	return n.must(t, append([]string{"sh", "-c", `exec "$@" 2>/dev/null`, "sh", filepath.Join(n.bed.Bin, "ctr"), "-a", n.RuntimeSocket, "-n", "k8s.io"}, args...)...)
+	ctr := []string{filepath.Join(n.bed.Bin, "ctr"), "-a", n.RuntimeSocket, "-n", "k8s.io"}
+	return n.must(t, slices.Concat([]string{"sh", "-c", `exec "$@" 2>/dev/null`, "sh"}, ctr, args)...)
 }
 
 // killedInstall is one that is killed at one step or another: kubelet works, and uninstall or another install go on.

@@ -140,12 +140,14 @@ func TestSandboxImage(t *testing.T) {
 	}
 }
 
-// TestLetGo takes everything of ours off containerd once the proxy is gone, and off what the next one would believe in.
+// TestLetGo takes everything of ours off containerd once the proxy is gone, and off what the next
+// one would believe in.
 func TestLetGo(t *testing.T) {
 	f := newFront(t, "let-go.test")
 	kept, cut := push(t, "let-go:1", 1, 1), push(t, "let-go-cut:1", 4, 8)
 	image := f.image(kept.name)
-	id := succeeds(t, begin(t, &opsv1.PullRequest{Image: image, Owner: "a", PinFor: durationpb.New(24 * time.Hour)})).GetImageId()
+	day := durationpb.New(24 * time.Hour)
+	id := succeeds(t, begin(t, &opsv1.PullRequest{Image: image, Owner: "a", PinFor: day})).GetImageId()
 	pinned(t, image, true)
 	sandbox := bed.Image("pause:3.10")
 	_, err := bed.direct.PullImage(t.Context(), &runtimeapi.PullImageRequest{Image: spec(sandbox)})

@@ -157,8 +157,9 @@ func (u *uninstaller) plan(ctx context.Context) (*plan, error) {
 // runtimePatience bounds what is asked of the runtime here: labels of its images and leases.
 const runtimePatience = 30 * time.Second
 
-// holds reports whether the runtime may keep images because of us. What is pinned stays so for ever when nobody takes it off: an image is
-// pinned until some time, and it is the daemon that looks at the clock.
+// holds reports whether the runtime may keep images because of us. What is pinned stays so for ever
+// when nobody takes it off: an image is pinned until some time, and it is the daemon that looks at
+// the clock.
 func (u *uninstaller) holds(ctx context.Context, installed bool) bool {
 	conn, err := u.dialRuntime()
 	if err != nil {
@@ -174,7 +175,8 @@ func (u *uninstaller) holds(ctx context.Context, installed bool) bool {
 	return installed || h.Any() // a pull may just be about to end
 }
 
-// letGo comes when no process of ours runs any more. A runtime that is away is no reason to leave the rest.
+// letGo comes when no process of ours runs any more. A runtime that is away is no reason to leave
+// the rest.
 func (u *uninstaller) letGo(ctx context.Context) error {
 	conn, err := u.dialRuntime()
 	if err != nil {
@@ -188,7 +190,8 @@ func (u *uninstaller) letGo(ctx context.Context) error {
 		u.say("taken off: %s", h)
 	}
 	if err != nil {
-		u.say("warning: the runtime may keep images that cri-proxy has pinned: %v; when it answers, run cri-proxy uninstall once more, from any copy of the program", err)
+		u.say("warning: the runtime may keep images that cri-proxy has pinned: %v; when it answers, "+
+			"run cri-proxy uninstall once more, from any copy of the program", err)
 	}
 	if there(u.config.StateDir) {
 		return prepull.ForgetPins(u.config.StateDir)
