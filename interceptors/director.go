@@ -52,7 +52,13 @@ type Pods interface {
 	Kept(ctx context.Context, podUID string) bool
 }
 
-// Options configures a [Director]. All fields but Pulls, Pods, Overrides and Registerer are required.
+// Successors knows the containers that operations have made.
+type Successors interface {
+	// Fits reports whether the container is the one that kubelet asks for, and gives it the resources that kubelet asks for.
+	Fits(ctx context.Context, id string, req *runtimeapi.CreateContainerRequest) bool
+}
+
+// Options configures a [Director]. All fields but Pulls, Pods, Successors, Overrides and Registerer are required.
 type Options struct {
 	View    *View
 	Records Records
@@ -62,6 +68,8 @@ type Options struct {
 	Pulls   Pulls
 	// Pods, if nil, tells nothing.
 	Pods Pods
+	// Successors, if nil, are none that fit.
+	Successors Successors
 	// Overrides, if nil, are none.
 	Overrides Overrides
 	// Registerer gets the metrics. Nil: they are kept but not served.
@@ -74,7 +82,8 @@ type Director struct {
 	view      *View
 	records   Records
 	overrides Overrides
-	pods      Pods // may be nil
+	pods      Pods       // may be nil
+	made      Successors // may be nil
 	runtime   runtimeapi.RuntimeServiceClient
 	log       logrus.FieldLogger
 
@@ -90,7 +99,7 @@ var (
 
 // New returns a director over the view.
 func New(o Options) *Director {
-	d := &Director{view: o.View, records: o.Records, runtime: runtimeapi.NewRuntimeServiceClient(o.Runtime), log: o.Log, overrides: o.Overrides, pods: o.Pods}
+	d := &Director{view: o.View, records: o.Records, runtime: runtimeapi.NewRuntimeServiceClient(o.Runtime), log: o.Log, overrides: o.Overrides, pods: o.Pods, made: o.Successors}
 	if d.overrides == nil {
 		d.overrides = noOverrides{}
 	}

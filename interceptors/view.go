@@ -325,7 +325,7 @@ func (c *Claim) settleLocked(show bool) {
 	delete(v.ids, c.successor)
 	delete(v.ids, c.incumbent)
 	if show && successor != "" && len(v.heirs) < maxHeirs {
-		v.heirs[c.incumbent] = &heir{id: successor, sandbox: c.sandbox}
+		v.heirs[c.incumbent] = &heir{id: successor, sandbox: c.sandbox, slot: c.slot}
 	}
 	c.token, c.successor = "", ""
 	for f := range v.streams {
@@ -392,6 +392,7 @@ const maxHeirs = 4096
 // heir is a container that took the place of an incumbent.
 type heir struct {
 	id, sandbox string
+	slot        Slot
 	// late is set when kubelet stopped the incumbent after it had been shown exited, which it does only to a container that it
 	// saw running before: it may be killing the pod. grace is what it gave, in seconds.
 	late  bool
@@ -405,6 +406,18 @@ func (v *View) lateStop(id string, grace int64) {
 	for h := v.heirs[id]; h != nil; h = v.heirs[h.id] {
 		h.late, h.grace = true, grace
 	}
+}
+
+// lateHeir returns the container of the slot whose incumbent kubelet stopped late, or "".
+func (v *View) lateHeir(slot Slot) string {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	for _, h := range v.heirs {
+		if h.late && h.slot == slot && v.heirs[h.id] == nil {
+			return h.id
+		}
+	}
+	return ""
 }
 
 // lateHeirs returns the containers of the sandbox whose incumbents kubelet stopped late.
