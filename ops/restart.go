@@ -382,6 +382,9 @@ func (r *restart) container() *opsv1.ContainerOperation {
 func (r *restart) takeSlot(ctx context.Context) error {
 	waiting, end := endWith(ctx, r.o.cancelled)
 	defer end()
+	if r.up == nil {
+		defer r.wantSlot()()
+	}
 	r.queued = true
 	claim, err := r.view.Claim(waiting, interceptors.Slot{PodUID: r.o.op.GetPod().GetUid(), Container: r.want.GetName()})
 	switch {

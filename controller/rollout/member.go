@@ -67,6 +67,7 @@ type member struct {
 	plain   bool      // without preparation by the node
 	round   int       // of the preparation
 	tries   int       // of those that had a reason of their own
+	gaveWay bool      // the last one gave way to somebody's restart
 	lost    time.Time // since when there is no such node
 	retryAt time.Time
 	settled bool
