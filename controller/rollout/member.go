@@ -78,6 +78,7 @@ type member struct {
 	readyIDs  string
 	// started are when containers with a startupProbe were first seen running, by ID.
 	started map[string]time.Time
+	nudges  controller.Nudges
 	marked  string // the annotation that mark was read from
 	mark    *mark
 
@@ -115,7 +116,7 @@ func (w *work) memberOf(pod *corev1.Pod, revision string) (m *member, dropped *t
 	if m.revision != revision {
 		dropped = m.visit
 		w.drop(m)
-		*m = member{uid: pod.UID, revision: revision, written: m.written, turn: m.turn, node: m.node, readySeen: m.readySeen, readyIDs: m.readyIDs, started: m.started, marked: m.marked, mark: m.mark}
+		*m = member{uid: pod.UID, revision: revision, written: m.written, turn: m.turn, node: m.node, readySeen: m.readySeen, readyIDs: m.readyIDs, started: m.started, nudges: m.nudges, marked: m.marked, mark: m.mark}
 	}
 	if text := pod.Annotations[inplace.PodStateAnnotation]; text != m.marked {
 		m.marked, m.mark = text, markOf(pod)
