@@ -18,6 +18,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/environment"
+	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 )
 
 // operationUID derives from the request, so that whoever sends the command again
@@ -152,7 +154,18 @@ func (p *pass) command(ctx context.Context, c *container) {
 	if !p.sparesJob(ctx, node, c) {
 		return
 	}
-	op, err := p.r.Nodes.Restart(ctx, node, p.restartRequest(c))
+	request, err := p.restartRequest(ctx, c)
+	var missing *environment.MissingError
+	switch {
+	case errors.As(err, &missing):
+		log.WithError(err).Info("restart not commanded")
+		c.fail("not recreated, and left as it was: %s", err)
+		return
+	case err != nil:
+		p.temporary(err)
+		return
+	}
+	op, err := p.r.Nodes.Restart(ctx, node, request)
 	if code(err) == codes.AlreadyExists {
 		// Sent by a controller of another version, which put some detail otherwise.
 		op, err = p.r.Nodes.GetOperation(ctx, node, p.operationUID(c))
@@ -215,7 +228,10 @@ func refusalReason(err error) string {
 	return ""
 }
 
-func (p *pass) restartRequest(c *container) *opsv1.RestartRequest {
+// restartRequest is the command, with what kubelet would start the container with now.
+//
+// Errors: a *[environment.MissingError], or the API server's.
+func (p *pass) restartRequest(ctx context.Context, c *container) (*opsv1.RestartRequest, error) {
 	want := &opsv1.ContainerRestart{
 		Name: c.name, ExpectedContainerId: c.pinned.ContainerID, GracePeriodSeconds: c.strategy.grace,
 	}
@@ -229,12 +245,38 @@ func (p *pass) restartRequest(c *container) *opsv1.RestartRequest {
 		want.PreStop, _ = hookOf(c.spec, c.spec.Lifecycle.PreStop, p.podIP())
 		want.PostStart, _ = hookOf(c.spec, c.spec.Lifecycle.PostStart, p.podIP())
 	}
-	return &opsv1.RestartRequest{
+	r := &opsv1.RestartRequest{
 		Uid:        p.operationUID(c),
 		Pod:        &opsv1.PodRef{Namespace: p.crr.Namespace, Name: p.crr.Spec.PodName, Uid: p.podUID()},
 		Containers: []*opsv1.ContainerRestart{want},
 		Force:      c.strategy.force,
 		Requester:  fmt.Sprintf("ContainerRecreateRequest/%s/%s/%s", p.crr.Namespace, p.crr.Name, p.crr.UID),
+	}
+	if p.pod == nil || c.spec == nil {
+		return r, nil
+	}
+	now, err := environment.Read(ctx, p.r.APIReader, p.pod)
+	if err != nil {
+		return nil, err
+	}
+	if want.Environment, err = now.Container(ctx, c.name); err != nil {
+		return nil, err
+	}
+	spec, _ := containerSpec(now.Pod(), c.name)
+	want.PullPolicy = PullPolicyOf(spec)
+	r.Credentials, err = pullsecrets.Of(ctx, p.r.APIReader, now.Pod(), want.PullPolicy)
+	return r, err
+}
+
+// PullPolicyOf is the node's word for the imagePullPolicy of a container.
+func PullPolicyOf(c *corev1.Container) opsv1.PullPolicy {
+	switch c.ImagePullPolicy {
+	case corev1.PullAlways:
+		return opsv1.PullPolicy_PULL_POLICY_ALWAYS
+	case corev1.PullNever:
+		return opsv1.PullPolicy_PULL_POLICY_NEVER
+	default:
+		return opsv1.PullPolicy_PULL_POLICY_IF_NOT_PRESENT
 	}
 }
 

@@ -20,9 +20,9 @@ func (g *GRPCNodes) PrepareUpgrade(ctx context.Context, n Node, r *opsv1.Prepare
 
 // CommitUpgrade announces the patch of the pod. Errors are *NodeError; codes.FailedPrecondition when the operation is not
 // prepared, or has ended.
-func (g *GRPCNodes) CommitUpgrade(ctx context.Context, n Node, uid string) (*opsv1.Operation, error) {
+func (g *GRPCNodes) CommitUpgrade(ctx context.Context, n Node, r *opsv1.CommitUpgradeRequest) (*opsv1.Operation, error) {
 	return call(ctx, g, n, "CommitUpgrade", func(ctx context.Context, c opsv1.OpsClient) (*opsv1.Operation, error) {
-		return c.CommitUpgrade(ctx, &opsv1.CommitUpgradeRequest{Uid: uid})
+		return c.CommitUpgrade(ctx, r)
 	})
 }
 

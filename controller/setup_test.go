@@ -14,6 +14,7 @@ import (
 	"github.com/sirupsen/logrus"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client/fake"
 	"sigs.k8s.io/controller-runtime/pkg/event"
 )
 
@@ -52,15 +53,18 @@ func TestSlimPod(t *testing.T) {
 		t.Errorf("kept too little: %+v", slim)
 	}
 	crr := &request{Spec: spec{PodName: "pod", Containers: containers("app")}}
+	unmanaged := whole.DeepCopy()
+	unmanaged.ManagedFields = nil // those above are none that the fake API server takes
+	r := &ContainerRecreateReconciler{APIReader: fake.NewClientBuilder().WithObjects(unmanaged).Build()}
 	for _, pod := range []*corev1.Pod{whole, slim} {
 		a, err := accept(crr, pod, &corev1.Node{})
 		if err != nil || a.PodUID != "u" || a.NodeName != "n" || a.Containers["app"].ContainerID != "containerd://x" || a.Containers["app"].RestartCount != 3 {
 			t.Fatalf("accepted %+v, error %v", a, err)
 		}
-		p := &pass{r: &ContainerRecreateReconciler{}, crr: crr, accepted: a, pod: pod}
+		p := &pass{r: r, crr: crr, accepted: a, pod: pod}
 		p.gather()
-		if r := p.restartRequest(p.containers[0]); r.GetPod().GetUid() != "m" || r.GetContainers()[0].GetPreStop().GetSleep().GetSeconds() != 1 {
-			t.Errorf("request %v", r)
+		if r, err := p.restartRequest(t.Context(), p.containers[0]); err != nil || r.GetPod().GetUid() != "m" || r.GetContainers()[0].GetPreStop().GetSleep().GetSeconds() != 1 {
+			t.Errorf("request %v, error %v", r, err)
 		}
 	}
 }

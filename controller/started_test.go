@@ -105,6 +105,7 @@ func TestRecreateWaitsForStartupProbe(t *testing.T) {
 				return states(crr) == "app Recreating killed: the new container runs; waiting for its startupProbe"
 			}
 			b.until("it waits", waits, "a")
+			b.stopClock()
 			if hold := b.node.requests[0].GetContainers()[0].GetHoldProbes(); tt.carried != (hold.AsDuration() == 14*time.Second) || !tt.carried && hold != nil {
 				t.Errorf("probes are held for %s", hold)
 			}

@@ -42,7 +42,7 @@ type heldEvent struct {
 
 // Message implements [proxy.StreamFilter].
 func (f *eventFilter) Message(msg []byte) ([][]byte, error) {
-	if !f.view.Active() && f.view.starts.Load() == 0 {
+	if !f.view.Active() && !f.view.Guarded() && f.view.starts.Load() == 0 {
 		return [][]byte{msg}, nil
 	}
 	m, err := decode(msg, &runtimeapi.ContainerEventResponse{})
@@ -75,6 +75,9 @@ func (f *eventFilter) hold(m *runtimeapi.ContainerEventResponse, msg []byte) boo
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	c := v.tokens[annotations[StagedAnnotation]]
+	if c == nil && v.suspectLocked(annotations[StagedAnnotation]) {
+		return true // dropped: should it ever be shown, kubelet finds it in a list
+	}
 	if c == nil {
 		c = v.ids[m.GetContainerId()]
 		stop := m.GetContainerEventType() == runtimeapi.ContainerEventType_CONTAINER_STOPPED_EVENT
@@ -118,7 +121,7 @@ func (v *View) showHeldLocked(msg []byte) []byte {
 	}
 	m.ContainersStatuses = without(m.ContainersStatuses, func(s *runtimeapi.ContainerStatus) bool {
 		how := v.verdictLocked(s.GetId())
-		if v.tokens[s.GetAnnotations()[StagedAnnotation]] != nil {
+		if token := s.GetAnnotations()[StagedAnnotation]; v.tokens[token] != nil || v.suspectLocked(token) {
 			how = hidden
 		}
 		if how == masked {

@@ -5,6 +5,7 @@ package interceptors
 
 import (
 	"context"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -37,6 +38,10 @@ func (d *Director) createContainer(ctx context.Context, method string, raw []byt
 			did(ctx, didAdopt)
 			return encode(&runtimeapi.CreateContainerResponse{ContainerId: id})
 		}
+		if id := d.replaced(ctx, slot, req); id != "" {
+			did(ctx, didAdopt)
+			return encode(&runtimeapi.CreateContainerResponse{ContainerId: id})
+		}
 		if d.view.Claimed(slot) {
 			did(ctx, didHold)
 			d.log.WithFields(logrusFields(slot, method)).Info("waiting for the operation on this slot")
@@ -61,6 +66,7 @@ func (d *Director) createContainer(ctx context.Context, method string, raw []byt
 		return nil, err
 	}
 	d.records.Created(resp.GetContainerId(), raw)
+	d.view.created(slot, resp.GetContainerId(), req)
 	return b, nil
 }
 
@@ -94,6 +100,19 @@ func (d *Director) prepared(ctx context.Context, method string, slot Slot, req *
 	if id != "" {
 		d.view.adopted(id)
 	}
+	return id
+}
+
+// replaced returns the container that kubelet asks for if it is there already, or "": kubelet decided before a reveal to replace the
+// incumbent, has stopped it after that, and now makes the next attempt, whose name in the runtime is taken. So it is where a new
+// process does not listen yet when a probe, which is aimed at the pod, looks for the old one.
+func (d *Director) replaced(ctx context.Context, slot Slot, req *runtimeapi.CreateContainerRequest) string {
+	id := d.view.lateHeir(slot)
+	if id == "" || d.made == nil || d.view.Claimed(slot) || !d.made.Fits(ctx, id, req) {
+		return ""
+	}
+	d.view.adopted(id)
+	d.log.WithFields(logrusFields(slot, "")).WithField("successor", id).Info("kubelet replaces a container that has been replaced: it gets the one that is there")
 	return id
 }
 
@@ -174,10 +193,48 @@ func (d *Director) stopPodSandbox(ctx context.Context, method string, raw []byte
 	if err != nil {
 		return nil, err
 	}
+	if d.keeps(ctx, req.GetPodSandboxId()) {
+		did(ctx, didKeep)
+		return encode(&runtimeapi.StopPodSandboxResponse{})
+	}
 	defer d.view.stopping(req.GetPodSandboxId())()
 	d.takeBackSandbox(ctx, method, req.GetPodSandboxId())
 	d.stopLateHeirs(ctx, req.GetPodSandboxId())
 	return next(ctx, raw)
+}
+
+// keeps reports whether a stop of the sandbox is not for the runtime: kubelet has stopped the last container of a pod that is
+// never restarted, because of a failed probe, and now gives the pod up (kuberuntime_manager.go computePodActions: KillPod),
+// but another container has taken the place of that one. If kubelet tells that it has no other reason, such as a deletion, the
+// sandbox is kept, and kubelet's next sync finds the container running in it. Once for each stop of a container: where that is wrong,
+// kubelet finds the container running, stops it and asks again (kubelet.go SyncTerminatingPod).
+func (d *Director) keeps(ctx context.Context, sandbox string) bool {
+	heirs := d.view.lateHeirs(sandbox)
+	if d.pods == nil || len(heirs) == 0 {
+		return false
+	}
+	st, err := d.runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: sandbox})
+	if err != nil || !serves(st.GetStatus()) || !d.pods.Kept(ctx, st.GetStatus().GetMetadata().GetUid()) {
+		return false
+	}
+	for _, h := range heirs {
+		st, err := d.runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: h.id})
+		if err != nil || st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
+			continue
+		}
+		for _, h := range heirs {
+			d.view.adopted(h.id)
+		}
+		d.log.WithField("successor", h.id).Info("kubelet gives the pod up for a container that has been replaced: its sandbox is kept, and kubelet finds the successor running")
+		return true
+	}
+	return false
+}
+
+// serves reports whether kubelet would not replace the sandbox (pkg/kubelet/kuberuntime/util PodSandboxChanged).
+func serves(s *runtimeapi.PodSandboxStatus) bool {
+	host := s.GetLinux().GetNamespaces().GetOptions().GetNetwork() == runtimeapi.NamespaceMode_NODE
+	return s.GetState() == runtimeapi.PodSandboxState_SANDBOX_READY && (host || s.GetNetwork().GetIp() != "")
 }
 
 // lateGrace bounds the grace of a late heir, in seconds: kubelet waits two minutes for StopPodSandbox.
@@ -192,6 +249,11 @@ func (d *Director) stopLateHeirs(ctx context.Context, sandbox string) {
 		did(ctx, didStop)
 		wg.Go(func() {
 			log := d.log.WithFields(logrus.Fields{"successor": h.id})
+			defer func() { // nobody else guards this goroutine, and kubelet's call goes on without it
+				if p := recover(); p != nil {
+					log.WithFields(logrus.Fields{"panic": p, "stack": string(debug.Stack())}).Error("container not stopped before its sandbox: the daemon would have panicked; please report this")
+				}
+			}()
 			log.Info("the pod goes away, stopping the container that took the place of the one that kubelet stopped")
 			if _, err := d.runtime.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: h.id, Timeout: min(h.grace, lateGrace)}); err != nil {
 				log.WithError(err).Warn("container not stopped before its sandbox")
@@ -201,16 +263,21 @@ func (d *Director) stopLateHeirs(ctx context.Context, sandbox string) {
 	wg.Wait()
 }
 
+// removePodSandbox stops what still runs in the sandbox, as the runtime does (sandbox_remove.go in
+// containerd).
 func (d *Director) removePodSandbox(ctx context.Context, method string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.RemovePodSandboxRequest{})
 	if err != nil {
 		return nil, err
 	}
+	defer d.view.stopping(req.GetPodSandboxId())()
 	d.takeBackSandbox(ctx, method, req.GetPodSandboxId())
 	b, err := next(ctx, raw)
 	if err == nil {
 		d.view.forgetSandbox(req.GetPodSandboxId())
-		d.overrides.SandboxRemoved()
+		if d.overrides.Any() {
+			d.overrides.SandboxRemoved()
+		}
 	}
 	return b, err
 }
@@ -248,6 +315,7 @@ func (d *Director) removeContainer(ctx context.Context, method string, raw []byt
 	if err != nil {
 		return nil, err
 	}
+	defer d.view.stopping(req.GetContainerId())() // the runtime kills what runs
 	if d.view.Active() {
 		claim, id := d.view.byContainer(req.GetContainerId())
 		if claim != nil && d.view.successorOf(claim) == id {

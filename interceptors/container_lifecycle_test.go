@@ -251,6 +251,10 @@ func TestStopsUnderWayAreSeen(t *testing.T) {
 		{methodStop, &runtimeapi.StopContainerRequest{}, false},
 		{methodStopSandbox, &runtimeapi.StopPodSandboxRequest{PodSandboxId: sandbox}, true},
 		{methodStopSandbox, &runtimeapi.StopPodSandboxRequest{PodSandboxId: "x"}, false},
+		{methodRemoveSandbox, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: sandbox}, true},
+		{methodRemoveSandbox, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: "x"}, false},
+		{methodRemove, &runtimeapi.RemoveContainerRequest{ContainerId: incumbent}, true},
+		{methodRemove, &runtimeapi.RemoveContainerRequest{ContainerId: web}, false},
 	} {
 		t.Run(tc.method[strings.LastIndexByte(tc.method, '/')+1:], func(t *testing.T) {
 			b := newBed(t)

@@ -46,7 +46,19 @@ type Overrides interface {
 	SandboxRemoved()
 }
 
-// Options configures a [Director]. All fields but Pulls, Overrides and Registerer are required.
+// Pods tells kubelet's mind about pods.
+type Pods interface {
+	// Kept reports whether kubelet tells that the pod is not on its way out. It is false where kubelet does not tell.
+	Kept(ctx context.Context, podUID string) bool
+}
+
+// Successors knows the containers that operations have made.
+type Successors interface {
+	// Fits reports whether the container is the one that kubelet asks for, and gives it the resources that kubelet asks for.
+	Fits(ctx context.Context, id string, req *runtimeapi.CreateContainerRequest) bool
+}
+
+// Options configures a [Director]. All fields but Pulls, Pods, Successors, Overrides, Registerer and Judge are required.
 type Options struct {
 	View    *View
 	Records Records
@@ -54,10 +66,16 @@ type Options struct {
 	Runtime grpc.ClientConnInterface
 	Log     logrus.FieldLogger
 	Pulls   Pulls
+	// Pods, if nil, tells nothing.
+	Pods Pods
+	// Successors, if nil, are none that fit.
+	Successors Successors
 	// Overrides, if nil, are none.
 	Overrides Overrides
 	// Registerer gets the metrics. Nil: they are kept but not served.
 	Registerer prometheus.Registerer
+	// Judge is asked while the view has a guard. Nil: there is nothing to judge.
+	Judge Judge
 }
 
 // Director implements [proxy.Director]: it takes a method only while the view has
@@ -66,6 +84,9 @@ type Director struct {
 	view      *View
 	records   Records
 	overrides Overrides
+	judge     Judge
+	pods      Pods       // may be nil
+	made      Successors // may be nil
 	runtime   runtimeapi.RuntimeServiceClient
 	log       logrus.FieldLogger
 
@@ -81,7 +102,7 @@ var (
 
 // New returns a director over the view.
 func New(o Options) *Director {
-	d := &Director{view: o.View, records: o.Records, runtime: runtimeapi.NewRuntimeServiceClient(o.Runtime), log: o.Log, overrides: o.Overrides}
+	d := &Director{view: o.View, records: o.Records, runtime: runtimeapi.NewRuntimeServiceClient(o.Runtime), log: o.Log, overrides: o.Overrides, pods: o.Pods, made: o.Successors, judge: o.Judge}
 	if d.overrides == nil {
 		d.overrides = noOverrides{}
 	}
@@ -92,6 +113,9 @@ func New(o Options) *Director {
 		runtimeapi.RuntimeService_UpdateContainerResources_FullMethodName: d.updateContainerResources,
 		runtimeapi.RuntimeService_StopPodSandbox_FullMethodName:           d.stopPodSandbox,
 		runtimeapi.RuntimeService_StopContainer_FullMethodName:            d.stopContainer,
+		// An operation may begin while they are under way, and then their end has to do with it.
+		runtimeapi.RuntimeService_RemovePodSandbox_FullMethodName: d.removePodSandbox,
+		runtimeapi.RuntimeService_ExecSync_FullMethodName:         d.execSync,
 	}
 	if o.Pulls != nil {
 		d.always[runtimeapi.ImageService_PullImage_FullMethodName] = pullImage(o.Pulls)
@@ -105,8 +129,6 @@ func New(o Options) *Director {
 		runtimeapi.RuntimeService_PodSandboxStats_FullMethodName:       d.podSandboxStats,
 		runtimeapi.RuntimeService_ListPodSandboxStats_FullMethodName:   d.listPodSandboxStats,
 		runtimeapi.RuntimeService_ListPodSandboxMetrics_FullMethodName: d.listPodSandboxMetrics,
-		runtimeapi.RuntimeService_RemovePodSandbox_FullMethodName:      d.removePodSandbox,
-		runtimeapi.RuntimeService_ExecSync_FullMethodName:              d.execSync,
 		runtimeapi.RuntimeService_Exec_FullMethodName:                  d.exec,
 		runtimeapi.RuntimeService_Attach_FullMethodName:                d.attach,
 		runtimeapi.RuntimeService_ReopenContainerLog_FullMethodName:    d.reopenContainerLog,
@@ -125,11 +147,11 @@ func New(o Options) *Director {
 	}
 	for _, methods := range []map[string]proxy.UnaryInterceptor{d.always, d.active} {
 		for method, take := range methods {
-			methods[method] = newCounter(counts, method).unary(take)
+			methods[method] = newCounter(counts, method).unary(d.unaryJudged(method, take))
 		}
 	}
 	for method, take := range d.stream {
-		d.stream[method] = newCounter(counts, method).stream(take)
+		d.stream[method] = newCounter(counts, method).stream(d.streamJudged(method, take))
 	}
 	return d
 }
@@ -149,13 +171,26 @@ var tellsStart = map[string]bool{
 	runtimeapi.RuntimeService_PodSandboxStatus_FullMethodName: true,
 }
 
+// tellsOf are the methods whose answers tell of containers. Those of others show nothing that is
+// hidden, however long they have been under way when it is hidden: a call into a container, such as
+// a hook of 30 s, is addressed to the one that its caller knows.
+var tellsOf = map[string]bool{
+	runtimeapi.RuntimeService_ListContainers_FullMethodName:        true,
+	runtimeapi.RuntimeService_ContainerStatus_FullMethodName:       true,
+	runtimeapi.RuntimeService_PodSandboxStatus_FullMethodName:      true,
+	runtimeapi.RuntimeService_ContainerStats_FullMethodName:        true,
+	runtimeapi.RuntimeService_ListContainerStats_FullMethodName:    true,
+	runtimeapi.RuntimeService_PodSandboxStats_FullMethodName:       true,
+	runtimeapi.RuntimeService_ListPodSandboxStats_FullMethodName:   true,
+	runtimeapi.RuntimeService_ListPodSandboxMetrics_FullMethodName: true,
+}
+
 // Unary implements [proxy.Director].
 func (d *Director) Unary(method string) proxy.UnaryInterceptor {
 	if ic, ok := d.always[method]; ok {
 		return ic
 	}
-	if d.view.Active() || (d.view.starts.Load() > 0 && tellsStart[method]) ||
-		(method == runtimeapi.RuntimeService_RemovePodSandbox_FullMethodName && d.overrides.Any()) {
+	if d.view.Active() || d.view.Guarded() || (d.view.starts.Load() > 0 && tellsStart[method]) {
 		return d.active[method]
 	}
 	return nil
@@ -169,10 +204,10 @@ func (d *Director) Stream(method string) proxy.StreamInterceptor {
 
 // Pass implements [proxy.Passer].
 func (d *Director) Pass(method string) (done func(), ok bool) {
-	if _, watched := d.active[method]; !watched {
+	if !tellsOf[method] {
 		return nil, true
 	}
-	return d.view.pass()
+	return d.view.pass(method)
 }
 
 // decode fills m from an encoded message; its error makes the proxy pass the call.

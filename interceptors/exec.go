@@ -15,7 +15,8 @@ import (
 )
 
 // execSync on a masked container runs while its process lives; after that it is
-// Unavailable, which keeps a probe from counting a failure.
+// Unavailable, which keeps a probe from counting a failure. It is always taken, because a probe that begins before the mask
+// may be killed behind it, and one failure may be all that kubelet waits for.
 func (d *Director) execSync(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.ExecSyncRequest{})
 	if err != nil {

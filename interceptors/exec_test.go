@@ -119,6 +119,47 @@ func TestExecProbesDuringTheMask(t *testing.T) {
 	})
 }
 
+// A probe may have begun when there was no operation: the stop that ends it is ours all the same.
+func TestExecProbeFromBeforeTheOperation(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		id   string
+		mask bool
+		code codes.Code
+	}{
+		{"killed behind the mask", incumbent, true, codes.Unavailable},
+		{"fails by itself before it", incumbent, false, codes.OK},
+		{"in another container", web, true, codes.OK},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			b := newBed(t)
+			arrived, gate := make(chan struct{}), make(chan struct{})
+			b.on(methodExecSync, func(context.Context, []byte) (proto.Message, error) {
+				close(arrived)
+				<-gate
+				return &runtimeapi.ExecSyncResponse{ExitCode: 137}, nil
+			})
+			answered := later(func() error {
+				req := &runtimeapi.ExecSyncRequest{ContainerId: tc.id}
+				_, err := call[runtimeapi.ExecSyncResponse](t.Context(), b, methodExecSync, req)
+				return err
+			})
+			<-arrived
+			c := b.claimed()
+			defer c.Release()
+			if err := c.Hide(t.Context(), token); err != nil {
+				t.Fatal(err)
+			}
+			c.Staged(successor)
+			if tc.mask {
+				c.Mask()
+			}
+			close(gate)
+			wantCode(t, <-answered, tc.code)
+		})
+	}
+}
+
 // What cannot be decoded is passed by the proxy; no interceptor may answer for it.
 func TestBytesThatCannotBeDecoded(t *testing.T) {
 	garbage := []byte{0x0a, 0xff}

@@ -6,6 +6,7 @@ package interceptors
 import (
 	"context"
 	"errors"
+	"fmt"
 	"iter"
 	"maps"
 	"slices"
@@ -37,12 +38,25 @@ func (s Slot) String() string { return s.PodUID + "/" + s.Container }
 type View struct {
 	// active is how many claims have something to say. The pass path reads only this.
 	active atomic.Int32
+	// guard says what a token means that the view does not hold; see Guard. The pass path reads it, too.
+	guard atomic.Int32
+	// carried is closed once the view goes on in another process.
+	carried chan struct{}
+	leave   sync.Once
 
 	mu sync.RWMutex // guards all following fields
-	// passing counts the calls that went through undecoded and are not answered yet: they
-	// may still carry what becomes hidden meanwhile. idle, if not nil, is closed when it comes to 0.
-	passing int
+	// known are the tokens that say nothing new, while there is a guard; strays the claims that hold no slot.
+	known  map[string]struct{}
+	strays map[*Claim]struct{}
+	// passing counts, by method, the calls that went through undecoded and are not answered yet:
+	// they may still carry what becomes hidden meanwhile. idle, if not nil, is closed when there is
+	// none.
+	passing map[string]int
 	idle    chan struct{}
+	// cuttable are those of them whose methods are not known.
+	cuttable map[*cuttable]struct{}
+	// nothing, if not nil, is closed when nothing is hidden any more.
+	nothing chan struct{}
 	looks   map[*look]struct{}
 	claims  map[Slot]*Claim
 	queues  map[Slot][]chan *Claim
@@ -56,25 +70,33 @@ type View struct {
 	stops  map[string]int // container and sandbox IDs, as given, with a stop of kubelet's in flight
 	// elsewhere are such IDs with a stop in flight in the process before this one.
 	elsewhere []string
-	// started has when the processes of containers began whose start the runtime tells too early. starts is its size, for
-	// the pass path.
+	// started has when the processes of containers began whose start the runtime tells too early, quiet those that are shown to
+	// have begun later than they have. starts is the size of both, for the pass path.
 	started map[string]time.Time
+	quiet   map[string]quiet
 	starts  atomic.Int32
+	// awaited has what waits for the next container of a slot; see [View.WhenCreated].
+	awaited map[Slot]awaited
 }
 
 // NewView returns a view that hides and masks nothing.
 func NewView() *View {
 	return &View{
+		carried: make(chan struct{}),
+		passing: map[string]int{}, cuttable: map[*cuttable]struct{}{},
 		looks:   map[*look]struct{}{},
 		claims:  map[Slot]*Claim{},
 		queues:  map[Slot][]chan *Claim{},
 		tokens:  map[string]*Claim{},
 		ids:     map[string]*Claim{},
 		streams: map[*eventFilter]struct{}{},
+		strays:  map[*Claim]struct{}{},
 		heirs:   map[string]*heir{},
 		untold:  map[string]untold{},
 		stops:   map[string]int{},
 		started: map[string]time.Time{},
+		quiet:   map[string]quiet{},
+		awaited: map[Slot]awaited{},
 	}
 }
 
@@ -83,23 +105,42 @@ func (v *View) Active() bool { return v.active.Load() > 0 }
 
 // pass registers a call that goes through undecoded; done must be called when
 // it has been answered. ok is false when the view has become active meanwhile.
-func (v *View) pass() (done func(), ok bool) {
+func (v *View) pass(method string) (done func(), ok bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if v.Active() {
+	if v.Active() || v.Guarded() {
 		return nil, false
 	}
-	v.passing++
-	return v.passed, true
+	v.passing[method]++
+	return func() { v.passed(method) }, true
 }
 
-func (v *View) passed() {
+func (v *View) passed(method string) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if v.passing--; v.passing == 0 && v.idle != nil {
+	v.passedLocked(method)
+}
+
+func (v *View) passedLocked(method string) {
+	if v.passing[method]--; v.passing[method] == 0 {
+		delete(v.passing, method)
+	}
+	if len(v.passing) == 0 && v.idle != nil {
 		close(v.idle)
 		v.idle = nil
 	}
+}
+
+// passingNames returns the methods of calls that pass undecoded, ordered, without their services.
+func (v *View) passingNames() string {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	var names []string
+	for method := range v.passing {
+		names = append(names, method[strings.LastIndexByte(method, '/')+1:])
+	}
+	slices.Sort(names)
+	return strings.Join(names, ", ")
 }
 
 // Yield says that kubelet, or whoever speaks CRI through the proxy, takes the
@@ -202,14 +243,22 @@ func (c *Claim) Bind(sandbox, incumbent string) {
 // Hide makes the view speak for this claim: from its return on, no answer shows
 // a container that carries the token. It waits until answers that were already on
 // their way undecoded have passed, at most until ctx ends (then nothing is
-// hidden and ctx's error is returned).
+// hidden, and the error names the calls that have not been answered and wraps ctx's).
 func (c *Claim) Hide(ctx context.Context, token string) error {
-	select {
-	case <-c.hide(token):
-		return nil
-	case <-ctx.Done():
-		c.Discard()
-		return ctx.Err()
+	idle := c.hide(token)
+	cut := time.NewTimer(cutPatience)
+	defer cut.Stop()
+	for {
+		select {
+		case <-idle:
+			return nil
+		case <-cut.C:
+			c.view.cutUnknown()
+		case <-ctx.Done():
+			names := c.view.passingNames()
+			c.Discard()
+			return fmt.Errorf("not answered yet: %s: %w", names, ctx.Err())
+		}
 	}
 }
 
@@ -227,6 +276,7 @@ func (c *Claim) hide(token string) <-chan struct{} {
 	}
 	c.token = token
 	v.tokens[token] = c
+	v.knowLocked(token)
 	if !c.speaking {
 		c.speaking = true
 		v.active.Add(1)
@@ -239,7 +289,7 @@ func (c *Claim) hide(token string) <-chan struct{} {
 			v.noteLocked(c, id, v.verdictLocked(id))
 		}
 	}
-	if v.passing == 0 {
+	if len(v.passing) == 0 {
 		none := make(chan struct{})
 		close(none)
 		return none
@@ -310,17 +360,27 @@ func (c *Claim) settleLocked(show bool) {
 		return
 	}
 	c.speaking = false
+	delete(v.strays, c)
 	successor := c.successor
 	v.active.Add(-1)
 	if show && successor != "" && v.ids[c.incumbent] == c && len(v.untold) < maxHeirs {
 		v.untold[c.incumbent] = untold{heir: heir{id: successor, sandbox: c.sandbox}}
 		v.active.Add(1)
 	}
-	delete(v.tokens, c.token)
-	delete(v.ids, c.successor)
-	delete(v.ids, c.incumbent)
-	if show && successor != "" && len(v.heirs) < maxHeirs {
-		v.heirs[c.incumbent] = &heir{id: successor, sandbox: c.sandbox}
+	if v.tokens[c.token] == c {
+		delete(v.tokens, c.token)
+	}
+	if len(v.tokens) == 0 && v.nothing != nil {
+		close(v.nothing)
+		v.nothing = nil
+	}
+	for _, id := range []string{c.successor, c.incumbent} {
+		if v.ids[id] == c {
+			delete(v.ids, id)
+		}
+	}
+	if show && successor != "" && c.incumbent != "" && len(v.heirs) < maxHeirs {
+		v.heirs[c.incumbent] = &heir{id: successor, sandbox: c.sandbox, slot: c.slot}
 	}
 	c.token, c.successor = "", ""
 	for f := range v.streams {
@@ -387,6 +447,7 @@ const maxHeirs = 4096
 // heir is a container that took the place of an incumbent.
 type heir struct {
 	id, sandbox string
+	slot        Slot
 	// late is set when kubelet stopped the incumbent after it had been shown exited, which it does only to a container that it
 	// saw running before: it may be killing the pod. grace is what it gave, in seconds.
 	late  bool
@@ -400,6 +461,18 @@ func (v *View) lateStop(id string, grace int64) {
 	for h := v.heirs[id]; h != nil; h = v.heirs[h.id] {
 		h.late, h.grace = true, grace
 	}
+}
+
+// lateHeir returns the container of the slot whose incumbent kubelet stopped late, or "".
+func (v *View) lateHeir(slot Slot) string {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	for _, h := range v.heirs {
+		if h.late && h.slot == slot && v.heirs[h.id] == nil {
+			return h.id
+		}
+	}
+	return ""
 }
 
 // lateHeirs returns the containers of the sandbox whose incumbents kubelet stopped late.
@@ -421,35 +494,92 @@ func (v *View) Forget(id string) {
 	defer v.mu.Unlock()
 	delete(v.heirs, id)
 	v.tellLocked(func(incumbent string, u untold) bool { return incumbent == id || u.id == id })
-	if _, ok := v.started[id]; ok {
-		delete(v.started, id)
-		v.starts.Add(-1)
-	}
+	delete(v.started, id)
+	delete(v.quiet, id)
+	v.countStartsLocked()
 }
+
+func (v *View) countStartsLocked() { v.starts.Store(int32(len(v.started) + len(v.quiet))) }
 
 // SetStarted says when the container's process really began, where the runtime tells an earlier time: that of a container
 // that has been held at a gate. It counts until the container is removed.
 func (v *View) SetStarted(id string, at time.Time) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if _, ok := v.started[id]; !ok {
-		v.starts.Add(1)
-	}
 	v.started[id] = at
+	v.countStartsLocked()
 }
 
-// correct puts the real start into a status and reports whether that changed it.
+// quiet is a container that kubelet is kept from probing.
+type quiet struct {
+	lasts time.Duration
+	until time.Time // zero until the container is shown running
+}
+
+// HoldProbes keeps kubelet from probing the container for that long, from the moment on at which the container is first shown running:
+// it is shown to have begun at the end of that time, as long as it runs. No probe is made before a container's start
+// (prober/worker.go doProbe: InitialDelaySeconds), but a new container's startup probe says at its first turn that the container has not
+// started yet, which keeps the others back from then on.
+func (v *View) HoldProbes(id string, lasts time.Duration) { v.hold(id, quiet{lasts: lasts}) }
+
+// HoldProbesUntil is [View.HoldProbes] of a container that may have been shown before.
+func (v *View) HoldProbesUntil(id string, until time.Time) { v.hold(id, quiet{until: until}) }
+
+func (v *View) hold(id string, q quiet) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.quiet[id] = q
+	v.countStartsLocked()
+}
+
+// awaited is what waits for a container.
+type awaited struct {
+	until time.Time
+	is    func(id string, req *runtimeapi.CreateContainerRequest) bool
+}
+
+// WhenCreated has is called with every container that is made in the slot, until it says that it is the one, or until then.
+func (v *View) WhenCreated(slot Slot, until time.Time, is func(id string, req *runtimeapi.CreateContainerRequest) bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	maps.DeleteFunc(v.awaited, func(_ Slot, a awaited) bool { return time.Now().After(a.until) })
+	v.awaited[slot] = awaited{until: until, is: is}
+}
+
+// created tells who waits for it.
+func (v *View) created(slot Slot, id string, req *runtimeapi.CreateContainerRequest) {
+	v.mu.Lock()
+	a, ok := v.awaited[slot]
+	v.mu.Unlock()
+	if !ok || time.Now().Before(a.until) && !a.is(id, req) {
+		return
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.awaited[slot].until.Equal(a.until) { // still the same
+		delete(v.awaited, slot)
+	}
+}
+
+// correct puts the start that is to be shown into the status of a container that is shown, and reports whether that changed it.
 func (v *View) correct(s *runtimeapi.ContainerStatus) bool {
 	if v.starts.Load() == 0 {
 		return false
 	}
-	v.mu.RLock()
-	defer v.mu.RUnlock()
+	v.mu.Lock()
+	defer v.mu.Unlock()
 	return v.correctLocked(s)
 }
 
 func (v *View) correctLocked(s *runtimeapi.ContainerStatus) bool {
 	at, ok := v.started[s.GetId()]
+	if q, is := v.quiet[s.GetId()]; is && s.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING {
+		if q.until.IsZero() {
+			q.until = time.Now().Add(q.lasts)
+			v.quiet[s.GetId()] = q
+		}
+		at, ok = q.until, true
+	}
 	if !ok || s.GetStartedAt() == 0 || s.GetStartedAt() == at.UnixNano() {
 		return false
 	}
@@ -591,7 +721,7 @@ func (l *look) end() {
 func (l *look) blank() bool {
 	l.view.mu.RLock()
 	defer l.view.mu.RUnlock()
-	return len(l.tokens) == 0 && len(l.ids) == 0
+	return len(l.tokens) == 0 && len(l.ids) == 0 && l.view.known == nil
 }
 
 // judge returns how the container is shown in this call's answer. annotations may be nil
@@ -600,7 +730,7 @@ func (l *look) judge(id string, annotations map[string]string) verdict {
 	l.view.mu.RLock()
 	defer l.view.mu.RUnlock()
 	if t := annotations[StagedAnnotation]; t != "" {
-		if _, ok := l.tokens[t]; ok {
+		if _, ok := l.tokens[t]; ok || l.view.suspectLocked(t) {
 			l.did.add(didHide)
 			return hidden
 		}
@@ -637,7 +767,7 @@ func (v *View) byContainer(id string) (*Claim, string) {
 	defer v.mu.RUnlock()
 	var found *Claim
 	full := ""
-	for _, c := range v.claims {
+	for c := range v.allLocked() {
 		for _, known := range []string{c.incumbent, c.successor} {
 			if known == id {
 				return c, known
@@ -648,6 +778,22 @@ func (v *View) byContainer(id string) (*Claim, string) {
 		}
 	}
 	return found, full
+}
+
+// allLocked are the claims, with and without a slot. The caller holds v.mu.
+func (v *View) allLocked() iter.Seq[*Claim] {
+	return func(yield func(*Claim) bool) {
+		for c := range v.strays {
+			if !yield(c) {
+				return
+			}
+		}
+		for _, c := range v.claims {
+			if !yield(c) {
+				return
+			}
+		}
+	}
 }
 
 // bySandbox returns the claims on slots of the sandbox.

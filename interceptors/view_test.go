@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -245,17 +246,48 @@ func TestHideGivesUp(t *testing.T) {
 	})
 }
 
-// Calls of methods that never carry a container are not waited for.
-func TestPassWatchesOnlyWhatMayShowContainers(t *testing.T) {
-	d := newBed(t).director
-	if done, ok := d.Pass(runtimeapi.RuntimeService_Version_FullMethodName); done != nil || !ok {
-		t.Error("Version is watched")
+// Only answers that tell of containers are waited for: a hook of 30 s in any pod of the node is
+// none of them.
+func TestHideWaitsOnlyForWhatTellsOfContainers(t *testing.T) {
+	tells := map[string]bool{}
+	for _, name := range []string{
+		"ListContainers", "ContainerStatus", "PodSandboxStatus", "ContainerStats", "ListContainerStats", "PodSandboxStats",
+		"ListPodSandboxStats", "ListPodSandboxMetrics",
+	} {
+		tells["/runtime.v1.RuntimeService/"+name] = true
 	}
-	done, ok := d.Pass(methodList)
-	if done == nil || !ok {
-		t.Fatal("ListContainers is not watched")
+	for _, method := range unaryMethods() {
+		t.Run(method[strings.LastIndexByte(method, '/')+1:], func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newBed(t)
+				gate := make(chan struct{})
+				b.on(method, func(context.Context, []byte) (proto.Message, error) {
+					<-gate
+					return &runtimeapi.VersionResponse{}, nil // nothing, in every method's encoding
+				})
+				answered := later(func() error {
+					_, err := b.raw(t.Context(), method, nil)
+					return err
+				})
+				synctest.Wait()
+				c := b.claimed()
+				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+				defer cancel()
+				err := c.Hide(ctx, token)
+				if waited := err != nil; waited != tells[method] {
+					t.Errorf("a call that is under way is waited for: %t", waited)
+				}
+				if err != nil && !strings.Contains(err.Error(), method[strings.LastIndexByte(method, '/')+1:]) {
+					t.Errorf("%q does not name the call", err)
+				}
+				c.Release()
+				close(gate)
+				if err := <-answered; err != nil {
+					t.Error(err)
+				}
+			})
+		})
 	}
-	done()
 }
 
 func TestPassTurnsBackOnceActive(t *testing.T) {

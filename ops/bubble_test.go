@@ -90,7 +90,7 @@ func (b *bubble) run(f func(t *testing.T, n *bubbleNode)) {
 // restart restarts app and returns the operation once it has ended.
 func (n *bubbleNode) restart(uid string, edit ...func(*opsv1.RestartRequest)) *opsv1.Operation {
 	n.t.Helper()
-	o, err := n.engine.submit(restartRequest(uid, edit...), podRef())
+	o, err := n.engine.submit(restartRequest(uid, edit...), nil, podRef())
 	if err != nil {
 		n.t.Fatal(err)
 	}

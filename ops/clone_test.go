@@ -5,6 +5,8 @@ package ops
 
 import (
 	"bytes"
+	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -28,7 +30,7 @@ func TestCloneFor(t *testing.T) {
 				Image:    &runtimeapi.ImageSpec{Image: "sha256:1", UserSpecifiedImage: "app:1"},
 				Command:  []string{"a"}, Args: []string{"b"}, WorkingDir: "/",
 				Envs:    []*runtimeapi.KeyValue{{Key: "BLOB", Value: []byte{0xff, 0, 'a'}}},
-				Labels:  map[string]string{labelContainer: "app"},
+				Labels:  map[string]string{labelContainer: "app", labelPodUID: "u"},
 				LogPath: "app/3.log",
 				Annotations: map[string]string{
 					annotationRestartCount: "3", annotationTerminationPath: "/dev/termination-log", "io.kubernetes.container.hash": "abc",
@@ -119,12 +121,20 @@ func TestCloneFor(t *testing.T) {
 }
 
 func TestTerminationFile(t *testing.T) {
-	dir := t.TempDir()
-	config := func(path string) *runtimeapi.ContainerConfig {
-		return &runtimeapi.ContainerConfig{
-			Annotations: map[string]string{annotationTerminationPath: "/t"},
-			Mounts:      []*runtimeapi.Mount{{ContainerPath: "/t", HostPath: path}},
+	root := t.TempDir()
+	dir := filepath.Join(root, "pods", "u", "containers", "app")
+	if err := os.MkdirAll(dir, 0o750); err != nil {
+		t.Fatal(err)
+	}
+	config := func(paths ...string) *runtimeapi.ContainerConfig {
+		c := &runtimeapi.ContainerConfig{
+			Labels:      map[string]string{labelPodUID: "u", labelContainer: "app"},
+			Annotations: map[string]string{annotationTerminationPath: "t"}, // kubelet makes it absolute
 		}
+		for _, path := range paths {
+			c.Mounts = append(c.Mounts, &runtimeapi.Mount{ContainerPath: "/t", HostPath: path})
+		}
+		return c
 	}
 	path := filepath.Join(dir, "f")
 	if err := os.WriteFile(path, []byte("old"), 0o600); err != nil {
@@ -137,11 +147,127 @@ func TestTerminationFile(t *testing.T) {
 	if err != nil || st.Mode().Perm() != 0o666 || st.Size() != 0 {
 		t.Errorf("got %v, %v; want an empty file of mode 0666", st, err)
 	}
-	if err := makeTerminationFile(config(filepath.Join(dir, "no", "f"))); err == nil || !strings.Contains(err.Error(), "termination message file") {
-		t.Errorf("got %v", err)
+	other := filepath.Join(root, "other")
+	if err := errors.Join(os.Symlink(other, filepath.Join(dir, "link")), os.Symlink(dir, filepath.Join(root, "pods", "u", "containers", "web"))); err != nil {
+		t.Fatal(err)
 	}
-	if err := makeTerminationFile(&runtimeapi.ContainerConfig{}); err != nil {
-		t.Error(err)
+	web := config(filepath.Join(root, "pods", "u", "containers", "web", "g"))
+	web.Labels[labelContainer] = "web"
+	for name, c := range map[string]*runtimeapi.ContainerConfig{
+		"no such directory":    config(filepath.Join(root, "no", "pods", "u", "containers", "app", "f")),
+		"the file is a link":   config(filepath.Join(dir, "link")),
+		"the directory is one": web,
+	} {
+		if err := makeTerminationFile(c); err == nil || !strings.Contains(err.Error(), "termination message file") {
+			t.Errorf("%s: got %v", name, err)
+		}
+	}
+	// A volume that is mounted at the same place: the file of the pod's is left alone, and so is the volume.
+	volume := filepath.Join(root, "pods", "u", "volumes", "kubernetes.io~empty-dir", "v")
+	for name, c := range map[string]*runtimeapi.ContainerConfig{
+		"a volume":                          config(volume),
+		"another container's directory":     config(filepath.Join(root, "pods", "u", "containers", "db", "f")),
+		"another pod's directory":           config(filepath.Join(root, "pods", "v", "containers", "app", "f")),
+		"a directory below the container's": config(filepath.Join(dir, "sub", "f")),
+		"no mount":                          config(),
+		"nothing":                           {},
+	} {
+		if m := terminationMount(c); m != nil {
+			t.Errorf("%s: taken for kubelet's: %v", name, m)
+		}
+		if err := makeTerminationFile(c); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	both := config(volume, path) // kubelet's comes last
+	if got := terminationMount(both); got != both.Mounts[1] {
+		t.Errorf("of two mounts %v is taken", got)
+	}
+	next, err := cloneFor(&runtimeapi.CreateContainerRequest{Config: withMetadata(both)}, nil, 1, someToken)
+	if err != nil || next.Config.Mounts[0].HostPath != volume || next.Config.Mounts[1].HostPath != filepath.Join(dir, someToken[:8]) {
+		t.Errorf("the clone mounts %v, %v", next.GetConfig().GetMounts(), err)
+	}
+	for _, left := range []string{other, filepath.Dir(volume)} {
+		if _, err := os.Lstat(left); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s has come about: %v", left, err)
+		}
+	}
+}
+
+func withMetadata(c *runtimeapi.ContainerConfig) *runtimeapi.ContainerConfig {
+	c.Metadata = &runtimeapi.ContainerMetadata{Name: "app"}
+	return c
+}
+
+// What the runtime reports of a container's resources, as containerd does.
+func TestReported(t *testing.T) {
+	if got := reported(&runtimeapi.ContainerStatus{}, nil); got != nil {
+		t.Errorf("of nothing: %v", got)
+	}
+	hugepages := func(of ...string) (list []*runtimeapi.HugepageLimit) {
+		for i, size := range of {
+			list = append(list, &runtimeapi.HugepageLimit{PageSize: size, Limit: uint64(i)})
+		}
+		return list
+	}
+	for name, tc := range map[string]struct {
+		base, tells, want *runtimeapi.LinuxContainerResources
+	}{
+		"swap by default": {
+			tells: &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 9, MemorySwapLimitInBytes: 9},
+			want:  &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 9},
+		},
+		"swap that was asked for": {
+			base:  &runtimeapi.LinuxContainerResources{MemorySwapLimitInBytes: 7},
+			tells: &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 9, MemorySwapLimitInBytes: 9},
+			want:  &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 9, MemorySwapLimitInBytes: 9},
+		},
+		"swap of its own": {
+			tells: &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 9, MemorySwapLimitInBytes: 10},
+			want:  &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 9, MemorySwapLimitInBytes: 10},
+		},
+		"an OOM score that was bounded": {
+			tells: &runtimeapi.LinuxContainerResources{OomScoreAdj: -500, CpusetCpus: "1"}, want: &runtimeapi.LinuxContainerResources{CpusetCpus: "1"},
+		},
+		"huge pages of several updates": {
+			tells: &runtimeapi.LinuxContainerResources{HugepageLimits: hugepages("2MB", "1GB", "2MB")},
+			want:  &runtimeapi.LinuxContainerResources{HugepageLimits: hugepages("2MB", "1GB", "2MB")[1:]},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			st := &runtimeapi.ContainerStatus{Resources: &runtimeapi.ContainerResources{Linux: tc.tells}}
+			if got := reported(st, tc.base); !proto.Equal(got, tc.want) {
+				t.Errorf("got %v, want %v", got, tc.want)
+			}
+		})
+	}
+}
+
+// What kubelet changed while the proxy was not in its path is known to the runtime only.
+func TestResourcesChangedPastTheProxy(t *testing.T) {
+	n := newNode(t, podOptions{})
+	n.run()
+	id := n.rt.idOf(t, "app/0")
+	update := func(by runtimeapi.RuntimeServiceServer, cpus string, shares int64) {
+		t.Helper()
+		_, err := by.UpdateContainerResources(t.Context(), &runtimeapi.UpdateContainerResourcesRequest{
+			ContainerId: id, Linux: &runtimeapi.LinuxContainerResources{CpusetCpus: cpus, CpuShares: shares},
+		})
+		n.must(err)
+	}
+	_, err := n.kubelet.UpdateContainerResources(t.Context(), &runtimeapi.UpdateContainerResourcesRequest{
+		ContainerId: id, Linux: &runtimeapi.LinuxContainerResources{CpusetCpus: "1", CpuPeriod: 9},
+	})
+	n.must(err)
+	update(n.rt, "2-3", 200)
+	n.rt.set(func(f *fakeRuntime) { f.containers[id].status.Resources.Linux.CpuPeriod = 0 }) // not reported
+	n.restart("op")
+	if op := n.finish("op"); verdict(op) != "SUCCEEDED, app SUCCEEDED" {
+		t.Fatalf("operation ended %v", op)
+	}
+	want := &runtimeapi.LinuxContainerResources{CpuShares: 200, CpusetCpus: "2-3", CpuPeriod: 9}
+	if got := n.rt.get(t, "app/1").config.GetLinux().GetResources(); !proto.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
 	}
 }
 
@@ -169,7 +295,7 @@ func TestSuccessorIsAClone(t *testing.T) {
 				t.Errorf("token is %q", token)
 			}
 			want.Annotations[interceptors.StagedAnnotation] = token
-			want.Mounts[0].HostPath = filepath.Join(n.dir, token[:8])
+			want.Mounts[0].HostPath = filepath.Join(n.terminationDir("app"), token[:8])
 			want.Linux.Resources.CpusetCpus = "1"
 			if older {
 				want.Envs = nil
@@ -206,6 +332,10 @@ func TestOlderContainerThatCannotBeCloned(t *testing.T) {
 	}{
 		"not UTF-8": {func(c *fakeContainer) { c.config.Envs = []*runtimeapi.KeyValue{{Key: "BLOB", Value: []byte{0xff}}} }, "BLOB is not UTF-8"},
 		"no config": {func(c *fakeContainer) { c.config = nil }, "does not tell its config"},
+		"a field of a later CRI": {func(c *fakeContainer) {
+			c.told = `{"config":{"metadata":{"name":"app"},"linux":{"Resources":{"cpu_shares":1,"cpu_burst":7}},"mounts":[{"container_path":"/a","gone":null},{"Idmap":{"a":1}}]}}`
+		}, "tells of config.linux.Resources.cpu_burst, config.mounts[1].Idmap, which this version"},
+		"a field of another type": {func(c *fakeContainer) { c.told = `{"config":{"metadata":7}}` }, "cannot be read"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t, podOptions{hidden: true})

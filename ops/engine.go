@@ -4,14 +4,18 @@
 package ops
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/http"
+	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -26,6 +30,8 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/gate"
+	"github.com/cri-proxy/cri-proxy/ops/guard"
 )
 
 const (
@@ -78,6 +84,7 @@ type Options struct {
 // Engine runs operations and keeps their journal.
 type Engine struct {
 	view      *interceptors.View
+	boot      string // of the machine
 	log       logrus.FieldLogger
 	rt        runtimeapi.RuntimeServiceClient
 	img       runtimeapi.ImageServiceClient
@@ -96,8 +103,16 @@ type Engine struct {
 	queue chan struct{}
 	// late wakes Run for ends that could not be written.
 	late chan struct{}
+	// limits is held while the limits of pods are changed, see [cgroup.Raise].
+	limits sync.Mutex
+
 	// lateCreate is the constant of that name, but for tests that count calls.
 	lateCreate time.Duration
+	// judging is held while containers are judged; judged is set once all have been. See Judge.
+	judging chan struct{}
+	judged  atomic.Bool
+	// gatesLost is set where not even the directory of the gates was there at the start.
+	gatesLost bool
 
 	mu      sync.Mutex // guards all following fields
 	ops     map[string]*operation
@@ -106,6 +121,16 @@ type Engine struct {
 	// tokens are all that this process has used or found in the journal, until nothing more can
 	// be a stray; see removeStrays.
 	tokens map[string]bool
+	// settled are the tokens of containers that the journal knows as having taken over, incumbents the containers that its operations replace.
+	settled    map[string]bool
+	incumbents map[string]bool
+	// decided are the tokens that judge has met.
+	decided map[string]bool
+	// left are the records that this binary does not understand, leftSlots the slots with containers of theirs that are hidden, by the operation.
+	left      [][]byte
+	leftSlots map[interceptors.Slot]string
+	// lost are the slots with containers of operations that no journal knows, until Run takes care of them.
+	lost []*lostSlot
 	// unwritten are finished operations whose end the journal does not have: the next process would take them up again, and
 	// restart a container of which it was said that it is left alone.
 	unwritten []*operation
@@ -116,6 +141,10 @@ type Engine struct {
 type operation struct {
 	req     *opsv1.RestartRequest
 	upgrade *opsv1.PrepareUpgradeRequest // nil if it is none; without credentials
+	// left is set of one that this binary does not understand: the journal keeps it as it is.
+	left bool
+	// rebooted is set of one that another boot of the machine has cut off.
+	rebooted bool
 
 	mu         sync.Mutex // guards all following fields
 	op         *opsv1.Operation
@@ -131,8 +160,13 @@ type operation struct {
 	supplied    chan struct{}
 	// forgotten is whether there were credentials in the process before this one, until there are others.
 	forgotten bool
-	claims    map[int]*interceptors.Claim
-	stays     []stay // for metrics and traces
+	// environments are by container; had, of which there were any, also in the process before this one.
+	environments environments
+	had          []string
+	// certain are the containers of an upgrade that will be, as its caller has said with the commit, what kubelet asks for.
+	certain map[string]bool
+	claims  map[int]*interceptors.Claim
+	stays   []stay // for metrics and traces
 }
 
 // Open reads the journal in the state directory and makes the view show what
@@ -152,6 +186,7 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 	}
 	e := &Engine{
 		view:       o.View,
+		boot:       bootID(),
 		log:        log,
 		rt:         runtimeapi.NewRuntimeServiceClient(bounded{o.Conn}),
 		img:        runtimeapi.NewImageServiceClient(bounded{o.Conn}),
@@ -169,16 +204,25 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		ops:        map[string]*operation{},
 		tokens:     map[string]bool{},
 		turns:      turns{held: map[interceptors.Slot]*operation{}, wanted: map[interceptors.Slot]*wanted{}},
+		settled:    map[string]bool{},
+		incumbents: map[string]bool{},
+		decided:    map[string]bool{},
+		leftSlots:  map[interceptors.Slot]string{},
+		judging:    make(chan struct{}, 1),
 	}
 	if e.legacyLog == "" {
 		e.legacyLog = "/var/log/containers"
 	}
+	_, err = os.Lstat(gate.Dir(o.StateDir))
+	e.gatesLost = errors.Is(err, fs.ErrNotExist)
 	records.eachStarted(o.View.SetStarted)
+	records.eachHeld(o.View.HoldProbesUntil)
+	o.View.Guard()
 	if e.overrides, err = openOverrides(j, e.img, log); err == nil {
 		e.metrics, err = newMetrics(o.Registerer, e)
 	}
 	if err == nil {
-		err = j.load(e.revive, func(err error) {
+		err = j.load(e.revive, e.leaveAlone, func(err error) {
 			log.WithError(err).Error("journal record set aside; what its operation has staged is removed")
 		})
 	}
@@ -221,7 +265,8 @@ func (e *Engine) revive(uid string, r *record) error {
 			return errors.New("the record does not hold together: was the file edited?")
 		}
 	}
-	o.forgotten = r.Credentials
+	o.forgotten, o.had = r.Credentials, r.Environments
+	o.rebooted = r.Boot != "" && e.boot != "" && r.Boot != e.boot
 	if r.Committed {
 		o.isReleased = true
 		close(o.released)
@@ -230,6 +275,9 @@ func (e *Engine) revive(uid string, r *record) error {
 		return errors.New("the record does not hold together: was the file edited?")
 	}
 	if o.op.GetFinishTime() != nil {
+		for i, c := range o.containers {
+			e.settled[c.Token] = o.op.GetContainers()[i].GetPhase() == opsv1.Phase_PHASE_SUCCEEDED
+		}
 		e.ops[uid] = o
 		return nil
 	}
@@ -240,9 +288,11 @@ func (e *Engine) revive(uid string, r *record) error {
 	for i := range o.containers {
 		c := &o.containers[i]
 		if c.Step == stepNone || c.Step == stepDone {
+			e.settled[c.Token] = o.op.GetContainers()[i].GetPhase() == opsv1.Phase_PHASE_SUCCEEDED
 			continue
 		}
-		o.committed = o.committed || !c.StopBy.IsZero() || c.Step == stepStop || c.Step == stepStarted || c.Step == stepReveal
+		e.incumbents[c.Incumbent] = true
+		o.committed = o.committed || !c.StopBy.IsZero() || c.Step == stepStop || c.Step == stepAsk || c.Step == stepStarted || c.Step == stepReveal
 		slot := interceptors.Slot{PodUID: o.op.GetPod().GetUid(), Container: o.op.GetContainers()[i].GetName()}
 		claim, err := e.view.TryClaim(slot)
 		if err != nil {
@@ -253,22 +303,65 @@ func (e *Engine) revive(uid string, r *record) error {
 		}
 		claim.Bind(c.Sandbox, c.Incumbent)
 		o.claims[i] = claim
-		if o.upgrade != nil && c.Step != stepStage && c.Step != stepUndo {
+		if o.upgrade != nil && c.Step != stepStage && c.Step != stepUndo || o.upgrade == nil && c.joinable() {
 			claim.WillDrive()
 		}
 		if c.Step == stepReveal {
+			e.settled[c.Token] = true
 			continue // what kubelet has seen must not vanish again
 		}
 		e.tokens[c.Token] = true
 		claim.HideNow(c.Token)
 		claim.Staged(c.Successor)
-		if c.Step != stepStage && (o.upgrade == nil || c.Step == stepStop || c.Step == stepStarted) {
+		if !o.rebooted && c.Step != stepStage && (o.upgrade == nil || c.Step == stepStop || c.Step == stepAsk || c.Step == stepStarted) {
 			claim.Mask()
 		}
 	}
 	e.ops[uid] = o
 	e.waiting = append(e.waiting, o)
 	e.log.WithFields(logrus.Fields{"op": uid, "pod": podName(o.op.GetPod()), "phase": o.op.GetPhase()}).Info("resuming operation from the journal")
+	return nil
+}
+
+// leaveAlone takes an operation from the journal that this binary does not understand. It is told of as one that has failed; nothing of it is undone,
+// removed or changed in the file.
+func (e *Engine) leaveAlone(uid string, raw []byte, r *record, why string) {
+	e.left = append(e.left, raw)
+	message := why + ": it is left alone, with its containers, until that version is installed again"
+	o := newOperation(&opsv1.RestartRequest{}, &opsv1.Operation{}, nil)
+	o.left = true
+	if r == nil || proto.Unmarshal(r.Operation, o.op) != nil || proto.Unmarshal(r.Request, o.req) != nil || o.op.GetUid() != uid {
+		o.op, o.req = &opsv1.Operation{Uid: uid}, &opsv1.RestartRequest{Uid: uid}
+	} else if r.Upgrade != nil {
+		o.upgrade = &opsv1.PrepareUpgradeRequest{}
+		if proto.Unmarshal(r.Upgrade, o.upgrade) != nil {
+			o.upgrade = nil
+		}
+	}
+	if o.op.GetFinishTime() == nil {
+		o.op.Phase, o.op.FinishTime, o.op.Message = opsv1.Phase_PHASE_FAILED, timestamppb.Now(), message
+		for _, c := range o.op.GetContainers() {
+			if slices.Contains(course, c.GetPhase()) {
+				c.Phase, c.Reason, c.Message = opsv1.Phase_PHASE_FAILED, ReasonVersion, message
+			}
+		}
+		e.log.WithFields(logrus.Fields{"op": uid, "pod": podName(o.op.GetPod())}).Error("an operation of the journal is left alone: " + message)
+	}
+	e.ops[uid] = o
+}
+
+// isLeftAlone reports whether the token is that of an operation that this binary does not understand, wherever its record has it.
+func (e *Engine) isLeftAlone(token string) bool {
+	return slices.ContainsFunc(e.left, func(raw []byte) bool { return bytes.Contains(raw, []byte(token)) }) // never changes after Open
+}
+
+// refuseLeft is an outcome if the slot has something hidden of an operation that this binary does not understand.
+func (e *Engine) refuseLeft(slot interceptors.Slot) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if uid := e.leftSlots[slot]; uid != "" {
+		return failf(ReasonVersion, "container %q has a successor of another version of cri-proxy waiting: install that version again, or delete the pod (the journal's operations: cri-proxy ctl ops)", slot.Container)
+	}
 	return nil
 }
 
@@ -290,21 +383,10 @@ func (e *Engine) Overrides() *Overrides { return e.overrides }
 func (e *Engine) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	wg.Go(func() {
-		if e.awaitRuntime(ctx) == nil {
-			e.probe(ctx)
-			e.tidy(ctx)
-		}
-		if sleep(ctx, e.lateCreate) == nil {
-			e.tidy(ctx)
-		}
-		e.mu.Lock()
-		defer e.mu.Unlock()
-		e.tokens = nil
-	})
-	wg.Go(func() { e.writeAgain(ctx) })
-	wg.Go(func() { e.forget(ctx) })
-	wg.Go(func() { e.forgetOnRemoval(ctx) })
+	wg.Go(func() { guard.Keep(ctx, e.log, func() { e.begin(ctx, &wg) }) })
+	for _, keep := range []func(context.Context){e.writeAgain, e.forget, e.forgetOnRemoval, e.writeEnded} {
+		wg.Go(func() { guard.Keep(ctx, e.log, func() { keep(ctx) }) })
+	}
 	for {
 		e.mu.Lock()
 		waiting := e.waiting
@@ -321,6 +403,21 @@ func (e *Engine) Run(ctx context.Context) error {
 	}
 }
 
+// begin does what is to be done once: it tidies up after earlier processes, until nothing of theirs can come about any more. wg owns what takes longer.
+func (e *Engine) begin(ctx context.Context, wg *sync.WaitGroup) {
+	if e.awaitRuntime(ctx) == nil {
+		e.probe(ctx)
+		e.tidy(ctx, wg)
+	}
+	if sleep(ctx, e.lateCreate) == nil {
+		e.tidy(ctx, wg)
+		e.view.Unguard()
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.tokens = nil
+}
+
 // Close releases the state files. Run must have returned.
 func (e *Engine) Close() error {
 	e.mu.Lock()
@@ -329,6 +426,7 @@ func (e *Engine) Close() error {
 	if !e.writeEnds() {
 		e.log.Error("operations have ended that the journal knows as unfinished: the next process will take them up again")
 	}
+	e.overrides.flush()
 	e.hooks.CloseIdleConnections()
 	return errors.Join(e.journal.Close(), e.records.close())
 }
@@ -396,17 +494,23 @@ func (e *Engine) forget(ctx context.Context) {
 	}
 }
 
-// tidy forgets containers that went away while the proxy did not look, and removes strays.
-func (e *Engine) tidy(ctx context.Context) {
+// tidy forgets containers that went away while the proxy did not look, and takes care of those whose operation is lost. wg owns that.
+func (e *Engine) tidy(ctx context.Context, wg *sync.WaitGroup) {
 	e.forgetOverrides(ctx)
+	if e.awaitJudged(ctx) != nil {
+		return
+	}
 	list, err := e.forgetRemoved(ctx)
 	if err != nil {
 		e.log.WithError(err).Warn("records not tidied")
 		return
 	}
-	e.removeStrays(ctx, list)
+	e.judge(ctx, list) // what has come about since
 	if err := e.methods.removeStray(e.knows); err != nil {
 		e.log.WithError(err).Warn("gates that no operation knows not removed")
+	}
+	for _, s := range e.takeLost() {
+		wg.Go(func() { guard.Do(e.log, func() { e.clear(ctx, s) }) })
 	}
 }
 
@@ -436,25 +540,6 @@ func (e *Engine) forgetRemoved(ctx context.Context) ([]*runtimeapi.Container, er
 // bring a container about: the runtime is then in the middle of it, which takes it milliseconds, seconds under load.
 const lateCreate = 15 * time.Second
 
-// removeStrays removes containers that an operation created and nobody knows: they were never started, kubelet must not
-// see them, and they hold the name that kubelet's next attempt needs. What counts is that this process has never
-// known the token: by the time that the list is read, an operation may have started and revealed what is
-// in it as created.
-func (e *Engine) removeStrays(ctx context.Context, list []*runtimeapi.Container) {
-	for _, c := range list {
-		token := c.GetAnnotations()[interceptors.StagedAnnotation]
-		if c.GetState() != runtimeapi.ContainerState_CONTAINER_CREATED || token == "" || e.knows(token) {
-			continue
-		}
-		log := e.log.WithFields(logrus.Fields{"pod": c.GetLabels()[labelPodNamespace] + "/" + c.GetLabels()[labelPodName], "container": c.GetLabels()[labelContainer]})
-		if _, err := e.rt.RemoveContainer(ctx, &runtimeapi.RemoveContainerRequest{ContainerId: c.GetId()}); err != nil {
-			log.WithError(err).Warn("staged container that no operation knows not removed")
-			continue
-		}
-		log.Warn("removed a staged container that no operation knows")
-	}
-}
-
 // awaitRuntime returns when the runtime answers.
 func (e *Engine) awaitRuntime(ctx context.Context) error {
 	wait := 20 * time.Millisecond
@@ -473,7 +558,7 @@ func (e *Engine) awaitRuntime(ctx context.Context) error {
 }
 
 // submit accepts an operation: once it returns nil, the operation is in the journal. It takes req, and the credentials out of it.
-func (e *Engine) submit(req *opsv1.RestartRequest, pod *opsv1.PodRef) (*operation, error) {
+func (e *Engine) submit(req *opsv1.RestartRequest, given environments, pod *opsv1.PodRef) (*operation, error) {
 	o := newOperation(req, &opsv1.Operation{
 		Uid: req.GetUid(), Kind: kindRestart, Pod: pod, Phase: opsv1.Phase_PHASE_PENDING,
 		Requester: req.GetRequester(), CreateTime: timestamppb.Now(),
@@ -482,13 +567,14 @@ func (e *Engine) submit(req *opsv1.RestartRequest, pod *opsv1.PodRef) (*operatio
 		o.op.Containers = append(o.op.Containers, &opsv1.ContainerOperation{Name: c.GetName(), Image: c.GetImage(), Phase: opsv1.Phase_PHASE_PENDING})
 	}
 	o.credentials, req.Credentials = req.GetCredentials(), nil
+	o.environments = given
 	return e.accept(o)
 }
 
 // newOperation returns an operation without claims.
 func newOperation(req *opsv1.RestartRequest, op *opsv1.Operation, containers []containerRecord) *operation {
 	return &operation{
-		req: req, op: op, containers: containers, claims: map[int]*interceptors.Claim{},
+		req: req, op: op, containers: containers, claims: map[int]*interceptors.Claim{}, certain: map[string]bool{},
 		changed: make(chan struct{}), cancelled: make(chan struct{}), released: make(chan struct{}), supplied: make(chan struct{}),
 	}
 }
@@ -501,7 +587,7 @@ func (e *Engine) accept(o *operation) (*operation, error) {
 		return nil, status.Error(codes.Unavailable, "cri-proxy is shutting down; try again")
 	}
 	if known := e.ops[o.req.GetUid()]; known != nil {
-		return known.as(o)
+		return e.again(known, o)
 	}
 	active := e.activeLocked()
 	if active >= maxActive {
@@ -512,6 +598,7 @@ func (e *Engine) accept(o *operation) (*operation, error) {
 	}
 	o.mu.Lock()
 	o.enterLocked()
+	e.giveLocked(o, o.environments)
 	o.mu.Unlock()
 	if err := e.save(o); err != nil {
 		return nil, status.Errorf(codes.Internal, "the operation was not accepted and nothing was done: %v", err)
@@ -604,7 +691,7 @@ func (e *Engine) expireLocked(now time.Time) error {
 	}
 	var finished []done
 	for uid, o := range e.ops {
-		if at, ok := o.finishedAt(); ok {
+		if at, ok := o.finishedAt(); ok && !o.left {
 			finished = append(finished, done{uid, at})
 		}
 	}
@@ -643,7 +730,7 @@ func (e *Engine) saveLocked(o *operation) error {
 	if err != nil {
 		return err
 	}
-	r := &record{Operation: op, Request: req, Containers: o.containers, Cancelled: o.cancelSaid, Committed: o.isReleased, Credentials: o.forgotten || len(o.credentials) > 0}
+	r := &record{Boot: e.boot, Operation: op, Request: req, Containers: o.containers, Cancelled: o.cancelSaid, Committed: o.isReleased, Credentials: o.forgotten || len(o.credentials) > 0, Environments: o.had}
 	if o.upgrade != nil {
 		if r.Upgrade, err = proto.Marshal(o.upgrade); err != nil {
 			return err

@@ -221,13 +221,13 @@ func TestJournalThatCannotBeMade(t *testing.T) {
 	if e.records.request("c") != nil || len(e.records.ids()) != 0 {
 		t.Error("records without a file")
 	}
-	if _, err := e.submit(restartRequest("op"), podRef()); err == nil || !strings.Contains(err.Error(), "nothing was done") {
+	if _, err := e.submit(restartRequest("op"), nil, podRef()); err == nil || !strings.Contains(err.Error(), "nothing was done") {
 		t.Errorf("got %v", err)
 	}
 	if err := os.RemoveAll(filepath.Join(dir, "journal.db")); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := e.submit(restartRequest("op"), podRef()); err != nil {
+	if _, err := e.submit(restartRequest("op"), nil, podRef()); err != nil {
 		t.Errorf("the file can be had now, but: %v", err)
 	}
 	if err := e.Close(); err != nil {
@@ -262,7 +262,7 @@ func TestJournalFile(t *testing.T) {
 			t.Errorf("got  %s\nwant %s", a, b)
 		}
 		return nil
-	}, func(err error) { t.Error(err) })
+	}, func(uid string, _ []byte, _ *record, why string) { t.Errorf("%s is left: %s", uid, why) }, func(err error) { t.Error(err) })
 	if err != nil || n != 1 {
 		t.Errorf("%d records, %v", n, err)
 	}
@@ -272,7 +272,7 @@ func TestJournalFile(t *testing.T) {
 	}
 	for _, want := range []string{"operation x: ", ""} { // set aside the first time, gone the second
 		var bad error
-		if err := j.load(func(string, *record) error { return nil }, func(err error) { bad = err }); err != nil {
+		if err := j.load(func(string, *record) error { return nil }, nil, func(err error) { bad = err }); err != nil {
 			t.Fatal(err)
 		}
 		if got := fmt.Sprint(bad); (bad == nil) != (want == "") || !strings.Contains(got, want) {
@@ -330,7 +330,10 @@ func FuzzJournal(f *testing.F) {
 		if err != nil {
 			return
 		}
-		e := &Engine{view: interceptors.NewView(), log: quiet(), ops: map[string]*operation{}, tokens: map[string]bool{}}
+		e := &Engine{
+			view: interceptors.NewView(), log: quiet(), ops: map[string]*operation{},
+			tokens: map[string]bool{}, settled: map[string]bool{}, incumbents: map[string]bool{},
+		}
 		if e.revive("op", r) != nil {
 			return
 		}

@@ -112,16 +112,28 @@ func orElse(d *durationpb.Duration, otherwise time.Duration) time.Duration {
 	return otherwise
 }
 
-// pullImage gets the image onto the node and pins it. Credentials that come meanwhile start the pull anew; what has been fetched counts.
+// pullImage gets the image of the change onto the node and pins it.
 func (r *restart) pullImage(ctx context.Context) error {
-	want := r.change.want
+	if r.change.want.GetPullPolicy() == opsv1.PullPolicy_PULL_POLICY_NEVER {
+		return r.ensure(ctx, r.change.want)
+	}
+	return r.pull(ctx, r.change.want)
+}
+
+// pull gets an image onto the node and, if it is that of a change, pins it. Credentials that come meanwhile start the pull anew; what
+// has been fetched counts.
+func (r *restart) pull(ctx context.Context, want *opsv1.ContainerUpgrade) error {
+	pinFor := durationpb.New(orElse(r.o.upgrade.GetPinFor(), defaultPin))
+	if r.change == nil {
+		pinFor = nil // as kubelet's own
+	}
 	r.show(func(c *opsv1.ContainerOperation) { c.Phase = opsv1.Phase_PHASE_PULLING })
 	for {
 		credentials, forgotten, others := r.o.given()
 		r.failpoint("pulling")
 		req := &opsv1.PullRequest{
 			Uid: r.kind() + "-" + randomToken(), Image: want.GetImage(), Policy: want.GetPullPolicy(), Credentials: credentials,
-			PinFor: durationpb.New(orElse(r.o.upgrade.GetPinFor(), defaultPin)), Owner: r.pinOwner(),
+			PinFor: pinFor, Owner: r.pinOwner(),
 		}
 		if by, ok := ctx.Deadline(); ok {
 			req.Deadline = durationpb.New(max(time.Second, time.Until(by)))
@@ -211,7 +223,7 @@ func (r *restart) fitImage(ctx context.Context, at *target) (*runtimeapi.CreateC
 	if err != nil {
 		return nil, err
 	}
-	request, _, err := r.requestOf(ctx, at.incumbent, at.sandbox)
+	request, err := r.requestOf(ctx, at.incumbent, at.sandbox)
 	if err != nil {
 		return nil, &noRequestError{err}
 	}

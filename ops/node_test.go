@@ -69,6 +69,7 @@ type node struct {
 	daemons []*daemon
 	sandbox string
 	method  Method
+	room    *room // nil: the processes' own cgroups, which are none of a pod
 }
 
 // podOptions are what a test wants different about the pod.
@@ -77,11 +78,12 @@ type podOptions struct {
 	hidden      bool              // app is made behind the proxy's back, as before its installation
 	processes   bool              // the containers have real ones
 	method      Method            // the best that is allowed
+	room        *room             // of the pod
 }
 
 func newNode(t testing.TB, o podOptions) *node {
 	t.Helper()
-	n := &node{t: t, dir: t.TempDir(), rt: newFakeRuntime(), method: o.method}
+	n := &node{t: t, dir: t.TempDir(), rt: newFakeRuntime(), method: o.method, room: o.room}
 	if o.processes {
 		newProcesses(t, n.rt, n.dir)
 	}
@@ -126,11 +128,14 @@ func (n *node) boot(state string) {
 	if n.rt.processes != nil {
 		d.engine.methods.owned, d.engine.methods.watch = n.rt.owned, d.watch(n.rt)
 	}
+	if n.room != nil {
+		d.engine.methods.cgroups = n.room.find
+	}
 	d.engine.lateCreate = time.Hour // tests count calls
 	d.engine.methods.gatePatience = waitLong
 	d.engine.journal.unsynced() // no power is cut here; copies of the file are made by this process
 	d.api = NewServer(d.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
-	d.server = proxy.NewServer(up, proxy.Options{Director: interceptors.New(interceptors.Options{View: d.view, Records: d.engine.Records(), Runtime: up.Conn(), Log: log, Overrides: d.engine.Overrides()})})
+	d.server = proxy.NewServer(up, proxy.Options{Director: interceptors.New(interceptors.Options{View: d.view, Records: d.engine.Records(), Runtime: up.Conn(), Log: log, Judge: d.engine, Overrides: d.engine.Overrides(), Pods: d.engine, Successors: d.engine})})
 	path := filepath.Join(n.dir, fmt.Sprintf("p%d.sock", len(n.daemons)))
 	l, err := proxy.Listen(path, proxy.ListenOptions{Mode: 0o600})
 	if err != nil {
@@ -247,6 +252,14 @@ func (n *node) sandboxConfig() *runtimeapi.PodSandboxConfig {
 	}
 }
 
+// terminationDir is where kubelet makes the termination message files of a container. It is made.
+func (n *node) terminationDir(name string) string {
+	n.t.Helper()
+	dir := filepath.Join(n.dir, "pods", podUID, "containers", name)
+	n.must(os.MkdirAll(dir, 0o750))
+	return dir
+}
+
 func (n *node) containerConfig(name string, attempt uint32) *runtimeapi.ContainerConfig {
 	return &runtimeapi.ContainerConfig{
 		Metadata: &runtimeapi.ContainerMetadata{Name: name, Attempt: attempt},
@@ -256,7 +269,7 @@ func (n *node) containerConfig(name string, attempt uint32) *runtimeapi.Containe
 			annotationTerminationPath: "/dev/termination-log",
 		},
 		Envs:    []*runtimeapi.KeyValue{{Key: "BLOB", Value: []byte{0xff, 0xfe, 'a'}}},
-		Mounts:  []*runtimeapi.Mount{{ContainerPath: "/dev/termination-log", HostPath: filepath.Join(n.dir, "0a0b0c0d")}},
+		Mounts:  []*runtimeapi.Mount{{ContainerPath: "/dev/termination-log", HostPath: filepath.Join(n.terminationDir(name), "0a0b0c0d")}},
 		LogPath: fmt.Sprintf("%s/%d.log", name, attempt),
 		Linux: &runtimeapi.LinuxContainerConfig{
 			Resources:       &runtimeapi.LinuxContainerResources{CpuShares: 102, CpusetCpus: "0-3"},
@@ -455,6 +468,8 @@ func (e *Engine) copyState(from, to string) error {
 type leash struct {
 	grpc.ClientConnInterface
 	gone atomic.Pointer[chan struct{}]
+	// bug, if set, is called with the method of each call: where it panics, the engine does.
+	bug atomic.Pointer[func(method string)]
 }
 
 func (l *leash) cut() {
@@ -468,6 +483,9 @@ func (l *leash) free() {
 }
 
 func (l *leash) Invoke(ctx context.Context, method string, args, reply any, opts ...grpc.CallOption) error {
+	if bug := l.bug.Load(); bug != nil {
+		(*bug)(method[strings.LastIndexByte(method, '/')+1:])
+	}
 	if c := l.gone.Load(); c != nil {
 		<-*c
 		return context.Canceled

@@ -12,6 +12,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/guard"
 )
 
 // beforeOverlap writes that the successor is about to run beside the incumbent.
@@ -45,7 +46,7 @@ func (r *restart) maskWhenGone() {
 	go func(w *exitWatch) { // ends with the process or the watch
 		<-w.done
 		if w.over() {
-			r.claim.Mask()
+			guard.Do(r.log, r.claim.Mask)
 		}
 	}(r.exit)
 }
@@ -62,7 +63,14 @@ func (r *restart) overlap(ctx context.Context) error {
 	if err := r.interrupted(); err != nil { // resumed
 		return err
 	}
-	if err := r.start(ctx); err != nil {
+	if err := r.raise(ctx); err != nil {
+		return err
+	}
+	r.failpoint("raised")
+	r.beside = time.Now()
+	err := r.start(ctx)
+	r.besideUntil = time.Now()
+	if err != nil {
 		return err
 	}
 	r.failpoint("running")

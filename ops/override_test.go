@@ -227,7 +227,7 @@ func TestCredentialsOfRestartAreNotKept(t *testing.T) {
 			Credentials: []*opsv1.RegistryCredential{{Match: "r.io", Username: "u", Password: password}},
 		}
 	}
-	o, err := e.submit(request("hunter2"), podRef())
+	o, err := e.submit(request("hunter2"), nil, podRef())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 
 	"github.com/sirupsen/logrus"
@@ -158,7 +159,7 @@ func TestRecordsAreTidied(t *testing.T) {
 	n := newNode(t, podOptions{})
 	n.engine.records.Created("gone", nil)
 	n.engine.records.Updated("gone too", nil)
-	n.engine.tidy(t.Context())
+	n.engine.tidy(t.Context(), &sync.WaitGroup{})
 	if n.engine.records.Len() != 2 || len(n.engine.records.ids()) != 2 {
 		t.Errorf("recorded are %q, want those of the two containers there are", n.engine.records.ids())
 	}

@@ -12,19 +12,24 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/cgroup"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
+	"github.com/cri-proxy/cri-proxy/ops/guard"
 )
 
 const (
 	// callTimeout bounds one call to the runtime: kubelet's own runtimeRequestTimeout.
 	callTimeout = 2 * time.Minute
-	// hidePatience bounds the wait for answers that are on their way to kubelet undecoded. Lists take
-	// milliseconds; if one takes this long the runtime is in no state for a restart.
+	// hidePatience bounds the wait for answers that tell of containers and are on their way to
+	// kubelet undecoded. Lists and statuses take milliseconds; if one takes this long the runtime
+	// is in no state for a restart.
 	hidePatience = 10 * time.Second
 	// minGrace is kubelet's minimumGracePeriodInSeconds (kuberuntime_manager.go).
 	minGrace = 2 * time.Second
@@ -51,6 +56,9 @@ const (
 	ReasonPostStartFailed   = "PostStartHookFailed"
 	ReasonRuntime           = "RuntimeError"
 	ReasonJournal           = "JournalError"
+	ReasonRebooted          = "NodeRestarted"
+	ReasonVersion           = "JournalVersion" // written by a binary that knows more
+	ReasonInternal          = "InternalError"  // a panic
 )
 
 // outcome ends the restart of a container. It is an error, except that it also
@@ -69,20 +77,53 @@ func failf(reason, format string, args ...any) *outcome {
 
 // execute runs an operation to its end, or until ctx ends.
 func (e *Engine) execute(ctx context.Context, o *operation) {
+	log := e.log.WithFields(logrus.Fields{"op": o.req.GetUid()})
+	if err := guard.Try(log, func() error { e.carryOut(ctx, o); return nil }); err != nil {
+		guard.Do(log, func() { e.giveUp(ctx, o, err) })
+	}
+}
+
+// giveUp ends an operation that cannot be carried out, whatever it has come to.
+func (e *Engine) giveUp(ctx context.Context, o *operation, why error) {
+	if o.finished() { // it was after that
+		return
+	}
+	for i := range o.req.GetContainers() {
+		e.newRestart(o, i).giveUp(ctx, why)
+	}
+	e.finish(o)
+}
+
+// giveUp ends the container's part of an operation after a panic that nothing is known of, such as one in the middle of undoing it.
+func (r *restart) giveUp(ctx context.Context, why error) {
+	rec := r.rec()
+	if rec.Step != stepDone {
+		r.end(failf(ReasonInternal, "%v", why))
+	}
+	if r.claim != nil {
+		r.abandon(ctx, r.claim, rec)
+	}
+	if r.up != nil {
+		r.endOthers()
+	}
+}
+
+// carryOut is execute without a guard.
+func (e *Engine) carryOut(ctx context.Context, o *operation) {
 	req := o.req
 	var wg sync.WaitGroup
 	failed := false
 	for i := range req.GetContainers() {
 		r := e.newRestart(o, i)
 		if !req.GetOrdered() {
-			wg.Go(func() { r.run(ctx) })
+			wg.Go(func() { r.runGuarded(ctx) })
 			continue
 		}
 		if failed {
 			r.end(&outcome{phase: opsv1.Phase_PHASE_CANCELLED, reason: ReasonSkipped, message: "not restarted because an earlier container failed"})
 			continue
 		}
-		failed = !r.run(ctx)
+		failed = !r.runGuarded(ctx)
 		if ctx.Err() != nil {
 			return
 		}
@@ -122,6 +163,7 @@ func (e *Engine) conclude(o *operation) error {
 	o.op.Phase = phase
 	o.op.FinishTime = timestamppb.Now()
 	o.credentials = nil
+	e.forgetEnvironmentsLocked(o)
 	if len(messages) > 0 {
 		o.op.Message = strings.Join(messages, "; ")
 	}
@@ -144,31 +186,45 @@ type restart struct {
 
 	incumbent *runtimeapi.ContainerStatus
 	request   *runtimeapi.CreateContainerRequest // of the incumbent
-	applied   *runtimeapi.LinuxContainerResources
+	// applied is what the resources in request have become, with all that has been recorded up to recorded.
+	applied, recorded *runtimeapi.LinuxContainerResources
 
 	exit *exitWatch // of the incumbent; nil where there is none
 	gate *gate.Gate // of the successor, once it waits there
 	pid  int        // of the process that waits there; 0 if this process cannot look at it
 	held bool       // the successor has been started behind a gate that is not open
 
+	// asked is when this process asked the incumbent to stop. From beside to besideUntil it had the successor started beside it.
+	asked, beside, besideUntil time.Time
+	// pod is where the pod of a successor that waits at its gate is looked at; nil if that cannot be.
+	pod *cgroup.Pod
+
+	stopFirst bool // it was to be StartFirst and goes on otherwise; as in the record
+
 	queued bool // it waits for the slot, or has ended doing so
+
+	probes *time.Duration // for how long kubelet's probes of the successor are held; nil until that is known
 
 	change *newImage // nil if the image stays
 	up     *upgrade  // nil if it is no upgrade
+	join   *join     // nil if it is one
 }
 
 func (e *Engine) newRestart(o *operation, i int) *restart {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	r := &restart{
-		Engine: e, o: o, i: i, want: o.req.GetContainers()[i], claim: o.claims[i],
+		Engine: e, o: o, i: i, want: o.req.GetContainers()[i], claim: o.claims[i], stopFirst: o.containers[i].StopFirst,
 		log: e.log.WithFields(logrus.Fields{"op": o.op.GetUid(), "pod": podName(o.op.GetPod()), "container": o.req.GetContainers()[i].GetName()}),
 	}
 	if o.upgrade != nil {
 		r.up = newUpgrade()
 		r.up.hurry = r.hurry
 		r.change = &newImage{want: o.upgrade.GetContainers()[i]}
-	} else if r.want.GetImage() != "" || r.want.GetRevertImage() {
+		return r
+	}
+	r.join = newJoin(r)
+	if r.want.GetImage() != "" || r.want.GetRevertImage() {
 		r.change = &newImage{want: &opsv1.ContainerUpgrade{Name: r.want.GetName(), Image: o.op.GetContainers()[i].GetImage(), PullPolicy: r.want.GetPullPolicy()}}
 	}
 	return r
@@ -225,6 +281,16 @@ func (r *restart) warn(format string, args ...any) {
 	r.show(func(c *opsv1.ContainerOperation) { c.Warnings = append(c.Warnings, msg) })
 }
 
+// runGuarded is run, and ends the container's part of the operation if that panics.
+func (r *restart) runGuarded(ctx context.Context) (ok bool) {
+	err := guard.Try(r.log, func() error { ok = r.run(ctx); return nil })
+	if err == nil {
+		return ok
+	}
+	guard.Do(r.log, func() { r.giveUp(ctx, err) })
+	return false
+}
+
 // run returns whether the container was restarted. When ctx ends it returns early and
 // leaves the rest to the next process.
 func (r *restart) run(ctx context.Context) bool {
@@ -239,19 +305,24 @@ func (r *restart) run(ctx context.Context) bool {
 	if r.up != nil {
 		drive = r.driveUpgrade
 	}
-	err := drive(ctx)
+	err := guard.Try(r.log, func() error { return drive(ctx) })
 	if r.up != nil {
 		close(r.up.over) // whatever is still to be done: kubelet is not kept waiting for it
+	} else {
+		r.join.end(ctx.Err() != nil)
 	}
 	defer func() {
 		r.exit.close()
 		r.leaveGate()
 	}()
 	var out *outcome
+	var bug *guard.Panic
 	switch {
 	case err == nil:
 		out = &outcome{phase: opsv1.Phase_PHASE_SUCCEEDED}
 	case errors.As(err, &out):
+	case errors.As(err, &bug):
+		out = failf(ReasonInternal, "%v", bug)
 	case ctx.Err() != nil:
 		return false
 	default:
@@ -262,10 +333,14 @@ func (r *restart) run(ctx context.Context) bool {
 		return false
 	}
 	if out.phase != opsv1.Phase_PHASE_SUCCEEDED && !r.undo(ctx, out) {
-		return false
+		return false // a panic in there is the caller's
 	}
 	if r.claim != nil {
+		if !r.lower(ctx) {
+			return false
+		}
 		r.removeGate() // whichever process has made or opened it
+		r.tellEnd(ctx)
 	}
 	if r.up != nil && out.phase == opsv1.Phase_PHASE_SUCCEEDED && r.rec().Method != MethodKubelet {
 		r.overrides.set(r.slot(), nil) // the image is that of the pod's spec
@@ -302,9 +377,10 @@ func (r *restart) end(out *outcome) {
 // drive takes the container through the steps. It returns nil on success, an
 // [outcome], or the error of a call that was cut off.
 func (r *restart) drive(ctx context.Context) error {
-	ready := r.takeSlot
+	ready := r.prepareSpecImage
 	switch {
 	case r.claim != nil:
+		r.joins()
 		ready = r.resume
 	case r.change != nil:
 		ready = r.prepareImage
@@ -326,8 +402,11 @@ func (r *restart) drive(ctx context.Context) error {
 				err = r.beforeStop(ctx)
 			}
 		case stepStart:
-			if err = r.overlap(ctx); err == nil {
+			switch err = r.overlap(ctx); {
+			case err == nil:
 				err = r.beforeStop(ctx)
+			case besideFails(err):
+				err = r.giveUpOverlap(ctx, err)
 			}
 		case stepStop:
 			err = r.swap(ctx)
@@ -337,7 +416,12 @@ func (r *restart) drive(ctx context.Context) error {
 			if c := r.container(); c.GetReason() != "" {
 				return failf(c.GetReason(), "%s", c.GetMessage())
 			}
-			r.measure(ctx, r.rec())
+			if !r.o.rebooted { // else the runtime's times are those of the reboot
+				r.measure(ctx, r.rec())
+			}
+			if r.rec().Joined {
+				return r.awaitRecreation(ctx)
+			}
 			return nil
 		default:
 			return failf(ReasonJournal, "the journal has the unknown step %q", s)
@@ -346,6 +430,14 @@ func (r *restart) drive(ctx context.Context) error {
 			return err
 		}
 	}
+}
+
+// prepareSpecImage takes the slot once the image of the pod's spec is on the node.
+func (r *restart) prepareSpecImage(ctx context.Context) error {
+	if err := r.ensureImage(ctx); err != nil {
+		return err
+	}
+	return r.takeSlot(ctx)
 }
 
 // resume readies what the journal has of the container for the next step.
@@ -361,6 +453,9 @@ func (r *restart) resume(ctx context.Context) error {
 		}
 		return out
 	}
+	if err := r.outlived(ctx); err != nil {
+		return err
+	}
 	if r.rec().Step == stepStage { // resumed: the successor may or may not exist; nothing was stopped
 		if err := r.removeStaged(ctx); err != nil {
 			return err
@@ -371,8 +466,31 @@ func (r *restart) resume(ctx context.Context) error {
 	return nil
 }
 
+// outlived is an outcome if the pod's sandbox has not outlived the process that began the operation, with the machine perhaps: all containers have ended
+// with it, and kubelet makes others in a new one. What has been shown to kubelet before is not undone by that.
+func (r *restart) outlived(ctx context.Context) error {
+	rec := r.rec()
+	if rec.Step == stepNone || rec.Step == stepReveal {
+		return nil
+	}
+	if r.o.rebooted {
+		return failf(ReasonRebooted, "the node was restarted in the middle of the %s, which ended all containers: kubelet makes them anew, and the new container of this %s has not taken over", r.kind(), r.kind())
+	}
+	var st *runtimeapi.PodSandboxStatusResponse
+	err := r.patiently(ctx, func() (err error) {
+		st, err = r.rt.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: rec.Sandbox})
+		return err
+	})
+	if status.Code(err) == codes.NotFound || err == nil && st.GetStatus().GetState() != runtimeapi.PodSandboxState_SANDBOX_READY {
+		return failf(ReasonPodStopping, "the pod's sandbox has ended in the middle of the %s, and its containers with it: the pod goes away, or kubelet makes them anew", r.kind())
+	}
+	return nil // what the runtime cannot tell, the next step meets
+}
+
 // overlaps reports whether the successor runs before the incumbent is stopped.
-func (r *restart) overlaps() bool { return r.want.GetOrder() == opsv1.Order_ORDER_START_FIRST }
+func (r *restart) overlaps() bool {
+	return r.want.GetOrder() == opsv1.Order_ORDER_START_FIRST && !r.stopFirst
+}
 
 func (r *restart) container() *opsv1.ContainerOperation {
 	return r.o.snapshot().GetContainers()[r.i]
@@ -386,10 +504,22 @@ func (r *restart) takeSlot(ctx context.Context) error {
 		defer r.wantSlot()()
 	}
 	r.queued = true
-	claim, err := r.view.Claim(waiting, interceptors.Slot{PodUID: r.o.op.GetPod().GetUid(), Container: r.want.GetName()})
+	if err := r.awaitJudged(waiting); err != nil { // what an earlier process has left in the slot comes first
+		if ctx.Err() == nil {
+			return r.cancelledOutcome()
+		}
+		return err
+	}
+	if err := r.refuseLeft(r.slot()); err != nil {
+		return err
+	}
+	claim, err := r.view.Claim(waiting, r.slot())
 	switch {
 	case err == nil:
 		r.claim, r.queued = claim, false
+		if r.join != nil {
+			r.joins()
+		}
 		return nil
 	case ctx.Err() == nil:
 		return r.cancelledOutcome()

@@ -54,6 +54,13 @@ type fakeSandbox struct {
 	at     int64
 }
 
+func (s *fakeSandbox) state() runtimeapi.PodSandboxState {
+	if s.ready {
+		return runtimeapi.PodSandboxState_SANDBOX_READY
+	}
+	return runtimeapi.PodSandboxState_SANDBOX_NOTREADY
+}
+
 type fakeContainer struct {
 	status   *runtimeapi.ContainerStatus
 	sandbox  string
@@ -62,6 +69,7 @@ type fakeContainer struct {
 	stubborn bool          // ignores SIGTERM
 	dead     chan struct{} // closed when the process is gone
 	gate     *os.File      // the directory that is mounted where the hook is, if there is one
+	told     string        // what a verbose status tells beyond CRI; empty: what containerd does
 	process  *fakeProcess  // since its start
 }
 
@@ -324,11 +332,7 @@ func (f *fakeRuntime) ListPodSandbox(_ context.Context, r *runtimeapi.ListPodSan
 		if !hasLabels(s.config.GetLabels(), r.GetFilter().GetLabelSelector()) {
 			continue
 		}
-		state := runtimeapi.PodSandboxState_SANDBOX_NOTREADY
-		if s.ready {
-			state = runtimeapi.PodSandboxState_SANDBOX_READY
-		}
-		resp.Items = append(resp.Items, &runtimeapi.PodSandbox{Id: s.id, Metadata: s.config.GetMetadata(), State: state, CreatedAt: s.at, Labels: s.config.GetLabels()})
+		resp.Items = append(resp.Items, &runtimeapi.PodSandbox{Id: s.id, Metadata: s.config.GetMetadata(), State: s.state(), CreatedAt: s.at, Labels: s.config.GetLabels()})
 	}
 	return resp, nil
 }
@@ -340,7 +344,7 @@ func (f *fakeRuntime) PodSandboxStatus(_ context.Context, r *runtimeapi.PodSandb
 	if s == nil {
 		return nil, status.Errorf(codes.NotFound, "an error occurred when try to find sandbox: not found")
 	}
-	resp := &runtimeapi.PodSandboxStatusResponse{Status: &runtimeapi.PodSandboxStatus{Id: s.id, Metadata: s.config.GetMetadata(), Network: &runtimeapi.PodSandboxNetworkStatus{Ip: s.ip}}}
+	resp := &runtimeapi.PodSandboxStatusResponse{Status: &runtimeapi.PodSandboxStatus{Id: s.id, Metadata: s.config.GetMetadata(), State: s.state(), Network: &runtimeapi.PodSandboxNetworkStatus{Ip: s.ip}}}
 	if r.GetVerbose() {
 		resp.Info = verbose(s.config)
 	}
@@ -514,6 +518,9 @@ func (f *fakeRuntime) ContainerStatus(_ context.Context, r *runtimeapi.Container
 	resp := &runtimeapi.ContainerStatusResponse{Status: proto.Clone(c.status).(*runtimeapi.ContainerStatus)}
 	if r.GetVerbose() {
 		resp.Info = verbose(c.config)
+		if c.told != "" {
+			resp.Info = map[string]string{"info": c.told}
+		}
 		if c.process != nil {
 			resp.Info = c.process.verbose(c.config)
 		}

@@ -5,6 +5,7 @@ package ops
 
 import (
 	"maps"
+	"path"
 	"slices"
 
 	"google.golang.org/protobuf/proto"
@@ -20,7 +21,7 @@ import (
 //
 // kubelet builds some lists from Go maps, so that their order means nothing: envs (of two with a name the last
 // counts), mounts, devices and CDI_devices. What is ours alone is left out: [interceptors.StagedAnnotation], and
-// the host path of the termination message file, which has a random name each time (kubelet_pods.go, kuberuntime_container.go makeMounts).
+// the name of the termination message file on the host, which is a random one each time (kubelet_pods.go, kuberuntime_container.go makeMounts).
 // linux.resources are not compared, see resourcesDiffer; the sandbox's config neither, it is the sandbox's own.
 // All other fields count, those of CRI versions newer than ours too.
 func differs(ours, asked *runtimeapi.CreateContainerRequest) []string {
@@ -139,12 +140,12 @@ func lastOf(envs []*runtimeapi.KeyValue) map[string][]*runtimeapi.KeyValue {
 	return out
 }
 
-// mountsOf returns the mounts by container path, that of the termination message file without its host path.
+// mountsOf returns the mounts by container path, that of the termination message file without the file's name.
 func mountsOf(c *runtimeapi.ContainerConfig) map[string][]*runtimeapi.Mount {
 	mounts := slices.Clone(c.GetMounts())
 	if i := slices.Index(mounts, terminationMount(c)); i >= 0 {
 		m := proto.Clone(mounts[i]).(*runtimeapi.Mount)
-		m.HostPath = ""
+		m.HostPath = path.Dir(m.GetHostPath())
 		mounts[i] = m
 	}
 	return listsOf(mounts, (*runtimeapi.Mount).GetContainerPath)

@@ -59,11 +59,13 @@ func NewServer(e *Engine, info InfoFunc) *Server { return &Server{e: e, info: in
 // Restart implements [opsv1.OpsServer].
 func (s *Server) Restart(ctx context.Context, req *opsv1.RestartRequest) (*opsv1.Operation, error) {
 	_, remote := callerOf(ctx)
-	if err := validateRestart(req, remote); err != nil {
+	req = proto.Clone(req).(*opsv1.RestartRequest)
+	given := takeEnvironments(req)
+	if err := errors.Join(validateRestart(req, remote), given.validate()); err != nil {
 		return nil, err
 	}
 	if known := s.e.lookup(req.GetUid()); known != nil {
-		o, err := known.as(&operation{req: req, credentials: req.GetCredentials()})
+		o, err := s.e.again(known, &operation{req: req, credentials: req.GetCredentials(), environments: given})
 		if err != nil {
 			return nil, err
 		}
@@ -76,7 +78,7 @@ func (s *Server) Restart(ctx context.Context, req *opsv1.RestartRequest) (*opsv1
 	if err != nil {
 		return nil, err
 	}
-	o, err := s.e.submit(proto.Clone(req).(*opsv1.RestartRequest), pod)
+	o, err := s.e.submit(req, given, pod)
 	if err != nil {
 		return nil, err
 	}
@@ -86,6 +88,9 @@ func (s *Server) Restart(ctx context.Context, req *opsv1.RestartRequest) (*opsv1
 // precheck refuses at once what cannot work, so that nothing is journaled for it.
 // A container that is being restarted already is checked when its turn comes.
 func (s *Server) precheck(ctx context.Context, req *opsv1.RestartRequest) (*opsv1.PodRef, error) {
+	if err := s.e.Judge(ctx); err != nil {
+		return nil, precheckError(err)
+	}
 	sandbox, err := s.e.sandboxOf(ctx, req.GetPod())
 	if err != nil {
 		return nil, precheckError(err)
@@ -94,6 +99,9 @@ func (s *Server) precheck(ctx context.Context, req *opsv1.RestartRequest) (*opsv
 	pod.Uid = sandbox.GetMetadata().GetUid()
 	for _, c := range req.GetContainers() {
 		slot := interceptors.Slot{PodUID: pod.GetUid(), Container: c.GetName()}
+		if err := s.e.refuseLeft(slot); err != nil {
+			return nil, precheckError(err)
+		}
 		if s.e.view.Claimed(slot) {
 			continue
 		}
@@ -301,6 +309,8 @@ func validateRestart(req *opsv1.RestartRequest, remote bool) error {
 			return invalid("container %q: min_ready_seconds must be between 0 and %d", name, maxMinReady)
 		case c.GetMinReadySeconds() != 0 && c.GetOrder() != opsv1.Order_ORDER_START_FIRST:
 			return invalid("container %q: min_ready_seconds is for ORDER_START_FIRST only", name)
+		case c.GetHoldProbes() != nil && (!c.GetHoldProbes().IsValid() || c.GetHoldProbes().AsDuration() < 0 || c.GetHoldProbes().AsDuration() > maxHoldProbes):
+			return invalid("container %q: hold_probes must be between 0 and %s", name, maxHoldProbes)
 		case len(c.GetExpectedContainerId()) > 256:
 			return invalid("container %q: expected_container_id is too long", name)
 		case len(c.GetImage()) > maxImage:

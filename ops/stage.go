@@ -56,10 +56,19 @@ func (r *restart) stage(ctx context.Context) error {
 	hide, cancelHide := context.WithTimeout(ctx, hidePatience)
 	defer cancelHide()
 	if err := r.claim.Hide(hide, token); err != nil {
-		return failf(ReasonRuntime, "the runtime takes more than %s to answer a list: %s not begun", hidePatience, r.kind())
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		return failf(ReasonRuntime, "%s not begun: the runtime takes more than %s to tell kubelet of its containers "+
+			"(%v); try again when crictl ps answers at once", r.kind(), hidePatience, err)
 	}
 	if err := r.chooseMethod(call); err != nil {
 		return err
+	}
+	if r.overlaps() { // before anything is made for it
+		if err := r.roomBeside(call); err != nil {
+			return err
+		}
 	}
 	id, err := r.create(call, token)
 	if err != nil {
@@ -83,20 +92,26 @@ func (r *restart) stage(ctx context.Context) error {
 
 // chooseMethod picks the best method that the node has and that applies to the container.
 func (r *restart) chooseMethod(ctx context.Context) error {
+	if err := r.load(ctx); err != nil {
+		return err
+	}
 	if r.overlaps() {
 		r.setMethod(MethodOverlap)
 		return nil
-	}
-	if err := r.load(ctx); err != nil {
-		return err
 	}
 	_, info, err := r.inspectIncumbent(ctx)
 	if err != nil {
 		return err
 	}
+	if r.methods.available(MethodGate) && info.RuntimeType == runcType && gate.Fits(r.request.GetConfig()) == nil {
+		why := r.noRoomForGate(ctx)
+		if why == "" {
+			r.setMethod(MethodGate)
+			return nil
+		}
+		r.warn("%s: the old container is stopped before the new one is started", why)
+	}
 	switch {
-	case r.methods.available(MethodGate) && info.RuntimeType == runcType && gate.Fits(r.request.GetConfig()) == nil:
-		r.setMethod(MethodGate)
 	case r.methods.available(MethodPidfd) && info.PID > 0 && r.ownPIDs():
 		r.setMethod(MethodPidfd)
 	default:
@@ -129,22 +144,7 @@ func (r *restart) checkTakenBack() error {
 
 // create creates the next attempt of the incumbent under the token.
 func (r *restart) create(ctx context.Context, token string) (string, error) {
-	if err := r.load(ctx); err != nil {
-		return "", err
-	}
-	if newer := r.records.resources(r.rec().Incumbent); newer != nil {
-		r.applied = newer
-	}
-	req, err := cloneFor(r.request, r.applied, r.container().GetAttempt(), token)
-	if err != nil {
-		return "", failf(ReasonCreateFailed, "%v", err)
-	}
-	switch {
-	case r.up != nil:
-		err = r.dress(ctx, req.GetConfig())
-	case r.change != nil:
-		err = r.useImage(ctx, req.GetConfig())
-	}
+	req, err := r.nextRequest(ctx, token)
 	if err != nil {
 		return "", err
 	}
@@ -196,6 +196,11 @@ func (r *restart) createGated(ctx context.Context, req *runtimeapi.CreateContain
 func (r *restart) dropGate(why error) {
 	r.log.WithError(why).Warn("gate cannot be used, restarting without it")
 	r.metrics.gateFailures.Inc()
+	r.withoutGate()
+}
+
+// withoutGate makes the method the next best one.
+func (r *restart) withoutGate() {
 	r.leaveGate()
 	r.held = false
 	r.removeGate()
@@ -229,14 +234,24 @@ func (r *restart) removeLate(ctx context.Context) {
 	}
 }
 
+// update adds to the resources of the successor what kubelet has asked for of the incumbent since they were
+// read, and returns that; nil for nothing.
+func (r *restart) update() *runtimeapi.LinuxContainerResources {
+	newer := r.records.resources(r.rec().Incumbent)
+	if newer == nil || proto.Equal(newer, r.recorded) {
+		return nil
+	}
+	r.recorded, r.applied = newer, overlayResources(r.applied, newer)
+	return newer
+}
+
 // catchUp applies to the successor what kubelet has set on the incumbent while the
 // successor was being created. From Staged on the director applies updates to both.
 func (r *restart) catchUp(ctx context.Context, id string) {
-	newer := r.records.resources(r.rec().Incumbent)
-	if newer == nil || proto.Equal(newer, r.applied) {
+	newer := r.update()
+	if newer == nil {
 		return
 	}
-	r.applied = newer
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
 	defer cancel()
 	if _, err := r.rt.UpdateContainerResources(call, &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: newer}); err != nil {
@@ -254,17 +269,21 @@ func (r *restart) load(ctx context.Context) error {
 		return nil
 	}
 	rec := r.rec()
+	// Before the runtime's own: what is recorded meanwhile is noticed as newer.
+	recorded := r.records.resources(rec.Incumbent)
 	st, _, err := r.inspectIncumbent(ctx)
 	if err != nil {
 		return err
 	}
 	r.incumbent = st
 	err = r.patiently(ctx, func() (err error) {
-		r.request, r.applied, err = r.requestOf(ctx, rec.Incumbent, rec.Sandbox)
+		r.request, err = r.requestOf(ctx, rec.Incumbent, rec.Sandbox)
 		return err
 	})
 	if err != nil {
 		return failf(ReasonCreateFailed, "%v", err)
 	}
+	asked := overlayResources(r.request.GetConfig().GetLinux().GetResources(), recorded)
+	r.recorded, r.applied = recorded, overlayResources(recorded, reported(st, asked))
 	return nil
 }

@@ -16,6 +16,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
+	"github.com/cri-proxy/cri-proxy/ops/guard"
 )
 
 // gatePatience bounds the wait for a started container to come to its gate. It takes milliseconds; if it takes this long,
@@ -53,8 +54,9 @@ func (r *restart) swap(ctx context.Context) error {
 		return err
 	}
 	by = by.Add(time.Since(began)) // the incumbent's grace is for what it does, not for what we do
+	r.asked = time.Now()
 	stopped := make(chan error, 1)
-	go func() { stopped <- r.stop(ctx, by) }() // ends with the call, which is waited for below
+	go func() { stopped <- guard.Try(r.log, func() error { return r.stop(ctx, by) }) }() // ends with the call, which is waited for below
 	gone := r.exit.ended()
 	if r.rec().Method == MethodPlain {
 		gone = nil
@@ -75,12 +77,42 @@ func (r *restart) swap(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	begun, err := r.hasBegun(ctx)
+	if err != nil {
+		return err
+	}
 	r.note(func(rec *containerRecord, c *opsv1.ContainerOperation) {
 		rec.Step = stepStarted
+		if !begun {
+			rec.Step = stepAsk
+		}
 		c.Phase = opsv1.Phase_PHASE_STARTING
 		c.SuccessorId = rec.Successor
 	})
 	return nil
+}
+
+// hasBegun reports whether the successor has begun, or may have. That of an upgrade has not if it is to wait for kubelet's request,
+// unless a process before this one knew that it need not.
+func (r *restart) hasBegun(ctx context.Context) (bool, error) {
+	switch rec := r.rec(); {
+	case r.isCertain() || r.overlaps():
+		return true, nil
+	case rec.Method == MethodGate:
+		return r.gate == nil, nil
+	case rec.Successor == "":
+		return false, nil
+	default:
+		var st *runtimeapi.ContainerStatusResponse
+		err := r.patiently(ctx, func() (err error) {
+			st, err = r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Successor})
+			return err
+		})
+		if err != nil {
+			return false, failf(ReasonRuntime, "reading the new container: %v", status.Convert(err).Message())
+		}
+		return st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_CREATED, nil
+	}
 }
 
 // handOver lets the successor run, now that the incumbent's processes are gone.
@@ -90,9 +122,11 @@ func (r *restart) handOver(ctx context.Context) error {
 		return err
 	}
 	var err error
-	switch r.rec().Method {
-	case MethodOverlap: // it does
-	case MethodGate:
+	switch method := r.rec().Method; {
+	case method == MethodOverlap: // it does
+	case !r.isCertain(): // it begins when kubelet has asked for it
+		return nil
+	case method == MethodGate:
 		err = r.openGate(ctx)
 	default:
 		err = r.start(ctx)
@@ -152,10 +186,26 @@ func (r *restart) arm(ctx context.Context) error {
 		if rec.Method != MethodGate { // just now
 			return nil
 		}
+		// In the middle of the stop, and in the next process, the successor may wait there already.
+		if !r.held && r.unstarted(ctx) {
+			if why := r.noRoomForGate(ctx); why != "" {
+				if err := r.stopFirstFor(ctx, why); err != nil {
+					return err
+				}
+				continue
+			}
+			r.beside = time.Now()
+		}
 		err := r.startGated(ctx, rec)
+		r.besideUntil = time.Now()
 		var out *outcome
 		switch {
 		case err == nil:
+		case besideFails(err):
+			if err := r.stopFirstFor(ctx, "the new container does not start beside the old one ("+err.Error()+")"); err != nil {
+				return err
+			}
+			continue
 		case errors.Is(err, gate.ErrNotHeld):
 			r.dropGate(err)
 			if err := r.stageAnew(ctx, ""); err != nil {
@@ -271,9 +321,12 @@ func (r *restart) passed(ctx context.Context, rec containerRecord) {
 }
 
 // began notes when the application of the successor began.
-func (r *restart) began(id string, at time.Time) {
-	r.records.setStarted(id, at)
-	r.view.SetStarted(id, at)
+func (r *restart) began(id string, at time.Time) { r.setStarted(id, at) }
+
+// setStarted notes when the application of a container that was held at a gate began.
+func (e *Engine) setStarted(id string, at time.Time) {
+	e.records.setStarted(id, at)
+	e.view.SetStarted(id, at)
 }
 
 // awaitGate waits until the successor waits at its gate. The error says why it does not.
@@ -312,6 +365,7 @@ func (r *restart) openGate(ctx context.Context) error {
 	if r.gate == nil { // a process before this one has opened it
 		return nil
 	}
+	waits, _ := gate.ProgramOf(r.pid) // none of a process that cannot be looked at
 	if err := r.gate.Open(); err != nil {
 		r.dropGate(err)
 		if err := r.stageAnew(ctx, ""); err != nil {
@@ -320,10 +374,12 @@ func (r *restart) openGate(ctx context.Context) error {
 		return r.start(ctx)
 	}
 	r.held = false
-	// The hook ends and runc executes the entrypoint: that is the start of the application.
-	began := time.Now()
-	for gate.Waiting(r.pid) && time.Since(began) < time.Second && sleep(ctx, 100*time.Microsecond) == nil {
-		continue
+	// The hook ends and the runtime's process, whatever its name is, executes the entrypoint: that is the start of the application. Like the end of
+	// the old one it is the kernel's word, noticed here. The runtime's own times are those of its bookkeeping.
+	for opened := time.Now(); r.pid != 0 && time.Since(opened) < time.Second; {
+		if now, err := gate.ProgramOf(r.pid); err != nil || now != waits || sleep(ctx, 100*time.Microsecond) != nil {
+			break
+		}
 	}
 	r.began(r.rec().Successor, time.Now())
 	if err := r.gate.Remove(); err != nil {
@@ -400,7 +456,7 @@ func (r *restart) start(ctx context.Context) error {
 			return nil
 		}
 		var out *outcome
-		if !errors.As(err, &out) || rec.Retried {
+		if !errors.As(err, &out) || rec.Retried || r.overlaps() && besideFails(err) {
 			return err
 		}
 		if err := r.stageAnew(ctx, out.message); err != nil {

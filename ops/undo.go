@@ -19,6 +19,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/guard"
 )
 
 // undo takes back what is hidden, so that kubelet's policy is in charge of what is left. It
@@ -28,7 +29,7 @@ func (r *restart) undo(ctx context.Context, out *outcome) bool {
 	if r.claim == nil || rec.Step == stepNone || rec.Step == stepDone {
 		return true
 	}
-	if rec.Step == stepReveal && (r.container().GetReason() != "" || r.up != nil && r.up.revealed) {
+	if rec.Step == stepReveal && (r.container().GetReason() != "" || r.up != nil && r.up.revealed || r.join != nil && r.join.isShown()) {
 		return true // shown already
 	}
 	r.undoOverride()
@@ -129,13 +130,13 @@ func (r *restart) stopUntilYield(ctx context.Context, id string, grace time.Dura
 	sooner.Go(func() {
 		select {
 		case <-r.claim.Yielded():
-			r.stopWithin(ctx, id, max(minGrace, time.Duration(r.claim.YieldedTo().Grace)*time.Second))
+			guard.Do(r.log, func() { r.stopWithin(ctx, id, max(minGrace, time.Duration(r.claim.YieldedTo().Grace)*time.Second)) })
 		case <-stopped:
 		}
 	})
+	defer sooner.Wait()
+	defer close(stopped)
 	r.stopWithin(ctx, id, grace)
-	close(stopped)
-	sooner.Wait()
 }
 
 // stopWithin stops a container of ours.
@@ -168,19 +169,32 @@ func (r *restart) removeContainer(ctx context.Context, id string) error {
 	}
 	r.records.Removed(id)
 	r.view.Forget(id)
-	for _, f := range traces {
+	r.removeFiles(traces)
+	return nil
+}
+
+// removeFiles removes traces of a container.
+func (e *Engine) removeFiles(files []string) {
+	for _, f := range files {
+		if f == "" {
+			continue
+		}
 		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			r.log.WithError(err).Warn("trace of a removed container left")
+			e.log.WithError(err).Warn("trace of a removed container left")
 		}
 	}
-	return nil
+}
+
+// tracesOf is the link for log shippers.
+func (e *Engine) tracesOf(pod, namespace, container, id string) []string {
+	return []string{filepath.Join(e.legacyLog, logLinkName(pod, namespace, container, id))}
 }
 
 // traces are the files that a start of the container has left on the node: the link for log shippers and the log. The log of a
 // successor that ran beside its incumbent is kept: it says why the restart failed.
 func (r *restart) traces(ctx context.Context, id string) []string {
 	pod := r.o.op.GetPod()
-	files := []string{filepath.Join(r.legacyLog, logLinkName(pod.GetName(), pod.GetNamespace(), r.want.GetName(), id))}
+	files := r.tracesOf(pod.GetName(), pod.GetNamespace(), r.want.GetName(), id)
 	if r.overlaps() {
 		return files
 	}

@@ -5,6 +5,7 @@ package ops
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"strings"
 	"time"
@@ -32,20 +33,22 @@ const (
 // PrepareUpgrade implements [opsv1.OpsServer].
 func (s *Server) PrepareUpgrade(ctx context.Context, req *opsv1.PrepareUpgradeRequest) (*opsv1.Operation, error) {
 	_, remote := callerOf(ctx)
+	req = proto.Clone(req).(*opsv1.PrepareUpgradeRequest)
+	given := takeUpgradeEnvironments(req)
 	restart := restartOf(req)
 	if err := validateRestart(restart, remote); err != nil {
 		return nil, err
 	}
-	if err := validateUpgrade(req); err != nil {
+	if err := errors.Join(validateUpgrade(req), given.validate()); err != nil {
 		return nil, err
 	}
 	if s.e.images == nil {
 		return nil, status.Error(codes.FailedPrecondition, "this node pulls no images, which an upgrade needs")
 	}
 	o := newOperation(restart, nil, nil)
-	o.upgrade, o.credentials = withoutCredentials(req), req.GetCredentials()
+	o.upgrade, o.credentials, o.environments = withoutCredentials(req), req.GetCredentials(), given
 	if known := s.e.lookup(req.GetUid()); known != nil {
-		same, err := known.as(o)
+		same, err := s.e.again(known, o)
 		if err != nil {
 			return nil, err
 		}
@@ -85,14 +88,19 @@ func (e *Engine) supersede(by *operation) {
 	}
 }
 
+// shareContainer says that two operations have a container's name in common.
+func shareContainer(a, b *operation) bool {
+	return slices.ContainsFunc(a.req.GetContainers(), func(x *opsv1.ContainerRestart) bool {
+		return slices.ContainsFunc(b.req.GetContainers(), func(y *opsv1.ContainerRestart) bool { return x.GetName() == y.GetName() })
+	})
+}
+
 // sameSubject says that two upgrades have one owner and a container in common.
 func sameSubject(a, b *operation) bool {
 	if a.upgrade.GetOwner() == "" || a.upgrade.GetOwner() != b.upgrade.GetOwner() || a.op.GetPod().GetUid() != b.op.GetPod().GetUid() { // pods never change
 		return false
 	}
-	return slices.ContainsFunc(a.req.GetContainers(), func(x *opsv1.ContainerRestart) bool {
-		return slices.ContainsFunc(b.req.GetContainers(), func(y *opsv1.ContainerRestart) bool { return x.GetName() == y.GetName() })
-	})
+	return shareContainer(a, b)
 }
 
 // isCommitted says that the pod's spec may have been patched for an upgrade.
@@ -108,6 +116,7 @@ func restartOf(req *opsv1.PrepareUpgradeRequest) *opsv1.RestartRequest {
 	for _, c := range req.GetContainers() {
 		r.Containers = append(r.Containers, &opsv1.ContainerRestart{
 			Name: c.GetName(), ExpectedContainerId: c.GetExpectedContainerId(), Order: c.GetOrder(), MinReadySeconds: c.GetMinReadySeconds(),
+			HoldProbes: c.GetHoldProbes(),
 		})
 	}
 	return proto.Clone(r).(*opsv1.RestartRequest)
@@ -191,7 +200,10 @@ func (s *Server) CommitUpgrade(_ context.Context, req *opsv1.CommitUpgradeReques
 	if err != nil {
 		return nil, err
 	}
-	if err := s.e.release(o); err != nil {
+	if err := validateCommit(req, o); err != nil {
+		return nil, err
+	}
+	if err := s.e.release(o, req); err != nil {
 		return nil, err
 	}
 	return o.snapshot(), nil
@@ -216,8 +228,23 @@ func (s *Server) upgrade(uid string) (*operation, error) {
 	return o, nil
 }
 
-// release lets a prepared upgrade go on.
-func (e *Engine) release(o *operation) error {
+// validateCommit checks the request beside its upgrade.
+func validateCommit(req *opsv1.CommitUpgradeRequest, o *operation) error {
+	given := environments{}
+	for _, c := range req.GetEnvironments() {
+		if !slices.ContainsFunc(o.req.GetContainers(), func(r *opsv1.ContainerRestart) bool { return r.GetName() == c.GetName() }) {
+			return status.Errorf(codes.InvalidArgument, "upgrade %s has no container %.260q", req.GetUid(), c.GetName())
+		}
+		given.add(c.GetName(), c.GetEnvironment())
+	}
+	if len(req.GetCredentials()) > maxCredentials {
+		return status.Errorf(codes.InvalidArgument, "%d credentials are too many; the most is %d", len(req.GetCredentials()), maxCredentials)
+	}
+	return given.validate()
+}
+
+// release lets a prepared upgrade go on, with what its caller says of its containers now.
+func (e *Engine) release(o *operation, now *opsv1.CommitUpgradeRequest) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.isReleased {
@@ -233,6 +260,15 @@ func (e *Engine) release(o *operation) error {
 		return refused("upgrade %s is being taken back: %s", o.op.GetUid(), o.op.GetMessage())
 	case leastAdvanced(o.op.GetContainers()) != opsv1.Phase_PHASE_PREPARED:
 		return refused("upgrade %s is not prepared yet: %s", o.op.GetUid(), phaseName(leastAdvanced(o.op.GetContainers())))
+	}
+	for _, c := range now.GetEnvironments() {
+		o.certain[c.GetName()] = true
+		if env := c.GetEnvironment(); env != nil {
+			e.giveLocked(o, environments{c.GetName(): env})
+		}
+	}
+	if c := now.GetCredentials(); len(c) > 0 {
+		o.credentials = c
 	}
 	o.isReleased = true
 	if err := e.saveLocked(o); err != nil {

@@ -42,7 +42,7 @@ var _ Images = (*fakeImages)(nil)
 
 func newFakeImages() *fakeImages {
 	images := map[string]*runtimeapi.Image{}
-	for _, name := range []string{"app:v1", "app:v2", "app:v3", "web:v2"} {
+	for _, name := range []string{"app:v1", "app:v2", "app:v3", "web:v1", "web:v2"} {
 		images[name] = &runtimeapi.Image{Id: "sha256:" + name}
 		images["sha256:"+name] = images[name]
 	}
@@ -154,7 +154,7 @@ func (n *upNode) boot(state string) {
 	p.engine.journal.unsynced()
 	p.api = NewServer(p.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
 	p.kubelet = runtimeapi.NewRuntimeServiceClient(throughProxy{n.rt, interceptors.New(interceptors.Options{
-		View: p.view, Records: p.engine.Records(), Runtime: p.leash, Log: log, Overrides: p.engine.Overrides(),
+		View: p.view, Records: p.engine.Records(), Runtime: p.leash, Log: log, Judge: p.engine, Overrides: p.engine.Overrides(), Pods: p.engine, Successors: p.engine,
 	}), p.leash})
 	n.upProcess = p
 	n.processes = append(n.processes, p)
@@ -270,7 +270,7 @@ func (n *upNode) asks(name, image string, attempt uint32, edit ...func(*runtimea
 	c := n.shape.containerConfig(name, attempt)
 	c.Image = &runtimeapi.ImageSpec{Image: "sha256:" + image, UserSpecifiedImage: image}
 	c.Annotations[annotationHash] = kubeletHash(name, image)
-	c.Mounts[0].HostPath = filepath.Join(n.dir, fmt.Sprintf("%s-%d", name, attempt))
+	c.Mounts[0].HostPath = filepath.Join(n.shape.terminationDir(name), fmt.Sprintf("%08x", attempt))
 	for _, f := range edit {
 		f(c)
 	}
@@ -392,7 +392,7 @@ func (n *upNode) armed(uid string, edit ...func(*opsv1.PrepareUpgradeRequest)) {
 
 func (n *upNode) commit(uid string) {
 	n.t.Helper()
-	_, err := n.api.CommitUpgrade(n.t.Context(), &opsv1.CommitUpgradeRequest{Uid: uid})
+	_, err := n.api.CommitUpgrade(n.t.Context(), n.engine.commitRequest(uid))
 	n.must(err)
 }
 

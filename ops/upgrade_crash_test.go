@@ -281,7 +281,7 @@ func (s upgradeScenario) control(ctx context.Context, n *upNode, req *opsv1.Prep
 	case op.GetFinishTime() != nil:
 		return false, fmt.Errorf("operation ended %s: %s", verdict(op), op.GetMessage())
 	case op.GetPhase() == opsv1.Phase_PHASE_PREPARED:
-		if _, err := n.api.CommitUpgrade(ctx, &opsv1.CommitUpgradeRequest{Uid: req.GetUid()}); err != nil && !strings.Contains(err.Error(), "not prepared yet") {
+		if _, err := n.api.CommitUpgrade(ctx, n.engine.commitRequest(req.GetUid())); err != nil && !strings.Contains(err.Error(), "not prepared yet") {
 			return false, err
 		}
 	}

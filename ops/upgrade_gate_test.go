@@ -43,7 +43,7 @@ func (n *node) arm() {
 	_, err := n.api.PrepareUpgrade(n.t.Context(), upgradeRequest("op"))
 	n.must(err)
 	n.phase(opsv1.Phase_PHASE_PREPARED)
-	_, err = n.api.CommitUpgrade(n.t.Context(), &opsv1.CommitUpgradeRequest{Uid: "op"})
+	_, err = n.api.CommitUpgrade(n.t.Context(), n.engine.commitRequest("op"))
 	n.must(err)
 	n.phase(opsv1.Phase_PHASE_ARMED)
 	if got, want := n.rt.living(), "app/0, app/1 waits, web/0"; got != want {
@@ -155,4 +155,15 @@ func TestUpgradeAtTheGate(t *testing.T) {
 		}
 		n.checkOnlyLiving(t, "app/1, web/0")
 	})
+}
+
+// commitRequest commits an upgrade as a caller does who knows that what was prepared still holds.
+func (e *Engine) commitRequest(uid string) *opsv1.CommitUpgradeRequest {
+	req := &opsv1.CommitUpgradeRequest{Uid: uid}
+	if o := e.lookup(uid); o != nil {
+		for _, c := range o.req.GetContainers() {
+			req.Environments = append(req.Environments, &opsv1.ContainerEnvironment{Name: c.GetName()})
+		}
+	}
+	return req
 }

@@ -5,7 +5,6 @@ package ops
 
 import (
 	"context"
-	"errors"
 	"slices"
 	"strings"
 	"sync"
@@ -207,6 +206,12 @@ func (r *restart) awaitCommit(ctx context.Context) error {
 	if !running {
 		return r.stoppedByItself(ctx)
 	}
+	if err := r.renewStaged(ctx); err != nil {
+		return err
+	}
+	if r.overlaps() && !r.isCertain() {
+		r.warn("the new container begins beside the old one before kubelet has asked for it, with the environment of the old one's start: a caller who knows the environment gives it with the commit")
+	}
 	return r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
 		c.Step, c.HoldSince, op.Phase = stepArm, time.Time{}, opsv1.Phase_PHASE_PREPARED
 		if r.overlaps() {
@@ -229,7 +234,9 @@ func (r *restart) makeReady(ctx context.Context) error {
 	var err error
 	switch {
 	case r.overlaps():
-		err = r.overlap(ctx)
+		if err = r.overlap(ctx); besideFails(err) {
+			err = r.giveUpOverlap(ctx, err)
+		}
 	case r.rec().Method == MethodGate:
 		err = r.arm(ctx)
 	default:
@@ -241,6 +248,7 @@ func (r *restart) makeReady(ctx context.Context) error {
 	if err := r.interrupted(); err != nil {
 		return err
 	}
+	r.probeHold(ctx)
 	r.up.listen(true) // before anyone is told that kubelet may come
 	return r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
 		c.Step, c.HoldSince, op.Phase, op.SuccessorId = stepArmed, time.Now(), opsv1.Phase_PHASE_ARMED, c.Successor
@@ -275,8 +283,12 @@ func (r *restart) awaitKubelet(ctx context.Context) error {
 				q.answer <- adoption{}
 				continue
 			}
+			r.sure()
 			return r.stopFor(int64(minGrace/time.Second), func() { r.up.asked = &q })
 		case <-look.C:
+			if err := r.makeRoom(ctx); err != nil {
+				return err
+			}
 			if r.overlaps() && !r.exit.over() {
 				if err := r.successorRuns(ctx, r.successor()); err != nil {
 					return err
@@ -347,25 +359,80 @@ const podsPatience = 500 * time.Millisecond
 // refusal says why a stop of the incumbent is not that of the upgrade, as far as kubelet tells; empty if it may be. What
 // kubelet does next decides in the end.
 func (r *restart) refusal(ctx context.Context) string {
-	if r.pods == nil {
+	return r.askKubelet(ctx, func(_ context.Context, pod *podsapi.Pod) string {
+		if pod.Images[r.want.GetName()] != r.change.want.GetImage() {
+			return "the pod's spec has not the new image yet"
+		}
 		return ""
+	})
+}
+
+// sure says that the successor is what kubelet asks for.
+func (r *restart) sure() {
+	r.o.mu.Lock()
+	defer r.o.mu.Unlock()
+	r.o.certain[r.want.GetName()] = true
+}
+
+// awaitRequest answers kubelet's stop of an incumbent whose successor need not be what kubelet asks for, and waits for the request: the
+// successor has run nothing yet. ended says that nothing is left to do.
+func (r *restart) awaitRequest(ctx context.Context) (ended bool, err error) {
+	if err := r.rearm(ctx); err != nil {
+		return true, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, podsPatience)
-	defer cancel()
-	pod, err := r.pods.Pod(ctx, r.o.op.GetPod().GetUid())
-	switch {
-	case errors.Is(err, podsapi.ErrNotFound):
-		return "kubelet has no such pod any more"
-	case err != nil:
-		return ""
-	case pod.Deleting:
-		return "the pod is being deleted"
-	case pod.Phase == "Failed" || pod.Phase == "Succeeded":
-		return strings.TrimSpace("the pod has ended: " + pod.Phase + " " + pod.Reason)
-	case pod.Images[r.want.GetName()] != r.change.want.GetImage():
-		return "the pod's spec has not the new image yet"
+	r.up.stopBy(time.Time{})
+	for _, q := range r.up.pending {
+		q.answer <- true
 	}
-	return ""
+	r.up.pending = nil
+	r.failpoint("asking")
+	limit := orElse(r.o.upgrade.GetHoldTimeout(), defaultHold)
+	patience := time.NewTimer(limit)
+	defer patience.Stop()
+	for {
+		select {
+		case q := <-r.up.stops:
+			q.answer <- true // it has been
+		case q := <-r.up.creates:
+			if differing := r.differs(ctx, q.req); len(differing) > 0 {
+				err := r.leaveCreation(ctx, differing, 0)
+				if err == nil {
+					r.holdNext(ctx, adoptPatience)
+				}
+				return true, err
+			}
+			// Before it begins, for the next process.
+			r.note(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.Step, c.Asked = stepStop, true })
+			r.up.asked = &q
+			return false, nil
+		case <-r.claim.Yielded():
+			return true, r.interrupted()
+		case <-patience.C:
+			return true, failf(ReasonHoldTimeout, "kubelet has stopped the container and not asked for the new one within %s", limit)
+		case <-ctx.Done():
+			return true, ctx.Err()
+		}
+	}
+}
+
+// leaveCreation lets kubelet make the container, because it asks for another one than the successor, which has this time to end.
+func (r *restart) leaveCreation(ctx context.Context, differing []string, grace time.Duration) error {
+	r.log.WithField("differing", differing).Warn("kubelet asks for another container than was prepared: it makes its own")
+	if grace > 0 {
+		r.stopWithin(ctx, r.successor(), grace)
+	}
+	if err := r.removeContainer(ctx, r.successor()); err != nil {
+		return failf(ReasonRuntime, "%v", err)
+	}
+	if slices.Contains(differing, "image") || slices.Contains(differing, "annotations."+annotationHash) {
+		return tookAnotherImage()
+	}
+	r.warn("kubelet made the container itself, because it asked for another one than was prepared: %s", strings.Join(differing, ", "))
+	r.show(func(c *opsv1.ContainerOperation) { // those of the successor that is gone
+		c.SuccessorId, c.Gap, c.StartTime = "", nil, nil
+	})
+	r.setMethod(MethodKubelet)
+	return nil
 }
 
 // showSuccessor shows both containers to kubelet and lets its StopContainer return.
@@ -373,6 +440,7 @@ func (r *restart) showSuccessor(ctx context.Context) error {
 	if err := r.interrupted(); err != nil {
 		return err
 	}
+	r.holdProbes(ctx)
 	r.note(func(c *containerRecord, op *opsv1.ContainerOperation) {
 		c.Step, op.Phase, op.SuccessorId = stepReveal, opsv1.Phase_PHASE_ADOPTING, c.Successor
 	})
@@ -398,7 +466,15 @@ const adoptPatience = 2 * time.Minute
 // awaitAdoption answers kubelet's CreateContainer with the successor, if that is what it asks for.
 func (r *restart) awaitAdoption(ctx context.Context) error {
 	r.up.revealed = true
-	if r.rec().Asked {
+	if r.rec().Raised != nil {
+		if err := r.lowerOnce(); err != nil {
+			r.log.WithError(err).Info("the pod's limit of memory is not taken back yet")
+		}
+	}
+	if r.o.rebooted {
+		return nil // the spec has the new image, of which kubelet makes the container anew
+	}
+	if r.rec().Asked && r.up.asked == nil {
 		// The process before this one was asked. If its answer was cut off, kubelet looks again, finds the successor, and asks no more.
 		return r.unasked(ctx)
 	}
@@ -468,17 +544,11 @@ func (r *restart) adopt(ctx context.Context, q created) (ended bool, err error) 
 		q.answer <- adoption{id: r.successor(), ok: true}
 		return true, nil
 	}
-	r.log.WithField("differing", differing).Warn("kubelet asks for another container than was prepared: it makes its own")
-	r.stopWithin(ctx, r.successor(), min(max(r.podGrace(ctx), minGrace), maxLateGrace*time.Second))
-	if err := r.removeContainer(ctx, r.successor()); err != nil {
-		return true, failf(ReasonRuntime, "%v", err)
+	err = r.leaveCreation(ctx, differing, min(max(r.podGrace(ctx), minGrace), maxLateGrace*time.Second))
+	if err == nil {
+		r.holdNext(ctx, adoptPatience)
 	}
-	if slices.Contains(differing, "image") || slices.Contains(differing, "annotations."+annotationHash) {
-		return true, tookAnotherImage()
-	}
-	r.warn("kubelet made the container itself, because it asked for another one than was prepared: %s", strings.Join(differing, ", "))
-	r.setMethod(MethodKubelet)
-	return true, nil
+	return true, err
 }
 
 // isOurs reports whether what kubelet asks for has the image of the upgrade.
@@ -500,28 +570,35 @@ func (r *restart) podGrace(ctx context.Context) time.Duration {
 
 // differs names what kubelet asks for otherwise than it was prepared.
 func (r *restart) differs(ctx context.Context, asked *runtimeapi.CreateContainerRequest) []string {
-	ours, _, err := r.requestOf(ctx, r.successor(), r.rec().Sandbox)
+	ours, err := r.requestOf(ctx, r.successor(), r.rec().Sandbox)
 	if err != nil {
 		r.log.WithError(err).Warn("prepared container cannot be compared")
 		return []string{"unknown"}
 	}
-	return differs(ours, asked)
+	return differs(sameMounts(ours, asked), asked)
 }
 
 // matchResources gives the successor the resources that kubelet asks for, if they have changed since it was made.
 func (r *restart) matchResources(ctx context.Context, asked *runtimeapi.CreateContainerRequest) {
-	ours := r.records.request(r.successor())
+	if err := r.match(ctx, r.successor(), asked); err != nil {
+		r.warn("the new container did not take the resources that kubelet asked for: %v", err)
+	}
+}
+
+// match is matchResources of the container.
+func (e *Engine) match(ctx context.Context, id string, asked *runtimeapi.CreateContainerRequest) error {
+	ours := e.records.request(id)
 	want := asked.GetConfig().GetLinux().GetResources()
 	if ours == nil || want == nil || !resourcesDiffer(ours, asked) {
-		return
+		return nil
 	}
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
 	defer cancel()
-	if _, err := r.rt.UpdateContainerResources(call, &runtimeapi.UpdateContainerResourcesRequest{ContainerId: r.successor(), Linux: want}); err != nil {
-		r.warn("the new container did not take the resources that kubelet asked for: %v", err)
-		return
+	if _, err := e.rt.UpdateContainerResources(call, &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: want}); err != nil {
+		return err
 	}
 	if b, err := proto.Marshal(want); err == nil {
-		r.records.Updated(r.successor(), b)
+		e.records.Updated(id, b)
 	}
+	return nil
 }

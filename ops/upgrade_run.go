@@ -65,6 +65,11 @@ func (r *restart) driveUpgrade(ctx context.Context) error {
 			err = r.awaitKubelet(ctx)
 		case stepStop:
 			err = r.swap(ctx)
+		case stepAsk:
+			ended := false
+			if ended, err = r.awaitRequest(ctx); ended {
+				return err
+			}
 		case stepStarted:
 			err = r.showSuccessor(ctx)
 		case stepReveal:
@@ -81,11 +86,11 @@ func (r *restart) driveUpgrade(ctx context.Context) error {
 // drives lets kubelet drive.
 func (r *restart) drives() {
 	switch r.rec().Step {
-	case stepArmed, stepStop, stepStarted, stepReveal:
+	case stepArmed, stepStop, stepAsk, stepStarted, stepReveal:
 		r.up.listen(true)
 	}
 	// What waited at its gate in the process before this one waits still, and needs no time to stop.
-	if s := r.rec().Step; r.rec().Method == MethodGate && (s == stepArm || s == stepArmed) {
+	if s := r.rec().Step; r.rec().Method == MethodGate && (s == stepArm || s == stepArmed || s == stepAsk) {
 		r.held = true
 	}
 	if rec := r.rec(); rec.Step == stepStop {
@@ -170,7 +175,11 @@ func (r *restart) leaveToKubelet(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return r.awaitRelease(ctx)
+	if err := r.awaitRelease(ctx); err != nil {
+		return err
+	}
+	r.holdNext(ctx, orElse(r.o.upgrade.GetHoldTimeout(), defaultHold))
+	return nil
 }
 
 // dress makes the clone of the incumbent what kubelet will ask for once the pod's spec has the new image.

@@ -31,6 +31,7 @@ type call struct {
 	header   metadata.MD   // of the latest unary answer
 	trailer  metadata.MD
 
+	probe    bool // see [Options.Probe]
 	diverted bool // conn is another proxy, which sees to the interceptors
 	looks    Looks
 	looking  bool // guarded by flight.mu
@@ -44,13 +45,21 @@ func (s *Server) handle(_ any, client grpc.ServerStream) error {
 	m := s.methods[name]
 	if m == nil {
 		m = s.unknown
+		s.newer.note(name)
 	}
 	c := &call{s: s, m: m, name: name, client: client}
-	s.calls.Add(1)
+	c.md, _ = metadata.FromIncomingContext(client.Context())
+	c.probe = s.isProbe(c.md)
+	if !c.probe {
+		s.calls.Add(1)
+	}
 	s.flight.begin(c)
 	defer s.flight.end(c)
 	if err := s.flight.enter(client.Context(), c); err != nil {
 		return err
+	}
+	if c.probe {
+		return c.probed() // it is nobody's call, and is not counted
 	}
 	c.readMetadata()
 	s.lastCall.Store(began.UnixNano())
@@ -89,10 +98,9 @@ func (s *Server) handle(_ any, client grpc.ServerStream) error {
 	return err
 }
 
-// readMetadata takes the caller's metadata. The reserved keys among it are left
+// readMetadata looks at the caller's metadata. The reserved keys among it are left
 // out by gRPC when it is sent.
 func (c *call) readMetadata() {
-	c.md, _ = metadata.FromIncomingContext(c.client.Context())
 	if ua := c.md["user-agent"]; len(ua) > 0 {
 		if last := c.s.lastUserAgent.Load(); last == nil || *last != ua[0] {
 			c.s.lastUserAgent.Store(&ua[0])

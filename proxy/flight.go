@@ -61,7 +61,7 @@ func (f *flight) tryEnter(c *call) (held <-chan struct{}) {
 		c.conn, c.diverted = f.divert, true
 	default:
 		c.conn = c.s.up.conn
-		if c.looks = c.m.looks; c.looks != LooksNever {
+		if c.looks = c.m.looks; c.looks != LooksNever && !c.probe {
 			c.looking = true
 			c.m.looking++
 			f.looking++

@@ -36,6 +36,37 @@ func (c *call) directUnary() (take UnaryInterceptor, done func()) {
 	}
 }
 
+// errCut is the cause of the context of a call that the director has ended, and its answer.
+var errCut = status.Error(codes.Unavailable,
+	"cri-proxy does not know this method and has ended the call, because a container is being replaced; call again")
+
+// directUnknown tells the director of a call whose method is not known. done is not nil if it wants
+// to know when the call is over. An error is the call's answer.
+func (c *call) directUnknown(ctx context.Context, cancel context.CancelCauseFunc) (done func(), err error) {
+	defer c.s.catch(c.name, func() { done, err = nil, nil })
+	for {
+		d := c.s.director.Load()
+		if d == nil || c.diverted {
+			return nil, nil
+		}
+		passer, _ := (*d).(UnknownPasser)
+		if passer == nil {
+			return nil, nil
+		}
+		done, ok := passer.PassUnknown(ctx, c.name, func() { cancel(errCut) })
+		if ok {
+			return done, nil
+		}
+		// Calls are held until it is known who has the view, and then go there.
+		if err := c.s.flight.enter(ctx, c); err != nil {
+			return nil, err
+		}
+		if c.s.director.Load() == d && !c.diverted {
+			return nil, nil
+		}
+	}
+}
+
 // directStream asks the director for a server-streaming method.
 func (c *call) directStream() (take StreamInterceptor) {
 	d := c.s.director.Load()
@@ -89,7 +120,9 @@ type lastAnswer struct {
 // interceptUnary lets take answer the call. Whatever goes wrong inside it, the
 // caller gets the runtime's answer.
 func (c *call) interceptUnary(take UnaryInterceptor, req *frame) error {
-	c.s.intercepted.Add(1)
+	if !c.probe {
+		c.s.intercepted.Add(1)
+	}
 	// A copy of its own: an early cancel leaves the transport holding the
 	// request after the interceptor has returned.
 	raw := req.data.Materialize()
@@ -217,7 +250,7 @@ func (c *call) filterStream(ctx context.Context, cancel context.CancelCauseFunc,
 				extra = nil
 				continue
 			}
-			if err := c.client.SendMsg(newFrame(msg)); err != nil {
+			if err := c.send(newFrame(msg)); err != nil {
 				return err
 			}
 		case st := <-steps:
@@ -248,7 +281,7 @@ func (c *call) sendPending(extra <-chan []byte) error {
 			if !ok {
 				return nil
 			}
-			if err := c.client.SendMsg(newFrame(msg)); err != nil {
+			if err := c.send(newFrame(msg)); err != nil {
 				return err
 			}
 		default:
@@ -265,7 +298,7 @@ func (c *call) sendFiltered(filter StreamFilter, f *frame) error {
 		out = [][]byte{msg}
 	}
 	for _, b := range out {
-		if err := c.client.SendMsg(newFrame(b)); err != nil {
+		if err := c.send(newFrame(b)); err != nil {
 			return err
 		}
 	}

@@ -422,3 +422,125 @@ func TestFilteredStreamEnds(t *testing.T) {
 		})
 	}
 }
+
+// strange is a director that is asked for methods that are not known.
+type strange struct {
+	*director
+	pass func(ctx context.Context, method string, cut func()) (done func(), ok bool)
+}
+
+func (s *strange) PassUnknown(ctx context.Context, method string, cut func()) (done func(), ok bool) {
+	return s.pass(ctx, method, cut)
+}
+
+// The director is told of calls whose methods are not known, and of their end.
+func TestUnknownMethodsAreTold(t *testing.T) {
+	asked, over := make(chan string, 1), make(chan struct{}, 1)
+	tell := func(_ context.Context, method string, _ func()) (func(), bool) {
+		asked <- method
+		return func() { over <- struct{}{} }, true
+	}
+	b := newBed(t, proxy.Options{Director: &strange{&director{}, tell}})
+	for _, method := range []string{methodNew, methodAlien} {
+		s := exchange(testContext(t), b.proxied, method, []byte("x"))
+		if s.Code != codes.OK || !slices.Equal(s.Events, []string{`message "x"`}) {
+			t.Errorf("%+v", s)
+		}
+		if m := <-asked; m != method {
+			t.Errorf("told of %s", m)
+		}
+		<-over
+	}
+	// Known ones are asked for in another way, also those that are no calls of their method.
+	for _, reqs := range [][][]byte{{nil}, {}, {nil, nil}} {
+		exchange(testContext(t), b.proxied, methodVersion, reqs...)
+	}
+	if len(asked) > 0 {
+		t.Errorf("told of %s", <-asked)
+	}
+}
+
+func TestUnknownCallIsCut(t *testing.T) {
+	cuts, over := make(chan func(), 1), make(chan struct{})
+	keep := func(_ context.Context, _ string, cut func()) (func(), bool) {
+		cuts <- cut
+		return func() { close(over) }, true
+	}
+	b := newBed(t, proxy.Options{Director: &strange{&director{}, keep}})
+	left := make(chan struct{})
+	b.backend.answer(func(_ string, s grpc.ServerStream) error {
+		_ = s.SendMsg(new([]byte))
+		<-s.Context().Done()
+		close(left)
+		return nil
+	})
+	stream, err := b.proxied.NewStream(testContext(t), &anyStream, methodNew)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := stream.RecvMsg(new([]byte)); err != nil {
+		t.Fatal(err)
+	}
+	(<-cuts)()
+	var s seen
+	if s.read(stream); s.Code != codes.Unavailable || !strings.Contains(s.Message, "call again") {
+		t.Errorf("%+v", s)
+	}
+	<-over
+	<-left
+}
+
+// A call that waits when the view goes to another process is answered by that one.
+func TestUnknownCallFollowsTheView(t *testing.T) {
+	asked, given := make(chan struct{}, 1), make(chan struct{})
+	wait := func(ctx context.Context, _ string, _ func()) (func(), bool) {
+		asked <- struct{}{}
+		select {
+		case <-given:
+		case <-ctx.Done():
+		}
+		return nil, false
+	}
+	b := newBed(t, proxy.Options{Director: &strange{&director{}, wait}})
+	other := newBed(t, proxy.Options{})
+	other.backend.answer(answering)
+	call := make(chan *seen, 1)
+	go func() { call <- exchange(testContext(t), b.proxied, methodNew, []byte("x")) }()
+	<-asked
+	held, err := b.server.Hold(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	close(given)
+	to, err := proxy.NewUpstream(other.listen, proxy.UpstreamOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer to.Close()
+	held.Divert(to.Conn())
+	if s := <-call; s.Code != codes.OK || !slices.Equal(s.Events, []string{`message "runtime says x"`}) {
+		t.Errorf("%+v", s)
+	}
+}
+
+// Callers choose names: what is none of the CRI's, or too much of it, is not kept.
+func TestNamesOfUnknownMethods(t *testing.T) {
+	b := newBed(t, proxy.Options{})
+	long := "/runtime.v1.RuntimeService/" + strings.Repeat("L", 128)
+	for _, method := range []string{
+		methodVersion, methodNew, methodNew, methodAlien, long,
+		"/runtime.v1.RuntimeService/Li\x1bst", "/runtime.v1.RuntimeService/%s",
+	} {
+		exchange(testContext(t), b.proxied, method, nil)
+	}
+	got := b.server.Stats().UnknownMethods
+	if !slices.Equal(got, []string{"runtime.v1.RuntimeService/NotYetInvented"}) {
+		t.Errorf("%q", got)
+	}
+	for i := range 100 {
+		exchange(testContext(t), b.proxied, fmt.Sprintf("/runtime.v1.RuntimeService/List%d", i), nil)
+	}
+	if n := len(b.server.Stats().UnknownMethods); n != 32 {
+		t.Errorf("%d names are kept", n)
+	}
+}

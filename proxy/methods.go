@@ -4,7 +4,10 @@
 package proxy
 
 import (
+	"maps"
+	"slices"
 	"strings"
+	"sync"
 
 	"google.golang.org/protobuf/reflect/protoreflect"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -64,4 +67,49 @@ func criMethod(s protoreflect.ServiceDescriptor, m protoreflect.MethodDescriptor
 		r.shape = unary
 	}
 	return r
+}
+
+const (
+	// maxNewer bounds how many names of unknown methods are kept: callers choose them. The CRI has
+	// some forty methods altogether.
+	maxNewer = 32
+	// maxMethodName is more than twice as long as the longest method of the CRI, with its service.
+	maxMethodName = 128
+)
+
+// newerMethods are the CRI methods that were called and are not among [criMethods].
+type newerMethods struct {
+	mu    sync.Mutex // guards names
+	names map[string]struct{}
+}
+
+// note keeps the name of a method, if it may be one of the CRI's.
+func (n *newerMethods) note(name string) {
+	name = strings.TrimPrefix(name, "/")
+	if !strings.HasPrefix(name, "runtime.") || len(name) > maxMethodName || strings.ContainsFunc(name, notOfNames) {
+		return
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.names == nil {
+		n.names = make(map[string]struct{})
+	}
+	if len(n.names) < maxNewer {
+		n.names[name] = struct{}{}
+	}
+}
+
+// notOfNames reports whether no protobuf identifier, service or method has the character.
+func notOfNames(r rune) bool {
+	switch {
+	case 'a' <= r && r <= 'z', 'A' <= r && r <= 'Z', '0' <= r && r <= '9', r == '_', r == '.', r == '/':
+		return false
+	}
+	return true
+}
+
+func (n *newerMethods) list() []string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return slices.Sorted(maps.Keys(n.names))
 }

@@ -43,6 +43,10 @@ type Options struct {
 	Tracer trace.Tracer
 	// Recorder sees every call. Nil: none.
 	Recorder CallRecorder
+	// Probe, if not empty, is a secret: a call of [ProbeMethod] that has it under [ProbeKey] goes
+	// through everything that kubelet's calls go through, and is answered with an empty message in
+	// place of the runtime's. It is not counted.
+	Probe string
 	// Register adds services that the proxy answers itself, such as a health
 	// service for a watchdog. They must not carry a name that the runtime
 	// serves (containerd has grpc.health.v1.Health): it would be hidden.
@@ -58,6 +62,9 @@ type Stats struct {
 	InFlight          uint64    // calls not answered yet
 	LastCall          time.Time // begin of the latest call; zero: none yet
 	LastUserAgent     string    // its user agent, such as grpc-go/1.79.1
+	// UnknownMethods are the CRI methods that were called and that the cri-api linked here does not
+	// have, such as runtime.v1.RuntimeService/ListContainers2, ordered.
+	UnknownMethods []string
 }
 
 // Server answers CRI calls by forwarding them to the runtime.
@@ -69,10 +76,12 @@ type Server struct {
 	log      logrus.FieldLogger
 	codec    rawCodec
 	register func(grpc.ServiceRegistrar)
+	probe    string
 	options  []grpc.CallOption // of every upstream call
 
 	methods map[string]*method
 	unknown *method
+	newer   newerMethods
 	metrics *metrics
 
 	flight        flight
@@ -82,6 +91,7 @@ type Server struct {
 	faults        atomic.Uint64
 	lastCall      atomic.Int64 // Unix nanoseconds
 	lastUserAgent atomic.Pointer[string]
+	unread        atomic.Int64 // bytes of answers that clients have not read
 
 	mu        sync.Mutex // guards all following fields
 	listeners map[*accepting]struct{}
@@ -93,7 +103,8 @@ type Server struct {
 // NewServer makes a server that forwards to up. It does not listen: see Serve.
 func NewServer(up *Upstream, o Options) *Server {
 	s := &Server{
-		up: up, recorder: o.Recorder, tracer: o.Tracer, log: o.Log, codec: newRawCodec(), register: o.Register,
+		up: up, recorder: o.Recorder, tracer: o.Tracer, log: o.Log, codec: newRawCodec(),
+		register: o.Register, probe: o.Probe,
 		listeners: map[*accepting]struct{}{}, turns: map[*turn]bool{},
 	}
 	if s.log == nil {
@@ -216,6 +227,7 @@ func (s *Server) Stats() Stats {
 	if ns := s.lastCall.Load(); ns != 0 {
 		st.LastCall = time.Unix(0, ns)
 	}
+	st.UnknownMethods = s.newer.list()
 	if ua := s.lastUserAgent.Load(); ua != nil {
 		st.LastUserAgent = *ua
 	}

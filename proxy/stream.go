@@ -58,6 +58,15 @@ func (c *call) openServerStream(ctx context.Context, req *frame) (grpc.ClientStr
 func (c *call) bidi(first []*frame, closed bool) error {
 	ctx, cancel := context.WithCancelCause(c.client.Context())
 	defer cancel(nil)
+	if c.m == c.s.unknown {
+		done, err := c.directUnknown(ctx, cancel)
+		if err != nil {
+			return err
+		}
+		if done != nil {
+			defer done()
+		}
+	}
 	runtime, err := c.conn.NewStream(c.outgoing(ctx), &bidiDesc, c.name, c.callOptions()...)
 	if err != nil {
 		for _, f := range first {
@@ -131,9 +140,7 @@ func (c *call) download(ctx context.Context, runtime grpc.ClientStream, sent fun
 		if err := runtime.RecvMsg(&f); err != nil {
 			return c.endStream(ctx, runtime, err)
 		}
-		err := c.client.SendMsg(&f)
-		f.free()
-		if err != nil {
+		if err := c.send(&f); err != nil {
 			return err
 		}
 		if sent != nil {

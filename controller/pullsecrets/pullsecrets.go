@@ -90,6 +90,28 @@ func Read(ctx context.Context, from client.Reader, namespace, serviceAccount str
 	return k, nil
 }
 
+// Of reads the credentials with which kubelet would pull the images of a pod; none for what is never pulled.
+//
+// Errors: an *[UnreadableError], which may pass.
+func Of(ctx context.Context, from client.Reader, pod *corev1.Pod, policy opsv1.PullPolicy) ([]*opsv1.RegistryCredential, error) {
+	if policy == opsv1.PullPolicy_PULL_POLICY_NEVER {
+		return nil, nil
+	}
+	account := pod.Spec.ServiceAccountName
+	if account == "" {
+		account = DefaultAccount
+	}
+	var names []string
+	for _, s := range pod.Spec.ImagePullSecrets {
+		names = append(names, s.Name)
+	}
+	k, err := Read(ctx, from, pod.Namespace, account, names, "imagePullSecrets")
+	if err != nil {
+		return nil, err
+	}
+	return k.Credentials, nil
+}
+
 // dockerEntry is one registry of a docker config.
 type dockerEntry struct {
 	Username      string `json:"username"`

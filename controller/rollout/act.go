@@ -242,10 +242,8 @@ func (p *pass) write(ctx context.Context, i *item, operation string) error {
 		return err
 	}
 	meta := map[string]any{"uid": i.pod.UID, "resourceVersion": i.pod.ResourceVersion, "annotations": map[string]any{inplace.PodStateAnnotation: string(text)}}
-	if p.target.workload != nil {
-		if label := p.target.workload.revisionLabel(i.pod, i.verdict.images); label != "" {
-			meta["labels"] = map[string]any{revisionLabel: label}
-		}
+	if label := p.newLabel(i); label != "" {
+		meta["labels"] = map[string]any{revisionLabel: label}
 	}
 	spec := map[string]any{}
 	for sidecar, list := range lists {

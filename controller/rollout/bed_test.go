@@ -276,7 +276,7 @@ func (b *bed) start() {
 			return nil
 		},
 	})
-	b.r = &Reconciler{Client: c, APIReader: live, Jobs: &nodes.JobBudgets{}, Nodes: b.fleet, NodePort: nodes.DefaultNodePort, Recorder: b, Log: log}
+	b.r = &Reconciler{Client: c, APIReader: uncached{live, b}, Jobs: &nodes.JobBudgets{}, Nodes: b.fleet, NodePort: nodes.DefaultNodePort, Recorder: b, Log: log}
 	b.r.prepare()
 	newQueue := func() workqueue.TypedRateLimitingInterface[reconcile.Request] {
 		return workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](50*time.Millisecond, 30*time.Second))

@@ -11,6 +11,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/environment"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 )
 
@@ -19,7 +20,7 @@ type Nodes interface {
 	// PrepareUpgrade makes new images ready, or returns the operation of that UID.
 	PrepareUpgrade(ctx context.Context, n controller.Node, r *opsv1.PrepareUpgradeRequest) (*opsv1.Operation, error)
 	// CommitUpgrade announces the patch of the pod.
-	CommitUpgrade(ctx context.Context, n controller.Node, uid string) (*opsv1.Operation, error)
+	CommitUpgrade(ctx context.Context, n controller.Node, r *opsv1.CommitUpgradeRequest) (*opsv1.Operation, error)
 	// AbortUpgrade takes an upgrade back.
 	AbortUpgrade(ctx context.Context, n controller.Node, uid, reason string) (*opsv1.Operation, error)
 	// Restart starts an operation, or returns the one of that UID.
@@ -44,6 +45,10 @@ type trouble struct {
 func troubleOf(err error) trouble {
 	if err == nil {
 		return trouble{}
+	}
+	var missing *environment.MissingError
+	if errors.As(err, &missing) {
+		return trouble{failure: failure{failPreparation, err.Error()}, final: true}
 	}
 	var unreadable *pullsecrets.UnreadableError
 	var nodeError *controller.NodeError

@@ -4,6 +4,7 @@
 package rollout
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"strconv"
@@ -19,6 +20,26 @@ import (
 // Pods are kept here and not in the fake client, which takes milliseconds for a write.
 
 var podResource = schema.GroupResource{Resource: "pods"}
+
+// uncached reads past the cache.
+type uncached struct {
+	client.Reader
+	b *bed
+}
+
+// Get implements [client.Reader].
+func (u uncached) Get(ctx context.Context, key client.ObjectKey, into client.Object, opts ...client.GetOption) error {
+	pod, ok := into.(*corev1.Pod)
+	if !ok {
+		return u.Reader.Get(ctx, key, into, opts...)
+	}
+	now := u.b.stored(key)
+	if now == nil {
+		return apierrors.NewNotFound(podResource, key.Name)
+	}
+	now.DeepCopyInto(pod)
+	return nil
+}
 
 // stored is a pod as it is, not to be changed; nil without.
 func (b *bed) stored(key types.NamespacedName) *corev1.Pod {

@@ -10,12 +10,14 @@ import (
 	"time"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/environment"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 )
 
@@ -146,9 +148,13 @@ func (c *conversation) watch(ctx context.Context, uid string) (*opsv1.Operation,
 func (c *conversation) note(op *opsv1.Operation) {
 	c.change(func() {
 		c.t.asked = true
-		if c.t.op.GetFinishTime() == nil {
-			c.t.op = op
+		if c.t.op.GetFinishTime() != nil {
+			return
 		}
+		if was := c.t.op.GetCreateTime(); was != nil && !proto.Equal(was, op.GetCreateTime()) {
+			c.t.committed = false // the node has lost its journal and begun anew
+		}
+		c.t.op = op
 	})
 }
 
@@ -198,14 +204,19 @@ func (p *pass) prepare(ctx context.Context, i *item) {
 		p.abortMarked(m, "something else is wanted of the pod, and kubelet has not come for this")
 	}
 	request := p.prepareRequest(ctx, i, uid)
-	account, names := i.pod.Spec.ServiceAccountName, secretNames(i.pod)
+	label := p.newLabel(i)
 	c := &conversation{r: p.r, w: w, t: t, node: node, patience: p.strategy.deadline}
 	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
-		ring, err := p.r.keyring(ctx, w, i.pod.Namespace, account, names)
+		now, err := p.r.launch(ctx, w, i.pod, label)
 		if err != nil {
 			return nil, err
 		}
-		request.Credentials = ring.Credentials
+		request.Credentials = now.credentials
+		for _, c := range request.GetContainers() {
+			if c.PullPolicy, c.Environment, err = now.container(ctx, c.GetName()); err != nil {
+				return nil, err
+			}
+		}
 		op, err := p.r.Nodes.PrepareUpgrade(ctx, node, request)
 		if code(err) == codes.AlreadyExists {
 			// By a controller of another version, which put some detail otherwise.
@@ -267,9 +278,14 @@ func (p *pass) commit(i *item) {
 	}
 	t.committed = true
 	w.mu.Unlock()
+	label, names := p.newLabel(i), sortedKeys(i.verdict.images)
 	p.r.crew.Do(func(ctx context.Context) {
 		for tries := 0; ; tries++ {
-			op, err := p.r.Nodes.CommitUpgrade(ctx, node, t.uid)
+			request, err := p.r.commitRequest(ctx, w, i.pod, label, t.uid, names)
+			var op *opsv1.Operation
+			if err == nil {
+				op, err = p.r.Nodes.CommitUpgrade(ctx, node, request)
+			}
 			w.mu.Lock()
 			over := t.over || t.op.GetFinishTime() != nil
 			if err == nil && !over && op.GetPhase() != t.op.GetPhase() && t.op.GetPhase() == opsv1.Phase_PHASE_PREPARED {
@@ -290,6 +306,62 @@ func (p *pass) commit(i *item) {
 			}
 		}
 	})
+}
+
+// commitRequest is the commit, with what kubelet will start the containers with.
+func (r *Reconciler) commitRequest(ctx context.Context, w *work, pod *corev1.Pod, label, uid string, containers []string) (*opsv1.CommitUpgradeRequest, error) {
+	now, err := r.launch(ctx, w, pod, label)
+	if err != nil {
+		return nil, err
+	}
+	request := &opsv1.CommitUpgradeRequest{Uid: uid, Credentials: now.credentials}
+	for _, name := range containers {
+		_, env, err := now.container(ctx, name)
+		if err != nil {
+			return nil, err
+		}
+		request.Environments = append(request.Environments, &opsv1.ContainerEnvironment{Name: name, Environment: env})
+	}
+	return request, nil
+}
+
+// launch is what kubelet starts the containers of a pod with.
+type launch struct {
+	reader      *environment.Reader
+	credentials []*opsv1.RegistryCredential
+}
+
+// launch reads what kubelet would start the containers of a pod with now, or, with a label, once the pod has that revision.
+func (r *Reconciler) launch(ctx context.Context, w *work, pod *corev1.Pod, label string) (*launch, error) {
+	now, err := environment.Read(ctx, r.APIReader, pod)
+	if err != nil {
+		return nil, err
+	}
+	if label != "" {
+		now.Label(revisionLabel, label)
+	}
+	ring, err := r.keyring(ctx, w, pod.Namespace, pod.Spec.ServiceAccountName, secretNames(pod))
+	if err != nil {
+		return nil, err
+	}
+	return &launch{reader: now, credentials: ring.Credentials}, nil
+}
+
+func (l *launch) container(ctx context.Context, name string) (opsv1.PullPolicy, *opsv1.Environment, error) {
+	env, err := l.reader.Container(ctx, name)
+	if err != nil {
+		return 0, nil, err
+	}
+	c, _ := containerOf(l.reader.Pod(), name)
+	return controller.PullPolicyOf(c), env, nil
+}
+
+// newLabel is the label of the revision that the pod will have with its new images; empty if it has none.
+func (p *pass) newLabel(i *item) string {
+	if p.target.workload == nil {
+		return ""
+	}
+	return p.target.workload.revisionLabel(i.pod, i.verdict.images)
 }
 
 // abort tells a node to take an upgrade back. If it cannot be told, what it has prepared ends after holdFor. The caller holds the
@@ -391,6 +463,16 @@ func (p *pass) restart(ctx context.Context, i *item) {
 	m.node, w.nodes[node.Name] = node, node
 	c := &conversation{r: p.r, w: w, t: t, node: node, patience: p.strategy.deadline}
 	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
+		now, err := p.r.launch(ctx, w, i.pod, "")
+		if err != nil {
+			return nil, err
+		}
+		request.Credentials = now.credentials
+		for _, c := range request.GetContainers() {
+			if c.PullPolicy, c.Environment, err = now.container(ctx, c.GetName()); err != nil {
+				return nil, err
+			}
+		}
 		op, err := p.r.Nodes.Restart(ctx, node, request)
 		if code(err) == codes.AlreadyExists {
 			op, err = p.r.Nodes.GetOperation(ctx, node, request.GetUid())

@@ -22,6 +22,7 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/api/identity"
 	"github.com/cri-proxy/cri-proxy/ops/apiserver"
+	"github.com/cri-proxy/cri-proxy/ops/guard"
 )
 
 const (
@@ -127,8 +128,8 @@ func (e *Enroller) Refresh() {
 // Run enrols and renews until ctx ends. Nothing that it meets ends it sooner.
 func (e *Enroller) Run(ctx context.Context) {
 	var loops sync.WaitGroup
-	loops.Go(func() { e.keepBundle(ctx) })
-	loops.Go(func() { e.keepCertificate(ctx) })
+	loops.Go(func() { guard.Keep(ctx, e.o.Log, func() { e.keepBundle(ctx) }) })
+	loops.Go(func() { guard.Keep(ctx, e.o.Log, func() { e.keepCertificate(ctx) }) })
 	loops.Wait()
 }
 

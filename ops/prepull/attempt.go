@@ -14,6 +14,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/guard"
 )
 
 // progressEvery is how often the content store is asked how far a pull is. The question takes a millisecond.
@@ -125,14 +126,14 @@ func (p *Puller) pullWith(ctx context.Context, u *pull, credential *opsv1.Regist
 	tracked := make(chan struct{})
 	go func() { // ends with ended
 		defer close(tracked)
-		p.track(leased, u, m, done, ended)
+		guard.Do(p.log.WithFields(u.fields()), func() { p.track(leased, u, m, done, ended) })
 	}()
 	defer func() {
 		close(ended)
 		<-tracked
 	}()
 	if limiter != nil {
-		if err := r.layers(leased, p.store.content, m.layers, limiter); err != nil {
+		if err := r.layers(leased, p.log.WithFields(u.fields()), p.store.content, m.layers, limiter); err != nil {
 			return err
 		}
 	}

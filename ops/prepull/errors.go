@@ -16,6 +16,8 @@ import (
 	"github.com/containerd/errdefs"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/cri-proxy/cri-proxy/ops/guard"
 )
 
 // Reasons of pulls. See PullOperation.reason.
@@ -38,6 +40,7 @@ const (
 	ReasonInvalidImage        = "InvalidImage"
 	ReasonRuntime             = "RuntimeError"
 	ReasonCancelled           = "Cancelled"
+	ReasonInternal            = "InternalError" // a panic
 )
 
 // failure is why an attempt did not succeed, in words for a person.
@@ -59,6 +62,9 @@ func explain(err error, host string) *failure {
 	var f *failure
 	if errors.As(err, &f) {
 		return f
+	}
+	if bug := (*guard.Panic)(nil); errors.As(err, &bug) {
+		return &failure{reason: ReasonInternal, final: true, message: bug.Error()}
 	}
 	text := err.Error()
 	if s, ok := status.FromError(err); ok {

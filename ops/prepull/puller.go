@@ -25,6 +25,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/guard"
 	"github.com/cri-proxy/cri-proxy/ops/prepull/credentialprovider"
 )
 
@@ -184,9 +185,10 @@ func keyOf(named reference.Named, req *opsv1.PullRequest) string {
 func (p *Puller) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	wg.Go(func() { p.sweepUntil(ctx) })
+	wg.Go(func() { guard.Keep(ctx, p.log, func() { p.sweepUntil(ctx) }) })
 	for {
-		wait := p.startSome(ctx, &wg)
+		wait := time.Minute // after a panic
+		guard.Do(p.log, func() { wait = p.startSome(ctx, &wg) })
 		timer := time.NewTimer(wait)
 		select {
 		case <-p.wake:
@@ -334,10 +336,23 @@ func (p *Puller) startLocked(ctx context.Context, wg *sync.WaitGroup, u *pull) {
 			limited, cancel = context.WithDeadlineCause(limited, by, errDeadline)
 			defer cancel()
 		}
-		err := p.attempt(limited, u, credentials)
-		p.settle(ctx, u, err, context.Cause(limited))
+		log := p.log.WithFields(u.fields())
+		err := guard.Try(log, func() error { return p.attempt(limited, u, credentials) })
+		if !guard.Do(log, func() { p.settle(ctx, u, err, context.Cause(limited)) }) {
+			guard.Do(log, func() { p.giveUp(u) })
+		}
 		p.nudge()
 	})
+}
+
+// giveUp ends a pull whose attempts cannot be settled.
+func (p *Puller) giveUp(u *pull) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	u.stop = nil
+	if u.op.GetFinishTime() == nil {
+		p.finishLocked(u, opsv1.PullPhase_PULL_FAILED, ReasonInternal, "cri-proxy met a bug of its own; its log says where, please report it")
+	}
 }
 
 // settle decides what follows an attempt.

@@ -23,10 +23,12 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/sirupsen/logrus"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/time/rate"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/guard"
 )
 
 const (
@@ -205,7 +207,7 @@ type blob struct{ *bytes.Reader }
 func (blob) Close() error { return nil }
 
 // layers fetches the layers into the content store. What is there, in part or as a whole, is not fetched again.
-func (r *remote) layers(ctx context.Context, store content.Store, layers []ocispec.Descriptor, limit *rate.Limiter) error {
+func (r *remote) layers(ctx context.Context, log logrus.FieldLogger, store content.Store, layers []ocispec.Descriptor, limit *rate.Limiter) error {
 	fetcher, err := r.resolver.Fetcher(ctx, r.ref)
 	if err != nil {
 		return err
@@ -213,7 +215,7 @@ func (r *remote) layers(ctx context.Context, store content.Store, layers []ocisp
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(connections(limit))
 	for _, d := range layers {
-		g.Go(func() error { return fetch(ctx, store, fetcher, d) })
+		g.Go(func() error { return guard.Try(log, func() error { return fetch(ctx, store, fetcher, d) }) })
 	}
 	return g.Wait()
 }

@@ -52,6 +52,8 @@ func validate(req *opsv1.PullRequest) error {
 		return invalid("uid must be 1 to 128 characters of [A-Za-z0-9._-], not %.140q", req.GetUid())
 	case req.GetImage() == "":
 		return invalid("image is empty: name one as in a pod spec")
+	case req.GetPolicy() == opsv1.PullPolicy_PULL_POLICY_NEVER:
+		return invalid("a pull with the policy Never would do nothing: leave the policy out")
 	case opsv1.PullPolicy_name[int32(req.GetPolicy())] == "":
 		return invalid("unknown policy %d", req.GetPolicy())
 	case len(req.GetCredentials()) > maxCredentials:

@@ -75,7 +75,7 @@ func (g *gapBench) upgrade(o *nodeOps, order opsv1.Order, image func(*gapPod) st
 		if _, err := o.until(ctx, uid, opsv1.Phase_PHASE_PREPARED); err != nil {
 			return nil, err
 		}
-		if _, err := o.client.CommitUpgrade(ctx, &opsv1.CommitUpgradeRequest{Uid: uid}); err != nil {
+		if err := testbed.CommitUpgrade(ctx, o.client, uid); err != nil {
 			return nil, err
 		}
 		if _, err := o.until(ctx, uid, opsv1.Phase_PHASE_ARMED); err != nil {

@@ -4,6 +4,7 @@
 package chaos
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"flag"
@@ -23,6 +24,7 @@ import (
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 	corev1 "k8s.io/api/core/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -228,8 +230,14 @@ func (c *cluster) run(t *testing.T, cs chaosCase, pod string) {
 	if err != nil {
 		t.Errorf("%v\noperation: %v\nbefore: %s\nafter: %s", err, op, brief(r.before), brief(after))
 	}
-	if shown := seen.stop(); op.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED && len(shown) > 0 {
+	// Whoever knows of the restart, something that runs is to be seen all the time, if it had to be given up before the incumbent was stopped or
+	// after its successor was ready.
+	whole := op.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED || cs.want.Lost && (cs.method == gate || cs.method == overlap)
+	if shown := seen.stop(); whole && len(shown) > 0 {
 		t.Errorf("kubelet could see: %q", shown)
+	}
+	if cs.want.Lost {
+		return
 	}
 	if one := op.GetContainers()[0]; op.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED {
 		t.Logf("succeeded: method %q (asked for %s), gap %s, warnings %q", one.GetMethod(), cs.method, one.GetGap().AsDuration(), one.GetWarnings())
@@ -254,7 +262,7 @@ func (r *run) failpointName() string {
 	case r.upgrade:
 		name = "upgrade." + r.point
 	}
-	if r.fault == killProxy || r.fault == killTwice {
+	if r.fault == killProxy || r.fault == killTwice || r.want.Lost {
 		return name
 	}
 	return name + "=pause:" + r.dir
@@ -295,6 +303,14 @@ func (r *run) goOn() error { return os.WriteFile(filepath.Join(r.dir, "go"), nil
 // strike waits for the step, lets the fault happen and returns the operation when it has ended.
 func (r *run) strike(ctx context.Context) (*opsv1.Operation, error) {
 	switch r.fault {
+	case loseJournal, ruinJournal:
+		if err := r.died(ctx); err != nil {
+			return nil, err
+		}
+		if err := errors.Join(r.lose(), r.restartProxy(ctx, syscall.SIGKILL, "")); err != nil || !r.upgrade {
+			return nil, err
+		}
+		return r.ended(ctx)
 	case killProxy:
 		if err := r.died(ctx); err != nil {
 			return nil, err
@@ -331,6 +347,15 @@ func (r *run) strike(ctx context.Context) (*opsv1.Operation, error) {
 		err = fmt.Errorf("the restart ended as %s (%s), and after a restart of the proxy as %s", op.GetPhase(), op.GetMessage(), again.GetPhase())
 	}
 	return again, err
+}
+
+// lose takes the journal away.
+func (r *run) lose() error {
+	journal := filepath.Join(r.disk.state(), "journal.db")
+	if r.fault == loseJournal {
+		return os.Remove(journal)
+	}
+	return os.WriteFile(journal, bytes.Repeat([]byte("no journal "), 2000), 0o600)
 }
 
 // reached waits until the step has come.
@@ -482,7 +507,12 @@ func (r *run) answers(ctx context.Context) (op, again *opsv1.Operation, err erro
 	defer cancel()
 	err = r.onOps(func(ops opsv1.OpsClient) (err error) {
 		get := &opsv1.GetOperationRequest{Uid: r.request.GetUid()}
-		if op, err = ops.GetOperation(ctx, get); err != nil {
+		op, err = ops.GetOperation(ctx, get)
+		if r.want.Lost && status.Code(err) == codes.NotFound {
+			op = nil
+			return nil
+		}
+		if err != nil || r.want.Lost {
 			return err
 		}
 		if r.byRequest { // the controller's command is not known here

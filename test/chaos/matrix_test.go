@@ -37,7 +37,12 @@ const (
 	answerLost     = "answer-lost"      // the next one takes effect and fails all the same
 	diskFull       = "disk-full"        // the journal's disk is full until the restart has ended; then the proxy is restarted
 	diskFullKill   = "disk-full-kill"   // the same, and the proxy is killed and started while it is full
+	loseJournal    = "journal-deleted"  // kill -9 at the step, and the journal is gone when the next process starts
+	ruinJournal    = "journal-ruined"   // the same, and in its place there is something else
 )
+
+// losses are the faults after which the node does not know the operation any more.
+var losses = []string{loseJournal, ruinJournal}
 
 // chaosCase is one cell of the matrix.
 type chaosCase struct {
@@ -69,7 +74,7 @@ var (
 )
 
 // faultsEverywhere strike at every step of StopFirst with method gate and of StartFirst.
-var faultsEverywhere = []string{killProxy, killContainerd, restartKubelet, runtimeHangs, runtimeError, diskFull}
+var faultsEverywhere = []string{killProxy, killContainerd, restartKubelet, runtimeHangs, runtimeError, diskFull, loseJournal, ruinJournal}
 
 // more are the faults that say most at certain steps.
 var more = map[string]map[string][]string{
@@ -100,6 +105,8 @@ var slower = map[string][]string{
 	runtimeErrors:  {"stopped"},
 	answerLost:     {"stop", "stopped"},
 	diskFull:       {"stopped"},
+	loseJournal:    {"created", "stop", "stopped", "running"},
+	ruinJournal:    {"staged", "stopped"},
 }
 
 // byRequest are the cases that are run once more with a request in place of a command.
@@ -132,6 +139,10 @@ var reduced = []string{
 	"StartFirst/overlap/start/kill-proxy",
 	"StartFirst/overlap/ready/kill-containerd",
 	"StartFirst/overlap/start/runtime-errors",
+	"StopFirst/gate/created/journal-deleted",
+	"StopFirst/gate/gated/journal-ruined",
+	"StopFirst/gate/stopped/journal-deleted",
+	"StartFirst/overlap/ready/journal-ruined",
 }
 
 // matrix returns every case.
@@ -176,7 +187,7 @@ func matrix() []chaosCase {
 
 // expect says how a restart that meets the fault at the step may end.
 func expect(order, method, point, fault string) invariant.Expect {
-	e := invariant.Expect{Overlap: order == startFirst}
+	e := invariant.Expect{Overlap: order == startFirst, Lost: slices.Contains(losses, fault)}
 	points := stopFirstPoints
 	if order == startFirst {
 		points = startFirstPoints
@@ -185,7 +196,10 @@ func expect(order, method, point, fault string) invariant.Expect {
 	// Until then nothing that serves has been touched.
 	before := func(p string) bool { return at < slices.Index(points, p) }
 	stops := "stopped"
-	if point == "undo" {
+	switch {
+	case e.Lost:
+		return e
+	case point == "undo":
 		// It fails because the test made it fail, and the incumbent has not been stopped.
 		e.Outcome, e.Untouched = invariant.Fails, true
 		return e

@@ -58,6 +58,7 @@ var upReduced = []string{
 	"UpgradeStopFirst/gate/revealed/restart-kubelet",
 	"UpgradeStartFirst/overlap/ready/kill-proxy",
 	"UpgradeBroken/gate/adopt/kill-controller",
+	"UpgradeStopFirst/gate/armed/journal-deleted",
 }
 
 // upPatient is a case in which a call of kubelet is cut off and not repeated, that waits for the node to find out. Others do not: it takes two
@@ -77,8 +78,8 @@ func upgrades() []chaosCase {
 		points        []string
 		faults        []string
 	}{
-		{upStopFirst, gate, upStopFirstPoints, []string{killProxy, killTwice, killController, restartKubelet, killContainerd}},
-		{upStartFirst, overlap, upStartFirstPoints, []string{killProxy, killController, restartKubelet, killContainerd}},
+		{upStopFirst, gate, upStopFirstPoints, []string{killProxy, killTwice, killController, restartKubelet, killContainerd, loseJournal, ruinJournal}},
+		{upStartFirst, overlap, upStartFirstPoints, []string{killProxy, killController, restartKubelet, killContainerd, loseJournal}},
 		{upBroken, gate, upBrokenPoints, []string{killProxy, killController, restartKubelet}},
 		{upBrokenBeside, overlap, upBrokenBesidePoints, []string{killProxy, killController, restartKubelet}},
 		{upBack, gate, upBackPoints, []string{killProxy, killController, restartKubelet}},
@@ -110,8 +111,10 @@ func upgrades() []chaosCase {
 
 // expectUpgrade says how a rollout that meets the fault at the step may end.
 func expectUpgrade(order, point, fault string) invariant.Expect {
-	e := invariant.Expect{Outcome: invariant.Succeeds, Overlap: order == upStartFirst || order == upBrokenBeside}
+	e := invariant.Expect{Outcome: invariant.Succeeds, Overlap: order == upStartFirst || order == upBrokenBeside, Lost: slices.Contains(losses, fault)}
 	switch {
+	case e.Lost:
+		e.Outcome = invariant.Either // the controller asks again, or goes back
 	case order == upBroken, order == upBack:
 		e.Outcome = invariant.Fails
 	case order == upBrokenBeside:

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -143,7 +145,11 @@ func (r *run) observeRollout(ctx context.Context, f *invariant.Facts) error {
 	err := r.onNode(func(conn *grpc.ClientConn) (err error) {
 		node := opsv1.NewOpsClient(conn)
 		if state.Operation != "" {
-			if f.Operation, err = node.GetOperation(ctx, &opsv1.GetOperationRequest{Uid: state.Operation}); err != nil {
+			f.Operation, err = node.GetOperation(ctx, &opsv1.GetOperationRequest{Uid: state.Operation})
+			if r.want.Lost && status.Code(err) == codes.NotFound {
+				f.Operation, err = nil, nil
+			}
+			if err != nil {
 				return err
 			}
 		}

@@ -19,6 +19,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
 // upgradable is a pod whose container app writes its version into a directory of the host when it starts, when it is asked to stop, and in
@@ -81,8 +82,7 @@ func prepareUpgrade(t testing.TB, pod *corev1.Pod, image string, change func(*op
 // commitUpgrade commits the upgrade and waits until it is armed.
 func commitUpgrade(t testing.TB, uid string) {
 	t.Helper()
-	_, err := opsClient(t).CommitUpgrade(t.Context(), &opsv1.CommitUpgradeRequest{Uid: uid})
-	must(t, err)
+	must(t, testbed.CommitUpgrade(t.Context(), opsClient(t), uid))
 	inPhase(t, uid, opsv1.Phase_PHASE_ARMED)
 }
 
@@ -553,8 +553,7 @@ func TestKillDuringUpgrade(t *testing.T) {
 				end()
 			}
 			inPhase(t, uid, opsv1.Phase_PHASE_PREPARED)
-			_, err = opsClient(t).CommitUpgrade(t.Context(), &opsv1.CommitUpgradeRequest{Uid: uid})
-			must(t, err)
+			must(t, testbed.CommitUpgrade(t.Context(), opsClient(t), uid))
 			if point == "armed" {
 				end()
 			}

@@ -72,6 +72,12 @@ var podNumber struct {
 
 func (k *kubelet) runPod(t testing.TB) *pod {
 	t.Helper()
+	return k.runPodIn(t, bed.cgroup)
+}
+
+// runPodIn is runPod with containers in cgroups below parent.
+func (k *kubelet) runPodIn(t testing.TB, parent string) *pod {
+	t.Helper()
 	podNumber.Lock()
 	podNumber.n++
 	n := podNumber.n
@@ -85,7 +91,7 @@ func (k *kubelet) runPod(t testing.TB) *pod {
 		Metadata:     &runtimeapi.PodSandboxMetadata{Name: p.name, Namespace: "default", Uid: p.uid},
 		LogDirectory: logs,
 		Labels:       map[string]string{"io.kubernetes.pod.name": p.name, "io.kubernetes.pod.namespace": "default", "io.kubernetes.pod.uid": p.uid},
-		Linux:        &runtimeapi.LinuxPodSandboxConfig{CgroupParent: bed.cgroup, SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{}},
+		Linux:        &runtimeapi.LinuxPodSandboxConfig{CgroupParent: parent, SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{}},
 	}
 	resp, err := k.RunPodSandbox(t.Context(), &runtimeapi.RunPodSandboxRequest{Config: p.config})
 	if err != nil {
@@ -135,7 +141,10 @@ func (p *pod) request(t testing.TB, s spec, attempt int) *runtimeapi.CreateConta
 			t.Fatal(err)
 		}
 	}
-	term := filepath.Join(p.k.dir, "pods", p.uid, fmt.Sprintf("%s-%d", s.name, attempt))
+	term := filepath.Join(p.k.dir, "pods", p.uid, "containers", s.name, fmt.Sprintf("%08x", attempt))
+	if err := os.MkdirAll(filepath.Dir(term), 0o750); err != nil {
+		t.Fatal(err)
+	}
 	if err := os.WriteFile(term, nil, 0o666); err != nil {
 		t.Fatal(err)
 	}

@@ -71,7 +71,7 @@ func startNodeIn(t testing.TB, dir string) *node {
 		StateDir: dir, Conn: up.Conn(), View: view, Log: log, LegacyLogDir: filepath.Join(dir, "containers"), Images: puller,
 	})
 	must(t, err)
-	director := interceptors.New(interceptors.Options{View: view, Records: engine.Records(), Runtime: up.Conn(), Log: log, Overrides: engine.Overrides()})
+	director := interceptors.New(interceptors.Options{View: view, Records: engine.Records(), Runtime: up.Conn(), Log: log, Overrides: engine.Overrides(), Judge: engine})
 	server := proxy.NewServer(up, proxy.Options{Director: director, Log: log})
 	n := &node{socket: filepath.Join(dir, "cri.sock")}
 	lis, err := proxy.Listen(n.socket, proxy.ListenOptions{Mode: 0o600})

@@ -4,6 +4,8 @@
 package integration
 
 import (
+	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -75,8 +77,8 @@ func (s *stepTest) after(step string) bool {
 }
 
 // TestKubeletAtEachStep makes every call that kubelet makes on a container while a restart of it is at every step. Calls that
-// adjust it are answered and come true for its successor; calls that end it end the restart, and what runs afterwards is
-// what kubelet wants.
+// adjust it are answered and come true for its successor; calls that end it end the restart, but for a stop of what the restart is
+// bound to stop, which joins it; and what runs afterwards is what kubelet wants.
 func TestKubeletAtEachStep(t *testing.T) {
 	for _, step := range stopFirst {
 		t.Run(step, func(t *testing.T) {
@@ -195,7 +197,12 @@ func kubeletStops(t *testing.T, s *stepTest) {
 		_, err := s.n.StopContainer(t.Context(), stopRequest(s.incumbent, unneededGrace))
 		stopped <- err
 	}()
-	s.kubeletArrives(t, "StopContainer")
+	joins := s.after("stop") && !s.after("revealed")
+	if joins {
+		s.logged(t, s.pod.name, "joins the restart")
+	} else {
+		s.kubeletArrives(t, "StopContainer")
+	}
 	s.hold.release()
 	must(t, <-stopped)
 	if took := time.Since(began); took > unneededGrace*time.Second*9/10 {
@@ -203,6 +210,18 @@ func kubeletStops(t *testing.T, s *stepTest) {
 	}
 	if s.after("revealed") {
 		s.succeeded(t) // kubelet, which sees that one, has nothing to say about it yet
+		return
+	}
+	if joins {
+		s.counts(t, 1)
+		resp, err := s.n.CreateContainer(t.Context(), s.pod.request(t, spec{name: "app", command: looping, grace: unneededGrace}, 1))
+		must(t, err)
+		_, err = s.n.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: resp.GetContainerId()})
+		must(t, err)
+		if c := s.succeeded(t); c.GetSuccessorId() != resp.GetContainerId() || len(c.GetWarnings()) != 1 {
+			t.Errorf("kubelet was given %s: %v", resp.GetContainerId(), c)
+		}
+		s.counts(t, 1)
 		return
 	}
 	s.counts(t, 0)
@@ -260,11 +279,17 @@ func (s *stepTest) kubeletArrives(t *testing.T, method string) {
 	if s.after("revealed") {
 		return // nothing gives way any more
 	}
-	eventually(t, "the operation has to give way", func() bool {
+	s.logged(t, s.pod.uid, method)
+}
+
+// logged waits for a line of the proxy's log with these parts.
+func (s *stepTest) logged(t *testing.T, parts ...string) {
+	t.Helper()
+	eventually(t, "the proxy says so", func() bool {
 		log, err := os.ReadFile(filepath.Join(s.n.dir, "log"))
 		must(t, err)
 		for line := range strings.Lines(string(log)) {
-			if strings.Contains(line, s.pod.uid) && strings.Contains(line, method) {
+			if !slices.ContainsFunc(parts, func(part string) bool { return !strings.Contains(line, part) }) {
 				return true
 			}
 		}
@@ -371,4 +396,82 @@ func TestResourcesOfClones(t *testing.T) {
 			t.Errorf("restart %d: it was\n%s\nand is\n%s", i, first, got)
 		}
 	}
+}
+
+// TestResourcesChangedPastTheProxy changes a container's resources at the runtime itself, as kubelet does while the proxy is
+// bypassed. The successor has what the kernel gave the incumbent last, and not what the proxy has recorded.
+func TestResourcesChangedPastTheProxy(t *testing.T) {
+	for name, before := range map[string]*runtimeapi.LinuxContainerResources{
+		"nothing recorded since":      nil,
+		"another cpuset by the proxy": {CpusetCpus: "0", MemoryLimitInBytes: 80 << 20},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := startNode(t)
+			p := n.runPod(t)
+			req := p.request(t, spec{name: "app", command: looping}, 0)
+			req.Config.Linux.Resources.CpusetCpus = "0-1"
+			req.Config.Linux.Resources.CpuQuota, req.Config.Linux.Resources.CpuPeriod = 50_000, 100_000
+			created, err := n.CreateContainer(t.Context(), req)
+			must(t, err)
+			id := created.GetContainerId()
+			_, err = n.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: id})
+			must(t, err)
+			p.began(t, "app", 0)
+			update := func(k *kubelet, r *runtimeapi.LinuxContainerResources) {
+				t.Helper()
+				_, err := k.UpdateContainerResources(t.Context(), &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: r})
+				must(t, err)
+			}
+			if before != nil {
+				update(n.kubelet, before)
+			}
+			update(n.direct, &runtimeapi.LinuxContainerResources{CpusetCpus: "1", MemoryLimitInBytes: 96 << 20, CpuQuota: 70_000})
+			was := n.inKernel(t, id)
+			if !strings.HasPrefix(was, "1 100663296 70000 100000 ") {
+				t.Fatalf("the kernel has %s", was)
+			}
+			for attempt := 1; attempt <= 2; attempt++ {
+				op := n.restart(t, p, restartOf("app"))
+				if op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED {
+					t.Fatalf("operation: %v", op)
+				}
+				id = op.GetContainers()[0].GetSuccessorId()
+				p.began(t, "app", attempt)
+				if got := n.inKernel(t, id); got != was {
+					t.Errorf("restart %d: the kernel has %s, want %s", attempt, got, was)
+				}
+			}
+		})
+	}
+}
+
+// inKernel is what the kernel has of a container's resources: cpuset, memory limit, CPU quota, period and shares.
+func (k *kubelet) inKernel(t testing.TB, id string) string {
+	t.Helper()
+	resp, err := k.ContainerStatus(t.Context(), &runtimeapi.ContainerStatusRequest{ContainerId: id, Verbose: true})
+	must(t, err)
+	var info struct {
+		PID int `json:"pid"`
+	}
+	must(t, json.Unmarshal([]byte(resp.GetInfo()["info"]), &info))
+	groups, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", info.PID))
+	must(t, err)
+	files := []string{"cpuset/cpuset.cpus", "memory/memory.limit_in_bytes", "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us", "cpu/cpu.shares"}
+	if cgroupV2() {
+		files = []string{"/cpuset.cpus", "/memory.max", "/cpu.max", "/cpu.weight"}
+	}
+	var told []string
+	for _, file := range files {
+		controller, name, _ := strings.Cut(file, "/")
+		at := ""
+		for line := range strings.Lines(string(groups)) {
+			if f := strings.SplitN(strings.TrimSpace(line), ":", 3); slices.Contains(strings.Split(f[1], ","), controller) {
+				at = f[2]
+			}
+		}
+		b, err := os.ReadFile(filepath.Join("/sys/fs/cgroup", controller, at, name))
+		must(t, err)
+		told = append(told, strings.TrimSpace(string(b)))
+	}
+	return strings.Join(told, " ")
 }

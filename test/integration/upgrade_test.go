@@ -17,6 +17,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
 // withSpec makes a request what kubelet makes of a pod spec: image by ID, and the hash of name and image
@@ -84,8 +85,7 @@ func upgradeOf(p *pod, uid string, change func(*opsv1.ContainerUpgrade)) *opsv1.
 // arm commits a prepared upgrade and waits until kubelet may come.
 func (n *node) arm(t testing.TB, uid string) {
 	t.Helper()
-	_, err := n.ops.CommitUpgrade(t.Context(), &opsv1.CommitUpgradeRequest{Uid: uid})
-	must(t, err)
+	must(t, testbed.CommitUpgrade(t.Context(), n.ops, uid))
 	n.waitFor(t, uid, func(op *opsv1.Operation) bool { return op.GetPhase() == opsv1.Phase_PHASE_ARMED })
 }
 
@@ -429,7 +429,7 @@ func TestUpgradeKillAtEachStep(t *testing.T) {
 				n.arm(t, uid)
 			case "arm", "gated", "armed":
 				n.waitFor(t, uid, prepared)
-				_, _ = n.ops.CommitUpgrade(t.Context(), &opsv1.CommitUpgradeRequest{Uid: uid})
+				_ = testbed.CommitUpgrade(t.Context(), n.ops, uid)
 				n.died(t)
 				n.start(t, "")
 				n.waitFor(t, uid, func(op *opsv1.Operation) bool { return op.GetPhase() == opsv1.Phase_PHASE_ARMED })

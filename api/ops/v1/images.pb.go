@@ -33,6 +33,8 @@ const (
 	PullPolicy_PULL_POLICY_IF_NOT_PRESENT PullPolicy = 1
 	// PULL_POLICY_ALWAYS asks the registry even if the image is there.
 	PullPolicy_PULL_POLICY_ALWAYS PullPolicy = 2
+	// PULL_POLICY_NEVER uses what is on the node. It is for restarts and upgrades; a pull is refused with it.
+	PullPolicy_PULL_POLICY_NEVER PullPolicy = 3
 )
 
 // Enum value maps for PullPolicy.
@@ -41,11 +43,13 @@ var (
 		0: "PULL_POLICY_UNSPECIFIED",
 		1: "PULL_POLICY_IF_NOT_PRESENT",
 		2: "PULL_POLICY_ALWAYS",
+		3: "PULL_POLICY_NEVER",
 	}
 	PullPolicy_value = map[string]int32{
 		"PULL_POLICY_UNSPECIFIED":    0,
 		"PULL_POLICY_IF_NOT_PRESENT": 1,
 		"PULL_POLICY_ALWAYS":         2,
+		"PULL_POLICY_NEVER":          3,
 	}
 )
 
@@ -1188,12 +1192,13 @@ const file_api_ops_v1_images_proto_rawDesc = "" +
 	"\x05owner\x18\x01 \x01(\tR\x05owner\x12\x19\n" +
 	"\bimage_id\x18\x02 \x01(\tR\aimageId\"1\n" +
 	"\x13ReleasePinsResponse\x12\x1a\n" +
-	"\breleased\x18\x01 \x01(\x05R\breleased*a\n" +
+	"\breleased\x18\x01 \x01(\x05R\breleased*x\n" +
 	"\n" +
 	"PullPolicy\x12\x1b\n" +
 	"\x17PULL_POLICY_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aPULL_POLICY_IF_NOT_PRESENT\x10\x01\x12\x16\n" +
-	"\x12PULL_POLICY_ALWAYS\x10\x02*\xad\x01\n" +
+	"\x12PULL_POLICY_ALWAYS\x10\x02\x12\x15\n" +
+	"\x11PULL_POLICY_NEVER\x10\x03*\xad\x01\n" +
 	"\tPullPhase\x12\x1a\n" +
 	"\x16PULL_PHASE_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fPULL_WAITING\x10\x01\x12\x12\n" +

@@ -118,6 +118,9 @@ func (c *ctl) printStatus(out io.Writer, i *opsv1.NodeInfoResponse) error {
 		if i.GetKubeletUserAgent() != "" {
 			kubelet += " (" + i.GetKubeletUserAgent() + ")"
 		}
+		if names := i.GetUnknownMethods(); len(names) > 0 {
+			kubelet += ", calls what this version does not know: " + strings.Join(names, ", ")
+		}
 	}
 	runtime := fmt.Sprintf("%s at %s", i.GetRuntime().GetState(), i.GetRuntime().GetEndpoint())
 	if i.GetRuntime().GetName() != "" {

@@ -23,8 +23,10 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/timestamppb"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/bypass"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/doctor"
@@ -37,6 +39,10 @@ import (
 const asKubelet = "CRI_PROXY_TEST_KUBELET_DIALS"
 
 func TestMain(m *testing.M) {
+	if len(os.Args) == 2 && os.Args[1] == "--version" { // what doctor asks of the program of a kubelet
+		fmt.Println("Kubernetes v1.37.2")
+		os.Exit(0)
+	}
 	if socket := os.Getenv(asKubelet); socket != "" {
 		if err := kubelet(socket); err != nil {
 			fmt.Println(err)
@@ -377,7 +383,9 @@ func TestDoctor(t *testing.T) {
 		}, want: []string{"fail certificate: it ended 1h"}},
 		{name: "a certificate that ends soon and is of another node", make: func(n *node) {
 			ca := mtlstest.NewCA(n.t, "ca")
-			cert, key := ca.Issue(n.dir, "node", x509.Certificate{DNSNames: []string{"other"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour)})
+			cert, key := ca.Issue(n.dir, "node", x509.Certificate{
+				DNSNames: []string{"other"}, NotBefore: time.Now().Add(-3 * time.Hour), NotAfter: time.Now().Add(time.Hour),
+			})
 			n.files(cert, key, ca.File)
 			n.whole()
 		}, want: []string{"warn certificate: it ends in ", "fail certificate: "}},
@@ -418,5 +426,128 @@ func TestDoctor(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// about returns what is found of one check, one "STATUS DETAIL (HINT)" a line.
+func (n *node) about(check string, o doctor.Options) string {
+	n.t.Helper()
+	o.ConfigFile = n.file
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	var all []string
+	for _, f := range doctor.Examine(n.t.Context(), o) {
+		if f.Check == check {
+			all = append(all, fmt.Sprintf("%s %s (%s)", f.Status, f.Detail, f.Hint))
+		}
+	}
+	return strings.Join(all, "\n")
+}
+
+// The kubelet of this test says that it is 1.37.2. What a runtime is built of is looked at by
+// test/deploy.
+func TestNewerCRI(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("whose program a process is is for root to see")
+	}
+	n := newNode(t)
+	n.whole()
+	got := n.about("cri", doctor.Options{CRI: "v0.37.0"})
+	if !strings.HasPrefix(got, "ok kubelet (pid ") || strings.Contains(got, "\n") ||
+		!strings.Contains(got, " v1.37.2, cri-proxy that of Kubernetes 1.37 ") {
+		t.Errorf("%s", got)
+	}
+	got = n.about("cri", doctor.Options{CRI: "v0.36.4"})
+	if !strings.HasPrefix(got, "warn kubelet (pid ") ||
+		!strings.Contains(got, " v1.37.2: newer than the CRI of Kubernetes 1.36") {
+		t.Errorf("%s", got)
+	}
+	conn, err := bypass.Dial(n.config.Listen.Path)
+	n.do(err)
+	defer conn.Close()
+	const unknown = "runtime.v1.RuntimeService/ListPods"
+	_ = conn.Invoke(t.Context(), "/"+unknown, &runtimeapi.VersionRequest{}, &runtimeapi.VersionResponse{})
+	if got := n.about("cri", doctor.Options{}); !strings.Contains(got, "warn ") ||
+		!strings.Contains(got, unknown+" (upgrade cri-proxy") {
+		t.Errorf("%s", got)
+	}
+}
+
+// told is a daemon that says of its certificate what it is told to.
+type told struct {
+	opsv1.UnimplementedOpsServer
+	identity *opsv1.Identity
+}
+
+func (d *told) NodeInfo(context.Context, *opsv1.NodeInfoRequest) (*opsv1.NodeInfoResponse, error) {
+	return &opsv1.NodeInfoResponse{NodeName: "node", Identity: d.identity}, nil
+}
+
+func TestEnrolledCertificate(t *testing.T) {
+	now := time.Now()
+	in := func(d time.Duration) *timestamppb.Timestamp { return timestamppb.New(now.Add(d)) }
+	for _, tt := range []struct {
+		name     string
+		identity *opsv1.Identity
+		want     string // beginning
+		advice   bool
+	}{
+		{"a minute old", &opsv1.Identity{
+			ExpireTime: in(72*time.Hour - time.Minute), RenewTime: in(50 * time.Hour),
+		}, "ok until ", false},
+		{"is being renewed", &opsv1.Identity{
+			ExpireTime: in(20 * time.Hour), RenewTime: in(-time.Minute),
+		}, "ok until ", false},
+		{"renewal is overdue", &opsv1.Identity{
+			ExpireTime: in(19 * time.Hour), RenewTime: in(-time.Hour),
+		}, "warn it was to be renewed at ", true},
+		{"renewal fails", &opsv1.Identity{
+			ExpireTime: in(19 * time.Hour), RenewTime: in(-time.Minute), Problem: "nobody signs", Since: in(-time.Minute),
+		}, "warn it serves until ", true},
+		{"renewal has failed", &opsv1.Identity{
+			ExpireTime: in(-time.Hour), RenewTime: in(-20 * time.Hour), Problem: "nobody signs", Since: in(-20 * time.Hour),
+		}, "fail it ended 1h0m0s ago", true},
+		{"none yet", &opsv1.Identity{Problem: "nobody signs", Since: in(-time.Minute)}, "fail there is none yet", true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			n := newNode(t)
+			n.configure(fmt.Sprintf("ops: {address: \"127.0.0.1:0\", enrol: {kubeconfig: %s}}\n", n.path("kubeconfig")))
+			l, err := net.Listen("unix", n.config.AdminSocket)
+			n.do(err)
+			s := grpc.NewServer()
+			opsv1.RegisterOpsServer(s, &told{identity: tt.identity})
+			var owned sync.WaitGroup
+			owned.Go(func() { _ = s.Serve(l) })
+			defer owned.Wait()
+			defer s.Stop()
+			got := n.about("certificate", doctor.Options{Now: func() time.Time { return now }})
+			if !strings.HasPrefix(got, tt.want) || strings.Contains(got, "\n") {
+				t.Errorf("%s", got)
+			}
+			if strings.Contains(got, "is cri-controller running") != tt.advice || strings.Contains(got, "file") {
+				t.Errorf("the advice does not fit: %s", got)
+			}
+			if p := tt.identity.GetProblem(); !strings.Contains(got, p) {
+				t.Errorf("%q is not in it: %s", p, got)
+			}
+		})
+	}
+}
+
+// Whoever renews certificates in files at two thirds of their life is not warned of all days
+// before.
+func TestShortLivedCertificateInFiles(t *testing.T) {
+	for left, want := range map[time.Duration]string{71 * time.Hour: "ok until ", 20 * time.Hour: "warn it ends in "} {
+		n := newNode(t)
+		ca := mtlstest.NewCA(t, "ca")
+		cert, key := ca.Issue(n.dir, "node", x509.Certificate{
+			DNSNames: []string{"node"}, NotBefore: time.Now().Add(left - 72*time.Hour), NotAfter: time.Now().Add(left),
+		})
+		n.files(cert, key, ca.File)
+		got := n.about("certificate", doctor.Options{})
+		if !strings.HasPrefix(got, want) || strings.Contains(got, "controller running") {
+			t.Errorf("%s before its end: %s", left, got)
+		}
 	}
 }

@@ -36,7 +36,10 @@ type Options struct {
 	Proc string
 	// Systemd is the directory whose existence says that systemd runs, sd_booted(3); empty: /run/systemd/system.
 	Systemd string
-	Now     func() time.Time
+	// CRI is the version of the CRI that this binary has, such as v0.37.2; empty: that of the
+	// k8s.io/cri-api that is linked.
+	CRI string
+	Now func() time.Time
 }
 
 // examination is one look at the node.
@@ -61,6 +64,9 @@ func Examine(ctx context.Context, o Options) []Finding {
 	if o.Systemd == "" {
 		o.Systemd = "/run/systemd/system"
 	}
+	if o.CRI == "" {
+		o.CRI = linkedCRI()
+	}
 	x := &examination{o: o}
 	if os.Geteuid() != 0 {
 		x.warn("root", "run this as root", "not root: most of what follows cannot be seen")
@@ -72,6 +78,7 @@ func Examine(ctx context.Context, o Options) []Finding {
 	x.sockets(ctx)
 	x.kubelet()
 	x.runtime(ctx)
+	x.versions(ctx)
 	x.methods()
 	x.state()
 	x.network()

@@ -13,11 +13,18 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
 const (
-	// soon is how long before its end a certificate is worth a warning: enough for a person to renew it.
+	// soon is how long before its end a certificate from files is worth a warning: enough for a
+	// person to renew it. For one with a short life, which no person renews, it is a third of that:
+	// cert-manager, for one, renews at two thirds.
 	soon = 7 * 24 * time.Hour
+	// overdue is after how long without a new certificate something is wrong though the daemon does
+	// not say so: it asks when it is time and the controller answers within a minute.
+	overdue = 15 * time.Minute
 	// quietController is after how long without a call of the controller's something may be wrong: it asks every node that it
 	// knows every few minutes.
 	quietController = 20 * time.Minute
@@ -37,10 +44,7 @@ func (x *examination) network() {
 	case x.info == nil:
 		x.warn("certificate", "", "the daemon, which asks the controller for it, does not answer")
 	default:
-		x.certificate(i.GetExpireTime().IsValid(), i.GetExpireTime().AsTime())
-		if p := i.GetProblem(); p != "" {
-			x.warn("certificate", "is the controller running, and may this node ask for certificates?", "%s, since %s", p, i.GetSince().AsTime().Local().Format(time.RFC3339))
-		}
+		x.enrolled(i)
 	}
 	x.clock()
 	if x.info == nil {
@@ -77,7 +81,7 @@ func (x *examination) certificateFiles() {
 	if now := x.o.Now(); now.Before(leaf.NotBefore) {
 		x.fail(check, "is the clock of this machine right?", "%s is not valid before %s, it is %s", o.CertFile, leaf.NotBefore.Local().Format(time.RFC3339), now.Local().Format(time.RFC3339))
 	} else {
-		x.certificate(true, leaf.NotAfter)
+		x.certificateFile(leaf)
 	}
 	if err := leaf.VerifyHostname(x.config.NodeName); err != nil {
 		x.fail(check, "issue one with DNS name "+x.config.NodeName+": the controller insists on it", "%s: %v", o.CertFile, err)
@@ -87,17 +91,46 @@ func (x *examination) certificateFiles() {
 	}
 }
 
-// certificate judges the end of the node's certificate.
-func (x *examination) certificate(there bool, end time.Time) {
+// enrolled judges the certificate that the daemon gets from the controller, and renews by itself.
+func (x *examination) enrolled(i *opsv1.Identity) {
 	const check = "certificate"
-	left := end.Sub(x.o.Now())
+	now, end, renewal := x.o.Now(), i.GetExpireTime().AsTime(), i.GetRenewTime().AsTime()
+	hint := "is cri-controller running, in the namespace of ops.enrol.namespace, and may this node ask for certificates? " +
+		"kubectl get csr, docs/OPERATIONS.md#identity"
+	until := end.Local().Format(time.RFC3339)
+	why := ""
+	if p := i.GetProblem(); p != "" {
+		why = fmt.Sprintf("; %s, since %s", p, i.GetSince().AsTime().Local().Format(time.RFC3339))
+	}
 	switch {
-	case !there:
-		x.fail(check, "nobody is let in over TCP until the controller has signed one", "there is none yet")
+	case !i.GetExpireTime().IsValid():
+		x.fail(check, hint, "there is none yet, nobody is let in over TCP until the controller has signed one%s", why)
+	case !end.After(now):
+		x.fail(check, hint, "it ended %s ago, at %s, and is not renewed; the controller is refused meanwhile%s",
+			round(now.Sub(end)), until, why)
+	case why != "":
+		x.warn(check, hint, "it serves until %s%s", until, why)
+	case i.GetRenewTime().IsValid() && now.Sub(renewal) > overdue:
+		x.warn(check, hint, "it was to be renewed at %s and has not been; it ends in %s",
+			renewal.Local().Format(time.RFC3339), round(end.Sub(now)))
+	default:
+		x.ok(check, "until %s, from the controller, renewed from %s on", until, renewal.Local().Format(time.RFC3339))
+	}
+}
+
+// certificateFile judges the end of a certificate that somebody else puts there.
+func (x *examination) certificateFile(leaf *x509.Certificate) {
+	const check = "certificate"
+	end := leaf.NotAfter
+	left := end.Sub(x.o.Now())
+	hint := fmt.Sprintf("put a new one into %s and %s, which are taken up without a restart",
+		x.config.Ops.CertFile, x.config.Ops.KeyFile)
+	switch {
 	case left <= 0:
-		x.fail(check, "renew it; the controller is refused meanwhile", "it ended %s ago, at %s", round(-left), end.Local().Format(time.RFC3339))
-	case left < soon:
-		x.warn(check, "renew it; a changed file is taken up without a restart", "it ends in %s, at %s", round(left), end.Local().Format(time.RFC3339))
+		x.fail(check, hint, "it ended %s ago, at %s; the controller is refused meanwhile",
+			round(-left), end.Local().Format(time.RFC3339))
+	case left < min(soon, end.Sub(leaf.NotBefore)/3):
+		x.warn(check, hint, "it ends in %s, at %s", round(left), end.Local().Format(time.RFC3339))
 	default:
 		x.ok(check, "until %s", end.Local().Format(time.RFC3339))
 	}

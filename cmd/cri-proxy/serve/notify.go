@@ -13,8 +13,8 @@ import (
 	"google.golang.org/grpc/connectivity"
 )
 
-// probeTimeout bounds the self-probe: it stays within this machine and needs
-// microseconds unless something is badly wrong.
+// probeTimeout bounds the first self-probe: it stays within this machine and needs microseconds
+// unless something is badly wrong. Those for the watchdog have a third of WatchdogSec at most.
 const probeTimeout = 5 * time.Second
 
 // notifier tells systemd how the service is (sd_notify(3)). Without systemd it
@@ -50,7 +50,10 @@ func (n notifier) watchdog(ctx context.Context, alive func(context.Context) erro
 		case <-ctx.Done():
 			return
 		}
-		if err := alive(ctx); err != nil {
+		ask, cancel := context.WithTimeout(ctx, interval/3)
+		err := alive(ask)
+		cancel()
+		if err != nil {
 			n.log.WithError(err).Error("no watchdog ping")
 			continue
 		}

@@ -5,6 +5,7 @@ package serve
 
 import (
 	"context"
+	"crypto/rand"
 	"fmt"
 	"net"
 
@@ -12,25 +13,31 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/metadata"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
-// The self-probe is gRPC's health service under a name of our own, because the
-// runtime serves grpc.health.v1.Health and kubelet's calls of that must reach it.
-const (
-	probeService = "criproxy.probe.v1.Health"
-	probeMethod  = "/" + probeService + "/Check"
-)
+// probeService is what others ask whether a cri-proxy answers here. It is gRPC's health service
+// under a name of our own, because the runtime serves grpc.health.v1.Health and kubelet's calls of
+// that must reach it. The self-probe says more.
+const probeService = "criproxy.probe.v1.Health"
 
-// registerProbe adds the service that answers the self-probe.
+// registerProbe adds that service.
 func registerProbe(r grpc.ServiceRegistrar) {
 	desc := healthpb.Health_ServiceDesc
 	desc.ServiceName = probeService
 	r.RegisterService(&desc, health.NewServer())
 }
 
+// newProbeToken returns what tells this process' own probes from other calls.
+func newProbeToken() string { return rand.Text() }
+
 // probe makes one call through the proxy's own CRI listener at path, on a
-// connection of its own, so that accepting is probed too. The runtime takes no part.
-func probe(ctx context.Context, path string) error {
+// connection of its own, so that accepting is probed too. It goes the way that kubelet's lists go: the proxy's handler, the director, the
+// lock of the view and, while something is hidden, the interceptor. The runtime takes no part.
+func probe(ctx context.Context, path, token string) error {
 	conn, err := grpc.NewClient("passthrough:///"+path,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, path string) (net.Conn, error) {
@@ -44,12 +51,15 @@ func probe(ctx context.Context, path string) error {
 		return fmt.Errorf("self-probe: %w", err)
 	}
 	defer conn.Close()
-	var resp healthpb.HealthCheckResponse
-	if err := conn.Invoke(ctx, probeMethod, &healthpb.HealthCheckRequest{}, &resp); err != nil {
+	var resp runtimeapi.ListContainersResponse
+	var header metadata.MD
+	err = conn.Invoke(metadata.AppendToOutgoingContext(ctx, proxy.ProbeKey, token), proxy.ProbeMethod,
+		&runtimeapi.ListContainersRequest{}, &resp, grpc.Header(&header))
+	if err != nil {
 		return fmt.Errorf("self-probe through %s: %w", path, err)
 	}
-	if resp.GetStatus() != healthpb.HealthCheckResponse_SERVING {
-		return fmt.Errorf("self-probe through %s: answered %s", path, resp.GetStatus())
+	if got := header[proxy.ProbeKey]; len(got) != 1 || got[0] != token {
+		return fmt.Errorf("self-probe through %s: somebody else has answered", path)
 	}
 	return nil
 }

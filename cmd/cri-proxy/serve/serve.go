@@ -245,7 +245,7 @@ func (d *daemon) fail(err error) {
 func (d *daemon) probe(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
-	return probe(ctx, d.listen)
+	return probe(ctx, d.listen, d.probing)
 }
 
 // alive is what the watchdog asks. While draining, or handing over, nothing is accepted on

@@ -35,6 +35,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/bypass"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
 	"github.com/cri-proxy/cri-proxy/ops/mtls"
 	"github.com/cri-proxy/cri-proxy/ops/mtls/mtlstest"
@@ -789,10 +790,12 @@ func TestWatchdogIsNotPingedWithoutAnAnswer(t *testing.T) {
 
 func TestSelfProbe(t *testing.T) {
 	c := newConfig(t)
+	startRuntime(t, runtimePath(c))
 	start(t, c)
 	ctx, cancel := context.WithTimeout(t.Context(), deadline)
 	defer cancel()
-	if err := probe(ctx, c.Listen.Path); err != nil {
+	// What others ask whether this is a cri-proxy, older ones and doctor among them.
+	if err := bypass.Probe(ctx, c.Listen.Path); err != nil {
 		t.Error(err)
 	}
 	// Something that listens and never accepts.
@@ -804,12 +807,20 @@ func TestSelfProbe(t *testing.T) {
 	defer l.Close()
 	short, cancelShort := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancelShort()
-	if err := probe(short, dead); err == nil || !strings.Contains(err.Error(), dead) {
+	if err := probe(short, dead, "token"); err == nil || !strings.Contains(err.Error(), dead) {
 		t.Errorf("got %v", err)
 	}
-	// What kubelet counts as its calls, the probe does not.
+	// What kubelet counts as its calls, the probe at the start does not.
 	info, err := opsv1.NewOpsClient(dial(t, c.AdminSocket)).NodeInfo(t.Context(), &opsv1.NodeInfoRequest{})
 	if err != nil || info.GetCounters().GetCalls() != 0 || info.GetKubeletLastCall() != nil {
+		t.Errorf("%v, %v", info, err)
+	}
+	// Whoever does not know the secret makes an ordinary call, which the runtime answers.
+	if err := probe(ctx, c.Listen.Path, "guessed"); err == nil || !strings.Contains(err.Error(), "somebody else") {
+		t.Errorf("got %v", err)
+	}
+	info, err = opsv1.NewOpsClient(dial(t, c.AdminSocket)).NodeInfo(t.Context(), &opsv1.NodeInfoRequest{})
+	if err != nil || info.GetCounters().GetCalls() != 1 {
 		t.Errorf("%v, %v", info, err)
 	}
 }

@@ -48,6 +48,7 @@ type node struct {
 	upstream *proxy.Upstream
 	calls    *callFile // nil: not recorded
 	cri      *proxy.Server
+	probing  string                      // tells the own probes from other calls
 	plugins  *credentialprovider.Plugins // nil: none
 	state    atomic.Pointer[state]       // nil: another process has it
 	creds    *mtls.Server                // of the ops API over TCP; nil: off
@@ -62,7 +63,10 @@ type node struct {
 
 // newNode makes all that needs no state.
 func newNode(c *config.Config, listen string, log logrus.FieldLogger) (_ *node, err error) {
-	n := &node{config: c, log: log, listen: listen, started: time.Now(), registry: prometheus.NewRegistry(), commands: newCommands()}
+	n := &node{
+		config: c, log: log, listen: listen, started: time.Now(), registry: prometheus.NewRegistry(),
+		commands: newCommands(), probing: newProbeToken(),
+	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, n.close())
@@ -95,7 +99,9 @@ func newNode(c *config.Config, listen string, log logrus.FieldLogger) (_ *node, 
 			return nil, err
 		}
 	}
-	o := proxy.Options{Log: log, Registerer: n.registry, Register: registerProbe, Tracer: n.tracing.Tracer()}
+	o := proxy.Options{
+		Log: log, Registerer: n.registry, Register: registerProbe, Probe: n.probing, Tracer: n.tracing.Tracer(),
+	}
 	if c.RecordCalls != "" {
 		if n.calls, err = openCallFile(c.RecordCalls, log); err != nil {
 			return nil, err
@@ -152,6 +158,7 @@ func (n *node) info(ctx context.Context) *opsv1.NodeInfoResponse {
 		Listen:           n.listen,
 		Bypass:           n.bypassed(),
 		KubeletUserAgent: st.LastUserAgent,
+		UnknownMethods:   st.UnknownMethods,
 		Identity:         n.identity(),
 		Pid:              int32(os.Getpid()), //nolint:gosec // PID_MAX_LIMIT is 2^22
 		ConfigFile:       n.config.File,

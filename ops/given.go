@@ -1,0 +1,107 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"slices"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+// maxEnvironment bounds the environments of one command, in bytes: Linux bounds that of a process, with its
+// command line, to a quarter of its stack limit, which is 2 MiB where nobody has changed it (execve(2)).
+const maxEnvironment = 2 << 20
+
+// environments are those of an operation's containers, as the command has brought them. They are as secret
+// as the records of requests, and kept there; the journal knows only that there are some.
+type environments map[string]*opsv1.Environment
+
+// takeEnvironments returns the environments of a restart, and takes them out of it.
+func takeEnvironments(req *opsv1.RestartRequest) environments {
+	out := environments{}
+	for _, c := range req.GetContainers() {
+		out.add(c.GetName(), c.GetEnvironment())
+		c.Environment = nil
+	}
+	return out
+}
+
+// takeUpgradeEnvironments is takeEnvironments for an upgrade.
+func takeUpgradeEnvironments(req *opsv1.PrepareUpgradeRequest) environments {
+	out := environments{}
+	for _, c := range req.GetContainers() {
+		out.add(c.GetName(), c.GetEnvironment())
+		c.Environment = nil
+	}
+	return out
+}
+
+func (e environments) add(name string, env *opsv1.Environment) {
+	if env != nil {
+		e[name] = env
+	}
+}
+
+func (e environments) validate() error {
+	n := 0
+	for _, env := range e {
+		n += proto.Size(env)
+	}
+	if n > maxEnvironment {
+		return status.Errorf(codes.InvalidArgument, "the environments have %d bytes, more than a process can be started with (%d)", n, maxEnvironment)
+	}
+	return nil
+}
+
+// environment returns the container's environment, of this command or as the process before this one has
+// recorded it. lost: the command had one and it is not there any more.
+func (e *Engine) environment(o *operation, name string) (env *opsv1.Environment, lost bool) {
+	o.mu.Lock()
+	env, had := o.environments[name], slices.Contains(o.had, name)
+	o.mu.Unlock()
+	if env == nil && had {
+		env = e.records.environment(o.req.GetUid(), name)
+	}
+	return env, env == nil && had
+}
+
+// again returns the operation that a repeated command is about. What the command brings anew, credentials
+// and environments, counts for what is still to be done.
+func (e *Engine) again(known, repeated *operation) (*operation, error) {
+	if _, err := known.as(repeated); err != nil {
+		return nil, err
+	}
+	known.mu.Lock()
+	defer known.mu.Unlock()
+	if known.op.GetFinishTime() == nil && !known.isReleased {
+		e.giveLocked(known, repeated.environments)
+	}
+	return known, nil
+}
+
+// giveLocked records the environments of a command, in place of those before. The caller holds o.mu.
+func (e *Engine) giveLocked(o *operation, given environments) {
+	for name, env := range given {
+		if o.environments == nil {
+			o.environments = environments{}
+		}
+		o.environments[name] = env
+		if !slices.Contains(o.had, name) {
+			o.had = append(o.had, name)
+		}
+		e.records.setEnvironment(o.req.GetUid(), name, env)
+	}
+}
+
+// forgetEnvironmentsLocked is for an operation that has ended. The caller holds o.mu.
+func (e *Engine) forgetEnvironmentsLocked(o *operation) {
+	for _, name := range o.had {
+		e.records.forgetEnvironment(o.req.GetUid(), name)
+	}
+	o.environments = nil
+}

@@ -1,0 +1,408 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cri-proxy/cri-proxy/interceptors"
+)
+
+// losses are the ways in which a journal goes, by name.
+var losses = []struct {
+	name string
+	lose func(state string) error
+}{
+	{"deleted", func(state string) error { return os.Remove(filepath.Join(state, "journal.db")) }},
+	{"truncated", func(state string) error { return os.Truncate(filepath.Join(state, "journal.db"), 1000) }},
+	{"emptied", func(state string) error { return os.Truncate(filepath.Join(state, "journal.db"), 0) }},
+	{"garbage", func(state string) error {
+		return os.WriteFile(filepath.Join(state, "journal.db"), bytes.Repeat([]byte("garbage "), 2500), 0o600)
+	}},
+	{"deleted with the records", func(state string) error {
+		return errors.Join(os.Remove(filepath.Join(state, "journal.db")), os.Remove(filepath.Join(state, "records.db")))
+	}},
+}
+
+// slotSeen asserts what kubelet may see of app: one container that runs at the most, the newest if there is one, and none that has been staged and not started.
+func slotSeen(list []*runtimeapi.Container) error {
+	slices.SortFunc(list, func(a, b *runtimeapi.Container) int { return int(b.GetCreatedAt() - a.GetCreatedAt()) })
+	running, newest := 0, true
+	for _, c := range list {
+		if c.GetMetadata().GetName() != "app" {
+			continue
+		}
+		switch c.GetState() {
+		case runtimeapi.ContainerState_CONTAINER_RUNNING:
+			if running++; running > 1 || !newest {
+				return fmt.Errorf("kubelet sees %v", list)
+			}
+		case runtimeapi.ContainerState_CONTAINER_CREATED:
+			if c.GetAnnotations()[interceptors.StagedAnnotation] != "" {
+				return fmt.Errorf("kubelet sees %s created", nameOf(c))
+			}
+		}
+		newest = false
+	}
+	return nil
+}
+
+// The process dies at every moment of a restart, and with it the journal. What is left must be what kubelet can go by.
+func TestCrashesThatLoseTheJournal(t *testing.T) {
+	for _, s := range scenarios {
+		if !slices.Contains([]string{"plain", "gate", "pidfd", "gate, hooks", "start first", "start first, processes", "start first, it exits"}, s.name) {
+			continue
+		}
+		t.Run(s.name, func(t *testing.T) {
+			t.Parallel()
+			for i, at := range s.points(t) {
+				loss := losses[i%len(losses)]
+				t.Run(at.String()+", "+loss.name, func(t *testing.T) {
+					t.Parallel()
+					for range tries {
+						if s.crashAndLose(t, at, loss.lose) {
+							return
+						}
+					}
+					t.Fatal("the moment did not come")
+				})
+			}
+		})
+	}
+}
+
+func (s scenario) crashAndLose(t *testing.T, at point, lose func(state string) error) bool {
+	t.Helper()
+	crashed := make(chan struct{})
+	var n *node
+	var ready sync.WaitGroup // n is set
+	ready.Add(1)
+	var state string
+	n = s.begin(t, func(p point) error {
+		if !p.is(at) {
+			return nil
+		}
+		ready.Wait()
+		state = n.crash()
+		close(crashed)
+		if at.done {
+			return nil
+		}
+		return status.Error(codes.Unavailable, "the caller is gone")
+	})
+	ready.Done()
+	if !s.comesTo(t, n, crashed) {
+		s.check(t, n)
+		return false
+	}
+	n.rt.set(func(f *fakeRuntime) { f.before, f.after = nil, nil })
+	served := n.serving() // as the runtime has it
+	n.must(lose(state))
+	n.boot(state)
+	n.state = state
+	looks := func(when string) {
+		list, err := n.list(t.Context())
+		if err == nil {
+			err = slotSeen(list)
+		}
+		if err != nil {
+			t.Errorf("%s: %v", when, err)
+		}
+	}
+	looks("before Run")
+	n.run()
+	for late := time.Now().Add(waitLong); ; time.Sleep(time.Millisecond) { // asks the runtime and the kernel
+		looks("while what is left is taken away")
+		if why := n.leftovers(); why == "" {
+			break
+		} else if time.Now().After(late) {
+			t.Fatalf("%s: the runtime has %s", why, n.rt.state())
+		}
+	}
+	if got, want := n.sees(), n.rt.state(); got != want || !plain(t, n.kubelet, n.view) {
+		t.Errorf("kubelet sees %s, though there is %s", got, want)
+	}
+	if now := n.serving(); served != "" && now != served {
+		t.Errorf("%s served after the crash, now %q does", served, now)
+	}
+	if n.serving() == "" {
+		n.makeNext(t) // as kubelet's policy asks for
+	}
+	if s.pod.processes {
+		n.awaitLiving(n.serving() + ", web/0")
+	}
+	// The slot is as usable as before.
+	if n.engine.records.request(n.rt.idOf(t, n.serving())) == nil {
+		return true // its environment has a value that the runtime's own record does not keep
+	}
+	n.restart("again")
+	if got, want := verdict(n.finish("again")), "SUCCEEDED, app SUCCEEDED"; got != want {
+		t.Errorf("the next restart ended %s", got)
+	}
+	return true
+}
+
+// serving is the oldest container of app that the runtime shows running, or "".
+func (n *node) serving() string {
+	for _, c := range strings.Split(n.rt.state(), ", ") {
+		if name, is := strings.CutSuffix(c, " RUNNING"); is && strings.HasPrefix(name, "app/") {
+			return name
+		}
+	}
+	return ""
+}
+
+// leftovers says what is still to be taken away.
+func (n *node) leftovers() string {
+	state := n.rt.state()
+	switch {
+	case strings.Contains(state, "CREATED"):
+		return "a staged container is left"
+	case strings.Count(state, "app/") > 1 && strings.Contains(state, "app/0 RUNNING"):
+		return "a successor is left"
+	case n.gates() != "":
+		return "a gate is left"
+	case strings.Contains(n.rt.living(), "waits"):
+		return "a container waits at its gate"
+	case n.view.Claimed(interceptors.Slot{PodUID: podUID, Container: "app"}):
+		return "the slot is held"
+	}
+	return ""
+}
+
+// makeNext makes the next attempt of app, as kubelet does.
+func (n *node) makeNext(t *testing.T) {
+	t.Helper()
+	n.makeNextAt(t, uint32(strings.Count(n.rt.state(), "app/")))
+}
+
+// The same for upgrades. Their caller and kubelet begin again from what they find.
+func TestUpgradeCrashesThatLoseTheJournal(t *testing.T) {
+	for _, s := range upgradeScenarios {
+		if s.asks != nil || s.ends || strings.Contains(s.name, "two") {
+			continue
+		}
+		t.Run(s.name, func(t *testing.T) {
+			all, again := s.moments(t), s.moments(t)
+			for i, m := range all {
+				if m.done && len(mutating([]string{m.call})) == 0 || !slices.Contains(again, m) {
+					continue
+				}
+				loss := losses[i%len(losses)]
+				t.Run(m.String()+", "+loss.name, func(t *testing.T) {
+					for range tries {
+						crashed := false
+						inUpNode(t, func(t *testing.T, n *upNode) { crashed = s.crashAndLose(t, n, m, loss.lose) })
+						if crashed {
+							return
+						}
+					}
+					t.Fatal("the moment did not come")
+				})
+			}
+		})
+	}
+}
+
+func (s upgradeScenario) crashAndLose(t *testing.T, n *upNode, m moment, lose func(state string) error) bool {
+	t.Helper()
+	ctx, dies := context.WithCancel(t.Context())
+	defer dies()
+	crashed, state := false, ""
+	n.watchMoments(func(now moment) error {
+		if now != m || crashed {
+			return nil
+		}
+		crashed = true
+		dies()
+		state = n.crash()
+		if now.done {
+			return nil
+		}
+		return status.Error(codes.Unavailable, "the caller is gone")
+	})
+	err := s.roll(ctx, n)
+	synctest.Wait()
+	if !crashed {
+		if err != nil {
+			t.Error(err)
+		}
+		return false
+	}
+	n.must(lose(state))
+	n.boot(state)
+	seen := func(string) error {
+		list, err := n.kubelet.ListContainers(context.Background(), &runtimeapi.ListContainersRequest{})
+		if err == nil {
+			err = slotSeen(list.GetContainers())
+		}
+		if err != nil {
+			t.Error(err)
+		}
+		return nil
+	}
+	n.rt.set(func(f *fakeRuntime) { f.before, f.after = nil, nil })
+	_ = seen("")
+	n.rt.set(func(f *fakeRuntime) { f.before, f.after = seen, seen })
+	n.run()
+	if err := s.roll(t.Context(), n); err != nil {
+		t.Errorf("%v; there is %s", err, n.rt.state())
+	}
+	time.Sleep(time.Hour) // whatever is to be taken away is
+	synctest.Wait()
+	n.rt.set(func(f *fakeRuntime) { f.before, f.after = nil, nil })
+	list, err := n.kubelet.ListContainers(t.Context(), &runtimeapi.ListContainersRequest{})
+	n.must(err)
+	if err := slotSeen(list.GetContainers()); err != nil {
+		t.Error(err)
+	}
+	if got, want := n.sees(), n.rt.state(); got != want || strings.Contains(got, "CREATED") || strings.Count(got, "RUNNING") != 2 {
+		t.Errorf("kubelet sees %s, there is %s", got, want)
+	}
+	if newest, err := n.newest(t.Context(), "app"); err != nil || n.rt.get(t, nameOf(newest)).config.GetImage().GetUserSpecifiedImage() != "app:v2" {
+		t.Errorf("%v runs, %v", newest, err)
+	}
+	return true
+}
+
+// An annotation alone says nothing: a container keeps it for life, and its operation is forgotten after an hour.
+func TestContainersOfForgottenOperationsStay(t *testing.T) {
+	n := newNode(t, podOptions{processes: true})
+	n.runTidied()
+	n.restart("one")
+	n.finish("one")
+	n.restart("two")
+	n.finish("two")
+	const want = "app/0 EXITED, app/1 EXITED, app/2 RUNNING, web/0 RUNNING"
+	n.awaitLiving("app/2, web/0")
+	for _, loss := range losses {
+		t.Run(loss.name, func(t *testing.T) {
+			state := n.crash()
+			n.must(loss.lose(state))
+			n.boot(state)
+			n.state = state
+			if got := n.sees(); got != want {
+				t.Errorf("kubelet sees %s", got)
+			}
+			n.runTidied()
+			if got := n.sees(); got != want || n.rt.state() != want {
+				t.Errorf("kubelet sees %s, there is %s", got, n.rt.state())
+			}
+			n.awaitLiving("app/2, web/0")
+		})
+	}
+}
+
+// A runtime that is away at the start keeps nobody from asking for its version, and no list goes out before what it has is known.
+func TestListsWaitForTheJudge(t *testing.T) {
+	n := newNode(t, podOptions{processes: true})
+	n.runTidied()
+	crashed, state := make(chan struct{}), ""
+	n.rt.set(func(f *fakeRuntime) {
+		f.before = func(call string) error {
+			if !strings.HasPrefix(call, "StopContainer app/0") {
+				return nil
+			}
+			state = n.crash()
+			close(crashed)
+			return status.Error(codes.Unavailable, "the caller is gone")
+		}
+	})
+	n.restart("op")
+	<-crashed
+	n.must(os.Remove(filepath.Join(state, "journal.db")))
+	n.boot(state)
+	n.state = state
+	away := status.Error(codes.Unavailable, "the runtime starts")
+	n.rt.set(func(f *fakeRuntime) {
+		f.before = func(call string) error {
+			if call == "ListContainers" { // the daemon's, not kubelet's
+				return away
+			}
+			return nil
+		}
+	})
+	ctx := t.Context()
+	if _, err := n.kubelet.Version(ctx, &runtimeapi.VersionRequest{}); err != nil {
+		t.Errorf("Version: %v", err)
+	}
+	if _, err := n.kubelet.ListContainers(ctx, &runtimeapi.ListContainersRequest{}); status.Code(err) != codes.Unavailable {
+		t.Errorf("a list before the judge: %v", err)
+	}
+	id := n.rt.idOf(t, "app/1")
+	if _, err := n.kubelet.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id}); status.Code(err) != codes.Unavailable {
+		t.Errorf("a status before the judge: %v", err)
+	}
+	n.rt.set(func(f *fakeRuntime) { f.before = nil })
+	if got := n.sees(); !strings.Contains(got, "app/0") || strings.Contains(got, "app/1") {
+		t.Errorf("kubelet sees %s", got)
+	}
+	if _, err := n.kubelet.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id}); status.Code(err) != codes.NotFound {
+		t.Errorf("a status of what is hidden: %v", err)
+	}
+}
+
+// What the runtime makes after the judge has looked, for a process that is gone, is hidden as well.
+func TestLateCreationsAreHidden(t *testing.T) {
+	n := newNode(t, podOptions{})
+	if got := n.sees(); got != "app/0 RUNNING, web/0 RUNNING" {
+		t.Fatal(got)
+	}
+	config := n.containerConfig("app", 1)
+	config.Annotations[interceptors.StagedAnnotation] = someToken
+	_, err := n.rt.CreateContainer(t.Context(), &runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: config, SandboxConfig: n.sandboxConfig()})
+	n.must(err)
+	if got := n.sees(); got != "app/0 RUNNING, web/0 RUNNING" {
+		t.Errorf("kubelet sees %s", got)
+	}
+	n.engine.lateCreate = time.Millisecond
+	n.run()
+	n.log.await(t, "removed a staged container that no operation knows")
+	if got := n.rt.state(); got != "app/0 RUNNING, web/0 RUNNING" {
+		t.Errorf("there is %s", got)
+	}
+}
+
+// The runtime goes on showing a container whose process is gone. Its successor is not a stray beside it.
+func TestShellsDoNotServe(t *testing.T) {
+	n := newNode(t, podOptions{processes: true})
+	n.runTidied()
+	n.restart("op")
+	n.finish("op")
+	n.awaitLiving("app/1, web/0")
+	old := n.rt.get(t, "app/0")
+	n.rt.set(func(*fakeRuntime) { old.status.State = runtimeapi.ContainerState_CONTAINER_RUNNING })
+	owned := n.rt.owned
+	state := n.crash()
+	n.must(os.Remove(filepath.Join(state, "journal.db")))
+	n.boot(state)
+	n.state = state
+	n.engine.methods.owned = func(pid int, container string) error {
+		if container == old.status.GetId() {
+			return fs.ErrNotExist // /proc/PID/cgroup of a process that is gone
+		}
+		return owned(pid, container)
+	}
+	n.runTidied()
+	if got, want := n.sees(), "app/0 RUNNING, app/1 RUNNING, web/0 RUNNING"; got != want {
+		t.Errorf("kubelet sees %s", got)
+	}
+	n.awaitLiving("app/1, web/0")
+}

@@ -1,0 +1,166 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/interceptors"
+)
+
+// panicAt makes the engine panic when it calls the method: the first times.
+func (l *leash) panicAt(method string, times int64) {
+	var left atomic.Int64
+	left.Store(times)
+	bug := func(called string) {
+		if called == method && left.Add(-1) >= 0 {
+			panic("a bug at " + method)
+		}
+	}
+	l.bug.Store(&bug)
+}
+
+const (
+	once   = 1
+	always = 1 << 30
+)
+
+// A bug in an operation is that operation's end, and nobody else's.
+func TestPanicEndsTheOperationOnly(t *testing.T) {
+	for _, tc := range []struct {
+		name, scenario, method string
+		times                  int64
+		want, state            string
+	}{
+		{"the creation", "gate", "CreateContainer", always, "FAILED, app FAILED InternalError", "app/0 RUNNING, web/0 RUNNING"},
+		{"the start behind the gate", "gate", "StartContainer", always, "FAILED, app FAILED InternalError", "app/0 RUNNING, web/0 RUNNING"},
+		{"the stop", "gate", "StopContainer", once, "FAILED, app FAILED InternalError", "app/0 RUNNING, web/0 RUNNING"},
+		// What ends the operation takes a successor for the one that serves, since the old one has been stopped.
+		{"the start in the gap", "plain", "StartContainer", always, "FAILED, app FAILED InternalError", "app/0 EXITED, web/0 RUNNING"},
+		// The stop panics, and undoing that does as well, until what is left is taken away as if nobody knew it.
+		{"the stop, and the undoing", "gate", "StopContainer", 2, "FAILED, app FAILED InternalError", "app/0 RUNNING, web/0 RUNNING"},
+		{"the overlap", "start first, processes", "StopContainer", once, "FAILED, app FAILED InternalError", "app/0 RUNNING, web/0 RUNNING"},
+		{"a hook", "hooks", "ExecSync", always, "FAILED, app FAILED InternalError", "app/0 RUNNING, web/0 RUNNING"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			n := scenarioNamed(t, tc.scenario).beginWith(t, func(point) error { return nil }, func(n *node) { n.leash.panicAt(tc.method, tc.times) })
+			op := n.finish("op")
+			if got := verdict(op); got != tc.want || !strings.Contains(op.GetMessage(), "a bug at "+tc.method) {
+				t.Errorf("ended %s: %s", got, op.GetMessage())
+			}
+			n.leash.bug.Store(nil)
+			n.awaitFree(t)
+			if got := n.rt.state(); got != tc.state || n.sees() != got || n.gates() != "" {
+				t.Errorf("kubelet sees %s, there is %s, gates %q", n.sees(), got, n.gates())
+			}
+			if !n.log.has("the daemon would have panicked") {
+				t.Error("nothing in the log")
+			}
+			n.restart("next", func(r *opsv1.RestartRequest) { r.Containers[0].Name = "web" })
+			if got := verdict(n.finish("next")); got != "SUCCEEDED, web SUCCEEDED" {
+				t.Errorf("the next operation ended %s", got)
+			}
+		})
+	}
+}
+
+// scenarioNamed is one of those that are cut off by crashes.
+func scenarioNamed(t *testing.T, name string) scenario {
+	t.Helper()
+	for _, s := range scenarios {
+		if s.name == name {
+			return s
+		}
+	}
+	t.Fatalf("no scenario %q", name)
+	return scenario{}
+}
+
+// awaitFree waits until nobody holds app's slot.
+func (n *node) awaitFree(t *testing.T) {
+	t.Helper()
+	claim, err := n.view.Claim(t.Context(), interceptors.Slot{PodUID: podUID, Container: "app"})
+	n.must(err)
+	claim.Release()
+}
+
+// A journal whose operation makes each process panic is no crash loop.
+func TestPanicOfAResumedOperation(t *testing.T) {
+	n := newNode(t, podOptions{processes: true})
+	n.runTidied()
+	crashed, state := make(chan struct{}), ""
+	n.rt.set(func(f *fakeRuntime) {
+		f.before = func(call string) error {
+			if !strings.HasPrefix(call, "StopContainer app/0") {
+				return nil
+			}
+			state = n.crash()
+			close(crashed)
+			return status.Error(codes.Unavailable, "the caller is gone")
+		}
+	})
+	n.restart("op")
+	<-crashed
+	n.rt.set(func(f *fakeRuntime) { f.before = nil })
+	n.boot(state)
+	n.state = state
+	n.leash.panicAt("StopContainer", always)
+	n.run()
+	if got := verdict(n.finish("op")); got != "FAILED, app FAILED InternalError" {
+		t.Errorf("ended %s", got)
+	}
+	n.awaitFree(t)
+	// Not even taking it away works: then it stays hidden.
+	if got := n.sees(); got != "app/0 RUNNING, web/0 RUNNING" {
+		t.Errorf("kubelet sees %s", got)
+	}
+	// The next process finds the operation ended, and what it has left.
+	state = n.crash()
+	n.boot(state)
+	n.state = state
+	if got := n.sees(); got != "app/0 RUNNING, web/0 RUNNING" {
+		t.Errorf("kubelet sees %s", got)
+	}
+	n.run()
+	if got := verdict(n.finish("op")); got != "FAILED, app FAILED InternalError" {
+		t.Errorf("the next process says that it ended %s", got)
+	}
+	n.log.await(t, "removed a staged container that no operation knows")
+	n.awaitFree(t)
+	if got := n.sees(); got != "app/0 RUNNING, web/0 RUNNING" || n.rt.state() != got || n.gates() != "" {
+		t.Errorf("kubelet sees %s, there is %s, gates %q", got, n.rt.state(), n.gates())
+	}
+}
+
+// kubelet's stop and creation do not wait for an upgrade that has panicked.
+func TestPanicOfAnUpgrade(t *testing.T) {
+	for _, method := range []string{"CreateContainer", "StopContainer"} {
+		t.Run(method, func(t *testing.T) {
+			inUpNode(t, func(t *testing.T, n *upNode) {
+				n.leash.panicAt(method, always)
+				s := upgradeScenario{}
+				err := s.roll(t.Context(), n)
+				if method == "StopContainer" && err != nil {
+					t.Error(err) // kubelet makes the container
+				}
+				op := n.until("op")
+				if got := verdict(op); got != "FAILED, app FAILED InternalError" {
+					t.Errorf("ended %s: %s", got, op.GetMessage())
+				}
+				synctest.Wait()
+				if got := n.sees(); strings.Count(got, "RUNNING") != 2 || strings.Contains(got, "CREATED") {
+					t.Errorf("kubelet sees %s", got)
+				}
+			})
+		})
+	}
+}
