@@ -16,33 +16,41 @@ import (
 
 // +kubebuilder:rbac:groups="",resources=pods,verbs=patch
 
-// NudgeAnnotation is on a pod whose kubelet was made to look at it again; its value names the container that it was for.
+// NudgeAnnotation is on a pod whose kubelet was made to look at it again; its value names the
+// container that it was for.
 const NudgeAnnotation = "cri-proxy.io/nudge"
 
-// nudgeAfter is how long a new container may be not ready until kubelet is nudged. Where all goes well it takes 20 to 100 ms.
+// nudgeAfter is how long a new container may be not ready until kubelet is nudged. Where all goes
+// well it takes 20 to 100 ms.
 const nudgeAfter = 500 * time.Millisecond
 
 // Nudges makes kubelet probe new containers at once that it has missed to probe.
 //
-// When kubelet finds a new container it has its readinessProbe carried out at once, outside of its period (prober_manager.go
-// UpdatePodStatus, manualTriggerCh). But it does so before it has noted the new container in its own status of the pod (kubelet.go SyncPod:
-// generateAPIPodStatus, then statusManager.SetPodStatus), from which the probe's worker takes the container: if the worker is quicker, it
-// finds the old one, does nothing, and the new one is not ready until the next period. Any change of the pod makes kubelet look at it again,
-// and then the worker finds the new one.
+// When kubelet finds a new container it has its readinessProbe carried out at once, outside of its
+// period (prober_manager.go UpdatePodStatus, manualTriggerCh). But it does so before it has noted
+// the new container in its own status of the pod (kubelet.go SyncPod: generateAPIPodStatus, then
+// statusManager.SetPodStatus), from which the probe's worker takes the container: if the worker is
+// quicker, it finds the old one, does nothing, and the new one is not ready until the next period.
+// Any change of the pod makes kubelet look at it again, and then the worker finds the new one.
 //
-// One nudge is all that a container gets: one that is not ready after it has a reason of its own. It is not safe for concurrent use.
+// One nudge is all that a container gets: one that is not ready after it has a reason of its own.
+// It is not safe for concurrent use.
 type Nudges struct {
-	// since is when containers were first found running, started and not ready, by their IDs; a zero time is that of one that was nudged for.
+	// since is when containers were first found running, started and not ready, by their IDs; a
+	// zero time is that of one that was nudged for.
 	since map[string]time.Time
 }
 
-// Due says whether kubelet should be nudged for one of some containers of a pod, and if only time is lacking, how long. Of a container whose
-// startupProbe has not passed the caller must not ask.
+// Due says whether kubelet should be nudged for one of some containers of a pod, and if only time
+// is lacking, how long. Of a container whose startupProbe has not passed the caller must not ask.
 func (n *Nudges) Due(pod *corev1.Pod, containers []string, now time.Time) (container string, wait time.Duration) {
 	for _, name := range containers {
 		c, _ := containerSpec(pod, name)
 		s := containerStatus(pod, name)
-		if c == nil || s == nil || c.ReadinessProbe == nil || s.State.Running == nil || s.Ready || !isTrue(s.Started) || pod.DeletionTimestamp != nil {
+		if c == nil || s == nil || c.ReadinessProbe == nil || pod.DeletionTimestamp != nil {
+			continue
+		}
+		if s.State.Running == nil || s.Ready || !isTrue(s.Started) {
 			continue
 		}
 		// kubelet does not probe it before.
@@ -80,7 +88,9 @@ func (n *Nudges) Nudge(ctx context.Context, to client.Writer, pod *corev1.Pod, c
 			n.since[id] = time.Time{}
 		}
 	}
-	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{"uid": pod.UID, "annotations": map[string]string{NudgeAnnotation: nudgeFor(s)}}})
+	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{
+		"uid": pod.UID, "annotations": map[string]string{NudgeAnnotation: nudgeFor(s)},
+	}})
 	if err != nil {
 		return nil, err
 	}

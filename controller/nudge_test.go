@@ -37,10 +37,12 @@ func probed(change ...func(*corev1.Pod)) func(*corev1.Pod) {
 	}
 }
 
-// notReady says that the new container of app runs and is not ready, and that the request waits for it.
+// notReady says that the new container of app runs and is not ready, and that the request waits for
+// it.
 func (b *bed) notReady(crr *request) bool { return b.restarted(crr) }
 
-// A new container that kubelet does not find ready for a while is made known to it again, by one write.
+// A new container that kubelet does not find ready for a while is made known to it again, by one
+// write.
 func TestNudge(t *testing.T) {
 	b := newBed(t, probed())
 	b.unready.Store(true)
@@ -84,8 +86,12 @@ func TestNoNudge(t *testing.T) {
 	}{
 		{"ready in time", func(*corev1.Pod) {}, true},
 		{"without a readinessProbe", func(p *corev1.Pod) { p.Spec.Containers[0].ReadinessProbe = nil }, false},
-		{"in its initial delay", func(p *corev1.Pod) { p.Spec.Containers[0].ReadinessProbe.InitialDelaySeconds = 3600 }, false},
-		{"before its startupProbe has passed", func(p *corev1.Pod) { p.Spec.Containers[0].StartupProbe = &corev1.Probe{PeriodSeconds: 3600} }, false},
+		{"in its initial delay", func(p *corev1.Pod) {
+			p.Spec.Containers[0].ReadinessProbe.InitialDelaySeconds = 3600
+		}, false},
+		{"before its startupProbe has passed", func(p *corev1.Pod) {
+			p.Spec.Containers[0].StartupProbe = &corev1.Probe{PeriodSeconds: 3600}
+		}, false},
 		{"not started", func(p *corev1.Pod) { p.Status.ContainerStatuses[0].Started = nil }, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -117,11 +123,16 @@ func TestNudgeOfTwo(t *testing.T) {
 	yes := true
 	now := time.Now()
 	status := func(name, id string) corev1.ContainerStatus {
-		return corev1.ContainerStatus{Name: name, ContainerID: "containerd://" + id, Started: &yes, State: corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: metav1.NewTime(now)}}}
+		return corev1.ContainerStatus{
+			Name: name, ContainerID: "containerd://" + id, Started: &yes,
+			State: corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: metav1.NewTime(now)}},
+		}
 	}
 	probe := &corev1.Probe{PeriodSeconds: 10}
 	pod := &corev1.Pod{
-		Spec:   corev1.PodSpec{Containers: []corev1.Container{{Name: "a", ReadinessProbe: probe}, {Name: "b", ReadinessProbe: probe}}},
+		Spec: corev1.PodSpec{Containers: []corev1.Container{
+			{Name: "a", ReadinessProbe: probe}, {Name: "b", ReadinessProbe: probe},
+		}},
 		Status: corev1.PodStatus{ContainerStatuses: []corev1.ContainerStatus{status("a", "1"), status("b", "2")}},
 	}
 	var n Nudges

@@ -355,7 +355,8 @@ func (p *pass) gather() {
 	}
 }
 
-// nudge makes kubelet look at the pod again for a new container that is not ready, and returns how long until that may be necessary.
+// nudge makes kubelet look at the pod again for a new container that is not ready, and returns how
+// long until that may be necessary.
 func (p *pass) nudge(ctx context.Context) time.Duration {
 	now := p.r.now()
 	var names []string

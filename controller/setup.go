@@ -66,7 +66,9 @@ func slimPod(in any) (any, error) {
 	if !ok {
 		return in, nil
 	}
-	slim := &corev1.Pod{ObjectMeta: slimMeta(&pod.ObjectMeta, mirrorAnnotation, inplace.PodStateAnnotation, NudgeAnnotation)}
+	slim := &corev1.Pod{
+		ObjectMeta: slimMeta(&pod.ObjectMeta, mirrorAnnotation, inplace.PodStateAnnotation, NudgeAnnotation),
+	}
 	slim.Labels, slim.OwnerReferences, slim.CreationTimestamp = pod.Labels, pod.OwnerReferences, pod.CreationTimestamp
 	slim.Spec.ServiceAccountName, slim.Spec.ImagePullSecrets = pod.Spec.ServiceAccountName, pod.Spec.ImagePullSecrets
 	if s := pod.Spec.SecurityContext; s != nil {

@@ -11,12 +11,14 @@ import (
 	"github.com/cri-proxy/cri-proxy/interceptors"
 )
 
-// An upgrade that has been prepared keeps its slot until its caller commits it, which a budget or a pause may put off for an hour, and
-// nothing would be lost if it were taken back and prepared again. A restart is asked for now. So a restart that comes to its slot has such an
-// upgrade taken back, and none takes the slot while a restart waits for it. One that is committed runs on: the pod's spec may have been
-// changed for it, and it ends soon.
+// An upgrade that has been prepared keeps its slot until its caller commits it, which a budget or a
+// pause may put off for an hour, and nothing would be lost if it were taken back and prepared
+// again. A restart is asked for now. So a restart that comes to its slot has such an upgrade taken
+// back, and none takes the slot while a restart waits for it. One that is committed runs on: the
+// pod's spec may have been changed for it, and it ends soon.
 
-// turns says who has a slot, or waits for it, as far as that decides who goes first. The mutex of Engine guards it.
+// turns says who has a slot, or waits for it, as far as that decides who goes first. The mutex of
+// Engine guards it.
 type turns struct {
 	// held are the slots of upgrades.
 	held map[interceptors.Slot]*operation
@@ -30,8 +32,8 @@ type wanted struct {
 	over     chan struct{} // closed when none does any more
 }
 
-// wantSlot says that a restart waits for its slot, and has the upgrade that holds it taken back. The caller must call got when it waits
-// no more.
+// wantSlot says that a restart waits for its slot, and has the upgrade that holds it taken back.
+// The caller must call got when it waits no more.
 func (r *restart) wantSlot() (got func()) {
 	slot := r.slot()
 	r.mu.Lock()
@@ -56,8 +58,8 @@ func (r *restart) wantSlot() (got func()) {
 	}
 }
 
-// holdSlot says that an upgrade has its slot. If restarts wait for it, it returns a channel that is closed when none does any more: until
-// then the upgrade must not keep it.
+// holdSlot says that an upgrade has its slot. If restarts wait for it, it returns a channel that is
+// closed when none does any more: until then the upgrade must not keep it.
 func (r *restart) holdSlot() <-chan struct{} {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -68,7 +70,8 @@ func (r *restart) holdSlot() <-chan struct{} {
 	return nil
 }
 
-// keepSlot is holdSlot for an upgrade that had the slot in the process before this one. It may be taken back at once.
+// keepSlot is holdSlot for an upgrade that had the slot in the process before this one. It may be
+// taken back at once.
 func (r *restart) keepSlot() {
 	r.mu.Lock()
 	r.turns.held[r.slot()] = r.o
@@ -94,7 +97,9 @@ func (e *Engine) giveWay(upgrade, to *operation) {
 	if to != nil {
 		why = "it gave way to restart " + to.req.GetUid() + ", and can be prepared again"
 	}
-	log := e.log.WithFields(logrus.Fields{"op": upgrade.req.GetUid(), "pod": podName(upgrade.op.GetPod()), "reason": why}) // neither changes
+	log := e.log.WithFields(logrus.Fields{
+		"op": upgrade.req.GetUid(), "pod": podName(upgrade.op.GetPod()), "reason": why, // they never change
+	})
 	switch done, err := e.cancelUncommitted(upgrade, why); {
 	case err != nil:
 		log.WithError(err).Warn("a prepared upgrade was not taken back")

@@ -140,7 +140,8 @@ func TestRestartGoesFirst(t *testing.T) {
 	})
 }
 
-// The process that comes after one that had accepted the restart does the same, whatever it had come to.
+// The process that comes after one that had accepted the restart does the same, whatever it had
+// come to.
 func TestRestartGoesFirstAfterACrash(t *testing.T) {
 	inUpNode(t, func(t *testing.T, n *upNode) {
 		n.prepared("up", func(r *opsv1.PrepareUpgradeRequest) { r.HoldTimeout = seconds(3600) })

@@ -63,7 +63,8 @@ func (p *pass) settlePreparation(i *item) {
 		if c.GetReason() != "" {
 			t.failed.reason = c.GetReason()
 		}
-		// Somebody's restart goes before a preparation (ops), which then finds another container: neither is the pod's fault.
+		// Somebody's restart goes before a preparation (ops), which then finds another container:
+		// neither is the pod's fault.
 		m.gaveWay = !t.committed && (c.GetReason() == reasonCancelled || m.gaveWay && c.GetReason() == reasonDiffers)
 		held = c.GetReason() == reasonHeld || m.gaveWay
 		once, unchanged = slices.Contains(again, c.GetReason()), c.GetReason() == reasonUnchanged

@@ -21,8 +21,10 @@ func TestPreparationGivesWay(t *testing.T) {
 		b.addPods(2, 1)
 		budget := &policyv1.PodDisruptionBudget{
 			ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "web"},
-			Spec:       policyv1.PodDisruptionBudgetSpec{Selector: &metav1.LabelSelector{MatchLabels: map[string]string{"app": "web"}}},
-			Status:     policyv1.PodDisruptionBudgetStatus{DesiredHealthy: 2},
+			Spec: policyv1.PodDisruptionBudgetSpec{
+				Selector: &metav1.LabelSelector{MatchLabels: map[string]string{"app": "web"}},
+			},
+			Status: policyv1.PodDisruptionBudgetStatus{DesiredHealthy: 2},
 		}
 		if err := b.api.Create(t.Context(), budget); err != nil {
 			t.Fatal(err)
@@ -48,7 +50,8 @@ func TestPreparationGivesWay(t *testing.T) {
 			b.fleet.mu.Lock()
 			b.fleet.cancel(last(), "it gave way to restart x")
 			b.fleet.mu.Unlock()
-			time.Sleep(gaveWayPause + time.Second) // the restart takes a while, and the next preparation, which waits for it, finds another container
+			// The restart takes a while, and the next preparation, which waits for it, finds another container.
+			time.Sleep(gaveWayPause + time.Second)
 			b.fleet.mu.Lock()
 			if o := last(); o != nil {
 				b.fleet.update(o, func(op *opsv1.Operation) {

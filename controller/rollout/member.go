@@ -116,7 +116,10 @@ func (w *work) memberOf(pod *corev1.Pod, revision string) (m *member, dropped *t
 	if m.revision != revision {
 		dropped = m.visit
 		w.drop(m)
-		*m = member{uid: pod.UID, revision: revision, written: m.written, turn: m.turn, node: m.node, readySeen: m.readySeen, readyIDs: m.readyIDs, started: m.started, nudges: m.nudges, marked: m.marked, mark: m.mark}
+		*m = member{
+			uid: pod.UID, revision: revision, written: m.written, turn: m.turn, node: m.node, readySeen: m.readySeen,
+			readyIDs: m.readyIDs, started: m.started, nudges: m.nudges, marked: m.marked, mark: m.mark,
+		}
 	}
 	if text := pod.Annotations[inplace.PodStateAnnotation]; text != m.marked {
 		m.marked, m.mark = text, markOf(pod)

@@ -59,7 +59,8 @@ spec:
 `, name, ns, bed.Image("app:1"), period))
 	}
 	for _, name := range names {
-		// A kubelet that is younger than a period waits for a part of that before it probes for the first time.
+		// A kubelet that is younger than a period waits for a part of that before it probes for the
+		// first time.
 		kubectl(t, "-n", ns, "wait", "--for=condition=Ready", "pod/"+name, fmt.Sprintf("--timeout=%ds", period+60))
 	}
 	node := opsClient(t)
@@ -113,8 +114,11 @@ func percentiles(d []time.Duration) string {
 	return fmt.Sprintf("p50 %s, p90 %s, p99 %s, most %s of %d", at(50), at(90), at(99), at(100), len(d))
 }
 
-// restartUntilReady restarts the container of a pod, and follows the pod until it is Ready with the new one.
-func restartUntilReady(ctx context.Context, node opsv1.OpsClient, patience time.Duration, startFirst bool, ns, pod, request string) (readyAgain, error) {
+// restartUntilReady restarts the container of a pod, and follows the pod until it is Ready with the
+// new one.
+func restartUntilReady(
+	ctx context.Context, node opsv1.OpsClient, patience time.Duration, startFirst bool, ns, pod, request string,
+) (readyAgain, error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	var r readyAgain
@@ -125,7 +129,8 @@ func restartUntilReady(ctx context.Context, node opsv1.OpsClient, patience time.
 	old, nudge := before.Status.ContainerStatuses[0].ContainerID, before.Annotations[controller.NudgeAnnotation]
 	manifest := recreate(ns, request, pod, "containers: [{name: app}]")
 	if startFirst {
-		manifest = strings.Replace(manifest, "metadata: {", "metadata: {annotations: {cri-proxy.io/restart-order: StartFirst}, ", 1)
+		const order = "annotations: {cri-proxy.io/restart-order: StartFirst}, "
+		manifest = strings.Replace(manifest, "metadata: {", "metadata: {"+order, 1)
 	}
 	if err := bed.KubectlApply(ctx, manifest); err != nil {
 		return r, err
