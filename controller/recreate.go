@@ -114,6 +114,7 @@ type memory struct {
 	operations map[string]bool
 	// cancelAsked are those the node was told to cancel after a failure.
 	cancelAsked map[string]bool
+	nudges      Nudges
 	// ungated says that the lack of a readiness gate has been told.
 	ungated bool
 }
@@ -266,7 +267,7 @@ func (p *pass) advance(ctx context.Context) (time.Duration, error) {
 			break
 		}
 	}
-	return p.conclude(ctx, wait)
+	return p.conclude(ctx, sooner(wait, p.nudge(ctx)))
 }
 
 func (p *pass) done() bool {
@@ -352,6 +353,33 @@ func (p *pass) gather() {
 		}
 		p.containers = append(p.containers, c)
 	}
+}
+
+// nudge makes kubelet look at the pod again for a new container that is not ready, and returns how
+// long until that may be necessary.
+func (p *pass) nudge(ctx context.Context) time.Duration {
+	now := p.r.now()
+	var names []string
+	for _, c := range p.containers {
+		if c.done() || c.op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || !c.isNew() {
+			continue
+		}
+		if passed, _ := StartupPassed(c.spec, c.status, c.firstSeen, c.carried, now); passed {
+			names = append(names, c.name)
+		}
+	}
+	container, wait := p.memory.nudges.Due(p.pod, names, now)
+	if container == "" {
+		return wait
+	}
+	log := p.log.WithField("container", container)
+	if _, err := p.memory.nudges.Nudge(ctx, p.r.Client, p.pod, container); err != nil {
+		log.WithError(err).Info("kubelet could not be made to probe the new container at once") // it will in its time
+		return wait
+	}
+	p.r.Metrics.wrote("pod")
+	log.Debug("kubelet made to probe the new container at once")
+	return wait
 }
 
 // learnKubelet finds out whether kubelet takes new containers for started, where that matters.

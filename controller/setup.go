@@ -66,7 +66,9 @@ func slimPod(in any) (any, error) {
 	if !ok {
 		return in, nil
 	}
-	slim := &corev1.Pod{ObjectMeta: slimMeta(&pod.ObjectMeta, mirrorAnnotation, inplace.PodStateAnnotation)}
+	slim := &corev1.Pod{
+		ObjectMeta: slimMeta(&pod.ObjectMeta, mirrorAnnotation, inplace.PodStateAnnotation, NudgeAnnotation),
+	}
 	slim.Labels, slim.OwnerReferences, slim.CreationTimestamp = pod.Labels, pod.OwnerReferences, pod.CreationTimestamp
 	slim.Spec.ServiceAccountName, slim.Spec.ImagePullSecrets = pod.Spec.ServiceAccountName, pod.Spec.ImagePullSecrets
 	if s := pod.Spec.SecurityContext; s != nil {
@@ -107,12 +109,12 @@ func slimPod(in any) (any, error) {
 	return slim, nil
 }
 
-// slimProbe keeps that there is one, and how often it is due.
+// slimProbe keeps that there is one, and when it is due.
 func slimProbe(p *corev1.Probe) *corev1.Probe {
 	if p == nil {
 		return nil
 	}
-	return &corev1.Probe{PeriodSeconds: p.PeriodSeconds}
+	return &corev1.Probe{PeriodSeconds: p.PeriodSeconds, InitialDelaySeconds: p.InitialDelaySeconds}
 }
 
 // slimNode is a cache transform; what is no node stays as it is.

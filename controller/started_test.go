@@ -129,7 +129,7 @@ func TestRecreateBelievesInTheEnd(t *testing.T) {
 	begun := time.Now()
 	b.create("a", spec{Containers: containers("mesh")})
 	b.wantStates(b.until("completed", retired, "a"), "mesh Succeeded killed") // by its own requeue
-	if took := time.Since(begun); took < startedSlack { // startedAt is cut to the second
+	if took := time.Since(begun); took < startedSlack {                       // startedAt is cut to the second
 		t.Errorf("after %s", took)
 	}
 	if hold := b.node.requests[0].GetContainers()[0].GetHoldProbes().AsDuration(); hold != 5*time.Second {

@@ -134,6 +134,7 @@ type Engine struct {
 	// unwritten are finished operations whose end the journal does not have: the next process would take them up again, and
 	// restart a container of which it was said that it is left alone.
 	unwritten []*operation
+	turns     turns
 }
 
 // operation is one operation in memory.
@@ -202,6 +203,7 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		lateCreate: lateCreate,
 		ops:        map[string]*operation{},
 		tokens:     map[string]bool{},
+		turns:      turns{held: map[interceptors.Slot]*operation{}, wanted: map[interceptors.Slot]*wanted{}},
 		settled:    map[string]bool{},
 		incumbents: map[string]bool{},
 		decided:    map[string]bool{},
@@ -845,6 +847,11 @@ func (e *Engine) cancel(o *operation, reason string) error {
 	if o.committed {
 		return status.Errorf(codes.FailedPrecondition, "operation %s has begun to stop containers and runs to its end", o.op.GetUid())
 	}
+	return e.cancelLocked(o, reason)
+}
+
+// cancelLocked cancels an operation of which nothing has been stopped. The caller holds o.mu.
+func (e *Engine) cancelLocked(o *operation, reason string) error {
 	o.cancelSaid, o.op.Message = true, reason
 	if err := e.saveLocked(o); err != nil {
 		o.cancelSaid, o.op.Message = false, ""

@@ -500,6 +500,9 @@ func (r *restart) container() *opsv1.ContainerOperation {
 func (r *restart) takeSlot(ctx context.Context) error {
 	waiting, end := endWith(ctx, r.o.cancelled)
 	defer end()
+	if r.up == nil {
+		defer r.wantSlot()()
+	}
 	r.queued = true
 	if err := r.awaitJudged(waiting); err != nil { // what an earlier process has left in the slot comes first
 		if ctx.Err() == nil {

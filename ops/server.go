@@ -82,7 +82,6 @@ func (s *Server) Restart(ctx context.Context, req *opsv1.RestartRequest) (*opsv1
 	if err != nil {
 		return nil, err
 	}
-	s.e.precede(o)
 	return o.snapshot(), nil
 }
 

@@ -35,15 +35,16 @@ func newUpgrade() *upgrade { return &upgrade{kubelet: newKubelet()} }
 // driveUpgrade is drive for an upgrade: everything that takes time is done before kubelet is involved, and what
 // stops the incumbent is kubelet's own StopContainer.
 func (r *restart) driveUpgrade(ctx context.Context) error {
+	defer r.leaveSlot()
 	if r.claim != nil {
+		r.keepSlot()
 		r.drives()
 		if err := r.resume(ctx); err != nil {
 			return err
 		}
 		if r.rec().Step == stepNone {
 			// Nothing is staged any more. The image comes first again, which may take long: not while kubelet waits for the slot.
-			r.claim.Release()
-			r.claim = nil
+			r.dropSlot()
 		}
 	}
 	for {
@@ -106,7 +107,7 @@ func (r *restart) prepare(ctx context.Context) error {
 			return err
 		}
 		// Before the slot is taken, another operation may have a container of its own in it.
-		if err := r.takeSlot(ctx); err != nil {
+		if err := r.takeUpgradeSlot(ctx); err != nil {
 			return err
 		}
 		r.drives()
@@ -114,8 +115,7 @@ func (r *restart) prepare(ctx context.Context) error {
 			return err
 		}
 		if r.rec().Method == MethodKubelet {
-			r.claim.Release()
-			r.claim = nil
+			r.dropSlot()
 			return nil
 		}
 		return r.stage(ctx)

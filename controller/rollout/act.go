@@ -55,13 +55,18 @@ func (p *pass) settlePreparation(i *item) {
 	switch {
 	case t.failed != nil:
 		once = t.stale
+		m.gaveWay = m.gaveWay && t.stale && !t.committed
+		held = m.gaveWay
 	case t.op.GetFinishTime() != nil && t.op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED:
 		c := culprit(t.op)
 		t.failed = &failure{failPreparation, accountOf(t.op)}
 		if c.GetReason() != "" {
 			t.failed.reason = c.GetReason()
 		}
-		held = c.GetReason() == reasonHeld
+		// Somebody's restart goes before a preparation (ops), which then finds another container:
+		// neither is the pod's fault.
+		m.gaveWay = !t.committed && (c.GetReason() == reasonCancelled || m.gaveWay && c.GetReason() == reasonDiffers)
+		held = c.GetReason() == reasonHeld || m.gaveWay
 		once, unchanged = slices.Contains(again, c.GetReason()), c.GetReason() == reasonUnchanged
 	case t.op.GetPhase() != opsv1.Phase_PHASE_PREPARED && !armed(t.op.GetPhase()):
 		if left := t.begun.Add(p.strategy.deadline + prepareSlack).Sub(p.now); left > 0 {
@@ -71,6 +76,7 @@ func (p *pass) settlePreparation(i *item) {
 		t.failed = &failure{failDeadline, fmt.Sprintf("node %s has not made the images ready within %s", m.node.Name, p.strategy.deadline)}
 		p.abort(m.node, t, "it took too long")
 	default:
+		m.gaveWay = false
 		return
 	}
 	switch {
@@ -79,7 +85,11 @@ func (p *pass) settlePreparation(i *item) {
 			m.tries++
 		}
 		m.visit = nil
-		p.again(m, min(tellPause<<m.tries, tellPauseMax))
+		after := min(tellPause<<m.tries, tellPauseMax)
+		if m.gaveWay {
+			after = gaveWayPause
+		}
+		p.again(m, after)
 	case i.goal.undo, unchanged:
 		// What was before must come back, with the node's help or without, and what runs already needs none.
 		m.plain, m.visit = true, nil

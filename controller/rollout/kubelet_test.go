@@ -153,6 +153,9 @@ func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, 
 		}
 		if c, _ := containerOf(p, name); c.StartupProbe != nil && !crash {
 			b.carry(cs)
+		} else {
+			started := !crash
+			cs.Started = &started
 		}
 		done = true
 		return true

@@ -67,6 +67,7 @@ type member struct {
 	plain   bool      // without preparation by the node
 	round   int       // of the preparation
 	tries   int       // of those that had a reason of their own
+	gaveWay bool      // the last one gave way to somebody's restart
 	lost    time.Time // since when there is no such node
 	retryAt time.Time
 	settled bool
@@ -77,6 +78,7 @@ type member struct {
 	readyIDs  string
 	// started are when containers with a startupProbe were first seen running, by ID.
 	started map[string]time.Time
+	nudges  controller.Nudges
 	marked  string // the annotation that mark was read from
 	mark    *mark
 
@@ -114,7 +116,10 @@ func (w *work) memberOf(pod *corev1.Pod, revision string) (m *member, dropped *t
 	if m.revision != revision {
 		dropped = m.visit
 		w.drop(m)
-		*m = member{uid: pod.UID, revision: revision, written: m.written, turn: m.turn, node: m.node, readySeen: m.readySeen, readyIDs: m.readyIDs, started: m.started, marked: m.marked, mark: m.mark}
+		*m = member{
+			uid: pod.UID, revision: revision, written: m.written, turn: m.turn, node: m.node, readySeen: m.readySeen,
+			readyIDs: m.readyIDs, started: m.started, nudges: m.nudges, marked: m.marked, mark: m.mark,
+		}
 	}
 	if text := pod.Annotations[inplace.PodStateAnnotation]; text != m.marked {
 		m.marked, m.mark = text, markOf(pod)

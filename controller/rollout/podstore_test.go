@@ -91,7 +91,7 @@ func (b *bed) patchPod(o *corev1.Pod, p client.Patch, status bool) error {
 	if err := json.Unmarshal(data, &want); err != nil {
 		return err
 	}
-	if want.Metadata.UID != before.UID || want.Metadata.ResourceVersion != before.ResourceVersion {
+	if v := want.Metadata.ResourceVersion; want.Metadata.UID != before.UID || v != "" && v != before.ResourceVersion {
 		return apierrors.NewConflict(podResource, key.Name, fmt.Errorf("it is %s of version %s", before.UID, before.ResourceVersion))
 	}
 	old, err := json.Marshal(before)

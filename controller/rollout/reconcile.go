@@ -393,6 +393,9 @@ func (p *pass) act(ctx context.Context) error {
 		if i.verdict.restart {
 			p.restart(ctx, i)
 		}
+		if i.verdict.stage == changing {
+			p.nudge(ctx, i)
+		}
 	}
 	for _, err := range errs {
 		switch {
@@ -403,6 +406,36 @@ func (p *pass) act(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// nudge makes kubelet look at a pod again for a new container that is not ready, where that is due.
+func (p *pass) nudge(ctx context.Context, i *item) {
+	var names []string
+	carried := len(i.m.started) > 0 && p.carries(ctx, i.pod)
+	for _, name := range sortedKeys(i.m.mark.Containers) {
+		c, _ := containerOf(i.pod, name)
+		cs := statusOf(i.pod, name)
+		if c == nil || cs == nil || cs.ContainerID == i.m.mark.Containers[name].ID {
+			continue
+		}
+		if passed, _ := controller.StartupPassed(c, cs, i.m.started[cs.ContainerID], carried, p.now); passed {
+			names = append(names, name)
+		}
+	}
+	container, wait := i.m.nudges.Due(i.pod, names, p.now)
+	p.wait = sooner(p.wait, wait)
+	if container == "" {
+		return
+	}
+	log := p.log.WithField("pod", i.pod.Name).WithField("container", container)
+	pod, err := i.m.nudges.Nudge(ctx, p.r.Client, i.pod, container)
+	if err != nil {
+		log.WithError(err).Info("kubelet could not be made to probe the new container at once") // it will in its time
+		return
+	}
+	i.m.written = versionOf(pod.ResourceVersion)
+	p.r.Metrics.wrote("pod")
+	log.Debug("kubelet made to probe the new container at once")
 }
 
 // begin takes up the containers of the spec: what they replace is written down before anything is done.

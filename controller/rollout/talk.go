@@ -29,6 +29,9 @@ const (
 	// tellPause is the first pause between two tries to tell a node something; it doubles up to tellPauseMax.
 	tellPause    = 500 * time.Millisecond
 	tellPauseMax = 5 * time.Second
+	// gaveWayPause is how long after it gave way a preparation is made again: the pod's status may
+	// not show the new container at once.
+	gaveWayPause = 2 * time.Second
 	// watchRenew is how long a stream may be without news: then it is asked whether the node is still there.
 	watchRenew = time.Minute
 	// prepareSlack is how much longer than it may a node takes to say that a preparation has taken too long.
@@ -45,6 +48,14 @@ const reasonUnchanged = "ImageUnchanged"
 
 // reasonOther is the node's word for a container that would have been all right.
 const reasonOther = "OtherContainerFailed"
+
+// reasonCancelled is the node's word for a preparation that gave way to a restart, or that somebody
+// has cancelled, and reasonDiffers that for one that has found another container than it was to
+// find.
+const (
+	reasonCancelled = "Cancelled"
+	reasonDiffers   = "ExpectedIDDiffers"
+)
 
 // reasonHeld is the node's word for a preparation that has waited for its turn for holdFor.
 const reasonHeld = "HoldTimeout"
