@@ -136,7 +136,7 @@ func TestUpgradeTakesWhatIsNew(t *testing.T) {
 			volumes: "- {name: part, image: {reference: " + staleVolume + ", pullPolicy: Always}}", began: "1.0 2.0", then: "2.0 3.0"},
 		{name: "stale", spec: "imagePullPolicy: Always", to: stale, began: "1.0", then: "3.0"},
 		{name: "moved", spec: "imagePullPolicy: Always", from: moving, to: "restart", began: "1.0", then: "2.0"},
-		{name: "late", spec: strings.Replace(key, "conf", "late", 1), began: "1.0 before", then: "2.0 later", pdb: true},
+		{name: "late", spec: strings.Replace(key, "name: conf", "name: late", 1), began: "1.0 before", then: "2.0 later", pdb: true},
 		{name: "nothing", spec: `env: [{name: SETTING, value: same}]`, began: "1.0 same", then: "2.0 same"},
 	}
 	conf := func(name, value string) string {
