@@ -27,7 +27,7 @@ func (e *SpecError) Error() string { return e.Message }
 // CheckRecreate says whether a new request could be carried out as the cluster is, by the checks that the reconciler makes when
 // it takes the request up. The error is a *SpecError if the user can correct it.
 func CheckRecreate(ctx context.Context, from client.Reader, crr *appsv1alpha1.ContainerRecreateRequest) error {
-	_, _, err := readAndAccept(ctx, from, crr)
+	_, _, err := readAndAccept(ctx, from, from, crr)
 	if why := refused(err); why != nil {
 		return &SpecError{Message: why.Error()}
 	}
@@ -74,8 +74,9 @@ func LabelRecreate(ctx context.Context, from client.Reader, crr *appsv1alpha1.Co
 	return nil
 }
 
-// readAndAccept reads pod and node of a request, and accepts it. The pod may be there although the request is refused.
-func readAndAccept(ctx context.Context, from client.Reader, crr *appsv1alpha1.ContainerRecreateRequest) (*accepted, *corev1.Pod, error) {
+// readAndAccept reads pod and node of a request, and past the cache the Job of the pod, and accepts it. The pod may be there although the
+// request is refused.
+func readAndAccept(ctx context.Context, from, live client.Reader, crr *appsv1alpha1.ContainerRecreateRequest) (*accepted, *corev1.Pod, error) {
 	pod := &corev1.Pod{}
 	err := from.Get(ctx, client.ObjectKey{Namespace: crr.Namespace, Name: crr.Spec.PodName}, pod)
 	if apierrors.IsNotFound(err) {
@@ -94,5 +95,34 @@ func readAndAccept(ctx context.Context, from client.Reader, crr *appsv1alpha1.Co
 		}
 	}
 	a, err := accept(crr, pod, node)
+	if err == nil {
+		err = sparesJob(ctx, live, crr, pod)
+	}
 	return a, pod, err
 }
+
+// sparesJob refuses a request that would end the Job of the pod. The error is a *refusal then.
+func sparesJob(ctx context.Context, live client.Reader, crr *appsv1alpha1.ContainerRecreateRequest, pod *corev1.Pod) error {
+	var names []string
+	for _, c := range crr.Spec.Containers {
+		if !mayEndJob(crr, strategyOf(crr.Spec.Strategy, c.Strategy)) {
+			names = append(names, c.Name)
+		}
+	}
+	if len(names) == 0 {
+		return nil
+	}
+	why, err := WouldEndJob(ctx, live, pod, names)
+	if why != "" {
+		err = &refusal{message: orForce(why)}
+	}
+	return err
+}
+
+// mayEndJob says that the user wants a container restarted though that ends a Job.
+func mayEndJob(crr *appsv1alpha1.ContainerRecreateRequest, s strategy) bool {
+	return s.force || crr.Annotations[IgnoreBackoffLimitAnnotation] == "true"
+}
+
+// orForce adds to a refusal what requests have besides.
+func orForce(why string) string { return why + ", or set spec.strategy.forceRecreate" }

@@ -151,6 +151,9 @@ func (p *pass) command(ctx context.Context, c *container) {
 		p.temporary(err)
 		return
 	}
+	if !p.sparesJob(ctx, node, c) {
+		return
+	}
 	request, err := p.restartRequest(ctx, c)
 	var missing *environment.MissingError
 	switch {
@@ -181,6 +184,34 @@ func (p *pass) command(ctx context.Context, c *container) {
 		return
 	}
 	p.findReplacement(ctx, c)
+}
+
+// sparesJob says that a restart may be commanded as far as the Job of the pod is concerned: other restarts may have come since the request
+// was accepted. A restart that the node has begun already goes on, whoever commanded it.
+func (p *pass) sparesJob(ctx context.Context, node Node, c *container) bool {
+	if c.status == nil || c.status.ContainerID != c.pinned.ContainerID || mayEndJob(p.crr, c.strategy) {
+		return true
+	}
+	uid := p.operationUID(c)
+	why, err := p.r.Jobs.Take(ctx, p.r.APIReader, p.pod, uid, map[string]string{c.name: c.pinned.ContainerID})
+	switch {
+	case err != nil:
+		p.temporary(err)
+		return false
+	case why == "":
+		p.memory.operations[uid] = true
+		return true
+	}
+	op, err := p.r.Nodes.GetOperation(ctx, node, uid)
+	switch {
+	case err == nil:
+		p.know(node, c, op)
+	case code(err) == codes.NotFound:
+		c.fail("not recreated: %s", orForce(why))
+	default:
+		p.temporary(err)
+	}
+	return false
 }
 
 // refusalReason is the CamelCase reason the node gave with an error.

@@ -77,6 +77,8 @@ type ContainerRecreateReconciler struct {
 	APIReader client.Reader
 	// Nodes commands the nodes.
 	Nodes NodeClient
+	// Jobs counts restarts of Jobs' pods, with all who make some; it may be nil.
+	Jobs *JobBudgets
 	// NodePort is the port for nodes without OpsAddressAnnotation; 0 means
 	// DefaultNodePort.
 	NodePort int
@@ -154,6 +156,7 @@ func (r *ContainerRecreateReconciler) forget(key types.NamespacedName) {
 	if m != nil {
 		for uid := range m.operations {
 			r.watches.forget(uid)
+			r.Jobs.Return(uid)
 		}
 	}
 }
@@ -281,9 +284,9 @@ func (p *pass) deadline() *time.Time {
 // accept checks and pins the request, with one patch. A refusal by what the cache
 // shows is checked against the API server.
 func (p *pass) accept(ctx context.Context) error {
-	a, pod, err := readAndAccept(ctx, p.r.Client, p.crr)
+	a, pod, err := readAndAccept(ctx, p.r.Client, p.r.APIReader, p.crr)
 	if refused(err) != nil {
-		a, pod, err = readAndAccept(ctx, p.r.APIReader, p.crr)
+		a, pod, err = readAndAccept(ctx, p.r.APIReader, p.r.APIReader, p.crr)
 	}
 	if err != nil {
 		p.pod = pod

@@ -62,6 +62,7 @@ func (d *Director) createContainer(ctx context.Context, method string, raw []byt
 		return nil, err
 	}
 	d.records.Created(resp.GetContainerId(), raw)
+	d.view.created(slot, resp.GetContainerId(), req)
 	return b, nil
 }
 
@@ -175,10 +176,48 @@ func (d *Director) stopPodSandbox(ctx context.Context, method string, raw []byte
 	if err != nil {
 		return nil, err
 	}
+	if d.keeps(ctx, req.GetPodSandboxId()) {
+		did(ctx, didKeep)
+		return encode(&runtimeapi.StopPodSandboxResponse{})
+	}
 	defer d.view.stopping(req.GetPodSandboxId())()
 	d.takeBackSandbox(ctx, method, req.GetPodSandboxId())
 	d.stopLateHeirs(ctx, req.GetPodSandboxId())
 	return next(ctx, raw)
+}
+
+// keeps reports whether a stop of the sandbox is not for the runtime: kubelet has stopped the last container of a pod that is
+// never restarted, because of a failed probe, and now gives the pod up (kuberuntime_manager.go computePodActions: KillPod),
+// but another container has taken the place of that one. If kubelet tells that it has no other reason, such as a deletion, the
+// sandbox is kept, and kubelet's next sync finds the container running in it. Once for each stop of a container: where that is wrong,
+// kubelet finds the container running, stops it and asks again (kubelet.go SyncTerminatingPod).
+func (d *Director) keeps(ctx context.Context, sandbox string) bool {
+	heirs := d.view.lateHeirs(sandbox)
+	if d.pods == nil || len(heirs) == 0 {
+		return false
+	}
+	st, err := d.runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: sandbox})
+	if err != nil || !serves(st.GetStatus()) || !d.pods.Kept(ctx, st.GetStatus().GetMetadata().GetUid()) {
+		return false
+	}
+	for _, h := range heirs {
+		st, err := d.runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: h.id})
+		if err != nil || st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
+			continue
+		}
+		for _, h := range heirs {
+			d.view.adopted(h.id)
+		}
+		d.log.WithField("successor", h.id).Info("kubelet gives the pod up for a container that has been replaced: its sandbox is kept, and kubelet finds the successor running")
+		return true
+	}
+	return false
+}
+
+// serves reports whether kubelet would not replace the sandbox (pkg/kubelet/kuberuntime/util PodSandboxChanged).
+func serves(s *runtimeapi.PodSandboxStatus) bool {
+	host := s.GetLinux().GetNamespaces().GetOptions().GetNetwork() == runtimeapi.NamespaceMode_NODE
+	return s.GetState() == runtimeapi.PodSandboxState_SANDBOX_READY && (host || s.GetNetwork().GetIp() != "")
 }
 
 // lateGrace bounds the grace of a late heir, in seconds: kubelet waits two minutes for StopPodSandbox.

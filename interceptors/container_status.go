@@ -14,7 +14,7 @@ import (
 )
 
 // containerStatus does not know hidden containers, shows masked ones running, and tells when a container that had been
-// held at a gate really began.
+// held at a gate really began, or one whose probes are held is to be taken to begin.
 func (d *Director) containerStatus(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.ContainerStatusRequest{})
 	if err != nil {
@@ -32,16 +32,17 @@ func (d *Director) containerStatus(ctx context.Context, _ string, raw []byte, ne
 		return nil, err
 	}
 	d.view.asked(m.GetStatus().GetId())
-	changed := d.view.correct(m.GetStatus())
-	if changed {
-		did(ctx, didCorrect)
-	}
+	changed := false
 	switch how := look.judge(m.GetStatus().GetId(), m.GetStatus().GetAnnotations()); {
 	case how == hidden:
 		return nil, notFound(req.GetContainerId())
 	case how == masked || heir != "" && !d.lost(ctx, heir, next):
 		did(ctx, didMask)
 		showRunning(m.GetStatus())
+		changed = true
+	}
+	if d.view.correct(m.GetStatus()) {
+		did(ctx, didCorrect)
 		changed = true
 	}
 	if !changed {

@@ -7,6 +7,7 @@ import (
 	"context"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -176,6 +177,55 @@ func TestStartedAtIsCorrected(t *testing.T) {
 	if b.director.Unary(methodStatus) != nil {
 		t.Error("a status is taken though there is nothing to say")
 	}
+}
+
+// A container whose probes are held is shown to begin in the future for as long as it runs, from its first showing on.
+func TestHoldProbes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t)
+		is := running(successor)
+		is.StartedAt = 1000
+		b.on(methodStatus, func(context.Context, []byte) (proto.Message, error) {
+			return &runtimeapi.ContainerStatusResponse{Status: proto.Clone(is).(*runtimeapi.ContainerStatus)}, nil
+		})
+		told := func() int64 {
+			t.Helper()
+			resp, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: successor})
+			if status.Code(err) == codes.NotFound {
+				return -1
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			return resp.GetStatus().GetStartedAt()
+		}
+		c := b.swapping()
+		b.view.SetStarted(successor, time.Unix(0, 2000))
+		b.view.HoldProbes(successor, time.Minute)
+		if got := told(); got != -1 {
+			t.Errorf("hidden: %d", got)
+		}
+		time.Sleep(time.Second)
+		c.Reveal()
+		c.Release()
+		time.Sleep(time.Second) // until kubelet looks
+		until := time.Now().Add(time.Minute).UnixNano()
+		for range 2 {
+			if got := told(); got != until {
+				t.Errorf("shown to begin at %d, want %d", got, until)
+			}
+			time.Sleep(2 * time.Minute) // and later, too
+		}
+		is = exited(successor)
+		is.StartedAt = 1000
+		if got := told(); got != 2000 {
+			t.Errorf("exited: %d, want its real start", got)
+		}
+		b.view.Forget(successor)
+		if got := told(); got != 1000 {
+			t.Errorf("forgotten: %d", got)
+		}
+	})
 }
 
 func TestPodSandboxStatus(t *testing.T) {

@@ -30,10 +30,11 @@ const (
 	didRefuse                        // the caller was told to try again
 	didStop                          // a successor was stopped too
 	didRepeat                        // the call was made for a successor too
+	didKeep                          // a sandbox was kept, because a successor runs in it
 )
 
 // decisions are the label values, in the order of the bits.
-var decisions = []string{"hidden", "masked", "corrected", "adopted", "held", "yielded", "handed_over", "overridden", "refused", "stopped", "repeated"}
+var decisions = []string{"hidden", "masked", "corrected", "adopted", "held", "yielded", "handed_over", "overridden", "refused", "stopped", "repeated", "kept"}
 
 // passed is the label value of a call that an interceptor took and did nothing of that to.
 const passed = "passed"

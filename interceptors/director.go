@@ -46,7 +46,13 @@ type Overrides interface {
 	SandboxRemoved()
 }
 
-// Options configures a [Director]. All fields but Pulls, Overrides, Registerer and Judge are required.
+// Pods tells kubelet's mind about pods.
+type Pods interface {
+	// Kept reports whether kubelet tells that the pod is not on its way out. It is false where kubelet does not tell.
+	Kept(ctx context.Context, podUID string) bool
+}
+
+// Options configures a [Director]. All fields but Pulls, Pods, Overrides, Registerer and Judge are required.
 type Options struct {
 	View    *View
 	Records Records
@@ -54,6 +60,8 @@ type Options struct {
 	Runtime grpc.ClientConnInterface
 	Log     logrus.FieldLogger
 	Pulls   Pulls
+	// Pods, if nil, tells nothing.
+	Pods Pods
 	// Overrides, if nil, are none.
 	Overrides Overrides
 	// Registerer gets the metrics. Nil: they are kept but not served.
@@ -69,6 +77,7 @@ type Director struct {
 	records   Records
 	overrides Overrides
 	judge     Judge
+	pods      Pods // may be nil
 	runtime   runtimeapi.RuntimeServiceClient
 	log       logrus.FieldLogger
 
@@ -84,7 +93,7 @@ var (
 
 // New returns a director over the view.
 func New(o Options) *Director {
-	d := &Director{view: o.View, records: o.Records, runtime: runtimeapi.NewRuntimeServiceClient(o.Runtime), log: o.Log, overrides: o.Overrides, judge: o.Judge}
+	d := &Director{view: o.View, records: o.Records, runtime: runtimeapi.NewRuntimeServiceClient(o.Runtime), log: o.Log, overrides: o.Overrides, pods: o.Pods, judge: o.Judge}
 	if d.overrides == nil {
 		d.overrides = noOverrides{}
 	}

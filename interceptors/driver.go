@@ -9,15 +9,16 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// Driver is an operation that does not act by itself but lets kubelet drive: it has a container ready for what
-// kubelet does next in the slot. Both methods block until the operation has decided.
+// Driver is an operation that has a part in what kubelet does in the slot: one that does not act by itself but lets kubelet
+// drive, or one that stops the incumbent itself when kubelet comes to stop it too. It has a container ready for what
+// kubelet does next. Both methods block until the operation has decided.
 type Driver interface {
 	// Stop is asked when kubelet stops the incumbent, with the grace in seconds. If it returns true, the incumbent has been
 	// stopped and the successor has taken over, or the error says why it has not been stopped. If it returns false, the
 	// operation gives way and kubelet's call goes on as without it.
 	Stop(ctx context.Context, grace int64) (bool, error)
 	// Create is asked when kubelet creates a container in the slot. If it returns true, the ID is that of the container that is
-	// what kubelet asks for, or "" when the operation has ended. If it returns false, the operation gives way.
+	// what kubelet asks for, or "" when the call waits for the end of the operation and then goes on as without it. If it returns false, the operation gives way.
 	Create(ctx context.Context, req *runtimeapi.CreateContainerRequest) (id string, ok bool)
 }
 
@@ -74,7 +75,7 @@ func (v *View) claimOf(slot Slot) *Claim {
 	return v.claims[slot]
 }
 
-// adopted notes that kubelet has taken the container over: it will stop it by itself, whatever it did to the one before.
+// adopted notes that kubelet has taken the container over, or will: it stops it by itself, whatever it did to the one before.
 func (v *View) adopted(id string) {
 	v.mu.Lock()
 	defer v.mu.Unlock()

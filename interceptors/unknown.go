@@ -90,10 +90,10 @@ func (v *View) tryUnknown(call *cuttable, under, waits bool) <-chan struct{} {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if waits && len(v.tokens) > 0 {
-		if v.quiet == nil {
-			v.quiet = make(chan struct{})
+		if v.nothing == nil {
+			v.nothing = make(chan struct{})
 		}
-		return v.quiet
+		return v.nothing
 	}
 	if under {
 		v.passing[call.method]++

@@ -54,8 +54,8 @@ type View struct {
 	idle    chan struct{}
 	// cuttable are those of them whose methods are not known.
 	cuttable map[*cuttable]struct{}
-	// quiet, if not nil, is closed when nothing is hidden any more.
-	quiet   chan struct{}
+	// nothing, if not nil, is closed when nothing is hidden any more.
+	nothing chan struct{}
 	looks   map[*look]struct{}
 	claims  map[Slot]*Claim
 	queues  map[Slot][]chan *Claim
@@ -69,10 +69,13 @@ type View struct {
 	stops  map[string]int // container and sandbox IDs, as given, with a stop of kubelet's in flight
 	// elsewhere are such IDs with a stop in flight in the process before this one.
 	elsewhere []string
-	// started has when the processes of containers began whose start the runtime tells too early. starts is its size, for
-	// the pass path.
+	// started has when the processes of containers began whose start the runtime tells too early, quiet those that are shown to
+	// have begun later than they have. starts is the size of both, for the pass path.
 	started map[string]time.Time
+	quiet   map[string]quiet
 	starts  atomic.Int32
+	// awaited has what waits for the next container of a slot; see [View.WhenCreated].
+	awaited map[Slot]awaited
 }
 
 // NewView returns a view that hides and masks nothing.
@@ -91,6 +94,8 @@ func NewView() *View {
 		untold:  map[string]untold{},
 		stops:   map[string]int{},
 		started: map[string]time.Time{},
+		quiet:   map[string]quiet{},
+		awaited: map[Slot]awaited{},
 	}
 }
 
@@ -364,9 +369,9 @@ func (c *Claim) settleLocked(show bool) {
 	if v.tokens[c.token] == c {
 		delete(v.tokens, c.token)
 	}
-	if len(v.tokens) == 0 && v.quiet != nil {
-		close(v.quiet)
-		v.quiet = nil
+	if len(v.tokens) == 0 && v.nothing != nil {
+		close(v.nothing)
+		v.nothing = nil
 	}
 	for _, id := range []string{c.successor, c.incumbent} {
 		if v.ids[id] == c {
@@ -475,35 +480,92 @@ func (v *View) Forget(id string) {
 	defer v.mu.Unlock()
 	delete(v.heirs, id)
 	v.tellLocked(func(incumbent string, u untold) bool { return incumbent == id || u.id == id })
-	if _, ok := v.started[id]; ok {
-		delete(v.started, id)
-		v.starts.Add(-1)
-	}
+	delete(v.started, id)
+	delete(v.quiet, id)
+	v.countStartsLocked()
 }
+
+func (v *View) countStartsLocked() { v.starts.Store(int32(len(v.started) + len(v.quiet))) }
 
 // SetStarted says when the container's process really began, where the runtime tells an earlier time: that of a container
 // that has been held at a gate. It counts until the container is removed.
 func (v *View) SetStarted(id string, at time.Time) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if _, ok := v.started[id]; !ok {
-		v.starts.Add(1)
-	}
 	v.started[id] = at
+	v.countStartsLocked()
 }
 
-// correct puts the real start into a status and reports whether that changed it.
+// quiet is a container that kubelet is kept from probing.
+type quiet struct {
+	lasts time.Duration
+	until time.Time // zero until the container is shown running
+}
+
+// HoldProbes keeps kubelet from probing the container for that long, from the moment on at which the container is first shown running:
+// it is shown to have begun at the end of that time, as long as it runs. No probe is made before a container's start
+// (prober/worker.go doProbe: InitialDelaySeconds), but a new container's startup probe says at its first turn that the container has not
+// started yet, which keeps the others back from then on.
+func (v *View) HoldProbes(id string, lasts time.Duration) { v.hold(id, quiet{lasts: lasts}) }
+
+// HoldProbesUntil is [View.HoldProbes] of a container that may have been shown before.
+func (v *View) HoldProbesUntil(id string, until time.Time) { v.hold(id, quiet{until: until}) }
+
+func (v *View) hold(id string, q quiet) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.quiet[id] = q
+	v.countStartsLocked()
+}
+
+// awaited is what waits for a container.
+type awaited struct {
+	until time.Time
+	is    func(id string, req *runtimeapi.CreateContainerRequest) bool
+}
+
+// WhenCreated has is called with every container that is made in the slot, until it says that it is the one, or until then.
+func (v *View) WhenCreated(slot Slot, until time.Time, is func(id string, req *runtimeapi.CreateContainerRequest) bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	maps.DeleteFunc(v.awaited, func(_ Slot, a awaited) bool { return time.Now().After(a.until) })
+	v.awaited[slot] = awaited{until: until, is: is}
+}
+
+// created tells who waits for it.
+func (v *View) created(slot Slot, id string, req *runtimeapi.CreateContainerRequest) {
+	v.mu.Lock()
+	a, ok := v.awaited[slot]
+	v.mu.Unlock()
+	if !ok || time.Now().Before(a.until) && !a.is(id, req) {
+		return
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.awaited[slot].until.Equal(a.until) { // still the same
+		delete(v.awaited, slot)
+	}
+}
+
+// correct puts the start that is to be shown into the status of a container that is shown, and reports whether that changed it.
 func (v *View) correct(s *runtimeapi.ContainerStatus) bool {
 	if v.starts.Load() == 0 {
 		return false
 	}
-	v.mu.RLock()
-	defer v.mu.RUnlock()
+	v.mu.Lock()
+	defer v.mu.Unlock()
 	return v.correctLocked(s)
 }
 
 func (v *View) correctLocked(s *runtimeapi.ContainerStatus) bool {
 	at, ok := v.started[s.GetId()]
+	if q, is := v.quiet[s.GetId()]; is && s.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING {
+		if q.until.IsZero() {
+			q.until = time.Now().Add(q.lasts)
+			v.quiet[s.GetId()] = q
+		}
+		at, ok = q.until, true
+	}
 	if !ok || s.GetStartedAt() == 0 || s.GetStartedAt() == at.UnixNano() {
 		return false
 	}

@@ -35,6 +35,8 @@ type scenario struct {
 	// lost is the end after a crash in the middle of a hook, whose result nobody knows.
 	lost       string
 	lostStates []string
+	// limited is set for a pod of limited memory, see newRoom.
+	limited bool
 	// dies is set where kubelet is to see a container fail.
 	dies bool
 }
@@ -47,6 +49,18 @@ func failStarts(f *fakeRuntime, times int) {
 		}
 		times--
 		return errors.New("exec: no such file or directory")
+	}
+}
+
+// failBeside has no container start beside another of its slot.
+func failBeside(f *fakeRuntime) {
+	f.start = func(c *runtimeapi.ContainerConfig) error {
+		for _, other := range f.containers {
+			if s := other.status; s.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING && s.GetMetadata().GetName() == c.GetMetadata().GetName() {
+				return errors.New("container init was OOM-killed (memory limit too low?)")
+			}
+		}
+		return nil
 	}
 }
 
@@ -141,6 +155,24 @@ var scenarios = []scenario{
 		want: "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
 	},
 	{
+		name: "start first, limited memory", pod: podOptions{processes: true}, limited: true, edit: startFirst,
+		want: "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+	},
+	{
+		name: "start first, limited memory, no start", pod: podOptions{processes: true}, limited: true, edit: startFirst,
+		script: func(f *fakeRuntime) { failStarts(f, 100) },
+		want:   "FAILED, app FAILED StartFailed", states: []string{"app/0 RUNNING, web/0 RUNNING"},
+	},
+	{
+		name: "start first, not beside the old one", pod: podOptions{processes: true}, limited: true, edit: startFirst,
+		script: failBeside,
+		want:   "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+	},
+	{
+		name: "gate, not beside the old one", pod: podOptions{processes: true}, script: failBeside,
+		want: "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+	},
+	{
 		name: "pidfd", pod: podOptions{processes: true, method: MethodPidfd},
 		want: "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
 	},
@@ -214,6 +246,9 @@ func (s scenario) begin(t *testing.T, at func(point) error) *node {
 // beginWith is begin, and calls ready when the node is.
 func (s scenario) beginWith(t *testing.T, at func(point) error, ready func(*node)) *node {
 	t.Helper()
+	if s.limited {
+		s.pod.room = newRoom(t)
+	}
 	n := newNode(t, s.pod)
 	n.runTidied()
 	ready(n)
@@ -318,6 +353,9 @@ func (s scenario) check(t *testing.T, n *node) {
 	}
 	if s.pod.processes {
 		s.checkProcesses(t, n)
+	}
+	if n.room != nil && n.room.limit() != 64 {
+		t.Errorf("the pod's limit of memory is %d MiB in the end", n.room.limit())
 	}
 	if !s.dies {
 		if err := n.checkView(); err != nil {

@@ -4,6 +4,7 @@
 package ops
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -83,6 +84,7 @@ type Options struct {
 // Engine runs operations and keeps their journal.
 type Engine struct {
 	view      *interceptors.View
+	boot      string // of the machine
 	log       logrus.FieldLogger
 	rt        runtimeapi.RuntimeServiceClient
 	img       runtimeapi.ImageServiceClient
@@ -101,6 +103,9 @@ type Engine struct {
 	queue chan struct{}
 	// late wakes Run for ends that could not be written.
 	late chan struct{}
+	// limits is held while the limits of pods are changed, see [cgroup.Raise].
+	limits sync.Mutex
+
 	// lateCreate is the constant of that name, but for tests that count calls.
 	lateCreate time.Duration
 	// judging is held while containers are judged; judged is set once all have been. See Judge.
@@ -121,6 +126,9 @@ type Engine struct {
 	incumbents map[string]bool
 	// decided are the tokens that judge has met.
 	decided map[string]bool
+	// left are the records that this binary does not understand, leftSlots the slots with containers of theirs that are hidden, by the operation.
+	left      [][]byte
+	leftSlots map[interceptors.Slot]string
 	// lost are the slots with containers of operations that no journal knows, until Run takes care of them.
 	lost []*lostSlot
 	// unwritten are finished operations whose end the journal does not have: the next process would take them up again, and
@@ -132,6 +140,10 @@ type Engine struct {
 type operation struct {
 	req     *opsv1.RestartRequest
 	upgrade *opsv1.PrepareUpgradeRequest // nil if it is none; without credentials
+	// left is set of one that this binary does not understand: the journal keeps it as it is.
+	left bool
+	// rebooted is set of one that another boot of the machine has cut off.
+	rebooted bool
 
 	mu         sync.Mutex // guards all following fields
 	op         *opsv1.Operation
@@ -173,6 +185,7 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 	}
 	e := &Engine{
 		view:       o.View,
+		boot:       bootID(),
 		log:        log,
 		rt:         runtimeapi.NewRuntimeServiceClient(bounded{o.Conn}),
 		img:        runtimeapi.NewImageServiceClient(bounded{o.Conn}),
@@ -192,6 +205,7 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		settled:    map[string]bool{},
 		incumbents: map[string]bool{},
 		decided:    map[string]bool{},
+		leftSlots:  map[interceptors.Slot]string{},
 		judging:    make(chan struct{}, 1),
 	}
 	if e.legacyLog == "" {
@@ -200,12 +214,13 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 	_, err = os.Lstat(gate.Dir(o.StateDir))
 	e.gatesLost = errors.Is(err, fs.ErrNotExist)
 	records.eachStarted(o.View.SetStarted)
+	records.eachHeld(o.View.HoldProbesUntil)
 	o.View.Guard()
 	if e.overrides, err = openOverrides(j, e.img, log); err == nil {
 		e.metrics, err = newMetrics(o.Registerer, e)
 	}
 	if err == nil {
-		err = j.load(e.revive, func(err error) {
+		err = j.load(e.revive, e.leaveAlone, func(err error) {
 			log.WithError(err).Error("journal record set aside; what its operation has staged is removed")
 		})
 	}
@@ -249,6 +264,7 @@ func (e *Engine) revive(uid string, r *record) error {
 		}
 	}
 	o.forgotten, o.had = r.Credentials, r.Environments
+	o.rebooted = r.Boot != "" && e.boot != "" && r.Boot != e.boot
 	if r.Committed {
 		o.isReleased = true
 		close(o.released)
@@ -285,7 +301,7 @@ func (e *Engine) revive(uid string, r *record) error {
 		}
 		claim.Bind(c.Sandbox, c.Incumbent)
 		o.claims[i] = claim
-		if o.upgrade != nil && c.Step != stepStage && c.Step != stepUndo {
+		if o.upgrade != nil && c.Step != stepStage && c.Step != stepUndo || o.upgrade == nil && c.joinable() {
 			claim.WillDrive()
 		}
 		if c.Step == stepReveal {
@@ -295,13 +311,55 @@ func (e *Engine) revive(uid string, r *record) error {
 		e.tokens[c.Token] = true
 		claim.HideNow(c.Token)
 		claim.Staged(c.Successor)
-		if c.Step != stepStage && (o.upgrade == nil || c.Step == stepStop || c.Step == stepAsk || c.Step == stepStarted) {
+		if !o.rebooted && c.Step != stepStage && (o.upgrade == nil || c.Step == stepStop || c.Step == stepAsk || c.Step == stepStarted) {
 			claim.Mask()
 		}
 	}
 	e.ops[uid] = o
 	e.waiting = append(e.waiting, o)
 	e.log.WithFields(logrus.Fields{"op": uid, "pod": podName(o.op.GetPod()), "phase": o.op.GetPhase()}).Info("resuming operation from the journal")
+	return nil
+}
+
+// leaveAlone takes an operation from the journal that this binary does not understand. It is told of as one that has failed; nothing of it is undone,
+// removed or changed in the file.
+func (e *Engine) leaveAlone(uid string, raw []byte, r *record, why string) {
+	e.left = append(e.left, raw)
+	message := why + ": it is left alone, with its containers, until that version is installed again"
+	o := newOperation(&opsv1.RestartRequest{}, &opsv1.Operation{}, nil)
+	o.left = true
+	if r == nil || proto.Unmarshal(r.Operation, o.op) != nil || proto.Unmarshal(r.Request, o.req) != nil || o.op.GetUid() != uid {
+		o.op, o.req = &opsv1.Operation{Uid: uid}, &opsv1.RestartRequest{Uid: uid}
+	} else if r.Upgrade != nil {
+		o.upgrade = &opsv1.PrepareUpgradeRequest{}
+		if proto.Unmarshal(r.Upgrade, o.upgrade) != nil {
+			o.upgrade = nil
+		}
+	}
+	if o.op.GetFinishTime() == nil {
+		o.op.Phase, o.op.FinishTime, o.op.Message = opsv1.Phase_PHASE_FAILED, timestamppb.Now(), message
+		for _, c := range o.op.GetContainers() {
+			if slices.Contains(course, c.GetPhase()) {
+				c.Phase, c.Reason, c.Message = opsv1.Phase_PHASE_FAILED, ReasonVersion, message
+			}
+		}
+		e.log.WithFields(logrus.Fields{"op": uid, "pod": podName(o.op.GetPod())}).Error("an operation of the journal is left alone: " + message)
+	}
+	e.ops[uid] = o
+}
+
+// isLeftAlone reports whether the token is that of an operation that this binary does not understand, wherever its record has it.
+func (e *Engine) isLeftAlone(token string) bool {
+	return slices.ContainsFunc(e.left, func(raw []byte) bool { return bytes.Contains(raw, []byte(token)) }) // never changes after Open
+}
+
+// refuseLeft is an outcome if the slot has something hidden of an operation that this binary does not understand.
+func (e *Engine) refuseLeft(slot interceptors.Slot) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if uid := e.leftSlots[slot]; uid != "" {
+		return failf(ReasonVersion, "container %q has a successor of another version of cri-proxy waiting: install that version again, or delete the pod (the journal's operations: cri-proxy ctl ops)", slot.Container)
+	}
 	return nil
 }
 
@@ -324,7 +382,7 @@ func (e *Engine) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() { guard.Keep(ctx, e.log, func() { e.begin(ctx, &wg) }) })
-	for _, keep := range []func(context.Context){e.writeAgain, e.forget, e.forgetOnRemoval} {
+	for _, keep := range []func(context.Context){e.writeAgain, e.forget, e.forgetOnRemoval, e.writeEnded} {
 		wg.Go(func() { guard.Keep(ctx, e.log, func() { keep(ctx) }) })
 	}
 	for {
@@ -366,6 +424,7 @@ func (e *Engine) Close() error {
 	if !e.writeEnds() {
 		e.log.Error("operations have ended that the journal knows as unfinished: the next process will take them up again")
 	}
+	e.overrides.flush()
 	e.hooks.CloseIdleConnections()
 	return errors.Join(e.journal.Close(), e.records.close())
 }
@@ -630,7 +689,7 @@ func (e *Engine) expireLocked(now time.Time) error {
 	}
 	var finished []done
 	for uid, o := range e.ops {
-		if at, ok := o.finishedAt(); ok {
+		if at, ok := o.finishedAt(); ok && !o.left {
 			finished = append(finished, done{uid, at})
 		}
 	}
@@ -669,7 +728,7 @@ func (e *Engine) saveLocked(o *operation) error {
 	if err != nil {
 		return err
 	}
-	r := &record{Operation: op, Request: req, Containers: o.containers, Cancelled: o.cancelSaid, Committed: o.isReleased, Credentials: o.forgotten || len(o.credentials) > 0, Environments: o.had}
+	r := &record{Boot: e.boot, Operation: op, Request: req, Containers: o.containers, Cancelled: o.cancelSaid, Committed: o.isReleased, Credentials: o.forgotten || len(o.credentials) > 0, Environments: o.had}
 	if o.upgrade != nil {
 		if r.Upgrade, err = proto.Marshal(o.upgrade); err != nil {
 			return err

@@ -1,28 +1,53 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
+// The journal's file:
+//
+//	journal.db
+//	├── meta
+//	│   └── version      <varint>            the highest version of what is below that has been written
+//	├── operations
+//	│   └── <uid>        <record, JSON>      with its own version; without one it is of version 1
+//	├── overrides
+//	│   └── <podUID>/<container>  <override, JSON>
+//	└── unreadable
+//	    └── <uid>        <bytes>             records that cannot be read, set aside for a person to look at
+//
+// What a binary does not understand it leaves as it is, for one that does: see [journal.load]. A change that an older binary would read wrongly
+// (another meaning of a field or of a step, another order of the steps) needs a higher schemaVersion. A new step needs none: it is not known to an
+// older one, which is enough. Buckets other than overrides and unreadable are made with the file's first write.
+
 package ops
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/sirupsen/logrus"
 	bolt "go.etcd.io/bbolt"
 
 	"github.com/cri-proxy/cri-proxy/ops/boltfile"
+	"github.com/cri-proxy/cri-proxy/ops/cgroup"
+	"github.com/cri-proxy/cri-proxy/ops/guard"
 )
 
 var (
 	bucketOperations = []byte("operations")
 	bucketOverrides  = []byte("overrides")
 	bucketUnreadable = []byte("unreadable") // set aside by load, for a person to look at
+	bucketMeta       = []byte("meta")
+	keyVersion       = []byte("version")
 )
+
+// schemaVersion is that of what this binary writes.
+const schemaVersion = 1
 
 // step is how far the restart of one container has come, as the journal knows it. A
 // step is written before what it names is done.
@@ -44,8 +69,15 @@ const (
 	stepDone    step = "done"
 )
 
+// steps are those that this binary knows.
+var steps = []step{stepNone, stepStage, stepStaged, stepHeld, stepStart, stepArm, stepArmed, stepStop, stepAsk, stepStarted, stepReveal, stepUndo, stepDone}
+
 // record is what the journal keeps of an operation.
 type record struct {
+	// Version is the schema's; 0 is 1.
+	Version int `json:"version,omitempty"`
+	// Boot is the boot of the machine at the last write; empty if the kernel does not tell.
+	Boot       string            `json:"boot,omitempty"`
 	Operation  []byte            `json:"operation"` // opsv1.Operation
 	Request    []byte            `json:"request"`   // opsv1.RestartRequest
 	Containers []containerRecord `json:"containers"`
@@ -87,11 +119,20 @@ type containerRecord struct {
 	HoldSince time.Time `json:"holdSince,omitzero"`
 	// Asked is set once kubelet has asked for the successor of an upgrade.
 	Asked bool `json:"asked,omitempty"`
+	// StopFirst is set once an operation that was to be StartFirst goes on otherwise.
+	StopFirst bool `json:"stopFirst,omitempty"`
+	// Raised is what is added to the pod's limit of memory while both containers run, from before that until it has been taken back.
+	Raised *cgroup.Raise `json:"raised,omitempty"`
+	// Joined is set once a stop of kubelet's has joined the restart.
+	Joined bool `json:"joined,omitempty"`
 }
 
 // journal is the durable list of operations and image overrides, in one bbolt file of mode 0600.
 // Every write is on disk when it returns.
-type journal struct{ *boltfile.File }
+type journal struct {
+	*boltfile.File
+	log logrus.FieldLogger
+}
 
 // openJournal opens the journal in dir. What an unfinished operation of a damaged one has left is found by the annotation that it carries.
 //
@@ -111,15 +152,38 @@ func openJournal(dir string, log logrus.FieldLogger) (*journal, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &journal{file}, nil
+	return &journal{File: file, log: log}, nil
 }
 
 // update writes in one transaction.
 func (j *journal) update(change func(*bolt.Tx) error) error {
-	if err := j.Update(change); err != nil {
+	err := j.Update(func(tx *bolt.Tx) error { return errors.Join(markVersion(tx), change(tx)) })
+	if err != nil {
 		return fmt.Errorf("journal: %w", err)
 	}
 	return nil
+}
+
+// markVersion notes that there is something of this binary's version in the file. It writes only if that is new.
+func markVersion(tx *bolt.Tx) error {
+	if fileVersion(tx) >= schemaVersion {
+		return nil
+	}
+	b, err := tx.CreateBucketIfNotExists(bucketMeta)
+	if err != nil {
+		return err
+	}
+	return b.Put(keyVersion, binary.AppendUvarint(nil, schemaVersion))
+}
+
+// fileVersion is the highest version of what is in the file, 0 if it does not say.
+func fileVersion(tx *bolt.Tx) uint64 {
+	b := tx.Bucket(bucketMeta)
+	if b == nil {
+		return 0
+	}
+	v, _ := binary.Uvarint(b.Get(keyVersion))
+	return v
 }
 
 // view reads; it does nothing while there is no file.
@@ -138,6 +202,7 @@ func (j *journal) put(uid string, r *record) error { return j.putWith(uid, r, ni
 
 // putWith is put of the operation and of changes to overrides, by slot and nil for one that has ended: all of it or nothing.
 func (j *journal) putWith(uid string, r *record, overrides map[string][]byte) error {
+	r.Version = schemaVersion
 	b, err := json.Marshal(r)
 	if err != nil {
 		return fmt.Errorf("journal: encoding operation %s: %w", uid, err)
@@ -202,15 +267,20 @@ func (j *journal) remove(uids []string) error {
 	})
 }
 
-// load calls f for every operation. One that cannot be read, or that f refuses, is set aside, so that it
-// cannot keep the proxy, and kubelet with it, from starting; bad gets its error.
-func (j *journal) load(f func(uid string, r *record) error, bad func(error)) error {
+// load calls f for every operation, but for those that this binary does not understand: they get left, stay in the file as they are, and come with why
+// in words, and with what could be read of them. One that cannot be read at all, or that f refuses, is set aside, so that it cannot keep the proxy, and
+// kubelet with it, from starting; bad gets its error.
+func (j *journal) load(f func(uid string, r *record) error, left func(uid string, raw []byte, r *record, why string), bad func(error)) error {
 	aside := map[string][]byte{}
 	err := j.view(func(tx *bolt.Tx) error {
 		return tx.Bucket(bucketOperations).ForEach(func(k, v []byte) error {
 			r, err := decodeRecord(v)
+			if why := foreign(v, r); why != "" {
+				left(string(k), bytes.Clone(v), r, why)
+				return nil
+			}
 			if err == nil {
-				err = f(string(k), r)
+				err = guard.Try(j.log, func() error { return f(string(k), r) })
 			}
 			if err != nil {
 				bad(fmt.Errorf("operation %s: %w", k, err))
@@ -238,6 +308,23 @@ func (j *journal) load(f func(uid string, r *record) error, bad func(error)) err
 		bad(fmt.Errorf("setting aside: %w", err)) // they are left out this time, and found again the next
 	}
 	return nil
+}
+
+// foreign says why a record is not this binary's to work with; r is nil if it could not be decoded.
+func foreign(raw []byte, r *record) string {
+	var of struct{ Version int }
+	if json.Unmarshal(raw, &of) == nil && of.Version > schemaVersion {
+		return fmt.Sprintf("it was written by a newer cri-proxy (version %d of the journal, this one knows %d)", of.Version, schemaVersion)
+	}
+	if r == nil {
+		return ""
+	}
+	for _, c := range r.Containers {
+		if !slices.Contains(steps, c.Step) {
+			return fmt.Sprintf("it is at step %q, which this cri-proxy does not know", c.Step)
+		}
+	}
+	return ""
 }
 
 func decodeRecord(b []byte) (*record, error) {

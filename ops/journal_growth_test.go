@@ -80,7 +80,7 @@ func TestOldOperationsGoByThemselves(t *testing.T) {
 		if got := n.engine.records.Len(); got != 0 {
 			t.Errorf("%d containers are recorded, none exists", got)
 		}
-		err := n.engine.journal.load(func(uid string, _ *record) error { return fmt.Errorf("operation %s is in the journal", uid) }, func(err error) { t.Error(err) })
+		err := n.engine.journal.load(func(uid string, _ *record) error { return fmt.Errorf("operation %s is in the journal", uid) }, nil, func(err error) { t.Error(err) })
 		if err != nil {
 			t.Error(err)
 		}

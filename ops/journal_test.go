@@ -262,7 +262,7 @@ func TestJournalFile(t *testing.T) {
 			t.Errorf("got  %s\nwant %s", a, b)
 		}
 		return nil
-	}, func(err error) { t.Error(err) })
+	}, func(uid string, _ []byte, _ *record, why string) { t.Errorf("%s is left: %s", uid, why) }, func(err error) { t.Error(err) })
 	if err != nil || n != 1 {
 		t.Errorf("%d records, %v", n, err)
 	}
@@ -272,7 +272,7 @@ func TestJournalFile(t *testing.T) {
 	}
 	for _, want := range []string{"operation x: ", ""} { // set aside the first time, gone the second
 		var bad error
-		if err := j.load(func(string, *record) error { return nil }, func(err error) { bad = err }); err != nil {
+		if err := j.load(func(string, *record) error { return nil }, nil, func(err error) { bad = err }); err != nil {
 			t.Fatal(err)
 		}
 		if got := fmt.Sprint(bad); (bad == nil) != (want == "") || !strings.Contains(got, want) {

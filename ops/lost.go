@@ -40,6 +40,8 @@ type lostSlot struct {
 	strays []*stray
 	// waits is a container that is to pass its gate; nil for none.
 	waits *stray
+	// left has those of operations that this binary does not understand: hidden, and not taken away unless kubelet wants the slot.
+	left []*stray
 }
 
 // stray is one of them.
@@ -117,18 +119,25 @@ func (e *Engine) judgeSlot(ctx context.Context, slot interceptors.Slot, list []*
 	slices.SortFunc(list, func(a, b *runtimeapi.Container) int { return cmp.Compare(a.GetCreatedAt(), b.GetCreatedAt()) })
 	incumbent := e.serves(ctx, list)
 	lost := &lostSlot{slot: slot}
+	var kept []string
 	for _, c := range list {
 		token := c.GetAnnotations()[interceptors.StagedAnnotation]
 		if !e.undecided(token) {
 			continue
 		}
 		s := &stray{id: c.GetId(), token: token, sandbox: c.GetPodSandboxId(), labels: c.GetLabels(), pod: c.GetLabels()[labelPodNamespace] + "/" + c.GetLabels()[labelPodName]}
-		switch e.isStray(c, token, incumbent) {
-		case true:
+		stray, left := e.isStray(c, token, incumbent), e.isLeftAlone(token)
+		if left {
+			kept = append(kept, token)
+		}
+		switch {
+		case stray && left:
+			lost.left = append(lost.left, s)
+		case stray:
 			lost.strays = append(lost.strays, s)
-		case false:
+		default:
 			e.view.Know(token)
-			if c == incumbent && e.mayWait(ctx, s) {
+			if c == incumbent && !left && e.mayWait(ctx, s) {
 				lost.waits = s
 			}
 		}
@@ -141,7 +150,10 @@ func (e *Engine) judgeSlot(ctx context.Context, slot interceptors.Slot, list []*
 	for _, c := range list {
 		e.decided[c.GetAnnotations()[interceptors.StagedAnnotation]] = true
 	}
-	if len(lost.strays) == 0 && lost.waits == nil {
+	for _, token := range kept {
+		e.tokens[token] = true // so is its gate
+	}
+	if len(lost.strays) == 0 && len(lost.left) == 0 && lost.waits == nil {
 		return
 	}
 	if hold, err := e.view.TryClaim(slot); err == nil {
@@ -152,6 +164,14 @@ func (e *Engine) judgeSlot(ctx context.Context, slot interceptors.Slot, list []*
 		e.tokens[s.token] = true // so is its gate
 		s.claim = e.view.Stray(slot, s.sandbox, s.token, s.id)
 		e.log.WithFields(s.fields()).Warn("hidden and to be taken away: a staged container that no operation knows")
+	}
+	for _, s := range lost.left {
+		s.claim = e.view.Stray(slot, s.sandbox, s.token, s.id)
+		e.leftSlots[slot] = s.token
+		e.log.WithFields(s.fields()).Warn("hidden: a staged container of an operation that this version does not know; it is taken away when kubelet wants its place")
+	}
+	if len(lost.left) > 0 && lost.hold != nil {
+		lost.hold.Drive(givesWay{})
 	}
 	if s := lost.waits; s != nil {
 		e.tokens[s.token] = true
@@ -185,12 +205,24 @@ func (e *Engine) serves(ctx context.Context, list []*runtimeapi.Container) *runt
 		return c.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING
 	})
 	for len(list) > 1 && e.isShell(ctx, list) {
+		e.awaitEnd(ctx, list[0].GetId())
 		list = list[1:]
 	}
 	if len(list) == 0 {
 		return nil
 	}
 	return list[0]
+}
+
+// awaitEnd waits until the runtime knows that the container has ended, for as long as it may be behind the kernel: until then kubelet would
+// be shown two that run.
+func (e *Engine) awaitEnd(ctx context.Context, id string) {
+	for until := time.Now().Add(hookPatience); time.Now().Before(until); {
+		st, err := e.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
+		if err != nil || st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING || sleep(ctx, 20*time.Millisecond) != nil {
+			return
+		}
+	}
 }
 
 // isShell reports whether the first one's process is gone, by the kernel's word. That this process can see the runtime's processes at all is told by
@@ -243,7 +275,41 @@ func (e *Engine) takeLost() []*lostSlot {
 
 // clear takes care of a slot. If ctx ends, what is left stays as it is for the next process.
 func (e *Engine) clear(ctx context.Context, l *lostSlot) {
-	for _, s := range l.strays {
+	e.clearAll(ctx, l, l.strays)
+	if l.waits != nil && !e.letPass(ctx, l) || ctx.Err() != nil {
+		return
+	}
+	if len(l.left) > 0 {
+		if l.hold == nil {
+			return // what it has is hidden as long as this process lives
+		}
+		select {
+		case <-l.hold.Yielded():
+		case <-ctx.Done():
+			return
+		}
+		e.log.WithFields(l.left[0].fields()).Warn("kubelet wants the place of a staged container that was left alone")
+		e.clearAll(ctx, l, l.left)
+		e.mu.Lock()
+		delete(e.leftSlots, l.slot)
+		e.mu.Unlock()
+	}
+	if l.hold != nil && ctx.Err() == nil {
+		l.hold.Release()
+	}
+}
+
+// givesWay is a driver that has nothing for kubelet.
+type givesWay struct{}
+
+func (givesWay) Stop(context.Context, int64) (bool, error) { return false, nil }
+func (givesWay) Create(context.Context, *runtimeapi.CreateContainerRequest) (string, bool) {
+	return "", false
+}
+
+// clearAll takes away what is in the list, until ctx ends.
+func (e *Engine) clearAll(ctx context.Context, l *lostSlot, list []*stray) {
+	for _, s := range list {
 		for wait := 200 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
 			err := e.takeAway(ctx, l, s)
 			if err == nil {
@@ -256,12 +322,6 @@ func (e *Engine) clear(ctx context.Context, l *lostSlot) {
 				return
 			}
 		}
-	}
-	if l.waits != nil && !e.letPass(ctx, l) {
-		return
-	}
-	if l.hold != nil {
-		l.hold.Release()
 	}
 }
 
@@ -279,7 +339,7 @@ func (e *Engine) takeAway(ctx context.Context, l *lostSlot, s *stray) error {
 		if err != nil {
 			return err
 		}
-		if alone {
+		if alone && (l.hold == nil || l.hold.YieldedTo() == nil) { // else kubelet makes the next one, or the pod goes
 			e.log.WithFields(s.fields()).Warn("the old container has ended meanwhile: the one that no operation knows takes its place")
 			s.claim.Reveal()
 			if e.methods.gate(s.token).Exists() {

@@ -190,13 +190,7 @@ func (n *node) leftovers() string {
 // makeNext makes the next attempt of app, as kubelet does.
 func (n *node) makeNext(t *testing.T) {
 	t.Helper()
-	attempt := uint32(strings.Count(n.rt.state(), "app/"))
-	made, err := n.kubelet.CreateContainer(t.Context(), &runtimeapi.CreateContainerRequest{
-		PodSandboxId: n.sandbox, Config: n.containerConfig("app", attempt), SandboxConfig: n.sandboxConfig(),
-	})
-	n.must(err)
-	_, err = n.kubelet.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: made.GetContainerId()})
-	n.must(err)
+	n.makeNextAt(t, uint32(strings.Count(n.rt.state(), "app/")))
 }
 
 // The same for upgrades. Their caller and kubelet begin again from what they find.

@@ -21,6 +21,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/cgroup"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
 )
 
@@ -52,6 +53,8 @@ type methods struct {
 	// owned and watch are [ofContainer] and [watchExit], but for tests, whose processes have no cgroups of their own.
 	owned func(pid int, container string) error
 	watch func(pid int, container string) (*exitWatch, error)
+	// cgroups is [cgroup.System.Find] of this machine, but for tests.
+	cgroups func(pid int, container string) (*cgroup.Pod, error)
 	// gatePatience is the constant of that name, but for tests on a machine with too much to do.
 	gatePatience time.Duration
 
@@ -70,7 +73,7 @@ func newMethods(best Method, stateDir, cdiSpecDir string) *methods {
 	}
 	return &methods{
 		best: best, gatesDir: gate.Dir(stateDir), cdiSpecDir: cdiSpecDir, owned: ofContainer, watch: watchExit,
-		gatePatience: gatePatience,
+		cgroups: cgroup.System{}.Find, gatePatience: gatePatience,
 	}
 }
 

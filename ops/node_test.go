@@ -69,6 +69,7 @@ type node struct {
 	daemons []*daemon
 	sandbox string
 	method  Method
+	room    *room // nil: the processes' own cgroups, which are none of a pod
 }
 
 // podOptions are what a test wants different about the pod.
@@ -77,11 +78,12 @@ type podOptions struct {
 	hidden      bool              // app is made behind the proxy's back, as before its installation
 	processes   bool              // the containers have real ones
 	method      Method            // the best that is allowed
+	room        *room             // of the pod
 }
 
 func newNode(t testing.TB, o podOptions) *node {
 	t.Helper()
-	n := &node{t: t, dir: t.TempDir(), rt: newFakeRuntime(), method: o.method}
+	n := &node{t: t, dir: t.TempDir(), rt: newFakeRuntime(), method: o.method, room: o.room}
 	if o.processes {
 		newProcesses(t, n.rt, n.dir)
 	}
@@ -126,11 +128,14 @@ func (n *node) boot(state string) {
 	if n.rt.processes != nil {
 		d.engine.methods.owned, d.engine.methods.watch = n.rt.owned, d.watch(n.rt)
 	}
+	if n.room != nil {
+		d.engine.methods.cgroups = n.room.find
+	}
 	d.engine.lateCreate = time.Hour // tests count calls
 	d.engine.methods.gatePatience = waitLong
 	d.engine.journal.unsynced() // no power is cut here; copies of the file are made by this process
 	d.api = NewServer(d.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
-	d.server = proxy.NewServer(up, proxy.Options{Director: interceptors.New(interceptors.Options{View: d.view, Records: d.engine.Records(), Runtime: up.Conn(), Log: log, Overrides: d.engine.Overrides(), Judge: d.engine})})
+	d.server = proxy.NewServer(up, proxy.Options{Director: interceptors.New(interceptors.Options{View: d.view, Records: d.engine.Records(), Runtime: up.Conn(), Log: log, Judge: d.engine, Overrides: d.engine.Overrides(), Pods: d.engine})})
 	path := filepath.Join(n.dir, fmt.Sprintf("p%d.sock", len(n.daemons)))
 	l, err := proxy.Listen(path, proxy.ListenOptions{Mode: 0o600})
 	if err != nil {

@@ -63,7 +63,14 @@ func (r *restart) overlap(ctx context.Context) error {
 	if err := r.interrupted(); err != nil { // resumed
 		return err
 	}
-	if err := r.start(ctx); err != nil {
+	if err := r.raise(ctx); err != nil {
+		return err
+	}
+	r.failpoint("raised")
+	r.beside = time.Now()
+	err := r.start(ctx)
+	r.besideUntil = time.Now()
+	if err != nil {
 		return err
 	}
 	r.failpoint("running")

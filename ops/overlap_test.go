@@ -249,6 +249,7 @@ func TestTakenBackDuringTheOverlap(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
 			n := newNode(t, podOptions{processes: true})
+			n.engine.pods = deleting
 			n.runTidied()
 			n.rt.takeCalls()
 			incumbent := n.rt.idOf(t, "app/0")

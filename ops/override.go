@@ -8,6 +8,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -67,8 +68,12 @@ type Overrides struct {
 
 	// n is how many there are. The pass path reads only this.
 	n atomic.Int32
-	// removed wakes whoever looks for pods that are gone.
-	removed chan struct{}
+	// removed wakes whoever looks for pods that are gone, dirty whoever writes what has changed in a call of kubelet's.
+	removed, dirty chan struct{}
+
+	// writing is held while the journal is written, or an older change could come after a newer one. It is taken before mu, which never
+	// is held then: kubelet's calls take mu, and a disk may hang.
+	writing sync.Mutex
 
 	mu     sync.Mutex // guards all following fields
 	bySlot map[interceptors.Slot]*override
@@ -82,7 +87,7 @@ var _ interceptors.Overrides = (*Overrides)(nil)
 // openOverrides reads them. One that cannot be read is left out.
 func openOverrides(j *journal, img runtimeapi.ImageServiceClient, log logrus.FieldLogger) (*Overrides, error) {
 	s := &Overrides{
-		journal: j, img: img, log: log, removed: make(chan struct{}, 1),
+		journal: j, img: img, log: log, removed: make(chan struct{}, 1), dirty: make(chan struct{}, 1),
 		lost: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "criproxy_image_overrides_lost_total", Help: "Image overrides that ended because their image was not on the node any more.",
 		}),
@@ -137,6 +142,16 @@ func (s *Overrides) drop(o *override) {
 	s.flush()
 }
 
+// end is drop for calls of kubelet's, which don't wait for the disk. If the process dies before it is written, what ended it ends it again:
+// it is looked at each time that kubelet makes the container.
+func (s *Overrides) end(o *override) {
+	s.set(o.slot(), nil)
+	select {
+	case s.dirty <- struct{}{}:
+	default:
+	}
+}
+
 func (s *Overrides) flush() {
 	if err := s.write(s.journal.putOverrides); err != nil {
 		s.log.WithError(err).Warn("end of an image override not written; tried again with the next write")
@@ -145,14 +160,16 @@ func (s *Overrides) flush() {
 
 // write calls put with what is not on disk, by slot and with nil for what has ended. Once put returns nil it counts as written.
 func (s *Overrides) write(put func(changes map[string][]byte) error) error {
-	s.mu.Lock()
-	if len(s.unwritten) == 0 {
-		s.mu.Unlock()
+	if s.written() {
 		return put(nil)
 	}
-	defer s.mu.Unlock() // during the write, or an older change could come after a newer one
-	changes := make(map[string][]byte, len(s.unwritten))
-	for slot, o := range s.unwritten {
+	s.writing.Lock()
+	defer s.writing.Unlock()
+	s.mu.Lock()
+	now := maps.Clone(s.unwritten)
+	s.mu.Unlock()
+	changes := make(map[string][]byte, len(now))
+	for slot, o := range now {
 		if o == nil {
 			changes[slot.String()] = nil
 			continue
@@ -163,11 +180,24 @@ func (s *Overrides) write(put func(changes map[string][]byte) error) error {
 		}
 		changes[slot.String()] = raw
 	}
-	err := put(changes)
-	if err == nil {
-		clear(s.unwritten)
+	if err := put(changes); err != nil {
+		return err
 	}
-	return err
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for slot, o := range now {
+		if later, is := s.unwritten[slot]; is && later == o { // else it has changed again meanwhile
+			delete(s.unwritten, slot)
+		}
+	}
+	return nil
+}
+
+// written reports whether all is on disk.
+func (s *Overrides) written() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.unwritten) == 0
 }
 
 // Apply implements [interceptors.Overrides]. An override whose image is gone, or whose pod's spec has got another image, ends: then
@@ -183,7 +213,7 @@ func (s *Overrides) Apply(ctx context.Context, slot interceptors.Slot, req *runt
 	log := s.log.WithFields(logrus.Fields{"pod": o.Namespace + "/" + o.Pod, "container": o.Container, "image": o.Image, "specImage": o.SpecImage})
 	if asked := config.GetImage().GetUserSpecifiedImage(); asked != o.SpecImage {
 		log.WithField("asked", asked).Info("image override ended: the pod's spec has another image")
-		s.drop(o)
+		s.end(o)
 		return false, nil
 	}
 	image, err := s.image(ctx, o.ImageID)
@@ -197,7 +227,7 @@ func (s *Overrides) Apply(ctx context.Context, slot interceptors.Slot, req *runt
 	case err != nil || image == nil:
 		log.WithError(err).Warn("image override ended: the image is not on the node any more; the container is made with the image of the pod's spec")
 		s.lost.Inc()
-		s.drop(o)
+		s.end(o)
 		return false, nil
 	}
 	setImage(config, o.Image, image.GetId())
@@ -225,6 +255,19 @@ func (s *Overrides) SandboxRemoved() {
 	select {
 	case s.removed <- struct{}{}:
 	default:
+	}
+}
+
+// writeEnded writes overrides that a call of kubelet's has ended, until ctx ends. What it does not come to goes with the next write, or with
+// the end of the engine.
+func (e *Engine) writeEnded(ctx context.Context) {
+	for {
+		select {
+		case <-e.overrides.dirty:
+			e.overrides.flush()
+		case <-ctx.Done():
+			return
+		}
 	}
 }
 

@@ -37,6 +37,7 @@ type fakeProcesses struct {
 	mortal   string                  // a container whose application ends at once
 	noHook   bool                    // the hook is not run, and the application begins at once
 	deadHook bool                    // the container ends instead of running the hook
+	slowExec time.Duration           // between the end of the hook and the execution of the application
 	lateHook bool                    // the runtime's process does not come to run the hook
 	late     func(name string) error // called in StopContainer, between the end of the process and that of the container
 	all      []*fakeProcess
@@ -88,6 +89,18 @@ func newProcesses(t testing.TB, f *fakeRuntime, dir string) {
 	})
 }
 
+// rename gives the runtime's processes another name.
+func (p *fakeProcesses) rename(dir, name string) {
+	as := filepath.Join(dir, name)
+	if as == p.init {
+		return
+	}
+	if err := os.Rename(p.init, as); err != nil {
+		p.t.Fatal(err)
+	}
+	p.init = as
+}
+
 // mount opens the directory that the hook comes from, for bind mounts outlive the names of what they mount.
 func (p *fakeProcesses) mount(c *runtimeapi.ContainerConfig) (*os.File, error) {
 	if len(c.GetCDIDevices()) == 0 {
@@ -130,6 +143,9 @@ func (f *fakeRuntime) run(c *fakeContainer) error {
 	default:
 		dir = fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), c.gate.Fd())
 		script = `"$0/hook" "$0/gate" || exit 1; ` + script
+		if p.slowExec > 0 {
+			script = fmt.Sprintf(`"$0/hook" "$0/gate" || exit 1; sleep %f; echo begun >&3; exec 3>&-; exec sleep 100000`, p.slowExec.Seconds())
+		}
 	}
 	q := &fakeProcess{cmd: exec.Command(p.init, "-c", script, dir), reaped: make(chan struct{}), pipe: read}
 	q.cmd.ExtraFiles = []*os.File{write}

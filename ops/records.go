@@ -4,12 +4,15 @@
 package ops
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime/debug"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -29,15 +32,40 @@ var (
 	bucketStarted   = []byte("started")
 	// bucketEnvironments has the environments of unfinished operations, by operation and container.
 	bucketEnvironments = []byte("environments")
+	bucketHeld         = []byte("held")
+)
+
+const (
+	// recordPatience bounds what a call of kubelet's waits for its record. It goes into the page cache, which takes microseconds; when
+	// the disk hangs the record is written later.
+	recordPatience = 100 * time.Millisecond
+	// maxUnwritten bounds the records that wait for a disk that hangs: more containers than a node has.
+	maxUnwritten = 1024
 )
 
 // Records keeps, by container ID, the CreateContainer request as kubelet sent it and the
-// resources last applied, and when the process of a gated one began. It outlives the process but not the boot: containers
+// resources last applied, when the process of a gated one began, and until when its probes are held. It outlives the process but not the boot: containers
 // don't either, which is why writes need not wait for the disk.
 type Records struct {
 	db  *bolt.DB
 	log logrus.FieldLogger
 	n   atomic.Int64
+
+	nudge chan struct{} // one: there is something to write, or the end has come
+	ended chan struct{} // closed when nothing is written any more
+
+	mu     sync.Mutex     // guards all following fields; never held while something is written
+	queue  []*recordWrite // in order; the first may be being written
+	closed bool
+}
+
+// recordWrite is a change of the records.
+type recordWrite struct {
+	id      string
+	change  func(tx *bolt.Tx) error
+	grow    int64 // of the number of requests
+	failed  string
+	written chan struct{} // closed when it has been, or could not be
 }
 
 var _ interceptors.Records = (*Records)(nil)
@@ -49,7 +77,7 @@ var _ interceptors.Records = (*Records)(nil)
 func openRecords(dir string, log logrus.FieldLogger) (*Records, error) {
 	path := filepath.Join(dir, "records.db")
 	log = log.WithField("file", path)
-	r := &Records{log: log}
+	r := &Records{log: log, nudge: make(chan struct{}, 1), ended: make(chan struct{})}
 	err := dropOldRecords(path, filepath.Join(dir, "records.boot"), log)
 	if err == nil {
 		r.db, err = openRecordsFile(path)
@@ -67,10 +95,15 @@ func openRecords(dir string, log logrus.FieldLogger) (*Records, error) {
 		log.WithError(err).Error("no records: containers are cloned from the runtime's own record")
 		return r, nil
 	}
-	return r, r.view(func(tx *bolt.Tx) error {
+	err = r.db.View(func(tx *bolt.Tx) error {
 		r.n.Store(int64(tx.Bucket(bucketRequests).Stats().KeyN))
 		return nil
 	})
+	if err != nil {
+		return nil, errors.Join(err, r.db.Close())
+	}
+	go r.writeQueue() // ends with close
+	return r, nil
 }
 
 // dropOldRecords removes the records of an earlier boot before they are opened: a power
@@ -101,23 +134,113 @@ func removeRecords(path string) error {
 }
 
 func openRecordsFile(path string) (*bolt.DB, error) {
-	return boltfile.OpenDB(path, boltfile.Options{Buckets: [][]byte{bucketRequests, bucketResources, bucketStarted, bucketEnvironments}, Unsynced: true})
+	return boltfile.OpenDB(path, boltfile.Options{Buckets: [][]byte{bucketRequests, bucketResources, bucketStarted, bucketEnvironments, bucketHeld}, Unsynced: true})
 }
 
 // errNoRecords is what becomes of a write without a file.
 var errNoRecords = errors.New("there is no file of records")
 
-func (r *Records) update(f func(tx *bolt.Tx) error) error {
-	if r.db == nil {
-		return errNoRecords
+// write has a change written and waits for it, for [recordPatience] at most.
+func (r *Records) write(w *recordWrite) {
+	err := r.enqueue(w)
+	if err != nil {
+		// Not kubelet's business: the verbose status is the fallback.
+		r.log.WithField("container", w.id).WithError(err).Warn(w.failed)
+		return
 	}
-	return r.db.Update(f)
+	timer := time.NewTimer(recordPatience)
+	defer timer.Stop()
+	select {
+	case <-w.written:
+	case <-timer.C:
+		r.log.WithField("container", w.id).Warn("the disk does not take the record of a container; it is written when it does")
+	}
 }
 
-// view does nothing without a file.
+func (r *Records) enqueue(w *recordWrite) error {
+	w.written = make(chan struct{})
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch {
+	case r.db == nil || r.closed:
+		return errNoRecords
+	case len(r.queue) >= maxUnwritten:
+		return errors.New("the disk hangs, and too many records wait for it")
+	}
+	r.queue = append(r.queue, w)
+	r.wake()
+	return nil
+}
+
+func (r *Records) wake() {
+	select {
+	case r.nudge <- struct{}{}:
+	default:
+	}
+}
+
+// writeQueue writes until the records are closed.
+func (r *Records) writeQueue() {
+	defer close(r.ended)
+	for {
+		w, over := r.next()
+		switch {
+		case w != nil:
+			r.writeNow(w)
+		case over:
+			return
+		default:
+			<-r.nudge
+		}
+	}
+}
+
+// next returns what is to be written, nil for nothing, and whether nothing will be any more.
+func (r *Records) next() (w *recordWrite, over bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.queue) > 0 {
+		return r.queue[0], false
+	}
+	return nil, r.closed
+}
+
+func (r *Records) writeNow(w *recordWrite) {
+	if err := r.try(w.change); err != nil {
+		r.log.WithField("container", w.id).WithError(err).Warn(w.failed)
+	} else {
+		r.n.Add(w.grow)
+	}
+	r.mu.Lock()
+	r.queue = r.queue[1:]
+	r.mu.Unlock()
+	close(w.written)
+}
+
+// try makes an error of a panic: bolt panics at a page that is not what it should be.
+func (r *Records) try(change func(tx *bolt.Tx) error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("%w: %v", boltfile.ErrDamaged, p)
+		}
+	}()
+	return r.db.Update(change)
+}
+
+// view reads what has been recorded so far, and waits for the disk if it has to. It does nothing without a file.
 func (r *Records) view(f func(tx *bolt.Tx) error) error {
 	if r.db == nil {
 		return nil
+	}
+	r.mu.Lock()
+	var last *recordWrite
+	if n := len(r.queue); n > 0 {
+		last = r.queue[n-1]
+	}
+	r.mu.Unlock()
+	if last != nil {
+		<-last.written
 	}
 	return r.db.View(f)
 }
@@ -132,35 +255,40 @@ func (r *Records) Updated(id string, resources []byte) {
 		r.log.WithField("container", id).WithError(err).Warn("resources not recorded")
 		return
 	}
-	merged, err := proto.Marshal(overlayResources(r.resources(id), next))
-	if err != nil {
-		r.log.WithField("container", id).WithError(err).Warn("resources not recorded")
-		return
-	}
-	r.put(bucketResources, id, merged, 0)
+	r.write(&recordWrite{id: id, failed: "resources not recorded", change: func(tx *bolt.Tx) error {
+		before := &runtimeapi.LinuxContainerResources{}
+		if b := tx.Bucket(bucketResources).Get([]byte(id)); b == nil {
+			before = nil
+		} else if err := proto.Unmarshal(b, before); err != nil {
+			before = nil // as if there were none
+		}
+		merged, err := proto.Marshal(overlayResources(before, next))
+		if err != nil {
+			return err
+		}
+		return tx.Bucket(bucketResources).Put([]byte(id), merged)
+	}})
 }
 
 func (r *Records) put(bucket []byte, id string, value []byte, grow int64) {
-	err := r.update(func(tx *bolt.Tx) error { return tx.Bucket(bucket).Put([]byte(id), value) })
-	if err != nil {
-		// Not kubelet's business: the verbose status is the fallback.
-		r.log.WithField("container", id).WithError(err).Warn("container not recorded")
-		return
-	}
-	r.n.Add(grow)
+	value = bytes.Clone(value) // it may be written later
+	r.write(&recordWrite{id: id, failed: "container not recorded", grow: grow, change: func(tx *bolt.Tx) error {
+		return tx.Bucket(bucket).Put([]byte(id), value)
+	}})
 }
 
 // Removed implements [interceptors.Records]. An ID prefix removes nothing; the next start tidies up.
 func (r *Records) Removed(id string) {
-	err := r.update(func(tx *bolt.Tx) error {
+	r.write(&recordWrite{id: id, failed: "record not removed", change: func(tx *bolt.Tx) error {
 		if tx.Bucket(bucketRequests).Get([]byte(id)) != nil {
 			r.n.Add(-1)
 		}
-		return errors.Join(tx.Bucket(bucketRequests).Delete([]byte(id)), tx.Bucket(bucketResources).Delete([]byte(id)), tx.Bucket(bucketStarted).Delete([]byte(id)))
-	})
-	if err != nil {
-		r.log.WithField("container", id).WithError(err).Warn("record not removed")
-	}
+		var errs []error
+		for _, b := range [][]byte{bucketRequests, bucketResources, bucketStarted, bucketHeld} {
+			errs = append(errs, tx.Bucket(b).Delete([]byte(id)))
+		}
+		return errors.Join(errs...)
+	}})
 }
 
 // Len returns how many containers are recorded.
@@ -189,6 +317,11 @@ func (r *Records) setStarted(id string, at time.Time) {
 	r.put(bucketStarted, id, binary.BigEndian.AppendUint64(nil, uint64(at.UnixNano())), 0)
 }
 
+// setHeld records until when kubelet is kept from probing the container.
+func (r *Records) setHeld(id string, until time.Time) {
+	r.put(bucketHeld, id, binary.BigEndian.AppendUint64(nil, uint64(until.UnixNano())), 0)
+}
+
 // started returns when the container's process passed its gate; zero if it had none.
 func (r *Records) started(id string) time.Time {
 	var at time.Time
@@ -210,9 +343,14 @@ func startedTime(b []byte) time.Time {
 }
 
 // eachStarted calls f for every container that had a gate.
-func (r *Records) eachStarted(f func(id string, at time.Time)) {
+func (r *Records) eachStarted(f func(id string, at time.Time)) { r.eachTime(bucketStarted, f) }
+
+// eachHeld calls f for every container that kubelet has been kept from probing.
+func (r *Records) eachHeld(f func(id string, until time.Time)) { r.eachTime(bucketHeld, f) }
+
+func (r *Records) eachTime(bucket []byte, f func(id string, at time.Time)) {
 	err := r.view(func(tx *bolt.Tx) error {
-		return tx.Bucket(bucketStarted).ForEach(func(k, v []byte) error {
+		return tx.Bucket(bucket).ForEach(func(k, v []byte) error {
 			f(string(k), startedTime(v))
 			return nil
 		})
@@ -242,12 +380,10 @@ func (r *Records) environment(operation, container string) *opsv1.Environment {
 
 // forgetEnvironment is for an operation that has ended.
 func (r *Records) forgetEnvironment(operation, container string) {
-	err := r.update(func(tx *bolt.Tx) error {
-		return tx.Bucket(bucketEnvironments).Delete([]byte(environmentKey(operation, container)))
-	})
-	if err != nil && !errors.Is(err, errNoRecords) {
-		r.log.WithField("op", operation).WithError(err).Warn("record not removed")
-	}
+	key := environmentKey(operation, container)
+	r.write(&recordWrite{id: key, failed: "record not removed", change: func(tx *bolt.Tx) error {
+		return tx.Bucket(bucketEnvironments).Delete([]byte(key))
+	}})
 }
 
 func (r *Records) get(bucket []byte, id string, m proto.Message) bool {
@@ -271,7 +407,7 @@ func (r *Records) get(bucket []byte, id string, m proto.Message) bool {
 func (r *Records) ids() []string {
 	var ids []string
 	err := r.view(func(tx *bolt.Tx) error {
-		for _, b := range [][]byte{bucketRequests, bucketResources, bucketStarted} {
+		for _, b := range [][]byte{bucketRequests, bucketResources, bucketStarted, bucketHeld} {
 			err := tx.Bucket(b).ForEach(func(k, _ []byte) error {
 				ids = append(ids, string(k))
 				return nil
@@ -292,5 +428,10 @@ func (r *Records) close() error {
 	if r.db == nil {
 		return nil
 	}
+	r.mu.Lock()
+	r.closed = true
+	r.wake()
+	r.mu.Unlock()
+	<-r.ended
 	return r.db.Close()
 }

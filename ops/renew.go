@@ -76,12 +76,15 @@ func (r *restart) ensureImage(ctx context.Context) error {
 	if r.images == nil || r.overrides.of(r.slot()) != nil {
 		return nil
 	}
+	if err := r.awaitRuntime(ctx); err != nil {
+		return err
+	}
 	// What cannot be found is said when the slot is taken.
 	found, err := r.resolve(ctx, r.o.op.GetPod(), r.want, r.o.req.GetForce())
 	if err != nil {
 		return nil //nolint:nilerr // see above
 	}
-	request, _, err := r.requestOf(ctx, found.incumbent, found.sandbox)
+	request, err := r.requestOf(ctx, found.incumbent, found.sandbox)
 	if err != nil {
 		return nil //nolint:nilerr // see above
 	}

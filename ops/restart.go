@@ -12,11 +12,14 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/cgroup"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
 )
@@ -52,7 +55,9 @@ const (
 	ReasonPostStartFailed   = "PostStartHookFailed"
 	ReasonRuntime           = "RuntimeError"
 	ReasonJournal           = "JournalError"
-	ReasonInternal          = "InternalError" // a panic
+	ReasonRebooted          = "NodeRestarted"
+	ReasonVersion           = "JournalVersion" // written by a binary that knows more
+	ReasonInternal          = "InternalError"  // a panic
 )
 
 // outcome ends the restart of a container. It is an error, except that it also
@@ -188,24 +193,37 @@ type restart struct {
 	pid  int        // of the process that waits there; 0 if this process cannot look at it
 	held bool       // the successor has been started behind a gate that is not open
 
+	// asked is when this process asked the incumbent to stop. From beside to besideUntil it had the successor started beside it.
+	asked, beside, besideUntil time.Time
+	// pod is where the pod of a successor that waits at its gate is looked at; nil if that cannot be.
+	pod *cgroup.Pod
+
+	stopFirst bool // it was to be StartFirst and goes on otherwise; as in the record
+
 	queued bool // it waits for the slot, or has ended doing so
+
+	probes *time.Duration // for how long kubelet's probes of the successor are held; nil until that is known
 
 	change *newImage // nil if the image stays
 	up     *upgrade  // nil if it is no upgrade
+	join   *join     // nil if it is one
 }
 
 func (e *Engine) newRestart(o *operation, i int) *restart {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	r := &restart{
-		Engine: e, o: o, i: i, want: o.req.GetContainers()[i], claim: o.claims[i],
+		Engine: e, o: o, i: i, want: o.req.GetContainers()[i], claim: o.claims[i], stopFirst: o.containers[i].StopFirst,
 		log: e.log.WithFields(logrus.Fields{"op": o.op.GetUid(), "pod": podName(o.op.GetPod()), "container": o.req.GetContainers()[i].GetName()}),
 	}
 	if o.upgrade != nil {
 		r.up = newUpgrade()
 		r.up.hurry = r.hurry
 		r.change = &newImage{want: o.upgrade.GetContainers()[i]}
-	} else if r.want.GetImage() != "" || r.want.GetRevertImage() {
+		return r
+	}
+	r.join = newJoin(r)
+	if r.want.GetImage() != "" || r.want.GetRevertImage() {
 		r.change = &newImage{want: &opsv1.ContainerUpgrade{Name: r.want.GetName(), Image: o.op.GetContainers()[i].GetImage(), PullPolicy: r.want.GetPullPolicy()}}
 	}
 	return r
@@ -289,6 +307,8 @@ func (r *restart) run(ctx context.Context) bool {
 	err := guard.Try(r.log, func() error { return drive(ctx) })
 	if r.up != nil {
 		close(r.up.over) // whatever is still to be done: kubelet is not kept waiting for it
+	} else {
+		r.join.end(ctx.Err() != nil)
 	}
 	defer func() {
 		r.exit.close()
@@ -315,7 +335,11 @@ func (r *restart) run(ctx context.Context) bool {
 		return false // a panic in there is the caller's
 	}
 	if r.claim != nil {
+		if !r.lower(ctx) {
+			return false
+		}
 		r.removeGate() // whichever process has made or opened it
+		r.tellEnd(ctx)
 	}
 	if r.up != nil && out.phase == opsv1.Phase_PHASE_SUCCEEDED && r.rec().Method != MethodKubelet {
 		r.overrides.set(r.slot(), nil) // the image is that of the pod's spec
@@ -355,6 +379,7 @@ func (r *restart) drive(ctx context.Context) error {
 	ready := r.prepareSpecImage
 	switch {
 	case r.claim != nil:
+		r.joins()
 		ready = r.resume
 	case r.change != nil:
 		ready = r.prepareImage
@@ -376,8 +401,11 @@ func (r *restart) drive(ctx context.Context) error {
 				err = r.beforeStop(ctx)
 			}
 		case stepStart:
-			if err = r.overlap(ctx); err == nil {
+			switch err = r.overlap(ctx); {
+			case err == nil:
 				err = r.beforeStop(ctx)
+			case besideFails(err):
+				err = r.giveUpOverlap(ctx, err)
 			}
 		case stepStop:
 			err = r.swap(ctx)
@@ -387,7 +415,12 @@ func (r *restart) drive(ctx context.Context) error {
 			if c := r.container(); c.GetReason() != "" {
 				return failf(c.GetReason(), "%s", c.GetMessage())
 			}
-			r.measure(ctx, r.rec())
+			if !r.o.rebooted { // else the runtime's times are those of the reboot
+				r.measure(ctx, r.rec())
+			}
+			if r.rec().Joined {
+				return r.awaitRecreation(ctx)
+			}
 			return nil
 		default:
 			return failf(ReasonJournal, "the journal has the unknown step %q", s)
@@ -400,9 +433,6 @@ func (r *restart) drive(ctx context.Context) error {
 
 // prepareSpecImage takes the slot once the image of the pod's spec is on the node.
 func (r *restart) prepareSpecImage(ctx context.Context) error {
-	if err := r.awaitRuntime(ctx); err != nil {
-		return err
-	}
 	if err := r.ensureImage(ctx); err != nil {
 		return err
 	}
@@ -422,6 +452,9 @@ func (r *restart) resume(ctx context.Context) error {
 		}
 		return out
 	}
+	if err := r.outlived(ctx); err != nil {
+		return err
+	}
 	if r.rec().Step == stepStage { // resumed: the successor may or may not exist; nothing was stopped
 		if err := r.removeStaged(ctx); err != nil {
 			return err
@@ -432,8 +465,31 @@ func (r *restart) resume(ctx context.Context) error {
 	return nil
 }
 
+// outlived is an outcome if the pod's sandbox has not outlived the process that began the operation, with the machine perhaps: all containers have ended
+// with it, and kubelet makes others in a new one. What has been shown to kubelet before is not undone by that.
+func (r *restart) outlived(ctx context.Context) error {
+	rec := r.rec()
+	if rec.Step == stepNone || rec.Step == stepReveal {
+		return nil
+	}
+	if r.o.rebooted {
+		return failf(ReasonRebooted, "the node was restarted in the middle of the %s, which ended all containers: kubelet makes them anew, and the new container of this %s has not taken over", r.kind(), r.kind())
+	}
+	var st *runtimeapi.PodSandboxStatusResponse
+	err := r.patiently(ctx, func() (err error) {
+		st, err = r.rt.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: rec.Sandbox})
+		return err
+	})
+	if status.Code(err) == codes.NotFound || err == nil && st.GetStatus().GetState() != runtimeapi.PodSandboxState_SANDBOX_READY {
+		return failf(ReasonPodStopping, "the pod's sandbox has ended in the middle of the %s, and its containers with it: the pod goes away, or kubelet makes them anew", r.kind())
+	}
+	return nil // what the runtime cannot tell, the next step meets
+}
+
 // overlaps reports whether the successor runs before the incumbent is stopped.
-func (r *restart) overlaps() bool { return r.want.GetOrder() == opsv1.Order_ORDER_START_FIRST }
+func (r *restart) overlaps() bool {
+	return r.want.GetOrder() == opsv1.Order_ORDER_START_FIRST && !r.stopFirst
+}
 
 func (r *restart) container() *opsv1.ContainerOperation {
 	return r.o.snapshot().GetContainers()[r.i]
@@ -450,10 +506,16 @@ func (r *restart) takeSlot(ctx context.Context) error {
 		}
 		return err
 	}
-	claim, err := r.view.Claim(waiting, interceptors.Slot{PodUID: r.o.op.GetPod().GetUid(), Container: r.want.GetName()})
+	if err := r.refuseLeft(r.slot()); err != nil {
+		return err
+	}
+	claim, err := r.view.Claim(waiting, r.slot())
 	switch {
 	case err == nil:
 		r.claim, r.queued = claim, false
+		if r.join != nil {
+			r.joins()
+		}
 		return nil
 	case ctx.Err() == nil:
 		return r.cancelledOutcome()

@@ -25,6 +25,7 @@ func (r *restart) afterStart(ctx context.Context) error {
 		return err
 	}
 	r.keepOverride()
+	r.holdProbes(ctx)
 	r.note(func(c *containerRecord, op *opsv1.ContainerOperation) {
 		c.Step = stepReveal
 		op.Phase = opsv1.Phase_PHASE_REVEALING
@@ -32,8 +33,12 @@ func (r *restart) afterStart(ctx context.Context) error {
 	if !r.claim.TryReveal() {
 		return r.interrupted()
 	}
+	joined := r.join.show()
 	r.failpoint("revealed")
 	r.measure(ctx, rec)
+	if joined {
+		return r.awaitRecreation(ctx)
+	}
 	return nil
 }
 

@@ -54,6 +54,13 @@ type fakeSandbox struct {
 	at     int64
 }
 
+func (s *fakeSandbox) state() runtimeapi.PodSandboxState {
+	if s.ready {
+		return runtimeapi.PodSandboxState_SANDBOX_READY
+	}
+	return runtimeapi.PodSandboxState_SANDBOX_NOTREADY
+}
+
 type fakeContainer struct {
 	status   *runtimeapi.ContainerStatus
 	sandbox  string
@@ -325,11 +332,7 @@ func (f *fakeRuntime) ListPodSandbox(_ context.Context, r *runtimeapi.ListPodSan
 		if !hasLabels(s.config.GetLabels(), r.GetFilter().GetLabelSelector()) {
 			continue
 		}
-		state := runtimeapi.PodSandboxState_SANDBOX_NOTREADY
-		if s.ready {
-			state = runtimeapi.PodSandboxState_SANDBOX_READY
-		}
-		resp.Items = append(resp.Items, &runtimeapi.PodSandbox{Id: s.id, Metadata: s.config.GetMetadata(), State: state, CreatedAt: s.at, Labels: s.config.GetLabels()})
+		resp.Items = append(resp.Items, &runtimeapi.PodSandbox{Id: s.id, Metadata: s.config.GetMetadata(), State: s.state(), CreatedAt: s.at, Labels: s.config.GetLabels()})
 	}
 	return resp, nil
 }
@@ -341,7 +344,7 @@ func (f *fakeRuntime) PodSandboxStatus(_ context.Context, r *runtimeapi.PodSandb
 	if s == nil {
 		return nil, status.Errorf(codes.NotFound, "an error occurred when try to find sandbox: not found")
 	}
-	resp := &runtimeapi.PodSandboxStatusResponse{Status: &runtimeapi.PodSandboxStatus{Id: s.id, Metadata: s.config.GetMetadata(), Network: &runtimeapi.PodSandboxNetworkStatus{Ip: s.ip}}}
+	resp := &runtimeapi.PodSandboxStatusResponse{Status: &runtimeapi.PodSandboxStatus{Id: s.id, Metadata: s.config.GetMetadata(), State: s.state(), Network: &runtimeapi.PodSandboxNetworkStatus{Ip: s.ip}}}
 	if r.GetVerbose() {
 		resp.Info = verbose(s.config)
 	}

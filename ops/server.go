@@ -99,6 +99,9 @@ func (s *Server) precheck(ctx context.Context, req *opsv1.RestartRequest) (*opsv
 	pod.Uid = sandbox.GetMetadata().GetUid()
 	for _, c := range req.GetContainers() {
 		slot := interceptors.Slot{PodUID: pod.GetUid(), Container: c.GetName()}
+		if err := s.e.refuseLeft(slot); err != nil {
+			return nil, precheckError(err)
+		}
 		if s.e.view.Claimed(slot) {
 			continue
 		}
@@ -306,6 +309,8 @@ func validateRestart(req *opsv1.RestartRequest, remote bool) error {
 			return invalid("container %q: min_ready_seconds must be between 0 and %d", name, maxMinReady)
 		case c.GetMinReadySeconds() != 0 && c.GetOrder() != opsv1.Order_ORDER_START_FIRST:
 			return invalid("container %q: min_ready_seconds is for ORDER_START_FIRST only", name)
+		case c.GetHoldProbes() != nil && (!c.GetHoldProbes().IsValid() || c.GetHoldProbes().AsDuration() < 0 || c.GetHoldProbes().AsDuration() > maxHoldProbes):
+			return invalid("container %q: hold_probes must be between 0 and %s", name, maxHoldProbes)
 		case len(c.GetExpectedContainerId()) > 256:
 			return invalid("container %q: expected_container_id is too long", name)
 		case len(c.GetImage()) > maxImage:

@@ -65,6 +65,11 @@ func (r *restart) stage(ctx context.Context) error {
 	if err := r.chooseMethod(call); err != nil {
 		return err
 	}
+	if r.overlaps() { // before anything is made for it
+		if err := r.roomBeside(call); err != nil {
+			return err
+		}
+	}
 	id, err := r.create(call, token)
 	if err != nil {
 		return err
@@ -87,20 +92,26 @@ func (r *restart) stage(ctx context.Context) error {
 
 // chooseMethod picks the best method that the node has and that applies to the container.
 func (r *restart) chooseMethod(ctx context.Context) error {
+	if err := r.load(ctx); err != nil {
+		return err
+	}
 	if r.overlaps() {
 		r.setMethod(MethodOverlap)
 		return nil
-	}
-	if err := r.load(ctx); err != nil {
-		return err
 	}
 	_, info, err := r.inspectIncumbent(ctx)
 	if err != nil {
 		return err
 	}
+	if r.methods.available(MethodGate) && info.RuntimeType == runcType && gate.Fits(r.request.GetConfig()) == nil {
+		why := r.noRoomForGate(ctx)
+		if why == "" {
+			r.setMethod(MethodGate)
+			return nil
+		}
+		r.warn("%s: the old container is stopped before the new one is started", why)
+	}
 	switch {
-	case r.methods.available(MethodGate) && info.RuntimeType == runcType && gate.Fits(r.request.GetConfig()) == nil:
-		r.setMethod(MethodGate)
 	case r.methods.available(MethodPidfd) && info.PID > 0 && r.ownPIDs():
 		r.setMethod(MethodPidfd)
 	default:
@@ -185,6 +196,11 @@ func (r *restart) createGated(ctx context.Context, req *runtimeapi.CreateContain
 func (r *restart) dropGate(why error) {
 	r.log.WithError(why).Warn("gate cannot be used, restarting without it")
 	r.metrics.gateFailures.Inc()
+	r.withoutGate()
+}
+
+// withoutGate makes the method the next best one.
+func (r *restart) withoutGate() {
 	r.leaveGate()
 	r.held = false
 	r.removeGate()

@@ -16,7 +16,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// beforeStop masks the incumbent and runs its preStop hook.
+// beforeStop masks the incumbent and runs its preStop hook. From the commit on kubelet's own stops join.
 func (r *restart) beforeStop(ctx context.Context) error {
 	if err := r.load(ctx); err != nil {
 		return err
@@ -44,6 +44,7 @@ func (r *restart) beforeStop(ctx context.Context) error {
 	grace := r.grace()
 	if rec.StopBy.IsZero() {
 		rec.StopBy = time.Now().Add(grace)
+		r.join.listen(rec.StopBy)
 		err := r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
 			c.StopBy, op.Phase = rec.StopBy, opsv1.Phase_PHASE_STOPPING
 		})
@@ -51,6 +52,7 @@ func (r *restart) beforeStop(ctx context.Context) error {
 			return err
 		}
 	}
+	r.probeHold(ctx)
 	if running {
 		r.preStop(ctx, grace, rec.StopBy)
 	}
@@ -125,6 +127,8 @@ func (r *restart) preStop(ctx context.Context, grace time.Duration, by time.Time
 	ctx, cancel := context.WithDeadline(ctx, by)
 	defer cancel()
 	ctx, end := endWith(ctx, r.claim.Yielded())
+	defer end()
+	ctx, end = endWith(ctx, r.join.sooner)
 	defer end()
 	if gone := r.exit.ended(); gone != nil {
 		ctx, end = endWith(ctx, gone) // nobody left to run it in

@@ -54,6 +54,7 @@ func (r *restart) swap(ctx context.Context) error {
 		return err
 	}
 	by = by.Add(time.Since(began)) // the incumbent's grace is for what it does, not for what we do
+	r.asked = time.Now()
 	stopped := make(chan error, 1)
 	go func() { stopped <- guard.Try(r.log, func() error { return r.stop(ctx, by) }) }() // ends with the call, which is waited for below
 	gone := r.exit.ended()
@@ -185,10 +186,26 @@ func (r *restart) arm(ctx context.Context) error {
 		if rec.Method != MethodGate { // just now
 			return nil
 		}
+		// In the middle of the stop, and in the next process, the successor may wait there already.
+		if !r.held && r.unstarted(ctx) {
+			if why := r.noRoomForGate(ctx); why != "" {
+				if err := r.stopFirstFor(ctx, why); err != nil {
+					return err
+				}
+				continue
+			}
+			r.beside = time.Now()
+		}
 		err := r.startGated(ctx, rec)
+		r.besideUntil = time.Now()
 		var out *outcome
 		switch {
 		case err == nil:
+		case besideFails(err):
+			if err := r.stopFirstFor(ctx, "the new container does not start beside the old one ("+err.Error()+")"); err != nil {
+				return err
+			}
+			continue
 		case errors.Is(err, gate.ErrNotHeld):
 			r.dropGate(err)
 			if err := r.stageAnew(ctx, ""); err != nil {
@@ -348,6 +365,7 @@ func (r *restart) openGate(ctx context.Context) error {
 	if r.gate == nil { // a process before this one has opened it
 		return nil
 	}
+	waits, _ := gate.ProgramOf(r.pid) // none of a process that cannot be looked at
 	if err := r.gate.Open(); err != nil {
 		r.dropGate(err)
 		if err := r.stageAnew(ctx, ""); err != nil {
@@ -356,10 +374,12 @@ func (r *restart) openGate(ctx context.Context) error {
 		return r.start(ctx)
 	}
 	r.held = false
-	// The hook ends and runc executes the entrypoint: that is the start of the application.
-	began := time.Now()
-	for gate.Waiting(r.pid) && time.Since(began) < time.Second && sleep(ctx, 100*time.Microsecond) == nil {
-		continue
+	// The hook ends and the runtime's process, whatever its name is, executes the entrypoint: that is the start of the application. Like the end of
+	// the old one it is the kernel's word, noticed here. The runtime's own times are those of its bookkeeping.
+	for opened := time.Now(); r.pid != 0 && time.Since(opened) < time.Second; {
+		if now, err := gate.ProgramOf(r.pid); err != nil || now != waits || sleep(ctx, 100*time.Microsecond) != nil {
+			break
+		}
 	}
 	r.began(r.rec().Successor, time.Now())
 	if err := r.gate.Remove(); err != nil {
@@ -436,7 +456,7 @@ func (r *restart) start(ctx context.Context) error {
 			return nil
 		}
 		var out *outcome
-		if !errors.As(err, &out) || rec.Retried {
+		if !errors.As(err, &out) || rec.Retried || r.overlaps() && besideFails(err) {
 			return err
 		}
 		if err := r.stageAnew(ctx, out.message); err != nil {

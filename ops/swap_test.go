@@ -419,6 +419,7 @@ func TestTakenBackWhileGated(t *testing.T) {
 	} {
 		t.Run(tc.at, func(t *testing.T) {
 			n := newNode(t, podOptions{processes: true})
+			n.engine.pods = deleting
 			n.runTidied()
 			n.rt.takeCalls()
 			incumbent := n.rt.idOf(t, "app/0")
@@ -453,6 +454,7 @@ func TestTakenBackWhileGated(t *testing.T) {
 // A hook that never comes does not keep kubelet waiting.
 func TestTakenBackWhileTheHookIsAwaited(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
+	n.engine.pods = deleting
 	n.runTidied()
 	n.rt.set(func(f *fakeRuntime) { f.processes.lateHook = true })
 	incumbent := n.rt.idOf(t, "app/0")

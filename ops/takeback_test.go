@@ -5,6 +5,7 @@ package ops
 
 import (
 	"context"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -13,6 +14,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 )
 
 // during calls f once, before the effect of the first call of the engine that begins with prefix.
@@ -45,7 +47,10 @@ func (n *node) asKubelet(f func(ctx context.Context, k runtimeapi.RuntimeService
 	}
 }
 
-// Kubelet takes the slot back in every phase of a restart: its call is answered OK, the operation
+// deleting is kubelet that tells of a pod on its way out.
+var deleting = podsFunc(func(context.Context) (*podsapi.Pod, error) { return &podsapi.Pod{Deleting: true}, nil })
+
+// Kubelet takes the slot back of a pod that goes away, in every phase of a restart: its call is answered OK, the operation
 // fails and says why, and nothing of it is left.
 func TestTakenBack(t *testing.T) {
 	moments := []struct {
@@ -87,6 +92,7 @@ func TestTakenBack(t *testing.T) {
 			t.Run(m.name+" "+by, func(t *testing.T) {
 				t.Parallel()
 				n := newNode(t, podOptions{})
+				n.engine.pods = deleting
 				n.runTidied()
 				n.rt.takeCalls()
 				if m.exec {
@@ -151,8 +157,8 @@ func TestTakenBack(t *testing.T) {
 	}
 }
 
-// Kubelet stops the incumbent at every moment of a restart. Either the restart gives way and leaves
-// nothing behind, or it is over and kubelet sees the successor.
+// Kubelet stops the incumbent at every moment of a restart, and makes the next one, as after a failed probe. The restart gives
+// way and leaves nothing behind, or the stop joins it, or it is over.
 func TestStopAtEveryMoment(t *testing.T) {
 	for _, s := range scenarios {
 		switch s.name {
@@ -187,6 +193,7 @@ func (s scenario) stopAt(t *testing.T, at point) bool {
 	ready.Add(1)
 	var incumbent string
 	answered := make(chan error, 1)
+	stopped := make(chan struct{})
 	came := make(chan struct{})
 	n = s.begin(t, func(p point) error {
 		if !p.is(at) {
@@ -198,14 +205,19 @@ func (s scenario) stopAt(t *testing.T, at point) bool {
 			ctx, cancel := context.WithTimeout(context.Background(), waitLong)
 			defer cancel()
 			_, err := n.kubelet.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 2})
+			close(stopped)
+			if err == nil {
+				err = n.kubeletMakesNext(ctx)
+			}
 			answered <- err
 		}()
 		select {
-		case <-n.log.line(func(l string) bool { return strings.Contains(l, "takes the slot back") }):
-		case err := <-answered: // nobody holds it (any more)
-			answered <- err
+		case <-n.log.line(func(l string) bool {
+			return strings.Contains(l, "takes the slot back") || strings.Contains(l, "joins the restart")
+		}):
+		case <-stopped: // nobody holds it (any more)
 		case <-time.After(waitLong):
-			t.Error("kubelet's stop neither takes back nor ends")
+			t.Error("kubelet's stop neither takes back, nor joins, nor ends")
 		}
 		return nil
 	})
@@ -218,15 +230,19 @@ func (s scenario) stopAt(t *testing.T, at point) bool {
 		s.check(t, n)
 		return false
 	}
-	if err := <-answered; err != nil {
-		t.Errorf("kubelet's stop: %v", err)
+	joined := n.log.has("joins the restart")
+	if err := <-answered; err != nil && (joined || !strings.Contains(err.Error(), "is reserved for")) {
+		t.Errorf("kubelet's calls: %v", err)
 	}
 	got := verdict(op) + "; " + n.rt.state()
 	switch got {
-	case "FAILED, app FAILED TakenBackByKubelet; app/0 EXITED, web/0 RUNNING":
-	case "FAILED, app FAILED ContainerNotRunning; app/0 EXITED, web/0 RUNNING":
+	case "FAILED, app FAILED TakenBackByKubelet; app/0 EXITED, app/1 RUNNING, web/0 RUNNING":
+	case "FAILED, app FAILED ContainerNotRunning; app/0 EXITED, app/1 RUNNING, web/0 RUNNING":
 	case "SUCCEEDED, app SUCCEEDED; app/0 EXITED, app/1 RUNNING, web/0 RUNNING":
-		if len(mutating([]string{at.call})) > 0 {
+		if warned := slices.Contains(op.GetContainers()[0].GetWarnings(), joinedWarning); warned != joined {
+			t.Errorf("joined %v, the warnings are %q", joined, op.GetContainers()[0].GetWarnings())
+		}
+		if !joined && len(mutating([]string{at.call})) > 0 {
 			t.Errorf("ended %s, though kubelet came before the reveal", got)
 		}
 	default:
@@ -241,23 +257,28 @@ func (s scenario) stopAt(t *testing.T, at point) bool {
 	return true
 }
 
+// kubeletMakesNext makes app's next container as kubelet does after it has stopped the first one.
+func (n *node) kubeletMakesNext(ctx context.Context) error {
+	made, err := n.kubelet.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: n.containerConfig("app", 1), SandboxConfig: n.sandboxConfig()})
+	if err != nil {
+		return err
+	}
+	_, err = n.kubelet.StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: made.GetContainerId()})
+	return err
+}
+
 // Kubelet's CreateContainer that follows its stop finds the name free.
 func TestKubeletRestartsAfterTakingBack(t *testing.T) {
 	n := newNode(t, podOptions{})
 	n.runTidied()
 	incumbent := n.rt.idOf(t, "app/0")
 	var answered func()
-	n.during("StopContainer app/0", func() {
+	n.during("CreateContainer app/1", func() {
 		answered = n.asKubelet(func(ctx context.Context, k runtimeapi.RuntimeServiceClient) error {
 			if _, err := k.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 2}); err != nil {
 				return err
 			}
-			made, err := k.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: n.containerConfig("app", 1), SandboxConfig: n.sandboxConfig()})
-			if err != nil {
-				return err
-			}
-			_, err = k.StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: made.GetContainerId()})
-			return err
+			return n.kubeletMakesNext(ctx)
 		})
 		n.log.await(t, "takes the slot back")
 	})
@@ -369,6 +390,7 @@ func TestKubeletIsStoppingAlready(t *testing.T) {
 // The shorter grace wins when both stop the same container.
 func TestKubeletStopsWithLessGrace(t *testing.T) {
 	n := newNode(t, podOptions{})
+	n.engine.pods = deleting
 	n.runTidied()
 	incumbent := n.rt.get(t, "app/0")
 	n.rt.set(func(*fakeRuntime) { incumbent.stubborn = true })

@@ -29,7 +29,7 @@ func (r *restart) undo(ctx context.Context, out *outcome) bool {
 	if r.claim == nil || rec.Step == stepNone || rec.Step == stepDone {
 		return true
 	}
-	if rec.Step == stepReveal && (r.container().GetReason() != "" || r.up != nil && r.up.revealed) {
+	if rec.Step == stepReveal && (r.container().GetReason() != "" || r.up != nil && r.up.revealed || r.join != nil && r.join.isShown()) {
 		return true // shown already
 	}
 	r.undoOverride()

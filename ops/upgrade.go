@@ -111,6 +111,7 @@ func restartOf(req *opsv1.PrepareUpgradeRequest) *opsv1.RestartRequest {
 	for _, c := range req.GetContainers() {
 		r.Containers = append(r.Containers, &opsv1.ContainerRestart{
 			Name: c.GetName(), ExpectedContainerId: c.GetExpectedContainerId(), Order: c.GetOrder(), MinReadySeconds: c.GetMinReadySeconds(),
+			HoldProbes: c.GetHoldProbes(),
 		})
 	}
 	return proto.Clone(r).(*opsv1.RestartRequest)

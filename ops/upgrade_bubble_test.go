@@ -42,7 +42,7 @@ var _ Images = (*fakeImages)(nil)
 
 func newFakeImages() *fakeImages {
 	images := map[string]*runtimeapi.Image{}
-	for _, name := range []string{"app:v1", "app:v2", "app:v3", "web:v2"} {
+	for _, name := range []string{"app:v1", "app:v2", "app:v3", "web:v1", "web:v2"} {
 		images[name] = &runtimeapi.Image{Id: "sha256:" + name}
 		images["sha256:"+name] = images[name]
 	}
@@ -154,7 +154,7 @@ func (n *upNode) boot(state string) {
 	p.engine.journal.unsynced()
 	p.api = NewServer(p.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
 	p.kubelet = runtimeapi.NewRuntimeServiceClient(throughProxy{n.rt, interceptors.New(interceptors.Options{
-		View: p.view, Records: p.engine.Records(), Runtime: p.leash, Log: log, Judge: p.engine, Overrides: p.engine.Overrides(),
+		View: p.view, Records: p.engine.Records(), Runtime: p.leash, Log: log, Judge: p.engine, Overrides: p.engine.Overrides(), Pods: p.engine,
 	}), p.leash})
 	n.upProcess = p
 	n.processes = append(n.processes, p)

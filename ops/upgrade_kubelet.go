@@ -5,7 +5,6 @@ package ops
 
 import (
 	"context"
-	"errors"
 	"slices"
 	"strings"
 	"sync"
@@ -235,7 +234,9 @@ func (r *restart) makeReady(ctx context.Context) error {
 	var err error
 	switch {
 	case r.overlaps():
-		err = r.overlap(ctx)
+		if err = r.overlap(ctx); besideFails(err) {
+			err = r.giveUpOverlap(ctx, err)
+		}
 	case r.rec().Method == MethodGate:
 		err = r.arm(ctx)
 	default:
@@ -247,6 +248,7 @@ func (r *restart) makeReady(ctx context.Context) error {
 	if err := r.interrupted(); err != nil {
 		return err
 	}
+	r.probeHold(ctx)
 	r.up.listen(true) // before anyone is told that kubelet may come
 	return r.write(func(c *containerRecord, op *opsv1.ContainerOperation) {
 		c.Step, c.HoldSince, op.Phase, op.SuccessorId = stepArmed, time.Now(), opsv1.Phase_PHASE_ARMED, c.Successor
@@ -284,6 +286,9 @@ func (r *restart) awaitKubelet(ctx context.Context) error {
 			r.sure()
 			return r.stopFor(int64(minGrace/time.Second), func() { r.up.asked = &q })
 		case <-look.C:
+			if err := r.makeRoom(ctx); err != nil {
+				return err
+			}
 			if r.overlaps() && !r.exit.over() {
 				if err := r.successorRuns(ctx, r.successor()); err != nil {
 					return err
@@ -354,25 +359,12 @@ const podsPatience = 500 * time.Millisecond
 // refusal says why a stop of the incumbent is not that of the upgrade, as far as kubelet tells; empty if it may be. What
 // kubelet does next decides in the end.
 func (r *restart) refusal(ctx context.Context) string {
-	if r.pods == nil {
+	return r.askKubelet(ctx, func(_ context.Context, pod *podsapi.Pod) string {
+		if pod.Images[r.want.GetName()] != r.change.want.GetImage() {
+			return "the pod's spec has not the new image yet"
+		}
 		return ""
-	}
-	ctx, cancel := context.WithTimeout(ctx, podsPatience)
-	defer cancel()
-	pod, err := r.pods.Pod(ctx, r.o.op.GetPod().GetUid())
-	switch {
-	case errors.Is(err, podsapi.ErrNotFound):
-		return "kubelet has no such pod any more"
-	case err != nil:
-		return ""
-	case pod.Deleting:
-		return "the pod is being deleted"
-	case pod.Phase == "Failed" || pod.Phase == "Succeeded":
-		return strings.TrimSpace("the pod has ended: " + pod.Phase + " " + pod.Reason)
-	case pod.Images[r.want.GetName()] != r.change.want.GetImage():
-		return "the pod's spec has not the new image yet"
-	}
-	return ""
+	})
 }
 
 // sure says that the successor is what kubelet asks for.
@@ -403,7 +395,11 @@ func (r *restart) awaitRequest(ctx context.Context) (ended bool, err error) {
 			q.answer <- true // it has been
 		case q := <-r.up.creates:
 			if differing := r.differs(ctx, q.req); len(differing) > 0 {
-				return true, r.leaveCreation(ctx, differing, 0)
+				err := r.leaveCreation(ctx, differing, 0)
+				if err == nil {
+					r.holdNext(ctx, adoptPatience)
+				}
+				return true, err
 			}
 			// Before it begins, for the next process.
 			r.note(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.Step, c.Asked = stepStop, true })
@@ -444,6 +440,7 @@ func (r *restart) showSuccessor(ctx context.Context) error {
 	if err := r.interrupted(); err != nil {
 		return err
 	}
+	r.holdProbes(ctx)
 	r.note(func(c *containerRecord, op *opsv1.ContainerOperation) {
 		c.Step, op.Phase, op.SuccessorId = stepReveal, opsv1.Phase_PHASE_ADOPTING, c.Successor
 	})
@@ -469,6 +466,14 @@ const adoptPatience = 2 * time.Minute
 // awaitAdoption answers kubelet's CreateContainer with the successor, if that is what it asks for.
 func (r *restart) awaitAdoption(ctx context.Context) error {
 	r.up.revealed = true
+	if r.rec().Raised != nil {
+		if err := r.lowerOnce(); err != nil {
+			r.log.WithError(err).Info("the pod's limit of memory is not taken back yet")
+		}
+	}
+	if r.o.rebooted {
+		return nil // the spec has the new image, of which kubelet makes the container anew
+	}
 	if r.rec().Asked && r.up.asked == nil {
 		// The process before this one was asked. If its answer was cut off, kubelet looks again, finds the successor, and asks no more.
 		return r.unasked(ctx)
@@ -539,7 +544,11 @@ func (r *restart) adopt(ctx context.Context, q created) (ended bool, err error) 
 		q.answer <- adoption{id: r.successor(), ok: true}
 		return true, nil
 	}
-	return true, r.leaveCreation(ctx, differing, min(max(r.podGrace(ctx), minGrace), maxLateGrace*time.Second))
+	err = r.leaveCreation(ctx, differing, min(max(r.podGrace(ctx), minGrace), maxLateGrace*time.Second))
+	if err == nil {
+		r.holdNext(ctx, adoptPatience)
+	}
+	return true, err
 }
 
 // isOurs reports whether what kubelet asks for has the image of the upgrade.

@@ -175,7 +175,11 @@ func (r *restart) leaveToKubelet(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return r.awaitRelease(ctx)
+	if err := r.awaitRelease(ctx); err != nil {
+		return err
+	}
+	r.holdNext(ctx, orElse(r.o.upgrade.GetHoldTimeout(), defaultHold))
+	return nil
 }
 
 // dress makes the clone of the incumbent what kubelet will ask for once the pod's spec has the new image.

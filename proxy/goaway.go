@@ -6,6 +6,7 @@ package proxy
 import (
 	"net"
 	"sync"
+	"sync/atomic"
 )
 
 // goAwayFrame is the type of the HTTP/2 frame that sends a client elsewhere (RFC 9113, section 6.8).
@@ -20,6 +21,8 @@ type clientConn struct {
 	net.Conn
 	away chan struct{} // closed when it has, or is closed
 	once sync.Once
+
+	unread atomic.Int64 // bytes of answers that have not been written to it
 
 	// The rest belongs to the one goroutine of gRPC that writes.
 	header [frameHeader]byte

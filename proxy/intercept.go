@@ -250,7 +250,7 @@ func (c *call) filterStream(ctx context.Context, cancel context.CancelCauseFunc,
 				extra = nil
 				continue
 			}
-			if err := c.client.SendMsg(newFrame(msg)); err != nil {
+			if err := c.send(newFrame(msg)); err != nil {
 				return err
 			}
 		case st := <-steps:
@@ -281,7 +281,7 @@ func (c *call) sendPending(extra <-chan []byte) error {
 			if !ok {
 				return nil
 			}
-			if err := c.client.SendMsg(newFrame(msg)); err != nil {
+			if err := c.send(newFrame(msg)); err != nil {
 				return err
 			}
 		default:
@@ -298,7 +298,7 @@ func (c *call) sendFiltered(filter StreamFilter, f *frame) error {
 		out = [][]byte{msg}
 	}
 	for _, b := range out {
-		if err := c.client.SendMsg(newFrame(b)); err != nil {
+		if err := c.send(newFrame(b)); err != nil {
 			return err
 		}
 	}

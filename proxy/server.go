@@ -90,6 +90,7 @@ type Server struct {
 	faults        atomic.Uint64
 	lastCall      atomic.Int64 // Unix nanoseconds
 	lastUserAgent atomic.Pointer[string]
+	unread        atomic.Int64 // bytes of answers that clients have not read
 
 	mu        sync.Mutex // guards all following fields
 	listeners map[*accepting]struct{}

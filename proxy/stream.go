@@ -140,9 +140,7 @@ func (c *call) download(ctx context.Context, runtime grpc.ClientStream, sent fun
 		if err := runtime.RecvMsg(&f); err != nil {
 			return c.endStream(ctx, runtime, err)
 		}
-		err := c.client.SendMsg(&f)
-		f.free()
-		if err != nil {
+		if err := c.send(&f); err != nil {
 			return err
 		}
 		if sent != nil {

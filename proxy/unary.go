@@ -66,5 +66,5 @@ func (c *call) answer(resp *frame, err error) error {
 	if err != nil {
 		return err
 	}
-	return c.client.SendMsg(resp)
+	return c.send(resp)
 }

@@ -26,11 +26,11 @@ import (
 
 const (
 	// streamWindow and connWindow are what the proxy lets a peer send ahead of
-	// its reading. Large enough for the biggest message both peers allow by
-	// default (16 MiB a connection, half of it a stream): a list of a thousand
-	// containers then crosses without waiting for window updates. They are
+	// its reading. A list of a thousand containers crosses without waiting for window
+	// updates; for a larger message gRPC opens the window as soon as it has read its length. A stream
+	// that nobody reads leaves as much in memory. They are
 	// static because gRPC's estimator starts at 64 KiB and would wait.
-	streamWindow = 8 << 20
+	streamWindow = 2 << 20
 	connWindow   = 16 << 20
 
 	// maxHeaderList is far above the peers' own limits (16 MiB by default), so

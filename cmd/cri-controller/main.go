@@ -207,7 +207,9 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 	if err := nodes.ForgetRemoved(ctx, m.GetCache()); err != nil {
 		return err
 	}
+	jobs := &controller.JobBudgets{}
 	r := &controller.ContainerRecreateReconciler{
+		Jobs:      jobs,
 		Client:    m.GetClient(),
 		APIReader: m.GetAPIReader(),
 		Nodes:     nodes,
@@ -222,7 +224,7 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 	if err := setUpImagePull(ctx, m, s, nodes, log); err != nil {
 		return err
 	}
-	if err := setUpRollout(ctx, m, s, nodes, log); err != nil {
+	if err := setUpRollout(ctx, m, s, nodes, jobs, log); err != nil {
 		return err
 	}
 	if err := setUpNodeCondition(m, s, nodes, log); err != nil {
@@ -343,14 +345,14 @@ func setUpImagePull(ctx context.Context, m ctrl.Manager, s settings, nodes image
 }
 
 // setUpRollout adds what carries out rollouts.
-func setUpRollout(ctx context.Context, m ctrl.Manager, s settings, nodes rollout.Nodes, log logrus.FieldLogger) error {
+func setUpRollout(ctx context.Context, m ctrl.Manager, s settings, nodes rollout.Nodes, jobs *controller.JobBudgets, log logrus.FieldLogger) error {
 	counters, err := rollout.NewMetrics(metrics.Registry)
 	if err != nil {
 		return err
 	}
 	recorder := m.GetEventRecorder("cri-controller")
 	r := &rollout.Reconciler{
-		Client: m.GetClient(), APIReader: m.GetAPIReader(), Nodes: nodes, NodePort: s.nodePort, Recorder: recorder, Metrics: counters, Log: log,
+		Client: m.GetClient(), APIReader: m.GetAPIReader(), Nodes: nodes, Jobs: jobs, NodePort: s.nodePort, Recorder: recorder, Metrics: counters, Log: log,
 	}
 	if err := r.SetupWithManager(ctx, m, s.workers); err != nil {
 		return err

@@ -17,6 +17,7 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller"
 )
 
 // roundsMax is how often the preparation of a pod is begun anew.
@@ -119,6 +120,9 @@ func (p *pass) step(ctx context.Context, i *item) error {
 	if i.stale {
 		return nil
 	}
+	if spared, err := p.sparesJob(ctx, i); !spared || err != nil {
+		return err
+	}
 	if len(gatesOf(i.pod)) > 0 {
 		shut, since := shutBy(i.pod)
 		if shut != p.rollout.UID {
@@ -151,6 +155,32 @@ func (p *pass) step(ctx context.Context, i *item) error {
 	}
 	return nil
 }
+
+// sparesJob says that a pod may be changed as far as its Job is concerned: a new container counts as a restart, whatever makes it.
+func (p *pass) sparesJob(ctx context.Context, i *item) (bool, error) {
+	if p.rollout.Annotations[controller.IgnoreBackoffLimitAnnotation] == "true" {
+		return true, nil
+	}
+	containers := map[string]string{}
+	for _, name := range append(sortedKeys(i.verdict.images), i.verdict.restarts...) {
+		if cs := statusOf(i.pod, name); cs != nil && cs.ContainerID != "" {
+			containers[name] = cs.ContainerID
+		}
+	}
+	why, err := p.r.Jobs.Take(ctx, p.r.APIReader, i.pod, p.takenAs(i.pod), containers)
+	if why == "" || err != nil {
+		return err == nil, err
+	}
+	p.work.mu.Lock()
+	p.abort(i.m.node, i.m.visit, why)
+	p.work.mu.Unlock()
+	i.m.refused = &failure{failEndsJob, why}
+	p.wait = sooner(p.wait, stalePause)
+	return false, nil
+}
+
+// takenAs is the name under which restarts in a pod are counted.
+func (p *pass) takenAs(pod *corev1.Pod) string { return string(p.rollout.UID) + "." + string(pod.UID) }
 
 // setGates closes the pod's gates for a rollout, or with an empty UID opens them.
 func (p *pass) setGates(ctx context.Context, i *item, rollout types.UID) error {

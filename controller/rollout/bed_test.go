@@ -259,7 +259,22 @@ func (b *bed) start() {
 			return err
 		},
 	})
-	b.r = &Reconciler{Client: c, APIReader: uncached{b.api, b}, Nodes: b.fleet, NodePort: nodes.DefaultNodePort, Recorder: b, Log: log}
+	live := interceptor.NewClient(b.api, interceptor.Funcs{
+		List: func(ctx context.Context, c client.WithWatch, list client.ObjectList, opts ...client.ListOption) error {
+			pods, ok := list.(*corev1.PodList)
+			if !ok {
+				return c.List(ctx, list, opts...)
+			}
+			o := (&client.ListOptions{}).ApplyOptions(opts)
+			for _, pod := range b.pods() {
+				if o.LabelSelector == nil || o.LabelSelector.Matches(labels.Set(pod.Labels)) {
+					pods.Items = append(pods.Items, *pod)
+				}
+			}
+			return nil
+		},
+	})
+	b.r = &Reconciler{Client: c, APIReader: uncached{live, b}, Jobs: &nodes.JobBudgets{}, Nodes: b.fleet, NodePort: nodes.DefaultNodePort, Recorder: b, Log: log}
 	b.r.prepare()
 	newQueue := func() workqueue.TypedRateLimitingInterface[reconcile.Request] {
 		return workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](50*time.Millisecond, 30*time.Second))

@@ -16,9 +16,11 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller"
 )
 
 // checkPods is how many pods of a selector are looked at in a check.
@@ -73,7 +75,10 @@ func checkPod(ctx context.Context, from client.Reader, r *inplace.InPlaceRollout
 	case !active(pod):
 		return nil, wrong("pod %s has ended (phase %s): only containers of an active pod can be changed", name, pod.Status.Phase)
 	}
-	return ungated(r, pod, "pod "+name), fits(pod, r)
+	if err := fits(pod, r); err != nil {
+		return nil, err
+	}
+	return ungated(r, pod, "pod "+name), sparesJob(ctx, from, pod, r)
 }
 
 func checkSelected(ctx context.Context, from client.Reader, r *inplace.InPlaceRollout) ([]string, error) {
@@ -88,9 +93,16 @@ func checkSelected(ctx context.Context, from client.Reader, r *inplace.InPlaceRo
 	if len(pods) == 0 {
 		return []string{fmt.Sprintf("no pod in namespace %s has labels %s: the rollout waits for one", r.Namespace, metav1.FormatLabelSelector(r.Spec.Target.Selector))}, nil
 	}
+	jobs := map[types.UID]bool{}
 	for i := range pods {
 		if err := fits(&pods[i], r); err != nil {
 			return nil, err
+		}
+		if owner := metav1.GetControllerOf(&pods[i]); owner != nil && !jobs[owner.UID] {
+			jobs[owner.UID] = true // one pod tells it of all
+			if err := sparesJob(ctx, from, &pods[i], r); err != nil {
+				return nil, err
+			}
 		}
 	}
 	return ungated(r, &pods[0], "pod "+pods[0].Name), nil
@@ -126,6 +138,24 @@ func fits(pod *corev1.Pod, r *inplace.InPlaceRollout) error {
 		}
 	}
 	return nil
+}
+
+// sparesJob says whether a rollout would end the Job of a pod. The error is a *specError then.
+func sparesJob(ctx context.Context, from client.Reader, pod *corev1.Pod, r *inplace.InPlaceRollout) error {
+	if r.Annotations[controller.IgnoreBackoffLimitAnnotation] == "true" {
+		return nil
+	}
+	var names []string
+	for _, c := range r.Spec.Containers {
+		if found, _ := containerOf(pod, c.Name); found != nil && found.Image != c.Image {
+			names = append(names, c.Name)
+		}
+	}
+	why, err := controller.WouldEndJob(ctx, from, pod, names)
+	if why != "" {
+		return wrong("pod %s: %s", pod.Name, why)
+	}
+	return err
 }
 
 func changeOf(c inplace.ContainerChange) string {

@@ -47,6 +47,7 @@ type simNode struct {
 	silent  bool // it does not answer
 	refused bool // nothing listens
 	deaf    bool // its preparations never end
+	forgets bool // it loses its journal once, after a commit
 
 	ops      map[string]*simOp
 	requests []*opsv1.PrepareUpgradeRequest // those that began an operation
@@ -252,6 +253,11 @@ func (f *fleet) CommitUpgrade(ctx context.Context, n controller.Node, r *opsv1.C
 	case o.op.GetPhase() == opsv1.Phase_PHASE_ARMED:
 	case o.op.GetPhase() != opsv1.Phase_PHASE_PREPARED:
 		return nil, answer(n, method, codes.FailedPrecondition, "the operation is "+o.op.GetPhase().String())
+	case node.forgets:
+		node.forgets = false
+		delete(node.ops, uid)
+		close(o.changed)
+		o.changed = make(chan struct{})
 	default:
 		o.committed = true
 		f.wg.Go(func() {
@@ -386,11 +392,14 @@ func (f *fleet) WatchOperation(ctx context.Context, n controller.Node, uid strin
 	if err != nil {
 		return err
 	}
-	for {
+	for first := true; ; first = false {
 		f.mu.Lock()
 		o := node.ops[uid]
 		if o == nil {
 			f.mu.Unlock()
+			if !first { // its process has gone, and with it the journal
+				return answer(n, "WatchOperation", codes.Unavailable, "error reading from server: EOF")
+			}
 			return answer(n, "WatchOperation", codes.NotFound, "no such operation")
 		}
 		op, changed, silent := proto.Clone(o.op).(*opsv1.Operation), o.changed, node.silent

@@ -47,6 +47,7 @@ const (
 	failPreparation  = "PreparationFailed"
 	failPodEnded     = "PodEnded"
 	waitImagePull    = "ImagePullBackOff"
+	failEndsJob      = "WouldEndJob"
 	waitInvalidImage = "InvalidImageName"
 	waitNeverPull    = "ErrImageNeverPull"
 	waitCrashLoop    = "CrashLoopBackOff"

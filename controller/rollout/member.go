@@ -70,6 +70,8 @@ type member struct {
 	lost    time.Time // since when there is no such node
 	retryAt time.Time
 	settled bool
+	// refused is why the pod must not be changed.
+	refused *failure
 	// readySeen is when the containers of readyIDs were first seen ready.
 	readySeen time.Time
 	readyIDs  string
@@ -166,6 +168,9 @@ func (w *work) knowledge(m *member, begun time.Time) knowledge {
 		if k.failed == nil {
 			k.failed = t.failed
 		}
+	}
+	if k.failed == nil {
+		k.failed = m.refused
 	}
 	return k
 }

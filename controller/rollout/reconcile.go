@@ -56,6 +56,8 @@ type Reconciler struct {
 	APIReader client.Reader
 	// Nodes commands the nodes.
 	Nodes Nodes
+	// Jobs counts restarts of Jobs' pods, with all who make some; it may be nil.
+	Jobs *controller.JobBudgets
 	// NodePort is the port for nodes without an address of their own in an annotation.
 	NodePort int
 	// Recorder writes Events; nil writes none.
@@ -301,6 +303,9 @@ func (p *pass) gather() {
 		if v := &i.verdict; !i.stale && (v.recovered || v.stage == broken && !v.disrupted || v.stage == updated && v.available) {
 			m.turn, m.settled = false, v.recovered || m.settled
 			v.disrupted = v.open
+		}
+		if m.turn {
+			p.r.Jobs.Return(p.takenAs(pod))
 		}
 		p.items = append(p.items, i)
 	}

@@ -335,6 +335,20 @@ func TestNodeAway(t *testing.T) {
 	})
 }
 
+// A node that loses its journal after the commit begins anew, and has to be told of the commit again.
+func TestNodeForgets(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addNodes(1)
+		b.addPods(1, 1)
+		b.fleet.change("node-0", func(n *simNode) { n.forgets = true })
+		b.create("all", spec{Target: all(), Containers: to("app:2"), Strategy: settings{ProgressDeadlineSeconds: 60}})
+		b.want(b.until("ended", "all", 2*time.Minute, ended), "True RolledOut", "1/1/1/0/0")
+		if n := len(b.fleet.nodes["node-0"].requests); n != 2 {
+			t.Errorf("begun %d times", n)
+		}
+	})
+}
+
 // A controller that is killed at any moment is followed by one that goes on: nothing is done twice.
 func TestControllerDies(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -138,9 +139,13 @@ func (c *conversation) watch(ctx context.Context, uid string) (*opsv1.Operation,
 func (c *conversation) note(op *opsv1.Operation) {
 	c.change(func() {
 		c.t.asked = true
-		if c.t.op.GetFinishTime() == nil {
-			c.t.op = op
+		if c.t.op.GetFinishTime() != nil {
+			return
 		}
+		if was := c.t.op.GetCreateTime(); was != nil && !proto.Equal(was, op.GetCreateTime()) {
+			c.t.committed = false // the node has lost its journal and begun anew
+		}
+		c.t.op = op
 	})
 }
 

@@ -60,7 +60,7 @@ func Apply(c *runtimeapi.ContainerConfig, env *opsv1.Environment, podDir string)
 				return err
 			}
 		}
-		paths[s.GetContainerPath()] = SubPath{Volume: s.GetVolume(), Path: path}
+		paths[s.GetContainerPath()] = SubPath{Volume: s.GetVolume(), Path: path, Expanded: s.GetExpand()}
 	}
 	return Refresh(c, podDir, paths)
 }

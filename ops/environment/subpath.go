@@ -15,7 +15,11 @@ import (
 )
 
 // SubPath is a part of a volume.
-type SubPath struct{ Volume, Path string }
+type SubPath struct {
+	Volume, Path string
+	// Expanded says that the path has variables in it, and so may be another one than before.
+	Expanded bool
+}
 
 // subPathsDir is where, below the pod's directory, kubelet binds the parts of volumes, as
 // VOLUME/CONTAINER/INDEX (pkg/volume/util/subpath).
@@ -92,6 +96,10 @@ func refresh(m *runtimeapi.Mount, podDir string, part SubPath) error {
 				"safely: delete the pod, or let its process end", part.Path)
 		}
 		return nil
+	}
+	if root := rootOf(m.GetHostPath()); part.Expanded && root != "" && !strings.HasSuffix(root, "/"+filepath.Clean(part.Path)) {
+		return fmt.Errorf("%s is not what is mounted there, and only kubelet can mount another part safely: delete "+
+			"the pod, or let its process end", part.Path)
 	}
 	if st, ok := bound.Sys().(*syscall.Stat_t); ok && st.Nlink == 0 {
 		return fmt.Errorf("%s was removed since it was mounted, and only kubelet can mount another one safely: "+

@@ -236,9 +236,31 @@ func (g *Gate) Exists() bool {
 	return err == nil
 }
 
-// Waiting reports whether runc's process has not executed the entrypoint yet: until then it is called
-// runc:[2:INIT] (libcontainer/nsenter/nsexec.c). It is false for a process that is gone.
+// Waiting reports whether the runtime's process has not executed the entrypoint yet: until then it is called runc:[2:INIT]
+// (runc, libcontainer/nsenter/nsexec.c) or crun. It is false for a process that is gone.
 func Waiting(pid int) bool {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
-	return err == nil && bytes.HasPrefix(b, []byte("runc:["))
+	return err == nil && (bytes.HasPrefix(b, []byte("runc:[")) || string(b) == "crun\n")
+}
+
+// Program is what a process executes, as the kernel tells it. Two are equal if nothing has been executed in between, unless that was the
+// same file under the same name.
+type Program struct {
+	name        string
+	device, ino uint64
+}
+
+// ProgramOf returns the program of a process.
+//
+// Errors: the process is gone, or none that this one may look at.
+func ProgramOf(pid int) (Program, error) {
+	name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+	if err != nil {
+		return Program{}, err
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(fmt.Sprintf("/proc/%d/exe", pid), &st); err != nil { // through the link, wherever the file is
+		return Program{}, err
+	}
+	return Program{name: string(name), device: st.Dev, ino: st.Ino}, nil
 }

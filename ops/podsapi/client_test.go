@@ -87,28 +87,34 @@ func rich() *corev1.Pod {
 		},
 		Spec: corev1.PodSpec{
 			NodeName: "n1", TerminationGracePeriodSeconds: &grace,
-			InitContainers:      []corev1.Container{{Name: "sidecar", Image: "proxy:v1"}},
-			Containers:          []corev1.Container{{Name: "app", Image: "app:v2", Env: []corev1.EnvVar{{Name: "X", Value: "y"}}}, {Name: "log", Image: "registry.example/log@sha256:0"}},
+			InitContainers: []corev1.Container{{Name: "sidecar", Image: "proxy:v1"}},
+			Containers: []corev1.Container{{
+				Name: "app", Image: "app:v2", Env: []corev1.EnvVar{{Name: "X", Value: "y"}},
+				StartupProbe:  &corev1.Probe{InitialDelaySeconds: 1, TimeoutSeconds: 2, PeriodSeconds: 300, FailureThreshold: 4},
+				LivenessProbe: &corev1.Probe{PeriodSeconds: 5},
+			}, {Name: "log", Image: "registry.example/log@sha256:0"}},
 			EphemeralContainers: []corev1.EphemeralContainer{{EphemeralContainerCommon: corev1.EphemeralContainerCommon{Name: "debug", Image: "sh"}}},
 		},
 		Status: corev1.PodStatus{
 			Phase: corev1.PodRunning, Message: "m", PodIP: "10.0.0.1", Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Reason: "r"}},
-			ContainerStatuses: []corev1.ContainerStatus{{Name: "app", Image: "app:v1"}},
+			ContainerStatuses:     []corev1.ContainerStatus{{Name: "app", Image: "app:v1", ContainerID: "containerd://c1"}},
+			InitContainerStatuses: []corev1.ContainerStatus{{Name: "sidecar", ContainerID: "containerd://c0"}},
 		},
 	}
 }
 
 func TestPod(t *testing.T) {
 	images := map[string]string{"sidecar": "proxy:v1", "app": "app:v2", "log": "registry.example/log@sha256:0"}
+	periods, running := map[string]time.Duration{"app": 5 * time.Minute}, map[string]string{"app": "containerd://c1", "sidecar": "containerd://c0"}
 	for _, tt := range []struct {
 		name string
 		edit func(*corev1.Pod)
 		want Pod
 	}{
-		{name: "running", edit: func(*corev1.Pod) {}, want: Pod{UID: "u-1", Phase: "Running", Images: images}},
-		{name: "deleted", edit: func(p *corev1.Pod) { p.DeletionTimestamp = &metav1.Time{Time: time.Unix(2, 0)} }, want: Pod{UID: "u-1", Deleting: true, Phase: "Running", Images: images}},
-		{name: "evicted", edit: func(p *corev1.Pod) { p.Status.Phase, p.Status.Reason = corev1.PodFailed, "Evicted" }, want: Pod{UID: "u-1", Phase: "Failed", Reason: "Evicted", Images: images}},
-		{name: "little", edit: func(p *corev1.Pod) { *p = corev1.Pod{ObjectMeta: metav1.ObjectMeta{UID: "u-1"}} }, want: Pod{UID: "u-1", Images: map[string]string{}}},
+		{name: "running", edit: func(*corev1.Pod) {}, want: Pod{UID: "u-1", Phase: "Running", Images: images, StartupPeriods: periods, Running: running}},
+		{name: "deleted", edit: func(p *corev1.Pod) { p.DeletionTimestamp = &metav1.Time{Time: time.Unix(2, 0)} }, want: Pod{UID: "u-1", Deleting: true, Phase: "Running", Images: images, StartupPeriods: periods, Running: running}},
+		{name: "evicted", edit: func(p *corev1.Pod) { p.Status.Phase, p.Status.Reason = corev1.PodFailed, "Evicted" }, want: Pod{UID: "u-1", Phase: "Failed", Reason: "Evicted", Images: images, StartupPeriods: periods, Running: running}},
+		{name: "little", edit: func(p *corev1.Pod) { *p = corev1.Pod{ObjectMeta: metav1.ObjectMeta{UID: "u-1"}} }, want: Pod{UID: "u-1", Images: map[string]string{}, StartupPeriods: map[string]time.Duration{}, Running: map[string]string{}}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			socket := filepath.Join(t.TempDir(), "s")

@@ -5,6 +5,7 @@ package podsapi
 
 import (
 	"fmt"
+	"time"
 
 	"google.golang.org/protobuf/encoding/protowire"
 )
@@ -19,6 +20,10 @@ type Pod struct {
 	Phase, Reason string
 	// Images are the images of the spec's containers and init containers by container name, to the letter.
 	Images map[string]string
+	// StartupPeriods are the periods of the startup probes of those containers, by container name, of those that have one.
+	StartupPeriods map[string]time.Duration
+	// Running are the IDs of those containers by which kubelet goes, as in the status ("containerd://..."), by container name.
+	Running map[string]string
 }
 
 // Field numbers of k8s.io/api/core/v1/generated.proto and k8s.io/apimachinery/pkg/apis/meta/v1/generated.proto.
@@ -29,11 +34,17 @@ const (
 	specContainers                  = 2
 	specInitContainers              = 20
 	containerName, containerImage   = 1, 2
+	containerStartupProbe           = 22
+	probePeriodSeconds              = 4
 	statusPhase, statusReason       = 1, 4
+	statusContainers                = 8
+	statusInitContainers            = 10
+	containerStatusName             = 1
+	containerStatusID               = 8
 )
 
 func decodePod(b []byte) (*Pod, error) {
-	p := &Pod{Images: map[string]string{}}
+	p := &Pod{Images: map[string]string{}, StartupPeriods: map[string]time.Duration{}, Running: map[string]string{}}
 	err := eachField(b, func(n protowire.Number, v []byte) error {
 		switch n {
 		case podMetadata:
@@ -60,6 +71,8 @@ func decodePod(b []byte) (*Pod, error) {
 					p.Phase = string(v)
 				case statusReason:
 					p.Reason = string(v)
+				case statusContainers, statusInitContainers:
+					return p.status(v)
 				}
 				return nil
 			})
@@ -74,17 +87,62 @@ func decodePod(b []byte) (*Pod, error) {
 
 func (p *Pod) container(b []byte) error {
 	var name, image string
+	var period uint64
+	startup := false
 	err := eachField(b, func(n protowire.Number, v []byte) error {
 		switch n {
 		case containerName:
 			name = string(v)
 		case containerImage:
 			image = string(v)
+		case containerStartupProbe:
+			var err error
+			period, err = numberIn(v, probePeriodSeconds)
+			startup = true
+			return err
 		}
 		return nil
 	})
 	p.Images[name] = image
+	if startup {
+		p.StartupPeriods[name] = time.Duration(period) * time.Second
+	}
 	return err
+}
+
+func (p *Pod) status(b []byte) error {
+	var name, id string
+	err := eachField(b, func(n protowire.Number, v []byte) error {
+		switch n {
+		case containerStatusName:
+			name = string(v)
+		case containerStatusID:
+			id = string(v)
+		}
+		return nil
+	})
+	p.Running[name] = id
+	return err
+}
+
+// numberIn returns the field of a message that is a number; 0 if it is not set.
+func numberIn(b []byte, field protowire.Number) (value uint64, err error) {
+	for len(b) > 0 {
+		number, kind, n := protowire.ConsumeTag(b)
+		if n < 0 {
+			return 0, protowire.ParseError(n)
+		}
+		b = b[n:]
+		if number == field && kind == protowire.VarintType {
+			if value, n = protowire.ConsumeVarint(b); n < 0 {
+				return 0, protowire.ParseError(n)
+			}
+		} else if n = protowire.ConsumeFieldValue(number, kind, b); n < 0 {
+			return 0, fmt.Errorf("field %d: %w", number, protowire.ParseError(n))
+		}
+		b = b[n:]
+	}
+	return value, nil
 }
 
 // eachField calls f with the number and the content of every field that is a string, bytes or a message.

@@ -132,6 +132,7 @@ type fakeRuntime struct {
 	labels  map[string]map[string]string // of containerd's images; nil without containerd
 	takes   time.Duration                // a pull
 	fail    []error                      // of the next pulls, nil is none; the last one stays
+	bug     bool                         // pulls panic
 	pulls   []*runtimeapi.PullImageRequest
 	running int
 	most    int // that ran at once
@@ -187,6 +188,10 @@ func (r *fakeRuntime) pull(ctx context.Context, req *runtimeapi.PullImageRequest
 		}
 	}
 	r.pulls = append(r.pulls, req)
+	if r.bug {
+		r.mu.Unlock()
+		panic("a bug")
+	}
 	r.running++
 	r.most = max(r.most, r.running)
 	r.mu.Unlock()

@@ -106,6 +106,22 @@ func TestFollowerGoesOnWhenTheFirstIsCancelled(t *testing.T) {
 	})
 }
 
+// A bug ends the pull that meets it, also in the next process, and none beside it.
+func TestPanicEndsThePullOnly(t *testing.T) {
+	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		b.rt.set(func() { b.rt.bug = true })
+		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
+		if op := b.end("a"); op.GetPhase() != opsv1.PullPhase_PULL_FAILED || op.GetReason() != ReasonInternal || op.GetAttempt() != 1 {
+			t.Errorf("ended %v", op)
+		}
+		b.rt.set(func() { b.rt.bug = false })
+		b.pull(&opsv1.PullRequest{Uid: "b", Image: "nginx"})
+		if op := b.end("b"); op.GetPhase() != opsv1.PullPhase_PULL_SUCCEEDED {
+			t.Errorf("the next ended %v", op)
+		}
+	})
+}
+
 func TestBackOff(t *testing.T) {
 	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
 		b.rt.fail = []error{broken()}

@@ -72,6 +72,12 @@ var podNumber struct {
 
 func (k *kubelet) runPod(t testing.TB) *pod {
 	t.Helper()
+	return k.runPodIn(t, bed.cgroup)
+}
+
+// runPodIn is runPod with containers in cgroups below parent.
+func (k *kubelet) runPodIn(t testing.TB, parent string) *pod {
+	t.Helper()
 	podNumber.Lock()
 	podNumber.n++
 	n := podNumber.n
@@ -85,7 +91,7 @@ func (k *kubelet) runPod(t testing.TB) *pod {
 		Metadata:     &runtimeapi.PodSandboxMetadata{Name: p.name, Namespace: "default", Uid: p.uid},
 		LogDirectory: logs,
 		Labels:       map[string]string{"io.kubernetes.pod.name": p.name, "io.kubernetes.pod.namespace": "default", "io.kubernetes.pod.uid": p.uid},
-		Linux:        &runtimeapi.LinuxPodSandboxConfig{CgroupParent: bed.cgroup, SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{}},
+		Linux:        &runtimeapi.LinuxPodSandboxConfig{CgroupParent: parent, SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{}},
 	}
 	resp, err := k.RunPodSandbox(t.Context(), &runtimeapi.RunPodSandboxRequest{Config: p.config})
 	if err != nil {

@@ -433,8 +433,12 @@ func (k *kubelet) inKernel(t testing.TB, id string) string {
 	must(t, json.Unmarshal([]byte(resp.GetInfo()["info"]), &info))
 	groups, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", info.PID))
 	must(t, err)
+	files := []string{"cpuset/cpuset.cpus", "memory/memory.limit_in_bytes", "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us", "cpu/cpu.shares"}
+	if cgroupV2() {
+		files = []string{"/cpuset.cpus", "/memory.max", "/cpu.max", "/cpu.weight"}
+	}
 	var told []string
-	for _, file := range []string{"cpuset/cpuset.cpus", "memory/memory.limit_in_bytes", "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us", "cpu/cpu.shares"} {
+	for _, file := range files {
 		controller, name, _ := strings.Cut(file, "/")
 		at := ""
 		for line := range strings.Lines(string(groups)) {

@@ -84,8 +84,21 @@ func sandbox(t *testing.T, m *machine) {
 	if figure, err := strconv.ParseFloat(fields[0], 64); err != nil || figure > 4.5 {
 		t.Errorf("exposure %v, %v\n%s", figure, err, out)
 	}
+	// What the machine may write of cgroups, the service may: limits of pods are raised for a while.
+	groups := func(pid string) string {
+		return m.must(t, "sh", "-c", `awk '$5 ~ "^/sys/fs/cgroup(/|$)" && $6 ~ "^rw" { print $5 }' /proc/`+pid+`/mountinfo | sort -u`)
+	}
+	if got, want := groups(m.show(t, "cri-proxy@a.service", "MainPID")), groups("1"); got != want || want == "" {
+		t.Errorf("the service may write to the cgroups at %q, want %q", got, want)
+	}
 	if got := m.show(t, "cri-proxy@a.service", "OOMScoreAdjust"); got != "-999" {
 		t.Errorf("OOMScoreAdjust is %s", got)
+	}
+	if got := m.show(t, "cri-proxy@a.service", "MemoryMax"); got != strconv.Itoa(512<<20) {
+		t.Errorf("MemoryMax is %s", got)
+	}
+	if got := m.show(t, "cri-proxy@a.service", "Environment"); !strings.Contains(got, "GOMEMLIMIT=384MiB") || !strings.Contains(got, "CRI_PROXY_CRASHES=5") {
+		t.Errorf("Environment is %s", got)
 	}
 }
 

@@ -224,7 +224,8 @@ type ContainerRecreateRequestStrategy struct {
 	OrderedRecreate bool `json:"orderedRecreate,omitempty"`
 
 	// forceRecreate recreates a container even if it has been replaced since
-	// the request was accepted.
+	// the request was accepted, and even if the restart ends the pod's Job: with
+	// restartPolicy OnFailure it counts against the Job's backoffLimit.
 	//
 	// +optional
 	ForceRecreate bool `json:"forceRecreate,omitempty"`
@@ -267,7 +268,8 @@ type ContainerRecreateRequestContainerStrategy struct {
 	OrderedRecreate *bool `json:"orderedRecreate,omitempty"`
 
 	// forceRecreate recreates this container even if it has been replaced since
-	// the request was accepted.
+	// the request was accepted, and even if the restart ends the pod's Job: with
+	// restartPolicy OnFailure it counts against the Job's backoffLimit.
 	//
 	// +optional
 	ForceRecreate *bool `json:"forceRecreate,omitempty"`

@@ -1,0 +1,160 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package environment
+
+import (
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+// The cases are those of Kubernetes (third_party/forked/golang/expansion/expand_test.go).
+func TestExpand(t *testing.T) {
+	values := map[string]string{"VAR_A": "A", "VAR_B": "B", "VAR_REF": "$(VAR_A)", "VAR_EMPTY": ""}
+	for in, want := range map[string]string{
+		"$(VAR_A)":              "A",
+		"___$(VAR_B)___":        "___B___",
+		"$(VAR_A)-$(VAR_B)":     "A-B",
+		"$(VAR_REF)":            "$(VAR_A)",
+		"$(VAR_DNE)":            "$(VAR_DNE)",
+		"foo$(VAR_EMPTY)bar":    "foobar",
+		"$$(VAR_A)":             "$(VAR_A)",
+		"$$$(VAR_A)":            "$A",
+		"$$$$(VAR_A)":           "$$(VAR_A)",
+		"$VAR_A":                "$VAR_A",
+		"${VAR_A}":              "${VAR_A}",
+		"$$${VAR_A}":            "$${VAR_A}",
+		"$(VAR_A":               "$(VAR_A",
+		"--$($($($($--":         "--$($($($($--",
+		"$($($($($--foo$(":      "$($($($($--foo$(",
+		"foo0--$($($($(":        "foo0--$($($($(",
+		"\n":                    "\n",
+		"$":                     "$",
+		"$(":                    "$(",
+		"$()":                   "$()",
+		"a $(VAR_B) $$ $(":      "a B $ $(",
+		"fóo $ü $(VAR_A)$(b)$)": "fóo $ü A$(b)$)",
+	} {
+		got := expandAll([]string{in}, values)
+		if got[0] != want {
+			t.Errorf("%q: %q, want %q", in, got[0], want)
+		}
+	}
+}
+
+// The cases are those of Kubernetes (pkg/kubelet/util/env/env_util_test.go, KEP-3721).
+func TestParse(t *testing.T) {
+	for _, tc := range []struct{ file, want, wrong string }{
+		{file: "KEY='value'", want: "value"},
+		{file: "  # comment\n\n\tOTHER='x'\nKEY='a\nb' # after\n", want: "a\nb"},
+		{file: "KEY=' $x \\n '", want: " $x \\n "},
+		{file: "KEY= 'value'"},
+		{file: "OTHER='x'"},
+		{file: "KEY='first'\nKEY='second'", want: "first"},
+		{file: "KEY = 'value'", wrong: "whitespace before '='"},
+		{file: "KEY=value", wrong: "single quotes"},
+		{file: "KEY='value'x", wrong: "after closing quote"},
+		{file: "KEY='value", wrong: "unclosed"},
+		{file: "no variable", wrong: "missing '='"},
+		{file: "KEY='value'\nno variable", want: "value"},
+	} {
+		got, err := parse(strings.NewReader(tc.file), "KEY")
+		if got != tc.want || (err != nil) != (tc.wrong != "") || err != nil && !strings.Contains(err.Error(), tc.wrong) {
+			t.Errorf("%q: %q, %v", tc.file, got, err)
+		}
+	}
+}
+
+func TestApply(t *testing.T) {
+	c := &runtimeapi.ContainerConfig{Envs: []*runtimeapi.KeyValue{
+		{Key: "DEVICE", Value: []byte("0")}, {Key: "A", Value: []byte("old")}, {Key: "GONE", Value: []byte("old")},
+	}}
+	literal := func(name, value string) *opsv1.Variable {
+		return &opsv1.Variable{Name: name, Source: &opsv1.Variable_Value{Value: []byte(value)}}
+	}
+	template := func(name, value string) *opsv1.Variable {
+		return &opsv1.Variable{Name: name, Source: &opsv1.Variable_Template{Template: value}}
+	}
+	env := &opsv1.Environment{
+		Variables: []*opsv1.Variable{
+			literal("A", "$(B)"), template("B", "$(A) $(S) $(LATER)"), template("LATER", "x"), literal("A", "\xff"), template("C", "$(A)"),
+		},
+		Services: []*opsv1.Variable{literal("S", "10.0.0.1"), literal("LATER", "hidden")},
+		Command:  []string{"$(B)", "$(DEVICE)", "$(NO)"}, Args: []string{"$(S)"}, DeviceVariables: true,
+	}
+	if err := Apply(c, env, ""); err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, kv := range c.GetEnvs() {
+		got = append(got, kv.GetKey()+"="+string(kv.GetValue()))
+	}
+	// LATER is not declared yet where B refers to it, but a service has that name.
+	want := []string{"DEVICE=0", "A=\xff", "B=$(B) 10.0.0.1 hidden", "LATER=x", "C=\xff", "S=10.0.0.1"}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("variables: %q, want %q", got, want)
+	}
+	if words := append(c.GetCommand(), c.GetArgs()...); !reflect.DeepEqual(words, []string{"$(B) 10.0.0.1 hidden", "0", "$(NO)", "10.0.0.1"}) {
+		t.Errorf("command line: %q", words)
+	}
+}
+
+// What kubelet publishes moves, and what a container may write must not lead out of its volume.
+func TestRefresh(t *testing.T) {
+	pod := t.TempDir()
+	write := func(path, text string) string {
+		path = filepath.Join(pod, path)
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	const config, empty = "volumes/kubernetes.io~configmap/cm", "volumes/kubernetes.io~empty-dir/e"
+	now := write(config+"/..2026_11_30_10_00_00.2/key", "new")
+	if err := os.Symlink("..2026_11_30_10_00_00.2", filepath.Join(pod, config, "..data")); err != nil {
+		t.Fatal(err)
+	}
+	for link, to := range map[string]string{config + "/key": "..data/key", config + "/out": "/etc/passwd", empty + "/link": "/etc"} {
+		if err := os.MkdirAll(filepath.Dir(filepath.Join(pod, link)), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Symlink(to, filepath.Join(pod, link)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	bound := write("volume-subpaths/cm/app/0", "old")
+	part := write(empty+"/part", "p")
+	for _, tc := range []struct {
+		name, host string
+		part       SubPath
+		want       string // empty: refused
+	}{
+		{name: "moved", host: bound, part: SubPath{Volume: "cm", Path: "key"}, want: now},
+		{name: "as it is", host: now, part: SubPath{Volume: "cm", Path: "key"}, want: now},
+		{name: "a key that is gone", host: bound, part: SubPath{Volume: "cm", Path: "no"}},
+		{name: "a link out of it", host: bound, part: SubPath{Volume: "cm", Path: "out"}},
+		{name: "a path out of it", host: bound, part: SubPath{Volume: "cm", Path: "../e/part"}},
+		{name: "what a container may write", host: part, part: SubPath{Volume: "e", Path: "part"}, want: part},
+		{name: "what was replaced", host: bound, part: SubPath{Volume: "e", Path: "part"}},
+		{name: "a link of a container's", host: "/etc", part: SubPath{Volume: "e", Path: "link"}},
+		{name: "what was removed", host: filepath.Join(pod, "gone"), part: SubPath{Volume: "other", Path: "x"}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c := &runtimeapi.ContainerConfig{Mounts: []*runtimeapi.Mount{{ContainerPath: "/m", HostPath: tc.host}}}
+			err := Refresh(c, pod, map[string]SubPath{"/m": tc.part})
+			if got := c.GetMounts()[0].GetHostPath(); tc.want != "" && (err != nil || got != tc.want) || tc.want == "" && err == nil {
+				t.Errorf("mounted from %s, error %v", got, err)
+			}
+		})
+	}
+}

@@ -1,0 +1,377 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/podsapi"
+)
+
+// join passes on to a restart what kubelet does in its slot. Kubelet does not know that the container is being stopped: when
+// a probe fails meanwhile, as that of an application that drains, it stops the container too. What it wants by that is what
+// the restart does already, so its stop joins: it is answered once the successor is there. A pod that goes away is told apart.
+type join struct {
+	r *restart
+
+	creates chan created
+	shown   chan struct{} // closed when kubelet has been shown the successor
+	over    chan struct{} // closed when the restart answers no more
+	sooner  chan struct{} // closed when kubelet has had the incumbent stopped within less than its grace
+
+	mu        sync.Mutex // guards all following fields
+	listening bool
+	stops     int       // stops of kubelet's of which it is not decided whether they join
+	joined    bool      // one has
+	by        time.Time // when the grace of the stop under way ends
+	hurried   bool      // sooner is closed
+	left      bool      // the restart goes on in another process
+}
+
+var _ interceptors.Driver = (*join)(nil)
+
+func newJoin(r *restart) *join {
+	return &join{r: r, creates: make(chan created), shown: make(chan struct{}), over: make(chan struct{}), sooner: make(chan struct{})}
+}
+
+// listen lets kubelet's stops join from now on. by is when the incumbent's grace ends.
+func (j *join) listen(by time.Time) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.listening, j.by = true, by
+}
+
+// show says that kubelet has been shown the successor. It reports whether a stop of kubelet's has joined, or is about to; so is
+// one of which the view knows, and that has not come here yet. If none has, none will.
+func (j *join) show() bool {
+	stopping := j.r.claim.Stopping()
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	close(j.shown)
+	j.listening = j.joined || j.stops > 0 || stopping
+	return j.listening
+}
+
+func (j *join) isShown() bool {
+	select {
+	case <-j.shown:
+		return true
+	default:
+		return false
+	}
+}
+
+// end says that the restart answers no more; left that another process goes on with it.
+func (j *join) end(left bool) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.left = left
+	close(j.over)
+}
+
+// Stop implements [interceptors.Driver].
+func (j *join) Stop(ctx context.Context, grace int64) (bool, error) {
+	if !j.begin() {
+		return false, nil
+	}
+	why := j.r.refusalToJoin(ctx)
+	j.decide(why == "")
+	if why != "" {
+		j.r.log.WithField("reason", why).Info("kubelet stops the container, and the restart does not go on")
+		return false, nil
+	}
+	j.r.joined()
+	j.hurry(ctx, time.Duration(grace)*time.Second)
+	select {
+	case <-j.shown:
+		return true, nil
+	case <-j.over:
+	case <-ctx.Done(): // the restart goes on
+		return true, ctx.Err()
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	switch {
+	case j.isShown():
+		return true, nil
+	case j.left:
+		return true, status.Error(codes.Unavailable, "cri-proxy ends; its next process goes on with the restart of the container")
+	default: // it has failed: kubelet's own stop does no harm
+		return false, nil
+	}
+}
+
+// begin reports whether stops may join.
+func (j *join) begin() bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.listening {
+		j.stops++
+	}
+	return j.listening
+}
+
+func (j *join) decide(joined bool) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.stops--
+	j.joined = j.joined || joined
+}
+
+func (j *join) hasJoined() bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.joined
+}
+
+// hurry stops the incumbent within the grace if that ends before the one under way: as with the runtime, the shorter one wins.
+func (j *join) hurry(ctx context.Context, grace time.Duration) {
+	by := time.Now().Add(grace)
+	j.mu.Lock()
+	less := by.Before(j.by) && !j.isShown()
+	if less {
+		j.by = by
+	}
+	j.mu.Unlock()
+	if !less {
+		return
+	}
+	j.r.hurry(ctx, grace)
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if !j.hurried {
+		j.hurried = true
+		close(j.sooner)
+	}
+}
+
+// Create implements [interceptors.Driver]. Kubelet creates in the slot after its stop has joined; whoever else does waits for
+// the restart to end.
+func (j *join) Create(ctx context.Context, req *runtimeapi.CreateContainerRequest) (string, bool) {
+	if !j.hasJoined() {
+		return "", true
+	}
+	q := created{req: req, answer: make(chan adoption, 1)}
+	select {
+	case j.creates <- q:
+	case <-j.over:
+		return "", true
+	case <-ctx.Done():
+		return "", true
+	}
+	select {
+	case a := <-q.answer:
+		return a.id, true
+	case <-j.over:
+	case <-ctx.Done():
+		return "", true
+	}
+	select {
+	case a := <-q.answer: // its last
+		return a.id, true
+	default:
+		return "", true
+	}
+}
+
+// joins lets kubelet's stops join from the moment on at which the restart is bound to stop the container, whichever process
+// has come to that. The caller holds the slot.
+func (r *restart) joins() {
+	rec := r.rec()
+	if rec.joinable() {
+		r.join.listen(rec.StopBy)
+	}
+	if rec.Joined {
+		r.join.mu.Lock()
+		r.join.joined = true
+		r.join.mu.Unlock()
+	}
+	if rec.Step == stepReveal {
+		r.join.show()
+	}
+	r.claim.Drive(r.join)
+}
+
+// joinable reports whether a stop of kubelet's may join the restart: the incumbent is bound to be stopped, or has been.
+func (c *containerRecord) joinable() bool {
+	switch c.Step {
+	case stepStaged, stepStart:
+		return !c.StopBy.IsZero() // it is written after the commit
+	case stepStop, stepStarted:
+		return true
+	case stepReveal:
+		return c.Joined
+	default:
+		return false
+	}
+}
+
+// refusalToJoin says why a stop of the incumbent does not join the restart, as far as kubelet tells; empty if it may.
+func (r *restart) refusalToJoin(ctx context.Context) string {
+	return r.askKubelet(ctx, func(ctx context.Context, pod *podsapi.Pod) string {
+		name, rec := r.want.GetName(), r.rec()
+		request, err := r.requestOf(ctx, rec.Incumbent, rec.Sandbox)
+		hash := request.GetConfig().GetAnnotations()[annotationHash]
+		if err == nil && hash != "" && pod.Images[name] != "" && hash != kubeletHash(name, pod.Images[name]) {
+			// Kubelet makes a container of another image. The successor would run in between, for nothing.
+			return "the pod's spec has another image"
+		}
+		return ""
+	})
+}
+
+// joined notes that a stop of kubelet's has joined the restart.
+func (r *restart) joined() {
+	if r.rec().Joined {
+		return
+	}
+	_, err := r.writeStep(func(c *containerRecord, op *opsv1.ContainerOperation) {
+		if c.Joined {
+			return
+		}
+		c.Joined = true
+		op.Warnings = append(op.Warnings, joinedWarning)
+	})
+	if err != nil {
+		r.log.WithError(err).Warn("not written that a stop of kubelet's has joined the restart")
+	}
+	r.log.Info("kubelet stops the container too: its stop joins the restart")
+}
+
+const joinedWarning = "kubelet stopped the old container as well while it was being stopped, because of a failed probe perhaps: " +
+	"its stop became part of the restart"
+
+const (
+	// joinPatience is how long kubelet may take from the answer to a stop that has joined to its CreateContainer. Both are of
+	// one sync of the pod, with nothing in between but a look at the images, for which kubelet asks a registry where the
+	// pull policy is Always: less than a second mostly. With restartPolicy Never none comes. Where kubelet's Pods
+	// API tells that its next sync has begun there is nothing to wait for. A CreateContainer that comes later finds its name taken in the
+	// runtime, and kubelet's next sync finds the successor running (kuberuntime_manager.go computePodActions).
+	joinPatience = 30 * time.Second
+	// joinPoll is how often that is asked.
+	joinPoll = time.Second
+)
+
+// awaitRecreation answers the CreateContainer that follows a stop which has joined, if one does.
+func (r *restart) awaitRecreation(ctx context.Context) error {
+	patience := time.NewTimer(joinPatience)
+	defer patience.Stop()
+	look := time.NewTicker(joinPoll)
+	defer look.Stop()
+	for {
+		select {
+		case q := <-r.join.creates:
+			return r.recreate(ctx, q)
+		case <-look.C:
+			if r.isKnown(ctx) {
+				return nil
+			}
+		case <-r.claim.Yielded():
+			return r.interrupted()
+		case <-patience.C:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// isKnown reports whether kubelet tells that it goes by the successor: that is so from the beginning of its next sync of the pod.
+func (r *restart) isKnown(ctx context.Context) bool {
+	if r.pods == nil {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, podsPatience)
+	defer cancel()
+	pod, err := r.pods.Pod(ctx, r.o.op.GetPod().GetUid())
+	if err != nil {
+		return false
+	}
+	_, id, _ := strings.Cut(pod.Running[r.want.GetName()], "://")
+	return id == r.successor()
+}
+
+// recreate answers kubelet's CreateContainer with the successor, if that is what it asks for.
+func (r *restart) recreate(ctx context.Context, q created) error {
+	if q.req.GetConfig().GetMetadata().GetAttempt() > r.container().GetAttempt() {
+		return nil // kubelet knows the successor, which has ended or been stopped since
+	}
+	asked := q.req
+	if r.overrides.Any() { // as it will be when it goes to the runtime
+		asked = proto.Clone(q.req).(*runtimeapi.CreateContainerRequest)
+		if _, err := r.overrides.Apply(ctx, r.slot(), asked); err != nil {
+			r.log.WithError(err).Warn("the image that overrides the one in the pod's spec is not known")
+		}
+	}
+	differing := r.differs(ctx, asked)
+	if len(differing) == 0 {
+		r.matchResources(ctx, asked)
+		q.answer <- adoption{id: r.successor(), ok: true}
+		return nil
+	}
+	r.log.WithField("differing", differing).Warn("kubelet asks for another container than the restart has made: it makes its own")
+	r.stopWithin(ctx, r.successor(), min(max(r.podGrace(ctx), minGrace), maxLateGrace*time.Second))
+	if err := r.removeContainer(ctx, r.successor()); err != nil {
+		return failf(ReasonRuntime, "%v", err)
+	}
+	r.warn("kubelet made the container once more, because it asked for another one than there was: %s", strings.Join(differing, ", "))
+	r.setMethod(MethodKubelet)
+	r.holdNext(ctx, adoptPatience)
+	return nil
+}
+
+// Kept implements [interceptors.Pods].
+func (e *Engine) Kept(ctx context.Context, podUID string) bool {
+	if e.pods == nil {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, podsPatience)
+	defer cancel()
+	pod, err := e.pods.Pod(ctx, podUID)
+	return err == nil && goes(pod) == ""
+}
+
+// goes says why the pod goes away; empty if it does not, as far as kubelet knows.
+func goes(pod *podsapi.Pod) string {
+	switch {
+	case pod.Deleting:
+		return "the pod is being deleted"
+	case pod.Phase == "Failed" || pod.Phase == "Succeeded":
+		return strings.TrimSpace("the pod has ended: " + pod.Phase + " " + pod.Reason)
+	default:
+		return ""
+	}
+}
+
+// askKubelet says why a stop is for another reason than the operation's, as far as kubelet tells; more is asked of a pod that
+// does not go away.
+func (r *restart) askKubelet(ctx context.Context, more func(ctx context.Context, pod *podsapi.Pod) string) string {
+	if r.pods == nil {
+		return ""
+	}
+	ctx, cancel := context.WithTimeout(ctx, podsPatience)
+	defer cancel()
+	pod, err := r.pods.Pod(ctx, r.o.op.GetPod().GetUid())
+	switch {
+	case errors.Is(err, podsapi.ErrNotFound):
+		return "kubelet has no such pod any more"
+	case err != nil:
+		return ""
+	}
+	if why := goes(pod); why != "" {
+		return why
+	}
+	return more(ctx, pod)
+}

@@ -1,0 +1,88 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"cmp"
+	"context"
+	"time"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// A kubelet since 1.35 takes a new container for started where it took the one before for started and has not seen the slot empty in
+// between (kubelet_pods.go convertToAPIContainerStatuses). Then nothing keeps the liveness probe back until the startup probe has
+// its first turn with the new container, one period later at the most: that makes it unknown whether the container has started
+// (prober/worker.go doProbe), for kubelet and for the other probes (kubelet.go syncLoopIteration, SetContainerStartup). Until then the new
+// container is shown to begin in the future; no probe is made of such a one, but the startup probe has its turn all the same.
+
+const (
+	// maxHoldProbes bounds hold_probes.
+	maxHoldProbes = time.Hour
+	// defaultPeriod is the API's default periodSeconds of a probe.
+	defaultPeriod = 10 * time.Second
+	// probeLag is how long after the successor is shown kubelet's prober may learn of it, and of the startup probe's first turn: both
+	// go through kubelet's main loop.
+	probeLag = 2 * time.Second
+	// probeCut is what kubelet cuts off: it keeps starts in whole seconds (status_manager.go normalizeStatus), and counts less than a
+	// second to go for none (prober/worker.go doProbe).
+	probeCut = 2 * time.Second
+)
+
+// probeHold returns for how long kubelet's probes of the successor are to be held. Where the command does not say,
+// kubelet may tell the period of the startup probe. One that tells is new enough to need it.
+func (r *restart) probeHold(ctx context.Context) time.Duration {
+	if r.probes != nil {
+		return *r.probes
+	}
+	var hold time.Duration
+	if told := r.want.GetHoldProbes(); told != nil {
+		hold = told.AsDuration()
+	} else if r.pods != nil {
+		ask, cancel := context.WithTimeout(ctx, podsPatience)
+		defer cancel()
+		pod, err := r.pods.Pod(ask, r.o.op.GetPod().GetUid())
+		if err != nil {
+			return 0 // asked again before it is needed
+		}
+		if period, is := pod.StartupPeriods[r.want.GetName()]; is {
+			hold = min(cmp.Or(period, defaultPeriod)+probeLag, maxHoldProbes)
+		}
+	}
+	r.probes = &hold
+	return hold
+}
+
+// holdProbes holds kubelet's probes of the successor, which is about to be shown.
+func (r *restart) holdProbes(ctx context.Context) {
+	if hold := r.probeHold(ctx); hold > 0 {
+		r.quiet(r.rec().Successor, hold)
+	}
+}
+
+// quiet holds kubelet's probes of the container. The next process does not know when it was shown: it has the least that it can be.
+func (e *Engine) quiet(id string, hold time.Duration) {
+	hold += probeCut
+	e.records.setHeld(id, time.Now().Add(hold))
+	e.view.HoldProbes(id, hold)
+}
+
+// holdNext holds the probes of the container that kubelet makes instead of taking the successor over, if it comes to that soon.
+func (r *restart) holdNext(ctx context.Context, within time.Duration) {
+	hold := r.probeHold(ctx)
+	if hold <= 0 {
+		return
+	}
+	e, image, name := r.Engine, "", r.want.GetName()
+	if r.up != nil {
+		image = r.change.want.GetImage()
+	}
+	r.view.WhenCreated(r.slot(), time.Now().Add(within), func(id string, req *runtimeapi.CreateContainerRequest) bool {
+		if image != "" && req.GetConfig().GetAnnotations()[annotationHash] != kubeletHash(name, image) {
+			return false // kubelet has not seen the new spec yet
+		}
+		e.quiet(id, hold)
+		return true
+	})
+}

@@ -1,0 +1,186 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+)
+
+// foreignRecord makes the record of the operation in the state directory one that this version does not understand, and returns it.
+func foreignRecord(t *testing.T, state, uid string, change func(record map[string]any)) []byte {
+	t.Helper()
+	var out []byte
+	db, err := bolt.Open(filepath.Join(state, "journal.db"), 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = db.Update(func(tx *bolt.Tx) error {
+		b, r := tx.Bucket(bucketOperations), map[string]any{}
+		if err := json.Unmarshal(b.Get([]byte(uid)), &r); err != nil {
+			return err
+		}
+		change(r)
+		var err error
+		out, err = json.Marshal(r)
+		return errors.Join(err, b.Put([]byte(uid), out))
+	})
+	if err := errors.Join(err, db.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// foreigners are the ways in which a record is not this version's.
+var foreigners = map[string]func(record map[string]any){
+	"an unknown step": func(r map[string]any) { r["containers"].([]any)[0].(map[string]any)["step"] = "polish" },
+	"a newer version": func(r map[string]any) { r["version"] = schemaVersion + 1 },
+	"a newer version in another form": func(r map[string]any) {
+		r["version"] = schemaVersion + 1
+		r["slots"] = map[string]any{"app": r["containers"]}
+		r["containers"] = "see slots"
+	},
+}
+
+// An operation of another version is neither undone nor forgotten, and what it has left is shown unless that would do harm.
+func TestForeignOperationsAreLeftAlone(t *testing.T) {
+	for _, tc := range []struct {
+		at          string // the call that the process dies at
+		done        bool
+		sees, there string
+	}{
+		{"CreateContainer app/1", true, "app/0 RUNNING, web/0 RUNNING", "app/0 RUNNING, app/1 CREATED, web/0 RUNNING"},
+		{"StopContainer app/0 30s", false, "app/0 RUNNING, web/0 RUNNING", "app/0 RUNNING, app/1 RUNNING, web/0 RUNNING"},
+		// The only one that runs was removed when the step was not known.
+		{"StopContainer app/0 30s", true, "app/0 EXITED, app/1 RUNNING, web/0 RUNNING", "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
+	} {
+		for name, change := range foreigners {
+			when := "before "
+			if tc.done {
+				when = "after "
+			}
+			t.Run(when+tc.at+", "+name, func(t *testing.T) {
+				t.Parallel()
+				n := newNode(t, podOptions{processes: true})
+				n.runTidied()
+				crashed, state := make(chan struct{}), ""
+				die := func(done bool) func(string) error {
+					return func(call string) error {
+						if call != tc.at || done != tc.done {
+							return nil
+						}
+						state = n.crash()
+						close(crashed)
+						return status.Error(codes.Unavailable, "the caller is gone")
+					}
+				}
+				n.rt.set(func(f *fakeRuntime) { f.before, f.after = die(false), die(true) })
+				n.restart("op")
+				<-crashed
+				n.rt.set(func(f *fakeRuntime) { f.before, f.after = nil, nil })
+				raw := foreignRecord(t, state, "op", change)
+				n.boot(state)
+				n.state = state
+				if got := n.sees(); got != tc.sees {
+					t.Errorf("kubelet sees %s, want %s", got, tc.sees)
+				}
+				n.engine.lateCreate = 1
+				n.run()
+				for late := time.Now().Add(waitLong); n.view.Guarded(); time.Sleep(time.Millisecond) { // until all has been tidied up
+					if time.Now().After(late) {
+						t.Fatal("still guarded")
+					}
+				}
+				if got := n.sees(); got != tc.sees || n.rt.state() != tc.there {
+					t.Errorf("kubelet sees %s, want %s; there is %s, want %s", got, tc.sees, n.rt.state(), tc.there)
+				}
+				op, err := n.api.GetOperation(t.Context(), &opsv1.GetOperationRequest{Uid: "op"})
+				if err != nil || op.GetPhase() != opsv1.Phase_PHASE_FAILED || !strings.Contains(op.GetMessage(), "left alone") {
+					t.Errorf("it is told of as %v, %v", op, err)
+				}
+				again := restartRequest("op2")
+				_, err = n.api.Restart(t.Context(), again)
+				if hidden := tc.sees != tc.there; hidden && (status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "install that version again")) {
+					t.Errorf("another restart: %v", err)
+				} else if !hidden && err != nil {
+					t.Errorf("another restart: %v", err)
+				}
+				if tc.sees != tc.there {
+					// kubelet's policy goes before: the name is free when it makes the next one.
+					n.rt.exit(t, "app/0", 1)
+					n.makeNextAt(t, 1)
+					if got, want := n.sees(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want || n.rt.state() != want {
+						t.Errorf("kubelet sees %s, there is %s", got, n.rt.state())
+					}
+				}
+				err = n.engine.journal.view(func(tx *bolt.Tx) error {
+					if !bytes.Equal(tx.Bucket(bucketOperations).Get([]byte("op")), raw) || tx.Bucket(bucketUnreadable) != nil {
+						t.Error("the record has been changed")
+					}
+					return nil
+				})
+				n.must(err)
+			})
+		}
+	}
+}
+
+// makeNextAt makes an attempt of app, as kubelet does.
+func (n *node) makeNextAt(t *testing.T, attempt uint32) {
+	t.Helper()
+	made, err := n.kubelet.CreateContainer(t.Context(), &runtimeapi.CreateContainerRequest{
+		PodSandboxId: n.sandbox, Config: n.containerConfig("app", attempt), SandboxConfig: n.sandboxConfig(),
+	})
+	n.must(err)
+	_, err = n.kubelet.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: made.GetContainerId()})
+	n.must(err)
+}
+
+// The file says of which version it is, from the first write on; one without is read as before.
+func TestJournalVersion(t *testing.T) {
+	dir := t.TempDir()
+	j, err := openJournal(dir, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	version := func() (v uint64) {
+		err := j.view(func(tx *bolt.Tx) error { v = fileVersion(tx); return nil })
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+	if v := version(); v != 0 {
+		t.Errorf("version %d before a write", v)
+	}
+	if err := j.put("op", &record{}); err != nil {
+		t.Fatal(err)
+	}
+	if v := version(); v != schemaVersion {
+		t.Errorf("version %d", v)
+	}
+	// A newer file stays one.
+	err = j.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketMeta).Put(keyVersion, []byte{schemaVersion + 5}) })
+	if err := errors.Join(err, j.put("op", &record{})); err != nil {
+		t.Fatal(err)
+	}
+	if v := version(); v != schemaVersion+5 {
+		t.Errorf("version %d", v)
+	}
+	if err := j.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
