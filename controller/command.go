@@ -235,6 +235,7 @@ func (p *pass) restartRequest(ctx context.Context, c *container) (*opsv1.Restart
 	want := &opsv1.ContainerRestart{
 		Name: c.name, ExpectedContainerId: c.pinned.ContainerID, GracePeriodSeconds: c.strategy.grace,
 	}
+	want.HoldProbes = HoldProbes(c.spec, c.carried)
 	if c.strategy.startFirst {
 		want.Order, want.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, int32(c.strategy.minStarted/time.Second)
 	}

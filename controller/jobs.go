@@ -30,7 +30,7 @@ import (
 // +kubebuilder:rbac:groups=batch,resources=jobs,verbs=get
 // +kubebuilder:rbac:groups="",resources=pods,verbs=get;list;watch
 
-// IgnoreBackoffLimitAnnotation, set to "true" on a ContainerRecreateRequest or an InPlaceRollout, lets a restart end the Job of the pod.
+// IgnoreBackoffLimitAnnotation is one that, set to "true" on a ContainerRecreateRequest or an InPlaceRollout, lets a restart end the Job of the pod.
 const IgnoreBackoffLimitAnnotation = "cri-proxy.io/ignore-backoff-limit"
 
 // takenFor is how long a restart that has been let go is counted although the pods do not show it: the longest that one may take.

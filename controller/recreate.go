@@ -228,6 +228,7 @@ func (p *pass) advance(ctx context.Context) (time.Duration, error) {
 		return 0, err
 	}
 	p.gather()
+	p.learnKubelet(ctx)
 	if p.pod == nil || p.pod.DeletionTimestamp != nil {
 		return p.giveUp(ctx, messagePodGone)
 	}
@@ -350,6 +351,22 @@ func (p *pass) gather() {
 			c.status = containerStatus(p.pod, want.Name)
 		}
 		p.containers = append(p.containers, c)
+	}
+}
+
+// learnKubelet finds out whether kubelet takes new containers for started, where that matters.
+func (p *pass) learnKubelet(ctx context.Context) {
+	probed := func(c *container) bool { return c.spec != nil && c.spec.StartupProbe != nil }
+	if !slices.ContainsFunc(p.containers, probed) {
+		return
+	}
+	carried := true
+	var node corev1.Node
+	if p.r.Client.Get(ctx, client.ObjectKey{Name: p.accepted.NodeName}, &node) == nil {
+		carried = CarriesStarted(&node)
+	}
+	for _, c := range p.containers {
+		c.carried = carried
 	}
 }
 

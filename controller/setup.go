@@ -78,6 +78,7 @@ func slimPod(in any) (any, error) {
 		for _, c := range list {
 			kept := corev1.Container{
 				Name: c.Name, Image: c.Image, Ports: c.Ports, Lifecycle: c.Lifecycle, RestartPolicy: c.RestartPolicy, RestartPolicyRules: c.RestartPolicyRules,
+				StartupProbe: slimProbe(c.StartupProbe), ReadinessProbe: slimProbe(c.ReadinessProbe),
 			}
 			if s := c.SecurityContext; s != nil {
 				kept.SecurityContext = &corev1.SecurityContext{RunAsNonRoot: s.RunAsNonRoot, RunAsUser: s.RunAsUser}
@@ -95,7 +96,7 @@ func slimPod(in any) (any, error) {
 		var slim []corev1.ContainerStatus
 		for _, c := range list {
 			slim = append(slim, corev1.ContainerStatus{
-				Name: c.Name, State: c.State, Ready: c.Ready, RestartCount: c.RestartCount, ContainerID: c.ContainerID,
+				Name: c.Name, State: c.State, Ready: c.Ready, Started: c.Started, RestartCount: c.RestartCount, ContainerID: c.ContainerID,
 				Image: c.Image, ImageID: c.ImageID, LastTerminationState: c.LastTerminationState,
 			})
 		}
@@ -106,6 +107,14 @@ func slimPod(in any) (any, error) {
 	return slim, nil
 }
 
+// slimProbe keeps that there is one, and how often it is due.
+func slimProbe(p *corev1.Probe) *corev1.Probe {
+	if p == nil {
+		return nil
+	}
+	return &corev1.Probe{PeriodSeconds: p.PeriodSeconds}
+}
+
 // slimNode is a cache transform; what is no node stays as it is.
 func slimNode(in any) (any, error) {
 	node, ok := in.(*corev1.Node)
@@ -114,7 +123,7 @@ func slimNode(in any) (any, error) {
 	}
 	slim := &corev1.Node{ObjectMeta: slimMeta(&node.ObjectMeta, OpsAddressAnnotation)}
 	slim.Labels = node.Labels
-	slim.Status.Addresses = node.Status.Addresses
+	slim.Status.Addresses, slim.Status.NodeInfo.KubeletVersion = node.Status.Addresses, node.Status.NodeInfo.KubeletVersion
 	for _, c := range node.Status.Conditions {
 		if c.Type == corev1.NodeReady || c.Type == BypassedCondition {
 			// Without the times: a heartbeat is no change.
@@ -201,9 +210,11 @@ func podChanges() predicate.Predicate {
 	}
 }
 
+func isTrue(b *bool) bool { return b != nil && *b }
+
 // sameStatus compares what observe reads.
 func sameStatus(a, b corev1.ContainerStatus) bool {
-	return a.Name == b.Name && a.ContainerID == b.ContainerID && a.Ready == b.Ready && a.RestartCount == b.RestartCount &&
+	return a.Name == b.Name && a.ContainerID == b.ContainerID && a.Ready == b.Ready && isTrue(a.Started) == isTrue(b.Started) && a.RestartCount == b.RestartCount &&
 		(a.State.Running == nil) == (b.State.Running == nil) && (a.State.Terminated == nil) == (b.State.Terminated == nil) &&
 		(a.State.Waiting == nil) == (b.State.Waiting == nil)
 }

@@ -47,6 +47,8 @@ type container struct {
 	// one that replaced the pinned container first.
 	op       *opsv1.ContainerOperation
 	replaced bool
+	// carried says that kubelet takes the new container for started because the old one was.
+	carried bool
 	// firstSeen is when this controller first saw the new container running.
 	firstSeen time.Time
 	// state is what the status says, and what it shall say.
@@ -118,6 +120,7 @@ func (c *container) awaitReady(pod *corev1.Pod, now time.Time) time.Duration {
 	if !c.isNew() {
 		return 0
 	}
+	passed, wait := StartupPassed(c.spec, c.status, c.firstSeen, c.carried, now)
 	state := c.status.State
 	switch {
 	case state.Terminated != nil:
@@ -128,6 +131,9 @@ func (c *container) awaitReady(pod *corev1.Pod, now time.Time) time.Duration {
 		c.state.Message = fmt.Sprintf("the new container exited with code %d; waiting for it to become ready", state.Terminated.ExitCode)
 	case state.Waiting != nil:
 		c.state.Message = fmt.Sprintf("the new container is waiting (%s); waiting for it to become ready", state.Waiting.Reason)
+	case state.Running != nil && !passed:
+		c.state.Message = "the new container runs; waiting for its startupProbe"
+		return wait
 	case state.Running != nil && c.status.Ready:
 		minStarted := c.strategy.minStarted
 		if c.op.GetMethod() == methodOverlap && c.strategy.startFirst && !c.replaced && bareID(c.status.ContainerID) == c.op.GetSuccessorId() {

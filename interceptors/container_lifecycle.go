@@ -246,7 +246,8 @@ func (d *Director) stopLateHeirs(ctx context.Context, sandbox string) {
 	wg.Wait()
 }
 
-// removePodSandbox stops what still runs in the sandbox, as the runtime does (sandbox_remove.go in containerd).
+// removePodSandbox stops what still runs in the sandbox, as the runtime does (sandbox_remove.go in
+// containerd).
 func (d *Director) removePodSandbox(ctx context.Context, method string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.RemovePodSandboxRequest{})
 	if err != nil {

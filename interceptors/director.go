@@ -162,9 +162,9 @@ var tellsStart = map[string]bool{
 	runtimeapi.RuntimeService_PodSandboxStatus_FullMethodName: true,
 }
 
-// tellsOf are the methods whose answers tell of containers. Those of others show nothing that is hidden, however long they
-// have been under way when it is hidden: a call into a container, such as a hook of 30 s, is addressed to the one that its
-// caller knows.
+// tellsOf are the methods whose answers tell of containers. Those of others show nothing that is
+// hidden, however long they have been under way when it is hidden: a call into a container, such as
+// a hook of 30 s, is addressed to the one that its caller knows.
 var tellsOf = map[string]bool{
 	runtimeapi.RuntimeService_ListContainers_FullMethodName:        true,
 	runtimeapi.RuntimeService_ContainerStatus_FullMethodName:       true,

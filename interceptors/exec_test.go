@@ -140,7 +140,8 @@ func TestExecProbeFromBeforeTheOperation(t *testing.T) {
 				return &runtimeapi.ExecSyncResponse{ExitCode: 137}, nil
 			})
 			answered := later(func() error {
-				_, err := call[runtimeapi.ExecSyncResponse](t.Context(), b, methodExecSync, &runtimeapi.ExecSyncRequest{ContainerId: tc.id})
+				req := &runtimeapi.ExecSyncRequest{ContainerId: tc.id}
+				_, err := call[runtimeapi.ExecSyncResponse](t.Context(), b, methodExecSync, req)
 				return err
 			})
 			<-arrived

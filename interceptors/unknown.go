@@ -12,19 +12,22 @@ import (
 )
 
 const (
-	// unknownPatience bounds how long a call of a method that is newer than this version waits until nothing is hidden. Kubelet gives
-	// its calls two minutes (runtimeRequestTimeout): the runtime must have some of them left.
+	// unknownPatience bounds how long a call of a method that is newer than this version waits
+	// until nothing is hidden. Kubelet gives its calls two minutes (runtimeRequestTimeout): the
+	// runtime must have some of them left.
 	unknownPatience = 90 * time.Second
-	// cutPatience is how long an operation waits for such a call that is under way before it ends it. A list takes milliseconds; what
-	// takes this long is a stream without an end, which its caller opens again.
+	// cutPatience is how long an operation waits for such a call that is under way before it ends
+	// it. A list takes milliseconds; what takes this long is a stream without an end, which its
+	// caller opens again.
 	cutPatience = 2 * time.Second
 )
 
 var _ proxy.UnknownPasser = (*Director)(nil)
 
-// PassUnknown implements [proxy.UnknownPasser]. The answer of a method that is not known cannot be changed. If its name says that it
-// tells of containers the call waits until nothing is hidden, and then it is counted as one that goes through undecoded. One that
-// has waited for 90 s goes on all the same: kubelet must not be left without an answer for as long as an upgrade is held ready.
+// PassUnknown implements [proxy.UnknownPasser]. The answer of a method that is not known cannot be
+// changed. If its name says that it tells of containers the call waits until nothing is hidden, and
+// then it is counted as one that goes through undecoded. One that has waited for 90 s goes on all
+// the same: kubelet must not be left without an answer for as long as an upgrade is held ready.
 func (d *Director) PassUnknown(ctx context.Context, method string, cut func()) (done func(), ok bool) {
 	tells, under := unknownTells(method)
 	if !tells {
@@ -37,13 +40,15 @@ func (d *Director) PassUnknown(ctx context.Context, method string, cut func()) (
 	}
 	if !quiet && ctx.Err() == nil {
 		d.log.WithField("method", method).Warn(
-			"a method that this version does not know is answered while a container is hidden, and may show it; upgrade cri-proxy")
+			"a method that this version does not know is answered while a container is hidden, and may show it; " +
+				"upgrade cri-proxy")
 	}
 	return func() { d.view.over(call) }, true
 }
 
-// unknownTells reports whether a method that this version does not know tells of containers, by the names that the CRI has given such
-// methods so far, and whether it still does so while it is under way: a checkpoint is made of what there is when it begins.
+// unknownTells reports whether a method that this version does not know tells of containers, by the
+// names that the CRI has given such methods so far, and whether it still does so while it is under
+// way: a checkpoint is made of what there is when it begins.
 func unknownTells(method string) (tells, under bool) {
 	service, name, _ := strings.Cut(strings.TrimPrefix(method, "/"), "/")
 	if !strings.HasPrefix(service, "runtime.") || !strings.HasSuffix(service, ".RuntimeService") {
@@ -62,9 +67,10 @@ func unknownTells(method string) (tells, under bool) {
 	}
 }
 
-// passUnknown waits until nothing is hidden, at most for [unknownPatience] or until ctx ends, and reports whether that came. If the call
-// still tells while it is under way it is registered like those of [View.pass], in the same moment. ok is false when this view is given
-// to another process: nobody will ever say here that nothing is hidden.
+// passUnknown waits until nothing is hidden, at most for [unknownPatience] or until ctx ends, and
+// reports whether that came. If the call still tells while it is under way it is registered like
+// those of [View.pass], in the same moment. ok is false when this view is given to another process:
+// nobody will ever say here that nothing is hidden.
 func (v *View) passUnknown(ctx context.Context, call *cuttable, under bool) (quiet, ok bool) {
 	timer := time.NewTimer(unknownPatience)
 	defer timer.Stop()
@@ -85,7 +91,8 @@ func (v *View) passUnknown(ctx context.Context, call *cuttable, under bool) (qui
 	}
 }
 
-// tryUnknown registers the call unless it waits and something is hidden: then it returns what is closed when nothing is any more.
+// tryUnknown registers the call unless it waits and something is hidden: then it returns what is
+// closed when nothing is any more.
 func (v *View) tryUnknown(call *cuttable, under, waits bool) <-chan struct{} {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -123,8 +130,8 @@ func (v *View) dropLocked(c *cuttable) {
 	}
 }
 
-// cutUnknown ends the calls of methods that are not known. They show nothing any more from its return on, whether or not their
-// callers read what was before.
+// cutUnknown ends the calls of methods that are not known. They show nothing any more from its
+// return on, whether or not their callers read what was before.
 func (v *View) cutUnknown() {
 	v.mu.Lock()
 	defer v.mu.Unlock()

@@ -15,7 +15,8 @@ import (
 // What kubelet may call in years to come, or called years ago.
 const methodListNew = "/runtime.v1.RuntimeService/ListContainersByPod"
 
-// pass begins a call of a method that is not known. passed is closed when it may be forwarded, and then answered ends it.
+// pass begins a call of a method that is not known. passed is closed when it may be forwarded, and
+// then answered ends it.
 type unknownCall struct {
 	passed chan struct{}
 	done   func()
@@ -86,7 +87,8 @@ func TestUnknownMethodsByName(t *testing.T) {
 	}
 }
 
-// An answer that is under way may show what is hidden meanwhile: it is waited for, and in the end cut.
+// An answer that is under way may show what is hidden meanwhile: it is waited for, and in the end
+// cut.
 func TestHideWaitsForUnknownMethods(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBed(t)

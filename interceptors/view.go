@@ -48,8 +48,9 @@ type View struct {
 	// known are the tokens that say nothing new, while there is a guard; strays the claims that hold no slot.
 	known  map[string]struct{}
 	strays map[*Claim]struct{}
-	// passing counts, by method, the calls that went through undecoded and are not answered yet: they
-	// may still carry what becomes hidden meanwhile. idle, if not nil, is closed when there is none.
+	// passing counts, by method, the calls that went through undecoded and are not answered yet:
+	// they may still carry what becomes hidden meanwhile. idle, if not nil, is closed when there is
+	// none.
 	passing map[string]int
 	idle    chan struct{}
 	// cuttable are those of them whose methods are not known.

@@ -246,7 +246,8 @@ func TestHideGivesUp(t *testing.T) {
 	})
 }
 
-// Only answers that tell of containers are waited for: a hook of 30 s in any pod of the node is none of them.
+// Only answers that tell of containers are waited for: a hook of 30 s in any pod of the node is
+// none of them.
 func TestHideWaitsOnlyForWhatTellsOfContainers(t *testing.T) {
 	tells := map[string]bool{}
 	for _, name := range []string{

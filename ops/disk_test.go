@@ -31,8 +31,8 @@ func hangs(t *testing.T, db *bolt.DB) (letGo func()) {
 	return letGo
 }
 
-// TestOverridesDoNotWaitForTheDisk writes one override to a disk that hangs; kubelet creates containers in its slot and in others
-// meanwhile.
+// TestOverridesDoNotWaitForTheDisk writes one override to a disk that hangs; kubelet creates
+// containers in its slot and in others meanwhile.
 func TestOverridesDoNotWaitForTheDisk(t *testing.T) {
 	dir := t.TempDir()
 	j, err := openJournal(dir, quiet())
@@ -65,10 +65,12 @@ func TestOverridesDoNotWaitForTheDisk(t *testing.T) {
 	})
 	<-begun
 	request := func(spec string) *runtimeapi.CreateContainerRequest {
-		return &runtimeapi.CreateContainerRequest{Config: &runtimeapi.ContainerConfig{Image: &runtimeapi.ImageSpec{Image: "sha256:spec", UserSpecifiedImage: spec}}}
+		image := &runtimeapi.ImageSpec{Image: "sha256:spec", UserSpecifiedImage: spec}
+		return &runtimeapi.CreateContainerRequest{Config: &runtimeapi.ContainerConfig{Image: image}}
 	}
 	// Each of these would wait for ever.
-	if applied, err := s.Apply(t.Context(), interceptors.Slot{PodUID: "other", Container: "app"}, request("x:1")); applied || err != nil {
+	other := interceptors.Slot{PodUID: "other", Container: "app"}
+	if applied, err := s.Apply(t.Context(), other, request("x:1")); applied || err != nil {
 		t.Errorf("in another slot: %v, %v", applied, err)
 	}
 	if applied, err := s.Apply(t.Context(), appSlot, request("app:v1")); !applied || err != nil {
@@ -91,7 +93,8 @@ func TestOverridesDoNotWaitForTheDisk(t *testing.T) {
 	}
 }
 
-// TestRecordsDoNotWaitForTheDisk: kubelet creates, updates and removes containers while the disk hangs. Nothing is forgotten.
+// TestRecordsDoNotWaitForTheDisk: kubelet creates, updates and removes containers while the disk
+// hangs. Nothing is forgotten.
 func TestRecordsDoNotWaitForTheDisk(t *testing.T) {
 	dir := t.TempDir()
 	r := open(t, dir)
@@ -109,7 +112,8 @@ func TestRecordsDoNotWaitForTheDisk(t *testing.T) {
 		if got := r.request("a"); !proto.Equal(got, req) || r.request("b") != nil || r.Len() != 1 {
 			t.Errorf("%v, %v, %d recorded", got, r.request("b"), r.Len())
 		}
-		if got, want := r.resources("a"), (&runtimeapi.LinuxContainerResources{CpuShares: 5, CpusetCpus: "1"}); !proto.Equal(got, want) {
+		want := &runtimeapi.LinuxContainerResources{CpuShares: 5, CpusetCpus: "1"}
+		if got := r.resources("a"); !proto.Equal(got, want) {
 			t.Errorf("resources are %v, want %v", got, want)
 		}
 		shut(t, r)

@@ -68,11 +68,13 @@ type Overrides struct {
 
 	// n is how many there are. The pass path reads only this.
 	n atomic.Int32
-	// removed wakes whoever looks for pods that are gone, dirty whoever writes what has changed in a call of kubelet's.
+	// removed wakes whoever looks for pods that are gone, dirty whoever writes what has changed in
+	// a call of kubelet's.
 	removed, dirty chan struct{}
 
-	// writing is held while the journal is written, or an older change could come after a newer one. It is taken before mu, which never
-	// is held then: kubelet's calls take mu, and a disk may hang.
+	// writing is held while the journal is written, or an older change could come after a newer
+	// one. It is taken before mu, which never is held then: kubelet's calls take mu, and a disk may
+	// hang.
 	writing sync.Mutex
 
 	mu     sync.Mutex // guards all following fields
@@ -142,8 +144,9 @@ func (s *Overrides) drop(o *override) {
 	s.flush()
 }
 
-// end is drop for calls of kubelet's, which don't wait for the disk. If the process dies before it is written, what ended it ends it again:
-// it is looked at each time that kubelet makes the container.
+// end is drop for calls of kubelet's, which don't wait for the disk. If the process dies before it
+// is written, what ended it ends it again: it is looked at each time that kubelet makes the
+// container.
 func (s *Overrides) end(o *override) {
 	s.set(o.slot(), nil)
 	select {
@@ -258,8 +261,8 @@ func (s *Overrides) SandboxRemoved() {
 	}
 }
 
-// writeEnded writes overrides that a call of kubelet's has ended, until ctx ends. What it does not come to goes with the next write, or with
-// the end of the engine.
+// writeEnded writes overrides that a call of kubelet's has ended, until ctx ends. What it does not
+// come to goes with the next write, or with the end of the engine.
 func (e *Engine) writeEnded(ctx context.Context) {
 	for {
 		select {

@@ -36,10 +36,11 @@ var (
 )
 
 const (
-	// recordPatience bounds what a call of kubelet's waits for its record. It goes into the page cache, which takes microseconds; when
-	// the disk hangs the record is written later.
+	// recordPatience bounds what a call of kubelet's waits for its record. It goes into the page
+	// cache, which takes microseconds; when the disk hangs the record is written later.
 	recordPatience = 100 * time.Millisecond
-	// maxUnwritten bounds the records that wait for a disk that hangs: more containers than a node has.
+	// maxUnwritten bounds the records that wait for a disk that hangs: more containers than a node
+	// has.
 	maxUnwritten = 1024
 )
 
@@ -153,7 +154,8 @@ func (r *Records) write(w *recordWrite) {
 	select {
 	case <-w.written:
 	case <-timer.C:
-		r.log.WithField("container", w.id).Warn("the disk does not take the record of a container; it is written when it does")
+		r.log.WithField("container", w.id).Warn(
+			"the disk does not take the record of a container; it is written when it does")
 	}
 }
 
@@ -228,7 +230,8 @@ func (r *Records) try(change func(tx *bolt.Tx) error) (err error) {
 	return r.db.Update(change)
 }
 
-// view reads what has been recorded so far, and waits for the disk if it has to. It does nothing without a file.
+// view reads what has been recorded so far, and waits for the disk if it has to. It does nothing
+// without a file.
 func (r *Records) view(f func(tx *bolt.Tx) error) error {
 	if r.db == nil {
 		return nil

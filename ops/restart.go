@@ -27,8 +27,9 @@ import (
 const (
 	// callTimeout bounds one call to the runtime: kubelet's own runtimeRequestTimeout.
 	callTimeout = 2 * time.Minute
-	// hidePatience bounds the wait for answers that tell of containers and are on their way to kubelet undecoded. Lists and
-	// statuses take milliseconds; if one takes this long the runtime is in no state for a restart.
+	// hidePatience bounds the wait for answers that tell of containers and are on their way to
+	// kubelet undecoded. Lists and statuses take milliseconds; if one takes this long the runtime
+	// is in no state for a restart.
 	hidePatience = 10 * time.Second
 	// minGrace is kubelet's minimumGracePeriodInSeconds (kuberuntime_manager.go).
 	minGrace = 2 * time.Second

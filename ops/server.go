@@ -82,6 +82,7 @@ func (s *Server) Restart(ctx context.Context, req *opsv1.RestartRequest) (*opsv1
 	if err != nil {
 		return nil, err
 	}
+	s.e.precede(o)
 	return o.snapshot(), nil
 }
 

@@ -59,8 +59,8 @@ func (r *restart) stage(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		return failf(ReasonRuntime, "%s not begun: the runtime takes more than %s to tell kubelet of its containers (%v); try again when crictl ps answers at once",
-			r.kind(), hidePatience, err)
+		return failf(ReasonRuntime, "%s not begun: the runtime takes more than %s to tell kubelet of its containers "+
+			"(%v); try again when crictl ps answers at once", r.kind(), hidePatience, err)
 	}
 	if err := r.chooseMethod(call); err != nil {
 		return err

@@ -88,14 +88,35 @@ func (e *Engine) supersede(by *operation) {
 	}
 }
 
+// precede takes back what is prepared for a container that is to be restarted, and not committed: it may wait for its turn for
+// an hour, and is prepared anew after the restart by whoever wants it.
+func (e *Engine) precede(by *operation) {
+	for _, o := range e.activeOperations() {
+		if o.upgrade == nil || o.op.GetPod().GetUid() != by.op.GetPod().GetUid() || o.isCommitted() || !shareContainer(o, by) { // pods never change
+			continue
+		}
+		log := e.log.WithFields(logrus.Fields{"op": o.req.GetUid(), "by": by.req.GetUid()})
+		if err := e.cancel(o, "a restart of the container goes first: "+by.req.GetUid()); err != nil {
+			log.WithError(err).Warn("a prepared upgrade was not cancelled")
+		} else {
+			log.Info("a prepared upgrade gives way to a restart")
+		}
+	}
+}
+
+// shareContainer says that two operations have a container's name in common.
+func shareContainer(a, b *operation) bool {
+	return slices.ContainsFunc(a.req.GetContainers(), func(x *opsv1.ContainerRestart) bool {
+		return slices.ContainsFunc(b.req.GetContainers(), func(y *opsv1.ContainerRestart) bool { return x.GetName() == y.GetName() })
+	})
+}
+
 // sameSubject says that two upgrades have one owner and a container in common.
 func sameSubject(a, b *operation) bool {
 	if a.upgrade.GetOwner() == "" || a.upgrade.GetOwner() != b.upgrade.GetOwner() || a.op.GetPod().GetUid() != b.op.GetPod().GetUid() { // pods never change
 		return false
 	}
-	return slices.ContainsFunc(a.req.GetContainers(), func(x *opsv1.ContainerRestart) bool {
-		return slices.ContainsFunc(b.req.GetContainers(), func(y *opsv1.ContainerRestart) bool { return x.GetName() == y.GetName() })
-	})
+	return shareContainer(a, b)
 }
 
 // isCommitted says that the pod's spec may have been patched for an upgrade.

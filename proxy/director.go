@@ -74,12 +74,13 @@ type Passer interface {
 	Pass(method string) (done func(), ok bool)
 }
 
-// UnknownPasser is implemented by a [Director] that must know of calls whose methods are newer than the CRI that is linked here. They
-// cannot be intercepted.
+// UnknownPasser is implemented by a [Director] that must know of calls whose methods are newer than
+// the CRI that is linked here. They cannot be intercepted.
 type UnknownPasser interface {
-	// PassUnknown is asked before such a call is forwarded, and may wait, at most until ctx ends. done, if not nil, is called when the
-	// call is over. Until then cut, which does not block, ends it with Unavailable. ok is false when another director is about to be set,
-	// which is asked then.
+	// PassUnknown is asked before such a call is forwarded, and may wait, at most until ctx ends.
+	// done, if not nil, is called when the call is over. Until then cut, which does not block, ends
+	// it with Unavailable. ok is false when another director is about to be set, which is asked
+	// then.
 	PassUnknown(ctx context.Context, method string, cut func()) (done func(), ok bool)
 }
 

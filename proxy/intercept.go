@@ -40,8 +40,8 @@ func (c *call) directUnary() (take UnaryInterceptor, done func()) {
 var errCut = status.Error(codes.Unavailable,
 	"cri-proxy does not know this method and has ended the call, because a container is being replaced; call again")
 
-// directUnknown tells the director of a call whose method is not known. done is not nil if it wants to know when the call is over. An
-// error is the call's answer.
+// directUnknown tells the director of a call whose method is not known. done is not nil if it wants
+// to know when the call is over. An error is the call's answer.
 func (c *call) directUnknown(ctx context.Context, cancel context.CancelCauseFunc) (done func(), err error) {
 	defer c.s.catch(c.name, func() { done, err = nil, nil })
 	for {

@@ -436,12 +436,14 @@ func (s *strange) PassUnknown(ctx context.Context, method string, cut func()) (d
 // The director is told of calls whose methods are not known, and of their end.
 func TestUnknownMethodsAreTold(t *testing.T) {
 	asked, over := make(chan string, 1), make(chan struct{}, 1)
-	b := newBed(t, proxy.Options{Director: &strange{&director{}, func(_ context.Context, method string, _ func()) (func(), bool) {
+	tell := func(_ context.Context, method string, _ func()) (func(), bool) {
 		asked <- method
 		return func() { over <- struct{}{} }, true
-	}}})
+	}
+	b := newBed(t, proxy.Options{Director: &strange{&director{}, tell}})
 	for _, method := range []string{methodNew, methodAlien} {
-		if s := exchange(testContext(t), b.proxied, method, []byte("x")); s.Code != codes.OK || !slices.Equal(s.Events, []string{`message "x"`}) {
+		s := exchange(testContext(t), b.proxied, method, []byte("x"))
+		if s.Code != codes.OK || !slices.Equal(s.Events, []string{`message "x"`}) {
 			t.Errorf("%+v", s)
 		}
 		if m := <-asked; m != method {
@@ -460,10 +462,11 @@ func TestUnknownMethodsAreTold(t *testing.T) {
 
 func TestUnknownCallIsCut(t *testing.T) {
 	cuts, over := make(chan func(), 1), make(chan struct{})
-	b := newBed(t, proxy.Options{Director: &strange{&director{}, func(_ context.Context, _ string, cut func()) (func(), bool) {
+	keep := func(_ context.Context, _ string, cut func()) (func(), bool) {
 		cuts <- cut
 		return func() { close(over) }, true
-	}}})
+	}
+	b := newBed(t, proxy.Options{Director: &strange{&director{}, keep}})
 	left := make(chan struct{})
 	b.backend.answer(func(_ string, s grpc.ServerStream) error {
 		_ = s.SendMsg(new([]byte))
@@ -490,14 +493,15 @@ func TestUnknownCallIsCut(t *testing.T) {
 // A call that waits when the view goes to another process is answered by that one.
 func TestUnknownCallFollowsTheView(t *testing.T) {
 	asked, given := make(chan struct{}, 1), make(chan struct{})
-	b := newBed(t, proxy.Options{Director: &strange{&director{}, func(ctx context.Context, _ string, _ func()) (func(), bool) {
+	wait := func(ctx context.Context, _ string, _ func()) (func(), bool) {
 		asked <- struct{}{}
 		select {
 		case <-given:
 		case <-ctx.Done():
 		}
 		return nil, false
-	}}})
+	}
+	b := newBed(t, proxy.Options{Director: &strange{&director{}, wait}})
 	other := newBed(t, proxy.Options{})
 	other.backend.answer(answering)
 	call := make(chan *seen, 1)
@@ -523,10 +527,14 @@ func TestUnknownCallFollowsTheView(t *testing.T) {
 func TestNamesOfUnknownMethods(t *testing.T) {
 	b := newBed(t, proxy.Options{})
 	long := "/runtime.v1.RuntimeService/" + strings.Repeat("L", 128)
-	for _, method := range []string{methodVersion, methodNew, methodNew, methodAlien, "/runtime.v1.RuntimeService/Li\x1bst", "/runtime.v1.RuntimeService/%s", long} {
+	for _, method := range []string{
+		methodVersion, methodNew, methodNew, methodAlien, long,
+		"/runtime.v1.RuntimeService/Li\x1bst", "/runtime.v1.RuntimeService/%s",
+	} {
 		exchange(testContext(t), b.proxied, method, nil)
 	}
-	if got := b.server.Stats().UnknownMethods; !slices.Equal(got, []string{"runtime.v1.RuntimeService/NotYetInvented"}) {
+	got := b.server.Stats().UnknownMethods
+	if !slices.Equal(got, []string{"runtime.v1.RuntimeService/NotYetInvented"}) {
 		t.Errorf("%q", got)
 	}
 	for i := range 100 {

@@ -70,7 +70,8 @@ func criMethod(s protoreflect.ServiceDescriptor, m protoreflect.MethodDescriptor
 }
 
 const (
-	// maxNewer bounds how many names of unknown methods are kept: callers choose them. The CRI has some forty methods altogether.
+	// maxNewer bounds how many names of unknown methods are kept: callers choose them. The CRI has
+	// some forty methods altogether.
 	maxNewer = 32
 	// maxMethodName is more than twice as long as the longest method of the CRI, with its service.
 	maxMethodName = 128

@@ -43,8 +43,9 @@ type Options struct {
 	Tracer trace.Tracer
 	// Recorder sees every call. Nil: none.
 	Recorder CallRecorder
-	// Probe, if not empty, is a secret: a call of [ProbeMethod] that has it under [ProbeKey] goes through everything that kubelet's calls go
-	// through, and is answered with an empty message in place of the runtime's. It is not counted.
+	// Probe, if not empty, is a secret: a call of [ProbeMethod] that has it under [ProbeKey] goes
+	// through everything that kubelet's calls go through, and is answered with an empty message in
+	// place of the runtime's. It is not counted.
 	Probe string
 	// Register adds services that the proxy answers itself, such as a health
 	// service for a watchdog. They must not carry a name that the runtime
@@ -61,8 +62,8 @@ type Stats struct {
 	InFlight          uint64    // calls not answered yet
 	LastCall          time.Time // begin of the latest call; zero: none yet
 	LastUserAgent     string    // its user agent, such as grpc-go/1.79.1
-	// UnknownMethods are the CRI methods that were called and that the cri-api linked here does not have, such as
-	// runtime.v1.RuntimeService/ListContainers2, ordered.
+	// UnknownMethods are the CRI methods that were called and that the cri-api linked here does not
+	// have, such as runtime.v1.RuntimeService/ListContainers2, ordered.
 	UnknownMethods []string
 }
 
@@ -102,7 +103,8 @@ type Server struct {
 // NewServer makes a server that forwards to up. It does not listen: see Serve.
 func NewServer(up *Upstream, o Options) *Server {
 	s := &Server{
-		up: up, recorder: o.Recorder, tracer: o.Tracer, log: o.Log, codec: newRawCodec(), register: o.Register, probe: o.Probe,
+		up: up, recorder: o.Recorder, tracer: o.Tracer, log: o.Log, codec: newRawCodec(),
+		register: o.Register, probe: o.Probe,
 		listeners: map[*accepting]struct{}{}, turns: map[*turn]bool{},
 	}
 	if s.log == nil {

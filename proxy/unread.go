@@ -14,32 +14,39 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// What clients have not read yet is in the proxy's memory, and must not fill it: a runtime that answers directly would have the same, but
-// the node has nobody who restarts it every time. kubelet never meets these bounds. It reads at once; it has one connection for
-// containers and one for images; it refuses messages of more than 16 MiB (maxMsgSize in k8s.io/cri-client/pkg), and the lists of 500
-// containers that a large node has are below 1 MiB. The unit's MemoryMax= is above their sum.
+// What clients have not read yet is in the proxy's memory, and must not fill it: a runtime that
+// answers directly would have the same, but the node has nobody who restarts it every time. kubelet
+// never meets these bounds. It reads at once; it has one connection for containers and one for
+// images; it refuses messages of more than 16 MiB (maxMsgSize in k8s.io/cri-client/pkg), and the
+// lists of 500 containers that a large node has are below 1 MiB. The unit's MemoryMax= is above
+// their sum.
 const (
 	// bigAnswer is the size from which on messages are counted.
 	bigAnswer = 64 << 10
-	// maxUnread is what one connection may leave unread: four of the largest answers that kubelet takes.
+	// maxUnread is what one connection may leave unread: four of the largest answers that kubelet
+	// takes.
 	maxUnread = 64 << 20
-	// maxUnreadAll is what all may together. Beyond it a connection still gets unreadShare, so that no other client takes kubelet's room.
+	// maxUnreadAll is what all may together. Beyond it a connection still gets unreadShare, so that
+	// no other client takes kubelet's room.
 	maxUnreadAll = 192 << 20
 	unreadShare  = 32 << 20
-	// maxCalls is how many calls one connection may have under way; others wait at the caller (SETTINGS_MAX_CONCURRENT_STREAMS). kubelet
-	// has one for each pod that it works on and one for each exec probe that runs: with 500 pods of two containers and three probes
-	// each, all at the same moment, 3,500.
+	// maxCalls is how many calls one connection may have under way; others wait at the caller
+	// (SETTINGS_MAX_CONCURRENT_STREAMS). kubelet has one for each pod that it works on and one for
+	// each exec probe that runs: with 500 pods of two containers and three probes each, all at the
+	// same moment, 3,500.
 	maxCalls = 4096
 )
 
 // errUnread is the answer in place of one that there is no room for.
 var errUnread = status.Error(codes.ResourceExhausted,
-	"cri-proxy keeps no more answers for this client until it has read those that it has: read them, or make fewer calls at once")
+	"cri-proxy keeps no more answers for this client until it has read those that it has: "+
+		"read them, or make fewer calls at once")
 
 // unread counts bytes of answers that have not been written to their clients.
 type unread struct{ all, conn *atomic.Int64 }
 
-// take counts size more, if there is room. A connection that has nothing unread gets any answer, however large.
+// take counts size more, if there is room. A connection that has nothing unread gets any answer,
+// however large.
 func (u unread) take(size int64) (*share, bool) {
 	conn := u.conn.Add(size)
 	all := u.all.Add(size)
@@ -65,8 +72,8 @@ func (s *share) give() {
 	}
 }
 
-// heldAnswer is a counted message. It is the pool of buffers that stand for the message's own ones: gRPC puts each back once it has been
-// written, or will not be.
+// heldAnswer is a counted message. It is the pool of buffers that stand for the message's own ones:
+// gRPC puts each back once it has been written, or will not be.
 type heldAnswer struct {
 	share   *share
 	left    atomic.Int32
@@ -90,7 +97,8 @@ func (h *heldAnswer) Put(*[]byte) {
 	}
 }
 
-// hold counts the message from now on until it has been written, and reports whether there is room for it.
+// hold counts the message from now on until it has been written, and reports whether there is room
+// for it.
 func (u unread) hold(f *frame) bool {
 	size := f.data.Len()
 	if size < bigAnswer || u.conn == nil {
@@ -101,8 +109,8 @@ func (u unread) hold(f *frame) bool {
 		return false
 	}
 	h := &heldAnswer{share: s}
-	// gRPC drops what comes for a stream that has just been reset, without freeing it (preprocessDataHandler in its controlbuf.go).
-	// Then it counts until the memory is free.
+	// gRPC drops what comes for a stream that has just been reset, without freeing it
+	// (preprocessDataHandler in its controlbuf.go). Then it counts until the memory is free.
 	runtime.AddCleanup(h, (*share).give, s)
 	// Small buffers have no pool, see [mem.NewBuffer].
 	held := make(mem.BufferSlice, len(f.data))

@@ -71,15 +71,17 @@ type bed struct {
 	// notReady is how many pods are not ready, and peak the most there were.
 	notReady, peak int
 	kubelet        kubelet
-	running        bool
-	ctx            context.Context
-	stop           context.CancelFunc
-	wg             sync.WaitGroup
-	transform      func(any) (any, error)
-	watches        map[string]func(before, now *corev1.Pod)
-	serial         int
-	version        int
-	webhook        bool // asked for what the controller writes of rollouts
+	// serves says from when on the application of a pod answers, where that has a startupProbe.
+	serves    map[types.UID]time.Time
+	running   bool
+	ctx       context.Context
+	stop      context.CancelFunc
+	wg        sync.WaitGroup
+	transform func(any) (any, error)
+	watches   map[string]func(before, now *corev1.Pod)
+	serial    int
+	version   int
+	webhook   bool // asked for what the controller writes of rollouts
 
 	r     *Reconciler
 	queue workqueue.TypedRateLimitingInterface[reconcile.Request]
@@ -101,7 +103,7 @@ func inBed(t *testing.T, f func(*testing.T, *bed)) {
 		b := &bed{
 			t: t, fleet: newFleet(), writes: map[string]int{},
 			cache: map[types.NamespacedName]*corev1.Pod{}, real: map[types.NamespacedName]*corev1.Pod{}, nodes: map[string]*corev1.Node{},
-			kubelet: kubelet{sync: time.Second, start: 3 * time.Second},
+			kubelet: kubelet{sync: time.Second, start: 3 * time.Second}, serves: map[types.UID]time.Time{},
 		}
 		for o, by := range nodes.CacheOptions().ByObject {
 			if _, ok := o.(*corev1.Pod); ok {

@@ -14,6 +14,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller"
 )
 
 // stage is where a pod stands on its way to a goal.
@@ -46,8 +47,8 @@ const (
 	failOutdated     = "ProxyOutdated"
 	failPreparation  = "PreparationFailed"
 	failPodEnded     = "PodEnded"
-	waitImagePull    = "ImagePullBackOff"
 	failEndsJob      = "WouldEndJob"
+	waitImagePull    = "ImagePullBackOff"
 	waitInvalidImage = "InvalidImageName"
 	waitNeverPull    = "ErrImageNeverPull"
 	waitCrashLoop    = "CrashLoopBackOff"
@@ -76,6 +77,10 @@ type knowledge struct {
 	turn bool
 	// readySeen is when the containers as they are were first seen ready.
 	readySeen time.Time
+	// carried says that kubelet takes new containers for started because the old ones were, seen when those that have a startupProbe were
+	// first seen running, by container ID.
+	carried bool
+	seen    map[string]time.Time
 	// settled says that the pod has been available after the change.
 	settled bool
 	now     time.Time
@@ -87,7 +92,7 @@ type verdict struct {
 	// images and restarts are what is to be written.
 	images   map[string]string
 	restarts []string
-	// serving says that the pod is ready, available that it has been for long enough, disrupted that it must not be counted on.
+	// serving says that the pod is ready and has started, available that it has been for long enough, disrupted that it must not be counted on.
 	serving, available, disrupted bool
 	// open says that its gates are to be opened.
 	open bool
@@ -114,6 +119,9 @@ func judge(pod *corev1.Pod, m *mark, g goal, k knowledge, s *strategy, now time.
 	v.serving = ready != nil && ready.Status == corev1.ConditionTrue
 	moving := m.moving(pod, k)
 	v.disrupted = k.turn || shut != "" || moving
+	if passed, _ := started(pod, k, now); v.serving && !passed {
+		v.serving, v.disrupted = false, true // whatever its condition says
+	}
 
 	v.images = map[string]string{}
 	for name, image := range g.images {
@@ -193,7 +201,7 @@ func (v *verdict) judgeChanged(pod *corev1.Pod, m *mark, g goal, k knowledge, s 
 			v.stage, v.recovered, v.disrupted, v.ask = updated, v.available, k.turn && !v.available, false
 			return
 		}
-		if wasReady(pod, m) {
+		if wasReady(pod, m, k) {
 			v.stage, v.ask = updated, false // whatever it suffers from came later
 			return
 		}
@@ -340,6 +348,9 @@ func available(pod *corev1.Pod, k knowledge, s *strategy, now time.Time) (bool, 
 	if ready == nil || ready.Status != corev1.ConditionTrue {
 		return false, 0
 	}
+	if passed, wait := started(pod, k, now); !passed {
+		return false, wait
+	}
 	if len(gatesOf(pod)) > 0 {
 		return containersReady(pod, k, s, now) // the gate may have been opened only now
 	}
@@ -352,7 +363,40 @@ func containersReady(pod *corev1.Pod, k knowledge, s *strategy, now time.Time) (
 	if ready == nil || ready.Status != corev1.ConditionTrue {
 		return false, 0
 	}
+	if passed, wait := started(pod, k, now); !passed {
+		return false, wait
+	}
 	return readyLongEnough(pod, ready, k, s, now)
+}
+
+// started says whether all containers of a pod have passed their startupProbes; wait is how long until the passing of time alone may show it.
+func started(pod *corev1.Pod, k knowledge, now time.Time) (passed bool, wait time.Duration) {
+	passed = true
+	for _, c := range startupProbed(pod) {
+		cs := statusOf(pod, c.Name)
+		if cs == nil {
+			continue // the conditions tell
+		}
+		ok, left := controller.StartupPassed(c, cs, k.seen[cs.ContainerID], k.carried, now)
+		passed, wait = passed && ok, max(wait, left)
+	}
+	return passed, wait
+}
+
+// startupProbed are the containers with a startupProbe that run at the same time as the others.
+func startupProbed(pod *corev1.Pod) []*corev1.Container {
+	var probed []*corev1.Container
+	for _, list := range [][]corev1.Container{pod.Spec.Containers, pod.Spec.InitContainers} {
+		for i := range list {
+			if list[i].StartupProbe == nil {
+				continue
+			}
+			if c, _ := containerOf(pod, list[i].Name); c != nil {
+				probed = append(probed, c)
+			}
+		}
+	}
+	return probed
 }
 
 func readyLongEnough(pod *corev1.Pod, ready *corev1.PodCondition, k knowledge, s *strategy, now time.Time) (bool, time.Duration) {
@@ -374,15 +418,26 @@ func readyLongEnough(pod *corev1.Pod, ready *corev1.PodCondition, k knowledge, s
 }
 
 // wasReady says that the pod, which is not ready, was so for a while after its change.
-func wasReady(pod *corev1.Pod, m *mark) bool {
+func wasReady(pod *corev1.Pod, m *mark, k knowledge) bool {
 	ready := conditionOf(pod, corev1.ContainersReady)
 	if ready == nil || ready.Status != corev1.ConditionFalse {
 		return false
 	}
 	since := m.Time.Time
 	for name := range m.Containers {
-		if cs := statusOf(pod, name); cs != nil && cs.State.Running != nil && cs.State.Running.StartedAt.After(since) {
+		cs := statusOf(pod, name)
+		if cs == nil || cs.State.Running == nil {
+			continue
+		}
+		if cs.State.Running.StartedAt.After(since) {
 			since = cs.State.Running.StartedAt.Time
+		}
+		c, _ := containerOf(pod, name)
+		if passed, _ := controller.StartupPassed(c, cs, time.Time{}, false, k.now); !passed {
+			return false // what made the pod ready was the start of the old one
+		}
+		if _, left := controller.StartupPassed(c, cs, time.Time{}, k.carried, since); left > 0 {
+			since = since.Add(left) // until then, too
 		}
 	}
 	return ready.LastTransitionTime.After(since.Add(crashWithin))

@@ -12,11 +12,17 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	nodes "github.com/cri-proxy/cri-proxy/controller"
 )
 
 // kubelet says how the kubelets behave: how long until they see a change, and until a new container is ready. An image whose
 // name ends with :crash ends at once, with :slow never gets ready, with :gone cannot be pulled.
-type kubelet struct{ sync, start time.Duration }
+type kubelet struct {
+	sync, start time.Duration
+	// hold says that nodes hold probes.
+	hold bool
+}
 
 func setReady(pod *corev1.Pod, containers bool) {
 	set := func(kind corev1.PodConditionType, is bool) {
@@ -145,10 +151,17 @@ func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, 
 		if crash {
 			cs.State = corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ExitCode: 1, Reason: "Error", ContainerID: cs.ContainerID, StartedAt: metav1.Now(), FinishedAt: metav1.Now()}}
 		}
+		if c, _ := containerOf(p, name); c.StartupProbe != nil && !crash {
+			b.carry(cs)
+		}
 		done = true
 		return true
 	})
 	if !done || crash || slow {
+		return
+	}
+	if c, _ := containerOf(b.stored(key), name); c.StartupProbe != nil {
+		b.startupWorker(key, uid, name, id, time.Duration(c.StartupProbe.PeriodSeconds)*time.Second, start)
 		return
 	}
 	b.wg.Go(func() {
@@ -166,6 +179,56 @@ func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, 
 	})
 }
 
+// carriedBy says that the kubelet of the nodes is one since 1.35.
+func (b *bed) carriedBy() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return nodes.CarriesStarted(b.nodes["node-0"])
+}
+
+// carry is what kubelet says of a new container that runs where another one ran: since 1.35 it has started if that one had
+// (kubelet_pods.go convertToAPIContainerStatuses), and without a readinessProbe it is ready then.
+func (b *bed) carry(cs *corev1.ContainerStatus) {
+	started := b.carriedBy() && cs.Started != nil && *cs.Started
+	cs.Started, cs.Ready = &started, started
+	if b.kubelet.hold && started {
+		cs.State.Running.StartedAt = metav1.NewTime(time.Now().Add(14 * time.Second).Truncate(time.Second))
+	}
+}
+
+// startupWorker is kubelet's worker for a startupProbe, whose tick is as late as it may be: the first one finds the new container, the
+// later ones probe it. The application needs some time until it answers.
+func (b *bed) startupWorker(key types.NamespacedName, uid types.UID, name, id string, period, needs time.Duration) {
+	set := func(is bool) bool {
+		there := false
+		b.status(key, uid, func(p *corev1.Pod) bool {
+			cs := statusOf(p, name)
+			if there = cs != nil && cs.ContainerID == "containerd://"+id; !there {
+				return false
+			}
+			cs.Started, cs.Ready = &is, is
+			return true
+		})
+		return there
+	}
+	b.mu.Lock()
+	b.serves[uid] = time.Now().Add(needs)
+	b.mu.Unlock()
+	b.wg.Go(func() {
+		begun := time.Now()
+		for pause(b.ctx, period) {
+			if time.Since(begun) < needs {
+				if !set(false) {
+					return
+				}
+				continue
+			}
+			set(true)
+			return
+		}
+	})
+}
+
 // swapped is what a restart by the node looks like to the kubelet.
 func (b *bed) swapped(podUID, container, id string) {
 	for _, pod := range b.pods() {
@@ -176,8 +239,14 @@ func (b *bed) swapped(podUID, container, id string) {
 			cs := statusOf(p, container)
 			cs.ContainerID, cs.RestartCount = "containerd://"+id, cs.RestartCount+1
 			cs.State = corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: metav1.Now()}}
+			if c, _ := containerOf(p, container); c.StartupProbe != nil {
+				b.carry(cs)
+			}
 			return true
 		})
+		if c, _ := containerOf(pod, container); c.StartupProbe != nil {
+			b.startupWorker(client.ObjectKeyFromObject(pod), pod.UID, container, id, time.Duration(c.StartupProbe.PeriodSeconds)*time.Second, b.kubelet.start)
+		}
 	}
 }
 

@@ -75,8 +75,10 @@ type member struct {
 	// readySeen is when the containers of readyIDs were first seen ready.
 	readySeen time.Time
 	readyIDs  string
-	marked    string // the annotation that mark was read from
-	mark      *mark
+	// started are when containers with a startupProbe were first seen running, by ID.
+	started map[string]time.Time
+	marked  string // the annotation that mark was read from
+	mark    *mark
 
 	// The rest is guarded by the mutex of work.
 
@@ -112,7 +114,7 @@ func (w *work) memberOf(pod *corev1.Pod, revision string) (m *member, dropped *t
 	if m.revision != revision {
 		dropped = m.visit
 		w.drop(m)
-		*m = member{uid: pod.UID, revision: revision, written: m.written, turn: m.turn, node: m.node, readySeen: m.readySeen, readyIDs: m.readyIDs, marked: m.marked, mark: m.mark}
+		*m = member{uid: pod.UID, revision: revision, written: m.written, turn: m.turn, node: m.node, readySeen: m.readySeen, readyIDs: m.readyIDs, started: m.started, marked: m.marked, mark: m.mark}
 	}
 	if text := pod.Annotations[inplace.PodStateAnnotation]; text != m.marked {
 		m.marked, m.mark = text, markOf(pod)
@@ -156,7 +158,7 @@ func (w *work) close() { w.keep(nil) }
 func (w *work) knowledge(m *member, begun time.Time) knowledge {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	k := knowledge{begun: begun, turn: m.turn, readySeen: m.readySeen, settled: m.settled}
+	k := knowledge{begun: begun, turn: m.turn, readySeen: m.readySeen, seen: m.started, settled: m.settled}
 	if t := m.visit; t != nil {
 		if m.mark != nil && t.uid == m.mark.Operation {
 			k.op, k.asked = t.op, t.asked
@@ -189,6 +191,25 @@ func (m *member) noteReady(pod *corev1.Pod, now time.Time) {
 	if m.readySeen.IsZero() || m.readyIDs != ids {
 		m.readySeen, m.readyIDs = now, ids
 	}
+}
+
+// noteStarted keeps when containers with a startupProbe were first seen running.
+func (m *member) noteStarted(pod *corev1.Pod, now time.Time) {
+	var seen map[string]time.Time
+	for _, c := range startupProbed(pod) {
+		cs := statusOf(pod, c.Name)
+		if cs == nil || cs.State.Running == nil {
+			continue
+		}
+		if seen == nil {
+			seen = map[string]time.Time{}
+		}
+		seen[cs.ContainerID] = now
+		if first, known := m.started[cs.ContainerID]; known {
+			seen[cs.ContainerID] = first
+		}
+	}
+	m.started = seen
 }
 
 // stale says that the cache has not caught up with the last write.

@@ -249,7 +249,7 @@ func (p *pass) advance(ctx context.Context) error {
 			p.wait = sooner(p.wait, blockedPause)
 		}
 	}
-	p.gather()
+	p.gather(ctx)
 	if err := p.decide(ctx, !ready); err != nil {
 		return err
 	}
@@ -268,7 +268,7 @@ func (p *pass) undoing() bool {
 }
 
 // gather judges the pods.
-func (p *pass) gather() {
+func (p *pass) gather(ctx context.Context) {
 	there := map[types.UID]bool{}
 	begun := p.now
 	if t := p.rollout.Status.StartTime; t != nil {
@@ -289,9 +289,12 @@ func (p *pass) gather() {
 		}
 		if !i.stale {
 			m.noteReady(pod, p.now)
+			m.noteStarted(pod, p.now)
 		}
 		p.settlePreparation(i)
-		i.verdict = judge(pod, m.mark, i.goal, p.work.knowledge(m, begun), &p.strategy, p.now)
+		k := p.work.knowledge(m, begun)
+		k.carried = len(m.started) > 0 && p.carries(ctx, pod)
+		i.verdict = judge(pod, m.mark, i.goal, k, &p.strategy, p.now)
 		p.wait = sooner(p.wait, i.verdict.wait)
 		if s := i.verdict.stage; p.target.workload != nil && (s == outdated && !m.turn || s == broken && i.verdict.failure.reason == failNoContainer) {
 			if why := p.target.workload.obstacle(pod); why != "" {
@@ -301,11 +304,11 @@ func (p *pass) gather() {
 			}
 		}
 		if v := &i.verdict; !i.stale && (v.recovered || v.stage == broken && !v.disrupted || v.stage == updated && v.available) {
+			if m.turn {
+				p.r.Jobs.Return(p.takenAs(pod))
+			}
 			m.turn, m.settled = false, v.recovered || m.settled
 			v.disrupted = v.open
-		}
-		if m.turn {
-			p.r.Jobs.Return(p.takenAs(pod))
 		}
 		p.items = append(p.items, i)
 	}
@@ -479,6 +482,15 @@ func (p *pass) node(ctx context.Context, pod *corev1.Pod) (controller.Node, erro
 		port = controller.DefaultNodePort
 	}
 	return controller.NodeOf(&n, port)
+}
+
+// carries says that the kubelet of a pod takes new containers for started because the old ones were.
+func (p *pass) carries(ctx context.Context, pod *corev1.Pod) bool {
+	var n corev1.Node
+	if p.r.Client.Get(ctx, client.ObjectKey{Name: pod.Spec.NodeName}, &n) != nil {
+		return true
+	}
+	return controller.CarriesStarted(&n)
 }
 
 func stampProto(t time.Time) *timestamppb.Timestamp { return timestamppb.New(t) }

@@ -113,7 +113,7 @@ func (p *pass) report() *inplace.InPlaceRolloutStatus {
 	next.Desired, next.Updated, next.Ready, next.Unavailable = int32(p.target.desired), 0, 0, int32(p.plan.unavailable)
 	next.Failures, next.Failed = p.failures()
 	for _, i := range p.items {
-		if ready := conditionOf(i.pod, corev1.PodReady); ready != nil && ready.Status == corev1.ConditionTrue {
+		if i.verdict.serving {
 			next.Ready++
 		}
 		if i.verdict.stage == updated && p.isTarget(i.pod) {

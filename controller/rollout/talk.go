@@ -194,7 +194,7 @@ func (p *pass) prepare(ctx context.Context, i *item) {
 	if m.mark != nil && m.mark.Operation != uid && p.now.Sub(m.mark.Time.Time) >= p.strategy.deadline {
 		p.abortMarked(m, "something else is wanted of the pod, and kubelet has not come for this")
 	}
-	request := p.prepareRequest(i, uid)
+	request := p.prepareRequest(ctx, i, uid)
 	label := p.newLabel(i)
 	c := &conversation{r: p.r, w: w, t: t, node: node, patience: p.strategy.deadline}
 	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
@@ -225,7 +225,7 @@ func (p *pass) upgradeUID(i *item) string {
 	return operationUID("u", i.goal, i.pod, ids, i.m.round)
 }
 
-func (p *pass) prepareRequest(i *item, uid string) *opsv1.PrepareUpgradeRequest {
+func (p *pass) prepareRequest(ctx context.Context, i *item, uid string) *opsv1.PrepareUpgradeRequest {
 	owner := ownerOf(p.rollout)
 	request := &opsv1.PrepareUpgradeRequest{
 		Uid: uid, Pod: podRef(i.pod), Requester: owner, Owner: owner, PinFor: durationpb.New(pinFor),
@@ -236,6 +236,9 @@ func (p *pass) prepareRequest(i *item, uid string) *opsv1.PrepareUpgradeRequest 
 		u := &opsv1.ContainerUpgrade{Name: name, Image: i.verdict.images[name], Order: opsv1.Order_ORDER_STOP_FIRST}
 		if cs := statusOf(i.pod, name); cs != nil {
 			u.ExpectedContainerId = cs.ContainerID
+		}
+		if c.StartupProbe != nil {
+			u.HoldProbes = controller.HoldProbes(c, p.carries(ctx, i.pod))
 		}
 		if p.strategy.startFirst {
 			u.Order, u.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, int32(p.strategy.minReady/time.Second)
@@ -440,7 +443,7 @@ func (p *pass) restart(ctx context.Context, i *item) {
 	if m.restart != nil {
 		return
 	}
-	request := p.restartRequest(i)
+	request := p.restartRequest(ctx, i)
 	t := &talk{uid: request.GetUid()}
 	m.restart = t
 	node, err := p.node(ctx, i.pod)
@@ -470,7 +473,7 @@ func (p *pass) restart(ctx context.Context, i *item) {
 	c.start()
 }
 
-func (p *pass) restartRequest(i *item) *opsv1.RestartRequest {
+func (p *pass) restartRequest(ctx context.Context, i *item) *opsv1.RestartRequest {
 	ids := map[string]string{}
 	request := &opsv1.RestartRequest{Pod: podRef(i.pod), Requester: ownerOf(p.rollout)}
 	for _, name := range sortedKeys(i.m.mark.Containers) {
@@ -481,6 +484,9 @@ func (p *pass) restartRequest(i *item) *opsv1.RestartRequest {
 		}
 		ids[name] = old.ID
 		want := &opsv1.ContainerRestart{Name: name, ExpectedContainerId: old.ID, GracePeriodSeconds: p.strategy.grace}
+		if c.StartupProbe != nil {
+			want.HoldProbes = controller.HoldProbes(c, p.carries(ctx, i.pod))
+		}
 		if p.strategy.startFirst {
 			want.Order, want.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, int32(p.strategy.minReady/time.Second)
 		}

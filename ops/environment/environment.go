@@ -60,6 +60,13 @@ func Apply(c *runtimeapi.ContainerConfig, env *opsv1.Environment, podDir string)
 				return err
 			}
 		}
+		// As kubelet says it (kubelet_pods.go makeMounts).
+		switch {
+		case strings.HasPrefix(path, "/"):
+			return fmt.Errorf("error SubPath `%s` must not be an absolute path", path)
+		case slices.Contains(strings.Split(path, "/"), ".."):
+			return fmt.Errorf("unable to provision SubPath `%s`: must not contain '..'", path)
+		}
 		paths[s.GetContainerPath()] = SubPath{Volume: s.GetVolume(), Path: path, Expanded: s.GetExpand()}
 	}
 	return Refresh(c, podDir, paths)

@@ -101,7 +101,8 @@ func testDoctor(t *testing.T) {
 		"restarts":   "ok method gate",
 		"controller": "called ",
 		"containers": "ok none is left",
-		// It is renewed by itself, long before its end, which is days away from its first minute on.
+		// It is renewed by itself, long before its end, which is days away from its first minute
+		// on.
 		"certificate": "ok until ",
 		"cri":         " with k8s.io/cri-api v0.",
 	} {

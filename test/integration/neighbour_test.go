@@ -15,7 +15,8 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// execUntilEnd runs a command in the container that ends with the container or ctx, and returns when it runs. The channel has the answer.
+// execUntilEnd runs a command in the container that ends with the container or ctx, and returns
+// when it runs. The channel has the answer.
 func (n *node) execUntilEnd(ctx context.Context, t testing.TB, id string) <-chan error {
 	t.Helper()
 	log := n.direct.status(t, id).GetMounts()[0].GetHostPath()
@@ -36,8 +37,8 @@ func (n *node) execUntilEnd(ctx context.Context, t testing.TB, id string) <-chan
 	return answered
 }
 
-// TestLongCallInAnotherPod restarts a container while kubelet runs a hook in another pod that outlasts every patience: any drain of a
-// node has them.
+// TestLongCallInAnotherPod restarts a container while kubelet runs a hook in another pod that
+// outlasts every patience: any drain of a node has them.
 func TestLongCallInAnotherPod(t *testing.T) {
 	n := startNode(t)
 	p, neighbour := n.runPod(t), n.runPod(t)
@@ -60,8 +61,9 @@ func TestLongCallInAnotherPod(t *testing.T) {
 	}
 }
 
-// TestProbeKilledByTheRestart is an exec probe that has begun before the restart and is killed with the incumbent. Were it answered as
-// failed, kubelet would stop a container whose probe may fail but once.
+// TestProbeKilledByTheRestart is an exec probe that has begun before the restart and is killed with
+// the incumbent. Were it answered as failed, kubelet would stop a container whose probe may fail
+// but once.
 func TestProbeKilledByTheRestart(t *testing.T) {
 	n := startNode(t)
 	p := n.runPod(t)

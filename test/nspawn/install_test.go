@@ -15,6 +15,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -312,7 +313,37 @@ func bypassOnNode(t *testing.T, n *node) {
 }
 
 func uninstallOnNode(t *testing.T, n *node) {
-	n.does(t, "cri-proxy", "uninstall")
+	// What nobody would ever take off again: a pin, and the lease of a pull that was cut off.
+	image, lease := n.bed.Image("app:3"), "cri-proxy-pull-cut-off"
+	n.does(t, "cri-proxy", "ctl", "pull", image, "--pin", "24h")
+	n.ctr(t, "leases", "create", "--id", lease)
+	if out := n.ctr(t, "images", "ls", "-q", `labels."cri-proxy.io/pinned"`); !strings.HasPrefix(out, "sha256:") {
+		t.Fatalf("pinned: %q", out)
+	}
+	out := n.does(t, "cri-proxy", "uninstall")
+	if !strings.Contains(out, "taken off: pins of images: 1 ("+image+"), leases of pulls: 1") {
+		t.Error(out)
+	}
+	if out := n.ctr(t, "images", "ls", "-q", `labels."cri-proxy.io/pinned"`); out != "" {
+		t.Errorf("still pinned: %s", out)
+	}
+	if out := n.ctr(t, "leases", "ls", "-q"); strings.Contains(out, "cri-proxy") {
+		t.Errorf("leases: %s", out)
+	}
+	await(t, "the image, which stays, to be kubelet's to collect", func() bool {
+		crictl := []string{filepath.Join(n.bed.Bin, "crictl"), "-r", "unix://" + n.RuntimeSocket, "inspecti", image}
+		return strings.Contains(n.must(t, crictl...), `"pinned": false`)
+	})
+	out = n.ctr(t, "images", "ls", "-q", `labels."io.cri-containerd.pinned"==pinned`)
+	if !strings.Contains(out, "pause") {
+		t.Errorf("the sandbox image is not pinned any more: %s", out)
+	}
+	// It is for what was left by an uninstall before this one, too, and when the runtime was away.
+	n.ctr(t, "leases", "create", "--id", lease)
+	out = n.does(t, "/shared/cri-proxy", "uninstall")
+	if !strings.Contains(out, "taken off: pins of images: 0, leases of pulls: 1") {
+		t.Error(out)
+	}
 	flags, err := os.ReadFile(n.root + kubeadmFlags)
 	if err != nil || !strings.Contains(string(flags), "--container-runtime-endpoint=unix://"+n.RuntimeSocket+" ") {
 		t.Errorf("%v: %s", err, flags)
@@ -328,6 +359,13 @@ func uninstallOnNode(t *testing.T, n *node) {
 	await(t, "systemd to forget the units", func() bool {
 		return strings.TrimSpace(n.must(t, "systemctl", "list-units", "--all", "--no-legend", "cri-proxy*")) == ""
 	})
+}
+
+// ctr speaks to containerd itself. What it warns of is left out.
+func (n *node) ctr(t *testing.T, args ...string) string {
+	t.Helper()
+	ctr := []string{filepath.Join(n.bed.Bin, "ctr"), "-a", n.RuntimeSocket, "-n", "k8s.io"}
+	return n.must(t, slices.Concat([]string{"sh", "-c", `exec "$@" 2>/dev/null`, "sh"}, ctr, args)...)
 }
 
 // killedInstall is one that is killed at one step or another: kubelet works, and uninstall or another install go on.

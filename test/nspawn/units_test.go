@@ -97,7 +97,8 @@ func sandbox(t *testing.T, m *machine) {
 	if got := m.show(t, "cri-proxy@a.service", "MemoryMax"); got != strconv.Itoa(512<<20) {
 		t.Errorf("MemoryMax is %s", got)
 	}
-	if got := m.show(t, "cri-proxy@a.service", "Environment"); !strings.Contains(got, "GOMEMLIMIT=384MiB") || !strings.Contains(got, "CRI_PROXY_CRASHES=5") {
+	got := m.show(t, "cri-proxy@a.service", "Environment")
+	if !strings.Contains(got, "GOMEMLIMIT=384MiB") || !strings.Contains(got, "CRI_PROXY_CRASHES=5") {
 		t.Errorf("Environment is %s", got)
 	}
 }

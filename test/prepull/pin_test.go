@@ -4,16 +4,22 @@
 package prepull
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"reflect"
+	"slices"
 	"syscall"
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/types/known/durationpb"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull"
 )
 
 func pinned(t testing.TB, image string, want bool) {
@@ -132,4 +138,73 @@ func TestSandboxImage(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestLetGo takes everything of ours off containerd once the proxy is gone, and off what the next
+// one would believe in.
+func TestLetGo(t *testing.T) {
+	f := newFront(t, "let-go.test")
+	kept, cut := push(t, "let-go:1", 1, 1), push(t, "let-go-cut:1", 4, 8)
+	image := f.image(kept.name)
+	day := durationpb.New(24 * time.Hour)
+	id := succeeds(t, begin(t, &opsv1.PullRequest{Image: image, Owner: "a", PinFor: day})).GetImageId()
+	pinned(t, image, true)
+	sandbox := bed.Image("pause:3.10")
+	_, err := bed.direct.PullImage(t.Context(), &runtimeapi.PullImageRequest{Image: spec(sandbox)})
+	must(t, err)
+	f.hold(cut, 1)
+	uid := begin(t, &opsv1.PullRequest{Image: f.image(cut.name)})
+	follow(t, uid, upTo(cut, 1))
+	must(t, bed.KillProxy(t.Context(), syscall.SIGKILL))
+	started := false
+	t.Cleanup(func() {
+		f.goOn()
+		if !started {
+			must(t, bed.StartProxy(context.WithoutCancel(t.Context())))
+		}
+	})
+	if len(ourLeases(t)) == 0 {
+		t.Fatal("the pull that was cut off has no lease")
+	}
+
+	conn, err := grpc.NewClient("unix://"+bed.RuntimeSocket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	must(t, err)
+	defer conn.Close()
+	holds, err := prepull.Holds(t.Context(), conn)
+	must(t, err)
+	got, err := prepull.LetGo(t.Context(), conn)
+	must(t, err)
+	if !reflect.DeepEqual(holds, got) || !slices.Equal(got.Images, []string{image}) || got.Leases != 1 {
+		t.Errorf("%v, then %v", holds, got)
+	}
+	must(t, prepull.ForgetPins(bed.StateDir))
+	if l := ourLeases(t); len(l) > 0 {
+		t.Errorf("leases: %v", l)
+	}
+	shown := func(image string) *runtimeapi.Image {
+		st, err := bed.direct.ImageStatus(t.Context(), &runtimeapi.ImageStatusRequest{Image: spec(image)})
+		must(t, err)
+		return st.GetImage()
+	}
+	eventually(t, func() error {
+		if i := shown(image); i.GetId() != id || i.GetPinned() {
+			return fmt.Errorf("kubelet finds %v", i)
+		}
+		return nil
+	})
+	if !shown(sandbox).GetPinned() {
+		t.Error("the sandbox image, which the runtime's configuration pins, is not pinned any more")
+	}
+	if again, err := prepull.LetGo(t.Context(), conn); err != nil || again.Any() {
+		t.Errorf("once more: %v, %v", again, err)
+	}
+
+	f.goOn()
+	must(t, bed.StartProxy(t.Context()))
+	started = true
+	list, err := bed.pulls.ListPins(t.Context(), &opsv1.ListPinsRequest{})
+	if err != nil || len(list.GetPins()) != 0 {
+		t.Errorf("the next process believes in %v, %v", list, err)
+	}
+	succeeds(t, uid) // it goes on all the same
 }

@@ -45,7 +45,9 @@ func (c *ctl) restart() *cobra.Command {
 and volumes, whatever the pod's restartPolicy says, without back-off.
 
 The pod's preStop hooks run. postStart hooks do not: this node knows them only from
-a ContainerRecreateRequest.
+a ContainerRecreateRequest. Nor does it know what ConfigMaps, Secrets, annotations and
+Services say by now: the variables are those of the container's last start. A
+ContainerRecreateRequest takes up the new ones.
 
 With --image the new container has another image than the pod's spec says, and keeps
 it when kubelet makes the container anew, until --revert-image, or until the spec gets

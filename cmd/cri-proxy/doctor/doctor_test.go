@@ -383,7 +383,9 @@ func TestDoctor(t *testing.T) {
 		}, want: []string{"fail certificate: it ended 1h"}},
 		{name: "a certificate that ends soon and is of another node", make: func(n *node) {
 			ca := mtlstest.NewCA(n.t, "ca")
-			cert, key := ca.Issue(n.dir, "node", x509.Certificate{DNSNames: []string{"other"}, NotBefore: time.Now().Add(-3 * time.Hour), NotAfter: time.Now().Add(time.Hour)})
+			cert, key := ca.Issue(n.dir, "node", x509.Certificate{
+				DNSNames: []string{"other"}, NotBefore: time.Now().Add(-3 * time.Hour), NotAfter: time.Now().Add(time.Hour),
+			})
 			n.files(cert, key, ca.File)
 			n.whole()
 		}, want: []string{"warn certificate: it ends in ", "fail certificate: "}},
@@ -443,7 +445,8 @@ func (n *node) about(check string, o doctor.Options) string {
 	return strings.Join(all, "\n")
 }
 
-// The kubelet of this test says that it is 1.37.2. What a runtime is built of is looked at by test/deploy.
+// The kubelet of this test says that it is 1.37.2. What a runtime is built of is looked at by
+// test/deploy.
 func TestNewerCRI(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("whose program a process is is for root to see")
@@ -451,18 +454,22 @@ func TestNewerCRI(t *testing.T) {
 	n := newNode(t)
 	n.whole()
 	got := n.about("cri", doctor.Options{CRI: "v0.37.0"})
-	if !strings.HasPrefix(got, "ok kubelet (pid ") || !strings.Contains(got, " v1.37.2, cri-proxy that of Kubernetes 1.37 ") || strings.Contains(got, "\n") {
+	if !strings.HasPrefix(got, "ok kubelet (pid ") || strings.Contains(got, "\n") ||
+		!strings.Contains(got, " v1.37.2, cri-proxy that of Kubernetes 1.37 ") {
 		t.Errorf("%s", got)
 	}
 	got = n.about("cri", doctor.Options{CRI: "v0.36.4"})
-	if !strings.HasPrefix(got, "warn kubelet (pid ") || !strings.Contains(got, " v1.37.2: newer than the CRI of Kubernetes 1.36") {
+	if !strings.HasPrefix(got, "warn kubelet (pid ") ||
+		!strings.Contains(got, " v1.37.2: newer than the CRI of Kubernetes 1.36") {
 		t.Errorf("%s", got)
 	}
 	conn, err := bypass.Dial(n.config.Listen.Path)
 	n.do(err)
 	defer conn.Close()
-	_ = conn.Invoke(t.Context(), "/runtime.v1.RuntimeService/ListPods", &runtimeapi.VersionRequest{}, &runtimeapi.VersionResponse{})
-	if got := n.about("cri", doctor.Options{}); !strings.Contains(got, "warn ") || !strings.Contains(got, "runtime.v1.RuntimeService/ListPods (upgrade cri-proxy") {
+	const unknown = "runtime.v1.RuntimeService/ListPods"
+	_ = conn.Invoke(t.Context(), "/"+unknown, &runtimeapi.VersionRequest{}, &runtimeapi.VersionResponse{})
+	if got := n.about("cri", doctor.Options{}); !strings.Contains(got, "warn ") ||
+		!strings.Contains(got, unknown+" (upgrade cri-proxy") {
 		t.Errorf("%s", got)
 	}
 }
@@ -486,11 +493,21 @@ func TestEnrolledCertificate(t *testing.T) {
 		want     string // beginning
 		advice   bool
 	}{
-		{"a minute old", &opsv1.Identity{ExpireTime: in(72*time.Hour - time.Minute), RenewTime: in(50 * time.Hour)}, "ok until ", false},
-		{"is being renewed", &opsv1.Identity{ExpireTime: in(20 * time.Hour), RenewTime: in(-time.Minute)}, "ok until ", false},
-		{"renewal is overdue", &opsv1.Identity{ExpireTime: in(19 * time.Hour), RenewTime: in(-time.Hour)}, "warn it was to be renewed at ", true},
-		{"renewal fails", &opsv1.Identity{ExpireTime: in(19 * time.Hour), RenewTime: in(-time.Minute), Problem: "nobody signs", Since: in(-time.Minute)}, "warn it serves until ", true},
-		{"renewal has failed", &opsv1.Identity{ExpireTime: in(-time.Hour), RenewTime: in(-20 * time.Hour), Problem: "nobody signs", Since: in(-20 * time.Hour)}, "fail it ended 1h0m0s ago", true},
+		{"a minute old", &opsv1.Identity{
+			ExpireTime: in(72*time.Hour - time.Minute), RenewTime: in(50 * time.Hour),
+		}, "ok until ", false},
+		{"is being renewed", &opsv1.Identity{
+			ExpireTime: in(20 * time.Hour), RenewTime: in(-time.Minute),
+		}, "ok until ", false},
+		{"renewal is overdue", &opsv1.Identity{
+			ExpireTime: in(19 * time.Hour), RenewTime: in(-time.Hour),
+		}, "warn it was to be renewed at ", true},
+		{"renewal fails", &opsv1.Identity{
+			ExpireTime: in(19 * time.Hour), RenewTime: in(-time.Minute), Problem: "nobody signs", Since: in(-time.Minute),
+		}, "warn it serves until ", true},
+		{"renewal has failed", &opsv1.Identity{
+			ExpireTime: in(-time.Hour), RenewTime: in(-20 * time.Hour), Problem: "nobody signs", Since: in(-20 * time.Hour),
+		}, "fail it ended 1h0m0s ago", true},
 		{"none yet", &opsv1.Identity{Problem: "nobody signs", Since: in(-time.Minute)}, "fail there is none yet", true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -518,14 +535,18 @@ func TestEnrolledCertificate(t *testing.T) {
 	}
 }
 
-// Whoever renews certificates in files at two thirds of their life is not warned of all days before.
+// Whoever renews certificates in files at two thirds of their life is not warned of all days
+// before.
 func TestShortLivedCertificateInFiles(t *testing.T) {
 	for left, want := range map[time.Duration]string{71 * time.Hour: "ok until ", 20 * time.Hour: "warn it ends in "} {
 		n := newNode(t)
 		ca := mtlstest.NewCA(t, "ca")
-		cert, key := ca.Issue(n.dir, "node", x509.Certificate{DNSNames: []string{"node"}, NotBefore: time.Now().Add(left - 72*time.Hour), NotAfter: time.Now().Add(left)})
+		cert, key := ca.Issue(n.dir, "node", x509.Certificate{
+			DNSNames: []string{"node"}, NotBefore: time.Now().Add(left - 72*time.Hour), NotAfter: time.Now().Add(left),
+		})
 		n.files(cert, key, ca.File)
-		if got := n.about("certificate", doctor.Options{}); !strings.HasPrefix(got, want) || strings.Contains(got, "controller running") {
+		got := n.about("certificate", doctor.Options{})
+		if !strings.HasPrefix(got, want) || strings.Contains(got, "controller running") {
 			t.Errorf("%s before its end: %s", left, got)
 		}
 	}

@@ -36,7 +36,8 @@ type Options struct {
 	Proc string
 	// Systemd is the directory whose existence says that systemd runs, sd_booted(3); empty: /run/systemd/system.
 	Systemd string
-	// CRI is the version of the CRI that this binary has, such as v0.37.2; empty: that of the k8s.io/cri-api that is linked.
+	// CRI is the version of the CRI that this binary has, such as v0.37.2; empty: that of the
+	// k8s.io/cri-api that is linked.
 	CRI string
 	Now func() time.Time
 }

@@ -18,11 +18,12 @@ import (
 )
 
 const (
-	// soon is how long before its end a certificate from files is worth a warning: enough for a person to renew it. For one with a
-	// short life, which no person renews, it is a third of that: cert-manager, for one, renews at two thirds.
+	// soon is how long before its end a certificate from files is worth a warning: enough for a
+	// person to renew it. For one with a short life, which no person renews, it is a third of that:
+	// cert-manager, for one, renews at two thirds.
 	soon = 7 * 24 * time.Hour
-	// overdue is after how long without a new certificate something is wrong though the daemon does not say so: it asks when it is
-	// time and the controller answers within a minute.
+	// overdue is after how long without a new certificate something is wrong though the daemon does
+	// not say so: it asks when it is time and the controller answers within a minute.
 	overdue = 15 * time.Minute
 	// quietController is after how long without a call of the controller's something may be wrong: it asks every node that it
 	// knows every few minutes.
@@ -94,7 +95,9 @@ func (x *examination) certificateFiles() {
 func (x *examination) enrolled(i *opsv1.Identity) {
 	const check = "certificate"
 	now, end, renewal := x.o.Now(), i.GetExpireTime().AsTime(), i.GetRenewTime().AsTime()
-	hint := "is cri-controller running, in the namespace of ops.enrol.namespace, and may this node ask for certificates? kubectl get csr, docs/OPERATIONS.md#identity"
+	hint := "is cri-controller running, in the namespace of ops.enrol.namespace, and may this node ask for certificates? " +
+		"kubectl get csr, docs/OPERATIONS.md#identity"
+	until := end.Local().Format(time.RFC3339)
 	why := ""
 	if p := i.GetProblem(); p != "" {
 		why = fmt.Sprintf("; %s, since %s", p, i.GetSince().AsTime().Local().Format(time.RFC3339))
@@ -103,13 +106,15 @@ func (x *examination) enrolled(i *opsv1.Identity) {
 	case !i.GetExpireTime().IsValid():
 		x.fail(check, hint, "there is none yet, nobody is let in over TCP until the controller has signed one%s", why)
 	case !end.After(now):
-		x.fail(check, hint, "it ended %s ago, at %s, and is not renewed; the controller is refused meanwhile%s", round(now.Sub(end)), end.Local().Format(time.RFC3339), why)
+		x.fail(check, hint, "it ended %s ago, at %s, and is not renewed; the controller is refused meanwhile%s",
+			round(now.Sub(end)), until, why)
 	case why != "":
-		x.warn(check, hint, "it serves until %s%s", end.Local().Format(time.RFC3339), why)
+		x.warn(check, hint, "it serves until %s%s", until, why)
 	case i.GetRenewTime().IsValid() && now.Sub(renewal) > overdue:
-		x.warn(check, hint, "it was to be renewed at %s and has not been; it ends in %s", renewal.Local().Format(time.RFC3339), round(end.Sub(now)))
+		x.warn(check, hint, "it was to be renewed at %s and has not been; it ends in %s",
+			renewal.Local().Format(time.RFC3339), round(end.Sub(now)))
 	default:
-		x.ok(check, "until %s, from the controller, renewed from %s on", end.Local().Format(time.RFC3339), renewal.Local().Format(time.RFC3339))
+		x.ok(check, "until %s, from the controller, renewed from %s on", until, renewal.Local().Format(time.RFC3339))
 	}
 }
 
@@ -118,10 +123,12 @@ func (x *examination) certificateFile(leaf *x509.Certificate) {
 	const check = "certificate"
 	end := leaf.NotAfter
 	left := end.Sub(x.o.Now())
-	hint := "put a new one into " + x.config.Ops.CertFile + " and " + x.config.Ops.KeyFile + ", which are taken up without a restart"
+	hint := fmt.Sprintf("put a new one into %s and %s, which are taken up without a restart",
+		x.config.Ops.CertFile, x.config.Ops.KeyFile)
 	switch {
 	case left <= 0:
-		x.fail(check, hint, "it ended %s ago, at %s; the controller is refused meanwhile", round(-left), end.Local().Format(time.RFC3339))
+		x.fail(check, hint, "it ended %s ago, at %s; the controller is refused meanwhile",
+			round(-left), end.Local().Format(time.RFC3339))
 	case left < min(soon, end.Sub(leaf.NotBefore)/3):
 		x.warn(check, hint, "it ends in %s, at %s", round(left), end.Local().Format(time.RFC3339))
 	default:

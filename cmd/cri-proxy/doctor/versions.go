@@ -22,14 +22,16 @@ import (
 // criModule is the Go module of the CRI. Its version v0.37.2 is that of Kubernetes 1.37.2.
 const criModule = "k8s.io/cri-api"
 
-// versions compares the CRI of kubelet and of the runtime with the one that this version knows. What is newer goes through, but cannot be
-// changed while a container is hidden.
+// versions compares the CRI of kubelet and of the runtime with the one that this version knows.
+// What is newer goes through, but cannot be changed while a container is hidden.
 func (x *examination) versions(ctx context.Context) {
 	const check = "cri"
-	const hint = "upgrade cri-proxy; what it does not know goes through as it is, and lists, statistics and events of a new kind wait while a container is replaced"
+	const hint = "upgrade cri-proxy; what it does not know goes through as it is, and lists, statistics and events " +
+		"of a new kind wait while a container is replaced"
 	before := len(x.findings)
 	if names := x.info.GetUnknownMethods(); len(names) > 0 {
-		x.warn(check, hint, "kubelet, or somebody else, calls what this cri-proxy does not know: %s", strings.Join(names, ", "))
+		x.warn(check, hint, "kubelet, or somebody else, calls what this cri-proxy does not know: %s",
+			strings.Join(names, ", "))
 	}
 	own, known := minor(x.o.CRI)
 	if !known {
@@ -41,7 +43,8 @@ func (x *examination) versions(ctx context.Context) {
 		switch {
 		case !ok: // not one of a release
 		case of > own:
-			x.warn(check, hint, "%s %s: newer than the CRI of Kubernetes 1.%d, which is what this cri-proxy knows", who, version, own)
+			x.warn(check, hint, "%s %s: newer than the CRI of Kubernetes 1.%d, which is what this cri-proxy knows",
+				who, version, own)
 		default:
 			others = append(others, who+" "+version)
 		}
@@ -124,7 +127,9 @@ func listener(ctx context.Context, path string) (pid int, err error) {
 		return 0, err
 	}
 	var peer *unix.Ucred
-	ctlErr := raw.Control(func(fd uintptr) { peer, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+	ctlErr := raw.Control(func(fd uintptr) {
+		peer, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	})
 	if err := errors.Join(ctlErr, err); err != nil {
 		return 0, err
 	}

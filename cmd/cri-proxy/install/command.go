@@ -64,7 +64,8 @@ func Uninstall() *cobra.Command {
 		Use:   "uninstall",
 		Short: "Take cri-proxy off this node",
 		Long: `Take cri-proxy off this node: kubelet is led past it, gets its configuration of
-before and is restarted; then units and binaries are removed. Containers run on.
+before and is restarted; then units and binaries are removed, and the pins that keep images
+from kubelet's image garbage collection. Containers run on, and images stay.
 The configuration and the journal stay, unless with --purge.
 
 It may be run again at any time, and after an install that did not get to its end.`,

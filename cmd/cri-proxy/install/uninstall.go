@@ -15,11 +15,14 @@ import (
 	"strings"
 	"time"
 
+	"google.golang.org/grpc"
+
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/bypass"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/kubelet"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/upgrade"
+	"github.com/cri-proxy/cri-proxy/ops/prepull"
 )
 
 // operationPatience is how long operations may take to end.
@@ -131,6 +134,9 @@ func (u *uninstaller) plan(ctx context.Context) (*plan, error) {
 	if len(installed) > 0 {
 		p.add(action{what: "stop and remove " + strings.Join(installed, ", "), do: func(ctx context.Context) error { return removeAll(ctx, u.config) }})
 	}
+	if u.holds(ctx, len(installed) > 0) {
+		p.add(action{what: "take our pins and leases off the runtime's images, which stay", do: u.letGo})
+	}
 	if r.exists() {
 		p.add(action{what: "remove " + r.dir, do: func(context.Context) error { return r.forget() }})
 	}
@@ -146,6 +152,59 @@ func (u *uninstaller) plan(ctx context.Context) (*plan, error) {
 		}
 	}
 	return p, nil
+}
+
+// runtimePatience bounds what is asked of the runtime here: labels of its images and leases.
+const runtimePatience = 30 * time.Second
+
+// holds reports whether the runtime may keep images because of us. What is pinned stays so for ever
+// when nobody takes it off: an image is pinned until some time, and it is the daemon that looks at
+// the clock.
+func (u *uninstaller) holds(ctx context.Context, installed bool) bool {
+	conn, err := u.dialRuntime()
+	if err != nil {
+		return installed
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, runtimePatience)
+	defer cancel()
+	h, err := prepull.Holds(ctx, conn)
+	if err != nil {
+		return installed // then it is said what could not be done
+	}
+	return installed || h.Any() // a pull may just be about to end
+}
+
+// letGo comes when no process of ours runs any more. A runtime that is away is no reason to leave
+// the rest.
+func (u *uninstaller) letGo(ctx context.Context) error {
+	conn, err := u.dialRuntime()
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	asking, cancel := context.WithTimeout(ctx, runtimePatience)
+	defer cancel()
+	h, err := prepull.LetGo(asking, conn)
+	if h.Any() {
+		u.say("taken off: %s", h)
+	}
+	if err != nil {
+		u.say("warning: the runtime may keep images that cri-proxy has pinned: %v; when it answers, "+
+			"run cri-proxy uninstall once more, from any copy of the program", err)
+	}
+	if there(u.config.StateDir) {
+		return prepull.ForgetPins(u.config.StateDir)
+	}
+	return nil
+}
+
+func (u *uninstaller) dialRuntime() (*grpc.ClientConn, error) {
+	socket, err := config.SocketPath(u.config.RuntimeEndpoint)
+	if err != nil {
+		return nil, err
+	}
+	return bypass.Dial(socket)
 }
 
 func there(path string) bool {

@@ -13,8 +13,8 @@ import (
 	"google.golang.org/grpc/connectivity"
 )
 
-// probeTimeout bounds the first self-probe: it stays within this machine and needs
-// microseconds unless something is badly wrong. Those for the watchdog have a third of WatchdogSec at most.
+// probeTimeout bounds the first self-probe: it stays within this machine and needs microseconds
+// unless something is badly wrong. Those for the watchdog have a third of WatchdogSec at most.
 const probeTimeout = 5 * time.Second
 
 // notifier tells systemd how the service is (sd_notify(3)). Without systemd it

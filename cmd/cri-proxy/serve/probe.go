@@ -19,8 +19,9 @@ import (
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
-// probeService is what others ask whether a cri-proxy answers here. It is gRPC's health service under a name of our own, because the
-// runtime serves grpc.health.v1.Health and kubelet's calls of that must reach it. The self-probe says more.
+// probeService is what others ask whether a cri-proxy answers here. It is gRPC's health service
+// under a name of our own, because the runtime serves grpc.health.v1.Health and kubelet's calls of
+// that must reach it. The self-probe says more.
 const probeService = "criproxy.probe.v1.Health"
 
 // registerProbe adds that service.

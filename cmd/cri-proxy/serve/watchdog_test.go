@@ -132,7 +132,8 @@ func (b *blocked) Unary(method string) proxy.UnaryInterceptor {
 	return b.Director.Unary(method)
 }
 
-// TestWatchdogSeesAHang makes every part on the way of a kubelet's call hang: systemd must hear nothing until it goes on.
+// TestWatchdogSeesAHang makes every part on the way of a kubelet's call hang: systemd must hear
+// nothing until it goes on.
 func TestWatchdogSeesAHang(t *testing.T) {
 	hide := func(t *testing.T, w *watched) {
 		t.Helper()
@@ -159,7 +160,9 @@ func TestWatchdogSeesAHang(t *testing.T) {
 		}},
 		{"the director", func(_ *testing.T, w *watched) func() {
 			st := w.state.Load()
-			d := interceptors.New(interceptors.Options{View: st.view, Records: st.engine.Records(), Runtime: w.upstream.Conn(), Log: logrus.New()})
+			d := interceptors.New(interceptors.Options{
+				View: st.view, Records: st.engine.Records(), Runtime: w.upstream.Conn(), Log: logrus.New(),
+			})
 			b := &blocked{Director: d, until: make(chan struct{})}
 			w.cri.SetDirector(b)
 			return func() { close(b.until) }
@@ -219,10 +222,11 @@ func TestWatchdogDoesNotMindTheRuntime(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			s := grpc.NewServer(grpc.WaitForHandlers(true), grpc.UnknownServiceHandler(func(_ any, s grpc.ServerStream) error {
+			silent := func(_ any, s grpc.ServerStream) error {
 				<-s.Context().Done()
 				return s.Context().Err()
-			}))
+			}
+			s := grpc.NewServer(grpc.WaitForHandlers(true), grpc.UnknownServiceHandler(silent))
 			var owned sync.WaitGroup
 			owned.Go(func() { _ = s.Serve(l) })
 			t.Cleanup(func() {
@@ -235,7 +239,8 @@ func TestWatchdogDoesNotMindTheRuntime(t *testing.T) {
 			w := startWatched(t)
 			tc.runtime(t, runtimePath(w.config))
 			w.pings(t, 3)
-			if st := w.cri.Stats(); st.Calls != 0 || st.Intercepted != 0 || st.CallErrors != 0 || !st.LastCall.IsZero() || st.LastUserAgent != "" {
+			st := w.cri.Stats()
+			if st.Calls+st.Intercepted+st.CallErrors != 0 || !st.LastCall.IsZero() || st.LastUserAgent != "" {
 				t.Errorf("the probe counts as a call: %+v", st)
 			}
 		})

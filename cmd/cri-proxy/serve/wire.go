@@ -63,7 +63,10 @@ type node struct {
 
 // newNode makes all that needs no state.
 func newNode(c *config.Config, listen string, log logrus.FieldLogger) (_ *node, err error) {
-	n := &node{config: c, log: log, listen: listen, started: time.Now(), registry: prometheus.NewRegistry(), commands: newCommands(), probing: newProbeToken()}
+	n := &node{
+		config: c, log: log, listen: listen, started: time.Now(), registry: prometheus.NewRegistry(),
+		commands: newCommands(), probing: newProbeToken(),
+	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, n.close())
@@ -96,7 +99,9 @@ func newNode(c *config.Config, listen string, log logrus.FieldLogger) (_ *node, 
 			return nil, err
 		}
 	}
-	o := proxy.Options{Log: log, Registerer: n.registry, Register: registerProbe, Probe: n.probing, Tracer: n.tracing.Tracer()}
+	o := proxy.Options{
+		Log: log, Registerer: n.registry, Register: registerProbe, Probe: n.probing, Tracer: n.tracing.Tracer(),
+	}
 	if c.RecordCalls != "" {
 		if n.calls, err = openCallFile(c.RecordCalls, log); err != nil {
 			return nil, err
