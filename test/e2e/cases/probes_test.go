@@ -17,6 +17,15 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 )
 
+// probed is a container of the app image that listens on the port after the delay.
+func probed(name, image, port, delay, rest string) string {
+	return fmt.Sprintf(`
+  - name: %s
+    image: %s
+    env: [{name: PORT, value: "%s"}, {name: STARTUP_DELAY, value: %s}]
+    %s`, name, image, port, delay, rest)
+}
+
 // podWith is a pod with these containers.
 func podWith(ns, name, policy, grace, containers string) string {
 	return fmt.Sprintf(`
@@ -80,6 +89,67 @@ func stays(t testing.TB, before *corev1.Pod) func() []string {
 			out = append(out, s)
 		}
 		return out
+	}
+}
+
+// TestSidecar restarts a sidecar, a container beside it, and both in order, under policies Always
+// and Never. Both have all kinds of probes, and listen some time after their start: they serve when
+// they are said to have been restarted.
+func TestSidecar(t *testing.T) {
+	t.Parallel()
+	ns := namespace(t)
+	probes := func(port string) string {
+		return strings.ReplaceAll(`startupProbe: {httpGet: {port: PORT, path: /healthz}, periodSeconds: 1, failureThreshold: 60}
+    livenessProbe: {httpGet: {port: PORT, path: /healthz}, periodSeconds: 1, failureThreshold: 2}
+    readinessProbe: {httpGet: {port: PORT, path: /readyz}, periodSeconds: 1}`, "PORT", port)
+	}
+	policies := []string{"Always", "Never"}
+	pods := ""
+	for _, policy := range policies {
+		pods += podWith(ns, strings.ToLower(policy), policy, "5", "\n  initContainers:\n"+
+			fmt.Sprintf(`  - {name: setup, image: %s, command: ["true"]}`, bed.Image("busybox:1.0"))+
+			probed("mesh", bed.Image("app:1"), "9090", "2s", "restartPolicy: Always\n    "+
+				`lifecycle: {preStop: {httpGet: {port: 9090, path: "/hook?name=pre"}}}`+"\n    "+probes("9090"))+
+			"\n  containers:"+probed("app", bed.Image("app:1"), "8080", "2s", probes("8080")))
+	}
+	create(t, pods)
+	before := allReady(t, ns)
+	seen := map[string]func() []string{}
+	for name, p := range before {
+		seen[name] = stays(t, p)
+	}
+	for i, step := range []string{
+		"containers: [{name: mesh}]",
+		"containers: [{name: app}]",
+		"containers: [{name: mesh}, {name: app}]\n  strategy: {orderedRecreate: true, minStartedSeconds: 1}",
+	} {
+		for name := range before {
+			apply(t, recreate(ns, fmt.Sprintf("%s-%d", name, i), name, step))
+		}
+		for name, p := range before {
+			if f := outcome(completed(t, ns, fmt.Sprintf("%s-%d", name, i))); f != "" {
+				t.Errorf("%s, %s: %s", name, step, f)
+			}
+			for _, port := range []string{"8080", "9090"} {
+				if !serves(t.Context(), p.Status.PodIP, port) {
+					t.Errorf("%s, %s: nobody serves on port %s though the request has completed", name, step, port)
+				}
+			}
+		}
+	}
+	for name := range before {
+		after := ready(t, ns, name)
+		for _, c := range []string{"mesh", "app"} {
+			if n := container(t, after, c).RestartCount; n != 2 {
+				t.Errorf("%s: container %s has been restarted %d times\n%s", name, c, n, events(t, ns, name))
+			}
+		}
+		if n := container(t, after, "setup").RestartCount; n != 0 {
+			t.Errorf("%s: the init container has been run again", name)
+		}
+		if bad := seen[name](); len(bad) > 0 {
+			t.Errorf("%s: seen: %q", name, bad)
+		}
 	}
 }
 
@@ -178,6 +248,101 @@ func TestDrain(t *testing.T) {
 func linesOf(t testing.TB, dir, pod string) []string {
 	t.Helper()
 	return strings.Split(strings.TrimSpace(readFile(t, dir+"/"+pod)), "\n")
+}
+
+// TestStartup restarts containers that listen long after their start, which only their startupProbe
+// has the patience for. No liveness probe kills them before it has passed, and what asked for the
+// restart does not say that it is done before either.
+func TestStartup(t *testing.T) {
+	t.Parallel()
+	ns := namespace(t)
+	probes := `startupProbe: {httpGet: {port: 8080, path: /healthz}, periodSeconds: 5, failureThreshold: 60, timeoutSeconds: 5}
+    livenessProbe: {httpGet: {port: 8080, path: /healthz}, periodSeconds: 1, failureThreshold: 1, timeoutSeconds: 5}`
+	cases := []struct{ name, policy, image string }{
+		{"request-always", "Always", ""},
+		{"request-on-failure", "OnFailure", ""},
+		{"request-never", "Never", ""},
+		{"restart-never", "Never", "restart"},
+		{"image-always", "Always", bed.Image("app:2")},
+		{"image-never", "Never", bed.Image("app:2")},
+	}
+	pods := ""
+	for _, c := range cases {
+		pods += podWith(ns, c.name, c.policy, "5", "\n  containers:"+probed("app", bed.Image("app:1"), "8080", "8s", probes)+
+			fmt.Sprintf("\n  - {name: neighbour, image: %s, command: [sh, -c, %s]}", bed.Image("busybox:1.0"), loop))
+	}
+	create(t, pods)
+	before := allReady(t, ns)
+	seen := map[string]func() []string{}
+	orders := ""
+	for _, c := range cases {
+		seen[c.name] = stays(t, before[c.name])
+		switch c.image {
+		case "":
+			orders += recreate(ns, c.name, c.name, "containers: [{name: app}]")
+		case "restart":
+			orders += rollout(ns, c.name, "{podName: "+c.name+"}", "", "progressDeadlineSeconds: 90")
+		default:
+			orders += rollout(ns, c.name, "{podName: "+c.name+"}", c.image, "progressDeadlineSeconds: 90")
+		}
+	}
+	apply(t, orders)
+	type end struct {
+		failure string
+		serves  bool
+	}
+	ends := make(map[string]chan end, len(cases))
+	for _, c := range cases {
+		ends[c.name] = make(chan end, 1)
+	}
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for _, c := range cases {
+		// Each is asked at the moment when it is said to be done.
+		wg.Go(func() {
+			defer close(ends[c.name])
+			var e end
+			if c.image == "" {
+				e.failure = outcome(completed(t, ns, c.name))
+			} else {
+				e.failure = complete(ended(t, ns, c.name))
+			}
+			e.serves = serves(t.Context(), before[c.name].Status.PodIP, "8080")
+			ends[c.name] <- e
+		})
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			e, ok := <-ends[c.name]
+			if !ok {
+				t.Fatal("it has not ended")
+			}
+			if e.failure != "" {
+				t.Error(e.failure)
+			}
+			if !e.serves {
+				t.Error("it does not serve when it is said to have been restarted")
+			}
+			after := ready(t, ns, c.name)
+			s := container(t, after, "app")
+			if s.RestartCount != 1 || s.State.Running == nil {
+				t.Errorf("%s\n%s", states(after), events(t, ns, c.name))
+			}
+			if last := s.LastTerminationState.Terminated; last == nil ||
+				last.ContainerID != container(t, before[c.name], "app").ContainerID {
+				t.Errorf("another container has ended since: %+v", last)
+			}
+			if bad := seen[c.name](); len(bad) > 0 {
+				t.Errorf("seen: %q", bad)
+			}
+			// The old container may fail its liveness probe as it ends; what kubelet does for that
+			// comes to the new one.
+			if told := events(t, ns, c.name); strings.Contains(told, "Failed Error") {
+				t.Errorf("kubelet could not do something:\n%s", told)
+			}
+			assertOneLive(t, ns, c.name, "app")
+		})
+	}
 }
 
 // TestStartupInRollout changes the images of pods that have a startupProbe and no readinessProbe:
