@@ -263,21 +263,9 @@ func (p *pass) restartRequest(ctx context.Context, c *container) (*opsv1.Restart
 		return nil, err
 	}
 	spec, _ := containerSpec(now.Pod(), c.name)
-	want.PullPolicy = PullPolicyOf(spec)
+	want.PullPolicy = environment.PullPolicy(spec.ImagePullPolicy)
 	r.Credentials, err = pullsecrets.Of(ctx, p.r.APIReader, now.Pod(), want.PullPolicy)
 	return r, err
-}
-
-// PullPolicyOf is the node's word for the imagePullPolicy of a container.
-func PullPolicyOf(c *corev1.Container) opsv1.PullPolicy {
-	switch c.ImagePullPolicy {
-	case corev1.PullAlways:
-		return opsv1.PullPolicy_PULL_POLICY_ALWAYS
-	case corev1.PullNever:
-		return opsv1.PullPolicy_PULL_POLICY_NEVER
-	default:
-		return opsv1.PullPolicy_PULL_POLICY_IF_NOT_PRESENT
-	}
 }
 
 // findReplacement settles an operation that the node refused because the container

@@ -5,6 +5,8 @@ package ops
 
 import (
 	"context"
+	"errors"
+	"slices"
 
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -24,20 +26,93 @@ const (
 )
 
 // renew puts into the config of the successor, which is that of the incumbent, what kubelet would compute anew.
-func (r *restart) renew(c *runtimeapi.ContainerConfig) error {
+func (r *restart) renew(ctx context.Context, c *runtimeapi.ContainerConfig) error {
 	env, lost := r.Engine.environment(r.o, r.want.GetName())
 	podDir := environment.PodDir(c, r.o.op.GetPod().GetUid()) // pods never change
+	var parts environment.Parts
 	var err error
 	switch {
 	case lost:
 		return failf(ReasonEnvironmentLost, "cri-proxy has been restarted and the environment that the command brought is lost, with the file of records: repeat the command with another UID")
 	case env != nil:
-		err = environment.Apply(c, env, podDir)
+		parts, err = environment.Apply(c, env, podDir)
 	default:
-		err = environment.Refresh(c, podDir, nil)
+		parts, err = environment.Refresh(c, podDir, nil)
 	}
 	if err != nil {
 		return failf(ReasonConfig, "kubelet could not start container %q again (%s): %v", r.want.GetName(), ReasonConfig, err)
+	}
+	if r.parts = parts; parts == nil {
+		r.parts = environment.Parts{}
+	}
+	return r.volumeImages(ctx, c, env)
+}
+
+// checkParts finds out, while the successor waits at its gate, whether what was mounted in it by a path that others can change is what was
+// meant. If not, it must not run.
+func (r *restart) checkParts(ctx context.Context, rec containerRecord) error {
+	if r.parts != nil && len(r.parts) == 0 {
+		return nil
+	}
+	request, err := r.requestOf(ctx, rec.Successor, rec.Sandbox)
+	if err == nil && r.parts == nil { // a process before this one made it
+		err = r.renew(ctx, proto.Clone(request.GetConfig()).(*runtimeapi.ContainerConfig))
+	}
+	if err == nil && len(r.parts) == 0 {
+		return nil
+	}
+	if err == nil && r.pid == 0 {
+		err = errors.New("the process that waits at its gate cannot be looked at")
+	}
+	if err == nil {
+		err = r.parts.Check(request.GetConfig(), r.pid)
+	}
+	if err != nil {
+		return failf(ReasonConfig, "the mounts of the new container are not certain to be in their volumes: %v", err)
+	}
+	return nil
+}
+
+// needsGate refuses a successor with such mounts that would run at once.
+func (r *restart) needsGate() error {
+	if len(r.parts) == 0 || r.rec().Method == MethodGate {
+		return nil
+	}
+	return failf(ReasonConfig, "a part of a volume (subPath) was replaced since kubelet mounted it, and without a gate it cannot be mounted safely: delete the pod, or let its process end")
+}
+
+// volumeImages gives the mounts of volumes of type image what their references mean on this node now.
+func (r *restart) volumeImages(ctx context.Context, c *runtimeapi.ContainerConfig, env *opsv1.Environment) error {
+	if r.images == nil {
+		return nil
+	}
+	for _, v := range env.GetImageVolumes() {
+		i := slices.IndexFunc(c.GetMounts(), func(m *runtimeapi.Mount) bool { return m.GetContainerPath() == v.GetContainerPath() })
+		if i < 0 || c.Mounts[i].GetImage() == nil {
+			continue
+		}
+		now, err := r.imageOnNode(ctx, v.GetReference())
+		switch {
+		case err != nil:
+			return err
+		case now == nil:
+			return failf(ReasonPullFailed, "image %s of the volume at %s is not on the node any more: was it removed just now?", v.GetReference(), v.GetContainerPath())
+		}
+		c.Mounts[i].Image.Image = now.GetId()
+	}
+	return nil
+}
+
+// ensureVolumes makes sure of the images of volumes, as kubelet does before each start (kuberuntime_manager.go getImageVolumes).
+func (r *restart) ensureVolumes(ctx context.Context) error {
+	env, _ := r.Engine.environment(r.o, r.want.GetName())
+	if r.images == nil {
+		return nil
+	}
+	for _, v := range env.GetImageVolumes() {
+		if err := r.ensure(ctx, &opsv1.ContainerUpgrade{Name: r.want.GetName(), Image: v.GetReference(), PullPolicy: v.GetPullPolicy()}); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -53,7 +128,7 @@ func (r *restart) nextRequest(ctx context.Context, token string) (*runtimeapi.Cr
 	if err != nil {
 		return nil, failf(ReasonCreateFailed, "%v", err)
 	}
-	if err := r.renew(req.GetConfig()); err != nil {
+	if err := r.renew(ctx, req.GetConfig()); err != nil {
 		return nil, err
 	}
 	switch {
@@ -89,11 +164,13 @@ func (r *restart) ensureImage(ctx context.Context) error {
 		return nil //nolint:nilerr // see above
 	}
 	want := &opsv1.ContainerUpgrade{Name: r.want.GetName(), Image: request.GetConfig().GetImage().GetUserSpecifiedImage(), PullPolicy: r.want.GetPullPolicy()}
-	if want.GetImage() == "" {
-		return nil // an old kubelet does not tell
-	}
 	return r.withinPatience(ctx, r.o.op.GetCreateTime().AsTime(), defaultPrepare, func(ctx context.Context) error {
-		return r.ensure(ctx, want)
+		if want.GetImage() != "" { // else kubelet is an old one that does not tell
+			if err := r.ensure(ctx, want); err != nil {
+				return err
+			}
+		}
+		return r.ensureVolumes(ctx)
 	})
 }
 
@@ -158,11 +235,23 @@ func (r *restart) specImage(ctx context.Context, c *runtimeapi.ContainerConfig) 
 // renewStaged makes the staged successor of an upgrade anew if it is not what kubelet would make now: an upgrade
 // may have waited for its commit for long.
 func (r *restart) renewStaged(ctx context.Context) error {
+	pull, end := endWith(ctx, r.claim.Yielded())
+	pull, endToo := endWith(pull, r.o.cancelled)
+	var err error
 	if r.change.want.GetPullPolicy() == opsv1.PullPolicy_PULL_POLICY_ALWAYS {
-		if err := r.pullImage(ctx); err != nil {
-			return err
-		}
+		err = r.pullImage(pull)
 		r.change.image = nil // it may be another one
+	}
+	if err == nil {
+		err = r.ensureVolumes(pull)
+	}
+	endToo()
+	end()
+	if gone := r.interrupted(); gone != nil {
+		return gone
+	}
+	if err != nil {
+		return err
 	}
 	rec := r.rec()
 	next, err := r.nextRequest(ctx, rec.Token)
@@ -190,15 +279,21 @@ func (r *restart) isCertain() bool {
 	return r.o.certain[r.want.GetName()] || r.o.containers[r.i].Asked
 }
 
-// sameMounts gives ours the host paths of asked where both lead to the same file: kubelet binds a part of a volume
+// sameMounts gives ours what of the mounts of asked says nothing of what is mounted: the annotations of images, and host paths
+// where both lead to the same file: kubelet binds a part of a volume
 // in a directory of its own, and the successor may have it from the volume itself.
 func sameMounts(ours, asked *runtimeapi.CreateContainerRequest) *runtimeapi.CreateContainerRequest {
 	paths := map[string]string{}
+	annotations := map[string]map[string]string{}
 	for _, m := range asked.GetConfig().GetMounts() {
 		paths[m.GetContainerPath()] = m.GetHostPath()
+		annotations[m.GetContainerPath()] = m.GetImage().GetAnnotations()
 	}
 	ours = proto.Clone(ours).(*runtimeapi.CreateContainerRequest)
 	for _, m := range ours.GetConfig().GetMounts() {
+		if m.GetImage() != nil { // the pod's annotations, which change with the patch (kuberuntime_manager.go getImageVolumes)
+			m.Image.Annotations = annotations[m.GetContainerPath()]
+		}
 		if path := paths[m.GetContainerPath()]; path != "" && path != m.GetHostPath() && environment.SameFile(path, m.GetHostPath()) {
 			m.HostPath = path
 		}

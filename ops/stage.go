@@ -145,6 +145,9 @@ func (r *restart) checkTakenBack() error {
 // create creates the next attempt of the incumbent under the token.
 func (r *restart) create(ctx context.Context, token string) (string, error) {
 	req, err := r.nextRequest(ctx, token)
+	if err == nil {
+		err = r.needsGate()
+	}
 	if err != nil {
 		return "", err
 	}

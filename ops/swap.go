@@ -251,6 +251,10 @@ func (r *restart) startGated(ctx context.Context, rec containerRecord) error {
 		if _, info, err := r.inspect(ctx, rec.Successor); err == nil && r.methods.owned(info.PID, rec.Successor) == nil {
 			r.pid = info.PID
 		}
+		if err := r.checkParts(ctx, rec); err != nil {
+			r.stopWithin(ctx, rec.Successor, minGrace)
+			return err
+		}
 		return nil
 	}
 	if ctx.Err() != nil {

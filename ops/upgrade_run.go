@@ -106,6 +106,9 @@ func (r *restart) prepare(ctx context.Context) error {
 		if err := r.pullImage(ctx); err != nil {
 			return err
 		}
+		if err := r.ensureVolumes(ctx); err != nil {
+			return err
+		}
 		// Before the slot is taken, another operation may have a container of its own in it.
 		if err := r.takeUpgradeSlot(ctx); err != nil {
 			return err

@@ -122,18 +122,53 @@ func (r *Reader) Container(ctx context.Context, name string) (*opsv1.Environment
 		if !strings.HasPrefix(m.MountPath, "/") { // kubelet does so, too (kubelet_pods.go makeMounts)
 			m.MountPath = "/" + m.MountPath
 		}
-		switch {
-		case m.SubPathExpr != "":
-			env.SubPaths = append(env.SubPaths, &opsv1.SubPath{
-				ContainerPath: m.MountPath, Volume: m.Name, Path: m.SubPathExpr, Expand: true,
-			})
-		case m.SubPath != "":
-			env.SubPaths = append(env.SubPaths, &opsv1.SubPath{
-				ContainerPath: m.MountPath, Volume: m.Name, Path: m.SubPath,
+		if image := imageOf(r.pod, m.Name); image != nil {
+			env.ImageVolumes = append(env.ImageVolumes, &opsv1.ImageVolume{
+				ContainerPath: m.MountPath, Reference: image.Reference, PullPolicy: PullPolicy(image.PullPolicy),
 			})
 		}
+		if m.SubPath == "" && m.SubPathExpr == "" {
+			continue
+		}
+		part := &opsv1.SubPath{ContainerPath: m.MountPath, Volume: m.Name, Path: m.SubPath, HostPath: hostPath(r.pod, m.Name)}
+		if m.SubPathExpr != "" {
+			part.Path, part.Expand = m.SubPathExpr, true
+		}
+		env.SubPaths = append(env.SubPaths, part)
 	}
 	return env, nil
+}
+
+// imageOf returns what a volume of type image is of, or nil.
+func imageOf(pod *corev1.Pod, volume string) *corev1.ImageVolumeSource {
+	for _, v := range pod.Spec.Volumes {
+		if v.Name == volume {
+			return v.Image
+		}
+	}
+	return nil
+}
+
+// hostPath returns where a volume of type hostPath is; empty for others.
+func hostPath(pod *corev1.Pod, volume string) string {
+	for _, v := range pod.Spec.Volumes {
+		if v.Name == volume && v.HostPath != nil {
+			return v.HostPath.Path
+		}
+	}
+	return ""
+}
+
+// PullPolicy is the node's word for an imagePullPolicy.
+func PullPolicy(p corev1.PullPolicy) opsv1.PullPolicy {
+	switch p {
+	case corev1.PullAlways:
+		return opsv1.PullPolicy_PULL_POLICY_ALWAYS
+	case corev1.PullNever:
+		return opsv1.PullPolicy_PULL_POLICY_NEVER
+	default:
+		return opsv1.PullPolicy_PULL_POLICY_IF_NOT_PRESENT
+	}
 }
 
 // missing is an error of what the pod's spec names and there is not.

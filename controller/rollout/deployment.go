@@ -99,6 +99,10 @@ func (w *deployment) align(ctx context.Context, images map[string]string) (bool,
 	switch {
 	case w.d.Spec.Paused && by != "" && !w.ours():
 		return false, name + " is being changed by another InPlaceRollout", nil
+	case !sameButImages(&w.d.Spec.Template, &w.current.Spec.Template) && w.d.Spec.Paused && w.ours():
+		// Somebody has changed more than images while this rollout held the Deployment: only pods of its own can have that.
+		_, err := w.settle(ctx)
+		return false, name + " was changed by somebody else meanwhile and goes on with a rollout of its own", err
 	case !sameButImages(&w.d.Spec.Template, &w.current.Spec.Template):
 		return false, name + " has changes in its template that are more than images and not rolled out: let its own rollout finish first", nil
 	case w.others:

@@ -355,7 +355,7 @@ func (l *launch) container(ctx context.Context, name string) (opsv1.PullPolicy, 
 		return 0, nil, err
 	}
 	c, _ := containerOf(l.reader.Pod(), name)
-	return controller.PullPolicyOf(c), env, nil
+	return environment.PullPolicy(c.ImagePullPolicy), env, nil
 }
 
 // newLabel is the label of the revision that the pod will have with its new images; empty if it has none.

@@ -21,14 +21,14 @@ import (
 // (kubelet_pods.go makeEnvironmentVariables); here it is that of the spec, services last.
 //
 // Errors: what kubelet would not start the container for.
-func Apply(c *runtimeapi.ContainerConfig, env *opsv1.Environment, podDir string) error {
+func Apply(c *runtimeapi.ContainerConfig, env *opsv1.Environment, podDir string) (Parts, error) {
 	v := variables{of: map[string]string{}, services: map[string]string{}}
 	for _, s := range env.GetServices() {
 		v.services[s.GetName()] = string(s.GetValue())
 	}
 	for _, d := range env.GetVariables() {
 		if err := v.declare(d, podDir); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	var envs []*runtimeapi.KeyValue
@@ -57,17 +57,17 @@ func Apply(c *runtimeapi.ContainerConfig, env *opsv1.Environment, podDir string)
 		if s.GetExpand() {
 			var err error
 			if path, err = expandPath(path, all); err != nil {
-				return err
+				return nil, err
 			}
 		}
 		// As kubelet says it (kubelet_pods.go makeMounts).
 		switch {
 		case strings.HasPrefix(path, "/"):
-			return fmt.Errorf("error SubPath `%s` must not be an absolute path", path)
+			return nil, fmt.Errorf("error SubPath `%s` must not be an absolute path", path)
 		case slices.Contains(strings.Split(path, "/"), ".."):
-			return fmt.Errorf("unable to provision SubPath `%s`: must not contain '..'", path)
+			return nil, fmt.Errorf("unable to provision SubPath `%s`: must not contain '..'", path)
 		}
-		paths[s.GetContainerPath()] = SubPath{Volume: s.GetVolume(), Path: path, Expanded: s.GetExpand()}
+		paths[s.GetContainerPath()] = SubPath{Volume: s.GetVolume(), Path: path, Dir: s.GetHostPath(), Expanded: s.GetExpand()}
 	}
 	return Refresh(c, podDir, paths)
 }

@@ -89,7 +89,7 @@ func TestApply(t *testing.T) {
 		Services: []*opsv1.Variable{literal("S", "10.0.0.1"), literal("LATER", "hidden")},
 		Command:  []string{"$(B)", "$(DEVICE)", "$(NO)"}, Args: []string{"$(S)"}, DeviceVariables: true,
 	}
-	if err := Apply(c, env, ""); err != nil {
+	if _, err := Apply(c, env, ""); err != nil {
 		t.Fatal(err)
 	}
 	var got []string
@@ -138,23 +138,58 @@ func TestRefresh(t *testing.T) {
 		name, host string
 		part       SubPath
 		want       string // empty: refused
+		others     bool   // somebody else may change it
 	}{
 		{name: "moved", host: bound, part: SubPath{Volume: "cm", Path: "key"}, want: now},
 		{name: "as it is", host: now, part: SubPath{Volume: "cm", Path: "key"}, want: now},
-		{name: "a key that is gone", host: bound, part: SubPath{Volume: "cm", Path: "no"}},
+		{name: "a key that is gone", host: bound, part: SubPath{Volume: "cm", Path: "no"}, want: filepath.Join(pod, config, "no")},
 		{name: "a link out of it", host: bound, part: SubPath{Volume: "cm", Path: "out"}},
 		{name: "a path out of it", host: bound, part: SubPath{Volume: "cm", Path: "../e/part"}},
-		{name: "what a container may write", host: part, part: SubPath{Volume: "e", Path: "part"}, want: part},
-		{name: "what was replaced", host: bound, part: SubPath{Volume: "e", Path: "part"}},
+		{name: "what a container may write", host: part, part: SubPath{Volume: "e", Path: "part"}, want: part, others: true},
+		{name: "what was replaced", host: bound, part: SubPath{Volume: "e", Path: "part"}, want: part, others: true},
+		{name: "what is not there yet", host: bound, part: SubPath{Volume: "e", Path: "to/come"}, want: filepath.Join(pod, empty, "to/come"), others: true},
+		{name: "of the host's", host: bound, part: SubPath{Volume: "h", Path: "part", Dir: filepath.Join(pod, empty)}, want: part, others: true},
 		{name: "a link of a container's", host: "/etc", part: SubPath{Volume: "e", Path: "link"}},
 		{name: "what was removed", host: filepath.Join(pod, "gone"), part: SubPath{Volume: "other", Path: "x"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			c := &runtimeapi.ContainerConfig{Mounts: []*runtimeapi.Mount{{ContainerPath: "/m", HostPath: tc.host}}}
-			err := Refresh(c, pod, map[string]SubPath{"/m": tc.part})
+			parts, err := Refresh(c, pod, map[string]SubPath{"/m": tc.part})
+			if (len(parts) > 0) != tc.others {
+				t.Errorf("parts that others can change: %v", parts)
+			}
 			if got := c.GetMounts()[0].GetHostPath(); tc.want != "" && (err != nil || got != tc.want) || tc.want == "" && err == nil {
 				t.Errorf("mounted from %s, error %v", got, err)
 			}
 		})
+	}
+}
+
+// What a process has mounted is compared with what the volume has: here the process is this one.
+func TestCheck(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"part", "other"} {
+		if err := os.Mkdir(filepath.Join(dir, name), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	parts := Parts{filepath.Join(dir, "part"): dir}
+	mounted := func(from string) *runtimeapi.ContainerConfig {
+		return &runtimeapi.ContainerConfig{Mounts: []*runtimeapi.Mount{{ContainerPath: filepath.Join(dir, "part"), HostPath: from}}}
+	}
+	if err := parts.Check(mounted(filepath.Join(dir, "part")), os.Getpid()); err != nil {
+		t.Errorf("what is as it was: %v", err)
+	}
+	if err := parts.Check(mounted(filepath.Join(dir, "other")), os.Getpid()); err == nil {
+		t.Error("another directory passes")
+	}
+	if err := os.Remove(filepath.Join(dir, "other")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(filepath.Join(dir, "part"), filepath.Join(dir, "other")); err != nil {
+		t.Fatal(err)
+	}
+	if err := parts.Check(mounted(filepath.Join(dir, "other")), os.Getpid()); err == nil {
+		t.Error("a link in its place passes")
 	}
 }

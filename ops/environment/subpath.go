@@ -4,7 +4,9 @@
 package environment
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -17,9 +19,16 @@ import (
 // SubPath is a part of a volume.
 type SubPath struct {
 	Volume, Path string
+	// Dir is where the volume is, if it is of type hostPath.
+	Dir string
 	// Expanded says that the path has variables in it, and so may be another one than before.
 	Expanded bool
 }
+
+// Parts are the mounts of a container, by container path, that name a path in a volume which containers can write, with the
+// directory of that volume. Somebody may have led the path out of the volume by the time that the runtime mounts it: see
+// [Parts.Check].
+type Parts map[string]string
 
 // subPathsDir is where, below the pod's directory, kubelet binds the parts of volumes, as
 // VOLUME/CONTAINER/INDEX (pkg/volume/util/subpath).
@@ -35,13 +44,14 @@ var published = []string{ //nolint:gochecknoglobals // a constant
 // Refresh makes mounts with a subPath show what the volume has now, as kubelet does at each start. paths
 // are the parts of volumes by container path; a mount of which it says nothing keeps its part.
 //
-// A volume that kubelet alone writes is mounted from where its file is. Parts of other volumes stay bound as
-// kubelet has bound them, because a container could lead a path of its own volume out of it; if such a part
-// was removed or replaced the restart is refused.
-func Refresh(c *runtimeapi.ContainerConfig, podDir string, paths map[string]SubPath) error {
+// A volume that kubelet alone writes is mounted from where its file is, and so is a part of an emptyDir or a hostPath
+// that was replaced since kubelet bound it, which is told. Where the directory of another volume is, the node does not know: what
+// kubelet has bound there stays, and the restart is refused if that is known to be gone.
+func Refresh(c *runtimeapi.ContainerConfig, podDir string, paths map[string]SubPath) (Parts, error) {
 	if podDir == "" {
-		return nil
+		return nil, nil
 	}
+	parts := Parts{}
 	for _, m := range c.GetMounts() {
 		part, ok := paths[m.GetContainerPath()]
 		if !ok {
@@ -53,64 +63,144 @@ func Refresh(c *runtimeapi.ContainerConfig, podDir string, paths map[string]SubP
 			m.ImageSubPath = part.Path
 			continue
 		}
-		if err := refresh(m, podDir, part); err != nil {
-			return fmt.Errorf("failed to prepare subPath for volumeMount %q (%s): %w",
+		dir, err := refresh(m, podDir, part)
+		if err != nil {
+			return nil, fmt.Errorf("failed to prepare subPath for volumeMount %q (%s): %w",
 				part.Volume, m.GetContainerPath(), err)
 		}
+		if dir != "" && !strings.HasPrefix(m.GetHostPath(), filepath.Join(podDir, subPathsDir)+"/") {
+			parts[m.GetContainerPath()] = dir
+		}
 	}
-	return nil
+	return parts, nil
 }
 
-func refresh(m *runtimeapi.Mount, podDir string, part SubPath) error {
+// refresh returns the directory of the volume if containers can write it and it is known.
+func refresh(m *runtimeapi.Mount, podDir string, part SubPath) (string, error) {
 	for _, plugin := range published {
 		volume := filepath.Join(podDir, "volumes", plugin, part.Volume)
-		if _, err := os.Stat(volume); err != nil {
-			continue
+		if _, err := os.Stat(volume); err == nil {
+			return "", take(m, volume, part.Path)
 		}
-		now, err := resolve(volume, part.Path, 0)
-		if os.IsNotExist(err) {
-			return fmt.Errorf("the volume has no %s any more", part.Path)
+	}
+	volume := part.Dir
+	if volume == "" {
+		volume = filepath.Join(podDir, "volumes", "kubernetes.io~empty-dir", part.Volume)
+	}
+	if _, err := os.Stat(volume); err == nil {
+		return volume, take(m, volume, part.Path)
+	}
+	const advice = "only kubelet can mount another part of this volume: delete the pod, or let its process end"
+	bound, err := os.Lstat(m.GetHostPath())
+	if err != nil {
+		return "", fmt.Errorf("what was mounted cannot be found (%w), and %s", err, advice)
+	}
+	if st, ok := bound.Sys().(*syscall.Stat_t); ok && st.Nlink == 0 {
+		return "", fmt.Errorf("%s was removed since it was mounted, and %s", part.Path, advice)
+	}
+	if root := rootOf(m.GetHostPath()); part.Expanded && root != "" && !strings.HasSuffix(root, "/"+filepath.Clean(part.Path)) {
+		return "", fmt.Errorf("%s is not what is mounted there, and %s", part.Path, advice)
+	}
+	return "", nil
+}
+
+// take has the mount show what the volume has there now. If it has nothing there it gets a directory, as from kubelet
+// (kubelet_pods.go makeMounts).
+func take(m *runtimeapi.Mount, volume, path string) error {
+	real, err := filepath.EvalSymlinks(volume)
+	if err != nil {
+		return err
+	}
+	now, err := resolve(real, path)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := makeDir(real, path); err != nil {
+			return fmt.Errorf("failed to create subPath directory: %w", err)
 		}
+		now, err = resolve(real, path)
+	}
+	if err == nil && !SameFile(m.GetHostPath(), now) {
+		m.HostPath = now
+	}
+	return err
+}
+
+// makeDir makes the directories of a path below dir that do not exist, with the mode of dir.
+func makeDir(dir, path string) error {
+	of, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	words := strings.Split(filepath.Clean(path), "/")
+	for i := range words {
+		parent, err := openWithin(dir, filepath.Join(append([]string{"."}, words[:i]...)...), unix.O_PATH|unix.O_DIRECTORY, unix.RESOLVE_BENEATH)
 		if err != nil {
 			return err
 		}
-		if !SameFile(m.GetHostPath(), now) {
-			m.HostPath = now
+		err = unix.Mkdirat(parent, words[i], 0o700)
+		if err == nil {
+			// The umask may have taken bits away.
+			err = unix.Fchmodat(parent, words[i], uint32(of.Mode().Perm()), 0)
+		} else if errors.Is(err, unix.EEXIST) {
+			err = nil
 		}
-		return nil
-	}
-	// kubelet would bind what the volume has there now.
-	bound, err := os.Lstat(m.GetHostPath())
-	if err != nil {
-		return fmt.Errorf("what was mounted cannot be found: %w; delete the pod, or let its process end", err)
-	}
-	volume := filepath.Join(podDir, "volumes", "kubernetes.io~empty-dir", part.Volume)
-	if _, err := os.Stat(volume); err == nil {
-		now, err := resolve(volume, part.Path, unix.RESOLVE_NO_SYMLINKS)
+		unix.Close(parent)
 		if err != nil {
-			return fmt.Errorf("%w: what was mounted is not there any more, and only kubelet can mount another "+
-				"part safely: delete the pod, or let its process end", err)
+			return &os.PathError{Op: "mkdir", Path: filepath.Join(words[:i+1]...), Err: err}
 		}
-		if !SameFile(m.GetHostPath(), now) {
-			return fmt.Errorf("%s was replaced since it was mounted, and only kubelet can mount the new one "+
-				"safely: delete the pod, or let its process end", part.Path)
-		}
-		return nil
-	}
-	if root := rootOf(m.GetHostPath()); part.Expanded && root != "" && !strings.HasSuffix(root, "/"+filepath.Clean(part.Path)) {
-		return fmt.Errorf("%s is not what is mounted there, and only kubelet can mount another part safely: delete "+
-			"the pod, or let its process end", part.Path)
-	}
-	if st, ok := bound.Sys().(*syscall.Stat_t); ok && st.Nlink == 0 {
-		return fmt.Errorf("%s was removed since it was mounted, and only kubelet can mount another one safely: "+
-			"delete the pod, or let its process end", part.Path)
 	}
 	return nil
 }
 
+// Check finds out whether what the process has mounted is in the volumes: it must be called before anything of the container
+// runs. c is the config that the container was made with.
+func (p Parts) Check(c *runtimeapi.ContainerConfig, pid int) error {
+	for _, m := range c.GetMounts() {
+		dir, ok := p[m.GetContainerPath()]
+		if !ok {
+			continue
+		}
+		real, err := filepath.EvalSymlinks(dir)
+		if err != nil {
+			return err
+		}
+		path, err := filepath.Rel(real, m.GetHostPath())
+		if err != nil {
+			return err
+		}
+		want, err := identity(real, path, unix.RESOLVE_BENEATH|unix.RESOLVE_NO_SYMLINKS)
+		if err != nil {
+			return err
+		}
+		got, err := identity(fmt.Sprintf("/proc/%d/root", pid), m.GetContainerPath(), unix.RESOLVE_IN_ROOT)
+		if err != nil {
+			return err
+		}
+		if want != got {
+			return fmt.Errorf("what is mounted at %s is not what its volume has: somebody has changed it meanwhile", m.GetContainerPath())
+		}
+	}
+	return nil
+}
+
+// file tells a file from all others.
+type file struct{ dev, ino uint64 }
+
+func identity(dir, path string, resolve uint64) (file, error) {
+	fd, err := openWithin(dir, path, unix.O_PATH, resolve)
+	if err != nil {
+		return file{}, err
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return file{}, &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	return file{dev: st.Dev, ino: st.Ino}, nil
+}
+
 // resolve returns where the path below dir really is, below dir too.
-func resolve(dir, path string, flags uint64) (string, error) {
-	fd, err := openWithin(dir, path, unix.O_PATH, unix.RESOLVE_BENEATH|flags)
+func resolve(dir, path string) (string, error) {
+	fd, err := openWithin(dir, path, unix.O_PATH, unix.RESOLVE_BENEATH)
 	if err != nil {
 		return "", err
 	}

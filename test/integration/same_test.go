@@ -351,7 +351,9 @@ func TestSameEvents(t *testing.T) {
 		t.Cleanup(cancel)
 		s, err := k.GetContainerEvents(ctx, &runtimeapi.GetEventsRequest{})
 		must(t, err)
-		out := make(chan string, 1024)
+		// containerd keeps the events of five minutes in which nobody listens, sends them to the first who does, and does
+		// nothing else before they are taken (internal/eventq): so they are, however many tests have run before.
+		out := make(chan string, 1<<16)
 		go func() {
 			defer close(out)
 			for {

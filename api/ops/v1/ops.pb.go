@@ -506,8 +506,10 @@ type Environment struct {
 	// device_variables says that device plugins may have set variables, which the spec does not tell: those that stand first in the
 	// request that made the old container are kept.
 	DeviceVariables bool `protobuf:"varint,6,opt,name=device_variables,json=deviceVariables,proto3" json:"device_variables,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// image_volumes are the mounts of volumes of type image. kubelet makes sure of their images before each start, too.
+	ImageVolumes  []*ImageVolume `protobuf:"bytes,7,rep,name=image_volumes,json=imageVolumes,proto3" json:"image_volumes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Environment) Reset() {
@@ -582,6 +584,75 @@ func (x *Environment) GetDeviceVariables() bool {
 	return false
 }
 
+func (x *Environment) GetImageVolumes() []*ImageVolume {
+	if x != nil {
+		return x.ImageVolumes
+	}
+	return nil
+}
+
+// ImageVolume is a mount of a volume of type image.
+type ImageVolume struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ContainerPath string                 `protobuf:"bytes,1,opt,name=container_path,json=containerPath,proto3" json:"container_path,omitempty"`
+	// reference is the image in the pod's spec, and pull_policy that of the volume.
+	Reference     string     `protobuf:"bytes,2,opt,name=reference,proto3" json:"reference,omitempty"`
+	PullPolicy    PullPolicy `protobuf:"varint,3,opt,name=pull_policy,json=pullPolicy,proto3,enum=criproxy.ops.v1.PullPolicy" json:"pull_policy,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageVolume) Reset() {
+	*x = ImageVolume{}
+	mi := &file_api_ops_v1_ops_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageVolume) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageVolume) ProtoMessage() {}
+
+func (x *ImageVolume) ProtoReflect() protoreflect.Message {
+	mi := &file_api_ops_v1_ops_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageVolume.ProtoReflect.Descriptor instead.
+func (*ImageVolume) Descriptor() ([]byte, []int) {
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *ImageVolume) GetContainerPath() string {
+	if x != nil {
+		return x.ContainerPath
+	}
+	return ""
+}
+
+func (x *ImageVolume) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
+func (x *ImageVolume) GetPullPolicy() PullPolicy {
+	if x != nil {
+		return x.PullPolicy
+	}
+	return PullPolicy_PULL_POLICY_UNSPECIFIED
+}
+
 type Variable struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -597,7 +668,7 @@ type Variable struct {
 
 func (x *Variable) Reset() {
 	*x = Variable{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[4]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -609,7 +680,7 @@ func (x *Variable) String() string {
 func (*Variable) ProtoMessage() {}
 
 func (x *Variable) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[4]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -622,7 +693,7 @@ func (x *Variable) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Variable.ProtoReflect.Descriptor instead.
 func (*Variable) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{4}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Variable) GetName() string {
@@ -705,7 +776,7 @@ type FileKey struct {
 
 func (x *FileKey) Reset() {
 	*x = FileKey{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[5]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -717,7 +788,7 @@ func (x *FileKey) String() string {
 func (*FileKey) ProtoMessage() {}
 
 func (x *FileKey) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[5]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -730,7 +801,7 @@ func (x *FileKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileKey.ProtoReflect.Descriptor instead.
 func (*FileKey) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{5}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *FileKey) GetVolume() string {
@@ -768,15 +839,17 @@ type SubPath struct {
 	ContainerPath string `protobuf:"bytes,1,opt,name=container_path,json=containerPath,proto3" json:"container_path,omitempty"`
 	Volume        string `protobuf:"bytes,2,opt,name=volume,proto3" json:"volume,omitempty"`
 	// path is within the volume. expand: $(NAME) is replaced in it (subPathExpr).
-	Path          string `protobuf:"bytes,3,opt,name=path,proto3" json:"path,omitempty"`
-	Expand        bool   `protobuf:"varint,4,opt,name=expand,proto3" json:"expand,omitempty"`
+	Path   string `protobuf:"bytes,3,opt,name=path,proto3" json:"path,omitempty"`
+	Expand bool   `protobuf:"varint,4,opt,name=expand,proto3" json:"expand,omitempty"`
+	// host_path is where a volume of type hostPath is.
+	HostPath      string `protobuf:"bytes,5,opt,name=host_path,json=hostPath,proto3" json:"host_path,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SubPath) Reset() {
 	*x = SubPath{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[6]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -788,7 +861,7 @@ func (x *SubPath) String() string {
 func (*SubPath) ProtoMessage() {}
 
 func (x *SubPath) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[6]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -801,7 +874,7 @@ func (x *SubPath) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SubPath.ProtoReflect.Descriptor instead.
 func (*SubPath) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{6}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *SubPath) GetContainerPath() string {
@@ -832,6 +905,13 @@ func (x *SubPath) GetExpand() bool {
 	return false
 }
 
+func (x *SubPath) GetHostPath() string {
+	if x != nil {
+		return x.HostPath
+	}
+	return ""
+}
+
 type PrepareUpgradeRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// uid identifies the operation; 1-128 characters of [A-Za-z0-9._-].
@@ -858,7 +938,7 @@ type PrepareUpgradeRequest struct {
 
 func (x *PrepareUpgradeRequest) Reset() {
 	*x = PrepareUpgradeRequest{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[7]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -870,7 +950,7 @@ func (x *PrepareUpgradeRequest) String() string {
 func (*PrepareUpgradeRequest) ProtoMessage() {}
 
 func (x *PrepareUpgradeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[7]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -883,7 +963,7 @@ func (x *PrepareUpgradeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareUpgradeRequest.ProtoReflect.Descriptor instead.
 func (*PrepareUpgradeRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{7}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *PrepareUpgradeRequest) GetUid() string {
@@ -974,7 +1054,7 @@ type ContainerUpgrade struct {
 	// hold_probes is for how long after it is shown kubelet must not probe the new container. A kubelet since 1.35 takes a
 	// new container for started, because the one before was, until its startup probe is due for the first time
 	// (kubelet_pods.go convertToAPIContainerStatuses): without this its liveness probe may end a container that is still starting. Give it
-	// for a container with a startupProbe: that probe's period and two seconds. At most an hour.
+	// for a container with a startupProbe: that probe's period and four seconds. At most an hour.
 	HoldProbes    *durationpb.Duration `protobuf:"bytes,10,opt,name=hold_probes,json=holdProbes,proto3" json:"hold_probes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -982,7 +1062,7 @@ type ContainerUpgrade struct {
 
 func (x *ContainerUpgrade) Reset() {
 	*x = ContainerUpgrade{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[8]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -994,7 +1074,7 @@ func (x *ContainerUpgrade) String() string {
 func (*ContainerUpgrade) ProtoMessage() {}
 
 func (x *ContainerUpgrade) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[8]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1007,7 +1087,7 @@ func (x *ContainerUpgrade) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerUpgrade.ProtoReflect.Descriptor instead.
 func (*ContainerUpgrade) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{8}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ContainerUpgrade) GetName() string {
@@ -1094,7 +1174,7 @@ type CommitUpgradeRequest struct {
 
 func (x *CommitUpgradeRequest) Reset() {
 	*x = CommitUpgradeRequest{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[9]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1106,7 +1186,7 @@ func (x *CommitUpgradeRequest) String() string {
 func (*CommitUpgradeRequest) ProtoMessage() {}
 
 func (x *CommitUpgradeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[9]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1119,7 +1199,7 @@ func (x *CommitUpgradeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitUpgradeRequest.ProtoReflect.Descriptor instead.
 func (*CommitUpgradeRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{9}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *CommitUpgradeRequest) GetUid() string {
@@ -1154,7 +1234,7 @@ type ContainerEnvironment struct {
 
 func (x *ContainerEnvironment) Reset() {
 	*x = ContainerEnvironment{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[10]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1166,7 +1246,7 @@ func (x *ContainerEnvironment) String() string {
 func (*ContainerEnvironment) ProtoMessage() {}
 
 func (x *ContainerEnvironment) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[10]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1179,7 +1259,7 @@ func (x *ContainerEnvironment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerEnvironment.ProtoReflect.Descriptor instead.
 func (*ContainerEnvironment) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{10}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ContainerEnvironment) GetName() string {
@@ -1207,7 +1287,7 @@ type AbortUpgradeRequest struct {
 
 func (x *AbortUpgradeRequest) Reset() {
 	*x = AbortUpgradeRequest{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[11]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1219,7 +1299,7 @@ func (x *AbortUpgradeRequest) String() string {
 func (*AbortUpgradeRequest) ProtoMessage() {}
 
 func (x *AbortUpgradeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[11]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1232,7 +1312,7 @@ func (x *AbortUpgradeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortUpgradeRequest.ProtoReflect.Descriptor instead.
 func (*AbortUpgradeRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{11}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *AbortUpgradeRequest) GetUid() string {
@@ -1264,7 +1344,7 @@ type Hook struct {
 
 func (x *Hook) Reset() {
 	*x = Hook{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[12]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1276,7 +1356,7 @@ func (x *Hook) String() string {
 func (*Hook) ProtoMessage() {}
 
 func (x *Hook) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[12]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1289,7 +1369,7 @@ func (x *Hook) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hook.ProtoReflect.Descriptor instead.
 func (*Hook) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{12}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Hook) GetAction() isHook_Action {
@@ -1357,7 +1437,7 @@ type ExecAction struct {
 
 func (x *ExecAction) Reset() {
 	*x = ExecAction{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[13]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1369,7 +1449,7 @@ func (x *ExecAction) String() string {
 func (*ExecAction) ProtoMessage() {}
 
 func (x *ExecAction) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[13]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1382,7 +1462,7 @@ func (x *ExecAction) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecAction.ProtoReflect.Descriptor instead.
 func (*ExecAction) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{13}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ExecAction) GetCommand() []string {
@@ -1407,7 +1487,7 @@ type HTTPGetAction struct {
 
 func (x *HTTPGetAction) Reset() {
 	*x = HTTPGetAction{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[14]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1419,7 +1499,7 @@ func (x *HTTPGetAction) String() string {
 func (*HTTPGetAction) ProtoMessage() {}
 
 func (x *HTTPGetAction) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[14]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1432,7 +1512,7 @@ func (x *HTTPGetAction) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HTTPGetAction.ProtoReflect.Descriptor instead.
 func (*HTTPGetAction) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{14}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *HTTPGetAction) GetScheme() string {
@@ -1480,7 +1560,7 @@ type HTTPHeader struct {
 
 func (x *HTTPHeader) Reset() {
 	*x = HTTPHeader{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[15]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1492,7 +1572,7 @@ func (x *HTTPHeader) String() string {
 func (*HTTPHeader) ProtoMessage() {}
 
 func (x *HTTPHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[15]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1505,7 +1585,7 @@ func (x *HTTPHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HTTPHeader.ProtoReflect.Descriptor instead.
 func (*HTTPHeader) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{15}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *HTTPHeader) GetName() string {
@@ -1531,7 +1611,7 @@ type SleepAction struct {
 
 func (x *SleepAction) Reset() {
 	*x = SleepAction{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[16]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1543,7 +1623,7 @@ func (x *SleepAction) String() string {
 func (*SleepAction) ProtoMessage() {}
 
 func (x *SleepAction) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[16]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1556,7 +1636,7 @@ func (x *SleepAction) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SleepAction.ProtoReflect.Descriptor instead.
 func (*SleepAction) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{16}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *SleepAction) GetSeconds() int64 {
@@ -1587,7 +1667,7 @@ type Operation struct {
 
 func (x *Operation) Reset() {
 	*x = Operation{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[17]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1599,7 +1679,7 @@ func (x *Operation) String() string {
 func (*Operation) ProtoMessage() {}
 
 func (x *Operation) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[17]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1612,7 +1692,7 @@ func (x *Operation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Operation.ProtoReflect.Descriptor instead.
 func (*Operation) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{17}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Operation) GetUid() string {
@@ -1713,7 +1793,7 @@ type ContainerOperation struct {
 
 func (x *ContainerOperation) Reset() {
 	*x = ContainerOperation{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[18]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1725,7 +1805,7 @@ func (x *ContainerOperation) String() string {
 func (*ContainerOperation) ProtoMessage() {}
 
 func (x *ContainerOperation) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[18]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1738,7 +1818,7 @@ func (x *ContainerOperation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerOperation.ProtoReflect.Descriptor instead.
 func (*ContainerOperation) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{18}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ContainerOperation) GetName() string {
@@ -1855,7 +1935,7 @@ type GetOperationRequest struct {
 
 func (x *GetOperationRequest) Reset() {
 	*x = GetOperationRequest{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[19]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1867,7 +1947,7 @@ func (x *GetOperationRequest) String() string {
 func (*GetOperationRequest) ProtoMessage() {}
 
 func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[19]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1880,7 +1960,7 @@ func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationRequest.ProtoReflect.Descriptor instead.
 func (*GetOperationRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{19}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *GetOperationRequest) GetUid() string {
@@ -1899,7 +1979,7 @@ type WatchOperationRequest struct {
 
 func (x *WatchOperationRequest) Reset() {
 	*x = WatchOperationRequest{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[20]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1911,7 +1991,7 @@ func (x *WatchOperationRequest) String() string {
 func (*WatchOperationRequest) ProtoMessage() {}
 
 func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[20]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1924,7 +2004,7 @@ func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationRequest.ProtoReflect.Descriptor instead.
 func (*WatchOperationRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{20}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *WatchOperationRequest) GetUid() string {
@@ -1946,7 +2026,7 @@ type ListOperationsRequest struct {
 
 func (x *ListOperationsRequest) Reset() {
 	*x = ListOperationsRequest{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[21]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1958,7 +2038,7 @@ func (x *ListOperationsRequest) String() string {
 func (*ListOperationsRequest) ProtoMessage() {}
 
 func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[21]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1971,7 +2051,7 @@ func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsRequest.ProtoReflect.Descriptor instead.
 func (*ListOperationsRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{21}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ListOperationsRequest) GetActiveOnly() bool {
@@ -1997,7 +2077,7 @@ type ListOperationsResponse struct {
 
 func (x *ListOperationsResponse) Reset() {
 	*x = ListOperationsResponse{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[22]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2009,7 +2089,7 @@ func (x *ListOperationsResponse) String() string {
 func (*ListOperationsResponse) ProtoMessage() {}
 
 func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[22]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2022,7 +2102,7 @@ func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsResponse.ProtoReflect.Descriptor instead.
 func (*ListOperationsResponse) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{22}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ListOperationsResponse) GetOperations() []*Operation {
@@ -2043,7 +2123,7 @@ type CancelOperationRequest struct {
 
 func (x *CancelOperationRequest) Reset() {
 	*x = CancelOperationRequest{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[23]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2055,7 +2135,7 @@ func (x *CancelOperationRequest) String() string {
 func (*CancelOperationRequest) ProtoMessage() {}
 
 func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[23]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2068,7 +2148,7 @@ func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationRequest.ProtoReflect.Descriptor instead.
 func (*CancelOperationRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{23}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *CancelOperationRequest) GetUid() string {
@@ -2093,7 +2173,7 @@ type ListOverridesRequest struct {
 
 func (x *ListOverridesRequest) Reset() {
 	*x = ListOverridesRequest{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[24]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2105,7 +2185,7 @@ func (x *ListOverridesRequest) String() string {
 func (*ListOverridesRequest) ProtoMessage() {}
 
 func (x *ListOverridesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[24]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2118,7 +2198,7 @@ func (x *ListOverridesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOverridesRequest.ProtoReflect.Descriptor instead.
 func (*ListOverridesRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{24}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{25}
 }
 
 type ListOverridesResponse struct {
@@ -2130,7 +2210,7 @@ type ListOverridesResponse struct {
 
 func (x *ListOverridesResponse) Reset() {
 	*x = ListOverridesResponse{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[25]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2142,7 +2222,7 @@ func (x *ListOverridesResponse) String() string {
 func (*ListOverridesResponse) ProtoMessage() {}
 
 func (x *ListOverridesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[25]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2155,7 +2235,7 @@ func (x *ListOverridesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOverridesResponse.ProtoReflect.Descriptor instead.
 func (*ListOverridesResponse) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{25}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ListOverridesResponse) GetOverrides() []*ImageOverride {
@@ -2184,7 +2264,7 @@ type ImageOverride struct {
 
 func (x *ImageOverride) Reset() {
 	*x = ImageOverride{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[26]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2196,7 +2276,7 @@ func (x *ImageOverride) String() string {
 func (*ImageOverride) ProtoMessage() {}
 
 func (x *ImageOverride) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[26]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2209,7 +2289,7 @@ func (x *ImageOverride) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageOverride.ProtoReflect.Descriptor instead.
 func (*ImageOverride) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{26}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ImageOverride) GetPod() *PodRef {
@@ -2276,7 +2356,7 @@ type NodeInfoRequest struct {
 
 func (x *NodeInfoRequest) Reset() {
 	*x = NodeInfoRequest{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[27]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2288,7 +2368,7 @@ func (x *NodeInfoRequest) String() string {
 func (*NodeInfoRequest) ProtoMessage() {}
 
 func (x *NodeInfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[27]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2301,7 +2381,7 @@ func (x *NodeInfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeInfoRequest.ProtoReflect.Descriptor instead.
 func (*NodeInfoRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{27}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{28}
 }
 
 type NodeInfoResponse struct {
@@ -2346,7 +2426,7 @@ type NodeInfoResponse struct {
 
 func (x *NodeInfoResponse) Reset() {
 	*x = NodeInfoResponse{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[28]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2358,7 +2438,7 @@ func (x *NodeInfoResponse) String() string {
 func (*NodeInfoResponse) ProtoMessage() {}
 
 func (x *NodeInfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[28]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2371,7 +2451,7 @@ func (x *NodeInfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeInfoResponse.ProtoReflect.Descriptor instead.
 func (*NodeInfoResponse) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{28}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *NodeInfoResponse) GetVersion() string {
@@ -2526,7 +2606,7 @@ type Identity struct {
 
 func (x *Identity) Reset() {
 	*x = Identity{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[29]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2538,7 +2618,7 @@ func (x *Identity) String() string {
 func (*Identity) ProtoMessage() {}
 
 func (x *Identity) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[29]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2551,7 +2631,7 @@ func (x *Identity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Identity.ProtoReflect.Descriptor instead.
 func (*Identity) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{29}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Identity) GetSource() string {
@@ -2612,7 +2692,7 @@ type RestartMethod struct {
 
 func (x *RestartMethod) Reset() {
 	*x = RestartMethod{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[30]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2624,7 +2704,7 @@ func (x *RestartMethod) String() string {
 func (*RestartMethod) ProtoMessage() {}
 
 func (x *RestartMethod) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[30]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2637,7 +2717,7 @@ func (x *RestartMethod) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartMethod.ProtoReflect.Descriptor instead.
 func (*RestartMethod) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{30}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *RestartMethod) GetName() string {
@@ -2674,7 +2754,7 @@ type Runtime struct {
 
 func (x *Runtime) Reset() {
 	*x = Runtime{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[31]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2686,7 +2766,7 @@ func (x *Runtime) String() string {
 func (*Runtime) ProtoMessage() {}
 
 func (x *Runtime) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[31]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2699,7 +2779,7 @@ func (x *Runtime) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Runtime.ProtoReflect.Descriptor instead.
 func (*Runtime) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{31}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Runtime) GetEndpoint() string {
@@ -2742,7 +2822,7 @@ type ActiveSlot struct {
 
 func (x *ActiveSlot) Reset() {
 	*x = ActiveSlot{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[32]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2754,7 +2834,7 @@ func (x *ActiveSlot) String() string {
 func (*ActiveSlot) ProtoMessage() {}
 
 func (x *ActiveSlot) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[32]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2767,7 +2847,7 @@ func (x *ActiveSlot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActiveSlot.ProtoReflect.Descriptor instead.
 func (*ActiveSlot) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{32}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ActiveSlot) GetPodUid() string {
@@ -2816,7 +2896,7 @@ type Counters struct {
 
 func (x *Counters) Reset() {
 	*x = Counters{}
-	mi := &file_api_ops_v1_ops_proto_msgTypes[33]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2828,7 +2908,7 @@ func (x *Counters) String() string {
 func (*Counters) ProtoMessage() {}
 
 func (x *Counters) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_ops_proto_msgTypes[33]
+	mi := &file_api_ops_v1_ops_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2841,7 +2921,7 @@ func (x *Counters) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Counters.ProtoReflect.Descriptor instead.
 func (*Counters) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{33}
+	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Counters) GetCalls() uint64 {
@@ -2936,14 +3016,20 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\venvironment\x18\v \x01(\v2\x1c.criproxy.ops.v1.EnvironmentR\venvironment\x12:\n" +
 	"\vhold_probes\x18\f \x01(\v2\x19.google.protobuf.DurationR\n" +
 	"holdProbesB\x17\n" +
-	"\x15_grace_period_seconds\"\x8d\x02\n" +
+	"\x15_grace_period_seconds\"\xd0\x02\n" +
 	"\vEnvironment\x127\n" +
 	"\tvariables\x18\x01 \x03(\v2\x19.criproxy.ops.v1.VariableR\tvariables\x125\n" +
 	"\bservices\x18\x02 \x03(\v2\x19.criproxy.ops.v1.VariableR\bservices\x12\x18\n" +
 	"\acommand\x18\x03 \x03(\tR\acommand\x12\x12\n" +
 	"\x04args\x18\x04 \x03(\tR\x04args\x125\n" +
 	"\tsub_paths\x18\x05 \x03(\v2\x18.criproxy.ops.v1.SubPathR\bsubPaths\x12)\n" +
-	"\x10device_variables\x18\x06 \x01(\bR\x0fdeviceVariables\"\x8e\x01\n" +
+	"\x10device_variables\x18\x06 \x01(\bR\x0fdeviceVariables\x12A\n" +
+	"\rimage_volumes\x18\a \x03(\v2\x1c.criproxy.ops.v1.ImageVolumeR\fimageVolumes\"\x90\x01\n" +
+	"\vImageVolume\x12%\n" +
+	"\x0econtainer_path\x18\x01 \x01(\tR\rcontainerPath\x12\x1c\n" +
+	"\treference\x18\x02 \x01(\tR\treference\x12<\n" +
+	"\vpull_policy\x18\x03 \x01(\x0e2\x1b.criproxy.ops.v1.PullPolicyR\n" +
+	"pullPolicy\"\x8e\x01\n" +
 	"\bVariable\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x05value\x18\x02 \x01(\fH\x00R\x05value\x12\x1c\n" +
@@ -2954,12 +3040,13 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x10\n" +
 	"\x03key\x18\x03 \x01(\tR\x03key\x12\x1a\n" +
-	"\boptional\x18\x04 \x01(\bR\boptional\"t\n" +
+	"\boptional\x18\x04 \x01(\bR\boptional\"\x91\x01\n" +
 	"\aSubPath\x12%\n" +
 	"\x0econtainer_path\x18\x01 \x01(\tR\rcontainerPath\x12\x16\n" +
 	"\x06volume\x18\x02 \x01(\tR\x06volume\x12\x12\n" +
 	"\x04path\x18\x03 \x01(\tR\x04path\x12\x16\n" +
-	"\x06expand\x18\x04 \x01(\bR\x06expand\"\xc8\x03\n" +
+	"\x06expand\x18\x04 \x01(\bR\x06expand\x12\x1b\n" +
+	"\thost_path\x18\x05 \x01(\tR\bhostPath\"\xc8\x03\n" +
 	"\x15PrepareUpgradeRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12)\n" +
 	"\x03pod\x18\x02 \x01(\v2\x17.criproxy.ops.v1.PodRefR\x03pod\x12A\n" +
@@ -3180,7 +3267,7 @@ func file_api_ops_v1_ops_proto_rawDescGZIP() []byte {
 }
 
 var file_api_ops_v1_ops_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_api_ops_v1_ops_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
+var file_api_ops_v1_ops_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
 var file_api_ops_v1_ops_proto_goTypes = []any{
 	(Order)(0),                     // 0: criproxy.ops.v1.Order
 	(Phase)(0),                     // 1: criproxy.ops.v1.Phase
@@ -3188,125 +3275,128 @@ var file_api_ops_v1_ops_proto_goTypes = []any{
 	(*RestartRequest)(nil),         // 3: criproxy.ops.v1.RestartRequest
 	(*ContainerRestart)(nil),       // 4: criproxy.ops.v1.ContainerRestart
 	(*Environment)(nil),            // 5: criproxy.ops.v1.Environment
-	(*Variable)(nil),               // 6: criproxy.ops.v1.Variable
-	(*FileKey)(nil),                // 7: criproxy.ops.v1.FileKey
-	(*SubPath)(nil),                // 8: criproxy.ops.v1.SubPath
-	(*PrepareUpgradeRequest)(nil),  // 9: criproxy.ops.v1.PrepareUpgradeRequest
-	(*ContainerUpgrade)(nil),       // 10: criproxy.ops.v1.ContainerUpgrade
-	(*CommitUpgradeRequest)(nil),   // 11: criproxy.ops.v1.CommitUpgradeRequest
-	(*ContainerEnvironment)(nil),   // 12: criproxy.ops.v1.ContainerEnvironment
-	(*AbortUpgradeRequest)(nil),    // 13: criproxy.ops.v1.AbortUpgradeRequest
-	(*Hook)(nil),                   // 14: criproxy.ops.v1.Hook
-	(*ExecAction)(nil),             // 15: criproxy.ops.v1.ExecAction
-	(*HTTPGetAction)(nil),          // 16: criproxy.ops.v1.HTTPGetAction
-	(*HTTPHeader)(nil),             // 17: criproxy.ops.v1.HTTPHeader
-	(*SleepAction)(nil),            // 18: criproxy.ops.v1.SleepAction
-	(*Operation)(nil),              // 19: criproxy.ops.v1.Operation
-	(*ContainerOperation)(nil),     // 20: criproxy.ops.v1.ContainerOperation
-	(*GetOperationRequest)(nil),    // 21: criproxy.ops.v1.GetOperationRequest
-	(*WatchOperationRequest)(nil),  // 22: criproxy.ops.v1.WatchOperationRequest
-	(*ListOperationsRequest)(nil),  // 23: criproxy.ops.v1.ListOperationsRequest
-	(*ListOperationsResponse)(nil), // 24: criproxy.ops.v1.ListOperationsResponse
-	(*CancelOperationRequest)(nil), // 25: criproxy.ops.v1.CancelOperationRequest
-	(*ListOverridesRequest)(nil),   // 26: criproxy.ops.v1.ListOverridesRequest
-	(*ListOverridesResponse)(nil),  // 27: criproxy.ops.v1.ListOverridesResponse
-	(*ImageOverride)(nil),          // 28: criproxy.ops.v1.ImageOverride
-	(*NodeInfoRequest)(nil),        // 29: criproxy.ops.v1.NodeInfoRequest
-	(*NodeInfoResponse)(nil),       // 30: criproxy.ops.v1.NodeInfoResponse
-	(*Identity)(nil),               // 31: criproxy.ops.v1.Identity
-	(*RestartMethod)(nil),          // 32: criproxy.ops.v1.RestartMethod
-	(*Runtime)(nil),                // 33: criproxy.ops.v1.Runtime
-	(*ActiveSlot)(nil),             // 34: criproxy.ops.v1.ActiveSlot
-	(*Counters)(nil),               // 35: criproxy.ops.v1.Counters
-	(*RegistryCredential)(nil),     // 36: criproxy.ops.v1.RegistryCredential
-	(PullPolicy)(0),                // 37: criproxy.ops.v1.PullPolicy
-	(*durationpb.Duration)(nil),    // 38: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),  // 39: google.protobuf.Timestamp
-	(*PullOperation)(nil),          // 40: criproxy.ops.v1.PullOperation
+	(*ImageVolume)(nil),            // 6: criproxy.ops.v1.ImageVolume
+	(*Variable)(nil),               // 7: criproxy.ops.v1.Variable
+	(*FileKey)(nil),                // 8: criproxy.ops.v1.FileKey
+	(*SubPath)(nil),                // 9: criproxy.ops.v1.SubPath
+	(*PrepareUpgradeRequest)(nil),  // 10: criproxy.ops.v1.PrepareUpgradeRequest
+	(*ContainerUpgrade)(nil),       // 11: criproxy.ops.v1.ContainerUpgrade
+	(*CommitUpgradeRequest)(nil),   // 12: criproxy.ops.v1.CommitUpgradeRequest
+	(*ContainerEnvironment)(nil),   // 13: criproxy.ops.v1.ContainerEnvironment
+	(*AbortUpgradeRequest)(nil),    // 14: criproxy.ops.v1.AbortUpgradeRequest
+	(*Hook)(nil),                   // 15: criproxy.ops.v1.Hook
+	(*ExecAction)(nil),             // 16: criproxy.ops.v1.ExecAction
+	(*HTTPGetAction)(nil),          // 17: criproxy.ops.v1.HTTPGetAction
+	(*HTTPHeader)(nil),             // 18: criproxy.ops.v1.HTTPHeader
+	(*SleepAction)(nil),            // 19: criproxy.ops.v1.SleepAction
+	(*Operation)(nil),              // 20: criproxy.ops.v1.Operation
+	(*ContainerOperation)(nil),     // 21: criproxy.ops.v1.ContainerOperation
+	(*GetOperationRequest)(nil),    // 22: criproxy.ops.v1.GetOperationRequest
+	(*WatchOperationRequest)(nil),  // 23: criproxy.ops.v1.WatchOperationRequest
+	(*ListOperationsRequest)(nil),  // 24: criproxy.ops.v1.ListOperationsRequest
+	(*ListOperationsResponse)(nil), // 25: criproxy.ops.v1.ListOperationsResponse
+	(*CancelOperationRequest)(nil), // 26: criproxy.ops.v1.CancelOperationRequest
+	(*ListOverridesRequest)(nil),   // 27: criproxy.ops.v1.ListOverridesRequest
+	(*ListOverridesResponse)(nil),  // 28: criproxy.ops.v1.ListOverridesResponse
+	(*ImageOverride)(nil),          // 29: criproxy.ops.v1.ImageOverride
+	(*NodeInfoRequest)(nil),        // 30: criproxy.ops.v1.NodeInfoRequest
+	(*NodeInfoResponse)(nil),       // 31: criproxy.ops.v1.NodeInfoResponse
+	(*Identity)(nil),               // 32: criproxy.ops.v1.Identity
+	(*RestartMethod)(nil),          // 33: criproxy.ops.v1.RestartMethod
+	(*Runtime)(nil),                // 34: criproxy.ops.v1.Runtime
+	(*ActiveSlot)(nil),             // 35: criproxy.ops.v1.ActiveSlot
+	(*Counters)(nil),               // 36: criproxy.ops.v1.Counters
+	(*RegistryCredential)(nil),     // 37: criproxy.ops.v1.RegistryCredential
+	(PullPolicy)(0),                // 38: criproxy.ops.v1.PullPolicy
+	(*durationpb.Duration)(nil),    // 39: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),  // 40: google.protobuf.Timestamp
+	(*PullOperation)(nil),          // 41: criproxy.ops.v1.PullOperation
 }
 var file_api_ops_v1_ops_proto_depIdxs = []int32{
 	2,  // 0: criproxy.ops.v1.RestartRequest.pod:type_name -> criproxy.ops.v1.PodRef
 	4,  // 1: criproxy.ops.v1.RestartRequest.containers:type_name -> criproxy.ops.v1.ContainerRestart
-	36, // 2: criproxy.ops.v1.RestartRequest.credentials:type_name -> criproxy.ops.v1.RegistryCredential
-	14, // 3: criproxy.ops.v1.ContainerRestart.pre_stop:type_name -> criproxy.ops.v1.Hook
-	14, // 4: criproxy.ops.v1.ContainerRestart.post_start:type_name -> criproxy.ops.v1.Hook
+	37, // 2: criproxy.ops.v1.RestartRequest.credentials:type_name -> criproxy.ops.v1.RegistryCredential
+	15, // 3: criproxy.ops.v1.ContainerRestart.pre_stop:type_name -> criproxy.ops.v1.Hook
+	15, // 4: criproxy.ops.v1.ContainerRestart.post_start:type_name -> criproxy.ops.v1.Hook
 	0,  // 5: criproxy.ops.v1.ContainerRestart.order:type_name -> criproxy.ops.v1.Order
-	37, // 6: criproxy.ops.v1.ContainerRestart.pull_policy:type_name -> criproxy.ops.v1.PullPolicy
+	38, // 6: criproxy.ops.v1.ContainerRestart.pull_policy:type_name -> criproxy.ops.v1.PullPolicy
 	5,  // 7: criproxy.ops.v1.ContainerRestart.environment:type_name -> criproxy.ops.v1.Environment
-	38, // 8: criproxy.ops.v1.ContainerRestart.hold_probes:type_name -> google.protobuf.Duration
-	6,  // 9: criproxy.ops.v1.Environment.variables:type_name -> criproxy.ops.v1.Variable
-	6,  // 10: criproxy.ops.v1.Environment.services:type_name -> criproxy.ops.v1.Variable
-	8,  // 11: criproxy.ops.v1.Environment.sub_paths:type_name -> criproxy.ops.v1.SubPath
-	7,  // 12: criproxy.ops.v1.Variable.file:type_name -> criproxy.ops.v1.FileKey
-	2,  // 13: criproxy.ops.v1.PrepareUpgradeRequest.pod:type_name -> criproxy.ops.v1.PodRef
-	10, // 14: criproxy.ops.v1.PrepareUpgradeRequest.containers:type_name -> criproxy.ops.v1.ContainerUpgrade
-	36, // 15: criproxy.ops.v1.PrepareUpgradeRequest.credentials:type_name -> criproxy.ops.v1.RegistryCredential
-	38, // 16: criproxy.ops.v1.PrepareUpgradeRequest.pin_for:type_name -> google.protobuf.Duration
-	38, // 17: criproxy.ops.v1.PrepareUpgradeRequest.prepare_timeout:type_name -> google.protobuf.Duration
-	38, // 18: criproxy.ops.v1.PrepareUpgradeRequest.hold_timeout:type_name -> google.protobuf.Duration
-	0,  // 19: criproxy.ops.v1.ContainerUpgrade.order:type_name -> criproxy.ops.v1.Order
-	37, // 20: criproxy.ops.v1.ContainerUpgrade.pull_policy:type_name -> criproxy.ops.v1.PullPolicy
-	5,  // 21: criproxy.ops.v1.ContainerUpgrade.environment:type_name -> criproxy.ops.v1.Environment
-	38, // 22: criproxy.ops.v1.ContainerUpgrade.hold_probes:type_name -> google.protobuf.Duration
-	12, // 23: criproxy.ops.v1.CommitUpgradeRequest.environments:type_name -> criproxy.ops.v1.ContainerEnvironment
-	36, // 24: criproxy.ops.v1.CommitUpgradeRequest.credentials:type_name -> criproxy.ops.v1.RegistryCredential
-	5,  // 25: criproxy.ops.v1.ContainerEnvironment.environment:type_name -> criproxy.ops.v1.Environment
-	15, // 26: criproxy.ops.v1.Hook.exec:type_name -> criproxy.ops.v1.ExecAction
-	16, // 27: criproxy.ops.v1.Hook.http_get:type_name -> criproxy.ops.v1.HTTPGetAction
-	18, // 28: criproxy.ops.v1.Hook.sleep:type_name -> criproxy.ops.v1.SleepAction
-	17, // 29: criproxy.ops.v1.HTTPGetAction.headers:type_name -> criproxy.ops.v1.HTTPHeader
-	2,  // 30: criproxy.ops.v1.Operation.pod:type_name -> criproxy.ops.v1.PodRef
-	1,  // 31: criproxy.ops.v1.Operation.phase:type_name -> criproxy.ops.v1.Phase
-	20, // 32: criproxy.ops.v1.Operation.containers:type_name -> criproxy.ops.v1.ContainerOperation
-	39, // 33: criproxy.ops.v1.Operation.create_time:type_name -> google.protobuf.Timestamp
-	39, // 34: criproxy.ops.v1.Operation.finish_time:type_name -> google.protobuf.Timestamp
-	1,  // 35: criproxy.ops.v1.ContainerOperation.phase:type_name -> criproxy.ops.v1.Phase
-	39, // 36: criproxy.ops.v1.ContainerOperation.stop_time:type_name -> google.protobuf.Timestamp
-	39, // 37: criproxy.ops.v1.ContainerOperation.start_time:type_name -> google.protobuf.Timestamp
-	38, // 38: criproxy.ops.v1.ContainerOperation.gap:type_name -> google.protobuf.Duration
-	40, // 39: criproxy.ops.v1.ContainerOperation.pull:type_name -> criproxy.ops.v1.PullOperation
-	19, // 40: criproxy.ops.v1.ListOperationsResponse.operations:type_name -> criproxy.ops.v1.Operation
-	28, // 41: criproxy.ops.v1.ListOverridesResponse.overrides:type_name -> criproxy.ops.v1.ImageOverride
-	2,  // 42: criproxy.ops.v1.ImageOverride.pod:type_name -> criproxy.ops.v1.PodRef
-	39, // 43: criproxy.ops.v1.ImageOverride.since:type_name -> google.protobuf.Timestamp
-	39, // 44: criproxy.ops.v1.NodeInfoResponse.start_time:type_name -> google.protobuf.Timestamp
-	33, // 45: criproxy.ops.v1.NodeInfoResponse.runtime:type_name -> criproxy.ops.v1.Runtime
-	39, // 46: criproxy.ops.v1.NodeInfoResponse.kubelet_last_call:type_name -> google.protobuf.Timestamp
-	34, // 47: criproxy.ops.v1.NodeInfoResponse.active_slots:type_name -> criproxy.ops.v1.ActiveSlot
-	35, // 48: criproxy.ops.v1.NodeInfoResponse.counters:type_name -> criproxy.ops.v1.Counters
-	32, // 49: criproxy.ops.v1.NodeInfoResponse.restart_methods:type_name -> criproxy.ops.v1.RestartMethod
-	31, // 50: criproxy.ops.v1.NodeInfoResponse.identity:type_name -> criproxy.ops.v1.Identity
-	39, // 51: criproxy.ops.v1.NodeInfoResponse.controller_last_call:type_name -> google.protobuf.Timestamp
-	39, // 52: criproxy.ops.v1.Identity.expire_time:type_name -> google.protobuf.Timestamp
-	39, // 53: criproxy.ops.v1.Identity.renew_time:type_name -> google.protobuf.Timestamp
-	39, // 54: criproxy.ops.v1.Identity.since:type_name -> google.protobuf.Timestamp
-	39, // 55: criproxy.ops.v1.Identity.retry_time:type_name -> google.protobuf.Timestamp
-	1,  // 56: criproxy.ops.v1.ActiveSlot.phase:type_name -> criproxy.ops.v1.Phase
-	3,  // 57: criproxy.ops.v1.Ops.Restart:input_type -> criproxy.ops.v1.RestartRequest
-	21, // 58: criproxy.ops.v1.Ops.GetOperation:input_type -> criproxy.ops.v1.GetOperationRequest
-	22, // 59: criproxy.ops.v1.Ops.WatchOperation:input_type -> criproxy.ops.v1.WatchOperationRequest
-	23, // 60: criproxy.ops.v1.Ops.ListOperations:input_type -> criproxy.ops.v1.ListOperationsRequest
-	25, // 61: criproxy.ops.v1.Ops.CancelOperation:input_type -> criproxy.ops.v1.CancelOperationRequest
-	9,  // 62: criproxy.ops.v1.Ops.PrepareUpgrade:input_type -> criproxy.ops.v1.PrepareUpgradeRequest
-	11, // 63: criproxy.ops.v1.Ops.CommitUpgrade:input_type -> criproxy.ops.v1.CommitUpgradeRequest
-	13, // 64: criproxy.ops.v1.Ops.AbortUpgrade:input_type -> criproxy.ops.v1.AbortUpgradeRequest
-	26, // 65: criproxy.ops.v1.Ops.ListOverrides:input_type -> criproxy.ops.v1.ListOverridesRequest
-	29, // 66: criproxy.ops.v1.Ops.NodeInfo:input_type -> criproxy.ops.v1.NodeInfoRequest
-	19, // 67: criproxy.ops.v1.Ops.Restart:output_type -> criproxy.ops.v1.Operation
-	19, // 68: criproxy.ops.v1.Ops.GetOperation:output_type -> criproxy.ops.v1.Operation
-	19, // 69: criproxy.ops.v1.Ops.WatchOperation:output_type -> criproxy.ops.v1.Operation
-	24, // 70: criproxy.ops.v1.Ops.ListOperations:output_type -> criproxy.ops.v1.ListOperationsResponse
-	19, // 71: criproxy.ops.v1.Ops.CancelOperation:output_type -> criproxy.ops.v1.Operation
-	19, // 72: criproxy.ops.v1.Ops.PrepareUpgrade:output_type -> criproxy.ops.v1.Operation
-	19, // 73: criproxy.ops.v1.Ops.CommitUpgrade:output_type -> criproxy.ops.v1.Operation
-	19, // 74: criproxy.ops.v1.Ops.AbortUpgrade:output_type -> criproxy.ops.v1.Operation
-	27, // 75: criproxy.ops.v1.Ops.ListOverrides:output_type -> criproxy.ops.v1.ListOverridesResponse
-	30, // 76: criproxy.ops.v1.Ops.NodeInfo:output_type -> criproxy.ops.v1.NodeInfoResponse
-	67, // [67:77] is the sub-list for method output_type
-	57, // [57:67] is the sub-list for method input_type
-	57, // [57:57] is the sub-list for extension type_name
-	57, // [57:57] is the sub-list for extension extendee
-	0,  // [0:57] is the sub-list for field type_name
+	39, // 8: criproxy.ops.v1.ContainerRestart.hold_probes:type_name -> google.protobuf.Duration
+	7,  // 9: criproxy.ops.v1.Environment.variables:type_name -> criproxy.ops.v1.Variable
+	7,  // 10: criproxy.ops.v1.Environment.services:type_name -> criproxy.ops.v1.Variable
+	9,  // 11: criproxy.ops.v1.Environment.sub_paths:type_name -> criproxy.ops.v1.SubPath
+	6,  // 12: criproxy.ops.v1.Environment.image_volumes:type_name -> criproxy.ops.v1.ImageVolume
+	38, // 13: criproxy.ops.v1.ImageVolume.pull_policy:type_name -> criproxy.ops.v1.PullPolicy
+	8,  // 14: criproxy.ops.v1.Variable.file:type_name -> criproxy.ops.v1.FileKey
+	2,  // 15: criproxy.ops.v1.PrepareUpgradeRequest.pod:type_name -> criproxy.ops.v1.PodRef
+	11, // 16: criproxy.ops.v1.PrepareUpgradeRequest.containers:type_name -> criproxy.ops.v1.ContainerUpgrade
+	37, // 17: criproxy.ops.v1.PrepareUpgradeRequest.credentials:type_name -> criproxy.ops.v1.RegistryCredential
+	39, // 18: criproxy.ops.v1.PrepareUpgradeRequest.pin_for:type_name -> google.protobuf.Duration
+	39, // 19: criproxy.ops.v1.PrepareUpgradeRequest.prepare_timeout:type_name -> google.protobuf.Duration
+	39, // 20: criproxy.ops.v1.PrepareUpgradeRequest.hold_timeout:type_name -> google.protobuf.Duration
+	0,  // 21: criproxy.ops.v1.ContainerUpgrade.order:type_name -> criproxy.ops.v1.Order
+	38, // 22: criproxy.ops.v1.ContainerUpgrade.pull_policy:type_name -> criproxy.ops.v1.PullPolicy
+	5,  // 23: criproxy.ops.v1.ContainerUpgrade.environment:type_name -> criproxy.ops.v1.Environment
+	39, // 24: criproxy.ops.v1.ContainerUpgrade.hold_probes:type_name -> google.protobuf.Duration
+	13, // 25: criproxy.ops.v1.CommitUpgradeRequest.environments:type_name -> criproxy.ops.v1.ContainerEnvironment
+	37, // 26: criproxy.ops.v1.CommitUpgradeRequest.credentials:type_name -> criproxy.ops.v1.RegistryCredential
+	5,  // 27: criproxy.ops.v1.ContainerEnvironment.environment:type_name -> criproxy.ops.v1.Environment
+	16, // 28: criproxy.ops.v1.Hook.exec:type_name -> criproxy.ops.v1.ExecAction
+	17, // 29: criproxy.ops.v1.Hook.http_get:type_name -> criproxy.ops.v1.HTTPGetAction
+	19, // 30: criproxy.ops.v1.Hook.sleep:type_name -> criproxy.ops.v1.SleepAction
+	18, // 31: criproxy.ops.v1.HTTPGetAction.headers:type_name -> criproxy.ops.v1.HTTPHeader
+	2,  // 32: criproxy.ops.v1.Operation.pod:type_name -> criproxy.ops.v1.PodRef
+	1,  // 33: criproxy.ops.v1.Operation.phase:type_name -> criproxy.ops.v1.Phase
+	21, // 34: criproxy.ops.v1.Operation.containers:type_name -> criproxy.ops.v1.ContainerOperation
+	40, // 35: criproxy.ops.v1.Operation.create_time:type_name -> google.protobuf.Timestamp
+	40, // 36: criproxy.ops.v1.Operation.finish_time:type_name -> google.protobuf.Timestamp
+	1,  // 37: criproxy.ops.v1.ContainerOperation.phase:type_name -> criproxy.ops.v1.Phase
+	40, // 38: criproxy.ops.v1.ContainerOperation.stop_time:type_name -> google.protobuf.Timestamp
+	40, // 39: criproxy.ops.v1.ContainerOperation.start_time:type_name -> google.protobuf.Timestamp
+	39, // 40: criproxy.ops.v1.ContainerOperation.gap:type_name -> google.protobuf.Duration
+	41, // 41: criproxy.ops.v1.ContainerOperation.pull:type_name -> criproxy.ops.v1.PullOperation
+	20, // 42: criproxy.ops.v1.ListOperationsResponse.operations:type_name -> criproxy.ops.v1.Operation
+	29, // 43: criproxy.ops.v1.ListOverridesResponse.overrides:type_name -> criproxy.ops.v1.ImageOverride
+	2,  // 44: criproxy.ops.v1.ImageOverride.pod:type_name -> criproxy.ops.v1.PodRef
+	40, // 45: criproxy.ops.v1.ImageOverride.since:type_name -> google.protobuf.Timestamp
+	40, // 46: criproxy.ops.v1.NodeInfoResponse.start_time:type_name -> google.protobuf.Timestamp
+	34, // 47: criproxy.ops.v1.NodeInfoResponse.runtime:type_name -> criproxy.ops.v1.Runtime
+	40, // 48: criproxy.ops.v1.NodeInfoResponse.kubelet_last_call:type_name -> google.protobuf.Timestamp
+	35, // 49: criproxy.ops.v1.NodeInfoResponse.active_slots:type_name -> criproxy.ops.v1.ActiveSlot
+	36, // 50: criproxy.ops.v1.NodeInfoResponse.counters:type_name -> criproxy.ops.v1.Counters
+	33, // 51: criproxy.ops.v1.NodeInfoResponse.restart_methods:type_name -> criproxy.ops.v1.RestartMethod
+	32, // 52: criproxy.ops.v1.NodeInfoResponse.identity:type_name -> criproxy.ops.v1.Identity
+	40, // 53: criproxy.ops.v1.NodeInfoResponse.controller_last_call:type_name -> google.protobuf.Timestamp
+	40, // 54: criproxy.ops.v1.Identity.expire_time:type_name -> google.protobuf.Timestamp
+	40, // 55: criproxy.ops.v1.Identity.renew_time:type_name -> google.protobuf.Timestamp
+	40, // 56: criproxy.ops.v1.Identity.since:type_name -> google.protobuf.Timestamp
+	40, // 57: criproxy.ops.v1.Identity.retry_time:type_name -> google.protobuf.Timestamp
+	1,  // 58: criproxy.ops.v1.ActiveSlot.phase:type_name -> criproxy.ops.v1.Phase
+	3,  // 59: criproxy.ops.v1.Ops.Restart:input_type -> criproxy.ops.v1.RestartRequest
+	22, // 60: criproxy.ops.v1.Ops.GetOperation:input_type -> criproxy.ops.v1.GetOperationRequest
+	23, // 61: criproxy.ops.v1.Ops.WatchOperation:input_type -> criproxy.ops.v1.WatchOperationRequest
+	24, // 62: criproxy.ops.v1.Ops.ListOperations:input_type -> criproxy.ops.v1.ListOperationsRequest
+	26, // 63: criproxy.ops.v1.Ops.CancelOperation:input_type -> criproxy.ops.v1.CancelOperationRequest
+	10, // 64: criproxy.ops.v1.Ops.PrepareUpgrade:input_type -> criproxy.ops.v1.PrepareUpgradeRequest
+	12, // 65: criproxy.ops.v1.Ops.CommitUpgrade:input_type -> criproxy.ops.v1.CommitUpgradeRequest
+	14, // 66: criproxy.ops.v1.Ops.AbortUpgrade:input_type -> criproxy.ops.v1.AbortUpgradeRequest
+	27, // 67: criproxy.ops.v1.Ops.ListOverrides:input_type -> criproxy.ops.v1.ListOverridesRequest
+	30, // 68: criproxy.ops.v1.Ops.NodeInfo:input_type -> criproxy.ops.v1.NodeInfoRequest
+	20, // 69: criproxy.ops.v1.Ops.Restart:output_type -> criproxy.ops.v1.Operation
+	20, // 70: criproxy.ops.v1.Ops.GetOperation:output_type -> criproxy.ops.v1.Operation
+	20, // 71: criproxy.ops.v1.Ops.WatchOperation:output_type -> criproxy.ops.v1.Operation
+	25, // 72: criproxy.ops.v1.Ops.ListOperations:output_type -> criproxy.ops.v1.ListOperationsResponse
+	20, // 73: criproxy.ops.v1.Ops.CancelOperation:output_type -> criproxy.ops.v1.Operation
+	20, // 74: criproxy.ops.v1.Ops.PrepareUpgrade:output_type -> criproxy.ops.v1.Operation
+	20, // 75: criproxy.ops.v1.Ops.CommitUpgrade:output_type -> criproxy.ops.v1.Operation
+	20, // 76: criproxy.ops.v1.Ops.AbortUpgrade:output_type -> criproxy.ops.v1.Operation
+	28, // 77: criproxy.ops.v1.Ops.ListOverrides:output_type -> criproxy.ops.v1.ListOverridesResponse
+	31, // 78: criproxy.ops.v1.Ops.NodeInfo:output_type -> criproxy.ops.v1.NodeInfoResponse
+	69, // [69:79] is the sub-list for method output_type
+	59, // [59:69] is the sub-list for method input_type
+	59, // [59:59] is the sub-list for extension type_name
+	59, // [59:59] is the sub-list for extension extendee
+	0,  // [0:59] is the sub-list for field type_name
 }
 
 func init() { file_api_ops_v1_ops_proto_init() }
@@ -3316,13 +3406,13 @@ func file_api_ops_v1_ops_proto_init() {
 	}
 	file_api_ops_v1_images_proto_init()
 	file_api_ops_v1_ops_proto_msgTypes[2].OneofWrappers = []any{}
-	file_api_ops_v1_ops_proto_msgTypes[4].OneofWrappers = []any{
+	file_api_ops_v1_ops_proto_msgTypes[5].OneofWrappers = []any{
 		(*Variable_Value)(nil),
 		(*Variable_Template)(nil),
 		(*Variable_File)(nil),
 	}
-	file_api_ops_v1_ops_proto_msgTypes[8].OneofWrappers = []any{}
-	file_api_ops_v1_ops_proto_msgTypes[12].OneofWrappers = []any{
+	file_api_ops_v1_ops_proto_msgTypes[9].OneofWrappers = []any{}
+	file_api_ops_v1_ops_proto_msgTypes[13].OneofWrappers = []any{
 		(*Hook_Exec)(nil),
 		(*Hook_HttpGet)(nil),
 		(*Hook_Sleep)(nil),
@@ -3333,7 +3423,7 @@ func file_api_ops_v1_ops_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_ops_v1_ops_proto_rawDesc), len(file_api_ops_v1_ops_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   34,
+			NumMessages:   35,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
