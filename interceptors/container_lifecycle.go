@@ -38,6 +38,10 @@ func (d *Director) createContainer(ctx context.Context, method string, raw []byt
 			did(ctx, didAdopt)
 			return encode(&runtimeapi.CreateContainerResponse{ContainerId: id})
 		}
+		if id := d.replaced(ctx, slot, req); id != "" {
+			did(ctx, didAdopt)
+			return encode(&runtimeapi.CreateContainerResponse{ContainerId: id})
+		}
 		if d.view.Claimed(slot) {
 			did(ctx, didHold)
 			d.log.WithFields(logrusFields(slot, method)).Info("waiting for the operation on this slot")
@@ -96,6 +100,19 @@ func (d *Director) prepared(ctx context.Context, method string, slot Slot, req *
 	if id != "" {
 		d.view.adopted(id)
 	}
+	return id
+}
+
+// replaced returns the container that kubelet asks for if it is there already, or "": kubelet decided before a reveal to replace the
+// incumbent, has stopped it after that, and now makes the next attempt, whose name in the runtime is taken. So it is where a new
+// process does not listen yet when a probe, which is aimed at the pod, looks for the old one.
+func (d *Director) replaced(ctx context.Context, slot Slot, req *runtimeapi.CreateContainerRequest) string {
+	id := d.view.lateHeir(slot)
+	if id == "" || d.made == nil || d.view.Claimed(slot) || !d.made.Fits(ctx, id, req) {
+		return ""
+	}
+	d.view.adopted(id)
+	d.log.WithFields(logrusFields(slot, "")).WithField("successor", id).Info("kubelet replaces a container that has been replaced: it gets the one that is there")
 	return id
 }
 

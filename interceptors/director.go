@@ -52,7 +52,13 @@ type Pods interface {
 	Kept(ctx context.Context, podUID string) bool
 }
 
-// Options configures a [Director]. All fields but Pulls, Pods, Overrides, Registerer and Judge are required.
+// Successors knows the containers that operations have made.
+type Successors interface {
+	// Fits reports whether the container is the one that kubelet asks for, and gives it the resources that kubelet asks for.
+	Fits(ctx context.Context, id string, req *runtimeapi.CreateContainerRequest) bool
+}
+
+// Options configures a [Director]. All fields but Pulls, Pods, Successors, Overrides, Registerer and Judge are required.
 type Options struct {
 	View    *View
 	Records Records
@@ -62,6 +68,8 @@ type Options struct {
 	Pulls   Pulls
 	// Pods, if nil, tells nothing.
 	Pods Pods
+	// Successors, if nil, are none that fit.
+	Successors Successors
 	// Overrides, if nil, are none.
 	Overrides Overrides
 	// Registerer gets the metrics. Nil: they are kept but not served.
@@ -77,7 +85,8 @@ type Director struct {
 	records   Records
 	overrides Overrides
 	judge     Judge
-	pods      Pods // may be nil
+	pods      Pods       // may be nil
+	made      Successors // may be nil
 	runtime   runtimeapi.RuntimeServiceClient
 	log       logrus.FieldLogger
 
@@ -93,7 +102,7 @@ var (
 
 // New returns a director over the view.
 func New(o Options) *Director {
-	d := &Director{view: o.View, records: o.Records, runtime: runtimeapi.NewRuntimeServiceClient(o.Runtime), log: o.Log, overrides: o.Overrides, pods: o.Pods, judge: o.Judge}
+	d := &Director{view: o.View, records: o.Records, runtime: runtimeapi.NewRuntimeServiceClient(o.Runtime), log: o.Log, overrides: o.Overrides, pods: o.Pods, made: o.Successors, judge: o.Judge}
 	if d.overrides == nil {
 		d.overrides = noOverrides{}
 	}

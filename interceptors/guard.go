@@ -6,6 +6,7 @@ package interceptors
 import (
 	"context"
 
+	"google.golang.org/grpc/metadata"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cri-proxy/cri-proxy/proxy"
@@ -108,6 +109,9 @@ var tellsOfContainers = map[string]bool{
 func (d *Director) judged(ctx context.Context) error {
 	if d.judge == nil || d.view.guard.Load() != unjudged {
 		return nil
+	}
+	if md, _ := metadata.FromIncomingContext(ctx); len(md[proxy.ProbeKey]) > 0 {
+		return nil // the proxy's own probe, whose answer is empty: a runtime that is away is no fault of the proxy's
 	}
 	return d.judge.Judge(ctx)
 }

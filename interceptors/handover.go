@@ -51,6 +51,7 @@ type Carry struct {
 type CarriedHeir struct {
 	ID      string `json:"id"`
 	Sandbox string `json:"sandbox"`
+	Slot    Slot   `json:"slot,omitzero"`
 	Late    bool   `json:"late,omitempty"`
 	Grace   int64  `json:"grace,omitempty"`
 	Listed  bool   `json:"listed,omitempty"` // of an untold one
@@ -63,7 +64,7 @@ func (v *View) Carry() Carry {
 	defer v.mu.RUnlock()
 	c := Carry{Heirs: map[string]CarriedHeir{}, Untold: map[string]CarriedHeir{}, Stops: slices.Sorted(maps.Keys(v.stops))}
 	for incumbent, h := range v.heirs {
-		c.Heirs[incumbent] = CarriedHeir{ID: h.id, Sandbox: h.sandbox, Late: h.late, Grace: h.grace}
+		c.Heirs[incumbent] = CarriedHeir{ID: h.id, Sandbox: h.sandbox, Slot: h.slot, Late: h.late, Grace: h.grace}
 	}
 	for incumbent, u := range v.untold {
 		c.Untold[incumbent] = CarriedHeir{ID: u.id, Sandbox: u.sandbox, Listed: u.listed}
@@ -77,7 +78,7 @@ func (v *View) TakeOver(c Carry) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	for incumbent, h := range c.Heirs {
-		v.heirs[incumbent] = &heir{id: h.ID, sandbox: h.Sandbox, late: h.Late, grace: h.Grace}
+		v.heirs[incumbent] = &heir{id: h.ID, sandbox: h.Sandbox, slot: h.Slot, late: h.Late, grace: h.Grace}
 	}
 	for incumbent, h := range c.Untold {
 		v.untold[incumbent] = untold{heir: heir{id: h.ID, sandbox: h.Sandbox}, listed: h.Listed}

@@ -380,7 +380,7 @@ func (c *Claim) settleLocked(show bool) {
 		}
 	}
 	if show && successor != "" && c.incumbent != "" && len(v.heirs) < maxHeirs {
-		v.heirs[c.incumbent] = &heir{id: successor, sandbox: c.sandbox}
+		v.heirs[c.incumbent] = &heir{id: successor, sandbox: c.sandbox, slot: c.slot}
 	}
 	c.token, c.successor = "", ""
 	for f := range v.streams {
@@ -447,6 +447,7 @@ const maxHeirs = 4096
 // heir is a container that took the place of an incumbent.
 type heir struct {
 	id, sandbox string
+	slot        Slot
 	// late is set when kubelet stopped the incumbent after it had been shown exited, which it does only to a container that it
 	// saw running before: it may be killing the pod. grace is what it gave, in seconds.
 	late  bool
@@ -460,6 +461,18 @@ func (v *View) lateStop(id string, grace int64) {
 	for h := v.heirs[id]; h != nil; h = v.heirs[h.id] {
 		h.late, h.grace = true, grace
 	}
+}
+
+// lateHeir returns the container of the slot whose incumbent kubelet stopped late, or "".
+func (v *View) lateHeir(slot Slot) string {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	for _, h := range v.heirs {
+		if h.late && h.slot == slot && v.heirs[h.id] == nil {
+			return h.id
+		}
+	}
+	return ""
 }
 
 // lateHeirs returns the containers of the sandbox whose incumbents kubelet stopped late.

@@ -308,13 +308,7 @@ func (r *restart) recreate(ctx context.Context, q created) error {
 	if q.req.GetConfig().GetMetadata().GetAttempt() > r.container().GetAttempt() {
 		return nil // kubelet knows the successor, which has ended or been stopped since
 	}
-	asked := q.req
-	if r.overrides.Any() { // as it will be when it goes to the runtime
-		asked = proto.Clone(q.req).(*runtimeapi.CreateContainerRequest)
-		if _, err := r.overrides.Apply(ctx, r.slot(), asked); err != nil {
-			r.log.WithError(err).Warn("the image that overrides the one in the pod's spec is not known")
-		}
-	}
+	asked := r.overridden(ctx, r.slot(), q.req)
 	differing := r.differs(ctx, asked)
 	if len(differing) == 0 {
 		r.matchResources(ctx, asked)
@@ -330,6 +324,35 @@ func (r *restart) recreate(ctx context.Context, q created) error {
 	r.setMethod(MethodKubelet)
 	r.holdNext(ctx, adoptPatience)
 	return nil
+}
+
+// overridden is the request as it is when it goes to the runtime.
+func (e *Engine) overridden(ctx context.Context, slot interceptors.Slot, req *runtimeapi.CreateContainerRequest) *runtimeapi.CreateContainerRequest {
+	if !e.overrides.Any() {
+		return req
+	}
+	out := proto.Clone(req).(*runtimeapi.CreateContainerRequest)
+	if _, err := e.overrides.Apply(ctx, slot, out); err != nil {
+		e.log.WithError(err).Warn("the image that overrides the one in the pod's spec is not known")
+	}
+	return out
+}
+
+// Fits implements [interceptors.Successors].
+func (e *Engine) Fits(ctx context.Context, id string, req *runtimeapi.CreateContainerRequest) bool {
+	ours := e.records.request(id)
+	if ours == nil {
+		return false
+	}
+	labels := req.GetConfig().GetLabels()
+	asked := e.overridden(ctx, interceptors.Slot{PodUID: labels[labelPodUID], Container: labels[labelContainer]}, req)
+	if len(differs(ours, asked)) > 0 {
+		return false
+	}
+	if err := e.match(ctx, id, asked); err != nil {
+		e.log.WithField("container", id).WithError(err).Warn("the container did not take the resources that kubelet asked for")
+	}
+	return true
 }
 
 // Kept implements [interceptors.Pods].

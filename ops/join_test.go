@@ -100,6 +100,47 @@ func TestStopJoins(t *testing.T) {
 
 func (n *upNode) probeFailsNow(ctx context.Context) error { return n.probeFails(ctx) }
 
+// Kubelet has decided to stop the container before the restart was over, and comes after that: it gets the successor if it asks for that, and
+// finds it otherwise.
+func TestLateStopAndCreation(t *testing.T) {
+	for _, tc := range []struct {
+		name, image string
+		attempt     uint32
+		edit        func(*runtimeapi.ContainerConfig)
+		calls       string
+		taken       bool
+	}{
+		{name: "the same", image: "app:v1", attempt: 1, calls: "kubelet:StopContainer app/0 30s; kubelet:StartContainer app/1"},
+		{
+			name: "other resources", image: "app:v1", attempt: 1, edit: func(c *runtimeapi.ContainerConfig) { c.Linux.Resources.CpuShares = 512 },
+			calls: "kubelet:StopContainer app/0 30s; UpdateContainerResources app/1 cpus=0-3; kubelet:StartContainer app/1",
+		},
+		{name: "another image", image: "app:v2", attempt: 1, calls: "kubelet:StopContainer app/0 30s; kubelet:CreateContainer app/1", taken: true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			inUpNode(t, func(t *testing.T, n *upNode) {
+				_, err := n.api.Restart(t.Context(), restartRequest("op"))
+				n.must(err)
+				n.ends("op", succeeded, upgraded)
+				n.rt.takeCalls()
+				n.must(n.kubeletStops(t.Context(), n.rt.idOf(t, "app/0"), 30))
+				var edit []func(*runtimeapi.ContainerConfig)
+				if tc.edit != nil {
+					edit = append(edit, tc.edit)
+				}
+				err = n.kubeletMakes(t.Context(), n.asks("app", tc.image, tc.attempt, edit...))
+				if taken := err != nil && strings.Contains(err.Error(), "is reserved for"); taken != tc.taken || err != nil && !taken {
+					t.Errorf("got %v", err)
+				}
+				if got := strings.Join(mutating(n.rt.takeCalls()), "; "); got != tc.calls {
+					t.Errorf("calls are %s\nwant %s", got, tc.calls)
+				}
+				n.settled(upgraded)
+			})
+		})
+	}
+}
+
 // A container that is never restarted is not made anew by kubelet, which finds the successor. The operation does not wait for
 // long for what does not come.
 func TestStopJoinsWithoutCreation(t *testing.T) {
@@ -119,13 +160,8 @@ func TestStopJoinsWithoutCreation(t *testing.T) {
 				if took := time.Since(began); took > within {
 					t.Errorf("the operation went on for %s", took)
 				}
-				if !tells {
-					// Kubelet comes so late: it looks again, and finds the successor.
-					err := n.kubeletMakes(t.Context(), n.asks("app", "app:v1", 1))
-					if err == nil || !strings.Contains(err.Error(), "is reserved for") {
-						t.Errorf("got %v", err)
-					}
-					n.must(n.sync(t.Context(), "app", "app:v1"))
+				if !tells { // kubelet comes so late
+					n.must(n.kubeletMakes(t.Context(), n.asks("app", "app:v1", 1)))
 				}
 				n.settled(upgraded)
 			})

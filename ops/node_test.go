@@ -135,7 +135,7 @@ func (n *node) boot(state string) {
 	d.engine.methods.gatePatience = waitLong
 	d.engine.journal.unsynced() // no power is cut here; copies of the file are made by this process
 	d.api = NewServer(d.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
-	d.server = proxy.NewServer(up, proxy.Options{Director: interceptors.New(interceptors.Options{View: d.view, Records: d.engine.Records(), Runtime: up.Conn(), Log: log, Judge: d.engine, Overrides: d.engine.Overrides(), Pods: d.engine})})
+	d.server = proxy.NewServer(up, proxy.Options{Director: interceptors.New(interceptors.Options{View: d.view, Records: d.engine.Records(), Runtime: up.Conn(), Log: log, Judge: d.engine, Overrides: d.engine.Overrides(), Pods: d.engine, Successors: d.engine})})
 	path := filepath.Join(n.dir, fmt.Sprintf("p%d.sock", len(n.daemons)))
 	l, err := proxy.Listen(path, proxy.ListenOptions{Mode: 0o600})
 	if err != nil {

@@ -231,7 +231,7 @@ func (s scenario) stopAt(t *testing.T, at point) bool {
 		return false
 	}
 	joined := n.log.has("joins the restart")
-	if err := <-answered; err != nil && (joined || !strings.Contains(err.Error(), "is reserved for")) {
+	if err := <-answered; err != nil {
 		t.Errorf("kubelet's calls: %v", err)
 	}
 	got := verdict(op) + "; " + n.rt.state()

@@ -154,7 +154,7 @@ func (n *upNode) boot(state string) {
 	p.engine.journal.unsynced()
 	p.api = NewServer(p.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
 	p.kubelet = runtimeapi.NewRuntimeServiceClient(throughProxy{n.rt, interceptors.New(interceptors.Options{
-		View: p.view, Records: p.engine.Records(), Runtime: p.leash, Log: log, Judge: p.engine, Overrides: p.engine.Overrides(), Pods: p.engine,
+		View: p.view, Records: p.engine.Records(), Runtime: p.leash, Log: log, Judge: p.engine, Overrides: p.engine.Overrides(), Pods: p.engine, Successors: p.engine,
 	}), p.leash})
 	n.upProcess = p
 	n.processes = append(n.processes, p)

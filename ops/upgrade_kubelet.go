@@ -580,18 +580,25 @@ func (r *restart) differs(ctx context.Context, asked *runtimeapi.CreateContainer
 
 // matchResources gives the successor the resources that kubelet asks for, if they have changed since it was made.
 func (r *restart) matchResources(ctx context.Context, asked *runtimeapi.CreateContainerRequest) {
-	ours := r.records.request(r.successor())
+	if err := r.match(ctx, r.successor(), asked); err != nil {
+		r.warn("the new container did not take the resources that kubelet asked for: %v", err)
+	}
+}
+
+// match is matchResources of the container.
+func (e *Engine) match(ctx context.Context, id string, asked *runtimeapi.CreateContainerRequest) error {
+	ours := e.records.request(id)
 	want := asked.GetConfig().GetLinux().GetResources()
 	if ours == nil || want == nil || !resourcesDiffer(ours, asked) {
-		return
+		return nil
 	}
 	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
 	defer cancel()
-	if _, err := r.rt.UpdateContainerResources(call, &runtimeapi.UpdateContainerResourcesRequest{ContainerId: r.successor(), Linux: want}); err != nil {
-		r.warn("the new container did not take the resources that kubelet asked for: %v", err)
-		return
+	if _, err := e.rt.UpdateContainerResources(call, &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: want}); err != nil {
+		return err
 	}
 	if b, err := proto.Marshal(want); err == nil {
-		r.records.Updated(r.successor(), b)
+		e.records.Updated(id, b)
 	}
+	return nil
 }

@@ -170,10 +170,12 @@ func TestKillAtEachStep(t *testing.T) {
 func TestKillWhileUndoing(t *testing.T) {
 	n := startProcess(t, "restart.undo")
 	p := n.runPod(t)
-	app := p.run(t, spec{name: "app", command: looping, preStop: `{"sleep":{"seconds":60}}`, grace: 60})
+	p.run(t, spec{name: "app", command: looping, preStop: `{"sleep":{"seconds":60}}`, grace: 60})
 	uid := n.begin(t, p, restartOf("app"))
 	n.waitFor(t, uid, func(op *opsv1.Operation) bool { return op.GetPhase() == opsv1.Phase_PHASE_STOPPING })
-	go func() { _, _ = n.StopContainer(t.Context(), stopRequest(app, 1)) }()
+	go func() {
+		_, _ = n.StopPodSandbox(t.Context(), &runtimeapi.StopPodSandboxRequest{PodSandboxId: p.sandbox})
+	}()
 	n.died(t)
 	n.start(t, "")
 	op := n.wait(t, uid)

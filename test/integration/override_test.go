@@ -414,9 +414,11 @@ func TestOverrideKillAtEachStep(t *testing.T) {
 	}
 }
 
-// TestOverrideTakenBack has kubelet stop the container at steps of an override: nothing is remembered of it, by the next process either.
+// TestOverrideTakenBack has kubelet stop the container at steps of an override: before it is bound to stop the container nothing is remembered of
+// it, by the next process either; from then on kubelet gets the container with the other image.
 func TestOverrideTakenBack(t *testing.T) {
-	for _, step := range []string{"staged", "stopped", "running", "started", "reveal"} {
+	for _, step := range []string{"created", "staged", "stopped", "running", "started", "reveal"} {
+		joins := step != "created" && step != "staged"
 		t.Run(step, func(t *testing.T) {
 			n, hold := startPaused(t, step)
 			t.Cleanup(hold.release)
@@ -429,6 +431,19 @@ func TestOverrideTakenBack(t *testing.T) {
 				_, err := n.StopContainer(t.Context(), stopRequest(id, 10))
 				stopped <- err
 			}()
+			if joins {
+				s.logged(t, p.name, "joins the restart")
+				hold.release()
+				must(t, <-stopped)
+				successor := p.create(t, version1(), 1)
+				if c := s.succeeded(t); c.GetSuccessorId() != successor {
+					t.Errorf("kubelet was given %s: %v", successor, c)
+				}
+				if o := n.overrideOf(t, p); o == nil {
+					t.Error("there is no override")
+				}
+				return
+			}
 			s.kubeletArrives(t, "StopContainer")
 			hold.release()
 			must(t, <-stopped)
@@ -453,7 +468,9 @@ func TestOverrideKillWhileUndoing(t *testing.T) {
 	app := p.runSpec(t, s)
 	uid := n.begin(t, p, overrideWith(bed.busybox2))
 	n.waitFor(t, uid, func(op *opsv1.Operation) bool { return op.GetPhase() == opsv1.Phase_PHASE_STOPPING })
-	go func() { _, _ = n.StopContainer(t.Context(), stopRequest(app, 1)) }()
+	go func() { // it does not come to the runtime
+		_, _ = n.StopPodSandbox(t.Context(), &runtimeapi.StopPodSandboxRequest{PodSandboxId: p.sandbox})
+	}()
 	n.died(t)
 	n.start(t, "")
 	op := n.wait(t, uid)

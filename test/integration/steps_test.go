@@ -77,8 +77,8 @@ func (s *stepTest) after(step string) bool {
 }
 
 // TestKubeletAtEachStep makes every call that kubelet makes on a container while a restart of it is at every step. Calls that
-// adjust it are answered and come true for its successor; calls that end it end the restart, and what runs afterwards is
-// what kubelet wants.
+// adjust it are answered and come true for its successor; calls that end it end the restart, but for a stop of what the restart is
+// bound to stop, which joins it; and what runs afterwards is what kubelet wants.
 func TestKubeletAtEachStep(t *testing.T) {
 	for _, step := range stopFirst {
 		t.Run(step, func(t *testing.T) {
@@ -197,7 +197,12 @@ func kubeletStops(t *testing.T, s *stepTest) {
 		_, err := s.n.StopContainer(t.Context(), stopRequest(s.incumbent, unneededGrace))
 		stopped <- err
 	}()
-	s.kubeletArrives(t, "StopContainer")
+	joins := s.after("stop") && !s.after("revealed")
+	if joins {
+		s.logged(t, s.pod.name, "joins the restart")
+	} else {
+		s.kubeletArrives(t, "StopContainer")
+	}
 	s.hold.release()
 	must(t, <-stopped)
 	if took := time.Since(began); took > unneededGrace*time.Second*9/10 {
@@ -205,6 +210,18 @@ func kubeletStops(t *testing.T, s *stepTest) {
 	}
 	if s.after("revealed") {
 		s.succeeded(t) // kubelet, which sees that one, has nothing to say about it yet
+		return
+	}
+	if joins {
+		s.counts(t, 1)
+		resp, err := s.n.CreateContainer(t.Context(), s.pod.request(t, spec{name: "app", command: looping, grace: unneededGrace}, 1))
+		must(t, err)
+		_, err = s.n.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: resp.GetContainerId()})
+		must(t, err)
+		if c := s.succeeded(t); c.GetSuccessorId() != resp.GetContainerId() || len(c.GetWarnings()) != 1 {
+			t.Errorf("kubelet was given %s: %v", resp.GetContainerId(), c)
+		}
+		s.counts(t, 1)
 		return
 	}
 	s.counts(t, 0)
@@ -262,11 +279,17 @@ func (s *stepTest) kubeletArrives(t *testing.T, method string) {
 	if s.after("revealed") {
 		return // nothing gives way any more
 	}
-	eventually(t, "the operation has to give way", func() bool {
+	s.logged(t, s.pod.uid, method)
+}
+
+// logged waits for a line of the proxy's log with these parts.
+func (s *stepTest) logged(t *testing.T, parts ...string) {
+	t.Helper()
+	eventually(t, "the proxy says so", func() bool {
 		log, err := os.ReadFile(filepath.Join(s.n.dir, "log"))
 		must(t, err)
 		for line := range strings.Lines(string(log)) {
-			if strings.Contains(line, s.pod.uid) && strings.Contains(line, method) {
+			if !slices.ContainsFunc(parts, func(part string) bool { return !strings.Contains(line, part) }) {
 				return true
 			}
 		}

@@ -24,22 +24,16 @@ func stopRequest(id string, grace int64) *runtimeapi.StopContainerRequest {
 	return &runtimeapi.StopContainerRequest{ContainerId: id, Timeout: grace}
 }
 
-// TestKubeletTakesBack stops the incumbent as kubelet does, at different points of a restart.
+// TestKubeletTakesBack stops the pod as kubelet does, at different points of a restart.
 func TestKubeletTakesBack(t *testing.T) {
-	stubborn := []string{"sh", "-c", `trap 'echo asked-to-stop' TERM; echo started; while :; do sleep 0.05; done`}
 	for _, tc := range []struct {
 		name    string
 		spec    spec
 		restart *opsv1.ContainerRestart
 		phase   opsv1.Phase
-		asked   bool // wait until the incumbent has been asked to stop
-		sandbox bool // kubelet stops the sandbox instead
 	}{
 		{name: "in preStop", spec: spec{command: looping, preStop: `{"sleep":{"seconds":60}}`, grace: 60}, restart: &opsv1.ContainerRestart{}, phase: opsv1.Phase_PHASE_STOPPING},
-		{name: "while stopping", spec: spec{command: stubborn, grace: 60}, restart: &opsv1.ContainerRestart{}, phase: opsv1.Phase_PHASE_STOPPING, asked: true},
 		{name: "in postStart", spec: spec{command: looping}, restart: &opsv1.ContainerRestart{PostStart: sleepHook(60)}, phase: opsv1.Phase_PHASE_STARTING},
-		{name: "sandbox in preStop", spec: spec{command: looping, preStop: `{"sleep":{"seconds":60}}`, grace: 60}, restart: &opsv1.ContainerRestart{}, phase: opsv1.Phase_PHASE_STOPPING, sandbox: true},
-		{name: "sandbox in postStart", spec: spec{command: looping}, restart: &opsv1.ContainerRestart{PostStart: sleepHook(60)}, phase: opsv1.Phase_PHASE_STARTING, sandbox: true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := startNode(t)
@@ -48,18 +42,9 @@ func TestKubeletTakesBack(t *testing.T) {
 			app := p.run(t, tc.spec)
 			uid := n.begin(t, p, &opsv1.RestartRequest{Containers: []*opsv1.ContainerRestart{tc.restart}})
 			n.waitFor(t, uid, func(op *opsv1.Operation) bool { return op.GetPhase() == tc.phase })
-			if tc.asked {
-				eventually(t, "the incumbent has been asked to stop", func() bool { return strings.Contains(p.log(t, "app", 0), "asked-to-stop") })
-			}
-
 			began := time.Now()
-			if tc.sandbox {
-				_, err := n.StopPodSandbox(t.Context(), &runtimeapi.StopPodSandboxRequest{PodSandboxId: p.sandbox})
-				must(t, err)
-			} else {
-				_, err := n.StopContainer(t.Context(), stopRequest(app, 2))
-				must(t, err)
-			}
+			_, err := n.StopPodSandbox(t.Context(), &runtimeapi.StopPodSandboxRequest{PodSandboxId: p.sandbox})
+			must(t, err)
 			if d := time.Since(began); d > 20*time.Second {
 				t.Errorf("kubelet waited %s", d)
 			}
@@ -74,16 +59,71 @@ func TestKubeletTakesBack(t *testing.T) {
 			if op.GetPhase() != opsv1.Phase_PHASE_FAILED || op.GetContainers()[0].GetReason() != "TakenBackByKubelet" {
 				t.Errorf("operation: %v", op)
 			}
-			if tc.sandbox {
-				return
-			}
-			// Kubelet's own next attempt is not in the way of anything.
-			resp, err := n.CreateContainer(t.Context(), p.request(t, spec{name: "app", command: looping}, 1))
-			must(t, err)
-			_, err = n.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: resp.GetContainerId()})
-			must(t, err)
 		})
 	}
+}
+
+// TestKubeletJoins stops the incumbent as kubelet does after a failed probe, at different points of a restart, and makes the next
+// container: kubelet's grace counts where it is the shorter one, and what it gets is the successor.
+func TestKubeletJoins(t *testing.T) {
+	stubborn := []string{"sh", "-c", `trap 'echo asked-to-stop' TERM; echo started; while :; do sleep 0.05; done`}
+	for _, tc := range []struct {
+		name    string
+		spec    spec
+		restart *opsv1.ContainerRestart
+		phase   opsv1.Phase
+		asked   bool // wait until the incumbent has been asked to stop
+	}{
+		{
+			name: "in preStop", spec: spec{command: looping, preStop: `{"exec":{"command":["sh","-c","echo asked-to-stop > /proc/1/fd/1; sleep 60"]}}`, grace: 60},
+			restart: &opsv1.ContainerRestart{}, phase: opsv1.Phase_PHASE_STOPPING, asked: true,
+		},
+		{name: "while stopping", spec: spec{command: stubborn, grace: 60}, restart: &opsv1.ContainerRestart{}, phase: opsv1.Phase_PHASE_STOPPING, asked: true},
+		{name: "in postStart", spec: spec{command: looping}, restart: &opsv1.ContainerRestart{PostStart: sleepHook(3)}, phase: opsv1.Phase_PHASE_STARTING},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			n := startNode(t)
+			p := n.runPod(t)
+			tc.spec.name, tc.restart.Name = "app", "app"
+			app := p.runSpec(t, tc.spec)
+			uid := n.begin(t, p, &opsv1.RestartRequest{Containers: []*opsv1.ContainerRestart{tc.restart}})
+			n.waitFor(t, uid, func(op *opsv1.Operation) bool { return op.GetPhase() == tc.phase })
+			if tc.asked {
+				eventually(t, "the incumbent has been asked to stop", func() bool { return strings.Contains(p.log(t, "app", 0), "asked-to-stop") })
+			}
+			began := time.Now()
+			_, err := n.StopContainer(t.Context(), stopRequest(app, 2))
+			must(t, err)
+			if d := time.Since(began); d > 20*time.Second {
+				t.Errorf("kubelet waited %s", d)
+			}
+			// What kubelet finds when its call returns.
+			if running, all := p.running(t, n.kubelet, "app"); running != 1 || all != 2 {
+				t.Errorf("%d running of %d", running, all)
+			}
+			if got := n.direct.status(t, app).GetState(); got != runtimeapi.ContainerState_CONTAINER_EXITED {
+				t.Errorf("incumbent is %s", got)
+			}
+			successor := p.create(t, tc.spec, 1)
+			op := n.wait(t, uid)
+			if c := op.GetContainers()[0]; op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || c.GetSuccessorId() != successor || len(c.GetWarnings()) == 0 {
+				t.Errorf("kubelet was given %s: %v", successor, op)
+			}
+			if running, all := p.running(t, n.direct, "app"); running != 1 || all != 2 {
+				t.Errorf("%d running of %d", running, all)
+			}
+		})
+	}
+}
+
+// create creates and starts an attempt as kubelet does, and returns its ID.
+func (p *pod) create(t testing.TB, s spec, attempt int) string {
+	t.Helper()
+	resp, err := p.k.CreateContainer(t.Context(), p.withSpec(t, s, attempt))
+	must(t, err)
+	_, err = p.k.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: resp.GetContainerId()})
+	must(t, err)
+	return resp.GetContainerId()
 }
 
 func sleepHook(seconds int64) *opsv1.Hook {

@@ -69,7 +69,7 @@ func (n *node) openState(ctx context.Context, carry interceptors.Carry) (err err
 	}
 	n.cri.SetDirector(interceptors.New(interceptors.Options{
 		View: st.view, Records: st.engine.Records(), Runtime: n.upstream.Conn(), Log: n.log, Pulls: st.puller,
-		Overrides: st.engine.Overrides(), Pods: st.engine, Registerer: st.registry, Judge: st.engine,
+		Overrides: st.engine.Overrides(), Pods: st.engine, Successors: st.engine, Judge: st.engine, Registerer: st.registry,
 	}))
 	n.state.Store(st)
 	if s := bypass.Read(c.StateDir); s != nil {
