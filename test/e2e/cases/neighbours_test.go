@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"testing"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -143,6 +144,52 @@ spec: {minAvailable: 2, selector: {matchLabels: {app: held}}}
 			t.Errorf("pod %s: %s, image %s; want %d restarts", now.Name, states(now), s.Image, want)
 		}
 		assertOneLive(t, ns, now.Name, "app")
+	}
+}
+
+// TestTemplateChangesInRollout has somebody else change the template of a Deployment in the middle
+// of its rollout. The rollout has a defined end, the Deployment goes on, and all pods become what
+// the template says.
+func TestTemplateChangesInRollout(t *testing.T) {
+	t.Parallel()
+	ns := namespace(t)
+	create(t, fmt.Sprintf(`
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: moved, namespace: %s}
+spec:
+  replicas: 3
+  selector: {matchLabels: {app: moved}}
+  template:
+    metadata: {labels: {app: moved}}
+    spec:
+      terminationGracePeriodSeconds: 2
+      containers: [{name: app, image: %s}]
+---
+`, ns, bed.Image("app:1")))
+	podsOf(t, ns, "moved", 3)
+	apply(t, rollout(ns, "moved", "{workloadRef: {kind: Deployment, name: moved}}", bed.Image("app:2"),
+		"minReadySeconds: 4, progressDeadlineSeconds: 20"))
+	eventually(t, "a pod is updated", func() bool { return getRollout(t, ns, "moved").Status.Updated >= 1 })
+	kubectl(t, "-n", ns, "set", "env", "deploy/moved", "ADDED=late")
+	r := ended(t, ns, "moved")
+	t.Log(r.Status.Message, r.Status.Conditions)
+	d := &appsv1.Deployment{}
+	eventuallySaying(t, "the Deployment goes on by itself", func() string {
+		return fmt.Sprintf("paused %v, %v, %+v", d.Spec.Paused, d.Annotations, d.Status)
+	}, func() bool {
+		must(t, api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: "moved"}, d))
+		return !d.Spec.Paused && d.Annotations[inplace.PausedByAnnotation] == ""
+	})
+	kubectl(t, "-n", ns, "rollout", "status", "deploy/moved", "--timeout=90s")
+	image := d.Spec.Template.Spec.Containers[0].Image
+	for _, p := range podsOf(t, ns, "moved", 3) {
+		c := p.Spec.Containers[0]
+		if c.Image != image || !slices.ContainsFunc(c.Env, func(e corev1.EnvVar) bool {
+			return e.Name == "ADDED" && e.Value == "late"
+		}) {
+			t.Errorf("pod %s has image %s, environment %v; the template has %s", p.Name, c.Image, c.Env, image)
+		}
 	}
 }
 

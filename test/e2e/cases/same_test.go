@@ -555,6 +555,69 @@ func sameCases(host, image, volumeImage, ns string) []sameCase {
 			want:   map[string]string{"file /labels": `tier=\"after\"`, "file /memory": `"48"`},
 		},
 		{
+			name: "directories",
+			spec: strings.NewReplacer("HOST", host).Replace(`
+  containers:
+  - name: app
+    image: BUSYBOX
+    command: [sh, -c, LOOP]
+    env:
+    - {name: NOTE, valueFrom: {fieldRef: {fieldPath: "metadata.annotations['note']"}}}
+    - {name: POD, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
+    - {name: SETTING, valueFrom: {configMapKeyRef: {name: conf, key: a}}}
+    - {name: LINK, value: link}
+    volumeMounts:
+    - {name: work, mountPath: /work}
+    - {name: work, mountPath: /sub, subPath: made/by/kubelet}
+    - {name: work, mountPath: /by-note, subPathExpr: "$(POD)/$(NOTE)"}
+    - {name: work, mountPath: /by-link, subPathExpr: "$(LINK)"}
+    - {name: work, mountPath: /plain, subPathExpr: "constant"}
+    - {name: memory, mountPath: /memory}
+    - {name: memory, mountPath: /memory-sub, subPathExpr: "$(SETTING)", readOnly: true}
+    - {name: host, mountPath: /host, readOnly: true}
+    - {name: host, mountPath: /host-sub, subPathExpr: "$(NOTE)/deep"}
+    - {name: host, mountPath: /host-file, subPath: file}
+    - {name: file, mountPath: /single}
+    - {name: claim, mountPath: /claim}
+    - {name: claim, mountPath: /claim-sub, subPathExpr: "$(POD)-$(SETTING)"}
+    - {name: machine, mountPath: /machine, readOnly: true, recursiveReadOnly: IfPossible}
+  initContainers:
+  - name: setup
+    image: BUSYBOX
+    command: [sh, -c, "mkdir /work/one /work/two; echo one >/work/one/file; echo two >/work/two/file; ln -s one /work/link"]
+    volumeMounts: [{name: work, mountPath: /work}]
+  volumes:
+  - {name: work, emptyDir: {}}
+  - {name: memory, emptyDir: {medium: Memory, sizeLimit: 1Mi}}
+  - {name: host, hostPath: {path: HOST/dir, type: Directory}}
+  - {name: file, hostPath: {path: HOST/file, type: File}}
+  - {name: machine, hostPath: {path: HOST/dir}}
+  - {name: claim, persistentVolumeClaim: {claimName: claim}}
+`),
+			rewrite: `ln -sfn two /work/link; echo after >/work/made-by-app; echo after >/memory/file; echo after >/claim/file`,
+			want: map[string]string{"file /by-link/file": "two", "mount /by-note": "/directories/after ",
+				"mount /host-sub":   "/dir/after/deep ",
+				"mount /memory-sub": "/after ro", "file /single": "after", "file /host-file": "after"},
+		},
+		{
+			name: "images",
+			spec: strings.NewReplacer("IMAGE", image, "PART", volumeImage).Replace(`
+  containers:
+  - name: app
+    image: IMAGE
+    imagePullPolicy: Always
+    command: [sh, -c, LOOP]
+    volumeMounts:
+    - {name: always, mountPath: /always}
+    - {name: always, mountPath: /part, subPath: etc}
+    - {name: present, mountPath: /present, subPath: etc, readOnly: true}
+  volumes:
+  - {name: always, image: {reference: PART, pullPolicy: Always}}
+  - {name: present, image: {reference: PART, pullPolicy: IfNotPresent}}
+`),
+			want: map[string]string{"image": "version 2.0", "file /part/version": "3.0", "file /always/etc/version": "3.0"},
+		},
+		{
 			name: "locked",
 			spec: `
   hostname: called
@@ -596,6 +659,20 @@ func sameCases(host, image, volumeImage, ns string) []sameCase {
   - {name: parent, hostPath: {path: HOST/words, type: Directory}}
 `),
 			want: map[string]string{"environment a": "after", "file /parent/file": "after"},
+		},
+		{
+			name: "key-gone", // kubelet makes a directory where there is nothing any more
+			spec: `
+  containers:
+  - name: app
+    image: BUSYBOX
+    command: [sh, -c, LOOP]
+    volumeMounts:
+    - {name: conf, mountPath: /conf}
+    - {name: conf, mountPath: /was-file, subPath: gone}
+  volumes: [{name: conf, configMap: {name: conf}}]
+`,
+			want: map[string]string{"file /was-file": "d", "file /conf/a": "L"},
 		},
 	}
 }

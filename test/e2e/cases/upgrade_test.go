@@ -99,12 +99,15 @@ func writeFile(t testing.TB, path, content string) {
 func TestUpgradeTakesWhatIsNew(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
-	dir := scratchDir(t)
+	dir, host := scratchDir(t), scratchDir(t)
 	one, two := bed.Image("busybox:1.0"), bed.Image("busybox:2.0")
+	writeFile(t, host+"/before/setting", "before")
+	writeFile(t, host+"/after/setting", "after")
 
 	stale := moveTag(t, "upgrade-stale:dev", "busybox:2.0")
 	pullOnNode(t, stale)
 	moveTag(t, "upgrade-stale:dev", "busybox:3.0")
+	staleVolume := moveTag(t, "upgrade-volume:dev", "busybox:2.0")
 	moving := moveTag(t, "upgrade-moving:1", "busybox:1.0")
 
 	const key = `env: [{name: SETTING, valueFrom: {configMapKeyRef: {name: conf, key: setting}}}]`
@@ -126,6 +129,11 @@ func TestUpgradeTakesWhatIsNew(t *testing.T) {
 		{name: "sub-path", spec: "- {name: conf, mountPath: /setting, subPath: setting}",
 			volumes: "- {name: conf, configMap: {name: conf}}",
 			began:   "1.0 before", then: "2.0 after"},
+		{name: "sub-path-expr", spec: `- {name: host, mountPath: /setting, subPathExpr: $(NOTE)/setting}
+    env: [{name: NOTE, valueFrom: {fieldRef: {fieldPath: "metadata.annotations['note']"}}}]`,
+			volumes: "- {name: host, hostPath: {path: " + host + "}}", began: "1.0 before", then: "2.0 after"},
+		{name: "image-volume", spec: "- {name: part, mountPath: /setting, subPath: etc}",
+			volumes: "- {name: part, image: {reference: " + staleVolume + ", pullPolicy: Always}}", began: "1.0 2.0", then: "2.0 3.0"},
 		{name: "stale", spec: "imagePullPolicy: Always", to: stale, began: "1.0", then: "3.0"},
 		{name: "moved", spec: "imagePullPolicy: Always", from: moving, to: "restart", began: "1.0", then: "2.0"},
 		{name: "late", spec: strings.Replace(key, "name: conf", "name: late", 1), began: "1.0 before", then: "2.0 later", pdb: true},
@@ -169,6 +177,7 @@ spec: {minAvailable: 1, selector: {matchLabels: {pod: %[2]s}}}
 	kubectl(t, "-n", ns, "patch", "pod", "resized", "--subresource=resize", "-p",
 		`{"spec":{"containers":[{"name":"app","resources":{"requests":{"memory":"56Mi"},"limits":{"memory":"56Mi"}}}]}}`)
 	moveTag(t, "upgrade-moving:1", "busybox:2.0")
+	moveTag(t, "upgrade-volume:dev", "busybox:3.0")
 	kubectl(t, "-n", ns, "annotate", "pods", "--all", "--overwrite", "note=after")
 	shown(t, ns, before)
 
