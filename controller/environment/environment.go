@@ -130,7 +130,10 @@ func (r *Reader) Container(ctx context.Context, name string) (*opsv1.Environment
 		if m.SubPath == "" && m.SubPathExpr == "" {
 			continue
 		}
-		part := &opsv1.SubPath{ContainerPath: m.MountPath, Volume: m.Name, Path: m.SubPath, HostPath: hostPath(r.pod, m.Name)}
+		part := &opsv1.SubPath{ContainerPath: m.MountPath, Volume: m.Name, Path: m.SubPath}
+		if part.PersistentVolume, part.HostPath, err = r.place(ctx, m.Name); err != nil {
+			return nil, err
+		}
 		if m.SubPathExpr != "" {
 			part.Path, part.Expand = m.SubPathExpr, true
 		}
@@ -149,14 +152,36 @@ func imageOf(pod *corev1.Pod, volume string) *corev1.ImageVolumeSource {
 	return nil
 }
 
-// hostPath returns where a volume of type hostPath is; empty for others.
-func hostPath(pod *corev1.Pod, volume string) string {
-	for _, v := range pod.Spec.Volumes {
-		if v.Name == volume && v.HostPath != nil {
-			return v.HostPath.Path
+// place returns the name of the PersistentVolume behind a volume of the pod, and where it is if it is of type hostPath; each is empty if
+// there is none.
+func (r *Reader) place(ctx context.Context, volume string) (persistent, hostPath string, err error) {
+	claim := ""
+	for _, v := range r.pod.Spec.Volumes {
+		switch {
+		case v.Name != volume:
+		case v.HostPath != nil:
+			return "", v.HostPath.Path, nil
+		case v.PersistentVolumeClaim != nil:
+			claim = v.PersistentVolumeClaim.ClaimName
+		case v.Ephemeral != nil:
+			claim = r.pod.Name + "-" + v.Name // k8s.io/component-helpers/storage/ephemeral VolumeClaimName
 		}
 	}
-	return ""
+	if claim == "" {
+		return "", "", nil
+	}
+	var c corev1.PersistentVolumeClaim
+	if err := r.from.Get(ctx, client.ObjectKey{Namespace: r.pod.Namespace, Name: claim}, &c); err != nil {
+		return "", "", fmt.Errorf("reading persistentvolumeclaim %s/%s: %w", r.pod.Namespace, claim, err)
+	}
+	var v corev1.PersistentVolume
+	if err := r.from.Get(ctx, client.ObjectKey{Name: c.Spec.VolumeName}, &v); err != nil {
+		return "", "", fmt.Errorf("reading persistentvolume %s: %w", c.Spec.VolumeName, err)
+	}
+	if v.Spec.HostPath != nil {
+		hostPath = v.Spec.HostPath.Path
+	}
+	return v.Name, hostPath, nil
 }
 
 // PullPolicy is the node's word for an imagePullPolicy.

@@ -21,6 +21,8 @@ type SubPath struct {
 	Volume, Path string
 	// Dir is where the volume is, if it is of type hostPath.
 	Dir string
+	// Persistent is the name of the PersistentVolume behind the volume, if there is one.
+	Persistent string
 	// Expanded says that the path has variables in it, and so may be another one than before.
 	Expanded bool
 }
@@ -45,8 +47,8 @@ var published = []string{ //nolint:gochecknoglobals // a constant
 // are the parts of volumes by container path; a mount of which it says nothing keeps its part.
 //
 // A volume that kubelet alone writes is mounted from where its file is, and so is a part of an emptyDir or a hostPath
-// that was replaced since kubelet bound it, which is told. Where the directory of another volume is, the node does not know: what
-// kubelet has bound there stays, and the restart is refused if that is known to be gone.
+// or any other volume that was replaced since kubelet bound it, which is told. Where a volume cannot be found, what
+// kubelet has bound stays, and the restart is refused if that is known to be gone.
 func Refresh(c *runtimeapi.ContainerConfig, podDir string, paths map[string]SubPath) (Parts, error) {
 	if podDir == "" {
 		return nil, nil
@@ -83,11 +85,7 @@ func refresh(m *runtimeapi.Mount, podDir string, part SubPath) (string, error) {
 			return "", take(m, volume, part.Path)
 		}
 	}
-	volume := part.Dir
-	if volume == "" {
-		volume = filepath.Join(podDir, "volumes", "kubernetes.io~empty-dir", part.Volume)
-	}
-	if _, err := os.Stat(volume); err == nil {
+	if volume := part.dir(podDir); volume != "" {
 		return volume, take(m, volume, part.Path)
 	}
 	const advice = "only kubelet can mount another part of this volume: delete the pod, or let its process end"
@@ -102,6 +100,25 @@ func refresh(m *runtimeapi.Mount, podDir string, part SubPath) (string, error) {
 		return "", fmt.Errorf("%s is not what is mounted there, and %s", part.Path, advice)
 	}
 	return "", nil
+}
+
+// dir finds where kubelet has mounted the volume: in a directory of its plugin, by the name of the volume in the pod or of
+// its PersistentVolume (kubelet_getters.go getPodVolumeDir). Empty: it cannot be told.
+func (s SubPath) dir(podDir string) string {
+	if s.Dir != "" {
+		return s.Dir
+	}
+	for _, name := range []string{s.Persistent, s.Volume} {
+		found, err := filepath.Glob(filepath.Join(podDir, "volumes", "*", name))
+		if name == "" || err != nil || len(found) != 1 {
+			continue
+		}
+		if plugin := filepath.Base(filepath.Dir(found[0])); plugin == "kubernetes.io~csi" {
+			return filepath.Join(found[0], "mount") // pkg/volume/csi/csi_mounter.go GetPath
+		}
+		return found[0]
+	}
+	return ""
 }
 
 // take has the mount show what the volume has there now. If it has nothing there it gets a directory, as from kubelet

@@ -841,10 +841,12 @@ type SubPath struct {
 	// path is within the volume. expand: $(NAME) is replaced in it (subPathExpr).
 	Path   string `protobuf:"bytes,3,opt,name=path,proto3" json:"path,omitempty"`
 	Expand bool   `protobuf:"varint,4,opt,name=expand,proto3" json:"expand,omitempty"`
-	// host_path is where a volume of type hostPath is.
-	HostPath      string `protobuf:"bytes,5,opt,name=host_path,json=hostPath,proto3" json:"host_path,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// host_path is where a volume of type hostPath is, the pod's own or a PersistentVolume.
+	HostPath string `protobuf:"bytes,5,opt,name=host_path,json=hostPath,proto3" json:"host_path,omitempty"`
+	// persistent_volume is the name of the PersistentVolume behind the volume, if there is one.
+	PersistentVolume string `protobuf:"bytes,6,opt,name=persistent_volume,json=persistentVolume,proto3" json:"persistent_volume,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *SubPath) Reset() {
@@ -908,6 +910,13 @@ func (x *SubPath) GetExpand() bool {
 func (x *SubPath) GetHostPath() string {
 	if x != nil {
 		return x.HostPath
+	}
+	return ""
+}
+
+func (x *SubPath) GetPersistentVolume() string {
+	if x != nil {
+		return x.PersistentVolume
 	}
 	return ""
 }
@@ -3040,13 +3049,14 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\x06volume\x18\x01 \x01(\tR\x06volume\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x10\n" +
 	"\x03key\x18\x03 \x01(\tR\x03key\x12\x1a\n" +
-	"\boptional\x18\x04 \x01(\bR\boptional\"\x91\x01\n" +
+	"\boptional\x18\x04 \x01(\bR\boptional\"\xbe\x01\n" +
 	"\aSubPath\x12%\n" +
 	"\x0econtainer_path\x18\x01 \x01(\tR\rcontainerPath\x12\x16\n" +
 	"\x06volume\x18\x02 \x01(\tR\x06volume\x12\x12\n" +
 	"\x04path\x18\x03 \x01(\tR\x04path\x12\x16\n" +
 	"\x06expand\x18\x04 \x01(\bR\x06expand\x12\x1b\n" +
-	"\thost_path\x18\x05 \x01(\tR\bhostPath\"\xc8\x03\n" +
+	"\thost_path\x18\x05 \x01(\tR\bhostPath\x12+\n" +
+	"\x11persistent_volume\x18\x06 \x01(\tR\x10persistentVolume\"\xc8\x03\n" +
 	"\x15PrepareUpgradeRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12)\n" +
 	"\x03pod\x18\x02 \x01(\v2\x17.criproxy.ops.v1.PodRefR\x03pod\x12A\n" +
