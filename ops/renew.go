@@ -51,21 +51,23 @@ func (r *restart) renew(ctx context.Context, c *runtimeapi.ContainerConfig) erro
 // checkParts finds out, while the successor waits at its gate, whether what was mounted in it by a path that others can change is what was
 // meant. If not, it must not run.
 func (r *restart) checkParts(ctx context.Context, rec containerRecord) error {
-	if r.parts != nil && len(r.parts) == 0 {
+	if r.parts == nil { // a process before this one made it
+		if err := r.load(ctx); err != nil {
+			return err
+		}
+		if err := r.renew(ctx, proto.Clone(r.request.GetConfig()).(*runtimeapi.ContainerConfig)); err != nil {
+			return err
+		}
+	}
+	if len(r.parts) == 0 {
 		return nil
 	}
-	request, err := r.requestOf(ctx, rec.Successor, rec.Sandbox)
-	if err == nil && r.parts == nil { // a process before this one made it
-		err = r.renew(ctx, proto.Clone(request.GetConfig()).(*runtimeapi.ContainerConfig))
-	}
-	if err == nil && len(r.parts) == 0 {
-		return nil
-	}
+	st, _, err := r.inspect(ctx, rec.Successor)
 	if err == nil && r.pid == 0 {
 		err = errors.New("the process that waits at its gate cannot be looked at")
 	}
 	if err == nil {
-		err = r.parts.Check(request.GetConfig(), r.pid)
+		err = r.parts.Check(st.GetMounts(), r.pid)
 	}
 	if err != nil {
 		return failf(ReasonConfig, "the mounts of the new container are not certain to be in their volumes: %v", err)

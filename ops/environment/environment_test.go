@@ -174,8 +174,8 @@ func TestCheck(t *testing.T) {
 		}
 	}
 	parts := Parts{filepath.Join(dir, "part"): dir}
-	mounted := func(from string) *runtimeapi.ContainerConfig {
-		return &runtimeapi.ContainerConfig{Mounts: []*runtimeapi.Mount{{ContainerPath: filepath.Join(dir, "part"), HostPath: from}}}
+	mounted := func(from string) []*runtimeapi.Mount {
+		return []*runtimeapi.Mount{{ContainerPath: filepath.Join(dir, "part"), HostPath: from}}
 	}
 	if err := parts.Check(mounted(filepath.Join(dir, "part")), os.Getpid()); err != nil {
 		t.Errorf("what is as it was: %v", err)

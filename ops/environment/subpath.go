@@ -169,9 +169,9 @@ func makeDir(dir, path string) error {
 }
 
 // Check finds out whether what the process has mounted is in the volumes: it must be called before anything of the container
-// runs. c is the config that the container was made with.
-func (p Parts) Check(c *runtimeapi.ContainerConfig, pid int) error {
-	for _, m := range c.GetMounts() {
+// runs. mounts are those that the container was made with.
+func (p Parts) Check(mounts []*runtimeapi.Mount, pid int) error {
+	for _, m := range mounts {
 		dir, ok := p[m.GetContainerPath()]
 		if !ok {
 			continue
