@@ -136,10 +136,13 @@ func (p *pod) request(t testing.TB, s spec, attempt int) *runtimeapi.CreateConta
 		s.grace = 5
 	}
 	img, err := p.k.images.ImageStatus(t.Context(), &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: s.image}})
-	if err != nil || img.GetImage() == nil {
-		if _, err := p.k.images.PullImage(t.Context(), &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: s.image}}); err != nil {
+	ref := img.GetImage().GetId() // kubelet names an image by its ID
+	if err != nil || ref == "" {
+		pulled, err := p.k.images.PullImage(t.Context(), &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: s.image}})
+		if err != nil {
 			t.Fatal(err)
 		}
+		ref = pulled.GetImageRef()
 	}
 	term := filepath.Join(p.k.dir, "pods", p.uid, "containers", s.name, fmt.Sprintf("%08x", attempt))
 	if err := os.MkdirAll(filepath.Dir(term), 0o750); err != nil {
@@ -153,7 +156,7 @@ func (p *pod) request(t testing.TB, s spec, attempt int) *runtimeapi.CreateConta
 	}
 	c := &runtimeapi.ContainerConfig{
 		Metadata: &runtimeapi.ContainerMetadata{Name: s.name, Attempt: uint32(attempt)},
-		Image:    &runtimeapi.ImageSpec{Image: s.image, UserSpecifiedImage: s.image},
+		Image:    &runtimeapi.ImageSpec{Image: ref, UserSpecifiedImage: s.image},
 		Command:  s.command,
 		Labels: map[string]string{
 			"io.kubernetes.pod.name": p.name, "io.kubernetes.pod.namespace": "default",

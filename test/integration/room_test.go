@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -70,6 +71,19 @@ func (p *limitedPod) used() int {
 	return p.number(p.file("memory.usage_in_bytes", "memory.current")) / mebi
 }
 
+// settled returns the MiB that the pod uses, the last one begun counted, once that is no longer growing.
+func (p *limitedPod) settled() int {
+	p.t.Helper()
+	used := p.used()
+	eventually(p.t, "the pod's use of memory has settled", func() bool {
+		before := used
+		time.Sleep(200 * time.Millisecond)
+		used = p.used()
+		return used == before
+	})
+	return used + 1
+}
+
 // graceful asserts that the container has ended because it was asked to. In v1 the kernel tells every container of a pod when it kills a
 // process of any of them, and containerd has that as the reason.
 func (n *node) graceful(t testing.TB, id string) {
@@ -103,14 +117,14 @@ func ended(t testing.TB, op *opsv1.Operation) *opsv1.ContainerOperation {
 // TestNearTheMemoryLimit restarts a container that has left less than runc needs, and one that leaves enough.
 func TestNearTheMemoryLimit(t *testing.T) {
 	for _, tc := range []struct {
-		uses   int
+		left   int
 		method string
-	}{{40, "gate"}, {52, "pidfd"}, {60, "pidfd"}, {62, "pidfd"}} {
-		t.Run(fmt.Sprintf("%d of 64 MiB", tc.uses), func(t *testing.T) {
+	}{{24, "gate"}, {12, "pidfd"}, {4, "pidfd"}, {2, "pidfd"}} {
+		t.Run(fmt.Sprintf("%d MiB left", tc.left), func(t *testing.T) {
 			n := startNode(t)
 			p := n.limitedPod(t)
-			p.limit(64)
-			id := p.runHog(tc.uses)
+			id := p.runHog(40)
+			p.limit(p.settled() + tc.left) // not before: on its way there a process may need more than it has in the end
 			c := ended(t, n.restart(t, p.pod, restartOf("app")))
 			if c.GetMethod() != tc.method || (tc.method == "gate") != (len(c.GetWarnings()) == 0) {
 				t.Errorf("method %s, warnings %q", c.GetMethod(), c.GetWarnings())
