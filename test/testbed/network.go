@@ -44,10 +44,14 @@ func inUse(network netip.Prefix) (bool, error) {
 	return false, nil
 }
 
-// addBridge creates a bridge with the gateway's address, up, in a network namespace or, without one, on this machine.
+// addBridge creates a bridge with the gateway's address, up, in a network namespace or, without one, on this machine. Its hardware
+// address is its own: the kernel would give it that of one of its ports, and another one when that pod goes, and for seconds the other
+// pods would answer to nobody.
 func addBridge(ctx context.Context, netns, name string, network netip.Prefix, gateway netip.Addr) error {
+	ip := gateway.As4()
+	hardware := net.HardwareAddr(append([]byte{0x02, 0x42}, ip[:]...)) // locally administered
 	for _, args := range [][]string{
-		{"link", "add", name, "type", "bridge"},
+		{"link", "add", name, "address", hardware.String(), "type", "bridge"},
 		{"addr", "add", fmt.Sprintf("%s/%d", gateway, network.Bits()), "dev", name},
 		{"link", "set", name, "up"},
 	} {
