@@ -10,6 +10,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
 // Reasons of Events, with reasonSilent and reasonUnwilling. The hook reasons are kubelet's.
@@ -87,17 +88,28 @@ func (p *pass) tellWarnings(c *container) {
 	if c.replaced {
 		return
 	}
-	var others []string
-	for _, w := range c.op.GetWarnings() {
+	hook, others := Warnings(c.op)
+	if hook {
+		p.tellHook(c, eventPreStopFailed, "PreStopHook failed")
+	}
+	if len(others) > 0 {
+		note := strings.Join(others, "; ")
+		p.event(p.podRef(c), corev1.EventTypeWarning, eventWarning, "%s", note)
+		p.event(p.requestRef(c), corev1.EventTypeWarning, eventWarning, "container %s: %s", c.name, note)
+	}
+}
+
+// Warnings are those of an operation on a container, as they may be told in Events: hook says that a preStop hook has
+// failed, and what it printed is left out.
+func Warnings(c *opsv1.ContainerOperation) (hook bool, others []string) {
+	for _, w := range c.GetWarnings() {
 		if strings.HasPrefix(w, "preStop") {
-			p.tellHook(c, eventPreStopFailed, "PreStopHook failed")
+			hook = true
 		} else {
 			others = append(others, w)
 		}
 	}
-	if len(others) > 0 {
-		p.event(p.podRef(c), corev1.EventTypeWarning, eventWarning, "%s", strings.Join(others, "; "))
-	}
+	return hook, others
 }
 
 // tellHook reports a hook that failed, on the pod in kubelet's words and on the request. What the hook printed stays

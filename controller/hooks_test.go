@@ -95,7 +95,7 @@ func TestHookEvents(t *testing.T) {
 				Warnings: []string{`preStop hook failed: command ["x"] exited with 3: s3cret`, "something else"},
 			},
 			want: []string{
-				"Warning FailedPreStopHook PreStopHook failed", "Warning FailedPreStopHook container app: PreStopHook failed", "Warning RestartWarning something else",
+				"Warning FailedPreStopHook PreStopHook failed", "Warning FailedPreStopHook container app: PreStopHook failed", "Warning RestartWarning something else", "Warning RestartWarning container app: something else",
 			},
 		},
 		{

@@ -31,6 +31,8 @@ type fleet struct {
 	breaks map[string]string
 	// holds is how long nodes keep what they have prepared; 0 means as long as they are asked to.
 	holds time.Duration
+	// warnings are those of each container when an operation succeeds.
+	warnings []string
 	// swap lets the pod's container be replaced, for Restart.
 	swap func(podUID, container, id string)
 	// runs is the image that a pod's container runs.
@@ -295,11 +297,20 @@ func (f *fleet) adopt(nodeName, podUID, container, image, id string) bool {
 			done = done && c.GetSuccessorId() != ""
 		}
 		if done {
-			f.update(o, func(op *opsv1.Operation) { op.Phase = opsv1.Phase_PHASE_SUCCEEDED })
+			f.succeed(o)
 		}
 		return true
 	}
 	return false
+}
+
+func (f *fleet) succeed(o *simOp) {
+	f.update(o, func(op *opsv1.Operation) {
+		op.Phase = opsv1.Phase_PHASE_SUCCEEDED
+		for _, c := range op.GetContainers() {
+			c.Warnings = f.warnings
+		}
+	})
 }
 
 func (f *fleet) AbortUpgrade(ctx context.Context, n controller.Node, uid, reason string) (*opsv1.Operation, error) {
@@ -369,7 +380,7 @@ func (f *fleet) Restart(ctx context.Context, n controller.Node, r *opsv1.Restart
 		}
 		f.mu.Lock()
 		defer f.mu.Unlock()
-		f.update(o, func(op *opsv1.Operation) { op.Phase = opsv1.Phase_PHASE_SUCCEEDED })
+		f.succeed(o)
 	})
 	return proto.Clone(o.op).(*opsv1.Operation), nil
 }

@@ -382,6 +382,7 @@ func (p *pass) act(ctx context.Context) error {
 		if i.stale {
 			continue
 		}
+		p.tellWarnings(i)
 		if i.verdict.stage == updated && p.target.workload != nil {
 			errs = append(errs, p.relabel(ctx, i))
 		}

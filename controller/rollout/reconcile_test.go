@@ -476,6 +476,26 @@ func TestPullSecrets(t *testing.T) {
 	})
 }
 
+// What a node warns of in a change that succeeds is told once, on the pod and on the rollout, without what a hook has printed.
+func TestWarnings(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addNodes(1)
+		b.addPods(1, 1)
+		b.fleet.warnings = []string{"memory had run out in the pod", "preStop hook failed: s3cret"}
+		b.create("one", spec{Target: all(), Containers: to("app:2")})
+		b.until("ended", "one", time.Minute, ended)
+		const text = "container app: memory had run out in the pod; its preStop hook failed"
+		for _, want := range []string{"web-0 Warning UpgradeWarning: " + text, "one Warning UpgradeWarning: pod web-0, " + text} {
+			if strings.Count(b.told(), want) != 1 {
+				t.Errorf("not told once: %s\nevents\n%s", want, b.told())
+			}
+		}
+		if strings.Contains(b.told(), "s3cret") {
+			t.Errorf("an event tells what a hook printed\n%s", b.told())
+		}
+	})
+}
+
 // A node that is taken away, and its pods a while after it, fail nothing.
 func TestNodeGone(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {

@@ -51,7 +51,7 @@ func (p *pass) noteFailures() int {
 		if _, known := p.work.failures[uid]; !known {
 			p.r.Metrics.pod(f.Reason)
 			p.log.WithField("pod", f.Pod).WithField("reason", f.Reason).Warn("pod failed: " + f.Message)
-			if len(p.work.told) < maxFailures*2 {
+			if len(p.work.told) < maxTold {
 				p.tell(corev1.EventTypeWarning, eventPodFailed, fmt.Sprintf("pod %s: %s: %s", f.Pod, f.Reason, f.Message), string(uid))
 			}
 		}
