@@ -159,14 +159,22 @@ func (s scenario) crashAndLose(t *testing.T, at point, lose func(state string) e
 	return true
 }
 
-// serving is the oldest container of app that the runtime shows running, or "".
+// serving is the oldest container of app that the runtime shows running, or "". The runtime may be behind the kernel: one whose process is
+// gone does not count beside one whose process is there.
 func (n *node) serving() string {
-	for _, c := range strings.Split(n.rt.state(), ", ") {
-		if name, is := strings.CutSuffix(c, " RUNNING"); is && strings.HasPrefix(name, "app/") {
+	living := strings.Fields(strings.ReplaceAll(n.rt.living(), ",", " "))
+	first := ""
+	for c := range strings.SplitSeq(n.rt.state(), ", ") {
+		name, is := strings.CutSuffix(c, " RUNNING")
+		switch {
+		case !is || !strings.HasPrefix(name, "app/"):
+		case slices.Contains(living, name):
 			return name
+		case first == "":
+			first = name
 		}
 	}
-	return ""
+	return first
 }
 
 // leftovers says what is still to be taken away.
