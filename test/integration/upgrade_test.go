@@ -406,7 +406,7 @@ func TestUpgradeRefused(t *testing.T) {
 // TestUpgradeKillAtEachStep kills cri-proxy at every step of an upgrade, and has kubelet go on with the next process.
 func TestUpgradeKillAtEachStep(t *testing.T) {
 	early := []string{"stage", "created", "held", "arm", "gated", "armed"}
-	for _, point := range append(early, "stop", "stopped", "running", "started", "reveal", "revealed", "adopt", "done") {
+	for _, point := range append(early, "stop", "stopped", "running", "started", "reveal", "revealed", "adopt", "done", "ask", "asking") {
 		t.Run(point, func(t *testing.T) {
 			n := startProcess(t, "upgrade."+point)
 			p := n.runPod(t)
@@ -435,7 +435,13 @@ func TestUpgradeKillAtEachStep(t *testing.T) {
 				n.waitFor(t, uid, func(op *opsv1.Operation) bool { return op.GetPhase() == opsv1.Phase_PHASE_ARMED })
 			default:
 				n.waitFor(t, uid, prepared)
-				n.arm(t, uid)
+				if point == "ask" || point == "asking" { // nobody says what kubelet will ask for
+					_, err := n.ops.CommitUpgrade(t.Context(), &opsv1.CommitUpgradeRequest{Uid: uid})
+					must(t, err)
+					n.waitFor(t, uid, func(op *opsv1.Operation) bool { return op.GetPhase() == opsv1.Phase_PHASE_ARMED })
+				} else {
+					n.arm(t, uid)
+				}
 				if point == "adopt" || point == "done" {
 					_, err := n.StopContainer(t.Context(), stopRequest(app, 5))
 					must(t, err)
