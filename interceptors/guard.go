@@ -74,14 +74,18 @@ func (v *View) suspectLocked(token string) bool {
 	return !known
 }
 
-// Stray hides a container whose operation is lost until the claim that it returns is settled. That claim holds no slot.
-func (v *View) Stray(slot Slot, sandbox, token, id string) *Claim {
+// Stray hides a container whose operation is lost until the claim that it returns is settled. That claim holds no slot. incumbent is the
+// container beside which the stray runs, or "": it is shown running as long, for the stray takes its place should it end.
+func (v *View) Stray(slot Slot, sandbox, token, id, incumbent string) *Claim {
 	v.mu.Lock()
-	c := &Claim{view: v, slot: slot, sandbox: sandbox, yielded: make(chan struct{}), done: make(chan struct{})}
+	c := &Claim{view: v, slot: slot, sandbox: sandbox, incumbent: incumbent, yielded: make(chan struct{}), done: make(chan struct{})}
 	v.strays[c] = struct{}{}
 	v.mu.Unlock()
 	c.HideNow(token)
 	c.Staged(id)
+	if incumbent != "" {
+		c.Mask()
+	}
 	return c
 }
 

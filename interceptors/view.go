@@ -758,7 +758,8 @@ func (v *View) noteLocked(c *Claim, id string, how verdict) {
 }
 
 // byContainer finds the claim whose incumbent or successor the ID names, which may be a
-// unique prefix as containerd accepts them, and returns the full ID.
+// unique prefix as containerd accepts them, and returns the full ID. A stray's claim is found by the stray only: the
+// container beside it is that of whoever holds the slot.
 func (v *View) byContainer(id string) (*Claim, string) {
 	if id == "" {
 		return nil, ""
@@ -767,33 +768,23 @@ func (v *View) byContainer(id string) (*Claim, string) {
 	defer v.mu.RUnlock()
 	var found *Claim
 	full := ""
-	for c := range v.allLocked() {
-		for _, known := range []string{c.incumbent, c.successor} {
-			if known == id {
-				return c, known
-			}
-			if known != "" && strings.HasPrefix(known, id) {
-				found, full = c, known
-			}
+	is := func(c *Claim, known string) bool {
+		if known != "" && strings.HasPrefix(known, id) {
+			found, full = c, known
+		}
+		return known == id
+	}
+	for c := range v.strays {
+		if is(c, c.successor) {
+			return c, id
+		}
+	}
+	for _, c := range v.claims {
+		if is(c, c.incumbent) || is(c, c.successor) {
+			return c, id
 		}
 	}
 	return found, full
-}
-
-// allLocked are the claims, with and without a slot. The caller holds v.mu.
-func (v *View) allLocked() iter.Seq[*Claim] {
-	return func(yield func(*Claim) bool) {
-		for c := range v.strays {
-			if !yield(c) {
-				return
-			}
-		}
-		for _, c := range v.claims {
-			if !yield(c) {
-				return
-			}
-		}
-	}
 }
 
 // bySandbox returns the claims on slots of the sandbox.

@@ -102,8 +102,21 @@ func ofContainer(pid int, container string) error {
 	if err != nil {
 		return err
 	}
+	if ended(pid) {
+		return fmt.Errorf("process %d has ended", pid) // nobody has asked for its exit code yet, and cgroup v2 goes on naming it
+	}
 	if !bytes.Contains(b, []byte(container)) {
 		return fmt.Errorf("process %d is none of container %s: is this process in another PID namespace than the runtime?", pid, container)
 	}
 	return nil
+}
+
+// ended reports whether a process that the kernel still knows has ended: a zombie, or one that is dead (proc_pid_stat(5)).
+func ended(pid int) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return true
+	}
+	_, rest, _ := bytes.Cut(b[bytes.LastIndexByte(b, ')')+1:], []byte(" "))
+	return len(rest) > 0 && bytes.IndexByte([]byte("ZXx"), rest[0]) >= 0
 }

@@ -5,6 +5,7 @@ package ops
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"testing"
@@ -137,4 +138,27 @@ func TestExitWatchOfAnotherContainer(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.close()
+}
+
+// A process that has ended is nobody's any more, though the kernel knows it until its exit code has been asked for.
+func TestEndedProcess(t *testing.T) {
+	cmd := exec.Command("true")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	pid := cmd.Process.Pid
+	for late := time.Now().Add(waitLong); !ended(pid) && time.Now().Before(late); time.Sleep(time.Millisecond) {
+	}
+	if _, err := os.Stat(fmt.Sprintf("/proc/%d", pid)); err != nil || !ended(pid) {
+		t.Errorf("%v, ended: %t", err, ended(pid))
+	}
+	if err := ofContainer(pid, "/"); err == nil {
+		t.Error("it is a container's")
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	if !ended(pid) || ended(os.Getpid()) {
+		t.Errorf("ended: %t, this process: %t", ended(pid), ended(os.Getpid()))
+	}
 }

@@ -7,7 +7,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"slices"
 	"strconv"
 	"time"
@@ -50,6 +49,7 @@ type stray struct {
 	pod       string // namespace/name
 	labels    map[string]string
 	sandbox   string
+	runs      bool                // it was listed running
 	claim     *interceptors.Claim // hides it; nil if it is shown
 }
 
@@ -125,7 +125,11 @@ func (e *Engine) judgeSlot(ctx context.Context, slot interceptors.Slot, list []*
 		if !e.undecided(token) {
 			continue
 		}
-		s := &stray{id: c.GetId(), token: token, sandbox: c.GetPodSandboxId(), labels: c.GetLabels(), pod: c.GetLabels()[labelPodNamespace] + "/" + c.GetLabels()[labelPodName]}
+		s := &stray{
+			id: c.GetId(), token: token, sandbox: c.GetPodSandboxId(), labels: c.GetLabels(),
+			pod:  c.GetLabels()[labelPodNamespace] + "/" + c.GetLabels()[labelPodName],
+			runs: c.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING,
+		}
 		stray, left := e.isStray(c, token, incumbent), e.isLeftAlone(token)
 		if left {
 			kept = append(kept, token)
@@ -162,11 +166,15 @@ func (e *Engine) judgeSlot(ctx context.Context, slot interceptors.Slot, list []*
 	}
 	for _, s := range lost.strays {
 		e.tokens[s.token] = true // so is its gate
-		s.claim = e.view.Stray(slot, s.sandbox, s.token, s.id)
+		beside := ""
+		if s.runs {
+			beside = incumbent.GetId()
+		}
+		s.claim = e.view.Stray(slot, s.sandbox, s.token, s.id, beside)
 		e.log.WithFields(s.fields()).Warn("hidden and to be taken away: a staged container that no operation knows")
 	}
 	for _, s := range lost.left {
-		s.claim = e.view.Stray(slot, s.sandbox, s.token, s.id)
+		s.claim = e.view.Stray(slot, s.sandbox, s.token, s.id, "")
 		e.leftSlots[slot] = s.token
 		e.log.WithFields(s.fields()).Warn("hidden: a staged container of an operation that this version does not know; it is taken away when kubelet wants its place")
 	}
@@ -225,22 +233,19 @@ func (e *Engine) awaitEnd(ctx context.Context, id string) {
 	}
 }
 
-// isShell reports whether the first one's process is gone, by the kernel's word. That this process can see the runtime's processes at all is told by
-// those of the others.
+// isShell reports whether the first one has ended since the list was made, or its process is gone, by the kernel's word. That this process can see
+// the runtime's processes at all is told by those of the others.
 func (e *Engine) isShell(ctx context.Context, list []*runtimeapi.Container) bool {
-	has := func(c *runtimeapi.Container) (bool, error) {
-		_, info, err := e.inspect(ctx, c.GetId())
-		if err != nil || info.PID == 0 {
-			return false, fmt.Errorf("the runtime does not tell its process (%w)", err)
-		}
-		return e.methods.owned(info.PID, c.GetId()) == nil, nil
-	}
-	if there, err := has(list[0]); err != nil || there {
+	st, info, err := e.inspect(ctx, list[0].GetId())
+	switch {
+	case status.Code(err) == codes.NotFound, err == nil && st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING:
+		return true
+	case err != nil, info.PID == 0, e.methods.owned(info.PID, list[0].GetId()) == nil:
 		return false
 	}
 	return slices.ContainsFunc(list[1:], func(c *runtimeapi.Container) bool {
-		there, err := has(c)
-		return err == nil && there
+		_, info, err := e.inspect(ctx, c.GetId())
+		return err == nil && info.PID != 0 && e.methods.owned(info.PID, c.GetId()) == nil
 	})
 }
 
@@ -347,6 +352,7 @@ func (e *Engine) takeAway(ctx context.Context, l *lostSlot, s *stray) error {
 			}
 			return nil
 		}
+		e.unmask(l, s) // from here on the end of the old container is kubelet's to see
 		grace := minGrace
 		if !e.waits(info.PID, s.id) {
 			grace = graceOf(st.GetAnnotations(), maxLateGrace*time.Second)
@@ -368,6 +374,17 @@ func (e *Engine) takeAway(ctx context.Context, l *lostSlot, s *stray) error {
 	e.strayGone(s)
 	e.log.WithFields(s.fields()).Warn("removed a staged container that no operation knows")
 	return nil
+}
+
+// unmask hides a stray alone, and no longer the end of the container beside it.
+func (e *Engine) unmask(l *lostSlot, s *stray) {
+	if !s.runs {
+		return
+	}
+	s.runs = false
+	before := s.claim
+	s.claim = e.view.Stray(l.slot, s.sandbox, s.token, s.id, "")
+	before.Discard()
 }
 
 // ran reports whether the runtime has started the container.
@@ -394,7 +411,8 @@ func (r *restart) abandon(ctx context.Context, claim *interceptors.Claim, rec co
 	s := &stray{id: rec.Successor, token: rec.Token, pod: podName(pod), sandbox: rec.Sandbox, labels: map[string]string{
 		labelPodName: pod.GetName(), labelPodNamespace: pod.GetNamespace(), labelPodUID: pod.GetUid(), labelContainer: r.want.GetName(),
 	}}
-	s.claim = r.view.Stray(claim.Slot(), s.sandbox, s.token, s.id)
+	s.runs = rec.Incumbent != "" // it may, and its incumbent may have ended
+	s.claim = r.view.Stray(claim.Slot(), s.sandbox, s.token, s.id, rec.Incumbent)
 	claim.Discard()
 	l := &lostSlot{slot: claim.Slot(), hold: claim}
 	over := guard.Do(r.log, func() {

@@ -414,3 +414,119 @@ func TestShellsDoNotServe(t *testing.T) {
 	}
 	n.awaitLiving("app/1, web/0")
 }
+
+// An old container that was about to be stopped may end at any time while it is found out what is left. Kubelet never sees it ended alone:
+// that is the end of a pod that is never restarted.
+func TestTheOldOneEndsMeanwhile(t *testing.T) {
+	const both, swapped = "app/0 RUNNING, web/0 RUNNING", "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"
+	for _, tc := range []struct {
+		name string
+		// nth is the list of ours with which it ends, after or before the runtime has answered.
+		nth   int
+		after bool
+		sees  string // what kubelet sees then
+	}{
+		{"since it was listed", 1, true, swapped},
+		{"since it was decided", 2, false, both},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			n, state := lostBesideTheOld(t)
+			lists, saw := 0, ""
+			ends := func(call string, now bool) error {
+				if call != "ListContainers" || now != tc.after {
+					return nil
+				}
+				if lists++; lists == tc.nth {
+					n.rt.exit(t, "app/0", 0)
+					if !now {
+						saw = n.sees()
+					}
+				}
+				return nil
+			}
+			n.rt.set(func(f *fakeRuntime) {
+				f.before = func(call string) error { return ends(call, false) }
+				f.after = func(call string) error { return ends(call, true) }
+			})
+			n.boot(state)
+			n.state = state
+			if first := n.sees(); tc.after {
+				saw = first
+			} else if first != both {
+				t.Errorf("kubelet sees %s at first", first)
+			}
+			n.run()
+			n.awaitTidy()
+			if saw != tc.sees {
+				t.Errorf("kubelet saw %q, want %q", saw, tc.sees)
+			}
+			if got := n.sees(); got != swapped || n.rt.state() != swapped {
+				t.Errorf("kubelet sees %s, there is %s", got, n.rt.state())
+			}
+			n.awaitLiving("app/1, web/0")
+		})
+	}
+}
+
+// lostBesideTheOld returns a node whose process died when a successor had started beside its incumbent, with its state directory, from which
+// the journal is gone.
+func lostBesideTheOld(t *testing.T) (n *node, state string) {
+	t.Helper()
+	n = newNode(t, podOptions{processes: true})
+	n.runTidied()
+	crashed := make(chan struct{})
+	n.rt.set(func(f *fakeRuntime) {
+		f.before = func(call string) error {
+			if !strings.HasPrefix(call, "StopContainer app/0") {
+				return nil
+			}
+			state = n.crash()
+			close(crashed)
+			return status.Error(codes.Unavailable, "the caller is gone")
+		}
+	})
+	n.restart("op", startFirst)
+	<-crashed
+	n.must(os.Remove(filepath.Join(state, "journal.db")))
+	n.rt.set(func(f *fakeRuntime) { f.before, f.after = nil, nil })
+	return n, state
+}
+
+// awaitTidy waits until nothing is left of what is to be taken away.
+func (n *node) awaitTidy() {
+	n.t.Helper()
+	for late := time.Now().Add(waitLong); n.leftovers() != ""; time.Sleep(time.Millisecond) {
+		if time.Now().After(late) {
+			n.t.Fatalf("%s: the runtime has %s", n.leftovers(), n.rt.state())
+		}
+	}
+}
+
+// Kubelet that stops the old container, because of a failed probe perhaps, finds it ended and nothing beside it.
+func TestKubeletStopsTheOldOneMeanwhile(t *testing.T) {
+	n, state := lostBesideTheOld(t)
+	n.boot(state)
+	n.state = state
+	if got := n.sees(); got != "app/0 RUNNING, web/0 RUNNING" {
+		t.Errorf("kubelet sees %s at first", got)
+	}
+	stopped := make(chan error, 1)
+	go func() {
+		_, err := n.kubelet.StopContainer(t.Context(), &runtimeapi.StopContainerRequest{ContainerId: n.rt.idOf(t, "app/0"), Timeout: 5})
+		stopped <- err
+	}()
+	eventually := time.Now().Add(waitLong)
+	for !strings.Contains(n.rt.state(), "app/0 EXITED") && time.Now().Before(eventually) {
+		time.Sleep(time.Millisecond)
+	}
+	n.run()
+	n.must(<-stopped)
+	if got := n.sees(); got != "app/0 EXITED, web/0 RUNNING" {
+		t.Errorf("kubelet sees %s once its stop is over", got)
+	}
+	n.awaitTidy()
+	n.makeNext(t)
+	if got := n.sees(); got != "app/0 EXITED, app/1 RUNNING, web/0 RUNNING" {
+		t.Errorf("kubelet sees %s", got)
+	}
+}
