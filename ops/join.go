@@ -346,7 +346,7 @@ func (e *Engine) Fits(ctx context.Context, id string, req *runtimeapi.CreateCont
 	}
 	labels := req.GetConfig().GetLabels()
 	asked := e.overridden(ctx, interceptors.Slot{PodUID: labels[labelPodUID], Container: labels[labelContainer]}, req)
-	if len(differs(ours, asked)) > 0 {
+	if len(differs(sameMounts(ours, asked), asked)) > 0 {
 		return false
 	}
 	if err := e.match(ctx, id, asked); err != nil {

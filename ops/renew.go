@@ -42,8 +42,9 @@ func (r *restart) renew(ctx context.Context, c *runtimeapi.ContainerConfig) erro
 	if err != nil {
 		return failf(ReasonConfig, "kubelet could not start container %q again (%s): %v", r.want.GetName(), ReasonConfig, err)
 	}
-	if r.parts = parts; parts == nil {
-		r.parts = environment.Parts{}
+	r.parts = parts
+	if err := parts.Note(c); err != nil {
+		return failf(ReasonInternal, "%v", err)
 	}
 	return r.volumeImages(ctx, c, env)
 }
@@ -51,23 +52,20 @@ func (r *restart) renew(ctx context.Context, c *runtimeapi.ContainerConfig) erro
 // checkParts finds out, while the successor waits at its gate, whether what was mounted in it by a path that others can change is what was
 // meant. If not, it must not run.
 func (r *restart) checkParts(ctx context.Context, rec containerRecord) error {
-	if r.parts == nil { // a process before this one made it
-		if err := r.load(ctx); err != nil {
-			return err
-		}
-		if err := r.renew(ctx, proto.Clone(r.request.GetConfig()).(*runtimeapi.ContainerConfig)); err != nil {
-			return err
-		}
-	}
-	if len(r.parts) == 0 {
+	var st *runtimeapi.ContainerStatus
+	err := r.patiently(ctx, func() (err error) {
+		st, _, err = r.inspect(ctx, rec.Successor)
+		return err
+	})
+	parts := environment.PartsOf(st.GetAnnotations())
+	if err == nil && len(parts) == 0 {
 		return nil
 	}
-	st, _, err := r.inspect(ctx, rec.Successor)
 	if err == nil && r.pid == 0 {
 		err = errors.New("the process that waits at its gate cannot be looked at")
 	}
 	if err == nil {
-		err = r.parts.Check(st.GetMounts(), r.pid)
+		err = parts.Check(st.GetMounts(), r.pid)
 	}
 	if err != nil {
 		return failf(ReasonConfig, "the mounts of the new container are not certain to be in their volumes: %v", err)
@@ -242,8 +240,8 @@ func (r *restart) renewStaged(ctx context.Context) error {
 	var err error
 	if r.change.want.GetPullPolicy() == opsv1.PullPolicy_PULL_POLICY_ALWAYS {
 		err = r.pullImage(pull)
-		r.change.image = nil // it may be another one
 	}
+	r.change.image = nil // the name may mean another one by now, whoever has pulled that
 	if err == nil {
 		err = r.ensureVolumes(pull)
 	}
@@ -257,6 +255,17 @@ func (r *restart) renewStaged(ctx context.Context) error {
 	}
 	rec := r.rec()
 	next, err := r.nextRequest(ctx, rec.Token)
+	if err != nil {
+		return err
+	}
+	var image *runtimeapi.ImageStatusResponse
+	err = r.patiently(ctx, func() (err error) {
+		image, err = r.imageStatus(ctx, r.change.want.GetImage())
+		return err
+	})
+	if err == nil {
+		err = imageFits(image, next, r.change.want)
+	}
 	if err != nil {
 		return err
 	}

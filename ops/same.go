@@ -13,6 +13,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/environment"
 )
 
 // differs returns nil if the container that ours has made is the one that kubelet asks for now, else the
@@ -20,7 +21,7 @@ import (
 // be secret.
 //
 // kubelet builds some lists from Go maps, so that their order means nothing: envs (of two with a name the last
-// counts), mounts, devices and CDI_devices. What is ours alone is left out: [interceptors.StagedAnnotation], and
+// counts), mounts, devices and CDI_devices. What is ours alone is left out: [interceptors.StagedAnnotation], [environment.PartsAnnotation], and
 // the name of the termination message file on the host, which is a random one each time (kubelet_pods.go, kuberuntime_container.go makeMounts).
 // linux.resources are not compared, see resourcesDiffer; the sandbox's config neither, it is the sandbox's own.
 // All other fields count, those of CRI versions newer than ours too.
@@ -62,6 +63,7 @@ func (d difference) config(ours, asked *runtimeapi.ContainerConfig) {
 	d.strings("labels.", ours.GetLabels(), asked.GetLabels())
 	d.strings("annotations.", ours.GetAnnotations(), asked.GetAnnotations())
 	delete(d, "annotations."+interceptors.StagedAnnotation)
+	delete(d, "annotations."+environment.PartsAnnotation)
 
 	d.fields("metadata.", ours.GetMetadata().ProtoReflect(), asked.GetMetadata().ProtoReflect())
 	d.fields("linux.", ours.GetLinux().ProtoReflect(), asked.GetLinux().ProtoReflect(), "resources")

@@ -159,6 +159,9 @@ func (r *restart) create(ctx context.Context, token string) (string, error) {
 		return "", err
 	}
 	if id == "" {
+		if err := r.needsGate(); err != nil {
+			return "", err
+		}
 		if id, err = r.createOnce(ctx, req); err != nil {
 			return "", failf(ReasonCreateFailed, "creating the new container: %v", status.Convert(err).Message())
 		}

@@ -108,7 +108,7 @@ func TestApply(t *testing.T) {
 
 // What kubelet publishes moves, and what a container may write must not lead out of its volume.
 func TestRefresh(t *testing.T) {
-	pod := t.TempDir()
+	pod := filepath.Join(t.TempDir(), "pods", "uid")
 	write := func(path, text string) string {
 		path = filepath.Join(pod, path)
 		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
@@ -124,7 +124,7 @@ func TestRefresh(t *testing.T) {
 	if err := os.Symlink("..2026_11_30_10_00_00.2", filepath.Join(pod, config, "..data")); err != nil {
 		t.Fatal(err)
 	}
-	for link, to := range map[string]string{config + "/key": "..data/key", config + "/out": "/etc/passwd", empty + "/link": "/etc"} {
+	for link, to := range map[string]string{config + "/key": "..data/key", config + "/out": "/etc/passwd", empty + "/link": "/etc", empty + "/absolute": filepath.Join(pod, empty, "part")} {
 		if err := os.MkdirAll(filepath.Dir(filepath.Join(pod, link)), 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -150,6 +150,7 @@ func TestRefresh(t *testing.T) {
 		{name: "what is not there yet", host: bound, part: SubPath{Volume: "e", Path: "to/come"}, want: filepath.Join(pod, empty, "to/come"), others: true},
 		{name: "of the host's", host: bound, part: SubPath{Volume: "h", Path: "part", Dir: filepath.Join(pod, empty)}, want: part, others: true},
 		{name: "a link of a container's", host: "/etc", part: SubPath{Volume: "e", Path: "link"}},
+		{name: "an absolute link that stays in it", host: bound, part: SubPath{Volume: "e", Path: "absolute"}, want: part, others: true},
 		{name: "what was removed", host: filepath.Join(pod, "gone"), part: SubPath{Volume: "other", Path: "x"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -191,5 +192,107 @@ func TestCheck(t *testing.T) {
 	}
 	if err := parts.Check(mounted(filepath.Join(dir, "other")), os.Getpid()); err == nil {
 		t.Error("a link in its place passes")
+	}
+}
+
+// Later restarts bring no paths: what an earlier one has mounted from a volume is still a part that others can change.
+func TestRefreshKnowsParts(t *testing.T) {
+	root := t.TempDir()
+	pod := filepath.Join(root, "pods", "uid")
+	within := func(path string) string { return filepath.Join(pod, path) }
+	for _, tc := range []struct {
+		name, host, noted string
+		want              string // the volume's directory; empty: it is no part
+	}{
+		{name: "of an emptyDir", host: within("volumes/kubernetes.io~empty-dir/e/part"), want: within("volumes/kubernetes.io~empty-dir/e")},
+		{name: "all of an emptyDir", host: within("volumes/kubernetes.io~empty-dir/e")},
+		{name: "of a CSI volume", host: within("volumes/kubernetes.io~csi/pv/mount/a/b"), want: within("volumes/kubernetes.io~csi/pv/mount")},
+		{name: "all of a CSI volume", host: within("volumes/kubernetes.io~csi/pv/mount")},
+		{name: "bound by kubelet", host: within("volume-subpaths/e/app/0")},
+		{name: "where symlinks lead", host: "/data/pods/uid/volumes/kubernetes.io~nfs/n/part", want: "/data/pods/uid/volumes/kubernetes.io~nfs/n"},
+		{name: "of the host's, noted", host: "/srv/data/part", noted: "/srv/data", want: "/srv/data"},
+		{name: "of the host's", host: "/srv/data/part"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c := &runtimeapi.ContainerConfig{Mounts: []*runtimeapi.Mount{{ContainerPath: "/m", HostPath: tc.host}}}
+			if tc.noted != "" {
+				if err := (Parts{"/m": tc.noted, "/gone": "/x"}).Note(c); err != nil {
+					t.Fatal(err)
+				}
+			}
+			parts, err := Refresh(c, pod, nil)
+			if err != nil || parts["/m"] != tc.want || len(parts) > 1 || c.GetMounts()[0].GetHostPath() != tc.host {
+				t.Errorf("%v, %v, mounted from %s", parts, err, c.GetMounts()[0].GetHostPath())
+			}
+			if err := parts.Note(c); err != nil {
+				t.Fatal(err)
+			}
+			if again := PartsOf(c.GetAnnotations()); again["/m"] != tc.want || len(again) > 1 {
+				t.Errorf("noted: %v", again)
+			}
+		})
+	}
+}
+
+// A directory that is made has the mode of its volume, and nothing else gets it.
+func TestMakeDir(t *testing.T) {
+	root := t.TempDir()
+	volume, other := filepath.Join(root, "volume"), filepath.Join(root, "other")
+	for _, dir := range []string{volume, other} {
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Chmod(volume, 0o777|os.ModeSetgid|os.ModeSticky); err != nil {
+		t.Fatal(err)
+	}
+	if err := makeDir(volume, "a/b"); err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range []string{"a", "a/b"} {
+		st, err := os.Stat(filepath.Join(volume, dir))
+		if err != nil || st.Mode() != os.ModeDir|0o777|os.ModeSetgid|os.ModeSticky {
+			t.Errorf("%s: %v, %v", dir, st.Mode(), err)
+		}
+	}
+	// Swapped as often as it can be: what the link leads to keeps its mode.
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				if os.Remove(filepath.Join(volume, "x")) == nil {
+					_ = os.Symlink(other, filepath.Join(volume, "x"))
+				}
+			}
+		}
+	}()
+	for range 2000 {
+		_ = makeDir(volume, "x")
+	}
+	close(stop)
+	<-stopped
+	if st, err := os.Stat(other); err != nil || st.Mode().Perm() != 0o700 {
+		t.Errorf("the mode of what the link leads to: %v, %v", st.Mode(), err)
+	}
+}
+
+// The pod's directory is where kubelet has it, and not where a part was found to be.
+func TestPodDir(t *testing.T) {
+	c := &runtimeapi.ContainerConfig{Mounts: []*runtimeapi.Mount{
+		{HostPath: "/data/kubelet/pods/uid/volumes/kubernetes.io~empty-dir/e/part"}, {HostPath: "/var/lib/kubelet/pods/uid/containers/app/0a1b2c3d"},
+	}}
+	if got := PodDir(c, "uid"); got != "/var/lib/kubelet/pods/uid" {
+		t.Error(got)
+	}
+	c.Mounts = c.Mounts[:1]
+	if got := PodDir(c, "uid"); got != "/data/kubelet/pods/uid" {
+		t.Error(got)
+	}
+	if got := PodDir(c, "other"); got != "" {
+		t.Error(got)
 	}
 }

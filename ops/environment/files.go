@@ -24,13 +24,21 @@ const maxFile = 1 << 20
 // PodDir returns kubelet's directory of the pod, ROOT/pods/UID, found in the mounts of a container of
 // its: those of the termination message file, /etc/hosts and most volumes are below. Empty: there is none.
 func PodDir(c *runtimeapi.ContainerConfig, uid string) string {
-	within := "/pods/" + uid + "/"
+	within, first := "/pods/"+uid+"/", ""
 	for _, m := range c.GetMounts() {
-		if i := strings.Index(m.GetHostPath(), within); uid != "" && i >= 0 {
-			return m.GetHostPath()[:i+len(within)-1]
+		i := strings.Index(m.GetHostPath(), within)
+		if uid == "" || i < 0 {
+			continue
+		}
+		dir := m.GetHostPath()[:i+len(within)-1]
+		if isKubelets(m.GetHostPath(), dir) {
+			return dir // as kubelet has it; of a part it may be where symlinks lead
+		}
+		if first == "" {
+			first = dir
 		}
 	}
-	return ""
+	return first
 }
 
 // fromFile reads one variable of a file in an emptyDir volume. It is empty if there is none, which is

@@ -4,11 +4,13 @@
 package environment
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -32,9 +34,44 @@ type SubPath struct {
 // [Parts.Check].
 type Parts map[string]string
 
+// PartsAnnotation is on a container that has some: what is made of its config later must not take the paths for kubelet's.
+const PartsAnnotation = "cri-proxy.io/parts"
+
+// PartsOf reads the annotation. One that is no such list has none.
+func PartsOf(annotations map[string]string) Parts {
+	parts := Parts{}
+	if err := json.Unmarshal([]byte(annotations[PartsAnnotation]), &parts); err != nil {
+		return Parts{}
+	}
+	return parts
+}
+
+// Note puts the parts into the config's annotations, in place of those that its predecessor had.
+func (p Parts) Note(c *runtimeapi.ContainerConfig) error {
+	delete(c.GetAnnotations(), PartsAnnotation)
+	if len(p) == 0 {
+		return nil
+	}
+	text, err := json.Marshal(p)
+	if err != nil {
+		return err
+	}
+	if c.Annotations == nil {
+		c.Annotations = map[string]string{}
+	}
+	c.Annotations[PartsAnnotation] = string(text)
+	return nil
+}
+
 // subPathsDir is where, below the pod's directory, kubelet binds the parts of volumes, as
 // VOLUME/CONTAINER/INDEX (pkg/volume/util/subpath).
 const subPathsDir = "volume-subpaths"
+
+// A volume of a CSI driver is in a directory of that name (pkg/volume/csi/csi_mounter.go GetPath).
+const (
+	csiPlugin = "kubernetes.io~csi"
+	csiMount  = "mount"
+)
 
 // published are the plugins whose volumes kubelet alone writes, and containers only read
 // (pkg/volume/util/atomic_writer.go). What they show moves to a new directory at each change, and the old
@@ -48,33 +85,83 @@ var published = []string{ //nolint:gochecknoglobals // a constant
 //
 // A volume that kubelet alone writes is mounted from where its file is, and so is a part of an emptyDir or a hostPath
 // or any other volume that was replaced since kubelet bound it, which is told. Where a volume cannot be found, what
-// kubelet has bound stays, and the restart is refused if that is known to be gone.
+// kubelet has bound stays, and the restart is refused if that is known to be gone. What a restart before has mounted from a volume
+// stays one of the parts: see [PartsAnnotation].
 func Refresh(c *runtimeapi.ContainerConfig, podDir string, paths map[string]SubPath) (Parts, error) {
-	if podDir == "" {
-		return nil, nil
-	}
-	parts := Parts{}
+	had, parts := PartsOf(c.GetAnnotations()), Parts{}
 	for _, m := range c.GetMounts() {
-		part, ok := paths[m.GetContainerPath()]
-		if !ok {
-			if part, ok = partOf(m.GetHostPath(), podDir); !ok {
-				continue
-			}
+		path, before := m.GetContainerPath(), m.GetHostPath()
+		if isKubelets(before, podDir) {
+			continue // a volume may be mounted at the same place
 		}
-		if m.GetImage().GetImage() != "" {
+		part, ok := paths[path]
+		if !ok {
+			part, ok = partOf(before, podDir)
+		}
+		dir := ""
+		switch {
+		case !ok || podDir == "":
+		case m.GetImage().GetImage() != "":
 			m.ImageSubPath = part.Path
 			continue
+		default:
+			var err error
+			if dir, err = refresh(m, podDir, part); err != nil {
+				return nil, fmt.Errorf("failed to prepare subPath for volumeMount %q (%s): %w", part.Volume, path, err)
+			}
 		}
-		dir, err := refresh(m, podDir, part)
-		if err != nil {
-			return nil, fmt.Errorf("failed to prepare subPath for volumeMount %q (%s): %w",
-				part.Volume, m.GetContainerPath(), err)
+		if isBound(m.GetHostPath(), podDir) {
+			continue
 		}
-		if dir != "" && !strings.HasPrefix(m.GetHostPath(), filepath.Join(podDir, subPathsDir)+"/") {
-			parts[m.GetContainerPath()] = dir
+		if dir == "" && m.GetHostPath() == before {
+			if dir = had[path]; dir == "" {
+				dir = volumeOf(before, podDir)
+			}
+		}
+		if dir != "" {
+			parts[path] = dir
 		}
 	}
 	return parts, nil
+}
+
+// below returns what of a path is below the pod's directory. That is found by its end: the way there may be another one through symlinks.
+func below(path, podDir string) (rest string, ok bool) {
+	if podDir == "" {
+		return "", false
+	}
+	_, rest, ok = strings.Cut(path, "/pods/"+filepath.Base(podDir)+"/")
+	return rest, ok
+}
+
+// isKubelets says that a mount is kubelet's own: the termination message file, or /etc/hosts.
+func isKubelets(path, podDir string) bool {
+	rest, ok := below(path, podDir)
+	return ok && (strings.HasPrefix(rest, "containers/") || rest == "etc-hosts")
+}
+
+// isBound says that kubelet has bound there a part of a volume, which nobody can change.
+func isBound(path, podDir string) bool {
+	rest, ok := below(path, podDir)
+	return ok && strings.HasPrefix(rest, subPathsDir+"/")
+}
+
+// volumeOf returns the directory of a volume that containers can write, of which a path in the pod's directory is a part; kubelet itself
+// mounts such a volume as a whole, or binds its parts elsewhere.
+func volumeOf(path, podDir string) string {
+	rest, ok := below(path, podDir)
+	words := strings.Split(rest, "/")
+	if !ok || words[0] != "volumes" || len(words) < 4 || slices.Contains(published, words[1]) {
+		return ""
+	}
+	whole := 3
+	if words[1] == csiPlugin && words[3] == csiMount {
+		whole = 4
+	}
+	if len(words) == whole {
+		return ""
+	}
+	return strings.TrimSuffix(path, "/"+strings.Join(words[whole:], "/"))
 }
 
 // refresh returns the directory of the volume if containers can write it and it is known.
@@ -113,8 +200,8 @@ func (s SubPath) dir(podDir string) string {
 		if name == "" || err != nil || len(found) != 1 {
 			continue
 		}
-		if plugin := filepath.Base(filepath.Dir(found[0])); plugin == "kubernetes.io~csi" {
-			return filepath.Join(found[0], "mount") // pkg/volume/csi/csi_mounter.go GetPath
+		if plugin := filepath.Base(filepath.Dir(found[0])); plugin == csiPlugin {
+			return filepath.Join(found[0], csiMount)
 		}
 		return found[0]
 	}
@@ -141,11 +228,11 @@ func take(m *runtimeapi.Mount, volume, path string) error {
 	return err
 }
 
-// makeDir makes the directories of a path below dir that do not exist, with the mode of dir.
+// makeDir makes the directories of a path below dir that do not exist, with the mode of dir (pkg/volume/util/subpath doSafeMakeDir).
 func makeDir(dir, path string) error {
-	of, err := os.Stat(dir)
-	if err != nil {
-		return err
+	var of unix.Stat_t
+	if err := unix.Stat(dir, &of); err != nil {
+		return &os.PathError{Op: "stat", Path: dir, Err: err}
 	}
 	words := strings.Split(filepath.Clean(path), "/")
 	for i := range words {
@@ -153,19 +240,29 @@ func makeDir(dir, path string) error {
 		if err != nil {
 			return err
 		}
-		err = unix.Mkdirat(parent, words[i], 0o700)
-		if err == nil {
-			// The umask may have taken bits away.
-			err = unix.Fchmodat(parent, words[i], uint32(of.Mode().Perm()), 0)
-		} else if errors.Is(err, unix.EEXIST) {
-			err = nil
-		}
+		err = makeIn(parent, words[i], of.Mode&0o7777)
 		unix.Close(parent)
 		if err != nil {
 			return &os.PathError{Op: "mkdir", Path: filepath.Join(words[:i+1]...), Err: err}
 		}
 	}
 	return nil
+}
+
+// makeIn makes a directory, unless there is one. What somebody puts in its place meanwhile is left alone.
+func makeIn(parent int, name string, mode uint32) error {
+	switch err := unix.Mkdirat(parent, name, 0o700); {
+	case errors.Is(err, unix.EEXIST):
+		return nil
+	case err != nil:
+		return err
+	}
+	fd, err := unix.Openat(parent, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return unix.Fchmod(fd, mode) // the umask may have taken bits away, and mkdir knows no setgid
 }
 
 // Check finds out whether what the process has mounted is in the volumes: it must be called before anything of the container
@@ -215,9 +312,21 @@ func identity(dir, path string, resolve uint64) (file, error) {
 	return file{dev: st.Dev, ino: st.Ino}, nil
 }
 
-// resolve returns where the path below dir really is, below dir too.
+// resolve returns where the path below dir really is, below dir too. A symlink may be absolute, as for kubelet (doBindSubPath), if it
+// leads back there.
 func resolve(dir, path string) (string, error) {
 	fd, err := openWithin(dir, path, unix.O_PATH, unix.RESOLVE_BENEATH)
+	if errors.Is(err, unix.EXDEV) {
+		real, lerr := filepath.EvalSymlinks(filepath.Join(dir, path))
+		if lerr != nil {
+			return "", lerr
+		}
+		within, ok := strings.CutPrefix(real, strings.TrimSuffix(dir, "/")+"/")
+		if !ok {
+			return "", err
+		}
+		fd, err = openWithin(dir, within, unix.O_PATH, unix.RESOLVE_BENEATH|unix.RESOLVE_NO_SYMLINKS)
+	}
 	if err != nil {
 		return "", err
 	}
@@ -238,7 +347,7 @@ func SameFile(a, b string) bool {
 // partOf finds out of which part of a volume a mount is: from the path of a file that Refresh has
 // given it, or else from what the kernel says is bound there. false: it is no part, or nothing tells.
 func partOf(path, podDir string) (SubPath, bool) {
-	rest, ok := strings.CutPrefix(path, podDir+"/")
+	rest, ok := below(path, podDir)
 	if !ok {
 		return SubPath{}, false
 	}
