@@ -75,10 +75,11 @@ type node struct {
 // podOptions are what a test wants different about the pod.
 type podOptions struct {
 	annotations map[string]string // of app
-	hidden      bool              // app is made behind the proxy's back, as before its installation
-	processes   bool              // the containers have real ones
-	method      Method            // the best that is allowed
-	room        *room             // of the pod
+	mounts      []*runtimeapi.Mount
+	hidden      bool   // app is made behind the proxy's back, as before its installation
+	processes   bool   // the containers have real ones
+	method      Method // the best that is allowed
+	room        *room  // of the pod
 }
 
 func newNode(t testing.TB, o podOptions) *node {
@@ -290,6 +291,7 @@ func (n *node) makePod(o podOptions) {
 			for k, v := range o.annotations {
 				cfg.Annotations[k] = v
 			}
+			cfg.Mounts = append(cfg.Mounts, o.mounts...)
 		}
 		req := &runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: cfg, SandboxConfig: n.sandboxConfig()}
 		var made *runtimeapi.CreateContainerResponse
