@@ -69,11 +69,18 @@ type bed struct {
 
 type answer func(ctx context.Context, req []byte) (proto.Message, error)
 
-func newBed(t testing.TB) *bed {
+func newBed(t testing.TB) *bed { return newJudgedBed(t, nil) }
+
+// judgeFunc is a Judge.
+type judgeFunc func(context.Context) error
+
+func (f judgeFunc) Judge(ctx context.Context) error { return f(ctx) }
+
+func newJudgedBed(t testing.TB, judge interceptors.Judge) *bed {
 	log := logrus.New()
 	log.SetOutput(io.Discard)
 	b := &bed{t: t, view: interceptors.NewView(), records: &recorder{}, script: map[string]answer{}}
-	b.director = interceptors.New(interceptors.Options{View: b.view, Records: b.records, Log: log})
+	b.director = interceptors.New(interceptors.Options{View: b.view, Records: b.records, Log: log, Judge: judge})
 	return b
 }
 

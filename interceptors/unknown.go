@@ -33,6 +33,10 @@ func (d *Director) PassUnknown(ctx context.Context, method string, cut func()) (
 	if !tells {
 		return nil, true
 	}
+	// What an earlier process has left is hidden by then. Where the runtime does not tell of it, it does not answer this call either.
+	if err := d.judged(ctx); err != nil {
+		d.log.WithError(err).WithField("method", method).Debug("answered before the containers of an earlier process are known")
+	}
 	call := &cuttable{method: method, cut: cut}
 	quiet, ok := d.view.passUnknown(ctx, call, under)
 	if !ok {

@@ -157,6 +157,34 @@ func TestCheckpointOfANewKindIsNotWaitedFor(t *testing.T) {
 	})
 }
 
+// What an earlier process has left is hidden before a list of a new kind is asked for.
+func TestUnknownMethodsWaitForTheJudge(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		found := make(chan struct{})
+		var b *bed
+		b = newJudgedBed(t, judgeFunc(func(context.Context) error {
+			<-found
+			b.view.Judged()
+			return nil
+		}))
+		b.view.Guard()
+		c, other := b.unknown(t.Context(), methodListNew), b.unknown(t.Context(), "/runtime.v1.RuntimeService/OpenSomething")
+		if !c.waits() || other.waits() {
+			t.Error("a list of a new kind does not wait for the judge, or something else does")
+		}
+		stray := b.view.Stray(slot, sandbox, token, successor, "")
+		close(found)
+		if !c.waits() {
+			t.Error("passes though a container is hidden")
+		}
+		stray.Discard()
+		if c.waits() {
+			t.Error("waits though nothing is hidden any more")
+		}
+		c.answered()
+	})
+}
+
 func TestUnknownMethodsWaitWithinBounds(t *testing.T) {
 	t.Run("while an upgrade is held ready", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
