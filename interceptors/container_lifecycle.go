@@ -293,10 +293,16 @@ func (d *Director) takeBackSandbox(ctx context.Context, method, sandbox string) 
 		c.takeBack(Yield{Method: method, Grace: sandboxGrace})
 		d.log.WithFields(logrusFields(c.Slot(), method)).Info("the pod goes away, its operation gives way")
 	}
+	wait, cancel := context.WithTimeout(ctx, sandboxPatience)
+	defer cancel()
 	for _, c := range claims {
-		d.awaitYield(ctx, c, sandboxGrace*time.Second)
+		d.awaitYield(wait, c, sandboxGrace*time.Second)
 	}
 }
+
+// sandboxPatience bounds what a call for a sandbox waits before it goes on to the runtime, for all operations in it: kubelet gives it two minutes
+// (runtimeRequestTimeout), and the runtime needs some of them.
+const sandboxPatience = time.Minute
 
 // awaitYield waits for the operation to be gone. It never fails the call: Stop*
 // and Remove* must get through whatever our own operation does.
