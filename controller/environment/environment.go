@@ -334,7 +334,7 @@ func (r *Reader) object(ctx context.Context, kind, name string, into client.Obje
 func (r *Reader) field(path string) (string, error) {
 	status := r.pod.Status
 	switch path {
-	case "spec.nodeName":
+	case "spec.nodeName", "spec.host": // the old name of it, which the API server and kubelet still take (core/v1/conversion.go)
 		return r.pod.Spec.NodeName, nil
 	case "spec.serviceAccountName":
 		return r.pod.Spec.ServiceAccountName, nil

@@ -158,6 +158,7 @@ func TestVariables(t *testing.T) {
 		}, want: []string{
 			"NAME=web", "UID=uid-1", "TIER=front", "NOTE=hello", "NODE=n1", "SA=runner", "IP=10.1.0.5", "IPS=10.1.0.5,fd00::5", "HOST=192.0.2.1", "HOSTS=192.0.2.1,2001:db8::1",
 		}},
+		{name: "the old name of the node's", env: []corev1.EnvVar{{Name: "NODE", ValueFrom: field("spec.host")}}, want: []string{"NODE=n1"}},
 		{name: "the UID that kubelet gives a static pod", env: []corev1.EnvVar{{Name: "UID", ValueFrom: field("metadata.uid")}}, pod: func(p *corev1.Pod) {
 			p.Annotations["kubernetes.io/config.hash"], p.Annotations[corev1.MirrorPodAnnotationKey] = "abc", "abc"
 		}, want: []string{"UID=abc"}},
