@@ -292,6 +292,25 @@ func TestAskedOnce(t *testing.T) {
 	}
 }
 
+// TestTooLarge: an environment that no process can be started with is not sent, and that does not pass by itself.
+func TestTooLarge(t *testing.T) {
+	for _, tc := range []struct {
+		size int
+		fits bool
+	}{{1 << 20, true}, {2 << 20, false}} {
+		var calls []string
+		pod := podOf(corev1.Container{Env: []corev1.EnvVar{{Name: "A", Value: strings.Repeat("x", tc.size)}}})
+		_, err := environment.Of(clientOf(t, &calls), pod).Container(t.Context(), "app")
+		var missing *environment.MissingError
+		switch {
+		case tc.fits && err != nil:
+			t.Error(err)
+		case !tc.fits && (!errors.As(err, &missing) || !strings.Contains(err.Error(), "container app") || !strings.Contains(err.Error(), "argument list too long")):
+			t.Errorf("with %d bytes: %v", tc.size, err)
+		}
+	}
+}
+
 // TestUnreadable: what the API server does not let us read is its own error, which may pass, not something that is missing.
 func TestUnreadable(t *testing.T) {
 	var calls []string
