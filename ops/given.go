@@ -108,6 +108,16 @@ func (e *Engine) giveLocked(o *operation, given environments) {
 	}
 }
 
+// forgetEndedEnvironments drops, at the start, what the process before this one could not forget: environments of
+// operations that have ended, or that the journal does not have.
+func (e *Engine) forgetEndedEnvironments() {
+	kept := map[string]bool{}
+	for uid, o := range e.ops {
+		kept[uid] = o.left || !o.finished()
+	}
+	e.records.keepEnvironments(func(operation string) bool { return kept[operation] })
+}
+
 // forgetEnvironmentsLocked is for an operation that has ended. The caller holds o.mu.
 func (e *Engine) forgetEnvironmentsLocked(o *operation) {
 	for _, name := range o.had {
