@@ -264,8 +264,26 @@ func (p *pass) restartRequest(ctx context.Context, c *container) (*opsv1.Restart
 	}
 	spec, _ := containerSpec(now.Pod(), c.name)
 	want.PullPolicy = environment.PullPolicy(spec.ImagePullPolicy)
+	want.RunAsNonRoot, want.RunAsUser = RunAs(now.Pod(), spec)
 	r.Credentials, err = pullsecrets.Of(ctx, p.r.APIReader, now.Pod(), want.PullPolicy)
 	return r, err
+}
+
+// RunAs is what the pod says of the user of its container: whether it may not be root, and which one, nil if that is left to the image. The
+// container's security context goes before the pod's.
+func RunAs(pod *corev1.Pod, c *corev1.Container) (nonRoot bool, user *int64) {
+	if s := pod.Spec.SecurityContext; s != nil {
+		nonRoot, user = s.RunAsNonRoot != nil && *s.RunAsNonRoot, s.RunAsUser
+	}
+	if s := c.SecurityContext; s != nil {
+		if s.RunAsNonRoot != nil {
+			nonRoot = *s.RunAsNonRoot
+		}
+		if s.RunAsUser != nil {
+			user = s.RunAsUser
+		}
+	}
+	return nonRoot, user
 }
 
 // findReplacement settles an operation that the node refused because the container

@@ -226,6 +226,9 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 			log.WithError(err).Error("journal record set aside; what its operation has staged is removed")
 		})
 	}
+	if err == nil {
+		e.forgetEndedEnvironments()
+	}
 	// Those that wait for the same slot get it in the order they came.
 	slices.SortStableFunc(e.waiting, func(a, b *operation) int {
 		return a.op.GetCreateTime().AsTime().Compare(b.op.GetCreateTime().AsTime())
@@ -601,6 +604,9 @@ func (e *Engine) accept(o *operation) (*operation, error) {
 	e.giveLocked(o, o.environments)
 	o.mu.Unlock()
 	if err := e.save(o); err != nil {
+		o.mu.Lock()
+		e.forgetEnvironmentsLocked(o)
+		o.mu.Unlock()
 		return nil, status.Errorf(codes.Internal, "the operation was not accepted and nothing was done: %v", err)
 	}
 	e.ops[o.req.GetUid()] = o

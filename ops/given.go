@@ -13,9 +13,15 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// maxEnvironment bounds the environments of one command, in bytes: Linux bounds that of a process, with its
-// command line, to a quarter of its stack limit, which is 2 MiB where nobody has changed it (execve(2)).
-const maxEnvironment = 2 << 20
+const (
+	// maxEnvironment bounds the environment of one container, in bytes: Linux bounds that of a process, with its
+	// command line, to a quarter of its stack limit, which is 2 MiB where nobody has changed it (execve(2)).
+	// Controllers do not send more (controller/environment).
+	maxEnvironment = 2 << 20
+	// maxEnvironments bounds those of one command together. The bounds of messages leave room for it and for the rest of a
+	// command (ops/mtls, cmd/cri-proxy/serve).
+	maxEnvironments = 12 << 20
+)
 
 // environments are those of an operation's containers, as the command has brought them. They are as secret
 // as the records of requests, and kept there; the journal knows only that there are some.
@@ -48,12 +54,16 @@ func (e environments) add(name string, env *opsv1.Environment) {
 }
 
 func (e environments) validate() error {
-	n := 0
-	for _, env := range e {
-		n += proto.Size(env)
+	sum := 0
+	for name, env := range e {
+		n := proto.Size(env)
+		if n > maxEnvironment {
+			return status.Errorf(codes.InvalidArgument, "the environment of container %s has %d bytes, more than a process can be started with (%d)", name, n, maxEnvironment)
+		}
+		sum += n
 	}
-	if n > maxEnvironment {
-		return status.Errorf(codes.InvalidArgument, "the environments have %d bytes, more than a process can be started with (%d)", n, maxEnvironment)
+	if sum > maxEnvironments {
+		return status.Errorf(codes.InvalidArgument, "the environments have %d bytes, more than one command may bring (%d)", sum, maxEnvironments)
 	}
 	return nil
 }
@@ -96,6 +106,16 @@ func (e *Engine) giveLocked(o *operation, given environments) {
 		}
 		e.records.setEnvironment(o.req.GetUid(), name, env)
 	}
+}
+
+// forgetEndedEnvironments drops, at the start, what the process before this one could not forget: environments of
+// operations that have ended, or that the journal does not have.
+func (e *Engine) forgetEndedEnvironments() {
+	kept := map[string]bool{}
+	for uid, o := range e.ops {
+		kept[uid] = o.left || !o.finished()
+	}
+	e.records.keepEnvironments(func(operation string) bool { return kept[operation] })
 }
 
 // forgetEnvironmentsLocked is for an operation that has ended. The caller holds o.mu.

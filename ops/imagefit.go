@@ -102,7 +102,7 @@ func imageUser(image *runtimeapi.Image) (*runtimeapi.Int64Value, string) {
 
 // adoptImageUser sets in next the user that kubelet would take from the new image, if the one there comes from the old
 // image, whose user it is then. kubelet does that only if the pod names none (security_context.go
-// determineEffectiveSecurityContext): do not call this for a pod that names one, which may be that of the old image by
+// determineEffectiveSecurityContext): do not call this for a pod that is known to name one, which may be that of the old image by
 // chance. Without the old image next stays as it is.
 func adoptImageUser(next *runtimeapi.ContainerConfig, old, new *runtimeapi.Image) {
 	sc := next.GetLinux().GetSecurityContext()

@@ -389,6 +389,27 @@ func (r *Records) forgetEnvironment(operation, container string) {
 	}})
 }
 
+// keepEnvironments forgets the environments of operations for which keep says no.
+func (r *Records) keepEnvironments(keep func(operation string) bool) {
+	if r.db == nil {
+		return
+	}
+	r.write(&recordWrite{id: "all", failed: "environments of operations that have ended not removed", change: func(tx *bolt.Tx) error {
+		b := tx.Bucket(bucketEnvironments)
+		var gone [][]byte
+		err := b.ForEach(func(k, _ []byte) error {
+			if i := bytes.LastIndexByte(k, '/'); i < 0 || !keep(string(k[:i])) { // no container has a slash in its name
+				gone = append(gone, bytes.Clone(k))
+			}
+			return nil
+		})
+		for _, k := range gone {
+			err = errors.Join(err, b.Delete(k))
+		}
+		return err
+	}})
+}
+
 func (r *Records) get(bucket []byte, id string, m proto.Message) bool {
 	found := false
 	err := r.view(func(tx *bolt.Tx) error {

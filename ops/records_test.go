@@ -5,6 +5,8 @@ package ops
 
 import (
 	"bytes"
+	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -12,8 +14,12 @@ import (
 	"testing"
 
 	"github.com/sirupsen/logrus"
+	bolt "go.etcd.io/bbolt"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cri-proxy/cri-proxy/interceptors"
 )
 
 func quiet() logrus.FieldLogger {
@@ -162,5 +168,68 @@ func TestRecordsAreTidied(t *testing.T) {
 	n.engine.tidy(t.Context(), &sync.WaitGroup{})
 	if n.engine.records.Len() != 2 || len(n.engine.records.ids()) != 2 {
 		t.Errorf("recorded are %q, want those of the two containers there are", n.engine.records.ids())
+	}
+}
+
+// The environments of an operation that is not accepted are not kept.
+func TestEnvironmentsOfRefusedOperations(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(dir, "journal.db", "in the way"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	e, err := openEngine(dir, interceptors.NewView())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := e.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	if _, err := e.submit(restartRequest("op"), environments{"app": environmentOf(1)}, podRef()); err == nil {
+		t.Fatal("accepted without a journal")
+	}
+	if e.records.environment("op", "app") != nil {
+		t.Error("the environment is still there")
+	}
+}
+
+// What a process could not forget, the next one does, but for operations that go on or are not this binary's.
+func TestEnvironmentsAreTidied(t *testing.T) {
+	dir := t.TempDir()
+	e, err := openEngine(dir, interceptors.NewView())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, uid := range []string{"waits", "a/b", "ended"} {
+		o, err := e.submit(restartRequest(uid), environments{"app": environmentOf(1)}, podRef())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if uid == "ended" {
+			o.op.FinishTime = timestamppb.Now()
+			if err := e.save(o); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	e.records.setEnvironment("unknown", "app", environmentOf(1))
+	e.records.setEnvironment("newer", "app", environmentOf(1))
+	err = e.journal.update(func(tx *bolt.Tx) error {
+		return tx.Bucket(bucketOperations).Put([]byte("newer"), fmt.Appendf(nil, `{"Version": %d}`, schemaVersion+1))
+	})
+	if err := errors.Join(err, e.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if e, err = openEngine(dir, interceptors.NewView()); err != nil {
+		t.Fatal(err)
+	}
+	for uid, want := range map[string]bool{"waits": true, "a/b": true, "newer": true, "ended": false, "unknown": false} {
+		if got := e.records.environment(uid, "app") != nil; got != want {
+			t.Errorf("the environment of operation %s is there: %v, want %v", uid, got, want)
+		}
+	}
+	if err := e.Close(); err != nil {
+		t.Fatal(err)
 	}
 }

@@ -223,12 +223,21 @@ func (r *restart) specImage(ctx context.Context, c *runtimeapi.ContainerConfig) 
 	if err != nil {
 		return err
 	}
-	if uid, username := imageUser(now); nonRootByImage(c, old) && isRoot(uid, username) {
+	// Who sends an environment knows the pod, and has said what that demands of the user; else only the container can tell.
+	env, _ := r.Engine.environment(r.o, r.want.GetName())
+	if env != nil {
+		err := nonRootFits(now, &opsv1.ContainerUpgrade{Name: r.want.GetName(), Image: name, RunAsNonRoot: r.want.GetRunAsNonRoot(), RunAsUser: r.want.RunAsUser})
+		if err != nil {
+			return err
+		}
+	} else if uid, username := imageUser(now); nonRootByImage(c, old) && isRoot(uid, username) {
 		return failf(ReasonImageUnfit, "image %s has moved to one that runs as root, and the one that runs does not: the pod may insist on that, which this node cannot tell; delete the pod to have kubelet decide", name)
 	}
 	r.log.WithField("image", now.GetId()).Info("the image of the pod's spec is another one by now")
 	setImage(c, name, now.GetId())
-	adoptImageUser(c, old, now)
+	if env == nil || r.want.RunAsUser == nil {
+		adoptImageUser(c, old, now)
+	}
 	return nil
 }
 

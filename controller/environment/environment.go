@@ -9,7 +9,9 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"syscall"
 
+	"google.golang.org/protobuf/proto"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -28,8 +30,12 @@ const (
 	configHash       = "kubernetes.io/config.hash"
 )
 
-// MissingError says what a container needs and the cluster does not have. kubelet would not start
-// the container either, and its text is kubelet's.
+// maxSize is what nodes take as the environment of one container, in bytes: Linux starts no process with more where nobody has changed the
+// limit of its stack (execve(2)).
+const maxSize = 2 << 20
+
+// MissingError says what a container needs and the cluster does not have, or that it has too much of it. kubelet would not start
+// the container either, and its text is kubelet's, or Linux's.
 type MissingError struct {
 	Container string
 	Err       error
@@ -37,6 +43,9 @@ type MissingError struct {
 
 // Error says which container, and what is missing.
 func (e *MissingError) Error() string {
+	if errors.Is(e.Err, syscall.E2BIG) {
+		return fmt.Sprintf("container %s could not be started again: %s", e.Container, e.Err)
+	}
 	return fmt.Sprintf("kubelet could not start container %s again (CreateContainerConfigError): %s",
 		e.Container, e.Err)
 }
@@ -138,6 +147,9 @@ func (r *Reader) Container(ctx context.Context, name string) (*opsv1.Environment
 			part.Path, part.Expand = m.SubPathExpr, true
 		}
 		env.SubPaths = append(env.SubPaths, part)
+	}
+	if n := proto.Size(env); n > maxSize {
+		return nil, explained(name, missing{fmt.Errorf("its environment has %d bytes, more than a process can be started with (%d): %w", n, maxSize, syscall.E2BIG)})
 	}
 	return env, nil
 }
@@ -334,7 +346,7 @@ func (r *Reader) object(ctx context.Context, kind, name string, into client.Obje
 func (r *Reader) field(path string) (string, error) {
 	status := r.pod.Status
 	switch path {
-	case "spec.nodeName":
+	case "spec.nodeName", "spec.host": // the old name of it, which the API server and kubelet still take (core/v1/conversion.go)
 		return r.pod.Spec.NodeName, nil
 	case "spec.serviceAccountName":
 		return r.pod.Spec.ServiceAccountName, nil

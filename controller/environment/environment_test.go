@@ -158,6 +158,7 @@ func TestVariables(t *testing.T) {
 		}, want: []string{
 			"NAME=web", "UID=uid-1", "TIER=front", "NOTE=hello", "NODE=n1", "SA=runner", "IP=10.1.0.5", "IPS=10.1.0.5,fd00::5", "HOST=192.0.2.1", "HOSTS=192.0.2.1,2001:db8::1",
 		}},
+		{name: "the old name of the node's", env: []corev1.EnvVar{{Name: "NODE", ValueFrom: field("spec.host")}}, want: []string{"NODE=n1"}},
 		{name: "the UID that kubelet gives a static pod", env: []corev1.EnvVar{{Name: "UID", ValueFrom: field("metadata.uid")}}, pod: func(p *corev1.Pod) {
 			p.Annotations["kubernetes.io/config.hash"], p.Annotations[corev1.MirrorPodAnnotationKey] = "abc", "abc"
 		}, want: []string{"UID=abc"}},
@@ -288,6 +289,25 @@ func TestAskedOnce(t *testing.T) {
 	}
 	if want := []string{"list", "kubernetes", "settings", "gone", "n1"}; !slices.Equal(calls, want) {
 		t.Errorf("asked for %q, want %q", calls, want)
+	}
+}
+
+// TestTooLarge: an environment that no process can be started with is not sent, and that does not pass by itself.
+func TestTooLarge(t *testing.T) {
+	for _, tc := range []struct {
+		size int
+		fits bool
+	}{{1 << 20, true}, {2 << 20, false}} {
+		var calls []string
+		pod := podOf(corev1.Container{Env: []corev1.EnvVar{{Name: "A", Value: strings.Repeat("x", tc.size)}}})
+		_, err := environment.Of(clientOf(t, &calls), pod).Container(t.Context(), "app")
+		var missing *environment.MissingError
+		switch {
+		case tc.fits && err != nil:
+			t.Error(err)
+		case !tc.fits && (!errors.As(err, &missing) || !strings.Contains(err.Error(), "container app") || !strings.Contains(err.Error(), "argument list too long")):
+			t.Errorf("with %d bytes: %v", tc.size, err)
+		}
 	}
 }
 

@@ -82,6 +82,9 @@ func TestStartupProbe(t *testing.T) {
 					}
 				}
 				for _, p := range b.fleet.nodes["node-0"].restarts {
+					if !p.GetContainers()[0].GetRunAsNonRoot() {
+						t.Error("the node is not told that the container must not be root")
+					}
 					if hold := p.GetContainers()[0].GetHoldProbes().AsDuration(); hold != 14*time.Second {
 						t.Errorf("probes are held for %s", hold)
 					}

@@ -254,17 +254,7 @@ func (p *pass) prepareRequest(ctx context.Context, i *item, uid string) *opsv1.P
 		if p.strategy.startFirst {
 			u.Order, u.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, int32(p.strategy.minReady/time.Second)
 		}
-		if s := i.pod.Spec.SecurityContext; s != nil {
-			u.RunAsNonRoot, u.RunAsUser = s.RunAsNonRoot != nil && *s.RunAsNonRoot, s.RunAsUser
-		}
-		if s := c.SecurityContext; s != nil {
-			if s.RunAsNonRoot != nil {
-				u.RunAsNonRoot = *s.RunAsNonRoot
-			}
-			if s.RunAsUser != nil {
-				u.RunAsUser = s.RunAsUser
-			}
-		}
+		u.RunAsNonRoot, u.RunAsUser = controller.RunAs(i.pod, c)
 		request.Containers = append(request.Containers, u)
 	}
 	return request
@@ -495,6 +485,7 @@ func (p *pass) restartRequest(ctx context.Context, i *item) *opsv1.RestartReques
 		}
 		ids[name] = old.ID
 		want := &opsv1.ContainerRestart{Name: name, ExpectedContainerId: old.ID, GracePeriodSeconds: p.strategy.grace}
+		want.RunAsNonRoot, want.RunAsUser = controller.RunAs(i.pod, c)
 		if c.StartupProbe != nil {
 			want.HoldProbes = controller.HoldProbes(c, p.carries(ctx, i.pod))
 		}

@@ -363,9 +363,11 @@ func TestMessageSizeIsBounded(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	_, err = healthpb.NewHealthClient(conn).Check(t.Context(), &healthpb.HealthCheckRequest{Service: strings.Repeat("x", 1<<20)})
-	if status.Code(err) != codes.ResourceExhausted {
-		t.Fatalf("got %v", err)
+	for size, refused := range map[int]bool{15 << 20: false, 16 << 20: true} {
+		_, err = healthpb.NewHealthClient(conn).Check(t.Context(), &healthpb.HealthCheckRequest{Service: strings.Repeat("x", size)})
+		if (status.Code(err) == codes.ResourceExhausted) != refused {
+			t.Fatalf("%d bytes: got code %v", size, status.Code(err))
+		}
 	}
 }
 

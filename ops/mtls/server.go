@@ -24,8 +24,9 @@ import (
 )
 
 const (
-	// maxMessage bounds a request: a command for every container of a large pod is a few kilobytes.
-	maxMessage = 1 << 20
+	// maxMessage bounds a request: a command is a few kilobytes and the environments of its containers, which may be 12 MiB together
+	// (ops/given.go).
+	maxMessage = 16 << 20
 	// maxHeaders bounds the metadata of a request, of which no command has any.
 	maxHeaders = 16 << 10
 	// maxStreams bounds the calls of one connection: a watch per operation, and

@@ -371,7 +371,13 @@ type ContainerRestart struct {
 	// It is kept where the node keeps the requests that made its containers, and not in the journal.
 	Environment *Environment `protobuf:"bytes,11,opt,name=environment,proto3" json:"environment,omitempty"`
 	// hold_probes is for how long after it is shown kubelet must not probe the new container; see ContainerUpgrade.hold_probes.
-	HoldProbes    *durationpb.Duration `protobuf:"bytes,12,opt,name=hold_probes,json=holdProbes,proto3" json:"hold_probes,omitempty"`
+	HoldProbes *durationpb.Duration `protobuf:"bytes,12,opt,name=hold_probes,json=holdProbes,proto3" json:"hold_probes,omitempty"`
+	// run_as_non_root is that of the container's security context, or else the pod's, and run_as_user the user there, if set: if the tag of
+	// the image has moved, one that would run as root is refused, as kubelet would refuse it, and without run_as_user the user of the new
+	// image takes the place of the old image's. Both count only with an environment: who sends that knows the pod. Without, the node goes by
+	// the user that the container has.
+	RunAsNonRoot  bool   `protobuf:"varint,13,opt,name=run_as_non_root,json=runAsNonRoot,proto3" json:"run_as_non_root,omitempty"`
+	RunAsUser     *int64 `protobuf:"varint,14,opt,name=run_as_user,json=runAsUser,proto3,oneof" json:"run_as_user,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -488,6 +494,20 @@ func (x *ContainerRestart) GetHoldProbes() *durationpb.Duration {
 		return x.HoldProbes
 	}
 	return nil
+}
+
+func (x *ContainerRestart) GetRunAsNonRoot() bool {
+	if x != nil {
+		return x.RunAsNonRoot
+	}
+	return false
+}
+
+func (x *ContainerRestart) GetRunAsUser() int64 {
+	if x != nil && x.RunAsUser != nil {
+		return *x.RunAsUser
+	}
+	return 0
 }
 
 // Environment is what kubelet computes of a container's spec at each start, besides what is always the same
@@ -3007,7 +3027,7 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\aordered\x18\x04 \x01(\bR\aordered\x12\x14\n" +
 	"\x05force\x18\x05 \x01(\bR\x05force\x12\x1c\n" +
 	"\trequester\x18\x06 \x01(\tR\trequester\x12E\n" +
-	"\vcredentials\x18\a \x03(\v2#.criproxy.ops.v1.RegistryCredentialR\vcredentials\"\xdf\x04\n" +
+	"\vcredentials\x18\a \x03(\v2#.criproxy.ops.v1.RegistryCredentialR\vcredentials\"\xbb\x05\n" +
 	"\x10ContainerRestart\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x122\n" +
 	"\x15expected_container_id\x18\x02 \x01(\tR\x13expectedContainerId\x125\n" +
@@ -3024,8 +3044,11 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"pullPolicy\x12>\n" +
 	"\venvironment\x18\v \x01(\v2\x1c.criproxy.ops.v1.EnvironmentR\venvironment\x12:\n" +
 	"\vhold_probes\x18\f \x01(\v2\x19.google.protobuf.DurationR\n" +
-	"holdProbesB\x17\n" +
-	"\x15_grace_period_seconds\"\xd0\x02\n" +
+	"holdProbes\x12%\n" +
+	"\x0frun_as_non_root\x18\r \x01(\bR\frunAsNonRoot\x12#\n" +
+	"\vrun_as_user\x18\x0e \x01(\x03H\x01R\trunAsUser\x88\x01\x01B\x17\n" +
+	"\x15_grace_period_secondsB\x0e\n" +
+	"\f_run_as_user\"\xd0\x02\n" +
 	"\vEnvironment\x127\n" +
 	"\tvariables\x18\x01 \x03(\v2\x19.criproxy.ops.v1.VariableR\tvariables\x125\n" +
 	"\bservices\x18\x02 \x03(\v2\x19.criproxy.ops.v1.VariableR\bservices\x12\x18\n" +

@@ -190,7 +190,7 @@ func TestRequestsAreBounded(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), deadline)
 	defer cancel()
 	conn := d.conn()
-	if _, err := opsv1.NewOpsClient(conn).Restart(ctx, &opsv1.RestartRequest{Uid: strings.Repeat("x", 2<<20)}); status.Code(err) != codes.ResourceExhausted {
+	if _, err := opsv1.NewOpsClient(conn).Restart(ctx, &opsv1.RestartRequest{Uid: strings.Repeat("x", 17<<20)}); status.Code(err) != codes.ResourceExhausted {
 		t.Errorf("large message: %v", err)
 	}
 	d.said("ops call refused", "Restart", "larger than max")

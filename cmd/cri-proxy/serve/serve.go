@@ -29,8 +29,8 @@ const (
 	// opsGrace is how long the ops servers wait for their calls at shutdown.
 	// Watches last as long as their operation; whoever watches asks again.
 	opsGrace = 2 * time.Second
-	// adminMaxMessage bounds requests of the admin socket; a command is a few kilobytes.
-	adminMaxMessage = 1 << 20
+	// adminMaxMessage bounds requests of the admin socket, as those of the port are bounded (ops/mtls).
+	adminMaxMessage = 16 << 20
 	// adminHello is how long a client of the admin socket may say nothing after it has connected: the end of the server, which kubelet's calls
 	// wait for in a hand-over, waits for it.
 	adminHello = 5 * time.Second
