@@ -412,8 +412,7 @@ func (e *Engine) begin(ctx context.Context, wg *sync.WaitGroup) {
 		e.probe(ctx)
 		e.tidy(ctx, wg)
 	}
-	if sleep(ctx, e.lateCreate) == nil {
-		e.tidy(ctx, wg)
+	if sleep(ctx, e.lateCreate) == nil && e.tidy(ctx, wg) {
 		e.view.Unguard()
 	}
 	e.mu.Lock()
@@ -498,23 +497,27 @@ func (e *Engine) forget(ctx context.Context) {
 }
 
 // tidy forgets containers that went away while the proxy did not look, and takes care of those whose operation is lost. wg owns that.
-func (e *Engine) tidy(ctx context.Context, wg *sync.WaitGroup) {
+// It is tried until the runtime lists its containers, and returns false if ctx ended before that.
+func (e *Engine) tidy(ctx context.Context, wg *sync.WaitGroup) bool {
+	defer e.clearLost(ctx, wg) // even after a panic: their slots are held
 	e.forgetOverrides(ctx)
 	if e.awaitJudged(ctx) != nil {
-		return
+		return false
 	}
 	list, err := e.forgetRemoved(ctx)
-	if err != nil {
-		e.log.WithError(err).Warn("records not tidied")
-		return
+	for wait := 200 * time.Millisecond; err != nil; wait = min(2*wait, 5*time.Second) {
+		e.log.WithError(err).Warn("records not tidied; trying again")
+		e.clearLost(ctx, wg) // does not wait for that
+		if sleep(ctx, wait) != nil {
+			return false
+		}
+		list, err = e.forgetRemoved(ctx)
 	}
 	e.judge(ctx, list) // what has come about since
 	if err := e.methods.removeStray(e.knows); err != nil {
 		e.log.WithError(err).Warn("gates that no operation knows not removed")
 	}
-	for _, s := range e.takeLost() {
-		wg.Go(func() { guard.Do(e.log, func() { e.clear(ctx, s) }) })
-	}
+	return true
 }
 
 // forgetRemoved forgets containers that do not exist any more, and returns those that do.

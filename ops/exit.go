@@ -111,12 +111,14 @@ func ofContainer(pid int, container string) error {
 	return nil
 }
 
-// ended reports whether a process that the kernel still knows has ended: a zombie, or one that is dead (proc_pid_stat(5)).
+// ended reports whether a process has ended, with all its threads, though the kernel may still know it. Its state in /proc is that of its first
+// thread, which may have ended before the others (pidfd_open(2)). Where the kernel has no pidfd, or gives none, it has not.
 func ended(pid int) bool {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	fd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {
-		return true
+		return errors.Is(err, unix.ESRCH)
 	}
-	_, rest, _ := bytes.Cut(b[bytes.LastIndexByte(b, ')')+1:], []byte(" "))
-	return len(rest) > 0 && bytes.IndexByte([]byte("ZXx"), rest[0]) >= 0
+	defer func() { _ = unix.Close(fd) }() // nothing was written
+	n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+	return n > 0 && err == nil
 }

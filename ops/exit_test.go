@@ -4,6 +4,7 @@
 package ops
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -161,4 +162,44 @@ func TestEndedProcess(t *testing.T) {
 	if !ended(pid) || ended(os.Getpid()) {
 		t.Errorf("ended: %t, this process: %t", ended(pid), ended(os.Getpid()))
 	}
+}
+
+// firstThreadEnds makes the test's program one whose first thread ends and whose others go on.
+const firstThreadEnds = "OPS_TEST_FIRST_THREAD_ENDS"
+
+func init() { // is run by the first thread
+	if os.Getenv(firstThreadEnds) != "" {
+		go func() {
+			time.Sleep(waitLong)
+			os.Exit(1)
+		}()
+		_, _, _ = unix.Syscall(unix.SYS_EXIT, 0, 0, 0) // never returns
+	}
+}
+
+// A process whose first thread has ended goes on as long as others do, though the kernel shows a zombie.
+func TestEndedThread(t *testing.T) {
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), firstThreadEnds+"=1")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	pid := cmd.Process.Pid
+	for late := time.Now().Add(waitLong); ; time.Sleep(time.Millisecond) {
+		if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)); err != nil || bytes.Contains(b, []byte(") Z ")) || time.Now().After(late) {
+			break
+		}
+	}
+	if ended(pid) {
+		t.Error("it has ended with its first thread")
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Error(err)
+	}
+	for late := time.Now().Add(waitLong); !ended(pid) && time.Now().Before(late); time.Sleep(time.Millisecond) {
+	}
+	if !ended(pid) {
+		t.Error("it has not ended with all")
+	}
+	_ = cmd.Wait() // it was killed
 }

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"slices"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -49,7 +50,7 @@ type stray struct {
 	pod       string // namespace/name
 	labels    map[string]string
 	sandbox   string
-	runs      bool                // it was listed running
+	runs      bool                // it was listed running, and what runs beside it may be masked
 	claim     *interceptors.Claim // hides it; nil if it is shown
 }
 
@@ -161,7 +162,8 @@ func (e *Engine) judgeSlot(ctx context.Context, slot interceptors.Slot, list []*
 		return
 	}
 	if hold, err := e.view.TryClaim(slot); err == nil {
-		hold.Bind(list[0].GetPodSandboxId(), incumbent.GetId())
+		newest := list[len(list)-1]
+		hold.Bind(cmp.Or(incumbent.GetPodSandboxId(), newest.GetPodSandboxId()), incumbent.GetId())
 		lost.hold = hold
 	}
 	for _, s := range lost.strays {
@@ -204,6 +206,15 @@ func (e *Engine) mayWait(ctx context.Context, s *stray) bool {
 	}
 	_, info, err := e.inspect(ctx, s.id)
 	return err == nil && e.waits(info.PID, s.id)
+}
+
+// keepToken keeps the gate of the token from being taken for one that nobody knows, as long as those are looked for.
+func (e *Engine) keepToken(token string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.tokens != nil {
+		e.tokens[token] = true
+	}
 }
 
 // serves returns the container of a slot, by age, that runs longest: nil if none does. One that the runtime shows running although its process is gone
@@ -278,6 +289,30 @@ func (e *Engine) takeLost() []*lostSlot {
 	return lost
 }
 
+// clearLost takes care of the slots that are left, each by itself. wg owns that.
+func (e *Engine) clearLost(ctx context.Context, wg *sync.WaitGroup) {
+	if ctx.Err() != nil {
+		return
+	}
+	for _, l := range e.takeLost() {
+		wg.Go(func() {
+			if !guard.Do(e.log, func() { e.clear(ctx, l) }) {
+				e.giveUpLost(l, l.strays)
+			}
+		})
+	}
+}
+
+// giveUpLost gives a slot up after a panic. What is hidden stays so: it was not meant to be seen. The end of what runs beside it is kubelet's to see.
+func (e *Engine) giveUpLost(l *lostSlot, strays []*stray) {
+	for _, s := range strays {
+		e.unmask(l, s)
+	}
+	if l.hold != nil {
+		l.hold.Release()
+	}
+}
+
 // clear takes care of a slot. If ctx ends, what is left stays as it is for the next process.
 func (e *Engine) clear(ctx context.Context, l *lostSlot) {
 	e.clearAll(ctx, l, l.strays)
@@ -346,9 +381,9 @@ func (e *Engine) takeAway(ctx context.Context, l *lostSlot, s *stray) error {
 		}
 		if alone && (l.hold == nil || l.hold.YieldedTo() == nil) { // else kubelet makes the next one, or the pod goes
 			e.log.WithFields(s.fields()).Warn("the old container has ended meanwhile: the one that no operation knows takes its place")
-			s.claim.Reveal()
-			if e.methods.gate(s.token).Exists() {
-				l.waits = s
+			s.reveal()
+			if e.mayWait(ctx, s) {
+				l.waits = s // its token is known since it was judged
 			}
 			return nil
 		}
@@ -376,6 +411,12 @@ func (e *Engine) takeAway(ctx context.Context, l *lostSlot, s *stray) error {
 	return nil
 }
 
+// reveal shows a stray, which is none any more.
+func (s *stray) reveal() {
+	s.claim.Reveal()
+	s.runs = false // nothing beside it is masked
+}
+
 // unmask hides a stray alone, and no longer the end of the container beside it.
 func (e *Engine) unmask(l *lostSlot, s *stray) {
 	if !s.runs {
@@ -395,6 +436,7 @@ func (e *Engine) strayGone(s *stray) {
 	e.records.Removed(s.id)
 	e.view.Forget(s.id)
 	s.claim.Discard()
+	s.runs = false
 	if err := e.methods.gate(s.token).Remove(); err != nil {
 		e.log.WithError(err).Warn("gate not removed")
 	}
@@ -427,7 +469,7 @@ func (r *restart) abandon(ctx context.Context, claim *interceptors.Claim, rec co
 		}
 	})
 	if !over {
-		claim.Release() // what is hidden stays so: it was not meant to be seen
+		r.giveUpLost(l, []*stray{s})
 	}
 }
 
@@ -453,9 +495,10 @@ func (e *Engine) findLost(ctx context.Context, l *lostSlot, s *stray) error {
 	default:
 		s.id = of[i].GetId()
 		s.claim.Staged(s.id)
-		s.claim.Reveal()
-		if of[i] == serves && e.methods.gate(s.token).Exists() {
+		s.reveal()
+		if of[i] == serves && e.mayWait(ctx, s) {
 			l.waits = s
+			e.keepToken(s.token)
 		}
 	}
 	return nil

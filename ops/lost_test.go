@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -528,5 +529,67 @@ func TestKubeletStopsTheOldOneMeanwhile(t *testing.T) {
 	n.makeNext(t)
 	if got := n.sees(); got != "app/0 EXITED, app/1 RUNNING, web/0 RUNNING" {
 		t.Errorf("kubelet sees %s", got)
+	}
+}
+
+// A runtime that does not answer at the start keeps what is left from being taken away as long only.
+func TestLostIsClearedOnceTheRuntimeAnswers(t *testing.T) {
+	n, state := lostBesideTheOld(t)
+	n.boot(state)
+	n.state = state
+	if got := n.sees(); got != "app/0 RUNNING, web/0 RUNNING" { // judged
+		t.Errorf("kubelet sees %s at first", got)
+	}
+	var lists atomic.Int64
+	n.rt.set(func(f *fakeRuntime) {
+		f.before = func(call string) error {
+			if call == "ListContainers" && lists.Add(1) <= 3 {
+				return status.Error(codes.Unavailable, "the runtime starts")
+			}
+			return nil
+		}
+	})
+	n.engine.lateCreate = time.Millisecond
+	n.run()
+	n.awaitTidy()
+	if got := n.sees(); got != "app/0 RUNNING, web/0 RUNNING" || n.rt.state() != got {
+		t.Errorf("kubelet sees %s, there is %s", got, n.rt.state())
+	}
+}
+
+// What cannot be taken away stays hidden. Its slot is given up, and the end of the old container is kubelet's to see.
+func TestPanicWhileLostIsCleared(t *testing.T) {
+	n, state := lostBesideTheOld(t)
+	n.boot(state)
+	n.state = state
+	if got := n.sees(); got != "app/0 RUNNING, web/0 RUNNING" { // judged
+		t.Errorf("kubelet sees %s at first", got)
+	}
+	n.leash.panicAt("ContainerStatus", always)
+	n.run()
+	n.log.await(t, "the daemon would have panicked")
+	n.awaitFree(t)
+	n.rt.exit(t, "app/0", 3)
+	if got := n.sees(); got != "app/0 EXITED, web/0 RUNNING" {
+		t.Errorf("kubelet sees %s", got)
+	}
+}
+
+// One that takes over without its gate, which is lost as well, does not wait for ever: kubelet's policy is for one that has ended.
+func TestLostGateOfTheOneThatTakesOver(t *testing.T) {
+	n := newNode(t, podOptions{processes: true})
+	n.runTidied()
+	state := n.crashAt("StopContainer app/0")
+	n.must(os.Remove(filepath.Join(state, "journal.db")))
+	n.must(os.RemoveAll(filepath.Join(state, "gates")))
+	n.reboot(state)
+	if got := n.sees(); got != "app/0 RUNNING, web/0 RUNNING" { // judged
+		t.Errorf("kubelet sees %s at first", got)
+	}
+	n.rt.exit(t, "app/0", 3)
+	n.run()
+	n.awaitTidy()
+	if got, want := n.sees(), "app/0 EXITED, app/1 EXITED, web/0 RUNNING"; got != want || n.rt.state() != want {
+		t.Errorf("kubelet sees %s, there is %s", got, n.rt.state())
 	}
 }

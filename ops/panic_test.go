@@ -4,6 +4,7 @@
 package ops
 
 import (
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -48,6 +49,8 @@ func TestPanicEndsTheOperationOnly(t *testing.T) {
 		// The stop panics, and undoing that does as well, until what is left is taken away as if nobody knew it.
 		{"the stop, and the undoing", "gate", "StopContainer", 2, "FAILED, app FAILED InternalError", "app/0 RUNNING, web/0 RUNNING"},
 		{"the overlap", "start first, processes", "StopContainer", once, "FAILED, app FAILED InternalError", "app/0 RUNNING, web/0 RUNNING"},
+		// What has taken over stays, whatever comes after that.
+		{"the postStart hook", "postStart fails", "ExecSync", once, "FAILED, app FAILED InternalError", "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
 		{"a hook", "hooks", "ExecSync", always, "FAILED, app FAILED InternalError", "app/0 RUNNING, web/0 RUNNING"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -162,5 +165,48 @@ func TestPanicOfAnUpgrade(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// bugAfterStop has the engine panic at the stop of a successor, and the methods once that has been asked for: undoing the restart panics as well.
+func (l *leash) bugAfterStop(methods ...string) {
+	var stops atomic.Int64
+	bug := func(called string) {
+		if called == "StopContainer" && stops.Add(1) <= 2 || stops.Load() > 0 && slices.Contains(methods, called) {
+			panic("a bug at " + called)
+		}
+	}
+	l.bug.Store(&bug)
+}
+
+// Where not even what is left can be looked for, the end of the old container is kubelet's to see all the same.
+func TestPanicOfAnAbandonedOperation(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, podOptions{processes: true})
+	n.runTidied()
+	n.leash.bugAfterStop("ListContainers")
+	n.restart("op", startFirst)
+	if got := verdict(n.finish("op")); got != "FAILED, app FAILED InternalError" {
+		t.Errorf("ended %s", got)
+	}
+	n.leash.bug.Store(nil)
+	n.awaitFree(t)
+	n.rt.exit(t, "app/0", 3)
+	if got := n.sees(); got != "app/0 EXITED, web/0 RUNNING" {
+		t.Errorf("kubelet sees %s", got)
+	}
+}
+
+// The pod's limit of memory is taken back whatever ends the operation.
+func TestPanicLowersTheLimit(t *testing.T) {
+	t.Parallel()
+	n, room := limited(t, podOptions{}, 48)
+	n.leash.bugAfterStop()
+	n.restart("op", startFirst)
+	if got := verdict(n.finish("op")); got != "FAILED, app FAILED InternalError" {
+		t.Errorf("ended %s", got)
+	}
+	if got := room.limit(); got != 64 {
+		t.Errorf("the limit is %d MiB in the end", got)
 	}
 }

@@ -107,6 +107,7 @@ func (r *restart) giveUp(ctx context.Context, why error) {
 	if r.up != nil {
 		r.endOthers()
 	}
+	guard.Do(r.log, func() { r.lower(ctx) })
 }
 
 // carryOut is execute without a guard.

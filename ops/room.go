@@ -95,8 +95,15 @@ func (r *restart) stopFirstFor(ctx context.Context, why string) error {
 // makeRoom has a successor that waits at its gate end, and another one staged that is started when the incumbent has ended, if the
 // incumbent has come to need the memory.
 func (r *restart) makeRoom(ctx context.Context) error {
-	if r.gate == nil || r.pod == nil {
+	if r.gate == nil {
 		return nil
+	}
+	if r.pod == nil { // it was a process before this one that has looked there
+		pod, err := r.podOf(ctx)
+		if err != nil {
+			return nil // nothing is known
+		}
+		r.pod = pod
 	}
 	memory, err := r.pod.Memory()
 	if err != nil || memory.Free >= gateSpare || r.exit.over() {

@@ -194,6 +194,7 @@ func TestNoRoomWhenArmed(t *testing.T) {
 		"at once":                            {prepared: func(r *room) { r.used(60) }, want: "app/0, web/0", method: MethodPidfd},
 		"later":                              {armed: func(r *room) { r.used(60) }, want: "app/0, web/0", method: MethodPidfd},
 		"the next process, it waits":         {armed: func(r *room) { r.used(50) }, reboot: true, want: "app/0, app/1 waits, web/0", method: MethodGate},
+		"the next process, later":            {armed: func(r *room) { r.used(60) }, reboot: true, want: "app/0, web/0", method: MethodPidfd},
 		"the next process, nothing waits":    {prepared: func(r *room) { r.used(60) }, reboot: true, want: "app/0, web/0", method: MethodPidfd},
 		"as much as it takes while it waits": {armed: func(r *room) { r.used(55) }, want: "app/0, app/1 waits, web/0", method: MethodGate},
 	} {
@@ -217,7 +218,7 @@ func TestNoRoomWhenArmed(t *testing.T) {
 				n.withImages()
 				n.run()
 			}
-			if tc.method == MethodPidfd && !tc.reboot {
+			if tc.method == MethodPidfd && (tc.armed != nil || !tc.reboot) {
 				n.until("op", func(op *opsv1.Operation) bool {
 					return op.GetContainers()[0].GetMethod() == string(MethodPidfd) && strings.Contains(n.rt.state(), "app/1 CREATED") &&
 						op.GetContainers()[0].GetSuccessorId() == n.rt.idOf(t, "app/1")

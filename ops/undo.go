@@ -19,6 +19,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/gate"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
 )
 
@@ -31,6 +32,16 @@ func (r *restart) undo(ctx context.Context, out *outcome) bool {
 	}
 	if rec.Step == stepReveal && (r.container().GetReason() != "" || r.up != nil && r.up.revealed || r.join != nil && r.join.isShown()) {
 		return true // shown already
+	}
+	if out.reason == ReasonInternal {
+		serves, err := r.successorServes(ctx)
+		if err != nil {
+			return false
+		}
+		if serves {
+			r.showServing(out)
+			return true
+		}
 	}
 	r.undoOverride()
 	r.note(func(c *containerRecord, op *opsv1.ContainerOperation) {
@@ -73,6 +84,55 @@ func (r *restart) undo(ctx context.Context, out *outcome) bool {
 		}
 		wait = min(2*wait, 5*time.Second)
 	}
+}
+
+// successorServes reports whether the successor has taken over, whatever has come after that: the incumbent has ended, the successor runs and is past
+// its gate, and kubelet has not taken the slot back. It asks until the runtime answers, or ctx ends.
+func (r *restart) successorServes(ctx context.Context) (bool, error) {
+	id := r.successor()
+	if id == "" || r.held || r.claim.YieldedTo() != nil {
+		return false, nil
+	}
+	if r.exit.over() {
+		if err := r.awaitExited(ctx, nil); err != nil {
+			return false, err
+		}
+	} else if stopped, err := r.incumbentStopped(ctx); err != nil || !stopped {
+		return false, err
+	}
+	for {
+		st, info, err := r.inspect(ctx, id)
+		switch {
+		case status.Code(err) == codes.NotFound:
+			return false, nil
+		case err == nil:
+			return st.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING && !r.atGate(info.PID, id), nil
+		}
+		if err := sleep(ctx, 200*time.Millisecond); err != nil {
+			return false, err
+		}
+	}
+}
+
+// atGate reports whether a successor that runs may be waiting at its gate. One whose process cannot be looked at may, as long as there is a gate.
+func (r *restart) atGate(pid int, id string) bool {
+	if !r.methods.gate(r.rec().Token).Exists() {
+		return r.gatesLost && r.waits(pid, id)
+	}
+	return r.methods.owned(pid, id) != nil || gate.Waiting(pid)
+}
+
+// showServing shows a successor that serves, although the operation has failed since it took over.
+func (r *restart) showServing(out *outcome) {
+	if r.change != nil && !r.change.changed {
+		guard.Do(r.log, r.keepOverride) // it may be what has failed
+	}
+	r.note(func(c *containerRecord, op *opsv1.ContainerOperation) {
+		c.Step = stepReveal
+		op.Reason, op.Message = out.reason, out.message
+	})
+	r.claim.Reveal()
+	r.removeGate()
 }
 
 // incumbentStopped asks until the runtime answers, or ctx ends.
