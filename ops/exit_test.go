@@ -167,7 +167,7 @@ func TestEndedProcess(t *testing.T) {
 // firstThreadEnds makes the test's program one whose first thread ends and whose others go on.
 const firstThreadEnds = "OPS_TEST_FIRST_THREAD_ENDS"
 
-func init() { // is run by the first thread
+func init() { //nolint:gochecknoinits // the first thread runs it
 	if os.Getenv(firstThreadEnds) != "" {
 		go func() {
 			time.Sleep(waitLong)
