@@ -100,7 +100,7 @@ func TestSidecar(t *testing.T) {
 	ns := namespace(t)
 	probes := func(port string) string {
 		return strings.ReplaceAll(`startupProbe: {httpGet: {port: PORT, path: /healthz}, periodSeconds: 1, failureThreshold: 60}
-    livenessProbe: {httpGet: {port: PORT, path: /healthz}, periodSeconds: 1, failureThreshold: 2}
+    livenessProbe: {httpGet: {port: PORT, path: /healthz}, periodSeconds: 1, failureThreshold: 4}
     readinessProbe: {httpGet: {port: PORT, path: /readyz}, periodSeconds: 1}`, "PORT", port)
 	}
 	policies := []string{"Always", "Never"}
@@ -108,9 +108,9 @@ func TestSidecar(t *testing.T) {
 	for _, policy := range policies {
 		pods += podWith(ns, strings.ToLower(policy), policy, "5", "\n  initContainers:\n"+
 			fmt.Sprintf(`  - {name: setup, image: %s, command: ["true"]}`, bed.Image("busybox:1.0"))+
-			probed("mesh", bed.Image("app:1"), "9090", "2s", "restartPolicy: Always\n    "+
+			probed("mesh", bed.Image("app:1"), "9090", "6s", "restartPolicy: Always\n    "+
 				`lifecycle: {preStop: {httpGet: {port: 9090, path: "/hook?name=pre"}}}`+"\n    "+probes("9090"))+
-			"\n  containers:"+probed("app", bed.Image("app:1"), "8080", "2s", probes("8080")))
+			"\n  containers:"+probed("app", bed.Image("app:1"), "8080", "6s", probes("8080")))
 	}
 	create(t, pods)
 	before := allReady(t, ns)
