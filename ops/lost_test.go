@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 )
 
@@ -323,19 +324,7 @@ func TestContainersOfForgottenOperationsStay(t *testing.T) {
 func TestListsWaitForTheJudge(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
 	n.runTidied()
-	crashed, state := make(chan struct{}), ""
-	n.rt.set(func(f *fakeRuntime) {
-		f.before = func(call string) error {
-			if !strings.HasPrefix(call, "StopContainer app/0") {
-				return nil
-			}
-			state = n.crash()
-			close(crashed)
-			return status.Error(codes.Unavailable, "the caller is gone")
-		}
-	})
-	n.restart("op")
-	<-crashed
+	state := n.crashBeforeStop()
 	n.must(os.Remove(filepath.Join(state, "journal.db")))
 	n.boot(state)
 	n.state = state
@@ -475,6 +464,15 @@ func lostBesideTheOld(t *testing.T) (n *node, state string) {
 	t.Helper()
 	n = newNode(t, podOptions{processes: true})
 	n.runTidied()
+	state = n.crashBeforeStop(startFirst)
+	n.must(os.Remove(filepath.Join(state, "journal.db")))
+	n.rt.set(func(f *fakeRuntime) { f.before, f.after = nil, nil })
+	return n, state
+}
+
+// crashBeforeStop has the process die when it is about to stop app/0 for a restart, and returns its state directory.
+func (n *node) crashBeforeStop(edit ...func(*opsv1.RestartRequest)) (state string) {
+	n.t.Helper()
 	crashed := make(chan struct{})
 	n.rt.set(func(f *fakeRuntime) {
 		f.before = func(call string) error {
@@ -486,11 +484,9 @@ func lostBesideTheOld(t *testing.T) (n *node, state string) {
 			return status.Error(codes.Unavailable, "the caller is gone")
 		}
 	})
-	n.restart("op", startFirst)
+	n.restart("op", edit...)
 	<-crashed
-	n.must(os.Remove(filepath.Join(state, "journal.db")))
-	n.rt.set(func(f *fakeRuntime) { f.before, f.after = nil, nil })
-	return n, state
+	return state
 }
 
 // awaitTidy waits until nothing is left of what is to be taken away.

@@ -10,9 +10,6 @@ import (
 	"testing"
 	"testing/synctest"
 
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
-
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 )
@@ -100,19 +97,7 @@ func (n *node) awaitFree(t *testing.T) {
 func TestPanicOfAResumedOperation(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
 	n.runTidied()
-	crashed, state := make(chan struct{}), ""
-	n.rt.set(func(f *fakeRuntime) {
-		f.before = func(call string) error {
-			if !strings.HasPrefix(call, "StopContainer app/0") {
-				return nil
-			}
-			state = n.crash()
-			close(crashed)
-			return status.Error(codes.Unavailable, "the caller is gone")
-		}
-	})
-	n.restart("op")
-	<-crashed
+	state := n.crashBeforeStop()
 	n.rt.set(func(f *fakeRuntime) { f.before = nil })
 	n.boot(state)
 	n.state = state

@@ -42,7 +42,6 @@ func (r *restart) renew(ctx context.Context, c *runtimeapi.ContainerConfig) erro
 	if err != nil {
 		return failf(ReasonConfig, "kubelet could not start container %q again (%s): %v", r.want.GetName(), ReasonConfig, err)
 	}
-	r.parts = parts
 	if err := parts.Note(c); err != nil {
 		return failf(ReasonInternal, "%v", err)
 	}
@@ -74,8 +73,8 @@ func (r *restart) checkParts(ctx context.Context, rec containerRecord) error {
 }
 
 // needsGate refuses a successor with such mounts that would run at once.
-func (r *restart) needsGate() error {
-	if len(r.parts) == 0 || r.rec().Method == MethodGate {
+func (r *restart) needsGate(req *runtimeapi.CreateContainerRequest) error {
+	if len(environment.PartsOf(req.GetConfig().GetAnnotations())) == 0 || r.rec().Method == MethodGate {
 		return nil
 	}
 	return failf(ReasonConfig, "a part of a volume (subPath) was replaced since kubelet mounted it, and without a gate it cannot be mounted safely: delete the pod, or let its process end")

@@ -20,7 +20,6 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/cgroup"
-	"github.com/cri-proxy/cri-proxy/ops/environment"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
 )
@@ -202,9 +201,6 @@ type restart struct {
 	pod *cgroup.Pod
 
 	stopFirst bool // it was to be StartFirst and goes on otherwise; as in the record
-
-	// parts are the mounts of the successor that must be looked at before it runs; nil until they are known.
-	parts environment.Parts
 
 	queued bool // it waits for the slot, or has ended doing so
 

@@ -146,7 +146,7 @@ func (r *restart) checkTakenBack() error {
 func (r *restart) create(ctx context.Context, token string) (string, error) {
 	req, err := r.nextRequest(ctx, token)
 	if err == nil {
-		err = r.needsGate()
+		err = r.needsGate(req)
 	}
 	if err != nil {
 		return "", err
@@ -159,7 +159,7 @@ func (r *restart) create(ctx context.Context, token string) (string, error) {
 		return "", err
 	}
 	if id == "" {
-		if err := r.needsGate(); err != nil {
+		if err := r.needsGate(req); err != nil {
 			return "", err
 		}
 		if id, err = r.createOnce(ctx, req); err != nil {

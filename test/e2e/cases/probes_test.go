@@ -153,6 +153,18 @@ func TestSidecar(t *testing.T) {
 	}
 }
 
+// order is a request to restart app in the pod; or, with an image, a rollout of that, and with "restart" for one a rollout that restarts
+// only.
+func order(ns, pod, image string) string {
+	switch image {
+	case "":
+		return recreate(ns, pod, pod, "containers: [{name: app}]")
+	case "restart":
+		image = ""
+	}
+	return rollout(ns, pod, "{podName: "+pod+"}", image, "progressDeadlineSeconds: 90")
+}
+
 // TestDrain has the liveness probe fail while the old container drains: it has closed its port, and
 // takes longer to end than the probe has patience. The restart ends well under every policy, and
 // the pod goes on.
@@ -197,14 +209,7 @@ func TestDrain(t *testing.T) {
 	orders := ""
 	for _, c := range cases {
 		seen[c.name] = stays(t, before[c.name])
-		switch c.image {
-		case "":
-			orders += recreate(ns, c.name, c.name, "containers: [{name: app}]")
-		case "restart":
-			orders += rollout(ns, c.name, "{podName: "+c.name+"}", "", "progressDeadlineSeconds: 90")
-		default:
-			orders += rollout(ns, c.name, "{podName: "+c.name+"}", c.image, "progressDeadlineSeconds: 90")
-		}
+		orders += order(ns, c.name, c.image)
 	}
 	apply(t, orders)
 	for _, c := range cases {
@@ -277,14 +282,7 @@ func TestStartup(t *testing.T) {
 	orders := ""
 	for _, c := range cases {
 		seen[c.name] = stays(t, before[c.name])
-		switch c.image {
-		case "":
-			orders += recreate(ns, c.name, c.name, "containers: [{name: app}]")
-		case "restart":
-			orders += rollout(ns, c.name, "{podName: "+c.name+"}", "", "progressDeadlineSeconds: 90")
-		default:
-			orders += rollout(ns, c.name, "{podName: "+c.name+"}", c.image, "progressDeadlineSeconds: 90")
-		}
+		orders += order(ns, c.name, c.image)
 	}
 	apply(t, orders)
 	type end struct {
