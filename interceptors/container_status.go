@@ -65,8 +65,14 @@ func (d *Director) lost(ctx context.Context, id string, next proxy.UnaryNext) bo
 	return true
 }
 
-// podSandboxStatus filters the container statuses that evented PLEG reads from it.
+// podSandboxStatus filters the container statuses that evented PLEG reads from it. With this call kubelet begins to look at all of a
+// pod.
 func (d *Director) podSandboxStatus(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+	req, err := decode(raw, &runtimeapi.PodSandboxStatusRequest{})
+	if err != nil {
+		return nil, err
+	}
+	d.view.inspect(req.GetPodSandboxId())
 	look := d.view.look(decidedIn(ctx))
 	defer look.end()
 	return forward(ctx, raw, next, &runtimeapi.PodSandboxStatusResponse{}, func(m *runtimeapi.PodSandboxStatusResponse) {

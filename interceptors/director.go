@@ -190,6 +190,7 @@ func (d *Director) Unary(method string) proxy.UnaryInterceptor {
 	if ic, ok := d.always[method]; ok {
 		return ic
 	}
+	d.listsSandboxes(method)
 	if d.view.Active() || d.view.Guarded() || (d.view.starts.Load() > 0 && tellsStart[method]) {
 		return d.active[method]
 	}
@@ -199,7 +200,18 @@ func (d *Director) Unary(method string) proxy.UnaryInterceptor {
 // Stream implements [proxy.Director]. Streams are always taken, because an operation may
 // begin while they are open; their filters look at a message only while the view is active.
 func (d *Director) Stream(method string) proxy.StreamInterceptor {
+	d.listsSandboxes(method)
 	return d.stream[method]
+}
+
+// listsSandboxes tells the view of a call that lists sandboxes; what is listed is nothing to it.
+func (d *Director) listsSandboxes(method string) {
+	switch method {
+	case runtimeapi.RuntimeService_ListPodSandbox_FullMethodName, runtimeapi.RuntimeService_StreamPodSandboxes_FullMethodName:
+		if d.view.Active() {
+			d.view.listsSandboxes()
+		}
+	}
 }
 
 // Pass implements [proxy.Passer].

@@ -54,7 +54,7 @@ type CarriedHeir struct {
 	Slot    Slot   `json:"slot,omitzero"`
 	Late    bool   `json:"late,omitempty"`
 	Grace   int64  `json:"grace,omitempty"`
-	Listed  bool   `json:"listed,omitempty"` // of an untold one
+	Heard   heard  `json:"heard,omitempty"` // of an untold one
 }
 
 // Carry returns what the next process must be told. Nothing may change the view any more.
@@ -67,7 +67,7 @@ func (v *View) Carry() Carry {
 		c.Heirs[incumbent] = CarriedHeir{ID: h.id, Sandbox: h.sandbox, Slot: h.slot, Late: h.late, Grace: h.grace}
 	}
 	for incumbent, u := range v.untold {
-		c.Untold[incumbent] = CarriedHeir{ID: u.id, Sandbox: u.sandbox, Listed: u.listed}
+		c.Untold[incumbent] = CarriedHeir{ID: u.id, Sandbox: u.sandbox, Heard: u.heard}
 	}
 	return c
 }
@@ -81,7 +81,7 @@ func (v *View) TakeOver(c Carry) {
 		v.heirs[incumbent] = &heir{id: h.ID, sandbox: h.Sandbox, slot: h.Slot, late: h.Late, grace: h.Grace}
 	}
 	for incumbent, h := range c.Untold {
-		v.untold[incumbent] = untold{heir: heir{id: h.ID, sandbox: h.Sandbox}, listed: h.Listed}
+		v.untold[incumbent] = untold{heir: heir{id: h.ID, sandbox: h.Sandbox}, heard: h.Heard}
 		v.active.Add(1)
 	}
 }

@@ -74,14 +74,34 @@ func (b *bed) serveStatus() {
 // readAll reads as kubelet does: a list, and then the status of what it lists.
 func (b *bed) readAll() {
 	b.t.Helper()
+	b.listSandboxes()
 	resp, err := call[runtimeapi.ListContainersResponse](b.t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
 	if err != nil {
 		b.t.Fatal(err)
 	}
+	b.inspect(sandbox)
 	for _, c := range resp.GetContainers() {
 		if _, err := call[runtimeapi.ContainerStatusResponse](b.t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()}); err != nil {
 			b.t.Fatal(err)
 		}
+	}
+}
+
+// listSandboxes does what kubelet does before it lists containers to learn what its pods are. Nothing takes part in that call.
+func (b *bed) listSandboxes() {
+	b.t.Helper()
+	if b.director.Unary(runtimeapi.RuntimeService_ListPodSandbox_FullMethodName) != nil {
+		b.t.Error("ListPodSandbox is intercepted")
+	}
+}
+
+// inspect begins to look at a whole pod as kubelet does, which asks for the status of its sandbox before those of its containers.
+func (b *bed) inspect(sandbox string) {
+	b.t.Helper()
+	method := runtimeapi.RuntimeService_PodSandboxStatus_FullMethodName
+	b.on(method, always(&runtimeapi.PodSandboxStatusResponse{}, nil))
+	if _, err := call[runtimeapi.PodSandboxStatusResponse](b.t.Context(), b, method, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: sandbox}); err != nil {
+		b.t.Fatal(err)
 	}
 }
 

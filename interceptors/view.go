@@ -590,15 +590,27 @@ func (v *View) correctLocked(s *runtimeapi.ContainerStatus) bool {
 // untold is an heir that kubelet may not know of yet.
 type untold struct {
 	heir
-	listed bool // a list has shown it
+	heard heard
 }
+
+// heard is how far kubelet has come in the calls by which it learns of an heir, see [View.told].
+type heard int
+
+const (
+	nothing         heard = iota
+	sandboxesListed       // since the reveal
+	listed                // since then, with the heir in it
+	inspected             // its sandbox's status has been asked for since then
+)
 
 // told notes that an answer lists these containers, in whatever state they are. Kubelet lists first and then asks for the
 // status of each container that it was told of. One that has been told of the incumbent alone would take its exit for that of
 // the slot, and start the container once more or, where it is never restarted, give up the pod. So the incumbent's
-// own status goes on saying that it runs until a list has shown its successor and somebody has asked for the status of that:
-// the list alone may have been another part of kubelet's, in the middle of all it asks by an older one. Kubelet
-// asks for the newest container of a slot first, or in the order of the list, which is changed here to be that.
+// own status goes on saying that it runs until kubelet has looked at the pod as PLEG does, from the beginning: sandboxes are listed,
+// a list shows the successor, the sandbox's status is asked for, then the successor's. A list or a status alone may be those of
+// another part of kubelet's, in the middle of all that PLEG asks by an older list: the log manager asks for the status of
+// all that run, without a word of sandboxes. Kubelet asks for the newest container of a slot first, or in the order of
+// the list, which is changed here to be that.
 func (v *View) told(list []*runtimeapi.Container) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -613,8 +625,35 @@ func (v *View) told(list []*runtimeapi.Container) {
 				list[i], list[j] = list[j], list[i]
 				turned = true
 			}
-			u.listed = true
-			v.untold[incumbent] = u
+			v.hearLocked(incumbent, listed)
+		}
+	}
+}
+
+// hearLocked notes a call of kubelet's, if it comes after those that it has to come after.
+func (v *View) hearLocked(incumbent string, call heard) {
+	if u := v.untold[incumbent]; u.heard == call-1 {
+		u.heard = call
+		v.untold[incumbent] = u
+	}
+}
+
+// listsSandboxes notes that the sandboxes are being listed.
+func (v *View) listsSandboxes() {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for incumbent := range v.untold {
+		v.hearLocked(incumbent, sandboxesListed)
+	}
+}
+
+// inspect notes that the status of the sandbox is being asked for.
+func (v *View) inspect(sandbox string) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for incumbent, u := range v.untold {
+		if u.sandbox == sandbox || u.sandbox == "" {
+			v.hearLocked(incumbent, inspected)
 		}
 	}
 }
@@ -623,7 +662,7 @@ func (v *View) told(list []*runtimeapi.Container) {
 func (v *View) asked(id string) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.tellLocked(func(_ string, u untold) bool { return u.listed && u.id == id })
+	v.tellLocked(func(_ string, u untold) bool { return u.heard == inspected && u.id == id })
 }
 
 // tellLocked ends that for those that is says.

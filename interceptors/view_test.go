@@ -397,12 +397,14 @@ func TestViewUnderLoad(t *testing.T) {
 	var kubelet, ops sync.WaitGroup
 	kubelet.Go(func() {
 		for ctx.Err() == nil {
+			b.listSandboxes()
 			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
 			if err != nil {
 				t.Error(err)
 				return
 			}
 			listed, alive := 0, 0
+			b.inspect(sandbox)
 			for _, c := range resp.GetContainers() {
 				if c.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
 					continue
@@ -432,11 +434,17 @@ func TestViewUnderLoad(t *testing.T) {
 			}
 		}
 	})
-	kubelet.Go(func() { // its other parts list too, in the middle of that
+	kubelet.Go(func() { // its other parts list too, in the middle of that, and the log manager asks for the status of what runs
 		for ctx.Err() == nil {
-			if _, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{}); err != nil {
+			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+			if err != nil {
 				t.Error(err)
 				return
+			}
+			for _, c := range resp.GetContainers() {
+				if _, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()}); err != nil {
+					t.Error(err)
+				}
 			}
 		}
 	})
@@ -535,18 +543,33 @@ func TestRevealBetweenListAndStatus(t *testing.T) {
 		{"the successor, of which nobody was told", func(b *bed) { ask(b, successor) }, false},
 		{"the successor, before the list", func(b *bed) { ask(b, successor); look(b, all) }, false},
 		{"another one", func(b *bed) { look(b, all); ask(b, web) }, false},
-		{"a list and its successor", func(b *bed) { look(b, all); ask(b, successor) }, true},
-		{"a list of running ones", func(b *bed) {
+		{"what runs, as the log manager does", func(b *bed) { look(b, all); ask(b, successor) }, false},
+		{"the log manager beside an older look at the pod", func(b *bed) { look(b, all); b.inspect(sandbox); ask(b, successor) }, false},
+		{"the whole pod, but for the list", func(b *bed) { b.listSandboxes(); b.inspect(sandbox); look(b, all); ask(b, successor) }, false},
+		{"the whole of another pod", func(b *bed) { b.listSandboxes(); look(b, all); b.inspect("another"); ask(b, successor) }, false},
+		{"the whole pod", func(b *bed) { b.listSandboxes(); look(b, all); b.inspect(sandbox); ask(b, successor) }, true},
+		{"running ones", func(b *bed) {
+			b.listSandboxes()
 			look(b, &runtimeapi.ListContainersRequest{Filter: inState(runtimeapi.ContainerState_CONTAINER_RUNNING)})
+			b.inspect(sandbox)
 			ask(b, successor)
 		}, false},
-		{"a list of another pod", func(b *bed) {
+		{"another pod's", func(b *bed) {
+			b.listSandboxes()
 			look(b, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{LabelSelector: other}})
+			b.inspect(sandbox)
 			ask(b, successor)
 		}, false},
-		{"a stream", func(b *bed) { stream(b, &runtimeapi.StreamContainersRequest{}); ask(b, successor) }, true},
-		{"a stream of running ones", func(b *bed) {
+		{"streams", func(b *bed) {
+			b.director.Stream(runtimeapi.RuntimeService_StreamPodSandboxes_FullMethodName)
+			stream(b, &runtimeapi.StreamContainersRequest{})
+			b.inspect(sandbox)
+			ask(b, successor)
+		}, true},
+		{"streams of running ones", func(b *bed) {
+			b.director.Stream(runtimeapi.RuntimeService_StreamPodSandboxes_FullMethodName)
 			stream(b, &runtimeapi.StreamContainersRequest{Filter: inState(runtimeapi.ContainerState_CONTAINER_RUNNING)})
+			b.inspect(sandbox)
 			ask(b, successor)
 		}, false},
 		{"the incumbent's removal", func(b *bed) { b.view.Forget(incumbent) }, true},

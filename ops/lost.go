@@ -591,7 +591,13 @@ func (e *Engine) letPass(ctx context.Context, l *lostSlot) (over bool) {
 	case errors.Is(err, errPassed):
 		return true
 	}
-	if _, info, ierr := e.inspect(ctx, s.id); ierr == nil && e.waits(info.PID, s.id) {
+	_, info, ierr := e.inspect(ctx, s.id)
+	waits := ierr == nil && e.waitsOn(ctx, info.PID, s.id)
+	switch {
+	case ctx.Err() != nil:
+		g.Leave() // for the next process
+		return false
+	case waits:
 		// Nobody can let it pass: kubelet's policy is for one that has ended.
 		log.WithError(err).Warn("a container that no operation knows cannot pass its gate, and is stopped")
 		if err := e.stopHeld(ctx, nil, s.id, minGrace); err != nil {
@@ -599,6 +605,20 @@ func (e *Engine) letPass(ctx context.Context, l *lostSlot) (over bool) {
 		}
 	}
 	return true
+}
+
+// waitsOn is waits for a container that may be about to come to its entrypoint, without any gate: that takes as long as the runtime's process
+// needs to execute it.
+func (e *Engine) waitsOn(ctx context.Context, pid int, id string) bool {
+	for until := time.Now().Add(hookPatience); e.waits(pid, id); {
+		if time.Now().After(until) {
+			return true
+		}
+		if sleep(ctx, 10*time.Millisecond) != nil {
+			return false // the next process finds it
+		}
+	}
+	return false
 }
 
 // errPassed says that nothing waits at a gate any more.

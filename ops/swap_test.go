@@ -63,9 +63,18 @@ func (n *node) checkSwap(t *testing.T, living string) {
 // plain makes kubelet read all there is, and reports whether nothing is hidden or masked then.
 func plain(t testing.TB, kubelet runtimeapi.RuntimeServiceClient, view *interceptors.View) bool {
 	t.Helper()
+	sandboxes, err := kubelet.ListPodSandbox(t.Context(), &runtimeapi.ListPodSandboxRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
 	list, err := kubelet.ListContainers(t.Context(), &runtimeapi.ListContainersRequest{})
 	if err != nil {
 		t.Fatal(err)
+	}
+	for _, s := range sandboxes.GetItems() {
+		if _, err := kubelet.PodSandboxStatus(t.Context(), &runtimeapi.PodSandboxStatusRequest{PodSandboxId: s.GetId()}); err != nil {
+			t.Fatal(err)
+		}
 	}
 	for _, c := range list.GetContainers() {
 		if _, err := kubelet.ContainerStatus(t.Context(), &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()}); err != nil {

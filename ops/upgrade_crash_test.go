@@ -143,8 +143,8 @@ func (s upgradeScenario) crashAt(t *testing.T, n *upNode, m moment) bool {
 			return nil
 		}
 		crashed, before = true, n.sees()
-		dies() // whoever has called it is told so
 		state = n.crash()
+		dies() // whoever has called it is told so, not the other way round
 		if now.done {
 			return nil
 		}

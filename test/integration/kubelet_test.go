@@ -225,6 +225,23 @@ func (k *kubelet) status(t testing.TB, id string) *runtimeapi.ContainerStatus {
 	return resp.GetStatus()
 }
 
+// look makes kubelet learn of the pod as its PLEG does: sandboxes are listed, then containers, and the sandbox's status is asked for. The
+// statuses of the containers come next, the newest one's first; until then, the status of a container that was replaced says that
+// it runs.
+func (p *pod) look(t testing.TB, k *kubelet) {
+	t.Helper()
+	uid := map[string]string{"io.kubernetes.pod.uid": p.uid}
+	if _, err := k.ListPodSandbox(t.Context(), &runtimeapi.ListPodSandboxRequest{Filter: &runtimeapi.PodSandboxFilter{LabelSelector: uid}}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := k.ListContainers(t.Context(), &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{LabelSelector: uid}}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := k.PodSandboxStatus(t.Context(), &runtimeapi.PodSandboxStatusRequest{PodSandboxId: p.sandbox}); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // running returns how many containers of the name run, and how many exist, as the socket of k tells.
 func (p *pod) running(t testing.TB, k *kubelet, name string) (running, all int) {
 	t.Helper()

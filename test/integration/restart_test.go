@@ -58,8 +58,7 @@ func TestRestart(t *testing.T) {
 		t.Errorf("operation tells %v", c)
 	}
 	t.Logf("gap %s", c.GetGap().AsDuration())
-	// Kubelet lists, and then asks for the newest container's status first: until then, the other one's says that it runs.
-	p.running(t, n.kubelet, "app")
+	p.look(t, n.kubelet)
 	now := n.status(t, c.GetSuccessorId())
 	if got := n.status(t, app); got.GetState() != runtimeapi.ContainerState_CONTAINER_EXITED || got.GetExitCode() != 7 {
 		t.Errorf("incumbent is %v", got)

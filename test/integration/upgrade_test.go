@@ -175,7 +175,7 @@ func TestUpgrade(t *testing.T) {
 			if running, all := p.running(t, n.direct, "app"); running != 1 || all != 2 {
 				t.Errorf("%d running of %d", running, all)
 			}
-			p.running(t, n.kubelet, "app") // in kubelet's order, see TestRestart
+			p.look(t, n.kubelet)
 			st := n.status(t, created)
 			if st.GetImage().GetImage() != bed.busybox2 || st.GetMetadata().GetAttempt() != 1 || st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
 				t.Errorf("new container: %v", st)
