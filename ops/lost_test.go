@@ -378,6 +378,25 @@ func TestLateCreationsAreHidden(t *testing.T) {
 	}
 }
 
+// A container without a gate is called as one that waits at it until it executes its entrypoint. With gates and journal lost it is not taken
+// for one.
+func TestLostAtItsEntrypoint(t *testing.T) {
+	n := newNode(t, podOptions{processes: true, method: MethodPidfd})
+	n.runTidied()
+	n.rt.set(func(f *fakeRuntime) { f.processes.slowExec = 300 * time.Millisecond })
+	n.restart("op")
+	n.finish("op")
+	state := n.crash()
+	n.must(errors.Join(os.Remove(filepath.Join(state, "journal.db")), os.RemoveAll(filepath.Join(state, "gates"))))
+	n.boot(state)
+	n.state = state
+	n.runTidied()
+	n.awaitLiving("app/1, web/0")
+	if got, want := n.sees(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want {
+		t.Errorf("kubelet sees %s", got)
+	}
+}
+
 // The runtime goes on showing a container whose process is gone. Its successor is not a stray beside it.
 func TestShellsDoNotServe(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})

@@ -37,7 +37,7 @@ type fakeProcesses struct {
 	mortal   string                  // a container whose application ends at once
 	noHook   bool                    // the hook is not run, and the application begins at once
 	deadHook bool                    // the container ends instead of running the hook
-	slowExec time.Duration           // between the end of the hook and the execution of the application
+	slowExec time.Duration           // between the start, or the end of the hook, and the execution of the application
 	lateHook bool                    // the runtime's process does not come to run the hook
 	late     func(name string) error // called in StopContainer, between the end of the process and that of the container
 	all      []*fakeProcess
@@ -136,6 +136,9 @@ func (f *fakeRuntime) run(c *fakeContainer) error {
 	}
 	switch {
 	case c.gate == nil || p.noHook:
+		if p.slowExec > 0 {
+			script = fmt.Sprintf(`sleep %f; `, p.slowExec.Seconds()) + script
+		}
 	case p.lateHook:
 		script = `sleep 100000; exit 1`
 	case p.deadHook:
