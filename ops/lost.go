@@ -608,14 +608,14 @@ func (e *Engine) letPass(ctx context.Context, l *lostSlot) (over bool) {
 }
 
 // waitsOn is waits for a container that may be about to come to its entrypoint, without any gate: that takes as long as the runtime's process
-// needs to execute it.
+// needs to execute it. If ctx ends before that is known the container is taken to wait.
 func (e *Engine) waitsOn(ctx context.Context, pid int, id string) bool {
 	for until := time.Now().Add(hookPatience); e.waits(pid, id); {
 		if time.Now().After(until) {
 			return true
 		}
 		if sleep(ctx, 10*time.Millisecond) != nil {
-			return false // the next process finds it
+			return true
 		}
 	}
 	return false

@@ -489,6 +489,18 @@ func lostBesideTheOld(t *testing.T) (n *node, state string) {
 	return n, state
 }
 
+// judgedBesideTheOld is such a node whose next process has judged what is left, and does not run yet.
+func judgedBesideTheOld(t *testing.T) *node {
+	t.Helper()
+	n, state := lostBesideTheOld(t)
+	n.boot(state)
+	n.state = state
+	if got := n.sees(); got != "app/0 RUNNING, web/0 RUNNING" {
+		t.Errorf("kubelet sees %s at first", got)
+	}
+	return n
+}
+
 // crashBeforeStop has the process die when it is about to stop app/0 for a restart, and returns its state directory.
 func (n *node) crashBeforeStop(edit ...func(*opsv1.RestartRequest)) (state string) {
 	n.t.Helper()
@@ -520,12 +532,7 @@ func (n *node) awaitTidy() {
 
 // Kubelet that stops the old container, because of a failed probe perhaps, finds it ended and nothing beside it.
 func TestKubeletStopsTheOldOneMeanwhile(t *testing.T) {
-	n, state := lostBesideTheOld(t)
-	n.boot(state)
-	n.state = state
-	if got := n.sees(); got != "app/0 RUNNING, web/0 RUNNING" {
-		t.Errorf("kubelet sees %s at first", got)
-	}
+	n := judgedBesideTheOld(t)
 	stopped := make(chan error, 1)
 	go func() {
 		_, err := n.kubelet.StopContainer(t.Context(), &runtimeapi.StopContainerRequest{ContainerId: n.rt.idOf(t, "app/0"), Timeout: 5})
@@ -549,12 +556,7 @@ func TestKubeletStopsTheOldOneMeanwhile(t *testing.T) {
 
 // A runtime that does not answer at the start keeps what is left from being taken away as long only.
 func TestLostIsClearedOnceTheRuntimeAnswers(t *testing.T) {
-	n, state := lostBesideTheOld(t)
-	n.boot(state)
-	n.state = state
-	if got := n.sees(); got != "app/0 RUNNING, web/0 RUNNING" { // judged
-		t.Errorf("kubelet sees %s at first", got)
-	}
+	n := judgedBesideTheOld(t)
 	var lists atomic.Int64
 	n.rt.set(func(f *fakeRuntime) {
 		f.before = func(call string) error {
@@ -574,12 +576,7 @@ func TestLostIsClearedOnceTheRuntimeAnswers(t *testing.T) {
 
 // What cannot be taken away stays hidden. Its slot is given up, and the end of the old container is kubelet's to see.
 func TestPanicWhileLostIsCleared(t *testing.T) {
-	n, state := lostBesideTheOld(t)
-	n.boot(state)
-	n.state = state
-	if got := n.sees(); got != "app/0 RUNNING, web/0 RUNNING" { // judged
-		t.Errorf("kubelet sees %s at first", got)
-	}
+	n := judgedBesideTheOld(t)
 	n.leash.panicAt("ContainerStatus", always)
 	n.run()
 	n.log.await(t, "the daemon would have panicked")

@@ -106,7 +106,7 @@ func (r *restart) successorServes(ctx context.Context) (bool, error) {
 		case status.Code(err) == codes.NotFound:
 			return false, nil
 		case err == nil:
-			return st.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING && !r.atGate(info.PID, id), nil
+			return st.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING && !r.atGate(ctx, info.PID, id), nil
 		}
 		if err := sleep(ctx, 200*time.Millisecond); err != nil {
 			return false, err
@@ -115,9 +115,9 @@ func (r *restart) successorServes(ctx context.Context) (bool, error) {
 }
 
 // atGate reports whether a successor that runs may be waiting at its gate. One whose process cannot be looked at may, as long as there is a gate.
-func (r *restart) atGate(pid int, id string) bool {
+func (r *restart) atGate(ctx context.Context, pid int, id string) bool {
 	if !r.methods.gate(r.rec().Token).Exists() {
-		return r.gatesLost && r.waits(pid, id)
+		return r.gatesLost && r.waitsOn(ctx, pid, id)
 	}
 	return r.methods.owned(pid, id) != nil || gate.Waiting(pid)
 }
