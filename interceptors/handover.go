@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -54,7 +55,10 @@ type CarriedHeir struct {
 	Slot    Slot   `json:"slot,omitzero"`
 	Late    bool   `json:"late,omitempty"`
 	Grace   int64  `json:"grace,omitempty"`
-	Heard   heard  `json:"heard,omitempty"` // of an untold one
+	// Heard, Round and Since are those of an untold one.
+	Heard heard     `json:"heard,omitempty"`
+	Round bool      `json:"round,omitempty"`
+	Since time.Time `json:"since,omitzero"`
 }
 
 // Carry returns what the next process must be told. Nothing may change the view any more.
@@ -67,7 +71,7 @@ func (v *View) Carry() Carry {
 		c.Heirs[incumbent] = CarriedHeir{ID: h.id, Sandbox: h.sandbox, Slot: h.slot, Late: h.late, Grace: h.grace}
 	}
 	for incumbent, u := range v.untold {
-		c.Untold[incumbent] = CarriedHeir{ID: u.id, Sandbox: u.sandbox, Heard: u.heard}
+		c.Untold[incumbent] = CarriedHeir{ID: u.id, Sandbox: u.sandbox, Heard: u.heard, Round: u.round, Since: u.since}
 	}
 	return c
 }
@@ -81,7 +85,7 @@ func (v *View) TakeOver(c Carry) {
 		v.heirs[incumbent] = &heir{id: h.ID, sandbox: h.Sandbox, slot: h.Slot, late: h.Late, grace: h.Grace}
 	}
 	for incumbent, h := range c.Untold {
-		v.untold[incumbent] = untold{heir: heir{id: h.ID, sandbox: h.Sandbox}, heard: h.Heard}
+		v.untold[incumbent] = untold{heir: heir{id: h.ID, sandbox: h.Sandbox}, heard: h.Heard, round: h.Round, since: h.Since}
 		v.active.Add(1)
 	}
 }

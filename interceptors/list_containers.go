@@ -18,12 +18,14 @@ func (d *Director) listContainers(ctx context.Context, _ string, raw []byte, nex
 	if err != nil {
 		return nil, err
 	}
+	all := everything(req.GetFilter())
 	upstream, want, err := withoutState(raw, req, req.GetFilter())
 	if err != nil {
 		return nil, err
 	}
 	look := d.view.look(decidedIn(ctx))
 	defer look.end()
+	look.hideUntold(all)
 	return forward(ctx, upstream, next, &runtimeapi.ListContainersResponse{}, func(m *runtimeapi.ListContainersResponse) {
 		m.Containers = look.showContainers(m.Containers, want)
 		if want == nil {
@@ -38,6 +40,7 @@ func (d *Director) streamContainers(ctx context.Context, _ string, raw []byte) (
 	if err != nil {
 		return nil, nil, err
 	}
+	all := everything(req.GetFilter())
 	// The state filter is always evaluated here: an operation may begin while the stream is open. One that is active
 	// may end in the middle; then what the stream lists counts as told.
 	upstream, want, err := withoutState(raw, req, req.GetFilter())
@@ -45,6 +48,7 @@ func (d *Director) streamContainers(ctx context.Context, _ string, raw []byte) (
 		return nil, nil, err
 	}
 	look := d.view.look(decidedIn(ctx))
+	look.hideUntold(all)
 	return upstream, &messageFilter{look: look, always: want != nil || d.view.Active(), change: func(b []byte) ([]byte, error) {
 		m, err := decode(b, &runtimeapi.StreamContainersResponse{})
 		if err != nil {
@@ -60,6 +64,11 @@ func (d *Director) streamContainers(ctx context.Context, _ string, raw []byte) (
 		}
 		return encode(m)
 	}}, nil
+}
+
+// everything reports whether the filter lets all through.
+func everything(f *runtimeapi.ContainerFilter) bool {
+	return f.GetId() == "" && f.GetPodSandboxId() == "" && f.GetState() == nil && len(f.GetLabelSelector()) == 0
 }
 
 // withoutState takes the state out of the request's filter, which is part of req,

@@ -246,6 +246,52 @@ func TestRevealedTwiceIsListedNewestFirst(t *testing.T) {
 	}
 }
 
+// PLEG looks at a pod again only when its list has changed. A round that had listed the sandboxes before a reveal must not be told by the
+// list what the statuses do not say yet: kubelet would go by the incumbent's status for as long as the pod stays as it is.
+func TestRevealWithinARound(t *testing.T) {
+	b := newBed(t)
+	b.serveList()
+	b.serveStatus()
+	listed := func() string {
+		resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return show(resp.GetContainers())
+	}
+	streamed := func() (out string) {
+		_, filter := b.stream(methodStreamList, &runtimeapi.StreamContainersRequest{})
+		for _, m := range through(t, filter, &runtimeapi.StreamContainersResponse{Containers: containers()}) {
+			out = show(m.GetContainers())
+		}
+		return out
+	}
+	const before, after = "old RUNNING, web RUNNING, web-before EXITED", "new CREATED, old EXITED, web RUNNING, web-before EXITED"
+	c := b.swapping()
+	b.listSandboxes()
+	c.Reveal()
+	c.Release()
+	for name, got := range map[string]string{"list": listed(), "stream": streamed()} {
+		if got != before {
+			t.Errorf("in the round of the reveal the %s shows %q, want %q", name, got, before)
+		}
+	}
+	b.inspect(sandbox)
+	resp, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: incumbent})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s := resp.GetStatus(); s.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
+		t.Errorf("in the round of the reveal the incumbent is %s", s.GetState())
+	}
+	b.listSandboxes()
+	for name, got := range map[string]string{"list": listed(), "stream": streamed()} {
+		if got != after {
+			t.Errorf("in the next round the %s shows %q, want %q", name, got, after)
+		}
+	}
+}
+
 // What the list shows after each step of an operation, ending in each way.
 func TestListContainersStepByStep(t *testing.T) {
 	const untouched, before = "new CREATED, old EXITED, web RUNNING, web-before EXITED", "old EXITED, web RUNNING, web-before EXITED"

@@ -65,8 +65,10 @@ type View struct {
 	streams map[*eventFilter]struct{}
 	// heirs are the successors of incumbents that were shown exited, until those are removed.
 	heirs map[string]*heir
-	// untold has the successors, by incumbent, that were revealed and that kubelet does not go by yet; see told.
+	// untold has the successors, by incumbent, that were revealed and that kubelet does not go by yet; see told. round is set, while
+	// the view is active, from a list of sandboxes to one of all containers.
 	untold map[string]untold
+	round  bool
 	stops  map[string]int // container and sandbox IDs, as given, with a stop of kubelet's in flight
 	// elsewhere are such IDs with a stop in flight in the process before this one.
 	elsewhere []string
@@ -327,8 +329,8 @@ func (c *Claim) Mask() {
 	c.view.noteLocked(c, c.incumbent, masked)
 }
 
-// Reveal ends hiding and masking in one step: the next list shows both
-// containers as they are, and from then on so does their status. Events that were held back are sent.
+// Reveal ends hiding and masking in one step: the next list, but for that of a round of kubelet's which is under way (see
+// [View.told]), shows both containers as they are, and from then on so does their status. Events that were held back are sent.
 func (c *Claim) Reveal() { c.settle(true) }
 
 // TryReveal is [Claim.Reveal], unless someone has taken the slot back: then it does
@@ -364,7 +366,7 @@ func (c *Claim) settleLocked(show bool) {
 	successor := c.successor
 	v.active.Add(-1)
 	if show && successor != "" && v.ids[c.incumbent] == c && len(v.untold) < maxHeirs {
-		v.untold[c.incumbent] = untold{heir: heir{id: successor, sandbox: c.sandbox}}
+		v.untold[c.incumbent] = untold{heir: heir{id: successor, sandbox: c.sandbox}, round: v.round, since: time.Now()}
 		v.active.Add(1)
 	}
 	if v.tokens[c.token] == c {
@@ -591,7 +593,17 @@ func (v *View) correctLocked(s *runtimeapi.ContainerStatus) bool {
 type untold struct {
 	heir
 	heard heard
+	round bool // that of a moment in which sandboxes had been listed and containers not yet
+	since time.Time
 }
+
+// early reports whether a list that is asked for now may belong to a round that began before the reveal.
+func (u untold) early() bool {
+	return u.round && u.heard == nothing && time.Since(u.since) < roundPatience
+}
+
+// roundPatience bounds how long kubelet takes from listing sandboxes to listing containers.
+const roundPatience = 5 * time.Second
 
 // heard is how far kubelet has come in the calls by which it learns of an heir, see [View.told].
 type heard int
@@ -611,6 +623,10 @@ const (
 // another part of kubelet's, in the middle of all that PLEG asks by an older list: the log manager asks for the status of
 // all that run, without a word of sandboxes. Kubelet asks for the newest container of a slot first, or in the order of
 // the list, which is changed here to be that.
+//
+// A round of PLEG's that had listed its sandboxes when the reveal came lists containers as they were before it, see
+// [look.hideUntold]: what it then asks of the incumbent is answered that way, too, and PLEG looks again only at a pod whose list has
+// changed.
 func (v *View) told(list []*runtimeapi.Container) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -642,6 +658,7 @@ func (v *View) hearLocked(incumbent string, call heard) {
 func (v *View) listsSandboxes() {
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	v.round = true
 	for incumbent := range v.untold {
 		v.hearLocked(incumbent, sandboxesListed)
 	}
@@ -748,6 +765,27 @@ func (v *View) look(did *decided) *look {
 	}
 	v.looks[l] = struct{}{}
 	return l
+}
+
+// hideUntold makes a list of a round that began before a reveal show the slot as it was then. all says that
+// all containers are listed.
+func (l *look) hideUntold(all bool) {
+	l.view.mu.Lock()
+	defer l.view.mu.Unlock()
+	if all {
+		l.view.round = false
+	}
+	for incumbent, u := range l.view.untold {
+		if !u.early() {
+			continue
+		}
+		for id := u.id; id != ""; id = l.view.untold[id].id { // and who has taken its place since
+			l.ids[id] = hidden
+		}
+		if l.ids[incumbent] != hidden { // it may have taken another's place itself
+			l.ids[incumbent] = masked
+		}
+	}
 }
 
 func (l *look) end() {
