@@ -208,9 +208,7 @@ func (d *Director) Stream(method string) proxy.StreamInterceptor {
 func (d *Director) listsSandboxes(method string) {
 	switch method {
 	case runtimeapi.RuntimeService_ListPodSandbox_FullMethodName, runtimeapi.RuntimeService_StreamPodSandboxes_FullMethodName:
-		if d.view.Active() {
-			d.view.listsSandboxes()
-		}
+		d.view.listsSandboxes()
 	}
 }
 

@@ -40,6 +40,8 @@ type View struct {
 	active atomic.Int32
 	// guard says what a token means that the view does not hold; see Guard. The pass path reads it, too.
 	guard atomic.Int32
+	// round is set from a list of sandboxes to one of containers.
+	round atomic.Bool
 	// carried is closed once the view goes on in another process.
 	carried chan struct{}
 	leave   sync.Once
@@ -65,10 +67,8 @@ type View struct {
 	streams map[*eventFilter]struct{}
 	// heirs are the successors of incumbents that were shown exited, until those are removed.
 	heirs map[string]*heir
-	// untold has the successors, by incumbent, that were revealed and that kubelet does not go by yet; see told. round is set, while
-	// the view is active, from a list of sandboxes to one of all containers.
+	// untold has the successors, by incumbent, that were revealed and that kubelet does not go by yet; see told.
 	untold map[string]untold
-	round  bool
 	stops  map[string]int // container and sandbox IDs, as given, with a stop of kubelet's in flight
 	// elsewhere are such IDs with a stop in flight in the process before this one.
 	elsewhere []string
@@ -112,6 +112,10 @@ func (v *View) pass(method string) (done func(), ok bool) {
 	defer v.mu.Unlock()
 	if v.Active() || v.Guarded() {
 		return nil, false
+	}
+	switch method {
+	case runtimeapi.RuntimeService_ListContainers_FullMethodName, runtimeapi.RuntimeService_StreamContainers_FullMethodName:
+		v.round.Store(false) // whatever its filter is
 	}
 	v.passing[method]++
 	return func() { v.passed(method) }, true
@@ -366,7 +370,7 @@ func (c *Claim) settleLocked(show bool) {
 	successor := c.successor
 	v.active.Add(-1)
 	if show && successor != "" && v.ids[c.incumbent] == c && len(v.untold) < maxHeirs {
-		v.untold[c.incumbent] = untold{heir: heir{id: successor, sandbox: c.sandbox}, round: v.round, since: time.Now()}
+		v.untold[c.incumbent] = untold{heir: heir{id: successor, sandbox: c.sandbox}, round: v.round.Load(), since: time.Now()}
 		v.active.Add(1)
 	}
 	if v.tokens[c.token] == c {
@@ -656,9 +660,12 @@ func (v *View) hearLocked(incumbent string, call heard) {
 
 // listsSandboxes notes that the sandboxes are being listed.
 func (v *View) listsSandboxes() {
+	v.round.Store(true)
+	if !v.Active() {
+		return
+	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.round = true
 	for incumbent := range v.untold {
 		v.hearLocked(incumbent, sandboxesListed)
 	}
@@ -773,7 +780,7 @@ func (l *look) hideUntold(all bool) {
 	l.view.mu.Lock()
 	defer l.view.mu.Unlock()
 	if all {
-		l.view.round = false
+		l.view.round.Store(false)
 	}
 	for incumbent, u := range l.view.untold {
 		if !u.early() {

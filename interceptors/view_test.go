@@ -8,6 +8,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"math/rand/v2"
 	"slices"
 	"strconv"
 	"strings"
@@ -504,6 +506,86 @@ func TestViewUnderLoad(t *testing.T) {
 	b.readAll()
 	if b.view.Active() {
 		t.Error("the view still has something to say")
+	}
+}
+
+// PLEG looks at a pod only when its list has changed, and goes by what it has seen then. Once nothing is swapped any more, that must be the
+// truth, whenever in a round the last reveal came.
+func TestRoundsEndWithTheTruth(t *testing.T) {
+	for range 100 {
+		b := newBed(t)
+		rt := &swappedRuntime{}
+		rt.create("0", "")
+		rt.set("0", runtimeapi.ContainerState_CONTAINER_RUNNING)
+		rt.serve(b)
+		listed, seen := map[string]runtimeapi.ContainerState{}, map[string]runtimeapi.ContainerState{}
+		round := func() {
+			b.listSandboxes()
+			time.Sleep(time.Microsecond) // others have a turn
+			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			now := map[string]runtimeapi.ContainerState{}
+			for _, c := range resp.GetContainers() {
+				now[c.GetId()] = c.GetState()
+			}
+			if maps.Equal(now, listed) {
+				return
+			}
+			listed = now
+			b.inspect(sandbox)
+			for _, c := range resp.GetContainers() {
+				st, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()})
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				seen[c.GetId()] = st.GetStatus().GetState()
+			}
+		}
+		done := make(chan struct{})
+		var ops sync.WaitGroup
+		ops.Go(func() {
+			defer close(done)
+			for i := range 3 {
+				c, err := b.view.Claim(t.Context(), slot)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				current, id := strconv.Itoa(i), strconv.Itoa(i+1)
+				c.Bind(sandbox, current)
+				if err := c.Hide(t.Context(), "token"+id); err != nil {
+					t.Error(err)
+				}
+				rt.create(id, "token"+id)
+				c.Staged(id)
+				c.Mask()
+				rt.set(current, runtimeapi.ContainerState_CONTAINER_EXITED)
+				rt.set(id, runtimeapi.ContainerState_CONTAINER_RUNNING)
+				c.Release()
+				time.Sleep(time.Duration(rand.IntN(200)) * time.Microsecond)
+			}
+		})
+		for swapping := true; swapping; {
+			select {
+			case <-done:
+				swapping = false
+			default:
+			}
+			round()
+		}
+		ops.Wait()
+		round()
+		want := map[string]runtimeapi.ContainerState{}
+		for _, c := range rt.list {
+			want[c.GetId()] = c.GetState()
+		}
+		if !maps.Equal(seen, want) {
+			t.Fatalf("kubelet goes by %v, there is %v", seen, want)
+		}
 	}
 }
 
