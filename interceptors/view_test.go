@@ -349,6 +349,17 @@ func (r *swappedRuntime) create(id, token string) {
 	})
 }
 
+// stage makes a successor, hidden, and masks the incumbent.
+func (r *swappedRuntime) stage(t *testing.T, c *interceptors.Claim, incumbent, id string) {
+	c.Bind(sandbox, incumbent)
+	if err := c.Hide(t.Context(), "token"+id); err != nil {
+		t.Error(err)
+	}
+	r.create(id, "token"+id)
+	c.Staged(id)
+	c.Mask()
+}
+
 func (r *swappedRuntime) set(id string, s runtimeapi.ContainerState) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -482,13 +493,7 @@ func TestViewUnderLoad(t *testing.T) {
 				}
 				id := strconv.Itoa(next)
 				next++
-				c.Bind(sandbox, current)
-				if err := c.Hide(t.Context(), "token"+id); err != nil {
-					t.Error(err)
-				}
-				rt.create(id, "token"+id)
-				c.Staged(id)
-				c.Mask()
+				rt.stage(t, c, current, id)
 				_ = c.Stopping()
 				rt.set(current, runtimeapi.ContainerState_CONTAINER_EXITED)
 				rt.set(id, runtimeapi.ContainerState_CONTAINER_RUNNING)
@@ -556,13 +561,7 @@ func TestRoundsEndWithTheTruth(t *testing.T) {
 					return
 				}
 				current, id := strconv.Itoa(i), strconv.Itoa(i+1)
-				c.Bind(sandbox, current)
-				if err := c.Hide(t.Context(), "token"+id); err != nil {
-					t.Error(err)
-				}
-				rt.create(id, "token"+id)
-				c.Staged(id)
-				c.Mask()
+				rt.stage(t, c, current, id)
 				rt.set(current, runtimeapi.ContainerState_CONTAINER_EXITED)
 				rt.set(id, runtimeapi.ContainerState_CONTAINER_RUNNING)
 				c.Release()
