@@ -774,8 +774,8 @@ func (v *View) look(did *decided) *look {
 	return l
 }
 
-// hideUntold makes a list of a round that began before a reveal show the slot as it was then. all says that
-// all containers are listed.
+// hideUntold makes a list show a slot as it was before its reveal, if the list belongs to a round that began then. A list of all
+// containers ends the round.
 func (l *look) hideUntold(all bool) {
 	l.view.mu.Lock()
 	defer l.view.mu.Unlock()
