@@ -28,6 +28,7 @@ type item struct {
 	pod     *corev1.Pod
 	m       *member
 	goal    goal
+	known   knowledge
 	verdict verdict
 	ordinal int
 	stale   bool
@@ -53,6 +54,12 @@ func (p *pass) settlePreparation(i *item) {
 	}
 	once, unchanged, held := false, false, false
 	switch {
+	case t.same:
+		m.visit = nil
+		return
+	case t.failed != nil && (t.failed.reason == failDenied || t.failed.reason == failRewritten):
+		p.abort(m.node, t, t.failed.message)
+		once = false
 	case t.failed != nil:
 		once = t.stale
 		m.gaveWay = m.gaveWay && t.stale && !t.committed
@@ -127,7 +134,7 @@ func (p *pass) preparation(i *item) readiness {
 // step takes a pod whose turn it is a step further.
 func (p *pass) step(ctx context.Context, i *item) error {
 	i.m.turn = true
-	if i.stale {
+	if i.stale || p.waits(&i.m.api) {
 		return nil
 	}
 	if spared, err := p.sparesJob(ctx, i); !spared || err != nil {
@@ -208,10 +215,10 @@ func (p *pass) setGates(ctx context.Context, i *item, rollout types.UID) error {
 	return nil
 }
 
-// write changes the pod: its images, the label of its revision, and the mark that says so, in one patch.
-func (p *pass) write(ctx context.Context, i *item, operation string) error {
+// change is what is to be written into the pod, with what the API server has answered to it before.
+func (p *pass) change(i *item, operation string, answers rewrites) (*podChange, error) {
 	m := &mark{Rollout: p.rollout.UID, Revision: i.goal.revision, Operation: operation, Time: metav1.NewMicroTime(p.now), Containers: map[string]was{}}
-	lists := map[bool][]any{}
+	change := &podChange{uid: i.pod.UID, images: i.verdict.images, sidecars: map[string]bool{}, label: p.newLabel(i)}
 	unfinished := i.m.mark != nil && i.m.mark.Rollout == p.rollout.UID && i.m.mark.Time.After(p.lastSuccess())
 	for _, name := range append(sortedKeys(i.verdict.images), i.verdict.restarts...) {
 		c, sidecar := containerOf(i.pod, name)
@@ -224,10 +231,10 @@ func (p *pass) write(ctx context.Context, i *item, operation string) error {
 				w.Base = old.Base
 			}
 		}
-		m.Containers[name] = w
-		if image := i.verdict.images[name]; image != "" {
-			lists[sidecar] = append(lists[sidecar], map[string]any{"name": name, "image": image})
+		if i.verdict.images[name] != "" {
+			w.rewrite, change.sidecars[name] = answers[name], sidecar
 		}
+		m.Containers[name] = w
 	}
 	if unfinished { // containers that are not changed now can still be undone
 		for name, old := range i.m.mark.Containers {
@@ -240,27 +247,34 @@ func (p *pass) write(ctx context.Context, i *item, operation string) error {
 	}
 	text, err := json.Marshal(m)
 	if err != nil {
+		return nil, err
+	}
+	change.annotations = map[string]any{inplace.PodStateAnnotation: string(text)}
+	return change, nil
+}
+
+// write changes the pod, and looks at what has become of it.
+func (p *pass) write(ctx context.Context, i *item, operation string) error {
+	answers := i.m.answersOf(p.work)
+	change, err := p.change(i, operation, answers)
+	if err != nil {
 		return err
 	}
-	meta := map[string]any{"uid": i.pod.UID, "resourceVersion": i.pod.ResourceVersion, "annotations": map[string]any{inplace.PodStateAnnotation: string(text)}}
-	if label := p.newLabel(i); label != "" {
-		meta["labels"] = map[string]any{revisionLabel: label}
+	if operation == "" && len(change.images) > 0 { // nobody has asked yet
+		if answers, err = p.r.dryRun(ctx, i.pod, change); err != nil {
+			return err
+		}
+		if change, err = p.change(i, operation, answers); err != nil {
+			return err
+		}
 	}
-	spec := map[string]any{}
-	for sidecar, list := range lists {
-		spec[map[bool]string{false: "containers", true: "initContainers"}[sidecar]] = list
-	}
-	body := map[string]any{"metadata": meta}
-	if len(spec) > 0 {
-		body["spec"] = spec
-	}
-	patch, err := json.Marshal(body)
+	patch, err := change.patch(i.pod.ResourceVersion)
 	if err != nil {
 		return err
 	}
 	target := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: i.pod.Namespace, Name: i.pod.Name}}
 	if err := p.r.Client.Patch(ctx, target, client.RawPatch(types.StrategicMergePatchType, patch)); err != nil {
-		return fmt.Errorf("changing pod %s: %w", i.pod.Name, err)
+		return denied(err, "pod "+i.pod.Name)
 	}
 	i.m.written = versionOf(target.ResourceVersion)
 	if operation == "" {
@@ -268,12 +282,17 @@ func (p *pass) write(ctx context.Context, i *item, operation string) error {
 	}
 	p.r.Metrics.wrote("pod")
 	p.log.WithField("pod", i.pod.Name).WithField("op", operation).WithField("revision", i.goal.revision).Info("pod changed")
+	got := rewritesOf(change.images, podImages(target))
+	if name, differs := got.differs(answers, change.images); differs {
+		asked := change.images[name]
+		return unsteady("pod "+i.pod.Name, name, asked, answers.of(name, asked), got.of(name, asked))
+	}
 	return nil
 }
 
 // relabel gives a pod the label of its revision that has got its images otherwise.
 func (p *pass) relabel(ctx context.Context, i *item) error {
-	label := p.target.workload.revisionLabel(i.pod, nil)
+	label := p.target.workload.revisionLabel(i, nil)
 	if label == "" || label == i.pod.Labels[revisionLabel] {
 		return nil
 	}

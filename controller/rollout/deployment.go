@@ -71,8 +71,8 @@ func (w *deployment) image(container string) string {
 	return templateImages(&w.d.Spec.Template)[container]
 }
 
-func (w *deployment) obstacle(*corev1.Pod) string                         { return "" }
-func (w *deployment) revisionLabel(*corev1.Pod, map[string]string) string { return "" }
+func (w *deployment) obstacle(*corev1.Pod) string                   { return "" }
+func (w *deployment) revisionLabel(*item, map[string]string) string { return "" }
 
 // ours says that this rollout has paused the Deployment.
 func (w *deployment) ours() bool {
@@ -87,11 +87,7 @@ func (w *deployment) align(ctx context.Context, images map[string]string) (bool,
 	if w.current == nil {
 		return false, name + " has no ReplicaSet yet", nil
 	}
-	own, err := templateDiff(&w.d.Spec.Template, images, name)
-	if err != nil {
-		return false, "", err
-	}
-	sets, err := templateDiff(&w.current.Spec.Template, images, "ReplicaSet "+w.current.Name)
+	own, sets, err := w.diffs(images)
 	if err != nil {
 		return false, "", err
 	}
@@ -113,12 +109,32 @@ func (w *deployment) align(ctx context.Context, images map[string]string) (bool,
 		return false, name + " has other images in its template that are not rolled out: let its own rollout finish first", nil
 	case len(own)+len(sets) == 0:
 		return true, "", nil
+	}
+	// The API server is asked before the Deployment is paused.
+	answers, err := w.p.askTemplate(ctx, w.d, kindDeployment, own)
+	if err != nil {
+		return false, "", err
+	}
+	w.p.work.rewrite(answers)
+	if own, sets, err = w.diffs(images); err != nil {
+		return false, "", err
+	}
+	answers, err = w.p.askTemplate(ctx, w.current, "ReplicaSet", sets)
+	if err != nil {
+		return false, "", err
+	}
+	for container, a := range answers {
+		return false, "", unsteady("ReplicaSet "+w.current.Name, container, a.Asked, a.Asked+" in its Deployment", a.Got)
+	}
+	switch {
+	case len(own)+len(sets) == 0:
+		return true, "", nil
 	case !w.d.Spec.Paused:
 		patch, err := templatePatch(w.d, &w.d.Spec.Template, nil, map[string]any{inplace.PausedByAnnotation: string(w.p.rollout.UID)}, map[string]any{"paused": true})
 		if err != nil {
 			return false, "", err
 		}
-		if err := w.p.patchWorkload(ctx, w.d, patch, kindDeployment); err != nil {
+		if err := w.p.patchWorkload(ctx, w.d, patch, kindDeployment, nil); err != nil {
 			return false, "", err
 		}
 		w.p.event(corev1.EventTypeNormal, eventPaused, name+" is paused until its pods are changed")
@@ -128,13 +144,22 @@ func (w *deployment) align(ctx context.Context, images map[string]string) (bool,
 		if err != nil {
 			return false, "", err
 		}
-		return false, "the template of ReplicaSet " + w.current.Name + " has just been changed", w.p.patchWorkload(ctx, w.current, patch, "ReplicaSet")
+		return false, "the template of ReplicaSet " + w.current.Name + " has just been changed", w.p.patchWorkload(ctx, w.current, patch, "ReplicaSet", sets)
 	}
 	patch, err := templatePatch(w.d, &w.d.Spec.Template, own, nil, nil)
 	if err != nil {
 		return false, "", err
 	}
-	return false, "the template of " + name + " has just been changed", w.p.patchWorkload(ctx, w.d, patch, kindDeployment)
+	return false, "the template of " + name + " has just been changed", w.p.patchWorkload(ctx, w.d, patch, kindDeployment, own)
+}
+
+// diffs are the images that the Deployment lacks, and those that its ReplicaSet lacks.
+func (w *deployment) diffs(images map[string]string) (own, sets map[string]string, err error) {
+	images = w.p.work.template.all(images)
+	if own, err = templateDiff(&w.d.Spec.Template, images, "Deployment "+w.d.Name); err == nil {
+		sets, err = templateDiff(&w.current.Spec.Template, images, "ReplicaSet "+w.current.Name)
+	}
+	return own, sets, err
 }
 
 // settle lets a Deployment go on that the rollout has paused. Its template and that of its ReplicaSet must agree before: a
@@ -152,11 +177,7 @@ func (w *deployment) settle(ctx context.Context) (bool, error) {
 			}
 		}
 		if len(images) > 0 {
-			patch, err := templatePatch(w.d, &w.d.Spec.Template, images, nil, nil)
-			if err != nil {
-				return false, err
-			}
-			return false, w.p.patchWorkload(ctx, w.d, patch, kindDeployment)
+			return false, w.agree(ctx, images)
 		}
 		if !w.observed() || w.current.Status.ObservedGeneration < w.current.Generation {
 			return false, nil
@@ -166,11 +187,32 @@ func (w *deployment) settle(ctx context.Context) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	if err := w.p.patchWorkload(ctx, w.d, patch, kindDeployment); err != nil {
+	if err := w.p.patchWorkload(ctx, w.d, patch, kindDeployment, nil); err != nil {
 		return false, err
 	}
 	w.p.event(corev1.EventTypeNormal, eventResumed, fmt.Sprintf("Deployment %s goes on", w.d.Name))
 	return false, nil
+}
+
+// agree gives the Deployment the images of its ReplicaSet or, where the API server does not have that, the ReplicaSet those of its Deployment.
+func (w *deployment) agree(ctx context.Context, images map[string]string) error {
+	patch, err := templatePatch(w.d, &w.d.Spec.Template, images, nil, nil)
+	if err != nil {
+		return err
+	}
+	if err = w.p.patchWorkload(ctx, w.d, patch, kindDeployment, images); refusal(err) == nil {
+		return err
+	}
+	back := map[string]string{}
+	for name, image := range templateImages(&w.d.Spec.Template) {
+		if images[name] != "" {
+			back[name] = image
+		}
+	}
+	if patch, err = templatePatch(w.current, &w.current.Spec.Template, back, nil, nil); err != nil {
+		return err
+	}
+	return w.p.patchWorkload(ctx, w.current, patch, "ReplicaSet", back)
 }
 
 // halfDone says that the Deployment's image is one that this rollout was about to replace, and not one that somebody else wants.

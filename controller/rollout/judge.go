@@ -48,6 +48,8 @@ const (
 	failPreparation  = "PreparationFailed"
 	failPodEnded     = "PodEnded"
 	failEndsJob      = "WouldEndJob"
+	failDenied       = "AdmissionDenied"
+	failRewritten    = "ImageRewritten"
 	waitImagePull    = "ImagePullBackOff"
 	waitInvalidImage = "InvalidImageName"
 	waitNeverPull    = "ErrImageNeverPull"
@@ -83,7 +85,17 @@ type knowledge struct {
 	seen    map[string]time.Time
 	// settled says that the pod has been available after the change.
 	settled bool
+	// answers are what the API server makes of images in this pod.
+	answers rewrites
 	now     time.Time
+}
+
+// has says that a container has the image that is wanted, or what admission makes of it.
+func (k knowledge) has(m *mark, container, have, want string) bool {
+	if have == want || k.answers[container].covers(want, have) {
+		return true
+	}
+	return m != nil && m.Containers[container].covers(want, have)
 }
 
 // verdict is where a pod stands.
@@ -130,7 +142,7 @@ func judge(pod *corev1.Pod, m *mark, g goal, k knowledge, s *strategy, now time.
 			v.fail(failNoContainer, "%s", podLacks(pod, name, toChange))
 			return v
 		}
-		if c.Image != image {
+		if !k.has(m, name, c.Image, image) {
 			v.images[name] = image
 		}
 	}

@@ -33,6 +33,7 @@ type was struct {
 	// ID and ImageID of the status.
 	ID      string `json:"id,omitempty"`
 	ImageID string `json:"imageID,omitempty"`
+	rewrite
 }
 
 // markOf reads the annotation; nil when there is none of the right form.

@@ -41,6 +41,11 @@ type work struct {
 	progressed time.Time
 	released   chan struct{} // closed when the nodes have been told that the rollout has ended; nil before
 	revisions  *revisions
+	// template is what the API server makes of the goal's images in the template of the workload.
+	template rewrites
+	// refused is why the template of the workload is not changed, by the revision of the goal; api is what goes wrong with it.
+	refused map[string]*failure
+	api     apiTrouble
 
 	mu sync.Mutex
 	// selector chooses the pods that the rollout may be about; nil until it is known.
@@ -73,6 +78,8 @@ type member struct {
 	settled bool
 	// refused is why the pod must not be changed.
 	refused *failure
+	// api is what went wrong with the API server since something last went well.
+	api apiTrouble
 	// readySeen is when the containers of readyIDs were first seen ready.
 	readySeen time.Time
 	readyIDs  string
@@ -86,6 +93,15 @@ type member struct {
 
 	// visit is the conversation about the upgrade, restart that about containers to restart.
 	visit, restart *talk
+	// answers are what the API server makes of the images of the goal in this pod.
+	answers rewrites
+}
+
+// answersOf reads the answers.
+func (m *member) answersOf(w *work) rewrites {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return m.answers
 }
 
 // talk is a conversation with a node about one operation.
@@ -100,6 +116,10 @@ type talk struct {
 	// failed ends it.
 	failed *failure
 	stale  bool
+	// same says that there is nothing to do: what the API server would make of the images is there.
+	same bool
+	// api is what went wrong with the API server last, and how often.
+	api apiTrouble
 	// committed says that CommitUpgrade was taken, or is under way.
 	committed bool
 }
@@ -163,7 +183,7 @@ func (w *work) close() { w.keep(nil) }
 func (w *work) knowledge(m *member, begun time.Time) knowledge {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	k := knowledge{begun: begun, turn: m.turn, readySeen: m.readySeen, seen: m.started, settled: m.settled}
+	k := knowledge{begun: begun, turn: m.turn, readySeen: m.readySeen, seen: m.started, settled: m.settled, answers: m.answers}
 	if t := m.visit; t != nil {
 		if m.mark != nil && t.uid == m.mark.Operation {
 			k.op, k.asked = t.op, t.asked

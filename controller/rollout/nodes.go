@@ -8,6 +8,7 @@ import (
 	"errors"
 
 	"google.golang.org/grpc/codes"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller"
@@ -46,9 +47,15 @@ func troubleOf(err error) trouble {
 	if err == nil {
 		return trouble{}
 	}
+	if why := refusal(err); why != nil {
+		return trouble{failure: *why, final: true}
+	}
 	var missing *environment.MissingError
 	if errors.As(err, &missing) {
 		return trouble{failure: failure{failPreparation, err.Error()}, final: true}
+	}
+	if apierrors.IsNotFound(err) || apierrors.IsConflict(err) {
+		return trouble{failure: failure{failPreparation, err.Error()}, stale: true} // the pod is not what it was
 	}
 	var unreadable *pullsecrets.UnreadableError
 	var nodeError *controller.NodeError

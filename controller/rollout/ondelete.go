@@ -73,7 +73,7 @@ func (w *onDelete) name() string { return w.kind + " " + w.object.GetName() }
 func (w *onDelete) image(container string) string { return templateImages(w.template)[container] }
 
 func (w *onDelete) align(ctx context.Context, images map[string]string) (bool, string, error) {
-	diff, err := templateDiff(w.template, images, w.name())
+	diff, err := templateDiff(w.template, w.p.work.template.all(images), w.name())
 	if err != nil {
 		return false, "", err
 	}
@@ -81,12 +81,22 @@ func (w *onDelete) align(ctx context.Context, images map[string]string) (bool, s
 		return false, "the template of " + w.name() + " has other images by now", nil // the rollout will have them too
 	}
 	if len(diff) > 0 {
+		answers, err := w.p.askTemplate(ctx, w.object, w.kind, diff)
+		if err != nil {
+			return false, "", err
+		}
+		w.p.work.rewrite(answers)
+		if diff, err = templateDiff(w.template, w.p.work.template.all(images), w.name()); err != nil {
+			return false, "", err
+		}
+	}
+	if len(diff) > 0 {
 		patch, err := templatePatch(w.object, w.template, diff, nil, nil)
 		if err != nil {
 			return false, "", err
 		}
 		w.p.log.WithField("images", diff).Info("changing the template of " + w.name())
-		return false, "the template of " + w.name() + " has just been changed", w.p.patchWorkload(ctx, w.object, patch, w.kind)
+		return false, "the template of " + w.name() + " has just been changed", w.p.patchWorkload(ctx, w.object, patch, w.kind, diff)
 	}
 	if w.observed < w.object.GetGeneration() {
 		return false, "the controller of " + w.name() + " has not seen its template yet", nil
@@ -195,7 +205,8 @@ func (w *onDelete) obstacle(pod *corev1.Pod) string {
 	return ""
 }
 
-func (w *onDelete) revisionLabel(pod *corev1.Pod, images map[string]string) string {
+func (w *onDelete) revisionLabel(i *item, images map[string]string) string {
+	pod := i.pod
 	if w.revisions == nil || w.update == "" || w.obstacle(pod) != "" {
 		return ""
 	}
@@ -204,11 +215,7 @@ func (w *onDelete) revisionLabel(pod *corev1.Pod, images map[string]string) stri
 		if c == nil {
 			return ""
 		}
-		image := c.Image
-		if to := images[name]; to != "" {
-			image = to
-		}
-		if image != want {
+		if to := images[name]; to != "" && to != want || to == "" && !i.known.has(i.m.mark, name, c.Image, want) {
 			return ""
 		}
 	}

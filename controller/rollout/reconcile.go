@@ -6,6 +6,7 @@ package rollout
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"slices"
 	"sync"
@@ -234,21 +235,19 @@ func (p *pass) advance(ctx context.Context) error {
 	if p.work.revision != p.goal.revision {
 		p.work.revision, p.work.failures, p.work.told = p.goal.revision, map[types.UID]inplace.PodFailure{}, map[string]bool{}
 		p.work.progressed, p.work.released = p.now, nil
+		p.work.template, p.work.refused, p.work.api = nil, nil, apiTrouble{}
 	}
 	if p.undoing() {
 		p.goal = p.goal.undoing(&p.rollout.Status, p.target.workload != nil)
 	}
 	ready := true
 	if w := p.target.workload; w != nil {
-		if ready, p.blocked, err = w.align(ctx, p.goal.images); errors.As(err, &why) {
+		if ready, err = p.align(ctx, w); errors.As(err, &why) {
 			return p.refuse(ctx, why)
 		} else if err != nil {
 			return err
 		}
-		if !ready {
-			p.blockedReason = inplace.ReasonWaiting
-			p.wait = sooner(p.wait, blockedPause)
-		}
+		p.goal.images = p.work.template.all(p.goal.images) // as the workload's controller would make pods
 	}
 	p.gather(ctx)
 	if err := p.decide(ctx, !ready); err != nil {
@@ -261,6 +260,49 @@ func (p *pass) advance(ctx context.Context) error {
 		return err
 	}
 	return p.conclude(ctx)
+}
+
+// align brings the template of the workload to the images, unless the API server has said no.
+func (p *pass) align(ctx context.Context, w workload) (ready bool, err error) {
+	api := &p.work.api
+	p.blockedReason = inplace.ReasonWaiting
+	switch {
+	case p.work.refused[p.goal.revision] != nil:
+	case p.waits(api):
+		p.blocked = api.text
+	default:
+		ready, p.blocked, err = w.align(ctx, p.goal.images)
+		why := refusal(err)
+		switch {
+		case err == nil:
+			*api = apiTrouble{}
+		case why != nil:
+			p.work.refuse(p.goal.revision, why)
+		case apiStatus(err) && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err):
+			api.note(err, p.now)
+			p.waits(api)
+			p.blocked = api.text
+			if p.now.Sub(api.since) >= p.strategy.deadline {
+				p.work.refuse(p.goal.revision, &failure{failDeadline, fmt.Sprintf("the template could not be changed for %s: %s", p.strategy.deadline, err)})
+			}
+		default:
+			return false, err
+		}
+	}
+	switch why := p.work.refused[p.goal.revision]; {
+	case why != nil && !p.goal.undo:
+		p.blocked = why.message
+	case why != nil:
+		p.blocked = "" // what cannot be put back stays
+	case !ready && api.count >= troubleTries:
+		p.blockedReason = inplace.ReasonAPIError
+		p.blocked = fmt.Sprintf("%s cannot be changed, %d tries have failed since %s: %s", p.target.what, api.count, api.since.UTC().Format(time.RFC3339), api.text)
+		p.tell(corev1.EventTypeWarning, inplace.ReasonAPIError, p.blocked, "template")
+	}
+	if !ready {
+		p.wait = sooner(p.wait, blockedPause)
+	}
+	return ready || p.work.refused[p.goal.revision] != nil && p.goal.undo, nil
 }
 
 // undoing says that the revision is being rolled back.
@@ -295,7 +337,7 @@ func (p *pass) gather(ctx context.Context) {
 		p.settlePreparation(i)
 		k := p.work.knowledge(m, begun)
 		k.carried = len(m.started) > 0 && p.carries(ctx, pod)
-		i.verdict = judge(pod, m.mark, i.goal, k, &p.strategy, p.now)
+		i.known, i.verdict = k, judge(pod, m.mark, i.goal, k, &p.strategy, p.now)
 		p.wait = sooner(p.wait, i.verdict.wait)
 		if s := i.verdict.stage; p.target.workload != nil && (s == outdated && !m.turn || s == broken && i.verdict.failure.reason == failNoContainer) {
 			if why := p.target.workload.obstacle(pod); why != "" {
@@ -374,20 +416,19 @@ func (p *pass) act(ctx context.Context) error {
 	for _, n := range p.plan.prepare {
 		p.prepare(ctx, p.items[n])
 	}
-	var errs []error
 	for _, n := range p.plan.begin {
-		errs = append(errs, p.step(ctx, p.items[n]))
+		p.settleError(p.items[n], p.step(ctx, p.items[n]))
 	}
 	for _, i := range p.items {
 		if i.stale {
 			continue
 		}
 		p.tellWarnings(i)
-		if i.verdict.stage == updated && p.target.workload != nil {
-			errs = append(errs, p.relabel(ctx, i))
+		if i.verdict.stage == updated && p.target.workload != nil && !p.waits(&i.m.api) {
+			p.settleError(i, p.relabel(ctx, i))
 		}
-		if i.verdict.open {
-			errs = append(errs, p.setGates(ctx, i, ""))
+		if i.verdict.open && !p.waits(&i.m.api) {
+			p.settleError(i, p.setGates(ctx, i, ""))
 		}
 		if i.verdict.ask {
 			p.follow(ctx, i)
@@ -399,15 +440,35 @@ func (p *pass) act(ctx context.Context) error {
 			p.nudge(ctx, i)
 		}
 	}
-	for _, err := range errs {
-		switch {
-		case apierrors.IsConflict(err), apierrors.IsNotFound(err):
-			p.wait = sooner(p.wait, max(stalePause, p.r.gather(client.ObjectKeyFromObject(p.rollout))))
-		case err != nil:
-			return err
-		}
-	}
 	return nil
+}
+
+// settleError decides what becomes of a pod about which the API server has said no. What it says of one does not keep the others.
+func (p *pass) settleError(i *item, err error) {
+	why := refusal(err)
+	switch {
+	case err == nil:
+		if !i.stale && !p.now.Before(i.m.api.until) {
+			i.m.api = apiTrouble{}
+		}
+	case apierrors.IsConflict(err), apierrors.IsNotFound(err):
+		p.wait = sooner(p.wait, max(stalePause, p.r.gather(client.ObjectKeyFromObject(p.rollout))))
+	case why == nil:
+		i.m.api.note(err, p.now)
+		p.waits(&i.m.api)
+		if p.now.Sub(i.m.api.since) < p.strategy.deadline {
+			return
+		}
+		why = &failure{failDeadline, fmt.Sprintf("pod %s could not be changed for %s: %s", i.pod.Name, p.strategy.deadline, err)}
+		fallthrough
+	default:
+		i.m.api.note(err, p.now) // a gate that cannot be opened is tried again
+		p.work.mu.Lock()
+		p.abort(i.m.node, i.m.visit, why.message)
+		p.work.mu.Unlock()
+		i.m.refused = why
+		p.wait = sooner(p.wait, stalePause)
+	}
 }
 
 // nudge makes kubelet look at a pod again for a new container that is not ready, where that is due.

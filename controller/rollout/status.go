@@ -45,6 +45,9 @@ func (p *pass) noteFailures() int {
 			now[pod.UID] = inplace.PodFailure{Pod: pod.Name, Node: pod.Spec.NodeName, Reason: why.reason, Message: why.message}
 		}
 	}
+	if why := p.work.refused[p.goal.revision]; why != nil && !p.goal.undo {
+		now[p.rollout.UID] = inplace.PodFailure{Pod: p.target.what, Reason: why.reason, Message: why.message}
+	}
 	for uid, f := range now {
 		f.Message = clip(f.Message, 500)
 		now[uid] = f
@@ -52,7 +55,7 @@ func (p *pass) noteFailures() int {
 			p.r.Metrics.pod(f.Reason)
 			p.log.WithField("pod", f.Pod).WithField("reason", f.Reason).Warn("pod failed: " + f.Message)
 			if len(p.work.told) < maxTold {
-				p.tell(corev1.EventTypeWarning, eventPodFailed, fmt.Sprintf("pod %s: %s: %s", f.Pod, f.Reason, f.Message), string(uid))
+				p.tell(corev1.EventTypeWarning, eventPodFailed, subject(f)+": "+f.Reason+": "+f.Message, string(uid))
 			}
 		}
 	}
@@ -94,12 +97,20 @@ func (p *pass) turnBack(ctx context.Context) error {
 	return nil
 }
 
+// subject names what has failed: a pod, or the workload.
+func subject(f inplace.PodFailure) string {
+	if strings.Contains(f.Pod, " ") {
+		return f.Pod
+	}
+	return "pod " + f.Pod
+}
+
 func (p *pass) firstFailure() string {
 	list, count := p.failures()
 	if count == 0 {
 		return ""
 	}
-	text := fmt.Sprintf("pod %s: %s: %s", list[0].Pod, list[0].Reason, list[0].Message)
+	text := fmt.Sprintf("%s: %s: %s", subject(list[0]), list[0].Reason, list[0].Message)
 	if count > 1 {
 		text += fmt.Sprintf(" (and %d more)", count-1)
 	}
@@ -116,7 +127,7 @@ func (p *pass) report() *inplace.InPlaceRolloutStatus {
 		if i.verdict.serving {
 			next.Ready++
 		}
-		if i.verdict.stage == updated && p.isTarget(i.pod) {
+		if i.verdict.stage == updated && p.isTarget(i) {
 			next.Updated++
 		}
 	}
@@ -139,9 +150,9 @@ func (p *pass) report() *inplace.InPlaceRolloutStatus {
 }
 
 // isTarget says that a pod has the images of the spec.
-func (p *pass) isTarget(pod *corev1.Pod) bool {
+func (p *pass) isTarget(i *item) bool {
 	for _, c := range p.rollout.Spec.Containers {
-		if have, _ := containerOf(pod, c.Name); c.Image != "" && (have == nil || have.Image != c.Image) {
+		if have, _ := containerOf(i.pod, c.Name); c.Image != "" && (have == nil || !i.known.has(i.m.mark, c.Name, have.Image, p.work.template.of(c.Name, c.Image))) {
 			return false
 		}
 	}
@@ -207,6 +218,11 @@ func (p *pass) conclude(ctx context.Context) error {
 		if p.strategy.onFailure == inplace.Continue {
 			reason, next.Message = inplace.ReasonPodsFailed, p.firstFailure()
 		}
+		if p.work.refused[p.goal.revision] != nil {
+			if _, err := p.settleWorkload(ctx); err != nil { // it goes on by itself
+				return err
+			}
+		}
 		setCondition(next, inplace.ConditionDegraded, true, reason, next.Message)
 		p.stand(next, reason == inplace.ReasonPodsFailed, reason, next.Message)
 	case p.blocked != "":
@@ -225,6 +241,10 @@ func (p *pass) conclude(ctx context.Context) error {
 		next.Message = p.plan.blocked
 		p.stand(next, true, inplace.ReasonBudget, next.Message)
 		p.tell(corev1.EventTypeNormal, eventBlocked, next.Message, "budget")
+	case p.apiTrouble() != "":
+		next.Message = p.apiTrouble()
+		p.stand(next, true, inplace.ReasonAPIError, next.Message)
+		p.tell(corev1.EventTypeWarning, inplace.ReasonAPIError, next.Message, "")
 	case t.left > 0 && t.outdated+t.changing+t.turns == 0:
 		next.Message = fmt.Sprintf("%d pods are left to the workload's own strategy: %s; delete them to have them made anew", t.left, p.obstacle)
 		p.stand(next, false, inplace.ReasonNotInPlace, next.Message)

@@ -5,6 +5,7 @@ package rollout
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -13,6 +14,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/types"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
@@ -108,7 +110,12 @@ func (c *conversation) run(ctx context.Context) {
 		if ctx.Err() != nil {
 			return
 		}
+		if errors.Is(err, errThere) {
+			c.change(func() { c.t.same = true })
+			return
+		}
 		if err != nil {
+			c.noteTrouble(err)
 			if t := troubleOf(err); t.final || t.stale {
 				c.change(func() { c.t.failed, c.t.stale, c.t.asked = &t.failure, t.stale, true })
 				return
@@ -122,6 +129,24 @@ func (c *conversation) run(ctx context.Context) {
 		if !pause(ctx, min(tellPause<<min(tries, 4), tellPauseMax)) {
 			return
 		}
+	}
+}
+
+// errThere says that a container has already what the API server makes of its image.
+var errThere = errors.New("the image is there")
+
+// noteTrouble counts what goes wrong with the API server, for people to be told.
+func (c *conversation) noteTrouble(err error) {
+	var status apierrors.APIStatus
+	if !errors.As(err, &status) {
+		return
+	}
+	c.w.mu.Lock()
+	c.t.api.note(err, time.Now())
+	tell := c.t.api.count == troubleTries
+	c.w.mu.Unlock()
+	if tell {
+		c.w.wake()
 	}
 }
 
@@ -208,7 +233,31 @@ func (p *pass) prepare(ctx context.Context, i *item) {
 	request := p.prepareRequest(ctx, i, uid)
 	label := p.newLabel(i)
 	c := &conversation{r: p.r, w: w, t: t, node: node, patience: p.strategy.deadline}
+	change, err := p.change(i, uid, nil)
+	if err != nil {
+		t.failed = &failure{failPreparation, err.Error()}
+		return
+	}
+	have := podImages(i.pod)
 	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
+		answers, err := p.r.dryRun(ctx, i.pod, change)
+		if err != nil {
+			return nil, err
+		}
+		there := 0
+		for _, c := range request.GetContainers() {
+			if c.Image = answers.of(c.GetName(), change.images[c.GetName()]); c.Image == have[c.GetName()] {
+				there++
+			}
+		}
+		w.mu.Lock()
+		if !t.over {
+			m.answers = answers
+		}
+		w.mu.Unlock()
+		if there > 0 {
+			return nil, errThere // those that are not are prepared without those that are
+		}
 		now, err := p.r.launch(ctx, w, i.pod, label)
 		if err != nil {
 			return nil, err
@@ -271,9 +320,20 @@ func (p *pass) commit(i *item) {
 	t.committed = true
 	w.mu.Unlock()
 	label, names := p.newLabel(i), sortedKeys(i.verdict.images)
+	change, err := p.change(i, t.uid, i.m.answersOf(w))
+	if err != nil {
+		w.mu.Lock()
+		t.failed = &failure{failPreparation, err.Error()}
+		w.mu.Unlock()
+		return
+	}
 	p.r.crew.Do(func(ctx context.Context) {
 		for tries := 0; ; tries++ {
-			request, err := p.r.commitRequest(ctx, w, i.pod, label, t.uid, names)
+			err := p.r.stillSo(ctx, i, change, i.m.answersOf(w))
+			var request *opsv1.CommitUpgradeRequest
+			if err == nil {
+				request, err = p.r.commitRequest(ctx, w, i.pod, label, t.uid, names)
+			}
 			var op *opsv1.Operation
 			if err == nil {
 				op, err = p.r.Nodes.CommitUpgrade(ctx, node, request)
@@ -298,6 +358,19 @@ func (p *pass) commit(i *item) {
 			}
 		}
 	})
+}
+
+// stillSo asks the API server once more, before the node is told that the patch comes.
+func (r *Reconciler) stillSo(ctx context.Context, i *item, change *podChange, before rewrites) error {
+	now, err := r.dryRun(ctx, i.pod, change)
+	if err != nil {
+		return err
+	}
+	if name, differs := now.differs(before, change.images); differs {
+		asked := change.images[name]
+		return unsteady("pod "+i.pod.Name, name, asked, before.of(name, asked), now.of(name, asked))
+	}
+	return nil
 }
 
 // commitRequest is the commit, with what kubelet will start the containers with.
@@ -353,7 +426,7 @@ func (p *pass) newLabel(i *item) string {
 	if p.target.workload == nil {
 		return ""
 	}
-	return p.target.workload.revisionLabel(i.pod, i.verdict.images)
+	return p.target.workload.revisionLabel(i, i.verdict.images)
 }
 
 // abort tells a node to take an upgrade back. If it cannot be told, what it has prepared ends after holdFor. The caller holds the

@@ -46,7 +46,7 @@ type workload interface {
 	// obstacle says why a pod cannot be brought to the template in place; empty when it can.
 	obstacle(pod *corev1.Pod) string
 	// revisionLabel is the label of a pod that gets these images; empty when it is not of the template's revision then.
-	revisionLabel(pod *corev1.Pod, images map[string]string) string
+	revisionLabel(i *item, images map[string]string) string
 	// settle lets the workload's controller go on as before, and says whether it has taken notice.
 	settle(ctx context.Context) (bool, error)
 }
@@ -148,6 +148,8 @@ func podTemplate(object client.Object) *corev1.PodTemplateSpec {
 		return &o.Spec.Template
 	case *appsv1.DaemonSet:
 		return &o.Spec.Template
+	case *appsv1.ReplicaSet:
+		return &o.Spec.Template
 	}
 	return &corev1.PodTemplateSpec{}
 }
@@ -178,6 +180,50 @@ func templateDiff(t *corev1.PodTemplateSpec, images map[string]string, what stri
 	return diff, nil
 }
 
+// askTemplate lets the API server say what it would make of images in the template of a workload, and whether it would make that of what it has
+// made: else a change has no end.
+func (p *pass) askTemplate(ctx context.Context, o client.Object, kind string, images map[string]string) (rewrites, error) {
+	what := kind + " " + o.GetName()
+	if len(images) == 0 {
+		return nil, nil
+	}
+	asked := images
+	for range 2 {
+		patch, err := templatePatch(o, podTemplate(o), asked, nil, nil)
+		if err != nil {
+			return nil, err
+		}
+		answer, ok := o.DeepCopyObject().(client.Object)
+		if !ok {
+			return nil, fmt.Errorf("%T is no object", o) // never
+		}
+		if err := p.r.Client.Patch(ctx, answer, client.RawPatch(types.StrategicMergePatchType, patch), client.DryRunAll); err != nil {
+			return nil, denied(err, what)
+		}
+		got := templateImages(podTemplate(answer))
+		become := map[string]string{}
+		same := true
+		for name, image := range asked {
+			become[name] = got[name]
+			same = same && got[name] == image
+		}
+		if same {
+			return rewritesOf(images, become), nil
+		}
+		asked = become
+	}
+	name, _ := rewritesOf(images, asked).differs(nil, images)
+	return nil, unsteady(what, name, images[name], "something else", asked[name])
+}
+
+// rewrite keeps what becomes of images in the template.
+func (w *work) rewrite(more rewrites) {
+	if w.template == nil {
+		w.template = rewrites{}
+	}
+	maps.Copy(w.template, more)
+}
+
 // templatePatch is the strategic merge patch that puts images into the template of a workload, with more of its spec and metadata.
 func templatePatch(o client.Object, t *corev1.PodTemplateSpec, images map[string]string, annotations, spec map[string]any) ([]byte, error) {
 	lists := map[string][]any{}
@@ -201,12 +247,19 @@ func templatePatch(o client.Object, t *corev1.PodTemplateSpec, images map[string
 	return json.Marshal(map[string]any{"metadata": meta, "spec": body})
 }
 
-// patchWorkload writes a patch, unless someone else wrote in between.
-func (p *pass) patchWorkload(ctx context.Context, o client.Object, patch []byte, object string) error {
+// patchWorkload writes a patch, unless someone else wrote in between, and looks whether the images are what they were to become.
+func (p *pass) patchWorkload(ctx context.Context, o client.Object, patch []byte, object string, images map[string]string) error {
+	what := object + " " + o.GetName()
 	if err := p.r.Client.Patch(ctx, o, client.RawPatch(types.StrategicMergePatchType, patch)); err != nil {
-		return fmt.Errorf("changing %s %s: %w", object, o.GetName(), err)
+		return denied(fmt.Errorf("changing %s: %w", what, err), what)
 	}
 	p.r.Metrics.wrote(object)
+	got := templateImages(podTemplate(o))
+	for _, name := range sortedKeys(images) {
+		if got[name] != images[name] {
+			return unsteady(what, name, images[name], images[name], got[name])
+		}
+	}
 	return nil
 }
 
