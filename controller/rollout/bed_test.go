@@ -5,10 +5,12 @@ package rollout
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"maps"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -28,6 +30,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
+	"k8s.io/apimachinery/pkg/util/strategicpatch"
 	clienttesting "k8s.io/client-go/testing"
 	"k8s.io/client-go/util/workqueue"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -82,6 +85,8 @@ type bed struct {
 	serial    int
 	version   int
 	webhook   bool // asked for what the controller writes of rollouts
+	// policy is what the admission of the cluster makes of pods and templates that the controller writes; dry says that nothing is stored.
+	policy func(o client.Object, dry bool) error
 
 	r     *Reconciler
 	queue workqueue.TypedRateLimitingInterface[reconcile.Request]
@@ -220,9 +225,10 @@ func (b *bed) start() {
 			return err
 		},
 		Patch: func(ctx context.Context, c client.WithWatch, o client.Object, p client.Patch, opts ...client.PatchOption) error {
+			dry := isDryRun(opts)
 			if pod, ok := o.(*corev1.Pod); ok {
-				err := b.patchPod(pod, p, false)
-				if err == nil {
+				err := b.patchPod(pod, p, false, dry)
+				if err == nil && !dry {
 					b.wrote("patch", o)
 				}
 				return err
@@ -231,7 +237,7 @@ func (b *bed) start() {
 			if err == nil {
 				err = b.patch(ctx, c, o, p, opts...)
 			}
-			if err == nil {
+			if err == nil && !dry {
 				b.wrote("patch", o)
 				b.changed(o)
 			}
@@ -239,7 +245,7 @@ func (b *bed) start() {
 		},
 		SubResourcePatch: func(ctx context.Context, c client.Client, sub string, o client.Object, p client.Patch, opts ...client.SubResourcePatchOption) error {
 			if pod, ok := o.(*corev1.Pod); ok {
-				err := b.patchPod(pod, p, true)
+				err := b.patchPod(pod, p, true, false)
 				if err == nil {
 					b.wrote("status", o)
 				}
@@ -364,9 +370,54 @@ func (b *bed) admit(ctx context.Context, o client.Object) error {
 	return err
 }
 
-// patch is the API server's, with generations of pods' owners.
+// patch is the API server's, with generations of pods' owners and what admission makes of their templates.
 func (b *bed) patch(ctx context.Context, c client.WithWatch, o client.Object, p client.Patch, opts ...client.PatchOption) error {
-	return b.generation(ctx, o, func() error { return c.Patch(ctx, o, p, opts...) })
+	dry := isDryRun(opts)
+	if b.policy == nil && !dry {
+		return b.generation(ctx, o, func() error { return c.Patch(ctx, o, p, opts...) })
+	}
+	if p.Type() != types.StrategicMergePatchType {
+		return c.Patch(ctx, o, p, opts...)
+	}
+	before := o.DeepCopyObject().(client.Object)
+	if err := b.api.Get(ctx, client.ObjectKeyFromObject(o), before); err != nil {
+		return err
+	}
+	data, err := p.Data(o)
+	if err != nil {
+		return err
+	}
+	old, err := json.Marshal(before)
+	if err != nil {
+		return err
+	}
+	merged, err := strategicpatch.StrategicMergePatch(old, data, before)
+	if err != nil {
+		return err
+	}
+	after := reflect.New(reflect.TypeOf(o).Elem()).Interface().(client.Object)
+	if err := json.Unmarshal(merged, after); err != nil {
+		return err
+	}
+	if after.GetUID() != before.GetUID() || after.GetResourceVersion() != before.GetResourceVersion() {
+		return apierrors.NewConflict(schema.GroupResource{Resource: "workloads"}, o.GetName(), errors.New("it has changed"))
+	}
+	if b.policy != nil {
+		if err := b.policy(after, dry); err != nil {
+			return err
+		}
+	}
+	if !dry {
+		if err := b.generation(ctx, after, func() error { return c.Update(ctx, after) }); err != nil {
+			return err
+		}
+	}
+	reflect.ValueOf(o).Elem().Set(reflect.ValueOf(after).Elem())
+	return nil
+}
+
+func isDryRun(opts []client.PatchOption) bool {
+	return len((&client.PatchOptions{}).ApplyOptions(opts).DryRun) > 0
 }
 
 func (b *bed) slim(pod *corev1.Pod) *corev1.Pod {

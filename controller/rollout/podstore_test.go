@@ -72,7 +72,7 @@ func (b *bed) store(key types.NamespacedName, before, pod *corev1.Pod) error {
 }
 
 // patchPod is what the API server does with a strategic merge patch of a pod, or of its status.
-func (b *bed) patchPod(o *corev1.Pod, p client.Patch, status bool) error {
+func (b *bed) patchPod(o *corev1.Pod, p client.Patch, status, dry bool) error {
 	key := client.ObjectKeyFromObject(o)
 	data, err := p.Data(o)
 	if err != nil || p.Type() != types.StrategicMergePatchType {
@@ -113,8 +113,15 @@ func (b *bed) patchPod(o *corev1.Pod, p client.Patch, status bool) error {
 	} else {
 		after.Status = *before.Status.DeepCopy()
 	}
-	if err := b.store(key, before, &after); err != nil {
-		return err
+	if b.policy != nil && !status {
+		if err := b.policy(&after, dry); err != nil {
+			return err
+		}
+	}
+	if !dry {
+		if err := b.store(key, before, &after); err != nil {
+			return err
+		}
 	}
 	after.DeepCopyInto(o)
 	return nil
