@@ -112,6 +112,7 @@ func TestSameObjects(t *testing.T) {
 		{name: "identity from files", component: "components/identity-files", values: []string{"--set", "identity.mode=files"}},
 		{name: "with the ServiceMonitor", component: "components/servicemonitor", values: []string{"--set", "serviceMonitor.enabled=true"}},
 		{name: "without webhooks", component: "components/without-webhooks", values: []string{"--set", "webhook.enabled=false"}},
+		{name: "without asking for rights", component: "components/without-rights", values: []string{"--set", "rights.enabled=false"}},
 		{name: "webhooks with cert-manager", component: "components/webhook-cert-manager", values: []string{"--set", "webhook.certManager.enabled=true"}},
 		{name: "with the PrometheusRule", component: "components/prometheusrule", values: []string{"--set", "prometheusRule.enabled=true"}},
 	} {
@@ -173,7 +174,7 @@ func TestLint(t *testing.T) {
 
 // TestCopies: the chart's copies are those that `make generate` makes.
 func TestCopies(t *testing.T) {
-	pairs := map[string]string{"rbac/role.yaml": chart + "/files/role.yaml", "alerts/cri-proxy.rules.yaml": chart + "/files/alerts.yaml"}
+	pairs := map[string]string{"rbac/role.yaml": chart + "/files/role.yaml", "rights/policies.yaml": chart + "/files/rights.yaml", "alerts/cri-proxy.rules.yaml": chart + "/files/alerts.yaml"}
 	crds, err := filepath.Glob("crds/*.yaml")
 	if err != nil || len(crds) == 0 {
 		t.Fatalf("no CRDs: %v", err)
@@ -225,6 +226,8 @@ func TestValues(t *testing.T) {
 		{name: "cert-manager", set: []string{"identity.mode=files", "tls.certManager.enabled=true", "tls.certManager.issuerRef.name=nodes", "tls.certManager.issuerRef.kind=ClusterIssuer"},
 			want: []string{"kind: Certificate\n", "name: nodes", "secretName: cri-controller-tls", "client auth"}},
 		{name: "no webhooks", set: []string{"webhook.enabled=false", "webhook.certManager.enabled=true"}, not: []string{"ebhook", "9443"}},
+		{name: "no webhooks but rights", set: []string{"webhook.enabled=false"}, want: []string{"kind: ValidatingAdmissionPolicy\n", "kind: ValidatingAdmissionPolicyBinding"}},
+		{name: "no rights", set: []string{"rights.enabled=false"}, want: []string{"kind: ValidatingWebhookConfiguration"}, not: []string{"ValidatingAdmissionPolicy"}},
 		{name: "webhooks by an issuer", set: []string{"webhook.certManager.enabled=true", "webhook.certManager.issuerRef.name=corp", "webhook.certManager.issuerRef.kind=ClusterIssuer"},
 			want: []string{"issuerRef:\n    kind: ClusterIssuer\n    name: corp", "inject-ca-from: cri-proxy-system/cri-controller-webhook", "--webhook-cert-dir="}, not: []string{"selfSigned", "type: Opaque", "name: cri-controller-webhook-ca"}},
 		{name: "service monitor", set: []string{"serviceMonitor.enabled=true", "serviceMonitor.interval=15s", "serviceMonitor.labels.release=prom"}, want: []string{"kind: ServiceMonitor", "interval: 15s", "release: prom"}},
