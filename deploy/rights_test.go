@@ -95,8 +95,8 @@ func policies(t *testing.T, may *rights) *validating.Plugin {
 	return plugin
 }
 
-// write asks the policies about an object; before is nil for a new one.
-func write(t *testing.T, plugin *validating.Plugin, before, after *unstructured.Unstructured) error {
+// write asks the policies about an object, or its status; before is nil for a new one.
+func write(t *testing.T, plugin *validating.Plugin, before, after *unstructured.Unstructured, subresource string) error {
 	t.Helper()
 	kind := after.GroupVersionKind()
 	resource, _ := meta.UnsafeGuessKindToResource(kind)
@@ -104,7 +104,7 @@ func write(t *testing.T, plugin *validating.Plugin, before, after *unstructured.
 	if before != nil {
 		operation, old, options = admission.Update, before, &metav1.UpdateOptions{}
 	}
-	return plugin.Validate(t.Context(), admission.NewAttributesRecord(after, old, kind, "ns", after.GetName(), resource, "", operation, options, false,
+	return plugin.Validate(t.Context(), admission.NewAttributesRecord(after, old, kind, "ns", after.GetName(), resource, subresource, operation, options, false,
 		&user.DefaultInfo{Name: "jane"}), admission.NewObjectInterfacesFromScheme(runtime.NewScheme()))
 }
 
@@ -142,6 +142,7 @@ func TestRightsOfUsers(t *testing.T) {
 	for _, tt := range []struct {
 		name          string
 		before, after string
+		subresource   string
 		may           rights
 		// enough are further rights, of which each would do.
 		enough []string
@@ -159,8 +160,11 @@ func TestRightsOfUsers(t *testing.T) {
 		{name: "again", before: workload("Deployment"), after: with(workload("Deployment"), "annotations: {cri-proxy.io/retry: '1'}"), enough: []string{"patch deployments.apps"}, wrong: `on deployments.apps "web"`},
 		{name: "again, another time", before: with(workload("Deployment"), "annotations: {cri-proxy.io/retry: '1'}"), after: with(workload("Deployment"), "annotations: {cri-proxy.io/retry: '2'}"), enough: []string{"patch deployments.apps"}, wrong: `on deployments.apps "web"`},
 		{name: "labels and finalizers", before: with(workload("Deployment"), "finalizers: [cri-proxy.io/in-place-rollout]"), after: with(workload("Deployment"), "labels: {a: b}")},
-		{name: "what is being deleted", before: with(workload("Deployment"), "annotations: {a: b}"), after: with(workload("Deployment"), "deletionTimestamp: '2026-01-01T00:00:00Z'")},
-		{name: "status", before: workload("Deployment"), after: strings.Replace(workload("Deployment"), "spec: {", "status: {desired: 1}, spec: {", 1)},
+		{name: "the end of what is being deleted", before: with(workload("Deployment"), "deletionTimestamp: '2026-01-01T00:00:00Z', finalizers: [cri-proxy.io/in-place-rollout]"), after: with(workload("Deployment"), "deletionTimestamp: '2026-01-01T00:00:00Z'")},
+		{name: "another image of what is being deleted", before: with(workload("Deployment"), "deletionTimestamp: '2026-01-01T00:00:00Z'"), after: strings.Replace(with(workload("Deployment"), "deletionTimestamp: '2026-01-01T00:00:00Z'"), "app:2", "app:3", 1), enough: []string{"patch deployments.apps"}, wrong: `on deployments.apps "web"`},
+		// A rollback puts back what the status says.
+		{name: "status", before: workload("Deployment"), after: strings.Replace(workload("Deployment"), "spec: {", "status: {previousImages: {app: 'app:3'}}, spec: {", 1), subresource: "status", enough: []string{"patch deployments.apps web"}, wrong: `on deployments.apps "web"`},
+		{name: "status of an image job", before: job(", pullSecrets: [a]"), after: job(", pullSecrets: [a]"), subresource: "status"},
 
 		{name: "a restart", after: restart, may: rights{"get pods", "list pods", "patch pods/status", "delete pods web-1", "restart pods web-1", "create pods/log", "create pods", "get pods/exec"},
 			enough: []string{"patch pods", "delete pods web-0", "create pods/exec", "create pods/exec web-0", "restart pods", "restart pods web-0"},
@@ -188,7 +192,7 @@ func TestRightsOfUsers(t *testing.T) {
 				before = manifest(t, tt.before)
 			}
 			may = tt.may
-			err := write(t, plugin, before, manifest(t, tt.after))
+			err := write(t, plugin, before, manifest(t, tt.after), tt.subresource)
 			switch {
 			case tt.wrong == "" && err != nil:
 				t.Errorf("refused: %v", err)
@@ -197,7 +201,7 @@ func TestRightsOfUsers(t *testing.T) {
 			}
 			for _, more := range tt.enough {
 				may = append(rights{more}, tt.may...)
-				if err := write(t, plugin, before, manifest(t, tt.after)); err != nil {
+				if err := write(t, plugin, before, manifest(t, tt.after), tt.subresource); err != nil {
 					t.Errorf("refused with %s: %v", more, err)
 				}
 			}

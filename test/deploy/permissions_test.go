@@ -88,6 +88,10 @@ func testPermissions(t *testing.T) {
 		{"", "get list watch create update patch delete", "validatingwebhookconfigurations.admissionregistration.k8s.io", "", false},
 		{"", "create update delete", "validatingwebhookconfigurations.admissionregistration.k8s.io", "cri-controller", false},
 		{"", "get patch", "validatingwebhookconfigurations.admissionregistration.k8s.io", "another", false},
+		// What users need is not the controller's to say, nor to ask.
+		{"", "get list watch create update patch delete", "validatingadmissionpolicies.admissionregistration.k8s.io", "inplacerollout.rights.cri-proxy.io", false},
+		{"", "get list watch create update patch delete", "validatingadmissionpolicybindings.admissionregistration.k8s.io", "inplacerollout.rights.cri-proxy.io", false},
+		{"", "create", "subjectaccessreviews.authorization.k8s.io", "", false},
 		{everywhere, "get create update delete", "leases.coordination.k8s.io", "", false},
 		{own, "get update patch delete", "leases.coordination.k8s.io", "another", false},
 		{"kube-node-lease", "get update", "leases.coordination.k8s.io", "", false},

@@ -19,12 +19,12 @@ import (
 	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
-// asUser is a client of the API server for a user of the cluster.
-func asUser(t testing.TB, name string) client.Client {
+// asUser is a client of the API server for a user of the cluster, who may be in groups.
+func asUser(t testing.TB, name string, groups ...string) client.Client {
 	t.Helper()
 	config, err := clientcmd.BuildConfigFromFlags("", bed.Kubeconfig)
 	must(t, err)
-	config.Impersonate = rest.ImpersonationConfig{UserName: name, Groups: []string{"system:authenticated"}}
+	config.Impersonate = rest.ImpersonationConfig{UserName: name, Groups: append(groups, "system:authenticated")}
 	c, err := client.New(config, client.Options{Scheme: api.Scheme()})
 	must(t, err)
 	return c
@@ -56,7 +56,7 @@ rules:
 - apiGroups: [apps.kruise.io]
   resources: [containerrecreaterequests, imagepulljobs, imagelistpulljobs]
   verbs: [create, get, update, patch]
-- {apiGroups: [cri-proxy.io], resources: [inplacerollouts], verbs: [create, get, update, patch]}
+- {apiGroups: [cri-proxy.io], resources: [inplacerollouts, inplacerollouts/status], verbs: [create, get, update, patch]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
@@ -186,6 +186,12 @@ spec:
 			}
 		}
 	}
+	kubelet := asUser(t, "system:node:"+bed.NodeName, "system:nodes")
+	for _, text := range []string{byPod, ofWeb, private, privates, public} {
+		if err := kubelet.Create(t.Context(), objectOf(t, text)); !apierrors.IsForbidden(err) {
+			t.Errorf("kubelet: %v\n%s", err, text)
+		}
+	}
 	for _, name := range []string{"web", "other"} {
 		if c := container(t, getPod(t, ns, name), "app"); c.RestartCount != 0 || c.Image != one {
 			t.Errorf("pod %s has been changed by who may not: %+v", name, c)
@@ -219,6 +225,12 @@ spec:
 		}
 	}
 	must(t, eve.Patch(t.Context(), there(), client.RawPatch("application/merge-patch+json", []byte(`{"metadata": {"labels": {"a": "b"}}}`))))
+	// A rollback puts back what the status says was there before.
+	back := fmt.Sprintf(`{"status": {"failedRevision": %q, "completionTime": null, "previousImages": {"app": %q}}}`,
+		getRollout(t, ns, "by-pod").Status.ObservedRevision, bed.Image("busybox:3.0"))
+	if err := eve.Status().Patch(t.Context(), there(), client.RawPatch("application/merge-patch+json", []byte(back))); !apierrors.IsForbidden(err) {
+		t.Errorf("eve, a rollback to another image: %v", err)
+	}
 
 	// The controller's own objects pass: the rollout of an annotated workload, and the jobs of a list.
 	eventually(t, "the annotated StatefulSet has its rollout", func() bool {
