@@ -109,10 +109,10 @@ func TestSameObjects(t *testing.T) {
 		values    []string
 	}{
 		{name: "defaults"},
+		{name: "without asking for rights", component: "components/without-rights", values: []string{"--set", "rights.enabled=false"}},
 		{name: "identity from files", component: "components/identity-files", values: []string{"--set", "identity.mode=files"}},
 		{name: "with the ServiceMonitor", component: "components/servicemonitor", values: []string{"--set", "serviceMonitor.enabled=true"}},
 		{name: "without webhooks", component: "components/without-webhooks", values: []string{"--set", "webhook.enabled=false"}},
-		{name: "without asking for rights", component: "components/without-rights", values: []string{"--set", "rights.enabled=false"}},
 		{name: "webhooks with cert-manager", component: "components/webhook-cert-manager", values: []string{"--set", "webhook.certManager.enabled=true"}},
 		{name: "with the PrometheusRule", component: "components/prometheusrule", values: []string{"--set", "prometheusRule.enabled=true"}},
 	} {
@@ -218,6 +218,8 @@ func TestValues(t *testing.T) {
 		{name: "who scrapes", set: []string{"networkPolicy.metricsFrom[0].podSelector.matchLabels.app=prometheus"}, want: []string{"from:\n    - podSelector:\n        matchLabels:\n          app: prometheus"}},
 		{name: "other ports out", set: []string{"networkPolicy.extraEgress[0].ports[0].port=7000"}, want: []string{"- ports:\n    - port: 7000"}},
 		{name: "no budget", set: []string{"podDisruptionBudget.enabled=false"}, not: []string{"kind: PodDisruptionBudget"}},
+		{name: "no webhooks but rights", set: []string{"webhook.enabled=false"}, want: []string{"kind: ValidatingAdmissionPolicy\n", "kind: ValidatingAdmissionPolicyBinding"}},
+		{name: "no rights", set: []string{"rights.enabled=false"}, want: []string{"kind: ValidatingWebhookConfiguration"}, not: []string{"ValidatingAdmissionPolicy"}},
 		{name: "budget in percent", set: []string{"podDisruptionBudget.maxUnavailable=50%"}, want: []string{"maxUnavailable: 50%"}},
 		{name: "scheduling", set: []string{"tolerations[0].operator=Exists", "affinity.nodeAffinity.x=y", "nodeSelector.pool=system", "priorityClassName=mine", "replicas=3"},
 			want: []string{"tolerations:\n        - operator: Exists", "affinity:\n        nodeAffinity:", "pool: system", "priorityClassName: mine", "replicas: 3"}},
@@ -226,8 +228,6 @@ func TestValues(t *testing.T) {
 		{name: "cert-manager", set: []string{"identity.mode=files", "tls.certManager.enabled=true", "tls.certManager.issuerRef.name=nodes", "tls.certManager.issuerRef.kind=ClusterIssuer"},
 			want: []string{"kind: Certificate\n", "name: nodes", "secretName: cri-controller-tls", "client auth"}},
 		{name: "no webhooks", set: []string{"webhook.enabled=false", "webhook.certManager.enabled=true"}, not: []string{"ebhook", "9443"}},
-		{name: "no webhooks but rights", set: []string{"webhook.enabled=false"}, want: []string{"kind: ValidatingAdmissionPolicy\n", "kind: ValidatingAdmissionPolicyBinding"}},
-		{name: "no rights", set: []string{"rights.enabled=false"}, want: []string{"kind: ValidatingWebhookConfiguration"}, not: []string{"ValidatingAdmissionPolicy"}},
 		{name: "webhooks by an issuer", set: []string{"webhook.certManager.enabled=true", "webhook.certManager.issuerRef.name=corp", "webhook.certManager.issuerRef.kind=ClusterIssuer"},
 			want: []string{"issuerRef:\n    kind: ClusterIssuer\n    name: corp", "inject-ca-from: cri-proxy-system/cri-controller-webhook", "--webhook-cert-dir="}, not: []string{"selfSigned", "type: Opaque", "name: cri-controller-webhook-ca"}},
 		{name: "service monitor", set: []string{"serviceMonitor.enabled=true", "serviceMonitor.interval=15s", "serviceMonitor.labels.release=prom"}, want: []string{"kind: ServiceMonitor", "interval: 15s", "release: prom"}},
