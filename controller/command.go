@@ -265,7 +265,7 @@ func (p *pass) restartRequest(ctx context.Context, c *container) (*opsv1.Restart
 	spec, _ := containerSpec(now.Pod(), c.name)
 	want.PullPolicy = environment.PullPolicy(spec.ImagePullPolicy)
 	want.RunAsNonRoot, want.RunAsUser = RunAs(now.Pod(), spec)
-	r.Credentials, err = pullsecrets.Of(ctx, p.r.APIReader, now.Pod(), want.PullPolicy)
+	r.Credentials, err = pullsecrets.Of(ctx, p.r.APIReader, now.Pod(), pullsecrets.Pulled(spec.Image, want.PullPolicy, want.Environment))
 	return r, err
 }
 

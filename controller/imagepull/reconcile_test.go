@@ -554,12 +554,19 @@ func TestPodSelector(t *testing.T) {
 		if err := b.api.Create(t.Context(), other); err != nil {
 			t.Fatal(err)
 		}
+		// Made by node-3 with kubelet's credentials, to be sent what is for the pods of the namespace.
+		mirror := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{
+			Namespace: "ns", Name: "mirror", Labels: map[string]string{"app": "web"}, Annotations: map[string]string{corev1.MirrorPodAnnotationKey: "x"},
+		}, Spec: corev1.PodSpec{NodeName: "node-3"}}
+		if err := b.api.Create(t.Context(), mirror); err != nil {
+			t.Fatal(err)
+		}
 		pods := &v1beta1.ImagePullJobPodSelector{LabelSelector: metav1.LabelSelector{MatchLabels: map[string]string{"app": "web"}}}
 		b.create("job", spec{ImagePullJobTemplate: template{PodSelector: pods, Selector: &v1beta1.ImagePullJobNodeSelector{}}})
 		j := b.until("completed", "job", time.Minute, completed)
 		b.want(j, "True Succeeded", "1/0/1/0")
-		if b.fleet.last("node-0") == nil {
-			t.Error("nothing on the pod's node")
+		if b.fleet.last("node-0") == nil || b.fleet.last("node-3") != nil {
+			t.Error("not on the pod's node and no other")
 		}
 		b.create("never", spec{ImagePullJobTemplate: template{PodSelector: pods, CompletionPolicy: v1beta1.CompletionPolicy{Type: v1beta1.Never}}})
 		got := b.r.jobsOfPod(t.Context(), &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Labels: map[string]string{"app": "web"}}})
@@ -596,14 +603,14 @@ func TestPullSecrets(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		b.create("job", spec{ImagePullJobTemplate: template{PullSecrets: []string{"json", "missing", "opaque", "broken"}}})
+		b.create("job", spec{Image: "registry:5000/team/app:1", ImagePullJobTemplate: template{PullSecrets: []string{"json", "missing", "opaque", "broken"}}})
 		j := b.until("completed", "job", time.Minute, completed)
 		b.want(j, "True Succeeded", "1/0/1/0")
 		var got []string
 		for _, c := range b.fleet.last("node-0").GetCredentials() {
 			got = append(got, c.GetMatch()+" "+c.GetUsername()+" "+c.GetPassword()+c.GetIdentityToken())
 		}
-		want := "registry:5000/team u hunter2\nregistry:5000 bob hunter2\nindex.docker.io d hunter2\n*.example.com  hunter2"
+		want := "registry:5000/team u hunter2\nregistry:5000 bob hunter2" // and none of other registries
 		if strings.Join(got, "\n") != want {
 			t.Errorf("credentials\n%s\nwant\n%s", strings.Join(got, "\n"), want)
 		}

@@ -455,7 +455,7 @@ func TestPullSecrets(t *testing.T) {
 		for _, name := range []string{"of-pod", "of-account"} {
 			secret := &corev1.Secret{
 				ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name}, Type: corev1.SecretTypeDockerConfigJson,
-				Data: map[string][]byte{corev1.DockerConfigJsonKey: []byte(`{"auths":{"https://` + name + `/v1/":{"username":"u","password":"p"}}}`)},
+				Data: map[string][]byte{corev1.DockerConfigJsonKey: []byte(`{"auths":{"https://index.docker.io/v1/":{"username":"` + name + `","password":"p"},"elsewhere":{"username":"u","password":"p"}}}`)},
 			}
 			if err := b.api.Create(t.Context(), secret); err != nil {
 				t.Fatal(err)
@@ -467,7 +467,7 @@ func TestPullSecrets(t *testing.T) {
 		for _, c := range b.fleet.prepared()[0].GetCredentials() {
 			got += c.GetMatch() + " " + c.GetUsername() + " " + c.GetPassword() + "; "
 		}
-		if got != "of-pod u p; of-account u p; " {
+		if got != "index.docker.io of-pod p; index.docker.io of-account p; " { // and none for other registries
 			t.Errorf("credentials %s", got)
 		}
 		if !strings.Contains(b.told(), "PullSecretMissing: pulling without: secret missing of imagePullSecrets does not exist in namespace ns") {

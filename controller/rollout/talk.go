@@ -6,6 +6,7 @@ package rollout
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -18,6 +19,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/environment"
+	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 )
 
@@ -213,12 +215,14 @@ func (p *pass) prepare(ctx context.Context, i *item) {
 		if err != nil {
 			return nil, err
 		}
-		request.Credentials = now.credentials
+		var images []string
 		for _, c := range request.GetContainers() {
 			if c.PullPolicy, c.Environment, err = now.container(ctx, c.GetName()); err != nil {
 				return nil, err
 			}
+			images = append(images, pullsecrets.Pulled(c.GetImage(), c.GetPullPolicy(), c.GetEnvironment())...)
 		}
+		request.Credentials = now.ring.For(images...)
 		op, err := p.r.Nodes.PrepareUpgrade(ctx, node, request)
 		if code(err) == codes.AlreadyExists {
 			// By a controller of another version, which put some detail otherwise.
@@ -270,10 +274,10 @@ func (p *pass) commit(i *item) {
 	}
 	t.committed = true
 	w.mu.Unlock()
-	label, names := p.newLabel(i), sortedKeys(i.verdict.images)
+	label, images := p.newLabel(i), maps.Clone(i.verdict.images)
 	p.r.crew.Do(func(ctx context.Context) {
 		for tries := 0; ; tries++ {
-			request, err := p.r.commitRequest(ctx, w, i.pod, label, t.uid, names)
+			request, err := p.r.commitRequest(ctx, w, i.pod, label, t.uid, images)
 			var op *opsv1.Operation
 			if err == nil {
 				op, err = p.r.Nodes.CommitUpgrade(ctx, node, request)
@@ -300,27 +304,30 @@ func (p *pass) commit(i *item) {
 	})
 }
 
-// commitRequest is the commit, with what kubelet will start the containers with.
-func (r *Reconciler) commitRequest(ctx context.Context, w *work, pod *corev1.Pod, label, uid string, containers []string) (*opsv1.CommitUpgradeRequest, error) {
+// commitRequest is the commit, with what kubelet will start the containers with; images are the new ones, by container.
+func (r *Reconciler) commitRequest(ctx context.Context, w *work, pod *corev1.Pod, label, uid string, images map[string]string) (*opsv1.CommitUpgradeRequest, error) {
 	now, err := r.launch(ctx, w, pod, label)
 	if err != nil {
 		return nil, err
 	}
-	request := &opsv1.CommitUpgradeRequest{Uid: uid, Credentials: now.credentials}
-	for _, name := range containers {
-		_, env, err := now.container(ctx, name)
+	request := &opsv1.CommitUpgradeRequest{Uid: uid}
+	var pulled []string
+	for _, name := range sortedKeys(images) {
+		policy, env, err := now.container(ctx, name)
 		if err != nil {
 			return nil, err
 		}
+		pulled = append(pulled, pullsecrets.Pulled(images[name], policy, env)...)
 		request.Environments = append(request.Environments, &opsv1.ContainerEnvironment{Name: name, Environment: env})
 	}
+	request.Credentials = now.ring.For(pulled...)
 	return request, nil
 }
 
 // launch is what kubelet starts the containers of a pod with.
 type launch struct {
-	reader      *environment.Reader
-	credentials []*opsv1.RegistryCredential
+	reader *environment.Reader
+	ring   *pullsecrets.Keyring // nil for a pod that a node has made
 }
 
 // launch reads what kubelet would start the containers of a pod with now, or, with a label, once the pod has that revision.
@@ -332,11 +339,14 @@ func (r *Reconciler) launch(ctx context.Context, w *work, pod *corev1.Pod, label
 	if label != "" {
 		now.Label(revisionLabel, label)
 	}
+	if mirrorpod.Is(pod) {
+		return &launch{reader: now}, nil
+	}
 	ring, err := r.keyring(ctx, w, pod.Namespace, pod.Spec.ServiceAccountName, secretNames(pod))
 	if err != nil {
 		return nil, err
 	}
-	return &launch{reader: now, credentials: ring.Credentials}, nil
+	return &launch{reader: now, ring: ring}, nil
 }
 
 func (l *launch) container(ctx context.Context, name string) (opsv1.PullPolicy, *opsv1.Environment, error) {
@@ -346,6 +356,11 @@ func (l *launch) container(ctx context.Context, name string) (opsv1.PullPolicy, 
 	}
 	c, _ := containerOf(l.reader.Pod(), name)
 	return environment.PullPolicy(c.ImagePullPolicy), env, nil
+}
+
+func (l *launch) image(name string) string {
+	c, _ := containerOf(l.reader.Pod(), name)
+	return c.Image
 }
 
 // newLabel is the label of the revision that the pod will have with its new images; empty if it has none.
@@ -459,12 +474,14 @@ func (p *pass) restart(ctx context.Context, i *item) {
 		if err != nil {
 			return nil, err
 		}
-		request.Credentials = now.credentials
+		var images []string
 		for _, c := range request.GetContainers() {
 			if c.PullPolicy, c.Environment, err = now.container(ctx, c.GetName()); err != nil {
 				return nil, err
 			}
+			images = append(images, pullsecrets.Pulled(now.image(c.GetName()), c.GetPullPolicy(), c.GetEnvironment())...)
 		}
+		request.Credentials = now.ring.For(images...)
 		op, err := p.r.Nodes.Restart(ctx, node, request)
 		if code(err) == codes.AlreadyExists {
 			op, err = p.r.Nodes.GetOperation(ctx, node, request.GetUid())

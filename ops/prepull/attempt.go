@@ -13,6 +13,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/cri-proxy/cri-proxy/api/keyring"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
 )
@@ -34,7 +35,7 @@ func (p *Puller) attempt(ctx context.Context, u *pull, given []*opsv1.RegistryCr
 	}
 	host, repository := registryOf(u.named)
 	// Those of the pull come before those of the node, as kubelet has pull secrets before its own.
-	credentials := slices.Concat(matching(given, u.named), matching(p.plugins.Credentials(ctx, host+"/"+repository), u.named))
+	credentials := slices.Concat(keyring.Matching(given, u.named), keyring.Matching(p.plugins.Credentials(ctx, host+"/"+repository), u.named))
 	if len(credentials) == 0 {
 		credentials = append(credentials, nil) // anonymous
 	}
