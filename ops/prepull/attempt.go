@@ -30,17 +30,26 @@ func (p *Puller) attempt(ctx context.Context, u *pull, given []*opsv1.RegistryCr
 			return err
 		}
 		if got != nil {
+			if err := p.arrived(u.op.GetUid(), got.GetId(), image); err != nil { // of an earlier attempt, or process
+				return err
+			}
 			return p.succeed(ctx, u, got, ReasonPresent)
 		}
 	}
 	host, repository := registryOf(u.named)
 	// Those of the pull come before those of the node, as kubelet has pull secrets before its own.
-	credentials := slices.Concat(keyring.Matching(given, u.named), keyring.Matching(p.plugins.Credentials(ctx, host+"/"+repository), u.named))
+	secret := keyring.Matching(given, u.named)
+	credentials := slices.Concat(secret, keyring.Matching(p.plugins.Credentials(ctx, host+"/"+repository), u.named))
 	if len(credentials) == 0 {
 		credentials = append(credentials, nil) // anonymous
 	}
 	var errs []error
-	for _, c := range credentials {
+	for i, c := range credentials {
+		if i < len(secret) {
+			if err := p.arriving(ctx, u); err != nil {
+				return err
+			}
+		}
 		err := p.pullWith(ctx, u, c)
 		if err == nil {
 			got, err := p.status(ctx, u)
@@ -49,6 +58,11 @@ func (p *Puller) attempt(ctx context.Context, u *pull, given []*opsv1.RegistryCr
 			}
 			if got == nil {
 				return fmt.Errorf("the runtime has pulled %s and does not find it", image)
+			}
+			if i < len(secret) { // what the node itself may pull, all its pods may
+				if err := p.arrived(u.op.GetUid(), got.GetId(), image); err != nil {
+					return err
+				}
 			}
 			return p.succeed(ctx, u, got, ReasonPulled)
 		}
