@@ -112,6 +112,7 @@ func TestSameObjects(t *testing.T) {
 		{name: "identity from files", component: "components/identity-files", values: []string{"--set", "identity.mode=files"}},
 		{name: "with the ServiceMonitor", component: "components/servicemonitor", values: []string{"--set", "serviceMonitor.enabled=true"}},
 		{name: "without webhooks", component: "components/without-webhooks", values: []string{"--set", "webhook.enabled=false"}},
+		{name: "without roles for users", component: "components/without-user-roles", values: []string{"--set", "rbac.aggregate=false"}},
 		{name: "webhooks with cert-manager", component: "components/webhook-cert-manager", values: []string{"--set", "webhook.certManager.enabled=true"}},
 		{name: "with the PrometheusRule", component: "components/prometheusrule", values: []string{"--set", "prometheusRule.enabled=true"}},
 	} {
