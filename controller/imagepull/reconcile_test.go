@@ -14,6 +14,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -716,4 +717,39 @@ func TestSameImage(t *testing.T) {
 			t.Errorf("%s and %s", tt.a, tt.b)
 		}
 	}
+}
+
+// TestPinsAreBounded: the cluster's limits hold, whatever a job says, and the job tells what it does not get.
+func TestPinsAreBounded(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.r.Limits = Limits{PinFor: 12 * time.Hour, PinPercent: 30}
+		b.addMany(2, time.Second)
+		b.create("long", spec{}, v1beta1.PinForAnnotation, "744h")
+		b.create("short", spec{}, v1beta1.PinForAnnotation, "1h")
+		j := b.until("completed", "long", time.Minute, completed)
+		for _, got := range b.fleet.requestsOf("node-0") {
+			want := map[bool]time.Duration{true: 12 * time.Hour, false: time.Hour}[strings.Contains(got.GetOwner(), "/long/")]
+			if got.GetPinFor().AsDuration() != want || got.GetPinPercent() != 30 {
+				t.Errorf("%s: pinned for %s, %d %%", got.GetOwner(), got.GetPinFor().AsDuration(), got.GetPinPercent())
+			}
+		}
+		const text = "pinned for 12h0m0s and not for 744h0m0s, which is more than this cluster allows"
+		if c := meta.FindStatusCondition(j.Status.Conditions, v1beta1.ConditionPinned); c == nil || c.Status != "False" || !strings.Contains(c.Message, text) {
+			t.Errorf("conditions %+v", j.Status.Conditions)
+		}
+		if j := b.until("completed", "short", time.Minute, completed); meta.FindStatusCondition(j.Status.Conditions, v1beta1.ConditionPinned) != nil {
+			t.Errorf("conditions %+v", j.Status.Conditions)
+		}
+		if strings.Count(b.told(), "PinsBounded") != 1 || !strings.Contains(b.told(), text) {
+			t.Errorf("events\n%s", b.told())
+		}
+		// What a node has no room to pin.
+		b.fleet.change("node-1", func(n *simNode) { n.full = "the pins of others hold 8 GiB" })
+		b.create("full", spec{Image: "large"})
+		j = b.until("completed", "full", time.Minute, completed)
+		b.want(j, "True Succeeded", "2/0/2/0")
+		if c := meta.FindStatusCondition(j.Status.Conditions, v1beta1.ConditionPinned); c == nil || c.Message != "on 1 nodes kubelet may remove the image when the disk is full, node node-1 says: the pins of others hold 8 GiB" {
+			t.Errorf("conditions %+v", j.Status.Conditions)
+		}
+	})
 }

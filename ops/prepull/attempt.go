@@ -223,7 +223,13 @@ func layerProgress(layers []ocispec.Descriptor, done []int64) []*opsv1.LayerProg
 // succeed ends the operation with the image that is there, and pins it.
 func (p *Puller) succeed(ctx context.Context, u *pull, image *runtimeapi.Image, reason string) error {
 	message := ""
-	if keep := u.req.GetPinFor().AsDuration(); keep > 0 {
+	keep := u.req.GetPinFor().AsDuration()
+	if keep > 0 {
+		if full := p.checkPins(ctx, u, image); full != "" {
+			keep, message = 0, "not pinned: "+full
+		}
+	}
+	if keep > 0 {
 		switch err := p.addPin(ctx, image, u.named.String(), u.req.GetOwner(), time.Now().Add(keep)); {
 		case errors.Is(err, errNotOurs):
 			message = err.Error()

@@ -135,6 +135,8 @@ type fakeRuntime struct {
 	fail    []error                      // of the next pulls, nil is none; the last one stays
 	bug     bool                         // pulls panic
 	pulls   []*runtimeapi.PullImageRequest
+	disk    string // where the images are; empty: it does not tell
+	size    uint64 // of each image
 	running int
 	most    int // that ran at once
 }
@@ -148,8 +150,14 @@ func (r *fakeRuntime) Invoke(ctx context.Context, method string, args, reply any
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		if r.images[strings.TrimPrefix(req.GetImage().GetImage(), "sha256:")] {
-			proto.Merge(reply.(proto.Message), &runtimeapi.ImageStatusResponse{Image: imageCalled(req.GetImage().GetImage())})
+			proto.Merge(reply.(proto.Message), &runtimeapi.ImageStatusResponse{Image: r.image(req.GetImage().GetImage())})
 		}
+		return nil
+	case *runtimeapi.ImageFsInfoRequest:
+		if r.disk == "" {
+			return status.Error(codes.Unimplemented, method)
+		}
+		proto.Merge(reply.(proto.Message), &runtimeapi.ImageFsInfoResponse{ImageFilesystems: []*runtimeapi.FilesystemUsage{{FsId: &runtimeapi.FilesystemIdentifier{Mountpoint: r.disk}}}})
 		return nil
 	case *runtimeapi.ListImagesRequest:
 		r.mu.Lock()
@@ -181,6 +189,12 @@ func (r *fakeRuntime) Invoke(ctx context.Context, method string, args, reply any
 		return nil
 	}
 	return status.Error(codes.Unimplemented, method)
+}
+
+func (r *fakeRuntime) image(name string) *runtimeapi.Image {
+	image := imageCalled(name)
+	image.Size = r.size
+	return image
 }
 
 // imageCalled is the image of that name, or ID.

@@ -15,7 +15,9 @@ import (
 const private = "r.io/private:1"
 
 // hidden says whether kubelet is told that the image is not there.
-func (b *bubble) hidden(image string) bool { return b.AnyUnclaimed() && b.Unclaimed(imageCalled(image)) }
+func (b *bubble) hidden(image string) bool {
+	return b.AnyUnclaimed() && b.Unclaimed(imageCalled(image))
+}
 
 func (b *bubble) wantHidden(image string, want bool, when string) {
 	b.t.Helper()

@@ -126,7 +126,9 @@ func (j *journal) removePin(k pinKey) error {
 	return j.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketPins).Delete([]byte(k.imageID + "\x00" + k.owner)) })
 }
 
-func (j *journal) putUnclaimed(imageID, image string) error { return j.put(bucketUnclaimed, imageID, image) }
+func (j *journal) putUnclaimed(imageID, image string) error {
+	return j.put(bucketUnclaimed, imageID, image)
+}
 
 func (j *journal) removeUnclaimed(imageID string) error {
 	return j.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketUnclaimed).Delete([]byte(imageID)) })
