@@ -397,7 +397,7 @@ func (p *pass) cancel(ctx context.Context, c *container, reason string) string {
 	case account.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED:
 		return "the new container is not ready"
 	case account.GetPhase() == opsv1.Phase_PHASE_FAILED:
-		return account.GetMessage()
+		return Account(account)
 	case account.GetPhase() == opsv1.Phase_PHASE_CANCELLED:
 		return "the container had not been stopped and was left alone"
 	default:

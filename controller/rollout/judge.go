@@ -479,7 +479,7 @@ func accountOf(op *opsv1.Operation) string {
 	case c.GetMessage() == "":
 		return fmt.Sprintf("container %s: %s", c.GetName(), c.GetPull().GetMessage())
 	}
-	return fmt.Sprintf("container %s: %s", c.GetName(), c.GetMessage())
+	return fmt.Sprintf("container %s: %s", c.GetName(), controller.Account(c))
 }
 
 // idsOf are the container IDs that an operation is to find, and says whether all of the containers run.

@@ -484,7 +484,7 @@ func TestWarnings(t *testing.T) {
 		b.fleet.warnings = []string{"memory had run out in the pod", "preStop hook failed: s3cret"}
 		b.create("one", spec{Target: all(), Containers: to("app:2")})
 		b.until("ended", "one", time.Minute, ended)
-		const text = "container app: memory had run out in the pod; its preStop hook failed"
+		const text = "container app: memory had run out in the pod; its preStop hook failed, what it printed is in the log of cri-proxy on the node"
 		for _, want := range []string{"web-0 Warning UpgradeWarning: " + text, "one Warning UpgradeWarning: pod web-0, " + text} {
 			if strings.Count(b.told(), want) != 1 {
 				t.Errorf("not told once: %s\nevents\n%s", want, b.told())
