@@ -10,7 +10,10 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 	authorizationv1 "k8s.io/api/authorization/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -20,6 +23,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
@@ -168,6 +172,61 @@ spec: {image: "%[5]s", pullSecrets: [key], selector: {names: [%[6]s]}, completio
 	}
 	refused("after")
 	refused("before")
+	// An upgrade in place prepares the image with the pod's secrets; kubelet pulls it for itself when it comes to the container, which runs by then.
+	crane(t, "mutate", bed.Image("busybox:2.0"), "--label", "for="+t.Name(), "--tag", bed.Image("verified:2"))
+	next := host + "/verified:2"
+	apply(t, rollout(ns, "private", "{podName: first}", next, "progressDeadlineSeconds: 60"))
+	if f := complete(ended(t, ns, "private")); f != "" {
+		t.Error(f)
+	}
+	if s := container(t, ready(t, ns, "first"), "app"); s.RestartCount != 1 || s.Image != next {
+		t.Errorf("after the upgrade: %+v", s)
+	}
+	if op := lastOperation(t, ns, "first"); op.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED || op.GetGap() == nil {
+		t.Errorf("the upgrade: %v", op)
+	}
+	assertOneLive(t, ns, "first", "app")
+	if told := events(t, ns, "first"); strings.Count(told, "Successfully pulled image") != 2 {
+		t.Errorf("kubelet has not asked the registry for the new image\n%s", told)
+	}
+	image = next
+	apply(t, pod(other, "upgraded", ""))
+	refused("upgraded")
+}
+
+// TestPinsAreBounded: a job that asks for a month gets what the controller allows, on the node, and says so.
+func TestPinsAreBounded(t *testing.T) {
+	t.Parallel()
+	ns := namespace(t)
+	apply(t, fmt.Sprintf(`
+apiVersion: apps.kruise.io/v1beta1
+kind: ImagePullJob
+metadata: {namespace: %s, name: month, annotations: {cri-proxy.io/pin-for: 744h}}
+spec: {image: "%s", selector: {names: [%s]}, completionPolicy: {}}
+`, ns, bed.Image("busybox:1.0"), bed.NodeName))
+	if got := pullJob(t, ns, "month"); got != "Succeeded 1" {
+		t.Fatal(got)
+	}
+	if got := kubectl(t, "-n", ns, "get", "imagepulljobs.apps.kruise.io", "month", "-o",
+		`jsonpath={.status.conditions[?(@.type=="Pinned")].status} {.status.conditions[?(@.type=="Pinned")].message}`); !strings.HasPrefix(got, "False pinned for 168h0m0s and not for 744h0m0s") {
+		t.Errorf("condition Pinned: %s", got)
+	}
+	conn, err := grpc.NewClient("unix://"+bed.AdminSocket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	must(t, err)
+	defer func() { _ = conn.Close() }()
+	list, err := opsv1.NewImagesClient(conn).ListPins(t.Context(), &opsv1.ListPinsRequest{})
+	must(t, err)
+	pins := 0
+	for _, p := range list.GetPins() {
+		if strings.HasPrefix(p.GetOwner(), "ImagePullJob/"+ns+"/month/") {
+			if pins++; time.Until(p.GetExpireTime().AsTime()) > 168*time.Hour {
+				t.Errorf("pinned until %s", p.GetExpireTime().AsTime())
+			}
+		}
+	}
+	if pins != 1 {
+		t.Errorf("%d pins of the job: %v", pins, list.GetPins())
+	}
 }
 
 // TestInstallerToken: the token of the installer's pod changes one label and one annotation of its own node, and nothing else.
