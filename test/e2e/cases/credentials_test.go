@@ -128,6 +128,15 @@ func TestPrivateImageIsVerified(t *testing.T) {
 	// An image that nobody has had before, by this name or another.
 	crane(t, "mutate", bed.Image("busybox:1.0"), "--label", "for="+t.Name(), "--tag", bed.Image("verified:1"))
 	image := host + "/verified:1"
+	job := func(name, image string) string {
+		return fmt.Sprintf(`
+apiVersion: apps.kruise.io/v1beta1
+kind: ImagePullJob
+metadata: {namespace: %s, name: %s}
+spec: {image: "%s", pullSecrets: [key], selector: {names: [%s]}, completionPolicy: {}}
+---
+`, ns, name, image, bed.NodeName)
+	}
 	apply(t, fmt.Sprintf(`
 apiVersion: v1
 kind: Secret
@@ -135,11 +144,7 @@ metadata: {name: key, namespace: %[1]s}
 type: kubernetes.io/dockerconfigjson
 stringData: {.dockerconfigjson: '{"auths":{"%[2]s":{"username":"%[3]s","password":"%[4]s"},"elsewhere.example":{"username":"u","password":"p"}}}'}
 ---
-apiVersion: apps.kruise.io/v1beta1
-kind: ImagePullJob
-metadata: {namespace: %[1]s, name: job}
-spec: {image: "%[5]s", pullSecrets: [key], selector: {names: [%[6]s]}, completionPolicy: {}}
-`, ns, host, testbed.RegistryUser, testbed.RegistryPassword, image, bed.NodeName))
+`, ns, host, testbed.RegistryUser, testbed.RegistryPassword)+job("job", image))
 	if got := pullJob(t, ns, "job"); got != "Succeeded 1" {
 		t.Fatal(got)
 	}
@@ -192,6 +197,24 @@ spec: {image: "%[5]s", pullSecrets: [key], selector: {names: [%[6]s]}, completio
 	image = next
 	apply(t, pod(other, "upgraded", ""))
 	refused("upgraded")
+	// It was pulled ahead of time, and the registry is away when kubelet wants to ask: what has been upgraded serves on.
+	crane(t, "mutate", bed.Image("busybox:1.0"), "--label", "last="+t.Name(), "--tag", bed.Image("verified:3"))
+	next = host + "/verified:3"
+	apply(t, job("ahead", next))
+	if got := pullJob(t, ns, "ahead"); got != "Succeeded 1" {
+		t.Fatal(got)
+	}
+	must(t, bed.Process("registry-"+host).Signal(syscall.SIGKILL))
+	before := container(t, getPod(t, ns, "first"), "app")
+	apply(t, rollout(ns, "away", "{podName: first}", next, "progressDeadlineSeconds: 60"))
+	if f := complete(ended(t, ns, "away")); f != "" {
+		t.Error(f)
+	}
+	if s := container(t, ready(t, ns, "first"), "app"); s.RestartCount != before.RestartCount+1 || s.Image != next {
+		t.Errorf("after the upgrade without the registry: %+v", s)
+	}
+	assertOneLive(t, ns, "first", "app")
+	t.Log(events(t, ns, "first"))
 }
 
 // TestPinsAreBounded: a job that asks for a month gets what the controller allows, on the node, and says so.
