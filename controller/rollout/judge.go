@@ -189,10 +189,11 @@ func podLacks(pod *corev1.Pod, name, change string) string {
 
 // static says that a pod is a static one; empty when it is none.
 func static(pod *corev1.Pod) string {
-	if pod.Annotations[corev1.MirrorPodAnnotationKey] == "" {
+	if !mirrored(pod) {
 		return ""
 	}
-	return fmt.Sprintf("pod %s is a static pod: change its manifest on node %s", pod.Name, pod.Spec.NodeName)
+	return fmt.Sprintf("pod %s is a static pod, which is changed on its node only: for another image change its manifest on node %s, "+
+		"to restart its containers make a ContainerRecreateRequest for it", pod.Name, pod.Spec.NodeName)
 }
 
 // judgeChanged is about a pod that was changed for the goal.

@@ -210,6 +210,7 @@ func (p *pass) advance(ctx context.Context) error {
 	} else if err != nil {
 		return err
 	}
+	p.strategy.honour(p.target.minReady)
 	p.goal = goalOf(p.rollout)
 	if first, shared, err := p.r.takeTurn(ctx, p); err != nil {
 		return err

@@ -301,7 +301,7 @@ func (p *pass) prepareRequest(ctx context.Context, i *item, uid string) *opsv1.P
 			u.HoldProbes = controller.HoldProbes(c, p.carries(ctx, i.pod))
 		}
 		if p.strategy.startFirst {
-			u.Order, u.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, int32(p.strategy.minReady/time.Second)
+			u.Order, u.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, p.strategy.besideSeconds()
 		}
 		u.RunAsNonRoot, u.RunAsUser = controller.RunAs(i.pod, c)
 		request.Containers = append(request.Containers, u)
@@ -563,7 +563,7 @@ func (p *pass) restartRequest(ctx context.Context, i *item) *opsv1.RestartReques
 			want.HoldProbes = controller.HoldProbes(c, p.carries(ctx, i.pod))
 		}
 		if p.strategy.startFirst {
-			want.Order, want.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, int32(p.strategy.minReady/time.Second)
+			want.Order, want.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, p.strategy.besideSeconds()
 		}
 		if c.Lifecycle != nil {
 			// A hook that cannot be resolved is not sent: kubelet could not run it either.

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -32,6 +33,10 @@ type target struct {
 	// firstOrdinal is that of a StatefulSet.
 	firstOrdinal int
 	ordered      bool
+	// minReady is the workload's own minReadySeconds.
+	minReady time.Duration
+	// mirrors is how many pods of kubelets' own the selector chooses: they are left out.
+	mirrors int
 }
 
 // specError is what the user has to correct.
@@ -57,8 +62,10 @@ func (p *pass) find(ctx context.Context) (*target, error) {
 		if err != nil {
 			return nil, err
 		}
-		found := &target{pods: pods, what: "pods with " + metav1.FormatLabelSelector(t.Selector)}
-		for _, pod := range pods {
+		found := &target{what: "pods with " + metav1.FormatLabelSelector(t.Selector)}
+		found.pods = slices.DeleteFunc(pods, mirrored)
+		found.mirrors = len(pods) - len(found.pods)
+		for _, pod := range found.pods {
 			if active(pod) {
 				found.desired++
 			}
@@ -102,6 +109,25 @@ func (p *pass) list(ctx context.Context, selector labels.Selector) ([]*corev1.Po
 	}
 	slices.SortFunc(pods, func(a, b *corev1.Pod) int { return strings.Compare(a.Name, b.Name) })
 	return pods, nil
+}
+
+// mirrored says that a pod only shows what kubelet runs by itself, a static pod.
+func mirrored(pod *corev1.Pod) bool {
+	return pod.Annotations[corev1.MirrorPodAnnotationKey] != "" ||
+		slices.ContainsFunc(pod.OwnerReferences, func(o metav1.OwnerReference) bool {
+			return o.Kind == "Node" && o.APIVersion == corev1.SchemeGroupVersion.String()
+		})
+}
+
+// leftOut says how many pods are left out because they are static ones; empty when there are none.
+func leftOut(mirrors int) string {
+	switch mirrors {
+	case 0:
+		return ""
+	case 1:
+		return "1 static pod is left out"
+	}
+	return fmt.Sprintf("%d static pods are left out", mirrors)
 }
 
 // choose keeps the selector for events of pods.

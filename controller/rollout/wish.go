@@ -24,6 +24,9 @@ import (
 // rollbackSuffix makes of a revision that of its rollback.
 const rollbackSuffix = "-undo"
 
+// besideMax is the longest that nodes let two containers run beside each other.
+const besideMax = time.Hour
+
 // goal is what pods are to become.
 type goal struct {
 	rollout  types.UID
@@ -121,6 +124,20 @@ func strategyOf(s *inplace.Strategy) strategy {
 	}
 	return t
 }
+
+// honour keeps the workload's own minReadySeconds too: the longer one counts.
+func (s *strategy) honour(minReady time.Duration) {
+	if minReady <= s.minReady {
+		return
+	}
+	s.minReady = minReady
+	if s.deadline <= s.minReady+s.drain {
+		s.deadline += s.minReady // else no pod could be in time
+	}
+}
+
+// besideSeconds is how long a new container runs beside the old one with StartFirst, as far as nodes let it.
+func (s *strategy) besideSeconds() int32 { return int32(min(s.minReady, besideMax) / time.Second) }
 
 // resolve is the number that n is of total; up says which way percentages are rounded.
 func resolve(n intstr.IntOrString, total int, up bool) int {
