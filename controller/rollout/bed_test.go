@@ -470,12 +470,15 @@ func (b *bed) changed(o client.Object) {
 			if !b.running {
 				return
 			}
-			if now := b.get(key.Name); now == nil {
+			now, old := b.get(key.Name), b.rollouts[key]
+			if now == nil {
 				delete(b.rollouts, key)
 			} else {
 				b.rollouts[key] = now
 			}
-			b.queue.Add(reconcile.Request{NamespacedName: key})
+			if now == nil || old == nil || now.DeletionTimestamp != nil || rolloutChanges().Update(event.UpdateEvent{ObjectOld: old, ObjectNew: now}) {
+				b.queue.Add(reconcile.Request{NamespacedName: key})
+			}
 			for _, owner := range owners {
 				b.follows[owner.Kind].Add(reconcile.Request{NamespacedName: types.NamespacedName{Namespace: "ns", Name: owner.Name}})
 			}
