@@ -116,6 +116,11 @@ func apiStatus(err error) bool {
 	return errors.As(err, &status)
 }
 
+// tooLong is the failure of a pod that the API server could not let be changed in time.
+func tooLong(pod string, deadline time.Duration, err error) failure {
+	return failure{failDeadline, fmt.Sprintf("pod %s could not be changed for %s: %s", pod, deadline, err)}
+}
+
 // refuse keeps why the template is not changed.
 func (w *work) refuse(revision string, why *failure) {
 	if w.refused == nil {

@@ -460,7 +460,8 @@ func (p *pass) settleError(i *item, err error) {
 		if p.now.Sub(i.m.api.since) < p.strategy.deadline {
 			return
 		}
-		why = &failure{failDeadline, fmt.Sprintf("pod %s could not be changed for %s: %s", i.pod.Name, p.strategy.deadline, err)}
+		late := tooLong(i.pod.Name, p.strategy.deadline, err)
+		why = &late
 		fallthrough
 	default:
 		i.m.api.note(err, p.now) // a gate that cannot be opened is tried again

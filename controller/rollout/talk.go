@@ -14,7 +14,6 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/types"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
@@ -72,6 +71,8 @@ type conversation struct {
 	w    *work
 	t    *talk
 	node controller.Node
+	// pod is its name.
+	pod string
 	// begin starts the operation, or finds it.
 	begin func(context.Context) (*opsv1.Operation, error)
 	// patience is how long the node may be away.
@@ -97,6 +98,7 @@ func (c *conversation) run(ctx context.Context) {
 	var silent time.Time
 	for tries := 0; ; tries++ {
 		op, err := c.begin(ctx)
+		c.w.noteAPI(c.t, err)
 		if err == nil {
 			silent, tries = time.Time{}, 0
 			c.note(op)
@@ -115,13 +117,15 @@ func (c *conversation) run(ctx context.Context) {
 			return
 		}
 		if err != nil {
-			c.noteTrouble(err)
 			if t := troubleOf(err); t.final || t.stale {
 				c.change(func() { c.t.failed, c.t.stale, c.t.asked = &t.failure, t.stale, true })
 				return
 			} else if silent.IsZero() {
 				silent = time.Now()
 			} else if time.Since(silent) >= c.patience {
+				if apiStatus(err) {
+					t.failure = tooLong(c.pod, c.patience, err)
+				}
 				c.change(func() { c.t.failed, c.t.asked = &t.failure, true })
 				return
 			}
@@ -135,18 +139,18 @@ func (c *conversation) run(ctx context.Context) {
 // errThere says that a container has already what the API server makes of its image.
 var errThere = errors.New("the image is there")
 
-// noteTrouble counts what goes wrong with the API server, for people to be told.
-func (c *conversation) noteTrouble(err error) {
-	var status apierrors.APIStatus
-	if !errors.As(err, &status) {
-		return
+// noteAPI counts what goes wrong with the API server, for people to be told.
+func (w *work) noteAPI(t *talk, err error) {
+	w.mu.Lock()
+	if err == nil {
+		t.api = apiTrouble{}
+	} else if apiStatus(err) {
+		t.api.note(err, time.Now())
 	}
-	c.w.mu.Lock()
-	c.t.api.note(err, time.Now())
-	tell := c.t.api.count == troubleTries
-	c.w.mu.Unlock()
+	tell := t.api.count == troubleTries
+	w.mu.Unlock()
 	if tell {
-		c.w.wake()
+		w.wake()
 	}
 }
 
@@ -232,7 +236,7 @@ func (p *pass) prepare(ctx context.Context, i *item) {
 	}
 	request := p.prepareRequest(ctx, i, uid)
 	label := p.newLabel(i)
-	c := &conversation{r: p.r, w: w, t: t, node: node, patience: p.strategy.deadline}
+	c := &conversation{r: p.r, w: w, t: t, node: node, pod: i.pod.Name, patience: p.strategy.deadline}
 	change, err := p.change(i, uid, nil)
 	if err != nil {
 		t.failed = &failure{failPreparation, err.Error()}
@@ -328,6 +332,7 @@ func (p *pass) commit(i *item) {
 		return
 	}
 	p.r.crew.Do(func(ctx context.Context) {
+		var since time.Time
 		for tries := 0; ; tries++ {
 			err := p.r.stillSo(ctx, i, change, i.m.answersOf(w))
 			var request *opsv1.CommitUpgradeRequest
@@ -344,7 +349,18 @@ func (p *pass) commit(i *item) {
 				t.op = op // unless the stream was quicker
 			}
 			w.mu.Unlock()
-			if tr := troubleOf(err); err == nil || over || ctx.Err() != nil || tr.final || tr.stale {
+			if !over {
+				w.noteAPI(t, err)
+			}
+			tr := troubleOf(err)
+			if !apiStatus(err) {
+				since = time.Time{}
+			} else if since.IsZero() {
+				since = time.Now()
+			} else if time.Since(since) >= p.strategy.deadline && !tr.final && !tr.stale {
+				tr.failure, tr.final = tooLong(i.pod.Name, p.strategy.deadline, err), true
+			}
+			if err == nil || over || ctx.Err() != nil || tr.final || tr.stale {
 				if err != nil && !over && ctx.Err() == nil {
 					w.mu.Lock()
 					t.failed, t.stale = &tr.failure, tr.stale
@@ -497,7 +513,7 @@ func (p *pass) follow(ctx context.Context, i *item) {
 		return
 	}
 	m.node, w.nodes[node.Name] = node, node
-	c := &conversation{r: p.r, w: w, t: t, node: node, patience: p.strategy.deadline}
+	c := &conversation{r: p.r, w: w, t: t, node: node, pod: i.pod.Name, patience: p.strategy.deadline}
 	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
 		op, err := p.r.Nodes.GetOperation(ctx, node, uid)
 		if code(err) == codes.NotFound {
@@ -526,7 +542,7 @@ func (p *pass) restart(ctx context.Context, i *item) {
 		return
 	}
 	m.node, w.nodes[node.Name] = node, node
-	c := &conversation{r: p.r, w: w, t: t, node: node, patience: p.strategy.deadline}
+	c := &conversation{r: p.r, w: w, t: t, node: node, pod: i.pod.Name, patience: p.strategy.deadline}
 	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
 		now, err := p.r.launch(ctx, w, i.pod, "")
 		if err != nil {

@@ -180,40 +180,48 @@ func templateDiff(t *corev1.PodTemplateSpec, images map[string]string, what stri
 	return diff, nil
 }
 
-// askTemplate lets the API server say what it would make of images in the template of a workload, and whether it would make that of what it has
-// made: else a change has no end.
+// askTemplate lets the API server say what it would make of images in the template of a workload. It is asked twice where it makes something else
+// of them, and about that, too: a change whose image is another one each time has no end.
 func (p *pass) askTemplate(ctx context.Context, o client.Object, kind string, images map[string]string) (rewrites, error) {
-	what := kind + " " + o.GetName()
 	if len(images) == 0 {
 		return nil, nil
 	}
-	asked := images
-	for range 2 {
-		patch, err := templatePatch(o, podTemplate(o), asked, nil, nil)
+	first, err := p.dryTemplate(ctx, o, kind, images)
+	if err != nil || maps.Equal(first, images) {
+		return nil, err
+	}
+	for _, ask := range []map[string]string{images, first} {
+		then, err := p.dryTemplate(ctx, o, kind, ask)
 		if err != nil {
 			return nil, err
 		}
-		answer, ok := o.DeepCopyObject().(client.Object)
-		if !ok {
-			return nil, fmt.Errorf("%T is no object", o) // never
+		for _, name := range sortedKeys(images) {
+			if then[name] != first[name] {
+				return nil, unsteady(kind+" "+o.GetName(), name, ask[name], first[name], then[name])
+			}
 		}
-		if err := p.r.Client.Patch(ctx, answer, client.RawPatch(types.StrategicMergePatchType, patch), client.DryRunAll); err != nil {
-			return nil, denied(err, what)
-		}
-		got := templateImages(podTemplate(answer))
-		become := map[string]string{}
-		same := true
-		for name, image := range asked {
-			become[name] = got[name]
-			same = same && got[name] == image
-		}
-		if same {
-			return rewritesOf(images, become), nil
-		}
-		asked = become
 	}
-	name, _ := rewritesOf(images, asked).differs(nil, images)
-	return nil, unsteady(what, name, images[name], "something else", asked[name])
+	return rewritesOf(images, first), nil
+}
+
+// dryTemplate is what becomes of images when they are written into a template.
+func (p *pass) dryTemplate(ctx context.Context, o client.Object, kind string, images map[string]string) (map[string]string, error) {
+	patch, err := templatePatch(o, podTemplate(o), images, nil, nil)
+	if err != nil {
+		return nil, err
+	}
+	answer, ok := o.DeepCopyObject().(client.Object)
+	if !ok {
+		return nil, fmt.Errorf("%T is no object", o) // never
+	}
+	if err := p.r.Client.Patch(ctx, answer, client.RawPatch(types.StrategicMergePatchType, patch), client.DryRunAll); err != nil {
+		return nil, denied(err, kind+" "+o.GetName())
+	}
+	got, become := templateImages(podTemplate(answer)), map[string]string{}
+	for name := range images {
+		become[name] = got[name]
+	}
+	return become, nil
 }
 
 // rewrite keeps what becomes of images in the template.
