@@ -31,6 +31,9 @@ type fleet struct {
 	breaks map[string]string
 	// holds is how long nodes keep what they have prepared; 0 means as long as they are asked to.
 	holds time.Duration
+	// fails is how restarts fail, lasts how long they take: 0 is a second.
+	fails string
+	lasts time.Duration
 	// warnings are those of each container when an operation succeeds.
 	warnings []string
 	// swap lets the pod's container be replaced, for Restart.
@@ -367,8 +370,18 @@ func (f *fleet) Restart(ctx context.Context, n controller.Node, r *opsv1.Restart
 	f.serial++
 	o := &simOp{request: r, changed: make(chan struct{}), serial: f.serial, op: &opsv1.Operation{Uid: r.GetUid(), Kind: "Restart", Pod: r.GetPod(), Phase: opsv1.Phase_PHASE_STAGING, CreateTime: timestamppb.Now()}}
 	node.ops[r.GetUid()] = o
+	fails, lasts := f.fails, cmp.Or(f.lasts, time.Second)
 	f.wg.Go(func() {
-		if !pause(f.ctx, time.Second) {
+		if !pause(f.ctx, lasts) {
+			return
+		}
+		if fails != "" {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			f.update(o, func(op *opsv1.Operation) {
+				op.Phase = opsv1.Phase_PHASE_FAILED
+				op.Containers = []*opsv1.ContainerOperation{{Name: r.GetContainers()[0].GetName(), Reason: fails, Message: "the node says " + fails}}
+			})
 			return
 		}
 		for _, c := range r.GetContainers() {

@@ -91,7 +91,7 @@ type member struct {
 
 	// The rest is guarded by the mutex of work.
 
-	// visit is the conversation about the upgrade, restart that about containers to restart.
+	// visit is the conversation about the upgrade, restart that about the containers of the mark to restart.
 	visit, restart *talk
 	// answers are what the API server makes of the images of the goal in this pod.
 	answers rewrites
@@ -120,6 +120,8 @@ type talk struct {
 	same bool
 	// api is what went wrong with the API server last, and how often.
 	api apiTrouble
+	// inquires says that it only asks what has become of another goal's operation.
+	inquires bool
 	// committed says that CommitUpgrade was taken, or is under way.
 	committed bool
 }
@@ -180,7 +182,7 @@ func (w *work) keep(pods map[types.UID]bool) {
 func (w *work) close() { w.keep(nil) }
 
 // knowledge is what judge is to know of a member.
-func (w *work) knowledge(m *member, begun time.Time) knowledge {
+func (w *work) knowledge(m *member, pod *corev1.Pod, begun time.Time) knowledge {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	k := knowledge{begun: begun, turn: m.turn, readySeen: m.readySeen, seen: m.started, settled: m.settled, answers: m.answers}
@@ -190,9 +192,9 @@ func (w *work) knowledge(m *member, begun time.Time) knowledge {
 		}
 		k.failed = t.failed
 	}
-	if t := m.restart; t != nil {
-		k.restart = t.op
-		if k.failed == nil {
+	if t := m.restart; t != nil && m.mark != nil && t.uid == m.mark.restartUID(pod) {
+		k.restart, k.rested = t.op, t.asked && (t.op == nil || t.op.GetFinishTime() != nil) || t.failed != nil
+		if k.failed == nil && !t.inquires {
 			k.failed = t.failed
 		}
 	}

@@ -336,7 +336,7 @@ func (p *pass) gather(ctx context.Context) {
 			m.noteStarted(pod, p.now)
 		}
 		p.settlePreparation(i)
-		k := p.work.knowledge(m, begun)
+		k := p.work.knowledge(m, pod, begun)
 		k.carried = len(m.started) > 0 && p.carries(ctx, pod)
 		i.known, i.verdict = k, judge(pod, m.mark, i.goal, k, &p.strategy, p.now)
 		p.wait = sooner(p.wait, i.verdict.wait)
@@ -436,6 +436,9 @@ func (p *pass) act(ctx context.Context) error {
 		}
 		if i.verdict.restart {
 			p.restart(ctx, i)
+		}
+		if i.verdict.inquire {
+			p.inquire(ctx, i)
 		}
 		if i.verdict.stage == changing {
 			p.nudge(ctx, i)

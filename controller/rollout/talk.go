@@ -513,16 +513,43 @@ func (p *pass) follow(ctx context.Context, i *item) {
 		return
 	}
 	m.node, w.nodes[node.Name] = node, node
-	c := &conversation{r: p.r, w: w, t: t, node: node, pod: i.pod.Name, patience: p.strategy.deadline}
+	p.listen(t, node, i.pod.Name)
+}
+
+// listen lets a conversation follow an operation that has been begun. One that the node does not know, or no longer, has ended.
+func (p *pass) listen(t *talk, node controller.Node, pod string) {
+	c := &conversation{r: p.r, w: p.work, t: t, node: node, pod: pod, patience: p.strategy.deadline}
 	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
-		op, err := p.r.Nodes.GetOperation(ctx, node, uid)
+		op, err := p.r.Nodes.GetOperation(ctx, node, t.uid)
 		if code(err) == codes.NotFound {
 			c.change(func() { t.asked = true })
-			return &opsv1.Operation{Uid: uid, FinishTime: stampProto(p.now), Phase: opsv1.Phase_PHASE_CANCELLED}, nil
+			return &opsv1.Operation{Uid: t.uid, FinishTime: stampProto(p.now), Phase: opsv1.Phase_PHASE_CANCELLED}, nil
 		}
 		return op, err
 	}
 	c.start()
+}
+
+// inquire asks the node whether it is still at work on the restarts of a mark that is another goal's: of a rollout that has ended or is gone,
+// or of an earlier revision.
+func (p *pass) inquire(ctx context.Context, i *item) {
+	w, m := p.work, i.m
+	uid := m.mark.restartUID(i.pod)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if m.restart != nil && m.restart.uid == uid {
+		return
+	}
+	m.restart.end()
+	t := &talk{uid: uid, inquires: true}
+	m.restart = t
+	node, err := p.node(ctx, i.pod)
+	if err != nil {
+		t.asked = true // there is nobody to ask
+		w.wake()
+		return
+	}
+	p.listen(t, node, i.pod.Name)
 }
 
 // restart lets the node restart the containers of a pod that keep their images.
@@ -530,10 +557,11 @@ func (p *pass) restart(ctx context.Context, i *item) {
 	w, m := p.work, i.m
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if m.restart != nil {
+	request := p.restartRequest(ctx, i)
+	if m.restart != nil && m.restart.uid == request.GetUid() {
 		return
 	}
-	request := p.restartRequest(ctx, i)
+	m.restart.end()
 	t := &talk{uid: request.GetUid()}
 	m.restart = t
 	node, err := p.node(ctx, i.pod)
@@ -564,15 +592,13 @@ func (p *pass) restart(ctx context.Context, i *item) {
 }
 
 func (p *pass) restartRequest(ctx context.Context, i *item) *opsv1.RestartRequest {
-	ids := map[string]string{}
-	request := &opsv1.RestartRequest{Pod: podRef(i.pod), Requester: ownerOf(p.rollout)}
+	request := &opsv1.RestartRequest{Uid: i.m.mark.restartUID(i.pod), Pod: podRef(i.pod), Requester: ownerOf(p.rollout)}
 	for _, name := range sortedKeys(i.m.mark.Containers) {
 		c, _ := containerOf(i.pod, name)
 		old := i.m.mark.Containers[name]
 		if c == nil || c.Image != old.Image || old.ID == "" {
 			continue
 		}
-		ids[name] = old.ID
 		want := &opsv1.ContainerRestart{Name: name, ExpectedContainerId: old.ID, GracePeriodSeconds: p.strategy.grace}
 		want.RunAsNonRoot, want.RunAsUser = controller.RunAs(i.pod, c)
 		if c.StartupProbe != nil {
@@ -588,7 +614,6 @@ func (p *pass) restartRequest(ctx context.Context, i *item) *opsv1.RestartReques
 		}
 		request.Containers = append(request.Containers, want)
 	}
-	request.Uid = operationUID("r", i.goal, i.pod, ids, 0)
 	return request
 }
 
