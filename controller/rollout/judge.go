@@ -75,8 +75,8 @@ type knowledge struct {
 	asked       bool
 	// rested says that no node is at work on the restarts of the mark, seen when that is another goal's.
 	rested bool
-	// failed is why nothing could be prepared, or restarted.
-	failed *failure
+	// failed is why nothing could be prepared, or restarted; refused why no node has taken the restart up.
+	failed, refused *failure
 	// turn says that the pod is being changed, or about to be.
 	turn bool
 	// readySeen is when the containers as they are were first seen ready.
@@ -89,7 +89,9 @@ type knowledge struct {
 	settled bool
 	// answers are what the API server makes of images in this pod.
 	answers rewrites
-	now     time.Time
+	// looks are what nodes have found their tags to name, by container.
+	looks map[string]lookResult
+	now   time.Time
 }
 
 // has says that a container has the image that is wanted, or what admission makes of it.
@@ -106,6 +108,8 @@ type verdict struct {
 	// images and restarts are what is to be written.
 	images   map[string]string
 	restarts []string
+	// looks are the containers of which the node is to say whether their tag names another image than the one that runs.
+	looks []string
 	// serving says that the pod is ready and has started, available that it has been for long enough, disrupted that it must not be counted on.
 	serving, available, disrupted bool
 	// open says that its gates are to be opened.
@@ -147,10 +151,19 @@ func judge(pod *corev1.Pod, m *mark, g goal, k knowledge, s *strategy, now time.
 			v.fail(failNoContainer, "%s", podLacks(pod, name, toChange))
 			return v
 		}
-		if !k.has(m, name, c.Image, image) {
+		switch {
+		case !k.has(m, name, c.Image, image):
 			v.images[name] = image
+		case !m.by(g) && g.tags && !pod.CreationTimestamp.After(k.begun) && mayMove(pod, c):
+			switch k.looks[name] {
+			case unknown:
+				v.looks = append(v.looks, name)
+			case moved:
+				v.restarts = append(v.restarts, name) // as kubelet would: it starts what the tag names now
+			}
 		}
 	}
+	slices.Sort(v.looks)
 	for _, name := range g.restarts {
 		c, _ := containerOf(pod, name)
 		if c == nil {
@@ -166,7 +179,7 @@ func judge(pod *corev1.Pod, m *mark, g goal, k knowledge, s *strategy, now time.
 		}
 	}
 	switch {
-	case len(v.images)+len(v.restarts) > 0:
+	case len(v.images)+len(v.restarts)+len(v.looks) > 0:
 		v.stage = outdated
 		switch {
 		case static(pod) != "":
@@ -212,6 +225,14 @@ func (v *verdict) judgeChanged(pod *corev1.Pod, m *mark, g goal, k knowledge, s 
 			shut, _ := shutBy(pod)
 			v.fail(failRestart, "%s", accountOf(k.restart))
 			v.open, v.disrupted = shut == g.rollout, shut != ""
+			return
+		}
+		if why := k.refused; why != nil && k.restart == nil && m.restarts(pod) {
+			v.fail(why.reason, "%s", why.message)
+			if why.reason != failUnreachable { // else it may be at work
+				shut, _ := shutBy(pod)
+				v.open, v.disrupted = shut == g.rollout, shut != ""
+			}
 			return
 		}
 	} else {

@@ -336,6 +336,7 @@ func (p *pass) gather(ctx context.Context) {
 			m.noteStarted(pod, p.now)
 		}
 		p.settlePreparation(i)
+		p.settleLooks(i)
 		k := p.work.knowledge(m, pod, begun)
 		k.carried = len(m.started) > 0 && p.carries(ctx, pod)
 		i.known, i.verdict = k, judge(pod, m.mark, i.goal, k, &p.strategy, p.now)

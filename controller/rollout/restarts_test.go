@@ -4,8 +4,12 @@
 package rollout
 
 import (
+	"strings"
 	"testing"
 	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 )
@@ -117,5 +121,29 @@ func TestRestartOfGoneRolloutCounts(t *testing.T) {
 				t.Errorf("another pod is begun after %s", when.Sub(begun))
 			}
 		}
+	})
+}
+
+// A restart that kubelet could not carry out either, because what the spec names is not there, fails at once, and leaves the pod as it was.
+func TestRestartWithoutItsConfig(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addNodes(1)
+		b.addPods(2, 1, gated, func(p *corev1.Pod) {
+			p.Spec.Containers[0].Env = []corev1.EnvVar{{Name: "A", ValueFrom: &corev1.EnvVarSource{ConfigMapKeyRef: &corev1.ConfigMapKeySelector{
+				LocalObjectReference: corev1.LocalObjectReference{Name: "conf"}, Key: "a",
+			}}}}
+		})
+		time.Sleep(time.Minute)
+		b.create("all", spec{Target: all(), Containers: []change{{Name: "app"}}, Strategy: settings{OnFailure: inplace.Pause}})
+		r := b.until("failed", "all", 20*time.Second, func(r *rollout) bool { return len(r.Status.Failures) > 0 })
+		if f := r.Status.Failures[0]; !strings.Contains(f.Message, `configmap "conf" not found`) {
+			t.Errorf("failure %+v", f)
+		}
+		b.until("in service", "all", 10*time.Second, func(*rollout) bool { return b.unready() == 0 })
+		if err := b.api.Create(b.ctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "conf"}, Data: map[string]string{"a": "b"}}); err != nil {
+			t.Fatal(err)
+		}
+		b.edit("all", func(r *rollout) { r.Annotations = map[string]string{inplace.RetryAnnotation: "1"} })
+		b.want(b.until("ended", "all", 20*time.Second, ended), "True RolledOut", "2/2/2/0/0")
 	})
 }

@@ -204,6 +204,10 @@ func (c *conversation) change(f func()) {
 // prepare lets the node of a pod make the images ready.
 func (p *pass) prepare(ctx context.Context, i *item) {
 	w, m := p.work, i.m
+	p.look(ctx, i)
+	if p.imagesReady(i) != unprepared {
+		return
+	}
 	uid := p.upgradeUID(i)
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -290,11 +294,7 @@ func (p *pass) upgradeUID(i *item) string {
 }
 
 func (p *pass) prepareRequest(ctx context.Context, i *item, uid string) *opsv1.PrepareUpgradeRequest {
-	owner := ownerOf(p.rollout)
-	request := &opsv1.PrepareUpgradeRequest{
-		Uid: uid, Pod: podRef(i.pod), Requester: owner, Owner: owner, PinFor: durationpb.New(pinFor),
-		PrepareTimeout: durationpb.New(p.strategy.deadline), HoldTimeout: durationpb.New(holdFor),
-	}
+	request := p.upgradeRequest(i, uid)
 	for _, name := range sortedKeys(i.verdict.images) {
 		c, _ := containerOf(i.pod, name)
 		u := &opsv1.ContainerUpgrade{Name: name, Image: i.verdict.images[name], Order: opsv1.Order_ORDER_STOP_FIRST}
@@ -311,6 +311,15 @@ func (p *pass) prepareRequest(ctx context.Context, i *item, uid string) *opsv1.P
 		request.Containers = append(request.Containers, u)
 	}
 	return request
+}
+
+// upgradeRequest is a request without containers.
+func (p *pass) upgradeRequest(i *item, uid string) *opsv1.PrepareUpgradeRequest {
+	owner := ownerOf(p.rollout)
+	return &opsv1.PrepareUpgradeRequest{
+		Uid: uid, Pod: podRef(i.pod), Requester: owner, Owner: owner, PinFor: durationpb.New(pinFor),
+		PrepareTimeout: durationpb.New(p.strategy.deadline), HoldTimeout: durationpb.New(holdFor),
+	}
 }
 
 // commit announces the patch to the node.

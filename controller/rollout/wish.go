@@ -15,6 +15,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
@@ -38,6 +39,8 @@ type goal struct {
 	// if the rollout is about a workload, whose template has them.
 	undo, workload bool
 	since          time.Time
+	// tags says that a container which has its image already is looked after too: what the tag names now may be another one.
+	tags bool
 }
 
 // strategy is that of the spec, with what it leaves out.
@@ -51,7 +54,8 @@ type strategy struct {
 
 // goalOf is what the spec wants.
 func goalOf(r *inplace.InPlaceRollout) goal {
-	g := goal{rollout: r.UID, revision: revisionOf(r), images: map[string]string{}}
+	// A rollout that follows a template names containers that nobody has asked for.
+	g := goal{rollout: r.UID, revision: revisionOf(r), images: map[string]string{}, tags: metav1.GetControllerOf(r) == nil}
 	for _, c := range r.Spec.Containers {
 		if c.Image == "" {
 			g.restarts = append(g.restarts, c.Name)

@@ -100,7 +100,8 @@ type ContainerChange struct {
 	// +required
 	Name string `json:"name"`
 
-	// image is the new image, a reference as in a pod. Without it the container is restarted only.
+	// image is the new image, a reference as in a pod. Without it the container is restarted only. Where a pod has the image already
+	// and imagePullPolicy Always, its tag is pulled again, and the container is restarted if the tag names another image by now.
 	//
 	// +kubebuilder:validation:MinLength=1
 	// +kubebuilder:validation:MaxLength=512
