@@ -45,16 +45,20 @@ func TestMinReadyOfWorkload(t *testing.T) {
 		own, spec  int32
 		want       time.Duration
 		startFirst bool
+		byLabel    bool
 	}{
-		{"StatefulSet", kindStatefulSet, to("app:2"), 15, 0, 15 * time.Second, false},
-		{"DaemonSet", kindDaemonSet, to("app:2"), 15, 5, 15 * time.Second, false},
-		{"Deployment", kindDeployment, to("app:2"), 15, 0, 15 * time.Second, false},
-		{"Deployment, StartFirst", kindDeployment, to("app:2"), 15, 1, 15 * time.Second, true},
-		{"restarts", kindDeployment, []change{{Name: "app"}}, 15, 0, 15 * time.Second, false},
-		{"the rollout's is longer", kindStatefulSet, to("app:2"), 5, 20, 20 * time.Second, false},
-		{"longer than pods may take", kindStatefulSet, to("app:2"), 900, 0, 900 * time.Second, false},
-		{"annotated StatefulSet", kindStatefulSet, nil, 15, 0, 15 * time.Second, false},
-		{"annotated DaemonSet", kindDaemonSet, nil, 15, 0, 15 * time.Second, false},
+		{"StatefulSet", kindStatefulSet, to("app:2"), 15, 0, 15 * time.Second, false, false},
+		{"DaemonSet", kindDaemonSet, to("app:2"), 15, 5, 15 * time.Second, false, false},
+		{"Deployment", kindDeployment, to("app:2"), 15, 0, 15 * time.Second, false, false},
+		{"Deployment, StartFirst", kindDeployment, to("app:2"), 15, 1, 15 * time.Second, true, false},
+		{"restarts", kindDeployment, []change{{Name: "app"}}, 15, 0, 15 * time.Second, false, false},
+		{"the rollout's is longer", kindStatefulSet, to("app:2"), 5, 20, 20 * time.Second, false, false},
+		{"longer than pods may take", kindStatefulSet, to("app:2"), 900, 0, 900 * time.Second, false, false},
+		{"pods of a StatefulSet by label", kindStatefulSet, to("app:2"), 15, 0, 15 * time.Second, false, true},
+		{"pods of a DaemonSet by label", kindDaemonSet, to("app:2"), 15, 0, 15 * time.Second, false, true},
+		{"pods of a Deployment by label", kindDeployment, to("app:2"), 15, 0, 15 * time.Second, false, true},
+		{"annotated StatefulSet", kindStatefulSet, nil, 15, 0, 15 * time.Second, false, false},
+		{"annotated DaemonSet", kindDaemonSet, nil, 15, 0, 15 * time.Second, false, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
@@ -74,6 +78,14 @@ func TestMinReadyOfWorkload(t *testing.T) {
 					user(b, &appsv1.DaemonSet{}, func(d *appsv1.DaemonSet) { d.Spec.MinReadySeconds = tt.own; turn(&d.Spec.Template, &d.ObjectMeta) })
 				case kindDeployment:
 					user(b, &appsv1.Deployment{}, func(d *appsv1.Deployment) { d.Spec.MinReadySeconds = tt.own })
+					var sets appsv1.ReplicaSetList
+					if err := b.api.List(b.ctx, &sets); err != nil {
+						t.Fatal(err)
+					}
+					sets.Items[0].Spec.MinReadySeconds = tt.own // as the Deployment's controller does
+					if err := b.api.Update(b.ctx, &sets.Items[0]); err != nil {
+						t.Fatal(err)
+					}
 				}
 				at := b.changes()
 				if tt.changes == nil {
@@ -83,7 +95,11 @@ func TestMinReadyOfWorkload(t *testing.T) {
 					if tt.startFirst {
 						s.Order = inplace.StartFirst
 					}
-					b.create(name, spec{Target: ref(tt.kind), Containers: tt.changes, Strategy: s})
+					target := ref(tt.kind)
+					if tt.byLabel {
+						target = all()
+					}
+					b.create(name, spec{Target: target, Containers: tt.changes, Strategy: s})
 				}
 				b.want(b.until("ended", name, 2*time.Hour, func(r *rollout) bool { return r != nil && ended(r) }), "True RolledOut", "3/3/3/0/0")
 				all := at()

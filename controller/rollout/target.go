@@ -10,10 +10,12 @@ import (
 	"strings"
 	"time"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
@@ -33,7 +35,7 @@ type target struct {
 	// firstOrdinal is that of a StatefulSet.
 	firstOrdinal int
 	ordered      bool
-	// minReady is the workload's own minReadySeconds.
+	// minReady is the minReadySeconds of the workload, or the greatest of the pods' owners.
 	minReady time.Duration
 	// mirrors is how many pods of kubelets' own the selector chooses: they are left out.
 	mirrors int
@@ -70,7 +72,8 @@ func (p *pass) find(ctx context.Context) (*target, error) {
 				found.desired++
 			}
 		}
-		return found, nil
+		found.minReady, err = p.ownersMinReady(ctx, found.pods)
+		return found, err
 	case t.WorkloadRef != nil:
 		return p.findWorkload(ctx, t.WorkloadRef)
 	}
@@ -93,8 +96,45 @@ func (p *pass) findPod(ctx context.Context, name string) (*target, error) {
 	if apierrors.IsNotFound(err) {
 		return found, nil
 	}
+	if err != nil {
+		return nil, err
+	}
 	found.pods = []*corev1.Pod{&pod}
+	found.minReady, err = p.ownersMinReady(ctx, found.pods)
 	return found, err
+}
+
+// ownersMinReady is the greatest minReadySeconds of the workloads that own the pods. An owner that is gone asks for nothing.
+func (p *pass) ownersMinReady(ctx context.Context, pods []*corev1.Pod) (time.Duration, error) {
+	most := int32(0)
+	seen := map[types.UID]bool{}
+	for _, pod := range pods {
+		owner := metav1.GetControllerOf(pod)
+		if owner == nil || seen[owner.UID] || owner.APIVersion != appsv1.SchemeGroupVersion.String() {
+			continue
+		}
+		seen[owner.UID] = true
+		var object client.Object
+		var minReady *int32
+		switch owner.Kind {
+		case "ReplicaSet":
+			o := &appsv1.ReplicaSet{}
+			object, minReady = o, &o.Spec.MinReadySeconds
+		case kindStatefulSet:
+			o := &appsv1.StatefulSet{}
+			object, minReady = o, &o.Spec.MinReadySeconds
+		case kindDaemonSet:
+			o := &appsv1.DaemonSet{}
+			object, minReady = o, &o.Spec.MinReadySeconds
+		default:
+			continue
+		}
+		if err := p.r.Client.Get(ctx, client.ObjectKey{Namespace: pod.Namespace, Name: owner.Name}, object); client.IgnoreNotFound(err) != nil {
+			return 0, err
+		}
+		most = max(most, *minReady)
+	}
+	return time.Duration(most) * time.Second, nil
 }
 
 // list reads pods; they must not be changed.

@@ -175,7 +175,7 @@ type Strategy struct {
 	DrainSeconds int32 `json:"drainSeconds,omitempty"`
 
 	// minReadySeconds is how long a pod must have been ready to count as available. A container that ends before fails the pod.
-	// Of this and the minReadySeconds of the workload in workloadRef the greater counts.
+	// Of this and the minReadySeconds of the workload that owns the pods the greater counts.
 	//
 	// +kubebuilder:default=0
 	// +kubebuilder:validation:Minimum=0
