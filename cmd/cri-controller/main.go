@@ -34,6 +34,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/api/identity"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
 	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/admission"
 	"github.com/cri-proxy/cri-proxy/controller/authority"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull"
 	"github.com/cri-proxy/cri-proxy/controller/nodecondition"
@@ -230,6 +231,13 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 	if err := setUpNodeCondition(m, s, nodes, log); err != nil {
 		return err
 	}
+	rights, err := admission.NewRights(m.GetAPIReader(), log, metrics.Registry)
+	if err != nil {
+		return err
+	}
+	if err := m.Add(rights); err != nil {
+		return err
+	}
 	if hooks != nil {
 		if err := setUpWebhooks(m, keeper, log); err != nil {
 			return err
@@ -363,7 +371,7 @@ func setUpRollout(ctx context.Context, m ctrl.Manager, s settings, nodes rollout
 			return err
 		}
 	}
-	g := &rollout.GateReconciler{Client: m.GetClient(), APIReader: m.GetAPIReader(), Metrics: counters, Log: log}
+	g := &rollout.GateReconciler{Client: m.GetClient(), APIReader: m.GetAPIReader(), Recorder: recorder, Metrics: counters, Log: log}
 	return g.SetupWithManager(ctx, m, s.workers)
 }
 
