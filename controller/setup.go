@@ -79,7 +79,7 @@ func slimPod(in any) (any, error) {
 		var slim []corev1.Container
 		for _, c := range list {
 			kept := corev1.Container{
-				Name: c.Name, Image: c.Image, Ports: c.Ports, Lifecycle: c.Lifecycle, RestartPolicy: c.RestartPolicy, RestartPolicyRules: c.RestartPolicyRules,
+				Name: c.Name, Image: c.Image, ImagePullPolicy: c.ImagePullPolicy, Ports: c.Ports, Lifecycle: c.Lifecycle, RestartPolicy: c.RestartPolicy, RestartPolicyRules: c.RestartPolicyRules,
 				StartupProbe: slimProbe(c.StartupProbe), ReadinessProbe: slimProbe(c.ReadinessProbe),
 			}
 			if s := c.SecurityContext; s != nil {

@@ -21,6 +21,7 @@ const (
 	ReasonPullFailed     = "PullFailed"
 	ReasonPrepareTimeout = "PrepareTimeout"
 	ReasonSameImage      = "ImageUnchanged"
+	ReasonImageMoved     = "ImageMoved"
 	ReasonNotOverridden  = "ImageNotOverridden"
 )
 

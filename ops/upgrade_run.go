@@ -153,11 +153,41 @@ func (r *restart) checkImage(ctx context.Context) error {
 	case was != runs && was == r.change.want.GetImage():
 		return failf(ReasonSameImage, "container %q has image %s in its spec already, and runs %s in its place: revert that override instead", r.want.GetName(), was, o.Image)
 	case was == r.change.want.GetImage():
-		return failf(ReasonSameImage, "container %q has image %s in its spec already: kubelet would leave it as it is (restart it instead)", r.want.GetName(), was)
+		return r.sameName(ctx, config)
 	case config.GetAnnotations()[annotationHash] != kubeletHash(config.GetMetadata().GetName(), was):
 		r.toKubelet("kubelet's hash of the container is not that of its name and image, so it would not take over a container made here (is kubelet older than 1.31?)")
 	}
 	return nil
+}
+
+// sameName ends the preparation of the image that the container's spec has: there is nothing that kubelet would do. With pull policy Always
+// the tag has just been resolved again, and who asks is told whether a restart would start something else. That is no failure.
+func (r *restart) sameName(ctx context.Context, c *runtimeapi.ContainerConfig) error {
+	name := r.change.want.GetImage()
+	if r.change.want.GetPullPolicy() != opsv1.PullPolicy_PULL_POLICY_ALWAYS {
+		return failf(ReasonSameImage, "container %q has image %s in its spec already: kubelet would leave it as it is (restart it instead)", r.want.GetName(), name)
+	}
+	now, err := r.imageOnNode(ctx, name)
+	if err != nil {
+		return err
+	}
+	if now == nil {
+		return failf(ReasonPullFailed, "the runtime does not know %s, which has been pulled: was it removed meanwhile?", name)
+	}
+	runs := c.GetImage().GetImage()
+	old, err := r.imageOnNode(ctx, runs)
+	if err != nil {
+		return err
+	}
+	if old != nil {
+		runs = old.GetId()
+	}
+	out := &outcome{phase: opsv1.Phase_PHASE_CANCELLED, reason: ReasonSameImage, message: fmt.Sprintf("container %q has image %s in its spec already, and runs what that names now", r.want.GetName(), name)}
+	if now.GetId() != runs {
+		out.reason = ReasonImageMoved
+		out.message = fmt.Sprintf("container %q has image %s in its spec already, which names another image now than the one that runs: a restart starts it", r.want.GetName(), name)
+	}
+	return out
 }
 
 // toKubelet has kubelet make the successor.

@@ -66,6 +66,20 @@ func TestUpgradeFailures(t *testing.T) {
 		},
 		{name: "the same image", edit: first(func(c *opsv1.ContainerUpgrade) { c.Image = "app:v1" }), want: failed(ReasonSameImage), says: "restart it instead"},
 		{
+			name: "the same image, pulled again", edit: first(func(c *opsv1.ContainerUpgrade) { c.Image, c.PullPolicy = "app:v1", opsv1.PullPolicy_PULL_POLICY_ALWAYS }),
+			want: "CANCELLED, app CANCELLED " + ReasonSameImage, says: "runs what that names now",
+		},
+		{
+			name: "the same tag, which has moved", edit: first(func(c *opsv1.ContainerUpgrade) { c.Image, c.PullPolicy = "app:v1", opsv1.PullPolicy_PULL_POLICY_ALWAYS }),
+			want: "CANCELLED, app CANCELLED " + ReasonImageMoved, says: "a restart starts it",
+			script: func(n *upNode) {
+				n.images.ensure = func(context.Context, *opsv1.PullRequest) (*opsv1.PullOperation, error) {
+					n.images.images["app:v1"] = &runtimeapi.Image{Id: "sha256:moved"}
+					return &opsv1.PullOperation{Phase: opsv1.PullPhase_PULL_SUCCEEDED}, nil
+				}
+			},
+		},
+		{
 			name: "the image is gone again", edit: first(func(c *opsv1.ContainerUpgrade) { c.Image = "app:v9" }),
 			want: failed(ReasonPullFailed), says: "was it removed meanwhile?",
 		},

@@ -108,8 +108,11 @@ func (p *pass) again(m *member, after time.Duration) {
 	m.retryAt, p.wait = p.now.Add(after), sooner(p.wait, after)
 }
 
-// preparation is how far the node is.
-func (p *pass) preparation(i *item) readiness {
+// preparation is how far the node is with all that the pod needs.
+func (p *pass) preparation(i *item) readiness { return min(p.looking(i), p.imagesReady(i)) }
+
+// imagesReady is how far the node is with the images.
+func (p *pass) imagesReady(i *item) readiness {
 	if len(i.verdict.images) == 0 || i.m.plain {
 		return prepared
 	}
@@ -135,6 +138,10 @@ func (p *pass) preparation(i *item) readiness {
 func (p *pass) step(ctx context.Context, i *item) error {
 	i.m.turn = true
 	if i.stale || p.waits(&i.m.api) {
+		return nil
+	}
+	if len(i.verdict.looks) > 0 { // a gate was closed before the controller was started
+		p.prepare(ctx, i)
 		return nil
 	}
 	if spared, err := p.sparesJob(ctx, i); !spared || err != nil {

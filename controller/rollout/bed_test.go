@@ -76,6 +76,8 @@ type bed struct {
 	kubelet        kubelet
 	// serves says from when on the application of a pod answers, where that has a startupProbe.
 	serves    map[types.UID]time.Time
+	tags      sync.Mutex
+	contents  map[string]string // of tags that have moved; guarded by tags
 	running   bool
 	ctx       context.Context
 	stop      context.CancelFunc
@@ -116,7 +118,7 @@ func inBed(t *testing.T, f func(*testing.T, *bed)) {
 			}
 		}
 		b.ctx, b.stop = context.WithCancel(context.Background())
-		b.fleet.swap, b.fleet.runs = b.swapped, b.runs
+		b.fleet.swap, b.fleet.runs, b.fleet.moved = b.swapped, b.runs, b.moved
 		// Without managed fields, which nobody reads and most of the time would go into.
 		tracker := clienttesting.NewObjectTracker(scheme, serializer.NewCodecFactory(scheme).UniversalDecoder())
 		b.api = fake.NewClientBuilder().WithScheme(scheme).WithObjectTracker(tracker).WithStatusSubresource(&rollout{}).Build()
@@ -470,12 +472,15 @@ func (b *bed) changed(o client.Object) {
 			if !b.running {
 				return
 			}
-			if now := b.get(key.Name); now == nil {
+			now, old := b.get(key.Name), b.rollouts[key]
+			if now == nil {
 				delete(b.rollouts, key)
 			} else {
 				b.rollouts[key] = now
 			}
-			b.queue.Add(reconcile.Request{NamespacedName: key})
+			if now == nil || old == nil || now.DeletionTimestamp != nil || rolloutChanges().Update(event.UpdateEvent{ObjectOld: old, ObjectNew: now}) {
+				b.queue.Add(reconcile.Request{NamespacedName: key})
+			}
 			for _, owner := range owners {
 				b.follows[owner.Kind].Add(reconcile.Request{NamespacedName: types.NamespacedName{Namespace: "ns", Name: owner.Name}})
 			}

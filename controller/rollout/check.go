@@ -21,6 +21,7 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
 )
 
 // checkPods is how many pods of a selector are looked at in a check.
@@ -81,17 +82,20 @@ func checkPod(ctx context.Context, from client.Reader, r *inplace.InPlaceRollout
 	return ungated(r, pod, "pod "+name), sparesJob(ctx, from, pod, r)
 }
 
-func checkSelected(ctx context.Context, from client.Reader, r *inplace.InPlaceRollout) ([]string, error) {
+func checkSelected(ctx context.Context, from client.Reader, r *inplace.InPlaceRollout) (warnings []string, err error) {
 	selector, err := selectorOf(r.Spec.Target.Selector)
 	if err != nil {
 		return nil, err
 	}
-	pods, err := somePods(ctx, from, r.Namespace, selector)
+	pods, mirrors, err := somePods(ctx, from, r.Namespace, selector)
 	if err != nil {
 		return nil, err
 	}
+	if mirrors > 0 {
+		warnings = append(warnings, leftOut(mirrors)+": a ContainerRecreateRequest restarts its containers, its manifest on the node changes its images")
+	}
 	if len(pods) == 0 {
-		return []string{fmt.Sprintf("no pod in namespace %s has labels %s: the rollout waits for one", r.Namespace, metav1.FormatLabelSelector(r.Spec.Target.Selector))}, nil
+		return append(warnings, fmt.Sprintf("no pod in namespace %s has labels %s: the rollout waits for one", r.Namespace, metav1.FormatLabelSelector(r.Spec.Target.Selector))), nil
 	}
 	jobs := map[types.UID]bool{}
 	for i := range pods {
@@ -105,7 +109,7 @@ func checkSelected(ctx context.Context, from client.Reader, r *inplace.InPlaceRo
 			}
 		}
 	}
-	return ungated(r, &pods[0], "pod "+pods[0].Name), nil
+	return append(warnings, ungated(r, &pods[0], "pod "+pods[0].Name)...), nil
 }
 
 func checkWorkload(ctx context.Context, from client.Reader, r *inplace.InPlaceRollout) ([]string, error) {
@@ -237,7 +241,7 @@ func sharedTarget(ctx context.Context, from client.Reader, a, b *inplace.InPlace
 	if err != nil {
 		return "", nil // the other one, which the reconciler has refused
 	}
-	pods, err := somePods(ctx, from, a.Namespace, selector)
+	pods, _, err := somePods(ctx, from, a.Namespace, selector)
 	is := members(t)
 	for i := range pods {
 		if is(&pods[i]) {
@@ -262,7 +266,9 @@ func members(t inplace.Target) func(*corev1.Pod) bool {
 		return func(pod *corev1.Pod) bool { return pod.Name == t.PodName }
 	case t.Selector != nil:
 		selector, err := metav1.LabelSelectorAsSelector(t.Selector)
-		return func(pod *corev1.Pod) bool { return err == nil && selector.Matches(labels.Set(pod.Labels)) }
+		return func(pod *corev1.Pod) bool {
+			return err == nil && !mirrorpod.Is(pod) && selector.Matches(labels.Set(pod.Labels))
+		}
 	case t.WorkloadRef != nil:
 		return func(pod *corev1.Pod) bool { return ownedBy(pod, t.WorkloadRef) }
 	}
@@ -293,9 +299,15 @@ func readPod(ctx context.Context, from client.Reader, namespace, name string) (*
 	return pod, err
 }
 
-// somePods are the active ones of the first checkPods pods that a selector chooses.
-func somePods(ctx context.Context, from client.Reader, namespace string, selector labels.Selector) ([]corev1.Pod, error) {
+// somePods are the active ones of the first checkPods pods that a selector chooses, and how many of those are static ones, which are left out.
+func somePods(ctx context.Context, from client.Reader, namespace string, selector labels.Selector) (pods []corev1.Pod, mirrors int, err error) {
 	var list corev1.PodList
-	err := from.List(ctx, &list, client.InNamespace(namespace), client.MatchingLabelsSelector{Selector: selector}, client.Limit(checkPods))
-	return slices.DeleteFunc(list.Items, func(p corev1.Pod) bool { return !active(&p) }), err
+	err = from.List(ctx, &list, client.InNamespace(namespace), client.MatchingLabelsSelector{Selector: selector}, client.Limit(checkPods))
+	pods = slices.DeleteFunc(list.Items, func(p corev1.Pod) bool {
+		if mirrorpod.Is(&p) {
+			mirrors++
+		}
+		return !active(&p) || mirrorpod.Is(&p)
+	})
+	return pods, mirrors, err
 }

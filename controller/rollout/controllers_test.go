@@ -204,7 +204,7 @@ func (b *bed) make(name, node, kind string, owner client.Object, t *corev1.PodTe
 	b.addPod(name, node, func(p *corev1.Pod) {
 		p.Spec.Containers = t.DeepCopy().Spec.Containers
 		p.Spec.ReadinessGates = t.Spec.ReadinessGates
-		p.OwnerReferences = []metav1.OwnerReference{{Kind: kind, Name: owner.GetName(), UID: owner.GetUID(), Controller: &yes}}
+		p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: kind, Name: owner.GetName(), UID: owner.GetUID(), Controller: &yes}}
 		for k, v := range labels {
 			p.Labels[k] = v
 		}

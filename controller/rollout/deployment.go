@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"strconv"
+	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -32,7 +33,7 @@ type deployment struct {
 
 func (p *pass) findDeployment(ctx context.Context, d *appsv1.Deployment) (*target, error) {
 	w := &deployment{p: p, d: d}
-	found := &target{desired: 1, workload: w}
+	found := &target{desired: 1, workload: w, minReady: time.Duration(d.Spec.MinReadySeconds) * time.Second}
 	if d.Spec.Replicas != nil {
 		found.desired = int(*d.Spec.Replicas)
 	}

@@ -54,7 +54,7 @@ func (p *pass) tellWarnings(i *item) {
 	var done []*opsv1.Operation
 	p.work.mu.Lock()
 	for _, t := range []*talk{i.m.visit, i.m.restart} {
-		if t != nil && t.op.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED && t.op.GetFinishTime() != nil {
+		if t != nil && !t.inquires && t.op.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED && t.op.GetFinishTime() != nil {
 			done = append(done, t.op)
 		}
 	}

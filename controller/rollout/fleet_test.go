@@ -31,12 +31,17 @@ type fleet struct {
 	breaks map[string]string
 	// holds is how long nodes keep what they have prepared; 0 means as long as they are asked to.
 	holds time.Duration
+	// fails is how restarts fail, lasts how long they take: 0 is a second.
+	fails string
+	lasts time.Duration
 	// warnings are those of each container when an operation succeeds.
 	warnings []string
 	// swap lets the pod's container be replaced, for Restart.
 	swap func(podUID, container, id string)
 	// runs is the image that a pod's container runs.
 	runs func(podUID, container string) string
+	// moved says that the tag of a pod's container names another image by now.
+	moved func(podUID, container string) bool
 	// serial counts operations.
 	serial int
 	ctx    context.Context
@@ -156,13 +161,13 @@ func (f *fleet) PrepareUpgrade(ctx context.Context, n controller.Node, r *opsv1.
 		Uid: r.GetUid(), Kind: "Upgrade", Pod: r.GetPod(), Phase: opsv1.Phase_PHASE_PULLING, CreateTime: timestamppb.Now(),
 	}}
 	for _, other := range node.ops {
-		if was, ok := other.request.(*opsv1.PrepareUpgradeRequest); ok && was.GetOwner() == r.GetOwner() && was.GetPod().GetUid() == r.GetPod().GetUid() && !other.committed {
+		if was, ok := other.request.(*opsv1.PrepareUpgradeRequest); ok && was.GetOwner() == r.GetOwner() && was.GetPod().GetUid() == r.GetPod().GetUid() && !other.committed && share(was, bare) {
 			f.cancel(other, "its owner wants something else")
 		}
 	}
 	f.serial++
 	o.serial = f.serial
-	broken := ""
+	broken, cancelled := "", false
 	for _, c := range r.GetContainers() {
 		o.op.Containers = append(o.op.Containers, &opsv1.ContainerOperation{Name: c.GetName(), Image: c.GetImage(), Phase: opsv1.Phase_PHASE_PULLING, IncumbentId: bareID(c.GetExpectedContainerId())})
 		for suffix, reason := range f.breaks {
@@ -180,10 +185,16 @@ func (f *fleet) PrepareUpgrade(ctx context.Context, n controller.Node, r *opsv1.
 		}
 		if !f.turn(node, o, r.GetPrepareTimeout().AsDuration()) {
 			broken = "PrepareTimeout"
-		} else if !slices.ContainsFunc(r.GetContainers(), func(c *opsv1.ContainerUpgrade) bool {
+		} else if broken == "" && !slices.ContainsFunc(r.GetContainers(), func(c *opsv1.ContainerUpgrade) bool {
 			return f.runs(r.GetPod().GetUid(), c.GetName()) != c.GetImage()
 		}) {
 			broken = reasonUnchanged
+			if r.GetContainers()[0].GetPullPolicy() == opsv1.PullPolicy_PULL_POLICY_ALWAYS {
+				cancelled = true
+				if f.moved(r.GetPod().GetUid(), r.GetContainers()[0].GetName()) {
+					broken = reasonMoved
+				}
+			}
 		}
 		f.mu.Lock()
 		defer f.mu.Unlock()
@@ -191,6 +202,9 @@ func (f *fleet) PrepareUpgrade(ctx context.Context, n controller.Node, r *opsv1.
 			op.Phase = opsv1.Phase_PHASE_PREPARED
 			if broken != "" {
 				op.Phase = opsv1.Phase_PHASE_FAILED
+				if cancelled {
+					op.Phase = opsv1.Phase_PHASE_CANCELLED
+				}
 				op.Containers[0].Reason, op.Containers[0].Message = broken, "the registry says "+broken
 			}
 		})
@@ -210,6 +224,25 @@ func (f *fleet) PrepareUpgrade(ctx context.Context, n controller.Node, r *opsv1.
 	return proto.Clone(o.op).(*opsv1.Operation), nil
 }
 
+// share says that two commands have a container in common.
+func share(a, b proto.Message) bool {
+	of := func(m proto.Message) (names []string) {
+		switch r := m.(type) {
+		case *opsv1.PrepareUpgradeRequest:
+			for _, c := range r.GetContainers() {
+				names = append(names, c.GetName())
+			}
+		case *opsv1.RestartRequest:
+			for _, c := range r.GetContainers() {
+				names = append(names, c.GetName())
+			}
+		}
+		return names
+	}
+	theirs := of(b)
+	return slices.ContainsFunc(of(a), func(name string) bool { return slices.Contains(theirs, name) })
+}
+
 // turn waits until nothing that was there before has the pod's containers.
 func (f *fleet) turn(node *simNode, o *simOp, limit time.Duration) bool {
 	timer := time.NewTimer(limit)
@@ -218,7 +251,7 @@ func (f *fleet) turn(node *simNode, o *simOp, limit time.Duration) bool {
 		f.mu.Lock()
 		var first *simOp
 		for _, other := range node.ops {
-			if other.serial < o.serial && other.op.GetPod().GetUid() == o.op.GetPod().GetUid() && other.op.GetFinishTime() == nil {
+			if other.serial < o.serial && other.op.GetPod().GetUid() == o.op.GetPod().GetUid() && other.op.GetFinishTime() == nil && share(other.request, o.request) {
 				first = other
 			}
 		}
@@ -367,8 +400,18 @@ func (f *fleet) Restart(ctx context.Context, n controller.Node, r *opsv1.Restart
 	f.serial++
 	o := &simOp{request: r, changed: make(chan struct{}), serial: f.serial, op: &opsv1.Operation{Uid: r.GetUid(), Kind: "Restart", Pod: r.GetPod(), Phase: opsv1.Phase_PHASE_STAGING, CreateTime: timestamppb.Now()}}
 	node.ops[r.GetUid()] = o
+	fails, lasts := f.fails, cmp.Or(f.lasts, time.Second)
 	f.wg.Go(func() {
-		if !pause(f.ctx, time.Second) {
+		if !pause(f.ctx, lasts) {
+			return
+		}
+		if fails != "" {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			f.update(o, func(op *opsv1.Operation) {
+				op.Phase = opsv1.Phase_PHASE_FAILED
+				op.Containers = []*opsv1.ContainerOperation{{Name: r.GetContainers()[0].GetName(), Reason: fails, Message: "the node says " + fails}}
+			})
 			return
 		}
 		for _, c := range r.GetContainers() {

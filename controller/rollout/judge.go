@@ -74,8 +74,10 @@ type knowledge struct {
 	// op is the operation of the mark, if asked says so; restart is that of the containers that are restarted only.
 	op, restart *opsv1.Operation
 	asked       bool
-	// failed is why nothing could be prepared, or restarted.
-	failed *failure
+	// rested says that no node is at work on the restarts of the mark, seen when that is another goal's.
+	rested bool
+	// failed is why nothing could be prepared, or restarted; refused why no node has taken the restart up.
+	failed, refused *failure
 	// turn says that the pod is being changed, or about to be.
 	turn bool
 	// readySeen is when the containers as they are were first seen ready.
@@ -88,7 +90,9 @@ type knowledge struct {
 	settled bool
 	// answers are what the API server makes of images in this pod.
 	answers rewrites
-	now     time.Time
+	// looks are what nodes have found their tags to name, by container.
+	looks map[string]lookResult
+	now   time.Time
 }
 
 // has says that a container has the image that is wanted, or what admission makes of it.
@@ -105,12 +109,15 @@ type verdict struct {
 	// images and restarts are what is to be written.
 	images   map[string]string
 	restarts []string
+	// looks are the containers of which the node is to say whether their tag names another image than the one that runs.
+	looks []string
 	// serving says that the pod is ready and has started, available that it has been for long enough, disrupted that it must not be counted on.
 	serving, available, disrupted bool
 	// open says that its gates are to be opened.
 	open bool
-	// ask says that the operation of the mark is worth asking for, restart that the marked containers are to be restarted.
-	ask, restart bool
+	// ask says that the operation of the mark is worth asking for, restart that the marked containers are to be restarted, inquire that it
+	// is worth asking whether a node still restarts them for another goal.
+	ask, restart, inquire bool
 	// recovered says that the pod is available after a change.
 	recovered bool
 	failure   failure
@@ -130,7 +137,9 @@ func judge(pod *corev1.Pod, m *mark, g goal, k knowledge, s *strategy, now time.
 	v.available, v.wait = available(pod, k, s, now)
 	ready := conditionOf(pod, corev1.PodReady)
 	v.serving = ready != nil && ready.Status == corev1.ConditionTrue
-	moving := m.moving(pod, k)
+	moving, wait := m.moving(pod, g, k)
+	v.wait = sooner(v.wait, wait)
+	v.inquire = moving && !m.by(g) && !k.rested && m.restarts(pod)
 	v.disrupted = k.turn || shut != "" || moving
 	if passed, _ := started(pod, k, now); v.serving && !passed {
 		v.serving, v.disrupted = false, true // whatever its condition says
@@ -143,10 +152,19 @@ func judge(pod *corev1.Pod, m *mark, g goal, k knowledge, s *strategy, now time.
 			v.fail(failNoContainer, "%s", podLacks(pod, name, toChange))
 			return v
 		}
-		if !k.has(m, name, c.Image, image) {
+		switch {
+		case !k.has(m, name, c.Image, image):
 			v.images[name] = image
+		case !m.by(g) && g.tags && !pod.CreationTimestamp.After(k.begun) && mayMove(pod, c):
+			switch k.looks[name] {
+			case unknown:
+				v.looks = append(v.looks, name)
+			case moved:
+				v.restarts = append(v.restarts, name) // as kubelet would: it starts what the tag names now
+			}
 		}
 	}
+	slices.Sort(v.looks)
 	for _, name := range g.restarts {
 		c, _ := containerOf(pod, name)
 		if c == nil {
@@ -162,7 +180,7 @@ func judge(pod *corev1.Pod, m *mark, g goal, k knowledge, s *strategy, now time.
 		}
 	}
 	switch {
-	case len(v.images)+len(v.restarts) > 0:
+	case len(v.images)+len(v.restarts)+len(v.looks) > 0:
 		v.stage = outdated
 		switch {
 		case static(pod) != "":
@@ -193,7 +211,8 @@ func static(pod *corev1.Pod) string {
 	if !mirrorpod.Is(pod) {
 		return ""
 	}
-	return fmt.Sprintf("pod %s is a static pod: change its manifest on node %s", pod.Name, pod.Spec.NodeName)
+	return fmt.Sprintf("pod %s is a static pod, which is changed on its node only: for another image change its manifest on node %s, "+
+		"to restart its containers make a ContainerRecreateRequest for it", pod.Name, pod.Spec.NodeName)
 }
 
 // judgeChanged is about a pod that was changed for the goal.
@@ -203,7 +222,19 @@ func (v *verdict) judgeChanged(pod *corev1.Pod, m *mark, g goal, k knowledge, s 
 	if moving {
 		v.restart = k.restart == nil && m.restarts(pod)
 		if k.restart.GetFinishTime() != nil && k.restart.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED {
+			// The node has left the old container as it was: the pod is what it was.
+			shut, _ := shutBy(pod)
 			v.fail(failRestart, "%s", accountOf(k.restart))
+			v.open, v.disrupted = shut == g.rollout, shut != ""
+			return
+		}
+		if why := k.refused; why != nil && k.restart == nil && m.restarts(pod) {
+			v.fail(why.reason, "%s", why.message)
+			if why.reason != failUnreachable { // else it may be at work
+				shut, _ := shutBy(pod)
+				v.open, v.disrupted = shut == g.rollout, shut != ""
+			}
+			return
 		}
 	} else {
 		ready, wait := containersReady(pod, k, s, now)
@@ -243,17 +274,43 @@ func (v *verdict) judgeCreated(pod *corev1.Pod, k knowledge, s *strategy, now ti
 	}
 }
 
-// moving says that a container of the mark is not replaced yet.
-func (m *mark) moving(pod *corev1.Pod, k knowledge) bool {
+// moving says that a container of the mark is not replaced yet, and may be; wait is how long until the passing of time alone settles it.
+func (m *mark) moving(pod *corev1.Pod, g goal, k knowledge) (moving bool, wait time.Duration) {
 	if m == nil {
-		return false
+		return false, 0
 	}
 	for name, w := range m.Containers {
-		if c, _ := containerOf(pod, name); c != nil && !replaced(pod, m, name, w, c.Image, k) {
-			return true
+		c, _ := containerOf(pod, name)
+		if c == nil || replaced(pod, m, name, w, c.Image, k) {
+			continue
 		}
+		left := time.Duration(0)
+		if !m.by(g) {
+			var settled bool
+			if settled, left = m.settled(pod, name, w, c.Image, k); settled {
+				continue
+			}
+		}
+		moving, wait = true, max(wait, left)
 	}
-	return false
+	return moving, wait
+}
+
+// settled says of a container that was not replaced, by the mark of a goal which nobody works for any more, that it will not be by that:
+// it is what the pod is now. It never changes that kubelet brings what runs to the spec.
+func (m *mark) settled(pod *corev1.Pod, name string, w was, image string, k knowledge) (is bool, wait time.Duration) {
+	cs := statusOf(pod, name)
+	switch {
+	case cs == nil || cs.ContainerID == "":
+		return false, 0 // it is not available anyway
+	case cs.ContainerID != w.ID:
+		// Another one of the same image. If that was a crash just before the patch, kubelet has replaced it by then.
+		left := statusPatience - k.now.Sub(m.Time.Time)
+		return left <= 0, max(left, 0)
+	case image != w.Image:
+		return false, 0 // kubelet has not acted yet
+	}
+	return k.rested, 0
 }
 
 // restarts says that a container of the mark that keeps its image is still the old one.

@@ -11,6 +11,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
@@ -22,6 +23,10 @@ func TestJudge(t *testing.T) {
 	g := goal{rollout: "r", revision: "rev", images: map[string]string{"app": "app:2"}}
 	changed := func(d time.Duration) *mark {
 		return &mark{Rollout: "r", Revision: "rev", Operation: "op", Time: metav1.NewMicroTime(now.Add(-d)), Containers: map[string]was{"app": {Image: "app:1", Base: "app:1", ID: "c://1", ImageID: "i1"}}}
+	}
+	of := func(m *mark, rollout types.UID) *mark {
+		m.Rollout = rollout
+		return m
 	}
 	image := func(image string) func(*corev1.Pod) {
 		return func(p *corev1.Pod) { p.Spec.Containers[0].Image = image }
@@ -88,6 +93,11 @@ func TestJudge(t *testing.T) {
 		{"not ready in time", changed(11 * time.Minute), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://2", "i2", "app:2", running(10*time.Minute)), ready(false, 11*time.Minute)}, 0, broken, "", failDeadline},
 		{"was ready after it, and is not now", changed(11 * time.Minute), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://2", "i2", "app:2", running(10*time.Minute)), ready(false, time.Minute)}, 0, updated, "", ""},
 		{"was available as far as is known", changed(11 * time.Minute), knowledge{asked: true, settled: true}, []func(*corev1.Pod){image("app:2"), container("c://2", "i2", "app:2", running(time.Second)), ready(false, 11*time.Minute)}, 0, updated, "", ""},
+		{"another's mark, kubelet has not acted", of(changed(time.Hour), "x"), knowledge{}, []func(*corev1.Pod){image("app:2")}, 0, updated, "ad", ""},
+		{"another's mark, the same content", of(changed(time.Minute), "x"), knowledge{}, []func(*corev1.Pod){image("app:2"), container("c://2", "i1", "app:1", running(time.Second))}, 0, updated, "a", ""},
+		{"another's mark, the same content, just now", of(changed(time.Second), "x"), knowledge{}, []func(*corev1.Pod){image("app:2"), container("c://2", "i1", "app:1", running(time.Second))}, 0, updated, "ad", ""},
+		{"another's mark, taken back", of(changed(time.Minute), "x"), knowledge{rested: true}, nil, 0, outdated, "a", ""},
+		{"another's mark, the node may restart it", of(changed(time.Minute), "x"), knowledge{}, nil, 0, outdated, "ad", ""},
 		{"made anew with a bad image", nil, knowledge{}, []func(*corev1.Pod){image("app:2"), func(p *corev1.Pod) { p.CreationTimestamp = ago(time.Minute) }, container("c://2", "i2", "app:2", waiting(waitCrashLoop, "")), ready(false, time.Minute)}, 0, broken, "", waitCrashLoop},
 	}
 	for _, tt := range tests {

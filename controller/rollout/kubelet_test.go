@@ -145,7 +145,7 @@ func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, 
 			cs.LastTerminationState = corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ContainerID: cs.ContainerID, StartedAt: metav1.Now(), FinishedAt: metav1.Now()}}
 		}
 		p.Status.Phase = corev1.PodRunning
-		cs.ContainerID, cs.Image, cs.ImageID, cs.Ready = "containerd://"+id, "docker.io/library/"+image, "id of "+image, false
+		cs.ContainerID, cs.Image, cs.ImageID, cs.Ready = "containerd://"+id, "docker.io/library/"+image, b.content(image), false
 		cs.RestartCount++
 		cs.State = corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: metav1.Now()}}
 		if crash {
@@ -241,6 +241,9 @@ func (b *bed) swapped(podUID, container, id string) {
 		b.status(client.ObjectKeyFromObject(pod), pod.UID, func(p *corev1.Pod) bool {
 			cs := statusOf(p, container)
 			cs.ContainerID, cs.RestartCount = "containerd://"+id, cs.RestartCount+1
+			if c, _ := containerOf(p, container); c.ImagePullPolicy == corev1.PullAlways {
+				cs.ImageID = b.content(c.Image)
+			}
 			cs.State = corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: metav1.Now()}}
 			if c, _ := containerOf(p, container); c.StartupProbe != nil {
 				b.carry(cs)
@@ -261,4 +264,35 @@ func (b *bed) runs(podUID, container string) string {
 		}
 	}
 	return ""
+}
+
+// content is what a tag names now.
+func (b *bed) content(image string) string {
+	b.tags.Lock()
+	defer b.tags.Unlock()
+	if id := b.contents[image]; id != "" {
+		return id
+	}
+	return "id of " + image
+}
+
+// moveTag lets a tag name something else from now on.
+func (b *bed) moveTag(image, content string) {
+	b.tags.Lock()
+	defer b.tags.Unlock()
+	if b.contents == nil {
+		b.contents = map[string]string{}
+	}
+	b.contents[image] = content
+}
+
+// moved says that the tag of a pod's container names another image than the one that runs.
+func (b *bed) moved(podUID, container string) bool {
+	for _, pod := range b.pods() {
+		if string(pod.UID) == podUID {
+			c, _ := containerOf(pod, container)
+			return statusOf(pod, container).ImageID != b.content(c.Image)
+		}
+	}
+	return false
 }

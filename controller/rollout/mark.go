@@ -52,6 +52,17 @@ func markOf(pod *corev1.Pod) *mark {
 // by says whether the mark is of the goal.
 func (m *mark) by(g goal) bool { return m != nil && m.Rollout == g.rollout && m.Revision == g.revision }
 
+// restartUID is what the node calls the restart of the marked containers that keep their images.
+func (m *mark) restartUID(pod *corev1.Pod) string {
+	ids := map[string]string{}
+	for name, old := range m.Containers {
+		if c, _ := containerOf(pod, name); c != nil && c.Image == old.Image && old.ID != "" {
+			ids[name] = old.ID
+		}
+	}
+	return operationUID("r", goal{rollout: m.Rollout, revision: m.Revision}, pod, ids, 0)
+}
+
 // containerOf finds a container that can be changed in place: a regular one, or an init container with restartPolicy Always.
 func containerOf(pod *corev1.Pod, name string) (c *corev1.Container, sidecar bool) {
 	for i := range pod.Spec.Containers {

@@ -67,15 +67,16 @@ type member struct {
 	// revision is the goal that the fields below are about.
 	revision string
 	// written is the resourceVersion of the last write of the pod.
-	written uint64
-	turn    bool
-	plain   bool      // without preparation by the node
-	round   int       // of the preparation
-	tries   int       // of those that had a reason of their own
-	gaveWay bool      // the last one gave way to somebody's restart
-	lost    time.Time // since when there is no such node
-	retryAt time.Time
-	settled bool
+	written   uint64
+	turn      bool
+	plain     bool      // without preparation by the node
+	round     int       // of the preparation
+	tries     int       // of those that had a reason of their own
+	gaveWay   bool      // the last one gave way to somebody's restart
+	lookTries int       // of the questions for tags
+	lost      time.Time // since when there is no such node
+	retryAt   time.Time
+	settled   bool
 	// refused is why the pod must not be changed.
 	refused *failure
 	// api is what went wrong with the API server since something last went well.
@@ -91,8 +92,10 @@ type member struct {
 
 	// The rest is guarded by the mutex of work.
 
-	// visit is the conversation about the upgrade, restart that about containers to restart.
+	// visit is the conversation about the upgrade, restart that about the containers of the mark to restart.
 	visit, restart *talk
+	// looks are those about the tags of containers, by container.
+	looks map[string]*talk
 	// answers are what the API server makes of the images of the goal in this pod.
 	answers rewrites
 }
@@ -120,6 +123,10 @@ type talk struct {
 	same bool
 	// api is what went wrong with the API server last, and how often.
 	api apiTrouble
+	// look is what has come of a question for a tag.
+	look lookResult
+	// inquires says that it only asks what has become of another goal's operation.
+	inquires bool
 	// committed says that CommitUpgrade was taken, or is under way.
 	committed bool
 }
@@ -152,7 +159,10 @@ func (w *work) drop(m *member) {
 	for _, t := range []*talk{m.visit, m.restart} {
 		t.end()
 	}
-	m.visit, m.restart = nil, nil
+	for _, t := range m.looks {
+		t.end()
+	}
+	m.visit, m.restart, m.looks = nil, nil, nil
 }
 
 func (t *talk) end() {
@@ -180,7 +190,7 @@ func (w *work) keep(pods map[types.UID]bool) {
 func (w *work) close() { w.keep(nil) }
 
 // knowledge is what judge is to know of a member.
-func (w *work) knowledge(m *member, begun time.Time) knowledge {
+func (w *work) knowledge(m *member, pod *corev1.Pod, begun time.Time) knowledge {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	k := knowledge{begun: begun, turn: m.turn, readySeen: m.readySeen, seen: m.started, settled: m.settled, answers: m.answers}
@@ -190,9 +200,23 @@ func (w *work) knowledge(m *member, begun time.Time) knowledge {
 		}
 		k.failed = t.failed
 	}
-	if t := m.restart; t != nil {
-		k.restart = t.op
-		if k.failed == nil {
+	if t := m.restart; t != nil && m.mark != nil && t.uid == m.mark.restartUID(pod) {
+		k.restart, k.rested = t.op, t.asked && (t.op == nil || t.op.GetFinishTime() != nil) || t.failed != nil
+		if k.failed == nil && !t.inquires {
+			k.failed = t.failed
+		}
+		if !t.inquires {
+			k.refused = t.failed
+		}
+	}
+	for name, t := range m.looks {
+		if t.uid != w.lookUID(m, pod, name) {
+			continue // another container runs by now
+		}
+		if k.looks == nil {
+			k.looks = map[string]lookResult{}
+		}
+		if k.looks[name] = t.look; k.failed == nil {
 			k.failed = t.failed
 		}
 	}

@@ -48,6 +48,7 @@ func (p *pass) findStatefulSet(ctx context.Context, s *appsv1.StatefulSet) (*tar
 	found := &target{pods: pods, desired: 1, ordered: true, workload: &onDelete{
 		p: p, object: s, kind: kindStatefulSet, template: &s.Spec.Template, selector: s.Spec.Selector, observed: s.Status.ObservedGeneration, update: s.Status.UpdateRevision,
 	}}
+	found.minReady = time.Duration(s.Spec.MinReadySeconds) * time.Second
 	if s.Spec.Replicas != nil {
 		found.desired = int(*s.Spec.Replicas)
 	}
@@ -65,6 +66,7 @@ func (p *pass) findDaemonSet(ctx context.Context, d *appsv1.DaemonSet) (*target,
 	found := &target{pods: pods, desired: int(d.Status.DesiredNumberScheduled), workload: &onDelete{
 		p: p, object: d, kind: kindDaemonSet, template: &d.Spec.Template, selector: d.Spec.Selector, observed: d.Status.ObservedGeneration,
 	}}
+	found.minReady = time.Duration(d.Spec.MinReadySeconds) * time.Second
 	return found, nil
 }
 

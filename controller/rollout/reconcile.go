@@ -210,6 +210,7 @@ func (p *pass) advance(ctx context.Context) error {
 	} else if err != nil {
 		return err
 	}
+	p.strategy.honour(p.target.minReady)
 	p.goal = goalOf(p.rollout)
 	if first, shared, err := p.r.takeTurn(ctx, p); err != nil {
 		return err
@@ -335,7 +336,8 @@ func (p *pass) gather(ctx context.Context) {
 			m.noteStarted(pod, p.now)
 		}
 		p.settlePreparation(i)
-		k := p.work.knowledge(m, begun)
+		p.settleLooks(i)
+		k := p.work.knowledge(m, pod, begun)
 		k.carried = len(m.started) > 0 && p.carries(ctx, pod)
 		i.known, i.verdict = k, judge(pod, m.mark, i.goal, k, &p.strategy, p.now)
 		p.wait = sooner(p.wait, i.verdict.wait)
@@ -435,6 +437,9 @@ func (p *pass) act(ctx context.Context) error {
 		}
 		if i.verdict.restart {
 			p.restart(ctx, i)
+		}
+		if i.verdict.inquire {
+			p.inquire(ctx, i)
 		}
 		if i.verdict.stage == changing {
 			p.nudge(ctx, i)

@@ -218,6 +218,7 @@ func podChanges() predicate.Predicate {
 			before, ok1 := e.ObjectOld.(*corev1.Pod)
 			after, ok2 := e.ObjectNew.(*corev1.Pod)
 			return !ok1 || !ok2 || before.UID != after.UID || active(before) != active(after) || before.Spec.NodeName != after.Spec.NodeName ||
+				before.Annotations[inplace.PodStateAnnotation] != after.Annotations[inplace.PodStateAnnotation] ||
 				!maps.Equal(before.Labels, after.Labels) || !slices.EqualFunc(before.Status.Conditions, after.Status.Conditions, sameCondition) ||
 				!slices.EqualFunc(before.Status.ContainerStatuses, after.Status.ContainerStatuses, sameStatus) ||
 				!slices.EqualFunc(before.Status.InitContainerStatuses, after.Status.InitContainerStatuses, sameStatus) ||

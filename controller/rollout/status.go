@@ -256,6 +256,7 @@ func (p *pass) conclude(ctx context.Context) error {
 		next.Message = fmt.Sprintf("%d of %d pods are updated", next.Updated, next.Desired)
 		p.stand(next, true, inplace.ReasonRollingOut, "")
 	}
+	p.aside(next)
 	if p.work.failuresGone() && !undo {
 		setCondition(next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")
 	}
@@ -268,6 +269,13 @@ func (p *pass) conclude(ctx context.Context) error {
 		return nil
 	}
 	return p.writeStatus(ctx, next)
+}
+
+// aside adds to the message how many pods the rollout leaves alone though they have its labels.
+func (p *pass) aside(next *inplace.InPlaceRolloutStatus) {
+	if text := leftOut(p.target.mirrors); text != "" {
+		next.Message += "; " + text
+	}
 }
 
 // tellSecrets tells of secrets that cannot be used: the images are pulled without them.
@@ -344,6 +352,7 @@ func (p *pass) complete(ctx context.Context, next *inplace.InPlaceRolloutStatus,
 		success := metav1.NewMicroTime(p.now)
 		next.LastSuccessTime = &success
 		next.Message = fmt.Sprintf("all %d pods are updated", next.Updated)
+		p.aside(next)
 		setCondition(next, inplace.ConditionProgressing, true, inplace.ReasonRolledOut, next.Message)
 		setCondition(next, inplace.ConditionComplete, true, inplace.ReasonRolledOut, next.Message)
 		setCondition(next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")

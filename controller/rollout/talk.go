@@ -205,6 +205,10 @@ func (c *conversation) change(f func()) {
 // prepare lets the node of a pod make the images ready.
 func (p *pass) prepare(ctx context.Context, i *item) {
 	w, m := p.work, i.m
+	p.look(ctx, i)
+	if p.imagesReady(i) != unprepared {
+		return
+	}
 	uid := p.upgradeUID(i)
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -296,11 +300,7 @@ func (p *pass) upgradeUID(i *item) string {
 }
 
 func (p *pass) prepareRequest(ctx context.Context, i *item, uid string) *opsv1.PrepareUpgradeRequest {
-	owner := ownerOf(p.rollout)
-	request := &opsv1.PrepareUpgradeRequest{
-		Uid: uid, Pod: podRef(i.pod), Requester: owner, Owner: owner, PinFor: durationpb.New(pinFor),
-		PrepareTimeout: durationpb.New(p.strategy.deadline), HoldTimeout: durationpb.New(holdFor),
-	}
+	request := p.upgradeRequest(i, uid)
 	for _, name := range sortedKeys(i.verdict.images) {
 		c, _ := containerOf(i.pod, name)
 		u := &opsv1.ContainerUpgrade{Name: name, Image: i.verdict.images[name], Order: opsv1.Order_ORDER_STOP_FIRST}
@@ -311,12 +311,21 @@ func (p *pass) prepareRequest(ctx context.Context, i *item, uid string) *opsv1.P
 			u.HoldProbes = controller.HoldProbes(c, p.carries(ctx, i.pod))
 		}
 		if p.strategy.startFirst {
-			u.Order, u.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, int32(p.strategy.minReady/time.Second)
+			u.Order, u.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, p.strategy.besideSeconds()
 		}
 		u.RunAsNonRoot, u.RunAsUser = controller.RunAs(i.pod, c)
 		request.Containers = append(request.Containers, u)
 	}
 	return request
+}
+
+// upgradeRequest is a request without containers.
+func (p *pass) upgradeRequest(i *item, uid string) *opsv1.PrepareUpgradeRequest {
+	owner := ownerOf(p.rollout)
+	return &opsv1.PrepareUpgradeRequest{
+		Uid: uid, Pod: podRef(i.pod), Requester: owner, Owner: owner, PinFor: durationpb.New(pinFor),
+		PrepareTimeout: durationpb.New(p.strategy.deadline), HoldTimeout: durationpb.New(holdFor),
+	}
 }
 
 // commit announces the patch to the node.
@@ -531,16 +540,43 @@ func (p *pass) follow(ctx context.Context, i *item) {
 		return
 	}
 	m.node, w.nodes[node.Name] = node, node
-	c := &conversation{r: p.r, w: w, t: t, node: node, pod: i.pod.Name, patience: p.strategy.deadline}
+	p.listen(t, node, i.pod.Name)
+}
+
+// listen lets a conversation follow an operation that has been begun. One that the node does not know, or no longer, has ended.
+func (p *pass) listen(t *talk, node controller.Node, pod string) {
+	c := &conversation{r: p.r, w: p.work, t: t, node: node, pod: pod, patience: p.strategy.deadline}
 	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
-		op, err := p.r.Nodes.GetOperation(ctx, node, uid)
+		op, err := p.r.Nodes.GetOperation(ctx, node, t.uid)
 		if code(err) == codes.NotFound {
 			c.change(func() { t.asked = true })
-			return &opsv1.Operation{Uid: uid, FinishTime: stampProto(p.now), Phase: opsv1.Phase_PHASE_CANCELLED}, nil
+			return &opsv1.Operation{Uid: t.uid, FinishTime: stampProto(p.now), Phase: opsv1.Phase_PHASE_CANCELLED}, nil
 		}
 		return op, err
 	}
 	c.start()
+}
+
+// inquire asks the node whether it is still at work on the restarts of a mark that is another goal's: of a rollout that has ended or is gone,
+// or of an earlier revision.
+func (p *pass) inquire(ctx context.Context, i *item) {
+	w, m := p.work, i.m
+	uid := m.mark.restartUID(i.pod)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if m.restart != nil && m.restart.uid == uid {
+		return
+	}
+	m.restart.end()
+	t := &talk{uid: uid, inquires: true}
+	m.restart = t
+	node, err := p.node(ctx, i.pod)
+	if err != nil {
+		t.asked = true // there is nobody to ask
+		w.wake()
+		return
+	}
+	p.listen(t, node, i.pod.Name)
 }
 
 // restart lets the node restart the containers of a pod that keep their images.
@@ -548,10 +584,11 @@ func (p *pass) restart(ctx context.Context, i *item) {
 	w, m := p.work, i.m
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if m.restart != nil {
+	request := p.restartRequest(ctx, i)
+	if m.restart != nil && m.restart.uid == request.GetUid() {
 		return
 	}
-	request := p.restartRequest(ctx, i)
+	m.restart.end()
 	t := &talk{uid: request.GetUid()}
 	m.restart = t
 	node, err := p.node(ctx, i.pod)
@@ -584,22 +621,20 @@ func (p *pass) restart(ctx context.Context, i *item) {
 }
 
 func (p *pass) restartRequest(ctx context.Context, i *item) *opsv1.RestartRequest {
-	ids := map[string]string{}
-	request := &opsv1.RestartRequest{Pod: podRef(i.pod), Requester: ownerOf(p.rollout)}
+	request := &opsv1.RestartRequest{Uid: i.m.mark.restartUID(i.pod), Pod: podRef(i.pod), Requester: ownerOf(p.rollout)}
 	for _, name := range sortedKeys(i.m.mark.Containers) {
 		c, _ := containerOf(i.pod, name)
 		old := i.m.mark.Containers[name]
 		if c == nil || c.Image != old.Image || old.ID == "" {
 			continue
 		}
-		ids[name] = old.ID
 		want := &opsv1.ContainerRestart{Name: name, ExpectedContainerId: old.ID, GracePeriodSeconds: p.strategy.grace}
 		want.RunAsNonRoot, want.RunAsUser = controller.RunAs(i.pod, c)
 		if c.StartupProbe != nil {
 			want.HoldProbes = controller.HoldProbes(c, p.carries(ctx, i.pod))
 		}
 		if p.strategy.startFirst {
-			want.Order, want.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, int32(p.strategy.minReady/time.Second)
+			want.Order, want.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, p.strategy.besideSeconds()
 		}
 		if c.Lifecycle != nil {
 			// A hook that cannot be resolved is not sent: kubelet could not run it either.
@@ -608,7 +643,6 @@ func (p *pass) restartRequest(ctx context.Context, i *item) *opsv1.RestartReques
 		}
 		request.Containers = append(request.Containers, want)
 	}
-	request.Uid = operationUID("r", i.goal, i.pod, ids, 0)
 	return request
 }
 

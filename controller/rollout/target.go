@@ -8,15 +8,19 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
 )
 
 // target is what a rollout is about.
@@ -32,6 +36,10 @@ type target struct {
 	// firstOrdinal is that of a StatefulSet.
 	firstOrdinal int
 	ordered      bool
+	// minReady is the minReadySeconds of the workload, or the greatest of the pods' owners.
+	minReady time.Duration
+	// mirrors is how many pods of kubelets' own the selector chooses: they are left out.
+	mirrors int
 }
 
 // specError is what the user has to correct.
@@ -57,13 +65,16 @@ func (p *pass) find(ctx context.Context) (*target, error) {
 		if err != nil {
 			return nil, err
 		}
-		found := &target{pods: pods, what: "pods with " + metav1.FormatLabelSelector(t.Selector)}
-		for _, pod := range pods {
+		found := &target{what: "pods with " + metav1.FormatLabelSelector(t.Selector)}
+		found.pods = slices.DeleteFunc(pods, mirrorpod.Is)
+		found.mirrors = len(pods) - len(found.pods)
+		for _, pod := range found.pods {
 			if active(pod) {
 				found.desired++
 			}
 		}
-		return found, nil
+		found.minReady, err = p.ownersMinReady(ctx, found.pods)
+		return found, err
 	case t.WorkloadRef != nil:
 		return p.findWorkload(ctx, t.WorkloadRef)
 	}
@@ -86,8 +97,45 @@ func (p *pass) findPod(ctx context.Context, name string) (*target, error) {
 	if apierrors.IsNotFound(err) {
 		return found, nil
 	}
+	if err != nil {
+		return nil, err
+	}
 	found.pods = []*corev1.Pod{&pod}
+	found.minReady, err = p.ownersMinReady(ctx, found.pods)
 	return found, err
+}
+
+// ownersMinReady is the greatest minReadySeconds of the workloads that own the pods. An owner that is gone asks for nothing.
+func (p *pass) ownersMinReady(ctx context.Context, pods []*corev1.Pod) (time.Duration, error) {
+	most := int32(0)
+	seen := map[types.UID]bool{}
+	for _, pod := range pods {
+		owner := metav1.GetControllerOf(pod)
+		if owner == nil || seen[owner.UID] || owner.APIVersion != appsv1.SchemeGroupVersion.String() {
+			continue
+		}
+		seen[owner.UID] = true
+		var object client.Object
+		var minReady *int32
+		switch owner.Kind {
+		case "ReplicaSet":
+			o := &appsv1.ReplicaSet{}
+			object, minReady = o, &o.Spec.MinReadySeconds
+		case kindStatefulSet:
+			o := &appsv1.StatefulSet{}
+			object, minReady = o, &o.Spec.MinReadySeconds
+		case kindDaemonSet:
+			o := &appsv1.DaemonSet{}
+			object, minReady = o, &o.Spec.MinReadySeconds
+		default:
+			continue
+		}
+		if err := p.r.Client.Get(ctx, client.ObjectKey{Namespace: pod.Namespace, Name: owner.Name}, object); client.IgnoreNotFound(err) != nil {
+			return 0, err
+		}
+		most = max(most, *minReady)
+	}
+	return time.Duration(most) * time.Second, nil
 }
 
 // list reads pods; they must not be changed.
@@ -102,6 +150,17 @@ func (p *pass) list(ctx context.Context, selector labels.Selector) ([]*corev1.Po
 	}
 	slices.SortFunc(pods, func(a, b *corev1.Pod) int { return strings.Compare(a.Name, b.Name) })
 	return pods, nil
+}
+
+// leftOut says how many pods are left out because they are static ones; empty when there are none.
+func leftOut(mirrors int) string {
+	switch mirrors {
+	case 0:
+		return ""
+	case 1:
+		return "1 static pod is left out"
+	}
+	return fmt.Sprintf("%d static pods are left out", mirrors)
 }
 
 // choose keeps the selector for events of pods.

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
@@ -23,6 +24,9 @@ import (
 
 // rollbackSuffix makes of a revision that of its rollback.
 const rollbackSuffix = "-undo"
+
+// besideMax is the longest that nodes let two containers run beside each other.
+const besideMax = time.Hour
 
 // goal is what pods are to become.
 type goal struct {
@@ -35,6 +39,8 @@ type goal struct {
 	// if the rollout is about a workload, whose template has them.
 	undo, workload bool
 	since          time.Time
+	// tags says that a container which has its image already is looked after too: what the tag names now may be another one.
+	tags bool
 }
 
 // strategy is that of the spec, with what it leaves out.
@@ -48,7 +54,8 @@ type strategy struct {
 
 // goalOf is what the spec wants.
 func goalOf(r *inplace.InPlaceRollout) goal {
-	g := goal{rollout: r.UID, revision: revisionOf(r), images: map[string]string{}}
+	// A rollout that follows a template names containers that nobody has asked for.
+	g := goal{rollout: r.UID, revision: revisionOf(r), images: map[string]string{}, tags: metav1.GetControllerOf(r) == nil}
 	for _, c := range r.Spec.Containers {
 		if c.Image == "" {
 			g.restarts = append(g.restarts, c.Name)
@@ -121,6 +128,20 @@ func strategyOf(s *inplace.Strategy) strategy {
 	}
 	return t
 }
+
+// honour keeps the workload's own minReadySeconds too: the longer one counts.
+func (s *strategy) honour(minReady time.Duration) {
+	if minReady <= s.minReady {
+		return
+	}
+	s.minReady = minReady
+	if s.deadline <= s.minReady+s.drain {
+		s.deadline += s.minReady // else no pod could be in time
+	}
+}
+
+// besideSeconds is how long a new container runs beside the old one with StartFirst, as far as nodes let it.
+func (s *strategy) besideSeconds() int32 { return int32(min(s.minReady, besideMax) / time.Second) }
 
 // resolve is the number that n is of total; up says which way percentages are rounded.
 func resolve(n intstr.IntOrString, total int, up bool) int {

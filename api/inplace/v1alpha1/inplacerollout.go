@@ -54,7 +54,8 @@ type Target struct {
 	// +optional
 	PodName string `json:"podName,omitempty"`
 
-	// selector is all pods with these labels in the rollout's namespace. What owns the pods is not changed: pods that it makes
+	// selector is all pods with these labels in the rollout's namespace, but static pods, which kubelets make by
+	// themselves. What owns the pods is not changed: pods that it makes
 	// anew have the old images until the rollout changes them too. Use workloadRef for pods of a workload.
 	//
 	// +kubebuilder:validation:XValidation:rule="has(self.matchLabels) && size(self.matchLabels) > 0 || has(self.matchExpressions) && size(self.matchExpressions) > 0",message="the selector must name a label: an empty one would choose every pod of the namespace"
@@ -99,7 +100,8 @@ type ContainerChange struct {
 	// +required
 	Name string `json:"name"`
 
-	// image is the new image, a reference as in a pod. Without it the container is restarted only.
+	// image is the new image, a reference as in a pod. Without it the container is restarted only. Where a pod has the image already
+	// and imagePullPolicy Always, its tag is pulled again, and the container is restarted if the tag names another image by now.
 	//
 	// +kubebuilder:validation:MinLength=1
 	// +kubebuilder:validation:MaxLength=512
@@ -173,6 +175,7 @@ type Strategy struct {
 	DrainSeconds int32 `json:"drainSeconds,omitempty"`
 
 	// minReadySeconds is how long a pod must have been ready to count as available. A container that ends before fails the pod.
+	// Of this and the minReadySeconds of the workload that owns the pods the greater counts.
 	//
 	// +kubebuilder:default=0
 	// +kubebuilder:validation:Minimum=0
@@ -181,6 +184,7 @@ type Strategy struct {
 	MinReadySeconds int32 `json:"minReadySeconds,omitempty"`
 
 	// progressDeadlineSeconds is how long a pod may take to get the image onto its node, and after that to become available.
+	// If the workload's own minReadySeconds leave no time, they are added.
 	//
 	// +kubebuilder:default=600
 	// +kubebuilder:validation:Minimum=1

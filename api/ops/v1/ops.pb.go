@@ -1075,7 +1075,9 @@ type ContainerUpgrade struct {
 	// image's.
 	RunAsNonRoot bool   `protobuf:"varint,6,opt,name=run_as_non_root,json=runAsNonRoot,proto3" json:"run_as_non_root,omitempty"`
 	RunAsUser    *int64 `protobuf:"varint,7,opt,name=run_as_user,json=runAsUser,proto3,oneof" json:"run_as_user,omitempty"`
-	// pull_policy is the container's: with Always, kubelet will ask the registry too, and must find the same image.
+	// pull_policy is the container's: with Always, kubelet will ask the registry too, and must find the same image. With Always and the
+	// image that the container's spec has already, the upgrade ends as cancelled once the tag has been resolved again: for reason
+	// ImageMoved if a restart would start another image than the one that runs, else ImageUnchanged.
 	PullPolicy PullPolicy `protobuf:"varint,8,opt,name=pull_policy,json=pullPolicy,proto3,enum=criproxy.ops.v1.PullPolicy" json:"pull_policy,omitempty"`
 	// environment is what kubelet would compute now of the container's spec; see CommitUpgradeRequest. Unset: that of the old container is
 	// used again, and the new container does not begin before kubelet's own request has been compared with it.
