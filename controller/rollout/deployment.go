@@ -79,6 +79,11 @@ func (w *deployment) ours() bool {
 	return w.d.Annotations[inplace.PausedByAnnotation] == string(w.p.rollout.UID)
 }
 
+// touched says that somebody has changed images of the template since the rollout last wrote the Deployment.
+func (w *deployment) touched() bool {
+	return touched(w.p.rollout, w.d, &w.d.Spec.Template)
+}
+
 // observed says that the controller has seen the Deployment as it is.
 func (w *deployment) observed() bool { return w.d.Status.ObservedGeneration >= w.d.Generation }
 
@@ -95,10 +100,12 @@ func (w *deployment) align(ctx context.Context, images map[string]string) (bool,
 	switch {
 	case w.d.Spec.Paused && by != "" && !w.ours():
 		return false, name + " is being changed by another InPlaceRollout", nil
-	case !sameButImages(&w.d.Spec.Template, &w.current.Spec.Template) && w.d.Spec.Paused && w.ours():
-		// Somebody has changed more than images while this rollout held the Deployment: only pods of its own can have that.
-		_, err := w.settle(ctx)
-		return false, name + " was changed by somebody else meanwhile and goes on with a rollout of its own", err
+	case w.ours() && w.touched():
+		return false, "", superseded("somebody has changed images in the template of %s", name)
+	case (w.ours() || w.p.wroteTemplate(w.d)) && !sameButImages(&w.d.Spec.Template, &w.current.Spec.Template):
+		return false, "", superseded("somebody has changed more than images in the template of %s", name)
+	case w.others && (w.ours() || w.p.wroteTemplate(w.d)):
+		return false, "", superseded("a rollout of %s itself is under way", name)
 	case !sameButImages(&w.d.Spec.Template, &w.current.Spec.Template):
 		return false, name + " has changes in its template that are more than images and not rolled out: let its own rollout finish first", nil
 	case w.others:
@@ -129,8 +136,12 @@ func (w *deployment) align(ctx context.Context, images map[string]string) (bool,
 	switch {
 	case len(own)+len(sets) == 0:
 		return true, "", nil
+	case !w.d.Spec.Paused && w.p.wroteTemplate(w.d):
+		return false, "", superseded("somebody has put other images into the template of %s", name)
 	case !w.d.Spec.Paused:
-		patch, err := templatePatch(w.d, &w.d.Spec.Template, nil, map[string]any{inplace.PausedByAnnotation: string(w.p.rollout.UID)}, map[string]any{"paused": true})
+		annotations := w.p.templateMark(templateImages(&w.d.Spec.Template), nil)
+		annotations[inplace.PausedByAnnotation] = string(w.p.rollout.UID)
+		patch, err := templatePatch(w.d, &w.d.Spec.Template, nil, annotations, map[string]any{"paused": true})
 		if err != nil {
 			return false, "", err
 		}
@@ -146,10 +157,11 @@ func (w *deployment) align(ctx context.Context, images map[string]string) (bool,
 		}
 		return false, "the template of ReplicaSet " + w.current.Name + " has just been changed", w.p.patchWorkload(ctx, w.current, patch, "ReplicaSet", sets)
 	}
-	patch, err := templatePatch(w.d, &w.d.Spec.Template, own, nil, nil)
+	patch, err := templatePatch(w.d, &w.d.Spec.Template, own, w.p.templateMark(templateImages(&w.d.Spec.Template), own), nil)
 	if err != nil {
 		return false, "", err
 	}
+	w.p.noteTemplate()
 	return false, "the template of " + name + " has just been changed", w.p.patchWorkload(ctx, w.d, patch, kindDeployment, own)
 }
 
@@ -163,12 +175,12 @@ func (w *deployment) diffs(images map[string]string) (own, sets map[string]strin
 }
 
 // settle lets a Deployment go on that the rollout has paused. Its template and that of its ReplicaSet must agree before: a
-// Deployment that differs gets a new ReplicaSet.
+// Deployment that differs gets a new ReplicaSet. What somebody else has put into the template stays there.
 func (w *deployment) settle(ctx context.Context) (bool, error) {
 	if !w.ours() {
 		return w.observed() || !w.d.Spec.Paused, nil
 	}
-	if w.current != nil && w.d.Spec.Paused && sameButImages(&w.d.Spec.Template, &w.current.Spec.Template) {
+	if w.current != nil && w.d.Spec.Paused && !w.touched() && sameButImages(&w.d.Spec.Template, &w.current.Spec.Template) {
 		images := map[string]string{}
 		have := templateImages(&w.d.Spec.Template)
 		for name, image := range templateImages(&w.current.Spec.Template) {
@@ -183,7 +195,8 @@ func (w *deployment) settle(ctx context.Context) (bool, error) {
 			return false, nil
 		}
 	}
-	patch, err := templatePatch(w.d, &w.d.Spec.Template, nil, map[string]any{inplace.PausedByAnnotation: nil}, map[string]any{"paused": false})
+	off := map[string]any{inplace.PausedByAnnotation: nil, inplace.TemplateAnnotation: nil}
+	patch, err := templatePatch(w.d, &w.d.Spec.Template, nil, off, map[string]any{"paused": false})
 	if err != nil {
 		return false, err
 	}
@@ -196,7 +209,7 @@ func (w *deployment) settle(ctx context.Context) (bool, error) {
 
 // agree gives the Deployment the images of its ReplicaSet or, where the API server does not have that, the ReplicaSet those of its Deployment.
 func (w *deployment) agree(ctx context.Context, images map[string]string) error {
-	patch, err := templatePatch(w.d, &w.d.Spec.Template, images, nil, nil)
+	patch, err := templatePatch(w.d, &w.d.Spec.Template, images, w.p.templateMark(templateImages(&w.d.Spec.Template), images), nil)
 	if err != nil {
 		return err
 	}

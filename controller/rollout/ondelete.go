@@ -90,11 +90,18 @@ func (w *onDelete) align(ctx context.Context, images map[string]string) (bool, s
 			return false, "", err
 		}
 	}
+	if len(diff) > 0 && w.p.wroteTemplate(w.object) {
+		if w.p.goal.undo {
+			return true, "", nil // it was put back, and somebody wants it otherwise: the pods go back all the same
+		}
+		return false, "", superseded("somebody has put other images into the template of %s", w.name())
+	}
 	if len(diff) > 0 {
-		patch, err := templatePatch(w.object, w.template, diff, nil, nil)
+		patch, err := templatePatch(w.object, w.template, diff, w.p.templateMark(templateImages(w.template), diff), nil)
 		if err != nil {
 			return false, "", err
 		}
+		w.p.noteTemplate()
 		w.p.log.WithField("images", diff).Info("changing the template of " + w.name())
 		return false, "the template of " + w.name() + " has just been changed", w.p.patchWorkload(ctx, w.object, patch, w.kind, diff)
 	}

@@ -235,15 +235,21 @@ func (p *pass) advance(ctx context.Context) error {
 	if p.work.revision != p.goal.revision {
 		p.work.revision, p.work.failures, p.work.told = p.goal.revision, map[types.UID]inplace.PodFailure{}, map[string]bool{}
 		p.work.progressed, p.work.released = p.now, nil
-		p.work.template, p.work.refused, p.work.api = nil, nil, apiTrouble{}
+		p.work.template, p.work.refused, p.work.api, p.work.templated = nil, nil, apiTrouble{}, nil
 	}
 	if p.undoing() {
 		p.goal = p.goal.undoing(&p.rollout.Status, p.target.workload != nil)
 	}
+	if text := p.newer(); text != "" {
+		return p.supersede(ctx, text)
+	}
 	ready := true
+	var over *supersededError
 	if w := p.target.workload; w != nil {
 		if ready, err = p.align(ctx, w); errors.As(err, &why) {
 			return p.refuse(ctx, why)
+		} else if errors.As(err, &over) {
+			return p.supersede(ctx, over.text)
 		} else if err != nil {
 			return err
 		}

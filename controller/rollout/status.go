@@ -225,6 +225,10 @@ func (p *pass) conclude(ctx context.Context) error {
 		}
 		setCondition(next, inplace.ConditionDegraded, true, reason, next.Message)
 		p.stand(next, reason == inplace.ReasonPodsFailed, reason, next.Message)
+	case p.blocked != "" && p.stuck():
+		next.Message = fmt.Sprintf("nothing has changed for %s: %s", p.strategy.deadline, p.blocked)
+		p.stand(next, false, inplace.ReasonStuck, next.Message)
+		p.tell(corev1.EventTypeWarning, inplace.ReasonStuck, next.Message, "blocked")
 	case p.blocked != "":
 		next.Message = p.blocked
 		p.stand(next, true, p.blockedReason, p.blocked)
@@ -348,6 +352,11 @@ func (p *pass) complete(ctx context.Context, next *inplace.InPlaceRolloutStatus,
 		setCondition(next, inplace.ConditionComplete, true, inplace.ReasonRolledOut, next.Message)
 		setCondition(next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")
 	}
+	return p.end(ctx, next)
+}
+
+// end writes the last status of a rollout, and lets go of it.
+func (p *pass) end(ctx context.Context, next *inplace.InPlaceRolloutStatus) error {
 	if err := p.writeStatus(ctx, next); err != nil {
 		return err
 	}

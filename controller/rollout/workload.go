@@ -33,6 +33,9 @@ const (
 // revisionLabel is what StatefulSets and DaemonSets tell the revision of a pod by.
 const revisionLabel = appsv1.ControllerRevisionHashLabelKey
 
+// restartedAt is the annotation of a template that kubectl rollout restart changes.
+const restartedAt = "kubectl.kubernetes.io/restartedAt"
+
 // onDeleteStrategy is that of StatefulSets and of DaemonSets.
 const onDeleteStrategy = string(appsv1.OnDeleteStatefulSetStrategyType)
 

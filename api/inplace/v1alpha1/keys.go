@@ -25,6 +25,9 @@ const (
 	PodStateAnnotation = "cri-proxy.io/in-place-state"
 	// PausedByAnnotation is on a Deployment that a rollout has paused, with the UID of the rollout.
 	PausedByAnnotation = "cri-proxy.io/paused-by"
+	// TemplateAnnotation is on a workload whose template a rollout has written: which one, and what it has left there. What somebody
+	// else writes over that stays.
+	TemplateAnnotation = "cri-proxy.io/template-of"
 	// RolloutFinalizer holds a deleted rollout until its pods are in service, its operations taken back, its pins released and its
 	// Deployment goes on.
 	RolloutFinalizer = "cri-proxy.io/in-place-rollout"
