@@ -71,6 +71,8 @@ func (w *deployment) image(container string) string {
 	return templateImages(&w.d.Spec.Template)[container]
 }
 
+func (w *deployment) written() client.Object { return w.d }
+
 func (w *deployment) obstacle(*corev1.Pod) string                   { return "" }
 func (w *deployment) revisionLabel(*item, map[string]string) string { return "" }
 
@@ -161,8 +163,7 @@ func (w *deployment) align(ctx context.Context, images map[string]string) (bool,
 	if err != nil {
 		return false, "", err
 	}
-	w.p.noteTemplate()
-	return false, "the template of " + name + " has just been changed", w.p.patchWorkload(ctx, w.d, patch, kindDeployment, own)
+	return false, "the template of " + name + " has just been changed", w.p.noteTemplate(w.p.patchWorkload(ctx, w.d, patch, kindDeployment, own))
 }
 
 // diffs are the images that the Deployment lacks, and those that its ReplicaSet lacks.

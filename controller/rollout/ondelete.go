@@ -92,7 +92,7 @@ func (w *onDelete) align(ctx context.Context, images map[string]string) (bool, s
 	}
 	if len(diff) > 0 && w.p.wroteTemplate(w.object) {
 		if w.p.goal.undo {
-			return true, "", nil // it was put back, and somebody wants it otherwise: the pods go back all the same
+			return true, "", w.readRevisions(ctx) // it was put back, and somebody wants it otherwise: the pods go back all the same
 		}
 		return false, "", superseded("somebody has put other images into the template of %s", w.name())
 	}
@@ -101,9 +101,13 @@ func (w *onDelete) align(ctx context.Context, images map[string]string) (bool, s
 		if err != nil {
 			return false, "", err
 		}
-		w.p.noteTemplate()
+		if w.p.goal.undo && w.follows() {
+			if err := w.p.notePutBack(ctx, w.object); err != nil {
+				return false, "", err
+			}
+		}
 		w.p.log.WithField("images", diff).Info("changing the template of " + w.name())
-		return false, "the template of " + w.name() + " has just been changed", w.p.patchWorkload(ctx, w.object, patch, w.kind, diff)
+		return false, "the template of " + w.name() + " has just been changed", w.p.noteTemplate(w.p.patchWorkload(ctx, w.object, patch, w.kind, diff))
 	}
 	if w.observed < w.object.GetGeneration() {
 		return false, "the controller of " + w.name() + " has not seen its template yet", nil
@@ -118,10 +122,13 @@ func (w *onDelete) align(ctx context.Context, images map[string]string) (bool, s
 	return true, "", nil
 }
 
+// follows says that the rollout is the workload's own.
+func (w *onDelete) follows() bool { return metav1.IsControlledBy(w.p.rollout, w.object) }
+
 // mayWrite says that the rollout may change images of the template. A rollout that follows the template leaves it alone, except to put
 // back what has failed.
 func (w *onDelete) mayWrite(diff map[string]string) bool {
-	if !metav1.IsControlledBy(w.p.rollout, w.object) {
+	if !w.follows() {
 		return true
 	}
 	have := templateImages(w.template)
@@ -217,16 +224,37 @@ func (w *onDelete) revisionLabel(i *item, images map[string]string) string {
 	if w.revisions == nil || w.update == "" || w.obstacle(pod) != "" {
 		return ""
 	}
-	for name, want := range templateImages(w.template) {
-		c, _ := containerOf(pod, name)
-		if c == nil {
-			return ""
-		}
-		if to := images[name]; to != "" && to != want || to == "" && !i.known.has(i.m.mark, name, c.Image, want) {
-			return ""
+	if w.willHave(i, images, w.template) {
+		return w.update
+	}
+	if !w.p.goal.undo {
+		return ""
+	}
+	// Somebody has the template otherwise. The pod is of the revision that it goes back to.
+	own := pod.Labels[revisionLabel]
+	was := w.revisions.templates[own]
+	for _, label := range append([]string{own}, sortedKeys(w.revisions.templates)...) {
+		if t := w.revisions.templates[label]; t != nil && was != nil && sameButImages(t, was) && w.willHave(i, images, t) {
+			return label
 		}
 	}
-	return w.update
+	return ""
 }
+
+// willHave says that a pod that gets these images has those of a template.
+func (w *onDelete) willHave(i *item, images map[string]string, t *corev1.PodTemplateSpec) bool {
+	for name, want := range templateImages(t) {
+		c, _ := containerOf(i.pod, name)
+		if c == nil {
+			return false
+		}
+		if to := images[name]; to != "" && to != want || to == "" && !i.known.has(i.m.mark, name, c.Image, want) {
+			return false
+		}
+	}
+	return true
+}
+
+func (w *onDelete) written() client.Object { return w.object }
 
 func (w *onDelete) settle(context.Context) (bool, error) { return true, nil }

@@ -338,6 +338,9 @@ func (p *pass) complete(ctx context.Context, next *inplace.InPlaceRolloutStatus,
 		if t.available < t.updated || t.broken > 0 {
 			next.Message += fmt.Sprintf("; %d pods are not available after it", t.updated+t.broken-t.available)
 		}
+		if w, ok := p.target.workload.(*onDelete); ok && w.follows() {
+			next.Message += "; to try again set another image, or change annotation " + inplace.RetryAnnotation + " of " + w.name()
+		}
 		p.stand(next, false, inplace.ReasonRolledBack, next.Message)
 		setCondition(next, inplace.ConditionDegraded, true, inplace.ReasonRolledBack, next.Message)
 	case t.broken > 0:
@@ -357,6 +360,9 @@ func (p *pass) complete(ctx context.Context, next *inplace.InPlaceRolloutStatus,
 
 // end writes the last status of a rollout, and lets go of it.
 func (p *pass) end(ctx context.Context, next *inplace.InPlaceRolloutStatus) error {
+	if err := p.giveBack(ctx); err != nil {
+		return err
+	}
 	if err := p.writeStatus(ctx, next); err != nil {
 		return err
 	}

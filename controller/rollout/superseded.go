@@ -47,12 +47,16 @@ func (p *pass) templateMark(images, more map[string]string) map[string]any {
 	return map[string]any{inplace.TemplateAnnotation: p.templateKey() + "/" + hash(images)}
 }
 
-// noteTemplate keeps that the template is written: people who replace a workload as a whole take its annotation away.
-func (p *pass) noteTemplate() {
+// noteTemplate keeps that the template is written, unless that went wrong: people who replace a workload as a whole take its annotation away.
+func (p *pass) noteTemplate(err error) error {
+	if err != nil {
+		return err
+	}
 	if p.work.templated == nil {
 		p.work.templated = map[string]bool{}
 	}
 	p.work.templated[p.goal.revision] = true
+	return nil
 }
 
 // wroteTemplate says that the images of the goal have been in the template.

@@ -154,7 +154,9 @@ func TestBlockedTooLong(t *testing.T) {
 		})
 		b.create("web", spec{Target: ref(kindDeployment), Containers: to("app:2"), Strategy: settings{ProgressDeadlineSeconds: 30}})
 		b.until("waits", "web", 10*time.Second, func(r *rollout) bool { return condition(r, inplace.ConditionProgressing) == "True WaitingForWorkload" })
-		r := b.until("late", "web", time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionProgressing) == "False ProgressDeadlineExceeded" })
+		r := b.until("late", "web", time.Minute, func(r *rollout) bool {
+			return condition(r, inplace.ConditionProgressing) == "False ProgressDeadlineExceeded"
+		})
 		if !strings.Contains(r.Status.Message, "let its own rollout finish first") || !strings.Contains(b.told(), "Warning ProgressDeadlineExceeded") {
 			t.Errorf("message %q, events\n%s", r.Status.Message, b.told())
 		}

@@ -52,6 +52,8 @@ type workload interface {
 	revisionLabel(i *item, images map[string]string) string
 	// settle lets the workload's controller go on as before, and says whether it has taken notice.
 	settle(ctx context.Context) (bool, error)
+	// written is what the rollout may have written besides pods: the workload.
+	written() client.Object
 }
 
 // readWorkload reads the workload of a target, and says whether its pods can be changed in place. It is nil if there is none of that name. The
@@ -261,7 +263,7 @@ func templatePatch(o client.Object, t *corev1.PodTemplateSpec, images map[string
 // patchWorkload writes a patch, unless someone else wrote in between, and looks whether the images are what they were to become.
 func (p *pass) patchWorkload(ctx context.Context, o client.Object, patch []byte, object string, images map[string]string) error {
 	what := object + " " + o.GetName()
-	if err := p.r.Client.Patch(ctx, o, client.RawPatch(types.StrategicMergePatchType, patch)); err != nil {
+	if err := p.r.Client.Patch(ctx, o, client.RawPatch(types.StrategicMergePatchType, patch), client.FieldOwner(fieldOwner)); err != nil {
 		return denied(fmt.Errorf("changing %s: %w", what, err), what)
 	}
 	p.r.Metrics.wrote(object)
