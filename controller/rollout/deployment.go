@@ -74,6 +74,7 @@ func (w *deployment) image(container string) string {
 func (w *deployment) written() client.Object { return w.d }
 
 func (w *deployment) obstacle(*corev1.Pod) string                   { return "" }
+func (w *deployment) restart(*corev1.Pod) bool                      { return false }
 func (w *deployment) revisionLabel(*item, map[string]string) string { return "" }
 
 // ours says that this rollout has paused the Deployment.

@@ -200,6 +200,9 @@ func (r *FollowReconciler) create(ctx context.Context, owner client.Object, temp
 	if retry := owner.GetAnnotations()[inplace.RetryAnnotation]; retry != "" {
 		rollout.Annotations[inplace.RetryAnnotation], rollout.Annotations[followedRetry] = retry, retry
 	}
+	if at := template.Annotations[restartedAt]; at != "" {
+		rollout.Annotations[restartedAt] = at
+	}
 	if err := r.write(ctx, owner, rollout, func() error { return r.Client.Create(ctx, rollout) }); err != nil {
 		return err
 	}
@@ -240,6 +243,7 @@ func (r *FollowReconciler) update(ctx context.Context, rollout *inplace.InPlaceR
 	list := wish(template)
 	failed := rollout.Status.FailedRevision == revisionOf(before)
 	same := apiequality.Semantic.DeepEqual(list, sortedChanges(rollout.Spec.Containers))
+	at := template.Annotations[restartedAt]
 	take := false
 	switch {
 	case again:
@@ -252,9 +256,12 @@ func (r *FollowReconciler) update(ctx context.Context, rollout *inplace.InPlaceR
 	case failed && isPrevious(rollout, list):
 		take = r.wantedAgain(rollout, owner)
 	default:
-		take = !same
+		take = !same || at != notes[restartedAt]
 	}
 	if take {
+		if notes[restartedAt] = at; at == "" {
+			delete(notes, restartedAt)
+		}
 		rollout.Spec.Containers, notes[followedAnnotation] = list, strconv.FormatInt(owner.GetGeneration(), 10)
 		delete(notes, putBackAnnotation)
 	}
@@ -274,6 +281,8 @@ func (r *FollowReconciler) update(ctx context.Context, rollout *inplace.InPlaceR
 	switch {
 	case adopted:
 		r.tell(owner, corev1.EventTypeNormal, eventFollowing, "the pods follow the images of the template in place: InPlaceRollout "+rollout.Name+" was there and is taken over")
+	case take && same:
+		r.tell(owner, corev1.EventTypeNormal, eventFollowing, "all containers of the pods are restarted in place: see InPlaceRollout "+rollout.Name)
 	case take:
 		r.Log.WithField("rollout", rollout.Name).Info("the template has other images")
 	}

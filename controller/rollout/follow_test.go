@@ -4,6 +4,7 @@
 package rollout
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -368,6 +369,109 @@ func TestGatesOfPods(t *testing.T) {
 		for name, want := range map[string]bool{"new": true, "kruise-gate": true, "kruise-pod": false, "orphan": true, "other": false} {
 			if got := conditionOf(b.pod(name), corev1.PodReady).Status == corev1.ConditionTrue; got != want {
 				t.Errorf("pod %s ready: %v", name, got)
+			}
+		}
+	})
+}
+
+// kubectl rollout restart of an annotated workload restarts all containers of all pods in place, each once; afterwards the pods are of the
+// template's revision, and later images are rolled in place, too.
+func TestFollowRestart(t *testing.T) {
+	for _, kind := range []string{kindStatefulSet, kindDaemonSet} {
+		for _, killed := range []bool{false, true} {
+			t.Run(fmt.Sprint(kind, " killed ", killed), func(t *testing.T) {
+				inBed(t, func(t *testing.T, b *bed) {
+					b.addNodes(4)
+					if kind == kindStatefulSet {
+						b.addStatefulSet(4, func(s *appsv1.StatefulSet) { annotated(s) })
+					} else {
+						b.addDaemonSet(func(d *appsv1.DaemonSet) { annotated(d) })
+					}
+					name := strings.ToLower(kind) + "-web"
+					b.until("there", name, time.Minute, ended)
+					before := b.uids()
+					edit := func(image, at string) {
+						t.Helper()
+						set := func(t *corev1.PodTemplateSpec) {
+							t.Spec.Containers[0].Image = image
+							if t.Annotations = nil; at != "" {
+								t.Annotations = map[string]string{restartedAt: at}
+							}
+						}
+						if kind == kindStatefulSet {
+							user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { set(&s.Spec.Template) })
+						} else {
+							user(b, &appsv1.DaemonSet{}, func(d *appsv1.DaemonSet) { set(&d.Spec.Template) })
+						}
+						for i := 0; killed && i < 40; i++ {
+							time.Sleep(time.Duration(70+i*290%900) * time.Millisecond)
+							b.restart()
+						}
+						time.Sleep(2 * time.Second)
+						b.want(b.until("ended", name, 10*time.Minute, ended), "True RolledOut", "4/4/4/0/0")
+						b.atRest(kind, image)
+					}
+					restarts := func(app, side int32, at string) {
+						t.Helper()
+						for _, pod := range b.pods() {
+							c := pod.Status.ContainerStatuses
+							app, side := app+1, side+1 // the bed counts the first start
+							if c[0].RestartCount != app || c[1].RestartCount != side || pod.Annotations[restartedAt] != at {
+								t.Errorf("pod %s: restarts %d and %d, want %d and %d; annotations %v", pod.Name, c[0].RestartCount, c[1].RestartCount, app, side, pod.Annotations)
+							}
+						}
+					}
+					edit("app:1", "noon")
+					restarts(1, 1, "noon")
+					edit("app:2", "noon")
+					restarts(2, 1, "noon")
+					edit("app:3", "one") // both at once: one restart of each
+					restarts(3, 2, "one")
+					edit("app:3", "") // kubectl rollout undo
+					restarts(4, 3, "")
+					if after := b.uids(); fmt.Sprint(after) != fmt.Sprint(before) {
+						t.Errorf("pods %v, were %v", after, before)
+					}
+					if b.peak > 1 {
+						t.Errorf("%d were not ready at once", b.peak)
+					}
+					if !killed && !strings.Contains(b.told(), "web Normal InPlaceRollout: all containers of the pods are restarted in place") {
+						t.Errorf("events\n%s", b.told())
+					}
+				})
+			})
+		}
+	}
+}
+
+// Pods that have the images of the template and not the rest of it are not counted as updated: the workload does not count them, either.
+func TestCountIsTheWorkloads(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addNodes(3)
+		b.addStatefulSet(3)
+		user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { s.Spec.Template.Spec.Containers[0].Env[0].Value = "changed" })
+		b.remove("web-1")
+		time.Sleep(5 * time.Second)
+		b.create("web", spec{Target: ref(kindStatefulSet), Containers: to("app:1")})
+		r := b.until("left", "web", time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionProgressing) == "False NotInPlace" })
+		if r.Status.Updated != 1 {
+			t.Errorf("%d are updated, one is", r.Status.Updated)
+		}
+	})
+}
+
+// A restart that somebody has asked of a workload whose pods are deleted by hand comes with the next rollout.
+func TestRestartWithRollout(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addNodes(3)
+		b.addStatefulSet(3)
+		user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { s.Spec.Template.Annotations = map[string]string{restartedAt: "noon"} })
+		b.create("web", spec{Target: ref(kindStatefulSet), Containers: to("app:2")})
+		b.want(b.until("ended", "web", 5*time.Minute, ended), "True RolledOut", "3/3/3/0/0")
+		b.atRest(kindStatefulSet, "app:2")
+		for _, pod := range b.pods() {
+			if c := pod.Status.ContainerStatuses; c[0].RestartCount != 2 || c[1].RestartCount != 2 { // the bed counts the first start
+				t.Errorf("pod %s: restarts %d and %d", pod.Name, c[0].RestartCount, c[1].RestartCount)
 			}
 		}
 	})

@@ -213,10 +213,18 @@ func (w *onDelete) obstacle(pod *corev1.Pod) string {
 	if t == nil {
 		return fmt.Sprintf("pod %s is of a revision (%s) that is not known any more", pod.Name, label)
 	}
-	if !sameButImages(t, w.revisions.templates[w.update]) {
+	if !sameInPlace(t, w.revisions.templates[w.update]) {
 		return fmt.Sprintf("pod %s was made from a template that differs from the present one in more than images", pod.Name)
 	}
 	return ""
+}
+
+func (w *onDelete) restart(pod *corev1.Pod) bool {
+	if w.revisions == nil {
+		return false
+	}
+	was, is := w.revisions.templates[pod.Labels[revisionLabel]], w.revisions.templates[w.update]
+	return was != nil && is != nil && was.Annotations[restartedAt] != is.Annotations[restartedAt]
 }
 
 func (w *onDelete) revisionLabel(i *item, images map[string]string) string {
@@ -224,7 +232,11 @@ func (w *onDelete) revisionLabel(i *item, images map[string]string) string {
 	if w.revisions == nil || w.update == "" || w.obstacle(pod) != "" {
 		return ""
 	}
-	if w.willHave(i, images, w.template) {
+	restart := w.restart(pod)
+	if restart && images != nil {
+		return "" // its containers are restarted first
+	}
+	if w.willHave(i, images, w.template) && !(restart && w.p.goal.undo) {
 		return w.update
 	}
 	if !w.p.goal.undo {

@@ -333,6 +333,9 @@ func (p *pass) gather(ctx context.Context) {
 			continue
 		}
 		i := &item{pod: pod, m: m, goal: p.goal.of(m.mark), ordinal: -1, stale: m.stale(pod)}
+		if w := p.target.workload; w != nil && !p.goal.undo && w.restart(pod) {
+			i.goal.restarts = containersOf(pod)
+		}
 		if p.target.ordered {
 			i.ordinal = ordinalOf(pod.Name)
 		}
@@ -345,12 +348,16 @@ func (p *pass) gather(ctx context.Context) {
 		k.carried = len(m.started) > 0 && p.carries(ctx, pod)
 		i.known, i.verdict = k, judge(pod, m.mark, i.goal, k, &p.strategy, p.now)
 		p.wait = sooner(p.wait, i.verdict.wait)
-		if s := i.verdict.stage; p.target.workload != nil && (s == outdated && !m.turn || s == broken && i.verdict.failure.reason == failNoContainer) {
+		if s := i.verdict.stage; p.target.workload != nil && (s == outdated && !m.turn || s == updated && !p.goal.undo || s == broken && i.verdict.failure.reason == failNoContainer) {
 			if why := p.target.workload.obstacle(pod); why != "" {
 				i.verdict.stage, p.obstacle = left, why
 			} else if p.blocked != "" && s == broken {
 				i.verdict.stage = left // that is not known yet
 			}
+		}
+		if p.target.workload != nil && i.verdict.stage == updated {
+			label := p.target.workload.revisionLabel(i, nil)
+			i.unlabelled = label != "" && label != pod.Labels[revisionLabel]
 		}
 		if v := &i.verdict; !i.stale && (v.recovered || v.stage == broken && !v.disrupted || v.stage == updated && v.available) {
 			if m.turn {

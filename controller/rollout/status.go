@@ -127,7 +127,7 @@ func (p *pass) report() *inplace.InPlaceRolloutStatus {
 		if i.verdict.serving {
 			next.Ready++
 		}
-		if i.verdict.stage == updated && p.isTarget(i) {
+		if i.verdict.stage == updated && !i.unlabelled && p.isTarget(i) {
 			next.Updated++
 		}
 	}
@@ -160,7 +160,7 @@ func (p *pass) isTarget(i *item) bool {
 }
 
 // tally counts the pods by where they stand.
-type tally struct{ outdated, changing, updated, broken, available, open, turns, left int }
+type tally struct{ outdated, changing, updated, unlabelled, broken, available, open, turns, left int }
 
 func (p *pass) tally() tally {
 	var t tally
@@ -172,6 +172,9 @@ func (p *pass) tally() tally {
 			t.changing++
 		case updated:
 			t.updated++
+			if i.unlabelled {
+				t.unlabelled++
+			}
 			if i.verdict.available && !i.stale {
 				t.available++
 			}
@@ -196,7 +199,7 @@ func (p *pass) conclude(ctx context.Context) error {
 	t := p.tally()
 	p.progress(t)
 	undo := p.goal.undo
-	through := t.outdated+t.changing+t.left == 0 && p.blocked == "" && t.open == 0 && len(p.items) > 0 || len(p.items) == 0 && p.target.desired == 0 && p.target.workload != nil && p.blocked == ""
+	through := t.outdated+t.changing+t.left+t.unlabelled == 0 && p.blocked == "" && t.open == 0 && len(p.items) > 0 || len(p.items) == 0 && p.target.desired == 0 && p.target.workload != nil && p.blocked == ""
 	whole := through && t.broken == 0 && t.available == t.updated && t.available >= p.target.desired
 	switch {
 	case whole && !undo, through && undo && (whole || p.stuck()), through && p.strategy.onFailure == inplace.Continue && t.broken > 0 && t.available == t.updated:

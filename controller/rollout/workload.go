@@ -48,7 +48,10 @@ type workload interface {
 	align(ctx context.Context, images map[string]string) (ready bool, why string, err error)
 	// obstacle says why a pod cannot be brought to the template in place; empty when it can.
 	obstacle(pod *corev1.Pod) string
-	// revisionLabel is the label of a pod that gets these images; empty when it is not of the template's revision then.
+	// restart says that a pod was made before somebody has asked for a restart of all pods, by the template.
+	restart(pod *corev1.Pod) bool
+	// revisionLabel is the label of a pod that gets these images, or of one that has what it is to have if they are nil; empty when it is not
+	// of the template's revision then.
 	revisionLabel(i *item, images map[string]string) string
 	// settle lets the workload's controller go on as before, and says whether it has taken notice.
 	settle(ctx context.Context) (bool, error)
@@ -276,7 +279,22 @@ func (p *pass) patchWorkload(ctx context.Context, o client.Object, patch []byte,
 	return nil
 }
 
-// sameButImages says that templates differ in nothing that cannot be changed in place.
+// sameInPlace says that templates differ in nothing but images and the annotation that has all pods restarted.
+func sameInPlace(a, b *corev1.PodTemplateSpec) bool {
+	if a == nil || b == nil {
+		return false
+	}
+	bare := func(t *corev1.PodTemplateSpec) *corev1.PodTemplateSpec {
+		t = t.DeepCopy()
+		if delete(t.Annotations, restartedAt); len(t.Annotations) == 0 {
+			t.Annotations = nil
+		}
+		return t
+	}
+	return sameButImages(bare(a), bare(b))
+}
+
+// sameButImages says that templates differ in nothing but images.
 func sameButImages(a, b *corev1.PodTemplateSpec) bool {
 	bare := func(t *corev1.PodTemplateSpec) *corev1.PodTemplateSpec {
 		t = t.DeepCopy()
