@@ -6,7 +6,6 @@ package rollout
 import (
 	"context"
 	"fmt"
-	"strconv"
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -23,9 +22,11 @@ const deploymentRevision = "deployment.kubernetes.io/revision"
 // the template of its present ReplicaSet gets the images, then its own; when it goes on after the pods have been changed, it finds that
 // ReplicaSet equal to its template, and the pods in it.
 type deployment struct {
-	p       *pass
-	d       *appsv1.Deployment
+	p *pass
+	d *appsv1.Deployment
+	// current is the ReplicaSet with the Deployment's pods, sets are all.
 	current *appsv1.ReplicaSet
+	sets    []*appsv1.ReplicaSet
 	// others says that older ReplicaSets have pods.
 	others bool
 }
@@ -44,20 +45,16 @@ func (p *pass) findDeployment(ctx context.Context, d *appsv1.Deployment) (*targe
 	if err := p.r.Client.List(ctx, &list, client.InNamespace(d.Namespace), client.MatchingLabelsSelector{Selector: selector}); err != nil {
 		return nil, err
 	}
-	newest := -1
-	var sets []*appsv1.ReplicaSet
 	for i := range list.Items {
 		set := &list.Items[i]
 		if owner := metav1.GetControllerOf(set); owner == nil || owner.UID != d.UID {
 			continue
 		}
-		sets = append(sets, set)
-		if n, err := strconv.Atoi(set.Annotations[deploymentRevision]); err == nil && n > newest {
-			newest, w.current = n, set
-		}
+		w.sets = append(w.sets, set)
 	}
-	for _, set := range sets {
-		w.others = w.others || set != w.current && (set.Status.Replicas > 0 || set.Spec.Replicas != nil && *set.Spec.Replicas > 0)
+	w.current = w.chooseCurrent()
+	for _, set := range w.sets {
+		w.others = w.others || set != w.current && (set.Status.Replicas > 0 || wanted(set) > 0)
 	}
 	if w.current == nil {
 		p.work.choose(selector)
@@ -84,7 +81,15 @@ func (w *deployment) ours() bool {
 
 // touched says that somebody has changed images of the template since the rollout last wrote the Deployment.
 func (w *deployment) touched() bool {
-	return touched(w.p.rollout, w.d, &w.d.Spec.Template)
+	_, sum := cutLast(w.d.Annotations[inplace.TemplateAnnotation])
+	return w.holds() && sum != "" && sum != hash(templateImages(&w.d.Spec.Template))
+}
+
+// holds says that the rollout has paused the Deployment, and that this is not long ago: kubectl rollout undo brings back the annotations that
+// a ReplicaSet has from earlier on.
+func (w *deployment) holds() bool {
+	key, _ := cutLast(w.d.Annotations[inplace.TemplateAnnotation])
+	return w.ours() && (w.d.Spec.Paused || key == w.p.templateKey())
 }
 
 // observed says that the controller has seen the Deployment as it is.
@@ -103,11 +108,11 @@ func (w *deployment) align(ctx context.Context, images map[string]string) (bool,
 	switch {
 	case w.d.Spec.Paused && by != "" && !w.ours():
 		return false, name + " is being changed by another InPlaceRollout", nil
-	case w.ours() && w.touched():
+	case w.touched():
 		return false, "", superseded("somebody has changed images in the template of %s", name)
-	case (w.ours() || w.p.wroteTemplate(w.d)) && !sameButImages(&w.d.Spec.Template, &w.current.Spec.Template):
+	case (w.holds() || w.p.wroteTemplate(w.d)) && !sameButImages(&w.d.Spec.Template, &w.current.Spec.Template):
 		return false, "", superseded("somebody has changed more than images in the template of %s", name)
-	case w.others && (w.ours() || w.p.wroteTemplate(w.d)):
+	case w.others && (w.holds() || w.p.wroteTemplate(w.d)):
 		return false, "", superseded("a rollout of %s itself is under way", name)
 	case !sameButImages(&w.d.Spec.Template, &w.current.Spec.Template):
 		return false, name + " has changes in its template that are more than images and not rolled out: let its own rollout finish first", nil
@@ -195,6 +200,9 @@ func (w *deployment) settle(ctx context.Context) (bool, error) {
 		}
 		if !w.observed() || w.current.Status.ObservedGeneration < w.current.Generation {
 			return false, nil
+		}
+		if kept, err := w.keepHistory(ctx); !kept || err != nil {
+			return false, err
 		}
 	}
 	off := map[string]any{inplace.PausedByAnnotation: nil, inplace.TemplateAnnotation: nil}

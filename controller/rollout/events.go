@@ -25,6 +25,7 @@ const (
 	eventInvalid     = "InvalidTarget"
 	eventPaused      = "DeploymentPaused"
 	eventResumed     = "DeploymentResumed"
+	eventHistory     = "NoRolloutHistory"
 	eventNotInPlace  = "NotInPlace"
 	eventFollowing   = "InPlaceRollout"
 	eventSecrets     = "PullSecretMissing"

@@ -10,7 +10,6 @@ import (
 	"strings"
 
 	appsv1 "k8s.io/api/apps/v1"
-	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -69,12 +68,7 @@ func (p *pass) wroteTemplate(o client.Object) bool {
 	return !paused && key == p.templateKey()
 }
 
-// touched says that a template has other images than the rollout has left there.
-func touched(r *inplace.InPlaceRollout, o client.Object, t *corev1.PodTemplateSpec) bool {
-	key, sum := cutLast(o.GetAnnotations()[inplace.TemplateAnnotation])
-	return strings.HasPrefix(key, string(r.UID)+"/") && sum != hash(templateImages(t))
-}
-
+// cutLast takes the hash of the images off TemplateAnnotation.
 func cutLast(text string) (key, sum string) {
 	n := strings.LastIndexByte(text, '/')
 	if n < 0 {
