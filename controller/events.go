@@ -138,11 +138,16 @@ func (p *pass) event(about *corev1.ObjectReference, kind, reason, note string, a
 	if about == nil || p.r.Recorder == nil {
 		return
 	}
-	text := fmt.Sprintf(note, args...)
-	if len(text) > 1000 { // the API's limit is 1024
-		text = text[:1000] + "…"
+	p.r.Recorder.Eventf(about, p.requestRef(nil), kind, reason, eventAction, "%s", eventNote(fmt.Sprintf(note, args...)))
+}
+
+// eventNote keeps of a text what the note of an event may hold: the API's limit is 1024.
+func eventNote(text string) string {
+	const most = 1000
+	if len(text) > most {
+		return strings.ToValidUTF8(text[:most], "") + "…"
 	}
-	p.r.Recorder.Eventf(about, p.requestRef(nil), kind, reason, eventAction, "%s", text)
+	return text
 }
 
 // requestRef refers to a container of the request, or with nil to the request. Events about the same thing and with the

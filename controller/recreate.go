@@ -252,6 +252,9 @@ func (p *pass) advance(ctx context.Context) (time.Duration, error) {
 		p.tellUngated()
 		if next.drain {
 			if err := p.drain(ctx); err != nil {
+				if words, ok := Denied(err); ok {
+					return p.giveUp(ctx, "the pod cannot be taken out of service: "+words)
+				}
 				return 0, err
 			}
 			continue

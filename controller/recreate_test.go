@@ -6,6 +6,7 @@ package controller
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -22,6 +23,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/types"
 	clienttesting "k8s.io/client-go/testing"
@@ -61,6 +63,7 @@ type bed struct {
 	stopped atomic.Int64 // in ns since 1970 when the clock stands still, else 0
 	podWake chan struct{}
 	unready atomic.Bool // new containers do not become ready by themselves
+	denies  atomic.Bool // the status of pods must not be changed
 
 	mu     sync.Mutex
 	writes []string
@@ -143,6 +146,9 @@ func (b *bed) start() {
 			return c.Patch(ctx, o, p, opts...)
 		},
 		SubResourcePatch: func(ctx context.Context, c client.Client, sub string, o client.Object, p client.Patch, opts ...client.SubResourcePatchOption) error {
+			if _, ok := o.(*corev1.Pod); ok && b.denies.Load() {
+				return apierrors.NewForbidden(schema.GroupResource{Resource: "pods"}, o.GetName(), errors.New("a policy keeps pods in service"))
+			}
 			wrote("patch "+sub, o)
 			return c.SubResource(sub).Patch(ctx, o, p, opts...)
 		},
@@ -844,6 +850,18 @@ func TestDrain(t *testing.T) {
 		b.until("gone", func(crr *request) bool { return crr == nil }, "a")
 		if c, _ := conditions(b); c.Status != corev1.ConditionTrue || c.Message != "" {
 			t.Errorf("condition %+v, want True", c)
+		}
+	})
+	t.Run("the API server does not have it", func(t *testing.T) {
+		b := newBed(t, gate)
+		b.denies.Store(true)
+		b.create("a", spec{Containers: containers("app"), Strategy: &how{UnreadyGracePeriodSeconds: pointer(int64(30))}})
+		crr := b.until("completed", retired, "a")
+		wantContains(t, "states", states(crr), "app Failed")
+		wantContains(t, "message", crr.Status.ContainerRecreateStates[0].Message, "a policy keeps pods in service")
+		wantContains(t, "events", b.eventsSoFar(), "a policy keeps pods in service")
+		if len(b.node.commanded()) > 0 {
+			t.Errorf("the node was told %q", b.node.commanded())
 		}
 	})
 	t.Run("without the gate there is no wait", func(t *testing.T) {

@@ -169,7 +169,7 @@ func (r *ContainerRecreateReconciler) SetupWithManager(ctx context.Context, m ma
 			MaxConcurrentReconciles: workers,
 			RateLimiter:             workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](50*time.Millisecond, 30*time.Second),
 		}).
-		Complete(r)
+		Complete(TellAPIErrors(r, func() client.Object { return &appsv1alpha1.ContainerRecreateRequest{} }, m.GetClient(), r.Recorder))
 }
 
 // indexPodName leaves completed requests out: their pod does not matter any more.

@@ -363,7 +363,7 @@ func setUpRollout(ctx context.Context, m ctrl.Manager, s settings, nodes rollout
 			return err
 		}
 	}
-	g := &rollout.GateReconciler{Client: m.GetClient(), APIReader: m.GetAPIReader(), Metrics: counters, Log: log}
+	g := &rollout.GateReconciler{Client: m.GetClient(), APIReader: m.GetAPIReader(), Recorder: recorder, Metrics: counters, Log: log}
 	return g.SetupWithManager(ctx, m, s.workers)
 }
 

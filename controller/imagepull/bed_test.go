@@ -5,6 +5,7 @@ package imagepull
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -19,6 +20,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
@@ -52,6 +54,7 @@ type bed struct {
 	// history are the statuses that were written, by job.
 	history map[string][]v1beta1.ImagePullJobStatus
 	refuse  func(client.Object) error // reads past the cache
+	deny    string                    // the image whose job must not be made
 
 	r     *Reconciler
 	queue workqueue.TypedRateLimitingInterface[reconcile.Request]
@@ -135,6 +138,9 @@ func (b *bed) start() {
 		},
 		Create: func(ctx context.Context, c client.WithWatch, o client.Object, opts ...client.CreateOption) error {
 			o.SetUID(types.UID("uid-" + o.GetName()))
+			if j, ok := o.(*job); ok && b.denies(j.Spec.Image) {
+				return apierrors.NewForbidden(schema.GroupResource{Resource: "imagepulljobs"}, o.GetName(), errors.New("exceeded quota: jobs"))
+			}
 			err := c.Create(ctx, o, opts...)
 			if err == nil {
 				b.wrote("create", o)
@@ -234,6 +240,19 @@ func (b *bed) work(ctx context.Context, wg *sync.WaitGroup, queue workqueue.Type
 			queue.Done(request)
 		}
 	})
+}
+
+// denyImage lets nobody make a job for an image.
+func (b *bed) denyImage(image string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.deny = image
+}
+
+func (b *bed) denies(image string) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return image == b.deny
 }
 
 // restart kills the controller and starts another one.

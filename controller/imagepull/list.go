@@ -26,6 +26,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
+	nodes "github.com/cri-proxy/cri-proxy/controller"
 )
 
 // Reasons of Events.
@@ -33,6 +34,7 @@ const (
 	eventCreatedJob = "ImagePullJobCreated"
 	eventDeletedJob = "ImagePullJobDeleted"
 	eventForeignJob = "ImagePullJobExists"
+	eventDeniedJob  = "ImagePullJobDenied"
 	eventListAction = "Sync"
 )
 
@@ -62,7 +64,7 @@ func (r *ListReconciler) SetupWithManager(_ context.Context, m manager.Manager, 
 		For(&v1beta1.ImageListPullJob{}, builder.WithPredicates(jobChanges())).
 		Owns(&v1beta1.ImagePullJob{}, builder.WithPredicates(childChanges())).
 		WithOptions(options(workers)).
-		Complete(r)
+		Complete(nodes.TellAPIErrors(r, func() client.Object { return &v1beta1.ImageListPullJob{} }, m.GetClient(), r.Recorder))
 }
 
 // childChanges leaves out what the list does not count.
@@ -100,10 +102,10 @@ func (r *ListReconciler) Reconcile(ctx context.Context, req reconcile.Request) (
 	if err != nil {
 		return reconcile.Result{}, err
 	}
-	if list.Status.CompletionTime == nil || list.Status.ObservedWork != "" && list.Status.ObservedWork != listWork(list) {
-		err = r.advance(ctx, list, children)
-	}
 	var wait time.Duration
+	if list.Status.CompletionTime == nil || list.Status.ObservedWork != "" && list.Status.ObservedWork != listWork(list) {
+		wait, err = r.advance(ctx, list, children)
+	}
 	if err == nil && list.Status.CompletionTime != nil {
 		wait, err = r.retire(ctx, list, children)
 	}
@@ -136,8 +138,11 @@ func listWork(list *v1beta1.ImageListPullJob) string {
 	return hash(list.Spec.Images, templateHash(list))
 }
 
-// advance makes the children what the list says, and counts them.
-func (r *ListReconciler) advance(ctx context.Context, list *v1beta1.ImageListPullJob, children map[string]*v1beta1.ImagePullJob) error {
+// missingPause is after how long a child that could not be made is tried again.
+const missingPause = 30 * time.Second
+
+// advance makes the children what the list says, and counts them. It says after what time to look again.
+func (r *ListReconciler) advance(ctx context.Context, list *v1beta1.ImageListPullJob, children map[string]*v1beta1.ImagePullJob) (wait time.Duration, err error) {
 	before := list.DeepCopy()
 	list.Labels = maps.Clone(list.Labels)
 	if list.Labels == nil {
@@ -145,7 +150,7 @@ func (r *ListReconciler) advance(ctx context.Context, list *v1beta1.ImageListPul
 	}
 	if list.Labels[v1beta1.TemplateHashLabel] = templateHash(list); !apiequality.Semantic.DeepEqual(before.Labels, list.Labels) {
 		if err := r.Client.Patch(ctx, list, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})); err != nil {
-			return err
+			return 0, err
 		}
 		r.Metrics.wrote("list")
 	}
@@ -160,12 +165,13 @@ func (r *ListReconciler) advance(ctx context.Context, list *v1beta1.ImageListPul
 		wanted[name] = true
 		child := children[name]
 		if child == nil {
-			foreign, err := r.create(ctx, list, name, image)
+			missing, err := r.create(ctx, list, name, image)
 			if err != nil {
-				return err
+				return 0, err
 			}
-			if foreign != "" {
-				next.FailedImageStatuses = append(next.FailedImageStatuses, &v1beta1.FailedImageStatus{ImagePullJob: name, Name: image, Message: foreign})
+			if missing != "" {
+				wait = missingPause
+				next.FailedImageStatuses = append(next.FailedImageStatuses, &v1beta1.FailedImageStatus{ImagePullJob: name, Name: image, Message: shorten(missing)})
 			}
 			continue
 		}
@@ -174,7 +180,7 @@ func (r *ListReconciler) advance(ctx context.Context, list *v1beta1.ImageListPul
 	for _, name := range slices.Sorted(maps.Keys(children)) {
 		if child := children[name]; !wanted[name] && child.DeletionTimestamp == nil {
 			if err := r.Client.Delete(ctx, child, client.Preconditions{UID: &child.UID}); client.IgnoreNotFound(err) != nil {
-				return err
+				return 0, err
 			}
 			r.Metrics.wrote("job")
 			r.event(list, corev1.EventTypeNormal, eventDeletedJob, fmt.Sprintf("deleted ImagePullJob %s: the list no longer says so", name))
@@ -185,12 +191,12 @@ func (r *ListReconciler) advance(ctx context.Context, list *v1beta1.ImageListPul
 		next.CompletionTime = &now
 	}
 	if apiequality.Semantic.DeepEqual(&list.Status, next) {
-		return nil
+		return wait, nil
 	}
 	before = list.DeepCopy()
 	list.Status = *next
 	if err := r.Client.Status().Patch(ctx, list, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})); err != nil {
-		return err
+		return 0, err
 	}
 	r.Metrics.wrote("list status")
 	if next.CompletionTime != nil {
@@ -201,7 +207,7 @@ func (r *ListReconciler) advance(ctx context.Context, list *v1beta1.ImageListPul
 		r.event(list, kind, eventCompleted, fmt.Sprintf("%d of %d images are on all nodes", next.Succeeded, next.Desired))
 		r.Log.WithFields(logrus.Fields{"list": client.ObjectKeyFromObject(list).String(), "images": next.Desired, "succeeded": next.Succeeded}).Info("list completed")
 	}
-	return nil
+	return wait, nil
 }
 
 // count adds a child to the status.
@@ -243,8 +249,8 @@ func childOf(list *v1beta1.ImageListPullJob, name, image string) *v1beta1.ImageP
 	return child
 }
 
-// create makes a child. foreign says why there is none: another object has its name.
-func (r *ListReconciler) create(ctx context.Context, list *v1beta1.ImageListPullJob, name, image string) (foreign string, err error) {
+// create makes a child. missing says why there is none: another object has its name, or the API server does not have it.
+func (r *ListReconciler) create(ctx context.Context, list *v1beta1.ImageListPullJob, name, image string) (missing string, err error) {
 	child := childOf(list, name, image)
 	err = r.Client.Create(ctx, child)
 	if apierrors.IsAlreadyExists(err) {
@@ -255,9 +261,14 @@ func (r *ListReconciler) create(ctx context.Context, list *v1beta1.ImageListPull
 		if metav1.IsControlledBy(&there, list) {
 			return "", nil
 		}
-		foreign = fmt.Sprintf("there is an ImagePullJob %s of somebody else's: delete or rename it", name)
-		r.event(list, corev1.EventTypeWarning, eventForeignJob, foreign)
-		return foreign, nil
+		missing = fmt.Sprintf("there is an ImagePullJob %s of somebody else's: delete or rename it", name)
+		r.tellMissing(list, eventForeignJob, name, missing)
+		return missing, nil
+	}
+	if words, ok := nodes.Denied(err); ok {
+		missing = fmt.Sprintf("the API server does not let ImagePullJob %s be made: %s", name, words)
+		r.tellMissing(list, eventDeniedJob, name, missing)
+		return missing, nil
 	}
 	if err != nil {
 		return "", err
@@ -265,6 +276,15 @@ func (r *ListReconciler) create(ctx context.Context, list *v1beta1.ImageListPull
 	r.Metrics.wrote("job")
 	r.event(list, corev1.EventTypeNormal, eventCreatedJob, fmt.Sprintf("created ImagePullJob %s for %s", name, image))
 	return "", nil
+}
+
+// tellMissing says why a child is missing, unless the status of the list has said so before.
+func (r *ListReconciler) tellMissing(list *v1beta1.ImageListPullJob, reason, child, text string) {
+	if !slices.ContainsFunc(list.Status.FailedImageStatuses, func(f *v1beta1.FailedImageStatus) bool {
+		return f.ImagePullJob == child && f.Message == shorten(text)
+	}) {
+		r.event(list, corev1.EventTypeWarning, reason, text)
+	}
 }
 
 // retire deletes a list whose time is over, with its children. Their pins outlive them, as those of a job that is

@@ -138,6 +138,28 @@ func TestListWithFailures(t *testing.T) {
 	})
 }
 
+// An image whose job the API server does not have is told of, and the others go their way.
+func TestListDenied(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addMany(1, time.Second)
+		b.denyImage("a")
+		b.createList("list", v1beta1.ImageListPullJobSpec{Images: []string{"a", "b"}})
+		l := b.untilList("as far as it goes", "list", time.Minute, func(l *list) bool { return l.Status.Succeeded == 1 })
+		if f := l.Status.FailedImageStatuses; len(f) != 1 || f[0].Name != "a" || !strings.Contains(f[0].Message, "exceeded quota: jobs") {
+			t.Errorf("status %+v", l.Status)
+		}
+		time.Sleep(10 * time.Minute)
+		if n := strings.Count(b.told(), "exceeded quota: jobs"); n != 1 {
+			t.Errorf("told %d times:\n%s", n, b.told())
+		}
+		b.denyImage("")
+		l = b.untilList("completed", "list", time.Minute, func(l *list) bool { return l.Status.CompletionTime != nil })
+		if l.Status.Succeeded != 2 || len(l.Status.FailedImageStatuses) != 0 {
+			t.Errorf("status %+v", l.Status)
+		}
+	})
+}
+
 // Images and template follow the list; a child that is deleted while the list is at work is made again, one of a
 // completed list is not.
 func TestListChanged(t *testing.T) {

@@ -43,7 +43,7 @@ func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, work
 		Watches(&corev1.Pod{}, crowd(r.jobsOfPod), builder.WithPredicates(podChanges())).
 		WatchesRawSource(source.Channel(r.wakes, &handler.TypedEnqueueRequestForObject[*v1beta1.ImagePullJob]{})).
 		WithOptions(options(workers)).
-		Complete(r)
+		Complete(nodes.TellAPIErrors(r, func() client.Object { return &v1beta1.ImagePullJob{} }, m.GetClient(), r.Recorder))
 }
 
 func options(workers int) controller.Options {

@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net/http"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -16,6 +15,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/cri-proxy/cri-proxy/controller"
 )
 
 // The API server may deny a change or make another one of it: policies, quotas, webhooks that turn tags into digests. So it is asked first, with
@@ -81,18 +82,11 @@ func (e *admissionError) Error() string { return e.message }
 
 // denied makes an admissionError of what the API server says for good; other errors stay what they are.
 func denied(err error, what string) error {
-	var status apierrors.APIStatus
-	if !errors.As(err, &status) {
+	words, ok := controller.Denied(err)
+	if !ok {
 		return err
 	}
-	switch code := status.Status().Code; {
-	case code == http.StatusNotFound, code == http.StatusConflict, code == http.StatusTooManyRequests,
-		code == http.StatusUnauthorized, code == http.StatusRequestTimeout, code == http.StatusGone:
-		return err
-	case code < 400 || code >= 500:
-		return err
-	}
-	return &admissionError{failure{failDenied, fmt.Sprintf("the API server does not let %s be changed: %s", what, status.Status().Message)}}
+	return &admissionError{failure{failDenied, fmt.Sprintf("the API server does not let %s be changed: %s", what, words)}}
 }
 
 // unsteady says that admission makes different things of the same image.

@@ -12,6 +12,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/tools/events"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
@@ -25,6 +26,8 @@ type GateReconciler struct {
 	Client client.Client
 	// APIReader reads past the cache: a rollout is only taken for gone on the API server's word.
 	APIReader client.Reader
+	// Recorder writes Events; nil writes none.
+	Recorder events.EventRecorder
 	// Metrics may be nil.
 	Metrics *Metrics
 	// Log must be set.

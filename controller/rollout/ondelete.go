@@ -236,7 +236,7 @@ func (w *onDelete) revisionLabel(i *item, images map[string]string) string {
 	if restart && images != nil {
 		return "" // its containers are restarted first
 	}
-	if w.willHave(i, images, w.template) && !(restart && w.p.goal.undo) {
+	if w.willHave(i, images, w.template) && (!restart || !w.p.goal.undo) {
 		return w.update
 	}
 	if !w.p.goal.undo {

@@ -27,6 +27,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/source"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	nodes "github.com/cri-proxy/cri-proxy/controller"
 )
 
 // gatherFor is how long events of pods and nodes are collected: they come in crowds, and a look is at all pods. It is so much longer
@@ -64,21 +65,23 @@ func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, work
 		Watches(&appsv1.ReplicaSet{}, r.crowd(r.rolloutsOfReplicaSet)).
 		WatchesRawSource(source.Channel(r.wakes, r.wakeHandler())).
 		WithOptions(options(workers)).
-		Complete(r)
+		Complete(nodes.TellAPIErrors(r, func() client.Object { return &inplace.InPlaceRollout{} }, m.GetClient(), r.Recorder))
 }
 
 // SetupWithManager adds the reconciler to a manager: it then watches workloads of its kind and their rollouts.
 func (r *FollowReconciler) SetupWithManager(_ context.Context, m manager.Manager, workers int) error {
-	var object client.Object = &appsv1.DaemonSet{}
-	if r.Kind == kindStatefulSet {
-		object = &appsv1.StatefulSet{}
+	newOwner := func() client.Object {
+		if r.Kind == kindStatefulSet {
+			return &appsv1.StatefulSet{}
+		}
+		return &appsv1.DaemonSet{}
 	}
 	return builder.ControllerManagedBy(m).
 		Named("inplace-"+strings.ToLower(r.Kind)).
-		For(object, builder.WithPredicates(rolloutChanges())).
+		For(newOwner(), builder.WithPredicates(rolloutChanges())).
 		Owns(&inplace.InPlaceRollout{}).
 		WithOptions(options(workers)).
-		Complete(r)
+		Complete(nodes.TellAPIErrors(r, newOwner, m.GetClient(), r.Recorder))
 }
 
 // SetupWithManager adds the reconciler to a manager: it then watches pods with gates.
@@ -88,7 +91,7 @@ func (r *GateReconciler) SetupWithManager(_ context.Context, m manager.Manager, 
 		For(&corev1.Pod{}, builder.WithPredicates(gateChanges())).
 		Watches(&inplace.InPlaceRollout{}, handler.EnqueueRequestsFromMapFunc(r.shutPods), builder.WithPredicates(endings())).
 		WithOptions(options(workers)).
-		Complete(r)
+		Complete(nodes.TellAPIErrors(r, func() client.Object { return &corev1.Pod{} }, m.GetClient(), r.Recorder))
 }
 
 // gateChanges lets through pods whose gates may have to be opened.

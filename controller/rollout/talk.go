@@ -245,6 +245,9 @@ func (p *pass) prepare(ctx context.Context, i *item) {
 	have := podImages(i.pod)
 	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
 		answers, err := p.r.dryRun(ctx, i.pod, change)
+		if err == nil && len(answers) > 0 { // is it the same each time?
+			err = p.r.stillSo(ctx, i, change, answers)
+		}
 		if err != nil {
 			return nil, err
 		}

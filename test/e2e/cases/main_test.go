@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-logr/logr"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	corev1 "k8s.io/api/core/v1"
@@ -24,6 +25,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	ctrllog "sigs.k8s.io/controller-runtime/pkg/log"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
@@ -53,6 +55,7 @@ func TestMain(m *testing.M) {
 
 func run(m *testing.M) (code int, err error) {
 	ctx := context.Background()
+	ctrllog.SetLogger(logr.Discard()) // tests tell what clients return
 	cache, err := testbed.CacheDir()
 	if err != nil {
 		return 0, err
@@ -176,14 +179,15 @@ func kubectl(t testing.TB, args ...string) string {
 	return strings.TrimSpace(out)
 }
 
-// crane runs the registry client on the bed's registry.
-func crane(t testing.TB, args ...string) {
+// crane runs the registry client on the bed's registry and returns what it says.
+func crane(t testing.TB, args ...string) string {
 	t.Helper()
 	out, err := exec.CommandContext(t.Context(), filepath.Join(bed.Bin, "crane"),
 		append(args, "--insecure")...).CombinedOutput()
 	if err != nil {
 		t.Fatalf("crane %s: %v\n%s", strings.Join(args, " "), err, out)
 	}
+	return strings.TrimSpace(string(out))
 }
 
 // moveTag makes the tag name lead to another image of the registry, and returns its reference.
