@@ -10,6 +10,7 @@ bin/controller-gen rbac:roleName=cri-controller paths=./controller/... output:rb
 rm -f deploy/helm/cri-proxy/files/crds/*.yaml
 cp deploy/crds/*.yaml deploy/helm/cri-proxy/files/crds/
 cp deploy/rbac/role.yaml deploy/helm/cri-proxy/files/role.yaml
+cp deploy/rights/policies.yaml deploy/helm/cri-proxy/files/rights.yaml
 # The alert rules, as the Prometheus operator wants them.
 {
 	cat <<END

@@ -109,6 +109,7 @@ func TestSameObjects(t *testing.T) {
 		values    []string
 	}{
 		{name: "defaults"},
+		{name: "without asking for rights", component: "components/without-rights", values: []string{"--set", "rights.enabled=false"}},
 		{name: "identity from files", component: "components/identity-files", values: []string{"--set", "identity.mode=files"}},
 		{name: "with the ServiceMonitor", component: "components/servicemonitor", values: []string{"--set", "serviceMonitor.enabled=true"}},
 		{name: "without webhooks", component: "components/without-webhooks", values: []string{"--set", "webhook.enabled=false"}},
@@ -173,7 +174,7 @@ func TestLint(t *testing.T) {
 
 // TestCopies: the chart's copies are those that `make generate` makes.
 func TestCopies(t *testing.T) {
-	pairs := map[string]string{"rbac/role.yaml": chart + "/files/role.yaml", "alerts/cri-proxy.rules.yaml": chart + "/files/alerts.yaml"}
+	pairs := map[string]string{"rbac/role.yaml": chart + "/files/role.yaml", "rights/policies.yaml": chart + "/files/rights.yaml", "alerts/cri-proxy.rules.yaml": chart + "/files/alerts.yaml"}
 	crds, err := filepath.Glob("crds/*.yaml")
 	if err != nil || len(crds) == 0 {
 		t.Fatalf("no CRDs: %v", err)
@@ -217,6 +218,8 @@ func TestValues(t *testing.T) {
 		{name: "who scrapes", set: []string{"networkPolicy.metricsFrom[0].podSelector.matchLabels.app=prometheus"}, want: []string{"from:\n    - podSelector:\n        matchLabels:\n          app: prometheus"}},
 		{name: "other ports out", set: []string{"networkPolicy.extraEgress[0].ports[0].port=7000"}, want: []string{"- ports:\n    - port: 7000"}},
 		{name: "no budget", set: []string{"podDisruptionBudget.enabled=false"}, not: []string{"kind: PodDisruptionBudget"}},
+		{name: "no webhooks but rights", set: []string{"webhook.enabled=false"}, want: []string{"kind: ValidatingAdmissionPolicy\n", "kind: ValidatingAdmissionPolicyBinding"}},
+		{name: "no rights", set: []string{"rights.enabled=false"}, want: []string{"kind: ValidatingWebhookConfiguration"}, not: []string{"ValidatingAdmissionPolicy"}},
 		{name: "budget in percent", set: []string{"podDisruptionBudget.maxUnavailable=50%"}, want: []string{"maxUnavailable: 50%"}},
 		{name: "scheduling", set: []string{"tolerations[0].operator=Exists", "affinity.nodeAffinity.x=y", "nodeSelector.pool=system", "priorityClassName=mine", "replicas=3"},
 			want: []string{"tolerations:\n        - operator: Exists", "affinity:\n        nodeAffinity:", "pool: system", "priorityClassName: mine", "replicas: 3"}},

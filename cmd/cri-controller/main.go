@@ -34,6 +34,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/api/identity"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
 	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/admission"
 	"github.com/cri-proxy/cri-proxy/controller/authority"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull"
 	"github.com/cri-proxy/cri-proxy/controller/nodecondition"
@@ -228,6 +229,13 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 		return err
 	}
 	if err := setUpNodeCondition(m, s, nodes, log); err != nil {
+		return err
+	}
+	rights, err := admission.NewRights(m.GetAPIReader(), log, metrics.Registry)
+	if err != nil {
+		return err
+	}
+	if err := m.Add(rights); err != nil {
 		return err
 	}
 	if hooks != nil {

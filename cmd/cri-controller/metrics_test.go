@@ -9,6 +9,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/admission"
 	"github.com/cri-proxy/cri-proxy/controller/authority"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull"
 	"github.com/cri-proxy/cri-proxy/controller/nodecondition"
@@ -26,6 +27,7 @@ func TestMetricsAreDocumented(t *testing.T) {
 		"rollout":    func() error { _, err := rollout.NewMetrics(r); return err },
 		"nodes":      func() error { return r.Register(&controller.GRPCNodes{}) },
 		"authority":  func() error { _, err := authority.NewMetrics(r); return err },
+		"rights":     func() error { _, err := admission.NewRights(nil, nil, r); return err },
 		"build":      func() error { return r.Register(buildMetric()) },
 	} {
 		if err := register(); err != nil {
