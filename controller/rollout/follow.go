@@ -35,8 +35,8 @@ const (
 	followedAnnotation = "cri-proxy.io/followed-generation"
 	// followedRetry is the workload's RetryAnnotation that it has taken up.
 	followedRetry = "cri-proxy.io/followed-retry"
-	// putBackAnnotation is the generation of the workload in which a rollback has put back its template, and a hash of the rest of its
-	// spec.
+	// putBackAnnotation is the generation of the workload in which a rollback has put back its template, and hashes of the rest of its
+	// spec and of what kubectl apply has noted there.
 	putBackAnnotation = "cri-proxy.io/put-back-generation"
 )
 
@@ -320,16 +320,20 @@ func (r *FollowReconciler) leave(ctx context.Context, rollout *inplace.InPlaceRo
 }
 
 // wantedAgain says that the images of before the failure are in the template because somebody wants them, and not because the rollback has
-// put them there. What is not about the template makes a new generation, too.
+// put them there. What is not about the template makes a new generation, too; kubectl apply of what is there makes none, but notes it.
 func (r *FollowReconciler) wantedAgain(rollout *inplace.InPlaceRollout, owner client.Object) bool {
-	text := rollout.Annotations[putBackAnnotation]
-	record, shape, _ := strings.Cut(text, " ")
+	record, hashes, _ := strings.Cut(rollout.Annotations[putBackAnnotation], " ")
+	shape, applied, _ := strings.Cut(hashes, " ")
 	generation, err := strconv.ParseInt(record, 10, 64)
 	c := meta.FindStatusCondition(rollout.Status.Conditions, inplace.ConditionComplete)
 	switch {
 	case c != nil && c.Reason == inplace.ReasonNotRetried:
 		return true // somebody had set the failed ones again
-	case err != nil, owner.GetGeneration() <= generation:
+	case err != nil, owner.GetGeneration() < generation:
+		return false
+	case applied != appliedTo(owner):
+		return true
+	case owner.GetGeneration() == generation:
 		return false
 	case shape == shapeOf(owner):
 		return true
@@ -340,7 +344,12 @@ func (r *FollowReconciler) wantedAgain(rollout *inplace.InPlaceRollout, owner cl
 
 // putBack is what putBackAnnotation says of a workload in a generation.
 func putBack(o client.Object, generation int64) string {
-	return fmt.Sprintf("%d %s", generation, shapeOf(o))
+	return fmt.Sprintf("%d %s %s", generation, shapeOf(o), appliedTo(o))
+}
+
+// appliedTo is a hash of the manifest that was last applied to a workload on the client's side.
+func appliedTo(o client.Object) string {
+	return hash(o.GetAnnotations()[corev1.LastAppliedConfigAnnotation])
 }
 
 // shapeOf is a hash of the spec of a workload without its template.

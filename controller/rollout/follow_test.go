@@ -200,6 +200,10 @@ func TestFollowGoodAgain(t *testing.T) {
 				if !rolledBack(b.get(name)) {
 					t.Errorf("status %+v", b.get(name).Status)
 				}
+				b.annotate(kind, corev1.LastAppliedConfigAnnotation, "with app:1") // kubectl apply of what is there
+				b.until("complete", name, time.Minute, func(r *rollout) bool { return ended(r) && condition(r, inplace.ConditionComplete) == "True RolledOut" })
+				b.setImage(kind, "app:crash")
+				b.until("rolled back", name, 5*time.Minute, rolledBack)
 				b.kill() // and does not see what is set first
 				b.setImage(kind, "app:crash")
 				b.setImage(kind, "app:1")

@@ -6,8 +6,10 @@ package rollout
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"slices"
 
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -32,7 +34,7 @@ func (p *pass) giveBack(ctx context.Context) error {
 	if apierrors.IsNotFound(err) {
 		return nil
 	} else if err != nil {
-		p.log.WithError(err).Warn("the fields of " + p.target.what + " cannot be given back")
+		p.keeps(err)
 		return nil
 	}
 	patch, err := disown(o)
@@ -44,10 +46,17 @@ func (p *pass) giveBack(ctx context.Context) error {
 	case err == nil:
 		p.r.Metrics.wrote(p.rollout.Spec.Target.WorkloadRef.Kind)
 	case !apierrors.IsConflict(err):
-		p.log.WithError(err).Warn("the fields of " + p.target.what + " cannot be given back")
+		p.keeps(err)
 		err = nil
 	}
 	return err
+}
+
+// keeps tells that the fields stay the controller's.
+func (p *pass) keeps(err error) {
+	text := fmt.Sprintf("field manager %s still owns what the rollout has written into %s, and a server-side apply of that needs --force-conflicts: it cannot be given back: %s", fieldOwner, p.target.what, err)
+	p.log.Warn(text)
+	p.tell(corev1.EventTypeWarning, eventFields, text, "")
 }
 
 // disown is the JSON patch that takes fieldOwner out of the managed fields of an object, unless somebody has written in between; nil when
