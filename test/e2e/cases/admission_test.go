@@ -146,6 +146,28 @@ func TestPolicyDenies(t *testing.T) {
 	assertResumed(t, ns, "deploy", one)
 }
 
+// TestPolicyDeniesLate has a policy that comes when the new image is ready on the node and the pod is
+// out of service: the pod is back with what it had.
+func TestPolicyDeniesLate(t *testing.T) {
+	t.Parallel()
+	ns := namespace(t)
+	dir := scratchDir(t)
+	one, two := bed.Image("busybox:1.0"), bed.Image("busybox:2.0")
+	create(t, traced(ns, "late", dir, one, "0", "", gate))
+	before := allReady(t, ns)
+	apply(t, rollout(ns, "late", target("Pod", "late"), two, "drainSeconds: 20"))
+	eventually(t, "the pod is out of service", func() bool { return !isReady(getPod(t, ns, "late")) })
+	deny(t, ns, "", "pods", "object.spec", two, "pod/late")
+	assertDenied(t, ns, "late", inplace.ReasonDenied, "the image is not signed")
+	assertUntouched(t, ns, before)
+	if got := whats(traceOf(t, dir, "late")); !slices.Equal(got, []string{"began 1.0"}) {
+		t.Errorf("the pod says %q", got)
+	}
+	if p := getPod(t, ns, "late"); p.Spec.Containers[0].Image != one {
+		t.Errorf("the pod is to run %s", p.Spec.Containers[0].Image)
+	}
+}
+
 // assertUntouched fails unless the pods are ready and have the containers that they had.
 func assertUntouched(t testing.TB, ns string, before map[string]*corev1.Pod) {
 	t.Helper()
