@@ -212,44 +212,47 @@ func TestRestartInPlace(t *testing.T) {
 	for _, w := range []struct {
 		kind, name string
 		n          int
-		counts     func() (updated, generation, observed int64)
+		counts     func(t testing.TB) (updated, generation, observed int64)
 	}{
-		{"statefulset", "set", 2, func() (int64, int64, int64) {
+		{"statefulset", "set", 2, func(t testing.TB) (int64, int64, int64) {
 			s := &appsv1.StatefulSet{}
 			must(t, api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: "set"}, s))
 			return int64(s.Status.UpdatedReplicas), s.Generation, s.Status.ObservedGeneration
 		}},
-		{"daemonset", "agent", 1, func() (int64, int64, int64) {
+		{"daemonset", "agent", 1, func(t testing.TB) (int64, int64, int64) {
 			d := &appsv1.DaemonSet{}
 			must(t, api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: "agent"}, d))
 			return int64(d.Status.UpdatedNumberScheduled), d.Generation, d.Status.ObservedGeneration
 		}},
 	} {
-		own := w.kind + "-" + w.name
-		untilReason(t, ns, own, inplace.ReasonRolledOut)
-		step := func(image string, app, side int32, args ...string) {
-			t.Helper()
-			before := readyPods(t, ns, w.name, w.n)
-			begun := getRollout(t, ns, own).Status.StartTime
-			time.Sleep(time.Second) // the start time is in seconds
-			kubectl(t, append([]string{"-n", ns}, args...)...)
-			eventually(t, own+" has ended anew", func() bool {
+		t.Run(w.kind, func(t *testing.T) {
+			t.Parallel()
+			own := w.kind + "-" + w.name
+			untilReason(t, ns, own, inplace.ReasonRolledOut)
+			step := func(image string, app, side int32, args ...string) {
+				t.Helper()
+				before := readyPods(t, ns, w.name, w.n)
+				begun := getRollout(t, ns, own).Status.StartTime
+				time.Sleep(time.Second) // the start time is in seconds
+				kubectl(t, append([]string{"-n", ns}, args...)...)
+				eventually(t, own+" has ended anew", func() bool {
+					r := getRollout(t, ns, own)
+					return r.Status.CompletionTime != nil && !r.Status.StartTime.Equal(begun)
+				})
 				r := getRollout(t, ns, own)
-				return r.Status.CompletionTime != nil && !r.Status.StartTime.Equal(begun)
-			})
-			r := getRollout(t, ns, own)
-			if f := complete(r); f != "" || int(r.Status.Updated) != w.n {
-				t.Fatalf("%v: %s; updated %d", args, f, r.Status.Updated)
+				if f := complete(r); f != "" || int(r.Status.Updated) != w.n {
+					t.Fatalf("%v: %s; updated %d", args, f, r.Status.Updated)
+				}
+				samePods(t, before, readyPods(t, ns, w.name, w.n), image, app, side)
+				eventually(t, "the workload counts them, too", func() bool {
+					updated, generation, observed := w.counts(t)
+					return int(updated) == w.n && observed == generation
+				})
 			}
-			samePods(t, before, readyPods(t, ns, w.name, w.n), image, app, side)
-			eventually(t, "the workload counts them, too", func() bool {
-				updated, generation, observed := w.counts()
-				return int(updated) == w.n && observed == generation
-			})
-		}
-		step(one, 1, 1, "rollout", "restart", w.kind+"/"+w.name)
-		step(two, 1, 0, "set", "image", w.kind+"/"+w.name, "app="+two)
-		step(one, 1, 0, "rollout", "undo", w.kind+"/"+w.name)
+			step(one, 1, 1, "rollout", "restart", w.kind+"/"+w.name)
+			step(two, 1, 0, "set", "image", w.kind+"/"+w.name, "app="+two)
+			step(one, 1, 0, "rollout", "undo", w.kind+"/"+w.name)
+		})
 	}
 }
 
