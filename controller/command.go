@@ -265,7 +265,7 @@ func (p *pass) restartRequest(ctx context.Context, c *container) (*opsv1.Restart
 	spec, _ := containerSpec(now.Pod(), c.name)
 	want.PullPolicy = environment.PullPolicy(spec.ImagePullPolicy)
 	want.RunAsNonRoot, want.RunAsUser = RunAs(now.Pod(), spec)
-	r.Credentials, err = pullsecrets.Of(ctx, p.r.APIReader, now.Pod(), want.PullPolicy)
+	r.Credentials, err = pullsecrets.Of(ctx, p.r.APIReader, now.Pod(), pullsecrets.Pulled(spec.Image, want.PullPolicy, want.Environment))
 	return r, err
 }
 
@@ -397,7 +397,7 @@ func (p *pass) cancel(ctx context.Context, c *container, reason string) string {
 	case account.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED:
 		return "the new container is not ready"
 	case account.GetPhase() == opsv1.Phase_PHASE_FAILED:
-		return account.GetMessage()
+		return Account(account)
 	case account.GetPhase() == opsv1.Phase_PHASE_CANCELLED:
 		return "the container had not been stopped and was left alone"
 	default:

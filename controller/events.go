@@ -60,7 +60,6 @@ func (p *pass) tell(before *appsv1alpha1.ContainerRecreateRequestStatus) {
 			message := c.state.Message
 			if c.op.GetReason() == reasonPostStartFailed && !c.replaced {
 				p.tellHook(c, eventPostStartFailed, "PostStartHook failed")
-				message = "the postStart hook failed and the new container was stopped" // without the hook's output, see tellHook
 			}
 			p.event(pod, corev1.EventTypeWarning, eventFailed, "ContainerRecreateRequest %s, container %s: %s", p.crr.Name, c.name, message)
 			p.event(p.requestRef(c), corev1.EventTypeWarning, eventFailed, "container %s: %s", c.name, message)

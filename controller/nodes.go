@@ -172,7 +172,13 @@ func (g *GRPCNodes) ForgetRemoved(ctx context.Context, c cache.Cache) error {
 	if err != nil {
 		return err
 	}
-	_, err = informer.AddEventHandler(toolscache.ResourceEventHandlerFuncs{DeleteFunc: func(o any) {
+	_, err = informer.AddEventHandler(toolscache.ResourceEventHandlerFuncs{UpdateFunc: func(before, after any) {
+		a, ok1 := before.(*corev1.Node)
+		b, ok2 := after.(*corev1.Node)
+		if ok1 && ok2 && a.UID != b.UID { // deleted and made again while the watch was away
+			g.Forget(func(other Node) bool { return other.Name == a.Name })
+		}
+	}, DeleteFunc: func(o any) {
 		if gone, ok := o.(toolscache.DeletedFinalStateUnknown); ok {
 			o = gone.Obj
 		}

@@ -27,6 +27,15 @@ const (
 // replaced since the request was accepted.
 const reasonExpectedIDDiffers = "ExpectedIDDiffers"
 
+// Account is what the node says of an operation on a container, as it may be told in a status and in Events. What a hook has printed is left out,
+// as it is by kubelet (kuberuntime_container.go): there may be secrets in it, and more people read Events than logs.
+func Account(c *opsv1.ContainerOperation) string {
+	if c.GetReason() == reasonPostStartFailed {
+		return "the postStart hook failed and the new container was stopped; what the hook printed is in the log of cri-proxy on the node"
+	}
+	return c.GetMessage()
+}
+
 // reasonPostStartFailed is the node's word for a new container that was stopped because its postStart hook failed.
 const reasonPostStartFailed = "PostStartHookFailed"
 
@@ -83,7 +92,7 @@ func (c *container) observe(pod *corev1.Pod, now time.Time) time.Duration {
 		c.state.Phase = pending
 		c.state.Message = "waits for an earlier operation on this container"
 	case opsv1.Phase_PHASE_FAILED:
-		message := c.op.GetMessage()
+		message := Account(c.op)
 		if message == "" {
 			message = "the node says only: " + c.op.GetReason()
 		}

@@ -22,6 +22,7 @@ func TestInstaller(t *testing.T) {
 	want := []string{
 		"ClusterRole <nil>/cri-proxy-installer", "ClusterRoleBinding <nil>/cri-proxy-installer", "DaemonSet cri-proxy-installer/cri-proxy-installer",
 		"Namespace <nil>/cri-proxy-installer", "ServiceAccount cri-proxy-installer/cri-proxy-installer",
+		"ValidatingAdmissionPolicy <nil>/cri-proxy-installer", "ValidatingAdmissionPolicyBinding <nil>/cri-proxy-installer",
 	}
 	all := objects(t, built)
 	if got := slices.Sorted(maps.Keys(all)); !slices.Equal(got, want) {
@@ -29,6 +30,31 @@ func TestInstaller(t *testing.T) {
 	}
 	if rules := pretty(t, all[want[0]]["rules"]); rules != "- apiGroups:\n  - \"\"\n  resources:\n  - nodes\n  verbs:\n  - patch\n" {
 		t.Errorf("the role has\n%s", rules)
+	}
+}
+
+// TestInstallerPolicy: it denies what it cannot judge, and is about the label and the annotation that the installer sets.
+func TestInstallerPolicy(t *testing.T) {
+	text, err := os.ReadFile("installer/policy.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := objects(t, string(text))
+	policy, _ := all["ValidatingAdmissionPolicy <nil>/cri-proxy-installer"]["spec"].(object)
+	if policy["failurePolicy"] != "Fail" {
+		t.Errorf("failurePolicy %v", policy["failurePolicy"])
+	}
+	if spec := pretty(t, all["ValidatingAdmissionPolicyBinding <nil>/cri-proxy-installer"]["spec"]); spec != "policyName: cri-proxy-installer\nvalidationActions:\n- Deny\n" {
+		t.Errorf("the binding has\n%s", spec)
+	}
+	source, err := os.ReadFile("../cmd/cri-proxy/installer/installer.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range []string{"cri-proxy.io/installed", "cri-proxy.io/installed-version"} {
+		if !strings.Contains(string(source), `"`+key+`"`) || !strings.Contains(string(text), "'"+key+"'") {
+			t.Errorf("%s is not what both the installer and its policy have", key)
+		}
 	}
 }
 

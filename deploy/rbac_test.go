@@ -86,9 +86,34 @@ func explained(t *testing.T, section string) map[string]bool {
 	return all
 }
 
+// TestUserRoles: Kubernetes' own roles take up ours by their labels.
+func TestUserRoles(t *testing.T) {
+	text, err := os.ReadFile("rbac/users.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := map[string][]string{}
+	for _, document := range strings.Split(string(text), "\n---\n") {
+		var role rbacv1.ClusterRole
+		if err := yaml.Unmarshal([]byte(document), &role); err != nil {
+			t.Fatal(err)
+		}
+		for label, value := range role.Labels {
+			if to, ok := strings.CutPrefix(label, "rbac.authorization.k8s.io/aggregate-to-"); ok && value == "true" {
+				got[role.Name] = append(got[role.Name], to)
+			}
+		}
+		slices.Sort(got[role.Name])
+	}
+	want := map[string][]string{"cri-proxy-edit": {"admin", "edit"}, "cri-proxy-view": {"admin", "edit", "view"}}
+	if !maps.EqualFunc(got, want, slices.Equal[[]string]) {
+		t.Errorf("%v, want %v", got, want)
+	}
+}
+
 func TestEveryVerbHasAReason(t *testing.T) {
 	for section, file := range map[string]string{
-		"In all namespaces": "rbac/role.yaml", "In its own namespace": "rbac/leader_election.yaml", "For its CA": "rbac/identity.yaml", "What nodes may do": "rbac/nodes.yaml", "For the webhooks": "webhook/rbac.yaml",
+		"In all namespaces": "rbac/role.yaml", "In its own namespace": "rbac/leader_election.yaml", "For its CA": "rbac/identity.yaml", "What nodes may do": "rbac/nodes.yaml", "What users may do": "rbac/users.yaml", "For the webhooks": "webhook/rbac.yaml",
 	} {
 		t.Run(section, func(t *testing.T) {
 			grants, reasons := granted(t, file), explained(t, section)

@@ -113,6 +113,7 @@ func TestSameObjects(t *testing.T) {
 		{name: "identity from files", component: "components/identity-files", values: []string{"--set", "identity.mode=files"}},
 		{name: "with the ServiceMonitor", component: "components/servicemonitor", values: []string{"--set", "serviceMonitor.enabled=true"}},
 		{name: "without webhooks", component: "components/without-webhooks", values: []string{"--set", "webhook.enabled=false"}},
+		{name: "without roles for users", component: "components/without-user-roles", values: []string{"--set", "rbac.aggregate=false"}},
 		{name: "webhooks with cert-manager", component: "components/webhook-cert-manager", values: []string{"--set", "webhook.certManager.enabled=true"}},
 		{name: "with the PrometheusRule", component: "components/prometheusrule", values: []string{"--set", "prometheusRule.enabled=true"}},
 	} {
@@ -227,6 +228,8 @@ func TestValues(t *testing.T) {
 		{name: "secret", set: []string{"identity.mode=files", "tls.secretName=other"}, want: []string{"secretName: other"}, not: []string{"cri-controller-tls", "kind: Certificate"}},
 		{name: "cert-manager", set: []string{"identity.mode=files", "tls.certManager.enabled=true", "tls.certManager.issuerRef.name=nodes", "tls.certManager.issuerRef.kind=ClusterIssuer"},
 			want: []string{"kind: Certificate\n", "name: nodes", "secretName: cri-controller-tls", "client auth"}},
+		{name: "pins", set: []string{"images.pinMax=12h", "images.pinPercent=10"}, want: []string{"--image-pin-max=12h", "--image-pin-percent=10"}},
+		{name: "no such share", set: []string{"images.pinPercent=101"}, fail: "/images/pinPercent"},
 		{name: "no webhooks", set: []string{"webhook.enabled=false", "webhook.certManager.enabled=true"}, not: []string{"ebhook", "9443"}},
 		{name: "webhooks by an issuer", set: []string{"webhook.certManager.enabled=true", "webhook.certManager.issuerRef.name=corp", "webhook.certManager.issuerRef.kind=ClusterIssuer"},
 			want: []string{"issuerRef:\n    kind: ClusterIssuer\n    name: corp", "inject-ca-from: cri-proxy-system/cri-controller-webhook", "--webhook-cert-dir="}, not: []string{"selfSigned", "type: Opaque", "name: cri-controller-webhook-ca"}},

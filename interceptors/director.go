@@ -36,6 +36,16 @@ type Pulls interface {
 	KubeletPulls() (done func())
 }
 
+// Images knows the images that kubelet is to pull for itself before it is shown them. Its methods must not block.
+type Images interface {
+	// AnyUnclaimed reports whether there is any; it is asked on the pass path.
+	AnyUnclaimed() bool
+	// Unclaimed reports whether the image is one.
+	Unclaimed(image *runtimeapi.Image) bool
+	// Claimed says that kubelet has pulled the image with that ID.
+	Claimed(imageID string)
+}
+
 // Overrides knows the slots whose image is not the one in the pod's spec. Its methods must not block for long.
 type Overrides interface {
 	// Any reports whether there is any; it is asked on the pass path.
@@ -58,7 +68,7 @@ type Successors interface {
 	Fits(ctx context.Context, id string, req *runtimeapi.CreateContainerRequest) bool
 }
 
-// Options configures a [Director]. All fields but Pulls, Pods, Successors, Overrides, Registerer and Judge are required.
+// Options configures a [Director]. All fields but Pulls, Images, Pods, Successors, Overrides, Registerer and Judge are required.
 type Options struct {
 	View    *View
 	Records Records
@@ -66,6 +76,8 @@ type Options struct {
 	Runtime grpc.ClientConnInterface
 	Log     logrus.FieldLogger
 	Pulls   Pulls
+	// Images, if nil, are all shown as they are.
+	Images Images
 	// Pods, if nil, tells nothing.
 	Pods Pods
 	// Successors, if nil, are none that fit.
@@ -84,6 +96,7 @@ type Director struct {
 	view      *View
 	records   Records
 	overrides Overrides
+	images    Images // may be nil
 	judge     Judge
 	pods      Pods       // may be nil
 	made      Successors // may be nil
@@ -92,6 +105,7 @@ type Director struct {
 
 	always map[string]proxy.UnaryInterceptor
 	active map[string]proxy.UnaryInterceptor
+	image  map[string]proxy.UnaryInterceptor
 	stream map[string]proxy.StreamInterceptor
 }
 
@@ -102,7 +116,7 @@ var (
 
 // New returns a director over the view.
 func New(o Options) *Director {
-	d := &Director{view: o.View, records: o.Records, runtime: runtimeapi.NewRuntimeServiceClient(o.Runtime), log: o.Log, overrides: o.Overrides, pods: o.Pods, made: o.Successors, judge: o.Judge}
+	d := &Director{view: o.View, records: o.Records, runtime: runtimeapi.NewRuntimeServiceClient(o.Runtime), log: o.Log, overrides: o.Overrides, pods: o.Pods, made: o.Successors, images: o.Images, judge: o.Judge}
 	if d.overrides == nil {
 		d.overrides = noOverrides{}
 	}
@@ -118,7 +132,10 @@ func New(o Options) *Director {
 		runtimeapi.RuntimeService_ExecSync_FullMethodName:         d.execSync,
 	}
 	if o.Pulls != nil {
-		d.always[runtimeapi.ImageService_PullImage_FullMethodName] = pullImage(o.Pulls)
+		d.always[runtimeapi.ImageService_PullImage_FullMethodName] = pullImage(o.Pulls, o.Images)
+	}
+	if o.Images != nil {
+		d.image = map[string]proxy.UnaryInterceptor{runtimeapi.ImageService_ImageStatus_FullMethodName: d.imageStatus}
 	}
 	d.active = map[string]proxy.UnaryInterceptor{
 		runtimeapi.RuntimeService_ListContainers_FullMethodName:        d.listContainers,
@@ -145,7 +162,7 @@ func New(o Options) *Director {
 	if err != nil {
 		o.Log.WithError(err).Warn("metric not registered")
 	}
-	for _, methods := range []map[string]proxy.UnaryInterceptor{d.always, d.active} {
+	for _, methods := range []map[string]proxy.UnaryInterceptor{d.always, d.active, d.image} {
 		for method, take := range methods {
 			methods[method] = newCounter(counts, method).unary(d.unaryJudged(method, take))
 		}
@@ -188,6 +205,9 @@ var tellsOf = map[string]bool{
 // Unary implements [proxy.Director].
 func (d *Director) Unary(method string) proxy.UnaryInterceptor {
 	if ic, ok := d.always[method]; ok {
+		return ic
+	}
+	if ic, ok := d.image[method]; ok && d.images.AnyUnclaimed() {
 		return ic
 	}
 	d.listsSandboxes(method)

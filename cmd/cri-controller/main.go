@@ -60,6 +60,7 @@ type settings struct {
 	logLevel, format string
 	workers          int
 	nodeEvery        time.Duration
+	pins             imagepull.Limits
 	webhook          webhookSettings
 }
 
@@ -115,6 +116,8 @@ func newCommand() *cobra.Command {
 	f.StringVar(&s.format, "log-format", "text", "text or json")
 	f.IntVar(&s.workers, "workers", 8, "requests worked on at the same time")
 	f.DurationVar(&s.nodeEvery, "node-condition-period", nodecondition.DefaultEvery, "how often a node is asked whether its cri-proxy is bypassed, for the condition "+string(controller.BypassedCondition)+" on Nodes")
+	f.DurationVar(&s.pins.PinFor, "image-pin-max", 7*24*time.Hour, "the longest time for which an ImagePullJob keeps its image from kubelet's image garbage collection; 0 means 744h, which is what nodes take")
+	f.Int32Var(&s.pins.PinPercent, "image-pin-percent", 40, "how much of a node's image file system the pins of all ImagePullJobs may hold together, in percent; 0 means no bound")
 	s.webhook.flags(f)
 	return cmd
 }
@@ -130,6 +133,12 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 	}
 	if s.workers < 1 {
 		return fmt.Errorf("--workers must be at least 1, not %d", s.workers)
+	}
+	if s.pins.PinFor < 0 {
+		return fmt.Errorf("--image-pin-max must not be negative, but 0 or a duration such as 168h, not %s", s.pins.PinFor)
+	}
+	if s.pins.PinPercent < 0 || s.pins.PinPercent > 100 {
+		return fmt.Errorf("--image-pin-percent must be between 0, which is no bound, and 100, not %d", s.pins.PinPercent)
 	}
 	if s.nodeEvery < time.Second {
 		return fmt.Errorf("--node-condition-period must be at least 1s, not %s", s.nodeEvery)
@@ -343,7 +352,7 @@ func setUpImagePull(ctx context.Context, m ctrl.Manager, s settings, nodes image
 	}
 	recorder := m.GetEventRecorder("cri-controller")
 	jobs := &imagepull.Reconciler{
-		Client: m.GetClient(), APIReader: m.GetAPIReader(), Nodes: nodes, NodePort: s.nodePort, Recorder: recorder, Metrics: counters, Log: log,
+		Client: m.GetClient(), APIReader: m.GetAPIReader(), Nodes: nodes, NodePort: s.nodePort, Limits: s.pins, Recorder: recorder, Metrics: counters, Log: log,
 	}
 	if err := jobs.SetupWithManager(ctx, m, s.workers); err != nil {
 		return err

@@ -39,6 +39,8 @@ const (
 	maintainEvery = 5 * time.Second
 	// maintainRetry is the pause after a failure, or after somebody else's write.
 	maintainRetry = 2 * time.Second
+	// noticedIn is how often a node looks which Node it is (ops/enrol).
+	noticedIn = 10 * time.Minute
 )
 
 // Authority keeps the CA, and is the controller's identity towards nodes. All fields but Replaced must be set before Start.
@@ -239,14 +241,13 @@ func (a *Authority) Current(ctx context.Context) (*tls.Certificate, *x509.CertPo
 	return a.identity, a.roots, nil
 }
 
-// Server implements [mtls.Identity]: nodes of the cluster only, and a certificate that was signed for the node of that name. Other names in it do not
-// count.
+// Server implements [mtls.Identity]: nodes of the cluster only, and a certificate that was signed for the node of that name, and not for one that had it
+// before. Other names in it do not count.
 func (a *Authority) Server(ctx context.Context, name string, certificate *x509.Certificate) error {
 	if certificate != nil {
 		if certificate.Subject.CommonName != name {
 			return fmt.Errorf("the certificate is that of node %q", certificate.Subject.CommonName)
 		}
-		return nil
 	}
 	var n corev1.Node
 	if err := a.Client.Get(ctx, client.ObjectKey{Name: name}, &n); err != nil {
@@ -254,6 +255,12 @@ func (a *Authority) Server(ctx context.Context, name string, certificate *x509.C
 			return fmt.Errorf("node %s is not in the cluster", name)
 		}
 		return fmt.Errorf("node %s: %w", name, err)
+	}
+	if certificate == nil {
+		return nil
+	}
+	if uid := identity.NodeUID(certificate); uid != "" && uid != string(n.UID) {
+		return fmt.Errorf("the certificate is that of an earlier node %s: the one of now asks for its own as soon as it notices, within %s", name, noticedIn)
 	}
 	return nil
 }

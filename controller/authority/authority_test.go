@@ -20,6 +20,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
 	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/tools/events"
 	ctrl "sigs.k8s.io/controller-runtime"
@@ -286,6 +287,19 @@ func TestServer(t *testing.T) {
 		c.Subject.CommonName = cn
 		if err := a.Server(t.Context(), "node-1", c); (err == nil) != ok {
 			t.Errorf("certificate of %q: %v", cn, err)
+		}
+	}
+	// The name has been given to another machine since.
+	again := nodeOf("again")
+	again.UID = "now"
+	b, _ := newAuthority(newAPI(t, nil, again))
+	for uid, ok := range map[string]bool{"now": true, "before": false} {
+		template, _, no := check(requestOf(t, "again", ecKey(t, elliptic.P256()), nil), &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "again", UID: types.UID(uid)}, Status: again.Status})
+		if no != nil {
+			t.Fatal(no.message)
+		}
+		if err := b.Server(t.Context(), "again", template); (err == nil) != ok || err != nil && !strings.Contains(err.Error(), "an earlier node again") {
+			t.Errorf("certificate of the Node with UID %s: %v", uid, err)
 		}
 	}
 	ctx, cancel := context.WithCancel(t.Context())

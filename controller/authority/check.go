@@ -12,11 +12,14 @@ import (
 	"encoding/pem"
 	"fmt"
 	"net"
+	"net/url"
 	"slices"
 	"strings"
 
 	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
+
+	"github.com/cri-proxy/cri-proxy/api/identity"
 )
 
 // refusal is why a request is not signed: a CamelCase word for programs and a sentence for people.
@@ -106,6 +109,7 @@ func check(r *certificatesv1.CertificateSigningRequest, n *corev1.Node) (*x509.C
 		Subject:     pkix.Name{CommonName: n.Name},
 		DNSNames:    names,
 		IPAddresses: csr.IPAddresses,
+		URIs:        []*url.URL{identity.NodeURI(string(n.UID))},
 		KeyUsage:    x509.KeyUsageDigitalSignature,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 	}, csr.PublicKey, nil

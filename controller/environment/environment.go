@@ -21,6 +21,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
 )
 
 // Annotations of a pod that kubelet has read from a file, on its mirror in the API
@@ -141,7 +142,7 @@ func (r *Reader) Container(ctx context.Context, name string) (*opsv1.Environment
 		}
 		part := &opsv1.SubPath{ContainerPath: m.MountPath, Volume: m.Name, Path: m.SubPath}
 		if part.PersistentVolume, part.HostPath, err = r.place(ctx, m.Name); err != nil {
-			return nil, err
+			return nil, explained(name, err)
 		}
 		if m.SubPathExpr != "" {
 			part.Path, part.Expand = m.SubPathExpr, true
@@ -181,6 +182,9 @@ func (r *Reader) place(ctx context.Context, volume string) (persistent, hostPath
 	}
 	if claim == "" {
 		return "", "", nil
+	}
+	if mirrorpod.Is(r.pod) {
+		return "", "", missing{fmt.Errorf("persistentvolumeclaim %q is not read for a static pod, which its node has made", claim)}
 	}
 	var c corev1.PersistentVolumeClaim
 	if err := r.from.Get(ctx, client.ObjectKey{Namespace: r.pod.Namespace, Name: claim}, &c); err != nil {
@@ -322,6 +326,9 @@ func (r *Reader) secret(ctx context.Context, name string, optional *bool) (*core
 }
 
 func (r *Reader) object(ctx context.Context, kind, name string, into client.Object, optional *bool) (client.Object, error) {
+	if mirrorpod.Is(r.pod) {
+		return nil, unlessOptional(optional, "%s %q is not read for a static pod, which its node has made; put the value in its manifest", kind, name)
+	}
 	key := kind + "/" + name
 	o, known := r.objects[key]
 	if !known {

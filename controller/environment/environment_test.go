@@ -132,6 +132,8 @@ func told(variables []*opsv1.Variable) []string {
 	return out
 }
 
+func mirror(p *corev1.Pod) { p.Annotations[corev1.MirrorPodAnnotationKey] = "abc" }
+
 func TestVariables(t *testing.T) {
 	for _, tc := range []struct {
 		name string
@@ -162,6 +164,11 @@ func TestVariables(t *testing.T) {
 		{name: "the UID that kubelet gives a static pod", env: []corev1.EnvVar{{Name: "UID", ValueFrom: field("metadata.uid")}}, pod: func(p *corev1.Pod) {
 			p.Annotations["kubernetes.io/config.hash"], p.Annotations[corev1.MirrorPodAnnotationKey] = "abc", "abc"
 		}, want: []string{"UID=abc"}},
+		{name: "nothing of a Secret for a pod that a node has made", env: []corev1.EnvVar{{Name: "T", ValueFrom: secretKey("keys", "token", nil)}}, pod: mirror,
+			err: `secret "keys" is not read for a static pod, which its node has made; put the value in its manifest`},
+		{name: "nor all of one, nor a ConfigMap", from: []corev1.EnvFromSource{allOf("settings", "", "", nil), allOf("", "keys", "", nil)}, pod: mirror,
+			err: `configmap "settings" is not read for a static pod, which its node has made; put the value in its manifest`},
+		{name: "nor an optional one", env: []corev1.EnvVar{{Name: "T", ValueFrom: secretKey("keys", "token", &yes)}}, pod: mirror},
 		{name: "another container's limit", env: []corev1.EnvVar{{Name: "M", ValueFrom: limit("other", "limits.memory")}}, want: []string{"M=67108864"}},
 		{name: "no limit: the node's", env: []corev1.EnvVar{{Name: "M", ValueFrom: limit("", "limits.memory")}, {Name: "C", ValueFrom: limit("other", "limits.cpu")}}, want: []string{"M=8589934592", "C=4"}},
 		{name: "no limit: the pod's", env: []corev1.EnvVar{{Name: "M", ValueFrom: limit("", "limits.memory")}}, pod: func(p *corev1.Pod) {

@@ -20,6 +20,7 @@ const (
 	eventIncomplete  = "PullIncomplete"
 	eventSecrets     = "PullSecretMissing"
 	eventInvalidSpec = "InvalidSpec"
+	eventBounded     = "PinsBounded"
 	eventAction      = "Pull"
 )
 
@@ -31,6 +32,7 @@ type told struct {
 	failures []string
 	count    int
 	secrets  string
+	pins     string
 }
 
 func (t *told) failed(node, reason, message string) {
@@ -50,7 +52,14 @@ func (u *run) announce(recorder events.EventRecorder, job client.Object) {
 			u.told.secrets, secrets = text, text
 		}
 	}
+	pins := ""
+	if text := u.unpinned(); (text == "") != (u.told.pins == "") { // once, and not for each node
+		u.told.pins, pins = text, text
+	}
 	u.mu.Unlock()
+	if pins != "" {
+		announce(recorder, job, corev1.EventTypeWarning, eventBounded, pins)
+	}
 	if secrets != "" {
 		announce(recorder, job, corev1.EventTypeWarning, eventSecrets, "pulling without: "+secrets)
 	}

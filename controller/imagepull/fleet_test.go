@@ -45,6 +45,7 @@ type simNode struct {
 	refused bool   // nothing listens
 	busy    int    // so many commands are refused
 	lacks   bool   // its pulls wait for credentials to be given again
+	full    string // "" or why it pins nothing
 	endless string // "" or the phase in which its pulls stay for ever: Fetching or InQueue
 
 	pulls    map[string]*simPull
@@ -238,7 +239,9 @@ func (f *fleet) finish(node *simNode, p *simPull, phase opsv1.PullPhase, reason,
 	if p.op.GetFinishTime() != nil {
 		return
 	}
-	if phase == opsv1.PullPhase_PULL_SUCCEEDED && p.req.GetPinFor().AsDuration() > 0 {
+	if phase == opsv1.PullPhase_PULL_SUCCEEDED && node.full != "" {
+		message = "not pinned: " + node.full
+	} else if phase == opsv1.PullPhase_PULL_SUCCEEDED && p.req.GetPinFor().AsDuration() > 0 {
 		node.pins[simPin{p.req.GetOwner(), p.req.GetImage()}] = true
 	}
 	f.inFlight[jobOf(p.op.GetUid())]--
@@ -377,6 +380,12 @@ func (f *fleet) last(name string) *opsv1.PullRequest {
 		return r[len(r)-1]
 	}
 	return nil
+}
+
+func (f *fleet) requestsOf(name string) []*opsv1.PullRequest {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.nodes[name].requests)
 }
 
 func (f *fleet) pinned(name string) []string {

@@ -14,6 +14,7 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
 )
 
 // Nodes with this label have no container runtime.
@@ -81,7 +82,8 @@ func selectorOf(field string, s *metav1.LabelSelector) (labels.Selector, error) 
 	return selector, nil
 }
 
-// hostFilter chooses the nodes of active pods.
+// hostFilter chooses the nodes of active pods. A node that makes a mirror pod is not chosen by it: it would be sent the secrets of a
+// namespace whose pods it has never had.
 func hostFilter(ctx context.Context, from client.Reader, namespace string, pods *metav1.LabelSelector) (func(*corev1.Node) bool, error) {
 	selector, err := selectorOf("spec.podSelector", pods)
 	if err != nil {
@@ -93,7 +95,7 @@ func hostFilter(ctx context.Context, from client.Reader, namespace string, pods 
 	}
 	hosts := map[string]bool{}
 	for i := range list.Items {
-		if p := &list.Items[i]; activePod(p) {
+		if p := &list.Items[i]; activePod(p) && !mirrorpod.Is(p) {
 			hosts[p.Spec.NodeName] = true
 		}
 	}

@@ -48,6 +48,8 @@ type Reconciler struct {
 	Nodes Nodes
 	// NodePort is the port for nodes without an address of their own in an annotation.
 	NodePort int
+	// Limits bound what jobs may ask.
+	Limits Limits
 	// Recorder writes Events; nil writes none.
 	Recorder events.EventRecorder
 	// Metrics may be nil.
@@ -218,6 +220,7 @@ func (p *pass) wish(ctx context.Context) (*wish, error) {
 	if err != nil {
 		return nil, err
 	}
+	w.bound(p.r.Limits)
 	w.nodes, err = match(ctx, p.r.Client, p.job, p.r.NodePort)
 	return w, err
 }
@@ -356,6 +359,7 @@ func (p *pass) complete(ctx context.Context, next *v1beta1.ImagePullJobStatus, l
 // pinnedFor is how long after completion nodes may hold pins of the job.
 func (p *pass) pinnedFor() time.Duration {
 	if w, err := wishOf(p.job); err == nil {
+		w.bound(p.r.Limits)
 		return w.request.GetPinFor().AsDuration()
 	}
 	return maxSpan

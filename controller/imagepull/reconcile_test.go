@@ -14,6 +14,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -554,12 +555,19 @@ func TestPodSelector(t *testing.T) {
 		if err := b.api.Create(t.Context(), other); err != nil {
 			t.Fatal(err)
 		}
+		// Made by node-3 with kubelet's credentials, to be sent what is for the pods of the namespace.
+		mirror := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{
+			Namespace: "ns", Name: "mirror", Labels: map[string]string{"app": "web"}, Annotations: map[string]string{corev1.MirrorPodAnnotationKey: "x"},
+		}, Spec: corev1.PodSpec{NodeName: "node-3"}}
+		if err := b.api.Create(t.Context(), mirror); err != nil {
+			t.Fatal(err)
+		}
 		pods := &v1beta1.ImagePullJobPodSelector{LabelSelector: metav1.LabelSelector{MatchLabels: map[string]string{"app": "web"}}}
 		b.create("job", spec{ImagePullJobTemplate: template{PodSelector: pods, Selector: &v1beta1.ImagePullJobNodeSelector{}}})
 		j := b.until("completed", "job", time.Minute, completed)
 		b.want(j, "True Succeeded", "1/0/1/0")
-		if b.fleet.last("node-0") == nil {
-			t.Error("nothing on the pod's node")
+		if b.fleet.last("node-0") == nil || b.fleet.last("node-3") != nil {
+			t.Error("not on the pod's node and no other")
 		}
 		b.create("never", spec{ImagePullJobTemplate: template{PodSelector: pods, CompletionPolicy: v1beta1.CompletionPolicy{Type: v1beta1.Never}}})
 		got := b.r.jobsOfPod(t.Context(), &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Labels: map[string]string{"app": "web"}}})
@@ -596,14 +604,14 @@ func TestPullSecrets(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		b.create("job", spec{ImagePullJobTemplate: template{PullSecrets: []string{"json", "missing", "opaque", "broken"}}})
+		b.create("job", spec{Image: "registry:5000/team/app:1", ImagePullJobTemplate: template{PullSecrets: []string{"json", "missing", "opaque", "broken"}}})
 		j := b.until("completed", "job", time.Minute, completed)
 		b.want(j, "True Succeeded", "1/0/1/0")
 		var got []string
 		for _, c := range b.fleet.last("node-0").GetCredentials() {
 			got = append(got, c.GetMatch()+" "+c.GetUsername()+" "+c.GetPassword()+c.GetIdentityToken())
 		}
-		want := "registry:5000/team u hunter2\nregistry:5000 bob hunter2\nindex.docker.io d hunter2\n*.example.com  hunter2"
+		want := "registry:5000/team u hunter2\nregistry:5000 bob hunter2" // and none of other registries
 		if strings.Join(got, "\n") != want {
 			t.Errorf("credentials\n%s\nwant\n%s", strings.Join(got, "\n"), want)
 		}
@@ -709,4 +717,39 @@ func TestSameImage(t *testing.T) {
 			t.Errorf("%s and %s", tt.a, tt.b)
 		}
 	}
+}
+
+// TestPinsAreBounded: the cluster's limits hold, whatever a job says, and the job tells what it does not get.
+func TestPinsAreBounded(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.r.Limits = Limits{PinFor: 12 * time.Hour, PinPercent: 30}
+		b.addMany(2, time.Second)
+		b.create("long", spec{}, v1beta1.PinForAnnotation, "744h")
+		b.create("short", spec{}, v1beta1.PinForAnnotation, "1h")
+		j := b.until("completed", "long", time.Minute, completed)
+		for _, got := range b.fleet.requestsOf("node-0") {
+			want := map[bool]time.Duration{true: 12 * time.Hour, false: time.Hour}[strings.Contains(got.GetOwner(), "/long/")]
+			if got.GetPinFor().AsDuration() != want || got.GetPinPercent() != 30 {
+				t.Errorf("%s: pinned for %s, %d %%", got.GetOwner(), got.GetPinFor().AsDuration(), got.GetPinPercent())
+			}
+		}
+		const text = "pinned for 12h0m0s and not for 744h0m0s, which is more than this cluster allows"
+		if c := meta.FindStatusCondition(j.Status.Conditions, v1beta1.ConditionPinned); c == nil || c.Status != "False" || !strings.Contains(c.Message, text) {
+			t.Errorf("conditions %+v", j.Status.Conditions)
+		}
+		if j := b.until("completed", "short", time.Minute, completed); meta.FindStatusCondition(j.Status.Conditions, v1beta1.ConditionPinned) != nil {
+			t.Errorf("conditions %+v", j.Status.Conditions)
+		}
+		if strings.Count(b.told(), "PinsBounded") != 1 || !strings.Contains(b.told(), text) {
+			t.Errorf("events\n%s", b.told())
+		}
+		// What a node has no room to pin.
+		b.fleet.change("node-1", func(n *simNode) { n.full = "the pins of others hold 8 GiB" })
+		b.create("full", spec{Image: "large"})
+		j = b.until("completed", "full", time.Minute, completed)
+		b.want(j, "True Succeeded", "2/0/2/0")
+		if c := meta.FindStatusCondition(j.Status.Conditions, v1beta1.ConditionPinned); c == nil || c.Message != "on 1 nodes kubelet may remove the image when the disk is full, node node-1 says: the pins of others hold 8 GiB" {
+			t.Errorf("conditions %+v", j.Status.Conditions)
+		}
+	})
 }

@@ -48,6 +48,8 @@ const (
 
 	secretsFound   = "Found"
 	secretsMissing = "MissingOrInvalid"
+
+	pinsBounded = "Bounded"
 )
 
 // reasonPresent is the node's word for a pull for which nothing had to be done.
@@ -129,7 +131,35 @@ func (u *run) report(before *v1beta1.ImagePullJobStatus) *v1beta1.ImagePullJobSt
 		})
 	}
 	u.tellSecrets(s)
+	if text := u.unpinned(); text != "" {
+		setCondition(s, v1beta1.ConditionPinned, false, pinsBounded, text)
+	} else {
+		meta.RemoveStatusCondition(&s.Conditions, v1beta1.ConditionPinned)
+	}
 	return s
+}
+
+// notPinned begins what a node says of an image that it has and does not pin.
+const notPinned = "not pinned: "
+
+// unpinned says what of the pins that the job asks for there is not; empty if all is as it asks. The caller holds the mutex.
+func (u *run) unpinned() string {
+	var parts []string
+	if u.wish.shortened != "" {
+		parts = append(parts, u.wish.shortened)
+	}
+	count, example := 0, ""
+	for _, m := range u.members {
+		if why, ok := strings.CutPrefix(m.op.GetMessage(), notPinned); ok && m.phase == succeeded {
+			if count++; count == 1 {
+				example = fmt.Sprintf("node %s says: %s", m.target.node.Name, shorten(why))
+			}
+		}
+	}
+	if count > 0 {
+		parts = append(parts, fmt.Sprintf("on %d nodes kubelet may remove the image when the disk is full, %s", count, example))
+	}
+	return strings.Join(parts, "; ")
 }
 
 func (u *run) tellSecrets(s *v1beta1.ImagePullJobStatus) {

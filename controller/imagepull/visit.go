@@ -162,7 +162,7 @@ func (u *run) tell(ctx context.Context, w *wish, node controller.Node, round int
 	if err != nil {
 		return nil, err
 	}
-	return u.nodes.Pull(ctx, node, w.pullRequest(round, keys.Credentials))
+	return u.nodes.Pull(ctx, node, w.pullRequest(round, keys.For(w.request.GetImage())))
 }
 
 // watch follows a pull and returns the last that it said: once that has ended, when it needs credentials, when each has

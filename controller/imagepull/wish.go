@@ -50,10 +50,42 @@ type wish struct {
 	parallelism  intstr.IntOrString
 	never        bool
 	secrets      []string
+	// asked says that the job names the time for which the image is pinned.
+	asked bool
+	// shortened says that the cluster bounds the time for which the image is pinned.
+	shortened string
 	// begun is the job's startTime: a failure of before does not count.
 	begun time.Time
 	// nodes in the order of their turn.
 	nodes []target
+}
+
+// Limits bound what image jobs may ask of all nodes, whoever makes them. The zero value bounds nothing.
+type Limits struct {
+	// PinFor is the longest time for which a job keeps an image on a node after it has been pulled.
+	PinFor time.Duration
+	// PinPercent is how much of a node's image file system the pins of all jobs may hold, in percent.
+	PinPercent int32
+}
+
+// bound keeps the wish to the limits.
+func (w *wish) bound(l Limits) {
+	r := w.request
+	if asked := r.GetPinFor().AsDuration(); l.PinFor > 0 && asked > l.PinFor {
+		r.PinFor = durationpb.New(l.PinFor)
+		if w.asked { // nobody misses a part of the default
+			w.shortened = fmt.Sprintf("pinned for %s and not for %s, which is more than this cluster allows (--image-pin-max of cri-controller)", l.PinFor, asked)
+		}
+	}
+	r.PinPercent = l.PinPercent
+	w.params = paramsOf(r)
+}
+
+func paramsOf(r *opsv1.PullRequest) string {
+	if percent := r.GetPinPercent(); percent > 0 {
+		return hash(r.MaxAttempts, r.AttemptTimeout.AsDuration(), r.Deadline.AsDuration(), r.BytesPerSecond, r.PinFor.AsDuration(), percent)
+	}
+	return hash(r.MaxAttempts, r.AttemptTimeout.AsDuration(), r.Deadline.AsDuration(), r.BytesPerSecond, r.PinFor.AsDuration())
 }
 
 // target is a node of a job.
@@ -113,7 +145,7 @@ func wishOf(job *v1beta1.ImagePullJob) (*wish, error) {
 		if err != nil || d < 0 || d > maxSpan {
 			return nil, wrong("annotation %s is %q: it must be a duration from 0s to 744h, such as 36h", v1beta1.PinForAnnotation, text)
 		}
-		r.PinFor = durationpb.New(d)
+		r.PinFor, w.asked = durationpb.New(d), true
 	}
 	if text, ok := job.Annotations[v1beta1.BytesPerSecondAnnotation]; ok {
 		q, err := resource.ParseQuantity(text)
@@ -124,7 +156,7 @@ func wishOf(job *v1beta1.ImagePullJob) (*wish, error) {
 	}
 	w.request = r
 	w.work = hash(r.Image, r.Policy, r.SandboxLabels, r.SandboxAnnotations)
-	w.params = hash(r.MaxAttempts, r.AttemptTimeout.AsDuration(), r.Deadline.AsDuration(), r.BytesPerSecond, r.PinFor.AsDuration())
+	w.params = paramsOf(r)
 	return w, nil
 }
 

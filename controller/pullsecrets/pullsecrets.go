@@ -16,10 +16,12 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	"github.com/cri-proxy/cri-proxy/api/keyring"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
 )
 
-// maxCredentials is the most a node takes.
+// maxCredentials is the most a node takes. More for one image are left out from the end of the order in which they are tried.
 const maxCredentials = 256
 
 // DefaultAccount is the ServiceAccount whose imagePullSecrets pods get that name no other.
@@ -27,8 +29,8 @@ const DefaultAccount = "default"
 
 // Keyring is what came of reading secrets.
 type Keyring struct {
-	// Credentials in the order in which kubelet tries them.
-	Credentials []*opsv1.RegistryCredential
+	// credentials are all that the secrets have, in the order in which kubelet tries them. They leave through For only.
+	credentials []*opsv1.RegistryCredential
 	// Asked says that there are secrets to read; Wrong, which of them cannot be used and why. Neither holds a secret.
 	Asked bool
 	Wrong []string
@@ -78,23 +80,54 @@ func Read(ctx context.Context, from client.Reader, namespace, serviceAccount str
 			k.Wrong = append(k.Wrong, fmt.Sprintf("secret %s of %s cannot be used: %s", s.name, s.by, err))
 			continue
 		}
-		k.Credentials = append(k.Credentials, credentials...)
+		k.credentials = append(k.credentials, credentials...)
 	}
 	// Kubelet tries the longest match of a name first, and equal ones in the order in which they came
 	// (pkg/credentialprovider/keyring.go).
-	slices.SortStableFunc(k.Credentials, func(a, b *opsv1.RegistryCredential) int { return strings.Compare(b.GetMatch(), a.GetMatch()) })
-	if more := len(k.Credentials) - maxCredentials; more > 0 {
-		k.Credentials = k.Credentials[:maxCredentials]
-		k.Wrong = append(k.Wrong, fmt.Sprintf("%d registry entries too many: a node takes %d", more, maxCredentials))
-	}
+	slices.SortStableFunc(k.credentials, func(a, b *opsv1.RegistryCredential) int { return strings.Compare(b.GetMatch(), a.GetMatch()) })
 	return k, nil
 }
 
-// Of reads the credentials with which kubelet would pull the images of a pod; none for what is never pulled.
+// For returns those of the credentials that kubelet would try for one of the images. A node gets no others: it may be told of one image
+// of a namespace, and need not know how to get all of them.
+func (k *Keyring) For(images ...string) []*opsv1.RegistryCredential {
+	if k == nil {
+		return nil
+	}
+	match := map[*opsv1.RegistryCredential]bool{}
+	for _, image := range images {
+		for _, c := range keyring.ForImage(k.credentials, image) {
+			match[c] = true
+		}
+	}
+	var out []*opsv1.RegistryCredential
+	for _, c := range k.credentials {
+		if match[c] && len(out) < maxCredentials {
+			out = append(out, c)
+		}
+	}
+	return out
+}
+
+// Pulled are the images that a node may have to pull for a container: its own, and those of its volumes.
+func Pulled(image string, policy opsv1.PullPolicy, env *opsv1.Environment) []string {
+	var images []string
+	if policy != opsv1.PullPolicy_PULL_POLICY_NEVER {
+		images = append(images, image)
+	}
+	for _, v := range env.GetImageVolumes() {
+		if v.GetPullPolicy() != opsv1.PullPolicy_PULL_POLICY_NEVER {
+			images = append(images, v.GetReference())
+		}
+	}
+	return images
+}
+
+// Of reads the credentials with which kubelet would pull images for a pod; none without images, and none for a pod that a node has made.
 //
 // Errors: an *[UnreadableError], which may pass.
-func Of(ctx context.Context, from client.Reader, pod *corev1.Pod, policy opsv1.PullPolicy) ([]*opsv1.RegistryCredential, error) {
-	if policy == opsv1.PullPolicy_PULL_POLICY_NEVER {
+func Of(ctx context.Context, from client.Reader, pod *corev1.Pod, images []string) ([]*opsv1.RegistryCredential, error) {
+	if len(images) == 0 || mirrorpod.Is(pod) {
 		return nil, nil
 	}
 	account := pod.Spec.ServiceAccountName
@@ -109,7 +142,7 @@ func Of(ctx context.Context, from client.Reader, pod *corev1.Pod, policy opsv1.P
 	if err != nil {
 		return nil, err
 	}
-	return k.Credentials, nil
+	return k.For(images...), nil
 }
 
 // dockerEntry is one registry of a docker config.

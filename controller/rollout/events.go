@@ -66,7 +66,7 @@ func (p *pass) tellWarnings(i *item) {
 		for _, c := range op.GetContainers() {
 			hook, others := controller.Warnings(c)
 			if hook {
-				others = append(others, "its preStop hook failed")
+				others = append(others, "its preStop hook failed, what it printed is in the log of cri-proxy on the node")
 			}
 			if len(others) > 0 {
 				notes = append(notes, "container "+c.GetName()+": "+strings.Join(others, "; "))

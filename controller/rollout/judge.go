@@ -15,6 +15,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
 )
 
 // stage is where a pod stands on its way to a goal.
@@ -189,7 +190,7 @@ func podLacks(pod *corev1.Pod, name, change string) string {
 
 // static says that a pod is a static one; empty when it is none.
 func static(pod *corev1.Pod) string {
-	if pod.Annotations[corev1.MirrorPodAnnotationKey] == "" {
+	if !mirrorpod.Is(pod) {
 		return ""
 	}
 	return fmt.Sprintf("pod %s is a static pod: change its manifest on node %s", pod.Name, pod.Spec.NodeName)
@@ -490,7 +491,7 @@ func accountOf(op *opsv1.Operation) string {
 	case c.GetMessage() == "":
 		return fmt.Sprintf("container %s: %s", c.GetName(), c.GetPull().GetMessage())
 	}
-	return fmt.Sprintf("container %s: %s", c.GetName(), c.GetMessage())
+	return fmt.Sprintf("container %s: %s", c.GetName(), controller.Account(c))
 }
 
 // idsOf are the container IDs that an operation is to find, and says whether all of the containers run.

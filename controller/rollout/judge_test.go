@@ -4,6 +4,7 @@
 package rollout
 
 import (
+	"strings"
 	"testing"
 	"time"
 
@@ -140,5 +141,15 @@ func TestUndo(t *testing.T) {
 				t.Errorf("back to %q, want %q", got, tt.want)
 			}
 		})
+	}
+}
+
+// TestAccountTellsNoHookOutput: what a hook has printed may be a secret, and a rollout's status and Events are read by many.
+func TestAccountTellsNoHookOutput(t *testing.T) {
+	got := accountOf(&opsv1.Operation{Phase: opsv1.Phase_PHASE_FAILED, Containers: []*opsv1.ContainerOperation{{
+		Name: "app", Phase: opsv1.Phase_PHASE_FAILED, Reason: "PostStartHookFailed", Message: "postStart hook failed and the new container was stopped: exited with 3: s3cret",
+	}}})
+	if strings.Contains(got, "s3cret") || !strings.Contains(got, "container app: the postStart hook failed") {
+		t.Error(got)
 	}
 }

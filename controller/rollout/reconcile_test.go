@@ -455,7 +455,7 @@ func TestPullSecrets(t *testing.T) {
 		for _, name := range []string{"of-pod", "of-account"} {
 			secret := &corev1.Secret{
 				ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name}, Type: corev1.SecretTypeDockerConfigJson,
-				Data: map[string][]byte{corev1.DockerConfigJsonKey: []byte(`{"auths":{"https://` + name + `/v1/":{"username":"u","password":"p"}}}`)},
+				Data: map[string][]byte{corev1.DockerConfigJsonKey: []byte(`{"auths":{"https://index.docker.io/v1/":{"username":"` + name + `","password":"p"},"elsewhere":{"username":"u","password":"p"}}}`)},
 			}
 			if err := b.api.Create(t.Context(), secret); err != nil {
 				t.Fatal(err)
@@ -467,7 +467,7 @@ func TestPullSecrets(t *testing.T) {
 		for _, c := range b.fleet.prepared()[0].GetCredentials() {
 			got += c.GetMatch() + " " + c.GetUsername() + " " + c.GetPassword() + "; "
 		}
-		if got != "of-pod u p; of-account u p; " {
+		if got != "index.docker.io of-pod p; index.docker.io of-account p; " { // and none for other registries
 			t.Errorf("credentials %s", got)
 		}
 		if !strings.Contains(b.told(), "PullSecretMissing: pulling without: secret missing of imagePullSecrets does not exist in namespace ns") {
@@ -484,7 +484,7 @@ func TestWarnings(t *testing.T) {
 		b.fleet.warnings = []string{"memory had run out in the pod", "preStop hook failed: s3cret"}
 		b.create("one", spec{Target: all(), Containers: to("app:2")})
 		b.until("ended", "one", time.Minute, ended)
-		const text = "container app: memory had run out in the pod; its preStop hook failed"
+		const text = "container app: memory had run out in the pod; its preStop hook failed, what it printed is in the log of cri-proxy on the node"
 		for _, want := range []string{"web-0 Warning UpgradeWarning: " + text, "one Warning UpgradeWarning: pod web-0, " + text} {
 			if strings.Count(b.told(), want) != 1 {
 				t.Errorf("not told once: %s\nevents\n%s", want, b.told())

@@ -19,6 +19,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/environment"
+	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 )
 
@@ -269,12 +270,14 @@ func (p *pass) prepare(ctx context.Context, i *item) {
 		if err != nil {
 			return nil, err
 		}
-		request.Credentials = now.credentials
+		var images []string
 		for _, c := range request.GetContainers() {
 			if c.PullPolicy, c.Environment, err = now.container(ctx, c.GetName()); err != nil {
 				return nil, err
 			}
+			images = append(images, pullsecrets.Pulled(c.GetImage(), c.GetPullPolicy(), c.GetEnvironment())...)
 		}
+		request.Credentials = now.ring.For(images...)
 		op, err := p.r.Nodes.PrepareUpgrade(ctx, node, request)
 		if code(err) == codes.AlreadyExists {
 			// By a controller of another version, which put some detail otherwise.
@@ -326,8 +329,9 @@ func (p *pass) commit(i *item) {
 	}
 	t.committed = true
 	w.mu.Unlock()
-	label, names := p.newLabel(i), sortedKeys(i.verdict.images)
-	change, err := p.change(i, t.uid, i.m.answersOf(w))
+	label, answers := p.newLabel(i), i.m.answersOf(w)
+	images := answers.all(i.verdict.images)
+	change, err := p.change(i, t.uid, answers)
 	if err != nil {
 		w.mu.Lock()
 		t.failed = &failure{failPreparation, err.Error()}
@@ -337,10 +341,10 @@ func (p *pass) commit(i *item) {
 	p.r.crew.Do(func(ctx context.Context) {
 		var since time.Time
 		for tries := 0; ; tries++ {
-			err := p.r.stillSo(ctx, i, change, i.m.answersOf(w))
+			err := p.r.stillSo(ctx, i, change, answers)
 			var request *opsv1.CommitUpgradeRequest
 			if err == nil {
-				request, err = p.r.commitRequest(ctx, w, i.pod, label, t.uid, names)
+				request, err = p.r.commitRequest(ctx, w, i.pod, label, t.uid, images)
 			}
 			var op *opsv1.Operation
 			if err == nil {
@@ -392,27 +396,30 @@ func (r *Reconciler) stillSo(ctx context.Context, i *item, change *podChange, be
 	return nil
 }
 
-// commitRequest is the commit, with what kubelet will start the containers with.
-func (r *Reconciler) commitRequest(ctx context.Context, w *work, pod *corev1.Pod, label, uid string, containers []string) (*opsv1.CommitUpgradeRequest, error) {
+// commitRequest is the commit, with what kubelet will start the containers with; images are the new ones, by container.
+func (r *Reconciler) commitRequest(ctx context.Context, w *work, pod *corev1.Pod, label, uid string, images map[string]string) (*opsv1.CommitUpgradeRequest, error) {
 	now, err := r.launch(ctx, w, pod, label)
 	if err != nil {
 		return nil, err
 	}
-	request := &opsv1.CommitUpgradeRequest{Uid: uid, Credentials: now.credentials}
-	for _, name := range containers {
-		_, env, err := now.container(ctx, name)
+	request := &opsv1.CommitUpgradeRequest{Uid: uid}
+	var pulled []string
+	for _, name := range sortedKeys(images) {
+		policy, env, err := now.container(ctx, name)
 		if err != nil {
 			return nil, err
 		}
+		pulled = append(pulled, pullsecrets.Pulled(images[name], policy, env)...)
 		request.Environments = append(request.Environments, &opsv1.ContainerEnvironment{Name: name, Environment: env})
 	}
+	request.Credentials = now.ring.For(pulled...)
 	return request, nil
 }
 
 // launch is what kubelet starts the containers of a pod with.
 type launch struct {
-	reader      *environment.Reader
-	credentials []*opsv1.RegistryCredential
+	reader *environment.Reader
+	ring   *pullsecrets.Keyring // nil for a pod that a node has made
 }
 
 // launch reads what kubelet would start the containers of a pod with now, or, with a label, once the pod has that revision.
@@ -424,11 +431,14 @@ func (r *Reconciler) launch(ctx context.Context, w *work, pod *corev1.Pod, label
 	if label != "" {
 		now.Label(revisionLabel, label)
 	}
+	if mirrorpod.Is(pod) {
+		return &launch{reader: now}, nil
+	}
 	ring, err := r.keyring(ctx, w, pod.Namespace, pod.Spec.ServiceAccountName, secretNames(pod))
 	if err != nil {
 		return nil, err
 	}
-	return &launch{reader: now, credentials: ring.Credentials}, nil
+	return &launch{reader: now, ring: ring}, nil
 }
 
 func (l *launch) container(ctx context.Context, name string) (opsv1.PullPolicy, *opsv1.Environment, error) {
@@ -438,6 +448,11 @@ func (l *launch) container(ctx context.Context, name string) (opsv1.PullPolicy, 
 	}
 	c, _ := containerOf(l.reader.Pod(), name)
 	return environment.PullPolicy(c.ImagePullPolicy), env, nil
+}
+
+func (l *launch) image(name string) string {
+	c, _ := containerOf(l.reader.Pod(), name)
+	return c.Image
 }
 
 // newLabel is the label of the revision that the pod will have with its new images; empty if it has none.
@@ -551,12 +566,14 @@ func (p *pass) restart(ctx context.Context, i *item) {
 		if err != nil {
 			return nil, err
 		}
-		request.Credentials = now.credentials
+		var images []string
 		for _, c := range request.GetContainers() {
 			if c.PullPolicy, c.Environment, err = now.container(ctx, c.GetName()); err != nil {
 				return nil, err
 			}
+			images = append(images, pullsecrets.Pulled(now.image(c.GetName()), c.GetPullPolicy(), c.GetEnvironment())...)
 		}
+		request.Credentials = now.ring.For(images...)
 		op, err := p.r.Nodes.Restart(ctx, node, request)
 		if code(err) == codes.AlreadyExists {
 			op, err = p.r.Nodes.GetOperation(ctx, node, request.GetUid())

@@ -26,6 +26,9 @@ func connect(ctx context.Context, file string) (*client, error) {
 
 // node is what is needed of a v1.Node.
 type node struct {
+	Metadata struct {
+		UID string `json:"uid"`
+	} `json:"metadata"`
 	Status struct {
 		Addresses []struct {
 			Type    string `json:"type"`

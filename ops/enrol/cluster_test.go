@@ -17,6 +17,7 @@ import (
 	"math/big"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"path"
 	"strings"
 	"sync"
@@ -41,6 +42,7 @@ type standIn struct {
 	away    bool                                 // no connection
 	refuse  map[string]int                       // HTTP code by the last part of a path
 	change  func(*x509.Certificate) (any, error) // before it is signed; returns the public key to sign, nil: the one asked for
+	uid     string                               // of the Node
 	answer  bool                                 // requests are signed at once
 	deny    string
 	bundle  string // what is published in place of the CA's certificate
@@ -118,7 +120,7 @@ func (s *standIn) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	var answer any
 	switch {
 	case last == nodeName:
-		answer = map[string]any{"status": map[string]any{"addresses": []map[string]string{
+		answer = map[string]any{"metadata": map[string]any{"uid": s.uid}, "status": map[string]any{"addresses": []map[string]string{
 			{"type": "InternalIP", "address": "192.0.2.7"}, {"type": "InternalIP", "address": "2001:db8::7"}, {"type": "Hostname", "address": "elsewhere"}, {"type": "ExternalIP", "address": "203.0.113.1"},
 		}}}
 	case last == identity.BundleName:
@@ -170,6 +172,9 @@ func (s *standIn) sign(request []byte) []byte {
 	c := &x509.Certificate{
 		SerialNumber: big.NewInt(int64(len(s.made)) * 333), Subject: csr.Subject, DNSNames: csr.DNSNames, IPAddresses: csr.IPAddresses,
 		NotBefore: time.Now().Add(-time.Second), NotAfter: time.Now().Add(s.life), KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}
+	if s.uid != "" {
+		c.URIs = []*url.URL{identity.NodeURI(s.uid)}
 	}
 	key := csr.PublicKey
 	if s.change != nil {

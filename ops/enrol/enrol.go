@@ -84,6 +84,7 @@ type Enroller struct {
 
 	mu     sync.Mutex
 	status Status                // guarded by mu
+	uid    string                // of the Node, as it was read last; guarded by mu
 	faults map[string]error      // by loop, guarded by mu
 	tries  map[string]*time.Time // of the next try, by loop, guarded by mu
 }
@@ -171,6 +172,7 @@ func (e *Enroller) readCA(ctx context.Context) error {
 		return err
 	}
 	defer c.Close()
+	e.readNode(ctx, c)
 	text, err := c.bundle(ctx, e.o.Namespace)
 	switch {
 	case apiserver.IsCode(err, http.StatusNotFound):
@@ -198,6 +200,25 @@ func (e *Enroller) readCA(ctx context.Context) error {
 	defer e.mu.Unlock()
 	e.status.Bundle = time.Now()
 	return nil
+}
+
+// readNode notices that the Node is another one than the certificate is bound to: it was deleted, and kubelet has made it again. The controller takes no
+// certificate of an earlier one. A Node that cannot be read is met again when the certificate is renewed.
+func (e *Enroller) readNode(ctx context.Context, c *client) {
+	n, err := c.node(ctx, e.o.NodeName)
+	if err != nil || n.Metadata.UID == "" {
+		return
+	}
+	e.mu.Lock()
+	other := e.uid != n.Metadata.UID
+	e.uid = n.Metadata.UID
+	e.mu.Unlock()
+	if other {
+		select {
+		case e.changed <- struct{}{}:
+		default:
+		}
+	}
 }
 
 // keepCertificate enrols when there is need, and waits until there is again.
@@ -248,6 +269,12 @@ func (e *Enroller) due() (time.Time, string) {
 		return time.Time{}, "there is none"
 	case c.Subject.CommonName != e.o.NodeName:
 		return time.Time{}, fmt.Sprintf("the one on disk is that of %q", c.Subject.CommonName)
+	}
+	e.mu.Lock()
+	uid := e.uid
+	e.mu.Unlock()
+	if bound := identity.NodeUID(c); bound != "" && uid != "" && bound != uid {
+		return time.Time{}, "the one on disk is that of an earlier Node " + e.o.NodeName
 	}
 	if text, err := os.ReadFile(CAFile(e.o.StateDir)); err == nil {
 		if roots, err := readBundle(text); err == nil && signedBy(c, roots) != nil {
@@ -382,6 +409,11 @@ func (e *Enroller) check(ctx context.Context, cert []byte, key *ecdsa.PrivateKey
 	if c.Subject.CommonName != e.o.NodeName {
 		return nil, fmt.Errorf("it is for %q", c.Subject.CommonName)
 	}
+	e.mu.Lock()
+	if uid := identity.NodeUID(c); uid != "" {
+		e.uid = uid // the controller has just read the Node
+	}
+	e.mu.Unlock()
 	if now := time.Now(); now.Before(c.NotBefore) || now.After(c.NotAfter) {
 		return nil, fmt.Errorf("it is good from %s to %s, and here it is %s: set the clock of the node, or of the controller's", c.NotBefore.Format(time.RFC3339), c.NotAfter.Format(time.RFC3339), now.Format(time.RFC3339))
 	}

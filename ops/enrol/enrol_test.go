@@ -258,3 +258,35 @@ func TestNodeNamedByItsAddress(t *testing.T) {
 		t.Errorf("%v %v", c.DNSNames, c.IPAddresses)
 	}
 }
+
+// TestNodeIsMadeAnew: the Node is deleted and kubelet makes it again. The certificate of before is good for nobody, and the node asks for another.
+func TestNodeIsMadeAnew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, dir := newStandIn(t), t.TempDir()
+		s.uid = "first"
+		e, _, stop := s.enroller(t, dir)
+		time.Sleep(5 * time.Second)
+		if got := identity.NodeUID(e.Status().Certificate); got != "first" || s.requests() != 1 {
+			t.Fatalf("bound to %q, %d requests", got, s.requests())
+		}
+		s.set(func() { s.uid = "second" })
+		e.Refresh() // the controller has come, and gone
+		time.Sleep(pokedMost + 5*time.Second)
+		if got := identity.NodeUID(e.Status().Certificate); got != "second" || s.requests() != 2 {
+			t.Errorf("bound to %q, %d requests", got, s.requests())
+		}
+		s.set(func() { s.uid = "third" })
+		time.Sleep(2 * refreshMost) // nobody comes
+		if got := identity.NodeUID(e.Status().Certificate); got != "third" || s.requests() != 3 {
+			t.Errorf("bound to %q, %d requests", got, s.requests())
+		}
+		stop()
+		s.set(func() { s.uid = "fourth" })
+		e, _, stop = s.enroller(t, dir) // the next process finds the old one on the disk
+		defer stop()
+		time.Sleep(5 * time.Second)
+		if got := identity.NodeUID(e.Status().Certificate); got != "fourth" || s.requests() != 4 {
+			t.Errorf("bound to %q, %d requests", got, s.requests())
+		}
+	})
+}

@@ -13,6 +13,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/cri-proxy/cri-proxy/api/keyring"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
 )
@@ -29,17 +30,26 @@ func (p *Puller) attempt(ctx context.Context, u *pull, given []*opsv1.RegistryCr
 			return err
 		}
 		if got != nil {
+			if err := p.arrived(u.op.GetUid(), got.GetId(), image); err != nil { // of an earlier attempt, or process
+				return err
+			}
 			return p.succeed(ctx, u, got, ReasonPresent)
 		}
 	}
 	host, repository := registryOf(u.named)
 	// Those of the pull come before those of the node, as kubelet has pull secrets before its own.
-	credentials := slices.Concat(matching(given, u.named), matching(p.plugins.Credentials(ctx, host+"/"+repository), u.named))
+	secret := keyring.Matching(given, u.named)
+	credentials := slices.Concat(secret, keyring.Matching(p.plugins.Credentials(ctx, host+"/"+repository), u.named))
 	if len(credentials) == 0 {
 		credentials = append(credentials, nil) // anonymous
 	}
 	var errs []error
-	for _, c := range credentials {
+	for i, c := range credentials {
+		if i < len(secret) {
+			if err := p.arriving(ctx, u); err != nil {
+				return err
+			}
+		}
 		err := p.pullWith(ctx, u, c)
 		if err == nil {
 			got, err := p.status(ctx, u)
@@ -48,6 +58,11 @@ func (p *Puller) attempt(ctx context.Context, u *pull, given []*opsv1.RegistryCr
 			}
 			if got == nil {
 				return fmt.Errorf("the runtime has pulled %s and does not find it", image)
+			}
+			if i < len(secret) { // what the node itself may pull, all its pods may
+				if err := p.arrived(u.op.GetUid(), got.GetId(), image); err != nil {
+					return err
+				}
 			}
 			return p.succeed(ctx, u, got, ReasonPulled)
 		}
@@ -208,7 +223,13 @@ func layerProgress(layers []ocispec.Descriptor, done []int64) []*opsv1.LayerProg
 // succeed ends the operation with the image that is there, and pins it.
 func (p *Puller) succeed(ctx context.Context, u *pull, image *runtimeapi.Image, reason string) error {
 	message := ""
-	if keep := u.req.GetPinFor().AsDuration(); keep > 0 {
+	keep := u.req.GetPinFor().AsDuration()
+	if keep > 0 {
+		if full := p.checkPins(ctx, u, image); full != "" {
+			keep, message = 0, "not pinned: "+full
+		}
+	}
+	if keep > 0 {
 		switch err := p.addPin(ctx, image, u.named.String(), u.req.GetOwner(), time.Now().Add(keep)); {
 		case errors.Is(err, errNotOurs):
 			message = err.Error()

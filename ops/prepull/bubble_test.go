@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -134,6 +135,8 @@ type fakeRuntime struct {
 	fail    []error                      // of the next pulls, nil is none; the last one stays
 	bug     bool                         // pulls panic
 	pulls   []*runtimeapi.PullImageRequest
+	disk    string // where the images are; empty: it does not tell
+	size    uint64 // of each image
 	running int
 	most    int // that ran at once
 }
@@ -146,9 +149,24 @@ func (r *fakeRuntime) Invoke(ctx context.Context, method string, args, reply any
 	case *runtimeapi.ImageStatusRequest:
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		if r.images[req.GetImage().GetImage()] {
-			proto.Merge(reply.(proto.Message), &runtimeapi.ImageStatusResponse{Image: &runtimeapi.Image{Id: "sha256:" + req.GetImage().GetImage()}})
+		if r.images[strings.TrimPrefix(req.GetImage().GetImage(), "sha256:")] {
+			proto.Merge(reply.(proto.Message), &runtimeapi.ImageStatusResponse{Image: r.image(req.GetImage().GetImage())})
 		}
+		return nil
+	case *runtimeapi.ImageFsInfoRequest:
+		if r.disk == "" {
+			return status.Error(codes.Unimplemented, method)
+		}
+		proto.Merge(reply.(proto.Message), &runtimeapi.ImageFsInfoResponse{ImageFilesystems: []*runtimeapi.FilesystemUsage{{FsId: &runtimeapi.FilesystemIdentifier{Mountpoint: r.disk}}}})
+		return nil
+	case *runtimeapi.ListImagesRequest:
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		list := &runtimeapi.ListImagesResponse{}
+		for name := range r.images {
+			list.Images = append(list.Images, imageCalled(name))
+		}
+		proto.Merge(reply.(proto.Message), list)
 		return nil
 	case *runtimeapi.PullImageRequest:
 		return r.pull(ctx, req)
@@ -171,6 +189,18 @@ func (r *fakeRuntime) Invoke(ctx context.Context, method string, args, reply any
 		return nil
 	}
 	return status.Error(codes.Unimplemented, method)
+}
+
+func (r *fakeRuntime) image(name string) *runtimeapi.Image {
+	image := imageCalled(name)
+	image.Size = r.size
+	return image
+}
+
+// imageCalled is the image of that name, or ID.
+func imageCalled(name string) *runtimeapi.Image {
+	name = strings.TrimPrefix(name, "sha256:")
+	return &runtimeapi.Image{Id: "sha256:" + name, RepoTags: []string{name}}
 }
 
 // NewStream implements [grpc.ClientConnInterface].

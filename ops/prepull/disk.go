@@ -6,6 +6,7 @@ package prepull
 import (
 	"context"
 	"fmt"
+	"strings"
 
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -23,17 +24,10 @@ func (p *Puller) checkDisk(ctx context.Context, missing int64) error {
 	if p.maxDisk <= 0 || missing == 0 {
 		return nil
 	}
-	info, err := p.images.ImageFsInfo(ctx, &runtimeapi.ImageFsInfoRequest{})
-	if err != nil || len(info.GetImageFilesystems()) == 0 {
-		return nil //nolint:nilerr // a runtime that does not tell cannot be guarded
+	at, used, size := p.imageFS(ctx)
+	if size == 0 {
+		return nil
 	}
-	at := info.GetImageFilesystems()[0].GetFsId().GetMountpoint()
-	var fs unix.Statfs_t
-	if err := unix.Statfs(at, &fs); err != nil {
-		return nil //nolint:nilerr // not this machine's path
-	}
-	used := float64(fs.Blocks-fs.Bfree) * float64(fs.Bsize)
-	size := used + float64(fs.Bavail)*float64(fs.Bsize) // as df counts
 	if now := 100 * used / size; missing == unknown {
 		if now > p.maxDisk {
 			return &failure{reason: ReasonDiskPressure, message: fmt.Sprintf(
@@ -48,6 +42,57 @@ func (p *Puller) checkDisk(ctx context.Context, missing int64) error {
 			bytesText(int64(need)), bytesText(missing), at, after, p.maxDisk)}
 	}
 	return nil
+}
+
+// imageFS is where the images are, how much of it is used, and its size, in bytes as df counts; zero where the runtime does not tell, or not of
+// this machine's paths: that cannot be guarded.
+func (p *Puller) imageFS(ctx context.Context) (at string, used, size float64) {
+	info, err := p.images.ImageFsInfo(ctx, &runtimeapi.ImageFsInfoRequest{})
+	if err != nil || len(info.GetImageFilesystems()) == 0 {
+		return "", 0, 0
+	}
+	at = info.GetImageFilesystems()[0].GetFsId().GetMountpoint()
+	var fs unix.Statfs_t
+	if err := unix.Statfs(at, &fs); err != nil {
+		return "", 0, 0
+	}
+	used = float64(fs.Blocks-fs.Bfree) * float64(fs.Bsize)
+	return at, used, used + float64(fs.Bavail)*float64(fs.Bsize)
+}
+
+// checkPins says why the image of a pull is not to be pinned, nothing if it is: those of its kind would hold too much of the disk, which kubelet
+// could not free any more.
+func (p *Puller) checkPins(ctx context.Context, u *pull, image *runtimeapi.Image) string {
+	kind, _, _ := strings.Cut(u.req.GetOwner(), "/")
+	percent := float64(u.req.GetPinPercent())
+	if percent <= 0 {
+		return ""
+	}
+	_, _, size := p.imageFS(ctx)
+	if size == 0 {
+		return ""
+	}
+	pinned := map[string]uint64{}
+	p.mu.Lock()
+	for k, v := range p.pins {
+		if strings.HasPrefix(k.owner, kind+"/") {
+			pinned[k.imageID] = v.Size
+		}
+	}
+	p.mu.Unlock()
+	if _, ok := pinned[image.GetId()]; ok {
+		return ""
+	}
+	var held float64
+	for _, n := range pinned {
+		held += float64(n) * (1 + unpacked)
+	}
+	need := float64(image.GetSize()) * (1 + unpacked)
+	if held+need <= size*percent/100 {
+		return ""
+	}
+	return fmt.Sprintf("the images that are pinned for objects of kind %s hold about %s, this one takes %s, and the cluster allows them %g %% of the image file system's %s (--image-pin-percent of cri-controller)",
+		kind, bytesText(int64(held)), bytesText(int64(need)), percent, bytesText(int64(size)))
 }
 
 // bytesText is a size for people.

@@ -17,6 +17,8 @@ import (
 var (
 	bucketPulls = []byte("pulls")
 	bucketPins  = []byte("pins")
+	// bucketUnclaimed has the images that kubelet is not shown, by ID.
+	bucketUnclaimed = []byte("unclaimed")
 )
 
 // record is what is kept of a pull: never a credential, only whether there were any.
@@ -24,6 +26,9 @@ type record struct {
 	Request     []byte `json:"request"`   // opsv1.PullRequest
 	Operation   []byte `json:"operation"` // opsv1.PullOperation
 	Credentials bool   `json:"credentials,omitempty"`
+	// Private says that credentials have been used, and Had which image was there by that name before.
+	Private bool   `json:"private,omitempty"`
+	Had     string `json:"had,omitempty"`
 }
 
 // journal is the file of pulls and pins.
@@ -37,6 +42,8 @@ type journal struct {
 type kept struct {
 	pulls map[string]*record
 	pins  map[pinKey]*pin
+	// unclaimed are the IDs of images.
+	unclaimed []string
 }
 
 // openJournal opens the file and returns what is in it. One that is damaged is set aside and begun anew: nothing in it is
@@ -47,8 +54,8 @@ func openJournal(dir string, log logrus.FieldLogger) (*journal, *kept, error) {
 	path := filepath.Join(dir, "pulls.db")
 	var k kept
 	f, err := boltfile.Open(path, boltfile.Options{
-		Buckets: [][]byte{bucketPulls, bucketPins}, Log: log,
-		Lost: "pulls that were under way are forgotten, and pins end", Missing: "images are not pulled ahead of time",
+		Buckets: [][]byte{bucketPulls, bucketPins, bucketUnclaimed}, Log: log,
+		Lost: "pulls that were under way are forgotten, pins end, and images that came with secrets count as there for all pods", Missing: "images are not pulled ahead of time",
 		Read: func(tx *bolt.Tx) error {
 			k = kept{pulls: map[string]*record{}, pins: map[pinKey]*pin{}}
 			return k.read(tx, log.WithField("file", path))
@@ -73,6 +80,13 @@ func (k *kept) read(tx *bolt.Tx, log logrus.FieldLogger) error {
 			return nil
 		}
 		k.pulls[string(uid)] = &r
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	err = tx.Bucket(bucketUnclaimed).ForEach(func(id, _ []byte) error {
+		k.unclaimed = append(k.unclaimed, string(id))
 		return nil
 	})
 	if err != nil {
@@ -110,4 +124,12 @@ func (j *journal) putPin(k pinKey, v *pin) error {
 
 func (j *journal) removePin(k pinKey) error {
 	return j.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketPins).Delete([]byte(k.imageID + "\x00" + k.owner)) })
+}
+
+func (j *journal) putUnclaimed(imageID, image string) error {
+	return j.put(bucketUnclaimed, imageID, image)
+}
+
+func (j *journal) removeUnclaimed(imageID string) error {
+	return j.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketUnclaimed).Delete([]byte(imageID)) })
 }

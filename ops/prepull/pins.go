@@ -167,7 +167,7 @@ func (p *Puller) sweep(ctx context.Context, now time.Time) {
 	if _, err := p.releasePins(ctx, func(_ pinKey, v *pin) bool { return now.After(v.Until) }); err != nil && ctx.Err() == nil {
 		p.log.WithError(err).Warn("pins that have expired not ended, trying again in a minute")
 	}
-	err := errors.Join(p.endForgottenPins(ctx), p.endLeases(ctx))
+	err := errors.Join(p.endForgottenPins(ctx), p.endLeases(ctx), p.settleClaims(ctx))
 	if err != nil && ctx.Err() == nil && !unavailable(err) {
 		p.log.WithError(err).Debug("leases or pins not ended, trying again in a minute")
 	}

@@ -69,6 +69,8 @@ type Options struct {
 	HostsDir string
 	// Plugins are kubelet's credential provider plugins; nil for none.
 	Plugins *credentialprovider.Plugins
+	// VerifyAccess has kubelet pull for itself what was pulled here with secrets: see [Puller.Unclaimed].
+	VerifyAccess bool
 	// MaxDiskPercent is how full a pull may make the image file system; 0 means that it is not looked at.
 	MaxDiskPercent float64
 }
@@ -84,6 +86,8 @@ type Puller struct {
 	hostsDir string
 	plugins  *credentialprovider.Plugins
 	maxDisk  float64
+	verify   bool
+	claims   *claims
 	metrics  *metrics
 	tracer   trace.Tracer // nil: off
 	opened   time.Time
@@ -110,7 +114,10 @@ type pull struct {
 	op          *opsv1.PullOperation
 	credentials []*opsv1.RegistryCredential
 	// wants is set when the operation came with credentials, which an earlier process had.
-	wants   bool
+	wants bool
+	// private is set when credentials have been used, and had is the ID that the image's name led to before that.
+	private bool
+	had     string
 	retryAt time.Time
 	// urgent is set when something on the node waits for it.
 	urgent bool
@@ -135,7 +142,7 @@ func Open(o Options) (*Puller, error) {
 	p := &Puller{
 		log: o.Log.WithField("component", "prepull"), images: runtimeapi.NewImageServiceClient(o.Conn), store: newStore(o.Conn),
 		parallel: max(1, o.Parallel), limit: o.BytesPerSecond, hostsDir: o.HostsDir, plugins: o.Plugins, maxDisk: o.MaxDiskPercent,
-		tracer: o.Tracer, opened: time.Now(), wake: make(chan struct{}, 1), pulls: map[string]*pull{}, pins: map[pinKey]*pin{},
+		tracer: o.Tracer, verify: o.VerifyAccess, claims: newClaims(), opened: time.Now(), wake: make(chan struct{}, 1), pulls: map[string]*pull{}, pins: map[pinKey]*pin{},
 	}
 	if p.hostsDir == "" {
 		p.hostsDir = "/etc/containerd/certs.d"
@@ -146,6 +153,11 @@ func Open(o Options) (*Puller, error) {
 		return nil, err
 	}
 	maps.Copy(p.pins, before.pins)
+	if p.verify {
+		for _, id := range before.unclaimed {
+			p.claims.add(id)
+		}
+	}
 	for uid, r := range before.pulls {
 		if err := p.revive(r); err != nil {
 			p.log.WithField("op", uid).WithError(err).Error("pull cannot be read, left out")
@@ -158,7 +170,7 @@ func Open(o Options) (*Puller, error) {
 }
 
 func (p *Puller) revive(r *record) error {
-	u := &pull{req: &opsv1.PullRequest{}, op: &opsv1.PullOperation{}, wants: r.Credentials, changed: make(chan struct{})}
+	u := &pull{req: &opsv1.PullRequest{}, op: &opsv1.PullOperation{}, wants: r.Credentials, private: r.Private, had: r.Had, changed: make(chan struct{})}
 	if err := errors.Join(proto.Unmarshal(r.Request, u.req), proto.Unmarshal(r.Operation, u.op)); err != nil {
 		return err
 	}
@@ -174,6 +186,7 @@ func (p *Puller) revive(r *record) error {
 		}
 	}
 	p.pulls[u.op.GetUid()] = u
+	p.reviveClaim(u)
 	return nil
 }
 
@@ -423,6 +436,11 @@ func (u *pull) fields() logrus.Fields {
 func (p *Puller) finishLocked(u *pull, phase opsv1.PullPhase, reason, message string) {
 	u.op.Phase, u.op.Reason, u.op.Message, u.op.BytesPerSecond = phase, reason, message, 0
 	u.op.FinishTime = timestamppb.Now()
+	if phase == opsv1.PullPhase_PULL_SUCCEEDED {
+		p.claims.end(u.op.GetUid())
+	} else {
+		p.claims.over(u.op.GetUid())
+	}
 	u.credentials = nil
 	if err := p.saveLocked(u); err != nil {
 		p.log.WithFields(u.fields()).WithError(err).Error("end of pull not written")
@@ -442,7 +460,7 @@ func (p *Puller) saveLocked(u *pull) error {
 	if err != nil {
 		return err
 	}
-	return p.journal.putPull(u.op.GetUid(), &record{Request: req, Operation: op, Credentials: u.wants})
+	return p.journal.putPull(u.op.GetUid(), &record{Request: req, Operation: op, Credentials: u.wants, Private: u.private, Had: u.had})
 }
 
 // submit accepts a pull, or returns the one there is.

@@ -62,6 +62,8 @@ func validate(req *opsv1.PullRequest) error {
 		return invalid("too many sandbox labels or annotations; the most is %d", maxLabels)
 	case req.GetMaxAttempts() < 0 || req.GetMaxAttempts() > maxAttempts:
 		return invalid("max_attempts must be between 0 and %d", maxAttempts)
+	case req.GetPinPercent() < 0 || req.GetPinPercent() > 100:
+		return invalid("pin_percent must be between 0 and 100")
 	case req.GetBytesPerSecond() < 0:
 		return invalid("bytes_per_second is negative")
 	case len(req.GetOwner()) > 1024 || len(req.GetRuntimeHandler()) > 253:

@@ -514,7 +514,7 @@ func daemonSetOnNode(t *testing.T, n *node) {
 			t.Fatal(err)
 		}
 	}
-	for _, file := range []string{"namespace.yaml", "rbac.yaml"} {
+	for _, file := range []string{"namespace.yaml", "rbac.yaml", "policy.yaml"} {
 		n.kubectl(t, "apply", "-f", filepath.Join("../../deploy/installer", file))
 	}
 	if err := n.bed.WaitNamespace(ctx, "cri-proxy-installer"); err != nil {

@@ -11,7 +11,8 @@ import (
 // Annotations of an ImagePullJob. An ImageListPullJob hands them on to its children.
 const (
 	// PinForAnnotation is how long after a pull kubelet's image garbage collection leaves the image alone: a
-	// duration such as 36h, at most 744h (31 days); 0s does not pin. Without it, 24h.
+	// duration such as 36h, at most 744h (31 days) and what the cluster allows (a week by default); 0s does not pin.
+	// Without it, 24h.
 	PinForAnnotation = "cri-proxy.io/pin-for"
 	// BytesPerSecondAnnotation bounds the transfer on each node: a quantity such as 20Mi.
 	BytesPerSecondAnnotation = "cri-proxy.io/bytes-per-second"
@@ -35,6 +36,8 @@ const (
 	// ConditionPullSecretsFound is False when a secret is missing or cannot be used. It is there only for a job with
 	// secrets.
 	ConditionPullSecretsFound = "PullSecretsFound"
+	// ConditionPinned is there, and False, when the cluster bounds for how long the image is pinned, or a node has no room for its pin.
+	ConditionPinned = "Pinned"
 )
 
 // CompletionPolicyType says whether a job ends.

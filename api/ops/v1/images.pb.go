@@ -173,7 +173,11 @@ type PullRequest struct {
 	// collection on behalf of owner; 0 means not at all; at most 31 days.
 	PinFor *durationpb.Duration `protobuf:"bytes,12,opt,name=pin_for,json=pinFor,proto3" json:"pin_for,omitempty"`
 	// owner is whose pull this is: kind/namespace/name/uid of the custom resource, or the CLI user.
-	Owner         string `protobuf:"bytes,13,opt,name=owner,proto3" json:"owner,omitempty"`
+	Owner string `protobuf:"bytes,13,opt,name=owner,proto3" json:"owner,omitempty"`
+	// pin_percent is how much of the image file system may be pinned on behalf of owners of the same
+	// kind, in percent; 0 means no bound. An image beyond it is pulled and not pinned: the
+	// operation's message says so.
+	PinPercent    int32 `protobuf:"varint,14,opt,name=pin_percent,json=pinPercent,proto3" json:"pin_percent,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -297,6 +301,13 @@ func (x *PullRequest) GetOwner() string {
 		return x.Owner
 	}
 	return ""
+}
+
+func (x *PullRequest) GetPinPercent() int32 {
+	if x != nil {
+		return x.PinPercent
+	}
+	return 0
 }
 
 // RegistryCredential is one entry of a docker config.
@@ -1107,7 +1118,7 @@ var File_api_ops_v1_images_proto protoreflect.FileDescriptor
 
 const file_api_ops_v1_images_proto_rawDesc = "" +
 	"\n" +
-	"\x17api/ops/v1/images.proto\x12\x0fcriproxy.ops.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb4\x06\n" +
+	"\x17api/ops/v1/images.proto\x12\x0fcriproxy.ops.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd5\x06\n" +
 	"\vPullRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\x123\n" +
@@ -1122,7 +1133,9 @@ const file_api_ops_v1_images_proto_rawDesc = "" +
 	" \x01(\v2\x19.google.protobuf.DurationR\bdeadline\x12(\n" +
 	"\x10bytes_per_second\x18\v \x01(\x03R\x0ebytesPerSecond\x122\n" +
 	"\apin_for\x18\f \x01(\v2\x19.google.protobuf.DurationR\x06pinFor\x12\x14\n" +
-	"\x05owner\x18\r \x01(\tR\x05owner\x1a@\n" +
+	"\x05owner\x18\r \x01(\tR\x05owner\x12\x1f\n" +
+	"\vpin_percent\x18\x0e \x01(\x05R\n" +
+	"pinPercent\x1a@\n" +
 	"\x12SandboxLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1aE\n" +

@@ -40,6 +40,7 @@ func TestParse(t *testing.T) {
 		{"list for everything", "- a\n", []string{"f.yaml:1:1: the configuration: want keys and values, got a list"}},
 		{"string for a list", "ops:\n  allowedClients: a\n", []string{`f.yaml:2:19: ops.allowedClients: want a list, got "a"`}},
 		{"list in a list", "ops:\n  allowedClients: [a, [b]]\n", []string{"f.yaml:2:23: ops.allowedClients[1]: want a string, got a list"}},
+		{"a word for a switch", "images: {verifyAccess: yes}\n", []string{`f.yaml:1:24: images.verifyAccess: want true or false, got "yes"`}},
 		{"words for numbers", "images: {parallel: two, maxDiskPercent: .nan}\n", []string{`f.yaml:1:20: images.parallel: want a whole number, got "two"`, `f.yaml:1:41: images.maxDiskPercent: want a number, got ".nan"`}},
 		{"number for a duration", "drainTimeout: 30\n", []string{`f.yaml:1:15: drainTimeout: want a duration such as 30m or 90s, got "30"`}},
 		{"bad duration", "drainTimeout: soon\n", []string{`f.yaml:1:15: drainTimeout: want a duration such as 30m or 90s, got "soon"`}},
@@ -93,7 +94,7 @@ ops:
   clientCAFile: ca
   allowedClients: [one, *a]
 restart: {method: pidfd, cdiSpecDir: /cdi}
-images: {parallel: 2, bytesPerSecond: 3, maxDiskPercent: 4.5, registryHostsDir: /hosts, credentialProviderConfig: /p.yaml, credentialProviderBinDir: /p}
+images: {parallel: 2, bytesPerSecond: 3, maxDiskPercent: 4.5, verifyAccess: true, registryHostsDir: /hosts, credentialProviderConfig: /p.yaml, credentialProviderBinDir: /p}
 kubelet: {podsSocket: /k.sock}
 tracing: {endpoint: c:4317, samplingRatePerMillion: 5}
 drainTimeout: 1m30s
@@ -112,7 +113,7 @@ upgradeDrainTimeout: 1h
 		NodeName:        "007",
 		Ops:             config.Ops{Address: ":9443", Enrol: config.Enrol{Kubeconfig: "/kubelet.conf", Namespace: "elsewhere"}, CertFile: "c", KeyFile: "k", ClientCAFile: "ca", AllowedClients: []string{"one", "/a.sock"}},
 		Restart:         config.Restart{Method: "pidfd", CDISpecDir: "/cdi"},
-		Images:          config.Images{Parallel: 2, BytesPerSecond: 3, MaxDiskPercent: 4.5, RegistryHostsDir: "/hosts", CredentialProviderConfig: "/p.yaml", CredentialProviderBinDir: "/p"},
+		Images:          config.Images{Parallel: 2, BytesPerSecond: 3, MaxDiskPercent: 4.5, VerifyAccess: true, RegistryHostsDir: "/hosts", CredentialProviderConfig: "/p.yaml", CredentialProviderBinDir: "/p"},
 		Kubelet:         config.Kubelet{PodsSocket: "/k.sock"},
 		Tracing:         config.Tracing{Endpoint: "c:4317", SamplingRatePerMillion: 5},
 		DrainTimeout:    90 * time.Second,

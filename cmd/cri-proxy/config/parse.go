@@ -96,6 +96,15 @@ func (p *parser) value(n *yaml.Node, key string, v reflect.Value) {
 		} else {
 			v.SetFloat(f)
 		}
+	case reflect.Bool:
+		switch {
+		case n.Kind == yaml.ScalarNode && n.Value == "true":
+			v.SetBool(true)
+		case n.Kind == yaml.ScalarNode && n.Value == "false":
+			v.SetBool(false)
+		default:
+			p.errorf(n, "%s: want true or false, got %s", key, describe(n))
+		}
 	case reflect.Struct:
 		p.mapping(n, key, v)
 	case reflect.Slice:

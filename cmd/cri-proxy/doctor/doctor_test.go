@@ -338,7 +338,16 @@ func TestDoctor(t *testing.T) {
 			n.do(os.WriteFile(n.path("kubelet.yaml"), []byte("kind: KubeletConfiguration\ncontainerRuntimeEndpoint: unix://"+n.path("rt.sock")+"\n"), 0o600))
 			n.do(os.WriteFile(n.path("kubelet.conf.d/10.conf"), []byte("containerRuntimeEndpoint: "+n.link()+"\nimageServiceEndpoint: unix://"+n.path("rt.sock")+"\n"), 0o600))
 			n.startKubelet(n.link(), "--config="+n.path("kubelet.yaml"), "--config-dir", n.path("kubelet.conf.d"))
-		}, want: []string{"another endpoint for images"}},
+		}, want: []string{"another endpoint for images", "warn images: imagePullCredentialsVerificationPolicy is NeverVerifyPreloadedImages, and kubelet asks for images elsewhere"}},
+		{name: "private images for every pod", make: func(n *node) { n.configure("images: {maxDiskPercent: 0, verifyAccess: false}\n"); n.whole() },
+			want: []string{"warn images: imagePullCredentialsVerificationPolicy is NeverVerifyPreloadedImages, and images.verifyAccess is false: images that were pulled ahead of time with secrets may be run by every pod"}},
+		{name: "private images that kubelet verifies in any case", make: func(n *node) {
+			n.configure("images: {maxDiskPercent: 0, verifyAccess: false}\n")
+			n.startRuntime()
+			n.startDaemon()
+			n.do(os.WriteFile(n.path("kubelet.yaml"), []byte("kind: KubeletConfiguration\nimagePullCredentialsVerificationPolicy: AlwaysVerify\ncontainerRuntimeEndpoint: "+n.link()+"\n"), 0o600))
+			n.startKubelet(n.link(), "--config="+n.path("kubelet.yaml"))
+		}},
 		{name: "no kubelet", make: func(n *node) { n.startRuntime(); n.startDaemon() },
 			want: []string{"fail kubelet: no kubelet runs here", "no call from kubelet yet"}},
 		{name: "the runtime is down", make: func(n *node) { n.startDaemon() },

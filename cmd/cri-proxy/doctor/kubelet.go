@@ -23,10 +23,16 @@ func kubelets(proc string) []process {
 	return processes(proc, func(dir string) bool { return comm(dir) == "kubelet" })
 }
 
-// endpoint is where a kubelet is told to find its runtime, and whether images are there too.
-func (x *examination) endpoint(p process) (endpoint string, images bool, err error) {
+// settings are those of a kubelet.
+func (x *examination) settings(p process) *kubelet.Kubelet {
 	k := &kubelet.Kubelet{PID: p.pid, Args: p.args[min(1, len(p.args)):]}
 	k.Dir, _ = os.Readlink(filepath.Join(x.o.Proc, strconv.Itoa(p.pid), "cwd")) // for relative paths only
+	return k
+}
+
+// endpoint is where a kubelet is told to find its runtime, and whether images are there too.
+func (x *examination) endpoint(p process) (endpoint string, images bool, err error) {
+	k := x.settings(p)
 	if endpoint, err = k.Endpoint(); err != nil {
 		return "", false, err
 	}
@@ -56,6 +62,7 @@ func (x *examination) kubelet() {
 		}
 		if x.toldWhere(check, k, endpoint, images, through >= 0 && toProxy[through].pid == k.pid || past >= 0 && toRuntime[past].pid == k.pid) {
 			told++
+			x.access(k, images)
 		}
 	}
 	x.connections(check, toProxy, toRuntime, through, past, told)
@@ -86,6 +93,32 @@ func (x *examination) toldWhere(check string, k process, endpoint string, images
 		x.warn(check, "remove imageServiceEndpoint", "%s has another endpoint for images: pulls ahead of time do not give way to its own", k)
 	}
 	return true
+}
+
+// access says who may run an image that was pulled ahead of time with secrets: kubelet verifies that for images that it has pulled itself, as
+// its policy says, and not for those that were there before.
+func (x *examination) access(k process, images bool) {
+	const check = "images"
+	policy, err := x.settings(k).CredentialsVerification()
+	if err != nil {
+		return // said of its endpoint, from the same files
+	}
+	const see = "see docs/OPERATIONS.md, Private images"
+	verify := x.config.Images.VerifyAccess && images
+	switch {
+	case policy == "NeverVerify":
+		x.ok(check, "imagePullCredentialsVerificationPolicy is NeverVerify: every pod may run every image that is on the node, private ones too")
+	case policy == "AlwaysVerify":
+		x.ok(check, "imagePullCredentialsVerificationPolicy is AlwaysVerify: private images that were pulled ahead of time are verified too (kubelet 1.35)")
+	case !images:
+		x.warn(check, "remove imageServiceEndpoint, or set the policy to AlwaysVerify; "+see,
+			"imagePullCredentialsVerificationPolicy is %s, and kubelet asks for images elsewhere: those that were pulled ahead of time with secrets may be run by every pod", policy)
+	case !verify:
+		x.warn(check, "set images.verifyAccess: true, or the policy to AlwaysVerify; "+see,
+			"imagePullCredentialsVerificationPolicy is %s, and images.verifyAccess is false: images that were pulled ahead of time with secrets may be run by every pod", policy)
+	default:
+		x.ok(check, "imagePullCredentialsVerificationPolicy is %s: images that were pulled ahead of time with secrets are verified when a pod first wants them", policy)
+	}
 }
 
 // connections judges who is connected to what. Beside CRI, kubelet's cAdvisor has a connection to containerd of its own: one to the runtime alone

@@ -207,7 +207,7 @@ type setting struct {
 // setting returns what is in force: the flag, else the last file of --config-dir that has it, else --config
 // (mergeKubeletConfigurations in cmd/kubelet/app/server.go).
 func (k *Kubelet) setting(flag, field string) (setting, error) {
-	if v, ok := k.Flag(flag); ok {
+	if v, ok := k.Flag(flag); ok && flag != "" {
 		return setting{value: v, where: onCommandLine}, nil
 	}
 	s := setting{}
@@ -263,6 +263,18 @@ const defaultEndpoint = "unix:///run/containerd/containerd.sock"
 var endpoints = struct{ runtime, image [2]string }{
 	runtime: [2]string{"container-runtime-endpoint", "containerRuntimeEndpoint"},
 	image:   [2]string{"image-service-endpoint", "imageServiceEndpoint"},
+}
+
+// defaultCredentialsVerification is kubelet's own since 1.35; those before verify nothing.
+const defaultCredentialsVerification = "NeverVerifyPreloadedImages"
+
+// CredentialsVerification is its policy for images that are on the node: whether a pod may have one without showing that it could pull it.
+func (k *Kubelet) CredentialsVerification() (string, error) {
+	s, err := k.setting("", "imagePullCredentialsVerificationPolicy") // there is no flag
+	if err == nil && s.value == "" {
+		s.value = defaultCredentialsVerification
+	}
+	return s.value, err
 }
 
 // Endpoint is the runtime's, as kubelet would take it from the files of now.

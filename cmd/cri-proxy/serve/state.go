@@ -42,7 +42,7 @@ func (n *node) openState(ctx context.Context, carry interceptors.Carry) (err err
 	st.puller, err = prepull.Open(prepull.Options{
 		StateDir: c.StateDir, Conn: n.upstream.Conn(), Log: n.log, Registerer: st.registry, Tracer: n.tracing.Tracer(),
 		Parallel: c.Images.Parallel, BytesPerSecond: c.Images.BytesPerSecond, HostsDir: c.Images.RegistryHostsDir, MaxDiskPercent: c.Images.MaxDiskPercent,
-		Plugins: n.plugins,
+		Plugins: n.plugins, VerifyAccess: c.Images.VerifyAccess,
 	})
 	if err != nil {
 		return err
@@ -68,7 +68,7 @@ func (n *node) openState(ctx context.Context, carry interceptors.Carry) (err err
 		return err
 	}
 	n.cri.SetDirector(interceptors.New(interceptors.Options{
-		View: st.view, Records: st.engine.Records(), Runtime: n.upstream.Conn(), Log: n.log, Pulls: st.puller,
+		View: st.view, Records: st.engine.Records(), Runtime: n.upstream.Conn(), Log: n.log, Pulls: st.puller, Images: st.puller,
 		Overrides: st.engine.Overrides(), Pods: st.engine, Successors: st.engine, Judge: st.engine, Registerer: st.registry,
 	}))
 	n.state.Store(st)

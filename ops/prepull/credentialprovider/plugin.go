@@ -20,6 +20,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/cri-proxy/cri-proxy/api/keyring"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
@@ -69,7 +70,7 @@ func (p *Plugins) Credentials(ctx context.Context, image string) []*opsv1.Regist
 	}
 	var out []*opsv1.RegistryCredential
 	for _, g := range p.plugins {
-		if !slices.ContainsFunc(g.config.MatchImages, func(m string) bool { return Match(m, image) }) {
+		if !slices.ContainsFunc(g.config.MatchImages, func(m string) bool { return keyring.Match(m, image) }) {
 			continue
 		}
 		found, err := g.credentials(ctx, image, time.Now())

@@ -218,27 +218,3 @@ func TestConfig(t *testing.T) {
 		}
 	})
 }
-
-func TestMatch(t *testing.T) {
-	for _, tt := range []struct {
-		pattern, image string
-		want           bool
-	}{
-		{"*.dkr.ecr.*.amazonaws.com", "1234.dkr.ecr.eu-west-1.amazonaws.com/app", true},
-		{"*.dkr.ecr.*.amazonaws.com", "1234.dkr.ecr.amazonaws.com/app", false},
-		{"registry.io:8080/path", "registry.io:8080/path/app", true},
-		{"registry.io:8080/path", "registry.io/path/app", false},
-		{"docker.io", "docker.io/library/nginx", true},
-		{"[", "a/b", false},
-		{"%zz", "a/b", false},
-	} {
-		if got := Match(tt.pattern, tt.image); got != tt.want {
-			t.Errorf("%s for %s: %v", tt.pattern, tt.image, got)
-		}
-	}
-}
-
-func FuzzMatch(f *testing.F) {
-	f.Add("*.a.io:1/b", "x.a.io:1/b/c")
-	f.Fuzz(func(_ *testing.T, pattern, image string) { Match(pattern, image) })
-}
