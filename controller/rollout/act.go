@@ -32,6 +32,8 @@ type item struct {
 	verdict verdict
 	ordinal int
 	stale   bool
+	// unlabelled says that the pod is of another revision than its label tells.
+	unlabelled bool
 }
 
 // armed says that the pod may be patched.
@@ -299,11 +301,18 @@ func (p *pass) write(ctx context.Context, i *item, operation string) error {
 
 // relabel gives a pod the label of its revision that has got its images otherwise.
 func (p *pass) relabel(ctx context.Context, i *item) error {
-	label := p.target.workload.revisionLabel(i, nil)
-	if label == "" || label == i.pod.Labels[revisionLabel] {
+	if !i.unlabelled {
 		return nil
 	}
-	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{"uid": i.pod.UID, "resourceVersion": i.pod.ResourceVersion, "labels": map[string]any{revisionLabel: label}}})
+	meta := map[string]any{"uid": i.pod.UID, "resourceVersion": i.pod.ResourceVersion, "labels": map[string]any{revisionLabel: p.target.workload.revisionLabel(i, nil)}}
+	if p.target.workload.restart(i.pod) { // as in a pod made anew
+		var at any
+		if value := podTemplate(p.target.workload.written()).Annotations[restartedAt]; value != "" {
+			at = value
+		}
+		meta["annotations"] = map[string]any{restartedAt: at}
+	}
+	patch, err := json.Marshal(map[string]any{"metadata": meta})
 	if err != nil {
 		return err
 	}

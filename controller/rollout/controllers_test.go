@@ -272,11 +272,24 @@ func (b *bed) syncDeployment() {
 	newest := 0
 	for i := range sets.Items {
 		s := &sets.Items[i]
-		if n, _ := strconv.Atoi(s.Annotations[deploymentRevision]); n > newest {
-			newest = n
-		}
-		if sameButImages(&s.Spec.Template, &d.Spec.Template) && sameImages(&s.Spec.Template, &d.Spec.Template) {
+		if sameTemplate(&s.Spec.Template, &d.Spec.Template) && (mine == nil || before(s, mine)) {
 			mine = s
+		}
+	}
+	for i := range sets.Items {
+		if s := &sets.Items[i]; mine == nil || s.Name != mine.Name {
+			newest = max(newest, revisionNumber(s))
+		}
+	}
+	if mine != nil && revisionNumber(mine) <= newest {
+		mine.Annotations[deploymentRevision] = strconv.Itoa(newest + 1)
+		for key, value := range d.Annotations { // as the real one does
+			mine.Annotations[key] = value
+		}
+		if err := b.api.Update(ctx, mine); err == nil {
+			b.changed(mine)
+		} else if !apierrors.IsConflict(err) {
+			b.t.Error(err)
 		}
 	}
 	if mine == nil && !d.Spec.Paused {
@@ -286,7 +299,7 @@ func (b *bed) syncDeployment() {
 		t.Labels[hashLabel] = label
 		mine = &appsv1.ReplicaSet{
 			ObjectMeta: metav1.ObjectMeta{
-				Namespace: "ns", Name: "web-" + label, UID: types.UID("uid-" + label), Generation: 1, Labels: map[string]string{"app": "web"},
+				Namespace: "ns", Name: "web-" + label, UID: types.UID("uid-" + label), Generation: 1, CreationTimestamp: metav1.Now(), Labels: map[string]string{"app": "web"},
 				Annotations:     map[string]string{deploymentRevision: strconv.Itoa(newest + 1)},
 				OwnerReferences: []metav1.OwnerReference{{Kind: kindDeployment, Name: "web", UID: d.UID, Controller: &yes}},
 			},
@@ -304,7 +317,7 @@ func (b *bed) syncDeployment() {
 	for i := range sets.Items {
 		s := &sets.Items[i]
 		want := *s.Spec.Replicas
-		if mine != nil {
+		if mine != nil && !d.Spec.Paused {
 			want = 0
 			if s.Name == mine.Name {
 				want = *d.Spec.Replicas

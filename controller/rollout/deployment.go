@@ -6,7 +6,6 @@ package rollout
 import (
 	"context"
 	"fmt"
-	"strconv"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -24,9 +23,11 @@ const deploymentRevision = "deployment.kubernetes.io/revision"
 // the template of its present ReplicaSet gets the images, then its own; when it goes on after the pods have been changed, it finds that
 // ReplicaSet equal to its template, and the pods in it.
 type deployment struct {
-	p       *pass
-	d       *appsv1.Deployment
+	p *pass
+	d *appsv1.Deployment
+	// current is the ReplicaSet with the Deployment's pods, sets are all.
 	current *appsv1.ReplicaSet
+	sets    []*appsv1.ReplicaSet
 	// others says that older ReplicaSets have pods.
 	others bool
 }
@@ -45,20 +46,16 @@ func (p *pass) findDeployment(ctx context.Context, d *appsv1.Deployment) (*targe
 	if err := p.r.Client.List(ctx, &list, client.InNamespace(d.Namespace), client.MatchingLabelsSelector{Selector: selector}); err != nil {
 		return nil, err
 	}
-	newest := -1
-	var sets []*appsv1.ReplicaSet
 	for i := range list.Items {
 		set := &list.Items[i]
 		if owner := metav1.GetControllerOf(set); owner == nil || owner.UID != d.UID {
 			continue
 		}
-		sets = append(sets, set)
-		if n, err := strconv.Atoi(set.Annotations[deploymentRevision]); err == nil && n > newest {
-			newest, w.current = n, set
-		}
+		w.sets = append(w.sets, set)
 	}
-	for _, set := range sets {
-		w.others = w.others || set != w.current && (set.Status.Replicas > 0 || set.Spec.Replicas != nil && *set.Spec.Replicas > 0)
+	w.current = w.chooseCurrent()
+	for _, set := range w.sets {
+		w.others = w.others || set != w.current && (set.Status.Replicas > 0 || wanted(set) > 0)
 	}
 	if w.current == nil {
 		p.work.choose(selector)
@@ -72,12 +69,28 @@ func (w *deployment) image(container string) string {
 	return templateImages(&w.d.Spec.Template)[container]
 }
 
+func (w *deployment) written() client.Object { return w.d }
+
 func (w *deployment) obstacle(*corev1.Pod) string                   { return "" }
+func (w *deployment) restart(*corev1.Pod) bool                      { return false }
 func (w *deployment) revisionLabel(*item, map[string]string) string { return "" }
 
 // ours says that this rollout has paused the Deployment.
 func (w *deployment) ours() bool {
 	return w.d.Annotations[inplace.PausedByAnnotation] == string(w.p.rollout.UID)
+}
+
+// touched says that somebody has changed images of the template since the rollout last wrote the Deployment.
+func (w *deployment) touched() bool {
+	_, sum := cutLast(w.d.Annotations[inplace.TemplateAnnotation])
+	return w.holds() && sum != "" && sum != hash(templateImages(&w.d.Spec.Template))
+}
+
+// holds says that the rollout has paused the Deployment, and that this is not long ago: kubectl rollout undo brings back the annotations that
+// a ReplicaSet has from earlier on.
+func (w *deployment) holds() bool {
+	key, _ := cutLast(w.d.Annotations[inplace.TemplateAnnotation])
+	return w.ours() && (w.d.Spec.Paused || key == w.p.templateKey())
 }
 
 // observed says that the controller has seen the Deployment as it is.
@@ -96,10 +109,12 @@ func (w *deployment) align(ctx context.Context, images map[string]string) (bool,
 	switch {
 	case w.d.Spec.Paused && by != "" && !w.ours():
 		return false, name + " is being changed by another InPlaceRollout", nil
-	case !sameButImages(&w.d.Spec.Template, &w.current.Spec.Template) && w.d.Spec.Paused && w.ours():
-		// Somebody has changed more than images while this rollout held the Deployment: only pods of its own can have that.
-		_, err := w.settle(ctx)
-		return false, name + " was changed by somebody else meanwhile and goes on with a rollout of its own", err
+	case w.touched():
+		return false, "", superseded("somebody has changed images in the template of %s", name)
+	case (w.holds() || w.p.wroteTemplate(w.d)) && !sameButImages(&w.d.Spec.Template, &w.current.Spec.Template):
+		return false, "", superseded("somebody has changed more than images in the template of %s", name)
+	case w.others && (w.holds() || w.p.wroteTemplate(w.d)):
+		return false, "", superseded("a rollout of %s itself is under way", name)
 	case !sameButImages(&w.d.Spec.Template, &w.current.Spec.Template):
 		return false, name + " has changes in its template that are more than images and not rolled out: let its own rollout finish first", nil
 	case w.others:
@@ -130,8 +145,12 @@ func (w *deployment) align(ctx context.Context, images map[string]string) (bool,
 	switch {
 	case len(own)+len(sets) == 0:
 		return true, "", nil
+	case !w.d.Spec.Paused && w.p.wroteTemplate(w.d):
+		return false, "", superseded("somebody has put other images into the template of %s", name)
 	case !w.d.Spec.Paused:
-		patch, err := templatePatch(w.d, &w.d.Spec.Template, nil, map[string]any{inplace.PausedByAnnotation: string(w.p.rollout.UID)}, map[string]any{"paused": true})
+		annotations := w.p.templateMark(templateImages(&w.d.Spec.Template), nil)
+		annotations[inplace.PausedByAnnotation] = string(w.p.rollout.UID)
+		patch, err := templatePatch(w.d, &w.d.Spec.Template, nil, annotations, map[string]any{"paused": true})
 		if err != nil {
 			return false, "", err
 		}
@@ -147,11 +166,11 @@ func (w *deployment) align(ctx context.Context, images map[string]string) (bool,
 		}
 		return false, "the template of ReplicaSet " + w.current.Name + " has just been changed", w.p.patchWorkload(ctx, w.current, patch, "ReplicaSet", sets)
 	}
-	patch, err := templatePatch(w.d, &w.d.Spec.Template, own, nil, nil)
+	patch, err := templatePatch(w.d, &w.d.Spec.Template, own, w.p.templateMark(templateImages(&w.d.Spec.Template), own), nil)
 	if err != nil {
 		return false, "", err
 	}
-	return false, "the template of " + name + " has just been changed", w.p.patchWorkload(ctx, w.d, patch, kindDeployment, own)
+	return false, "the template of " + name + " has just been changed", w.p.noteTemplate(w.p.patchWorkload(ctx, w.d, patch, kindDeployment, own))
 }
 
 // diffs are the images that the Deployment lacks, and those that its ReplicaSet lacks.
@@ -164,12 +183,12 @@ func (w *deployment) diffs(images map[string]string) (own, sets map[string]strin
 }
 
 // settle lets a Deployment go on that the rollout has paused. Its template and that of its ReplicaSet must agree before: a
-// Deployment that differs gets a new ReplicaSet.
+// Deployment that differs gets a new ReplicaSet. What somebody else has put into the template stays there.
 func (w *deployment) settle(ctx context.Context) (bool, error) {
 	if !w.ours() {
 		return w.observed() || !w.d.Spec.Paused, nil
 	}
-	if w.current != nil && w.d.Spec.Paused && sameButImages(&w.d.Spec.Template, &w.current.Spec.Template) {
+	if w.current != nil && w.d.Spec.Paused && !w.touched() && sameButImages(&w.d.Spec.Template, &w.current.Spec.Template) {
 		images := map[string]string{}
 		have := templateImages(&w.d.Spec.Template)
 		for name, image := range templateImages(&w.current.Spec.Template) {
@@ -183,8 +202,12 @@ func (w *deployment) settle(ctx context.Context) (bool, error) {
 		if !w.observed() || w.current.Status.ObservedGeneration < w.current.Generation {
 			return false, nil
 		}
+		if kept, err := w.keepHistory(ctx); !kept || err != nil {
+			return false, err
+		}
 	}
-	patch, err := templatePatch(w.d, &w.d.Spec.Template, nil, map[string]any{inplace.PausedByAnnotation: nil}, map[string]any{"paused": false})
+	off := map[string]any{inplace.PausedByAnnotation: nil, inplace.TemplateAnnotation: nil}
+	patch, err := templatePatch(w.d, &w.d.Spec.Template, nil, off, map[string]any{"paused": false})
 	if err != nil {
 		return false, err
 	}
@@ -197,7 +220,7 @@ func (w *deployment) settle(ctx context.Context) (bool, error) {
 
 // agree gives the Deployment the images of its ReplicaSet or, where the API server does not have that, the ReplicaSet those of its Deployment.
 func (w *deployment) agree(ctx context.Context, images map[string]string) error {
-	patch, err := templatePatch(w.d, &w.d.Spec.Template, images, nil, nil)
+	patch, err := templatePatch(w.d, &w.d.Spec.Template, images, w.p.templateMark(templateImages(&w.d.Spec.Template), images), nil)
 	if err != nil {
 		return err
 	}

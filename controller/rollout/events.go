@@ -25,6 +25,8 @@ const (
 	eventInvalid     = "InvalidTarget"
 	eventPaused      = "DeploymentPaused"
 	eventResumed     = "DeploymentResumed"
+	eventFields      = "FieldsNotGivenBack"
+	eventHistory     = "NoRolloutHistory"
 	eventNotInPlace  = "NotInPlace"
 	eventFollowing   = "InPlaceRollout"
 	eventSecrets     = "PullSecretMissing"

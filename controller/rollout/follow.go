@@ -5,6 +5,7 @@ package rollout
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -17,8 +18,10 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apiequality "k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/intstr"
 	"k8s.io/client-go/tools/events"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
@@ -26,11 +29,19 @@ import (
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 )
 
-// followedAnnotation is on the rollout of an annotated workload: the generation of the workload whose images it has.
-const followedAnnotation = "cri-proxy.io/followed-generation"
+// Annotations of the rollout of an annotated workload.
+const (
+	// followedAnnotation is the generation of the workload whose images it has.
+	followedAnnotation = "cri-proxy.io/followed-generation"
+	// followedRetry is the workload's RetryAnnotation that it has taken up.
+	followedRetry = "cri-proxy.io/followed-retry"
+	// putBackAnnotation is the generation of the workload in which a rollback has put back its template, and hashes of the rest of its
+	// spec and of what kubectl apply has noted there.
+	putBackAnnotation = "cri-proxy.io/put-back-generation"
+)
 
 // FollowReconciler keeps one InPlaceRollout for each StatefulSet, or DaemonSet, that carries InPlaceAnnotation: it has the images of the
-// template. Its strategy is the user's to change.
+// template. Its strategy is the user's: in StrategyAnnotation, or in the rollout, which may be there before the annotation is.
 type FollowReconciler struct {
 	// Client reads from the cache and writes.
 	Client client.Client
@@ -63,6 +74,9 @@ func (r *FollowReconciler) Reconcile(ctx context.Context, req reconcile.Request)
 	if errors.Is(err, errHeld) {
 		return reconcile.Result{RequeueAfter: blockedPause}, nil
 	}
+	if errors.Is(err, errRefused) {
+		return reconcile.Result{RequeueAfter: lookAgain}, nil
+	}
 	if apierrors.IsConflict(err) || apierrors.IsAlreadyExists(err) {
 		return reconcile.Result{RequeueAfter: stalePause}, nil
 	}
@@ -94,7 +108,9 @@ func (r *FollowReconciler) follow(ctx context.Context, key types.NamespacedName)
 		return err
 	}
 	mine := there && metav1.IsControlledBy(&rollout, owner)
-	switch wanted := owner.GetAnnotations()[inplace.InPlaceAnnotation] == "true"; {
+	wanted := owner.GetAnnotations()[inplace.InPlaceAnnotation] == "true"
+	strategy, err := wantedStrategy(owner)
+	switch {
 	case !wanted && mine && rollout.DeletionTimestamp == nil:
 		r.Log.WithField("rollout", rollout.Name).Info("the annotation is gone: deleting the rollout")
 		if err = r.Client.Delete(ctx, &rollout, client.Preconditions{UID: &rollout.UID}); err == nil {
@@ -106,13 +122,52 @@ func (r *FollowReconciler) follow(ctx context.Context, key types.NamespacedName)
 	case !onDelete:
 		r.tell(owner, corev1.EventTypeWarning, eventInvalid, fmt.Sprintf("annotation %s has no effect: set updateStrategy.type to OnDelete", inplace.InPlaceAnnotation))
 		return nil
-	case there && !mine:
-		r.tell(owner, corev1.EventTypeWarning, eventInvalid, fmt.Sprintf("annotation %s has no effect: there is another InPlaceRollout %s", inplace.InPlaceAnnotation, rollout.Name))
+	case err != nil:
+		r.tell(owner, corev1.EventTypeWarning, eventInvalid, fmt.Sprintf("the pods do not follow the images of the template: annotation %s: %s", inplace.StrategyAnnotation, err))
 		return nil
 	case !there:
-		return r.create(ctx, owner, template)
+		return r.create(ctx, owner, template, strategy)
+	case !mine && !r.adoptable(&rollout, owner):
+		r.tell(owner, corev1.EventTypeWarning, eventInvalid, fmt.Sprintf("annotation %s has no effect: there is another InPlaceRollout %s", inplace.InPlaceAnnotation, rollout.Name))
+		return nil
 	}
-	return r.update(ctx, &rollout, owner, template)
+	return r.update(ctx, &rollout, owner, template, strategy)
+}
+
+// wantedStrategy is the strategy that a workload asks for in its annotation; nil when it asks for none.
+func wantedStrategy(owner client.Object) (*inplace.Strategy, error) {
+	text := owner.GetAnnotations()[inplace.StrategyAnnotation]
+	if text == "" {
+		return nil, nil
+	}
+	s := defaultStrategy()
+	decoder := json.NewDecoder(strings.NewReader(text))
+	decoder.DisallowUnknownFields()
+	err := decoder.Decode(&s)
+	if err == nil && decoder.More() {
+		err = errors.New("there is more behind it")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%q is not the strategy of an InPlaceRollout in JSON, such as {\"maxUnavailable\": 2, \"onFailure\": \"Pause\"}: %w", text, err)
+	}
+	return &s, nil
+}
+
+// defaultStrategy is what the schema makes of an empty one.
+func defaultStrategy() inplace.Strategy {
+	one := intstr.FromInt32(1)
+	return inplace.Strategy{MaxUnavailable: &one, ProgressDeadlineSeconds: 600, OnFailure: inplace.Rollback, Order: inplace.StopFirst}
+}
+
+// adoptable says that a rollout was made for a workload beforehand, so that it has a strategy of people's own.
+func (r *FollowReconciler) adoptable(rollout *inplace.InPlaceRollout, owner client.Object) bool {
+	ref := rollout.Spec.Target.WorkloadRef
+	return metav1.GetControllerOf(rollout) == nil && ref != nil && ref.Kind == r.Kind && ref.Name == owner.GetName()
+}
+
+func (r *FollowReconciler) ownerOf(owner client.Object) metav1.OwnerReference {
+	yes := true
+	return metav1.OwnerReference{APIVersion: "apps/v1", Kind: r.Kind, Name: owner.GetName(), UID: owner.GetUID(), Controller: &yes}
 }
 
 // wish are the containers of a template with their images.
@@ -125,19 +180,28 @@ func wish(template *corev1.PodTemplateSpec) []inplace.ContainerChange {
 	return list
 }
 
-func (r *FollowReconciler) create(ctx context.Context, owner client.Object, template *corev1.PodTemplateSpec) error {
-	yes := true
+func (r *FollowReconciler) create(ctx context.Context, owner client.Object, template *corev1.PodTemplateSpec, strategy *inplace.Strategy) error {
+	if strategy == nil {
+		s := defaultStrategy()
+		strategy = &s
+	}
 	rollout := &inplace.InPlaceRollout{
 		ObjectMeta: metav1.ObjectMeta{
 			Namespace: owner.GetNamespace(), Name: follower(r.Kind, owner.GetName()),
 			Annotations:     map[string]string{followedAnnotation: strconv.FormatInt(owner.GetGeneration(), 10)},
-			OwnerReferences: []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: r.Kind, Name: owner.GetName(), UID: owner.GetUID(), Controller: &yes}},
+			OwnerReferences: []metav1.OwnerReference{r.ownerOf(owner)},
 		},
 		Spec: inplace.InPlaceRolloutSpec{
 			Target:     inplace.Target{WorkloadRef: &inplace.WorkloadRef{APIVersion: "apps/v1", Kind: r.Kind, Name: owner.GetName()}},
 			Containers: wish(template),
-			Strategy:   inplace.Strategy{ProgressDeadlineSeconds: 600, OnFailure: inplace.Rollback, Order: inplace.StopFirst},
+			Strategy:   *strategy,
 		},
+	}
+	if retry := owner.GetAnnotations()[inplace.RetryAnnotation]; retry != "" {
+		rollout.Annotations[inplace.RetryAnnotation], rollout.Annotations[followedRetry] = retry, retry
+	}
+	if at := template.Annotations[restartedAt]; at != "" {
+		rollout.Annotations[restartedAt] = at
 	}
 	if err := r.write(ctx, owner, rollout, func() error { return r.Client.Create(ctx, rollout) }); err != nil {
 		return err
@@ -147,8 +211,9 @@ func (r *FollowReconciler) create(ctx context.Context, owner client.Object, temp
 	return nil
 }
 
-// update brings the images of the template into the rollout, unless it is the rollout that has changed the template.
-func (r *FollowReconciler) update(ctx context.Context, rollout *inplace.InPlaceRollout, owner client.Object, template *corev1.PodTemplateSpec) error {
+// update brings the images of the template into the rollout, unless it is the rollout that has changed the template. Images that have failed
+// are not tried again because somebody sets them again: a GitOps controller does that without end.
+func (r *FollowReconciler) update(ctx context.Context, rollout *inplace.InPlaceRollout, owner client.Object, template *corev1.PodTemplateSpec, strategy *inplace.Strategy) error {
 	if rollout.DeletionTimestamp != nil {
 		return nil
 	}
@@ -156,24 +221,56 @@ func (r *FollowReconciler) update(ctx context.Context, rollout *inplace.InPlaceR
 	if rollout.Annotations == nil {
 		rollout.Annotations = map[string]string{}
 	}
-	generation := strconv.FormatInt(owner.GetGeneration(), 10)
+	notes := rollout.Annotations
+	adopted := !metav1.IsControlledBy(rollout, owner)
+	if adopted {
+		rollout.OwnerReferences = append(rollout.OwnerReferences, r.ownerOf(owner))
+		rollout.Spec.TTLSecondsAfterFinished = nil // it is there as long as the workload
+	}
+	if strategy != nil {
+		rollout.Spec.Strategy = *strategy
+	}
+	retry := owner.GetAnnotations()[inplace.RetryAnnotation]
+	again := retry != notes[followedRetry]
+	if again {
+		if notes[followedRetry] = retry; retry == "" {
+			delete(notes, followedRetry)
+			again = false // nobody asks for anything
+		} else {
+			notes[inplace.RetryAnnotation] = retry
+		}
+	}
 	list := wish(template)
-	revision := revisionOf(rollout)
-	failed := rollout.Status.FailedRevision == revision
+	failed := rollout.Status.FailedRevision == revisionOf(before)
 	same := apiequality.Semantic.DeepEqual(list, sortedChanges(rollout.Spec.Containers))
+	at := template.Annotations[restartedAt]
+	take := false
 	switch {
-	case failed && same && (rollout.Status.CompletionTime == nil || rollout.Annotations[followedAnnotation] == generation):
-		return nil // the template is about to be put back
+	case again:
+		take = true
+	case failed && same && rollout.Status.CompletionTime == nil: // the template is about to be put back
 	case failed && same:
-		// Somebody has put the images there again that had failed.
-		rollout.Annotations[inplace.RetryAnnotation] = "generation " + generation
+		if told, err := r.leave(ctx, before, owner, list); told || err != nil {
+			return err // what else there is comes with the event of that write
+		}
 	case failed && isPrevious(rollout, list):
-		return nil // it was put back
-	case same:
-		r.forget(owner)
+		take = r.wantedAgain(rollout, owner)
+	default:
+		take = !same || at != notes[restartedAt]
+	}
+	if take {
+		if notes[restartedAt] = at; at == "" {
+			delete(notes, restartedAt)
+		}
+		rollout.Spec.Containers, notes[followedAnnotation] = list, strconv.FormatInt(owner.GetGeneration(), 10)
+		delete(notes, putBackAnnotation)
+	}
+	if apiequality.Semantic.DeepEqual(before, rollout) {
+		if same && !failed {
+			r.forget(owner)
+		}
 		return nil
 	}
-	rollout.Spec.Containers, rollout.Annotations[followedAnnotation] = list, generation
 	err := r.write(ctx, owner, rollout, func() error {
 		return r.Client.Patch(ctx, rollout, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{}))
 	})
@@ -181,12 +278,110 @@ func (r *FollowReconciler) update(ctx context.Context, rollout *inplace.InPlaceR
 		return err
 	}
 	r.Metrics.wrote("rollout")
-	r.Log.WithField("rollout", rollout.Name).Info("the template has other images")
+	switch {
+	case adopted:
+		r.tell(owner, corev1.EventTypeNormal, eventFollowing, "the pods follow the images of the template in place: InPlaceRollout "+rollout.Name+" was there and is taken over")
+	case take && same:
+		r.tell(owner, corev1.EventTypeNormal, eventFollowing, "all containers of the pods are restarted in place: see InPlaceRollout "+rollout.Name)
+	case take:
+		r.Log.WithField("rollout", rollout.Name).Info("the template has other images")
+	}
 	return nil
+}
+
+// leave says that images that have failed are in the template again, and are not tried again. It returns whether it has written that.
+func (r *FollowReconciler) leave(ctx context.Context, rollout *inplace.InPlaceRollout, owner client.Object, list []inplace.ContainerChange) (bool, error) {
+	record, _, _ := strings.Cut(rollout.Annotations[putBackAnnotation], " ")
+	if generation, err := strconv.ParseInt(record, 10, 64); err == nil && owner.GetGeneration() <= generation {
+		return false, nil // the cache does not show yet that it was put back
+	}
+	if c := meta.FindStatusCondition(rollout.Status.Conditions, inplace.ConditionComplete); c != nil && c.Reason == inplace.ReasonNotRetried {
+		return false, nil
+	}
+	why := ""
+	if f := rollout.Status.Failures; len(f) > 0 {
+		why = fmt.Sprintf(" (%s: %s: %s)", subject(f[0]), f[0].Reason, f[0].Message)
+	}
+	text := fmt.Sprintf("what has failed%s is in the template of %s %s again: %s. It is not tried again until another image is set, or annotation %s of the %s is changed; "+
+		"the pods keep what they have, new ones get what the template has", clip(why, 500), r.Kind, owner.GetName(), describe(list), inplace.RetryAnnotation, r.Kind)
+	before := rollout.DeepCopy()
+	next := &rollout.Status
+	next.Message = text
+	setCondition(next, inplace.ConditionComplete, false, inplace.ReasonNotRetried, text)
+	setCondition(next, inplace.ConditionProgressing, false, inplace.ReasonNotRetried, text)
+	if err := r.Client.Status().Patch(ctx, rollout, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})); err != nil {
+		return false, err
+	}
+	r.Metrics.wrote("rollout status")
+	r.Log.WithField("rollout", rollout.Name).Info(text)
+	r.tell(owner, corev1.EventTypeWarning, inplace.ReasonNotRetried, text)
+	announce(r.Recorder, rollout, corev1.EventTypeWarning, inplace.ReasonNotRetried, text)
+	return true, nil
+}
+
+// wantedAgain says that the images of before the failure are in the template because somebody wants them, and not because the rollback has
+// put them there. What is not about the template makes a new generation, too; kubectl apply of what is there makes none, but notes it.
+func (r *FollowReconciler) wantedAgain(rollout *inplace.InPlaceRollout, owner client.Object) bool {
+	record, hashes, _ := strings.Cut(rollout.Annotations[putBackAnnotation], " ")
+	shape, applied, _ := strings.Cut(hashes, " ")
+	generation, err := strconv.ParseInt(record, 10, 64)
+	c := meta.FindStatusCondition(rollout.Status.Conditions, inplace.ConditionComplete)
+	switch {
+	case c != nil && c.Reason == inplace.ReasonNotRetried:
+		return true // somebody had set the failed ones again
+	case err != nil, owner.GetGeneration() < generation:
+		return false
+	case applied != appliedTo(owner):
+		return true
+	case owner.GetGeneration() == generation:
+		return false
+	case shape == shapeOf(owner):
+		return true
+	}
+	rollout.Annotations[putBackAnnotation] = putBack(owner, owner.GetGeneration())
+	return false
+}
+
+// putBack is what putBackAnnotation says of a workload in a generation.
+func putBack(o client.Object, generation int64) string {
+	return fmt.Sprintf("%d %s %s", generation, shapeOf(o), appliedTo(o))
+}
+
+// appliedTo is a hash of the manifest that was last applied to a workload on the client's side.
+func appliedTo(o client.Object) string {
+	return hash(o.GetAnnotations()[corev1.LastAppliedConfigAnnotation])
+}
+
+// shapeOf is a hash of the spec of a workload without its template.
+func shapeOf(o client.Object) string {
+	switch o := o.(type) {
+	case *appsv1.StatefulSet:
+		spec := o.Spec.DeepCopy()
+		spec.Template = corev1.PodTemplateSpec{}
+		return hash(spec)
+	case *appsv1.DaemonSet:
+		spec := o.Spec.DeepCopy()
+		spec.Template = corev1.PodTemplateSpec{}
+		return hash(spec)
+	}
+	return ""
+}
+
+// notePutBack keeps in the workload's own rollout that it is the rollback that writes the template next.
+func (p *pass) notePutBack(ctx context.Context, o client.Object) error {
+	before := p.rollout.DeepCopy()
+	if p.rollout.Annotations == nil {
+		p.rollout.Annotations = map[string]string{}
+	}
+	p.rollout.Annotations[putBackAnnotation] = putBack(o, o.GetGeneration()+1)
+	return p.patch(ctx, before)
 }
 
 // errHeld says that another rollout is at work on the containers. An Event names it.
 var errHeld = errors.New("another rollout is at work")
+
+// errRefused says that the API server does not have the rollout. An Event says why.
+var errRefused = errors.New("the rollout is refused")
 
 // write writes a rollout, unless the webhook has refused that because another one is at work on the containers, and still would.
 func (r *FollowReconciler) write(ctx context.Context, owner client.Object, rollout *inplace.InPlaceRollout, write func() error) error {
@@ -205,7 +400,13 @@ func (r *FollowReconciler) write(ctx context.Context, owner client.Object, rollo
 	case err == nil:
 		r.forget(owner)
 		return nil
-	case text == "" || !apierrors.IsBadRequest(err):
+	case apierrors.IsBadRequest(err) && text != "":
+	case apierrors.IsBadRequest(err), apierrors.IsInvalid(err), apierrors.IsForbidden(err):
+		text = fmt.Sprintf("the pods do not follow the template: InPlaceRollout %s cannot be written: %s", rollout.Name, err)
+		r.Log.WithField("rollout", rollout.Name).Warn(text)
+		r.tell(owner, corev1.EventTypeWarning, eventInvalid, text)
+		return errRefused
+	default:
 		return err
 	}
 	r.Log.WithField("rollout", rollout.Name).Info(text)

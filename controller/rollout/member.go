@@ -46,6 +46,8 @@ type work struct {
 	// refused is why the template of the workload is not changed, by the revision of the goal; api is what goes wrong with it.
 	refused map[string]*failure
 	api     apiTrouble
+	// templated are the goals, by revision, for which the template was written.
+	templated map[string]bool
 
 	mu sync.Mutex
 	// selector chooses the pods that the rollout may be about; nil until it is known.

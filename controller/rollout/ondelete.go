@@ -92,13 +92,24 @@ func (w *onDelete) align(ctx context.Context, images map[string]string) (bool, s
 			return false, "", err
 		}
 	}
+	if len(diff) > 0 && w.p.wroteTemplate(w.object) {
+		if w.p.goal.undo {
+			return true, "", w.readRevisions(ctx) // it was put back, and somebody wants it otherwise: the pods go back all the same
+		}
+		return false, "", superseded("somebody has put other images into the template of %s", w.name())
+	}
 	if len(diff) > 0 {
-		patch, err := templatePatch(w.object, w.template, diff, nil, nil)
+		patch, err := templatePatch(w.object, w.template, diff, w.p.templateMark(templateImages(w.template), diff), nil)
 		if err != nil {
 			return false, "", err
 		}
+		if w.p.goal.undo && w.follows() {
+			if err := w.p.notePutBack(ctx, w.object); err != nil {
+				return false, "", err
+			}
+		}
 		w.p.log.WithField("images", diff).Info("changing the template of " + w.name())
-		return false, "the template of " + w.name() + " has just been changed", w.p.patchWorkload(ctx, w.object, patch, w.kind, diff)
+		return false, "the template of " + w.name() + " has just been changed", w.p.noteTemplate(w.p.patchWorkload(ctx, w.object, patch, w.kind, diff))
 	}
 	if w.observed < w.object.GetGeneration() {
 		return false, "the controller of " + w.name() + " has not seen its template yet", nil
@@ -113,10 +124,13 @@ func (w *onDelete) align(ctx context.Context, images map[string]string) (bool, s
 	return true, "", nil
 }
 
+// follows says that the rollout is the workload's own.
+func (w *onDelete) follows() bool { return metav1.IsControlledBy(w.p.rollout, w.object) }
+
 // mayWrite says that the rollout may change images of the template. A rollout that follows the template leaves it alone, except to put
 // back what has failed.
 func (w *onDelete) mayWrite(diff map[string]string) bool {
-	if !metav1.IsControlledBy(w.p.rollout, w.object) {
+	if !w.follows() {
 		return true
 	}
 	have := templateImages(w.template)
@@ -201,10 +215,18 @@ func (w *onDelete) obstacle(pod *corev1.Pod) string {
 	if t == nil {
 		return fmt.Sprintf("pod %s is of a revision (%s) that is not known any more", pod.Name, label)
 	}
-	if !sameButImages(t, w.revisions.templates[w.update]) {
+	if !sameInPlace(t, w.revisions.templates[w.update]) {
 		return fmt.Sprintf("pod %s was made from a template that differs from the present one in more than images", pod.Name)
 	}
 	return ""
+}
+
+func (w *onDelete) restart(pod *corev1.Pod) bool {
+	if w.revisions == nil {
+		return false
+	}
+	was, is := w.revisions.templates[pod.Labels[revisionLabel]], w.revisions.templates[w.update]
+	return was != nil && is != nil && was.Annotations[restartedAt] != is.Annotations[restartedAt]
 }
 
 func (w *onDelete) revisionLabel(i *item, images map[string]string) string {
@@ -212,16 +234,41 @@ func (w *onDelete) revisionLabel(i *item, images map[string]string) string {
 	if w.revisions == nil || w.update == "" || w.obstacle(pod) != "" {
 		return ""
 	}
-	for name, want := range templateImages(w.template) {
-		c, _ := containerOf(pod, name)
-		if c == nil {
-			return ""
-		}
-		if to := images[name]; to != "" && to != want || to == "" && !i.known.has(i.m.mark, name, c.Image, want) {
-			return ""
+	restart := w.restart(pod)
+	if restart && images != nil {
+		return "" // its containers are restarted first
+	}
+	if w.willHave(i, images, w.template) && (!restart || !w.p.goal.undo) {
+		return w.update
+	}
+	if !w.p.goal.undo {
+		return ""
+	}
+	// Somebody has the template otherwise. The pod is of the revision that it goes back to.
+	own := pod.Labels[revisionLabel]
+	was := w.revisions.templates[own]
+	for _, label := range append([]string{own}, sortedKeys(w.revisions.templates)...) {
+		if t := w.revisions.templates[label]; t != nil && was != nil && sameButImages(t, was) && w.willHave(i, images, t) {
+			return label
 		}
 	}
-	return w.update
+	return ""
 }
+
+// willHave says that a pod that gets these images has those of a template.
+func (w *onDelete) willHave(i *item, images map[string]string, t *corev1.PodTemplateSpec) bool {
+	for name, want := range templateImages(t) {
+		c, _ := containerOf(i.pod, name)
+		if c == nil {
+			return false
+		}
+		if to := images[name]; to != "" && to != want || to == "" && !i.known.has(i.m.mark, name, c.Image, want) {
+			return false
+		}
+	}
+	return true
+}
+
+func (w *onDelete) written() client.Object { return w.object }
 
 func (w *onDelete) settle(context.Context) (bool, error) { return true, nil }

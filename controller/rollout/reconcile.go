@@ -46,6 +46,7 @@ const (
 // +kubebuilder:rbac:groups="",resources=services,verbs=get;list
 // +kubebuilder:rbac:groups="",resources=persistentvolumeclaims;persistentvolumes,verbs=get
 // +kubebuilder:rbac:groups=apps,resources=deployments;replicasets;statefulsets;daemonsets,verbs=get;list;watch;patch
+// +kubebuilder:rbac:groups=apps,resources=replicasets,verbs=create
 // +kubebuilder:rbac:groups=apps,resources=controllerrevisions,verbs=list
 // +kubebuilder:rbac:groups=policy,resources=poddisruptionbudgets,verbs=get;list;watch
 // +kubebuilder:rbac:groups=events.k8s.io,resources=events,verbs=create;patch
@@ -236,15 +237,21 @@ func (p *pass) advance(ctx context.Context) error {
 	if p.work.revision != p.goal.revision {
 		p.work.revision, p.work.failures, p.work.told = p.goal.revision, map[types.UID]inplace.PodFailure{}, map[string]bool{}
 		p.work.progressed, p.work.released = p.now, nil
-		p.work.template, p.work.refused, p.work.api = nil, nil, apiTrouble{}
+		p.work.template, p.work.refused, p.work.api, p.work.templated = nil, nil, apiTrouble{}, nil
 	}
 	if p.undoing() {
 		p.goal = p.goal.undoing(&p.rollout.Status, p.target.workload != nil)
 	}
+	if text := p.newer(); text != "" {
+		return p.supersede(ctx, text)
+	}
 	ready := true
+	var over *supersededError
 	if w := p.target.workload; w != nil {
 		if ready, err = p.align(ctx, w); errors.As(err, &why) {
 			return p.refuse(ctx, why)
+		} else if errors.As(err, &over) {
+			return p.supersede(ctx, over.text)
 		} else if err != nil {
 			return err
 		}
@@ -328,6 +335,9 @@ func (p *pass) gather(ctx context.Context) {
 			continue
 		}
 		i := &item{pod: pod, m: m, goal: p.goal.of(m.mark), ordinal: -1, stale: m.stale(pod)}
+		if w := p.target.workload; w != nil && !p.goal.undo && w.restart(pod) {
+			i.goal.restarts = containersOf(pod)
+		}
 		if p.target.ordered {
 			i.ordinal = ordinalOf(pod.Name)
 		}
@@ -341,12 +351,16 @@ func (p *pass) gather(ctx context.Context) {
 		k.carried = len(m.started) > 0 && p.carries(ctx, pod)
 		i.known, i.verdict = k, judge(pod, m.mark, i.goal, k, &p.strategy, p.now)
 		p.wait = sooner(p.wait, i.verdict.wait)
-		if s := i.verdict.stage; p.target.workload != nil && (s == outdated && !m.turn || s == broken && i.verdict.failure.reason == failNoContainer) {
+		if s := i.verdict.stage; p.target.workload != nil && (s == outdated && !m.turn || s == updated && !p.goal.undo || s == broken && i.verdict.failure.reason == failNoContainer) {
 			if why := p.target.workload.obstacle(pod); why != "" {
 				i.verdict.stage, p.obstacle = left, why
 			} else if p.blocked != "" && s == broken {
 				i.verdict.stage = left // that is not known yet
 			}
+		}
+		if p.target.workload != nil && i.verdict.stage == updated {
+			label := p.target.workload.revisionLabel(i, nil)
+			i.unlabelled = label != "" && label != pod.Labels[revisionLabel]
 		}
 		if v := &i.verdict; !i.stale && (v.recovered || v.stage == broken && !v.disrupted || v.stage == updated && v.available) {
 			if m.turn {

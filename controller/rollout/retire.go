@@ -142,6 +142,9 @@ func (p *pass) finalize(ctx context.Context) error {
 			p.wait = sooner(p.wait, blockedPause)
 			return nil
 		}
+		if err := p.giveBack(ctx); err != nil {
+			return err
+		}
 		p.release(ctx)
 	}
 	select {

@@ -127,7 +127,7 @@ func (p *pass) report() *inplace.InPlaceRolloutStatus {
 		if i.verdict.serving {
 			next.Ready++
 		}
-		if i.verdict.stage == updated && p.isTarget(i) {
+		if i.verdict.stage == updated && !i.unlabelled && p.isTarget(i) {
 			next.Updated++
 		}
 	}
@@ -160,7 +160,7 @@ func (p *pass) isTarget(i *item) bool {
 }
 
 // tally counts the pods by where they stand.
-type tally struct{ outdated, changing, updated, broken, available, open, turns, left int }
+type tally struct{ outdated, changing, updated, unlabelled, broken, available, open, turns, left int }
 
 func (p *pass) tally() tally {
 	var t tally
@@ -172,6 +172,9 @@ func (p *pass) tally() tally {
 			t.changing++
 		case updated:
 			t.updated++
+			if i.unlabelled {
+				t.unlabelled++
+			}
 			if i.verdict.available && !i.stale {
 				t.available++
 			}
@@ -196,7 +199,7 @@ func (p *pass) conclude(ctx context.Context) error {
 	t := p.tally()
 	p.progress(t)
 	undo := p.goal.undo
-	through := t.outdated+t.changing+t.left == 0 && p.blocked == "" && t.open == 0 && len(p.items) > 0 || len(p.items) == 0 && p.target.desired == 0 && p.target.workload != nil && p.blocked == ""
+	through := t.outdated+t.changing+t.left+t.unlabelled == 0 && p.blocked == "" && t.open == 0 && len(p.items) > 0 || len(p.items) == 0 && p.target.desired == 0 && p.target.workload != nil && p.blocked == ""
 	whole := through && t.broken == 0 && t.available == t.updated && t.available >= p.target.desired
 	switch {
 	case whole && !undo, through && undo && (whole || p.stuck()), through && p.strategy.onFailure == inplace.Continue && t.broken > 0 && t.available == t.updated:
@@ -225,6 +228,10 @@ func (p *pass) conclude(ctx context.Context) error {
 		}
 		setCondition(next, inplace.ConditionDegraded, true, reason, next.Message)
 		p.stand(next, reason == inplace.ReasonPodsFailed, reason, next.Message)
+	case p.blocked != "" && p.stuck():
+		next.Message = fmt.Sprintf("nothing has changed for %s: %s", p.strategy.deadline, p.blocked)
+		p.stand(next, false, inplace.ReasonStuck, next.Message)
+		p.tell(corev1.EventTypeWarning, inplace.ReasonStuck, next.Message, "blocked")
 	case p.blocked != "":
 		next.Message = p.blocked
 		p.stand(next, true, p.blockedReason, p.blocked)
@@ -342,6 +349,9 @@ func (p *pass) complete(ctx context.Context, next *inplace.InPlaceRolloutStatus,
 		if t.available < t.updated || t.broken > 0 {
 			next.Message += fmt.Sprintf("; %d pods are not available after it", t.updated+t.broken-t.available)
 		}
+		if w, ok := p.target.workload.(*onDelete); ok && w.follows() {
+			next.Message += "; to try again set another image, or change annotation " + inplace.RetryAnnotation + " of " + w.name()
+		}
 		p.stand(next, false, inplace.ReasonRolledBack, next.Message)
 		setCondition(next, inplace.ConditionDegraded, true, inplace.ReasonRolledBack, next.Message)
 	case t.broken > 0:
@@ -356,6 +366,14 @@ func (p *pass) complete(ctx context.Context, next *inplace.InPlaceRolloutStatus,
 		setCondition(next, inplace.ConditionProgressing, true, inplace.ReasonRolledOut, next.Message)
 		setCondition(next, inplace.ConditionComplete, true, inplace.ReasonRolledOut, next.Message)
 		setCondition(next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")
+	}
+	return p.end(ctx, next)
+}
+
+// end writes the last status of a rollout, and lets go of it.
+func (p *pass) end(ctx context.Context, next *inplace.InPlaceRolloutStatus) error {
+	if err := p.giveBack(ctx); err != nil {
+		return err
 	}
 	if err := p.writeStatus(ctx, next); err != nil {
 		return err

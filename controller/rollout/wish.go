@@ -104,6 +104,9 @@ func (g goal) of(m *mark) goal {
 func revisionOf(r *inplace.InPlaceRollout) string {
 	list := slices.Clone(r.Spec.Containers)
 	slices.SortFunc(list, func(a, b inplace.ContainerChange) int { return cmp.Compare(a.Name, b.Name) })
+	if at := r.Annotations[restartedAt]; at != "" {
+		return hash(list, r.Annotations[inplace.RetryAnnotation], at)
+	}
 	return hash(list, r.Annotations[inplace.RetryAnnotation])
 }
 

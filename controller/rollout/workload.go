@@ -33,6 +33,9 @@ const (
 // revisionLabel is what StatefulSets and DaemonSets tell the revision of a pod by.
 const revisionLabel = appsv1.ControllerRevisionHashLabelKey
 
+// restartedAt is the annotation of a template that kubectl rollout restart changes.
+const restartedAt = "kubectl.kubernetes.io/restartedAt"
+
 // onDeleteStrategy is that of StatefulSets and of DaemonSets.
 const onDeleteStrategy = string(appsv1.OnDeleteStatefulSetStrategyType)
 
@@ -45,10 +48,15 @@ type workload interface {
 	align(ctx context.Context, images map[string]string) (ready bool, why string, err error)
 	// obstacle says why a pod cannot be brought to the template in place; empty when it can.
 	obstacle(pod *corev1.Pod) string
-	// revisionLabel is the label of a pod that gets these images; empty when it is not of the template's revision then.
+	// restart says that a pod was made before somebody has asked for a restart of all pods, by the template.
+	restart(pod *corev1.Pod) bool
+	// revisionLabel is the label of a pod that gets these images, or of one that has what it is to have if they are nil; empty when it is not
+	// of the template's revision then.
 	revisionLabel(i *item, images map[string]string) string
 	// settle lets the workload's controller go on as before, and says whether it has taken notice.
 	settle(ctx context.Context) (bool, error)
+	// written is what the rollout may have written besides pods: the workload.
+	written() client.Object
 }
 
 // readWorkload reads the workload of a target, and says whether its pods can be changed in place. It is nil if there is none of that name. The
@@ -258,7 +266,7 @@ func templatePatch(o client.Object, t *corev1.PodTemplateSpec, images map[string
 // patchWorkload writes a patch, unless someone else wrote in between, and looks whether the images are what they were to become.
 func (p *pass) patchWorkload(ctx context.Context, o client.Object, patch []byte, object string, images map[string]string) error {
 	what := object + " " + o.GetName()
-	if err := p.r.Client.Patch(ctx, o, client.RawPatch(types.StrategicMergePatchType, patch)); err != nil {
+	if err := p.r.Client.Patch(ctx, o, client.RawPatch(types.StrategicMergePatchType, patch), client.FieldOwner(fieldOwner)); err != nil {
 		return denied(fmt.Errorf("changing %s: %w", what, err), what)
 	}
 	p.r.Metrics.wrote(object)
@@ -271,7 +279,22 @@ func (p *pass) patchWorkload(ctx context.Context, o client.Object, patch []byte,
 	return nil
 }
 
-// sameButImages says that templates differ in nothing that cannot be changed in place.
+// sameInPlace says that templates differ in nothing but images and the annotation that has all pods restarted.
+func sameInPlace(a, b *corev1.PodTemplateSpec) bool {
+	if a == nil || b == nil {
+		return false
+	}
+	bare := func(t *corev1.PodTemplateSpec) *corev1.PodTemplateSpec {
+		t = t.DeepCopy()
+		if delete(t.Annotations, restartedAt); len(t.Annotations) == 0 {
+			t.Annotations = nil
+		}
+		return t
+	}
+	return sameButImages(bare(a), bare(b))
+}
+
+// sameButImages says that templates differ in nothing but images.
 func sameButImages(a, b *corev1.PodTemplateSpec) bool {
 	bare := func(t *corev1.PodTemplateSpec) *corev1.PodTemplateSpec {
 		t = t.DeepCopy()

@@ -63,10 +63,11 @@ func (b *bed) atRest(kind, image string) {
 		if err := b.api.List(b.ctx, &sets); err != nil {
 			b.t.Fatal(err)
 		}
-		if d.Spec.Paused || d.Annotations[inplace.PausedByAnnotation] != "" || len(sets.Items) != 1 {
-			b.t.Errorf("paused %v, annotations %v, %d ReplicaSets", d.Spec.Paused, d.Annotations, len(sets.Items))
+		active := withPods(sets.Items)
+		if d.Spec.Paused || d.Annotations[inplace.PausedByAnnotation] != "" || len(active) != 1 {
+			b.t.Fatalf("paused %v, annotations %v, %d ReplicaSets have pods", d.Spec.Paused, d.Annotations, len(active))
 		}
-		for _, t := range []*corev1.PodTemplateSpec{&d.Spec.Template, &sets.Items[0].Spec.Template} {
+		for _, t := range []*corev1.PodTemplateSpec{&d.Spec.Template, &active[0].Spec.Template} {
 			if got := templateImages(t)["app"]; got != image {
 				b.t.Errorf("template has %s", got)
 			}
@@ -77,6 +78,11 @@ func (b *bed) atRest(kind, image string) {
 			b.t.Errorf("pod %s runs %s", pod.Name, runningImage(pod, "app"))
 		}
 	}
+}
+
+// withPods are the ReplicaSets that have pods.
+func withPods(sets []appsv1.ReplicaSet) []appsv1.ReplicaSet {
+	return slices.DeleteFunc(slices.Clone(sets), func(s appsv1.ReplicaSet) bool { return wanted(&s) == 0 })
 }
 
 func (b *bed) addOf(kind string, n int) {
@@ -243,8 +249,8 @@ func TestDeploymentDeleted(t *testing.T) {
 				if err := b.api.List(t.Context(), &sets, client.InNamespace("ns")); err != nil {
 					t.Fatal(err)
 				}
-				if d.Spec.Paused || len(sets.Items) != 1 || b.unready() != 0 {
-					t.Errorf("paused %v, %d ReplicaSets, %d not ready", d.Spec.Paused, len(sets.Items), b.unready())
+				if active := withPods(sets.Items); d.Spec.Paused || len(active) != 1 || b.unready() != 0 {
+					t.Errorf("paused %v, %d ReplicaSets with pods, %d not ready", d.Spec.Paused, len(active), b.unready())
 				}
 			})
 		})

@@ -76,7 +76,7 @@ func testPermissions(t *testing.T) {
 		{everywhere, "update patch", "deployments/scale.apps", "", false},
 		{everywhere, "create update delete", "statefulsets.apps", "", false},
 		{everywhere, "create update delete", "daemonsets.apps", "", false},
-		{everywhere, "create update delete", "replicasets.apps", "", false},
+		{everywhere, "update delete", "replicasets.apps", "", false},
 		{everywhere, "create update patch delete", "controllerrevisions.apps", "", false},
 		{everywhere, "create update patch delete", "poddisruptionbudgets.policy", "", false},
 		{"", "get create update patch delete bind escalate", "clusterroles.rbac.authorization.k8s.io", "", false},

@@ -1,0 +1,194 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package rollout
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"strconv"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+)
+
+// The old ReplicaSets of a Deployment are its history: kubectl rollout undo takes the template of the one with the second highest
+// revision. A rollout in place changes the template of the present one, so that what it had would be lost, and undo would go back
+// one too far. So the rollout leaves a ReplicaSet without pods that has the template of before.
+
+// copiedNot are annotations of a ReplicaSet that are about it alone, or about a rollout.
+var copiedNot = []string{
+	deploymentRevision, "deployment.kubernetes.io/revision-history", "deployment.kubernetes.io/desired-replicas", "deployment.kubernetes.io/max-replicas",
+	inplace.PausedByAnnotation, inplace.TemplateAnnotation,
+}
+
+// wanted is how many pods a ReplicaSet is to have.
+func wanted(set *appsv1.ReplicaSet) int32 {
+	if set.Spec.Replicas == nil {
+		return 1
+	}
+	return *set.Spec.Replicas
+}
+
+// revisionNumber is that of a ReplicaSet; -1 without.
+func revisionNumber(set *appsv1.ReplicaSet) int {
+	n, err := strconv.Atoi(set.Annotations[deploymentRevision])
+	if err != nil {
+		return -1
+	}
+	return n
+}
+
+// chooseCurrent is the ReplicaSet of the highest revision. While a Deployment is held it is the one with pods: its controller gives the highest
+// revision to one that has the template by chance.
+func (w *deployment) chooseCurrent() *appsv1.ReplicaSet {
+	var newest, active *appsv1.ReplicaSet
+	actives := 0
+	for _, set := range w.sets {
+		if n := revisionNumber(set); n >= 0 && (newest == nil || n > revisionNumber(newest) || n == revisionNumber(newest) && wanted(set) > wanted(newest)) {
+			newest = set
+		}
+		if wanted(set) > 0 {
+			active = set
+			actives++
+		}
+	}
+	if actives == 1 && w.ours() && w.d.Spec.Paused {
+		return active
+	}
+	return newest
+}
+
+// sameTemplate says that templates are the same but for the label of the ReplicaSet.
+func sameTemplate(a, b *corev1.PodTemplateSpec) bool { return sameButImages(a, b) && sameImages(a, b) }
+
+// previousTemplate is what the present ReplicaSet had before the rollout; nil if that is not known, or the same.
+func (w *deployment) previousTemplate() (*corev1.PodTemplateSpec, map[string]string) {
+	s := &w.p.rollout.Status
+	if w.p.goal.undo || w.p.newer() != "" {
+		return nil, nil
+	}
+	t := w.current.Spec.Template.DeepCopy()
+	pod := &corev1.Pod{Spec: t.Spec}
+	images := map[string]string{}
+	for name := range s.TargetImages {
+		c, _ := containerOf(pod, name)
+		if c == nil || s.PreviousImages[name] == "" {
+			return nil, nil
+		}
+		if was := s.PreviousImages[name]; c.Image != was {
+			c.Image, images[name] = was, was
+		}
+	}
+	if len(images) == 0 {
+		return nil, nil
+	}
+	return t, images
+}
+
+// keepHistory leaves a ReplicaSet with the template of before, of the highest revision but the present one's, and says whether it is there. A
+// Deployment's controller takes the oldest ReplicaSet that has its template for the present one: an older one that has it gets the template
+// of before, or the pods would be replaced.
+func (w *deployment) keepHistory(ctx context.Context) (bool, error) {
+	previous, images := w.previousTemplate()
+	if previous == nil {
+		return true, nil
+	}
+	var there *appsv1.ReplicaSet
+	highest := 0
+	for _, set := range w.sets {
+		if set == w.current {
+			continue
+		}
+		if sameTemplate(&set.Spec.Template, &w.d.Spec.Template) && before(set, w.current) {
+			patch, err := templatePatch(set, &set.Spec.Template, images, clean(nil), nil)
+			if err != nil {
+				return false, err
+			}
+			return false, w.p.patchWorkload(ctx, set, patch, "ReplicaSet", images)
+		}
+		if sameTemplate(&set.Spec.Template, previous) && (there == nil || revisionNumber(set) > revisionNumber(there)) {
+			there = set
+		}
+		highest = max(highest, revisionNumber(set))
+	}
+	number := strconv.Itoa(max(revisionNumber(w.current), highest+1))
+	switch limit := w.d.Spec.RevisionHistoryLimit; {
+	case there != nil && revisionNumber(there) == highest:
+		return highest <= revisionNumber(w.current), nil // its controller is about to give that a higher one
+	case there != nil:
+		patch, err := templatePatch(there, &there.Spec.Template, nil, clean(map[string]any{deploymentRevision: number}), nil)
+		if err != nil {
+			return false, err
+		}
+		return false, w.p.patchWorkload(ctx, there, patch, "ReplicaSet", nil)
+	case limit != nil && *limit == 0:
+		return true, nil // nobody wants any
+	}
+	set := w.copyOf(previous, number)
+	err := w.p.r.Client.Create(ctx, set)
+	switch {
+	case err == nil:
+		w.p.r.Metrics.wrote("ReplicaSet")
+		w.p.log.WithField("replicaset", set.Name).Info("the template of before is kept for kubectl rollout undo")
+	case apierrors.IsAlreadyExists(err): // the cache does not show it yet
+	case apiStatus(err):
+		text := fmt.Sprintf("kubectl rollout undo of Deployment %s will go back further than to what was before: no ReplicaSet can be made for its history: %s", w.d.Name, err)
+		w.p.log.Warn(text)
+		w.p.tell(corev1.EventTypeWarning, eventHistory, text, "")
+	default:
+		return false, err
+	}
+	return true, nil
+}
+
+// clean takes off the annotations that the Deployment had while it was held: its controller copies all, and undo brings them back.
+func clean(annotations map[string]any) map[string]any {
+	all := map[string]any{inplace.PausedByAnnotation: nil, inplace.TemplateAnnotation: nil}
+	maps.Copy(all, annotations)
+	return all
+}
+
+// copyOf is a ReplicaSet of the Deployment without pods.
+func (w *deployment) copyOf(t *corev1.PodTemplateSpec, number string) *appsv1.ReplicaSet {
+	label := hash(t.Spec, t.Annotations, number) // a ReplicaSet that was made from this template may be the present one
+	t.Labels = maps.Clone(t.Labels)
+	if t.Labels == nil {
+		t.Labels = map[string]string{}
+	}
+	t.Labels[appsv1.DefaultDeploymentUniqueLabelKey] = label
+	selector := w.d.Spec.Selector.DeepCopy()
+	if selector.MatchLabels == nil {
+		selector.MatchLabels = map[string]string{}
+	}
+	selector.MatchLabels[appsv1.DefaultDeploymentUniqueLabelKey] = label
+	notes := maps.Clone(w.current.Annotations)
+	if notes == nil {
+		notes = map[string]string{}
+	}
+	for _, key := range copiedNot {
+		delete(notes, key)
+	}
+	notes[deploymentRevision] = number
+	yes, none := true, int32(0)
+	return &appsv1.ReplicaSet{
+		ObjectMeta: metav1.ObjectMeta{
+			Namespace: w.d.Namespace, Name: w.d.Name + "-" + label, Labels: maps.Clone(t.Labels), Annotations: notes,
+			OwnerReferences: []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: kindDeployment, Name: w.d.Name, UID: w.d.UID, Controller: &yes}},
+		},
+		Spec: appsv1.ReplicaSetSpec{Replicas: &none, MinReadySeconds: w.d.Spec.MinReadySeconds, Selector: selector, Template: *t},
+	}
+}
+
+// before says which of two ReplicaSets the Deployment's controller takes for the older one.
+func before(a, b *appsv1.ReplicaSet) bool {
+	if a.CreationTimestamp.Equal(&b.CreationTimestamp) {
+		return a.Name < b.Name
+	}
+	return a.CreationTimestamp.Before(&b.CreationTimestamp)
+}
