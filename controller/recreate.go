@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -25,6 +26,7 @@ import (
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/kruise"
 )
 
 const (
@@ -91,6 +93,8 @@ type ContainerRecreateReconciler struct {
 	Log logrus.FieldLogger
 	// Now is the clock; nil means time.Now.
 	Now func() time.Time
+	// Gate is closed while OpenKruise carries the requests out; nil: it never is.
+	Gate *kruise.Gate
 
 	watches *operationWatches
 
@@ -163,8 +167,23 @@ func (r *ContainerRecreateReconciler) forget(key types.NamespacedName) {
 	}
 }
 
+// standDown forgets all requests: they are somebody else's.
+func (r *ContainerRecreateReconciler) standDown() {
+	r.mu.Lock()
+	keys := slices.Collect(maps.Keys(r.memories))
+	r.mu.Unlock()
+	for _, key := range keys {
+		r.forget(key)
+	}
+}
+
 // Reconcile takes one request as far as it goes and says when to look again.
 func (r *ContainerRecreateReconciler) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
+	leave, open := r.Gate.Enter()
+	if !open {
+		return reconcile.Result{RequeueAfter: kruise.StandBy}, nil
+	}
+	defer leave()
 	crr := &appsv1alpha1.ContainerRecreateRequest{}
 	if err := r.Client.Get(ctx, req.NamespacedName, crr); err != nil {
 		if apierrors.IsNotFound(err) {
@@ -575,7 +594,7 @@ func (p *pass) retire(ctx context.Context) (time.Duration, error) {
 		return 0, err
 	}
 	before := p.crr.DeepCopy()
-	p.crr.Finalizers = without(p.crr.Finalizers, operationFinalizer, appsv1alpha1.UnreadyAcquiredFinalizer)
+	p.crr.Finalizers = without(p.crr.Finalizers, OperationFinalizer, appsv1alpha1.UnreadyAcquiredFinalizer)
 	if _, active := p.crr.Labels[appsv1alpha1.ActiveLabel]; active {
 		delete(p.crr.Labels, appsv1alpha1.ActiveLabel)
 		if err := p.snapshot(); err != nil {
@@ -605,7 +624,7 @@ func (p *pass) retire(ctx context.Context) (time.Duration, error) {
 // can be and the pod goes back into service. An unreachable node is waited for no
 // longer than cancelPatience.
 func (p *pass) finalize(ctx context.Context) (time.Duration, error) {
-	if !slices.Contains(p.crr.Finalizers, operationFinalizer) && !slices.Contains(p.crr.Finalizers, appsv1alpha1.UnreadyAcquiredFinalizer) {
+	if !slices.Contains(p.crr.Finalizers, OperationFinalizer) && !slices.Contains(p.crr.Finalizers, appsv1alpha1.UnreadyAcquiredFinalizer) {
 		p.r.forget(client.ObjectKeyFromObject(p.crr))
 		return 0, nil
 	}
@@ -625,7 +644,7 @@ func (p *pass) finalize(ctx context.Context) (time.Duration, error) {
 		return 0, err
 	}
 	before := p.crr.DeepCopy()
-	p.crr.Finalizers = without(p.crr.Finalizers, operationFinalizer, appsv1alpha1.UnreadyAcquiredFinalizer)
+	p.crr.Finalizers = without(p.crr.Finalizers, OperationFinalizer, appsv1alpha1.UnreadyAcquiredFinalizer)
 	if err := p.patch(ctx, before); err != nil {
 		return 0, err
 	}

@@ -154,6 +154,7 @@ func slimMeta(m *metav1.ObjectMeta, annotations ...string) metav1.ObjectMeta {
 // pods and running operations with the given number of workers.
 func (r *ContainerRecreateReconciler) SetupWithManager(ctx context.Context, m manager.Manager, workers int) error {
 	r.watches = newOperationWatches(r.Nodes, r.Metrics, r.Log, maxWatches)
+	r.Gate.OnClose(r.standDown)
 	if err := m.Add(r.watches); err != nil {
 		return err
 	}

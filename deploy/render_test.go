@@ -224,7 +224,7 @@ func TestValues(t *testing.T) {
 		{name: "secret", set: []string{"identity.mode=files", "tls.secretName=other"}, want: []string{"secretName: other"}, not: []string{"cri-controller-tls", "kind: Certificate"}},
 		{name: "cert-manager", set: []string{"identity.mode=files", "tls.certManager.enabled=true", "tls.certManager.issuerRef.name=nodes", "tls.certManager.issuerRef.kind=ClusterIssuer"},
 			want: []string{"kind: Certificate\n", "name: nodes", "secretName: cri-controller-tls", "client auth"}},
-		{name: "no webhooks", set: []string{"webhook.enabled=false", "webhook.certManager.enabled=true"}, not: []string{"ebhook", "9443"}},
+		{name: "no webhooks", set: []string{"webhook.enabled=false", "webhook.certManager.enabled=true"}, not: []string{"WebhookConfiguration", "cri-controller-webhook", "webhook-port", "webhook-tls", "9443"}},
 		{name: "webhooks by an issuer", set: []string{"webhook.certManager.enabled=true", "webhook.certManager.issuerRef.name=corp", "webhook.certManager.issuerRef.kind=ClusterIssuer"},
 			want: []string{"issuerRef:\n    kind: ClusterIssuer\n    name: corp", "inject-ca-from: cri-proxy-system/cri-controller-webhook", "--webhook-cert-dir="}, not: []string{"selfSigned", "type: Opaque", "name: cri-controller-webhook-ca"}},
 		{name: "service monitor", set: []string{"serviceMonitor.enabled=true", "serviceMonitor.interval=15s", "serviceMonitor.labels.release=prom"}, want: []string{"kind: ServiceMonitor", "interval: 15s", "release: prom"}},
@@ -334,5 +334,29 @@ func read(t *testing.T, file string, into any) {
 	}
 	if err := yaml.Unmarshal(text, into); err != nil {
 		t.Fatalf("%s: %v", file, err)
+	}
+}
+
+// TestWithOpenKruise: the component leaves OpenKruise's definitions out, and nothing else.
+func TestWithOpenKruise(t *testing.T) {
+	all, err := tool(t, "kustomize", "build", absolute(t, "."))
+	if err != nil {
+		t.Fatal(err)
+	}
+	overlay := t.TempDir()
+	writeOverlay(t, overlay, "components/with-openkruise")
+	without, err := tool(t, "kustomize", "build", "--load-restrictor=LoadRestrictionsNone", overlay)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, got := objects(t, all), objects(t, without)
+	for key := range want {
+		theirs := strings.HasSuffix(key, ".apps.kruise.io")
+		if theirs == (got[key] != nil) {
+			t.Errorf("%s: there %v", key, got[key] != nil)
+		}
+	}
+	if len(want) != len(got)+3 {
+		t.Errorf("%d objects, and %d without the definitions of three kinds", len(want), len(got))
 	}
 }

@@ -36,6 +36,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/authority"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull"
+	"github.com/cri-proxy/cri-proxy/controller/kruise"
 	"github.com/cri-proxy/cri-proxy/controller/nodecondition"
 	"github.com/cri-proxy/cri-proxy/controller/rollout"
 	"github.com/cri-proxy/cri-proxy/ops/mtls"
@@ -187,7 +188,7 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 		Cache:                         cached,
 		WebhookServer:                 hooks,
 		Metrics:                       metricsserver.Options{BindAddress: s.metricsAddress},
-		HealthProbeBindAddress:        s.probeAddress,
+		HealthProbeBindAddress:        "0", // see health
 		LeaderElection:                s.leaderElect,
 		LeaderElectionID:              leaseName,
 		LeaderElectionNamespace:       s.leaderNamespace,
@@ -207,23 +208,29 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 	if err := nodes.ForgetRemoved(ctx, m.GetCache()); err != nil {
 		return err
 	}
+	probes := &health{ready: map[string]healthz.Checker{"ping": healthz.Ping}}
 	jobs := &controller.JobBudgets{}
-	r := &controller.ContainerRecreateReconciler{
-		Jobs:      jobs,
-		Client:    m.GetClient(),
-		APIReader: m.GetAPIReader(),
-		Nodes:     nodes,
-		NodePort:  s.nodePort,
-		Recorder:  m.GetEventRecorder("cri-controller"),
-		Metrics:   counters,
-		Log:       log,
-	}
-	if err := r.SetupWithManager(ctx, m, s.workers); err != nil {
+	lookout, err := setUpKruise(m, log, func(ctx context.Context, gate *kruise.Gate) error {
+		r := &controller.ContainerRecreateReconciler{
+			Jobs:      jobs,
+			Client:    m.GetClient(),
+			APIReader: m.GetAPIReader(),
+			Nodes:     nodes,
+			NodePort:  s.nodePort,
+			Recorder:  m.GetEventRecorder("cri-controller"),
+			Metrics:   counters,
+			Log:       log,
+			Gate:      gate,
+		}
+		if err := r.SetupWithManager(ctx, m, s.workers); err != nil {
+			return err
+		}
+		return setUpImagePull(ctx, m, s, nodes, gate, log)
+	})
+	if err != nil {
 		return err
 	}
-	if err := setUpImagePull(ctx, m, s, nodes, log); err != nil {
-		return err
-	}
+	probes.notes = append(probes.notes, note{"OpenKruise", lookout.Note})
 	if err := setUpRollout(ctx, m, s, nodes, jobs, log); err != nil {
 		return err
 	}
@@ -231,14 +238,11 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 		return err
 	}
 	if hooks != nil {
-		if err := setUpWebhooks(m, keeper, log); err != nil {
+		if err := setUpWebhooks(m, keeper, probes, lookout, log); err != nil {
 			return err
 		}
 	}
-	if err := m.AddHealthzCheck("ping", healthz.Ping); err != nil {
-		return err
-	}
-	if err := m.AddReadyzCheck("ping", healthz.Ping); err != nil {
+	if err := probes.serve(m, s.probeAddress); err != nil {
 		return err
 	}
 	log.WithFields(logrus.Fields{"version": version.Short(), "server": config.Host}).Info("cri-controller starts")
@@ -328,19 +332,19 @@ func setUpNodeCondition(m ctrl.Manager, s settings, nodes nodecondition.Nodes, l
 }
 
 // setUpImagePull adds what carries out image jobs.
-func setUpImagePull(ctx context.Context, m ctrl.Manager, s settings, nodes imagepull.Nodes, log logrus.FieldLogger) error {
+func setUpImagePull(ctx context.Context, m ctrl.Manager, s settings, nodes imagepull.Nodes, gate *kruise.Gate, log logrus.FieldLogger) error {
 	counters, err := imagepull.NewMetrics(metrics.Registry)
 	if err != nil {
 		return err
 	}
 	recorder := m.GetEventRecorder("cri-controller")
 	jobs := &imagepull.Reconciler{
-		Client: m.GetClient(), APIReader: m.GetAPIReader(), Nodes: nodes, NodePort: s.nodePort, Recorder: recorder, Metrics: counters, Log: log,
+		Client: m.GetClient(), APIReader: m.GetAPIReader(), Nodes: nodes, NodePort: s.nodePort, Recorder: recorder, Metrics: counters, Log: log, Gate: gate,
 	}
 	if err := jobs.SetupWithManager(ctx, m, s.workers); err != nil {
 		return err
 	}
-	lists := &imagepull.ListReconciler{Client: m.GetClient(), Recorder: recorder, Metrics: counters, Log: log}
+	lists := &imagepull.ListReconciler{Client: m.GetClient(), Recorder: recorder, Metrics: counters, Log: log, Gate: gate}
 	return lists.SetupWithManager(ctx, m, s.workers)
 }
 

@@ -26,6 +26,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
+	"github.com/cri-proxy/cri-proxy/controller/kruise"
 )
 
 // Reasons of Events.
@@ -53,6 +54,8 @@ type ListReconciler struct {
 	Metrics *Metrics
 	// Log must be set.
 	Log logrus.FieldLogger
+	// Gate is closed while OpenKruise carries the lists out; nil: it never is.
+	Gate *kruise.Gate
 }
 
 // SetupWithManager adds the reconciler to a manager with the given number of workers.
@@ -89,6 +92,11 @@ func childDone(child *v1beta1.ImagePullJob) bool {
 
 // Reconcile takes one list as far as it goes and says when to look again.
 func (r *ListReconciler) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
+	leave, open := r.Gate.Enter()
+	if !open {
+		return reconcile.Result{RequeueAfter: kruise.StandBy}, nil
+	}
+	defer leave()
 	list := &v1beta1.ImageListPullJob{}
 	if err := r.Client.Get(ctx, req.NamespacedName, list); err != nil {
 		return reconcile.Result{}, client.IgnoreNotFound(err)

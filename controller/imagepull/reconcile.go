@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"sync"
@@ -27,6 +28,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/crew"
+	"github.com/cri-proxy/cri-proxy/controller/kruise"
 )
 
 // stalePause lets the cache catch up.
@@ -54,6 +56,8 @@ type Reconciler struct {
 	Metrics *Metrics
 	// Log must be set.
 	Log logrus.FieldLogger
+	// Gate is closed while OpenKruise carries the jobs out; nil: it never is.
+	Gate *kruise.Gate
 
 	crew  *crew.Crew
 	wakes chan wakeUp
@@ -107,6 +111,16 @@ func (r *Reconciler) forget(key types.NamespacedName) {
 	}
 }
 
+// standDown forgets all jobs, and says nothing more to nodes of them: they are somebody else's.
+func (r *Reconciler) standDown() {
+	r.mu.Lock()
+	keys := slices.Collect(maps.Keys(r.works))
+	r.mu.Unlock()
+	for _, key := range keys {
+		r.forget(key)
+	}
+}
+
 // waker wakes the reconciler for a job.
 func (r *Reconciler) waker(key types.NamespacedName) func() {
 	return func() {
@@ -123,6 +137,11 @@ func (r *Reconciler) waker(key types.NamespacedName) func() {
 
 // Reconcile takes one job as far as it goes and says when to look again.
 func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
+	leave, open := r.Gate.Enter()
+	if !open {
+		return reconcile.Result{RequeueAfter: kruise.StandBy}, nil
+	}
+	defer leave()
 	job := &v1beta1.ImagePullJob{}
 	if err := r.Client.Get(ctx, req.NamespacedName, job); err != nil {
 		if apierrors.IsNotFound(err) {

@@ -33,6 +33,7 @@ const gather = 500 * time.Millisecond
 // given number of workers.
 func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, workers int) error {
 	r.prepare()
+	r.Gate.OnClose(r.standDown)
 	if err := m.Add(r.crew); err != nil {
 		return err
 	}

@@ -316,6 +316,7 @@ type PodFailure struct {
 // +kubebuilder:object:root=true
 // +kubebuilder:resource:shortName=ipr
 // +kubebuilder:subresource:status
+// +kubebuilder:metadata:labels="app.kubernetes.io/part-of=cri-proxy"
 // +kubebuilder:printcolumn:name="DESIRED",type=integer,JSONPath=`.status.desired`
 // +kubebuilder:printcolumn:name="UPDATED",type=integer,JSONPath=`.status.updated`
 // +kubebuilder:printcolumn:name="READY",type=integer,JSONPath=`.status.ready`
