@@ -134,6 +134,7 @@ func TestSameObjects(t *testing.T) {
 				t.Errorf("the base has no namespace: %v", slices.Sorted(maps.Keys(want)))
 			}
 			delete(want, "Namespace <nil>/cri-proxy-system")
+			delete(got, "Job cri-proxy-system/cri-controller-uninstall") // TestUninstall
 			if a, b := slices.Sorted(maps.Keys(want)), slices.Sorted(maps.Keys(got)); !slices.Equal(a, b) {
 				t.Fatalf("kustomize makes\n%s\nhelm makes\n%s", strings.Join(a, "\n"), strings.Join(b, "\n"))
 			}
@@ -358,5 +359,31 @@ func TestWithOpenKruise(t *testing.T) {
 	}
 	if len(want) != len(got)+3 {
 		t.Errorf("%d objects, and %d without the definitions of three kinds", len(want), len(got))
+	}
+}
+
+// TestUninstall: the Job that the chart runs before the release goes is the one for users of kubectl.
+func TestUninstall(t *testing.T) {
+	const key = "Job cri-proxy-system/cri-controller-uninstall"
+	built, err := tool(t, "kustomize", "build", absolute(t, "uninstall"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	rendered, err := template(t, "--set", "image.tag=latest")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, got := objects(t, built)[key], objects(t, rendered)[key]
+	meta, _ := got["metadata"].(object)
+	hooks, _ := meta["annotations"].(object)
+	if hooks["helm.sh/hook"] != "pre-delete" {
+		t.Errorf("annotations %v", hooks)
+	}
+	delete(meta, "annotations")
+	if got = unhelm(got); want == nil || !reflect.DeepEqual(want, got) {
+		t.Errorf("kubectl:\n%s\nhelm:\n%s", pretty(t, want), pretty(t, got))
+	}
+	if without, err := template(t, "--set", "uninstall.enabled=false"); err != nil || objects(t, without)[key] != nil {
+		t.Errorf("the Job is there, or %v", err)
 	}
 }

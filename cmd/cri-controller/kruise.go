@@ -14,6 +14,7 @@ import (
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
+	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/finalizers"
 	"github.com/cri-proxy/cri-proxy/controller/kruise"
@@ -21,6 +22,7 @@ import (
 
 var (
 	requestKind = schema.GroupKind{Group: appsv1alpha1.GroupVersion.Group, Kind: "ContainerRecreateRequest"}
+	rolloutKind = schema.GroupKind{Group: inplace.GroupVersion.Group, Kind: "InPlaceRollout"}
 	jobKind     = schema.GroupKind{Group: v1beta1.GroupVersion.Group, Kind: "ImagePullJob"}
 )
 

@@ -116,6 +116,7 @@ func newCommand() *cobra.Command {
 	f.IntVar(&s.workers, "workers", 8, "requests worked on at the same time")
 	f.DurationVar(&s.nodeEvery, "node-condition-period", nodecondition.DefaultEvery, "how often a node is asked whether its cri-proxy is bypassed, for the condition "+string(controller.BypassedCondition)+" on Nodes")
 	s.webhook.flags(f)
+	cmd.AddCommand(uninstallCommand())
 	return cmd
 }
 

@@ -287,11 +287,15 @@ func (r *ListReconciler) retire(ctx context.Context, list *v1beta1.ImageListPull
 	}
 	for _, name := range slices.Sorted(maps.Keys(children)) {
 		child := children[name]
-		if !slices.Contains(child.Finalizers, v1beta1.PullFinalizer) || child.Status.CompletionTime == nil {
+		if child.Annotations[v1beta1.KeepPinsAnnotation] != "" || child.Status.CompletionTime == nil {
 			continue
 		}
 		before := child.DeepCopy()
-		child.Finalizers = slices.DeleteFunc(child.Finalizers, func(f string) bool { return f == v1beta1.PullFinalizer })
+		child.Annotations = maps.Clone(child.Annotations)
+		if child.Annotations == nil {
+			child.Annotations = map[string]string{}
+		}
+		child.Annotations[v1beta1.KeepPinsAnnotation] = "true"
 		if err := r.Client.Patch(ctx, child, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})); client.IgnoreNotFound(err) != nil {
 			return 0, err
 		}

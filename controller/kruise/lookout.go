@@ -104,6 +104,12 @@ func (l *Lookout) Free() (free bool, reason string, changed <-chan struct{}) {
 	return l.looked && reason == "", reason, l.changed
 }
 
+// Look asks once whether OpenKruise is in the cluster.
+func (l *Lookout) Look(ctx context.Context) (bool, error) {
+	seen, err := l.signs(ctx)
+	return len(seen) > 0, err
+}
+
 // There says that OpenKruise is in the cluster.
 func (l *Lookout) There() bool {
 	l.mu.Lock()

@@ -17,9 +17,13 @@ const (
 	BytesPerSecondAnnotation = "cri-proxy.io/bytes-per-second"
 )
 
+// KeepPinsAnnotation is on a job that is about to be deleted because the time of its list is over: what was pulled is to be used.
+const KeepPinsAnnotation = "cri-proxy.io/keep-pins"
+
 // Finalizers of an ImagePullJob.
 const (
-	// PullFinalizer holds a deleted job until its pulls are cancelled and its pins released.
+	// PullFinalizer holds a job that is deleted before its end, until its pulls are cancelled and its pins released. A job that has
+	// ended holds nothing: the pins of one that is deleted are released if the controller is there, and end by themselves if not.
 	PullFinalizer = "cri-proxy.io/image-pull"
 	// DeletionProtectionFinalizer is OpenKruise's. It is never set here, but taken off: a job that was made under
 	// OpenKruise can be deleted.
