@@ -4,6 +4,7 @@
 package controller
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -27,6 +28,7 @@ import (
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/kruise"
+	"github.com/cri-proxy/cri-proxy/controller/kstatus"
 )
 
 const (
@@ -56,6 +58,10 @@ const (
 	// does not answer, or answers that it cannot now.
 	reasonSilent    = "NodeUnreachable"
 	reasonUnwilling = "NodeUnavailable"
+
+	// Reasons of the conditions of a request that has ended.
+	reasonRecreated        = "Recreated"
+	reasonContainersFailed = "ContainersFailed"
 )
 
 // mirrorAnnotation holds the UID under which the node knows a static pod.
@@ -683,6 +689,8 @@ func (p *pass) patch(ctx context.Context, before *appsv1alpha1.ContainerRecreate
 
 // writeStatus writes next if it differs, and then the Events that go with it.
 func (p *pass) writeStatus(ctx context.Context, next *appsv1alpha1.ContainerRecreateRequestStatus) error {
+	next.ObservedGeneration = p.crr.Generation
+	tellReady(next)
 	if apiequality.Semantic.DeepEqual(&p.crr.Status, next) {
 		return nil
 	}
@@ -695,6 +703,18 @@ func (p *pass) writeStatus(ctx context.Context, next *appsv1alpha1.ContainerRecr
 	p.memory.lastWrite = p.r.now()
 	p.tell(&before.Status)
 	return nil
+}
+
+// tellReady says for kstatus how the request stands.
+func tellReady(s *appsv1alpha1.ContainerRecreateRequestStatus) {
+	standing, reason := kstatus.AtWork, string(cmp.Or(s.Phase, pending))
+	if s.CompletionTime != nil {
+		standing, reason = kstatus.Current, reasonRecreated
+		if slices.ContainsFunc(s.ContainerRecreateStates, func(c appsv1alpha1.ContainerRecreateRequestContainerRecreateState) bool { return c.Phase == failed }) {
+			standing, reason = kstatus.Failed, reasonContainersFailed
+		}
+	}
+	kstatus.Set(&s.Conditions, s.ObservedGeneration, standing, reason, s.Message)
 }
 
 // temporary notes an error of the node that may pass and says whether it is one.

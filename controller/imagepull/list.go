@@ -27,6 +27,7 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	"github.com/cri-proxy/cri-proxy/controller/kruise"
+	"github.com/cri-proxy/cri-proxy/controller/kstatus"
 )
 
 // Reasons of Events.
@@ -110,6 +111,8 @@ func (r *ListReconciler) Reconcile(ctx context.Context, req reconcile.Request) (
 	}
 	if list.Status.CompletionTime == nil || list.Status.ObservedWork != "" && list.Status.ObservedWork != listWork(list) {
 		err = r.advance(ctx, list, children)
+	} else {
+		err = r.observe(ctx, list)
 	}
 	var wait time.Duration
 	if err == nil && list.Status.CompletionTime != nil {
@@ -157,12 +160,15 @@ func (r *ListReconciler) advance(ctx context.Context, list *v1beta1.ImageListPul
 		}
 		r.Metrics.wrote("list")
 	}
-	next := &v1beta1.ImageListPullJobStatus{StartTime: list.Status.StartTime, Desired: int32(len(list.Spec.Images)), ObservedWork: listWork(list)}
+	next := &v1beta1.ImageListPullJobStatus{
+		StartTime: list.Status.StartTime, Desired: int32(len(list.Spec.Images)), ObservedWork: listWork(list),
+		ObservedGeneration: list.Generation, Conditions: slices.Clone(list.Status.Conditions),
+	}
 	if next.StartTime == nil {
 		now := metav1.Now()
 		next.StartTime = &now
 	}
-	wanted := map[string]bool{}
+	wanted, blocked := map[string]bool{}, ""
 	for _, image := range list.Spec.Images {
 		name := childName(list, image)
 		wanted[name] = true
@@ -173,6 +179,7 @@ func (r *ListReconciler) advance(ctx context.Context, list *v1beta1.ImageListPul
 				return err
 			}
 			if foreign != "" {
+				blocked = foreign
 				next.FailedImageStatuses = append(next.FailedImageStatuses, &v1beta1.FailedImageStatus{ImagePullJob: name, Name: image, Message: foreign})
 			}
 			continue
@@ -192,6 +199,7 @@ func (r *ListReconciler) advance(ctx context.Context, list *v1beta1.ImageListPul
 		now := metav1.Now()
 		next.CompletionTime = &now
 	}
+	tellListReady(next, blocked)
 	if apiequality.Semantic.DeepEqual(&list.Status, next) {
 		return nil
 	}
@@ -210,6 +218,38 @@ func (r *ListReconciler) advance(ctx context.Context, list *v1beta1.ImageListPul
 		r.Log.WithFields(logrus.Fields{"list": client.ObjectKeyFromObject(list).String(), "images": next.Desired, "succeeded": next.Succeeded}).Info("list completed")
 	}
 	return nil
+}
+
+// tellListReady says for kstatus how the list stands; blocked is what keeps it from ever ending.
+func tellListReady(s *v1beta1.ImageListPullJobStatus, blocked string) {
+	standing, reason, message := kstatus.AtWork, completePulling, ""
+	switch {
+	case blocked != "":
+		standing, reason, message = kstatus.Failed, eventForeignJob, blocked
+	case s.Completed < s.Desired:
+	case s.Succeeded < s.Desired:
+		standing, reason = kstatus.Failed, completeNodesFailed
+		message = fmt.Sprintf("%d of %d images are on all nodes", s.Succeeded, s.Desired)
+	default:
+		standing, reason = kstatus.Current, completeSucceeded
+		message = fmt.Sprintf("all %d images are on all nodes", s.Desired)
+	}
+	kstatus.Set(&s.Conditions, s.ObservedGeneration, standing, reason, message)
+}
+
+// observe notes that a list which has ended was changed in what does not begin it again.
+func (r *ListReconciler) observe(ctx context.Context, list *v1beta1.ImageListPullJob) error {
+	if list.Status.ObservedWork == "" || list.Status.ObservedGeneration == list.Generation {
+		return nil
+	}
+	before := list.DeepCopy()
+	list.Status.ObservedGeneration = list.Generation
+	tellListReady(&list.Status, "")
+	err := r.Client.Status().Patch(ctx, list, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{}))
+	if err == nil {
+		r.Metrics.wrote("list status")
+	}
+	return err
 }
 
 // count adds a child to the status.

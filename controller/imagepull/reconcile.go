@@ -378,6 +378,13 @@ func (p *pass) retire(ctx context.Context) (time.Duration, error) {
 	if err := p.release(ctx); err != nil {
 		return 0, err
 	}
+	if p.job.Status.ObservedWork != "" { // else it was another controller's
+		next := p.job.Status.DeepCopy()
+		next.ObservedGeneration = p.job.Generation // what was changed since does not begin it again
+		if err := p.writeStatus(ctx, next); err != nil {
+			return 0, err
+		}
+	}
 	over := expiry(p.job)
 	if over.IsZero() {
 		return 0, nil
@@ -529,6 +536,7 @@ func (p *pass) patch(ctx context.Context, before *v1beta1.ImagePullJob) error {
 
 // writeStatus writes next if it differs.
 func (p *pass) writeStatus(ctx context.Context, next *v1beta1.ImagePullJobStatus) error {
+	tellReady(next)
 	if apiequality.Semantic.DeepEqual(&p.job.Status, next) {
 		return nil
 	}

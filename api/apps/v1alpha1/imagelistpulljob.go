@@ -30,6 +30,7 @@ type ImageListPullJob struct {
 	Spec v1beta1.ImageListPullJobSpec `json:"spec"`
 	// status says how far that is.
 	//
+	// +kubebuilder:default={"observedGeneration":-1}
 	// +optional
 	Status v1beta1.ImageListPullJobStatus `json:"status,omitempty"`
 }

@@ -33,6 +33,7 @@ type ImagePullJob struct {
 	Spec v1beta1.ImagePullJobSpec `json:"spec"`
 	// status says how far that is.
 	//
+	// +kubebuilder:default={"observedGeneration":-1}
 	// +optional
 	Status v1beta1.ImagePullJobStatus `json:"status,omitempty"`
 }

@@ -210,24 +210,29 @@ type ImagePullJobStatus struct {
 
 	// desired is the number of nodes chosen.
 	//
+	// +kubebuilder:default=0
 	// +optional
 	Desired int32 `json:"desired"`
 	// active is the number of nodes that pull.
 	//
+	// +kubebuilder:default=0
 	// +optional
 	Active int32 `json:"active"`
 	// succeeded is the number of nodes that have the image.
 	//
+	// +kubebuilder:default=0
 	// +optional
 	Succeeded int32 `json:"succeeded"`
 	// failed is the number of nodes that have given up.
 	//
+	// +kubebuilder:default=0
 	// +optional
 	Failed int32 `json:"failed"`
 	// skipped is the number of nodes that are left out for now and tried again: not ready, or not to be reached.
 	//
+	// +kubebuilder:default=0
 	// +optional
-	Skipped int32 `json:"skipped,omitempty"`
+	Skipped int32 `json:"skipped"`
 
 	// message is for people.
 	//
@@ -245,8 +250,9 @@ type ImagePullJobStatus struct {
 	Progress string `json:"progress,omitempty"`
 	// percent of the work done, by bytes: the mean over the nodes of how much of the image each has.
 	//
+	// +kubebuilder:default=0
 	// +optional
-	Percent int32 `json:"percent,omitempty"`
+	Percent int32 `json:"percent"`
 	// bytesDone of the compressed layers are on the nodes, over all nodes.
 	//
 	// +optional
@@ -284,7 +290,7 @@ type ImagePullJobStatus struct {
 	// +listMapKey=type
 	// +optional
 	Conditions []metav1.Condition `json:"conditions,omitempty"`
-	// observedGeneration is the metadata.generation that this status is about.
+	// observedGeneration is the metadata.generation that this status is about; -1 before anybody has looked.
 	//
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
@@ -385,6 +391,7 @@ type ImagePullJob struct {
 	Spec ImagePullJobSpec `json:"spec"`
 	// status says how far that is.
 	//
+	// +kubebuilder:default={"observedGeneration":-1}
 	// +optional
 	Status ImagePullJobStatus `json:"status,omitempty"`
 }
