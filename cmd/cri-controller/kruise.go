@@ -6,6 +6,7 @@ package main
 import (
 	"context"
 	"errors"
+	"time"
 
 	"github.com/sirupsen/logrus"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -27,12 +28,12 @@ var (
 )
 
 // setUpKruise adds the controllers of OpenKruise's kinds, by setUp, for as long as OpenKruise is not in the cluster.
-func setUpKruise(m ctrl.Manager, log logrus.FieldLogger, setUp func(context.Context, *kruise.Gate) error) (*kruise.Lookout, error) {
+func setUpKruise(m ctrl.Manager, every time.Duration, log logrus.FieldLogger, setUp func(context.Context, *kruise.Gate) error) (*kruise.Lookout, error) {
 	direct, err := directClient(m)
 	if err != nil {
 		return nil, err
 	}
-	lookout := &kruise.Lookout{Reader: direct, Mapper: m.GetRESTMapper(), Log: log}
+	lookout := &kruise.Lookout{Reader: direct, Mapper: m.GetRESTMapper(), Every: every, Log: log}
 	gate := &kruise.Gate{}
 	group := &kruise.Group{
 		Lookout: lookout, Gate: gate, Log: log,

@@ -60,6 +60,7 @@ type settings struct {
 	logLevel, format string
 	workers          int
 	nodeEvery        time.Duration
+	kruiseEvery      time.Duration
 	webhook          webhookSettings
 }
 
@@ -115,6 +116,7 @@ func newCommand() *cobra.Command {
 	f.StringVar(&s.format, "log-format", "text", "text or json")
 	f.IntVar(&s.workers, "workers", 8, "requests worked on at the same time")
 	f.DurationVar(&s.nodeEvery, "node-condition-period", nodecondition.DefaultEvery, "how often a node is asked whether its cri-proxy is bypassed, for the condition "+string(controller.BypassedCondition)+" on Nodes")
+	f.DurationVar(&s.kruiseEvery, "openkruise-period", kruise.Every, "how often it is looked whether OpenKruise is in the cluster, which its kinds are left to then")
 	s.webhook.flags(f)
 	cmd.AddCommand(uninstallCommand())
 	return cmd
@@ -134,6 +136,9 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 	}
 	if s.nodeEvery < time.Second {
 		return fmt.Errorf("--node-condition-period must be at least 1s, not %s", s.nodeEvery)
+	}
+	if s.kruiseEvery < time.Second {
+		return fmt.Errorf("--openkruise-period must be at least 1s, not %s", s.kruiseEvery)
 	}
 	if s.nodePort < 1 || s.nodePort > 65535 {
 		return fmt.Errorf("--node-port must be between 1 and 65535, not %d", s.nodePort)
@@ -211,7 +216,7 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 	}
 	probes := &health{ready: map[string]healthz.Checker{"ping": healthz.Ping}}
 	jobs := &controller.JobBudgets{}
-	lookout, err := setUpKruise(m, log, func(ctx context.Context, gate *kruise.Gate) error {
+	lookout, err := setUpKruise(m, s.kruiseEvery, log, func(ctx context.Context, gate *kruise.Gate) error {
 		r := &controller.ContainerRecreateReconciler{
 			Jobs:      jobs,
 			Client:    m.GetClient(),

@@ -60,6 +60,8 @@ type Lookout struct {
 	Mapper meta.RESTMapper
 	// Log must be set.
 	Log logrus.FieldLogger
+	// Every is how often it looks; 0 means [Every].
+	Every time.Duration
 
 	mu      sync.Mutex
 	looked  bool
@@ -74,6 +76,9 @@ func (*Lookout) NeedLeaderElection() bool { return false }
 
 // Start looks until ctx is done. It returns nil.
 func (l *Lookout) Start(ctx context.Context) error {
+	if l.Every == 0 {
+		l.Every = Every
+	}
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -82,7 +87,7 @@ func (l *Lookout) Start(ctx context.Context) error {
 			return nil
 		case <-timer.C:
 		}
-		wait := Every
+		wait := l.Every
 		if err := l.look(ctx); err != nil && ctx.Err() == nil {
 			wait = l.puzzled(err)
 		}
@@ -129,7 +134,7 @@ func (l *Lookout) puzzled(err error) time.Duration {
 	defer l.mu.Unlock()
 	if l.looked {
 		l.Log.WithError(err).Warn("whether OpenKruise is in the cluster could not be found out again")
-		return Every
+		return l.Every
 	}
 	l.Log.WithError(err).Warn("whether OpenKruise is in the cluster could not be found out: " + Kinds + " are not carried out until then")
 	return soon
