@@ -5,6 +5,7 @@ package controller
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"sync"
@@ -194,11 +195,11 @@ func TestDoubt(t *testing.T) {
 		_, got := unhurriedly(t.Context(), u, n, func() (int, error) { return 0, err })
 		return got
 	}
-	if err := call(silent); err != silent {
+	if err := call(silent); !errors.Is(err, silent) {
 		t.Fatal(err)
 	}
 	if _, err := unhurriedly(t.Context(), u, n, func() (int, error) {
-		if err := call(nil); err != error(silent) {
+		if err := call(nil); !errors.Is(err, silent) {
 			t.Errorf("a second call was made: %v", err)
 		}
 		return 1, nil
@@ -209,7 +210,7 @@ func TestDoubt(t *testing.T) {
 		t.Error("still in doubt after an answer")
 	}
 	refusal := &NodeError{Node: n, Err: status.Error(codes.NotFound, "none")}
-	if err := call(refusal); err != refusal || len(u.nodes) != 0 {
+	if err := call(refusal); !errors.Is(err, refusal) || len(u.nodes) != 0 {
 		t.Errorf("%v; a node that answers is not in doubt", err)
 	}
 }

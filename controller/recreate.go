@@ -251,6 +251,8 @@ func (p *pass) advance(ctx context.Context) (time.Duration, error) {
 			}
 			return 0, err
 		}
+	} else if err := p.hold(ctx); err != nil {
+		return 0, err
 	} else if err := p.findPod(ctx); err != nil {
 		return 0, err
 	}
@@ -334,6 +336,16 @@ func (p *pass) accept(ctx context.Context) error {
 	p.memory.lastWrite = p.r.now()
 	p.log.WithField("node", a.NodeName).Info("request accepted")
 	return nil
+}
+
+// hold puts the finalizer back on an accepted request that OpenKruise had meanwhile.
+func (p *pass) hold(ctx context.Context) error {
+	if slices.Contains(p.crr.Finalizers, OperationFinalizer) {
+		return nil
+	}
+	before := p.crr.DeepCopy()
+	p.crr.Finalizers = append(p.crr.Finalizers, OperationFinalizer)
+	return p.patch(ctx, before)
 }
 
 // refuse completes a request that cannot be carried out.

@@ -4,6 +4,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"net/http"
@@ -37,11 +38,11 @@ type health struct {
 func (h *health) check(name string, c healthz.Checker) { h.ready[name] = c }
 
 // serve adds the server to a manager; address 0 is none.
-func (h *health) serve(m ctrl.Manager, address string) error {
+func (h *health) serve(ctx context.Context, m ctrl.Manager, address string) error {
 	if address == "0" {
 		return nil
 	}
-	listener, err := net.Listen("tcp", address)
+	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", address)
 	if err != nil {
 		return fmt.Errorf("--health-probe-bind-address: %w", err)
 	}

@@ -248,7 +248,7 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 			return err
 		}
 	}
-	if err := probes.serve(m, s.probeAddress); err != nil {
+	if err := probes.serve(ctx, m, s.probeAddress); err != nil {
 		return err
 	}
 	log.WithFields(logrus.Fields{"version": version.Short(), "server": config.Host}).Info("cri-controller starts")

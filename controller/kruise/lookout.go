@@ -32,8 +32,9 @@ const (
 
 	// DaemonSet is OpenKruise's node daemon, whatever its namespace.
 	DaemonSet = "kruise-daemon"
-	// MutatingWebhooks and ValidatingWebhooks are OpenKruise's webhook configurations.
-	MutatingWebhooks   = "kruise-mutating-webhook-configuration"
+	// MutatingWebhooks is the one of OpenKruise's webhook configurations.
+	MutatingWebhooks = "kruise-mutating-webhook-configuration"
+	// ValidatingWebhooks is the other.
 	ValidatingWebhooks = "kruise-validating-webhook-configuration"
 )
 
