@@ -21,8 +21,8 @@ import (
 // manifest again takes that away, and must not change what is restarted.
 const acceptedAnnotation = "cri-proxy.io/accepted"
 
-// operationFinalizer holds a deleted request until its operations are cancelled.
-const operationFinalizer = "cri-proxy.io/operation"
+// OperationFinalizer holds a deleted request until its operations are cancelled.
+const OperationFinalizer = "cri-proxy.io/operation"
 
 // accepted is the value of acceptedAnnotation.
 type accepted struct {
@@ -234,8 +234,8 @@ func pin(crr *appsv1alpha1.ContainerRecreateRequest, a *accepted, drains bool) e
 	delete(crr.Annotations, appsv1alpha1.UnreadyAcquiredAnnotation)
 	delete(crr.Annotations, appsv1alpha1.SyncContainerStatusesAnnotation)
 	label(crr.Labels, a.PodUID, a.NodeName)
-	crr.Finalizers = without(crr.Finalizers, operationFinalizer, appsv1alpha1.UnreadyAcquiredFinalizer)
-	crr.Finalizers = append(crr.Finalizers, operationFinalizer)
+	crr.Finalizers = without(crr.Finalizers, OperationFinalizer, appsv1alpha1.UnreadyAcquiredFinalizer)
+	crr.Finalizers = append(crr.Finalizers, OperationFinalizer)
 	if drains {
 		crr.Finalizers = append(crr.Finalizers, appsv1alpha1.UnreadyAcquiredFinalizer)
 	}

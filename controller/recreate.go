@@ -4,9 +4,11 @@
 package controller
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -25,6 +27,8 @@ import (
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/kruise"
+	"github.com/cri-proxy/cri-proxy/controller/kstatus"
 )
 
 const (
@@ -54,6 +58,10 @@ const (
 	// does not answer, or answers that it cannot now.
 	reasonSilent    = "NodeUnreachable"
 	reasonUnwilling = "NodeUnavailable"
+
+	// Reasons of the conditions of a request that has ended.
+	reasonRecreated        = "Recreated"
+	reasonContainersFailed = "ContainersFailed"
 )
 
 // mirrorAnnotation holds the UID under which the node knows a static pod.
@@ -91,6 +99,8 @@ type ContainerRecreateReconciler struct {
 	Log logrus.FieldLogger
 	// Now is the clock; nil means time.Now.
 	Now func() time.Time
+	// Gate is closed while OpenKruise carries the requests out; nil: it never is.
+	Gate *kruise.Gate
 
 	watches *operationWatches
 
@@ -163,8 +173,23 @@ func (r *ContainerRecreateReconciler) forget(key types.NamespacedName) {
 	}
 }
 
+// standDown forgets all requests: they are somebody else's.
+func (r *ContainerRecreateReconciler) standDown() {
+	r.mu.Lock()
+	keys := slices.Collect(maps.Keys(r.memories))
+	r.mu.Unlock()
+	for _, key := range keys {
+		r.forget(key)
+	}
+}
+
 // Reconcile takes one request as far as it goes and says when to look again.
 func (r *ContainerRecreateReconciler) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
+	leave, open := r.Gate.Enter()
+	if !open {
+		return reconcile.Result{RequeueAfter: kruise.StandBy}, nil
+	}
+	defer leave()
 	crr := &appsv1alpha1.ContainerRecreateRequest{}
 	if err := r.Client.Get(ctx, req.NamespacedName, crr); err != nil {
 		if apierrors.IsNotFound(err) {
@@ -226,6 +251,8 @@ func (p *pass) advance(ctx context.Context) (time.Duration, error) {
 			}
 			return 0, err
 		}
+	} else if err := p.hold(ctx); err != nil {
+		return 0, err
 	} else if err := p.findPod(ctx); err != nil {
 		return 0, err
 	}
@@ -312,6 +339,16 @@ func (p *pass) accept(ctx context.Context) error {
 	p.memory.lastWrite = p.r.now()
 	p.log.WithField("node", a.NodeName).Info("request accepted")
 	return nil
+}
+
+// hold puts the finalizer back on an accepted request that OpenKruise had meanwhile.
+func (p *pass) hold(ctx context.Context) error {
+	if slices.Contains(p.crr.Finalizers, OperationFinalizer) {
+		return nil
+	}
+	before := p.crr.DeepCopy()
+	p.crr.Finalizers = append(p.crr.Finalizers, OperationFinalizer)
+	return p.patch(ctx, before)
 }
 
 // refuse completes a request that cannot be carried out.
@@ -578,7 +615,7 @@ func (p *pass) retire(ctx context.Context) (time.Duration, error) {
 		return 0, err
 	}
 	before := p.crr.DeepCopy()
-	p.crr.Finalizers = without(p.crr.Finalizers, operationFinalizer, appsv1alpha1.UnreadyAcquiredFinalizer)
+	p.crr.Finalizers = without(p.crr.Finalizers, OperationFinalizer, appsv1alpha1.UnreadyAcquiredFinalizer)
 	if _, active := p.crr.Labels[appsv1alpha1.ActiveLabel]; active {
 		delete(p.crr.Labels, appsv1alpha1.ActiveLabel)
 		if err := p.snapshot(); err != nil {
@@ -608,7 +645,7 @@ func (p *pass) retire(ctx context.Context) (time.Duration, error) {
 // can be and the pod goes back into service. An unreachable node is waited for no
 // longer than cancelPatience.
 func (p *pass) finalize(ctx context.Context) (time.Duration, error) {
-	if !slices.Contains(p.crr.Finalizers, operationFinalizer) && !slices.Contains(p.crr.Finalizers, appsv1alpha1.UnreadyAcquiredFinalizer) {
+	if !slices.Contains(p.crr.Finalizers, OperationFinalizer) && !slices.Contains(p.crr.Finalizers, appsv1alpha1.UnreadyAcquiredFinalizer) {
 		p.r.forget(client.ObjectKeyFromObject(p.crr))
 		return 0, nil
 	}
@@ -628,7 +665,7 @@ func (p *pass) finalize(ctx context.Context) (time.Duration, error) {
 		return 0, err
 	}
 	before := p.crr.DeepCopy()
-	p.crr.Finalizers = without(p.crr.Finalizers, operationFinalizer, appsv1alpha1.UnreadyAcquiredFinalizer)
+	p.crr.Finalizers = without(p.crr.Finalizers, OperationFinalizer, appsv1alpha1.UnreadyAcquiredFinalizer)
 	if err := p.patch(ctx, before); err != nil {
 		return 0, err
 	}
@@ -667,6 +704,8 @@ func (p *pass) patch(ctx context.Context, before *appsv1alpha1.ContainerRecreate
 
 // writeStatus writes next if it differs, and then the Events that go with it.
 func (p *pass) writeStatus(ctx context.Context, next *appsv1alpha1.ContainerRecreateRequestStatus) error {
+	next.ObservedGeneration = p.crr.Generation
+	tellReady(next)
 	if apiequality.Semantic.DeepEqual(&p.crr.Status, next) {
 		return nil
 	}
@@ -679,6 +718,18 @@ func (p *pass) writeStatus(ctx context.Context, next *appsv1alpha1.ContainerRecr
 	p.memory.lastWrite = p.r.now()
 	p.tell(&before.Status)
 	return nil
+}
+
+// tellReady says for kstatus how the request stands.
+func tellReady(s *appsv1alpha1.ContainerRecreateRequestStatus) {
+	standing, reason := kstatus.AtWork, string(cmp.Or(s.Phase, pending))
+	if s.CompletionTime != nil {
+		standing, reason = kstatus.Current, reasonRecreated
+		if slices.ContainsFunc(s.ContainerRecreateStates, func(c appsv1alpha1.ContainerRecreateRequestContainerRecreateState) bool { return c.Phase == failed }) {
+			standing, reason = kstatus.Failed, reasonContainersFailed
+		}
+	}
+	kstatus.Set(&s.Conditions, s.ObservedGeneration, standing, reason, s.Message)
 }
 
 // temporary notes an error of the node that may pass and says whether it is one.

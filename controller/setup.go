@@ -28,6 +28,7 @@ import (
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/crew"
 )
 
 // podNameIndex finds the unfinished requests of a pod.
@@ -151,9 +152,18 @@ func slimMeta(m *metav1.ObjectMeta, annotations ...string) metav1.ObjectMeta {
 }
 
 // SetupWithManager adds the reconciler to a manager: it then watches requests,
-// pods and running operations with the given number of workers.
+// pods and running operations with the given number of workers, which does not
+// count reconciles that wait for a node.
 func (r *ContainerRecreateReconciler) SetupWithManager(ctx context.Context, m manager.Manager, workers int) error {
 	r.watches = newOperationWatches(r.Nodes, r.Metrics, r.Log, maxWatches)
+	r.Nodes = newUnhurried(r.Nodes)
+	hands := crew.New(nil)
+	if err := m.Add(hands); err != nil {
+		return err
+	}
+	newRequest := func() client.Object { return &appsv1alpha1.ContainerRecreateRequest{} }
+	spread := crew.NewSpread(TellAPIErrors(r, newRequest, m.GetClient(), r.Recorder), hands, workers)
+	r.Gate.OnClose(r.standDown)
 	if err := m.Add(r.watches); err != nil {
 		return err
 	}
@@ -164,12 +174,13 @@ func (r *ContainerRecreateReconciler) SetupWithManager(ctx context.Context, m ma
 		Named("containerrecreaterequest").
 		For(&appsv1alpha1.ContainerRecreateRequest{}).
 		Watches(&corev1.Pod{}, handler.EnqueueRequestsFromMapFunc(r.requestsOfPod), builder.WithPredicates(podChanges())).
+		WatchesRawSource(spread).
 		WatchesRawSource(source.Channel(r.watches.events, &handler.TypedEnqueueRequestForObject[*appsv1alpha1.ContainerRecreateRequest]{})).
 		WithOptions(controller.Options{
 			MaxConcurrentReconciles: workers,
 			RateLimiter:             workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](50*time.Millisecond, 30*time.Second),
 		}).
-		Complete(TellAPIErrors(r, func() client.Object { return &appsv1alpha1.ContainerRecreateRequest{} }, m.GetClient(), r.Recorder))
+		Complete(spread)
 }
 
 // indexPodName leaves completed requests out: their pod does not matter any more.

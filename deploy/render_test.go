@@ -136,6 +136,7 @@ func TestSameObjects(t *testing.T) {
 				t.Errorf("the base has no namespace: %v", slices.Sorted(maps.Keys(want)))
 			}
 			delete(want, "Namespace <nil>/cri-proxy-system")
+			delete(got, "Job cri-proxy-system/cri-controller-uninstall") // TestUninstall
 			if a, b := slices.Sorted(maps.Keys(want)), slices.Sorted(maps.Keys(got)); !slices.Equal(a, b) {
 				t.Fatalf("kustomize makes\n%s\nhelm makes\n%s", strings.Join(a, "\n"), strings.Join(b, "\n"))
 			}
@@ -230,7 +231,7 @@ func TestValues(t *testing.T) {
 			want: []string{"kind: Certificate\n", "name: nodes", "secretName: cri-controller-tls", "client auth"}},
 		{name: "pins", set: []string{"images.pinMax=12h", "images.pinPercent=10"}, want: []string{"--image-pin-max=12h", "--image-pin-percent=10"}},
 		{name: "no such share", set: []string{"images.pinPercent=101"}, fail: "/images/pinPercent"},
-		{name: "no webhooks", set: []string{"webhook.enabled=false", "webhook.certManager.enabled=true"}, not: []string{"ebhook", "9443"}},
+		{name: "no webhooks", set: []string{"webhook.enabled=false", "webhook.certManager.enabled=true"}, not: []string{"WebhookConfiguration", "cri-controller-webhook", "webhook-port", "webhook-tls", "9443"}},
 		{name: "webhooks by an issuer", set: []string{"webhook.certManager.enabled=true", "webhook.certManager.issuerRef.name=corp", "webhook.certManager.issuerRef.kind=ClusterIssuer"},
 			want: []string{"issuerRef:\n    kind: ClusterIssuer\n    name: corp", "inject-ca-from: cri-proxy-system/cri-controller-webhook", "--webhook-cert-dir="}, not: []string{"selfSigned", "type: Opaque", "name: cri-controller-webhook-ca"}},
 		{name: "service monitor", set: []string{"serviceMonitor.enabled=true", "serviceMonitor.interval=15s", "serviceMonitor.labels.release=prom"}, want: []string{"kind: ServiceMonitor", "interval: 15s", "release: prom"}},
@@ -340,5 +341,55 @@ func read(t *testing.T, file string, into any) {
 	}
 	if err := yaml.Unmarshal(text, into); err != nil {
 		t.Fatalf("%s: %v", file, err)
+	}
+}
+
+// TestWithOpenKruise: the component leaves OpenKruise's definitions out, and nothing else.
+func TestWithOpenKruise(t *testing.T) {
+	all, err := tool(t, "kustomize", "build", absolute(t, "."))
+	if err != nil {
+		t.Fatal(err)
+	}
+	overlay := t.TempDir()
+	writeOverlay(t, overlay, "components/with-openkruise")
+	without, err := tool(t, "kustomize", "build", "--load-restrictor=LoadRestrictionsNone", overlay)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, got := objects(t, all), objects(t, without)
+	for key := range want {
+		theirs := strings.HasSuffix(key, ".apps.kruise.io")
+		if theirs == (got[key] != nil) {
+			t.Errorf("%s: there %v", key, got[key] != nil)
+		}
+	}
+	if len(want) != len(got)+3 {
+		t.Errorf("%d objects, and %d without the definitions of three kinds", len(want), len(got))
+	}
+}
+
+// TestUninstall: the Job that the chart runs before the release goes is the one for users of kubectl.
+func TestUninstall(t *testing.T) {
+	const key = "Job cri-proxy-system/cri-controller-uninstall"
+	built, err := tool(t, "kustomize", "build", absolute(t, "uninstall"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	rendered, err := template(t, "--set", "image.tag=latest")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, got := objects(t, built)[key], objects(t, rendered)[key]
+	meta, _ := got["metadata"].(object)
+	hooks, _ := meta["annotations"].(object)
+	if hooks["helm.sh/hook"] != "pre-delete" {
+		t.Errorf("annotations %v", hooks)
+	}
+	delete(meta, "annotations")
+	if got = unhelm(got); want == nil || !reflect.DeepEqual(want, got) {
+		t.Errorf("kubectl:\n%s\nhelm:\n%s", pretty(t, want), pretty(t, got))
+	}
+	if without, err := template(t, "--set", "uninstall.enabled=false"); err != nil || objects(t, without)[key] != nil {
+		t.Errorf("the Job is there, or %v", err)
 	}
 }

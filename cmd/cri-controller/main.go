@@ -37,6 +37,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/admission"
 	"github.com/cri-proxy/cri-proxy/controller/authority"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull"
+	"github.com/cri-proxy/cri-proxy/controller/kruise"
 	"github.com/cri-proxy/cri-proxy/controller/nodecondition"
 	"github.com/cri-proxy/cri-proxy/controller/rollout"
 	"github.com/cri-proxy/cri-proxy/ops/mtls"
@@ -61,6 +62,7 @@ type settings struct {
 	workers          int
 	nodeEvery        time.Duration
 	pins             imagepull.Limits
+	kruiseEvery      time.Duration
 	webhook          webhookSettings
 }
 
@@ -118,7 +120,9 @@ func newCommand() *cobra.Command {
 	f.DurationVar(&s.nodeEvery, "node-condition-period", nodecondition.DefaultEvery, "how often a node is asked whether its cri-proxy is bypassed, for the condition "+string(controller.BypassedCondition)+" on Nodes")
 	f.DurationVar(&s.pins.PinFor, "image-pin-max", 7*24*time.Hour, "the longest time for which an ImagePullJob keeps its image from kubelet's image garbage collection; 0 means 744h, which is what nodes take")
 	f.Int32Var(&s.pins.PinPercent, "image-pin-percent", 40, "how much of a node's image file system the pins of all ImagePullJobs may hold together, in percent; 0 means no bound")
+	f.DurationVar(&s.kruiseEvery, "openkruise-period", kruise.Every, "how often it is looked whether OpenKruise is in the cluster, which its kinds are left to then")
 	s.webhook.flags(f)
+	cmd.AddCommand(uninstallCommand())
 	return cmd
 }
 
@@ -142,6 +146,9 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 	}
 	if s.nodeEvery < time.Second {
 		return fmt.Errorf("--node-condition-period must be at least 1s, not %s", s.nodeEvery)
+	}
+	if s.kruiseEvery < time.Second {
+		return fmt.Errorf("--openkruise-period must be at least 1s, not %s", s.kruiseEvery)
 	}
 	if s.nodePort < 1 || s.nodePort > 65535 {
 		return fmt.Errorf("--node-port must be between 1 and 65535, not %d", s.nodePort)
@@ -197,7 +204,7 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 		Cache:                         cached,
 		WebhookServer:                 hooks,
 		Metrics:                       metricsserver.Options{BindAddress: s.metricsAddress},
-		HealthProbeBindAddress:        s.probeAddress,
+		HealthProbeBindAddress:        "0", // see health
 		LeaderElection:                s.leaderElect,
 		LeaderElectionID:              leaseName,
 		LeaderElectionNamespace:       s.leaderNamespace,
@@ -217,23 +224,29 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 	if err := nodes.ForgetRemoved(ctx, m.GetCache()); err != nil {
 		return err
 	}
+	probes := &health{ready: map[string]healthz.Checker{"ping": healthz.Ping}}
 	jobs := &controller.JobBudgets{}
-	r := &controller.ContainerRecreateReconciler{
-		Jobs:      jobs,
-		Client:    m.GetClient(),
-		APIReader: m.GetAPIReader(),
-		Nodes:     nodes,
-		NodePort:  s.nodePort,
-		Recorder:  m.GetEventRecorder("cri-controller"),
-		Metrics:   counters,
-		Log:       log,
-	}
-	if err := r.SetupWithManager(ctx, m, s.workers); err != nil {
+	lookout, err := setUpKruise(m, s.kruiseEvery, log, func(ctx context.Context, gate *kruise.Gate) error {
+		r := &controller.ContainerRecreateReconciler{
+			Jobs:      jobs,
+			Client:    m.GetClient(),
+			APIReader: m.GetAPIReader(),
+			Nodes:     nodes,
+			NodePort:  s.nodePort,
+			Recorder:  m.GetEventRecorder("cri-controller"),
+			Metrics:   counters,
+			Log:       log,
+			Gate:      gate,
+		}
+		if err := r.SetupWithManager(ctx, m, s.workers); err != nil {
+			return err
+		}
+		return setUpImagePull(ctx, m, s, nodes, gate, log)
+	})
+	if err != nil {
 		return err
 	}
-	if err := setUpImagePull(ctx, m, s, nodes, log); err != nil {
-		return err
-	}
+	probes.notes = append(probes.notes, note{"OpenKruise", lookout.Note})
 	if err := setUpRollout(ctx, m, s, nodes, jobs, log); err != nil {
 		return err
 	}
@@ -248,14 +261,11 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 		return err
 	}
 	if hooks != nil {
-		if err := setUpWebhooks(m, keeper, log); err != nil {
+		if err := setUpWebhooks(m, keeper, probes, lookout, log); err != nil {
 			return err
 		}
 	}
-	if err := m.AddHealthzCheck("ping", healthz.Ping); err != nil {
-		return err
-	}
-	if err := m.AddReadyzCheck("ping", healthz.Ping); err != nil {
+	if err := probes.serve(ctx, m, s.probeAddress); err != nil {
 		return err
 	}
 	log.WithFields(logrus.Fields{"version": version.Short(), "server": config.Host}).Info("cri-controller starts")
@@ -345,19 +355,19 @@ func setUpNodeCondition(m ctrl.Manager, s settings, nodes nodecondition.Nodes, l
 }
 
 // setUpImagePull adds what carries out image jobs.
-func setUpImagePull(ctx context.Context, m ctrl.Manager, s settings, nodes imagepull.Nodes, log logrus.FieldLogger) error {
+func setUpImagePull(ctx context.Context, m ctrl.Manager, s settings, nodes imagepull.Nodes, gate *kruise.Gate, log logrus.FieldLogger) error {
 	counters, err := imagepull.NewMetrics(metrics.Registry)
 	if err != nil {
 		return err
 	}
 	recorder := m.GetEventRecorder("cri-controller")
 	jobs := &imagepull.Reconciler{
-		Client: m.GetClient(), APIReader: m.GetAPIReader(), Nodes: nodes, NodePort: s.nodePort, Limits: s.pins, Recorder: recorder, Metrics: counters, Log: log,
+		Client: m.GetClient(), APIReader: m.GetAPIReader(), Nodes: nodes, NodePort: s.nodePort, Limits: s.pins, Recorder: recorder, Metrics: counters, Log: log, Gate: gate,
 	}
 	if err := jobs.SetupWithManager(ctx, m, s.workers); err != nil {
 		return err
 	}
-	lists := &imagepull.ListReconciler{Client: m.GetClient(), Recorder: recorder, Metrics: counters, Log: log}
+	lists := &imagepull.ListReconciler{Client: m.GetClient(), Recorder: recorder, Metrics: counters, Log: log, Gate: gate}
 	return lists.SetupWithManager(ctx, m, s.workers)
 }
 

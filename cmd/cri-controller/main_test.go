@@ -30,6 +30,7 @@ func TestCommandLine(t *testing.T) {
 		{"log level", slices.Concat(tls, []string{"--log-level=loud"}), 1, "--log-level"},
 		{"log format", slices.Concat(tls, []string{"--log-format=xml"}), 1, `--log-format must be text or json, not "xml"`},
 		{"workers", slices.Concat(tls, []string{"--workers=0"}), 1, "--workers must be at least 1"},
+		{"OpenKruise", slices.Concat(tls, []string{"--openkruise-period=1ms"}), 1, "--openkruise-period must be at least 1s"},
 		{"port", slices.Concat(tls, []string{"--node-port=70000"}), 1, "--node-port must be between 1 and 65535"},
 		{"webhook port", slices.Concat(tls, []string{"--webhook-port=70000"}), 1, "--webhook-port must be between 0, which switches the webhooks off, and 65535"},
 		{"webhooks outside a pod", slices.Concat(tls, []string{"--webhook-port=9443"}), 1, "give --webhook-namespace outside a pod"},

@@ -14,11 +14,11 @@ import (
 	"github.com/spf13/pflag"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
-	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/webhook"
 
 	"github.com/cri-proxy/cri-proxy/controller/admission"
 	"github.com/cri-proxy/cri-proxy/controller/admission/servingcert"
+	"github.com/cri-proxy/cri-proxy/controller/kruise"
 )
 
 // minValidity is the shortest validity of a certificate: replicas take some ten seconds to change over to another.
@@ -75,16 +75,15 @@ func (s *webhookSettings) server(o *cache.Options, log logrus.FieldLogger) (webh
 }
 
 // setUpWebhooks adds the webhooks. All replicas serve them, and are ready only when they do.
-func setUpWebhooks(m ctrl.Manager, keeper *servingcert.Keeper, log logrus.FieldLogger) error {
+func setUpWebhooks(m ctrl.Manager, keeper *servingcert.Keeper, probes *health, lookout *kruise.Lookout, log logrus.FieldLogger) error {
 	server := m.GetWebhookServer()
-	admission.Register(server, m.GetScheme(), m.GetAPIReader(), log)
-	if err := m.AddReadyzCheck("webhook", server.StartedChecker()); err != nil || keeper == nil {
-		return err
+	admission.Register(admission.Aside(server, lookout.There), m.GetScheme(), m.GetAPIReader(), log)
+	probes.check("webhook", server.StartedChecker())
+	if keeper == nil {
+		return nil
 	}
-	if err := m.AddReadyzCheck("webhook-certificate", keeper.Ready); err != nil {
-		return err
-	}
-	direct, err := client.New(m.GetConfig(), client.Options{Scheme: m.GetScheme(), Mapper: m.GetRESTMapper(), HTTPClient: m.GetHTTPClient()})
+	probes.check("webhook-certificate", keeper.Ready)
+	direct, err := directClient(m)
 	if err != nil {
 		return err
 	}

@@ -159,8 +159,13 @@ func (b *bed) start() {
 			return err
 		},
 		Delete: func(ctx context.Context, c client.WithWatch, o client.Object, opts ...client.DeleteOption) error {
+			last := &job{}
+			seen := b.api.Get(ctx, client.ObjectKeyFromObject(o), last) == nil
 			err := c.Delete(ctx, o, opts...)
 			b.wrote("delete", o)
+			if seen && apierrors.IsNotFound(b.api.Get(ctx, client.ObjectKeyFromObject(o), &job{})) {
+				b.r.deleted(last)
+			}
 			b.queue.Add(reconcile.Request{NamespacedName: client.ObjectKeyFromObject(o)})
 			return err
 		},
@@ -357,8 +362,12 @@ func (b *bed) edit(name string, change func(*job)) {
 
 func (b *bed) delete(name string) {
 	b.t.Helper()
+	last := b.get(name)
 	if err := b.api.Delete(context.Background(), &job{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name}}); err != nil {
 		b.t.Fatal(err)
+	}
+	if b.get(name) == nil {
+		b.r.deleted(last) // what an informer does
 	}
 	b.queue.Add(reconcile.Request{NamespacedName: types.NamespacedName{Namespace: "ns", Name: name}})
 }

@@ -27,6 +27,8 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	nodes "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/kruise"
+	"github.com/cri-proxy/cri-proxy/controller/kstatus"
 )
 
 // Reasons of Events.
@@ -55,6 +57,8 @@ type ListReconciler struct {
 	Metrics *Metrics
 	// Log must be set.
 	Log logrus.FieldLogger
+	// Gate is closed while OpenKruise carries the lists out; nil: it never is.
+	Gate *kruise.Gate
 }
 
 // SetupWithManager adds the reconciler to a manager with the given number of workers.
@@ -91,6 +95,11 @@ func childDone(child *v1beta1.ImagePullJob) bool {
 
 // Reconcile takes one list as far as it goes and says when to look again.
 func (r *ListReconciler) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
+	leave, open := r.Gate.Enter()
+	if !open {
+		return reconcile.Result{RequeueAfter: kruise.StandBy}, nil
+	}
+	defer leave()
 	list := &v1beta1.ImageListPullJob{}
 	if err := r.Client.Get(ctx, req.NamespacedName, list); err != nil {
 		return reconcile.Result{}, client.IgnoreNotFound(err)
@@ -105,6 +114,8 @@ func (r *ListReconciler) Reconcile(ctx context.Context, req reconcile.Request) (
 	var wait time.Duration
 	if list.Status.CompletionTime == nil || list.Status.ObservedWork != "" && list.Status.ObservedWork != listWork(list) {
 		wait, err = r.advance(ctx, list, children)
+	} else {
+		err = r.observe(ctx, list)
 	}
 	if err == nil && list.Status.CompletionTime != nil {
 		wait, err = r.retire(ctx, list, children)
@@ -154,12 +165,15 @@ func (r *ListReconciler) advance(ctx context.Context, list *v1beta1.ImageListPul
 		}
 		r.Metrics.wrote("list")
 	}
-	next := &v1beta1.ImageListPullJobStatus{StartTime: list.Status.StartTime, Desired: int32(len(list.Spec.Images)), ObservedWork: listWork(list)}
+	next := &v1beta1.ImageListPullJobStatus{
+		StartTime: list.Status.StartTime, Desired: int32(len(list.Spec.Images)), ObservedWork: listWork(list),
+		ObservedGeneration: list.Generation, Conditions: slices.Clone(list.Status.Conditions),
+	}
 	if next.StartTime == nil {
 		now := metav1.Now()
 		next.StartTime = &now
 	}
-	wanted := map[string]bool{}
+	wanted, blocked := map[string]bool{}, ""
 	for _, image := range list.Spec.Images {
 		name := childName(list, image)
 		wanted[name] = true
@@ -170,7 +184,7 @@ func (r *ListReconciler) advance(ctx context.Context, list *v1beta1.ImageListPul
 				return 0, err
 			}
 			if missing != "" {
-				wait = missingPause
+				wait, blocked = missingPause, missing
 				next.FailedImageStatuses = append(next.FailedImageStatuses, &v1beta1.FailedImageStatus{ImagePullJob: name, Name: image, Message: shorten(missing)})
 			}
 			continue
@@ -190,6 +204,7 @@ func (r *ListReconciler) advance(ctx context.Context, list *v1beta1.ImageListPul
 		now := metav1.Now()
 		next.CompletionTime = &now
 	}
+	tellListReady(next, blocked)
 	if apiequality.Semantic.DeepEqual(&list.Status, next) {
 		return wait, nil
 	}
@@ -208,6 +223,38 @@ func (r *ListReconciler) advance(ctx context.Context, list *v1beta1.ImageListPul
 		r.Log.WithFields(logrus.Fields{"list": client.ObjectKeyFromObject(list).String(), "images": next.Desired, "succeeded": next.Succeeded}).Info("list completed")
 	}
 	return wait, nil
+}
+
+// tellListReady says for kstatus how the list stands; blocked is what keeps it from ever ending.
+func tellListReady(s *v1beta1.ImageListPullJobStatus, blocked string) {
+	standing, reason, message := kstatus.AtWork, completePulling, ""
+	switch {
+	case blocked != "":
+		standing, reason, message = kstatus.Failed, eventForeignJob, blocked
+	case s.Completed < s.Desired:
+	case s.Succeeded < s.Desired:
+		standing, reason = kstatus.Failed, completeNodesFailed
+		message = fmt.Sprintf("%d of %d images are on all nodes", s.Succeeded, s.Desired)
+	default:
+		standing, reason = kstatus.Current, completeSucceeded
+		message = fmt.Sprintf("all %d images are on all nodes", s.Desired)
+	}
+	kstatus.Set(&s.Conditions, s.ObservedGeneration, standing, reason, message)
+}
+
+// observe notes that a list which has ended was changed in what does not begin it again.
+func (r *ListReconciler) observe(ctx context.Context, list *v1beta1.ImageListPullJob) error {
+	if list.Status.ObservedWork == "" || list.Status.ObservedGeneration == list.Generation {
+		return nil
+	}
+	before := list.DeepCopy()
+	list.Status.ObservedGeneration = list.Generation
+	tellListReady(&list.Status, "")
+	err := r.Client.Status().Patch(ctx, list, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{}))
+	if err == nil {
+		r.Metrics.wrote("list status")
+	}
+	return err
 }
 
 // count adds a child to the status.
@@ -299,11 +346,15 @@ func (r *ListReconciler) retire(ctx context.Context, list *v1beta1.ImageListPull
 	}
 	for _, name := range slices.Sorted(maps.Keys(children)) {
 		child := children[name]
-		if !slices.Contains(child.Finalizers, v1beta1.PullFinalizer) || child.Status.CompletionTime == nil {
+		if child.Annotations[v1beta1.KeepPinsAnnotation] != "" || child.Status.CompletionTime == nil {
 			continue
 		}
 		before := child.DeepCopy()
-		child.Finalizers = slices.DeleteFunc(child.Finalizers, func(f string) bool { return f == v1beta1.PullFinalizer })
+		child.Annotations = maps.Clone(child.Annotations)
+		if child.Annotations == nil {
+			child.Annotations = map[string]string{}
+		}
+		child.Annotations[v1beta1.KeepPinsAnnotation] = "true"
 		if err := r.Client.Patch(ctx, child, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})); client.IgnoreNotFound(err) != nil {
 			return 0, err
 		}

@@ -115,7 +115,9 @@ func TestList(t *testing.T) {
 			if j := b.get(name); len(j.Finalizers) != 0 {
 				t.Errorf("child %s has finalizers %v", name, j.Finalizers)
 			}
+			b.delete(name)
 		}
+		time.Sleep(dismissPatience)
 		if len(b.fleet.pinned("node-0")) != 2 {
 			t.Errorf("pins %v", b.fleet.pinned("node-0"))
 		}

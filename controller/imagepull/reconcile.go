@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"sync"
@@ -27,6 +28,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/crew"
+	"github.com/cri-proxy/cri-proxy/controller/kruise"
 )
 
 // stalePause lets the cache catch up.
@@ -56,6 +58,8 @@ type Reconciler struct {
 	Metrics *Metrics
 	// Log must be set.
 	Log logrus.FieldLogger
+	// Gate is closed while OpenKruise carries the jobs out; nil: it never is.
+	Gate *kruise.Gate
 
 	crew  *crew.Crew
 	wakes chan wakeUp
@@ -109,6 +113,16 @@ func (r *Reconciler) forget(key types.NamespacedName) {
 	}
 }
 
+// standDown forgets all jobs, and says nothing more to nodes of them: they are somebody else's.
+func (r *Reconciler) standDown() {
+	r.mu.Lock()
+	keys := slices.Collect(maps.Keys(r.works))
+	r.mu.Unlock()
+	for _, key := range keys {
+		r.forget(key)
+	}
+}
+
 // waker wakes the reconciler for a job.
 func (r *Reconciler) waker(key types.NamespacedName) func() {
 	return func() {
@@ -125,6 +139,11 @@ func (r *Reconciler) waker(key types.NamespacedName) func() {
 
 // Reconcile takes one job as far as it goes and says when to look again.
 func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
+	leave, open := r.Gate.Enter()
+	if !open {
+		return reconcile.Result{RequeueAfter: kruise.StandBy}, nil
+	}
+	defer leave()
 	job := &v1beta1.ImagePullJob{}
 	if err := r.Client.Get(ctx, req.NamespacedName, job); err != nil {
 		if apierrors.IsNotFound(err) {
@@ -183,13 +202,6 @@ func (p *pass) wrote(object string) {
 
 // advance takes a job that has not ended a step further.
 func (p *pass) advance(ctx context.Context) (time.Duration, error) {
-	if !slices.Contains(p.job.Finalizers, v1beta1.PullFinalizer) {
-		before := p.job.DeepCopy()
-		p.job.Finalizers = append(p.job.Finalizers, v1beta1.PullFinalizer)
-		if err := p.patch(ctx, before); err != nil {
-			return 0, err
-		}
-	}
 	w, err := p.wish(ctx)
 	var why *specError
 	if errors.As(err, &why) {
@@ -197,6 +209,13 @@ func (p *pass) advance(ctx context.Context) (time.Duration, error) {
 	}
 	if err != nil {
 		return 0, err
+	}
+	if !slices.Contains(p.job.Finalizers, v1beta1.PullFinalizer) {
+		before := p.job.DeepCopy()
+		p.job.Finalizers = append(p.job.Finalizers, v1beta1.PullFinalizer)
+		if err := p.patch(ctx, before); err != nil {
+			return 0, err
+		}
 	}
 	p.work.invalid = ""
 	resume := p.job.Status.StartTime != nil
@@ -356,34 +375,24 @@ func (p *pass) complete(ctx context.Context, next *v1beta1.ImagePullJobStatus, l
 	return p.retire(ctx)
 }
 
-// pinnedFor is how long after completion nodes may hold pins of the job.
-func (p *pass) pinnedFor() time.Duration {
-	if w, err := wishOf(p.job); err == nil {
-		w.bound(p.r.Limits)
-		return w.request.GetPinFor().AsDuration()
-	}
-	return maxSpan
-}
-
-// retire deletes a job that has ended when its time has come, and lets go of it when its pins have expired.
+// retire lets go of a job that has ended, and deletes it when its time has come.
 func (p *pass) retire(ctx context.Context) (time.Duration, error) {
-	ended := p.job.Status.CompletionTime.Time
-	var wait time.Duration
-	pinned := ended.Add(p.pinnedFor()).Sub(p.now)
-	ttl := p.job.Spec.CompletionPolicy.TTLSecondsAfterFinished
-	if ttl != nil {
-		wait = ended.Add(time.Duration(*ttl) * time.Second).Sub(p.now)
+	// With the controller gone, a finalizer would keep the job's namespace for ever, for the sake of pins that end by themselves.
+	if err := p.release(ctx); err != nil {
+		return 0, err
 	}
-	expired := ttl != nil && wait <= 0
-	if pinned <= 0 || expired {
-		// Pins outlive a job that is deleted because its time is over: what was pulled is to be used.
-		if err := p.release(ctx); err != nil {
+	if p.job.Status.ObservedWork != "" { // else it was another controller's
+		next := p.job.Status.DeepCopy()
+		next.ObservedGeneration = p.job.Generation // what was changed since does not begin it again
+		if err := p.writeStatus(ctx, next); err != nil {
 			return 0, err
 		}
-	} else if slices.Contains(p.job.Finalizers, v1beta1.PullFinalizer) {
-		wait = sooner(wait, pinned)
 	}
-	if !expired {
+	over := expiry(p.job)
+	if over.IsZero() {
+		return 0, nil
+	}
+	if wait := over.Sub(p.now); wait > 0 {
 		return wait, nil
 	}
 	p.log.Info("deleting the job: ttlSecondsAfterFinished has passed")
@@ -392,6 +401,69 @@ func (p *pass) retire(ctx context.Context) (time.Duration, error) {
 		p.r.Metrics.wrote("job")
 	}
 	return 0, client.IgnoreNotFound(err)
+}
+
+// expiry is when the time of a job that has ended is over; zero: never.
+func expiry(job *v1beta1.ImagePullJob) time.Time {
+	ttl := job.Spec.CompletionPolicy.TTLSecondsAfterFinished
+	if ttl == nil {
+		return time.Time{}
+	}
+	return job.Status.CompletionTime.Add(time.Duration(*ttl) * time.Second)
+}
+
+// pinnedUntil is when the last pin of a job that has ended ends by itself.
+func pinnedUntil(job *v1beta1.ImagePullJob, limits Limits) time.Time {
+	pin := maxSpan
+	if w, err := wishOf(job); err == nil {
+		w.bound(limits)
+		pin = w.request.GetPinFor().AsDuration()
+	}
+	return job.Status.CompletionTime.Add(pin)
+}
+
+// deleted releases the pins of a job that somebody has deleted after its end, as far as nodes answer. The pins of one that
+// is deleted because its time is over outlive it: what was pulled is to be used.
+func (r *Reconciler) deleted(job *v1beta1.ImagePullJob) {
+	now := time.Now()
+	if job.Status.CompletionTime == nil || job.Annotations[v1beta1.KeepPinsAnnotation] != "" || !now.Before(pinnedUntil(job, r.Limits)) {
+		return
+	}
+	if over := expiry(job); !over.IsZero() && !now.Before(over) {
+		return
+	}
+	leave, open := r.Gate.Enter()
+	if !open {
+		return
+	}
+	defer leave()
+	r.crew.Do(func(ctx context.Context) {
+		u, err := r.leave(ctx, job)
+		if err != nil {
+			r.Log.WithError(err).WithField("job", client.ObjectKeyFromObject(job).String()).Warn("the pins of a deleted job were not released: they end by themselves")
+			return
+		}
+		u.close()
+		u.mu.Lock()
+		defer u.mu.Unlock()
+		u.dismiss(u.members, true, "the job was deleted", func(int) {})
+	})
+}
+
+// leave is a run with all the nodes that a job may have chosen, to be told to leave it alone.
+func (r *Reconciler) leave(ctx context.Context, job *v1beta1.ImagePullJob) (*run, error) {
+	// The nodes that the job chose may not be the ones that it chooses now, with pods that have gone.
+	job = job.DeepCopy()
+	if podSelectorOf(job) != nil {
+		job.Spec.PodSelector, job.Spec.Selector = nil, nil
+	}
+	w := &wish{job: client.ObjectKeyFromObject(job), uid: job.UID, request: &opsv1.PullRequest{Image: job.Spec.Image, Owner: owner(job)}}
+	var err error
+	var why *specError
+	if w.nodes, err = match(ctx, r.Client, job, r.NodePort); err != nil && !errors.As(err, &why) {
+		return nil, err
+	}
+	return newRun(r, w, false, func() {}), nil
 }
 
 // release takes the finalizers off.
@@ -431,18 +503,10 @@ func (p *pass) finalize(ctx context.Context) (time.Duration, error) {
 // dismiss begins to tell the nodes of a deleted job.
 func (p *pass) dismiss(ctx context.Context) error {
 	if p.work.run == nil {
-		// The nodes that the job chose may not be the ones that it chooses now, with pods that have gone.
-		job := p.job.DeepCopy()
-		if podSelectorOf(job) != nil {
-			job.Spec.PodSelector, job.Spec.Selector = nil, nil
-		}
-		w := &wish{job: client.ObjectKeyFromObject(job), uid: job.UID, request: &opsv1.PullRequest{Image: job.Spec.Image, Owner: owner(job)}}
 		var err error
-		var why *specError
-		if w.nodes, err = match(ctx, p.r.Client, job, p.r.NodePort); err != nil && !errors.As(err, &why) {
+		if p.work.run, err = p.r.leave(ctx, p.job); err != nil {
 			return err
 		}
-		p.work.run = newRun(p.r, w, false, func() {})
 	}
 	done := make(chan struct{})
 	p.work.dismissed = done
@@ -476,6 +540,7 @@ func (p *pass) patch(ctx context.Context, before *v1beta1.ImagePullJob) error {
 
 // writeStatus writes next if it differs.
 func (p *pass) writeStatus(ctx context.Context, next *v1beta1.ImagePullJobStatus) error {
+	tellReady(next)
 	if apiequality.Semantic.DeepEqual(&p.job.Status, next) {
 		return nil
 	}

@@ -33,17 +33,28 @@ const gather = 500 * time.Millisecond
 // given number of workers.
 func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, workers int) error {
 	r.prepare()
+	r.Gate.OnClose(r.standDown)
 	if err := m.Add(r.crew); err != nil {
 		return err
 	}
 	return builder.ControllerManagedBy(m).
 		Named("imagepulljob").
 		For(&v1beta1.ImagePullJob{}, builder.WithPredicates(jobChanges())).
+		Watches(&v1beta1.ImagePullJob{}, r.deletions()).
 		Watches(&corev1.Node{}, crowd(r.jobsOfNode), builder.WithPredicates(nodeChanges())).
 		Watches(&corev1.Pod{}, crowd(r.jobsOfPod), builder.WithPredicates(podChanges())).
 		WatchesRawSource(source.Channel(r.wakes, &handler.TypedEnqueueRequestForObject[*v1beta1.ImagePullJob]{})).
 		WithOptions(options(workers)).
 		Complete(nodes.TellAPIErrors(r, func() client.Object { return &v1beta1.ImagePullJob{} }, m.GetClient(), r.Recorder))
+}
+
+// deletions see what a job was when it was deleted.
+func (r *Reconciler) deletions() handler.EventHandler {
+	return handler.Funcs{DeleteFunc: func(_ context.Context, e event.DeleteEvent, _ workqueue.TypedRateLimitingInterface[reconcile.Request]) {
+		if job, ok := e.Object.(*v1beta1.ImagePullJob); ok {
+			r.deleted(job)
+		}
+	}}
 }
 
 func options(workers int) controller.Options {

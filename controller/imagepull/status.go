@@ -15,6 +15,7 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/kstatus"
 )
 
 // How much of a job the status tells.
@@ -218,6 +219,25 @@ func conclude(s *v1beta1.ImagePullJobStatus, late bool, now time.Time) (reason s
 	setCondition(s, v1beta1.ConditionComplete, true, reason, message)
 	setCondition(s, v1beta1.ConditionSucceeded, s.Failed == 0, reason, message)
 	return reason
+}
+
+// tellReady says for kstatus how the job stands. One that never ends is current while no node has anything left to do.
+func tellReady(s *v1beta1.ImagePullJobStatus) {
+	c := meta.FindStatusCondition(s.Conditions, v1beta1.ConditionComplete)
+	if c == nil {
+		return
+	}
+	standing, reason, message := kstatus.AtWork, c.Reason, c.Message
+	atRest := c.Status == metav1.ConditionTrue || c.Reason == completeUpToDate || c.Reason == completeNoNodes
+	switch {
+	case atRest && s.Failed > 0 && c.Status == metav1.ConditionFalse:
+		standing, reason, message = kstatus.Failed, completeNodesFailed, fmt.Sprintf("%d of %d nodes have no image: %s", s.Failed, s.Desired, reasonsText(s))
+	case atRest && s.Failed > 0, c.Reason == completeInvalidSpec:
+		standing = kstatus.Failed
+	case atRest:
+		standing = kstatus.Current
+	}
+	kstatus.Set(&s.Conditions, s.ObservedGeneration, standing, reason, message)
 }
 
 func reasonsText(s *v1beta1.ImagePullJobStatus) string {

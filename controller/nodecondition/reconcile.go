@@ -23,6 +23,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/crew"
 )
 
 const (
@@ -94,7 +95,8 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	if err != nil {
 		return r.again(strangerEvery), nil
 	}
-	info, err := r.Nodes.NodeInfo(ctx, where)
+	var info *opsv1.NodeInfoResponse
+	crew.Away(ctx, func() { info, err = r.Nodes.NodeInfo(ctx, where) })
 	if ctx.Err() != nil {
 		return reconcile.Result{}, ctx.Err()
 	}

@@ -19,25 +19,32 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/crew"
 )
 
 const (
 	// startRate is how many nodes a second are asked for the first time: after the start of the controller, all of them.
 	startRate = 50
-	// workers are enough for the nodes of a large cluster, of which some swallow a question for the 5 seconds that it may take.
+	// workers are enough for the nodes of a large cluster. Those that swallow a question for the 5 seconds that it may take need none.
 	workers = 16
 )
 
 // SetupWithManager adds the reconciler to a manager: it then asks every node, again and again.
 func (r *Reconciler) SetupWithManager(m manager.Manager) error {
+	hands := crew.New(nil)
+	if err := m.Add(hands); err != nil {
+		return err
+	}
+	spread := crew.NewSpread(r, hands, workers)
 	return builder.ControllerManagedBy(m).
 		Named("nodecondition").
 		Watches(&corev1.Node{}, r.changes()).
+		WatchesRawSource(spread).
 		WithOptions(ctrl.Options{
 			MaxConcurrentReconciles: workers,
 			RateLimiter:             workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](time.Second, 5*time.Minute),
 		}).
-		Complete(r)
+		Complete(spread)
 }
 
 // changes asks nodes that are new, or can be asked in another place or for the first time in a while; what else changes on a Node is no

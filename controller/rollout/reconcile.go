@@ -197,13 +197,6 @@ type pass struct {
 
 // advance takes a rollout that has not ended a step further.
 func (p *pass) advance(ctx context.Context) error {
-	if !slices.Contains(p.rollout.Finalizers, inplace.RolloutFinalizer) {
-		before := p.rollout.DeepCopy()
-		p.rollout.Finalizers = append(p.rollout.Finalizers, inplace.RolloutFinalizer)
-		if err := p.patch(ctx, before); err != nil {
-			return err
-		}
-	}
 	var why *specError
 	var err error
 	if p.target, err = p.find(ctx); errors.As(err, &why) {
@@ -212,6 +205,13 @@ func (p *pass) advance(ctx context.Context) error {
 		return err
 	}
 	p.strategy.honour(p.target.minReady)
+	if !slices.Contains(p.rollout.Finalizers, inplace.RolloutFinalizer) {
+		before := p.rollout.DeepCopy()
+		p.rollout.Finalizers = append(p.rollout.Finalizers, inplace.RolloutFinalizer)
+		if err := p.patch(ctx, before); err != nil {
+			return err
+		}
+	}
 	p.goal = goalOf(p.rollout)
 	if first, shared, err := p.r.takeTurn(ctx, p); err != nil {
 		return err

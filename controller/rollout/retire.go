@@ -41,6 +41,11 @@ func (p *pass) retire(ctx context.Context) error {
 			return err
 		}
 	}
+	next := p.rollout.Status.DeepCopy()
+	next.ObservedGeneration = p.rollout.Generation // what was changed since does not begin it again
+	if err := p.writeStatus(ctx, next); err != nil {
+		return err
+	}
 	if p.rollout.Spec.TTLSecondsAfterFinished == nil {
 		return nil
 	}

@@ -20,6 +20,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/kstatus"
 )
 
 const (
@@ -401,6 +402,26 @@ func (p *pass) refuse(ctx context.Context, why *specError) error {
 	return p.writeStatus(ctx, next)
 }
 
+// tellReady says for kstatus how the rollout stands, as kstatus would say it of a workload: one whose partition holds pods back on
+// purpose is current, one that is paused is not.
+func tellReady(s *inplace.InPlaceRolloutStatus) {
+	c, going := meta.FindStatusCondition(s.Conditions, inplace.ConditionComplete), meta.FindStatusCondition(s.Conditions, inplace.ConditionProgressing)
+	if c == nil || going == nil {
+		return
+	}
+	standing, message := kstatus.AtWork, cmp.Or(c.Message, s.Message)
+	switch {
+	case c.Status == metav1.ConditionTrue, c.Reason == inplace.ReasonPartitioned && s.Failed == 0:
+		standing = kstatus.Current
+	case going.Status == metav1.ConditionFalse:
+		standing = kstatus.Failed
+	}
+	if standing == kstatus.AtWork {
+		message = c.Message // not the numbers, which are in the counts: each would be a change
+	}
+	kstatus.Set(&s.Conditions, s.ObservedGeneration, standing, c.Reason, message)
+}
+
 // setCondition sets a condition; its time changes with its status only.
 func setCondition(s *inplace.InPlaceRolloutStatus, kind string, is bool, reason, message string) {
 	status := metav1.ConditionFalse
@@ -431,6 +452,7 @@ func (p *pass) patch(ctx context.Context, before *inplace.InPlaceRollout) error 
 
 // writeStatus writes next if it differs.
 func (p *pass) writeStatus(ctx context.Context, next *inplace.InPlaceRolloutStatus) error {
+	tellReady(next)
 	if apiequality.Semantic.DeepEqual(&p.rollout.Status, next) {
 		return nil
 	}

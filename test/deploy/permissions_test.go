@@ -28,6 +28,8 @@ func testPermissions(t *testing.T) {
 		{own, "get list watch update", "secrets", "cri-controller-webhook-tls", true},
 		{"", "get list watch patch", "mutatingwebhookconfigurations.admissionregistration.k8s.io", "cri-controller", true},
 		{"", "get list watch patch", "validatingwebhookconfigurations.admissionregistration.k8s.io", "cri-controller", true},
+		{"", "get", "mutatingwebhookconfigurations.admissionregistration.k8s.io", "kruise-mutating-webhook-configuration", true},
+		{"", "get", "validatingwebhookconfigurations.admissionregistration.k8s.io", "kruise-validating-webhook-configuration", true},
 
 		{everywhere, "list watch create update patch delete deletecollection", "secrets", "", false},
 		{own, "list watch update patch delete", "secrets", "", false},
@@ -96,6 +98,7 @@ func testPermissions(t *testing.T) {
 		{"", "list watch create update patch delete", "validatingadmissionpolicybindings.admissionregistration.k8s.io", "inplacerollout.rights.cri-proxy.io", false},
 		{"", "get", "validatingadmissionpolicybindings.admissionregistration.k8s.io", "another", false},
 		{"", "create", "subjectaccessreviews.authorization.k8s.io", "", false},
+		{"", "list watch update patch delete", "validatingwebhookconfigurations.admissionregistration.k8s.io", "kruise-validating-webhook-configuration", false},
 		{everywhere, "get create update delete", "leases.coordination.k8s.io", "", false},
 		{own, "get update patch delete", "leases.coordination.k8s.io", "another", false},
 		{"kube-node-lease", "get update", "leases.coordination.k8s.io", "", false},

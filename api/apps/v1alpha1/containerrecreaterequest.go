@@ -321,6 +321,17 @@ type ContainerRecreateRequestStatus struct {
 	// +listType=atomic
 	// +optional
 	ContainerRecreateStates []ContainerRecreateRequestContainerRecreateState `json:"containerRecreateStates,omitempty"`
+
+	// observedGeneration is the metadata.generation that this status is about; -1 before anybody has looked.
+	//
+	// +optional
+	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
+	// conditions are Ready, Reconciling and Stalled, as kstatus reads them.
+	//
+	// +listType=map
+	// +listMapKey=type
+	// +optional
+	Conditions []metav1.Condition `json:"conditions,omitempty"`
 }
 
 // ContainerRecreateRequestContainerRecreateState is where one container stands.
@@ -361,6 +372,7 @@ type ContainerRecreateRequestSyncContainerStatus struct {
 //
 // +kubebuilder:object:root=true
 // +kubebuilder:subresource:status
+// +kubebuilder:metadata:labels="app.kubernetes.io/part-of=cri-proxy"
 // +kubebuilder:resource:path=containerrecreaterequests,shortName=crr,scope=Namespaced
 // +kubebuilder:printcolumn:name="PHASE",type="string",JSONPath=".status.phase",description="Phase of this ContainerRecreateRequest."
 // +kubebuilder:printcolumn:name="POD",type="string",JSONPath=".spec.podName",description="Pod name of this ContainerRecreateRequest."
@@ -377,6 +389,7 @@ type ContainerRecreateRequest struct {
 	Spec ContainerRecreateRequestSpec `json:"spec"`
 	// status says how far that is.
 	//
+	// +kubebuilder:default={"observedGeneration":-1}
 	// +optional
 	Status ContainerRecreateRequestStatus `json:"status,omitempty"`
 }

@@ -13,6 +13,7 @@ import (
 //
 // +kubebuilder:object:root=true
 // +kubebuilder:subresource:status
+// +kubebuilder:metadata:labels="app.kubernetes.io/part-of=cri-proxy"
 // +kubebuilder:resource:path=imagelistpulljobs,scope=Namespaced
 // +kubebuilder:printcolumn:name="TOTAL",type="integer",JSONPath=".status.desired",description="Number of image pull job"
 // +kubebuilder:printcolumn:name="SUCCEEDED",type="integer",JSONPath=".status.succeeded",description="Number of image pull job succeeded"
@@ -29,6 +30,7 @@ type ImageListPullJob struct {
 	Spec v1beta1.ImageListPullJobSpec `json:"spec"`
 	// status says how far that is.
 	//
+	// +kubebuilder:default={"observedGeneration":-1}
 	// +optional
 	Status v1beta1.ImageListPullJobStatus `json:"status,omitempty"`
 }

@@ -13,6 +13,7 @@ import (
 //
 // +kubebuilder:object:root=true
 // +kubebuilder:subresource:status
+// +kubebuilder:metadata:labels="app.kubernetes.io/part-of=cri-proxy"
 // +kubebuilder:resource:path=imagepulljobs,scope=Namespaced
 // +kubebuilder:printcolumn:name="TOTAL",type="integer",JSONPath=".status.desired",description="Number of all nodes matched by this job"
 // +kubebuilder:printcolumn:name="ACTIVE",type="integer",JSONPath=".status.active",description="Number of image pull task active"
@@ -32,6 +33,7 @@ type ImagePullJob struct {
 	Spec v1beta1.ImagePullJobSpec `json:"spec"`
 	// status says how far that is.
 	//
+	// +kubebuilder:default={"observedGeneration":-1}
 	// +optional
 	Status v1beta1.ImagePullJobStatus `json:"status,omitempty"`
 }

@@ -38,20 +38,35 @@ type ImageListPullJobStatus struct {
 
 	// desired is the number of images.
 	//
+	// +kubebuilder:default=0
 	// +optional
 	Desired int32 `json:"desired"`
 	// active is the number of images that a node pulls.
 	//
+	// +kubebuilder:default=0
 	// +optional
 	Active int32 `json:"active"`
 	// completed is the number of images that all nodes are done with.
 	//
+	// +kubebuilder:default=0
 	// +optional
 	Completed int32 `json:"completed"`
 	// succeeded is the number of images that all nodes have.
 	//
+	// +kubebuilder:default=0
 	// +optional
 	Succeeded int32 `json:"succeeded"`
+
+	// observedGeneration is the metadata.generation that this status is about; -1 before anybody has looked.
+	//
+	// +optional
+	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
+	// conditions are Ready, Reconciling and Stalled, as kstatus reads them.
+	//
+	// +listType=map
+	// +listMapKey=type
+	// +optional
+	Conditions []metav1.Condition `json:"conditions,omitempty"`
 
 	// failedImageStatuses are the images that a node failed to pull.
 	//
@@ -86,6 +101,7 @@ type FailedImageStatus struct {
 // +kubebuilder:object:root=true
 // +kubebuilder:storageversion
 // +kubebuilder:subresource:status
+// +kubebuilder:metadata:labels="app.kubernetes.io/part-of=cri-proxy"
 // +kubebuilder:resource:path=imagelistpulljobs,scope=Namespaced
 // +kubebuilder:printcolumn:name="TOTAL",type="integer",JSONPath=".status.desired",description="Number of image pull job"
 // +kubebuilder:printcolumn:name="SUCCEEDED",type="integer",JSONPath=".status.succeeded",description="Number of image pull job succeeded"
@@ -102,6 +118,7 @@ type ImageListPullJob struct {
 	Spec ImageListPullJobSpec `json:"spec"`
 	// status says how far that is.
 	//
+	// +kubebuilder:default={"observedGeneration":-1}
 	// +optional
 	Status ImageListPullJobStatus `json:"status,omitempty"`
 }

@@ -18,9 +18,13 @@ const (
 	BytesPerSecondAnnotation = "cri-proxy.io/bytes-per-second"
 )
 
+// KeepPinsAnnotation is on a job that is about to be deleted because the time of its list is over: what was pulled is to be used.
+const KeepPinsAnnotation = "cri-proxy.io/keep-pins"
+
 // Finalizers of an ImagePullJob.
 const (
-	// PullFinalizer holds a deleted job until its pulls are cancelled and its pins released.
+	// PullFinalizer holds a job that is deleted before its end, until its pulls are cancelled and its pins released. A job that has
+	// ended holds nothing: the pins of one that is deleted are released if the controller is there, and end by themselves if not.
 	PullFinalizer = "cri-proxy.io/image-pull"
 	// DeletionProtectionFinalizer is OpenKruise's. It is never set here, but taken off: a job that was made under
 	// OpenKruise can be deleted.
@@ -209,24 +213,29 @@ type ImagePullJobStatus struct {
 
 	// desired is the number of nodes chosen.
 	//
+	// +kubebuilder:default=0
 	// +optional
 	Desired int32 `json:"desired"`
 	// active is the number of nodes that pull.
 	//
+	// +kubebuilder:default=0
 	// +optional
 	Active int32 `json:"active"`
 	// succeeded is the number of nodes that have the image.
 	//
+	// +kubebuilder:default=0
 	// +optional
 	Succeeded int32 `json:"succeeded"`
 	// failed is the number of nodes that have given up.
 	//
+	// +kubebuilder:default=0
 	// +optional
 	Failed int32 `json:"failed"`
 	// skipped is the number of nodes that are left out for now and tried again: not ready, or not to be reached.
 	//
+	// +kubebuilder:default=0
 	// +optional
-	Skipped int32 `json:"skipped,omitempty"`
+	Skipped int32 `json:"skipped"`
 
 	// message is for people.
 	//
@@ -244,8 +253,9 @@ type ImagePullJobStatus struct {
 	Progress string `json:"progress,omitempty"`
 	// percent of the work done, by bytes: the mean over the nodes of how much of the image each has.
 	//
+	// +kubebuilder:default=0
 	// +optional
-	Percent int32 `json:"percent,omitempty"`
+	Percent int32 `json:"percent"`
 	// bytesDone of the compressed layers are on the nodes, over all nodes.
 	//
 	// +optional
@@ -283,7 +293,7 @@ type ImagePullJobStatus struct {
 	// +listMapKey=type
 	// +optional
 	Conditions []metav1.Condition `json:"conditions,omitempty"`
-	// observedGeneration is the metadata.generation that this status is about.
+	// observedGeneration is the metadata.generation that this status is about; -1 before anybody has looked.
 	//
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
@@ -364,6 +374,7 @@ type FailureCount struct {
 // +kubebuilder:object:root=true
 // +kubebuilder:storageversion
 // +kubebuilder:subresource:status
+// +kubebuilder:metadata:labels="app.kubernetes.io/part-of=cri-proxy"
 // +kubebuilder:resource:path=imagepulljobs,scope=Namespaced
 // +kubebuilder:printcolumn:name="TOTAL",type="integer",JSONPath=".status.desired",description="Number of all nodes matched by this job"
 // +kubebuilder:printcolumn:name="ACTIVE",type="integer",JSONPath=".status.active",description="Number of image pull task active"
@@ -383,6 +394,7 @@ type ImagePullJob struct {
 	Spec ImagePullJobSpec `json:"spec"`
 	// status says how far that is.
 	//
+	// +kubebuilder:default={"observedGeneration":-1}
 	// +optional
 	Status ImagePullJobStatus `json:"status,omitempty"`
 }

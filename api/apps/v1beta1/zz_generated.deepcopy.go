@@ -159,6 +159,13 @@ func (in *ImageListPullJobStatus) DeepCopyInto(out *ImageListPullJobStatus) {
 		in, out := &in.CompletionTime, &out.CompletionTime
 		*out = (*in).DeepCopy()
 	}
+	if in.Conditions != nil {
+		in, out := &in.Conditions, &out.Conditions
+		*out = make([]v1.Condition, len(*in))
+		for i := range *in {
+			(*in)[i].DeepCopyInto(&(*out)[i])
+		}
+	}
 	if in.FailedImageStatuses != nil {
 		in, out := &in.FailedImageStatuses, &out.FailedImageStatuses
 		*out = make([]*FailedImageStatus, len(*in))

@@ -208,7 +208,7 @@ type Strategy struct {
 
 // InPlaceRolloutStatus is what has come of a rollout.
 type InPlaceRolloutStatus struct {
-	// observedGeneration is the generation of the spec that this is about.
+	// observedGeneration is the generation of the spec that this is about; -1 before anybody has looked.
 	//
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
@@ -225,26 +225,31 @@ type InPlaceRolloutStatus struct {
 
 	// desired is how many pods there should be.
 	//
+	// +kubebuilder:default=0
 	// +optional
 	Desired int32 `json:"desired"`
 
 	// updated is how many pods have the target images and run them.
 	//
+	// +kubebuilder:default=0
 	// +optional
 	Updated int32 `json:"updated"`
 
 	// ready is how many pods are ready.
 	//
+	// +kubebuilder:default=0
 	// +optional
 	Ready int32 `json:"ready"`
 
 	// unavailable is how many pods are not available, or are being changed.
 	//
+	// +kubebuilder:default=0
 	// +optional
 	Unavailable int32 `json:"unavailable"`
 
 	// failed is how many pods have failed.
 	//
+	// +kubebuilder:default=0
 	// +optional
 	Failed int32 `json:"failed"`
 
@@ -290,7 +295,7 @@ type InPlaceRolloutStatus struct {
 	// +optional
 	Message string `json:"message,omitempty"`
 
-	// conditions are Complete, Progressing, Available and Degraded.
+	// conditions are Complete, Progressing, Available and Degraded, and for kstatus Ready, Reconciling and Stalled.
 	//
 	// +listType=map
 	// +listMapKey=type
@@ -320,6 +325,7 @@ type PodFailure struct {
 // +kubebuilder:object:root=true
 // +kubebuilder:resource:shortName=ipr
 // +kubebuilder:subresource:status
+// +kubebuilder:metadata:labels="app.kubernetes.io/part-of=cri-proxy"
 // +kubebuilder:printcolumn:name="DESIRED",type=integer,JSONPath=`.status.desired`
 // +kubebuilder:printcolumn:name="UPDATED",type=integer,JSONPath=`.status.updated`
 // +kubebuilder:printcolumn:name="READY",type=integer,JSONPath=`.status.ready`
@@ -336,6 +342,7 @@ type InPlaceRollout struct {
 
 	// +required
 	Spec InPlaceRolloutSpec `json:"spec"`
+	// +kubebuilder:default={"observedGeneration":-1}
 	// +optional
 	Status InPlaceRolloutStatus `json:"status,omitempty"`
 }

@@ -80,6 +80,7 @@ type runtime struct {
 
 	mu         sync.Mutex // guards containers, which the daemon asks for, too
 	containers []*runtimeapi.Container
+	sandboxes  []*runtimeapi.PodSandbox
 }
 
 func (*runtime) Version(context.Context, *runtimeapi.VersionRequest) (*runtimeapi.VersionResponse, error) {
@@ -96,6 +97,12 @@ func (r *runtime) ListContainers(context.Context, *runtimeapi.ListContainersRequ
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return &runtimeapi.ListContainersResponse{Containers: r.containers}, nil
+}
+
+func (r *runtime) ListPodSandbox(context.Context, *runtimeapi.ListPodSandboxRequest) (*runtimeapi.ListPodSandboxResponse, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return &runtimeapi.ListPodSandboxResponse{Items: r.sandboxes}, nil
 }
 
 func (r *runtime) ImageFsInfo(context.Context, *runtimeapi.ImageFsInfoRequest) (*runtimeapi.ImageFsInfoResponse, error) {
@@ -278,6 +285,13 @@ func TestDoctor(t *testing.T) {
 			n.startRuntime()
 			n.startKubelet(n.path("rt.sock"), "--container-runtime-endpoint", "unix://"+n.link())
 		}, want: []string{"fail daemon: cri-proxy does not answer", "fail sockets: stat", "fail sockets: stat", "fail kubelet: kubelet (pid", "fail state: stat"}},
+		{name: "OpenKruise's daemon runs beside it", make: func(n *node) {
+			n.runtime.sandboxes = []*runtimeapi.PodSandbox{
+				{Metadata: &runtimeapi.PodSandboxMetadata{Namespace: "kruise-system", Name: "kruise-controller-manager-x"}},
+				{Metadata: &runtimeapi.PodSandboxMetadata{Namespace: "kruise-system", Name: "kruise-daemon-x7"}},
+			}
+			n.whole()
+		}, want: []string{"warn OpenKruise: its daemon runs here (kruise-system/kruise-daemon-x7)"}},
 		{name: "no configuration", make: func(n *node) { n.whole(); n.file = n.path("other.yaml") },
 			want: []string{"warn config: " + "/"}},
 		{name: "configuration cannot be read", make: func(n *node) {

@@ -49,6 +49,7 @@ func (x *examination) runtime(ctx context.Context) {
 		x.fail(check, "does the daemon have the same runtimeEndpoint? "+x.info.GetRuntime().GetEndpoint(), "it answers here, but the daemon is not connected (%s)", state)
 	}
 	x.leftovers(ctx, rt)
+	x.openKruise(ctx, rt)
 	x.images(ctx, runtimeapi.NewImageServiceClient(conn))
 }
 
@@ -83,6 +84,25 @@ func (x *examination) leftovers(ctx context.Context, rt runtimeapi.RuntimeServic
 		hint = "start cri-proxy, which removes them or goes on with them; cri-proxy bypass on removes them too"
 	}
 	x.warn(check, hint, "made by an operation and not started, though no operation is under way: %s", strings.Join(left, ", "))
+}
+
+// openKruise looks for the node daemon of OpenKruise, which carries out the same requests and jobs.
+func (x *examination) openKruise(ctx context.Context, rt runtimeapi.RuntimeServiceClient) {
+	const check = "OpenKruise"
+	list, err := rt.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{Filter: &runtimeapi.PodSandboxFilter{
+		State: &runtimeapi.PodSandboxStateValue{State: runtimeapi.PodSandboxState_SANDBOX_READY},
+	}})
+	if err != nil {
+		x.warn(check, "", "its daemon not looked for: %s", plain(err))
+		return
+	}
+	for _, s := range list.GetItems() {
+		if strings.HasPrefix(s.GetMetadata().GetName(), "kruise-daemon-") {
+			x.warn(check, "docs/MIGRATION.md says how to move to cri-controller; InPlaceRollouts work beside it",
+				"its daemon runs here (%s/%s): ContainerRecreateRequests and image jobs are carried out by it, and cri-controller leaves them alone",
+				s.GetMetadata().GetNamespace(), s.GetMetadata().GetName())
+		}
+	}
 }
 
 // images looks at the file system of the images.

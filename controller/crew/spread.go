@@ -1,0 +1,109 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package crew
+
+import (
+	"context"
+	"sync"
+
+	"k8s.io/client-go/util/workqueue"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+)
+
+// Spread is a reconcile.Reconciler that carries out each reconcile in a goroutine of its own, at most so many at a time, not counting
+// those that wait for somebody else ([Away]). So no number of nodes that hang keeps a controller's workers from the others. As with
+// a controller's workers, an object is reconciled once at a time, and again if something has happened meanwhile.
+type Spread struct {
+	inner reconcile.Reconciler
+	crew  *Crew
+	slots chan struct{}
+
+	mu    sync.Mutex
+	queue workqueue.TypedRateLimitingInterface[reconcile.Request]
+	runs  map[reconcile.Request]*spreadRun
+}
+
+// spreadRun is a reconcile under way, or one whose result the controller has not been given yet.
+type spreadRun struct {
+	again, over bool
+	result      reconcile.Result
+	err         error
+}
+
+// NewSpread returns one for inner. The crew must be started, and [Spread.Start] be a source of the controller.
+func NewSpread(inner reconcile.Reconciler, c *Crew, atOnce int) *Spread {
+	return &Spread{inner: inner, crew: c, slots: make(chan struct{}, atOnce), runs: map[reconcile.Request]*spreadRun{}}
+}
+
+// Start implements source.Source: results are handed over through the controller's queue.
+func (s *Spread) Start(_ context.Context, queue workqueue.TypedRateLimitingInterface[reconcile.Request]) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.queue = queue
+	return nil
+}
+
+// Reconcile begins a reconcile and returns at once, or returns the result of one that has ended.
+func (s *Spread) Reconcile(_ context.Context, req reconcile.Request) (reconcile.Result, error) {
+	s.mu.Lock()
+	run := s.runs[req]
+	switch {
+	case run != nil && !run.over:
+		run.again = true
+		s.mu.Unlock()
+		return reconcile.Result{}, nil
+	case run != nil && !run.again:
+		delete(s.runs, req)
+		s.mu.Unlock()
+		return run.result, run.err
+	}
+	run = &spreadRun{}
+	s.runs[req] = run
+	s.mu.Unlock()
+	s.crew.Do(func(ctx context.Context) { s.carryOut(ctx, req, run) })
+	return reconcile.Result{}, nil
+}
+
+func (s *Spread) carryOut(ctx context.Context, req reconcile.Request, run *spreadRun) {
+	slot := &slot{s.slots}
+	if !slot.take(ctx) {
+		return
+	}
+	result, err := s.inner.Reconcile(context.WithValue(ctx, slotKey{}, slot), req)
+	slot.giveBack()
+	s.mu.Lock()
+	run.over, run.result, run.err = true, result, err
+	queue := s.queue
+	s.mu.Unlock()
+	queue.Add(req)
+}
+
+type slotKey struct{}
+
+type slot struct{ of chan struct{} }
+
+func (s *slot) take(ctx context.Context) bool {
+	select {
+	case s.of <- struct{}{}:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+func (s *slot) giveBack() { <-s.of }
+
+// Away runs f, which waits for somebody else, without counting among those that work. ctx is what a reconcile was given by a [Spread];
+// with any other, f is just run.
+func Away(ctx context.Context, f func()) {
+	slot, _ := ctx.Value(slotKey{}).(*slot)
+	if slot == nil {
+		f()
+		return
+	}
+	slot.giveBack()
+	// Taken again whatever has become of ctx: the reconcile goes on, and gives it back.
+	defer func() { slot.of <- struct{}{} }()
+	f()
+}
