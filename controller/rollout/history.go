@@ -129,12 +129,15 @@ func (w *deployment) keepHistory(ctx context.Context) (bool, error) {
 		return false, w.p.patchWorkload(ctx, there, patch, "ReplicaSet", nil)
 	case limit != nil && *limit == 0:
 		return true, nil // nobody wants any
+	case w.p.work.history == w.p.templateKey():
+		return true, nil // admission has made another template of it
 	}
 	set := w.copyOf(previous, number)
 	err := w.p.r.Client.Create(ctx, set)
 	switch {
 	case err == nil:
 		w.p.r.Metrics.wrote("ReplicaSet")
+		w.p.work.history = w.p.templateKey()
 		w.p.log.WithField("replicaset", set.Name).Info("the template of before is kept for kubectl rollout undo")
 	case apierrors.IsAlreadyExists(err): // the cache does not show it yet
 	case apiStatus(err):

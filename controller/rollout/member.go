@@ -48,6 +48,8 @@ type work struct {
 	api     apiTrouble
 	// templated are the goals, by revision, for which the template was written.
 	templated map[string]bool
+	// history is the goal for which a ReplicaSet was made for the history of a Deployment.
+	history string
 
 	mu sync.Mutex
 	// selector chooses the pods that the rollout may be about; nil until it is known.
