@@ -76,9 +76,14 @@ func (r rewrites) differs(from rewrites, asked map[string]string) (string, bool)
 }
 
 // admissionError says that the API server will not have a change, or not the same one twice.
-type admissionError struct{ failure }
+type admissionError struct {
+	failure
+	// err is the API server's; nil without.
+	err error
+}
 
 func (e *admissionError) Error() string { return e.message }
+func (e *admissionError) Unwrap() error { return e.err }
 
 // denied makes an admissionError of what the API server says for good; other errors stay what they are.
 func denied(err error, what string) error {
@@ -86,12 +91,12 @@ func denied(err error, what string) error {
 	if !ok {
 		return err
 	}
-	return &admissionError{failure{failDenied, fmt.Sprintf("the API server does not let %s be changed: %s", what, words)}}
+	return &admissionError{failure{failDenied, fmt.Sprintf("the API server does not let %s be changed: %s", what, words)}, err}
 }
 
 // unsteady says that admission makes different things of the same image.
 func unsteady(what, container, asked, first, then string) error {
-	return &admissionError{failure{failRewritten, fmt.Sprintf("admission has made %s of image %s of container %s in %s, and %s before: a change cannot be prepared if its image is not known",
+	return &admissionError{failure: failure{failRewritten, fmt.Sprintf("admission has made %s of image %s of container %s in %s, and %s before: a change cannot be prepared if its image is not known",
 		then, asked, container, what, first)}}
 }
 

@@ -111,7 +111,7 @@ func (w *deployment) align(ctx context.Context, images map[string]string) (bool,
 		return true, "", nil
 	}
 	// The API server is asked before the Deployment is paused.
-	answers, err := w.p.askTemplate(ctx, w.d, kindDeployment, own)
+	answers, err := w.p.askTemplate(ctx, w.d, kindDeployment, own, true)
 	if err != nil {
 		return false, "", err
 	}
@@ -119,7 +119,7 @@ func (w *deployment) align(ctx context.Context, images map[string]string) (bool,
 	if own, sets, err = w.diffs(images); err != nil {
 		return false, "", err
 	}
-	answers, err = w.p.askTemplate(ctx, w.current, "ReplicaSet", sets)
+	answers, err = w.p.askTemplate(ctx, w.current, "ReplicaSet", sets, true)
 	if err != nil {
 		return false, "", err
 	}

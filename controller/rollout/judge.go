@@ -90,7 +90,7 @@ type knowledge struct {
 	now     time.Time
 }
 
-// has says that a container has the image that is wanted, or what admission makes of it.
+// has says that a container has the image that is wanted, or what admission makes of it. The mark may be nil.
 func (k knowledge) has(m *mark, container, have, want string) bool {
 	if have == want || k.answers[container].covers(want, have) {
 		return true
@@ -135,6 +135,10 @@ func judge(pod *corev1.Pod, m *mark, g goal, k knowledge, s *strategy, now time.
 		v.serving, v.disrupted = false, true // whatever its condition says
 	}
 
+	var made *mark // of another goal it says what admission made of images then
+	if m.by(g) {
+		made = m
+	}
 	v.images = map[string]string{}
 	for name, image := range g.images {
 		c, _ := containerOf(pod, name)
@@ -142,7 +146,7 @@ func judge(pod *corev1.Pod, m *mark, g goal, k knowledge, s *strategy, now time.
 			v.fail(failNoContainer, "%s", podLacks(pod, name, toChange))
 			return v
 		}
-		if !k.has(m, name, c.Image, image) {
+		if !k.has(made, name, c.Image, image) {
 			v.images[name] = image
 		}
 	}

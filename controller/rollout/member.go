@@ -5,6 +5,7 @@ package rollout
 
 import (
 	"context"
+	"maps"
 	"strconv"
 	"sync"
 	"time"
@@ -46,6 +47,8 @@ type work struct {
 	// refused is why the template of the workload is not changed, by the revision of the goal; api is what goes wrong with it.
 	refused map[string]*failure
 	api     apiTrouble
+	// settling is what goes wrong when the workload's controller is to go on.
+	settling apiTrouble
 
 	mu sync.Mutex
 	// selector chooses the pods that the rollout may be about; nil until it is known.
@@ -104,6 +107,22 @@ func (m *member) answersOf(w *work) rewrites {
 	return m.answers
 }
 
+// learn keeps what the API server makes of images, besides what it has said of other containers.
+func (w *work) learn(m *member, t *talk, asked map[string]string, answers rewrites) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if t != nil && t.over {
+		return
+	}
+	known := rewrites{} // the old one may be being read
+	maps.Copy(known, m.answers)
+	for name := range asked {
+		delete(known, name)
+	}
+	maps.Copy(known, answers)
+	m.answers = known
+}
+
 // talk is a conversation with a node about one operation.
 type talk struct {
 	uid    string
@@ -116,6 +135,8 @@ type talk struct {
 	// failed ends it.
 	failed *failure
 	stale  bool
+	// takenBack says that the node was told that it has failed.
+	takenBack bool
 	// same says that there is nothing to do: what the API server would make of the images is there.
 	same bool
 	// api is what went wrong with the API server last, and how often.

@@ -81,7 +81,7 @@ func (w *onDelete) align(ctx context.Context, images map[string]string) (bool, s
 		return false, "the template of " + w.name() + " has other images by now", nil // the rollout will have them too
 	}
 	if len(diff) > 0 {
-		answers, err := w.p.askTemplate(ctx, w.object, w.kind, diff)
+		answers, err := w.p.askTemplate(ctx, w.object, w.kind, diff, false)
 		if err != nil {
 			return false, "", err
 		}
@@ -215,7 +215,11 @@ func (w *onDelete) revisionLabel(i *item, images map[string]string) string {
 		if c == nil {
 			return ""
 		}
-		if to := images[name]; to != "" && to != want || to == "" && !i.known.has(i.m.mark, name, c.Image, want) {
+		to, was := images[name], ""
+		if t := w.revisions.templates[pod.Labels[revisionLabel]]; t != nil && w.p.goal.images[name] == "" {
+			was = templateImages(t)[name] // whatever admission made of it when the pod was made
+		}
+		if to != "" && to != want || to == "" && was != want && !i.known.has(i.m.mark, name, c.Image, want) {
 			return ""
 		}
 	}

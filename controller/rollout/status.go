@@ -14,6 +14,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	apiequality "k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -200,7 +201,7 @@ func (p *pass) conclude(ctx context.Context) error {
 	whole := through && t.broken == 0 && t.available == t.updated && t.available >= p.target.desired
 	switch {
 	case whole && !undo, through && undo && (whole || p.stuck()), through && p.strategy.onFailure == inplace.Continue && t.broken > 0 && t.available == t.updated:
-		done, err := p.settleWorkload(ctx)
+		done, trouble, err := p.settleWorkload(ctx)
 		if err != nil {
 			return err
 		}
@@ -208,6 +209,10 @@ func (p *pass) conclude(ctx context.Context) error {
 			return p.complete(ctx, next, t)
 		}
 		next.Message = "the pods are done; waiting for the workload's controller"
+		if trouble != "" {
+			next.Message = trouble
+			p.stand(next, true, inplace.ReasonAPIError, trouble)
+		}
 		p.wait = sooner(p.wait, blockedPause)
 	case undo:
 		next.Message = "rolling back: " + p.firstFailure()
@@ -218,9 +223,15 @@ func (p *pass) conclude(ctx context.Context) error {
 		if p.strategy.onFailure == inplace.Continue {
 			reason, next.Message = inplace.ReasonPodsFailed, p.firstFailure()
 		}
-		if p.work.refused[p.goal.revision] != nil {
-			if _, err := p.settleWorkload(ctx); err != nil { // it goes on by itself
+		if p.work.refused[p.goal.revision] != nil { // the workload goes on by itself
+			done, trouble, err := p.settleWorkload(ctx)
+			switch {
+			case err != nil:
 				return err
+			case trouble != "":
+				next.Message = trouble + "; " + next.Message
+			case done && p.strategy.onFailure == inplace.Continue && t.changing+t.turns+t.open == 0:
+				return p.complete(ctx, next, t) // of the pods none can go on
 			}
 		}
 		setCondition(next, inplace.ConditionDegraded, true, reason, next.Message)
@@ -316,12 +327,29 @@ func minor(before, after *inplace.InPlaceRolloutStatus) bool {
 	return true
 }
 
-// settleWorkload lets the workload's own controller go on.
-func (p *pass) settleWorkload(ctx context.Context) (bool, error) {
+// settleWorkload lets the workload's own controller go on. The API server may not have that: then trouble says so, and it is tried again.
+func (p *pass) settleWorkload(ctx context.Context) (done bool, trouble string, err error) {
 	if p.target.workload == nil {
-		return true, nil
+		return true, "", nil
 	}
-	return p.target.workload.settle(ctx)
+	t := &p.work.settling
+	if !p.waits(t) {
+		done, err = p.target.workload.settle(ctx)
+		switch {
+		case err == nil:
+			*t = apiTrouble{}
+			return done, "", nil
+		case apierrors.IsConflict(err), apierrors.IsNotFound(err), refusal(err) == nil && !apiStatus(err):
+			return false, "", err
+		}
+		t.note(err, p.now)
+		p.waits(t)
+	}
+	trouble = fmt.Sprintf("%s is paused and cannot go on: %s", p.target.what, t.text)
+	if t.count >= troubleTries {
+		p.tell(corev1.EventTypeWarning, inplace.ReasonAPIError, trouble, "settle")
+	}
+	return false, trouble, nil
 }
 
 // complete ends the rollout.
@@ -336,7 +364,7 @@ func (p *pass) complete(ctx context.Context, next *inplace.InPlaceRolloutStatus,
 		}
 		p.stand(next, false, inplace.ReasonRolledBack, next.Message)
 		setCondition(next, inplace.ConditionDegraded, true, inplace.ReasonRolledBack, next.Message)
-	case t.broken > 0:
+	case len(p.work.failures) > 0:
 		next.Message = fmt.Sprintf("%d of %d pods are updated, %d have failed: %s", next.Updated, next.Desired, next.Failed, p.firstFailure())
 		p.stand(next, false, inplace.ReasonPodsFailed, next.Message)
 		setCondition(next, inplace.ConditionDegraded, true, inplace.ReasonPodsFailed, next.Message)

@@ -257,12 +257,8 @@ func (p *pass) prepare(ctx context.Context, i *item) {
 				there++
 			}
 		}
-		w.mu.Lock()
-		if !t.over {
-			m.answers = answers
-		}
-		w.mu.Unlock()
 		if there > 0 {
+			w.learn(m, t, change.images, answers)
 			return nil, errThere // those that are not are prepared without those that are
 		}
 		now, err := p.r.launch(ctx, w, i.pod, label)
@@ -280,7 +276,19 @@ func (p *pass) prepare(ctx context.Context, i *item) {
 			// By a controller of another version, which put some detail otherwise.
 			op, err = p.r.Nodes.GetOperation(ctx, node, uid)
 		}
-		return op, err
+		if err != nil {
+			return nil, err
+		}
+		// What the node has ready may be what was answered before.
+		for _, has := range op.GetContainers() {
+			if asked := change.images[has.GetName()]; asked != "" && has.GetImage() != answers.of(has.GetName(), asked) {
+				err = unsteady("pod "+i.pod.Name, has.GetName(), asked, has.GetImage(), answers.of(has.GetName(), asked))
+				c.change(func() { t.op, t.failed, t.asked = op, refusal(err), true })
+				return nil, err
+			}
+		}
+		w.learn(m, t, change.images, answers)
+		return op, nil
 	}
 	c.start()
 	p.log.WithField("pod", i.pod.Name).WithField("op", uid).Debug("preparing")
