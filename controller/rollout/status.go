@@ -52,11 +52,11 @@ func (p *pass) noteFailures() int {
 	for uid, f := range now {
 		f.Message = clip(f.Message, 500)
 		now[uid] = f
-		if _, known := p.work.failures[uid]; !known {
+		if was, known := p.work.failures[uid]; !known || p.goal.undo && was.Reason != f.Reason {
 			p.r.Metrics.pod(f.Reason)
 			p.log.WithField("pod", f.Pod).WithField("reason", f.Reason).Warn("pod failed: " + f.Message)
 			if len(p.work.told) < maxTold {
-				p.tell(corev1.EventTypeWarning, eventPodFailed, subject(f)+": "+f.Reason+": "+f.Message, string(uid))
+				p.tell(corev1.EventTypeWarning, eventPodFailed, subject(f)+": "+f.Reason+": "+f.Message, string(uid)+f.Reason)
 			}
 		}
 	}
@@ -161,7 +161,7 @@ func (p *pass) isTarget(i *item) bool {
 }
 
 // tally counts the pods by where they stand.
-type tally struct{ outdated, changing, updated, broken, available, open, turns, left int }
+type tally struct{ outdated, changing, updated, broken, available, open, turns, left, unwritten int }
 
 func (p *pass) tally() tally {
 	var t tally
@@ -175,6 +175,9 @@ func (p *pass) tally() tally {
 			t.updated++
 			if i.verdict.available && !i.stale {
 				t.available++
+			}
+			if i.m.api.count > 0 && i.m.refused == nil {
+				t.unwritten++ // its label; that is tried again
 			}
 		case broken:
 			t.broken++
@@ -197,10 +200,10 @@ func (p *pass) conclude(ctx context.Context) error {
 	t := p.tally()
 	p.progress(t)
 	undo := p.goal.undo
-	through := t.outdated+t.changing+t.left == 0 && p.blocked == "" && t.open == 0 && len(p.items) > 0 || len(p.items) == 0 && p.target.desired == 0 && p.target.workload != nil && p.blocked == ""
+	through := t.outdated+t.changing+t.left+t.unwritten == 0 && p.blocked == "" && t.open == 0 && len(p.items) > 0 || len(p.items) == 0 && p.target.desired == 0 && p.target.workload != nil && p.blocked == ""
 	whole := through && t.broken == 0 && t.available == t.updated && t.available >= p.target.desired
 	switch {
-	case whole && !undo, through && undo && (whole || p.stuck()), through && p.strategy.onFailure == inplace.Continue && t.broken > 0 && t.available == t.updated:
+	case whole && !undo, through && undo && (whole || p.stuck()), undo && t.broken > 0 && t.changing+t.open == 0 && p.blocked == "" && p.cornered(), through && p.strategy.onFailure == inplace.Continue && t.broken > 0 && t.available == t.updated:
 		done, trouble, err := p.settleWorkload(ctx)
 		if err != nil {
 			return err
@@ -215,7 +218,7 @@ func (p *pass) conclude(ctx context.Context) error {
 		}
 		p.wait = sooner(p.wait, blockedPause)
 	case undo:
-		next.Message = "rolling back: " + p.firstFailure()
+		next.Message = "rolling back: " + p.firstFailure() + p.noWayBack()
 		p.stand(next, true, inplace.ReasonRollingBack, next.Message)
 	case t.broken > 0 || len(p.work.failures) > 0:
 		reason := inplace.ReasonStopped
@@ -314,6 +317,19 @@ func (p *pass) progress(t tally) {
 // stuck says that nothing has changed for longer than pods may take.
 func (p *pass) stuck() bool { return p.now.Sub(p.work.progressed) >= p.strategy.deadline }
 
+// cornered says that pods that cannot be put back keep the others from it, and have done so for too long.
+func (p *pass) cornered() bool { return p.stuck() && p.plan.blocked == "" && !p.rollout.Spec.Paused }
+
+// noWayBack says of the first pod that cannot be put back why that is; empty without.
+func (p *pass) noWayBack() string {
+	for _, i := range p.items {
+		if f := i.verdict.failure; i.verdict.stage == broken && len(i.verdict.images) > 0 {
+			return clip(fmt.Sprintf("; pod %s cannot be put back: %s: %s", i.pod.Name, f.reason, f.message), 600)
+		}
+	}
+	return ""
+}
+
 // minor says that a status differs from the one before in numbers only.
 func minor(before, after *inplace.InPlaceRolloutStatus) bool {
 	if before.ObservedGeneration != after.ObservedGeneration || before.Failed != after.Failed || len(before.Conditions) != len(after.Conditions) {
@@ -356,9 +372,19 @@ func (p *pass) settleWorkload(ctx context.Context) (done bool, trouble string, e
 func (p *pass) complete(ctx context.Context, next *inplace.InPlaceRolloutStatus, t tally) error {
 	now := metav1.NewTime(p.now)
 	next.CompletionTime = &now
+	p.work.mu.Lock()
+	for _, i := range p.items {
+		if i.verdict.stage == outdated {
+			p.abort(i.m.node, i.m.visit, "the rollout has ended without the pod")
+		}
+	}
+	p.work.mu.Unlock()
 	switch {
 	case p.goal.undo:
-		next.Message = "rolled back: " + p.firstFailure()
+		next.Message = "rolled back: " + p.firstFailure() + p.noWayBack()
+		if t.outdated > 0 {
+			next.Message += fmt.Sprintf("; %d pods are left as they are: pods that cannot be put back have used up maxUnavailable", t.outdated)
+		}
 		if t.available < t.updated || t.broken > 0 {
 			next.Message += fmt.Sprintf("; %d pods are not available after it", t.updated+t.broken-t.available)
 		}

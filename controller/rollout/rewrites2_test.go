@@ -1,0 +1,222 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package rollout
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+)
+
+// A label that cannot be written at once is written before the rollout ends.
+func TestLabelFails(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addNodes(2)
+		b.addOf(kindStatefulSet, 2)
+		for _, pod := range b.pods() { // somebody has changed them
+			b.change(client.ObjectKeyFromObject(pod), pod.UID, func(p *corev1.Pod) bool { p.Spec.Containers[0].Image = "app:2"; return true })
+		}
+		time.Sleep(time.Minute)
+		var mu sync.Mutex
+		failed := map[string]int{}
+		b.policy = func(o client.Object, dry bool) error {
+			mu.Lock()
+			defer mu.Unlock()
+			if isPod(o) && !dry {
+				if failed[o.GetName()]++; failed[o.GetName()] < 5 {
+					return apierrors.NewInternalError(errors.New("etcdserver: request timed out"))
+				}
+			}
+			return nil
+		}
+		b.create("web", spec{Target: ref(kindStatefulSet), Containers: to("app:2")})
+		b.want(b.until("ended", "web", 5*time.Minute, ended), "True RolledOut", "2/2/2/0/0")
+		b.atRest(kindStatefulSet, "app:2")
+		if !strings.Contains(b.told(), "etcdserver") {
+			t.Errorf("events:\n%s", b.told())
+		}
+	})
+}
+
+// Both containers are rewritten, in pods that were made so, with the controller killed all the while: each pod is changed once, and goes
+// back to what it had when the new image is bad.
+func TestRewrittenAndKilled(t *testing.T) {
+	for _, kind := range []string{"Pod", kindStatefulSet, kindDaemonSet, kindDeployment} {
+		for _, everywhere := range []bool{false, true} {
+			t.Run(fmt.Sprint(kind, everywhere), func(t *testing.T) {
+				inBed(t, func(t *testing.T, b *bed) {
+					b.addNodes(4)
+					target := all()
+					if kind == "Pod" {
+						b.addPods(4, 4, gated)
+					} else {
+						b.addOf(kind, 4)
+						target = ref(kind)
+					}
+					b.made()
+					b.policy = mirror(func(o client.Object) bool { return everywhere && kind != kindDeployment || isPod(o) })
+					wait := func(generation int64) *rollout {
+						t.Helper()
+						for i := range 60 {
+							time.Sleep(time.Duration(70+i*290%900) * time.Millisecond)
+							b.restart()
+						}
+						return b.until("ended", "web", 10*time.Minute, func(r *rollout) bool { return ended(r) && r.Status.ObservedGeneration == generation })
+					}
+					both := []change{{Name: "app", Image: "app:2"}, {Name: "side", Image: "side:1"}}
+					b.create("web", spec{Target: target, Containers: both})
+					b.want(wait(1), "True RolledOut", "4/4/4/0/0")
+					b.served(mirrored + "app:2")
+					if n := b.counted("patch v1.Pod"); n > 5 {
+						t.Errorf("%d writes of pods", n)
+					}
+					b.edit("web", func(r *rollout) { r.Spec.Containers[0].Image = "app:crash" })
+					if r := wait(2); condition(r, inplace.ConditionComplete) != "False RolledBack" {
+						t.Errorf("status %+v", r.Status)
+					}
+					time.Sleep(2 * time.Hour) // what a controller that was killed has had prepared is held for an hour
+					b.served(mirrored + "app:2")
+					b.sides(mirrored + "side:1")
+				})
+			})
+		}
+	}
+}
+
+// The way back is denied for pods, or for the template, or both: the rollout ends, and what serves goes on serving.
+func TestWayBackIsDenied(t *testing.T) {
+	for _, kind := range []string{"Pod", kindStatefulSet, kindDeployment} {
+		for name, where := range map[string]func(client.Object) bool{
+			"pods": isPod, "template": func(o client.Object) bool { return !isPod(o) }, "both": func(client.Object) bool { return true },
+			"late": nil,
+		} {
+			t.Run(kind+" "+name, func(t *testing.T) {
+				inBed(t, func(t *testing.T, b *bed) {
+					b.addNodes(3)
+					target := all()
+					if kind == "Pod" {
+						b.addPods(3, 3, gated)
+					} else {
+						b.addOf(kind, 3)
+						target = ref(kind)
+					}
+					var mu sync.Mutex
+					back := false
+					b.policy = func(o client.Object, dry bool) error {
+						mu.Lock()
+						defer mu.Unlock()
+						if _, set := o.(*appsv1.ReplicaSet); imageOf(o) == "app:1" && back && !set && (where == nil && !dry || where != nil && where(o)) {
+							return forbidden(o)
+						}
+						return nil
+					}
+					b.create("web", spec{Target: target, Containers: to("app:2"), Strategy: settings{ProgressDeadlineSeconds: 60}})
+					b.until("some", "web", time.Minute, func(r *rollout) bool { return r.Status.Updated > 0 })
+					mu.Lock()
+					back = true
+					mu.Unlock()
+					b.kubelet.start = time.Hour // what is new from now on does not get ready
+					r := b.until("ended", "web", 20*time.Minute, func(r *rollout) bool { return r.Status.CompletionTime != nil || r.Status.FailedRevision != "" })
+					b.kubelet.start = time.Second
+					r = b.until("ended", "web", 20*time.Minute, ended)
+					t.Log(condition(r, inplace.ConditionComplete), r.Status.Message)
+					if name != "template" && (!strings.Contains(r.Status.Message, "not signed") || !strings.Contains(b.told(), "not signed")) {
+						t.Errorf("message %s\n%s", r.Status.Message, b.told())
+					}
+					time.Sleep(time.Minute)
+					for _, pod := range b.pods() {
+						if by, _ := shutBy(pod); by != "" {
+							t.Errorf("pod %s is shut by %s", pod.Name, by)
+						}
+					}
+					if left := b.fleet.unfinished(); len(left) > 0 {
+						t.Errorf("nodes still have %q", left)
+					}
+					if kind == kindDeployment {
+						if d := read(b, &appsv1.Deployment{}); d.Spec.Paused {
+							t.Errorf("paused; status %+v", r.Status)
+						}
+					}
+				})
+			})
+		}
+	}
+}
+
+// A gate that cannot be closed because that is denied: the rollout fails at once, with the words.
+func TestGateIsDenied(t *testing.T) {
+	for _, denied := range []bool{true, false} {
+		t.Run(fmt.Sprint(denied), func(t *testing.T) {
+			inBed(t, func(t *testing.T, b *bed) {
+				b.addNodes(2)
+				b.addPods(2, 2, gated)
+				b.statusPolicy = func(pod *corev1.Pod) error {
+					if by, _ := shutBy(pod); by == "" {
+						return nil
+					}
+					if denied {
+						return forbidden(pod)
+					}
+					return apierrors.NewInternalError(errors.New("webhook: image is not signed"))
+				}
+				b.create("all", spec{Target: all(), Containers: to("app:2"), Strategy: settings{ProgressDeadlineSeconds: 120}})
+				r := b.until("over", "all", 10*time.Minute, ended)
+				if want := failDenied; len(r.Status.Failures) == 0 || denied && r.Status.Failures[0].Reason != want || !strings.Contains(r.Status.Message, "not signed") {
+					t.Errorf("status %+v", r.Status)
+				}
+				b.served("app:1")
+			})
+		})
+	}
+}
+
+// A gate that cannot be opened is told of, and opened when it can be.
+func TestGateStaysShut(t *testing.T) {
+	for _, kind := range []string{"Pod", kindStatefulSet} {
+		t.Run(kind, func(t *testing.T) {
+			inBed(t, func(t *testing.T, b *bed) {
+				b.addNodes(2)
+				target := all()
+				if kind == "Pod" {
+					b.addPods(2, 2, gated)
+				} else {
+					b.addStatefulSet(2, func(s *appsv1.StatefulSet) {
+						s.Spec.Template.Spec.ReadinessGates = []corev1.PodReadinessGate{{ConditionType: inplace.ReadyGate}}
+					})
+					target = ref(kind)
+				}
+				var mu sync.Mutex
+				down := true
+				b.statusPolicy = func(pod *corev1.Pod) error {
+					mu.Lock()
+					defer mu.Unlock()
+					if by, _ := shutBy(pod); by != "" || !down {
+						return nil
+					}
+					return apierrors.NewInternalError(errors.New("webhook is away"))
+				}
+				b.create("all", spec{Target: target, Containers: to("app:2"), Strategy: settings{ProgressDeadlineSeconds: 3600}})
+				b.until("told", "all", 10*time.Minute, func(r *rollout) bool { return strings.Contains(r.Status.Message, "webhook is away") })
+				if !strings.Contains(b.told(), "webhook is away") {
+					t.Errorf("events:\n%s", b.told())
+				}
+				mu.Lock()
+				down = false
+				mu.Unlock()
+				b.want(b.until("ended", "all", 10*time.Minute, ended), "True RolledOut", "2/2/2/0/0")
+				b.served("app:2")
+			})
+		})
+	}
+}
