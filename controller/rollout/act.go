@@ -252,6 +252,14 @@ func (p *pass) change(i *item, operation string, answers rewrites) (*podChange, 
 			}
 		}
 	}
+	for name := range i.goal.images {
+		if a, known := i.known.answers[name]; known && i.verdict.images[name] == "" {
+			if m.There == nil {
+				m.There = rewrites{}
+			}
+			m.There[name] = a
+		}
+	}
 	text, err := json.Marshal(m)
 	if err != nil {
 		return nil, err
@@ -268,8 +276,14 @@ func (p *pass) write(ctx context.Context, i *item, operation string) error {
 		return err
 	}
 	if operation == "" && len(change.images) > 0 { // nobody has asked yet
-		if answers, err = p.r.dryRun(ctx, i.pod, change); err != nil {
+		var more map[string]string
+		if answers, more, err = p.r.dryRun(ctx, i.pod, change); err != nil {
 			return err
+		}
+		if len(more) > 0 {
+			p.work.learnMore(i.m, nil, more)
+			p.wait = sooner(p.wait, stalePause) // all of them are changed together
+			return nil
 		}
 		p.work.learn(i.m, nil, change.images, answers)
 		for name, image := range change.images {

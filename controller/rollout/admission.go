@@ -128,17 +128,27 @@ func (w *work) refuse(revision string, why *failure) {
 	w.refused[revision] = why
 }
 
-// dryRun lets the API server say what it would make of a patch of a pod, and returns the images.
-func (r *Reconciler) dryRun(ctx context.Context, pod *corev1.Pod, c *podChange) (rewrites, error) {
+// dryRun lets the API server say what it would make of a patch of a pod, and returns the images, and those of other containers that it
+// would change as well.
+func (r *Reconciler) dryRun(ctx context.Context, pod *corev1.Pod, c *podChange) (answers rewrites, more map[string]string, err error) {
 	patch, err := c.patch("")
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	answer := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: pod.Namespace, Name: pod.Name}}
 	if err := r.Client.Patch(ctx, answer, client.RawPatch(types.StrategicMergePatchType, patch), client.DryRunAll); err != nil {
-		return nil, denied(err, "pod "+pod.Name)
+		return nil, nil, denied(err, "pod "+pod.Name)
 	}
-	return rewritesOf(c.images, podImages(answer)), nil
+	got, have := podImages(answer), podImages(pod)
+	for name, image := range got {
+		if c.images[name] == "" && image != have[name] {
+			if more == nil {
+				more = map[string]string{}
+			}
+			more[name] = image
+		}
+	}
+	return rewritesOf(c.images, got), more, nil
 }
 
 // podChange is what is written into a pod: images, the label of its revision, and the mark that says so, in one patch.

@@ -87,7 +87,9 @@ type knowledge struct {
 	settled bool
 	// answers are what the API server makes of images in this pod.
 	answers rewrites
-	now     time.Time
+	// more are the images that it gives other containers when the pod is changed.
+	more map[string]string
+	now  time.Time
 }
 
 // has says that a container has the image that is wanted, or what admission makes of it. The mark may be nil.
@@ -95,7 +97,7 @@ func (k knowledge) has(m *mark, container, have, want string) bool {
 	if have == want || k.answers[container].covers(want, have) {
 		return true
 	}
-	return m != nil && m.Containers[container].covers(want, have)
+	return m != nil && (m.Containers[container].covers(want, have) || m.There[container].covers(want, have))
 }
 
 // verdict is where a pod stands.
@@ -148,6 +150,13 @@ func judge(pod *corev1.Pod, m *mark, g goal, k knowledge, s *strategy, now time.
 		}
 		if !k.has(made, name, c.Image, image) {
 			v.images[name] = image
+		}
+	}
+	if len(v.images) > 0 {
+		for name, image := range k.more {
+			if c, _ := containerOf(pod, name); c != nil && g.images[name] == "" && !k.has(made, name, c.Image, image) {
+				v.images[name] = image // they change together, and go back together
+			}
 		}
 	}
 	for _, name := range g.restarts {

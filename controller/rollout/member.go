@@ -98,6 +98,8 @@ type member struct {
 	visit, restart *talk
 	// answers are what the API server makes of the images of the goal in this pod.
 	answers rewrites
+	// more are the images that it gives other containers of the pod when it is changed.
+	more map[string]string
 }
 
 // answersOf reads the answers.
@@ -105,6 +107,19 @@ func (m *member) answersOf(w *work) rewrites {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return m.answers
+}
+
+// learnMore keeps what the API server makes of containers that nobody has asked to be changed.
+func (w *work) learnMore(m *member, t *talk, more map[string]string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if t != nil && t.over {
+		return
+	}
+	known := map[string]string{} // the old one may be being read
+	maps.Copy(known, m.more)
+	maps.Copy(known, more)
+	m.more = known
 }
 
 // learn keeps what the API server makes of images, besides what it has said of other containers.
@@ -204,7 +219,7 @@ func (w *work) close() { w.keep(nil) }
 func (w *work) knowledge(m *member, begun time.Time) knowledge {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	k := knowledge{begun: begun, turn: m.turn, readySeen: m.readySeen, seen: m.started, settled: m.settled, answers: m.answers}
+	k := knowledge{begun: begun, turn: m.turn, readySeen: m.readySeen, seen: m.started, settled: m.settled, answers: m.answers, more: m.more}
 	if t := m.visit; t != nil {
 		if m.mark != nil && t.uid == m.mark.Operation {
 			k.op, k.asked = t.op, t.asked

@@ -215,11 +215,10 @@ func (w *onDelete) revisionLabel(i *item, images map[string]string) string {
 		if c == nil {
 			return ""
 		}
-		to, was := images[name], ""
-		if t := w.revisions.templates[pod.Labels[revisionLabel]]; t != nil && w.p.goal.images[name] == "" {
-			was = templateImages(t)[name] // whatever admission made of it when the pod was made
+		if t := w.revisions.templates[pod.Labels[revisionLabel]]; t != nil && w.p.goal.images[name] == "" && templateImages(t)[name] == want {
+			continue // whatever admission makes of it
 		}
-		if to != "" && to != want || to == "" && was != want && !i.known.has(i.m.mark, name, c.Image, want) {
+		if to := images[name]; to != "" && to != want || to == "" && !i.known.has(i.m.mark, name, c.Image, want) {
 			return ""
 		}
 	}

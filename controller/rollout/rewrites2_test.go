@@ -220,3 +220,195 @@ func TestGateStaysShut(t *testing.T) {
 		})
 	}
 }
+
+// What admission makes of a container that nobody has asked to be changed is part of the change: it is prepared, and goes back with it.
+func TestOtherContainerOfPod(t *testing.T) {
+	for _, kind := range []string{"Pod", kindStatefulSet, kindDeployment} {
+		for _, side := range []string{"side:2", "side:gone", "anew"} {
+			t.Run(kind+" "+side, func(t *testing.T) {
+				inBed(t, func(t *testing.T, b *bed) {
+					b.addNodes(2)
+					target := all()
+					if kind == "Pod" {
+						b.addPods(2, 2, gated)
+					} else {
+						b.addOf(kind, 2)
+						target = ref(kind)
+					}
+					var mu sync.Mutex
+					asked := 0
+					b.policy = func(o client.Object, _ bool) error {
+						mu.Lock()
+						defer mu.Unlock()
+						if isPod(o) && imageOf(o) == "app:2" {
+							specOf(o).Containers[1].Image = side
+							if asked++; side == "anew" {
+								specOf(o).Containers[1].Image = fmt.Sprint("side:", asked+1)
+							}
+						}
+						return nil
+					}
+					b.create("web", spec{Target: target, Containers: to("app:2"), Strategy: settings{ProgressDeadlineSeconds: 120}})
+					r := b.until("ended", "web", 20*time.Minute, ended)
+					if side == "side:2" {
+						b.want(r, "True RolledOut", "2/2/2/0/0")
+						b.served("app:2")
+						b.sides("side:2")
+						for _, p := range b.fleet.prepared() {
+							if len(p.GetContainers()) != 2 {
+								t.Errorf("prepared %v", p)
+							}
+						}
+						if kind != "Pod" {
+							b.atRest(kind, "app:2")
+						}
+						return
+					}
+					if condition(r, inplace.ConditionComplete) != "False RolledBack" {
+						t.Errorf("status %+v", r.Status)
+					}
+					time.Sleep(time.Minute)
+					b.served("app:1")
+					b.sides("side:1")
+				})
+			})
+		}
+	}
+}
+
+// Admission that changes another container only once the pod is prepared: both are prepared then.
+func TestOtherContainerLater(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addNodes(1)
+		b.addPods(1, 1, gated)
+		var mu sync.Mutex
+		asked := 0
+		b.policy = func(o client.Object, _ bool) error {
+			mu.Lock()
+			defer mu.Unlock()
+			if imageOf(o) == "app:2" {
+				if asked++; asked > 1 {
+					specOf(o).Containers[1].Image = "side:2"
+				}
+			}
+			return nil
+		}
+		b.create("all", spec{Target: all(), Containers: to("app:2")})
+		b.want(b.until("ended", "all", 5*time.Minute, ended), "True RolledOut", "1/1/1/0/0")
+		b.served("app:2")
+		b.sides("side:2")
+		if all := b.fleet.prepared(); len(all) != 2 || len(all[1].GetContainers()) != 2 {
+			t.Errorf("prepared %v", all)
+		}
+	})
+}
+
+// A sidecar is asked about where it is, and what admission makes of it is recognised.
+func TestSidecarIsRewritten(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addNodes(1)
+		always := corev1.ContainerRestartPolicyAlways
+		b.addPods(1, 1, gated, func(p *corev1.Pod) {
+			p.Spec.InitContainers = []corev1.Container{{Name: "proxy", Image: "proxy:1", RestartPolicy: &always}, {Name: "setup", Image: "setup:1"}}
+		})
+		b.policy = func(o client.Object, _ bool) error {
+			for i := range specOf(o).InitContainers {
+				if c := &specOf(o).InitContainers[i]; c.Name == "proxy" {
+					c.Image = mirrored + strings.TrimPrefix(c.Image, mirrored)
+				}
+			}
+			return nil
+		}
+		b.create("all", spec{Target: all(), Containers: []change{{Name: "proxy", Image: "proxy:2"}}})
+		time.Sleep(5 * time.Minute)
+		pod := b.pod("web-0")
+		if got := pod.Spec.InitContainers[0].Image; got != mirrored+"proxy:2" || pod.Spec.InitContainers[1].Image != "setup:1" {
+			t.Errorf("init containers %+v", pod.Spec.InitContainers)
+		}
+		if n := b.counted("patch v1.Pod"); n > 2 { // there and, as nothing runs it here, back
+			t.Errorf("%d writes of pods", n)
+		}
+	})
+}
+
+// An annotated workload whose images admission rewrites, in pods alone or in its template, too.
+func TestFollowedAndRewritten(t *testing.T) {
+	for name, where := range map[string]func(client.Object) bool{"pods": isPod, "all": func(client.Object) bool { return true }} {
+		t.Run(name, func(t *testing.T) {
+			inBed(t, func(t *testing.T, b *bed) {
+				b.addNodes(3)
+				prefix := ""
+				if name == "all" {
+					prefix = mirrored
+				}
+				b.addStatefulSet(3, func(s *appsv1.StatefulSet) {
+					s.Annotations = map[string]string{inplace.InPlaceAnnotation: "true"}
+					s.Spec.Template.Spec.Containers[0].Image = prefix + "app:1"
+					s.Spec.Template.Spec.Containers[1].Image = prefix + "side:1"
+				})
+				if name == "pods" {
+					b.made()
+				}
+				b.policy = mirror(where)
+				time.Sleep(time.Minute)
+				writes := b.counted("patch v1.Pod")
+				user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { s.Spec.Template.Spec.Containers[0].Image = prefix + "app:2" })
+				r := b.until("ended", "statefulset-web", 5*time.Minute, func(r *rollout) bool { return ended(r) && r.Status.TargetImages["app"] == prefix+"app:2" })
+				b.want(r, "True RolledOut", "3/3/3/0/0")
+				b.served(mirrored + "app:2")
+				b.sides(mirrored + "side:1")
+				if n := b.counted("patch v1.Pod") - writes; writes > 0 || n != 3 {
+					t.Errorf("%d writes of pods before, %d then", writes, n)
+				}
+				user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { s.Spec.Template.Spec.Containers[0].Image = prefix + "app:crash" })
+				b.until("ended", "statefulset-web", 5*time.Minute, func(r *rollout) bool {
+					return ended(r) && condition(r, inplace.ConditionComplete) == "False RolledBack"
+				})
+				time.Sleep(5 * time.Minute)
+				if r := b.get("statefulset-web"); condition(r, inplace.ConditionComplete) != "False RolledBack" {
+					t.Errorf("status %+v", r.Status)
+				}
+				b.served(mirrored + "app:2")
+			})
+		})
+	}
+}
+
+// A partition holds with rewritten images and a controller that is killed.
+func TestPartitionAndRewritten(t *testing.T) {
+	for _, kind := range []string{"Pod", kindDeployment, kindStatefulSet} {
+		t.Run(kind, func(t *testing.T) {
+			inBed(t, func(t *testing.T, b *bed) {
+				b.addNodes(4)
+				target := all()
+				if kind == "Pod" {
+					b.addPods(4, 4, gated)
+				} else {
+					b.addOf(kind, 4)
+					target = ref(kind)
+				}
+				b.made()
+				b.policy = mirror(isPod)
+				b.create("web", spec{Target: target, Containers: []change{{Name: "app", Image: "app:2"}, {Name: "side", Image: "side:1"}}, Strategy: settings{Partition: number(2)}})
+				held := func(r *rollout) bool {
+					return condition(r, inplace.ConditionProgressing) == "True Partitioned" && r.Status.Updated == 2
+				}
+				b.until("held", "web", 5*time.Minute, held)
+				for range 3 {
+					b.restart()
+					time.Sleep(time.Minute)
+					if got := b.images("app"); got[mirrored+"app:2"] != 2 {
+						t.Errorf("images %v", got)
+					}
+				}
+				b.until("held", "web", time.Second, held)
+				b.edit("web", func(r *rollout) { r.Spec.Paused = true })
+				b.restart()
+				time.Sleep(time.Minute)
+				if r := b.get("web"); r.Status.Updated != 2 {
+					t.Errorf("status %+v", r.Status)
+				}
+			})
+		})
+	}
+}

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/types"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
@@ -244,7 +245,11 @@ func (p *pass) prepare(ctx context.Context, i *item) {
 	}
 	have := podImages(i.pod)
 	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
-		answers, err := p.r.dryRun(ctx, i.pod, change)
+		answers, more, err := p.r.dryRun(ctx, i.pod, change)
+		if err == nil && len(more) > 0 {
+			w.learnMore(m, t, more)
+			return nil, errThere // all of them are prepared together
+		}
 		if err == nil && len(answers) > 0 { // is it the same each time?
 			err = p.r.stillSo(ctx, i, change, answers)
 		}
@@ -389,9 +394,13 @@ func (p *pass) commit(i *item) {
 
 // stillSo asks the API server once more, before the node is told that the patch comes.
 func (r *Reconciler) stillSo(ctx context.Context, i *item, change *podChange, before rewrites) error {
-	now, err := r.dryRun(ctx, i.pod, change)
+	now, more, err := r.dryRun(ctx, i.pod, change)
 	if err != nil {
 		return err
+	}
+	for name, image := range more {
+		// Somebody has changed the pod meanwhile, or admission knows more than when the node was asked: from the start, then.
+		return apierrors.NewConflict(corev1.Resource("pods"), i.pod.Name, fmt.Errorf("container %s gets image %s", name, image))
 	}
 	if name, differs := now.differs(before, change.images); differs {
 		asked := change.images[name]
