@@ -14,6 +14,7 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
@@ -407,6 +408,42 @@ func TestPartitionAndRewritten(t *testing.T) {
 				time.Sleep(time.Minute)
 				if r := b.get("web"); r.Status.Updated != 2 {
 					t.Errorf("status %+v", r.Status)
+				}
+			})
+		})
+	}
+}
+
+// A rollout of a Deployment whose images are rewritten leaves it with one ReplicaSet when it is deleted, wherever it was, on the way
+// there or back.
+func TestRewrittenDeploymentDeleted(t *testing.T) {
+	for i := range 24 {
+		t.Run(fmt.Sprint(i), func(t *testing.T) {
+			inBed(t, func(t *testing.T, b *bed) {
+				b.addNodes(2)
+				b.addDeployment(2)
+				b.policy = func(o client.Object, _ bool) error {
+					if c := &specOf(o).Containers[0]; !strings.HasPrefix(c.Image, mirrored) {
+						c.Image = mirrored + c.Image
+					}
+					return nil
+				}
+				b.create("web", spec{Target: ref(kindDeployment), Containers: to("app:crash")})
+				if i >= 12 {
+					b.until("back", "web", time.Minute, func(r *rollout) bool { return r.Status.FailedRevision != "" })
+				}
+				time.Sleep(time.Duration(i%12) * 150 * time.Millisecond)
+				b.delete(&rollout{ObjectMeta: metav1.ObjectMeta{Name: "web"}})
+				b.restart()
+				b.until("gone", "web", time.Minute, gone)
+				time.Sleep(time.Minute)
+				d := read(b, &appsv1.Deployment{})
+				var sets appsv1.ReplicaSetList
+				if err := b.api.List(t.Context(), &sets, client.InNamespace("ns")); err != nil {
+					t.Fatal(err)
+				}
+				if d.Spec.Paused || len(sets.Items) != 1 {
+					t.Errorf("paused %v, %d ReplicaSets", d.Spec.Paused, len(sets.Items))
 				}
 			})
 		})
