@@ -449,3 +449,40 @@ func TestRewrittenDeploymentDeleted(t *testing.T) {
 		})
 	}
 }
+
+// Once a pod is changed, nobody asks whether it may be.
+func TestAskedNoMore(t *testing.T) {
+	for _, denied := range []bool{false, true} {
+		t.Run(fmt.Sprint(denied), func(t *testing.T) {
+			inBed(t, func(t *testing.T, b *bed) {
+				b.addNodes(1)
+				b.addPods(1, 1, gated)
+				b.kubelet.sync = 5 * time.Minute
+				var mu sync.Mutex
+				written, after := false, 0
+				b.policy = func(o client.Object, dry bool) error {
+					mu.Lock()
+					defer mu.Unlock()
+					switch {
+					case imageOf(o) != "app:2":
+					case !written:
+						written = !dry
+					case denied:
+						after++
+						return forbidden(o)
+					default:
+						after++
+						return apierrors.NewInternalError(errors.New("webhook is away"))
+					}
+					return nil
+				}
+				b.create("all", spec{Target: all(), Containers: to("app:2")})
+				b.want(b.until("ended", "all", 9*time.Minute, ended), "True RolledOut", "1/1/1/0/0")
+				b.served("app:2")
+				if after > 0 || strings.Contains(b.told(), "away") {
+					t.Errorf("asked %d times after the change; events:\n%s", after, b.told())
+				}
+			})
+		})
+	}
+}

@@ -245,6 +245,14 @@ func (p *pass) prepare(ctx context.Context, i *item) {
 	}
 	have := podImages(i.pod)
 	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
+		w.mu.Lock()
+		phase := t.op.GetPhase()
+		w.mu.Unlock()
+		if armed(phase) { // the pod may be changed already: nobody needs to ask whether it may be
+			if op, err := p.r.Nodes.GetOperation(ctx, node, uid); code(err) != codes.NotFound {
+				return op, err
+			}
+		}
 		answers, more, err := p.r.dryRun(ctx, i.pod, change)
 		if err == nil && len(more) > 0 {
 			w.learnMore(m, t, more)
