@@ -253,7 +253,6 @@ func TestOtherContainerOfTemplate(t *testing.T) {
 					b.policy = mirror(where)
 					b.create("web", spec{Target: ref(kind), Containers: to("app:2"), Strategy: settings{ProgressDeadlineSeconds: 120}})
 					r := b.until("over", "web", 5*time.Minute, func(r *rollout) bool { return r.Status.CompletionTime != nil })
-					t.Log(r.Status.Message)
 					time.Sleep(time.Minute)
 					if kind == kindDeployment {
 						if d := read(b, &appsv1.Deployment{}); d.Spec.Paused {

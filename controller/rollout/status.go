@@ -203,7 +203,7 @@ func (p *pass) conclude(ctx context.Context) error {
 	through := t.outdated+t.changing+t.left+t.unwritten == 0 && p.blocked == "" && t.open == 0 && len(p.items) > 0 || len(p.items) == 0 && p.target.desired == 0 && p.target.workload != nil && p.blocked == ""
 	whole := through && t.broken == 0 && t.available == t.updated && t.available >= p.target.desired
 	switch {
-	case whole && !undo, through && undo && (whole || p.stuck()), undo && t.broken > 0 && t.changing+t.open == 0 && p.blocked == "" && p.cornered(), through && p.strategy.onFailure == inplace.Continue && t.broken > 0 && t.available == t.updated:
+	case whole && !undo, through && undo && (whole || p.stuck()), undo && t.changing+t.open == 0 && p.blocked == "" && p.cornered(), through && p.strategy.onFailure == inplace.Continue && t.broken > 0 && t.available == t.updated:
 		done, trouble, err := p.settleWorkload(ctx)
 		if err != nil {
 			return err
@@ -318,7 +318,9 @@ func (p *pass) progress(t tally) {
 func (p *pass) stuck() bool { return p.now.Sub(p.work.progressed) >= p.strategy.deadline }
 
 // cornered says that pods that cannot be put back keep the others from it, and have done so for too long.
-func (p *pass) cornered() bool { return p.stuck() && p.plan.blocked == "" && !p.rollout.Spec.Paused }
+func (p *pass) cornered() bool {
+	return p.noWayBack() != "" && p.stuck() && p.plan.blocked == "" && !p.rollout.Spec.Paused
+}
 
 // noWayBack says of the first pod that cannot be put back why that is; empty without.
 func (p *pass) noWayBack() string {
@@ -390,7 +392,7 @@ func (p *pass) complete(ctx context.Context, next *inplace.InPlaceRolloutStatus,
 		}
 		p.stand(next, false, inplace.ReasonRolledBack, next.Message)
 		setCondition(next, inplace.ConditionDegraded, true, inplace.ReasonRolledBack, next.Message)
-	case len(p.work.failures) > 0:
+	case t.broken > 0 || p.work.refused[p.goal.revision] != nil:
 		next.Message = fmt.Sprintf("%d of %d pods are updated, %d have failed: %s", next.Updated, next.Desired, next.Failed, p.firstFailure())
 		p.stand(next, false, inplace.ReasonPodsFailed, next.Message)
 		setCondition(next, inplace.ConditionDegraded, true, inplace.ReasonPodsFailed, next.Message)

@@ -128,10 +128,9 @@ func TestWayBackIsDenied(t *testing.T) {
 					back = true
 					mu.Unlock()
 					b.kubelet.start = time.Hour // what is new from now on does not get ready
-					r := b.until("ended", "web", 20*time.Minute, func(r *rollout) bool { return r.Status.CompletionTime != nil || r.Status.FailedRevision != "" })
+					b.until("back", "web", 20*time.Minute, func(r *rollout) bool { return r.Status.CompletionTime != nil || r.Status.FailedRevision != "" })
 					b.kubelet.start = time.Second
-					r = b.until("ended", "web", 20*time.Minute, ended)
-					t.Log(condition(r, inplace.ConditionComplete), r.Status.Message)
+					r := b.until("ended", "web", 20*time.Minute, ended)
 					if name != "template" && (!strings.Contains(r.Status.Message, "not signed") || !strings.Contains(b.told(), "not signed")) {
 						t.Errorf("message %s\n%s", r.Status.Message, b.told())
 					}
@@ -485,4 +484,42 @@ func TestAskedNoMore(t *testing.T) {
 			})
 		})
 	}
+}
+
+// What is denied is still an answer of the API server, so that it is counted and told when a reconciler returns it.
+func TestDeniedIsAnAnswer(t *testing.T) {
+	if err := fmt.Errorf("settling: %w", denied(forbidden(&corev1.Pod{}), "pod web-0")); !apiStatus(err) || refusal(err) == nil || !apierrors.IsForbidden(err) {
+		t.Errorf("%v", err)
+	}
+}
+
+// How often is the API server asked about many pods that wait, and about those that have what they should?
+func TestAsksOfManyPods(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.addNodes(10)
+		b.addPods(200, 10, gated)
+		b.made()
+		var mu sync.Mutex
+		asked := 0
+		made := mirror(isPod)
+		b.policy = func(o client.Object, dry bool) error {
+			mu.Lock()
+			defer mu.Unlock()
+			if dry {
+				asked++
+			}
+			return made(o, dry)
+		}
+		b.create("all", spec{Target: all(), Containers: []change{{Name: "app", Image: "app:1"}, {Name: "side", Image: "side:1"}}, Strategy: settings{MaxUnavailable: percent("25%")}})
+		b.want(b.until("ended", "all", 10*time.Minute, ended), "True RolledOut", "200/200/200/0/0")
+		if n := b.counted("patch v1.Pod") + b.counted("status v1.Pod"); asked > 450 || n > 0 {
+			t.Errorf("asked %d times, %d writes", asked, n)
+		}
+		asked = 0
+		b.edit("all", func(r *rollout) { r.Spec.Containers[0].Image = "app:2" })
+		b.want(b.until("ended", "all", time.Hour, func(r *rollout) bool { return ended(r) && r.Status.ObservedGeneration == 2 }), "True RolledOut", "200/200/200/0/0")
+		if asked > 1400 || b.counted("patch v1.Pod") != 200 {
+			t.Errorf("asked %d times, %d writes", asked, b.counted("patch v1.Pod"))
+		}
+	})
 }
