@@ -59,9 +59,12 @@ func (p *pass) settlePreparation(i *item) {
 	case t.same:
 		m.visit = nil
 		return
-	case t.failed != nil && (t.failed.reason == failDenied || t.failed.reason == failRewritten):
-		p.abort(m.node, t, t.failed.message)
-		once = false
+	case t.failed != nil && !t.stale:
+		if !t.takenBack {
+			t.takenBack = true
+			p.abort(m.node, t, t.failed.message)
+		}
+		m.gaveWay = false
 	case t.failed != nil:
 		once = t.stale
 		m.gaveWay = m.gaveWay && t.stale && !t.committed
@@ -83,6 +86,7 @@ func (p *pass) settlePreparation(i *item) {
 			return
 		}
 		t.failed = &failure{failDeadline, fmt.Sprintf("node %s has not made the images ready within %s", m.node.Name, p.strategy.deadline)}
+		t.takenBack = true
 		p.abort(m.node, t, "it took too long")
 	default:
 		m.gaveWay = false
@@ -216,7 +220,10 @@ func (p *pass) setGates(ctx context.Context, i *item, rollout types.UID) error {
 	}
 	target := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: i.pod.Namespace, Name: i.pod.Name}}
 	if err := p.r.Client.Status().Patch(ctx, target, client.RawPatch(types.StrategicMergePatchType, patch)); err != nil {
-		return err
+		if rollout != "" {
+			err = denied(err, "pod "+i.pod.Name)
+		}
+		return err // a gate that cannot be opened is tried again
 	}
 	i.m.written = versionOf(target.ResourceVersion)
 	p.r.Metrics.wrote("pod status")
@@ -254,6 +261,14 @@ func (p *pass) change(i *item, operation string, answers rewrites) (*podChange, 
 			}
 		}
 	}
+	for name := range i.goal.images {
+		if a, known := i.known.answers[name]; known && i.verdict.images[name] == "" {
+			if m.There == nil {
+				m.There = rewrites{}
+			}
+			m.There[name] = a
+		}
+	}
 	text, err := json.Marshal(m)
 	if err != nil {
 		return nil, err
@@ -270,8 +285,21 @@ func (p *pass) write(ctx context.Context, i *item, operation string) error {
 		return err
 	}
 	if operation == "" && len(change.images) > 0 { // nobody has asked yet
-		if answers, err = p.r.dryRun(ctx, i.pod, change); err != nil {
+		var more map[string]string
+		if answers, more, err = p.r.dryRun(ctx, i.pod, change); err != nil {
 			return err
+		}
+		if len(more) > 0 {
+			p.work.learnMore(i.m, nil, more)
+			p.wait = sooner(p.wait, stalePause) // all of them are changed together
+			return nil
+		}
+		p.work.learn(i.m, nil, change.images, answers)
+		for name, image := range change.images {
+			if c, _ := containerOf(i.pod, name); c.Image == answers.of(name, image) {
+				p.wait = sooner(p.wait, stalePause) // it is there: the others are changed without it
+				return nil
+			}
 		}
 		if change, err = p.change(i, operation, answers); err != nil {
 			return err

@@ -76,9 +76,14 @@ func (r rewrites) differs(from rewrites, asked map[string]string) (string, bool)
 }
 
 // admissionError says that the API server will not have a change, or not the same one twice.
-type admissionError struct{ failure }
+type admissionError struct {
+	failure
+	// err is the API server's; nil without.
+	err error
+}
 
 func (e *admissionError) Error() string { return e.message }
+func (e *admissionError) Unwrap() error { return e.err }
 
 // denied makes an admissionError of what the API server says for good; other errors stay what they are.
 func denied(err error, what string) error {
@@ -86,12 +91,12 @@ func denied(err error, what string) error {
 	if !ok {
 		return err
 	}
-	return &admissionError{failure{failDenied, fmt.Sprintf("the API server does not let %s be changed: %s", what, words)}}
+	return &admissionError{failure{failDenied, fmt.Sprintf("the API server does not let %s be changed: %s", what, words)}, err}
 }
 
 // unsteady says that admission makes different things of the same image.
 func unsteady(what, container, asked, first, then string) error {
-	return &admissionError{failure{failRewritten, fmt.Sprintf("admission has made %s of image %s of container %s in %s, and %s before: a change cannot be prepared if its image is not known",
+	return &admissionError{failure: failure{failRewritten, fmt.Sprintf("admission has made %s of image %s of container %s in %s, and %s before: a change cannot be prepared if its image is not known",
 		then, asked, container, what, first)}}
 }
 
@@ -123,17 +128,27 @@ func (w *work) refuse(revision string, why *failure) {
 	w.refused[revision] = why
 }
 
-// dryRun lets the API server say what it would make of a patch of a pod, and returns the images.
-func (r *Reconciler) dryRun(ctx context.Context, pod *corev1.Pod, c *podChange) (rewrites, error) {
+// dryRun lets the API server say what it would make of a patch of a pod, and returns the images, and those of other containers that it
+// would change as well.
+func (r *Reconciler) dryRun(ctx context.Context, pod *corev1.Pod, c *podChange) (answers rewrites, more map[string]string, err error) {
 	patch, err := c.patch("")
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	answer := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: pod.Namespace, Name: pod.Name}}
 	if err := r.Client.Patch(ctx, answer, client.RawPatch(types.StrategicMergePatchType, patch), client.DryRunAll); err != nil {
-		return nil, denied(err, "pod "+pod.Name)
+		return nil, nil, denied(err, "pod "+pod.Name)
 	}
-	return rewritesOf(c.images, podImages(answer)), nil
+	got, have := podImages(answer), podImages(pod)
+	for name, image := range got {
+		if c.images[name] == "" && image != have[name] {
+			if more == nil {
+				more = map[string]string{}
+			}
+			more[name] = image
+		}
+	}
+	return rewritesOf(c.images, got), more, nil
 }
 
 // podChange is what is written into a pod: images, the label of its revision, and the mark that says so, in one patch.

@@ -89,6 +89,8 @@ type bed struct {
 	webhook   bool // asked for what the controller writes of rollouts
 	// policy is what the admission of the cluster makes of pods and templates that the controller writes; dry says that nothing is stored.
 	policy func(o client.Object, dry bool) error
+	// statusPolicy is the same for what the controller writes of pods' status.
+	statusPolicy func(*corev1.Pod) error
 
 	r     *Reconciler
 	queue workqueue.TypedRateLimitingInterface[reconcile.Request]

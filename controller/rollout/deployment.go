@@ -127,7 +127,7 @@ func (w *deployment) align(ctx context.Context, images map[string]string) (bool,
 		return true, "", nil
 	}
 	// The API server is asked before the Deployment is paused.
-	answers, err := w.p.askTemplate(ctx, w.d, kindDeployment, own)
+	answers, err := w.p.askTemplate(ctx, w.d, kindDeployment, own, true)
 	if err != nil {
 		return false, "", err
 	}
@@ -135,7 +135,7 @@ func (w *deployment) align(ctx context.Context, images map[string]string) (bool,
 	if own, sets, err = w.diffs(images); err != nil {
 		return false, "", err
 	}
-	answers, err = w.p.askTemplate(ctx, w.current, "ReplicaSet", sets)
+	answers, err = w.p.askTemplate(ctx, w.current, "ReplicaSet", sets, true)
 	if err != nil {
 		return false, "", err
 	}
@@ -192,7 +192,14 @@ func (w *deployment) settle(ctx context.Context) (bool, error) {
 		images := map[string]string{}
 		have := templateImages(&w.d.Spec.Template)
 		for name, image := range templateImages(&w.current.Spec.Template) {
-			if have[name] != image && w.halfDone(name, have[name]) {
+			if have[name] == image {
+				continue
+			}
+			half, err := w.halfDone(ctx, name, have[name])
+			if err != nil {
+				return false, err
+			}
+			if half {
 				images[name] = image
 			}
 		}
@@ -239,8 +246,24 @@ func (w *deployment) agree(ctx context.Context, images map[string]string) error 
 	return w.p.patchWorkload(ctx, w.current, patch, "ReplicaSet", back)
 }
 
-// halfDone says that the Deployment's image is one that this rollout was about to replace, and not one that somebody else wants.
-func (w *deployment) halfDone(container, image string) bool {
+// halfDone says that the Deployment's image is one that this rollout was about to replace, and not one that somebody else wants, or what
+// admission makes of that.
+func (w *deployment) halfDone(ctx context.Context, container, image string) (bool, error) {
 	s := &w.p.rollout.Status
-	return image == s.PreviousImages[container] || image == s.TargetImages[container]
+	for _, own := range []string{s.PreviousImages[container], s.TargetImages[container]} {
+		if own == "" {
+			continue
+		}
+		if own == image {
+			return true, nil
+		}
+		become, _, err := w.p.dryTemplate(ctx, w.d, kindDeployment, map[string]string{container: own})
+		if err != nil && refusal(err) == nil {
+			return false, err
+		}
+		if become[container] == image {
+			return true, nil
+		}
+	}
+	return false, nil
 }

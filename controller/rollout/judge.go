@@ -92,15 +92,17 @@ type knowledge struct {
 	answers rewrites
 	// looks are what nodes have found their tags to name, by container.
 	looks map[string]lookResult
-	now   time.Time
+	// more are the images that it gives other containers when the pod is changed.
+	more map[string]string
+	now  time.Time
 }
 
-// has says that a container has the image that is wanted, or what admission makes of it.
+// has says that a container has the image that is wanted, or what admission makes of it. The mark may be nil.
 func (k knowledge) has(m *mark, container, have, want string) bool {
 	if have == want || k.answers[container].covers(want, have) {
 		return true
 	}
-	return m != nil && m.Containers[container].covers(want, have)
+	return m != nil && (m.Containers[container].covers(want, have) || m.There[container].covers(want, have))
 }
 
 // verdict is where a pod stands.
@@ -145,6 +147,10 @@ func judge(pod *corev1.Pod, m *mark, g goal, k knowledge, s *strategy, now time.
 		v.serving, v.disrupted = false, true // whatever its condition says
 	}
 
+	var made *mark // of another goal it says what admission made of images then
+	if m.by(g) {
+		made = m
+	}
 	v.images = map[string]string{}
 	for name, image := range g.images {
 		c, _ := containerOf(pod, name)
@@ -153,7 +159,7 @@ func judge(pod *corev1.Pod, m *mark, g goal, k knowledge, s *strategy, now time.
 			return v
 		}
 		switch {
-		case !k.has(m, name, c.Image, image):
+		case !k.has(made, name, c.Image, image):
 			v.images[name] = image
 		case !m.by(g) && g.tags && !pod.CreationTimestamp.After(k.begun) && mayMove(pod, c):
 			switch k.looks[name] {
@@ -165,6 +171,13 @@ func judge(pod *corev1.Pod, m *mark, g goal, k knowledge, s *strategy, now time.
 		}
 	}
 	slices.Sort(v.looks)
+	if len(v.images) > 0 {
+		for name, image := range k.more {
+			if c, _ := containerOf(pod, name); c != nil && g.images[name] == "" && !k.has(made, name, c.Image, image) {
+				v.images[name] = image // they change together, and go back together
+			}
+		}
+	}
 	for _, name := range g.restarts {
 		c, _ := containerOf(pod, name)
 		if c == nil {

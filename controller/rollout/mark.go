@@ -23,6 +23,8 @@ type mark struct {
 	Time      metav1.MicroTime `json:"time"`
 	// Containers are those changed or restarted, as they were.
 	Containers map[string]was `json:"containers"`
+	// There is what admission makes of the goal's images for containers that had that already.
+	There rewrites `json:"there,omitempty"`
 }
 
 // was is a container before it was changed.

@@ -5,6 +5,7 @@ package rollout
 
 import (
 	"context"
+	"maps"
 	"strconv"
 	"sync"
 	"time"
@@ -50,6 +51,8 @@ type work struct {
 	templated map[string]bool
 	// history is the goal for which a ReplicaSet was made for the history of a Deployment.
 	history string
+	// settling is what goes wrong when the workload's controller is to go on.
+	settling apiTrouble
 
 	mu sync.Mutex
 	// selector chooses the pods that the rollout may be about; nil until it is known.
@@ -102,6 +105,8 @@ type member struct {
 	looks map[string]*talk
 	// answers are what the API server makes of the images of the goal in this pod.
 	answers rewrites
+	// more are the images that it gives other containers of the pod when it is changed.
+	more map[string]string
 }
 
 // answersOf reads the answers.
@@ -109,6 +114,35 @@ func (m *member) answersOf(w *work) rewrites {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return m.answers
+}
+
+// learnMore keeps what the API server makes of containers that nobody has asked to be changed.
+func (w *work) learnMore(m *member, t *talk, more map[string]string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if t != nil && t.over {
+		return
+	}
+	known := map[string]string{} // the old one may be being read
+	maps.Copy(known, m.more)
+	maps.Copy(known, more)
+	m.more = known
+}
+
+// learn keeps what the API server makes of images, besides what it has said of other containers.
+func (w *work) learn(m *member, t *talk, asked map[string]string, answers rewrites) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if t != nil && t.over {
+		return
+	}
+	known := rewrites{} // the old one may be being read
+	maps.Copy(known, m.answers)
+	for name := range asked {
+		delete(known, name)
+	}
+	maps.Copy(known, answers)
+	m.answers = known
 }
 
 // talk is a conversation with a node about one operation.
@@ -123,6 +157,8 @@ type talk struct {
 	// failed ends it.
 	failed *failure
 	stale  bool
+	// takenBack says that the node was told that it has failed.
+	takenBack bool
 	// same says that there is nothing to do: what the API server would make of the images is there.
 	same bool
 	// api is what went wrong with the API server last, and how often.
@@ -197,7 +233,7 @@ func (w *work) close() { w.keep(nil) }
 func (w *work) knowledge(m *member, pod *corev1.Pod, begun time.Time) knowledge {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	k := knowledge{begun: begun, turn: m.turn, readySeen: m.readySeen, seen: m.started, settled: m.settled, answers: m.answers}
+	k := knowledge{begun: begun, turn: m.turn, readySeen: m.readySeen, seen: m.started, settled: m.settled, answers: m.answers, more: m.more}
 	if t := m.visit; t != nil {
 		if m.mark != nil && t.uid == m.mark.Operation {
 			k.op, k.asked = t.op, t.asked

@@ -118,6 +118,11 @@ func (b *bed) patchPod(o *corev1.Pod, p client.Patch, status, dry bool) error {
 			return err
 		}
 	}
+	if b.statusPolicy != nil && status {
+		if err := b.statusPolicy(&after); err != nil {
+			return err
+		}
+	}
 	if !dry {
 		if err := b.store(key, before, &after); err != nil {
 			return err

@@ -440,11 +440,15 @@ func (p *pass) act(ctx context.Context) error {
 			continue
 		}
 		p.tellWarnings(i)
-		if i.verdict.stage == updated && p.target.workload != nil && !p.waits(&i.m.api) {
-			p.settleError(i, p.relabel(ctx, i))
-		}
-		if i.verdict.open && !p.waits(&i.m.api) {
-			p.settleError(i, p.setGates(ctx, i, ""))
+		if relabels := i.verdict.stage == updated && p.target.workload != nil; (relabels || i.verdict.open) && !p.waits(&i.m.api) {
+			var err error
+			if relabels {
+				err = p.relabel(ctx, i)
+			}
+			if i.verdict.open {
+				err = errors.Join(p.setGates(ctx, i, ""), err)
+			}
+			p.settleError(i, err)
 		}
 		if i.verdict.ask {
 			p.follow(ctx, i)

@@ -14,6 +14,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	apiequality "k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -52,11 +53,11 @@ func (p *pass) noteFailures() int {
 	for uid, f := range now {
 		f.Message = clip(f.Message, 500)
 		now[uid] = f
-		if _, known := p.work.failures[uid]; !known {
+		if was, known := p.work.failures[uid]; !known || p.goal.undo && was.Reason != f.Reason {
 			p.r.Metrics.pod(f.Reason)
 			p.log.WithField("pod", f.Pod).WithField("reason", f.Reason).Warn("pod failed: " + f.Message)
 			if len(p.work.told) < maxTold {
-				p.tell(corev1.EventTypeWarning, eventPodFailed, subject(f)+": "+f.Reason+": "+f.Message, string(uid))
+				p.tell(corev1.EventTypeWarning, eventPodFailed, subject(f)+": "+f.Reason+": "+f.Message, string(uid)+f.Reason)
 			}
 		}
 	}
@@ -161,7 +162,9 @@ func (p *pass) isTarget(i *item) bool {
 }
 
 // tally counts the pods by where they stand.
-type tally struct{ outdated, changing, updated, unlabelled, broken, available, open, turns, left int }
+type tally struct {
+	outdated, changing, updated, unlabelled, broken, available, open, turns, left, unwritten int
+}
 
 func (p *pass) tally() tally {
 	var t tally
@@ -178,6 +181,9 @@ func (p *pass) tally() tally {
 			}
 			if i.verdict.available && !i.stale {
 				t.available++
+			}
+			if i.m.api.count > 0 && i.m.refused == nil {
+				t.unwritten++ // its label; that is tried again
 			}
 		case broken:
 			t.broken++
@@ -200,11 +206,11 @@ func (p *pass) conclude(ctx context.Context) error {
 	t := p.tally()
 	p.progress(t)
 	undo := p.goal.undo
-	through := t.outdated+t.changing+t.left+t.unlabelled == 0 && p.blocked == "" && t.open == 0 && len(p.items) > 0 || len(p.items) == 0 && p.target.desired == 0 && p.target.workload != nil && p.blocked == ""
+	through := t.outdated+t.changing+t.left+t.unlabelled+t.unwritten == 0 && p.blocked == "" && t.open == 0 && len(p.items) > 0 || len(p.items) == 0 && p.target.desired == 0 && p.target.workload != nil && p.blocked == ""
 	whole := through && t.broken == 0 && t.available == t.updated && t.available >= p.target.desired
 	switch {
-	case whole && !undo, through && undo && (whole || p.stuck()), through && p.strategy.onFailure == inplace.Continue && t.broken > 0 && t.available == t.updated:
-		done, err := p.settleWorkload(ctx)
+	case whole && !undo, through && undo && (whole || p.stuck()), undo && t.changing+t.open == 0 && p.blocked == "" && p.cornered(), through && p.strategy.onFailure == inplace.Continue && t.broken > 0 && t.available == t.updated:
+		done, trouble, err := p.settleWorkload(ctx)
 		if err != nil {
 			return err
 		}
@@ -212,9 +218,13 @@ func (p *pass) conclude(ctx context.Context) error {
 			return p.complete(ctx, next, t)
 		}
 		next.Message = "the pods are done; waiting for the workload's controller"
+		if trouble != "" {
+			next.Message = trouble
+			p.stand(next, true, inplace.ReasonAPIError, trouble)
+		}
 		p.wait = sooner(p.wait, blockedPause)
 	case undo:
-		next.Message = "rolling back: " + p.firstFailure()
+		next.Message = "rolling back: " + p.firstFailure() + p.noWayBack()
 		p.stand(next, true, inplace.ReasonRollingBack, next.Message)
 	case t.broken > 0 || len(p.work.failures) > 0:
 		reason := inplace.ReasonStopped
@@ -222,9 +232,15 @@ func (p *pass) conclude(ctx context.Context) error {
 		if p.strategy.onFailure == inplace.Continue {
 			reason, next.Message = inplace.ReasonPodsFailed, p.firstFailure()
 		}
-		if p.work.refused[p.goal.revision] != nil {
-			if _, err := p.settleWorkload(ctx); err != nil { // it goes on by itself
+		if p.work.refused[p.goal.revision] != nil { // the workload goes on by itself
+			done, trouble, err := p.settleWorkload(ctx)
+			switch {
+			case err != nil:
 				return err
+			case trouble != "":
+				next.Message = trouble + "; " + next.Message
+			case done && p.strategy.onFailure == inplace.Continue && t.changing+t.turns+t.open == 0:
+				return p.complete(ctx, next, t) // of the pods none can go on
 			}
 		}
 		setCondition(next, inplace.ConditionDegraded, true, reason, next.Message)
@@ -319,6 +335,21 @@ func (p *pass) progress(t tally) {
 // stuck says that nothing has changed for longer than pods may take.
 func (p *pass) stuck() bool { return p.now.Sub(p.work.progressed) >= p.strategy.deadline }
 
+// cornered says that pods that cannot be put back keep the others from it, and have done so for too long.
+func (p *pass) cornered() bool {
+	return p.noWayBack() != "" && p.stuck() && p.plan.blocked == "" && !p.rollout.Spec.Paused
+}
+
+// noWayBack says of the first pod that cannot be put back why that is; empty without.
+func (p *pass) noWayBack() string {
+	for _, i := range p.items {
+		if f := i.verdict.failure; i.verdict.stage == broken && len(i.verdict.images) > 0 {
+			return clip(fmt.Sprintf("; pod %s cannot be put back: %s: %s", i.pod.Name, f.reason, f.message), 600)
+		}
+	}
+	return ""
+}
+
 // minor says that a status differs from the one before in numbers only.
 func minor(before, after *inplace.InPlaceRolloutStatus) bool {
 	if before.ObservedGeneration != after.ObservedGeneration || before.Failed != after.Failed || len(before.Conditions) != len(after.Conditions) {
@@ -332,21 +363,48 @@ func minor(before, after *inplace.InPlaceRolloutStatus) bool {
 	return true
 }
 
-// settleWorkload lets the workload's own controller go on.
-func (p *pass) settleWorkload(ctx context.Context) (bool, error) {
+// settleWorkload lets the workload's own controller go on. The API server may not have that: then trouble says so, and it is tried again.
+func (p *pass) settleWorkload(ctx context.Context) (done bool, trouble string, err error) {
 	if p.target.workload == nil {
-		return true, nil
+		return true, "", nil
 	}
-	return p.target.workload.settle(ctx)
+	t := &p.work.settling
+	if !p.waits(t) {
+		done, err = p.target.workload.settle(ctx)
+		switch {
+		case err == nil:
+			*t = apiTrouble{}
+			return done, "", nil
+		case apierrors.IsConflict(err), apierrors.IsNotFound(err), refusal(err) == nil && !apiStatus(err):
+			return false, "", err
+		}
+		t.note(err, p.now)
+		p.waits(t)
+	}
+	trouble = fmt.Sprintf("%s is paused and cannot go on: %s", p.target.what, t.text)
+	if t.count >= troubleTries {
+		p.tell(corev1.EventTypeWarning, inplace.ReasonAPIError, trouble, "settle")
+	}
+	return false, trouble, nil
 }
 
 // complete ends the rollout.
 func (p *pass) complete(ctx context.Context, next *inplace.InPlaceRolloutStatus, t tally) error {
 	now := metav1.NewTime(p.now)
 	next.CompletionTime = &now
+	p.work.mu.Lock()
+	for _, i := range p.items {
+		if i.verdict.stage == outdated {
+			p.abort(i.m.node, i.m.visit, "the rollout has ended without the pod")
+		}
+	}
+	p.work.mu.Unlock()
 	switch {
 	case p.goal.undo:
-		next.Message = "rolled back: " + p.firstFailure()
+		next.Message = "rolled back: " + p.firstFailure() + p.noWayBack()
+		if t.outdated > 0 {
+			next.Message += fmt.Sprintf("; %d pods are left as they are: pods that cannot be put back have used up maxUnavailable", t.outdated)
+		}
 		if t.available < t.updated || t.broken > 0 {
 			next.Message += fmt.Sprintf("; %d pods are not available after it", t.updated+t.broken-t.available)
 		}
@@ -355,7 +413,7 @@ func (p *pass) complete(ctx context.Context, next *inplace.InPlaceRolloutStatus,
 		}
 		p.stand(next, false, inplace.ReasonRolledBack, next.Message)
 		setCondition(next, inplace.ConditionDegraded, true, inplace.ReasonRolledBack, next.Message)
-	case t.broken > 0:
+	case t.broken > 0 || p.work.refused[p.goal.revision] != nil:
 		next.Message = fmt.Sprintf("%d of %d pods are updated, %d have failed: %s", next.Updated, next.Desired, next.Failed, p.firstFailure())
 		p.stand(next, false, inplace.ReasonPodsFailed, next.Message)
 		setCondition(next, inplace.ConditionDegraded, true, inplace.ReasonPodsFailed, next.Message)

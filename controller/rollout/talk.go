@@ -14,6 +14,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/types"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
@@ -249,7 +250,19 @@ func (p *pass) prepare(ctx context.Context, i *item) {
 	}
 	have := podImages(i.pod)
 	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
-		answers, err := p.r.dryRun(ctx, i.pod, change)
+		w.mu.Lock()
+		phase := t.op.GetPhase()
+		w.mu.Unlock()
+		if armed(phase) { // the pod may be changed already: nobody needs to ask whether it may be
+			if op, err := p.r.Nodes.GetOperation(ctx, node, uid); code(err) != codes.NotFound {
+				return op, err
+			}
+		}
+		answers, more, err := p.r.dryRun(ctx, i.pod, change)
+		if err == nil && len(more) > 0 {
+			w.learnMore(m, t, more)
+			return nil, errThere // all of them are prepared together
+		}
 		if err == nil && len(answers) > 0 { // is it the same each time?
 			err = p.r.stillSo(ctx, i, change, answers)
 		}
@@ -262,12 +275,8 @@ func (p *pass) prepare(ctx context.Context, i *item) {
 				there++
 			}
 		}
-		w.mu.Lock()
-		if !t.over {
-			m.answers = answers
-		}
-		w.mu.Unlock()
 		if there > 0 {
+			w.learn(m, t, change.images, answers)
 			return nil, errThere // those that are not are prepared without those that are
 		}
 		now, err := p.r.launch(ctx, w, i.pod, label)
@@ -287,7 +296,19 @@ func (p *pass) prepare(ctx context.Context, i *item) {
 			// By a controller of another version, which put some detail otherwise.
 			op, err = p.r.Nodes.GetOperation(ctx, node, uid)
 		}
-		return op, err
+		if err != nil {
+			return nil, err
+		}
+		// What the node has ready may be what was answered before.
+		for _, has := range op.GetContainers() {
+			if asked := change.images[has.GetName()]; asked != "" && has.GetImage() != answers.of(has.GetName(), asked) {
+				err = unsteady("pod "+i.pod.Name, has.GetName(), asked, has.GetImage(), answers.of(has.GetName(), asked))
+				c.change(func() { t.op, t.failed, t.asked = op, refusal(err), true })
+				return nil, err
+			}
+		}
+		w.learn(m, t, change.images, answers)
+		return op, nil
 	}
 	c.start()
 	p.log.WithField("pod", i.pod.Name).WithField("op", uid).Debug("preparing")
@@ -394,9 +415,13 @@ func (p *pass) commit(i *item) {
 
 // stillSo asks the API server once more, before the node is told that the patch comes.
 func (r *Reconciler) stillSo(ctx context.Context, i *item, change *podChange, before rewrites) error {
-	now, err := r.dryRun(ctx, i.pod, change)
+	now, more, err := r.dryRun(ctx, i.pod, change)
 	if err != nil {
 		return err
+	}
+	for name, image := range more {
+		// Somebody has changed the pod meanwhile, or admission knows more than when the node was asked: from the start, then.
+		return apierrors.NewConflict(corev1.Resource("pods"), i.pod.Name, fmt.Errorf("container %s gets image %s", name, image))
 	}
 	if name, differs := now.differs(before, change.images); differs {
 		asked := change.images[name]

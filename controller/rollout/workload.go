@@ -190,16 +190,28 @@ func templateDiff(t *corev1.PodTemplateSpec, images map[string]string, what stri
 
 // askTemplate lets the API server say what it would make of images in the template of a workload. It is asked twice where it makes something else
 // of them, and about that, too: a change whose image is another one each time has no end.
-func (p *pass) askTemplate(ctx context.Context, o client.Object, kind string, images map[string]string) (rewrites, error) {
+//
+// With alone set nothing else may become of the template: a Deployment and its ReplicaSet must end up the same.
+func (p *pass) askTemplate(ctx context.Context, o client.Object, kind string, images map[string]string, alone bool) (rewrites, error) {
 	if len(images) == 0 {
 		return nil, nil
 	}
-	first, err := p.dryTemplate(ctx, o, kind, images)
-	if err != nil || maps.Equal(first, images) {
+	first, all, err := p.dryTemplate(ctx, o, kind, images)
+	if err != nil {
 		return nil, err
 	}
+	have := templateImages(podTemplate(o))
+	for _, name := range sortedKeys(all) {
+		if alone && images[name] == "" && all[name] != have[name] {
+			return nil, &admissionError{failure: failure{failRewritten, fmt.Sprintf("admission changes container %s of %s %s from %s to %s as well: let the rollout change it, too, to that image",
+				name, kind, o.GetName(), have[name], all[name])}}
+		}
+	}
+	if maps.Equal(first, images) {
+		return nil, nil
+	}
 	for _, ask := range []map[string]string{images, first} {
-		then, err := p.dryTemplate(ctx, o, kind, ask)
+		then, _, err := p.dryTemplate(ctx, o, kind, ask)
 		if err != nil {
 			return nil, err
 		}
@@ -212,24 +224,24 @@ func (p *pass) askTemplate(ctx context.Context, o client.Object, kind string, im
 	return rewritesOf(images, first), nil
 }
 
-// dryTemplate is what becomes of images when they are written into a template.
-func (p *pass) dryTemplate(ctx context.Context, o client.Object, kind string, images map[string]string) (map[string]string, error) {
+// dryTemplate is what becomes of images when they are written into a template, and all of them that there are then.
+func (p *pass) dryTemplate(ctx context.Context, o client.Object, kind string, images map[string]string) (become, all map[string]string, err error) {
 	patch, err := templatePatch(o, podTemplate(o), images, nil, nil)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	answer, ok := o.DeepCopyObject().(client.Object)
 	if !ok {
-		return nil, fmt.Errorf("%T is no object", o) // never
+		return nil, nil, fmt.Errorf("%T is no object", o) // never
 	}
 	if err := p.r.Client.Patch(ctx, answer, client.RawPatch(types.StrategicMergePatchType, patch), client.DryRunAll); err != nil {
-		return nil, denied(err, kind+" "+o.GetName())
+		return nil, nil, denied(err, kind+" "+o.GetName())
 	}
-	got, become := templateImages(podTemplate(answer)), map[string]string{}
+	all, become = templateImages(podTemplate(answer)), map[string]string{}
 	for name := range images {
-		become[name] = got[name]
+		become[name] = all[name]
 	}
-	return become, nil
+	return become, all, nil
 }
 
 // rewrite keeps what becomes of images in the template.
