@@ -217,11 +217,11 @@ func TestTemplateIsDeniedContinue(t *testing.T) {
 // A container that does not run, so that nothing is prepared, has what admission makes of its image.
 func TestIsThereUnprepared(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
+		b.kubelet.sync = time.Hour
 		b.addNodes(1)
 		b.addPods(1, 1, gated)
 		b.made()
 		b.policy = toMirror(isPod)
-		b.kubelet.sync = time.Hour
 		pod := b.pod("web-0")
 		b.change(types.NamespacedName{Namespace: "ns", Name: "web-0"}, pod.UID, func(p *corev1.Pod) bool {
 			cs := statusOf(p, "app")

@@ -127,9 +127,14 @@ func TestWayBackIsDenied(t *testing.T) {
 					mu.Lock()
 					back = true
 					mu.Unlock()
-					b.kubelet.start = time.Hour // what is new from now on does not get ready
+					start := func(d time.Duration) {
+						b.mu.Lock()
+						defer b.mu.Unlock()
+						b.kubelet.start = d
+					}
+					start(time.Hour) // what is new from now on does not get ready
 					b.until("back", "web", 20*time.Minute, func(r *rollout) bool { return r.Status.CompletionTime != nil || r.Status.FailedRevision != "" })
-					b.kubelet.start = time.Second
+					start(time.Second)
 					r := b.until("ended", "web", 20*time.Minute, ended)
 					if name != "template" && (!strings.Contains(r.Status.Message, "not signed") || !strings.Contains(b.told(), "not signed")) {
 						t.Errorf("message %s\n%s", r.Status.Message, b.told())
@@ -455,8 +460,8 @@ func TestAskedNoMore(t *testing.T) {
 		t.Run(fmt.Sprint(denied), func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addNodes(1)
-				b.addPods(1, 1, gated)
 				b.kubelet.sync = 5 * time.Minute
+				b.addPods(1, 1, gated)
 				var mu sync.Mutex
 				written, after := false, 0
 				b.policy = func(o client.Object, dry bool) error {
@@ -515,7 +520,9 @@ func TestAsksOfManyPods(t *testing.T) {
 		if n := b.counted("patch v1.Pod") + b.counted("status v1.Pod"); asked > 450 || n > 0 {
 			t.Errorf("asked %d times, %d writes", asked, n)
 		}
+		mu.Lock()
 		asked = 0
+		mu.Unlock()
 		b.edit("all", func(r *rollout) { r.Spec.Containers[0].Image = "app:2" })
 		b.want(b.until("ended", "all", time.Hour, func(r *rollout) bool { return ended(r) && r.Status.ObservedGeneration == 2 }), "True RolledOut", "200/200/200/0/0")
 		if asked > 1400 || b.counted("patch v1.Pod") != 200 {
