@@ -6,6 +6,7 @@ package rollout
 import (
 	"context"
 	"fmt"
+	"maps"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -148,9 +149,7 @@ func (w *deployment) align(ctx context.Context, images map[string]string) (bool,
 	case !w.d.Spec.Paused && w.p.wroteTemplate(w.d):
 		return false, "", superseded("somebody has put other images into the template of %s", name)
 	case !w.d.Spec.Paused:
-		annotations := w.p.templateMark(templateImages(&w.d.Spec.Template), nil)
-		annotations[inplace.PausedByAnnotation] = string(w.p.rollout.UID)
-		patch, err := templatePatch(w.d, &w.d.Spec.Template, nil, annotations, map[string]any{"paused": true})
+		patch, err := w.marked(ctx, nil, map[string]any{inplace.PausedByAnnotation: string(w.p.rollout.UID)}, map[string]any{"paused": true})
 		if err != nil {
 			return false, "", err
 		}
@@ -166,11 +165,31 @@ func (w *deployment) align(ctx context.Context, images map[string]string) (bool,
 		}
 		return false, "the template of ReplicaSet " + w.current.Name + " has just been changed", w.p.patchWorkload(ctx, w.current, patch, "ReplicaSet", sets)
 	}
-	patch, err := templatePatch(w.d, &w.d.Spec.Template, own, w.p.templateMark(templateImages(&w.d.Spec.Template), own), nil)
+	patch, err := w.marked(ctx, own, nil, nil)
 	if err != nil {
 		return false, "", err
 	}
 	return false, "the template of " + name + " has just been changed", w.p.noteTemplate(w.p.patchWorkload(ctx, w.d, patch, kindDeployment, own))
+}
+
+// marked is a patch of the Deployment with a mark that tells which images it has then, whatever admission makes of the template.
+func (w *deployment) marked(ctx context.Context, images map[string]string, annotations, spec map[string]any) ([]byte, error) {
+	write := func(become map[string]string) ([]byte, error) {
+		mark := w.p.templateMark(become)
+		maps.Copy(mark, annotations)
+		return templatePatch(w.d, &w.d.Spec.Template, images, mark, spec)
+	}
+	become := templateImages(&w.d.Spec.Template)
+	maps.Copy(become, images)
+	patch, err := write(become)
+	if err != nil {
+		return nil, err
+	}
+	got, err := w.p.dryPatch(ctx, w.d, kindDeployment, patch)
+	if err != nil || maps.Equal(got, become) {
+		return patch, err
+	}
+	return write(got)
 }
 
 // diffs are the images that the Deployment lacks, and those that its ReplicaSet lacks.
@@ -227,11 +246,11 @@ func (w *deployment) settle(ctx context.Context) (bool, error) {
 
 // agree gives the Deployment the images of its ReplicaSet or, where the API server does not have that, the ReplicaSet those of its Deployment.
 func (w *deployment) agree(ctx context.Context, images map[string]string) error {
-	patch, err := templatePatch(w.d, &w.d.Spec.Template, images, w.p.templateMark(templateImages(&w.d.Spec.Template), images), nil)
-	if err != nil {
-		return err
+	patch, err := w.marked(ctx, images, nil, nil)
+	if err == nil {
+		err = w.p.patchWorkload(ctx, w.d, patch, kindDeployment, images)
 	}
-	if err = w.p.patchWorkload(ctx, w.d, patch, kindDeployment, images); refusal(err) == nil {
+	if refusal(err) == nil {
 		return err
 	}
 	back := map[string]string{}
@@ -251,19 +270,21 @@ func (w *deployment) agree(ctx context.Context, images map[string]string) error 
 func (w *deployment) halfDone(ctx context.Context, container, image string) (bool, error) {
 	s := &w.p.rollout.Status
 	for _, own := range []string{s.PreviousImages[container], s.TargetImages[container]} {
-		if own == "" {
-			continue
-		}
-		if own == image {
-			return true, nil
-		}
-		become, _, err := w.p.dryTemplate(ctx, w.d, kindDeployment, map[string]string{container: own})
-		if err != nil && refusal(err) == nil {
-			return false, err
-		}
-		if become[container] == image {
-			return true, nil
+		if is, err := w.becomes(ctx, container, own, image); is || err != nil {
+			return is, err
 		}
 	}
 	return false, nil
+}
+
+// becomes says that an image is the one of a rollout, or what admission makes of that.
+func (w *deployment) becomes(ctx context.Context, container, own, image string) (bool, error) {
+	if own == "" || own == image {
+		return own != "", nil
+	}
+	become, _, err := w.p.dryTemplate(ctx, w.d, kindDeployment, map[string]string{container: own})
+	if err != nil && refusal(err) == nil {
+		return false, err
+	}
+	return become[container] == image, nil
 }

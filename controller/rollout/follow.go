@@ -141,6 +141,8 @@ func wantedStrategy(owner client.Object) (*inplace.Strategy, error) {
 		return nil, nil
 	}
 	s := defaultStrategy()
+	most := s.MaxUnavailable
+	s.MaxUnavailable = nil // a number under a text would stay in it
 	decoder := json.NewDecoder(strings.NewReader(text))
 	decoder.DisallowUnknownFields()
 	err := decoder.Decode(&s)
@@ -149,6 +151,9 @@ func wantedStrategy(owner client.Object) (*inplace.Strategy, error) {
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%q is not the strategy of an InPlaceRollout in JSON, such as {\"maxUnavailable\": 2, \"onFailure\": \"Pause\"}: %w", text, err)
+	}
+	if s.MaxUnavailable == nil {
+		s.MaxUnavailable = most
 	}
 	return &s, nil
 }

@@ -68,36 +68,41 @@ func (w *deployment) chooseCurrent() *appsv1.ReplicaSet {
 func sameTemplate(a, b *corev1.PodTemplateSpec) bool { return sameButImages(a, b) && sameImages(a, b) }
 
 // previousTemplate is what the present ReplicaSet had before the rollout; nil if that is not known, or the same.
-func (w *deployment) previousTemplate() (*corev1.PodTemplateSpec, map[string]string) {
+func (w *deployment) previousTemplate(ctx context.Context) (*corev1.PodTemplateSpec, map[string]string, error) {
 	s := &w.p.rollout.Status
 	if w.p.goal.undo || w.p.newer() != "" {
-		return nil, nil
+		return nil, nil, nil
 	}
 	t := w.current.Spec.Template.DeepCopy()
 	pod := &corev1.Pod{Spec: t.Spec}
 	images := map[string]string{}
-	for name := range s.TargetImages {
+	for name, target := range s.TargetImages {
 		c, _ := containerOf(pod, name)
 		if c == nil || s.PreviousImages[name] == "" {
-			return nil, nil
+			return nil, nil, nil
 		}
-		if was := s.PreviousImages[name]; c.Image != was {
-			c.Image, images[name] = was, was
+		was := s.PreviousImages[name]
+		if c.Image == was {
+			continue
 		}
+		if is, err := w.becomes(ctx, name, target, c.Image); err != nil || !is {
+			return nil, nil, err // the ReplicaSet has not the rollout's image, or not any more
+		}
+		c.Image, images[name] = was, was
 	}
 	if len(images) == 0 {
-		return nil, nil
+		return nil, nil, nil
 	}
-	return t, images
+	return t, images, nil
 }
 
 // keepHistory leaves a ReplicaSet with the template of before, of the highest revision but the present one's, and says whether it is there. A
 // Deployment's controller takes the oldest ReplicaSet that has its template for the present one: an older one that has it gets the template
 // of before, or the pods would be replaced.
 func (w *deployment) keepHistory(ctx context.Context) (bool, error) {
-	previous, images := w.previousTemplate()
-	if previous == nil {
-		return true, nil
+	previous, images, err := w.previousTemplate(ctx)
+	if previous == nil || err != nil {
+		return err == nil, err
 	}
 	var there *appsv1.ReplicaSet
 	highest := 0
@@ -110,7 +115,7 @@ func (w *deployment) keepHistory(ctx context.Context) (bool, error) {
 			if err != nil {
 				return false, err
 			}
-			return false, w.p.patchWorkload(ctx, set, patch, "ReplicaSet", images)
+			return w.noHistory(w.p.patchWorkload(ctx, set, patch, "ReplicaSet", images))
 		}
 		if sameTemplate(&set.Spec.Template, previous) && (there == nil || revisionNumber(set) > revisionNumber(there)) {
 			there = set
@@ -126,14 +131,14 @@ func (w *deployment) keepHistory(ctx context.Context) (bool, error) {
 		if err != nil {
 			return false, err
 		}
-		return false, w.p.patchWorkload(ctx, there, patch, "ReplicaSet", nil)
+		return w.noHistory(w.p.patchWorkload(ctx, there, patch, "ReplicaSet", nil))
 	case limit != nil && *limit == 0:
 		return true, nil // nobody wants any
 	case w.p.work.history == w.p.templateKey():
 		return true, nil // admission has made another template of it
 	}
 	set := w.copyOf(previous, number)
-	err := w.p.r.Client.Create(ctx, set)
+	err = w.p.r.Client.Create(ctx, set)
 	switch {
 	case err == nil:
 		w.p.r.Metrics.wrote("ReplicaSet")
@@ -141,13 +146,27 @@ func (w *deployment) keepHistory(ctx context.Context) (bool, error) {
 		w.p.log.WithField("replicaset", set.Name).Info("the template of before is kept for kubectl rollout undo")
 	case apierrors.IsAlreadyExists(err): // the cache does not show it yet
 	case apiStatus(err):
-		text := fmt.Sprintf("kubectl rollout undo of Deployment %s will go back further than to what was before: no ReplicaSet can be made for its history: %s", w.d.Name, err)
-		w.p.log.Warn(text)
-		w.p.tell(corev1.EventTypeWarning, eventHistory, text, "")
+		w.tellNoHistory(err)
 	default:
 		return false, err
 	}
 	return true, nil
+}
+
+// noHistory says that the history is to be looked at again, or that there is to be none: what the API server denies for good does not hold the
+// Deployment up.
+func (w *deployment) noHistory(err error) (done bool, _ error) {
+	if refusal(err) == nil {
+		return false, err
+	}
+	w.tellNoHistory(err)
+	return true, nil
+}
+
+func (w *deployment) tellNoHistory(err error) {
+	text := fmt.Sprintf("kubectl rollout undo of Deployment %s will go back further than to what was before: no ReplicaSet can be made for its history: %s", w.d.Name, err)
+	w.p.log.Warn(text)
+	w.p.tell(corev1.EventTypeWarning, eventHistory, text, "")
 }
 
 // clean takes off the annotations that the Deployment had while it was held: its controller copies all, and undo brings them back.

@@ -7,6 +7,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -99,7 +100,9 @@ func (w *onDelete) align(ctx context.Context, images map[string]string) (bool, s
 		return false, "", superseded("somebody has put other images into the template of %s", w.name())
 	}
 	if len(diff) > 0 {
-		patch, err := templatePatch(w.object, w.template, diff, w.p.templateMark(templateImages(w.template), diff), nil)
+		become := templateImages(w.template)
+		maps.Copy(become, diff)
+		patch, err := templatePatch(w.object, w.template, diff, w.p.templateMark(become), nil)
 		if err != nil {
 			return false, "", err
 		}

@@ -6,7 +6,6 @@ package rollout
 import (
 	"context"
 	"fmt"
-	"maps"
 	"strings"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -39,10 +38,8 @@ func (p *pass) templateKey() string {
 	return fmt.Sprintf("%s/%s/%d", p.rollout.UID, p.goal.revision, begun)
 }
 
-// templateMark is the annotation of a workload whose template has these images, and gets some more.
-func (p *pass) templateMark(images, more map[string]string) map[string]any {
-	images = maps.Clone(images)
-	maps.Copy(images, more)
+// templateMark is the annotation of a workload whose template has these images when it is written.
+func (p *pass) templateMark(images map[string]string) map[string]any {
 	return map[string]any{inplace.TemplateAnnotation: p.templateKey() + "/" + hash(images)}
 }
 

@@ -230,18 +230,26 @@ func (p *pass) dryTemplate(ctx context.Context, o client.Object, kind string, im
 	if err != nil {
 		return nil, nil, err
 	}
-	answer, ok := o.DeepCopyObject().(client.Object)
-	if !ok {
-		return nil, nil, fmt.Errorf("%T is no object", o) // never
+	if all, err = p.dryPatch(ctx, o, kind, patch); err != nil {
+		return nil, nil, err
 	}
-	if err := p.r.Client.Patch(ctx, answer, client.RawPatch(types.StrategicMergePatchType, patch), client.DryRunAll); err != nil {
-		return nil, nil, denied(err, kind+" "+o.GetName())
-	}
-	all, become = templateImages(podTemplate(answer)), map[string]string{}
+	become = map[string]string{}
 	for name := range images {
 		become[name] = all[name]
 	}
 	return become, all, nil
+}
+
+// dryPatch are the images of a template when a patch of its workload has been written.
+func (p *pass) dryPatch(ctx context.Context, o client.Object, kind string, patch []byte) (map[string]string, error) {
+	answer, ok := o.DeepCopyObject().(client.Object)
+	if !ok {
+		return nil, fmt.Errorf("%T is no object", o) // never
+	}
+	if err := p.r.Client.Patch(ctx, answer, client.RawPatch(types.StrategicMergePatchType, patch), client.DryRunAll); err != nil {
+		return nil, denied(err, kind+" "+o.GetName())
+	}
+	return templateImages(podTemplate(answer)), nil
 }
 
 // rewrite keeps what becomes of images in the template.
