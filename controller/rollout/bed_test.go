@@ -649,6 +649,7 @@ func (b *bed) addPods(n, nodes int, change ...func(*corev1.Pod)) {
 	for i := range n {
 		b.addPod(fmt.Sprintf("web-%d", i), fmt.Sprintf("node-%d", i%nodes), change...)
 	}
+	time.Sleep(2 * cacheLag) // the cache has them all
 }
 
 func gated(p *corev1.Pod) {
