@@ -208,24 +208,3 @@ func TestRightsOfUsers(t *testing.T) {
 		})
 	}
 }
-
-// TestRightsForRollouts: what the component for clusters with OpenKruise leaves out is about OpenKruise's kinds.
-func TestRightsForRollouts(t *testing.T) {
-	all, err := tool(t, "kustomize", "build", absolute(t, "."))
-	if err != nil {
-		t.Fatal(err)
-	}
-	overlay := t.TempDir()
-	writeOverlay(t, overlay, "components/rights-for-rollouts")
-	some, err := tool(t, "kustomize", "build", "--load-restrictor=LoadRestrictionsNone", overlay)
-	if err != nil {
-		t.Fatal(err)
-	}
-	got := objects(t, some)
-	for key := range objects(t, all) {
-		rights := strings.HasSuffix(key, ".rights.cri-proxy.io")
-		if out := rights && !strings.Contains(key, "/inplacerollout."); (got[key] == nil) != out {
-			t.Errorf("%s: left out %t, want %t", key, got[key] == nil, out)
-		}
-	}
-}
