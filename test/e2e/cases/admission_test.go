@@ -123,7 +123,7 @@ func TestPolicyDenies(t *testing.T) {
 	one, two := bed.Image("busybox:1.0"), bed.Image("busybox:2.0")
 	create(t, traced(ns, "stop", dir, one, "0", "", "")+traced(ns, "start", dir, one, "0", "", "")+
 		traced(ns, "gated", dir, one, "0", "", gate)+workloads(ns, one))
-	before := allReady(t, ns)
+	before := allMade(t, ns, 7)
 	deny(t, ns, "", "pods", "object.spec", two, "pod/stop")
 	apply(t, rollout(ns, "stop", target("Pod", "stop"), two, "")+
 		rollout(ns, "start", target("Pod", "start"), two, "order: StartFirst, minReadySeconds: 1")+
@@ -183,6 +183,18 @@ func assertUntouched(t testing.TB, ns string, before map[string]*corev1.Pod) {
 	}
 }
 
+// allMade waits until there are n pods in the namespace and all are ready: a StatefulSet makes one after
+// the other.
+func allMade(t testing.TB, ns string, n int) map[string]*corev1.Pod {
+	t.Helper()
+	eventually(t, fmt.Sprintf("%d pods are there", n), func() bool {
+		list := &corev1.PodList{}
+		must(t, api.List(t.Context(), list, client.InNamespace(ns)))
+		return len(list.Items) == n
+	})
+	return allReady(t, ns)
+}
+
 // assertResumed fails unless the Deployment goes on with the image, and kubectl says so.
 func assertResumed(t testing.TB, ns, name, image string) {
 	t.Helper()
@@ -207,7 +219,7 @@ func TestPolicyDeniesTemplates(t *testing.T) {
 		t.Run(tt.resource, func(t *testing.T) {
 			ns := namespace(t)
 			create(t, workloads(ns, one))
-			before := allReady(t, ns)
+			before := allMade(t, ns, 4)
 			probe := strings.ToLower(tt.kind) + "/" + tt.name
 			if tt.resource == "replicasets" {
 				probe = kubectl(t, "-n", ns, "get", "replicasets", "-l", "w=deploy", "-o", "name")
@@ -267,7 +279,7 @@ func TestPolicyRewrites(t *testing.T) {
 		t.Run(fmt.Sprintf("templates-%v", everywhere), func(t *testing.T) {
 			ns := namespace(t)
 			create(t, pod(ns, "p", one)+workloads(ns, one))
-			before := allReady(t, ns)
+			before := allMade(t, ns, 5)
 			pin(t, ns, "", "pods", "spec", two, pinned, "pod/p")
 			if everywhere {
 				pin(t, ns, "apps", "deployments", "spec/template/spec", two, pinned, "deployment/deploy")
@@ -445,50 +457,63 @@ func freeAddress(t testing.TB) string {
 	return l.Addr().String()
 }
 
-// TestWebhookRewritesAnew has a webhook that makes another image of the one that is asked for each
-// time. The rollouts fail with a text, no pod is touched, and nobody writes again and again.
-func TestWebhookRewritesAnew(t *testing.T) {
-	t.Parallel()
+// testWebhookRewritesAnew has a webhook that makes another image of the one that is asked for each
+// time, in one namespace of pods' and in one of Deployments'. The rollouts fail with a text, no pod is
+// touched, and nobody writes again and again.
+func testWebhookRewritesAnew(t *testing.T) {
 	one, two := bed.Image("busybox:1.0"), bed.Image("busybox:2.0")
-	for _, tt := range []struct{ group, resource, probe string }{{"", "pods", "pod/p"}, {"apps", "deployments", "deployment/deploy"}} {
-		t.Run(tt.resource, func(t *testing.T) {
-			t.Parallel()
-			ns := namespace(t)
-			create(t, pod(ns, "p", one)+workloads(ns, one))
-			before := allReady(t, ns)
-			h := newHook(t, func(asked int64, image string) string {
-				if image != two {
-					return image
-				}
-				return fmt.Sprintf("%s-%d", two, asked)
-			})
-			address := freeAddress(t)
-			h.serve(t, address)
-			register(t, ns, tt.group, tt.resource, address, authority())
-			eventually(t, "the webhook is asked", func() bool {
-				return strings.Contains(kubectl(t, "-n", ns, "set", "image", tt.probe, "app="+two, "--dry-run=server", "-o", "yaml"), two+"-")
-			})
-			names := []string{"p", "deploy"}
-			if tt.resource != "pods" {
-				names = names[1:]
-			} else {
-				apply(t, rollout(ns, "p", target("Pod", "p"), two, ""))
+	cases := []struct {
+		group, resource, probe string
+		names                  []string
+		ns                     string
+		before                 map[string]*corev1.Pod
+	}{
+		{group: "", resource: "pods", probe: "pod/p", names: []string{"p", "deploy"}},
+		{group: "apps", resource: "deployments", probe: "deployment/deploy", names: []string{"deploy"}},
+	}
+	for i := range cases {
+		tt := &cases[i]
+		tt.ns = namespaceNamed(t, "anew-"+tt.resource)
+		create(t, pod(tt.ns, "p", one)+workloads(tt.ns, one))
+	}
+	for i := range cases {
+		tt := &cases[i]
+		tt.before = allMade(t, tt.ns, 5)
+		h := newHook(t, func(asked int64, image string) string {
+			if image != two {
+				return image
 			}
-			apply(t, rollout(ns, "deploy", target("Deployment", "deploy"), two, ""))
-			for _, name := range names {
-				assertDenied(t, ns, name, inplace.ReasonRewritten, two+"-")
-			}
-			time.Sleep(time.Minute)
-			stop := writes(t, ns)
-			time.Sleep(time.Minute)
-			for o, n := range stop() {
-				if n > 6 {
-					t.Errorf("%s was written %d times in a minute", o, n)
-				}
-			}
-			assertUntouched(t, ns, before)
-			assertResumed(t, ns, "deploy", one)
+			return fmt.Sprintf("%s-%d", two, asked)
 		})
+		address := freeAddress(t)
+		h.serve(t, address)
+		register(t, tt.ns, tt.group, tt.resource, address, authority())
+		eventually(t, "the webhook is asked", func() bool {
+			return strings.Contains(kubectl(t, "-n", tt.ns, "set", "image", tt.probe, "app="+two, "--dry-run=server", "-o", "yaml"), two+"-")
+		})
+		for _, name := range tt.names {
+			apply(t, rollout(tt.ns, name, target(map[string]string{"p": "Pod", "deploy": "Deployment"}[name], name), two, ""))
+		}
+	}
+	var counts []func() map[string]int
+	for _, tt := range cases {
+		for _, name := range tt.names {
+			assertDenied(t, tt.ns, name, inplace.ReasonRewritten, two+"-")
+		}
+	}
+	time.Sleep(time.Minute)
+	for _, tt := range cases {
+		counts = append(counts, writes(t, tt.ns))
+	}
+	time.Sleep(time.Minute)
+	for i, tt := range cases {
+		for o, n := range counts[i]() {
+			if n > 6 {
+				t.Errorf("%s was written %d times in a minute", o, n)
+			}
+		}
+		assertUntouched(t, tt.ns, tt.before)
+		assertResumed(t, tt.ns, "deploy", one)
 	}
 }
 
@@ -499,7 +524,7 @@ func TestWebhookAway(t *testing.T) {
 	ns := namespace(t)
 	one, two := bed.Image("busybox:1.0"), bed.Image("busybox:2.0")
 	create(t, strings.Replace(pod(ns, "p", one), "spec:", "spec:"+gate, 1)+workloads(ns, one))
-	before := allReady(t, ns)
+	before := allMade(t, ns, 5)
 	h := newHook(t, func(_ int64, image string) string { return image })
 	address := freeAddress(t)
 	for _, r := range []string{" pods", "apps deployments", "apps statefulsets"} {

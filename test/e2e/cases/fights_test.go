@@ -305,10 +305,19 @@ func TestFieldsAreGivenBack(t *testing.T) {
 	}
 }
 
-// TestFightWithGitOps has an image that fails applied each 5 seconds for two minutes. It is tried once, rolled back once, and then left: the
-// objects are not written any more. The good image, applied in the end, is a goal.
-func TestFightWithGitOps(t *testing.T) {
+// TestFights has those who would write the same object in turns for ever, two minutes each, most of
+// which nobody does anything: so they go side by side.
+func TestFights(t *testing.T) {
 	t.Parallel()
+	var wg sync.WaitGroup
+	wg.Go(func() { t.Run("GitOps", testFightWithGitOps) })
+	wg.Go(func() { t.Run("rewritten anew", testWebhookRewritesAnew) })
+	wg.Wait()
+}
+
+// testFightWithGitOps has an image that fails applied each 5 seconds for two minutes. It is tried once, rolled back once, and then left: the
+// objects are not written any more. The good image, applied in the end, is a goal.
+func testFightWithGitOps(t *testing.T) {
 	ns := namespace(t)
 	one, bad := bed.Image("busybox:1.0"), bed.Image("busybox:3.0")
 	file := scratchDir(t) + "/set.yaml"

@@ -151,7 +151,12 @@ func (d *departures) wait() error {
 // namespace makes a namespace of the test's own and removes it with everything in it.
 func namespace(t testing.TB) string {
 	t.Helper()
-	name := strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(t.Name()))
+	return namespaceNamed(t, strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(t.Name())))
+}
+
+// namespaceNamed is namespace with a name of the test's choice.
+func namespaceNamed(t testing.TB, name string) string {
+	t.Helper()
 	must(t, bed.CreateNamespace(t.Context(), name))
 	t.Cleanup(func() { leaving.add(name) })
 	return name

@@ -8,6 +8,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -17,6 +18,13 @@ import (
 	"testing"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/tools/clientcmd"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
@@ -207,7 +215,109 @@ spec:
 			func(s string) bool { return strings.Contains(s, "cri-proxy.io/operation") })
 	})
 
+	b.step("nodes that hang", func(*testing.T) { b.hungNodes() })
 	b.step("uninstall", func(*testing.T) { b.uninstall() })
+}
+
+// hungNodes has nodes that take connections and say nothing, with requests for their pods. A request
+// for another node does not wait for them: one after the other they would take the eight workers two
+// minutes.
+func (b *together) hungNodes() {
+	t := b.t
+	t.Helper()
+	const hung, each = 40, 5
+	config, err := clientcmd.BuildConfigFromFlags("", b.Kubeconfig)
+	must(t, err)
+	config.QPS, config.Burst = 200, 400
+	cluster, err := client.New(config, client.Options{Scheme: api.Scheme()})
+	must(t, err)
+	must(t, b.CreateNamespace(t.Context(), "hung"))
+
+	listen := func() (address string, met chan time.Time) {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		must(t, err)
+		t.Cleanup(func() { _ = l.Close() })
+		met = make(chan time.Time, 1)
+		go func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				t.Cleanup(func() { _ = c.Close() })
+				select {
+				case met <- time.Now():
+				default:
+				}
+			}
+		}()
+		return l.Addr().String(), met
+	}
+	silent, begun := listen()
+	other, met := listen()
+	add := func(node, address string, pods int) {
+		n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node, Annotations: map[string]string{controller.OpsAddressAnnotation: address}}}
+		must(t, cluster.Create(t.Context(), n))
+		bare := n.DeepCopy()
+		n.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionTrue, LastHeartbeatTime: metav1.Now()}}
+		n.Status.Addresses = []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: "127.0.0.1"}}
+		must(t, cluster.Status().Patch(t.Context(), n, client.MergeFrom(bare)))
+		for i := range pods {
+			p := &corev1.Pod{
+				ObjectMeta: metav1.ObjectMeta{Namespace: "hung", Name: fmt.Sprintf("%s-%d", node, i)},
+				Spec:       corev1.PodSpec{NodeName: node, Containers: []corev1.Container{{Name: "app", Image: "none"}}},
+			}
+			must(t, cluster.Create(t.Context(), p))
+			bare := p.DeepCopy()
+			p.Status.Phase = corev1.PodRunning
+			p.Status.ContainerStatuses = []corev1.ContainerStatus{{
+				Name: "app", Image: "none", ImageID: "none", ContainerID: "containerd://" + p.Name, Ready: true,
+				State: corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: metav1.Now()}},
+			}}
+			must(t, cluster.Status().Patch(t.Context(), p, client.MergeFrom(bare)))
+		}
+	}
+	ask := func(pod string) {
+		must(t, cluster.Create(t.Context(), &appsv1alpha1.ContainerRecreateRequest{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "hung", Name: pod},
+			Spec: appsv1alpha1.ContainerRecreateRequestSpec{
+				PodName: pod, Containers: []appsv1alpha1.ContainerRecreateRequestContainer{{Name: "app"}},
+			},
+		}))
+	}
+	for i := range hung {
+		add(fmt.Sprintf("hung-%d", i), silent, each)
+	}
+	add("healthy", other, 1)
+	for i := range hung {
+		for j := range each {
+			ask(fmt.Sprintf("hung-%d-%d", i, j))
+		}
+	}
+	patience := time.After(time.Minute)
+	select {
+	case <-begun:
+	case <-patience:
+		t.Fatal("the controller has not come to the nodes that hang")
+	}
+	start := time.Now()
+	ask("healthy-0")
+	select {
+	case at := <-met:
+		t.Logf("the other node is called after %s", at.Sub(start))
+		if at.Sub(start) > 10*time.Second {
+			t.Error("that is too long")
+		}
+	case <-patience:
+		t.Fatal("the other node is not called within a minute")
+	}
+	b.say("-n", "hung", "delete", "crr", "--all", "--wait=false")
+	b.say("-n", "hung", "delete", "pods", "--all", "--grace-period=0", "--force")
+	b.say("delete", "nodes", "healthy")
+	for i := range hung {
+		must(t, cluster.Delete(t.Context(), &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("hung-%d", i)}}))
+	}
+	b.say("delete", "namespace", "hung", "--timeout=60s")
 }
 
 // uninstall ends the controller, and takes off what it has left.
