@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -87,6 +88,8 @@ type bed struct {
 	serial    int
 	version   int
 	webhook   bool // asked for what the controller writes of rollouts
+	// moves counts the changes of the API server's objects.
+	moves atomic.Int64
 	// policy is what the admission of the cluster makes of pods and templates that the controller writes; dry says that nothing is stored.
 	policy func(o client.Object, dry bool) error
 	// statusPolicy is the same for what the controller writes of pods' status.
@@ -123,7 +126,7 @@ func inBed(t *testing.T, f func(*testing.T, *bed)) {
 		b.fleet.swap, b.fleet.runs, b.fleet.moved = b.swapped, b.runs, b.moved
 		// Without managed fields, which nobody reads and most of the time would go into.
 		tracker := clienttesting.NewObjectTracker(scheme, serializer.NewCodecFactory(scheme).UniversalDecoder())
-		b.api = fake.NewClientBuilder().WithScheme(scheme).WithObjectTracker(tracker).WithStatusSubresource(&rollout{}).Build()
+		b.api = b.counting(fake.NewClientBuilder().WithScheme(scheme).WithObjectTracker(tracker).WithStatusSubresource(&rollout{}).Build())
 		b.start()
 		defer func() {
 			b.kill()
@@ -133,6 +136,36 @@ func inBed(t *testing.T, f func(*testing.T, *bed)) {
 			synctest.Wait()
 		}()
 		f(t, b)
+	})
+}
+
+// counting is the API server with a count of its changes, for those who look whether there is something to do.
+func (b *bed) counting(api client.WithWatch) client.WithWatch {
+	return interceptor.NewClient(api, interceptor.Funcs{
+		Create: func(ctx context.Context, c client.WithWatch, o client.Object, opts ...client.CreateOption) error {
+			defer b.moves.Add(1)
+			return c.Create(ctx, o, opts...)
+		},
+		Update: func(ctx context.Context, c client.WithWatch, o client.Object, opts ...client.UpdateOption) error {
+			defer b.moves.Add(1)
+			return c.Update(ctx, o, opts...)
+		},
+		Patch: func(ctx context.Context, c client.WithWatch, o client.Object, p client.Patch, opts ...client.PatchOption) error {
+			defer b.moves.Add(1)
+			return c.Patch(ctx, o, p, opts...)
+		},
+		Delete: func(ctx context.Context, c client.WithWatch, o client.Object, opts ...client.DeleteOption) error {
+			defer b.moves.Add(1)
+			return c.Delete(ctx, o, opts...)
+		},
+		SubResourceUpdate: func(ctx context.Context, c client.Client, sub string, o client.Object, opts ...client.SubResourceUpdateOption) error {
+			defer b.moves.Add(1)
+			return c.SubResource(sub).Update(ctx, o, opts...)
+		},
+		SubResourcePatch: func(ctx context.Context, c client.Client, sub string, o client.Object, p client.Patch, opts ...client.SubResourcePatchOption) error {
+			defer b.moves.Add(1)
+			return c.SubResource(sub).Patch(ctx, o, p, opts...)
+		},
 	})
 }
 

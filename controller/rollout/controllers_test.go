@@ -82,8 +82,12 @@ func (b *bed) addWorkload(o client.Object, sync func()) {
 		b.t.Fatal(err)
 	}
 	b.wg.Go(func() {
+		seen := int64(-1)
 		for ok := true; ok; ok = pause(b.ctx, controllerPeriod) {
-			sync()
+			if now := b.moves.Load(); now != seen { // else there is nothing to do: hours would take long
+				sync()
+				seen = now
+			}
 		}
 	})
 	for range 100 {

@@ -67,6 +67,7 @@ func (b *bed) store(key types.NamespacedName, before, pod *corev1.Pod) error {
 		watch(before, pod)
 	}
 	b.mu.Unlock()
+	b.moves.Add(1)
 	b.podWritten(key, pod)
 	return nil
 }

@@ -86,7 +86,7 @@ func TestRewrittenAndKilled(t *testing.T) {
 					if r := wait(2); condition(r, inplace.ConditionComplete) != "False RolledBack" {
 						t.Errorf("status %+v", r.Status)
 					}
-					time.Sleep(2 * time.Hour) // what a controller that was killed has had prepared is held for an hour
+					time.Sleep(65 * time.Minute) // what a controller that was killed has had prepared is held for an hour
 					b.served(mirrored + "app:2")
 					b.sides(mirrored + "side:1")
 				})
