@@ -112,10 +112,10 @@ func fails(t testing.TB, uid, reason string) *opsv1.PullOperation {
 
 func spec(image string) *runtimeapi.ImageSpec { return &runtimeapi.ImageSpec{Image: image} }
 
-// present returns the image as kubelet sees it.
+// present returns the image as the runtime has it, one that kubelet is not shown too.
 func present(t testing.TB, image string) *runtimeapi.Image {
 	t.Helper()
-	st, err := bed.kubelet.ImageStatus(t.Context(), &runtimeapi.ImageStatusRequest{Image: spec(image)})
+	st, err := bed.direct.ImageStatus(t.Context(), &runtimeapi.ImageStatusRequest{Image: spec(image)})
 	must(t, err)
 	return st.GetImage()
 }
