@@ -221,11 +221,11 @@ spec:
 
 // hungNodes has nodes that take connections and say nothing, with requests for their pods. A request
 // for another node, at which nothing listens, does not wait for them: one after the other they would
-// take the eight workers two minutes.
+// take the eight workers more than three minutes, which is longer than anything here is waited for.
 func (b *together) hungNodes() {
 	t := b.t
 	t.Helper()
-	const hung, each = 40, 5
+	const hung, each = 40, 8
 	config, err := clientcmd.BuildConfigFromFlags("", b.Kubeconfig)
 	must(t, err)
 	config.QPS, config.Burst = 200, 400
@@ -292,11 +292,7 @@ func (b *together) hungNodes() {
 	ask("other-0")
 	b.until("the other request is at work", func() string { return message("other-0") },
 		func(s string) bool { return strings.Contains(s, "refused") })
-	took := time.Since(start)
-	t.Logf("the other node was called within %s", took)
-	if took > 10*time.Second {
-		t.Error("that is too long")
-	}
+	t.Logf("the other node was called within %s", time.Since(start))
 	b.say(append([]string{"delete", "nodes", "other"}, nodes...)...)
 }
 
