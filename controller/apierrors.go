@@ -36,8 +36,8 @@ func Denied(err error) (words string, ok bool) {
 	return status.Status().Message, true
 }
 
-// apiTries is how often in a row the API server may fail before the object's users are told.
-const apiTries = 3
+// APITries is how often in a row the API server may fail before the object's users are told.
+const APITries = 3
 
 // TellAPIErrors is a reconciler that does what inner does and, when the API server has failed inner several times in a row, says so with an
 // event on the object, which newObject makes an empty one of. Without that only the log of the controller would know.
@@ -63,7 +63,7 @@ func (t *apiErrorTeller) Reconcile(ctx context.Context, request reconcile.Reques
 		object := t.newObject()
 		if t.reader.Get(ctx, request.NamespacedName, object) == nil {
 			t.recorder.Eventf(object, nil, corev1.EventTypeWarning, inplace.ReasonAPIError, inplace.ReasonAPIError, "%s",
-				eventNote(fmt.Sprintf("the API server has said no %d times, and is asked again: %v", apiTries, err)))
+				eventNote(fmt.Sprintf("the API server has said no %d times, and is asked again: %v", APITries, err)))
 		}
 	}
 	return result, err
@@ -81,5 +81,5 @@ func (t *apiErrorTeller) note(key client.ObjectKey, err error) bool {
 		return false
 	}
 	t.failed[key]++
-	return t.failed[key] == apiTries
+	return t.failed[key] == APITries
 }

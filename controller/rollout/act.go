@@ -234,10 +234,10 @@ func (p *pass) setGates(ctx context.Context, i *item, rollout types.UID) error {
 // change is what is to be written into the pod, with what the API server has answered to it before.
 func (p *pass) change(i *item, operation string, answers rewrites) (*podChange, error) {
 	m := &mark{Rollout: p.rollout.UID, Revision: i.goal.revision, Operation: operation, Time: metav1.NewMicroTime(p.now), Containers: map[string]was{}}
-	change := &podChange{uid: i.pod.UID, images: i.verdict.images, sidecars: map[string]bool{}, label: p.newLabel(i)}
+	change := &podChange{pod: i.pod, images: i.verdict.images, label: p.newLabel(i)}
 	unfinished := i.m.mark != nil && i.m.mark.Rollout == p.rollout.UID && i.m.mark.Time.After(p.lastSuccess())
 	for _, name := range append(sortedKeys(i.verdict.images), i.verdict.restarts...) {
-		c, sidecar := containerOf(i.pod, name)
+		c, _ := containerOf(i.pod, name)
 		w := was{Image: c.Image, Base: c.Image}
 		if cs := statusOf(i.pod, name); cs != nil {
 			w.ID, w.ImageID = cs.ContainerID, cs.ImageID
@@ -248,7 +248,7 @@ func (p *pass) change(i *item, operation string, answers rewrites) (*podChange, 
 			}
 		}
 		if i.verdict.images[name] != "" {
-			w.rewrite, change.sidecars[name] = answers[name], sidecar
+			w.rewrite = answers[name]
 		}
 		m.Containers[name] = w
 	}

@@ -153,17 +153,15 @@ func (r *Reconciler) dryRun(ctx context.Context, pod *corev1.Pod, c *podChange) 
 
 // podChange is what is written into a pod: images, the label of its revision, and the mark that says so, in one patch.
 type podChange struct {
-	uid    types.UID
-	images map[string]string
-	// sidecars are those of the images' containers that are init containers.
-	sidecars    map[string]bool
+	pod         *corev1.Pod
+	images      map[string]string
 	label       string
 	annotations map[string]any
 }
 
 // patch is the strategic merge patch. With a version it is for the pod as it was read.
 func (c *podChange) patch(version string) ([]byte, error) {
-	meta := map[string]any{"uid": c.uid, "annotations": c.annotations}
+	meta := map[string]any{"uid": c.pod.UID, "annotations": c.annotations}
 	if version != "" {
 		meta["resourceVersion"] = version
 	}
@@ -171,15 +169,7 @@ func (c *podChange) patch(version string) ([]byte, error) {
 		meta["labels"] = map[string]any{revisionLabel: c.label}
 	}
 	body := map[string]any{"metadata": meta}
-	lists := map[string][]any{}
-	for _, name := range sortedKeys(c.images) {
-		list := "containers"
-		if c.sidecars[name] {
-			list = "initContainers"
-		}
-		lists[list] = append(lists[list], map[string]any{"name": name, "image": c.images[name]})
-	}
-	if len(lists) > 0 {
+	if lists := imageLists(&c.pod.Spec, c.images); len(lists) > 0 {
 		body["spec"] = lists
 	}
 	return json.Marshal(body)
@@ -190,12 +180,8 @@ func podImages(pod *corev1.Pod) map[string]string {
 	return templateImages(&corev1.PodTemplateSpec{Spec: pod.Spec})
 }
 
-const (
-	// troubleTries is how often the API server may fail before people are told.
-	troubleTries = 3
-	// troublePauseMax bounds the pauses between two tries.
-	troublePauseMax = 30 * time.Second
-)
+// troublePauseMax bounds the pauses between two tries.
+const troublePauseMax = 30 * time.Second
 
 // apiTrouble is what goes wrong with the API server and may pass: a webhook that is away, a time-out.
 type apiTrouble struct {
@@ -232,7 +218,7 @@ func (p *pass) apiTrouble() string {
 			all = append(all, t.api)
 		}
 		for _, t := range all {
-			if t.count >= troubleTries {
+			if t.count >= controller.APITries {
 				return fmt.Sprintf("pod %s cannot be changed, %d tries have failed since %s: %s", i.pod.Name, t.count, t.since.UTC().Format(time.RFC3339), t.text)
 			}
 		}

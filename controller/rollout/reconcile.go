@@ -302,7 +302,7 @@ func (p *pass) align(ctx context.Context, w workload) (ready bool, err error) {
 		p.blocked = why.message
 	case why != nil:
 		p.blocked = "" // what cannot be put back stays
-	case !ready && api.count >= troubleTries:
+	case !ready && api.count >= controller.APITries:
 		p.blockedReason = inplace.ReasonAPIError
 		p.blocked = fmt.Sprintf("%s cannot be changed, %d tries have failed since %s: %s", p.target.what, api.count, api.since.UTC().Format(time.RFC3339), api.text)
 		p.tell(corev1.EventTypeWarning, inplace.ReasonAPIError, p.blocked, "template")

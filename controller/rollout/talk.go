@@ -149,7 +149,7 @@ func (w *work) noteAPI(t *talk, err error) {
 	} else if apiStatus(err) {
 		t.api.note(err, time.Now())
 	}
-	tell := t.api.count == troubleTries
+	tell := t.api.count == controller.APITries
 	w.mu.Unlock()
 	if tell {
 		w.wake()

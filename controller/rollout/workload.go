@@ -260,20 +260,25 @@ func (w *work) rewrite(more rewrites) {
 	maps.Copy(w.template, more)
 }
 
-// templatePatch is the strategic merge patch that puts images into the template of a workload, with more of its spec and metadata.
-func templatePatch(o client.Object, t *corev1.PodTemplateSpec, images map[string]string, annotations, spec map[string]any) ([]byte, error) {
+// imageLists is the part of a strategic merge patch of a pod's spec that changes images.
+func imageLists(s *corev1.PodSpec, images map[string]string) map[string][]any {
 	lists := map[string][]any{}
-	pod := &corev1.Pod{Spec: t.Spec}
-	for _, name := range slices.Sorted(maps.Keys(images)) {
+	pod := &corev1.Pod{Spec: *s}
+	for _, name := range sortedKeys(images) {
 		list := "containers"
 		if _, sidecar := containerOf(pod, name); sidecar {
 			list = "initContainers"
 		}
 		lists[list] = append(lists[list], map[string]any{"name": name, "image": images[name]})
 	}
+	return lists
+}
+
+// templatePatch is the strategic merge patch that puts images into the template of a workload, with more of its spec and metadata.
+func templatePatch(o client.Object, t *corev1.PodTemplateSpec, images map[string]string, annotations, spec map[string]any) ([]byte, error) {
 	body := map[string]any{}
 	maps.Copy(body, spec)
-	if len(lists) > 0 {
+	if lists := imageLists(&t.Spec, images); len(lists) > 0 {
 		body["template"] = map[string]any{"spec": lists}
 	}
 	meta := map[string]any{"uid": o.GetUID(), "resourceVersion": o.GetResourceVersion()}
