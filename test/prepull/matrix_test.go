@@ -66,8 +66,8 @@ func newCrooked(t *testing.T, host string, rule func(*crooked, http.ResponseWrit
 	return c
 }
 
-// kind is what a request asks for.
-func kind(r *http.Request) string {
+// asksFor is what a request asks for.
+func asksFor(r *http.Request) string {
 	what := "other"
 	switch {
 	case strings.Contains(r.URL.Path, "/manifests/sha256:"):
@@ -95,7 +95,7 @@ func (c *crooked) once(n int) bool {
 }
 
 func (c *crooked) serve(w http.ResponseWriter, r *http.Request) {
-	k := kind(r)
+	k := asksFor(r)
 	c.count(k)
 	if c.rule != nil && c.rule(c, w, r, k) {
 		return
