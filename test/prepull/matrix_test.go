@@ -366,7 +366,7 @@ func TestMatrix(t *testing.T) {
 }
 
 // compare checks that this registry was asked no more often, in so many attempts, than the runtime alone asks in as many. With a limit we
-// look the tag up before the runtime does.
+// look the tag up before the runtime does, and leave to it what does not come here.
 func (c *crooked) compare(t *testing.T, name string, judge *crooked, attempts int, limited bool) {
 	t.Helper()
 	c.mu.Lock()
@@ -376,11 +376,14 @@ func (c *crooked) compare(t *testing.T, name string, judge *crooked, attempts in
 	t.Logf("%s: %v in %d attempts, containerd: %v; %d and %d bytes", name, c.asked, attempts, judge.asked, c.bytes, judge.bytes)
 	for kind, asked := range c.asked {
 		once := judge.asked[kind]
-		if judge.bytes == 0 && once > 0 && (kind == "GET blob" || kind == "storage") {
+		switch {
+		case kind == "HEAD tag":
+			once = max(once, 1) // whoever had too little time for it
+		case judge.bytes == 0 && once > 0 && (kind == "GET blob" || kind == "storage"):
 			once = 6 // all three at once, and the first that fails ends the others: each is asked for twice at most
 		}
 		most := once * attempts
-		if limited && (strings.HasSuffix(kind, " tag") || kind == "401" || kind == "GET other") { // the last are for tokens
+		if limited && (judge.bytes == 0 || strings.HasSuffix(kind, " tag") || kind == "401" || kind == "GET other") { // the last are for tokens
 			most *= 2
 		}
 		if asked > most {
