@@ -106,7 +106,7 @@ func (p *Puller) pullWith(ctx context.Context, u *pull, credential *opsv1.Regist
 	}
 	var m *manifest
 	limiter := newLimiter(limit)
-	r, err := newRemote(leased, p.hostsDir, image, credential, limiter)
+	r, err := newRemote(leased, p.hosts, image, credential, limiter)
 	defer r.close()
 	if err == nil {
 		m, err = r.manifest(leased)

@@ -67,6 +67,8 @@ type Options struct {
 	BytesPerSecond int64
 	// HostsDir is the config_path of containerd's registry configuration. Empty means /etc/containerd/certs.d.
 	HostsDir string
+	// Hosts says how registries are reached; nil is by HostsDir alone.
+	Hosts Hosts
 	// Plugins are kubelet's credential provider plugins; nil for none.
 	Plugins *credentialprovider.Plugins
 	// VerifyAccess has kubelet pull for itself what was pulled here with secrets: see [Puller.Unclaimed].
@@ -83,7 +85,7 @@ type Puller struct {
 	journal  *journal
 	parallel int
 	limit    int64
-	hostsDir string
+	hosts    Hosts
 	plugins  *credentialprovider.Plugins
 	maxDisk  float64
 	verify   bool
@@ -141,11 +143,11 @@ var (
 func Open(o Options) (*Puller, error) {
 	p := &Puller{
 		log: o.Log.WithField("component", "prepull"), images: runtimeapi.NewImageServiceClient(o.Conn), store: newStore(o.Conn),
-		parallel: max(1, o.Parallel), limit: o.BytesPerSecond, hostsDir: o.HostsDir, plugins: o.Plugins, maxDisk: o.MaxDiskPercent,
+		parallel: max(1, o.Parallel), limit: o.BytesPerSecond, hosts: o.Hosts, plugins: o.Plugins, maxDisk: o.MaxDiskPercent,
 		tracer: o.Tracer, verify: o.VerifyAccess, claims: newClaims(), opened: time.Now(), wake: make(chan struct{}, 1), pulls: map[string]*pull{}, pins: map[pinKey]*pin{},
 	}
-	if p.hostsDir == "" {
-		p.hostsDir = "/etc/containerd/certs.d"
+	if p.hosts == nil {
+		p.hosts = hostsFrom(o.HostsDir)
 	}
 	var before *kept
 	var err error

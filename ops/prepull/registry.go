@@ -81,11 +81,25 @@ func (o *oneByOne) Authorize(ctx context.Context, req *http.Request) error {
 	return o.Authorizer.Authorize(ctx, req)
 }
 
+// Hosts finds how registries are reached, as the runtime would. options have the credentials and the hook for clients
+// (UpdateClient) of one image; it is asked for each image anew, so that what has changed meanwhile counts.
+type Hosts func(ctx context.Context, options config.HostOptions) (docker.RegistryHosts, error)
+
+// hostsFrom reads containerd's config_path, and nothing else of its configuration.
+func hostsFrom(dir string) Hosts {
+	if dir == "" {
+		dir = "/etc/containerd/certs.d"
+	}
+	return func(ctx context.Context, options config.HostOptions) (docker.RegistryHosts, error) {
+		options.HostDir = config.HostDirFromRoot(dir)
+		return config.ConfigureHosts(ctx, options), nil
+	}
+}
+
 // newRemote looks the image up. limit may be nil. The caller calls close, also after an error.
-func newRemote(ctx context.Context, hostsDir, ref string, credential *opsv1.RegistryCredential, limit *rate.Limiter) (*remote, error) {
+func newRemote(ctx context.Context, find Hosts, ref string, credential *opsv1.RegistryCredential, limit *rate.Limiter) (*remote, error) {
 	r := &remote{}
 	options := config.HostOptions{
-		HostDir: config.HostDirFromRoot(hostsDir),
 		UpdateClient: func(c *http.Client) error {
 			if t, ok := c.Transport.(*http.Transport); ok {
 				t.ResponseHeaderTimeout = headerPatience
@@ -111,7 +125,10 @@ func newRemote(ctx context.Context, hostsDir, ref string, credential *opsv1.Regi
 		}
 		options.Credentials = func(string) (string, string, error) { return name, secret, nil }
 	}
-	hosts := config.ConfigureHosts(ctx, options)
+	hosts, err := find(ctx, options)
+	if err != nil {
+		return r, fmt.Errorf("how registries are reached: %w", err)
+	}
 	r.resolver = docker.NewResolver(docker.ResolverOptions{Hosts: func(host string) ([]docker.RegistryHost, error) {
 		list, err := hosts(host)
 		for i := range list {
@@ -119,7 +136,6 @@ func newRemote(ctx context.Context, hostsDir, ref string, credential *opsv1.Regi
 		}
 		return list, err
 	}})
-	var err error
 	r.ref, r.desc, err = r.resolver.Resolve(ctx, ref)
 	return r, err
 }

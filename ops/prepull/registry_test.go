@@ -62,7 +62,7 @@ func TestManifestThatLies(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := serveManifest(t, ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest, Config: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageConfig, Digest: good, Size: 1}, Layers: layers}, "", nil)
-			r, err := newRemote(t.Context(), dir, "r.io/a:1", nil, nil)
+			r, err := newRemote(t.Context(), hostsFrom(dir), "r.io/a:1", nil, nil)
 			defer r.close()
 			if err != nil {
 				t.Fatal(err)
@@ -80,7 +80,7 @@ func TestManifestThatLies(t *testing.T) {
 			w.Header().Set("Docker-Content-Digest", digest.FromBytes(raw).String())
 			_, _ = w.Write(raw)
 		})
-		r, err := newRemote(t.Context(), dir, "r.io/a:1", nil, nil)
+		r, err := newRemote(t.Context(), hostsFrom(dir), "r.io/a:1", nil, nil)
 		defer r.close()
 		if err != nil {
 			t.Fatal(err)
@@ -96,7 +96,7 @@ func TestManifestThatLies(t *testing.T) {
 			w.Header().Set("Content-Length", "2")
 			_, _ = io.WriteString(w, "{}")
 		})
-		r, err := newRemote(t.Context(), dir, "r.io/a:1", nil, nil)
+		r, err := newRemote(t.Context(), hostsFrom(dir), "r.io/a:1", nil, nil)
 		defer r.close()
 		if err != nil {
 			t.Fatal(err)
@@ -128,7 +128,7 @@ func TestLimitCountsOnce(t *testing.T) {
 	}
 	fetch := func(limit *rate.Limiter) time.Duration {
 		t.Helper()
-		r, err := newRemote(t.Context(), dir, "r.io/a:1", nil, limit)
+		r, err := newRemote(t.Context(), hostsFrom(dir), "r.io/a:1", nil, limit)
 		defer r.close()
 		if err != nil {
 			t.Fatal(err)
@@ -168,7 +168,7 @@ func TestTooManyRequestsIsAskedOnce(t *testing.T) {
 		asked.Add(1)
 		http.Error(w, "no", http.StatusTooManyRequests)
 	})
-	r, err := newRemote(context.Background(), dir, "r.io/a:1", nil, nil)
+	r, err := newRemote(context.Background(), hostsFrom(dir), "r.io/a:1", nil, nil)
 	defer r.close()
 	if f := explain(err, "r.io"); f.reason != ReasonTooManyRequests || asked.Load() != 1 {
 		t.Errorf("%d requests, %v", asked.Load(), f)
