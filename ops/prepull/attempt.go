@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/leases"
+	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/time/rate"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -184,8 +185,9 @@ func (p *Puller) fetchLayers(ctx context.Context, u *pull, r *remote, w *sight, 
 	}
 	host, _ := registryOf(u.named)
 	f := explain(err, host)
-	// A registry that sends nothing at all, to us, may do so to the runtime; another is asked again, within the limit.
-	if f.credentials || r.read.Load() == before && isNetwork(f.message) {
+	// One that lets us not in, or sends us nothing at all, may treat the runtime otherwise. Another is asked again, within the limit.
+	var answer remoteerrors.ErrUnexpectedStatus
+	if f.credentials || r.read.Load() == before && !errors.As(err, &answer) && isNetwork(f.message) {
 		p.withoutLimit(u, limit, f.message)
 		return nil
 	}

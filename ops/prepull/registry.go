@@ -127,6 +127,9 @@ func newRemote(ctx context.Context, find Hosts, ref string, credential *opsv1.Re
 	r.resolver = docker.NewResolver(docker.ResolverOptions{Hosts: func(host string) ([]docker.RegistryHost, error) {
 		list, err := hosts(host)
 		for i := range list {
+			if list[i].Authorizer == nil {
+				continue
+			}
 			list[i].Authorizer = &oneByOne{mu: &r.authorizing, Authorizer: list[i].Authorizer}
 		}
 		return list, err
