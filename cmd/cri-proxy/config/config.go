@@ -129,7 +129,8 @@ type Images struct {
 	// VerifyAccess has kubelet pull for itself what was pulled ahead of time with secrets, before it is shown that the image is there: it asks
 	// the registry with the credentials of the pod that wants it, fetches nothing, and remembers whose they were.
 	VerifyAccess bool `yaml:"verifyAccess"`
-	// RegistryHostsDir is the config_path of containerd's registry configuration.
+	// RegistryHostsDir is read for hosts.toml in the place of the config_path and mirrors of containerd's own configuration; several
+	// directories are separated by colons, as there. Empty: containerd's configuration counts.
 	RegistryHostsDir string `yaml:"registryHostsDir"`
 	// CredentialProviderConfig is kubelet's file of credential provider plugins, or a directory of such files. Empty: none.
 	CredentialProviderConfig string `yaml:"credentialProviderConfig"`
@@ -198,7 +199,7 @@ func Default() *Config {
 		Log:             Log{Level: "info", Format: "text"},
 		Ops:             Ops{Enrol: Enrol{Namespace: identity.DefaultNamespace}},
 		Restart:         Restart{Method: "gate"},
-		Images:          Images{Parallel: 1, MaxDiskPercent: 80, VerifyAccess: true, RegistryHostsDir: "/etc/containerd/certs.d"},
+		Images:          Images{Parallel: 1, MaxDiskPercent: 80, VerifyAccess: true},
 		Kubelet:         Kubelet{PodsSocket: "/var/lib/kubelet/pods-api/pods-api.sock"},
 		DrainTimeout:    defaultDrain,
 
@@ -243,7 +244,7 @@ func (c *Config) Flags(fs *pflag.FlagSet) {
 	fs.Int64Var(&c.Images.BytesPerSecond, "images-bytes-per-second", c.Images.BytesPerSecond, "bound of a pull ahead of time that brings none (default: none)")
 	fs.Float64Var(&c.Images.MaxDiskPercent, "images-max-disk-percent", c.Images.MaxDiskPercent, "how full a pull ahead of time may make the image file system; 0 means not looked at")
 	fs.BoolVar(&c.Images.VerifyAccess, "images-verify-access", c.Images.VerifyAccess, "have kubelet verify with the registry that a pod may have an image that was pulled ahead of time with secrets")
-	fs.StringVar(&c.Images.RegistryHostsDir, "registry-hosts-dir", c.Images.RegistryHostsDir, "config_path of containerd's registry configuration")
+	fs.StringVar(&c.Images.RegistryHostsDir, "registry-hosts-dir", c.Images.RegistryHostsDir, "directories of hosts.toml (default: config_path or mirrors of containerd's configuration)")
 	fs.StringVar(&c.Images.CredentialProviderConfig, "image-credential-provider-config", c.Images.CredentialProviderConfig, "kubelet's file or directory of credential provider plugins, as kubelet's flag of this name (default: none)")
 	fs.StringVar(&c.Images.CredentialProviderBinDir, "image-credential-provider-bin-dir", c.Images.CredentialProviderBinDir, "directory of the credential provider plugins")
 	fs.StringVar(&c.Kubelet.PodsSocket, "kubelet-pods-socket", c.Kubelet.PodsSocket, "socket of kubelet's Pods API, asked during upgrades where it is there")

@@ -41,7 +41,7 @@ func (n *node) openState(ctx context.Context, carry interceptors.Carry) (err err
 	}()
 	st.puller, err = prepull.Open(prepull.Options{
 		StateDir: c.StateDir, Conn: n.upstream.Conn(), Log: n.log, Registerer: st.registry, Tracer: n.tracing.Tracer(),
-		Parallel: c.Images.Parallel, BytesPerSecond: c.Images.BytesPerSecond, HostsDir: c.Images.RegistryHostsDir, MaxDiskPercent: c.Images.MaxDiskPercent,
+		Parallel: c.Images.Parallel, BytesPerSecond: c.Images.BytesPerSecond, Hosts: n.registries.Hosts, MaxDiskPercent: c.Images.MaxDiskPercent,
 		Plugins: n.plugins, VerifyAccess: c.Images.VerifyAccess,
 	})
 	if err != nil {
