@@ -124,7 +124,7 @@ func (p *Puller) pullWith(ctx context.Context, u *pull, credential *opsv1.Regist
 		} else {
 			log.Debug("image not looked up here, leaving it to the runtime")
 		}
-		if err := p.checkDisk(ctx, unknown); err != nil {
+		if err := p.checkDisk(ctx, u, unknown); err != nil {
 			return err
 		}
 		return p.pullCRI(leased, u, credential)
@@ -134,7 +134,7 @@ func (p *Puller) pullWith(ctx context.Context, u *pull, credential *opsv1.Regist
 		return err
 	}
 	have := sum(done)
-	if err := p.checkDisk(ctx, m.total-have); err != nil {
+	if err := p.checkDisk(ctx, u, m.total-have); err != nil {
 		return err
 	}
 	ended := make(chan struct{})

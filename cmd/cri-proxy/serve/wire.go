@@ -51,6 +51,8 @@ type node struct {
 	cri      *proxy.Server
 	probing  string                      // tells the own probes from other calls
 	plugins  *credentialprovider.Plugins // nil: none
+	// callers have dialled the CRI socket, kubelet among them.
+	callers *callers
 	// registries tells how containerd reaches them.
 	registries *runtimeconfig.Source
 	state      atomic.Pointer[state] // nil: another process has it
@@ -68,7 +70,7 @@ type node struct {
 func newNode(c *config.Config, listen string, log logrus.FieldLogger) (_ *node, err error) {
 	n := &node{
 		config: c, log: log, listen: listen, started: time.Now(), registry: prometheus.NewRegistry(),
-		commands: newCommands(), probing: newProbeToken(),
+		commands: newCommands(), probing: newProbeToken(), callers: newCallers("/proc", log),
 	}
 	defer func() {
 		if err != nil {
@@ -97,7 +99,7 @@ func newNode(c *config.Config, listen string, log logrus.FieldLogger) (_ *node, 
 		Socket: socket, HostsDir: c.Images.RegistryHostsDir, Conn: n.upstream.Conn(), Log: log.WithField("component", "prepull"),
 	})
 	if path := c.Images.CredentialProviderConfig; path != "" {
-		if n.plugins, err = credentialprovider.Load(path, c.Images.CredentialProviderBinDir, n.log); err != nil {
+		if n.plugins, err = credentialprovider.Load(path, c.Images.CredentialProviderBinDir, n.callers.environ, n.log); err != nil {
 			return nil, &config.InvalidError{Err: fmt.Errorf("images.credentialProviderConfig: %w", err)}
 		}
 	}
