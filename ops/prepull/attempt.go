@@ -128,7 +128,7 @@ func (p *Puller) pullWith(ctx context.Context, u *pull, credential *opsv1.Regist
 	w := &sight{search: q}
 	var r *remote
 	limiter := newLimiter(limit)
-	if limiter != nil || p.checkDisk(ctx, lookFirst) != nil {
+	if limiter != nil || p.checkDisk(ctx, u, lookFirst) != nil {
 		var m *manifest
 		var f *failure
 		if r, m, f = p.lookUp(leased, u, credential, limiter); f == nil {
@@ -143,11 +143,11 @@ func (p *Puller) pullWith(ctx context.Context, u *pull, credential *opsv1.Regist
 				return f
 			}
 			// The runtime's own configuration is what counts, and its word on what is wrong.
+			if err := p.checkDisk(ctx, u, unknown); err != nil {
+				return err
+			}
 			if limiter != nil {
 				p.withoutLimit(u, limit, f.message)
-			}
-			if err := p.checkDisk(ctx, unknown); err != nil {
-				return err
 			}
 		}
 	}
@@ -244,7 +244,7 @@ func (p *Puller) sighted(ctx context.Context, u *pull, w *sight, m *manifest) er
 		return fmt.Errorf("what is there of the image: %w", err)
 	}
 	w.m, w.done, w.present, w.before = m, done, present, w.search.before(ctx, m, present, done)
-	return p.checkDisk(ctx, m.total-sum(done))
+	return p.checkDisk(ctx, u, m.total-sum(done))
 }
 
 // track shows the progress until ended is closed. It ends a pull that does not fit on the disk.

@@ -17,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
 	"go.opentelemetry.io/otel/trace"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -73,8 +74,10 @@ type Options struct {
 	Plugins *credentialprovider.Plugins
 	// VerifyAccess has kubelet pull for itself what was pulled here with secrets: see [Puller.Unclaimed].
 	VerifyAccess bool
-	// MaxDiskPercent is how full a pull may make the image file system; 0 means that it is not looked at.
+	// MaxDiskPercent is how full a pull that nobody waits for may make the image file system; 0 means that it is not looked at.
 	MaxDiskPercent float64
+	// HighThreshold returns kubelet's imageGCHighThresholdPercent, and counts in the place of MaxDiskPercent. Nil: that counts.
+	HighThreshold func() int
 }
 
 // Puller pulls images and keeps their pins.
@@ -89,6 +92,8 @@ type Puller struct {
 	hosts    Hosts
 	plugins  *credentialprovider.Plugins
 	maxDisk  float64
+	high     func() int // nil: maxDisk counts
+	statfs   func(path string, fs *unix.Statfs_t) error
 	verify   bool
 	claims   *claims
 	metrics  *metrics
@@ -151,6 +156,7 @@ func Open(o Options) (*Puller, error) {
 	p := &Puller{
 		log: o.Log.WithField("component", "prepull"), images: runtimeapi.NewImageServiceClient(o.Conn), runtime: runtimeapi.NewRuntimeServiceClient(o.Conn), store: newStore(o.Conn),
 		parallel: max(1, o.Parallel), limit: o.BytesPerSecond, hosts: o.Hosts, plugins: o.Plugins, maxDisk: o.MaxDiskPercent,
+		high: o.HighThreshold, statfs: unix.Statfs,
 		tracer: o.Tracer, verify: o.VerifyAccess, claims: newClaims(), opened: time.Now(), wake: make(chan struct{}, 1), pulls: map[string]*pull{}, pins: map[pinKey]*pin{},
 	}
 	if p.hosts == nil {
