@@ -133,6 +133,7 @@ type fakeRuntime struct {
 	labels  map[string]map[string]string // of containerd's images; nil without containerd
 	takes   time.Duration                // a pull
 	fail    []error                      // of the next pulls, nil is none; the last one stays
+	late    error                        // of the pulls that begin, after the time that they take; nil is none
 	bug     bool                         // pulls panic
 	pulls   []*runtimeapi.PullImageRequest
 	disk    string // where the images are; empty: it does not tell
@@ -210,7 +211,7 @@ func (*fakeRuntime) NewStream(_ context.Context, _ *grpc.StreamDesc, method stri
 
 func (r *fakeRuntime) pull(ctx context.Context, req *runtimeapi.PullImageRequest) error {
 	r.mu.Lock()
-	takes := r.takes
+	takes, late := r.takes, r.late
 	var fail error
 	if len(r.fail) > 0 {
 		if fail = r.fail[0]; len(r.fail) > 1 {
@@ -237,6 +238,9 @@ func (r *fakeRuntime) pull(ctx context.Context, req *runtimeapi.PullImageRequest
 	case <-time.After(takes):
 	case <-ctx.Done():
 		return status.FromContextError(ctx.Err()).Err()
+	}
+	if late != nil {
+		return late
 	}
 	r.mu.Lock()
 	r.images[req.GetImage().GetImage()] = true
