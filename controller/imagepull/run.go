@@ -518,7 +518,7 @@ func (u *run) lookAtPins(ctx context.Context, w *wish, node controller.Node, f *
 		switch {
 		case pin.GetOwner() != w.request.GetOwner():
 		case sameImage(pin.GetImage(), w.request.GetImage()):
-			f.pinned = true
+			f.pinned = f.pinned || !pin.GetGone()
 		default:
 			if _, err := u.nodes.ReleasePins(ctx, node, pin.GetOwner(), pin.GetImageId()); err != nil {
 				return err

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -138,6 +139,7 @@ type fakeRuntime struct {
 	pulls   []*runtimeapi.PullImageRequest
 	disk    string // where the images are; empty: it does not tell
 	size    uint64 // of each image
+	arch    string // the same; empty: it does not tell
 	running int
 	most    int // that ran at once
 }
@@ -151,7 +153,11 @@ func (r *fakeRuntime) Invoke(ctx context.Context, method string, args, reply any
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		if r.images[strings.TrimPrefix(req.GetImage().GetImage(), "sha256:")] {
-			proto.Merge(reply.(proto.Message), &runtimeapi.ImageStatusResponse{Image: r.image(req.GetImage().GetImage())})
+			resp := &runtimeapi.ImageStatusResponse{Image: r.image(req.GetImage().GetImage())}
+			if req.GetVerbose() && r.arch != "" {
+				resp.Info = map[string]string{"info": `{"imageSpec":{"os":"` + runtime.GOOS + `","architecture":"` + r.arch + `"}}`}
+			}
+			proto.Merge(reply.(proto.Message), resp)
 		}
 		return nil
 	case *runtimeapi.ImageFsInfoRequest:
@@ -184,6 +190,15 @@ func (r *fakeRuntime) Invoke(ctx context.Context, method string, args, reply any
 			return status.Error(codes.NotFound, "no such image")
 		}
 		proto.Merge(reply.(proto.Message), &imagesapi.GetImageResponse{Image: &imagesapi.Image{Name: req.GetName(), Labels: labels}})
+		return nil
+	case *imagesapi.ListImagesRequest: // of those that we have pinned
+		list := &imagesapi.ListImagesResponse{}
+		for name, labels := range r.labels {
+			if labels[pinnedByUs] != "" {
+				list.Images = append(list.Images, &imagesapi.Image{Name: name, Labels: labels})
+			}
+		}
+		proto.Merge(reply.(proto.Message), list)
 		return nil
 	case *imagesapi.UpdateImageRequest:
 		r.labels[req.GetImage().GetName()] = maps.Clone(req.GetImage().GetLabels())
