@@ -171,7 +171,11 @@ func (u *run) tellSecrets(s *v1beta1.ImagePullJobStatus) {
 	case len(u.keys.Wrong) > 0:
 		setCondition(s, v1beta1.ConditionPullSecretsFound, false, secretsMissing, strings.Join(first(u.keys.Wrong, maxDetails), "; "))
 	default:
-		setCondition(s, v1beta1.ConditionPullSecretsFound, true, secretsFound, "")
+		message := ""
+		if image := u.wish.request.GetImage(); !u.keys.Has(image) { // which may need none
+			message = "none of them has credentials for the registry of " + image
+		}
+		setCondition(s, v1beta1.ConditionPullSecretsFound, true, secretsFound, message)
 	}
 }
 
