@@ -381,7 +381,8 @@ func (r *ListReconciler) retire(ctx context.Context, list *v1beta1.ImageListPull
 		r.Metrics.wrote("job")
 	}
 	r.Log.WithField("list", client.ObjectKeyFromObject(list).String()).Info("deleting the list: ttlSecondsAfterFinished has passed")
-	err := r.Client.Delete(ctx, list, client.Preconditions{UID: &list.UID}, client.PropagationPolicy(metav1.DeletePropagationBackground))
+	// One that has been edited since may begin anew.
+	err := r.Client.Delete(ctx, list, client.Preconditions{UID: &list.UID, ResourceVersion: &list.ResourceVersion}, client.PropagationPolicy(metav1.DeletePropagationBackground))
 	if err == nil {
 		r.Metrics.wrote("list")
 	}
