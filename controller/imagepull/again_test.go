@@ -66,7 +66,8 @@ func TestComesLater(t *testing.T) {
 				b.createList("list", v1beta1.ImageListPullJobSpec{Images: []string{"r.io/app"}, ImagePullJobTemplate: t0})
 				why := "1 node tries again, node node says: " + tt.why + ": the registry says no: look"
 				j := b.until("told why", "job", 500*time.Millisecond, func(j *job) bool { return strings.HasSuffix(j.Status.Message, why) })
-				if j.Status.Message != "job is running, progress 0.0%; "+why || condition(j, kstatus.Reconciling) != "True Pulling" || j.Status.Failed != 0 {
+				if j.Status.Message != "job is running, progress 0.0%; "+why || condition(j, kstatus.Reconciling) != "True Pulling" || j.Status.Failed != 0 ||
+					len(j.Status.SlowestNodes) != 1 || j.Status.SlowestNodes[0].Message != tt.why+": the registry says no: look" {
 					t.Errorf("status %+v", j.Status)
 				}
 				b.untilList("told why", "list", time.Second, func(l *list) bool {

@@ -132,7 +132,7 @@ func (u *run) report(before *v1beta1.ImagePullJobStatus) *v1beta1.ImagePullJobSt
 	for _, m := range first(busy, maxSlowest) {
 		begun := metav1.NewTime(m.begun)
 		s.SlowestNodes = append(s.SlowestNodes, v1beta1.NodePullProgress{
-			Node: m.target.node.Name, Phase: phaseName(m.op.GetPhase()), Reason: m.op.GetReason(),
+			Node: m.target.node.Name, Phase: phaseName(m.op.GetPhase()), Reason: m.op.GetReason(), Message: waitsFor(m),
 			BytesDone: m.op.GetBytesDone(), BytesTotal: m.op.GetBytesTotal(), BytesPerSecond: m.op.GetBytesPerSecond(),
 			Attempt: m.op.GetAttempt(), StartTime: &begun,
 		})
@@ -290,6 +290,14 @@ func phaseName(p opsv1.PullPhase) string {
 		return "Unpacking"
 	}
 	return "Waiting"
+}
+
+// waitsFor is what a node says of what it waits for, or said of why it tries again.
+func waitsFor(m *member) string {
+	if m.again == "" && m.op.GetPhase() == opsv1.PullPhase_PULL_WAITING {
+		return shorten(m.op.GetMessage())
+	}
+	return shorten(m.again)
 }
 
 func first[T any](list []T, n int) []T { return list[:min(len(list), n)] }

@@ -330,6 +330,10 @@ type NodePullProgress struct {
 	//
 	// +optional
 	Reason string `json:"reason,omitempty"`
+	// message says more of what it waits for, or why it tries again.
+	//
+	// +optional
+	Message string `json:"message,omitempty"`
 	// bytesDone of the compressed layers are on the node.
 	//
 	// +optional
