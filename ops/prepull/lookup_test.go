@@ -566,7 +566,6 @@ func TestSnapshotter(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			inBubble(t, Options{}, func(t *testing.T, b *bubble) {
-				synctest.Wait()
 				b.rt.disk = tt.disk
 				b.rt.answer = func(args any) proto.Message {
 					switch args.(type) {
