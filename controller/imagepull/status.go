@@ -6,6 +6,7 @@ package imagepull
 import (
 	"cmp"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"time"
@@ -26,11 +27,13 @@ const (
 	maxMessage     = 300
 )
 
-// Messages are OpenKruise's.
+// Messages are OpenKruise's, up to a colon or semicolon. It counts finished nodes where we count bytes, and says of every job that has
+// ended that it has completed.
 const (
 	messageNoProgress = "job is running, no progress"
 	messageProgress   = "job is running, progress %.1f%%"
 	messageCompleted  = "job has completed"
+	messageFailed     = "job has failed"
 	messageDeadline   = "job exceeds activeDeadlineSeconds"
 )
 
@@ -99,9 +102,12 @@ func (u *run) report(before *v1beta1.ImagePullJobStatus) *v1beta1.ImagePullJobSt
 	if s.Desired > 0 {
 		s.Percent = int32(100*done/float64(s.Desired) + 1e-6)
 		s.Progress = fmt.Sprintf("%d%%", s.Percent)
-		s.Message = fmt.Sprintf(messageProgress, 100*float64(s.Succeeded+s.Failed)/float64(s.Desired))
+		s.Message = fmt.Sprintf(messageProgress, math.Floor(1000*done/float64(s.Desired)+1e-5)/10)
+		if again := u.again(); again != "" {
+			s.Message += "; " + again
+		}
 	} else {
-		s.Message = messageNoProgress
+		s.Message = messageNoProgress + "; no node matches"
 	}
 
 	byName := func(a, b *member) int { return strings.Compare(a.target.node.Name, b.target.node.Name) }
@@ -126,12 +132,13 @@ func (u *run) report(before *v1beta1.ImagePullJobStatus) *v1beta1.ImagePullJobSt
 	for _, m := range first(busy, maxSlowest) {
 		begun := metav1.NewTime(m.begun)
 		s.SlowestNodes = append(s.SlowestNodes, v1beta1.NodePullProgress{
-			Node: m.target.node.Name, Phase: phaseName(m.op.GetPhase()), Reason: m.op.GetReason(),
+			Node: m.target.node.Name, Phase: phaseName(m.op.GetPhase()), Reason: m.op.GetReason(), Message: waitsFor(m),
 			BytesDone: m.op.GetBytesDone(), BytesTotal: m.op.GetBytesTotal(), BytesPerSecond: m.op.GetBytesPerSecond(),
 			Attempt: m.op.GetAttempt(), StartTime: &begun,
 		})
 	}
 	u.tellSecrets(s)
+	u.tellLimit(s)
 	if text := u.unpinned(); text != "" {
 		setCondition(s, v1beta1.ConditionPinned, false, pinsBounded, text)
 	} else {
@@ -153,6 +160,7 @@ func (u *run) unpinned() string {
 	for _, m := range u.members {
 		if why, ok := strings.CutPrefix(m.op.GetMessage(), notPinned); ok && m.phase == succeeded {
 			if count++; count == 1 {
+				why, _, _ = strings.Cut(why, "; pulled "+unlimited)
 				example = fmt.Sprintf("node %s says: %s", m.target.node.Name, shorten(why))
 			}
 		}
@@ -171,7 +179,11 @@ func (u *run) tellSecrets(s *v1beta1.ImagePullJobStatus) {
 	case len(u.keys.Wrong) > 0:
 		setCondition(s, v1beta1.ConditionPullSecretsFound, false, secretsMissing, strings.Join(first(u.keys.Wrong, maxDetails), "; "))
 	default:
-		setCondition(s, v1beta1.ConditionPullSecretsFound, true, secretsFound, "")
+		message := ""
+		if image := u.wish.request.GetImage(); !u.keys.Has(image) { // which may need none
+			message = "none of them has credentials for the registry of " + image
+		}
+		setCondition(s, v1beta1.ConditionPullSecretsFound, true, secretsFound, message)
 	}
 }
 
@@ -179,6 +191,8 @@ func (u *run) tellSecrets(s *v1beta1.ImagePullJobStatus) {
 func (u *run) tellRunning(s *v1beta1.ImagePullJobStatus) {
 	reason, message := completePulling, ""
 	switch {
+	case u.finished() && s.Desired == 0 && !u.wish.never:
+		reason, message = completeWaiting, fmt.Sprintf("no node matches; the job fails if none does within %s of its start", noNodesPatience)
 	case u.finished() && s.Desired == 0:
 		reason, message = completeNoNodes, "no node matches; nodes that join later get the image"
 	case u.finished():
@@ -187,6 +201,8 @@ func (u *run) tellRunning(s *v1beta1.ImagePullJobStatus) {
 		reason, message = completePaused, "parallelism is 0: no node begins to pull"
 	case s.Active == 0 && s.Skipped > 0:
 		reason, message = completeWaiting, fmt.Sprintf("%d nodes cannot be commanded now, see skippedNodes; they are tried again", s.Skipped)
+	default:
+		message = u.again()
 	}
 	setCondition(s, v1beta1.ConditionComplete, false, reason, message)
 	meta.RemoveStatusCondition(&s.Conditions, v1beta1.ConditionSucceeded)
@@ -208,16 +224,18 @@ func conclude(s *v1beta1.ImagePullJobStatus, late bool, now time.Time) (reason s
 			s.FailureReasons = append(s.FailureReasons, v1beta1.FailureCount{Reason: completeDeadline, Count: over})
 		}
 	case s.Desired == 0:
-		reason, message = completeNoNodes, "no node matches the selectors of the job, so there was nothing to do"
+		reason, message = completeNoNodes, "no node matches: see the job's selectors, and the labels of nodes or pods; nothing was pulled. A job of type Never waits for nodes"
+		s.Message = messageFailed + ": " + message
 	case s.Failed > 0:
 		reason = completeNodesFailed
 		message = fmt.Sprintf("%d of %d nodes have no image: %s", s.Failed, s.Desired, reasonsText(s))
+		s.Message = shorten(messageFailed + ": " + message)
 	default:
 		reason, message = completeSucceeded, fmt.Sprintf("all %d nodes have the image", s.Desired)
 	}
 	s.Active, s.Skipped, s.SlowestNodes = 0, 0, nil
 	setCondition(s, v1beta1.ConditionComplete, true, reason, message)
-	setCondition(s, v1beta1.ConditionSucceeded, s.Failed == 0, reason, message)
+	setCondition(s, v1beta1.ConditionSucceeded, reason == completeSucceeded || reason == completeDeadline && s.Failed == 0 && s.Desired > 0, reason, message)
 	return reason
 }
 
@@ -229,10 +247,11 @@ func tellReady(s *v1beta1.ImagePullJobStatus) {
 	}
 	standing, reason, message := kstatus.AtWork, c.Reason, c.Message
 	atRest := c.Status == metav1.ConditionTrue || c.Reason == completeUpToDate || c.Reason == completeNoNodes
+	ended := meta.FindStatusCondition(s.Conditions, v1beta1.ConditionSucceeded)
 	switch {
 	case atRest && s.Failed > 0 && c.Status == metav1.ConditionFalse:
 		standing, reason, message = kstatus.Failed, completeNodesFailed, fmt.Sprintf("%d of %d nodes have no image: %s", s.Failed, s.Desired, reasonsText(s))
-	case atRest && s.Failed > 0, c.Reason == completeInvalidSpec:
+	case atRest && s.Failed > 0, ended != nil && ended.Status == metav1.ConditionFalse, c.Reason == completeInvalidSpec:
 		standing = kstatus.Failed
 	case atRest:
 		standing = kstatus.Current
@@ -271,6 +290,14 @@ func phaseName(p opsv1.PullPhase) string {
 		return "Unpacking"
 	}
 	return "Waiting"
+}
+
+// waitsFor is what a node says of what it waits for, or said of why it tries again.
+func waitsFor(m *member) string {
+	if m.again == "" && m.op.GetPhase() == opsv1.PullPhase_PULL_WAITING {
+		return shorten(m.op.GetMessage())
+	}
+	return shorten(m.again)
 }
 
 func first[T any](list []T, n int) []T { return list[:min(len(list), n)] }

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -35,6 +36,8 @@ type bubble struct {
 	dir  string
 	opts Options
 	over func()
+	// opened, if not nil, is called with a puller before it runs.
+	opened func(p *Puller)
 }
 
 func inBubble(t *testing.T, o Options, f func(t *testing.T, b *bubble)) {
@@ -46,6 +49,7 @@ func inBubble(t *testing.T, o Options, f func(t *testing.T, b *bubble)) {
 		b := &bubble{t: t, rt: &fakeRuntime{images: map[string]bool{}}, dir: dir, opts: o}
 		b.opts.StateDir, b.opts.Conn, b.opts.Log = dir, b.rt, log
 		b.open()
+		synctest.Wait() // what a puller begins with is over, and a test may set up its runtime
 		f(t, b)
 		b.over()
 	})
@@ -57,6 +61,9 @@ func (b *bubble) open() {
 	var err error
 	if b.Puller, err = Open(b.opts); err != nil {
 		b.t.Fatal(err)
+	}
+	if b.opened != nil {
+		b.opened(b.Puller)
 	}
 	if b.journal.IsOpen() {
 		db, err := b.journal.DB()
@@ -133,10 +140,14 @@ type fakeRuntime struct {
 	labels  map[string]map[string]string // of containerd's images; nil without containerd
 	takes   time.Duration                // a pull
 	fail    []error                      // of the next pulls, nil is none; the last one stays
+	late    error                        // of the pulls that begin, after the time that they take; nil is none
 	bug     bool                         // pulls panic
 	pulls   []*runtimeapi.PullImageRequest
-	disk    string // where the images are; empty: it does not tell
-	size    uint64 // of each image
+	pulling func(ctx context.Context, req *runtimeapi.PullImageRequest) error // what a pull does at first; nil: nothing
+	answer  func(args any) proto.Message                                      // to other calls; nil: none
+	disk    string                                                            // where the images are; empty: it does not tell
+	size    uint64                                                            // of each image
+	arch    string                                                            // the same; empty: it does not tell
 	running int
 	most    int // that ran at once
 }
@@ -150,7 +161,11 @@ func (r *fakeRuntime) Invoke(ctx context.Context, method string, args, reply any
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		if r.images[strings.TrimPrefix(req.GetImage().GetImage(), "sha256:")] {
-			proto.Merge(reply.(proto.Message), &runtimeapi.ImageStatusResponse{Image: r.image(req.GetImage().GetImage())})
+			resp := &runtimeapi.ImageStatusResponse{Image: r.image(req.GetImage().GetImage())}
+			if req.GetVerbose() && r.arch != "" {
+				resp.Info = map[string]string{"info": `{"imageSpec":{"os":"` + runtime.GOOS + `","architecture":"` + r.arch + `"}}`}
+			}
+			proto.Merge(reply.(proto.Message), resp)
 		}
 		return nil
 	case *runtimeapi.ImageFsInfoRequest:
@@ -173,6 +188,12 @@ func (r *fakeRuntime) Invoke(ctx context.Context, method string, args, reply any
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.answer != nil {
+		if m := r.answer(args); m != nil {
+			proto.Merge(reply.(proto.Message), m)
+			return nil
+		}
+	}
 	if r.labels == nil {
 		return status.Error(codes.Unimplemented, method)
 	}
@@ -183,6 +204,15 @@ func (r *fakeRuntime) Invoke(ctx context.Context, method string, args, reply any
 			return status.Error(codes.NotFound, "no such image")
 		}
 		proto.Merge(reply.(proto.Message), &imagesapi.GetImageResponse{Image: &imagesapi.Image{Name: req.GetName(), Labels: labels}})
+		return nil
+	case *imagesapi.ListImagesRequest: // of those that we have pinned
+		list := &imagesapi.ListImagesResponse{}
+		for name, labels := range r.labels {
+			if labels[pinnedByUs] != "" {
+				list.Images = append(list.Images, &imagesapi.Image{Name: name, Labels: labels})
+			}
+		}
+		proto.Merge(reply.(proto.Message), list)
 		return nil
 	case *imagesapi.UpdateImageRequest:
 		r.labels[req.GetImage().GetName()] = maps.Clone(req.GetImage().GetLabels())
@@ -210,7 +240,7 @@ func (*fakeRuntime) NewStream(_ context.Context, _ *grpc.StreamDesc, method stri
 
 func (r *fakeRuntime) pull(ctx context.Context, req *runtimeapi.PullImageRequest) error {
 	r.mu.Lock()
-	takes := r.takes
+	takes, late := r.takes, r.late
 	var fail error
 	if len(r.fail) > 0 {
 		if fail = r.fail[0]; len(r.fail) > 1 {
@@ -224,12 +254,18 @@ func (r *fakeRuntime) pull(ctx context.Context, req *runtimeapi.PullImageRequest
 	}
 	r.running++
 	r.most = max(r.most, r.running)
+	pulling := r.pulling
 	r.mu.Unlock()
 	defer func() {
 		r.mu.Lock()
 		r.running--
 		r.mu.Unlock()
 	}()
+	if pulling != nil {
+		if err := pulling(ctx, req); err != nil {
+			return err
+		}
+	}
 	if fail != nil {
 		return fail
 	}
@@ -237,6 +273,9 @@ func (r *fakeRuntime) pull(ctx context.Context, req *runtimeapi.PullImageRequest
 	case <-time.After(takes):
 	case <-ctx.Done():
 		return status.FromContextError(ctx.Err()).Err()
+	}
+	if late != nil {
+		return late
 	}
 	r.mu.Lock()
 	r.images[req.GetImage().GetImage()] = true

@@ -12,11 +12,17 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// hurry lets a pull go past those that nobody waits for.
+// hurry lets a pull go past those that nobody waits for, and end when the registry says no: who waits has somebody to tell, and
+// kubelet asks again in any case.
 func (p *Puller) hurry(uid string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if u := p.pulls[uid]; u != nil && !u.urgent {
+	u := p.pulls[uid]
+	if u == nil {
+		return
+	}
+	u.awaited = true
+	if !u.urgent {
 		// One that runs keeps the place it has.
 		u.urgent = u.stop == nil
 		p.nudge()

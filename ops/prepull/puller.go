@@ -17,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
 	"go.opentelemetry.io/otel/trace"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -67,31 +68,40 @@ type Options struct {
 	BytesPerSecond int64
 	// HostsDir is the config_path of containerd's registry configuration. Empty means /etc/containerd/certs.d.
 	HostsDir string
+	// Hosts says how registries are reached; nil is by HostsDir alone.
+	Hosts Hosts
 	// Plugins are kubelet's credential provider plugins; nil for none.
 	Plugins *credentialprovider.Plugins
 	// VerifyAccess has kubelet pull for itself what was pulled here with secrets: see [Puller.Unclaimed].
 	VerifyAccess bool
-	// MaxDiskPercent is how full a pull may make the image file system; 0 means that it is not looked at.
+	// MaxDiskPercent is how full a pull that nobody waits for may make the image file system; 0 means that it is not looked at.
 	MaxDiskPercent float64
+	// HighThreshold returns kubelet's imageGCHighThresholdPercent, and counts in the place of MaxDiskPercent. Nil: that counts.
+	HighThreshold func() int
 }
 
 // Puller pulls images and keeps their pins.
 type Puller struct {
 	log      logrus.FieldLogger
 	images   runtimeapi.ImageServiceClient
+	runtime  runtimeapi.RuntimeServiceClient
 	store    *store
 	journal  *journal
 	parallel int
 	limit    int64
-	hostsDir string
+	hosts    Hosts
 	plugins  *credentialprovider.Plugins
 	maxDisk  float64
+	high     func() int // nil: maxDisk counts
+	statfs   func(path string, fs *unix.Statfs_t) error
 	verify   bool
 	claims   *claims
 	metrics  *metrics
 	tracer   trace.Tracer // nil: off
 	opened   time.Time
 	wake     chan struct{} // Run looks for work
+
+	unreached unreached // registries that are not looked up for a while
 
 	// kubelet counts kubelet's pulls that have lasted longer than kubeletPatience. Pulls of ours begin under mu only while it
 	// is 0, and who raises it then ends those that run.
@@ -119,12 +129,22 @@ type pull struct {
 	private bool
 	had     string
 	retryAt time.Time
+	// given counts the credentials that have come, each set once. denied is set while the pull waits for its next attempt because
+	// the registry says no to it, which is no reason for other pulls of the image to wait.
+	given  int
+	denied bool
+	// awaited is set when something waits that decides for itself whether to ask again.
+	awaited bool
 	// urgent is set when something on the node waits for it.
 	urgent bool
 	stop   context.CancelCauseFunc // ends the attempt that runs; nil without
 	// cancelled is why the pull is to end, once somebody has asked for it.
 	cancelled string
 	changed   chan struct{} // closed and replaced at each change
+
+	// unlimited says that the speed limit is not kept, and why; unlimitedFrom is BytesFetched when that began.
+	unlimited     string
+	unlimitedFrom int64
 }
 
 // Why an attempt is ended.
@@ -140,12 +160,13 @@ var (
 // Errors: the file is held by another process or is not permitted to this one.
 func Open(o Options) (*Puller, error) {
 	p := &Puller{
-		log: o.Log.WithField("component", "prepull"), images: runtimeapi.NewImageServiceClient(o.Conn), store: newStore(o.Conn),
-		parallel: max(1, o.Parallel), limit: o.BytesPerSecond, hostsDir: o.HostsDir, plugins: o.Plugins, maxDisk: o.MaxDiskPercent,
+		log: o.Log.WithField("component", "prepull"), images: runtimeapi.NewImageServiceClient(o.Conn), runtime: runtimeapi.NewRuntimeServiceClient(o.Conn), store: newStore(o.Conn),
+		parallel: max(1, o.Parallel), limit: o.BytesPerSecond, hosts: o.Hosts, plugins: o.Plugins, maxDisk: o.MaxDiskPercent,
+		high: o.HighThreshold, statfs: unix.Statfs,
 		tracer: o.Tracer, verify: o.VerifyAccess, claims: newClaims(), opened: time.Now(), wake: make(chan struct{}, 1), pulls: map[string]*pull{}, pins: map[pinKey]*pin{},
 	}
-	if p.hostsDir == "" {
-		p.hostsDir = "/etc/containerd/certs.d"
+	if p.hosts == nil {
+		p.hosts = hostsFrom(o.HostsDir)
 	}
 	var before *kept
 	var err error
@@ -255,7 +276,7 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 			busy[u.key] = u.op.GetUid()
 		default:
 			waiting = append(waiting, u)
-			if u.retryAt.After(backOff[u.key]) {
+			if u.retryAt.After(backOff[u.key]) && !u.denied {
 				backOff[u.key] = u.retryAt
 			}
 		}
@@ -276,8 +297,8 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 			} else {
 				p.finishLocked(u, opsv1.PullPhase_PULL_FAILED, ReasonCredentialsNeeded, fmt.Sprintf("cri-proxy was restarted, and nobody has repeated the command with its credentials for %s", credentialsPatience))
 			}
-		case now.Before(backOff[u.key]):
-			next = min(next, backOff[u.key].Sub(now))
+		case now.Before(backOff[u.key]), now.Before(u.retryAt):
+			next = min(next, max(backOff[u.key].Sub(now), u.retryAt.Sub(now)))
 			if !now.Before(u.retryAt) {
 				u.waitLocked(ReasonBackOff, "another pull of the image has just failed")
 			}
@@ -339,7 +360,7 @@ func (p *Puller) startLocked(ctx context.Context, wg *sync.WaitGroup, u *pull) {
 	}
 	u.op.Phase, u.op.Reason, u.op.Message = opsv1.PullPhase_PULL_RESOLVING, "", ""
 	u.notifyLocked()
-	timeout, credentials := u.timeout(), u.credentials
+	timeout, credentials, given := u.timeout(), u.credentials, u.given
 	by, bound := u.deadline()
 	wg.Go(func() {
 		defer stop(nil)
@@ -351,7 +372,7 @@ func (p *Puller) startLocked(ctx context.Context, wg *sync.WaitGroup, u *pull) {
 		}
 		log := p.log.WithFields(u.fields())
 		err := guard.Try(log, func() error { return p.attempt(limited, u, credentials) })
-		if !guard.Do(log, func() { p.settle(ctx, u, err, context.Cause(limited)) }) {
+		if !guard.Do(log, func() { p.settle(ctx, u, given, err, context.Cause(limited)) }) {
 			guard.Do(log, func() { p.giveUp(u) })
 		}
 		p.nudge()
@@ -368,11 +389,11 @@ func (p *Puller) giveUp(u *pull) {
 	}
 }
 
-// settle decides what follows an attempt.
-func (p *Puller) settle(ctx context.Context, u *pull, err, cause error) {
+// settle decides what follows an attempt, which was made with the credentials that were given as the count says.
+func (p *Puller) settle(ctx context.Context, u *pull, given int, err, cause error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	u.stop = nil
+	u.stop, u.denied = nil, false
 	if err == nil {
 		return // finished by attempt
 	}
@@ -400,7 +421,12 @@ func (p *Puller) settle(ctx context.Context, u *pull, err, cause error) {
 		f = &failure{reason: ReasonTimeout, message: fmt.Sprintf("an attempt may take %s, and %s; give it longer for a large image or a slow network (timeoutSeconds of a job)", u.timeout(), p.soFar(u))}
 	}
 	p.log.WithFields(u.fields()).WithField("reason", f.reason).WithField("attempt", u.op.GetAttempt()).Warn(f.message)
-	if f.final || u.op.GetAttempt() >= attempts {
+	if f.credentials && given != u.given { // others have come since
+		u.op.Attempt--
+		u.waitLocked(ReasonBackOff, fmt.Sprintf("attempt %d of %d at once, with other credentials: %s: %s", u.op.GetAttempt()+1, attempts, f.reason, f.message))
+		return
+	}
+	if f.final || f.credentials && u.awaited || u.op.GetAttempt() >= attempts {
 		message := f.message
 		if n := u.op.GetAttempt(); n > 1 {
 			message = fmt.Sprintf("%s; %d attempts", message, n)
@@ -409,8 +435,8 @@ func (p *Puller) settle(ctx context.Context, u *pull, err, cause error) {
 		return
 	}
 	wait := min(backOffMin<<min(u.op.GetAttempt()-1, 10), backOffMax)
-	u.retryAt = time.Now().Add(wait)
-	u.waitLocked(ReasonBackOff, fmt.Sprintf("attempt %d of %d in %s: %s", u.op.GetAttempt()+1, attempts, wait, f.message))
+	u.retryAt, u.denied = time.Now().Add(wait), f.credentials
+	u.waitLocked(ReasonBackOff, fmt.Sprintf("attempt %d of %d in %s: %s: %s", u.op.GetAttempt()+1, attempts, wait, f.reason, f.message))
 }
 
 func (u *pull) timeout() time.Duration {
@@ -434,6 +460,7 @@ func (u *pull) fields() logrus.Fields {
 
 // finishLocked ends the operation. The caller holds p.mu.
 func (p *Puller) finishLocked(u *pull, phase opsv1.PullPhase, reason, message string) {
+	message = u.endLocked(phase == opsv1.PullPhase_PULL_SUCCEEDED, message)
 	u.op.Phase, u.op.Reason, u.op.Message, u.op.BytesPerSecond = phase, reason, message, 0
 	u.op.FinishTime = timestamppb.Now()
 	if phase == opsv1.PullPhase_PULL_SUCCEEDED {
@@ -483,7 +510,12 @@ func (p *Puller) submit(req *opsv1.PullRequest) (*opsv1.PullOperation, error) {
 			return nil, status.Errorf(codes.AlreadyExists, "pull %s exists with another request; choose a new UID", req.GetUid())
 		}
 		if known.op.GetFinishTime() == nil && len(credentials) > 0 {
-			known.credentials = credentials
+			if !sameCredentials(known.credentials, credentials) {
+				known.credentials = credentials
+				if known.given++; known.denied {
+					known.retryAt = time.Time{} // what the registry said was to others
+				}
+			}
 			if !known.wants {
 				known.wants = true
 				if err := p.saveLocked(known); err != nil {

@@ -98,6 +98,11 @@ func TestContainerd17(t *testing.T) {
 		}
 		fetchedOnce(t, f, p)
 	})
+	t.Run("requests", requestsAtTheRegistry)
+	t.Run("layers thrown away", func(t *testing.T) {
+		discardUnpacked(t)
+		unpackedLayersAreThere(t)
+	})
 	if l := ourLeases(t); len(l) != 0 {
 		t.Errorf("leases left: %v", l)
 	}
