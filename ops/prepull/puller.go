@@ -84,6 +84,7 @@ type Options struct {
 type Puller struct {
 	log      logrus.FieldLogger
 	images   runtimeapi.ImageServiceClient
+	runtime  runtimeapi.RuntimeServiceClient
 	store    *store
 	journal  *journal
 	parallel int
@@ -99,6 +100,8 @@ type Puller struct {
 	tracer   trace.Tracer // nil: off
 	opened   time.Time
 	wake     chan struct{} // Run looks for work
+
+	unreached unreached // registries that are not looked up for a while
 
 	// kubelet counts kubelet's pulls that have lasted longer than kubeletPatience. Pulls of ours begin under mu only while it
 	// is 0, and who raises it then ends those that run.
@@ -132,6 +135,10 @@ type pull struct {
 	// cancelled is why the pull is to end, once somebody has asked for it.
 	cancelled string
 	changed   chan struct{} // closed and replaced at each change
+
+	// unlimited says that the speed limit is not kept, and why; unlimitedFrom is BytesFetched when that began.
+	unlimited     string
+	unlimitedFrom int64
 }
 
 // Why an attempt is ended.
@@ -147,7 +154,7 @@ var (
 // Errors: the file is held by another process or is not permitted to this one.
 func Open(o Options) (*Puller, error) {
 	p := &Puller{
-		log: o.Log.WithField("component", "prepull"), images: runtimeapi.NewImageServiceClient(o.Conn), store: newStore(o.Conn),
+		log: o.Log.WithField("component", "prepull"), images: runtimeapi.NewImageServiceClient(o.Conn), runtime: runtimeapi.NewRuntimeServiceClient(o.Conn), store: newStore(o.Conn),
 		parallel: max(1, o.Parallel), limit: o.BytesPerSecond, hosts: o.Hosts, plugins: o.Plugins, maxDisk: o.MaxDiskPercent,
 		high: o.HighThreshold, statfs: unix.Statfs,
 		tracer: o.Tracer, verify: o.VerifyAccess, claims: newClaims(), opened: time.Now(), wake: make(chan struct{}, 1), pulls: map[string]*pull{}, pins: map[pinKey]*pin{},
@@ -442,6 +449,7 @@ func (u *pull) fields() logrus.Fields {
 
 // finishLocked ends the operation. The caller holds p.mu.
 func (p *Puller) finishLocked(u *pull, phase opsv1.PullPhase, reason, message string) {
+	message = u.endLocked(phase == opsv1.PullPhase_PULL_SUCCEEDED, message)
 	u.op.Phase, u.op.Reason, u.op.Message, u.op.BytesPerSecond = phase, reason, message, 0
 	u.op.FinishTime = timestamppb.Now()
 	if phase == opsv1.PullPhase_PULL_SUCCEEDED {
