@@ -104,6 +104,9 @@ func TestKubeletIsFoundAmongCallers(t *testing.T) {
 		}
 	}
 	unknown()
+	if all.kubeletsEnviron() != nil {
+		t.Error("an environment of nobody")
+	}
 	stranger := called(t, proc, l, "crictl")
 	stranger.write("environ", "WHO=stranger\x00")
 	unknown()
@@ -113,7 +116,7 @@ func TestKubeletIsFoundAmongCallers(t *testing.T) {
 	k.write("cmdline", "/usr/bin/kubelet\x00--config="+config+"\x00")
 	k.write("environ", "WHO=kubelet\x00HTTPS_PROXY=http://proxy\x00")
 	called(t, proc, l, "crictl")
-	if got := all.environ(); !slices.Equal(got, []string{"WHO=kubelet", "HTTPS_PROXY=http://proxy"}) {
+	if got := all.environ(); !slices.Equal(got, []string{"WHO=kubelet", "HTTPS_PROXY=http://proxy"}) || !slices.Equal(got, all.kubeletsEnviron()) {
 		t.Errorf("%v", got)
 	}
 	for text, want := range map[string]int{"": 85, "imageGCHighThresholdPercent: 70\n": 70, "imageGCHighThresholdPercent: 100\n": 100, "imageGCHighThresholdPercent: x\n": 85} {
