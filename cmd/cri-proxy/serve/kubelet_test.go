@@ -103,6 +103,11 @@ func TestKubeletIsFoundAmongCallers(t *testing.T) {
 			t.Errorf("said %d times: %s", n, &words)
 		}
 	}
+	// What only has its name has not dialled.
+	impostor := caller{t, proc, 1 << 21}
+	impostor.write("stat", fmt.Sprintf("%d (kubelet) S%s 5 1 1\n", impostor.pid, strings.Repeat(" 0", 18)))
+	impostor.write("comm", "kubelet\n")
+	impostor.write("environ", "LD_PRELOAD=/evil.so\x00")
 	unknown()
 	if all.kubeletsEnviron() != nil {
 		t.Error("an environment of nobody")
