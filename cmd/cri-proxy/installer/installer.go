@@ -104,7 +104,9 @@ func (i *installer) run(ctx context.Context) error {
 		return err
 	}
 	i.dir = filepath.Join(string(prefix), hostDir)
-	if err := i.copyIn(); err != nil {
+	if err := i.copyIn(); errors.Is(err, unix.EROFS) {
+		return fmt.Errorf("copying this program to the node: %w; give a directory that can be written in ARGS, such as --prefix=/opt", err)
+	} else if err != nil {
 		return fmt.Errorf("copying this program to the node: %w", err)
 	}
 	if err := i.onHost(ctx, append(args, strings.Fields(i.args)...)); err != nil {

@@ -125,7 +125,7 @@ func (s *Source) settings(ctx context.Context) (*settings, error) {
 }
 
 func (s *Source) read(ctx context.Context, who process.Process) (*settings, error) {
-	if name := who.Name(s.o.Proc); !strings.HasPrefix(name, "containerd") {
+	if name := who.Name(s.o.Proc); !strings.Contains(name, "containerd") { // some distributions wrap it, as .containerd-wrapped
 		return nil, fmt.Errorf("%s is served by %q (process %d) and not by containerd", s.o.Socket, name, who.PID)
 	}
 	args, err := who.Args(s.o.Proc)
