@@ -100,12 +100,10 @@ func (p *Puller) pullWith(ctx context.Context, u *pull, credential *opsv1.Regist
 		}
 		return p.pullCRI(ctx, u, credential) // not containerd
 	}
-	limit := u.req.GetBytesPerSecond()
-	if limit == 0 {
-		limit = p.limit
-	}
+	limit := p.limitOf(u)
 	var m *manifest
 	limiter := newLimiter(limit)
+	u.limiter.Store(limiter)
 	r, err := newRemote(leased, p.hostsDir, image, credential, limiter)
 	defer r.close()
 	if err == nil {
