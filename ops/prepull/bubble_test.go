@@ -35,6 +35,8 @@ type bubble struct {
 	dir  string
 	opts Options
 	over func()
+	// opened, if not nil, is called with a puller before it runs.
+	opened func(p *Puller)
 }
 
 func inBubble(t *testing.T, o Options, f func(t *testing.T, b *bubble)) {
@@ -57,6 +59,9 @@ func (b *bubble) open() {
 	var err error
 	if b.Puller, err = Open(b.opts); err != nil {
 		b.t.Fatal(err)
+	}
+	if b.opened != nil {
+		b.opened(b.Puller)
 	}
 	if b.journal.IsOpen() {
 		db, err := b.journal.DB()
@@ -135,8 +140,10 @@ type fakeRuntime struct {
 	fail    []error                      // of the next pulls, nil is none; the last one stays
 	bug     bool                         // pulls panic
 	pulls   []*runtimeapi.PullImageRequest
-	disk    string // where the images are; empty: it does not tell
-	size    uint64 // of each image
+	pulling func(ctx context.Context, req *runtimeapi.PullImageRequest) error // what a pull does at first; nil: nothing
+	answer  func(args any) proto.Message                                      // to other calls; nil: none
+	disk    string                                                            // where the images are; empty: it does not tell
+	size    uint64                                                            // of each image
 	running int
 	most    int // that ran at once
 	content *contents
@@ -177,6 +184,12 @@ func (r *fakeRuntime) Invoke(ctx context.Context, method string, args, reply any
 	if r.content != nil {
 		if known, err := r.content.answer(args, reply); known {
 			return err
+		}
+	}
+	if r.answer != nil {
+		if m := r.answer(args); m != nil {
+			proto.Merge(reply.(proto.Message), m)
+			return nil
 		}
 	}
 	if r.labels == nil {
@@ -233,12 +246,18 @@ func (r *fakeRuntime) pull(ctx context.Context, req *runtimeapi.PullImageRequest
 	}
 	r.running++
 	r.most = max(r.most, r.running)
+	pulling := r.pulling
 	r.mu.Unlock()
 	defer func() {
 		r.mu.Lock()
 		r.running--
 		r.mu.Unlock()
 	}()
+	if pulling != nil {
+		if err := pulling(ctx, req); err != nil {
+			return err
+		}
+	}
 	if fail != nil {
 		return fail
 	}

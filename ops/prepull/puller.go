@@ -17,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
 	"go.opentelemetry.io/otel/trace"
+	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -66,31 +67,40 @@ type Options struct {
 	BytesPerSecond int64
 	// HostsDir is the config_path of containerd's registry configuration. Empty means /etc/containerd/certs.d.
 	HostsDir string
+	// Hosts says how registries are reached; nil is by HostsDir alone.
+	Hosts Hosts
 	// Plugins are kubelet's credential provider plugins; nil for none.
 	Plugins *credentialprovider.Plugins
 	// VerifyAccess has kubelet pull for itself what was pulled here with secrets: see [Puller.Unclaimed].
 	VerifyAccess bool
-	// MaxDiskPercent is how full a pull may make the image file system; 0 means that it is not looked at.
+	// MaxDiskPercent is how full a pull that nobody waits for may make the image file system; 0 means that it is not looked at.
 	MaxDiskPercent float64
+	// HighThreshold returns kubelet's imageGCHighThresholdPercent, and counts in the place of MaxDiskPercent. Nil: that counts.
+	HighThreshold func() int
 }
 
 // Puller pulls images and keeps their pins.
 type Puller struct {
 	log      logrus.FieldLogger
 	images   runtimeapi.ImageServiceClient
+	runtime  runtimeapi.RuntimeServiceClient
 	store    *store
 	journal  *journal
 	parallel int
 	limit    int64
-	hostsDir string
+	hosts    Hosts
 	plugins  *credentialprovider.Plugins
 	maxDisk  float64
+	high     func() int // nil: maxDisk counts
+	statfs   func(path string, fs *unix.Statfs_t) error
 	verify   bool
 	claims   *claims
 	metrics  *metrics
 	tracer   trace.Tracer // nil: off
 	opened   time.Time
 	wake     chan struct{} // Run looks for work
+
+	unreached unreached // registries that are not looked up for a while
 
 	kubelet *kubeletPulls
 	leasing sync.Mutex // held while a lease is made sure of, or found unwanted and ended
@@ -122,12 +132,17 @@ type pull struct {
 	// aside and free are how it gives way to a pull of kubelet's that wants layers of it.
 	aside aside
 	free  time.Time
-	// limiter slows down the attempt that runs; nil: nothing does.
+	// limiter slows down the attempt that runs; nil: nothing does. slots is set while the runtime fetches for it.
 	limiter atomic.Pointer[rate.Limiter]
+	slots   atomic.Bool
 	stop    context.CancelCauseFunc // ends the attempt that runs; nil without
 	// cancelled is why the pull is to end, once somebody has asked for it.
 	cancelled string
 	changed   chan struct{} // closed and replaced at each change
+
+	// unlimited says that the speed limit is not kept, and why; unlimitedFrom is BytesFetched when that began.
+	unlimited     string
+	unlimitedFrom int64
 }
 
 // Why an attempt is ended.
@@ -143,12 +158,13 @@ var (
 // Errors: the file is held by another process or is not permitted to this one.
 func Open(o Options) (*Puller, error) {
 	p := &Puller{
-		log: o.Log.WithField("component", "prepull"), images: runtimeapi.NewImageServiceClient(o.Conn), store: newStore(o.Conn),
-		parallel: max(1, o.Parallel), limit: o.BytesPerSecond, hostsDir: o.HostsDir, plugins: o.Plugins, maxDisk: o.MaxDiskPercent,
+		log: o.Log.WithField("component", "prepull"), images: runtimeapi.NewImageServiceClient(o.Conn), runtime: runtimeapi.NewRuntimeServiceClient(o.Conn), store: newStore(o.Conn),
+		parallel: max(1, o.Parallel), limit: o.BytesPerSecond, hosts: o.Hosts, plugins: o.Plugins, maxDisk: o.MaxDiskPercent,
+		high: o.HighThreshold, statfs: unix.Statfs,
 		tracer: o.Tracer, verify: o.VerifyAccess, claims: newClaims(), opened: time.Now(), kubelet: newKubeletPulls(), wake: make(chan struct{}, 1), pulls: map[string]*pull{}, pins: map[pinKey]*pin{},
 	}
-	if p.hostsDir == "" {
-		p.hostsDir = "/etc/containerd/certs.d"
+	if p.hosts == nil {
+		p.hosts = hostsFrom(o.HostsDir)
 	}
 	var before *kept
 	var err error
@@ -388,6 +404,7 @@ func (p *Puller) settle(ctx context.Context, u *pull, err, cause error) {
 	defer p.mu.Unlock()
 	u.stop, u.apart = nil, false
 	u.limiter.Store(nil)
+	u.slots.Store(false)
 	if err == nil {
 		return // finished by attempt
 	}
@@ -448,6 +465,7 @@ func (u *pull) fields() logrus.Fields {
 
 // finishLocked ends the operation. The caller holds p.mu.
 func (p *Puller) finishLocked(u *pull, phase opsv1.PullPhase, reason, message string) {
+	message = u.endLocked(phase == opsv1.PullPhase_PULL_SUCCEEDED, message)
 	u.op.Phase, u.op.Reason, u.op.Message, u.op.BytesPerSecond = phase, reason, message, 0
 	u.op.FinishTime = timestamppb.Now()
 	if phase == opsv1.PullPhase_PULL_SUCCEEDED {

@@ -25,6 +25,10 @@ import (
 //   - The line: bytes of layers come to the node that are not ours. Ours are cut off, and none begins. After judgeAfter
 //     kubelet's bytes are compared with what ours got before: a trickle from a registry in trouble does not get faster by our
 //     standing aside.
+//   - The runtime's download slots: containerd since 2.1 has three for all of its pulls together (max_concurrent_downloads of its
+//     transfer service), for manifests too, and who comes first is served first. When kubelet's pull waits for one and the
+//     runtime fetches ours, ours is cut off. While kubelet pulls, ours are fetched without the runtime, see [Puller.slotsWanted]:
+//     then they take no slot, and need none.
 //   - The layers: containerd has one ingest for each, and who comes second waits for the first. What kubelet waits for, ours
 //     let go of, and take up again when it is there.
 //
@@ -32,10 +36,10 @@ import (
 const (
 	// kubeletPatience is how long a pull of kubelet's is not looked at: one of an image that is there takes milliseconds.
 	kubeletPatience = 100 * time.Millisecond
-	// lookEvery is how often the content store is asked while kubelet pulls and a pull of ours could stand aside.
-	lookEvery = 200 * time.Millisecond
-	// lookPatience bounds one look.
-	lookPatience = 2 * time.Second
+	// watchEvery is how often the content store is asked while kubelet pulls and a pull of ours could stand aside.
+	watchEvery = 200 * time.Millisecond
+	// watchPatience bounds one look.
+	watchPatience = 2 * time.Second
 	// yieldMost is how long pulls of ours stand aside before they go on for as long.
 	yieldMost = 2 * time.Minute
 	// cutCost is what standing aside counts for at least: what was cut off has to look its image up again.
@@ -163,8 +167,11 @@ type way struct {
 	// spent is how long ours have stood aside, since they last went on for yieldMost; left is when they did last.
 	spent time.Duration
 	left  time.Time
-	// free is until when they go on in any case, probe when it may be found out again whether kubelet's gain by it.
-	free, probe time.Time
+	// free is until when they go on in any case, probe when it may be found out again whether kubelet's gain by it, and turn when
+	// it may be whether they gain by slots of the runtime's.
+	free, probe, turn time.Time
+	// holds is set when the runtime fetches one that could give way.
+	holds bool
 	// gained is set when kubelet's have been found to gain by it, this time.
 	gained bool
 	// ours is how many bytes a second ours get when they go on, measured then; 0: not known.
@@ -190,7 +197,9 @@ type seen struct {
 	// mean is their rate. ours is our rate in the last second, 0 if it is not known.
 	came, recent int64
 	mean, ours   float64
-	idle         bool // kubelet's pulls have had no layer under way for two looks
+	idle         bool // kubelet's pulls have had nothing under way for two looks
+	// waits is set when something of kubelet's is under way, and nothing comes of it.
+	waits bool
 	// fetches are the leases under which a layer of ours is under way, and which layers.
 	fetches map[string]map[digest.Digest]bool
 	// wants are layers of ours that kubelet's pulls want and that are not there, and whether bytes of them come.
@@ -206,7 +215,8 @@ func (w *way) lineLocked(now time.Time, s seen, pulls []*kubeletPull) bool {
 		// One that works is seen within a second, and a few MiB that come at once are not enough when it is known that little comes.
 		works := float64(s.recent) >= w.least()*rateOver.Seconds()
 		probe := s.came > 0 && w.ours > 0 && !now.Before(w.probe)
-		if s.unknown || s.idle || now.Before(w.free) || !(s.blind || probe || works) {
+		slot := s.waits && w.holds && !now.Before(w.turn)
+		if s.unknown || s.idle || now.Before(w.free) || !(s.blind || probe || works || slot) {
 			return false
 		}
 		if now.Sub(w.left) >= yieldMost {
@@ -223,8 +233,8 @@ func (w *way) lineLocked(now time.Time, s seen, pulls []*kubeletPull) bool {
 		w.spent, w.free = 0, now.Add(yieldMost)
 		return true
 	case s.idle, stood >= judgeAfter && !gains:
-		if !s.idle || !w.gained {
-			w.probe = now.Add(probeEvery)
+		if worked := s.idle && (w.gained || gains); !worked {
+			w.probe, w.turn = now.Add(probeEvery), now.Add(probeEvery)
 		}
 		w.leave(now)
 		return true
@@ -314,6 +324,10 @@ func (p *Puller) minded() (running []string, lacks map[digest.Digest]bool, could
 func (p *Puller) act(now time.Time, s seen, pulls []*kubeletPull) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.way.holds = false
+	for _, u := range p.pulls {
+		p.way.holds = p.way.holds || u.stop != nil && !u.urgent && u.slots.Load() && len(s.fetches[leaseID(u.key)]) > 0
+	}
 	changed := p.way.lineLocked(now, s, pulls)
 	if changed && p.way.aside.on() {
 		p.log.WithField("image", named(pulls)).Debug("kubelet's pull gets bytes, ours stand aside")
@@ -377,7 +391,7 @@ func (p *Puller) watchOnce(ctx context.Context) {
 			p.goOn()
 		}
 	}()
-	tick := time.NewTicker(lookEvery)
+	tick := time.NewTicker(watchEvery)
 	defer tick.Stop()
 	for {
 		now := time.Now()
@@ -438,6 +452,22 @@ func (p *Puller) turned() time.Time {
 		return p.way.aside.since
 	}
 	return p.way.left
+}
+
+// slotsWanted reports whether somebody else may want the runtime's download slots: kubelet, or one of ours before which this one goes.
+// Then the layers are fetched here, as those of pulls with a limit are.
+func (p *Puller) slotsWanted(u *pull) bool {
+	if len(p.kubelet.lasting(time.Now())) > 0 {
+		return true
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, other := range p.pulls {
+		if u.urgent && other != u && other.stop != nil && other.slots.Load() {
+			return true
+		}
+	}
+	return false
 }
 
 // errOvertaken ends a slow pull that is in the way of one that something waits for.

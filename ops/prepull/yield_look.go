@@ -26,8 +26,9 @@ type watch struct {
 	mine   []string
 	points []point
 	closed int // looks at which kubelet's had no layer under way, in a row
-	// known are the layers under way that have been seen as ours, theirs those that have been seen as kubelet's.
+	// known is what has been seen under way as ours, theirs are the layers that have been seen as kubelet's.
 	known, theirs map[string]bool
+	waiting       map[string]bool // what of kubelet's was under way at the last look
 	// steady is since when bytes of ours come, came when they last did.
 	steady, came time.Time
 	// pulls are what kubelet's pulls want, by lease; there are layers that have been found on the node.
@@ -63,7 +64,7 @@ func newWatch(s *store) *watch {
 //
 // Errors: the runtime's; [unavailable] if it is not containerd.
 func (w *watch) look(ctx context.Context, now, since, turned time.Time, running []string, lacks map[digest.Digest]bool) (seen, error) {
-	ctx, cancel := context.WithTimeout(inNamespace(ctx), lookPatience)
+	ctx, cancel := context.WithTimeout(inNamespace(ctx), watchPatience)
 	defer cancel()
 	statuses, err := w.store.content.ListStatuses(ctx)
 	if err != nil {
@@ -71,14 +72,16 @@ func (w *watch) look(ctx context.Context, now, since, turned time.Time, running 
 	}
 	s := seen{fetches: map[string]map[digest.Digest]bool{}, wants: map[digest.Digest]bool{}}
 	open := map[string]content.Status{}
+	blobs := map[string]content.Status{} // of whatever kind
 	for _, st := range statuses {
+		blobs[st.Ref] = st
 		if _, ok := layerOf(st.Ref); ok {
 			open[st.Ref] = st
 		}
 	}
 	ours := map[string]bool{}
 	for _, lease := range running {
-		if err := w.oursUnder(ctx, lease, open, ours, s.fetches); err != nil {
+		if err := w.oursUnder(ctx, lease, blobs, ours, s.fetches); err != nil {
 			return seen{}, err
 		}
 	}
@@ -86,7 +89,7 @@ func (w *watch) look(ctx context.Context, now, since, turned time.Time, running 
 		if slices.Contains(running, lease) {
 			continue
 		}
-		if err := w.oursUnder(ctx, lease, open, ours, nil); err != nil {
+		if err := w.oursUnder(ctx, lease, blobs, ours, nil); err != nil {
 			return seen{}, err
 		}
 	}
@@ -106,10 +109,7 @@ func (w *watch) look(ctx context.Context, now, since, turned time.Time, running 
 			grows[d] = true
 			p.add(i.ours, came)
 		}
-		switch {
-		case i.ours:
-			w.known[ref] = true
-		case grows[d], began && !w.known[ref]: // no pull of ours that has been cut off
+		if !i.ours && (grows[d] || began && !w.known[ref]) { // no pull of ours that has been cut off
 			w.theirs[ref] = true
 		}
 		idle = idle && (i.ours || !w.theirs[ref])
@@ -139,6 +139,18 @@ func (w *watch) look(ctx context.Context, now, since, turned time.Time, running 
 	for len(w.points) > 2 && now.Sub(w.points[1].at) >= rateOver {
 		w.points = w.points[1:]
 	}
+	// A manifest waits as well, before there is a layer.
+	waiting := map[string]bool{}
+	for ref, st := range blobs {
+		if ours[ref] || w.known[ref] || st.StartedAt.Before(since) && !w.theirs[ref] {
+			continue
+		}
+		idle = false
+		waiting[ref] = true
+		s.waits = s.waits || w.waiting[ref]
+	}
+	s.waits = s.waits && s.came == 0
+	w.waiting = waiting
 	if w.closed++; !idle {
 		w.closed = 0
 	}
@@ -196,8 +208,8 @@ func layerOf(ref string) (digest.Digest, bool) {
 	return d, err == nil && (kind == "layer" || kind == "unknown")
 }
 
-// oursUnder finds the layers that are under way under a lease.
-func (w *watch) oursUnder(ctx context.Context, lease string, open map[string]content.Status, ours map[string]bool, fetches map[string]map[digest.Digest]bool) error {
+// oursUnder finds what is under way under a lease, and which layers of it.
+func (w *watch) oursUnder(ctx context.Context, lease string, blobs map[string]content.Status, ours map[string]bool, fetches map[string]map[digest.Digest]bool) error {
 	list, err := w.store.leases.ListResources(ctx, leases.Lease{ID: lease})
 	if errdefs.IsNotFound(err) { // not begun, or over
 		return nil
@@ -206,17 +218,17 @@ func (w *watch) oursUnder(ctx context.Context, lease string, open map[string]con
 		return fmt.Errorf("lease %s: %w", lease, err)
 	}
 	for _, r := range list {
-		if _, ok := open[r.ID]; !ok || r.Type != "ingests" {
+		if _, ok := blobs[r.ID]; !ok || r.Type != "ingests" {
 			continue
 		}
-		ours[r.ID] = true
-		if fetches == nil {
+		ours[r.ID], w.known[r.ID] = true, true
+		d, ok := layerOf(r.ID)
+		if fetches == nil || !ok {
 			continue
 		}
 		if fetches[lease] == nil {
 			fetches[lease] = map[digest.Digest]bool{}
 		}
-		d, _ := layerOf(r.ID)
 		fetches[lease][d] = true
 	}
 	return nil

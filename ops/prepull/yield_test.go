@@ -33,7 +33,7 @@ const mib = 1 << 20
 
 // contents is containerd's content store and its leases. Its fields are guarded by fakeRuntime.mu.
 type contents struct {
-	open    map[string]*layer // by ref
+	open    map[string]*fakeLayer // by ref
 	blobs   map[digest.Digest][]byte
 	leases  map[string]*fakeLease
 	unpacks time.Duration // a pull, once it has its bytes
@@ -47,8 +47,8 @@ type fakeLease struct {
 	resources []*leasesapi.Resource
 }
 
-// layer is one that comes at a rate.
-type layer struct {
+// fakeLayer is one that comes at a rate.
+type fakeLayer struct {
 	digest      digest.Digest
 	began, from time.Time // created, and when kept was all there was of it
 	kept, total int64
@@ -57,7 +57,7 @@ type layer struct {
 }
 
 // offset is as containerd writes it: a MiB at a time.
-func (l *layer) offset(now time.Time) int64 {
+func (l *fakeLayer) offset(now time.Time) int64 {
 	n := l.kept + int64(float64(l.rate)*now.Sub(l.from).Seconds())
 	if n >= l.total {
 		return l.total
@@ -66,7 +66,7 @@ func (l *layer) offset(now time.Time) int64 {
 }
 
 func newContents() *contents {
-	return &contents{open: map[string]*layer{}, blobs: map[digest.Digest][]byte{}, leases: map[string]*fakeLease{}}
+	return &contents{open: map[string]*fakeLayer{}, blobs: map[digest.Digest][]byte{}, leases: map[string]*fakeLease{}}
 }
 
 func refOf(d digest.Digest) string { return "layer-" + d.String() }
@@ -82,7 +82,7 @@ func (r *fakeRuntime) fetch(ctx context.Context, req *runtimeapi.PullImageReques
 	r.mu.Lock()
 	l := r.content.open[ref]
 	if l == nil {
-		l = &layer{digest: d, began: now, total: int64(takes.Seconds() * rateOfOurs), lease: leaseID(name + "|" + req.GetImage().GetRuntimeHandler())}
+		l = &fakeLayer{digest: d, began: now, total: int64(takes.Seconds() * rateOfOurs), lease: leaseID(name + "|" + req.GetImage().GetRuntimeHandler())}
 		r.content.open[ref] = l
 	}
 	if r.content.blobs[d] == nil {
@@ -182,7 +182,7 @@ func (s *blobStream) RecvMsg(m any) error {
 
 // kubelet pulls an image of one layer, whose bytes come at a rate, and go on coming until the pull is ended.
 func (b *bubble) kubelet(image string, rate int64) (end func()) {
-	l := &layer{digest: digest.FromString(image), began: time.Now(), from: time.Now(), total: 1 << 50, rate: rate}
+	l := &fakeLayer{digest: digest.FromString(image), began: time.Now(), from: time.Now(), total: 1 << 50, rate: rate}
 	b.rt.set(func() { b.rt.content.open[refOf(l.digest)] = l })
 	done := b.KubeletPulls(image)
 	return func() {
@@ -504,6 +504,39 @@ func TestGivesWayBlindly(t *testing.T) {
 			t.Errorf("%s: %v", took(op), op)
 		}
 		done()
+	})
+}
+
+// containerd has few download slots for all pulls, and who is first goes first: kubelet's manifest waits for layers of ours.
+func TestKubeletWaitsForASlot(t *testing.T) {
+	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+		b.ours("a", 60)
+		b.mu.Lock()
+		b.pulls["a"].slots.Store(true) // as where there are leases
+		b.mu.Unlock()
+		done := b.KubeletPulls("waits")
+		time.Sleep(2 * time.Second)
+		b.want("a", resolving, "") // it only looks its image up
+		const manifest = "manifest-sha256:0000000000000000000000000000000000000000000000000000000000000000"
+		b.rt.set(func() {
+			b.rt.content.open[manifest] = &fakeLayer{began: time.Now(), from: time.Now(), total: 1000}
+		})
+		time.Sleep(time.Second)
+		b.want("a", waiting, ReasonYieldsToKubelet)
+		time.Sleep(2 * time.Second)
+		b.want("a", resolving, "") // there is nothing to gain
+		if !b.slotsWanted(b.pulls["a"]) {
+			t.Error("it takes a slot again")
+		}
+		time.Sleep(10 * time.Second)
+		if b.yields() != 1 {
+			t.Errorf("%d yields", b.yields())
+		}
+		b.rt.set(func() { delete(b.rt.content.open, manifest) })
+		done()
+		if b.end("a"); b.slotsWanted(b.pulls["a"]) {
+			t.Error("it takes no slot, and nobody wants one")
+		}
 	})
 }
 

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/sirupsen/logrus"
 	"github.com/spf13/pflag"
 	"go.yaml.in/yaml/v3"
 
@@ -23,6 +24,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/kubelet"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/upgrade"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/yamledit"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/runtimeconfig"
 	"github.com/cri-proxy/cri-proxy/systemd"
 )
 
@@ -314,6 +316,7 @@ func (i *installer) check(ctx context.Context, k *kubelet.Kubelet) error {
 	}
 	if errs[0] == nil {
 		errs = append(errs, checkAlone(ctx, kubelets, runtime))
+		i.sayRegistries(ctx, runtime)
 	}
 	errs = append(errs, checkSpace())
 	if err := errors.Join(errs...); err != nil {
@@ -323,6 +326,24 @@ func (i *installer) check(ctx context.Context, k *kubelet.Kubelet) error {
 		i.warn(err.Error())
 	}
 	return nil
+}
+
+// sayRegistries says how images are pulled: the runtime's settings count for what cri-proxy itself fetches, and not those of the shell that
+// this runs in.
+func (i *installer) sayRegistries(ctx context.Context, runtime string) {
+	quiet := logrus.New()
+	quiet.SetOutput(io.Discard)
+	conn, err := bypass.Dial(runtime)
+	var s *runtimeconfig.Summary
+	if err == nil {
+		defer conn.Close()
+		s, err = runtimeconfig.New(runtimeconfig.Options{Socket: runtime, Conn: conn, Log: quiet}).Look(ctx)
+	}
+	if err != nil {
+		i.warn(fmt.Sprintf("how containerd reaches registries is not known, so speed limits of pulls may not be kept: %v", err))
+		return
+	}
+	i.say("pulls as %s", s)
 }
 
 // plan is what is to be done.
