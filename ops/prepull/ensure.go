@@ -12,13 +12,12 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// hurry lets a pull go past those that nobody waits for.
+// hurry lets a pull go past those that nobody waits for, and past kubelet's.
 func (p *Puller) hurry(uid string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if u := p.pulls[uid]; u != nil && !u.urgent {
-		// One that runs keeps the place it has.
-		u.urgent = u.stop == nil
+		u.urgent = true // one that runs keeps the place it has
 		p.nudge()
 	}
 }
