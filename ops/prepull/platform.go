@@ -17,7 +17,7 @@ import (
 // manifests only; what it has of another stays on the node. Who waits for the pull looks at the image himself.
 func (p *Puller) checkPlatform(ctx context.Context, u *pull) error {
 	p.mu.Lock()
-	awaited := u.awaited
+	awaited := u.urgent
 	p.mu.Unlock()
 	if awaited {
 		return nil
