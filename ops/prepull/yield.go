@@ -349,7 +349,8 @@ func (p *Puller) act(now time.Time, s seen, pulls []*kubeletPull) {
 			continue
 		}
 		changed = u.layersLocked(now, s, holds, pulls) || changed
-		if u.stop != nil && p.asideLocked(u) != "" && len(fetches) > 0 {
+		if u.stop != nil && !u.cut && p.asideLocked(u) != "" && len(fetches) > 0 {
+			u.cut = true
 			u.stop(errYield)
 			p.metrics.yields.Inc()
 		}
