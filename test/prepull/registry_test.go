@@ -163,7 +163,7 @@ func TestRegistryInTrouble(t *testing.T) {
 			if op.GetAttempt() != 2 {
 				t.Errorf("%d attempts", op.GetAttempt())
 			}
-			if n := f.requests.Load(); n > 12 || code == http.StatusTooManyRequests && n > 4 {
+			if n := f.requests.Load(); n > 16 || code == http.StatusInternalServerError && n > 12 || code == http.StatusTooManyRequests && n > 4 {
 				t.Errorf("%d requests in %d attempts", n, op.GetAttempt())
 			}
 		})
