@@ -8,9 +8,13 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/leases"
+	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/time/rate"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cri-proxy/cri-proxy/api/keyring"
@@ -20,6 +24,15 @@ import (
 
 // progressEvery is how often the content store is asked how far a pull is. The question takes a millisecond.
 const progressEvery = 250 * time.Millisecond
+
+const (
+	// lookEvery is how often it is asked for the manifest, in the time that a registry usually needs: until the manifest is
+	// known, a pull that does not fit on the disk is not ended.
+	lookEvery   = 20 * time.Millisecond
+	lookClosely = 5 * time.Second
+	// dropPatience bounds the wait for containerd to delete what a pull has brought.
+	dropPatience = 10 * time.Second
+)
 
 // attempt tries to pull once, with each credential that fits. On success it ends the operation.
 func (p *Puller) attempt(ctx context.Context, u *pull, given []*opsv1.RegistryCredential) error {
@@ -90,69 +103,112 @@ func (p *Puller) status(ctx context.Context, u *pull) (*runtimeapi.Image, error)
 
 // pullWith pulls with one credential, or without.
 func (p *Puller) pullWith(ctx context.Context, u *pull, credential *opsv1.RegistryCredential) error {
-	image := u.named.String()
+	p.forgetUnlimited(u)
+	limit := p.limitOf(u)
+	id := leaseID(u.key)
 	p.leasing.Lock()
-	leased, err := p.store.lease(ctx, leaseID(u.key))
+	leased, err := p.store.lease(ctx, id)
 	p.leasing.Unlock()
 	if err != nil {
 		if !unavailable(err) {
 			return err
 		}
-		return p.pullCRI(ctx, u, credential) // not containerd
+		if limit > 0 {
+			p.withoutLimit(u, limit, "the runtime is not containerd")
+		}
+		return p.pullCRI(ctx, u, credential)
 	}
-	limit := u.req.GetBytesPerSecond()
-	if limit == 0 {
-		limit = p.limit
-	}
-	var m *manifest
-	limiter := newLimiter(limit)
-	r, err := newRemote(leased, p.hostsDir, image, credential, limiter)
-	defer r.close()
-	if err == nil {
-		m, err = r.manifest(leased)
-	}
+	q, err := p.store.newSearch(leased, id)
 	if err != nil {
-		host, _ := registryOf(u.named)
-		f := explain(err, host)
-		if ctx.Err() != nil || f.reason == ReasonTooManyRequests {
-			return f
-		}
-		// The runtime's own configuration is what counts, and its word on what is wrong.
-		log := p.log.WithFields(u.fields()).WithField("reason", f.reason).WithField("error", f.message)
-		if limit > 0 && !f.credentials {
-			log.Warn("image not looked up here, leaving it to the runtime, which knows no speed limit")
+		return fmt.Errorf("what is there of the image: %w", err)
+	}
+	w := &sight{search: q}
+	var r *remote
+	limiter := newLimiter(limit)
+	u.limiter.Store(limiter)
+	here := limiter != nil || p.slotsWanted(u) // the layers are fetched here, and not by the runtime
+	if here || p.checkDisk(ctx, u, lookFirst) != nil {
+		var m *manifest
+		var f *failure
+		if r, m, f = p.lookUp(leased, u, credential, limiter); f == nil {
+			defer r.close()
+			if err := p.sighted(leased, u, w, m); err != nil && w.m != nil {
+				return p.refuse(ctx, u, w, err)
+			} else if err != nil {
+				return err
+			}
 		} else {
-			log.Debug("image not looked up here, leaving it to the runtime")
+			if ctx.Err() != nil {
+				return f
+			}
+			// The runtime's own configuration is what counts, and its word on what is wrong.
+			if err := p.checkDisk(ctx, u, unknown); err != nil {
+				return err
+			}
+			if limiter != nil {
+				p.withoutLimit(u, limit, f.message)
+			}
 		}
-		if err := p.checkDisk(ctx, unknown); err != nil {
-			return err
-		}
-		return p.pullCRI(leased, u, credential)
 	}
-	done := make([]int64, len(m.layers))
-	if err := p.store.fetched(leased, m.layers, done); err != nil {
-		return err
-	}
-	have := sum(done)
-	if err := p.checkDisk(ctx, m.total-have); err != nil {
-		return err
-	}
-	ended := make(chan struct{})
-	tracked := make(chan struct{})
+	pulling, stop := context.WithCancel(leased)
+	defer stop()
+	ended, tracked := make(chan struct{}), make(chan struct{})
 	go func() { // ends with ended
 		defer close(tracked)
-		guard.Do(p.log.WithFields(u.fields()), func() { p.track(leased, u, m, done, ended) })
+		guard.Do(p.log.WithFields(u.fields()), func() { p.track(leased, u, w, stop, ended) })
 	}()
-	defer func() {
+	over := sync.OnceFunc(func() {
 		close(ended)
 		<-tracked
-	}()
-	if limiter != nil {
-		if err := r.layers(leased, p.log.WithFields(u.fields()), p.store.content, m.layers, limiter); err != nil {
-			return err
-		}
+	})
+	defer over()
+	here = here && r != nil
+	u.slots.Store(!here)
+	if here {
+		err = p.fetchLayers(pulling, u, r, w, limiter, limit)
 	}
-	return p.pullCRI(leased, u, credential)
+	if err == nil {
+		err = p.pullCRI(pulling, u, credential)
+	}
+	over()
+	if err != nil && w.refused != nil {
+		return p.refuse(ctx, u, w, w.refused)
+	}
+	return err
+}
+
+// fetchLayers fetches within the limit, if there is one, what the runtime would fetch.
+func (p *Puller) fetchLayers(ctx context.Context, u *pull, r *remote, w *sight, limiter *rate.Limiter, limit int64) error {
+	before := r.read.Load()
+	err := r.layers(ctx, p.log.WithFields(u.fields()), p.store.content, w.m.layers[w.present:], limiter)
+	if err == nil || ctx.Err() != nil {
+		return err
+	}
+	host, _ := registryOf(u.named)
+	f := explain(err, host)
+	// One that lets us not in, or sends us nothing at all, may treat the runtime otherwise. Another is asked again, within the limit.
+	var answer remoteerrors.ErrUnexpectedStatus
+	if f.credentials || r.read.Load() == before && !errors.As(err, &answer) && isNetwork(f.message) {
+		if limiter != nil {
+			p.withoutLimit(u, limit, f.message)
+		}
+		u.slots.Store(true)
+		return nil
+	}
+	return f
+}
+
+// refuse gives back what a pull that does not fit on the disk has brought. What earlier attempts have brought stays as long as theirs.
+func (p *Puller) refuse(ctx context.Context, u *pull, w *sight, err error) error {
+	if !w.search.fresh {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), dropPatience)
+	defer cancel()
+	if err := p.store.dropLease(ctx, leaseID(u.key), leases.SynchronousDelete); err != nil {
+		p.log.WithFields(u.fields()).WithError(err).Warn("lease not ended, it expires by itself")
+	}
+	return err
 }
 
 func (p *Puller) pullCRI(ctx context.Context, u *pull, credential *opsv1.RegistryCredential) error {
@@ -163,52 +219,120 @@ func (p *Puller) pullCRI(ctx context.Context, u *pull, credential *opsv1.Registr
 	return err
 }
 
-// track shows the progress until ended is closed.
-func (p *Puller) track(ctx context.Context, u *pull, m *manifest, done []int64, ended <-chan struct{}) {
-	tick := time.NewTicker(progressEvery)
-	defer tick.Stop()
-	rate := newSpeed(sum(done), time.Now())
-	last := sum(done)
-	for {
-		now := sum(done)
-		p.show(u, m, done, max(0, now-last), rate.add(now, time.Now()))
-		last = now
-		select {
-		case <-tick.C:
-		case <-ended:
-			p.lastLook(ctx, u, m, done)
-			return
-		}
-		if err := p.store.fetched(ctx, m.layers, done); err != nil && ctx.Err() == nil {
-			p.log.WithFields(u.fields()).WithError(err).Debug("progress not known")
+// sight is what is seen of an image while it is pulled. Its user is track once that runs.
+type sight struct {
+	search *search
+	m      *manifest // nil: not known yet
+	done   []int64   // of each layer
+	before int64     // bytes that were there before
+	// present is how many of the lowest layers are there as snapshots.
+	present int
+	// refused is why the pull is ended.
+	refused error
+}
+
+// sighted takes in what the image consists of. The error says that it does not fit.
+func (p *Puller) sighted(ctx context.Context, u *pull, w *sight, m *manifest) error {
+	done := make([]int64, len(m.layers))
+	snapshotter := p.snapshotter(ctx, u.req.GetRuntimeHandler())
+	present := p.store.unpacked(ctx, snapshotter, m.chain)
+	if present > 0 {
+		if err := p.store.keepSnapshot(ctx, w.search.lease, snapshotter, m.chain[present-1]); err != nil && ctx.Err() == nil {
+			p.log.WithFields(u.fields()).WithError(err).Debug("snapshots not kept")
 		}
 	}
+	for i := range present {
+		done[i] = m.layers[i].Size
+	}
+	if err := p.store.fetched(ctx, m.layers, done); err != nil {
+		return fmt.Errorf("what is there of the image: %w", err)
+	}
+	w.m, w.done, w.present, w.before = m, done, present, w.search.before(ctx, m, present, done)
+	return p.checkDisk(ctx, u, m.total-sum(done))
+}
+
+// track shows the progress until ended is closed. It ends a pull that does not fit on the disk.
+func (p *Puller) track(ctx context.Context, u *pull, w *sight, stop context.CancelFunc, ended <-chan struct{}) {
+	log := p.log.WithFields(u.fields())
+	var pace *speed
+	last := int64(0)
+	began := time.Now()
+	for {
+		every := lookEvery
+		if time.Since(began) > lookClosely {
+			every = progressEvery
+		}
+		if w.m == nil {
+			if err := p.seek(ctx, u, w); err != nil && w.m != nil {
+				w.refused = err
+				stop()
+			} else if err != nil && ctx.Err() == nil {
+				log.WithError(err).Debug("manifest not known")
+			}
+		} else if pace != nil {
+			if err := p.store.fetched(ctx, w.m.layers, w.done); err != nil && ctx.Err() == nil {
+				log.WithError(err).Debug("progress not known")
+			}
+		}
+		if w.m != nil {
+			every = progressEvery
+			if pace == nil {
+				last = w.before
+				pace = newSpeed(last, began)
+			}
+			now := sum(w.done)
+			p.show(u, w, max(0, now-last), pace.add(now, time.Now()))
+			last = now
+		}
+		timer := time.NewTimer(every)
+		select {
+		case <-timer.C:
+		case <-ended:
+			timer.Stop()
+			p.lastLook(ctx, u, w, last)
+			return
+		}
+	}
+}
+
+// seek finds what the image consists of in what the runtime has fetched.
+func (p *Puller) seek(ctx context.Context, u *pull, w *sight) error {
+	m, err := w.search.look(ctx)
+	if err != nil || m == nil {
+		return err
+	}
+	return p.sighted(ctx, u, w, m)
 }
 
 // lastLook counts what came since the one before, also of an attempt that has been cut off.
-func (p *Puller) lastLook(ctx context.Context, u *pull, m *manifest, done []int64) {
+func (p *Puller) lastLook(ctx context.Context, u *pull, w *sight, last int64) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 	defer cancel()
-	last := sum(done)
-	if p.store.fetched(ctx, m.layers, done) == nil {
-		p.show(u, m, done, max(0, sum(done)-last), 0)
+	if w.m == nil {
+		if _ = p.seek(ctx, u, w); w.m == nil {
+			return
+		}
+		last = w.before
+	} else if p.store.fetched(ctx, w.m.layers, w.done) != nil {
+		return
 	}
+	p.show(u, w, max(0, sum(w.done)-last), 0)
 }
 
-func (p *Puller) show(u *pull, m *manifest, done []int64, fetched, rate int64) {
+func (p *Puller) show(u *pull, w *sight, fetched, rate int64) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if u.op.GetFinishTime() != nil {
 		return
 	}
-	u.op.BytesDone, u.op.BytesTotal, u.op.BytesPerSecond = sum(done), m.total, rate
+	u.op.BytesDone, u.op.BytesTotal, u.op.BytesPerSecond = sum(w.done), w.m.total, rate
 	u.op.BytesFetched += fetched
 	p.metrics.bytes.Add(float64(fetched))
 	u.op.Phase = opsv1.PullPhase_PULL_FETCHING
-	if u.op.BytesDone == m.total {
+	if u.op.BytesDone == w.m.total {
 		u.op.Phase = opsv1.PullPhase_PULL_UNPACKING
 	}
-	u.op.Layers = layerProgress(m.layers, done)
+	u.op.Layers = layerProgress(w.m.layers, w.done)
 	u.notifyLocked()
 }
 

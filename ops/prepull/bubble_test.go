@@ -28,7 +28,7 @@ import (
 )
 
 // bubble is a puller where time passes only when nothing else can happen: no sockets, so the runtime is called directly. That runtime
-// is not containerd: it has CRI and nothing else, but for containerd's images if a test gives it some.
+// is not containerd: it has CRI and nothing else, but for containerd's images if a test gives it some, and its content store, see [contents].
 type bubble struct {
 	*Puller
 	t    *testing.T
@@ -36,6 +36,8 @@ type bubble struct {
 	dir  string
 	opts Options
 	over func()
+	// opened, if not nil, is called with a puller before it runs.
+	opened func(p *Puller)
 }
 
 func inBubble(t *testing.T, o Options, f func(t *testing.T, b *bubble)) {
@@ -58,6 +60,9 @@ func (b *bubble) open() {
 	var err error
 	if b.Puller, err = Open(b.opts); err != nil {
 		b.t.Fatal(err)
+	}
+	if b.opened != nil {
+		b.opened(b.Puller)
 	}
 	if b.journal.IsOpen() {
 		db, err := b.journal.DB()
@@ -89,6 +94,13 @@ func (b *bubble) pull(req *opsv1.PullRequest) {
 		b.t.Fatal(err)
 	}
 	synctest.Wait()
+}
+
+// hurry has something wait for a pull.
+func (b *bubble) hurry(uid string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.hurryLocked(b.pulls[uid])
 }
 
 func (b *bubble) get(uid string) *opsv1.PullOperation {
@@ -137,11 +149,14 @@ type fakeRuntime struct {
 	late    error                        // of the pulls that begin, after the time that they take; nil is none
 	bug     bool                         // pulls panic
 	pulls   []*runtimeapi.PullImageRequest
-	disk    string // where the images are; empty: it does not tell
-	size    uint64 // of each image
-	arch    string // the same; empty: it does not tell
+	pulling func(ctx context.Context, req *runtimeapi.PullImageRequest) error // what a pull does at first; nil: nothing
+	answer  func(args any) proto.Message                                      // to other calls; nil: none
+	disk    string                                                            // where the images are; empty: it does not tell
+	size    uint64                                                            // of each image
+	arch    string                                                            // of each image; empty: it does not tell
 	running int
 	most    int // that ran at once
+	content *contents
 }
 
 var _ grpc.ClientConnInterface = (*fakeRuntime)(nil)
@@ -180,6 +195,17 @@ func (r *fakeRuntime) Invoke(ctx context.Context, method string, args, reply any
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.content != nil {
+		if known, err := r.content.answer(args, reply); known {
+			return err
+		}
+	}
+	if r.answer != nil {
+		if m := r.answer(args); m != nil {
+			proto.Merge(reply.(proto.Message), m)
+			return nil
+		}
+	}
 	if r.labels == nil {
 		return status.Error(codes.Unimplemented, method)
 	}
@@ -220,7 +246,10 @@ func imageCalled(name string) *runtimeapi.Image {
 }
 
 // NewStream implements [grpc.ClientConnInterface].
-func (*fakeRuntime) NewStream(_ context.Context, _ *grpc.StreamDesc, method string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+func (r *fakeRuntime) NewStream(_ context.Context, _ *grpc.StreamDesc, method string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+	if r.content != nil && strings.HasSuffix(method, "Content/Read") {
+		return &blobStream{c: r.content}, nil
+	}
 	return nil, status.Error(codes.Unimplemented, method)
 }
 
@@ -240,14 +269,26 @@ func (r *fakeRuntime) pull(ctx context.Context, req *runtimeapi.PullImageRequest
 	}
 	r.running++
 	r.most = max(r.most, r.running)
+	pulling := r.pulling
 	r.mu.Unlock()
 	defer func() {
 		r.mu.Lock()
 		r.running--
 		r.mu.Unlock()
 	}()
+	if pulling != nil {
+		if err := pulling(ctx, req); err != nil {
+			return err
+		}
+	}
 	if fail != nil {
 		return fail
+	}
+	if r.content != nil {
+		if err := r.fetch(ctx, req, takes); err != nil {
+			return err
+		}
+		takes = 0
 	}
 	select {
 	case <-time.After(takes):

@@ -6,6 +6,7 @@ package prepull
 import (
 	"context"
 	"fmt"
+	"math"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -19,33 +20,55 @@ const unpacked = 2.5
 // unknown is the size of an image that the registry does not tell.
 const unknown = -1
 
-// checkDisk refuses a pull that would fill the image file system above the threshold, in percent.
-func (p *Puller) checkDisk(ctx context.Context, missing int64) error {
-	if p.maxDisk <= 0 || missing == 0 {
+// checkDisk refuses a pull that would fill the image file system above what is allowed. One that something waits for is only refused if it
+// would not fit: kubelet would pull the image in its place, and make room by removing others.
+func (p *Puller) checkDisk(ctx context.Context, u *pull, missing int64) error {
+	if p.high == nil && p.maxDisk <= 0 || missing == 0 {
 		return nil
 	}
 	at, used, size := p.imageFS(ctx)
 	if size == 0 {
 		return nil
 	}
-	if now := 100 * used / size; missing == unknown {
-		if now > p.maxDisk {
-			return &failure{reason: ReasonDiskPressure, message: fmt.Sprintf(
-				"the image file system at %s is %.0f %% full, of %g %% allowed: free space, or raise images.maxDiskPercent", at, now, p.maxDisk)}
+	p.mu.Lock()
+	urgent := u.urgent
+	p.mu.Unlock()
+	need := float64(max(missing, 0)) * (1 + unpacked)
+	takes := fmt.Sprintf("the image needs about %s more (%s to fetch, and unpacked), and the image file system at %s", bytesText(int64(need)), bytesText(missing), at)
+	if urgent {
+		if left := size - used; need > left {
+			return &failure{reason: ReasonDiskPressure, message: fmt.Sprintf("%s has %s left: free space", takes, bytesText(int64(left)))}
 		}
 		return nil
 	}
-	need := float64(missing) * (1 + unpacked)
-	if after := 100 * (used + need) / size; after > p.maxDisk {
-		return &failure{reason: ReasonDiskPressure, message: fmt.Sprintf(
-			"the image needs about %s more (%s to fetch, and unpacked), and the image file system at %s would then be %.0f %% full, of %g %% allowed: free space, or raise images.maxDiskPercent",
-			bytesText(int64(need)), bytesText(missing), at, after, p.maxDisk)}
+	percent, allowed := p.filled(used+need, size)
+	if allowed == "" {
+		return nil
 	}
-	return nil
+	if missing == unknown {
+		return &failure{reason: ReasonDiskPressure, message: fmt.Sprintf("the image file system at %s is %.0f %% full, %s", at, percent, allowed)}
+	}
+	return &failure{reason: ReasonDiskPressure, message: fmt.Sprintf("%s would then be %.0f %% full, %s", takes, percent, allowed)}
 }
 
-// imageFS is where the images are, how much of it is used, and its size, in bytes as df counts; zero where the runtime does not tell, or not of
-// this machine's paths: that cannot be guarded.
+// filled returns how full a file system is with so much on it, in percent, and what is to be said if that is too much.
+func (p *Puller) filled(used, size float64) (percent float64, tooMuch string) {
+	if p.high == nil {
+		if percent = 100 * used / size; percent <= p.maxDisk {
+			return percent, ""
+		}
+		return percent, fmt.Sprintf("of %g %% allowed: free space, or raise images.maxDiskPercent", p.maxDisk)
+	}
+	// What is free is rounded down, and the threshold itself is too much, as in kubelet's image_gc_manager.go.
+	percent = 100 - math.Floor(100*max(size-used, 0)/size)
+	if high := p.high(); percent >= float64(high) {
+		return percent, fmt.Sprintf("and kubelet removes images from %d %% on (imageGCHighThresholdPercent): free space, or set images.maxDiskPercent", high)
+	}
+	return percent, ""
+}
+
+// imageFS is where the images are, how much of it is used, and its size, in bytes as kubelet's image garbage collection counts: what is kept for
+// root is used. Zero where the runtime does not tell, or not of this machine's paths: that cannot be guarded.
 func (p *Puller) imageFS(ctx context.Context) (at string, used, size float64) {
 	info, err := p.images.ImageFsInfo(ctx, &runtimeapi.ImageFsInfoRequest{})
 	if err != nil || len(info.GetImageFilesystems()) == 0 {
@@ -53,11 +76,10 @@ func (p *Puller) imageFS(ctx context.Context) (at string, used, size float64) {
 	}
 	at = info.GetImageFilesystems()[0].GetFsId().GetMountpoint()
 	var fs unix.Statfs_t
-	if err := unix.Statfs(at, &fs); err != nil {
+	if err := p.statfs(at, &fs); err != nil {
 		return "", 0, 0
 	}
-	used = float64(fs.Blocks-fs.Bfree) * float64(fs.Bsize)
-	return at, used, used + float64(fs.Bavail)*float64(fs.Bsize)
+	return at, float64(fs.Blocks-min(fs.Bavail, fs.Blocks)) * float64(fs.Bsize), float64(fs.Blocks) * float64(fs.Bsize)
 }
 
 // checkPins says why the image of a pull is not to be pinned, nothing if it is: those of its kind would hold too much of the disk, which kubelet

@@ -4,7 +4,6 @@
 package prepull
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -12,16 +11,15 @@ import (
 	"net"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/core/remotes/docker/config"
 	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/platforms"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sync/errgroup"
@@ -49,12 +47,6 @@ const (
 	minBurst = 256 << 10
 )
 
-// manifest is what is to be fetched for this node's platform.
-type manifest struct {
-	layers []ocispec.Descriptor
-	total  int64
-}
-
 // remote is an image in a registry, seen with one credential.
 type remote struct {
 	resolver remotes.Resolver
@@ -65,6 +57,8 @@ type remote struct {
 	conns []*http.Transport
 
 	authorizing sync.Mutex // held while a request is authorized
+
+	read atomic.Int64 // bytes of all answers
 }
 
 // oneByOne authorizes one request at a time. containerd's authorizer reads the expiry of a token that another request is
@@ -81,14 +75,29 @@ func (o *oneByOne) Authorize(ctx context.Context, req *http.Request) error {
 	return o.Authorizer.Authorize(ctx, req)
 }
 
-// newRemote looks the image up. limit may be nil. The caller calls close, also after an error.
-func newRemote(ctx context.Context, hostsDir, ref string, credential *opsv1.RegistryCredential, limit *rate.Limiter) (*remote, error) {
-	r := &remote{}
+// Hosts finds how registries are reached, as the runtime would. options have the credentials and the hook for clients
+// (UpdateClient) of one image; it is asked for each image anew, so that what has changed meanwhile counts.
+type Hosts func(ctx context.Context, options config.HostOptions) (docker.RegistryHosts, error)
+
+// hostsFrom reads containerd's config_path, and nothing else of its configuration.
+func hostsFrom(dir string) Hosts {
+	if dir == "" {
+		dir = "/etc/containerd/certs.d"
+	}
+	return func(ctx context.Context, options config.HostOptions) (docker.RegistryHosts, error) {
+		options.HostDir = config.HostDirFromRoot(dir)
+		return config.ConfigureHosts(ctx, options), nil
+	}
+}
+
+// newRemote returns the image as it is reached, and asks for nothing yet. limit may be nil. The caller calls close unless there is an error.
+func newRemote(ctx context.Context, find Hosts, ref string, credential *opsv1.RegistryCredential, limit *rate.Limiter) (*remote, error) {
+	r := &remote{ref: ref}
 	options := config.HostOptions{
-		HostDir: config.HostDirFromRoot(hostsDir),
 		UpdateClient: func(c *http.Client) error {
 			if t, ok := c.Transport.(*http.Transport); ok {
 				t.ResponseHeaderTimeout = headerPatience
+				t.DialContext = impatient(t.DialContext)
 				if limit != nil {
 					t.DialContext = smallBuffers(t.DialContext, limit)
 				}
@@ -98,7 +107,7 @@ func newRemote(ctx context.Context, hostsDir, ref string, credential *opsv1.Regi
 			}
 			// A host with headers of its own gets a copy of a client that has been here before.
 			if _, ok := c.Transport.(*meter); !ok {
-				c.Transport = &meter{next: c.Transport, limit: limit}
+				c.Transport = &meter{next: c.Transport, limit: limit, read: &r.read}
 			}
 			return nil
 		},
@@ -111,25 +120,52 @@ func newRemote(ctx context.Context, hostsDir, ref string, credential *opsv1.Regi
 		}
 		options.Credentials = func(string) (string, string, error) { return name, secret, nil }
 	}
-	hosts := config.ConfigureHosts(ctx, options)
+	hosts, err := find(ctx, options)
+	if err != nil {
+		return nil, fmt.Errorf("how registries are reached: %w", err)
+	}
 	r.resolver = docker.NewResolver(docker.ResolverOptions{Hosts: func(host string) ([]docker.RegistryHost, error) {
 		list, err := hosts(host)
 		for i := range list {
+			if list[i].Authorizer == nil {
+				continue
+			}
 			list[i].Authorizer = &oneByOne{mu: &r.authorizing, Authorizer: list[i].Authorizer}
 		}
 		return list, err
 	}})
-	var err error
-	r.ref, r.desc, err = r.resolver.Resolve(ctx, ref)
-	return r, err
+	return r, nil
+}
+
+// resolve asks what the image's name means, with HEAD as the runtime does.
+func (r *remote) resolve(ctx context.Context) error {
+	ref, desc, err := r.resolver.Resolve(ctx, r.ref)
+	if err == nil {
+		r.ref, r.desc = ref, desc
+	}
+	return err
+}
+
+type dial = func(ctx context.Context, network, addr string) (net.Conn, error)
+
+// impatient gives up early on hosts that do not answer: a blob may be led to one that only the runtime's proxy reaches.
+func impatient(next dial) dial {
+	if next == nil {
+		next = (&net.Dialer{}).DialContext
+	}
+	return func(ctx context.Context, network, addr string) (net.Conn, error) {
+		ctx, cancel := context.WithTimeout(ctx, lookupPatience)
+		defer cancel()
+		return next(ctx, network, addr)
+	}
 }
 
 // smallBuffers makes connections hold little that has not been read. When a slow transfer is cut off, what waits in the kernel is
 // lost and comes again: that is several MiB a connection by default.
-func smallBuffers(dial func(ctx context.Context, network, addr string) (net.Conn, error), limit *rate.Limiter) func(ctx context.Context, network, addr string) (net.Conn, error) {
+func smallBuffers(next dial, limit *rate.Limiter) dial {
 	size := min(max(int(float64(limit.Limit())*bufferFor)/connections(limit), minBuffer), maxBuffer)
 	return func(ctx context.Context, network, addr string) (net.Conn, error) {
-		conn, err := dial(ctx, network, addr)
+		conn, err := next(ctx, network, addr)
 		if c, ok := conn.(*net.TCPConn); ok {
 			_ = c.SetReadBuffer(size)
 		}
@@ -146,65 +182,46 @@ func (r *remote) close() {
 	}
 }
 
-// manifest asks for the image's manifests, which are a few kilobytes, and returns the layers for this node's
-// platform. Nothing is written.
-func (r *remote) manifest(ctx context.Context) (*manifest, error) {
+// manifest brings the image's manifests and config, which are a few kilobytes, into the content store and returns the layers for this
+// node's platform. What is there is not asked for.
+func (r *remote) manifest(ctx context.Context, store content.Store) (*manifest, error) {
 	fetcher, err := r.resolver.Fetcher(ctx, r.ref)
 	if err != nil {
 		return nil, err
 	}
-	found, err := images.Manifest(ctx, provider{fetcher}, r.desc, platforms.Default())
-	if err != nil {
-		return nil, err
-	}
-	m := &manifest{layers: found.Layers}
-	for _, l := range m.layers {
-		if err := l.Digest.Validate(); err != nil || l.Size < 0 || l.Size > maxLayer {
-			return nil, fmt.Errorf("manifest %s: layer %q of %d bytes: %w", r.desc.Digest, l.Digest, l.Size, errdefs.ErrInvalidArgument)
-		}
-		m.total += l.Size
-	}
-	return m, nil
+	return readManifest(ctx, provider{store, fetcher}, r.desc)
 }
 
-// maxManifest is what containerd takes of a manifest, too (core/images, maxManifestSize).
-const maxManifest = 8 << 20
-
-// maxLayer keeps sums of what a registry says from running over.
-const maxLayer = 1 << 50
-
-// provider has the blobs of a registry as a content store has them.
-type provider struct{ fetcher remotes.Fetcher }
+// provider has the blobs of a registry, by way of the content store.
+type provider struct {
+	store   content.Store
+	fetcher remotes.Fetcher
+}
 
 var _ content.Provider = provider{}
 
 // ReaderAt implements [content.Provider] for manifests and configs.
 func (p provider) ReaderAt(ctx context.Context, d ocispec.Descriptor) (content.ReaderAt, error) {
-	if err := d.Digest.Validate(); err != nil {
-		return nil, fmt.Errorf("digest %q: %w: %w", d.Digest, err, errdefs.ErrInvalidArgument)
-	}
-	if d.Size > maxManifest {
-		return nil, fmt.Errorf("%s: a manifest of %d bytes: %w", d.Digest, d.Size, errdefs.ErrInvalidArgument)
-	}
-	rc, err := p.fetcher.Fetch(ctx, d)
-	if err != nil {
+	if err := fetch(ctx, p.store, noLonger{p.fetcher}, d); err != nil {
 		return nil, err
 	}
-	defer rc.Close()
-	raw, err := io.ReadAll(io.LimitReader(rc, maxManifest))
-	if err != nil {
-		return nil, err
-	}
-	if got := d.Digest.Algorithm().FromBytes(raw); got != d.Digest {
-		return nil, fmt.Errorf("%s: the registry has sent something else (%s): %w", d.Digest, got, errdefs.ErrInvalidArgument)
-	}
-	return blob{bytes.NewReader(raw)}, nil
+	return p.store.ReaderAt(ctx, d)
 }
 
-type blob struct{ *bytes.Reader }
+// noLonger reads no more of a blob than there is to be.
+type noLonger struct{ remotes.Fetcher }
 
-// Close implements [io.Closer].
-func (blob) Close() error { return nil }
+// Fetch implements [remotes.Fetcher].
+func (f noLonger) Fetch(ctx context.Context, d ocispec.Descriptor) (io.ReadCloser, error) {
+	rc, err := f.Fetcher.Fetch(ctx, d)
+	if err != nil {
+		return nil, err
+	}
+	return struct {
+		io.Reader
+		io.Closer
+	}{io.LimitReader(rc, d.Size+1), rc}, nil
+}
 
 // layers fetches the layers into the content store. What is there, in part or as a whole, is not fetched again.
 func (r *remote) layers(ctx context.Context, log logrus.FieldLogger, store content.Store, layers []ocispec.Descriptor, limit *rate.Limiter) error {
@@ -232,6 +249,7 @@ func fetch(ctx context.Context, store content.Store, fetcher remotes.Fetcher, d 
 type meter struct {
 	next  http.RoundTripper
 	limit *rate.Limiter // nil: not slowed down
+	read  *atomic.Int64 // counts
 }
 
 // RoundTrip implements [http.RoundTripper].
@@ -263,6 +281,7 @@ func (b *meteredBody) Read(p []byte) (int, error) {
 	}
 	stalled := time.AfterFunc(stallPatience, func() { _ = b.Close() })
 	n, err := b.ReadCloser.Read(p)
+	b.m.read.Add(int64(n))
 	if !stalled.Stop() && err != nil {
 		err = fmt.Errorf("%w (%s)", errStalled, stallPatience)
 	}
@@ -276,6 +295,9 @@ func (b *meteredBody) Read(p []byte) (int, error) {
 
 // connections is how many layers are fetched at once.
 func connections(limit *rate.Limiter) int {
+	if limit == nil {
+		return layersAtOnce
+	}
 	return min(max(int(limit.Limit()/perConnection), 1), layersAtOnce)
 }
 

@@ -5,7 +5,6 @@ package prepull
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -18,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/time/rate"
@@ -51,6 +52,30 @@ func serveManifest(t *testing.T, manifest any, header string, answer http.Handle
 	return dir
 }
 
+// resolved is r.io/a:1 as the registry of the directory has it.
+func resolved(t *testing.T, dir string, limit *rate.Limiter) *remote {
+	t.Helper()
+	r, err := newRemote(t.Context(), hostsFrom(dir), "r.io/a:1", nil, limit)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(r.close)
+	if err := r.resolve(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+// contentOf is an empty content store.
+func contentOf(t *testing.T) content.Store {
+	t.Helper()
+	s, err := local.NewStore(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
 // TestManifestThatLies has registries that send what must not be believed.
 func TestManifestThatLies(t *testing.T) {
 	good := digest.FromString("layer")
@@ -62,12 +87,8 @@ func TestManifestThatLies(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := serveManifest(t, ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest, Config: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageConfig, Digest: good, Size: 1}, Layers: layers}, "", nil)
-			r, err := newRemote(t.Context(), dir, "r.io/a:1", nil, nil)
-			defer r.close()
-			if err != nil {
-				t.Fatal(err)
-			}
-			if m, err := r.manifest(t.Context()); err == nil {
+			r := resolved(t, dir, nil)
+			if m, err := r.manifest(t.Context(), contentOf(t)); err == nil {
 				t.Errorf("believed: %v", m)
 			}
 		})
@@ -80,12 +101,8 @@ func TestManifestThatLies(t *testing.T) {
 			w.Header().Set("Docker-Content-Digest", digest.FromBytes(raw).String())
 			_, _ = w.Write(raw)
 		})
-		r, err := newRemote(t.Context(), dir, "r.io/a:1", nil, nil)
-		defer r.close()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if m, err := r.manifest(t.Context()); err == nil {
+		r := resolved(t, dir, nil)
+		if m, err := r.manifest(t.Context(), contentOf(t)); err == nil {
 			t.Errorf("believed: %v", m)
 		}
 	})
@@ -96,12 +113,8 @@ func TestManifestThatLies(t *testing.T) {
 			w.Header().Set("Content-Length", "2")
 			_, _ = io.WriteString(w, "{}")
 		})
-		r, err := newRemote(t.Context(), dir, "r.io/a:1", nil, nil)
-		defer r.close()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if m, err := r.manifest(t.Context()); err == nil {
+		r := resolved(t, dir, nil)
+		if m, err := r.manifest(t.Context(), contentOf(t)); err == nil {
 			t.Errorf("believed: %v", m)
 		}
 	})
@@ -128,11 +141,7 @@ func TestLimitCountsOnce(t *testing.T) {
 	}
 	fetch := func(limit *rate.Limiter) time.Duration {
 		t.Helper()
-		r, err := newRemote(t.Context(), dir, "r.io/a:1", nil, limit)
-		defer r.close()
-		if err != nil {
-			t.Fatal(err)
-		}
+		r := resolved(t, dir, limit)
 		fetcher, err := r.resolver.Fetcher(t.Context(), r.ref)
 		if err != nil {
 			t.Fatal(err)
@@ -168,9 +177,12 @@ func TestTooManyRequestsIsAskedOnce(t *testing.T) {
 		asked.Add(1)
 		http.Error(w, "no", http.StatusTooManyRequests)
 	})
-	r, err := newRemote(context.Background(), dir, "r.io/a:1", nil, nil)
+	r, err := newRemote(t.Context(), hostsFrom(dir), "r.io/a:1", nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
 	defer r.close()
-	if f := explain(err, "r.io"); f.reason != ReasonTooManyRequests || asked.Load() != 1 {
+	if f := explain(r.resolve(t.Context()), "r.io"); f.reason != ReasonTooManyRequests || asked.Load() != 1 {
 		t.Errorf("%d requests, %v", asked.Load(), f)
 	}
 }

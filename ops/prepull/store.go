@@ -13,7 +13,9 @@ import (
 	"time"
 
 	imagesapi "github.com/containerd/containerd/api/services/images/v1"
+	introspectionapi "github.com/containerd/containerd/api/services/introspection/v1"
 	leasesapi "github.com/containerd/containerd/api/services/leases/v1"
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/core/content"
 	contentproxy "github.com/containerd/containerd/v2/core/content/proxy"
 	"github.com/containerd/containerd/v2/core/leases"
@@ -49,6 +51,9 @@ type store struct {
 	content content.Store
 	leases  leases.Manager
 	images  imagesapi.ImagesClient
+	// The following two tell which layers have been unpacked.
+	snapshots     snapshotsapi.SnapshotsClient
+	introspection introspectionapi.IntrospectionClient
 }
 
 func newStore(conn grpc.ClientConnInterface) *store {
@@ -56,6 +61,8 @@ func newStore(conn grpc.ClientConnInterface) *store {
 		content: contentproxy.NewContentStore(conn),
 		leases:  leasesproxy.NewLeaseManager(leasesapi.NewLeasesClient(conn)),
 		images:  imagesapi.NewImagesClient(conn),
+
+		snapshots: snapshotsapi.NewSnapshotsClient(conn), introspection: introspectionapi.NewIntrospectionClient(conn),
 	}
 }
 
@@ -82,8 +89,8 @@ func (s *store) lease(ctx context.Context, id string) (context.Context, error) {
 }
 
 // dropLease ends the lease; what nothing else refers to is then collected.
-func (s *store) dropLease(ctx context.Context, id string) error {
-	if err := s.leases.Delete(inNamespace(ctx), leases.Lease{ID: id}); err != nil && !errdefs.IsNotFound(err) {
+func (s *store) dropLease(ctx context.Context, id string, how ...leases.DeleteOpt) error {
+	if err := s.leases.Delete(inNamespace(ctx), leases.Lease{ID: id}, how...); err != nil && !errdefs.IsNotFound(err) {
 		return fmt.Errorf("ending lease %s: %w", id, err)
 	}
 	return nil

@@ -6,6 +6,7 @@ package prepull
 import (
 	"context"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -32,12 +33,14 @@ type front struct {
 	sending  atomic.Int64 // of those, how many are under way
 	limit    atomic.Pointer[rate.Limiter]
 
-	mu       sync.Mutex    // guards all following fields
-	stop     int64         // send no more than so many bytes of blobs
-	released chan struct{} // closed when that ends; nil: no end to what is sent
-	status   int           // answer everything with this
-	left     int           // that many times; -1 for ever
-	user     string        // asked for when set
+	mu       sync.Mutex                 // guards all following fields
+	asked    map[string]int             // requests that were let in, such as "HEAD manifests"
+	deaf     func(r *http.Request) bool // whom to hang on until he goes away; nil: nobody
+	stop     int64                      // send no more than so many bytes of blobs
+	released chan struct{}              // closed when that ends; nil: no end to what is sent
+	status   int                        // answer everything with this
+	left     int                        // that many times; -1 for ever
+	user     string                     // asked for when set
 	secret   string
 	hang     chan struct{} // closed when hanging ends; nil: no hanging
 	cut      int64         // cut a blob after so many bytes
@@ -160,16 +163,44 @@ func (f *front) cutBlobs(after int64, n int) {
 	f.cut, f.cuts = after, n
 }
 
+// requestsOf counts the requests of each kind that come while do runs.
+func (f *front) requestsOf(do func()) map[string]int {
+	f.mu.Lock()
+	f.asked = map[string]int{}
+	f.mu.Unlock()
+	do()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return maps.Clone(f.asked)
+}
+
+// kind is the method of a request and what it is for.
+func kind(r *http.Request) string {
+	for _, what := range []string{"manifests", "blobs"} {
+		if strings.Contains(r.URL.Path, "/"+what+"/") {
+			return r.Method + " " + what
+		}
+	}
+	return r.Method + " other"
+}
+
 func (f *front) handler(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		f.requests.Add(1)
 		f.mu.Lock()
-		status, hang, user, secret := 0, f.hang, f.user, f.secret
+		if f.asked != nil {
+			f.asked[kind(r)]++
+		}
+		status, hang, user, secret, deaf := 0, f.hang, f.user, f.secret, f.deaf
 		if f.left != 0 {
 			status = f.status
 			f.left = max(f.left-1, -1)
 		}
 		f.mu.Unlock()
+		if deaf != nil && deaf(r) {
+			<-r.Context().Done()
+			return
+		}
 		if hang != nil {
 			select {
 			case <-hang:

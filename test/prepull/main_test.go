@@ -41,6 +41,9 @@ const password = "hunter2-Zq8vKp"
 const waitFor = 90 * time.Second
 
 func TestMain(m *testing.M) {
+	if socket := os.Getenv(asKubelet); socket != "" {
+		os.Exit(beKubelet(socket))
+	}
 	code, err := run(m)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "test bed:", err)
@@ -57,7 +60,29 @@ func run(m *testing.M) (code int, err error) {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, b.Close(ctx)) }()
+	disconnect, err := use(b)
+	if err != nil {
+		return 0, err
+	}
+	defer disconnect()
+	code = m.Run()
+	if err := secretsLeft(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	failed = code != 0
+	return code, nil
+}
+
+// use makes b the bed that the functions of this package work on.
+func use(b *testbed.Bed) (disconnect func(), err error) {
 	bed.Bed = b
+	var conns []*grpc.ClientConn
+	disconnect = func() {
+		for _, c := range conns {
+			_ = c.Close()
+		}
+	}
 	for socket, use := range map[string]func(*grpc.ClientConn){
 		b.AdminSocket: func(c *grpc.ClientConn) { bed.pulls = opsv1.NewImagesClient(c) },
 		b.ProxySocket: func(c *grpc.ClientConn) { bed.kubelet = runtimeapi.NewImageServiceClient(c) },
@@ -67,18 +92,34 @@ func run(m *testing.M) (code int, err error) {
 	} {
 		conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDefaultCallOptions(grpc.WaitForReady(true)))
 		if err != nil {
-			return 0, err
+			disconnect()
+			return nil, err
 		}
-		defer conn.Close()
+		conns = append(conns, conn)
 		use(conn)
 	}
-	code = m.Run()
-	if err := secretsLeft(); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	failed = code != 0
-	return code, nil
+	return disconnect, nil
+}
+
+// otherBed starts a bed of other options, which all functions of this package work on until t ends. It takes about two seconds.
+func otherBed(t *testing.T, o testbed.Options) {
+	t.Helper()
+	o.Mode, o.Race, o.Log, o.KeepLogs = testbed.ModeNode, true, os.Stderr, t.Failed
+	b, err := testbed.Start(t.Context(), o)
+	must(t, err)
+	first := bed
+	t.Cleanup(func() {
+		if err := secretsLeft(); err != nil {
+			t.Error(err)
+		}
+		bed = first
+		if err := b.Close(context.WithoutCancel(t.Context())); err != nil {
+			t.Error(err)
+		}
+	})
+	disconnect, err := use(b)
+	must(t, err)
+	t.Cleanup(disconnect)
 }
 
 // secretsLeft returns an error when the password of the tests is in the node's state or in a log.

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -80,6 +81,14 @@ func Start(ctx context.Context, o Options) (*Bed, error) {
 	images, err := seed(ctx, source, components, o.Log)
 	if err != nil {
 		return nil, err
+	}
+	if o.Containerd17 {
+		older, err := buildContainerd17(ctx, source, o.Log)
+		if err != nil {
+			return nil, err
+		}
+		maps.Copy(older, o.ComponentBin) // what the caller asks for by name comes first
+		o.ComponentBin = older
 	}
 	b, err := allocate(ctx, o, source)
 	if err != nil {
@@ -309,11 +318,11 @@ func (b *Bed) pidDir() string { return filepath.Join(b.ledger.runDir(b.ID), "pid
 
 // start runs one of Bin's programs under a name that is unique in the bed. A process of that name that ended is replaced.
 func (b *Bed) start(name, program string, args ...string) (*Process, error) {
-	return b.startIn("", name, program, args...)
+	return b.startIn("", nil, name, program, args...)
 }
 
-// startIn is start in a network namespace, which is a file; empty is this machine's.
-func (b *Bed) startIn(netns, name, program string, args ...string) (*Process, error) {
+// startIn is start in a network namespace, which is a file; empty is this machine's. more is added to the environment.
+func (b *Bed) startIn(netns string, more []string, name, program string, args ...string) (*Process, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.closed {
@@ -322,9 +331,9 @@ func (b *Bed) startIn(netns, name, program string, args ...string) (*Process, er
 	if p := b.processes[name]; p != nil && p.Running() {
 		return nil, fmt.Errorf("start %s: it runs already with pid %d", name, p.PID)
 	}
-	env := []string{
+	env := append([]string{
 		"PATH=" + b.Bin + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + b.Dir, "LANG=C.UTF-8",
-	}
+	}, more...)
 	p, err := b.spawner.start(command{name: name, path: filepath.Join(b.Bin, program), args: args, env: env, log: b.logFile(name), netns: netns}, b.pidDir())
 	if err == nil {
 		b.processes[name] = p

@@ -67,6 +67,14 @@ func components() []component {
 	}
 }
 
+// containerd17 is the older release that nodes still run. It is no part of [components]: only beds that ask for it build it.
+func containerd17() component {
+	const cmd = "github.com/containerd/containerd/cmd/"
+	return component{dir: "containerd17", programs: map[string]string{
+		"containerd": cmd + "containerd", "containerd-shim-runc-v2": cmd + "containerd-shim-runc-v2", "ctr": cmd + "ctr",
+	}}
+}
+
 // CacheDir is where built components, images and the beds' own directories live: $CRI_PROXY_CACHE, else
 // $XDG_CACHE_HOME/cri-proxy, else ~/.cache/cri-proxy. Never below /tmp: tmpfs has no overlayfs upper directories on old kernels and
 // machines empty it.
@@ -181,6 +189,28 @@ func Build(ctx context.Context, source string, mode Mode, log io.Writer) (string
 	}
 	bin := filepath.Join(store, "bin-"+hash(keys...))
 	return bin, linkAll(bin, links)
+}
+
+// buildContainerd17 builds containerd 1.7 into the cache, unless it is there, and returns its programs as [Options.ComponentBin] takes them.
+func buildContainerd17(ctx context.Context, source string, log io.Writer) (map[string]string, error) {
+	cache, err := CacheDir()
+	if err != nil {
+		return nil, err
+	}
+	version, err := goVersion(ctx)
+	if err != nil {
+		return nil, err
+	}
+	c := containerd17()
+	dir, err := c.build(ctx, filepath.Join(source, "test", "components", c.dir), filepath.Join(cache, "components"), version, log)
+	if err != nil {
+		return nil, err
+	}
+	bin := map[string]string{}
+	for _, name := range c.names() {
+		bin[name] = filepath.Join(dir, name)
+	}
+	return bin, nil
 }
 
 // linkAll makes dir, holding the given symlinks, appear in one step.

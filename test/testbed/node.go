@@ -117,63 +117,6 @@ func (n *Node) writeRegistries() error {
 	return nil
 }
 
-// writeContainerd writes containerd's configuration. Every path that has a default on the host is moved into the bed.
-func (n *Node) writeContainerd() error {
-	state := filepath.Join(n.RunDir, "containerd")
-	config := fmt.Sprintf(`version = 3
-root = %[1]q
-state = %[2]q
-oom_score = 0
-imports = [%[3]q]
-[grpc]
-  address = %[4]q
-[plugins."io.containerd.cri.v1.images"]
-  snapshotter = "overlayfs"
-  [plugins."io.containerd.cri.v1.images".pinned_images]
-    sandbox = %[5]q
-  [plugins."io.containerd.cri.v1.images".registry]
-    config_path = %[6]q
-[plugins."io.containerd.cri.v1.runtime"]
-  # Machines without CAP_SYS_RESOURCE cannot lower a score.
-  restrict_oom_score_adj = true
-  netns_mounts_under_state_dir = true
-  cdi_spec_dirs = [%[7]q]
-  [plugins."io.containerd.cri.v1.runtime".cni]
-    bin_dirs = [%[8]q]
-    conf_dir = %[9]q
-    # The loopback plugin leaves its result in /var/lib/cni for ever.
-    use_internal_loopback = true
-  [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
-    runtime_type = "io.containerd.runc.v2"
-    [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
-      BinaryName = %[10]q
-      Root = %[11]q
-      SystemdCgroup = false
-[plugins."io.containerd.internal.v1.opt"]
-  path = %[12]q
-[plugins."io.containerd.shim.v1.manager"]
-  socket_dir = %[13]q
-[plugins."io.containerd.nri.v1.nri"]
-  socket_path = %[14]q
-  plugin_path = %[15]q
-  plugin_config_path = %[16]q
-[plugins."io.containerd.transfer.v1.local"]
-  config_path = %[6]q
-`, filepath.Join(n.NodeDir, "containerd"), state, filepath.Join(n.etc("containerd.d"), "*.toml"), n.RuntimeSocket,
-		n.bed.Image(pauseImage), n.etc("certs.d"), filepath.Join(n.RunDir, "cdi"), n.bed.Bin, n.etc("cni"), filepath.Join(n.bed.Bin, "runc"),
-		filepath.Join(n.RunDir, "runc"), filepath.Join(n.NodeDir, "opt"), filepath.Join(n.RunDir, "s"), filepath.Join(n.RunDir, "nri.sock"),
-		filepath.Join(n.NodeDir, "nri", "plugins"), filepath.Join(n.NodeDir, "nri", "conf.d"))
-	if err := os.MkdirAll(filepath.Join(n.RunDir, "cdi"), 0o755); err != nil {
-		return err
-	}
-	if extra := n.bed.options.ContainerdExtra; extra != "" {
-		if err := os.WriteFile(filepath.Join(n.etc("containerd.d"), "extra.toml"), []byte("version = 3\n"+extra), 0o644); err != nil {
-			return err
-		}
-	}
-	return os.WriteFile(n.etc("containerd.toml"), []byte(config), 0o644)
-}
-
 // addNamespace makes the node's network namespace and joins it to this machine.
 func (n *Node) addNamespace(ctx context.Context) error {
 	if err := n.bed.spawner.newNamespace(n.netns); err != nil {
@@ -184,7 +127,11 @@ func (n *Node) addNamespace(ctx context.Context) error {
 
 // start runs a program where the node is.
 func (n *Node) start(component string, args ...string) (*Process, error) {
-	return n.bed.startIn(n.netns, n.name(component), component, args...)
+	var env []string
+	if component == "containerd" {
+		env = n.bed.options.ContainerdEnv
+	}
+	return n.bed.startIn(n.netns, env, n.name(component), component, args...)
 }
 
 // startRuntime starts containerd and the proxy.
@@ -368,7 +315,7 @@ func (n *Node) KubeletCommand() ([]string, error) {
 
 // ContainerdCommand is that of containerd.
 func (n *Node) ContainerdCommand() []string {
-	return []string{"--config", n.etc("containerd.toml")}
+	return []string{"--config", n.ContainerdConfigFile()}
 }
 
 // KubeletHealthz is host:port of kubelet's health check.

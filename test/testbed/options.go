@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 )
 
 // Mode says how much of a cluster a bed runs.
@@ -68,7 +69,14 @@ type Options struct {
 	// Detach lets the processes outlive this one: nothing is swept until somebody calls [Destroy].
 	Detach bool
 
-	// ContainerdExtra is TOML that containerd merges over the bed's configuration.
+	// Containerd17 runs containerd 1.7 of test/components/containerd17, with its shim, in place of the pinned one.
+	Containerd17 bool
+	// ContainerdEnv (NAME=value) is added to the environment of containerd alone, as its systemd unit would.
+	ContainerdEnv []string
+	// ContainerdConfig returns the whole of containerd's configuration. Nil is [ContainerdV3], or [ContainerdV2] for Containerd17; a
+	// test's own will call one of them and append to it.
+	ContainerdConfig func(ContainerdPaths) string
+	// ContainerdExtra is TOML, in the version of that configuration and without saying so, that containerd merges over it.
 	ContainerdExtra string
 	// KubeletExtra is YAML; its top-level keys replace those of the bed's KubeletConfiguration.
 	KubeletExtra string
@@ -100,6 +108,11 @@ func (o *Options) complete() error {
 	}
 	if o.Direct && (o.ProxyExtra != "" || len(o.ProxyArgs) > 0 || o.ProxyBinary != "") {
 		errs = append(errs, errors.New("a direct bed has no proxy, so the Proxy options have no effect: leave them out"))
+	}
+	for _, e := range o.ContainerdEnv {
+		if name, _, ok := strings.Cut(e, "="); !ok || name == "" {
+			errs = append(errs, fmt.Errorf("option ContainerdEnv: %q is not NAME=value", e))
+		}
 	}
 	return errors.Join(errs...)
 }

@@ -46,6 +46,8 @@ func TestOptions(t *testing.T) {
 		{"too many nodes", Options{Nodes: maxNodes + 1}, "nodes asked for"},
 		{"negative", Options{Nodes: -1}, "nodes asked for"},
 		{"all later", Options{Nodes: 2, Later: 2}, "the first cannot"},
+		{"environment without a name", Options{ContainerdEnv: []string{"HTTPS_PROXY"}}, "not NAME=value"},
+		{"environment", Options{ContainerdEnv: []string{"HTTPS_PROXY=http://198.18.0.1:3128"}}, ""},
 		{"proxy options of a direct bed", Options{Direct: true, ProxyArgs: []string{"-v"}}, "direct bed"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -125,7 +127,7 @@ func TestEveryComponentHasAModule(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, c := range components() {
+	for _, c := range append(components(), containerd17()) {
 		b, err := os.ReadFile(filepath.Join(root, "test", "components", c.dir, "go.mod"))
 		if err != nil {
 			t.Error(err)

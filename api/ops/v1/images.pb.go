@@ -167,7 +167,9 @@ type PullRequest struct {
 	MaxAttempts    int32                `protobuf:"varint,8,opt,name=max_attempts,json=maxAttempts,proto3" json:"max_attempts,omitempty"`
 	AttemptTimeout *durationpb.Duration `protobuf:"bytes,9,opt,name=attempt_timeout,json=attemptTimeout,proto3" json:"attempt_timeout,omitempty"`
 	Deadline       *durationpb.Duration `protobuf:"bytes,10,opt,name=deadline,proto3" json:"deadline,omitempty"`
-	// bytes_per_second bounds the transfer; 0 means the node's own bound, or none.
+	// bytes_per_second bounds the transfer; 0 means the node's own bound, or none. Where it cannot be
+	// kept, because only the runtime reaches the registry or the runtime is not containerd, the image is
+	// pulled all the same, and the operation's message says so.
 	BytesPerSecond int64 `protobuf:"varint,11,opt,name=bytes_per_second,json=bytesPerSecond,proto3" json:"bytes_per_second,omitempty"`
 	// pin_for is how long after success the image is kept from kubelet's image garbage
 	// collection on behalf of owner; 0 means not at all; at most 31 days.
@@ -402,7 +404,7 @@ type PullOperation struct {
 	// TooManyRequests, Timeout, DeadlineExceeded, DiskPressure, InvalidImage, RuntimeError, Cancelled. message is for people.
 	Reason  string `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
 	Message string `protobuf:"bytes,7,opt,name=message,proto3" json:"message,omitempty"`
-	// bytes_done of bytes_total of the compressed layers are on the node; both are 0
+	// bytes_done of bytes_total of the compressed layers are on the node, as blobs or unpacked; both are 0
 	// until the manifest is known, and stay 0 with a runtime that is not containerd.
 	BytesDone  int64 `protobuf:"varint,8,opt,name=bytes_done,json=bytesDone,proto3" json:"bytes_done,omitempty"`
 	BytesTotal int64 `protobuf:"varint,9,opt,name=bytes_total,json=bytesTotal,proto3" json:"bytes_total,omitempty"`

@@ -8,7 +8,9 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"math"
 	"os"
+	"strconv"
 	"time"
 
 	"github.com/spf13/pflag"
@@ -123,13 +125,13 @@ type Images struct {
 	Parallel int `yaml:"parallel"`
 	// BytesPerSecond bounds a pull that brings no bound of its own. 0: none.
 	BytesPerSecond int64 `yaml:"bytesPerSecond"`
-	// MaxDiskPercent is how full a pull may make the image file system. kubelet begins to remove
-	// images at 85 (imageGCHighThresholdPercent). 0: not looked at.
-	MaxDiskPercent float64 `yaml:"maxDiskPercent"`
+	// MaxDiskPercent is how full a pull ahead of time may make the image file system. 0: not looked at.
+	MaxDiskPercent DiskPercent `yaml:"maxDiskPercent"`
 	// VerifyAccess has kubelet pull for itself what was pulled ahead of time with secrets, before it is shown that the image is there: it asks
 	// the registry with the credentials of the pod that wants it, fetches nothing, and remembers whose they were.
 	VerifyAccess bool `yaml:"verifyAccess"`
-	// RegistryHostsDir is the config_path of containerd's registry configuration.
+	// RegistryHostsDir is read for hosts.toml in the place of the config_path and mirrors of containerd's own configuration; several
+	// directories are separated by colons, as there. Empty: containerd's configuration counts.
 	RegistryHostsDir string `yaml:"registryHostsDir"`
 	// CredentialProviderConfig is kubelet's file of credential provider plugins, or a directory of such files. Empty: none.
 	CredentialProviderConfig string `yaml:"credentialProviderConfig"`
@@ -151,6 +153,47 @@ type Tracing struct {
 	// SamplingRatePerMillion is how many of a million traces that begin here are kept. Calls that kubelet traces are kept if kubelet
 	// keeps them.
 	SamplingRatePerMillion int `yaml:"samplingRatePerMillion"`
+}
+
+// DiskPercent is a percentage of a file system, or [LikeKubelet].
+type DiskPercent float64
+
+// LikeKubelet stands for kubelet's imageGCHighThresholdPercent, from which on it removes images. It is written "kubelet".
+const LikeKubelet DiskPercent = -1
+
+const likeKubelet = "kubelet"
+
+// String returns the number, or "kubelet".
+func (d DiskPercent) String() string {
+	if d == LikeKubelet {
+		return likeKubelet
+	}
+	return strconv.FormatFloat(float64(d), 'g', -1, 64)
+}
+
+// Set parses what String returns. It implements [pflag.Value].
+func (d *DiskPercent) Set(s string) error {
+	if s == likeKubelet {
+		*d = LikeKubelet
+		return nil
+	}
+	f, err := strconv.ParseFloat(s, 64)
+	if err != nil || math.IsNaN(f) || math.IsInf(f, 0) {
+		return fmt.Errorf("want a number, or %s, got %q", likeKubelet, s)
+	}
+	*d = DiskPercent(f)
+	return nil
+}
+
+// Type implements [pflag.Value].
+func (*DiskPercent) Type() string { return "percent" }
+
+// MarshalYAML writes what Set takes.
+func (d DiskPercent) MarshalYAML() (any, error) {
+	if d == LikeKubelet {
+		return likeKubelet, nil
+	}
+	return float64(d), nil
 }
 
 // Mode is a file mode written in octal.
@@ -198,7 +241,7 @@ func Default() *Config {
 		Log:             Log{Level: "info", Format: "text"},
 		Ops:             Ops{Enrol: Enrol{Namespace: identity.DefaultNamespace}},
 		Restart:         Restart{Method: "gate"},
-		Images:          Images{Parallel: 1, MaxDiskPercent: 80, VerifyAccess: true, RegistryHostsDir: "/etc/containerd/certs.d"},
+		Images:          Images{Parallel: 1, MaxDiskPercent: LikeKubelet, VerifyAccess: true},
 		Kubelet:         Kubelet{PodsSocket: "/var/lib/kubelet/pods-api/pods-api.sock"},
 		DrainTimeout:    defaultDrain,
 
@@ -241,9 +284,9 @@ func (c *Config) Flags(fs *pflag.FlagSet) {
 	fs.StringVar(&c.Restart.CDISpecDir, "cdi-spec-dir", c.Restart.CDISpecDir, "directory that the runtime reads CDI specs from (default: asked from the runtime)")
 	fs.IntVar(&c.Images.Parallel, "images-parallel", c.Images.Parallel, "how many images are pulled ahead of time at once")
 	fs.Int64Var(&c.Images.BytesPerSecond, "images-bytes-per-second", c.Images.BytesPerSecond, "bound of a pull ahead of time that brings none (default: none)")
-	fs.Float64Var(&c.Images.MaxDiskPercent, "images-max-disk-percent", c.Images.MaxDiskPercent, "how full a pull ahead of time may make the image file system; 0 means not looked at")
+	fs.Var(&c.Images.MaxDiskPercent, "images-max-disk-percent", "how full a pull ahead of time may make the image file system: a number, 0 for not looked at, or kubelet for its imageGCHighThresholdPercent")
 	fs.BoolVar(&c.Images.VerifyAccess, "images-verify-access", c.Images.VerifyAccess, "have kubelet verify with the registry that a pod may have an image that was pulled ahead of time with secrets")
-	fs.StringVar(&c.Images.RegistryHostsDir, "registry-hosts-dir", c.Images.RegistryHostsDir, "config_path of containerd's registry configuration")
+	fs.StringVar(&c.Images.RegistryHostsDir, "registry-hosts-dir", c.Images.RegistryHostsDir, "directories of hosts.toml (default: config_path or mirrors of containerd's configuration)")
 	fs.StringVar(&c.Images.CredentialProviderConfig, "image-credential-provider-config", c.Images.CredentialProviderConfig, "kubelet's file or directory of credential provider plugins, as kubelet's flag of this name (default: none)")
 	fs.StringVar(&c.Images.CredentialProviderBinDir, "image-credential-provider-bin-dir", c.Images.CredentialProviderBinDir, "directory of the credential provider plugins")
 	fs.StringVar(&c.Kubelet.PodsSocket, "kubelet-pods-socket", c.Kubelet.PodsSocket, "socket of kubelet's Pods API, asked during upgrades where it is there")

@@ -41,7 +41,7 @@ func TestParse(t *testing.T) {
 		{"string for a list", "ops:\n  allowedClients: a\n", []string{`f.yaml:2:19: ops.allowedClients: want a list, got "a"`}},
 		{"list in a list", "ops:\n  allowedClients: [a, [b]]\n", []string{"f.yaml:2:23: ops.allowedClients[1]: want a string, got a list"}},
 		{"a word for a switch", "images: {verifyAccess: yes}\n", []string{`f.yaml:1:24: images.verifyAccess: want true or false, got "yes"`}},
-		{"words for numbers", "images: {parallel: two, maxDiskPercent: .nan}\n", []string{`f.yaml:1:20: images.parallel: want a whole number, got "two"`, `f.yaml:1:41: images.maxDiskPercent: want a number, got ".nan"`}},
+		{"words for numbers", "images: {parallel: two, maxDiskPercent: .nan}\n", []string{`f.yaml:1:20: images.parallel: want a whole number, got "two"`, `f.yaml:1:41: images.maxDiskPercent: want a number, or kubelet, got ".nan"`}},
 		{"number for a duration", "drainTimeout: 30\n", []string{`f.yaml:1:15: drainTimeout: want a duration such as 30m or 90s, got "30"`}},
 		{"bad duration", "drainTimeout: soon\n", []string{`f.yaml:1:15: drainTimeout: want a duration such as 30m or 90s, got "soon"`}},
 		{"bad mode", "listen: {mode: \"0800\"}\n", []string{`f.yaml:1:16: listen.mode: mode "0800": want octal digits such as 0600`}},
@@ -236,6 +236,7 @@ func TestValidate(t *testing.T) {
 		{"pulls at once", func(c *config.Config) { c.Images.Parallel = 0 }, "images.parallel: 0; want 1 to 16"},
 		{"negative speed", func(c *config.Config) { c.Images.BytesPerSecond = -1 }, "images.bytesPerSecond: -1 is negative"},
 		{"full disk", func(c *config.Config) { c.Images.MaxDiskPercent = 101 }, "images.maxDiskPercent: 101; want 0"},
+		{"negative disk", func(c *config.Config) { c.Images.MaxDiskPercent = -2 }, "images.maxDiskPercent: -2; want 0"},
 		{"relative hosts", func(c *config.Config) { c.Images.RegistryHostsDir = "certs.d" }, "images.registryHostsDir: \"certs.d\" is not an absolute path"},
 		{"plugins", func(c *config.Config) {
 			c.Images.CredentialProviderConfig, c.Images.CredentialProviderBinDir = "/c", "/p"

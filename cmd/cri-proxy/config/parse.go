@@ -65,6 +65,13 @@ func (p *parser) value(n *yaml.Node, key string, v reflect.Value) {
 			p.errorf(n, "%s: %v", key, err)
 		}
 		return
+	case *DiskPercent:
+		if n.Kind != yaml.ScalarNode {
+			p.errorf(n, "%s: want a number, or kubelet, got %s", key, describe(n))
+		} else if err := at.Set(n.Value); err != nil {
+			p.errorf(n, "%s: %v", key, err)
+		}
+		return
 	case *time.Duration:
 		if n.Kind != yaml.ScalarNode || n.Tag != "!!str" {
 			p.errorf(n, "%s: want a duration such as 30m or 90s, got %s", key, describe(n))

@@ -127,11 +127,13 @@ func (c *Config) Validate() error {
 	if c.Images.BytesPerSecond < 0 {
 		bad("images.bytesPerSecond: %d is negative; 0 means no bound", c.Images.BytesPerSecond)
 	}
-	if m := c.Images.MaxDiskPercent; m < 0 || m > 100 {
-		bad("images.maxDiskPercent: %v; want 0 (not looked at) to 100", m)
+	if m := c.Images.MaxDiskPercent; m != LikeKubelet && (m < 0 || m > 100) {
+		bad("images.maxDiskPercent: %v; want 0 (not looked at) to 100, or kubelet", m)
 	}
-	if !filepath.IsAbs(c.Images.RegistryHostsDir) {
-		bad("images.registryHostsDir: %q is not an absolute path", c.Images.RegistryHostsDir)
+	for _, dir := range filepath.SplitList(c.Images.RegistryHostsDir) {
+		if !filepath.IsAbs(dir) {
+			bad("images.registryHostsDir: %q is not an absolute path", dir)
+		}
 	}
 	if s := c.Kubelet.PodsSocket; s != "" && !filepath.IsAbs(s) {
 		bad("kubelet.podsSocket: %q is not an absolute path", s)

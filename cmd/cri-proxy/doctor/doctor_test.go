@@ -5,6 +5,7 @@ package doctor_test
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/x509"
 	"errors"
@@ -76,6 +77,7 @@ type runtime struct {
 	runtimeapi.UnimplementedRuntimeServiceServer
 	runtimeapi.UnimplementedImageServiceServer
 	noNetwork bool
+	name      string // empty: stand-in
 	images    string
 
 	mu         sync.Mutex // guards containers, which the daemon asks for, too
@@ -83,8 +85,8 @@ type runtime struct {
 	sandboxes  []*runtimeapi.PodSandbox
 }
 
-func (*runtime) Version(context.Context, *runtimeapi.VersionRequest) (*runtimeapi.VersionResponse, error) {
-	return &runtimeapi.VersionResponse{RuntimeName: "stand-in", RuntimeVersion: "v9"}, nil
+func (r *runtime) Version(context.Context, *runtimeapi.VersionRequest) (*runtimeapi.VersionResponse, error) {
+	return &runtimeapi.VersionResponse{RuntimeName: cmp.Or(r.name, "stand-in"), RuntimeVersion: "v9"}, nil
 }
 
 func (r *runtime) Status(context.Context, *runtimeapi.StatusRequest) (*runtimeapi.StatusResponse, error) {
@@ -368,6 +370,8 @@ func TestDoctor(t *testing.T) {
 			want: []string{"fail kubelet: no kubelet runs here", "no call from kubelet yet", "fail runtime: "}},
 		{name: "the runtime is not ready", make: func(n *node) { n.runtime.noNetwork = true; n.whole() },
 			want: []string{"warn runtime: NetworkReady is not so: NetworkPluginNotReady no CNI"}},
+		{name: "containerd's settings of registries are not known", make: func(n *node) { n.runtime.name = "containerd"; n.whole() },
+			want: []string{"warn registries: how containerd reaches them is not known, so speed limits may not be kept: "}},
 		{name: "a staged container is left", make: func(n *node) {
 			n.whole()
 			n.runtime.mu.Lock()
@@ -379,6 +383,13 @@ func TestDoctor(t *testing.T) {
 		}, want: []string{"warn containers: made by an operation and not started, though no operation is under way: 0123456789abc (app of ns/pod)"}},
 		{name: "the disk is too full for pulls", make: func(n *node) { n.configure("images: {maxDiskPercent: 0.0001}\n"); n.whole() },
 			want: []string{"warn images: "}},
+		{name: "pulls are refused where kubelet does not make room yet", make: func(n *node) {
+			n.configure("images: {maxDiskPercent: 98.5}\n")
+			n.startRuntime()
+			n.startDaemon()
+			n.do(os.WriteFile(n.path("kubelet.yaml"), []byte("kind: KubeletConfiguration\nimageGCHighThresholdPercent: 99\ncontainerRuntimeEndpoint: "+n.link()+"\n"), 0o600))
+			n.startKubelet(n.link(), "--config="+n.path("kubelet.yaml"))
+		}, want: []string{"pulls ahead of time are refused from 98.5 % on, and kubelet makes room only from 99 % on"}},
 		{name: "the state directory is open", make: func(n *node) { n.whole(); n.do(os.Chmod(n.path("state"), 0o755)) },
 			want: []string{"has mode 0755: it holds the environment"}},
 		{name: "the state directory is full", make: func(n *node) {

@@ -20,6 +20,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/bypass"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/kubelet"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
 )
 
@@ -51,6 +52,7 @@ type examination struct {
 	link          string // that kubelet is to dial
 	past          bool   // kubelet is led past the proxy
 	info          *opsv1.NodeInfoResponse
+	high          float64 // kubelet's imageGCHighThresholdPercent
 }
 
 // Examine looks at the node and returns what it found, in the order from kubelet to the runtime and on to the controller.
@@ -67,7 +69,7 @@ func Examine(ctx context.Context, o Options) []Finding {
 	if o.CRI == "" {
 		o.CRI = linkedCRI()
 	}
-	x := &examination{o: o}
+	x := &examination{o: o, high: kubelet.DefaultImageGCHighThreshold}
 	if os.Geteuid() != 0 {
 		x.warn("root", "run this as root", "not root: most of what follows cannot be seen")
 	}

@@ -62,6 +62,9 @@ func (x *examination) kubelet() {
 		}
 		if x.toldWhere(check, k, endpoint, images, through >= 0 && toProxy[through].pid == k.pid || past >= 0 && toRuntime[past].pid == k.pid) {
 			told++
+			if high, err := x.settings(k).ImageGCHighThreshold(); err == nil {
+				x.high = float64(high)
+			}
 			x.access(k, images)
 		}
 	}

@@ -6,15 +6,22 @@ package doctor
 import (
 	"context"
 	"fmt"
+	"io"
+	"path/filepath"
+	"slices"
 	"strings"
 
+	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/bypass"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/runtimeconfig"
 )
 
 // plain is the message of a gRPC error, without its frame.
@@ -51,6 +58,28 @@ func (x *examination) runtime(ctx context.Context) {
 	x.leftovers(ctx, rt)
 	x.openKruise(ctx, rt)
 	x.images(ctx, runtimeapi.NewImageServiceClient(conn))
+	if v.GetRuntimeName() == "containerd" {
+		x.registries(ctx, conn)
+	}
+}
+
+// registries says how containerd reaches them, which is how pulls with a speed limit do, too.
+func (x *examination) registries(ctx context.Context, conn grpc.ClientConnInterface) {
+	const check = "registries"
+	quiet := logrus.New()
+	quiet.SetOutput(io.Discard)
+	explicit := x.config.Images.RegistryHostsDir
+	s, err := runtimeconfig.New(runtimeconfig.Options{Socket: x.runtimeSocket, Conn: conn, Proc: x.o.Proc, Log: quiet}).Look(ctx)
+	if err != nil {
+		x.warn(check, "run this as root, in the host's namespaces; else see images.registryHostsDir in docs/OPERATIONS.md",
+			"how containerd reaches them is not known, so speed limits may not be kept: %v", err)
+		return
+	}
+	x.ok(check, "%s", s)
+	if explicit != "" && !slices.Equal(filepath.SplitList(explicit), s.Dirs) {
+		x.warn(check, "leave out images.registryHostsDir, unless that is meant",
+			"images.registryHostsDir is %s, where containerd goes elsewhere: pulls with a speed limit may take another way, or have no limit", explicit)
+	}
 }
 
 // leftovers looks for containers that an operation has made and never started, and that no operation knows.
@@ -123,10 +152,17 @@ func (x *examination) images(ctx context.Context, images runtimeapi.ImageService
 			continue
 		}
 		used := 100 * (1 - float64(st.Bavail)/float64(st.Blocks))
-		switch limit := x.config.Images.MaxDiskPercent; {
+		limit := float64(x.config.Images.MaxDiskPercent)
+		if x.config.Images.MaxDiskPercent == config.LikeKubelet {
+			limit = x.high
+		}
+		switch {
 		case limit > 0 && used >= limit:
 			x.warn(check, "make room, or raise images.maxDiskPercent; kubelet removes images from its imageGCHighThresholdPercent on",
-				"%s is %.0f %% full: pulls ahead of time are refused from %.0f %% on", dir, used, limit)
+				"%s is %.0f %% full: pulls ahead of time are refused from %g %% on", dir, used, limit)
+		case limit > 0 && limit < x.high:
+			x.warn(check, "leave out images.maxDiskPercent, unless that is meant",
+				"%s is %.0f %% full; pulls ahead of time are refused from %g %% on, and kubelet makes room only from %g %% on", dir, used, limit, x.high)
 		default:
 			x.ok(check, "%s is %.0f %% full", dir, used)
 		}

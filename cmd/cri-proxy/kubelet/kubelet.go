@@ -99,6 +99,15 @@ func (k *Kubelet) Version(ctx context.Context) (string, error) {
 	return strings.TrimPrefix(strings.TrimSpace(string(out)), "Kubernetes "), nil
 }
 
+// Environ is the environment that it was started with, nil if that cannot be read.
+func (k *Kubelet) Environ() []string {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", k.PID))
+	if err != nil || len(b) == 0 {
+		return nil
+	}
+	return strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00")
+}
+
 // Flag returns what a flag is set to on the command line, where the last one counts.
 func (k *Kubelet) Flag(name string) (value string, set bool) {
 	for i, arg := range k.Args {
@@ -267,6 +276,25 @@ var endpoints = struct{ runtime, image [2]string }{
 
 // defaultCredentialsVerification is kubelet's own since 1.35; those before verify nothing.
 const defaultCredentialsVerification = "NeverVerifyPreloadedImages"
+
+// DefaultImageGCHighThreshold is kubelet's own.
+const DefaultImageGCHighThreshold = 85
+
+// ImageGCHighThreshold is how full, in percent, the image file system may become before it removes images.
+func (k *Kubelet) ImageGCHighThreshold() (int, error) {
+	s, err := k.setting("image-gc-high-threshold", "imageGCHighThresholdPercent")
+	if err != nil {
+		return 0, err
+	}
+	if s.value == "" {
+		return DefaultImageGCHighThreshold, nil
+	}
+	n, err := strconv.Atoi(s.value)
+	if err != nil || n < 0 || n > 100 {
+		return 0, fmt.Errorf("configuration of kubelet: imageGCHighThresholdPercent is %q", s.value)
+	}
+	return n, nil
+}
 
 // CredentialsVerification is its policy for images that are on the node: whether a pod may have one without showing that it could pull it.
 func (k *Kubelet) CredentialsVerification() (string, error) {

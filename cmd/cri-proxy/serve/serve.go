@@ -154,7 +154,7 @@ func (d *daemon) start(ctx, hard context.Context, cri net.Listener) error {
 	work, stopWork := context.WithCancel(context.WithoutCancel(ctx))
 	d.stopWork = stopWork
 	d.sayIfRuntimeMissing()
-	d.serve("cri", func() error { return d.cri.Serve(cri) })
+	d.serve("cri", func() error { return d.cri.Serve(d.callers.watch(cri)) })
 	if err := d.startServers(ctx); err != nil {
 		return err
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/bypass"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops"
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
@@ -39,9 +40,13 @@ func (n *node) openState(ctx context.Context, carry interceptors.Carry) (err err
 			err = fmt.Errorf("state directory %s: %w", c.StateDir, errors.Join(err, st.close()))
 		}
 	}()
+	var high func() int // nil: the number counts
+	if c.Images.MaxDiskPercent == config.LikeKubelet {
+		high = n.callers.highThreshold
+	}
 	st.puller, err = prepull.Open(prepull.Options{
 		StateDir: c.StateDir, Conn: n.upstream.Conn(), Log: n.log, Registerer: st.registry, Tracer: n.tracing.Tracer(),
-		Parallel: c.Images.Parallel, BytesPerSecond: c.Images.BytesPerSecond, HostsDir: c.Images.RegistryHostsDir, MaxDiskPercent: c.Images.MaxDiskPercent,
+		Parallel: c.Images.Parallel, BytesPerSecond: c.Images.BytesPerSecond, Hosts: n.registries.Hosts, MaxDiskPercent: float64(c.Images.MaxDiskPercent), HighThreshold: high,
 		Plugins: n.plugins, VerifyAccess: c.Images.VerifyAccess,
 	})
 	if err != nil {

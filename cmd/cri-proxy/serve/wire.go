@@ -31,6 +31,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/mtls"
 	"github.com/cri-proxy/cri-proxy/ops/prepull"
 	"github.com/cri-proxy/cri-proxy/ops/prepull/credentialprovider"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/runtimeconfig"
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
@@ -50,11 +51,15 @@ type node struct {
 	cri      *proxy.Server
 	probing  string                      // tells the own probes from other calls
 	plugins  *credentialprovider.Plugins // nil: none
-	state    atomic.Pointer[state]       // nil: another process has it
-	creds    *mtls.Server                // of the ops API over TCP; nil: off
-	enroller *enrol.Enroller             // nil: the identity comes from files
-	commands *commands
-	tracing  *tracing.Tracing // nil: off
+	// callers have dialled the CRI socket, kubelet among them.
+	callers *callers
+	// registries tells how containerd reaches them.
+	registries *runtimeconfig.Source
+	state      atomic.Pointer[state] // nil: another process has it
+	creds      *mtls.Server          // of the ops API over TCP; nil: off
+	enroller   *enrol.Enroller       // nil: the identity comes from files
+	commands   *commands
+	tracing    *tracing.Tracing // nil: off
 
 	mu             sync.Mutex // guards all following fields
 	runtimeName    string
@@ -65,7 +70,7 @@ type node struct {
 func newNode(c *config.Config, listen string, log logrus.FieldLogger) (_ *node, err error) {
 	n := &node{
 		config: c, log: log, listen: listen, started: time.Now(), registry: prometheus.NewRegistry(),
-		commands: newCommands(), probing: newProbeToken(),
+		commands: newCommands(), probing: newProbeToken(), callers: newCallers("/proc", log),
 	}
 	defer func() {
 		if err != nil {
@@ -86,8 +91,15 @@ func newNode(c *config.Config, listen string, log logrus.FieldLogger) (_ *node, 
 	if n.upstream, err = proxy.NewUpstream(c.RuntimeEndpoint, proxy.UpstreamOptions{Log: log}); err != nil {
 		return nil, &config.InvalidError{Err: err}
 	}
+	socket, err := config.SocketPath(c.RuntimeEndpoint)
+	if err != nil {
+		return nil, &config.InvalidError{Err: err}
+	}
+	n.registries = runtimeconfig.New(runtimeconfig.Options{
+		Socket: socket, HostsDir: c.Images.RegistryHostsDir, Conn: n.upstream.Conn(), Log: log.WithField("component", "prepull"),
+	})
 	if path := c.Images.CredentialProviderConfig; path != "" {
-		if n.plugins, err = credentialprovider.Load(path, c.Images.CredentialProviderBinDir, n.log); err != nil {
+		if n.plugins, err = credentialprovider.Load(path, c.Images.CredentialProviderBinDir, n.callers.environ, n.log); err != nil {
 			return nil, &config.InvalidError{Err: fmt.Errorf("images.credentialProviderConfig: %w", err)}
 		}
 	}

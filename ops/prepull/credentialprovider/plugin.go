@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -39,10 +38,11 @@ type Plugins struct {
 	plugins []*plugin
 }
 
-// Load reads kubelet's file of providers (or a directory of such files) whose programs are in binDir.
+// Load reads kubelet's file of providers (or a directory of such files) whose programs are in binDir. environ is what they have of an
+// environment before the file adds to it: kubelet gives them its own, which may hold a proxy or a cloud's credentials.
 //
 // Errors: the file cannot be read, or says what kubelet would refuse.
-func Load(path, binDir string, log logrus.FieldLogger) (*Plugins, error) {
+func Load(path, binDir string, environ func() []string, log logrus.FieldLogger) (*Plugins, error) {
 	configs, err := readConfig(path)
 	if err != nil {
 		return nil, err
@@ -57,7 +57,7 @@ func Load(path, binDir string, log logrus.FieldLogger) (*Plugins, error) {
 		if _, err := exec.LookPath(bin); err != nil {
 			return nil, fmt.Errorf("%s: provider %q: %w", path, c.Name, err)
 		}
-		p.plugins = append(p.plugins, &plugin{config: c, bin: bin, kept: map[string]answer{}})
+		p.plugins = append(p.plugins, &plugin{config: c, bin: bin, environ: environ, kept: map[string]answer{}})
 	}
 	return p, nil
 }
@@ -84,8 +84,9 @@ func (p *Plugins) Credentials(ctx context.Context, image string) []*opsv1.Regist
 
 // plugin is one provider.
 type plugin struct {
-	config providerConfig
-	bin    string
+	config  providerConfig
+	bin     string
+	environ func() []string
 
 	mu   sync.Mutex        // held while the program runs, too: what it says may be for the next image as well
 	kept map[string]answer // by cache key
@@ -163,7 +164,7 @@ func (g *plugin) run(ctx context.Context, image string) (*response, error) {
 		return nil, err
 	}
 	cmd := exec.CommandContext(ctx, g.bin, g.config.Args...)
-	cmd.Env = os.Environ()
+	cmd.Env = slices.Clone(g.environ())
 	for _, e := range g.config.Env {
 		cmd.Env = append(cmd.Env, e.Name+"="+e.Value)
 	}

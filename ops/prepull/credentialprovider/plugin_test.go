@@ -19,6 +19,11 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
+// kubelets is kubelet's environment.
+func kubelets() []string {
+	return []string{"PATH=" + os.Getenv("PATH"), "HTTPS_PROXY=http://kubelets-proxy:3128", "WHO=kubelet"}
+}
+
 // install writes a configuration and its plugins, shell scripts by name, and loads it.
 func install(t *testing.T, config string, scripts map[string]string) (*Plugins, *bytes.Buffer, error) {
 	t.Helper()
@@ -35,7 +40,7 @@ func install(t *testing.T, config string, scripts map[string]string) (*Plugins, 
 	var words bytes.Buffer
 	log := logrus.New()
 	log.SetOutput(&words)
-	p, err := Load(path, dir, log)
+	p, err := Load(path, dir, kubelets, log)
 	return p, &words, err
 }
 
@@ -49,7 +54,7 @@ func entry(name, match, keep string) string {
 func answering(more string) string {
 	return `in=$(cat); echo x >> calls
 image=${in##*\"image\":\"}; image=${image%%\"*}
-printf '{"kind":"CredentialProviderResponse","apiVersion":"credentialprovider.kubelet.k8s.io/v1",` + more + `"auth":{"*.cloud.io":{"username":"u","password":"%s"}}}' "$image $* $WHO $HOME"
+printf '{"kind":"CredentialProviderResponse","apiVersion":"credentialprovider.kubelet.k8s.io/v1",` + more + `"auth":{"*.cloud.io":{"username":"u","password":"%s"}}}' "$image $* $WHO $HTTPS_PROXY$OURS"
 `
 }
 
@@ -62,14 +67,15 @@ func get(p *Plugins, image string) string {
 }
 
 func TestCredentials(t *testing.T) {
-	t.Setenv("HOME", "/home/me")
+	t.Setenv("HTTPS_PROXY", "http://own-proxy")
+	t.Setenv("OURS", "not for plugins")
 	for keyType, calls := range map[string]int{"Image": 3, "Registry": 2, "Global": 1} {
 		t.Run(keyType, func(t *testing.T) {
 			p, words, err := install(t, head+entry("cloud", "*.cloud.io", "1h"), map[string]string{"cloud": answering(`"cacheKeyType":"` + keyType + `",`)})
 			if err != nil {
 				t.Fatal(err)
 			}
-			if got, want := get(p, "a.cloud.io/x"), "*.cloud.io=u:a.cloud.io/x get creds me /home/me"; got != want {
+			if got, want := get(p, "a.cloud.io/x"), "*.cloud.io=u:a.cloud.io/x get creds me http://kubelets-proxy:3128"; got != want {
 				t.Errorf("got %q, want %q; %s", got, want, words)
 			}
 			for _, image := range []string{"a.cloud.io/x", "a.cloud.io/y", "b.cloud.io/x", "b.cloud.io/x"} {
@@ -207,13 +213,13 @@ func TestConfig(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if p, err := Load(dir, dir, logrus.New()); err != nil || len(p.plugins) != 1 {
+		if p, err := Load(dir, dir, kubelets, logrus.New()); err != nil || len(p.plugins) != 1 {
 			t.Error(err)
 		}
-		if _, err := Load(t.TempDir(), dir, logrus.New()); err == nil {
+		if _, err := Load(t.TempDir(), dir, kubelets, logrus.New()); err == nil {
 			t.Error("an empty directory is accepted")
 		}
-		if _, err := Load(filepath.Join(dir, "none"), dir, logrus.New()); err == nil {
+		if _, err := Load(filepath.Join(dir, "none"), dir, kubelets, logrus.New()); err == nil {
 			t.Error("no file is accepted")
 		}
 	})
