@@ -5,13 +5,22 @@ package cases
 
 import (
 	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
+	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/tools/clientcmd"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
 // TestKruisePodReady: the pods of a Deployment whose template has OpenKruise's gate are Ready, are taken out of service by a request with
@@ -138,4 +147,75 @@ func TestOneAfterAnother(t *testing.T) {
 	if len(ends) != 3 || begins["one"] < ends["three"] || begins["two"] < ends["one"] {
 		t.Errorf("operations began %v, containers ended %v", begins, ends)
 	}
+}
+
+// TestSchedule does what the pod of deploy/examples/prepull-schedule.yaml does, with its ServiceAccount's token, its arguments and its
+// list: each run is a list of its own that is carried out and goes by itself, and the account may do nothing else. The image is not in
+// this bed, and no pod reaches the API server: the pod is only shown to the API server, in a namespace as strict as there is.
+func TestSchedule(t *testing.T) {
+	t.Parallel()
+	ns := namespace(t)
+	kubectl(t, "label", "namespace", ns, "pod-security.kubernetes.io/enforce=restricted")
+	root, err := testbed.SourceDir("")
+	must(t, err)
+	manifest, err := os.ReadFile(filepath.Join(root, "deploy", "examples", "prepull-schedule.yaml"))
+	must(t, err)
+	apply(t, strings.ReplaceAll(string(manifest), "pod-namespace", ns))
+
+	cron, list := &batchv1.CronJob{}, &corev1.ConfigMap{}
+	must(t, api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: "prepull"}, cron))
+	template := cron.Spec.JobTemplate.Spec.Template
+	must(t, api.Create(t.Context(), &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: "try"}, Spec: template.Spec}, client.DryRunAll))
+	pod := template.Spec.Containers[0]
+	must(t, api.Get(t.Context(), client.ObjectKey{Namespace: ns, Name: template.Spec.Volumes[0].ConfigMap.Name}, list))
+	dir := scratchDir(t)
+	for name, text := range list.Data {
+		must(t, os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600))
+	}
+	args := slices.Clone(pod.Args)
+	for i := range args {
+		args[i] = strings.ReplaceAll(args[i], pod.VolumeMounts[0].MountPath, dir)
+	}
+
+	config, err := clientcmd.LoadFromFile(bed.Kubeconfig)
+	must(t, err)
+	for name := range config.AuthInfos {
+		config.AuthInfos[name] = &clientcmdapi.AuthInfo{Token: kubectl(t, "-n", ns, "create", "token", template.Spec.ServiceAccountName)}
+	}
+	for _, c := range config.Contexts {
+		c.Namespace = ns // as in a pod
+	}
+	account := filepath.Join(dir, "kubeconfig")
+	must(t, clientcmd.WriteToFile(*config, account))
+	as := func(args ...string) (string, error) {
+		cmd := exec.CommandContext(t.Context(), filepath.Join(bed.Bin, "kubectl"), args...)
+		cmd.Env = []string{"KUBECONFIG=" + account, "HOME=" + dir}
+		out, err := cmd.CombinedOutput()
+		return string(out), err
+	}
+	for range 2 {
+		out, err := as(args...)
+		if err != nil {
+			t.Fatalf("%v: %v\n%s", args, err, out)
+		}
+	}
+	const lists = "imagelistpulljobs.v1beta1.apps.kruise.io"
+	eventually(t, "both runs have put two images on the node", func() bool {
+		return kubectl(t, "-n", ns, "get", lists, "-l", "schedule=prepull", "-o", "jsonpath={range .items[*]}{.status.succeeded}/{.status.completed} {end}") == "2/2 2/2"
+	})
+	for _, args := range [][]string{
+		{"get", lists}, {"delete", lists, "--all"}, {"get", "secrets"}, {"get", "pods"},
+		{"-n", "default", "create", "-f", filepath.Join(dir, "list.yaml")},
+	} {
+		if out, err := as(args...); err == nil || !strings.Contains(out, "orbidden") {
+			t.Errorf("the account may %v: %v %s", args, err, out)
+		}
+	}
+	// The time of a run is over.
+	for _, name := range strings.Fields(kubectl(t, "-n", ns, "get", lists, "-o", "name")) {
+		kubectl(t, "-n", ns, "patch", name, "--type=merge", "-p", `{"spec":{"completionPolicy":{"ttlSecondsAfterFinished":1}}}`)
+	}
+	eventually(t, "no run is left", func() bool {
+		return kubectl(t, "-n", ns, "get", lists+",imagepulljobs.v1beta1.apps.kruise.io", "-o", "name") == ""
+	})
 }
