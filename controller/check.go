@@ -61,19 +61,6 @@ func CheckRecreateUpdate(before, after *appsv1alpha1.ContainerRecreateRequest) e
 	return nil
 }
 
-// LabelRecreate puts on a new request the labels that it will have when it is accepted, so that clients find them in what create returns.
-// The reconciler sets them again. A pod that is not there, or on no node, gives none.
-func LabelRecreate(ctx context.Context, from client.Reader, crr *appsv1alpha1.ContainerRecreateRequest) error {
-	var pod corev1.Pod
-	err := from.Get(ctx, client.ObjectKey{Namespace: crr.Namespace, Name: crr.Spec.PodName}, &pod)
-	if err != nil || pod.Spec.NodeName == "" {
-		return client.IgnoreNotFound(err)
-	}
-	crr.Labels = withDefault(crr.Labels)
-	label(crr.Labels, string(pod.UID), pod.Spec.NodeName)
-	return nil
-}
-
 // readAndAccept reads pod and node of a request, and past the cache the Job of the pod, and accepts it. The pod may be there although the
 // request is refused.
 func readAndAccept(ctx context.Context, from, live client.Reader, crr *appsv1alpha1.ContainerRecreateRequest) (*accepted, *corev1.Pod, error) {
