@@ -42,7 +42,7 @@ func CheckRecreateUpdate(before, after *appsv1alpha1.ContainerRecreateRequest) e
 	}
 	for _, key := range []string{appsv1alpha1.PodUIDLabel, appsv1alpha1.NodeNameLabel} {
 		if was := before.Labels[key]; was != "" && after.Labels[key] != was {
-			return &SpecError{Immutable: true, Message: fmt.Sprintf("label %s is immutable: it says which pod the request was accepted for; keep its value %q (kubectl apply does, kubectl replace does not)", key, was)}
+			return &SpecError{Immutable: true, Message: fmt.Sprintf("label %s is immutable: it says which pod the request was accepted for; keep its value %q, or create another request", key, was)}
 		}
 	}
 	for _, a := range []struct {
