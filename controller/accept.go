@@ -110,6 +110,9 @@ func accept(crr *appsv1alpha1.ContainerRecreateRequest, pod *corev1.Pod, node *c
 			continue
 		}
 		context, err := identify(pod, c.Name)
+		if err == nil {
+			context, err = asFilled(crr, &c, pod, context)
+		}
 		if err != nil {
 			wrong[c.Name] = err.Error()
 		} else if s := strategyOf(crr.Spec.Strategy, c.Strategy); startFirst && s.minStarted > maxMinReady {
@@ -240,8 +243,8 @@ func containerNames(pod *corev1.Pod) []string {
 }
 
 // pin writes what was accepted into the request: the annotation, the labels and
-// spec.containers[].statusContext that OpenKruise's webhook would set, and the
-// finalizers. What a copied manifest brought along is taken away.
+// spec.containers[].statusContext that the webhook has set if it could be asked,
+// and the finalizers. What a copied manifest brought along is taken away.
 func pin(crr *appsv1alpha1.ContainerRecreateRequest, a *accepted, drains bool) error {
 	value, err := json.Marshal(a)
 	if err != nil {

@@ -42,7 +42,7 @@ func CheckRecreateUpdate(before, after *appsv1alpha1.ContainerRecreateRequest) e
 	}
 	for _, key := range []string{appsv1alpha1.PodUIDLabel, appsv1alpha1.NodeNameLabel} {
 		if was := before.Labels[key]; was != "" && after.Labels[key] != was {
-			return &SpecError{Immutable: true, Message: fmt.Sprintf("label %s is immutable: it says which pod the request was accepted for; keep its value %q (kubectl apply does, kubectl replace does not)", key, was)}
+			return &SpecError{Immutable: true, Message: fmt.Sprintf("label %s is immutable: it says which pod the request was accepted for; keep its value %q, or create another request", key, was)}
 		}
 	}
 	for _, a := range []struct {
@@ -59,19 +59,6 @@ func CheckRecreateUpdate(before, after *appsv1alpha1.ContainerRecreateRequest) e
 			return &SpecError{Immutable: true, Message: fmt.Sprintf("annotation %s is immutable: %s; leave it as it was, or create another ContainerRecreateRequest", a.key, a.why)}
 		}
 	}
-	return nil
-}
-
-// LabelRecreate puts on a new request the labels that it will have when it is accepted, so that clients find them in what create returns.
-// The reconciler sets them again. A pod that is not there, or on no node, gives none.
-func LabelRecreate(ctx context.Context, from client.Reader, crr *appsv1alpha1.ContainerRecreateRequest) error {
-	var pod corev1.Pod
-	err := from.Get(ctx, client.ObjectKey{Namespace: crr.Namespace, Name: crr.Spec.PodName}, &pod)
-	if err != nil || pod.Spec.NodeName == "" {
-		return client.IgnoreNotFound(err)
-	}
-	crr.Labels = withDefault(crr.Labels)
-	label(crr.Labels, string(pod.UID), pod.Spec.NodeName)
 	return nil
 }
 

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	corev1 "k8s.io/api/core/v1"
+	apiequality "k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -238,6 +239,9 @@ func refusalReason(err error) string {
 func (p *pass) restartRequest(ctx context.Context, c *container) (*opsv1.RestartRequest, error) {
 	want := &opsv1.ContainerRestart{
 		Name: c.name, ExpectedContainerId: c.pinned.ContainerID, GracePeriodSeconds: c.strategy.grace,
+	}
+	if p.pod != nil && apiequality.Semantic.DeepEqual(c.strategy.grace, p.pod.Spec.TerminationGracePeriodSeconds) {
+		want.GracePeriodSeconds = nil // the pod's own, filled in at admission: the node knows it, and takes longer ones than a request may ask for
 	}
 	want.HoldProbes = HoldProbes(c.spec, c.carried)
 	if c.strategy.startFirst {

@@ -346,13 +346,16 @@ func (p *pass) accept(ctx context.Context) error {
 	return nil
 }
 
-// hold puts the finalizer back on an accepted request that OpenKruise had meanwhile.
+// hold puts the finalizers back on an accepted request that OpenKruise had meanwhile, or that a manifest without them was put in
+// the place of.
 func (p *pass) hold(ctx context.Context) error {
-	if slices.Contains(p.crr.Finalizers, OperationFinalizer) {
-		return nil
-	}
 	before := p.crr.DeepCopy()
-	p.crr.Finalizers = append(p.crr.Finalizers, OperationFinalizer)
+	if !slices.Contains(p.crr.Finalizers, OperationFinalizer) {
+		p.crr.Finalizers = append(p.crr.Finalizers, OperationFinalizer)
+	}
+	if !unreadySince(p.crr).IsZero() && !slices.Contains(p.crr.Finalizers, appsv1alpha1.UnreadyAcquiredFinalizer) {
+		p.crr.Finalizers = append(p.crr.Finalizers, appsv1alpha1.UnreadyAcquiredFinalizer)
+	}
 	return p.patch(ctx, before)
 }
 
@@ -714,6 +717,7 @@ func (p *pass) patch(ctx context.Context, before *appsv1alpha1.ContainerRecreate
 func (p *pass) writeStatus(ctx context.Context, next *appsv1alpha1.ContainerRecreateRequestStatus) error {
 	next.ObservedGeneration = p.crr.Generation
 	tellReady(next)
+	p.tellInFields(next)
 	if apiequality.Semantic.DeepEqual(&p.crr.Status, next) {
 		return nil
 	}

@@ -11,7 +11,7 @@ import (
 )
 
 // Aside is a server whose webhooks for OpenKruise's kinds let everything through while there says that OpenKruise, with webhooks of its
-// own, is in the cluster: what it takes is not ours to refuse or to label.
+// own, is in the cluster: what it takes is not ours to refuse or to fill in.
 func Aside(server mux, there func() bool) mux { return aside{server, there} }
 
 type aside struct {

@@ -7,9 +7,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 
 	"github.com/sirupsen/logrus"
+	admissionv1 "k8s.io/api/admission/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
@@ -25,8 +27,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/rollout"
 )
 
-// Paths that the webhooks are served at, as the webhook configurations in deploy name them. Image jobs come as v1beta1, whatever version they
-// were sent as: the API server converts them.
+// Paths that the webhooks are served at, as the webhook configurations in deploy name them. Image jobs come as v1beta1 and requests as
+// v1alpha1, whatever version they were sent as: the API server converts them.
 const (
 	PathDefaultRecreate  = "/default-containerrecreaterequest"
 	PathValidateRecreate = "/validate-containerrecreaterequest"
@@ -45,7 +47,7 @@ type mux interface {
 func Register(server mux, scheme *runtime.Scheme, from client.Reader, log logrus.FieldLogger) {
 	w := &webhooks{from: from, log: log}
 	for path, handler := range map[string]admission.Handler{
-		PathDefaultRecreate:  w.label(scheme),
+		PathDefaultRecreate:  w.fill(scheme),
 		PathValidateRecreate: admission.WithValidator(scheme, w.recreate()).Handler,
 		PathValidateJob:      admission.WithValidator(scheme, w.job()).Handler,
 		PathValidateList:     admission.WithValidator(scheme, w.list()).Handler,
@@ -74,30 +76,103 @@ func (w *webhooks) guard(path string, h admission.Handler) admission.Handler {
 	})
 }
 
-// label labels new requests. It is best effort: the reconciler sets the labels anyway, and what cannot be read here is refused by the schema,
-// with a better text. The patch is of labels only: a whole object of our types would bring fields along that the user has not set.
-func (w *webhooks) label(scheme *runtime.Scheme) admission.Handler {
+// fill fills new requests in, and puts back what a change has taken away of that. It is best effort: the reconciler does without, and what
+// cannot be read here is refused by the schema, with a better text. Only what the user has set although it is read-only is refused. The
+// patch is of what is filled in only: a whole object of our types would bring fields along that the user has not set.
+func (w *webhooks) fill(scheme *runtime.Scheme) admission.Handler {
 	decoder := admission.NewDecoder(scheme)
 	return admission.HandlerFunc(func(ctx context.Context, req admission.Request) admission.Response {
 		var crr appsv1alpha1.ContainerRecreateRequest
 		if err := decoder.Decode(req, &crr); err != nil {
 			return admission.Allowed("")
 		}
-		if err := controller.LabelRecreate(ctx, w.from, &crr); err != nil {
-			w.log.WithError(err).WithField("request", req.Namespace+"/"+req.Name).Warn("labelling a new request")
-			return admission.Allowed("")
+		sent := crr.DeepCopy()
+		err := w.fillOne(ctx, decoder, req, &crr)
+		var why *controller.SpecError
+		if errors.As(err, &why) {
+			return admission.Errored(http.StatusBadRequest, why)
 		}
-		var sent unstructured.Unstructured
-		if err := sent.UnmarshalJSON(req.Object.Raw); err != nil {
-			return admission.Allowed("")
-		}
-		sent.SetLabels(crr.Labels)
-		labelled, err := sent.MarshalJSON()
 		if err != nil {
+			w.log.WithError(err).WithField("request", req.Namespace+"/"+req.Name).Warn("filling in a request")
+		}
+		filled, err := withFilled(req.Object.Raw, sent, &crr)
+		if err != nil {
+			w.log.WithError(err).WithField("request", req.Namespace+"/"+req.Name).Warn("filling in a request")
 			return admission.Allowed("")
 		}
-		return admission.PatchResponseFromRaw(req.Object.Raw, labelled)
+		return admission.PatchResponseFromRaw(req.Object.Raw, filled)
 	})
+}
+
+func (w *webhooks) fillOne(ctx context.Context, decoder admission.Decoder, req admission.Request, crr *appsv1alpha1.ContainerRecreateRequest) error {
+	if req.Operation != admissionv1.Update {
+		return controller.FillRecreate(ctx, w.from, crr)
+	}
+	var before appsv1alpha1.ContainerRecreateRequest
+	if err := decoder.DecodeRaw(req.OldObject, &before); err != nil {
+		return err
+	}
+	return controller.RefillRecreate(ctx, w.from, &before, crr)
+}
+
+// withFilled is the object as it was sent with what has been filled in since: labels, annotations, and fields of the spec.
+func withFilled(raw []byte, sent, filled *appsv1alpha1.ContainerRecreateRequest) ([]byte, error) {
+	var object unstructured.Unstructured
+	if err := object.UnmarshalJSON(raw); err != nil {
+		return nil, err
+	}
+	if !maps.Equal(sent.Labels, filled.Labels) {
+		object.SetLabels(filled.Labels)
+	}
+	if !maps.Equal(sent.Annotations, filled.Annotations) {
+		object.SetAnnotations(filled.Annotations)
+	}
+	all, err := runtime.DefaultUnstructuredConverter.ToUnstructured(filled)
+	if err != nil {
+		return nil, err
+	}
+	grace := []string{"spec", "strategy", "terminationGracePeriodSeconds"}
+	if err := add(object.Object, all, grace...); err != nil {
+		return nil, err
+	}
+	containers, _, err := unstructured.NestedSlice(object.Object, "spec", "containers")
+	if err != nil {
+		return nil, err
+	}
+	with, _, err := unstructured.NestedSlice(all, "spec", "containers")
+	if err != nil {
+		return nil, err
+	}
+	for i := range min(len(containers), len(with)) {
+		to, isMap := containers[i].(map[string]any)
+		from, isMapToo := with[i].(map[string]any)
+		if !isMap || !isMapToo {
+			continue
+		}
+		for _, field := range []string{"statusContext", "preStop", "ports"} {
+			if err := add(to, from, field); err != nil {
+				return nil, err
+			}
+		}
+	}
+	if len(containers) > 0 {
+		if err := unstructured.SetNestedSlice(object.Object, containers, "spec", "containers"); err != nil {
+			return nil, err
+		}
+	}
+	return object.MarshalJSON()
+}
+
+// add copies one field that is not there.
+func add(to, from map[string]any, path ...string) error {
+	if _, there, err := unstructured.NestedFieldNoCopy(to, path...); there || err != nil {
+		return err
+	}
+	value, there, err := unstructured.NestedFieldCopy(from, path...)
+	if !there || err != nil {
+		return err
+	}
+	return unstructured.SetNestedField(to, value, path...)
 }
 
 func (w *webhooks) recreate() admission.Validator[*appsv1alpha1.ContainerRecreateRequest] {

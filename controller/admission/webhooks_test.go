@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -259,7 +260,7 @@ func TestWebhooks(t *testing.T) {
 		{name: "its completion", path: PathValidateRecreate, before: accepted, manifest: strings.Replace(accepted, `, crr.apps.kruise.io/active: "true"`, "", 1)},
 		{name: "another pod UID", path: PathValidateRecreate, before: accepted, manifest: strings.Replace(accepted, "pod-uid: web-0-uid", "pod-uid: other", 1), wrong: "label crr.apps.kruise.io/pod-uid is immutable", code: 403},
 		{name: "no node name", path: PathValidateRecreate, before: accepted, manifest: strings.Replace(accepted, "crr.apps.kruise.io/node-name: n1, ", "", 1), wrong: `label crr.apps.kruise.io/node-name is immutable: it says which pod the request was accepted for; keep its value "n1"`, code: 403},
-		{name: "replaced by the manifest", path: PathValidateRecreate, before: accepted, manifest: request("podName: web-0, containers: [{name: app}]"), wrong: "kubectl apply does, kubectl replace does not", code: 403},
+		{name: "replaced by the manifest", path: PathValidateRecreate, before: accepted, manifest: request("podName: web-0, containers: [{name: app}]"), wrong: "keep its value \"web-0-uid\", or create another request", code: 403},
 		{name: "what it was accepted for", path: PathValidateRecreate, before: accepted, manifest: strings.Replace(accepted, `"nodeName":"n1"`, `"nodeName":"n2"`, 1), wrong: "annotation cri-proxy.io/accepted is immutable", code: 403},
 		{name: "parallel afterwards", path: PathValidateRecreate, before: accepted, manifest: strings.Replace(accepted, "order: StartFirst", "order: StartFirst\n    cri-proxy.io/parallel-recreate: \"true\"", 1), wrong: "annotation cri-proxy.io/parallel-recreate is immutable: it was read when the request was accepted", code: 403},
 		{name: "another order", path: PathValidateRecreate, before: accepted, manifest: strings.Replace(accepted, "order: StartFirst", "order: StopFirst", 1), wrong: "annotation cri-proxy.io/restart-order is immutable: it was read when the request was accepted; leave it as it was, or create another ContainerRecreateRequest", code: 403},
@@ -360,46 +361,180 @@ func TestWebhooks(t *testing.T) {
 	}
 }
 
-func TestLabels(t *testing.T) {
+// labels are those of an active request for pod web-0.
+const labels = `{"crr.apps.kruise.io/active":"true","crr.apps.kruise.io/node-name":"n1","crr.apps.kruise.io/pod-uid":"web-0-uid"}`
+
+// filledPod has all that requests have a copy of.
+const filledPod = `
+apiVersion: v1
+kind: Pod
+metadata: {namespace: ns, name: full, uid: full-uid}
+spec:
+  nodeName: n1
+  terminationGracePeriodSeconds: 45
+  containers:
+  - {name: web, ports: [{name: bye, containerPort: 8080, protocol: TCP}], lifecycle: {preStop: {httpGet: {path: /bye, port: bye, scheme: HTTP}}}}
+  - {name: exec, ports: [{containerPort: 81}], lifecycle: {preStop: {exec: {command: [bye]}}}}
+  - {name: sleeper, lifecycle: {preStop: {sleep: {seconds: 3}}}}
+  - {name: plain}
+status:
+  phase: Running
+  containerStatuses:
+  - {name: web, containerID: "containerd://w", restartCount: 3}
+  - {name: exec, containerID: "containerd://e"}
+  - {name: sleeper, containerID: "containerd://s"}
+  - {name: plain, containerID: "containerd://p"}
+`
+
+// TestFill: what create returns has what the webhook of OpenKruise fills in. The patch is of that only: each value goes where there was
+// none.
+func TestFill(t *testing.T) {
 	tests := []struct {
 		name, manifest string
-		want           map[string]string
+		want           map[string]string // by path; "" is any
 	}{
-		{"a pod on a node", crr + meta + "spec: {podName: web-0, containers: [{name: app}]}", map[string]string{"crr.apps.kruise.io/pod-uid": "web-0-uid", "crr.apps.kruise.io/node-name": "n1", "crr.apps.kruise.io/active": "true"}},
-		{"a copied manifest", strings.Replace(accepted, "pod-uid: web-0-uid", "pod-uid: other", 1), map[string]string{"crr.apps.kruise.io/pod-uid": "web-0-uid", "crr.apps.kruise.io/node-name": "n1", "crr.apps.kruise.io/active": "true"}},
+		{"a pod on a node", crr + meta + "spec: {podName: web-0, containers: [{name: app}, {name: mesh}]}", map[string]string{
+			"/metadata/labels":                 labels,
+			"/spec/containers/0/statusContext": `{"containerID":"containerd://a","restartCount":0}`,
+			"/spec/containers/1/statusContext": `{"containerID":"containerd://m","restartCount":0}`,
+		}},
+		{"a copied manifest", strings.Replace(accepted, "pod-uid: web-0-uid", "pod-uid: other", 1), map[string]string{
+			"/metadata/labels/crr.apps.kruise.io~1pod-uid": `"web-0-uid"`,
+			"/spec/containers/0/statusContext":             `{"containerID":"containerd://a","restartCount":0}`,
+		}},
+		{"hooks, ports and grace", crr + meta + "spec: {podName: full, containers: [{name: web}, {name: exec, strategy: {}}, {name: sleeper}, {name: plain}]}", map[string]string{
+			"/metadata/labels":                 strings.Replace(labels, "web-0", "full", 1),
+			"/spec/containers/0/statusContext": `{"containerID":"containerd://w","restartCount":3}`,
+			"/spec/containers/0/preStop":       `{"httpGet":{"path":"/bye","port":"bye","scheme":"HTTP"}}`,
+			"/spec/containers/0/ports":         `[{"containerPort":8080,"name":"bye","protocol":"TCP"}]`,
+			"/spec/containers/1/statusContext": `{"containerID":"containerd://e","restartCount":0}`,
+			"/spec/containers/1/preStop":       `{"exec":{"command":["bye"]}}`,
+			"/spec/containers/2/statusContext": `{"containerID":"containerd://s","restartCount":0}`,
+			"/spec/containers/3/statusContext": `{"containerID":"containerd://p","restartCount":0}`,
+			"/spec/strategy":                   `{"terminationGracePeriodSeconds":45}`,
+		}},
+		{"a grace and a strategy of the user's own", crr + meta + "spec: {podName: full, containers: [{name: plain}], strategy: {failurePolicy: Fail, terminationGracePeriodSeconds: 0}}", map[string]string{
+			"/metadata/labels":                 strings.Replace(labels, "web-0", "full", 1),
+			"/spec/containers/0/statusContext": `{"containerID":"containerd://p","restartCount":0}`,
+		}},
+		{"the strategy that the schema gives", crr + meta + "spec: {podName: full, containers: [{name: plain}], strategy: {failurePolicy: Fail}}", map[string]string{
+			"/metadata/labels":                             strings.Replace(labels, "web-0", "full", 1),
+			"/spec/containers/0/statusContext":             `{"containerID":"containerd://p","restartCount":0}`,
+			"/spec/strategy/terminationGracePeriodSeconds": "45",
+		}},
+		{"a container that is not there", crr + meta + "spec: {podName: web-0, containers: [{name: app}, {name: ap}]}", map[string]string{
+			"/metadata/labels":                 labels,
+			"/spec/containers/0/statusContext": `{"containerID":"containerd://a","restartCount":0}`,
+		}},
 		{"a pod on no node", crr + meta + "spec: {podName: waiting, containers: [{name: app}]}", nil},
 		{"no pod", crr + meta + "spec: {podName: none, containers: [{name: app}]}", nil},
 		{"what the schema refuses", crr + meta + "spec: {podName: 5, containers: x}", nil},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			resp := serve(t, reader(t)).ask(t, PathDefaultRecreate, "", tt.manifest)
+			resp := serve(t, reader(t, filledPod)).ask(t, PathDefaultRecreate, "", tt.manifest)
 			if !resp.Allowed || len(resp.Warnings) > 0 {
 				t.Fatalf("%+v", resp)
 			}
-			got := map[string]string{}
-			for k, v := range object2(t, tt.manifest).GetLabels() {
-				got[k] = v
+			wantPatches(t, resp, tt.want)
+		})
+	}
+}
+
+// wantPatches compares what is added or replaced, by its path.
+func wantPatches(t *testing.T, resp admission.Response, want map[string]string) {
+	t.Helper()
+	got := map[string]string{}
+	for _, p := range resp.Patches {
+		if p.Operation == "remove" {
+			t.Errorf("patch %s", p.Json())
+		}
+		value, err := json.Marshal(p.Value)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got[p.Path] = string(value)
+	}
+	if !maps.Equal(got, want) {
+		t.Errorf("patches\n%v\nwant\n%v", got, want)
+	}
+}
+
+// TestReadOnly: what is filled in is not the user's to set.
+func TestReadOnly(t *testing.T) {
+	for name, field := range map[string]string{
+		"statusContext": `statusContext: {containerID: "containerd://a", restartCount: 0}`, "preStop": "preStop: {exec: {command: [a]}}", "ports": "ports: [{containerPort: 80}]",
+	} {
+		t.Run(name, func(t *testing.T) {
+			resp := serve(t, reader(t)).ask(t, PathDefaultRecreate, "", crr+meta+"spec: {podName: web-0, containers: [{name: app, "+field+"}]}")
+			if resp.Allowed || resp.Result.Code != http.StatusBadRequest || resp.Result.Message != "preStop, ports and statusContext are read-only: they are taken from the pod, leave them out" {
+				t.Errorf("%+v", resp)
 			}
-			for _, p := range resp.Patches {
-				switch key, ok := strings.CutPrefix(p.Path, "/metadata/labels"); {
-				case !ok:
-					t.Errorf("patches %s", p.Json())
-				case key == "":
-					for k, v := range p.Value.(map[string]any) {
-						got[k] = v.(string)
-					}
-				default:
-					got[strings.ReplaceAll(key[1:], "~1", "/")] = p.Value.(string)
-				}
+		})
+	}
+}
+
+// TestRefill: a manifest that is put in the place of a request has nothing of what was filled in, and changes nothing.
+func TestRefill(t *testing.T) {
+	const manifest = crr + meta + "spec: {podName: full, containers: [{name: web}], strategy: {failurePolicy: Fail}}"
+	const before = crr + `
+metadata:
+  namespace: ns
+  name: x
+  uid: x-uid
+  labels: {crr.apps.kruise.io/pod-uid: full-uid, crr.apps.kruise.io/node-name: n1, crr.apps.kruise.io/active: "true", mine: x}
+  annotations:
+    crr.apps.kruise.io/unready-acquired: "2026-01-01T00:00:00Z"
+    cri-proxy.io/accepted: '{"request":"x-uid","podUID":"full-uid","nodeName":"n1"}'
+    mine: x
+spec:
+  podName: full
+  containers:
+  - {name: web, statusContext: {containerID: "containerd://w", restartCount: 3}, preStop: {httpGet: {path: /bye, port: bye}}, ports: [{containerPort: 8080}]}
+  strategy: {failurePolicy: Fail, terminationGracePeriodSeconds: 45}
+`
+	containers := map[string]string{
+		"/spec/containers/0/statusContext": `{"containerID":"containerd://w","restartCount":3}`,
+		"/spec/containers/0/preStop":       `{"httpGet":{"path":"/bye","port":"bye"}}`,
+		"/spec/containers/0/ports":         `[{"containerPort":8080}]`,
+	}
+	with := func(more map[string]string) map[string]string {
+		all := maps.Clone(containers)
+		maps.Copy(all, more)
+		return all
+	}
+	annotations := `{"cri-proxy.io/accepted":"{\"request\":\"x-uid\",\"podUID\":\"full-uid\",\"nodeName\":\"n1\"}","crr.apps.kruise.io/unready-acquired":"2026-01-01T00:00:00Z"}`
+	filled := strings.Replace(labels, "web-0", "full", 1)
+	grace := map[string]string{"/spec/strategy/terminationGracePeriodSeconds": "45", "/metadata/labels": filled, "/metadata/annotations": annotations}
+	tests := []struct {
+		name, before, manifest string
+		want                   map[string]string
+	}{
+		{"the same manifest", before, manifest, with(grace)},
+		{"the object as it is", before, before, nil},
+		{"a note on it", before, strings.Replace(before, "mine: x", "mine: y", 2), nil},
+		{"a completed one", before + "status: {completionTime: \"2026-01-01T00:00:00Z\"}\n", manifest, with(map[string]string{
+			"/spec/strategy/terminationGracePeriodSeconds": "45", "/metadata/annotations": annotations,
+			"/metadata/labels": `{"crr.apps.kruise.io/node-name":"n1","crr.apps.kruise.io/pod-uid":"full-uid"}`,
+		})},
+		{"a grace of the user's own taken away", strings.Replace(before, "Seconds: 45", "Seconds: 44", 1), manifest, with(map[string]string{
+			"/metadata/labels": filled, "/metadata/annotations": annotations,
+		})},
+		{"a grace of the pod before this one", strings.ReplaceAll(strings.Replace(before, "Seconds: 45", "Seconds: 44", 1), "full-uid", "other-uid"), manifest, with(map[string]string{
+			"/spec/strategy/terminationGracePeriodSeconds": "44",
+			"/metadata/labels": strings.Replace(filled, "full-uid", "other-uid", 1), "/metadata/annotations": strings.Replace(annotations, "full-uid", "other-uid", 1),
+		})},
+		{"another container", before, strings.Replace(manifest, "name: web", "name: plain", 1), grace},
+		{"other values", before, strings.NewReplacer("pod-uid: full-uid", "pod-uid: y", "containerd://w", "containerd://y", "Seconds: 45", "Seconds: 1").Replace(before), nil},
+		{"one made without webhooks", manifest, manifest, nil},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			resp := serve(t, reader(t, filledPod)).ask(t, PathDefaultRecreate, tt.before, tt.manifest)
+			if !resp.Allowed || len(resp.Warnings) > 0 {
+				t.Fatalf("%+v", resp)
 			}
-			if want, _ := json.Marshal(tt.want); tt.want != nil {
-				if is, _ := json.Marshal(got); string(is) != string(want) {
-					t.Errorf("labels %s, want %s", is, want)
-				}
-			} else if len(resp.Patches) > 0 {
-				t.Errorf("patches %v", resp.Patches)
-			}
+			wantPatches(t, resp, tt.want)
 		})
 	}
 }

@@ -157,14 +157,40 @@ func testWebhooks(t *testing.T) {
 			kubectl(t, "apply", "--server-side", "--force-conflicts", "-f", file)
 		}
 	})
-	t.Run("what create returns is labelled", func(t *testing.T) {
+	t.Run("what create returns is filled in", func(t *testing.T) {
 		r := request("pod-namespace", "labelled")
 		must(t, api.Create(t.Context(), r))
 		var p corev1.Pod
 		must(t, api.Get(t.Context(), client.ObjectKey{Namespace: "pod-namespace", Name: "my-pod"}, &p))
-		if l := r.Labels; l[appsv1alpha1.PodUIDLabel] != string(p.UID) || l[appsv1alpha1.NodeNameLabel] != p.Spec.NodeName || l[appsv1alpha1.ActiveLabel] != "true" {
-			t.Errorf("labels %v of a request for pod %s on %s", l, p.UID, p.Spec.NodeName)
+		filled := func(r *appsv1alpha1.ContainerRecreateRequest) {
+			t.Helper()
+			if l := r.Labels; l[appsv1alpha1.PodUIDLabel] != string(p.UID) || l[appsv1alpha1.NodeNameLabel] != p.Spec.NodeName {
+				t.Errorf("labels %v of a request for pod %s on %s", l, p.UID, p.Spec.NodeName)
+			}
+			if c := r.Spec.Containers[0].StatusContext; c == nil || !strings.HasPrefix(c.ContainerID, "containerd://") {
+				t.Errorf("statusContext %+v", c)
+			}
+			if g := r.Spec.Strategy.TerminationGracePeriodSeconds; g == nil || *g != *p.Spec.TerminationGracePeriodSeconds {
+				t.Errorf("grace %v", g)
+			}
 		}
+		filled(r)
+		if r.Labels[appsv1alpha1.ActiveLabel] != "true" {
+			t.Errorf("labels %v", r.Labels)
+		}
+		// The manifest in its place, as by kubectl replace, changes nothing.
+		eventually(t, "it is put in its place", func() (string, bool) {
+			now, again := request("pod-namespace", "labelled"), request("pod-namespace", "labelled")
+			must(t, api.Get(t.Context(), client.ObjectKeyFromObject(now), now))
+			again.ResourceVersion = now.ResourceVersion
+			err := api.Update(t.Context(), again)
+			if err != nil && !apierrors.IsConflict(err) {
+				t.Fatal(err)
+			}
+			r = again
+			return fmt.Sprint(err), err == nil
+		})
+		filled(r)
 	})
 	t.Run("labels of an accepted request", func(t *testing.T) {
 		eventually(t, "the request is accepted", func() (string, bool) {

@@ -6,6 +6,7 @@ package v1alpha1_test
 import (
 	"context"
 	"os"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -169,9 +170,8 @@ func TestCreate(t *testing.T) {
 		{"unknown failurePolicy", head + `spec: {podName: p, containers: [{name: app}], strategy: {failurePolicy: Maybe}}`, `supported values: "Fail", "Ignore"`},
 		{"unknown failurePolicy of a container", head + `spec: {podName: p, containers: [{name: app, strategy: {failurePolicy: Maybe}}]}`, `supported values: "Fail", "Ignore"`},
 		{"unknown field", head + `spec: {podName: p, containers: [{name: app, strategi: {}}]}`, "unknown field spec.containers[0].strategi"},
-		{"preStop given", head + `spec: {podName: p, containers: [{name: app, preStop: {exec: {command: [a]}}}]}`, "read-only"},
-		{"ports given", head + `spec: {podName: p, containers: [{name: app, ports: [{containerPort: 80}]}]}`, "read-only"},
-		{"statusContext given", head + `spec: {podName: p, containers: [{name: app, statusContext: {containerID: a, restartCount: 0}}]}`, "read-only"},
+		// The schema is asked after the webhook, which refuses what the user gives.
+		{"filled in at admission", head + `spec: {podName: p, containers: [{name: app, preStop: {httpGet: {port: web}}, ports: [{name: web, containerPort: 80}], statusContext: {containerID: a, restartCount: 0}}], strategy: {terminationGracePeriodSeconds: 30}}`, ""},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -213,6 +213,10 @@ func TestUpdate(t *testing.T) {
 		return map[string]any{"containerID": id, "restartCount": int64(1)}
 	}
 	pinned := func(o map[string]any) { container(o)["statusContext"] = context("containerd://a") }
+	hooked := func(o map[string]any) {
+		container(o)["preStop"] = map[string]any{"httpGet": map[string]any{"port": "web"}}
+		container(o)["ports"] = []any{map[string]any{"name": "web", "containerPort": int64(80), "protocol": "TCP"}}
+	}
 	tests := []struct {
 		name   string
 		before func(map[string]any)
@@ -242,7 +246,22 @@ func TestUpdate(t *testing.T) {
 		{"deadline", nil, func(o map[string]any) { spec(o)["activeDeadlineSeconds"] = int64(10) }, "activeDeadlineSeconds cannot be changed"},
 		{"deadline taken away", nil, func(o map[string]any) { delete(spec(o), "activeDeadlineSeconds") }, "activeDeadlineSeconds cannot be changed"},
 		{"time to live", nil, func(o map[string]any) { spec(o)["ttlSecondsAfterFinished"] = int64(10) }, "ttlSecondsAfterFinished cannot be changed"},
-		{"preStop added", nil, func(o map[string]any) { container(o)["preStop"] = map[string]any{} }, "read-only"},
+		{"preStop added", nil, func(o map[string]any) { container(o)["preStop"] = map[string]any{} }, "preStop is read-only"},
+		{"ports added", nil, func(o map[string]any) { container(o)["ports"] = []any{} }, "ports is read-only"},
+		{"a filled-in hook left alone", hooked, func(map[string]any) {}, ""},
+		{"the manifest without the hook again", hooked, func(o map[string]any) {
+			delete(container(o), "preStop")
+			delete(container(o), "ports")
+		}, ""},
+		{"another hook", hooked, func(o map[string]any) {
+			container(o)["preStop"] = map[string]any{"exec": map[string]any{"command": []any{"a"}}}
+		}, "preStop is read-only"},
+		{"other ports", hooked, func(o map[string]any) {
+			container(o)["ports"] = []any{map[string]any{"containerPort": int64(81)}}
+		}, "ports is read-only"},
+		{"grace taken away", nil, func(o map[string]any) {
+			delete(spec(o)["strategy"].(map[string]any), "terminationGracePeriodSeconds")
+		}, "strategy cannot be changed"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -264,31 +283,38 @@ func TestUpdate(t *testing.T) {
 	}
 }
 
-func TestNamesAndColumns(t *testing.T) {
-	text, err := os.ReadFile("../../../deploy/crds/apps.kruise.io_containerrecreaterequests.yaml")
-	if err != nil {
-		t.Fatal(err)
+// TestRequestVersions: both versions are served with one schema and no conversion. It is v1alpha1 that is stored, which every
+// OpenKruise can read.
+func TestRequestVersions(t *testing.T) {
+	definition := readCRD(t, "containerrecreaterequests")
+	if c := definition.Spec.Conversion; c != nil && c.Strategy != apiextensionsv1.NoneConverter {
+		t.Errorf("conversion %v", c)
 	}
-	var crd apiextensionsv1.CustomResourceDefinition
-	if err := yaml.UnmarshalStrict(text, &crd); err != nil {
-		t.Fatal(err)
-	}
-	if got := strings.Join(crd.Spec.Names.ShortNames, ","); got != "crr" {
+	if got := strings.Join(definition.Spec.Names.ShortNames, ","); got != "crr" {
 		t.Errorf("short names %q, want crr", got)
-	}
-	version := crd.Spec.Versions[0]
-	if version.Subresources == nil || version.Subresources.Status == nil {
-		t.Error("no status subresource")
 	}
 	want := []string{
 		"PHASE .status.phase", "POD .spec.podName",
 		`NODE .metadata.labels.crr\.apps\.kruise\.io/node-name`, "AGE .metadata.creationTimestamp",
 	}
-	var got []string
-	for _, column := range version.AdditionalPrinterColumns {
-		got = append(got, column.Name+" "+column.JSONPath)
+	var versions []string
+	for _, v := range definition.Spec.Versions {
+		versions = append(versions, v.Name)
+		if !v.Served || v.Storage != (v.Name == "v1alpha1") || v.Subresources == nil || v.Subresources.Status == nil {
+			t.Errorf("version %s: served %v, storage %v, subresources %v", v.Name, v.Served, v.Storage, v.Subresources)
+		}
+		if !reflect.DeepEqual(v.Schema, definition.Spec.Versions[0].Schema) {
+			t.Errorf("version %s has another schema", v.Name)
+		}
+		var got []string
+		for _, column := range v.AdditionalPrinterColumns {
+			got = append(got, column.Name+" "+column.JSONPath)
+		}
+		if strings.Join(got, "\n") != strings.Join(want, "\n") {
+			t.Errorf("columns of %s\n%q\nwant\n%q", v.Name, got, want)
+		}
 	}
-	if strings.Join(got, "\n") != strings.Join(want, "\n") {
-		t.Errorf("columns\n%q\nwant\n%q", got, want)
+	if strings.Join(versions, " ") != "v1alpha1 v1beta1" {
+		t.Errorf("versions %v", versions)
 	}
 }

@@ -2,8 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package v1beta1 holds the Go types of the API group apps.kruise.io/v1beta1 that
-// cri-controller serves and stores: ImagePullJob and ImageListPullJob, field by
-// field those of OpenKruise. The same schema is served as v1alpha1.
+// cri-controller serves: ContainerRecreateRequest, ImagePullJob and
+// ImageListPullJob, field by field those of OpenKruise. The same schema is served
+// as v1alpha1; docs/adr/0002-versions-of-requests.md says why.
 //
 // +kubebuilder:object:generate=true
 // +groupName=apps.kruise.io

@@ -15,6 +15,7 @@ var GroupVersion = schema.GroupVersion{Group: "apps.kruise.io", Version: "v1beta
 // AddToScheme registers the types of this package. It never fails.
 func AddToScheme(s *runtime.Scheme) error {
 	s.AddKnownTypes(GroupVersion,
+		&ContainerRecreateRequest{}, &ContainerRecreateRequestList{},
 		&ImagePullJob{}, &ImagePullJobList{}, &ImageListPullJob{}, &ImageListPullJobList{})
 	metav1.AddToGroupVersion(s, GroupVersion)
 	return nil

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package v1alpha1
+package v1beta1
 
 import (
 	corev1 "k8s.io/api/core/v1"
@@ -20,10 +20,11 @@ const (
 
 	// SyncContainerStatusesAnnotation holds a JSON list of
 	// ContainerRecreateRequestSyncContainerStatus: what the pod status says of
-	// the new containers.
+	// the new containers. It is v1alpha1's form of status.containerStatusSnapshot.
 	SyncContainerStatusesAnnotation = "crr.apps.kruise.io/sync-container-statuses"
 	// UnreadyAcquiredAnnotation is the RFC 3339 time at which the pod was taken
 	// out of service for this request; unreadyGracePeriodSeconds counts from it.
+	// It is v1alpha1's form of the condition PreRecreateGraceCondition.
 	UnreadyAcquiredAnnotation = "crr.apps.kruise.io/unready-acquired"
 	// UnreadyAcquiredFinalizer is held while this request keeps its pod unready.
 	UnreadyAcquiredFinalizer = "crr.apps.kruise.io/unready-acquired"
@@ -32,6 +33,10 @@ const (
 	// many writers through which a request takes its pod out of service.
 	KruisePodReadyConditionType corev1.PodConditionType = "KruisePodReady"
 )
+
+// PreRecreateGraceCondition is the condition that is True once the pod has been taken out of service for this request, since
+// its lastTransitionTime; its reason is the same word. It is v1beta1's form of UnreadyAcquiredAnnotation.
+const PreRecreateGraceCondition = "PreRecreateGrace"
 
 // RestartOrderAnnotation on a ContainerRecreateRequest says which goes first, the new container or the end of the
 // old one: RestartOrderStopFirst, as without the annotation, or RestartOrderStartFirst. A request with any other
@@ -144,8 +149,8 @@ type ContainerRecreateRequestSpec struct {
 
 // ContainerRecreateRequestContainer is one container to recreate.
 //
-// +kubebuilder:validation:XValidation:rule="oldSelf.hasValue() || !(has(self.preStop) || has(self.ports) || has(self.statusContext))",optionalOldSelf=true,message="preStop, ports and statusContext are read-only: they are taken from the pod, leave them out"
-// +kubebuilder:validation:XValidation:rule="has(self.preStop) == has(oldSelf.preStop) && has(self.ports) == has(oldSelf.ports)",message="preStop and ports are read-only: they are taken from the pod, leave them out"
+// +kubebuilder:validation:XValidation:rule="!has(self.preStop) || has(oldSelf.preStop) && self.preStop == oldSelf.preStop",message="preStop is read-only: it is taken from the pod, leave it out"
+// +kubebuilder:validation:XValidation:rule="!has(self.ports) || has(oldSelf.ports) && self.ports == oldSelf.ports",message="ports is read-only: they are taken from the pod, leave them out"
 // +kubebuilder:validation:XValidation:rule="!has(self.statusContext) || !has(oldSelf.statusContext) || self.statusContext == oldSelf.statusContext",message="statusContext is immutable once it is set"
 // +kubebuilder:validation:XValidation:rule="has(self.strategy) == has(oldSelf.strategy) && (!has(self.strategy) || self.strategy == oldSelf.strategy)",message="spec is immutable: the strategy of a container cannot be changed; create another ContainerRecreateRequest instead"
 type ContainerRecreateRequestContainer struct {
@@ -162,21 +167,22 @@ type ContainerRecreateRequestContainer struct {
 	// +optional
 	Strategy *ContainerRecreateRequestContainerStrategy `json:"strategy,omitempty"`
 
-	// preStop is read-only and only kept for compatibility: the hook that runs
-	// is the one in the pod's spec.
+	// preStop is read-only: a copy, made at admission, of the hook in the pod's
+	// spec, which is the one that runs. A sleep hook has no place in it.
 	//
 	// +optional
 	PreStop *ProbeHandler `json:"preStop,omitempty"`
 
-	// ports is read-only and only kept for compatibility: named ports are
-	// looked up in the pod's spec.
+	// ports is read-only: a copy, made at admission, of the container's ports
+	// in the pod's spec, where an httpGet hook looks its port up.
 	//
 	// +listType=atomic
 	// +optional
 	Ports []corev1.ContainerPort `json:"ports,omitempty"`
 
 	// statusContext is read-only: the identity of the container when the
-	// request was accepted. Set by the controller, once.
+	// request was created, filled in at admission. Without webhooks the
+	// controller fills it in when it accepts the request.
 	//
 	// +optional
 	StatusContext *ContainerRecreateRequestContainerContext `json:"statusContext,omitempty"`
@@ -199,7 +205,7 @@ type ProbeHandler struct {
 }
 
 // ContainerRecreateRequestContainerContext identifies a container as it was when
-// the request was accepted.
+// the request was created.
 type ContainerRecreateRequestContainerContext struct {
 	// containerID is the pod status's containerID, as in containerd://<id>.
 	//
@@ -238,7 +244,8 @@ type ContainerRecreateRequestStrategy struct {
 	ForceRecreate bool `json:"forceRecreate,omitempty"`
 
 	// terminationGracePeriodSeconds bounds the preStop hook and the stop
-	// together. Unset means the pod's own; values below 2 count as 2.
+	// together; values below 2 count as 2. Unset means the pod's own, which is
+	// filled in at admission.
 	//
 	// +kubebuilder:validation:Minimum=0
 	// +optional
@@ -329,11 +336,21 @@ type ContainerRecreateRequestStatus struct {
 	// +optional
 	ContainerRecreateStates []ContainerRecreateRequestContainerRecreateState `json:"containerRecreateStates,omitempty"`
 
+	// containerStatusSnapshot is what the pod's status says of the new
+	// containers. The annotation crr.apps.kruise.io/sync-container-statuses
+	// says the same.
+	//
+	// +listType=atomic
+	// +optional
+	ContainerStatusSnapshot []ContainerRecreateRequestSyncContainerStatus `json:"containerStatusSnapshot,omitempty"`
+
 	// observedGeneration is the metadata.generation that this status is about; -1 before anybody has looked.
 	//
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
-	// conditions are Ready, Reconciling and Stalled, as kstatus reads them.
+	// conditions are Ready, Reconciling and Stalled, as kstatus reads them, and
+	// PreRecreateGrace: True since the pod was taken out of service for this
+	// request, as the annotation crr.apps.kruise.io/unready-acquired says.
 	//
 	// +listType=map
 	// +listMapKey=type
@@ -361,17 +378,26 @@ type ContainerRecreateRequestContainerRecreateState struct {
 	IsKilled bool `json:"isKilled,omitempty"`
 }
 
-// ContainerRecreateRequestSyncContainerStatus is one element of the
-// sync-container-statuses annotation.
+// ContainerRecreateRequestSyncContainerStatus is what the pod's status says of
+// one container: an element of status.containerStatusSnapshot and of the
+// annotation sync-container-statuses.
 type ContainerRecreateRequestSyncContainerStatus struct {
-	// Name of the container.
+	// name of the container.
+	//
+	// +required
 	Name string `json:"name"`
-	// Ready as in the pod status.
+	// ready as in the pod status.
+	//
+	// +required
 	Ready bool `json:"ready"`
-	// RestartCount as in the pod status.
+	// restartCount as in the pod status.
+	//
+	// +required
 	RestartCount int32 `json:"restartCount"`
-	// ContainerID as in the pod status, as in containerd://<id>.
-	ContainerID string `json:"containerID"`
+	// containerID as in the pod status, as in containerd://<id>.
+	//
+	// +optional
+	ContainerID string `json:"containerID,omitempty"`
 }
 
 // ContainerRecreateRequest recreates containers of one pod in place: the pod, its
