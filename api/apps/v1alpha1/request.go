@@ -44,6 +44,8 @@ const (
 	RestartOrderStopFirst  = v1beta1.RestartOrderStopFirst
 	RestartOrderStartFirst = v1beta1.RestartOrderStartFirst
 
+	ParallelRecreateAnnotation = v1beta1.ParallelRecreateAnnotation
+
 	ContainerRecreateRequestFailurePolicyFail   = v1beta1.ContainerRecreateRequestFailurePolicyFail
 	ContainerRecreateRequestFailurePolicyIgnore = v1beta1.ContainerRecreateRequestFailurePolicyIgnore
 
