@@ -148,3 +148,26 @@ func TestBothForms(t *testing.T) {
 		t.Errorf("the pod is out of service still: %+v", c)
 	}
 }
+
+// TestBegunByOpenKruise: what OpenKruise has written of a request that begins anew here is not taken for what happened here.
+func TestBegunByOpenKruise(t *testing.T) {
+	b := newBed(t)
+	b.create("a", spec{Containers: containers("app")})
+	crr := b.get("a")
+	crr.Status.Phase = recreating
+	crr.Status.Conditions = []metav1.Condition{{
+		Type: appsv1alpha1.PreRecreateGraceCondition, Status: metav1.ConditionTrue, Reason: appsv1alpha1.PreRecreateGraceCondition, LastTransitionTime: metav1.Now(),
+	}}
+	crr.Status.ContainerStatusSnapshot = []appsv1alpha1.ContainerRecreateRequestSyncContainerStatus{{Name: "app", Ready: true, ContainerID: "containerd://older"}}
+	if err := b.client.Status().Update(t.Context(), crr); err != nil {
+		t.Fatal(err)
+	}
+	crr = b.until("completed", retired, "a")
+	b.wantStates(crr, "app Succeeded killed")
+	if c := meta.FindStatusCondition(crr.Status.Conditions, appsv1alpha1.PreRecreateGraceCondition); c != nil {
+		t.Errorf("condition %+v", c)
+	}
+	if s := crr.Status.ContainerStatusSnapshot; len(s) != 1 || s[0].ContainerID != "containerd://new1" {
+		t.Errorf("snapshot %+v", s)
+	}
+}
