@@ -31,6 +31,7 @@ const (
 // ended that it has completed.
 const (
 	messageNoProgress = "job is running, no progress"
+	messageNoNodes    = messageNoProgress + "; no node matches"
 	messageProgress   = "job is running, progress %.1f%%"
 	messageCompleted  = "job has completed"
 	messageFailed     = "job has failed"
@@ -107,7 +108,7 @@ func (u *run) report(before *v1beta1.ImagePullJobStatus) *v1beta1.ImagePullJobSt
 			s.Message += "; " + again
 		}
 	} else {
-		s.Message = messageNoProgress + "; no node matches"
+		s.Message = messageNoNodes
 	}
 
 	byName := func(a, b *member) int { return strings.Compare(a.target.node.Name, b.target.node.Name) }
@@ -191,10 +192,8 @@ func (u *run) tellSecrets(s *v1beta1.ImagePullJobStatus) {
 func (u *run) tellRunning(s *v1beta1.ImagePullJobStatus) {
 	reason, message := completePulling, ""
 	switch {
-	case u.finished() && s.Desired == 0 && !u.wish.never:
-		reason, message = completeWaiting, fmt.Sprintf("no node matches; the job fails if none does within %s of its start", noNodesPatience)
 	case u.finished() && s.Desired == 0:
-		reason, message = completeNoNodes, "no node matches; nodes that join later get the image"
+		reason, message = withoutNodes(u.wish.never)
 	case u.finished():
 		reason, message = completeUpToDate, "no node has anything left to do; nodes that join later get the image too"
 	case u.wish.limit() == 0:
@@ -206,6 +205,14 @@ func (u *run) tellRunning(s *v1beta1.ImagePullJobStatus) {
 	}
 	setCondition(s, v1beta1.ConditionComplete, false, reason, message)
 	meta.RemoveStatusCondition(&s.Conditions, v1beta1.ConditionSucceeded)
+}
+
+// withoutNodes is the condition of a job that has not ended and that no node matches.
+func withoutNodes(never bool) (reason, message string) {
+	if never {
+		return completeNoNodes, "no node matches; nodes that join later get the image"
+	}
+	return completeWaiting, fmt.Sprintf("no node matches; the job fails if none does within %s of its start", noNodesPatience)
 }
 
 // conclude makes the status that of a job that has ended. With late, its deadline was over before that.
