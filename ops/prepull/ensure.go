@@ -12,8 +12,8 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// hurry lets a pull go past those that nobody waits for, and end when the registry says no: who waits has somebody to tell, and
-// kubelet asks again in any case.
+// hurry lets a pull go past those that nobody waits for, and past kubelet's, and end when the registry says no: who waits has somebody
+// to tell, and kubelet asks again in any case.
 func (p *Puller) hurry(uid string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -23,8 +23,7 @@ func (p *Puller) hurry(uid string) {
 	}
 	u.awaited = true
 	if !u.urgent {
-		// One that runs keeps the place it has.
-		u.urgent = u.stop == nil
+		u.urgent = true // one that runs keeps the place it has
 		p.nudge()
 	}
 }

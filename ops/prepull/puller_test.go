@@ -332,39 +332,6 @@ func TestTimes(t *testing.T) {
 	})
 }
 
-func TestGivesWay(t *testing.T) {
-	inBubble(t, Options{Parallel: 2}, func(t *testing.T, b *bubble) {
-		b.rt.takes = time.Minute
-		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
-		// kubelet asks for what is there: nobody minds.
-		done := b.KubeletPulls()
-		time.Sleep(kubeletPatience / 2)
-		done()
-		time.Sleep(time.Second)
-		b.want("a", resolving, "")
-		if b.rt.count() != 1 {
-			t.Errorf("%d pulls", b.rt.count())
-		}
-		// Two pulls of kubelet's that overlap.
-		first, second := b.KubeletPulls(), b.KubeletPulls()
-		time.Sleep(kubeletPatience + time.Millisecond)
-		b.want("a", waiting, ReasonYieldsToKubelet)
-		b.pull(&opsv1.PullRequest{Uid: "b", Image: "busybox"})
-		b.want("b", waiting, ReasonYieldsToKubelet)
-		first()
-		first()
-		time.Sleep(time.Hour)
-		b.want("a", waiting, ReasonYieldsToKubelet)
-		second()
-		if op := b.end("a"); op.GetPhase() != succeeded || op.GetAttempt() != 1 {
-			t.Errorf("%v", op)
-		}
-		if op := b.end("b"); op.GetPhase() != succeeded {
-			t.Errorf("%v", op)
-		}
-	})
-}
-
 // TestCancelWhileGivingWay cancels a pull whose attempt is just being ended for kubelet: the end must be for good.
 func TestCancelWhileGivingWay(t *testing.T) {
 	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
