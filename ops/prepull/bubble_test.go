@@ -97,6 +97,13 @@ func (b *bubble) pull(req *opsv1.PullRequest) {
 	synctest.Wait()
 }
 
+// hurry has something wait for a pull.
+func (b *bubble) hurry(uid string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.hurryLocked(b.pulls[uid])
+}
+
 func (b *bubble) get(uid string) *opsv1.PullOperation {
 	b.t.Helper()
 	op, _, err := b.watch(uid)

@@ -508,6 +508,11 @@ func (p *Puller) saveLocked(u *pull) error {
 
 // submit accepts a pull, or returns the one there is.
 func (p *Puller) submit(req *opsv1.PullRequest) (*opsv1.PullOperation, error) {
+	return p.take(req, false)
+}
+
+// take is submit. One that something waits for is urgent before anything of it begins: what it may do depends on that.
+func (p *Puller) take(req *opsv1.PullRequest, urgent bool) (*opsv1.PullOperation, error) {
 	named, err := normalize(req.GetImage())
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
@@ -524,6 +529,9 @@ func (p *Puller) submit(req *opsv1.PullRequest) (*opsv1.PullOperation, error) {
 	if known := p.pulls[req.GetUid()]; known != nil {
 		if !proto.Equal(known.req, req) {
 			return nil, status.Errorf(codes.AlreadyExists, "pull %s exists with another request; choose a new UID", req.GetUid())
+		}
+		if urgent {
+			p.hurryLocked(known)
 		}
 		if known.op.GetFinishTime() == nil && len(credentials) > 0 {
 			if !sameCredentials(known.credentials, credentials) {
@@ -552,7 +560,7 @@ func (p *Puller) submit(req *opsv1.PullRequest) (*opsv1.PullOperation, error) {
 		return nil, status.Errorf(codes.ResourceExhausted, "%d pulls are unfinished on this node, which is the most it takes; wait for some to finish", active)
 	}
 	u := &pull{
-		req: req, named: named, key: keyOf(named, req), credentials: credentials, wants: len(credentials) > 0, changed: make(chan struct{}),
+		req: req, named: named, key: keyOf(named, req), urgent: urgent, awaited: urgent, credentials: credentials, wants: len(credentials) > 0, changed: make(chan struct{}),
 		op: &opsv1.PullOperation{
 			Uid: req.GetUid(), Image: req.GetImage(), Resolved: named.String(), Owner: req.GetOwner(), Phase: opsv1.PullPhase_PULL_WAITING,
 			Reason: ReasonInQueue, CreateTime: timestamppb.Now(),
