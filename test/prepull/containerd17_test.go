@@ -29,7 +29,7 @@ func TestContainerd17(t *testing.T) {
 	if !strings.HasPrefix(strings.TrimPrefix(v.GetRuntimeVersion(), "v"), "1.7.") {
 		t.Fatalf("the node runs %v", v)
 	}
-	for _, limit := range []int64{0, 20 * mib} {
+	for _, limit := range []int64{0, 40 * mib} {
 		t.Run(fmt.Sprintf("limit of %d MiB", limit/mib), func(t *testing.T) {
 			t.Run("progress and pin", func(t *testing.T) {
 				f := newFront(t, "progress17.test")
