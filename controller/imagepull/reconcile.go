@@ -356,7 +356,7 @@ func (p *pass) complete(ctx context.Context, next *v1beta1.ImagePullJobStatus, l
 	reason := conclude(next, late, p.now)
 	if late {
 		u.mu.Lock()
-		next.FailedNodes = u.unfinished(next.FailedNodes)
+		u.tellUnfinished(next)
 		u.mu.Unlock()
 	}
 	if err := p.writeStatus(ctx, next); err != nil {

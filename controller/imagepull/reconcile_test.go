@@ -425,6 +425,15 @@ func TestDeadline(t *testing.T) {
 		if j.Status.Message != "job exceeds activeDeadlineSeconds" || strings.Join(j.Status.FailedNodes, " ") != "away slow" || condition(j, "Succeeded") != "False DeadlineExceeded" {
 			t.Errorf("status %+v", j.Status)
 		}
+		// Which nodes those are and how far they were.
+		why := meta.FindStatusCondition(j.Status.Conditions, "Succeeded").Message
+		if r := j.Status.FailureReasons; len(r) != 1 || r[0].Count != 2 || strings.Join(r[0].Nodes, " ") != "away slow" ||
+			!strings.Contains(why, "DeadlineExceeded on 2 (away, slow): ") {
+			t.Errorf("%q, reasons %+v", why, r)
+		}
+		if f := j.Status.Failures; len(f) != 2 || !strings.HasPrefix(f[0].Message, "NodeUnreachable: ") || !strings.HasPrefix(f[1].Message, "it was ") {
+			t.Errorf("failures %+v", f)
+		}
 		time.Sleep(time.Second)
 		synctest.Wait()
 		if n := b.fleet.flying("uid-job"); n != 0 || len(b.fleet.pinned("quick")) != 1 {

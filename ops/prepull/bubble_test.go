@@ -49,7 +49,6 @@ func inBubble(t *testing.T, o Options, f func(t *testing.T, b *bubble)) {
 		b := &bubble{t: t, rt: &fakeRuntime{images: map[string]bool{}}, dir: dir, opts: o}
 		b.opts.StateDir, b.opts.Conn, b.opts.Log = dir, b.rt, log
 		b.open()
-		synctest.Wait() // what a puller begins with is over, and a test may set up its runtime
 		f(t, b)
 		b.over()
 	})
@@ -154,7 +153,7 @@ type fakeRuntime struct {
 	answer  func(args any) proto.Message                                      // to other calls; nil: none
 	disk    string                                                            // where the images are; empty: it does not tell
 	size    uint64                                                            // of each image
-	arch    string                                                            // the same; empty: it does not tell
+	arch    string                                                            // of each image; empty: it does not tell
 	running int
 	most    int // that ran at once
 	content *contents
