@@ -127,6 +127,12 @@ type pull struct {
 	private bool
 	had     string
 	retryAt time.Time
+	// given counts the credentials that have come, each set once. denied is set while the pull waits for its next attempt because
+	// the registry says no to it, which is no reason for other pulls of the image to wait.
+	given  int
+	denied bool
+	// awaited is set when something waits that decides for itself whether to ask again.
+	awaited bool
 	// urgent is set when something on the node waits for it, and apart when it runs in a place of those.
 	urgent, apart bool
 	// cut is set when the attempt that runs has been cut off for kubelet.
@@ -277,7 +283,7 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 			busy[u.key] = u.op.GetUid()
 		default:
 			waiting = append(waiting, u)
-			if u.retryAt.After(backOff[u.key]) {
+			if u.retryAt.After(backOff[u.key]) && !u.denied {
 				backOff[u.key] = u.retryAt
 			}
 		}
@@ -303,8 +309,8 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 			} else {
 				p.finishLocked(u, opsv1.PullPhase_PULL_FAILED, ReasonCredentialsNeeded, fmt.Sprintf("cri-proxy was restarted, and nobody has repeated the command with its credentials for %s", credentialsPatience))
 			}
-		case now.Before(backOff[u.key]):
-			next = min(next, backOff[u.key].Sub(now))
+		case now.Before(backOff[u.key]), now.Before(u.retryAt):
+			next = min(next, max(backOff[u.key].Sub(now), u.retryAt.Sub(now)))
 			if !now.Before(u.retryAt) {
 				u.waitLocked(ReasonBackOff, "another pull of the image has just failed")
 			}
@@ -371,7 +377,7 @@ func (p *Puller) startLocked(ctx context.Context, wg *sync.WaitGroup, u *pull) {
 	u.op.Phase, u.op.Reason, u.op.Message = opsv1.PullPhase_PULL_RESOLVING, "", ""
 	u.notifyLocked()
 	p.kubelet.wake() // it may have been pulling for a while
-	timeout, credentials := u.timeout(), u.credentials
+	timeout, credentials, given := u.timeout(), u.credentials, u.given
 	by, bound := u.deadline()
 	wg.Go(func() {
 		defer stop(nil)
@@ -383,7 +389,7 @@ func (p *Puller) startLocked(ctx context.Context, wg *sync.WaitGroup, u *pull) {
 		}
 		log := p.log.WithFields(u.fields())
 		err := guard.Try(log, func() error { return p.attempt(limited, u, credentials) })
-		if !guard.Do(log, func() { p.settle(ctx, u, err, context.Cause(limited)) }) {
+		if !guard.Do(log, func() { p.settle(ctx, u, given, err, context.Cause(limited)) }) {
 			guard.Do(log, func() { p.giveUp(u) })
 		}
 		p.nudge()
@@ -400,11 +406,11 @@ func (p *Puller) giveUp(u *pull) {
 	}
 }
 
-// settle decides what follows an attempt.
-func (p *Puller) settle(ctx context.Context, u *pull, err, cause error) {
+// settle decides what follows an attempt, which was made with the credentials that were given as the count says.
+func (p *Puller) settle(ctx context.Context, u *pull, given int, err, cause error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	u.stop, u.apart = nil, false
+	u.stop, u.apart, u.denied = nil, false, false
 	u.limiter.Store(nil)
 	u.slots.Store(false)
 	if err == nil {
@@ -433,7 +439,12 @@ func (p *Puller) settle(ctx context.Context, u *pull, err, cause error) {
 		f = &failure{reason: ReasonTimeout, message: fmt.Sprintf("an attempt may take %s, and %s; give it longer for a large image or a slow network (timeoutSeconds of a job)", u.timeout(), p.soFar(u))}
 	}
 	p.log.WithFields(u.fields()).WithField("reason", f.reason).WithField("attempt", u.op.GetAttempt()).Warn(f.message)
-	if f.final || u.op.GetAttempt() >= attempts {
+	if f.credentials && given != u.given { // others have come since
+		u.op.Attempt--
+		u.waitLocked(ReasonBackOff, fmt.Sprintf("attempt %d of %d at once, with other credentials: %s: %s", u.op.GetAttempt()+1, attempts, f.reason, f.message))
+		return
+	}
+	if f.final || f.credentials && u.awaited || u.op.GetAttempt() >= attempts {
 		message := f.message
 		if n := u.op.GetAttempt(); n > 1 {
 			message = fmt.Sprintf("%s; %d attempts", message, n)
@@ -442,8 +453,8 @@ func (p *Puller) settle(ctx context.Context, u *pull, err, cause error) {
 		return
 	}
 	wait := min(backOffMin<<min(u.op.GetAttempt()-1, 10), backOffMax)
-	u.retryAt = time.Now().Add(wait)
-	u.waitLocked(ReasonBackOff, fmt.Sprintf("attempt %d of %d in %s: %s", u.op.GetAttempt()+1, attempts, wait, f.message))
+	u.retryAt, u.denied = time.Now().Add(wait), f.credentials
+	u.waitLocked(ReasonBackOff, fmt.Sprintf("attempt %d of %d in %s: %s: %s", u.op.GetAttempt()+1, attempts, wait, f.reason, f.message))
 }
 
 func (u *pull) timeout() time.Duration {
@@ -499,6 +510,11 @@ func (p *Puller) saveLocked(u *pull) error {
 
 // submit accepts a pull, or returns the one there is.
 func (p *Puller) submit(req *opsv1.PullRequest) (*opsv1.PullOperation, error) {
+	return p.take(req, false)
+}
+
+// take is submit. One that something waits for is urgent before anything of it begins: what it may do depends on that.
+func (p *Puller) take(req *opsv1.PullRequest, urgent bool) (*opsv1.PullOperation, error) {
 	named, err := normalize(req.GetImage())
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
@@ -516,8 +532,16 @@ func (p *Puller) submit(req *opsv1.PullRequest) (*opsv1.PullOperation, error) {
 		if !proto.Equal(known.req, req) {
 			return nil, status.Errorf(codes.AlreadyExists, "pull %s exists with another request; choose a new UID", req.GetUid())
 		}
+		if urgent {
+			p.hurryLocked(known)
+		}
 		if known.op.GetFinishTime() == nil && len(credentials) > 0 {
-			known.credentials = credentials
+			if !sameCredentials(known.credentials, credentials) {
+				known.credentials = credentials
+				if known.given++; known.denied {
+					known.retryAt = time.Time{} // what the registry said was to others
+				}
+			}
 			if !known.wants {
 				known.wants = true
 				if err := p.saveLocked(known); err != nil {
@@ -538,7 +562,7 @@ func (p *Puller) submit(req *opsv1.PullRequest) (*opsv1.PullOperation, error) {
 		return nil, status.Errorf(codes.ResourceExhausted, "%d pulls are unfinished on this node, which is the most it takes; wait for some to finish", active)
 	}
 	u := &pull{
-		req: req, named: named, key: keyOf(named, req), credentials: credentials, wants: len(credentials) > 0, changed: make(chan struct{}),
+		req: req, named: named, key: keyOf(named, req), urgent: urgent, awaited: urgent, credentials: credentials, wants: len(credentials) > 0, changed: make(chan struct{}),
 		op: &opsv1.PullOperation{
 			Uid: req.GetUid(), Image: req.GetImage(), Resolved: named.String(), Owner: req.GetOwner(), Phase: opsv1.PullPhase_PULL_WAITING,
 			Reason: ReasonInQueue, CreateTime: timestamppb.Now(),

@@ -5,15 +5,18 @@ package prepull
 
 import (
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httputil"
 	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
@@ -140,4 +143,79 @@ func TestRuntimesOwnSettings(t *testing.T) {
 			pull(t, fmt.Sprintf("directory-%d.test/own/directory:%d", i, i), f)
 		}
 	})
+}
+
+// asKubelet, set to a socket, has this binary be a kubelet as far as it is looked at: it has dialled, and has arguments and an environment.
+const asKubelet = "PREPULL_AS_KUBELET"
+
+func beKubelet(socket string) int {
+	conn, err := net.Dial("unix", socket)
+	if err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	defer conn.Close()
+	fmt.Println("connected")
+	_, _ = io.Copy(io.Discard, os.Stdin)
+	return 0
+}
+
+// startKubelet starts one, which ends with the test.
+func startKubelet(t *testing.T, args []string, environ ...string) {
+	t.Helper()
+	exe, err := os.Executable()
+	must(t, err)
+	name := filepath.Join(t.TempDir(), "kubelet")
+	must(t, os.Symlink(exe, name))
+	cmd := exec.Command(name, args...)
+	cmd.Env = append(environ, asKubelet+"="+bed.ProxySocket, "PATH="+os.Getenv("PATH"), "GORACE=atexit_sleep_ms=0")
+	in, err := cmd.StdinPipe()
+	must(t, err)
+	out, err := cmd.StdoutPipe()
+	must(t, err)
+	must(t, cmd.Start())
+	t.Cleanup(func() {
+		_ = in.Close()
+		_ = cmd.Wait()
+	})
+	line := make([]byte, len("connected\n"))
+	if _, err := io.ReadFull(out, line); err != nil || string(line) != "connected\n" {
+		t.Fatalf("%q %v", line, err)
+	}
+}
+
+// TestLikeKubelet: credential provider plugins have kubelet's environment, and images are pulled up to kubelet's own threshold.
+func TestLikeKubelet(t *testing.T) {
+	dir := t.TempDir()
+	const version = "credentialprovider.kubelet.k8s.io/v1"
+	script := fmt.Sprintf("#!/bin/sh\nprintf '{\"kind\":\"CredentialProviderResponse\",\"apiVersion\":%q,\"cacheKeyType\":\"Registry\",\"auth\":{\"*.like-kubelet.test\":{\"username\":\"robot\",\"password\":\"%%s\"}}}' \"$CLOUD_PASSWORD\"\n", version)
+	must(t, os.WriteFile(filepath.Join(dir, "cloud"), []byte(script), 0o700)) //nolint:gosec // a program
+	providers, config := filepath.Join(dir, "providers.yaml"), filepath.Join(dir, "kubelet.yaml")
+	must(t, os.WriteFile(providers, fmt.Appendf(nil, "apiVersion: kubelet.config.k8s.io/v1\nkind: CredentialProviderConfig\nproviders:\n"+
+		"- {name: cloud, matchImages: ['*.like-kubelet.test'], defaultCacheDuration: 0s, apiVersion: %s}\n", version), 0o600))
+	threshold := func(percent int) {
+		t.Helper()
+		must(t, os.WriteFile(config, fmt.Appendf(nil, "kind: KubeletConfiguration\nimageGCHighThresholdPercent: %d\n", percent), 0o600))
+	}
+	threshold(100)
+	must(t, bed.KillProxy(t.Context(), syscall.SIGTERM))
+	must(t, bed.StartProxy(t.Context(), "--image-credential-provider-config", providers, "--image-credential-provider-bin-dir", dir))
+	defer func() {
+		must(t, bed.KillProxy(t.Context(), syscall.SIGTERM))
+		must(t, bed.StartProxy(t.Context()))
+	}()
+	f := newFront(t, "eu.like-kubelet.test")
+	p := push(t, "like/app:1", 1, 1)
+	f.protect("robot", password)
+	request := func() *opsv1.PullRequest { return &opsv1.PullRequest{Image: f.image(p.name), MaxAttempts: 1} }
+	fails(t, begin(t, request()), "Unauthorized") // nobody has the password
+
+	startKubelet(t, []string{"--config=" + config}, "CLOUD_PASSWORD="+password)
+	threshold(1)
+	if op := fails(t, begin(t, request()), "DiskPressure"); !strings.Contains(op.GetMessage(), "kubelet removes images from 1 % on") {
+		t.Errorf("%v", op)
+	}
+	threshold(100)
+	succeeds(t, begin(t, request()))
+	must(t, secretsLeft())
 }
