@@ -221,7 +221,8 @@ func (w *way) lineLocked(now time.Time, s seen, pulls []*kubeletPull) bool {
 		works := float64(s.recent) >= w.least()*rateOver.Seconds()
 		probe := s.came > 0 && w.ours > 0 && !now.Before(w.probe)
 		slot := s.waits && w.holds && !now.Before(w.turn)
-		if s.unknown || s.idle || now.Before(w.free) || !(s.blind || probe || works || slot) {
+		due := s.blind || probe || works || slot
+		if s.unknown || s.idle || now.Before(w.free) || !due {
 			return false
 		}
 		if now.Sub(w.left) >= yieldMost {
