@@ -4,53 +4,36 @@
 package ops
 
 import (
-	"encoding/json"
 	"math"
 	"runtime"
 
-	"github.com/containerd/platforms"
-	imagespec "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/imageinfo"
 )
 
 // ReasonImageUnfit is for an image that cannot run as that container.
 const ReasonImageUnfit = "ImageUnfit"
 
 // imageFits returns an *outcome that tells why the image cannot take the place of the one in req, or nil. st is its verbose status, req the
-// request that the new container will be created with, and want what has been asked for. What only containerd tells
-// (internal/cri/server/images/image_status.go verboseImageInfo) is not looked at with runtimes that do not tell it.
+// request that the new container will be created with, and want what has been asked for. What only containerd tells is not looked at
+// with other runtimes.
 func imageFits(st *runtimeapi.ImageStatusResponse, req *runtimeapi.CreateContainerRequest, want *opsv1.ContainerUpgrade) error {
 	if st.GetImage() == nil {
 		return failf(ReasonImageUnfit, "image %s is not on the node", want.GetImage())
 	}
-	var info struct {
-		Spec *imagespec.Image `json:"imageSpec"`
-	}
-	if json.Unmarshal([]byte(st.GetInfo()["info"]), &info) == nil && info.Spec != nil {
-		if err := platformFits(info.Spec, want.GetImage(), runtime.GOOS, runtime.GOARCH); err != nil {
-			return err
+	if config := imageinfo.Config(st); config != nil {
+		if err := imageinfo.CheckPlatform(config, want.GetImage(), runtime.GOOS, runtime.GOARCH); err != nil {
+			return failf(ReasonImageUnfit, "%v", err)
 		}
 		c := req.GetConfig()
-		if len(c.GetCommand())+len(c.GetArgs())+len(info.Spec.Config.Entrypoint)+len(info.Spec.Config.Cmd) == 0 {
+		if len(c.GetCommand())+len(c.GetArgs())+len(config.Config.Entrypoint)+len(config.Config.Cmd) == 0 {
 			return failf(ReasonImageUnfit, "image %s has neither an entrypoint nor a command, and the container has no command either: there is nothing to run", want.GetImage())
 		}
 	}
 	return nonRootFits(st.GetImage(), want)
-}
-
-// platformFits is as lenient as containerd's pull: an amd64 node runs 386 too. Variants are ignored.
-func platformFits(image *imagespec.Image, name, os, arch string) error {
-	if image.OS == "" || image.Architecture == "" {
-		return nil // containerd takes it for its own
-	}
-	node := imagespec.Platform{OS: os, Architecture: arch}
-	if !platforms.Only(node).Match(imagespec.Platform{OS: image.OS, Architecture: image.Architecture}) {
-		return failf(ReasonImageUnfit, "image %s is for %s/%s, this node is %s/%s", name, image.OS, image.Architecture, os, arch)
-	}
-	return nil
 }
 
 // nonRootFits decides and says what kubelet does (security_context_others.go verifyRunAsNonRoot).

@@ -109,23 +109,6 @@ func TestImageFits(t *testing.T) {
 	}
 }
 
-func TestPlatformFits(t *testing.T) {
-	for _, tt := range []struct {
-		image, node string // architectures
-		fits        bool
-	}{
-		{"amd64", "amd64", true}, {"x86_64", "amd64", true}, {"386", "amd64", true}, {"arm64", "amd64", false}, {"amd64", "386", false},
-		{"arm64", "arm64", true}, {"aarch64", "arm64", true}, {"amd64", "arm64", false}, {"arm", "arm", true}, {"s390x", "s390x", true},
-	} {
-		t.Run(tt.image+" on "+tt.node, func(t *testing.T) {
-			image := &imagespec.Image{Platform: imagespec.Platform{OS: "linux", Architecture: tt.image, Variant: "v7"}}
-			if err := platformFits(image, "app:v2", "linux", tt.node); (err == nil) != tt.fits {
-				t.Errorf("platformFits: %v", err)
-			}
-		})
-	}
-}
-
 func TestAdoptImageUser(t *testing.T) {
 	for _, tt := range []struct {
 		name               string

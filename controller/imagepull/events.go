@@ -33,6 +33,8 @@ type told struct {
 	count    int
 	secrets  string
 	pins     string
+	// again are the reasons for which attempts failed that were followed by others.
+	again []string
 }
 
 func (t *told) failed(node, reason, message string) {

@@ -5,6 +5,7 @@ package imagepull
 
 import (
 	"context"
+	"fmt"
 	"maps"
 	"slices"
 	"strings"
@@ -39,14 +40,17 @@ type fleet struct {
 type simNode struct {
 	takes   time.Duration
 	steps   int
-	outcome string // "" or the reason of a failure
-	stuck   bool   // its pulls never end by themselves
-	silent  bool   // it does not answer
-	refused bool   // nothing listens
-	busy    int    // so many commands are refused
-	lacks   bool   // its pulls wait for credentials to be given again
-	full    string // "" or why it pins nothing
-	endless string // "" or the phase in which its pulls stay for ever: Fetching or InQueue
+	outcome string    // "" or the reason of a failure
+	stuck   bool      // its pulls never end by themselves
+	silent  bool      // it does not answer
+	refused bool      // nothing listens
+	busy    int       // so many commands are refused
+	lacks   bool      // its pulls wait for credentials to be given again
+	full    string    // "" or why it pins nothing
+	fast    string    // "" or why it keeps no speed limit
+	user    string    // "" or whose credentials its registry wants
+	comes   time.Time // when the image does; zero: it is there
+	endless string    // "" or the phase in which its pulls stay for ever: Fetching or InQueue
 
 	pulls    map[string]*simPull
 	order    []string
@@ -62,6 +66,7 @@ type simPull struct {
 	changed chan struct{}
 	cancel  context.CancelFunc
 	reason  string // of the cancellation
+	given   []*opsv1.RegistryCredential
 }
 
 func newFleet() *fleet {
@@ -141,6 +146,7 @@ func (f *fleet) Pull(ctx context.Context, n controller.Node, r *opsv1.PullReques
 		if !proto.Equal(p.req, bare) {
 			return nil, answer(n, "Pull", codes.AlreadyExists, "another request has this UID")
 		}
+		p.given = r.GetCredentials()
 		if p.op.GetReason() == reasonCredentials {
 			p.op.Reason = ""
 			f.begin(node, p)
@@ -148,7 +154,7 @@ func (f *fleet) Pull(ctx context.Context, n controller.Node, r *opsv1.PullReques
 		return proto.Clone(p.op).(*opsv1.PullOperation), nil
 	}
 	node.requests = append(node.requests, r)
-	p := &simPull{req: bare, changed: make(chan struct{}), op: &opsv1.PullOperation{
+	p := &simPull{req: bare, given: r.GetCredentials(), changed: make(chan struct{}), op: &opsv1.PullOperation{
 		Uid: r.GetUid(), Image: r.GetImage(), Owner: r.GetOwner(), Phase: opsv1.PullPhase_PULL_WAITING, CreateTime: timestamppb.Now(),
 	}}
 	node.pulls[r.GetUid()] = p
@@ -182,6 +188,9 @@ func (f *fleet) begin(node *simNode, p *simPull) {
 			f.goOn(ctx, p, endless)
 			return
 		}
+		if reason := f.knock(ctx, node, p); reason != "" {
+			outcome, steps = reason, 0
+		}
 		for i := range steps {
 			if !pause(ctx, takes/time.Duration(steps)) {
 				break
@@ -208,6 +217,36 @@ func (f *fleet) begin(node *simNode, p *simPull) {
 			f.finish(node, p, opsv1.PullPhase_PULL_SUCCEEDED, "Pulled", "")
 		}
 	})
+}
+
+// knock asks the registry as often as the pull may, and returns what it says in the end.
+func (f *fleet) knock(ctx context.Context, node *simNode, p *simPull) (reason string) {
+	for n := int32(1); ; n++ {
+		f.mu.Lock()
+		switch {
+		case time.Now().Before(node.comes):
+			reason = "NotFound"
+		case node.user != "" && !slices.ContainsFunc(p.given, func(c *opsv1.RegistryCredential) bool { return c.GetUsername() == node.user }):
+			reason = "Unauthorized"
+		default:
+			reason = ""
+		}
+		f.mu.Unlock()
+		if reason == "" || n >= p.req.GetMaxAttempts() {
+			return reason
+		}
+		wait := min(backOffMin<<min(n-1, 10), backOffMax)
+		f.update(p, func(op *opsv1.PullOperation) {
+			op.Phase, op.Reason, op.Attempt = opsv1.PullPhase_PULL_WAITING, "BackOff", n
+			op.Message = fmt.Sprintf("attempt %d of %d in %s: %s: the registry says no: look", n+1, p.req.GetMaxAttempts(), wait, reason)
+		})
+		if !pause(ctx, wait) {
+			return reason
+		}
+		f.update(p, func(op *opsv1.PullOperation) {
+			op.Phase, op.Reason, op.Message, op.Attempt = opsv1.PullPhase_PULL_RESOLVING, "", "", n+1
+		})
+	}
 }
 
 // goOn says something of a pull from time to time, which never ends.
@@ -243,6 +282,12 @@ func (f *fleet) finish(node *simNode, p *simPull, phase opsv1.PullPhase, reason,
 		message = "not pinned: " + node.full
 	} else if phase == opsv1.PullPhase_PULL_SUCCEEDED && p.req.GetPinFor().AsDuration() > 0 {
 		node.pins[simPin{p.req.GetOwner(), p.req.GetImage()}] = true
+	}
+	if phase == opsv1.PullPhase_PULL_SUCCEEDED && node.fast != "" {
+		if message != "" {
+			message += "; "
+		}
+		message += "pulled without the speed limit of 20.0 MiB/s: " + node.fast
 	}
 	f.inFlight[jobOf(p.op.GetUid())]--
 	f.updateLocked(p, func(op *opsv1.PullOperation) {

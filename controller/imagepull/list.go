@@ -15,6 +15,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apiequality "k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/tools/events"
@@ -79,7 +80,7 @@ func childChanges() predicate.Predicate {
 			after, ok2 := e.ObjectNew.(*v1beta1.ImagePullJob)
 			return !ok1 || !ok2 || (before.DeletionTimestamp == nil) != (after.DeletionTimestamp == nil) ||
 				childDone(before) != childDone(after) || (before.Status.Active > 0) != (after.Status.Active > 0) ||
-				before.Status.Failed != after.Status.Failed || before.Generation != after.Generation
+				before.Status.Failed != after.Status.Failed || (childWhy(before) == "") != (childWhy(after) == "") || before.Generation != after.Generation
 		},
 	}
 }
@@ -91,6 +92,19 @@ func childDone(child *v1beta1.ImagePullJob) bool {
 		return s.CompletionTime != nil
 	}
 	return s.StartTime != nil && s.Desired == s.Succeeded+s.Failed
+}
+
+// childSucceeded says that all nodes of a child that is done have the image.
+func childSucceeded(child *v1beta1.ImagePullJob) bool {
+	return child.Status.Failed == 0 && !meta.IsStatusConditionFalse(child.Status.Conditions, v1beta1.ConditionSucceeded)
+}
+
+// childWhy is what a child says that has not come to its end, of nodes that try again; or empty.
+func childWhy(child *v1beta1.ImagePullJob) string {
+	if c := meta.FindStatusCondition(child.Status.Conditions, v1beta1.ConditionComplete); c != nil && c.Status == metav1.ConditionFalse && c.Reason == completePulling {
+		return c.Message
+	}
+	return ""
 }
 
 // Reconcile takes one list as far as it goes and says when to look again.
@@ -173,7 +187,7 @@ func (r *ListReconciler) advance(ctx context.Context, list *v1beta1.ImageListPul
 		now := metav1.Now()
 		next.StartTime = &now
 	}
-	wanted, blocked := map[string]bool{}, ""
+	wanted, blocked, again := map[string]bool{}, "", ""
 	for _, image := range list.Spec.Images {
 		name := childName(list, image)
 		wanted[name] = true
@@ -190,6 +204,9 @@ func (r *ListReconciler) advance(ctx context.Context, list *v1beta1.ImageListPul
 			continue
 		}
 		count(next, child)
+		if why := childWhy(child); why != "" && again == "" {
+			again = image + ": " + why
+		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(children)) {
 		if child := children[name]; !wanted[name] && child.DeletionTimestamp == nil {
@@ -204,7 +221,7 @@ func (r *ListReconciler) advance(ctx context.Context, list *v1beta1.ImageListPul
 		now := metav1.Now()
 		next.CompletionTime = &now
 	}
-	tellListReady(next, blocked)
+	tellListReady(next, blocked, again)
 	if apiequality.Semantic.DeepEqual(&list.Status, next) {
 		return wait, nil
 	}
@@ -225,9 +242,9 @@ func (r *ListReconciler) advance(ctx context.Context, list *v1beta1.ImageListPul
 	return wait, nil
 }
 
-// tellListReady says for kstatus how the list stands; blocked is what keeps it from ever ending.
-func tellListReady(s *v1beta1.ImageListPullJobStatus, blocked string) {
-	standing, reason, message := kstatus.AtWork, completePulling, ""
+// tellListReady says for kstatus how the list stands; blocked is what keeps it from ever ending, again what keeps nodes trying.
+func tellListReady(s *v1beta1.ImageListPullJobStatus, blocked, again string) {
+	standing, reason, message := kstatus.AtWork, completePulling, again
 	switch {
 	case blocked != "":
 		standing, reason, message = kstatus.Failed, eventForeignJob, blocked
@@ -249,7 +266,7 @@ func (r *ListReconciler) observe(ctx context.Context, list *v1beta1.ImageListPul
 	}
 	before := list.DeepCopy()
 	list.Status.ObservedGeneration = list.Generation
-	tellListReady(&list.Status, "")
+	tellListReady(&list.Status, "", "")
 	err := r.Client.Status().Patch(ctx, list, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{}))
 	if err == nil {
 		r.Metrics.wrote("list status")
@@ -265,12 +282,15 @@ func count(next *v1beta1.ImageListPullJobStatus, child *v1beta1.ImagePullJob) {
 	}
 	if childDone(child) {
 		next.Completed++
-		if s.Failed == 0 {
+		if childSucceeded(child) {
 			next.Succeeded++
 		}
 	}
-	if s.Failed > 0 {
+	if s.Failed > 0 || childDone(child) && !childSucceeded(child) {
 		message := fmt.Sprintf("failed on %d of %d nodes", s.Failed, s.Desired)
+		if c := meta.FindStatusCondition(s.Conditions, v1beta1.ConditionSucceeded); s.Failed == 0 && c != nil {
+			message = c.Message
+		}
 		if text := reasonsText(s); text != "" {
 			message += ": " + text
 		}
@@ -361,7 +381,8 @@ func (r *ListReconciler) retire(ctx context.Context, list *v1beta1.ImageListPull
 		r.Metrics.wrote("job")
 	}
 	r.Log.WithField("list", client.ObjectKeyFromObject(list).String()).Info("deleting the list: ttlSecondsAfterFinished has passed")
-	err := r.Client.Delete(ctx, list, client.Preconditions{UID: &list.UID}, client.PropagationPolicy(metav1.DeletePropagationBackground))
+	// One that has been edited since may begin anew.
+	err := r.Client.Delete(ctx, list, client.Preconditions{UID: &list.UID, ResourceVersion: &list.ResourceVersion}, client.PropagationPolicy(metav1.DeletePropagationBackground))
 	if err == nil {
 		r.Metrics.wrote("list")
 	}

@@ -26,7 +26,8 @@ func TestTellReady(t *testing.T) {
 		{"paused", completePaused, false, 0, kstatus.Reconciling},
 		{"nodes are away", completeWaiting, false, 0, kstatus.Reconciling},
 		{"done", completeSucceeded, true, 0, kstatus.Ready},
-		{"nothing to do", completeNoNodes, true, 0, kstatus.Ready},
+		{"no node", completeNoNodes, true, 0, kstatus.Stalled},
+		{"never ends, no node", completeNoNodes, false, 0, kstatus.Ready},
 		{"failed", completeNodesFailed, true, 2, kstatus.Stalled},
 		{"late", completeDeadline, true, 2, kstatus.Stalled},
 		{"never ends, all have it", completeUpToDate, false, 0, kstatus.Ready},
@@ -35,6 +36,9 @@ func TestTellReady(t *testing.T) {
 	} {
 		s := &v1beta1.ImagePullJobStatus{ObservedGeneration: 3, Failed: tt.failed}
 		setCondition(s, v1beta1.ConditionComplete, tt.complete, tt.reason, "")
+		if tt.complete {
+			setCondition(s, v1beta1.ConditionSucceeded, tt.reason == completeSucceeded, tt.reason, "")
+		}
 		tellReady(s)
 		for _, kind := range []string{kstatus.Ready, kstatus.Reconciling, kstatus.Stalled} {
 			if c := meta.FindStatusCondition(s.Conditions, kind); c == nil || meta.IsStatusConditionTrue(s.Conditions, kind) != (kind == tt.want) || c.ObservedGeneration != 3 {

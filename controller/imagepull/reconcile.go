@@ -164,7 +164,7 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	switch {
 	case job.DeletionTimestamp != nil:
 		wait, err = p.finalize(ctx)
-	case job.Status.CompletionTime != nil && (job.Status.ObservedWork == "" || job.Status.ObservedWork == observedWork(job)):
+	case job.Status.CompletionTime != nil && !beginsAnew(job):
 		wait, err = p.retire(ctx)
 	default:
 		wait, err = p.advance(ctx)
@@ -266,12 +266,15 @@ func (p *pass) start(ctx context.Context, w *wish, again bool) error {
 	begun := metav1.NewTime(p.now)
 	next := &v1beta1.ImagePullJobStatus{
 		StartTime: &begun, Desired: int32(len(w.nodes)), ObservedGeneration: p.job.Generation, ObservedWork: observedWork(p.job),
-		Message: messageNoProgress, Conditions: slices.Clone(p.job.Status.Conditions),
+		ObservedEffort: observedEffort(p.job),
+		Message:        messageNoNodes, Conditions: slices.Clone(p.job.Status.Conditions),
 	}
+	reason, message := withoutNodes(w.never)
 	if len(w.nodes) > 0 {
 		next.Message, next.Progress = fmt.Sprintf(messageProgress, 0.), "0%"
+		reason, message = completePulling, ""
 	}
-	setCondition(next, v1beta1.ConditionComplete, false, completePulling, "")
+	setCondition(next, v1beta1.ConditionComplete, false, reason, message)
 	meta.RemoveStatusCondition(&next.Conditions, v1beta1.ConditionSucceeded)
 	if err := p.writeStatus(ctx, next); err != nil {
 		return err
@@ -299,8 +302,11 @@ func (p *pass) conclude(ctx context.Context) (time.Duration, error) {
 	u.mu.Lock()
 	now := time.Now()
 	next := u.report(&p.job.Status)
-	next.ObservedGeneration, next.ObservedWork = p.job.Generation, observedWork(p.job)
+	next.ObservedGeneration, next.ObservedWork, next.ObservedEffort = p.job.Generation, observedWork(p.job), observedEffort(p.job)
 	finished := u.finished()
+	if early := u.wish.begun.Add(noNodesPatience).Sub(now); len(u.members) == 0 && early > 0 {
+		finished, deadline = false, sooner(deadline, early)
+	}
 	n, idle := len(u.members), u.idle()
 	if u.tellRunning(next); !apiequality.Semantic.DeepEqual(next.Conditions, p.job.Status.Conditions) {
 		u.pace.moved(0)
@@ -350,7 +356,7 @@ func (p *pass) complete(ctx context.Context, next *v1beta1.ImagePullJobStatus, l
 	reason := conclude(next, late, p.now)
 	if late {
 		u.mu.Lock()
-		next.FailedNodes = u.unfinished(next.FailedNodes)
+		u.tellUnfinished(next)
 		u.mu.Unlock()
 	}
 	if err := p.writeStatus(ctx, next); err != nil {
@@ -366,7 +372,7 @@ func (p *pass) complete(ctx context.Context, next *v1beta1.ImagePullJobStatus, l
 	p.work.run = nil
 	message := meta.FindStatusCondition(next.Conditions, v1beta1.ConditionComplete).Message
 	kind, what := corev1.EventTypeNormal, eventCompleted
-	if next.Failed > 0 {
+	if meta.IsStatusConditionFalse(next.Conditions, v1beta1.ConditionSucceeded) {
 		kind, what = corev1.EventTypeWarning, eventIncomplete
 	}
 	p.event(kind, what, message)
@@ -396,7 +402,8 @@ func (p *pass) retire(ctx context.Context) (time.Duration, error) {
 		return wait, nil
 	}
 	p.log.Info("deleting the job: ttlSecondsAfterFinished has passed")
-	err := p.r.Client.Delete(ctx, p.job, client.Preconditions{UID: &p.job.UID})
+	// One that has been edited since may begin anew.
+	err := p.r.Client.Delete(ctx, p.job, client.Preconditions{UID: &p.job.UID, ResourceVersion: &p.job.ResourceVersion})
 	if err == nil {
 		p.r.Metrics.wrote("job")
 	}

@@ -8,6 +8,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -21,6 +22,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	nodes "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/kstatus"
 )
 
 type template = v1beta1.ImagePullJobTemplate
@@ -45,7 +47,7 @@ func TestJob(t *testing.T) {
 		if s := j.Status.SlowestNodes; len(s) != 2 || s[0].Phase != "Fetching" || s[0].BytesTotal != imageBytes || s[0].StartTime == nil {
 			t.Errorf("slowest nodes %+v", s)
 		}
-		if j.Status.Message != "job is running, progress 0.0%" || j.Status.BytesTotal != 3*imageBytes || j.Status.BytesDone < imageBytes/2 {
+		if !strings.HasPrefix(j.Status.Message, fmt.Sprintf("job is running, progress %d.", j.Status.Percent)) || j.Status.BytesTotal != 3*imageBytes || j.Status.BytesDone < imageBytes/2 {
 			t.Errorf("status %+v", j.Status)
 		}
 		j = b.until("completed", "job", 3*time.Minute, completed)
@@ -105,19 +107,48 @@ func TestParallelism(t *testing.T) {
 	}
 }
 
+// A job that no node matches is no success: it waits a moment for what comes with it, and fails. One that never ends goes on waiting.
 func TestNoMatchingNodes(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addMany(1, time.Second)
-		b.create("always", spec{ImagePullJobTemplate: template{Selector: names("other")}})
-		j := b.until("completed", "always", time.Second, completed)
-		b.want(j, "True NoMatchingNodes", "0/0/0/0")
-		b.create("never", spec{ImagePullJobTemplate: template{Selector: names("other"), CompletionPolicy: v1beta1.CompletionPolicy{Type: v1beta1.Never}}})
-		j = b.until("waiting", "never", 10*time.Second, func(j *job) bool { return condition(j, "Complete") == "False NoMatchingNodes" })
-		if j.Status.Message != "job is running, no progress" {
-			t.Errorf("message %q", j.Status.Message)
+		other := template{Selector: names("other")}
+		b.create("always", spec{ImagePullJobTemplate: other})
+		b.create("early", spec{ImagePullJobTemplate: template{Selector: names("other"), CompletionPolicy: v1beta1.CompletionPolicy{ActiveDeadlineSeconds: number(int64(10))}}})
+		b.createList("list", v1beta1.ImageListPullJobSpec{Images: []string{"a"}, ImagePullJobTemplate: other})
+		j := b.until("waiting", "always", time.Second, func(j *job) bool { return condition(j, "Complete") != "" })
+		if condition(j, kstatus.Reconciling) != "True WaitingForNodes" || j.Status.Message != "job is running, no progress; no node matches" {
+			t.Errorf("status %+v", j.Status)
 		}
+		j = b.until("completed", "early", 11*time.Second, completed)
+		if j.Status.CompletionTime.Sub(j.Status.StartTime.Time) != 10*time.Second || condition(j, "Succeeded") != "False DeadlineExceeded" {
+			t.Errorf("status %+v", j.Status)
+		}
+		j = b.until("completed", "always", time.Minute, completed)
+		b.want(j, "True NoMatchingNodes", "0/0/0/0")
+		if j.Status.CompletionTime.Sub(j.Status.StartTime.Time) != noNodesPatience || condition(j, "Succeeded") != "False NoMatchingNodes" ||
+			condition(j, kstatus.Stalled) != "True NoMatchingNodes" || !strings.HasPrefix(j.Status.Message, "job has failed: no node matches: ") {
+			t.Errorf("status %+v", j.Status)
+		}
+		if !strings.Contains(b.told(), "always Warning PullIncomplete: no node matches") {
+			t.Errorf("events:\n%s", b.told())
+		}
+		l := b.untilList("completed", "list", time.Minute, func(l *list) bool { return l.Status.CompletionTime != nil })
+		if s := l.Status; s.Completed != 1 || s.Succeeded != 0 || len(s.FailedImageStatuses) != 1 || !strings.HasPrefix(s.FailedImageStatuses[0].Message, "no node matches") {
+			t.Errorf("list %+v", l.Status)
+		}
+
+		b.create("never", spec{ImagePullJobTemplate: template{Selector: names("other"), CompletionPolicy: v1beta1.CompletionPolicy{Type: v1beta1.Never}}})
+		b.until("waiting", "never", 10*time.Second, func(j *job) bool { return condition(j, "Complete") == "False NoMatchingNodes" })
+		b.create("soon", spec{ImagePullJobTemplate: other})
+		time.Sleep(noNodesPatience / 2)
 		b.add("other", &simNode{takes: time.Second})
 		b.until("served", "never", time.Minute, func(j *job) bool { return j.Status.Succeeded == 1 })
+		j = b.until("completed", "soon", time.Minute, completed)
+		b.want(j, "True Succeeded", "1/0/1/0")
+		// One that has failed begins anew when it is changed, and one that has not does not.
+		b.edit("always", func(j *job) { j.Spec.Selector = names("node-0") })
+		j = b.until("completed anew", "always", time.Minute, func(j *job) bool { return completed(j) && j.Status.Succeeded == 1 })
+		b.want(j, "True Succeeded", "1/0/1/0")
 	})
 }
 
@@ -393,6 +424,15 @@ func TestDeadline(t *testing.T) {
 		b.want(j, "True DeadlineExceeded", "3/0/1/2")
 		if j.Status.Message != "job exceeds activeDeadlineSeconds" || strings.Join(j.Status.FailedNodes, " ") != "away slow" || condition(j, "Succeeded") != "False DeadlineExceeded" {
 			t.Errorf("status %+v", j.Status)
+		}
+		// Which nodes those are and how far they were.
+		why := meta.FindStatusCondition(j.Status.Conditions, "Succeeded").Message
+		if r := j.Status.FailureReasons; len(r) != 1 || r[0].Count != 2 || strings.Join(r[0].Nodes, " ") != "away slow" ||
+			!strings.Contains(why, "DeadlineExceeded on 2 (away, slow): ") {
+			t.Errorf("%q, reasons %+v", why, r)
+		}
+		if f := j.Status.Failures; len(f) != 2 || !strings.HasPrefix(f[0].Message, "NodeUnreachable: ") || !strings.HasPrefix(f[1].Message, "it was ") {
+			t.Errorf("failures %+v", f)
 		}
 		time.Sleep(time.Second)
 		synctest.Wait()

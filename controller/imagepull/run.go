@@ -35,6 +35,10 @@ const (
 	retryMin = 10 * time.Minute
 	retryMax = 6 * time.Hour
 
+	// noNodesPatience is how long a job that ends waits for the first node that matches: labels and pods come with it, and a moment
+	// later.
+	noNodesPatience = 30 * time.Second
+
 	// cancelReason begins what a node is told when the controller cancels a pull.
 	cancelReason = "ImagePullJob: "
 )
@@ -76,6 +80,9 @@ type member struct {
 	round   int
 	// held had the image before, and is pulling to make sure that it still has.
 	held bool
+
+	// again is why the last attempt failed, while the node tries again.
+	again string
 
 	op       *opsv1.PullOperation
 	begun    time.Time
@@ -197,6 +204,7 @@ func (u *run) follow(w *wish, suspect bool) {
 	u.older = u.older || newWork
 	if newWork || newParams {
 		u.pace.again()
+		u.told.again = nil
 	}
 	// A node that was deleted does not answer, and there is no harm in asking.
 	u.leavers += leavers
@@ -246,6 +254,7 @@ func (u *run) setPhase(m *member, p phase) {
 	if p != failed {
 		m.reason, m.message = "", ""
 	}
+	m.again = ""
 	u.pace.moved(math.Abs(m.unit() - before))
 }
 
@@ -518,7 +527,7 @@ func (u *run) lookAtPins(ctx context.Context, w *wish, node controller.Node, f *
 		switch {
 		case pin.GetOwner() != w.request.GetOwner():
 		case sameImage(pin.GetImage(), w.request.GetImage()):
-			f.pinned = true
+			f.pinned = f.pinned || !pin.GetGone()
 		default:
 			if _, err := u.nodes.ReleasePins(ctx, node, pin.GetOwner(), pin.GetImageId()); err != nil {
 				return err

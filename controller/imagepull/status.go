@@ -4,8 +4,8 @@
 package imagepull
 
 import (
-	"cmp"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"time"
@@ -26,11 +26,14 @@ const (
 	maxMessage     = 300
 )
 
-// Messages are OpenKruise's.
+// Messages are OpenKruise's, up to a colon or semicolon. It counts finished nodes where we count bytes, and says of every job that has
+// ended that it has completed.
 const (
 	messageNoProgress = "job is running, no progress"
+	messageNoNodes    = messageNoProgress + "; no node matches"
 	messageProgress   = "job is running, progress %.1f%%"
 	messageCompleted  = "job has completed"
+	messageFailed     = "job has failed"
 	messageDeadline   = "job exceeds activeDeadlineSeconds"
 )
 
@@ -67,8 +70,6 @@ func (u *run) report(before *v1beta1.ImagePullJobStatus) *v1beta1.ImagePullJobSt
 		done        float64
 		known, told int64
 		left, busy  []*member
-		broken      []*member
-		reasons     = map[string]int32{}
 	)
 	for _, m := range u.members {
 		share := m.fraction
@@ -78,8 +79,6 @@ func (u *run) report(before *v1beta1.ImagePullJobStatus) *v1beta1.ImagePullJobSt
 			share = 1
 		case m.phase == failed:
 			s.Failed++
-			reasons[m.reason]++
-			broken = append(broken, m)
 		case m.phase == active:
 			s.Active++
 			busy = append(busy, m)
@@ -99,25 +98,16 @@ func (u *run) report(before *v1beta1.ImagePullJobStatus) *v1beta1.ImagePullJobSt
 	if s.Desired > 0 {
 		s.Percent = int32(100*done/float64(s.Desired) + 1e-6)
 		s.Progress = fmt.Sprintf("%d%%", s.Percent)
-		s.Message = fmt.Sprintf(messageProgress, 100*float64(s.Succeeded+s.Failed)/float64(s.Desired))
+		s.Message = fmt.Sprintf(messageProgress, math.Floor(1000*done/float64(s.Desired)+1e-5)/10)
+		if again := u.again(); again != "" {
+			s.Message += "; " + again
+		}
 	} else {
-		s.Message = messageNoProgress
+		s.Message = messageNoNodes
 	}
 
 	byName := func(a, b *member) int { return strings.Compare(a.target.node.Name, b.target.node.Name) }
-	slices.SortFunc(broken, byName)
-	for _, m := range first(broken, maxFailedNodes) {
-		s.FailedNodes = append(s.FailedNodes, m.target.node.Name)
-	}
-	for _, m := range first(broken, maxDetails) {
-		s.Failures = append(s.Failures, v1beta1.NodePullFailure{Node: m.target.node.Name, Reason: m.reason, Message: shorten(m.message)})
-	}
-	for reason, n := range reasons {
-		s.FailureReasons = append(s.FailureReasons, v1beta1.FailureCount{Reason: reason, Count: n})
-	}
-	slices.SortFunc(s.FailureReasons, func(a, b v1beta1.FailureCount) int {
-		return cmp.Or(cmp.Compare(b.Count, a.Count), strings.Compare(a.Reason, b.Reason))
-	})
+	tellFailures(s, u.failures())
 	slices.SortFunc(left, byName)
 	for _, m := range first(left, maxDetails) {
 		s.SkippedNodes = append(s.SkippedNodes, v1beta1.NodePullFailure{Node: m.target.node.Name, Reason: m.away.reason, Message: shorten(m.away.message)})
@@ -126,12 +116,13 @@ func (u *run) report(before *v1beta1.ImagePullJobStatus) *v1beta1.ImagePullJobSt
 	for _, m := range first(busy, maxSlowest) {
 		begun := metav1.NewTime(m.begun)
 		s.SlowestNodes = append(s.SlowestNodes, v1beta1.NodePullProgress{
-			Node: m.target.node.Name, Phase: phaseName(m.op.GetPhase()), Reason: m.op.GetReason(),
+			Node: m.target.node.Name, Phase: phaseName(m.op.GetPhase()), Reason: m.op.GetReason(), Message: waitsFor(m),
 			BytesDone: m.op.GetBytesDone(), BytesTotal: m.op.GetBytesTotal(), BytesPerSecond: m.op.GetBytesPerSecond(),
 			Attempt: m.op.GetAttempt(), StartTime: &begun,
 		})
 	}
 	u.tellSecrets(s)
+	u.tellLimit(s)
 	if text := u.unpinned(); text != "" {
 		setCondition(s, v1beta1.ConditionPinned, false, pinsBounded, text)
 	} else {
@@ -153,6 +144,7 @@ func (u *run) unpinned() string {
 	for _, m := range u.members {
 		if why, ok := strings.CutPrefix(m.op.GetMessage(), notPinned); ok && m.phase == succeeded {
 			if count++; count == 1 {
+				why, _, _ = strings.Cut(why, "; pulled "+unlimited)
 				example = fmt.Sprintf("node %s says: %s", m.target.node.Name, shorten(why))
 			}
 		}
@@ -171,7 +163,11 @@ func (u *run) tellSecrets(s *v1beta1.ImagePullJobStatus) {
 	case len(u.keys.Wrong) > 0:
 		setCondition(s, v1beta1.ConditionPullSecretsFound, false, secretsMissing, strings.Join(first(u.keys.Wrong, maxDetails), "; "))
 	default:
-		setCondition(s, v1beta1.ConditionPullSecretsFound, true, secretsFound, "")
+		message := ""
+		if image := u.wish.request.GetImage(); !u.keys.Has(image) { // which may need none
+			message = "none of them has credentials for the registry of " + image
+		}
+		setCondition(s, v1beta1.ConditionPullSecretsFound, true, secretsFound, message)
 	}
 }
 
@@ -180,16 +176,26 @@ func (u *run) tellRunning(s *v1beta1.ImagePullJobStatus) {
 	reason, message := completePulling, ""
 	switch {
 	case u.finished() && s.Desired == 0:
-		reason, message = completeNoNodes, "no node matches; nodes that join later get the image"
+		reason, message = withoutNodes(u.wish.never)
 	case u.finished():
 		reason, message = completeUpToDate, "no node has anything left to do; nodes that join later get the image too"
 	case u.wish.limit() == 0:
 		reason, message = completePaused, "parallelism is 0: no node begins to pull"
 	case s.Active == 0 && s.Skipped > 0:
 		reason, message = completeWaiting, fmt.Sprintf("%d nodes cannot be commanded now, see skippedNodes; they are tried again", s.Skipped)
+	default:
+		message = u.again()
 	}
 	setCondition(s, v1beta1.ConditionComplete, false, reason, message)
 	meta.RemoveStatusCondition(&s.Conditions, v1beta1.ConditionSucceeded)
+}
+
+// withoutNodes is the condition of a job that has not ended and that no node matches.
+func withoutNodes(never bool) (reason, message string) {
+	if never {
+		return completeNoNodes, "no node matches; nodes that join later get the image"
+	}
+	return completeWaiting, fmt.Sprintf("no node matches; the job fails if none does within %s of its start", noNodesPatience)
 }
 
 // conclude makes the status that of a job that has ended. With late, its deadline was over before that.
@@ -208,16 +214,18 @@ func conclude(s *v1beta1.ImagePullJobStatus, late bool, now time.Time) (reason s
 			s.FailureReasons = append(s.FailureReasons, v1beta1.FailureCount{Reason: completeDeadline, Count: over})
 		}
 	case s.Desired == 0:
-		reason, message = completeNoNodes, "no node matches the selectors of the job, so there was nothing to do"
+		reason, message = completeNoNodes, "no node matches: see the job's selectors, and the labels of nodes or pods; nothing was pulled. A job of type Never waits for nodes"
+		s.Message = messageFailed + ": " + message
 	case s.Failed > 0:
 		reason = completeNodesFailed
 		message = fmt.Sprintf("%d of %d nodes have no image: %s", s.Failed, s.Desired, reasonsText(s))
+		s.Message = shorten(messageFailed + ": " + message)
 	default:
 		reason, message = completeSucceeded, fmt.Sprintf("all %d nodes have the image", s.Desired)
 	}
 	s.Active, s.Skipped, s.SlowestNodes = 0, 0, nil
 	setCondition(s, v1beta1.ConditionComplete, true, reason, message)
-	setCondition(s, v1beta1.ConditionSucceeded, s.Failed == 0, reason, message)
+	setCondition(s, v1beta1.ConditionSucceeded, reason == completeSucceeded || reason == completeDeadline && s.Failed == 0 && s.Desired > 0, reason, message)
 	return reason
 }
 
@@ -229,26 +237,16 @@ func tellReady(s *v1beta1.ImagePullJobStatus) {
 	}
 	standing, reason, message := kstatus.AtWork, c.Reason, c.Message
 	atRest := c.Status == metav1.ConditionTrue || c.Reason == completeUpToDate || c.Reason == completeNoNodes
+	ended := meta.FindStatusCondition(s.Conditions, v1beta1.ConditionSucceeded)
 	switch {
 	case atRest && s.Failed > 0 && c.Status == metav1.ConditionFalse:
 		standing, reason, message = kstatus.Failed, completeNodesFailed, fmt.Sprintf("%d of %d nodes have no image: %s", s.Failed, s.Desired, reasonsText(s))
-	case atRest && s.Failed > 0, c.Reason == completeInvalidSpec:
+	case atRest && s.Failed > 0, ended != nil && ended.Status == metav1.ConditionFalse, c.Reason == completeInvalidSpec:
 		standing = kstatus.Failed
 	case atRest:
 		standing = kstatus.Current
 	}
 	kstatus.Set(&s.Conditions, s.ObservedGeneration, standing, reason, message)
-}
-
-func reasonsText(s *v1beta1.ImagePullJobStatus) string {
-	var parts []string
-	for _, r := range first(s.FailureReasons, maxSlowest) {
-		parts = append(parts, fmt.Sprintf("%s on %d", r.Reason, r.Count))
-	}
-	if len(s.Failures) > 0 {
-		parts = append(parts, fmt.Sprintf("node %s says: %s", s.Failures[0].Node, s.Failures[0].Message))
-	}
-	return strings.Join(parts, ", ")
 }
 
 func setCondition(s *v1beta1.ImagePullJobStatus, kind string, is bool, reason, message string) {
@@ -273,6 +271,14 @@ func phaseName(p opsv1.PullPhase) string {
 	return "Waiting"
 }
 
+// waitsFor is what a node says of what it waits for, or said of why it tries again.
+func waitsFor(m *member) string {
+	if m.again == "" && m.op.GetPhase() == opsv1.PullPhase_PULL_WAITING {
+		return shorten(m.op.GetMessage())
+	}
+	return shorten(m.again)
+}
+
 func first[T any](list []T, n int) []T { return list[:min(len(list), n)] }
 
 func shorten(text string) string {
@@ -280,15 +286,4 @@ func shorten(text string) string {
 		return text
 	}
 	return strings.ToValidUTF8(text[:maxMessage], "") + "…"
-}
-
-// unfinished is names with those of the nodes that were not done, sorted. The caller holds the mutex.
-func (u *run) unfinished(names []string) []string {
-	for _, m := range u.members {
-		if !m.done() {
-			names = append(names, m.target.node.Name)
-		}
-	}
-	slices.Sort(names)
-	return first(names, maxFailedNodes)
 }

@@ -57,12 +57,15 @@ func (u *run) visit(m *member) {
 		taken := false // the node has the command
 		var silent time.Time
 		left, over := newAllowance(w.request, time.Now()), ""
+		var renew renewal
+		secretsOf := secretsFor
 		for tries := 0; ; tries++ {
-			op, err := u.tell(ctx, w, node, round)
+			op, err := u.tell(ctx, w, node, round, secretsOf)
+			secretsOf = secretsFor
 			if err == nil && op.GetFinishTime() == nil {
 				taken = true
 				u.progress(m, epoch, op)
-				op, err = u.watch(ctx, node, op.GetUid(), func(op *opsv1.PullOperation) bool {
+				op, err = u.watch(ctx, node, op.GetUid(), &renew, func(op *opsv1.PullOperation) bool {
 					silent, tries = time.Time{}, 0
 					u.progress(m, epoch, op)
 					over = left.spend(op, time.Now())
@@ -80,6 +83,10 @@ func (u *run) visit(m *member) {
 			if err == nil && over != "" {
 				u.overdue(ctx, m, epoch, node, op, over)
 				return
+			}
+			if err == nil && renew.due(now) {
+				secretsOf = secretsAgain
+				continue
 			}
 			if err != nil && notFound(err) {
 				err = nil // a new journal: tell it again
@@ -149,6 +156,7 @@ func (u *run) progress(m *member, epoch int, op *opsv1.PullOperation) {
 			u.pace.moved(0)
 		}
 		m.op = op
+		u.triesAgain(m, op)
 		if total := op.GetBytesTotal(); total > 0 {
 			// Never the whole: it is unpacked and named last.
 			u.setFraction(m, max(m.fraction, min(float64(op.GetBytesDone())/float64(total), 0.99)))
@@ -156,9 +164,9 @@ func (u *run) progress(m *member, epoch int, op *opsv1.PullOperation) {
 	})
 }
 
-// tell gives a node the command, with the credentials of the moment.
-func (u *run) tell(ctx context.Context, w *wish, node controller.Node, round int) (*opsv1.PullOperation, error) {
-	keys, err := u.keyring(ctx, w)
+// tell gives a node the command, with credentials that were read no longer ago than that.
+func (u *run) tell(ctx context.Context, w *wish, node controller.Node, round int, ago time.Duration) (*opsv1.PullOperation, error) {
+	keys, err := u.keyring(ctx, w, ago)
 	if err != nil {
 		return nil, err
 	}
@@ -166,15 +174,15 @@ func (u *run) tell(ctx context.Context, w *wish, node controller.Node, round int
 }
 
 // watch follows a pull and returns the last that it said: once that has ended, when it needs credentials, when each has
-// enough, or when there has been no news for a while.
-func (u *run) watch(ctx context.Context, node controller.Node, uid string, each func(*opsv1.PullOperation) bool) (*opsv1.PullOperation, error) {
+// enough, when the renewal is due, or when there has been no news for a while.
+func (u *run) watch(ctx context.Context, node controller.Node, uid string, renew *renewal, each func(*opsv1.PullOperation) bool) (*opsv1.PullOperation, error) {
 	watching, cancel := context.WithCancel(ctx)
 	defer cancel()
 	patience := time.AfterFunc(answerPatience, cancel)
 	defer patience.Stop()
 	var last *opsv1.PullOperation
 	err := u.nodes.WatchPull(watching, node, uid, func(op *opsv1.PullOperation) bool {
-		patience.Reset(watchRenew)
+		patience.Reset(sooner(watchRenew, renew.note(op, time.Now())))
 		last = op
 		return each(op) && op.GetFinishTime() == nil && op.GetReason() != reasonCredentials
 	})
@@ -202,14 +210,14 @@ func pause(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// keyring reads the job's secrets, if that was not just done.
-func (u *run) keyring(ctx context.Context, w *wish) (*pullsecrets.Keyring, error) {
+// keyring reads the job's secrets, if that was not done no longer ago than that.
+func (u *run) keyring(ctx context.Context, w *wish, ago time.Duration) (*pullsecrets.Keyring, error) {
 	u.keysMu.Lock()
 	defer u.keysMu.Unlock()
 	u.mu.Lock()
 	keys, at := u.keys, u.keysAt
 	u.mu.Unlock()
-	if keys != nil && time.Since(at) < secretsFor {
+	if keys != nil && time.Since(at) < ago {
 		return keys, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, secretsPatience)

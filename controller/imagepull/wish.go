@@ -18,6 +18,7 @@ import (
 	"github.com/distribution/reference"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
+	"k8s.io/apimachinery/pkg/api/meta"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -169,6 +170,26 @@ func owner(job *v1beta1.ImagePullJob) string {
 func observedWork(job *v1beta1.ImagePullJob) string {
 	s := &job.Spec
 	return hash(s.Image, s.ImagePullPolicy, s.SandboxConfig, s.Selector, s.PodSelector)
+}
+
+// observedEffort identifies how a job goes about its work, and when it ends: what may be changed to make a success of a failure.
+func observedEffort(job *v1beta1.ImagePullJob) string {
+	s := &job.Spec
+	return hash(s.PullSecrets, s.Parallelism, s.PullPolicy, s.CompletionPolicy.Type, s.CompletionPolicy.ActiveDeadlineSeconds,
+		job.Annotations[v1beta1.PinForAnnotation], job.Annotations[v1beta1.BytesPerSecondAnnotation])
+}
+
+// beginsAnew says that a job which has ended was changed since so that it is to begin again: it is about something else, or has failed and
+// may not fail now. One that ended under another controller stays as it is.
+func beginsAnew(job *v1beta1.ImagePullJob) bool {
+	s := &job.Status
+	switch {
+	case s.ObservedWork == "":
+		return false
+	case s.ObservedWork != observedWork(job):
+		return true
+	}
+	return meta.IsStatusConditionFalse(s.Conditions, v1beta1.ConditionSucceeded) && s.ObservedEffort != "" && s.ObservedEffort != observedEffort(job)
 }
 
 func hash(parts ...any) string {

@@ -31,7 +31,8 @@ const DefaultAccount = "default"
 type Keyring struct {
 	// credentials are all that the secrets have, in the order in which kubelet tries them. They leave through For only.
 	credentials []*opsv1.RegistryCredential
-	// Asked says that there are secrets to read; Wrong, which of them cannot be used and why. Neither holds a secret.
+	// Asked says that there are secrets to read; Wrong, which of them cannot be used or have nothing to use, and why. Neither holds a
+	// secret.
 	Asked bool
 	Wrong []string
 }
@@ -80,6 +81,10 @@ func Read(ctx context.Context, from client.Reader, namespace, serviceAccount str
 			k.Wrong = append(k.Wrong, fmt.Sprintf("secret %s of %s cannot be used: %s", s.name, s.by, err))
 			continue
 		}
+		if !slices.ContainsFunc(credentials, usable) {
+			k.Wrong = append(k.Wrong, fmt.Sprintf("secret %s of %s has no credentials: %s", s.name, s.by, whyEmpty(&secret)))
+		}
+		// Empty ones too: kubelet asks the registry without for each.
 		k.credentials = append(k.credentials, credentials...)
 	}
 	// Kubelet tries the longest match of a name first, and equal ones in the order in which they came
@@ -107,6 +112,29 @@ func (k *Keyring) For(images ...string) []*opsv1.RegistryCredential {
 		}
 	}
 	return out
+}
+
+// Has reports whether there are credentials for the image.
+func (k *Keyring) Has(image string) bool {
+	return k != nil && slices.ContainsFunc(keyring.ForImage(k.credentials, image), usable)
+}
+
+func usable(c *opsv1.RegistryCredential) bool {
+	return c.GetUsername() != "" || c.GetPassword() != "" || c.GetIdentityToken() != "" || c.GetRegistryToken() != ""
+}
+
+// whyEmpty says why a secret that can be read has no credentials. docker keeps them elsewhere when it is told to, and leaves the entries
+// empty; kubelet does not read what says so either (credentialprovider.DockerConfigJSON).
+func whyEmpty(secret *corev1.Secret) string {
+	var config struct {
+		Store   string            `json:"credsStore"`
+		Helpers map[string]string `json:"credHelpers"`
+	}
+	if json.Unmarshal(secret.Data[corev1.DockerConfigJsonKey], &config) == nil && (config.Store != "" || len(config.Helpers) > 0) {
+		return "it names only a credential store or helper (credsStore, credHelpers) of the machine that it was made on, which no node can ask; " +
+			"make it with kubectl create secret docker-registry"
+	}
+	return "it names no registry, or none with a name, password or token"
 }
 
 // Pulled are the images that a node may have to pull for a container: its own, and those of its volumes.

@@ -5,6 +5,7 @@ package pullsecrets
 
 import (
 	"slices"
+	"strings"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
@@ -55,6 +56,44 @@ func TestOf(t *testing.T) {
 			}
 			if !slices.Equal(got, tt.want) {
 				t.Errorf("%q, want %q", got, tt.want)
+			}
+		})
+	}
+}
+
+// TestNoCredentials has secrets that can be read and have nothing to use, as docker login leaves them with a store.
+func TestNoCredentials(t *testing.T) {
+	secret := func(name, config string) *corev1.Secret {
+		return &corev1.Secret{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name}, Type: corev1.SecretTypeDockerConfigJson,
+			Data: map[string][]byte{corev1.DockerConfigJsonKey: []byte(config)},
+		}
+	}
+	for _, tt := range []struct {
+		name, config, wrong string
+		has                 bool
+	}{
+		{"store", `{"auths":{"quay.io":{}},"credsStore":"desktop"}`, "credsStore", false},
+		{"helper", `{"credHelpers":{"quay.io":"ecr-login"}}`, "credHelpers", false},
+		{"empty entry", `{"auths":{"quay.io":{}}}`, "names no registry, or none with", false},
+		{"no entry", `{"auths":{}}`, "names no registry, or none with", false},
+		{"nothing", `{}`, "names no registry, or none with", false},
+		{"another registry's", `{"auths":{"r.io":{"username":"u"}}}`, "", false},
+		{"one of two", `{"auths":{"quay.io":{"auth":"dTpw"},"r.io":{}},"credsStore":"desktop"}`, "", true},
+		{"token", `{"auths":{"quay.io":{"identitytoken":"x"}}}`, "", true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			from := fake.NewClientBuilder().WithObjects(secret("key", tt.config)).Build()
+			k, err := Read(t.Context(), from, "ns", DefaultAccount, []string{"key"}, "pullSecrets")
+			if err != nil {
+				t.Fatal(err)
+			}
+			wrong := strings.Join(k.Wrong, "; ")
+			if (wrong == "") != (tt.wrong == "") || !strings.Contains(wrong, tt.wrong) || wrong != "" && !strings.HasPrefix(wrong, "secret key of pullSecrets has no credentials: ") {
+				t.Errorf("wrong: %q", wrong)
+			}
+			if k.Has("quay.io/app") != tt.has {
+				t.Errorf("credentials for the image: %v", !tt.has)
 			}
 		})
 	}

@@ -344,8 +344,11 @@ func layerProgress(layers []ocispec.Descriptor, done []int64) []*opsv1.LayerProg
 	return out
 }
 
-// succeed ends the operation with the image that is there, and pins it.
+// succeed ends the operation with the image that is there, and pins it. One that cannot run here is no success.
 func (p *Puller) succeed(ctx context.Context, u *pull, image *runtimeapi.Image, reason string) error {
+	if err := p.checkPlatform(ctx, u); err != nil {
+		return err
+	}
 	message := ""
 	keep := u.req.GetPinFor().AsDuration()
 	if keep > 0 {

@@ -4,6 +4,9 @@
 package prepull
 
 import (
+	"slices"
+
+	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
@@ -20,4 +23,9 @@ func authConfig(c *opsv1.RegistryCredential) *runtimeapi.AuthConfig {
 	default:
 		return &runtimeapi.AuthConfig{Username: c.GetUsername(), Password: c.GetPassword(), RegistryToken: c.GetRegistryToken()}
 	}
+}
+
+// sameCredentials reports whether they would be tried alike.
+func sameCredentials(a, b []*opsv1.RegistryCredential) bool {
+	return slices.EqualFunc(a, b, func(x, y *opsv1.RegistryCredential) bool { return proto.Equal(x, y) })
 }

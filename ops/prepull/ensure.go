@@ -12,8 +12,10 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// hurryLocked lets a pull go past those that nobody waits for, and past kubelet's. The caller holds p.mu.
+// hurryLocked lets a pull go past those that nobody waits for, and past kubelet's, and end when the registry says no: who waits has somebody
+// to tell, and kubelet asks again in any case. The caller holds p.mu.
 func (p *Puller) hurryLocked(u *pull) {
+	u.awaited = true
 	if !u.urgent {
 		u.urgent = true // one that runs keeps the place it has
 		p.nudge()

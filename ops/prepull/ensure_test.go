@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"google.golang.org/protobuf/types/known/durationpb"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
@@ -209,6 +210,42 @@ func TestPin(t *testing.T) {
 		b.rt.set(func() { b.rt.labels = nil })
 		if err := b.Pin(t.Context(), "nginx", "me", until); !unavailable(err) || len(b.listPins()) != 0 {
 			t.Errorf("a runtime that is not containerd: %v, %v", err, b.listPins())
+		}
+	})
+}
+
+// TestPinOfAnImageThatIsGone: the list says so, and the pin holds again when the image is back.
+func TestPinOfAnImageThatIsGone(t *testing.T) {
+	const name, id = "docker.io/library/nginx:latest", "sha256:docker.io/library/nginx:latest" // as the fake has it
+	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		b.rt.set(func() { b.rt.labels = map[string]map[string]string{id: {}} })
+		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", Owner: "me", PinFor: durationpb.New(time.Hour)})
+		b.want("a", succeeded, ReasonPulled)
+		pinned := func() (yes bool) {
+			b.rt.set(func() { yes = b.rt.labels[id][pinLabel] == pinValue })
+			return yes
+		}
+		list := func(gone bool) {
+			t.Helper()
+			l, err := NewServer(b.Puller).ListPins(t.Context(), &opsv1.ListPinsRequest{})
+			if err != nil || len(l.GetPins()) != 1 || l.GetPins()[0].GetGone() != gone || (len(l.GetGoneImageIds()) == 1) != gone {
+				t.Errorf("%v, %v; want gone %v", l, err, gone)
+			}
+		}
+		list(false)
+		b.rt.set(func() { delete(b.rt.images, name); delete(b.rt.labels, id) })
+		list(true)
+		time.Sleep(2 * sweepEvery)
+		list(true)
+		b.rt.set(func() { b.rt.images[name], b.rt.labels[id] = true, map[string]string{} })
+		list(false)
+		time.Sleep(2 * sweepEvery)
+		if !pinned() {
+			t.Error("the image is back, and not pinned")
+		}
+		time.Sleep(time.Hour)
+		if pinned() {
+			t.Error("pinned after its time")
 		}
 	})
 }

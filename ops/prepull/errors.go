@@ -48,7 +48,8 @@ type failure struct {
 	reason, message string
 	// final means that another attempt would end the same way.
 	final bool
-	// credentials means that other credentials might end another way.
+	// credentials means that the registry says no, and is asked again only because somebody may put the image or its secret
+	// there meanwhile: other credentials might end another way.
 	credentials bool
 }
 
@@ -83,12 +84,12 @@ func explain(err error, host string) *failure {
 		return &failure{reason: ReasonRuntime, message: fmt.Sprintf("the container runtime does not answer: is it running? (%s)", text)}
 	case errors.Is(err, docker.ErrInvalidAuthorization), code == http.StatusUnauthorized, code == http.StatusForbidden,
 		strings.Contains(text, "authorization failed"), strings.Contains(text, "pull access denied"), strings.Contains(text, "no basic auth credentials"):
-		return &failure{reason: ReasonUnauthorized, credentials: true, final: true,
+		return &failure{reason: ReasonUnauthorized, credentials: true,
 			message: fmt.Sprintf("registry %s refuses access: check that the image's name is right and that a pull secret for it is given and still valid (%s)", host, text)}
 	case strings.Contains(text, "no match for platform"):
 		return &failure{reason: ReasonInvalidImage, final: true, message: fmt.Sprintf("the image is not made for this node's platform (%s)", text)}
 	case errdefs.IsNotFound(err), status.Code(err) == codes.NotFound, code == http.StatusNotFound:
-		return &failure{reason: ReasonNotFound, credentials: true, final: true, message: fmt.Sprintf("registry %s has no such image, or does not show it without credentials: check name, tag and digest (%s)", host, text)}
+		return &failure{reason: ReasonNotFound, credentials: true, message: fmt.Sprintf("registry %s has no such image, or does not show it without credentials: check name, tag and digest (%s)", host, text)}
 	case code == http.StatusTooManyRequests:
 		return &failure{reason: ReasonTooManyRequests, message: fmt.Sprintf("registry %s asks to slow down: use fewer nodes at once, or credentials with a higher limit (%s)", host, text)}
 	case errors.Is(err, context.DeadlineExceeded), status.Code(err) == codes.DeadlineExceeded, strings.Contains(text, "Client.Timeout"), strings.Contains(text, "timeout awaiting response headers"):

@@ -24,12 +24,12 @@ func TestExplain(t *testing.T) {
 		reason string
 		final  bool
 	}{
-		"missing, CRI":       {status.Error(codes.NotFound, pull+`failed to resolve image: r.io/a:1: not found`), ReasonNotFound, true},
-		"missing, here":      {fmt.Errorf("r.io/a:1: %w", errdefs.ErrNotFound), ReasonNotFound, true},
-		"401, CRI":           {status.Error(codes.Unknown, pull+`failed to resolve image: pull access denied, repository does not exist or may require authorization: authorization failed: no basic auth credentials`), ReasonUnauthorized, true},
-		"401, here":          {remoteerrors.ErrUnexpectedStatus{Status: "401 Unauthorized", StatusCode: 401}, ReasonUnauthorized, true},
-		"403":                {status.Error(codes.Unknown, pull+`unexpected status from HEAD request to https://r.io:5000/v2/a/manifests/1: 403 Forbidden`), ReasonUnauthorized, true},
-		"token server":       {status.Error(codes.Unknown, pull+`failed to authorize: failed to fetch oauth token: unexpected status from GET request to https://auth.r.io/token?scope=x: 401 Unauthorized`), ReasonUnauthorized, true},
+		"missing, CRI":       {status.Error(codes.NotFound, pull+`failed to resolve image: r.io/a:1: not found`), ReasonNotFound, false},
+		"missing, here":      {fmt.Errorf("r.io/a:1: %w", errdefs.ErrNotFound), ReasonNotFound, false},
+		"401, CRI":           {status.Error(codes.Unknown, pull+`failed to resolve image: pull access denied, repository does not exist or may require authorization: authorization failed: no basic auth credentials`), ReasonUnauthorized, false},
+		"401, here":          {remoteerrors.ErrUnexpectedStatus{Status: "401 Unauthorized", StatusCode: 401}, ReasonUnauthorized, false},
+		"403":                {status.Error(codes.Unknown, pull+`unexpected status from HEAD request to https://r.io:5000/v2/a/manifests/1: 403 Forbidden`), ReasonUnauthorized, false},
+		"token server":       {status.Error(codes.Unknown, pull+`failed to authorize: failed to fetch oauth token: unexpected status from GET request to https://auth.r.io/token?scope=x: 401 Unauthorized`), ReasonUnauthorized, false},
 		"429, CRI":           {status.Error(codes.Unknown, pull+`unexpected status from HEAD request to https://r.io:5000/v2/a/manifests/1: 429 Too Many Requests`), ReasonTooManyRequests, false},
 		"429, here":          {remoteerrors.ErrUnexpectedStatus{Status: "429 Too Many Requests", StatusCode: 429}, ReasonTooManyRequests, false},
 		"500":                {status.Error(codes.Unknown, pull+`unexpected status from GET request to http://r.io/v2/a/blobs/sha256:0: 500 Internal Server Error`), ReasonRegistryUnavailable, false},

@@ -167,7 +167,7 @@ func (p *Puller) sweep(ctx context.Context, now time.Time) {
 	if _, err := p.releasePins(ctx, func(_ pinKey, v *pin) bool { return now.After(v.Until) }); err != nil && ctx.Err() == nil {
 		p.log.WithError(err).Warn("pins that have expired not ended, trying again in a minute")
 	}
-	err := errors.Join(p.endForgottenPins(ctx), p.endLeases(ctx), p.settleClaims(ctx))
+	err := errors.Join(p.alignPins(ctx), p.endLeases(ctx), p.settleClaims(ctx))
 	if err != nil && ctx.Err() == nil && !unavailable(err) {
 		p.log.WithError(err).Debug("leases or pins not ended, trying again in a minute")
 	}
@@ -199,8 +199,9 @@ func (p *Puller) endLeases(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// endForgottenPins ends pins that are ours and not in the journal: of one that was damaged or has been removed.
-func (p *Puller) endForgottenPins(ctx context.Context) error {
+// alignPins ends pins that are ours and not in the journal, which was damaged or has been removed, and puts on again those that are in
+// the journal and not on the image: somebody has removed the image, and it has come back.
+func (p *Puller) alignPins(ctx context.Context) error {
 	if p.journal.unread {
 		return nil
 	}
@@ -225,5 +226,38 @@ func (p *Puller) endForgottenPins(ctx context.Context) error {
 			errs = append(errs, err)
 		}
 	}
+	for id := range known {
+		if slices.Contains(ids, id) {
+			continue
+		}
+		if err := p.store.pin(ctx, id, true); err != nil && !errdefs.IsNotFound(err) && !errors.Is(err, errNotOurs) {
+			errs = append(errs, err)
+		}
+	}
 	return errors.Join(errs...)
+}
+
+// gone returns the IDs of the images that pins and pulls speak of and that are not on the node any more.
+func (p *Puller) gone(ctx context.Context) ([]string, error) {
+	list, err := p.images.ListImages(ctx, &runtimeapi.ListImagesRequest{})
+	if err != nil {
+		return nil, fmt.Errorf("asking the runtime for its images: %w", err)
+	}
+	there := map[string]bool{}
+	for _, i := range list.GetImages() {
+		there[i.GetId()] = true
+	}
+	var ids []string
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for k := range p.pins {
+		ids = append(ids, k.imageID)
+	}
+	for _, u := range p.pulls {
+		if u.op.GetPhase() == opsv1.PullPhase_PULL_SUCCEEDED {
+			ids = append(ids, u.op.GetImageId())
+		}
+	}
+	slices.Sort(ids)
+	return slices.DeleteFunc(slices.Compact(ids), func(id string) bool { return there[id] }), nil
 }

@@ -127,6 +127,12 @@ type pull struct {
 	private bool
 	had     string
 	retryAt time.Time
+	// given counts the credentials that have come, each set once. denied is set while the pull waits for its next attempt because
+	// the registry says no to it, which is no reason for other pulls of the image to wait.
+	given  int
+	denied bool
+	// awaited is set when something waits that decides for itself whether to ask again.
+	awaited bool
 	// urgent is set when something on the node waits for it, and apart when it runs in a place of those.
 	urgent, apart bool
 	// aside and free are how it gives way to a pull of kubelet's that wants layers of it.
@@ -275,7 +281,7 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 			busy[u.key] = u.op.GetUid()
 		default:
 			waiting = append(waiting, u)
-			if u.retryAt.After(backOff[u.key]) {
+			if u.retryAt.After(backOff[u.key]) && !u.denied {
 				backOff[u.key] = u.retryAt
 			}
 		}
@@ -301,8 +307,8 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 			} else {
 				p.finishLocked(u, opsv1.PullPhase_PULL_FAILED, ReasonCredentialsNeeded, fmt.Sprintf("cri-proxy was restarted, and nobody has repeated the command with its credentials for %s", credentialsPatience))
 			}
-		case now.Before(backOff[u.key]):
-			next = min(next, backOff[u.key].Sub(now))
+		case now.Before(backOff[u.key]), now.Before(u.retryAt):
+			next = min(next, max(backOff[u.key].Sub(now), u.retryAt.Sub(now)))
 			if !now.Before(u.retryAt) {
 				u.waitLocked(ReasonBackOff, "another pull of the image has just failed")
 			}
@@ -369,7 +375,7 @@ func (p *Puller) startLocked(ctx context.Context, wg *sync.WaitGroup, u *pull) {
 	u.op.Phase, u.op.Reason, u.op.Message = opsv1.PullPhase_PULL_RESOLVING, "", ""
 	u.notifyLocked()
 	p.kubelet.wake() // it may have been pulling for a while
-	timeout, credentials := u.timeout(), u.credentials
+	timeout, credentials, given := u.timeout(), u.credentials, u.given
 	by, bound := u.deadline()
 	wg.Go(func() {
 		defer stop(nil)
@@ -381,7 +387,7 @@ func (p *Puller) startLocked(ctx context.Context, wg *sync.WaitGroup, u *pull) {
 		}
 		log := p.log.WithFields(u.fields())
 		err := guard.Try(log, func() error { return p.attempt(limited, u, credentials) })
-		if !guard.Do(log, func() { p.settle(ctx, u, err, context.Cause(limited)) }) {
+		if !guard.Do(log, func() { p.settle(ctx, u, given, err, context.Cause(limited)) }) {
 			guard.Do(log, func() { p.giveUp(u) })
 		}
 		p.nudge()
@@ -398,11 +404,11 @@ func (p *Puller) giveUp(u *pull) {
 	}
 }
 
-// settle decides what follows an attempt.
-func (p *Puller) settle(ctx context.Context, u *pull, err, cause error) {
+// settle decides what follows an attempt, which was made with the credentials that were given as the count says.
+func (p *Puller) settle(ctx context.Context, u *pull, given int, err, cause error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	u.stop, u.apart = nil, false
+	u.stop, u.apart, u.denied = nil, false, false
 	u.limiter.Store(nil)
 	u.slots.Store(false)
 	if err == nil {
@@ -431,7 +437,12 @@ func (p *Puller) settle(ctx context.Context, u *pull, err, cause error) {
 		f = &failure{reason: ReasonTimeout, message: fmt.Sprintf("an attempt may take %s, and %s; give it longer for a large image or a slow network (timeoutSeconds of a job)", u.timeout(), p.soFar(u))}
 	}
 	p.log.WithFields(u.fields()).WithField("reason", f.reason).WithField("attempt", u.op.GetAttempt()).Warn(f.message)
-	if f.final || u.op.GetAttempt() >= attempts {
+	if f.credentials && given != u.given { // others have come since
+		u.op.Attempt--
+		u.waitLocked(ReasonBackOff, fmt.Sprintf("attempt %d of %d at once, with other credentials: %s: %s", u.op.GetAttempt()+1, attempts, f.reason, f.message))
+		return
+	}
+	if f.final || f.credentials && u.awaited || u.op.GetAttempt() >= attempts {
 		message := f.message
 		if n := u.op.GetAttempt(); n > 1 {
 			message = fmt.Sprintf("%s; %d attempts", message, n)
@@ -440,8 +451,8 @@ func (p *Puller) settle(ctx context.Context, u *pull, err, cause error) {
 		return
 	}
 	wait := min(backOffMin<<min(u.op.GetAttempt()-1, 10), backOffMax)
-	u.retryAt = time.Now().Add(wait)
-	u.waitLocked(ReasonBackOff, fmt.Sprintf("attempt %d of %d in %s: %s", u.op.GetAttempt()+1, attempts, wait, f.message))
+	u.retryAt, u.denied = time.Now().Add(wait), f.credentials
+	u.waitLocked(ReasonBackOff, fmt.Sprintf("attempt %d of %d in %s: %s: %s", u.op.GetAttempt()+1, attempts, wait, f.reason, f.message))
 }
 
 func (u *pull) timeout() time.Duration {
@@ -523,7 +534,12 @@ func (p *Puller) take(req *opsv1.PullRequest, urgent bool) (*opsv1.PullOperation
 			p.hurryLocked(known)
 		}
 		if known.op.GetFinishTime() == nil && len(credentials) > 0 {
-			known.credentials = credentials
+			if !sameCredentials(known.credentials, credentials) {
+				known.credentials = credentials
+				if known.given++; known.denied {
+					known.retryAt = time.Time{} // what the registry said was to others
+				}
+			}
 			if !known.wants {
 				known.wants = true
 				if err := p.saveLocked(known); err != nil {
@@ -544,7 +560,7 @@ func (p *Puller) take(req *opsv1.PullRequest, urgent bool) (*opsv1.PullOperation
 		return nil, status.Errorf(codes.ResourceExhausted, "%d pulls are unfinished on this node, which is the most it takes; wait for some to finish", active)
 	}
 	u := &pull{
-		req: req, named: named, key: keyOf(named, req), urgent: urgent, credentials: credentials, wants: len(credentials) > 0, changed: make(chan struct{}),
+		req: req, named: named, key: keyOf(named, req), urgent: urgent, awaited: urgent, credentials: credentials, wants: len(credentials) > 0, changed: make(chan struct{}),
 		op: &opsv1.PullOperation{
 			Uid: req.GetUid(), Image: req.GetImage(), Resolved: named.String(), Owner: req.GetOwner(), Phase: opsv1.PullPhase_PULL_WAITING,
 			Reason: ReasonInQueue, CreateTime: timestamppb.Now(),

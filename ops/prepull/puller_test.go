@@ -128,7 +128,7 @@ func TestBackOff(t *testing.T) {
 		began := time.Now()
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
 		op := b.want("a", waiting, ReasonBackOff)
-		if !strings.HasPrefix(op.GetMessage(), "attempt 2 of 4 in 1s: registry docker.io cannot be used now") {
+		if !strings.HasPrefix(op.GetMessage(), "attempt 2 of 4 in 1s: RegistryUnavailable: registry docker.io cannot be used now") {
 			t.Errorf("%v", op)
 		}
 		op = b.end("a")
@@ -170,20 +170,107 @@ func TestBackOffIsOfTheImage(t *testing.T) {
 	})
 }
 
-func TestFinalFailures(t *testing.T) {
+// TestRegistrySaysNo asks again, since an image or its secret may come a moment later. Who has somebody to tell is told at once.
+func TestRegistrySaysNo(t *testing.T) {
 	for reason, err := range map[string]error{ReasonUnauthorized: unauthorized(), ReasonNotFound: status.Error(codes.NotFound, "not found")} {
 		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
-			b.rt.fail = []error{err}
-			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", Credentials: credentials("docker.io", "docker.io/library", "quay.io")})
-			op := b.want("a", failed, reason)
-			if op.GetAttempt() != 1 || len(b.rt.pulls) != 2 {
-				t.Errorf("%d pulls: %v", len(b.rt.pulls), op)
+			b.rt.set(func() { b.rt.fail = []error{err} })
+			began := time.Now()
+			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 3, Credentials: credentials("docker.io", "docker.io/library", "quay.io")})
+			if op := b.want("a", waiting, ReasonBackOff); !strings.HasPrefix(op.GetMessage(), "attempt 2 of 3 in 1s: "+reason+": registry docker.io ") {
+				t.Errorf("%v", op)
 			}
-			if got := b.rt.pulls[0].GetAuth().GetUsername(); got != "docker.io/library" {
-				t.Errorf("%s came first", got)
+			if len(b.rt.pulls) != 2 || b.rt.pulls[0].GetAuth().GetUsername() != "docker.io/library" {
+				t.Errorf("%d pulls, the first with %s", len(b.rt.pulls), b.rt.pulls[0].GetAuth().GetUsername())
+			}
+			if op := b.end("a"); op.GetReason() != reason || op.GetAttempt() != 3 || time.Since(began).Round(time.Second) != 3*time.Second {
+				t.Errorf("%s: %v", time.Since(began), op)
+			}
+			began = time.Now()
+			if op, err := b.Ensure(t.Context(), &opsv1.PullRequest{Uid: "b", Image: "nginx"}, nil); err != nil || op.GetReason() != reason || op.GetAttempt() != 1 || time.Since(began) > time.Second {
+				t.Errorf("%s: %v, %v", time.Since(began), op, err)
 			}
 		})
 	}
+	t.Run("image comes", func(t *testing.T) {
+		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+			b.rt.set(func() { b.rt.fail = []error{status.Error(codes.NotFound, "not found")} })
+			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
+			time.Sleep(2 * time.Second)
+			b.rt.set(func() { b.rt.fail = nil })
+			if op := b.end("a"); op.GetPhase() != succeeded || op.GetAttempt() != 3 {
+				t.Errorf("%v", op)
+			}
+		})
+	})
+	t.Run("deadline", func(t *testing.T) {
+		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+			b.rt.set(func() { b.rt.fail = []error{unauthorized()} })
+			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 100, Deadline: durationpb.New(time.Minute)})
+			op := b.end("a")
+			if op.GetReason() != ReasonDeadlineExceeded || !strings.Contains(op.GetMessage(), ReasonUnauthorized) || op.GetFinishTime().AsTime().Sub(op.GetCreateTime().AsTime()).Round(time.Second) != time.Minute {
+				t.Errorf("%v", op)
+			}
+		})
+	})
+}
+
+// TestOtherCredentials come while a pull waits that the registry has said no to, or while it asks: it asks again at once.
+func TestOtherCredentials(t *testing.T) {
+	again := func(b *bubble, c []*opsv1.RegistryCredential) {
+		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 2, Credentials: c})
+	}
+	t.Run("waiting", func(t *testing.T) {
+		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+			b.rt.set(func() { b.rt.fail = []error{unauthorized(), nil} })
+			again(b, nil)
+			b.want("a", waiting, ReasonBackOff)
+			again(b, credentials("docker.io"))
+			if op := b.want("a", succeeded, ReasonPulled); op.GetAttempt() != 2 || b.rt.pulls[1].GetAuth().GetUsername() != "docker.io" {
+				t.Errorf("%v", op)
+			}
+		})
+	})
+	t.Run("the same again", func(t *testing.T) {
+		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+			b.rt.set(func() { b.rt.fail = []error{unauthorized()} })
+			again(b, credentials("docker.io"))
+			again(b, credentials("docker.io"))
+			b.want("a", waiting, ReasonBackOff)
+			if n := b.rt.count(); n != 1 {
+				t.Errorf("%d pulls", n)
+			}
+		})
+	})
+	t.Run("registry in trouble", func(t *testing.T) {
+		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+			b.rt.set(func() { b.rt.fail = []error{broken(), nil} })
+			again(b, nil)
+			again(b, credentials("docker.io"))
+			b.want("a", waiting, ReasonBackOff)
+		})
+	})
+	t.Run("during the last attempt", func(t *testing.T) {
+		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+			b.rt.set(func() { b.rt.late, b.rt.takes = unauthorized(), time.Minute })
+			again(b, nil)
+			time.Sleep(90 * time.Second) // in the second attempt
+			again(b, credentials("docker.io"))
+			b.rt.set(func() { b.rt.late = nil })
+			if op := b.end("a"); op.GetPhase() != succeeded || op.GetAttempt() != 2 || b.rt.count() != 3 {
+				t.Errorf("%d pulls, %v", b.rt.count(), op)
+			}
+		})
+	})
+	t.Run("of another pull", func(t *testing.T) {
+		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+			b.rt.set(func() { b.rt.fail = []error{unauthorized(), nil} })
+			again(b, nil)
+			b.want("a", waiting, ReasonBackOff)
+			b.pull(&opsv1.PullRequest{Uid: "b", Image: "nginx", Credentials: credentials("docker.io")})
+			b.want("b", succeeded, ReasonPulled)
+		})
+	})
 }
 
 func TestTimes(t *testing.T) {
@@ -400,7 +487,7 @@ func TestMetrics(t *testing.T) {
 	inBubble(t, Options{Registerer: reg}, func(t *testing.T, b *bubble) {
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
 		b.rt.set(func() { b.rt.fail = []error{unauthorized()} })
-		b.pull(&opsv1.PullRequest{Uid: "b", Image: "busybox"})
+		b.pull(&opsv1.PullRequest{Uid: "b", Image: "busybox", MaxAttempts: 1})
 		b.want("b", failed, ReasonUnauthorized)
 		families, err := reg.Gather()
 		if err != nil {

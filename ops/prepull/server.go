@@ -6,6 +6,7 @@ package prepull
 import (
 	"context"
 	"regexp"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -136,8 +137,16 @@ func (s *Server) CancelPull(ctx context.Context, req *opsv1.CancelPullRequest) (
 }
 
 // ListPins implements [opsv1.ImagesServer].
-func (s *Server) ListPins(context.Context, *opsv1.ListPinsRequest) (*opsv1.ListPinsResponse, error) {
-	return &opsv1.ListPinsResponse{Pins: s.p.listPins()}, nil
+func (s *Server) ListPins(ctx context.Context, _ *opsv1.ListPinsRequest) (*opsv1.ListPinsResponse, error) {
+	gone, err := s.p.gone(ctx)
+	if err != nil {
+		return nil, status.Error(codes.Unavailable, explain(err, "").message) // no registry is asked
+	}
+	pins := s.p.listPins()
+	for _, pin := range pins {
+		_, pin.Gone = slices.BinarySearch(gone, pin.GetImageId())
+	}
+	return &opsv1.ListPinsResponse{Pins: pins, GoneImageIds: gone}, nil
 }
 
 // ReleasePins implements [opsv1.ImagesServer].

@@ -25,10 +25,10 @@ import (
 //   - The line: bytes of layers come to the node that are not ours. Ours are cut off, and none begins. After judgeAfter
 //     kubelet's bytes are compared with what ours got before: a trickle from a registry in trouble does not get faster by our
 //     standing aside.
-//   - The runtime's download slots: containerd since 2.1 has three for all of its pulls together (max_concurrent_downloads of its
-//     transfer service), for manifests too, and who comes first is served first. When kubelet's pull waits for one and the
-//     runtime fetches ours, ours is cut off. While kubelet pulls, ours are fetched without the runtime, see [Puller.slotsWanted]:
-//     then they take no slot, and need none.
+//   - The runtime's download slots: containerd has three for all of its pulls together (plugins/transfer, max_concurrent_downloads;
+//     core/remotes/docker/fetcher.go), for manifests too, and who comes first is served first. When kubelet's pull waits for one and
+//     the runtime fetches ours, ours is cut off. While kubelet pulls, ours are fetched without the runtime, see
+//     [Puller.slotsWanted]: then they take no slot, and need none.
 //   - The layers: containerd has one ingest for each, and who comes second waits for the first. What kubelet waits for, ours
 //     let go of, and take up again when it is there.
 //

@@ -70,13 +70,13 @@ func TestReferences(t *testing.T) {
 		}
 	})
 	t.Run("missing tag", func(t *testing.T) {
-		op := fails(t, begin(t, &opsv1.PullRequest{Image: f.image("team/app:nope")}), "NotFound")
-		if op.GetAttempt() != 1 || !strings.Contains(op.GetMessage(), "check name, tag and digest") {
+		op := fails(t, begin(t, &opsv1.PullRequest{Image: f.image("team/app:nope"), MaxAttempts: 2}), "NotFound")
+		if op.GetAttempt() != 2 || !strings.Contains(op.GetMessage(), "check name, tag and digest") {
 			t.Errorf("%v", op)
 		}
 	})
 	t.Run("missing digest", func(t *testing.T) {
-		fails(t, begin(t, &opsv1.PullRequest{Image: f.image("team/app@sha256:" + strings.Repeat("0", 64))}), "NotFound")
+		fails(t, begin(t, &opsv1.PullRequest{Image: f.image("team/app@sha256:" + strings.Repeat("0", 64)), MaxAttempts: 1}), "NotFound")
 	})
 	t.Run("no such host", func(t *testing.T) {
 		l := newFront(t, "gone.test")
@@ -161,8 +161,8 @@ func TestRegistryInTrouble(t *testing.T) {
 			req := request(f)
 			req.MaxAttempts = 2
 			op := fails(t, begin(t, req), reason)
-			if want := map[bool]int32{true: 1, false: 2}[code == http.StatusForbidden]; op.GetAttempt() != want {
-				t.Errorf("%d attempts, want %d", op.GetAttempt(), want)
+			if op.GetAttempt() != 2 {
+				t.Errorf("%d attempts", op.GetAttempt())
 			}
 			// The runtime asks six times in a row (core/remotes/docker, retryRequest): nothing is added to that.
 			n := f.requests.Load()
@@ -216,7 +216,7 @@ func TestPrivateRegistry(t *testing.T) {
 		"right user, no secret": {[]*opsv1.RegistryCredential{{Match: "private.test", Username: "robot"}}, "Unauthorized"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			req := &opsv1.PullRequest{Image: f.image(p.name), Credentials: tt.credentials}
+			req := &opsv1.PullRequest{Image: f.image(p.name), Credentials: tt.credentials, MaxAttempts: 1}
 			if strings.Contains(name, "limit") {
 				req.BytesPerSecond = 100 * mib
 			}
@@ -226,7 +226,7 @@ func TestPrivateRegistry(t *testing.T) {
 				op = succeeds(t, uid)
 			} else {
 				op = fails(t, uid, tt.reason)
-				if op.GetAttempt() != 1 || !strings.Contains(op.GetMessage(), "pull secret") {
+				if !strings.Contains(op.GetMessage(), "pull secret") {
 					t.Errorf("%v", op)
 				}
 			}

@@ -104,7 +104,7 @@ func broken(t testing.TB) (stop func()) {
 	for i := range 3 {
 		p := push(t, fmt.Sprintf("stuck:%d", i), 1, 4)
 		stuck.hold(p, 5)
-		q := push(t, fmt.Sprintf("trickles:%d", i), 1, 32)
+		q := push(t, fmt.Sprintf("trickles:%d", i), 1, 8)
 		images = append(images, hangs.image(fmt.Sprintf("hangs:%d", i)), fmt.Sprintf("late.test/late:%d", i), stuck.image(p.name), slow.image(q.name))
 	}
 	stop = keepPulling(t, 8*time.Second, 500*time.Millisecond, images...)
@@ -153,7 +153,7 @@ func TestBrokenPulls(t *testing.T) {
 	// And one that works: the job yields, the upgrade does not.
 	f.throttle(0)
 	kubelets, job := newFront(t, "kubelets-too.test"), newFront(t, "job.test")
-	p, q := push(t, "kubelets-too:1", 2, 64), push(t, "job:1", 4, 8)
+	p, q := push(t, "kubelets-too:1", 2, 24), push(t, "job:1", 4, 8)
 	kubelets.throttle(8 * mib)
 	pulling := keepPulling(t, time.Minute, time.Minute, kubelets.image(p.name))
 	job.throttle(16 * mib)

@@ -19,9 +19,10 @@ import (
 // +kubebuilder:printcolumn:name="ACTIVE",type="integer",JSONPath=".status.active",description="Number of image pull task active"
 // +kubebuilder:printcolumn:name="SUCCEED",type="integer",JSONPath=".status.succeeded",description="Number of image pull tasks succeeded"
 // +kubebuilder:printcolumn:name="FAILED",type="integer",JSONPath=".status.failed",description="Number of image pull tasks failed"
-// +kubebuilder:printcolumn:name="PROGRESS",type="string",JSONPath=".status.progress",description="How much of the image is on the nodes"
 // +kubebuilder:printcolumn:name="AGE",type="date",JSONPath=".metadata.creationTimestamp"
 // +kubebuilder:printcolumn:name="MESSAGE",type="string",JSONPath=".status.message",description="Summary of status when job is failed"
+// +kubebuilder:printcolumn:name="PROGRESS",type="string",JSONPath=".status.progress",description="How much of the image is on the nodes"
+// +kubebuilder:printcolumn:name="IMAGE",type="string",JSONPath=".spec.image",description="The image that is pulled"
 type ImagePullJob struct {
 	metav1.TypeMeta `json:",inline"`
 	// +optional

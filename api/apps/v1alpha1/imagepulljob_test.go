@@ -223,12 +223,13 @@ func manyImages(n int) string {
 	return strings.Join(names, ", ")
 }
 
-// Both versions are served with one schema and no conversion, and kubectl shows OpenKruise's columns and the progress.
+// Both versions are served with one schema and no conversion, and kubectl shows OpenKruise's columns of the version, then ours.
 func TestPullJobVersions(t *testing.T) {
+	const message = "MESSAGE .status.message" // OpenKruise's in v1alpha1 only
+	ours := []string{"PROGRESS .status.progress", "IMAGE .spec.image"}
 	for plural, columns := range map[string][]string{
 		"imagepulljobs": {
-			"TOTAL .status.desired", "ACTIVE .status.active", "SUCCEED .status.succeeded", "FAILED .status.failed", "PROGRESS .status.progress",
-			"AGE .metadata.creationTimestamp", "MESSAGE .status.message",
+			"TOTAL .status.desired", "ACTIVE .status.active", "SUCCEED .status.succeeded", "FAILED .status.failed", "AGE .metadata.creationTimestamp",
 		},
 		"imagelistpulljobs": {
 			"TOTAL .status.desired", "SUCCEEDED .status.succeeded", "COMPLETED .status.completed", "AGE .metadata.creationTimestamp",
@@ -252,8 +253,16 @@ func TestPullJobVersions(t *testing.T) {
 				for _, column := range v.AdditionalPrinterColumns {
 					got = append(got, column.Name+" "+column.JSONPath)
 				}
-				if !slices.Equal(got, columns) {
-					t.Errorf("columns\n%q\nwant\n%q", got, columns)
+				want := columns
+				switch {
+				case plural != "imagepulljobs":
+				case v.Name == "v1alpha1":
+					want = slices.Concat(columns, []string{message}, ours)
+				default:
+					want = slices.Concat(columns, ours, []string{message})
+				}
+				if !slices.Equal(got, want) {
+					t.Errorf("columns\n%q\nwant\n%q", got, want)
 				}
 			}
 			if !slices.Equal(versions, []string{"v1alpha1", "v1beta1"}) {

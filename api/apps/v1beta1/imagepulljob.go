@@ -35,13 +35,15 @@ const (
 const (
 	// ConditionComplete is True once the job has ended, well or not; its reason says how.
 	ConditionComplete = "Complete"
-	// ConditionSucceeded is set with ConditionComplete: True when no node failed.
+	// ConditionSucceeded is set with ConditionComplete: True when there are nodes and all have the image.
 	ConditionSucceeded = "Succeeded"
-	// ConditionPullSecretsFound is False when a secret is missing or cannot be used. It is there only for a job with
+	// ConditionPullSecretsFound is False when a secret is missing, cannot be used or has no credentials. It is there only for a job with
 	// secrets.
 	ConditionPullSecretsFound = "PullSecretsFound"
 	// ConditionPinned is there, and False, when the cluster bounds for how long the image is pinned, or a node has no room for its pin.
 	ConditionPinned = "Pinned"
+	// ConditionSpeedLimitKept is there, and False, when a node pulls, or has pulled, faster than it was told to.
+	ConditionSpeedLimitKept = "SpeedLimitKept"
 )
 
 // CompletionPolicyType says whether a job ends.
@@ -160,7 +162,8 @@ type PullPolicy struct {
 	// +kubebuilder:default=600
 	// +optional
 	TimeoutSeconds *int32 `json:"timeoutSeconds,omitempty"`
-	// backoffLimit is how many attempts may follow the first. A negative number is 3.
+	// backoffLimit is how many attempts may follow the first, whatever it has failed for: an image or a secret may come after the job.
+	// A negative number is 3.
 	//
 	// +kubebuilder:default=3
 	// +optional
@@ -171,7 +174,8 @@ type PullPolicy struct {
 //
 // +kubebuilder:validation:XValidation:rule="!(has(self.type) && self.type == 'Never' && (has(self.activeDeadlineSeconds) || has(self.ttlSecondsAfterFinished)))",message="activeDeadlineSeconds and ttlSecondsAfterFinished can only work with type Always: a job of type Never has no end"
 type CompletionPolicy struct {
-	// type is Always, which ends the job when every node is done, or Never, which serves nodes that join later.
+	// type is Always, which ends the job when every node is done, and as a failure when half a minute after its start there is no node
+	// that matches; or Never, which serves nodes that join later.
 	//
 	// +kubebuilder:default=Always
 	// +optional
@@ -258,20 +262,22 @@ type ImagePullJobStatus struct {
 	Percent int32 `json:"percent"`
 	// bytesDone of the compressed layers are on the nodes, over all nodes.
 	//
+	// +kubebuilder:default=0
 	// +optional
-	BytesDone int64 `json:"bytesDone,omitempty"`
+	BytesDone int64 `json:"bytesDone"`
 	// bytesTotal is what bytesDone comes to in the end. A node that has not said how much it is counts as the mean of
 	// those that have.
 	//
+	// +kubebuilder:default=0
 	// +optional
-	BytesTotal int64 `json:"bytesTotal,omitempty"`
+	BytesTotal int64 `json:"bytesTotal"`
 
 	// slowestNodes are the nodes that have been pulling the longest, 5 at most.
 	//
 	// +listType=atomic
 	// +optional
 	SlowestNodes []NodePullProgress `json:"slowestNodes,omitempty"`
-	// failures says why nodes failed, the first 20 of them.
+	// failures says why nodes failed, 20 of them, some of each reason.
 	//
 	// +listType=atomic
 	// +optional
@@ -287,7 +293,8 @@ type ImagePullJobStatus struct {
 	// +optional
 	SkippedNodes []NodePullFailure `json:"skippedNodes,omitempty"`
 
-	// conditions are Complete, Succeeded and PullSecretsFound.
+	// conditions are Complete, Succeeded, PullSecretsFound, Pinned and SpeedLimitKept; and Ready, Reconciling and Stalled, as kstatus
+	// reads them.
 	//
 	// +listType=map
 	// +listMapKey=type
@@ -302,6 +309,11 @@ type ImagePullJobStatus struct {
 	//
 	// +optional
 	ObservedWork string `json:"observedWork,omitempty"`
+	// observedEffort identifies parallelism, pullPolicy, completionPolicy (its TTL aside) and annotations that this status is
+	// about. A job that has failed begins again when they are changed.
+	//
+	// +optional
+	ObservedEffort string `json:"observedEffort,omitempty"`
 }
 
 // NodePullProgress is how far one node has come.
@@ -318,22 +330,26 @@ type NodePullProgress struct {
 	//
 	// +optional
 	Reason string `json:"reason,omitempty"`
+	// message says more of what it waits for, or why it tries again.
+	//
+	// +optional
+	Message string `json:"message,omitempty"`
 	// bytesDone of the compressed layers are on the node.
 	//
 	// +optional
-	BytesDone int64 `json:"bytesDone,omitempty"`
+	BytesDone int64 `json:"bytesDone"`
 	// bytesTotal of them there are; 0 as long as that is not known.
 	//
 	// +optional
-	BytesTotal int64 `json:"bytesTotal,omitempty"`
+	BytesTotal int64 `json:"bytesTotal"`
 	// bytesPerSecond is the rate at that moment.
 	//
 	// +optional
-	BytesPerSecond int64 `json:"bytesPerSecond,omitempty"`
-	// attempt counts from 1.
+	BytesPerSecond int64 `json:"bytesPerSecond"`
+	// attempt counts from 1; 0 before the first.
 	//
 	// +optional
-	Attempt int32 `json:"attempt,omitempty"`
+	Attempt int32 `json:"attempt"`
 	// startTime is when the node was commanded.
 	//
 	// +optional
@@ -367,6 +383,11 @@ type FailureCount struct {
 	//
 	// +required
 	Count int32 `json:"count"`
+	// nodes are their names, the first 100 of them.
+	//
+	// +listType=atomic
+	// +optional
+	Nodes []string `json:"nodes,omitempty"`
 }
 
 // ImagePullJob puts an image on nodes before pods need it.
@@ -380,8 +401,9 @@ type FailureCount struct {
 // +kubebuilder:printcolumn:name="ACTIVE",type="integer",JSONPath=".status.active",description="Number of image pull task active"
 // +kubebuilder:printcolumn:name="SUCCEED",type="integer",JSONPath=".status.succeeded",description="Number of image pull tasks succeeded"
 // +kubebuilder:printcolumn:name="FAILED",type="integer",JSONPath=".status.failed",description="Number of image pull tasks failed"
-// +kubebuilder:printcolumn:name="PROGRESS",type="string",JSONPath=".status.progress",description="How much of the image is on the nodes"
 // +kubebuilder:printcolumn:name="AGE",type="date",JSONPath=".metadata.creationTimestamp"
+// +kubebuilder:printcolumn:name="PROGRESS",type="string",JSONPath=".status.progress",description="How much of the image is on the nodes"
+// +kubebuilder:printcolumn:name="IMAGE",type="string",JSONPath=".spec.image",description="The image that is pulled"
 // +kubebuilder:printcolumn:name="MESSAGE",type="string",JSONPath=".status.message",description="Summary of status when job is failed"
 type ImagePullJob struct {
 	metav1.TypeMeta `json:",inline"`

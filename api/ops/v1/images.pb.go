@@ -899,8 +899,11 @@ func (*ListPinsRequest) Descriptor() ([]byte, []int) {
 }
 
 type ListPinsResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Pins          []*ImagePin            `protobuf:"bytes,1,rep,name=pins,proto3" json:"pins,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Pins  []*ImagePin            `protobuf:"bytes,1,rep,name=pins,proto3" json:"pins,omitempty"`
+	// gone_image_ids are those images that are pinned, or that a pull that is still known has put on the node, and that somebody has removed
+	// since.
+	GoneImageIds  []string `protobuf:"bytes,2,rep,name=gone_image_ids,json=goneImageIds,proto3" json:"gone_image_ids,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -942,14 +945,23 @@ func (x *ListPinsResponse) GetPins() []*ImagePin {
 	return nil
 }
 
+func (x *ListPinsResponse) GetGoneImageIds() []string {
+	if x != nil {
+		return x.GoneImageIds
+	}
+	return nil
+}
+
 type ImagePin struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	ImageId string                 `protobuf:"bytes,1,opt,name=image_id,json=imageId,proto3" json:"image_id,omitempty"`
 	// image is the reference that was pulled.
-	Image         string                 `protobuf:"bytes,2,opt,name=image,proto3" json:"image,omitempty"`
-	Owner         string                 `protobuf:"bytes,3,opt,name=owner,proto3" json:"owner,omitempty"`
-	ExpireTime    *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
-	SizeBytes     int64                  `protobuf:"varint,5,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	Image      string                 `protobuf:"bytes,2,opt,name=image,proto3" json:"image,omitempty"`
+	Owner      string                 `protobuf:"bytes,3,opt,name=owner,proto3" json:"owner,omitempty"`
+	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
+	SizeBytes  int64                  `protobuf:"varint,5,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	// gone says that somebody has removed the image. Nothing is pinned then; the pin holds again if the image comes back before its end.
+	Gone          bool `protobuf:"varint,6,opt,name=gone,proto3" json:"gone,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1017,6 +1029,13 @@ func (x *ImagePin) GetSizeBytes() int64 {
 		return x.SizeBytes
 	}
 	return 0
+}
+
+func (x *ImagePin) GetGone() bool {
+	if x != nil {
+		return x.Gone
+	}
+	return false
 }
 
 type ReleasePinsRequest struct {
@@ -1192,9 +1211,10 @@ const file_api_ops_v1_images_proto_rawDesc = "" +
 	"\x11CancelPullRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x11\n" +
-	"\x0fListPinsRequest\"A\n" +
+	"\x0fListPinsRequest\"g\n" +
 	"\x10ListPinsResponse\x12-\n" +
-	"\x04pins\x18\x01 \x03(\v2\x19.criproxy.ops.v1.ImagePinR\x04pins\"\xad\x01\n" +
+	"\x04pins\x18\x01 \x03(\v2\x19.criproxy.ops.v1.ImagePinR\x04pins\x12$\n" +
+	"\x0egone_image_ids\x18\x02 \x03(\tR\fgoneImageIds\"\xc1\x01\n" +
 	"\bImagePin\x12\x19\n" +
 	"\bimage_id\x18\x01 \x01(\tR\aimageId\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\x12\x14\n" +
@@ -1202,7 +1222,8 @@ const file_api_ops_v1_images_proto_rawDesc = "" +
 	"\vexpire_time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"expireTime\x12\x1d\n" +
 	"\n" +
-	"size_bytes\x18\x05 \x01(\x03R\tsizeBytes\"E\n" +
+	"size_bytes\x18\x05 \x01(\x03R\tsizeBytes\x12\x12\n" +
+	"\x04gone\x18\x06 \x01(\bR\x04gone\"E\n" +
 	"\x12ReleasePinsRequest\x12\x14\n" +
 	"\x05owner\x18\x01 \x01(\tR\x05owner\x12\x19\n" +
 	"\bimage_id\x18\x02 \x01(\tR\aimageId\"1\n" +

@@ -42,7 +42,8 @@ type ImagesClient interface {
 	// operation is in the journal. Repeating a UID with an equal request returns the
 	// existing operation and gives it the credentials of the repetition: they are
 	// kept in memory only, so that an operation that outlived its process needs them again
-	// (phase PULL_WAITING, reason CredentialsNeeded). With another request it is AlreadyExists.
+	// (phase PULL_WAITING, reason CredentialsNeeded). One that waits because the registry said no (NotFound,
+	// Unauthorized) asks again at once with credentials that differ from those before. With another request it is AlreadyExists.
 	//
 	// Errors: InvalidArgument (the request itself), ResourceExhausted (too many operations).
 	Pull(ctx context.Context, in *PullRequest, opts ...grpc.CallOption) (*PullOperation, error)
@@ -160,7 +161,8 @@ type ImagesServer interface {
 	// operation is in the journal. Repeating a UID with an equal request returns the
 	// existing operation and gives it the credentials of the repetition: they are
 	// kept in memory only, so that an operation that outlived its process needs them again
-	// (phase PULL_WAITING, reason CredentialsNeeded). With another request it is AlreadyExists.
+	// (phase PULL_WAITING, reason CredentialsNeeded). One that waits because the registry said no (NotFound,
+	// Unauthorized) asks again at once with credentials that differ from those before. With another request it is AlreadyExists.
 	//
 	// Errors: InvalidArgument (the request itself), ResourceExhausted (too many operations).
 	Pull(context.Context, *PullRequest) (*PullOperation, error)

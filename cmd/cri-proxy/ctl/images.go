@@ -71,7 +71,8 @@ func (c *ctl) images() *cobra.Command {
 		Short: "Show the images that were pulled ahead of time, until when they are pinned and for whom",
 		Long: `Show the images that are pinned: kept from kubelet's image garbage collection until a
 time, on behalf of an owner. Those that have been pulled in the last hour without
-being pinned are shown too.`,
+being pinned are shown too. <gone> is an image that somebody has removed from the
+node since: it is pinned again if it comes back before its pin's end.`,
 		Args:              cobra.NoArgs,
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -87,7 +88,7 @@ being pinned are shown too.`,
 				if err != nil {
 					return err
 				}
-				return c.printImages(cmd.OutOrStdout(), pins.GetPins(), pulls.GetPulls())
+				return c.printImages(cmd.OutOrStdout(), pins, pulls.GetPulls())
 			})
 		},
 	}
@@ -239,13 +240,18 @@ func (c *ctl) printPulls(out io.Writer, m proto.Message, pulls []*opsv1.PullOper
 }
 
 // printImages writes a row for each pin, then for what has been pulled without.
-func (c *ctl) printImages(out io.Writer, pins []*opsv1.ImagePin, pulls []*opsv1.PullOperation) error {
+func (c *ctl) printImages(out io.Writer, pinned *opsv1.ListPinsResponse, pulls []*opsv1.PullOperation) error {
 	type key struct{ image, owner string }
 	shown := map[key]bool{}
 	var rows [][]string
-	for _, p := range pins {
+	const gone = "<gone>"
+	for _, p := range pinned.GetPins() {
 		shown[key{p.GetImage(), p.GetOwner()}] = true
-		rows = append(rows, []string{p.GetImage(), imageID(p.GetImageId()), bytesText(p.GetSizeBytes()), c.until(p.GetExpireTime().AsTime()), p.GetOwner()})
+		until := c.until(p.GetExpireTime().AsTime())
+		if p.GetGone() {
+			until = gone
+		}
+		rows = append(rows, []string{p.GetImage(), imageID(p.GetImageId()), bytesText(p.GetSizeBytes()), until, p.GetOwner()})
 	}
 	for _, op := range pulls {
 		k := key{op.GetResolved(), op.GetOwner()}
@@ -253,11 +259,14 @@ func (c *ctl) printImages(out io.Writer, pins []*opsv1.ImagePin, pulls []*opsv1.
 			continue
 		}
 		shown[k] = true
-		size := ""
+		size, until := "", "<not pinned>"
 		if op.GetBytesTotal() > 0 {
 			size = bytesText(op.GetBytesTotal())
 		}
-		rows = append(rows, []string{op.GetResolved(), imageID(op.GetImageId()), size, "<not pinned>", op.GetOwner()})
+		if slices.Contains(pinned.GetGoneImageIds(), op.GetImageId()) {
+			until = gone
+		}
+		rows = append(rows, []string{op.GetResolved(), imageID(op.GetImageId()), size, until, op.GetOwner()})
 	}
 	if len(rows) == 0 {
 		_, err := fmt.Fprintln(out, "No images.")

@@ -51,6 +51,7 @@ type imageDaemon struct {
 	stop      chan struct{} // closed by a cancel
 	deaf      bool          // cancels do nothing
 	pins      []*opsv1.ImagePin
+	gone      []string
 	released  []*opsv1.ReleasePinsRequest
 }
 
@@ -128,7 +129,7 @@ func (d *imageDaemon) CancelPull(_ context.Context, r *opsv1.CancelPullRequest) 
 func (d *imageDaemon) ListPins(context.Context, *opsv1.ListPinsRequest) (*opsv1.ListPinsResponse, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return &opsv1.ListPinsResponse{Pins: d.pins}, nil
+	return &opsv1.ListPinsResponse{Pins: d.pins, GoneImageIds: d.gone}, nil
 }
 
 func (d *imageDaemon) ReleasePins(_ context.Context, r *opsv1.ReleasePinsRequest) (*opsv1.ReleasePinsResponse, error) {
@@ -252,6 +253,20 @@ pull-9   nginx:1   Waiting   InQueue                        90s
 			}
 		})
 	}
+	t.Run("gone", func(t *testing.T) {
+		d := newImageDaemon(t)
+		d.gone = []string{"sha256:fedcba98765432"}
+		for _, p := range d.pins {
+			p.Gone = strings.HasPrefix(p.GetImageId(), "sha256:fedc")
+		}
+		for _, p := range d.pulls {
+			p.ImageId = d.gone[0]
+		}
+		out, err := d.run(t, "images")
+		if gone := strings.Count(out, " <gone> "); err != nil || gone != 3 || strings.Contains(out, "<not pinned>") {
+			t.Errorf("%v\n%s", err, out)
+		}
+	})
 	t.Run("nothing", func(t *testing.T) {
 		d := newImageDaemon(t)
 		d.pulls, d.pins = nil, nil

@@ -28,6 +28,7 @@ import (
 	ctrllog "sigs.k8s.io/controller-runtime/pkg/log"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
+	appsv1beta1 "github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/test/testbed"
@@ -80,7 +81,7 @@ func run(m *testing.M) (code int, err error) {
 	config.QPS, config.Burst = 200, 400
 	scheme := runtime.NewScheme()
 	if err := errors.Join(clientgoscheme.AddToScheme(scheme), appsv1alpha1.AddToScheme(scheme),
-		inplace.AddToScheme(scheme)); err != nil {
+		appsv1beta1.AddToScheme(scheme), inplace.AddToScheme(scheme)); err != nil {
 		return 0, err
 	}
 	if api, err = client.New(config, client.Options{Scheme: scheme}); err != nil {
