@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
 	"os"
@@ -65,41 +66,46 @@ func newHTTPProxy(t *testing.T) *httpProxy {
 	return p
 }
 
+// reconfigure is another start of containerd, with other settings: the proxy sees that by itself.
+func reconfigure(t *testing.T, edit func(string) string) {
+	t.Helper()
+	b, err := os.ReadFile(bed.ContainerdConfigFile())
+	must(t, err)
+	must(t, os.WriteFile(bed.ContainerdConfigFile(), []byte(edit(string(b))), 0o600))
+	must(t, bed.RestartContainerd(t.Context()))
+	must(t, bed.WaitProxyReady(t.Context()))
+}
+
+// limitedPull pushes an image and pulls it with a speed limit, which must be kept, through the front.
+func limitedPull(t *testing.T, image string, f *front) {
+	t.Helper()
+	const limit = 6 * mib
+	p := push(t, image[strings.Index(image, "/")+1:], 3, 4)
+	op := succeeds(t, begin(t, &opsv1.PullRequest{Image: image, BytesPerSecond: limit}))
+	fetchedOnce(t, f, p)
+	took := op.GetFinishTime().AsTime().Sub(op.GetStartTime().AsTime())
+	rate := float64(p.size) / took.Seconds()
+	t.Logf("%.1f MiB in %s, %.1f MiB/s", float64(p.size)/mib, took, rate/mib)
+	if rate > 1.2*limit {
+		t.Errorf("%.1f MiB/s, where %d are allowed: %v", rate/mib, limit/mib, op)
+	}
+}
+
+// mirrorsAlone is a configuration of version 2 without config_path, which mirrors can be appended to.
+func mirrorsAlone(p testbed.ContainerdPaths) string {
+	p.RegistryConfig = ""
+	return testbed.ContainerdV2(p)
+}
+
 // TestRuntimesOwnSettings pulls with a speed limit, for which the image is looked up and fetched here, on a node whose registries only
 // containerd's own settings lead to: mirrors in a file of version 2, several directories, and a proxy that its environment alone has.
 // Were they not known, the runtime would pull without a limit.
 func TestRuntimesOwnSettings(t *testing.T) {
 	proxy := newHTTPProxy(t)
-	mirrors := func(p testbed.ContainerdPaths) string {
-		p.RegistryConfig = ""
-		return testbed.ContainerdV2(p)
-	}
 	otherBed(t, testbed.Options{
-		ContainerdConfig: mirrors, ProxyExtra: "images: {maxDiskPercent: 0}\n", // and no registryHostsDir
+		ContainerdConfig: mirrorsAlone, ProxyExtra: "images: {maxDiskPercent: 0}\n", // and no registryHostsDir
 		ContainerdEnv: []string{"HTTP_PROXY=http://node:" + password + "@" + proxy.addr, "no_proxy=198.18.0.0/15"},
 	})
-	// reconfigure is another start of containerd, with other settings: the proxy sees that by itself.
-	reconfigure := func(t *testing.T, edit func(string) string) {
-		t.Helper()
-		b, err := os.ReadFile(bed.ContainerdConfigFile())
-		must(t, err)
-		must(t, os.WriteFile(bed.ContainerdConfigFile(), []byte(edit(string(b))), 0o600))
-		must(t, bed.RestartContainerd(t.Context()))
-		must(t, bed.WaitProxyReady(t.Context()))
-	}
-	const limit = 6 * mib
-	pull := func(t *testing.T, image string, f *front) {
-		t.Helper()
-		p := push(t, image[strings.Index(image, "/")+1:], 3, 4)
-		op := succeeds(t, begin(t, &opsv1.PullRequest{Image: image, BytesPerSecond: limit}))
-		fetchedOnce(t, f, p)
-		took := op.GetFinishTime().AsTime().Sub(op.GetStartTime().AsTime())
-		rate := float64(p.size) / took.Seconds()
-		t.Logf("%.1f MiB in %s, %.1f MiB/s", float64(p.size)/mib, took, rate/mib)
-		if rate > 1.2*limit {
-			t.Errorf("%.1f MiB/s, where %d are allowed: %v", rate/mib, limit/mib, op)
-		}
-	}
 	first := newFront(t, "unused.test")
 	proxy.to.Store(newFront(t, "unused-behind.test"))
 
@@ -108,13 +114,13 @@ func TestRuntimesOwnSettings(t *testing.T) {
 			"[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"proxied.test\"]\n  endpoint = [\"http://behind-the-proxy.test:5000\"]\n", first.addr)
 	})
 	t.Run("mirrors in version 2", func(t *testing.T) {
-		pull(t, "mirrored.test/own/mirrors:1", first)
+		limitedPull(t, "mirrored.test/own/mirrors:1", first)
 		if proxy.asked.Load() != 0 {
 			t.Error("through the proxy, which is not for this machine")
 		}
 	})
 	t.Run("proxy in containerd's environment", func(t *testing.T) {
-		pull(t, "proxied.test/own/proxy:1", proxy.to.Load())
+		limitedPull(t, "proxied.test/own/proxy:1", proxy.to.Load())
 		if proxy.asked.Load() == 0 || proxy.strangers.Load() != 0 {
 			t.Errorf("the proxy was asked %d times, %d of them without its password", proxy.asked.Load(), proxy.strangers.Load())
 		}
@@ -140,9 +146,23 @@ func TestRuntimesOwnSettings(t *testing.T) {
 		})
 		for i, f := range []*front{first, second} {
 			f.bytes.Store(0)
-			pull(t, fmt.Sprintf("directory-%d.test/own/directory:%d", i, i), f)
+			limitedPull(t, fmt.Sprintf("directory-%d.test/own/directory:%d", i, i), f)
 		}
 	})
+}
+
+// TestOwnSettingsOfContainerd17: its file has TLS for a mirror, too.
+func TestOwnSettingsOfContainerd17(t *testing.T) {
+	otherBed(t, testbed.Options{Containerd17: true, ContainerdConfig: mirrorsAlone, ProxyExtra: "images: {maxDiskPercent: 0}\n"})
+	f := newFront(t, "unused17.test")
+	secure := httptest.NewTLSServer(httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: f.addr}))
+	defer secure.Close()
+	addr := secure.Listener.Addr().String()
+	reconfigure(t, func(config string) string {
+		return config + fmt.Sprintf("[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"secure.test\"]\n  endpoint = [\"https://%[1]s\"]\n"+
+			"[plugins.\"io.containerd.grpc.v1.cri\".registry.configs.\"%[1]s\".tls]\n  insecure_skip_verify = true\n", addr)
+	})
+	limitedPull(t, "secure.test/own/tls:1", f)
 }
 
 // asKubelet, set to a socket, has this binary be a kubelet as far as it is looked at: it has dialled, and has arguments and an environment.
