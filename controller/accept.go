@@ -34,6 +34,8 @@ type accepted struct {
 	Containers map[string]appsv1alpha1.ContainerRecreateRequestContainerContext `json:"containers"`
 	// StartFirst is what RestartOrderAnnotation asked for.
 	StartFirst bool `json:"startFirst,omitempty"`
+	// Parallel is what ParallelRecreateAnnotation asked for.
+	Parallel bool `json:"parallel,omitempty"`
 }
 
 // acceptedOf reads the annotation; nil when the request has not been accepted.
@@ -93,8 +95,12 @@ func accept(crr *appsv1alpha1.ContainerRecreateRequest, pod *corev1.Pod, node *c
 	if err != nil {
 		return nil, err
 	}
+	parallel, err := parallelOf(crr)
+	if err != nil {
+		return nil, err
+	}
 	a := &accepted{
-		Request: string(crr.UID), PodUID: string(pod.UID), NodeName: pod.Spec.NodeName, StartFirst: startFirst,
+		Request: string(crr.UID), PodUID: string(pod.UID), NodeName: pod.Spec.NodeName, StartFirst: startFirst, Parallel: parallel,
 		Containers: map[string]appsv1alpha1.ContainerRecreateRequestContainerContext{},
 	}
 	wrong := map[string]string{}
@@ -132,6 +138,18 @@ func startFirstOf(crr *appsv1alpha1.ContainerRecreateRequest) (bool, error) {
 	}
 	return false, &refusal{message: fmt.Sprintf("annotation %s is %q: it must be %s or %s, or left out",
 		appsv1alpha1.RestartOrderAnnotation, order, appsv1alpha1.RestartOrderStopFirst, appsv1alpha1.RestartOrderStartFirst)}
+}
+
+// parallelOf reads ParallelRecreateAnnotation; the error is a *refusal.
+func parallelOf(crr *appsv1alpha1.ContainerRecreateRequest) (bool, error) {
+	switch value, ok := crr.Annotations[appsv1alpha1.ParallelRecreateAnnotation]; {
+	case !ok || value == "false":
+		return false, nil
+	case value == "true":
+		return true, nil
+	default:
+		return false, &refusal{message: fmt.Sprintf(`annotation %s is %q: it must be "true" or "false", or left out`, appsv1alpha1.ParallelRecreateAnnotation, value)}
+	}
 }
 
 // identify is the identity of a container that can be recreated, or why it cannot.

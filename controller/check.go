@@ -52,6 +52,7 @@ func CheckRecreateUpdate(before, after *appsv1alpha1.ContainerRecreateRequest) e
 		{acceptedAnnotation, "it says which containers the request was accepted for", false},
 		{appsv1alpha1.UnreadyAcquiredAnnotation, "it says since when the pod is out of service", true},
 		{appsv1alpha1.RestartOrderAnnotation, "it was read when the request was accepted", false},
+		{appsv1alpha1.ParallelRecreateAnnotation, "it was read when the request was accepted", false},
 	} {
 		was, there := before.Annotations[a.key]
 		if is, still := after.Annotations[a.key]; (is != was || still != there) && (there || !a.add) {

@@ -81,6 +81,7 @@ func accountOf(op *opsv1.Operation, name string) *opsv1.ContainerOperation {
 // lookUp finds the node's account of each container that has one.
 func (p *pass) lookUp(ctx context.Context) {
 	for _, c := range p.containers {
+		c.ended = p.memory.ended[c.name]
 		if c.done() {
 			continue
 		}
@@ -181,6 +182,9 @@ func (p *pass) command(ctx context.Context, c *container) {
 	default:
 		log.WithError(err).Info("node refused the restart")
 		c.fail("%s", err)
+		if endedBefore(refusalReason(err)) {
+			p.noteEnded(c)
+		}
 		return
 	}
 	p.findReplacement(ctx, c)

@@ -54,21 +54,35 @@ func unreadySince(crr *appsv1alpha1.ContainerRecreateRequest) time.Time {
 // a conflict with one of them is returned as the API server's error.
 func (r *ContainerRecreateReconciler) setUnready(ctx context.Context, crr *appsv1alpha1.ContainerRecreateRequest, pod *corev1.Pod, unready bool) error {
 	key := unreadyKeyOf(crr)
-	condition := podCondition(pod, appsv1alpha1.KruisePodReadyConditionType)
-	var keys []unreadyKey
-	if condition != nil && condition.Message != "" {
-		if err := json.Unmarshal([]byte(condition.Message), &keys); err != nil {
-			keys = nil // not written by anyone who follows the form
-		}
-	}
-	if slices.Contains(keys, key) == unready && condition != nil {
+	keys := unreadyKeys(pod)
+	if slices.Contains(keys, key) == unready && podCondition(pod, appsv1alpha1.KruisePodReadyConditionType) != nil {
 		return nil
 	}
 	keys = slices.DeleteFunc(keys, func(k unreadyKey) bool { return k == key })
 	if unready {
 		keys = append(keys, key)
 	}
-	now := metav1.NewTime(r.now())
+	if err := writeUnready(ctx, r.Client, pod, keys, r.now()); err != nil {
+		return err
+	}
+	r.Metrics.wrote("pod status")
+	return nil
+}
+
+// unreadyKeys are the writers that keep the pod out of service, as its condition has them.
+func unreadyKeys(pod *corev1.Pod) []unreadyKey {
+	condition := podCondition(pod, appsv1alpha1.KruisePodReadyConditionType)
+	var keys []unreadyKey
+	if condition == nil || condition.Message == "" || json.Unmarshal([]byte(condition.Message), &keys) != nil {
+		return nil // or not written by anyone who follows the form
+	}
+	return keys
+}
+
+// writeUnready writes the pod's KruisePodReady condition: False with keys, True without. The pod must be as it was read.
+func writeUnready(ctx context.Context, c client.Client, pod *corev1.Pod, keys []unreadyKey, at time.Time) error {
+	condition := podCondition(pod, appsv1alpha1.KruisePodReadyConditionType)
+	now := metav1.NewTime(at)
 	changed := corev1.PodCondition{Type: appsv1alpha1.KruisePodReadyConditionType, Status: corev1.ConditionTrue, LastTransitionTime: now}
 	if len(keys) > 0 {
 		message, err := json.Marshal(keys)
@@ -84,7 +98,7 @@ func (r *ContainerRecreateReconciler) setUnready(ctx context.Context, crr *appsv
 	conditions := []any{map[string]any{
 		"type": changed.Type, "status": changed.Status, "message": changed.Message, "lastTransitionTime": changed.LastTransitionTime,
 	}}
-	if ready := podCondition(pod, corev1.PodReady); unready && ready != nil && ready.Status == corev1.ConditionTrue {
+	if ready := podCondition(pod, corev1.PodReady); len(keys) > 0 && ready != nil && ready.Status == corev1.ConditionTrue {
 		// kubelet would do the same at its next sync; endpoints must not wait for it.
 		conditions = append(conditions, corev1.PodCondition{
 			Type: corev1.PodReady, Status: corev1.ConditionFalse, LastTransitionTime: now,
@@ -99,11 +113,7 @@ func (r *ContainerRecreateReconciler) setUnready(ctx context.Context, crr *appsv
 		return err
 	}
 	target := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: pod.Namespace, Name: pod.Name}}
-	if err := r.Client.Status().Patch(ctx, target, client.RawPatch(types.StrategicMergePatchType, patch)); err != nil {
-		return err
-	}
-	r.Metrics.wrote("pod status")
-	return nil
+	return c.Status().Patch(ctx, target, client.RawPatch(types.StrategicMergePatchType, patch))
 }
 
 // release puts the pod back into service if the request took it out.

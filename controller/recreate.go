@@ -125,7 +125,9 @@ type memory struct {
 	operations map[string]bool
 	// cancelAsked are those the node was told to cancel after a failure.
 	cancelAsked map[string]bool
-	nudges      Nudges
+	// ended are the containers that had ended by themselves.
+	ended  map[string]bool
+	nudges Nudges
 	// ungated says that the lack of a readiness gate has been told.
 	ungated bool
 }
@@ -153,7 +155,7 @@ func (r *ContainerRecreateReconciler) remember(crr *appsv1alpha1.ContainerRecrea
 	if m == nil || m.uid != crr.UID {
 		m = &memory{
 			uid: crr.UID, standIns: map[string]standIn{}, firstSeen: map[string]time.Time{},
-			operations: map[string]bool{}, cancelAsked: map[string]bool{},
+			operations: map[string]bool{}, cancelAsked: map[string]bool{}, ended: map[string]bool{},
 		}
 		r.memories[key] = m
 	}
@@ -270,6 +272,9 @@ func (p *pass) advance(ctx context.Context) (time.Duration, error) {
 		wait = 0
 		for _, c := range p.containers {
 			wait = sooner(wait, c.observe(p.pod, now))
+			if c.state.Phase == failed && endedBefore(c.op.GetReason()) {
+				p.noteEnded(c)
+			}
 		}
 		if late && !p.done() {
 			return p.giveUp(ctx, messageDeadline)
@@ -386,7 +391,7 @@ func (p *pass) gather() {
 			}
 		}
 		if p.accepted != nil {
-			c.pinned, c.strategy.startFirst = p.accepted.Containers[want.Name], p.accepted.StartFirst
+			c.pinned, c.strategy.startFirst, c.strategy.parallel = p.accepted.Containers[want.Name], p.accepted.StartFirst, p.accepted.Parallel
 		}
 		if p.pod != nil {
 			c.spec, _ = containerSpec(p.pod, want.Name)
@@ -452,6 +457,9 @@ func (p *pass) noteRunning(now time.Time) {
 		c.firstSeen = p.memory.firstSeen[id]
 	}
 }
+
+// noteEnded keeps that the container had ended by itself: the status says only that it has failed.
+func (p *pass) noteEnded(c *container) { c.ended, p.memory.ended[c.name] = true, true }
 
 // conclude writes what the pass has found out and says when to look again.
 func (p *pass) conclude(ctx context.Context, wait time.Duration) (time.Duration, error) {

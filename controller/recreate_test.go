@@ -426,10 +426,54 @@ func TestRecreate(t *testing.T) {
 }
 
 func TestTwoContainers(t *testing.T) {
+	t.Run("one after another: the second waits for the end of the first", func(t *testing.T) {
+		b := newBed(t)
+		b.unready.Store(true)
+		stop, start := b.node.hold("app", opsv1.Phase_PHASE_STOPPING), b.node.hold("app", opsv1.Phase_PHASE_STARTING)
+		b.create("a", spec{Containers: containers("app", "web")})
+		b.wantStates(b.until("app is being stopped", b.phaseIs(recreating, "app"), "a"), "app Recreating; web Pending")
+		b.after(time.Minute)
+		if got := b.node.commanded(); !slices.Equal(got, []string{"app"}) {
+			t.Errorf("node got %v before app had been stopped", got)
+		}
+		stop()
+		b.until("web is stopped while app is not back", func(crr *request) bool { return states(crr) == "app Recreating killed; web Recreating killed" }, "a")
+		start()
+		b.unready.Store(false)
+		b.until("both are new", func(*request) bool { return b.node.operation("uid-a.app").GetPhase() == opsv1.Phase_PHASE_SUCCEEDED }, "a")
+		for _, name := range []string{"app", "web"} {
+			b.setStatus(name, func(s *corev1.ContainerStatus) { s.Ready = true })
+		}
+		b.wantStates(b.until("completed", isCompleted, "a"), "app Succeeded killed; web Succeeded killed")
+		if got := b.node.commanded(); !slices.Equal(got, []string{"app", "web"}) {
+			t.Errorf("node got %v", got)
+		}
+	})
+	t.Run("one after another, with another controller in the middle", func(t *testing.T) {
+		b := newBed(t)
+		stop := b.node.hold("app", opsv1.Phase_PHASE_STOPPING)
+		b.create("a", spec{Containers: containers("app", "web")})
+		b.until("app is being stopped", b.phaseIs(recreating, "app"), "a")
+		b.start()
+		stop()
+		b.wantStates(b.until("completed", isCompleted, "a"), "app Succeeded killed; web Succeeded killed")
+		if got := b.node.commanded(); !slices.Equal(got, []string{"app", "web"}) {
+			t.Errorf("node got %v", got)
+		}
+	})
+	t.Run("one had ended by itself", func(t *testing.T) {
+		b := newBed(t)
+		b.node.fail("app", &opsv1.ContainerOperation{Phase: opsv1.Phase_PHASE_FAILED, Reason: "ContainerNotRunning", Message: "container is not running"})
+		stop := b.node.hold("web", opsv1.Phase_PHASE_STOPPING)
+		b.create("a", spec{Containers: containers("app", "web", "mesh")})
+		b.until("web is being stopped", b.phaseIs(recreating, "web"), "a")
+		stop() // what was found out of app is not in what comes after
+		b.wantStates(b.until("completed", isCompleted, "a"), "app Failed: container is not running; web Succeeded killed; mesh Succeeded killed")
+	})
 	t.Run("together", func(t *testing.T) {
 		b := newBed(t)
 		release := b.node.hold("app", opsv1.Phase_PHASE_STOPPING)
-		b.create("a", spec{Containers: containers("app", "web")})
+		b.createWith("a", spec{PodName: "pod", Containers: containers("app", "web")}, map[string]string{appsv1alpha1.ParallelRecreateAnnotation: "true"})
 		crr := b.until("web is done while app is not", func(crr *request) bool {
 			return b.phaseIs(succeeded, "web")(crr) && b.phaseIs(recreating, "app")(crr)
 		}, "a")
@@ -502,7 +546,7 @@ func TestFailure(t *testing.T) {
 		}, "first")
 		app := b.node.hold("app", opsv1.Phase_PHASE_STAGING)
 		b.node.fail("app", broken)
-		b.create("a", spec{Containers: containers("app", "web")})
+		b.createWith("a", spec{PodName: "pod", Containers: containers("app", "web")}, map[string]string{appsv1alpha1.ParallelRecreateAnnotation: "true"})
 		b.until("both commanded", func(*request) bool { return len(b.node.commanded()) == 3 }, "a")
 		app()
 		b.wantStates(b.until("completed", isCompleted, "a"),

@@ -5,6 +5,7 @@ package controller
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -26,6 +27,14 @@ const (
 // reasonExpectedIDDiffers is the node's word for a container that has been
 // replaced since the request was accepted.
 const reasonExpectedIDDiffers = "ExpectedIDDiffers"
+
+// reasonNotRunning is the node's word for a container that had ended before it could be stopped.
+const reasonNotRunning = "ContainerNotRunning"
+
+// endedBefore says that the node left a container alone, for this reason, because the one of the request had ended by itself.
+func endedBefore(reason string) bool {
+	return reason == reasonNotRunning || reason == reasonExpectedIDDiffers
+}
 
 // Account is what the node says of an operation on a container, as it may be told in a status and in Events. What a hook has printed is left out,
 // as it is by kubelet (kuberuntime_container.go): there may be secrets in it, and more people read Events than logs.
@@ -56,6 +65,8 @@ type container struct {
 	// one that replaced the pinned container first.
 	op       *opsv1.ContainerOperation
 	replaced bool
+	// ended says that the node found nothing to stop: the container had ended by itself.
+	ended bool
 	// carried says that kubelet takes the new container for started because the old one was.
 	carried bool
 	// firstSeen is when this controller first saw the new container running.
@@ -68,6 +79,21 @@ func (c *container) done() bool { return c.state.Phase == succeeded || c.state.P
 
 func (c *container) fail(format string, args ...any) {
 	c.state.Phase, c.state.Message = failed, fmt.Sprintf(format, args...)
+}
+
+// stopped says that the node has stopped the container, or will not: whoever waits for that may go on. The new container may still be
+// starting.
+func (c *container) stopped() bool {
+	if c.op.GetStopTime() != nil {
+		return true
+	}
+	switch c.op.GetPhase() {
+	case opsv1.Phase_PHASE_STARTING:
+		return c.op.GetMethod() != methodOverlap // there the new one goes first
+	case opsv1.Phase_PHASE_REVEALING, opsv1.Phase_PHASE_SUCCEEDED, opsv1.Phase_PHASE_FAILED, opsv1.Phase_PHASE_CANCELLED:
+		return true
+	}
+	return false
 }
 
 // observe brings c.state up to date with the node's account and the pod's status.
@@ -198,17 +224,23 @@ type plan struct {
 }
 
 // decide says what to do next, given containers whose state is up to date, and
-// fails those that an earlier failure leaves out. unready is when the pod went out
+// fails those that an earlier failure leaves out. Unless they are parallel they are
+// stopped one after another, as OpenKruise's daemon does, which kills one in each
+// pass and waits for its end (pkg/daemon/containerrecreate). unready is when the pod went out
 // of service for the request; zero means it has not. gated says whether it can.
 func decide(containers []*container, gated bool, unready, now time.Time) plan {
 	var p plan
 	var broken *container
 	for _, c := range containers {
+		if c.ended && !c.strategy.ordered {
+			continue // OpenKruise takes it for stopped, and goes on with the next
+		}
 		if c.state.Phase == failed && !c.strategy.ignoreFailure {
 			broken = c
 			break
 		}
 	}
+	stopping := slices.ContainsFunc(containers, func(c *container) bool { return !c.done() && c.op != nil && !c.stopped() })
 	ready := true // all before are done
 	for _, c := range containers {
 		before := ready
@@ -236,10 +268,11 @@ func decide(containers []*container, gated bool, unready, now time.Time) plan {
 				continue
 			}
 		}
-		if c.strategy.ordered && !before {
+		if c.strategy.ordered && !before || stopping && !c.strategy.parallel {
 			continue
 		}
 		p.command = append(p.command, c)
+		stopping = true
 	}
 	return p
 }

@@ -115,8 +115,15 @@ func TestDecide(t *testing.T) {
 		phase     appsv1alpha1.ContainerRecreateRequestPhase
 		commanded bool
 		s         strategy
+		op        *opsv1.ContainerOperation
+		ended     bool
 	}
-	ordered, ignoring, drained := strategy{ordered: true}, strategy{ignoreFailure: true}, strategy{unready: &half}
+	ordered, ignoring, drained, parallel := strategy{ordered: true}, strategy{ignoreFailure: true}, strategy{unready: &half}, strategy{parallel: true}
+	at := func(phase opsv1.Phase) *opsv1.ContainerOperation { return &opsv1.ContainerOperation{Phase: phase} }
+	stopping, stopped := at(opsv1.Phase_PHASE_STOPPING), at(opsv1.Phase_PHASE_STARTING)
+	beside := func(phase opsv1.Phase) *opsv1.ContainerOperation {
+		return &opsv1.ContainerOperation{Phase: phase, Method: methodOverlap}
+	}
 	tests := []struct {
 		name            string
 		containers      []c // named a, b, c
@@ -127,14 +134,26 @@ func TestDecide(t *testing.T) {
 		drain           bool
 		wait            time.Duration
 	}{
-		{name: "all at once", containers: []c{{phase: pending}, {phase: pending}}, command: []string{"a", "b"}},
-		{name: "only those not commanded", containers: []c{{phase: recreating, commanded: true}, {phase: pending}}, command: []string{"b"}},
+		{name: "one after another", containers: []c{{phase: pending}, {phase: pending}}, command: []string{"a"}},
+		{name: "one is being stopped", containers: []c{{phase: recreating, op: stopping}, {phase: pending}}},
+		{name: "one waits on the node", containers: []c{{phase: pending, op: at(opsv1.Phase_PHASE_PENDING)}, {phase: pending}}},
+		{name: "a later one is being stopped", containers: []c{{phase: pending}, {phase: recreating, op: stopping}}},
+		{name: "one is stopped and not back", containers: []c{{phase: recreating, op: stopped}, {phase: pending}, {phase: pending}}, command: []string{"b"}},
+		{name: "one is stopped, with times", containers: []c{{phase: recreating, op: &opsv1.ContainerOperation{StopTime: timestamppb.New(now)}}, {phase: pending}}, command: []string{"b"}},
+		{name: "one is not ready yet", containers: []c{{phase: recreating, op: at(opsv1.Phase_PHASE_SUCCEEDED)}, {phase: pending}}, command: []string{"b"}},
+		{name: "one runs beside its successor", containers: []c{{phase: recreating, op: beside(opsv1.Phase_PHASE_STARTING)}, {phase: pending}}},
+		{name: "one no longer does", containers: []c{{phase: recreating, op: beside(opsv1.Phase_PHASE_REVEALING)}, {phase: pending}}, command: []string{"b"}},
+		{name: "all at once", containers: []c{{phase: pending, s: parallel}, {phase: pending, s: parallel}}, command: []string{"a", "b"}},
+		{name: "only those not commanded", containers: []c{{phase: recreating, commanded: true, s: parallel}, {phase: pending, s: parallel}}, command: []string{"b"}},
+		{name: "all at once, but one is ordered", containers: []c{{phase: pending, s: parallel}, {phase: pending, s: strategy{parallel: true, ordered: true}}, {phase: pending, s: parallel}}, command: []string{"a", "c"}},
+		{name: "one had ended by itself", containers: []c{{phase: failed, ended: true}, {phase: pending}}, command: []string{"b"}},
+		{name: "one had ended by itself, ordered", containers: []c{{phase: failed, ended: true, s: ordered}, {phase: pending, s: ordered}}, skipped: []string{"b"}},
 		{name: "nothing left", containers: []c{{phase: succeeded}, {phase: failed, s: ignoring}}},
 		{name: "ordered, first", containers: []c{{phase: pending, s: ordered}, {phase: pending, s: ordered}}, command: []string{"a"}},
 		{name: "ordered, waiting", containers: []c{{phase: recreating, commanded: true, s: ordered}, {phase: pending, s: ordered}}},
 		{name: "ordered, next", containers: []c{{phase: succeeded, s: ordered}, {phase: pending, s: ordered}, {phase: pending, s: ordered}}, command: []string{"b"}},
 		{name: "ordered, failed and ignored", containers: []c{{phase: failed, s: strategy{ordered: true, ignoreFailure: true}}, {phase: pending, s: ordered}}, command: []string{"b"}},
-		{name: "only the last is ordered", containers: []c{{phase: pending}, {phase: pending}, {phase: pending, s: ordered}}, command: []string{"a", "b"}},
+		{name: "only the last is ordered", containers: []c{{phase: recreating, op: stopped}, {phase: recreating, op: stopped}, {phase: pending, s: ordered}}},
 		{name: "failed", containers: []c{{phase: failed}, {phase: pending}, {phase: pending}}, skipped: []string{"b", "c"}},
 		{name: "failed later in the list", containers: []c{{phase: pending}, {phase: failed}}, skipped: []string{"a"}},
 		{name: "failed with others under way", containers: []c{{phase: failed}, {phase: recreating, commanded: true}, {phase: pending, commanded: true}}, cancel: []string{"c"}},
@@ -149,7 +168,7 @@ func TestDecide(t *testing.T) {
 			var list []*container
 			for i, w := range tt.containers {
 				n := &container{name: string(rune('a' + i)), strategy: w.s}
-				n.state.Phase = w.phase
+				n.state.Phase, n.op, n.ended = w.phase, w.op, w.ended
 				if w.commanded {
 					n.op = &opsv1.ContainerOperation{}
 				}

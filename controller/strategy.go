@@ -21,8 +21,8 @@ type strategy struct {
 	// it stays in service.
 	unready    *time.Duration
 	minStarted time.Duration
-	// startFirst is the request's alone.
-	startFirst bool
+	// startFirst and parallel are the request's alone.
+	startFirst, parallel bool
 }
 
 func strategyOf(request *appsv1alpha1.ContainerRecreateRequestStrategy, container *appsv1alpha1.ContainerRecreateRequestContainerStrategy) strategy {

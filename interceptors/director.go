@@ -32,8 +32,8 @@ type Records interface {
 
 // Pulls is told of kubelet's pulls.
 type Pulls interface {
-	// KubeletPulls says that kubelet pulls an image, until done is called. It must not block.
-	KubeletPulls() (done func())
+	// KubeletPulls says that kubelet pulls an image, until done is called; an empty name is one that is not known. It must not block.
+	KubeletPulls(image string) (done func())
 }
 
 // Images knows the images that kubelet is to pull for itself before it is shown them. Its methods must not block.

@@ -20,7 +20,7 @@ type unclaimed map[string]bool
 func (u unclaimed) AnyUnclaimed() bool                 { return len(u) > 0 }
 func (u unclaimed) Unclaimed(i *runtimeapi.Image) bool { return u[i.GetId()] }
 func (u unclaimed) Claimed(id string)                  { delete(u, id) }
-func (u unclaimed) KubeletPulls() func()               { return func() {} }
+func (u unclaimed) KubeletPulls(string) func()         { return func() {} }
 
 // TestImageStatus: an image that kubelet has not pulled is not there for it; when it has, nothing is decoded any more.
 func TestImageStatus(t *testing.T) {

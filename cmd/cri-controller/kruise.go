@@ -51,6 +51,21 @@ func setUpKruise(m ctrl.Manager, every time.Duration, log logrus.FieldLogger, se
 	return lookout, errors.Join(m.Add(lookout), m.Add(group))
 }
 
+// setUpPodReady adds what opens the gates KruisePodReady, for as long as OpenKruise is not in the cluster. It needs no custom resources:
+// pods come into service while their definitions are being replaced.
+func setUpPodReady(m ctrl.Manager, s settings, lookout *kruise.Lookout, counters *controller.Metrics, log logrus.FieldLogger) error {
+	gate := &kruise.Gate{}
+	return m.Add(&kruise.Group{
+		Lookout: lookout, Gate: gate, Log: log, Kindless: true,
+		SetUp: func(context.Context) error {
+			r := &controller.PodReadyReconciler{
+				Client: m.GetClient(), APIReader: m.GetAPIReader(), Recorder: m.GetEventRecorder("cri-controller"), Metrics: counters, Log: log, Gate: gate,
+			}
+			return r.SetupWithManager(m, s.workers)
+		},
+	})
+}
+
 // directClient reads past the cache, and keeps none.
 func directClient(m ctrl.Manager) (client.Client, error) {
 	return client.New(m.GetConfig(), client.Options{Scheme: m.GetScheme(), Mapper: m.GetRESTMapper(), HTTPClient: m.GetHTTPClient()})

@@ -247,6 +247,9 @@ func run(ctx context.Context, s settings, stderr io.Writer) error {
 		return err
 	}
 	probes.notes = append(probes.notes, note{"OpenKruise", lookout.Note})
+	if err := setUpPodReady(m, s, lookout, counters, log); err != nil {
+		return err
+	}
 	if err := setUpRollout(ctx, m, s, nodes, jobs, log); err != nil {
 		return err
 	}

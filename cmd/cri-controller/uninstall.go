@@ -179,7 +179,12 @@ func (d *departure) clean(ctx context.Context) error {
 	there, err := lookout.Look(ctx)
 	note(err)
 	ofRequests, ofJobs := []string{controller.OperationFinalizer}, []string{v1beta1.PullFinalizer}
+	gates := []corev1.PodConditionType{inplace.ReadyGate, inplace.KruiseReadyGate}
 	if !there && err == nil {
+		opened, err := controller.LeavePodReady(ctx, d.client, d.log)
+		note(err)
+		d.say("%d pods are in service again that waited at the gate %s", opened, appsv1alpha1.KruisePodReadyConditionType)
+		gates = append(gates, appsv1alpha1.KruisePodReadyConditionType)
 		// Nobody else takes these off.
 		ofRequests = append(ofRequests, appsv1alpha1.UnreadyAcquiredFinalizer)
 		ofJobs = append(ofJobs, v1beta1.DeletionProtectionFinalizer)
@@ -192,8 +197,10 @@ func (d *departure) clean(ctx context.Context) error {
 		note(err)
 		d.say("%d %ss had a finalizer", n, k.kind.Kind)
 	}
-	for _, workload := range left.Gated {
-		d.say("WARNING: %s has the readiness gate %s in its template: pods that it makes from now on will not be Ready; take the gate out", workload, inplace.ReadyGate)
+	gated, err := rollout.FindGated(ctx, d.client, gates...)
+	note(err)
+	for _, g := range gated {
+		d.say("WARNING: %s has the readiness gate %s in its template: pods that it makes from now on will not be Ready; take the gate out", g.Workload, g.Gate)
 	}
 	return errors.Join(errs...)
 }

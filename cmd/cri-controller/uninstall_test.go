@@ -87,9 +87,22 @@ func TestUninstallCleans(t *testing.T) {
 		}
 	}
 	template := corev1.PodTemplateSpec{Spec: gate("").Spec}
+	kruises := func(name string, conditions ...corev1.PodCondition) *corev1.Pod {
+		p := gate(name, conditions...)
+		p.Spec.ReadinessGates[0].ConditionType = appsv1alpha1.KruisePodReadyConditionType
+		return p
+	}
+	kruiseShut := func(message string) corev1.PodCondition {
+		return corev1.PodCondition{Type: appsv1alpha1.KruisePodReadyConditionType, Status: corev1.ConditionFalse, Message: message}
+	}
+	kruiseTemplate := corev1.PodTemplateSpec{Spec: kruises("").Spec}
 	d, out := cluster(t,
 		gate("shut", corev1.PodCondition{Type: inplace.ReadyGate, Status: corev1.ConditionFalse, Reason: "InPlaceRollout", Message: "uid x"}),
 		gate("new"),
+		kruises("kruises-new"), // made when no controller was there
+		kruises("kruises-orphan", kruiseShut(`[{"userAgent":"ContainerRecreateRequest","key":"ns/gone"}]`)),
+		kruises("kruises-other", kruiseShut(`[{"userAgent":"Lifecycle","key":"x"}]`)),
+		&appsv1.StatefulSet{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "kruises"}, Spec: appsv1.StatefulSetSpec{Template: kruiseTemplate}},
 		gate("by-hand", corev1.PodCondition{Type: inplace.ReadyGate, Status: corev1.ConditionFalse, Reason: "ByHand"}),
 		&inplace.InPlaceRollout{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "r", Finalizers: []string{inplace.RolloutFinalizer, "other/hold"}}, Spec: inplace.InPlaceRolloutSpec{Target: inplace.Target{PodName: "shut"}}},
 		&appsv1alpha1.ImagePullJob{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "j", Finalizers: []string{v1beta1.PullFinalizer, v1beta1.DeletionProtectionFinalizer}}},
@@ -105,7 +118,8 @@ func TestUninstallCleans(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for name, want := range map[string]corev1.ConditionStatus{"shut": corev1.ConditionTrue, "new": corev1.ConditionTrue, "by-hand": corev1.ConditionFalse} {
+	for name, want := range map[string]corev1.ConditionStatus{"shut": corev1.ConditionTrue, "new": corev1.ConditionTrue, "by-hand": corev1.ConditionFalse,
+		"kruises-new": corev1.ConditionTrue, "kruises-orphan": corev1.ConditionTrue, "kruises-other": corev1.ConditionFalse} {
 		var p corev1.Pod
 		get(name, &p)
 		if len(p.Status.Conditions) != 1 || p.Status.Conditions[0].Status != want {
@@ -126,9 +140,28 @@ func TestUninstallCleans(t *testing.T) {
 			t.Errorf("Deployment %s: paused %v, %v", name, got.Spec.Paused, got.Annotations)
 		}
 	}
-	for _, want := range []string{"1 Deployments go on", "2 pods are in service again", "1 InPlaceRollouts had a finalizer", "WARNING: Deployment ns/paused has the readiness gate"} {
+	for _, want := range []string{"1 Deployments go on", "2 pods are in service again", "1 InPlaceRollouts had a finalizer", "WARNING: Deployment ns/paused has the readiness gate cri-proxy.io/in-place-ready",
+		"2 pods are in service again that waited at the gate KruisePodReady", "WARNING: StatefulSet ns/kruises has the readiness gate KruisePodReady"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("output lacks %q:\n%s", want, out)
 		}
+	}
+}
+
+// With OpenKruise in the cluster its gate is left to it.
+func TestUninstallBesideOpenKruise(t *testing.T) {
+	pod := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "new"}, Status: corev1.PodStatus{Phase: corev1.PodRunning},
+		Spec: corev1.PodSpec{ReadinessGates: []corev1.PodReadinessGate{{ConditionType: appsv1alpha1.KruisePodReadyConditionType}}},
+	}
+	d, out := cluster(t, pod,
+		&appsv1.DaemonSet{ObjectMeta: metav1.ObjectMeta{Namespace: "kruise-system", Name: "kruise-daemon"}},
+		&appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "web"}, Spec: appsv1.DeploymentSpec{Template: corev1.PodTemplateSpec{Spec: pod.Spec}}},
+	)
+	if err := d.clean(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.client.Get(t.Context(), client.ObjectKeyFromObject(pod), pod); err != nil || len(pod.Status.Conditions) != 0 || strings.Contains(out.String(), "KruisePodReady") {
+		t.Errorf("%v, conditions %+v, output\n%s", err, pod.Status.Conditions, out)
 	}
 }

@@ -134,7 +134,7 @@ func TestListWithFailures(t *testing.T) {
 		if s.Completed != 1 || s.Succeeded != 0 || len(s.FailedImageStatuses) != 1 {
 			t.Fatalf("status %+v", s)
 		}
-		if f := s.FailedImageStatuses[0]; f.Name != "a" || f.ImagePullJob != b.childrenOf("list")["a"] || !strings.Contains(f.Message, "failed on 1 of 2 nodes: NotFound on 1, node bad says: the registry says NotFound") {
+		if f := s.FailedImageStatuses[0]; f.Name != "a" || f.ImagePullJob != b.childrenOf("list")["a"] || !strings.Contains(f.Message, "failed on 1 of 2 nodes: NotFound on 1 (bad): the registry says NotFound") {
 			t.Errorf("failure %+v", f)
 		}
 	})

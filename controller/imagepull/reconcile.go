@@ -267,12 +267,14 @@ func (p *pass) start(ctx context.Context, w *wish, again bool) error {
 	next := &v1beta1.ImagePullJobStatus{
 		StartTime: &begun, Desired: int32(len(w.nodes)), ObservedGeneration: p.job.Generation, ObservedWork: observedWork(p.job),
 		ObservedEffort: observedEffort(p.job),
-		Message:        messageNoProgress, Conditions: slices.Clone(p.job.Status.Conditions),
+		Message:        messageNoNodes, Conditions: slices.Clone(p.job.Status.Conditions),
 	}
+	reason, message := withoutNodes(w.never)
 	if len(w.nodes) > 0 {
 		next.Message, next.Progress = fmt.Sprintf(messageProgress, 0.), "0%"
+		reason, message = completePulling, ""
 	}
-	setCondition(next, v1beta1.ConditionComplete, false, completePulling, "")
+	setCondition(next, v1beta1.ConditionComplete, false, reason, message)
 	meta.RemoveStatusCondition(&next.Conditions, v1beta1.ConditionSucceeded)
 	if err := p.writeStatus(ctx, next); err != nil {
 		return err
@@ -354,7 +356,7 @@ func (p *pass) complete(ctx context.Context, next *v1beta1.ImagePullJobStatus, l
 	reason := conclude(next, late, p.now)
 	if late {
 		u.mu.Lock()
-		next.FailedNodes = u.unfinished(next.FailedNodes)
+		u.tellUnfinished(next)
 		u.mu.Unlock()
 	}
 	if err := p.writeStatus(ctx, next); err != nil {

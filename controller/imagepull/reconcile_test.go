@@ -115,7 +115,7 @@ func TestNoMatchingNodes(t *testing.T) {
 		b.create("always", spec{ImagePullJobTemplate: other})
 		b.create("early", spec{ImagePullJobTemplate: template{Selector: names("other"), CompletionPolicy: v1beta1.CompletionPolicy{ActiveDeadlineSeconds: number(int64(10))}}})
 		b.createList("list", v1beta1.ImageListPullJobSpec{Images: []string{"a"}, ImagePullJobTemplate: other})
-		j := b.until("waiting", "always", time.Second, func(j *job) bool { return condition(j, "Complete") == "False WaitingForNodes" })
+		j := b.until("waiting", "always", time.Second, func(j *job) bool { return condition(j, "Complete") != "" })
 		if condition(j, kstatus.Reconciling) != "True WaitingForNodes" || j.Status.Message != "job is running, no progress; no node matches" {
 			t.Errorf("status %+v", j.Status)
 		}
@@ -424,6 +424,15 @@ func TestDeadline(t *testing.T) {
 		b.want(j, "True DeadlineExceeded", "3/0/1/2")
 		if j.Status.Message != "job exceeds activeDeadlineSeconds" || strings.Join(j.Status.FailedNodes, " ") != "away slow" || condition(j, "Succeeded") != "False DeadlineExceeded" {
 			t.Errorf("status %+v", j.Status)
+		}
+		// Which nodes those are and how far they were.
+		why := meta.FindStatusCondition(j.Status.Conditions, "Succeeded").Message
+		if r := j.Status.FailureReasons; len(r) != 1 || r[0].Count != 2 || strings.Join(r[0].Nodes, " ") != "away slow" ||
+			!strings.Contains(why, "DeadlineExceeded on 2 (away, slow): ") {
+			t.Errorf("%q, reasons %+v", why, r)
+		}
+		if f := j.Status.Failures; len(f) != 2 || !strings.HasPrefix(f[0].Message, "NodeUnreachable: ") || !strings.HasPrefix(f[1].Message, "it was ") {
+			t.Errorf("failures %+v", f)
 		}
 		time.Sleep(time.Second)
 		synctest.Wait()

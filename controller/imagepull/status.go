@@ -4,7 +4,6 @@
 package imagepull
 
 import (
-	"cmp"
 	"fmt"
 	"math"
 	"slices"
@@ -31,6 +30,7 @@ const (
 // ended that it has completed.
 const (
 	messageNoProgress = "job is running, no progress"
+	messageNoNodes    = messageNoProgress + "; no node matches"
 	messageProgress   = "job is running, progress %.1f%%"
 	messageCompleted  = "job has completed"
 	messageFailed     = "job has failed"
@@ -70,8 +70,6 @@ func (u *run) report(before *v1beta1.ImagePullJobStatus) *v1beta1.ImagePullJobSt
 		done        float64
 		known, told int64
 		left, busy  []*member
-		broken      []*member
-		reasons     = map[string]int32{}
 	)
 	for _, m := range u.members {
 		share := m.fraction
@@ -81,8 +79,6 @@ func (u *run) report(before *v1beta1.ImagePullJobStatus) *v1beta1.ImagePullJobSt
 			share = 1
 		case m.phase == failed:
 			s.Failed++
-			reasons[m.reason]++
-			broken = append(broken, m)
 		case m.phase == active:
 			s.Active++
 			busy = append(busy, m)
@@ -107,23 +103,11 @@ func (u *run) report(before *v1beta1.ImagePullJobStatus) *v1beta1.ImagePullJobSt
 			s.Message += "; " + again
 		}
 	} else {
-		s.Message = messageNoProgress + "; no node matches"
+		s.Message = messageNoNodes
 	}
 
 	byName := func(a, b *member) int { return strings.Compare(a.target.node.Name, b.target.node.Name) }
-	slices.SortFunc(broken, byName)
-	for _, m := range first(broken, maxFailedNodes) {
-		s.FailedNodes = append(s.FailedNodes, m.target.node.Name)
-	}
-	for _, m := range first(broken, maxDetails) {
-		s.Failures = append(s.Failures, v1beta1.NodePullFailure{Node: m.target.node.Name, Reason: m.reason, Message: shorten(m.message)})
-	}
-	for reason, n := range reasons {
-		s.FailureReasons = append(s.FailureReasons, v1beta1.FailureCount{Reason: reason, Count: n})
-	}
-	slices.SortFunc(s.FailureReasons, func(a, b v1beta1.FailureCount) int {
-		return cmp.Or(cmp.Compare(b.Count, a.Count), strings.Compare(a.Reason, b.Reason))
-	})
+	tellFailures(s, u.failures())
 	slices.SortFunc(left, byName)
 	for _, m := range first(left, maxDetails) {
 		s.SkippedNodes = append(s.SkippedNodes, v1beta1.NodePullFailure{Node: m.target.node.Name, Reason: m.away.reason, Message: shorten(m.away.message)})
@@ -191,10 +175,8 @@ func (u *run) tellSecrets(s *v1beta1.ImagePullJobStatus) {
 func (u *run) tellRunning(s *v1beta1.ImagePullJobStatus) {
 	reason, message := completePulling, ""
 	switch {
-	case u.finished() && s.Desired == 0 && !u.wish.never:
-		reason, message = completeWaiting, fmt.Sprintf("no node matches; the job fails if none does within %s of its start", noNodesPatience)
 	case u.finished() && s.Desired == 0:
-		reason, message = completeNoNodes, "no node matches; nodes that join later get the image"
+		reason, message = withoutNodes(u.wish.never)
 	case u.finished():
 		reason, message = completeUpToDate, "no node has anything left to do; nodes that join later get the image too"
 	case u.wish.limit() == 0:
@@ -206,6 +188,14 @@ func (u *run) tellRunning(s *v1beta1.ImagePullJobStatus) {
 	}
 	setCondition(s, v1beta1.ConditionComplete, false, reason, message)
 	meta.RemoveStatusCondition(&s.Conditions, v1beta1.ConditionSucceeded)
+}
+
+// withoutNodes is the condition of a job that has not ended and that no node matches.
+func withoutNodes(never bool) (reason, message string) {
+	if never {
+		return completeNoNodes, "no node matches; nodes that join later get the image"
+	}
+	return completeWaiting, fmt.Sprintf("no node matches; the job fails if none does within %s of its start", noNodesPatience)
 }
 
 // conclude makes the status that of a job that has ended. With late, its deadline was over before that.
@@ -259,17 +249,6 @@ func tellReady(s *v1beta1.ImagePullJobStatus) {
 	kstatus.Set(&s.Conditions, s.ObservedGeneration, standing, reason, message)
 }
 
-func reasonsText(s *v1beta1.ImagePullJobStatus) string {
-	var parts []string
-	for _, r := range first(s.FailureReasons, maxSlowest) {
-		parts = append(parts, fmt.Sprintf("%s on %d", r.Reason, r.Count))
-	}
-	if len(s.Failures) > 0 {
-		parts = append(parts, fmt.Sprintf("node %s says: %s", s.Failures[0].Node, s.Failures[0].Message))
-	}
-	return strings.Join(parts, ", ")
-}
-
 func setCondition(s *v1beta1.ImagePullJobStatus, kind string, is bool, reason, message string) {
 	status := metav1.ConditionFalse
 	if is {
@@ -307,15 +286,4 @@ func shorten(text string) string {
 		return text
 	}
 	return strings.ToValidUTF8(text[:maxMessage], "") + "…"
-}
-
-// unfinished is names with those of the nodes that were not done, sorted. The caller holds the mutex.
-func (u *run) unfinished(names []string) []string {
-	for _, m := range u.members {
-		if !m.done() {
-			names = append(names, m.target.node.Name)
-		}
-	}
-	slices.Sort(names)
-	return first(names, maxFailedNodes)
 }

@@ -64,6 +64,8 @@ type Group struct {
 	// SetUp adds the controllers, once, before the gate opens for the first time: what never opens watches nothing, and does
 	// not mind what OpenKruise's definitions of the kinds are.
 	SetUp func(context.Context) error
+	// Kindless says that these controllers need none of the definitions of the kinds: the gate is open whenever OpenKruise is not there.
+	Kindless bool
 	// HandOver leaves the objects to OpenKruise: called with the gate closed, whenever OpenKruise has come.
 	HandOver func(context.Context) error
 	// Log must be set.
@@ -79,6 +81,9 @@ func (g *Group) Start(ctx context.Context) error {
 	ready, handed := false, false
 	for {
 		free, _, changed := g.Lookout.Free()
+		if g.Kindless {
+			free, changed = g.Lookout.Alone()
+		}
 		var again <-chan time.Time
 		if free {
 			if !ready {

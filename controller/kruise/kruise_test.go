@@ -77,6 +77,43 @@ func (m mapper) RESTMapping(kind schema.GroupKind, versions ...string) (*meta.RE
 	return &meta.RESTMapping{}, nil
 }
 
+// Controllers that need no definitions work whenever OpenKruise is not there, and not before that is known.
+func TestKindless(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := &cluster{hooks: map[string]bool{}, served: map[string]bool{}, err: errors.New("not yet")}
+		log := logrus.New()
+		log.SetOutput(io.Discard)
+		l := &Lookout{Reader: c, Mapper: mapper{c: c}, Log: log}
+		gate, did := &Gate{}, &record{}
+		g := &Group{Lookout: l, Gate: gate, Log: log, Kindless: true, SetUp: func(context.Context) error { did.note("set up"); return nil }}
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		wg.Go(func() { _ = l.Start(ctx) })
+		wg.Go(func() { _ = g.Start(ctx) })
+		defer wg.Wait()
+		defer cancel()
+		for _, step := range []struct {
+			what   string
+			change func(*cluster)
+			open   bool
+		}{
+			{"nothing is known", func(*cluster) {}, false},
+			{"there are no definitions", func(c *cluster) { c.err = nil }, true},
+			{"OpenKruise has come", func(c *cluster) { c.hooks[MutatingWebhooks] = true }, false},
+			{"it has gone, and its definitions with it", func(c *cluster) { delete(c.hooks, MutatingWebhooks) }, true},
+		} {
+			c.change(step.change)
+			after(2*Every + time.Second)
+			if open(gate) != step.open {
+				t.Errorf("%s: open %v", step.what, !step.open)
+			}
+		}
+		if did.said() != "set up" {
+			t.Errorf("did %q", did.said())
+		}
+	})
+}
+
 // in runs f in a bubble with a cluster, which is as begin makes it at first, what watches it, and a record of what the group did.
 func in(t *testing.T, begin func(*cluster, *record), f func(*testing.T, *cluster, *Lookout, *Gate, *record)) {
 	t.Helper()

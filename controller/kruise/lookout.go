@@ -110,6 +110,14 @@ func (l *Lookout) Free() (free bool, reason string, changed <-chan struct{}) {
 	return l.looked && reason == "", reason, l.changed
 }
 
+// Alone says that OpenKruise is known not to be in the cluster. The channel is closed when that may have changed.
+func (l *Lookout) Alone() (alone bool, changed <-chan struct{}) {
+	_, _, changed = l.Free()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.looked && !l.there, changed
+}
+
 // Look asks once whether OpenKruise is in the cluster.
 func (l *Lookout) Look(ctx context.Context) (bool, error) {
 	seen, err := l.signs(ctx)

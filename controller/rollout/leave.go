@@ -34,8 +34,6 @@ const (
 type Left struct {
 	// Resumed are Deployments that go on, InService pods whose gates were opened.
 	Resumed, InService int
-	// Gated are the workloads whose template has our readiness gate: pods that they make from now on are never Ready.
-	Gated []string
 }
 
 // Leave takes back what rollouts have done to workloads and pods, for when no controller is to be there any more: Deployments that are
@@ -54,7 +52,6 @@ func Leave(ctx context.Context, c client.Client, log logrus.FieldLogger) (Left, 
 	note("rollouts", r.leaveWorkloads(ctx, &left))
 	note("Deployments", r.leaveDeployments(ctx, &left))
 	note("pods", r.leavePods(ctx, &left))
-	note("templates", r.gated(ctx, &left))
 	return left, errors.Join(errs...)
 }
 
@@ -155,22 +152,34 @@ func (r *Reconciler) leavePods(ctx context.Context, left *Left) error {
 	})
 }
 
-// gated finds workloads whose template has our gate.
-func (r *Reconciler) gated(ctx context.Context, left *Left) error {
+// Gated is a workload whose template has a readiness gate that nobody opens when no controller is there: pods that it makes from then on
+// are never Ready.
+type Gated struct {
+	// Workload is kind, namespace and name.
+	Workload string
+	Gate     corev1.PodConditionType
+}
+
+// FindGated finds the workloads whose template has one of the gates. It goes on after an error.
+func FindGated(ctx context.Context, c client.Client, gates ...corev1.PodConditionType) ([]Gated, error) {
+	var found []Gated
 	look := func(kind string, o client.Object, t *corev1.PodTemplateSpec) error {
-		if slices.ContainsFunc(t.Spec.ReadinessGates, func(g corev1.PodReadinessGate) bool { return g.ConditionType == inplace.ReadyGate }) {
-			left.Gated = append(left.Gated, fmt.Sprintf("%s %s/%s", kind, o.GetNamespace(), o.GetName()))
+		for _, g := range t.Spec.ReadinessGates {
+			if slices.Contains(gates, g.ConditionType) {
+				found = append(found, Gated{fmt.Sprintf("%s %s/%s", kind, o.GetNamespace(), o.GetName()), g.ConditionType})
+			}
 		}
 		return nil
 	}
-	return errors.Join(
-		each(ctx, r.Client, &appsv1.DeploymentList{}, func(l *appsv1.DeploymentList) []appsv1.Deployment { return l.Items },
+	err := errors.Join(
+		each(ctx, c, &appsv1.DeploymentList{}, func(l *appsv1.DeploymentList) []appsv1.Deployment { return l.Items },
 			func(o *appsv1.Deployment) error { return look("Deployment", o, &o.Spec.Template) }),
-		each(ctx, r.Client, &appsv1.StatefulSetList{}, func(l *appsv1.StatefulSetList) []appsv1.StatefulSet { return l.Items },
+		each(ctx, c, &appsv1.StatefulSetList{}, func(l *appsv1.StatefulSetList) []appsv1.StatefulSet { return l.Items },
 			func(o *appsv1.StatefulSet) error { return look("StatefulSet", o, &o.Spec.Template) }),
-		each(ctx, r.Client, &appsv1.DaemonSetList{}, func(l *appsv1.DaemonSetList) []appsv1.DaemonSet { return l.Items },
+		each(ctx, c, &appsv1.DaemonSetList{}, func(l *appsv1.DaemonSetList) []appsv1.DaemonSet { return l.Items },
 			func(o *appsv1.DaemonSet) error { return look("DaemonSet", o, &o.Spec.Template) }),
 	)
+	return found, err
 }
 
 // each calls f with all objects of a kind, page by page. What is not there any more is left out; other errors do not end it.

@@ -17,10 +17,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/cri-proxy/cri-proxy/ops/process"
 )
 
 const (
@@ -81,20 +84,24 @@ type plugin struct {
 }
 
 // Connect reads a kubeconfig and the files that it names, which kubelet rotates, and returns a client of its API server. The caller
-// closes it. Nothing is dialled yet.
-func Connect(ctx context.Context, file string) (*Client, error) {
+// closes it. Nothing is dialled yet. environ is the environment of whose file it is: it has the proxies, and an exec plugin gets it. Nil is
+// that of this process.
+func Connect(ctx context.Context, file string, environ []string) (*Client, error) {
 	text, err := os.ReadFile(file)
 	if err != nil {
 		return nil, fmt.Errorf("kubeconfig: %w", err)
 	}
-	c, err := clientOf(ctx, text, filepath.Dir(file))
+	c, err := clientOf(ctx, text, filepath.Dir(file), environ)
 	if err != nil {
 		return nil, fmt.Errorf("kubeconfig %s: %w", file, err)
 	}
 	return c, nil
 }
 
-func clientOf(ctx context.Context, text []byte, dir string) (*Client, error) {
+func clientOf(ctx context.Context, text []byte, dir string, environ []string) (*Client, error) {
+	if environ == nil {
+		environ = os.Environ()
+	}
 	var k kubeconfig
 	if err := yaml.Unmarshal(text, &k); err != nil {
 		return nil, err
@@ -121,7 +128,7 @@ func clientOf(ctx context.Context, text []byte, dir string) (*Client, error) {
 			return nil, errors.New("certificate-authority holds no PEM certificate")
 		}
 	}
-	creds, err := u.credentials(ctx, dir)
+	creds, err := u.credentials(ctx, dir, environ)
 	if err != nil {
 		return nil, err
 	}
@@ -133,7 +140,11 @@ func clientOf(ctx context.Context, text []byte, dir string) (*Client, error) {
 		}
 		settings.Certificates, user = []tls.Certificate{pair}, pair.Leaf.Subject.CommonName
 	}
-	transport := &http.Transport{TLSClientConfig: settings, TLSHandshakeTimeout: 10 * time.Second, MaxIdleConns: 1, Proxy: http.ProxyFromEnvironment}
+	through := process.Proxies(environ).ProxyFunc()
+	transport := &http.Transport{
+		TLSClientConfig: settings, TLSHandshakeTimeout: 10 * time.Second, MaxIdleConns: 1,
+		Proxy: func(r *http.Request) (*url.URL, error) { return through(r.URL) },
+	}
 	if cl.ProxyURL != "" {
 		proxy, err := url.Parse(cl.ProxyURL)
 		if err != nil {
@@ -180,7 +191,7 @@ type credentials struct {
 	token     string
 }
 
-func (u *user) credentials(ctx context.Context, dir string) (c credentials, err error) {
+func (u *user) credentials(ctx context.Context, dir string, environ []string) (c credentials, err error) {
 	if c.cert, err = material(dir, "client-certificate", u.Cert, u.CertData); err != nil {
 		return c, err
 	}
@@ -197,7 +208,7 @@ func (u *user) credentials(ctx context.Context, dir string) (c credentials, err 
 	case u.Token != "":
 		c.token = u.Token
 	case u.Exec != nil:
-		return u.Exec.run(ctx, dir)
+		return u.Exec.run(ctx, dir, environ)
 	}
 	if (c.cert == nil) != (c.key == nil) {
 		return c, errors.New("client-certificate and client-key go together")
@@ -208,20 +219,22 @@ func (u *user) credentials(ctx context.Context, dir string) (c credentials, err 
 	return c, nil
 }
 
-// run asks the plugin. It gets this process' environment, as from kubelet.
-func (p *plugin) run(ctx context.Context, dir string) (c credentials, err error) {
+// run asks the plugin.
+func (p *plugin) run(ctx context.Context, dir string, environ []string) (c credentials, err error) {
 	ctx, cancel := context.WithTimeout(ctx, pluginTimeout)
 	defer cancel()
 	command := p.Command
 	if strings.Contains(command, "/") {
 		command = beside(dir, command)
+	} else {
+		command = process.LookPath(environ, command)
 	}
 	info, err := json.Marshal(map[string]any{"apiVersion": p.APIVersion, "kind": "ExecCredential", "spec": map[string]any{"interactive": false}})
 	if err != nil {
 		return c, err
 	}
 	cmd := exec.CommandContext(ctx, command, p.Args...)
-	cmd.Env = append(os.Environ(), "KUBERNETES_EXEC_INFO="+string(info))
+	cmd.Env = append(slices.Clone(environ), "KUBERNETES_EXEC_INFO="+string(info))
 	for _, e := range p.Env {
 		cmd.Env = append(cmd.Env, e.Name+"="+e.Value)
 	}

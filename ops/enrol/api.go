@@ -16,8 +16,8 @@ import (
 type client struct{ *apiserver.Client }
 
 // connect reads kubelet's kubeconfig anew.
-func connect(ctx context.Context, file string) (*client, error) {
-	c, err := apiserver.Connect(ctx, file)
+func connect(ctx context.Context, file string, environ []string) (*client, error) {
+	c, err := apiserver.Connect(ctx, file, environ)
 	if err != nil {
 		return nil, err
 	}

@@ -46,10 +46,12 @@ const (
 	unanswered = 15 * time.Second
 )
 
-// Options of [New]. All fields are required.
+// Options of [New]. All fields but Environ are required.
 type Options struct {
 	// Kubeconfig is kubelet's. It is read anew each time, and so are the files that it names.
 	Kubeconfig string
+	// Environ returns kubelet's environment, which has its proxies and is that of its exec plugin; nil, or what it returns, for this process's own.
+	Environ func() []string
 	// Namespace is the controller's.
 	Namespace string
 	// NodeName is the node's name in the cluster.
@@ -93,7 +95,13 @@ type Enroller struct {
 func New(o Options) *Enroller {
 	e := &Enroller{
 		o: o, poke: make(chan struct{}, 1), changed: make(chan struct{}, 1), faults: map[string]error{}, tries: map[string]*time.Time{},
-		connect: func(ctx context.Context) (*client, error) { return connect(ctx, o.Kubeconfig) },
+	}
+	e.connect = func(ctx context.Context) (*client, error) {
+		var environ []string
+		if o.Environ != nil {
+			environ = o.Environ()
+		}
+		return connect(ctx, o.Kubeconfig, environ)
 	}
 	e.status.Certificate, _ = load(o.StateDir) // Run says what is wrong with it
 	if c := e.status.Certificate; c != nil {

@@ -122,7 +122,7 @@ esac
 			}
 			put(t, dir, "kubelet.conf", text, 0o600)
 			*who = ""
-			c, err := connect(t.Context(), filepath.Join(dir, "kubelet.conf"))
+			c, err := connect(t.Context(), filepath.Join(dir, "kubelet.conf"), nil)
 			if err == nil {
 				_, err = c.node(t.Context(), nodeName)
 				c.Close()
@@ -136,13 +136,26 @@ esac
 		})
 	}
 
+	t.Run("kubelet's environment", func(t *testing.T) {
+		dir := t.TempDir()
+		put(t, dir, "ca.pem", ca, 0o600)
+		put(t, dir, "kubelets-plugin", "#!/bin/sh\necho '{\"status\": {\"token\": \"'$WORD$OURS'\"}}'\n", 0o700)
+		put(t, dir, "kubelet.conf", fmt.Sprintf("{current-context: a, contexts: [{name: a, context: {cluster: a, user: a}}], clusters: [{name: a, cluster: {server: '%s', %s}}], users: [{name: a, user: {exec: {command: kubelets-plugin}}}]}", server.URL, good), 0o600)
+		t.Setenv("OURS", "not for plugins")
+		c := must(connect(t.Context(), filepath.Join(dir, "kubelet.conf"), []string{"PATH=/nowhere:" + dir + ":" + os.Getenv("PATH"), "WORD=secret"}))(t)
+		defer c.Close()
+		if _, err := c.node(t.Context(), nodeName); err != nil || *who != "token" {
+			t.Errorf("%q %v", *who, err)
+		}
+	})
+
 	t.Run("rotated files are read anew", func(t *testing.T) {
 		dir := t.TempDir()
 		put(t, dir, "ca.pem", ca, 0o600)
 		put(t, dir, "kubelet.conf", fmt.Sprintf("{current-context: a, contexts: [{name: a, context: {cluster: a, user: a}}], clusters: [{name: a, cluster: {server: '%s', certificate-authority: ca.pem}}], users: [{name: a, user: {client-certificate: pair.pem, client-key: pair.pem}}]}", server.URL), 0o600)
 		for _, name := range []string{"one", "two"} {
 			put(t, dir, "pair.pem", clientPair(t, clients, name), 0o600)
-			c := must(connect(t.Context(), filepath.Join(dir, "kubelet.conf")))(t)
+			c := must(connect(t.Context(), filepath.Join(dir, "kubelet.conf"), nil))(t)
 			if _, err := c.node(t.Context(), nodeName); err != nil || *who != name {
 				t.Errorf("%q %v", *who, err)
 			}

@@ -104,10 +104,7 @@ func (p *Puller) status(ctx context.Context, u *pull) (*runtimeapi.Image, error)
 // pullWith pulls with one credential, or without.
 func (p *Puller) pullWith(ctx context.Context, u *pull, credential *opsv1.RegistryCredential) error {
 	p.forgetUnlimited(u)
-	limit := u.req.GetBytesPerSecond()
-	if limit == 0 {
-		limit = p.limit
-	}
+	limit := p.limitOf(u)
 	id := leaseID(u.key)
 	p.leasing.Lock()
 	leased, err := p.store.lease(ctx, id)
@@ -128,7 +125,9 @@ func (p *Puller) pullWith(ctx context.Context, u *pull, credential *opsv1.Regist
 	w := &sight{search: q}
 	var r *remote
 	limiter := newLimiter(limit)
-	if limiter != nil || p.checkDisk(ctx, u, lookFirst) != nil {
+	u.limiter.Store(limiter)
+	here := limiter != nil || p.slotsWanted(u) // the layers are fetched here, and not by the runtime
+	if here || p.checkDisk(ctx, u, lookFirst) != nil {
 		var m *manifest
 		var f *failure
 		if r, m, f = p.lookUp(leased, u, credential, limiter); f == nil {
@@ -163,7 +162,9 @@ func (p *Puller) pullWith(ctx context.Context, u *pull, credential *opsv1.Regist
 		<-tracked
 	})
 	defer over()
-	if r != nil && limiter != nil {
+	here = here && r != nil
+	u.slots.Store(!here)
+	if here {
 		err = p.fetchLayers(pulling, u, r, w, limiter, limit)
 	}
 	if err == nil {
@@ -176,7 +177,7 @@ func (p *Puller) pullWith(ctx context.Context, u *pull, credential *opsv1.Regist
 	return err
 }
 
-// fetchLayers fetches within the limit what the runtime would fetch.
+// fetchLayers fetches within the limit, if there is one, what the runtime would fetch.
 func (p *Puller) fetchLayers(ctx context.Context, u *pull, r *remote, w *sight, limiter *rate.Limiter, limit int64) error {
 	before := r.read.Load()
 	err := r.layers(ctx, p.log.WithFields(u.fields()), p.store.content, w.m.layers[w.present:], limiter)
@@ -188,7 +189,10 @@ func (p *Puller) fetchLayers(ctx context.Context, u *pull, r *remote, w *sight, 
 	// One that lets us not in, or sends us nothing at all, may treat the runtime otherwise. Another is asked again, within the limit.
 	var answer remoteerrors.ErrUnexpectedStatus
 	if f.credentials || r.read.Load() == before && !errors.As(err, &answer) && isNetwork(f.message) {
-		p.withoutLimit(u, limit, f.message)
+		if limiter != nil {
+			p.withoutLimit(u, limit, f.message)
+		}
+		u.slots.Store(true)
 		return nil
 	}
 	return f

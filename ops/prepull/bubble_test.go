@@ -28,7 +28,7 @@ import (
 )
 
 // bubble is a puller where time passes only when nothing else can happen: no sockets, so the runtime is called directly. That runtime
-// is not containerd: it has CRI and nothing else, but for containerd's images if a test gives it some.
+// is not containerd: it has CRI and nothing else, but for containerd's images if a test gives it some, and its content store, see [contents].
 type bubble struct {
 	*Puller
 	t    *testing.T
@@ -97,6 +97,13 @@ func (b *bubble) pull(req *opsv1.PullRequest) {
 	synctest.Wait()
 }
 
+// hurry has something wait for a pull.
+func (b *bubble) hurry(uid string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.hurryLocked(b.pulls[uid])
+}
+
 func (b *bubble) get(uid string) *opsv1.PullOperation {
 	b.t.Helper()
 	op, _, err := b.watch(uid)
@@ -147,9 +154,10 @@ type fakeRuntime struct {
 	answer  func(args any) proto.Message                                      // to other calls; nil: none
 	disk    string                                                            // where the images are; empty: it does not tell
 	size    uint64                                                            // of each image
-	arch    string                                                            // the same; empty: it does not tell
+	arch    string                                                            // of each image; empty: it does not tell
 	running int
 	most    int // that ran at once
+	content *contents
 }
 
 var _ grpc.ClientConnInterface = (*fakeRuntime)(nil)
@@ -188,6 +196,11 @@ func (r *fakeRuntime) Invoke(ctx context.Context, method string, args, reply any
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.content != nil {
+		if known, err := r.content.answer(args, reply); known {
+			return err
+		}
+	}
 	if r.answer != nil {
 		if m := r.answer(args); m != nil {
 			proto.Merge(reply.(proto.Message), m)
@@ -234,7 +247,10 @@ func imageCalled(name string) *runtimeapi.Image {
 }
 
 // NewStream implements [grpc.ClientConnInterface].
-func (*fakeRuntime) NewStream(_ context.Context, _ *grpc.StreamDesc, method string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+func (r *fakeRuntime) NewStream(_ context.Context, _ *grpc.StreamDesc, method string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+	if r.content != nil && strings.HasSuffix(method, "Content/Read") {
+		return &blobStream{c: r.content}, nil
+	}
 	return nil, status.Error(codes.Unimplemented, method)
 }
 
@@ -268,6 +284,12 @@ func (r *fakeRuntime) pull(ctx context.Context, req *runtimeapi.PullImageRequest
 	}
 	if fail != nil {
 		return fail
+	}
+	if r.content != nil {
+		if err := r.fetch(ctx, req, takes); err != nil {
+			return err
+		}
+		takes = 0
 	}
 	select {
 	case <-time.After(takes):

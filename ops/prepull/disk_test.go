@@ -4,12 +4,14 @@
 package prepull
 
 import (
+	"context"
 	"strings"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/types/known/durationpb"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
@@ -114,6 +116,42 @@ func TestDiskIsMeasuredAsKubeletDoes(t *testing.T) {
 					t.Errorf("%q, want %q", got, tt.want)
 				}
 			})
+		})
+	}
+}
+
+// TestUpgradesAreNotKeptByTheDiskGuard: on a disk where nothing is pulled ahead of time any more, what an upgrade waits for is.
+func TestUpgradesAreNotKeptByTheDiskGuard(t *testing.T) {
+	for _, limit := range []int64{0, 1 << 30} {
+		inContainerd(t, Options{HighThreshold: func() int { return 85 }}, func(t *testing.T, n *node) {
+			n.rt.set(func() { n.rt.disk = "/images" })
+			n.statfs = func(_ string, fs *unix.Statfs_t) error {
+				*fs = unix.Statfs_t{Bsize: 4096, Blocks: 1000, Bavail: 100}
+				return nil
+			}
+			image := sampleOf(layer("a", 1000))
+			n.answer = image.serve
+			n.rt.pulling = func(ctx context.Context, _ *runtimeapi.PullImageRequest) error {
+				return n.bring(ctx, image.manifest, image.config, image.layers[0])
+			}
+			n.pull(&opsv1.PullRequest{Uid: "job", Image: "r.io/a", MaxAttempts: 1, BytesPerSecond: limit})
+			if op := n.end("job"); op.GetReason() != ReasonDiskPressure || !strings.Contains(op.GetMessage(), "91 % full, and kubelet removes images from 85 % on") {
+				t.Errorf("%v", op)
+			}
+			op, err := n.Ensure(t.Context(), &opsv1.PullRequest{Uid: "upgrade", Image: "r.io/a", MaxAttempts: 1, BytesPerSecond: limit}, nil)
+			if err != nil || op.GetReason() != ReasonPulled {
+				t.Errorf("%v %v", op, err)
+			}
+			n.statfs = func(_ string, fs *unix.Statfs_t) error {
+				*fs = unix.Statfs_t{Bsize: 1024, Blocks: 1000, Bavail: 3} // 3.5 KiB are needed
+				return nil
+			}
+			image = sampleOf(layer("b", 1024))
+			n.answer = image.serve
+			op, err = n.Ensure(t.Context(), &opsv1.PullRequest{Uid: "too-large", Image: "r.io/b", MaxAttempts: 1, BytesPerSecond: limit}, nil)
+			if err != nil || op.GetReason() != ReasonDiskPressure || !strings.Contains(op.GetMessage(), "has 3.0 KiB left: free space") {
+				t.Errorf("%v %v", op, err)
+			}
 		})
 	}
 }

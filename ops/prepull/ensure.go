@@ -12,19 +12,12 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// hurry lets a pull go past those that nobody waits for, and end when the registry says no: who waits has somebody to tell, and
-// kubelet asks again in any case.
-func (p *Puller) hurry(uid string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	u := p.pulls[uid]
-	if u == nil {
-		return
-	}
+// hurryLocked lets a pull go past those that nobody waits for, and past kubelet's, and end when the registry says no: who waits has somebody
+// to tell, and kubelet asks again in any case. The caller holds p.mu.
+func (p *Puller) hurryLocked(u *pull) {
 	u.awaited = true
 	if !u.urgent {
-		// One that runs keeps the place it has.
-		u.urgent = u.stop == nil
+		u.urgent = true // one that runs keeps the place it has
 		p.nudge()
 	}
 }
@@ -42,8 +35,7 @@ func (p *Puller) Ensure(ctx context.Context, req *opsv1.PullRequest, each func(*
 	}
 	err := validate(req)
 	if err == nil {
-		_, err = p.submit(req)
-		p.hurry(req.GetUid())
+		_, err = p.take(req, true)
 	}
 	if err != nil {
 		return nil, errors.New(status.Convert(err).Message())

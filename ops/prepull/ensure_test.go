@@ -218,7 +218,7 @@ func TestPin(t *testing.T) {
 func TestPinOfAnImageThatIsGone(t *testing.T) {
 	const name, id = "docker.io/library/nginx:latest", "sha256:docker.io/library/nginx:latest" // as the fake has it
 	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
-		b.rt.labels = map[string]map[string]string{id: {}}
+		b.rt.set(func() { b.rt.labels = map[string]map[string]string{id: {}} })
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", Owner: "me", PinFor: durationpb.New(time.Hour)})
 		b.want("a", succeeded, ReasonPulled)
 		pinned := func() (yes bool) {

@@ -14,6 +14,7 @@ import (
 type metrics struct {
 	results *prometheus.CounterVec
 	bytes   prometheus.Counter
+	yields  prometheus.Counter
 	seconds prometheus.Histogram
 }
 
@@ -25,6 +26,9 @@ func newMetrics(reg prometheus.Registerer, p *Puller) (*metrics, error) {
 		bytes: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "criproxy_pull_bytes_total", Help: "Compressed bytes of layers that came to the node by pulls ahead of time.",
 		}),
+		yields: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "criproxy_pull_yields_total", Help: "Times that a pull ahead of time was cut off for one of kubelet's.",
+		}),
 		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "criproxy_pull_seconds", Help: "From the first attempt to the end of pulls that fetched something.",
 			Buckets: []float64{.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600},
@@ -34,7 +38,7 @@ func newMetrics(reg prometheus.Registerer, p *Puller) (*metrics, error) {
 		return m, nil
 	}
 	for _, c := range []prometheus.Collector{
-		m.results, m.bytes, m.seconds,
+		m.results, m.bytes, m.yields, m.seconds,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "criproxy_pulls_active", Help: "Pulls ahead of time that have not finished."},
 			func() float64 { return float64(len(p.list(true))) }),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "criproxy_pinned_images", Help: "Pins of images, by whomever."},

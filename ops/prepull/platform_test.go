@@ -29,8 +29,10 @@ func TestPlatform(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			inBubble(t, Options{}, func(t *testing.T, b *bubble) {
-				b.rt.arch, b.rt.images["docker.io/library/nginx:latest"] = tt.arch, tt.there
-				b.rt.labels = map[string]map[string]string{"sha256:docker.io/library/nginx:latest": {}}
+				b.rt.set(func() {
+					b.rt.arch, b.rt.images["docker.io/library/nginx:latest"] = tt.arch, tt.there
+					b.rt.labels = map[string]map[string]string{"sha256:docker.io/library/nginx:latest": {}}
+				})
 				b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", PinFor: durationpb.New(time.Hour)})
 				op := b.want("a", tt.phase, tt.reason)
 				if op.GetAttempt() != 1 || len(b.listPins()) != map[bool]int{true: 1}[tt.phase == succeeded] {

@@ -18,6 +18,7 @@ import (
 	"github.com/sirupsen/logrus"
 	"go.opentelemetry.io/otel/trace"
 	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -43,9 +44,7 @@ const (
 	backOffMin = time.Second
 	backOffMax = 30 * time.Second
 
-	// kubeletPatience is how long a pull of kubelet's is let run beside ours: one of an image that is there takes milliseconds.
-	kubeletPatience = 200 * time.Millisecond
-	sweepEvery      = time.Minute
+	sweepEvery = time.Minute
 
 	// credentialsPatience is how long after a restart a pull waits for its credentials.
 	credentialsPatience = time.Hour
@@ -103,13 +102,12 @@ type Puller struct {
 
 	unreached unreached // registries that are not looked up for a while
 
-	// kubelet counts kubelet's pulls that have lasted longer than kubeletPatience. Pulls of ours begin under mu only while it
-	// is 0, and who raises it then ends those that run.
-	kubelet atomic.Int64
+	kubelet *kubeletPulls
 	leasing sync.Mutex // held while a lease is made sure of, or found unwanted and ended
 	pinning sync.Mutex // held while the pins of images change
 
 	mu     sync.Mutex // guards all following fields and the pulls
+	way    way
 	pulls  map[string]*pull
 	pins   map[pinKey]*pin
 	closed bool
@@ -135,9 +133,15 @@ type pull struct {
 	denied bool
 	// awaited is set when something waits that decides for itself whether to ask again.
 	awaited bool
-	// urgent is set when something on the node waits for it.
-	urgent bool
-	stop   context.CancelCauseFunc // ends the attempt that runs; nil without
+	// urgent is set when something on the node waits for it, and apart when it runs in a place of those.
+	urgent, apart bool
+	// aside and free are how it gives way to a pull of kubelet's that wants layers of it.
+	aside aside
+	free  time.Time
+	// limiter slows down the attempt that runs; nil: nothing does. slots is set while the runtime fetches for it.
+	limiter atomic.Pointer[rate.Limiter]
+	slots   atomic.Bool
+	stop    context.CancelCauseFunc // ends the attempt that runs; nil without
 	// cancelled is why the pull is to end, once somebody has asked for it.
 	cancelled string
 	changed   chan struct{} // closed and replaced at each change
@@ -163,7 +167,7 @@ func Open(o Options) (*Puller, error) {
 		log: o.Log.WithField("component", "prepull"), images: runtimeapi.NewImageServiceClient(o.Conn), runtime: runtimeapi.NewRuntimeServiceClient(o.Conn), store: newStore(o.Conn),
 		parallel: max(1, o.Parallel), limit: o.BytesPerSecond, hosts: o.Hosts, plugins: o.Plugins, maxDisk: o.MaxDiskPercent,
 		high: o.HighThreshold, statfs: unix.Statfs,
-		tracer: o.Tracer, verify: o.VerifyAccess, claims: newClaims(), opened: time.Now(), wake: make(chan struct{}, 1), pulls: map[string]*pull{}, pins: map[pinKey]*pin{},
+		tracer: o.Tracer, verify: o.VerifyAccess, claims: newClaims(), opened: time.Now(), kubelet: newKubeletPulls(), wake: make(chan struct{}, 1), pulls: map[string]*pull{}, pins: map[pinKey]*pin{},
 	}
 	if p.hosts == nil {
 		p.hosts = hostsFrom(o.HostsDir)
@@ -220,6 +224,7 @@ func (p *Puller) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() { guard.Keep(ctx, p.log, func() { p.sweepUntil(ctx) }) })
+	wg.Go(func() { p.keepWatching(ctx) })
 	for {
 		wait := time.Minute // after a panic
 		guard.Do(p.log, func() { wait = p.startSome(ctx, &wg) })
@@ -268,7 +273,7 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 		switch {
 		case u.op.GetFinishTime() != nil:
 		case u.stop != nil:
-			if u.urgent {
+			if u.apart {
 				urgent++
 			} else {
 				running++
@@ -281,7 +286,12 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 			}
 		}
 	}
-	slices.SortFunc(waiting, func(a, b *pull) int { return a.op.GetCreateTime().AsTime().Compare(b.op.GetCreateTime().AsTime()) })
+	slices.SortFunc(waiting, func(a, b *pull) int {
+		if a.urgent != b.urgent {
+			return map[bool]int{true: -1, false: 1}[a.urgent]
+		}
+		return a.op.GetCreateTime().AsTime().Compare(b.op.GetCreateTime().AsTime())
+	})
 	for _, u := range waiting {
 		if by, ok := u.deadline(); ok {
 			if !now.Before(by) {
@@ -302,14 +312,18 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 			if !now.Before(u.retryAt) {
 				u.waitLocked(ReasonBackOff, "another pull of the image has just failed")
 			}
-		case p.kubelet.Load() > 0:
-			u.waitLocked(ReasonYieldsToKubelet, "kubelet is pulling")
 		case leader != "":
+			if u.urgent {
+				p.overtakenLocked(u, p.pulls[leader])
+			}
 			u.followLocked(p.pulls[leader].op)
 			next = min(next, progressEvery)
+		case p.asideLocked(u) != "":
+			u.waitLocked(ReasonYieldsToKubelet, p.asideLocked(u))
 		case u.urgent && urgent < urgentParallel:
 			urgent++
 			busy[u.key] = u.op.GetUid()
+			u.apart = true
 			p.startLocked(ctx, wg, u)
 		case running >= p.parallel || u.urgent:
 			u.waitLocked(ReasonInQueue, fmt.Sprintf("%d of %d pulls at once are under way", running, p.parallel))
@@ -360,6 +374,7 @@ func (p *Puller) startLocked(ctx context.Context, wg *sync.WaitGroup, u *pull) {
 	}
 	u.op.Phase, u.op.Reason, u.op.Message = opsv1.PullPhase_PULL_RESOLVING, "", ""
 	u.notifyLocked()
+	p.kubelet.wake() // it may have been pulling for a while
 	timeout, credentials, given := u.timeout(), u.credentials, u.given
 	by, bound := u.deadline()
 	wg.Go(func() {
@@ -383,7 +398,7 @@ func (p *Puller) startLocked(ctx context.Context, wg *sync.WaitGroup, u *pull) {
 func (p *Puller) giveUp(u *pull) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	u.stop = nil
+	u.stop, u.apart = nil, false
 	if u.op.GetFinishTime() == nil {
 		p.finishLocked(u, opsv1.PullPhase_PULL_FAILED, ReasonInternal, "cri-proxy met a bug of its own; its log says where, please report it")
 	}
@@ -393,7 +408,9 @@ func (p *Puller) giveUp(u *pull) {
 func (p *Puller) settle(ctx context.Context, u *pull, given int, err, cause error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	u.stop, u.denied = nil, false
+	u.stop, u.apart, u.denied = nil, false, false
+	u.limiter.Store(nil)
+	u.slots.Store(false)
 	if err == nil {
 		return // finished by attempt
 	}
@@ -407,9 +424,8 @@ func (p *Puller) settle(ctx context.Context, u *pull, given int, err, cause erro
 	case u.cancelled != "": // whatever else has ended the attempt
 		p.finishLocked(u, opsv1.PullPhase_PULL_CANCELLED, ReasonCancelled, u.cancelled)
 		return
-	case errors.Is(cause, errYield):
-		u.op.Attempt--
-		u.waitLocked(ReasonYieldsToKubelet, "kubelet is pulling")
+	case errors.Is(cause, errYield), errors.Is(cause, errOvertaken):
+		p.yieldedLocked(u)
 		return
 	case errors.Is(cause, errDeadline):
 		p.finishLocked(u, opsv1.PullPhase_PULL_FAILED, ReasonDeadlineExceeded, "not pulled within its deadline; "+p.soFar(u))
@@ -492,6 +508,11 @@ func (p *Puller) saveLocked(u *pull) error {
 
 // submit accepts a pull, or returns the one there is.
 func (p *Puller) submit(req *opsv1.PullRequest) (*opsv1.PullOperation, error) {
+	return p.take(req, false)
+}
+
+// take is submit. One that something waits for is urgent before anything of it begins: what it may do depends on that.
+func (p *Puller) take(req *opsv1.PullRequest, urgent bool) (*opsv1.PullOperation, error) {
 	named, err := normalize(req.GetImage())
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
@@ -508,6 +529,9 @@ func (p *Puller) submit(req *opsv1.PullRequest) (*opsv1.PullOperation, error) {
 	if known := p.pulls[req.GetUid()]; known != nil {
 		if !proto.Equal(known.req, req) {
 			return nil, status.Errorf(codes.AlreadyExists, "pull %s exists with another request; choose a new UID", req.GetUid())
+		}
+		if urgent {
+			p.hurryLocked(known)
 		}
 		if known.op.GetFinishTime() == nil && len(credentials) > 0 {
 			if !sameCredentials(known.credentials, credentials) {
@@ -536,7 +560,7 @@ func (p *Puller) submit(req *opsv1.PullRequest) (*opsv1.PullOperation, error) {
 		return nil, status.Errorf(codes.ResourceExhausted, "%d pulls are unfinished on this node, which is the most it takes; wait for some to finish", active)
 	}
 	u := &pull{
-		req: req, named: named, key: keyOf(named, req), credentials: credentials, wants: len(credentials) > 0, changed: make(chan struct{}),
+		req: req, named: named, key: keyOf(named, req), urgent: urgent, awaited: urgent, credentials: credentials, wants: len(credentials) > 0, changed: make(chan struct{}),
 		op: &opsv1.PullOperation{
 			Uid: req.GetUid(), Image: req.GetImage(), Resolved: named.String(), Owner: req.GetOwner(), Phase: opsv1.PullPhase_PULL_WAITING,
 			Reason: ReasonInQueue, CreateTime: timestamppb.Now(),
@@ -617,41 +641,6 @@ func (p *Puller) list(activeOnly bool) []*opsv1.PullOperation {
 		return b.GetCreateTime().AsTime().Compare(a.GetCreateTime().AsTime())
 	})
 	return out
-}
-
-// KubeletPulls says that kubelet pulls an image, until done is called. Ours give way: what they have fetched stays, so
-// that kubelet's goes on from there at full speed if it needs the same, and they go on when it has ended.
-func (p *Puller) KubeletPulls() (done func()) {
-	var mu sync.Mutex // guards the following two
-	over, counted := false, false
-	timer := time.AfterFunc(kubeletPatience, func() {
-		mu.Lock()
-		if over {
-			mu.Unlock()
-			return
-		}
-		counted = true
-		p.kubelet.Add(1)
-		mu.Unlock()
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		for _, u := range p.pulls {
-			if u.stop != nil {
-				u.stop(errYield)
-			}
-		}
-	})
-	// It does not take p.mu, which is held while the journal is written: kubelet waits for this.
-	return func() {
-		timer.Stop()
-		mu.Lock()
-		defer mu.Unlock()
-		if over = true; counted {
-			counted = false
-			p.kubelet.Add(-1)
-			p.nudge()
-		}
-	}
 }
 
 func noPull(uid string) error {

@@ -174,7 +174,7 @@ func TestBackOffIsOfTheImage(t *testing.T) {
 func TestRegistrySaysNo(t *testing.T) {
 	for reason, err := range map[string]error{ReasonUnauthorized: unauthorized(), ReasonNotFound: status.Error(codes.NotFound, "not found")} {
 		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
-			b.rt.fail = []error{err}
+			b.rt.set(func() { b.rt.fail = []error{err} })
 			began := time.Now()
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 3, Credentials: credentials("docker.io", "docker.io/library", "quay.io")})
 			if op := b.want("a", waiting, ReasonBackOff); !strings.HasPrefix(op.GetMessage(), "attempt 2 of 3 in 1s: "+reason+": registry docker.io ") {
@@ -194,7 +194,7 @@ func TestRegistrySaysNo(t *testing.T) {
 	}
 	t.Run("image comes", func(t *testing.T) {
 		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
-			b.rt.fail = []error{status.Error(codes.NotFound, "not found")}
+			b.rt.set(func() { b.rt.fail = []error{status.Error(codes.NotFound, "not found")} })
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
 			time.Sleep(2 * time.Second)
 			b.rt.set(func() { b.rt.fail = nil })
@@ -205,7 +205,7 @@ func TestRegistrySaysNo(t *testing.T) {
 	})
 	t.Run("deadline", func(t *testing.T) {
 		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
-			b.rt.fail = []error{unauthorized()}
+			b.rt.set(func() { b.rt.fail = []error{unauthorized()} })
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 100, Deadline: durationpb.New(time.Minute)})
 			op := b.end("a")
 			if op.GetReason() != ReasonDeadlineExceeded || !strings.Contains(op.GetMessage(), ReasonUnauthorized) || op.GetFinishTime().AsTime().Sub(op.GetCreateTime().AsTime()).Round(time.Second) != time.Minute {
@@ -222,7 +222,7 @@ func TestOtherCredentials(t *testing.T) {
 	}
 	t.Run("waiting", func(t *testing.T) {
 		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
-			b.rt.fail = []error{unauthorized(), nil}
+			b.rt.set(func() { b.rt.fail = []error{unauthorized(), nil} })
 			again(b, nil)
 			b.want("a", waiting, ReasonBackOff)
 			again(b, credentials("docker.io"))
@@ -233,7 +233,7 @@ func TestOtherCredentials(t *testing.T) {
 	})
 	t.Run("the same again", func(t *testing.T) {
 		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
-			b.rt.fail = []error{unauthorized()}
+			b.rt.set(func() { b.rt.fail = []error{unauthorized()} })
 			again(b, credentials("docker.io"))
 			again(b, credentials("docker.io"))
 			b.want("a", waiting, ReasonBackOff)
@@ -244,7 +244,7 @@ func TestOtherCredentials(t *testing.T) {
 	})
 	t.Run("registry in trouble", func(t *testing.T) {
 		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
-			b.rt.fail = []error{broken(), nil}
+			b.rt.set(func() { b.rt.fail = []error{broken(), nil} })
 			again(b, nil)
 			again(b, credentials("docker.io"))
 			b.want("a", waiting, ReasonBackOff)
@@ -252,8 +252,7 @@ func TestOtherCredentials(t *testing.T) {
 	})
 	t.Run("during the last attempt", func(t *testing.T) {
 		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
-			b.rt.late = unauthorized()
-			b.rt.takes = time.Minute
+			b.rt.set(func() { b.rt.late, b.rt.takes = unauthorized(), time.Minute })
 			again(b, nil)
 			time.Sleep(90 * time.Second) // in the second attempt
 			again(b, credentials("docker.io"))
@@ -265,7 +264,7 @@ func TestOtherCredentials(t *testing.T) {
 	})
 	t.Run("of another pull", func(t *testing.T) {
 		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
-			b.rt.fail = []error{unauthorized(), nil}
+			b.rt.set(func() { b.rt.fail = []error{unauthorized(), nil} })
 			again(b, nil)
 			b.want("a", waiting, ReasonBackOff)
 			b.pull(&opsv1.PullRequest{Uid: "b", Image: "nginx", Credentials: credentials("docker.io")})
@@ -329,39 +328,6 @@ func TestTimes(t *testing.T) {
 				t.Errorf("%s: %v", time.Since(began), op)
 			}
 		})
-	})
-}
-
-func TestGivesWay(t *testing.T) {
-	inBubble(t, Options{Parallel: 2}, func(t *testing.T, b *bubble) {
-		b.rt.takes = time.Minute
-		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
-		// kubelet asks for what is there: nobody minds.
-		done := b.KubeletPulls()
-		time.Sleep(kubeletPatience / 2)
-		done()
-		time.Sleep(time.Second)
-		b.want("a", resolving, "")
-		if b.rt.count() != 1 {
-			t.Errorf("%d pulls", b.rt.count())
-		}
-		// Two pulls of kubelet's that overlap.
-		first, second := b.KubeletPulls(), b.KubeletPulls()
-		time.Sleep(kubeletPatience + time.Millisecond)
-		b.want("a", waiting, ReasonYieldsToKubelet)
-		b.pull(&opsv1.PullRequest{Uid: "b", Image: "busybox"})
-		b.want("b", waiting, ReasonYieldsToKubelet)
-		first()
-		first()
-		time.Sleep(time.Hour)
-		b.want("a", waiting, ReasonYieldsToKubelet)
-		second()
-		if op := b.end("a"); op.GetPhase() != succeeded || op.GetAttempt() != 1 {
-			t.Errorf("%v", op)
-		}
-		if op := b.end("b"); op.GetPhase() != succeeded {
-			t.Errorf("%v", op)
-		}
 	})
 }
 

@@ -295,6 +295,9 @@ func (b *meteredBody) Read(p []byte) (int, error) {
 
 // connections is how many layers are fetched at once.
 func connections(limit *rate.Limiter) int {
+	if limit == nil {
+		return layersAtOnce
+	}
 	return min(max(int(limit.Limit()/perConnection), 1), layersAtOnce)
 }
 

@@ -241,7 +241,15 @@ func TestControllerRestart(t *testing.T) {
 		return crr.Status.Phase == appsv1alpha1.ContainerRecreateRequestRecreating
 	})
 	must(t, bed.StopController(t.Context(), syscall.SIGKILL))
+	gated := strings.Replace(threeContainers(ns, "gated", corev1.RestartPolicyNever), "spec:", "spec:\n  readinessGates: [{conditionType: KruisePodReady}]", 1)
+	apply(t, gated) // while nobody opens gates
+	eventually(t, "the gate alone keeps the pod from being ready", func() bool {
+		return slices.ContainsFunc(getPod(t, ns, "gated").Status.Conditions, func(c corev1.PodCondition) bool {
+			return c.Type == corev1.ContainersReady && c.Status == corev1.ConditionTrue
+		})
+	})
 	must(t, bed.StartController(t.Context()))
+	ready(t, ns, "gated")
 	hook.release()
 	if s := completed(t, ns, "survives").Status.ContainerRecreateStates; len(s) != 1 || s[0].Phase != appsv1alpha1.ContainerRecreateRequestSucceeded {
 		t.Errorf("states: %+v", s)

@@ -473,15 +473,22 @@ func packageOnNode(t *testing.T, n *node) {
 	}
 }
 
-// beforeKubelet is an install on a node whose kubelet has not been started yet, as cloud-init does it. What kubelet reads is somebody
-// else's, and uninstall changes it back all the same.
+// beforeKubelet is an install on a node whose kubelet has not been started yet, as cloud-init does it, and where /usr is read-only. What
+// kubelet reads is somebody else's, and uninstall changes it back all the same.
 func beforeKubelet(t *testing.T, n *node) {
 	before := n.files(t)
 	n.must(t, "systemctl", "stop", "kubelet.service")
 	if out := n.doesNot(t, "/shared/cri-proxy", "install"); !strings.Contains(out, "use --no-kubelet") {
 		t.Error(out)
 	}
-	if out := n.does(t, "/shared/cri-proxy", "install", "--no-kubelet", "--runtime-endpoint", n.RuntimeSocket); !strings.Contains(out, "must be unix:///run/cri-proxy/kubelet.sock") {
+	n.must(t, "mount", "--bind", "/usr/local", "/usr/local")
+	n.must(t, "mount", "-o", "remount,bind,ro", "/usr/local")
+	defer n.must(t, "umount", "/usr/local")
+	noKubelet := []string{"/shared/cri-proxy", "install", "--no-kubelet", "--runtime-endpoint", n.RuntimeSocket}
+	if out := n.doesNot(t, noKubelet...); !strings.Contains(out, "read-only: give another place with --prefix, such as /opt") {
+		t.Error(out)
+	}
+	if out := n.does(t, append(noKubelet, "--prefix", "/opt")...); !strings.Contains(out, "must be unix:///run/cri-proxy/kubelet.sock") {
 		t.Error(out)
 	}
 	n.must(t, "sed", "-i", "s,unix://"+n.RuntimeSocket+",unix:///run/cri-proxy/kubelet.sock,", n.endpoint[0])
@@ -490,7 +497,16 @@ func beforeKubelet(t *testing.T, n *node) {
 	if out := n.does(t, "/shared/cri-proxy", "install", "--dry-run"); strings.Contains(out, "point kubelet") {
 		t.Error(out)
 	}
-	n.does(t, "cri-proxy", "uninstall", "--purge")
+	// What comes later finds it there.
+	i, _ := n.serving(t)
+	n.does(t, "/opt/bin/cri-proxy", "upgrade", "--reload")
+	if now, _ := n.serving(t); now == i || now == "" {
+		t.Errorf("%q serves, before it was %q", now, i)
+	}
+	if out := n.doesNot(t, "/shared/cri-proxy", "install", "--no-kubelet", "--prefix", "/srv"); !strings.Contains(out, "is installed below /opt") {
+		t.Error(out)
+	}
+	n.does(t, "/opt/bin/cri-proxy", "uninstall", "--purge")
 	same(t, before, n.files(t))
 }
 

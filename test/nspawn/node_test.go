@@ -211,7 +211,7 @@ func (n *node) kubectl(t *testing.T, args ...string) string {
 func (n *node) files(t *testing.T) map[string]string {
 	t.Helper()
 	out := map[string]string{}
-	for _, dir := range []string{"/etc", filepath.Dir(kubeadmFlags), "/var/lib/cri-proxy", "/usr/local", filepath.Join(n.NodeDir, "etc")} {
+	for _, dir := range []string{"/etc", filepath.Dir(kubeadmFlags), "/var/lib/cri-proxy", "/usr/local", "/opt", filepath.Join(n.NodeDir, "etc")} {
 		at := n.root + dir
 		if strings.HasPrefix(dir, n.NodeDir) {
 			at = dir

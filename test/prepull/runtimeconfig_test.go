@@ -5,15 +5,19 @@ package prepull
 
 import (
 	"fmt"
+	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
@@ -62,41 +66,46 @@ func newHTTPProxy(t *testing.T) *httpProxy {
 	return p
 }
 
+// reconfigure is another start of containerd, with other settings: the proxy sees that by itself.
+func reconfigure(t *testing.T, edit func(string) string) {
+	t.Helper()
+	b, err := os.ReadFile(bed.ContainerdConfigFile())
+	must(t, err)
+	must(t, os.WriteFile(bed.ContainerdConfigFile(), []byte(edit(string(b))), 0o600))
+	must(t, bed.RestartContainerd(t.Context()))
+	must(t, bed.WaitProxyReady(t.Context()))
+}
+
+// limitedPull pushes an image and pulls it with a speed limit, which must be kept, through the front.
+func limitedPull(t *testing.T, image string, f *front) {
+	t.Helper()
+	const limit = 6 * mib
+	p := push(t, image[strings.Index(image, "/")+1:], 3, 4)
+	op := succeeds(t, begin(t, &opsv1.PullRequest{Image: image, BytesPerSecond: limit}))
+	fetchedOnce(t, f, p)
+	took := op.GetFinishTime().AsTime().Sub(op.GetStartTime().AsTime())
+	rate := float64(p.size) / took.Seconds()
+	t.Logf("%.1f MiB in %s, %.1f MiB/s", float64(p.size)/mib, took, rate/mib)
+	if rate > 1.2*limit {
+		t.Errorf("%.1f MiB/s, where %d are allowed: %v", rate/mib, limit/mib, op)
+	}
+}
+
+// mirrorsAlone is a configuration of version 2 without config_path, which mirrors can be appended to.
+func mirrorsAlone(p testbed.ContainerdPaths) string {
+	p.RegistryConfig = ""
+	return testbed.ContainerdV2(p)
+}
+
 // TestRuntimesOwnSettings pulls with a speed limit, for which the image is looked up and fetched here, on a node whose registries only
 // containerd's own settings lead to: mirrors in a file of version 2, several directories, and a proxy that its environment alone has.
 // Were they not known, the runtime would pull without a limit.
 func TestRuntimesOwnSettings(t *testing.T) {
 	proxy := newHTTPProxy(t)
-	mirrors := func(p testbed.ContainerdPaths) string {
-		p.RegistryConfig = ""
-		return testbed.ContainerdV2(p)
-	}
 	otherBed(t, testbed.Options{
-		ContainerdConfig: mirrors, ProxyExtra: "images: {maxDiskPercent: 0}\n", // and no registryHostsDir
+		ContainerdConfig: mirrorsAlone, ProxyExtra: "images: {maxDiskPercent: 0}\n", // and no registryHostsDir
 		ContainerdEnv: []string{"HTTP_PROXY=http://node:" + password + "@" + proxy.addr, "no_proxy=198.18.0.0/15"},
 	})
-	// reconfigure is another start of containerd, with other settings: the proxy sees that by itself.
-	reconfigure := func(t *testing.T, edit func(string) string) {
-		t.Helper()
-		b, err := os.ReadFile(bed.ContainerdConfigFile())
-		must(t, err)
-		must(t, os.WriteFile(bed.ContainerdConfigFile(), []byte(edit(string(b))), 0o600))
-		must(t, bed.RestartContainerd(t.Context()))
-		must(t, bed.WaitProxyReady(t.Context()))
-	}
-	const limit = 6 * mib
-	pull := func(t *testing.T, image string, f *front) {
-		t.Helper()
-		p := push(t, image[strings.Index(image, "/")+1:], 3, 4)
-		op := succeeds(t, begin(t, &opsv1.PullRequest{Image: image, BytesPerSecond: limit}))
-		fetchedOnce(t, f, p)
-		took := op.GetFinishTime().AsTime().Sub(op.GetStartTime().AsTime())
-		rate := float64(p.size) / took.Seconds()
-		t.Logf("%.1f MiB in %s, %.1f MiB/s", float64(p.size)/mib, took, rate/mib)
-		if rate > 1.2*limit {
-			t.Errorf("%.1f MiB/s, where %d are allowed: %v", rate/mib, limit/mib, op)
-		}
-	}
 	first := newFront(t, "unused.test")
 	proxy.to.Store(newFront(t, "unused-behind.test"))
 
@@ -105,13 +114,13 @@ func TestRuntimesOwnSettings(t *testing.T) {
 			"[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"proxied.test\"]\n  endpoint = [\"http://behind-the-proxy.test:5000\"]\n", first.addr)
 	})
 	t.Run("mirrors in version 2", func(t *testing.T) {
-		pull(t, "mirrored.test/own/mirrors:1", first)
+		limitedPull(t, "mirrored.test/own/mirrors:1", first)
 		if proxy.asked.Load() != 0 {
 			t.Error("through the proxy, which is not for this machine")
 		}
 	})
 	t.Run("proxy in containerd's environment", func(t *testing.T) {
-		pull(t, "proxied.test/own/proxy:1", proxy.to.Load())
+		limitedPull(t, "proxied.test/own/proxy:1", proxy.to.Load())
 		if proxy.asked.Load() == 0 || proxy.strangers.Load() != 0 {
 			t.Errorf("the proxy was asked %d times, %d of them without its password", proxy.asked.Load(), proxy.strangers.Load())
 		}
@@ -137,7 +146,96 @@ func TestRuntimesOwnSettings(t *testing.T) {
 		})
 		for i, f := range []*front{first, second} {
 			f.bytes.Store(0)
-			pull(t, fmt.Sprintf("directory-%d.test/own/directory:%d", i, i), f)
+			limitedPull(t, fmt.Sprintf("directory-%d.test/own/directory:%d", i, i), f)
 		}
 	})
+}
+
+// TestOwnSettingsOfContainerd17: its file has TLS for a mirror, too.
+func TestOwnSettingsOfContainerd17(t *testing.T) {
+	otherBed(t, testbed.Options{Containerd17: true, ContainerdConfig: mirrorsAlone, ProxyExtra: "images: {maxDiskPercent: 0}\n"})
+	f := newFront(t, "unused17.test")
+	secure := httptest.NewTLSServer(httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: f.addr}))
+	defer secure.Close()
+	addr := secure.Listener.Addr().String()
+	reconfigure(t, func(config string) string {
+		return config + fmt.Sprintf("[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"secure.test\"]\n  endpoint = [\"https://%[1]s\"]\n"+
+			"[plugins.\"io.containerd.grpc.v1.cri\".registry.configs.\"%[1]s\".tls]\n  insecure_skip_verify = true\n", addr)
+	})
+	limitedPull(t, "secure.test/own/tls:1", f)
+}
+
+// asKubelet, set to a socket, has this binary be a kubelet as far as it is looked at: it has dialled, and has arguments and an environment.
+const asKubelet = "PREPULL_AS_KUBELET"
+
+func beKubelet(socket string) int {
+	conn, err := net.Dial("unix", socket)
+	if err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	defer conn.Close()
+	fmt.Println("connected")
+	_, _ = io.Copy(io.Discard, os.Stdin)
+	return 0
+}
+
+// startKubelet starts one, which ends with the test.
+func startKubelet(t *testing.T, args []string, environ ...string) {
+	t.Helper()
+	exe, err := os.Executable()
+	must(t, err)
+	name := filepath.Join(t.TempDir(), "kubelet")
+	must(t, os.Symlink(exe, name))
+	cmd := exec.Command(name, args...)
+	cmd.Env = append(environ, asKubelet+"="+bed.ProxySocket, "PATH="+os.Getenv("PATH"), "GORACE=atexit_sleep_ms=0")
+	in, err := cmd.StdinPipe()
+	must(t, err)
+	out, err := cmd.StdoutPipe()
+	must(t, err)
+	must(t, cmd.Start())
+	t.Cleanup(func() {
+		_ = in.Close()
+		_ = cmd.Wait()
+	})
+	line := make([]byte, len("connected\n"))
+	if _, err := io.ReadFull(out, line); err != nil || string(line) != "connected\n" {
+		t.Fatalf("%q %v", line, err)
+	}
+}
+
+// TestLikeKubelet: credential provider plugins have kubelet's environment, and images are pulled up to kubelet's own threshold.
+func TestLikeKubelet(t *testing.T) {
+	dir := t.TempDir()
+	const version = "credentialprovider.kubelet.k8s.io/v1"
+	script := fmt.Sprintf("#!/bin/sh\nprintf '{\"kind\":\"CredentialProviderResponse\",\"apiVersion\":%q,\"cacheKeyType\":\"Registry\",\"auth\":{\"*.like-kubelet.test\":{\"username\":\"robot\",\"password\":\"%%s\"}}}' \"$CLOUD_PASSWORD\"\n", version)
+	must(t, os.WriteFile(filepath.Join(dir, "cloud"), []byte(script), 0o700)) //nolint:gosec // a program
+	providers, config := filepath.Join(dir, "providers.yaml"), filepath.Join(dir, "kubelet.yaml")
+	must(t, os.WriteFile(providers, fmt.Appendf(nil, "apiVersion: kubelet.config.k8s.io/v1\nkind: CredentialProviderConfig\nproviders:\n"+
+		"- {name: cloud, matchImages: ['*.like-kubelet.test'], defaultCacheDuration: 0s, apiVersion: %s}\n", version), 0o600))
+	threshold := func(percent int) {
+		t.Helper()
+		must(t, os.WriteFile(config, fmt.Appendf(nil, "kind: KubeletConfiguration\nimageGCHighThresholdPercent: %d\n", percent), 0o600))
+	}
+	threshold(100)
+	must(t, bed.KillProxy(t.Context(), syscall.SIGTERM))
+	must(t, bed.StartProxy(t.Context(), "--image-credential-provider-config", providers, "--image-credential-provider-bin-dir", dir))
+	defer func() {
+		must(t, bed.KillProxy(t.Context(), syscall.SIGTERM))
+		must(t, bed.StartProxy(t.Context()))
+	}()
+	f := newFront(t, "eu.like-kubelet.test")
+	p := push(t, "like/app:1", 1, 1)
+	f.protect("robot", password)
+	request := func() *opsv1.PullRequest { return &opsv1.PullRequest{Image: f.image(p.name), MaxAttempts: 1} }
+	fails(t, begin(t, request()), "Unauthorized") // nobody has the password
+
+	startKubelet(t, []string{"--config=" + config}, "CLOUD_PASSWORD="+password)
+	threshold(1)
+	if op := fails(t, begin(t, request()), "DiskPressure"); !strings.Contains(op.GetMessage(), "kubelet removes images from 1 % on") {
+		t.Errorf("%v", op)
+	}
+	threshold(100)
+	succeeds(t, begin(t, request()))
+	must(t, secretsLeft())
 }

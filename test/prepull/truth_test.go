@@ -22,7 +22,7 @@ func TestPinOfAnImageThatIsGone(t *testing.T) {
 	f := newFront(t, "gone-pin.test")
 	image := f.image(push(t, "gone-pin:1", 1, 1).name)
 	op := succeeds(t, begin(t, &opsv1.PullRequest{Image: image, Owner: "gone", PinFor: durationpb.New(time.Hour)}))
-	t.Cleanup(func() { release(t, "gone", "") })
+	defer release(t, "gone", "")
 	isGone := func() (gone bool) {
 		list, err := bed.pulls.ListPins(t.Context(), &opsv1.ListPinsRequest{})
 		must(t, err)

@@ -48,6 +48,11 @@ const (
 	RestartOrderStartFirst = "StartFirst"
 )
 
+// ParallelRecreateAnnotation on a ContainerRecreateRequest says whether containers are stopped at the same time: "true",
+// or "false", as without the annotation, for one after another. A container with orderedRecreate waits for those before it all the
+// same. A request with any other value is refused. It is read once, when the request is accepted.
+const ParallelRecreateAnnotation = "cri-proxy.io/parallel-recreate"
+
 // ContainerRecreateRequestFailurePolicyType says what a failed container means
 // for the containers after it.
 //
@@ -103,8 +108,8 @@ type ContainerRecreateRequestSpec struct {
 	PodName string `json:"podName"`
 
 	// containers are the containers to recreate: regular containers and native
-	// sidecars (init containers with restartPolicy Always). With
-	// orderedRecreate they are recreated in the order given here.
+	// sidecars (init containers with restartPolicy Always). They are recreated
+	// in the order given here.
 	//
 	// +kubebuilder:validation:MaxItems=256
 	// +kubebuilder:validation:XValidation:rule="size(self) > 0",message="containers list can not be empty: name at least one container of the pod"
@@ -218,7 +223,9 @@ type ContainerRecreateRequestStrategy struct {
 	FailurePolicy ContainerRecreateRequestFailurePolicyType `json:"failurePolicy,omitempty"`
 
 	// orderedRecreate recreates a container only after the one before it is
-	// running and ready again. Otherwise all are recreated at the same time.
+	// running and ready again. Otherwise they are stopped one after another, in
+	// their order, and what takes their place is not waited for; with annotation
+	// cri-proxy.io/parallel-recreate "true" all are recreated at the same time.
 	//
 	// +optional
 	OrderedRecreate bool `json:"orderedRecreate,omitempty"`

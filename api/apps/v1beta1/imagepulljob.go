@@ -277,7 +277,7 @@ type ImagePullJobStatus struct {
 	// +listType=atomic
 	// +optional
 	SlowestNodes []NodePullProgress `json:"slowestNodes,omitempty"`
-	// failures says why nodes failed, the first 20 of them.
+	// failures says why nodes failed, 20 of them, some of each reason.
 	//
 	// +listType=atomic
 	// +optional
@@ -383,6 +383,11 @@ type FailureCount struct {
 	//
 	// +required
 	Count int32 `json:"count"`
+	// nodes are their names, the first 100 of them.
+	//
+	// +listType=atomic
+	// +optional
+	Nodes []string `json:"nodes,omitempty"`
 }
 
 // ImagePullJob puts an image on nodes before pods need it.

@@ -138,9 +138,9 @@ func checkKubelet(ctx context.Context, k *kubelet.Kubelet) (version string, warn
 	return version, warnings, nil
 }
 
-// checkSpace makes sure that there is room for what is installed.
-func checkSpace() error {
-	for _, dir := range []string{upgrade.LibDir, filepath.Dir(recordDir)} {
+// checkSpace makes sure that there is room for what is installed, and that programs run from there.
+func checkSpace(prefix upgrade.Prefix) error {
+	for _, dir := range []string{prefix.LibDir(), filepath.Dir(recordDir)} {
 		at := dir
 		for {
 			if _, err := os.Stat(at); err == nil {
@@ -153,7 +153,13 @@ func checkSpace() error {
 			return fmt.Errorf("%s: %w", at, err)
 		}
 		if st.Flags&unix.ST_RDONLY != 0 {
+			if dir == prefix.LibDir() {
+				return fmt.Errorf("%s is on a file system that is read-only: give another place with --prefix, such as /opt", dir)
+			}
 			return fmt.Errorf("%s is on a file system that is read-only", dir)
+		}
+		if st.Flags&unix.ST_NOEXEC != 0 && dir == prefix.LibDir() {
+			return fmt.Errorf("%s is on a file system that no programs run from (noexec): give another place with --prefix, such as /opt", dir)
 		}
 		if free := st.Bavail * uint64(st.Bsize); free < freeBytes {
 			return fmt.Errorf("%s has %d MiB free, %d are needed", at, free>>20, freeBytes>>20)

@@ -13,6 +13,7 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/kubelet"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/upgrade"
 )
 
 // defaultTimeout is for kubelet to be back and the node ready; kubelet itself needs seconds.
@@ -52,6 +53,7 @@ the rest of that file stays as it is.`,
 	_ = f.MarkHidden("record-calls")
 	f.BoolVar(&i.dryRun, "dry-run", false, "say what would be done")
 	f.BoolVar(&i.force, "force", false, "even if a check fails")
+	f.StringVar((*string)(&i.prefix), "prefix", "", "directory for the binaries, where /usr is read-only (default: that of what is installed, or "+string(upgrade.DefaultPrefix)+")")
 	f.BoolVar(&i.noKubelet, "no-kubelet", false, "leave kubelet alone: it is told the endpoint by somebody else, or has not been set up yet")
 	common(cmd, &i.unit, &i.kubeconfig, &i.timeout)
 	return cmd

@@ -37,7 +37,28 @@ const (
 )
 
 // guardFile is the guard of crashes, which the unit names.
-func guardFile() string { return filepath.Join(upgrade.LibDir, "crash-guard") }
+func guardFile(prefix upgrade.Prefix) string { return filepath.Join(prefix.LibDir(), "crash-guard") }
+
+// shipped is a file of package systemd, for a prefix.
+func shipped(name string, prefix upgrade.Prefix) ([]byte, error) {
+	b, err := systemd.File(name)
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range []func(upgrade.Prefix) string{upgrade.Prefix.LibDir, upgrade.Prefix.BinLink} {
+		b = bytes.ReplaceAll(b, []byte(path(upgrade.DefaultPrefix)), []byte(path(prefix)))
+	}
+	return b, nil
+}
+
+// prefixFile says where the binaries are if that is not where they are looked for.
+func prefixFile(prefix upgrade.Prefix) file {
+	f := file{path: upgrade.PrefixFile, mode: 0o644}
+	if prefix != upgrade.DefaultPrefix {
+		f.content = []byte(prefix + "\n")
+	}
+	return f
+}
 
 // file is one of ours and what is to be in it, nil for nothing.
 type file struct {
@@ -47,12 +68,12 @@ type file struct {
 }
 
 // nodeFiles are all files of ours but the configuration and the binaries. k may be nil.
-func nodeFiles(c *config.Config, k *kubelet.Kubelet) ([]file, error) {
-	guard, err := systemd.File("crash-guard")
+func nodeFiles(c *config.Config, k *kubelet.Kubelet, prefix upgrade.Prefix) ([]file, error) {
+	guard, err := shipped("crash-guard", prefix)
 	if err != nil {
 		return nil, err
 	}
-	out := []file{{guardFile(), guard, 0o755}}
+	out := []file{prefixFile(prefix), {guardFile(prefix), guard, 0o755}}
 	tmpfiles, err := systemd.File("tmpfiles.conf")
 	if err != nil {
 		return nil, err
@@ -75,7 +96,7 @@ func nodeFiles(c *config.Config, k *kubelet.Kubelet) ([]file, error) {
 	}
 	out = append(out, f)
 	for _, name := range []string{criSocket, adminSocket, opsSocket, serviceTemplate} {
-		unit, err := systemd.File(name)
+		unit, err := shipped(name, prefix)
 		if err != nil {
 			return nil, err
 		}

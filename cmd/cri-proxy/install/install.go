@@ -32,6 +32,7 @@ import (
 type installer struct {
 	dryRun, force, noKubelet bool
 	unit, kubeconfig         string
+	prefix                   upgrade.Prefix
 	timeout                  time.Duration
 
 	config *config.Config // what is to be in the file; before that, the target of flags
@@ -54,6 +55,9 @@ func (i *installer) ours() string          { return "unix://" + i.kubeletSocket(
 
 func (i *installer) run(ctx context.Context) error {
 	if err := checkMachine(); err != nil {
+		return err
+	}
+	if err := i.choosePrefix(upgrade.PrefixFile); err != nil {
 		return err
 	}
 	k, err := i.kubelet(ctx)
@@ -87,6 +91,25 @@ func (i *installer) run(ctx context.Context) error {
 		i.say("it is bypassed %s; cri-proxy bypass off ends that", s)
 	}
 	return i.sayEndpoint(k)
+}
+
+// choosePrefix makes the prefix that of the flag, or else that of what is installed, as file says. Binaries are not moved.
+func (i *installer) choosePrefix(file string) error {
+	have, err := upgrade.ReadPrefix(file)
+	if err != nil {
+		return err
+	}
+	if i.prefix == "" {
+		i.prefix = have
+	}
+	i.prefix = upgrade.Prefix(filepath.Clean(string(i.prefix)))
+	if err := i.prefix.Check(); err != nil {
+		return &config.InvalidError{Err: fmt.Errorf("--prefix: %w", err)}
+	}
+	if i.prefix != have && there(have.LibDir()) {
+		return fmt.Errorf("cri-proxy is installed below %s: take it off there with cri-proxy uninstall before it is installed below %s", have, i.prefix)
+	}
+	return nil
 }
 
 // sayEndpoint says what is left to do where kubelet was left alone.
@@ -318,7 +341,7 @@ func (i *installer) check(ctx context.Context, k *kubelet.Kubelet) error {
 		errs = append(errs, checkAlone(ctx, kubelets, runtime))
 		i.sayRegistries(ctx, runtime)
 	}
-	errs = append(errs, checkSpace())
+	errs = append(errs, checkSpace(i.prefix))
 	if err := errors.Join(errs...); err != nil {
 		if !i.force {
 			return err
@@ -353,7 +376,7 @@ func (i *installer) plan(ctx context.Context, k *kubelet.Kubelet, text []byte) (
 	if err != nil {
 		return nil, err
 	}
-	files, err := nodeFiles(i.config, k)
+	files, err := nodeFiles(i.config, k, i.prefix)
 	if err != nil {
 		return nil, err
 	}
@@ -369,7 +392,7 @@ func (i *installer) plan(ctx context.Context, k *kubelet.Kubelet, text []byte) (
 			changed = true
 		}
 	}
-	version, same, err := upgrade.Serving(ctx, i.config.StateDir, "")
+	version, same, err := upgrade.Serving(ctx, i.prefix, i.config.StateDir, "")
 	if err != nil {
 		return nil, err
 	}
@@ -488,10 +511,10 @@ func (i *installer) enableOpsSocket(ctx context.Context) error {
 func (i *installer) planDaemon(p *plan, version string, same, changed bool) {
 	do := func(reload bool) func(context.Context) error {
 		return func(ctx context.Context) error {
-			return upgrade.Run(ctx, upgrade.Options{Config: config.DefaultFile, Reload: reload, Out: i.out})
+			return upgrade.Run(ctx, upgrade.Options{Prefix: i.prefix, Config: config.DefaultFile, Reload: reload, Out: i.out})
 		}
 	}
-	switch fresh := !there(filepath.Join(upgrade.LibDir, "versions")); {
+	switch fresh := !there(filepath.Join(i.prefix.LibDir(), "versions")); {
 	case version == "":
 		p.add(action{
 			what: "install this version and start it",
@@ -507,7 +530,7 @@ func (i *installer) planDaemon(p *plan, version string, same, changed bool) {
 				if !fresh {
 					return nil
 				}
-				return removeDaemon(ctx, i.config)
+				return removeDaemon(ctx, i.config, i.prefix)
 			},
 		})
 	case !same:

@@ -23,6 +23,7 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/kubelet"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/upgrade"
 	"github.com/cri-proxy/cri-proxy/ops/apiserver"
 	"github.com/cri-proxy/cri-proxy/systemd"
 )
@@ -231,6 +232,88 @@ func TestUnitChanges(t *testing.T) {
 	}
 	if got := listenStream(":7443"); got != "7443" {
 		t.Error(got)
+	}
+}
+
+// TestPrefix: with another one nothing that is written names the default, and what comes later finds it.
+func TestPrefix(t *testing.T) {
+	for prefix, record := range map[upgrade.Prefix]string{"/opt": "/opt\n", upgrade.DefaultPrefix: ""} {
+		files, err := nodeFiles(config.Default(), nil, prefix)
+		if err != nil {
+			t.Fatal(err)
+		}
+		named := 0
+		for _, f := range files {
+			if prefix != upgrade.DefaultPrefix && (bytes.Contains(f.content, []byte("/usr/local")) || strings.HasPrefix(f.path, "/usr/local")) {
+				t.Errorf("%s names the default:\n%s", f.path, f.content)
+			}
+			named += bytes.Count(f.content, []byte(prefix.LibDir())) + bytes.Count(f.content, []byte(prefix.BinLink()))
+			if f.path == upgrade.PrefixFile && string(f.content) != record {
+				t.Errorf("%s: %q, want %q", f.path, f.content, record)
+			}
+		}
+		if named < 4 { // the service, its guard, what that calls, and the socket
+			t.Errorf("%s is named %d times", prefix, named)
+		}
+		if own := ownFiles(prefix); !slices.Contains(own, prefix.BinLink()) || !slices.Contains(own, guardFile(prefix)) || own[len(own)-1] != upgrade.PrefixFile {
+			t.Errorf("uninstall removes %q", own)
+		}
+	}
+}
+
+func TestChoosePrefix(t *testing.T) {
+	dir := t.TempDir()
+	installed := filepath.Join(dir, "installed")
+	if err := os.MkdirAll(upgrade.Prefix(installed).LibDir(), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct{ name, record, flag, want, err string }{
+		{"neither", "", "", "/usr/local", ""},
+		{"as installed", installed, "", installed, ""},
+		{"the same", installed, installed + "/", installed, ""},
+		{"another", installed, "/opt", "", "is installed below " + installed + ": take it off there"},
+		{"left over", filepath.Join(dir, "gone"), "/opt", "/opt", ""},
+		{"relative", "", "opt", "", "want an absolute path"},
+		{"root", "", "/", "", "want an absolute path"},
+		{"specifier", "", "/opt/%i", "", "want an absolute path"},
+		{"space", "", "/opt/my programs", "", "want an absolute path"},
+		{"bad record", "/opt;x", "", "", "want an absolute path"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), "prefix")
+			if tt.record != "" {
+				write600(t, file, tt.record+"\n")
+			}
+			i := &installer{prefix: upgrade.Prefix(tt.flag)}
+			err := i.choosePrefix(file)
+			if tt.err == "" && (err != nil || string(i.prefix) != tt.want) || tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
+				t.Errorf("%s, %v", i.prefix, err)
+			}
+		})
+	}
+}
+
+// TestNoProgramsRunThere: what would fail later is an error at once, that says what to do.
+func TestNoProgramsRunThere(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting is for root")
+	}
+	for option, want := range map[string]string{"ro": "read-only", "noexec": "noexec"} {
+		dir := t.TempDir()
+		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=64m"); err != nil {
+			t.Skip(err)
+		}
+		flags := uintptr(unix.MS_REMOUNT | map[string]int{"ro": unix.MS_RDONLY, "noexec": unix.MS_NOEXEC}[option])
+		err := unix.Mount("", dir, "", flags, "")
+		if err == nil {
+			err = checkSpace(upgrade.Prefix(dir))
+		}
+		if uerr := unix.Unmount(dir, 0); uerr != nil {
+			t.Error(uerr)
+		}
+		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "--prefix, such as /opt") {
+			t.Errorf("%s: %v", option, err)
+		}
 	}
 }
 

@@ -165,7 +165,7 @@ func newWatch(ctx context.Context, k *kubelet.Kubelet, unit, kubeconfigFile stri
 	if kubeconfigFile == "" {
 		return w, []string{"kubelet has no kubeconfig: whether the node is ready is not asked"}
 	}
-	api, err := apiserver.Connect(ctx, kubeconfigFile)
+	api, err := apiserver.Connect(ctx, kubeconfigFile, k.Environ())
 	if err != nil {
 		return w, []string{fmt.Sprintf("whether the node is ready is not asked: %v", err)}
 	}

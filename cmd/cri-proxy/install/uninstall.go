@@ -32,6 +32,7 @@ const operationPatience = 30 * time.Second
 type uninstaller struct {
 	dryRun, force, purge, noKubelet bool
 	unit, kubeconfig                string
+	prefix                          upgrade.Prefix
 	timeout                         time.Duration
 
 	config *config.Config
@@ -72,10 +73,13 @@ func (u *uninstaller) run(ctx context.Context) error {
 	return nil
 }
 
-// open reads the configuration; without one, or a good one, the defaults do.
-func (u *uninstaller) open() error {
+// open reads the configuration; without one, or a good one, the defaults do. Where the binaries are must be known.
+func (u *uninstaller) open() (err error) {
+	if u.prefix, err = upgrade.ReadPrefix(upgrade.PrefixFile); err != nil {
+		return err
+	}
 	u.config = config.Default()
-	err := u.config.Load(config.DefaultFile, nil)
+	err = u.config.Load(config.DefaultFile, nil)
 	if err == nil {
 		err = errors.Join(u.config.Complete(), u.config.Validate())
 	}
@@ -91,7 +95,7 @@ func (u *uninstaller) warnOfOverrides(ctx context.Context) {
 		return
 	}
 	// The socket may be there without a daemon, and a call would start one.
-	if _, _, err := upgrade.Serving(ctx, u.config.StateDir, ""); err != nil {
+	if _, _, err := upgrade.Serving(ctx, u.prefix, u.config.StateDir, ""); err != nil {
 		return
 	}
 	conn, err := bypass.Dial(u.config.AdminSocket)
@@ -132,7 +136,7 @@ func (u *uninstaller) plan(ctx context.Context) (*plan, error) {
 		return nil, err
 	}
 	if len(installed) > 0 {
-		p.add(action{what: "stop and remove " + strings.Join(installed, ", "), do: func(ctx context.Context) error { return removeAll(ctx, u.config) }})
+		p.add(action{what: "stop and remove " + strings.Join(installed, ", "), do: func(ctx context.Context) error { return removeAll(ctx, u.config, u.prefix) }})
 	}
 	if u.holds(ctx, len(installed) > 0) {
 		p.add(action{what: "take our pins and leases off the runtime's images, which stay", do: u.letGo})
@@ -342,12 +346,12 @@ func (u *uninstaller) away(ctx context.Context) error {
 }
 
 // ownFiles are all that may be there, but for the configuration and the state.
-func ownFiles() []string {
-	out := []string{filepath.Join(tmpfilesDir, tmpfilesName), guardFile(), upgrade.BinLink}
+func ownFiles(prefix upgrade.Prefix) []string {
+	out := []string{filepath.Join(tmpfilesDir, tmpfilesName), guardFile(prefix), prefix.BinLink()}
 	for _, name := range []string{criSocket, adminSocket, opsSocket, serviceTemplate} {
 		out = append(out, filepath.Join(unitDir, name), filepath.Join(unitDir, name+".d", dropInName))
 	}
-	return out
+	return append(out, upgrade.PrefixFile) // last: another try must know where the rest is
 }
 
 // installed lists what of ours is there.
@@ -357,7 +361,7 @@ func (u *uninstaller) installed() ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, f := range slices.Concat(ownFiles(), []string{upgrade.LibDir}, sockets) {
+	for _, f := range slices.Concat(ownFiles(u.prefix), []string{u.prefix.LibDir()}, sockets) {
 		switch _, err := os.Lstat(f); {
 		case err == nil:
 			out = append(out, f)
@@ -369,7 +373,7 @@ func (u *uninstaller) installed() ([]string, error) {
 }
 
 // removeDaemon stops the instances and removes the binaries.
-func removeDaemon(ctx context.Context, c *config.Config) error {
+func removeDaemon(ctx context.Context, c *config.Config, prefix upgrade.Prefix) error {
 	var errs []error
 	for _, unit := range upgrade.Units() {
 		// An instance whose unit is gone has nothing to stop.
@@ -379,11 +383,11 @@ func removeDaemon(ctx context.Context, c *config.Config) error {
 		errs = append(errs, systemctl(ctx, "disable", "--now", unit))
 		_ = systemctl(ctx, "reset-failed", unit)
 	}
-	return errors.Join(append(errs, remove(upgrade.BinLink), os.RemoveAll(upgrade.LibDir), bypass.Forget(c))...)
+	return errors.Join(append(errs, remove(prefix.BinLink()), os.RemoveAll(prefix.LibDir()), bypass.Forget(c))...)
 }
 
 // removeAll stops everything and removes it. The sockets go first: a call would start an instance.
-func removeAll(ctx context.Context, c *config.Config) error {
+func removeAll(ctx context.Context, c *config.Config, prefix upgrade.Prefix) error {
 	var errs []error
 	for _, unit := range []string{criSocket, adminSocket, opsSocket} {
 		if s, err := show(ctx, unit, "LoadState"); err != nil || s["LoadState"] == "not-found" {
@@ -394,12 +398,15 @@ func removeAll(ctx context.Context, c *config.Config) error {
 	// Stopping a socket with a service that runs stops neither for good: both in one go.
 	units := append([]string{"stop", criSocket, adminSocket, opsSocket}, upgrade.Units()...)
 	_ = systemctl(ctx, units...) // one that is not loaded is an error
-	errs = append(errs, removeDaemon(ctx, c))
-	for _, f := range ownFiles() {
+	errs = append(errs, removeDaemon(ctx, c, prefix))
+	errs = append(errs, removeSockets(c))
+	for _, f := range ownFiles(prefix) {
+		if f == upgrade.PrefixFile && errors.Join(errs...) != nil {
+			continue
+		}
 		errs = append(errs, put(f, nil, 0))
 	}
-	errs = append(errs, removeSockets(c), systemctl(ctx, "daemon-reload"))
-	return errors.Join(errs...)
+	return errors.Join(append(errs, systemctl(ctx, "daemon-reload"))...)
 }
 
 // removeSockets removes the sockets and the symlinks. Their directory goes if nothing else is in it.

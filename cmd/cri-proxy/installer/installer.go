@@ -21,6 +21,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/upgrade"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
 	"github.com/cri-proxy/cri-proxy/ops/apiserver"
 )
@@ -28,9 +29,9 @@ import (
 const (
 	// label is on nodes where the proxy is; its value says nothing more, since versions need not be label values.
 	label = "cri-proxy.io/installed"
-	// hostDir is where the binary is on the node. Not below that of the installed versions, which an uninstall removes, and not
-	// below /run, from which some distributions run no programs.
-	hostDir = "/usr/local/lib/cri-proxy-installer"
+	// hostDir is where the binary is on the node, below its prefix. Not below that of the installed versions, which an uninstall removes,
+	// and not below /run, from which some distributions run no programs.
+	hostDir = "lib/cri-proxy-installer"
 	// unit is the node's: the work goes on when the pod goes away.
 	unit = "cri-proxy-installer"
 )
@@ -89,6 +90,7 @@ func newAction(action, short string) *cobra.Command {
 
 type installer struct {
 	action, host, node, done, args string
+	dir                            string // of the binary, as the node sees it
 	out                            io.Writer
 }
 
@@ -97,7 +99,14 @@ func (i *installer) run(ctx context.Context) error {
 	if i.action == check {
 		args = []string{install, "--dry-run"}
 	}
-	if err := i.copyIn(); err != nil {
+	prefix, err := i.prefix()
+	if err != nil {
+		return err
+	}
+	i.dir = filepath.Join(string(prefix), hostDir)
+	if err := i.copyIn(); errors.Is(err, unix.EROFS) {
+		return fmt.Errorf("copying this program to the node: %w; give a directory that can be written in ARGS, such as --prefix=/opt", err)
+	} else if err != nil {
 		return fmt.Errorf("copying this program to the node: %w", err)
 	}
 	if err := i.onHost(ctx, append(args, strings.Fields(i.args)...)); err != nil {
@@ -112,7 +121,7 @@ func (i *installer) run(ctx context.Context) error {
 		return err
 	}
 	if i.action == uninstall {
-		if err := os.RemoveAll(filepath.Join(i.host, hostDir)); err != nil {
+		if err := os.RemoveAll(filepath.Join(i.host, i.dir)); err != nil {
 			return err
 		}
 	}
@@ -126,6 +135,22 @@ func (i *installer) run(ctx context.Context) error {
 	return nil
 }
 
+// prefix is that of the arguments, which cri-proxy install gets too, or that of what is installed.
+func (i *installer) prefix() (upgrade.Prefix, error) {
+	args := strings.Fields(i.args)
+	for n, arg := range args {
+		value, ok := strings.CutPrefix(arg, "--prefix=")
+		if !ok && arg == "--prefix" && n+1 < len(args) {
+			value, ok = args[n+1], true
+		}
+		if ok {
+			p := upgrade.Prefix(filepath.Clean(value))
+			return p, p.Check()
+		}
+	}
+	return upgrade.ReadPrefix(filepath.Join(i.host, upgrade.PrefixFile))
+}
+
 // copyIn puts this program on the node.
 func (i *installer) copyIn() (err error) {
 	src, err := os.Open("/proc/self/exe")
@@ -133,7 +158,7 @@ func (i *installer) copyIn() (err error) {
 		return err
 	}
 	defer src.Close()
-	dir := filepath.Join(i.host, hostDir)
+	dir := filepath.Join(i.host, i.dir)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
@@ -155,7 +180,7 @@ func (i *installer) copyIn() (err error) {
 
 // onHost has the node's systemd run it, and passes on what it says.
 func (i *installer) onHost(ctx context.Context, args []string) error {
-	run := append([]string{"--quiet", "--wait", "--collect", "--pipe", "--unit=" + unit, "--", filepath.Join(hostDir, "cri-proxy")}, args...)
+	run := append([]string{"--quiet", "--wait", "--collect", "--pipe", "--unit=" + unit, "--", filepath.Join(i.dir, "cri-proxy")}, args...)
 	program, err := i.find("systemd-run")
 	if err != nil {
 		return err

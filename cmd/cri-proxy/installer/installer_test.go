@@ -11,7 +11,35 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/upgrade"
 )
+
+func TestPrefix(t *testing.T) {
+	host := t.TempDir()
+	for _, tt := range []struct{ args, record, want string }{
+		{"", "", "/usr/local"},
+		{"--ops-address=:10260 --prefix=/opt", "", "/opt"},
+		{"--prefix /opt/ --no-kubelet", "/srv", "/opt"},
+		{"--purge", "/srv", "/srv"}, // an uninstall is not told
+		{"--prefix", "", "/usr/local"},
+	} {
+		file := filepath.Join(host, upgrade.PrefixFile)
+		_ = os.RemoveAll(filepath.Dir(file))
+		if tt.record != "" {
+			if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(file, []byte(tt.record+"\n"), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		i := &installer{host: host, args: tt.args}
+		if got, err := i.prefix(); err != nil || string(got) != tt.want {
+			t.Errorf("%q, %q: %s, %v", tt.args, tt.record, got, err)
+		}
+	}
+}
 
 // A container that ends would be started again, so one that could not do its work stays, and is not ready.
 func TestFailureStays(t *testing.T) {

@@ -99,6 +99,15 @@ func (k *Kubelet) Version(ctx context.Context) (string, error) {
 	return strings.TrimPrefix(strings.TrimSpace(string(out)), "Kubernetes "), nil
 }
 
+// Environ is the environment that it was started with, nil if that cannot be read.
+func (k *Kubelet) Environ() []string {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", k.PID))
+	if err != nil || len(b) == 0 {
+		return nil
+	}
+	return strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00")
+}
+
 // Flag returns what a flag is set to on the command line, where the last one counts.
 func (k *Kubelet) Flag(name string) (value string, set bool) {
 	for i, arg := range k.Args {

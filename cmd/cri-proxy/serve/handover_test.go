@@ -143,7 +143,7 @@ type twin struct {
 
 func (w *twins) start() *twin {
 	w.t.Helper()
-	cmd, stderr := process(w.t, w.c, []string{"cri", "admin"}, w.args...)
+	cmd, stderr := startProcess(w.t, w.c, []string{"cri", "admin"}, w.args...)
 	cmd.ExtraFiles = w.sockets
 	if err := cmd.Start(); err != nil {
 		w.t.Fatal(err)

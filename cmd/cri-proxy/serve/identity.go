@@ -27,7 +27,7 @@ func (n *node) identify() error {
 	if o.Enrol.Kubeconfig != "" {
 		dir := n.config.StateDir
 		n.enroller = enrol.New(enrol.Options{
-			Kubeconfig: o.Enrol.Kubeconfig, Namespace: o.Enrol.Namespace, NodeName: n.config.NodeName, StateDir: dir, Log: n.log,
+			Kubeconfig: o.Enrol.Kubeconfig, Environ: n.callers.kubeletsEnviron, Namespace: o.Enrol.Namespace, NodeName: n.config.NodeName, StateDir: dir, Log: n.log,
 		})
 		server.CertFile, server.KeyFile, server.ClientCAFile = enrol.CertFile(dir), enrol.CertFile(dir), enrol.CAFile(dir)
 		server.Awaited, server.Unknown = n.enroller.Awaited, n.enroller.Refresh

@@ -17,7 +17,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/kubelet"
-	"github.com/cri-proxy/cri-proxy/ops/prepull/runtimeconfig"
+	"github.com/cri-proxy/cri-proxy/ops/process"
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
@@ -29,7 +29,7 @@ type callers struct {
 	log  logrus.FieldLogger
 
 	mu    sync.Mutex // guards all following fields
-	seen  map[runtimeconfig.Process]time.Time
+	seen  map[process.Process]time.Time
 	words string // what has gone wrong last, so that it is logged once
 }
 
@@ -37,7 +37,7 @@ type callers struct {
 const maxCallers = 64
 
 func newCallers(proc string, log logrus.FieldLogger) *callers {
-	return &callers{proc: proc, log: log, seen: map[runtimeconfig.Process]time.Time{}}
+	return &callers{proc: proc, log: log, seen: map[process.Process]time.Time{}}
 }
 
 // watch has connections of l noted.
@@ -64,7 +64,7 @@ func (w noting) SetDeadline(t time.Time) error {
 }
 
 func (c *callers) note(conn net.Conn) {
-	p, err := runtimeconfig.Peer(c.proc, conn)
+	p, err := process.Peer(c.proc, conn)
 	if err != nil || p.PID == os.Getpid() {
 		return // it has gone, or it is a probe of our own
 	}
@@ -72,16 +72,16 @@ func (c *callers) note(conn net.Conn) {
 	defer c.mu.Unlock()
 	c.seen[p] = time.Now()
 	if len(c.seen) > maxCallers {
-		maps.DeleteFunc(c.seen, func(p runtimeconfig.Process, _ time.Time) bool { return p.Name(c.proc) == "" })
+		maps.DeleteFunc(c.seen, func(p process.Process, _ time.Time) bool { return p.Name(c.proc) == "" })
 	}
 }
 
 // kubelet is the one that has dialled last and runs.
-func (c *callers) kubelet() (p runtimeconfig.Process, name string, ok bool) {
+func (c *callers) kubelet() (p process.Process, name string, ok bool) {
 	c.mu.Lock()
 	seen := maps.Clone(c.seen)
 	c.mu.Unlock()
-	latest := slices.SortedFunc(maps.Keys(seen), func(a, b runtimeconfig.Process) int { return seen[b].Compare(seen[a]) })
+	latest := slices.SortedFunc(maps.Keys(seen), func(a, b process.Process) int { return seen[b].Compare(seen[a]) })
 	for _, p := range latest {
 		// Some distributions have it inside of a program of their own: k3s-server, k3s-agent; MicroK8s.
 		name := p.Name(c.proc)
@@ -89,23 +89,35 @@ func (c *callers) kubelet() (p runtimeconfig.Process, name string, ok bool) {
 			return p, name, true
 		}
 	}
-	return runtimeconfig.Process{}, "", false
+	return process.Process{}, "", false
 }
 
 // environ is kubelet's environment, which its credential provider plugins have (pkg/credentialprovider/plugin), and ours where that is not known.
 func (c *callers) environ() []string {
+	environ, why := c.lookUpEnviron()
+	c.say(why)
+	if why != "" {
+		return os.Environ()
+	}
+	return environ
+}
+
+// kubeletsEnviron is kubelet's environment, nil where that is not known, as at the start, before kubelet has called.
+func (c *callers) kubeletsEnviron() []string {
+	environ, _ := c.lookUpEnviron()
+	return environ
+}
+
+func (c *callers) lookUpEnviron() (environ []string, unknown string) {
 	p, _, ok := c.kubelet()
 	if !ok {
-		c.say("kubelet has not called")
-		return os.Environ()
+		return nil, "kubelet has not called"
 	}
 	environ, err := p.Environ(c.proc)
 	if err != nil {
-		c.say(err.Error())
-		return os.Environ()
+		return nil, err.Error()
 	}
-	c.say("")
-	return environ
+	return environ, ""
 }
 
 func (c *callers) say(why string) {

@@ -103,7 +103,15 @@ func TestKubeletIsFoundAmongCallers(t *testing.T) {
 			t.Errorf("said %d times: %s", n, &words)
 		}
 	}
+	// What only has its name has not dialled.
+	impostor := caller{t, proc, 1 << 21}
+	impostor.write("stat", fmt.Sprintf("%d (kubelet) S%s 5 1 1\n", impostor.pid, strings.Repeat(" 0", 18)))
+	impostor.write("comm", "kubelet\n")
+	impostor.write("environ", "LD_PRELOAD=/evil.so\x00")
 	unknown()
+	if all.kubeletsEnviron() != nil {
+		t.Error("an environment of nobody")
+	}
 	stranger := called(t, proc, l, "crictl")
 	stranger.write("environ", "WHO=stranger\x00")
 	unknown()
@@ -113,7 +121,7 @@ func TestKubeletIsFoundAmongCallers(t *testing.T) {
 	k.write("cmdline", "/usr/bin/kubelet\x00--config="+config+"\x00")
 	k.write("environ", "WHO=kubelet\x00HTTPS_PROXY=http://proxy\x00")
 	called(t, proc, l, "crictl")
-	if got := all.environ(); !slices.Equal(got, []string{"WHO=kubelet", "HTTPS_PROXY=http://proxy"}) {
+	if got := all.environ(); !slices.Equal(got, []string{"WHO=kubelet", "HTTPS_PROXY=http://proxy"}) || !slices.Equal(got, all.kubeletsEnviron()) {
 		t.Errorf("%v", got)
 	}
 	for text, want := range map[string]int{"": 85, "imageGCHighThresholdPercent: 70\n": 70, "imageGCHighThresholdPercent: 100\n": 100, "imageGCHighThresholdPercent: x\n": 85} {

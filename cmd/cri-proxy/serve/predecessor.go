@@ -116,7 +116,7 @@ func (p *predecessor) follow(st *state, calls *atomic.Pointer[int]) {
 			calls.Store(&l.Calls)
 			switch {
 			case l.Pulls > 0 && !pulling:
-				pulling, pulled = true, st.puller.KubeletPulls()
+				pulling, pulled = true, st.puller.KubeletPulls("") // it does not tell of which
 			case l.Pulls == 0 && pulling:
 				pulled()
 				pulling = false

@@ -841,8 +841,8 @@ func TestStatusLine(t *testing.T) {
 	}
 }
 
-// process is the daemon as a process of its own.
-func process(t *testing.T, c *config.Config, sockets []string, args ...string) (*exec.Cmd, *strings.Builder) {
+// startProcess starts the daemon as a process of its own.
+func startProcess(t *testing.T, c *config.Config, sockets []string, args ...string) (*exec.Cmd, *strings.Builder) {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
@@ -878,7 +878,7 @@ func TestSocketActivation(t *testing.T) {
 			// kubelet calls before anybody serves, and is not refused.
 			kubelet := runtimeapi.NewRuntimeServiceClient(dial(t, c.Listen.Path))
 			for range 2 { // and again after a restart
-				cmd, stderr := process(t, c, []string{name})
+				cmd, stderr := startProcess(t, c, []string{name})
 				cmd.ExtraFiles = []*os.File{f}
 				if err := cmd.Start(); err != nil {
 					t.Fatal(err)
@@ -908,7 +908,7 @@ func TestSocketActivation(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer f.Close()
-		cmd, stderr := process(t, c, []string{"kri"})
+		cmd, stderr := startProcess(t, c, []string{"kri"})
 		cmd.ExtraFiles = []*os.File{f}
 		if err := cmd.Run(); err == nil || !strings.Contains(stderr.String(), "unknown names: kri; FileDescriptorName= must be cri") {
 			t.Fatalf("%v\n%s", err, stderr)

@@ -85,8 +85,11 @@ func (l layout) install(binary, says string) (version string, err error) {
 	return version, os.Rename(dst.Name(), l.binary(version))
 }
 
-// link makes a symlink in one step.
+// link makes a symlink in one step, and the directory that it is in.
 func link(to, path string) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
 	temporary := fmt.Sprintf("%s.%d", path, os.Getpid())
 	if err := os.Remove(temporary); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err

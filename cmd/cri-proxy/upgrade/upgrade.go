@@ -29,7 +29,7 @@ const (
 
 // Command returns `cri-proxy upgrade`.
 func Command() *cobra.Command {
-	u := upgrade{layout: layout{lib: LibDir, bin: BinLink}}
+	u := upgrade{}
 	cmd := &cobra.Command{
 		Use:   "upgrade",
 		Short: "Put another version in the place of the one that runs, without a failed call",
@@ -43,6 +43,11 @@ version takes over from itself, which takes up a changed configuration.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			u.out = c.OutOrStdout()
+			prefix, err := ReadPrefix(PrefixFile)
+			if err != nil {
+				return err
+			}
+			u.layout = prefix.layout()
 			ctx, cancel := context.WithTimeout(c.Context(), u.timeout)
 			defer cancel()
 			return u.run(ctx)
@@ -60,17 +65,12 @@ version takes over from itself, which takes up a changed configuration.`,
 	return cmd
 }
 
-const (
-	// LibDir holds the versions.
-	LibDir = "/usr/local/lib/cri-proxy"
-	// BinLink leads to the one that serves.
-	BinLink = "/usr/local/bin/cri-proxy"
-	// DefaultTimeout is how long a new process may take to serve.
-	DefaultTimeout = 5 * time.Minute
-)
+// DefaultTimeout is how long a new process may take to serve.
+const DefaultTimeout = 5 * time.Minute
 
 // Options of [Run].
 type Options struct {
+	Prefix Prefix // of the installation
 	Binary string // the new version, empty is this program
 	Config string // file of the daemon
 	// Reload has the same version take over from itself.
@@ -80,15 +80,15 @@ type Options struct {
 
 // Run puts a version in the place of the one that serves, or starts it where none does, as `cri-proxy upgrade` does.
 func Run(ctx context.Context, o Options) error {
-	u := upgrade{layout: layout{lib: LibDir, bin: BinLink}, binary: o.Binary, config: o.Config, reload: o.Reload, out: o.Out}
+	u := upgrade{layout: o.Prefix.layout(), binary: o.Binary, config: o.Config, reload: o.Reload, out: o.Out}
 	ctx, cancel := context.WithTimeout(ctx, DefaultTimeout)
 	defer cancel()
 	return u.run(ctx)
 }
 
 // Serving returns the version that serves, empty if none does, and whether it is that of the binary, empty for this program.
-func Serving(ctx context.Context, stateDir, binary string) (version string, same bool, err error) {
-	u := upgrade{layout: layout{lib: LibDir, bin: BinLink}, binary: binary}
+func Serving(ctx context.Context, prefix Prefix, stateDir, binary string) (version string, same bool, err error) {
+	u := upgrade{layout: prefix.layout(), binary: binary}
 	i, err := u.serving(ctx, stateDir)
 	if err != nil || i == "" {
 		return "", false, err

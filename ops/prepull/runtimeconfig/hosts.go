@@ -19,6 +19,8 @@ import (
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/core/remotes/docker/config"
 	"github.com/containerd/errdefs"
+
+	"github.com/cri-proxy/cri-proxy/ops/process"
 )
 
 // hosts is what containerd's registryHosts (internal/cri/server/images/image_pull.go) is. explicit, if not empty, stands for config_path.
@@ -35,7 +37,7 @@ func (c *settings) hosts(ctx context.Context, options config.HostOptions, explic
 	if paths == "" {
 		paths = r.ConfigPath
 	}
-	if paths == "" && len(r.Mirrors) == 0 && c.process == (Process{}) {
+	if paths == "" && len(r.Mirrors) == 0 && c.process == (process.Process{}) {
 		paths = defaultConfigPath // nothing is known
 	}
 	var find docker.RegistryHosts

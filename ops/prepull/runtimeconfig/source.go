@@ -22,6 +22,8 @@ import (
 	"golang.org/x/net/http/httpproxy"
 	"google.golang.org/grpc"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cri-proxy/cri-proxy/ops/process"
 )
 
 // patience bounds what is asked of this machine.
@@ -61,7 +63,7 @@ func New(o Options) *Source {
 // settings are those of one process of containerd. It reads its file when it starts, and so do we when it is first seen; what is in
 // the directories of config_path is read for each image, by both.
 type settings struct {
-	process  Process
+	process  process.Process
 	file     string
 	registry *registry
 	// legacy says that the settings of 1.x for TLS count, and that config_path has no default.
@@ -102,17 +104,17 @@ func (s *Source) say(err error) {
 func (s *Source) settings(ctx context.Context) (*settings, error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	process, err := listener(ctx, s.o.Proc, s.o.Socket)
+	who, err := process.Listener(ctx, s.o.Proc, s.o.Socket)
 	if err != nil {
 		return nil, fmt.Errorf("who listens on %s: %w", s.o.Socket, err)
 	}
 	s.mu.Lock()
 	last := s.last
 	s.mu.Unlock()
-	if last != nil && last.process == process {
+	if last != nil && last.process == who {
 		return last, nil
 	}
-	c, err := s.read(ctx, process)
+	c, err := s.read(ctx, who)
 	if err != nil {
 		return nil, err
 	}
@@ -122,19 +124,19 @@ func (s *Source) settings(ctx context.Context) (*settings, error) {
 	return c, nil
 }
 
-func (s *Source) read(ctx context.Context, process Process) (*settings, error) {
-	if name := process.Name(s.o.Proc); !strings.HasPrefix(name, "containerd") {
-		return nil, fmt.Errorf("%s is served by %q (process %d) and not by containerd", s.o.Socket, name, process.PID)
+func (s *Source) read(ctx context.Context, who process.Process) (*settings, error) {
+	if name := who.Name(s.o.Proc); !strings.Contains(name, "containerd") { // some distributions wrap it, as .containerd-wrapped
+		return nil, fmt.Errorf("%s is served by %q (process %d) and not by containerd", s.o.Socket, name, who.PID)
 	}
-	args, err := process.Args(s.o.Proc)
+	args, err := who.Args(s.o.Proc)
 	if err != nil {
 		return nil, err
 	}
-	cwd, err := os.Readlink(filepath.Join(s.o.Proc, strconv.Itoa(process.PID), "cwd"))
+	cwd, err := os.Readlink(filepath.Join(s.o.Proc, strconv.Itoa(who.PID), "cwd"))
 	if err != nil {
-		return nil, fmt.Errorf("process %d: %w", process.PID, err)
+		return nil, fmt.Errorf("process %d: %w", who.PID, err)
 	}
-	c := &settings{process: process}
+	c := &settings{process: who}
 	file, told := configFile(args[min(1, len(args)):])
 	if c.registry, err = readFile(ctx, file, cwd, told); err != nil {
 		return nil, err
@@ -150,30 +152,12 @@ func (s *Source) read(ctx context.Context, process Process) (*settings, error) {
 	if r := c.registry; r.ConfigPath == "" && len(r.Mirrors) == 0 && !c.legacy {
 		r.ConfigPath = defaultConfigPath
 	}
-	environ, err := process.Environ(s.o.Proc)
+	environ, err := who.Environ(s.o.Proc)
 	if err != nil {
 		return nil, err
 	}
-	c.environment(environ)
+	c.proxies = process.Proxies(environ)
 	return c, nil
-}
-
-// environment takes over what Go programs have of their environment for their requests, as http.ProxyFromEnvironment.
-func (c *settings) environment(environ []string) {
-	env := map[string]string{}
-	for _, e := range environ {
-		name, value, _ := strings.Cut(e, "=")
-		if _, twice := env[name]; !twice { // the first counts, as for os.Getenv
-			env[name] = value
-		}
-	}
-	either := func(name string) string {
-		if v := env[name]; v != "" {
-			return v
-		}
-		return env[strings.ToLower(name)]
-	}
-	c.proxies = &httpproxy.Config{HTTPProxy: either("HTTP_PROXY"), HTTPSProxy: either("HTTPS_PROXY"), NoProxy: either("NO_PROXY"), CGI: env["REQUEST_METHOD"] != ""}
 }
 
 // client gives a client that docker.DefaultHTTPTransport has made what containerd's have, and then calls next, which may be nil.

@@ -391,7 +391,7 @@ func TestUnknown(t *testing.T) {
 	c := newContainerd(t)
 	stat := filepath.Join(c.proc, strconv.Itoa(os.Getpid()))
 	for name, spoil := range map[string]func(){
-		"another program":    func() { c.write(t, filepath.Join(stat, "comm"), "crio\n") },
+		"another program":    func() { c.start(t, nil); c.write(t, filepath.Join(stat, "comm"), "crio\n") },
 		"no such file":       func() { c.start(t, []string{"containerd", "--config", "/nowhere.toml"}) },
 		"no TOML":            func() { c.configured(t, "x = \""+secret+"\nversion") },
 		"of a later version": func() { c.configured(t, "version = 99\n") },

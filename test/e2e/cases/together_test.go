@@ -150,9 +150,20 @@ metadata: {namespace: apps, name: gated, labels: {app: gated}}
 spec:
   terminationGracePeriodSeconds: 0
   readinessGates: [{conditionType: cri-proxy.io/in-place-ready}]
-  containers: [{name: app, image: %s, command: [sleep, "3600"]}]
+  containers: [{name: app, image: %[1]s, command: [sleep, "3600"]}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {namespace: apps, name: kruises}
+spec:
+  terminationGracePeriodSeconds: 0
+  readinessGates: [{conditionType: KruisePodReady}]
+  containers: [{name: app, image: %[1]s, command: [sleep, "3600"]}]
 `, b.Image("busybox:1.0"))))
-	b.say("-n", "apps", "wait", "--for=condition=ContainersReady", "pod/gated", "--timeout=60s")
+	b.say("-n", "apps", "wait", "--for=condition=ContainersReady", "pod/gated", "pod/kruises", "--timeout=60s")
+	kruises := func() string {
+		return b.field("pod", "apps", "kruises", `.status.conditions[?(@.type=="KruisePodReady")].status`)
+	}
 
 	b.step("beside OpenKruise", func(t *testing.T) {
 		// The chart would not overwrite its definitions.
@@ -179,6 +190,9 @@ spec: {target: {podName: none}, containers: [{name: app}]}
 		if got := b.field("crr", "apps", "theirs", ".metadata.finalizers} {.status.phase"); got != "" {
 			t.Errorf("OpenKruise's request was taken up: %s", got)
 		}
+		if got := kruises(); got != "" {
+			t.Errorf("OpenKruise's gate was opened: %s", got)
+		}
 	})
 
 	b.step("after OpenKruise", func(t *testing.T) {
@@ -186,6 +200,7 @@ spec: {target: {podName: none}, containers: [{name: app}]}
 		b.until("the probe tells of the older definition", b.ready, func(s string) bool {
 			return strings.Contains(s, "does not serve") && strings.Contains(s, "ImagePullJob in apps.kruise.io/v1beta1")
 		})
+		b.until("its gate is opened, whatever definitions there are", kruises, func(s string) bool { return s == "True" })
 		must(t, b.InstallCRDs(t.Context()))
 		b.until("the request is taken up", func() string { return b.field("crr", "apps", "theirs", ".metadata.finalizers") },
 			func(s string) bool { return strings.Contains(s, "cri-proxy.io/operation") })
@@ -341,7 +356,7 @@ kind: Pod
 metadata: {namespace: apps, name: late}
 spec:
   terminationGracePeriodSeconds: 0
-  readinessGates: [{conditionType: cri-proxy.io/in-place-ready}]
+  readinessGates: [{conditionType: cri-proxy.io/in-place-ready}, {conditionType: KruisePodReady}]
   containers: [{name: app, image: %[1]s, command: [sleep, "3600"]}]
 ---
 apiVersion: apps/v1

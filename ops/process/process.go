@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package runtimeconfig
+package process
 
 import (
 	"bytes"
@@ -51,8 +51,8 @@ func Peer(proc string, conn net.Conn) (Process, error) {
 	return Process{PID: int(cred.Pid), Start: start}, err
 }
 
-// listener is the process that listens on a socket.
-func listener(ctx context.Context, proc, socket string) (Process, error) {
+// Listener is the process that listens on a Unix socket.
+func Listener(ctx context.Context, proc, socket string) (Process, error) {
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", socket)
 	if err != nil {
