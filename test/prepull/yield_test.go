@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -134,8 +135,24 @@ func noSlower(t testing.TB, what string, took, alone time.Duration, most float64
 	}
 }
 
+// roomy lets images of full size onto a disk that has little room.
+func roomy(t testing.TB) {
+	t.Helper()
+	if !full() {
+		return
+	}
+	must(t, bed.KillProxy(t.Context(), syscall.SIGTERM))
+	must(t, bed.StartProxy(t.Context(), "--images-max-disk-percent", "97"))
+	t.Cleanup(func() {
+		ctx := context.WithoutCancel(t.Context())
+		must(t, bed.KillProxy(ctx, syscall.SIGTERM))
+		must(t, bed.StartProxy(ctx))
+	})
+}
+
 // TestBrokenPulls has twelve pods on the node whose images cannot be pulled.
 func TestBrokenPulls(t *testing.T) {
+	roomy(t)
 	f := newFront(t, "works.test")
 	idle, beside, upgrade := push(t, "idle:1", 8, layerMiB(8)), push(t, "beside:1", 8, layerMiB(8)), push(t, "upgrade:1", 4, 4)
 	f.throttle(wire)
@@ -227,6 +244,7 @@ func upgraded(t testing.TB, image string) {
 
 // TestKubeletIsNotSlower has kubelet pull over the same line as ours.
 func TestKubeletIsNotSlower(t *testing.T) {
+	roomy(t)
 	f, g := newFront(t, "line-ours.test"), newFront(t, "line-kubelets.test")
 	alone, beside, ours := push(t, "line:1", 8, layerMiB(8)), push(t, "line:2", 8, layerMiB(8)), push(t, "line:3", 8, layerMiB(16))
 	f.throttle(wire)
@@ -254,6 +272,7 @@ func TestKubeletIsNotSlower(t *testing.T) {
 
 // TestShortPulls has kubelet ask again and again for what is there, over a long round trip.
 func TestShortPulls(t *testing.T) {
+	roomy(t)
 	f, there := newFront(t, "long.test"), newFront(t, "there.test")
 	idle, beside := push(t, "long:1", 8, layerMiB(8)), push(t, "long:2", 8, layerMiB(8))
 	late(t, there, "far.test", 400*time.Millisecond)
