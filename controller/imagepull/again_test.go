@@ -141,7 +141,7 @@ func TestFailedBeginsAnew(t *testing.T) {
 				b.create("job", spec{ImagePullJobTemplate: template{CompletionPolicy: v1beta1.CompletionPolicy{TTLSecondsAfterFinished: number(int32(60))}}})
 				j := b.until("failed", "job", 20*time.Second, completed)
 				b.want(j, "True NodesFailed", "2/0/1/1")
-				if want := "job has failed: 1 of 2 nodes have no image: Timeout on 1, node poor says: the registry says Timeout"; j.Status.Message != want {
+				if want := "job has failed: 1 of 2 nodes have no image: Timeout on 1 (poor): the registry says Timeout"; j.Status.Message != want {
 					t.Errorf("message %q, want %q", j.Status.Message, want)
 				}
 				b.fleet.change("poor", func(n *simNode) { n.outcome = "" })

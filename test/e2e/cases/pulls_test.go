@@ -117,7 +117,7 @@ stringData: {.dockerconfigjson: '{"auths":{"%s":{"username":"%s","password":"%s"
 	}
 
 	job = untilPull(t, "ended", ns, "edited", pullEnded)
-	if !strings.HasPrefix(job.Status.Message, "job has failed: 1 of 1 nodes have no image: NotFound on 1, ") || pullCondition(job, kstatus.Stalled) != "True NodesFailed" {
+	if !strings.HasPrefix(job.Status.Message, "job has failed: 1 of 1 nodes have no image: NotFound on 1 ("+bed.NodeName+"): registry ") || pullCondition(job, kstatus.Stalled) != "True NodesFailed" {
 		t.Errorf("the job that failed: %+v", job.Status)
 	}
 	push("waited-edit:1")
