@@ -49,6 +49,7 @@ func inBubble(t *testing.T, o Options, f func(t *testing.T, b *bubble)) {
 		b := &bubble{t: t, rt: &fakeRuntime{images: map[string]bool{}}, dir: dir, opts: o}
 		b.opts.StateDir, b.opts.Conn, b.opts.Log = dir, b.rt, log
 		b.open()
+		synctest.Wait() // what a puller begins with is over, and a test may set up its runtime
 		f(t, b)
 		b.over()
 	})

@@ -125,7 +125,7 @@ func (p *Puller) forgetUnlimited(u *pull) {
 // endLocked adds to the message of a finished operation that its speed limit was not kept. The caller holds Puller.mu.
 func (u *pull) endLocked(succeeded bool, message string) string {
 	switch {
-	case u.unlimited == "":
+	case u.unlimited == "", !succeeded && u.op.GetBytesFetched() == u.unlimitedFrom:
 		return message
 	case !succeeded:
 		return message + "; tried " + u.unlimited

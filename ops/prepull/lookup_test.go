@@ -456,6 +456,12 @@ func TestLookUpIsNotFinal(t *testing.T) {
 					t.Errorf("%d: the registry is asked %q", code, asked)
 				}
 			}
+			// When the runtime cannot pull either, the limit is not what matters.
+			n.rt.set(func() { n.rt.fail = []error{unauthorized()} })
+			n.pull(&opsv1.PullRequest{Uid: "no", Image: "r.io/no", MaxAttempts: 1})
+			if op := n.end("no"); op.GetReason() != ReasonUnauthorized || strings.Contains(op.GetMessage(), "speed limit") {
+				t.Errorf("%d: %v", code, op)
+			}
 		})
 	}
 }
@@ -560,7 +566,6 @@ func TestSnapshotter(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			inBubble(t, Options{}, func(t *testing.T, b *bubble) {
-				synctest.Wait()
 				b.rt.disk = tt.disk
 				b.rt.answer = func(args any) proto.Message {
 					switch args.(type) {

@@ -135,6 +135,8 @@ type pull struct {
 	awaited bool
 	// urgent is set when something on the node waits for it, and apart when it runs in a place of those.
 	urgent, apart bool
+	// cut is set when the attempt that runs has been cut off for kubelet.
+	cut bool
 	// aside and free are how it gives way to a pull of kubelet's that wants layers of it.
 	aside aside
 	free  time.Time
@@ -367,7 +369,7 @@ func (u *pull) notifyLocked() {
 // startLocked begins an attempt.
 func (p *Puller) startLocked(ctx context.Context, wg *sync.WaitGroup, u *pull) {
 	attempt, stop := context.WithCancelCause(ctx)
-	u.stop = stop
+	u.stop, u.cut = stop, false
 	u.op.Attempt++
 	if u.op.StartTime == nil {
 		u.op.StartTime = timestamppb.Now()

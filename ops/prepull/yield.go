@@ -4,13 +4,16 @@
 package prepull
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/content"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/time/rate"
 
@@ -25,10 +28,10 @@ import (
 //   - The line: bytes of layers come to the node that are not ours. Ours are cut off, and none begins. After judgeAfter
 //     kubelet's bytes are compared with what ours got before: a trickle from a registry in trouble does not get faster by our
 //     standing aside.
-//   - The runtime's download slots: containerd since 2.1 has three for all of its pulls together (max_concurrent_downloads of its
-//     transfer service), for manifests too, and who comes first is served first. When kubelet's pull waits for one and the
-//     runtime fetches ours, ours is cut off. While kubelet pulls, ours are fetched without the runtime, see [Puller.slotsWanted]:
-//     then they take no slot, and need none.
+//   - The runtime's download slots: containerd has three for all of its pulls together (plugins/transfer, max_concurrent_downloads;
+//     core/remotes/docker/fetcher.go), for manifests too, and who comes first is served first. When kubelet's pull waits for one and
+//     the runtime fetches ours, ours is cut off. While kubelet's fetch something, ours are fetched without the runtime,
+//     see [Puller.slotsWanted]: then they take no slot, and need none.
 //   - The layers: containerd has one ingest for each, and who comes second waits for the first. What kubelet waits for, ours
 //     let go of, and take up again when it is there.
 //
@@ -97,7 +100,9 @@ func (k *kubeletPulls) lasting(now time.Time) []*kubeletPull {
 			all = append(all, pull)
 		}
 	}
-	slices.SortFunc(all, func(a, b *kubeletPull) int { return a.began.Compare(b.began) })
+	slices.SortFunc(all, func(a, b *kubeletPull) int {
+		return cmp.Or(a.began.Compare(b.began), strings.Compare(a.image, b.image))
+	})
 	return all
 }
 
@@ -216,7 +221,8 @@ func (w *way) lineLocked(now time.Time, s seen, pulls []*kubeletPull) bool {
 		works := float64(s.recent) >= w.least()*rateOver.Seconds()
 		probe := s.came > 0 && w.ours > 0 && !now.Before(w.probe)
 		slot := s.waits && w.holds && !now.Before(w.turn)
-		if s.unknown || s.idle || now.Before(w.free) || !(s.blind || probe || works || slot) {
+		due := s.blind || probe || works || slot
+		if s.unknown || s.idle || now.Before(w.free) || !due {
 			return false
 		}
 		if now.Sub(w.left) >= yieldMost {
@@ -349,7 +355,8 @@ func (p *Puller) act(now time.Time, s seen, pulls []*kubeletPull) {
 			continue
 		}
 		changed = u.layersLocked(now, s, holds, pulls) || changed
-		if u.stop != nil && p.asideLocked(u) != "" && len(fetches) > 0 {
+		if u.stop != nil && !u.cut && p.asideLocked(u) != "" && len(fetches) > 0 {
+			u.cut = true
 			u.stop(errYield)
 			p.metrics.yields.Inc()
 		}
@@ -456,9 +463,13 @@ func (p *Puller) turned() time.Time {
 
 // slotsWanted reports whether somebody else may want the runtime's download slots: kubelet, or one of ours before which this one goes.
 // Then the layers are fetched here, as those of pulls with a limit are.
-func (p *Puller) slotsWanted(u *pull) bool {
-	if len(p.kubelet.lasting(time.Now())) > 0 {
-		return true
+func (p *Puller) slotsWanted(ctx context.Context, u *pull) bool {
+	if pulls := p.kubelet.lasting(time.Now()); len(pulls) > 0 {
+		// What has been begun since then is kubelet's. One that has not come as far may hang for ever.
+		statuses, err := p.store.content.ListStatuses(inNamespace(ctx))
+		if from := since(pulls); err == nil && slices.ContainsFunc(statuses, func(st content.Status) bool { return !st.StartedAt.Before(from) }) {
+			return true
+		}
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -227,6 +227,7 @@ func TestGivesWay(t *testing.T) {
 		// Two pulls of kubelet's that overlap.
 		began := time.Now()
 		first := b.kubelet("first", 10*mib)
+		time.Sleep(time.Millisecond)
 		second := b.kubelet("second", 10*mib)
 		time.Sleep(2 * time.Second)
 		op := b.want("a", waiting, ReasonYieldsToKubelet)
@@ -525,7 +526,7 @@ func TestKubeletWaitsForASlot(t *testing.T) {
 		b.want("a", waiting, ReasonYieldsToKubelet)
 		time.Sleep(2 * time.Second)
 		b.want("a", resolving, "") // there is nothing to gain
-		if !b.slotsWanted(b.pulls["a"]) {
+		if !b.slotsWanted(t.Context(), b.pulls["a"]) {
 			t.Error("it takes a slot again")
 		}
 		time.Sleep(10 * time.Second)
@@ -534,7 +535,7 @@ func TestKubeletWaitsForASlot(t *testing.T) {
 		}
 		b.rt.set(func() { delete(b.rt.content.open, manifest) })
 		done()
-		if b.end("a"); b.slotsWanted(b.pulls["a"]) {
+		if b.end("a"); b.slotsWanted(t.Context(), b.pulls["a"]) {
 			t.Error("it takes no slot, and nobody wants one")
 		}
 	})

@@ -29,7 +29,7 @@ func TestContainerd17(t *testing.T) {
 	if !strings.HasPrefix(strings.TrimPrefix(v.GetRuntimeVersion(), "v"), "1.7.") {
 		t.Fatalf("the node runs %v", v)
 	}
-	for _, limit := range []int64{0, 20 * mib} {
+	for _, limit := range []int64{0, 40 * mib} {
 		t.Run(fmt.Sprintf("limit of %d MiB", limit/mib), func(t *testing.T) {
 			t.Run("progress and pin", func(t *testing.T) {
 				f := newFront(t, "progress17.test")
@@ -97,6 +97,11 @@ func TestContainerd17(t *testing.T) {
 			t.Errorf("%v", op)
 		}
 		fetchedOnce(t, f, p)
+	})
+	t.Run("requests", requestsAtTheRegistry)
+	t.Run("layers thrown away", func(t *testing.T) {
+		discardUnpacked(t)
+		unpackedLayersAreThere(t)
 	})
 	if l := ourLeases(t); len(l) != 0 {
 		t.Errorf("leases left: %v", l)

@@ -34,7 +34,9 @@ import (
 )
 
 // TestRequestsAtTheRegistry counts what a registry is asked for an image: registries count, too, and end what is beyond.
-func TestRequestsAtTheRegistry(t *testing.T) {
+func TestRequestsAtTheRegistry(t *testing.T) { requestsAtTheRegistry(t) }
+
+func requestsAtTheRegistry(t *testing.T) {
 	const limit = 100 * mib
 	f := newFront(t, "counts.test")
 	// pull has the runtime pull alone, or the proxy with and without a limit; each an image of its own.
@@ -82,16 +84,33 @@ func TestRequestsAtTheRegistry(t *testing.T) {
 // TestUnpackedLayersAreThere has a runtime that throws layers away once it has unpacked them, as on managed nodes. A new version of an
 // image that is there brings its new layer, and nothing else is fetched or counted.
 func TestUnpackedLayersAreThere(t *testing.T) {
-	extra := filepath.Join(bed.NodeDir, "etc", "containerd.d", "discard.toml")
-	must(t, os.WriteFile(extra, []byte("version = 3\n[plugins.\"io.containerd.cri.v1.images\"]\n  discard_unpacked_layers = true\n"), 0o644)) //nolint:gosec // no secret
-	must(t, bed.RestartContainerd(t.Context()))
-	must(t, bed.WaitProxyReady(t.Context()))
-	defer func() {
-		must(t, os.Remove(extra))
-		must(t, bed.RestartContainerd(context.WithoutCancel(t.Context())))
-		must(t, bed.WaitProxyReady(context.WithoutCancel(t.Context())))
-	}()
-	const large, small = 4 * 8 * mib, mib
+	discardUnpacked(t)
+	unpackedLayersAreThere(t)
+}
+
+// discardUnpacked has containerd throw layers away, until the test ends.
+func discardUnpacked(t *testing.T) {
+	t.Helper()
+	before, err := os.ReadFile(bed.ContainerdConfigFile())
+	must(t, err)
+	config := string(before)
+	const v3, v2, setting = "[plugins.\"io.containerd.cri.v1.images\"]\n", "[plugins.\"io.containerd.grpc.v1.cri\".containerd]\n", "  discard_unpacked_layers = true\n"
+	if strings.Contains(config, v3) {
+		config = strings.Replace(config, v3, v3+setting, 1)
+	} else {
+		config += v2 + setting
+	}
+	with := func(ctx context.Context, config string) {
+		must(t, os.WriteFile(bed.ContainerdConfigFile(), []byte(config), 0o644)) //nolint:gosec // no secret
+		must(t, bed.RestartContainerd(ctx))
+		must(t, bed.WaitProxyReady(ctx))
+	}
+	with(t.Context(), config)
+	t.Cleanup(func() { with(context.WithoutCancel(t.Context()), string(before)) })
+}
+
+func unpackedLayersAreThere(t *testing.T) {
+	const small = mib
 	for _, limit := range []int64{0, 20 * mib} {
 		t.Run(fmt.Sprintf("limit %d", limit), func(t *testing.T) {
 			f := newFront(t, "discards.test")

@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -104,7 +105,7 @@ func broken(t testing.TB) (stop func()) {
 	for i := range 3 {
 		p := push(t, fmt.Sprintf("stuck:%d", i), 1, 4)
 		stuck.hold(p, 5)
-		q := push(t, fmt.Sprintf("trickles:%d", i), 1, 32)
+		q := push(t, fmt.Sprintf("trickles:%d", i), 1, 8)
 		images = append(images, hangs.image(fmt.Sprintf("hangs:%d", i)), fmt.Sprintf("late.test/late:%d", i), stuck.image(p.name), slow.image(q.name))
 	}
 	stop = keepPulling(t, 8*time.Second, 500*time.Millisecond, images...)
@@ -134,8 +135,24 @@ func noSlower(t testing.TB, what string, took, alone time.Duration, most float64
 	}
 }
 
+// roomy lets images of full size onto a disk that has little room.
+func roomy(t testing.TB) {
+	t.Helper()
+	if !full() {
+		return
+	}
+	must(t, bed.KillProxy(t.Context(), syscall.SIGTERM))
+	must(t, bed.StartProxy(t.Context(), "--images-max-disk-percent", "97"))
+	t.Cleanup(func() {
+		ctx := context.WithoutCancel(t.Context())
+		must(t, bed.KillProxy(ctx, syscall.SIGTERM))
+		must(t, bed.StartProxy(ctx))
+	})
+}
+
 // TestBrokenPulls has twelve pods on the node whose images cannot be pulled.
 func TestBrokenPulls(t *testing.T) {
+	roomy(t)
 	f := newFront(t, "works.test")
 	idle, beside, upgrade := push(t, "idle:1", 8, layerMiB(8)), push(t, "beside:1", 8, layerMiB(8)), push(t, "upgrade:1", 4, 4)
 	f.throttle(wire)
@@ -153,7 +170,7 @@ func TestBrokenPulls(t *testing.T) {
 	// And one that works: the job yields, the upgrade does not.
 	f.throttle(0)
 	kubelets, job := newFront(t, "kubelets-too.test"), newFront(t, "job.test")
-	p, q := push(t, "kubelets-too:1", 2, 64), push(t, "job:1", 4, 8)
+	p, q := push(t, "kubelets-too:1", 2, 24), push(t, "job:1", 4, 8)
 	kubelets.throttle(8 * mib)
 	pulling := keepPulling(t, time.Minute, time.Minute, kubelets.image(p.name))
 	job.throttle(16 * mib)
@@ -227,6 +244,7 @@ func upgraded(t testing.TB, image string) {
 
 // TestKubeletIsNotSlower has kubelet pull over the same line as ours.
 func TestKubeletIsNotSlower(t *testing.T) {
+	roomy(t)
 	f, g := newFront(t, "line-ours.test"), newFront(t, "line-kubelets.test")
 	alone, beside, ours := push(t, "line:1", 8, layerMiB(8)), push(t, "line:2", 8, layerMiB(8)), push(t, "line:3", 8, layerMiB(16))
 	f.throttle(wire)
@@ -254,6 +272,7 @@ func TestKubeletIsNotSlower(t *testing.T) {
 
 // TestShortPulls has kubelet ask again and again for what is there, over a long round trip.
 func TestShortPulls(t *testing.T) {
+	roomy(t)
 	f, there := newFront(t, "long.test"), newFront(t, "there.test")
 	idle, beside := push(t, "long:1", 8, layerMiB(8)), push(t, "long:2", 8, layerMiB(8))
 	late(t, there, "far.test", 400*time.Millisecond)

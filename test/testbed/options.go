@@ -76,7 +76,8 @@ type Options struct {
 	// ContainerdConfig returns the whole of containerd's configuration. Nil is [ContainerdV3], or [ContainerdV2] for Containerd17; a
 	// test's own will call one of them and append to it.
 	ContainerdConfig func(ContainerdPaths) string
-	// ContainerdExtra is TOML, in the version of that configuration and without saying so, that containerd merges over it.
+	// ContainerdExtra is TOML, in the version of that configuration and without saying so, that containerd merges over it. containerd 1.7
+	// takes a plugin's whole table from it: what is to be added to the CRI plugin's is appended by ContainerdConfig.
 	ContainerdExtra string
 	// KubeletExtra is YAML; its top-level keys replace those of the bed's KubeletConfiguration.
 	KubeletExtra string
@@ -108,6 +109,9 @@ func (o *Options) complete() error {
 	}
 	if o.Direct && (o.ProxyExtra != "" || len(o.ProxyArgs) > 0 || o.ProxyBinary != "") {
 		errs = append(errs, errors.New("a direct bed has no proxy, so the Proxy options have no effect: leave them out"))
+	}
+	if o.Containerd17 && strings.Contains(o.ContainerdExtra, `"io.containerd.grpc.v1.cri"`) {
+		errs = append(errs, errors.New("option ContainerdExtra: containerd 1.7 would lose the rest of the CRI plugin's table: append to ContainerdV2 in ContainerdConfig"))
 	}
 	for _, e := range o.ContainerdEnv {
 		if name, _, ok := strings.Cut(e, "="); !ok || name == "" {

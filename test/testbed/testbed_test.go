@@ -47,6 +47,7 @@ func TestOptions(t *testing.T) {
 		{"negative", Options{Nodes: -1}, "nodes asked for"},
 		{"all later", Options{Nodes: 2, Later: 2}, "the first cannot"},
 		{"environment without a name", Options{ContainerdEnv: []string{"HTTPS_PROXY"}}, "not NAME=value"},
+		{"what containerd 1.7 loses", Options{Containerd17: true, ContainerdExtra: `[plugins."io.containerd.grpc.v1.cri".containerd]`}, "ContainerdV2"},
 		{"environment", Options{ContainerdEnv: []string{"HTTPS_PROXY=http://198.18.0.1:3128"}}, ""},
 		{"proxy options of a direct bed", Options{Direct: true, ProxyArgs: []string{"-v"}}, "direct bed"},
 	} {

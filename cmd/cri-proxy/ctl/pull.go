@@ -43,8 +43,9 @@ func (c *ctl) pull() *cobra.Command {
 		Short: "Pull an image ahead of time",
 		Long: `Pull an image onto this node before it is needed.
 
-One image is pulled at a time, and none while kubelet pulls. What has been fetched
-when a pull is interrupted, by whatever, is not fetched again for an hour.
+One image is pulled at a time. While bytes of a pull of kubelet's come, for two
+minutes at most, it waits. What has been fetched when a pull is interrupted, by
+whatever, is not fetched again for an hour.
 
 Credentials of the auth file go to the daemon, which keeps them in memory only.
 
