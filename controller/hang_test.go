@@ -26,7 +26,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/crew"
 )
 
-// hanging answers for one node; the others swallow every call, as one does whose kernel hangs.
+// hanging answers for one node; the others swallow every call, as one does whose kernel hangs, and for as long as the test goes on: what
+// does not wait for them needs no clock to show it.
 type hanging struct {
 	NodeClient
 	mu      sync.Mutex
@@ -38,12 +39,7 @@ func (h *hanging) swallow(ctx context.Context, n Node) error {
 	h.mu.Lock()
 	h.waiting[n.Name]++
 	h.mu.Unlock()
-	timer := time.NewTimer(callTimeout)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-	case <-ctx.Done():
-	}
+	<-ctx.Done()
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.waiting[n.Name]--
@@ -77,8 +73,8 @@ func (h *hanging) hung() int {
 	return n
 }
 
-// A node that hangs costs the others nothing: 1,000 requests to 200 of them, and one to a healthy one starts within a second. With the
-// workers that used to wait it took minutes.
+// A node that hangs costs the others nothing: 1,000 requests to 200 of them, and one to a healthy one is begun while all of them
+// wait. Workers that wait would never come to it.
 func TestHungNodes(t *testing.T) {
 	const nodes, requests, workers = 200, 1000, 8
 	b := newBed(t)
@@ -123,7 +119,8 @@ func TestHungNodes(t *testing.T) {
 	h := &hanging{waiting: map[string]int{}, started: make(chan string, 1)}
 	log := logrus.New()
 	log.SetOutput(io.Discard)
-	r := &ContainerRecreateReconciler{Client: b.client, APIReader: b.client, Nodes: newUnhurried(h), Recorder: b.recorder, Log: log}
+	// Without a recorder: the bed's holds 1,000 events, and then whoever writes one waits for ever.
+	r := &ContainerRecreateReconciler{Client: b.client, APIReader: b.client, Nodes: newUnhurried(h), Log: log}
 	r.watches = newOperationWatches(h, nil, log, 16)
 	hands := crew.New(nil)
 	spread := crew.NewSpread(r, hands, workers)
@@ -176,11 +173,7 @@ func TestHungNodes(t *testing.T) {
 	queue.Add(req)
 	select {
 	case <-h.started:
-		if took := time.Since(begin); took > time.Second {
-			t.Errorf("the healthy node was told after %s", took)
-		} else {
-			t.Logf("the healthy node was told after %s, while %d calls waited", took, h.hung())
-		}
+		t.Logf("the healthy node was told after %s, while %d calls waited", time.Since(begin), h.hung())
 	case <-time.After(patience):
 		t.Fatal("the healthy node was not told")
 	}
