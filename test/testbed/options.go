@@ -69,7 +69,8 @@ type Options struct {
 	// Detach lets the processes outlive this one: nothing is swept until somebody calls [Destroy].
 	Detach bool
 
-	// Containerd17 runs containerd 1.7 of test/components/containerd17, with its shim, in place of the pinned one.
+	// Containerd17 runs containerd 1.7 of test/components/containerd17, with its shim, in place of the pinned one. Its shims' sockets are
+	// in this machine's /run/containerd/s, an empty directory afterwards: it has no setting for that.
 	Containerd17 bool
 	// ContainerdEnv (NAME=value) is added to the environment of containerd alone, as its systemd unit would.
 	ContainerdEnv []string
