@@ -13,11 +13,11 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 )
 
-// V1alpha1 and V1beta1 tell the types of one version from those of the other.
-type (
-	V1alpha1 struct{}
-	V1beta1  struct{}
-)
+// V1alpha1 tells the types of this version from those of V1beta1.
+type V1alpha1 struct{}
+
+// V1beta1 tells the types of this version from those of V1alpha1.
+type V1beta1 struct{}
 
 // Object is an object of one version of a kind. As in OpenKruise's types status is always sent, as far as it has fields that are.
 type Object[Spec, Status, Version any] struct {
@@ -208,19 +208,32 @@ type FailedImage struct {
 }
 
 // The kinds in both versions.
+
 type (
-	RequestV1alpha1     = Object[RequestSpec, RequestStatusV1alpha1, V1alpha1]
+	// RequestV1alpha1 is a ContainerRecreateRequest of v1alpha1.
+	RequestV1alpha1 = Object[RequestSpec, RequestStatusV1alpha1, V1alpha1]
+	// RequestListV1alpha1 is a list of ContainerRecreateRequests of v1alpha1.
 	RequestListV1alpha1 = List[RequestSpec, RequestStatusV1alpha1, V1alpha1]
-	RequestV1beta1      = Object[RequestSpec, RequestStatusV1beta1, V1beta1]
-	RequestListV1beta1  = List[RequestSpec, RequestStatusV1beta1, V1beta1]
-	JobV1alpha1         = Object[JobSpec, JobStatus, V1alpha1]
-	JobListV1alpha1     = List[JobSpec, JobStatus, V1alpha1]
-	JobV1beta1          = Object[JobSpec, JobStatus, V1beta1]
-	JobListV1beta1      = List[JobSpec, JobStatus, V1beta1]
-	ListJobV1alpha1     = Object[ListJobSpec, ListJobStatus, V1alpha1]
+	// RequestV1beta1 is a ContainerRecreateRequest of v1beta1.
+	RequestV1beta1 = Object[RequestSpec, RequestStatusV1beta1, V1beta1]
+	// RequestListV1beta1 is a list of ContainerRecreateRequests of v1beta1.
+	RequestListV1beta1 = List[RequestSpec, RequestStatusV1beta1, V1beta1]
+	// JobV1alpha1 is an ImagePullJob of v1alpha1.
+	JobV1alpha1 = Object[JobSpec, JobStatus, V1alpha1]
+	// JobListV1alpha1 is a list of ImagePullJobs of v1alpha1.
+	JobListV1alpha1 = List[JobSpec, JobStatus, V1alpha1]
+	// JobV1beta1 is an ImagePullJob of v1beta1.
+	JobV1beta1 = Object[JobSpec, JobStatus, V1beta1]
+	// JobListV1beta1 is a list of ImagePullJobs of v1beta1.
+	JobListV1beta1 = List[JobSpec, JobStatus, V1beta1]
+	// ListJobV1alpha1 is an ImageListPullJob of v1alpha1.
+	ListJobV1alpha1 = Object[ListJobSpec, ListJobStatus, V1alpha1]
+	// ListJobListV1alpha1 is a list of ImageListPullJobs of v1alpha1.
 	ListJobListV1alpha1 = List[ListJobSpec, ListJobStatus, V1alpha1]
-	ListJobV1beta1      = Object[ListJobSpec, ListJobStatus, V1beta1]
-	ListJobListV1beta1  = List[ListJobSpec, ListJobStatus, V1beta1]
+	// ListJobV1beta1 is an ImageListPullJob of v1beta1.
+	ListJobV1beta1 = Object[ListJobSpec, ListJobStatus, V1beta1]
+	// ListJobListV1beta1 is a list of ImageListPullJobs of v1beta1.
+	ListJobListV1beta1 = List[ListJobSpec, ListJobStatus, V1beta1]
 )
 
 // The versions of OpenKruise's group.

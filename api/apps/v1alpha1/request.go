@@ -10,20 +10,31 @@ import (
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 )
 
-// The types below ContainerRecreateRequest are those of v1beta1: both versions have one schema, which
-// holds the fields of either.
+// The types below are those of v1beta1: both versions have one schema, which holds the fields of either.
+
 type (
-	ContainerRecreateRequestFailurePolicyType      = v1beta1.ContainerRecreateRequestFailurePolicyType
-	ContainerRecreateRequestPhase                  = v1beta1.ContainerRecreateRequestPhase
-	ContainerRecreateRequestSpec                   = v1beta1.ContainerRecreateRequestSpec
-	ContainerRecreateRequestContainer              = v1beta1.ContainerRecreateRequestContainer
-	ProbeHandler                                   = v1beta1.ProbeHandler
-	ContainerRecreateRequestContainerContext       = v1beta1.ContainerRecreateRequestContainerContext
-	ContainerRecreateRequestStrategy               = v1beta1.ContainerRecreateRequestStrategy
-	ContainerRecreateRequestContainerStrategy      = v1beta1.ContainerRecreateRequestContainerStrategy
-	ContainerRecreateRequestStatus                 = v1beta1.ContainerRecreateRequestStatus
+	// ContainerRecreateRequestFailurePolicyType is that of v1beta1.
+	ContainerRecreateRequestFailurePolicyType = v1beta1.ContainerRecreateRequestFailurePolicyType
+	// ContainerRecreateRequestPhase is that of v1beta1.
+	ContainerRecreateRequestPhase = v1beta1.ContainerRecreateRequestPhase
+	// ContainerRecreateRequestSpec is that of v1beta1.
+	ContainerRecreateRequestSpec = v1beta1.ContainerRecreateRequestSpec
+	// ContainerRecreateRequestContainer is that of v1beta1.
+	ContainerRecreateRequestContainer = v1beta1.ContainerRecreateRequestContainer
+	// ProbeHandler is that of v1beta1.
+	ProbeHandler = v1beta1.ProbeHandler
+	// ContainerRecreateRequestContainerContext is that of v1beta1.
+	ContainerRecreateRequestContainerContext = v1beta1.ContainerRecreateRequestContainerContext
+	// ContainerRecreateRequestStrategy is that of v1beta1.
+	ContainerRecreateRequestStrategy = v1beta1.ContainerRecreateRequestStrategy
+	// ContainerRecreateRequestContainerStrategy is that of v1beta1.
+	ContainerRecreateRequestContainerStrategy = v1beta1.ContainerRecreateRequestContainerStrategy
+	// ContainerRecreateRequestStatus is that of v1beta1.
+	ContainerRecreateRequestStatus = v1beta1.ContainerRecreateRequestStatus
+	// ContainerRecreateRequestContainerRecreateState is that of v1beta1.
 	ContainerRecreateRequestContainerRecreateState = v1beta1.ContainerRecreateRequestContainerRecreateState
-	ContainerRecreateRequestSyncContainerStatus    = v1beta1.ContainerRecreateRequestSyncContainerStatus
+	// ContainerRecreateRequestSyncContainerStatus is that of v1beta1.
+	ContainerRecreateRequestSyncContainerStatus = v1beta1.ContainerRecreateRequestSyncContainerStatus
 )
 
 // The keys and values of v1beta1, where each is explained.
