@@ -68,7 +68,9 @@ func TestReplacedSinceCreation(t *testing.T) {
 // TestNotFilledIn: where no webhook refuses it, what a user writes into read-only fields is refused when the request is accepted.
 func TestNotFilledIn(t *testing.T) {
 	for name, change := range map[string]func(*appsv1alpha1.ContainerRecreateRequestContainer){
-		"an invented container": func(c *appsv1alpha1.ContainerRecreateRequestContainer) { c.StatusContext = filledIn("containerd://x", 0) },
+		"an invented container": func(c *appsv1alpha1.ContainerRecreateRequestContainer) {
+			c.StatusContext = filledIn("containerd://x", 0)
+		},
 		"one of a request before": func(c *appsv1alpha1.ContainerRecreateRequestContainer) {
 			c.StatusContext = filledIn("containerd://older-app", -1)
 		},

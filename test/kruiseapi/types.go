@@ -13,11 +13,11 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 )
 
-// V1alpha1 and V1beta1 tell the types of one version from those of the other.
-type (
-	V1alpha1 struct{}
-	V1beta1  struct{}
-)
+// V1alpha1 tells the types of that version from those of the other.
+type V1alpha1 struct{}
+
+// V1beta1 tells the types of that version from those of the other.
+type V1beta1 struct{}
 
 // Object is an object of one version of a kind. As in OpenKruise's types status is always sent, as far as it has fields that are.
 type Object[Spec, Status, Version any] struct {
@@ -209,18 +209,30 @@ type FailedImage struct {
 
 // The kinds in both versions.
 type (
-	RequestV1alpha1     = Object[RequestSpec, RequestStatusV1alpha1, V1alpha1]
+	// RequestV1alpha1 is of that version.
+	RequestV1alpha1 = Object[RequestSpec, RequestStatusV1alpha1, V1alpha1]
+	// RequestListV1alpha1 is of that version.
 	RequestListV1alpha1 = List[RequestSpec, RequestStatusV1alpha1, V1alpha1]
-	RequestV1beta1      = Object[RequestSpec, RequestStatusV1beta1, V1beta1]
-	RequestListV1beta1  = List[RequestSpec, RequestStatusV1beta1, V1beta1]
-	JobV1alpha1         = Object[JobSpec, JobStatus, V1alpha1]
-	JobListV1alpha1     = List[JobSpec, JobStatus, V1alpha1]
-	JobV1beta1          = Object[JobSpec, JobStatus, V1beta1]
-	JobListV1beta1      = List[JobSpec, JobStatus, V1beta1]
-	ListJobV1alpha1     = Object[ListJobSpec, ListJobStatus, V1alpha1]
+	// RequestV1beta1 is of that version.
+	RequestV1beta1 = Object[RequestSpec, RequestStatusV1beta1, V1beta1]
+	// RequestListV1beta1 is of that version.
+	RequestListV1beta1 = List[RequestSpec, RequestStatusV1beta1, V1beta1]
+	// JobV1alpha1 is of that version.
+	JobV1alpha1 = Object[JobSpec, JobStatus, V1alpha1]
+	// JobListV1alpha1 is of that version.
+	JobListV1alpha1 = List[JobSpec, JobStatus, V1alpha1]
+	// JobV1beta1 is of that version.
+	JobV1beta1 = Object[JobSpec, JobStatus, V1beta1]
+	// JobListV1beta1 is of that version.
+	JobListV1beta1 = List[JobSpec, JobStatus, V1beta1]
+	// ListJobV1alpha1 is of that version.
+	ListJobV1alpha1 = Object[ListJobSpec, ListJobStatus, V1alpha1]
+	// ListJobListV1alpha1 is of that version.
 	ListJobListV1alpha1 = List[ListJobSpec, ListJobStatus, V1alpha1]
-	ListJobV1beta1      = Object[ListJobSpec, ListJobStatus, V1beta1]
-	ListJobListV1beta1  = List[ListJobSpec, ListJobStatus, V1beta1]
+	// ListJobV1beta1 is of that version.
+	ListJobV1beta1 = Object[ListJobSpec, ListJobStatus, V1beta1]
+	// ListJobListV1beta1 is of that version.
+	ListJobListV1beta1 = List[ListJobSpec, ListJobStatus, V1beta1]
 )
 
 // The versions of OpenKruise's group.

@@ -10,20 +10,30 @@ import (
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 )
 
-// The types below ContainerRecreateRequest are those of v1beta1: both versions have one schema, which
-// holds the fields of either.
+// The types of v1beta1: both versions have one schema, which holds the fields of either.
 type (
-	ContainerRecreateRequestFailurePolicyType      = v1beta1.ContainerRecreateRequestFailurePolicyType
-	ContainerRecreateRequestPhase                  = v1beta1.ContainerRecreateRequestPhase
-	ContainerRecreateRequestSpec                   = v1beta1.ContainerRecreateRequestSpec
-	ContainerRecreateRequestContainer              = v1beta1.ContainerRecreateRequestContainer
-	ProbeHandler                                   = v1beta1.ProbeHandler
-	ContainerRecreateRequestContainerContext       = v1beta1.ContainerRecreateRequestContainerContext
-	ContainerRecreateRequestStrategy               = v1beta1.ContainerRecreateRequestStrategy
-	ContainerRecreateRequestContainerStrategy      = v1beta1.ContainerRecreateRequestContainerStrategy
-	ContainerRecreateRequestStatus                 = v1beta1.ContainerRecreateRequestStatus
+	// ContainerRecreateRequestFailurePolicyType is v1beta1's.
+	ContainerRecreateRequestFailurePolicyType = v1beta1.ContainerRecreateRequestFailurePolicyType
+	// ContainerRecreateRequestPhase is v1beta1's.
+	ContainerRecreateRequestPhase = v1beta1.ContainerRecreateRequestPhase
+	// ContainerRecreateRequestSpec is v1beta1's.
+	ContainerRecreateRequestSpec = v1beta1.ContainerRecreateRequestSpec
+	// ContainerRecreateRequestContainer is v1beta1's.
+	ContainerRecreateRequestContainer = v1beta1.ContainerRecreateRequestContainer
+	// ProbeHandler is v1beta1's.
+	ProbeHandler = v1beta1.ProbeHandler
+	// ContainerRecreateRequestContainerContext is v1beta1's.
+	ContainerRecreateRequestContainerContext = v1beta1.ContainerRecreateRequestContainerContext
+	// ContainerRecreateRequestStrategy is v1beta1's.
+	ContainerRecreateRequestStrategy = v1beta1.ContainerRecreateRequestStrategy
+	// ContainerRecreateRequestContainerStrategy is v1beta1's.
+	ContainerRecreateRequestContainerStrategy = v1beta1.ContainerRecreateRequestContainerStrategy
+	// ContainerRecreateRequestStatus is v1beta1's.
+	ContainerRecreateRequestStatus = v1beta1.ContainerRecreateRequestStatus
+	// ContainerRecreateRequestContainerRecreateState is v1beta1's.
 	ContainerRecreateRequestContainerRecreateState = v1beta1.ContainerRecreateRequestContainerRecreateState
-	ContainerRecreateRequestSyncContainerStatus    = v1beta1.ContainerRecreateRequestSyncContainerStatus
+	// ContainerRecreateRequestSyncContainerStatus is v1beta1's.
+	ContainerRecreateRequestSyncContainerStatus = v1beta1.ContainerRecreateRequestSyncContainerStatus
 )
 
 // The keys and values of v1beta1, where each is explained.
