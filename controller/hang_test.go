@@ -123,8 +123,7 @@ func TestHungNodes(t *testing.T) {
 	h := &hanging{waiting: map[string]int{}, started: make(chan string, 1)}
 	log := logrus.New()
 	log.SetOutput(io.Discard)
-	// Without a recorder: nobody reads here what it holds, and one that is full stops the workers.
-	r := &ContainerRecreateReconciler{Client: b.client, APIReader: b.client, Nodes: newUnhurried(h), Log: log}
+	r := &ContainerRecreateReconciler{Client: b.client, APIReader: b.client, Nodes: newUnhurried(h), Recorder: b.recorder, Log: log}
 	r.watches = newOperationWatches(h, nil, log, 16)
 	hands := crew.New(nil)
 	spread := crew.NewSpread(r, hands, workers)
