@@ -159,6 +159,9 @@ func TestBrokenPulls(t *testing.T) {
 	upgrade, another := push(t, "upgrade:1", 4, 4), push(t, "upgrade:2", 4, 4)
 	f.throttle(wire)
 	alone := timed(t, f.image(idle.name))
+	_, err := bed.direct.PullImage(t.Context(), &runtimeapi.PullImageRequest{Image: spec(upgradeOf)})
+	must(t, err)
+	upgraded(t, "alone", f.image(push(t, "upgrade:0", 4, 4).name)) // which brings the sandbox image too: it would wait for a slot
 	stop := broken(t)
 	before := yields(t)
 	took := timed(t, f.image(beside.name))
@@ -190,6 +193,9 @@ func TestBrokenPulls(t *testing.T) {
 	}
 }
 
+// upgradeOf is what runs before.
+const upgradeOf = "nginx:latest"
+
 // upgraded prepares an upgrade of a container of a pod to the image, which must be pulled without giving way to anybody.
 func upgraded(t testing.TB, uid, image string) {
 	t.Helper()
@@ -200,8 +206,7 @@ func upgraded(t testing.TB, uid, image string) {
 	must(t, err)
 	defer admin.Close()
 	rt, ops := runtimeapi.NewRuntimeServiceClient(conn), opsv1.NewOpsClient(admin)
-	old, err := bed.direct.PullImage(t.Context(), &runtimeapi.PullImageRequest{Image: spec("nginx:latest")})
-	must(t, err)
+	old := present(t, upgradeOf)
 	labels := map[string]string{"io.kubernetes.pod.name": uid, "io.kubernetes.pod.namespace": "default", "io.kubernetes.pod.uid": uid, "io.kubernetes.container.name": "app"}
 	sandbox := &runtimeapi.PodSandboxConfig{
 		Metadata:     &runtimeapi.PodSandboxMetadata{Name: uid, Uid: uid, Namespace: "default"},
@@ -216,7 +221,7 @@ func upgraded(t testing.TB, uid, image string) {
 		_, _ = bed.direct.RemoveImage(ctx, &runtimeapi.RemoveImageRequest{Image: spec(image)})
 	}()
 	made, err := rt.CreateContainer(t.Context(), &runtimeapi.CreateContainerRequest{PodSandboxId: pod.GetPodSandboxId(), SandboxConfig: sandbox, Config: &runtimeapi.ContainerConfig{
-		Metadata: &runtimeapi.ContainerMetadata{Name: "app"}, Image: spec(old.GetImageRef()), LogPath: "app.log", Labels: labels,
+		Metadata: &runtimeapi.ContainerMetadata{Name: "app"}, Image: spec(old.GetId()), LogPath: "app.log", Labels: labels,
 		Annotations: map[string]string{"io.kubernetes.container.hash": "1", "io.kubernetes.container.restartCount": "0"},
 	}})
 	must(t, err)
