@@ -219,7 +219,7 @@ func TestLikeKubelet(t *testing.T) {
 	}
 	threshold(100)
 	must(t, bed.KillProxy(t.Context(), syscall.SIGTERM))
-	must(t, bed.StartProxy(t.Context(), "--image-credential-provider-config", providers, "--image-credential-provider-bin-dir", dir))
+	must(t, bed.StartProxy(t.Context(), "--image-credential-provider-config", providers, "--image-credential-provider-bin-dir", dir, "--images-max-disk-percent", "kubelet"))
 	defer func() {
 		must(t, bed.KillProxy(t.Context(), syscall.SIGTERM))
 		must(t, bed.StartProxy(t.Context()))

@@ -195,6 +195,9 @@ func (n *Node) writeProxy() error {
 			"allowedClients": []string{"cri-controller"},
 		},
 	}
+	if n.bed.Mode == ModeNode { // without a kubelet, its default threshold would count, on whatever disk this machine has
+		config["images"].(m)["maxDiskPercent"] = 0
+	}
 	if err := mergeYAML(config, n.bed.options.ProxyExtra); err != nil {
 		return fmt.Errorf("option ProxyExtra: %w", err)
 	}
