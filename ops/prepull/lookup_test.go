@@ -13,6 +13,7 @@ import (
 	"maps"
 	"net/http"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -23,6 +24,7 @@ import (
 	introspectionapi "github.com/containerd/containerd/api/services/introspection/v1"
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
@@ -63,7 +65,7 @@ func inContainerd(t *testing.T, o Options, f func(t *testing.T, n *node)) {
 		n.opts.StateDir, n.opts.Conn, n.opts.Log, n.opts.Hosts = dir, n.rt, log, n.hosts
 		held := &held{resources: map[string]map[leases.Resource]bool{}}
 		n.opened = func(p *Puller) {
-			p.store.content, p.store.leases = &blobs{Store: files, held: held, created: map[digest.Digest]time.Time{}}, held
+			p.store.content, p.store.leases = &blobs{Store: files, held: held, created: map[digest.Digest]time.Time{}, refer: map[digest.Digest]bool{}}, held
 		}
 		n.open()
 		synctest.Wait() // what a puller begins with is over, and a test may set up its runtime
@@ -152,6 +154,7 @@ type blobs struct {
 
 	mu      sync.Mutex // guards all following fields
 	created map[digest.Digest]time.Time
+	refer   map[digest.Digest]bool // manifests and indexes that are labelled
 }
 
 // Writer implements [content.Ingester].
@@ -180,6 +183,9 @@ func (b *blobs) Info(ctx context.Context, d digest.Digest) (content.Info, error)
 	info, err := b.Store.Info(ctx, d)
 	b.mu.Lock()
 	info.CreatedAt = b.created[d]
+	if b.refer[d] {
+		info.Labels = map[string]string{gcRef + ".config": "sha256:0"}
+	}
 	b.mu.Unlock()
 	return info, err
 }
@@ -216,11 +222,18 @@ func (n *node) requests() []string {
 	return asked
 }
 
-// bring puts a blob into the content store as the runtime does, under the lease of its call.
-func (n *node) bring(ctx context.Context, blobs ...blob) error {
-	for _, b := range blobs {
+// bring puts a blob into the content store as the runtime does, under the lease of its call. Manifests and indexes are labelled a moment later.
+func (n *node) bring(ctx context.Context, list ...blob) error {
+	for _, b := range list {
 		if err := content.WriteBlob(ctx, n.store.content, remotes.MakeRefKey(ctx, b.Descriptor), bytes.NewReader(b.raw), b.Descriptor); err != nil {
 			return err
+		}
+		if images.IsManifestType(b.MediaType) || images.IsIndexType(b.MediaType) {
+			time.Sleep(5 * time.Millisecond)
+			s := n.store.content.(*blobs)
+			s.mu.Lock()
+			s.refer[b.Digest] = true
+			s.mu.Unlock()
 		}
 	}
 	return nil
@@ -339,6 +352,75 @@ func TestManifestOfTheRuntime(t *testing.T) {
 			}
 		})
 	}
+}
+
+// allocated returns how much memory is taken while f runs, freed or not.
+func allocated(f func()) uint64 {
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	f()
+	runtime.ReadMemStats(&after)
+	return after.TotalAlloc - before.TotalAlloc
+}
+
+// empties is JSON of so many bytes that would be decoded into more than a hundred for each three.
+func empties(before string, size int, after string) []byte {
+	return []byte(before + strings.Repeat("{},", size/3) + "{}" + after)
+}
+
+// Who may create jobs, or pods, chooses what is in an image.
+func TestImagesThatWouldFillTheMemory(t *testing.T) {
+	inner := blobOf(ocispec.MediaTypeImageManifest, empties(`{"config":{"digest":"sha256:0"},"layers":[`, 2<<20, `]}`))
+	inner.Data = inner.raw
+	index, err := json.Marshal(ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{inner.Descriptor}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, b := range map[string]blob{
+		"layer":             blobOf(ocispec.MediaTypeImageLayer, empties(`{"layers":[`, 8<<20-20, `]}`)),
+		"large manifest":    blobOf(ocispec.MediaTypeImageManifest, empties(`{"config":{"digest":"sha256:0"},"layers":[`, 8<<20-100, `]}`)),
+		"manifest":          blobOf(ocispec.MediaTypeImageManifest, empties(`{"config":{"digest":"sha256:0"},"layers":[`, 4<<20-100, `]}`)),
+		"index":             blobOf(ocispec.MediaTypeImageIndex, empties(`{"manifests":[`, 4<<20-100, `]}`)),
+		"manifest in index": blobOf(ocispec.MediaTypeImageIndex, index),
+	} {
+		t.Run(name, func(t *testing.T) {
+			inContainerd(t, Options{}, func(t *testing.T, n *node) {
+				brought := make(chan bool)
+				n.rt.pulling = func(ctx context.Context, _ *runtimeapi.PullImageRequest) error {
+					err := n.bring(ctx, b)
+					close(brought)
+					time.Sleep(time.Second)
+					return err
+				}
+				n.pull(&opsv1.PullRequest{Uid: "a", Image: "r.io/a"})
+				<-brought
+				got := allocated(func() {
+					if op := n.end("a"); op.GetPhase() != succeeded || op.GetBytesTotal() != 0 {
+						t.Errorf("%v", op)
+					}
+				})
+				if got > 64<<20 {
+					t.Errorf("%d MiB of memory", got>>20)
+				}
+			})
+		})
+	}
+	t.Run("look-up", func(t *testing.T) {
+		inContainerd(t, Options{}, func(t *testing.T, n *node) {
+			image := sampleOf(layer("a", 100))
+			image.manifest = blobOf(ocispec.MediaTypeImageManifest, empties(`{"config":{"digest":"sha256:0"},"layers":[`, 4<<20-100, `]}`))
+			n.answer = image.serve
+			got := allocated(func() {
+				n.pull(&opsv1.PullRequest{Uid: "a", Image: "r.io/a", BytesPerSecond: 1 << 20})
+				if op := n.end("a"); op.GetPhase() != succeeded || !strings.Contains(op.GetMessage(), "pulled without the speed limit") {
+					t.Errorf("%v", op)
+				}
+			})
+			if got > 64<<20 {
+				t.Errorf("%d MiB of memory", got>>20)
+			}
+		})
+	})
 }
 
 // A tag that moves between attempts, and back.
