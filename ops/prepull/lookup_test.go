@@ -625,6 +625,48 @@ func TestLayersOutOfReach(t *testing.T) {
 	}
 }
 
+// beside has one pull hold the runtime's download slots for a minute, and begins one that something waits for.
+func (n *node) beside(uid string) {
+	n.t.Helper()
+	n.rt.set(func() { n.rt.takes = time.Minute })
+	n.pull(&opsv1.PullRequest{Uid: "beside", Image: "other.io/beside"})
+	if _, err := n.take(&opsv1.PullRequest{Uid: uid, Image: "r.io/" + uid, MaxAttempts: 1}, true); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// Without a limit what the registry says to us is never final, whatever it is.
+func TestLayersAreLeftToTheRuntime(t *testing.T) {
+	for name, answer := range map[string]func(req *http.Request) (*http.Response, error){
+		"too many": func(req *http.Request) (*http.Response, error) {
+			return respond(req, http.StatusTooManyRequests, nil), nil
+		},
+		"broken":      func(req *http.Request) (*http.Response, error) { return respond(req, http.StatusBadGateway, nil), nil },
+		"other bytes": func(req *http.Request) (*http.Response, error) { return respond(req, http.StatusOK, []byte("x")), nil },
+	} {
+		t.Run(name, func(t *testing.T) {
+			inContainerd(t, Options{}, func(t *testing.T, n *node) {
+				n.rt.disk = "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs"
+				image := sampleOf(layer("a", 100))
+				asked := false
+				n.answer = func(req *http.Request) (*http.Response, error) {
+					if strings.HasSuffix(req.URL.Path, image.layers[0].Digest.String()) {
+						asked = true
+						return answer(req)
+					}
+					return image.serve(req)
+				}
+				n.beside("a")
+				op := n.end("a")
+				if op.GetPhase() != succeeded || op.GetMessage() != "" || n.rt.count() != 2 || !asked {
+					t.Errorf("%d pulls of the runtime, asked here %v: %v", n.rt.count(), asked, op)
+				}
+				n.end("beside")
+			})
+		})
+	}
+}
+
 // A runtime that is not containerd knows no limit.
 func TestNoLimitWithoutContainerd(t *testing.T) {
 	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
