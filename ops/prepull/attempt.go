@@ -126,7 +126,7 @@ func (p *Puller) pullWith(ctx context.Context, u *pull, credential *opsv1.Regist
 	var r *remote
 	limiter := newLimiter(limit)
 	u.limiter.Store(limiter)
-	here := limiter != nil || p.slotsWanted(leased, u) // the layers are fetched here, and not by the runtime
+	here := limiter != nil || p.slotsWanted(leased, u) && p.needsLayers(leased, u) // the layers are fetched here, and not by the runtime
 	if here || p.checkDisk(ctx, u, lookFirst) != nil {
 		var m *manifest
 		var f *failure

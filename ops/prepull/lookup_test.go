@@ -667,6 +667,27 @@ func TestLayersAreLeftToTheRuntime(t *testing.T) {
 	}
 }
 
+// A snapshotter that may need no layers gets what it asks for and no more.
+func TestLazySnapshotters(t *testing.T) {
+	for snapshotter, here := range map[string]bool{"overlayfs": true, "stargz": false, "soci": false, "": false} {
+		inContainerd(t, Options{}, func(t *testing.T, n *node) {
+			if snapshotter != "" {
+				n.rt.disk = "/var/lib/containerd/io.containerd.snapshotter.v1." + snapshotter
+			}
+			image := sampleOf(layer("a", 100))
+			n.answer = image.serve
+			n.beside("a")
+			if op := n.end("a"); op.GetPhase() != succeeded || n.rt.count() != 2 {
+				t.Errorf("%q: %v", snapshotter, op)
+			}
+			if asked := n.requests(); (len(asked) > 0) != here {
+				t.Errorf("%q: the registry is asked %q", snapshotter, asked)
+			}
+			n.end("beside")
+		})
+	}
+}
+
 // A runtime that is not containerd knows no limit.
 func TestNoLimitWithoutContainerd(t *testing.T) {
 	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
