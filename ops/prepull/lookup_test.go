@@ -524,6 +524,90 @@ func TestLookUpIsBounded(t *testing.T) {
 	})
 }
 
+// What is wrong with one image, or slow, says nothing of its registry to others.
+func TestRegistriesThatAnswerAreLookedUp(t *testing.T) {
+	image := sampleOf(layer("a", 100))
+	arm := image.manifest.Descriptor
+	arm.Platform = &ocispec.Platform{OS: "plan9", Architecture: "mips"}
+	raw, err := json.Marshal(ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{arm}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := &sample{manifest: blobOf(ocispec.MediaTypeImageIndex, raw)}
+	for name, answer := range map[string]func(req *http.Request) (*http.Response, error){
+		"hangs": func(req *http.Request) (*http.Response, error) {
+			if req.Method == http.MethodHead {
+				return image.serve(req)
+			}
+			<-req.Context().Done()
+			return nil, req.Context().Err()
+		},
+		"goes away": func(req *http.Request) (*http.Response, error) {
+			if req.Method == http.MethodHead {
+				return image.serve(req)
+			}
+			time.Sleep(2 * time.Second)
+			return nil, errors.New("connection reset by peer")
+		},
+		"another platform": func(req *http.Request) (*http.Response, error) {
+			time.Sleep(2 * time.Second)
+			return other.serve(req)
+		},
+		"no": func(req *http.Request) (*http.Response, error) {
+			time.Sleep(2 * time.Second)
+			return respond(req, http.StatusInternalServerError, nil), nil
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inContainerd(t, Options{}, func(t *testing.T, n *node) {
+				n.answer = answer
+				n.pull(&opsv1.PullRequest{Uid: "a", Image: "r.io/a", BytesPerSecond: 1 << 20})
+				if op := n.end("a"); !strings.Contains(op.GetMessage(), "pulled without the speed limit") {
+					t.Errorf("%v", op)
+				}
+				n.answer = image.serve
+				n.pull(&opsv1.PullRequest{Uid: "b", Image: "r.io/b", BytesPerSecond: 1 << 20})
+				if op := n.end("b"); op.GetPhase() != succeeded || op.GetMessage() != "" {
+					t.Errorf("%v", op)
+				}
+			})
+		})
+	}
+}
+
+// What is remembered of a registry is said to others than who asked.
+func TestUnreachedRegistryTellsNoImages(t *testing.T) {
+	inContainerd(t, Options{BytesPerSecond: 1 << 20}, func(t *testing.T, n *node) {
+		n.answer = func(*http.Request) (*http.Response, error) {
+			time.Sleep(2 * time.Second)
+			return nil, errors.New("dial tcp 192.0.2.1:443: i/o timeout")
+		}
+		n.pull(&opsv1.PullRequest{Uid: "a", Image: "r.io/team/secret"})
+		n.end("a")
+		n.requests()
+		n.pull(&opsv1.PullRequest{Uid: "b", Image: "r.io/b"})
+		if op := n.end("b"); op.GetMessage() != "pulled without the speed limit of 1.0 MiB/s: registry r.io cannot be used now" || len(n.requests()) > 0 {
+			t.Errorf("%v", op)
+		}
+	})
+}
+
+// A look-up does not wait for the limit that its pull has.
+func TestLookUpIsNotSlowedDown(t *testing.T) {
+	inContainerd(t, Options{}, func(t *testing.T, n *node) {
+		image := sampleOf(layer("a", 100))
+		config := blobOf(ocispec.MediaTypeImageConfig, bytes.Replace(image.config.raw, []byte("{"), []byte(`{"author":"`+strings.Repeat("x", 2<<20)+`",`), 1))
+		image.manifest = blobOf(ocispec.MediaTypeImageManifest, bytes.Replace(image.manifest.raw,
+			fmt.Appendf(nil, `%q,"size":%d`, image.config.Digest, image.config.Size), fmt.Appendf(nil, `%q,"size":%d`, config.Digest, config.Size), 1))
+		image.config = config
+		n.answer = image.serve
+		n.pull(&opsv1.PullRequest{Uid: "a", Image: "r.io/a", BytesPerSecond: 64 << 10})
+		if op := n.end("a"); op.GetPhase() != succeeded || op.GetMessage() != "" || op.GetBytesTotal() != 100 {
+			t.Errorf("%v", op)
+		}
+	})
+}
+
 // What a registry says to us is not final, and it is asked the next time: the runtime may have a mirror.
 func TestLookUpIsNotFinal(t *testing.T) {
 	for _, code := range []int{http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound, http.StatusTooManyRequests, http.StatusInternalServerError} {
