@@ -14,15 +14,23 @@ import (
 )
 
 // Config is the config of the image (internal/cri/server/images/image_status.go verboseImageInfo), or nil with a runtime that does not
-// tell it.
+// tell it. Only platform, entrypoint and command are in it: who makes an image chooses how long its history and its lists are, and three bytes
+// of them become eighty.
 func Config(st *runtimeapi.ImageStatusResponse) *imagespec.Image {
 	var info struct {
-		Spec *imagespec.Image `json:"imageSpec"`
+		Spec *struct {
+			OS           string `json:"os"`
+			Architecture string `json:"architecture"`
+			Config       struct{ Entrypoint, Cmd []string }
+		} `json:"imageSpec"`
 	}
-	if json.Unmarshal([]byte(st.GetInfo()["info"]), &info) != nil {
+	if json.Unmarshal([]byte(st.GetInfo()["info"]), &info) != nil || info.Spec == nil {
 		return nil
 	}
-	return info.Spec
+	return &imagespec.Image{
+		Platform: imagespec.Platform{OS: info.Spec.OS, Architecture: info.Spec.Architecture},
+		Config:   imagespec.ImageConfig{Entrypoint: info.Spec.Config.Entrypoint, Cmd: info.Spec.Config.Cmd},
+	}
 }
 
 // CheckPlatform returns an error if the image called name cannot run on a node of that system and architecture: containerd pulls such an

@@ -126,7 +126,7 @@ func (p *Puller) pullWith(ctx context.Context, u *pull, credential *opsv1.Regist
 	var r *remote
 	limiter := newLimiter(limit)
 	u.limiter.Store(limiter)
-	here := limiter != nil || p.slotsWanted(leased, u) // the layers are fetched here, and not by the runtime
+	here := limiter != nil || p.slotsWanted(leased, u) && p.needsLayers(leased, u) // the layers are fetched here, and not by the runtime
 	if here || p.checkDisk(ctx, u, lookFirst) != nil {
 		var m *manifest
 		var f *failure
@@ -177,7 +177,7 @@ func (p *Puller) pullWith(ctx context.Context, u *pull, credential *opsv1.Regist
 	return err
 }
 
-// fetchLayers fetches within the limit, if there is one, what the runtime would fetch.
+// fetchLayers fetches within the limit, if there is one, what the runtime would fetch. Without one nothing but the runtime's word counts.
 func (p *Puller) fetchLayers(ctx context.Context, u *pull, r *remote, w *sight, limiter *rate.Limiter, limit int64) error {
 	before := r.read.Load()
 	err := r.layers(ctx, p.log.WithFields(u.fields()), p.store.content, w.m.layers[w.present:], limiter)
@@ -188,9 +188,11 @@ func (p *Puller) fetchLayers(ctx context.Context, u *pull, r *remote, w *sight, 
 	f := explain(err, host)
 	// One that lets us not in, or sends us nothing at all, may treat the runtime otherwise. Another is asked again, within the limit.
 	var answer remoteerrors.ErrUnexpectedStatus
-	if f.credentials || r.read.Load() == before && !errors.As(err, &answer) && isNetwork(f.message) {
+	if limiter == nil || f.credentials || r.read.Load() == before && !errors.As(err, &answer) && isNetwork(f.message) {
 		if limiter != nil {
 			p.withoutLimit(u, limit, f.message)
+		} else {
+			p.log.WithFields(u.fields()).WithField("reason", f.reason).Debug("layers are left to the runtime: " + f.message)
 		}
 		u.slots.Store(true)
 		return nil

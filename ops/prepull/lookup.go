@@ -7,10 +7,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
 
-	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	"golang.org/x/time/rate"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
@@ -20,8 +20,8 @@ const (
 	// lookupPatience bounds what an attempt spends on asking the registry itself before it asks the runtime, which may have
 	// ways to the registry that are not ours.
 	lookupPatience = 5 * time.Second
-	// lookupMemory is how long a registry that was not reached is not asked again, and lookupSlow how long it must have taken:
-	// one that refuses at once costs nothing.
+	// lookupMemory is how long a registry that has not answered at all is not asked again, for whatever image, and lookupSlow how
+	// long it must have taken: one that refuses at once costs nothing. One that has answered anything may be slow with that image only.
 	lookupMemory = 5 * time.Minute
 	lookupSlow   = time.Second
 	// lookFirst is the room below which an image is looked up before the runtime is asked to pull, in compressed bytes. With more, what
@@ -32,7 +32,7 @@ const (
 // errLookup ends a look-up that takes too long.
 var errLookup = errors.New("the registry takes too long")
 
-// unreached remembers registries that were not reached. The zero value is ready.
+// unreached remembers registries that were not reached, for all images and whoever wants them. The zero value is ready.
 type unreached struct {
 	mu    sync.Mutex // guards all following fields
 	hosts map[string]silence
@@ -75,7 +75,7 @@ func (p *Puller) lookUp(ctx context.Context, u *pull, credential *opsv1.Registry
 	if why := p.unreached.last(host); why != "" {
 		return nil, nil, &failure{reason: ReasonRegistryUnavailable, message: why}
 	}
-	began := time.Now()
+	began, silent := time.Now(), false
 	r, err := newRemote(ctx, p.hosts, u.named.String(), credential, limit)
 	if err == nil {
 		patient, cancel := context.WithTimeoutCause(ctx, lookupPatience, errLookup)
@@ -88,15 +88,18 @@ func (p *Puller) lookUp(ctx context.Context, u *pull, credential *opsv1.Registry
 			return r, m, nil
 		}
 		r.close()
+		silent = !r.answered.Load()
 		if errors.Is(context.Cause(patient), errLookup) {
 			err = &failure{reason: ReasonTimeout, message: fmt.Sprintf(
 				"registry %s has not told cri-proxy the image's manifest within %s: has the runtime a proxy or a mirror that cri-proxy does not know?", host, lookupPatience)}
 		}
 	}
 	f := explain(err, host)
-	var answer remoteerrors.ErrUnexpectedStatus
-	if ctx.Err() == nil && !f.credentials && !errors.As(err, &answer) && time.Since(began) >= lookupSlow {
-		p.unreached.remember(host, f.message)
+	trouble := f.reason == ReasonTimeout || f.reason == ReasonRegistryUnavailable
+	if silent && trouble && ctx.Err() == nil && time.Since(began) >= lookupSlow {
+		// What is in parentheses names the image, which may be somebody else's business.
+		why, _, _ := strings.Cut(f.message, " (")
+		p.unreached.remember(host, why)
 	}
 	return nil, nil, f
 }

@@ -13,6 +13,7 @@ import (
 	"maps"
 	"net/http"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -23,6 +24,7 @@ import (
 	introspectionapi "github.com/containerd/containerd/api/services/introspection/v1"
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
@@ -63,7 +65,7 @@ func inContainerd(t *testing.T, o Options, f func(t *testing.T, n *node)) {
 		n.opts.StateDir, n.opts.Conn, n.opts.Log, n.opts.Hosts = dir, n.rt, log, n.hosts
 		held := &held{resources: map[string]map[leases.Resource]bool{}}
 		n.opened = func(p *Puller) {
-			p.store.content, p.store.leases = &blobs{Store: files, held: held, created: map[digest.Digest]time.Time{}}, held
+			p.store.content, p.store.leases = &blobs{Store: files, held: held, created: map[digest.Digest]time.Time{}, refer: map[digest.Digest]bool{}}, held
 		}
 		n.open()
 		synctest.Wait() // what a puller begins with is over, and a test may set up its runtime
@@ -152,6 +154,7 @@ type blobs struct {
 
 	mu      sync.Mutex // guards all following fields
 	created map[digest.Digest]time.Time
+	refer   map[digest.Digest]bool // manifests and indexes that are labelled
 }
 
 // Writer implements [content.Ingester].
@@ -180,6 +183,9 @@ func (b *blobs) Info(ctx context.Context, d digest.Digest) (content.Info, error)
 	info, err := b.Store.Info(ctx, d)
 	b.mu.Lock()
 	info.CreatedAt = b.created[d]
+	if b.refer[d] {
+		info.Labels = map[string]string{gcRef + ".config": "sha256:0"}
+	}
 	b.mu.Unlock()
 	return info, err
 }
@@ -216,11 +222,18 @@ func (n *node) requests() []string {
 	return asked
 }
 
-// bring puts a blob into the content store as the runtime does, under the lease of its call.
-func (n *node) bring(ctx context.Context, blobs ...blob) error {
-	for _, b := range blobs {
+// bring puts a blob into the content store as the runtime does, under the lease of its call. Manifests and indexes are labelled a moment later.
+func (n *node) bring(ctx context.Context, list ...blob) error {
+	for _, b := range list {
 		if err := content.WriteBlob(ctx, n.store.content, remotes.MakeRefKey(ctx, b.Descriptor), bytes.NewReader(b.raw), b.Descriptor); err != nil {
 			return err
+		}
+		if images.IsManifestType(b.MediaType) || images.IsIndexType(b.MediaType) {
+			time.Sleep(5 * time.Millisecond)
+			s := n.store.content.(*blobs)
+			s.mu.Lock()
+			s.refer[b.Digest] = true
+			s.mu.Unlock()
 		}
 	}
 	return nil
@@ -341,6 +354,75 @@ func TestManifestOfTheRuntime(t *testing.T) {
 	}
 }
 
+// allocated returns how much memory is taken while f runs, freed or not.
+func allocated(f func()) uint64 {
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	f()
+	runtime.ReadMemStats(&after)
+	return after.TotalAlloc - before.TotalAlloc
+}
+
+// empties is JSON of so many bytes that would be decoded into more than a hundred for each three.
+func empties(before string, size int, after string) []byte {
+	return []byte(before + strings.Repeat("{},", size/3) + "{}" + after)
+}
+
+// Who may create jobs, or pods, chooses what is in an image.
+func TestImagesThatWouldFillTheMemory(t *testing.T) {
+	inner := blobOf(ocispec.MediaTypeImageManifest, empties(`{"config":{"digest":"sha256:0"},"layers":[`, 2<<20, `]}`))
+	inner.Data = inner.raw
+	index, err := json.Marshal(ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{inner.Descriptor}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, b := range map[string]blob{
+		"layer":             blobOf(ocispec.MediaTypeImageLayer, empties(`{"layers":[`, 8<<20-20, `]}`)),
+		"large manifest":    blobOf(ocispec.MediaTypeImageManifest, empties(`{"config":{"digest":"sha256:0"},"layers":[`, 8<<20-100, `]}`)),
+		"manifest":          blobOf(ocispec.MediaTypeImageManifest, empties(`{"config":{"digest":"sha256:0"},"layers":[`, 4<<20-100, `]}`)),
+		"index":             blobOf(ocispec.MediaTypeImageIndex, empties(`{"manifests":[`, 4<<20-100, `]}`)),
+		"manifest in index": blobOf(ocispec.MediaTypeImageIndex, index),
+	} {
+		t.Run(name, func(t *testing.T) {
+			inContainerd(t, Options{}, func(t *testing.T, n *node) {
+				brought := make(chan bool)
+				n.rt.pulling = func(ctx context.Context, _ *runtimeapi.PullImageRequest) error {
+					err := n.bring(ctx, b)
+					close(brought)
+					time.Sleep(time.Second)
+					return err
+				}
+				n.pull(&opsv1.PullRequest{Uid: "a", Image: "r.io/a"})
+				<-brought
+				got := allocated(func() {
+					if op := n.end("a"); op.GetPhase() != succeeded || op.GetBytesTotal() != 0 {
+						t.Errorf("%v", op)
+					}
+				})
+				if got > 64<<20 {
+					t.Errorf("%d MiB of memory", got>>20)
+				}
+			})
+		})
+	}
+	t.Run("look-up", func(t *testing.T) {
+		inContainerd(t, Options{}, func(t *testing.T, n *node) {
+			image := sampleOf(layer("a", 100))
+			image.manifest = blobOf(ocispec.MediaTypeImageManifest, empties(`{"config":{"digest":"sha256:0"},"layers":[`, 4<<20-100, `]}`))
+			n.answer = image.serve
+			got := allocated(func() {
+				n.pull(&opsv1.PullRequest{Uid: "a", Image: "r.io/a", BytesPerSecond: 1 << 20})
+				if op := n.end("a"); op.GetPhase() != succeeded || !strings.Contains(op.GetMessage(), "pulled without the speed limit") {
+					t.Errorf("%v", op)
+				}
+			})
+			if got > 64<<20 {
+				t.Errorf("%d MiB of memory", got>>20)
+			}
+		})
+	})
+}
+
 // A tag that moves between attempts, and back.
 func TestManifestOfThisAttempt(t *testing.T) {
 	inContainerd(t, Options{}, func(t *testing.T, n *node) {
@@ -442,6 +524,90 @@ func TestLookUpIsBounded(t *testing.T) {
 	})
 }
 
+// What is wrong with one image, or slow, says nothing of its registry to others.
+func TestRegistriesThatAnswerAreLookedUp(t *testing.T) {
+	image := sampleOf(layer("a", 100))
+	arm := image.manifest.Descriptor
+	arm.Platform = &ocispec.Platform{OS: "plan9", Architecture: "mips"}
+	raw, err := json.Marshal(ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{arm}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := &sample{manifest: blobOf(ocispec.MediaTypeImageIndex, raw)}
+	for name, answer := range map[string]func(req *http.Request) (*http.Response, error){
+		"hangs": func(req *http.Request) (*http.Response, error) {
+			if req.Method == http.MethodHead {
+				return image.serve(req)
+			}
+			<-req.Context().Done()
+			return nil, req.Context().Err()
+		},
+		"goes away": func(req *http.Request) (*http.Response, error) {
+			if req.Method == http.MethodHead {
+				return image.serve(req)
+			}
+			time.Sleep(2 * time.Second)
+			return nil, errors.New("connection reset by peer")
+		},
+		"another platform": func(req *http.Request) (*http.Response, error) {
+			time.Sleep(2 * time.Second)
+			return other.serve(req)
+		},
+		"no": func(req *http.Request) (*http.Response, error) {
+			time.Sleep(2 * time.Second)
+			return respond(req, http.StatusInternalServerError, nil), nil
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inContainerd(t, Options{}, func(t *testing.T, n *node) {
+				n.answer = answer
+				n.pull(&opsv1.PullRequest{Uid: "a", Image: "r.io/a", BytesPerSecond: 1 << 20})
+				if op := n.end("a"); !strings.Contains(op.GetMessage(), "pulled without the speed limit") {
+					t.Errorf("%v", op)
+				}
+				n.answer = image.serve
+				n.pull(&opsv1.PullRequest{Uid: "b", Image: "r.io/b", BytesPerSecond: 1 << 20})
+				if op := n.end("b"); op.GetPhase() != succeeded || op.GetMessage() != "" {
+					t.Errorf("%v", op)
+				}
+			})
+		})
+	}
+}
+
+// What is remembered of a registry is said to others than who asked.
+func TestUnreachedRegistryTellsNoImages(t *testing.T) {
+	inContainerd(t, Options{BytesPerSecond: 1 << 20}, func(t *testing.T, n *node) {
+		n.answer = func(*http.Request) (*http.Response, error) {
+			time.Sleep(2 * time.Second)
+			return nil, errors.New("dial tcp 192.0.2.1:443: i/o timeout")
+		}
+		n.pull(&opsv1.PullRequest{Uid: "a", Image: "r.io/team/secret"})
+		n.end("a")
+		n.requests()
+		n.pull(&opsv1.PullRequest{Uid: "b", Image: "r.io/b"})
+		if op := n.end("b"); op.GetMessage() != "pulled without the speed limit of 1.0 MiB/s: registry r.io cannot be used now" || len(n.requests()) > 0 {
+			t.Errorf("%v", op)
+		}
+	})
+}
+
+// A look-up does not wait for the limit that its pull has.
+func TestLookUpIsNotSlowedDown(t *testing.T) {
+	inContainerd(t, Options{}, func(t *testing.T, n *node) {
+		image := sampleOf(layer("a", 100))
+		config := blobOf(ocispec.MediaTypeImageConfig, bytes.Replace(image.config.raw, []byte("{"), []byte(`{"author":"`+strings.Repeat("x", 2<<20)+`",`), 1))
+		image.manifest = blobOf(ocispec.MediaTypeImageManifest, bytes.Replace(image.manifest.raw,
+			fmt.Appendf(nil, `%q,"size":%d`, image.config.Digest, image.config.Size), fmt.Appendf(nil, `%q,"size":%d`, config.Digest, config.Size), 1))
+		image.config = config
+		n.answer = image.serve
+		n.pull(&opsv1.PullRequest{Uid: "a", Image: "r.io/a", BytesPerSecond: 64 << 10})
+		if op := n.end("a"); op.GetPhase() != succeeded || op.GetMessage() != "" || op.GetBytesTotal() != 100 {
+			t.Errorf("%v", op)
+		}
+	})
+}
+
 // What a registry says to us is not final, and it is asked the next time: the runtime may have a mirror.
 func TestLookUpIsNotFinal(t *testing.T) {
 	for _, code := range []int{http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound, http.StatusTooManyRequests, http.StatusInternalServerError} {
@@ -539,6 +705,69 @@ func TestLayersOutOfReach(t *testing.T) {
 					t.Errorf("%v", op)
 				}
 			})
+		})
+	}
+}
+
+// beside has one pull hold the runtime's download slots for a minute, and begins one that something waits for.
+func (n *node) beside(uid string) {
+	n.t.Helper()
+	n.rt.set(func() { n.rt.takes = time.Minute })
+	n.pull(&opsv1.PullRequest{Uid: "beside", Image: "other.io/beside"})
+	if _, err := n.take(&opsv1.PullRequest{Uid: uid, Image: "r.io/" + uid, MaxAttempts: 1}, true); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// Without a limit what the registry says to us is never final, whatever it is.
+func TestLayersAreLeftToTheRuntime(t *testing.T) {
+	for name, answer := range map[string]func(req *http.Request) (*http.Response, error){
+		"too many": func(req *http.Request) (*http.Response, error) {
+			return respond(req, http.StatusTooManyRequests, nil), nil
+		},
+		"broken":      func(req *http.Request) (*http.Response, error) { return respond(req, http.StatusBadGateway, nil), nil },
+		"other bytes": func(req *http.Request) (*http.Response, error) { return respond(req, http.StatusOK, []byte("x")), nil },
+	} {
+		t.Run(name, func(t *testing.T) {
+			inContainerd(t, Options{}, func(t *testing.T, n *node) {
+				n.rt.disk = "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs"
+				image := sampleOf(layer("a", 100))
+				asked := false
+				n.answer = func(req *http.Request) (*http.Response, error) {
+					if strings.HasSuffix(req.URL.Path, image.layers[0].Digest.String()) {
+						asked = true
+						return answer(req)
+					}
+					return image.serve(req)
+				}
+				n.beside("a")
+				op := n.end("a")
+				if op.GetPhase() != succeeded || op.GetMessage() != "" || n.rt.count() != 2 || !asked {
+					t.Errorf("%d pulls of the runtime, asked here %v: %v", n.rt.count(), asked, op)
+				}
+				n.end("beside")
+			})
+		})
+	}
+}
+
+// A snapshotter that may need no layers gets what it asks for and no more.
+func TestLazySnapshotters(t *testing.T) {
+	for snapshotter, here := range map[string]bool{"overlayfs": true, "stargz": false, "soci": false, "": false} {
+		inContainerd(t, Options{}, func(t *testing.T, n *node) {
+			if snapshotter != "" {
+				n.rt.disk = "/var/lib/containerd/io.containerd.snapshotter.v1." + snapshotter
+			}
+			image := sampleOf(layer("a", 100))
+			n.answer = image.serve
+			n.beside("a")
+			if op := n.end("a"); op.GetPhase() != succeeded || n.rt.count() != 2 {
+				t.Errorf("%q: %v", snapshotter, op)
+			}
+			if asked := n.requests(); (len(asked) > 0) != here {
+				t.Errorf("%q: the registry is asked %q", snapshotter, asked)
+			}
+			n.end("beside")
 		})
 	}
 }

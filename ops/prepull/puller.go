@@ -302,6 +302,9 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 			next = min(next, by.Sub(now))
 		}
 		switch leader := busy[u.key]; {
+		case u.op.GetAttempt() >= u.attempts(): // revived
+			p.finishLocked(u, opsv1.PullPhase_PULL_FAILED, ReasonInternal, fmt.Sprintf(
+				"cri-proxy has ended in the middle of attempt %d of %d: if nobody has killed it, the journal of its unit says why", u.op.GetAttempt(), u.attempts()))
 		case u.wants && u.credentials == nil:
 			if by := p.opened.Add(credentialsPatience); now.Before(by) {
 				next = min(next, by.Sub(now))
@@ -374,6 +377,7 @@ func (p *Puller) startLocked(ctx context.Context, wg *sync.WaitGroup, u *pull) {
 		u.op.StartTime = timestamppb.Now()
 	}
 	u.op.Phase, u.op.Reason, u.op.Message = opsv1.PullPhase_PULL_RESOLVING, "", ""
+	p.keepLocked(u) // one that this process does not survive counts
 	u.notifyLocked()
 	p.kubelet.wake() // it may have been pulling for a while
 	timeout, credentials, given := u.timeout(), u.credentials, u.given
@@ -417,10 +421,7 @@ func (p *Puller) settle(ctx context.Context, u *pull, given int, err, cause erro
 	}
 	host, _ := registryOf(u.named)
 	f := explain(err, host)
-	attempts := int32(defaultAttempts)
-	if n := u.req.GetMaxAttempts(); n > 0 {
-		attempts = n
-	}
+	attempts := u.attempts()
 	switch {
 	case u.cancelled != "": // whatever else has ended the attempt
 		p.finishLocked(u, opsv1.PullPhase_PULL_CANCELLED, ReasonCancelled, u.cancelled)
@@ -433,6 +434,7 @@ func (p *Puller) settle(ctx context.Context, u *pull, given int, err, cause erro
 		return
 	case ctx.Err() != nil: // shutting down
 		u.op.Attempt--
+		p.keepLocked(u)
 		return
 	case errors.Is(cause, errTimeout):
 		f = &failure{reason: ReasonTimeout, message: fmt.Sprintf("an attempt may take %s, and %s; give it longer for a large image or a slow network (timeoutSeconds of a job)", u.timeout(), p.soFar(u))}
@@ -440,6 +442,7 @@ func (p *Puller) settle(ctx context.Context, u *pull, given int, err, cause erro
 	p.log.WithFields(u.fields()).WithField("reason", f.reason).WithField("attempt", u.op.GetAttempt()).Warn(f.message)
 	if f.credentials && given != u.given { // others have come since
 		u.op.Attempt--
+		p.keepLocked(u)
 		u.waitLocked(ReasonBackOff, fmt.Sprintf("attempt %d of %d at once, with other credentials: %s: %s", u.op.GetAttempt()+1, attempts, f.reason, f.message))
 		return
 	}
@@ -461,6 +464,13 @@ func (u *pull) timeout() time.Duration {
 		return d
 	}
 	return defaultTimeout
+}
+
+func (u *pull) attempts() int32 {
+	if n := u.req.GetMaxAttempts(); n > 0 {
+		return n
+	}
+	return defaultAttempts
 }
 
 // soFar says how far the pull is.
@@ -493,6 +503,13 @@ func (p *Puller) finishLocked(u *pull, phase opsv1.PullPhase, reason, message st
 	p.traced(u.op, u.req.GetImage())
 	p.log.WithFields(u.fields()).WithFields(logrus.Fields{"phase": phase, "reason": reason}).Info("pull finished")
 	u.notifyLocked()
+}
+
+// keepLocked writes how many attempts there have been. The caller holds p.mu.
+func (p *Puller) keepLocked(u *pull) {
+	if err := p.saveLocked(u); err != nil {
+		p.log.WithFields(u.fields()).WithError(err).Warn("attempts of pull not written")
+	}
 }
 
 func (p *Puller) saveLocked(u *pull) error {

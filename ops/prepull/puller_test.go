@@ -578,3 +578,41 @@ func TestFileInUse(t *testing.T) {
 		}
 	})
 }
+
+// A pull that the process does not survive is not begun for ever.
+func TestAttemptsThatEndTheProcess(t *testing.T) {
+	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		b.rt.takes = time.Minute
+		path := filepath.Join(b.dir, "pulls.db")
+		kill := func() {
+			t.Helper()
+			left, err := os.ReadFile(path) // what a process that is killed leaves
+			if err != nil {
+				t.Fatal(err)
+			}
+			b.over()
+			if err := os.WriteFile(path, left, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			b.open()
+		}
+		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 2})
+		for range 5 { // in order
+			b.restart()
+			if op := b.want("a", resolving, ""); op.GetAttempt() != 1 {
+				t.Errorf("%v", op)
+			}
+		}
+		kill()
+		if op := b.want("a", resolving, ""); op.GetAttempt() != 2 {
+			t.Errorf("%v", op)
+		}
+		kill()
+		if op := b.want("a", failed, ReasonInternal); !strings.Contains(op.GetMessage(), "in the middle of attempt 2 of 2") {
+			t.Errorf("%v", op)
+		}
+		if n := b.rt.count(); n != 7 {
+			t.Errorf("%d pulls", n)
+		}
+	})
+}

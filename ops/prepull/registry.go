@@ -58,7 +58,9 @@ type remote struct {
 
 	authorizing sync.Mutex // held while a request is authorized
 
-	read atomic.Int64 // bytes of all answers
+	read     atomic.Int64 // bytes of all answers
+	answered atomic.Bool  // somebody has answered, whatever it was
+	looking  atomic.Bool  // what is read is bounded, and is not slowed down
 }
 
 // oneByOne authorizes one request at a time. containerd's authorizer reads the expiry of a token that another request is
@@ -107,7 +109,7 @@ func newRemote(ctx context.Context, find Hosts, ref string, credential *opsv1.Re
 			}
 			// A host with headers of its own gets a copy of a client that has been here before.
 			if _, ok := c.Transport.(*meter); !ok {
-				c.Transport = &meter{next: c.Transport, limit: limit, read: &r.read}
+				c.Transport = &meter{next: c.Transport, limit: limit, r: r}
 			}
 			return nil
 		},
@@ -139,6 +141,8 @@ func newRemote(ctx context.Context, find Hosts, ref string, credential *opsv1.Re
 
 // resolve asks what the image's name means, with HEAD as the runtime does.
 func (r *remote) resolve(ctx context.Context) error {
+	r.looking.Store(true)
+	defer r.looking.Store(false)
 	ref, desc, err := r.resolver.Resolve(ctx, r.ref)
 	if err == nil {
 		r.ref, r.desc = ref, desc
@@ -185,6 +189,8 @@ func (r *remote) close() {
 // manifest brings the image's manifests and config, which are a few kilobytes, into the content store and returns the layers for this
 // node's platform. What is there is not asked for.
 func (r *remote) manifest(ctx context.Context, store content.Store) (*manifest, error) {
+	r.looking.Store(true)
+	defer r.looking.Store(false)
 	fetcher, err := r.resolver.Fetcher(ctx, r.ref)
 	if err != nil {
 		return nil, err
@@ -249,12 +255,15 @@ func fetch(ctx context.Context, store content.Store, fetcher remotes.Fetcher, d 
 type meter struct {
 	next  http.RoundTripper
 	limit *rate.Limiter // nil: not slowed down
-	read  *atomic.Int64 // counts
+	r     *remote
 }
 
 // RoundTrip implements [http.RoundTripper].
 func (m *meter) RoundTrip(req *http.Request) (*http.Response, error) {
 	resp, err := m.next.RoundTrip(req)
+	if err == nil {
+		m.r.answered.Store(true)
+	}
 	if err == nil && resp.StatusCode == http.StatusTooManyRequests {
 		// The resolver would ask five times in a row.
 		defer resp.Body.Close()
@@ -276,16 +285,20 @@ type meteredBody struct {
 var errStalled = errors.New("the registry sends nothing any more")
 
 func (b *meteredBody) Read(p []byte) (int, error) {
-	if l := b.m.limit; l != nil && len(p) > l.Burst() {
+	l := b.m.limit
+	if b.m.r.looking.Load() {
+		l = nil
+	}
+	if l != nil && len(p) > l.Burst() {
 		p = p[:l.Burst()]
 	}
 	stalled := time.AfterFunc(stallPatience, func() { _ = b.Close() })
 	n, err := b.ReadCloser.Read(p)
-	b.m.read.Add(int64(n))
+	b.m.r.read.Add(int64(n))
 	if !stalled.Stop() && err != nil {
 		err = fmt.Errorf("%w (%s)", errStalled, stallPatience)
 	}
-	if l := b.m.limit; l != nil && n > 0 {
+	if l != nil && n > 0 {
 		if werr := l.WaitN(b.ctx(), n); werr != nil && err == nil {
 			err = werr
 		}

@@ -35,6 +35,16 @@ func (p *Puller) snapshotter(ctx context.Context, handler string) string {
 	return p.store.snapshotterAt(ctx, info.GetImageFilesystems()[0].GetFsId().GetMountpoint())
 }
 
+// needsLayers reports whether the image is surely unpacked from whole layers. Other snapshotters may fetch what is read of them, when it
+// is read: stargz, soci, nydus, gcfs.
+func (p *Puller) needsLayers(ctx context.Context, u *pull) bool {
+	switch p.snapshotter(ctx, u.req.GetRuntimeHandler()) {
+	case "overlayfs", "fuse-overlayfs", "native", "btrfs", "zfs", "devmapper", "erofs", "blockfile":
+		return true
+	}
+	return false
+}
+
 // snapshotterOf returns a handler's own snapshotter, if it has one.
 func (p *Puller) snapshotterOf(ctx context.Context, handler string) string {
 	status, err := p.runtime.Status(ctx, &runtimeapi.StatusRequest{Verbose: true})

@@ -510,6 +510,7 @@ func (p *Puller) keepWatching(ctx context.Context) {
 // yieldedLocked puts a pull that has been cut off back to those that wait.
 func (p *Puller) yieldedLocked(u *pull) {
 	u.op.Attempt--
+	p.keepLocked(u)
 	if why := p.asideLocked(u); why != "" {
 		u.waitLocked(ReasonYieldsToKubelet, why)
 		return

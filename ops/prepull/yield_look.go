@@ -309,25 +309,20 @@ func (w *watch) read(ctx context.Context, l leases.Lease, into *wanted) error {
 		if err != nil {
 			return err
 		}
-		refers := false
-		for label := range info.Labels {
-			refers = refers || strings.HasPrefix(label, gcRef)
-		}
-		if !refers { // it may be labelled a moment later
+		if !refers(info) { // it may be labelled a moment later
 			continue
 		}
 		into.read[d] = true
-		if info.Size > maxManifest {
-			continue
-		}
-		raw, err := content.ReadBlob(ctx, w.store.content, ocispec.Descriptor{Digest: d, Size: info.Size})
-		if errdefs.IsNotFound(err) {
+		raw, err := bounded{w.store.content}.read(ctx, ocispec.Descriptor{Digest: d, Size: info.Size})
+		if errdefs.IsNotFound(err) || errdefs.IsInvalidArgument(err) { // gone, or larger than is decoded here
 			continue
 		}
 		if err != nil {
 			return err
 		}
-		var m ocispec.Manifest
+		var m struct {
+			Layers []child `json:"layers"`
+		}
 		if json.Unmarshal(raw, &m) != nil { // the runtime says what is wrong with it
 			continue
 		}

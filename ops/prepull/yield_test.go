@@ -588,6 +588,29 @@ func TestKubeletWantsALayer(t *testing.T) {
 	})
 }
 
+// Who may create pods chooses what kubelet pulls.
+func TestKubeletsManifestsAreBounded(t *testing.T) {
+	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+		b.ours("a", 10)
+		b.mu.Lock()
+		b.pulls["a"].op.Layers = []*opsv1.LayerProgress{{Digest: digest.FromString("docker.io/library/a:latest").String(), BytesTotal: 640 * mib}}
+		b.mu.Unlock()
+		raw := empties(`{"layers":[`, 4<<20-20, `]}`)
+		b.rt.set(func() {
+			b.rt.content.blobs[digest.FromBytes(raw)] = raw
+			b.rt.content.leases["kubelets"] = &fakeLease{began: time.Now(), resources: []*leasesapi.Resource{{ID: digest.FromBytes(raw).String(), Type: "content"}}}
+		})
+		done := b.KubeletPulls("huge")
+		if got := allocated(func() { time.Sleep(3 * time.Second) }); got > 64<<20 {
+			t.Errorf("%d MiB of memory", got>>20)
+		}
+		done()
+		if op := b.end("a"); op.GetPhase() != succeeded {
+			t.Errorf("%v", op)
+		}
+	})
+}
+
 // What something waits for is not cut off then: its speed limit is lifted.
 func TestUrgentLiftsItsLimit(t *testing.T) {
 	inContent(t, Options{}, func(t *testing.T, b *bubble) {

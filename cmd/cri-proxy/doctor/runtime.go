@@ -75,7 +75,11 @@ func (x *examination) registries(ctx context.Context, conn grpc.ClientConnInterf
 			"how containerd reaches them is not known, so speed limits may not be kept: %v", err)
 		return
 	}
-	x.ok(check, "%s", s)
+	if s.Unknown != nil {
+		x.warn(check, "run this as root, in the host's namespaces", "%s", s)
+	} else {
+		x.ok(check, "%s", s)
+	}
 	if explicit != "" && !slices.Equal(filepath.SplitList(explicit), s.Dirs) {
 		x.warn(check, "leave out images.registryHostsDir, unless that is meant",
 			"images.registryHostsDir is %s, where containerd goes elsewhere: pulls with a speed limit may take another way, or have no limit", explicit)

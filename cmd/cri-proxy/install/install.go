@@ -366,6 +366,10 @@ func (i *installer) sayRegistries(ctx context.Context, runtime string) {
 		i.warn(fmt.Sprintf("how containerd reaches registries is not known, so speed limits of pulls may not be kept: %v", err))
 		return
 	}
+	if s.Unknown != nil {
+		i.warn(fmt.Sprintf("pulls as %s", s))
+		return
+	}
 	i.say("pulls as %s", s)
 }
 

@@ -4,6 +4,8 @@
 package serve
 
 import (
+	"errors"
+	"fmt"
 	"maps"
 	"net"
 	"os"
@@ -60,7 +62,11 @@ func (w noting) Accept() (net.Conn, error) {
 
 // SetDeadline is for the CRI server, which stops accepting for a while.
 func (w noting) SetDeadline(t time.Time) error {
-	return w.Listener.(interface{ SetDeadline(t time.Time) error }).SetDeadline(t) // sockets have it
+	l, ok := w.Listener.(interface{ SetDeadline(t time.Time) error })
+	if !ok { // sockets have it
+		return fmt.Errorf("%T: deadlines: %w", w.Listener, errors.ErrUnsupported)
+	}
+	return l.SetDeadline(t)
 }
 
 func (c *callers) note(conn net.Conn) {

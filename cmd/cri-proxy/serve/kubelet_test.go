@@ -5,6 +5,7 @@ package serve
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -14,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/sirupsen/logrus"
 )
@@ -145,5 +147,13 @@ func TestKubeletIsFoundAmongCallers(t *testing.T) {
 	inside.write("environ", "WHO=k3s\x00")
 	if got := all.environ(); !slices.Equal(got, []string{"WHO=k3s"}) || all.highThreshold() != 85 {
 		t.Errorf("%v %d", got, all.highThreshold())
+	}
+}
+
+// TestListenerWithoutDeadlines: one that cannot be interrupted says so.
+func TestListenerWithoutDeadlines(t *testing.T) {
+	l := newCallers(t.TempDir(), logrus.New()).watch(struct{ net.Listener }{})
+	if err := l.(noting).SetDeadline(time.Now()); !errors.Is(err, errors.ErrUnsupported) {
+		t.Error(err)
 	}
 }

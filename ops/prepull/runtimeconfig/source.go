@@ -68,8 +68,9 @@ type settings struct {
 	registry *registry
 	// legacy says that the settings of 1.x for TLS count, and that config_path has no default.
 	legacy bool
-	// proxies is nil where the environment is not known.
+	// proxies is nil where the environment is not known, and unknown is why.
 	proxies *httpproxy.Config
+	unknown error
 }
 
 // Hosts tells how registries are reached, with the credentials and the hook of options (see the type Hosts of package prepull).
@@ -132,12 +133,12 @@ func (s *Source) read(ctx context.Context, who process.Process) (*settings, erro
 	if err != nil {
 		return nil, err
 	}
-	cwd, err := os.Readlink(filepath.Join(s.o.Proc, strconv.Itoa(who.PID), "cwd"))
-	if err != nil {
-		return nil, fmt.Errorf("process %d: %w", who.PID, err)
-	}
 	c := &settings{process: who}
 	file, told := configFile(args[min(1, len(args)):])
+	cwd, err := os.Readlink(filepath.Join(s.o.Proc, strconv.Itoa(who.PID), "cwd"))
+	if err != nil && !filepath.IsAbs(file) {
+		return nil, fmt.Errorf("process %d: %w", who.PID, err)
+	}
 	if c.registry, err = readFile(ctx, file, cwd, told); err != nil {
 		return nil, err
 	}
@@ -153,8 +154,10 @@ func (s *Source) read(ctx context.Context, who process.Process) (*settings, erro
 		r.ConfigPath = defaultConfigPath
 	}
 	environ, err := who.Environ(s.o.Proc)
-	if err != nil {
-		return nil, err
+	if err != nil { // its registries are known all the same
+		s.o.Log.WithError(err).Warn("containerd's environment is not known: pulls with a speed limit go through the proxies of cri-proxy's own")
+		c.unknown = err
+		return c, nil
 	}
 	c.proxies = process.Proxies(environ)
 	return c, nil
@@ -188,6 +191,8 @@ type Summary struct {
 	Mirrors []string
 	// HTTPProxy and HTTPSProxy are such as http://proxy:3128, or empty.
 	HTTPProxy, HTTPSProxy, NoProxy string
+	// Unknown is why the proxies are not known, nil if they are.
+	Unknown error
 }
 
 // Look returns what is found now.
@@ -198,12 +203,15 @@ func (s *Source) Look(ctx context.Context) (*Summary, error) {
 	if err != nil {
 		return nil, err
 	}
-	out := &Summary{PID: c.process.PID, File: c.file, Dirs: filepath.SplitList(c.registry.ConfigPath), NoProxy: c.proxies.NoProxy}
+	out := &Summary{PID: c.process.PID, File: c.file, Dirs: filepath.SplitList(c.registry.ConfigPath), Unknown: c.unknown}
 	for name := range c.registry.Mirrors {
 		out.Mirrors = append(out.Mirrors, name)
 	}
 	slices.Sort(out.Mirrors)
-	out.HTTPProxy, out.HTTPSProxy = bare(c.proxies.HTTPProxy), bare(c.proxies.HTTPSProxy)
+	if c.proxies != nil {
+		out.NoProxy = c.proxies.NoProxy
+		out.HTTPProxy, out.HTTPSProxy = bare(c.proxies.HTTPProxy), bare(c.proxies.HTTPSProxy)
+	}
 	return out, nil
 }
 
@@ -236,6 +244,10 @@ func (s *Summary) String() string {
 		fmt.Fprintf(&b, "has mirrors for %s in that file", strings.Join(s.Mirrors, ", "))
 	default:
 		b.WriteString("goes to registries themselves")
+	}
+	if s.Unknown != nil {
+		fmt.Fprintf(&b, "; whether through a proxy is not known (%v)", s.Unknown)
+		return b.String()
 	}
 	if s.HTTPProxy == "" && s.HTTPSProxy == "" {
 		b.WriteString(", without a proxy")

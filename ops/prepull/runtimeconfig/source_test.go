@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -395,7 +396,7 @@ func TestUnknown(t *testing.T) {
 		"no such file":       func() { c.start(t, []string{"containerd", "--config", "/nowhere.toml"}) },
 		"no TOML":            func() { c.configured(t, "x = \""+secret+"\nversion") },
 		"of a later version": func() { c.configured(t, "version = 99\n") },
-		"not to be read":     func() { c.start(t, nil); os.Remove(filepath.Join(stat, "environ")) },
+		"not to be read":     func() { c.start(t, nil); os.Remove(filepath.Join(stat, "cmdline")) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			c.words.Reset()
@@ -413,6 +414,29 @@ func TestUnknown(t *testing.T) {
 				t.Errorf("afterwards %s, want %s", got, want)
 			}
 		})
+	}
+}
+
+// TestUnknownEnvironment: the registries of a containerd count whose proxies are not known.
+func TestUnknownEnvironment(t *testing.T) {
+	c := newContainerd(t)
+	c.configured(t, "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"*\"]\nendpoint = [\"http://mirror.test\"]\n")
+	at := filepath.Join(c.proc, strconv.Itoa(os.Getpid()))
+	c.write(t, filepath.Join(at, "cmdline"), "containerd\x00--config\x00DIR/config.toml\x00")
+	if err := errors.Join(os.Remove(filepath.Join(at, "environ")), os.Remove(filepath.Join(at, "cwd"))); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if got, want := c.reach(t, "one.test"), "http://mirror.test/v2 https://one.test/v2"; got != want {
+			t.Errorf("%s, want %s", got, want)
+		}
+	}
+	if n := strings.Count(c.words.String(), "environment is not known"); n != 1 {
+		t.Errorf("said %d times: %s", n, &c.words)
+	}
+	s, err := c.source.Look(t.Context())
+	if err != nil || !strings.Contains(s.String(), "has mirrors for * in that file; whether through a proxy is not known (") {
+		t.Errorf("%v, %v", s, err)
 	}
 }
 
