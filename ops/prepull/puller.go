@@ -131,7 +131,7 @@ type pull struct {
 	// the registry says no to it, which is no reason for other pulls of the image to wait.
 	given  int
 	denied bool
-	// urgent is set when something on the node waits for it, which decides for itself whether to ask again; apart when it runs in a place
+	// urgent is set when something on the node waits for this very operation, which decides for itself whether to ask again; apart when it runs in a place
 	// of those.
 	urgent, apart bool
 	// cut is set when the attempt that runs has been cut off for kubelet.

@@ -289,7 +289,7 @@ func (u *pull) layersLocked(now time.Time, s seen, holds bool, pulls []*kubeletP
 // asideLocked says why a pull must not go on; empty: it may.
 func (p *Puller) asideLocked(u *pull) string {
 	switch {
-	case u.urgent:
+	case p.aheadLocked(u):
 		return ""
 	case u.aside.on():
 		return u.aside.message
@@ -297,6 +297,20 @@ func (p *Puller) asideLocked(u *pull) string {
 		return p.way.aside.message
 	}
 	return ""
+}
+
+// aheadLocked reports whether the pull gives way to nothing: something on the node waits for it, or for another of the same image that
+// waits until this one has ended. The latter is so only while it is: what else is different for an urgent pull is that one's own.
+func (p *Puller) aheadLocked(u *pull) bool {
+	if u.urgent || u.stop == nil {
+		return u.urgent
+	}
+	for _, other := range p.pulls {
+		if other.urgent && other.key == u.key && other.op.GetFinishTime() == nil {
+			return true
+		}
+	}
+	return false
 }
 
 // complete reports whether all bytes are there.
@@ -332,7 +346,7 @@ func (p *Puller) act(now time.Time, s seen, pulls []*kubeletPull) {
 	defer p.mu.Unlock()
 	p.way.holds = false
 	for _, u := range p.pulls {
-		p.way.holds = p.way.holds || u.stop != nil && !u.urgent && u.slots.Load() && len(s.fetches[leaseID(u.key)]) > 0
+		p.way.holds = p.way.holds || u.stop != nil && u.slots.Load() && !p.aheadLocked(u) && len(s.fetches[leaseID(u.key)]) > 0
 	}
 	changed := p.way.lineLocked(now, s, pulls)
 	if changed && p.way.aside.on() {
@@ -348,7 +362,7 @@ func (p *Puller) act(now time.Time, s seen, pulls []*kubeletPull) {
 			_, wanted := s.wants[d]
 			holds = holds || wanted
 		}
-		if u.urgent {
+		if p.aheadLocked(u) {
 			if l := u.limiter.Load(); holds && l != nil && u.stop != nil {
 				l.SetLimit(rate.Inf) // what kubelet waits for comes as fast as it would for kubelet
 			}
@@ -484,14 +498,13 @@ func (p *Puller) slotsWanted(ctx context.Context, u *pull) bool {
 // errOvertaken ends a slow pull that is in the way of one that something waits for.
 var errOvertaken = errors.New("a pull that something waits for takes over")
 
-// overtakenLocked deals with a pull that is urgent and finds that another of the same image runs: that one is urgent from now
-// on. One that is held back by a speed limit of its own, and has bytes to fetch, is ended: the urgent one goes on from there.
+// overtakenLocked deals with a pull that is urgent and finds that another of the same image runs: that one gives way to nothing, see
+// [Puller.aheadLocked]. One that is held back by a speed limit of its own, and has bytes to fetch, is ended: the urgent one goes on
+// from there.
 func (p *Puller) overtakenLocked(u, leader *pull) {
 	if limit, own := p.limitOf(leader), p.limitOf(u); limit > 0 && (own == 0 || own > limit) && !leader.complete() && !leader.urgent {
 		leader.stop(errOvertaken)
-		return
 	}
-	leader.urgent = true
 }
 
 // limitOf returns the bound of the pull's speed; 0: none.

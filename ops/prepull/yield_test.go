@@ -488,6 +488,66 @@ func TestUrgentOvertakes(t *testing.T) {
 	}
 }
 
+// A job's pull for which an upgrade of the same image waits is a job's all the same: it is tried again, and looked at.
+func TestFollowedByUrgent(t *testing.T) {
+	follow := func(t *testing.T, b *bubble) (stop func()) {
+		t.Helper()
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			_, _ = b.Ensure(ctx, &opsv1.PullRequest{Uid: "upgrade", Image: "nginx"}, nil)
+		}()
+		time.Sleep(time.Second)
+		return func() {
+			cancel()
+			<-ended
+		}
+	}
+	t.Run("refused", func(t *testing.T) {
+		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+			b.rt.pulling = func(context.Context, *runtimeapi.PullImageRequest) error {
+				time.Sleep(10 * time.Second)
+				return unauthorized()
+			}
+			b.pull(&opsv1.PullRequest{Uid: "job", Image: "nginx", MaxAttempts: 3})
+			stop := follow(t, b)
+			if op := b.end("job"); op.GetReason() != ReasonUnauthorized || op.GetAttempt() != 3 {
+				t.Errorf("%v", op)
+			}
+			stop()
+		})
+	})
+	t.Run("another platform", func(t *testing.T) {
+		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+			b.rt.takes, b.rt.arch = 10*time.Second, "another"
+			b.pull(&opsv1.PullRequest{Uid: "job", Image: "nginx"})
+			stop := follow(t, b)
+			if op := b.end("job"); op.GetReason() != ReasonInvalidImage {
+				t.Errorf("%v", op)
+			}
+			stop()
+		})
+	})
+	t.Run("gives way", func(t *testing.T) {
+		inContent(t, Options{}, func(t *testing.T, b *bubble) {
+			b.rt.set(func() { b.rt.takes = 20 * time.Second })
+			b.pull(&opsv1.PullRequest{Uid: "job", Image: "nginx"})
+			stop := follow(t, b)
+			end := b.kubelet("kubelets", 50*mib)
+			time.Sleep(2 * time.Second)
+			if b.want("job", resolving, ""); b.yields() != 0 {
+				t.Errorf("%d yields while an upgrade waits", b.yields())
+			}
+			stop()
+			time.Sleep(2 * time.Second)
+			b.want("job", waiting, ReasonYieldsToKubelet)
+			end()
+			b.end("job")
+		})
+	})
+}
+
 // A runtime that is not containerd does not tell what comes, and cannot go on with half an image: what runs is left alone.
 func TestGivesWayBlindly(t *testing.T) {
 	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
