@@ -114,7 +114,7 @@ func since(pulls []*kubeletPull) time.Time {
 	return pulls[0].began
 }
 
-// named says whose pulls these are.
+// named says whose pulls these are, for the node's log: who reads the status of a pull may not read what other namespaces run.
 func named(pulls []*kubeletPull) string {
 	var images []string
 	for _, pull := range pulls {
@@ -122,14 +122,7 @@ func named(pulls []*kubeletPull) string {
 			images = append(images, pull.image)
 		}
 	}
-	switch len(images) {
-	case 0:
-		return "an image"
-	case 1:
-		return images[0]
-	default:
-		return fmt.Sprintf("%s and %d more", images[0], len(images)-1)
-	}
+	return cmp.Or(strings.Join(images, ", "), "an image")
 }
 
 // KubeletPulls says that kubelet pulls an image, until done is called; an empty name is one that is not known. Ours may
@@ -156,14 +149,34 @@ func (p *Puller) KubeletPulls(image string) (done func()) {
 // aside is why and how long pulls stand aside. A zero one: they do not.
 type aside struct {
 	since, until time.Time
-	message      string
+	images       []string // that kubelet pulls; empty: not known
+	why          string
 }
 
 func (a aside) on() bool { return !a.since.IsZero() }
 
 func newAside(since, until time.Time, pulls []*kubeletPull, why string) aside {
-	return aside{since: since, until: until, message: fmt.Sprintf("yields to kubelet's pull of %s%s since %s, goes on at %s in any case",
-		named(pulls), why, since.UTC().Format(time.RFC3339), until.UTC().Format(time.RFC3339))}
+	a := aside{since: since, until: until, why: why}
+	for _, pull := range pulls {
+		named, err := normalize(pull.image)
+		if err == nil && !slices.Contains(a.images, named.String()) {
+			a.images = append(a.images, named.String())
+		}
+	}
+	return a
+}
+
+// message says it to who waits for a pull of ours, without what kubelet pulls for others.
+func (a aside) message(u *pull) string {
+	whose := "another image"
+	switch {
+	case slices.Contains(a.images, u.named.String()):
+		whose = "the same image"
+	case len(a.images) == 0:
+		whose = "an image"
+	}
+	return fmt.Sprintf("yields to kubelet's pull of %s%s since %s, goes on at %s in any case",
+		whose, a.why, a.since.UTC().Format(time.RFC3339), a.until.UTC().Format(time.RFC3339))
 }
 
 // way is how pulls of ours share the line with kubelet's. Its fields are guarded by Puller.mu.
@@ -292,9 +305,9 @@ func (p *Puller) asideLocked(u *pull) string {
 	case p.aheadLocked(u):
 		return ""
 	case u.aside.on():
-		return u.aside.message
+		return u.aside.message(u)
 	case p.way.aside.on() && !u.complete():
-		return p.way.aside.message
+		return p.way.aside.message(u)
 	}
 	return ""
 }
@@ -368,7 +381,10 @@ func (p *Puller) act(now time.Time, s seen, pulls []*kubeletPull) {
 			}
 			continue
 		}
-		changed = u.layersLocked(now, s, holds, pulls) || changed
+		if u.layersLocked(now, s, holds, pulls) {
+			changed = true
+			p.log.WithFields(u.fields()).WithField("kubelets", named(pulls)).WithField("aside", u.aside.on()).Debug("kubelet's pull wants layers of ours")
+		}
 		if u.stop != nil && !u.cut && p.asideLocked(u) != "" && len(fetches) > 0 {
 			u.cut = true
 			u.stop(errYield)

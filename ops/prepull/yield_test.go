@@ -235,7 +235,7 @@ func TestGivesWay(t *testing.T) {
 		if _, at, ok := strings.Cut(op.GetMessage(), " since "); ok {
 			since, _ = time.Parse(time.RFC3339, at[:len("2006-01-02T15:04:05Z")])
 		}
-		if !strings.HasPrefix(op.GetMessage(), "yields to kubelet's pull of first and 1 more since ") || !strings.HasSuffix(op.GetMessage(), " in any case") || since.Sub(began).Abs() > 3*time.Second {
+		if !strings.HasPrefix(op.GetMessage(), "yields to kubelet's pull of another image since ") || !strings.HasSuffix(op.GetMessage(), " in any case") || since.Sub(began).Abs() > 3*time.Second {
 			t.Errorf("%v", op)
 		}
 		b.ours("b", 60)
@@ -548,6 +548,38 @@ func TestFollowedByUrgent(t *testing.T) {
 	})
 }
 
+// Who may make jobs does not learn from their status what the pods of others run.
+func TestYieldNamesNoImage(t *testing.T) {
+	for name, tt := range map[string]struct {
+		kubelets []string
+		want     string
+	}{
+		"another":  {[]string{"registry.test/team-b/secret:1"}, "another image"},
+		"several":  {[]string{"registry.test/team-b/secret:1", "registry.test/team-b/more:1"}, "another image"},
+		"the same": {[]string{"registry.test/team-b/secret:1", "a"}, "the same image"},
+		"unknown":  {[]string{""}, "an image"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inContent(t, Options{}, func(t *testing.T, b *bubble) {
+				b.ours("a", 10)
+				var ends []func()
+				for _, image := range tt.kubelets {
+					ends = append(ends, b.kubelet(image, 50*mib))
+				}
+				time.Sleep(3 * time.Second)
+				op := b.want("a", waiting, ReasonYieldsToKubelet)
+				if !strings.HasPrefix(op.GetMessage(), "yields to kubelet's pull of "+tt.want+" since ") {
+					t.Errorf("%v", op)
+				}
+				for _, end := range ends {
+					end()
+				}
+				b.end("a")
+			})
+		})
+	}
+}
+
 // A runtime that is not containerd does not tell what comes, and cannot go on with half an image: what runs is left alone.
 func TestGivesWayBlindly(t *testing.T) {
 	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
@@ -629,7 +661,7 @@ func TestKubeletWantsALayer(t *testing.T) {
 			b.rt.content.leases["other"].resources = append(b.rt.content.leases["other"].resources, &leasesapi.Resource{ID: manifest.String(), Type: "content"})
 		})
 		time.Sleep(time.Second)
-		if op := b.want("a", waiting, ReasonYieldsToKubelet); !strings.HasPrefix(op.GetMessage(), "yields to kubelet's pull of shares, which wants the same layers, since ") || b.yields() != 1 {
+		if op := b.want("a", waiting, ReasonYieldsToKubelet); !strings.HasPrefix(op.GetMessage(), "yields to kubelet's pull of another image, which wants the same layers, since ") || b.yields() != 1 {
 			t.Errorf("%d yields: %v", b.yields(), op)
 		}
 		// As long as bytes come, ours have nothing to gain; that of another image may be pulled.
