@@ -293,10 +293,19 @@ func (u *pull) layersLocked(now time.Time, s seen, holds bool, pulls []*kubeletP
 			since = u.aside.since
 		}
 		u.aside = newAside(since, now.Add(yieldMost), pulls, ", which wants the same layers,")
-	case !now.Before(u.aside.until):
-		u.aside, u.free = aside{}, now.Add(yieldMost)
+	default:
+		return u.pastLocked(now)
 	}
 	return before != u.aside.on()
+}
+
+// pastLocked ends that the pull stands aside for its layers once it has for as long as it said, and reports whether it has.
+func (u *pull) pastLocked(now time.Time) bool {
+	if !u.aside.on() || now.Before(u.aside.until) {
+		return false
+	}
+	u.aside, u.free = aside{}, now.Add(yieldMost)
+	return true
 }
 
 // asideLocked says why a pull must not go on; empty: it may.
@@ -366,7 +375,11 @@ func (p *Puller) act(now time.Time, s seen, pulls []*kubeletPull) {
 		p.log.WithField("image", named(pulls)).Debug("kubelet's pull gets bytes, ours stand aside")
 	}
 	for _, u := range p.pulls {
-		if s.unknown || u.op.GetFinishTime() != nil {
+		if u.op.GetFinishTime() != nil {
+			continue
+		}
+		if s.unknown {
+			changed = u.pastLocked(now) || changed
 			continue
 		}
 		fetches := s.fetches[leaseID(u.key)]

@@ -52,8 +52,12 @@ type point struct {
 // wanted is what a pull of kubelet's is found to want.
 type wanted struct {
 	layers []digest.Digest
-	read   map[digest.Digest]bool // what has been looked at
+	read   map[digest.Digest]bool      // what has been looked at
+	bare   map[digest.Digest]time.Time // what had no labels, and when that was first so
 }
+
+// bareFor is how long a blob without labels is asked for again: containerd labels a manifest a moment after it is there, layers never.
+const bareFor = 3 * time.Second
 
 func newWatch(s *store) *watch {
 	return &watch{store: s, known: map[string]bool{}, theirs: map[string]bool{}, pulls: map[string]*wanted{}, there: map[digest.Digest]bool{}}
@@ -262,7 +266,7 @@ func (w *watch) wants(ctx context.Context, since time.Time, lacks, grows, into m
 		}
 		pull := w.pulls[l.ID]
 		if pull == nil {
-			pull = &wanted{read: map[digest.Digest]bool{}}
+			pull = &wanted{read: map[digest.Digest]bool{}, bare: map[digest.Digest]time.Time{}}
 			w.pulls[l.ID] = pull
 		}
 		if len(pull.layers) == 0 {
@@ -313,7 +317,12 @@ func (w *watch) read(ctx context.Context, l leases.Lease, into *wanted) error {
 		for label := range info.Labels {
 			refers = refers || strings.HasPrefix(label, gcRef)
 		}
-		if !refers { // it may be labelled a moment later
+		if !refers {
+			if at, known := into.bare[d]; !known {
+				into.bare[d] = time.Now()
+			} else if time.Since(at) >= bareFor {
+				into.read[d] = true
+			}
 			continue
 		}
 		into.read[d] = true

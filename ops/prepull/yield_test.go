@@ -40,6 +40,8 @@ type contents struct {
 	cut     int           // pulls that were ended before
 	torn    int           // and while they unpacked
 	looks   int           // at what comes
+	infos   int           // asked of blobs that are there
+	broken  bool          // it does not tell what comes
 }
 
 type fakeLease struct {
@@ -120,6 +122,9 @@ func (c *contents) answer(args, reply any) (known bool, err error) {
 	switch req := args.(type) {
 	case *contentapi.ListStatusesRequest:
 		c.looks++
+		if c.broken {
+			return true, status.Error(codes.Internal, "broken")
+		}
 		resp := &contentapi.ListStatusesResponse{}
 		for ref, l := range c.open {
 			resp.Statuses = append(resp.Statuses, &contentapi.Status{Ref: ref, StartedAt: timestamppb.New(l.began), Offset: l.offset(now), Total: l.total})
@@ -130,6 +135,7 @@ func (c *contents) answer(args, reply any) (known bool, err error) {
 		if !ok {
 			return true, status.Error(codes.NotFound, "no such blob")
 		}
+		c.infos++
 		info := &contentapi.Info{Digest: req.GetDigest(), Size: int64(len(raw))}
 		if len(raw) > 1 {
 			info.Labels = map[string]string{gcRef + ".config": "sha256:0"}
@@ -677,6 +683,78 @@ func TestKubeletWantsALayer(t *testing.T) {
 		if op := b.end("a"); op.GetPhase() != succeeded || op.GetAttempt() != 1 {
 			t.Errorf("%v", op)
 		}
+	})
+}
+
+// "In any case" holds when nobody can tell any more what comes.
+func TestYieldEndsUnseen(t *testing.T) {
+	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+		base := digest.FromString("docker.io/library/a:latest")
+		b.ours("a", 100)
+		b.mu.Lock()
+		b.pulls["a"].op.Layers = []*opsv1.LayerProgress{{Digest: base.String(), BytesTotal: 6400 * mib}}
+		b.mu.Unlock()
+		time.Sleep(time.Second)
+		raw, err := json.Marshal(ocispec.Manifest{Layers: []ocispec.Descriptor{{Digest: base}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.rt.set(func() {
+			b.rt.content.blobs[digest.FromBytes(raw)] = raw
+			b.rt.content.leases["kubelets"] = &fakeLease{began: time.Now(), resources: []*leasesapi.Resource{{ID: digest.FromBytes(raw).String(), Type: "content"}}}
+		})
+		done := b.KubeletPulls("shares")
+		time.Sleep(time.Second)
+		b.want("a", waiting, ReasonYieldsToKubelet)
+		b.rt.set(func() { b.rt.content.broken = true })
+		time.Sleep(yieldMost)
+		b.want("a", resolving, "")
+		b.end("a")
+		done()
+	})
+	t.Run("the line", func(t *testing.T) {
+		inContent(t, Options{}, func(t *testing.T, b *bubble) {
+			b.ours("a", 100)
+			end := b.kubelet("kubelets", 50*mib)
+			time.Sleep(time.Second)
+			b.want("a", waiting, ReasonYieldsToKubelet)
+			b.rt.set(func() { b.rt.content.broken = true })
+			time.Sleep(yieldMost)
+			b.want("a", resolving, "")
+			b.end("a")
+			end()
+		})
+	})
+}
+
+// A blob that has no labels is none that refers to others, or has them a moment later.
+func TestBlobsWithoutLabels(t *testing.T) {
+	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+		base, bare := digest.FromString("docker.io/library/a:latest"), digest.FromString("bare")
+		b.ours("a", 600)
+		b.mu.Lock()
+		b.pulls["a"].op.Layers = []*opsv1.LayerProgress{{Digest: base.String(), BytesTotal: 6400 * mib}}
+		b.mu.Unlock()
+		b.rt.set(func() {
+			b.rt.content.blobs[bare] = []byte{0}
+			b.rt.content.leases["other"] = &fakeLease{began: time.Now(), resources: []*leasesapi.Resource{{ID: bare.String(), Type: "content"}}}
+		})
+		done := b.KubeletPulls("other")
+		time.Sleep(5 * time.Second)
+		b.rt.set(func() {
+			if n := b.rt.content.infos; n < 2 || n > 2+int(bareFor/watchEvery) {
+				t.Errorf("asked %d times", n)
+			}
+			b.rt.content.infos = 0
+		})
+		time.Sleep(time.Minute)
+		b.rt.set(func() {
+			if n := b.rt.content.infos; n != 0 {
+				t.Errorf("asked %d times more", n)
+			}
+		})
+		done()
+		b.end("a")
 	})
 }
 
