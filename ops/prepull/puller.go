@@ -337,9 +337,11 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 			busy[u.key] = u.op.GetUid()
 			u.apart = true
 			p.startLocked(ctx, wg, u)
-		case running >= p.parallel || u.urgent:
+		case running >= p.parallel && u.urgent:
+			u.waitLocked(ReasonInQueue, fmt.Sprintf("%d pulls that something waits for and %d of %d others at once are under way", urgent, running, p.parallel))
+		case running >= p.parallel:
 			u.waitLocked(ReasonInQueue, fmt.Sprintf("%d of %d pulls at once are under way", running, p.parallel))
-		default:
+		default: // an urgent one too, when there are more of these than places for them
 			running++
 			busy[u.key] = u.op.GetUid()
 			p.startLocked(ctx, wg, u)
