@@ -221,6 +221,17 @@ func (w *watch) oursUnder(ctx context.Context, lease string, blobs map[string]co
 	if err != nil {
 		return fmt.Errorf("lease %s: %w", lease, err)
 	}
+	done := map[string]bool{} // between the one question and the other
+	for _, r := range list {
+		if r.Type == "content" {
+			done[r.ID] = true
+		}
+	}
+	for ref := range blobs {
+		if d, ok := layerOf(ref); ok && done[d.String()] {
+			ours[ref], w.known[ref] = true, true
+		}
+	}
 	for _, r := range list {
 		if _, ok := blobs[r.ID]; !ok || r.Type != "ingests" {
 			continue

@@ -42,6 +42,7 @@ type contents struct {
 	looks   int           // at what comes
 	infos   int           // asked of blobs that are there
 	broken  bool          // it does not tell what comes
+	swift   bool          // what it tells of is there a moment later
 }
 
 type fakeLease struct {
@@ -128,6 +129,14 @@ func (c *contents) answer(args, reply any) (known bool, err error) {
 		resp := &contentapi.ListStatusesResponse{}
 		for ref, l := range c.open {
 			resp.Statuses = append(resp.Statuses, &contentapi.Status{Ref: ref, StartedAt: timestamppb.New(l.began), Offset: l.offset(now), Total: l.total})
+		}
+		for ref, l := range c.open {
+			if !c.swift || l.lease == "" {
+				continue
+			}
+			delete(c.open, ref)
+			c.blobs[l.digest] = []byte{0}
+			c.leases[l.lease].resources = append(c.leases[l.lease].resources, &leasesapi.Resource{ID: l.digest.String(), Type: "content"})
 		}
 		proto.Merge(to, resp)
 	case *contentapi.InfoRequest:
@@ -331,6 +340,32 @@ func TestKubeletPullsInVain(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A small layer of ours that is there between two questions of one look is not taken for kubelet's.
+func TestSwiftLayersAreOurs(t *testing.T) {
+	inContent(t, Options{Parallel: 2}, func(t *testing.T, b *bubble) {
+		b.ours("a", 60)
+		lease := leaseID("docker.io/library/a:latest|")
+		b.rt.set(func() {
+			b.rt.content.leases[lease] = &fakeLease{began: time.Now()}
+			b.rt.content.swift = true
+			delete(b.rt.content.open, refOf(digest.FromString("docker.io/library/a:latest")))
+		})
+		done := b.KubeletPulls("there")
+		for i := range 40 {
+			time.Sleep(watchEvery)
+			d := digest.FromString(name(i))
+			b.rt.set(func() {
+				b.rt.content.open[refOf(d)] = &fakeLayer{digest: d, began: time.Now(), from: time.Now().Add(-time.Second), total: 8 * mib, rate: rateOfOurs, lease: lease}
+			})
+		}
+		b.ours("b", 60) // would begin but for kubelet's
+		b.want("b", resolving, "")
+		done()
+		b.end("a")
+		b.end("b")
+	})
 }
 
 // A pull of kubelet's that works is seen among those that come to little.
