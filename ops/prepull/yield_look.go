@@ -53,11 +53,20 @@ type point struct {
 type wanted struct {
 	layers []digest.Digest
 	read   map[digest.Digest]bool      // what has been looked at
-	bare   map[digest.Digest]time.Time // what had no labels, and when that was first so
+	asked  map[digest.Digest]time.Time // when its labels were first asked for
 }
 
 // bareFor is how long a blob without labels is asked for again: containerd labels a manifest a moment after it is there, layers never.
 const bareFor = 3 * time.Second
+
+// barren reports whether the blob has been asked for long enough, and notes when that began.
+func (w *wanted) barren(d digest.Digest) bool {
+	at, asked := w.asked[d]
+	if !asked {
+		w.asked[d] = time.Now()
+	}
+	return asked && time.Since(at) >= bareFor
+}
 
 func newWatch(s *store) *watch {
 	return &watch{store: s, known: map[string]bool{}, theirs: map[string]bool{}, pulls: map[string]*wanted{}, there: map[digest.Digest]bool{}}
@@ -277,7 +286,7 @@ func (w *watch) wants(ctx context.Context, since time.Time, lacks, grows, into m
 		}
 		pull := w.pulls[l.ID]
 		if pull == nil {
-			pull = &wanted{read: map[digest.Digest]bool{}, bare: map[digest.Digest]time.Time{}}
+			pull = &wanted{read: map[digest.Digest]bool{}, asked: map[digest.Digest]time.Time{}}
 			w.pulls[l.ID] = pull
 		}
 		if len(pull.layers) == 0 {
@@ -314,7 +323,7 @@ func (w *watch) read(ctx context.Context, l leases.Lease, into *wanted) error {
 	}
 	for _, r := range list {
 		d := digest.Digest(r.ID)
-		if r.Type != "content" || into.read[d] {
+		if r.Type != "content" || into.read[d] || into.barren(d) {
 			continue
 		}
 		info, err := w.store.content.Info(ctx, d)
@@ -328,12 +337,7 @@ func (w *watch) read(ctx context.Context, l leases.Lease, into *wanted) error {
 		for label := range info.Labels {
 			refers = refers || strings.HasPrefix(label, gcRef)
 		}
-		if !refers {
-			if at, known := into.bare[d]; !known {
-				into.bare[d] = time.Now()
-			} else if time.Since(at) >= bareFor {
-				into.read[d] = true
-			}
+		if !refers { // it may be labelled a moment later
 			continue
 		}
 		into.read[d] = true

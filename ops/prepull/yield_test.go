@@ -721,6 +721,65 @@ func TestKubeletWantsALayer(t *testing.T) {
 	})
 }
 
+// What something waits for is not cut off then: its speed limit is lifted.
+func TestUrgentLiftsItsLimit(t *testing.T) {
+	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+		d := digest.FromString("docker.io/library/a:latest")
+		b.ours("a", 100)
+		b.ours("other", 1) // for which kubelet is looked at
+		b.hurry("a")
+		limiter := rate.NewLimiter(1, 1)
+		b.mu.Lock()
+		b.pulls["a"].op.Layers = []*opsv1.LayerProgress{{Digest: d.String(), BytesTotal: 6400 * mib}}
+		b.pulls["a"].limiter.Store(limiter)
+		b.mu.Unlock()
+		raw, err := json.Marshal(ocispec.Manifest{Layers: []ocispec.Descriptor{{Digest: d}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.rt.set(func() {
+			b.rt.content.blobs[digest.FromBytes(raw)] = raw
+			b.rt.content.leases["kubelets"] = &fakeLease{began: time.Now(), resources: []*leasesapi.Resource{{ID: digest.FromBytes(raw).String(), Type: "content"}}}
+		})
+		done := b.KubeletPulls("a")
+		time.Sleep(time.Second)
+		b.want("a", resolving, "")
+		if limiter.Limit() != rate.Inf || b.yields() != 0 {
+			t.Errorf("limit %v, %d yields", limiter.Limit(), b.yields())
+		}
+		done()
+		b.end("a")
+		b.end("other")
+	})
+}
+
+// kubelet's pulls cost nothing while there is none of ours.
+func TestNobodyLooks(t *testing.T) {
+	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+		end := b.kubelet("kubelets", 50*mib)
+		time.Sleep(time.Minute)
+		b.rt.set(func() {
+			if n := b.rt.content.looks; n != 0 {
+				t.Errorf("%d looks", n)
+			}
+		})
+		b.ours("a", 60)
+		time.Sleep(time.Second)
+		b.want("a", waiting, ReasonYieldsToKubelet)
+		end()
+		b.end("a")
+		b.rt.set(func() { b.rt.content.looks = 0 })
+		end = b.kubelet("kubelets", 50*mib)
+		time.Sleep(time.Minute)
+		end()
+		b.rt.set(func() {
+			if n := b.rt.content.looks; n != 0 {
+				t.Errorf("%d looks once ours had ended", n)
+			}
+		})
+	})
+}
+
 // "In any case" holds when nobody can tell any more what comes.
 func TestYieldEndsUnseen(t *testing.T) {
 	inContent(t, Options{}, func(t *testing.T, b *bubble) {
@@ -790,64 +849,5 @@ func TestBlobsWithoutLabels(t *testing.T) {
 		})
 		done()
 		b.end("a")
-	})
-}
-
-// What something waits for is not cut off then: its speed limit is lifted.
-func TestUrgentLiftsItsLimit(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
-		d := digest.FromString("docker.io/library/a:latest")
-		b.ours("a", 100)
-		b.ours("other", 1) // for which kubelet is looked at
-		b.hurry("a")
-		limiter := rate.NewLimiter(1, 1)
-		b.mu.Lock()
-		b.pulls["a"].op.Layers = []*opsv1.LayerProgress{{Digest: d.String(), BytesTotal: 6400 * mib}}
-		b.pulls["a"].limiter.Store(limiter)
-		b.mu.Unlock()
-		raw, err := json.Marshal(ocispec.Manifest{Layers: []ocispec.Descriptor{{Digest: d}}})
-		if err != nil {
-			t.Fatal(err)
-		}
-		b.rt.set(func() {
-			b.rt.content.blobs[digest.FromBytes(raw)] = raw
-			b.rt.content.leases["kubelets"] = &fakeLease{began: time.Now(), resources: []*leasesapi.Resource{{ID: digest.FromBytes(raw).String(), Type: "content"}}}
-		})
-		done := b.KubeletPulls("a")
-		time.Sleep(time.Second)
-		b.want("a", resolving, "")
-		if limiter.Limit() != rate.Inf || b.yields() != 0 {
-			t.Errorf("limit %v, %d yields", limiter.Limit(), b.yields())
-		}
-		done()
-		b.end("a")
-		b.end("other")
-	})
-}
-
-// kubelet's pulls cost nothing while there is none of ours.
-func TestNobodyLooks(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
-		end := b.kubelet("kubelets", 50*mib)
-		time.Sleep(time.Minute)
-		b.rt.set(func() {
-			if n := b.rt.content.looks; n != 0 {
-				t.Errorf("%d looks", n)
-			}
-		})
-		b.ours("a", 60)
-		time.Sleep(time.Second)
-		b.want("a", waiting, ReasonYieldsToKubelet)
-		end()
-		b.end("a")
-		b.rt.set(func() { b.rt.content.looks = 0 })
-		end = b.kubelet("kubelets", 50*mib)
-		time.Sleep(time.Minute)
-		end()
-		b.rt.set(func() {
-			if n := b.rt.content.looks; n != 0 {
-				t.Errorf("%d looks once ours had ended", n)
-			}
-		})
 	})
 }
