@@ -133,6 +133,31 @@ func TestEnsurePasses(t *testing.T) {
 	})
 }
 
+// What something waits for takes a place of the others' if its own are taken and one of these is free.
+func TestUrgentTakesAFreePlace(t *testing.T) {
+	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		b.rt.takes = time.Minute
+		for i := range urgentParallel + 2 {
+			if _, err := b.take(&opsv1.PullRequest{Uid: name(i), Image: name(i)}, true); err != nil {
+				t.Fatal(err)
+			}
+			synctest.Wait()
+		}
+		for i := range urgentParallel + 1 {
+			b.want(name(i), resolving, "")
+		}
+		op := b.want(name(urgentParallel+1), waiting, ReasonInQueue)
+		if want := "2 pulls that something waits for and 1 of 1 others at once are under way"; op.GetMessage() != want {
+			t.Errorf("%v", op)
+		}
+		for i := range urgentParallel + 2 {
+			if op := b.end(name(i)); op.GetPhase() != succeeded {
+				t.Errorf("%v", op)
+			}
+		}
+	})
+}
+
 func TestEnsureCancelledByAnother(t *testing.T) {
 	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
 		b.rt.takes = time.Minute

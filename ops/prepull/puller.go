@@ -127,11 +127,12 @@ type pull struct {
 	private bool
 	had     string
 	retryAt time.Time
-	// given counts the credentials that have come, each set once. denied is set while the pull waits for its next attempt because
-	// the registry says no to it, which is no reason for other pulls of the image to wait.
+	// given counts the credentials that have come, each set once. failed is the reason for which the pull waits for its next attempt, denied
+	// is set if that is one of its credentials.
 	given  int
+	failed string
 	denied bool
-	// urgent is set when something on the node waits for it, which decides for itself whether to ask again; apart when it runs in a place
+	// urgent is set when something on the node waits for this very operation, which decides for itself whether to ask again; apart when it runs in a place
 	// of those.
 	urgent, apart bool
 	// cut is set when the attempt that runs has been cut off for kubelet.
@@ -268,7 +269,7 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 	next := time.Hour
 	var running, urgent int
 	busy := map[string]string{}
-	backOff := map[string]time.Time{} // a registry that wants to be left alone does not care for whom
+	backOff, tooMany := map[string]time.Time{}, map[string]time.Time{} // until when others of the image wait as well, and those that are urgent
 	var waiting []*pull
 	for _, u := range p.pulls {
 		switch {
@@ -282,8 +283,14 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 			busy[u.key] = u.op.GetUid()
 		default:
 			waiting = append(waiting, u)
-			if u.retryAt.After(backOff[u.key]) && !u.denied {
-				backOff[u.key] = u.retryAt
+			// A registry that wants to be left alone does not care for whom; that it was out of reach may have been so for one alone, with
+			// its limit or its time, and one attempt more does not hurt it where somebody waits. What else went wrong was that pull's own.
+			switch u.failed {
+			case ReasonTooManyRequests:
+				tooMany[u.key] = later(tooMany[u.key], u.retryAt)
+				backOff[u.key] = later(backOff[u.key], u.retryAt)
+			case ReasonRegistryUnavailable, ReasonTimeout:
+				backOff[u.key] = later(backOff[u.key], u.retryAt)
 			}
 		}
 	}
@@ -301,6 +308,10 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 			}
 			next = min(next, by.Sub(now))
 		}
+		others := backOff[u.key]
+		if u.urgent {
+			others = tooMany[u.key]
+		}
 		switch leader := busy[u.key]; {
 		case u.op.GetAttempt() >= u.attempts(): // revived
 			p.finishLocked(u, opsv1.PullPhase_PULL_FAILED, ReasonInternal, fmt.Sprintf(
@@ -311,8 +322,8 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 			} else {
 				p.finishLocked(u, opsv1.PullPhase_PULL_FAILED, ReasonCredentialsNeeded, fmt.Sprintf("cri-proxy was restarted, and nobody has repeated the command with its credentials for %s", credentialsPatience))
 			}
-		case now.Before(backOff[u.key]), now.Before(u.retryAt):
-			next = min(next, max(backOff[u.key].Sub(now), u.retryAt.Sub(now)))
+		case now.Before(others), now.Before(u.retryAt):
+			next = min(next, later(others, u.retryAt).Sub(now))
 			if !now.Before(u.retryAt) {
 				u.waitLocked(ReasonBackOff, "another pull of the image has just failed")
 			}
@@ -329,15 +340,24 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 			busy[u.key] = u.op.GetUid()
 			u.apart = true
 			p.startLocked(ctx, wg, u)
-		case running >= p.parallel || u.urgent:
+		case running >= p.parallel && u.urgent:
+			u.waitLocked(ReasonInQueue, fmt.Sprintf("%d pulls that something waits for and %d of %d others at once are under way", urgent, running, p.parallel))
+		case running >= p.parallel:
 			u.waitLocked(ReasonInQueue, fmt.Sprintf("%d of %d pulls at once are under way", running, p.parallel))
-		default:
+		default: // an urgent one too, when there are more of these than places for them
 			running++
 			busy[u.key] = u.op.GetUid()
 			p.startLocked(ctx, wg, u)
 		}
 	}
 	return max(next, 10*time.Millisecond)
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
 }
 
 func (u *pull) deadline() (time.Time, bool) {
@@ -413,7 +433,7 @@ func (p *Puller) giveUp(u *pull) {
 func (p *Puller) settle(ctx context.Context, u *pull, given int, err, cause error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	u.stop, u.apart, u.denied = nil, false, false
+	u.stop, u.apart, u.failed, u.denied = nil, false, "", false
 	u.limiter.Store(nil)
 	u.slots.Store(false)
 	if err == nil {
@@ -455,7 +475,7 @@ func (p *Puller) settle(ctx context.Context, u *pull, given int, err, cause erro
 		return
 	}
 	wait := min(backOffMin<<min(u.op.GetAttempt()-1, 10), backOffMax)
-	u.retryAt, u.denied = time.Now().Add(wait), f.credentials
+	u.retryAt, u.failed, u.denied = time.Now().Add(wait), f.reason, f.credentials
 	u.waitLocked(ReasonBackOff, fmt.Sprintf("attempt %d of %d in %s: %s: %s", u.op.GetAttempt()+1, attempts, wait, f.reason, f.message))
 }
 

@@ -170,6 +170,51 @@ func TestBackOffIsOfTheImage(t *testing.T) {
 	})
 }
 
+// What went wrong with a pull keeps others of the image waiting only if the registry caused it, and an upgrade only if that asked for it.
+func TestBackOffOfOthers(t *testing.T) {
+	for reason, tt := range map[string]struct {
+		err          error
+		job, upgrade bool // whether it waits
+	}{
+		ReasonTooManyRequests:     {&failure{reason: ReasonTooManyRequests, message: "slow down"}, true, true},
+		ReasonRegistryUnavailable: {broken(), true, false},
+		ReasonTimeout:             {status.Error(codes.DeadlineExceeded, "late"), true, false},
+		ReasonDiskPressure:        {status.Error(codes.Unknown, "no space left on device"), false, false},
+		ReasonRuntime:             {status.Error(codes.Unknown, "strange"), false, false},
+		ReasonUnauthorized:        {unauthorized(), false, false},
+	} {
+		t.Run(reason, func(t *testing.T) {
+			for _, urgent := range []bool{false, true} {
+				inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+					b.rt.fail = []error{tt.err, nil}
+					b.pull(&opsv1.PullRequest{Uid: "first", Image: "nginx"})
+					b.want("first", waiting, ReasonBackOff)
+					waits := tt.job
+					if urgent {
+						waits = tt.upgrade
+						if _, err := b.take(&opsv1.PullRequest{Uid: "second", Image: "nginx"}, true); err != nil {
+							t.Fatal(err)
+						}
+					} else {
+						b.pull(&opsv1.PullRequest{Uid: "second", Image: "nginx"})
+					}
+					synctest.Wait()
+					if waits {
+						b.want("second", waiting, ReasonBackOff)
+					} else {
+						b.want("second", succeeded, ReasonPulled)
+					}
+					for _, uid := range []string{"first", "second"} {
+						if op := b.end(uid); op.GetPhase() != succeeded {
+							t.Errorf("%v", op)
+						}
+					}
+				})
+			}
+		})
+	}
+}
+
 // TestRegistrySaysNo asks again, since an image or its secret may come a moment later. Who has somebody to tell is told at once.
 func TestRegistrySaysNo(t *testing.T) {
 	for reason, err := range map[string]error{ReasonUnauthorized: unauthorized(), ReasonNotFound: status.Error(codes.NotFound, "not found")} {

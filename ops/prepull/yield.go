@@ -114,7 +114,7 @@ func since(pulls []*kubeletPull) time.Time {
 	return pulls[0].began
 }
 
-// named says whose pulls these are.
+// named says whose pulls these are, for the node's log: who reads the status of a pull may not read what other namespaces run.
 func named(pulls []*kubeletPull) string {
 	var images []string
 	for _, pull := range pulls {
@@ -122,14 +122,7 @@ func named(pulls []*kubeletPull) string {
 			images = append(images, pull.image)
 		}
 	}
-	switch len(images) {
-	case 0:
-		return "an image"
-	case 1:
-		return images[0]
-	default:
-		return fmt.Sprintf("%s and %d more", images[0], len(images)-1)
-	}
+	return cmp.Or(strings.Join(images, ", "), "an image")
 }
 
 // KubeletPulls says that kubelet pulls an image, until done is called; an empty name is one that is not known. Ours may
@@ -156,14 +149,34 @@ func (p *Puller) KubeletPulls(image string) (done func()) {
 // aside is why and how long pulls stand aside. A zero one: they do not.
 type aside struct {
 	since, until time.Time
-	message      string
+	images       []string // that kubelet pulls; empty: not known
+	why          string
 }
 
 func (a aside) on() bool { return !a.since.IsZero() }
 
 func newAside(since, until time.Time, pulls []*kubeletPull, why string) aside {
-	return aside{since: since, until: until, message: fmt.Sprintf("yields to kubelet's pull of %s%s since %s, goes on at %s in any case",
-		named(pulls), why, since.UTC().Format(time.RFC3339), until.UTC().Format(time.RFC3339))}
+	a := aside{since: since, until: until, why: why}
+	for _, pull := range pulls {
+		named, err := normalize(pull.image)
+		if err == nil && !slices.Contains(a.images, named.String()) {
+			a.images = append(a.images, named.String())
+		}
+	}
+	return a
+}
+
+// message says it to who waits for a pull of ours, without what kubelet pulls for others.
+func (a aside) message(u *pull) string {
+	whose := "another image"
+	switch {
+	case slices.Contains(a.images, u.named.String()):
+		whose = "the same image"
+	case len(a.images) == 0:
+		whose = "an image"
+	}
+	return fmt.Sprintf("yields to kubelet's pull of %s%s since %s, goes on at %s in any case",
+		whose, a.why, a.since.UTC().Format(time.RFC3339), a.until.UTC().Format(time.RFC3339))
 }
 
 // way is how pulls of ours share the line with kubelet's. Its fields are guarded by Puller.mu.
@@ -280,23 +293,46 @@ func (u *pull) layersLocked(now time.Time, s seen, holds bool, pulls []*kubeletP
 			since = u.aside.since
 		}
 		u.aside = newAside(since, now.Add(yieldMost), pulls, ", which wants the same layers,")
-	case !now.Before(u.aside.until):
-		u.aside, u.free = aside{}, now.Add(yieldMost)
+	default:
+		return u.pastLocked(now)
 	}
 	return before != u.aside.on()
+}
+
+// pastLocked ends that the pull stands aside for its layers once it has for as long as it said, and reports whether it has.
+func (u *pull) pastLocked(now time.Time) bool {
+	if !u.aside.on() || now.Before(u.aside.until) {
+		return false
+	}
+	u.aside, u.free = aside{}, now.Add(yieldMost)
+	return true
 }
 
 // asideLocked says why a pull must not go on; empty: it may.
 func (p *Puller) asideLocked(u *pull) string {
 	switch {
-	case u.urgent:
+	case p.aheadLocked(u):
 		return ""
 	case u.aside.on():
-		return u.aside.message
+		return u.aside.message(u)
 	case p.way.aside.on() && !u.complete():
-		return p.way.aside.message
+		return p.way.aside.message(u)
 	}
 	return ""
+}
+
+// aheadLocked reports whether the pull gives way to nothing: something on the node waits for it, or for another of the same image that
+// waits until this one has ended. The latter is so only while it is: what else is different for an urgent pull is that one's own.
+func (p *Puller) aheadLocked(u *pull) bool {
+	if u.urgent || u.stop == nil {
+		return u.urgent
+	}
+	for _, other := range p.pulls {
+		if other.urgent && other.key == u.key && other.op.GetFinishTime() == nil {
+			return true
+		}
+	}
+	return false
 }
 
 // complete reports whether all bytes are there.
@@ -332,14 +368,18 @@ func (p *Puller) act(now time.Time, s seen, pulls []*kubeletPull) {
 	defer p.mu.Unlock()
 	p.way.holds = false
 	for _, u := range p.pulls {
-		p.way.holds = p.way.holds || u.stop != nil && !u.urgent && u.slots.Load() && len(s.fetches[leaseID(u.key)]) > 0
+		p.way.holds = p.way.holds || u.stop != nil && u.slots.Load() && !p.aheadLocked(u) && len(s.fetches[leaseID(u.key)]) > 0
 	}
 	changed := p.way.lineLocked(now, s, pulls)
 	if changed && p.way.aside.on() {
 		p.log.WithField("image", named(pulls)).Debug("kubelet's pull gets bytes, ours stand aside")
 	}
 	for _, u := range p.pulls {
-		if s.unknown || u.op.GetFinishTime() != nil {
+		if u.op.GetFinishTime() != nil {
+			continue
+		}
+		if s.unknown {
+			changed = u.pastLocked(now) || changed
 			continue
 		}
 		fetches := s.fetches[leaseID(u.key)]
@@ -348,13 +388,16 @@ func (p *Puller) act(now time.Time, s seen, pulls []*kubeletPull) {
 			_, wanted := s.wants[d]
 			holds = holds || wanted
 		}
-		if u.urgent {
+		if p.aheadLocked(u) {
 			if l := u.limiter.Load(); holds && l != nil && u.stop != nil {
 				l.SetLimit(rate.Inf) // what kubelet waits for comes as fast as it would for kubelet
 			}
 			continue
 		}
-		changed = u.layersLocked(now, s, holds, pulls) || changed
+		if u.layersLocked(now, s, holds, pulls) {
+			changed = true
+			p.log.WithFields(u.fields()).WithField("kubelets", named(pulls)).WithField("aside", u.aside.on()).Debug("kubelet's pull wants layers of ours")
+		}
 		if u.stop != nil && !u.cut && p.asideLocked(u) != "" && len(fetches) > 0 {
 			u.cut = true
 			u.stop(errYield)
@@ -484,14 +527,13 @@ func (p *Puller) slotsWanted(ctx context.Context, u *pull) bool {
 // errOvertaken ends a slow pull that is in the way of one that something waits for.
 var errOvertaken = errors.New("a pull that something waits for takes over")
 
-// overtakenLocked deals with a pull that is urgent and finds that another of the same image runs: that one is urgent from now
-// on. One that is held back by a speed limit of its own, and has bytes to fetch, is ended: the urgent one goes on from there.
+// overtakenLocked deals with a pull that is urgent and finds that another of the same image runs: that one gives way to nothing, see
+// [Puller.aheadLocked]. One that is held back by a speed limit of its own, and has bytes to fetch, is ended: the urgent one goes on
+// from there.
 func (p *Puller) overtakenLocked(u, leader *pull) {
 	if limit, own := p.limitOf(leader), p.limitOf(u); limit > 0 && (own == 0 || own > limit) && !leader.complete() && !leader.urgent {
 		leader.stop(errOvertaken)
-		return
 	}
-	leader.urgent = true
 }
 
 // limitOf returns the bound of the pull's speed; 0: none.

@@ -52,7 +52,20 @@ type point struct {
 // wanted is what a pull of kubelet's is found to want.
 type wanted struct {
 	layers []digest.Digest
-	read   map[digest.Digest]bool // what has been looked at
+	read   map[digest.Digest]bool      // what has been looked at
+	asked  map[digest.Digest]time.Time // when its labels were first asked for
+}
+
+// bareFor is how long a blob without labels is asked for again: containerd labels a manifest a moment after it is there, layers never.
+const bareFor = 3 * time.Second
+
+// barren reports whether the blob has been asked for long enough, and notes when that began.
+func (w *wanted) barren(d digest.Digest) bool {
+	at, asked := w.asked[d]
+	if !asked {
+		w.asked[d] = time.Now()
+	}
+	return asked && time.Since(at) >= bareFor
 }
 
 func newWatch(s *store) *watch {
@@ -217,6 +230,17 @@ func (w *watch) oursUnder(ctx context.Context, lease string, blobs map[string]co
 	if err != nil {
 		return fmt.Errorf("lease %s: %w", lease, err)
 	}
+	done := map[string]bool{} // between the one question and the other
+	for _, r := range list {
+		if r.Type == "content" {
+			done[r.ID] = true
+		}
+	}
+	for ref := range blobs {
+		if d, ok := layerOf(ref); ok && done[d.String()] {
+			ours[ref], w.known[ref] = true, true
+		}
+	}
 	for _, r := range list {
 		if _, ok := blobs[r.ID]; !ok || r.Type != "ingests" {
 			continue
@@ -262,7 +286,7 @@ func (w *watch) wants(ctx context.Context, since time.Time, lacks, grows, into m
 		}
 		pull := w.pulls[l.ID]
 		if pull == nil {
-			pull = &wanted{read: map[digest.Digest]bool{}}
+			pull = &wanted{read: map[digest.Digest]bool{}, asked: map[digest.Digest]time.Time{}}
 			w.pulls[l.ID] = pull
 		}
 		if len(pull.layers) == 0 {
@@ -299,7 +323,7 @@ func (w *watch) read(ctx context.Context, l leases.Lease, into *wanted) error {
 	}
 	for _, r := range list {
 		d := digest.Digest(r.ID)
-		if r.Type != "content" || into.read[d] {
+		if r.Type != "content" || into.read[d] || into.barren(d) {
 			continue
 		}
 		info, err := w.store.content.Info(ctx, d)

@@ -40,6 +40,9 @@ type contents struct {
 	cut     int           // pulls that were ended before
 	torn    int           // and while they unpacked
 	looks   int           // at what comes
+	infos   int           // asked of blobs that are there
+	broken  bool          // it does not tell what comes
+	swift   bool          // what it tells of is there a moment later
 }
 
 type fakeLease struct {
@@ -120,9 +123,20 @@ func (c *contents) answer(args, reply any) (known bool, err error) {
 	switch req := args.(type) {
 	case *contentapi.ListStatusesRequest:
 		c.looks++
+		if c.broken {
+			return true, status.Error(codes.Internal, "broken")
+		}
 		resp := &contentapi.ListStatusesResponse{}
 		for ref, l := range c.open {
 			resp.Statuses = append(resp.Statuses, &contentapi.Status{Ref: ref, StartedAt: timestamppb.New(l.began), Offset: l.offset(now), Total: l.total})
+		}
+		for ref, l := range c.open {
+			if !c.swift || l.lease == "" {
+				continue
+			}
+			delete(c.open, ref)
+			c.blobs[l.digest] = []byte{0}
+			c.leases[l.lease].resources = append(c.leases[l.lease].resources, &leasesapi.Resource{ID: l.digest.String(), Type: "content"})
 		}
 		proto.Merge(to, resp)
 	case *contentapi.InfoRequest:
@@ -130,6 +144,7 @@ func (c *contents) answer(args, reply any) (known bool, err error) {
 		if !ok {
 			return true, status.Error(codes.NotFound, "no such blob")
 		}
+		c.infos++
 		info := &contentapi.Info{Digest: req.GetDigest(), Size: int64(len(raw))}
 		if len(raw) > 1 {
 			info.Labels = map[string]string{gcRef + ".config": "sha256:0"}
@@ -235,7 +250,7 @@ func TestGivesWay(t *testing.T) {
 		if _, at, ok := strings.Cut(op.GetMessage(), " since "); ok {
 			since, _ = time.Parse(time.RFC3339, at[:len("2006-01-02T15:04:05Z")])
 		}
-		if !strings.HasPrefix(op.GetMessage(), "yields to kubelet's pull of first and 1 more since ") || !strings.HasSuffix(op.GetMessage(), " in any case") || since.Sub(began).Abs() > 3*time.Second {
+		if !strings.HasPrefix(op.GetMessage(), "yields to kubelet's pull of another image since ") || !strings.HasSuffix(op.GetMessage(), " in any case") || since.Sub(began).Abs() > 3*time.Second {
 			t.Errorf("%v", op)
 		}
 		b.ours("b", 60)
@@ -325,6 +340,32 @@ func TestKubeletPullsInVain(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A small layer of ours that is there between two questions of one look is not taken for kubelet's.
+func TestSwiftLayersAreOurs(t *testing.T) {
+	inContent(t, Options{Parallel: 2}, func(t *testing.T, b *bubble) {
+		b.ours("a", 60)
+		lease := leaseID("docker.io/library/a:latest|")
+		b.rt.set(func() {
+			b.rt.content.leases[lease] = &fakeLease{began: time.Now()}
+			b.rt.content.swift = true
+			delete(b.rt.content.open, refOf(digest.FromString("docker.io/library/a:latest")))
+		})
+		done := b.KubeletPulls("there")
+		for i := range 40 {
+			time.Sleep(watchEvery)
+			d := digest.FromString(name(i))
+			b.rt.set(func() {
+				b.rt.content.open[refOf(d)] = &fakeLayer{digest: d, began: time.Now(), from: time.Now().Add(-time.Second), total: 8 * mib, rate: rateOfOurs, lease: lease}
+			})
+		}
+		b.ours("b", 60) // would begin but for kubelet's
+		b.want("b", resolving, "")
+		done()
+		b.end("a")
+		b.end("b")
+	})
 }
 
 // A pull of kubelet's that works is seen among those that come to little.
@@ -488,6 +529,98 @@ func TestUrgentOvertakes(t *testing.T) {
 	}
 }
 
+// A job's pull for which an upgrade of the same image waits is a job's all the same: it is tried again, and looked at.
+func TestFollowedByUrgent(t *testing.T) {
+	follow := func(t *testing.T, b *bubble) (stop func()) {
+		t.Helper()
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			_, _ = b.Ensure(ctx, &opsv1.PullRequest{Uid: "upgrade", Image: "nginx"}, nil)
+		}()
+		time.Sleep(time.Second)
+		return func() {
+			cancel()
+			<-ended
+		}
+	}
+	t.Run("refused", func(t *testing.T) {
+		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+			b.rt.pulling = func(context.Context, *runtimeapi.PullImageRequest) error {
+				time.Sleep(10 * time.Second)
+				return unauthorized()
+			}
+			b.pull(&opsv1.PullRequest{Uid: "job", Image: "nginx", MaxAttempts: 3})
+			stop := follow(t, b)
+			if op := b.end("job"); op.GetReason() != ReasonUnauthorized || op.GetAttempt() != 3 {
+				t.Errorf("%v", op)
+			}
+			stop()
+		})
+	})
+	t.Run("another platform", func(t *testing.T) {
+		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+			b.rt.takes, b.rt.arch = 10*time.Second, "another"
+			b.pull(&opsv1.PullRequest{Uid: "job", Image: "nginx"})
+			stop := follow(t, b)
+			if op := b.end("job"); op.GetReason() != ReasonInvalidImage {
+				t.Errorf("%v", op)
+			}
+			stop()
+		})
+	})
+	t.Run("gives way", func(t *testing.T) {
+		inContent(t, Options{}, func(t *testing.T, b *bubble) {
+			b.rt.set(func() { b.rt.takes = 20 * time.Second })
+			b.pull(&opsv1.PullRequest{Uid: "job", Image: "nginx"})
+			stop := follow(t, b)
+			end := b.kubelet("kubelets", 50*mib)
+			time.Sleep(2 * time.Second)
+			if b.want("job", resolving, ""); b.yields() != 0 {
+				t.Errorf("%d yields while an upgrade waits", b.yields())
+			}
+			stop()
+			time.Sleep(2 * time.Second)
+			b.want("job", waiting, ReasonYieldsToKubelet)
+			end()
+			b.end("job")
+		})
+	})
+}
+
+// Who may make jobs does not learn from their status what the pods of others run.
+func TestYieldNamesNoImage(t *testing.T) {
+	for name, tt := range map[string]struct {
+		kubelets []string
+		want     string
+	}{
+		"another":  {[]string{"registry.test/team-b/secret:1"}, "another image"},
+		"several":  {[]string{"registry.test/team-b/secret:1", "registry.test/team-b/more:1"}, "another image"},
+		"the same": {[]string{"registry.test/team-b/secret:1", "a"}, "the same image"},
+		"unknown":  {[]string{""}, "an image"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inContent(t, Options{}, func(t *testing.T, b *bubble) {
+				b.ours("a", 10)
+				var ends []func()
+				for _, image := range tt.kubelets {
+					ends = append(ends, b.kubelet(image, 50*mib))
+				}
+				time.Sleep(3 * time.Second)
+				op := b.want("a", waiting, ReasonYieldsToKubelet)
+				if !strings.HasPrefix(op.GetMessage(), "yields to kubelet's pull of "+tt.want+" since ") {
+					t.Errorf("%v", op)
+				}
+				for _, end := range ends {
+					end()
+				}
+				b.end("a")
+			})
+		})
+	}
+}
+
 // A runtime that is not containerd does not tell what comes, and cannot go on with half an image: what runs is left alone.
 func TestGivesWayBlindly(t *testing.T) {
 	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
@@ -569,7 +702,7 @@ func TestKubeletWantsALayer(t *testing.T) {
 			b.rt.content.leases["other"].resources = append(b.rt.content.leases["other"].resources, &leasesapi.Resource{ID: manifest.String(), Type: "content"})
 		})
 		time.Sleep(time.Second)
-		if op := b.want("a", waiting, ReasonYieldsToKubelet); !strings.HasPrefix(op.GetMessage(), "yields to kubelet's pull of shares, which wants the same layers, since ") || b.yields() != 1 {
+		if op := b.want("a", waiting, ReasonYieldsToKubelet); !strings.HasPrefix(op.GetMessage(), "yields to kubelet's pull of another image, which wants the same layers, since ") || b.yields() != 1 {
 			t.Errorf("%d yields: %v", b.yields(), op)
 		}
 		// As long as bytes come, ours have nothing to gain; that of another image may be pulled.
@@ -667,5 +800,77 @@ func TestNobodyLooks(t *testing.T) {
 				t.Errorf("%d looks once ours had ended", n)
 			}
 		})
+	})
+}
+
+// "In any case" holds when nobody can tell any more what comes.
+func TestYieldEndsUnseen(t *testing.T) {
+	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+		base := digest.FromString("docker.io/library/a:latest")
+		b.ours("a", 100)
+		b.mu.Lock()
+		b.pulls["a"].op.Layers = []*opsv1.LayerProgress{{Digest: base.String(), BytesTotal: 6400 * mib}}
+		b.mu.Unlock()
+		time.Sleep(time.Second)
+		raw, err := json.Marshal(ocispec.Manifest{Layers: []ocispec.Descriptor{{Digest: base}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.rt.set(func() {
+			b.rt.content.blobs[digest.FromBytes(raw)] = raw
+			b.rt.content.leases["kubelets"] = &fakeLease{began: time.Now(), resources: []*leasesapi.Resource{{ID: digest.FromBytes(raw).String(), Type: "content"}}}
+		})
+		done := b.KubeletPulls("shares")
+		time.Sleep(time.Second)
+		b.want("a", waiting, ReasonYieldsToKubelet)
+		b.rt.set(func() { b.rt.content.broken = true })
+		time.Sleep(yieldMost)
+		b.want("a", resolving, "")
+		b.end("a")
+		done()
+	})
+	t.Run("the line", func(t *testing.T) {
+		inContent(t, Options{}, func(t *testing.T, b *bubble) {
+			b.ours("a", 100)
+			end := b.kubelet("kubelets", 50*mib)
+			time.Sleep(time.Second)
+			b.want("a", waiting, ReasonYieldsToKubelet)
+			b.rt.set(func() { b.rt.content.broken = true })
+			time.Sleep(yieldMost)
+			b.want("a", resolving, "")
+			b.end("a")
+			end()
+		})
+	})
+}
+
+// A blob that has no labels is none that refers to others, or has them a moment later.
+func TestBlobsWithoutLabels(t *testing.T) {
+	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+		base, bare := digest.FromString("docker.io/library/a:latest"), digest.FromString("bare")
+		b.ours("a", 600)
+		b.mu.Lock()
+		b.pulls["a"].op.Layers = []*opsv1.LayerProgress{{Digest: base.String(), BytesTotal: 6400 * mib}}
+		b.mu.Unlock()
+		b.rt.set(func() {
+			b.rt.content.blobs[bare] = []byte{0}
+			b.rt.content.leases["other"] = &fakeLease{began: time.Now(), resources: []*leasesapi.Resource{{ID: bare.String(), Type: "content"}}}
+		})
+		done := b.KubeletPulls("other")
+		time.Sleep(5 * time.Second)
+		b.rt.set(func() {
+			if n := b.rt.content.infos; n < 2 || n > 2+int(bareFor/watchEvery) {
+				t.Errorf("asked %d times", n)
+			}
+			b.rt.content.infos = 0
+		})
+		time.Sleep(time.Minute)
+		b.rt.set(func() {
+			if n := b.rt.content.infos; n != 0 {
+				t.Errorf("asked %d times more", n)
+			}
+		})
+		done()
+		b.end("a")
 	})
 }
