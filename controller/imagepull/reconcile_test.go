@@ -200,7 +200,7 @@ func TestPlanAhead(t *testing.T) {
 		w := &wish{never: true, request: &opsv1.PullRequest{}, nodes: []target{{node: nodes.Node{Name: "poor"}, ready: true}}}
 		w.parallelism = *parallel(1)
 		woken := 0
-		u := newRun(b.r, w, false, func() { woken++ })
+		u := newRun(b.r, w, false, false, func() { woken++ })
 		u.mu.Lock()
 		m := u.members[0]
 		u.talk(m, func(context.Context, int) {
