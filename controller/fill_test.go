@@ -14,6 +14,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 )
@@ -31,6 +32,19 @@ func TestFilledIn(t *testing.T) {
 		p.Spec.Containers[0].Lifecycle = &corev1.Lifecycle{PreStop: &corev1.LifecycleHandler{HTTPGet: &corev1.HTTPGetAction{Path: "/", Port: port}}}
 	}
 	b := newBed(t, hook)
+	b.r.Client = interceptor.NewClient(b.r.Client.(client.WithWatch), interceptor.Funcs{
+		Get: func(ctx context.Context, c client.WithWatch, key client.ObjectKey, o client.Object, opts ...client.GetOption) error {
+			err := c.Get(ctx, key, o, opts...)
+			if pod, ok := o.(*corev1.Pod); ok && err == nil { // as the cache has it
+				slim, err := slimPod(pod)
+				if err != nil {
+					return err
+				}
+				*pod = *slim.(*corev1.Pod)
+			}
+			return err
+		},
+	})
 	crr := &request{ObjectMeta: metav1.ObjectMeta{Namespace: "ns"}, Spec: spec{PodName: "pod", Containers: containers("app", "web")}}
 	if err := FillRecreate(t.Context(), b.client, crr); err != nil {
 		t.Fatal(err)
