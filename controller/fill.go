@@ -145,7 +145,8 @@ func hookCopy(pod *corev1.Pod, name string) (*appsv1alpha1.ProbeHandler, []corev
 func asFilled(crr *appsv1alpha1.ContainerRecreateRequest, c *appsv1alpha1.ContainerRecreateRequestContainer, pod *corev1.Pod,
 	now appsv1alpha1.ContainerRecreateRequestContainerContext) (appsv1alpha1.ContainerRecreateRequestContainerContext, error) {
 	hook, ports := hookCopy(pod, c.Name)
-	if c.PreStop != nil && !apiequality.Semantic.DeepEqual(c.PreStop, hook) || c.Ports != nil && !apiequality.Semantic.DeepEqual(c.Ports, ports) {
+	// OpenKruise fills in a handler of nothing for a sleep.
+	if c.PreStop != nil && *c.PreStop != (appsv1alpha1.ProbeHandler{}) && !apiequality.Semantic.DeepEqual(c.PreStop, hook) || c.Ports != nil && !apiequality.Semantic.DeepEqual(c.Ports, ports) {
 		return now, fmt.Errorf("container %s: preStop or ports is not what the pod has: %s", c.Name, messageReadOnly)
 	}
 	if c.StatusContext == nil || *c.StatusContext == now {

@@ -107,6 +107,15 @@ func TestNotFilledIn(t *testing.T) {
 			}
 		})
 	}
+	t.Run("what OpenKruise fills in for a sleep", func(t *testing.T) {
+		b := newBed(t, func(p *corev1.Pod) {
+			p.Spec.Containers[0].Lifecycle = &corev1.Lifecycle{PreStop: &corev1.LifecycleHandler{Sleep: &corev1.SleepAction{Seconds: 3}}}
+		})
+		list := containers("app")
+		list[0].StatusContext, list[0].PreStop = filledIn("containerd://old-app", 0), &appsv1alpha1.ProbeHandler{}
+		b.create("a", spec{Containers: list})
+		b.wantStates(b.until("completed", retired, "a"), "app Succeeded killed")
+	})
 	t.Run("what is true", func(t *testing.T) {
 		b := newBed(t)
 		list := containers("app")
