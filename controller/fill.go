@@ -156,6 +156,11 @@ func asFilled(crr *appsv1alpha1.ContainerRecreateRequest, c *appsv1alpha1.Contai
 	if c.StatusContext.RestartCount < now.RestartCount && !startedBefore(containerStatus(pod, c.Name), crr.CreationTimestamp) {
 		return *c.StatusContext, nil
 	}
+	if c.StatusContext.RestartCount < now.RestartCount && crr.Labels[appsv1alpha1.PodUIDLabel] == string(pod.UID) {
+		// Filled in, most likely, from what a pod's status said that did not show the restart yet.
+		return now, fmt.Errorf("container %s was restarted at about the time of the request: that was made for %s, and it is %s now; create another request",
+			c.Name, c.StatusContext.ContainerID, now.ContainerID)
+	}
 	return now, fmt.Errorf("container %s: statusContext says %s with %d restarts, and the container was %s with %d when the request was created: %s",
 		c.Name, c.StatusContext.ContainerID, c.StatusContext.RestartCount, now.ContainerID, now.RestartCount, messageReadOnly)
 }

@@ -79,6 +79,27 @@ func TestReplacedSinceCreation(t *testing.T) {
 	wantContains(t, "message", crr.Status.Message, "is no longer the one the request was made for (containerd://old-app)")
 }
 
+// TestReplacedAtCreation: where the webhook has read a status that did not show the last restart yet, it is not the user who is told to
+// leave something out.
+func TestReplacedAtCreation(t *testing.T) {
+	b := newBed(t, func(p *corev1.Pod) {
+		p.Status.ContainerStatuses[0].ContainerID, p.Status.ContainerStatuses[0].RestartCount = "containerd://newer-app", 1
+	})
+	list := containers("app")
+	list[0].StatusContext = filledIn("containerd://old-app", 0)
+	b.create("a", spec{Containers: list})
+	crr := b.get("a")
+	crr.Labels = map[string]string{appsv1alpha1.PodUIDLabel: podUID}
+	if err := b.client.Update(t.Context(), crr); err != nil {
+		t.Fatal(err)
+	}
+	crr = b.until("completed", retired, "a")
+	b.wantStates(crr, "app Failed: container app was restarted at about the time of the request: that was made for containerd://old-app, and it is containerd://newer-app now; create another request")
+	if len(b.node.requests) != 0 {
+		t.Errorf("the node got %v", b.node.commanded())
+	}
+}
+
 // TestNotFilledIn: where no webhook refuses it, what a user writes into read-only fields is refused when the request is accepted.
 func TestNotFilledIn(t *testing.T) {
 	for name, change := range map[string]func(*appsv1alpha1.ContainerRecreateRequestContainer){
