@@ -6,6 +6,7 @@ package controller
 import (
 	"context"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -159,6 +160,7 @@ func TestBothForms(t *testing.T) {
 		t.Helper()
 		c := meta.FindStatusCondition(crr.Status.Conditions, appsv1alpha1.PreRecreateGraceCondition)
 		if c == nil || c.Status != metav1.ConditionTrue || c.Reason != appsv1alpha1.PreRecreateGraceCondition ||
+			!strings.HasPrefix(c.Message, "the pod was taken out of service for this request") || // also when it is back
 			c.LastTransitionTime.UTC().Format(time.RFC3339) != crr.Annotations[appsv1alpha1.UnreadyAcquiredAnnotation] {
 			t.Errorf("condition %+v, annotation %s", c, crr.Annotations[appsv1alpha1.UnreadyAcquiredAnnotation])
 		}
