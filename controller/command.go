@@ -83,6 +83,9 @@ func accountOf(op *opsv1.Operation, name string) *opsv1.ContainerOperation {
 func (p *pass) lookUp(ctx context.Context) {
 	for _, c := range p.containers {
 		c.ended = p.memory.ended[c.name]
+	}
+	p.recallEnded(ctx)
+	for _, c := range p.containers {
 		if c.done() {
 			continue
 		}
@@ -105,14 +108,19 @@ func (p *pass) lookUp(ctx context.Context) {
 	}
 }
 
-// ask gets the operation from the node.
-func (p *pass) ask(ctx context.Context, c *container) {
+// operation is the node's account of the operation on a container.
+func (p *pass) operation(ctx context.Context, c *container) (Node, *opsv1.Operation, error) {
 	node, err := p.node(ctx)
 	if err != nil {
-		p.temporary(err)
-		return
+		return node, nil, err
 	}
 	op, err := p.r.Nodes.GetOperation(ctx, node, p.operationUID(c))
+	return node, op, err
+}
+
+// ask gets the operation from the node.
+func (p *pass) ask(ctx context.Context, c *container) {
+	node, op, err := p.operation(ctx, c)
 	switch {
 	case err == nil:
 		p.know(node, c, op)

@@ -145,7 +145,8 @@ func hookCopy(pod *corev1.Pod, name string) (*appsv1alpha1.ProbeHandler, []corev
 func asFilled(crr *appsv1alpha1.ContainerRecreateRequest, c *appsv1alpha1.ContainerRecreateRequestContainer, pod *corev1.Pod,
 	now appsv1alpha1.ContainerRecreateRequestContainerContext) (appsv1alpha1.ContainerRecreateRequestContainerContext, error) {
 	hook, ports := hookCopy(pod, c.Name)
-	if c.PreStop != nil && !apiequality.Semantic.DeepEqual(c.PreStop, hook) || c.Ports != nil && !apiequality.Semantic.DeepEqual(c.Ports, ports) {
+	// OpenKruise fills in a handler of nothing for a sleep.
+	if c.PreStop != nil && *c.PreStop != (appsv1alpha1.ProbeHandler{}) && !apiequality.Semantic.DeepEqual(c.PreStop, hook) || c.Ports != nil && !apiequality.Semantic.DeepEqual(c.Ports, ports) {
 		return now, fmt.Errorf("container %s: preStop or ports is not what the pod has: %s", c.Name, messageReadOnly)
 	}
 	if c.StatusContext == nil || *c.StatusContext == now {
@@ -154,6 +155,11 @@ func asFilled(crr *appsv1alpha1.ContainerRecreateRequest, c *appsv1alpha1.Contai
 	// It has been replaced since the request was created, or that is somebody's invention.
 	if c.StatusContext.RestartCount < now.RestartCount && !startedBefore(containerStatus(pod, c.Name), crr.CreationTimestamp) {
 		return *c.StatusContext, nil
+	}
+	if c.StatusContext.RestartCount < now.RestartCount && crr.Labels[appsv1alpha1.PodUIDLabel] == string(pod.UID) {
+		// Filled in, most likely, from what a pod's status said that did not show the restart yet.
+		return now, fmt.Errorf("container %s was restarted at about the time of the request: that was made for %s, and it is %s now; create another request",
+			c.Name, c.StatusContext.ContainerID, now.ContainerID)
 	}
 	return now, fmt.Errorf("container %s: statusContext says %s with %d restarts, and the container was %s with %d when the request was created: %s",
 		c.Name, c.StatusContext.ContainerID, c.StatusContext.RestartCount, now.ContainerID, now.RestartCount, messageReadOnly)

@@ -6,6 +6,7 @@ package controller
 import (
 	"context"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -14,6 +15,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 )
@@ -31,6 +33,19 @@ func TestFilledIn(t *testing.T) {
 		p.Spec.Containers[0].Lifecycle = &corev1.Lifecycle{PreStop: &corev1.LifecycleHandler{HTTPGet: &corev1.HTTPGetAction{Path: "/", Port: port}}}
 	}
 	b := newBed(t, hook)
+	b.r.Client = interceptor.NewClient(b.r.Client.(client.WithWatch), interceptor.Funcs{
+		Get: func(ctx context.Context, c client.WithWatch, key client.ObjectKey, o client.Object, opts ...client.GetOption) error {
+			err := c.Get(ctx, key, o, opts...)
+			if pod, ok := o.(*corev1.Pod); ok && err == nil { // as the cache has it
+				slim, err := slimPod(pod)
+				if err != nil {
+					return err
+				}
+				*pod = *slim.(*corev1.Pod)
+			}
+			return err
+		},
+	})
 	crr := &request{ObjectMeta: metav1.ObjectMeta{Namespace: "ns"}, Spec: spec{PodName: "pod", Containers: containers("app", "web")}}
 	if err := FillRecreate(t.Context(), b.client, crr); err != nil {
 		t.Fatal(err)
@@ -65,6 +80,27 @@ func TestReplacedSinceCreation(t *testing.T) {
 	wantContains(t, "message", crr.Status.Message, "is no longer the one the request was made for (containerd://old-app)")
 }
 
+// TestReplacedAtCreation: where the webhook has read a status that did not show the last restart yet, it is not the user who is told to
+// leave something out.
+func TestReplacedAtCreation(t *testing.T) {
+	b := newBed(t, func(p *corev1.Pod) {
+		p.Status.ContainerStatuses[0].ContainerID, p.Status.ContainerStatuses[0].RestartCount = "containerd://newer-app", 1
+	})
+	list := containers("app")
+	list[0].StatusContext = filledIn("containerd://old-app", 0)
+	b.create("a", spec{Containers: list})
+	crr := b.get("a")
+	crr.Labels = map[string]string{appsv1alpha1.PodUIDLabel: podUID}
+	if err := b.client.Update(t.Context(), crr); err != nil {
+		t.Fatal(err)
+	}
+	crr = b.until("completed", retired, "a")
+	b.wantStates(crr, "app Failed: container app was restarted at about the time of the request: that was made for containerd://old-app, and it is containerd://newer-app now; create another request")
+	if len(b.node.requests) != 0 {
+		t.Errorf("the node got %v", b.node.commanded())
+	}
+}
+
 // TestNotFilledIn: where no webhook refuses it, what a user writes into read-only fields is refused when the request is accepted.
 func TestNotFilledIn(t *testing.T) {
 	for name, change := range map[string]func(*appsv1alpha1.ContainerRecreateRequestContainer){
@@ -93,6 +129,15 @@ func TestNotFilledIn(t *testing.T) {
 			}
 		})
 	}
+	t.Run("what OpenKruise fills in for a sleep", func(t *testing.T) {
+		b := newBed(t, func(p *corev1.Pod) {
+			p.Spec.Containers[0].Lifecycle = &corev1.Lifecycle{PreStop: &corev1.LifecycleHandler{Sleep: &corev1.SleepAction{Seconds: 3}}}
+		})
+		list := containers("app")
+		list[0].StatusContext, list[0].PreStop = filledIn("containerd://old-app", 0), &appsv1alpha1.ProbeHandler{}
+		b.create("a", spec{Containers: list})
+		b.wantStates(b.until("completed", retired, "a"), "app Succeeded killed")
+	})
 	t.Run("what is true", func(t *testing.T) {
 		b := newBed(t)
 		list := containers("app")
@@ -115,6 +160,7 @@ func TestBothForms(t *testing.T) {
 		t.Helper()
 		c := meta.FindStatusCondition(crr.Status.Conditions, appsv1alpha1.PreRecreateGraceCondition)
 		if c == nil || c.Status != metav1.ConditionTrue || c.Reason != appsv1alpha1.PreRecreateGraceCondition ||
+			!strings.HasPrefix(c.Message, "the pod was taken out of service for this request") || // also when it is back
 			c.LastTransitionTime.UTC().Format(time.RFC3339) != crr.Annotations[appsv1alpha1.UnreadyAcquiredAnnotation] {
 			t.Errorf("condition %+v, annotation %s", c, crr.Annotations[appsv1alpha1.UnreadyAcquiredAnnotation])
 		}

@@ -125,9 +125,10 @@ type memory struct {
 	operations map[string]bool
 	// cancelAsked are those the node was told to cancel after a failure.
 	cancelAsked map[string]bool
-	// ended are the containers that had ended by themselves.
-	ended  map[string]bool
-	nudges Nudges
+	// ended are the containers that had ended by themselves. With recalled they are known of the time before this memory, too.
+	ended    map[string]bool
+	recalled bool
+	nudges   Nudges
 	// ungated says that the lack of a readiness gate has been told.
 	ungated bool
 }
@@ -463,6 +464,39 @@ func (p *pass) noteRunning(now time.Time) {
 
 // noteEnded keeps that the container had ended by itself: the status says only that it has failed.
 func (p *pass) noteEnded(c *container) { c.ended, p.memory.ended[c.name] = true, true }
+
+// recallEnded finds out again, after another controller has been at work, which of the containers that have failed had ended by themselves.
+// The node knows of those whose operation it had begun. If it knows nothing it had refused the command, and then the pod tells: a container
+// that it refused for another reason still runs.
+func (p *pass) recallEnded(ctx context.Context) {
+	if p.memory.recalled {
+		return
+	}
+	p.memory.recalled = true
+	if p.done() {
+		return // nothing depends on it any more
+	}
+	for _, c := range p.containers {
+		if c.state.Phase != failed || c.state.IsKilled {
+			continue
+		}
+		var op *opsv1.Operation
+		if p.trouble == nil {
+			var err error
+			if _, op, err = p.operation(ctx, c); err != nil {
+				p.temporary(err)
+			}
+		}
+		switch s := c.status; {
+		case p.trouble != nil:
+			// Nothing is commanded now, and nobody is left alone before the node has been asked.
+			c.ended, p.memory.recalled = true, false
+		case op != nil && endedBefore(accountOf(op, c.name).GetReason()),
+			op == nil && s != nil && (s.ContainerID != c.pinned.ContainerID || s.State.Running == nil):
+			p.noteEnded(c)
+		}
+	}
+}
 
 // conclude writes what the pass has found out and says when to look again.
 func (p *pass) conclude(ctx context.Context, wait time.Duration) (time.Duration, error) {

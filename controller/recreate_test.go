@@ -470,6 +470,55 @@ func TestTwoContainers(t *testing.T) {
 		stop() // what was found out of app is not in what comes after
 		b.wantStates(b.until("completed", isCompleted, "a"), "app Failed: container is not running; web Succeeded killed; mesh Succeeded killed")
 	})
+	// Another controller finds out again what the one before knew.
+	t.Run("one had ended by itself, and another controller comes", func(t *testing.T) {
+		for name, end := range map[string]func(b *bed) (kubelet func()){
+			"the node knows": func(b *bed) func() {
+				b.node.fail("app", &opsv1.ContainerOperation{Phase: opsv1.Phase_PHASE_FAILED, Reason: reasonNotRunning, Message: "it ended"})
+				return func() {}
+			},
+			"the pod tells that it ended": func(b *bed) func() {
+				b.node.run(podUID, "app", "another", 1) // refused
+				return func() {
+					b.setStatus("app", func(s *corev1.ContainerStatus) {
+						s.State = corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{}}
+					})
+				}
+			},
+			"the pod tells that kubelet started it": func(b *bed) func() {
+				b.node.run(podUID, "app", "another", 1)
+				return func() { b.kubelet("", "app", "another", 1) }
+			},
+		} {
+			for _, silent := range []bool{false, true} {
+				if silent && name != "the node knows" {
+					continue // it takes seconds
+				}
+				t.Run(fmt.Sprintf("%s, silent %v", name, silent), func(t *testing.T) {
+					b := newBed(t)
+					kubelet := end(b)
+					stop := b.node.hold("web", opsv1.Phase_PHASE_STOPPING)
+					b.create("a", spec{Containers: containers("app", "web", "mesh")})
+					b.until("web is being stopped", b.phaseIs(recreating, "web"), "a")
+					kubelet()
+					var up func()
+					if silent {
+						up = b.node.down()
+					}
+					b.start()
+					if silent {
+						b.until("the node is missed", func(crr *request) bool { return crr.Status.Message != "" }, "a")
+						up()
+					}
+					stop()
+					crr := b.until("completed", isCompleted, "a")
+					if got := states(crr); !strings.HasPrefix(got, "app Failed") || !strings.HasSuffix(got, "web Succeeded killed; mesh Succeeded killed") {
+						t.Errorf("got %s", got)
+					}
+				})
+			}
+		}
+	})
 	t.Run("together", func(t *testing.T) {
 		b := newBed(t)
 		release := b.node.hold("app", opsv1.Phase_PHASE_STOPPING)

@@ -75,6 +75,7 @@ func slimPod(in any) (any, error) {
 	if s := pod.Spec.SecurityContext; s != nil {
 		slim.Spec.SecurityContext = &corev1.PodSecurityContext{RunAsNonRoot: s.RunAsNonRoot, RunAsUser: s.RunAsUser}
 	}
+	slim.Spec.TerminationGracePeriodSeconds = pod.Spec.TerminationGracePeriodSeconds
 	slim.Spec.NodeName, slim.Spec.RestartPolicy, slim.Spec.ReadinessGates = pod.Spec.NodeName, pod.Spec.RestartPolicy, pod.Spec.ReadinessGates
 	containers := func(list []corev1.Container) []corev1.Container {
 		var slim []corev1.Container

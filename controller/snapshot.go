@@ -14,14 +14,14 @@ import (
 )
 
 // tellInFields puts into the status what clients of v1beta1 look for there and clients of v1alpha1 in annotations: since when the
-// pod is out of service for the request, and what its status says of the new containers. Nothing here reads it.
+// pod has been out of service for the request, or was, and what its status says of the new containers. Nothing here reads it.
 func (p *pass) tellInFields(next *appsv1alpha1.ContainerRecreateRequestStatus) {
 	if since := unreadySince(p.crr); since.IsZero() {
 		meta.RemoveStatusCondition(&next.Conditions, appsv1alpha1.PreRecreateGraceCondition)
 	} else {
 		meta.SetStatusCondition(&next.Conditions, metav1.Condition{
 			Type: appsv1alpha1.PreRecreateGraceCondition, Status: metav1.ConditionTrue, Reason: appsv1alpha1.PreRecreateGraceCondition,
-			Message: "the pod is out of service for this request; unreadyGracePeriodSeconds counts from lastTransitionTime", LastTransitionTime: metav1.NewTime(since),
+			Message: "the pod was taken out of service for this request; unreadyGracePeriodSeconds counts from lastTransitionTime", LastTransitionTime: metav1.NewTime(since),
 			ObservedGeneration: next.ObservedGeneration,
 		})
 	}

@@ -180,6 +180,38 @@ func TestFailedBeginsAnew(t *testing.T) {
 	}
 }
 
+// What failed before a job begins anew does not count, whatever the clocks say, and what fails afterwards does.
+func TestFailuresOfBeforeDoNotCount(t *testing.T) {
+	for name, tt := range map[string]struct {
+		takes, after, ahead time.Duration
+	}{
+		"in the same second":     {takes: 1100 * time.Millisecond, after: 100 * time.Millisecond},
+		"a clock that is ahead":  {takes: time.Second, after: 10 * time.Second, ahead: 30 * time.Second},
+		"a clock that is behind": {takes: time.Second, after: 10 * time.Second, ahead: -time.Hour},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBed(t, func(t *testing.T, b *bed) {
+				b.add("poor", &simNode{takes: tt.takes, outcome: "Timeout", ahead: tt.ahead})
+				b.create("job", spec{})
+				b.until("failed", "job", 20*time.Second, completed)
+				again := func(outcome string, parallelism int) *job {
+					b.fleet.change("poor", func(n *simNode) { n.outcome = outcome })
+					time.Sleep(tt.after)
+					generation := b.get("job").Generation
+					b.edit("job", func(j *job) { j.Spec.Parallelism = parallel(parallelism) })
+					b.until("at work", "job", time.Second, func(j *job) bool { return j.Generation > generation && j.Status.CompletionTime == nil })
+					return b.until("completed", "job", 50*time.Second, completed)
+				}
+				b.want(again("Timeout", 2), "True NodesFailed", "1/0/0/1")
+				b.want(again("", 3), "True Succeeded", "1/0/1/0")
+				if n := b.fleet.begun("poor")["poor"]; n != 3 {
+					t.Errorf("%d pulls", n)
+				}
+			})
+		})
+	}
+}
+
 // A speed limit that a node does not keep is said in the job, also beside a pin that there is no room for.
 func TestLimitNotKept(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {

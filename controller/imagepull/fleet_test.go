@@ -40,17 +40,18 @@ type fleet struct {
 type simNode struct {
 	takes   time.Duration
 	steps   int
-	outcome string    // "" or the reason of a failure
-	stuck   bool      // its pulls never end by themselves
-	silent  bool      // it does not answer
-	refused bool      // nothing listens
-	busy    int       // so many commands are refused
-	lacks   bool      // its pulls wait for credentials to be given again
-	full    string    // "" or why it pins nothing
-	fast    string    // "" or why it keeps no speed limit
-	user    string    // "" or whose credentials its registry wants
-	comes   time.Time // when the image does; zero: it is there
-	endless string    // "" or the phase in which its pulls stay for ever: Fetching or InQueue
+	outcome string        // "" or the reason of a failure
+	stuck   bool          // its pulls never end by themselves
+	silent  bool          // it does not answer
+	refused bool          // nothing listens
+	busy    int           // so many commands are refused
+	lacks   bool          // its pulls wait for credentials to be given again
+	full    string        // "" or why it pins nothing
+	fast    string        // "" or why it keeps no speed limit
+	user    string        // "" or whose credentials its registry wants
+	comes   time.Time     // when the image does; zero: it is there
+	ahead   time.Duration // of its clock
+	endless string        // "" or the phase in which its pulls stay for ever: Fetching or InQueue
 
 	pulls    map[string]*simPull
 	order    []string
@@ -291,7 +292,7 @@ func (f *fleet) finish(node *simNode, p *simPull, phase opsv1.PullPhase, reason,
 	}
 	f.inFlight[jobOf(p.op.GetUid())]--
 	f.updateLocked(p, func(op *opsv1.PullOperation) {
-		op.Phase, op.Reason, op.Message, op.FinishTime = phase, reason, message, timestamppb.Now()
+		op.Phase, op.Reason, op.Message, op.FinishTime = phase, reason, message, timestamppb.New(time.Now().Add(node.ahead))
 	})
 }
 

@@ -219,14 +219,15 @@ func (p *pass) advance(ctx context.Context) (time.Duration, error) {
 	}
 	p.work.invalid = ""
 	resume := p.job.Status.StartTime != nil
-	if again := p.job.Status.CompletionTime != nil; again || !resume {
+	again := p.job.Status.CompletionTime != nil
+	if again || !resume {
 		if err := p.start(ctx, w, again); err != nil {
 			return 0, err
 		}
 	}
 	w.begun = p.job.Status.StartTime.Time
 	if p.work.run == nil {
-		p.work.run = newRun(p.r, w, resume, p.r.waker(w.job))
+		p.work.run = newRun(p.r, w, resume, again, p.r.waker(w.job))
 		p.work.run.pace.last = p.now
 	}
 	p.work.run.apply(w)
@@ -470,7 +471,7 @@ func (r *Reconciler) leave(ctx context.Context, job *v1beta1.ImagePullJob) (*run
 	if w.nodes, err = match(ctx, r.Client, job, r.NodePort); err != nil && !errors.As(err, &why) {
 		return nil, err
 	}
-	return newRun(r, w, false, func() {}), nil
+	return newRun(r, w, false, false, func() {}), nil
 }
 
 // release takes the finalizers off.

@@ -200,7 +200,7 @@ func TestPlanAhead(t *testing.T) {
 		w := &wish{never: true, request: &opsv1.PullRequest{}, nodes: []target{{node: nodes.Node{Name: "poor"}, ready: true}}}
 		w.parallelism = *parallel(1)
 		woken := 0
-		u := newRun(b.r, w, false, func() { woken++ })
+		u := newRun(b.r, w, false, false, func() { woken++ })
 		u.mu.Lock()
 		m := u.members[0]
 		u.talk(m, func(context.Context, int) {
@@ -324,11 +324,11 @@ func TestCompletedJobChanged(t *testing.T) {
 		b.create("job", spec{ImagePullJobTemplate: template{Parallelism: parallel(2)}})
 		first := b.until("completed", "job", time.Minute, completed)
 		b.want(first, "True NodesFailed", "2/0/1/1")
-		b.edit("job", func(j *job) { j.Spec.Parallelism = parallel(5) })
+		b.edit("job", func(j *job) { j.Spec.CompletionPolicy.TTLSecondsAfterFinished = number(int32(3600)) })
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		if got := b.fleet.begun(); got["good"] != 1 || got["bad"] != 1 {
-			t.Errorf("pulls begun after an edit of the parallelism: %v", got)
+			t.Errorf("pulls begun after an edit of the TTL: %v", got)
 		}
 		b.fleet.change("bad", func(n *simNode) { n.outcome = "" })
 		b.edit("job", func(j *job) { j.Spec.Selector = names("good", "bad") })

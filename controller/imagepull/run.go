@@ -69,6 +69,8 @@ type member struct {
 	cancel context.CancelFunc
 	// suspect may be pulling though it is not active: nothing new is begun before it has been asked.
 	suspect bool
+	// stale says that what the node tells of pulls that have failed was before the run.
+	stale bool
 	// away is why the node cannot be commanded, since when, and how often that was tried.
 	away  trouble
 	since time.Time
@@ -141,14 +143,17 @@ type run struct {
 	told   told
 }
 
-// newRun begins a run. With resume the job may have been at work before.
-func newRun(r *Reconciler, w *wish, resume bool, wake func()) *run {
+// newRun begins a run. With resume the job may have been at work before; with again it had ended, and what failed then does not count.
+func newRun(r *Reconciler, w *wish, resume, again bool, wake func()) *run {
 	u := &run{
 		nodes: r.Nodes, secrets: r.APIReader, crew: r.crew, metrics: r.Metrics, wake: wake,
 		log:  r.Log.WithFields(logrus.Fields{"job": w.job.String(), "image": w.request.GetImage()}),
 		wish: &wish{work: w.work, params: w.params}, byName: map[string]*member{}, older: resume,
 	}
 	u.follow(w, resume)
+	for _, m := range u.members {
+		m.stale = again
+	}
 	return u
 }
 
@@ -565,7 +570,8 @@ func telling(op *opsv1.PullOperation) int {
 
 // adopt takes over what a survey found.
 func (u *run) adopt(m *member, f found, now time.Time) {
-	m.round, m.retryAt = f.rounds, time.Time{}
+	stale := m.stale
+	m.round, m.retryAt, m.stale = f.rounds, time.Time{}, false
 	op := f.latest
 	switch {
 	case op == nil && f.pinned:
@@ -580,7 +586,8 @@ func (u *run) adopt(m *member, f found, now time.Time) {
 	case op.GetFinishTime() == nil:
 		m.round = f.round
 		u.pull(m, now)
-	case op.GetFinishTime().AsTime().Before(u.wish.begun), op.GetPhase() == opsv1.PullPhase_PULL_CANCELLED && overdueText(op) == "":
+	// The node's clock and the API server's may differ: begun is for a run that another controller goes on with.
+	case stale, op.GetFinishTime().AsTime().Before(u.wish.begun), op.GetPhase() == opsv1.PullPhase_PULL_CANCELLED && overdueText(op) == "":
 		m.round++ // the job has begun again since
 		u.setPhase(m, pending)
 	default:

@@ -6,9 +6,11 @@ package install
 import (
 	"errors"
 	"os/signal"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
@@ -60,8 +62,9 @@ the rest of that file stays as it is.`,
 }
 
 // Uninstall returns `cri-proxy uninstall`.
-func Uninstall() *cobra.Command {
-	u := &uninstaller{}
+func Uninstall() *cobra.Command { return uninstallCommand(&uninstaller{}) }
+
+func uninstallCommand(u *uninstaller) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "uninstall",
 		Short: "Take cri-proxy off this node",
@@ -83,10 +86,38 @@ It may be run again at any time, and after an install that did not get to its en
 	f := cmd.Flags()
 	f.BoolVar(&u.dryRun, "dry-run", false, "say what would be done")
 	f.BoolVar(&u.force, "force", false, "cancel operations on containers that are under way")
+	f.StringVar((*string)(&u.prefix), "prefix", "", "directory that the binaries are below (default: that of what is installed; another is refused)")
 	f.BoolVar(&u.purge, "purge", false, "remove the configuration and the journal, too")
 	f.BoolVar(&u.noKubelet, "no-kubelet", false, "leave kubelet alone: it must not dial cri-proxy any more")
 	common(cmd, &u.unit, &u.kubeconfig, &u.timeout)
 	return cmd
+}
+
+// LeftOver takes out of arguments of `cri-proxy uninstall` the flags, with their values, that only `cri-proxy install` has: they are left
+// over from the installation, and an uninstall needs none of them. What neither knows stays, to be refused.
+func LeftOver(args []string) (kept, leftOver []string) {
+	ours, theirs := Uninstall().Flags(), Command().Flags()
+	for n := 0; n < len(args); n++ {
+		name, _, whole := strings.Cut(strings.TrimPrefix(args[n], "--"), "=")
+		known := func(f *pflag.FlagSet) *pflag.Flag {
+			if !strings.HasPrefix(args[n], "--") {
+				return nil
+			}
+			return f.Lookup(name)
+		}
+		to, flag := &kept, known(ours)
+		if flag == nil {
+			if flag = known(theirs); flag != nil {
+				to = &leftOver
+			}
+		}
+		*to = append(*to, args[n])
+		if flag != nil && !whole && flag.NoOptDefVal == "" && n+1 < len(args) {
+			n++
+			*to = append(*to, args[n])
+		}
+	}
+	return kept, leftOver
 }
 
 // outlive has the process, and the programs that it runs, go on when whoever reads its output goes away: what is under way ends, or is put

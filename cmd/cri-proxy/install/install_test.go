@@ -255,8 +255,8 @@ func TestPrefix(t *testing.T) {
 		if named < 4 { // the service, its guard, what that calls, and the socket
 			t.Errorf("%s is named %d times", prefix, named)
 		}
-		if own := ownFiles(prefix); !slices.Contains(own, prefix.BinLink()) || !slices.Contains(own, guardFile(prefix)) || own[len(own)-1] != upgrade.PrefixFile {
-			t.Errorf("uninstall removes %q", own)
+		if own := ownFiles(prefix); !slices.Contains(own, prefix.BinLink()) || !slices.Contains(own, guardFile(prefix)) || slices.Contains(own, upgrade.PrefixFile) {
+			t.Errorf("uninstall removes %q, and not last of all what says where they are", own)
 		}
 	}
 }
@@ -290,6 +290,58 @@ func TestChoosePrefix(t *testing.T) {
 				t.Errorf("%s, %v", i.prefix, err)
 			}
 		})
+	}
+}
+
+// TestUninstallTakesThePrefix: what an installation was told may be left over in the arguments of an uninstall.
+func TestUninstallTakesThePrefix(t *testing.T) {
+	dir := t.TempDir()
+	installed := filepath.Join(dir, "installed")
+	if err := os.MkdirAll(upgrade.Prefix(installed).LibDir(), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct{ name, record, flag, want, err string }{
+		{"neither", "", "", "/usr/local", ""},
+		{"as installed", installed, "", installed, ""},
+		{"the same", installed, installed + "/", installed, ""},
+		{"another", installed, "/opt", "", "is installed below " + installed + ", as "},
+		{"nothing is there", "", filepath.Join(dir, "gone"), "/usr/local", ""},
+		{"the record is lost", "", installed, installed, ""},
+		{"relative", "", "opt", "", "want an absolute path"},
+		{"bad record", "/opt;x", "/opt", "", "want an absolute path"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), "prefix")
+			if tt.record != "" {
+				write600(t, file, tt.record+"\n")
+			}
+			u := &uninstaller{}
+			cmd := uninstallCommand(u)
+			if err := cmd.ParseFlags([]string{"--prefix=" + tt.flag}); err != nil {
+				t.Fatal(err)
+			}
+			err := u.choosePrefix(file)
+			if tt.err == "" && (err != nil || string(u.prefix) != tt.want) || tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
+				t.Errorf("%s, %v", u.prefix, err)
+			}
+		})
+	}
+}
+
+func TestLeftOver(t *testing.T) {
+	for args, want := range map[string][2]string{
+		"":                               {"", ""},
+		"--prefix=/opt --purge":          {"--prefix=/opt --purge", ""},
+		"--ops-address=:10260":           {"", "--ops-address=:10260"},
+		"--ops-address :1 --prefix /opt": {"--prefix /opt", "--ops-address :1"},
+		"--no-kubelet --ops-address":     {"--no-kubelet", "--ops-address"},
+		"--porge x --timeout=1m":         {"--porge x --timeout=1m", ""}, // a slip is told
+		"--timeout --ops-address=:1":     {"--timeout --ops-address=:1", ""},
+	} {
+		kept, leftOver := LeftOver(strings.Fields(args))
+		if got := [2]string{strings.Join(kept, " "), strings.Join(leftOver, " ")}; got != want {
+			t.Errorf("%q: %q, want %q", args, got, want)
+		}
 	}
 }
 

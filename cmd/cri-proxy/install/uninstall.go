@@ -75,7 +75,7 @@ func (u *uninstaller) run(ctx context.Context) error {
 
 // open reads the configuration; without one, or a good one, the defaults do. Where the binaries are must be known.
 func (u *uninstaller) open() (err error) {
-	if u.prefix, err = upgrade.ReadPrefix(upgrade.PrefixFile); err != nil {
+	if err := u.choosePrefix(upgrade.PrefixFile); err != nil {
 		return err
 	}
 	u.config = config.Default()
@@ -85,6 +85,32 @@ func (u *uninstaller) open() (err error) {
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		u.say("warning: %v", err)
+	}
+	return nil
+}
+
+// choosePrefix makes the prefix that of what is installed, as file says. The flag must be the same; without the file it says where to look
+// first: the file may have been lost, or all that is left over has gone with it.
+func (u *uninstaller) choosePrefix(file string) error {
+	have, err := upgrade.ReadPrefix(file)
+	if err != nil {
+		return err
+	}
+	asked := u.prefix
+	u.prefix = have
+	if asked == "" {
+		return nil
+	}
+	asked = upgrade.Prefix(filepath.Clean(string(asked)))
+	if err := asked.Check(); err != nil {
+		return &config.InvalidError{Err: fmt.Errorf("--prefix: %w", err)}
+	}
+	switch {
+	case asked == have:
+	case there(file):
+		return fmt.Errorf("cri-proxy is installed below %s, as %s says, and not below %s: leave --prefix out", have, file, asked)
+	case there(asked.LibDir()):
+		u.prefix = asked
 	}
 	return nil
 }
@@ -138,11 +164,15 @@ func (u *uninstaller) plan(ctx context.Context) (*plan, error) {
 	if len(installed) > 0 {
 		p.add(action{what: "stop and remove " + strings.Join(installed, ", "), do: func(ctx context.Context) error { return removeAll(ctx, u.config, u.prefix) }})
 	}
-	if u.holds(ctx, len(installed) > 0) {
+	if u.holds(ctx, len(installed) > 0 || there(upgrade.PrefixFile)) {
 		p.add(action{what: "take our pins and leases off the runtime's images, which stay", do: u.letGo})
 	}
 	if r.exists() {
 		p.add(action{what: "remove " + r.dir, do: func(context.Context) error { return r.forget() }})
+	}
+	if there(upgrade.PrefixFile) {
+		// Another try must know where the rest is.
+		p.add(action{what: "remove " + upgrade.PrefixFile, do: func(context.Context) error { return put(upgrade.PrefixFile, nil, 0) }})
 	}
 	if u.purge {
 		for _, dir := range []string{filepath.Dir(config.DefaultFile), u.config.StateDir} {
@@ -345,13 +375,18 @@ func (u *uninstaller) away(ctx context.Context) error {
 	return w.restart(ctx)
 }
 
-// ownFiles are all that may be there, but for the configuration and the state.
+// ownFiles are all that may be there, but for the configuration, the state, and what says where the binaries are.
 func ownFiles(prefix upgrade.Prefix) []string {
 	out := []string{filepath.Join(tmpfilesDir, tmpfilesName), guardFile(prefix), prefix.BinLink()}
 	for _, name := range []string{criSocket, adminSocket, opsSocket, serviceTemplate} {
 		out = append(out, filepath.Join(unitDir, name), filepath.Join(unitDir, name+".d", dropInName))
 	}
-	return append(out, upgrade.PrefixFile) // last: another try must know where the rest is
+	return out
+}
+
+// Traces are the files and directories by which an installation, or an uninstall that has not got to its end, is known.
+func Traces(prefix upgrade.Prefix) []string {
+	return append(ownFiles(prefix), prefix.LibDir(), recordDir, upgrade.PrefixFile)
 }
 
 // installed lists what of ours is there.
@@ -401,9 +436,6 @@ func removeAll(ctx context.Context, c *config.Config, prefix upgrade.Prefix) err
 	errs = append(errs, removeDaemon(ctx, c, prefix))
 	errs = append(errs, removeSockets(c))
 	for _, f := range ownFiles(prefix) {
-		if f == upgrade.PrefixFile && errors.Join(errs...) != nil {
-			continue
-		}
 		errs = append(errs, put(f, nil, 0))
 	}
 	return errors.Join(append(errs, systemctl(ctx, "daemon-reload"))...)

@@ -8,12 +8,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/http"
 	"net/url"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -21,6 +23,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	command "github.com/cri-proxy/cri-proxy/cmd/cri-proxy/install"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/upgrade"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
 	"github.com/cri-proxy/cri-proxy/ops/apiserver"
@@ -90,7 +93,7 @@ func newAction(action, short string) *cobra.Command {
 
 type installer struct {
 	action, host, node, done, args string
-	dir                            string // of the binary, as the node sees it
+	dir                            string // of the binary, as the node sees it; empty if it is not there
 	out                            io.Writer
 }
 
@@ -104,12 +107,27 @@ func (i *installer) run(ctx context.Context) error {
 		return err
 	}
 	i.dir = filepath.Join(string(prefix), hostDir)
-	if err := i.copyIn(); errors.Is(err, unix.EROFS) {
+	more := strings.Fields(i.args)
+	if i.action == uninstall {
+		var leftOver []string
+		if more, leftOver = command.LeftOver(more); len(leftOver) > 0 {
+			_, _ = fmt.Fprintf(i.out, "left out of ARGS, for they are of an install: %s\n", strings.Join(leftOver, " "))
+		}
+	}
+	err = i.copyIn()
+	switch {
+	case err == nil:
+		err = i.onHost(ctx, append(args, more...))
+	case i.action == uninstall && errors.Is(err, unix.EROFS) && !i.installed(prefix):
+		// Taken off by the pod before this one, and the prefix, which was another, has gone with it.
+		_, _ = fmt.Fprintln(i.out, "cri-proxy is not installed here")
+		i.dir, err = "", nil
+	case errors.Is(err, unix.EROFS):
 		return fmt.Errorf("copying this program to the node: %w; give a directory that can be written in ARGS, such as --prefix=/opt", err)
-	} else if err != nil {
+	default:
 		return fmt.Errorf("copying this program to the node: %w", err)
 	}
-	if err := i.onHost(ctx, append(args, strings.Fields(i.args)...)); err != nil {
+	if err != nil {
 		if i.action != check {
 			// A container that ends is started again, at once and without end where kubelet is restarted and forgets its back-off.
 			_, _ = fmt.Fprintf(i.out, "%v\n%s went wrong; waiting to be stopped: a new pod tries again\n", err, i.action)
@@ -120,7 +138,7 @@ func (i *installer) run(ctx context.Context) error {
 	if err := i.setLabel(ctx); err != nil {
 		return err
 	}
-	if i.action == uninstall {
+	if i.action == uninstall && i.dir != "" {
 		if err := os.RemoveAll(filepath.Join(i.host, i.dir)); err != nil {
 			return err
 		}
@@ -149,6 +167,14 @@ func (i *installer) prefix() (upgrade.Prefix, error) {
 		}
 	}
 	return upgrade.ReadPrefix(filepath.Join(i.host, upgrade.PrefixFile))
+}
+
+// installed says that something of an installation is on the node: an uninstall ends with these.
+func (i *installer) installed(prefix upgrade.Prefix) bool {
+	return slices.ContainsFunc(command.Traces(prefix), func(path string) bool {
+		_, err := os.Lstat(filepath.Join(i.host, path))
+		return !errors.Is(err, fs.ErrNotExist)
+	})
 }
 
 // copyIn puts this program on the node.

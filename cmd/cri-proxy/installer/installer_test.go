@@ -5,12 +5,15 @@ package installer
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"io"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/upgrade"
 )
@@ -73,4 +76,61 @@ func TestFailureStays(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Another pod comes where cri-proxy has been taken off a node whose /usr is read-only, and where it was has gone with it.
+func TestUninstalledAlready(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting is for root")
+	}
+	for name, left := range map[string]string{
+		"nothing is left":  "",
+		"pins may be left": "/var/lib/cri-proxy/install",
+		"a unit is left":   "/etc/systemd/system/cri-proxy.socket",
+	} {
+		t.Run(name, func(t *testing.T) {
+			host := t.TempDir()
+			usr := filepath.Join(host, "usr")
+			for _, dir := range []string{usr, filepath.Join(host, left)} {
+				if err := os.MkdirAll(dir, 0o755); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := unix.Mount("tmpfs", usr, "tmpfs", 0, "size=1m"); err != nil {
+				t.Skip(err)
+			}
+			defer func() {
+				if err := unix.Unmount(usr, 0); err != nil {
+					t.Error(err)
+				}
+			}()
+			if err := os.MkdirAll(filepath.Join(usr, "local/lib"), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := unix.Mount("", usr, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			var out bytes.Buffer
+			done := filepath.Join(t.TempDir(), "done")
+			i := &installer{action: uninstall, host: host, done: done, args: "--ops-address=:10260", out: io.MultiWriter(&out, ends(cancel))}
+			err := i.run(ctx)
+			_, undone := os.Stat(done)
+			if left == "" && (err != nil || undone != nil || !strings.Contains(out.String(), "not installed here")) ||
+				left != "" && (err == nil || undone == nil || !strings.Contains(err.Error(), "--prefix=/opt")) {
+				t.Errorf("%v, %v: %s", err, undone, out.String())
+			}
+		})
+	}
+}
+
+// ends is called when the installer says that it waits to be stopped.
+type ends func()
+
+func (e ends) Write(b []byte) (int, error) {
+	if strings.Contains(string(b), "waiting to be stopped") {
+		e()
+	}
+	return len(b), nil
 }
