@@ -18,7 +18,6 @@ import (
 	"strconv"
 	"strings"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -142,12 +141,7 @@ func unpackedLayersAreThere(t *testing.T) {
 		next := pushOnTop(t, old, "2")
 		succeeds(t, begin(t, &opsv1.PullRequest{Image: f.image(old.name)}))
 		gone(t, old)
-		must(t, bed.KillProxy(t.Context(), syscall.SIGTERM))
-		must(t, bed.StartProxy(t.Context(), "--images-max-disk-percent", "0.001"))
-		defer func() {
-			must(t, bed.KillProxy(t.Context(), syscall.SIGTERM))
-			must(t, bed.StartProxy(t.Context()))
-		}()
+		guardDisk(t, "0.001")
 		op := fails(t, begin(t, &opsv1.PullRequest{Image: f.image(next.name), MaxAttempts: 1}), "DiskPressure")
 		if !strings.Contains(op.GetMessage(), "needs about 3.5 MiB more") {
 			t.Errorf("the whole image is counted: %v", op)
@@ -196,6 +190,7 @@ func TestOnlyTheRuntimeReachesIt(t *testing.T) {
 // TestTooLargeForTheDisk has an image whose manifest says that it is larger than the disk. The runtime has begun to fetch it by then: it
 // is stopped, and nothing of it stays.
 func TestTooLargeForTheDisk(t *testing.T) {
+	guardDisk(t, "99.9")
 	layer := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromString(rand.Text()), Size: 1 << 45}
 	config, err := json.Marshal(ocispec.Image{Platform: ocispec.Platform{OS: "linux", Architecture: "amd64"}, RootFS: ocispec.RootFS{Type: "layers", DiffIDs: []digest.Digest{layer.Digest}}})
 	must(t, err)

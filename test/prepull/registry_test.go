@@ -5,6 +5,7 @@ package prepull
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"net/http"
 	"os"
@@ -272,13 +273,20 @@ func TestCredentialsAreForgotten(t *testing.T) {
 	fetchedOnce(t, f, p)
 }
 
+// guardDisk has pulls refused that would make the disk fuller than so much percent, until t ends.
+func guardDisk(t *testing.T, percent string) {
+	t.Helper()
+	restart := func(args ...string) {
+		ctx := context.WithoutCancel(t.Context())
+		must(t, bed.KillProxy(ctx, syscall.SIGTERM))
+		must(t, bed.StartProxy(ctx, args...))
+	}
+	restart("--images-max-disk-percent", percent)
+	t.Cleanup(func() { restart() })
+}
+
 func TestDiskGuard(t *testing.T) {
-	must(t, bed.KillProxy(t.Context(), syscall.SIGTERM))
-	must(t, bed.StartProxy(t.Context(), "--images-max-disk-percent", "0.001"))
-	defer func() {
-		must(t, bed.KillProxy(t.Context(), syscall.SIGTERM))
-		must(t, bed.StartProxy(t.Context()))
-	}()
+	guardDisk(t, "0.001")
 	f := newFront(t, "disk.test")
 	p := push(t, "disk:1", 2, 8)
 	op := fails(t, begin(t, &opsv1.PullRequest{Image: f.image(p.name), MaxAttempts: 2}), "DiskPressure")

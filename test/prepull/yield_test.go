@@ -18,7 +18,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -137,24 +136,8 @@ func noSlower(t testing.TB, what string, took, alone time.Duration, most float64
 	}
 }
 
-// roomy lets images of full size onto a disk that has little room.
-func roomy(t testing.TB) {
-	t.Helper()
-	if !full() {
-		return
-	}
-	must(t, bed.KillProxy(t.Context(), syscall.SIGTERM))
-	must(t, bed.StartProxy(t.Context(), "--images-max-disk-percent", "97"))
-	t.Cleanup(func() {
-		ctx := context.WithoutCancel(t.Context())
-		must(t, bed.KillProxy(ctx, syscall.SIGTERM))
-		must(t, bed.StartProxy(ctx))
-	})
-}
-
 // TestBrokenPulls has twelve pods on the node whose images cannot be pulled.
 func TestBrokenPulls(t *testing.T) {
-	roomy(t)
 	f := newFront(t, "works.test")
 	idle, beside := push(t, "idle:1", 8, layerMiB(8)), push(t, "beside:1", 8, layerMiB(8))
 	upgrade, another := push(t, "upgrade:1", 4, 4), push(t, "upgrade:2", 4, 4)
@@ -263,7 +246,6 @@ func upgraded(t testing.TB, uid, image string) {
 
 // TestKubeletIsNotSlower has kubelet pull over the same line as ours.
 func TestKubeletIsNotSlower(t *testing.T) {
-	roomy(t)
 	f, g, first := newFront(t, "line-ours.test"), newFront(t, "line-kubelets.test"), newFront(t, "line-alone.test")
 	alone, beside, ours := push(t, "line:1", 8, layerMiB(8)), push(t, "line:2", 8, layerMiB(8)), push(t, "line:3", 8, layerMiB(16))
 	f.throttle(wire)
@@ -310,7 +292,6 @@ func TestKubeletIsNotSlower(t *testing.T) {
 
 // TestShortPulls has kubelet ask again and again for what is there, over a long round trip.
 func TestShortPulls(t *testing.T) {
-	roomy(t)
 	f, there := newFront(t, "long.test"), newFront(t, "there.test")
 	idle, beside := push(t, "long:1", 8, layerMiB(8)), push(t, "long:2", 8, layerMiB(8))
 	late(t, there, "far.test", 400*time.Millisecond)
