@@ -55,7 +55,8 @@ func TestMain(m *testing.M) {
 func run(m *testing.M) (code int, err error) {
 	ctx := context.Background()
 	failed := false
-	b, err := testbed.Start(ctx, testbed.Options{Mode: testbed.ModeNode, Race: true, Log: os.Stderr, KeepLogs: func() bool { return failed }})
+	// What is measured at full size is what users run: the race detector makes it several times slower.
+	b, err := testbed.Start(ctx, testbed.Options{Mode: testbed.ModeNode, Race: !full(), Log: os.Stderr, KeepLogs: func() bool { return failed }})
 	if err != nil {
 		return 0, err
 	}
