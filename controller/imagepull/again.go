@@ -50,8 +50,7 @@ func (r *renewal) note(op *opsv1.PullOperation, now time.Time) time.Duration {
 		return 0
 	}
 	if r.attempt != op.GetAttempt() {
-		wait := min(backOffMin<<min(op.GetAttempt()-1, 10), backOffMax)
-		*r = renewal{attempt: op.GetAttempt(), at: now.Add(wait - secretsLead)}
+		*r = renewal{attempt: op.GetAttempt(), at: now.Add(backOffAfter(op.GetAttempt()) - secretsLead)}
 	}
 	if r.done {
 		return 0

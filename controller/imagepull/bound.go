@@ -37,9 +37,14 @@ const (
 func workBound(r *opsv1.PullRequest) time.Duration {
 	bound := time.Duration(r.GetMaxAttempts()) * r.GetAttemptTimeout().AsDuration()
 	for i := range r.GetMaxAttempts() - 1 {
-		bound += min(backOffMin<<min(i, 10), backOffMax)
+		bound += backOffAfter(i + 1)
 	}
 	return bound
+}
+
+// backOffAfter is how long a node waits after an attempt, counted from 1.
+func backOffAfter(attempt int32) time.Duration {
+	return min(backOffMin<<min(attempt-1, 10), backOffMax)
 }
 
 // deadlineOf is when a node is to give up, counted from the command; the same for all nodes, since a command must not change. It
