@@ -199,6 +199,8 @@ type restart struct {
 	asked, beside, besideUntil time.Time
 	// pod is where the pod of a successor that waits at its gate is looked at; nil if that cannot be.
 	pod *cgroup.Pod
+	// shortSince is since when that pod has had too little memory, by each look.
+	shortSince time.Time
 
 	stopFirst bool // it was to be StartFirst and goes on otherwise; as in the record
 

@@ -52,7 +52,7 @@ func (r *restart) noRoomForGate(ctx context.Context) string {
 	r.pod = pod
 	if err == nil {
 		var memory, pids cgroup.Room
-		memory, err = pod.Memory()
+		memory, err = r.settledMemory(ctx, pod)
 		if err == nil && memory.Free < gateMemory {
 			return fmt.Sprintf("the pod has %s, less than the %s that a container takes that waits at its gate", memoryOf(memory), mebi(gateMemory))
 		}
@@ -67,6 +67,26 @@ func (r *restart) noRoomForGate(ctx context.Context) string {
 		r.log.WithError(err).Info("the room in the pod's cgroup is not known")
 	}
 	return ""
+}
+
+// settledMemory is the pod's room in memory. If that is too little for a gate, and only because the kernel may not have counted yet what it
+// can take back, settledMemory looks again until the kernel has.
+func (r *restart) settledMemory(ctx context.Context, pod *cgroup.Pod) (cgroup.Room, error) {
+	const interval = 100 * time.Millisecond
+	for until := time.Now().Add(cgroup.StatInterval); ; {
+		memory, err := pod.Memory()
+		if err != nil || !mayComeToFit(memory, gateMemory) || time.Now().After(until) || r.exit.over() || r.interrupted() != nil {
+			return memory, err
+		}
+		if sleep(ctx, interval) != nil {
+			return memory, nil
+		}
+	}
+}
+
+// mayComeToFit reports whether so many bytes do not fit by the kernel's last count and may by its next.
+func mayComeToFit(room cgroup.Room, bytes int64) bool {
+	return room.Free < bytes && room.Free+room.Unsettled >= bytes
 }
 
 // mebi tells bytes as people give them in a pod's spec.
@@ -107,7 +127,14 @@ func (r *restart) makeRoom(ctx context.Context) error {
 	}
 	memory, err := r.pod.Memory()
 	if err != nil || memory.Free >= gateSpare || r.exit.over() {
+		r.shortSince = time.Time{}
 		return nil // kubelet's stop comes, or it does not; nothing is known
+	}
+	if r.shortSince.IsZero() {
+		r.shortSince = time.Now()
+	}
+	if mayComeToFit(memory, gateSpare) && time.Since(r.shortSince) < cgroup.StatInterval {
+		return nil // the next look knows more
 	}
 	r.stopWithin(ctx, r.successor(), minGrace)
 	if err := r.stopFirstFor(ctx, fmt.Sprintf("the pod has come to have %s, less than the %s to spare", memoryOf(memory), mebi(gateSpare))); err != nil {

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -49,14 +50,23 @@ func (r *room) path(name string) string {
 
 func (r *room) set(name, content string) {
 	r.t.Helper()
-	if err := errors.Join(os.MkdirAll(filepath.Dir(r.path(name)), 0o755), os.WriteFile(r.path(name), []byte(content+"\n"), 0o644)); err != nil {
-		r.t.Fatal(err)
+	path := r.path(name)
+	next := path + ".next" // the kernel never shows half a file
+	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(next, []byte(content+"\n"), 0o644), os.Rename(next, path)); err != nil {
+		r.t.Error(err)
 	}
 }
 
 func (r *room) used(mib int) {
 	r.t.Helper()
 	r.set("pod/memory.current", strconv.Itoa(mib*testMiB))
+}
+
+// cache has 63 MiB in use, 40 of them cache, of which so much is still to be written.
+func (r *room) cache(dirty int) {
+	r.t.Helper()
+	r.used(63)
+	r.set("pod/memory.stat", fmt.Sprintf("anon %d\ninactive_file %d\nfile_dirty %d", 20*testMiB, 40*testMiB, dirty*testMiB))
 }
 
 // limit is the pod's, in MiB.
@@ -124,6 +134,17 @@ func TestNoRoomForTheGate(t *testing.T) {
 				r.set("pod/memory.stat", fmt.Sprintf("inactive_file %d", 30*testMiB))
 			},
 			method: MethodGate, calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s",
+		},
+		{
+			name: "cache that the kernel counts a moment later", begin: func(r *room) {
+				r.cache(40)
+				time.AfterFunc(300*time.Millisecond, func() { r.cache(0) })
+			},
+			method: MethodGate, calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s",
+		},
+		{
+			name: "cache that stays to be written", begin: func(r *room) { r.cache(35) }, method: MethodPidfd, calls: stopFirst,
+			warns: "the pod has 6.0 MiB of memory free (limit 64.0 MiB, 63.0 MiB used, of which 5.0 MiB is cache, in /kubepods/podu), less than the 16.0 MiB",
 		},
 		{
 			name: "little memory", begin: func(r *room) { r.used(60) }, method: MethodPidfd, calls: stopFirst,

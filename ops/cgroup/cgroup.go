@@ -24,6 +24,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // Unlimited is a limit that is none.
@@ -168,9 +169,17 @@ type Room struct {
 	Free int64
 	// Limit and Used are of the cgroup that leaves the least, Reclaimable is the part of Used that can be had back.
 	Limit, Used, Reclaimable int64
+	// Unsettled is the part of Used that is neither in Reclaimable nor the programs' own: a later look may find that it can be had
+	// back, see [StatInterval].
+	Unsettled int64
 	// At is that cgroup, as its path in the hierarchy.
 	At string
 }
+
+// StatInterval is how old the kernel's memory.stat may be: a cgroup's counts are summed up every two seconds (mm/memcontrol.c
+// FLUSH_TIME) and, in between, only sometimes. Kernel 6.18 showed all of a cache as dirty right after sync(2) had returned, in 13 of 287
+// tries beside a busy disk. What is used, and the limits, are always of this moment.
+const StatInterval = 2500 * time.Millisecond
 
 func unlimited() Room { return Room{Free: Unlimited, Limit: Unlimited} }
 
@@ -242,7 +251,11 @@ func (p *Pod) memoryRoom(group, child string) (Room, error) {
 			continue
 		}
 		back := min(clean, max(0, used-protected))
-		room = room.least(Room{Free: limit - used + back, Limit: limit, Used: used, Reclaimable: back, At: group})
+		r := Room{Free: limit - used + back, Limit: limit, Used: used, Reclaimable: back, At: group}
+		if own, known := files.own(stat); known {
+			r.Unsettled = max(0, used-protected-own-back)
+		}
+		room = room.least(r)
 	}
 	return room, nil
 }
@@ -264,6 +277,7 @@ func (p *Pod) protected(group string) (int64, error) {
 type memoryFiles struct {
 	limits                                             []limitFiles
 	inactiveFile, activeFile, mapped, dirty, writeback string
+	anon, shmem                                        string
 }
 
 // clean is what the kernel takes back before it kills: pages of files that need not be written first. Of those in use lately the ones
@@ -271,6 +285,12 @@ type memoryFiles struct {
 func (f memoryFiles) clean(stat map[string]int64) int64 {
 	inactive := stat[f.inactiveFile]
 	return max(0, max(inactive, inactive+stat[f.activeFile]-stat[f.mapped])-stat[f.dirty]-stat[f.writeback])
+}
+
+// own is the memory that is not of files, and is not had back.
+func (f memoryFiles) own(stat map[string]int64) (n int64, known bool) {
+	n, known = stat[f.anon]
+	return n + stat[f.shmem], known
 }
 
 type limitFiles struct{ limit, used string }
@@ -282,10 +302,12 @@ var (
 			{"memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes"},
 		},
 		inactiveFile: "total_inactive_file", activeFile: "total_active_file", mapped: "total_mapped_file", dirty: "total_dirty", writeback: "total_writeback",
+		anon: "total_rss", shmem: "total_shmem",
 	}
 	memoryV2 = memoryFiles{
 		limits:       []limitFiles{{"memory.max", "memory.current"}},
 		inactiveFile: "inactive_file", activeFile: "active_file", mapped: "file_mapped", dirty: "file_dirty", writeback: "file_writeback",
+		anon: "anon", shmem: "shmem",
 	}
 )
 

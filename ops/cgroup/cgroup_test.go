@@ -59,7 +59,7 @@ func memoryOfV1(files map[string]string, dir, limit string, used, inactive int) 
 
 func memoryOfV2(files map[string]string, dir, limit string, used, inactive int) {
 	files[dir+"/memory.max"], files[dir+"/memory.current"] = limit, strconv.Itoa(used)
-	files[dir+"/memory.stat"] = fmt.Sprintf("anon 1\ninactive_file %d\nfile_dirty 1000\nfile_writeback 96", inactive+1096)
+	files[dir+"/memory.stat"] = fmt.Sprintf("anon %d\ninactive_file %d\nfile_dirty 1000\nfile_writeback 96", used-inactive, inactive+1096)
 }
 
 // What is found in the trees that drivers and versions make.
@@ -150,6 +150,14 @@ func TestFind(t *testing.T) {
 				f[m2+"/kubepods/burstable/podu-1/memory.stat"] = fmt.Sprintf("inactive_file %d\nactive_file %d\nfile_mapped %d\nfile_dirty %d", 8*mib, 50*mib, 20*mib, mib)
 			},
 			want: Room{Free: 37 * mib, Limit: 64 * mib, Used: 64 * mib, Reclaimable: 37 * mib, At: "/kubepods/burstable/podu-1"},
+		},
+		{
+			name: "v2, a cache that was dirty at the last count", groups: "0::" + cgroupfs, mounts: mountV2,
+			files: func(f map[string]string) {
+				memoryOfV2(f, m2+"/kubepods/burstable/podu-1", "67108864", 64*mib, 0)
+				f[m2+"/kubepods/burstable/podu-1/memory.stat"] = fmt.Sprintf("anon %d\nshmem %d\ninactive_file %d\nfile_dirty %d", 3*mib, mib, 50*mib, 45*mib)
+			},
+			want: Room{Free: 5 * mib, Limit: 64 * mib, Used: 64 * mib, Reclaimable: 5 * mib, Unsettled: 55 * mib, At: "/kubepods/burstable/podu-1"},
 		},
 		{
 			name: "v2, nothing limits", groups: "0::" + cgroupfs, mounts: mountV2,

@@ -137,7 +137,8 @@ func TestNearTheMemoryLimit(t *testing.T) {
 	}
 }
 
-// TestCacheIsRoom restarts a container whose pod is full of the cache of files that it has read.
+// TestCacheIsRoom restarts a container whose pod is full of the cache of files that it has read. Beside a busy disk the kernel may show
+// that cache as still to be written, for up to two seconds.
 func TestCacheIsRoom(t *testing.T) {
 	n := startNode(t)
 	p := n.limitedPod(t)
