@@ -70,9 +70,10 @@ func (c *Client) List(ctx context.Context, answer runtime.Object) error {
 	return c.request(c.rest.Get(), &metav1.ListOptions{}).Do(ctx).Into(answer)
 }
 
-// Watch tells of changes since a resource version.
-func (c *Client) Watch(ctx context.Context, since string) (watch.Interface, error) {
-	return c.request(c.rest.Get(), &metav1.ListOptions{ResourceVersion: since, Watch: true}).Watch(ctx)
+// Watch tells of changes to the object with this name since a resource version.
+func (c *Client) Watch(ctx context.Context, name, since string) (watch.Interface, error) {
+	options := &metav1.ListOptions{FieldSelector: "metadata.name=" + name, ResourceVersion: since, Watch: true}
+	return c.request(c.rest.Get(), options).Watch(ctx)
 }
 
 // Delete removes an object.

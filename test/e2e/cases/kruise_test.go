@@ -290,7 +290,7 @@ func useRequests[Version, Status any](t *testing.T, config *rest.Config, ns stri
 	o := &object{}
 	must(t, c.Create(t.Context(), fresh(name), o, strict))
 	filled(o)
-	watched, err := c.Watch(t.Context(), o.ResourceVersion)
+	watched, err := c.Watch(t.Context(), name, o.ResourceVersion)
 	must(t, err)
 	defer watched.Stop()
 
@@ -397,7 +397,7 @@ func useJobs[Spec, Status, Version any](t *testing.T, config *rest.Config, ns st
 	}
 	o := &object{}
 	must(t, c.Create(t.Context(), fresh(), o, metav1.CreateOptions{FieldValidation: metav1.FieldValidationStrict}))
-	watched, err := c.Watch(t.Context(), o.ResourceVersion)
+	watched, err := c.Watch(t.Context(), name, o.ResourceVersion)
 	must(t, err)
 	defer watched.Stop()
 	must(t, c.Patch(t.Context(), name, types.MergePatchType, []byte(`{"spec":{"parallelism":2}}`), &object{}, metav1.PatchOptions{FieldValidation: metav1.FieldValidationStrict}))
