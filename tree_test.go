@@ -154,8 +154,10 @@ func TestForbiddenImports(t *testing.T) {
 		},
 		{
 			pkg: "./controller/...", deps: false,
-			forbid:  []string{module + "/proxy", module + "/interceptors", module + "/ops"},
-			except:  []string{module + "/ops/mtls"},
+			forbid: []string{
+				module + "/proxy", module + "/interceptors", module + "/ops", module + "/systemd",
+				module + "/internal/config", module + "/internal/daemon", module + "/internal/takeover",
+			},
 			because: "the controller commands nodes over the ops API, it is not one",
 		},
 	} {

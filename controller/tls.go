@@ -9,7 +9,7 @@ import (
 	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc/credentials"
 
-	"github.com/cri-proxy/cri-proxy/ops/mtls"
+	"github.com/cri-proxy/cri-proxy/internal/mtls"
 )
 
 // TLSFiles are the PEM files of the controller's identity towards nodes. They are

@@ -47,7 +47,7 @@ func TestInstallerPolicy(t *testing.T) {
 	if spec := pretty(t, all["ValidatingAdmissionPolicyBinding <nil>/cri-proxy-installer"]["spec"]); spec != "policyName: cri-proxy-installer\nvalidationActions:\n- Deny\n" {
 		t.Errorf("the binding has\n%s", spec)
 	}
-	source, err := os.ReadFile("../cmd/cri-proxy/installer/installer.go")
+	source, err := os.ReadFile("../systemd/node/installer/installer.go")
 	if err != nil {
 		t.Fatal(err)
 	}

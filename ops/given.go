@@ -19,7 +19,7 @@ const (
 	// Controllers do not send more (controller/environment).
 	maxEnvironment = 2 << 20
 	// maxEnvironments bounds those of one command together. The bounds of messages leave room for it and for the rest of a
-	// command (ops/mtls, cmd/cri-proxy/serve).
+	// command (internal/mtls, internal/daemon).
 	maxEnvironments = 12 << 20
 )
 

@@ -18,7 +18,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
-	"github.com/cri-proxy/cri-proxy/ops/mtls"
+	"github.com/cri-proxy/cri-proxy/internal/mtls"
 )
 
 // Bounds of a request; far above what a pod can have.

@@ -32,7 +32,6 @@ import (
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
 	"github.com/cri-proxy/cri-proxy/api/identity"
-	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
 	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/admission"
 	"github.com/cri-proxy/cri-proxy/controller/authority"
@@ -40,7 +39,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/kruise"
 	"github.com/cri-proxy/cri-proxy/controller/nodecondition"
 	"github.com/cri-proxy/cri-proxy/controller/rollout"
-	"github.com/cri-proxy/cri-proxy/ops/mtls"
+	"github.com/cri-proxy/cri-proxy/internal/mtls"
+	"github.com/cri-proxy/cri-proxy/internal/version"
 )
 
 // leaseName is the Lease that decides which replica works; deploy/rbac grants it.

@@ -13,14 +13,14 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/bypass"
-	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/ctl"
-	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/install"
-	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/installer"
-	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/serve"
-	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/upgrade"
-	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
+	"github.com/cri-proxy/cri-proxy/internal/config"
+	"github.com/cri-proxy/cri-proxy/internal/daemon"
+	"github.com/cri-proxy/cri-proxy/internal/version"
+	"github.com/cri-proxy/cri-proxy/systemd/node/bypass"
+	"github.com/cri-proxy/cri-proxy/systemd/node/install"
+	"github.com/cri-proxy/cri-proxy/systemd/node/installer"
+	"github.com/cri-proxy/cri-proxy/systemd/node/update"
 )
 
 func main() {
@@ -58,7 +58,7 @@ func newRoot() *cobra.Command {
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return &config.InvalidError{Err: fmt.Errorf("%w; see %s --help", err, c.CommandPath())}
 	})
-	root.AddCommand(serve.Command(), install.Command(), install.Uninstall(), installer.Command(), upgrade.Command(), bypass.Command(), ctl.Command(time.Now), newConfig(), newVersion())
+	root.AddCommand(daemon.Command(), install.Command(), install.Uninstall(), installer.Command(), update.Command(), bypass.Command(), ctl.Command(time.Now), newConfig(), newVersion())
 	checkArgs(root)
 	return root
 }

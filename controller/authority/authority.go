@@ -26,7 +26,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 
 	"github.com/cri-proxy/cri-proxy/api/identity"
-	"github.com/cri-proxy/cri-proxy/ops/mtls"
+	"github.com/cri-proxy/cri-proxy/internal/mtls"
 )
 
 const (

@@ -13,8 +13,8 @@ import (
 	"github.com/spf13/cobra"
 	"go.yaml.in/yaml/v3"
 
-	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/config"
-	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/doctor"
+	"github.com/cri-proxy/cri-proxy/internal/config"
+	"github.com/cri-proxy/cri-proxy/systemd/node/doctor"
 )
 
 func (c *ctl) doctor() *cobra.Command {

@@ -12,7 +12,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/doctor"
+	"github.com/cri-proxy/cri-proxy/systemd/node/doctor"
 )
 
 // What is wrong is an exit code, and the same in every form of output.

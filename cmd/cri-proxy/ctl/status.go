@@ -15,7 +15,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/version"
+	"github.com/cri-proxy/cri-proxy/internal/version"
 )
 
 func (c *ctl) status() *cobra.Command {

@@ -1,0 +1,158 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc/connectivity"
+
+	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/internal/takeover"
+	"github.com/cri-proxy/cri-proxy/internal/version"
+)
+
+// predecessor is the process that had the state before this one, and still answers calls. A nil one is none.
+type predecessor struct {
+	conn  *takeover.Conn
+	pid   int
+	yours *takeover.Yours
+	log   logrus.FieldLogger
+	owned sync.WaitGroup
+}
+
+// askForState asks the process that has the state for it, and waits until it is free. It returns nil if there is no such process.
+//
+// Errors: it does not give it away, and says why.
+func (d *daemon) askForState(ctx context.Context) (*predecessor, error) {
+	conn, err := takeover.Dial(ctx, d.config.StateDir)
+	if conn == nil || err != nil {
+		return nil, err
+	}
+	// It does not listen for long to who says nothing: what this process has to wait for comes before the question.
+	conn.Close()
+	d.awaitUpstream(ctx)
+	if conn, err = takeover.Dial(ctx, d.config.StateDir); conn == nil || err != nil {
+		return nil, err
+	}
+	defer context.AfterFunc(ctx, func() { conn.Close() })()
+	pid, err := conn.PID()
+	if err == nil && pid == os.Getpid() {
+		err = errors.New("asking myself")
+	}
+	if err == nil {
+		err = conn.Send(takeover.Message{Want: takeover.WantState, Version: version.Short()})
+	}
+	if err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("asking for the state: %w", err)
+	}
+	log := d.log.WithField("predecessor", pid)
+	log.Info("another process serves, asking it to hand over")
+	for {
+		m, err := conn.Receive()
+		switch {
+		case ctx.Err() != nil:
+			conn.Close()
+			return nil, ctx.Err()
+		case errors.Is(err, io.EOF) || err != nil:
+			conn.Close()
+			log.WithError(err).Warn("the other process has gone away")
+			return nil, nil
+		case m.Refused != "":
+			conn.Close()
+			return nil, fmt.Errorf("process %d serves on: %s", pid, m.Refused)
+		case m.Yours != nil:
+			log.Info("the other process has handed over")
+			return &predecessor{conn: conn, pid: pid, yours: m.Yours, log: log}, nil
+		case m.Waiting != "":
+			log.WithField("for", m.Waiting).Info("the hand-over waits")
+			d.notify.send(fmt.Sprintf("STATUS=Waiting for process %d to hand over: %s\nEXTEND_TIMEOUT_USEC=%d", pid, m.Waiting, (time.Minute).Microseconds()))
+		}
+	}
+}
+
+// upstreamPatience is how long a process waits for its connection to the runtime before it takes over from one that has one.
+const upstreamPatience = time.Second
+
+// awaitUpstream waits for the runtime, which may be away.
+func (d *daemon) awaitUpstream(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, upstreamPatience)
+	defer cancel()
+	for state := d.upstream.State(); state != connectivity.Ready; state = d.upstream.State() {
+		if !d.upstream.Conn().WaitForStateChange(ctx, state) {
+			return
+		}
+	}
+}
+
+// view is what it has carried over.
+func (p *predecessor) view() interceptors.Carry {
+	if p == nil {
+		return interceptors.Carry{}
+	}
+	return p.yours.View
+}
+
+// follow keeps the state's eye on what the predecessor still does, until that is gone. calls is how many calls that has, nil once it is gone.
+func (p *predecessor) follow(st *state, calls *atomic.Pointer[int]) {
+	if p == nil {
+		return
+	}
+	p.owned.Go(func() {
+		pulled := func() {}
+		pulling := false
+		apply := func(l takeover.Left) {
+			st.view.StopsElsewhere(l.Stops)
+			calls.Store(&l.Calls)
+			switch {
+			case l.Pulls > 0 && !pulling:
+				pulling, pulled = true, st.puller.KubeletPulls("") // it does not tell of which
+			case l.Pulls == 0 && pulling:
+				pulled()
+				pulling = false
+			}
+		}
+		apply(p.yours.Left)
+		for {
+			m, err := p.conn.Receive()
+			if err != nil {
+				apply(takeover.Left{})
+				calls.Store(nil)
+				p.log.Info("the process before this one has ended")
+				return
+			}
+			if m.Left != nil {
+				apply(*m.Left)
+			}
+		}
+	})
+}
+
+// serving says that this process serves: from now on the predecessor does not come back.
+func (p *predecessor) serving() error {
+	if p == nil {
+		return nil
+	}
+	if err := p.conn.Send(takeover.Message{Serving: true}); err != nil {
+		return fmt.Errorf("process %d has taken the state back: %w", p.pid, err)
+	}
+	return nil
+}
+
+func (p *predecessor) close() {
+	if p == nil {
+		return
+	}
+	p.conn.Close()
+	p.owned.Wait()
+}

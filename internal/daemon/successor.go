@@ -1,0 +1,411 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/internal/takeover"
+	"github.com/cri-proxy/cri-proxy/proxy"
+)
+
+const (
+	// calmPatience bounds the wait for a moment at which the state can be given away. Operations and the calls that take part in
+	// them end by themselves; the longest take a container's grace.
+	calmPatience = 2 * time.Minute
+	// holdPatience is how long kubelet's calls are held for it at a time, and calmPause the time between two tries.
+	holdPatience = time.Second
+	calmPause    = time.Second
+	// parkPatience bounds the wait for the engine to leave its operations, none of which stops a container.
+	parkPatience = 3 * time.Second
+	// handingOpsGrace is for commands: their callers repeat them.
+	handingOpsGrace = 200 * time.Millisecond
+	// servingPatience is how long a process may take from the state to its first answer. kubelet's calls wait meanwhile.
+	servingPatience = 10 * time.Second
+	// redialPatience bounds the wait for clients to know that they are to dial anew.
+	redialPatience = time.Second
+	// requestPatience bounds the wait of who asks for the state while this process finds out that another one, which asked before, has gone away.
+	requestPatience = holdPatience + calmPause + time.Second
+	// leftEvery is how often the process after this one is told what is left.
+	leftEvery = time.Second
+)
+
+// handedOverCode is the exit code of a process that has handed over and is through; its unit must not be restarted then.
+const handedOverCode = 10
+
+// HandedOverError is how [Run] ends when another process has taken over. It is no failure.
+type HandedOverError struct{ PID int }
+
+func (e *HandedOverError) Error() string { return fmt.Sprintf("handed over to process %d", e.PID) }
+
+// ExitCode is that of the command.
+func (*HandedOverError) ExitCode() int { return handedOverCode }
+
+// request is a process that wants the state.
+type request struct {
+	*takeover.Conn
+	pid     int
+	pidfd   int
+	version string
+	said    string // to be waiting for
+
+	// serving is closed when it says so, gone when nothing more comes from it.
+	serving, gone chan struct{}
+}
+
+// listen reads what it says, until it is gone.
+func (r *request) listen() {
+	defer close(r.gone)
+	said := false
+	for {
+		m, err := r.Receive()
+		if err != nil {
+			return
+		}
+		if m.Serving && !said {
+			said = true
+			close(r.serving)
+		}
+	}
+}
+
+// isGone reports whether it has given up.
+func (r *request) isGone() bool {
+	select {
+	case <-r.gone:
+		return true
+	default:
+		return false
+	}
+}
+
+// close ends the conversation; of a successor that waits for the state too.
+func (r *request) close() {
+	r.Close()
+	<-r.gone
+	unix.Close(r.pidfd)
+}
+
+// waiting tells what the hand-over waits for, once.
+func (r *request) waiting(what string) {
+	if r.said != what {
+		r.said = what
+		_ = r.Send(takeover.Message{Waiting: what})
+	}
+}
+
+// listenForSuccessor opens the door for the next process. Without it this one cannot be replaced while it serves, which is no reason
+// not to serve.
+func (d *daemon) listenForSuccessor() {
+	l, err := takeover.Listen(d.config.StateDir)
+	if err != nil {
+		d.log.WithError(err).Warn("no hand-over to another process")
+		return
+	}
+	d.handover = l
+	d.workers.Go(func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return // closed
+			}
+			d.answer(conn)
+		}
+	})
+}
+
+// answer reads what is asked for. It does not wait for anybody who asks for nothing.
+func (d *daemon) answer(conn *takeover.Conn) {
+	_ = conn.SetReadDeadline(time.Now().Add(time.Second))
+	m, err := conn.Receive()
+	_ = conn.SetReadDeadline(time.Time{})
+	pid, perr := conn.PID()
+	if err != nil || perr != nil {
+		conn.Close()
+		return
+	}
+	switch m.Want {
+	case takeover.WantState:
+		pidfd, err := unix.PidfdOpen(pid, 0)
+		if err != nil {
+			break
+		}
+		r := &request{Conn: conn, pid: pid, pidfd: pidfd, version: m.Version, serving: make(chan struct{}), gone: make(chan struct{})}
+		timer := time.NewTimer(requestPatience)
+		defer timer.Stop()
+		select {
+		case d.requests <- r:
+			return
+		case <-timer.C:
+			unix.Close(pidfd)
+			_ = conn.Send(takeover.Message{Refused: "it hands over to another process already, or is shutting down; try again"})
+		}
+	case takeover.WantRedial:
+		d.log.WithField("pid", pid).Info("clients are made to dial anew")
+		d.redial(context.Background())
+		_ = conn.Send(takeover.Message{Done: true})
+	default:
+		_ = conn.Send(takeover.Message{Refused: fmt.Sprintf("%q is not known; this is an older version", m.Want)})
+	}
+	conn.Close()
+}
+
+// pause takes no more connections. What is awaited takes microseconds, unless somebody has made the socket block.
+func (d *daemon) pause(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, parkPatience)
+	defer cancel()
+	return d.cri.Pause(ctx)
+}
+
+// redial makes the clients dial anew. One that does not read is not waited for for long.
+func (d *daemon) redial(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, redialPatience)
+	defer cancel()
+	d.cri.Redial(ctx)
+}
+
+// handOver gives the state to another process. It returns the connection that kubelet's calls go on to from now on, or nil when this process serves
+// on, be it that there was no moment for it, or that the other one could not. An error means that this one cannot either.
+func (d *daemon) handOver(ctx context.Context, r *request) (*proxy.Upstream, error) {
+	log := d.log.WithField("successor", r.pid).WithField("version", r.version)
+	log.Info("another process wants to take over")
+	defer d.handing.Store(false)
+	taken := false
+	defer func() {
+		if !taken {
+			r.close()
+		}
+	}()
+	go r.listen() // ends with close
+	hold, err := d.calm(ctx, r)
+	if err != nil {
+		log.WithError(err).Warn("no hand-over")
+		_ = r.Send(takeover.Message{Refused: err.Error()})
+		return nil, nil
+	}
+	d.handing.Store(true)
+	began := time.Now()
+	d.stopServers(ctx, handingOpsGrace)
+	st := d.state.Load()
+	if !st.end(ctx, parkPatience) {
+		// It has begun to stop a container in the last moment. The view holds as long as it does not move.
+		hold.Release()
+		r.waiting("an operation that stops a container")
+		ended := st.end(ctx, calmPatience)
+		if ctx.Err() != nil {
+			return nil, nil // this process is to end, and lacks nothing for that
+		}
+		if !ended {
+			return nil, errors.New("operations do not end; the next process takes them up")
+		}
+		if hold, err = d.cri.Hold(ctx); err != nil {
+			return nil, nil // ctx has ended
+		}
+	}
+	err = d.pause(ctx)
+	carry := st.view.Carry()
+	if err == nil {
+		d.state.Store(nil)
+		d.given = st.view
+		if err := st.close(); err != nil {
+			log.WithError(err).Error("closing the state")
+		}
+		if err = d.entrust(r, carry); err == nil {
+			var to *proxy.Upstream
+			if to, err = proxy.NewUpstream(d.listen, proxy.UpstreamOptions{}); err == nil {
+				taken = true
+				hold.Divert(to.Conn())
+				log.WithField("held", time.Since(began).Round(time.Millisecond)).Info("handed over")
+				return to, nil
+			}
+		}
+		log.WithError(err).Error("the other process does not serve, taking the state back")
+	} else {
+		log.WithError(err).Error("connections are taken on, no hand-over")
+		_ = r.Send(takeover.Message{Refused: fmt.Sprintf("it cannot stop taking connections: %v; try again", err)})
+		d.state.Store(nil)
+		if err := st.close(); err != nil {
+			log.WithError(err).Error("closing the state")
+		}
+	}
+	// Also if this process is to end meanwhile: the calls that it has are answered first.
+	if err := d.openState(context.WithoutCancel(ctx), carry); err != nil {
+		// Nobody can answer them here any more. Who calls finds the next process, which starts when this one has ended.
+		d.cri.Stop()
+		return nil, fmt.Errorf("the state cannot be taken back, calls are cut: %w", err)
+	}
+	d.state.Load().run(ctx, d.fail)
+	d.cri.Resume()
+	hold.Release()
+	log.WithField("held", time.Since(began).Round(time.Millisecond)).Warn("serving on")
+	if ctx.Err() != nil {
+		return nil, nil
+	}
+	err = d.startServers(ctx)
+	if ctx.Err() != nil {
+		return nil, nil // which is why, if it failed
+	}
+	return nil, err
+}
+
+// calm waits for a moment at which no operation and no call of kubelet's needs the state for long, and holds it.
+func (d *daemon) calm(ctx context.Context, r *request) (*proxy.Hold, error) {
+	ctx, cancel := context.WithTimeout(ctx, calmPatience)
+	defer cancel()
+	for {
+		hold, why := d.tryCalm(ctx)
+		if hold != nil {
+			return hold, nil
+		}
+		r.waiting(why)
+		timer := time.NewTimer(calmPause)
+		select {
+		case <-timer.C:
+		case <-r.gone:
+			timer.Stop()
+			return nil, errors.New("the other process has gone away")
+		case <-ctx.Done():
+			timer.Stop()
+			return nil, fmt.Errorf("waited for %s; try again, or see what it waits for (cri-proxy ctl ops --active): %w", why, ctx.Err())
+		}
+	}
+}
+
+// tryCalm returns a hold, or why there is none.
+func (d *daemon) tryCalm(ctx context.Context) (*proxy.Hold, string) {
+	st := d.state.Load()
+	if uids := st.engine.Unleavable(); len(uids) > 0 {
+		return nil, "operations that stop containers: " + strings.Join(uids, ", ")
+	}
+	ctx, cancel := context.WithTimeout(ctx, holdPatience)
+	defer cancel()
+	hold, err := d.cri.Hold(ctx)
+	if err != nil {
+		return nil, err.Error()
+	}
+	// Nothing comes from kubelet any more: what is true now stays so, but for the operations' own course.
+	slots := st.view.Entangled()
+	uids := st.engine.Unleavable()
+	if len(slots) == 0 && len(uids) == 0 {
+		return hold, ""
+	}
+	hold.Release()
+	if len(uids) > 0 {
+		return nil, "operations that stop containers: " + strings.Join(uids, ", ")
+	}
+	return nil, fmt.Sprintf("kubelet, which takes back %v", slots)
+}
+
+// entrust says that the state is free and waits until the other process serves. If it does not, it is ended: two that work with one
+// state are worse than none.
+func (d *daemon) entrust(r *request, carry interceptors.Carry) error {
+	if r.isGone() {
+		return errors.New("it has gone away")
+	}
+	if err := r.Send(takeover.Message{Yours: &takeover.Yours{View: carry, Left: d.left(carry.Stops)}}); err != nil {
+		return errors.Join(err, endProcess(r.pidfd))
+	}
+	timer := time.NewTimer(servingPatience)
+	defer timer.Stop()
+	select {
+	case <-r.serving:
+		return nil
+	case <-r.gone:
+		return errors.Join(errors.New("it has gone away"), endProcess(r.pidfd))
+	case <-timer.C:
+		return errors.Join(fmt.Errorf("it has not served within %s", servingPatience), endProcess(r.pidfd))
+	}
+}
+
+// endProcess kills a process, if it still runs, and waits for its end.
+func endProcess(pidfd int) error {
+	if err := unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0); err != nil {
+		if errors.Is(err, unix.ESRCH) {
+			return nil
+		}
+		return err
+	}
+	for {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, int(servingPatience.Milliseconds()))
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case err != nil:
+			return err
+		case n == 0:
+			return errors.New("the other process does not end")
+		default:
+			return nil
+		}
+	}
+}
+
+// left says what is under way, with the stops that the caller knows.
+func (d *daemon) left(stops []string) takeover.Left {
+	return takeover.Left{
+		Calls: int(d.cri.Stats().InFlight),
+		Pulls: d.cri.InFlight(runtimeapi.ImageService_PullImage_FullMethodName),
+		Stops: stops,
+	}
+}
+
+// leave answers the calls that are still under way, for at most upgradeDrainTimeout, and ends. A signal makes it the drain timeout, a second one ends
+// it at once.
+func (d *daemon) leave(ctx, hard context.Context, r *request, to *proxy.Upstream) error {
+	d.draining.Store(true)
+	defer r.close()
+	drain, cancel := context.WithTimeout(hard, d.config.UpgradeDrainTimeout)
+	defer cancel()
+	defer context.AfterFunc(ctx, func() {
+		d.notify.stopping(d.config.DrainTimeout)
+		timer := time.AfterFunc(d.config.DrainTimeout, cancel)
+		context.AfterFunc(drain, func() { timer.Stop() })
+	})()
+	d.workers.Go(func() { d.tellLeft(drain, r) })
+	d.redial(hard)
+	err := d.cri.Drain(drain)
+	cancel()
+	d.stopWork()
+	d.workers.Wait()
+	err = errors.Join(err, to.Close(), d.close())
+	if err != nil {
+		d.log.WithError(err).Warn("calls were cut after the hand-over")
+	}
+	d.log.Info("all calls are over")
+	return &HandedOverError{PID: r.pid}
+}
+
+// tellLeft tells the other process, and systemd, what is left here, until ctx ends.
+func (d *daemon) tellLeft(ctx context.Context, r *request) {
+	tick := time.NewTicker(leftEvery)
+	defer tick.Stop()
+	var last takeover.Left
+	told := -1 // that there are none is news too: crash-guard goes by it
+	for {
+		left := d.left(d.given.Carry().Stops)
+		if left.Calls != told {
+			told = left.Calls
+			d.notify.send(fmt.Sprintf("STATUS=Handed over to process %d, %d calls are still under way", r.pid, left.Calls))
+		}
+		if left.Calls != last.Calls || left.Pulls != last.Pulls || !slices.Equal(left.Stops, last.Stops) {
+			if r.Send(takeover.Message{Left: &left}) != nil {
+				return // it may have been replaced itself
+			}
+		}
+		last = left
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}

@@ -1,0 +1,542 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package install
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cri-proxy/cri-proxy/internal/config"
+	"github.com/cri-proxy/cri-proxy/ops/apiserver"
+	"github.com/cri-proxy/cri-proxy/systemd"
+	"github.com/cri-proxy/cri-proxy/systemd/node/kubelet"
+	"github.com/cri-proxy/cri-proxy/systemd/node/update"
+)
+
+func write600(t *testing.T, path, content string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func contentOf(t *testing.T, path string) string {
+	t.Helper()
+	b, err := read(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b == nil {
+		return "(none)"
+	}
+	return string(b)
+}
+
+// The shipped configuration says what the defaults are.
+func TestShippedConfig(t *testing.T) {
+	text, err := systemd.File("config.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := config.Default()
+	if err := config.Parse("config.yaml", text, c); err != nil {
+		t.Fatal(err)
+	}
+	got, err := merge(text, config.Default(), c)
+	if err != nil || !bytes.Equal(got, text) {
+		t.Errorf("%v\n%s", err, diff("config.yaml", text, got))
+	}
+}
+
+func TestMerge(t *testing.T) {
+	text := []byte("# mine\nruntimeEndpoint: unix:///run/a.sock # here\n\nops:\n  address: \"\"\n")
+	have := config.Default()
+	if err := config.Parse("x", text, have); err != nil {
+		t.Fatal(err)
+	}
+	want := *have
+	want.Ops.Address = ":10260"
+	want.Ops.AllowedClients = []string{"a", "b"}
+	want.Images.Parallel = 3
+	want.Listen.Mode = 0o660
+	got, err := merge(text, have, &want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{"# mine\nruntimeEndpoint: unix:///run/a.sock # here\n\n", "  address: \":10260\"\n", "  allowedClients: [\"a\",\"b\"]\n", "images:\n  parallel: 3\n", "listen:\n  mode: \"0660\"\n"} {
+		if !strings.Contains(string(got), line) {
+			t.Errorf("no %q in\n%s", line, got)
+		}
+	}
+	back := config.Default()
+	if err := config.Parse("x", got, back); err != nil {
+		t.Fatal(err)
+	}
+	a, err := back.YAML()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := want.YAML()
+	if err != nil || !bytes.Equal(a, b) {
+		t.Errorf("%v\n%s\n%s", err, a, b)
+	}
+}
+
+// What is put back is what was there, also when somebody else has changed a file since.
+func TestRecord(t *testing.T) {
+	for _, c := range []struct {
+		name          string
+		before, after string
+		now, want     string // now is what somebody else has made of it
+	}{
+		{"as we left it", "e: old # x\n", "e: ours # x\n", "e: ours # x\n", "e: old # x\n"},
+		{"changed since", "e: old\n", "e: ours\n", "e: ours\nmore: 1\n", "e: old\nmore: 1\n"},
+		{"put back by somebody else", "e: old\n", "e: ours\n", "e: old\nmore: 1\n", "e: old\nmore: 1\n"},
+		{"not written yet", "e: old\n", "e: ours\n", "e: old\n", "e: old\n"},
+		{"taken away", "e: old\n", "e: ours\n", "(none)", "(none)"},
+		{"a file of ours", "(none)", "e: ours\n", "e: ours\n", "(none)"},
+		{"a file of ours, changed", "(none)", "e: ours\n", "e: ours\nmore: 1\n", "e: old\nmore: 1\n"},
+		{"a file of ours, not written yet", "(none)", "e: ours\n", "(none)", "(none)"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			dir := t.TempDir()
+			path := filepath.Join(dir, "kubelet.d", "f.conf")
+			if err := os.Mkdir(filepath.Dir(path), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			e := kubelet.Edit{Path: path, After: []byte(c.after), Mode: 0o600}
+			if c.before != "(none)" {
+				e.Before = []byte(c.before)
+			}
+			r := &record{dir: filepath.Join(dir, "record"), Endpoint: "old", Ours: "ours"}
+			if err := r.keep([]kubelet.Edit{e}); err != nil {
+				t.Fatal(err)
+			}
+			if c.now != "(none)" {
+				write600(t, path, c.now)
+			}
+			r, err := readRecord(r.dir)
+			if err != nil || !r.exists() || !r.Pending {
+				t.Fatalf("%+v, %v", r, err)
+			}
+			did, err := r.restore()
+			if err != nil || did != (c.now != c.want) {
+				t.Errorf("%v, %v", did, err)
+			}
+			if got := contentOf(t, path); got != c.want {
+				t.Errorf("%q, want %q", got, c.want)
+			}
+			if did, err := r.restore(); did || err != nil {
+				t.Errorf("once more: %v, %v", did, err)
+			}
+			if err := r.forget(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+func TestPlan(t *testing.T) {
+	dir := t.TempDir()
+	there, gone, fresh := filepath.Join(dir, "there"), filepath.Join(dir, "gone"), filepath.Join(dir, "x.d", "fresh")
+	write600(t, there, "a\n")
+	write600(t, gone, "b\n")
+	var out strings.Builder
+	p := &plan{out: &out}
+	for path, content := range map[string][]byte{there: []byte("A\n"), gone: nil, fresh: []byte("c\n")} {
+		a, ok, err := writing(path, content, 0o644)
+		if err != nil || !ok {
+			t.Fatal(ok, err)
+		}
+		p.add(a)
+	}
+	if _, ok, err := writing(there, []byte("a\n"), 0o644); ok || err != nil {
+		t.Errorf("a file that is as it should be: %v, %v", ok, err)
+	}
+	p.show()
+	for _, want := range []string{"would change " + there, "-a", "+A", "would remove " + gone, "would write " + fresh, "--- /dev/null"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("no %q in\n%s", want, out.String())
+		}
+	}
+	state := func() [3]string { return [3]string{contentOf(t, there), contentOf(t, gone), contentOf(t, fresh)} }
+	before := [3]string{"a\n", "b\n", "(none)"}
+	if state() != before {
+		t.Fatalf("showing has done something: %q", state())
+	}
+	boom := errors.New("boom")
+	p.add(action{what: "fail; at length", do: func(context.Context) error { return boom }})
+	if err := p.run(t.Context()); !errors.Is(err, boom) || !strings.HasSuffix(err.Error(), "everything is as it was") || state() != before {
+		t.Errorf("%v: %q", err, state())
+	}
+	if _, err := os.Stat(filepath.Dir(fresh)); err != nil {
+		t.Error("a directory is gone that kubelet may want") // a --config-dir that was empty
+	}
+	p.actions = p.actions[:3]
+	if err := p.run(t.Context()); err != nil || state() != [3]string{"A\n", "(none)", "c\n"} {
+		t.Errorf("%v: %q", err, state())
+	}
+}
+
+// What kubelet uses is not taken away before kubelet is led away from it.
+func TestPutBackHolds(t *testing.T) {
+	var undone []string
+	step := func(name string, holds bool, err error) action {
+		return action{
+			what: name, holds: holds, do: func(context.Context) error { return nil },
+			undo: func(context.Context) error { undone = append(undone, name); return err },
+		}
+	}
+	boom := errors.New("read-only file system")
+	p := &plan{out: io.Discard}
+	p.add(step("sockets", false, nil), step("kubelet", true, boom), step("label", false, nil))
+	p.add(action{what: "fail", do: func(context.Context) error { return errors.New("no") }})
+	err := p.run(t.Context())
+	if !errors.Is(err, boom) || !strings.Contains(err.Error(), "the rest stays as it is") || !slices.Equal(undone, []string{"label", "kubelet"}) {
+		t.Errorf("%v: undone %q", err, undone)
+	}
+}
+
+func TestUnitChanges(t *testing.T) {
+	c := config.Default()
+	for _, unit := range []string{criSocket, adminSocket, opsSocket, serviceTemplate} {
+		if got := unitChanges(unit, c, nil); got != nil {
+			t.Errorf("%s: %s", unit, got)
+		}
+	}
+	c.Listen.Path, c.Listen.Group, c.Ops.Address = "/run/x/cri.sock", "crictl", "10.0.0.1:7443"
+	k := &kubelet.Kubelet{Args: []string{"--root-dir=/data/kubelet", "--pod-logs-dir=/data/kubelet/logs"}}
+	for unit, want := range map[string]string{
+		criSocket:       "[Socket]\nListenStream=\nListenStream=/run/x/cri.sock\nSocketGroup=crictl\n",
+		opsSocket:       "[Socket]\nListenStream=\nListenStream=10.0.0.1:7443\nFreeBind=yes\n",
+		serviceTemplate: "[Service]\nSockets=cri-proxy-ops.socket\nReadWritePaths=-/data/kubelet\n",
+	} {
+		if got := string(unitChanges(unit, c, k)); got != dropInHead+want {
+			t.Errorf("%s:\n%s", unit, got)
+		}
+	}
+	if got := listenStream(":7443"); got != "7443" {
+		t.Error(got)
+	}
+}
+
+// TestPrefix: with another one nothing that is written names the default, and what comes later finds it.
+func TestPrefix(t *testing.T) {
+	for prefix, record := range map[update.Prefix]string{"/opt": "/opt\n", update.DefaultPrefix: ""} {
+		files, err := nodeFiles(config.Default(), nil, prefix)
+		if err != nil {
+			t.Fatal(err)
+		}
+		named := 0
+		for _, f := range files {
+			if prefix != update.DefaultPrefix && (bytes.Contains(f.content, []byte("/usr/local")) || strings.HasPrefix(f.path, "/usr/local")) {
+				t.Errorf("%s names the default:\n%s", f.path, f.content)
+			}
+			named += bytes.Count(f.content, []byte(prefix.LibDir())) + bytes.Count(f.content, []byte(prefix.BinLink()))
+			if f.path == update.PrefixFile && string(f.content) != record {
+				t.Errorf("%s: %q, want %q", f.path, f.content, record)
+			}
+		}
+		if named < 4 { // the service, its guard, what that calls, and the socket
+			t.Errorf("%s is named %d times", prefix, named)
+		}
+		if own := ownFiles(prefix); !slices.Contains(own, prefix.BinLink()) || !slices.Contains(own, guardFile(prefix)) || slices.Contains(own, update.PrefixFile) {
+			t.Errorf("uninstall removes %q, and not last of all what says where they are", own)
+		}
+	}
+}
+
+func TestChoosePrefix(t *testing.T) {
+	dir := t.TempDir()
+	installed := filepath.Join(dir, "installed")
+	if err := os.MkdirAll(update.Prefix(installed).LibDir(), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct{ name, record, flag, want, err string }{
+		{"neither", "", "", "/usr/local", ""},
+		{"as installed", installed, "", installed, ""},
+		{"the same", installed, installed + "/", installed, ""},
+		{"another", installed, "/opt", "", "is installed below " + installed + ": take it off there"},
+		{"left over", filepath.Join(dir, "gone"), "/opt", "/opt", ""},
+		{"relative", "", "opt", "", "want an absolute path"},
+		{"root", "", "/", "", "want an absolute path"},
+		{"specifier", "", "/opt/%i", "", "want an absolute path"},
+		{"space", "", "/opt/my programs", "", "want an absolute path"},
+		{"bad record", "/opt;x", "", "", "want an absolute path"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), "prefix")
+			if tt.record != "" {
+				write600(t, file, tt.record+"\n")
+			}
+			i := &installer{prefix: update.Prefix(tt.flag)}
+			err := i.choosePrefix(file)
+			if tt.err == "" && (err != nil || string(i.prefix) != tt.want) || tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
+				t.Errorf("%s, %v", i.prefix, err)
+			}
+		})
+	}
+}
+
+// TestUninstallTakesThePrefix: what an installation was told may be left over in the arguments of an uninstall.
+func TestUninstallTakesThePrefix(t *testing.T) {
+	dir := t.TempDir()
+	installed := filepath.Join(dir, "installed")
+	if err := os.MkdirAll(update.Prefix(installed).LibDir(), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct{ name, record, flag, want, err string }{
+		{"neither", "", "", "/usr/local", ""},
+		{"as installed", installed, "", installed, ""},
+		{"the same", installed, installed + "/", installed, ""},
+		{"another", installed, "/opt", "", "is installed below " + installed + ", as "},
+		{"nothing is there", "", filepath.Join(dir, "gone"), "/usr/local", ""},
+		{"the record is lost", "", installed, installed, ""},
+		{"relative", "", "opt", "", "want an absolute path"},
+		{"bad record", "/opt;x", "/opt", "", "want an absolute path"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), "prefix")
+			if tt.record != "" {
+				write600(t, file, tt.record+"\n")
+			}
+			u := &uninstaller{}
+			cmd := uninstallCommand(u)
+			if err := cmd.ParseFlags([]string{"--prefix=" + tt.flag}); err != nil {
+				t.Fatal(err)
+			}
+			err := u.choosePrefix(file)
+			if tt.err == "" && (err != nil || string(u.prefix) != tt.want) || tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
+				t.Errorf("%s, %v", u.prefix, err)
+			}
+		})
+	}
+}
+
+func TestLeftOver(t *testing.T) {
+	for args, want := range map[string][2]string{
+		"":                               {"", ""},
+		"--prefix=/opt --purge":          {"--prefix=/opt --purge", ""},
+		"--ops-address=:10260":           {"", "--ops-address=:10260"},
+		"--ops-address :1 --prefix /opt": {"--prefix /opt", "--ops-address :1"},
+		"--no-kubelet --ops-address":     {"--no-kubelet", "--ops-address"},
+		"--porge x --timeout=1m":         {"--porge x --timeout=1m", ""}, // a slip is told
+		"--timeout --ops-address=:1":     {"--timeout --ops-address=:1", ""},
+	} {
+		kept, leftOver := LeftOver(strings.Fields(args))
+		if got := [2]string{strings.Join(kept, " "), strings.Join(leftOver, " ")}; got != want {
+			t.Errorf("%q: %q, want %q", args, got, want)
+		}
+	}
+}
+
+// TestNoProgramsRunThere: what would fail later is an error at once, that says what to do.
+func TestNoProgramsRunThere(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting is for root")
+	}
+	for option, want := range map[string]string{"ro": "read-only", "noexec": "noexec"} {
+		dir := t.TempDir()
+		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=64m"); err != nil {
+			t.Skip(err)
+		}
+		flags := uintptr(unix.MS_REMOUNT | map[string]int{"ro": unix.MS_RDONLY, "noexec": unix.MS_NOEXEC}[option])
+		err := unix.Mount("", dir, "", flags, "")
+		if err == nil {
+			err = checkSpace(update.Prefix(dir))
+		}
+		if uerr := unix.Unmount(dir, 0); uerr != nil {
+			t.Error(uerr)
+		}
+		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "--prefix, such as /opt") {
+			t.Errorf("%s: %v", option, err)
+		}
+	}
+}
+
+func TestNumbers(t *testing.T) {
+	for version, want := range map[string][2]int{"v1.37.2": {1, 37}, "2.4.2+unknown": {2, 4}, "1.7.0-rc.1": {1, 7}, "v1.30-eks": {1, 30}, "1.6": {1, 6}} {
+		major, minor, ok := numbers(version)
+		if !ok || [2]int{major, minor} != want {
+			t.Errorf("%s: %d, %d, %v", version, major, minor, ok)
+		}
+	}
+	for _, version := range []string{"", "2", "x.y", "<unknown>"} {
+		if _, _, ok := numbers(version); ok {
+			t.Errorf("%q is a version", version)
+		}
+	}
+}
+
+func TestNodeReady(t *testing.T) {
+	since := time.Date(2026, 1, 2, 3, 4, 5, 600, time.UTC)
+	answer := ""
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/api/v1/nodes/n1" || r.Header.Get("Authorization") != "Bearer secret" {
+			http.Error(w, "forbidden", http.StatusForbidden)
+			return
+		}
+		_, _ = w.Write([]byte(answer))
+	}))
+	defer s.Close()
+	a := apiserver.New(s.URL, "secret", s.Client())
+	defer a.Close()
+	for _, c := range []struct{ name, conditions, want string }{
+		{"ready", `{"type":"Ready","status":"True","lastHeartbeatTime":"2026-01-02T03:04:05Z"}`, ""},
+		{"not since", `{"type":"Ready","status":"True","lastHeartbeatTime":"2026-01-02T03:04:04Z"}`, "has not reported"},
+		{"not ready", `{"type":"DiskPressure","status":"False"},{"type":"Ready","status":"False","reason":"KubeletNotReady","message":"why","lastHeartbeatTime":"2026-01-02T03:04:06Z"}`, "node n1 is not ready: KubeletNotReady: why"},
+		{"nothing", ``, "no Ready condition"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			answer = `{"status":{"conditions":[` + c.conditions + `]}}`
+			err := notReady(t.Context(), a, "n1", since)
+			if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+				t.Error(err)
+			}
+		})
+	}
+	if err := notReady(t.Context(), a, "n2", since); err == nil || !strings.Contains(err.Error(), "403") {
+		t.Error(err)
+	}
+}
+
+// A process whose reader and whose session are gone goes on.
+func TestOutlive(t *testing.T) {
+	if file := os.Getenv("OUTLIVE_FILE"); file != "" {
+		outlive()
+		_, werr := os.Stdout.WriteString("to nobody\n")
+		if err := errors.Join(unix.Kill(os.Getpid(), unix.SIGHUP), os.WriteFile(file, []byte("on"), 0o600)); err != nil || !errors.Is(werr, unix.EPIPE) {
+			t.Fatal(err, werr)
+		}
+		os.Exit(0)
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "file")
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestOutlive$")
+	cmd.Env = append(os.Environ(), "OUTLIVE_FILE="+file)
+	cmd.Stdout, cmd.Stderr = w, w
+	if err := errors.Join(r.Close(), cmd.Run(), w.Close()); err != nil {
+		t.Error(err)
+	}
+	if got := contentOf(t, file); got != "on" {
+		t.Error(got)
+	}
+}
+
+// An administrator's mode and symlink are kept, when the file is changed and when it is put back.
+func TestConfigFile(t *testing.T) {
+	dir := t.TempDir()
+	target, link := filepath.Join(dir, "target.yaml"), filepath.Join(dir, "config.yaml")
+	write600(t, target, "a\n")
+	if err := os.Symlink(target, link); err != nil {
+		t.Fatal(err)
+	}
+	f := configFile(link, []byte("b\n"))
+	a, ok, err := writing(f.path, f.content, f.mode)
+	if err != nil || !ok {
+		t.Fatal(ok, err)
+	}
+	for _, step := range []struct {
+		want string
+		do   func(context.Context) error
+	}{{"b\n", a.do}, {"a\n", a.undo}} {
+		if err := step.do(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		fi, err := os.Stat(target)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if to, err := os.Readlink(link); err != nil || to != target || fi.Mode().Perm() != 0o600 || contentOf(t, link) != step.want {
+			t.Errorf("%s (%v) %s %q", to, err, fi.Mode(), contentOf(t, link))
+		}
+	}
+	if f := configFile(filepath.Join(dir, "new.yaml"), nil); f.mode != 0o644 {
+		t.Error(f.mode)
+	}
+	if text, err := readConfig(link); err != nil || string(text) != "a\n" {
+		t.Errorf("%q, %v", text, err)
+	}
+	if text, err := readConfig(filepath.Join(dir, "new.yaml")); err != nil || text != nil {
+		t.Errorf("%q, %v", text, err)
+	}
+	if err := os.Remove(target); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := readConfig(link); err == nil || !strings.Contains(err.Error(), "is a symlink to "+target) {
+		t.Errorf("a symlink to nothing: %v", err)
+	}
+}
+
+// A kubelet that is down is not left with nothing to dial.
+func TestRefuse(t *testing.T) {
+	down := fmt.Errorf("%w as kubelet.service", kubelet.ErrNotRunning)
+	for _, tt := range []struct {
+		name, state string
+		record      *record
+		now         string // what is in the one file that told kubelet what to dial
+		found       error
+		absent      bool
+		want        bool
+	}{
+		{"down", "loaded", &record{}, "", down, false, true},
+		{"no such unit", "not-found", &record{}, "", down, false, false},
+		{"installed by the command", "loaded", &record{Time: time.Now()}, "", down, false, false},
+		{"as it was installed", "loaded", &record{}, "e: ours\n", down, false, false},
+		{"put back by an uninstall before", "loaded", &record{}, "e: old\n", down, false, false},
+		{"put back by somebody else", "loaded", &record{}, "e: old\nmore: 1\n", down, false, false},
+		{"told elsewhere", "loaded", &record{}, "more: 1\n", down, false, true},
+		{"told elsewhere, the file is gone", "loaded", &record{}, "(none)", down, false, true},
+		{"told elsewhere, not installed any more", "loaded", &record{}, "(none)", down, true, false},
+		{"told elsewhere, and systemd does not say", "loaded", &record{}, "(none)", errors.New("x"), false, false},
+		{"not installed", "loaded", &record{}, "", down, true, false},
+		{"something else", "loaded", &record{}, "", errors.New("x"), false, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			dir := t.TempDir()
+			if err := os.WriteFile(filepath.Join(dir, "systemctl"), []byte("#!/bin/sh\necho LoadState="+tt.state+"\n"), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+			c := config.Default()
+			c.Listen.Path = filepath.Join(dir, "cri.sock")
+			c.StateDir = dir
+			if !tt.absent {
+				write600(t, c.Listen.Path, "")
+			}
+			u := &uninstaller{unit: kubelet.DefaultUnit, config: c, out: io.Discard}
+			if tt.now != "" {
+				path := filepath.Join(dir, "flags")
+				tt.record.dir, tt.record.Ours, tt.record.Endpoint = filepath.Join(dir, "record"), "ours", "old"
+				if err := tt.record.keep([]kubelet.Edit{{Path: path, Before: []byte("e: old\n"), After: []byte("e: ours\n")}}); err != nil {
+					t.Fatal(err)
+				}
+				if tt.now != "(none)" {
+					write600(t, path, tt.now)
+				}
+			}
+			err := u.refuse(t.Context(), tt.record, tt.found)
+			if (err != nil) != tt.want || err != nil && !strings.Contains(err.Error(), "start kubelet first") {
+				t.Error(err)
+			}
+		})
+	}
+}

@@ -1,0 +1,463 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package install
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/internal/config"
+	"github.com/cri-proxy/cri-proxy/ops/prepull"
+	"github.com/cri-proxy/cri-proxy/systemd/node/bypass"
+	"github.com/cri-proxy/cri-proxy/systemd/node/kubelet"
+	"github.com/cri-proxy/cri-proxy/systemd/node/update"
+)
+
+// operationPatience is how long operations may take to end.
+const operationPatience = 30 * time.Second
+
+// uninstaller takes the proxy off a node.
+type uninstaller struct {
+	dryRun, force, purge, noKubelet bool
+	unit, kubeconfig                string
+	prefix                          update.Prefix
+	timeout                         time.Duration
+
+	config *config.Config
+	out    io.Writer
+}
+
+func (u *uninstaller) say(format string, args ...any) {
+	_, _ = fmt.Fprintf(u.out, format+"\n", args...)
+}
+
+func (u *uninstaller) run(ctx context.Context) error {
+	if err := checkMachine(); err != nil {
+		return err
+	}
+	if err := u.open(); err != nil {
+		return err
+	}
+	p, err := u.plan(ctx)
+	if err != nil {
+		return err
+	}
+	u.warnOfOverrides(ctx)
+	if u.dryRun {
+		p.show()
+		return nil
+	}
+	if err := p.run(ctx); err != nil {
+		return fmt.Errorf("%w; cri-proxy uninstall goes on where this ended", err)
+	}
+	if len(p.actions) == 0 {
+		u.say("cri-proxy is not installed here")
+		return nil
+	}
+	u.say("cri-proxy is removed")
+	if !u.purge {
+		u.say("kept: %s and %s; --purge removes them", config.DefaultFile, u.config.StateDir)
+	}
+	return nil
+}
+
+// open reads the configuration; without one, or a good one, the defaults do. Where the binaries are must be known.
+func (u *uninstaller) open() (err error) {
+	if err := u.choosePrefix(update.PrefixFile); err != nil {
+		return err
+	}
+	u.config = config.Default()
+	err = u.config.Load(config.DefaultFile, nil)
+	if err == nil {
+		err = errors.Join(u.config.Complete(), u.config.Validate())
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		u.say("warning: %v", err)
+	}
+	return nil
+}
+
+// choosePrefix makes the prefix that of what is installed, as file says. The flag must be the same; without the file it says where to look
+// first: the file may have been lost, or all that is left over has gone with it.
+func (u *uninstaller) choosePrefix(file string) error {
+	have, err := update.ReadPrefix(file)
+	if err != nil {
+		return err
+	}
+	asked := u.prefix
+	u.prefix = have
+	if asked == "" {
+		return nil
+	}
+	asked = update.Prefix(filepath.Clean(string(asked)))
+	if err := asked.Check(); err != nil {
+		return &config.InvalidError{Err: fmt.Errorf("--prefix: %w", err)}
+	}
+	switch {
+	case asked == have:
+	case there(file):
+		return fmt.Errorf("cri-proxy is installed below %s, as %s says, and not below %s: leave --prefix out", have, file, asked)
+	case there(asked.LibDir()):
+		u.prefix = asked
+	}
+	return nil
+}
+
+// warnOfOverrides says which images will not stay.
+func (u *uninstaller) warnOfOverrides(ctx context.Context) {
+	if _, err := os.Stat(u.config.AdminSocket); err != nil {
+		return
+	}
+	// The socket may be there without a daemon, and a call would start one.
+	if _, _, err := update.Serving(ctx, u.prefix, u.config.StateDir, ""); err != nil {
+		return
+	}
+	conn, err := bypass.Dial(u.config.AdminSocket)
+	if err != nil {
+		return
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, callPatience)
+	defer cancel()
+	l, err := opsv1.NewOpsClient(conn).ListOverrides(ctx, &opsv1.ListOverridesRequest{})
+	if err != nil {
+		return
+	}
+	for _, o := range l.GetOverrides() {
+		u.say("warning: container %s of %s/%s runs %s; kubelet makes the next one with its spec's image", o.GetContainer(), o.GetPod().GetNamespace(), o.GetPod().GetName(), o.GetImage())
+	}
+}
+
+func (u *uninstaller) plan(ctx context.Context) (*plan, error) {
+	p := &plan{out: u.out}
+	r, err := readRecord(recordDir)
+	if err != nil {
+		return nil, err
+	}
+	socket := bypass.KubeletSocket(u.config)
+	if there(socket) && there(u.config.StateDir) {
+		p.add(action{what: "lead kubelet past cri-proxy", do: func(ctx context.Context) error {
+			return bypass.On(ctx, u.config, bypass.Options{Reason: "cri-proxy uninstall", Force: u.force, Wait: operationPatience, Anyway: true, Out: u.out})
+		}})
+	}
+	if !u.noKubelet {
+		if err := u.planKubelet(ctx, p, r); err != nil {
+			return nil, err
+		}
+	}
+	installed, err := u.installed()
+	if err != nil {
+		return nil, err
+	}
+	if len(installed) > 0 {
+		p.add(action{what: "stop and remove " + strings.Join(installed, ", "), do: func(ctx context.Context) error { return removeAll(ctx, u.config, u.prefix) }})
+	}
+	if u.holds(ctx, len(installed) > 0 || there(update.PrefixFile)) {
+		p.add(action{what: "take our pins and leases off the runtime's images, which stay", do: u.letGo})
+	}
+	if r.exists() {
+		p.add(action{what: "remove " + r.dir, do: func(context.Context) error { return r.forget() }})
+	}
+	if there(update.PrefixFile) {
+		// Another try must know where the rest is.
+		p.add(action{what: "remove " + update.PrefixFile, do: func(context.Context) error { return put(update.PrefixFile, nil, 0) }})
+	}
+	if u.purge {
+		for _, dir := range []string{filepath.Dir(config.DefaultFile), u.config.StateDir} {
+			if dir != filepath.Dir(config.DefaultFile) && dir != config.Default().StateDir {
+				u.say("kept: %s, which is no directory of ours by its name: remove it by hand", dir)
+				continue
+			}
+			if there(dir) {
+				p.add(action{what: "remove " + dir, do: func(context.Context) error { return os.RemoveAll(dir) }})
+			}
+		}
+	}
+	return p, nil
+}
+
+// runtimePatience bounds what is asked of the runtime here: labels of its images and leases.
+const runtimePatience = 30 * time.Second
+
+// holds reports whether the runtime may keep images because of us. What is pinned stays so for ever
+// when nobody takes it off: an image is pinned until some time, and it is the daemon that looks at
+// the clock.
+func (u *uninstaller) holds(ctx context.Context, installed bool) bool {
+	conn, err := u.dialRuntime()
+	if err != nil {
+		return installed
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, runtimePatience)
+	defer cancel()
+	h, err := prepull.Holds(ctx, conn)
+	if err != nil {
+		return installed // then it is said what could not be done
+	}
+	return installed || h.Any() // a pull may just be about to end
+}
+
+// letGo comes when no process of ours runs any more. A runtime that is away is no reason to leave
+// the rest.
+func (u *uninstaller) letGo(ctx context.Context) error {
+	conn, err := u.dialRuntime()
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	asking, cancel := context.WithTimeout(ctx, runtimePatience)
+	defer cancel()
+	h, err := prepull.LetGo(asking, conn)
+	if h.Any() {
+		u.say("taken off: %s", h)
+	}
+	if err != nil {
+		u.say("warning: the runtime may keep images that cri-proxy has pinned: %v; when it answers, "+
+			"run cri-proxy uninstall once more, from any copy of the program", err)
+	}
+	if there(u.config.StateDir) {
+		return prepull.ForgetPins(u.config.StateDir)
+	}
+	return nil
+}
+
+func (u *uninstaller) dialRuntime() (*grpc.ClientConn, error) {
+	socket, err := config.SocketPath(u.config.RuntimeEndpoint)
+	if err != nil {
+		return nil, err
+	}
+	return bypass.Dial(socket)
+}
+
+func there(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
+
+// planKubelet makes kubelet dial the runtime again.
+func (u *uninstaller) planKubelet(ctx context.Context, p *plan, r *record) error {
+	if r.Unit != "" {
+		u.unit = r.Unit
+	}
+	k, err := kubelet.Find(ctx, u.unit)
+	if err != nil {
+		if rerr := u.refuse(ctx, r, err); rerr != nil {
+			return rerr
+		}
+		u.say("warning: %v: see to it yourself that it does not dial %s", err, bypass.KubeletSocket(u.config))
+		k = nil
+	}
+	var diffs strings.Builder
+	var paths []string
+	for _, f := range r.Files {
+		now, was, ok, err := r.original(f)
+		if err != nil {
+			return err
+		}
+		if ok {
+			diffs.WriteString(diff(f.Path, now, was))
+			paths = append(paths, f.Path)
+		}
+	}
+	var edits []kubelet.Edit
+	if len(paths) == 0 && k != nil { // set up by hand, or changed since
+		if edits, err = u.pointAway(k); err != nil {
+			return err
+		}
+		for _, e := range edits {
+			diffs.WriteString(diff(e.Path, e.Before, e.After))
+			paths = append(paths, e.Path)
+		}
+	}
+	if len(paths) == 0 && !r.exists() { // otherwise it may still run with what was there before
+		return nil
+	}
+	w, warnings := newWatch(ctx, k, u.unit, u.kubeconfig, u.timeout)
+	for _, warning := range warnings {
+		u.say("warning: %s", warning)
+	}
+	what := "kubelet's files are as they were; restart " + u.unit
+	if len(paths) > 0 {
+		what = "put kubelet's files back as they were: " + strings.Join(paths, ", ") + "; restart " + u.unit
+	}
+	p.add(action{what: what, diff: diffs.String(), do: func(ctx context.Context) error {
+		if r.exists() {
+			r.Pending = true
+			if err := r.write(); err != nil {
+				return err
+			}
+		}
+		if _, err := r.restore(); err != nil {
+			return err
+		}
+		for _, e := range edits {
+			if err := write(e.Path, e.After, e.Mode); err != nil {
+				return err
+			}
+		}
+		if k == nil {
+			return systemctl(ctx, "daemon-reload")
+		}
+		if err := w.restart(ctx); err != nil {
+			return err
+		}
+		return u.away(ctx)
+	}})
+	return nil
+}
+
+// refuse is the error if kubelet, which was not found because of found, will be started some day and may dial what is to be removed: where
+// its configuration is is known from its process, or from the record unless it has been moved since.
+func (u *uninstaller) refuse(ctx context.Context, r *record, found error) error {
+	if !errors.Is(found, kubelet.ErrNotRunning) {
+		return nil
+	}
+	if r.exists() {
+		path, err := r.astray()
+		if err != nil || path == "" {
+			return err
+		}
+		found = fmt.Errorf("%w, and %s, which told it what to dial, does so no more", found, path)
+	}
+	installed, err := u.installed()
+	if err != nil || len(installed) == 0 {
+		return err
+	}
+	s, err := show(ctx, u.unit, "LoadState")
+	if err != nil || s["LoadState"] != "loaded" {
+		return err
+	}
+	return fmt.Errorf("%w: start kubelet first, so that its configuration can be put back, or give cri-proxy uninstall --no-kubelet if it does not use cri-proxy", found)
+}
+
+// pointAway is what makes a kubelet that dials the proxy dial the runtime.
+func (u *uninstaller) pointAway(k *kubelet.Kubelet) ([]kubelet.Edit, error) {
+	for _, socket := range []string{bypass.KubeletSocket(u.config), u.config.Listen.Path} {
+		containers, images, err := k.Dials(socket)
+		if err != nil {
+			return nil, err
+		}
+		if containers || images {
+			return k.Point(u.config.RuntimeEndpoint)
+		}
+	}
+	return nil, nil
+}
+
+// away makes sure that kubelet does not dial what is taken away next.
+func (u *uninstaller) away(ctx context.Context) error {
+	k, err := kubelet.Find(ctx, u.unit)
+	if err != nil {
+		return err
+	}
+	edits, err := u.pointAway(k)
+	if err != nil || len(edits) == 0 {
+		return err
+	}
+	for _, e := range edits { // the files of before were pointed at us, too
+		if err := write(e.Path, e.After, e.Mode); err != nil {
+			return err
+		}
+	}
+	w, _ := newWatch(ctx, k, u.unit, u.kubeconfig, u.timeout)
+	return w.restart(ctx)
+}
+
+// ownFiles are all that may be there, but for the configuration, the state, and what says where the binaries are.
+func ownFiles(prefix update.Prefix) []string {
+	out := []string{filepath.Join(tmpfilesDir, tmpfilesName), guardFile(prefix), prefix.BinLink()}
+	for _, name := range []string{criSocket, adminSocket, opsSocket, serviceTemplate} {
+		out = append(out, filepath.Join(unitDir, name), filepath.Join(unitDir, name+".d", dropInName))
+	}
+	return out
+}
+
+// Traces are the files and directories by which an installation, or an uninstall that has not got to its end, is known.
+func Traces(prefix update.Prefix) []string {
+	return append(ownFiles(prefix), prefix.LibDir(), recordDir, update.PrefixFile)
+}
+
+// installed lists what of ours is there.
+func (u *uninstaller) installed() ([]string, error) {
+	var out []string
+	sockets, err := bypass.RuntimeFiles(u.config)
+	if err != nil {
+		return nil, err
+	}
+	for _, f := range slices.Concat(ownFiles(u.prefix), []string{u.prefix.LibDir()}, sockets) {
+		switch _, err := os.Lstat(f); {
+		case err == nil:
+			out = append(out, f)
+		case !errors.Is(err, fs.ErrNotExist):
+			return nil, err
+		}
+	}
+	return out, nil
+}
+
+// removeDaemon stops the instances and removes the binaries.
+func removeDaemon(ctx context.Context, c *config.Config, prefix update.Prefix) error {
+	var errs []error
+	for _, unit := range update.Units() {
+		// An instance whose unit is gone has nothing to stop.
+		if s, err := show(ctx, unit, "LoadState"); err != nil || s["LoadState"] == "not-found" {
+			continue
+		}
+		errs = append(errs, systemctl(ctx, "disable", "--now", unit))
+		_ = systemctl(ctx, "reset-failed", unit)
+	}
+	return errors.Join(append(errs, remove(prefix.BinLink()), os.RemoveAll(prefix.LibDir()), bypass.Forget(c))...)
+}
+
+// removeAll stops everything and removes it. The sockets go first: a call would start an instance.
+func removeAll(ctx context.Context, c *config.Config, prefix update.Prefix) error {
+	var errs []error
+	for _, unit := range []string{criSocket, adminSocket, opsSocket} {
+		if s, err := show(ctx, unit, "LoadState"); err != nil || s["LoadState"] == "not-found" {
+			continue
+		}
+		errs = append(errs, systemctl(ctx, "disable", unit))
+	}
+	// Stopping a socket with a service that runs stops neither for good: both in one go.
+	units := append([]string{"stop", criSocket, adminSocket, opsSocket}, update.Units()...)
+	_ = systemctl(ctx, units...) // one that is not loaded is an error
+	errs = append(errs, removeDaemon(ctx, c, prefix))
+	errs = append(errs, removeSockets(c))
+	for _, f := range ownFiles(prefix) {
+		errs = append(errs, put(f, nil, 0))
+	}
+	return errors.Join(append(errs, systemctl(ctx, "daemon-reload"))...)
+}
+
+// removeSockets removes the sockets and the symlinks. Their directory goes if nothing else is in it.
+func removeSockets(c *config.Config) error {
+	files, err := bypass.RuntimeFiles(c)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, f := range files {
+		errs = append(errs, remove(f))
+	}
+	_ = os.Remove(filepath.Dir(c.Listen.Path))
+	return errors.Join(errs...)
+}
+
+func remove(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
