@@ -24,14 +24,14 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/types/known/timestamppb"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
 const (
@@ -42,9 +42,6 @@ const (
 	// long still learns the outcome, and at most maxFinished of them.
 	keepFinished = time.Hour
 	maxFinished  = 2000
-
-	kindRestart = "Restart"
-	kindUpgrade = "Upgrade"
 )
 
 // Images puts images on the node for upgrades and overrides. [*prepull.Puller] does.
@@ -84,20 +81,19 @@ type Options struct {
 // Engine runs operations and keeps their journal.
 type Engine struct {
 	view      *interceptors.View
-	boot      string // of the machine
 	log       logrus.FieldLogger
 	rt        runtimeapi.RuntimeServiceClient
 	img       runtimeapi.ImageServiceClient
-	journal   *journal
-	records   *Records
+	disk      *store.Store
+	records   *store.Records // that of disk
 	hooks     *http.Client
 	legacyLog string
 	metrics   *metrics
 	tracer    trace.Tracer // nil: off
 	methods   *methods
-	overrides *Overrides
-	images    Images // nil: no upgrades and overrides
-	pods      Pods   // may be nil
+	overrides *store.Overrides // that of disk
+	images    Images           // nil: no upgrades and overrides
+	pods      Pods             // may be nil
 
 	// queue wakes Run for operations that are accepted and not yet started.
 	queue chan struct{}
@@ -115,8 +111,8 @@ type Engine struct {
 	gatesLost bool
 
 	mu      sync.Mutex // guards all following fields
-	ops     map[string]*operation
-	waiting []*operation
+	ops     map[string]*operation.Operation
+	waiting []*operation.Operation
 	closed  bool
 	// tokens are all that this process has used or found in the journal, until nothing more can
 	// be a stray; see removeStrays.
@@ -131,42 +127,11 @@ type Engine struct {
 	leftSlots map[interceptors.Slot]string
 	// lost are the slots with containers of operations that no journal knows, until Run takes care of them.
 	lost []*lostSlot
-	// unwritten are finished operations whose end the journal does not have: the next process would take them up again, and
-	// restart a container of which it was said that it is left alone.
-	unwritten []*operation
-	turns     turns
-}
+	// unwritten are finished operations whose end the journal does not have. The next process would
+	// resume them, and restart a container that was reported as left alone.
+	unwritten []*operation.Operation
 
-// operation is one operation in memory.
-type operation struct {
-	req     *opsv1.RestartRequest
-	upgrade *opsv1.PrepareUpgradeRequest // nil if it is none; without credentials
-	// left is set of one that this binary does not understand: the journal keeps it as it is.
-	left bool
-	// rebooted is set of one that another boot of the machine has cut off.
-	rebooted bool
-
-	mu         sync.Mutex // guards all following fields
-	op         *opsv1.Operation
-	containers []containerRecord
-	changed    chan struct{} // closed and replaced at each change
-	cancelled  chan struct{} // closed by cancel
-	cancelSaid bool          // cancelled is closed
-	committed  bool          // something has been stopped, or is about to be
-	released   chan struct{} // closed when an upgrade is committed by its caller
-	isReleased bool          // released is closed
-	// credentials are for the pulls; supplied is closed and replaced when there are others.
-	credentials []*opsv1.RegistryCredential
-	supplied    chan struct{}
-	// forgotten is whether there were credentials in the process before this one, until there are others.
-	forgotten bool
-	// environments are by container; had, of which there were any, also in the process before this one.
-	environments environments
-	had          []string
-	// certain are the containers of an upgrade that will be, as its caller has said with the commit, what kubelet asks for.
-	certain map[string]bool
-	claims  map[int]*interceptors.Claim
-	stays   []stay // for metrics and traces
+	turns *operation.Turns // has a mutex of its own
 }
 
 // Open reads the journal in the state directory and makes the view show what
@@ -176,21 +141,20 @@ type operation struct {
 // Errors: state directory not writable, held by another process, or unreadable.
 func Open(_ context.Context, o Options) (*Engine, error) {
 	log := o.Log.WithField("component", "ops")
-	j, err := openJournal(o.StateDir, log)
+	journal, err := store.OpenJournal(o.StateDir, log)
 	if err != nil {
 		return nil, err
 	}
-	records, err := openRecords(o.StateDir, log)
+	records, err := store.OpenRecords(o.StateDir, log)
 	if err != nil {
-		return nil, errors.Join(err, j.Close())
+		return nil, errors.Join(err, journal.Close())
 	}
 	e := &Engine{
 		view:       o.View,
-		boot:       bootID(),
 		log:        log,
 		rt:         runtimeapi.NewRuntimeServiceClient(bounded{o.Conn}),
 		img:        runtimeapi.NewImageServiceClient(bounded{o.Conn}),
-		journal:    j,
+		disk:       &store.Store{Journal: journal, Records: records, Boot: store.BootID()},
 		records:    records,
 		hooks:      hookClient(),
 		legacyLog:  o.LegacyLogDir,
@@ -201,9 +165,9 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		queue:      make(chan struct{}, 1),
 		late:       make(chan struct{}, 1),
 		lateCreate: lateCreate,
-		ops:        map[string]*operation{},
+		ops:        map[string]*operation.Operation{},
 		tokens:     map[string]bool{},
-		turns:      turns{held: map[interceptors.Slot]*operation{}, wanted: map[interceptors.Slot]*wanted{}},
+		turns:      operation.NewTurns(),
 		settled:    map[string]bool{},
 		incumbents: map[string]bool{},
 		decided:    map[string]bool{},
@@ -215,24 +179,23 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 	}
 	_, err = os.Lstat(gate.Dir(o.StateDir))
 	e.gatesLost = errors.Is(err, fs.ErrNotExist)
-	records.eachStarted(o.View.SetStarted)
-	records.eachHeld(o.View.HoldProbesUntil)
+	records.EachStarted(o.View.SetStarted)
+	records.EachHeld(o.View.HoldProbesUntil)
 	o.View.Guard()
-	if e.overrides, err = openOverrides(j, e.img, log); err == nil {
+	if e.overrides, err = store.OpenOverrides(journal, e.img, log); err == nil {
+		e.disk.Overrides = e.overrides
 		e.metrics, err = newMetrics(o.Registerer, e)
 	}
 	if err == nil {
-		err = j.load(e.revive, e.leaveAlone, func(err error) {
+		err = journal.Load(e.revive, e.leaveAlone, func(err error) {
 			log.WithError(err).Error("journal record set aside; what its operation has staged is removed")
 		})
 	}
 	if err == nil {
 		e.forgetEndedEnvironments()
 	}
-	// Those that wait for the same slot get it in the order they came.
-	slices.SortStableFunc(e.waiting, func(a, b *operation) int {
-		return a.op.GetCreateTime().AsTime().Compare(b.op.GetCreateTime().AsTime())
-	})
+	// Operations that wait for the same slot get it in the order they came.
+	slices.SortStableFunc(e.waiting, func(a, b *operation.Operation) int { return a.CreateTime().Compare(b.CreateTime()) })
 	if err != nil {
 		return nil, errors.Join(err, e.Close())
 	}
@@ -253,102 +216,72 @@ func (b bounded) Invoke(ctx context.Context, method string, args, reply any, opt
 	return b.ClientConnInterface.Invoke(ctx, method, args, reply, opts...)
 }
 
-// revive takes one operation from the journal.
-func (e *Engine) revive(uid string, r *record) error {
-	o := newOperation(&opsv1.RestartRequest{}, &opsv1.Operation{}, r.Containers)
-	if err := errors.Join(proto.Unmarshal(r.Operation, o.op), proto.Unmarshal(r.Request, o.req)); err != nil {
-		return fmt.Errorf("decoding: %w", err)
+// revive takes one operation from the journal, and makes the view show what its containers need.
+func (e *Engine) revive(uid string, r *store.Record) error {
+	o, err := operation.Decode(uid, r, e.disk)
+	if err != nil {
+		return err
 	}
-	if r.Upgrade != nil {
-		o.upgrade = &opsv1.PrepareUpgradeRequest{}
-		if err := proto.Unmarshal(r.Upgrade, o.upgrade); err != nil {
-			return fmt.Errorf("decoding: %w", err)
-		}
-		if len(o.upgrade.GetContainers()) != len(o.containers) {
-			return errors.New("the record does not hold together: was the file edited?")
-		}
-	}
-	o.forgotten, o.had = r.Credentials, r.Environments
-	o.rebooted = r.Boot != "" && e.boot != "" && r.Boot != e.boot
-	if r.Committed {
-		o.isReleased = true
-		close(o.released)
-	}
-	if n := len(o.containers); n != len(o.op.GetContainers()) || n != len(o.req.GetContainers()) || uid != o.op.GetUid() {
-		return errors.New("the record does not hold together: was the file edited?")
-	}
-	if o.op.GetFinishTime() != nil {
-		for i, c := range o.containers {
-			e.settled[c.Token] = o.op.GetContainers()[i].GetPhase() == opsv1.Phase_PHASE_SUCCEEDED
-		}
-		e.ops[uid] = o
-		return nil
-	}
-	if r.Cancelled {
-		o.cancelSaid = true
-		close(o.cancelled)
-	}
-	for i := range o.containers {
-		c := &o.containers[i]
-		if c.Step == stepNone || c.Step == stepDone {
-			e.settled[c.Token] = o.op.GetContainers()[i].GetPhase() == opsv1.Phase_PHASE_SUCCEEDED
+	finished, status := o.Finished(), o.Snapshot()
+	var claims []*interceptors.Claim
+	for i, rec := range o.Records() {
+		if finished || !rec.HoldsSlot() {
+			e.settled[rec.Token] = status.GetContainers()[i].GetPhase() == opsv1.Phase_PHASE_SUCCEEDED
 			continue
 		}
-		e.incumbents[c.Incumbent] = true
-		o.committed = o.committed || !c.StopBy.IsZero() || c.Step == stepStop || c.Step == stepAsk || c.Step == stepStarted || c.Step == stepReveal
-		slot := interceptors.Slot{PodUID: o.op.GetPod().GetUid(), Container: o.op.GetContainers()[i].GetName()}
-		claim, err := e.view.TryClaim(slot)
+		claim, err := e.reclaim(o, o.Container(i), &rec)
 		if err != nil {
-			for _, c := range o.claims {
+			for _, c := range claims {
 				c.Release()
 			}
-			return fmt.Errorf("slot %s: %w", slot, err)
+			return err
 		}
-		claim.Bind(c.Sandbox, c.Incumbent)
-		o.claims[i] = claim
-		if o.upgrade != nil && c.Step != stepStage && c.Step != stepUndo || o.upgrade == nil && c.joinable() {
-			claim.WillDrive()
-		}
-		if c.Step == stepReveal {
-			e.settled[c.Token] = true
-			continue // what kubelet has seen must not vanish again
-		}
-		e.tokens[c.Token] = true
-		claim.HideNow(c.Token)
-		claim.Staged(c.Successor)
-		if !o.rebooted && c.Step != stepStage && (o.upgrade == nil || c.Step == stepStop || c.Step == stepAsk || c.Step == stepStarted) {
-			claim.Mask()
-		}
+		claims = append(claims, claim)
 	}
 	e.ops[uid] = o
+	if finished {
+		return nil
+	}
 	e.waiting = append(e.waiting, o)
-	e.log.WithFields(logrus.Fields{"op": uid, "pod": podName(o.op.GetPod()), "phase": o.op.GetPhase()}).Info("resuming operation from the journal")
+	e.log.WithFields(logrus.Fields{"op": uid, "pod": o.PodName(), "phase": status.GetPhase()}).Info("resuming operation from the journal")
 	return nil
 }
 
-// leaveAlone takes an operation from the journal that this binary does not understand. It is told of as one that has failed; nothing of it is undone,
-// removed or changed in the file.
-func (e *Engine) leaveAlone(uid string, raw []byte, r *record, why string) {
+// reclaim takes the slot of a container whose operation the process before this one had begun, and
+// makes the view show what the container's step needs.
+func (e *Engine) reclaim(o *operation.Operation, c *operation.Container, rec *store.Container) (*interceptors.Claim, error) {
+	isUpgrade := o.Upgrade() != nil
+	e.incumbents[rec.Incumbent] = true
+	claim, err := e.view.TryClaim(c.Slot())
+	if err != nil {
+		return nil, fmt.Errorf("slot %s: %w", c.Slot(), err)
+	}
+	claim.Bind(rec.Sandbox, rec.Incumbent)
+	c.SetClaim(claim)
+	if rec.Driven(isUpgrade) {
+		claim.WillDrive()
+	}
+	if !rec.Hidden() {
+		e.settled[rec.Token] = true
+		return claim, nil // what kubelet has seen must not vanish again
+	}
+	e.tokens[rec.Token] = true
+	claim.HideNow(rec.Token)
+	claim.Staged(rec.Successor)
+	if !o.Rebooted() && rec.Masked(isUpgrade) {
+		claim.Mask()
+	}
+	return claim, nil
+}
+
+// leaveAlone takes an operation from the journal that this binary does not understand. The operation is
+// reported as failed. Nothing of it is undone, removed or changed in the file.
+func (e *Engine) leaveAlone(uid string, raw []byte, r *store.Record, why string) {
 	e.left = append(e.left, raw)
 	message := why + ": it is left alone, with its containers, until that version is installed again"
-	o := newOperation(&opsv1.RestartRequest{}, &opsv1.Operation{}, nil)
-	o.left = true
-	if r == nil || proto.Unmarshal(r.Operation, o.op) != nil || proto.Unmarshal(r.Request, o.req) != nil || o.op.GetUid() != uid {
-		o.op, o.req = &opsv1.Operation{Uid: uid}, &opsv1.RestartRequest{Uid: uid}
-	} else if r.Upgrade != nil {
-		o.upgrade = &opsv1.PrepareUpgradeRequest{}
-		if proto.Unmarshal(r.Upgrade, o.upgrade) != nil {
-			o.upgrade = nil
-		}
-	}
-	if o.op.GetFinishTime() == nil {
-		o.op.Phase, o.op.FinishTime, o.op.Message = opsv1.Phase_PHASE_FAILED, timestamppb.Now(), message
-		for _, c := range o.op.GetContainers() {
-			if slices.Contains(course, c.GetPhase()) {
-				c.Phase, c.Reason, c.Message = opsv1.Phase_PHASE_FAILED, ReasonVersion, message
-			}
-		}
-		e.log.WithFields(logrus.Fields{"op": uid, "pod": podName(o.op.GetPod())}).Error("an operation of the journal is left alone: " + message)
+	o, wasRunning := operation.LeftAlone(uid, r, message, e.disk)
+	if wasRunning {
+		e.log.WithFields(logrus.Fields{"op": uid, "pod": o.PodName()}).Error("an operation of the journal is left alone: " + message)
 	}
 	e.ops[uid] = o
 }
@@ -370,15 +303,15 @@ func (e *Engine) refuseLeft(slot interceptors.Slot) error {
 
 // JournalError says why operations cannot be written down, and are refused; nil if they can.
 func (e *Engine) JournalError() error {
-	_, err := e.journal.DB()
+	_, err := e.disk.Journal.DB()
 	return err
 }
 
 // Records returns the store for the interceptors.
-func (e *Engine) Records() *Records { return e.records }
+func (e *Engine) Records() *store.Records { return e.records }
 
 // Overrides returns the slots with another image, for the interceptors.
-func (e *Engine) Overrides() *Overrides { return e.overrides }
+func (e *Engine) Overrides() *store.Overrides { return e.overrides }
 
 // Run waits for the runtime, finishes what the journal holds and then runs
 // operations until ctx ends. It returns when the last one has come to a point from
@@ -428,13 +361,13 @@ func (e *Engine) Close() error {
 	if !e.writeEnds() {
 		e.log.Error("operations have ended that the journal knows as unfinished: the next process will take them up again")
 	}
-	e.overrides.flush()
+	e.overrides.Flush()
 	e.hooks.CloseIdleConnections()
-	return errors.Join(e.journal.Close(), e.records.close())
+	return errors.Join(e.disk.Journal.Close(), e.records.Close())
 }
 
 // writeLater has the end of the operation written as soon as that is possible.
-func (e *Engine) writeLater(o *operation) {
+func (e *Engine) writeLater(o *operation.Operation) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.unwritten = append(e.unwritten, o)
@@ -465,9 +398,8 @@ func (e *Engine) writeAgain(ctx context.Context) {
 func (e *Engine) writeEnds() bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.unwritten = slices.DeleteFunc(e.unwritten, func(o *operation) bool {
-		uid := o.op.GetUid() // never changes
-		return e.ops[uid] != o || e.save(o) == nil
+	e.unwritten = slices.DeleteFunc(e.unwritten, func(o *operation.Operation) bool {
+		return e.ops[o.UID()] != o || o.Save() == nil
 	})
 	return len(e.unwritten) == 0
 }
@@ -491,7 +423,7 @@ func (e *Engine) forget(ctx context.Context) {
 		if _, err := e.forgetRemoved(ctx); err != nil {
 			e.log.WithError(err).Warn("records not tidied")
 		}
-		e.overrides.flush()
+		e.overrides.Flush()
 		e.forgetOverrides(ctx)
 	}
 }
@@ -525,7 +457,7 @@ func (e *Engine) forgetRemoved(ctx context.Context) ([]*runtimeapi.Container, er
 	// What is recorded is read first: a container made between the two reads is in the list but not
 	// in the records read, and stays.
 	recorded := map[string]bool{}
-	for _, id := range e.records.ids() {
+	for _, id := range e.records.IDs() {
 		recorded[id] = true
 	}
 	list, err := e.rt.ListContainers(ctx, &runtimeapi.ListContainersRequest{})
@@ -563,37 +495,17 @@ func (e *Engine) awaitRuntime(ctx context.Context) error {
 	}
 }
 
-// submit accepts an operation: once it returns nil, the operation is in the journal. It takes req, and the credentials out of it.
-func (e *Engine) submit(req *opsv1.RestartRequest, given environments, pod *opsv1.PodRef) (*operation, error) {
-	o := newOperation(req, &opsv1.Operation{
-		Uid: req.GetUid(), Kind: kindRestart, Pod: pod, Phase: opsv1.Phase_PHASE_PENDING,
-		Requester: req.GetRequester(), CreateTime: timestamppb.Now(),
-	}, make([]containerRecord, len(req.GetContainers())))
-	for _, c := range req.GetContainers() {
-		o.op.Containers = append(o.op.Containers, &opsv1.ContainerOperation{Name: c.GetName(), Image: c.GetImage(), Phase: opsv1.Phase_PHASE_PENDING})
-	}
-	o.credentials, req.Credentials = req.GetCredentials(), nil
-	o.environments = given
-	return e.accept(o)
-}
-
-// newOperation returns an operation without claims.
-func newOperation(req *opsv1.RestartRequest, op *opsv1.Operation, containers []containerRecord) *operation {
-	return &operation{
-		req: req, op: op, containers: containers, claims: map[int]*interceptors.Claim{}, certain: map[string]bool{},
-		changed: make(chan struct{}), cancelled: make(chan struct{}), released: make(chan struct{}), supplied: make(chan struct{}),
-	}
-}
-
-// accept is submit for an operation of any kind.
-func (e *Engine) accept(o *operation) (*operation, error) {
+// accept begins an operation: once it returns nil, the operation is in the journal. A command whose UID
+// is known is taken as repeated.
+func (e *Engine) accept(c operation.Command, pod *opsv1.PodRef) (*operation.Operation, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.closed {
 		return nil, status.Error(codes.Unavailable, "cri-proxy is shutting down; try again")
 	}
-	if known := e.ops[o.req.GetUid()]; known != nil {
-		return e.again(known, o)
+	uid := c.Restart.GetUid()
+	if known := e.ops[uid]; known != nil {
+		return known, known.Repeat(c)
 	}
 	active := e.activeLocked()
 	if active >= maxActive {
@@ -602,17 +514,11 @@ func (e *Engine) accept(o *operation) (*operation, error) {
 	if err := e.expireLocked(time.Now()); err != nil {
 		return nil, status.Error(codes.Internal, err.Error())
 	}
-	o.mu.Lock()
-	o.enterLocked()
-	e.giveLocked(o, o.environments)
-	o.mu.Unlock()
-	if err := e.save(o); err != nil {
-		o.mu.Lock()
-		e.forgetEnvironmentsLocked(o)
-		o.mu.Unlock()
+	o := operation.New(c, pod, e.disk)
+	if err := o.Accept(); err != nil {
 		return nil, status.Errorf(codes.Internal, "the operation was not accepted and nothing was done: %v", err)
 	}
-	e.ops[o.req.GetUid()] = o
+	e.ops[uid] = o
 	e.waiting = append(e.waiting, o)
 	select {
 	case e.queue <- struct{}{}:
@@ -624,7 +530,7 @@ func (e *Engine) accept(o *operation) (*operation, error) {
 func (e *Engine) activeLocked() int {
 	n := 0
 	for _, o := range e.ops {
-		if !o.finished() {
+		if !o.Finished() {
 			n++
 		}
 	}
@@ -632,43 +538,20 @@ func (e *Engine) activeLocked() int {
 }
 
 // activeOperations returns the operations that have not finished.
-func (e *Engine) activeOperations() []*operation {
+func (e *Engine) activeOperations() []*operation.Operation {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	var all []*operation
+	var all []*operation.Operation
 	for _, o := range e.ops {
-		if !o.finished() {
+		if !o.Finished() {
 			all = append(all, o)
 		}
 	}
 	return all
 }
 
-// as returns the operation if it is what the other one would be.
-func (o *operation) as(other *operation) (*operation, error) {
-	if (o.upgrade == nil) != (other.upgrade == nil) || !sameRequest(o.req, other.req) || !sameUpgrade(o.upgrade, other.upgrade) {
-		return nil, status.Errorf(codes.AlreadyExists, "operation %s exists with another request; choose a new UID", o.req.GetUid())
-	}
-	if len(other.credentials) > 0 {
-		o.supply(other.credentials)
-	}
-	return o, nil
-}
-
-// sameRequest compares requests as commands; who asks is not part of that, nor is a pod
-// UID that the first one left to us.
-func sameRequest(a, b *opsv1.RestartRequest) bool {
-	a, b = proto.Clone(a).(*opsv1.RestartRequest), proto.Clone(b).(*opsv1.RestartRequest)
-	a.Requester, b.Requester = "", ""
-	a.Credentials, b.Credentials = nil, nil
-	if a.GetPod().GetUid() == "" || b.GetPod().GetUid() == "" {
-		a.Pod.Uid, b.Pod.Uid = "", ""
-	}
-	return proto.Equal(a, b)
-}
-
 // lookup returns the operation, or nil.
-func (e *Engine) lookup(uid string) *operation {
+func (e *Engine) lookup(uid string) *operation.Operation {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return e.ops[uid]
@@ -677,14 +560,14 @@ func (e *Engine) lookup(uid string) *operation {
 // list returns all operations, newest first.
 func (e *Engine) list() []*opsv1.Operation {
 	e.mu.Lock()
-	ops := make([]*operation, 0, len(e.ops))
+	ops := make([]*operation.Operation, 0, len(e.ops))
 	for _, o := range e.ops {
 		ops = append(ops, o)
 	}
 	e.mu.Unlock()
 	out := make([]*opsv1.Operation, 0, len(ops))
 	for _, o := range ops {
-		out = append(out, o.snapshot())
+		out = append(out, o.Snapshot())
 	}
 	slices.SortFunc(out, func(a, b *opsv1.Operation) int {
 		return b.GetCreateTime().AsTime().Compare(a.GetCreateTime().AsTime())
@@ -700,7 +583,7 @@ func (e *Engine) expireLocked(now time.Time) error {
 	}
 	var finished []done
 	for uid, o := range e.ops {
-		if at, ok := o.finishedAt(); ok && !o.left {
+		if at, ok := o.FinishedAt(); ok && !o.IsLeftAlone() {
 			finished = append(finished, done{uid, at})
 		}
 	}
@@ -711,162 +594,12 @@ func (e *Engine) expireLocked(now time.Time) error {
 			gone = append(gone, d.uid)
 		}
 	}
-	if err := e.journal.remove(gone); err != nil {
+	if err := e.disk.Journal.Remove(gone); err != nil {
 		return err
 	}
 	for _, uid := range gone {
 		delete(e.ops, uid)
 	}
-	return nil
-}
-
-// save writes the operation to the journal.
-func (e *Engine) save(o *operation) error {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return e.saveLocked(o)
-}
-
-func (e *Engine) saveLocked(o *operation) error {
-	if o.op.GetFinishTime() == nil {
-		o.op.Phase = o.phaseLocked()
-	}
-	op, err := proto.Marshal(o.op)
-	if err != nil {
-		return err
-	}
-	req, err := proto.Marshal(o.req)
-	if err != nil {
-		return err
-	}
-	r := &record{Boot: e.boot, Operation: op, Request: req, Containers: o.containers, Cancelled: o.cancelSaid, Committed: o.isReleased, Credentials: o.forgotten || len(o.credentials) > 0, Environments: o.had}
-	if o.upgrade != nil {
-		if r.Upgrade, err = proto.Marshal(o.upgrade); err != nil {
-			return err
-		}
-	}
-	return e.overrides.write(func(changes map[string][]byte) error { return e.journal.putWith(o.op.GetUid(), r, changes) })
-}
-
-// snapshot returns a copy that nobody changes.
-func (o *operation) snapshot() *opsv1.Operation {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return proto.Clone(o.op).(*opsv1.Operation)
-}
-
-func (o *operation) finished() bool {
-	_, ok := o.finishedAt()
-	return ok
-}
-
-// finishedAt returns when the operation has finished; false if it has not.
-func (o *operation) finishedAt() (time.Time, bool) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	at := o.op.GetFinishTime()
-	return at.AsTime(), at != nil
-}
-
-// watch returns the operation as it is and a channel that is closed when it changes.
-func (o *operation) watch() (*opsv1.Operation, <-chan struct{}) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return proto.Clone(o.op).(*opsv1.Operation), o.changed
-}
-
-// change edits the operation and tells watchers; it does not write the journal.
-func (o *operation) change(f func(op *opsv1.Operation)) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	f(o.op)
-	o.notifyLocked()
-}
-
-func (o *operation) notifyLocked() {
-	if o.op.GetFinishTime() == nil {
-		o.op.Phase = o.phaseLocked()
-	}
-	o.enterLocked()
-	close(o.changed)
-	o.changed = make(chan struct{})
-}
-
-// phaseLocked is the phase of a running operation. An upgrade that is about to be taken back, because one of its containers has failed, is
-// neither prepared nor armed, whatever the others are: its caller must not go on. The caller holds o.mu.
-func (o *operation) phaseLocked() opsv1.Phase {
-	phase := leastAdvanced(o.op.GetContainers())
-	if o.upgrade != nil && phase == opsv1.Phase_PHASE_REVEALING {
-		phase = opsv1.Phase_PHASE_ADOPTING // all have ended, which is later
-	}
-	if o.upgrade != nil && !o.committed && (o.cancelSaid || o.failedLocked()) &&
-		slices.Index(course, phase) > slices.Index(course, opsv1.Phase_PHASE_STAGING) {
-		return opsv1.Phase_PHASE_STAGING
-	}
-	return phase
-}
-
-// failedLocked reports whether a container has ended otherwise than well. The caller holds o.mu.
-func (o *operation) failedLocked() bool {
-	return slices.ContainsFunc(o.op.GetContainers(), func(c *opsv1.ContainerOperation) bool {
-		return c.GetPhase() == opsv1.Phase_PHASE_FAILED || c.GetPhase() == opsv1.Phase_PHASE_CANCELLED
-	})
-}
-
-// leastAdvanced is the least advanced phase of the containers that have not ended.
-func leastAdvanced(cs []*opsv1.ContainerOperation) opsv1.Phase {
-	least := len(course)
-	for _, c := range cs {
-		if i := slices.Index(course, c.GetPhase()); i >= 0 {
-			least = min(least, i)
-		}
-	}
-	if least == len(course) {
-		return opsv1.Phase_PHASE_REVEALING // all have ended
-	}
-	return course[least]
-}
-
-// course are the phases of a container before it has ended, in order.
-var course = []opsv1.Phase{
-	opsv1.Phase_PHASE_UNSPECIFIED, opsv1.Phase_PHASE_PENDING, opsv1.Phase_PHASE_PULLING, opsv1.Phase_PHASE_STAGING, opsv1.Phase_PHASE_PREPARED,
-	opsv1.Phase_PHASE_ARMED, opsv1.Phase_PHASE_STOPPING, opsv1.Phase_PHASE_STARTING, opsv1.Phase_PHASE_REVEALING, opsv1.Phase_PHASE_ADOPTING,
-}
-
-// commit passes the point after which the operation cannot be cancelled; false if it has been cancelled before.
-func (o *operation) commit() bool {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	select {
-	case <-o.cancelled:
-		return false
-	default:
-		o.committed = true
-		return true
-	}
-}
-
-// cancel cancels the operation unless it has been committed. Once it returns nil, the operation stays cancelled.
-func (e *Engine) cancel(o *operation, reason string) error {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.op.GetFinishTime() != nil || o.cancelSaid {
-		return nil
-	}
-	if o.committed {
-		return status.Errorf(codes.FailedPrecondition, "operation %s has begun to stop containers and runs to its end", o.op.GetUid())
-	}
-	return e.cancelLocked(o, reason)
-}
-
-// cancelLocked cancels an operation of which nothing has been stopped. The caller holds o.mu.
-func (e *Engine) cancelLocked(o *operation, reason string) error {
-	o.cancelSaid, o.op.Message = true, reason
-	if err := e.saveLocked(o); err != nil {
-		o.cancelSaid, o.op.Message = false, ""
-		return status.Errorf(codes.Internal, "not cancelled: %v", err)
-	}
-	close(o.cancelled)
 	return nil
 }
 
@@ -878,7 +611,7 @@ func (e *Engine) CancelAll(reason string) {
 			continue
 		}
 		log := e.log.WithFields(logrus.Fields{"op": op.GetUid(), "reason": reason})
-		if err := e.cancel(o, reason); err != nil {
+		if err := o.Cancel(reason); err != nil {
 			log.WithError(err).Warn("operation not cancelled")
 		} else {
 			log.Info("operation cancelled")

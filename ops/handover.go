@@ -15,21 +15,10 @@ func (e *Engine) Unleavable() []string {
 	defer e.mu.Unlock()
 	var uids []string
 	for uid, o := range e.ops {
-		if o.unleavable() {
+		if o.Unleavable() {
 			uids = append(uids, uid)
 		}
 	}
 	slices.SortFunc(uids, strings.Compare)
 	return uids
-}
-
-func (o *operation) unleavable() bool {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.op.GetFinishTime() != nil {
-		return false
-	}
-	return slices.ContainsFunc(o.containers, func(c containerRecord) bool {
-		return c.Step == stepStop || c.Step == stepStarted || c.Step == stepUndo
-	})
 }

@@ -190,7 +190,7 @@ func (j *join) Create(ctx context.Context, req *runtimeapi.CreateContainerReques
 // has come to that. The caller holds the slot.
 func (r *restart) joins() {
 	rec := r.rec()
-	if rec.joinable() {
+	if rec.Joinable() {
 		r.join.listen(rec.StopBy)
 	}
 	if rec.Joined {
@@ -202,20 +202,6 @@ func (r *restart) joins() {
 		r.join.show()
 	}
 	r.claim.Drive(r.join)
-}
-
-// joinable reports whether a stop of kubelet's may join the restart: the incumbent is bound to be stopped, or has been.
-func (c *containerRecord) joinable() bool {
-	switch c.Step {
-	case stepStaged, stepStart:
-		return !c.StopBy.IsZero() // it is written after the commit
-	case stepStop, stepStarted:
-		return true
-	case stepReveal:
-		return c.Joined
-	default:
-		return false
-	}
 }
 
 // refusalToJoin says why a stop of the incumbent does not join the restart, as far as kubelet tells; empty if it may.
@@ -237,7 +223,7 @@ func (r *restart) joined() {
 	if r.rec().Joined {
 		return
 	}
-	_, err := r.writeStep(func(c *containerRecord, op *opsv1.ContainerOperation) {
+	_, err := r.c.Write(func(c *containerRecord, op *opsv1.ContainerOperation) {
 		if c.Joined {
 			return
 		}
@@ -295,7 +281,7 @@ func (r *restart) isKnown(ctx context.Context) bool {
 	}
 	ctx, cancel := context.WithTimeout(ctx, podsPatience)
 	defer cancel()
-	pod, err := r.pods.Pod(ctx, r.o.op.GetPod().GetUid())
+	pod, err := r.pods.Pod(ctx, r.o.Pod().GetUid())
 	if err != nil {
 		return false
 	}
@@ -340,7 +326,7 @@ func (e *Engine) overridden(ctx context.Context, slot interceptors.Slot, req *ru
 
 // Fits implements [interceptors.Successors].
 func (e *Engine) Fits(ctx context.Context, id string, req *runtimeapi.CreateContainerRequest) bool {
-	ours := e.records.request(id)
+	ours := e.records.Request(id)
 	if ours == nil {
 		return false
 	}
@@ -386,7 +372,7 @@ func (r *restart) askKubelet(ctx context.Context, more func(ctx context.Context,
 	}
 	ctx, cancel := context.WithTimeout(ctx, podsPatience)
 	defer cancel()
-	pod, err := r.pods.Pod(ctx, r.o.op.GetPod().GetUid())
+	pod, err := r.pods.Pod(ctx, r.o.Pod().GetUid())
 	switch {
 	case errors.Is(err, podsapi.ErrNotFound):
 		return "kubelet has no such pod any more"

@@ -91,20 +91,20 @@ func TestOldOperationsGoByThemselves(t *testing.T) {
 func TestJournalStaysSmall(t *testing.T) {
 	const total = maxFinished + 1000
 	dir := t.TempDir()
-	j, err := openJournal(dir, logrus.New())
+	j, err := store.OpenJournal(dir, logrus.New())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer j.Close()
-	j.unsynced()
+	unsynced(j)
 	sizes := map[int]int64{}
 	for i := 1; i <= total; i++ {
 		r := finishedRecord(t, i)
-		if err := j.put(uidOf(i), r); err != nil {
+		if err := j.Put(uidOf(i), r); err != nil {
 			t.Fatal(err)
 		}
 		if old := i - maxFinished; old > 0 {
-			if err := j.remove([]string{uidOf(old)}); err != nil {
+			if err := j.Remove([]string{uidOf(old)}); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -115,47 +115,6 @@ func TestJournalStaysSmall(t *testing.T) {
 	t.Logf("journal.db by operations: %v", sizes)
 	if sizes[total] > sizes[maxFinished] || sizes[total] > 16<<20 {
 		t.Errorf("journal.db by operations: %v", sizes)
-	}
-}
-
-// A busy node: containers of realistic size come and go, and the file does not grow with their number.
-func TestRecordsStaySmall(t *testing.T) {
-	const slots, live, total = 60, 2 * 60, 1500
-	r, err := openRecords(t.TempDir(), logrus.New())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.close()
-	random := rand.New(rand.NewPCG(1, 2))
-	var ids []string
-	bytesLive, most := 0, 0
-	lengths := map[string]int{}
-	sizes := map[int]int64{}
-	for i := 1; i <= total; i++ {
-		id := fmt.Sprintf("%064x", random.Uint64())
-		// 4 to 60 KiB: environment variables, of many services, and mounts are most of it.
-		request := bytes.Repeat([]byte{byte(i)}, 4<<10+random.IntN(56<<10))
-		r.Created(id, request)
-		ids = append(ids, id)
-		lengths[id] = len(request)
-		bytesLive += len(request)
-		most = max(most, bytesLive)
-		if len(ids) > live {
-			j := random.IntN(slots) // an old one, not the oldest
-			r.Removed(ids[j])
-			bytesLive -= lengths[ids[j]]
-			ids = append(ids[:j], ids[j+1:]...)
-		}
-		if i%500 == 0 {
-			sizes[i] = fileSize(t, r.db.Path())
-		}
-	}
-	t.Logf("records.db: %v with at most %d bytes of requests", sizes, most)
-	if r.Len() != live {
-		t.Errorf("%d containers are recorded, want %d", r.Len(), live)
-	}
-	if sizes[total] > sizes[500] || sizes[total] > 4*int64(most) {
-		t.Errorf("records.db has %d bytes after %d containers, %d after 500", sizes[total], total, sizes[500])
 	}
 }
 

@@ -163,48 +163,6 @@ func TestOpenRefuses(t *testing.T) {
 	})
 }
 
-// A journal that is not one must not keep kubelet from being served.
-func TestJournalThatIsDamaged(t *testing.T) {
-	whole := func() []byte {
-		records := map[string]*record{}
-		for i := range 50 {
-			uid := fmt.Sprintf("op-%d", i)
-			records[uid] = entry(t, uid, stepStop, time.Now())
-		}
-		b, err := os.ReadFile(filepath.Join(journalWith(t, records), "journal.db"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return b
-	}()
-	page := os.Getpagesize()
-	for name, content := range map[string][]byte{
-		"zeroes":           make([]byte, 1<<16),
-		"garbage":          bytes.Repeat([]byte("garbage "), 10_000),
-		"only the metas":   whole[:2*page],
-		"zeroed pages":     append(bytes.Clone(whole[:2*page]), make([]byte, len(whole)-2*page)...),
-		"garbage in pages": append(bytes.Clone(whole[:2*page]), bytes.Repeat([]byte{0xa5}, len(whole)-2*page)...),
-	} {
-		t.Run(name, func(t *testing.T) {
-			dir := t.TempDir()
-			if err := os.WriteFile(filepath.Join(dir, "journal.db"), content, 0o600); err != nil {
-				t.Fatal(err)
-			}
-			j, err := openJournal(dir, quiet())
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := errors.Join(j.put("op", &record{}), j.Close()); err != nil {
-				t.Fatal(err)
-			}
-			aside, err := filepath.Glob(filepath.Join(dir, "journal.db.unreadable-*"))
-			if err != nil || len(aside) != 1 {
-				t.Errorf("set aside are %q, %v", aside, err)
-			}
-		})
-	}
-}
-
 // Without a file there are no operations, until there is one.
 func TestJournalThatCannotBeMade(t *testing.T) {
 	dir := t.TempDir()
@@ -232,58 +190,6 @@ func TestJournalThatCannotBeMade(t *testing.T) {
 	}
 	if err := e.Close(); err != nil {
 		t.Fatal(err)
-	}
-}
-
-func TestJournalFile(t *testing.T) {
-	dir := t.TempDir()
-	j, err := openJournal(dir, quiet())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if st, err := os.Stat(filepath.Join(dir, "journal.db")); err != nil || st.Mode().Perm() != 0o600 {
-		t.Errorf("mode is %v, %v", st.Mode(), err)
-	}
-	want := entry(t, "op", stepStop, time.Now())
-	want.Containers[0].StopBy = time.Now().UTC()
-	want.Containers[0].Retried, want.Containers[0].PostStarted = true, true
-	if err := errors.Join(j.put("op", want), j.put("b", &record{}), j.put("c", &record{}), j.remove(nil), j.remove([]string{"b", "c", "never"})); err != nil {
-		t.Fatal(err)
-	}
-	n := 0
-	err = j.load(func(uid string, got *record) error {
-		n++
-		a, b := fmt.Sprintf("%q %+v", uid, got), fmt.Sprintf("%q %+v", "op", want)
-		if !got.Containers[0].StopBy.Equal(want.Containers[0].StopBy) {
-			t.Errorf("got  %s\nwant %s", a, b)
-		}
-		got.Containers[0].StopBy = want.Containers[0].StopBy
-		if a, b := fmt.Sprintf("%q %+v", uid, got), fmt.Sprintf("%q %+v", "op", want); a != b {
-			t.Errorf("got  %s\nwant %s", a, b)
-		}
-		return nil
-	}, func(uid string, _ []byte, _ *record, why string) { t.Errorf("%s is left: %s", uid, why) }, func(err error) { t.Error(err) })
-	if err != nil || n != 1 {
-		t.Errorf("%d records, %v", n, err)
-	}
-	err = j.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketOperations).Put([]byte("x"), []byte("{")) })
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, want := range []string{"operation x: ", ""} { // set aside the first time, gone the second
-		var bad error
-		if err := j.load(func(string, *record) error { return nil }, nil, func(err error) { bad = err }); err != nil {
-			t.Fatal(err)
-		}
-		if got := fmt.Sprint(bad); (bad == nil) != (want == "") || !strings.Contains(got, want) {
-			t.Errorf("got %v, want %q", bad, want)
-		}
-	}
-	if err := j.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if err := j.put("op", want); !errors.Is(err, boltfile.ErrClosed) {
-		t.Errorf("a closed journal: %v", err)
 	}
 }
 

@@ -28,7 +28,7 @@ func (r *restart) logLink(ctx context.Context, id string) {
 		if err != nil || st.GetStatus().GetLogPath() == "" {
 			return err
 		}
-		pod := r.o.op.GetPod()
+		pod := r.o.Pod()
 		err = os.Symlink(st.GetStatus().GetLogPath(), filepath.Join(r.legacyLog, logLinkName(pod.GetName(), pod.GetNamespace(), r.want.GetName(), id)))
 		if errors.Is(err, fs.ErrExist) {
 			return nil

@@ -445,11 +445,11 @@ func (e *Engine) strayGone(s *stray) {
 // abandon leaves what an operation has staged in the slot of claim, as rec has it, to the rules for lost ones. The operation itself does nothing with
 // it any more. The slot is given up when that is done.
 func (r *restart) abandon(ctx context.Context, claim *interceptors.Claim, rec containerRecord) {
-	if rec.Token == "" || rec.Step == stepReveal || rec.Step == stepDone || rec.Step == stepNone {
+	if rec.Token == "" || !rec.Hidden() {
 		claim.Release()
 		return
 	}
-	pod := r.o.op.GetPod() // never changes
+	pod := r.o.Pod()
 	s := &stray{id: rec.Successor, token: rec.Token, pod: podName(pod), sandbox: rec.Sandbox, labels: map[string]string{
 		labelPodName: pod.GetName(), labelPodNamespace: pod.GetNamespace(), labelPodUID: pod.GetUid(), labelContainer: r.want.GetName(),
 	}}

@@ -26,7 +26,7 @@ import (
 )
 
 // Method is how a container hands over to its successor.
-type Method string
+type Method = string
 
 // The methods, the one with the shortest gap first. Overlap is for StartFirst only.
 const (

@@ -5,13 +5,11 @@ package ops
 
 import (
 	"fmt"
-	"slices"
-	"strings"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
 )
 
 type metrics struct {
@@ -47,15 +45,15 @@ func newMetrics(reg prometheus.Registerer, e *Engine) (*metrics, error) {
 	journal := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "criproxy_journal_open", Help: "1 while operations can be written down; otherwise they are refused.",
 	}, func() float64 {
-		if e.journal.IsOpen() {
+		if e.disk.Journal.IsOpen() {
 			return 1
 		}
 		return 0
 	})
 	overrides := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "criproxy_image_overrides", Help: "Containers whose image is not the one in the pod's spec.",
-	}, func() float64 { return float64(e.overrides.n.Load()) })
-	for _, c := range []prometheus.Collector{m.results, m.phases, m.gap, m.gateFailures, &activeOperations{e}, recorded, journal, overrides, e.overrides.lost} {
+	}, func() float64 { return float64(e.overrides.Len()) })
+	for _, c := range []prometheus.Collector{m.results, m.phases, m.gap, m.gateFailures, &activeOperations{e}, recorded, journal, overrides, e.overrides.Lost()} {
 		if err := reg.Register(c); err != nil {
 			return nil, fmt.Errorf("metrics: %w", err)
 		}
@@ -74,52 +72,29 @@ func (*activeOperations) Describe(c chan<- *prometheus.Desc) { c <- activeDesc }
 // Collect implements [prometheus.Collector]. Phases that no operation is in have no series, but each kind has one.
 func (a *activeOperations) Collect(c chan<- prometheus.Metric) {
 	type key struct{ kind, phase string }
-	counts := map[key]int{{kindRestart, phaseLabel(opsv1.Phase_PHASE_PENDING)}: 0, {kindUpgrade, phaseLabel(opsv1.Phase_PHASE_PENDING)}: 0}
+	pending := operation.PhaseName(opsv1.Phase_PHASE_PENDING)
+	counts := map[key]int{{opsv1.KindRestart, pending}: 0, {opsv1.KindUpgrade, pending}: 0}
 	for _, o := range a.e.activeOperations() {
-		o.mu.Lock()
-		counts[key{o.op.GetKind(), phaseLabel(o.phaseLocked())}]++
-		o.mu.Unlock()
+		counts[key{o.Kind(), operation.PhaseName(o.Phase())}]++
 	}
 	for k, n := range counts {
 		c <- prometheus.MustNewConstMetric(activeDesc, prometheus.GaugeValue, float64(n), k.kind, k.phase)
 	}
 }
 
-// phaseLabel is the phase as a label value: pulling, staging and so on.
-func phaseLabel(p opsv1.Phase) string {
-	return strings.ToLower(strings.TrimPrefix(p.String(), "PHASE_"))
-}
-
-// stay is when an operation came into a phase, as far as this process has seen it.
-type stay struct {
-	phase opsv1.Phase
-	since time.Time
-}
-
-// maxStays bounds the phases that are kept of an operation: those of one with many containers that pass them one by one.
-const maxStays = 64
-
-// enterLocked notes the present phase. The caller holds o.mu.
-func (o *operation) enterLocked() {
-	over := !slices.ContainsFunc(o.op.GetContainers(), func(c *opsv1.ContainerOperation) bool { return slices.Contains(course, c.GetPhase()) })
-	if over && o.op.GetFinishTime() == nil {
-		return // all containers have ended, the phase is only that of the last ones
+// finished counts an operation that has finished. It has been in the phases of stays, the last of which
+// is its end.
+func (m *metrics) finished(op *opsv1.Operation, stays []operation.Stay) {
+	results := map[opsv1.Phase]string{
+		opsv1.Phase_PHASE_SUCCEEDED: "succeeded", opsv1.Phase_PHASE_CANCELLED: "cancelled",
 	}
-	if n := len(o.stays); n == maxStays || n > 0 && o.stays[n-1].phase == o.op.GetPhase() {
-		return
-	}
-	o.stays = append(o.stays, stay{o.op.GetPhase(), time.Now()})
-}
-
-// finishedLocked counts an operation that has finished. The caller holds o.mu.
-func (m *metrics) finishedLocked(o *operation) {
-	result := map[opsv1.Phase]string{opsv1.Phase_PHASE_SUCCEEDED: "succeeded", opsv1.Phase_PHASE_CANCELLED: "cancelled"}[o.op.GetPhase()]
+	result := results[op.GetPhase()]
 	if result == "" {
 		result = "failed"
 	}
-	m.results.WithLabelValues(o.op.GetKind(), result).Inc()
-	o.enterLocked()
-	for i := range len(o.stays) - 1 {
-		m.phases.WithLabelValues(o.op.GetKind(), phaseLabel(o.stays[i].phase)).Observe(o.stays[i+1].since.Sub(o.stays[i].since).Seconds())
+	m.results.WithLabelValues(op.GetKind(), result).Inc()
+	for i := range len(stays) - 1 {
+		stayed := stays[i+1].Since.Sub(stays[i].Since)
+		m.phases.WithLabelValues(op.GetKind(), operation.PhaseName(stays[i].Phase)).Observe(stayed.Seconds())
 	}
 }

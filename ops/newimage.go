@@ -14,19 +14,21 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
 // Reasons of operations with another image that did not succeed, beside those of restarts.
 const (
-	ReasonPullFailed     = "PullFailed"
-	ReasonPrepareTimeout = "PrepareTimeout"
-	ReasonSameImage      = "ImageUnchanged"
-	ReasonImageMoved     = "ImageMoved"
-	ReasonNotOverridden  = "ImageNotOverridden"
+	ReasonPullFailed     = opsv1.ReasonPullFailed
+	ReasonPrepareTimeout = opsv1.ReasonPrepareTimeout
+	ReasonSameImage      = opsv1.ReasonImageUnchanged
+	ReasonImageMoved     = opsv1.ReasonImageMoved
+	ReasonNotOverridden  = opsv1.ReasonImageNotOverridden
 )
 
 // reasonCredentialsNeeded is that of a pull that waits for them, as with pulls ahead of time.
-const reasonCredentialsNeeded = "CredentialsNeeded"
+const reasonCredentialsNeeded = opsv1.ReasonCredentialsNeeded
 
 // newImage is what an operation that gives the container another image has of that.
 type newImage struct {
@@ -35,25 +37,23 @@ type newImage struct {
 	// image is the new image and old the incumbent's, as the runtime tells them; nil until they are known.
 	image, old *runtimeapi.Image
 	// before was the slot's override before this operation changed it, which it has if changed is set.
-	before  *override
+	before  *store.Override
 	changed bool
 }
 
 // slot is the slot of the container.
-func (r *restart) slot() interceptors.Slot {
-	return interceptors.Slot{PodUID: r.o.op.GetPod().GetUid(), Container: r.want.GetName()} // neither ever changes
-}
+func (r *restart) slot() interceptors.Slot { return r.c.Slot() }
 
 // withinPatience runs f until it is done, ctx ends, the operation is cancelled or the limit, which is counted from began, is over.
 func (r *restart) withinPatience(ctx context.Context, began time.Time, limit time.Duration, f func(context.Context) error) error {
 	ready, cancel := context.WithDeadline(ctx, began.Add(limit))
 	defer cancel()
-	call, end := endWith(ready, r.o.cancelled)
+	call, end := endWith(ready, r.o.Cancelled())
 	defer end()
 	err := f(call)
 	var out *outcome
 	switch {
-	case err != nil && r.isCancelled():
+	case err != nil && r.o.IsCancelled():
 		return r.cancelledOutcome()
 	case err != nil && !errors.As(err, &out) && ctx.Err() == nil && ready.Err() != nil:
 		return failf(ReasonPrepareTimeout, "not ready within %s, %s", limit, r.awaited())
@@ -66,7 +66,7 @@ func (r *restart) awaited() string {
 	if r.queued {
 		return "waiting for the container, which " + orOther(r.holder(r.slot())) + " has"
 	}
-	return "in phase " + phaseName(r.container().GetPhase())
+	return "in phase " + operation.PhaseName(r.container().GetPhase())
 }
 
 func orOther(uid string) string {
@@ -79,31 +79,11 @@ func orOther(uid string) string {
 // holder is the UID of the operation that has the slot, as far as the journal tells: one that has just taken it has written nothing yet.
 func (e *Engine) holder(slot interceptors.Slot) string {
 	for _, o := range e.activeOperations() {
-		if o.op.GetPod().GetUid() == slot.PodUID && o.holds(slot.Container) { // pods never change
-			return o.req.GetUid()
+		if o.Pod().GetUid() == slot.PodUID && o.HoldsSlot(slot.Container) {
+			return o.UID()
 		}
 	}
 	return ""
-}
-
-func (o *operation) holds(container string) bool {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	for i, c := range o.req.GetContainers() {
-		if s := o.containers[i].Step; c.GetName() == container && s != stepNone && s != stepDone {
-			return true
-		}
-	}
-	return false
-}
-
-func (r *restart) isCancelled() bool {
-	select {
-	case <-r.o.cancelled:
-		return true
-	default:
-		return false
-	}
 }
 
 func orElse(d *durationpb.Duration, otherwise time.Duration) time.Duration {
@@ -124,13 +104,13 @@ func (r *restart) pullImage(ctx context.Context) error {
 // pull gets an image onto the node and, if it is that of a change, pins it. Credentials that come meanwhile start the pull anew; what
 // has been fetched counts.
 func (r *restart) pull(ctx context.Context, want *opsv1.ContainerUpgrade) error {
-	pinFor := durationpb.New(orElse(r.o.upgrade.GetPinFor(), defaultPin))
+	pinFor := durationpb.New(orElse(r.o.Upgrade().GetPinFor(), defaultPin))
 	if r.change == nil {
 		pinFor = nil // as kubelet's own
 	}
 	r.show(func(c *opsv1.ContainerOperation) { c.Phase = opsv1.Phase_PHASE_PULLING })
 	for {
-		credentials, forgotten, others := r.o.given()
+		credentials, forgotten, others := r.o.Credentials()
 		r.failpoint("pulling")
 		req := &opsv1.PullRequest{
 			Uid: r.kind() + "-" + randomToken(), Image: want.GetImage(), Policy: want.GetPullPolicy(), Credentials: credentials,
@@ -183,13 +163,13 @@ func briefly(p *opsv1.PullOperation) *opsv1.PullOperation {
 
 // pinOwner is whose pins the images get.
 func (r *restart) pinOwner() string {
-	if owner := r.o.upgrade.GetOwner(); owner != "" {
+	if owner := r.o.Upgrade().GetOwner(); owner != "" {
 		return owner
 	}
-	if requester := r.o.op.GetRequester(); requester != "" {
+	if requester := r.o.Requester(); requester != "" {
 		return requester
 	}
-	return r.kind() + " " + r.o.op.GetUid()
+	return r.kind() + " " + r.o.UID()
 }
 
 // pinPatience bounds the pinning of the old image: the slot is taken meanwhile.
@@ -202,7 +182,7 @@ func (r *restart) pinOld(ctx context.Context, at *target) {
 	defer cancel()
 	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: at.incumbent})
 	if err == nil {
-		err = r.images.Pin(ctx, st.GetStatus().GetImageRef(), r.pinOwner(), time.Now().Add(orElse(r.o.upgrade.GetPinFor(), defaultPin)))
+		err = r.images.Pin(ctx, st.GetStatus().GetImageRef(), r.pinOwner(), time.Now().Add(orElse(r.o.Upgrade().GetPinFor(), defaultPin)))
 	}
 	if err != nil {
 		r.warn("the old image is not pinned: %v", err)
@@ -282,13 +262,13 @@ func (r *restart) prepareRevert(ctx context.Context) error {
 		if err := r.takeSlot(ctx); err != nil {
 			return err
 		}
-		o := r.overrides.of(r.slot())
+		o := r.overrides.Of(r.slot())
 		if o == nil {
 			return notOverridden(r.want.GetName())
 		}
 		r.change.want.Image = o.SpecImage
 		r.show(func(c *opsv1.ContainerOperation) { c.Image = o.SpecImage })
-		_, err := r.resolve(ctx, r.o.op.GetPod(), r.want, r.o.req.GetForce())
+		_, err := r.resolve(ctx, r.o.Pod(), r.want, r.o.Request().GetForce())
 		if notRunning(err) || pulled == o.SpecImage {
 			return nil
 		}
@@ -313,7 +293,7 @@ func notOverridden(container string) error {
 
 func notRunning(err error) bool {
 	var out *outcome
-	return errors.As(err, &out) && out.reason == ReasonNotRunning
+	return errors.As(err, &out) && out.Reason == ReasonNotRunning
 }
 
 // revertStopped ends the override of a container that does not run, and reports whether err, of staging its successor, is that: kubelet
@@ -322,15 +302,15 @@ func (r *restart) revertStopped(err error) bool {
 	if !notRunning(err) || !r.want.GetRevertImage() {
 		return false
 	}
-	r.overrides.set(r.slot(), nil) // on disk with the end of the restart
+	r.overrides.Set(r.slot(), nil) // on disk with the end of the restart
 	r.warn("the container does not run: kubelet makes it, by its own policy, and with the image of the pod's spec")
 	return true
 }
 
 // planImage checks the image of a restart with another one and returns the override that it comes to; nil if it is the
 // end of one. The slot is taken.
-func (r *restart) planImage(ctx context.Context, at *target) (*override, error) {
-	now := r.overrides.of(r.slot())
+func (r *restart) planImage(ctx context.Context, at *target) (*store.Override, error) {
+	now := r.overrides.Of(r.slot())
 	if r.want.GetRevertImage() {
 		if now == nil {
 			return nil, notOverridden(r.want.GetName())
@@ -350,9 +330,9 @@ func (r *restart) planImage(ctx context.Context, at *target) (*override, error) 
 	if err := r.loadImages(ctx, name, config.GetImage().GetImage()); err != nil {
 		return nil, err
 	}
-	spec, nonRoot := now.specImage(runs), nonRootByImage(config, r.change.old)
-	if now != nil && now.stale(runs) {
-		r.overrides.drop(now)
+	spec, nonRoot := now.SpecImageOf(runs), nonRootByImage(config, r.change.old)
+	if now != nil && now.Stale(runs) {
+		r.overrides.Drop(now)
 		now = nil
 	}
 	if now != nil {
@@ -375,11 +355,11 @@ func (r *restart) planImage(ctx context.Context, at *target) (*override, error) 
 	case name == runs && r.change.old.GetId() == r.change.image.GetId():
 		return nil, failf(ReasonSameImage, "container %q has image %s already: leave the image out to restart it", r.want.GetName(), name)
 	}
-	pod := r.o.op.GetPod()
-	return &override{
+	pod := r.o.Pod()
+	return &store.Override{
 		PodUID: pod.GetUid(), Namespace: pod.GetNamespace(), Pod: pod.GetName(), Container: r.want.GetName(),
 		Image: name, ImageID: r.change.image.GetId(), SpecImage: spec, NonRoot: nonRoot,
-		Since: time.Now(), Requester: r.o.op.GetRequester(), Operation: r.o.op.GetUid(),
+		Since: time.Now(), Requester: r.o.Requester(), Operation: r.o.UID(),
 	}, nil
 }
 
@@ -404,7 +384,7 @@ func (r *restart) keepOverride() {
 	if r.change == nil || r.up != nil {
 		return
 	}
-	r.change.before, r.change.changed = r.overrides.set(r.slot(), r.rec().Override), true
+	r.change.before, r.change.changed = r.overrides.Set(r.slot(), r.rec().Override), true
 }
 
 // undoOverride takes keepOverride back, on disk with the next step.
@@ -412,6 +392,6 @@ func (r *restart) undoOverride() {
 	if r.change == nil || !r.change.changed {
 		return
 	}
-	r.overrides.set(r.slot(), r.change.before)
+	r.overrides.Set(r.slot(), r.change.before)
 	r.change.changed = false
 }

@@ -92,7 +92,7 @@ func (r *restart) overlap(ctx context.Context) error {
 func (r *restart) awaitReady(ctx context.Context, id string) error {
 	wait, end := endWith(ctx, r.claim.Yielded())
 	defer end()
-	wait, end = endWith(wait, r.o.cancelled)
+	wait, end = endWith(wait, r.o.Cancelled())
 	defer end()
 	if gone := r.exit.ended(); gone != nil {
 		wait, end = endWith(wait, gone)

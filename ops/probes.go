@@ -42,7 +42,7 @@ func (r *restart) probeHold(ctx context.Context) time.Duration {
 	} else if r.pods != nil {
 		ask, cancel := context.WithTimeout(ctx, podsPatience)
 		defer cancel()
-		pod, err := r.pods.Pod(ask, r.o.op.GetPod().GetUid())
+		pod, err := r.pods.Pod(ask, r.o.Pod().GetUid())
 		if err != nil {
 			return 0 // asked again before it is needed
 		}
@@ -64,7 +64,7 @@ func (r *restart) holdProbes(ctx context.Context) {
 // quiet holds kubelet's probes of the container. The next process does not know when it was shown: it has the least that it can be.
 func (e *Engine) quiet(id string, hold time.Duration) {
 	hold += probeCut
-	e.records.setHeld(id, time.Now().Add(hold))
+	e.records.SetHeld(id, time.Now().Add(hold))
 	e.view.HoldProbes(id, hold)
 }
 

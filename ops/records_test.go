@@ -28,22 +28,6 @@ func quiet() logrus.FieldLogger {
 	return log
 }
 
-func open(t *testing.T, dir string) *Records {
-	t.Helper()
-	r, err := openRecords(dir, quiet())
-	if err != nil {
-		t.Fatal(err)
-	}
-	return r
-}
-
-func shut(t *testing.T, r *Records) {
-	t.Helper()
-	if err := r.close(); err != nil {
-		t.Fatal(err)
-	}
-}
-
 func wire(t testing.TB, m proto.Message) []byte {
 	t.Helper()
 	b, err := proto.Marshal(m)
@@ -51,114 +35,6 @@ func wire(t testing.TB, m proto.Message) []byte {
 		t.Fatal(err)
 	}
 	return b
-}
-
-func TestRecords(t *testing.T) {
-	dir := t.TempDir()
-	r := open(t, dir)
-	req := &runtimeapi.CreateContainerRequest{PodSandboxId: "s", Config: &runtimeapi.ContainerConfig{Envs: []*runtimeapi.KeyValue{{Key: "A", Value: []byte{0xff}}}}}
-	r.Created("a", wire(t, req))
-	r.Created("b", wire(t, req))
-	r.Updated("a", wire(t, &runtimeapi.LinuxContainerResources{CpuShares: 5, CpusetCpus: "1"}))
-	r.Updated("a", wire(t, &runtimeapi.LinuxContainerResources{CpusetCpus: "2"})) // what is not set stays, as in the runtime
-	r.Updated("older", wire(t, &runtimeapi.LinuxContainerResources{CpusetCpus: "3"}))
-	r.Updated("a", []byte{0xff})
-	r.Removed("b")
-	r.Removed("b")
-	r.Removed("nope")
-	for range 2 { // the second time as the next process reads it
-		if got := r.request("a"); !proto.Equal(got, req) {
-			t.Errorf("request is %v", got)
-		}
-		if got, want := r.resources("a"), (&runtimeapi.LinuxContainerResources{CpuShares: 5, CpusetCpus: "2"}); !proto.Equal(got, want) {
-			t.Errorf("resources are %v, want %v", got, want)
-		}
-		if got := r.resources("older"); got.GetCpusetCpus() != "3" {
-			t.Errorf("resources of a container without a request are %v", got)
-		}
-		if r.request("b") != nil || r.resources("b") != nil || r.request("older") != nil {
-			t.Error("there is more than was recorded")
-		}
-		if r.Len() != 1 {
-			t.Errorf("%d recorded", r.Len())
-		}
-		shut(t, r)
-		r = open(t, dir)
-	}
-	shut(t, r)
-	st, err := os.Stat(filepath.Join(dir, "records.db"))
-	if err != nil || st.Mode().Perm() != 0o600 {
-		t.Errorf("the file, which holds environments, has mode %v, %v", st.Mode(), err)
-	}
-	// A closed store, or a request that cannot be read, is not the caller's business.
-	r.Created("a", nil)
-	r.Removed("a")
-	if r.request("a") != nil || len(r.ids()) != 0 {
-		t.Error("a closed store answers")
-	}
-}
-
-func TestRecordsOfAnotherBoot(t *testing.T) {
-	dir := t.TempDir()
-	r := open(t, dir)
-	r.Created("a", nil)
-	shut(t, r)
-	if err := os.WriteFile(filepath.Join(dir, "records.boot"), []byte("another"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	r = open(t, dir)
-	defer shut(t, r)
-	if r.Len() != 0 || r.request("a") != nil {
-		t.Error("containers of another boot are recorded")
-	}
-}
-
-// The file is not synced, so that a power cut may leave anything.
-func TestRecordsThatAreTorn(t *testing.T) {
-	dir := t.TempDir()
-	r := open(t, dir)
-	big := bytes.Repeat([]byte("x"), 3000)
-	for i := range 200 {
-		r.Created(string(rune('a'+i%26))+string(rune('a'+i/26)), big)
-	}
-	shut(t, r)
-	whole, err := os.ReadFile(filepath.Join(dir, "records.db"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	page := os.Getpagesize()
-	cases := map[string][]byte{
-		"empty":            {},
-		"one byte":         {1},
-		"garbage":          bytes.Repeat([]byte("garbage "), 10_000),
-		"only the metas":   whole[:2*page],
-		"half":             whole[:len(whole)/2],
-		"zeroed metas":     append(make([]byte, 2*page), whole[2*page:]...),
-		"zeroed pages":     append(bytes.Clone(whole[:2*page]), make([]byte, len(whole)-2*page)...),
-		"garbage in pages": append(bytes.Clone(whole[:2*page]), bytes.Repeat([]byte{0xa5}, len(whole)-2*page)...),
-	}
-	for name, torn := range cases {
-		t.Run(name, func(t *testing.T) {
-			dir := t.TempDir()
-			path := filepath.Join(dir, "records.db")
-			if err := os.WriteFile(path, torn, 0o600); err != nil {
-				t.Fatal(err)
-			}
-			if name != "garbage" { // which is refused without a panic, of whatever boot
-				if err := os.WriteFile(filepath.Join(dir, "records.boot"), []byte("another"), 0o600); err != nil {
-					t.Fatal(err)
-				}
-			} else if err := os.WriteFile(filepath.Join(dir, "records.boot"), []byte(bootID()), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			r := open(t, dir)
-			defer shut(t, r)
-			r.Created("new", wire(t, &runtimeapi.CreateContainerRequest{PodSandboxId: "s"}))
-			if r.request("new").GetPodSandboxId() != "s" {
-				t.Error("does not record")
-			}
-		})
-	}
 }
 
 func TestRecordsAreTidied(t *testing.T) {

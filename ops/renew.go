@@ -27,8 +27,8 @@ const (
 
 // renew puts into the config of the successor, which is that of the incumbent, what kubelet would compute anew.
 func (r *restart) renew(ctx context.Context, c *runtimeapi.ContainerConfig) error {
-	env, lost := r.Engine.environment(r.o, r.want.GetName())
-	podDir := environment.PodDir(c, r.o.op.GetPod().GetUid()) // pods never change
+	env, lost := r.o.Environment(r.want.GetName())
+	podDir := environment.PodDir(c, r.o.Pod().GetUid())
 	var parts environment.Parts
 	var err error
 	switch {
@@ -104,7 +104,7 @@ func (r *restart) volumeImages(ctx context.Context, c *runtimeapi.ContainerConfi
 
 // ensureVolumes makes sure of the images of volumes, as kubelet does before each start (kuberuntime_manager.go getImageVolumes).
 func (r *restart) ensureVolumes(ctx context.Context) error {
-	env, _ := r.Engine.environment(r.o, r.want.GetName())
+	env, _ := r.o.Environment(r.want.GetName())
 	if r.images == nil {
 		return nil
 	}
@@ -147,14 +147,14 @@ func (r *restart) nextRequest(ctx context.Context, token string) (*runtimeapi.Cr
 // ensureImage makes sure of the image of the pod's spec as kubelet does before each start (image_manager.go
 // EnsureImageExists), before the slot is taken: a pull may take long.
 func (r *restart) ensureImage(ctx context.Context) error {
-	if r.images == nil || r.overrides.of(r.slot()) != nil {
+	if r.images == nil || r.overrides.Of(r.slot()) != nil {
 		return nil
 	}
 	if err := r.awaitRuntime(ctx); err != nil {
 		return err
 	}
 	// What cannot be found is said when the slot is taken.
-	found, err := r.resolve(ctx, r.o.op.GetPod(), r.want, r.o.req.GetForce())
+	found, err := r.resolve(ctx, r.o.Pod(), r.want, r.o.Request().GetForce())
 	if err != nil {
 		return nil //nolint:nilerr // see above
 	}
@@ -163,7 +163,7 @@ func (r *restart) ensureImage(ctx context.Context) error {
 		return nil //nolint:nilerr // see above
 	}
 	want := &opsv1.ContainerUpgrade{Name: r.want.GetName(), Image: request.GetConfig().GetImage().GetUserSpecifiedImage(), PullPolicy: r.want.GetPullPolicy()}
-	return r.withinPatience(ctx, r.o.op.GetCreateTime().AsTime(), defaultPrepare, func(ctx context.Context) error {
+	return r.withinPatience(ctx, r.o.CreateTime(), defaultPrepare, func(ctx context.Context) error {
 		if want.GetImage() != "" { // else kubelet is an old one that does not tell
 			if err := r.ensure(ctx, want); err != nil {
 				return err
@@ -206,7 +206,7 @@ func (r *restart) imageOnNode(ctx context.Context, name string) (image *runtimea
 // have moved since the incumbent's start.
 func (r *restart) specImage(ctx context.Context, c *runtimeapi.ContainerConfig) error {
 	name := c.GetImage().GetUserSpecifiedImage()
-	if r.images == nil || name == "" || r.overrides.of(r.slot()) != nil {
+	if r.images == nil || name == "" || r.overrides.Of(r.slot()) != nil {
 		return nil
 	}
 	now, err := r.imageOnNode(ctx, name)
@@ -223,7 +223,7 @@ func (r *restart) specImage(ctx context.Context, c *runtimeapi.ContainerConfig) 
 		return err
 	}
 	// Who sends an environment knows the pod, and has said what that demands of the user; else only the container can tell.
-	env, _ := r.Engine.environment(r.o, r.want.GetName())
+	env, _ := r.o.Environment(r.want.GetName())
 	if env != nil {
 		err := nonRootFits(now, &opsv1.ContainerUpgrade{Name: r.want.GetName(), Image: name, RunAsNonRoot: r.want.GetRunAsNonRoot(), RunAsUser: r.want.RunAsUser})
 		if err != nil {
@@ -244,7 +244,7 @@ func (r *restart) specImage(ctx context.Context, c *runtimeapi.ContainerConfig) 
 // may have waited for its commit for long.
 func (r *restart) renewStaged(ctx context.Context) error {
 	pull, end := endWith(ctx, r.claim.Yielded())
-	pull, endToo := endWith(pull, r.o.cancelled)
+	pull, endToo := endWith(pull, r.o.Cancelled())
 	var err error
 	if r.change.want.GetPullPolicy() == opsv1.PullPolicy_PULL_POLICY_ALWAYS {
 		err = r.pullImage(pull)
@@ -277,7 +277,7 @@ func (r *restart) renewStaged(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	ours := r.records.request(rec.Successor)
+	ours := r.records.Request(rec.Successor)
 	if ours != nil && len(differs(ours, next)) == 0 {
 		return nil
 	}
@@ -290,12 +290,7 @@ func (r *restart) renewStaged(ctx context.Context) error {
 // isCertain reports whether the successor of an upgrade is known to be what kubelet will ask for. If not, it
 // begins only when kubelet has asked.
 func (r *restart) isCertain() bool {
-	if r.up == nil {
-		return true
-	}
-	r.o.mu.Lock()
-	defer r.o.mu.Unlock()
-	return r.o.certain[r.want.GetName()] || r.o.containers[r.i].Asked
+	return r.up == nil || r.c.IsCertain()
 }
 
 // sameMounts gives ours what of the mounts of asked says nothing of what is mounted: the annotations of images, and host paths

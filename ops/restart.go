@@ -14,7 +14,6 @@ import (
 	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/types/known/timestamppb"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
@@ -22,6 +21,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/cgroup"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
 const (
@@ -42,53 +43,39 @@ const (
 
 // Reasons of containers that did not succeed.
 const (
-	ReasonExpectedIDDiffers = "ExpectedIDDiffers"
-	ReasonNotRunning        = "ContainerNotRunning"
-	ReasonNotFound          = "NotFound"
-	ReasonPodStopping       = "PodStopping"
-	ReasonTakenBack         = "TakenBackByKubelet"
-	ReasonCancelled         = "Cancelled"
-	ReasonSkipped           = "EarlierContainerFailed"
-	ReasonCreateFailed      = "CreateFailed"
-	ReasonStopFailed        = "StopFailed"
-	ReasonStartFailed       = "StartFailed"
-	ReasonSuccessorExited   = "NewContainerExited"
-	ReasonPostStartFailed   = "PostStartHookFailed"
-	ReasonRuntime           = "RuntimeError"
-	ReasonJournal           = "JournalError"
-	ReasonRebooted          = "NodeRestarted"
-	ReasonVersion           = "JournalVersion" // written by a binary that knows more
-	ReasonInternal          = "InternalError"  // a panic
+	ReasonExpectedIDDiffers = opsv1.ReasonExpectedIDDiffers
+	ReasonNotRunning        = opsv1.ReasonContainerNotRunning
+	ReasonNotFound          = opsv1.ReasonNotFound
+	ReasonPodStopping       = opsv1.ReasonPodStopping
+	ReasonTakenBack         = opsv1.ReasonTakenBackByKubelet
+	ReasonCancelled         = opsv1.ReasonCancelled
+	ReasonSkipped           = opsv1.ReasonEarlierContainerFailed
+	ReasonCreateFailed      = opsv1.ReasonCreateFailed
+	ReasonStopFailed        = opsv1.ReasonStopFailed
+	ReasonStartFailed       = opsv1.ReasonStartFailed
+	ReasonSuccessorExited   = opsv1.ReasonNewContainerExited
+	ReasonPostStartFailed   = opsv1.ReasonPostStartHookFailed
+	ReasonRuntime           = opsv1.ReasonRuntimeError
+	ReasonJournal           = opsv1.ReasonJournalError
+	ReasonRebooted          = opsv1.ReasonNodeRestarted
+	ReasonVersion           = opsv1.ReasonJournalVersion
+	ReasonInternal          = opsv1.ReasonInternalError
 )
 
-// outcome ends the restart of a container. It is an error, except that it also
-// carries success.
-type outcome struct {
-	phase   opsv1.Phase
-	reason  string
-	message string
-}
-
-func (o *outcome) Error() string { return o.message }
-
-func failf(reason, format string, args ...any) *outcome {
-	return &outcome{phase: opsv1.Phase_PHASE_FAILED, reason: reason, message: fmt.Sprintf(format, args...)}
-}
-
 // execute runs an operation to its end, or until ctx ends.
-func (e *Engine) execute(ctx context.Context, o *operation) {
-	log := e.log.WithFields(logrus.Fields{"op": o.req.GetUid()})
+func (e *Engine) execute(ctx context.Context, o *operation.Operation) {
+	log := e.log.WithFields(logrus.Fields{"op": o.UID()})
 	if err := guard.Try(log, func() error { e.carryOut(ctx, o); return nil }); err != nil {
 		guard.Do(log, func() { e.giveUp(ctx, o, err) })
 	}
 }
 
 // giveUp ends an operation that cannot be carried out, whatever it has come to.
-func (e *Engine) giveUp(ctx context.Context, o *operation, why error) {
-	if o.finished() { // it was after that
+func (e *Engine) giveUp(ctx context.Context, o *operation.Operation, why error) {
+	if o.Finished() { // it was after that
 		return
 	}
-	for i := range o.req.GetContainers() {
+	for i := range o.Request().GetContainers() {
 		e.newRestart(o, i).giveUp(ctx, why)
 	}
 	e.finish(o)
@@ -109,9 +96,9 @@ func (r *restart) giveUp(ctx context.Context, why error) {
 	guard.Do(r.log, func() { r.lower(ctx) })
 }
 
-// carryOut is execute without a guard.
-func (e *Engine) carryOut(ctx context.Context, o *operation) {
-	req := o.req
+// carryOut is execute, but panics.
+func (e *Engine) carryOut(ctx context.Context, o *operation.Operation) {
+	req := o.Request()
 	var wg sync.WaitGroup
 	failed := false
 	for i := range req.GetContainers() {
@@ -121,7 +108,10 @@ func (e *Engine) carryOut(ctx context.Context, o *operation) {
 			continue
 		}
 		if failed {
-			r.end(&outcome{phase: opsv1.Phase_PHASE_CANCELLED, reason: ReasonSkipped, message: "not restarted because an earlier container failed"})
+			r.end(&outcome{
+				Phase: opsv1.Phase_PHASE_CANCELLED, Reason: ReasonSkipped,
+				Message: "not restarted because an earlier container failed",
+			})
 			continue
 		}
 		failed = !r.runGuarded(ctx)
@@ -133,53 +123,27 @@ func (e *Engine) carryOut(ctx context.Context, o *operation) {
 	e.finish(o)
 }
 
-// finish ends the operation if all its containers have ended.
-func (e *Engine) finish(o *operation) {
-	if err := e.conclude(o); err != nil {
-		e.log.WithField("op", o.op.GetUid()).WithError(err).Error("end of operation not written; tried again until it is")
+// finish ends the operation if all its containers have ended. An end that cannot be written is tried
+// again until it is.
+func (e *Engine) finish(o *operation.Operation) {
+	err := o.Conclude(func(op *opsv1.Operation, stays []operation.Stay) {
+		e.metrics.finished(op, stays)
+		e.trace(op, stays)
+		e.log.WithFields(logrus.Fields{
+			"op": o.UID(), "pod": o.PodName(), "phase": op.GetPhase(), "requester": o.Requester(),
+		}).Info("operation finished")
+	})
+	if err != nil {
+		e.log.WithField("op", o.UID()).WithError(err).Error("end of operation not written; tried again until it is")
 		e.writeLater(o)
 	}
-}
-
-// conclude is finish but for an end that could not be written, which is the error.
-func (e *Engine) conclude(o *operation) error {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	phase := opsv1.Phase_PHASE_SUCCEEDED
-	var messages []string
-	for i, c := range o.op.GetContainers() {
-		if o.containers[i].Step != stepDone {
-			return nil // shutting down
-		}
-		phase = max(phase, c.GetPhase())
-		if c.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED {
-			messages = append(messages, fmt.Sprintf("%s: %s", c.GetName(), c.GetMessage()))
-		}
-	}
-	for _, c := range o.op.GetContainers() {
-		if c.GetPhase() == opsv1.Phase_PHASE_FAILED {
-			phase = opsv1.Phase_PHASE_FAILED // says more than that others were cancelled
-		}
-	}
-	o.op.Phase = phase
-	o.op.FinishTime = timestamppb.Now()
-	o.credentials = nil
-	e.forgetEnvironmentsLocked(o)
-	if len(messages) > 0 {
-		o.op.Message = strings.Join(messages, "; ")
-	}
-	err := e.saveLocked(o) // finished all the same
-	e.metrics.finishedLocked(o)
-	e.traceLocked(o)
-	e.log.WithFields(logrus.Fields{"op": o.op.GetUid(), "pod": podName(o.op.GetPod()), "phase": phase, "requester": o.op.GetRequester()}).Info("operation finished")
-	o.notifyLocked()
-	return err
 }
 
 // restart is the restart of one container: a state machine over [step].
 type restart struct {
 	*Engine
-	o     *operation
+	o     *operation.Operation
+	c     *operation.Container // of o, at i
 	i     int
 	want  *opsv1.ContainerRestart
 	claim *interceptors.Claim
@@ -213,53 +177,37 @@ type restart struct {
 	join   *join     // nil if it is one
 }
 
-func (e *Engine) newRestart(o *operation, i int) *restart {
-	o.mu.Lock()
-	defer o.mu.Unlock()
+func (e *Engine) newRestart(o *operation.Operation, i int) *restart {
+	c := o.Container(i)
+	want := c.Request()
 	r := &restart{
-		Engine: e, o: o, i: i, want: o.req.GetContainers()[i], claim: o.claims[i], stopFirst: o.containers[i].StopFirst,
-		log: e.log.WithFields(logrus.Fields{"op": o.op.GetUid(), "pod": podName(o.op.GetPod()), "container": o.req.GetContainers()[i].GetName()}),
+		Engine: e, o: o, c: c, i: i, want: want, claim: c.Claim(), stopFirst: c.Record().StopFirst,
+		log: e.log.WithFields(logrus.Fields{"op": o.UID(), "pod": o.PodName(), "container": want.GetName()}),
 	}
-	if o.upgrade != nil {
+	if upgrade := o.Upgrade(); upgrade != nil {
 		r.up = newUpgrade()
 		r.up.hurry = r.hurry
-		r.change = &newImage{want: o.upgrade.GetContainers()[i]}
+		r.change = &newImage{want: upgrade.GetContainers()[i]}
 		return r
 	}
 	r.join = newJoin(r)
-	if r.want.GetImage() != "" || r.want.GetRevertImage() {
-		r.change = &newImage{want: &opsv1.ContainerUpgrade{Name: r.want.GetName(), Image: o.op.GetContainers()[i].GetImage(), PullPolicy: r.want.GetPullPolicy()}}
+	if want.GetImage() != "" || want.GetRevertImage() {
+		r.change = &newImage{want: &opsv1.ContainerUpgrade{
+			Name: want.GetName(), Image: c.Status().GetImage(), PullPolicy: want.GetPullPolicy(),
+		}}
 	}
 	return r
 }
 
-func (r *restart) rec() containerRecord {
-	r.o.mu.Lock()
-	defer r.o.mu.Unlock()
-	return r.o.containers[r.i]
-}
+func (r *restart) rec() store.Container { return r.c.Record() }
 
-// write changes the journal's record and the operation's public state in one
-// durable step.
+// write is [operation.Container.Write], and a failpoint.
 func (r *restart) write(f func(rec *containerRecord, c *opsv1.ContainerOperation)) error {
-	step, err := r.writeStep(f)
+	step, err := r.c.Write(f)
 	if err == nil {
 		r.failpoint(string(step))
 	}
 	return err
-}
-
-func (r *restart) writeStep(f func(rec *containerRecord, c *opsv1.ContainerOperation)) (step, error) {
-	r.o.mu.Lock()
-	defer r.o.mu.Unlock()
-	before := r.o.containers[r.i]
-	f(&r.o.containers[r.i], r.o.op.GetContainers()[r.i])
-	if err := r.saveLocked(r.o); err != nil {
-		r.o.containers[r.i] = before
-		return "", failf(ReasonJournal, "%v", err)
-	}
-	r.o.notifyLocked()
-	return r.o.containers[r.i].Step, nil
 }
 
 // failpoint is where a test may end or hold the process.
@@ -274,9 +222,7 @@ func (r *restart) kind() string {
 }
 
 // show changes the public state only.
-func (r *restart) show(f func(c *opsv1.ContainerOperation)) {
-	r.o.change(func(op *opsv1.Operation) { f(op.GetContainers()[r.i]) })
-}
+func (r *restart) show(f func(c *opsv1.ContainerOperation)) { r.c.Show(f) }
 
 func (r *restart) warn(format string, args ...any) {
 	msg := fmt.Sprintf(format, args...)
@@ -322,7 +268,7 @@ func (r *restart) run(ctx context.Context) bool {
 	var bug *guard.Panic
 	switch {
 	case err == nil:
-		out = &outcome{phase: opsv1.Phase_PHASE_SUCCEEDED}
+		out = &outcome{Phase: opsv1.Phase_PHASE_SUCCEEDED}
 	case errors.As(err, &out):
 	case errors.As(err, &bug):
 		out = failf(ReasonInternal, "%v", bug)
@@ -331,11 +277,11 @@ func (r *restart) run(ctx context.Context) bool {
 	default:
 		out = failf(ReasonRuntime, "%v", err)
 	}
-	if ctx.Err() != nil && out.phase != opsv1.Phase_PHASE_SUCCEEDED && r.rec().Step != stepUndo {
+	if ctx.Err() != nil && out.Phase != opsv1.Phase_PHASE_SUCCEEDED && r.rec().Step != stepUndo {
 		// The failure may be that of a call cut off by the shutdown.
 		return false
 	}
-	if out.phase != opsv1.Phase_PHASE_SUCCEEDED && !r.undo(ctx, out) {
+	if out.Phase != opsv1.Phase_PHASE_SUCCEEDED && !r.undo(ctx, out) {
 		return false // a panic in there is the caller's
 	}
 	if r.claim != nil {
@@ -345,34 +291,32 @@ func (r *restart) run(ctx context.Context) bool {
 		r.removeGate() // whichever process has made or opened it
 		r.tellEnd(ctx)
 	}
-	if r.up != nil && out.phase == opsv1.Phase_PHASE_SUCCEEDED && r.rec().Method != MethodKubelet {
-		r.overrides.set(r.slot(), nil) // the image is that of the pod's spec
+	if r.up != nil && out.Phase == opsv1.Phase_PHASE_SUCCEEDED && r.rec().Method != MethodKubelet {
+		r.overrides.Set(r.slot(), nil) // the image is that of the pod's spec
 	}
 	r.end(out)
 	if r.claim != nil {
 		r.claim.Release()
 	}
-	if r.up != nil && out.phase != opsv1.Phase_PHASE_SUCCEEDED {
+	if r.up != nil && out.Phase != opsv1.Phase_PHASE_SUCCEEDED {
 		r.endOthers()
 	}
-	return out.phase == opsv1.Phase_PHASE_SUCCEEDED
+	return out.Phase == opsv1.Phase_PHASE_SUCCEEDED
 }
 
 // end writes how it ended.
 func (r *restart) end(out *outcome) {
 	err := r.write(func(rec *containerRecord, c *opsv1.ContainerOperation) {
 		rec.Step = stepDone
-		c.Phase, c.Reason, c.Message = out.phase, out.reason, out.message
+		c.Phase, c.Reason, c.Message = out.Phase, out.Reason, out.Message
 	})
 	if err != nil {
 		r.log.WithError(err).Error("end of restart not written")
-		r.o.mu.Lock()
-		r.o.containers[r.i].Step = stepDone
-		r.o.mu.Unlock()
+		r.c.Set(func(rec *containerRecord, _ *opsv1.ContainerOperation) { rec.Step = stepDone })
 	}
-	log := r.log.WithField("phase", out.phase)
-	if out.reason != "" {
-		log = log.WithFields(logrus.Fields{"reason": out.reason, "message": out.message})
+	log := r.log.WithField("phase", out.Phase)
+	if out.Reason != "" {
+		log = log.WithFields(logrus.Fields{"reason": out.Reason, "message": out.Message})
 	}
 	log.Infof("container %s ended", r.kind())
 }
@@ -419,7 +363,7 @@ func (r *restart) drive(ctx context.Context) error {
 			if c := r.container(); c.GetReason() != "" {
 				return failf(c.GetReason(), "%s", c.GetMessage())
 			}
-			if !r.o.rebooted { // else the runtime's times are those of the reboot
+			if !r.o.Rebooted() { // else the runtime's times are those of the reboot
 				r.measure(ctx, r.rec())
 			}
 			if r.rec().Joined {
@@ -450,9 +394,9 @@ func (r *restart) resume(ctx context.Context) error {
 	}
 	if rec := r.rec(); rec.Step == stepUndo {
 		c := r.container()
-		out := &outcome{phase: opsv1.Phase_PHASE_FAILED, reason: c.GetReason(), message: c.GetMessage()}
-		if out.reason == ReasonCancelled {
-			out.phase = opsv1.Phase_PHASE_CANCELLED
+		out := &outcome{Phase: opsv1.Phase_PHASE_FAILED, Reason: c.GetReason(), Message: c.GetMessage()}
+		if out.Reason == ReasonCancelled {
+			out.Phase = opsv1.Phase_PHASE_CANCELLED
 		}
 		return out
 	}
@@ -476,7 +420,7 @@ func (r *restart) outlived(ctx context.Context) error {
 	if rec.Step == stepNone || rec.Step == stepReveal {
 		return nil
 	}
-	if r.o.rebooted {
+	if r.o.Rebooted() {
 		return failf(ReasonRebooted, "the node was restarted in the middle of the %s, which ended all containers: kubelet makes them anew, and the new container of this %s has not taken over", r.kind(), r.kind())
 	}
 	var st *runtimeapi.PodSandboxStatusResponse
@@ -495,13 +439,11 @@ func (r *restart) overlaps() bool {
 	return r.want.GetOrder() == opsv1.Order_ORDER_START_FIRST && !r.stopFirst
 }
 
-func (r *restart) container() *opsv1.ContainerOperation {
-	return r.o.snapshot().GetContainers()[r.i]
-}
+func (r *restart) container() *opsv1.ContainerOperation { return r.c.Status() }
 
 // takeSlot waits for the operation's turn on the slot.
 func (r *restart) takeSlot(ctx context.Context) error {
-	waiting, end := endWith(ctx, r.o.cancelled)
+	waiting, end := endWith(ctx, r.o.Cancelled())
 	defer end()
 	if r.up == nil {
 		defer r.wantSlot()()
@@ -545,11 +487,11 @@ func endWith(ctx context.Context, c <-chan struct{}) (_ context.Context, end fun
 }
 
 func (r *restart) cancelledOutcome() *outcome {
-	msg := r.o.snapshot().GetMessage()
+	msg := r.o.Snapshot().GetMessage()
 	if msg == "" {
 		msg = "cancelled"
 	}
-	return &outcome{phase: opsv1.Phase_PHASE_CANCELLED, reason: ReasonCancelled, message: msg}
+	return &outcome{Phase: opsv1.Phase_PHASE_CANCELLED, Reason: ReasonCancelled, Message: msg}
 }
 
 // interrupted returns an outcome if the operation was cancelled or kubelet took the slot back.
@@ -558,7 +500,7 @@ func (r *restart) interrupted() error {
 		return failf(ReasonTakenBack, "kubelet called %s in the middle of the %s and is in charge now", y.Method[strings.LastIndexByte(y.Method, '/')+1:], r.kind())
 	}
 	select {
-	case <-r.o.cancelled: // then it has not been committed, and never is
+	case <-r.o.Cancelled(): // then it has not been committed, and never is
 		return r.cancelledOutcome()
 	default:
 		return nil

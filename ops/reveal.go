@@ -61,17 +61,14 @@ func (r *restart) postStartOnce(ctx context.Context) error {
 	return nil
 }
 
-// note is write for the time after the swap: the successor serves, and a journal that cannot
-// be written is no reason to take it away. The next process would resume from an earlier step,
-// which finds the successor running.
+// note is [operation.Container.Note], and a failpoint.
 func (r *restart) note(f func(rec *containerRecord, c *opsv1.ContainerOperation)) {
-	if err := r.write(f); err != nil {
+	step, err := r.c.Note(f)
+	if err != nil {
 		r.log.WithError(err).Error("step not written")
-		r.o.mu.Lock()
-		defer r.o.mu.Unlock()
-		f(&r.o.containers[r.i], r.o.op.GetContainers()[r.i])
-		r.o.notifyLocked()
+		return
 	}
+	r.failpoint(string(step))
 }
 
 // postStart runs the hook. As in kubelet, the container is not shown before it has
@@ -100,7 +97,7 @@ func (r *restart) measure(ctx context.Context, rec containerRecord) {
 	if r.exit.over() {
 		stopped = r.exit.at // the runtime's own is that of its next start if it was away
 	}
-	if at := r.records.started(rec.Successor); !at.IsZero() {
+	if at := r.records.Started(rec.Successor); !at.IsZero() {
 		started = at
 	}
 	if !r.overlaps() && started.Before(stopped) {
@@ -111,5 +108,5 @@ func (r *restart) measure(ctx context.Context, rec containerRecord) {
 		c.StopTime, c.StartTime = timestamppb.New(stopped), timestamppb.New(started)
 		c.Gap = durationpb.New(started.Sub(stopped)) // negative for overlap
 	})
-	r.metrics.gap.WithLabelValues(r.o.op.GetKind(), string(rec.Method)).Observe(max(0, started.Sub(stopped).Seconds()))
+	r.metrics.gap.WithLabelValues(r.o.Kind(), rec.Method).Observe(max(0, started.Sub(stopped).Seconds()))
 }

@@ -271,13 +271,11 @@ func (r *restart) raise(ctx context.Context) error {
 func (r *restart) raises() []cgroup.Raise {
 	var all []cgroup.Raise
 	for _, o := range r.activeOperations() {
-		o.mu.Lock()
-		for i, c := range o.containers {
+		for i, c := range o.Records() {
 			if c.Raised != nil && (o != r.o || i != r.i) {
 				all = append(all, *c.Raised)
 			}
 		}
-		o.mu.Unlock()
 	}
 	return all
 }
@@ -386,10 +384,10 @@ var besideErrors = []string{
 // besideFails reports whether a start has failed in a way that it may not fail in once the incumbent is gone.
 func besideFails(err error) bool {
 	var out *outcome
-	if !errors.As(err, &out) || out.reason != ReasonStartFailed {
+	if !errors.As(err, &out) || out.Reason != ReasonStartFailed {
 		return false
 	}
-	said := strings.ToLower(out.message)
+	said := strings.ToLower(out.Message)
 	return slices.ContainsFunc(besideErrors, func(e string) bool { return strings.Contains(said, e) })
 }
 
@@ -404,13 +402,12 @@ func (r *restart) giveUpOverlap(ctx context.Context, why error) error {
 	r.warn("the new container does not start beside the old one (%v): the old one is stopped before the new one is started", why)
 	r.withoutGate()
 	r.stopFirst = true
-	r.o.mu.Lock()
-	c := &r.o.containers[r.i] // on disk with the new stage
-	c.StopFirst = true
-	if r.up == nil {
-		c.Step = stepStaged
-	}
-	r.o.mu.Unlock()
+	r.c.Set(func(c *containerRecord, _ *opsv1.ContainerOperation) { // on disk with the new stage
+		c.StopFirst = true
+		if r.up == nil {
+			c.Step = stepStaged
+		}
+	})
 	if err := r.stageAnew(ctx, ""); err != nil {
 		return err
 	}

@@ -19,6 +19,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/internal/mtls"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
 )
 
 // Bounds of a request; far above what a pod can have.
@@ -61,15 +62,15 @@ func (s *Server) Restart(ctx context.Context, req *opsv1.RestartRequest) (*opsv1
 	_, remote := callerOf(ctx)
 	req = proto.Clone(req).(*opsv1.RestartRequest)
 	given := takeEnvironments(req)
-	if err := errors.Join(validateRestart(req, remote), given.validate()); err != nil {
+	if err := errors.Join(validateRestart(req, remote), validateEnvironments(given)); err != nil {
 		return nil, err
 	}
+	c := operation.RestartCommand(req, given)
 	if known := s.e.lookup(req.GetUid()); known != nil {
-		o, err := s.e.again(known, &operation{req: req, credentials: req.GetCredentials(), environments: given})
-		if err != nil {
+		if err := known.Repeat(c); err != nil {
 			return nil, err
 		}
-		return o.snapshot(), nil
+		return known.Snapshot(), nil
 	}
 	if s.e.images == nil && slices.ContainsFunc(req.GetContainers(), func(c *opsv1.ContainerRestart) bool { return c.GetImage() != "" || c.GetRevertImage() }) {
 		return nil, status.Error(codes.FailedPrecondition, "this node pulls no images, which a restart with another image needs")
@@ -78,11 +79,11 @@ func (s *Server) Restart(ctx context.Context, req *opsv1.RestartRequest) (*opsv1
 	if err != nil {
 		return nil, err
 	}
-	o, err := s.e.submit(req, given, pod)
+	o, err := s.e.accept(c, pod)
 	if err != nil {
 		return nil, err
 	}
-	return o.snapshot(), nil
+	return o.Snapshot(), nil
 }
 
 // precheck refuses at once what cannot work, so that nothing is journaled for it.
@@ -108,7 +109,7 @@ func (s *Server) precheck(ctx context.Context, req *opsv1.RestartRequest) (*opsv
 		_, err := s.e.resolve(ctx, pod, c, req.GetForce())
 		if c.GetRevertImage() && (err == nil || notRunning(err)) {
 			err = nil
-			if s.e.overrides.of(slot) == nil {
+			if s.e.overrides.Of(slot) == nil {
 				err = notOverridden(c.GetName())
 			}
 		}
@@ -128,11 +129,11 @@ func precheckError(err error) error {
 		return err
 	}
 	code := codes.FailedPrecondition
-	if out.reason == ReasonNotFound {
+	if out.Reason == ReasonNotFound {
 		code = codes.NotFound
 	}
-	st := status.New(code, out.message)
-	if detailed, err := st.WithDetails(&errdetails.ErrorInfo{Reason: out.reason, Domain: errorDomain}); err == nil {
+	st := status.New(code, out.Message)
+	if detailed, err := st.WithDetails(&errdetails.ErrorInfo{Reason: out.Reason, Domain: errorDomain}); err == nil {
 		st = detailed
 	}
 	return st.Err()
@@ -144,7 +145,7 @@ func (s *Server) GetOperation(_ context.Context, req *opsv1.GetOperationRequest)
 	if o == nil {
 		return nil, noOperation(req.GetUid())
 	}
-	return o.snapshot(), nil
+	return o.Snapshot(), nil
 }
 
 // WatchOperation implements [opsv1.OpsServer].
@@ -154,7 +155,7 @@ func (s *Server) WatchOperation(req *opsv1.WatchOperationRequest, stream grpc.Se
 		return noOperation(req.GetUid())
 	}
 	for {
-		op, changed := o.watch()
+		op, changed := o.Watch()
 		if err := stream.Send(op); err != nil {
 			return err
 		}
@@ -204,12 +205,12 @@ func (s *Server) CancelOperation(ctx context.Context, req *opsv1.CancelOperation
 	if reason == "" {
 		reason = "cancelled by " + caller
 	}
-	if err := s.e.cancel(o, reason); err != nil {
+	if err := o.Cancel(reason); err != nil {
 		return nil, err
 	}
 	// The operation takes back what it has staged; tell the caller how it ended.
 	for {
-		op, changed := o.watch()
+		op, changed := o.Watch()
 		if op.GetFinishTime() != nil {
 			return op, nil
 		}
@@ -231,7 +232,7 @@ func (s *Server) NodeInfo(ctx context.Context, _ *opsv1.NodeInfoRequest) (*opsv1
 		switch {
 		case op.GetFinishTime() == nil:
 			for _, c := range op.GetContainers() {
-				if slices.Contains(course, c.GetPhase()) {
+				if !operation.HasEnded(c.GetPhase()) {
 					info.ActiveSlots = append(info.ActiveSlots, &opsv1.ActiveSlot{
 						PodUid: op.GetPod().GetUid(), Container: c.GetName(), OperationUid: op.GetUid(), Phase: c.GetPhase(),
 					})

@@ -26,7 +26,7 @@ func (r *restart) stage(ctx context.Context) error {
 	}
 	call, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	found, err := r.resolve(call, r.o.op.GetPod(), r.want, r.o.req.GetForce())
+	found, err := r.resolve(call, r.o.Pod(), r.want, r.o.Request().GetForce())
 	if err != nil {
 		var out *outcome
 		if errors.As(err, &out) {
@@ -122,10 +122,7 @@ func (r *restart) chooseMethod(ctx context.Context) error {
 
 // setMethod is on disk with the next step.
 func (r *restart) setMethod(m Method) {
-	r.o.mu.Lock()
-	defer r.o.mu.Unlock()
-	r.o.containers[r.i].Method = m
-	r.o.op.GetContainers()[r.i].Method = string(m)
+	r.c.Set(func(rec *containerRecord, c *opsv1.ContainerOperation) { rec.Method, c.Method = m, m })
 }
 
 // ownPIDs reports whether the container has a PID namespace of its own: then its other processes, and what they
@@ -243,7 +240,7 @@ func (r *restart) removeLate(ctx context.Context) {
 // update adds to the resources of the successor what kubelet has asked for of the incumbent since they were
 // read, and returns that; nil for nothing.
 func (r *restart) update() *runtimeapi.LinuxContainerResources {
-	newer := r.records.resources(r.rec().Incumbent)
+	newer := r.records.Resources(r.rec().Incumbent)
 	if newer == nil || proto.Equal(newer, r.recorded) {
 		return nil
 	}
@@ -276,7 +273,7 @@ func (r *restart) load(ctx context.Context) error {
 	}
 	rec := r.rec()
 	// Before the runtime's own: what is recorded meanwhile is noticed as newer.
-	recorded := r.records.resources(rec.Incumbent)
+	recorded := r.records.Resources(rec.Incumbent)
 	st, _, err := r.inspectIncumbent(ctx)
 	if err != nil {
 		return err

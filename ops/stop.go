@@ -37,7 +37,7 @@ func (r *restart) beforeStop(ctx context.Context) error {
 		if !running && !r.overlaps() {
 			return r.stoppedByItself(ctx)
 		}
-		if !r.o.commit() {
+		if !r.o.PassPointOfNoReturn() {
 			return r.cancelledOutcome()
 		}
 	}

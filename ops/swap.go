@@ -212,10 +212,10 @@ func (r *restart) arm(ctx context.Context) error {
 				return err
 			}
 			continue
-		case !errors.As(err, &out) || out.reason != ReasonStartFailed || rec.Retried:
+		case !errors.As(err, &out) || out.Reason != ReasonStartFailed || rec.Retried:
 			return err // nothing has been stopped
 		default:
-			if err := r.stageAnew(ctx, out.message); err != nil {
+			if err := r.stageAnew(ctx, out.Message); err != nil {
 				return err
 			}
 			continue
@@ -315,7 +315,7 @@ func (r *restart) awaitGone(ctx context.Context, patience time.Duration) (bool, 
 // passed says when the successor began if the process that opened its gate did not come to that: it did so
 // when the incumbent ended.
 func (r *restart) passed(ctx context.Context, rec containerRecord) {
-	if !r.records.started(rec.Successor).IsZero() {
+	if !r.records.Started(rec.Successor).IsZero() {
 		return
 	}
 	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Incumbent})
@@ -329,7 +329,7 @@ func (r *restart) began(id string, at time.Time) { r.setStarted(id, at) }
 
 // setStarted notes when the application of a container that was held at a gate began.
 func (e *Engine) setStarted(id string, at time.Time) {
-	e.records.setStarted(id, at)
+	e.records.SetStarted(id, at)
 	e.view.SetStarted(id, at)
 }
 
@@ -416,9 +416,8 @@ func (r *restart) ensureStaged(ctx context.Context) error {
 			return err
 		}
 	}
-	r.o.mu.Lock()
-	r.o.containers[r.i].Successor = id // on disk with the next step; until then the token finds it
-	r.o.mu.Unlock()
+	// On disk with the next step; until then the token finds the successor.
+	r.c.Set(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.Successor = id })
 	r.claim.Staged(id)
 	return nil
 }
@@ -463,7 +462,7 @@ func (r *restart) start(ctx context.Context) error {
 		if !errors.As(err, &out) || rec.Retried || r.overlaps() && besideFails(err) {
 			return err
 		}
-		if err := r.stageAnew(ctx, out.message); err != nil {
+		if err := r.stageAnew(ctx, out.Message); err != nil {
 			return err
 		}
 	}

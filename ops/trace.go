@@ -11,30 +11,31 @@ import (
 	"go.opentelemetry.io/otel/trace"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
 )
 
-// traceLocked makes the spans of an operation that has finished: its own, one for each phase, and in that the moments at which containers
-// ended and began. They are made at the end, because an operation may outlive the process that began it; then the phases that another
-// process saw are missing. The caller holds o.mu.
-func (e *Engine) traceLocked(o *operation) {
+// trace makes the spans of an operation that has finished: its own, one for each phase, and in its own
+// the moments at which containers ended and began. The spans are made at the end, because an operation
+// may outlive the process that began it; then the phases that another process saw are missing.
+func (e *Engine) trace(op *opsv1.Operation, stays []operation.Stay) {
 	if e.tracer == nil {
 		return
 	}
-	op := o.op
-	ctx, span := e.tracer.Start(context.Background(), op.GetKind(), trace.WithTimestamp(op.GetCreateTime().AsTime()), trace.WithAttributes(
+	begun := trace.WithTimestamp(op.GetCreateTime().AsTime())
+	ctx, span := e.tracer.Start(context.Background(), op.GetKind(), begun, trace.WithAttributes(
 		attribute.String("criproxy.operation", op.GetUid()),
 		attribute.String("criproxy.requester", op.GetRequester()),
 		attribute.String("k8s.namespace.name", op.GetPod().GetNamespace()),
 		attribute.String("k8s.pod.name", op.GetPod().GetName()),
 		attribute.String("k8s.pod.uid", op.GetPod().GetUid()),
-		attribute.String("criproxy.result", phaseLabel(op.GetPhase())),
+		attribute.String("criproxy.result", operation.PhaseName(op.GetPhase())),
 	))
 	if !span.IsRecording() {
 		return
 	}
-	for i := range len(o.stays) - 1 {
-		_, phase := e.tracer.Start(ctx, phaseLabel(o.stays[i].phase), trace.WithTimestamp(o.stays[i].since))
-		phase.End(trace.WithTimestamp(o.stays[i+1].since))
+	for i := range len(stays) - 1 {
+		_, phase := e.tracer.Start(ctx, operation.PhaseName(stays[i].Phase), trace.WithTimestamp(stays[i].Since))
+		phase.End(trace.WithTimestamp(stays[i+1].Since))
 	}
 	for _, c := range op.GetContainers() {
 		of := trace.WithAttributes(

@@ -33,7 +33,7 @@ func (r *restart) undo(ctx context.Context, out *outcome) bool {
 	if rec.Step == stepReveal && (r.container().GetReason() != "" || r.up != nil && r.up.revealed || r.join != nil && r.join.isShown()) {
 		return true // shown already
 	}
-	if out.reason == ReasonInternal {
+	if out.Reason == ReasonInternal {
 		serves, err := r.successorServes(ctx)
 		if err != nil {
 			return false
@@ -46,16 +46,16 @@ func (r *restart) undo(ctx context.Context, out *outcome) bool {
 	r.undoOverride()
 	r.note(func(c *containerRecord, op *opsv1.ContainerOperation) {
 		c.Step = stepUndo
-		op.Reason, op.Message = out.reason, out.message
+		op.Reason, op.Message = out.Reason, out.Message
 	})
-	if (out.reason == ReasonStartFailed || out.reason == ReasonPostStartFailed) && r.up == nil {
+	if (out.Reason == ReasonStartFailed || out.Reason == ReasonPostStartFailed) && r.up == nil {
 		touched, err := r.incumbentStopped(ctx)
 		if err != nil {
 			return false
 		}
 		if touched {
 			// Kubelet gets to see the attempt that failed, and why.
-			if out.reason == ReasonPostStartFailed {
+			if out.Reason == ReasonPostStartFailed {
 				r.stopSuccessor(ctx, rec.Successor)
 			}
 			r.note(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.Step = stepReveal })
@@ -66,7 +66,7 @@ func (r *restart) undo(ctx context.Context, out *outcome) bool {
 	}
 	wait := 200 * time.Millisecond
 	for {
-		if rec.Step != stepStage && rec.Step != stepStaged && rec.Step != stepHeld { // it may run: ask it to stop
+		if rec.SuccessorMayRun() { // ask it to stop
 			r.stopSuccessor(ctx, rec.Successor)
 		}
 		err := r.removeStaged(ctx)
@@ -129,7 +129,7 @@ func (r *restart) showServing(out *outcome) {
 	}
 	r.note(func(c *containerRecord, op *opsv1.ContainerOperation) {
 		c.Step = stepReveal
-		op.Reason, op.Message = out.reason, out.message
+		op.Reason, op.Message = out.Reason, out.Message
 	})
 	r.claim.Reveal()
 	r.removeGate()
@@ -253,7 +253,7 @@ func (e *Engine) tracesOf(pod, namespace, container, id string) []string {
 // traces are the files that a start of the container has left on the node: the link for log shippers and the log. The log of a
 // successor that ran beside its incumbent is kept: it says why the restart failed.
 func (r *restart) traces(ctx context.Context, id string) []string {
-	pod := r.o.op.GetPod()
+	pod := r.o.Pod()
 	files := r.tracesOf(pod.GetName(), pod.GetNamespace(), r.want.GetName(), id)
 	if r.overlaps() {
 		return files

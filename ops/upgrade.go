@@ -7,16 +7,15 @@ import (
 	"context"
 	"errors"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/types/known/timestamppb"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
 )
 
 // Bounds and defaults of an upgrade.
@@ -35,97 +34,48 @@ func (s *Server) PrepareUpgrade(ctx context.Context, req *opsv1.PrepareUpgradeRe
 	_, remote := callerOf(ctx)
 	req = proto.Clone(req).(*opsv1.PrepareUpgradeRequest)
 	given := takeUpgradeEnvironments(req)
-	restart := restartOf(req)
-	if err := validateRestart(restart, remote); err != nil {
+	c := operation.UpgradeCommand(req, given)
+	if err := validateRestart(c.Restart, remote); err != nil {
 		return nil, err
 	}
-	if err := errors.Join(validateUpgrade(req), given.validate()); err != nil {
+	if err := errors.Join(validateUpgrade(req), validateEnvironments(given)); err != nil {
 		return nil, err
 	}
 	if s.e.images == nil {
 		return nil, status.Error(codes.FailedPrecondition, "this node pulls no images, which an upgrade needs")
 	}
-	o := newOperation(restart, nil, nil)
-	o.upgrade, o.credentials, o.environments = withoutCredentials(req), req.GetCredentials(), given
 	if known := s.e.lookup(req.GetUid()); known != nil {
-		same, err := s.e.again(known, o)
-		if err != nil {
+		if err := known.Repeat(c); err != nil {
 			return nil, err
 		}
-		return same.snapshot(), nil
+		return known.Snapshot(), nil
 	}
-	pod, err := s.precheck(ctx, restart)
+	pod, err := s.precheck(ctx, c.Restart)
 	if err != nil {
 		return nil, err
 	}
-	o.op = &opsv1.Operation{
-		Uid: req.GetUid(), Kind: kindUpgrade, Pod: pod, Phase: opsv1.Phase_PHASE_PENDING, Requester: req.GetRequester(), CreateTime: timestamppb.Now(),
-	}
-	o.containers = make([]containerRecord, len(req.GetContainers()))
-	for _, c := range req.GetContainers() {
-		o.op.Containers = append(o.op.Containers, &opsv1.ContainerOperation{Name: c.GetName(), Image: c.GetImage(), Phase: opsv1.Phase_PHASE_PENDING})
-	}
-	if o, err = s.e.accept(o); err != nil {
+	o, err := s.e.accept(c, pod)
+	if err != nil {
 		return nil, err
 	}
 	s.e.supersede(o)
-	return o.snapshot(), nil
+	return o.Snapshot(), nil
 }
 
-// supersede takes back what the owner of an upgrade has had prepared before for the same container and not committed: something else is wanted
-// by now, and would wait for it.
-func (e *Engine) supersede(by *operation) {
+// supersede cancels earlier upgrades of the same owner and container that nobody has committed: the owner
+// wants something else by now, which would wait for them.
+func (e *Engine) supersede(by *operation.Operation) {
 	for _, o := range e.activeOperations() {
-		if o == by || !sameSubject(o, by) || o.isCommitted() {
+		if o == by || !operation.SameSubject(o, by) || o.CommitRequested() {
 			continue
 		}
-		log := e.log.WithFields(logrus.Fields{"op": o.req.GetUid(), "by": by.req.GetUid()})
-		if err := e.cancel(o, "its owner wants something else: "+by.req.GetUid()); err != nil {
+		log := e.log.WithFields(logrus.Fields{"op": o.UID(), "by": by.UID()})
+		if err := o.Cancel("its owner wants something else: " + by.UID()); err != nil {
 			log.WithError(err).Warn("an upgrade that is wanted no more was not cancelled")
 		} else {
 			log.Info("an upgrade that is wanted no more was cancelled")
 		}
 	}
-}
-
-// shareContainer says that two operations have a container's name in common.
-func shareContainer(a, b *operation) bool {
-	return slices.ContainsFunc(a.req.GetContainers(), func(x *opsv1.ContainerRestart) bool {
-		return slices.ContainsFunc(b.req.GetContainers(), func(y *opsv1.ContainerRestart) bool { return x.GetName() == y.GetName() })
-	})
-}
-
-// sameSubject says that two upgrades have one owner and a container in common.
-func sameSubject(a, b *operation) bool {
-	if a.upgrade.GetOwner() == "" || a.upgrade.GetOwner() != b.upgrade.GetOwner() || a.op.GetPod().GetUid() != b.op.GetPod().GetUid() { // pods never change
-		return false
-	}
-	return shareContainer(a, b)
-}
-
-// isCommitted says that the pod's spec may have been patched for an upgrade.
-func (o *operation) isCommitted() bool {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.isReleased
-}
-
-// restartOf is what an upgrade has in common with a restart.
-func restartOf(req *opsv1.PrepareUpgradeRequest) *opsv1.RestartRequest {
-	r := &opsv1.RestartRequest{Uid: req.GetUid(), Pod: req.GetPod(), Requester: req.GetRequester()}
-	for _, c := range req.GetContainers() {
-		r.Containers = append(r.Containers, &opsv1.ContainerRestart{
-			Name: c.GetName(), ExpectedContainerId: c.GetExpectedContainerId(), Order: c.GetOrder(), MinReadySeconds: c.GetMinReadySeconds(),
-			HoldProbes: c.GetHoldProbes(),
-		})
-	}
-	return proto.Clone(r).(*opsv1.RestartRequest)
-}
-
-func withoutCredentials(req *opsv1.PrepareUpgradeRequest) *opsv1.PrepareUpgradeRequest {
-	out := proto.Clone(req).(*opsv1.PrepareUpgradeRequest)
-	out.Credentials = nil
-	return out
 }
 
 // validateUpgrade checks what validateRestart has not.
@@ -161,37 +111,10 @@ func validateUpgrade(req *opsv1.PrepareUpgradeRequest) error {
 		return invalid("%d credentials are too many; the most is %d", len(req.GetCredentials()), maxCredentials)
 	case len(req.GetOwner()) > 1024:
 		return invalid("owner is too long")
-	case proto.Size(withoutCredentials(req)) > maxRequest:
+	case proto.Size(req)-proto.Size(&opsv1.PrepareUpgradeRequest{Credentials: req.GetCredentials()}) > maxRequest:
 		return invalid("the request is larger than %d bytes: the journal keeps it", maxRequest)
 	}
 	return nil
-}
-
-// sameUpgrade compares upgrades as commands.
-func sameUpgrade(a, b *opsv1.PrepareUpgradeRequest) bool {
-	if a == nil || b == nil {
-		return a == b
-	}
-	a, b = withoutCredentials(a), withoutCredentials(b)
-	a.Requester, b.Requester = "", ""
-	a.Pod, b.Pod = nil, nil // compared with what it has in common with a restart
-	return proto.Equal(a, b)
-}
-
-// supply hands over credentials for what is still to be pulled.
-func (o *operation) supply(c []*opsv1.RegistryCredential) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.credentials, o.forgotten = c, false
-	close(o.supplied)
-	o.supplied = make(chan struct{})
-}
-
-// given returns the credentials, whether others have been forgotten, and a channel that is closed when there are new ones.
-func (o *operation) given() (c []*opsv1.RegistryCredential, forgotten bool, others <-chan struct{}) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.credentials, o.forgotten, o.supplied
 }
 
 // CommitUpgrade implements [opsv1.OpsServer].
@@ -203,10 +126,10 @@ func (s *Server) CommitUpgrade(_ context.Context, req *opsv1.CommitUpgradeReques
 	if err := validateCommit(req, o); err != nil {
 		return nil, err
 	}
-	if err := s.e.release(o, req); err != nil {
+	if err := o.Commit(req); err != nil {
 		return nil, err
 	}
-	return o.snapshot(), nil
+	return o.Snapshot(), nil
 }
 
 // AbortUpgrade implements [opsv1.OpsServer].
@@ -217,68 +140,28 @@ func (s *Server) AbortUpgrade(ctx context.Context, req *opsv1.AbortUpgradeReques
 	return s.CancelOperation(ctx, &opsv1.CancelOperationRequest{Uid: req.GetUid(), Reason: req.GetReason()})
 }
 
-func (s *Server) upgrade(uid string) (*operation, error) {
+func (s *Server) upgrade(uid string) (*operation.Operation, error) {
 	o := s.e.lookup(uid)
 	switch {
 	case o == nil:
 		return nil, noOperation(uid)
-	case o.upgrade == nil:
+	case o.Upgrade() == nil:
 		return nil, status.Errorf(codes.FailedPrecondition, "operation %s is a restart, no upgrade", uid)
 	}
 	return o, nil
 }
 
 // validateCommit checks the request beside its upgrade.
-func validateCommit(req *opsv1.CommitUpgradeRequest, o *operation) error {
-	given := environments{}
+func validateCommit(req *opsv1.CommitUpgradeRequest, o *operation.Operation) error {
+	given := operation.Environments{}
 	for _, c := range req.GetEnvironments() {
-		if !slices.ContainsFunc(o.req.GetContainers(), func(r *opsv1.ContainerRestart) bool { return r.GetName() == c.GetName() }) {
+		if !slices.ContainsFunc(o.Request().GetContainers(), func(r *opsv1.ContainerRestart) bool { return r.GetName() == c.GetName() }) {
 			return status.Errorf(codes.InvalidArgument, "upgrade %s has no container %.260q", req.GetUid(), c.GetName())
 		}
-		given.add(c.GetName(), c.GetEnvironment())
+		add(given, c.GetName(), c.GetEnvironment())
 	}
 	if len(req.GetCredentials()) > maxCredentials {
 		return status.Errorf(codes.InvalidArgument, "%d credentials are too many; the most is %d", len(req.GetCredentials()), maxCredentials)
 	}
-	return given.validate()
-}
-
-// release lets a prepared upgrade go on, with what its caller says of its containers now.
-func (e *Engine) release(o *operation, now *opsv1.CommitUpgradeRequest) error {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.isReleased {
-		return nil
-	}
-	refused := func(format string, args ...any) error {
-		return status.Errorf(codes.FailedPrecondition, format, args...)
-	}
-	switch {
-	case o.op.GetFinishTime() != nil:
-		return refused("upgrade %s has ended: %s", o.op.GetUid(), o.op.GetMessage())
-	case o.cancelSaid || o.failedLocked():
-		return refused("upgrade %s is being taken back: %s", o.op.GetUid(), o.op.GetMessage())
-	case leastAdvanced(o.op.GetContainers()) != opsv1.Phase_PHASE_PREPARED:
-		return refused("upgrade %s is not prepared yet: %s", o.op.GetUid(), phaseName(leastAdvanced(o.op.GetContainers())))
-	}
-	for _, c := range now.GetEnvironments() {
-		o.certain[c.GetName()] = true
-		if env := c.GetEnvironment(); env != nil {
-			e.giveLocked(o, environments{c.GetName(): env})
-		}
-	}
-	if c := now.GetCredentials(); len(c) > 0 {
-		o.credentials = c
-	}
-	o.isReleased = true
-	if err := e.saveLocked(o); err != nil {
-		o.isReleased = false
-		return status.Errorf(codes.Internal, "not committed: %v", err)
-	}
-	close(o.released)
-	return nil
-}
-
-func phaseName(p opsv1.Phase) string {
-	return strings.ToLower(strings.TrimPrefix(p.String(), "PHASE_"))
+	return validateEnvironments(given)
 }

@@ -171,15 +171,15 @@ func (r *restart) awaitRelease(ctx context.Context) error {
 	if r.claim != nil {
 		yielded = r.claim.Yielded()
 	}
-	limit := orElse(r.o.upgrade.GetHoldTimeout(), defaultHold)
+	limit := orElse(r.o.Upgrade().GetHoldTimeout(), defaultHold)
 	hold := time.NewTimer(r.holdLeft(limit))
 	defer hold.Stop()
 	select {
-	case <-r.o.released:
+	case <-r.o.Committed():
 		return nil
 	case <-yielded:
 		return r.interrupted()
-	case <-r.o.cancelled:
+	case <-r.o.Cancelled():
 		return r.cancelledOutcome()
 	case <-hold.C:
 		return failf(ReasonHoldTimeout, "not committed within %s", limit)
@@ -263,7 +263,7 @@ func (r *restart) awaitKubelet(ctx context.Context) error {
 	if err := r.rearm(ctx); err != nil {
 		return err
 	}
-	limit := orElse(r.o.upgrade.GetHoldTimeout(), defaultHold)
+	limit := orElse(r.o.Upgrade().GetHoldTimeout(), defaultHold)
 	hold := time.NewTimer(r.holdLeft(limit))
 	defer hold.Stop()
 	look := time.NewTicker(armedPoll)
@@ -296,7 +296,7 @@ func (r *restart) awaitKubelet(ctx context.Context) error {
 			}
 		case <-r.claim.Yielded():
 			return r.interrupted()
-		case <-r.o.cancelled:
+		case <-r.o.Cancelled():
 			return r.cancelledOutcome()
 		case <-hold.C:
 			return failf(ReasonHoldTimeout, "kubelet has not stopped the container within %s: was the pod's spec patched?", limit)
@@ -327,7 +327,7 @@ func (r *restart) successor() string { return r.rec().Successor }
 
 // stopFor passes the point of no return: the incumbent is to be stopped within the grace, in seconds.
 func (r *restart) stopFor(grace int64, accept func()) error {
-	if !r.o.commit() {
+	if !r.o.PassPointOfNoReturn() {
 		return r.cancelledOutcome()
 	}
 	r.claim.Mask()
@@ -369,9 +369,7 @@ func (r *restart) refusal(ctx context.Context) string {
 
 // sure says that the successor is what kubelet asks for.
 func (r *restart) sure() {
-	r.o.mu.Lock()
-	defer r.o.mu.Unlock()
-	r.o.certain[r.want.GetName()] = true
+	r.c.SetCertain()
 }
 
 // awaitRequest answers kubelet's stop of an incumbent whose successor need not be what kubelet asks for, and waits for the request: the
@@ -386,7 +384,7 @@ func (r *restart) awaitRequest(ctx context.Context) (ended bool, err error) {
 	}
 	r.up.pending = nil
 	r.failpoint("asking")
-	limit := orElse(r.o.upgrade.GetHoldTimeout(), defaultHold)
+	limit := orElse(r.o.Upgrade().GetHoldTimeout(), defaultHold)
 	patience := time.NewTimer(limit)
 	defer patience.Stop()
 	for {
@@ -471,7 +469,7 @@ func (r *restart) awaitAdoption(ctx context.Context) error {
 			r.log.WithError(err).Info("the pod's limit of memory is not taken back yet")
 		}
 	}
-	if r.o.rebooted {
+	if r.o.Rebooted() {
 		return nil // the spec has the new image, of which kubelet makes the container anew
 	}
 	if r.rec().Asked && r.up.asked == nil {
@@ -587,7 +585,7 @@ func (r *restart) matchResources(ctx context.Context, asked *runtimeapi.CreateCo
 
 // match is matchResources of the container.
 func (e *Engine) match(ctx context.Context, id string, asked *runtimeapi.CreateContainerRequest) error {
-	ours := e.records.request(id)
+	ours := e.records.Request(id)
 	want := asked.GetConfig().GetLinux().GetResources()
 	if ours == nil || want == nil || !resourcesDiffer(ours, asked) {
 		return nil

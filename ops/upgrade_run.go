@@ -101,8 +101,8 @@ func (r *restart) drives() {
 
 // prepare pulls the image, checks it, takes the slot and stages the successor.
 func (r *restart) prepare(ctx context.Context) error {
-	limit := orElse(r.o.upgrade.GetPrepareTimeout(), defaultPrepare)
-	return r.withinPatience(ctx, r.o.op.GetCreateTime().AsTime(), limit, func(ctx context.Context) error { // the time never changes
+	limit := orElse(r.o.Upgrade().GetPrepareTimeout(), defaultPrepare)
+	return r.withinPatience(ctx, r.o.CreateTime(), limit, func(ctx context.Context) error {
 		if err := r.pullImage(ctx); err != nil {
 			return err
 		}
@@ -128,7 +128,7 @@ func (r *restart) prepare(ctx context.Context) error {
 // checkImage finds out whether the successor can be made here, and whether the image fits. If only kubelet can make it, the
 // method is [MethodKubelet].
 func (r *restart) checkImage(ctx context.Context) error {
-	found, err := r.resolve(ctx, r.o.op.GetPod(), r.want, false)
+	found, err := r.resolve(ctx, r.o.Pod(), r.want, false)
 	if err != nil {
 		var out *outcome
 		if errors.As(err, &out) {
@@ -147,8 +147,8 @@ func (r *restart) checkImage(ctx context.Context) error {
 		return err
 	}
 	config := request.GetConfig()
-	o, runs := r.overrides.of(r.slot()), config.GetImage().GetUserSpecifiedImage()
-	was := o.specImage(runs)
+	o, runs := r.overrides.Of(r.slot()), config.GetImage().GetUserSpecifiedImage()
+	was := o.SpecImageOf(runs)
 	switch {
 	case was != runs && was == r.change.want.GetImage():
 		return failf(ReasonSameImage, "container %q has image %s in its spec already, and runs %s in its place: revert that override instead", r.want.GetName(), was, o.Image)
@@ -182,10 +182,10 @@ func (r *restart) sameName(ctx context.Context, c *runtimeapi.ContainerConfig) e
 	if old != nil {
 		runs = old.GetId()
 	}
-	out := &outcome{phase: opsv1.Phase_PHASE_CANCELLED, reason: ReasonSameImage, message: fmt.Sprintf("container %q has image %s in its spec already, and runs what that names now", r.want.GetName(), name)}
+	out := &outcome{Phase: opsv1.Phase_PHASE_CANCELLED, Reason: ReasonSameImage, Message: fmt.Sprintf("container %q has image %s in its spec already, and runs what that names now", r.want.GetName(), name)}
 	if now.GetId() != runs {
-		out.reason = ReasonImageMoved
-		out.message = fmt.Sprintf("container %q has image %s in its spec already, which names another image now than the one that runs: a restart starts it", r.want.GetName(), name)
+		out.Reason = ReasonImageMoved
+		out.Message = fmt.Sprintf("container %q has image %s in its spec already, which names another image now than the one that runs: a restart starts it", r.want.GetName(), name)
 	}
 	return out
 }
@@ -211,7 +211,7 @@ func (r *restart) leaveToKubelet(ctx context.Context) error {
 	if err := r.awaitRelease(ctx); err != nil {
 		return err
 	}
-	r.holdNext(ctx, orElse(r.o.upgrade.GetHoldTimeout(), defaultHold))
+	r.holdNext(ctx, orElse(r.o.Upgrade().GetHoldTimeout(), defaultHold))
 	return nil
 }
 

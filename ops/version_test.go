@@ -148,39 +148,3 @@ func (n *node) makeNextAt(t *testing.T, attempt uint32) {
 	_, err = n.kubelet.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: made.GetContainerId()})
 	n.must(err)
 }
-
-// The file says of which version it is, from the first write on; one without is read as before.
-func TestJournalVersion(t *testing.T) {
-	dir := t.TempDir()
-	j, err := openJournal(dir, quiet())
-	if err != nil {
-		t.Fatal(err)
-	}
-	version := func() (v uint64) {
-		err := j.view(func(tx *bolt.Tx) error { v = fileVersion(tx); return nil })
-		if err != nil {
-			t.Fatal(err)
-		}
-		return v
-	}
-	if v := version(); v != 0 {
-		t.Errorf("version %d before a write", v)
-	}
-	if err := j.put("op", &record{}); err != nil {
-		t.Fatal(err)
-	}
-	if v := version(); v != schemaVersion {
-		t.Errorf("version %d", v)
-	}
-	// A newer file stays one.
-	err = j.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketMeta).Put(keyVersion, []byte{schemaVersion + 5}) })
-	if err := errors.Join(err, j.put("op", &record{})); err != nil {
-		t.Fatal(err)
-	}
-	if v := version(); v != schemaVersion+5 {
-		t.Errorf("version %d", v)
-	}
-	if err := j.Close(); err != nil {
-		t.Fatal(err)
-	}
-}

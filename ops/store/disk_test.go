@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package store_test
 
 import (
 	"fmt"
@@ -13,6 +13,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
 // hangs makes every write of a file wait, as one whose disk hangs does, until letGo is called.
@@ -35,12 +36,12 @@ func hangs(t *testing.T, db *bolt.DB) (letGo func()) {
 // containers in its slot and in others meanwhile.
 func TestOverridesDoNotWaitForTheDisk(t *testing.T) {
 	dir := t.TempDir()
-	j, err := openJournal(dir, quiet())
+	j, err := store.OpenJournal(dir, quiet())
 	if err != nil {
 		t.Fatal(err)
 	}
 	images := map[string]*runtimeapi.Image{"sha256:debug": {Id: "sha256:debug"}, "sha256:spec": {Id: "sha256:spec"}}
-	s, err := openOverrides(j, &nodeImages{images: images}, quiet())
+	s, err := store.OpenOverrides(j, &nodeImages{images: images}, quiet())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -51,13 +52,13 @@ func TestOverridesDoNotWaitForTheDisk(t *testing.T) {
 	letGo := hangs(t, db)
 	web := someOverride()
 	web.Container = "web"
-	s.set(appSlot, someOverride())
+	s.Set(appSlot, someOverride())
 	var writer sync.WaitGroup
 	begun := make(chan struct{})
 	writer.Go(func() {
-		err := s.write(func(changes map[string][]byte) error {
+		err := s.Write(func(changes map[string][]byte) error {
 			close(begun)
-			return j.putOverrides(changes)
+			return j.PutWith("op", &store.Record{}, changes)
 		})
 		if err != nil {
 			t.Error(err)
@@ -79,16 +80,16 @@ func TestOverridesDoNotWaitForTheDisk(t *testing.T) {
 	if applied, err := s.Apply(t.Context(), appSlot, request("app:v2")); applied || err != nil || s.Any() {
 		t.Errorf("with another image in the spec, which ends it: %v, %v", applied, err)
 	}
-	s.set(web.slot(), web) // later than the write that is under way
+	s.Set(web.Slot(), web) // later than the write that is under way
 	letGo()
 	writer.Wait()
 	// What came during the write is not taken for written.
-	s.flush()
+	s.Flush()
 	if err := j.Close(); err != nil {
 		t.Fatal(err)
 	}
 	again := overridesIn(t, dir, nil)
-	if got := again.list(); len(got) != 1 || got[0].Container != "web" {
+	if got := again.List(); len(got) != 1 || got[0].Container != "web" {
 		t.Errorf("on disk: %+v", got)
 	}
 }
@@ -98,7 +99,7 @@ func TestOverridesDoNotWaitForTheDisk(t *testing.T) {
 func TestRecordsDoNotWaitForTheDisk(t *testing.T) {
 	dir := t.TempDir()
 	r := open(t, dir)
-	letGo := hangs(t, r.db)
+	letGo := hangs(t, dbOf(t, r))
 	req := &runtimeapi.CreateContainerRequest{PodSandboxId: "s"}
 	raw := wire(t, req)
 	r.Created("a", raw) // each would wait for ever
@@ -109,11 +110,11 @@ func TestRecordsDoNotWaitForTheDisk(t *testing.T) {
 	r.Removed("b")
 	letGo()
 	for range 2 { // the second time as the next process reads it
-		if got := r.request("a"); !proto.Equal(got, req) || r.request("b") != nil || r.Len() != 1 {
-			t.Errorf("%v, %v, %d recorded", got, r.request("b"), r.Len())
+		if got := r.Request("a"); !proto.Equal(got, req) || r.Request("b") != nil || r.Len() != 1 {
+			t.Errorf("%v, %v, %d recorded", got, r.Request("b"), r.Len())
 		}
 		want := &runtimeapi.LinuxContainerResources{CpuShares: 5, CpusetCpus: "1"}
-		if got := r.resources("a"); !proto.Equal(got, want) {
+		if got := r.Resources("a"); !proto.Equal(got, want) {
 			t.Errorf("resources are %v, want %v", got, want)
 		}
 		shut(t, r)
@@ -125,14 +126,15 @@ func TestRecordsDoNotWaitForTheDisk(t *testing.T) {
 // TestRecordsOfADiskThatHangsAreBounded: what waits is in memory.
 func TestRecordsOfADiskThatHangsAreBounded(t *testing.T) {
 	r := open(t, t.TempDir())
-	letGo := hangs(t, r.db)
+	letGo := hangs(t, dbOf(t, r))
 	var callers sync.WaitGroup
+	const maxUnwritten = 1024 // of package store
 	for i := range maxUnwritten + 10 {
 		callers.Go(func() { r.Created(fmt.Sprint(i), []byte{}) })
 	}
 	callers.Wait()
 	letGo()
-	r.ids() // waits for them
+	r.IDs() // waits for them
 	if n := r.Len(); n != maxUnwritten {
 		t.Errorf("%d recorded", n)
 	}

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package store
 
 import (
 	"bytes"
@@ -24,6 +24,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/boltfile"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
 )
 
 var (
@@ -36,46 +37,47 @@ var (
 )
 
 const (
-	// recordPatience bounds what a call of kubelet's waits for its record. It goes into the page
-	// cache, which takes microseconds; when the disk hangs the record is written later.
-	recordPatience = 100 * time.Millisecond
+	// recordTimeout bounds how long a call of kubelet's waits for its record. Records go into the
+	// page cache, which takes microseconds; when the disk hangs, the record is written later.
+	recordTimeout = 100 * time.Millisecond
 	// maxUnwritten bounds the records that wait for a disk that hangs: more containers than a node
 	// has.
 	maxUnwritten = 1024
 )
 
-// Records keeps, by container ID, the CreateContainer request as kubelet sent it and the
-// resources last applied, when the process of a gated one began, and until when its probes are held. It outlives the process but not the boot: containers
-// don't either, which is why writes need not wait for the disk.
+// Records keeps what is known of containers, by container ID: the CreateContainer request as kubelet
+// sent it, the resources last applied, when the process of a gated container began, and until when
+// kubelet's probes are held. It also keeps the environments of unfinished operations. Records outlive
+// the process but not the boot, as containers do: writes need not wait for the disk.
 type Records struct {
 	db  *bolt.DB
 	log logrus.FieldLogger
 	n   atomic.Int64
 
-	nudge chan struct{} // one: there is something to write, or the end has come
-	ended chan struct{} // closed when nothing is written any more
+	nudge chan struct{} // has one element when there is something to write, or the end has come
+	ended chan struct{} // closed when writeQueue has returned
 
 	mu     sync.Mutex     // guards all following fields; never held while something is written
 	queue  []*recordWrite // in order; the first may be being written
 	closed bool
 }
 
-// recordWrite is a change of the records.
+// recordWrite is a queued change.
 type recordWrite struct {
 	id      string
 	change  func(tx *bolt.Tx) error
-	grow    int64 // of the number of requests
+	grow    int64 // by how much the number of requests grows
 	failed  string
-	written chan struct{} // closed when it has been, or could not be
+	written chan struct{} // closed when it is written, or could not be
 }
 
 var _ interceptors.Records = (*Records)(nil)
 
-// openRecords opens the records in dir. Without a file, on a full disk for example, nothing is recorded: containers
-// are then cloned from the runtime's own record.
+// OpenRecords opens the records in dir. Without a file, on a full disk for example, nothing is
+// recorded: containers are then cloned from the runtime's own record.
 //
-// Errors: the file is held by another process, or is not permitted to this one.
-func openRecords(dir string, log logrus.FieldLogger) (*Records, error) {
+// Errors: another process holds the file, or this process may not open it.
+func OpenRecords(dir string, log logrus.FieldLogger) (*Records, error) {
 	path := filepath.Join(dir, "records.db")
 	log = log.WithField("file", path)
 	r := &Records{log: log, nudge: make(chan struct{}, 1), ended: make(chan struct{})}
@@ -87,7 +89,8 @@ func openRecords(dir string, log logrus.FieldLogger) (*Records, error) {
 		return nil, boltfile.Explain(path, err)
 	}
 	if err != nil {
-		log.WithError(err).Warn("records cannot be read: starting anew; containers made before now are cloned from the runtime's own record")
+		log.WithError(err).Warn("records cannot be read: starting anew; " +
+			"containers made before now are cloned from the runtime's own record")
 		if err = removeRecords(path); err == nil {
 			r.db, err = openRecordsFile(path)
 		}
@@ -107,11 +110,11 @@ func openRecords(dir string, log logrus.FieldLogger) (*Records, error) {
 	return r, nil
 }
 
-// dropOldRecords removes the records of an earlier boot before they are opened: a power
-// cut can tear the file, because it is not synced, and bbolt panics on some torn files. mark
-// is a file that names the boot the records are of.
+// dropOldRecords removes the records of an earlier boot before they are opened: a power cut can tear
+// the file, because it is not synced, and bbolt panics on some torn files. The file mark names the
+// boot that the records are of.
 func dropOldRecords(path, mark string, log logrus.FieldLogger) error {
-	boot := bootID()
+	boot := BootID()
 	if old, err := os.ReadFile(mark); err == nil && string(old) == boot {
 		return nil
 	}
@@ -135,21 +138,24 @@ func removeRecords(path string) error {
 }
 
 func openRecordsFile(path string) (*bolt.DB, error) {
-	return boltfile.OpenDB(path, boltfile.Options{Buckets: [][]byte{bucketRequests, bucketResources, bucketStarted, bucketEnvironments, bucketHeld}, Unsynced: true})
+	return boltfile.OpenDB(path, boltfile.Options{
+		Buckets:  [][]byte{bucketRequests, bucketResources, bucketStarted, bucketEnvironments, bucketHeld},
+		Unsynced: true,
+	})
 }
 
-// errNoRecords is what becomes of a write without a file.
+// errNoRecords is the error of a write without a file.
 var errNoRecords = errors.New("there is no file of records")
 
-// write has a change written and waits for it, for [recordPatience] at most.
+// write queues a change and waits until it is written, for recordTimeout at most.
 func (r *Records) write(w *recordWrite) {
 	err := r.enqueue(w)
 	if err != nil {
-		// Not kubelet's business: the verbose status is the fallback.
+		// Kubelet's call goes on: the verbose status is the fallback.
 		r.log.WithField("container", w.id).WithError(err).Warn(w.failed)
 		return
 	}
-	timer := time.NewTimer(recordPatience)
+	timer := time.NewTimer(recordTimeout)
 	defer timer.Stop()
 	select {
 	case <-w.written:
@@ -197,7 +203,7 @@ func (r *Records) writeQueue() {
 	}
 }
 
-// next returns what is to be written, nil for nothing, and whether nothing will be any more.
+// next returns the next change to write, nil for none, and whether none will come any more.
 func (r *Records) next() (w *recordWrite, over bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -219,7 +225,7 @@ func (r *Records) writeNow(w *recordWrite) {
 	close(w.written)
 }
 
-// try makes an error of a panic: bolt panics at a page that is not what it should be.
+// try writes. It turns a panic into an error: bolt panics at a damaged page.
 func (r *Records) try(change func(tx *bolt.Tx) error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
@@ -230,9 +236,9 @@ func (r *Records) try(change func(tx *bolt.Tx) error) (err error) {
 	return r.db.Update(change)
 }
 
-// view reads what has been recorded so far, and waits for the disk if it has to. It does nothing
+// View reads what has been recorded so far, and waits for the disk if it has to. It does nothing
 // without a file.
-func (r *Records) view(f func(tx *bolt.Tx) error) error {
+func (r *Records) View(f func(tx *bolt.Tx) error) error {
 	if r.db == nil {
 		return nil
 	}
@@ -251,7 +257,8 @@ func (r *Records) view(f func(tx *bolt.Tx) error) error {
 // Created implements [interceptors.Records].
 func (r *Records) Created(id string, request []byte) { r.put(bucketRequests, id, request, 1) }
 
-// Updated implements [interceptors.Records]. Only what is set overrides what was set before, as in the runtime.
+// Updated implements [interceptors.Records]. As in the runtime, a field that is not set leaves what was
+// set before.
 func (r *Records) Updated(id string, resources []byte) {
 	next := &runtimeapi.LinuxContainerResources{}
 	if err := proto.Unmarshal(resources, next); err != nil {
@@ -265,7 +272,7 @@ func (r *Records) Updated(id string, resources []byte) {
 		} else if err := proto.Unmarshal(b, before); err != nil {
 			before = nil // as if there were none
 		}
-		merged, err := proto.Marshal(overlayResources(before, next))
+		merged, err := proto.Marshal(criclone.OverlayResources(before, next))
 		if err != nil {
 			return err
 		}
@@ -280,7 +287,8 @@ func (r *Records) put(bucket []byte, id string, value []byte, grow int64) {
 	}})
 }
 
-// Removed implements [interceptors.Records]. An ID prefix removes nothing; the next start tidies up.
+// Removed implements [interceptors.Records]. An ID prefix removes nothing; the next start of the
+// process tidies up.
 func (r *Records) Removed(id string) {
 	r.write(&recordWrite{id: id, failed: "record not removed", change: func(tx *bolt.Tx) error {
 		if tx.Bucket(bucketRequests).Get([]byte(id)) != nil {
@@ -297,8 +305,8 @@ func (r *Records) Removed(id string) {
 // Len returns how many containers are recorded.
 func (r *Records) Len() int { return int(r.n.Load()) }
 
-// request returns the recorded request, or nil.
-func (r *Records) request(id string) *runtimeapi.CreateContainerRequest {
+// Request returns the recorded request, or nil.
+func (r *Records) Request(id string) *runtimeapi.CreateContainerRequest {
 	req := &runtimeapi.CreateContainerRequest{}
 	if !r.get(bucketRequests, id, req) {
 		return nil
@@ -306,8 +314,8 @@ func (r *Records) request(id string) *runtimeapi.CreateContainerRequest {
 	return req
 }
 
-// resources returns the resources last applied, or nil.
-func (r *Records) resources(id string) *runtimeapi.LinuxContainerResources {
+// Resources returns the resources last applied, or nil.
+func (r *Records) Resources(id string) *runtimeapi.LinuxContainerResources {
 	res := &runtimeapi.LinuxContainerResources{}
 	if !r.get(bucketResources, id, res) {
 		return nil
@@ -315,20 +323,20 @@ func (r *Records) resources(id string) *runtimeapi.LinuxContainerResources {
 	return res
 }
 
-// setStarted records when the container's process passed its gate.
-func (r *Records) setStarted(id string, at time.Time) {
+// SetStarted records when the container's process passed its gate.
+func (r *Records) SetStarted(id string, at time.Time) {
 	r.put(bucketStarted, id, binary.BigEndian.AppendUint64(nil, uint64(at.UnixNano())), 0)
 }
 
-// setHeld records until when kubelet is kept from probing the container.
-func (r *Records) setHeld(id string, until time.Time) {
+// SetHeld records until when kubelet is kept from probing the container.
+func (r *Records) SetHeld(id string, until time.Time) {
 	r.put(bucketHeld, id, binary.BigEndian.AppendUint64(nil, uint64(until.UnixNano())), 0)
 }
 
-// started returns when the container's process passed its gate; zero if it had none.
-func (r *Records) started(id string) time.Time {
+// Started returns when the container's process passed its gate; zero if it had none.
+func (r *Records) Started(id string) time.Time {
 	var at time.Time
-	err := r.view(func(tx *bolt.Tx) error {
+	err := r.View(func(tx *bolt.Tx) error {
 		at = startedTime(tx.Bucket(bucketStarted).Get([]byte(id)))
 		return nil
 	})
@@ -345,14 +353,14 @@ func startedTime(b []byte) time.Time {
 	return time.Unix(0, int64(binary.BigEndian.Uint64(b)))
 }
 
-// eachStarted calls f for every container that had a gate.
-func (r *Records) eachStarted(f func(id string, at time.Time)) { r.eachTime(bucketStarted, f) }
+// EachStarted calls f for every container that had a gate.
+func (r *Records) EachStarted(f func(id string, at time.Time)) { r.eachTime(bucketStarted, f) }
 
-// eachHeld calls f for every container that kubelet has been kept from probing.
-func (r *Records) eachHeld(f func(id string, until time.Time)) { r.eachTime(bucketHeld, f) }
+// EachHeld calls f for every container that kubelet has been kept from probing.
+func (r *Records) EachHeld(f func(id string, until time.Time)) { r.eachTime(bucketHeld, f) }
 
 func (r *Records) eachTime(bucket []byte, f func(id string, at time.Time)) {
-	err := r.view(func(tx *bolt.Tx) error {
+	err := r.View(func(tx *bolt.Tx) error {
 		return tx.Bucket(bucket).ForEach(func(k, v []byte) error {
 			f(string(k), startedTime(v))
 			return nil
@@ -365,15 +373,15 @@ func (r *Records) eachTime(bucket []byte, f func(id string, at time.Time)) {
 
 func environmentKey(operation, container string) string { return operation + "/" + container }
 
-// setEnvironment keeps what a container of an operation will be made with.
-func (r *Records) setEnvironment(operation, container string, env *opsv1.Environment) {
+// SetEnvironment keeps the environment that a container of an operation will be made with.
+func (r *Records) SetEnvironment(operation, container string, env *opsv1.Environment) {
 	if b, err := proto.Marshal(env); err == nil {
 		r.put(bucketEnvironments, environmentKey(operation, container), b, 0)
 	}
 }
 
-// environment returns what setEnvironment has kept, or nil.
-func (r *Records) environment(operation, container string) *opsv1.Environment {
+// Environment returns what SetEnvironment has kept, or nil.
+func (r *Records) Environment(operation, container string) *opsv1.Environment {
 	env := &opsv1.Environment{}
 	if !r.get(bucketEnvironments, environmentKey(operation, container), env) {
 		return nil
@@ -381,24 +389,26 @@ func (r *Records) environment(operation, container string) *opsv1.Environment {
 	return env
 }
 
-// forgetEnvironment is for an operation that has ended.
-func (r *Records) forgetEnvironment(operation, container string) {
+// ForgetEnvironment is called for an operation that has ended.
+func (r *Records) ForgetEnvironment(operation, container string) {
 	key := environmentKey(operation, container)
 	r.write(&recordWrite{id: key, failed: "record not removed", change: func(tx *bolt.Tx) error {
 		return tx.Bucket(bucketEnvironments).Delete([]byte(key))
 	}})
 }
 
-// keepEnvironments forgets the environments of operations for which keep says no.
-func (r *Records) keepEnvironments(keep func(operation string) bool) {
+// KeepEnvironments forgets the environments of all operations but those for which keep returns true.
+func (r *Records) KeepEnvironments(keep func(operation string) bool) {
 	if r.db == nil {
 		return
 	}
-	r.write(&recordWrite{id: "all", failed: "environments of operations that have ended not removed", change: func(tx *bolt.Tx) error {
+	const failed = "environments of operations that have ended not removed"
+	r.write(&recordWrite{id: "all", failed: failed, change: func(tx *bolt.Tx) error {
 		b := tx.Bucket(bucketEnvironments)
 		var gone [][]byte
 		err := b.ForEach(func(k, _ []byte) error {
-			if i := bytes.LastIndexByte(k, '/'); i < 0 || !keep(string(k[:i])) { // no container has a slash in its name
+			// No container has a slash in its name.
+			if i := bytes.LastIndexByte(k, '/'); i < 0 || !keep(string(k[:i])) {
 				gone = append(gone, bytes.Clone(k))
 			}
 			return nil
@@ -412,7 +422,7 @@ func (r *Records) keepEnvironments(keep func(operation string) bool) {
 
 func (r *Records) get(bucket []byte, id string, m proto.Message) bool {
 	found := false
-	err := r.view(func(tx *bolt.Tx) error {
+	err := r.View(func(tx *bolt.Tx) error {
 		b := tx.Bucket(bucket).Get([]byte(id))
 		if b == nil {
 			return nil
@@ -427,10 +437,10 @@ func (r *Records) get(bucket []byte, id string, m proto.Message) bool {
 	return found
 }
 
-// ids returns the containers that are recorded.
-func (r *Records) ids() []string {
+// IDs returns the containers that are recorded.
+func (r *Records) IDs() []string {
 	var ids []string
-	err := r.view(func(tx *bolt.Tx) error {
+	err := r.View(func(tx *bolt.Tx) error {
 		for _, b := range [][]byte{bucketRequests, bucketResources, bucketStarted, bucketHeld} {
 			err := tx.Bucket(b).ForEach(func(k, _ []byte) error {
 				ids = append(ids, string(k))
@@ -448,7 +458,8 @@ func (r *Records) ids() []string {
 	return ids
 }
 
-func (r *Records) close() error {
+// Close writes what is queued and closes the file.
+func (r *Records) Close() error {
 	if r.db == nil {
 		return nil
 	}

@@ -1,0 +1,141 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package operation
+
+import (
+	"slices"
+
+	"google.golang.org/protobuf/proto"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/store"
+)
+
+// Container is one container of an operation.
+type Container struct {
+	op *Operation
+	i  int
+}
+
+// Container returns the operation's container at an index of its request.
+func (o *Operation) Container(i int) *Container { return &Container{op: o, i: i} }
+
+// Records returns a copy of the journal's part of all containers.
+func (o *Operation) Records() []store.Container {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return slices.Clone(o.containers)
+}
+
+// HoldsSlot reports whether the operation has the container's slot, as far as the journal tells: an
+// operation that has just taken the slot has written nothing yet.
+func (o *Operation) HoldsSlot(container string) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for i, c := range o.restart.GetContainers() {
+		if c.GetName() == container && o.containers[i].HoldsSlot() {
+			return true
+		}
+	}
+	return false
+}
+
+// Operation is the operation of the container.
+func (c *Container) Operation() *Operation { return c.op }
+
+// Request is what the operation wants of the container; see [Command].
+func (c *Container) Request() *opsv1.ContainerRestart { return c.op.restart.GetContainers()[c.i] }
+
+// Slot is the container's slot.
+func (c *Container) Slot() interceptors.Slot {
+	return interceptors.Slot{PodUID: c.op.Pod().GetUid(), Container: c.Request().GetName()}
+}
+
+// Record returns a copy of the journal's part.
+func (c *Container) Record() store.Container {
+	c.op.mu.Lock()
+	defer c.op.mu.Unlock()
+	return c.op.containers[c.i]
+}
+
+// Status returns a copy of the public state.
+func (c *Container) Status() *opsv1.ContainerOperation {
+	c.op.mu.Lock()
+	defer c.op.mu.Unlock()
+	return proto.Clone(c.op.op.GetContainers()[c.i]).(*opsv1.ContainerOperation)
+}
+
+// Write changes the journal's part and the public state in one durable step, and returns the step that
+// the container is at then.
+//
+// Errors: an [Outcome], if the journal cannot be written. The journal's part is then as before.
+func (c *Container) Write(f func(rec *store.Container, status *opsv1.ContainerOperation)) (store.Step, error) {
+	c.op.mu.Lock()
+	defer c.op.mu.Unlock()
+	before := c.op.containers[c.i]
+	f(&c.op.containers[c.i], c.op.op.GetContainers()[c.i])
+	if err := c.op.saveLocked(); err != nil {
+		c.op.containers[c.i] = before
+		return "", Failf(opsv1.ReasonJournalError, "%v", err)
+	}
+	c.op.notifyLocked()
+	return c.op.containers[c.i].Step, nil
+}
+
+// Note is Write for the time after the switch: the successor serves, and a journal that cannot be
+// written is no reason to take it away. The change then counts in memory. The next process would resume
+// from an earlier step, and find the successor running.
+func (c *Container) Note(f func(rec *store.Container, status *opsv1.ContainerOperation)) (store.Step, error) {
+	step, err := c.Write(f)
+	if err != nil {
+		c.op.mu.Lock()
+		defer c.op.mu.Unlock()
+		f(&c.op.containers[c.i], c.op.op.GetContainers()[c.i])
+		c.op.notifyLocked()
+	}
+	return step, err
+}
+
+// Set changes the journal's part and the public state in memory. The change is on disk with the next
+// step, and watchers are told with it.
+func (c *Container) Set(f func(rec *store.Container, status *opsv1.ContainerOperation)) {
+	c.op.mu.Lock()
+	defer c.op.mu.Unlock()
+	f(&c.op.containers[c.i], c.op.op.GetContainers()[c.i])
+}
+
+// Show changes the public state in memory and tells watchers.
+func (c *Container) Show(f func(status *opsv1.ContainerOperation)) {
+	c.op.Change(func(op *opsv1.Operation) { f(op.GetContainers()[c.i]) })
+}
+
+// Claim is what the process before this one had in the container's slot; nil if it had nothing.
+func (c *Container) Claim() *interceptors.Claim {
+	c.op.mu.Lock()
+	defer c.op.mu.Unlock()
+	return c.op.claims[c.i]
+}
+
+// SetClaim sets [Container.Claim].
+func (c *Container) SetClaim(claim *interceptors.Claim) {
+	c.op.mu.Lock()
+	defer c.op.mu.Unlock()
+	c.op.claims[c.i] = claim
+}
+
+// IsCertain reports whether the successor is known to be what kubelet asks for: kubelet has asked for
+// it, or somebody who knows has said so.
+func (c *Container) IsCertain() bool {
+	c.op.mu.Lock()
+	defer c.op.mu.Unlock()
+	return c.op.certain[c.Request().GetName()] || c.op.containers[c.i].Asked
+}
+
+// SetCertain says that the successor is what kubelet asks for.
+func (c *Container) SetCertain() {
+	c.op.mu.Lock()
+	defer c.op.mu.Unlock()
+	c.op.certain[c.Request().GetName()] = true
+}

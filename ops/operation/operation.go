@@ -1,0 +1,506 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package operation
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/store"
+)
+
+// Operation is one operation in memory. Its methods may be called by anybody at any time.
+type Operation struct {
+	restart *opsv1.RestartRequest        // see Command
+	upgrade *opsv1.PrepareUpgradeRequest // see Command
+	disk    *store.Store
+	// leftAlone is set of an operation that this binary does not understand: the journal keeps it as it is.
+	leftAlone bool
+	// rebooted is set of an operation that was running when the machine was rebooted.
+	rebooted bool
+
+	mu         sync.Mutex       // guards all following fields
+	op         *opsv1.Operation // the UID, kind, pod, requester and create time never change
+	containers []store.Container
+	changed    chan struct{} // closed and replaced at each change
+	cancelled  chan struct{} // closed when the operation is cancelled
+	cancelSaid bool          // cancelled is closed
+	// pastPointOfNoReturn is set once something has been stopped, or is about to be.
+	pastPointOfNoReturn bool
+	committed           chan struct{} // closed when the caller of an upgrade commits it
+	commitRequested     bool          // committed is closed
+	// credentials are for the pulls; supplied is closed and replaced when there are new ones.
+	credentials []*opsv1.RegistryCredential
+	supplied    chan struct{}
+	// forgotten is set if the process before this one had credentials, until there are new ones.
+	forgotten bool
+	// environments are those that this process has been given. hadEnvironment names the containers that
+	// have been given one, also in the process before this one.
+	environments   Environments
+	hadEnvironment []string
+	// certain has the containers of an upgrade whose successor is known to be what kubelet asks for.
+	certain map[string]bool
+	claims  map[int]*interceptors.Claim
+	stays   []Stay // for metrics and traces
+}
+
+// New returns the operation of a command on a pod.
+func New(c Command, pod *opsv1.PodRef, disk *store.Store) *Operation {
+	o := newOperation(c, &opsv1.Operation{
+		Uid: c.Restart.GetUid(), Kind: opsv1.KindRestart, Pod: pod, Phase: opsv1.Phase_PHASE_PENDING,
+		Requester: c.Restart.GetRequester(), CreateTime: timestamppb.Now(),
+	}, disk)
+	if c.Upgrade != nil {
+		o.op.Kind = opsv1.KindUpgrade
+	}
+	o.containers = make([]store.Container, len(c.Restart.GetContainers()))
+	for i, r := range c.Restart.GetContainers() {
+		image := r.GetImage()
+		if c.Upgrade != nil {
+			image = c.Upgrade.GetContainers()[i].GetImage()
+		}
+		o.op.Containers = append(o.op.Containers, &opsv1.ContainerOperation{
+			Name: r.GetName(), Image: image, Phase: opsv1.Phase_PHASE_PENDING,
+		})
+	}
+	return o
+}
+
+func newOperation(c Command, op *opsv1.Operation, disk *store.Store) *Operation {
+	return &Operation{
+		restart: c.Restart, upgrade: c.Upgrade, credentials: c.Credentials, environments: c.Environments,
+		op: op, disk: disk, claims: map[int]*interceptors.Claim{}, certain: map[string]bool{},
+		changed: make(chan struct{}), cancelled: make(chan struct{}), committed: make(chan struct{}),
+		supplied: make(chan struct{}),
+	}
+}
+
+// Decode returns the operation of a record of the journal. It has no claims yet.
+//
+// Errors: the record cannot be decoded, or its parts do not fit together.
+func Decode(uid string, r *store.Record, disk *store.Store) (*Operation, error) {
+	o := newOperation(Command{Restart: &opsv1.RestartRequest{}}, &opsv1.Operation{}, disk)
+	o.containers = r.Containers
+	if err := errors.Join(proto.Unmarshal(r.Operation, o.op), proto.Unmarshal(r.Request, o.restart)); err != nil {
+		return nil, fmt.Errorf("decoding: %w", err)
+	}
+	errParts := errors.New("the record does not hold together: was the file edited?")
+	if r.Upgrade != nil {
+		o.upgrade = &opsv1.PrepareUpgradeRequest{}
+		if err := proto.Unmarshal(r.Upgrade, o.upgrade); err != nil {
+			return nil, fmt.Errorf("decoding: %w", err)
+		}
+		if len(o.upgrade.GetContainers()) != len(o.containers) {
+			return nil, errParts
+		}
+	}
+	n := len(o.containers)
+	if n != len(o.op.GetContainers()) || n != len(o.restart.GetContainers()) || uid != o.op.GetUid() {
+		return nil, errParts
+	}
+	o.forgotten, o.hadEnvironment = r.Credentials, r.Environments
+	o.rebooted = r.Boot != "" && disk.Boot != "" && r.Boot != disk.Boot
+	if r.CommitRequested {
+		o.commitRequested = true
+		close(o.committed)
+	}
+	if o.op.GetFinishTime() != nil {
+		return o, nil
+	}
+	if r.Cancelled {
+		o.cancelSaid = true
+		close(o.cancelled)
+	}
+	past := func(c store.Container) bool { return c.PastPointOfNoReturn() }
+	o.pastPointOfNoReturn = slices.ContainsFunc(o.containers, past)
+	return o, nil
+}
+
+// LeftAlone returns an operation for a record of the journal that this binary does not understand: it
+// is told of as one that has failed. r is nil if nothing of the record can be read, why says in words
+// what is wrong with it. wasRunning is set if the operation has not finished.
+func LeftAlone(uid string, r *store.Record, why string, disk *store.Store) (o *Operation, wasRunning bool) {
+	o = newOperation(Command{Restart: &opsv1.RestartRequest{}}, &opsv1.Operation{}, disk)
+	o.leftAlone = true
+	if r == nil || proto.Unmarshal(r.Operation, o.op) != nil || proto.Unmarshal(r.Request, o.restart) != nil ||
+		o.op.GetUid() != uid {
+		o.op, o.restart = &opsv1.Operation{Uid: uid}, &opsv1.RestartRequest{Uid: uid}
+	} else if r.Upgrade != nil {
+		o.upgrade = &opsv1.PrepareUpgradeRequest{}
+		if proto.Unmarshal(r.Upgrade, o.upgrade) != nil {
+			o.upgrade = nil
+		}
+	}
+	if o.op.GetFinishTime() != nil {
+		return o, false
+	}
+	o.op.Phase, o.op.FinishTime, o.op.Message = opsv1.Phase_PHASE_FAILED, timestamppb.Now(), why
+	for _, c := range o.op.GetContainers() {
+		if !HasEnded(c.GetPhase()) {
+			c.Phase, c.Reason, c.Message = opsv1.Phase_PHASE_FAILED, opsv1.ReasonJournalVersion, why
+		}
+	}
+	return o, true
+}
+
+// UID, Kind, Pod, Requester, CreateTime, Request and Upgrade never change.
+
+// UID returns the UID that the caller has chosen.
+func (o *Operation) UID() string { return o.restart.GetUid() }
+
+// Kind is a kind of package opsv1.
+func (o *Operation) Kind() string { return o.op.GetKind() }
+
+// Pod is the pod with its UID.
+func (o *Operation) Pod() *opsv1.PodRef { return o.op.GetPod() }
+
+// PodName is the pod's namespace and name.
+func (o *Operation) PodName() string { return o.Pod().GetNamespace() + "/" + o.Pod().GetName() }
+
+// Requester is who has asked for the operation, for people.
+func (o *Operation) Requester() string { return o.op.GetRequester() }
+
+// CreateTime is when the node has accepted the operation.
+func (o *Operation) CreateTime() time.Time { return o.op.GetCreateTime().AsTime() }
+
+// Request is the restart, or what an upgrade has in common with one; see [Command].
+func (o *Operation) Request() *opsv1.RestartRequest { return o.restart }
+
+// Upgrade is nil for a restart.
+func (o *Operation) Upgrade() *opsv1.PrepareUpgradeRequest { return o.upgrade }
+
+// IsLeftAlone reports whether the operation is of a record that this binary does not understand.
+func (o *Operation) IsLeftAlone() bool { return o.leftAlone }
+
+// Rebooted reports whether the operation was running when the machine was rebooted.
+func (o *Operation) Rebooted() bool { return o.rebooted }
+
+// Accept writes a new operation down, with what its command has brought.
+func (o *Operation) Accept() error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.enterLocked()
+	o.giveLocked(o.environments)
+	err := o.saveLocked()
+	if err != nil {
+		o.forgetEnvironmentsLocked()
+	}
+	return err
+}
+
+// Repeat takes a command that has been given once more. Its credentials and environments count for what
+// is still to be done.
+//
+// Errors: AlreadyExists as a gRPC status, if the command asks for something else.
+func (o *Operation) Repeat(c Command) error {
+	if !(Command{Restart: o.restart, Upgrade: o.upgrade}).Same(c) {
+		return status.Errorf(codes.AlreadyExists, "operation %s exists with another request; choose a new UID",
+			o.UID())
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if len(c.Credentials) > 0 {
+		o.credentials, o.forgotten = c.Credentials, false
+		close(o.supplied)
+		o.supplied = make(chan struct{})
+	}
+	if o.op.GetFinishTime() == nil && !o.commitRequested {
+		o.giveLocked(c.Environments)
+	}
+	return nil
+}
+
+// Save writes the operation to the journal.
+func (o *Operation) Save() error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.saveLocked()
+}
+
+func (o *Operation) saveLocked() error {
+	if o.op.GetFinishTime() == nil {
+		o.op.Phase = o.phaseLocked()
+	}
+	op, err := proto.Marshal(o.op)
+	if err != nil {
+		return err
+	}
+	req, err := proto.Marshal(o.restart)
+	if err != nil {
+		return err
+	}
+	r := &store.Record{
+		Operation: op, Request: req, Containers: o.containers, Cancelled: o.cancelSaid, CommitRequested: o.commitRequested,
+		Credentials: o.forgotten || len(o.credentials) > 0, Environments: o.hadEnvironment,
+	}
+	if o.upgrade != nil {
+		if r.Upgrade, err = proto.Marshal(o.upgrade); err != nil {
+			return err
+		}
+	}
+	return o.disk.Save(o.op.GetUid(), r)
+}
+
+// Snapshot returns a copy of the public state that nobody changes.
+func (o *Operation) Snapshot() *opsv1.Operation {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return proto.Clone(o.op).(*opsv1.Operation)
+}
+
+// Watch returns a copy of the public state and a channel that is closed when the state changes.
+func (o *Operation) Watch() (*opsv1.Operation, <-chan struct{}) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return proto.Clone(o.op).(*opsv1.Operation), o.changed
+}
+
+// Phase is the phase of an operation that has not finished.
+func (o *Operation) Phase() opsv1.Phase {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.phaseLocked()
+}
+
+// Finished reports whether the operation has finished.
+func (o *Operation) Finished() bool {
+	_, ok := o.FinishedAt()
+	return ok
+}
+
+// FinishedAt returns when the operation has finished; false if it has not.
+func (o *Operation) FinishedAt() (time.Time, bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	at := o.op.GetFinishTime()
+	return at.AsTime(), at != nil
+}
+
+// Change edits the public state and tells watchers. It does not write the journal.
+func (o *Operation) Change(f func(op *opsv1.Operation)) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	f(o.op)
+	o.notifyLocked()
+}
+
+func (o *Operation) notifyLocked() {
+	if o.op.GetFinishTime() == nil {
+		o.op.Phase = o.phaseLocked()
+	}
+	o.enterLocked()
+	close(o.changed)
+	o.changed = make(chan struct{})
+}
+
+// PassPointOfNoReturn makes the operation one that cannot be cancelled any more. It returns false if
+// the operation has been cancelled before.
+func (o *Operation) PassPointOfNoReturn() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.cancelSaid {
+		return false
+	}
+	o.pastPointOfNoReturn = true
+	return true
+}
+
+// Cancelled is closed when the operation is cancelled.
+func (o *Operation) Cancelled() <-chan struct{} { return o.cancelled }
+
+// IsCancelled reports whether the operation has been cancelled.
+func (o *Operation) IsCancelled() bool {
+	select {
+	case <-o.cancelled:
+		return true
+	default:
+		return false
+	}
+}
+
+// Cancel cancels the operation. Once it returns nil, the operation has finished or stays cancelled.
+//
+// Errors: FailedPrecondition past the point of no return, Internal if the journal cannot be written; both
+// as a gRPC status.
+func (o *Operation) Cancel(reason string) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.op.GetFinishTime() != nil || o.cancelSaid {
+		return nil
+	}
+	if o.pastPointOfNoReturn {
+		return status.Errorf(codes.FailedPrecondition, "operation %s has begun to stop containers and runs to its end",
+			o.op.GetUid())
+	}
+	return o.cancelLocked(reason)
+}
+
+// CancelUncommitted cancels an upgrade unless its caller has committed it, and reports whether it did.
+func (o *Operation) CancelUncommitted(reason string) (bool, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.commitRequested || o.pastPointOfNoReturn || o.cancelSaid || o.op.GetFinishTime() != nil {
+		return false, nil
+	}
+	return true, o.cancelLocked(reason)
+}
+
+// cancelLocked cancels an operation that has stopped nothing. The caller holds o.mu.
+func (o *Operation) cancelLocked(reason string) error {
+	o.cancelSaid, o.op.Message = true, reason
+	if err := o.saveLocked(); err != nil {
+		o.cancelSaid, o.op.Message = false, ""
+		return status.Errorf(codes.Internal, "not cancelled: %v", err)
+	}
+	close(o.cancelled)
+	return nil
+}
+
+// Committed is closed when the caller of an upgrade commits it.
+func (o *Operation) Committed() <-chan struct{} { return o.committed }
+
+// CommitRequested reports whether the caller of an upgrade has committed it: the pod's spec may have
+// been patched.
+func (o *Operation) CommitRequested() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.commitRequested
+}
+
+// Commit lets a prepared upgrade go on, with what its caller says of its containers now.
+//
+// Errors: FailedPrecondition if the upgrade is not prepared, Internal if the journal cannot be written;
+// both as a gRPC status.
+func (o *Operation) Commit(now *opsv1.CommitUpgradeRequest) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.commitRequested {
+		return nil
+	}
+	refused := func(format string, args ...any) error {
+		return status.Errorf(codes.FailedPrecondition, format, args...)
+	}
+	switch phase := leastAdvanced(o.op.GetContainers()); {
+	case o.op.GetFinishTime() != nil:
+		return refused("upgrade %s has ended: %s", o.op.GetUid(), o.op.GetMessage())
+	case o.cancelSaid || o.failedLocked():
+		return refused("upgrade %s is being taken back: %s", o.op.GetUid(), o.op.GetMessage())
+	case phase != opsv1.Phase_PHASE_PREPARED:
+		return refused("upgrade %s is not prepared yet: %s", o.op.GetUid(), PhaseName(phase))
+	}
+	for _, c := range now.GetEnvironments() {
+		o.certain[c.GetName()] = true
+		if env := c.GetEnvironment(); env != nil {
+			o.giveLocked(Environments{c.GetName(): env})
+		}
+	}
+	if c := now.GetCredentials(); len(c) > 0 {
+		o.credentials = c
+	}
+	o.commitRequested = true
+	if err := o.saveLocked(); err != nil {
+		o.commitRequested = false
+		return status.Errorf(codes.Internal, "not committed: %v", err)
+	}
+	close(o.committed)
+	return nil
+}
+
+// Credentials returns the credentials for pulls. forgotten is set if the process before this one had
+// some and this one has not; others is closed when there are new ones.
+func (o *Operation) Credentials() (c []*opsv1.RegistryCredential, forgotten bool, others <-chan struct{}) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.credentials, o.forgotten, o.supplied
+}
+
+// Environment returns the environment that a command has brought for the container, to this process or
+// to one before it; nil if there is none. lost is set if there was one and it is gone.
+func (o *Operation) Environment(container string) (env *opsv1.Environment, lost bool) {
+	o.mu.Lock()
+	env, had := o.environments[container], slices.Contains(o.hadEnvironment, container)
+	o.mu.Unlock()
+	if env == nil && had {
+		env = o.disk.Records.Environment(o.UID(), container)
+	}
+	return env, env == nil && had
+}
+
+// giveLocked records environments, in place of those before. The caller holds o.mu.
+func (o *Operation) giveLocked(given Environments) {
+	for name, env := range given {
+		if o.environments == nil {
+			o.environments = Environments{}
+		}
+		o.environments[name] = env
+		if !slices.Contains(o.hadEnvironment, name) {
+			o.hadEnvironment = append(o.hadEnvironment, name)
+		}
+		o.disk.Records.SetEnvironment(o.UID(), name, env)
+	}
+}
+
+// forgetEnvironmentsLocked is called for an operation that has ended. The caller holds o.mu.
+func (o *Operation) forgetEnvironmentsLocked() {
+	for _, name := range o.hadEnvironment {
+		o.disk.Records.ForgetEnvironment(o.UID(), name)
+	}
+	o.environments = nil
+}
+
+// Unleavable reports whether the process must not leave the operation at once, see
+// [store.Container.Unleavable].
+func (o *Operation) Unleavable() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	unleavable := func(c store.Container) bool { return c.Unleavable() }
+	return o.op.GetFinishTime() == nil && slices.ContainsFunc(o.containers, unleavable)
+}
+
+// Conclude marks the operation finished if all its containers have ended, and calls ended before
+// watchers are told. ended must not call the operation. Conclude returns the journal's error if the end
+// could not be written; the operation is finished anyway.
+func (o *Operation) Conclude(ended func(op *opsv1.Operation, stays []Stay)) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	phase := opsv1.Phase_PHASE_SUCCEEDED
+	var messages []string
+	for i, c := range o.op.GetContainers() {
+		if o.containers[i].Step != store.StepDone {
+			return nil // the process ends, and the next one goes on
+		}
+		phase = max(phase, c.GetPhase())
+		if c.GetPhase() != opsv1.Phase_PHASE_SUCCEEDED {
+			messages = append(messages, fmt.Sprintf("%s: %s", c.GetName(), c.GetMessage()))
+		}
+	}
+	for _, c := range o.op.GetContainers() {
+		if c.GetPhase() == opsv1.Phase_PHASE_FAILED {
+			phase = opsv1.Phase_PHASE_FAILED // says more than that others were cancelled
+		}
+	}
+	o.op.Phase = phase
+	o.op.FinishTime = timestamppb.Now()
+	o.credentials = nil
+	o.forgetEnvironmentsLocked()
+	if len(messages) > 0 {
+		o.op.Message = strings.Join(messages, "; ")
+	}
+	err := o.saveLocked()
+	o.enterLocked()
+	ended(o.op, o.stays)
+	o.notifyLocked()
+	return err
+}

@@ -1,0 +1,86 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package operation
+
+import (
+	"sync"
+
+	"github.com/cri-proxy/cri-proxy/interceptors"
+)
+
+// Turns says who goes first in a slot: a restart goes before an upgrade that nobody has committed.
+//
+// A prepared upgrade keeps its slot until its caller commits it, which a budget or a pause may put off
+// for an hour, and nothing is lost if it is taken back and prepared again. A restart is wanted now. So a
+// restart has such an upgrade taken back, and no upgrade takes the slot while a restart waits for it. A
+// committed upgrade runs on: the pod's spec may have been changed for it, and it ends soon.
+type Turns struct {
+	mu sync.Mutex // guards all following fields
+	// held has the upgrades that have a slot.
+	held map[interceptors.Slot]*Operation
+	// wanted has the slots that restarts wait for.
+	wanted map[interceptors.Slot]*wanted
+}
+
+// wanted is how many restarts wait for a slot.
+type wanted struct {
+	restarts int
+	over     chan struct{} // closed when no restart waits any more
+}
+
+// NewTurns returns turns of slots that nobody has.
+func NewTurns() *Turns {
+	return &Turns{held: map[interceptors.Slot]*Operation{}, wanted: map[interceptors.Slot]*wanted{}}
+}
+
+// Want says that a restart waits for the slot. It returns the upgrade that has the slot, which the
+// caller must have taken back; nil for none. The caller must call got when it waits no more.
+func (t *Turns) Want(slot interceptors.Slot) (holder *Operation, got func()) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	w := t.wanted[slot]
+	if w == nil {
+		w = &wanted{over: make(chan struct{})}
+		t.wanted[slot] = w
+	}
+	w.restarts++
+	return t.held[slot], func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		if w.restarts--; w.restarts == 0 {
+			delete(t.wanted, slot)
+			close(w.over)
+		}
+	}
+}
+
+// Hold says that the upgrade has the slot. If restarts wait for the slot, Hold returns a channel that is
+// closed when none does any more: the upgrade must give the slot up until then.
+func (t *Turns) Hold(slot interceptors.Slot, upgrade *Operation) <-chan struct{} {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if w := t.wanted[slot]; w != nil {
+		return w.over
+	}
+	t.held[slot] = upgrade
+	return nil
+}
+
+// Keep says that the upgrade had the slot in the process before this one. It reports whether a restart
+// waits for the slot: the caller must then have the upgrade taken back.
+func (t *Turns) Keep(slot interceptors.Slot, upgrade *Operation) (isWanted bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.held[slot] = upgrade
+	return t.wanted[slot] != nil
+}
+
+// Leave ends Hold.
+func (t *Turns) Leave(slot interceptors.Slot, upgrade *Operation) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.held[slot] == upgrade {
+		delete(t.held, slot)
+	}
+}
