@@ -10,9 +10,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io/fs"
-	"net/http"
-	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -30,8 +27,10 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
-	"github.com/cri-proxy/cri-proxy/ops/gate"
+	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
+	"github.com/cri-proxy/cri-proxy/ops/hooks"
+	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
 
 const (
@@ -67,10 +66,10 @@ type Options struct {
 	Registerer prometheus.Registerer
 	// Tracer makes spans of finished operations. Nil: none.
 	Tracer trace.Tracer
-	// Method is the fastest method that may be used for StopFirst. Empty means [MethodGate].
+	// Method is the fastest method that may be used for StopFirst. Empty means [opsv1.MethodGate].
 	Method Method
 	// CDISpecDir is one of the directories that the runtime reads CDI specs from, for
-	// [MethodGate]. Empty: the runtime is asked.
+	// [opsv1.MethodGate]. Empty: the runtime is asked.
 	CDISpecDir string
 	// Images is for upgrades and restarts with another image, which are refused without.
 	Images Images
@@ -83,21 +82,22 @@ type Options struct {
 
 // Engine runs operations and keeps their journal.
 type Engine struct {
-	view      *interceptors.View
-	boot      string // of the machine
-	log       logrus.FieldLogger
-	rt        runtimeapi.RuntimeServiceClient
-	img       runtimeapi.ImageServiceClient
-	journal   *journal
-	records   *Records
-	hooks     *http.Client
-	legacyLog string
-	metrics   *metrics
-	tracer    trace.Tracer // nil: off
-	methods   *methods
-	overrides *Overrides
-	images    Images // nil: no upgrades and overrides
-	pods      Pods   // may be nil
+	view       *interceptors.View
+	boot       string // of the machine
+	log        logrus.FieldLogger
+	rt         runtimeapi.RuntimeServiceClient
+	img        runtimeapi.ImageServiceClient
+	journal    *journal
+	records    *Records
+	node       *crinode.Client
+	hooks      *hooks.Runner
+	legacyLog  string
+	metrics    *metrics
+	tracer     trace.Tracer // nil: off
+	switchover *switchover.Prober
+	overrides  *Overrides
+	images     Images // nil: no upgrades and overrides
+	pods       Pods   // may be nil
 
 	// queue wakes Run for operations that are accepted and not yet started.
 	queue chan struct{}
@@ -111,8 +111,6 @@ type Engine struct {
 	// judging is held while containers are judged; judged is set once all have been. See Judge.
 	judging chan struct{}
 	judged  atomic.Bool
-	// gatesLost is set where not even the directory of the gates was there at the start.
-	gatesLost bool
 
 	mu      sync.Mutex // guards all following fields
 	ops     map[string]*operation
@@ -184,17 +182,19 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 	if err != nil {
 		return nil, errors.Join(err, j.Close())
 	}
+	rt := runtimeapi.NewRuntimeServiceClient(crinode.Bound(o.Conn))
 	e := &Engine{
 		view:       o.View,
 		boot:       bootID(),
 		log:        log,
-		rt:         runtimeapi.NewRuntimeServiceClient(bounded{o.Conn}),
-		img:        runtimeapi.NewImageServiceClient(bounded{o.Conn}),
+		rt:         rt,
+		img:        runtimeapi.NewImageServiceClient(crinode.Bound(o.Conn)),
 		journal:    j,
 		records:    records,
-		hooks:      hookClient(),
+		node:       &crinode.Client{Runtime: rt, Log: log},
+		hooks:      hooks.NewRunner(rt),
 		legacyLog:  o.LegacyLogDir,
-		methods:    newMethods(o.Method, o.StateDir, o.CDISpecDir),
+		switchover: switchover.NewProber(switchover.Options{StateDir: o.StateDir, Runtime: rt, Log: log, Best: o.Method, CDISpecDir: o.CDISpecDir}),
 		images:     o.Images,
 		tracer:     o.Tracer,
 		pods:       o.Pods,
@@ -213,8 +213,6 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 	if e.legacyLog == "" {
 		e.legacyLog = "/var/log/containers"
 	}
-	_, err = os.Lstat(gate.Dir(o.StateDir))
-	e.gatesLost = errors.Is(err, fs.ErrNotExist)
 	records.eachStarted(o.View.SetStarted)
 	records.eachHeld(o.View.HoldProbesUntil)
 	o.View.Guard()
@@ -237,20 +235,6 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		return nil, errors.Join(err, e.Close())
 	}
 	return e, nil
-}
-
-// bounded ends calls that have no deadline of their own after callTimeout: an operation that
-// waits for a runtime that hangs would hold its slot, and with it kubelet's calls, for ever.
-type bounded struct{ grpc.ClientConnInterface }
-
-func (b bounded) Invoke(ctx context.Context, method string, args, reply any, opts ...grpc.CallOption) error {
-	// A hook lasts as long as its command, as with kubelet.
-	if _, has := ctx.Deadline(); !has && method != runtimeapi.RuntimeService_ExecSync_FullMethodName {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, callTimeout)
-		defer cancel()
-	}
-	return b.ClientConnInterface.Invoke(ctx, method, args, reply, opts...)
 }
 
 // revive takes one operation from the journal.
@@ -408,8 +392,8 @@ func (e *Engine) Run(ctx context.Context) error {
 
 // begin does what is to be done once: it tidies up after earlier processes, until nothing of theirs can come about any more. wg owns what takes longer.
 func (e *Engine) begin(ctx context.Context, wg *sync.WaitGroup) {
-	if e.awaitRuntime(ctx) == nil {
-		e.probe(ctx)
+	if e.node.AwaitRuntime(ctx) == nil {
+		e.switchover.Probe(ctx)
 		e.tidy(ctx, wg)
 	}
 	if sleep(ctx, e.lateCreate) == nil && e.tidy(ctx, wg) {
@@ -429,7 +413,7 @@ func (e *Engine) Close() error {
 		e.log.Error("operations have ended that the journal knows as unfinished: the next process will take them up again")
 	}
 	e.overrides.flush()
-	e.hooks.CloseIdleConnections()
+	e.hooks.Close()
 	return errors.Join(e.journal.Close(), e.records.close())
 }
 
@@ -514,7 +498,7 @@ func (e *Engine) tidy(ctx context.Context, wg *sync.WaitGroup) bool {
 		list, err = e.forgetRemoved(ctx)
 	}
 	e.judge(ctx, list) // what has come about since
-	if err := e.methods.removeStray(e.knows); err != nil {
+	if err := e.switchover.RemoveStray(e.knows); err != nil {
 		e.log.WithError(err).Warn("gates that no operation knows not removed")
 	}
 	return true
@@ -545,23 +529,6 @@ func (e *Engine) forgetRemoved(ctx context.Context) ([]*runtimeapi.Container, er
 // lateCreate is how long after the start of a process a CreateContainer of the one before, which was cut off, may still
 // bring a container about: the runtime is then in the middle of it, which takes it milliseconds, seconds under load.
 const lateCreate = 15 * time.Second
-
-// awaitRuntime returns when the runtime answers.
-func (e *Engine) awaitRuntime(ctx context.Context) error {
-	wait := 20 * time.Millisecond
-	for {
-		call, cancel := context.WithTimeout(ctx, 10*time.Second)
-		_, err := e.rt.Version(call, &runtimeapi.VersionRequest{})
-		cancel()
-		if err == nil {
-			return nil
-		}
-		if err := sleep(ctx, wait); err != nil {
-			return err
-		}
-		wait = min(2*wait, time.Second)
-	}
-}
 
 // submit accepts an operation: once it returns nil, the operation is in the journal. It takes req, and the credentials out of it.
 func (e *Engine) submit(req *opsv1.RestartRequest, given environments, pod *opsv1.PodRef) (*operation, error) {

@@ -57,8 +57,8 @@ func TestProbe(t *testing.T) {
 		{name: "no status", want: "pidfd plain", why: "Unimplemented"},
 		{name: "the directory that is set", config: `{"cdiSpecDirs":["DIR/cdi","/var/run/cdi"]}`, dir: "DIR/./cdi/", want: "gate pidfd plain"},
 		{name: "a directory that it does not read", config: `{"cdiSpecDirs":["DIR/cdi"]}`, dir: "DIR/other", want: "pidfd plain", why: "restart.cdiSpecDir DIR/other"},
-		{name: "not allowed", config: `{"cdiSpecDirs":["DIR/cdi"]}`, method: MethodPidfd, want: "pidfd plain", why: "restart.method is pidfd"},
-		{name: "only plain", config: `{"cdiSpecDirs":["DIR/cdi"]}`, method: MethodPlain, want: "plain", why: "restart.method is plain"},
+		{name: "not allowed", config: `{"cdiSpecDirs":["DIR/cdi"]}`, method: opsv1.MethodPidfd, want: "pidfd plain", why: "restart.method is pidfd"},
+		{name: "only plain", config: `{"cdiSpecDirs":["DIR/cdi"]}`, method: opsv1.MethodPlain, want: "plain", why: "restart.method is plain"},
 		{
 			name: "no place for the spec", config: `{"cdiSpecDirs":["DIR/cdi"]}`, want: "pidfd plain", why: "CDI spec: ",
 			spoil: func(n *node) { n.must(os.WriteFile(filepath.Join(n.dir, "cdi"), nil, 0o600)) },
@@ -80,7 +80,7 @@ func TestProbe(t *testing.T) {
 			if got, why := n.has(); got != "" || !strings.Contains(why, "not answered yet") {
 				t.Errorf("before the first probe the node has %q: %s", got, why)
 			}
-			n.engine.probe(t.Context())
+			n.engine.switchover.Probe(t.Context())
 			got, why := n.has()
 			if got != tc.want || !strings.Contains(why, in(tc.why)) {
 				t.Errorf("the node has %s (%s), want %s (%s)", got, why, tc.want, in(tc.why))
@@ -102,7 +102,7 @@ func TestProbeAgain(t *testing.T) {
 	ask := func(want string, asked bool) {
 		t.Helper()
 		n.rt.takeCalls()
-		n.engine.probe(t.Context())
+		n.engine.switchover.Probe(t.Context())
 		if got := strings.Join(n.rt.takeCalls(), " "); (got == "Status") != asked {
 			t.Errorf("asked %q", got)
 		}
@@ -152,10 +152,10 @@ func TestProbeHangs(t *testing.T) {
 	probed := make(chan struct{})
 	go func() {
 		defer close(probed)
-		n.engine.probe(ctx)
+		n.engine.switchover.Probe(ctx)
 	}()
 	<-hangs
-	if n.engine.methods.available(MethodPidfd) || !n.engine.methods.maybe(MethodPidfd) {
+	if n.engine.switchover.Available(opsv1.MethodPidfd) || !n.engine.switchover.Maybe(opsv1.MethodPidfd) {
 		t.Error("something is known before the first answer")
 	}
 	if got, _ := n.has(); got != "" {
@@ -171,18 +171,18 @@ func TestMethodForContainer(t *testing.T) {
 		edit func(c *fakeContainer)
 		want Method
 	}{
-		{name: "as usual", want: MethodGate},
-		{name: "its own /dev", edit: func(c *fakeContainer) { c.config.Mounts[0].ContainerPath = "/dev" }, want: MethodPidfd},
-		{name: "another runtime", edit: func(c *fakeContainer) { c.process.handler = "io.containerd.runsc.v1" }, want: MethodPidfd},
-		{name: "processes shared", edit: func(c *fakeContainer) { c.config.Linux.SecurityContext.NamespaceOptions.Pid = 0 }, want: MethodGate},
+		{name: "as usual", want: opsv1.MethodGate},
+		{name: "its own /dev", edit: func(c *fakeContainer) { c.config.Mounts[0].ContainerPath = "/dev" }, want: opsv1.MethodPidfd},
+		{name: "another runtime", edit: func(c *fakeContainer) { c.process.handler = "io.containerd.runsc.v1" }, want: opsv1.MethodPidfd},
+		{name: "processes shared", edit: func(c *fakeContainer) { c.config.Linux.SecurityContext.NamespaceOptions.Pid = 0 }, want: opsv1.MethodGate},
 		{
-			name: "processes shared, another runtime", want: MethodPlain,
+			name: "processes shared, another runtime", want: opsv1.MethodPlain,
 			edit: func(c *fakeContainer) {
 				c.config.Linux.SecurityContext.NamespaceOptions.Pid = 0
 				c.process.handler = "io.containerd.kata.v2"
 			},
 		},
-		{name: "nothing is told of it", edit: func(c *fakeContainer) { c.process.silent = true }, want: MethodPlain},
+		{name: "nothing is told of it", edit: func(c *fakeContainer) { c.process.silent = true }, want: opsv1.MethodPlain},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()

@@ -245,14 +245,6 @@ func (s *Overrides) image(ctx context.Context, id string) (*runtimeapi.Image, er
 	return st.GetImage(), err
 }
 
-// setImage puts the image into c.
-func setImage(c *runtimeapi.ContainerConfig, name, id string) {
-	if c.Image == nil {
-		c.Image = &runtimeapi.ImageSpec{}
-	}
-	c.Image.Image, c.Image.UserSpecifiedImage = id, name
-}
-
 // SandboxRemoved implements [interceptors.Overrides].
 func (s *Overrides) SandboxRemoved() {
 	select {

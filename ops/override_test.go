@@ -19,6 +19,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
 )
 
 var appSlot = interceptors.Slot{PodUID: podUID, Container: "app"}
@@ -101,7 +102,7 @@ func TestOverrideApply(t *testing.T) {
 				tc.container = "app"
 			}
 			req := &runtimeapi.CreateContainerRequest{Config: &runtimeapi.ContainerConfig{
-				Image: &runtimeapi.ImageSpec{Image: "sha256:spec", UserSpecifiedImage: tc.asked}, Annotations: map[string]string{annotationHash: "abc"},
+				Image: &runtimeapi.ImageSpec{Image: "sha256:spec", UserSpecifiedImage: tc.asked}, Annotations: map[string]string{criclone.AnnotationHash: "abc"},
 				Linux: &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{RunAsUser: &runtimeapi.Int64Value{Value: tc.user}}},
 			}}
 			want := proto.Clone(req).(*runtimeapi.CreateContainerRequest)
@@ -277,7 +278,7 @@ func TestNonRootByImage(t *testing.T) {
 			c := &runtimeapi.ContainerConfig{Linux: &runtimeapi.LinuxContainerConfig{
 				SecurityContext: &runtimeapi.LinuxContainerSecurityContext{RunAsUser: tc.uid, RunAsUsername: tc.username},
 			}}
-			if got := nonRootByImage(c, tc.image); got != tc.want {
+			if got := criclone.NonRootByImage(c, tc.image); got != tc.want {
 				t.Errorf("got %v", got)
 			}
 		})
