@@ -202,7 +202,7 @@ func (n *node) crash() string {
 	n.leash.cut()
 	n.mu.Lock()
 	for _, w := range n.watches {
-		_ = w.file.Close() // nobody is told of its end then
+		w.Close() // nobody is told of its end then
 	}
 	n.mu.Unlock()
 	state := n.copyState()
@@ -561,3 +561,12 @@ func (s *signals) await(t testing.TB, part string) {
 
 // clone of a message, typed.
 func clone[M proto.Message](m M) M { return proto.Clone(m).(M) }
+
+func awaitClosed(t *testing.T, c <-chan struct{}) {
+	t.Helper()
+	select {
+	case <-c:
+	case <-time.After(waitLong):
+		t.Fatal("it is not told")
+	}
+}

@@ -146,7 +146,7 @@ func TestProbesAreHeldInUpgrades(t *testing.T) {
 				c.Envs = append(c.Envs, &runtimeapi.KeyValue{Key: "NEW"})
 			}))
 			op := n.ends("op", succeeded, upgraded)
-			if m := op.GetContainers()[0].GetMethod(); m != string(opsv1.MethodKubelet) {
+			if m := op.GetContainers()[0].GetMethod(); m != opsv1.MethodKubelet {
 				t.Errorf("method is %s", m)
 			}
 			n.wantHeld("app/1", 12*time.Second)

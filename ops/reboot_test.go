@@ -114,7 +114,7 @@ func TestGapEndsWithTheEntrypoint(t *testing.T) {
 				t.Fatalf("ended %s: %s", got, op.GetMessage())
 			}
 			one := op.GetContainers()[0]
-			if one.GetMethod() != string(opsv1.MethodGate) || one.GetGap().AsDuration() < takes {
+			if one.GetMethod() != opsv1.MethodGate || one.GetGap().AsDuration() < takes {
 				t.Errorf("gap %s by method %s, the application began %s after its gate was opened", one.GetGap().AsDuration(), one.GetMethod(), takes)
 			}
 			st, err := n.kubelet.ContainerStatus(t.Context(), &runtimeapi.ContainerStatusRequest{ContainerId: one.GetSuccessorId()})

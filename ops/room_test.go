@@ -242,7 +242,7 @@ func TestNoRoomWhenArmed(t *testing.T) {
 			}
 			if tc.method == opsv1.MethodPidfd && (tc.armed != nil || !tc.reboot) {
 				n.until("op", func(op *opsv1.Operation) bool {
-					return op.GetContainers()[0].GetMethod() == string(opsv1.MethodPidfd) && strings.Contains(n.rt.state(), "app/1 CREATED") &&
+					return op.GetContainers()[0].GetMethod() == opsv1.MethodPidfd && strings.Contains(n.rt.state(), "app/1 CREATED") &&
 						op.GetContainers()[0].GetSuccessorId() == n.rt.idOf(t, "app/1")
 				})
 			}
@@ -374,7 +374,7 @@ func TestHugepagesToOverlap(t *testing.T) {
 	}
 	n.checkOnlyLiving(t, "app/0, web/0")
 	n.restart("gate") // which waits before it uses any
-	if op := n.finish("gate"); verdict(op) != succeeded || op.GetContainers()[0].GetMethod() != string(opsv1.MethodGate) {
+	if op := n.finish("gate"); verdict(op) != succeeded || op.GetContainers()[0].GetMethod() != opsv1.MethodGate {
 		t.Errorf("operation ended %v", op)
 	}
 }
@@ -449,7 +449,7 @@ func TestStartFailsBesideTheOldOne(t *testing.T) {
 				if w := warnings(op); !strings.Contains(w, tc.says) || !strings.Contains(w, "the old container is stopped before") && !strings.Contains(w, "the old one is stopped before") {
 					t.Errorf("warnings are %q", w)
 				}
-				if got := op.GetContainers()[0].GetMethod(); got != string(opsv1.MethodPidfd) {
+				if got := op.GetContainers()[0].GetMethod(); got != opsv1.MethodPidfd {
 					t.Errorf("method is %s", got)
 				}
 			})

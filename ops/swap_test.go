@@ -21,6 +21,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
 
 // gates returns what is in the directory of the gates.
@@ -690,11 +691,13 @@ func TestResumePastTheGate(t *testing.T) {
 // once, not with every restart.
 func TestRuntimeThatRunsNoHooks(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
+	var later atomic.Int64 // how much the clock of the methods is ahead
+	n.engine.switchover.Now = func() time.Time { return time.Now().Add(time.Duration(later.Load())) }
 	n.runTidied()
 	n.rt.set(func(f *fakeRuntime) { f.processes.noHook = true })
 	for _, uid := range []string{"first", "second", "third"} {
 		if uid == "third" { // asked anew
-			n.engine.methods.probed = time.Time{}
+			later.Add(int64(switchover.ProbeAge))
 		}
 		n.rt.set(func(f *fakeRuntime) { f.processes.overlaps = nil })
 		n.restart(uid)
@@ -715,7 +718,7 @@ func TestRuntimeThatRunsNoHooks(t *testing.T) {
 		t.Errorf("the node has %s (%s)", got, why)
 	}
 	n.rt.set(func(f *fakeRuntime) { f.processes.noHook = false })
-	n.engine.methods.probed, n.engine.methods.noHook = time.Time{}, time.Now().Add(-noHookAge)
+	later.Add(int64(switchover.NoHookAge))
 	n.restart("later")
 	if op := n.finish("later"); op.GetContainers()[0].GetMethod() != "gate" {
 		t.Errorf("method is %s", op.GetContainers()[0].GetMethod())

@@ -490,7 +490,7 @@ func TestUpgradeLeftToKubelet(t *testing.T) {
 			}
 			n.commit("op")
 			op := n.ends("op", succeeded, untouched)
-			if c := op.GetContainers()[0]; c.GetMethod() != string(opsv1.MethodKubelet) || len(c.GetWarnings()) != 1 {
+			if c := op.GetContainers()[0]; c.GetMethod() != opsv1.MethodKubelet || len(c.GetWarnings()) != 1 {
 				t.Errorf("operation: %v", op)
 			}
 		})
