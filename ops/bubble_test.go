@@ -20,6 +20,8 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/crinode"
 )
 
 // bubble runs an engine where time passes only when nothing else can happen: no sockets, so
@@ -116,7 +118,7 @@ func TestGrace(t *testing.T) {
 				if limit > 0 && limit < d {
 					d = limit
 				}
-				if err := sleep(ctx, d); err != nil {
+				if err := crinode.Sleep(ctx, d); err != nil {
 					return nil, err
 				}
 				if d == limit {
@@ -143,9 +145,9 @@ func TestGrace(t *testing.T) {
 		{name: "request's", grace: proto.Int64(7), calls: "StopContainer app/0 7s"},
 		{name: "none", grace: proto.Int64(0), hook: execHook("bye"), calls: "StopContainer app/0 2s"},
 		{name: "one second", grace: proto.Int64(1), calls: "StopContainer app/0 2s"},
-		{name: "not told", annotations: map[string]string{annotationTerminationGrace: ""}, calls: "StopContainer app/0 30s"},
-		{name: "garbage", annotations: map[string]string{annotationTerminationGrace: "soon"}, calls: "StopContainer app/0 30s"},
-		{name: "negative", annotations: map[string]string{annotationTerminationGrace: "-1"}, calls: "StopContainer app/0 30s"},
+		{name: "not told", annotations: map[string]string{criclone.AnnotationTerminationGrace: ""}, calls: "StopContainer app/0 30s"},
+		{name: "garbage", annotations: map[string]string{criclone.AnnotationTerminationGrace: "soon"}, calls: "StopContainer app/0 30s"},
+		{name: "negative", annotations: map[string]string{criclone.AnnotationTerminationGrace: "-1"}, calls: "StopContainer app/0 30s"},
 		{name: "exec", hook: execHook("bye"), script: sleeps(12 * time.Second), calls: "ExecSync app/0 bye 30s; StopContainer app/0 18s", took: 12 * time.Second},
 		{name: "exec too long", hook: execHook("bye"), script: sleeps(time.Hour), calls: "ExecSync app/0 bye 30s; StopContainer app/0 2s", warning: "preStop hook", took: 30 * time.Second},
 		{name: "sleep", hook: sleepHook(25), calls: "StopContainer app/0 5s", took: 25 * time.Second},
@@ -160,10 +162,10 @@ func TestGrace(t *testing.T) {
 			},
 			calls: "ExecSync app/0 bye 30s; StopContainer app/0 30s", warning: `command ["bye"] exited with 3: no way`,
 		},
-		{name: "recorded", annotations: map[string]string{annotationPreStop: `{"exec":{"command":["sh","-c","x"]}}`}, calls: "ExecSync app/0 sh -c x 30s; StopContainer app/0 30s"},
-		{name: "recorded sleep", annotations: map[string]string{annotationPreStop: `{"sleep":{"seconds":4}}`}, calls: "StopContainer app/0 26s", took: 4 * time.Second},
-		{name: "request's hook wins", hook: sleepHook(1), annotations: map[string]string{annotationPreStop: `{"sleep":{"seconds":4}}`}, calls: "StopContainer app/0 29s", took: time.Second},
-		{name: "recorded nonsense", annotations: map[string]string{annotationPreStop: `{`}, calls: "StopContainer app/0 30s", warning: annotationPreStop},
+		{name: "recorded", annotations: map[string]string{criclone.AnnotationPreStop: `{"exec":{"command":["sh","-c","x"]}}`}, calls: "ExecSync app/0 sh -c x 30s; StopContainer app/0 30s"},
+		{name: "recorded sleep", annotations: map[string]string{criclone.AnnotationPreStop: `{"sleep":{"seconds":4}}`}, calls: "StopContainer app/0 26s", took: 4 * time.Second},
+		{name: "request's hook wins", hook: sleepHook(1), annotations: map[string]string{criclone.AnnotationPreStop: `{"sleep":{"seconds":4}}`}, calls: "StopContainer app/0 29s", took: time.Second},
+		{name: "recorded nonsense", annotations: map[string]string{criclone.AnnotationPreStop: `{`}, calls: "StopContainer app/0 30s", warning: criclone.AnnotationPreStop},
 	}
 	for _, tc := range cases {
 		t.Run(tc.name, func(t *testing.T) {

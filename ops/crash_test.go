@@ -173,7 +173,7 @@ var scenarios = []scenario{
 		want: "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
 	},
 	{
-		name: "pidfd", pod: podOptions{processes: true, method: MethodPidfd},
+		name: "pidfd", pod: podOptions{processes: true, method: opsv1.MethodPidfd},
 		want: "SUCCEEDED, app SUCCEEDED", states: []string{"app/0 EXITED, app/1 RUNNING, web/0 RUNNING"},
 	},
 	{

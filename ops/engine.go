@@ -10,9 +10,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io/fs"
-	"net/http"
-	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -28,10 +25,12 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
-	"github.com/cri-proxy/cri-proxy/ops/gate"
+	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
+	"github.com/cri-proxy/cri-proxy/ops/hooks"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
+	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
 
 const (
@@ -64,10 +63,10 @@ type Options struct {
 	Registerer prometheus.Registerer
 	// Tracer makes spans of finished operations. Nil: none.
 	Tracer trace.Tracer
-	// Method is the fastest method that may be used for StopFirst. Empty means [MethodGate].
+	// Method is the fastest method that may be used for StopFirst. Empty means [opsv1.MethodGate].
 	Method Method
 	// CDISpecDir is one of the directories that the runtime reads CDI specs from, for
-	// [MethodGate]. Empty: the runtime is asked.
+	// [opsv1.MethodGate]. Empty: the runtime is asked.
 	CDISpecDir string
 	// Images is for upgrades and restarts with another image, which are refused without.
 	Images Images
@@ -80,20 +79,21 @@ type Options struct {
 
 // Engine runs operations and keeps their journal.
 type Engine struct {
-	view      *interceptors.View
-	log       logrus.FieldLogger
-	rt        runtimeapi.RuntimeServiceClient
-	img       runtimeapi.ImageServiceClient
-	disk      *store.Store
-	records   *store.Records // that of disk
-	hooks     *http.Client
-	legacyLog string
-	metrics   *metrics
-	tracer    trace.Tracer // nil: off
-	methods   *methods
-	overrides *store.Overrides // that of disk
-	images    Images           // nil: no upgrades and overrides
-	pods      Pods             // may be nil
+	view       *interceptors.View
+	log        logrus.FieldLogger
+	rt         runtimeapi.RuntimeServiceClient
+	img        runtimeapi.ImageServiceClient
+	disk       *store.Store
+	records    *store.Records // that of disk
+	node       *crinode.Client
+	hooks      *hooks.Runner
+	legacyLog  string
+	metrics    *metrics
+	tracer     trace.Tracer // nil: off
+	switchover *switchover.Prober
+	overrides  *store.Overrides // that of disk
+	images     Images           // nil: no upgrades and overrides
+	pods       Pods             // may be nil
 
 	// queue wakes Run for operations that are accepted and not yet started.
 	queue chan struct{}
@@ -107,8 +107,6 @@ type Engine struct {
 	// judging is held while containers are judged; judged is set once all have been. See Judge.
 	judging chan struct{}
 	judged  atomic.Bool
-	// gatesLost is set where not even the directory of the gates was there at the start.
-	gatesLost bool
 
 	mu      sync.Mutex // guards all following fields
 	ops     map[string]*operation.Operation
@@ -149,16 +147,18 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 	if err != nil {
 		return nil, errors.Join(err, journal.Close())
 	}
+	rt := runtimeapi.NewRuntimeServiceClient(crinode.Bound(o.Conn))
 	e := &Engine{
 		view:       o.View,
 		log:        log,
-		rt:         runtimeapi.NewRuntimeServiceClient(bounded{o.Conn}),
-		img:        runtimeapi.NewImageServiceClient(bounded{o.Conn}),
+		rt:         rt,
+		img:        runtimeapi.NewImageServiceClient(crinode.Bound(o.Conn)),
 		disk:       &store.Store{Journal: journal, Records: records, Boot: store.BootID()},
 		records:    records,
-		hooks:      hookClient(),
+		node:       &crinode.Client{Runtime: rt, Log: log},
+		hooks:      hooks.NewRunner(rt),
 		legacyLog:  o.LegacyLogDir,
-		methods:    newMethods(o.Method, o.StateDir, o.CDISpecDir),
+		switchover: switchover.NewProber(switchover.Options{StateDir: o.StateDir, Runtime: rt, Log: log, Best: o.Method, CDISpecDir: o.CDISpecDir}),
 		images:     o.Images,
 		tracer:     o.Tracer,
 		pods:       o.Pods,
@@ -177,8 +177,6 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 	if e.legacyLog == "" {
 		e.legacyLog = "/var/log/containers"
 	}
-	_, err = os.Lstat(gate.Dir(o.StateDir))
-	e.gatesLost = errors.Is(err, fs.ErrNotExist)
 	records.EachStarted(o.View.SetStarted)
 	records.EachHeld(o.View.HoldProbesUntil)
 	o.View.Guard()
@@ -200,20 +198,6 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		return nil, errors.Join(err, e.Close())
 	}
 	return e, nil
-}
-
-// bounded ends calls that have no deadline of their own after callTimeout: an operation that
-// waits for a runtime that hangs would hold its slot, and with it kubelet's calls, for ever.
-type bounded struct{ grpc.ClientConnInterface }
-
-func (b bounded) Invoke(ctx context.Context, method string, args, reply any, opts ...grpc.CallOption) error {
-	// A hook lasts as long as its command, as with kubelet.
-	if _, has := ctx.Deadline(); !has && method != runtimeapi.RuntimeService_ExecSync_FullMethodName {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, callTimeout)
-		defer cancel()
-	}
-	return b.ClientConnInterface.Invoke(ctx, method, args, reply, opts...)
 }
 
 // revive takes one operation from the journal, and makes the view show what its containers need.
@@ -341,8 +325,8 @@ func (e *Engine) Run(ctx context.Context) error {
 
 // begin does what is to be done once: it tidies up after earlier processes, until nothing of theirs can come about any more. wg owns what takes longer.
 func (e *Engine) begin(ctx context.Context, wg *sync.WaitGroup) {
-	if e.awaitRuntime(ctx) == nil {
-		e.probe(ctx)
+	if e.node.AwaitRuntime(ctx) == nil {
+		e.switchover.Probe(ctx)
 		e.tidy(ctx, wg)
 	}
 	if sleep(ctx, e.lateCreate) == nil && e.tidy(ctx, wg) {
@@ -362,7 +346,7 @@ func (e *Engine) Close() error {
 		e.log.Error("operations have ended that the journal knows as unfinished: the next process will take them up again")
 	}
 	e.overrides.Flush()
-	e.hooks.CloseIdleConnections()
+	e.hooks.Close()
 	return errors.Join(e.disk.Journal.Close(), e.records.Close())
 }
 
@@ -446,7 +430,7 @@ func (e *Engine) tidy(ctx context.Context, wg *sync.WaitGroup) bool {
 		list, err = e.forgetRemoved(ctx)
 	}
 	e.judge(ctx, list) // what has come about since
-	if err := e.methods.removeStray(e.knows); err != nil {
+	if err := e.switchover.RemoveStray(e.knows); err != nil {
 		e.log.WithError(err).Warn("gates that no operation knows not removed")
 	}
 	return true
@@ -477,23 +461,6 @@ func (e *Engine) forgetRemoved(ctx context.Context) ([]*runtimeapi.Container, er
 // lateCreate is how long after the start of a process a CreateContainer of the one before, which was cut off, may still
 // bring a container about: the runtime is then in the middle of it, which takes it milliseconds, seconds under load.
 const lateCreate = 15 * time.Second
-
-// awaitRuntime returns when the runtime answers.
-func (e *Engine) awaitRuntime(ctx context.Context) error {
-	wait := 20 * time.Millisecond
-	for {
-		call, cancel := context.WithTimeout(ctx, 10*time.Second)
-		_, err := e.rt.Version(call, &runtimeapi.VersionRequest{})
-		cancel()
-		if err == nil {
-			return nil
-		}
-		if err := sleep(ctx, wait); err != nil {
-			return err
-		}
-		wait = min(2*wait, time.Second)
-	}
-}
 
 // accept begins an operation: once it returns nil, the operation is in the journal. A command whose UID
 // is known is taken as repeated.

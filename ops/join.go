@@ -17,6 +17,8 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 )
 
@@ -209,8 +211,8 @@ func (r *restart) refusalToJoin(ctx context.Context) string {
 	return r.askKubelet(ctx, func(ctx context.Context, pod *podsapi.Pod) string {
 		name, rec := r.want.GetName(), r.rec()
 		request, err := r.requestOf(ctx, rec.Incumbent, rec.Sandbox)
-		hash := request.GetConfig().GetAnnotations()[annotationHash]
-		if err == nil && hash != "" && pod.Images[name] != "" && hash != kubeletHash(name, pod.Images[name]) {
+		hash := request.GetConfig().GetAnnotations()[criclone.AnnotationHash]
+		if err == nil && hash != "" && pod.Images[name] != "" && hash != criclone.KubeletHash(name, pod.Images[name]) {
 			// Kubelet makes a container of another image. The successor would run in between, for nothing.
 			return "the pod's spec has another image"
 		}
@@ -302,12 +304,12 @@ func (r *restart) recreate(ctx context.Context, q created) error {
 		return nil
 	}
 	r.log.WithField("differing", differing).Warn("kubelet asks for another container than the restart has made: it makes its own")
-	r.stopWithin(ctx, r.successor(), min(max(r.podGrace(ctx), minGrace), maxLateGrace*time.Second))
+	r.stopWithin(ctx, r.successor(), min(max(r.podGrace(ctx), crinode.MinGrace), maxLateGrace*time.Second))
 	if err := r.removeContainer(ctx, r.successor()); err != nil {
 		return failf(ReasonRuntime, "%v", err)
 	}
 	r.warn("kubelet made the container once more, because it asked for another one than there was: %s", strings.Join(differing, ", "))
-	r.setMethod(MethodKubelet)
+	r.setMethod(opsv1.MethodKubelet)
 	r.holdNext(ctx, adoptPatience)
 	return nil
 }
@@ -331,8 +333,8 @@ func (e *Engine) Fits(ctx context.Context, id string, req *runtimeapi.CreateCont
 		return false
 	}
 	labels := req.GetConfig().GetLabels()
-	asked := e.overridden(ctx, interceptors.Slot{PodUID: labels[labelPodUID], Container: labels[labelContainer]}, req)
-	if len(differs(sameMounts(ours, asked), asked)) > 0 {
+	asked := e.overridden(ctx, interceptors.Slot{PodUID: labels[criclone.LabelPodUID], Container: labels[criclone.LabelContainer]}, req)
+	if len(criclone.Diff(criclone.AlignMounts(ours, asked), asked)) > 0 {
 		return false
 	}
 	if err := e.match(ctx, id, asked); err != nil {

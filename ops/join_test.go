@@ -294,7 +294,7 @@ func TestJoinedCreation(t *testing.T) {
 				if adopted := n.rt.idOf(t, "app/1") == successor; adopted != tc.adopted {
 					t.Errorf("adopted: %v", adopted)
 				}
-				if c := op.GetContainers()[0]; !strings.Contains(warnings(op), tc.says) || (c.GetMethod() == string(MethodKubelet)) == tc.adopted {
+				if c := op.GetContainers()[0]; !strings.Contains(warnings(op), tc.says) || (c.GetMethod() == opsv1.MethodKubelet) == tc.adopted {
 					t.Errorf("operation: %v", op)
 				}
 			})

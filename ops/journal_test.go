@@ -252,19 +252,6 @@ func FuzzJournal(f *testing.F) {
 	})
 }
 
-// FuzzRecordedPreStop reads any annotations as hooks.
-func FuzzRecordedPreStop(f *testing.F) {
-	for _, s := range []string{`{"exec":{"command":["a"]}}`, `{"httpGet":{"port":"web","httpHeaders":[{"name":"a"}]}}`, `{"sleep":{"seconds":1}}`, `{`, `null`, `[]`, `{"httpGet":null}`} {
-		f.Add(s, `[{"name":"web","containerPort":80}]`)
-	}
-	f.Fuzz(func(t *testing.T, hook, ports string) {
-		h, err := recordedPreStop(map[string]string{annotationPreStop: hook, annotationPorts: ports})
-		if h != nil && (err != nil || h.GetAction() == nil) {
-			t.Errorf("hook %v with error %v", h, err)
-		}
-	})
-}
-
 // FuzzRestartRequest checks any bytes as a request; an accepted one must hold what the engine relies on.
 func FuzzRestartRequest(f *testing.F) {
 	f.Add(wire(f, restartRequest("op")), true)

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
 )
 
@@ -96,7 +97,7 @@ func TestEndIsWrittenWhenTheJournalIsBack(t *testing.T) {
 func TestGateOfALostStageIsRemoved(t *testing.T) {
 	n := newNode(t, podOptions{})
 	r := entry(t, "op", stepStage, time.Now())
-	r.Containers[0] = containerRecord{Step: stepStage, Sandbox: n.sandbox, Incumbent: n.rt.idOf(t, "app/0"), Token: someToken, Method: MethodGate}
+	r.Containers[0] = containerRecord{Step: stepStage, Sandbox: n.sandbox, Incumbent: n.rt.idOf(t, "app/0"), Token: someToken, Method: opsv1.MethodGate}
 	n.must(n.engine.journal.put("op", r))
 	state := n.copyState()
 	gates := filepath.Join(state, "gates")
@@ -133,7 +134,7 @@ func TestTracesOfARemovedSuccessor(t *testing.T) {
 					}
 					c := n.rt.get(t, "app/1")
 					n.rt.set(func(*fakeRuntime) { c.status.LogPath = log })
-					link = filepath.Join(links, logLinkName("shop", "default", "app", c.status.GetId()))
+					link = filepath.Join(links, criclone.LogLinkName("shop", "default", "app", c.status.GetId()))
 					if err := os.WriteFile(log, nil, 0o600); err != nil {
 						t.Error(err)
 					}

@@ -6,16 +6,14 @@ package ops
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
-)
 
-// maxFileName is what common file systems take.
-const maxFileName = 255
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
+)
 
 // logLink makes the symlink that kubelet makes when it starts a container, and only
 // then (pkg/kubelet/kuberuntime/legacy.go): log shippers follow it.
@@ -29,7 +27,7 @@ func (r *restart) logLink(ctx context.Context, id string) {
 			return err
 		}
 		pod := r.o.Pod()
-		err = os.Symlink(st.GetStatus().GetLogPath(), filepath.Join(r.legacyLog, logLinkName(pod.GetName(), pod.GetNamespace(), r.want.GetName(), id)))
+		err = os.Symlink(st.GetStatus().GetLogPath(), filepath.Join(r.legacyLog, criclone.LogLinkName(pod.GetName(), pod.GetNamespace(), r.want.GetName(), id)))
 		if errors.Is(err, fs.ErrExist) {
 			return nil
 		}
@@ -38,11 +36,4 @@ func (r *restart) logLink(ctx context.Context, id string) {
 	if err != nil && ctx.Err() == nil {
 		r.warn("log symlink: %v", err)
 	}
-}
-
-// logLinkName is kubelet's logSymlink (legacy.go), which cuts long names.
-func logLinkName(pod, namespace, container, id string) string {
-	const suffix = ".log"
-	name := fmt.Sprintf("%s_%s_%s-%s", pod, namespace, container, id)
-	return name[:min(len(name), maxFileName-len(suffix))] + suffix
 }

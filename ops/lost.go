@@ -18,8 +18,11 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
+	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
 
 // A container that an operation has made keeps its annotation for life, and an operation that has ended is forgotten after an hour. So a token that
@@ -81,7 +84,7 @@ func (e *Engine) Judge(ctx context.Context) error {
 // awaitJudged returns when Judge has succeeded, or ctx ends.
 func (e *Engine) awaitJudged(ctx context.Context) error {
 	for !e.judged.Load() {
-		err := e.awaitRuntime(ctx)
+		err := e.node.AwaitRuntime(ctx)
 		if err == nil {
 			err = e.Judge(ctx)
 		}
@@ -90,7 +93,7 @@ func (e *Engine) awaitJudged(ctx context.Context) error {
 		}
 		if err != nil {
 			e.log.WithError(err).Warn("the runtime does not list its containers; kubelet is told of none before it does")
-			if err := sleep(ctx, time.Second); err != nil {
+			if err := crinode.Sleep(ctx, time.Second); err != nil {
 				return err
 			}
 		}
@@ -103,7 +106,7 @@ func (e *Engine) judge(ctx context.Context, list []*runtimeapi.Container) {
 	slots := map[interceptors.Slot][]*runtimeapi.Container{}
 	open := map[interceptors.Slot]bool{} // there is something to decide
 	for _, c := range list {
-		slot := interceptors.Slot{PodUID: c.GetLabels()[labelPodUID], Container: c.GetLabels()[labelContainer]}
+		slot := interceptors.Slot{PodUID: c.GetLabels()[criclone.LabelPodUID], Container: c.GetLabels()[criclone.LabelContainer]}
 		slots[slot] = append(slots[slot], c)
 		token := c.GetAnnotations()[interceptors.StagedAnnotation]
 		open[slot] = open[slot] || e.undecided(token)
@@ -128,7 +131,7 @@ func (e *Engine) judgeSlot(ctx context.Context, slot interceptors.Slot, list []*
 		}
 		s := &stray{
 			id: c.GetId(), token: token, sandbox: c.GetPodSandboxId(), labels: c.GetLabels(),
-			pod:  c.GetLabels()[labelPodNamespace] + "/" + c.GetLabels()[labelPodName],
+			pod:  c.GetLabels()[criclone.LabelPodNamespace] + "/" + c.GetLabels()[criclone.LabelPodName],
 			runs: c.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING,
 		}
 		stray, left := e.isStray(c, token, incumbent), e.isLeftAlone(token)
@@ -198,14 +201,14 @@ func (e *Engine) undecided(token string) bool {
 
 // mayWait reports whether a container that runs may be waiting at its gate. Mostly its files tell; without any, all containers are asked.
 func (e *Engine) mayWait(ctx context.Context, s *stray) bool {
-	if e.methods.gate(s.token).Exists() {
+	if e.switchover.Gate(s.token).Exists() {
 		return true
 	}
-	if !e.gatesLost {
+	if !e.switchover.GatesLost() {
 		return false
 	}
-	_, info, err := e.inspect(ctx, s.id)
-	return err == nil && e.waits(info.PID, s.id)
+	_, info, err := e.node.Inspect(ctx, s.id)
+	return err == nil && e.switchover.Waits(info.PID, s.id)
 }
 
 // keepToken keeps the gate of the token from being taken for one that nobody knows, as long as those are looked for.
@@ -236,9 +239,9 @@ func (e *Engine) serves(ctx context.Context, list []*runtimeapi.Container) *runt
 // awaitEnd waits until the runtime knows that the container has ended, for as long as it may be behind the kernel: until then kubelet would
 // be shown two that run.
 func (e *Engine) awaitEnd(ctx context.Context, id string) {
-	for until := time.Now().Add(hookPatience); time.Now().Before(until); {
+	for until := time.Now().Add(switchover.HookTimeout); time.Now().Before(until); {
 		st, err := e.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
-		if err != nil || st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING || sleep(ctx, 20*time.Millisecond) != nil {
+		if err != nil || st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING || crinode.Sleep(ctx, 20*time.Millisecond) != nil {
 			return
 		}
 	}
@@ -247,16 +250,16 @@ func (e *Engine) awaitEnd(ctx context.Context, id string) {
 // isShell reports whether the first one has ended since the list was made, or its process is gone, by the kernel's word. That this process can see
 // the runtime's processes at all is told by those of the others.
 func (e *Engine) isShell(ctx context.Context, list []*runtimeapi.Container) bool {
-	st, info, err := e.inspect(ctx, list[0].GetId())
+	st, info, err := e.node.Inspect(ctx, list[0].GetId())
 	switch {
 	case status.Code(err) == codes.NotFound, err == nil && st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING:
 		return true
-	case err != nil, info.PID == 0, e.methods.owned(info.PID, list[0].GetId()) == nil:
+	case err != nil, info.PID == 0, e.switchover.OfContainer(info.PID, list[0].GetId()) == nil:
 		return false
 	}
 	return slices.ContainsFunc(list[1:], func(c *runtimeapi.Container) bool {
-		_, info, err := e.inspect(ctx, c.GetId())
-		return err == nil && info.PID != 0 && e.methods.owned(info.PID, c.GetId()) == nil
+		_, info, err := e.node.Inspect(ctx, c.GetId())
+		return err == nil && info.PID != 0 && e.switchover.OfContainer(info.PID, c.GetId()) == nil
 	})
 }
 
@@ -277,7 +280,7 @@ func (e *Engine) isStray(c *runtimeapi.Container, token string, incumbent *runti
 }
 
 func (s *stray) fields() logrus.Fields {
-	return logrus.Fields{"pod": s.pod, "container": s.labels[labelContainer], "id": s.id}
+	return logrus.Fields{"pod": s.pod, "container": s.labels[criclone.LabelContainer], "id": s.id}
 }
 
 // takeLost returns the slots that are to be taken care of.
@@ -358,7 +361,7 @@ func (e *Engine) clearAll(ctx context.Context, l *lostSlot, list []*stray) {
 			if ctx.Err() == nil {
 				e.log.WithFields(s.fields()).WithError(err).Warn("staged container that no operation knows not removed; trying again")
 			}
-			if sleep(ctx, wait) != nil {
+			if crinode.Sleep(ctx, wait) != nil {
 				return
 			}
 		}
@@ -367,7 +370,7 @@ func (e *Engine) clearAll(ctx context.Context, l *lostSlot, list []*stray) {
 
 // takeAway stops and removes a stray and what belongs to it. It is shown instead if nothing else runs in its slot any more: it is what serves then.
 func (e *Engine) takeAway(ctx context.Context, l *lostSlot, s *stray) error {
-	st, info, err := e.inspect(ctx, s.id)
+	st, info, err := e.node.Inspect(ctx, s.id)
 	switch {
 	case status.Code(err) == codes.NotFound:
 		e.strayGone(s)
@@ -388,19 +391,19 @@ func (e *Engine) takeAway(ctx context.Context, l *lostSlot, s *stray) error {
 			return nil
 		}
 		e.unmask(l, s) // from here on the end of the old container is kubelet's to see
-		grace := minGrace
-		if !e.waits(info.PID, s.id) {
+		grace := crinode.MinGrace
+		if !e.switchover.Waits(info.PID, s.id) {
 			grace = graceOf(st.GetAnnotations(), maxLateGrace*time.Second)
 		}
 		if err := e.stopHeld(ctx, l.hold, s.id, grace); err != nil {
 			return err
 		}
 	}
-	files := e.tracesOf(s.labels[labelPodName], s.labels[labelPodNamespace], s.labels[labelContainer], s.id)
-	if !ran(st) || e.methods.gate(s.token).Exists() {
+	files := e.tracesOf(s.labels[criclone.LabelPodName], s.labels[criclone.LabelPodNamespace], s.labels[criclone.LabelContainer], s.id)
+	if !ran(st) || e.switchover.Gate(s.token).Exists() {
 		files = append(files, st.GetLogPath()) // of an application that ran it says what it did
 	}
-	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
+	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), crinode.CallTimeout)
 	defer cancel()
 	if _, err := e.rt.RemoveContainer(call, &runtimeapi.RemoveContainerRequest{ContainerId: s.id}); err != nil {
 		return err
@@ -437,7 +440,7 @@ func (e *Engine) strayGone(s *stray) {
 	e.view.Forget(s.id)
 	s.claim.Discard()
 	s.runs = false
-	if err := e.methods.gate(s.token).Remove(); err != nil {
+	if err := e.switchover.Gate(s.token).Remove(); err != nil {
 		e.log.WithError(err).Warn("gate not removed")
 	}
 }
@@ -451,21 +454,21 @@ func (r *restart) abandon(ctx context.Context, claim *interceptors.Claim, rec co
 	}
 	pod := r.o.Pod()
 	s := &stray{id: rec.Successor, token: rec.Token, pod: podName(pod), sandbox: rec.Sandbox, labels: map[string]string{
-		labelPodName: pod.GetName(), labelPodNamespace: pod.GetNamespace(), labelPodUID: pod.GetUid(), labelContainer: r.want.GetName(),
+		criclone.LabelPodName: pod.GetName(), criclone.LabelPodNamespace: pod.GetNamespace(), criclone.LabelPodUID: pod.GetUid(), criclone.LabelContainer: r.want.GetName(),
 	}}
 	s.runs = rec.Incumbent != "" // it may, and its incumbent may have ended
 	s.claim = r.view.Stray(claim.Slot(), s.sandbox, s.token, s.id, rec.Incumbent)
 	claim.Discard()
 	l := &lostSlot{slot: claim.Slot(), hold: claim}
 	over := guard.Do(r.log, func() {
-		for sleep(ctx, 0) == nil {
+		for crinode.Sleep(ctx, 0) == nil {
 			err := r.findLost(ctx, l, s)
 			if err == nil {
 				r.clear(ctx, l)
 				return
 			}
 			r.log.WithError(err).Warn("what the operation has left is not found; trying again")
-			_ = sleep(ctx, time.Second)
+			_ = crinode.Sleep(ctx, time.Second)
 		}
 	})
 	if !over {
@@ -479,7 +482,7 @@ func (e *Engine) findLost(ctx context.Context, l *lostSlot, s *stray) error {
 	if err != nil {
 		return err
 	}
-	of := slices.DeleteFunc(list.GetContainers(), func(c *runtimeapi.Container) bool { return c.GetLabels()[labelContainer] != l.slot.Container })
+	of := slices.DeleteFunc(list.GetContainers(), func(c *runtimeapi.Container) bool { return c.GetLabels()[criclone.LabelContainer] != l.slot.Container })
 	slices.SortFunc(of, func(a, b *runtimeapi.Container) int { return cmp.Compare(a.GetCreatedAt(), b.GetCreatedAt()) })
 	serves := e.serves(ctx, of)
 	i := slices.IndexFunc(of, func(c *runtimeapi.Container) bool {
@@ -510,21 +513,16 @@ func (e *Engine) isAlone(ctx context.Context, slot interceptors.Slot, s *stray) 
 	if err != nil {
 		return false, err
 	}
-	of := slices.DeleteFunc(list.GetContainers(), func(c *runtimeapi.Container) bool { return c.GetLabels()[labelContainer] != slot.Container })
+	of := slices.DeleteFunc(list.GetContainers(), func(c *runtimeapi.Container) bool { return c.GetLabels()[criclone.LabelContainer] != slot.Container })
 	slices.SortFunc(of, func(a, b *runtimeapi.Container) int { return cmp.Compare(a.GetCreatedAt(), b.GetCreatedAt()) })
 	first := e.serves(ctx, of)
 	return first.GetId() == s.id, nil
 }
 
-// waits reports whether the process of the container has not come to its entrypoint.
-func (e *Engine) waits(pid int, id string) bool {
-	return pid > 0 && e.methods.owned(pid, id) == nil && gate.Waiting(pid)
-}
-
 // stopHeld stops a container, within a shorter grace once kubelet waits for the slot.
 func (e *Engine) stopHeld(ctx context.Context, hold *interceptors.Claim, id string, grace time.Duration) error {
 	stop := func(ctx context.Context, grace time.Duration) error {
-		ctx, cancel := context.WithTimeout(ctx, grace+callTimeout)
+		ctx, cancel := context.WithTimeout(ctx, grace+crinode.CallTimeout)
 		defer cancel()
 		_, err := e.rt.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: id, Timeout: int64(grace / time.Second)})
 		return err
@@ -533,21 +531,21 @@ func (e *Engine) stopHeld(ctx context.Context, hold *interceptors.Claim, id stri
 		return stop(ctx, grace)
 	}
 	// The call is cut off when kubelet comes, or the daemon ends: it has asked the process to stop, and kills it no sooner.
-	first, end := endWith(ctx, hold.Yielded())
+	first, end := crinode.EndWith(ctx, hold.Yielded())
 	err := stop(first, grace)
 	end()
 	y := hold.YieldedTo()
 	if err == nil || ctx.Err() != nil || y == nil {
 		return err
 	}
-	return stop(ctx, max(minGrace, min(grace, time.Duration(y.Grace)*time.Second)))
+	return stop(ctx, max(crinode.MinGrace, min(grace, time.Duration(y.Grace)*time.Second)))
 }
 
 // letPass lets a container pass that waits at its gate while nothing else of its slot runs. It returns false if ctx has ended before that.
 func (e *Engine) letPass(ctx context.Context, l *lostSlot) (over bool) {
 	s := l.waits
 	log := e.log.WithFields(s.fields())
-	g := e.methods.gate(s.token)
+	g := e.switchover.Gate(s.token)
 	defer func() {
 		if !over {
 			return
@@ -560,19 +558,19 @@ func (e *Engine) letPass(ctx context.Context, l *lostSlot) (over bool) {
 		log.Warn("a container that no operation knows waits at its gate and is not what the pod's spec asks for: kubelet replaces it")
 		return true
 	}
-	waiting, cancel := context.WithTimeout(ctx, e.methods.gatePatience)
+	waiting, cancel := context.WithTimeout(ctx, e.switchover.GateTimeout)
 	defer cancel()
 	if l.hold != nil {
 		var end func()
-		waiting, end = endWith(waiting, l.hold.Yielded())
+		waiting, end = crinode.EndWith(waiting, l.hold.Yielded())
 		defer end()
 	}
 	err := g.Await(waiting, func() error {
-		st, info, err := e.inspect(waiting, s.id)
+		st, info, err := e.node.Inspect(waiting, s.id)
 		switch {
 		case status.Code(err) == codes.NotFound, err == nil && st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING:
 			return errPassed
-		case err == nil && e.methods.owned(info.PID, s.id) == nil && !gate.Waiting(info.PID):
+		case err == nil && e.switchover.OfContainer(info.PID, s.id) == nil && !gate.Waiting(info.PID):
 			return errPassed
 		}
 		return nil // the runtime may be restarting
@@ -591,8 +589,8 @@ func (e *Engine) letPass(ctx context.Context, l *lostSlot) (over bool) {
 	case errors.Is(err, errPassed):
 		return true
 	}
-	_, info, ierr := e.inspect(ctx, s.id)
-	waits := ierr == nil && e.waitsOn(ctx, info.PID, s.id)
+	_, info, ierr := e.node.Inspect(ctx, s.id)
+	waits := ierr == nil && e.switchover.StillWaits(ctx, info.PID, s.id)
 	switch {
 	case ctx.Err() != nil:
 		g.Leave() // for the next process
@@ -600,25 +598,11 @@ func (e *Engine) letPass(ctx context.Context, l *lostSlot) (over bool) {
 	case waits:
 		// Nobody can let it pass: kubelet's policy is for one that has ended.
 		log.WithError(err).Warn("a container that no operation knows cannot pass its gate, and is stopped")
-		if err := e.stopHeld(ctx, nil, s.id, minGrace); err != nil {
+		if err := e.stopHeld(ctx, nil, s.id, crinode.MinGrace); err != nil {
 			log.WithError(err).Warn("container not stopped")
 		}
 	}
 	return true
-}
-
-// waitsOn is waits for a container that may be about to come to its entrypoint, without any gate: that takes as long as the runtime's process
-// needs to execute it. If ctx ends before that is known the container is taken to wait.
-func (e *Engine) waitsOn(ctx context.Context, pid int, id string) bool {
-	for until := time.Now().Add(hookPatience); e.waits(pid, id); {
-		if time.Now().After(until) {
-			return true
-		}
-		if sleep(ctx, 10*time.Millisecond) != nil {
-			return true
-		}
-	}
-	return false
 }
 
 // errPassed says that nothing waits at a gate any more.
@@ -632,20 +616,20 @@ func (e *Engine) unwanted(ctx context.Context, s *stray) bool {
 	}
 	ctx, cancel := context.WithTimeout(ctx, podsPatience)
 	defer cancel()
-	pod, err := e.pods.Pod(ctx, s.labels[labelPodUID])
-	if err != nil || pod.Images[s.labels[labelContainer]] == "" {
+	pod, err := e.pods.Pod(ctx, s.labels[criclone.LabelPodUID])
+	if err != nil || pod.Images[s.labels[criclone.LabelContainer]] == "" {
 		return false
 	}
 	st, err := e.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: s.id})
-	name := s.labels[labelContainer]
-	return err == nil && st.GetStatus().GetAnnotations()[annotationHash] != kubeletHash(name, pod.Images[name])
+	name := s.labels[criclone.LabelContainer]
+	return err == nil && st.GetStatus().GetAnnotations()[criclone.AnnotationHash] != criclone.KubeletHash(name, pod.Images[name])
 }
 
 // graceOf is what kubelet gives a container to stop, at most the time given.
 func graceOf(annotations map[string]string, most time.Duration) time.Duration {
-	s, err := strconv.ParseInt(annotations[annotationTerminationGrace], 10, 32)
+	s, err := strconv.ParseInt(annotations[criclone.AnnotationTerminationGrace], 10, 32)
 	if err != nil || s < 0 {
 		return min(defaultGrace, most)
 	}
-	return max(minGrace, min(time.Duration(s)*time.Second, most))
+	return max(crinode.MinGrace, min(time.Duration(s)*time.Second, most))
 }

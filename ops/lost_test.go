@@ -381,7 +381,7 @@ func TestLateCreationsAreHidden(t *testing.T) {
 // A container without a gate is called as one that waits at it until it executes its entrypoint. With gates and journal lost it is not taken
 // for one.
 func TestLostAtItsEntrypoint(t *testing.T) {
-	n := newNode(t, podOptions{processes: true, method: MethodPidfd})
+	n := newNode(t, podOptions{processes: true, method: opsv1.MethodPidfd})
 	n.runTidied()
 	n.rt.set(func(f *fakeRuntime) { f.processes.slowExec = 300 * time.Millisecond })
 	n.restart("op")
@@ -411,7 +411,7 @@ func TestShellsDoNotServe(t *testing.T) {
 	n.must(os.Remove(filepath.Join(state, "journal.db")))
 	n.boot(state)
 	n.state = state
-	n.engine.methods.owned = func(pid int, container string) error {
+	n.engine.switchover.OfContainer = func(pid int, container string) error {
 		if container == old.status.GetId() {
 			return fs.ErrNotExist // /proc/PID/cgroup of a process that is gone
 		}

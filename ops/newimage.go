@@ -14,17 +14,20 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
 // Reasons of operations with another image that did not succeed, beside those of restarts.
 const (
-	ReasonPullFailed     = opsv1.ReasonPullFailed
-	ReasonPrepareTimeout = opsv1.ReasonPrepareTimeout
-	ReasonSameImage      = opsv1.ReasonImageUnchanged
-	ReasonImageMoved     = opsv1.ReasonImageMoved
-	ReasonNotOverridden  = opsv1.ReasonImageNotOverridden
+	ReasonPullFailed     = "PullFailed"
+	ReasonPrepareTimeout = "PrepareTimeout"
+	ReasonSameImage      = "ImageUnchanged"
+	ReasonImageMoved     = "ImageMoved"
+	ReasonNotOverridden  = "ImageNotOverridden"
+	ReasonImageUnfit     = "ImageUnfit" // the image cannot run as that container
 )
 
 // reasonCredentialsNeeded is that of a pull that waits for them, as with pulls ahead of time.
@@ -48,7 +51,7 @@ func (r *restart) slot() interceptors.Slot { return r.c.Slot() }
 func (r *restart) withinPatience(ctx context.Context, began time.Time, limit time.Duration, f func(context.Context) error) error {
 	ready, cancel := context.WithDeadline(ctx, began.Add(limit))
 	defer cancel()
-	call, end := endWith(ready, r.o.Cancelled())
+	call, end := crinode.EndWith(ready, r.o.Cancelled())
 	defer end()
 	err := f(call)
 	var out *outcome
@@ -119,7 +122,7 @@ func (r *restart) pull(ctx context.Context, want *opsv1.ContainerUpgrade) error 
 		if by, ok := ctx.Deadline(); ok {
 			req.Deadline = durationpb.New(max(time.Second, time.Until(by)))
 		}
-		pull, end := endWith(ctx, others)
+		pull, end := crinode.EndWith(ctx, others)
 		done, err := r.images.Ensure(pull, req, func(p *opsv1.PullOperation) {
 			r.show(func(c *opsv1.ContainerOperation) { c.Pull = briefly(p) })
 		})
@@ -177,10 +180,10 @@ const pinPatience = 10 * time.Second
 
 // pinOld keeps the image that is replaced on the node, for the way back. The slot is taken: what is staged in it is not taken for
 // what runs.
-func (r *restart) pinOld(ctx context.Context, at *target) {
+func (r *restart) pinOld(ctx context.Context, at *crinode.Target) {
 	ctx, cancel := context.WithTimeout(ctx, pinPatience)
 	defer cancel()
-	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: at.incumbent})
+	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: at.Incumbent})
 	if err == nil {
 		err = r.images.Pin(ctx, st.GetStatus().GetImageRef(), r.pinOwner(), time.Now().Add(orElse(r.o.Upgrade().GetPinFor(), defaultPin)))
 	}
@@ -198,17 +201,25 @@ func (e *noRequestError) Unwrap() error { return e.err }
 // fitImage returns the request that made the container, if the image can take the place of the one there.
 //
 // Errors: an *outcome, a *noRequestError, or the runtime's.
-func (r *restart) fitImage(ctx context.Context, at *target) (*runtimeapi.CreateContainerRequest, error) {
+func (r *restart) fitImage(ctx context.Context, at *crinode.Target) (*runtimeapi.CreateContainerRequest, error) {
 	want := r.change.want
 	st, err := r.imageStatus(ctx, want.GetImage())
 	if err != nil {
 		return nil, err
 	}
-	request, err := r.requestOf(ctx, at.incumbent, at.sandbox)
+	request, err := r.requestOf(ctx, at.Incumbent, at.Sandbox)
 	if err != nil {
 		return nil, &noRequestError{err}
 	}
-	return request, imageFits(st, request, want)
+	return request, unfit(criclone.CheckImage(st, request, want))
+}
+
+// unfit makes an outcome of the error of a check of an image; nil of nil.
+func unfit(err error) error {
+	if err == nil {
+		return nil
+	}
+	return failf(ReasonImageUnfit, "%v", err)
 }
 
 // imageStatus is the verbose status of an image that is on the node.
@@ -229,7 +240,7 @@ func (r *restart) loadImages(ctx context.Context, ref, old string) error {
 		if *into != nil {
 			continue
 		}
-		err := r.patiently(ctx, func() error {
+		err := r.node.Retry(ctx, func() error {
 			st, err := r.img.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: ref}})
 			*into = st.GetImage()
 			return err
@@ -309,7 +320,7 @@ func (r *restart) revertStopped(err error) bool {
 
 // planImage checks the image of a restart with another one and returns the override that it comes to; nil if it is the
 // end of one. The slot is taken.
-func (r *restart) planImage(ctx context.Context, at *target) (*store.Override, error) {
+func (r *restart) planImage(ctx context.Context, at *crinode.Target) (*store.Override, error) {
 	now := r.overrides.Of(r.slot())
 	if r.want.GetRevertImage() {
 		if now == nil {
@@ -330,7 +341,7 @@ func (r *restart) planImage(ctx context.Context, at *target) (*store.Override, e
 	if err := r.loadImages(ctx, name, config.GetImage().GetImage()); err != nil {
 		return nil, err
 	}
-	spec, nonRoot := now.SpecImageOf(runs), nonRootByImage(config, r.change.old)
+	spec, nonRoot := now.SpecImageOf(runs), criclone.NonRootByImage(config, r.change.old)
 	if now != nil && now.Stale(runs) {
 		r.overrides.Drop(now)
 		now = nil
@@ -346,7 +357,7 @@ func (r *restart) planImage(ctx context.Context, at *target) (*store.Override, e
 	}
 	r.pinOld(ctx, at)
 	switch {
-	case nonRoot && isRoot(imageUser(r.change.image)):
+	case nonRoot && criclone.IsRoot(criclone.ImageUser(r.change.image)):
 		return nil, failf(ReasonImageUnfit, "image %s runs as root and that of the pod's spec does not: the pod may insist on that, which this node cannot tell; change the pod's spec instead", name)
 	case spec == "":
 		return nil, failf(ReasonCreateFailed, "kubelet does not tell which image the spec of container %q has, so that an override could not last", r.want.GetName())
@@ -372,9 +383,9 @@ func (r *restart) useImage(ctx context.Context, c *runtimeapi.ContainerConfig) e
 	if err := r.loadImages(ctx, ref, c.GetImage().GetImage()); err != nil {
 		return err
 	}
-	setImage(c, name, r.change.image.GetId())
+	criclone.SetImage(c, name, r.change.image.GetId())
 	if r.change.want.RunAsUser == nil { // else it is the pod's and not the image's
-		adoptImageUser(c, r.change.old, r.change.image)
+		criclone.AdoptImageUser(c, r.change.old, r.change.image)
 	}
 	return nil
 }

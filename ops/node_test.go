@@ -29,6 +29,8 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/switchover"
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
@@ -54,8 +56,8 @@ type daemon struct {
 	stop func() // ends Run
 	ran  sync.WaitGroup
 
-	mu      sync.Mutex   // guards watches
-	watches []*exitWatch // all that the engine has made
+	mu      sync.Mutex         // guards watches
+	watches []*switchover.Exit // all that the engine has made
 }
 
 // node is a node with one pod: containers app and web, made by kubelet through the proxy.
@@ -127,13 +129,13 @@ func (n *node) boot(state string) {
 		t.Fatal(err)
 	}
 	if n.rt.processes != nil {
-		d.engine.methods.owned, d.engine.methods.watch = n.rt.owned, d.watch(n.rt)
+		d.engine.switchover.OfContainer, d.engine.switchover.Watch = n.rt.owned, d.watch(n.rt)
 	}
 	if n.room != nil {
-		d.engine.methods.cgroups = n.room.find
+		d.engine.switchover.FindPod = n.room.find
 	}
 	d.engine.lateCreate = time.Hour // tests count calls
-	d.engine.methods.gatePatience = waitLong
+	d.engine.switchover.GateTimeout = waitLong
 	d.engine.journal.unsynced() // no power is cut here; copies of the file are made by this process
 	d.api = NewServer(d.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
 	d.server = proxy.NewServer(up, proxy.Options{Director: interceptors.New(interceptors.Options{View: d.view, Records: d.engine.Records(), Runtime: up.Conn(), Log: log, Judge: d.engine, Overrides: d.engine.Overrides(), Pods: d.engine, Successors: d.engine})})
@@ -178,12 +180,12 @@ func (n *node) boot(state string) {
 }
 
 // watch watches processes of the runtime's containers.
-func (d *daemon) watch(f *fakeRuntime) func(int, string) (*exitWatch, error) {
-	return func(pid int, container string) (*exitWatch, error) {
+func (d *daemon) watch(f *fakeRuntime) func(int, string) (*switchover.Exit, error) {
+	return func(pid int, container string) (*switchover.Exit, error) {
 		if err := f.owned(pid, container); err != nil {
 			return nil, err
 		}
-		w, err := watchProcess(pid)
+		w, err := switchover.WatchProcess(pid)
 		if err != nil {
 			return nil, err // it has ended meanwhile
 		}
@@ -200,7 +202,7 @@ func (n *node) crash() string {
 	n.leash.cut()
 	n.mu.Lock()
 	for _, w := range n.watches {
-		_ = w.file.Close() // nobody is told of its end then
+		w.Close() // nobody is told of its end then
 	}
 	n.mu.Unlock()
 	state := n.copyState()
@@ -249,7 +251,7 @@ func (n *node) sandboxConfig() *runtimeapi.PodSandboxConfig {
 	return &runtimeapi.PodSandboxConfig{
 		Metadata:     &runtimeapi.PodSandboxMetadata{Name: "shop", Namespace: "default", Uid: podUID},
 		LogDirectory: "/var/log/pods/shop",
-		Labels:       map[string]string{labelPodName: "shop", labelPodNamespace: "default", labelPodUID: podUID},
+		Labels:       map[string]string{criclone.LabelPodName: "shop", criclone.LabelPodNamespace: "default", criclone.LabelPodUID: podUID},
 	}
 }
 
@@ -264,10 +266,10 @@ func (n *node) terminationDir(name string) string {
 func (n *node) containerConfig(name string, attempt uint32) *runtimeapi.ContainerConfig {
 	return &runtimeapi.ContainerConfig{
 		Metadata: &runtimeapi.ContainerMetadata{Name: name, Attempt: attempt},
-		Labels:   map[string]string{labelPodName: "shop", labelPodNamespace: "default", labelPodUID: podUID, labelContainer: name},
+		Labels:   map[string]string{criclone.LabelPodName: "shop", criclone.LabelPodNamespace: "default", criclone.LabelPodUID: podUID, criclone.LabelContainer: name},
 		Annotations: map[string]string{
-			"io.kubernetes.container.hash": "abc", annotationRestartCount: fmt.Sprint(attempt), annotationTerminationGrace: "30",
-			annotationTerminationPath: "/dev/termination-log",
+			"io.kubernetes.container.hash": "abc", criclone.AnnotationRestartCount: fmt.Sprint(attempt), criclone.AnnotationTerminationGrace: "30",
+			criclone.AnnotationTerminationPath: "/dev/termination-log",
 		},
 		Envs:    []*runtimeapi.KeyValue{{Key: "BLOB", Value: []byte{0xff, 0xfe, 'a'}}},
 		Mounts:  []*runtimeapi.Mount{{ContainerPath: "/dev/termination-log", HostPath: filepath.Join(n.terminationDir(name), "0a0b0c0d")}},
@@ -559,3 +561,12 @@ func (s *signals) await(t testing.TB, part string) {
 
 // clone of a message, typed.
 func clone[M proto.Message](m M) M { return proto.Clone(m).(M) }
+
+func awaitClosed(t *testing.T, c <-chan struct{}) {
+	t.Helper()
+	select {
+	case <-c:
+	case <-time.After(waitLong):
+		t.Fatal("it is not told")
+	}
+}

@@ -12,7 +12,9 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
+	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
 
 // beforeOverlap writes that the successor is about to run beside the incumbent.
@@ -43,7 +45,7 @@ func (r *restart) maskWhenGone() {
 		r.claim.Mask() // nothing tells its end in time
 		return
 	}
-	go func(w *exitWatch) { // ends with the process or the watch
+	go func(w *switchover.Exit) { // ends with the process or the watch
 		<-w.done
 		if w.over() {
 			guard.Do(r.log, r.claim.Mask)
@@ -90,12 +92,12 @@ func (r *restart) overlap(ctx context.Context) error {
 
 // awaitReady waits until the successor has run for the time asked for, or until there is nothing left to wait for.
 func (r *restart) awaitReady(ctx context.Context, id string) error {
-	wait, end := endWith(ctx, r.claim.Yielded())
+	wait, end := crinode.EndWith(ctx, r.claim.Yielded())
 	defer end()
-	wait, end = endWith(wait, r.o.Cancelled())
+	wait, end = crinode.EndWith(wait, r.o.Cancelled())
 	defer end()
-	if gone := r.exit.ended(); gone != nil {
-		wait, end = endWith(wait, gone)
+	if gone := r.exit.Ended(); gone != nil {
+		wait, end = crinode.EndWith(wait, gone)
 		defer end()
 	}
 	until := time.Now().Add(time.Duration(r.want.GetMinReadySeconds()) * time.Second)
@@ -107,10 +109,10 @@ func (r *restart) awaitReady(ctx context.Context, id string) error {
 			return err
 		}
 		left := time.Until(until)
-		if left <= 0 || r.exit.over() {
+		if left <= 0 || r.exit.Over() {
 			return nil
 		}
-		_ = sleep(wait, min(left, readyPoll)) // why it ended is asked above
+		_ = crinode.Sleep(wait, min(left, readyPoll)) // why it ended is asked above
 	}
 }
 
@@ -122,8 +124,8 @@ func (r *restart) successorRuns(ctx context.Context, id string) error {
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()
-		case status.Code(err) == codes.Unavailable && try < maxTries:
-			if err := r.awaitReturn(ctx, try); err != nil {
+		case status.Code(err) == codes.Unavailable && try < crinode.MaxTries:
+			if err := r.node.AwaitReturn(ctx, try); err != nil {
 				return err
 			}
 		case err != nil:

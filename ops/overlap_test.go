@@ -13,6 +13,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
 
 // readyAfter asks for StartFirst and that the successor runs for so long.
@@ -194,10 +195,10 @@ func TestIncumbentEndsBesideItsSuccessor(t *testing.T) {
 func TestIncumbentEndsWhileTheJournalIsWritten(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
 	n.runTidied()
-	watch := n.engine.methods.watch
+	watch := n.engine.switchover.Watch
 	j := n.engine.journal
 	free := make(chan struct{})
-	n.engine.methods.watch = func(pid int, container string) (*exitWatch, error) {
+	n.engine.switchover.Watch = func(pid int, container string) (*switchover.Exit, error) {
 		w, err := watch(pid, container)
 		db, dbErr := j.DB()
 		n.must(dbErr)

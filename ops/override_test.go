@@ -19,6 +19,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
 )
 
 var appSlot = interceptors.Slot{PodUID: podUID, Container: "app"}
@@ -164,7 +165,7 @@ func TestNonRootByImage(t *testing.T) {
 			c := &runtimeapi.ContainerConfig{Linux: &runtimeapi.LinuxContainerConfig{
 				SecurityContext: &runtimeapi.LinuxContainerSecurityContext{RunAsUser: tc.uid, RunAsUsername: tc.username},
 			}}
-			if got := nonRootByImage(c, tc.image); got != tc.want {
+			if got := criclone.NonRootByImage(c, tc.image); got != tc.want {
 				t.Errorf("got %v", got)
 			}
 		})

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
 )
 
 // A kubelet since 1.35 takes a new container for started where it took the one before for started and has not seen the slot empty in
@@ -79,7 +81,7 @@ func (r *restart) holdNext(ctx context.Context, within time.Duration) {
 		image = r.change.want.GetImage()
 	}
 	r.view.WhenCreated(r.slot(), time.Now().Add(within), func(id string, req *runtimeapi.CreateContainerRequest) bool {
-		if image != "" && req.GetConfig().GetAnnotations()[annotationHash] != kubeletHash(name, image) {
+		if image != "" && req.GetConfig().GetAnnotations()[criclone.AnnotationHash] != criclone.KubeletHash(name, image) {
 			return false // kubelet has not seen the new spec yet
 		}
 		e.quiet(id, hold)

@@ -15,6 +15,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 )
 
@@ -145,7 +146,7 @@ func TestProbesAreHeldInUpgrades(t *testing.T) {
 				c.Envs = append(c.Envs, &runtimeapi.KeyValue{Key: "NEW"})
 			}))
 			op := n.ends("op", succeeded, upgraded)
-			if m := op.GetContainers()[0].GetMethod(); m != string(MethodKubelet) {
+			if m := op.GetContainers()[0].GetMethod(); m != opsv1.MethodKubelet {
 				t.Errorf("method is %s", m)
 			}
 			n.wantHeld("app/1", 12*time.Second)
@@ -155,7 +156,7 @@ func TestProbesAreHeldInUpgrades(t *testing.T) {
 		inUpNode(t, func(t *testing.T, n *upNode) {
 			app := n.rt.idOf(t, "app/0")
 			req := n.engine.records.request(app)
-			req.Config.Annotations[annotationHash] = "of another kubelet"
+			req.Config.Annotations[criclone.AnnotationHash] = "of another kubelet"
 			n.engine.records.Created(app, wire(t, req))
 			n.prepared("op", hold)
 			n.commit("op")

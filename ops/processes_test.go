@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
 )
 
@@ -221,7 +222,7 @@ func (q *fakeProcess) verbose(config *runtimeapi.ContainerConfig) map[string]str
 	}
 	handler := q.handler
 	if handler == "" {
-		handler = runcType
+		handler = crinode.RuncType
 	}
 	b, err := json.Marshal(map[string]any{"config": config, "pid": q.cmd.Process.Pid, "runtimeType": handler})
 	if err != nil {

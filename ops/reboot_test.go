@@ -12,6 +12,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
 // powerOff leaves of the pod what containerd has of it after the next boot: the sandbox is not ready, and containers of which it knows nothing better
@@ -112,7 +114,7 @@ func TestGapEndsWithTheEntrypoint(t *testing.T) {
 				t.Fatalf("ended %s: %s", got, op.GetMessage())
 			}
 			one := op.GetContainers()[0]
-			if one.GetMethod() != string(MethodGate) || one.GetGap().AsDuration() < takes {
+			if one.GetMethod() != opsv1.MethodGate || one.GetGap().AsDuration() < takes {
 				t.Errorf("gap %s by method %s, the application began %s after its gate was opened", one.GetGap().AsDuration(), one.GetMethod(), takes)
 			}
 			st, err := n.kubelet.ContainerStatus(t.Context(), &runtimeapi.ContainerStatusRequest{ContainerId: one.GetSuccessorId()})

@@ -12,6 +12,8 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/environment"
 )
 
@@ -52,8 +54,8 @@ func (r *restart) renew(ctx context.Context, c *runtimeapi.ContainerConfig) erro
 // meant. If not, it must not run.
 func (r *restart) checkParts(ctx context.Context, rec containerRecord) error {
 	var st *runtimeapi.ContainerStatus
-	err := r.patiently(ctx, func() (err error) {
-		st, _, err = r.inspect(ctx, rec.Successor)
+	err := r.node.Retry(ctx, func() (err error) {
+		st, _, err = r.node.Inspect(ctx, rec.Successor)
 		return err
 	})
 	parts := environment.PartsOf(st.GetAnnotations())
@@ -74,7 +76,7 @@ func (r *restart) checkParts(ctx context.Context, rec containerRecord) error {
 
 // needsGate refuses a successor with such mounts that would run at once.
 func (r *restart) needsGate(req *runtimeapi.CreateContainerRequest) error {
-	if len(environment.PartsOf(req.GetConfig().GetAnnotations())) == 0 || r.rec().Method == MethodGate {
+	if len(environment.PartsOf(req.GetConfig().GetAnnotations())) == 0 || r.rec().Method == opsv1.MethodGate {
 		return nil
 	}
 	return failf(ReasonConfig, "a part of a volume (subPath) was replaced since kubelet mounted it, and without a gate it cannot be mounted safely: delete the pod, or let its process end")
@@ -123,7 +125,7 @@ func (r *restart) nextRequest(ctx context.Context, token string) (*runtimeapi.Cr
 		return nil, err
 	}
 	r.update()
-	req, err := cloneFor(r.request, r.applied, r.container().GetAttempt(), token)
+	req, err := criclone.Clone(r.request, r.applied, r.container().GetAttempt(), token)
 	if err != nil {
 		return nil, failf(ReasonCreateFailed, "%v", err)
 	}
@@ -150,7 +152,7 @@ func (r *restart) ensureImage(ctx context.Context) error {
 	if r.images == nil || r.overrides.Of(r.slot()) != nil {
 		return nil
 	}
-	if err := r.awaitRuntime(ctx); err != nil {
+	if err := r.node.AwaitRuntime(ctx); err != nil {
 		return err
 	}
 	// What cannot be found is said when the slot is taken.
@@ -158,7 +160,7 @@ func (r *restart) ensureImage(ctx context.Context) error {
 	if err != nil {
 		return nil //nolint:nilerr // see above
 	}
-	request, err := r.requestOf(ctx, found.incumbent, found.sandbox)
+	request, err := r.requestOf(ctx, found.Incumbent, found.Sandbox)
 	if err != nil {
 		return nil //nolint:nilerr // see above
 	}
@@ -191,7 +193,7 @@ func (r *restart) ensure(ctx context.Context, want *opsv1.ContainerUpgrade) erro
 
 // imageOnNode returns what the runtime knows of an image; nil if the node has none of that name.
 func (r *restart) imageOnNode(ctx context.Context, name string) (image *runtimeapi.Image, err error) {
-	err = r.patiently(ctx, func() error {
+	err = r.node.Retry(ctx, func() error {
 		st, err := r.img.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: name}})
 		image = st.GetImage()
 		return err
@@ -225,17 +227,17 @@ func (r *restart) specImage(ctx context.Context, c *runtimeapi.ContainerConfig) 
 	// Who sends an environment knows the pod, and has said what that demands of the user; else only the container can tell.
 	env, _ := r.o.Environment(r.want.GetName())
 	if env != nil {
-		err := nonRootFits(now, &opsv1.ContainerUpgrade{Name: r.want.GetName(), Image: name, RunAsNonRoot: r.want.GetRunAsNonRoot(), RunAsUser: r.want.RunAsUser})
+		err := unfit(criclone.CheckNonRoot(now, &opsv1.ContainerUpgrade{Name: r.want.GetName(), Image: name, RunAsNonRoot: r.want.GetRunAsNonRoot(), RunAsUser: r.want.RunAsUser}))
 		if err != nil {
 			return err
 		}
-	} else if uid, username := imageUser(now); nonRootByImage(c, old) && isRoot(uid, username) {
+	} else if uid, username := criclone.ImageUser(now); criclone.NonRootByImage(c, old) && criclone.IsRoot(uid, username) {
 		return failf(ReasonImageUnfit, "image %s has moved to one that runs as root, and the one that runs does not: the pod may insist on that, which this node cannot tell; delete the pod to have kubelet decide", name)
 	}
 	r.log.WithField("image", now.GetId()).Info("the image of the pod's spec is another one by now")
-	setImage(c, name, now.GetId())
+	criclone.SetImage(c, name, now.GetId())
 	if env == nil || r.want.RunAsUser == nil {
-		adoptImageUser(c, old, now)
+		criclone.AdoptImageUser(c, old, now)
 	}
 	return nil
 }
@@ -243,8 +245,8 @@ func (r *restart) specImage(ctx context.Context, c *runtimeapi.ContainerConfig) 
 // renewStaged makes the staged successor of an upgrade anew if it is not what kubelet would make now: an upgrade
 // may have waited for its commit for long.
 func (r *restart) renewStaged(ctx context.Context) error {
-	pull, end := endWith(ctx, r.claim.Yielded())
-	pull, endToo := endWith(pull, r.o.Cancelled())
+	pull, end := crinode.EndWith(ctx, r.claim.Yielded())
+	pull, endToo := crinode.EndWith(pull, r.o.Cancelled())
 	var err error
 	if r.change.want.GetPullPolicy() == opsv1.PullPolicy_PULL_POLICY_ALWAYS {
 		err = r.pullImage(pull)
@@ -267,22 +269,22 @@ func (r *restart) renewStaged(ctx context.Context) error {
 		return err
 	}
 	var image *runtimeapi.ImageStatusResponse
-	err = r.patiently(ctx, func() (err error) {
+	err = r.node.Retry(ctx, func() (err error) {
 		image, err = r.imageStatus(ctx, r.change.want.GetImage())
 		return err
 	})
 	if err == nil {
-		err = imageFits(image, next, r.change.want)
+		err = unfit(criclone.CheckImage(image, next, r.change.want))
 	}
 	if err != nil {
 		return err
 	}
 	ours := r.records.Request(rec.Successor)
-	if ours != nil && len(differs(ours, next)) == 0 {
+	if ours != nil && len(criclone.Diff(ours, next)) == 0 {
 		return nil
 	}
 	if ours != nil {
-		r.log.WithField("differing", differs(ours, next)).Info("what kubelet would make has changed since the preparation")
+		r.log.WithField("differing", criclone.Diff(ours, next)).Info("what kubelet would make has changed since the preparation")
 	}
 	return r.stageAnew(ctx, "")
 }
@@ -291,26 +293,4 @@ func (r *restart) renewStaged(ctx context.Context) error {
 // begins only when kubelet has asked.
 func (r *restart) isCertain() bool {
 	return r.up == nil || r.c.IsCertain()
-}
-
-// sameMounts gives ours what of the mounts of asked says nothing of what is mounted: the annotations of images, and host paths
-// where both lead to the same file: kubelet binds a part of a volume
-// in a directory of its own, and the successor may have it from the volume itself.
-func sameMounts(ours, asked *runtimeapi.CreateContainerRequest) *runtimeapi.CreateContainerRequest {
-	paths := map[string]string{}
-	annotations := map[string]map[string]string{}
-	for _, m := range asked.GetConfig().GetMounts() {
-		paths[m.GetContainerPath()] = m.GetHostPath()
-		annotations[m.GetContainerPath()] = m.GetImage().GetAnnotations()
-	}
-	ours = proto.Clone(ours).(*runtimeapi.CreateContainerRequest)
-	for _, m := range ours.GetConfig().GetMounts() {
-		if m.GetImage() != nil { // the pod's annotations, which change with the patch (kuberuntime_manager.go getImageVolumes)
-			m.Image.Annotations = annotations[m.GetContainerPath()]
-		}
-		if path := paths[m.GetContainerPath()]; path != "" && path != m.GetHostPath() && environment.SameFile(path, m.GetHostPath()) {
-			m.HostPath = path
-		}
-	}
-	return ours
 }

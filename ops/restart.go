@@ -19,24 +19,19 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/cgroup"
+	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/store"
+	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
 
 const (
-	// callTimeout bounds one call to the runtime: kubelet's own runtimeRequestTimeout.
-	callTimeout = 2 * time.Minute
 	// hidePatience bounds the wait for answers that tell of containers and are on their way to
 	// kubelet undecoded. Lists and statuses take milliseconds; if one takes this long the runtime
 	// is in no state for a restart.
 	hidePatience = 10 * time.Second
-	// minGrace is kubelet's minimumGracePeriodInSeconds (kuberuntime_manager.go).
-	minGrace = 2 * time.Second
-	// maxTries bounds the tries of a call that answers Unavailable although the runtime answers others:
-	// about 20 s together. A runtime that is away altogether is waited for without bound.
-	maxTries = 12
 	// defaultGrace is the API's default terminationGracePeriodSeconds, for pods that tell none.
 	defaultGrace = 30 * time.Second
 )
@@ -154,10 +149,10 @@ type restart struct {
 	// applied is what the resources in request have become, with all that has been recorded up to recorded.
 	applied, recorded *runtimeapi.LinuxContainerResources
 
-	exit *exitWatch // of the incumbent; nil where there is none
-	gate *gate.Gate // of the successor, once it waits there
-	pid  int        // of the process that waits there; 0 if this process cannot look at it
-	held bool       // the successor has been started behind a gate that is not open
+	exit *switchover.Exit // of the incumbent; nil where there is none
+	gate *gate.Gate       // of the successor, once it waits there
+	pid  int              // of the process that waits there; 0 if this process cannot look at it
+	held bool             // the successor has been started behind a gate that is not open
 
 	// asked is when this process asked the incumbent to stop. From beside to besideUntil it had the successor started beside it.
 	asked, beside, besideUntil time.Time
@@ -261,7 +256,7 @@ func (r *restart) run(ctx context.Context) bool {
 		r.join.end(ctx.Err() != nil)
 	}
 	defer func() {
-		r.exit.close()
+		r.exit.Close()
 		r.leaveGate()
 	}()
 	var out *outcome
@@ -291,7 +286,7 @@ func (r *restart) run(ctx context.Context) bool {
 		r.removeGate() // whichever process has made or opened it
 		r.tellEnd(ctx)
 	}
-	if r.up != nil && out.Phase == opsv1.Phase_PHASE_SUCCEEDED && r.rec().Method != MethodKubelet {
+	if r.up != nil && out.Phase == opsv1.Phase_PHASE_SUCCEEDED && r.rec().Method != opsv1.MethodKubelet {
 		r.overrides.Set(r.slot(), nil) // the image is that of the pod's spec
 	}
 	r.end(out)
@@ -389,7 +384,7 @@ func (r *restart) prepareSpecImage(ctx context.Context) error {
 
 // resume readies what the journal has of the container for the next step.
 func (r *restart) resume(ctx context.Context) error {
-	if err := r.awaitRuntime(ctx); err != nil {
+	if err := r.node.AwaitRuntime(ctx); err != nil {
 		return err
 	}
 	if rec := r.rec(); rec.Step == stepUndo {
@@ -424,7 +419,7 @@ func (r *restart) outlived(ctx context.Context) error {
 		return failf(ReasonRebooted, "the node was restarted in the middle of the %s, which ended all containers: kubelet makes them anew, and the new container of this %s has not taken over", r.kind(), r.kind())
 	}
 	var st *runtimeapi.PodSandboxStatusResponse
-	err := r.patiently(ctx, func() (err error) {
+	err := r.node.Retry(ctx, func() (err error) {
 		st, err = r.rt.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: rec.Sandbox})
 		return err
 	})
@@ -443,7 +438,7 @@ func (r *restart) container() *opsv1.ContainerOperation { return r.c.Status() }
 
 // takeSlot waits for the operation's turn on the slot.
 func (r *restart) takeSlot(ctx context.Context) error {
-	waiting, end := endWith(ctx, r.o.Cancelled())
+	waiting, end := crinode.EndWith(ctx, r.o.Cancelled())
 	defer end()
 	if r.up == nil {
 		defer r.wantSlot()()
@@ -471,19 +466,6 @@ func (r *restart) takeSlot(ctx context.Context) error {
 	default:
 		return err
 	}
-}
-
-// endWith returns ctx, which also ends when c is closed. The caller must call end.
-func endWith(ctx context.Context, c <-chan struct{}) (_ context.Context, end func()) {
-	ctx, cancel := context.WithCancel(ctx)
-	go func() { // ends with ctx
-		select {
-		case <-c:
-			cancel()
-		case <-ctx.Done():
-		}
-	}()
-	return ctx, cancel
 }
 
 func (r *restart) cancelledOutcome() *outcome {

@@ -12,6 +12,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/crinode"
 )
 
 // afterStart runs postStart and reveals.
@@ -74,9 +75,9 @@ func (r *restart) note(f func(rec *containerRecord, c *opsv1.ContainerOperation)
 // postStart runs the hook. As in kubelet, the container is not shown before it has
 // ended, and is stopped when it fails (kuberuntime_container.go startContainer).
 func (r *restart) postStart(ctx context.Context, hook *opsv1.Hook, rec containerRecord) error {
-	call, end := endWith(ctx, r.claim.Yielded())
+	call, end := crinode.EndWith(ctx, r.claim.Yielded())
 	defer end()
-	err := r.runHook(call, hook, rec.Successor, rec.Sandbox)
+	err := r.hooks.Run(call, hook, rec.Successor, rec.Sandbox)
 	if err == nil || call.Err() != nil {
 		return ctx.Err()
 	}
@@ -94,8 +95,8 @@ func (r *restart) measure(ctx context.Context, rec containerRecord) {
 		return
 	}
 	stopped, started := time.Unix(0, before.GetStatus().GetFinishedAt()), time.Unix(0, after.GetStatus().GetStartedAt())
-	if r.exit.over() {
-		stopped = r.exit.at // the runtime's own is that of its next start if it was away
+	if r.exit.Over() {
+		stopped = r.exit.At() // the runtime's own is that of its next start if it was away
 	}
 	if at := r.records.Started(rec.Successor); !at.IsZero() {
 		started = at

@@ -16,6 +16,9 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/cgroup"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/crinode"
+	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
 
 // ReasonNoRoom is that of an operation whose two containers the pod, or the node, has no room for at once.
@@ -42,7 +45,7 @@ func (r *restart) podOf(ctx context.Context) (*cgroup.Pod, error) {
 	if info.PID <= 0 {
 		return nil, errors.New("the runtime does not tell the container's process")
 	}
-	return r.methods.cgroups(info.PID, r.rec().Incumbent)
+	return r.switchover.FindPod(info.PID, r.rec().Incumbent)
 }
 
 // noRoomForGate says why the successor must not be started up to its gate while the incumbent runs: the kernel would kill one of them
@@ -75,10 +78,10 @@ func (r *restart) settledMemory(ctx context.Context, pod *cgroup.Pod) (cgroup.Ro
 	const interval = 100 * time.Millisecond
 	for until := time.Now().Add(cgroup.StatInterval); ; {
 		memory, err := pod.Memory()
-		if err != nil || !mayComeToFit(memory, gateMemory) || time.Now().After(until) || r.exit.over() || r.interrupted() != nil {
+		if err != nil || !mayComeToFit(memory, gateMemory) || time.Now().After(until) || r.exit.Over() || r.interrupted() != nil {
 			return memory, err
 		}
-		if sleep(ctx, interval) != nil {
+		if crinode.Sleep(ctx, interval) != nil {
 			return memory, nil
 		}
 	}
@@ -126,7 +129,7 @@ func (r *restart) makeRoom(ctx context.Context) error {
 		r.pod = pod
 	}
 	memory, err := r.pod.Memory()
-	if err != nil || memory.Free >= gateSpare || r.exit.over() {
+	if err != nil || memory.Free >= gateSpare || r.exit.Over() {
 		r.shortSince = time.Time{}
 		return nil // kubelet's stop comes, or it does not; nothing is known
 	}
@@ -136,7 +139,7 @@ func (r *restart) makeRoom(ctx context.Context) error {
 	if mayComeToFit(memory, gateSpare) && time.Since(r.shortSince) < cgroup.StatInterval {
 		return nil // the next look knows more
 	}
-	r.stopWithin(ctx, r.successor(), minGrace)
+	r.stopWithin(ctx, r.successor(), crinode.MinGrace)
 	if err := r.stopFirstFor(ctx, fmt.Sprintf("the pod has come to have %s, less than the %s to spare", memoryOf(memory), mebi(gateSpare))); err != nil {
 		return err
 	}
@@ -148,7 +151,7 @@ func (r *restart) makeRoom(ctx context.Context) error {
 
 // unstarted reports whether the successor is still to be started, and the incumbent runs beside which that would be.
 func (r *restart) unstarted(ctx context.Context) bool {
-	if runs, err := r.incumbentRuns(ctx); err != nil || !runs || r.exit.over() {
+	if runs, err := r.incumbentRuns(ctx); err != nil || !runs || r.exit.Over() {
 		return false
 	}
 	id := r.rec().Successor
@@ -169,7 +172,7 @@ func (r *restart) memoryOfSuccessor(pod *cgroup.Pod) (int64, error) {
 
 // resources are those that the successor gets.
 func (r *restart) resources() *runtimeapi.LinuxContainerResources {
-	return overlayResources(r.request.GetConfig().GetLinux().GetResources(), r.applied)
+	return criclone.OverlayResources(r.request.GetConfig().GetLinux().GetResources(), r.applied)
 }
 
 // roomBeside is nil if the successor may run beside the incumbent: the node can afford its memory, for which the pod's limit is
@@ -301,7 +304,7 @@ func (r *restart) lower(ctx context.Context) bool {
 			r.warn("the pod's limit of memory stays %s higher than its %s: %v; kubelet sets it when the pod is resized", mebi(raised.By), mebi(raised.Base), err)
 			return true
 		}
-		if sleep(ctx, 100*time.Millisecond) != nil {
+		if crinode.Sleep(ctx, 100*time.Millisecond) != nil {
 			return false
 		}
 	}
@@ -337,8 +340,8 @@ func (r *restart) tellEnd(ctx context.Context) {
 		return
 	}
 	ended := time.Unix(0, s.GetFinishedAt())
-	if r.exit.over() {
-		ended = r.exit.at
+	if r.exit.Over() {
+		ended = r.exit.At()
 	}
 	how := fmt.Sprintf("exit code %d", s.GetExitCode())
 	if s.GetReason() != "" {
@@ -363,7 +366,7 @@ func (r *restart) besideAt(at time.Time) string {
 	switch {
 	case r.beside.IsZero() || at.Before(r.beside):
 		return ""
-	case r.besideUntil.IsZero() || at.Before(r.besideUntil.Add(hookPatience)):
+	case r.besideUntil.IsZero() || at.Before(r.besideUntil.Add(switchover.HookTimeout)):
 		return ", while the new one was being started beside it"
 	default:
 		return ", while the new one was there beside it"

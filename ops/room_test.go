@@ -18,6 +18,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/cgroup"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
 )
 
 const testMiB = 1 << 20
@@ -127,45 +128,45 @@ func TestNoRoomForTheGate(t *testing.T) {
 		calls  string
 		warns  string
 	}{
-		{name: "room", method: MethodGate, calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s"},
+		{name: "room", method: opsv1.MethodGate, calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s"},
 		{
 			name: "cache is room", begin: func(r *room) {
 				r.used(63)
 				r.set("pod/memory.stat", fmt.Sprintf("inactive_file %d", 30*testMiB))
 			},
-			method: MethodGate, calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s",
+			method: opsv1.MethodGate, calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s",
 		},
 		{
 			name: "cache that the kernel counts a moment later", begin: func(r *room) {
 				r.cache(40)
 				time.AfterFunc(300*time.Millisecond, func() { r.cache(0) })
 			},
-			method: MethodGate, calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s",
+			method: opsv1.MethodGate, calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s",
 		},
 		{
-			name: "cache that stays to be written", begin: func(r *room) { r.cache(35) }, method: MethodPidfd, calls: stopFirst,
+			name: "cache that stays to be written", begin: func(r *room) { r.cache(35) }, method: opsv1.MethodPidfd, calls: stopFirst,
 			warns: "the pod has 6.0 MiB of memory free (limit 64.0 MiB, 63.0 MiB used, of which 5.0 MiB is cache, in /kubepods/podu), less than the 16.0 MiB",
 		},
 		{
-			name: "little memory", begin: func(r *room) { r.used(60) }, method: MethodPidfd, calls: stopFirst,
+			name: "little memory", begin: func(r *room) { r.used(60) }, method: opsv1.MethodPidfd, calls: stopFirst,
 			warns: "the pod has 4.0 MiB of memory free (limit 64.0 MiB, 60.0 MiB used, in /kubepods/podu), less than the 16.0 MiB",
 		},
 		{
-			name: "more than the limit", begin: func(r *room) { r.used(65) }, method: MethodPidfd, calls: stopFirst,
+			name: "more than the limit", begin: func(r *room) { r.used(65) }, method: opsv1.MethodPidfd, calls: stopFirst,
 			warns: "the pod has 0.0 MiB of memory free",
 		},
 		{
-			name: "few process IDs", begin: func(r *room) { r.set("pod/pids.max", "20") }, method: MethodPidfd, calls: stopFirst,
+			name: "few process IDs", begin: func(r *room) { r.set("pod/pids.max", "20") }, method: opsv1.MethodPidfd, calls: stopFirst,
 			warns: "the pod has 10 process IDs free (limit 20, 10 used, in /kubepods/podu), less than the 24",
 		},
-		{name: "memory that goes", before: func(r *room) { r.used(60) }, method: MethodPidfd, calls: again, warns: "the pod has 4.0 MiB of memory free"},
+		{name: "memory that goes", before: func(r *room) { r.used(60) }, method: opsv1.MethodPidfd, calls: again, warns: "the pod has 4.0 MiB of memory free"},
 		{
-			name: "process IDs that go", before: func(r *room) { r.set("pod/pids.current", "999") }, method: MethodPidfd, calls: again,
+			name: "process IDs that go", before: func(r *room) { r.set("pod/pids.current", "999") }, method: opsv1.MethodPidfd, calls: again,
 			warns: "the pod has 1 process IDs free",
 		},
 		{
 			name: "not known", begin: func(r *room) { r.set("pod/memory.max", "much") },
-			method: MethodGate, calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s",
+			method: opsv1.MethodGate, calls: "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s",
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -212,16 +213,16 @@ func TestNoRoomWhenArmed(t *testing.T) {
 		want            string // what is alive then
 		method          Method
 	}{
-		"at once":                            {prepared: func(r *room) { r.used(60) }, want: "app/0, web/0", method: MethodPidfd},
-		"later":                              {armed: func(r *room) { r.used(60) }, want: "app/0, web/0", method: MethodPidfd},
-		"the next process, it waits":         {armed: func(r *room) { r.used(50) }, reboot: true, want: "app/0, app/1 waits, web/0", method: MethodGate},
-		"the next process, later":            {armed: func(r *room) { r.used(60) }, reboot: true, want: "app/0, web/0", method: MethodPidfd},
-		"the next process, nothing waits":    {prepared: func(r *room) { r.used(60) }, reboot: true, want: "app/0, web/0", method: MethodPidfd},
-		"as much as it takes while it waits": {armed: func(r *room) { r.used(55) }, want: "app/0, app/1 waits, web/0", method: MethodGate},
+		"at once":                            {prepared: func(r *room) { r.used(60) }, want: "app/0, web/0", method: opsv1.MethodPidfd},
+		"later":                              {armed: func(r *room) { r.used(60) }, want: "app/0, web/0", method: opsv1.MethodPidfd},
+		"the next process, it waits":         {armed: func(r *room) { r.used(50) }, reboot: true, want: "app/0, app/1 waits, web/0", method: opsv1.MethodGate},
+		"the next process, later":            {armed: func(r *room) { r.used(60) }, reboot: true, want: "app/0, web/0", method: opsv1.MethodPidfd},
+		"the next process, nothing waits":    {prepared: func(r *room) { r.used(60) }, reboot: true, want: "app/0, web/0", method: opsv1.MethodPidfd},
+		"as much as it takes while it waits": {armed: func(r *room) { r.used(55) }, want: "app/0, app/1 waits, web/0", method: opsv1.MethodGate},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			n, room := limited(t, podOptions{annotations: map[string]string{annotationHash: kubeletHash("app", "")}}, 0)
+			n, room := limited(t, podOptions{annotations: map[string]string{criclone.AnnotationHash: criclone.KubeletHash("app", "")}}, 0)
 			_, err := n.api.PrepareUpgrade(t.Context(), upgradeRequest("op"))
 			n.must(err)
 			n.phase(opsv1.Phase_PHASE_PREPARED)
@@ -239,9 +240,9 @@ func TestNoRoomWhenArmed(t *testing.T) {
 				n.withImages()
 				n.run()
 			}
-			if tc.method == MethodPidfd && (tc.armed != nil || !tc.reboot) {
+			if tc.method == opsv1.MethodPidfd && (tc.armed != nil || !tc.reboot) {
 				n.until("op", func(op *opsv1.Operation) bool {
-					return op.GetContainers()[0].GetMethod() == string(MethodPidfd) && strings.Contains(n.rt.state(), "app/1 CREATED") &&
+					return op.GetContainers()[0].GetMethod() == opsv1.MethodPidfd && strings.Contains(n.rt.state(), "app/1 CREATED") &&
 						op.GetContainers()[0].GetSuccessorId() == n.rt.idOf(t, "app/1")
 				})
 			}
@@ -256,7 +257,7 @@ func TestNoRoomWhenArmed(t *testing.T) {
 			if got := verdict(op); got != succeeded || op.GetContainers()[0].GetMethod() != string(tc.method) {
 				t.Errorf("operation ended %s by %s (%s)", got, op.GetContainers()[0].GetMethod(), op.GetMessage())
 			}
-			if w := warnings(op); (tc.method == MethodPidfd) != strings.Contains(w, "of memory free") {
+			if w := warnings(op); (tc.method == opsv1.MethodPidfd) != strings.Contains(w, "of memory free") {
 				t.Errorf("warnings are %q", w)
 			}
 			n.checkSwap(t, "app/1, web/0")
@@ -373,7 +374,7 @@ func TestHugepagesToOverlap(t *testing.T) {
 	}
 	n.checkOnlyLiving(t, "app/0, web/0")
 	n.restart("gate") // which waits before it uses any
-	if op := n.finish("gate"); verdict(op) != succeeded || op.GetContainers()[0].GetMethod() != string(MethodGate) {
+	if op := n.finish("gate"); verdict(op) != succeeded || op.GetContainers()[0].GetMethod() != opsv1.MethodGate {
 		t.Errorf("operation ended %v", op)
 	}
 }
@@ -448,7 +449,7 @@ func TestStartFailsBesideTheOldOne(t *testing.T) {
 				if w := warnings(op); !strings.Contains(w, tc.says) || !strings.Contains(w, "the old container is stopped before") && !strings.Contains(w, "the old one is stopped before") {
 					t.Errorf("warnings are %q", w)
 				}
-				if got := op.GetContainers()[0].GetMethod(); got != string(MethodPidfd) {
+				if got := op.GetContainers()[0].GetMethod(); got != opsv1.MethodPidfd {
 					t.Errorf("method is %s", got)
 				}
 			})

@@ -22,6 +22,8 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
 )
 
 // fakeRuntime is a container runtime without containers: a CRI server with containerd's
@@ -554,7 +556,7 @@ func (f *fakeRuntime) UpdateContainerResources(_ context.Context, r *runtimeapi.
 	if c == nil {
 		return nil, unknownContainer(r.GetContainerId())
 	}
-	c.status.Resources = &runtimeapi.ContainerResources{Linux: overlayResources(c.status.GetResources().GetLinux(), r.GetLinux())}
+	c.status.Resources = &runtimeapi.ContainerResources{Linux: criclone.OverlayResources(c.status.GetResources().GetLinux(), r.GetLinux())}
 	return &runtimeapi.UpdateContainerResourcesResponse{}, nil
 }
 

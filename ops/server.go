@@ -244,7 +244,7 @@ func (s *Server) NodeInfo(ctx context.Context, _ *opsv1.NodeInfoRequest) (*opsv1
 			info.Counters.OperationsFailed++
 		}
 	}
-	info.RestartMethods = s.e.methods.list()
+	info.RestartMethods = s.e.switchover.List()
 	if err := s.e.JournalError(); err != nil {
 		info.JournalError = err.Error()
 	}

@@ -15,16 +15,18 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
 )
 
 // stage resolves the slot, checks the preconditions and creates the successor, hidden.
 func (r *restart) stage(ctx context.Context) error {
 	r.show(func(c *opsv1.ContainerOperation) { c.Phase = opsv1.Phase_PHASE_STAGING })
-	if err := r.awaitRuntime(ctx); err != nil {
+	if err := r.node.AwaitRuntime(ctx); err != nil {
 		return err
 	}
-	call, cancel := context.WithTimeout(ctx, callTimeout)
+	call, cancel := context.WithTimeout(ctx, crinode.CallTimeout)
 	defer cancel()
 	found, err := r.resolve(call, r.o.Pod(), r.want, r.o.Request().GetForce())
 	if err != nil {
@@ -34,11 +36,11 @@ func (r *restart) stage(ctx context.Context) error {
 		}
 		return fmt.Errorf("finding the container: %w", err)
 	}
-	r.claim.Bind(found.sandbox, found.incumbent)
+	r.claim.Bind(found.Sandbox, found.Incumbent)
 	if err := r.checkTakenBack(); err != nil {
 		return err
 	}
-	r.probe(ctx)
+	r.switchover.Probe(ctx)
 	var plan *override
 	if r.change != nil && r.up == nil {
 		if plan, err = r.planImage(call, found); err != nil {
@@ -47,8 +49,8 @@ func (r *restart) stage(ctx context.Context) error {
 	}
 	token := r.newToken()
 	err = r.write(func(rec *containerRecord, c *opsv1.ContainerOperation) {
-		*rec = containerRecord{Step: stepStage, Sandbox: found.sandbox, Incumbent: found.incumbent, Token: token, Override: plan}
-		c.IncumbentId, c.Attempt = found.incumbent, found.attempt
+		*rec = containerRecord{Step: stepStage, Sandbox: found.Sandbox, Incumbent: found.Incumbent, Token: token, Override: plan}
+		c.IncumbentId, c.Attempt = found.Incumbent, found.Attempt
 	})
 	if err != nil {
 		return err
@@ -96,33 +98,36 @@ func (r *restart) chooseMethod(ctx context.Context) error {
 		return err
 	}
 	if r.overlaps() {
-		r.setMethod(MethodOverlap)
+		r.setMethod(opsv1.MethodOverlap)
 		return nil
 	}
 	_, info, err := r.inspectIncumbent(ctx)
 	if err != nil {
 		return err
 	}
-	if r.methods.available(MethodGate) && info.RuntimeType == runcType && gate.Fits(r.request.GetConfig()) == nil {
+	if r.switchover.Available(opsv1.MethodGate) && info.RuntimeType == crinode.RuncType && gate.Fits(r.request.GetConfig()) == nil {
 		why := r.noRoomForGate(ctx)
 		if why == "" {
-			r.setMethod(MethodGate)
+			r.setMethod(opsv1.MethodGate)
 			return nil
 		}
 		r.warn("%s: the old container is stopped before the new one is started", why)
 	}
 	switch {
-	case r.methods.available(MethodPidfd) && info.PID > 0 && r.ownPIDs():
-		r.setMethod(MethodPidfd)
+	case r.switchover.Available(opsv1.MethodPidfd) && info.PID > 0 && r.ownPIDs():
+		r.setMethod(opsv1.MethodPidfd)
 	default:
-		r.setMethod(MethodPlain)
+		r.setMethod(opsv1.MethodPlain)
 	}
 	return nil
 }
 
 // setMethod is on disk with the next step.
-func (r *restart) setMethod(m Method) {
-	r.c.Set(func(rec *containerRecord, c *opsv1.ContainerOperation) { rec.Method, c.Method = m, m })
+func (r *restart) setMethod(m string) {
+	r.o.mu.Lock()
+	defer r.o.mu.Unlock()
+	r.o.containers[r.i].Method = m
+	r.o.op.GetContainers()[r.i].Method = m
 }
 
 // ownPIDs reports whether the container has a PID namespace of its own: then its other processes, and what they
@@ -148,7 +153,7 @@ func (r *restart) create(ctx context.Context, token string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if err := makeTerminationFile(req.GetConfig()); err != nil {
+	if err := criclone.MakeTerminationFile(req.GetConfig()); err != nil {
 		return "", failf(ReasonCreateFailed, "%v", err)
 	}
 	id, err := r.createGated(ctx, req, token)
@@ -175,10 +180,10 @@ func (r *restart) create(ctx context.Context, token string) (string, error) {
 // createGated creates the container behind a gate if that is the method. It returns "" if it is not,
 // or if that did not work, and then the method is another one.
 func (r *restart) createGated(ctx context.Context, req *runtimeapi.CreateContainerRequest, token string) (string, error) {
-	if r.rec().Method != MethodGate {
+	if r.rec().Method != opsv1.MethodGate {
 		return "", nil
 	}
-	g := r.methods.gate(token)
+	g := r.switchover.Gate(token)
 	err := g.Make()
 	if err == nil {
 		gated := proto.Clone(req).(*runtimeapi.CreateContainerRequest)
@@ -207,16 +212,16 @@ func (r *restart) withoutGate() {
 	r.leaveGate()
 	r.held = false
 	r.removeGate()
-	if r.methods.available(MethodPidfd) && r.ownPIDs() {
-		r.setMethod(MethodPidfd)
+	if r.switchover.Available(opsv1.MethodPidfd) && r.ownPIDs() {
+		r.setMethod(opsv1.MethodPidfd)
 		return
 	}
-	r.setMethod(MethodPlain)
+	r.setMethod(opsv1.MethodPlain)
 }
 
 func (r *restart) createOnce(ctx context.Context, req *runtimeapi.CreateContainerRequest) (string, error) {
 	// Not bound to ctx: a cancelled CreateContainer leaves a container behind with its name taken.
-	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
+	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), crinode.CallTimeout)
 	defer cancel()
 	resp, err := r.rt.CreateContainer(call, req)
 	if status.Code(err) == codes.DeadlineExceeded {
@@ -230,8 +235,9 @@ func (r *restart) createOnce(ctx context.Context, req *runtimeapi.CreateContaine
 func (r *restart) removeLate(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, lateCreate)
 	defer cancel()
-	for sleep(ctx, 500*time.Millisecond) == nil {
-		if id, err := r.findStaged(ctx, r.rec()); err == nil && id != "" {
+	for crinode.Sleep(ctx, 500*time.Millisecond) == nil {
+		rec := r.rec()
+		if id, err := r.node.FindStaged(ctx, rec.Sandbox, rec.Token); err == nil && id != "" {
 			return // undo removes it
 		}
 	}
@@ -244,7 +250,7 @@ func (r *restart) update() *runtimeapi.LinuxContainerResources {
 	if newer == nil || proto.Equal(newer, r.recorded) {
 		return nil
 	}
-	r.recorded, r.applied = newer, overlayResources(r.applied, newer)
+	r.recorded, r.applied = newer, criclone.OverlayResources(r.applied, newer)
 	return newer
 }
 
@@ -255,7 +261,7 @@ func (r *restart) catchUp(ctx context.Context, id string) {
 	if newer == nil {
 		return
 	}
-	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
+	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), crinode.CallTimeout)
 	defer cancel()
 	if _, err := r.rt.UpdateContainerResources(call, &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: newer}); err != nil {
 		r.log.WithError(err).Warn("staged container did not take the new resources")
@@ -279,14 +285,14 @@ func (r *restart) load(ctx context.Context) error {
 		return err
 	}
 	r.incumbent = st
-	err = r.patiently(ctx, func() (err error) {
+	err = r.node.Retry(ctx, func() (err error) {
 		r.request, err = r.requestOf(ctx, rec.Incumbent, rec.Sandbox)
 		return err
 	})
 	if err != nil {
 		return failf(ReasonCreateFailed, "%v", err)
 	}
-	asked := overlayResources(r.request.GetConfig().GetLinux().GetResources(), recorded)
-	r.recorded, r.applied = recorded, overlayResources(recorded, reported(st, asked))
+	asked := criclone.OverlayResources(r.request.GetConfig().GetLinux().GetResources(), recorded)
+	r.recorded, r.applied = recorded, criclone.OverlayResources(recorded, criclone.ReportedResources(st, asked))
 	return nil
 }

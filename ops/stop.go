@@ -14,6 +14,9 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/crinode"
+	"github.com/cri-proxy/cri-proxy/ops/hooks"
 )
 
 // beforeStop masks the incumbent and runs its preStop hook. From the commit on kubelet's own stops join.
@@ -69,7 +72,7 @@ func (r *restart) beforeStop(ctx context.Context) error {
 func (r *restart) watchIncumbent(ctx context.Context) (running bool, err error) {
 	rec := r.rec()
 	if r.exit != nil {
-		return !r.exit.over(), nil
+		return !r.exit.Over(), nil
 	}
 	st, info, err := r.inspectIncumbent(ctx)
 	if err != nil {
@@ -78,11 +81,11 @@ func (r *restart) watchIncumbent(ctx context.Context) (running bool, err error) 
 	if st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
 		return false, nil
 	}
-	if info.PID > 0 && r.ownPIDs() && r.methods.maybe(MethodPidfd) {
-		if r.exit, err = r.methods.watch(info.PID, rec.Incumbent); err != nil {
+	if info.PID > 0 && r.ownPIDs() && r.switchover.Maybe(opsv1.MethodPidfd) {
+		if r.exit, err = r.switchover.Watch(info.PID, rec.Incumbent); err != nil {
 			r.log.WithError(err).Warn("process not watched")
-			if rec.Method == MethodPidfd {
-				r.setMethod(MethodPlain)
+			if rec.Method == opsv1.MethodPidfd {
+				r.setMethod(opsv1.MethodPlain)
 			}
 		}
 	}
@@ -92,7 +95,7 @@ func (r *restart) watchIncumbent(ctx context.Context) (running bool, err error) 
 // stoppedByItself is the outcome of a restart whose container is gone already.
 func (r *restart) stoppedByItself(ctx context.Context) error {
 	code := int32(0)
-	if st, _, err := r.inspect(ctx, r.rec().Incumbent); err == nil {
+	if st, _, err := r.node.Inspect(ctx, r.rec().Incumbent); err == nil {
 		code = st.GetExitCode()
 	}
 	return failf(ReasonNotRunning, "container %q stopped by itself (exit code %d) before the restart began; kubelet handles it", r.want.GetName(), code)
@@ -104,7 +107,7 @@ func (r *restart) grace() time.Duration {
 		return time.Duration(r.want.GetGracePeriodSeconds()) * time.Second
 	}
 	for _, a := range []map[string]string{r.incumbent.GetAnnotations(), r.request.GetConfig().GetAnnotations()} {
-		if s, err := strconv.ParseInt(a[annotationTerminationGrace], 10, 32); err == nil && s >= 0 {
+		if s, err := strconv.ParseInt(a[criclone.AnnotationTerminationGrace], 10, 32); err == nil && s >= 0 {
 			return time.Duration(s) * time.Second
 		}
 	}
@@ -117,7 +120,7 @@ func (r *restart) preStop(ctx context.Context, grace time.Duration, by time.Time
 	hook := r.want.GetPreStop()
 	if hook == nil {
 		var err error
-		if hook, err = recordedPreStop(r.incumbent.GetAnnotations()); err != nil {
+		if hook, err = hooks.RecordedPreStop(r.incumbent.GetAnnotations()); err != nil {
 			r.warn("preStop: %v", err)
 		}
 	}
@@ -126,75 +129,31 @@ func (r *restart) preStop(ctx context.Context, grace time.Duration, by time.Time
 	}
 	ctx, cancel := context.WithDeadline(ctx, by)
 	defer cancel()
-	ctx, end := endWith(ctx, r.claim.Yielded())
+	ctx, end := crinode.EndWith(ctx, r.claim.Yielded())
 	defer end()
-	ctx, end = endWith(ctx, r.join.sooner)
+	ctx, end = crinode.EndWith(ctx, r.join.sooner)
 	defer end()
-	if gone := r.exit.ended(); gone != nil {
-		ctx, end = endWith(ctx, gone) // nobody left to run it in
+	if gone := r.exit.Ended(); gone != nil {
+		ctx, end = crinode.EndWith(ctx, gone) // nobody left to run it in
 		defer end()
 	}
 	rec := r.rec()
-	if err := r.runHook(ctx, hook, rec.Incumbent, rec.Sandbox); err != nil && ctx.Err() == nil {
+	if err := r.hooks.Run(ctx, hook, rec.Incumbent, rec.Sandbox); err != nil && ctx.Err() == nil {
 		r.warn("preStop hook failed: %v", err)
 	} else if errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		r.warn("preStop hook did not end within the grace period of %s", grace)
 	}
 }
 
-// stop stops the incumbent within what is left of its grace, which ends at by.
-func (r *restart) stop(ctx context.Context, by time.Time) error {
-	rec := r.rec()
-	for try := 1; ; try++ {
-		left := max(time.Until(by), minGrace)
-		seconds := int64((left + time.Second - 1) / time.Second)
-		// Not bound to ctx: a cancelled StopContainer never kills.
-		call, cancel := context.WithTimeout(context.WithoutCancel(ctx), left+callTimeout)
-		_, err := r.rt.StopContainer(call, &runtimeapi.StopContainerRequest{ContainerId: rec.Incumbent, Timeout: seconds})
-		cancel()
-		if err == nil || status.Code(err) == codes.NotFound { // somebody has removed it meanwhile
-			return nil
-		}
-		if status.Code(err) != codes.Unavailable || try == maxTries {
-			return failf(ReasonStopFailed, "stopping the container: %v", status.Convert(err).Message())
-		}
-		if err := r.awaitReturn(ctx, try); err != nil {
-			return err
-		}
-	}
-}
-
-// patiently reads from the runtime, again if it is away: a runtime that restarts is no reason to give a restart up.
-func (r *restart) patiently(ctx context.Context, read func() error) error {
-	for try := 1; ; try++ {
-		err := read()
-		if status.Code(err) != codes.Unavailable || try == maxTries {
-			return err
-		}
-		if err := r.awaitReturn(ctx, try); err != nil {
-			return err
-		}
-	}
-}
-
 // inspectIncumbent is inspect of the incumbent, which waits for a runtime that is away.
-func (r *restart) inspectIncumbent(ctx context.Context) (st *runtimeapi.ContainerStatus, info containerInfo, err error) {
+func (r *restart) inspectIncumbent(ctx context.Context) (st *runtimeapi.ContainerStatus, info crinode.Info, err error) {
 	id := r.rec().Incumbent
-	err = r.patiently(ctx, func() (err error) {
-		st, info, err = r.inspect(ctx, id)
+	err = r.node.Retry(ctx, func() (err error) {
+		st, info, err = r.node.Inspect(ctx, id)
 		return err
 	})
 	if err != nil {
 		return nil, info, failf(ReasonRuntime, "reading container %s: %v", id, status.Convert(err).Message())
 	}
 	return st, info, nil
-}
-
-// awaitReturn waits until the runtime answers again after a call that it did not answer; longer
-// each time, because a runtime that does answer may be without the container's shim.
-func (r *restart) awaitReturn(ctx context.Context, try int) error {
-	if err := r.awaitRuntime(ctx); err != nil {
-		return err
-	}
-	return sleep(ctx, min(10*time.Millisecond<<try, 5*time.Second))
 }

@@ -15,17 +15,11 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
+	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
-
-// gatePatience bounds the wait for a started container to come to its gate. It takes milliseconds; if it takes this long,
-// the way without a gate is the better one.
-const gatePatience = 10 * time.Second
-
-// hookPatience is how much sooner that is said of a process that does not look like one before its entrypoint, and how long
-// the runtime may be behind the kernel.
-const hookPatience = time.Second
 
 // errNoHook is the one failure of a gate that an application may notice: its successor has begun beside it.
 var errNoHook = fmt.Errorf("%w: the runtime has not run the hook", gate.ErrNotHeld)
@@ -42,7 +36,7 @@ func (r *restart) swap(ctx context.Context) error {
 	}
 	by, began := r.rec().StopBy, time.Now()
 	switch {
-	case r.rec().Method == MethodGate:
+	case r.rec().Method == opsv1.MethodGate:
 		err = r.arm(ctx)
 	case r.overlaps() && running: // still so after the preStop hook, or in the next process?
 		err = r.successorRuns(ctx, r.rec().Successor)
@@ -56,9 +50,11 @@ func (r *restart) swap(ctx context.Context) error {
 	by = by.Add(time.Since(began)) // the incumbent's grace is for what it does, not for what we do
 	r.asked = time.Now()
 	stopped := make(chan error, 1)
-	go func() { stopped <- guard.Try(r.log, func() error { return r.stop(ctx, by) }) }() // ends with the call, which is waited for below
-	gone := r.exit.ended()
-	if r.rec().Method == MethodPlain {
+	go func() {
+		stopped <- guard.Try(r.log, func() error { return toOutcome(r.node.Stop(ctx, r.rec().Incumbent, by)) })
+	}() // ends with the call, which is waited for below
+	gone := r.exit.Ended()
+	if r.rec().Method == opsv1.MethodPlain {
 		gone = nil
 	}
 	var stopErr error
@@ -98,13 +94,13 @@ func (r *restart) hasBegun(ctx context.Context) (bool, error) {
 	switch rec := r.rec(); {
 	case r.isCertain() || r.overlaps():
 		return true, nil
-	case rec.Method == MethodGate:
+	case rec.Method == opsv1.MethodGate:
 		return r.gate == nil, nil
 	case rec.Successor == "":
 		return false, nil
 	default:
 		var st *runtimeapi.ContainerStatusResponse
-		err := r.patiently(ctx, func() (err error) {
+		err := r.node.Retry(ctx, func() (err error) {
 			st, err = r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: rec.Successor})
 			return err
 		})
@@ -123,10 +119,10 @@ func (r *restart) handOver(ctx context.Context) error {
 	}
 	var err error
 	switch method := r.rec().Method; {
-	case method == MethodOverlap: // it does
+	case method == opsv1.MethodOverlap: // it does
 	case !r.isCertain(): // it begins when kubelet has asked for it
 		return nil
-	case method == MethodGate:
+	case method == opsv1.MethodGate:
 		err = r.openGate(ctx)
 	default:
 		err = r.start(ctx)
@@ -146,19 +142,19 @@ const exitPatience = 15 * time.Second
 func (r *restart) awaitExited(ctx context.Context, stopErr error) error {
 	limit := exitPatience
 	if stopErr != nil {
-		limit = callTimeout // it may be restarting
+		limit = crinode.CallTimeout // it may be restarting
 		r.log.WithError(stopErr).Warn("the container's process has ended, but the runtime did not say so")
 	}
 	deadline, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	waiting, end := endWith(deadline, r.claim.Yielded())
+	waiting, end := crinode.EndWith(deadline, r.claim.Yielded())
 	defer end()
 	for wait := 5 * time.Millisecond; ; wait = min(2*wait, 100*time.Millisecond) {
 		st, err := r.rt.ContainerStatus(deadline, &runtimeapi.ContainerStatusRequest{ContainerId: r.rec().Incumbent})
 		if status.Code(err) == codes.NotFound || err == nil && st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
 			return nil
 		}
-		if sleep(waiting, wait) == nil {
+		if crinode.Sleep(waiting, wait) == nil {
 			continue
 		}
 		if ctx.Err() != nil {
@@ -183,7 +179,7 @@ func (r *restart) arm(ctx context.Context) error {
 			return err
 		}
 		rec := r.rec()
-		if rec.Method != MethodGate { // just now
+		if rec.Method != opsv1.MethodGate { // just now
 			return nil
 		}
 		// In the middle of the stop, and in the next process, the successor may wait there already.
@@ -232,13 +228,13 @@ func (r *restart) arm(ctx context.Context) error {
 func (r *restart) startGated(ctx context.Context, rec containerRecord) error {
 	// A gate is opened in one step only, and what this process holds it has not opened.
 	mayBeOpen := rec.Step == stepStop && !r.held
-	if !r.methods.gate(rec.Token).Exists() {
+	if !r.switchover.Gate(rec.Token).Exists() {
 		// Opened at the end of the incumbent, of which the runtime may be late to know; or given up, and the
 		// container is one that nothing would hold.
-		if gone, err := r.awaitGone(ctx, hookPatience); err != nil {
+		if gone, err := r.awaitGone(ctx, switchover.HookTimeout); err != nil {
 			return err
 		} else if !gone || !mayBeOpen {
-			r.stopWithin(ctx, rec.Successor, minGrace)
+			r.stopWithin(ctx, rec.Successor, crinode.MinGrace)
 			return gate.ErrNotHeld
 		}
 	}
@@ -248,11 +244,11 @@ func (r *restart) startGated(ctx context.Context, rec containerRecord) error {
 	}
 	err := r.awaitGate(ctx, rec)
 	if err == nil {
-		if _, info, err := r.inspect(ctx, rec.Successor); err == nil && r.methods.owned(info.PID, rec.Successor) == nil {
+		if _, info, err := r.node.Inspect(ctx, rec.Successor); err == nil && r.switchover.OfContainer(info.PID, rec.Successor) == nil {
 			r.pid = info.PID
 		}
 		if err := r.checkParts(ctx, rec); err != nil {
-			r.stopWithin(ctx, rec.Successor, minGrace)
+			r.stopWithin(ctx, rec.Successor, crinode.MinGrace)
 			return err
 		}
 		return nil
@@ -276,20 +272,20 @@ func (r *restart) startGated(ctx context.Context, rec containerRecord) error {
 		return nil
 	}
 	if errors.Is(err, errNoHook) {
-		r.methods.hookNotRun(time.Now())
+		r.switchover.HookNotRun()
 	}
 	// It may run, beside the incumbent; or come to its gate when nobody waits for that any more.
-	r.stopWithin(ctx, rec.Successor, minGrace)
+	r.stopWithin(ctx, rec.Successor, crinode.MinGrace)
 	if errors.Is(err, gate.ErrNotHeld) {
 		return err
 	}
-	return fmt.Errorf("%w: it has not come there within %s", gate.ErrNotHeld, r.methods.gatePatience)
+	return fmt.Errorf("%w: it has not come there within %s", gate.ErrNotHeld, r.switchover.GateTimeout)
 }
 
 // incumbentGone reports whether the incumbent's process has ended, by the kernel's word where there is one: the runtime's
 // comes later.
 func (r *restart) incumbentGone(ctx context.Context) (bool, error) {
-	if r.exit.over() {
+	if r.exit.Over() {
 		return true, nil
 	}
 	runs, err := r.incumbentRuns(ctx)
@@ -306,7 +302,7 @@ func (r *restart) awaitGone(ctx context.Context, patience time.Duration) (bool, 
 		if gone, err := r.incumbentGone(ctx); gone || err != nil || last {
 			return gone, err
 		}
-		if err := sleep(ctx, 50*time.Millisecond); err != nil {
+		if err := crinode.Sleep(ctx, 50*time.Millisecond); err != nil {
 			return false, err
 		}
 	}
@@ -335,10 +331,10 @@ func (e *Engine) setStarted(id string, at time.Time) {
 
 // awaitGate waits until the successor waits at its gate. The error says why it does not.
 func (r *restart) awaitGate(ctx context.Context, rec containerRecord) error {
-	g := r.methods.gate(rec.Token)
-	ctx, cancel := context.WithTimeout(ctx, r.methods.gatePatience)
+	g := r.switchover.Gate(rec.Token)
+	ctx, cancel := context.WithTimeout(ctx, r.switchover.GateTimeout)
 	defer cancel()
-	ctx, end := endWith(ctx, r.claim.Yielded())
+	ctx, end := crinode.EndWith(ctx, r.claim.Yielded())
 	defer end()
 	began, asked := time.Now(), time.Now()
 	err := g.Await(ctx, func() error {
@@ -346,13 +342,13 @@ func (r *restart) awaitGate(ctx context.Context, rec containerRecord) error {
 			return nil
 		}
 		asked = time.Now()
-		st, info, err := r.inspect(ctx, rec.Successor)
+		st, info, err := r.node.Inspect(ctx, rec.Successor)
 		switch {
 		case err != nil:
 			return nil // the runtime may be restarting
 		case st.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING:
 			return fmt.Errorf("%w: it has ended with exit code %d: %s", gate.ErrNotHeld, st.GetExitCode(), st.GetMessage())
-		case time.Since(began) > hookPatience && r.methods.owned(info.PID, rec.Successor) == nil && !gate.Waiting(info.PID):
+		case time.Since(began) > switchover.HookTimeout && r.switchover.OfContainer(info.PID, rec.Successor) == nil && !gate.Waiting(info.PID):
 			return errNoHook
 		}
 		return nil
@@ -381,7 +377,7 @@ func (r *restart) openGate(ctx context.Context) error {
 	// The hook ends and the runtime's process, whatever its name is, executes the entrypoint: that is the start of the application. Like the end of
 	// the old one it is the kernel's word, noticed here. The runtime's own times are those of its bookkeeping.
 	for opened := time.Now(); r.pid != 0 && time.Since(opened) < time.Second; {
-		if now, err := gate.ProgramOf(r.pid); err != nil || now != waits || sleep(ctx, 100*time.Microsecond) != nil {
+		if now, err := gate.ProgramOf(r.pid); err != nil || now != waits || crinode.Sleep(ctx, 100*time.Microsecond) != nil {
 			break
 		}
 	}
@@ -407,7 +403,7 @@ func (r *restart) ensureStaged(ctx context.Context) error {
 	if rec.Successor != "" {
 		return nil
 	}
-	id, err := r.findStaged(ctx, rec)
+	id, err := r.node.FindStaged(ctx, rec.Sandbox, rec.Token)
 	if err != nil {
 		return err
 	}
@@ -433,7 +429,7 @@ func (r *restart) stageAnew(ctx context.Context, why string) error {
 	if err := r.removeContainer(ctx, rec.Successor); err != nil {
 		return err
 	}
-	if err := r.methods.gate(rec.Token).Remove(); err != nil {
+	if err := r.switchover.Gate(rec.Token).Remove(); err != nil {
 		r.log.WithError(err).Warn("gate not removed")
 	}
 	r.claim.HideNow(token)
@@ -470,40 +466,5 @@ func (r *restart) start(ctx context.Context) error {
 
 // startOnce starts the container, whatever state a crash or a runtime restart left it in.
 func (r *restart) startOnce(ctx context.Context, id string) error {
-	for try := 1; ; try++ {
-		// Not bound to ctx: a cancelled StartContainer destroys the container.
-		call, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
-		_, err := r.rt.StartContainer(call, &runtimeapi.StartContainerRequest{ContainerId: id})
-		cancel()
-		if err == nil {
-			return nil
-		}
-		again := status.Code(err) == codes.Unavailable && try < maxTries
-		if again {
-			if err := r.awaitReturn(ctx, try); err != nil {
-				return err
-			}
-		}
-		st, serr := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id})
-		if serr != nil {
-			if again && status.Code(serr) == codes.Unavailable {
-				continue
-			}
-			return failf(ReasonStartFailed, "starting the new container: %v", status.Convert(err).Message())
-		}
-		switch s := st.GetStatus(); {
-		case s.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING:
-			return nil // it had been started before
-		case s.GetState() == runtimeapi.ContainerState_CONTAINER_EXITED && s.GetReason() != startError && s.GetStartedAt() != 0:
-			return nil // it had been started before, and has ended: kubelet's policy decides
-		case s.GetState() == runtimeapi.ContainerState_CONTAINER_CREATED && again:
-			continue
-		default:
-			return failf(ReasonStartFailed, "starting the new container: %v", status.Convert(err).Message())
-		}
-	}
+	return toOutcome(r.node.StartOnce(ctx, id))
 }
-
-// startError is containerd's reason for a container whose start failed
-// (internal/cri/server/container_start.go errorStartReason).
-const startError = "StartError"

@@ -21,6 +21,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
 
 // gates returns what is in the directory of the gates.
@@ -90,11 +91,11 @@ func TestMethods(t *testing.T) {
 		late   bool // the runtime tells the end long after the kernel
 		calls  string
 	}{
-		{MethodGate, false, "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s"},
-		{MethodPidfd, false, "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1"},
-		{MethodPlain, false, "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1"},
-		{MethodGate, true, "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s"},
-		{MethodPidfd, true, "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1"},
+		{opsv1.MethodGate, false, "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s"},
+		{opsv1.MethodPidfd, false, "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1"},
+		{opsv1.MethodPlain, false, "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1"},
+		{opsv1.MethodGate, true, "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s"},
+		{opsv1.MethodPidfd, true, "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1"},
 	} {
 		name := string(tc.method)
 		if tc.late {
@@ -229,7 +230,7 @@ func TestGateCannotBeUsed(t *testing.T) {
 	}{
 		{
 			name: "CDI is refused", script: always(func(p *fakeProcesses) { p.cdi = 0 }),
-			method: MethodPidfd, calls: "CreateContainer app/1; CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
+			method: opsv1.MethodPidfd, calls: "CreateContainer app/1; CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
 		},
 		{
 			name: "gates cannot be made", edit: func(n *node) {
@@ -237,24 +238,24 @@ func TestGateCannotBeUsed(t *testing.T) {
 				n.must(errors.Join(os.RemoveAll(dir), os.WriteFile(dir, nil, 0o600)))
 				n.t.Cleanup(func() { n.must(os.Remove(dir)) })
 			},
-			method: MethodPidfd, calls: "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
+			method: opsv1.MethodPidfd, calls: "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
 		},
 		{
 			name: "the container ends at the hook", script: always(func(p *fakeProcesses) { p.deadHook = true }),
-			method: MethodPidfd,
+			method: opsv1.MethodPidfd,
 			calls:  "CreateContainer app/1; StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1; CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
 		},
 		{
 			name: "the hook is not run", script: always(func(p *fakeProcesses) { p.noHook = true }), both: true,
-			method: MethodPidfd,
+			method: opsv1.MethodPidfd,
 			calls:  "CreateContainer app/1; StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1; CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
 		},
 		{
-			name: "the start fails once", script: func(f *fakeRuntime) { failStarts(f, 1) }, method: MethodGate,
+			name: "the start fails once", script: func(f *fakeRuntime) { failStarts(f, 1) }, method: opsv1.MethodGate,
 			calls: "CreateContainer app/1; StartContainer app/1; RemoveContainer app/1; CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s",
 		},
 		{
-			name: "the start fails, and then CDI is refused", method: MethodPidfd,
+			name: "the start fails, and then CDI is refused", method: opsv1.MethodPidfd,
 			script: func(f *fakeRuntime) {
 				failStarts(f, 1)
 				f.processes.cdi = 1
@@ -262,7 +263,7 @@ func TestGateCannotBeUsed(t *testing.T) {
 			calls: "CreateContainer app/1; StartContainer app/1; RemoveContainer app/1; CreateContainer app/1; CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
 		},
 		{
-			name: "the start fails twice", script: func(f *fakeRuntime) { failStarts(f, 9) }, method: MethodGate,
+			name: "the start fails twice", script: func(f *fakeRuntime) { failStarts(f, 9) }, method: opsv1.MethodGate,
 			want:  "FAILED, app FAILED StartFailed",
 			calls: "CreateContainer app/1; StartContainer app/1; RemoveContainer app/1; CreateContainer app/1; StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1", living: "app/0, web/0",
 		},
@@ -467,7 +468,7 @@ func TestTakenBackWhileTheHookIsAwaited(t *testing.T) {
 	n.runTidied()
 	n.rt.set(func(f *fakeRuntime) { f.processes.lateHook = true })
 	incumbent := n.rt.idOf(t, "app/0")
-	n.engine.methods.gatePatience = time.Hour // the test ends sooner
+	n.engine.switchover.GateTimeout = time.Hour // the test ends sooner
 	var answered func()
 	n.rt.set(func(f *fakeRuntime) {
 		f.after = func(call string) error {
@@ -577,19 +578,19 @@ func TestResumeAtTheGate(t *testing.T) {
 		calls  string
 		same   bool // the successor is that of the process before
 	}{
-		{name: "it waits", method: MethodGate, calls: "StartContainer app/1; StopContainer app/0 30s", same: true},
+		{name: "it waits", method: opsv1.MethodGate, calls: "StartContainer app/1; StopContainer app/0 30s", same: true},
 		{
-			name: "it has ended", method: MethodPidfd,
+			name: "it has ended", method: opsv1.MethodPidfd,
 			do:    func(n *node, _ string) { n.rt.exit(n.t, "app/1", 137) },
 			calls: "StartContainer app/1; StopContainer app/1 2s; RemoveContainer app/1; CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
 		},
 		{
-			name: "its gate is lost", method: MethodPidfd,
+			name: "its gate is lost", method: opsv1.MethodPidfd,
 			do:    func(n *node, state string) { n.must(os.RemoveAll(filepath.Join(state, "gates"))) },
 			calls: "StopContainer app/1 2s; RemoveContainer app/1; CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1",
 		},
 		{
-			name: "the incumbent has ended", method: MethodGate, same: true,
+			name: "the incumbent has ended", method: opsv1.MethodGate, same: true,
 			do:    func(n *node, _ string) { n.rt.exit(n.t, "app/0", 3) },
 			calls: "StartContainer app/1; StopContainer app/0 30s",
 		},
@@ -690,11 +691,13 @@ func TestResumePastTheGate(t *testing.T) {
 // once, not with every restart.
 func TestRuntimeThatRunsNoHooks(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
+	var later atomic.Int64 // how much the clock of the methods is ahead
+	n.engine.switchover.Now = func() time.Time { return time.Now().Add(time.Duration(later.Load())) }
 	n.runTidied()
 	n.rt.set(func(f *fakeRuntime) { f.processes.noHook = true })
 	for _, uid := range []string{"first", "second", "third"} {
 		if uid == "third" { // asked anew
-			n.engine.methods.probed = time.Time{}
+			later.Add(int64(switchover.ProbeAge))
 		}
 		n.rt.set(func(f *fakeRuntime) { f.processes.overlaps = nil })
 		n.restart(uid)
@@ -715,7 +718,7 @@ func TestRuntimeThatRunsNoHooks(t *testing.T) {
 		t.Errorf("the node has %s (%s)", got, why)
 	}
 	n.rt.set(func(f *fakeRuntime) { f.processes.noHook = false })
-	n.engine.methods.probed, n.engine.methods.noHook = time.Time{}, time.Now().Add(-noHookAge)
+	later.Add(int64(switchover.NoHookAge))
 	n.restart("later")
 	if op := n.finish("later"); op.GetContainers()[0].GetMethod() != "gate" {
 		t.Errorf("method is %s", op.GetContainers()[0].GetMethod())

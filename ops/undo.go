@@ -19,6 +19,8 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
 )
@@ -79,7 +81,7 @@ func (r *restart) undo(ctx context.Context, out *outcome) bool {
 			return false
 		}
 		r.log.WithError(err).Warn("staged container not removed; trying again")
-		if sleep(ctx, wait) != nil {
+		if crinode.Sleep(ctx, wait) != nil {
 			return false
 		}
 		wait = min(2*wait, 5*time.Second)
@@ -93,7 +95,7 @@ func (r *restart) successorServes(ctx context.Context) (bool, error) {
 	if id == "" || r.held || r.claim.YieldedTo() != nil {
 		return false, nil
 	}
-	if r.exit.over() {
+	if r.exit.Over() {
 		if err := r.awaitExited(ctx, nil); err != nil {
 			return false, err
 		}
@@ -101,14 +103,14 @@ func (r *restart) successorServes(ctx context.Context) (bool, error) {
 		return false, err
 	}
 	for {
-		st, info, err := r.inspect(ctx, id)
+		st, info, err := r.node.Inspect(ctx, id)
 		switch {
 		case status.Code(err) == codes.NotFound:
 			return false, nil
 		case err == nil:
 			return st.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING && !r.atGate(ctx, info.PID, id), nil
 		}
-		if err := sleep(ctx, 200*time.Millisecond); err != nil {
+		if err := crinode.Sleep(ctx, 200*time.Millisecond); err != nil {
 			return false, err
 		}
 	}
@@ -116,10 +118,10 @@ func (r *restart) successorServes(ctx context.Context) (bool, error) {
 
 // atGate reports whether a successor that runs may be waiting at its gate. One whose process cannot be looked at may, as long as there is a gate.
 func (r *restart) atGate(ctx context.Context, pid int, id string) bool {
-	if !r.methods.gate(r.rec().Token).Exists() {
-		return r.gatesLost && r.waitsOn(ctx, pid, id)
+	if !r.switchover.Gate(r.rec().Token).Exists() {
+		return r.switchover.GatesLost() && r.switchover.StillWaits(ctx, pid, id)
 	}
-	return r.methods.owned(pid, id) != nil || gate.Waiting(pid)
+	return r.switchover.OfContainer(pid, id) != nil || gate.Waiting(pid)
 }
 
 // showServing shows a successor that serves, although the operation has failed since it took over.
@@ -142,7 +144,7 @@ func (r *restart) incumbentStopped(ctx context.Context) (bool, error) {
 		if err == nil {
 			return !runs, nil
 		}
-		if err := sleep(ctx, 200*time.Millisecond); err != nil {
+		if err := crinode.Sleep(ctx, 200*time.Millisecond); err != nil {
 			return false, err
 		}
 	}
@@ -159,7 +161,7 @@ func (r *restart) incumbentRuns(ctx context.Context) (bool, error) {
 
 // removeGate removes the gate's files, if any.
 func (r *restart) removeGate() {
-	if err := r.methods.gate(r.rec().Token).Remove(); err != nil {
+	if err := r.switchover.Gate(r.rec().Token).Remove(); err != nil {
 		r.log.WithError(err).Warn("gate not removed")
 	}
 }
@@ -170,7 +172,7 @@ func (r *restart) stopSuccessor(ctx context.Context, id string) {
 	if id == "" {
 		return
 	}
-	grace := minGrace
+	grace := crinode.MinGrace
 	switch y := r.claim.YieldedTo(); {
 	case r.held:
 		// No application that would need time; and what waits there may be deaf to signals.
@@ -190,7 +192,9 @@ func (r *restart) stopUntilYield(ctx context.Context, id string, grace time.Dura
 	sooner.Go(func() {
 		select {
 		case <-r.claim.Yielded():
-			guard.Do(r.log, func() { r.stopWithin(ctx, id, max(minGrace, time.Duration(r.claim.YieldedTo().Grace)*time.Second)) })
+			guard.Do(r.log, func() {
+				r.stopWithin(ctx, id, max(crinode.MinGrace, time.Duration(r.claim.YieldedTo().Grace)*time.Second))
+			})
 		case <-stopped:
 		}
 	})
@@ -201,9 +205,7 @@ func (r *restart) stopUntilYield(ctx context.Context, id string, grace time.Dura
 
 // stopWithin stops a container of ours.
 func (r *restart) stopWithin(ctx context.Context, id string, grace time.Duration) {
-	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace+callTimeout)
-	defer cancel()
-	if _, err := r.rt.StopContainer(call, &runtimeapi.StopContainerRequest{ContainerId: id, Timeout: int64(grace / time.Second)}); err != nil {
+	if err := r.node.StopWithin(ctx, id, grace); err != nil {
 		r.log.WithError(err).Warn("new container not stopped")
 	}
 }
@@ -211,7 +213,7 @@ func (r *restart) stopWithin(ctx context.Context, id string, grace time.Duration
 // removeStaged removes every container that carries the token.
 func (r *restart) removeStaged(ctx context.Context) error {
 	rec := r.rec()
-	id, err := r.findStaged(ctx, rec)
+	id, err := r.node.FindStaged(ctx, rec.Sandbox, rec.Token)
 	if err != nil || id == "" {
 		return err
 	}
@@ -222,7 +224,7 @@ func (r *restart) removeStaged(ctx context.Context) error {
 // containers that it knows.
 func (r *restart) removeContainer(ctx context.Context, id string) error {
 	traces := r.traces(ctx, id)
-	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
+	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), crinode.CallTimeout)
 	defer cancel()
 	if _, err := r.rt.RemoveContainer(call, &runtimeapi.RemoveContainerRequest{ContainerId: id}); err != nil {
 		return fmt.Errorf("removing container %s: %w", id, err)
@@ -247,7 +249,7 @@ func (e *Engine) removeFiles(files []string) {
 
 // tracesOf is the link for log shippers.
 func (e *Engine) tracesOf(pod, namespace, container, id string) []string {
-	return []string{filepath.Join(e.legacyLog, logLinkName(pod, namespace, container, id))}
+	return []string{filepath.Join(e.legacyLog, criclone.LogLinkName(pod, namespace, container, id))}
 }
 
 // traces are the files that a start of the container has left on the node: the link for log shippers and the log. The log of a
@@ -263,20 +265,4 @@ func (r *restart) traces(ctx context.Context, id string) []string {
 		return files
 	}
 	return append(files, st.GetStatus().GetLogPath())
-}
-
-// findStaged returns the container that carries the token, or "".
-func (r *restart) findStaged(ctx context.Context, rec containerRecord) (string, error) {
-	call, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	list, err := r.rt.ListContainers(call, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{PodSandboxId: rec.Sandbox}})
-	if err != nil {
-		return "", fmt.Errorf("listing containers: %w", err)
-	}
-	for _, c := range list.GetContainers() {
-		if c.GetAnnotations()[interceptors.StagedAnnotation] == rec.Token {
-			return c.GetId(), nil
-		}
-	}
-	return "", nil
 }

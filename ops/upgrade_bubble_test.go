@@ -26,6 +26,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
 )
 
 // fakeImages are the images of a node: what a pull brings, and what the runtime says of them.
@@ -269,7 +270,7 @@ func (n *upNode) makePod() {
 func (n *upNode) asks(name, image string, attempt uint32, edit ...func(*runtimeapi.ContainerConfig)) *runtimeapi.CreateContainerRequest {
 	c := n.shape.containerConfig(name, attempt)
 	c.Image = &runtimeapi.ImageSpec{Image: "sha256:" + image, UserSpecifiedImage: image}
-	c.Annotations[annotationHash] = kubeletHash(name, image)
+	c.Annotations[criclone.AnnotationHash] = criclone.KubeletHash(name, image)
 	c.Mounts[0].HostPath = filepath.Join(n.shape.terminationDir(name), fmt.Sprintf("%08x", attempt))
 	for _, f := range edit {
 		f(c)
@@ -328,7 +329,7 @@ func (n *upNode) sync(ctx context.Context, name, image string, edit ...func(*run
 	if newest != nil {
 		attempt = newest.GetMetadata().GetAttempt() + 1
 		if newest.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING {
-			if newest.GetAnnotations()[annotationHash] == kubeletHash(name, image) {
+			if newest.GetAnnotations()[criclone.AnnotationHash] == criclone.KubeletHash(name, image) {
 				return nil
 			}
 			if err := n.kubeletStops(ctx, newest.GetId(), 30); err != nil {

@@ -18,6 +18,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/crinode"
 )
 
 // upgradeScenario is an upgrade whose process dies at every call that it makes.
@@ -274,7 +275,7 @@ func (s upgradeScenario) roll(ctx context.Context, n *upNode) error {
 		if through {
 			return nil
 		}
-		_ = sleep(ctx, time.Second)
+		_ = crinode.Sleep(ctx, time.Second)
 	}
 	return fmt.Errorf("still %s", n.rt.state())
 }

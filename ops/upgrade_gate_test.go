@@ -10,12 +10,13 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
 )
 
 // upgradable is a node with processes whose container app can be upgraded.
 func upgradable(t *testing.T) *node {
 	t.Helper()
-	n := newNode(t, podOptions{processes: true, annotations: map[string]string{annotationHash: kubeletHash("app", "")}})
+	n := newNode(t, podOptions{processes: true, annotations: map[string]string{criclone.AnnotationHash: criclone.KubeletHash("app", "")}})
 	n.withImages()
 	n.runTidied()
 	return n
@@ -58,7 +59,7 @@ func (n *node) kubeletCreates(image string) (id string) {
 	defer cancel()
 	c := n.containerConfig("app", 1)
 	c.Image = &runtimeapi.ImageSpec{Image: "sha256:" + image, UserSpecifiedImage: image}
-	c.Annotations[annotationHash] = kubeletHash("app", image)
+	c.Annotations[criclone.AnnotationHash] = criclone.KubeletHash("app", image)
 	made, err := n.kubelet.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{PodSandboxId: n.sandbox, Config: c, SandboxConfig: n.sandboxConfig()})
 	n.must(err)
 	_, err = n.kubelet.StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: made.GetContainerId()})
@@ -76,20 +77,20 @@ func TestUpgradeAtTheGate(t *testing.T) {
 		method Method
 		or     Method // if the process ends while it is looked at
 	}{
-		{name: "it waits", method: MethodGate},
-		{name: "it has died", do: func(n *node) { n.rt.exit(n.t, "app/1", 137) }, method: MethodPidfd},
-		{name: "the old one has ended", do: func(n *node) { n.rt.exit(n.t, "app/0", 3) }, method: MethodGate},
+		{name: "it waits", method: opsv1.MethodGate},
+		{name: "it has died", do: func(n *node) { n.rt.exit(n.t, "app/1", 137) }, method: opsv1.MethodPidfd},
+		{name: "the old one has ended", do: func(n *node) { n.rt.exit(n.t, "app/0", 3) }, method: opsv1.MethodGate},
 		{
-			name: "both have ended", method: MethodPidfd, or: MethodPlain,
+			name: "both have ended", method: opsv1.MethodPidfd, or: opsv1.MethodPlain,
 			do: func(n *node) {
 				n.rt.exit(n.t, "app/1", 137)
 				n.rt.exit(n.t, "app/0", 3)
 			},
 		},
-		{name: "the next process, it waits", reboot: true, method: MethodGate},
-		{name: "the next process, it has died", reboot: true, do: func(n *node) { n.rt.exit(n.t, "app/1", 137) }, method: MethodPidfd},
+		{name: "the next process, it waits", reboot: true, method: opsv1.MethodGate},
+		{name: "the next process, it has died", reboot: true, do: func(n *node) { n.rt.exit(n.t, "app/1", 137) }, method: opsv1.MethodPidfd},
 		{
-			name: "the next process, both have ended", reboot: true, method: MethodPidfd, or: MethodPlain,
+			name: "the next process, both have ended", reboot: true, method: opsv1.MethodPidfd, or: opsv1.MethodPlain,
 			do: func(n *node) {
 				n.rt.exit(n.t, "app/1", 137)
 				n.rt.exit(n.t, "app/0", 3)

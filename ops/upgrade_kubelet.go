@@ -17,6 +17,8 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 )
 
@@ -237,7 +239,7 @@ func (r *restart) makeReady(ctx context.Context) error {
 		if err = r.overlap(ctx); besideFails(err) {
 			err = r.giveUpOverlap(ctx, err)
 		}
-	case r.rec().Method == MethodGate:
+	case r.rec().Method == opsv1.MethodGate:
 		err = r.arm(ctx)
 	default:
 		err = r.ensureStaged(ctx)
@@ -284,12 +286,12 @@ func (r *restart) awaitKubelet(ctx context.Context) error {
 				continue
 			}
 			r.sure()
-			return r.stopFor(int64(minGrace/time.Second), func() { r.up.asked = &q })
+			return r.stopFor(int64(crinode.MinGrace/time.Second), func() { r.up.asked = &q })
 		case <-look.C:
 			if err := r.makeRoom(ctx); err != nil {
 				return err
 			}
-			if r.overlaps() && !r.exit.over() {
+			if r.overlaps() && !r.exit.Over() {
 				if err := r.successorRuns(ctx, r.successor()); err != nil {
 					return err
 				}
@@ -317,7 +319,7 @@ func (r *restart) rearm(ctx context.Context) error {
 	if _, err := r.watchIncumbent(ctx); err != nil {
 		return err
 	}
-	if r.rec().Method == MethodGate {
+	if r.rec().Method == opsv1.MethodGate {
 		return r.arm(ctx)
 	}
 	return r.ensureStaged(ctx)
@@ -344,8 +346,8 @@ func (r *restart) stopFor(grace int64, accept func()) error {
 
 // hurry stops the incumbent, whose stop is under way, within that grace.
 func (r *restart) hurry(ctx context.Context, grace time.Duration) {
-	grace = max(grace, minGrace)
-	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace+callTimeout)
+	grace = max(grace, crinode.MinGrace)
+	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace+crinode.CallTimeout)
 	defer cancel()
 	r.log.WithField("grace", grace).Info("kubelet stops the container within a shorter time than before")
 	if _, err := r.rt.StopContainer(call, &runtimeapi.StopContainerRequest{ContainerId: r.rec().Incumbent, Timeout: int64(grace / time.Second)}); err != nil {
@@ -422,14 +424,14 @@ func (r *restart) leaveCreation(ctx context.Context, differing []string, grace t
 	if err := r.removeContainer(ctx, r.successor()); err != nil {
 		return failf(ReasonRuntime, "%v", err)
 	}
-	if slices.Contains(differing, "image") || slices.Contains(differing, "annotations."+annotationHash) {
+	if slices.Contains(differing, "image") || slices.Contains(differing, "annotations."+criclone.AnnotationHash) {
 		return tookAnotherImage()
 	}
 	r.warn("kubelet made the container itself, because it asked for another one than was prepared: %s", strings.Join(differing, ", "))
 	r.show(func(c *opsv1.ContainerOperation) { // those of the successor that is gone
 		c.SuccessorId, c.Gap, c.StartTime = "", nil, nil
 	})
-	r.setMethod(MethodKubelet)
+	r.setMethod(opsv1.MethodKubelet)
 	return nil
 }
 
@@ -542,7 +544,7 @@ func (r *restart) adopt(ctx context.Context, q created) (ended bool, err error) 
 		q.answer <- adoption{id: r.successor(), ok: true}
 		return true, nil
 	}
-	err = r.leaveCreation(ctx, differing, min(max(r.podGrace(ctx), minGrace), maxLateGrace*time.Second))
+	err = r.leaveCreation(ctx, differing, min(max(r.podGrace(ctx), crinode.MinGrace), maxLateGrace*time.Second))
 	if err == nil {
 		r.holdNext(ctx, adoptPatience)
 	}
@@ -551,7 +553,7 @@ func (r *restart) adopt(ctx context.Context, q created) (ended bool, err error) 
 
 // isOurs reports whether what kubelet asks for has the image of the upgrade.
 func (r *restart) isOurs(asked *runtimeapi.CreateContainerRequest) bool {
-	return asked.GetConfig().GetAnnotations()[annotationHash] == kubeletHash(r.want.GetName(), r.change.want.GetImage())
+	return asked.GetConfig().GetAnnotations()[criclone.AnnotationHash] == criclone.KubeletHash(r.want.GetName(), r.change.want.GetImage())
 }
 
 func tookAnotherImage() *outcome {
@@ -561,7 +563,7 @@ func tookAnotherImage() *outcome {
 // podGrace is the grace of the pod's containers.
 func (r *restart) podGrace(ctx context.Context) time.Duration {
 	if r.load(ctx) != nil {
-		return minGrace
+		return crinode.MinGrace
 	}
 	return r.grace()
 }
@@ -573,7 +575,7 @@ func (r *restart) differs(ctx context.Context, asked *runtimeapi.CreateContainer
 		r.log.WithError(err).Warn("prepared container cannot be compared")
 		return []string{"unknown"}
 	}
-	return differs(sameMounts(ours, asked), asked)
+	return criclone.Diff(criclone.AlignMounts(ours, asked), asked)
 }
 
 // matchResources gives the successor the resources that kubelet asks for, if they have changed since it was made.
@@ -587,10 +589,10 @@ func (r *restart) matchResources(ctx context.Context, asked *runtimeapi.CreateCo
 func (e *Engine) match(ctx context.Context, id string, asked *runtimeapi.CreateContainerRequest) error {
 	ours := e.records.Request(id)
 	want := asked.GetConfig().GetLinux().GetResources()
-	if ours == nil || want == nil || !resourcesDiffer(ours, asked) {
+	if ours == nil || want == nil || !criclone.ResourcesDiffer(ours, asked) {
 		return nil
 	}
-	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
+	call, cancel := context.WithTimeout(context.WithoutCancel(ctx), crinode.CallTimeout)
 	defer cancel()
 	if _, err := e.rt.UpdateContainerResources(call, &runtimeapi.UpdateContainerResourcesRequest{ContainerId: id, Linux: want}); err != nil {
 		return err

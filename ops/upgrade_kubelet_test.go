@@ -16,6 +16,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 )
 
@@ -72,11 +73,11 @@ func TestUpgradeAdoption(t *testing.T) {
 		adopted     bool
 		says        string
 	}{
-		{name: "the same", image: "app:v2", attempt: 1, want: own, state: upgraded, method: MethodPlain, adopted: true},
-		{name: "another setting", image: "app:v2", attempt: 1, edit: other, want: own, state: upgraded, method: MethodKubelet, says: "envs.NEW"},
+		{name: "the same", image: "app:v2", attempt: 1, want: own, state: upgraded, method: opsv1.MethodPlain, adopted: true},
+		{name: "another setting", image: "app:v2", attempt: 1, edit: other, want: own, state: upgraded, method: opsv1.MethodKubelet, says: "envs.NEW"},
 		{name: "the old image", image: "app:v1", attempt: 1, want: "FAILED, app FAILED TakenBackByKubelet", state: upgraded, says: "was the pod's spec patched?"},
 		{name: "a third image", image: "app:v3", attempt: 1, want: "FAILED, app FAILED TakenBackByKubelet", state: upgraded},
-		{name: "the next attempt", image: "app:v2", attempt: 2, want: own, state: "app/0 EXITED, app/1 EXITED, app/2 RUNNING, web/0 RUNNING", method: MethodPlain},
+		{name: "the next attempt", image: "app:v2", attempt: 2, want: own, state: "app/0 EXITED, app/1 EXITED, app/2 RUNNING, web/0 RUNNING", method: opsv1.MethodPlain},
 		{
 			// It has found the new container running, with a hash that is not that of its spec, and stopped it.
 			name: "the next attempt, with the old image", image: "app:v1", attempt: 2,
@@ -138,7 +139,7 @@ func TestUpgradeMismatchIsAnsweredInTime(t *testing.T) {
 func (n *upNode) slowToStop() {
 	n.rt.set(func(f *fakeRuntime) {
 		for _, c := range f.containers {
-			c.status.Annotations[annotationTerminationGrace] = "3600"
+			c.status.Annotations[criclone.AnnotationTerminationGrace] = "3600"
 		}
 	})
 }

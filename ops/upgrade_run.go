@@ -12,6 +12,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
 )
 
 // Reasons of upgrades that did not succeed, beside those of restarts with another image.
@@ -51,10 +52,10 @@ func (r *restart) driveUpgrade(ctx context.Context) error {
 		var err error
 		switch s := r.rec().Step; s {
 		case stepNone:
-			if r.rec().Method != MethodKubelet {
+			if r.rec().Method != opsv1.MethodKubelet {
 				err = r.prepare(ctx)
 			}
-			if err == nil && r.rec().Method == MethodKubelet {
+			if err == nil && r.rec().Method == opsv1.MethodKubelet {
 				return r.leaveToKubelet(ctx)
 			}
 		case stepHeld:
@@ -90,7 +91,7 @@ func (r *restart) drives() {
 		r.up.listen(true)
 	}
 	// What waited at its gate in the process before this one waits still, and needs no time to stop.
-	if s := r.rec().Step; r.rec().Method == MethodGate && (s == stepArm || s == stepArmed || s == stepAsk) {
+	if s := r.rec().Step; r.rec().Method == opsv1.MethodGate && (s == stepArm || s == stepArmed || s == stepAsk) {
 		r.held = true
 	}
 	if rec := r.rec(); rec.Step == stepStop {
@@ -117,7 +118,7 @@ func (r *restart) prepare(ctx context.Context) error {
 		if err := r.checkImage(ctx); err != nil {
 			return err
 		}
-		if r.rec().Method == MethodKubelet {
+		if r.rec().Method == opsv1.MethodKubelet {
 			r.dropSlot()
 			return nil
 		}
@@ -154,7 +155,7 @@ func (r *restart) checkImage(ctx context.Context) error {
 		return failf(ReasonSameImage, "container %q has image %s in its spec already, and runs %s in its place: revert that override instead", r.want.GetName(), was, o.Image)
 	case was == r.change.want.GetImage():
 		return r.sameName(ctx, config)
-	case config.GetAnnotations()[annotationHash] != kubeletHash(config.GetMetadata().GetName(), was):
+	case config.GetAnnotations()[criclone.AnnotationHash] != criclone.KubeletHash(config.GetMetadata().GetName(), was):
 		r.toKubelet("kubelet's hash of the container is not that of its name and image, so it would not take over a container made here (is kubelet older than 1.31?)")
 	}
 	return nil
@@ -193,7 +194,7 @@ func (r *restart) sameName(ctx context.Context, c *runtimeapi.ContainerConfig) e
 // toKubelet has kubelet make the successor.
 func (r *restart) toKubelet(format string, args ...any) {
 	r.warn("only the image is put ready, kubelet makes the container: "+format, args...)
-	r.setMethod(MethodKubelet)
+	r.setMethod(opsv1.MethodKubelet)
 }
 
 // leaveToKubelet waits for the commit of an upgrade of which only the image has been prepared.
@@ -220,7 +221,7 @@ func (r *restart) dress(ctx context.Context, c *runtimeapi.ContainerConfig) erro
 	if err := r.useImage(ctx, c); err != nil {
 		return err
 	}
-	c.Annotations[annotationHash] = kubeletHash(c.GetMetadata().GetName(), r.change.want.GetImage())
+	c.Annotations[criclone.AnnotationHash] = criclone.KubeletHash(c.GetMetadata().GetName(), r.change.want.GetImage())
 	return nil
 }
 

@@ -22,6 +22,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
 )
 
 func seconds(n int64) *durationpb.Duration { return durationpb.New(time.Duration(n) * time.Second) }
@@ -472,7 +473,7 @@ func (n *upNode) phases(uid string) (seen func() string) {
 func olderKubelet(t *testing.T, n *upNode) {
 	t.Helper()
 	req := n.engine.records.request(n.rt.idOf(t, "app/0"))
-	req.Config.Annotations[annotationHash] = "1234"
+	req.Config.Annotations[criclone.AnnotationHash] = "1234"
 	raw, err := proto.Marshal(req)
 	n.must(err)
 	n.engine.records.Created(n.rt.idOf(t, "app/0"), raw)
@@ -489,7 +490,7 @@ func TestUpgradeLeftToKubelet(t *testing.T) {
 			}
 			n.commit("op")
 			op := n.ends("op", succeeded, untouched)
-			if c := op.GetContainers()[0]; c.GetMethod() != string(MethodKubelet) || len(c.GetWarnings()) != 1 {
+			if c := op.GetContainers()[0]; c.GetMethod() != opsv1.MethodKubelet || len(c.GetWarnings()) != 1 {
 				t.Errorf("operation: %v", op)
 			}
 		})

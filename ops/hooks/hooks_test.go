@@ -1,30 +1,75 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package hooks_test
 
 import (
 	"context"
-	"encoding/json"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"strconv"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/hooks"
 )
 
-func TestRecordedPreStop(t *testing.T) {
-	hook := func(a *opsv1.HTTPGetAction) *opsv1.Hook {
-		return &opsv1.Hook{Action: &opsv1.Hook_HttpGet{HttpGet: a}}
+// fakeRuntime has one sandbox and answers each command.
+type fakeRuntime struct {
+	runtimeapi.RuntimeServiceClient
+	ip      string // of the sandbox
+	timeout int64  // of the last command
+}
+
+const sandbox = "sandbox"
+
+func (f *fakeRuntime) PodSandboxStatus(
+	_ context.Context, r *runtimeapi.PodSandboxStatusRequest, _ ...grpc.CallOption,
+) (*runtimeapi.PodSandboxStatusResponse, error) {
+	if r.GetPodSandboxId() != sandbox {
+		return nil, status.Error(codes.NotFound, "no such sandbox")
 	}
+	return &runtimeapi.PodSandboxStatusResponse{Status: &runtimeapi.PodSandboxStatus{
+		Network: &runtimeapi.PodSandboxNetworkStatus{Ip: f.ip},
+	}}, nil
+}
+
+func (f *fakeRuntime) ExecSync(
+	_ context.Context, r *runtimeapi.ExecSyncRequest, _ ...grpc.CallOption,
+) (*runtimeapi.ExecSyncResponse, error) {
+	f.timeout = r.GetTimeout()
+	return &runtimeapi.ExecSyncResponse{}, nil
+}
+
+// newRunner returns a Runner that is closed with the test.
+func newRunner(t *testing.T, f *fakeRuntime) *hooks.Runner {
+	t.Helper()
+	r := hooks.NewRunner(f)
+	t.Cleanup(r.Close)
+	return r
+}
+
+func execHook(cmd ...string) *opsv1.Hook {
+	return &opsv1.Hook{Action: &opsv1.Hook_Exec{Exec: &opsv1.ExecAction{Command: cmd}}}
+}
+
+func httpHook(a *opsv1.HTTPGetAction) *opsv1.Hook {
+	return &opsv1.Hook{Action: &opsv1.Hook_HttpGet{HttpGet: a}}
+}
+
+func TestRecordedPreStop(t *testing.T) {
 	const ports = `[{"name":"web","containerPort":8080},{"name":"admin","containerPort":9090},{"name":"big","containerPort":70000}]`
 	cases := []struct {
 		name, recorded string
@@ -36,9 +81,9 @@ func TestRecordedPreStop(t *testing.T) {
 		{name: "sleep", recorded: `{"sleep":{"seconds":5}}`, want: &opsv1.Hook{Action: &opsv1.Hook_Sleep{Sleep: &opsv1.SleepAction{Seconds: 5}}}},
 		{
 			name: "http", recorded: `{"httpGet":{"path":"/bye?x=1","port":80,"host":"h","scheme":"HTTPS","httpHeaders":[{"name":"A","value":"b"}]}}`,
-			want: hook(&opsv1.HTTPGetAction{Path: "/bye?x=1", Port: 80, Host: "h", Scheme: "HTTPS", Headers: []*opsv1.HTTPHeader{{Name: "A", Value: "b"}}}),
+			want: httpHook(&opsv1.HTTPGetAction{Path: "/bye?x=1", Port: 80, Host: "h", Scheme: "HTTPS", Headers: []*opsv1.HTTPHeader{{Name: "A", Value: "b"}}}),
 		},
-		{name: "named port", recorded: `{"httpGet":{"port":"admin"}}`, want: hook(&opsv1.HTTPGetAction{Port: 9090})},
+		{name: "named port", recorded: `{"httpGet":{"port":"admin"}}`, want: httpHook(&opsv1.HTTPGetAction{Port: 9090})},
 		{name: "number as a name", recorded: `{"httpGet":{"port":"81"}}`, err: `the container has no port named "81"`},
 		{name: "port 0", recorded: `{"httpGet":{"port":0}}`, err: "0 is not a port number"},
 		{name: "port too high", recorded: `{"httpGet":{"port":"big"}}`, err: "70000 is not a port number"},
@@ -47,11 +92,11 @@ func TestRecordedPreStop(t *testing.T) {
 		{name: "odd port", recorded: `{"httpGet":{"port":[]}}`, err: "port []"},
 		{name: "tcpSocket", recorded: `{"tcpSocket":{"port":80}}`, err: "no action that can be run"},
 		{name: "empty", recorded: `{}`, err: "no action that can be run"},
-		{name: "not JSON", recorded: `sh -c x`, err: annotationPreStop},
+		{name: "not JSON", recorded: `sh -c x`, err: criclone.AnnotationPreStop},
 	}
 	for _, tc := range cases {
 		t.Run(tc.name, func(t *testing.T) {
-			got, err := recordedPreStop(map[string]string{annotationPreStop: tc.recorded, annotationPorts: ports})
+			got, err := hooks.RecordedPreStop(map[string]string{criclone.AnnotationPreStop: tc.recorded, criclone.AnnotationPorts: ports})
 			if (err == nil) != (tc.err == "") || (err != nil && !strings.Contains(err.Error(), tc.err)) {
 				t.Errorf("error is %v, want %q", err, tc.err)
 			}
@@ -60,7 +105,10 @@ func TestRecordedPreStop(t *testing.T) {
 			}
 		})
 	}
-	if _, err := resolvePort(json.RawMessage(`"x"`), `{`); err == nil || !strings.Contains(err.Error(), annotationPorts) {
+	_, err := hooks.RecordedPreStop(map[string]string{
+		criclone.AnnotationPreStop: `{"httpGet":{"port":"x"}}`, criclone.AnnotationPorts: `{`,
+	})
+	if err == nil || !strings.Contains(err.Error(), criclone.AnnotationPorts) {
 		t.Errorf("ports that are not JSON: %v", err)
 	}
 }
@@ -148,8 +196,7 @@ func TestHTTPHook(t *testing.T) {
 		}
 		for _, tc := range cases {
 			t.Run(map[bool]string{true: "https ", false: "http "}[tls]+tc.name, func(t *testing.T) {
-				n := newNode(t, podOptions{})
-				err := n.engine.runHTTPHook(t.Context(), tc.a, n.sandbox) // the fake's pod IP is the loopback
+				err := newRunner(t, &fakeRuntime{ip: "127.0.0.1"}).Run(t.Context(), httpHook(tc.a), "c", sandbox)
 				if (err == nil) != (tc.err == "") || (err != nil && !strings.Contains(err.Error(), tc.err)) {
 					t.Errorf("error is %v, want %q", err, tc.err)
 				}
@@ -171,16 +218,17 @@ func TestHTTPHook(t *testing.T) {
 		server.Close()
 	}
 	t.Run("nobody listens", func(t *testing.T) {
-		n := newNode(t, podOptions{})
-		n.rt.set(func(f *fakeRuntime) { f.sandboxes[n.sandbox].ip = "" }) // host network: the loopback
-		port := refusingPort(t)
-		if err := n.engine.runHTTPHook(t.Context(), &opsv1.HTTPGetAction{Port: port}, n.sandbox); err == nil || !strings.Contains(err.Error(), "connection refused") {
+		runner := newRunner(t, &fakeRuntime{}) // host network: the loopback
+		hook := httpHook(&opsv1.HTTPGetAction{Port: refusingPort(t)})
+		err := runner.Run(t.Context(), hook, "c", sandbox)
+		if err == nil || !strings.Contains(err.Error(), "connection refused") {
 			t.Errorf("got %v", err)
 		}
-		if err := n.engine.runHTTPHook(t.Context(), &opsv1.HTTPGetAction{Port: port}, "nope"); err == nil || !strings.Contains(err.Error(), "finding the pod's address") {
+		err = runner.Run(t.Context(), hook, "c", "nope")
+		if err == nil || !strings.Contains(err.Error(), "finding the pod's address") {
 			t.Errorf("got %v", err)
 		}
-		if err := n.engine.runHook(t.Context(), &opsv1.Hook{}, "c", "s"); err == nil {
+		if err := runner.Run(t.Context(), &opsv1.Hook{}, "c", "s"); err == nil {
 			t.Error("an empty hook is run")
 		}
 	})
@@ -211,27 +259,37 @@ func TestExecHookTimeout(t *testing.T) {
 		want int64
 	}{{3500 * time.Millisecond, 4}, {900 * time.Millisecond, 1}, {0, 0}} {
 		t.Run(tt.left.String(), func(t *testing.T) {
-			newBubble(t).run(func(t *testing.T, n *bubbleNode) { // where no time passes
-				var got int64
-				n.rt.set(func(f *fakeRuntime) {
-					f.exec = func(_ context.Context, r *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
-						got = r.GetTimeout()
-						return &runtimeapi.ExecSyncResponse{}, nil
-					}
-				})
+			synctest.Test(t, func(t *testing.T) { // where no time passes
+				f := &fakeRuntime{}
 				ctx := t.Context()
 				if tt.left > 0 {
 					var cancel context.CancelFunc
 					ctx, cancel = context.WithTimeout(ctx, tt.left)
 					defer cancel()
 				}
-				if err := n.engine.runExecHook(ctx, &opsv1.ExecAction{Command: []string{"x"}}, n.rt.idOf(t, "app/0")); err != nil {
+				if err := newRunner(t, f).Run(ctx, execHook("x"), "c", sandbox); err != nil {
 					t.Error(err)
 				}
-				if got != tt.want {
-					t.Errorf("timeout of %d s, want %d", got, tt.want)
+				if f.timeout != tt.want {
+					t.Errorf("timeout of %d s, want %d", f.timeout, tt.want)
 				}
 			})
 		})
 	}
+}
+
+// FuzzRecordedPreStop reads any annotations as hooks.
+func FuzzRecordedPreStop(f *testing.F) {
+	for _, s := range []string{
+		`{"exec":{"command":["a"]}}`, `{"httpGet":{"port":"web","httpHeaders":[{"name":"a"}]}}`,
+		`{"sleep":{"seconds":1}}`, `{`, `null`, `[]`, `{"httpGet":null}`,
+	} {
+		f.Add(s, `[{"name":"web","containerPort":80}]`)
+	}
+	f.Fuzz(func(t *testing.T, hook, ports string) {
+		h, err := hooks.RecordedPreStop(map[string]string{criclone.AnnotationPreStop: hook, criclone.AnnotationPorts: ports})
+		if h != nil && (err != nil || h.GetAction() == nil) {
+			t.Errorf("hook %v with error %v", h, err)
+		}
+	})
 }

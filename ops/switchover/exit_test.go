@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package switchover_test
 
 import (
 	"bytes"
@@ -13,7 +13,15 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
+
+const waitLong = 2 * time.Minute
+
+// hasExited reports whether the process, which is a child of this one, has exited. Each cgroup has a
+// name with a slash.
+func hasExited(pid int) bool { return switchover.OfContainer(pid, "/") != nil }
 
 // child is a process that lives until it is killed.
 func child(t *testing.T) (pid int, kill func()) {
@@ -46,22 +54,22 @@ func awaitClosed(t *testing.T, c <-chan struct{}) {
 func TestExitWatch(t *testing.T) {
 	t.Run("ends", func(t *testing.T) {
 		pid, kill := child(t)
-		w, err := watchProcess(pid)
+		w, err := switchover.WatchProcess(pid)
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer w.close()
-		if w.over() {
+		defer w.Close()
+		if w.Over() {
 			t.Error("over before the end")
 		}
 		before := time.Now()
 		kill()
-		awaitClosed(t, w.ended())
-		if !w.over() || w.at.Before(before) || w.at.After(time.Now()) {
-			t.Errorf("over: %t, at %s, killed after %s", w.over(), w.at, before)
+		awaitClosed(t, w.Ended())
+		if !w.Over() || w.At().Before(before) || w.At().After(time.Now()) {
+			t.Errorf("over: %t, at %s, killed after %s", w.Over(), w.At(), before)
 		}
-		w.close()
-		if !w.over() {
+		w.Close()
+		if !w.Over() {
 			t.Error("not over any more")
 		}
 	})
@@ -70,31 +78,31 @@ func TestExitWatch(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		w, err := watchProcess(cmd.Process.Pid)
+		w, err := switchover.WatchProcess(cmd.Process.Pid)
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer w.close()
-		awaitClosed(t, w.ended())
+		defer w.Close()
+		awaitClosed(t, w.Ended())
 		if err := cmd.Wait(); err != nil {
 			t.Error(err)
 		}
 	})
 	t.Run("closed before the end", func(t *testing.T) {
 		pid, kill := child(t)
-		w, err := watchProcess(pid)
+		w, err := switchover.WatchProcess(pid)
 		if err != nil {
 			t.Fatal(err)
 		}
-		w.close()
-		w.close() // again is fine
-		awaitClosed(t, w.done)
+		w.Close()
+		w.Close() // again is fine
+		awaitClosed(t, w.Done())
 		select {
-		case <-w.ended():
+		case <-w.Ended():
 			t.Error("the end of the watch is told as the end of the process")
 		default:
 		}
-		if w.over() {
+		if w.Over() {
 			t.Error("over")
 		}
 		kill()
@@ -102,14 +110,14 @@ func TestExitWatch(t *testing.T) {
 	t.Run("gone before", func(t *testing.T) {
 		pid, kill := child(t)
 		kill()
-		if w, err := watchExit(pid, ""); !errors.Is(err, unix.ESRCH) || w != nil {
+		if w, err := switchover.Watch(pid, ""); !errors.Is(err, unix.ESRCH) || w != nil {
 			t.Errorf("got %v, %v", w, err)
 		}
 	})
 	t.Run("none", func(t *testing.T) {
-		var w *exitWatch
-		w.close()
-		if w.over() || w.ended() != nil {
+		var w *switchover.Exit
+		w.Close()
+		if w.Over() || w.Ended() != nil {
 			t.Error("over")
 		}
 	})
@@ -126,19 +134,19 @@ func TestExitWatchOfAnotherContainer(t *testing.T) {
 	}
 	before := open()
 	for range 10 {
-		if w, err := watchExit(pid, "0123456789abcdef"); err == nil {
-			w.close()
+		if w, err := switchover.Watch(pid, "0123456789abcdef"); err == nil {
+			w.Close()
 			t.Fatal("watches a process that is none of the container")
 		}
 	}
 	if after := open(); after > before+5 { // other tests have some too
 		t.Errorf("%d descriptors, %d before", after, before)
 	}
-	w, err := watchExit(pid, "/") // every cgroup has a name with this in it
+	w, err := switchover.Watch(pid, "/") // every cgroup has a name with this in it
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.close()
+	w.Close()
 }
 
 // A process that has ended is nobody's any more, though the kernel knows it until its exit code has been asked for.
@@ -148,19 +156,16 @@ func TestEndedProcess(t *testing.T) {
 		t.Fatal(err)
 	}
 	pid := cmd.Process.Pid
-	for late := time.Now().Add(waitLong); !ended(pid) && time.Now().Before(late); time.Sleep(time.Millisecond) {
+	for late := time.Now().Add(waitLong); !hasExited(pid) && time.Now().Before(late); time.Sleep(time.Millisecond) {
 	}
-	if _, err := os.Stat(fmt.Sprintf("/proc/%d", pid)); err != nil || !ended(pid) {
-		t.Errorf("%v, ended: %t", err, ended(pid))
-	}
-	if err := ofContainer(pid, "/"); err == nil {
-		t.Error("it is a container's")
+	if _, err := os.Stat(fmt.Sprintf("/proc/%d", pid)); err != nil || !hasExited(pid) {
+		t.Errorf("%v, ended: %t", err, hasExited(pid))
 	}
 	if err := cmd.Wait(); err != nil {
 		t.Fatal(err)
 	}
-	if !ended(pid) || ended(os.Getpid()) {
-		t.Errorf("ended: %t, this process: %t", ended(pid), ended(os.Getpid()))
+	if !hasExited(pid) || hasExited(os.Getpid()) {
+		t.Errorf("ended: %t, this process: %t", hasExited(pid), hasExited(os.Getpid()))
 	}
 }
 
@@ -190,15 +195,15 @@ func TestEndedThread(t *testing.T) {
 			break
 		}
 	}
-	if ended(pid) {
+	if hasExited(pid) {
 		t.Error("it has ended with its first thread")
 	}
 	if err := cmd.Process.Kill(); err != nil {
 		t.Error(err)
 	}
-	for late := time.Now().Add(waitLong); !ended(pid) && time.Now().Before(late); time.Sleep(time.Millisecond) {
+	for late := time.Now().Add(waitLong); !hasExited(pid) && time.Now().Before(late); time.Sleep(time.Millisecond) {
 	}
-	if !ended(pid) {
+	if !hasExited(pid) {
 		t.Error("it has not ended with all")
 	}
 	_ = cmd.Wait() // it was killed

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package criclone
 
 import (
 	"maps"
@@ -16,16 +16,17 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/environment"
 )
 
-// differs returns nil if the container that ours has made is the one that kubelet asks for now, else the
-// fields in which they differ, sorted: "image", "envs.FOO", "mounts./etc/x", "linux.security_context". Never their values, which may
-// be secret.
+// Diff returns the sorted names of the fields in which two requests differ: "image", "envs.FOO",
+// "mounts./etc/x", "linux.security_context". It returns nil if ours, which created a container,
+// creates the container that kubelet asks for. It never returns values, which may be secret.
 //
-// kubelet builds some lists from Go maps, so that their order means nothing: envs (of two with a name the last
-// counts), mounts, devices and CDI_devices. What is ours alone is left out: [interceptors.StagedAnnotation], [environment.PartsAnnotation], and
-// the name of the termination message file on the host, which is a random one each time (kubelet_pods.go, kuberuntime_container.go makeMounts).
-// linux.resources are not compared, see resourcesDiffer; the sandbox's config neither, it is the sandbox's own.
-// All other fields count, those of CRI versions newer than ours too.
-func differs(ours, asked *runtimeapi.CreateContainerRequest) []string {
+// Kubelet builds some lists from Go maps, so Diff ignores the order of envs (the last of a name
+// counts), mounts, devices and CDI_devices. It also ignores what only cri-proxy sets
+// ([interceptors.StagedAnnotation], [environment.PartsAnnotation]) and the name of the termination
+// message file on the host, which is random (kubelet_pods.go, kuberuntime_container.go makeMounts).
+// For linux.resources there is [ResourcesDiffer]; the sandbox's config belongs to the sandbox. All
+// other fields count, fields of newer CRI versions too.
+func Diff(ours, asked *runtimeapi.CreateContainerRequest) []string {
 	d := difference{}
 	if ours.GetPodSandboxId() != asked.GetPodSandboxId() {
 		d.add("pod_sandbox_id")
@@ -38,19 +39,7 @@ func differs(ours, asked *runtimeapi.CreateContainerRequest) []string {
 	return slices.Sorted(maps.Keys(d))
 }
 
-// resourcesDiffer reports whether the two ask for other CPU, memory and so on. Those of a container that is there
-// already can be changed with UpdateContainerResources.
-func resourcesDiffer(ours, asked *runtimeapi.CreateContainerRequest) bool {
-	of := func(r *runtimeapi.CreateContainerRequest) *runtimeapi.LinuxContainerResources {
-		if res := r.GetConfig().GetLinux().GetResources(); res != nil {
-			return res
-		}
-		return &runtimeapi.LinuxContainerResources{}
-	}
-	return !proto.Equal(of(ours), of(asked))
-}
-
-// difference is a set of names of fields.
+// difference is a set of field names.
 type difference map[string]struct{}
 
 func (d difference) add(name string) { d[name] = struct{}{} }
@@ -58,8 +47,9 @@ func (d difference) add(name string) { d[name] = struct{}{} }
 func (d difference) config(ours, asked *runtimeapi.ContainerConfig) {
 	byKey(d, "envs.", lastOf(ours.GetEnvs()), lastOf(asked.GetEnvs()))
 	byKey(d, "mounts.", mountsOf(ours), mountsOf(asked))
-	byKey(d, "devices.", listsOf(ours.GetDevices(), (*runtimeapi.Device).GetContainerPath), listsOf(asked.GetDevices(), (*runtimeapi.Device).GetContainerPath))
-	byKey(d, "CDI_devices.", listsOf(ours.GetCDIDevices(), (*runtimeapi.CDIDevice).GetName), listsOf(asked.GetCDIDevices(), (*runtimeapi.CDIDevice).GetName))
+	devicePath, cdiName := (*runtimeapi.Device).GetContainerPath, (*runtimeapi.CDIDevice).GetName
+	byKey(d, "devices.", listsOf(ours.GetDevices(), devicePath), listsOf(asked.GetDevices(), devicePath))
+	byKey(d, "CDI_devices.", listsOf(ours.GetCDIDevices(), cdiName), listsOf(asked.GetCDIDevices(), cdiName))
 	d.strings("labels.", ours.GetLabels(), asked.GetLabels())
 	d.strings("annotations.", ours.GetAnnotations(), asked.GetAnnotations())
 	delete(d, "annotations."+interceptors.StagedAnnotation)
@@ -71,7 +61,7 @@ func (d difference) config(ours, asked *runtimeapi.ContainerConfig) {
 		"envs", "mounts", "devices", "CDI_devices", "labels", "annotations", "metadata", "linux")
 }
 
-// fields compares two messages field by field, but for those left out.
+// fields compares two messages field by field, except the fields in without.
 func (d difference) fields(prefix string, a, b protoreflect.Message, without ...protoreflect.Name) {
 	all := a.Descriptor().Fields()
 	for i := range all.Len() {
@@ -86,7 +76,7 @@ func (d difference) fields(prefix string, a, b protoreflect.Message, without ...
 	d.unknown(prefix, a, b)
 }
 
-// unknown compares the fields of two messages that this version of CRI does not know.
+// unknown compares the fields that this version of CRI does not know.
 func (d difference) unknown(prefix string, a, b protoreflect.Message) {
 	only := func(m protoreflect.Message) proto.Message {
 		out := m.New()
@@ -111,7 +101,7 @@ func (d difference) strings(prefix string, a, b map[string]string) {
 	}
 }
 
-// byKey compares lists whose order means nothing but among items of the same key.
+// byKey compares two lists, as listsOf returns them. Order counts only among items of one key.
 func byKey[M proto.Message](d difference, prefix string, a, b map[string][]M) {
 	same := func(x, y M) bool { return proto.Equal(x, y) }
 	for k, v := range a {
@@ -126,6 +116,7 @@ func byKey[M proto.Message](d difference, prefix string, a, b map[string][]M) {
 	}
 }
 
+// listsOf groups the items of a list by key.
 func listsOf[M proto.Message](list []M, key func(M) string) map[string][]M {
 	out := make(map[string][]M, len(list))
 	for _, m := range list {
@@ -134,6 +125,7 @@ func listsOf[M proto.Message](list []M, key func(M) string) map[string][]M {
 	return out
 }
 
+// lastOf keeps the last variable of each name.
 func lastOf(envs []*runtimeapi.KeyValue) map[string][]*runtimeapi.KeyValue {
 	out := make(map[string][]*runtimeapi.KeyValue, len(envs))
 	for _, kv := range envs {
@@ -142,7 +134,8 @@ func lastOf(envs []*runtimeapi.KeyValue) map[string][]*runtimeapi.KeyValue {
 	return out
 }
 
-// mountsOf returns the mounts by container path, that of the termination message file without the file's name.
+// mountsOf returns the mounts by container path, and drops the name of the termination message
+// file.
 func mountsOf(c *runtimeapi.ContainerConfig) map[string][]*runtimeapi.Mount {
 	mounts := slices.Clone(c.GetMounts())
 	if i := slices.Index(mounts, terminationMount(c)); i >= 0 {
@@ -151,4 +144,28 @@ func mountsOf(c *runtimeapi.ContainerConfig) map[string][]*runtimeapi.Mount {
 		mounts[i] = m
 	}
 	return listsOf(mounts, (*runtimeapi.Mount).GetContainerPath)
+}
+
+// AlignMounts returns ours with those parts of asked's mounts that do not change what is mounted:
+// the annotations of images, and host paths that lead to the same file. Kubelet binds a part of a
+// volume (subPath) in a directory of its own, while a clone may mount it from the volume itself.
+func AlignMounts(ours, asked *runtimeapi.CreateContainerRequest) *runtimeapi.CreateContainerRequest {
+	paths := map[string]string{}
+	annotations := map[string]map[string]string{}
+	for _, m := range asked.GetConfig().GetMounts() {
+		paths[m.GetContainerPath()] = m.GetHostPath()
+		annotations[m.GetContainerPath()] = m.GetImage().GetAnnotations()
+	}
+	ours = proto.Clone(ours).(*runtimeapi.CreateContainerRequest)
+	for _, m := range ours.GetConfig().GetMounts() {
+		if m.GetImage() != nil {
+			// The pod's annotations, which change with the patch (kuberuntime_manager.go getImageVolumes).
+			m.Image.Annotations = annotations[m.GetContainerPath()]
+		}
+		host := paths[m.GetContainerPath()]
+		if host != "" && host != m.GetHostPath() && environment.SameFile(host, m.GetHostPath()) {
+			m.HostPath = host
+		}
+	}
+	return ours
 }

@@ -1,9 +1,13 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package criclone_test
 
-import "testing"
+import (
+	"testing"
+
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
+)
 
 // The first is a golden value of kubelet's own test (container_hash_test.go); the others were computed
 // with the libraries that kubelet 1.37.2 uses.
@@ -17,8 +21,8 @@ func TestKubeletHash(t *testing.T) {
 		{"app", "", "613cf98"},
 	} {
 		t.Run(tt.image, func(t *testing.T) {
-			if got := kubeletHash(tt.name, tt.image); got != tt.want {
-				t.Errorf("kubeletHash(%q, %q) = %s, want %s", tt.name, tt.image, got, tt.want)
+			if got := criclone.KubeletHash(tt.name, tt.image); got != tt.want {
+				t.Errorf("KubeletHash(%q, %q) = %s, want %s", tt.name, tt.image, got, tt.want)
 			}
 		})
 	}

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package criclone_test
 
 import (
 	"fmt"
@@ -16,6 +16,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
 )
 
 // filler sets every field of a message to something that no other field has.
@@ -91,8 +92,8 @@ func filled() *runtimeapi.CreateContainerRequest {
 	c := req.Config
 	c.Mounts[0].ContainerPath = "/dev/termination-log"
 	c.Mounts[0].HostPath = "/var/lib/kubelet/pods/1/containers/app/0a0b0c0d"
-	c.Annotations[annotationTerminationPath] = c.Mounts[0].GetContainerPath()
-	c.Labels[labelPodUID], c.Labels[labelContainer] = "1", "app"
+	c.Annotations[criclone.AnnotationTerminationPath] = c.Mounts[0].GetContainerPath()
+	c.Labels[criclone.LabelPodUID], c.Labels[criclone.LabelContainer] = "1", "app"
 	return req
 }
 
@@ -172,7 +173,7 @@ func changes(m protoreflect.Message, path string, f *filler, check func(path str
 	}
 }
 
-func TestDiffersNoticesEveryField(t *testing.T) {
+func TestDiffNoticesEveryField(t *testing.T) {
 	ours := filled()
 	changed := proto.Clone(ours).(*runtimeapi.CreateContainerRequest)
 	seen := 0
@@ -183,14 +184,14 @@ func TestDiffersNoticesEveryField(t *testing.T) {
 		case strings.HasPrefix(path, "sandbox_config"), strings.HasPrefix(path, "config.linux.resources"):
 			want = false // the host path of the first mount is then not in kubelet's directory
 		}
-		if got := differs(ours, changed); want != (got != nil) {
-			t.Errorf("%s changed: differs says %v", path, got)
+		if got := criclone.Diff(ours, changed); want != (got != nil) {
+			t.Errorf("%s changed: Diff says %v", path, got)
 		}
-		if got := differs(changed, ours); want != (got != nil) {
-			t.Errorf("%s changed, the other way around: differs says %v", path, got)
+		if got := criclone.Diff(changed, ours); want != (got != nil) {
+			t.Errorf("%s changed, the other way around: Diff says %v", path, got)
 		}
-		if got, want := resourcesDiffer(ours, changed), strings.HasPrefix(path, "config.linux.resources") || path == "config.linux" || path == "config"; got != want {
-			t.Errorf("%s changed: resourcesDiffer says %v", path, got)
+		if got, want := criclone.ResourcesDiffer(ours, changed), strings.HasPrefix(path, "config.linux.resources") || path == "config.linux" || path == "config"; got != want {
+			t.Errorf("%s changed: ResourcesDiffer says %v", path, got)
 		}
 	})
 	if !proto.Equal(ours, changed) {
@@ -208,13 +209,13 @@ func shuffle(r *rand.Rand, c *runtimeapi.ContainerConfig) {
 	r.Shuffle(len(c.GetCDIDevices()), func(i, j int) { c.CDIDevices[i], c.CDIDevices[j] = c.CDIDevices[j], c.CDIDevices[i] })
 }
 
-func TestDiffersNotInOrder(t *testing.T) {
+func TestDiffNotInOrder(t *testing.T) {
 	for seed := range uint64(50) {
 		ours := filled()
 		asked := proto.Clone(ours).(*runtimeapi.CreateContainerRequest)
 		shuffle(rand.New(rand.NewPCG(seed, 1)), asked.GetConfig())
 		before := proto.Clone(asked)
-		if got := differs(ours, asked); got != nil {
+		if got := criclone.Diff(ours, asked); got != nil {
 			t.Fatalf("seed %d: %v", seed, got)
 		}
 		if !proto.Equal(before, asked) || !proto.Equal(ours, filled()) {
@@ -223,7 +224,7 @@ func TestDiffersNotInOrder(t *testing.T) {
 	}
 }
 
-func TestDiffersNames(t *testing.T) {
+func TestDiffNames(t *testing.T) {
 	for _, tt := range []struct {
 		name string
 		edit func(c *runtimeapi.ContainerConfig)
@@ -233,8 +234,8 @@ func TestDiffersNames(t *testing.T) {
 		{name: "mark of ours", edit: func(c *runtimeapi.ContainerConfig) { delete(c.Annotations, interceptors.StagedAnnotation) }},
 		{name: "termination message file", edit: func(c *runtimeapi.ContainerConfig) { c.Mounts[1].HostPath = "/pods/1/containers/app/0badcafe" }},
 		{name: "its path", edit: func(c *runtimeapi.ContainerConfig) {
-			c.Annotations[annotationTerminationPath], c.Mounts[1].ContainerPath = "/dev/msg", "/dev/msg"
-		}, want: []string{"annotations." + annotationTerminationPath, "mounts./dev/log", "mounts./dev/msg"}},
+			c.Annotations[criclone.AnnotationTerminationPath], c.Mounts[1].ContainerPath = "/dev/msg", "/dev/msg"
+		}, want: []string{"annotations." + criclone.AnnotationTerminationPath, "mounts./dev/log", "mounts./dev/msg"}},
 		{name: "resources", edit: func(c *runtimeapi.ContainerConfig) {
 			c.Linux.Resources = &runtimeapi.LinuxContainerResources{CpuShares: 2}
 		}},
@@ -266,8 +267,8 @@ func TestDiffersNames(t *testing.T) {
 				Image:       &runtimeapi.ImageSpec{Image: "sha256:a", UserSpecifiedImage: "app:v2"},
 				Args:        []string{"x", "y"},
 				Envs:        []*runtimeapi.KeyValue{{Key: "A", Value: []byte("1")}, {Key: "B"}},
-				Labels:      map[string]string{"l": "1", labelPodUID: "1", labelContainer: "app"},
-				Annotations: map[string]string{"a/b": "1", interceptors.StagedAnnotation: "token", annotationTerminationPath: "/dev/log"},
+				Labels:      map[string]string{"l": "1", criclone.LabelPodUID: "1", criclone.LabelContainer: "app"},
+				Annotations: map[string]string{"a/b": "1", interceptors.StagedAnnotation: "token", criclone.AnnotationTerminationPath: "/dev/log"},
 				LogPath:     "app/1.log",
 				Mounts:      []*runtimeapi.Mount{{ContainerPath: "/etc/x", HostPath: "/x"}, {ContainerPath: "/dev/log", HostPath: "/pods/1/containers/app/12345678"}},
 				Devices:     []*runtimeapi.Device{{ContainerPath: "/dev/d", HostPath: "/dev/d", Permissions: "rw"}},
@@ -276,14 +277,14 @@ func TestDiffersNames(t *testing.T) {
 			}}
 			asked := proto.Clone(ours).(*runtimeapi.CreateContainerRequest)
 			tt.edit(asked.GetConfig())
-			if got := differs(ours, asked); !slices.Equal(got, tt.want) {
-				t.Errorf("differs: %v, want %v", got, tt.want)
+			if got := criclone.Diff(ours, asked); !slices.Equal(got, tt.want) {
+				t.Errorf("Diff: %v, want %v", got, tt.want)
 			}
 		})
 	}
 }
 
-func FuzzDiffers(f *testing.F) {
+func FuzzDiff(f *testing.F) {
 	all, err := proto.Marshal(filled())
 	if err != nil {
 		f.Fatal(err)
@@ -295,11 +296,11 @@ func FuzzDiffers(f *testing.F) {
 		if proto.Unmarshal(a, x) != nil || proto.Unmarshal(b, y) != nil {
 			return
 		}
-		forth, back := differs(x, y), differs(y, x)
+		forth, back := criclone.Diff(x, y), criclone.Diff(y, x)
 		if !slices.Equal(forth, back) {
-			t.Fatalf("differs says %v one way and %v the other", forth, back)
+			t.Fatalf("Diff says %v one way and %v the other", forth, back)
 		}
-		if got := differs(x, proto.Clone(x).(*runtimeapi.CreateContainerRequest)); got != nil {
+		if got := criclone.Diff(x, proto.Clone(x).(*runtimeapi.CreateContainerRequest)); got != nil {
 			t.Fatalf("a request differs from itself: %v", got)
 		}
 		if !unique(x.GetConfig()) {
@@ -307,7 +308,7 @@ func FuzzDiffers(f *testing.F) {
 		}
 		shuffled := proto.Clone(x).(*runtimeapi.CreateContainerRequest)
 		shuffle(rand.New(rand.NewPCG(seed, 1)), shuffled.GetConfig())
-		if got := differs(x, shuffled); got != nil {
+		if got := criclone.Diff(x, shuffled); got != nil {
 			t.Fatalf("a request differs from itself in another order: %v", got)
 		}
 	})
@@ -318,7 +319,16 @@ func unique(c *runtimeapi.ContainerConfig) bool {
 	if c == nil {
 		return false
 	}
-	return len(lastOf(c.GetEnvs())) == len(c.GetEnvs()) && len(mountsOf(c)) == len(c.GetMounts()) &&
-		len(listsOf(c.GetDevices(), (*runtimeapi.Device).GetContainerPath)) == len(c.GetDevices()) &&
-		len(listsOf(c.GetCDIDevices(), (*runtimeapi.CDIDevice).GetName)) == len(c.GetCDIDevices())
+	return distinct(c.GetEnvs(), (*runtimeapi.KeyValue).GetKey) &&
+		distinct(c.GetMounts(), (*runtimeapi.Mount).GetContainerPath) &&
+		distinct(c.GetDevices(), (*runtimeapi.Device).GetContainerPath) &&
+		distinct(c.GetCDIDevices(), (*runtimeapi.CDIDevice).GetName)
+}
+
+func distinct[M any](list []M, key func(M) string) bool {
+	keys := map[string]bool{}
+	for _, m := range list {
+		keys[key(m)] = true
+	}
+	return len(keys) == len(list)
 }

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ops
+package criclone
 
 import (
 	"bytes"
@@ -16,33 +16,36 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 )
 
-// configIn decodes the CRI message that containerd tells as "config" in the info of a verbose status: its Go
-// struct in encoding/json, which has the fields' names as they are in api.proto and no numbers
-// (internal/cri/server/container_status.go ContainerInfo). A field that this version of CRI does not have
-// cannot be carried over from that, and is an error that names it: a container without it would be another one.
-func configIn(info map[string]string, into proto.Message) error {
-	var told struct {
+// DecodeConfig decodes into the CRI message that containerd reports as "config" in the info of a
+// verbose status: the Go struct in encoding/json, which has the field names of api.proto and no
+// numbers (internal/cri/server/container_status.go ContainerInfo).
+//
+// It returns an error that names each field that this version of CRI does not have: such a field
+// cannot be carried over, and a container without it would be a different one.
+func DecodeConfig(info map[string]string, into proto.Message) error {
+	var verbose struct {
 		Config json.RawMessage `json:"config"`
 	}
-	if err := json.Unmarshal([]byte(info["info"]), &told); err != nil || len(told.Config) == 0 || string(told.Config) == "null" {
+	err := json.Unmarshal([]byte(info["info"]), &verbose)
+	if err != nil || len(verbose.Config) == 0 || string(verbose.Config) == "null" {
 		return errors.New("the runtime does not tell its config")
 	}
-	if err := json.Unmarshal(told.Config, into); err != nil {
+	if err := json.Unmarshal(verbose.Config, into); err != nil {
 		return fmt.Errorf("the runtime tells a config that cannot be read (%w)", err)
 	}
-	if unknown := unknownIn(told.Config, into.ProtoReflect().Descriptor(), "config"); len(unknown) > 0 {
-		return fmt.Errorf("the runtime tells of %s, which this version of cri-proxy does not know and would leave out (upgrade cri-proxy)",
-			strings.Join(unknown, ", "))
+	if unknown := unknownIn(verbose.Config, into.ProtoReflect().Descriptor(), "config"); len(unknown) > 0 {
+		return fmt.Errorf("the runtime tells of %s, which this version of cri-proxy does not know "+
+			"and would leave out (upgrade cri-proxy)", strings.Join(unknown, ", "))
 	}
 	return nil
 }
 
-// unknownIn returns the paths of what is set in the JSON of a message and no field of it. Names count
-// without regard to case, as in encoding/json.
+// unknownIn returns the paths of keys in the JSON of a message for which the message has no field.
+// Like encoding/json it ignores the case of names.
 func unknownIn(raw json.RawMessage, message protoreflect.MessageDescriptor, at string) []string {
 	var set map[string]json.RawMessage
 	if json.Unmarshal(raw, &set) != nil {
-		return nil // no object: read as what it is, or an error of that
+		return nil // not an object: encoding/json has decoded it, or has returned an error
 	}
 	var unknown []string
 	for _, name := range slices.Sorted(maps.Keys(set)) {
