@@ -51,7 +51,7 @@ func (e *Engine) resolve(
 // requestOf returns the request that made the container: as recorded, or, for one that is older
 // than the proxy, put together from the runtime's verbose status.
 func (e *Engine) requestOf(ctx context.Context, id, sandbox string) (*runtimeapi.CreateContainerRequest, error) {
-	if req := e.records.request(id); req != nil {
+	if req := e.records.Request(id); req != nil {
 		return req, nil
 	}
 	return e.node.ReadRequest(ctx, id, sandbox)

@@ -22,6 +22,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
+	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
 // bubble runs an engine where time passes only when nothing else can happen: no sockets, so
@@ -50,7 +51,7 @@ func (b *bubble) run(f func(t *testing.T, n *bubbleNode)) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		n.engine.journal.unsynced()
+		unsynced(n.engine.disk.Journal)
 		shape := &node{t: t, dir: dir, rt: n.rt}
 		sb, err := n.rt.RunPodSandbox(t.Context(), &runtimeapi.RunPodSandboxRequest{Config: shape.sandboxConfig()})
 		if err != nil {
@@ -97,7 +98,7 @@ func (n *bubbleNode) restart(uid string, edit ...func(*opsv1.RestartRequest)) *o
 		n.t.Fatal(err)
 	}
 	for {
-		op, changed := o.watch()
+		op, changed := o.Watch()
 		if op.GetFinishTime() != nil {
 			return op
 		}
@@ -243,7 +244,7 @@ func TestRuntimeIsAwayAtFirst(t *testing.T) {
 }
 
 // unsynced has writes not wait for the disk, for tests.
-func (j *journal) unsynced() {
+func unsynced(j *store.Journal) {
 	if db, err := j.DB(); err == nil {
 		db.NoSync = true
 	}

@@ -415,7 +415,7 @@ func (s scenario) comesTo(t *testing.T, n *node, crashed <-chan struct{}) bool {
 	defer late.Stop()
 	o := n.engine.lookup("op")
 	for {
-		op, changed := o.watch()
+		op, changed := o.Watch()
 		if op.GetFinishTime() != nil {
 			select {
 			case <-crashed:

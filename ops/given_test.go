@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
 )
 
 func environmentOf(size int) *opsv1.Environment {
@@ -16,16 +17,16 @@ func environmentOf(size int) *opsv1.Environment {
 }
 
 func TestEnvironmentsAreBounded(t *testing.T) {
-	many := func(n, size int) environments {
-		e := environments{}
+	many := func(n, size int) operation.Environments {
+		e := operation.Environments{}
 		for i := range n {
-			e.add(fmt.Sprint("c", i), environmentOf(size))
+			e[fmt.Sprint("c", i)] = environmentOf(size)
 		}
 		return e
 	}
 	for _, tc := range []struct {
 		name  string
-		given environments
+		given operation.Environments
 		says  string
 	}{
 		{name: "none"},
@@ -34,7 +35,7 @@ func TestEnvironmentsAreBounded(t *testing.T) {
 		{name: "too many", given: many(7, 2<<20-100), says: "one command"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			if err := tc.given.validate(); (err != nil) != (tc.says != "") || err != nil && !strings.Contains(err.Error(), tc.says) {
+			if err := validateEnvironments(tc.given); (err != nil) != (tc.says != "") || err != nil && !strings.Contains(err.Error(), tc.says) {
 				t.Errorf("got %v", err)
 			}
 		})

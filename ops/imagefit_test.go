@@ -62,7 +62,7 @@ func TestRestartWithAnotherImageUser(t *testing.T) {
 			if tc.want != succeeded {
 				return
 			}
-			next := n.engine.records.request(n.rt.idOf(t, "app/1")).GetConfig()
+			next := n.engine.records.Request(n.rt.idOf(t, "app/1")).GetConfig()
 			if got := next.GetLinux().GetSecurityContext().GetRunAsUser(); !proto.Equal(got, uid(tc.wantUser)) || next.GetImage().GetImage() != "sha256:moved" {
 				t.Errorf("image %s with user %v, want %d", next.GetImage().GetImage(), got, tc.wantUser)
 			}

@@ -4,11 +4,9 @@
 package ops
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -23,6 +21,8 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
 // What is kept of restarts is bounded, in memory and on disk: the oldest operations go, and so do the records of containers
@@ -80,7 +80,7 @@ func TestOldOperationsGoByThemselves(t *testing.T) {
 		if got := n.engine.records.Len(); got != 0 {
 			t.Errorf("%d containers are recorded, none exists", got)
 		}
-		err := n.engine.journal.load(func(uid string, _ *record) error { return fmt.Errorf("operation %s is in the journal", uid) }, nil, func(err error) { t.Error(err) })
+		err := n.engine.disk.Journal.Load(func(uid string, _ *store.Record) error { return fmt.Errorf("operation %s is in the journal", uid) }, nil, func(err error) { t.Error(err) })
 		if err != nil {
 			t.Error(err)
 		}
@@ -99,7 +99,7 @@ func TestJournalStaysSmall(t *testing.T) {
 	unsynced(j)
 	sizes := map[int]int64{}
 	for i := 1; i <= total; i++ {
-		r := finishedRecord(t, i)
+		r := finishedRecord(t, i, time.Now())
 		if err := j.Put(uidOf(i), r); err != nil {
 			t.Fatal(err)
 		}
@@ -129,40 +129,36 @@ func fileSize(t testing.TB, path string) int64 {
 
 func uidOf(i int) string { return fmt.Sprintf("3f0e2f5c-8f5e-4d7e-9d55-%012d.app", i) }
 
-func finishedRecord(t testing.TB, i int) *record {
+// finishedOperation is an operation that has ended.
+func finishedOperation(t testing.TB, i int, at time.Time, disk *store.Store) *operation.Operation {
 	t.Helper()
-	o := finishedOperation(i, time.Now())
-	op, err := proto.Marshal(o.op)
+	o, err := operation.Decode(uidOf(i), finishedRecord(t, i, at), disk)
 	if err != nil {
 		t.Fatal(err)
 	}
-	req, err := proto.Marshal(o.req)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &record{Operation: op, Request: req, Containers: o.containers}
+	return o
 }
 
-// finishedOperation is an operation of one container as the controller commands it, with its end.
-func finishedOperation(i int, at time.Time) *operation {
+// finishedRecord is the record of an operation on one container as the controller commands it, with its end.
+func finishedRecord(t testing.TB, i int, at time.Time) *store.Record {
+	t.Helper()
 	id := func(k int) string { return fmt.Sprintf("%064x", k) }
 	uid := uidOf(i)
 	pod := &opsv1.PodRef{Namespace: "shop", Name: fmt.Sprintf("shop-7c9f8d6b5-%05d", i), Uid: fmt.Sprintf("11111111-2222-3333-4444-%012d", i)}
-	return &operation{
-		req: &opsv1.RestartRequest{
+	return &store.Record{
+		Request: wire(t, &opsv1.RestartRequest{
 			Uid: uid, Pod: pod, Requester: "ContainerRecreateRequest/shop/restart-" + uid,
 			Containers: []*opsv1.ContainerRestart{{Name: "app", ExpectedContainerId: id(2 * i)}},
-		},
-		op: &opsv1.Operation{
-			Uid: uid, Kind: kindRestart, Pod: proto.Clone(pod).(*opsv1.PodRef), Phase: opsv1.Phase_PHASE_SUCCEEDED,
+		}),
+		Operation: wire(t, &opsv1.Operation{
+			Uid: uid, Kind: opsv1.KindRestart, Pod: proto.Clone(pod).(*opsv1.PodRef), Phase: opsv1.Phase_PHASE_SUCCEEDED,
 			Requester: "ContainerRecreateRequest/shop/restart-" + uid, CreateTime: timestamppb.New(at), FinishTime: timestamppb.New(at),
 			Containers: []*opsv1.ContainerOperation{{
 				Name: "app", Phase: opsv1.Phase_PHASE_SUCCEEDED, IncumbentId: id(2 * i), SuccessorId: id(2*i + 1), Attempt: 1, Method: "gate",
 				StopTime: timestamppb.New(at), StartTime: timestamppb.New(at), Gap: durationpb.New(6 * time.Millisecond),
 			}},
-		},
-		containers: []containerRecord{{Step: stepDone, Sandbox: id(1), Incumbent: id(2 * i), Successor: id(2*i + 1), Token: randomToken(), StopBy: at}},
-		changed:    make(chan struct{}), cancelled: make(chan struct{}), claims: map[int]*interceptors.Claim{},
+		}),
+		Containers: []containerRecord{{Step: stepDone, Sandbox: id(1), Incumbent: id(2 * i), Successor: id(2*i + 1), Token: randomToken(), StopBy: at}},
 	}
 }
 
@@ -176,7 +172,7 @@ func fullEngine(b *testing.B, dir string) *Engine {
 		b.Fatal(err)
 	}
 	b.Cleanup(func() { _ = e.Close() })
-	e.journal.unsynced()
+	unsynced(e.disk.Journal)
 	e.fill(b)
 	return e
 }
@@ -185,12 +181,12 @@ func fullEngine(b *testing.B, dir string) *Engine {
 func (e *Engine) fill(t testing.TB) {
 	t.Helper()
 	for i := range maxFinished {
-		o := finishedOperation(i, time.Now().Add(time.Duration(i-maxFinished)*time.Millisecond))
-		if err := e.save(o); err != nil {
+		o := finishedOperation(t, i, time.Now().Add(time.Duration(i-maxFinished)*time.Millisecond), e.disk)
+		if err := o.Save(); err != nil {
 			t.Fatal(err)
 		}
 		e.mu.Lock()
-		e.ops[o.op.GetUid()] = o
+		e.ops[o.UID()] = o
 		e.mu.Unlock()
 	}
 }
@@ -241,9 +237,9 @@ func BenchmarkFullJournal(b *testing.B) {
 			var before, after runtime.MemStats
 			runtime.GC()
 			runtime.ReadMemStats(&before)
-			kept := make([]*operation, maxFinished)
+			kept := make([]*operation.Operation, maxFinished)
 			for i := range kept {
-				kept[i] = finishedOperation(i, time.Now())
+				kept[i] = finishedOperation(b, i, time.Now(), &store.Store{})
 			}
 			runtime.GC()
 			runtime.ReadMemStats(&after)

@@ -4,11 +4,9 @@
 package ops
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -24,14 +22,16 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/boltfile"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
 // entry is a journal record of an operation on app at a step.
-func entry(t testing.TB, uid string, at step, created time.Time) *record {
+func entry(t testing.TB, uid string, at step, created time.Time) *store.Record {
 	t.Helper()
-	return &record{
+	return &store.Record{
 		Operation: wire(t, &opsv1.Operation{
-			Uid: uid, Kind: kindRestart, Pod: podRef(), CreateTime: timestamppb.New(created), Phase: opsv1.Phase_PHASE_PENDING,
+			Uid: uid, Kind: opsv1.KindRestart, Pod: podRef(), CreateTime: timestamppb.New(created), Phase: opsv1.Phase_PHASE_PENDING,
 			Containers: []*opsv1.ContainerOperation{{Name: "app", Phase: opsv1.Phase_PHASE_PENDING}},
 		}),
 		Request:    wire(t, restartRequest(uid)),
@@ -39,15 +39,15 @@ func entry(t testing.TB, uid string, at step, created time.Time) *record {
 	}
 }
 
-func journalWith(t testing.TB, records map[string]*record) string {
+func journalWith(t testing.TB, records map[string]*store.Record) string {
 	t.Helper()
 	dir := t.TempDir()
-	j, err := openJournal(dir, quiet())
+	j, err := store.OpenJournal(dir, quiet())
 	if err != nil {
 		t.Fatal(err)
 	}
 	for uid, r := range records {
-		if err := j.put(uid, r); err != nil {
+		if err := j.Put(uid, r); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -68,7 +68,7 @@ func TestOpenArmsTheView(t *testing.T) {
 	} {
 		t.Run(string(at), func(t *testing.T) {
 			v := interceptors.NewView()
-			e, err := openEngine(journalWith(t, map[string]*record{"op": entry(t, "op", at, time.Now())}), v)
+			e, err := openEngine(journalWith(t, map[string]*store.Record{"op": entry(t, "op", at, time.Now())}), v)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -88,7 +88,7 @@ func TestOpenArmsTheView(t *testing.T) {
 
 func TestOpenKeepsTheOrderOfOperations(t *testing.T) {
 	now := time.Now()
-	e, err := openEngine(journalWith(t, map[string]*record{
+	e, err := openEngine(journalWith(t, map[string]*store.Record{
 		"a": entry(t, "a", stepNone, now.Add(2*time.Second)), "b": entry(t, "b", stepNone, now), "c": entry(t, "c", stepNone, now.Add(time.Second)),
 	}), interceptors.NewView())
 	if err != nil {
@@ -96,7 +96,7 @@ func TestOpenKeepsTheOrderOfOperations(t *testing.T) {
 	}
 	var got []string
 	for _, o := range e.waiting {
-		got = append(got, o.op.GetUid())
+		got = append(got, o.UID())
 	}
 	if s := strings.Join(got, " "); s != "b c a" {
 		t.Errorf("they are resumed as %s", s)
@@ -110,16 +110,16 @@ func TestOpenKeepsTheOrderOfOperations(t *testing.T) {
 func TestOpenSetsBadRecordsAside(t *testing.T) {
 	broken := entry(t, "op", stepNone, time.Now())
 	broken.Containers = nil
-	for name, r := range map[string]*record{"lengths differ": broken, "another UID": entry(t, "other", stepNone, time.Now()), "not protobuf": {Operation: []byte{0xff}}} {
+	for name, r := range map[string]*store.Record{"lengths differ": broken, "another UID": entry(t, "other", stepNone, time.Now()), "not protobuf": {Operation: []byte{0xff}}} {
 		t.Run(name, func(t *testing.T) {
-			e, err := openEngine(journalWith(t, map[string]*record{"op": r, "good": entry(t, "good", stepNone, time.Now())}), interceptors.NewView())
+			e, err := openEngine(journalWith(t, map[string]*store.Record{"op": r, "good": entry(t, "good", stepNone, time.Now())}), interceptors.NewView())
 			if err != nil {
 				t.Fatal(err)
 			}
 			if e.lookup("op") != nil || e.lookup("good") == nil || len(e.waiting) != 1 {
 				t.Errorf("operations: %v", e.list())
 			}
-			err = e.journal.view(func(tx *bolt.Tx) error {
+			err = e.disk.Journal.View(func(tx *bolt.Tx) error {
 				if tx.Bucket(bucketUnreadable).Get([]byte("op")) == nil || tx.Bucket(bucketOperations).Get([]byte("op")) != nil {
 					t.Error("the record is not set aside")
 				}
@@ -132,7 +132,7 @@ func TestOpenSetsBadRecordsAside(t *testing.T) {
 	}
 	t.Run("two on one slot", func(t *testing.T) {
 		v := interceptors.NewView()
-		e, err := openEngine(journalWith(t, map[string]*record{"a": entry(t, "a", stepStop, time.Now()), "b": entry(t, "b", stepStop, time.Now())}), v)
+		e, err := openEngine(journalWith(t, map[string]*store.Record{"a": entry(t, "a", stepStop, time.Now()), "b": entry(t, "b", stepStop, time.Now())}), v)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -176,7 +176,7 @@ func TestJournalThatCannotBeMade(t *testing.T) {
 		t.Fatal(err)
 	}
 	e.records.Created("c", nil)
-	if e.records.request("c") != nil || len(e.records.ids()) != 0 {
+	if e.records.Request("c") != nil || len(e.records.IDs()) != 0 {
 		t.Error("records without a file")
 	}
 	if _, err := e.submit(restartRequest("op"), nil, podRef()); err == nil || !strings.Contains(err.Error(), "nothing was done") {
@@ -232,20 +232,20 @@ func FuzzJournal(f *testing.F) {
 	f.Add([]byte(`{}`))
 	f.Add([]byte(`{"containers":[{"step":"stop"}]}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		r, err := decodeRecord(b)
+		r, err := store.DecodeRecord(b)
 		if err != nil {
 			return
 		}
 		e := &Engine{
-			view: interceptors.NewView(), log: quiet(), ops: map[string]*operation{},
+			view: interceptors.NewView(), log: quiet(), disk: &store.Store{}, ops: map[string]*operation.Operation{},
 			tokens: map[string]bool{}, settled: map[string]bool{}, incumbents: map[string]bool{},
 		}
 		if e.revive("op", r) != nil {
 			return
 		}
 		for _, o := range e.ops {
-			_ = verdict(o.snapshot())
-			for i := range o.containers {
+			_ = verdict(o.Snapshot())
+			for i := range o.Records() {
 				e.newRestart(o, i)
 			}
 		}
@@ -267,7 +267,7 @@ func FuzzRestartRequest(f *testing.F) {
 		if validateRestart(req, remote) != nil {
 			return
 		}
-		if req.GetPod() == nil || len(req.GetContainers()) == 0 || req.GetUid() == "" || !sameRequest(req, req) {
+		if req.GetPod() == nil || len(req.GetContainers()) == 0 || req.GetUid() == "" || !(operation.Command{Restart: req}).Same(operation.Command{Restart: req}) {
 			t.Errorf("accepted: %v", req)
 		}
 	})

@@ -21,20 +21,21 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
+	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
 // breakJournal makes writes fail during the call; the returned function makes them work again.
 func (n *node) breakJournal(during string) (mend func()) {
-	n.during(during, func() { n.must(n.engine.journal.Close()) })
-	return n.engine.journal.Reopen // as on a disk that was full at the start: opened with the next write
+	n.during(during, func() { n.must(n.engine.disk.Journal.Close()) })
+	return n.engine.disk.Journal.Reopen // as on a disk that was full at the start: opened with the next write
 }
 
 // endOf returns the end of an operation as the next process would find it.
-func endOf(t *testing.T, j *journal, uid string) string {
+func endOf(t *testing.T, j *store.Journal, uid string) string {
 	t.Helper()
 	op := &opsv1.Operation{}
-	err := j.view(func(tx *bolt.Tx) error {
-		r, err := decodeRecord(tx.Bucket(bucketOperations).Get([]byte(uid)))
+	err := j.View(func(tx *bolt.Tx) error {
+		r, err := store.DecodeRecord(tx.Bucket(bucketOperations).Get([]byte(uid)))
 		if err != nil {
 			return err
 		}
@@ -65,7 +66,7 @@ func TestEndIsWrittenWhenTheJournalIsBack(t *testing.T) {
 				n.finish("op")
 				mend()
 				late := time.Now().Add(waitLong)
-				for got := ""; got != tc.want; got = endOf(t, n.engine.journal, "op") {
+				for got := ""; got != tc.want; got = endOf(t, n.engine.disk.Journal, "op") {
 					if time.Now().After(late) {
 						t.Fatalf("the journal has %q, want %q", got, tc.want)
 					}
@@ -82,7 +83,7 @@ func TestEndIsWrittenWhenTheJournalIsBack(t *testing.T) {
 				n.stop()
 				n.ran.Wait()
 				n.must(n.engine.Close())
-				j, err := openJournal(n.state, quiet())
+				j, err := store.OpenJournal(n.state, quiet())
 				n.must(err)
 				if got := endOf(t, j, "op"); got != tc.want {
 					t.Errorf("the journal has %q, want %q", got, tc.want)
@@ -98,7 +99,7 @@ func TestGateOfALostStageIsRemoved(t *testing.T) {
 	n := newNode(t, podOptions{})
 	r := entry(t, "op", stepStage, time.Now())
 	r.Containers[0] = containerRecord{Step: stepStage, Sandbox: n.sandbox, Incumbent: n.rt.idOf(t, "app/0"), Token: someToken, Method: opsv1.MethodGate}
-	n.must(n.engine.journal.put("op", r))
+	n.must(n.engine.disk.Journal.Put("op", r))
 	state := n.copyState()
 	gates := filepath.Join(state, "gates")
 	n.must(os.MkdirAll(gates, 0o700))

@@ -151,7 +151,7 @@ func (s scenario) crashAndLose(t *testing.T, at point, lose func(state string) e
 		n.awaitLiving(n.serving() + ", web/0")
 	}
 	// The slot is as usable as before.
-	if n.engine.records.request(n.rt.idOf(t, n.serving())) == nil {
+	if n.engine.records.Request(n.rt.idOf(t, n.serving())) == nil {
 		return true // its environment has a value that the runtime's own record does not keep
 	}
 	n.restart("again")

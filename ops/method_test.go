@@ -61,7 +61,7 @@ func TestMethodForContainer(t *testing.T) {
 			if tc.edit != nil {
 				n.rt.set(func(*fakeRuntime) { tc.edit(c) })
 			}
-			req := n.engine.records.request(id)
+			req := n.engine.records.Request(id)
 			req.Config = c.config
 			n.engine.records.Created(id, wire(t, req))
 			n.restart("op")

@@ -22,12 +22,12 @@ import (
 
 // Reasons of operations with another image that did not succeed, beside those of restarts.
 const (
-	ReasonPullFailed     = "PullFailed"
-	ReasonPrepareTimeout = "PrepareTimeout"
-	ReasonSameImage      = "ImageUnchanged"
-	ReasonImageMoved     = "ImageMoved"
-	ReasonNotOverridden  = "ImageNotOverridden"
-	ReasonImageUnfit     = "ImageUnfit" // the image cannot run as that container
+	ReasonPullFailed     = opsv1.ReasonPullFailed
+	ReasonPrepareTimeout = opsv1.ReasonPrepareTimeout
+	ReasonSameImage      = opsv1.ReasonImageUnchanged
+	ReasonImageMoved     = opsv1.ReasonImageMoved
+	ReasonNotOverridden  = opsv1.ReasonImageNotOverridden
+	ReasonImageUnfit     = opsv1.ReasonImageUnfit
 )
 
 // reasonCredentialsNeeded is that of a pull that waits for them, as with pulls ahead of time.

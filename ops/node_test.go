@@ -30,6 +30,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
 	"github.com/cri-proxy/cri-proxy/ops/switchover"
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
@@ -136,7 +137,7 @@ func (n *node) boot(state string) {
 	}
 	d.engine.lateCreate = time.Hour // tests count calls
 	d.engine.switchover.GateTimeout = waitLong
-	d.engine.journal.unsynced() // no power is cut here; copies of the file are made by this process
+	unsynced(d.engine.disk.Journal) // no power is cut here; copies of the file are made by this process
 	d.api = NewServer(d.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
 	d.server = proxy.NewServer(up, proxy.Options{Director: interceptors.New(interceptors.Options{View: d.view, Records: d.engine.Records(), Runtime: up.Conn(), Log: log, Judge: d.engine, Overrides: d.engine.Overrides(), Pods: d.engine, Successors: d.engine})})
 	path := filepath.Join(n.dir, fmt.Sprintf("p%d.sock", len(n.daemons)))
@@ -348,7 +349,7 @@ func (n *node) until(uid string, is func(*opsv1.Operation) bool) *opsv1.Operatio
 	late := time.NewTimer(waitLong)
 	defer late.Stop()
 	for {
-		op, changed := o.watch()
+		op, changed := o.Watch()
 		if is(op) {
 			return op
 		}
@@ -464,7 +465,7 @@ func (e *Engine) copyState(from, to string) error {
 	save := func(name string) func(*bolt.Tx) error {
 		return func(tx *bolt.Tx) error { return tx.CopyFile(filepath.Join(to, name), 0o600) }
 	}
-	return errors.Join(err, e.journal.view(save("journal.db")), e.records.view(save("records.db")))
+	return errors.Join(err, e.disk.Journal.View(save("journal.db")), e.records.View(save("records.db")))
 }
 
 // leash is the engine's connection, which a test can cut: from then on no call of that
@@ -558,6 +559,17 @@ func (s *signals) await(t testing.TB, part string) {
 		t.Errorf("no log line with %q", part)
 	}
 }
+
+// submit accepts a restart that is not checked before.
+func (e *Engine) submit(req *opsv1.RestartRequest, given operation.Environments, pod *opsv1.PodRef) (*operation.Operation, error) {
+	return e.accept(operation.RestartCommand(req, given), pod)
+}
+
+// Buckets of journal.db; see package store.
+var (
+	bucketOperations = []byte("operations")
+	bucketUnreadable = []byte("unreadable")
+)
 
 // clone of a message, typed.
 func clone[M proto.Message](m M) M { return proto.Clone(m).(M) }

@@ -24,6 +24,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
 )
 
 // hold keeps the first call of the engine that begins with prefix back until the returned release is called.
@@ -183,7 +184,7 @@ func TestJournalBreaks(t *testing.T) {
 		t.Run(tc.at, func(t *testing.T) {
 			n := newNode(t, podOptions{})
 			n.runTidied()
-			n.during(tc.at, func() { n.must(n.engine.journal.Close()) })
+			n.during(tc.at, func() { n.must(n.engine.disk.Journal.Close()) })
 			n.restart("op", func(r *opsv1.RestartRequest) {
 				r.Containers[0].PreStop, r.Containers[0].PostStart = execHook("bye"), execHook("hello")
 			})
@@ -430,7 +431,7 @@ func TestTwoOperationsOnOneSlot(t *testing.T) {
 					r.Containers[0].ExpectedContainerId = "containerd://" + first
 				}
 			})
-			if op := n.engine.lookup("second").snapshot(); op.GetPhase() != opsv1.Phase_PHASE_PENDING {
+			if op := n.engine.lookup("second").Snapshot(); op.GetPhase() != opsv1.Phase_PHASE_PENDING {
 				t.Errorf("the second is %s", op.GetPhase())
 			}
 			release()
@@ -565,7 +566,7 @@ func TestRestartIsRefused(t *testing.T) {
 		{name: "runtime broken", prepare: func(n *node) {
 			n.rt.set(func(f *fakeRuntime) { f.before = func(string) error { return status.Error(codes.Unknown, "odd") } })
 		}, code: codes.Internal, message: "asking the runtime: "},
-		{name: "state directory gone", prepare: func(n *node) { n.must(n.engine.journal.Close()) }, code: codes.Internal, message: "nothing was done"},
+		{name: "state directory gone", prepare: func(n *node) { n.must(n.engine.disk.Journal.Close()) }, code: codes.Internal, message: "nothing was done"},
 	}
 	for _, tc := range cases {
 		t.Run(tc.name, func(t *testing.T) {
@@ -598,7 +599,7 @@ func TestRestartIsRefused(t *testing.T) {
 	t.Run("too many", func(t *testing.T) {
 		n := newNode(t, podOptions{})
 		for i := range maxActive {
-			n.engine.ops[strings.Repeat("x", i+1)] = &operation{op: &opsv1.Operation{}, req: &opsv1.RestartRequest{}}
+			n.engine.ops[strings.Repeat("x", i+1)] = operation.New(operation.Command{Restart: &opsv1.RestartRequest{}}, nil, nil)
 		}
 		_, err := n.api.Restart(t.Context(), restartRequest("op"))
 		if status.Code(err) != codes.ResourceExhausted {
@@ -626,7 +627,7 @@ func TestFinishedOperationsExpire(t *testing.T) {
 	n.restart("new")
 	n.finish("new")
 	o := n.engine.lookup("old")
-	o.change(func(op *opsv1.Operation) {
+	o.Change(func(op *opsv1.Operation) {
 		op.FinishTime = timestamppb.New(time.Now().Add(-keepFinished - time.Second))
 	})
 	n.restart("latest")

@@ -196,7 +196,7 @@ func TestIncumbentEndsWhileTheJournalIsWritten(t *testing.T) {
 	n := newNode(t, podOptions{processes: true})
 	n.runTidied()
 	watch := n.engine.switchover.Watch
-	j := n.engine.journal
+	j := n.engine.disk.Journal
 	free := make(chan struct{})
 	n.engine.switchover.Watch = func(pid int, container string) (*switchover.Exit, error) {
 		w, err := watch(pid, container)
@@ -303,7 +303,7 @@ func TestCancelOfStartFirst(t *testing.T) {
 			n.runTidied()
 			n.during(tc.at, func() {
 				o := n.engine.lookup("op")
-				if err := n.engine.cancel(o, "enough"); (err == nil) != strings.HasPrefix(tc.want, "CANCELLED") {
+				if err := o.Cancel("enough"); (err == nil) != strings.HasPrefix(tc.want, "CANCELLED") {
 					t.Errorf("cancel is answered %v", err)
 				}
 			})
@@ -341,7 +341,7 @@ func TestCancelIsWritten(t *testing.T) {
 			crashed := make(chan struct{})
 			d := n.daemon
 			n.during(tc.at, func() {
-				if err := d.engine.cancel(d.engine.lookup("op"), "enough"); err != nil {
+				if err := d.engine.lookup("op").Cancel("enough"); err != nil {
 					t.Error(err)
 				}
 				state = n.crash()
@@ -386,7 +386,7 @@ func TestJournalBreaksDuringTheOverlap(t *testing.T) {
 			t.Parallel()
 			n := newNode(t, podOptions{})
 			n.runTidied()
-			n.during(tc.at, func() { n.must(n.engine.journal.Close()) })
+			n.during(tc.at, func() { n.must(n.engine.disk.Journal.Close()) })
 			end := n.relist()
 			n.restart("op", startFirst, func(r *opsv1.RestartRequest) {
 				r.Containers[0].PreStop, r.Containers[0].PostStart = execHook("bye"), execHook("hello")

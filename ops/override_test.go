@@ -5,7 +5,6 @@ package ops
 
 import (
 	"context"
-	"errors"
 	"strings"
 	"testing"
 	"time"
@@ -14,18 +13,19 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
 var appSlot = interceptors.Slot{PodUID: podUID, Container: "app"}
 
-func someOverride() *override {
-	return &override{
+func someOverride() *store.Override {
+	return &store.Override{
 		PodUID: podUID, Namespace: "default", Pod: "shop", Container: "app", Image: "app:debug", ImageID: "sha256:debug", SpecImage: "app:v1",
 		Since: time.Unix(1000, 0).UTC(), Requester: "test", Operation: "op",
 	}
@@ -56,16 +56,16 @@ func TestOverridesOfPodsThatAreGone(t *testing.T) {
 	none := someOverride()
 	none.PodUID = "none"
 	o := n.engine.Overrides()
-	o.set(appSlot, someOverride())
-	o.set(none.slot(), none)
+	o.Set(appSlot, someOverride())
+	o.Set(none.Slot(), none)
 	remove := func(id string) {
 		if _, err := n.kubelet.RemovePodSandbox(t.Context(), &runtimeapi.RemovePodSandboxRequest{PodSandboxId: id}); err != nil {
 			t.Fatal(err)
 		}
 	}
 	remove(old.GetPodSandboxId())
-	eventually(t, func() bool { return o.of(none.slot()) == nil })
-	if o.of(appSlot) == nil {
+	eventually(t, func() bool { return o.Of(none.Slot()) == nil })
+	if o.Of(appSlot) == nil {
 		t.Error("the pod has a sandbox and its override is gone")
 	}
 	remove(n.sandbox)
@@ -119,19 +119,19 @@ func TestCredentialsOfRestartAreNotKept(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c, _, _ := o.given(); len(c) != 1 || c[0].GetPassword() != "hunter2" || o.op.GetContainers()[0].GetImage() != "app:debug" {
-		t.Errorf("operation: %v, credentials %v", o.op, c)
+	if c, _, _ := o.Credentials(); len(c) != 1 || c[0].GetPassword() != "hunter2" || o.Snapshot().GetContainers()[0].GetImage() != "app:debug" {
+		t.Errorf("operation: %v, credentials %v", o.Snapshot(), c)
 	}
 	again := request("secret2")
-	if _, err := o.as(&operation{req: again, credentials: again.GetCredentials()}); err != nil {
+	if err := o.Repeat(operation.RestartCommand(again, nil)); err != nil {
 		t.Fatal(err)
 	}
-	if c, _, _ := o.given(); c[0].GetPassword() != "secret2" {
+	if c, _, _ := o.Credentials(); c[0].GetPassword() != "secret2" {
 		t.Errorf("credentials: %v", c)
 	}
-	err = e.journal.view(func(tx *bolt.Tx) error {
+	err = e.disk.Journal.View(func(tx *bolt.Tx) error {
 		return tx.Bucket(bucketOperations).ForEach(func(_, v []byte) error {
-			r, err := decodeRecord(v)
+			r, err := store.DecodeRecord(v)
 			if err != nil {
 				return err
 			}
@@ -167,25 +167,6 @@ func TestNonRootByImage(t *testing.T) {
 			}}
 			if got := criclone.NonRootByImage(c, tc.image); got != tc.want {
 				t.Errorf("got %v", got)
-			}
-		})
-	}
-}
-
-func TestSpecImage(t *testing.T) {
-	o := someOverride()
-	for _, tc := range []struct {
-		name, runs, want string
-		o                *override
-	}{
-		{"none", "app:v1", "app:v1", nil},
-		{"overridden", "app:debug", "app:v1", o},
-		{"made without the proxy", "app:v1", "app:v1", o},
-		{"patched without the proxy", "app:v2", "app:v2", o},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			if got := tc.o.specImage(tc.runs); got != tc.want {
-				t.Errorf("got %s", got)
 			}
 		})
 	}

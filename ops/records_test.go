@@ -4,7 +4,6 @@
 package ops
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -17,9 +16,10 @@ import (
 	bolt "go.etcd.io/bbolt"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
-	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
 )
 
 func quiet() logrus.FieldLogger {
@@ -42,8 +42,8 @@ func TestRecordsAreTidied(t *testing.T) {
 	n.engine.records.Created("gone", nil)
 	n.engine.records.Updated("gone too", nil)
 	n.engine.tidy(t.Context(), &sync.WaitGroup{})
-	if n.engine.records.Len() != 2 || len(n.engine.records.ids()) != 2 {
-		t.Errorf("recorded are %q, want those of the two containers there are", n.engine.records.ids())
+	if n.engine.records.Len() != 2 || len(n.engine.records.IDs()) != 2 {
+		t.Errorf("recorded are %q, want those of the two containers there are", n.engine.records.IDs())
 	}
 }
 
@@ -62,10 +62,10 @@ func TestEnvironmentsOfRefusedOperations(t *testing.T) {
 			t.Error(err)
 		}
 	}()
-	if _, err := e.submit(restartRequest("op"), environments{"app": environmentOf(1)}, podRef()); err == nil {
+	if _, err := e.submit(restartRequest("op"), operation.Environments{"app": environmentOf(1)}, podRef()); err == nil {
 		t.Fatal("accepted without a journal")
 	}
-	if e.records.environment("op", "app") != nil {
+	if e.records.Environment("op", "app") != nil {
 		t.Error("the environment is still there")
 	}
 }
@@ -78,21 +78,21 @@ func TestEnvironmentsAreTidied(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, uid := range []string{"waits", "a/b", "ended"} {
-		o, err := e.submit(restartRequest(uid), environments{"app": environmentOf(1)}, podRef())
+		o, err := e.submit(restartRequest(uid), operation.Environments{"app": environmentOf(1)}, podRef())
 		if err != nil {
 			t.Fatal(err)
 		}
 		if uid == "ended" {
-			o.op.FinishTime = timestamppb.Now()
-			if err := e.save(o); err != nil {
+			o.Change(func(op *opsv1.Operation) { op.FinishTime = timestamppb.Now() })
+			if err := o.Save(); err != nil {
 				t.Fatal(err)
 			}
 		}
 	}
-	e.records.setEnvironment("unknown", "app", environmentOf(1))
-	e.records.setEnvironment("newer", "app", environmentOf(1))
-	err = e.journal.update(func(tx *bolt.Tx) error {
-		return tx.Bucket(bucketOperations).Put([]byte("newer"), fmt.Appendf(nil, `{"Version": %d}`, schemaVersion+1))
+	e.records.SetEnvironment("unknown", "app", environmentOf(1))
+	e.records.SetEnvironment("newer", "app", environmentOf(1))
+	err = e.disk.Journal.Update(func(tx *bolt.Tx) error {
+		return tx.Bucket(bucketOperations).Put([]byte("newer"), fmt.Appendf(nil, `{"Version": %d}`, 2))
 	})
 	if err := errors.Join(err, e.Close()); err != nil {
 		t.Fatal(err)
@@ -101,7 +101,7 @@ func TestEnvironmentsAreTidied(t *testing.T) {
 		t.Fatal(err)
 	}
 	for uid, want := range map[string]bool{"waits": true, "a/b": true, "newer": true, "ended": false, "unknown": false} {
-		if got := e.records.environment(uid, "app") != nil; got != want {
+		if got := e.records.Environment(uid, "app") != nil; got != want {
 			t.Errorf("the environment of operation %s is there: %v, want %v", uid, got, want)
 		}
 	}

@@ -91,7 +91,7 @@ func (r *restart) giveUp(ctx context.Context, why error) {
 	guard.Do(r.log, func() { r.lower(ctx) })
 }
 
-// carryOut is execute, but panics.
+// carryOut is execute, except that it panics.
 func (e *Engine) carryOut(ctx context.Context, o *operation.Operation) {
 	req := o.Request()
 	var wg sync.WaitGroup

@@ -124,10 +124,7 @@ func (r *restart) chooseMethod(ctx context.Context) error {
 
 // setMethod is on disk with the next step.
 func (r *restart) setMethod(m string) {
-	r.o.mu.Lock()
-	defer r.o.mu.Unlock()
-	r.o.containers[r.i].Method = m
-	r.o.op.GetContainers()[r.i].Method = m
+	r.c.Set(func(rec *containerRecord, c *opsv1.ContainerOperation) { rec.Method, c.Method = m, m })
 }
 
 // ownPIDs reports whether the container has a PID namespace of its own: then its other processes, and what they

@@ -194,7 +194,7 @@ func TestStartIsCorrected(t *testing.T) {
 	if at.Before(stopped) || at.After(time.Now()) {
 		t.Errorf("kubelet is told %s, the old one was stopped after %s", at, stopped)
 	}
-	op := n.engine.lookup("op").snapshot()
+	op := n.engine.lookup("op").Snapshot()
 	if got := op.GetContainers()[0].GetStartTime().AsTime(); !got.Equal(at) {
 		t.Errorf("the operation tells %s, kubelet is told %s", got, at)
 	}
@@ -210,7 +210,7 @@ func TestStartIsCorrected(t *testing.T) {
 	}
 	_, err := n.kubelet.RemoveContainer(t.Context(), &runtimeapi.RemoveContainerRequest{ContainerId: id})
 	n.must(err)
-	if !n.engine.records.started(id).IsZero() {
+	if !n.engine.records.Started(id).IsZero() {
 		t.Error("the start of a removed container is still recorded")
 	}
 }
@@ -515,7 +515,7 @@ func TestGateAfterGate(t *testing.T) {
 	if c := n.rt.get(t, "app/2").config; len(c.GetCDIDevices()) != 1 || len(c.GetMounts()) != 2 {
 		t.Errorf("the third has %v and %v", c.GetCDIDevices(), c.GetMounts())
 	}
-	req := n.engine.records.request(n.rt.idOf(t, "app/2"))
+	req := n.engine.records.Request(n.rt.idOf(t, "app/2"))
 	if len(req.GetConfig().GetCDIDevices()) != 0 || len(req.GetConfig().GetMounts()) != 1 {
 		t.Errorf("recorded is %v", req)
 	}

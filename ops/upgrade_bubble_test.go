@@ -27,6 +27,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
 // fakeImages are the images of a node: what a pull brings, and what the runtime says of them.
@@ -151,8 +152,10 @@ func (n *upNode) boot(state string) {
 	var err error
 	p.engine, err = Open(n.t.Context(), Options{StateDir: state, Conn: p.leash, View: p.view, Log: log, LegacyLogDir: n.dir, Images: n.images, Pods: n.pods})
 	n.must(err)
-	p.engine.img, p.engine.overrides.img = n.images, n.images
-	p.engine.journal.unsynced()
+	overrides, err := store.OpenOverrides(p.engine.disk.Journal, n.images, log)
+	n.must(err)
+	p.engine.img, p.engine.overrides, p.engine.disk.Overrides = n.images, overrides, overrides
+	unsynced(p.engine.disk.Journal)
 	p.api = NewServer(p.engine, func(context.Context) *opsv1.NodeInfoResponse { return &opsv1.NodeInfoResponse{} })
 	p.kubelet = runtimeapi.NewRuntimeServiceClient(throughProxy{n.rt, interceptors.New(interceptors.Options{
 		View: p.view, Records: p.engine.Records(), Runtime: p.leash, Log: log, Judge: p.engine, Overrides: p.engine.Overrides(), Pods: p.engine, Successors: p.engine,
@@ -405,7 +408,7 @@ func (n *upNode) until(uid string, phases ...opsv1.Phase) *opsv1.Operation {
 		n.t.Fatalf("no operation %s", uid)
 	}
 	for {
-		op, changed := o.watch()
+		op, changed := o.Watch()
 		if slices.Contains(phases, op.GetPhase()) || op.GetFinishTime() != nil {
 			if op.GetFinishTime() != nil && len(phases) > 0 && !slices.Contains(phases, op.GetPhase()) {
 				n.t.Fatalf("operation ended %s: %s", verdict(op), op.GetMessage())

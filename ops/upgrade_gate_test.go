@@ -163,7 +163,7 @@ func TestUpgradeAtTheGate(t *testing.T) {
 func (e *Engine) commitRequest(uid string) *opsv1.CommitUpgradeRequest {
 	req := &opsv1.CommitUpgradeRequest{Uid: uid}
 	if o := e.lookup(uid); o != nil {
-		for _, c := range o.req.GetContainers() {
+		for _, c := range o.Request().GetContainers() {
 			req.Environments = append(req.Environments, &opsv1.ContainerEnvironment{Name: c.GetName()})
 		}
 	}

@@ -23,6 +23,8 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
+	"github.com/cri-proxy/cri-proxy/ops/operation"
+	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
 func seconds(n int64) *durationpb.Duration { return durationpb.New(time.Duration(n) * time.Second) }
@@ -419,11 +421,10 @@ func TestUpgradeOfTwoContainers(t *testing.T) {
 		inUpNode(t, func(t *testing.T, n *upNode) {
 			n.armed("op", webToo, first(runBeside))
 			o := n.engine.lookup("op")
-			o.mu.Lock()
-			o.containers[0].Step, o.op.Containers[0].Phase = stepDone, opsv1.Phase_PHASE_FAILED
-			o.op.Containers[0].Reason, o.op.Containers[0].Message = ReasonSuccessorExited, "it ended"
-			err := n.engine.saveLocked(o)
-			o.mu.Unlock()
+			_, err := o.Container(0).Write(func(rec *store.Container, c *opsv1.ContainerOperation) {
+				rec.Step, c.Phase = stepDone, opsv1.Phase_PHASE_FAILED
+				c.Reason, c.Message = ReasonSuccessorExited, "it ended"
+			})
 			n.must(err)
 			_, err = n.rt.RemoveContainer(t.Context(), &runtimeapi.RemoveContainerRequest{ContainerId: n.rt.idOf(t, "app/1")})
 			n.must(err)
@@ -443,7 +444,7 @@ func (n *upNode) neverIn(uid string, phase opsv1.Phase, edit ...func(*opsv1.Prep
 	n.begin(uid, edit...)
 	seen := n.phases(uid)
 	n.until(uid)
-	if got := seen(); strings.Contains(got, phaseName(phase)) {
+	if got := seen(); strings.Contains(got, operation.PhaseName(phase)) {
 		n.t.Errorf("phases are %s", got)
 	}
 }
@@ -455,8 +456,8 @@ func (n *upNode) phases(uid string) (seen func() string) {
 	go func() {
 		var all []string
 		for {
-			op, changed := o.watch()
-			if p := phaseName(op.GetPhase()); len(all) == 0 || all[len(all)-1] != p {
+			op, changed := o.Watch()
+			if p := operation.PhaseName(op.GetPhase()); len(all) == 0 || all[len(all)-1] != p {
 				all = append(all, p)
 			}
 			if op.GetFinishTime() != nil {
@@ -472,7 +473,7 @@ func (n *upNode) phases(uid string) (seen func() string) {
 // olderKubelet has made app/0 with a hash of the whole spec, as kubelet before 1.31 does.
 func olderKubelet(t *testing.T, n *upNode) {
 	t.Helper()
-	req := n.engine.records.request(n.rt.idOf(t, "app/0"))
+	req := n.engine.records.Request(n.rt.idOf(t, "app/0"))
 	req.Config.Annotations[criclone.AnnotationHash] = "1234"
 	raw, err := proto.Marshal(req)
 	n.must(err)
@@ -633,7 +634,7 @@ func TestUpgradeCredentialsAreNotKept(t *testing.T) {
 			if lines := strings.Join(n.log.lines, "\n"); strings.Contains(lines, secret) {
 				t.Errorf("logged: %s", lines)
 			}
-			if op := n.engine.lookup("op").snapshot(); strings.Contains(op.String(), secret) {
+			if op := n.engine.lookup("op").Snapshot(); strings.Contains(op.String(), secret) {
 				t.Errorf("operation: %v", op)
 			}
 		}
@@ -644,7 +645,7 @@ func TestUpgradeCredentialsAreNotKept(t *testing.T) {
 		n.reboot(n.crash())
 		synctest.Wait()
 		clean()
-		op := n.engine.lookup("op").snapshot()
+		op := n.engine.lookup("op").Snapshot()
 		if got := op.GetContainers()[0].GetPull().GetReason(); got != reasonCredentialsNeeded {
 			t.Errorf("operation: %v", op)
 		}
@@ -660,7 +661,7 @@ func TestUpgradeCredentialsAreNotKept(t *testing.T) {
 		n.must(n.sync(t.Context(), "app", "app:v2"))
 		n.ends("op", succeeded, upgraded)
 		clean()
-		if c, _, _ := n.engine.lookup("op").given(); len(c) > 0 {
+		if c, _, _ := n.engine.lookup("op").Credentials(); len(c) > 0 {
 			t.Error("the credentials are still in memory")
 		}
 	})
@@ -700,7 +701,7 @@ func TestUpgradeWithoutAJournal(t *testing.T) {
 	for _, edit := range []func(*opsv1.PrepareUpgradeRequest){first(func(*opsv1.ContainerUpgrade) {}), first(runBeside)} {
 		inUpNode(t, func(t *testing.T, n *upNode) {
 			n.armed("op", edit, webToo)
-			n.must(n.engine.journal.Close())
+			n.must(n.engine.disk.Journal.Close())
 			began := time.Now()
 			n.must(n.sync(t.Context(), "app", "app:v2"))
 			if took := time.Since(began); took > 35*time.Second {
@@ -709,13 +710,13 @@ func TestUpgradeWithoutAJournal(t *testing.T) {
 			if got := n.rt.get(t, "app/1").config.GetImage().GetUserSpecifiedImage(); got != "app:v2" {
 				t.Errorf("runs %s", got)
 			}
-			n.engine.journal.Reopen()
+			n.engine.disk.Journal.Reopen()
 			n.until("op")
 			synctest.Wait()
 			if got, want := n.rt.state(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want {
 				t.Errorf("runtime has %s, want %s", got, want)
 			}
-			if op := n.engine.lookup("op").snapshot(); op.GetContainers()[0].GetReason() != ReasonJournal {
+			if op := n.engine.lookup("op").Snapshot(); op.GetContainers()[0].GetReason() != ReasonJournal {
 				t.Errorf("operation: %v", op)
 			}
 		})

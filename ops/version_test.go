@@ -47,9 +47,9 @@ func foreignRecord(t *testing.T, state, uid string, change func(record map[strin
 // foreigners are the ways in which a record is not this version's.
 var foreigners = map[string]func(record map[string]any){
 	"an unknown step": func(r map[string]any) { r["containers"].([]any)[0].(map[string]any)["step"] = "polish" },
-	"a newer version": func(r map[string]any) { r["version"] = schemaVersion + 1 },
+	"a newer version": func(r map[string]any) { r["version"] = 2 },
 	"a newer version in another form": func(r map[string]any) {
-		r["version"] = schemaVersion + 1
+		r["version"] = 2
 		r["slots"] = map[string]any{"app": r["containers"]}
 		r["containers"] = "see slots"
 	},
@@ -126,7 +126,7 @@ func TestForeignOperationsAreLeftAlone(t *testing.T) {
 						t.Errorf("kubelet sees %s, there is %s", got, n.rt.state())
 					}
 				}
-				err = n.engine.journal.view(func(tx *bolt.Tx) error {
+				err = n.engine.disk.Journal.View(func(tx *bolt.Tx) error {
 					if !bytes.Equal(tx.Bucket(bucketOperations).Get([]byte("op")), raw) || tx.Bucket(bucketUnreadable) != nil {
 						t.Error("the record has been changed")
 					}

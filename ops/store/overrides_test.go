@@ -160,3 +160,22 @@ func TestOverridesOnDisk(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+func TestSpecImage(t *testing.T) {
+	o := someOverride()
+	for _, tc := range []struct {
+		name, runs, want string
+		o                *store.Override
+	}{
+		{"none", "app:v1", "app:v1", nil},
+		{"overridden", "app:debug", "app:v1", o},
+		{"made without the proxy", "app:v1", "app:v1", o},
+		{"patched without the proxy", "app:v2", "app:v2", o},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			if got := tc.o.SpecImageOf(tc.runs); got != tc.want {
+				t.Errorf("got %s", got)
+			}
+		})
+	}
+}
