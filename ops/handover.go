@@ -6,6 +6,8 @@ package ops
 import (
 	"slices"
 	"strings"
+
+	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
 // Unleavable returns the operations that Run would not leave at once, ordered: they wait for a container to stop, which nothing
@@ -15,10 +17,13 @@ func (e *Engine) Unleavable() []string {
 	defer e.mu.Unlock()
 	var uids []string
 	for uid, o := range e.ops {
-		if o.Unleavable() {
+		// An operation that finishes meanwhile has no such container any more.
+		if !o.Finished() && slices.ContainsFunc(o.Records(), unleavable) {
 			uids = append(uids, uid)
 		}
 	}
 	slices.SortFunc(uids, strings.Compare)
 	return uids
 }
+
+func unleavable(c store.Container) bool { return c.Unleavable() }

@@ -79,11 +79,14 @@ func orOther(uid string) string {
 	return "operation " + uid
 }
 
-// holder is the UID of the operation that has the slot, as far as the journal tells: one that has just taken it has written nothing yet.
+// holder is the UID of the operation that has the slot, as far as the journal tells: an operation that
+// has just taken the slot has written nothing yet.
 func (e *Engine) holder(slot interceptors.Slot) string {
 	for _, o := range e.activeOperations() {
-		if o.Pod().GetUid() == slot.PodUID && o.HoldsSlot(slot.Container) {
-			return o.UID()
+		for i, rec := range o.Records() {
+			if rec.HoldsSlot() && o.Container(i).Slot() == slot {
+				return o.UID()
+			}
 		}
 	}
 	return ""

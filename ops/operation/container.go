@@ -29,22 +29,6 @@ func (o *Operation) Records() []store.Container {
 	return slices.Clone(o.containers)
 }
 
-// HoldsSlot reports whether the operation has the container's slot, as far as the journal tells: an
-// operation that has just taken the slot has written nothing yet.
-func (o *Operation) HoldsSlot(container string) bool {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	for i, c := range o.restart.GetContainers() {
-		if c.GetName() == container && o.containers[i].HoldsSlot() {
-			return true
-		}
-	}
-	return false
-}
-
-// Operation is the operation of the container.
-func (c *Container) Operation() *Operation { return c.op }
-
 // Request is what the operation wants of the container; see [Command].
 func (c *Container) Request() *opsv1.ContainerRestart { return c.op.restart.GetContainers()[c.i] }
 

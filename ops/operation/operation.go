@@ -23,16 +23,11 @@ import (
 
 // Operation is one operation in memory. Its methods may be called by anybody at any time.
 type Operation struct {
-	restart *opsv1.RestartRequest        // see Command
-	upgrade *opsv1.PrepareUpgradeRequest // see Command
-	disk    *store.Store
-	// leftAlone is set of an operation that this binary does not understand: the journal keeps it as it is.
-	leftAlone bool
-	// rebooted is set of an operation that was running when the machine was rebooted.
-	rebooted bool
+	identity
+	disk *store.Store
 
 	mu         sync.Mutex       // guards all following fields
-	op         *opsv1.Operation // the UID, kind, pod, requester and create time never change
+	op         *opsv1.Operation // the public state
 	containers []store.Container
 	changed    chan struct{} // closed and replaced at each change
 	cancelled  chan struct{} // closed when the operation is cancelled
@@ -58,29 +53,34 @@ type Operation struct {
 
 // New returns the operation of a command on a pod.
 func New(c Command, pod *opsv1.PodRef, disk *store.Store) *Operation {
-	o := newOperation(c, &opsv1.Operation{
+	op := &opsv1.Operation{
 		Uid: c.Restart.GetUid(), Kind: opsv1.KindRestart, Pod: pod, Phase: opsv1.Phase_PHASE_PENDING,
 		Requester: c.Restart.GetRequester(), CreateTime: timestamppb.Now(),
-	}, disk)
-	if c.Upgrade != nil {
-		o.op.Kind = opsv1.KindUpgrade
 	}
-	o.containers = make([]store.Container, len(c.Restart.GetContainers()))
+	if c.Upgrade != nil {
+		op.Kind = opsv1.KindUpgrade
+	}
 	for i, r := range c.Restart.GetContainers() {
 		image := r.GetImage()
 		if c.Upgrade != nil {
 			image = c.Upgrade.GetContainers()[i].GetImage()
 		}
-		o.op.Containers = append(o.op.Containers, &opsv1.ContainerOperation{
+		op.Containers = append(op.Containers, &opsv1.ContainerOperation{
 			Name: r.GetName(), Image: image, Phase: opsv1.Phase_PHASE_PENDING,
 		})
 	}
+	o := newOperation(c, op, disk)
+	o.containers = make([]store.Container, len(op.Containers))
 	return o
 }
 
 func newOperation(c Command, op *opsv1.Operation, disk *store.Store) *Operation {
 	return &Operation{
-		restart: c.Restart, upgrade: c.Upgrade, credentials: c.Credentials, environments: c.Environments,
+		identity: identity{
+			restart: c.Restart, upgrade: c.Upgrade, kind: op.GetKind(), pod: op.GetPod(), requester: op.GetRequester(),
+			createTime: op.GetCreateTime().AsTime(),
+		},
+		credentials: c.Credentials, environments: c.Environments,
 		op: op, disk: disk, claims: map[int]*interceptors.Claim{}, certain: map[string]bool{},
 		changed: make(chan struct{}), cancelled: make(chan struct{}), committed: make(chan struct{}),
 		supplied: make(chan struct{}),
@@ -91,32 +91,24 @@ func newOperation(c Command, op *opsv1.Operation, disk *store.Store) *Operation 
 //
 // Errors: the record cannot be decoded, or its parts do not fit together.
 func Decode(uid string, r *store.Record, disk *store.Store) (*Operation, error) {
-	o := newOperation(Command{Restart: &opsv1.RestartRequest{}}, &opsv1.Operation{}, disk)
+	op, c, err := decode(r)
+	if err != nil {
+		return nil, err
+	}
+	n := len(r.Containers)
+	if n != len(op.GetContainers()) || n != len(c.Restart.GetContainers()) || uid != op.GetUid() ||
+		c.Upgrade != nil && n != len(c.Upgrade.GetContainers()) {
+		return nil, errors.New("the record does not hold together: was the file edited?")
+	}
+	o := newOperation(c, op, disk)
 	o.containers = r.Containers
-	if err := errors.Join(proto.Unmarshal(r.Operation, o.op), proto.Unmarshal(r.Request, o.restart)); err != nil {
-		return nil, fmt.Errorf("decoding: %w", err)
-	}
-	errParts := errors.New("the record does not hold together: was the file edited?")
-	if r.Upgrade != nil {
-		o.upgrade = &opsv1.PrepareUpgradeRequest{}
-		if err := proto.Unmarshal(r.Upgrade, o.upgrade); err != nil {
-			return nil, fmt.Errorf("decoding: %w", err)
-		}
-		if len(o.upgrade.GetContainers()) != len(o.containers) {
-			return nil, errParts
-		}
-	}
-	n := len(o.containers)
-	if n != len(o.op.GetContainers()) || n != len(o.restart.GetContainers()) || uid != o.op.GetUid() {
-		return nil, errParts
-	}
 	o.forgotten, o.hadEnvironment = r.Credentials, r.Environments
 	o.rebooted = r.Boot != "" && disk.Boot != "" && r.Boot != disk.Boot
 	if r.CommitRequested {
 		o.commitRequested = true
 		close(o.committed)
 	}
-	if o.op.GetFinishTime() != nil {
+	if op.GetFinishTime() != nil {
 		return o, nil
 	}
 	if r.Cancelled {
@@ -128,64 +120,49 @@ func Decode(uid string, r *store.Record, disk *store.Store) (*Operation, error) 
 	return o, nil
 }
 
+// decode reads the messages of a record.
+func decode(r *store.Record) (*opsv1.Operation, Command, error) {
+	op, c := &opsv1.Operation{}, Command{Restart: &opsv1.RestartRequest{}}
+	err := errors.Join(proto.Unmarshal(r.Operation, op), proto.Unmarshal(r.Request, c.Restart))
+	if r.Upgrade != nil {
+		c.Upgrade = &opsv1.PrepareUpgradeRequest{}
+		err = errors.Join(err, proto.Unmarshal(r.Upgrade, c.Upgrade))
+	}
+	if err != nil {
+		return nil, Command{}, fmt.Errorf("decoding: %w", err)
+	}
+	return op, c, nil
+}
+
 // LeftAlone returns an operation for a record of the journal that this binary does not understand: it
 // is told of as one that has failed. r is nil if nothing of the record can be read, why says in words
 // what is wrong with it. wasRunning is set if the operation has not finished.
 func LeftAlone(uid string, r *store.Record, why string, disk *store.Store) (o *Operation, wasRunning bool) {
-	o = newOperation(Command{Restart: &opsv1.RestartRequest{}}, &opsv1.Operation{}, disk)
-	o.leftAlone = true
-	if r == nil || proto.Unmarshal(r.Operation, o.op) != nil || proto.Unmarshal(r.Request, o.restart) != nil ||
-		o.op.GetUid() != uid {
-		o.op, o.restart = &opsv1.Operation{Uid: uid}, &opsv1.RestartRequest{Uid: uid}
-	} else if r.Upgrade != nil {
-		o.upgrade = &opsv1.PrepareUpgradeRequest{}
-		if proto.Unmarshal(r.Upgrade, o.upgrade) != nil {
-			o.upgrade = nil
+	op, c := &opsv1.Operation{Uid: uid}, Command{Restart: &opsv1.RestartRequest{Uid: uid}}
+	if r != nil {
+		known, command, err := decode(r)
+		if err != nil { // the upgrade may be what cannot be read
+			rest := *r
+			rest.Upgrade = nil
+			known, command, err = decode(&rest)
+		}
+		if err == nil && known.GetUid() == uid {
+			op, c = known, command
 		}
 	}
-	if o.op.GetFinishTime() != nil {
+	o = newOperation(c, op, disk)
+	o.leftAlone = true
+	if op.GetFinishTime() != nil {
 		return o, false
 	}
-	o.op.Phase, o.op.FinishTime, o.op.Message = opsv1.Phase_PHASE_FAILED, timestamppb.Now(), why
-	for _, c := range o.op.GetContainers() {
+	op.Phase, op.FinishTime, op.Message = opsv1.Phase_PHASE_FAILED, timestamppb.Now(), why
+	for _, c := range op.GetContainers() {
 		if !HasEnded(c.GetPhase()) {
 			c.Phase, c.Reason, c.Message = opsv1.Phase_PHASE_FAILED, opsv1.ReasonJournalVersion, why
 		}
 	}
 	return o, true
 }
-
-// UID, Kind, Pod, Requester, CreateTime, Request and Upgrade never change.
-
-// UID returns the UID that the caller has chosen.
-func (o *Operation) UID() string { return o.restart.GetUid() }
-
-// Kind is a kind of package opsv1.
-func (o *Operation) Kind() string { return o.op.GetKind() }
-
-// Pod is the pod with its UID.
-func (o *Operation) Pod() *opsv1.PodRef { return o.op.GetPod() }
-
-// PodName is the pod's namespace and name.
-func (o *Operation) PodName() string { return o.Pod().GetNamespace() + "/" + o.Pod().GetName() }
-
-// Requester is who has asked for the operation, for people.
-func (o *Operation) Requester() string { return o.op.GetRequester() }
-
-// CreateTime is when the node has accepted the operation.
-func (o *Operation) CreateTime() time.Time { return o.op.GetCreateTime().AsTime() }
-
-// Request is the restart, or what an upgrade has in common with one; see [Command].
-func (o *Operation) Request() *opsv1.RestartRequest { return o.restart }
-
-// Upgrade is nil for a restart.
-func (o *Operation) Upgrade() *opsv1.PrepareUpgradeRequest { return o.upgrade }
-
-// IsLeftAlone reports whether the operation is of a record that this binary does not understand.
-func (o *Operation) IsLeftAlone() bool { return o.leftAlone }
-
-// Rebooted reports whether the operation was running when the machine was rebooted.
-func (o *Operation) Rebooted() bool { return o.rebooted }
 
 // Accept writes a new operation down, with what its command has brought.
 func (o *Operation) Accept() error {
@@ -395,7 +372,7 @@ func (o *Operation) Commit(now *opsv1.CommitUpgradeRequest) error {
 	switch phase := leastAdvanced(o.op.GetContainers()); {
 	case o.op.GetFinishTime() != nil:
 		return refused("upgrade %s has ended: %s", o.op.GetUid(), o.op.GetMessage())
-	case o.cancelSaid || o.failedLocked():
+	case o.cancelSaid || anyFailed(o.op.GetContainers()):
 		return refused("upgrade %s is being taken back: %s", o.op.GetUid(), o.op.GetMessage())
 	case phase != opsv1.Phase_PHASE_PREPARED:
 		return refused("upgrade %s is not prepared yet: %s", o.op.GetUid(), PhaseName(phase))
@@ -458,15 +435,6 @@ func (o *Operation) forgetEnvironmentsLocked() {
 		o.disk.Records.ForgetEnvironment(o.UID(), name)
 	}
 	o.environments = nil
-}
-
-// Unleavable reports whether the process must not leave the operation at once, see
-// [store.Container.Unleavable].
-func (o *Operation) Unleavable() bool {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	unleavable := func(c store.Container) bool { return c.Unleavable() }
-	return o.op.GetFinishTime() == nil && slices.ContainsFunc(o.containers, unleavable)
 }
 
 // Conclude marks the operation finished if all its containers have ended, and calls ended before

@@ -48,16 +48,16 @@ func (o *Operation) phaseLocked() opsv1.Phase {
 	if o.upgrade != nil && phase == opsv1.Phase_PHASE_REVEALING {
 		phase = opsv1.Phase_PHASE_ADOPTING // all have ended, which is later
 	}
-	if o.upgrade != nil && !o.pastPointOfNoReturn && (o.cancelSaid || o.failedLocked()) &&
+	if o.upgrade != nil && !o.pastPointOfNoReturn && (o.cancelSaid || anyFailed(o.op.GetContainers())) &&
 		slices.Index(course, phase) > slices.Index(course, opsv1.Phase_PHASE_STAGING) {
 		return opsv1.Phase_PHASE_STAGING
 	}
 	return phase
 }
 
-// failedLocked reports whether a container has failed or was cancelled. The caller holds o.mu.
-func (o *Operation) failedLocked() bool {
-	return slices.ContainsFunc(o.op.GetContainers(), func(c *opsv1.ContainerOperation) bool {
+// anyFailed reports whether a container has failed or was cancelled.
+func anyFailed(cs []*opsv1.ContainerOperation) bool {
+	return slices.ContainsFunc(cs, func(c *opsv1.ContainerOperation) bool {
 		return c.GetPhase() == opsv1.Phase_PHASE_FAILED || c.GetPhase() == opsv1.Phase_PHASE_CANCELLED
 	})
 }
