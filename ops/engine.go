@@ -158,7 +158,9 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		node:       &crinode.Client{Runtime: rt, Log: log},
 		hooks:      hooks.NewRunner(rt),
 		legacyLog:  o.LegacyLogDir,
-		switchover: switchover.NewProber(switchover.Options{StateDir: o.StateDir, Runtime: rt, Log: log, Best: o.Method, CDISpecDir: o.CDISpecDir}),
+		switchover: switchover.NewProber(switchover.Options{
+			StateDir: o.StateDir, Runtime: rt, Log: log, Best: o.Method, CDISpecDir: o.CDISpecDir,
+		}),
 		images:     o.Images,
 		tracer:     o.Tracer,
 		pods:       o.Pods,

@@ -38,11 +38,19 @@ func TestClone(t *testing.T) {
 				Labels:  map[string]string{criclone.LabelContainer: "app", criclone.LabelPodUID: "u"},
 				LogPath: "app/3.log",
 				Annotations: map[string]string{
-					criclone.AnnotationRestartCount: "3", criclone.AnnotationTerminationPath: "/dev/termination-log", criclone.AnnotationHash: "abc",
-					interceptors.StagedAnnotation: "earlier",
+					criclone.AnnotationRestartCount:    "3",
+					criclone.AnnotationTerminationPath: "/dev/termination-log",
+					criclone.AnnotationHash:            "abc",
+					interceptors.StagedAnnotation:      "earlier",
 				},
-				Mounts: []*runtimeapi.Mount{{ContainerPath: "/data", HostPath: "/d"}, {ContainerPath: "/dev/termination-log", HostPath: "/pods/u/containers/app/0a0b0c0d"}},
-				Linux:  &runtimeapi.LinuxContainerConfig{Resources: &runtimeapi.LinuxContainerResources{CpuShares: 1, CpusetCpus: "0"}, SecurityContext: &runtimeapi.LinuxContainerSecurityContext{RunAsUsername: "u"}},
+				Mounts: []*runtimeapi.Mount{
+					{ContainerPath: "/data", HostPath: "/d"},
+					{ContainerPath: "/dev/termination-log", HostPath: "/pods/u/containers/app/0a0b0c0d"},
+				},
+				Linux: &runtimeapi.LinuxContainerConfig{
+					Resources:       &runtimeapi.LinuxContainerResources{CpuShares: 1, CpusetCpus: "0"},
+					SecurityContext: &runtimeapi.LinuxContainerSecurityContext{RunAsUsername: "u"},
+				},
 			},
 			SandboxConfig: &runtimeapi.PodSandboxConfig{Hostname: "h"},
 		}
@@ -58,7 +66,8 @@ func TestClone(t *testing.T) {
 	}{
 		{name: "as recorded"},
 		{
-			name: "resources applied since", applied: &runtimeapi.LinuxContainerResources{CpusetCpus: "2-3", MemoryLimitInBytes: 9},
+			name:    "resources applied since",
+			applied: &runtimeapi.LinuxContainerResources{CpusetCpus: "2-3", MemoryLimitInBytes: 9},
 			want: func(c *runtimeapi.ContainerConfig) {
 				c.Linux.Resources = &runtimeapi.LinuxContainerResources{CpuShares: 1, CpusetCpus: "2-3", MemoryLimitInBytes: 9}
 			},
@@ -71,7 +80,10 @@ func TestClone(t *testing.T) {
 			},
 		},
 		{
-			name: "huge pages are replaced", applied: &runtimeapi.LinuxContainerResources{HugepageLimits: []*runtimeapi.HugepageLimit{{PageSize: "2MB", Limit: 2}}},
+			name: "huge pages are replaced",
+			applied: &runtimeapi.LinuxContainerResources{
+				HugepageLimits: []*runtimeapi.HugepageLimit{{PageSize: "2MB", Limit: 2}},
+			},
 			edit: func(c *runtimeapi.ContainerConfig) {
 				c.Linux.Resources.HugepageLimits = []*runtimeapi.HugepageLimit{{PageSize: "2MB", Limit: 1}}
 			},
@@ -79,7 +91,10 @@ func TestClone(t *testing.T) {
 				c.Linux.Resources.HugepageLimits = []*runtimeapi.HugepageLimit{{PageSize: "2MB", Limit: 2}}
 			},
 		},
-		{name: "no Linux part", applied: &runtimeapi.LinuxContainerResources{CpusetCpus: "2"}, edit: func(c *runtimeapi.ContainerConfig) { c.Linux = nil }},
+		{
+			name: "no Linux part", applied: &runtimeapi.LinuxContainerResources{CpusetCpus: "2"},
+			edit: func(c *runtimeapi.ContainerConfig) { c.Linux = nil },
+		},
 		{name: "no termination file", edit: func(c *runtimeapi.ContainerConfig) { c.Mounts = c.Mounts[:1] }},
 	}
 	for _, tc := range cases {
@@ -121,7 +136,9 @@ func TestClone(t *testing.T) {
 			t.Errorf("%s: no error", name)
 		}
 	}
-	bare, err := criclone.Clone(&runtimeapi.CreateContainerRequest{Config: &runtimeapi.ContainerConfig{Metadata: &runtimeapi.ContainerMetadata{}}}, nil, 1, someToken)
+	bare, err := criclone.Clone(&runtimeapi.CreateContainerRequest{
+		Config: &runtimeapi.ContainerConfig{Metadata: &runtimeapi.ContainerMetadata{}},
+	}, nil, 1, someToken)
 	if err != nil || bare.GetConfig().GetAnnotations()[interceptors.StagedAnnotation] != someToken {
 		t.Errorf("got %v, %v", bare, err)
 	}
@@ -155,7 +172,11 @@ func TestTerminationFile(t *testing.T) {
 		t.Errorf("got %v, %v; want an empty file of mode 0666", st, err)
 	}
 	other := filepath.Join(root, "other")
-	if err := errors.Join(os.Symlink(other, filepath.Join(dir, "link")), os.Symlink(dir, filepath.Join(root, "pods", "u", "containers", "web"))); err != nil {
+	err = errors.Join(
+		os.Symlink(other, filepath.Join(dir, "link")),
+		os.Symlink(dir, filepath.Join(root, "pods", "u", "containers", "web")),
+	)
+	if err != nil {
 		t.Fatal(err)
 	}
 	web := config(filepath.Join(root, "pods", "u", "containers", "web", "g"))
@@ -169,7 +190,7 @@ func TestTerminationFile(t *testing.T) {
 			t.Errorf("%s: got %v", name, err)
 		}
 	}
-	// A volume that is mounted at the same place: the file of the pod's is left alone, and so is the volume.
+	// The pod mounts a volume at the same place: the volume and the pod's file in it are left alone.
 	volume := filepath.Join(root, "pods", "u", "volumes", "kubernetes.io~empty-dir", "v")
 	for name, c := range map[string]*runtimeapi.ContainerConfig{
 		"a volume":                          config(volume),
@@ -191,7 +212,8 @@ func TestTerminationFile(t *testing.T) {
 		t.Errorf("of two mounts %v is taken", got)
 	}
 	next, err := criclone.Clone(&runtimeapi.CreateContainerRequest{Config: withMetadata(both)}, nil, 1, someToken)
-	if err != nil || next.Config.Mounts[0].HostPath != volume || next.Config.Mounts[1].HostPath != filepath.Join(dir, someToken[:8]) {
+	if err != nil || next.Config.Mounts[0].HostPath != volume ||
+		next.Config.Mounts[1].HostPath != filepath.Join(dir, someToken[:8]) {
 		t.Errorf("the clone mounts %v, %v", next.GetConfig().GetMounts(), err)
 	}
 	for _, left := range []string{other, filepath.Dir(volume)} {
@@ -252,7 +274,8 @@ func TestReportedResources(t *testing.T) {
 			want:  &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 9, MemorySwapLimitInBytes: 10},
 		},
 		"an OOM score that was bounded": {
-			tells: &runtimeapi.LinuxContainerResources{OomScoreAdj: -500, CpusetCpus: "1"}, want: &runtimeapi.LinuxContainerResources{CpusetCpus: "1"},
+			tells: &runtimeapi.LinuxContainerResources{OomScoreAdj: -500, CpusetCpus: "1"},
+			want:  &runtimeapi.LinuxContainerResources{CpusetCpus: "1"},
 		},
 		"huge pages of several updates": {
 			tells: &runtimeapi.LinuxContainerResources{HugepageLimits: hugepages("2MB", "1GB", "2MB")},
@@ -273,7 +296,8 @@ func TestLogLinkName(t *testing.T) {
 	if got, want := criclone.LogLinkName("p", "n", "c", id), "p_n_c-"+id+".log"; got != want {
 		t.Errorf("got %s", got)
 	}
-	if got := criclone.LogLinkName(strings.Repeat("p", 253), "n", "c", id); len(got) != 255 || !strings.HasSuffix(got, "p.log") {
+	got := criclone.LogLinkName(strings.Repeat("p", 253), "n", "c", id)
+	if len(got) != 255 || !strings.HasSuffix(got, "p.log") {
 		t.Errorf("a long name becomes %q of %d", got, len(got))
 	}
 }

@@ -85,7 +85,8 @@ func (f *filler) scalar(fd protoreflect.FieldDescriptor) protoreflect.Value {
 	panic("CRI has a new kind of field: " + fd.Kind().String())
 }
 
-// filled returns a request in which every field is set, and its first mount is that of the termination message file.
+// filled returns a request in which every field is set. Its first mount is that of the termination
+// message file.
 func filled() *runtimeapi.CreateContainerRequest {
 	req := &runtimeapi.CreateContainerRequest{}
 	(&filler{}).message(req.ProtoReflect())
@@ -97,7 +98,8 @@ func filled() *runtimeapi.CreateContainerRequest {
 	return req
 }
 
-// changes makes one change after another to m and everything in it, each time calls check, and takes it back.
+// changes makes one change after another to m and everything in it. It calls check after each change
+// and takes the change back.
 func changes(m protoreflect.Message, path string, f *filler, check func(path string)) {
 	unknown := m.GetUnknown()
 	m.SetUnknown(protowire.AppendVarint(protowire.AppendTag(slices.Clone(unknown), 1999, protowire.VarintType), 7))
@@ -190,7 +192,8 @@ func TestDiffNoticesEveryField(t *testing.T) {
 		if got := criclone.Diff(changed, ours); want != (got != nil) {
 			t.Errorf("%s changed, the other way around: Diff says %v", path, got)
 		}
-		if got, want := criclone.ResourcesDiffer(ours, changed), strings.HasPrefix(path, "config.linux.resources") || path == "config.linux" || path == "config"; got != want {
+		want = strings.HasPrefix(path, "config.linux.resources") || path == "config.linux" || path == "config"
+		if got := criclone.ResourcesDiffer(ours, changed); got != want {
 			t.Errorf("%s changed: ResourcesDiffer says %v", path, got)
 		}
 	})
@@ -203,10 +206,14 @@ func TestDiffNoticesEveryField(t *testing.T) {
 }
 
 func shuffle(r *rand.Rand, c *runtimeapi.ContainerConfig) {
-	r.Shuffle(len(c.GetEnvs()), func(i, j int) { c.Envs[i], c.Envs[j] = c.Envs[j], c.Envs[i] })
-	r.Shuffle(len(c.GetMounts()), func(i, j int) { c.Mounts[i], c.Mounts[j] = c.Mounts[j], c.Mounts[i] })
-	r.Shuffle(len(c.GetDevices()), func(i, j int) { c.Devices[i], c.Devices[j] = c.Devices[j], c.Devices[i] })
-	r.Shuffle(len(c.GetCDIDevices()), func(i, j int) { c.CDIDevices[i], c.CDIDevices[j] = c.CDIDevices[j], c.CDIDevices[i] })
+	shuffleList(r, c.GetEnvs())
+	shuffleList(r, c.GetMounts())
+	shuffleList(r, c.GetDevices())
+	shuffleList(r, c.GetCDIDevices())
+}
+
+func shuffleList[M any](r *rand.Rand, list []M) {
+	r.Shuffle(len(list), func(i, j int) { list[i], list[j] = list[j], list[i] })
 }
 
 func TestDiffNotInOrder(t *testing.T) {
@@ -231,49 +238,88 @@ func TestDiffNames(t *testing.T) {
 		want []string
 	}{
 		{name: "nothing", edit: func(*runtimeapi.ContainerConfig) {}},
-		{name: "mark of ours", edit: func(c *runtimeapi.ContainerConfig) { delete(c.Annotations, interceptors.StagedAnnotation) }},
-		{name: "termination message file", edit: func(c *runtimeapi.ContainerConfig) { c.Mounts[1].HostPath = "/pods/1/containers/app/0badcafe" }},
+		{
+			name: "mark of ours",
+			edit: func(c *runtimeapi.ContainerConfig) { delete(c.Annotations, interceptors.StagedAnnotation) },
+		},
+		{
+			name: "termination message file",
+			edit: func(c *runtimeapi.ContainerConfig) { c.Mounts[1].HostPath = "/pods/1/containers/app/0badcafe" },
+		},
 		{name: "its path", edit: func(c *runtimeapi.ContainerConfig) {
 			c.Annotations[criclone.AnnotationTerminationPath], c.Mounts[1].ContainerPath = "/dev/msg", "/dev/msg"
 		}, want: []string{"annotations." + criclone.AnnotationTerminationPath, "mounts./dev/log", "mounts./dev/msg"}},
 		{name: "resources", edit: func(c *runtimeapi.ContainerConfig) {
 			c.Linux.Resources = &runtimeapi.LinuxContainerResources{CpuShares: 2}
 		}},
-		{name: "value of a variable", edit: func(c *runtimeapi.ContainerConfig) { c.Envs[0].Value = []byte("secret") }, want: []string{"envs.A"}},
-		{name: "variable gone and another there", edit: func(c *runtimeapi.ContainerConfig) { c.Envs[0].Key = "C" }, want: []string{"envs.A", "envs.C"}},
+		{
+			name: "value of a variable", edit: func(c *runtimeapi.ContainerConfig) { c.Envs[0].Value = []byte("secret") },
+			want: []string{"envs.A"},
+		},
+		{
+			name: "variable gone and another there", edit: func(c *runtimeapi.ContainerConfig) { c.Envs[0].Key = "C" },
+			want: []string{"envs.A", "envs.C"},
+		},
 		{name: "variable twice", edit: func(c *runtimeapi.ContainerConfig) {
 			c.Envs = append([]*runtimeapi.KeyValue{{Key: "A", Value: []byte("0")}}, c.Envs...)
 		}},
 		{name: "variable overridden", edit: func(c *runtimeapi.ContainerConfig) {
 			c.Envs = append(c.Envs, &runtimeapi.KeyValue{Key: "A", Value: []byte("0")})
 		}, want: []string{"envs.A"}},
-		{name: "host path", edit: func(c *runtimeapi.ContainerConfig) { c.Mounts[0].HostPath = "/other" }, want: []string{"mounts./etc/x"}},
-		{name: "mount twice", edit: func(c *runtimeapi.ContainerConfig) { c.Mounts = append(c.Mounts, c.Mounts[0]) }, want: []string{"mounts./etc/x"}},
-		{name: "device", edit: func(c *runtimeapi.ContainerConfig) { c.Devices[0].Permissions = "r" }, want: []string{"devices./dev/d"}},
-		{name: "CDI device", edit: func(c *runtimeapi.ContainerConfig) { c.CDIDevices = nil }, want: []string{"CDI_devices.vendor/class=0"}},
+		{
+			name: "host path", edit: func(c *runtimeapi.ContainerConfig) { c.Mounts[0].HostPath = "/other" },
+			want: []string{"mounts./etc/x"},
+		},
+		{
+			name: "mount twice", edit: func(c *runtimeapi.ContainerConfig) { c.Mounts = append(c.Mounts, c.Mounts[0]) },
+			want: []string{"mounts./etc/x"},
+		},
+		{
+			name: "device", edit: func(c *runtimeapi.ContainerConfig) { c.Devices[0].Permissions = "r" },
+			want: []string{"devices./dev/d"},
+		},
+		{
+			name: "CDI device", edit: func(c *runtimeapi.ContainerConfig) { c.CDIDevices = nil },
+			want: []string{"CDI_devices.vendor/class=0"},
+		},
 		{name: "image", edit: func(c *runtimeapi.ContainerConfig) { c.Image.Image = "sha256:b" }, want: []string{"image"}},
-		{name: "attempt and log", edit: func(c *runtimeapi.ContainerConfig) { c.Metadata.Attempt, c.LogPath = 5, "app/5.log" }, want: []string{"log_path", "metadata.attempt"}},
-		{name: "annotation", edit: func(c *runtimeapi.ContainerConfig) { c.Annotations["a/b"] = "2" }, want: []string{"annotations.a/b"}},
+		{
+			name: "attempt and log",
+			edit: func(c *runtimeapi.ContainerConfig) { c.Metadata.Attempt, c.LogPath = 5, "app/5.log" },
+			want: []string{"log_path", "metadata.attempt"},
+		},
+		{
+			name: "annotation", edit: func(c *runtimeapi.ContainerConfig) { c.Annotations["a/b"] = "2" },
+			want: []string{"annotations.a/b"},
+		},
 		{name: "label", edit: func(c *runtimeapi.ContainerConfig) { delete(c.Labels, "l") }, want: []string{"labels.l"}},
 		{name: "user", edit: func(c *runtimeapi.ContainerConfig) {
 			c.Linux.SecurityContext = &runtimeapi.LinuxContainerSecurityContext{RunAsUser: &runtimeapi.Int64Value{}}
 		}, want: []string{"linux.security_context"}},
-		{name: "order of arguments", edit: func(c *runtimeapi.ContainerConfig) { slices.Reverse(c.Args) }, want: []string{"args"}},
+		{
+			name: "order of arguments", edit: func(c *runtimeapi.ContainerConfig) { slices.Reverse(c.Args) },
+			want: []string{"args"},
+		},
 		{name: "empty instead of absent", edit: func(c *runtimeapi.ContainerConfig) { c.Command = []string{} }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			ours := &runtimeapi.CreateContainerRequest{PodSandboxId: "s", Config: &runtimeapi.ContainerConfig{
-				Metadata:    &runtimeapi.ContainerMetadata{Name: "app", Attempt: 1},
-				Image:       &runtimeapi.ImageSpec{Image: "sha256:a", UserSpecifiedImage: "app:v2"},
-				Args:        []string{"x", "y"},
-				Envs:        []*runtimeapi.KeyValue{{Key: "A", Value: []byte("1")}, {Key: "B"}},
-				Labels:      map[string]string{"l": "1", criclone.LabelPodUID: "1", criclone.LabelContainer: "app"},
-				Annotations: map[string]string{"a/b": "1", interceptors.StagedAnnotation: "token", criclone.AnnotationTerminationPath: "/dev/log"},
-				LogPath:     "app/1.log",
-				Mounts:      []*runtimeapi.Mount{{ContainerPath: "/etc/x", HostPath: "/x"}, {ContainerPath: "/dev/log", HostPath: "/pods/1/containers/app/12345678"}},
-				Devices:     []*runtimeapi.Device{{ContainerPath: "/dev/d", HostPath: "/dev/d", Permissions: "rw"}},
-				CDIDevices:  []*runtimeapi.CDIDevice{{Name: "vendor/class=0"}},
-				Linux:       &runtimeapi.LinuxContainerConfig{},
+				Metadata: &runtimeapi.ContainerMetadata{Name: "app", Attempt: 1},
+				Image:    &runtimeapi.ImageSpec{Image: "sha256:a", UserSpecifiedImage: "app:v2"},
+				Args:     []string{"x", "y"},
+				Envs:     []*runtimeapi.KeyValue{{Key: "A", Value: []byte("1")}, {Key: "B"}},
+				Labels:   map[string]string{"l": "1", criclone.LabelPodUID: "1", criclone.LabelContainer: "app"},
+				Annotations: map[string]string{
+					"a/b": "1", interceptors.StagedAnnotation: "token", criclone.AnnotationTerminationPath: "/dev/log",
+				},
+				LogPath: "app/1.log",
+				Mounts: []*runtimeapi.Mount{
+					{ContainerPath: "/etc/x", HostPath: "/x"},
+					{ContainerPath: "/dev/log", HostPath: "/pods/1/containers/app/12345678"},
+				},
+				Devices:    []*runtimeapi.Device{{ContainerPath: "/dev/d", HostPath: "/dev/d", Permissions: "rw"}},
+				CDIDevices: []*runtimeapi.CDIDevice{{Name: "vendor/class=0"}},
+				Linux:      &runtimeapi.LinuxContainerConfig{},
 			}}
 			asked := proto.Clone(ours).(*runtimeapi.CreateContainerRequest)
 			tt.edit(asked.GetConfig())

@@ -45,32 +45,65 @@ func TestCheckImage(t *testing.T) {
 		err    string
 	}{
 		{name: "command of the image", status: tellsAll(t, some, runs)},
-		{name: "entrypoint of the image", status: tellsAll(t, some, &imagespec.Image{Platform: ours, Config: imagespec.ImageConfig{Entrypoint: []string{"/app"}}})},
-		{name: "command of the pod", status: tellsAll(t, some, empty), config: &runtimeapi.ContainerConfig{Command: []string{"/app"}}},
-		{name: "arguments of the pod", status: tellsAll(t, some, empty), config: &runtimeapi.ContainerConfig{Args: []string{"/app"}}},
+		{
+			name: "entrypoint of the image",
+			status: tellsAll(t, some, &imagespec.Image{
+				Platform: ours, Config: imagespec.ImageConfig{Entrypoint: []string{"/app"}},
+			}),
+		},
+		{
+			name: "command of the pod", status: tellsAll(t, some, empty),
+			config: &runtimeapi.ContainerConfig{Command: []string{"/app"}},
+		},
+		{
+			name: "arguments of the pod", status: tellsAll(t, some, empty),
+			config: &runtimeapi.ContainerConfig{Args: []string{"/app"}},
+		},
 		{name: "nothing to run", status: tellsAll(t, some, empty), err: "there is nothing to run"},
 		{name: "not there", status: &runtimeapi.ImageStatusResponse{}, err: "is not on the node"},
 		{name: "a runtime that tells nothing", status: &runtimeapi.ImageStatusResponse{Image: some}},
-		{name: "a runtime that tells something else", status: &runtimeapi.ImageStatusResponse{Image: some, Info: map[string]string{"info": "no JSON"}}},
+		{
+			name:   "a runtime that tells something else",
+			status: &runtimeapi.ImageStatusResponse{Image: some, Info: map[string]string{"info": "no JSON"}},
+		},
 		{name: "no platform", status: tellsAll(t, some, &imagespec.Image{Config: runs.Config})},
-		{name: "variant", status: tellsAll(t, some, &imagespec.Image{Platform: imagespec.Platform{OS: ours.OS, Architecture: ours.Architecture, Variant: "v99"}, Config: runs.Config})},
 		{
-			name:   "another architecture",
-			status: tellsAll(t, some, &imagespec.Image{Platform: imagespec.Platform{OS: ours.OS, Architecture: "s390x"}, Config: runs.Config}),
-			err:    "is for " + ours.OS + "/s390x, this node is " + ours.OS + "/" + ours.Architecture,
+			name: "variant",
+			status: tellsAll(t, some, &imagespec.Image{
+				Platform: imagespec.Platform{OS: ours.OS, Architecture: ours.Architecture, Variant: "v99"},
+				Config:   runs.Config,
+			}),
 		},
 		{
-			name:   "another system",
-			status: tellsAll(t, some, &imagespec.Image{Platform: imagespec.Platform{OS: "windows", Architecture: ours.Architecture}, Config: runs.Config}),
-			err:    "is for windows/",
+			name: "another architecture",
+			status: tellsAll(t, some, &imagespec.Image{
+				Platform: imagespec.Platform{OS: ours.OS, Architecture: "s390x"}, Config: runs.Config,
+			}),
+			err: "is for " + ours.OS + "/s390x, this node is " + ours.OS + "/" + ours.Architecture,
 		},
-		{name: "root", status: tellsAll(t, some, runs), want: &opsv1.ContainerUpgrade{RunAsNonRoot: true}, err: "has runAsNonRoot and image app:v2 will run as root"},
+		{
+			name: "another system",
+			status: tellsAll(t, some, &imagespec.Image{
+				Platform: imagespec.Platform{OS: "windows", Architecture: ours.Architecture}, Config: runs.Config,
+			}),
+			err: "is for windows/",
+		},
+		{
+			name: "root", status: tellsAll(t, some, runs), want: &opsv1.ContainerUpgrade{RunAsNonRoot: true},
+			err: "has runAsNonRoot and image app:v2 will run as root",
+		},
 		{
 			name: "root by number", status: tellsAll(t, &runtimeapi.Image{Uid: uid(0)}, runs),
 			want: &opsv1.ContainerUpgrade{RunAsNonRoot: true}, err: "will run as root",
 		},
-		{name: "root without runAsNonRoot", status: tellsAll(t, &runtimeapi.Image{Uid: uid(0)}, runs), want: &opsv1.ContainerUpgrade{}},
-		{name: "not root", status: tellsAll(t, &runtimeapi.Image{Uid: uid(1000)}, runs), want: &opsv1.ContainerUpgrade{RunAsNonRoot: true}},
+		{
+			name: "root without runAsNonRoot", status: tellsAll(t, &runtimeapi.Image{Uid: uid(0)}, runs),
+			want: &opsv1.ContainerUpgrade{},
+		},
+		{
+			name: "not root", status: tellsAll(t, &runtimeapi.Image{Uid: uid(1000)}, runs),
+			want: &opsv1.ContainerUpgrade{RunAsNonRoot: true},
+		},
 		{
 			name: "a name", status: tellsAll(t, &runtimeapi.Image{Username: "www"}, runs),
 			want: &opsv1.ContainerUpgrade{RunAsNonRoot: true}, err: "non-numeric user (www)",
@@ -85,7 +118,8 @@ func TestCheckImage(t *testing.T) {
 		},
 		{
 			name: "the pod's user is root", status: tellsAll(t, &runtimeapi.Image{Uid: uid(1000)}, runs),
-			want: &opsv1.ContainerUpgrade{RunAsNonRoot: true, RunAsUser: proto.Int64(0)}, err: "runAsUser breaks non-root policy",
+			want: &opsv1.ContainerUpgrade{RunAsNonRoot: true, RunAsUser: proto.Int64(0)},
+			err:  "runAsUser breaks non-root policy",
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -118,14 +152,38 @@ func TestAdoptImageUser(t *testing.T) {
 		wantName           string
 		noContext, noLinux bool
 	}{
-		{name: "number to number", uid: uid(1), before: &runtimeapi.Image{Uid: uid(1)}, after: &runtimeapi.Image{Uid: uid(2)}, wantUID: uid(2)},
-		{name: "number to name", uid: uid(1), before: &runtimeapi.Image{Uid: uid(1)}, after: &runtimeapi.Image{Username: "www"}, wantName: "www"},
-		{name: "name to number", username: "www", before: &runtimeapi.Image{Username: "www"}, after: &runtimeapi.Image{Uid: uid(2)}, wantUID: uid(2)},
-		{name: "name to none", username: "www", before: &runtimeapi.Image{Username: "www"}, after: &runtimeapi.Image{}, wantUID: uid(0)},
-		{name: "none to number", uid: uid(0), before: &runtimeapi.Image{}, after: &runtimeapi.Image{Uid: uid(2)}, wantUID: uid(2)},
-		{name: "the same", uid: uid(1), before: &runtimeapi.Image{Uid: uid(1)}, after: &runtimeapi.Image{Uid: uid(1)}, wantUID: uid(1)},
-		{name: "the pod's", uid: uid(1), before: &runtimeapi.Image{Uid: uid(3)}, after: &runtimeapi.Image{Uid: uid(2)}, wantUID: uid(1)},
-		{name: "the pod's, and the image has a name", uid: uid(0), before: &runtimeapi.Image{Username: "www"}, after: &runtimeapi.Image{Uid: uid(2)}, wantUID: uid(0)},
+		{
+			name: "number to number", uid: uid(1), before: &runtimeapi.Image{Uid: uid(1)},
+			after: &runtimeapi.Image{Uid: uid(2)}, wantUID: uid(2),
+		},
+		{
+			name: "number to name", uid: uid(1), before: &runtimeapi.Image{Uid: uid(1)},
+			after: &runtimeapi.Image{Username: "www"}, wantName: "www",
+		},
+		{
+			name: "name to number", username: "www", before: &runtimeapi.Image{Username: "www"},
+			after: &runtimeapi.Image{Uid: uid(2)}, wantUID: uid(2),
+		},
+		{
+			name: "name to none", username: "www", before: &runtimeapi.Image{Username: "www"}, after: &runtimeapi.Image{},
+			wantUID: uid(0),
+		},
+		{
+			name: "none to number", uid: uid(0), before: &runtimeapi.Image{}, after: &runtimeapi.Image{Uid: uid(2)},
+			wantUID: uid(2),
+		},
+		{
+			name: "the same", uid: uid(1), before: &runtimeapi.Image{Uid: uid(1)}, after: &runtimeapi.Image{Uid: uid(1)},
+			wantUID: uid(1),
+		},
+		{
+			name: "the pod's", uid: uid(1), before: &runtimeapi.Image{Uid: uid(3)}, after: &runtimeapi.Image{Uid: uid(2)},
+			wantUID: uid(1),
+		},
+		{
+			name: "the pod's, and the image has a name", uid: uid(0), before: &runtimeapi.Image{Username: "www"},
+			after: &runtimeapi.Image{Uid: uid(2)}, wantUID: uid(0),
+		},
 		{name: "no old image", uid: uid(0), after: &runtimeapi.Image{Uid: uid(2)}, wantUID: uid(0)},
 		{name: "no user", before: &runtimeapi.Image{}, after: &runtimeapi.Image{Uid: uid(2)}},
 		{name: "no security context", noContext: true, before: &runtimeapi.Image{}, after: &runtimeapi.Image{Uid: uid(2)}},

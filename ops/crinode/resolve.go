@@ -105,7 +105,8 @@ func (c *Client) Resolve(
 	}
 	if newest.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
 		return nil, failf(opsv1.ReasonContainerNotRunning, "container %q is not running (%s): "+
-			"kubelet starts it by its own policy, a restart would not make it faster", want.GetName(), stateName(newest.GetState()))
+			"kubelet starts it by its own policy, a restart would not make it faster",
+			want.GetName(), stateName(newest.GetState()))
 	}
 	return t, nil
 }

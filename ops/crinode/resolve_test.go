@@ -102,7 +102,10 @@ func TestResolve(t *testing.T) {
 		{name: "the expected one, as the API server shows it", want: expect("containerd://a1")},
 		{name: "a scheme without an ID", want: expect("://")},
 		{name: "another one is expected", want: expect("a0"), reason: "ExpectedIDDiffers", says: "is a1 now, not a0"},
-		{name: "another one is expected, with a scheme", want: expect("containerd://a"), reason: "ExpectedIDDiffers", says: "not a:"},
+		{
+			name: "another one is expected, with a scheme", want: expect("containerd://a"),
+			reason: "ExpectedIDDiffers", says: "not a:",
+		},
 		{name: "another one is expected, with force", want: expect("a0"), force: true},
 		{
 			name: "no such pod", want: app, pod: &opsv1.PodRef{Namespace: "default", Name: "other"},

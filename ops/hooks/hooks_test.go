@@ -70,7 +70,8 @@ func httpHook(a *opsv1.HTTPGetAction) *opsv1.Hook {
 }
 
 func TestRecordedPreStop(t *testing.T) {
-	const ports = `[{"name":"web","containerPort":8080},{"name":"admin","containerPort":9090},{"name":"big","containerPort":70000}]`
+	const ports = `[{"name":"web","containerPort":8080},{"name":"admin","containerPort":9090},` +
+		`{"name":"big","containerPort":70000}]`
 	cases := []struct {
 		name, recorded string
 		want           *opsv1.Hook
@@ -78,10 +79,18 @@ func TestRecordedPreStop(t *testing.T) {
 	}{
 		{name: "none"},
 		{name: "exec", recorded: `{"exec":{"command":["sh","-c","x"]}}`, want: execHook("sh", "-c", "x")},
-		{name: "sleep", recorded: `{"sleep":{"seconds":5}}`, want: &opsv1.Hook{Action: &opsv1.Hook_Sleep{Sleep: &opsv1.SleepAction{Seconds: 5}}}},
 		{
-			name: "http", recorded: `{"httpGet":{"path":"/bye?x=1","port":80,"host":"h","scheme":"HTTPS","httpHeaders":[{"name":"A","value":"b"}]}}`,
-			want: httpHook(&opsv1.HTTPGetAction{Path: "/bye?x=1", Port: 80, Host: "h", Scheme: "HTTPS", Headers: []*opsv1.HTTPHeader{{Name: "A", Value: "b"}}}),
+			name: "sleep", recorded: `{"sleep":{"seconds":5}}`,
+			want: &opsv1.Hook{Action: &opsv1.Hook_Sleep{Sleep: &opsv1.SleepAction{Seconds: 5}}},
+		},
+		{
+			name: "http",
+			recorded: `{"httpGet":{"path":"/bye?x=1","port":80,"host":"h","scheme":"HTTPS",` +
+				`"httpHeaders":[{"name":"A","value":"b"}]}}`,
+			want: httpHook(&opsv1.HTTPGetAction{
+				Path: "/bye?x=1", Port: 80, Host: "h", Scheme: "HTTPS",
+				Headers: []*opsv1.HTTPHeader{{Name: "A", Value: "b"}},
+			}),
 		},
 		{name: "named port", recorded: `{"httpGet":{"port":"admin"}}`, want: httpHook(&opsv1.HTTPGetAction{Port: 9090})},
 		{name: "number as a name", recorded: `{"httpGet":{"port":"81"}}`, err: `the container has no port named "81"`},
@@ -96,7 +105,9 @@ func TestRecordedPreStop(t *testing.T) {
 	}
 	for _, tc := range cases {
 		t.Run(tc.name, func(t *testing.T) {
-			got, err := hooks.RecordedPreStop(map[string]string{criclone.AnnotationPreStop: tc.recorded, criclone.AnnotationPorts: ports})
+			got, err := hooks.RecordedPreStop(map[string]string{
+				criclone.AnnotationPreStop: tc.recorded, criclone.AnnotationPorts: ports,
+			})
 			if (err == nil) != (tc.err == "") || (err != nil && !strings.Contains(err.Error(), tc.err)) {
 				t.Errorf("error is %v, want %q", err, tc.err)
 			}
@@ -113,14 +124,18 @@ func TestRecordedPreStop(t *testing.T) {
 	}
 }
 
-// The request is the one kubelet would make (pkg/kubelet/lifecycle/handlers.go, pkg/probe/http/request.go).
+// The request is the one that kubelet would make (pkg/kubelet/lifecycle/handlers.go,
+// pkg/probe/http/request.go).
 func TestHTTPHook(t *testing.T) {
 	type seen struct{ uri, host, agent, accept, custom, credentials string }
 	for _, tls := range []bool{false, true} {
 		requests := make(chan seen, 10)
 		mux := http.NewServeMux()
 		mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-			requests <- seen{r.RequestURI, r.Host, strings.Join(r.Header.Values("User-Agent"), ","), strings.Join(r.Header.Values("Accept"), ","), strings.Join(r.Header.Values("X-A"), ","), r.Header.Get("Authorization")}
+			all := func(name string) string { return strings.Join(r.Header.Values(name), ",") }
+			requests <- seen{
+				r.RequestURI, r.Host, all("User-Agent"), all("Accept"), all("X-A"), r.Header.Get("Authorization"),
+			}
 			switch r.URL.Path {
 			case "/busy":
 				w.WriteHeader(http.StatusServiceUnavailable)
@@ -145,7 +160,9 @@ func TestHTTPHook(t *testing.T) {
 			t.Fatal(err)
 		}
 		at := func(path string, headers ...*opsv1.HTTPHeader) *opsv1.HTTPGetAction {
-			return &opsv1.HTTPGetAction{Port: int32(port), Path: path, Headers: headers, Scheme: map[bool]string{true: "HTTPS"}[tls]}
+			return &opsv1.HTTPGetAction{
+				Port: int32(port), Path: path, Headers: headers, Scheme: map[bool]string{true: "HTTPS"}[tls],
+			}
 		}
 		plain := func(uri string) seen {
 			return seen{uri: uri, host: u.Host, agent: "kube-lifecycle/cri-proxy", accept: "*/*"}
@@ -161,11 +178,31 @@ func TestHTTPHook(t *testing.T) {
 			{name: "relative path", a: at("a"), want: []seen{plain("/a")}},
 			{name: "escaped path", a: at("/a%2Fb"), want: []seen{plain("/a%2Fb")}},
 			{name: "path that cannot be parsed", a: at("/%zz"), want: []seen{plain("/%25zz")}},
-			{name: "headers", a: at("/", &opsv1.HTTPHeader{Name: "X-A", Value: "1"}, &opsv1.HTTPHeader{Name: "x-a", Value: "2"}), want: []seen{{uri: "/", host: u.Host, agent: "kube-lifecycle/cri-proxy", accept: "*/*", custom: "1,2"}}},
-			{name: "headers of ours", a: at("/", &opsv1.HTTPHeader{Name: "user-agent", Value: "me"}, &opsv1.HTTPHeader{Name: "Accept", Value: "text/plain"}, &opsv1.HTTPHeader{Name: "host", Value: "shop.example"}), want: []seen{{uri: "/", host: "shop.example", agent: "me", accept: "text/plain"}}},
-			{name: "empty Accept", a: at("/", &opsv1.HTTPHeader{Name: "accept"}), want: []seen{{uri: "/", host: u.Host, agent: "kube-lifecycle/cri-proxy"}}},
-			{name: "two hosts", a: at("/", &opsv1.HTTPHeader{Name: "Host", Value: "a"}, &opsv1.HTTPHeader{Name: "Host", Value: "b"}), want: []seen{{uri: "/", host: "a", agent: "kube-lifecycle/cri-proxy", accept: "*/*"}}},
-			{name: "credentials", a: at("/", &opsv1.HTTPHeader{Name: "Authorization", Value: "x"}), want: []seen{{uri: "/", host: u.Host, agent: "kube-lifecycle/cri-proxy", accept: "*/*", credentials: "x"}}},
+			{
+				name: "headers",
+				a:    at("/", &opsv1.HTTPHeader{Name: "X-A", Value: "1"}, &opsv1.HTTPHeader{Name: "x-a", Value: "2"}),
+				want: []seen{{uri: "/", host: u.Host, agent: "kube-lifecycle/cri-proxy", accept: "*/*", custom: "1,2"}},
+			},
+			{
+				name: "headers of ours",
+				a: at("/", &opsv1.HTTPHeader{Name: "user-agent", Value: "me"},
+					&opsv1.HTTPHeader{Name: "Accept", Value: "text/plain"},
+					&opsv1.HTTPHeader{Name: "host", Value: "shop.example"}),
+				want: []seen{{uri: "/", host: "shop.example", agent: "me", accept: "text/plain"}},
+			},
+			{
+				name: "empty Accept", a: at("/", &opsv1.HTTPHeader{Name: "accept"}),
+				want: []seen{{uri: "/", host: u.Host, agent: "kube-lifecycle/cri-proxy"}},
+			},
+			{
+				name: "two hosts",
+				a:    at("/", &opsv1.HTTPHeader{Name: "Host", Value: "a"}, &opsv1.HTTPHeader{Name: "Host", Value: "b"}),
+				want: []seen{{uri: "/", host: "a", agent: "kube-lifecycle/cri-proxy", accept: "*/*"}},
+			},
+			{
+				name: "credentials", a: at("/", &opsv1.HTTPHeader{Name: "Authorization", Value: "x"}),
+				want: []seen{{uri: "/", host: u.Host, agent: "kube-lifecycle/cri-proxy", accept: "*/*", credentials: "x"}},
+			},
 			{name: "an error is an answer", a: at("/busy"), want: []seen{plain("/busy")}},
 			{name: "redirect on the host", a: at("/moved"), want: []seen{plain("/moved"), plain("/there")}},
 			{name: "another host", a: at("/away"), want: []seen{plain("/away")}},
@@ -187,7 +224,10 @@ func TestHTTPHook(t *testing.T) {
 				want []seen
 				err  string
 			}{
-				name: "no TLS there", want: []seen{{uri: "/x", host: pu.Host, agent: "kube-lifecycle/cri-proxy", accept: "*/*", custom: "1"}},
+				name: "no TLS there",
+				want: []seen{
+					{uri: "/x", host: pu.Host, agent: "kube-lifecycle/cri-proxy", accept: "*/*", custom: "1"},
+				},
 				a: &opsv1.HTTPGetAction{
 					Scheme: "HTTPS", Port: int32(pport), Path: "/x",
 					Headers: []*opsv1.HTTPHeader{{Name: "Authorization", Value: "x"}, {Name: "X-A", Value: "1"}},

@@ -19,8 +19,7 @@ import (
 
 const waitLong = 2 * time.Minute
 
-// hasExited reports whether the process, which is a child of this one, has exited. Each cgroup has a
-// name with a slash.
+// hasExited reports whether the process has exited: each cgroup has a name with a slash.
 func hasExited(pid int) bool { return switchover.OfContainer(pid, "/") != nil }
 
 // child is a process that lives until it is killed.
@@ -149,7 +148,8 @@ func TestExitWatchOfAnotherContainer(t *testing.T) {
 	w.Close()
 }
 
-// A process that has ended is nobody's any more, though the kernel knows it until its exit code has been asked for.
+// A process that has exited belongs to no container, though the kernel lists it until its parent has
+// waited for it.
 func TestEndedProcess(t *testing.T) {
 	cmd := exec.Command("true")
 	if err := cmd.Start(); err != nil {
@@ -182,7 +182,8 @@ func init() { //nolint:gochecknoinits // the first thread runs it
 	}
 }
 
-// A process whose first thread has ended goes on as long as others do, though the kernel shows a zombie.
+// A process whose first thread has exited goes on as long as other threads do, though the kernel
+// shows a zombie.
 func TestEndedThread(t *testing.T) {
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), firstThreadEnds+"=1")
@@ -191,7 +192,8 @@ func TestEndedThread(t *testing.T) {
 	}
 	pid := cmd.Process.Pid
 	for late := time.Now().Add(waitLong); ; time.Sleep(time.Millisecond) {
-		if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)); err != nil || bytes.Contains(b, []byte(") Z ")) || time.Now().After(late) {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		if err != nil || bytes.Contains(b, []byte(") Z ")) || time.Now().After(late) {
 			break
 		}
 	}

@@ -106,12 +106,27 @@ func TestProbe(t *testing.T) {
 		{name: "no directories", config: `{"enableCDI":true,"cdiSpecDirs":[]}`, want: "pidfd plain", why: "cdi_spec_dirs"},
 		{name: "nothing of CDI", config: `{"enableSelinux":true}`, want: "pidfd plain", why: "cdi_spec_dirs"},
 		{name: "not JSON", config: `nothing`, want: "pidfd plain", why: "does not tell its configuration"},
-		{name: "another shape", config: `{"cdiSpecDirs":"DIR/cdi"}`, want: "pidfd plain", why: "does not tell its configuration"},
+		{
+			name: "another shape", config: `{"cdiSpecDirs":"DIR/cdi"}`, want: "pidfd plain",
+			why: "does not tell its configuration",
+		},
 		{name: "no status", want: "pidfd plain", why: "Unimplemented"},
-		{name: "the directory that is set", config: `{"cdiSpecDirs":["DIR/cdi","/var/run/cdi"]}`, dir: "DIR/./cdi/", want: "gate pidfd plain"},
-		{name: "a directory that it does not read", config: `{"cdiSpecDirs":["DIR/cdi"]}`, dir: "DIR/other", want: "pidfd plain", why: "restart.cdiSpecDir DIR/other"},
-		{name: "not allowed", config: `{"cdiSpecDirs":["DIR/cdi"]}`, method: opsv1.MethodPidfd, want: "pidfd plain", why: "restart.method is pidfd"},
-		{name: "only plain", config: `{"cdiSpecDirs":["DIR/cdi"]}`, method: opsv1.MethodPlain, want: "plain", why: "restart.method is plain"},
+		{
+			name: "the directory that is set", config: `{"cdiSpecDirs":["DIR/cdi","/var/run/cdi"]}`, dir: "DIR/./cdi/",
+			want: "gate pidfd plain",
+		},
+		{
+			name: "a directory that it does not read", config: `{"cdiSpecDirs":["DIR/cdi"]}`, dir: "DIR/other",
+			want: "pidfd plain", why: "restart.cdiSpecDir DIR/other",
+		},
+		{
+			name: "not allowed", config: `{"cdiSpecDirs":["DIR/cdi"]}`, method: opsv1.MethodPidfd, want: "pidfd plain",
+			why: "restart.method is pidfd",
+		},
+		{
+			name: "only plain", config: `{"cdiSpecDirs":["DIR/cdi"]}`, method: opsv1.MethodPlain, want: "plain",
+			why: "restart.method is plain",
+		},
 		{
 			name: "no place for the spec", config: `{"cdiSpecDirs":["DIR/cdi"]}`, want: "pidfd plain", why: "CDI spec: ",
 			spoil: "DIR/cdi",

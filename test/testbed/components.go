@@ -308,7 +308,8 @@ func (c component) compile(ctx context.Context, module, out, pkg string, subcomm
 	return nil
 }
 
-// BuildWithFailpoints compiles the checkout's cri-proxy with the race detector and the failpoints of ops/failpoint_on.go to dst.
+// BuildWithFailpoints compiles the checkout's cri-proxy with the race detector and the failpoints of
+// ops/failpoint to dst.
 func BuildWithFailpoints(ctx context.Context, dst string) error {
 	source, err := SourceDir("")
 	if err != nil {
