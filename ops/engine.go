@@ -149,15 +149,15 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 	}
 	rt := runtimeapi.NewRuntimeServiceClient(crinode.Bound(o.Conn))
 	e := &Engine{
-		view:       o.View,
-		log:        log,
-		rt:         rt,
-		img:        runtimeapi.NewImageServiceClient(crinode.Bound(o.Conn)),
-		disk:       &store.Store{Journal: journal, Records: records, Boot: store.BootID()},
-		records:    records,
-		node:       &crinode.Client{Runtime: rt, Log: log},
-		hooks:      hooks.NewRunner(rt),
-		legacyLog:  o.LegacyLogDir,
+		view:      o.View,
+		log:       log,
+		rt:        rt,
+		img:       runtimeapi.NewImageServiceClient(crinode.Bound(o.Conn)),
+		disk:      &store.Store{Journal: journal, Records: records, Boot: store.BootID()},
+		records:   records,
+		node:      &crinode.Client{Runtime: rt, Log: log},
+		hooks:     hooks.NewRunner(rt),
+		legacyLog: o.LegacyLogDir,
 		switchover: switchover.NewProber(switchover.Options{
 			StateDir: o.StateDir, Runtime: rt, Log: log, Best: o.Method, CDISpecDir: o.CDISpecDir,
 		}),

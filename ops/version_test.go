@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -18,6 +19,8 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
 // foreignRecord makes the record of the operation in the state directory one that this version does not understand, and returns it.
@@ -147,4 +150,49 @@ func (n *node) makeNextAt(t *testing.T, attempt uint32) {
 	n.must(err)
 	_, err = n.kubelet.StartContainer(t.Context(), &runtimeapi.StartContainerRequest{ContainerId: made.GetContainerId()})
 	n.must(err)
+}
+
+// What an older cri-proxy has left of an operation, at any step, is taken up. The records are those of
+// package store.
+func TestOpenTakesUpGoldenRecords(t *testing.T) {
+	files, err := filepath.Glob("store/testdata/journal/*-*.json")
+	if err != nil || len(files) != 26 {
+		t.Fatalf("%d records, %v", len(files), err)
+	}
+	for _, file := range files {
+		t.Run(filepath.Base(file), func(t *testing.T) {
+			raw, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			dir := t.TempDir()
+			j, err := store.OpenJournal(dir, quiet())
+			if err != nil {
+				t.Fatal(err)
+			}
+			err = j.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketOperations).Put([]byte("golden"), raw) })
+			if err := errors.Join(err, j.Close()); err != nil {
+				t.Fatal(err)
+			}
+			v := interceptors.NewView()
+			e, err := openEngine(dir, v)
+			if err != nil {
+				t.Fatal(err)
+			}
+			o := e.lookup("golden")
+			if o == nil || o.IsLeftAlone() || len(e.waiting) != 1 {
+				t.Fatalf("operations: %v", e.list())
+			}
+			at := o.Records()[0].Step
+			if claimed, want := v.Claimed(appSlot), at != stepNone && at != stepDone; claimed != want {
+				t.Errorf("the slot is claimed: %t, want %t", claimed, want)
+			}
+			if active, want := v.Active(), at != stepNone && at != stepDone && at != stepReveal; active != want {
+				t.Errorf("the view is active: %t, want %t", active, want)
+			}
+			if err := e.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
 }

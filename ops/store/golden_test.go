@@ -6,6 +6,7 @@ package store_test
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -91,7 +92,8 @@ func TestGoldenRecords(t *testing.T) {
 					{&opsv1.PrepareUpgradeRequest{}, &got.Upgrade, &want.Upgrade},
 				} {
 					other := proto.Clone(m.message)
-					if proto.Unmarshal(*m.got, m.message) != nil || proto.Unmarshal(*m.want, other) != nil || !proto.Equal(m.message, other) {
+					err := errors.Join(proto.Unmarshal(*m.got, m.message), proto.Unmarshal(*m.want, other))
+					if err != nil || !proto.Equal(m.message, other) {
 						t.Errorf("got %v, want %v", m.message, other)
 					}
 					*m.want = *m.got // the same message may have other bytes

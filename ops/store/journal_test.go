@@ -92,7 +92,9 @@ func TestJournalFile(t *testing.T) {
 			t.Errorf("got  %s\nwant %s", a, b)
 		}
 		return nil
-	}, func(uid string, _ []byte, _ *store.Record, why string) { t.Errorf("%s is left: %s", uid, why) }, func(err error) { t.Error(err) })
+	}, func(uid string, _ []byte, _ *store.Record, why string) {
+		t.Errorf("%s is left: %s", uid, why)
+	}, func(err error) { t.Error(err) })
 	if err != nil || n != 1 {
 		t.Errorf("%d records, %v", n, err)
 	}

@@ -24,7 +24,8 @@ var appSlot = interceptors.Slot{PodUID: podUID, Container: "app"}
 
 func someOverride() *store.Override {
 	return &store.Override{
-		PodUID: podUID, Namespace: "default", Pod: "shop", Container: "app", Image: "app:debug", ImageID: "sha256:debug", SpecImage: "app:v1",
+		PodUID: podUID, Namespace: "default", Pod: "shop", Container: "app",
+		Image: "app:debug", ImageID: "sha256:debug", SpecImage: "app:v1",
 		Since: time.Unix(1000, 0).UTC(), Requester: "test", Operation: "op",
 	}
 }
@@ -36,7 +37,9 @@ type nodeImages struct {
 	err    error
 }
 
-func (n *nodeImages) ImageStatus(_ context.Context, r *runtimeapi.ImageStatusRequest, _ ...grpc.CallOption) (*runtimeapi.ImageStatusResponse, error) {
+func (n *nodeImages) ImageStatus(
+	_ context.Context, r *runtimeapi.ImageStatusRequest, _ ...grpc.CallOption,
+) (*runtimeapi.ImageStatusResponse, error) {
 	if n.err != nil {
 		return nil, n.err
 	}
@@ -79,7 +82,10 @@ func TestOverrideApply(t *testing.T) {
 		{name: "the spec's image is not to be had", debug: uid(2000), user: 1000, want: 1000, applied: true, keeps: true},
 		{name: "image gone", spec: uid(1000), user: 1000, want: 1000},
 		{name: "patched", spec: uid(1000), debug: uid(2000), asked: "app:v2", user: 1000, want: 1000},
-		{name: "the runtime is away", err: status.Error(codes.Unavailable, "away"), user: 1000, want: 1000, keeps: true, code: codes.Unavailable},
+		{
+			name: "the runtime is away", err: status.Error(codes.Unavailable, "away"),
+			user: 1000, want: 1000, keeps: true, code: codes.Unavailable,
+		},
 		{name: "the runtime refuses", err: status.Error(codes.Unknown, "no"), user: 1000, want: 1000},
 		{name: "another container", container: "web", user: 1000, want: 1000, keeps: true},
 	} {
@@ -100,8 +106,11 @@ func TestOverrideApply(t *testing.T) {
 				tc.container = "app"
 			}
 			req := &runtimeapi.CreateContainerRequest{Config: &runtimeapi.ContainerConfig{
-				Image: &runtimeapi.ImageSpec{Image: "sha256:spec", UserSpecifiedImage: tc.asked}, Annotations: map[string]string{"io.kubernetes.container.hash": "abc"},
-				Linux: &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{RunAsUser: &runtimeapi.Int64Value{Value: tc.user}}},
+				Image: &runtimeapi.ImageSpec{Image: "sha256:spec", UserSpecifiedImage: tc.asked},
+				Annotations: map[string]string{"io.kubernetes.container.hash": "abc"},
+				Linux: &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{
+					RunAsUser: &runtimeapi.Int64Value{Value: tc.user},
+				}},
 			}}
 			want := proto.Clone(req).(*runtimeapi.CreateContainerRequest)
 			want.Config.Linux.SecurityContext.RunAsUser.Value = tc.want
@@ -141,7 +150,10 @@ func TestOverridesOnDisk(t *testing.T) {
 		t.Error("written to a full disk")
 	}
 	s.Drop(web) // which writes the other one too
-	if err := j.Update(func(tx *bolt.Tx) error { return tx.Bucket([]byte("overrides")).Put([]byte("bad"), []byte("{")) }); err != nil {
+	err = j.Update(func(tx *bolt.Tx) error {
+		return tx.Bucket([]byte("overrides")).Put([]byte("bad"), []byte("{"))
+	})
+	if err != nil {
 		t.Fatal(err)
 	}
 	if err := j.Close(); err != nil {

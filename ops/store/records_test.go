@@ -37,11 +37,14 @@ func shut(t *testing.T, r *store.Records) {
 func TestRecords(t *testing.T) {
 	dir := t.TempDir()
 	r := open(t, dir)
-	req := &runtimeapi.CreateContainerRequest{PodSandboxId: "s", Config: &runtimeapi.ContainerConfig{Envs: []*runtimeapi.KeyValue{{Key: "A", Value: []byte{0xff}}}}}
+	req := &runtimeapi.CreateContainerRequest{PodSandboxId: "s", Config: &runtimeapi.ContainerConfig{
+		Envs: []*runtimeapi.KeyValue{{Key: "A", Value: []byte{0xff}}},
+	}}
 	r.Created("a", wire(t, req))
 	r.Created("b", wire(t, req))
 	r.Updated("a", wire(t, &runtimeapi.LinuxContainerResources{CpuShares: 5, CpusetCpus: "1"}))
-	r.Updated("a", wire(t, &runtimeapi.LinuxContainerResources{CpusetCpus: "2"})) // what is not set stays, as in the runtime
+	// What is not set stays, as in the runtime.
+	r.Updated("a", wire(t, &runtimeapi.LinuxContainerResources{CpusetCpus: "2"}))
 	r.Updated("older", wire(t, &runtimeapi.LinuxContainerResources{CpusetCpus: "3"}))
 	r.Updated("a", []byte{0xff})
 	r.Removed("b")
@@ -51,7 +54,8 @@ func TestRecords(t *testing.T) {
 		if got := r.Request("a"); !proto.Equal(got, req) {
 			t.Errorf("request is %v", got)
 		}
-		if got, want := r.Resources("a"), (&runtimeapi.LinuxContainerResources{CpuShares: 5, CpusetCpus: "2"}); !proto.Equal(got, want) {
+		want := &runtimeapi.LinuxContainerResources{CpuShares: 5, CpusetCpus: "2"}
+		if got := r.Resources("a"); !proto.Equal(got, want) {
 			t.Errorf("resources are %v, want %v", got, want)
 		}
 		if got := r.Resources("older"); got.GetCpusetCpus() != "3" {
