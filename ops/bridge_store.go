@@ -8,8 +8,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
-// The names of packages store and operation as this package has always called them. They go with the
-// split of restart into packages.
+// The names of packages store and operation as this package has always called them. They go with
+// the split of restart into packages.
 
 type (
 	step            = store.Step

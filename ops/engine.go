@@ -45,7 +45,8 @@ const (
 
 // Images puts images on the node for upgrades and overrides. [*prepull.Puller] does.
 type Images interface {
-	// Ensure pulls an image unless it is there, and reports changes to each. It returns the finished pull, or ctx's error.
+	// Ensure pulls an image unless it is there, and reports changes to each. It returns the
+	// finished pull, or ctx's error.
 	Ensure(ctx context.Context, req *opsv1.PullRequest, each func(*opsv1.PullOperation)) (*opsv1.PullOperation, error)
 	// Pin keeps an image that is on the node from kubelet's image garbage collection.
 	Pin(ctx context.Context, image, owner string, until time.Time) error
@@ -70,7 +71,8 @@ type Options struct {
 	CDISpecDir string
 	// Images is for upgrades and restarts with another image, which are refused without.
 	Images Images
-	// Pods tells kubelet's mind about pods. Without, kubelet's intentions are found by what it does next.
+	// Pods tells kubelet's mind about pods. Without, kubelet's intentions are found by what it does
+	// next.
 	Pods Pods
 	// LegacyLogDir is where kubelet keeps a symlink per container log for log
 	// shippers. Empty means /var/log/containers.
@@ -108,6 +110,8 @@ type Engine struct {
 	judging chan struct{}
 	judged  atomic.Bool
 
+	turns *operation.Turns
+
 	mu      sync.Mutex // guards all following fields
 	ops     map[string]*operation.Operation
 	waiting []*operation.Operation
@@ -115,21 +119,22 @@ type Engine struct {
 	// tokens are all that this process has used or found in the journal, until nothing more can
 	// be a stray; see removeStrays.
 	tokens map[string]bool
-	// settled are the tokens of containers that the journal knows as having taken over, incumbents the containers that its operations replace.
+	// settled has the tokens of the successors that have ended, by whether they have taken over, as
+	// the journal knows it. incumbents has the containers that operations of the journal replace.
 	settled    map[string]bool
 	incumbents map[string]bool
 	// decided are the tokens that judge has met.
 	decided map[string]bool
-	// left are the records that this binary does not understand, leftSlots the slots with containers of theirs that are hidden, by the operation.
+	// left has the records that this binary does not understand, leftSlots the operations of such
+	// records, by the slots in which they have hidden containers.
 	left      [][]byte
 	leftSlots map[interceptors.Slot]string
-	// lost are the slots with containers of operations that no journal knows, until Run takes care of them.
+	// lost are the slots with containers of operations that no journal knows, until Run takes care
+	// of them.
 	lost []*lostSlot
 	// unwritten are finished operations whose end the journal does not have. The next process would
 	// resume them, and restart a container that was reported as left alone.
 	unwritten []*operation.Operation
-
-	turns *operation.Turns // has a mutex of its own
 }
 
 // Open reads the journal in the state directory and makes the view show what
@@ -195,7 +200,9 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 		e.forgetEndedEnvironments()
 	}
 	// Operations that wait for the same slot get it in the order they came.
-	slices.SortStableFunc(e.waiting, func(a, b *operation.Operation) int { return a.CreateTime().Compare(b.CreateTime()) })
+	slices.SortStableFunc(e.waiting, func(a, b *operation.Operation) int {
+		return a.CreateTime().Compare(b.CreateTime())
+	})
 	if err != nil {
 		return nil, errors.Join(err, e.Close())
 	}
@@ -229,13 +236,16 @@ func (e *Engine) revive(uid string, r *store.Record) error {
 		return nil
 	}
 	e.waiting = append(e.waiting, o)
-	e.log.WithFields(logrus.Fields{"op": uid, "pod": o.PodName(), "phase": status.GetPhase()}).Info("resuming operation from the journal")
+	e.log.WithFields(logrus.Fields{"op": uid, "pod": o.PodName(), "phase": status.GetPhase()}).
+		Info("resuming operation from the journal")
 	return nil
 }
 
 // reclaim takes the slot of a container whose operation the process before this one had begun, and
 // makes the view show what the container's step needs.
-func (e *Engine) reclaim(o *operation.Operation, c *operation.Container, rec *store.Container) (*interceptors.Claim, error) {
+func (e *Engine) reclaim(
+	o *operation.Operation, c *operation.Container, rec *store.Container,
+) (*interceptors.Claim, error) {
 	isUpgrade := o.Upgrade() != nil
 	e.incumbents[rec.Incumbent] = true
 	claim, err := e.view.TryClaim(c.Slot())
@@ -260,29 +270,34 @@ func (e *Engine) reclaim(o *operation.Operation, c *operation.Container, rec *st
 	return claim, nil
 }
 
-// leaveAlone takes an operation from the journal that this binary does not understand. The operation is
-// reported as failed. Nothing of it is undone, removed or changed in the file.
+// leaveAlone takes an operation from the journal that this binary does not understand. The
+// operation is reported as failed. Nothing of it is undone, removed or changed in the file.
 func (e *Engine) leaveAlone(uid string, raw []byte, r *store.Record, why string) {
 	e.left = append(e.left, raw)
 	message := why + ": it is left alone, with its containers, until that version is installed again"
 	o, wasRunning := operation.LeftAlone(uid, r, message, e.disk)
 	if wasRunning {
-		e.log.WithFields(logrus.Fields{"op": uid, "pod": o.PodName()}).Error("an operation of the journal is left alone: " + message)
+		e.log.WithFields(logrus.Fields{"op": uid, "pod": o.PodName()}).
+			Error("an operation of the journal is left alone: " + message)
 	}
 	e.ops[uid] = o
 }
 
-// isLeftAlone reports whether the token is that of an operation that this binary does not understand, wherever its record has it.
+// isLeftAlone reports whether a record that this binary does not understand has the token, wherever
+// in the record.
 func (e *Engine) isLeftAlone(token string) bool {
-	return slices.ContainsFunc(e.left, func(raw []byte) bool { return bytes.Contains(raw, []byte(token)) }) // never changes after Open
+	holds := func(record []byte) bool { return bytes.Contains(record, []byte(token)) }
+	return slices.ContainsFunc(e.left, holds) // left never changes after Open
 }
 
-// refuseLeft is an outcome if the slot has something hidden of an operation that this binary does not understand.
+// refuseLeft returns an outcome if the slot has a hidden container of an operation that this binary
+// does not understand.
 func (e *Engine) refuseLeft(slot interceptors.Slot) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if uid := e.leftSlots[slot]; uid != "" {
-		return failf(ReasonVersion, "container %q has a successor of another version of cri-proxy waiting: install that version again, or delete the pod (the journal's operations: cri-proxy ctl ops)", slot.Container)
+		return failf(ReasonVersion, "container %q has a successor of another version of cri-proxy waiting: "+
+			"install that version again, or delete the pod (the journal's operations: cri-proxy ctl ops)", slot.Container)
 	}
 	return nil
 }
@@ -325,7 +340,8 @@ func (e *Engine) Run(ctx context.Context) error {
 	}
 }
 
-// begin does what is to be done once: it tidies up after earlier processes, until nothing of theirs can come about any more. wg owns what takes longer.
+// begin tidies up after earlier processes, until none of their calls to the runtime can bring a
+// container about any more. wg owns what takes longer.
 func (e *Engine) begin(ctx context.Context, wg *sync.WaitGroup) {
 	if e.node.AwaitRuntime(ctx) == nil {
 		e.switchover.Probe(ctx)
@@ -345,14 +361,15 @@ func (e *Engine) Close() error {
 	e.closed = true
 	e.mu.Unlock()
 	if !e.writeEnds() {
-		e.log.Error("operations have ended that the journal knows as unfinished: the next process will take them up again")
+		e.log.Error("operations have ended that the journal knows as unfinished: " +
+			"the next process will take them up again")
 	}
 	e.overrides.Flush()
 	e.hooks.Close()
 	return errors.Join(e.disk.Journal.Close(), e.records.Close())
 }
 
-// writeLater has the end of the operation written as soon as that is possible.
+// writeLater queues the end of the operation to be written as soon as the journal can be written.
 func (e *Engine) writeLater(o *operation.Operation) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -363,7 +380,8 @@ func (e *Engine) writeLater(o *operation.Operation) {
 	}
 }
 
-// writePause is how long writeAgain waits between its tries: a disk that is full stays so for a while.
+// writePause is how long writeAgain waits between its tries: a disk that is full stays so for a
+// while.
 const writePause = time.Second
 
 // writeAgain writes ends that could not be written, until ctx ends.
@@ -380,7 +398,7 @@ func (e *Engine) writeAgain(ctx context.Context) {
 	}
 }
 
-// writeEnds tries to write what is unwritten and reports whether nothing is left.
+// writeEnds tries to write the ends that are not written, and reports whether it has written all.
 func (e *Engine) writeEnds() bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -390,11 +408,12 @@ func (e *Engine) writeEnds() bool {
 	return len(e.unwritten) == 0
 }
 
-// forgetEvery is how often what is no longer needed is looked for: operations are kept longer by as much at the most.
+// forgetEvery is how often forget looks for what nobody needs any more. Operations are kept longer
+// by that much at most.
 const forgetEvery = 10 * time.Minute
 
-// forget drops finished operations that are too old, and what is known of containers that went away otherwise than by
-// kubelet's RemoveContainer, until ctx ends.
+// forget drops finished operations that are too old, and the records of containers that kubelet has
+// not removed by RemoveContainer, until ctx ends.
 func (e *Engine) forget(ctx context.Context) {
 	for {
 		e.mu.Lock()
@@ -414,8 +433,9 @@ func (e *Engine) forget(ctx context.Context) {
 	}
 }
 
-// tidy forgets containers that went away while the proxy did not look, and takes care of those whose operation is lost. wg owns that.
-// It is tried until the runtime lists its containers, and returns false if ctx ended before that.
+// tidy forgets containers that went away while the proxy did not look, and takes care of those
+// whose operation is lost; wg owns that. It tries until the runtime lists its containers, and
+// returns false if ctx ends before.
 func (e *Engine) tidy(ctx context.Context, wg *sync.WaitGroup) bool {
 	defer e.clearLost(ctx, wg) // even after a panic: their slots are held
 	e.forgetOverrides(ctx)
@@ -460,12 +480,13 @@ func (e *Engine) forgetRemoved(ctx context.Context) ([]*runtimeapi.Container, er
 	return list.GetContainers(), nil
 }
 
-// lateCreate is how long after the start of a process a CreateContainer of the one before, which was cut off, may still
-// bring a container about: the runtime is then in the middle of it, which takes it milliseconds, seconds under load.
+// lateCreate is how long after the start of a process a CreateContainer that the process before has
+// begun may still bring a container about. The runtime takes milliseconds for it, seconds under
+// load.
 const lateCreate = 15 * time.Second
 
-// accept begins an operation: once it returns nil, the operation is in the journal. A command whose UID
-// is known is taken as repeated.
+// accept begins an operation: once it returns nil, the operation is in the journal. A command whose
+// UID is known is taken as repeated.
 func (e *Engine) accept(c operation.Command, pod *opsv1.PodRef) (*operation.Operation, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -478,7 +499,8 @@ func (e *Engine) accept(c operation.Command, pod *opsv1.PodRef) (*operation.Oper
 	}
 	active := e.activeLocked()
 	if active >= maxActive {
-		return nil, status.Errorf(codes.ResourceExhausted, "%d operations are unfinished on this node, which is the most it takes; wait for some to finish (cri-proxy ctl ops --active)", active)
+		return nil, status.Errorf(codes.ResourceExhausted, "%d operations are unfinished on this node, "+
+			"which is the most it takes; wait for some to finish (cri-proxy ctl ops --active)", active)
 	}
 	if err := e.expireLocked(time.Now()); err != nil {
 		return nil, status.Error(codes.Internal, err.Error())
@@ -572,7 +594,8 @@ func (e *Engine) expireLocked(now time.Time) error {
 	return nil
 }
 
-// CancelAll cancels all operations that may still be cancelled, and does not wait for their end. It may be called before [Engine.Run].
+// CancelAll cancels all operations that may still be cancelled, and does not wait for their end. It
+// may be called before [Engine.Run].
 func (e *Engine) CancelAll(reason string) {
 	for _, op := range e.list() {
 		o := e.lookup(op.GetUid())

@@ -13,13 +13,12 @@ import (
 )
 
 const (
-	// maxEnvironment bounds the environment of one container, in bytes: Linux bounds the environment and
-	// the command line of a process together to a quarter of its stack limit, which is 2 MiB by default
-	// (execve(2)).
-	// Controllers do not send more (controller/environment).
+	// maxEnvironment bounds the environment of one container, in bytes: Linux bounds the
+	// environment and the command line of a process together to a quarter of its stack limit, which
+	// is 2 MiB by default (execve(2)). Controllers do not send more (controller/environment).
 	maxEnvironment = 2 << 20
-	// maxEnvironments bounds the environments of one command together. The bounds of messages leave room
-	// for them and for the rest of a command (internal/mtls, internal/daemon).
+	// maxEnvironments bounds the environments of one command together. The bounds of messages leave
+	// room for them and for the rest of a command (internal/mtls, internal/daemon).
 	maxEnvironments = 12 << 20
 )
 
@@ -68,8 +67,8 @@ func validateEnvironments(given operation.Environments) error {
 	return nil
 }
 
-// forgetEndedEnvironments drops, at the start, the environments that the process before this one could
-// not forget: those of operations that have ended, or that the journal does not have.
+// forgetEndedEnvironments drops, at the start, the environments that the process before this one
+// could not forget: those of operations that have ended, or that the journal does not have.
 func (e *Engine) forgetEndedEnvironments() {
 	kept := map[string]bool{}
 	for uid, o := range e.ops {

@@ -11,8 +11,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 )
 
-// wantSlot says that a restart waits for its slot, and has the upgrade that holds the slot taken back;
-// see [operation.Turns]. The caller must call got when it waits no more.
+// wantSlot says that a restart waits for its slot, and has the upgrade that holds the slot taken
+// back; see [operation.Turns]. The caller must call got when it waits no more.
 func (r *restart) wantSlot() (got func()) {
 	holder, got := r.turns.Want(r.slot())
 	if holder != nil {
@@ -21,8 +21,8 @@ func (r *restart) wantSlot() (got func()) {
 	return got
 }
 
-// keepSlot is for an upgrade that had the slot in the process before this one. It may be taken back at
-// once.
+// keepSlot is for an upgrade that had the slot in the process before this one. It may be taken back
+// at once.
 func (r *restart) keepSlot() {
 	if r.turns.Keep(r.slot(), r.o) {
 		r.giveWay(r.o, nil)

@@ -10,8 +10,9 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
-// Unleavable returns the operations that Run would not leave at once, ordered: they wait for a container to stop, which nothing
-// cuts short, or are about to start the one in its place. Others can be left at any time.
+// Unleavable returns the operations that Run would not leave at once, ordered: they wait for a
+// container to stop, which nothing cuts short, or are about to start its successor. Run can leave
+// all others at any time.
 func (e *Engine) Unleavable() []string {
 	e.mu.Lock()
 	defer e.mu.Unlock()

@@ -25,11 +25,14 @@ func newMetrics(reg prometheus.Registerer, e *Engine) (*metrics, error) {
 			Name: "criproxy_operations_total", Help: "Finished operations by kind and result.",
 		}, []string{"kind", "result"}),
 		gap: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "criproxy_operation_gap_seconds", Help: "From the exit of a container to the start of its successor, by kind of operation and method; 0 where they overlap.",
+			Name: "criproxy_operation_gap_seconds",
+			Help: "From the exit of a container to the start of its successor, by kind of operation and method; " +
+				"0 where they overlap.",
 			Buckets: []float64{.002, .005, .01, .02, .05, .1, .2, .5, 1, 5, 30},
 		}, []string{"kind", "method"}),
 		phases: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "criproxy_operation_phase_duration_seconds", Help: "How long finished operations have been in a phase, by kind and phase.",
+			Name:    "criproxy_operation_phase_duration_seconds",
+			Help:    "How long finished operations have been in a phase, by kind and phase.",
 			Buckets: []float64{.005, .02, .1, .5, 1, 5, 10, 30, 60, 300, 1800},
 		}, []string{"kind", "phase"}),
 		gateFailures: prometheus.NewCounter(prometheus.CounterOpts{
@@ -53,7 +56,9 @@ func newMetrics(reg prometheus.Registerer, e *Engine) (*metrics, error) {
 	overrides := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "criproxy_image_overrides", Help: "Containers whose image is not the one in the pod's spec.",
 	}, func() float64 { return float64(e.overrides.Len()) })
-	for _, c := range []prometheus.Collector{m.results, m.phases, m.gap, m.gateFailures, &activeOperations{e}, recorded, journal, overrides, e.overrides.Lost()} {
+	for _, c := range []prometheus.Collector{
+		m.results, m.phases, m.gap, m.gateFailures, &activeOperations{e}, recorded, journal, overrides, e.overrides.Lost(),
+	} {
 		if err := reg.Register(c); err != nil {
 			return nil, fmt.Errorf("metrics: %w", err)
 		}
@@ -64,12 +69,15 @@ func newMetrics(reg prometheus.Registerer, e *Engine) (*metrics, error) {
 // activeOperations counts the operations that have not finished.
 type activeOperations struct{ e *Engine }
 
-var activeDesc = prometheus.NewDesc("criproxy_operations_active", "Operations that have not finished, by kind and phase.", []string{"kind", "phase"}, nil)
+var activeDesc = prometheus.NewDesc(
+	"criproxy_operations_active", "Operations that have not finished, by kind and phase.", []string{"kind", "phase"}, nil,
+)
 
 // Describe implements [prometheus.Collector].
 func (*activeOperations) Describe(c chan<- *prometheus.Desc) { c <- activeDesc }
 
-// Collect implements [prometheus.Collector]. Phases that no operation is in have no series, but each kind has one.
+// Collect implements [prometheus.Collector]. Phases that no operation is in have no series, but
+// each kind has one.
 func (a *activeOperations) Collect(c chan<- prometheus.Metric) {
 	type key struct{ kind, phase string }
 	pending := operation.PhaseName(opsv1.Phase_PHASE_PENDING)
@@ -82,8 +90,8 @@ func (a *activeOperations) Collect(c chan<- prometheus.Metric) {
 	}
 }
 
-// finished counts an operation that has finished. It has been in the phases of stays, the last of which
-// is its end.
+// finished counts an operation that has finished. It has been in the phases of stays, the last of
+// which is its end.
 func (m *metrics) finished(op *opsv1.Operation, stays []operation.Stay) {
 	results := map[opsv1.Phase]string{
 		opsv1.Phase_PHASE_SUCCEEDED: "succeeded", opsv1.Phase_PHASE_CANCELLED: "cancelled",

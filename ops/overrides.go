@@ -13,8 +13,8 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// writeEnded writes the end of overrides that a call of kubelet's has ended, until ctx ends. What is
-// left then goes with the next write, or with the end of the engine.
+// writeEnded writes the end of overrides that a call of kubelet's has ended, until ctx ends. What
+// is left then goes with the next write, or with the end of the engine.
 func (e *Engine) writeEnded(ctx context.Context) {
 	for {
 		select {
@@ -26,8 +26,8 @@ func (e *Engine) writeEnded(ctx context.Context) {
 	}
 }
 
-// forgetOnRemoval ends overrides of pods that are gone, whenever a sandbox is removed, until ctx ends.
-// A pod may have several sandboxes; kubelet removes the older ones.
+// forgetOnRemoval ends overrides of pods that are gone, whenever a sandbox is removed, until ctx
+// ends. A pod may have several sandboxes; kubelet removes the older ones.
 func (e *Engine) forgetOnRemoval(ctx context.Context) {
 	for {
 		select {
@@ -41,7 +41,8 @@ func (e *Engine) forgetOnRemoval(ctx context.Context) {
 
 // forgetOverrides ends overrides of pods that have no sandbox any more.
 func (e *Engine) forgetOverrides(ctx context.Context) {
-	// The overrides are read first: a pod that gets one after that had a sandbox at least until then.
+	// The overrides are read first: a pod that gets one after that had a sandbox at least until
+	// then.
 	all := e.overrides.List()
 	if len(all) == 0 {
 		return

@@ -14,9 +14,10 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 )
 
-// trace makes the spans of an operation that has finished: its own, one for each phase, and in its own
-// the moments at which containers ended and began. The spans are made at the end, because an operation
-// may outlive the process that began it; then the phases that another process saw are missing.
+// trace makes the spans of an operation that has finished: its own, one for each phase, and in its
+// own the moments at which containers ended and began. The spans are made at the end, because an
+// operation may outlive the process that began it; then the phases that another process saw are
+// missing.
 func (e *Engine) trace(op *opsv1.Operation, stays []operation.Stay) {
 	if e.tracer == nil {
 		return
@@ -40,7 +41,8 @@ func (e *Engine) trace(op *opsv1.Operation, stays []operation.Stay) {
 	for _, c := range op.GetContainers() {
 		of := trace.WithAttributes(
 			attribute.String("k8s.container.name", c.GetName()), attribute.String("criproxy.method", c.GetMethod()),
-			attribute.String("criproxy.incumbent", c.GetIncumbentId()), attribute.String("criproxy.successor", c.GetSuccessorId()),
+			attribute.String("criproxy.incumbent", c.GetIncumbentId()),
+			attribute.String("criproxy.successor", c.GetSuccessorId()),
 		)
 		if at := c.GetStopTime(); at != nil {
 			span.AddEvent("container ended", of, trace.WithTimestamp(at.AsTime()))

@@ -62,8 +62,8 @@ func (s *Server) PrepareUpgrade(ctx context.Context, req *opsv1.PrepareUpgradeRe
 	return o.Snapshot(), nil
 }
 
-// supersede cancels earlier upgrades of the same owner and container that nobody has committed: the owner
-// wants something else by now, which would wait for them.
+// supersede cancels earlier upgrades of the same owner and container that nobody has committed: the
+// owner wants something else by now, which would wait for them.
 func (e *Engine) supersede(by *operation.Operation) {
 	for _, o := range e.activeOperations() {
 		if o == by || !operation.SameSubject(o, by) || o.CommitRequested() {
@@ -155,13 +155,15 @@ func (s *Server) upgrade(uid string) (*operation.Operation, error) {
 func validateCommit(req *opsv1.CommitUpgradeRequest, o *operation.Operation) error {
 	given := operation.Environments{}
 	for _, c := range req.GetEnvironments() {
-		if !slices.ContainsFunc(o.Request().GetContainers(), func(r *opsv1.ContainerRestart) bool { return r.GetName() == c.GetName() }) {
+		named := func(r *opsv1.ContainerRestart) bool { return r.GetName() == c.GetName() }
+		if !slices.ContainsFunc(o.Request().GetContainers(), named) {
 			return status.Errorf(codes.InvalidArgument, "upgrade %s has no container %.260q", req.GetUid(), c.GetName())
 		}
 		add(given, c.GetName(), c.GetEnvironment())
 	}
 	if len(req.GetCredentials()) > maxCredentials {
-		return status.Errorf(codes.InvalidArgument, "%d credentials are too many; the most is %d", len(req.GetCredentials()), maxCredentials)
+		return status.Errorf(codes.InvalidArgument, "%d credentials are too many; the most is %d",
+			len(req.GetCredentials()), maxCredentials)
 	}
 	return validateEnvironments(given)
 }

@@ -11,8 +11,8 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// Environments are the environments of containers, by name. They are secret: the records of this boot
-// keep them, the journal knows only for which containers there are some.
+// Environments are the environments of containers, by name. They are secret: the records of this
+// boot keep them, the journal knows only for which containers there are some.
 type Environments map[string]*opsv1.Environment
 
 // Command is what a caller asks for: a restart, or an upgrade.
@@ -26,8 +26,8 @@ type Command struct {
 	Environments Environments
 }
 
-// RestartCommand returns the command of a request whose environments have been taken out. It takes the
-// request, and the credentials out of it.
+// RestartCommand returns the command of a request whose environments have been taken out. It takes
+// the request, and the credentials out of it.
 func RestartCommand(req *opsv1.RestartRequest, given Environments) Command {
 	c := Command{Restart: req, Credentials: req.GetCredentials(), Environments: given}
 	req.Credentials = nil
@@ -59,8 +59,8 @@ func withoutCredentials(req *opsv1.PrepareUpgradeRequest) *opsv1.PrepareUpgradeR
 	return out
 }
 
-// Same reports whether two commands ask for the same. Credentials, environments and the requester do
-// not count.
+// Same reports whether two commands ask for the same. Credentials, environments and the requester
+// do not count.
 func (c Command) Same(other Command) bool {
 	return sameRestart(c.Restart, other.Restart) && sameUpgrade(c.Upgrade, other.Upgrade)
 }
@@ -87,7 +87,8 @@ func sameUpgrade(a, b *opsv1.PrepareUpgradeRequest) bool {
 	return proto.Equal(a, b)
 }
 
-// SameSubject reports whether two operations are upgrades of one owner that have a container in common.
+// SameSubject reports whether two operations are upgrades of one owner that have a container in
+// common.
 func SameSubject(a, b *Operation) bool {
 	owner := a.upgrade.GetOwner()
 	if owner == "" || owner != b.upgrade.GetOwner() || a.Pod().GetUid() != b.Pod().GetUid() {

@@ -51,8 +51,8 @@ func (c *Container) Status() *opsv1.ContainerOperation {
 	return proto.Clone(c.op.op.GetContainers()[c.i]).(*opsv1.ContainerOperation)
 }
 
-// Write changes the journal's part and the public state in one durable step, and returns the step that
-// the container is at then.
+// Write changes the journal's part and the public state in one durable step, and returns the step
+// that the container is at then.
 //
 // Errors: an [Outcome], if the journal cannot be written. The journal's part is then as before.
 func (c *Container) Write(f func(rec *store.Container, status *opsv1.ContainerOperation)) (store.Step, error) {
@@ -69,8 +69,8 @@ func (c *Container) Write(f func(rec *store.Container, status *opsv1.ContainerOp
 }
 
 // Note is Write for the time after the switch: the successor serves, and a journal that cannot be
-// written is no reason to take it away. The change then counts in memory. The next process would resume
-// from an earlier step, and find the successor running.
+// written is no reason to take it away. The change then counts in memory. The next process would
+// resume from an earlier step, and find the successor running.
 func (c *Container) Note(f func(rec *store.Container, status *opsv1.ContainerOperation)) (store.Step, error) {
 	step, err := c.Write(f)
 	if err != nil {
@@ -82,8 +82,8 @@ func (c *Container) Note(f func(rec *store.Container, status *opsv1.ContainerOpe
 	return step, err
 }
 
-// Set changes the journal's part and the public state in memory. The change is on disk with the next
-// step, and watchers are told with it.
+// Set changes the journal's part and the public state in memory. The change is on disk with the
+// next step, and watchers are told with it.
 func (c *Container) Set(f func(rec *store.Container, status *opsv1.ContainerOperation)) {
 	c.op.mu.Lock()
 	defer c.op.mu.Unlock()
@@ -109,8 +109,8 @@ func (c *Container) SetClaim(claim *interceptors.Claim) {
 	c.op.claims[c.i] = claim
 }
 
-// IsCertain reports whether the successor is known to be what kubelet asks for: kubelet has asked for
-// it, or somebody who knows has said so.
+// IsCertain reports whether the successor is known to be what kubelet asks for: kubelet has asked
+// for it, or somebody who knows has said so.
 func (c *Container) IsCertain() bool {
 	c.op.mu.Lock()
 	defer c.op.mu.Unlock()

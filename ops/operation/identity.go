@@ -45,8 +45,8 @@ func (i *identity) Request() *opsv1.RestartRequest { return i.restart }
 // Upgrade is nil for a restart; see [Command].
 func (i *identity) Upgrade() *opsv1.PrepareUpgradeRequest { return i.upgrade }
 
-// IsLeftAlone reports whether this binary does not understand the operation's record: the journal keeps
-// the record as it is.
+// IsLeftAlone reports whether this binary does not understand the operation's record: the journal
+// keeps the record as it is.
 func (i *identity) IsLeftAlone() bool { return i.leftAlone }
 
 // Rebooted reports whether the operation was running when the machine was rebooted.

@@ -41,11 +41,12 @@ type Operation struct {
 	supplied    chan struct{}
 	// forgotten is set if the process before this one had credentials, until there are new ones.
 	forgotten bool
-	// environments are those that this process has been given. hadEnvironment names the containers that
-	// have been given one, also in the process before this one.
+	// environments are those that this process has been given. hadEnvironment names the containers
+	// that have been given one, also in the process before this one.
 	environments   Environments
 	hadEnvironment []string
-	// certain has the containers of an upgrade whose successor is known to be what kubelet asks for.
+	// certain has the containers of an upgrade whose successor is known to be what kubelet asks
+	// for.
 	certain map[string]bool
 	claims  map[int]*interceptors.Claim
 	stays   []Stay // for metrics and traces
@@ -134,9 +135,9 @@ func decode(r *store.Record) (*opsv1.Operation, Command, error) {
 	return op, c, nil
 }
 
-// LeftAlone returns an operation for a record of the journal that this binary does not understand: it
-// is told of as one that has failed. r is nil if nothing of the record can be read, why says in words
-// what is wrong with it. wasRunning is set if the operation has not finished.
+// LeftAlone returns an operation for a record of the journal that this binary does not understand:
+// it is told of as one that has failed. r is nil if nothing of the record can be read, why says in
+// words what is wrong with it. wasRunning is set if the operation has not finished.
 func LeftAlone(uid string, r *store.Record, why string, disk *store.Store) (o *Operation, wasRunning bool) {
 	op, c := &opsv1.Operation{Uid: uid}, Command{Restart: &opsv1.RestartRequest{Uid: uid}}
 	if r != nil {
@@ -177,8 +178,8 @@ func (o *Operation) Accept() error {
 	return err
 }
 
-// Repeat takes a command that has been given once more. Its credentials and environments count for what
-// is still to be done.
+// Repeat takes a command that has been given once more. Its credentials and environments count for
+// what is still to be done.
 //
 // Errors: AlreadyExists as a gRPC status, if the command asks for something else.
 func (o *Operation) Repeat(c Command) error {
@@ -282,8 +283,8 @@ func (o *Operation) notifyLocked() {
 	o.changed = make(chan struct{})
 }
 
-// PassPointOfNoReturn makes the operation one that cannot be cancelled any more. It returns false if
-// the operation has been cancelled before.
+// PassPointOfNoReturn makes the operation one that cannot be cancelled any more. It returns false
+// if the operation has been cancelled before.
 func (o *Operation) PassPointOfNoReturn() bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -309,8 +310,8 @@ func (o *Operation) IsCancelled() bool {
 
 // Cancel cancels the operation. Once it returns nil, the operation has finished or stays cancelled.
 //
-// Errors: FailedPrecondition past the point of no return, Internal if the journal cannot be written; both
-// as a gRPC status.
+// Errors: FailedPrecondition past the point of no return, Internal if the journal cannot be
+// written; both as a gRPC status.
 func (o *Operation) Cancel(reason string) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -324,7 +325,8 @@ func (o *Operation) Cancel(reason string) error {
 	return o.cancelLocked(reason)
 }
 
-// CancelUncommitted cancels an upgrade unless its caller has committed it, and reports whether it did.
+// CancelUncommitted cancels an upgrade unless its caller has committed it, and reports whether it
+// did.
 func (o *Operation) CancelUncommitted(reason string) (bool, error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -348,8 +350,8 @@ func (o *Operation) cancelLocked(reason string) error {
 // Committed is closed when the caller of an upgrade commits it.
 func (o *Operation) Committed() <-chan struct{} { return o.committed }
 
-// CommitRequested reports whether the caller of an upgrade has committed it: the pod's spec may have
-// been patched.
+// CommitRequested reports whether the caller of an upgrade has committed it: the pod's spec may
+// have been patched.
 func (o *Operation) CommitRequested() bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -358,8 +360,8 @@ func (o *Operation) CommitRequested() bool {
 
 // Commit lets a prepared upgrade go on, with what its caller says of its containers now.
 //
-// Errors: FailedPrecondition if the upgrade is not prepared, Internal if the journal cannot be written;
-// both as a gRPC status.
+// Errors: FailedPrecondition if the upgrade is not prepared, Internal if the journal cannot be
+// written; both as a gRPC status.
 func (o *Operation) Commit(now *opsv1.CommitUpgradeRequest) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -395,16 +397,16 @@ func (o *Operation) Commit(now *opsv1.CommitUpgradeRequest) error {
 	return nil
 }
 
-// Credentials returns the credentials for pulls. forgotten is set if the process before this one had
-// some and this one has not; others is closed when there are new ones.
+// Credentials returns the credentials for pulls. forgotten is set if the process before this one
+// had some and this one has not; others is closed when there are new ones.
 func (o *Operation) Credentials() (c []*opsv1.RegistryCredential, forgotten bool, others <-chan struct{}) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return o.credentials, o.forgotten, o.supplied
 }
 
-// Environment returns the environment that a command has brought for the container, to this process or
-// to one before it; nil if there is none. lost is set if there was one and it is gone.
+// Environment returns the environment that a command has brought for the container, to this process
+// or to one before it; nil if there is none. lost is set if there was one and it is gone.
 func (o *Operation) Environment(container string) (env *opsv1.Environment, lost bool) {
 	o.mu.Lock()
 	env, had := o.environments[container], slices.Contains(o.hadEnvironment, container)
@@ -438,8 +440,8 @@ func (o *Operation) forgetEnvironmentsLocked() {
 }
 
 // Conclude marks the operation finished if all its containers have ended, and calls ended before
-// watchers are told. ended must not call the operation. Conclude returns the journal's error if the end
-// could not be written; the operation is finished anyway.
+// watchers are told. ended must not call the operation. Conclude returns the journal's error if the
+// end could not be written; the operation is finished anyway.
 func (o *Operation) Conclude(ended func(op *opsv1.Operation, stays []Stay)) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()

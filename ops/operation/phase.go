@@ -40,9 +40,9 @@ func leastAdvanced(cs []*opsv1.ContainerOperation) opsv1.Phase {
 	return course[least]
 }
 
-// phaseLocked is the phase of a running operation. If a container of an upgrade has failed, the upgrade
-// is about to be taken back: it is neither prepared nor armed then, so that its caller does not go on.
-// The caller holds o.mu.
+// phaseLocked is the phase of a running operation. If a container of an upgrade has failed, the
+// upgrade is about to be taken back: it is neither prepared nor armed then, so that its caller does
+// not go on. The caller holds o.mu.
 func (o *Operation) phaseLocked() opsv1.Phase {
 	phase := leastAdvanced(o.op.GetContainers())
 	if o.upgrade != nil && phase == opsv1.Phase_PHASE_REVEALING {
@@ -68,8 +68,8 @@ type Stay struct {
 	Since time.Time
 }
 
-// maxStays bounds the phases that are kept of an operation: those of one with many containers that pass
-// them one by one.
+// maxStays bounds the phases that are kept of an operation: those of one with many containers that
+// pass them one by one.
 const maxStays = 64
 
 // enterLocked notes the present phase. The caller holds o.mu.

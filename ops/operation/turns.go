@@ -11,10 +11,11 @@ import (
 
 // Turns says who goes first in a slot: a restart goes before an upgrade that nobody has committed.
 //
-// A prepared upgrade keeps its slot until its caller commits it, which a budget or a pause may put off
-// for an hour, and nothing is lost if it is taken back and prepared again. A restart is wanted now. So a
-// restart has such an upgrade taken back, and no upgrade takes the slot while a restart waits for it. A
-// committed upgrade runs on: the pod's spec may have been changed for it, and it ends soon.
+// A prepared upgrade keeps its slot until its caller commits it, which a budget or a pause may put
+// off for an hour, and nothing is lost if it is taken back and prepared again. A restart is wanted
+// now. So a restart has such an upgrade taken back, and no upgrade takes the slot while a restart
+// waits for it. A committed upgrade runs on: the pod's spec may have been changed for it, and it
+// ends soon.
 type Turns struct {
 	mu sync.Mutex // guards all following fields
 	// held has the upgrades that have a slot.
@@ -55,8 +56,8 @@ func (t *Turns) Want(slot interceptors.Slot) (holder *Operation, got func()) {
 	}
 }
 
-// Hold says that the upgrade has the slot. If restarts wait for the slot, Hold returns a channel that is
-// closed when none does any more: the upgrade must give the slot up until then.
+// Hold says that the upgrade has the slot. If restarts wait for the slot, Hold returns a channel
+// that is closed when none does any more: the upgrade must give the slot up until then.
 func (t *Turns) Hold(slot interceptors.Slot, upgrade *Operation) <-chan struct{} {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -67,8 +68,8 @@ func (t *Turns) Hold(slot interceptors.Slot, upgrade *Operation) <-chan struct{}
 	return nil
 }
 
-// Keep says that the upgrade had the slot in the process before this one. It reports whether a restart
-// waits for the slot: the caller must then have the upgrade taken back.
+// Keep says that the upgrade had the slot in the process before this one. It reports whether a
+// restart waits for the slot: the caller must then have the upgrade taken back.
 func (t *Turns) Keep(slot interceptors.Slot, upgrade *Operation) (isWanted bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -35,7 +35,8 @@ func goldenUpgrade() *opsv1.PrepareUpgradeRequest {
 	}
 }
 
-// goldenRecord is the record of an operation at a step, with everything in it that a record can have.
+// goldenRecord is the record of an operation at a step, with everything in it that a record can
+// have.
 func goldenRecord(t *testing.T, upgrade bool, at store.Step) *store.Record {
 	t.Helper()
 	pod := &opsv1.PodRef{Namespace: "default", Name: "shop", Uid: podUID}
@@ -69,8 +70,9 @@ func goldenRecord(t *testing.T, upgrade bool, at store.Step) *store.Record {
 	return r
 }
 
-// The golden records were written by cri-proxy as of commit a296463, which is before package store: a
-// node may be upgraded in the middle of an operation. This binary reads them, and writes the same.
+// The golden records were written by cri-proxy as of commit a296463, which is before package store:
+// a node may be upgraded in the middle of an operation. This binary reads them, and writes the
+// same.
 func TestGoldenRecords(t *testing.T) {
 	for kind, upgrade := range map[string]bool{"restart": false, "upgrade": true} {
 		for _, at := range allSteps {

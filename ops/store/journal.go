@@ -104,8 +104,8 @@ func (j *Journal) View(read func(*bolt.Tx) error) error {
 // Put writes the record of an operation.
 func (j *Journal) Put(uid string, r *Record) error { return j.PutWith(uid, r, nil) }
 
-// PutWith writes the record of an operation and changes to overrides in one transaction. The changes
-// are by slot; nil deletes an override.
+// PutWith writes the record of an operation and changes to overrides in one transaction. The
+// changes are by slot; nil deletes an override.
 func (j *Journal) PutWith(uid string, r *Record, overrides map[string][]byte) error {
 	r.Version = schemaVersion
 	b, err := json.Marshal(r)

@@ -30,8 +30,8 @@ type Override struct {
 	Namespace string `json:"namespace"`
 	Pod       string `json:"pod"`
 	Container string `json:"container"`
-	// Image is the name that was asked for, ImageID the image that it named then. What the name means
-	// later does not count.
+	// Image is the name that was asked for, ImageID the image that it named then. What the name
+	// means later does not count.
 	Image   string `json:"image"`
 	ImageID string `json:"imageID"`
 	// SpecImage is the image in the pod's spec, to the letter.
@@ -52,7 +52,8 @@ func (o *Override) Slot() interceptors.Slot {
 // container runs an image that is neither the override's nor the one that the spec had.
 func (o *Override) Stale(runs string) bool { return runs != o.Image && runs != o.SpecImage }
 
-// SpecImageOf returns the image in the spec of a pod whose container runs the given image; o may be nil.
+// SpecImageOf returns the image in the spec of a pod whose container runs the given image; o may be
+// nil.
 func (o *Override) SpecImageOf(runs string) string {
 	if o == nil || o.Stale(runs) {
 		return runs
@@ -60,7 +61,8 @@ func (o *Override) SpecImageOf(runs string) string {
 	return o.SpecImage
 }
 
-// Overrides are the slots whose image is not the one in the pod's spec. The journal's file has them.
+// Overrides are the slots whose image is not the one in the pod's spec. The journal's file has
+// them.
 type Overrides struct {
 	journal *Journal
 	img     runtimeapi.ImageServiceClient
@@ -81,7 +83,8 @@ type Overrides struct {
 	mu     sync.Mutex // guards all following fields
 	bySlot map[interceptors.Slot]*Override
 	// unwritten is what the journal does not have yet; nil for an override that has ended. The next
-	// write of an operation takes it along: a step and what it means for the slot are on disk together.
+	// write of an operation takes it along: a step and what it means for the slot are on disk
+	// together.
 	unwritten map[interceptors.Slot]*Override
 }
 
@@ -160,8 +163,8 @@ func (s *Overrides) Drop(o *Override) {
 	s.Flush()
 }
 
-// end ends an override in a call of kubelet's, which does not wait for the disk. If the process dies
-// before the end is written, the next CreateContainer of kubelet's in the slot ends it again.
+// end ends an override in a call of kubelet's, which does not wait for the disk. If the process
+// dies before the end is written, the next CreateContainer of kubelet's in the slot ends it again.
 func (s *Overrides) end(o *Override) {
 	s.Set(o.Slot(), nil)
 	select {
@@ -220,8 +223,8 @@ func (s *Overrides) written() bool {
 	return len(s.unwritten) == 0
 }
 
-// Apply implements [interceptors.Overrides]. An override ends if its image is gone or the pod's spec
-// has another image; the request then stays as it is.
+// Apply implements [interceptors.Overrides]. An override ends if its image is gone or the pod's
+// spec has another image; the request then stays as it is.
 //
 // Errors: the runtime is away, as a gRPC status.
 func (s *Overrides) Apply(

@@ -106,7 +106,7 @@ func TestOverrideApply(t *testing.T) {
 				tc.container = "app"
 			}
 			req := &runtimeapi.CreateContainerRequest{Config: &runtimeapi.ContainerConfig{
-				Image: &runtimeapi.ImageSpec{Image: "sha256:spec", UserSpecifiedImage: tc.asked},
+				Image:       &runtimeapi.ImageSpec{Image: "sha256:spec", UserSpecifiedImage: tc.asked},
 				Annotations: map[string]string{"io.kubernetes.container.hash": "abc"},
 				Linux: &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{
 					RunAsUser: &runtimeapi.Int64Value{Value: tc.user},

@@ -45,10 +45,11 @@ const (
 	maxUnwritten = 1024
 )
 
-// Records keeps what is known of containers, by container ID: the CreateContainer request as kubelet
-// sent it, the resources last applied, when the process of a gated container began, and until when
-// kubelet's probes are held. It also keeps the environments of unfinished operations. Records outlive
-// the process but not the boot, as containers do: writes need not wait for the disk.
+// Records keeps what is known of containers, by container ID: the CreateContainer request as
+// kubelet sent it, the resources last applied, when the process of a gated container began, and
+// until when kubelet's probes are held. It also keeps the environments of unfinished operations.
+// Records outlive the process but not the boot, as containers do: writes need not wait for the
+// disk.
 type Records struct {
 	db  *bolt.DB
 	log logrus.FieldLogger
@@ -110,9 +111,9 @@ func OpenRecords(dir string, log logrus.FieldLogger) (*Records, error) {
 	return r, nil
 }
 
-// dropOldRecords removes the records of an earlier boot before they are opened: a power cut can tear
-// the file, because it is not synced, and bbolt panics on some torn files. The file mark names the
-// boot that the records are of.
+// dropOldRecords removes the records of an earlier boot before they are opened: a power cut can
+// tear the file, because it is not synced, and bbolt panics on some torn files. The file mark names
+// the boot that the records are of.
 func dropOldRecords(path, mark string, log logrus.FieldLogger) error {
 	boot := BootID()
 	if old, err := os.ReadFile(mark); err == nil && string(old) == boot {
@@ -257,8 +258,8 @@ func (r *Records) View(f func(tx *bolt.Tx) error) error {
 // Created implements [interceptors.Records].
 func (r *Records) Created(id string, request []byte) { r.put(bucketRequests, id, request, 1) }
 
-// Updated implements [interceptors.Records]. As in the runtime, a field that is not set leaves what was
-// set before.
+// Updated implements [interceptors.Records]. As in the runtime, a field that is not set leaves what
+// was set before.
 func (r *Records) Updated(id string, resources []byte) {
 	next := &runtimeapi.LinuxContainerResources{}
 	if err := proto.Unmarshal(resources, next); err != nil {
@@ -397,7 +398,8 @@ func (r *Records) ForgetEnvironment(operation, container string) {
 	}})
 }
 
-// KeepEnvironments forgets the environments of all operations but those for which keep returns true.
+// KeepEnvironments forgets the environments of all operations but those for which keep returns
+// true.
 func (r *Records) KeepEnvironments(keep func(operation string) bool) {
 	if r.db == nil {
 		return

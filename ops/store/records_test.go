@@ -146,7 +146,8 @@ func TestRecordsThatAreTorn(t *testing.T) {
 	}
 }
 
-// A busy node: containers of realistic size come and go, and the file does not grow with their number.
+// A busy node: containers of realistic size come and go, and the file does not grow with their
+// number.
 func TestRecordsStaySmall(t *testing.T) {
 	const slots, live, total = 60, 2 * 60, 1500
 	r, err := store.OpenRecords(t.TempDir(), logrus.New())

@@ -28,9 +28,9 @@
 //
 // A binary leaves alone what it does not understand, for a binary that does: see [Journal.Load]. A
 // change that an older binary would misread (another meaning of a field or of a step, another order
-// of the steps) needs a higher schemaVersion. A new step does not need one: an older binary does not
-// know the step, and that is enough. The buckets overrides and unreadable are made when there is
-// something to put into them, the others with the first write.
+// of the steps) needs a higher schemaVersion. A new step does not need one: an older binary does
+// not know the step, and that is enough. The buckets overrides and unreadable are made when there
+// is something to put into them, the others with the first write.
 
 package store
 
@@ -62,8 +62,8 @@ type Record struct {
 	Environments []string `json:"environments,omitempty"`
 	// Cancelled is set once the operation has been cancelled. It stays set.
 	Cancelled bool `json:"cancelled,omitempty"`
-	// Upgrade is an opsv1.PrepareUpgradeRequest without credentials, if the operation is an upgrade;
-	// Request is then made from it.
+	// Upgrade is an opsv1.PrepareUpgradeRequest without credentials, if the operation is an
+	// upgrade; Request is then made from it.
 	Upgrade []byte `json:"upgrade,omitempty"`
 	// CommitRequested is set once the caller of an upgrade has committed it.
 	CommitRequested bool `json:"committed,omitempty"`

@@ -3,8 +3,8 @@
 
 package store
 
-// Step is how far one container of an operation has come, as the journal knows it. A step is written
-// before what it names is done: a process that dies may or may not have done it.
+// Step is how far one container of an operation has come, as the journal knows it. A step is
+// written before what it names is done: a process that dies may or may not have done it.
 type Step string
 
 // The steps, in order. An operation writes only some of them.
@@ -46,7 +46,8 @@ const (
 type facts struct {
 	// begun: the operation holds the container's slot.
 	begun bool
-	// committed: the incumbent is bound to be stopped, or has been. Nobody can cancel the operation.
+	// committed: the incumbent is bound to be stopped, or has been. Nobody can cancel the
+	// operation.
 	committed rule
 	// hidden: kubelet is not shown the successor. Only the step reveal shows it, and for good.
 	hidden bool
@@ -114,19 +115,19 @@ func (c *Container) holds(r rule, upgrade bool) bool {
 // and has not ended.
 func (c *Container) HoldsSlot() bool { return table[c.Step].begun }
 
-// PastPointOfNoReturn reports whether the incumbent is bound to be stopped, or has been: the operation
-// can no longer be cancelled.
+// PastPointOfNoReturn reports whether the incumbent is bound to be stopped, or has been: the
+// operation can no longer be cancelled.
 func (c *Container) PastPointOfNoReturn() bool { return c.holds(table[c.Step].committed, false) }
 
 // Hidden reports whether kubelet must not see the successor.
 func (c *Container) Hidden() bool { return table[c.Step].hidden }
 
-// Masked reports whether kubelet is shown the incumbent as running, whatever has become of it. After a
-// reboot of the machine nothing is masked: all containers have ended.
+// Masked reports whether kubelet is shown the incumbent as running, whatever has become of it.
+// After a reboot of the machine nothing is masked: all containers have ended.
 func (c *Container) Masked(upgrade bool) bool { return c.holds(table[c.Step].masked, upgrade) }
 
-// Driven reports whether calls of kubelet's in the slot wait for the operation to answer them. For a
-// restart these are stops that join it, see [Container.Joinable].
+// Driven reports whether calls of kubelet's in the slot wait for the operation to answer them. For
+// a restart these are stops that join it, see [Container.Joinable].
 func (c *Container) Driven(upgrade bool) bool {
 	if upgrade {
 		return c.holds(table[c.Step].upgrade, true)
@@ -144,6 +145,6 @@ func (c *Container) SuccessorMayRun() bool { return table[c.Step].runs }
 // Shown reports whether kubelet may have seen both containers.
 func (c *Container) Shown() bool { return c.Step == StepReveal }
 
-// Unleavable reports whether the process must not leave the operation at once: the container is being
-// stopped, or its successor is about to be started or removed.
+// Unleavable reports whether the process must not leave the operation at once: the container is
+// being stopped, or its successor is about to be started or removed.
 func (c *Container) Unleavable() bool { return table[c.Step].busy }

@@ -21,7 +21,8 @@ type facts struct {
 	HoldsSlot, PastPointOfNoReturn, Hidden, Masked, Driven, Joinable, SuccessorMayRun, Unleavable bool
 }
 
-// factsBefore has the formulas that the engine had in eight places before there was a table of steps.
+// factsBefore has the formulas that the engine had in eight places before there was a table of
+// steps.
 func factsBefore(c store.Container, upgrade bool) facts {
 	var f facts
 	switch c.Step { // handover.go
