@@ -184,16 +184,16 @@ func Open(_ context.Context, o Options) (*Engine, error) {
 	}
 	rt := runtimeapi.NewRuntimeServiceClient(crinode.Bound(o.Conn))
 	e := &Engine{
-		view:       o.View,
-		boot:       bootID(),
-		log:        log,
-		rt:         rt,
-		img:        runtimeapi.NewImageServiceClient(crinode.Bound(o.Conn)),
-		journal:    j,
-		records:    records,
-		node:       &crinode.Client{Runtime: rt, Log: log},
-		hooks:      hooks.NewRunner(rt),
-		legacyLog:  o.LegacyLogDir,
+		view:      o.View,
+		boot:      bootID(),
+		log:       log,
+		rt:        rt,
+		img:       runtimeapi.NewImageServiceClient(crinode.Bound(o.Conn)),
+		journal:   j,
+		records:   records,
+		node:      &crinode.Client{Runtime: rt, Log: log},
+		hooks:     hooks.NewRunner(rt),
+		legacyLog: o.LegacyLogDir,
 		switchover: switchover.NewProber(switchover.Options{
 			StateDir: o.StateDir, Runtime: rt, Log: log, Best: o.Method, CDISpecDir: o.CDISpecDir,
 		}),
