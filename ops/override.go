@@ -23,6 +23,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
 )
 
 // override is what a slot has in place of the image in the pod's spec. It never changes.
@@ -233,8 +234,8 @@ func (s *Overrides) Apply(ctx context.Context, slot interceptors.Slot, req *runt
 		s.end(o)
 		return false, nil
 	}
-	setImage(config, o.Image, image.GetId())
-	adoptImageUser(config, spec, image)
+	criclone.SetImage(config, o.Image, image.GetId())
+	criclone.AdoptImageUser(config, spec, image)
 	log.Info("kubelet makes the container anew, with the image that overrides the one in the pod's spec")
 	return true, nil
 }

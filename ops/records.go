@@ -24,6 +24,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/ops/boltfile"
+	"github.com/cri-proxy/cri-proxy/ops/criclone"
 )
 
 var (
@@ -265,7 +266,7 @@ func (r *Records) Updated(id string, resources []byte) {
 		} else if err := proto.Unmarshal(b, before); err != nil {
 			before = nil // as if there were none
 		}
-		merged, err := proto.Marshal(overlayResources(before, next))
+		merged, err := proto.Marshal(criclone.OverlayResources(before, next))
 		if err != nil {
 			return err
 		}
