@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -57,26 +56,8 @@ const (
 	ReasonInternal          = opsv1.ReasonInternalError
 )
 
-// execute runs an operation to its end, or until ctx ends.
-func (e *Engine) execute(ctx context.Context, o *operation.Operation) {
-	log := e.log.WithFields(logrus.Fields{"op": o.UID()})
-	if err := guard.Try(log, func() error { e.carryOut(ctx, o); return nil }); err != nil {
-		guard.Do(log, func() { e.giveUp(ctx, o, err) })
-	}
-}
-
-// giveUp ends an operation that cannot be carried out, whatever it has come to.
-func (e *Engine) giveUp(ctx context.Context, o *operation.Operation, why error) {
-	if o.Finished() { // it was after that
-		return
-	}
-	for i := range o.Request().GetContainers() {
-		e.newRestart(o, i).giveUp(ctx, why)
-	}
-	e.finish(o)
-}
-
-// giveUp ends the container's part of an operation after a panic that nothing is known of, such as one in the middle of undoing it.
+// giveUp ends the container's part of an operation after a panic at an unknown place, such as in the
+// middle of undoing it.
 func (r *restart) giveUp(ctx context.Context, why error) {
 	rec := r.rec()
 	if rec.Step != stepDone {
@@ -89,49 +70,6 @@ func (r *restart) giveUp(ctx context.Context, why error) {
 		r.endOthers()
 	}
 	guard.Do(r.log, func() { r.lower(ctx) })
-}
-
-// carryOut is execute, except that it panics.
-func (e *Engine) carryOut(ctx context.Context, o *operation.Operation) {
-	req := o.Request()
-	var wg sync.WaitGroup
-	failed := false
-	for i := range req.GetContainers() {
-		r := e.newRestart(o, i)
-		if !req.GetOrdered() {
-			wg.Go(func() { r.runGuarded(ctx) })
-			continue
-		}
-		if failed {
-			r.end(&outcome{
-				Phase: opsv1.Phase_PHASE_CANCELLED, Reason: ReasonSkipped,
-				Message: "not restarted because an earlier container failed",
-			})
-			continue
-		}
-		failed = !r.runGuarded(ctx)
-		if ctx.Err() != nil {
-			return
-		}
-	}
-	wg.Wait()
-	e.finish(o)
-}
-
-// finish ends the operation if all its containers have ended. An end that cannot be written is tried
-// again until it is.
-func (e *Engine) finish(o *operation.Operation) {
-	err := o.Conclude(func(op *opsv1.Operation, stays []operation.Stay) {
-		e.metrics.finished(op, stays)
-		e.trace(op, stays)
-		e.log.WithFields(logrus.Fields{
-			"op": o.UID(), "pod": o.PodName(), "phase": op.GetPhase(), "requester": o.Requester(),
-		}).Info("operation finished")
-	})
-	if err != nil {
-		e.log.WithField("op", o.UID()).WithError(err).Error("end of operation not written; tried again until it is")
-		e.writeLater(o)
-	}
 }
 
 // restart is the restart of one container: a state machine over [step].
@@ -154,7 +92,8 @@ type restart struct {
 	pid  int              // of the process that waits there; 0 if this process cannot look at it
 	held bool             // the successor has been started behind a gate that is not open
 
-	// asked is when this process asked the incumbent to stop. From beside to besideUntil it had the successor started beside it.
+	// asked is when this process asked the incumbent to stop. From beside to besideUntil it had the
+	// successor started beside the incumbent.
 	asked, beside, besideUntil time.Time
 	// pod is where the pod of a successor that waits at its gate is looked at; nil if that cannot be.
 	pod *cgroup.Pod
