@@ -348,7 +348,7 @@ func TestCancel(t *testing.T) {
 				answered <- err
 			}()
 			if tc.code == codes.OK {
-				<-o.cancelled
+				<-o.Cancelled()
 				release()
 			}
 			if err := <-answered; status.Code(err) != tc.code {

@@ -18,6 +18,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
+	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
 // stage resolves the slot, checks the preconditions and creates the successor, hidden.
@@ -41,7 +42,7 @@ func (r *restart) stage(ctx context.Context) error {
 		return err
 	}
 	r.switchover.Probe(ctx)
-	var plan *override
+	var plan *store.Override
 	if r.change != nil && r.up == nil {
 		if plan, err = r.planImage(call, found); err != nil {
 			return err

@@ -526,7 +526,7 @@ func (r *restart) adopt(ctx context.Context, q created) (ended bool, err error) 
 	if asked <= ours {
 		if differing = r.differs(ctx, q.req); len(differing) == 0 {
 			// Before anything else, for the next process.
-			if _, err := r.writeStep(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.Asked = true }); err != nil {
+			if _, err := r.c.Write(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.Asked = true }); err != nil {
 				r.log.WithError(err).Warn("not written that kubelet has asked for the new container")
 			}
 		}

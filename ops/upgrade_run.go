@@ -231,7 +231,7 @@ func (r *restart) endOthers() {
 	if c.GetReason() == ReasonCancelled {
 		return
 	}
-	if err := r.cancel(r.o, fmt.Sprintf("container %s: %s", c.GetName(), c.GetMessage())); err != nil {
+	if err := r.o.Cancel(fmt.Sprintf("container %s: %s", c.GetName(), c.GetMessage())); err != nil {
 		r.log.WithError(err).Info("the other containers of the upgrade go on")
 	}
 }
