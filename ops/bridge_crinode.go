@@ -12,7 +12,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/crinode"
-	point "github.com/cri-proxy/cri-proxy/ops/failpoint"
+	failpoints "github.com/cri-proxy/cri-proxy/ops/failpoint"
 )
 
 // This package's own names for what is in crinode and failpoint.
@@ -22,7 +22,7 @@ type Method = string
 
 func sleep(ctx context.Context, d time.Duration) error { return crinode.Sleep(ctx, d) }
 
-func failpoint(name string) { point.Reach(name) }
+func failpoint(name string) { failpoints.Reach(name) }
 
 // toOutcome returns err, as an outcome if it is a failure that crinode has found.
 func toOutcome(err error) error {

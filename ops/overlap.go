@@ -46,8 +46,8 @@ func (r *restart) maskWhenGone() {
 		return
 	}
 	go func(w *switchover.Exit) { // ends with the process or the watch
-		<-w.done
-		if w.over() {
+		<-w.Done()
+		if w.Over() {
 			guard.Do(r.log, r.claim.Mask)
 		}
 	}(r.exit)

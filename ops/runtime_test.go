@@ -425,7 +425,7 @@ func (f *fakeRuntime) StartContainer(ctx context.Context, r *runtimeapi.StartCon
 	}
 	if err != nil {
 		c.status.State, c.status.FinishedAt = runtimeapi.ContainerState_CONTAINER_EXITED, f.now()
-		c.status.ExitCode, c.status.Reason, c.status.Message = 128, startError, err.Error()
+		c.status.ExitCode, c.status.Reason, c.status.Message = 128, "StartError", err.Error()
 		return nil, status.Errorf(codes.Unknown, "failed to create containerd task: %v", err)
 	}
 	c.status.State, c.status.StartedAt = runtimeapi.ContainerState_CONTAINER_RUNNING, f.now()
