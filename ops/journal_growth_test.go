@@ -100,7 +100,7 @@ func TestJournalStaysSmall(t *testing.T) {
 	sizes := map[int]int64{}
 	for i := 1; i <= total; i++ {
 		r := finishedRecord(t, i, time.Now())
-		if err := j.Put(uidOf(i), r); err != nil {
+		if err := j.Put(uidOf(i), r, nil); err != nil {
 			t.Fatal(err)
 		}
 		if old := i - maxFinished; old > 0 {

@@ -99,7 +99,7 @@ func TestGateOfALostStageIsRemoved(t *testing.T) {
 	n := newNode(t, podOptions{})
 	r := entry(t, "op", stepStage, time.Now())
 	r.Containers[0] = containerRecord{Step: stepStage, Sandbox: n.sandbox, Incumbent: n.rt.idOf(t, "app/0"), Token: someToken, Method: opsv1.MethodGate}
-	n.must(n.engine.disk.Journal.Put("op", r))
+	n.must(n.engine.disk.Journal.Put("op", r, nil))
 	state := n.copyState()
 	gates := filepath.Join(state, "gates")
 	n.must(os.MkdirAll(gates, 0o700))

@@ -351,7 +351,7 @@ func (r *restart) resume(ctx context.Context) error {
 // with it, and kubelet makes others in a new one. What has been shown to kubelet before is not undone by that.
 func (r *restart) outlived(ctx context.Context) error {
 	rec := r.rec()
-	if rec.Step == stepNone || rec.Step == stepReveal {
+	if !rec.Hidden() {
 		return nil
 	}
 	if r.o.Rebooted() {

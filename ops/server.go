@@ -6,7 +6,6 @@ package ops
 import (
 	"context"
 	"errors"
-	"regexp"
 	"slices"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -22,24 +21,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 )
 
-// Bounds of a request; far above what a pod can have.
-const (
-	maxContainers  = 64
-	maxHookArgs    = 256
-	maxHookBytes   = 64 << 10
-	maxGraceSecond = 24 * 60 * 60
-	maxMinReady    = 60 * 60
-	maxRequest     = 256 << 10 // finished operations are kept with theirs
-	listDefault    = 500
-
-	// errorDomain is the domain of the ErrorInfo that carries a Reason* constant.
-	errorDomain = "cri-proxy.io"
-)
-
-var (
-	uidForm  = regexp.MustCompile(`^[A-Za-z0-9._-]{1,128}$`)
-	nameForm = regexp.MustCompile(`^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$`)
-)
+// listDefault is how many operations ListOperations returns, unless the caller wants fewer.
+const listDefault = 500
 
 // InfoFunc returns what the engine does not know of [opsv1.NodeInfoResponse]: the
 // engine adds active slots and the counters of operations and records.
@@ -133,7 +116,7 @@ func precheckError(err error) error {
 		code = codes.NotFound
 	}
 	st := status.New(code, out.Message)
-	if detailed, err := st.WithDetails(&errdetails.ErrorInfo{Reason: out.Reason, Domain: errorDomain}); err == nil {
+	if detailed, err := st.WithDetails(&errdetails.ErrorInfo{Reason: out.Reason, Domain: opsv1.ErrorDomain}); err == nil {
 		st = detailed
 	}
 	return st.Err()
@@ -269,95 +252,4 @@ func callerOf(ctx context.Context) (name string, remote bool) {
 		return "admin socket", false
 	}
 	return p.Addr.String(), true
-}
-
-// validateRestart checks the request by itself.
-func validateRestart(req *opsv1.RestartRequest, remote bool) error {
-	invalid := func(format string, args ...any) error { return status.Errorf(codes.InvalidArgument, format, args...) }
-	switch {
-	case !uidForm.MatchString(req.GetUid()):
-		return invalid("uid must be 1 to 128 characters of [A-Za-z0-9._-], not %.140q", req.GetUid())
-	case !nameForm.MatchString(req.GetPod().GetNamespace()) || !nameForm.MatchString(req.GetPod().GetName()):
-		return invalid("pod.namespace and pod.name must be Kubernetes names, not %.260q and %.260q", req.GetPod().GetNamespace(), req.GetPod().GetName())
-	case remote && req.GetPod().GetUid() == "":
-		return invalid("pod.uid is required, so that a pod of the same name that came later is never meant")
-	case len(req.GetPod().GetUid()) > 128:
-		return invalid("pod.uid is too long")
-	case len(req.GetContainers()) == 0:
-		return invalid("containers is empty: name the containers to restart")
-	case len(req.GetContainers()) > maxContainers:
-		return invalid("%d containers are too many; the most is %d", len(req.GetContainers()), maxContainers)
-	case len(req.GetRequester()) > 1024:
-		return invalid("requester is too long")
-	case len(req.GetCredentials()) > maxCredentials:
-		return invalid("%d credentials are too many; the most is %d", len(req.GetCredentials()), maxCredentials)
-	case proto.Size(req)-proto.Size(&opsv1.RestartRequest{Credentials: req.GetCredentials()}) > maxRequest:
-		return invalid("the request is larger than %d bytes: the journal keeps it", maxRequest)
-	}
-	seen := map[string]bool{}
-	for _, c := range req.GetContainers() {
-		name := c.GetName()
-		switch {
-		case !nameForm.MatchString(name):
-			return invalid("container name %.260q is not a Kubernetes name", name)
-		case seen[name]:
-			return invalid("container %q is named twice", name)
-		case c.GracePeriodSeconds != nil && (c.GetGracePeriodSeconds() < 0 || c.GetGracePeriodSeconds() > maxGraceSecond):
-			return invalid("container %q: grace_period_seconds must be between 0 and %d", name, maxGraceSecond)
-		case opsv1.Order_name[int32(c.GetOrder())] == "":
-			return invalid("container %q: unknown order %d", name, c.GetOrder())
-		case c.GetMinReadySeconds() < 0 || c.GetMinReadySeconds() > maxMinReady:
-			return invalid("container %q: min_ready_seconds must be between 0 and %d", name, maxMinReady)
-		case c.GetMinReadySeconds() != 0 && c.GetOrder() != opsv1.Order_ORDER_START_FIRST:
-			return invalid("container %q: min_ready_seconds is for ORDER_START_FIRST only", name)
-		case c.GetHoldProbes() != nil && (!c.GetHoldProbes().IsValid() || c.GetHoldProbes().AsDuration() < 0 || c.GetHoldProbes().AsDuration() > maxHoldProbes):
-			return invalid("container %q: hold_probes must be between 0 and %s", name, maxHoldProbes)
-		case len(c.GetExpectedContainerId()) > 256:
-			return invalid("container %q: expected_container_id is too long", name)
-		case len(c.GetImage()) > maxImage:
-			return invalid("container %q: image is longer than %d bytes", name, maxImage)
-		case c.GetImage() != "" && c.GetRevertImage():
-			return invalid("container %q: image and revert_image exclude each other", name)
-		case opsv1.PullPolicy_name[int32(c.GetPullPolicy())] == "":
-			return invalid("container %q: unknown pull policy %d", name, c.GetPullPolicy())
-		}
-		seen[name] = true
-		for field, h := range map[string]*opsv1.Hook{"pre_stop": c.GetPreStop(), "post_start": c.GetPostStart()} {
-			if err := validateHook(h); err != nil {
-				return invalid("container %q: %s: %v", name, field, err)
-			}
-		}
-	}
-	return nil
-}
-
-func validateHook(h *opsv1.Hook) error {
-	if h == nil {
-		return nil
-	}
-	if proto.Size(h) > maxHookBytes {
-		return errors.New("the hook is too large")
-	}
-	switch a := h.GetAction().(type) {
-	case *opsv1.Hook_Exec:
-		if n := len(a.Exec.GetCommand()); n == 0 || n > maxHookArgs {
-			return errors.New("exec.command must have between 1 and 256 words")
-		}
-	case *opsv1.Hook_HttpGet:
-		if p := a.HttpGet.GetPort(); p < 1 || p > 65535 {
-			return errors.New("http_get.port must be between 1 and 65535 (named ports are resolved by the caller)")
-		}
-		switch a.HttpGet.GetScheme() {
-		case "", "HTTP", "HTTPS", "http", "https":
-		default:
-			return errors.New("http_get.scheme must be HTTP or HTTPS")
-		}
-	case *opsv1.Hook_Sleep:
-		if s := a.Sleep.GetSeconds(); s < 0 || s > maxGraceSecond {
-			return errors.New("sleep.seconds is out of range")
-		}
-	default:
-		return errors.New("the hook has no action (exec, http_get, sleep)")
-	}
-	return nil
 }

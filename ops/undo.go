@@ -28,7 +28,7 @@ import (
 // returns false if ctx ended before that was possible.
 func (r *restart) undo(ctx context.Context, out *outcome) bool {
 	rec := r.rec()
-	if r.claim == nil || rec.Step == stepNone || rec.Step == stepDone {
+	if r.claim == nil || !rec.HoldsSlot() {
 		return true
 	}
 	if rec.Step == stepReveal && (r.container().GetReason() != "" || r.up != nil && r.up.revealed || r.join != nil && r.join.isShown()) {

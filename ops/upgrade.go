@@ -6,7 +6,6 @@ package ops
 import (
 	"context"
 	"errors"
-	"slices"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -18,15 +17,11 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/operation"
 )
 
-// Bounds and defaults of an upgrade.
+// What an upgrade does whose command does not say otherwise.
 const (
 	defaultPin     = 24 * time.Hour
 	defaultPrepare = 30 * time.Minute
 	defaultHold    = 10 * time.Minute
-	maxPrepare     = 31 * 24 * time.Hour
-	maxHold        = 24 * time.Hour
-	maxImage       = 1024
-	maxCredentials = 256
 )
 
 // PrepareUpgrade implements [opsv1.OpsServer].
@@ -78,45 +73,6 @@ func (e *Engine) supersede(by *operation.Operation) {
 	}
 }
 
-// validateUpgrade checks what validateRestart has not.
-func validateUpgrade(req *opsv1.PrepareUpgradeRequest) error {
-	invalid := func(format string, args ...any) error { return status.Errorf(codes.InvalidArgument, format, args...) }
-	for _, c := range req.GetContainers() {
-		switch {
-		case c.GetImage() == "":
-			return invalid("container %q: image is empty: give it as it will be in the pod's spec", c.GetName())
-		case len(c.GetImage()) > maxImage:
-			return invalid("container %q: image is longer than %d bytes", c.GetName(), maxImage)
-		case opsv1.PullPolicy_name[int32(c.GetPullPolicy())] == "":
-			return invalid("container %q: unknown pull policy %d", c.GetName(), c.GetPullPolicy())
-		}
-	}
-	bound := func(name string, d interface{ AsDuration() time.Duration }, most time.Duration) error {
-		if v := d.AsDuration(); v < 0 || v > most {
-			return invalid("%s must be between 0 and %s", name, most)
-		}
-		return nil
-	}
-	for _, err := range []error{
-		bound("pin_for", req.GetPinFor(), maxPrepare),
-		bound("prepare_timeout", req.GetPrepareTimeout(), maxPrepare),
-		bound("hold_timeout", req.GetHoldTimeout(), maxHold),
-	} {
-		if err != nil {
-			return err
-		}
-	}
-	switch {
-	case len(req.GetCredentials()) > maxCredentials:
-		return invalid("%d credentials are too many; the most is %d", len(req.GetCredentials()), maxCredentials)
-	case len(req.GetOwner()) > 1024:
-		return invalid("owner is too long")
-	case proto.Size(req)-proto.Size(&opsv1.PrepareUpgradeRequest{Credentials: req.GetCredentials()}) > maxRequest:
-		return invalid("the request is larger than %d bytes: the journal keeps it", maxRequest)
-	}
-	return nil
-}
-
 // CommitUpgrade implements [opsv1.OpsServer].
 func (s *Server) CommitUpgrade(_ context.Context, req *opsv1.CommitUpgradeRequest) (*opsv1.Operation, error) {
 	o, err := s.upgrade(req.GetUid())
@@ -149,21 +105,4 @@ func (s *Server) upgrade(uid string) (*operation.Operation, error) {
 		return nil, status.Errorf(codes.FailedPrecondition, "operation %s is a restart, no upgrade", uid)
 	}
 	return o, nil
-}
-
-// validateCommit checks the request beside its upgrade.
-func validateCommit(req *opsv1.CommitUpgradeRequest, o *operation.Operation) error {
-	given := operation.Environments{}
-	for _, c := range req.GetEnvironments() {
-		named := func(r *opsv1.ContainerRestart) bool { return r.GetName() == c.GetName() }
-		if !slices.ContainsFunc(o.Request().GetContainers(), named) {
-			return status.Errorf(codes.InvalidArgument, "upgrade %s has no container %.260q", req.GetUid(), c.GetName())
-		}
-		add(given, c.GetName(), c.GetEnvironment())
-	}
-	if len(req.GetCredentials()) > maxCredentials {
-		return status.Errorf(codes.InvalidArgument, "%d credentials are too many; the most is %d",
-			len(req.GetCredentials()), maxCredentials)
-	}
-	return validateEnvironments(given)
 }

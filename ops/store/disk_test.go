@@ -58,7 +58,7 @@ func TestOverridesDoNotWaitForTheDisk(t *testing.T) {
 	writer.Go(func() {
 		err := s.Write(func(changes map[string][]byte) error {
 			close(begun)
-			return j.PutWith("op", &store.Record{}, changes)
+			return j.Put("op", &store.Record{}, changes)
 		})
 		if err != nil {
 			t.Error(err)

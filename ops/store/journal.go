@@ -101,12 +101,9 @@ func (j *Journal) View(read func(*bolt.Tx) error) error {
 	return db.View(read)
 }
 
-// Put writes the record of an operation.
-func (j *Journal) Put(uid string, r *Record) error { return j.PutWith(uid, r, nil) }
-
-// PutWith writes the record of an operation and changes to overrides in one transaction. The
+// Put writes the record of an operation and changes to overrides in one transaction. The
 // changes are by slot; nil deletes an override.
-func (j *Journal) PutWith(uid string, r *Record, overrides map[string][]byte) error {
+func (j *Journal) Put(uid string, r *Record, overrides map[string][]byte) error {
 	r.Version = schemaVersion
 	b, err := json.Marshal(r)
 	if err != nil {

@@ -51,7 +51,7 @@ func TestJournalThatIsDamaged(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := errors.Join(j.Put("op", &store.Record{}), j.Close()); err != nil {
+			if err := errors.Join(j.Put("op", &store.Record{}, nil), j.Close()); err != nil {
 				t.Fatal(err)
 			}
 			aside, err := filepath.Glob(filepath.Join(dir, "journal.db.unreadable-*"))
@@ -75,7 +75,7 @@ func TestJournalFile(t *testing.T) {
 	want.Containers[0].StopBy = time.Now().UTC()
 	want.Containers[0].Retried, want.Containers[0].PostStarted = true, true
 	if err := errors.Join(
-		j.Put("op", want), j.Put("b", &store.Record{}), j.Put("c", &store.Record{}),
+		j.Put("op", want, nil), j.Put("b", &store.Record{}, nil), j.Put("c", &store.Record{}, nil),
 		j.Remove(nil), j.Remove([]string{"b", "c", "never"}),
 	); err != nil {
 		t.Fatal(err)
@@ -114,7 +114,7 @@ func TestJournalFile(t *testing.T) {
 	if err := j.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if err := j.Put("op", want); !errors.Is(err, boltfile.ErrClosed) {
+	if err := j.Put("op", want, nil); !errors.Is(err, boltfile.ErrClosed) {
 		t.Errorf("a closed journal: %v", err)
 	}
 }
@@ -143,7 +143,7 @@ func TestJournalVersion(t *testing.T) {
 	if v := version(); v != 0 {
 		t.Errorf("version %d before a write", v)
 	}
-	if err := j.Put("op", &store.Record{}); err != nil {
+	if err := j.Put("op", &store.Record{}, nil); err != nil {
 		t.Fatal(err)
 	}
 	if v := version(); v != schemaVersion {
@@ -151,7 +151,7 @@ func TestJournalVersion(t *testing.T) {
 	}
 	// A newer file stays one.
 	err = j.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketMeta).Put(keyVersion, []byte{schemaVersion + 5}) })
-	if err := errors.Join(err, j.Put("op", &store.Record{})); err != nil {
+	if err := errors.Join(err, j.Put("op", &store.Record{}, nil)); err != nil {
 		t.Fatal(err)
 	}
 	if v := version(); v != schemaVersion+5 {

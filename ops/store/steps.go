@@ -142,9 +142,6 @@ func (c *Container) Joinable() bool { return c.Driven(false) }
 // SuccessorMayRun reports whether the successor may have been started.
 func (c *Container) SuccessorMayRun() bool { return table[c.Step].runs }
 
-// Shown reports whether kubelet may have seen both containers.
-func (c *Container) Shown() bool { return c.Step == StepReveal }
-
 // Unleavable reports whether the process must not leave the operation at once: the container is
 // being stopped, or its successor is about to be started or removed.
 func (c *Container) Unleavable() bool { return table[c.Step].busy }

@@ -16,5 +16,5 @@ type Store struct {
 // nothing.
 func (s *Store) Save(uid string, r *Record) error {
 	r.Boot = s.Boot
-	return s.Overrides.Write(func(changes map[string][]byte) error { return s.Journal.PutWith(uid, r, changes) })
+	return s.Overrides.Write(func(changes map[string][]byte) error { return s.Journal.Put(uid, r, changes) })
 }

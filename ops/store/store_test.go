@@ -69,7 +69,7 @@ func journalWith(t testing.TB, records map[string]*store.Record) string {
 		t.Fatal(err)
 	}
 	for uid, r := range records {
-		if err := j.Put(uid, r); err != nil {
+		if err := j.Put(uid, r, nil); err != nil {
 			t.Fatal(err)
 		}
 	}
