@@ -37,7 +37,6 @@ package store
 import (
 	"encoding/json"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/cri-proxy/cri-proxy/ops/cgroup"
@@ -123,7 +122,7 @@ func foreign(raw []byte, r *Record) string {
 		return ""
 	}
 	for _, c := range r.Containers {
-		if !slices.Contains(steps, c.Step) {
+		if _, known := table[c.Step]; !known {
 			return fmt.Sprintf("it is at step %q, which this cri-proxy does not know", c.Step)
 		}
 	}

@@ -24,12 +24,6 @@ const (
 	StepDone    Step = "done"
 )
 
-// steps are the steps that this binary knows.
-var steps = []Step{
-	StepNone, StepStage, StepStaged, StepHeld, StepStart, StepArm, StepArmed, StepStop, StepAsk, StepStarted, StepReveal,
-	StepUndo, StepDone,
-}
-
 // rule says when a fact of a step is true.
 type rule int
 
@@ -46,9 +40,8 @@ const (
 type facts struct {
 	// begun: the operation holds the container's slot.
 	begun bool
-	// committed: the incumbent is bound to be stopped, or has been. Nobody can cancel the
-	// operation.
-	committed rule
+	// noReturn: the incumbent is bound to be stopped, or has been. Nobody can cancel the operation.
+	noReturn rule
 	// hidden: kubelet is not shown the successor. Only the step reveal shows it, and for good.
 	hidden bool
 	// masked: kubelet is shown the incumbent as running, whatever has become of it.
@@ -61,37 +54,37 @@ type facts struct {
 	busy bool
 }
 
-// table has the facts of each step.
+// table has the facts of each step that this binary knows.
 var table = map[Step]facts{
 	StepNone: {},
 	// A crash leaves perhaps a successor, never started: it is removed and the step is done again.
-	StepStage: {begun: true, hidden: true, committed: ifStopBy},
+	StepStage: {begun: true, hidden: true, noReturn: ifStopBy},
 	// A crash leaves a successor that was never started.
-	StepStaged: {begun: true, hidden: true, committed: ifStopBy, masked: ifRestart, restart: ifStopBy, upgrade: always},
-	StepHeld:   {begun: true, hidden: true, committed: ifStopBy, masked: ifRestart, upgrade: always},
+	StepStaged: {begun: true, hidden: true, noReturn: ifStopBy, masked: ifRestart, restart: ifStopBy, upgrade: always},
+	StepHeld:   {begun: true, hidden: true, noReturn: ifStopBy, masked: ifRestart, upgrade: always},
 	// A crash leaves perhaps two containers that run.
 	StepStart: {
-		begun: true, hidden: true, committed: ifStopBy, masked: ifRestart, restart: ifStopBy, upgrade: always, runs: true,
+		begun: true, hidden: true, noReturn: ifStopBy, masked: ifRestart, restart: ifStopBy, upgrade: always, runs: true,
 	},
 	// A crash leaves perhaps a successor at its gate.
-	StepArm:   {begun: true, hidden: true, committed: ifStopBy, masked: ifRestart, upgrade: always, runs: true},
-	StepArmed: {begun: true, hidden: true, committed: ifStopBy, masked: ifRestart, upgrade: always, runs: true},
+	StepArm:   {begun: true, hidden: true, noReturn: ifStopBy, masked: ifRestart, upgrade: always, runs: true},
+	StepArmed: {begun: true, hidden: true, noReturn: ifStopBy, masked: ifRestart, upgrade: always, runs: true},
 	// A crash leaves an incumbent that is perhaps gone.
 	StepStop: {
-		begun: true, hidden: true, committed: always, masked: always, restart: always, upgrade: always, runs: true,
+		begun: true, hidden: true, noReturn: always, masked: always, restart: always, upgrade: always, runs: true,
 		busy: true,
 	},
 	// The incumbent is gone.
-	StepAsk: {begun: true, hidden: true, committed: always, masked: always, upgrade: always, runs: true},
+	StepAsk: {begun: true, hidden: true, noReturn: always, masked: always, upgrade: always, runs: true},
 	// The successor runs.
 	StepStarted: {
-		begun: true, hidden: true, committed: always, masked: always, restart: always, upgrade: always, runs: true,
+		begun: true, hidden: true, noReturn: always, masked: always, restart: always, upgrade: always, runs: true,
 		busy: true,
 	},
 	// Kubelet may have seen both: neither vanishes again.
-	StepReveal: {begun: true, committed: always, restart: ifJoined, upgrade: always, runs: true},
+	StepReveal: {begun: true, noReturn: always, restart: ifJoined, upgrade: always, runs: true},
 	// A crash leaves a successor that has failed.
-	StepUndo: {begun: true, hidden: true, committed: ifStopBy, masked: ifRestart, runs: true, busy: true},
+	StepUndo: {begun: true, hidden: true, noReturn: ifStopBy, masked: ifRestart, runs: true, busy: true},
 	StepDone: {},
 }
 
@@ -117,7 +110,7 @@ func (c *Container) HoldsSlot() bool { return table[c.Step].begun }
 
 // PastPointOfNoReturn reports whether the incumbent is bound to be stopped, or has been: the
 // operation can no longer be cancelled.
-func (c *Container) PastPointOfNoReturn() bool { return c.holds(table[c.Step].committed, false) }
+func (c *Container) PastPointOfNoReturn() bool { return c.holds(table[c.Step].noReturn, false) }
 
 // Hidden reports whether kubelet must not see the successor.
 func (c *Container) Hidden() bool { return table[c.Step].hidden }
