@@ -35,7 +35,8 @@ func TestEnvironmentsAreBounded(t *testing.T) {
 		{name: "too many", given: many(7, 2<<20-100), says: "one command"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			if err := validateEnvironments(tc.given); (err != nil) != (tc.says != "") || err != nil && !strings.Contains(err.Error(), tc.says) {
+			err := validateEnvironments(tc.given)
+			if (err != nil) != (tc.says != "") || err != nil && !strings.Contains(err.Error(), tc.says) {
 				t.Errorf("got %v", err)
 			}
 		})

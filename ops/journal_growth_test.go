@@ -80,7 +80,9 @@ func TestOldOperationsGoByThemselves(t *testing.T) {
 		if got := n.engine.records.Len(); got != 0 {
 			t.Errorf("%d containers are recorded, none exists", got)
 		}
-		err := n.engine.disk.Journal.Load(func(uid string, _ *store.Record) error { return fmt.Errorf("operation %s is in the journal", uid) }, nil, func(err error) { t.Error(err) })
+		err := n.engine.disk.Journal.Load(func(uid string, _ *store.Record) error {
+			return fmt.Errorf("operation %s is in the journal", uid)
+		}, nil, func(err error) { t.Error(err) })
 		if err != nil {
 			t.Error(err)
 		}
@@ -158,7 +160,9 @@ func finishedRecord(t testing.TB, i int, at time.Time) *store.Record {
 				StopTime: timestamppb.New(at), StartTime: timestamppb.New(at), Gap: durationpb.New(6 * time.Millisecond),
 			}},
 		}),
-		Containers: []containerRecord{{Step: stepDone, Sandbox: id(1), Incumbent: id(2 * i), Successor: id(2*i + 1), Token: randomToken(), StopBy: at}},
+		Containers: []containerRecord{{
+			Step: stepDone, Sandbox: id(1), Incumbent: id(2 * i), Successor: id(2*i + 1), Token: randomToken(), StopBy: at,
+		}},
 	}
 }
 

@@ -31,7 +31,8 @@ func entry(t testing.TB, uid string, at step, created time.Time) *store.Record {
 	t.Helper()
 	return &store.Record{
 		Operation: wire(t, &opsv1.Operation{
-			Uid: uid, Kind: opsv1.KindRestart, Pod: podRef(), CreateTime: timestamppb.New(created), Phase: opsv1.Phase_PHASE_PENDING,
+			Uid: uid, Kind: opsv1.KindRestart, Pod: podRef(), CreateTime: timestamppb.New(created),
+			Phase:      opsv1.Phase_PHASE_PENDING,
 			Containers: []*opsv1.ContainerOperation{{Name: "app", Phase: opsv1.Phase_PHASE_PENDING}},
 		}),
 		Request:    wire(t, restartRequest(uid)),
@@ -110,9 +111,13 @@ func TestOpenKeepsTheOrderOfOperations(t *testing.T) {
 func TestOpenSetsBadRecordsAside(t *testing.T) {
 	broken := entry(t, "op", stepNone, time.Now())
 	broken.Containers = nil
-	for name, r := range map[string]*store.Record{"lengths differ": broken, "another UID": entry(t, "other", stepNone, time.Now()), "not protobuf": {Operation: []byte{0xff}}} {
+	for name, r := range map[string]*store.Record{
+		"lengths differ": broken, "another UID": entry(t, "other", stepNone, time.Now()),
+		"not protobuf": {Operation: []byte{0xff}},
+	} {
 		t.Run(name, func(t *testing.T) {
-			e, err := openEngine(journalWith(t, map[string]*store.Record{"op": r, "good": entry(t, "good", stepNone, time.Now())}), interceptors.NewView())
+			dir := journalWith(t, map[string]*store.Record{"op": r, "good": entry(t, "good", stepNone, time.Now())})
+			e, err := openEngine(dir, interceptors.NewView())
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -132,7 +137,10 @@ func TestOpenSetsBadRecordsAside(t *testing.T) {
 	}
 	t.Run("two on one slot", func(t *testing.T) {
 		v := interceptors.NewView()
-		e, err := openEngine(journalWith(t, map[string]*store.Record{"a": entry(t, "a", stepStop, time.Now()), "b": entry(t, "b", stepStop, time.Now())}), v)
+		dir := journalWith(t, map[string]*store.Record{
+			"a": entry(t, "a", stepStop, time.Now()), "b": entry(t, "b", stepStop, time.Now()),
+		})
+		e, err := openEngine(dir, v)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -267,7 +275,8 @@ func FuzzRestartRequest(f *testing.F) {
 		if validateRestart(req, remote) != nil {
 			return
 		}
-		if req.GetPod() == nil || len(req.GetContainers()) == 0 || req.GetUid() == "" || !(operation.Command{Restart: req}).Same(operation.Command{Restart: req}) {
+		c := operation.Command{Restart: req}
+		if req.GetPod() == nil || len(req.GetContainers()) == 0 || req.GetUid() == "" || !c.Same(c) {
 			t.Errorf("accepted: %v", req)
 		}
 	})

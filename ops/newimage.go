@@ -188,7 +188,8 @@ func (r *restart) pinOld(ctx context.Context, at *crinode.Target) {
 	defer cancel()
 	st, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: at.Incumbent})
 	if err == nil {
-		err = r.images.Pin(ctx, st.GetStatus().GetImageRef(), r.pinOwner(), time.Now().Add(orElse(r.o.Upgrade().GetPinFor(), defaultPin)))
+		until := time.Now().Add(orElse(r.o.Upgrade().GetPinFor(), defaultPin))
+		err = r.images.Pin(ctx, st.GetStatus().GetImageRef(), r.pinOwner(), until)
 	}
 	if err != nil {
 		r.warn("the old image is not pinned: %v", err)

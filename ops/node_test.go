@@ -561,7 +561,9 @@ func (s *signals) await(t testing.TB, part string) {
 }
 
 // submit accepts a restart that is not checked before.
-func (e *Engine) submit(req *opsv1.RestartRequest, given operation.Environments, pod *opsv1.PodRef) (*operation.Operation, error) {
+func (e *Engine) submit(
+	req *opsv1.RestartRequest, given operation.Environments, pod *opsv1.PodRef,
+) (*operation.Operation, error) {
 	return e.accept(operation.RestartCommand(req, given), pod)
 }
 

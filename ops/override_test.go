@@ -119,7 +119,8 @@ func TestCredentialsOfRestartAreNotKept(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c, _, _ := o.Credentials(); len(c) != 1 || c[0].GetPassword() != "hunter2" || o.Snapshot().GetContainers()[0].GetImage() != "app:debug" {
+	image := o.Snapshot().GetContainers()[0].GetImage()
+	if c, _, _ := o.Credentials(); len(c) != 1 || c[0].GetPassword() != "hunter2" || image != "app:debug" {
 		t.Errorf("operation: %v, credentials %v", o.Snapshot(), c)
 	}
 	again := request("secret2")

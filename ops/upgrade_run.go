@@ -183,10 +183,15 @@ func (r *restart) sameName(ctx context.Context, c *runtimeapi.ContainerConfig) e
 	if old != nil {
 		runs = old.GetId()
 	}
-	out := &outcome{Phase: opsv1.Phase_PHASE_CANCELLED, Reason: ReasonSameImage, Message: fmt.Sprintf("container %q has image %s in its spec already, and runs what that names now", r.want.GetName(), name)}
+	out := &outcome{
+		Phase: opsv1.Phase_PHASE_CANCELLED, Reason: ReasonSameImage,
+		Message: fmt.Sprintf("container %q has image %s in its spec already, and runs what that names now",
+			r.want.GetName(), name),
+	}
 	if now.GetId() != runs {
 		out.Reason = ReasonImageMoved
-		out.Message = fmt.Sprintf("container %q has image %s in its spec already, which names another image now than the one that runs: a restart starts it", r.want.GetName(), name)
+		out.Message = fmt.Sprintf("container %q has image %s in its spec already, "+
+			"which names another image now than the one that runs: a restart starts it", r.want.GetName(), name)
 	}
 	return out
 }
