@@ -33,9 +33,9 @@ import (
 var methods = []string{opsv1.MethodGate, opsv1.MethodPidfd, opsv1.MethodPlain}
 
 const (
-	// GateTimeout bounds the wait for a started container to come to its gate. It takes
+	// gateTimeout bounds the wait for a started container to come to its gate. It takes
 	// milliseconds. If it takes this long, the method without a gate is better.
-	GateTimeout = 10 * time.Second
+	gateTimeout = 10 * time.Second
 	// HookTimeout is how long a process may take to come to its hook or entrypoint, and how far the
 	// runtime's state may lag behind the kernel's.
 	HookTimeout = time.Second
@@ -70,7 +70,7 @@ type Machine struct {
 	FindPod func(pid int, container string) (*cgroup.Pod, error)
 	// Now is [time.Now].
 	Now func() time.Time
-	// GateTimeout is the constant of that name.
+	// GateTimeout bounds the wait for a started container to come to its gate.
 	GateTimeout time.Duration
 }
 
@@ -98,7 +98,7 @@ type Prober struct {
 func NewProber(o Options) *Prober {
 	p := &Prober{
 		Machine: Machine{
-			OfContainer: OfContainer, Watch: Watch, FindPod: cgroup.System{}.Find, Now: time.Now, GateTimeout: GateTimeout,
+			OfContainer: OfContainer, Watch: Watch, FindPod: cgroup.System{}.Find, Now: time.Now, GateTimeout: gateTimeout,
 		},
 		runtime: o.Runtime, log: o.Log, best: o.Best, gatesDir: gate.Dir(o.StateDir), cdiSpecDir: o.CDISpecDir,
 	}
