@@ -296,7 +296,7 @@ func (e *Engine) refuseLeft(slot interceptors.Slot) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if uid := e.leftSlots[slot]; uid != "" {
-		return failf(ReasonVersion, "container %q has a successor of another version of cri-proxy waiting: "+
+		return failf(opsv1.ReasonJournalVersion, "container %q has a successor of another version of cri-proxy waiting: "+
 			"install that version again, or delete the pod (the journal's operations: cri-proxy ctl ops)", slot.Container)
 	}
 	return nil

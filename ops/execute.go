@@ -46,7 +46,7 @@ func (e *Engine) carryOut(ctx context.Context, o *operation.Operation) {
 		}
 		if failed {
 			r.end(&outcome{
-				Phase: opsv1.Phase_PHASE_CANCELLED, Reason: ReasonSkipped,
+				Phase: opsv1.Phase_PHASE_CANCELLED, Reason: opsv1.ReasonEarlierContainerFailed,
 				Message: "not restarted because an earlier container failed",
 			})
 			continue

@@ -306,7 +306,7 @@ func (r *restart) recreate(ctx context.Context, q created) error {
 	r.log.WithField("differing", differing).Warn("kubelet asks for another container than the restart has made: it makes its own")
 	r.stopWithin(ctx, r.successor(), min(max(r.podGrace(ctx), crinode.MinGrace), maxLateGrace*time.Second))
 	if err := r.removeContainer(ctx, r.successor()); err != nil {
-		return failf(ReasonRuntime, "%v", err)
+		return failf(opsv1.ReasonRuntimeError, "%v", err)
 	}
 	r.warn("kubelet made the container once more, because it asked for another one than there was: %s", strings.Join(differing, ", "))
 	r.setMethod(opsv1.MethodKubelet)

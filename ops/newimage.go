@@ -20,19 +20,6 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/store"
 )
 
-// Reasons of operations with another image that did not succeed, beside those of restarts.
-const (
-	ReasonPullFailed     = opsv1.ReasonPullFailed
-	ReasonPrepareTimeout = opsv1.ReasonPrepareTimeout
-	ReasonSameImage      = opsv1.ReasonImageUnchanged
-	ReasonImageMoved     = opsv1.ReasonImageMoved
-	ReasonNotOverridden  = opsv1.ReasonImageNotOverridden
-	ReasonImageUnfit     = opsv1.ReasonImageUnfit
-)
-
-// reasonCredentialsNeeded is that of a pull that waits for them, as with pulls ahead of time.
-const reasonCredentialsNeeded = opsv1.ReasonCredentialsNeeded
-
 // newImage is what an operation that gives the container another image has of that.
 type newImage struct {
 	// want has the image, which is not known before the slot is taken if the restart goes back to that of the pod's spec.
@@ -59,7 +46,7 @@ func (r *restart) withinPatience(ctx context.Context, began time.Time, limit tim
 	case err != nil && r.o.IsCancelled():
 		return r.cancelledOutcome()
 	case err != nil && !errors.As(err, &out) && ctx.Err() == nil && ready.Err() != nil:
-		return failf(ReasonPrepareTimeout, "not ready within %s, %s", limit, r.awaited())
+		return failf(opsv1.ReasonPrepareTimeout, "not ready within %s, %s", limit, r.awaited())
 	}
 	return err
 }
@@ -140,12 +127,14 @@ func (r *restart) pull(ctx context.Context, want *opsv1.ContainerUpgrade) error 
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case err != nil:
-			return failf(ReasonPullFailed, "pulling %s: %v", want.GetImage(), err)
+			return failf(opsv1.ReasonPullFailed, "pulling %s: %v", want.GetImage(), err)
 		case forgotten:
 			r.log.WithField("reason", done.GetReason()).Info("waiting for the credentials, which were in the memory of the process before this one")
 			r.show(func(c *opsv1.ContainerOperation) {
 				c.Pull = briefly(done)
-				c.Pull.Phase, c.Pull.Reason, c.Pull.Message = opsv1.PullPhase_PULL_WAITING, reasonCredentialsNeeded, "cri-proxy was restarted and does not keep credentials: waiting for the command to be repeated"
+				c.Pull.Phase, c.Pull.Reason = opsv1.PullPhase_PULL_WAITING, opsv1.ReasonCredentialsNeeded
+				c.Pull.Message = "cri-proxy was restarted and does not keep credentials: " +
+					"waiting for the command to be repeated"
 			})
 			select {
 			case <-others:
@@ -154,7 +143,7 @@ func (r *restart) pull(ctx context.Context, want *opsv1.ContainerUpgrade) error 
 			}
 		default:
 			r.show(func(c *opsv1.ContainerOperation) { c.Pull = briefly(done) })
-			return failf(ReasonPullFailed, "pulling %s: %s: %s", want.GetImage(), done.GetReason(), done.GetMessage())
+			return failf(opsv1.ReasonPullFailed, "pulling %s: %s: %s", want.GetImage(), done.GetReason(), done.GetMessage())
 		}
 	}
 }
@@ -223,7 +212,7 @@ func unfit(err error) error {
 	if err == nil {
 		return nil
 	}
-	return failf(ReasonImageUnfit, "%v", err)
+	return failf(opsv1.ReasonImageUnfit, "%v", err)
 }
 
 // imageStatus is the verbose status of an image that is on the node.
@@ -233,7 +222,8 @@ func (r *restart) imageStatus(ctx context.Context, name string) (*runtimeapi.Ima
 	case err != nil:
 		return nil, fmt.Errorf("reading the image: %w", err)
 	case st.GetImage() == nil:
-		return nil, failf(ReasonPullFailed, "the runtime does not know %s, which has been pulled: was it removed meanwhile?", name)
+		return nil, failf(opsv1.ReasonPullFailed, "the runtime does not know %s, which has been pulled: was it "+
+			"removed meanwhile?", name)
 	}
 	return st, nil
 }
@@ -250,10 +240,10 @@ func (r *restart) loadImages(ctx context.Context, ref, old string) error {
 			return err
 		})
 		if err != nil {
-			return failf(ReasonCreateFailed, "reading image %s: %v", ref, err)
+			return failf(opsv1.ReasonCreateFailed, "reading image %s: %v", ref, err)
 		}
 		if *into == nil && into == &r.change.image {
-			return failf(ReasonCreateFailed, "image %s is not on the node any more", ref)
+			return failf(opsv1.ReasonCreateFailed, "image %s is not on the node any more", ref)
 		}
 	}
 	return nil
@@ -303,12 +293,13 @@ func (r *restart) prepareRevert(ctx context.Context) error {
 }
 
 func notOverridden(container string) error {
-	return failf(ReasonNotOverridden, "container %q has the image of the pod's spec: there is nothing to revert", container)
+	return failf(opsv1.ReasonImageNotOverridden, "container %q has the image of the pod's spec: there is nothing "+
+		"to revert", container)
 }
 
 func notRunning(err error) bool {
 	var out *outcome
-	return errors.As(err, &out) && out.Reason == ReasonNotRunning
+	return errors.As(err, &out) && out.Reason == opsv1.ReasonContainerNotRunning
 }
 
 // revertStopped ends the override of a container that does not run, and reports whether err, of staging its successor, is that: kubelet
@@ -336,7 +327,7 @@ func (r *restart) planImage(ctx context.Context, at *crinode.Target) (*store.Ove
 	var none *noRequestError
 	switch {
 	case errors.As(err, &none):
-		return nil, failf(ReasonCreateFailed, "%v", err)
+		return nil, failf(opsv1.ReasonCreateFailed, "%v", err)
 	case err != nil:
 		return nil, err
 	}
@@ -362,13 +353,16 @@ func (r *restart) planImage(ctx context.Context, at *crinode.Target) (*store.Ove
 	r.pinOld(ctx, at)
 	switch {
 	case nonRoot && criclone.IsRoot(criclone.ImageUser(r.change.image)):
-		return nil, failf(ReasonImageUnfit, "image %s runs as root and that of the pod's spec does not: the pod may insist on that, which this node cannot tell; change the pod's spec instead", name)
+		return nil, failf(opsv1.ReasonImageUnfit, "image %s runs as root and that of the pod's spec does not: the "+
+			"pod may insist on that, which this node cannot tell; change the pod's spec instead", name)
 	case spec == "":
-		return nil, failf(ReasonCreateFailed, "kubelet does not tell which image the spec of container %q has, so that an override could not last", r.want.GetName())
+		return nil, failf(opsv1.ReasonCreateFailed, "kubelet does not tell which image the spec of container %q "+
+			"has, so that an override could not last", r.want.GetName())
 	case now != nil && name == spec:
-		return nil, failf(ReasonSameImage, "%s is the image of the pod's spec: revert the override instead", name)
+		return nil, failf(opsv1.ReasonImageUnchanged, "%s is the image of the pod's spec: revert the override instead", name)
 	case name == runs && r.change.old.GetId() == r.change.image.GetId():
-		return nil, failf(ReasonSameImage, "container %q has image %s already: leave the image out to restart it", r.want.GetName(), name)
+		return nil, failf(opsv1.ReasonImageUnchanged, "container %q has image %s already: leave the image out to "+
+			"restart it", r.want.GetName(), name)
 	}
 	pod := r.o.Pod()
 	return &store.Override{

@@ -551,15 +551,15 @@ func TestRestartIsRefused(t *testing.T) {
 		reason  string
 		message string
 	}{
-		{name: "unknown pod", edit: func(r *opsv1.RestartRequest) { r.Pod = &opsv1.PodRef{Namespace: "default", Name: "nope"} }, code: codes.NotFound, reason: ReasonNotFound, message: "no pod default/nope runs on this node"},
-		{name: "another UID", edit: func(r *opsv1.RestartRequest) { r.Pod.Uid = "later" }, code: codes.NotFound, reason: ReasonNotFound, message: "no pod default/shop with UID later"},
-		{name: "unknown container", edit: func(r *opsv1.RestartRequest) { r.Containers[0].Name = "nope" }, code: codes.NotFound, reason: ReasonNotFound, message: `no container "nope"; running are: `},
-		{name: "expected ID differs", edit: func(r *opsv1.RestartRequest) { r.Containers[0].ExpectedContainerId = "containerd://nope" }, code: codes.FailedPrecondition, reason: ReasonExpectedIDDiffers, message: "not nope"},
-		{name: "exited", prepare: func(n *node) { n.rt.exit(n.t, "app/0", 1) }, code: codes.FailedPrecondition, reason: ReasonNotRunning, message: "not running (exited)"},
+		{name: "unknown pod", edit: func(r *opsv1.RestartRequest) { r.Pod = &opsv1.PodRef{Namespace: "default", Name: "nope"} }, code: codes.NotFound, reason: opsv1.ReasonNotFound, message: "no pod default/nope runs on this node"},
+		{name: "another UID", edit: func(r *opsv1.RestartRequest) { r.Pod.Uid = "later" }, code: codes.NotFound, reason: opsv1.ReasonNotFound, message: "no pod default/shop with UID later"},
+		{name: "unknown container", edit: func(r *opsv1.RestartRequest) { r.Containers[0].Name = "nope" }, code: codes.NotFound, reason: opsv1.ReasonNotFound, message: `no container "nope"; running are: `},
+		{name: "expected ID differs", edit: func(r *opsv1.RestartRequest) { r.Containers[0].ExpectedContainerId = "containerd://nope" }, code: codes.FailedPrecondition, reason: opsv1.ReasonExpectedIDDiffers, message: "not nope"},
+		{name: "exited", prepare: func(n *node) { n.rt.exit(n.t, "app/0", 1) }, code: codes.FailedPrecondition, reason: opsv1.ReasonContainerNotRunning, message: "not running (exited)"},
 		{name: "pod stopped", prepare: func(n *node) {
 			_, err := n.kubelet.StopPodSandbox(context.Background(), &runtimeapi.StopPodSandboxRequest{PodSandboxId: n.sandbox})
 			n.must(err)
-		}, code: codes.FailedPrecondition, reason: ReasonPodStopping, message: "going away"},
+		}, code: codes.FailedPrecondition, reason: opsv1.ReasonPodStopping, message: "going away"},
 		{name: "runtime away", prepare: func(n *node) {
 			n.rt.set(func(f *fakeRuntime) { f.before = func(string) error { return status.Error(codes.Unavailable, "gone") } })
 		}, code: codes.Unavailable, message: "gone"},

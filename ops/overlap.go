@@ -129,9 +129,10 @@ func (r *restart) successorRuns(ctx context.Context, id string) error {
 				return err
 			}
 		case err != nil:
-			return failf(ReasonStartFailed, "reading the new container: %v", status.Convert(err).Message())
+			return failf(opsv1.ReasonStartFailed, "reading the new container: %v", status.Convert(err).Message())
 		case s.GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING:
-			return failf(ReasonSuccessorExited, "the new container ended with exit code %d after %s, before the old one was to be stopped, which goes on; what it said is in %s",
+			return failf(opsv1.ReasonNewContainerExited, "the new container ended with exit code %d after %s, "+
+				"before the old one was to be stopped, which goes on; what it said is in %s",
 				s.GetExitCode(), time.Duration(s.GetFinishedAt()-s.GetStartedAt()).Round(time.Millisecond), s.GetLogPath())
 		default:
 			return nil

@@ -278,7 +278,7 @@ func TestTakenBackDuringTheOverlap(t *testing.T) {
 			}
 			op := n.finish("op")
 			answered()
-			if got, want := verdict(op), "FAILED, app FAILED "+ReasonTakenBack; got != want {
+			if got, want := verdict(op), "FAILED, app FAILED "+opsv1.ReasonTakenBackByKubelet; got != want {
 				t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), want)
 			}
 			if calls := strings.Join(n.rt.takeCalls(), "; "); !strings.Contains(calls, "; StopContainer app/1 7s; ") {

@@ -16,16 +16,6 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/environment"
 )
 
-// Reasons of operations whose container kubelet could not start again either.
-const (
-	// ReasonConfig is kubelet's word for what the pod's spec names and is not there.
-	ReasonConfig = "CreateContainerConfigError"
-	// ReasonNeverPull is kubelet's word for an absent image with imagePullPolicy Never.
-	ReasonNeverPull = "ErrImageNeverPull"
-	// ReasonEnvironmentLost is for a command that must be repeated.
-	ReasonEnvironmentLost = "EnvironmentLost"
-)
-
 // renew puts into the config of the successor, which is that of the incumbent, what kubelet would compute anew.
 func (r *restart) renew(ctx context.Context, c *runtimeapi.ContainerConfig) error {
 	env, lost := r.o.Environment(r.want.GetName())
@@ -34,17 +24,19 @@ func (r *restart) renew(ctx context.Context, c *runtimeapi.ContainerConfig) erro
 	var err error
 	switch {
 	case lost:
-		return failf(ReasonEnvironmentLost, "cri-proxy has been restarted and the environment that the command brought is lost, with the file of records: repeat the command with another UID")
+		return failf(opsv1.ReasonEnvironmentLost, "cri-proxy has been restarted and the environment that the "+
+			"command brought is lost, with the file of records: repeat the command with another UID")
 	case env != nil:
 		parts, err = environment.Apply(c, env, podDir)
 	default:
 		parts, err = environment.Refresh(c, podDir, nil)
 	}
 	if err != nil {
-		return failf(ReasonConfig, "kubelet could not start container %q again (%s): %v", r.want.GetName(), ReasonConfig, err)
+		return failf(opsv1.ReasonCreateContainerConfigError, "kubelet could not start container %q again (%s): %v",
+			r.want.GetName(), opsv1.ReasonCreateContainerConfigError, err)
 	}
 	if err := parts.Note(c); err != nil {
-		return failf(ReasonInternal, "%v", err)
+		return failf(opsv1.ReasonInternalError, "%v", err)
 	}
 	return r.volumeImages(ctx, c, env)
 }
@@ -68,7 +60,8 @@ func (r *restart) checkParts(ctx context.Context, rec containerRecord) error {
 		err = parts.Check(st.GetMounts(), r.pid)
 	}
 	if err != nil {
-		return failf(ReasonConfig, "the mounts of the new container are not certain to be in their volumes: %v", err)
+		return failf(opsv1.ReasonCreateContainerConfigError, "the mounts of the new container are not certain to "+
+			"be in their volumes: %v", err)
 	}
 	return nil
 }
@@ -78,7 +71,8 @@ func (r *restart) needsGate(req *runtimeapi.CreateContainerRequest) error {
 	if len(environment.PartsOf(req.GetConfig().GetAnnotations())) == 0 || r.rec().Method == opsv1.MethodGate {
 		return nil
 	}
-	return failf(ReasonConfig, "a part of a volume (subPath) was replaced since kubelet mounted it, and without a gate it cannot be mounted safely: delete the pod, or let its process end")
+	return failf(opsv1.ReasonCreateContainerConfigError, "a part of a volume (subPath) was replaced since kubelet "+
+		"mounted it, and without a gate it cannot be mounted safely: delete the pod, or let its process end")
 }
 
 // volumeImages gives the mounts of volumes of type image what their references mean on this node now.
@@ -96,7 +90,8 @@ func (r *restart) volumeImages(ctx context.Context, c *runtimeapi.ContainerConfi
 		case err != nil:
 			return err
 		case now == nil:
-			return failf(ReasonPullFailed, "image %s of the volume at %s is not on the node any more: was it removed just now?", v.GetReference(), v.GetContainerPath())
+			return failf(opsv1.ReasonPullFailed, "image %s of the volume at %s is not on the node any more: was it "+
+				"removed just now?", v.GetReference(), v.GetContainerPath())
 		}
 		c.Mounts[i].Image.Image = now.GetId()
 	}
@@ -126,7 +121,7 @@ func (r *restart) nextRequest(ctx context.Context, token string) (*runtimeapi.Cr
 	r.update()
 	req, err := criclone.Clone(r.request, r.applied, r.container().GetAttempt(), token)
 	if err != nil {
-		return nil, failf(ReasonCreateFailed, "%v", err)
+		return nil, failf(opsv1.ReasonCreateFailed, "%v", err)
 	}
 	if err := r.renew(ctx, req.GetConfig()); err != nil {
 		return nil, err
@@ -184,7 +179,8 @@ func (r *restart) ensure(ctx context.Context, want *opsv1.ContainerUpgrade) erro
 		case image != nil:
 			return nil
 		case want.GetPullPolicy() == opsv1.PullPolicy_PULL_POLICY_NEVER:
-			return failf(ReasonNeverPull, "Container image %q is not present with pull policy of Never", want.GetImage())
+			return failf(opsv1.ReasonErrImageNeverPull, "Container image %q is not present with pull policy of "+
+				"Never", want.GetImage())
 		}
 	}
 	return r.pull(ctx, want)
@@ -198,7 +194,7 @@ func (r *restart) imageOnNode(ctx context.Context, name string) (image *runtimea
 		return err
 	})
 	if err != nil {
-		return nil, failf(ReasonRuntime, "reading image %s: %v", name, err)
+		return nil, failf(opsv1.ReasonRuntimeError, "reading image %s: %v", name, err)
 	}
 	return image, nil
 }
@@ -215,7 +211,7 @@ func (r *restart) specImage(ctx context.Context, c *runtimeapi.ContainerConfig) 
 	case err != nil:
 		return err
 	case now == nil:
-		return failf(ReasonPullFailed, "image %s is not on the node any more: was it removed just now?", name)
+		return failf(opsv1.ReasonPullFailed, "image %s is not on the node any more: was it removed just now?", name)
 	case now.GetId() == c.GetImage().GetImage():
 		return nil
 	}
@@ -231,7 +227,9 @@ func (r *restart) specImage(ctx context.Context, c *runtimeapi.ContainerConfig) 
 			return err
 		}
 	} else if uid, username := criclone.ImageUser(now); criclone.NonRootByImage(c, old) && criclone.IsRoot(uid, username) {
-		return failf(ReasonImageUnfit, "image %s has moved to one that runs as root, and the one that runs does not: the pod may insist on that, which this node cannot tell; delete the pod to have kubelet decide", name)
+		return failf(opsv1.ReasonImageUnfit, "image %s has moved to one that runs as root, and the one that runs "+
+			"does not: the pod may insist on that, which this node cannot tell; delete the pod to have kubelet "+
+			"decide", name)
 	}
 	r.log.WithField("image", now.GetId()).Info("the image of the pod's spec is another one by now")
 	criclone.SetImage(c, name, now.GetId())

@@ -30,7 +30,7 @@ func TestCommitLooksAtTheImage(t *testing.T) {
 		says string
 	}{
 		{"another one", &runtimeapi.Image{Id: "sha256:other", Uid: &runtimeapi.Int64Value{Value: 1000}}, "", ""},
-		{"one that runs as root", &runtimeapi.Image{Id: "sha256:root"}, "FAILED, app FAILED " + ReasonImageUnfit, "will run as root"},
+		{"one that runs as root", &runtimeapi.Image{Id: "sha256:root"}, "FAILED, app FAILED " + opsv1.ReasonImageUnfit, "will run as root"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			inUpNode(t, func(t *testing.T, n *upNode) {
@@ -76,7 +76,7 @@ func TestPartsNeedTheGate(t *testing.T) {
 	})
 	n.restart("op")
 	op := n.finish("op")
-	if got, want := verdict(op), "FAILED, app FAILED "+ReasonConfig; got != want || made != 1 {
+	if got, want := verdict(op), "FAILED, app FAILED "+opsv1.ReasonCreateContainerConfigError; got != want || made != 1 {
 		t.Errorf("ended %s (%s) after %d creations, want %s", got, op.GetMessage(), made, want)
 	}
 	if got := n.rt.state(); got != "app/0 RUNNING, web/0 RUNNING" {

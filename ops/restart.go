@@ -35,33 +35,12 @@ const (
 	defaultGrace = 30 * time.Second
 )
 
-// Reasons of containers that did not succeed.
-const (
-	ReasonExpectedIDDiffers = opsv1.ReasonExpectedIDDiffers
-	ReasonNotRunning        = opsv1.ReasonContainerNotRunning
-	ReasonNotFound          = opsv1.ReasonNotFound
-	ReasonPodStopping       = opsv1.ReasonPodStopping
-	ReasonTakenBack         = opsv1.ReasonTakenBackByKubelet
-	ReasonCancelled         = opsv1.ReasonCancelled
-	ReasonSkipped           = opsv1.ReasonEarlierContainerFailed
-	ReasonCreateFailed      = opsv1.ReasonCreateFailed
-	ReasonStopFailed        = opsv1.ReasonStopFailed
-	ReasonStartFailed       = opsv1.ReasonStartFailed
-	ReasonSuccessorExited   = opsv1.ReasonNewContainerExited
-	ReasonPostStartFailed   = opsv1.ReasonPostStartHookFailed
-	ReasonRuntime           = opsv1.ReasonRuntimeError
-	ReasonJournal           = opsv1.ReasonJournalError
-	ReasonRebooted          = opsv1.ReasonNodeRestarted
-	ReasonVersion           = opsv1.ReasonJournalVersion
-	ReasonInternal          = opsv1.ReasonInternalError
-)
-
 // giveUp ends the container's part of an operation after a panic at an unknown place, such as in the
 // middle of undoing it.
 func (r *restart) giveUp(ctx context.Context, why error) {
 	rec := r.rec()
 	if rec.Step != stepDone {
-		r.end(failf(ReasonInternal, "%v", why))
+		r.end(failf(opsv1.ReasonInternalError, "%v", why))
 	}
 	if r.claim != nil {
 		r.abandon(ctx, r.claim, rec)
@@ -205,11 +184,11 @@ func (r *restart) run(ctx context.Context) bool {
 		out = &outcome{Phase: opsv1.Phase_PHASE_SUCCEEDED}
 	case errors.As(err, &out):
 	case errors.As(err, &bug):
-		out = failf(ReasonInternal, "%v", bug)
+		out = failf(opsv1.ReasonInternalError, "%v", bug)
 	case ctx.Err() != nil:
 		return false
 	default:
-		out = failf(ReasonRuntime, "%v", err)
+		out = failf(opsv1.ReasonRuntimeError, "%v", err)
 	}
 	if ctx.Err() != nil && out.Phase != opsv1.Phase_PHASE_SUCCEEDED && r.rec().Step != stepUndo {
 		// The failure may be that of a call cut off by the shutdown.
@@ -305,7 +284,7 @@ func (r *restart) drive(ctx context.Context) error {
 			}
 			return nil
 		default:
-			return failf(ReasonJournal, "the journal has the unknown step %q", s)
+			return failf(opsv1.ReasonJournalError, "the journal has the unknown step %q", s)
 		}
 		if err != nil {
 			return err
@@ -329,7 +308,7 @@ func (r *restart) resume(ctx context.Context) error {
 	if rec := r.rec(); rec.Step == stepUndo {
 		c := r.container()
 		out := &outcome{Phase: opsv1.Phase_PHASE_FAILED, Reason: c.GetReason(), Message: c.GetMessage()}
-		if out.Reason == ReasonCancelled {
+		if out.Reason == opsv1.ReasonCancelled {
 			out.Phase = opsv1.Phase_PHASE_CANCELLED
 		}
 		return out
@@ -355,7 +334,9 @@ func (r *restart) outlived(ctx context.Context) error {
 		return nil
 	}
 	if r.o.Rebooted() {
-		return failf(ReasonRebooted, "the node was restarted in the middle of the %s, which ended all containers: kubelet makes them anew, and the new container of this %s has not taken over", r.kind(), r.kind())
+		return failf(opsv1.ReasonNodeRestarted, "the node was restarted in the middle of the %s, which ended all "+
+			"containers: kubelet makes them anew, and the new container of this %s has not taken over",
+			r.kind(), r.kind())
 	}
 	var st *runtimeapi.PodSandboxStatusResponse
 	err := r.node.Retry(ctx, func() (err error) {
@@ -363,7 +344,8 @@ func (r *restart) outlived(ctx context.Context) error {
 		return err
 	})
 	if status.Code(err) == codes.NotFound || err == nil && st.GetStatus().GetState() != runtimeapi.PodSandboxState_SANDBOX_READY {
-		return failf(ReasonPodStopping, "the pod's sandbox has ended in the middle of the %s, and its containers with it: the pod goes away, or kubelet makes them anew", r.kind())
+		return failf(opsv1.ReasonPodStopping, "the pod's sandbox has ended in the middle of the %s, and its "+
+			"containers with it: the pod goes away, or kubelet makes them anew", r.kind())
 	}
 	return nil // what the runtime cannot tell, the next step meets
 }
@@ -412,13 +394,14 @@ func (r *restart) cancelledOutcome() *outcome {
 	if msg == "" {
 		msg = "cancelled"
 	}
-	return &outcome{Phase: opsv1.Phase_PHASE_CANCELLED, Reason: ReasonCancelled, Message: msg}
+	return &outcome{Phase: opsv1.Phase_PHASE_CANCELLED, Reason: opsv1.ReasonCancelled, Message: msg}
 }
 
 // interrupted returns an outcome if the operation was cancelled or kubelet took the slot back.
 func (r *restart) interrupted() error {
 	if y := r.claim.YieldedTo(); y != nil {
-		return failf(ReasonTakenBack, "kubelet called %s in the middle of the %s and is in charge now", y.Method[strings.LastIndexByte(y.Method, '/')+1:], r.kind())
+		return failf(opsv1.ReasonTakenBackByKubelet, "kubelet called %s in the middle of the %s and is in charge now",
+			y.Method[strings.LastIndexByte(y.Method, '/')+1:], r.kind())
 	}
 	select {
 	case <-r.o.Cancelled(): // then it has not been committed, and never is

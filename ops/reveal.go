@@ -81,7 +81,7 @@ func (r *restart) postStart(ctx context.Context, hook *opsv1.Hook, rec container
 	if err == nil || call.Err() != nil {
 		return ctx.Err()
 	}
-	return failf(ReasonPostStartFailed, "postStart hook failed and the new container was stopped: %v", err)
+	return failf(opsv1.ReasonPostStartHookFailed, "postStart hook failed and the new container was stopped: %v", err)
 }
 
 // measure fills in what the runtime reports of the swap.

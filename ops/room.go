@@ -21,9 +21,6 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/switchover"
 )
 
-// ReasonNoRoom is that of an operation whose two containers the pod, or the node, has no room for at once.
-const ReasonNoRoom = "InsufficientResources"
-
 // What must be free in the pod for a container that is to wait at its gate. With runc 1.5.2 on kernel 6.18, cgroup v1 and two CPUs it
 // takes 3.3 to 3.8 MiB there, 0.5 MiB of that the kernel's, and 6 to 8 processes and threads. With 3 MiB or 5 process IDs free runc
 // does not come that far, and before that the kernel kills the incumbent if that is larger. These are four and three times as much: more
@@ -184,7 +181,8 @@ func (r *restart) roomBeside(ctx context.Context) error {
 		return nil
 	}
 	refuse := func(format string, args ...any) error {
-		return failf(ReasonNoRoom, "the new container cannot run beside the old one, which goes on: "+format+"; without StartFirst the old one is stopped first", args...)
+		return failf(opsv1.ReasonInsufficientResources, "the new container cannot run beside the old one, "+
+			"which goes on: "+format+"; without StartFirst the old one is stopped first", args...)
 	}
 	need, err := r.memoryOfSuccessor(pod)
 	if err == nil {
@@ -266,7 +264,8 @@ func (r *restart) raise(ctx context.Context) error {
 			why += " (cri-proxy's unit is an older one, which has ProtectControlGroups=: run cri-proxy install again)"
 		}
 	}
-	return failf(ReasonNoRoom, "the new container cannot run beside the old one, which goes on: it may use %s, the pod has %s, and %s; without StartFirst the old one is stopped first",
+	return failf(opsv1.ReasonInsufficientResources, "the new container cannot run beside the old one, which goes "+
+		"on: it may use %s, the pod has %s, and %s; without StartFirst the old one is stopped first",
 		mebi(need), memoryOf(room), why)
 }
 
@@ -387,7 +386,7 @@ var besideErrors = []string{
 // besideFails reports whether a start has failed in a way that it may not fail in once the incumbent is gone.
 func besideFails(err error) bool {
 	var out *outcome
-	if !errors.As(err, &out) || out.Reason != ReasonStartFailed {
+	if !errors.As(err, &out) || out.Reason != opsv1.ReasonStartFailed {
 		return false
 	}
 	said := strings.ToLower(out.Message)

@@ -317,7 +317,7 @@ func TestRoomToOverlap(t *testing.T) {
 				t.Errorf("the limit is %d MiB in the end, want %d", got, tc.end)
 			}
 			calls := n.calls()
-			if strings.HasSuffix(tc.want, ReasonNoRoom) {
+			if strings.HasSuffix(tc.want, opsv1.ReasonInsufficientResources) {
 				if strings.Contains(calls, "Start") || strings.Contains(calls, "StopContainer app/0") {
 					t.Errorf("calls are %s", calls)
 				}

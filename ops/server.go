@@ -112,7 +112,7 @@ func precheckError(err error) error {
 		return err
 	}
 	code := codes.FailedPrecondition
-	if out.Reason == ReasonNotFound {
+	if out.Reason == opsv1.ReasonNotFound {
 		code = codes.NotFound
 	}
 	st := status.New(code, out.Message)

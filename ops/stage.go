@@ -62,7 +62,7 @@ func (r *restart) stage(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		return failf(ReasonRuntime, "%s not begun: the runtime takes more than %s to tell kubelet of its containers "+
+		return failf(opsv1.ReasonRuntimeError, "%s not begun: the runtime takes more than %s to tell kubelet of its containers "+
 			"(%v); try again when crictl ps answers at once", r.kind(), hidePatience, err)
 	}
 	if err := r.chooseMethod(call); err != nil {
@@ -137,7 +137,7 @@ func (r *restart) ownPIDs() bool {
 // checkTakenBack refuses a container that kubelet is stopping already, or a pod on its way out.
 func (r *restart) checkTakenBack() error {
 	if r.claim.Stopping() {
-		return failf(ReasonPodStopping, "kubelet is stopping container %q already", r.want.GetName())
+		return failf(opsv1.ReasonPodStopping, "kubelet is stopping container %q already", r.want.GetName())
 	}
 	return r.interrupted()
 }
@@ -152,7 +152,7 @@ func (r *restart) create(ctx context.Context, token string) (string, error) {
 		return "", err
 	}
 	if err := criclone.MakeTerminationFile(req.GetConfig()); err != nil {
-		return "", failf(ReasonCreateFailed, "%v", err)
+		return "", failf(opsv1.ReasonCreateFailed, "%v", err)
 	}
 	id, err := r.createGated(ctx, req, token)
 	if err != nil {
@@ -163,7 +163,7 @@ func (r *restart) create(ctx context.Context, token string) (string, error) {
 			return "", err
 		}
 		if id, err = r.createOnce(ctx, req); err != nil {
-			return "", failf(ReasonCreateFailed, "creating the new container: %v", status.Convert(err).Message())
+			return "", failf(opsv1.ReasonCreateFailed, "creating the new container: %v", status.Convert(err).Message())
 		}
 	}
 	if raw, err := proto.Marshal(req); err == nil {
@@ -191,7 +191,7 @@ func (r *restart) createGated(ctx context.Context, req *runtimeapi.CreateContain
 			return id, nil
 		}
 		if status.Code(err) == codes.DeadlineExceeded || status.Code(err) == codes.Unavailable {
-			return "", failf(ReasonCreateFailed, "creating the new container: %v", status.Convert(err).Message())
+			return "", failf(opsv1.ReasonCreateFailed, "creating the new container: %v", status.Convert(err).Message())
 		}
 	}
 	r.dropGate(err)
@@ -288,7 +288,7 @@ func (r *restart) load(ctx context.Context) error {
 		return err
 	})
 	if err != nil {
-		return failf(ReasonCreateFailed, "%v", err)
+		return failf(opsv1.ReasonCreateFailed, "%v", err)
 	}
 	asked := criclone.OverlayResources(r.request.GetConfig().GetLinux().GetResources(), recorded)
 	r.recorded, r.applied = recorded, criclone.OverlayResources(recorded, criclone.ReportedResources(st, asked))

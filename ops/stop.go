@@ -97,7 +97,8 @@ func (r *restart) stoppedByItself(ctx context.Context) error {
 	if st, _, err := r.node.Inspect(ctx, r.rec().Incumbent); err == nil {
 		code = st.GetExitCode()
 	}
-	return failf(ReasonNotRunning, "container %q stopped by itself (exit code %d) before the restart began; kubelet handles it", r.want.GetName(), code)
+	return failf(opsv1.ReasonContainerNotRunning, "container %q stopped by itself (exit code %d) before the "+
+		"restart began; kubelet handles it", r.want.GetName(), code)
 }
 
 // grace is what preStop and stop may take together, before the floor for the stop.
@@ -159,7 +160,7 @@ func (r *restart) inspectIncumbent(ctx context.Context) (st *runtimeapi.Containe
 		return err
 	})
 	if err != nil {
-		return nil, info, failf(ReasonRuntime, "reading container %s: %v", id, status.Convert(err).Message())
+		return nil, info, failf(opsv1.ReasonRuntimeError, "reading container %s: %v", id, status.Convert(err).Message())
 	}
 	return st, info, nil
 }

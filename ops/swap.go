@@ -105,7 +105,7 @@ func (r *restart) hasBegun(ctx context.Context) (bool, error) {
 			return err
 		})
 		if err != nil {
-			return false, failf(ReasonRuntime, "reading the new container: %v", status.Convert(err).Message())
+			return false, failf(opsv1.ReasonRuntimeError, "reading the new container: %v", status.Convert(err).Message())
 		}
 		return st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_CREATED, nil
 	}
@@ -208,7 +208,7 @@ func (r *restart) arm(ctx context.Context) error {
 				return err
 			}
 			continue
-		case !errors.As(err, &out) || out.Reason != ReasonStartFailed || rec.Retried:
+		case !errors.As(err, &out) || out.Reason != opsv1.ReasonStartFailed || rec.Retried:
 			return err // nothing has been stopped
 		default:
 			if err := r.stageAnew(ctx, out.Message); err != nil {

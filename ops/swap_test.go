@@ -444,7 +444,7 @@ func TestTakenBackWhileGated(t *testing.T) {
 			n.restart("op")
 			op := n.finish("op")
 			answered()
-			if got, want := verdict(op), "FAILED, app FAILED "+ReasonTakenBack; got != want {
+			if got, want := verdict(op), "FAILED, app FAILED "+opsv1.ReasonTakenBackByKubelet; got != want {
 				t.Errorf("operation ended %s, want %s", got, want)
 			}
 			var own []string
@@ -486,7 +486,7 @@ func TestTakenBackWhileTheHookIsAwaited(t *testing.T) {
 	n.restart("op")
 	op := n.finish("op")
 	answered()
-	if got, want := verdict(op), "FAILED, app FAILED "+ReasonTakenBack; got != want {
+	if got, want := verdict(op), "FAILED, app FAILED "+opsv1.ReasonTakenBackByKubelet; got != want {
 		t.Errorf("operation ended %s, want %s", got, want)
 	}
 	n.checkSwap(t, "web/0")

@@ -127,7 +127,7 @@ func TestTakenBack(t *testing.T) {
 				}
 				op := n.finish("op")
 				answered()
-				if got, want := verdict(op), "FAILED, app FAILED "+ReasonTakenBack; got != want {
+				if got, want := verdict(op), "FAILED, app FAILED "+opsv1.ReasonTakenBackByKubelet; got != want {
 					t.Errorf("operation ended %s, want %s", got, want)
 				}
 				if !strings.Contains(op.GetMessage(), "kubelet called "+by+" ") {
@@ -285,7 +285,7 @@ func TestKubeletRestartsAfterTakingBack(t *testing.T) {
 	n.restart("op")
 	op := n.finish("op")
 	answered()
-	if got, want := verdict(op), "FAILED, app FAILED "+ReasonTakenBack; got != want {
+	if got, want := verdict(op), "FAILED, app FAILED "+opsv1.ReasonTakenBackByKubelet; got != want {
 		t.Errorf("operation ended %s, want %s", got, want)
 	}
 	if got, want := n.sees(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want || n.rt.state() != want {
@@ -309,7 +309,7 @@ func TestIncumbentExitsBeforeTheMask(t *testing.T) {
 	n.restart("op")
 	op := n.finish("op")
 	answered()
-	if got, want := verdict(op), "FAILED, app FAILED "+ReasonNotRunning; got != want {
+	if got, want := verdict(op), "FAILED, app FAILED "+opsv1.ReasonContainerNotRunning; got != want {
 		t.Errorf("operation ended %s, want %s", got, want)
 	}
 	if !strings.Contains(op.GetMessage(), "exit code 3") {
@@ -352,7 +352,7 @@ func TestKubeletStopsBeforeTheMask(t *testing.T) {
 			n.restart("op", func(r *opsv1.RestartRequest) { r.Containers[0].Order = order })
 			op := n.finish("op")
 			answered()
-			if got, want := verdict(op), "FAILED, app FAILED "+ReasonTakenBack; got != want {
+			if got, want := verdict(op), "FAILED, app FAILED "+opsv1.ReasonTakenBackByKubelet; got != want {
 				t.Errorf("operation ended %s, want %s", got, want)
 			}
 			if got, want := n.rt.state(), "app/0 EXITED, web/0 RUNNING"; got != want {
@@ -377,7 +377,7 @@ func TestKubeletIsStoppingAlready(t *testing.T) {
 	<-stopping
 	n.restart("op")
 	op := n.finish("op")
-	if got, want := verdict(op), "FAILED, app FAILED "+ReasonPodStopping; got != want {
+	if got, want := verdict(op), "FAILED, app FAILED "+opsv1.ReasonPodStopping; got != want {
 		t.Errorf("operation ended %s, want %s", got, want)
 	}
 	n.rt.exit(t, "app/0", 0)
@@ -405,7 +405,7 @@ func TestKubeletStopsWithLessGrace(t *testing.T) {
 	n.restart("op")
 	op := n.finish("op")
 	answered()
-	if got, want := verdict(op), "FAILED, app FAILED "+ReasonTakenBack; got != want {
+	if got, want := verdict(op), "FAILED, app FAILED "+opsv1.ReasonTakenBackByKubelet; got != want {
 		t.Errorf("operation ended %s, want %s", got, want)
 	}
 	if got, want := n.sees(), "app/0 EXITED, web/0 RUNNING"; got != want {

@@ -34,7 +34,7 @@ func (r *restart) undo(ctx context.Context, out *outcome) bool {
 	if rec.Step == stepReveal && (r.container().GetReason() != "" || r.up != nil && r.up.revealed || r.join != nil && r.join.isShown()) {
 		return true // shown already
 	}
-	if out.Reason == ReasonInternal {
+	if out.Reason == opsv1.ReasonInternalError {
 		serves, err := r.successorServes(ctx)
 		if err != nil {
 			return false
@@ -49,14 +49,14 @@ func (r *restart) undo(ctx context.Context, out *outcome) bool {
 		c.Step = stepUndo
 		op.Reason, op.Message = out.Reason, out.Message
 	})
-	if (out.Reason == ReasonStartFailed || out.Reason == ReasonPostStartFailed) && r.up == nil {
+	if (out.Reason == opsv1.ReasonStartFailed || out.Reason == opsv1.ReasonPostStartHookFailed) && r.up == nil {
 		touched, err := r.incumbentStopped(ctx)
 		if err != nil {
 			return false
 		}
 		if touched {
 			// Kubelet gets to see the attempt that failed, and why.
-			if out.Reason == ReasonPostStartFailed {
+			if out.Reason == opsv1.ReasonPostStartHookFailed {
 				r.stopSuccessor(ctx, rec.Successor)
 			}
 			r.note(func(c *containerRecord, _ *opsv1.ContainerOperation) { c.Step = stepReveal })

@@ -184,7 +184,7 @@ func (r *restart) awaitRelease(ctx context.Context) error {
 	case <-r.o.Cancelled():
 		return r.cancelledOutcome()
 	case <-hold.C:
-		return failf(ReasonHoldTimeout, "not committed within %s", limit)
+		return failf(opsv1.ReasonHoldTimeout, "not committed within %s", limit)
 	case <-ctx.Done():
 		return ctx.Err()
 	}
@@ -301,7 +301,8 @@ func (r *restart) awaitKubelet(ctx context.Context) error {
 		case <-r.o.Cancelled():
 			return r.cancelledOutcome()
 		case <-hold.C:
-			return failf(ReasonHoldTimeout, "kubelet has not stopped the container within %s: was the pod's spec patched?", limit)
+			return failf(opsv1.ReasonHoldTimeout, "kubelet has not stopped the container within %s: was the pod's "+
+				"spec patched?", limit)
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -408,7 +409,8 @@ func (r *restart) awaitRequest(ctx context.Context) (ended bool, err error) {
 		case <-r.claim.Yielded():
 			return true, r.interrupted()
 		case <-patience.C:
-			return true, failf(ReasonHoldTimeout, "kubelet has stopped the container and not asked for the new one within %s", limit)
+			return true, failf(opsv1.ReasonHoldTimeout, "kubelet has stopped the container and not asked for the "+
+				"new one within %s", limit)
 		case <-ctx.Done():
 			return true, ctx.Err()
 		}
@@ -422,7 +424,7 @@ func (r *restart) leaveCreation(ctx context.Context, differing []string, grace t
 		r.stopWithin(ctx, r.successor(), grace)
 	}
 	if err := r.removeContainer(ctx, r.successor()); err != nil {
-		return failf(ReasonRuntime, "%v", err)
+		return failf(opsv1.ReasonRuntimeError, "%v", err)
 	}
 	if slices.Contains(differing, "image") || slices.Contains(differing, "annotations."+criclone.AnnotationHash) {
 		return tookAnotherImage()
@@ -509,7 +511,8 @@ func (r *restart) awaitAdoption(ctx context.Context) error {
 // unasked ends an upgrade whose successor kubelet has found by itself, if it is there.
 func (r *restart) unasked(ctx context.Context) error {
 	if _, err := r.rt.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: r.successor()}); status.Code(err) == codes.NotFound {
-		return failf(ReasonTakenBack, "the new container was removed before kubelet asked for it: has the pod gone away?")
+		return failf(opsv1.ReasonTakenBackByKubelet, "the new container was removed before kubelet asked for it: "+
+			"has the pod gone away?")
 	}
 	r.logLink(ctx, r.successor())
 	return nil
@@ -557,7 +560,8 @@ func (r *restart) isOurs(asked *runtimeapi.CreateContainerRequest) bool {
 }
 
 func tookAnotherImage() *outcome {
-	return failf(ReasonTakenBack, "kubelet restarted the container with another image than the upgrade's: was the pod's spec patched?")
+	return failf(opsv1.ReasonTakenBackByKubelet, "kubelet restarted the container with another image than the "+
+		"upgrade's: was the pod's spec patched?")
 }
 
 // podGrace is the grace of the pod's containers.

@@ -15,12 +15,6 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/criclone"
 )
 
-// Reasons of upgrades that did not succeed, beside those of restarts with another image.
-const (
-	ReasonHoldTimeout = "HoldTimeout"
-	ReasonOther       = "OtherContainerFailed"
-)
-
 // upgrade is what a restart that is an upgrade has beyond that.
 type upgrade struct {
 	kubelet
@@ -76,7 +70,7 @@ func (r *restart) driveUpgrade(ctx context.Context) error {
 		case stepReveal:
 			return r.awaitAdoption(ctx)
 		default:
-			return failf(ReasonJournal, "the journal has the unknown step %q", s)
+			return failf(opsv1.ReasonJournalError, "the journal has the unknown step %q", s)
 		}
 		if err != nil {
 			return err
@@ -152,7 +146,8 @@ func (r *restart) checkImage(ctx context.Context) error {
 	was := o.SpecImageOf(runs)
 	switch {
 	case was != runs && was == r.change.want.GetImage():
-		return failf(ReasonSameImage, "container %q has image %s in its spec already, and runs %s in its place: revert that override instead", r.want.GetName(), was, o.Image)
+		return failf(opsv1.ReasonImageUnchanged, "container %q has image %s in its spec already, and runs %s in "+
+			"its place: revert that override instead", r.want.GetName(), was, o.Image)
 	case was == r.change.want.GetImage():
 		return r.sameName(ctx, config)
 	case config.GetAnnotations()[criclone.AnnotationHash] != criclone.KubeletHash(config.GetMetadata().GetName(), was):
@@ -166,14 +161,16 @@ func (r *restart) checkImage(ctx context.Context) error {
 func (r *restart) sameName(ctx context.Context, c *runtimeapi.ContainerConfig) error {
 	name := r.change.want.GetImage()
 	if r.change.want.GetPullPolicy() != opsv1.PullPolicy_PULL_POLICY_ALWAYS {
-		return failf(ReasonSameImage, "container %q has image %s in its spec already: kubelet would leave it as it is (restart it instead)", r.want.GetName(), name)
+		return failf(opsv1.ReasonImageUnchanged, "container %q has image %s in its spec already: kubelet would "+
+			"leave it as it is (restart it instead)", r.want.GetName(), name)
 	}
 	now, err := r.imageOnNode(ctx, name)
 	if err != nil {
 		return err
 	}
 	if now == nil {
-		return failf(ReasonPullFailed, "the runtime does not know %s, which has been pulled: was it removed meanwhile?", name)
+		return failf(opsv1.ReasonPullFailed, "the runtime does not know %s, which has been pulled: was it removed "+
+			"meanwhile?", name)
 	}
 	runs := c.GetImage().GetImage()
 	old, err := r.imageOnNode(ctx, runs)
@@ -184,12 +181,12 @@ func (r *restart) sameName(ctx context.Context, c *runtimeapi.ContainerConfig) e
 		runs = old.GetId()
 	}
 	out := &outcome{
-		Phase: opsv1.Phase_PHASE_CANCELLED, Reason: ReasonSameImage,
+		Phase: opsv1.Phase_PHASE_CANCELLED, Reason: opsv1.ReasonImageUnchanged,
 		Message: fmt.Sprintf("container %q has image %s in its spec already, and runs what that names now",
 			r.want.GetName(), name),
 	}
 	if now.GetId() != runs {
-		out.Reason = ReasonImageMoved
+		out.Reason = opsv1.ReasonImageMoved
 		out.Message = fmt.Sprintf("container %q has image %s in its spec already, "+
 			"which names another image now than the one that runs: a restart starts it", r.want.GetName(), name)
 	}
@@ -233,7 +230,7 @@ func (r *restart) dress(ctx context.Context, c *runtimeapi.ContainerConfig) erro
 // endOthers takes the rest of the upgrade back: a pod with one of two images new is what nobody asked for.
 func (r *restart) endOthers() {
 	c := r.container()
-	if c.GetReason() == ReasonCancelled {
+	if c.GetReason() == opsv1.ReasonCancelled {
 		return
 	}
 	if err := r.o.Cancel(fmt.Sprintf("container %s: %s", c.GetName(), c.GetMessage())); err != nil {

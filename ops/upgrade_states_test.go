@@ -43,7 +43,7 @@ func TestUpgradeFailures(t *testing.T) {
 		after  time.Duration // when it ends, if that is fixed
 	}{
 		{
-			name: "pull fails", want: failed(ReasonPullFailed), says: "no such tag",
+			name: "pull fails", want: failed(opsv1.ReasonPullFailed), says: "no such tag",
 			script: func(n *upNode) {
 				n.images.ensure = func(context.Context, *opsv1.PullRequest) (*opsv1.PullOperation, error) {
 					return &opsv1.PullOperation{Phase: opsv1.PullPhase_PULL_FAILED, Reason: "NotFound", Message: "no such tag"}, nil
@@ -51,7 +51,7 @@ func TestUpgradeFailures(t *testing.T) {
 			},
 		},
 		{
-			name: "pull is refused", want: failed(ReasonPullFailed), says: "not a reference",
+			name: "pull is refused", want: failed(opsv1.ReasonPullFailed), says: "not a reference",
 			script: func(n *upNode) {
 				n.images.ensure = func(context.Context, *opsv1.PullRequest) (*opsv1.PullOperation, error) {
 					return nil, errors.New("not a reference")
@@ -60,21 +60,21 @@ func TestUpgradeFailures(t *testing.T) {
 		},
 		{
 			name: "pull takes too long", edit: func(r *opsv1.PrepareUpgradeRequest) { r.PrepareTimeout = seconds(90) },
-			want: failed(ReasonPrepareTimeout), says: "within 1m30s, in phase pulling", after: 90 * time.Second,
+			want: failed(opsv1.ReasonPrepareTimeout), says: "within 1m30s, in phase pulling", after: 90 * time.Second,
 			script: func(n *upNode) { n.images.ensure = endless },
 		},
 		{
-			name: "pull takes too long by default", want: failed(ReasonPrepareTimeout), after: defaultPrepare,
+			name: "pull takes too long by default", want: failed(opsv1.ReasonPrepareTimeout), after: defaultPrepare,
 			script: func(n *upNode) { n.images.ensure = endless },
 		},
-		{name: "the same image", edit: first(func(c *opsv1.ContainerUpgrade) { c.Image = "app:v1" }), want: failed(ReasonSameImage), says: "restart it instead"},
+		{name: "the same image", edit: first(func(c *opsv1.ContainerUpgrade) { c.Image = "app:v1" }), want: failed(opsv1.ReasonImageUnchanged), says: "restart it instead"},
 		{
 			name: "the same image, pulled again", edit: first(func(c *opsv1.ContainerUpgrade) { c.Image, c.PullPolicy = "app:v1", opsv1.PullPolicy_PULL_POLICY_ALWAYS }),
-			want: "CANCELLED, app CANCELLED " + ReasonSameImage, says: "runs what that names now",
+			want: "CANCELLED, app CANCELLED " + opsv1.ReasonImageUnchanged, says: "runs what that names now",
 		},
 		{
 			name: "the same tag, which has moved", edit: first(func(c *opsv1.ContainerUpgrade) { c.Image, c.PullPolicy = "app:v1", opsv1.PullPolicy_PULL_POLICY_ALWAYS }),
-			want: "CANCELLED, app CANCELLED " + ReasonImageMoved, says: "a restart starts it",
+			want: "CANCELLED, app CANCELLED " + opsv1.ReasonImageMoved, says: "a restart starts it",
 			script: func(n *upNode) {
 				n.images.ensure = func(context.Context, *opsv1.PullRequest) (*opsv1.PullOperation, error) {
 					n.images.images["app:v1"] = &runtimeapi.Image{Id: "sha256:moved"}
@@ -84,13 +84,13 @@ func TestUpgradeFailures(t *testing.T) {
 		},
 		{
 			name: "the image is gone again", edit: first(func(c *opsv1.ContainerUpgrade) { c.Image = "app:v9" }),
-			want: failed(ReasonPullFailed), says: "was it removed meanwhile?",
+			want: failed(opsv1.ReasonPullFailed), says: "was it removed meanwhile?",
 		},
 		{
-			name: "would run as root", edit: first(func(c *opsv1.ContainerUpgrade) { c.RunAsNonRoot = true }), want: failed(ReasonImageUnfit), says: "run as root",
+			name: "would run as root", edit: first(func(c *opsv1.ContainerUpgrade) { c.RunAsNonRoot = true }), want: failed(opsv1.ReasonImageUnfit), says: "run as root",
 		},
 		{
-			name: "cannot be created", want: failed(ReasonCreateFailed), says: "no space left",
+			name: "cannot be created", want: failed(opsv1.ReasonCreateFailed), says: "no space left",
 			script: func(n *upNode) { n.refuse("CreateContainer app/1", status.Error(codes.Unknown, "no space left")) },
 		},
 		{
@@ -98,27 +98,27 @@ func TestUpgradeFailures(t *testing.T) {
 		},
 		{
 			name: "not committed", edit: func(r *opsv1.PrepareUpgradeRequest) { r.HoldTimeout = seconds(60) },
-			want: failed(ReasonHoldTimeout), says: "not committed within 1m0s", after: time.Minute,
+			want: failed(opsv1.ReasonHoldTimeout), says: "not committed within 1m0s", after: time.Minute,
 		},
-		{name: "not committed by default", want: failed(ReasonHoldTimeout), after: defaultHold},
+		{name: "not committed by default", want: failed(opsv1.ReasonHoldTimeout), after: defaultHold},
 		{
 			name: "not stopped", edit: func(r *opsv1.PrepareUpgradeRequest) { r.HoldTimeout = seconds(60) }, commit: true,
-			want: failed(ReasonHoldTimeout), says: "was the pod's spec patched?", after: time.Minute,
+			want: failed(opsv1.ReasonHoldTimeout), says: "was the pod's spec patched?", after: time.Minute,
 		},
 		{
-			name: "ends before the commit", want: failed(ReasonNotRunning), commit: true, says: "exit code 3",
+			name: "ends before the commit", want: failed(opsv1.ReasonContainerNotRunning), commit: true, says: "exit code 3",
 			do: func(n *upNode) { n.rt.exit(n.t, "app/0", 3) },
 		},
 		{
 			name: "aborted when prepared", want: "CANCELLED, app CANCELLED Cancelled", says: "enough", do: abort,
 		},
 		{
-			name: "cannot start", edit: first(runBeside), commit: true, want: failed(ReasonStartFailed), says: "no such file",
+			name: "cannot start", edit: first(runBeside), commit: true, want: failed(opsv1.ReasonStartFailed), says: "no such file",
 			script: func(n *upNode) { n.rt.set(func(f *fakeRuntime) { failStarts(f, 100) }) },
 		},
 		{
 			name: "exits before it is ready", edit: first(func(c *opsv1.ContainerUpgrade) { runBeside(c); c.MinReadySeconds = 60 }), commit: true,
-			want: failed(ReasonSuccessorExited), says: "exit code 7",
+			want: failed(opsv1.ReasonNewContainerExited), says: "exit code 7",
 			script: func(n *upNode) {
 				n.after("StartContainer app/1", func() {
 					go func() {
@@ -423,7 +423,7 @@ func TestUpgradeOfTwoContainers(t *testing.T) {
 			o := n.engine.lookup("op")
 			_, err := o.Container(0).Write(func(rec *store.Container, c *opsv1.ContainerOperation) {
 				rec.Step, c.Phase = stepDone, opsv1.Phase_PHASE_FAILED
-				c.Reason, c.Message = ReasonSuccessorExited, "it ended"
+				c.Reason, c.Message = opsv1.ReasonNewContainerExited, "it ended"
 			})
 			n.must(err)
 			_, err = n.rt.RemoveContainer(t.Context(), &runtimeapi.RemoveContainerRequest{ContainerId: n.rt.idOf(t, "app/1")})
@@ -646,7 +646,7 @@ func TestUpgradeCredentialsAreNotKept(t *testing.T) {
 		synctest.Wait()
 		clean()
 		op := n.engine.lookup("op").Snapshot()
-		if got := op.GetContainers()[0].GetPull().GetReason(); got != reasonCredentialsNeeded {
+		if got := op.GetContainers()[0].GetPull().GetReason(); got != opsv1.ReasonCredentialsNeeded {
 			t.Errorf("operation: %v", op)
 		}
 		// Kubelet is not kept from anything meanwhile.
@@ -716,7 +716,7 @@ func TestUpgradeWithoutAJournal(t *testing.T) {
 			if got, want := n.rt.state(), "app/0 EXITED, app/1 RUNNING, web/0 RUNNING"; got != want {
 				t.Errorf("runtime has %s, want %s", got, want)
 			}
-			if op := n.engine.lookup("op").Snapshot(); op.GetContainers()[0].GetReason() != ReasonJournal {
+			if op := n.engine.lookup("op").Snapshot(); op.GetContainers()[0].GetReason() != opsv1.ReasonJournalError {
 				t.Errorf("operation: %v", op)
 			}
 		})
