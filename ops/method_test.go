@@ -37,7 +37,7 @@ func TestMethodForContainer(t *testing.T) {
 	for _, tc := range []struct {
 		name string
 		edit func(c *fakeContainer)
-		want Method
+		want string
 	}{
 		{name: "as usual", want: opsv1.MethodGate},
 		{name: "its own /dev", edit: func(c *fakeContainer) { c.config.Mounts[0].ContainerPath = "/dev" }, want: opsv1.MethodPidfd},
@@ -69,7 +69,7 @@ func TestMethodForContainer(t *testing.T) {
 			if got, want := verdict(op), "SUCCEEDED, app SUCCEEDED"; got != want {
 				t.Errorf("operation ended %s (%s)", got, op.GetMessage())
 			}
-			if got := op.GetContainers()[0].GetMethod(); got != string(tc.want) {
+			if got := op.GetContainers()[0].GetMethod(); got != tc.want {
 				t.Errorf("method is %s, want %s", got, tc.want)
 			}
 			n.checkSwap(t, "app/1, web/0")

@@ -71,7 +71,7 @@ type node struct {
 	*daemon
 	daemons []*daemon
 	sandbox string
-	method  Method
+	method  string
 	room    *room // nil: the processes' own cgroups, which are none of a pod
 }
 
@@ -81,7 +81,7 @@ type podOptions struct {
 	mounts      []*runtimeapi.Mount
 	hidden      bool   // app is made behind the proxy's back, as before its installation
 	processes   bool   // the containers have real ones
-	method      Method // the best that is allowed
+	method      string // the best that is allowed
 	room        *room  // of the pod
 }
 

@@ -124,7 +124,7 @@ func TestNoRoomForTheGate(t *testing.T) {
 		name   string
 		begin  func(*room) // before the operation
 		before func(*room) // before the old container is stopped
-		method Method
+		method string
 		calls  string
 		warns  string
 	}{
@@ -194,7 +194,7 @@ func TestNoRoomForTheGate(t *testing.T) {
 			if calls != tc.calls {
 				t.Errorf("calls are %s\nwant      %s", calls, tc.calls)
 			}
-			if got := op.GetContainers()[0].GetMethod(); got != string(tc.method) {
+			if got := op.GetContainers()[0].GetMethod(); got != tc.method {
 				t.Errorf("method is %s, want %s", got, tc.method)
 			}
 			if w := warnings(op); (w == "") != (tc.warns == "") || !strings.Contains(w, tc.warns) {
@@ -211,7 +211,7 @@ func TestNoRoomWhenArmed(t *testing.T) {
 		prepared, armed func(*room)
 		reboot          bool
 		want            string // what is alive then
-		method          Method
+		method          string
 	}{
 		"at once":                            {prepared: func(r *room) { r.used(60) }, want: "app/0, web/0", method: opsv1.MethodPidfd},
 		"later":                              {armed: func(r *room) { r.used(60) }, want: "app/0, web/0", method: opsv1.MethodPidfd},
@@ -254,7 +254,7 @@ func TestNoRoomWhenArmed(t *testing.T) {
 			n.must(err)
 			n.kubeletCreates("app:v2")
 			op := n.finish("op")
-			if got := verdict(op); got != succeeded || op.GetContainers()[0].GetMethod() != string(tc.method) {
+			if got := verdict(op); got != succeeded || op.GetContainers()[0].GetMethod() != tc.method {
 				t.Errorf("operation ended %s by %s (%s)", got, op.GetContainers()[0].GetMethod(), op.GetMessage())
 			}
 			if w := warnings(op); (tc.method == opsv1.MethodPidfd) != strings.Contains(w, "of memory free") {

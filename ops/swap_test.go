@@ -87,7 +87,7 @@ func plain(t testing.TB, kubelet runtimeapi.RuntimeServiceClient, view *intercep
 
 func TestMethods(t *testing.T) {
 	for _, tc := range []struct {
-		method Method
+		method string
 		late   bool // the runtime tells the end long after the kernel
 		calls  string
 	}{
@@ -97,7 +97,7 @@ func TestMethods(t *testing.T) {
 		{opsv1.MethodGate, true, "CreateContainer app/1; StartContainer app/1; StopContainer app/0 30s"},
 		{opsv1.MethodPidfd, true, "CreateContainer app/1; StopContainer app/0 30s; StartContainer app/1"},
 	} {
-		name := string(tc.method)
+		name := tc.method
 		if tc.late {
 			name += ", late runtime"
 		}
@@ -129,7 +129,7 @@ func TestMethods(t *testing.T) {
 			}
 			n.checkSwap(t, "app/1, web/0")
 			c := op.GetContainers()[0]
-			if c.GetMethod() != string(tc.method) || len(c.GetWarnings()) > 0 {
+			if c.GetMethod() != tc.method || len(c.GetWarnings()) > 0 {
 				t.Errorf("method is %s, warnings are %q", c.GetMethod(), c.GetWarnings())
 			}
 			if c.GetGap().AsDuration() < 0 || c.GetGap().AsDuration() > waitLong {
@@ -223,7 +223,7 @@ func TestGateCannotBeUsed(t *testing.T) {
 		script func(*fakeRuntime)
 		edit   func(*node)
 		want   string
-		method Method
+		method string
 		calls  string
 		living string
 		both   bool // the applications may have run at once
@@ -299,7 +299,7 @@ func TestGateCannotBeUsed(t *testing.T) {
 			if got := strings.Join(mutating(n.rt.takeCalls()), "; "); got != tc.calls {
 				t.Errorf("calls are %s\nwant      %s", got, tc.calls)
 			}
-			if got := op.GetContainers()[0].GetMethod(); got != string(tc.method) {
+			if got := op.GetContainers()[0].GetMethod(); got != tc.method {
 				t.Errorf("method is %s, want %s", got, tc.method)
 			}
 			if tc.living == "app/1, web/0" && tc.edit == nil && !strings.HasPrefix(early, "app/0, ") {
@@ -574,7 +574,7 @@ func TestResumeAtTheGate(t *testing.T) {
 	for _, tc := range []struct {
 		name   string
 		do     func(n *node, state string) // while there is no process
-		method Method
+		method string
 		calls  string
 		same   bool // the successor is that of the process before
 	}{
@@ -615,7 +615,7 @@ func TestResumeAtTheGate(t *testing.T) {
 			if got, want := verdict(op), "SUCCEEDED, app SUCCEEDED"; got != want {
 				t.Errorf("operation ended %s (%s), want %s", got, op.GetMessage(), want)
 			}
-			if got := op.GetContainers()[0].GetMethod(); got != string(tc.method) {
+			if got := op.GetContainers()[0].GetMethod(); got != tc.method {
 				t.Errorf("method is %s, want %s", got, tc.method)
 			}
 			if got := strings.Join(mutating(n.rt.takeCalls()), "; "); got != tc.calls {

@@ -74,8 +74,8 @@ func TestUpgradeAtTheGate(t *testing.T) {
 		name   string
 		do     func(n *node)
 		reboot bool
-		method Method
-		or     Method // if the process ends while it is looked at
+		method string
+		or     string // if the process ends while it is looked at
 	}{
 		{name: "it waits", method: opsv1.MethodGate},
 		{name: "it has died", do: func(n *node) { n.rt.exit(n.t, "app/1", 137) }, method: opsv1.MethodPidfd},
@@ -131,7 +131,7 @@ func TestUpgradeAtTheGate(t *testing.T) {
 			if got := n.rt.idOf(t, "app/1"); got != id {
 				t.Errorf("kubelet has %s, there is %s", id, got)
 			}
-			if got := Method(op.GetContainers()[0].GetMethod()); got != tc.method && (got != tc.or || tc.or == "") {
+			if got := op.GetContainers()[0].GetMethod(); got != tc.method && (got != tc.or || tc.or == "") {
 				t.Errorf("method is %s, want %s", got, tc.method)
 			}
 			n.checkSwap(t, "app/1, web/0")

@@ -69,7 +69,7 @@ func TestUpgradeAdoption(t *testing.T) {
 		attempt     uint32
 		edit        func(*runtimeapi.ContainerConfig)
 		want, state string
-		method      Method
+		method      string
 		adopted     bool
 		says        string
 	}{
@@ -102,7 +102,7 @@ func TestUpgradeAdoption(t *testing.T) {
 				n.must(n.kubeletMakes(t.Context(), req))
 				op := n.ends("op", tc.want, tc.state)
 				c := op.GetContainers()[0]
-				if tc.method != "" && c.GetMethod() != string(tc.method) {
+				if tc.method != "" && c.GetMethod() != tc.method {
 					t.Errorf("method is %s, want %s", c.GetMethod(), tc.method)
 				}
 				if said := strings.Join(append(c.GetWarnings(), c.GetMessage()), " "); !strings.Contains(said, tc.says) {
