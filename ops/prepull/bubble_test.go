@@ -25,6 +25,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/imagestore"
 )
 
 // bubble is a puller where time passes only when nothing else can happen: no sockets, so the runtime is called directly. That runtime
@@ -221,7 +222,7 @@ func (r *fakeRuntime) Invoke(ctx context.Context, method string, args, reply any
 	case *imagesapi.ListImagesRequest: // of those that we have pinned
 		list := &imagesapi.ListImagesResponse{}
 		for name, labels := range r.labels {
-			if labels[pinnedByUs] != "" {
+			if labels[imagestore.PinnedByUs] != "" {
 				list.Images = append(list.Images, &imagesapi.Image{Name: name, Labels: labels})
 			}
 		}
@@ -315,6 +316,14 @@ func (r *fakeRuntime) count() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return len(r.pulls)
+}
+
+func credentials(matches ...string) []*opsv1.RegistryCredential {
+	var out []*opsv1.RegistryCredential
+	for _, m := range matches {
+		out = append(out, &opsv1.RegistryCredential{Match: m, Username: m})
+	}
+	return out
 }
 
 func unauthorized() error {

@@ -81,7 +81,7 @@ func TestUnclaimed(t *testing.T) {
 			b.wantHidden(private, true, "at once")
 			time.Sleep(2 * time.Minute)
 			b.wantHidden(private, true, "later")
-			if open, over := b.claims.list(); !slices.Equal(open, []string{"sha256:" + private}) || len(over) > 0 {
+			if open, over := b.claims.List(); !slices.Equal(open, []string{"sha256:" + private}) || len(over) > 0 {
 				t.Errorf("open %q, over %v", open, over)
 			}
 		})

@@ -14,6 +14,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/imagefs"
 )
 
 // TestPinsAreBounded: what would take more of the disk than the pins of its kind may is pulled and not pinned.
@@ -27,11 +28,11 @@ func TestPinsAreBounded(t *testing.T) {
 			}
 			b.rt.disk = dir
 		})
-		_, _, total := b.imageFS(t.Context())
+		_, _, total := b.disk.Size(t.Context())
 		if total == 0 {
 			t.Fatal("the size of the disk is not known")
 		}
-		b.rt.set(func() { b.rt.size = uint64(total * 0.15 / (1 + unpacked)) }) // an image and what it is unpacked are 15 %
+		b.rt.set(func() { b.rt.size = uint64(total * 0.15 / (1 + imagefs.Unpacked)) }) // an image and what it is unpacked are 15 %
 		pull := func(uid, image, owner string, percent int32) *opsv1.PullOperation {
 			t.Helper()
 			b.pull(&opsv1.PullRequest{Uid: uid, Image: image, Owner: owner, PinFor: durationpb.New(time.Hour), PinPercent: percent})
@@ -51,7 +52,7 @@ func TestPinsAreBounded(t *testing.T) {
 		} {
 			op := pull(strings.ReplaceAll(tt.uid, " ", "-"), tt.image, tt.owner, tt.percent)
 			pinned := false
-			for _, p := range b.listPins() {
+			for _, p := range b.pins.List() {
 				pinned = pinned || p.GetOwner() == tt.owner
 			}
 			if pinned != tt.pinned || strings.HasPrefix(op.GetMessage(), "not pinned: the images that are pinned for objects of kind ImagePullJob hold about ") == tt.pinned {
@@ -87,12 +88,12 @@ func TestDiskIsMeasuredAsKubeletDoes(t *testing.T) {
 		{"up to just below the threshold", high(85), 0, 18, .5, false, ""},
 		{"to the threshold", high(85), 0, 18, 1, false, "would then be 86 % full, and " + gc},
 		{"kubelet begins a little before 85 %", high(85), 0, 16.2, .1, false, "would then be 85 % full, and " + gc},
-		{"of unknown size, at 82 %", high(85), 0, 18, unknown, false, ""},
-		{"of unknown size, at 85 %", high(85), 0, 15, unknown, false, "is 85 % full, and " + gc},
+		{"of unknown size, at 82 %", high(85), 0, 18, imagefs.UnknownSize, false, ""},
+		{"of unknown size, at 85 %", high(85), 0, 15, imagefs.UnknownSize, false, "is 85 % full, and " + gc},
 		{"another threshold", high(95), 0, 15, 1, false, ""},
 		{"no collection", high(100), 0, 5, 1, false, ""},
 		{"waited for", high(85), 0, 8, 1, true, ""},
-		{"waited for, of unknown size", high(85), 0, 1, unknown, true, ""},
+		{"waited for, of unknown size", high(85), 0, 1, imagefs.UnknownSize, true, ""},
 		{"waited for, and does not fit", high(85), 0, 8, 4, true, "needs about 14.0 GiB more (4.0 GiB to fetch, and unpacked), and the image file system at /images has 8.0 GiB left"},
 		{"number", nil, 80, 21, .1, false, ""},
 		{"number, above", nil, 80, 21, 1, false, "would then be 82 % full, of 80 % allowed"},
@@ -103,13 +104,13 @@ func TestDiskIsMeasuredAsKubeletDoes(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			inBubble(t, Options{HighThreshold: tt.high, MaxDiskPercent: tt.max}, func(t *testing.T, b *bubble) {
 				b.rt.set(func() { b.rt.disk = "/images" })
-				b.statfs = disk(tt.free)
-				missing := int64(unknown)
-				if tt.missing != unknown {
+				b.disk.Statfs = disk(tt.free)
+				missing := int64(imagefs.UnknownSize)
+				if tt.missing != imagefs.UnknownSize {
 					missing = int64(tt.missing * gib)
 				}
 				got := ""
-				if err := b.checkDisk(t.Context(), &pull{urgent: tt.urgent}, missing); err != nil {
+				if err := b.disk.Check(t.Context(), tt.urgent, missing); err != nil {
 					got = err.Error()
 				}
 				if (got == "") != (tt.want == "") || !strings.Contains(got, tt.want) {
@@ -125,7 +126,7 @@ func TestUpgradesAreNotKeptByTheDiskGuard(t *testing.T) {
 	for _, limit := range []int64{0, 1 << 30} {
 		inContainerd(t, Options{HighThreshold: func() int { return 85 }}, func(t *testing.T, n *node) {
 			n.rt.set(func() { n.rt.disk = "/images" })
-			n.statfs = func(_ string, fs *unix.Statfs_t) error {
+			n.disk.Statfs = func(_ string, fs *unix.Statfs_t) error {
 				*fs = unix.Statfs_t{Bsize: 4096, Blocks: 1000, Bavail: 100}
 				return nil
 			}
@@ -142,7 +143,7 @@ func TestUpgradesAreNotKeptByTheDiskGuard(t *testing.T) {
 			if err != nil || op.GetReason() != opsv1.PullReasonPulled {
 				t.Errorf("%v %v", op, err)
 			}
-			n.statfs = func(_ string, fs *unix.Statfs_t) error {
+			n.disk.Statfs = func(_ string, fs *unix.Statfs_t) error {
 				*fs = unix.Statfs_t{Bsize: 1024, Blocks: 1000, Bavail: 3} // 3.5 KiB are needed
 				return nil
 			}

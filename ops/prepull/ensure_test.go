@@ -14,9 +14,9 @@ import (
 
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/types/known/durationpb"
-	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/imagestore"
 )
 
 // course is what an Ensure has been told, without repetitions. States that last no time may be missing.
@@ -201,7 +201,7 @@ func TestPin(t *testing.T) {
 			b.rt.labels = map[string]map[string]string{id: {}, "sha256:nginx": {}}
 		})
 		pinned := func() (yes bool) {
-			b.rt.set(func() { yes = b.rt.labels[id][pinLabel] == pinValue })
+			b.rt.set(func() { yes = b.rt.labels[id][imagestore.PinLabel] == imagestore.PinValue })
 			return yes
 		}
 
@@ -209,7 +209,7 @@ func TestPin(t *testing.T) {
 		if err := b.Pin(t.Context(), "docker.io/library/nginx:latest", "me", until); err != nil || !pinned() {
 			t.Fatalf("not pinned: %v", err)
 		}
-		if pins := b.listPins(); len(pins) != 1 || pins[0].GetImageId() != id || pins[0].GetImage() != "docker.io/library/nginx:latest" || pins[0].GetOwner() != "me" || !pins[0].GetExpireTime().AsTime().Equal(until) {
+		if pins := b.pins.List(); len(pins) != 1 || pins[0].GetImageId() != id || pins[0].GetImage() != "docker.io/library/nginx:latest" || pins[0].GetOwner() != "me" || !pins[0].GetExpireTime().AsTime().Equal(until) {
 			t.Errorf("%v", pins)
 		}
 		// Again, for longer; it outlives the process, and ends by itself.
@@ -217,24 +217,24 @@ func TestPin(t *testing.T) {
 			t.Fatal(err)
 		}
 		b.restart()
-		time.Sleep(time.Until(until) + 10*sweepEvery)
+		time.Sleep(time.Until(until) + 10*sweepInterval)
 		if !pinned() {
 			t.Error("not pinned any more")
 		}
 		time.Sleep(time.Hour)
-		if pinned() || len(b.listPins()) != 0 {
-			t.Errorf("still pinned: %v", b.listPins())
+		if pinned() || len(b.pins.List()) != 0 {
+			t.Errorf("still pinned: %v", b.pins.List())
 		}
 		if err := b.Pin(t.Context(), "none", "me", until); !errdefs.IsNotFound(err) {
 			t.Errorf("an image that is not there: %v", err)
 		}
-		b.rt.set(func() { b.rt.labels[id] = map[string]string{pinLabel: pinValue} })
-		if err := b.Pin(t.Context(), "docker.io/library/nginx:latest", "me", until); err != nil || len(b.listPins()) != 0 {
-			t.Errorf("an image that the configuration pins: %v, %v", err, b.listPins())
+		b.rt.set(func() { b.rt.labels[id] = map[string]string{imagestore.PinLabel: imagestore.PinValue} })
+		if err := b.Pin(t.Context(), "docker.io/library/nginx:latest", "me", until); err != nil || len(b.pins.List()) != 0 {
+			t.Errorf("an image that the configuration pins: %v, %v", err, b.pins.List())
 		}
 		b.rt.set(func() { b.rt.labels = nil })
-		if err := b.Pin(t.Context(), "nginx", "me", until); !unavailable(err) || len(b.listPins()) != 0 {
-			t.Errorf("a runtime that is not containerd: %v, %v", err, b.listPins())
+		if err := b.Pin(t.Context(), "nginx", "me", until); !imagestore.Unavailable(err) || len(b.pins.List()) != 0 {
+			t.Errorf("a runtime that is not containerd: %v, %v", err, b.pins.List())
 		}
 	})
 }
@@ -247,7 +247,7 @@ func TestPinOfAnImageThatIsGone(t *testing.T) {
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", Owner: "me", PinFor: durationpb.New(time.Hour)})
 		b.want("a", succeeded, opsv1.PullReasonPulled)
 		pinned := func() (yes bool) {
-			b.rt.set(func() { yes = b.rt.labels[id][pinLabel] == pinValue })
+			b.rt.set(func() { yes = b.rt.labels[id][imagestore.PinLabel] == imagestore.PinValue })
 			return yes
 		}
 		list := func(gone bool) {
@@ -260,11 +260,11 @@ func TestPinOfAnImageThatIsGone(t *testing.T) {
 		list(false)
 		b.rt.set(func() { delete(b.rt.images, name); delete(b.rt.labels, id) })
 		list(true)
-		time.Sleep(2 * sweepEvery)
+		time.Sleep(2 * sweepInterval)
 		list(true)
 		b.rt.set(func() { b.rt.images[name], b.rt.labels[id] = true, map[string]string{} })
 		list(false)
-		time.Sleep(2 * sweepEvery)
+		time.Sleep(2 * sweepInterval)
 		if !pinned() {
 			t.Error("the image is back, and not pinned")
 		}
@@ -273,26 +273,4 @@ func TestPinOfAnImageThatIsGone(t *testing.T) {
 			t.Error("pinned after its time")
 		}
 	})
-}
-
-func TestNameOf(t *testing.T) {
-	image := &runtimeapi.Image{Id: "sha256:0123456789abcdef", RepoTags: []string{"docker.io/library/nginx:1"}, RepoDigests: []string{"docker.io/library/nginx@sha256:00"}}
-	for _, tt := range []struct {
-		asked string
-		image *runtimeapi.Image
-		want  string
-	}{
-		{"nginx:1", image, "docker.io/library/nginx:1"},
-		{"nginx", image, "docker.io/library/nginx:latest"},
-		{image.GetId(), image, "docker.io/library/nginx:1"},
-		{"0123456789ab", image, "docker.io/library/nginx:1"},
-		{image.GetId(), &runtimeapi.Image{Id: image.GetId(), RepoDigests: image.GetRepoDigests()}, "docker.io/library/nginx@sha256:00"},
-		{image.GetId(), &runtimeapi.Image{Id: image.GetId()}, image.GetId()},
-	} {
-		t.Run(tt.asked, func(t *testing.T) {
-			if got := nameOf(tt.image, tt.asked); got != tt.want {
-				t.Errorf("nameOf(%q): %s, want %s", tt.asked, got, tt.want)
-			}
-		})
-	}
 }

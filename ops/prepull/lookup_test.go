@@ -40,6 +40,8 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/imagestore"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/registry"
 )
 
 // node is a bubble whose runtime has a content store and leases as containerd has them, with a registry that is no more than a function.
@@ -65,7 +67,7 @@ func inContainerd(t *testing.T, o Options, f func(t *testing.T, n *node)) {
 		n.opts.StateDir, n.opts.Conn, n.opts.Log, n.opts.Hosts = dir, n.rt, log, n.hosts
 		held := &held{resources: map[string]map[leases.Resource]bool{}}
 		n.opened = func(p *Puller) {
-			p.store.content, p.store.leases = &blobs{Store: files, held: held, created: map[digest.Digest]time.Time{}, refer: map[digest.Digest]bool{}}, held
+			p.store.Content, p.store.Leases = &blobs{Store: files, held: held, created: map[digest.Digest]time.Time{}, refer: map[digest.Digest]bool{}}, held
 		}
 		n.open()
 		synctest.Wait() // what a puller begins with is over, and a test may set up its runtime
@@ -166,7 +168,7 @@ func (b *blobs) Writer(ctx context.Context, opts ...content.WriterOpt) (content.
 		}
 	}
 	if id, ok := leases.FromContext(ctx); ok {
-		if err := b.held.AddResource(ctx, leases.Lease{ID: id}, leases.Resource{ID: o.Desc.Digest.String(), Type: contentResource}); err != nil {
+		if err := b.held.AddResource(ctx, leases.Lease{ID: id}, leases.Resource{ID: o.Desc.Digest.String(), Type: imagestore.ContentResource}); err != nil {
 			return nil, err
 		}
 	}
@@ -184,7 +186,7 @@ func (b *blobs) Info(ctx context.Context, d digest.Digest) (content.Info, error)
 	b.mu.Lock()
 	info.CreatedAt = b.created[d]
 	if b.refer[d] {
-		info.Labels = map[string]string{gcRef + ".config": "sha256:0"}
+		info.Labels = map[string]string{imagestore.GCRefLabel + ".config": "sha256:0"}
 	}
 	b.mu.Unlock()
 	return info, err
@@ -225,12 +227,12 @@ func (n *node) requests() []string {
 // bring puts a blob into the content store as the runtime does, under the lease of its call. Manifests and indexes are labelled a moment later.
 func (n *node) bring(ctx context.Context, list ...blob) error {
 	for _, b := range list {
-		if err := content.WriteBlob(ctx, n.store.content, remotes.MakeRefKey(ctx, b.Descriptor), bytes.NewReader(b.raw), b.Descriptor); err != nil {
+		if err := content.WriteBlob(ctx, n.store.Content, remotes.MakeRefKey(ctx, b.Descriptor), bytes.NewReader(b.raw), b.Descriptor); err != nil {
 			return err
 		}
 		if images.IsManifestType(b.MediaType) || images.IsIndexType(b.MediaType) {
 			time.Sleep(5 * time.Millisecond)
-			s := n.store.content.(*blobs)
+			s := n.store.Content.(*blobs)
 			s.mu.Lock()
 			s.refer[b.Digest] = true
 			s.mu.Unlock()
@@ -241,7 +243,7 @@ func (n *node) bring(ctx context.Context, list ...blob) error {
 
 // ours returns the leases.
 func (n *node) ours() []string {
-	ids, err := n.store.ourLeases(n.t.Context())
+	ids, err := n.store.OurLeases(n.t.Context())
 	if err != nil {
 		n.t.Error(err)
 	}
@@ -314,7 +316,7 @@ func TestManifestOfTheRuntime(t *testing.T) {
 	for _, index := range []bool{false, true} {
 		inContainerd(t, Options{}, func(t *testing.T, n *node) {
 			image := sampleOf(layer("a", 1000), layer("b", 200), layer("c", 30))
-			other, err := n.store.lease(t.Context(), "another")
+			other, err := n.store.Lease(t.Context(), "another")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -499,7 +501,7 @@ func TestLookUpIsBounded(t *testing.T) {
 			return nil, req.Context().Err()
 		}
 		const why = "without the speed limit of 1.0 MiB/s: registry r.io has not told cri-proxy the image's manifest within 5s"
-		for i, wait := range []time.Duration{lookupPatience, 0, lookupPatience} {
+		for i, wait := range []time.Duration{registry.LookUpTimeout, 0, registry.LookUpTimeout} {
 			uid := name(i)
 			n.pull(&opsv1.PullRequest{Uid: uid, Image: "r.io/" + uid, BytesPerSecond: 1 << 20})
 			began := time.Now()
@@ -518,7 +520,7 @@ func TestLookUpIsBounded(t *testing.T) {
 				t.Errorf("pull %d: the registry is asked %q", i, asked)
 			}
 			if i == 1 {
-				time.Sleep(lookupMemory)
+				time.Sleep(registry.SilenceAge)
 			}
 		}
 	})
@@ -647,11 +649,11 @@ func TestLimitedFetchesWhatIsMissing(t *testing.T) {
 			n.rt.disk = "/var/lib/containerd/io.containerd.snapshotter.v1.zfs"
 			n.rt.pulling = func(ctx context.Context, _ *runtimeapi.PullImageRequest) error {
 				for _, b := range append([]blob{image.manifest, image.config}, image.layers[unpacked:]...) {
-					if _, err := n.store.content.Info(ctx, b.Digest); err != nil {
+					if _, err := n.store.Content.Info(ctx, b.Digest); err != nil {
 						t.Errorf("not there: %v", err)
 					}
 				}
-				kept, err := n.store.leases.ListResources(ctx, leases.Lease{ID: n.ours()[0]})
+				kept, err := n.store.Leases.ListResources(ctx, leases.Lease{ID: n.ours()[0]})
 				if unpacked > 0 && !slices.Contains(kept, leases.Resource{ID: image.chain[unpacked-1].String(), Type: "snapshots/zfs"}) {
 					t.Errorf("the snapshots may go: %v, %v", kept, err)
 				}
@@ -805,7 +807,7 @@ func TestSnapshotter(t *testing.T) {
 					}
 					return nil
 				}
-				if got := b.snapshotter(t.Context(), tt.handler); got != tt.want {
+				if got := b.store.Snapshotter(t.Context(), b.images, b.runtime, tt.handler); got != tt.want {
 					t.Errorf("%q, want %q", got, tt.want)
 				}
 			})

@@ -35,8 +35,8 @@ func TestPlatform(t *testing.T) {
 				})
 				b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", PinFor: durationpb.New(time.Hour)})
 				op := b.want("a", tt.phase, tt.reason)
-				if op.GetAttempt() != 1 || len(b.listPins()) != map[bool]int{true: 1}[tt.phase == succeeded] {
-					t.Errorf("pins %v, %v", b.listPins(), op)
+				if op.GetAttempt() != 1 || len(b.pins.List()) != map[bool]int{true: 1}[tt.phase == succeeded] {
+					t.Errorf("pins %v, %v", b.pins.List(), op)
 				}
 				if tt.phase == failed && !strings.Contains(op.GetMessage(), "is for "+runtime.GOOS+"/s390x, this node is "+runtime.GOOS+"/"+runtime.GOARCH) {
 					t.Errorf("%v", op)

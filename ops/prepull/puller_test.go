@@ -21,6 +21,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/registry"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -176,7 +177,7 @@ func TestBackOffOfOthers(t *testing.T) {
 		err          error
 		job, upgrade bool // whether it waits
 	}{
-		opsv1.PullReasonTooManyRequests:     {&failure{reason: opsv1.PullReasonTooManyRequests, message: "slow down"}, true, true},
+		opsv1.PullReasonTooManyRequests:     {&registry.Failure{Reason: opsv1.PullReasonTooManyRequests, Message: "slow down"}, true, true},
 		opsv1.PullReasonRegistryUnavailable: {broken(), true, false},
 		opsv1.PullReasonTimeout:             {status.Error(codes.DeadlineExceeded, "late"), true, false},
 		opsv1.PullReasonDiskPressure:        {status.Error(codes.Unknown, "no space left on device"), false, false},
@@ -450,7 +451,7 @@ func TestRestart(t *testing.T) {
 		}
 		b.pull(&opsv1.PullRequest{Uid: "late", Image: "app", Credentials: secret.GetCredentials()})
 		b.end("late")
-		if _, err := b.submit(&opsv1.PullRequest{Uid: "done", Image: "other"}); status.Code(err) != codes.AlreadyExists {
+		if _, err := b.take(&opsv1.PullRequest{Uid: "done", Image: "other"}, false); status.Code(err) != codes.AlreadyExists {
 			t.Error(err)
 		}
 	})
@@ -461,7 +462,7 @@ func TestCredentialsDoNotCome(t *testing.T) {
 		b.rt.takes = time.Minute
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", Credentials: credentials("docker.io")})
 		b.restart()
-		time.Sleep(credentialsPatience - time.Minute)
+		time.Sleep(credentialsTimeout - time.Minute)
 		b.want("a", waiting, opsv1.PullReasonCredentialsNeeded)
 		if op := b.end("a"); op.GetPhase() != failed || op.GetReason() != opsv1.PullReasonCredentialsNeeded {
 			t.Errorf("%v", op)
@@ -473,7 +474,7 @@ func TestExpiry(t *testing.T) {
 	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
 		b.want("a", succeeded, opsv1.PullReasonPulled)
-		time.Sleep(keepFinished + 2*sweepEvery)
+		time.Sleep(keepFinished + 2*sweepInterval)
 		if _, err := NewServer(b.Puller).GetPull(t.Context(), &opsv1.GetPullRequest{Uid: "a"}); status.Code(err) != codes.NotFound {
 			t.Error(err)
 		}
@@ -488,11 +489,11 @@ func TestTooMany(t *testing.T) {
 	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
 		b.rt.takes = time.Hour
 		for i := range maxActive {
-			if _, err := b.submit(&opsv1.PullRequest{Uid: name(i), Image: name(i)}); err != nil {
+			if _, err := b.take(&opsv1.PullRequest{Uid: name(i), Image: name(i)}, false); err != nil {
 				t.Fatal(err)
 			}
 		}
-		if _, err := b.submit(&opsv1.PullRequest{Uid: "more", Image: "nginx"}); status.Code(err) != codes.ResourceExhausted {
+		if _, err := b.take(&opsv1.PullRequest{Uid: "more", Image: "nginx"}, false); status.Code(err) != codes.ResourceExhausted {
 			t.Error(err)
 		}
 		synctest.Wait()
@@ -602,7 +603,7 @@ func TestDamagedFile(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				if _, err := p.submit(&opsv1.PullRequest{Uid: "b", Image: "busybox"}); err != nil {
+				if _, err := p.take(&opsv1.PullRequest{Uid: "b", Image: "busybox"}, false); err != nil {
 					t.Errorf("pulls are refused: %v", err)
 				}
 				if err := p.Close(); err != nil {

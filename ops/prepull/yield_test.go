@@ -27,6 +27,8 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/imagestore"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/yield"
 )
 
 const mib = 1 << 20
@@ -85,7 +87,7 @@ func (r *fakeRuntime) fetch(ctx context.Context, req *runtimeapi.PullImageReques
 	r.mu.Lock()
 	l := r.content.open[ref]
 	if l == nil {
-		l = &fakeLayer{digest: d, began: now, total: int64(takes.Seconds() * rateOfOurs), lease: leaseID(name + "|" + req.GetImage().GetRuntimeHandler())}
+		l = &fakeLayer{digest: d, began: now, total: int64(takes.Seconds() * rateOfOurs), lease: imagestore.LeaseID(name + "|" + req.GetImage().GetRuntimeHandler())}
 		r.content.open[ref] = l
 	}
 	if r.content.blobs[d] == nil {
@@ -147,7 +149,7 @@ func (c *contents) answer(args, reply any) (known bool, err error) {
 		c.infos++
 		info := &contentapi.Info{Digest: req.GetDigest(), Size: int64(len(raw))}
 		if len(raw) > 1 {
-			info.Labels = map[string]string{gcRef + ".config": "sha256:0"}
+			info.Labels = map[string]string{imagestore.GCRefLabel + ".config": "sha256:0"}
 		}
 		proto.Merge(to, &contentapi.InfoResponse{Info: info})
 	case *leasesapi.ListRequest:
@@ -301,12 +303,12 @@ func TestKubeletPullsInVain(t *testing.T) {
 		yields int
 		most   time.Duration
 	}{
-		"hang":                {0, 0, 0, time.Minute + time.Second},
-		"hang, again":         {0, 5 * time.Second, 0, time.Minute + time.Second},
-		"trickle":             {20 << 10, 0, 4, 75 * time.Second},
-		"trickle, again":      {20 << 10, 30 * time.Second, 4, 75 * time.Second},
-		"little comes":        {200 << 10, 0, 4, 75 * time.Second},
-		"little comes, again": {200 << 10, 15 * time.Second, 4, 75 * time.Second},
+		"hang":                 {0, 0, 0, time.Minute + time.Second},
+		"hang, again":          {0, 5 * time.Second, 0, time.Minute + time.Second},
+		"yield.Trickle":        {20 << 10, 0, 4, 75 * time.Second},
+		"yield.Trickle, again": {20 << 10, 30 * time.Second, 4, 75 * time.Second},
+		"little comes":         {200 << 10, 0, 4, 75 * time.Second},
+		"little comes, again":  {200 << 10, 15 * time.Second, 4, 75 * time.Second},
 	} {
 		t.Run(name, func(t *testing.T) {
 			inContent(t, Options{}, func(t *testing.T, b *bubble) {
@@ -346,7 +348,7 @@ func TestKubeletPullsInVain(t *testing.T) {
 func TestSwiftLayersAreOurs(t *testing.T) {
 	inContent(t, Options{Parallel: 2}, func(t *testing.T, b *bubble) {
 		b.ours("a", 60)
-		lease := leaseID("docker.io/library/a:latest|")
+		lease := imagestore.LeaseID("docker.io/library/a:latest|")
 		b.rt.set(func() {
 			b.rt.content.leases[lease] = &fakeLease{began: time.Now()}
 			b.rt.content.swift = true
@@ -354,7 +356,7 @@ func TestSwiftLayersAreOurs(t *testing.T) {
 		})
 		done := b.KubeletPulls("there")
 		for i := range 40 {
-			time.Sleep(watchEvery)
+			time.Sleep(yield.WatchInterval)
 			d := digest.FromString(name(i))
 			b.rt.set(func() {
 				b.rt.content.open[refOf(d)] = &fakeLayer{digest: d, began: time.Now(), from: time.Now().Add(-time.Second), total: 8 * mib, rate: rateOfOurs, lease: lease}
@@ -384,7 +386,7 @@ func TestGivesWayBesideTrickles(t *testing.T) {
 		time.Sleep(30 * time.Second)
 		b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 		end()
-		time.Sleep(rateOver)
+		time.Sleep(yield.RateOver)
 		b.want("a", resolving, "")
 		for _, end := range ends {
 			end()
@@ -425,13 +427,13 @@ func TestYieldIsBounded(t *testing.T) {
 		op := b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 		_, at, _ := strings.Cut(op.GetMessage(), "goes on at ")
 		until, err := time.Parse(time.RFC3339, strings.TrimSuffix(at, " in any case"))
-		if left := time.Until(until); err != nil || left > yieldMost || left < yieldMost-3*time.Second {
+		if left := time.Until(until); err != nil || left > yield.MaxPause || left < yield.MaxPause-3*time.Second {
 			t.Errorf("%v: %v", op, err)
 		}
 		time.Sleep(time.Until(until) + time.Second)
 		b.want("a", resolving, "")
 		// Two minutes stood aside, two on, two aside, and the rest.
-		if op := b.end("a"); op.GetPhase() != succeeded || took(op).Round(20*time.Second) != 2*yieldMost+200*time.Second || b.yields() != 2 {
+		if op := b.end("a"); op.GetPhase() != succeeded || took(op).Round(20*time.Second) != 2*yield.MaxPause+200*time.Second || b.yields() != 2 {
 			t.Errorf("%d yields, %s: %v", b.yields(), took(op), op)
 		}
 		end()
@@ -451,7 +453,7 @@ func TestYieldsAreBounded(t *testing.T) {
 			}
 		}()
 		b.ours("a", 100)
-		if op := b.end("a"); op.GetPhase() != succeeded || took(op) > 4*yieldMost || b.yields() > int(2*yieldMost/cutCost) {
+		if op := b.end("a"); op.GetPhase() != succeeded || took(op) > 4*yield.MaxPause || b.yields() > int(2*yield.MaxPause/yield.CutCost) {
 			t.Errorf("%d yields, %s: %v", b.yields(), took(op), op)
 		}
 		cancel()
@@ -475,8 +477,8 @@ func TestUrgentNeverYields(t *testing.T) {
 				t.Errorf("%v, %v after %s", op, err, time.Since(began))
 			}
 		}
-		ensure("upgrade", 10*time.Second+progressEvery)
-		ensure("other", 10*time.Second+progressEvery) // had yielded
+		ensure("upgrade", 10*time.Second+progressInterval)
+		ensure("other", 10*time.Second+progressInterval) // had yielded
 		if b.yields() != 1 {
 			t.Errorf("%d yields", b.yields())
 		}
@@ -486,7 +488,7 @@ func TestUrgentNeverYields(t *testing.T) {
 		b.pull(&opsv1.PullRequest{Uid: "queued", Image: "queued"})
 		b.hurry("late")
 		end = b.kubelet("more", 50*mib)
-		ensure("late", 10*time.Second+progressEvery)
+		ensure("late", 10*time.Second+progressInterval)
 		if b.yields() != 1 {
 			t.Errorf("%d yields", b.yields())
 		}
@@ -634,7 +636,7 @@ func TestGivesWayBlindly(t *testing.T) {
 			t.Errorf("%d pulls: %v", b.rt.count(), op)
 		}
 		b.want("b", waiting, opsv1.PullReasonYieldsToKubelet)
-		if op := b.end("b"); op.GetPhase() != succeeded || took(op) > yieldMost+31*time.Second {
+		if op := b.end("b"); op.GetPhase() != succeeded || took(op) > yield.MaxPause+31*time.Second {
 			t.Errorf("%s: %v", took(op), op)
 		}
 		done()
@@ -659,7 +661,7 @@ func TestKubeletWaitsForASlot(t *testing.T) {
 		b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 		time.Sleep(2 * time.Second)
 		b.want("a", resolving, "") // there is nothing to gain
-		if !b.slotsWanted(t.Context(), b.pulls["a"]) {
+		if !b.yielder.slotsWanted(t.Context(), b.pulls["a"]) {
 			t.Error("it takes a slot again")
 		}
 		time.Sleep(10 * time.Second)
@@ -668,7 +670,7 @@ func TestKubeletWaitsForASlot(t *testing.T) {
 		}
 		b.rt.set(func() { delete(b.rt.content.open, manifest) })
 		done()
-		if b.end("a"); b.slotsWanted(t.Context(), b.pulls["a"]) {
+		if b.end("a"); b.yielder.slotsWanted(t.Context(), b.pulls["a"]) {
 			t.Error("it takes no slot, and nobody wants one")
 		}
 	})
@@ -708,11 +710,11 @@ func TestKubeletWantsALayer(t *testing.T) {
 		// As long as bytes come, ours have nothing to gain; that of another image may be pulled.
 		kubelets := b.rt.content.open[refOf(base)]
 		b.rt.set(func() { kubelets.from, kubelets.rate = time.Now(), 64<<10 })
-		time.Sleep(2 * yieldMost)
+		time.Sleep(2 * yield.MaxPause)
 		b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 		// It stands still: ours go on some time, and where kubelet's had come to.
 		b.rt.set(func() { kubelets.kept, kubelets.rate = kubelets.offset(time.Now()), 0 })
-		time.Sleep(yieldMost + time.Second)
+		time.Sleep(yield.MaxPause + time.Second)
 		b.want("a", resolving, "")
 		done()
 		if op := b.end("a"); op.GetPhase() != succeeded || op.GetAttempt() != 1 {
@@ -824,7 +826,7 @@ func TestYieldEndsUnseen(t *testing.T) {
 		time.Sleep(time.Second)
 		b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 		b.rt.set(func() { b.rt.content.broken = true })
-		time.Sleep(yieldMost)
+		time.Sleep(yield.MaxPause)
 		b.want("a", resolving, "")
 		b.end("a")
 		done()
@@ -836,7 +838,7 @@ func TestYieldEndsUnseen(t *testing.T) {
 			time.Sleep(time.Second)
 			b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 			b.rt.set(func() { b.rt.content.broken = true })
-			time.Sleep(yieldMost)
+			time.Sleep(yield.MaxPause)
 			b.want("a", resolving, "")
 			b.end("a")
 			end()
@@ -859,7 +861,7 @@ func TestBlobsWithoutLabels(t *testing.T) {
 		done := b.KubeletPulls("other")
 		time.Sleep(5 * time.Second)
 		b.rt.set(func() {
-			if n := b.rt.content.infos; n < 2 || n > 2+int(bareFor/watchEvery) {
+			if n := b.rt.content.infos; n < 2 || n > 2+int(yield.BareAge/yield.WatchInterval) {
 				t.Errorf("asked %d times", n)
 			}
 			b.rt.content.infos = 0

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package prepull
+package registry_test
 
 import (
 	"context"
@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/registry"
 )
 
 // TestExplain has what containerd 2.4 says through CRI, and what its resolver returns here.
@@ -44,21 +45,21 @@ func TestExplain(t *testing.T) {
 		"ctx":                {fmt.Errorf("x: %w", context.DeadlineExceeded), opsv1.PullReasonTimeout, false},
 		"platform":           {status.Error(codes.NotFound, pull+`no match for platform in manifest sha256:0: not found`), opsv1.PullReasonInvalidImage, true},
 		"disk full":          {status.Error(codes.Unknown, pull+`write /var/lib/containerd/x: no space left on device`), opsv1.PullReasonDiskPressure, false},
-		"stalled":            {fmt.Errorf("%w (2m0s)", errStalled), opsv1.PullReasonRegistryUnavailable, false},
+		"stalled":            {fmt.Errorf("%w (2m0s)", registry.ErrStalled), opsv1.PullReasonRegistryUnavailable, false},
 		"unknown CA":         {status.Error(codes.Unknown, pull+`failed to do request: Head "https://r.io/v2/a/manifests/1": tls: failed to verify certificate: x509: certificate signed by unknown authority`), opsv1.PullReasonRegistryUnavailable, false},
 		"no TLS":             {status.Error(codes.Unknown, pull+`failed to do request: Head "https://r.io/v2/a/manifests/1": http: server gave HTTP response to HTTPS client`), opsv1.PullReasonRegistryUnavailable, false},
 		"400":                {status.Error(codes.Unknown, pull+`unexpected status from HEAD request to http://r.io:5000/v2/a/manifests/1: 400 Bad Request`), opsv1.PullReasonRegistryUnavailable, false},
 		"whatever":           {errors.New("whatever"), opsv1.PullReasonRuntimeError, false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			f := explain(tt.err, "r.io")
-			if f.reason != tt.reason || f.final != tt.final {
-				t.Errorf("%s, final %v: %s", f.reason, f.final, f.message)
+			f := registry.Explain(tt.err, "r.io")
+			if f.Reason != tt.reason || f.Final != tt.final {
+				t.Errorf("%s, final %v: %s", f.Reason, f.Final, f.Message)
 			}
-			if strings.Contains(f.message, "scope=x") {
-				t.Errorf("the query is told: %s", f.message)
+			if strings.Contains(f.Message, "scope=x") {
+				t.Errorf("the query is told: %s", f.Message)
 			}
-			if again := explain(fmt.Errorf("y: %w", f), "other"); again != f {
+			if again := registry.Explain(fmt.Errorf("y: %w", f), "other"); again != f {
 				t.Errorf("explained twice: %v", again)
 			}
 		})
@@ -72,7 +73,7 @@ func TestWithoutSecrets(t *testing.T) {
 		`http://a?b http://c?d "http://e:5000/f@sha256:0": 500`: `http://a?... http://c?... "http://e:5000/f@sha256:0": 500`,
 		`is this so? yes`: `is this so? yes`,
 	} {
-		if got := withoutSecrets(text); got != want {
+		if got := registry.Explain(errors.New(text), "r.io").Message; got != want {
 			t.Errorf("%s: got %s", text, got)
 		}
 	}
