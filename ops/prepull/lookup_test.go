@@ -21,7 +21,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	introspectionapi "github.com/containerd/containerd/api/services/introspection/v1"
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
@@ -782,35 +781,4 @@ func TestNoLimitWithoutContainerd(t *testing.T) {
 			t.Errorf("%v", op)
 		}
 	})
-}
-
-func TestSnapshotter(t *testing.T) {
-	const config = `{"containerd":{"runtimes":{"runc":{"snapshotter":""},"kata":{"snapshotter":"devmapper"}}}}`
-	for _, tt := range []struct{ name, disk, root, handler, want string }{
-		{"default", "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs", "", "", "overlayfs"},
-		{"handler without its own", "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs", "", "runc", "overlayfs"},
-		{"handler that is not known", "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs", "", "gvisor", "overlayfs"},
-		{"handler with its own", "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs", "", "kata", "devmapper"},
-		{"elsewhere", "/data/snapshots", "/data/snapshots/", "", "native"},
-		{"not told", "/data/snapshots", "/data/other", "", ""},
-		{"nothing", "", "", "", ""},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			inBubble(t, Options{}, func(t *testing.T, b *bubble) {
-				b.rt.disk = tt.disk
-				b.rt.answer = func(args any) proto.Message {
-					switch args.(type) {
-					case *runtimeapi.StatusRequest:
-						return &runtimeapi.StatusResponse{Info: map[string]string{"config": config}}
-					case *introspectionapi.PluginsRequest:
-						return &introspectionapi.PluginsResponse{Plugins: []*introspectionapi.Plugin{{ID: "native", Exports: map[string]string{"root": tt.root}}}}
-					}
-					return nil
-				}
-				if got := b.store.Snapshotter(t.Context(), b.images, b.runtime, tt.handler); got != tt.want {
-					t.Errorf("%q, want %q", got, tt.want)
-				}
-			})
-		})
-	}
 }

@@ -12,7 +12,11 @@ import (
 )
 
 func TestNameOf(t *testing.T) {
-	image := &runtimeapi.Image{Id: "sha256:0123456789abcdef", RepoTags: []string{"docker.io/library/nginx:1"}, RepoDigests: []string{"docker.io/library/nginx@sha256:00"}}
+	image := &runtimeapi.Image{
+		Id: "sha256:0123456789abcdef", RepoTags: []string{"docker.io/library/nginx:1"},
+		RepoDigests: []string{"docker.io/library/nginx@sha256:00"},
+	}
+	untagged := &runtimeapi.Image{Id: image.GetId(), RepoDigests: image.GetRepoDigests()}
 	for _, tt := range []struct {
 		asked string
 		image *runtimeapi.Image
@@ -22,7 +26,7 @@ func TestNameOf(t *testing.T) {
 		{"nginx", image, "docker.io/library/nginx:latest"},
 		{image.GetId(), image, "docker.io/library/nginx:1"},
 		{"0123456789ab", image, "docker.io/library/nginx:1"},
-		{image.GetId(), &runtimeapi.Image{Id: image.GetId(), RepoDigests: image.GetRepoDigests()}, "docker.io/library/nginx@sha256:00"},
+		{image.GetId(), untagged, "docker.io/library/nginx@sha256:00"},
 		{image.GetId(), &runtimeapi.Image{Id: image.GetId()}, image.GetId()},
 	} {
 		t.Run(tt.asked, func(t *testing.T) {

@@ -19,7 +19,8 @@ func TestAuthConfig(t *testing.T) {
 		t.Errorf("%v", basic)
 	}
 	// containerd would take the name, and leave the token.
-	token := registry.AuthConfig(&opsv1.RegistryCredential{Username: "00000000-0000-0000-0000-000000000000", IdentityToken: "t"})
+	const noName = "00000000-0000-0000-0000-000000000000"
+	token := registry.AuthConfig(&opsv1.RegistryCredential{Username: noName, IdentityToken: "t"})
 	if token.GetUsername() != "" || token.GetIdentityToken() != "t" {
 		t.Errorf("%v", token)
 	}

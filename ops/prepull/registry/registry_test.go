@@ -28,7 +28,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/prepull/registry"
 )
 
-// serveManifest serves one manifest, for every name, and returns the directory that leads r.io to it. header goes into hosts.toml.
+// serveManifest serves one manifest, for every name, and returns the directory that leads r.io to it.
+// header goes into hosts.toml.
 func serveManifest(t *testing.T, manifest any, header string, answer http.HandlerFunc) string {
 	t.Helper()
 	raw, err := json.Marshal(manifest)
@@ -90,7 +91,10 @@ func TestManifestThatLies(t *testing.T) {
 		"huge":        {{MediaType: ocispec.MediaTypeImageLayer, Digest: good, Size: 1 << 62}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			dir := serveManifest(t, ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest, Config: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageConfig, Digest: good, Size: 1}, Layers: layers}, "", nil)
+			dir := serveManifest(t, ocispec.Manifest{
+				MediaType: ocispec.MediaTypeImageManifest, Layers: layers,
+				Config: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageConfig, Digest: good, Size: 1},
+			}, "", nil)
 			r := resolved(t, dir, nil)
 			if m, err := r.Manifest(t.Context(), contentOf(t)); err == nil {
 				t.Errorf("believed: %v", m)
@@ -98,7 +102,10 @@ func TestManifestThatLies(t *testing.T) {
 		})
 	}
 	t.Run("index with a child without a digest", func(t *testing.T) {
-		index := ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{{MediaType: ocispec.MediaTypeImageManifest, Size: 1}}}
+		index := ocispec.Index{
+			MediaType: ocispec.MediaTypeImageIndex,
+			Manifests: []ocispec.Descriptor{{MediaType: ocispec.MediaTypeImageManifest, Size: 1}},
+		}
 		raw, _ := json.Marshal(index)
 		dir := serveManifest(t, nil, "", func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Type", ocispec.MediaTypeImageIndex)
@@ -139,7 +146,8 @@ func TestLimitCountsOnce(t *testing.T) {
 		_, _ = io.WriteString(w, "{}")
 	}))
 	defer s.Close()
-	toml := fmt.Sprintf("[host.%q]\n  capabilities = [\"pull\", \"resolve\"]\n  [host.%q.header]\n    x-custom = [\"1\"]\n", s.URL, s.URL)
+	toml := fmt.Sprintf("[host.%q]\n  capabilities = [\"pull\", \"resolve\"]\n"+
+		"  [host.%q.header]\n    x-custom = [\"1\"]\n", s.URL, s.URL)
 	if err := os.WriteFile(filepath.Join(dir, "r.io", "hosts.toml"), []byte(toml), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -148,7 +156,9 @@ func TestLimitCountsOnce(t *testing.T) {
 	fetch := func(limit *rate.Limiter) time.Duration {
 		t.Helper()
 		r := resolved(t, dir, limit)
-		layer := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromBytes(body), Size: int64(len(body))}
+		layer := ocispec.Descriptor{
+			MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromBytes(body), Size: int64(len(body)),
+		}
 		began := time.Now()
 		if err := r.Layers(t.Context(), log, contentOf(t), []ocispec.Descriptor{layer}, limit); err != nil {
 			t.Fatal(err)
@@ -182,7 +192,8 @@ func TestTooManyRequestsIsAskedOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.Close()
-	if f := registry.Explain(r.Resolve(t.Context()), "r.io"); f.Reason != opsv1.PullReasonTooManyRequests || asked.Load() != 1 {
+	f := registry.Explain(r.Resolve(t.Context()), "r.io")
+	if f.Reason != opsv1.PullReasonTooManyRequests || asked.Load() != 1 {
 		t.Errorf("%d requests, %v", asked.Load(), f)
 	}
 }
