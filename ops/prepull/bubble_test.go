@@ -28,8 +28,9 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/prepull/imagestore"
 )
 
-// bubble is a puller where time passes only when nothing else can happen: no sockets, so the runtime is called directly. That runtime
-// is not containerd: it has CRI and nothing else, but for containerd's images if a test gives it some, and its content store, see [contents].
+// bubble is a puller where time passes only when nothing else can happen: no sockets, so the
+// runtime is called directly. That runtime is not containerd: it has CRI and nothing else, but for
+// containerd's images if a test gives it some, and its content store, see [contents].
 type bubble struct {
 	*Puller
 	t    *testing.T

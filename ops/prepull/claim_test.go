@@ -27,8 +27,8 @@ func (b *bubble) wantHidden(image string, want bool, when string) {
 	}
 }
 
-// TestUnclaimed: what comes with a secret is kubelet's when kubelet has pulled it, and whatever else happens it does not count as one that
-// was always there.
+// TestUnclaimed: what comes with a secret is kubelet's when kubelet has pulled it, and whatever
+// else happens it does not count as one that was always there.
 func TestUnclaimed(t *testing.T) {
 	secret := &opsv1.PullRequest{Uid: "a", Image: private, Credentials: credentials("r.io")}
 	on := Options{VerifyAccess: true}

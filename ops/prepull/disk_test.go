@@ -17,7 +17,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/prepull/imagefs"
 )
 
-// TestPinsAreBounded: what would take more of the disk than the pins of its kind may is pulled and not pinned.
+// TestPinsAreBounded: what would take more of the disk than the pins of its kind may is pulled and
+// not pinned.
 func TestPinsAreBounded(t *testing.T) {
 	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
 		dir := t.TempDir()
@@ -62,7 +63,8 @@ func TestPinsAreBounded(t *testing.T) {
 	})
 }
 
-// TestUpgradesAreNotKeptByTheDiskGuard: on a disk where nothing is pulled ahead of time any more, what an upgrade waits for is.
+// TestUpgradesAreNotKeptByTheDiskGuard: on a disk where nothing is pulled ahead of time any more,
+// what an upgrade waits for is.
 func TestUpgradesAreNotKeptByTheDiskGuard(t *testing.T) {
 	for _, limit := range []int64{0, 1 << 30} {
 		inContainerd(t, Options{HighThreshold: func() int { return 85 }}, func(t *testing.T, n *node) {

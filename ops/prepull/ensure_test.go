@@ -19,7 +19,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/prepull/imagestore"
 )
 
-// course is what an Ensure has been told, without repetitions. States that last no time may be missing.
+// course is what an Ensure has been told, without repetitions. States that last no time may be
+// missing.
 type course []string
 
 func (c *course) add(op *opsv1.PullOperation) {
@@ -133,7 +134,8 @@ func TestEnsurePasses(t *testing.T) {
 	})
 }
 
-// What something waits for takes a place of the others' if its own are taken and one of these is free.
+// What something waits for takes a place of the others' if its own are taken and one of these is
+// free.
 func TestUrgentTakesAFreePlace(t *testing.T) {
 	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
 		b.rt.takes = time.Minute

@@ -43,7 +43,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/prepull/registry"
 )
 
-// node is a bubble whose runtime has a content store and leases as containerd has them, with a registry that is no more than a function.
+// node is a bubble whose runtime has a content store and leases as containerd has them, with a
+// registry that is no more than a function.
 type node struct {
 	*bubble
 
@@ -223,7 +224,8 @@ func (n *node) requests() []string {
 	return asked
 }
 
-// bring puts a blob into the content store as the runtime does, under the lease of its call. Manifests and indexes are labelled a moment later.
+// bring puts a blob into the content store as the runtime does, under the lease of its call.
+// Manifests and indexes are labelled a moment later.
 func (n *node) bring(ctx context.Context, list ...blob) error {
 	for _, b := range list {
 		if err := content.WriteBlob(ctx, n.store.Content, remotes.MakeRefKey(ctx, b.Descriptor), bytes.NewReader(b.raw), b.Descriptor); err != nil {
@@ -455,7 +457,8 @@ func TestManifestOfThisAttempt(t *testing.T) {
 	})
 }
 
-// A pull that turns out not to fit is ended, and leaves nothing behind, unless there was something before.
+// A pull that turns out not to fit is ended, and leaves nothing behind, unless there was something
+// before.
 func TestEndedWhenItDoesNotFit(t *testing.T) {
 	for _, before := range []bool{false, true} {
 		inContainerd(t, Options{MaxDiskPercent: 99.9}, func(t *testing.T, n *node) {
@@ -609,7 +612,8 @@ func TestLookUpIsNotSlowedDown(t *testing.T) {
 	})
 }
 
-// What a registry says to us is not final, and it is asked the next time: the runtime may have a mirror.
+// What a registry says to us is not final, and it is asked the next time: the runtime may have a
+// mirror.
 func TestLookUpIsNotFinal(t *testing.T) {
 	for _, code := range []int{http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound, http.StatusTooManyRequests, http.StatusInternalServerError} {
 		inContainerd(t, Options{BytesPerSecond: 1 << 20}, func(t *testing.T, n *node) {
@@ -633,7 +637,8 @@ func TestLookUpIsNotFinal(t *testing.T) {
 	}
 }
 
-// With a limit all that the runtime lacks is in its store before it is asked, and no more than that.
+// With a limit all that the runtime lacks is in its store before it is asked, and no more than
+// that.
 func TestLimitedFetchesWhatIsMissing(t *testing.T) {
 	for _, unpacked := range []int{0, 2, 3} {
 		inContainerd(t, Options{}, func(t *testing.T, n *node) {
@@ -710,7 +715,8 @@ func TestLayersOutOfReach(t *testing.T) {
 	}
 }
 
-// beside has one pull hold the runtime's download slots for a minute, and begins one that something waits for.
+// beside has one pull hold the runtime's download slots for a minute, and begins one that something
+// waits for.
 func (n *node) beside(uid string) {
 	n.t.Helper()
 	n.rt.set(func() { n.rt.takes = time.Minute })

@@ -171,7 +171,8 @@ func TestBackOffIsOfTheImage(t *testing.T) {
 	})
 }
 
-// What went wrong with a pull keeps others of the image waiting only if the registry caused it, and an upgrade only if that asked for it.
+// What went wrong with a pull keeps others of the image waiting only if the registry caused it, and
+// an upgrade only if that asked for it.
 func TestBackOffOfOthers(t *testing.T) {
 	for reason, tt := range map[string]struct {
 		err          error
@@ -216,7 +217,8 @@ func TestBackOffOfOthers(t *testing.T) {
 	}
 }
 
-// TestRegistrySaysNo asks again, since an image or its secret may come a moment later. Who has somebody to tell is told at once.
+// TestRegistrySaysNo asks again, since an image or its secret may come a moment later. Who has
+// somebody to tell is told at once.
 func TestRegistrySaysNo(t *testing.T) {
 	for reason, err := range map[string]error{opsv1.PullReasonUnauthorized: unauthorized(), opsv1.PullReasonNotFound: status.Error(codes.NotFound, "not found")} {
 		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
@@ -261,7 +263,8 @@ func TestRegistrySaysNo(t *testing.T) {
 	})
 }
 
-// TestOtherCredentials come while a pull waits that the registry has said no to, or while it asks: it asks again at once.
+// TestOtherCredentials come while a pull waits that the registry has said no to, or while it asks:
+// it asks again at once.
 func TestOtherCredentials(t *testing.T) {
 	again := func(b *bubble, c []*opsv1.RegistryCredential) {
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 2, Credentials: c})
@@ -377,7 +380,8 @@ func TestTimes(t *testing.T) {
 	})
 }
 
-// TestCancelWhileGivingWay cancels a pull whose attempt is just being ended for kubelet: the end must be for good.
+// TestCancelWhileGivingWay cancels a pull whose attempt is just being ended for kubelet: the end
+// must be for good.
 func TestCancelWhileGivingWay(t *testing.T) {
 	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
 		b.rt.takes = time.Minute

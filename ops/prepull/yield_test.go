@@ -197,7 +197,8 @@ func (s *blobStream) RecvMsg(m any) error {
 	return nil
 }
 
-// kubelet pulls an image of one layer, whose bytes come at a rate, and go on coming until the pull is ended.
+// kubelet pulls an image of one layer, whose bytes come at a rate, and go on coming until the pull
+// is ended.
 func (b *bubble) kubelet(image string, rate int64) (end func()) {
 	l := &fakeLayer{digest: digest.FromString(image), began: time.Now(), from: time.Now(), total: 1 << 50, rate: rate}
 	b.rt.set(func() { b.rt.content.open[refOf(l.digest)] = l })
@@ -273,7 +274,8 @@ func TestGivesWay(t *testing.T) {
 	})
 }
 
-// Bandwidth is what yields: once kubelet's pull has its bytes, it may unpack for as long as it likes.
+// Bandwidth is what yields: once kubelet's pull has its bytes, it may unpack for as long as it
+// likes.
 func TestGoesOnWhileKubeletUnpacks(t *testing.T) {
 	inContent(t, Options{}, func(t *testing.T, b *bubble) {
 		b.ours("a", 20)
@@ -461,7 +463,8 @@ func TestYieldsAreBounded(t *testing.T) {
 	})
 }
 
-// What something waits for never yields: neither when kubelet pulls already, nor later, nor when it is only then that somebody waits.
+// What something waits for never yields: neither when kubelet pulls already, nor later, nor when it
+// is only then that somebody waits.
 func TestUrgentNeverYields(t *testing.T) {
 	inContent(t, Options{}, func(t *testing.T, b *bubble) {
 		end := b.kubelet("kubelets", 50*mib)
@@ -497,7 +500,8 @@ func TestUrgentNeverYields(t *testing.T) {
 	})
 }
 
-// A slow pull that nobody waits for is not in the way of one of the same image that something waits for.
+// A slow pull that nobody waits for is not in the way of one of the same image that something waits
+// for.
 func TestUrgentOvertakes(t *testing.T) {
 	for name, limit := range map[string]int64{"slow": mib, "as fast": 0} {
 		t.Run(name, func(t *testing.T) {
@@ -531,7 +535,8 @@ func TestUrgentOvertakes(t *testing.T) {
 	}
 }
 
-// A job's pull for which an upgrade of the same image waits is a job's all the same: it is tried again, and looked at.
+// A job's pull for which an upgrade of the same image waits is a job's all the same: it is tried
+// again, and looked at.
 func TestFollowedByUrgent(t *testing.T) {
 	follow := func(t *testing.T, b *bubble) (stop func()) {
 		t.Helper()
@@ -623,7 +628,8 @@ func TestYieldNamesNoImage(t *testing.T) {
 	}
 }
 
-// A runtime that is not containerd does not tell what comes, and cannot go on with half an image: what runs is left alone.
+// A runtime that is not containerd does not tell what comes, and cannot go on with half an image:
+// what runs is left alone.
 func TestGivesWayBlindly(t *testing.T) {
 	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
 		b.rt.takes = 30 * time.Second
@@ -643,7 +649,8 @@ func TestGivesWayBlindly(t *testing.T) {
 	})
 }
 
-// containerd has few download slots for all pulls, and who is first goes first: kubelet's manifest waits for layers of ours.
+// containerd has few download slots for all pulls, and who is first goes first: kubelet's manifest
+// waits for layers of ours.
 func TestKubeletWaitsForASlot(t *testing.T) {
 	inContent(t, Options{}, func(t *testing.T, b *bubble) {
 		b.ours("a", 60)

@@ -50,7 +50,8 @@ func entry(name, match, keep string) string {
 	return fmt.Sprintf("- {name: %s, matchImages: [%q], defaultCacheDuration: %s, apiVersion: credentialprovider.kubelet.k8s.io/v1, args: [get, creds], env: [{name: WHO, value: me}]}\n", name, match, keep)
 }
 
-// answering is a plugin that counts its calls, and gives the image, its arguments and environment as the password.
+// answering is a plugin that counts its calls, and gives the image, its arguments and environment
+// as the password.
 func answering(more string) string {
 	return `in=$(cat); echo x >> calls
 image=${in##*\"image\":\"}; image=${image%%\"*}
@@ -126,7 +127,8 @@ func TestHowLongAnswersAreKept(t *testing.T) {
 	}
 }
 
-// TestFailingPlugins have no credentials, keep nobody else from having some, and nothing of what they say is logged.
+// TestFailingPlugins have no credentials, keep nobody else from having some, and nothing of what
+// they say is logged.
 func TestFailingPlugins(t *testing.T) {
 	for name, script := range map[string]string{
 		"exit code":     "echo secret >&2; exit 3",

@@ -20,10 +20,11 @@ import (
 )
 
 const (
-	// ContentResource is the type of blobs among the resources of a lease, and IngestResource that
-	// of blobs which are being written (core/metadata/buckets.go).
+	// ContentResource is the type of blobs among the resources of a lease
+	// (core/metadata/buckets.go).
 	ContentResource = "content"
-	IngestResource  = "ingests"
+	// IngestResource is the type of blobs that are being written.
+	IngestResource = "ingests"
 	// GCRefLabel begins the labels of a blob that refers to other blobs: a manifest or an index
 	// (core/metadata/gc.go).
 	GCRefLabel = "containerd.io/gc.ref.content"

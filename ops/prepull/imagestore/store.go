@@ -42,10 +42,11 @@ const (
 	// leaseAge is when containerd drops a lease that nobody has ended because the proxy was
 	// removed.
 	leaseAge = 24 * time.Hour
-	// PinLabel with the value PinValue, on any of an image's names, makes CRI show the image as
+	// PinLabel with the value [PinValue], on any of an image's names, makes CRI show the image as
 	// pinned, so that kubelet's image garbage collection leaves it (containerd,
 	// internal/cri/labels). On the name that is the image ID the label survives a pull of the tag.
 	PinLabel = "io.cri-containerd.pinned"
+	// PinValue is the value of [PinLabel].
 	PinValue = "pinned"
 	// PinnedByUs marks the pins that are ours to take away again.
 	PinnedByUs = "cri-proxy.io/pinned"

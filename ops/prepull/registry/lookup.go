@@ -23,10 +23,10 @@ const (
 	// LookUpTimeout bounds what an attempt spends on asking the registry itself before it asks the
 	// runtime, which may have ways to the registry that are not ours.
 	LookUpTimeout = 5 * time.Second
-	// A registry that has not answered at all is not asked again for SilenceAge, whatever the
-	// image, if it took at least silenceAfter: a registry that refuses at once costs nothing. A
-	// registry that has answered anything may be slow with that image only.
-	SilenceAge   = 5 * time.Minute
+	// SilenceAge is how long a registry that has not answered at all is not asked again, whatever
+	// the image. A registry that has answered anything may be slow with that image only.
+	SilenceAge = 5 * time.Minute
+	// silenceAfter is how long it must have taken: a registry that refuses at once costs nothing.
 	silenceAfter = time.Second
 )
 

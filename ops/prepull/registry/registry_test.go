@@ -28,8 +28,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/prepull/registry"
 )
 
-// serveManifest serves one manifest, for every name, and returns the directory that leads r.io to it.
-// header goes into hosts.toml.
+// serveManifest serves one manifest, for every name, and returns the directory that leads r.io to
+// it. header goes into hosts.toml.
 func serveManifest(t *testing.T, manifest any, header string, answer http.HandlerFunc) string {
 	t.Helper()
 	raw, err := json.Marshal(manifest)
@@ -131,7 +131,8 @@ func TestManifestThatLies(t *testing.T) {
 	})
 }
 
-// TestLimitCountsOnce has a host with a header of its own, whose client is a copy of one that is limited already.
+// TestLimitCountsOnce has a host with a header of its own, whose client is a copy of one that is
+// limited already.
 func TestLimitCountsOnce(t *testing.T) {
 	body := bytes.Repeat([]byte("x"), 3<<20)
 	dir := serveManifest(t, nil, "  [host.\"%s\".header]\n", nil)

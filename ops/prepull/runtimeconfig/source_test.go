@@ -34,7 +34,8 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // secret is what nobody may read anywhere.
 const secret = "hunter2-Zq8vKp"
 
-// containerd is one that does nothing but listen: this process stands for it, with a procfs of the test's.
+// containerd is one that does nothing but listen: this process stands for it, with a procfs of the
+// test's.
 type containerd struct {
 	dir, proc string
 	words     bytes.Buffer
@@ -214,7 +215,8 @@ func TestDefaults(t *testing.T) {
 	}
 }
 
-// TestChanges: the file counts from containerd's next start on, as for containerd, and what is below config_path at once.
+// TestChanges: the file counts from containerd's next start on, as for containerd, and what is
+// below config_path at once.
 func TestChanges(t *testing.T) {
 	c := newContainerd(t)
 	file := func(dir string) string {
@@ -294,7 +296,8 @@ func TestProxies(t *testing.T) {
 	}
 }
 
-// TestCredentialsAndHeaders of the file go to the registry when the pull brings no credentials, and those of the pull when it does.
+// TestCredentialsAndHeaders of the file go to the registry when the pull brings no credentials, and
+// those of the pull when it does.
 func TestCredentialsAndHeaders(t *testing.T) {
 	encoded := base64.StdEncoding.EncodeToString([]byte("encoded:" + secret))
 	for name, tt := range map[string]struct {
@@ -387,7 +390,8 @@ func TestTLS(t *testing.T) {
 	}
 }
 
-// TestUnknown: where containerd cannot be asked, the registries are reached as before, that is said once, and tried again.
+// TestUnknown: where containerd cannot be asked, the registries are reached as before, that is said
+// once, and tried again.
 func TestUnknown(t *testing.T) {
 	c := newContainerd(t)
 	stat := filepath.Join(c.proc, strconv.Itoa(os.Getpid()))

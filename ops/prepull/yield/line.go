@@ -8,16 +8,17 @@
 // for a registry, or unpack. A pull that something on the node waits for never pauses, and neither
 // does a pull that has all its bytes.
 //
-//   - The line ([Line]): bytes of layers come to the node that are not ours. Our pulls are cut off, and
-//     none begins. After [EvaluateAfter] kubelet's rate is compared with the rate that ours had before:
-//     a trickle from a registry in trouble does not get faster because ours pause.
+//   - The line ([Line]): bytes of layers come to the node that are not ours. Our pulls are cut off,
+//     and none begins. After [EvaluateAfter] kubelet's rate is compared with the rate that ours had
+//     before: a trickle from a registry in trouble does not get faster because ours pause.
 //   - The runtime's download slots: containerd has three for all of its pulls together
-//     (plugins/transfer, max_concurrent_downloads; core/remotes/docker/fetcher.go), for manifests too,
-//     first come, first served. When kubelet's pull waits for a slot and the runtime fetches ours, ours
-//     is cut off. While kubelet's fetch something, our layers are fetched without the runtime: then
-//     they take no slot and need none.
-//   - The layers ([Layers]): containerd has one ingest for each layer, and a second writer waits for the
-//     first. Our pulls let go of the layers that kubelet waits for, and go on once these are there.
+//     (plugins/transfer, max_concurrent_downloads; core/remotes/docker/fetcher.go), for manifests
+//     too, first come, first served. When kubelet's pull waits for a slot and the runtime fetches
+//     ours, ours is cut off. While kubelet's fetch something, our layers are fetched without the
+//     runtime: then they take no slot and need none.
+//   - The layers ([Layers]): containerd has one ingest for each layer, and a second writer waits for
+//     the first. Our pulls let go of the layers that kubelet waits for, and go on once these are
+//     there.
 //
 // Both are bounded: after [MaxPause] our pulls go on for as long in any case.
 package yield
