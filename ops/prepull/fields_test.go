@@ -20,7 +20,8 @@ func TestFieldsOfFailedAttempts(t *testing.T) {
 	check := func(t *testing.T, op *opsv1.PullOperation, wait time.Duration, reason, message string) {
 		t.Helper()
 		got := op.GetLastFailure()
-		if op.GetRetryAfter().AsDuration() != wait || got.GetReason() != reason || !strings.HasPrefix(got.GetMessage(), message) {
+		if op.GetRetryAfter().AsDuration() != wait || got.GetReason() != reason ||
+			!strings.HasPrefix(got.GetMessage(), message) {
 			t.Errorf("want %s and %q %q: %v", wait, reason, message, op)
 		}
 		if reason != "" && op.GetReason() == opsv1.PullReasonBackOff &&
@@ -97,7 +98,8 @@ func TestFieldsOfTheEnd(t *testing.T) {
 		for _, uid := range []string{"c", "b"} { // waiting, running
 			op, err := NewServer(b.Puller).CancelPull(t.Context(),
 				&opsv1.CancelPullRequest{Uid: uid, Reason: "the job was deleted", Code: opsv1.CancelCodeDeleted})
-			if err != nil || op.GetCancelCode() != opsv1.CancelCodeDeleted || op.GetMessage() != "the job was deleted" || op.GetLimitNotKept() != "" {
+			if err != nil || op.GetCancelCode() != opsv1.CancelCodeDeleted ||
+				op.GetMessage() != "the job was deleted" || op.GetLimitNotKept() != "" {
 				t.Errorf("%v, %v", op, err)
 			}
 		}
@@ -105,7 +107,8 @@ func TestFieldsOfTheEnd(t *testing.T) {
 		if op := b.want("b", cancelled, opsv1.PullReasonCancelled); op.GetCancelCode() != opsv1.CancelCodeDeleted {
 			t.Errorf("%v", op)
 		}
-		if _, err := NewServer(b.Puller).CancelPull(t.Context(), &opsv1.CancelPullRequest{Uid: "b", Code: strings.Repeat("x", 65)}); err == nil {
+		long := &opsv1.CancelPullRequest{Uid: "b", Code: strings.Repeat("x", 65)}
+		if _, err := NewServer(b.Puller).CancelPull(t.Context(), long); err == nil {
 			t.Error("a code of any length is taken")
 		}
 	})
