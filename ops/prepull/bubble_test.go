@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package prepull
+package prepull_test
 
 import (
 	"context"
@@ -25,6 +25,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull"
 	"github.com/cri-proxy/cri-proxy/ops/prepull/imagestore"
 )
 
@@ -32,17 +33,17 @@ import (
 // runtime is called directly. That runtime is not containerd: it has CRI and nothing else, but for
 // containerd's images if a test gives it some, and its content store, see [contents].
 type bubble struct {
-	*Puller
+	*prepull.Puller
 	t    *testing.T
 	rt   *fakeRuntime
 	dir  string
-	opts Options
+	opts prepull.Options
 	over func()
 	// opened, if not nil, is called with a puller before it runs.
-	opened func(p *Puller)
+	opened func(p *prepull.Puller)
 }
 
-func inBubble(t *testing.T, o Options, f func(t *testing.T, b *bubble)) {
+func inBubble(t *testing.T, o prepull.Options, f func(t *testing.T, b *bubble)) {
 	t.Helper()
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
@@ -61,18 +62,14 @@ func inBubble(t *testing.T, o Options, f func(t *testing.T, b *bubble)) {
 func (b *bubble) open() {
 	b.t.Helper()
 	var err error
-	if b.Puller, err = Open(b.opts); err != nil {
+	if b.Puller, err = prepull.Open(b.opts); err != nil {
 		b.t.Fatal(err)
 	}
 	if b.opened != nil {
 		b.opened(b.Puller)
 	}
-	if b.journal.IsOpen() {
-		db, err := b.journal.DB()
-		if err != nil {
-			b.t.Fatal(err)
-		}
-		db.NoSync = true
+	if err := b.NoSync(); err != nil {
+		b.t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ran := make(chan error, 1)
@@ -93,7 +90,7 @@ func (b *bubble) restart() {
 
 func (b *bubble) pull(req *opsv1.PullRequest) {
 	b.t.Helper()
-	if _, err := NewServer(b.Puller).Pull(b.t.Context(), req); err != nil {
+	if _, err := prepull.NewServer(b.Puller).Pull(b.t.Context(), req); err != nil {
 		b.t.Fatal(err)
 	}
 	synctest.Wait()
@@ -101,14 +98,12 @@ func (b *bubble) pull(req *opsv1.PullRequest) {
 
 // hurry has something wait for a pull.
 func (b *bubble) hurry(uid string) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.hurryLocked(b.pulls[uid])
+	b.Hurry(uid)
 }
 
 func (b *bubble) get(uid string) *opsv1.PullOperation {
 	b.t.Helper()
-	op, _, err := b.watch(uid)
+	op, _, err := b.Watch(uid)
 	if err != nil {
 		b.t.Fatal(err)
 	}
@@ -130,7 +125,7 @@ func (b *bubble) want(uid string, phase opsv1.PullPhase, reason string) *opsv1.P
 func (b *bubble) end(uid string) *opsv1.PullOperation {
 	b.t.Helper()
 	for {
-		op, changed, err := b.watch(uid)
+		op, changed, err := b.Watch(uid)
 		if err != nil || op.GetFinishTime() != nil {
 			return op
 		}

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package prepull
+package prepull_test
 
 import (
 	"context"
@@ -14,13 +14,14 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull"
 	"github.com/cri-proxy/cri-proxy/ops/prepull/imagefs"
 )
 
 // TestPinsAreBounded: what would take more of the disk than the pins of its kind may is pulled and
 // not pinned.
 func TestPinsAreBounded(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		dir := t.TempDir()
 		b.rt.set(func() {
 			b.rt.labels = map[string]map[string]string{}
@@ -29,7 +30,7 @@ func TestPinsAreBounded(t *testing.T) {
 			}
 			b.rt.disk = dir
 		})
-		_, _, total := b.disk.Size(t.Context())
+		_, _, total := b.Disk().Size(t.Context())
 		if total == 0 {
 			t.Fatal("the size of the disk is not known")
 		}
@@ -53,7 +54,7 @@ func TestPinsAreBounded(t *testing.T) {
 		} {
 			op := pull(strings.ReplaceAll(tt.uid, " ", "-"), tt.image, tt.owner, tt.percent)
 			pinned := false
-			for _, p := range b.pins.List() {
+			for _, p := range b.Pins().List() {
 				pinned = pinned || p.GetOwner() == tt.owner
 			}
 			if pinned != tt.pinned || strings.HasPrefix(op.GetMessage(), "not pinned: the images that are pinned for objects of kind ImagePullJob hold about ") == tt.pinned {
@@ -67,9 +68,9 @@ func TestPinsAreBounded(t *testing.T) {
 // what an upgrade waits for is.
 func TestUpgradesAreNotKeptByTheDiskGuard(t *testing.T) {
 	for _, limit := range []int64{0, 1 << 30} {
-		inContainerd(t, Options{HighThreshold: func() int { return 85 }}, func(t *testing.T, n *node) {
+		inContainerd(t, prepull.Options{HighThreshold: func() int { return 85 }}, func(t *testing.T, n *node) {
 			n.rt.set(func() { n.rt.disk = "/images" })
-			n.disk.Statfs = func(_ string, fs *unix.Statfs_t) error {
+			n.Disk().Statfs = func(_ string, fs *unix.Statfs_t) error {
 				*fs = unix.Statfs_t{Bsize: 4096, Blocks: 1000, Bavail: 100}
 				return nil
 			}
@@ -86,7 +87,7 @@ func TestUpgradesAreNotKeptByTheDiskGuard(t *testing.T) {
 			if err != nil || op.GetReason() != opsv1.PullReasonPulled {
 				t.Errorf("%v %v", op, err)
 			}
-			n.disk.Statfs = func(_ string, fs *unix.Statfs_t) error {
+			n.Disk().Statfs = func(_ string, fs *unix.Statfs_t) error {
 				*fs = unix.Statfs_t{Bsize: 1024, Blocks: 1000, Bavail: 3} // 3.5 KiB are needed
 				return nil
 			}

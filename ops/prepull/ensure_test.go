@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package prepull
+package prepull_test
 
 import (
 	"context"
@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull"
 	"github.com/cri-proxy/cri-proxy/ops/prepull/imagestore"
 )
 
@@ -44,7 +45,7 @@ func TestEnsure(t *testing.T) {
 		{name: "tried again", prepare: func(rt *fakeRuntime) { rt.fail = []error{broken(), nil} }, phase: succeeded, reason: opsv1.PullReasonPulled, course: []string{"WAITING BackOff", "RESOLVING", "SUCCEEDED Pulled"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+			inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 				b.rt.takes = time.Minute
 				tt.prepare(b.rt)
 				var seen course
@@ -61,7 +62,7 @@ func TestEnsure(t *testing.T) {
 }
 
 func TestEnsureJoins(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.takes = time.Minute
 		req := &opsv1.PullRequest{Uid: "a", Image: "nginx"}
 		b.pull(req)
@@ -84,7 +85,7 @@ func TestEnsureCancels(t *testing.T) {
 		queue bool
 	}{{"running", false}, {"in the queue", true}} {
 		t.Run(tt.name, func(t *testing.T) {
-			inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+			inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 				b.rt.takes = time.Minute
 				if tt.queue {
 					for _, image := range []string{"busybox", "redis", "httpd"} { // the first has a place of its own
@@ -107,7 +108,7 @@ func TestEnsureCancels(t *testing.T) {
 				if _, err := b.Ensure(ctx, &opsv1.PullRequest{Uid: "late", Image: "nginx"}, nil); !errors.Is(err, context.DeadlineExceeded) {
 					t.Error(err)
 				}
-				if _, _, err := b.watch("late"); err == nil {
+				if _, _, err := b.Watch("late"); err == nil {
 					t.Error("a pull was begun")
 				}
 			})
@@ -117,7 +118,7 @@ func TestEnsureCancels(t *testing.T) {
 
 // An image that something waits for does not stand behind one that takes its time.
 func TestEnsurePasses(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.takes = time.Hour
 		b.pull(&opsv1.PullRequest{Uid: "slow", Image: "busybox"})
 		b.pull(&opsv1.PullRequest{Uid: "next", Image: "redis"})
@@ -137,22 +138,22 @@ func TestEnsurePasses(t *testing.T) {
 // What something waits for takes a place of the others' if its own are taken and one of these is
 // free.
 func TestUrgentTakesAFreePlace(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.takes = time.Minute
-		for i := range urgentParallel + 2 {
-			if _, err := b.take(&opsv1.PullRequest{Uid: name(i), Image: name(i)}, true); err != nil {
+		for i := range prepull.UrgentParallel + 2 {
+			if _, err := b.Take(&opsv1.PullRequest{Uid: name(i), Image: name(i)}, true); err != nil {
 				t.Fatal(err)
 			}
 			synctest.Wait()
 		}
-		for i := range urgentParallel + 1 {
+		for i := range prepull.UrgentParallel + 1 {
 			b.want(name(i), resolving, "")
 		}
-		op := b.want(name(urgentParallel+1), waiting, opsv1.PullReasonInQueue)
+		op := b.want(name(prepull.UrgentParallel+1), waiting, opsv1.PullReasonInQueue)
 		if want := "2 pulls that something waits for and 1 of 1 others at once are under way"; op.GetMessage() != want {
 			t.Errorf("%v", op)
 		}
-		for i := range urgentParallel + 2 {
+		for i := range prepull.UrgentParallel + 2 {
 			if op := b.end(name(i)); op.GetPhase() != succeeded {
 				t.Errorf("%v", op)
 			}
@@ -161,7 +162,7 @@ func TestUrgentTakesAFreePlace(t *testing.T) {
 }
 
 func TestEnsureCancelledByAnother(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.takes = time.Minute
 		ended := make(chan *opsv1.PullOperation, 1)
 		go func() {
@@ -172,7 +173,7 @@ func TestEnsureCancelledByAnother(t *testing.T) {
 			ended <- op
 		}()
 		synctest.Wait()
-		if _, _, err := b.cancel("a", "enough", ""); err != nil {
+		if _, err := b.Cancel("a", "enough"); err != nil {
 			t.Fatal(err)
 		}
 		if op := <-ended; op.GetPhase() != cancelled || op.GetMessage() != "enough" {
@@ -182,7 +183,7 @@ func TestEnsureCancelledByAnother(t *testing.T) {
 }
 
 func TestEnsureRefused(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.pull(&opsv1.PullRequest{Uid: "taken", Image: "nginx"})
 		for want, req := range map[string]*opsv1.PullRequest{
 			`image "A": invalid reference format`:            {Uid: "a", Image: "A"},
@@ -197,7 +198,7 @@ func TestEnsureRefused(t *testing.T) {
 
 func TestPin(t *testing.T) {
 	const id = "sha256:docker.io/library/nginx:latest" // as the fake has it
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.set(func() {
 			b.rt.images["docker.io/library/nginx:latest"], b.rt.images["nginx"] = true, true
 			b.rt.labels = map[string]map[string]string{id: {}, "sha256:nginx": {}}
@@ -211,7 +212,7 @@ func TestPin(t *testing.T) {
 		if err := b.Pin(t.Context(), "docker.io/library/nginx:latest", "me", until); err != nil || !pinned() {
 			t.Fatalf("not pinned: %v", err)
 		}
-		if pins := b.pins.List(); len(pins) != 1 || pins[0].GetImageId() != id || pins[0].GetImage() != "docker.io/library/nginx:latest" || pins[0].GetOwner() != "me" || !pins[0].GetExpireTime().AsTime().Equal(until) {
+		if pins := b.Pins().List(); len(pins) != 1 || pins[0].GetImageId() != id || pins[0].GetImage() != "docker.io/library/nginx:latest" || pins[0].GetOwner() != "me" || !pins[0].GetExpireTime().AsTime().Equal(until) {
 			t.Errorf("%v", pins)
 		}
 		// Again, for longer; it outlives the process, and ends by itself.
@@ -219,24 +220,24 @@ func TestPin(t *testing.T) {
 			t.Fatal(err)
 		}
 		b.restart()
-		time.Sleep(time.Until(until) + 10*sweepInterval)
+		time.Sleep(time.Until(until) + 10*prepull.SweepInterval)
 		if !pinned() {
 			t.Error("not pinned any more")
 		}
 		time.Sleep(time.Hour)
-		if pinned() || len(b.pins.List()) != 0 {
-			t.Errorf("still pinned: %v", b.pins.List())
+		if pinned() || len(b.Pins().List()) != 0 {
+			t.Errorf("still pinned: %v", b.Pins().List())
 		}
 		if err := b.Pin(t.Context(), "none", "me", until); !errdefs.IsNotFound(err) {
 			t.Errorf("an image that is not there: %v", err)
 		}
 		b.rt.set(func() { b.rt.labels[id] = map[string]string{imagestore.PinLabel: imagestore.PinValue} })
-		if err := b.Pin(t.Context(), "docker.io/library/nginx:latest", "me", until); err != nil || len(b.pins.List()) != 0 {
-			t.Errorf("an image that the configuration pins: %v, %v", err, b.pins.List())
+		if err := b.Pin(t.Context(), "docker.io/library/nginx:latest", "me", until); err != nil || len(b.Pins().List()) != 0 {
+			t.Errorf("an image that the configuration pins: %v, %v", err, b.Pins().List())
 		}
 		b.rt.set(func() { b.rt.labels = nil })
-		if err := b.Pin(t.Context(), "nginx", "me", until); !imagestore.Unavailable(err) || len(b.pins.List()) != 0 {
-			t.Errorf("a runtime that is not containerd: %v, %v", err, b.pins.List())
+		if err := b.Pin(t.Context(), "nginx", "me", until); !imagestore.Unavailable(err) || len(b.Pins().List()) != 0 {
+			t.Errorf("a runtime that is not containerd: %v, %v", err, b.Pins().List())
 		}
 	})
 }
@@ -244,7 +245,7 @@ func TestPin(t *testing.T) {
 // TestPinOfAnImageThatIsGone: the list says so, and the pin holds again when the image is back.
 func TestPinOfAnImageThatIsGone(t *testing.T) {
 	const name, id = "docker.io/library/nginx:latest", "sha256:docker.io/library/nginx:latest" // as the fake has it
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.set(func() { b.rt.labels = map[string]map[string]string{id: {}} })
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", Owner: "me", PinFor: durationpb.New(time.Hour)})
 		b.want("a", succeeded, opsv1.PullReasonPulled)
@@ -254,7 +255,7 @@ func TestPinOfAnImageThatIsGone(t *testing.T) {
 		}
 		list := func(gone bool) {
 			t.Helper()
-			l, err := NewServer(b.Puller).ListPins(t.Context(), &opsv1.ListPinsRequest{})
+			l, err := prepull.NewServer(b.Puller).ListPins(t.Context(), &opsv1.ListPinsRequest{})
 			if err != nil || len(l.GetPins()) != 1 || l.GetPins()[0].GetGone() != gone || (len(l.GetGoneImageIds()) == 1) != gone {
 				t.Errorf("%v, %v; want gone %v", l, err, gone)
 			}
@@ -262,11 +263,11 @@ func TestPinOfAnImageThatIsGone(t *testing.T) {
 		list(false)
 		b.rt.set(func() { delete(b.rt.images, name); delete(b.rt.labels, id) })
 		list(true)
-		time.Sleep(2 * sweepInterval)
+		time.Sleep(2 * prepull.SweepInterval)
 		list(true)
 		b.rt.set(func() { b.rt.images[name], b.rt.labels[id] = true, map[string]string{} })
 		list(false)
-		time.Sleep(2 * sweepInterval)
+		time.Sleep(2 * prepull.SweepInterval)
 		if !pinned() {
 			t.Error("the image is back, and not pinned")
 		}

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package prepull
+package prepull_test
 
 import (
 	"bytes"
@@ -39,6 +39,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull"
 	"github.com/cri-proxy/cri-proxy/ops/prepull/imagestore"
 	"github.com/cri-proxy/cri-proxy/ops/prepull/registry"
 )
@@ -53,7 +54,7 @@ type node struct {
 	answer func(req *http.Request) (*http.Response, error)
 }
 
-func inContainerd(t *testing.T, o Options, f func(t *testing.T, n *node)) {
+func inContainerd(t *testing.T, o prepull.Options, f func(t *testing.T, n *node)) {
 	t.Helper()
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
@@ -66,8 +67,8 @@ func inContainerd(t *testing.T, o Options, f func(t *testing.T, n *node)) {
 		n := &node{bubble: &bubble{t: t, rt: &fakeRuntime{images: map[string]bool{}}, dir: dir, opts: o}}
 		n.opts.StateDir, n.opts.Conn, n.opts.Log, n.opts.Hosts = dir, n.rt, log, n.hosts
 		held := &held{resources: map[string]map[leases.Resource]bool{}}
-		n.opened = func(p *Puller) {
-			p.store.Content, p.store.Leases = &blobs{Store: files, held: held, created: map[digest.Digest]time.Time{}, refer: map[digest.Digest]bool{}}, held
+		n.opened = func(p *prepull.Puller) {
+			p.Store().Content, p.Store().Leases = &blobs{Store: files, held: held, created: map[digest.Digest]time.Time{}, refer: map[digest.Digest]bool{}}, held
 		}
 		n.open()
 		synctest.Wait() // what a puller begins with is over, and a test may set up its runtime
@@ -228,12 +229,12 @@ func (n *node) requests() []string {
 // Manifests and indexes are labelled a moment later.
 func (n *node) bring(ctx context.Context, list ...blob) error {
 	for _, b := range list {
-		if err := content.WriteBlob(ctx, n.store.Content, remotes.MakeRefKey(ctx, b.Descriptor), bytes.NewReader(b.raw), b.Descriptor); err != nil {
+		if err := content.WriteBlob(ctx, n.Store().Content, remotes.MakeRefKey(ctx, b.Descriptor), bytes.NewReader(b.raw), b.Descriptor); err != nil {
 			return err
 		}
 		if images.IsManifestType(b.MediaType) || images.IsIndexType(b.MediaType) {
 			time.Sleep(5 * time.Millisecond)
-			s := n.store.Content.(*blobs)
+			s := n.Store().Content.(*blobs)
 			s.mu.Lock()
 			s.refer[b.Digest] = true
 			s.mu.Unlock()
@@ -244,7 +245,7 @@ func (n *node) bring(ctx context.Context, list ...blob) error {
 
 // ours returns the leases.
 func (n *node) ours() []string {
-	ids, err := n.store.OurLeases(n.t.Context())
+	ids, err := n.Store().OurLeases(n.t.Context())
 	if err != nil {
 		n.t.Error(err)
 	}
@@ -315,9 +316,9 @@ func respond(req *http.Request, code int, body []byte) *http.Response {
 // The runtime alone asks the registry; what it has asked for is seen in its content store.
 func TestManifestOfTheRuntime(t *testing.T) {
 	for _, index := range []bool{false, true} {
-		inContainerd(t, Options{}, func(t *testing.T, n *node) {
+		inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
 			image := sampleOf(layer("a", 1000), layer("b", 200), layer("c", 30))
-			other, err := n.store.Lease(t.Context(), "another")
+			other, err := n.Store().Lease(t.Context(), "another")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -387,7 +388,7 @@ func TestImagesThatWouldFillTheMemory(t *testing.T) {
 		"manifest in index": blobOf(ocispec.MediaTypeImageIndex, index),
 	} {
 		t.Run(name, func(t *testing.T) {
-			inContainerd(t, Options{}, func(t *testing.T, n *node) {
+			inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
 				brought := make(chan bool)
 				n.rt.pulling = func(ctx context.Context, _ *runtimeapi.PullImageRequest) error {
 					err := n.bring(ctx, b)
@@ -409,7 +410,7 @@ func TestImagesThatWouldFillTheMemory(t *testing.T) {
 		})
 	}
 	t.Run("look-up", func(t *testing.T) {
-		inContainerd(t, Options{}, func(t *testing.T, n *node) {
+		inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
 			image := sampleOf(layer("a", 100))
 			image.manifest = blobOf(ocispec.MediaTypeImageManifest, empties(`{"config":{"digest":"sha256:0"},"layers":[`, 4<<20-100, `]}`))
 			n.answer = image.serve
@@ -428,7 +429,7 @@ func TestImagesThatWouldFillTheMemory(t *testing.T) {
 
 // A tag that moves between attempts, and back.
 func TestManifestOfThisAttempt(t *testing.T) {
-	inContainerd(t, Options{}, func(t *testing.T, n *node) {
+	inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
 		images := []*sample{sampleOf(layer("a", 100)), sampleOf(layer("b", 20))}
 		attempt := 0
 		n.rt.pulling = func(ctx context.Context, _ *runtimeapi.PullImageRequest) error {
@@ -439,7 +440,7 @@ func TestManifestOfThisAttempt(t *testing.T) {
 		var totals []int64
 		n.pull(&opsv1.PullRequest{Uid: "a", Image: "r.io/a", MaxAttempts: 3})
 		for last := int32(0); ; {
-			op, changed, err := n.watch("a")
+			op, changed, err := n.Watch("a")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -461,7 +462,7 @@ func TestManifestOfThisAttempt(t *testing.T) {
 // before.
 func TestEndedWhenItDoesNotFit(t *testing.T) {
 	for _, before := range []bool{false, true} {
-		inContainerd(t, Options{MaxDiskPercent: 99.9}, func(t *testing.T, n *node) {
+		inContainerd(t, prepull.Options{MaxDiskPercent: 99.9}, func(t *testing.T, n *node) {
 			n.rt.disk = n.dir
 			small := layer("a", 10)
 			huge := blob{Descriptor: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromString("huge"), Size: 1 << 45}}
@@ -492,7 +493,7 @@ func TestEndedWhenItDoesNotFit(t *testing.T) {
 
 // A registry that does not answer us costs five seconds, once, and the limit; both are said.
 func TestLookUpIsBounded(t *testing.T) {
-	inContainerd(t, Options{}, func(t *testing.T, n *node) {
+	inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
 		image := sampleOf(layer("a", 100))
 		n.rt.takes = time.Minute
 		n.rt.pulling = func(ctx context.Context, _ *runtimeapi.PullImageRequest) error {
@@ -563,7 +564,7 @@ func TestRegistriesThatAnswerAreLookedUp(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inContainerd(t, Options{}, func(t *testing.T, n *node) {
+			inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
 				n.answer = answer
 				n.pull(&opsv1.PullRequest{Uid: "a", Image: "r.io/a", BytesPerSecond: 1 << 20})
 				if op := n.end("a"); !strings.Contains(op.GetMessage(), "pulled without the speed limit") {
@@ -581,7 +582,7 @@ func TestRegistriesThatAnswerAreLookedUp(t *testing.T) {
 
 // What is remembered of a registry is said to others than who asked.
 func TestUnreachedRegistryTellsNoImages(t *testing.T) {
-	inContainerd(t, Options{BytesPerSecond: 1 << 20}, func(t *testing.T, n *node) {
+	inContainerd(t, prepull.Options{BytesPerSecond: 1 << 20}, func(t *testing.T, n *node) {
 		n.answer = func(*http.Request) (*http.Response, error) {
 			time.Sleep(2 * time.Second)
 			return nil, errors.New("dial tcp 192.0.2.1:443: i/o timeout")
@@ -598,7 +599,7 @@ func TestUnreachedRegistryTellsNoImages(t *testing.T) {
 
 // A look-up does not wait for the limit that its pull has.
 func TestLookUpIsNotSlowedDown(t *testing.T) {
-	inContainerd(t, Options{}, func(t *testing.T, n *node) {
+	inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
 		image := sampleOf(layer("a", 100))
 		config := blobOf(ocispec.MediaTypeImageConfig, bytes.Replace(image.config.raw, []byte("{"), []byte(`{"author":"`+strings.Repeat("x", 2<<20)+`",`), 1))
 		image.manifest = blobOf(ocispec.MediaTypeImageManifest, bytes.Replace(image.manifest.raw,
@@ -616,7 +617,7 @@ func TestLookUpIsNotSlowedDown(t *testing.T) {
 // mirror.
 func TestLookUpIsNotFinal(t *testing.T) {
 	for _, code := range []int{http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound, http.StatusTooManyRequests, http.StatusInternalServerError} {
-		inContainerd(t, Options{BytesPerSecond: 1 << 20}, func(t *testing.T, n *node) {
+		inContainerd(t, prepull.Options{BytesPerSecond: 1 << 20}, func(t *testing.T, n *node) {
 			n.answer = func(req *http.Request) (*http.Response, error) { return respond(req, code, nil), nil }
 			for i := range 2 {
 				n.pull(&opsv1.PullRequest{Uid: name(i), Image: "r.io/" + name(i), MaxAttempts: 1})
@@ -641,7 +642,7 @@ func TestLookUpIsNotFinal(t *testing.T) {
 // that.
 func TestLimitedFetchesWhatIsMissing(t *testing.T) {
 	for _, unpacked := range []int{0, 2, 3} {
-		inContainerd(t, Options{}, func(t *testing.T, n *node) {
+		inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
 			image := sampleOf(layer("a", 1000), layer("b", 200), layer("c", 30))
 			n.answer = image.serve
 			n.rt.answer = func(args any) proto.Message {
@@ -653,11 +654,11 @@ func TestLimitedFetchesWhatIsMissing(t *testing.T) {
 			n.rt.disk = "/var/lib/containerd/io.containerd.snapshotter.v1.zfs"
 			n.rt.pulling = func(ctx context.Context, _ *runtimeapi.PullImageRequest) error {
 				for _, b := range append([]blob{image.manifest, image.config}, image.layers[unpacked:]...) {
-					if _, err := n.store.Content.Info(ctx, b.Digest); err != nil {
+					if _, err := n.Store().Content.Info(ctx, b.Digest); err != nil {
 						t.Errorf("not there: %v", err)
 					}
 				}
-				kept, err := n.store.Leases.ListResources(ctx, leases.Lease{ID: n.ours()[0]})
+				kept, err := n.Store().Leases.ListResources(ctx, leases.Lease{ID: n.ours()[0]})
 				if unpacked > 0 && !slices.Contains(kept, leases.Resource{ID: image.chain[unpacked-1].String(), Type: "snapshots/zfs"}) {
 					t.Errorf("the snapshots may go: %v, %v", kept, err)
 				}
@@ -694,7 +695,7 @@ func TestLayersOutOfReach(t *testing.T) {
 		}, false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inContainerd(t, Options{}, func(t *testing.T, n *node) {
+			inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
 				image := sampleOf(layer("a", 100))
 				n.answer = func(req *http.Request) (*http.Response, error) {
 					if strings.HasSuffix(req.URL.Path, image.layers[0].Digest.String()) {
@@ -721,7 +722,7 @@ func (n *node) beside(uid string) {
 	n.t.Helper()
 	n.rt.set(func() { n.rt.takes = time.Minute })
 	n.pull(&opsv1.PullRequest{Uid: "beside", Image: "other.io/beside"})
-	if _, err := n.take(&opsv1.PullRequest{Uid: uid, Image: "r.io/" + uid, MaxAttempts: 1}, true); err != nil {
+	if _, err := n.Take(&opsv1.PullRequest{Uid: uid, Image: "r.io/" + uid, MaxAttempts: 1}, true); err != nil {
 		n.t.Fatal(err)
 	}
 }
@@ -736,7 +737,7 @@ func TestLayersAreLeftToTheRuntime(t *testing.T) {
 		"other bytes": func(req *http.Request) (*http.Response, error) { return respond(req, http.StatusOK, []byte("x")), nil },
 	} {
 		t.Run(name, func(t *testing.T) {
-			inContainerd(t, Options{}, func(t *testing.T, n *node) {
+			inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
 				n.rt.disk = "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs"
 				image := sampleOf(layer("a", 100))
 				asked := false
@@ -761,7 +762,7 @@ func TestLayersAreLeftToTheRuntime(t *testing.T) {
 // A snapshotter that may need no layers gets what it asks for and no more.
 func TestLazySnapshotters(t *testing.T) {
 	for snapshotter, here := range map[string]bool{"overlayfs": true, "stargz": false, "soci": false, "": false} {
-		inContainerd(t, Options{}, func(t *testing.T, n *node) {
+		inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
 			if snapshotter != "" {
 				n.rt.disk = "/var/lib/containerd/io.containerd.snapshotter.v1." + snapshotter
 			}
@@ -781,7 +782,7 @@ func TestLazySnapshotters(t *testing.T) {
 
 // A runtime that is not containerd knows no limit.
 func TestNoLimitWithoutContainerd(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", BytesPerSecond: 1 << 20})
 		if op := b.end("a"); op.GetPhase() != succeeded || op.GetMessage() != "pulled without the speed limit of 1.0 MiB/s: the runtime is not containerd" {
 			t.Errorf("%v", op)

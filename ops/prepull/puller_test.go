@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package prepull
+package prepull_test
 
 import (
 	"errors"
@@ -21,6 +21,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull"
 	"github.com/cri-proxy/cri-proxy/ops/prepull/registry"
 )
 
@@ -36,7 +37,7 @@ const (
 
 func TestOneAfterTheOther(t *testing.T) {
 	for _, parallel := range []int{0, 1, 3} {
-		inBubble(t, Options{Parallel: parallel}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{Parallel: parallel}, func(t *testing.T, b *bubble) {
 			b.rt.takes = time.Minute
 			began := time.Now()
 			for i := range 6 {
@@ -68,7 +69,7 @@ func TestOneAfterTheOther(t *testing.T) {
 }
 
 func TestEqualPullsJoin(t *testing.T) {
-	inBubble(t, Options{Parallel: 4}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{Parallel: 4}, func(t *testing.T, b *bubble) {
 		b.rt.takes = time.Minute
 		for i := range 3 {
 			b.pull(&opsv1.PullRequest{Uid: name(i), Image: "nginx"})
@@ -91,11 +92,11 @@ func TestEqualPullsJoin(t *testing.T) {
 }
 
 func TestFollowerGoesOnWhenTheFirstIsCancelled(t *testing.T) {
-	inBubble(t, Options{Parallel: 2}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{Parallel: 2}, func(t *testing.T, b *bubble) {
 		b.rt.takes = time.Minute
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
 		b.pull(&opsv1.PullRequest{Uid: "b", Image: "nginx"})
-		if _, _, err := b.cancel("a", "changed my mind", ""); err != nil {
+		if _, err := b.Cancel("a", "changed my mind"); err != nil {
 			t.Fatal(err)
 		}
 		if op := b.want("a", cancelled, opsv1.PullReasonCancelled); op.GetMessage() != "changed my mind" {
@@ -109,7 +110,7 @@ func TestFollowerGoesOnWhenTheFirstIsCancelled(t *testing.T) {
 
 // A bug ends the pull that meets it, also in the next process, and none beside it.
 func TestPanicEndsThePullOnly(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.set(func() { b.rt.bug = true })
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
 		if op := b.end("a"); op.GetPhase() != opsv1.PullPhase_PULL_FAILED || op.GetReason() != opsv1.PullReasonInternalError || op.GetAttempt() != 1 {
@@ -124,7 +125,7 @@ func TestPanicEndsThePullOnly(t *testing.T) {
 }
 
 func TestBackOff(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.fail = []error{broken()}
 		began := time.Now()
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
@@ -151,7 +152,7 @@ func TestBackOff(t *testing.T) {
 
 // TestBackOffIsOfTheImage has several pulls of one image whose registry is in trouble.
 func TestBackOffIsOfTheImage(t *testing.T) {
-	inBubble(t, Options{Parallel: 4}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{Parallel: 4}, func(t *testing.T, b *bubble) {
 		b.rt.fail = []error{broken(), broken(), nil}
 		for i := range 5 {
 			b.pull(&opsv1.PullRequest{Uid: name(i), Image: "nginx"})
@@ -187,14 +188,14 @@ func TestBackOffOfOthers(t *testing.T) {
 	} {
 		t.Run(reason, func(t *testing.T) {
 			for _, urgent := range []bool{false, true} {
-				inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+				inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 					b.rt.fail = []error{tt.err, nil}
 					b.pull(&opsv1.PullRequest{Uid: "first", Image: "nginx"})
 					b.want("first", waiting, opsv1.PullReasonBackOff)
 					waits := tt.job
 					if urgent {
 						waits = tt.upgrade
-						if _, err := b.take(&opsv1.PullRequest{Uid: "second", Image: "nginx"}, true); err != nil {
+						if _, err := b.Take(&opsv1.PullRequest{Uid: "second", Image: "nginx"}, true); err != nil {
 							t.Fatal(err)
 						}
 					} else {
@@ -221,7 +222,7 @@ func TestBackOffOfOthers(t *testing.T) {
 // somebody to tell is told at once.
 func TestRegistrySaysNo(t *testing.T) {
 	for reason, err := range map[string]error{opsv1.PullReasonUnauthorized: unauthorized(), opsv1.PullReasonNotFound: status.Error(codes.NotFound, "not found")} {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.fail = []error{err} })
 			began := time.Now()
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 3, Credentials: credentials("docker.io", "docker.io/library", "quay.io")})
@@ -241,7 +242,7 @@ func TestRegistrySaysNo(t *testing.T) {
 		})
 	}
 	t.Run("image comes", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.fail = []error{status.Error(codes.NotFound, "not found")} })
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
 			time.Sleep(2 * time.Second)
@@ -252,7 +253,7 @@ func TestRegistrySaysNo(t *testing.T) {
 		})
 	})
 	t.Run("deadline", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.fail = []error{unauthorized()} })
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 100, Deadline: durationpb.New(time.Minute)})
 			op := b.end("a")
@@ -270,7 +271,7 @@ func TestOtherCredentials(t *testing.T) {
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 2, Credentials: c})
 	}
 	t.Run("waiting", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.fail = []error{unauthorized(), nil} })
 			again(b, nil)
 			b.want("a", waiting, opsv1.PullReasonBackOff)
@@ -281,7 +282,7 @@ func TestOtherCredentials(t *testing.T) {
 		})
 	})
 	t.Run("the same again", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.fail = []error{unauthorized()} })
 			again(b, credentials("docker.io"))
 			again(b, credentials("docker.io"))
@@ -292,7 +293,7 @@ func TestOtherCredentials(t *testing.T) {
 		})
 	})
 	t.Run("registry in trouble", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.fail = []error{broken(), nil} })
 			again(b, nil)
 			again(b, credentials("docker.io"))
@@ -300,7 +301,7 @@ func TestOtherCredentials(t *testing.T) {
 		})
 	})
 	t.Run("during the last attempt", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.late, b.rt.takes = unauthorized(), time.Minute })
 			again(b, nil)
 			time.Sleep(90 * time.Second) // in the second attempt
@@ -312,7 +313,7 @@ func TestOtherCredentials(t *testing.T) {
 		})
 	})
 	t.Run("of another pull", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.fail = []error{unauthorized(), nil} })
 			again(b, nil)
 			b.want("a", waiting, opsv1.PullReasonBackOff)
@@ -324,7 +325,7 @@ func TestOtherCredentials(t *testing.T) {
 
 func TestTimes(t *testing.T) {
 	t.Run("attempt", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.takes = time.Hour
 			began := time.Now()
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 2, AttemptTimeout: durationpb.New(5 * time.Minute)})
@@ -335,7 +336,7 @@ func TestTimes(t *testing.T) {
 		})
 	})
 	t.Run("default", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.takes = time.Hour
 			began := time.Now()
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 1})
@@ -346,7 +347,7 @@ func TestTimes(t *testing.T) {
 		})
 	})
 	t.Run("deadline while it runs", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.takes = time.Hour
 			began := time.Now()
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", Deadline: durationpb.New(time.Minute)})
@@ -356,7 +357,7 @@ func TestTimes(t *testing.T) {
 		})
 	})
 	t.Run("deadline in the queue", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.takes = 5 * time.Minute
 			b.pull(&opsv1.PullRequest{Uid: "long", Image: "busybox"})
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", Deadline: durationpb.New(time.Minute)})
@@ -367,7 +368,7 @@ func TestTimes(t *testing.T) {
 		})
 	})
 	t.Run("deadline is kept over a restart", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.takes = time.Hour
 			began := time.Now()
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", Deadline: durationpb.New(time.Minute)})
@@ -383,13 +384,11 @@ func TestTimes(t *testing.T) {
 // TestCancelWhileGivingWay cancels a pull whose attempt is just being ended for kubelet: the end
 // must be for good.
 func TestCancelWhileGivingWay(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.takes = time.Minute
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
-		b.mu.Lock()
-		b.pulls["a"].stop(errYield)
-		b.mu.Unlock()
-		if _, _, err := b.cancel("a", "enough", ""); err != nil {
+		b.CutOff("a")
+		if _, err := b.Cancel("a", "enough"); err != nil {
 			t.Fatal(err)
 		}
 		if op := b.want("a", cancelled, opsv1.PullReasonCancelled); op.GetMessage() != "enough" {
@@ -399,9 +398,9 @@ func TestCancelWhileGivingWay(t *testing.T) {
 }
 
 func TestCancel(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.takes = time.Minute
-		s := NewServer(b.Puller)
+		s := prepull.NewServer(b.Puller)
 		for i := range 2 {
 			b.pull(&opsv1.PullRequest{Uid: name(i), Image: name(i)})
 		}
@@ -424,7 +423,7 @@ func TestCancel(t *testing.T) {
 }
 
 func TestRestart(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.takes = time.Minute
 		b.rt.images["docker.io/library/there:latest"] = true
 		b.pull(&opsv1.PullRequest{Uid: "done", Image: "there"})
@@ -455,18 +454,18 @@ func TestRestart(t *testing.T) {
 		}
 		b.pull(&opsv1.PullRequest{Uid: "late", Image: "app", Credentials: secret.GetCredentials()})
 		b.end("late")
-		if _, err := b.take(&opsv1.PullRequest{Uid: "done", Image: "other"}, false); status.Code(err) != codes.AlreadyExists {
+		if _, err := b.Take(&opsv1.PullRequest{Uid: "done", Image: "other"}, false); status.Code(err) != codes.AlreadyExists {
 			t.Error(err)
 		}
 	})
 }
 
 func TestCredentialsDoNotCome(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.takes = time.Minute
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", Credentials: credentials("docker.io")})
 		b.restart()
-		time.Sleep(credentialsTimeout - time.Minute)
+		time.Sleep(prepull.CredentialsTimeout - time.Minute)
 		b.want("a", waiting, opsv1.PullReasonCredentialsNeeded)
 		if op := b.end("a"); op.GetPhase() != failed || op.GetReason() != opsv1.PullReasonCredentialsNeeded {
 			t.Errorf("%v", op)
@@ -475,29 +474,29 @@ func TestCredentialsDoNotCome(t *testing.T) {
 }
 
 func TestExpiry(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
 		b.want("a", succeeded, opsv1.PullReasonPulled)
-		time.Sleep(keepFinished + 2*sweepInterval)
-		if _, err := NewServer(b.Puller).GetPull(t.Context(), &opsv1.GetPullRequest{Uid: "a"}); status.Code(err) != codes.NotFound {
+		time.Sleep(prepull.KeepFinished + 2*prepull.SweepInterval)
+		if _, err := prepull.NewServer(b.Puller).GetPull(t.Context(), &opsv1.GetPullRequest{Uid: "a"}); status.Code(err) != codes.NotFound {
 			t.Error(err)
 		}
 		b.restart()
-		if n := len(b.list(false)); n != 0 {
+		if n := len(b.List(false)); n != 0 {
 			t.Errorf("%d pulls", n)
 		}
 	})
 }
 
 func TestTooMany(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.takes = time.Hour
-		for i := range maxActive {
-			if _, err := b.take(&opsv1.PullRequest{Uid: name(i), Image: name(i)}, false); err != nil {
+		for i := range prepull.MaxActive {
+			if _, err := b.Take(&opsv1.PullRequest{Uid: name(i), Image: name(i)}, false); err != nil {
 				t.Fatal(err)
 			}
 		}
-		if _, err := b.take(&opsv1.PullRequest{Uid: "more", Image: "nginx"}, false); status.Code(err) != codes.ResourceExhausted {
+		if _, err := b.Take(&opsv1.PullRequest{Uid: "more", Image: "nginx"}, false); status.Code(err) != codes.ResourceExhausted {
 			t.Error(err)
 		}
 		synctest.Wait()
@@ -505,7 +504,7 @@ func TestTooMany(t *testing.T) {
 }
 
 func TestInvalid(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		long := durationpb.New(32 * 24 * time.Hour)
 		for want, req := range map[string]*opsv1.PullRequest{
 			"uid must be":        {Uid: "a b", Image: "nginx"},
@@ -521,7 +520,7 @@ func TestInvalid(t *testing.T) {
 			"a credential is":    {Uid: "a", Image: "nginx", Credentials: []*opsv1.RegistryCredential{{Password: strings.Repeat("x", 70<<10)}}},
 			"credentials are to": {Uid: "a", Image: "nginx", Credentials: make([]*opsv1.RegistryCredential, 300)},
 		} {
-			_, err := NewServer(b.Puller).Pull(t.Context(), req)
+			_, err := prepull.NewServer(b.Puller).Pull(t.Context(), req)
 			if status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), want) {
 				t.Errorf("%s: %v", want, err)
 			}
@@ -534,7 +533,7 @@ func TestInvalid(t *testing.T) {
 
 func TestMetrics(t *testing.T) {
 	reg := prometheus.NewRegistry()
-	inBubble(t, Options{Registerer: reg}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{Registerer: reg}, func(t *testing.T, b *bubble) {
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
 		b.rt.set(func() { b.rt.fail = []error{unauthorized()} })
 		b.pull(&opsv1.PullRequest{Uid: "b", Image: "busybox", MaxAttempts: 1})
@@ -563,7 +562,7 @@ func TestMetrics(t *testing.T) {
 func TestDamagedFile(t *testing.T) {
 	whole := func(t *testing.T) []byte {
 		var raw []byte
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
 			b.want("a", succeeded, opsv1.PullReasonPulled)
 			b.over()
@@ -603,11 +602,11 @@ func TestDamagedFile(t *testing.T) {
 			log := logrus.New()
 			log.SetOutput(io.Discard)
 			for range 2 { // what the first start makes of it is good for the second
-				p, err := Open(Options{StateDir: dir, Conn: &fakeRuntime{images: map[string]bool{}}, Log: log})
+				p, err := prepull.Open(prepull.Options{StateDir: dir, Conn: &fakeRuntime{images: map[string]bool{}}, Log: log})
 				if err != nil {
 					t.Fatal(err)
 				}
-				if _, err := p.take(&opsv1.PullRequest{Uid: "b", Image: "busybox"}, false); err != nil {
+				if _, err := p.Take(&opsv1.PullRequest{Uid: "b", Image: "busybox"}, false); err != nil {
 					t.Errorf("pulls are refused: %v", err)
 				}
 				if err := p.Close(); err != nil {
@@ -622,8 +621,8 @@ func TestFileInUse(t *testing.T) {
 	if testing.Short() {
 		t.Skip("waits for a lock")
 	}
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
-		if _, err := Open(b.opts); err == nil || errors.Is(err, os.ErrNotExist) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
+		if _, err := prepull.Open(b.opts); err == nil || errors.Is(err, os.ErrNotExist) {
 			t.Error(err)
 		}
 	})
@@ -631,7 +630,7 @@ func TestFileInUse(t *testing.T) {
 
 // A pull that the process does not survive is not begun for ever.
 func TestAttemptsThatEndTheProcess(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.takes = time.Minute
 		path := filepath.Join(b.dir, "pulls.db")
 		kill := func() {

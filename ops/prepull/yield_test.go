@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package prepull
+package prepull_test
 
 import (
 	"context"
@@ -27,6 +27,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull"
 	"github.com/cri-proxy/cri-proxy/ops/prepull/imagestore"
 	"github.com/cri-proxy/cri-proxy/ops/prepull/yield"
 )
@@ -215,9 +216,9 @@ func (b *bubble) ours(uid string, seconds int) {
 	b.pull(&opsv1.PullRequest{Uid: uid, Image: uid})
 }
 
-func (b *bubble) yields() int { return int(testutil.ToFloat64(b.metrics.yields)) }
+func (b *bubble) yields() int { return int(testutil.ToFloat64(b.Yields())) }
 
-func inContent(t *testing.T, o Options, f func(t *testing.T, b *bubble)) {
+func inContent(t *testing.T, o prepull.Options, f func(t *testing.T, b *bubble)) {
 	t.Helper()
 	inBubble(t, o, func(t *testing.T, b *bubble) {
 		b.rt.set(func() { b.rt.content = newContents() })
@@ -230,7 +231,7 @@ func took(op *opsv1.PullOperation) time.Duration {
 }
 
 func TestGivesWay(t *testing.T) {
-	inContent(t, Options{Parallel: 2}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{Parallel: 2}, func(t *testing.T, b *bubble) {
 		b.ours("a", 60)
 		time.Sleep(time.Second)
 		// kubelet asks for what is there: nobody minds, however often and slowly.
@@ -277,7 +278,7 @@ func TestGivesWay(t *testing.T) {
 // Bandwidth is what yields: once kubelet's pull has its bytes, it may unpack for as long as it
 // likes.
 func TestGoesOnWhileKubeletUnpacks(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.ours("a", 20)
 		end := b.kubelet("kubelets", 20*mib)
 		time.Sleep(5 * time.Second)
@@ -313,7 +314,7 @@ func TestKubeletPullsInVain(t *testing.T) {
 		"little comes, again":  {200 << 10, 15 * time.Second, 4, 75 * time.Second},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inContent(t, Options{}, func(t *testing.T, b *bubble) {
+			inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 				ctx, cancel := context.WithCancel(t.Context())
 				again := tt.again
 				if again == 0 {
@@ -348,7 +349,7 @@ func TestKubeletPullsInVain(t *testing.T) {
 
 // A small layer of ours that is there between two questions of one look is not taken for kubelet's.
 func TestSwiftLayersAreOurs(t *testing.T) {
-	inContent(t, Options{Parallel: 2}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{Parallel: 2}, func(t *testing.T, b *bubble) {
 		b.ours("a", 60)
 		lease := imagestore.LeaseID("docker.io/library/a:latest|")
 		b.rt.set(func() {
@@ -374,7 +375,7 @@ func TestSwiftLayersAreOurs(t *testing.T) {
 
 // A pull of kubelet's that works is seen among those that come to little.
 func TestGivesWayBesideTrickles(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		var ends []func()
 		for i := range 12 {
 			ends = append(ends, b.kubelet(fmt.Sprintf("broken-%d", i), 20<<10))
@@ -399,7 +400,7 @@ func TestGivesWayBesideTrickles(t *testing.T) {
 
 // What has all its bytes is not cut off, and needs no line to begin.
 func TestUnpackingIsLeftAlone(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.set(func() { b.rt.content.unpacks = time.Minute })
 		b.ours("a", 5)
 		time.Sleep(10 * time.Second)
@@ -408,9 +409,7 @@ func TestUnpackingIsLeftAlone(t *testing.T) {
 		time.Sleep(10 * time.Second)
 		b.want("a", resolving, "")
 		b.want("b", waiting, opsv1.PullReasonYieldsToKubelet)
-		b.mu.Lock()
-		b.pulls["b"].op.BytesTotal, b.pulls["b"].op.BytesDone = 1, 1
-		b.mu.Unlock()
+		b.Change("b", func(op *opsv1.PullOperation) { op.BytesTotal, op.BytesDone = 1, 1 })
 		if op := b.end("a"); op.GetPhase() != succeeded || b.rt.content.torn != 0 || b.yields() != 0 {
 			t.Errorf("%d torn, %d yields: %v", b.rt.content.torn, b.yields(), op)
 		}
@@ -422,7 +421,7 @@ func TestUnpackingIsLeftAlone(t *testing.T) {
 
 // A pull of kubelet's that takes an hour does not hold ours up for as long.
 func TestYieldIsBounded(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.ours("a", 200)
 		end := b.kubelet("large", 50*mib)
 		time.Sleep(time.Second)
@@ -444,7 +443,7 @@ func TestYieldIsBounded(t *testing.T) {
 
 // Many short pulls with bytes hold ours up no longer than one: each costs what was under way.
 func TestYieldsAreBounded(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		ctx, cancel := context.WithCancel(t.Context())
 		go func() {
 			for i := 0; ctx.Err() == nil; i++ {
@@ -466,7 +465,7 @@ func TestYieldsAreBounded(t *testing.T) {
 // What something waits for never yields: neither when kubelet pulls already, nor later, nor when it
 // is only then that somebody waits.
 func TestUrgentNeverYields(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		end := b.kubelet("kubelets", 50*mib)
 		b.rt.set(func() { b.rt.takes = 10 * time.Second })
 		b.pull(&opsv1.PullRequest{Uid: "other", Image: "other"}) // for which kubelet is looked at
@@ -480,8 +479,8 @@ func TestUrgentNeverYields(t *testing.T) {
 				t.Errorf("%v, %v after %s", op, err, time.Since(began))
 			}
 		}
-		ensure("upgrade", 10*time.Second+progressInterval)
-		ensure("other", 10*time.Second+progressInterval) // had yielded
+		ensure("upgrade", 10*time.Second+prepull.ProgressInterval)
+		ensure("other", 10*time.Second+prepull.ProgressInterval) // had yielded
 		if b.yields() != 1 {
 			t.Errorf("%d yields", b.yields())
 		}
@@ -491,7 +490,7 @@ func TestUrgentNeverYields(t *testing.T) {
 		b.pull(&opsv1.PullRequest{Uid: "queued", Image: "queued"})
 		b.hurry("late")
 		end = b.kubelet("more", 50*mib)
-		ensure("late", 10*time.Second+progressInterval)
+		ensure("late", 10*time.Second+prepull.ProgressInterval)
 		if b.yields() != 1 {
 			t.Errorf("%d yields", b.yields())
 		}
@@ -505,7 +504,7 @@ func TestUrgentNeverYields(t *testing.T) {
 func TestUrgentOvertakes(t *testing.T) {
 	for name, limit := range map[string]int64{"slow": mib, "as fast": 0} {
 		t.Run(name, func(t *testing.T) {
-			inContent(t, Options{}, func(t *testing.T, b *bubble) {
+			inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 				b.rt.set(func() { b.rt.takes = 10 * time.Second })
 				b.pull(&opsv1.PullRequest{Uid: "job", Image: "nginx", BytesPerSecond: limit})
 				time.Sleep(time.Second)
@@ -553,7 +552,7 @@ func TestFollowedByUrgent(t *testing.T) {
 		}
 	}
 	t.Run("refused", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.pulling = func(context.Context, *runtimeapi.PullImageRequest) error {
 				time.Sleep(10 * time.Second)
 				return unauthorized()
@@ -567,7 +566,7 @@ func TestFollowedByUrgent(t *testing.T) {
 		})
 	})
 	t.Run("another platform", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.takes, b.rt.arch = 10*time.Second, "another"
 			b.pull(&opsv1.PullRequest{Uid: "job", Image: "nginx"})
 			stop := follow(t, b)
@@ -578,7 +577,7 @@ func TestFollowedByUrgent(t *testing.T) {
 		})
 	})
 	t.Run("gives way", func(t *testing.T) {
-		inContent(t, Options{}, func(t *testing.T, b *bubble) {
+		inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.takes = 20 * time.Second })
 			b.pull(&opsv1.PullRequest{Uid: "job", Image: "nginx"})
 			stop := follow(t, b)
@@ -608,7 +607,7 @@ func TestYieldNamesNoImage(t *testing.T) {
 		"unknown":  {[]string{""}, "an image"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inContent(t, Options{}, func(t *testing.T, b *bubble) {
+			inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 				b.ours("a", 10)
 				var ends []func()
 				for _, image := range tt.kubelets {
@@ -631,7 +630,7 @@ func TestYieldNamesNoImage(t *testing.T) {
 // A runtime that is not containerd does not tell what comes, and cannot go on with half an image:
 // what runs is left alone.
 func TestGivesWayBlindly(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.takes = 30 * time.Second
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
 		b.pull(&opsv1.PullRequest{Uid: "b", Image: "busybox"})
@@ -652,11 +651,9 @@ func TestGivesWayBlindly(t *testing.T) {
 // containerd has few download slots for all pulls, and who is first goes first: kubelet's manifest
 // waits for layers of ours.
 func TestKubeletWaitsForASlot(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.ours("a", 60)
-		b.mu.Lock()
-		b.pulls["a"].slots.Store(true) // as where there are leases
-		b.mu.Unlock()
+		b.HoldSlot("a") // as where there are leases
 		done := b.KubeletPulls("waits")
 		time.Sleep(2 * time.Second)
 		b.want("a", resolving, "") // it only looks its image up
@@ -668,7 +665,7 @@ func TestKubeletWaitsForASlot(t *testing.T) {
 		b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 		time.Sleep(2 * time.Second)
 		b.want("a", resolving, "") // there is nothing to gain
-		if !b.yielder.slotsWanted(t.Context(), b.pulls["a"]) {
+		if !b.SlotsWanted(t.Context(), "a") {
 			t.Error("it takes a slot again")
 		}
 		time.Sleep(10 * time.Second)
@@ -677,7 +674,7 @@ func TestKubeletWaitsForASlot(t *testing.T) {
 		}
 		b.rt.set(func() { delete(b.rt.content.open, manifest) })
 		done()
-		if b.end("a"); b.yielder.slotsWanted(t.Context(), b.pulls["a"]) {
+		if b.end("a"); b.SlotsWanted(t.Context(), "a") {
 			t.Error("it takes no slot, and nobody wants one")
 		}
 	})
@@ -685,13 +682,13 @@ func TestKubeletWaitsForASlot(t *testing.T) {
 
 // Whoever wants a layer that ours is fetching waits for ours: it lets go.
 func TestKubeletWantsALayer(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		const image = "docker.io/library/a:latest"
 		base := digest.FromString(image) // ours fetches it
 		b.ours("a", 100)
-		b.mu.Lock()
-		b.pulls["a"].op.Layers = []*opsv1.LayerProgress{{Digest: base.String(), BytesTotal: 6400 * mib}}
-		b.mu.Unlock()
+		b.Change("a", func(op *opsv1.PullOperation) {
+			op.Layers = []*opsv1.LayerProgress{{Digest: base.String(), BytesTotal: 6400 * mib}}
+		})
 		time.Sleep(time.Second)
 		raw, err := json.Marshal(ocispec.Manifest{Layers: []ocispec.Descriptor{{Digest: digest.FromString("there")}, {Digest: base}}})
 		if err != nil {
@@ -732,11 +729,11 @@ func TestKubeletWantsALayer(t *testing.T) {
 
 // Who may create pods chooses what kubelet pulls.
 func TestKubeletsManifestsAreBounded(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.ours("a", 10)
-		b.mu.Lock()
-		b.pulls["a"].op.Layers = []*opsv1.LayerProgress{{Digest: digest.FromString("docker.io/library/a:latest").String(), BytesTotal: 640 * mib}}
-		b.mu.Unlock()
+		b.Change("a", func(op *opsv1.PullOperation) {
+			op.Layers = []*opsv1.LayerProgress{{Digest: digest.FromString("docker.io/library/a:latest").String(), BytesTotal: 640 * mib}}
+		})
 		raw := empties(`{"layers":[`, 4<<20-20, `]}`)
 		b.rt.set(func() {
 			b.rt.content.blobs[digest.FromBytes(raw)] = raw
@@ -755,16 +752,16 @@ func TestKubeletsManifestsAreBounded(t *testing.T) {
 
 // What something waits for is not cut off then: its speed limit is lifted.
 func TestUrgentLiftsItsLimit(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		d := digest.FromString("docker.io/library/a:latest")
 		b.ours("a", 100)
 		b.ours("other", 1) // for which kubelet is looked at
 		b.hurry("a")
 		limiter := rate.NewLimiter(1, 1)
-		b.mu.Lock()
-		b.pulls["a"].op.Layers = []*opsv1.LayerProgress{{Digest: d.String(), BytesTotal: 6400 * mib}}
-		b.pulls["a"].limiter.Store(limiter)
-		b.mu.Unlock()
+		b.Change("a", func(op *opsv1.PullOperation) {
+			op.Layers = []*opsv1.LayerProgress{{Digest: d.String(), BytesTotal: 6400 * mib}}
+		})
+		b.SlowDown("a", limiter)
 		raw, err := json.Marshal(ocispec.Manifest{Layers: []ocispec.Descriptor{{Digest: d}}})
 		if err != nil {
 			t.Fatal(err)
@@ -787,7 +784,7 @@ func TestUrgentLiftsItsLimit(t *testing.T) {
 
 // kubelet's pulls cost nothing while there is none of ours.
 func TestNobodyLooks(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		end := b.kubelet("kubelets", 50*mib)
 		time.Sleep(time.Minute)
 		b.rt.set(func() {
@@ -814,12 +811,12 @@ func TestNobodyLooks(t *testing.T) {
 
 // "In any case" holds when nobody can tell any more what comes.
 func TestYieldEndsUnseen(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		base := digest.FromString("docker.io/library/a:latest")
 		b.ours("a", 100)
-		b.mu.Lock()
-		b.pulls["a"].op.Layers = []*opsv1.LayerProgress{{Digest: base.String(), BytesTotal: 6400 * mib}}
-		b.mu.Unlock()
+		b.Change("a", func(op *opsv1.PullOperation) {
+			op.Layers = []*opsv1.LayerProgress{{Digest: base.String(), BytesTotal: 6400 * mib}}
+		})
 		time.Sleep(time.Second)
 		raw, err := json.Marshal(ocispec.Manifest{Layers: []ocispec.Descriptor{{Digest: base}}})
 		if err != nil {
@@ -839,7 +836,7 @@ func TestYieldEndsUnseen(t *testing.T) {
 		done()
 	})
 	t.Run("the line", func(t *testing.T) {
-		inContent(t, Options{}, func(t *testing.T, b *bubble) {
+		inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.ours("a", 100)
 			end := b.kubelet("kubelets", 50*mib)
 			time.Sleep(time.Second)
@@ -855,12 +852,12 @@ func TestYieldEndsUnseen(t *testing.T) {
 
 // A blob that has no labels is none that refers to others, or has them a moment later.
 func TestBlobsWithoutLabels(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		base, bare := digest.FromString("docker.io/library/a:latest"), digest.FromString("bare")
 		b.ours("a", 600)
-		b.mu.Lock()
-		b.pulls["a"].op.Layers = []*opsv1.LayerProgress{{Digest: base.String(), BytesTotal: 6400 * mib}}
-		b.mu.Unlock()
+		b.Change("a", func(op *opsv1.PullOperation) {
+			op.Layers = []*opsv1.LayerProgress{{Digest: base.String(), BytesTotal: 6400 * mib}}
+		})
 		b.rt.set(func() {
 			b.rt.content.blobs[bare] = []byte{0}
 			b.rt.content.leases["other"] = &fakeLease{began: time.Now(), resources: []*leasesapi.Resource{{ID: bare.String(), Type: "content"}}}
