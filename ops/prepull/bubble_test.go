@@ -168,7 +168,8 @@ func (r *fakeRuntime) Invoke(ctx context.Context, method string, args, reply any
 		if r.images[strings.TrimPrefix(req.GetImage().GetImage(), "sha256:")] {
 			resp := &runtimeapi.ImageStatusResponse{Image: r.image(req.GetImage().GetImage())}
 			if req.GetVerbose() && r.arch != "" {
-				resp.Info = map[string]string{"info": `{"imageSpec":{"os":"` + runtime.GOOS + `","architecture":"` + r.arch + `"}}`}
+				resp.Info = map[string]string{"info": `{"imageSpec":{"os":"` + runtime.GOOS + `","architecture":"` +
+					r.arch + `"}}`}
 			}
 			proto.Merge(reply.(proto.Message), resp)
 		}
@@ -177,7 +178,9 @@ func (r *fakeRuntime) Invoke(ctx context.Context, method string, args, reply any
 		if r.disk == "" {
 			return status.Error(codes.Unimplemented, method)
 		}
-		proto.Merge(reply.(proto.Message), &runtimeapi.ImageFsInfoResponse{ImageFilesystems: []*runtimeapi.FilesystemUsage{{FsId: &runtimeapi.FilesystemIdentifier{Mountpoint: r.disk}}}})
+		proto.Merge(reply.(proto.Message), &runtimeapi.ImageFsInfoResponse{ImageFilesystems: []*runtimeapi.FilesystemUsage{
+			{FsId: &runtimeapi.FilesystemIdentifier{Mountpoint: r.disk}},
+		}})
 		return nil
 	case *runtimeapi.ListImagesRequest:
 		r.mu.Lock()
@@ -213,7 +216,8 @@ func (r *fakeRuntime) Invoke(ctx context.Context, method string, args, reply any
 		if !ok {
 			return status.Error(codes.NotFound, "no such image")
 		}
-		proto.Merge(reply.(proto.Message), &imagesapi.GetImageResponse{Image: &imagesapi.Image{Name: req.GetName(), Labels: labels}})
+		proto.Merge(reply.(proto.Message), &imagesapi.GetImageResponse{Image: &imagesapi.Image{Name: req.GetName(),
+			Labels: labels}})
 		return nil
 	case *imagesapi.ListImagesRequest: // of those that we have pinned
 		list := &imagesapi.ListImagesResponse{}
@@ -244,7 +248,9 @@ func imageCalled(name string) *runtimeapi.Image {
 }
 
 // NewStream implements [grpc.ClientConnInterface].
-func (r *fakeRuntime) NewStream(_ context.Context, _ *grpc.StreamDesc, method string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+func (r *fakeRuntime) NewStream(
+	_ context.Context, _ *grpc.StreamDesc, method string, _ ...grpc.CallOption,
+) (grpc.ClientStream, error) {
 	if r.content != nil && strings.HasSuffix(method, "Content/Read") {
 		return &blobStream{c: r.content}, nil
 	}
@@ -322,12 +328,15 @@ func credentials(matches ...string) []*opsv1.RegistryCredential {
 	return out
 }
 
+// asked begins what the runtime says of a registry's answer.
+const asked = "unexpected status from HEAD request to https://r.io/v2/a/manifests/1: "
+
 func unauthorized() error {
-	return status.Error(codes.Unknown, "unexpected status from HEAD request to https://r.io/v2/a/manifests/1: 401 Unauthorized")
+	return status.Error(codes.Unknown, asked+"401 Unauthorized")
 }
 
 func broken() error {
-	return status.Error(codes.Unknown, "unexpected status from HEAD request to https://r.io/v2/a/manifests/1: 500 Internal Server Error")
+	return status.Error(codes.Unknown, asked+"500 Internal Server Error")
 }
 
 func name(i int) string { return fmt.Sprintf("image-%d", i) }

@@ -53,7 +53,8 @@ func TestUnclaimed(t *testing.T) {
 			if b.AnyUnclaimed() {
 				t.Error("the file has kept it")
 			}
-			b.pull(&opsv1.PullRequest{Uid: "b", Image: private, Credentials: credentials("r.io"), Policy: opsv1.PullPolicy_PULL_POLICY_ALWAYS})
+			b.pull(&opsv1.PullRequest{Uid: "b", Image: private, Credentials: credentials("r.io"),
+				Policy: opsv1.PullPolicy_PULL_POLICY_ALWAYS})
 			b.end("b")
 			b.wantHidden(private, false, "when it was there before")
 		})
@@ -111,8 +112,9 @@ func TestUnclaimed(t *testing.T) {
 		o   prepull.Options
 		req *opsv1.PullRequest
 	}{
-		"without secrets":                 {on, &opsv1.PullRequest{Uid: "a", Image: private}},
-		"with those of another registry":  {on, &opsv1.PullRequest{Uid: "a", Image: private, Credentials: credentials("quay.io")}},
+		"without secrets": {on, &opsv1.PullRequest{Uid: "a", Image: private}},
+		"with those of another registry": {on, &opsv1.PullRequest{Uid: "a", Image: private,
+			Credentials: credentials("quay.io")}},
 		"where it is not to be looked at": {prepull.Options{}, secret},
 	} {
 		t.Run(name, func(t *testing.T) {

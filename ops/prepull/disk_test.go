@@ -34,10 +34,14 @@ func TestPinsAreBounded(t *testing.T) {
 		if total == 0 {
 			t.Fatal("the size of the disk is not known")
 		}
-		b.rt.set(func() { b.rt.size = uint64(total * 0.15 / (1 + imagefs.Unpacked)) }) // an image and what it is unpacked are 15 %
+		b.rt.set(func() {
+			b.rt.size = uint64(total * 0.15 / (1 +
+				imagefs.Unpacked))
+		}) // an image and what it is unpacked are 15 %
 		pull := func(uid, image, owner string, percent int32) *opsv1.PullOperation {
 			t.Helper()
-			b.pull(&opsv1.PullRequest{Uid: uid, Image: image, Owner: owner, PinFor: durationpb.New(time.Hour), PinPercent: percent})
+			b.pull(&opsv1.PullRequest{Uid: uid, Image: image, Owner: owner, PinFor: durationpb.New(time.Hour),
+				PinPercent: percent})
 			return b.want(uid, succeeded, b.get(uid).GetReason())
 		}
 		for _, tt := range []struct {
@@ -57,7 +61,8 @@ func TestPinsAreBounded(t *testing.T) {
 			for _, p := range b.Pins().List() {
 				pinned = pinned || p.GetOwner() == tt.owner
 			}
-			if pinned != tt.pinned || strings.HasPrefix(op.GetMessage(), "not pinned: the images that are pinned for objects of kind ImagePullJob hold about ") == tt.pinned {
+			if pinned != tt.pinned || strings.HasPrefix(op.GetMessage(),
+				"not pinned: the images that are pinned for objects of kind ImagePullJob hold about ") == tt.pinned {
 				t.Errorf("%s: pinned %v, %q", tt.uid, pinned, op.GetMessage())
 			}
 		}
@@ -80,10 +85,12 @@ func TestUpgradesAreNotKeptByTheDiskGuard(t *testing.T) {
 				return n.bring(ctx, image.manifest, image.config, image.layers[0])
 			}
 			n.pull(&opsv1.PullRequest{Uid: "job", Image: "r.io/a", MaxAttempts: 1, BytesPerSecond: limit})
-			if op := n.end("job"); op.GetReason() != opsv1.PullReasonDiskPressure || !strings.Contains(op.GetMessage(), "91 % full, and kubelet removes images from 85 % on") {
+			if op := n.end("job"); op.GetReason() != opsv1.PullReasonDiskPressure ||
+				!strings.Contains(op.GetMessage(), "91 % full, and kubelet removes images from 85 % on") {
 				t.Errorf("%v", op)
 			}
-			op, err := n.Ensure(t.Context(), &opsv1.PullRequest{Uid: "upgrade", Image: "r.io/a", MaxAttempts: 1, BytesPerSecond: limit}, nil)
+			op, err := n.Ensure(t.Context(), &opsv1.PullRequest{Uid: "upgrade", Image: "r.io/a", MaxAttempts: 1,
+				BytesPerSecond: limit}, nil)
 			if err != nil || op.GetReason() != opsv1.PullReasonPulled {
 				t.Errorf("%v %v", op, err)
 			}
@@ -93,8 +100,10 @@ func TestUpgradesAreNotKeptByTheDiskGuard(t *testing.T) {
 			}
 			image = sampleOf(layer("b", 1024))
 			n.answer = image.serve
-			op, err = n.Ensure(t.Context(), &opsv1.PullRequest{Uid: "too-large", Image: "r.io/b", MaxAttempts: 1, BytesPerSecond: limit}, nil)
-			if err != nil || op.GetReason() != opsv1.PullReasonDiskPressure || !strings.Contains(op.GetMessage(), "has 3.0 KiB left: free space") {
+			op, err = n.Ensure(t.Context(), &opsv1.PullRequest{Uid: "too-large", Image: "r.io/b", MaxAttempts: 1,
+				BytesPerSecond: limit}, nil)
+			if err != nil || op.GetReason() != opsv1.PullReasonDiskPressure ||
+				!strings.Contains(op.GetMessage(), "has 3.0 KiB left: free space") {
 				t.Errorf("%v %v", op, err)
 			}
 		})

@@ -39,10 +39,14 @@ func TestEnsure(t *testing.T) {
 		reason  string
 		course  []string
 	}{
-		{name: "pulled", prepare: func(*fakeRuntime) {}, phase: succeeded, reason: opsv1.PullReasonPulled, course: []string{"RESOLVING", "SUCCEEDED Pulled"}},
-		{name: "there", prepare: func(rt *fakeRuntime) { rt.images["docker.io/library/nginx:latest"] = true }, phase: succeeded, reason: opsv1.PullReasonPresent, course: []string{"SUCCEEDED Present"}},
-		{name: "refused", prepare: func(rt *fakeRuntime) { rt.fail = []error{unauthorized()} }, phase: failed, reason: opsv1.PullReasonUnauthorized, course: []string{"FAILED Unauthorized"}},
-		{name: "tried again", prepare: func(rt *fakeRuntime) { rt.fail = []error{broken(), nil} }, phase: succeeded, reason: opsv1.PullReasonPulled, course: []string{"WAITING BackOff", "RESOLVING", "SUCCEEDED Pulled"}},
+		{name: "pulled", prepare: func(*fakeRuntime) {}, phase: succeeded, reason: opsv1.PullReasonPulled,
+			course: []string{"RESOLVING", "SUCCEEDED Pulled"}},
+		{name: "there", prepare: func(rt *fakeRuntime) { rt.images["docker.io/library/nginx:latest"] = true },
+			phase: succeeded, reason: opsv1.PullReasonPresent, course: []string{"SUCCEEDED Present"}},
+		{name: "refused", prepare: func(rt *fakeRuntime) { rt.fail = []error{unauthorized()} }, phase: failed,
+			reason: opsv1.PullReasonUnauthorized, course: []string{"FAILED Unauthorized"}},
+		{name: "tried again", prepare: func(rt *fakeRuntime) { rt.fail = []error{broken(), nil} }, phase: succeeded,
+			reason: opsv1.PullReasonPulled, course: []string{"WAITING BackOff", "RESOLVING", "SUCCEEDED Pulled"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
@@ -96,16 +100,19 @@ func TestEnsureCancels(t *testing.T) {
 				}
 				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 				defer cancel()
-				if op, err := b.Ensure(ctx, &opsv1.PullRequest{Uid: "a", Image: "nginx"}, nil); !errors.Is(err, context.DeadlineExceeded) || op != nil {
+				if op, err := b.Ensure(ctx, &opsv1.PullRequest{Uid: "a", Image: "nginx"}, nil); !errors.Is(err,
+					context.DeadlineExceeded) || op != nil {
 					t.Errorf("%v, %v", op, err)
 				}
 				b.want("a", cancelled, opsv1.PullReasonCancelled)
 				// One more of the same image is not held up.
-				if op, err := b.Ensure(t.Context(), &opsv1.PullRequest{Uid: "again", Image: "nginx"}, nil); err != nil || op.GetPhase() != succeeded {
+				if op, err := b.Ensure(t.Context(), &opsv1.PullRequest{Uid: "again", Image: "nginx"},
+					nil); err != nil || op.GetPhase() != succeeded {
 					t.Errorf("%v, %v", op, err)
 				}
 				// And nothing is begun for who is gone already.
-				if _, err := b.Ensure(ctx, &opsv1.PullRequest{Uid: "late", Image: "nginx"}, nil); !errors.Is(err, context.DeadlineExceeded) {
+				if _, err := b.Ensure(ctx, &opsv1.PullRequest{Uid: "late", Image: "nginx"}, nil); !errors.Is(err,
+					context.DeadlineExceeded) {
 					t.Error(err)
 				}
 				if _, _, err := b.Watch("late"); err == nil {
@@ -125,9 +132,11 @@ func TestEnsurePasses(t *testing.T) {
 		synctest.Wait()
 		b.rt.takes = time.Second
 		b.rt.images["docker.io/library/there:latest"] = true
-		for image, reason := range map[string]string{"there": opsv1.PullReasonPresent, "nginx": opsv1.PullReasonPulled} {
+		for image, reason := range map[string]string{"there": opsv1.PullReasonPresent,
+			"nginx": opsv1.PullReasonPulled} {
 			began := time.Now()
-			if op, err := b.Ensure(t.Context(), &opsv1.PullRequest{Uid: image, Image: image}, nil); err != nil || op.GetReason() != reason || time.Since(began) > 2*time.Second {
+			if op, err := b.Ensure(t.Context(), &opsv1.PullRequest{Uid: image, Image: image}, nil); err != nil ||
+				op.GetReason() != reason || time.Since(began) > 2*time.Second {
 				t.Errorf("%s: %v, %v after %s", image, op, err, time.Since(began))
 			}
 		}
@@ -212,7 +221,9 @@ func TestPin(t *testing.T) {
 		if err := b.Pin(t.Context(), "docker.io/library/nginx:latest", "me", until); err != nil || !pinned() {
 			t.Fatalf("not pinned: %v", err)
 		}
-		if pins := b.Pins().List(); len(pins) != 1 || pins[0].GetImageId() != id || pins[0].GetImage() != "docker.io/library/nginx:latest" || pins[0].GetOwner() != "me" || !pins[0].GetExpireTime().AsTime().Equal(until) {
+		if pins := b.Pins().List(); len(pins) != 1 || pins[0].GetImageId() != id ||
+			pins[0].GetImage() != "docker.io/library/nginx:latest" || pins[0].GetOwner() != "me" ||
+			!pins[0].GetExpireTime().AsTime().Equal(until) {
 			t.Errorf("%v", pins)
 		}
 		// Again, for longer; it outlives the process, and ends by itself.
@@ -232,7 +243,8 @@ func TestPin(t *testing.T) {
 			t.Errorf("an image that is not there: %v", err)
 		}
 		b.rt.set(func() { b.rt.labels[id] = map[string]string{imagestore.PinLabel: imagestore.PinValue} })
-		if err := b.Pin(t.Context(), "docker.io/library/nginx:latest", "me", until); err != nil || len(b.Pins().List()) != 0 {
+		if err := b.Pin(t.Context(), "docker.io/library/nginx:latest", "me", until); err != nil ||
+			len(b.Pins().List()) != 0 {
 			t.Errorf("an image that the configuration pins: %v, %v", err, b.Pins().List())
 		}
 		b.rt.set(func() { b.rt.labels = nil })
@@ -256,7 +268,8 @@ func TestPinOfAnImageThatIsGone(t *testing.T) {
 		list := func(gone bool) {
 			t.Helper()
 			l, err := prepull.NewServer(b.Puller).ListPins(t.Context(), &opsv1.ListPinsRequest{})
-			if err != nil || len(l.GetPins()) != 1 || l.GetPins()[0].GetGone() != gone || (len(l.GetGoneImageIds()) == 1) != gone {
+			if err != nil || len(l.GetPins()) != 1 || l.GetPins()[0].GetGone() != gone ||
+				(len(l.GetGoneImageIds()) == 1) != gone {
 				t.Errorf("%v, %v; want gone %v", l, err, gone)
 			}
 		}

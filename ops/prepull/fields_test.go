@@ -40,7 +40,8 @@ func TestFieldsOfFailedAttempts(t *testing.T) {
 				t.Errorf("%v", op)
 			}
 			time.Sleep(time.Second)
-			check(t, b.want("a", waiting, opsv1.PullReasonBackOff), 2*time.Second, opsv1.PullReasonRegistryUnavailable, trouble)
+			check(t, b.want("a", waiting, opsv1.PullReasonBackOff), 2*time.Second,
+				opsv1.PullReasonRegistryUnavailable, trouble)
 			check(t, b.end("a"), 0, "", "")
 			b.pull(&opsv1.PullRequest{Uid: "b", Image: "busybox"})
 			if op := b.get("b"); op.GetMaxAttempts() != opsv1.DefaultAttempts {

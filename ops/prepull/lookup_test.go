@@ -68,7 +68,8 @@ func inContainerd(t *testing.T, o prepull.Options, f func(t *testing.T, n *node)
 		n.opts.StateDir, n.opts.Conn, n.opts.Log, n.opts.Hosts = dir, n.rt, log, n.hosts
 		held := &held{resources: map[string]map[leases.Resource]bool{}}
 		n.opened = func(p *prepull.Puller) {
-			p.Store().Content, p.Store().Leases = &blobs{Store: files, held: held, created: map[digest.Digest]time.Time{}, refer: map[digest.Digest]bool{}}, held
+			p.Store().Content, p.Store().Leases = &blobs{Store: files, held: held,
+				created: map[digest.Digest]time.Time{}, refer: map[digest.Digest]bool{}}, held
 		}
 		n.open()
 		synctest.Wait() // what a puller begins with is over, and a test may set up its runtime
@@ -169,7 +170,8 @@ func (b *blobs) Writer(ctx context.Context, opts ...content.WriterOpt) (content.
 		}
 	}
 	if id, ok := leases.FromContext(ctx); ok {
-		if err := b.held.AddResource(ctx, leases.Lease{ID: id}, leases.Resource{ID: o.Desc.Digest.String(), Type: imagestore.ContentResource}); err != nil {
+		if err := b.held.AddResource(ctx, leases.Lease{ID: id},
+			leases.Resource{ID: o.Desc.Digest.String(), Type: imagestore.ContentResource}); err != nil {
 			return nil, err
 		}
 	}
@@ -200,7 +202,8 @@ func (n *node) hosts(_ context.Context, options config.HostOptions) (docker.Regi
 		if err := options.UpdateClient(client); err != nil {
 			return nil, err
 		}
-		return []docker.RegistryHost{{Client: client, Host: host, Scheme: "https", Path: "/v2", Capabilities: docker.HostCapabilityPull | docker.HostCapabilityResolve}}, nil
+		return []docker.RegistryHost{{Client: client, Host: host, Scheme: "https", Path: "/v2",
+			Capabilities: docker.HostCapabilityPull | docker.HostCapabilityResolve}}, nil
 	}, nil
 }
 
@@ -229,7 +232,8 @@ func (n *node) requests() []string {
 // Manifests and indexes are labelled a moment later.
 func (n *node) bring(ctx context.Context, list ...blob) error {
 	for _, b := range list {
-		if err := content.WriteBlob(ctx, n.Store().Content, remotes.MakeRefKey(ctx, b.Descriptor), bytes.NewReader(b.raw), b.Descriptor); err != nil {
+		if err := content.WriteBlob(ctx, n.Store().Content, remotes.MakeRefKey(ctx, b.Descriptor),
+			bytes.NewReader(b.raw), b.Descriptor); err != nil {
 			return err
 		}
 		if images.IsManifestType(b.MediaType) || images.IsIndexType(b.MediaType) {
@@ -271,7 +275,8 @@ type sample struct {
 
 func sampleOf(layers ...blob) *sample {
 	s := &sample{layers: layers}
-	c := ocispec.Image{Platform: ocispec.Platform{OS: "linux", Architecture: "amd64"}, RootFS: ocispec.RootFS{Type: "layers"}}
+	c := ocispec.Image{Platform: ocispec.Platform{OS: "linux", Architecture: "amd64"},
+		RootFS: ocispec.RootFS{Type: "layers"}}
 	m := ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest}
 	for _, l := range layers {
 		c.RootFS.DiffIDs = append(c.RootFS.DiffIDs, l.Digest)
@@ -308,8 +313,9 @@ func (s *sample) serve(req *http.Request) (*http.Response, error) {
 
 func respond(req *http.Request, code int, body []byte) *http.Response {
 	return &http.Response{
-		StatusCode: code, Status: fmt.Sprintf("%d %s", code, http.StatusText(code)), Header: http.Header{}, Request: req,
-		Body: io.NopCloser(bytes.NewReader(body)), ContentLength: int64(len(body)),
+		StatusCode: code, Status: fmt.Sprintf("%d %s", code, http.StatusText(code)), Header: http.Header{},
+		Request: req,
+		Body:    io.NopCloser(bytes.NewReader(body)), ContentLength: int64(len(body)),
 	}
 }
 
@@ -331,7 +337,8 @@ func TestManifestOfTheRuntime(t *testing.T) {
 				if index {
 					amd64 := image.manifest.Descriptor
 					amd64.Platform = &ocispec.Platform{OS: "linux", Architecture: "amd64"}
-					raw, _ := json.Marshal(ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, Manifests: []ocispec.Descriptor{amd64}})
+					raw, _ := json.Marshal(ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2},
+						Manifests: []ocispec.Descriptor{amd64}})
 					if err := n.bring(ctx, blobOf(ocispec.MediaTypeImageIndex, raw)); err != nil {
 						return err
 					}
@@ -345,10 +352,12 @@ func TestManifestOfTheRuntime(t *testing.T) {
 			}
 			n.pull(&opsv1.PullRequest{Uid: "a", Image: "r.io/a"})
 			time.Sleep(20 * time.Second)
-			if op := n.want("a", opsv1.PullPhase_PULL_FETCHING, ""); op.GetBytesDone() != 1200 || op.GetBytesTotal() != 1230 || op.GetBytesFetched() != 200 {
+			if op := n.want("a", opsv1.PullPhase_PULL_FETCHING, ""); op.GetBytesDone() != 1200 ||
+				op.GetBytesTotal() != 1230 || op.GetBytesFetched() != 200 {
 				t.Errorf("index %v, under way: %v", index, op)
 			}
-			if op := n.end("a"); op.GetPhase() != succeeded || op.GetBytesDone() != 1230 || op.GetBytesFetched() != 230 {
+			if op := n.end("a"); op.GetPhase() != succeeded || op.GetBytesDone() != 1230 ||
+				op.GetBytesFetched() != 230 {
 				t.Errorf("index %v: %v", index, op)
 			}
 			if asked := n.requests(); len(asked) > 0 {
@@ -376,14 +385,17 @@ func empties(before string, size int, after string) []byte {
 func TestImagesThatWouldFillTheMemory(t *testing.T) {
 	inner := blobOf(ocispec.MediaTypeImageManifest, empties(`{"config":{"digest":"sha256:0"},"layers":[`, 2<<20, `]}`))
 	inner.Data = inner.raw
-	index, err := json.Marshal(ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{inner.Descriptor}})
+	index, err := json.Marshal(ocispec.Index{MediaType: ocispec.MediaTypeImageIndex,
+		Manifests: []ocispec.Descriptor{inner.Descriptor}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	for name, b := range map[string]blob{
-		"layer":             blobOf(ocispec.MediaTypeImageLayer, empties(`{"layers":[`, 8<<20-20, `]}`)),
-		"large manifest":    blobOf(ocispec.MediaTypeImageManifest, empties(`{"config":{"digest":"sha256:0"},"layers":[`, 8<<20-100, `]}`)),
-		"manifest":          blobOf(ocispec.MediaTypeImageManifest, empties(`{"config":{"digest":"sha256:0"},"layers":[`, 4<<20-100, `]}`)),
+		"layer": blobOf(ocispec.MediaTypeImageLayer, empties(`{"layers":[`, 8<<20-20, `]}`)),
+		"large manifest": blobOf(ocispec.MediaTypeImageManifest,
+			empties(`{"config":{"digest":"sha256:0"},"layers":[`, 8<<20-100, `]}`)),
+		"manifest": blobOf(ocispec.MediaTypeImageManifest,
+			empties(`{"config":{"digest":"sha256:0"},"layers":[`, 4<<20-100, `]}`)),
 		"index":             blobOf(ocispec.MediaTypeImageIndex, empties(`{"manifests":[`, 4<<20-100, `]}`)),
 		"manifest in index": blobOf(ocispec.MediaTypeImageIndex, index),
 	} {
@@ -412,11 +424,13 @@ func TestImagesThatWouldFillTheMemory(t *testing.T) {
 	t.Run("look-up", func(t *testing.T) {
 		inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
 			image := sampleOf(layer("a", 100))
-			image.manifest = blobOf(ocispec.MediaTypeImageManifest, empties(`{"config":{"digest":"sha256:0"},"layers":[`, 4<<20-100, `]}`))
+			image.manifest = blobOf(ocispec.MediaTypeImageManifest,
+				empties(`{"config":{"digest":"sha256:0"},"layers":[`, 4<<20-100, `]}`))
 			n.answer = image.serve
 			got := allocated(func() {
 				n.pull(&opsv1.PullRequest{Uid: "a", Image: "r.io/a", BytesPerSecond: 1 << 20})
-				if op := n.end("a"); op.GetPhase() != succeeded || !strings.Contains(op.GetMessage(), "pulled without the speed limit") {
+				if op := n.end("a"); op.GetPhase() != succeeded ||
+					!strings.Contains(op.GetMessage(), "pulled without the speed limit") {
 					t.Errorf("%v", op)
 				}
 			})
@@ -444,7 +458,8 @@ func TestManifestOfThisAttempt(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if op.GetBytesTotal() > 0 && op.GetAttempt() > last && (op.GetReason() == opsv1.PullReasonBackOff || op.GetFinishTime() != nil) {
+			if op.GetBytesTotal() > 0 && op.GetAttempt() > last &&
+				(op.GetReason() == opsv1.PullReasonBackOff || op.GetFinishTime() != nil) {
 				totals, last = append(totals, op.GetBytesTotal()), op.GetAttempt()
 			}
 			if op.GetFinishTime() != nil {
@@ -465,7 +480,8 @@ func TestEndedWhenItDoesNotFit(t *testing.T) {
 		inContainerd(t, prepull.Options{MaxDiskPercent: 99.9}, func(t *testing.T, n *node) {
 			n.rt.disk = n.dir
 			small := layer("a", 10)
-			huge := blob{Descriptor: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromString("huge"), Size: 1 << 45}}
+			huge := blob{Descriptor: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer,
+				Digest: digest.FromString("huge"), Size: 1 << 45}}
 			image := sampleOf(small, huge)
 			ended := false
 			n.rt.pulling = func(ctx context.Context, req *runtimeapi.PullImageRequest) error {
@@ -481,7 +497,8 @@ func TestEndedWhenItDoesNotFit(t *testing.T) {
 			}
 			n.pull(&opsv1.PullRequest{Uid: "a", Image: "r.io/a", MaxAttempts: 2, AttemptTimeout: nil})
 			op := n.end("a")
-			if op.GetReason() != opsv1.PullReasonDiskPressure || !strings.Contains(op.GetMessage(), "112.0 TiB more") || !ended {
+			if op.GetReason() != opsv1.PullReasonDiskPressure ||
+				!strings.Contains(op.GetMessage(), "112.0 TiB more") || !ended {
 				t.Errorf("%v", op)
 			}
 			if l := n.ours(); (len(l) > 0) != before {
@@ -503,7 +520,8 @@ func TestLookUpIsBounded(t *testing.T) {
 			<-req.Context().Done()
 			return nil, req.Context().Err()
 		}
-		const why = "without the speed limit of 1.0 MiB/s: registry r.io has not told cri-proxy the image's manifest within 5s"
+		const why = "without the speed limit of 1.0 MiB/s: " +
+			"registry r.io has not told cri-proxy the image's manifest within 5s"
 		for i, wait := range []time.Duration{registry.LookUpTimeout, 0, registry.LookUpTimeout} {
 			uid := name(i)
 			n.pull(&opsv1.PullRequest{Uid: uid, Image: "r.io/" + uid, BytesPerSecond: 1 << 20})
@@ -513,7 +531,8 @@ func TestLookUpIsBounded(t *testing.T) {
 				t.Errorf("under way: %v", op)
 			}
 			op := n.end(uid)
-			if op.GetPhase() != succeeded || op.GetAttempt() != 1 || !strings.HasPrefix(op.GetMessage(), "pulled "+why) {
+			if op.GetPhase() != succeeded || op.GetAttempt() != 1 ||
+				!strings.HasPrefix(op.GetMessage(), "pulled "+why) {
 				t.Errorf("%v", op)
 			}
 			if took := time.Since(began).Round(time.Second); took != time.Minute+wait {
@@ -534,7 +553,8 @@ func TestRegistriesThatAnswerAreLookedUp(t *testing.T) {
 	image := sampleOf(layer("a", 100))
 	arm := image.manifest.Descriptor
 	arm.Platform = &ocispec.Platform{OS: "plan9", Architecture: "mips"}
-	raw, err := json.Marshal(ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{arm}})
+	raw, err := json.Marshal(ocispec.Index{MediaType: ocispec.MediaTypeImageIndex,
+		Manifests: []ocispec.Descriptor{arm}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -591,7 +611,8 @@ func TestUnreachedRegistryTellsNoImages(t *testing.T) {
 		n.end("a")
 		n.requests()
 		n.pull(&opsv1.PullRequest{Uid: "b", Image: "r.io/b"})
-		if op := n.end("b"); op.GetMessage() != "pulled without the speed limit of 1.0 MiB/s: registry r.io cannot be used now" || len(n.requests()) > 0 {
+		const why = "pulled without the speed limit of 1.0 MiB/s: registry r.io cannot be used now"
+		if op := n.end("b"); op.GetMessage() != why || len(n.requests()) > 0 {
 			t.Errorf("%v", op)
 		}
 	})
@@ -601,9 +622,11 @@ func TestUnreachedRegistryTellsNoImages(t *testing.T) {
 func TestLookUpIsNotSlowedDown(t *testing.T) {
 	inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
 		image := sampleOf(layer("a", 100))
-		config := blobOf(ocispec.MediaTypeImageConfig, bytes.Replace(image.config.raw, []byte("{"), []byte(`{"author":"`+strings.Repeat("x", 2<<20)+`",`), 1))
+		config := blobOf(ocispec.MediaTypeImageConfig,
+			bytes.Replace(image.config.raw, []byte("{"), []byte(`{"author":"`+strings.Repeat("x", 2<<20)+`",`), 1))
 		image.manifest = blobOf(ocispec.MediaTypeImageManifest, bytes.Replace(image.manifest.raw,
-			fmt.Appendf(nil, `%q,"size":%d`, image.config.Digest, image.config.Size), fmt.Appendf(nil, `%q,"size":%d`, config.Digest, config.Size), 1))
+			fmt.Appendf(nil, `%q,"size":%d`, image.config.Digest, image.config.Size),
+			fmt.Appendf(nil, `%q,"size":%d`, config.Digest, config.Size), 1))
 		image.config = config
 		n.answer = image.serve
 		n.pull(&opsv1.PullRequest{Uid: "a", Image: "r.io/a", BytesPerSecond: 64 << 10})
@@ -616,12 +639,14 @@ func TestLookUpIsNotSlowedDown(t *testing.T) {
 // What a registry says to us is not final, and it is asked the next time: the runtime may have a
 // mirror.
 func TestLookUpIsNotFinal(t *testing.T) {
-	for _, code := range []int{http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound, http.StatusTooManyRequests, http.StatusInternalServerError} {
+	for _, code := range []int{http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound,
+		http.StatusTooManyRequests, http.StatusInternalServerError} {
 		inContainerd(t, prepull.Options{BytesPerSecond: 1 << 20}, func(t *testing.T, n *node) {
 			n.answer = func(req *http.Request) (*http.Response, error) { return respond(req, code, nil), nil }
 			for i := range 2 {
 				n.pull(&opsv1.PullRequest{Uid: name(i), Image: "r.io/" + name(i), MaxAttempts: 1})
-				if op := n.end(name(i)); op.GetPhase() != succeeded || !strings.HasPrefix(op.GetMessage(), "pulled without the speed limit of 1.0 MiB/s: ") {
+				if op := n.end(name(i)); op.GetPhase() != succeeded ||
+					!strings.HasPrefix(op.GetMessage(), "pulled without the speed limit of 1.0 MiB/s: ") {
 					t.Errorf("%d: %v", code, op)
 				}
 				if asked := n.requests(); len(asked) == 0 || code == http.StatusTooManyRequests && len(asked) > 1 {
@@ -631,7 +656,8 @@ func TestLookUpIsNotFinal(t *testing.T) {
 			// When the runtime cannot pull either, the limit is not what matters.
 			n.rt.set(func() { n.rt.fail = []error{unauthorized()} })
 			n.pull(&opsv1.PullRequest{Uid: "no", Image: "r.io/no", MaxAttempts: 1})
-			if op := n.end("no"); op.GetReason() != opsv1.PullReasonUnauthorized || strings.Contains(op.GetMessage(), "speed limit") {
+			if op := n.end("no"); op.GetReason() != opsv1.PullReasonUnauthorized ||
+				strings.Contains(op.GetMessage(), "speed limit") {
 				t.Errorf("%d: %v", code, op)
 			}
 		})
@@ -646,7 +672,8 @@ func TestLimitedFetchesWhatIsMissing(t *testing.T) {
 			image := sampleOf(layer("a", 1000), layer("b", 200), layer("c", 30))
 			n.answer = image.serve
 			n.rt.answer = func(args any) proto.Message {
-				if req, ok := args.(*snapshotsapi.StatSnapshotRequest); ok && req.GetSnapshotter() == "zfs" && slices.Contains(image.chain[:unpacked], digest.Digest(req.GetKey())) {
+				if req, ok := args.(*snapshotsapi.StatSnapshotRequest); ok && req.GetSnapshotter() == "zfs" &&
+					slices.Contains(image.chain[:unpacked], digest.Digest(req.GetKey())) {
 					return &snapshotsapi.StatSnapshotResponse{Info: &snapshotsapi.Info{Name: req.GetKey()}}
 				}
 				return nil
@@ -659,7 +686,8 @@ func TestLimitedFetchesWhatIsMissing(t *testing.T) {
 					}
 				}
 				kept, err := n.Store().Leases.ListResources(ctx, leases.Lease{ID: n.ours()[0]})
-				if unpacked > 0 && !slices.Contains(kept, leases.Resource{ID: image.chain[unpacked-1].String(), Type: "snapshots/zfs"}) {
+				if unpacked > 0 && !slices.Contains(kept,
+					leases.Resource{ID: image.chain[unpacked-1].String(), Type: "snapshots/zfs"}) {
 					t.Errorf("the snapshots may go: %v, %v", kept, err)
 				}
 				return nil
@@ -670,11 +698,13 @@ func TestLimitedFetchesWhatIsMissing(t *testing.T) {
 			for _, l := range image.layers[unpacked:] {
 				missing += l.Size
 			}
-			if op.GetPhase() != succeeded || op.GetMessage() != "" || op.GetBytesTotal() != 1230 || op.GetBytesDone() != 1230 || op.GetBytesFetched() != missing {
+			if op.GetPhase() != succeeded || op.GetMessage() != "" || op.GetBytesTotal() != 1230 ||
+				op.GetBytesDone() != 1230 || op.GetBytesFetched() != missing {
 				t.Errorf("%d unpacked: %v", unpacked, op)
 			}
 			// HEAD and GET of the manifest, the config, and the layers.
-			if asked := n.requests(); len(asked) != 3+len(image.layers)-unpacked || !strings.HasPrefix(asked[0], "HEAD ") {
+			if asked := n.requests(); len(asked) != 3+len(image.layers)-unpacked ||
+				!strings.HasPrefix(asked[0], "HEAD ") {
 				t.Errorf("%d unpacked: the registry is asked %q", unpacked, asked)
 			}
 		})
@@ -687,9 +717,18 @@ func TestLayersOutOfReach(t *testing.T) {
 		answer  func(req *http.Request) (*http.Response, error)
 		runtime bool
 	}{
-		"no way":  {func(*http.Request) (*http.Response, error) { return nil, errors.New("dial tcp: connection refused") }, true},
-		"refused": {func(req *http.Request) (*http.Response, error) { return respond(req, http.StatusForbidden, nil), nil }, true},
-		"broken":  {func(req *http.Request) (*http.Response, error) { return respond(req, http.StatusBadGateway, nil), nil }, false},
+		"no way": {func(*http.Request) (*http.Response, error) {
+			return nil,
+				errors.New("dial tcp: connection refused")
+		}, true},
+		"refused": {func(req *http.Request) (*http.Response, error) {
+			return respond(req, http.StatusForbidden, nil),
+				nil
+		}, true},
+		"broken": {func(req *http.Request) (*http.Response, error) {
+			return respond(req, http.StatusBadGateway, nil),
+				nil
+		}, false},
 		"too many": {func(req *http.Request) (*http.Response, error) {
 			return respond(req, http.StatusTooManyRequests, nil), nil
 		}, false},
@@ -733,8 +772,14 @@ func TestLayersAreLeftToTheRuntime(t *testing.T) {
 		"too many": func(req *http.Request) (*http.Response, error) {
 			return respond(req, http.StatusTooManyRequests, nil), nil
 		},
-		"broken":      func(req *http.Request) (*http.Response, error) { return respond(req, http.StatusBadGateway, nil), nil },
-		"other bytes": func(req *http.Request) (*http.Response, error) { return respond(req, http.StatusOK, []byte("x")), nil },
+		"broken": func(req *http.Request) (*http.Response,
+			error) {
+			return respond(req, http.StatusBadGateway, nil), nil
+		},
+		"other bytes": func(req *http.Request) (*http.Response,
+			error) {
+			return respond(req, http.StatusOK, []byte("x")), nil
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
@@ -784,7 +829,8 @@ func TestLazySnapshotters(t *testing.T) {
 func TestNoLimitWithoutContainerd(t *testing.T) {
 	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", BytesPerSecond: 1 << 20})
-		if op := b.end("a"); op.GetPhase() != succeeded || op.GetMessage() != "pulled without the speed limit of 1.0 MiB/s: the runtime is not containerd" {
+		if op := b.end("a"); op.GetPhase() != succeeded ||
+			op.GetMessage() != "pulled without the speed limit of 1.0 MiB/s: the runtime is not containerd" {
 			t.Errorf("%v", op)
 		}
 	})

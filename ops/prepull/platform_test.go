@@ -39,11 +39,13 @@ func TestPlatform(t *testing.T) {
 				if op.GetAttempt() != 1 || len(b.Pins().List()) != map[bool]int{true: 1}[tt.phase == succeeded] {
 					t.Errorf("pins %v, %v", b.Pins().List(), op)
 				}
-				if tt.phase == failed && !strings.Contains(op.GetMessage(), "is for "+runtime.GOOS+"/s390x, this node is "+runtime.GOOS+"/"+runtime.GOARCH) {
+				if tt.phase == failed && !strings.Contains(op.GetMessage(),
+					"is for "+runtime.GOOS+"/s390x, this node is "+runtime.GOOS+"/"+runtime.GOARCH) {
 					t.Errorf("%v", op)
 				}
 				// Who waits looks at the image himself.
-				if op, err := b.Ensure(t.Context(), &opsv1.PullRequest{Uid: "b", Image: "nginx"}, nil); err != nil || op.GetPhase() != succeeded {
+				if op, err := b.Ensure(t.Context(), &opsv1.PullRequest{Uid: "b", Image: "nginx"}, nil); err != nil ||
+					op.GetPhase() != succeeded {
 					t.Errorf("%v, %v", op, err)
 				}
 			})

@@ -77,7 +77,8 @@ func TestEqualPullsJoin(t *testing.T) {
 		b.pull(&opsv1.PullRequest{Uid: "full", Image: "docker.io/library/nginx:latest"})
 		b.pull(&opsv1.PullRequest{Uid: "handler", Image: "nginx", RuntimeHandler: "kata"})
 		time.Sleep(time.Second)
-		if op := b.want(name(1), resolving, ""); !strings.Contains(op.GetMessage(), "another pull of the image is under way: "+name(0)) {
+		if op := b.want(name(1), resolving, ""); !strings.Contains(op.GetMessage(),
+			"another pull of the image is under way: "+name(0)) {
 			t.Errorf("%v", op)
 		}
 		for _, uid := range []string{name(0), name(1), name(2), "full", "handler"} {
@@ -113,7 +114,8 @@ func TestPanicEndsThePullOnly(t *testing.T) {
 	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.set(func() { b.rt.bug = true })
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
-		if op := b.end("a"); op.GetPhase() != opsv1.PullPhase_PULL_FAILED || op.GetReason() != opsv1.PullReasonInternalError || op.GetAttempt() != 1 {
+		if op := b.end("a"); op.GetPhase() != opsv1.PullPhase_PULL_FAILED ||
+			op.GetReason() != opsv1.PullReasonInternalError || op.GetAttempt() != 1 {
 			t.Errorf("ended %v", op)
 		}
 		b.rt.set(func() { b.rt.bug = false })
@@ -130,11 +132,13 @@ func TestBackOff(t *testing.T) {
 		began := time.Now()
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
 		op := b.want("a", waiting, opsv1.PullReasonBackOff)
-		if !strings.HasPrefix(op.GetMessage(), "attempt 2 of 4 in 1s: RegistryUnavailable: registry docker.io cannot be used now") {
+		const why = "attempt 2 of 4 in 1s: RegistryUnavailable: registry docker.io cannot be used now"
+		if !strings.HasPrefix(op.GetMessage(), why) {
 			t.Errorf("%v", op)
 		}
 		op = b.end("a")
-		if op.GetPhase() != failed || op.GetReason() != opsv1.PullReasonRegistryUnavailable || op.GetAttempt() != 4 || !strings.HasSuffix(op.GetMessage(), "4 attempts") {
+		if op.GetPhase() != failed || op.GetReason() != opsv1.PullReasonRegistryUnavailable || op.GetAttempt() != 4 ||
+			!strings.HasSuffix(op.GetMessage(), "4 attempts") {
 			t.Errorf("%v", op)
 		}
 		if took := time.Since(began).Round(100 * time.Millisecond); took != 7*time.Second { // 1 + 2 + 4
@@ -179,7 +183,8 @@ func TestBackOffOfOthers(t *testing.T) {
 		err          error
 		job, upgrade bool // whether it waits
 	}{
-		opsv1.PullReasonTooManyRequests:     {&registry.Failure{Reason: opsv1.PullReasonTooManyRequests, Message: "slow down"}, true, true},
+		opsv1.PullReasonTooManyRequests: {&registry.Failure{Reason: opsv1.PullReasonTooManyRequests,
+			Message: "slow down"}, true, true},
 		opsv1.PullReasonRegistryUnavailable: {broken(), true, false},
 		opsv1.PullReasonTimeout:             {status.Error(codes.DeadlineExceeded, "late"), true, false},
 		opsv1.PullReasonDiskPressure:        {status.Error(codes.Unknown, "no space left on device"), false, false},
@@ -221,22 +226,27 @@ func TestBackOffOfOthers(t *testing.T) {
 // TestRegistrySaysNo asks again, since an image or its secret may come a moment later. Who has
 // somebody to tell is told at once.
 func TestRegistrySaysNo(t *testing.T) {
-	for reason, err := range map[string]error{opsv1.PullReasonUnauthorized: unauthorized(), opsv1.PullReasonNotFound: status.Error(codes.NotFound, "not found")} {
+	for reason, err := range map[string]error{opsv1.PullReasonUnauthorized: unauthorized(),
+		opsv1.PullReasonNotFound: status.Error(codes.NotFound, "not found")} {
 		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.fail = []error{err} })
 			began := time.Now()
-			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 3, Credentials: credentials("docker.io", "docker.io/library", "quay.io")})
-			if op := b.want("a", waiting, opsv1.PullReasonBackOff); !strings.HasPrefix(op.GetMessage(), "attempt 2 of 3 in 1s: "+reason+": registry docker.io ") {
+			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 3,
+				Credentials: credentials("docker.io", "docker.io/library", "quay.io")})
+			if op := b.want("a", waiting, opsv1.PullReasonBackOff); !strings.HasPrefix(op.GetMessage(),
+				"attempt 2 of 3 in 1s: "+reason+": registry docker.io ") {
 				t.Errorf("%v", op)
 			}
 			if len(b.rt.pulls) != 2 || b.rt.pulls[0].GetAuth().GetUsername() != "docker.io/library" {
 				t.Errorf("%d pulls, the first with %s", len(b.rt.pulls), b.rt.pulls[0].GetAuth().GetUsername())
 			}
-			if op := b.end("a"); op.GetReason() != reason || op.GetAttempt() != 3 || time.Since(began).Round(time.Second) != 3*time.Second {
+			if op := b.end("a"); op.GetReason() != reason || op.GetAttempt() != 3 ||
+				time.Since(began).Round(time.Second) != 3*time.Second {
 				t.Errorf("%s: %v", time.Since(began), op)
 			}
 			began = time.Now()
-			if op, err := b.Ensure(t.Context(), &opsv1.PullRequest{Uid: "b", Image: "nginx"}, nil); err != nil || op.GetReason() != reason || op.GetAttempt() != 1 || time.Since(began) > time.Second {
+			if op, err := b.Ensure(t.Context(), &opsv1.PullRequest{Uid: "b", Image: "nginx"}, nil); err != nil ||
+				op.GetReason() != reason || op.GetAttempt() != 1 || time.Since(began) > time.Second {
 				t.Errorf("%s: %v, %v", time.Since(began), op, err)
 			}
 		})
@@ -255,9 +265,12 @@ func TestRegistrySaysNo(t *testing.T) {
 	t.Run("deadline", func(t *testing.T) {
 		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.fail = []error{unauthorized()} })
-			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 100, Deadline: durationpb.New(time.Minute)})
+			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 100,
+				Deadline: durationpb.New(time.Minute)})
 			op := b.end("a")
-			if op.GetReason() != opsv1.PullReasonDeadlineExceeded || !strings.Contains(op.GetMessage(), opsv1.PullReasonUnauthorized) || op.GetFinishTime().AsTime().Sub(op.GetCreateTime().AsTime()).Round(time.Second) != time.Minute {
+			if op.GetReason() != opsv1.PullReasonDeadlineExceeded ||
+				!strings.Contains(op.GetMessage(), opsv1.PullReasonUnauthorized) ||
+				op.GetFinishTime().AsTime().Sub(op.GetCreateTime().AsTime()).Round(time.Second) != time.Minute {
 				t.Errorf("%v", op)
 			}
 		})
@@ -276,7 +289,8 @@ func TestOtherCredentials(t *testing.T) {
 			again(b, nil)
 			b.want("a", waiting, opsv1.PullReasonBackOff)
 			again(b, credentials("docker.io"))
-			if op := b.want("a", succeeded, opsv1.PullReasonPulled); op.GetAttempt() != 2 || b.rt.pulls[1].GetAuth().GetUsername() != "docker.io" {
+			if op := b.want("a", succeeded, opsv1.PullReasonPulled); op.GetAttempt() != 2 ||
+				b.rt.pulls[1].GetAuth().GetUsername() != "docker.io" {
 				t.Errorf("%v", op)
 			}
 		})
@@ -328,9 +342,11 @@ func TestTimes(t *testing.T) {
 		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.takes = time.Hour
 			began := time.Now()
-			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 2, AttemptTimeout: durationpb.New(5 * time.Minute)})
+			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 2,
+				AttemptTimeout: durationpb.New(5 * time.Minute)})
 			op := b.end("a")
-			if op.GetPhase() != failed || op.GetReason() != opsv1.PullReasonTimeout || time.Since(began).Round(time.Second) != 10*time.Minute+time.Second {
+			if op.GetPhase() != failed || op.GetReason() != opsv1.PullReasonTimeout ||
+				time.Since(began).Round(time.Second) != 10*time.Minute+time.Second {
 				t.Errorf("%s: %v", time.Since(began), op)
 			}
 		})
@@ -351,7 +367,8 @@ func TestTimes(t *testing.T) {
 			b.rt.takes = time.Hour
 			began := time.Now()
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", Deadline: durationpb.New(time.Minute)})
-			if op := b.end("a"); op.GetReason() != opsv1.PullReasonDeadlineExceeded || time.Since(began).Round(time.Second) != time.Minute {
+			if op := b.end("a"); op.GetReason() != opsv1.PullReasonDeadlineExceeded ||
+				time.Since(began).Round(time.Second) != time.Minute {
 				t.Errorf("%s: %v", time.Since(began), op)
 			}
 		})
@@ -362,7 +379,8 @@ func TestTimes(t *testing.T) {
 			b.pull(&opsv1.PullRequest{Uid: "long", Image: "busybox"})
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", Deadline: durationpb.New(time.Minute)})
 			op := b.end("a")
-			if op.GetReason() != opsv1.PullReasonDeadlineExceeded || op.GetAttempt() != 0 || op.GetFinishTime().AsTime().Sub(op.GetCreateTime().AsTime()).Round(time.Second) != time.Minute {
+			if op.GetReason() != opsv1.PullReasonDeadlineExceeded || op.GetAttempt() != 0 ||
+				op.GetFinishTime().AsTime().Sub(op.GetCreateTime().AsTime()).Round(time.Second) != time.Minute {
 				t.Errorf("%v", op)
 			}
 		})
@@ -374,7 +392,8 @@ func TestTimes(t *testing.T) {
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", Deadline: durationpb.New(time.Minute)})
 			time.Sleep(30 * time.Second)
 			b.restart()
-			if op := b.end("a"); op.GetReason() != opsv1.PullReasonDeadlineExceeded || time.Since(began).Round(time.Second) != time.Minute {
+			if op := b.end("a"); op.GetReason() != opsv1.PullReasonDeadlineExceeded ||
+				time.Since(began).Round(time.Second) != time.Minute {
 				t.Errorf("%s: %v", time.Since(began), op)
 			}
 		})
@@ -414,7 +433,8 @@ func TestCancel(t *testing.T) {
 				t.Errorf("%v, %v", again, err)
 			}
 		}
-		if _, err := s.CancelPull(t.Context(), &opsv1.CancelPullRequest{Uid: "none"}); status.Code(err) != codes.NotFound {
+		_, err := s.CancelPull(t.Context(), &opsv1.CancelPullRequest{Uid: "none"})
+		if status.Code(err) != codes.NotFound {
 			t.Error(err)
 		}
 		b.restart()
@@ -429,7 +449,8 @@ func TestRestart(t *testing.T) {
 		b.pull(&opsv1.PullRequest{Uid: "done", Image: "there"})
 		b.want("done", succeeded, opsv1.PullReasonPresent)
 		b.pull(&opsv1.PullRequest{Uid: "plain", Image: "nginx"})
-		secret := &opsv1.PullRequest{Uid: "secret", Image: "busybox", Credentials: []*opsv1.RegistryCredential{{Match: "docker.io", Username: "u", Password: "hunter2"}}}
+		secret := &opsv1.PullRequest{Uid: "secret", Image: "busybox",
+			Credentials: []*opsv1.RegistryCredential{{Match: "docker.io", Username: "u", Password: "hunter2"}}}
 		b.pull(secret)
 		b.pull(&opsv1.PullRequest{Uid: "late", Image: "app"})
 		b.pull(&opsv1.PullRequest{Uid: "late", Image: "app", Credentials: secret.GetCredentials()})
@@ -454,7 +475,8 @@ func TestRestart(t *testing.T) {
 		}
 		b.pull(&opsv1.PullRequest{Uid: "late", Image: "app", Credentials: secret.GetCredentials()})
 		b.end("late")
-		if _, err := b.Take(&opsv1.PullRequest{Uid: "done", Image: "other"}, false); status.Code(err) != codes.AlreadyExists {
+		if _, err := b.Take(&opsv1.PullRequest{Uid: "done", Image: "other"},
+			false); status.Code(err) != codes.AlreadyExists {
 			t.Error(err)
 		}
 	})
@@ -478,7 +500,8 @@ func TestExpiry(t *testing.T) {
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
 		b.want("a", succeeded, opsv1.PullReasonPulled)
 		time.Sleep(prepull.KeepFinished + 2*prepull.SweepInterval)
-		if _, err := prepull.NewServer(b.Puller).GetPull(t.Context(), &opsv1.GetPullRequest{Uid: "a"}); status.Code(err) != codes.NotFound {
+		if _, err := prepull.NewServer(b.Puller).GetPull(t.Context(),
+			&opsv1.GetPullRequest{Uid: "a"}); status.Code(err) != codes.NotFound {
 			t.Error(err)
 		}
 		b.restart()
@@ -496,7 +519,8 @@ func TestTooMany(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if _, err := b.Take(&opsv1.PullRequest{Uid: "more", Image: "nginx"}, false); status.Code(err) != codes.ResourceExhausted {
+		if _, err := b.Take(&opsv1.PullRequest{Uid: "more", Image: "nginx"},
+			false); status.Code(err) != codes.ResourceExhausted {
 			t.Error(err)
 		}
 		synctest.Wait()
@@ -507,17 +531,18 @@ func TestInvalid(t *testing.T) {
 	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		long := durationpb.New(32 * 24 * time.Hour)
 		for want, req := range map[string]*opsv1.PullRequest{
-			"uid must be":        {Uid: "a b", Image: "nginx"},
-			"image is empty":     {Uid: "a"},
-			"invalid reference":  {Uid: "a", Image: "A"},
-			"unknown policy":     {Uid: "a", Image: "nginx", Policy: 7},
-			"max_attempts":       {Uid: "a", Image: "nginx", MaxAttempts: -1},
-			"bytes_per_second":   {Uid: "a", Image: "nginx", BytesPerSecond: -1},
-			"pin_for":            {Uid: "a", Image: "nginx", PinFor: long},
-			"deadline":           {Uid: "a", Image: "nginx", Deadline: durationpb.New(-1)},
-			"attempt_timeout":    {Uid: "a", Image: "nginx", AttemptTimeout: long},
-			"owner":              {Uid: "a", Image: "nginx", Owner: strings.Repeat("o", 2000)},
-			"a credential is":    {Uid: "a", Image: "nginx", Credentials: []*opsv1.RegistryCredential{{Password: strings.Repeat("x", 70<<10)}}},
+			"uid must be":       {Uid: "a b", Image: "nginx"},
+			"image is empty":    {Uid: "a"},
+			"invalid reference": {Uid: "a", Image: "A"},
+			"unknown policy":    {Uid: "a", Image: "nginx", Policy: 7},
+			"max_attempts":      {Uid: "a", Image: "nginx", MaxAttempts: -1},
+			"bytes_per_second":  {Uid: "a", Image: "nginx", BytesPerSecond: -1},
+			"pin_for":           {Uid: "a", Image: "nginx", PinFor: long},
+			"deadline":          {Uid: "a", Image: "nginx", Deadline: durationpb.New(-1)},
+			"attempt_timeout":   {Uid: "a", Image: "nginx", AttemptTimeout: long},
+			"owner":             {Uid: "a", Image: "nginx", Owner: strings.Repeat("o", 2000)},
+			"a credential is": {Uid: "a", Image: "nginx",
+				Credentials: []*opsv1.RegistryCredential{{Password: strings.Repeat("x", 70<<10)}}},
 			"credentials are to": {Uid: "a", Image: "nginx", Credentials: make([]*opsv1.RegistryCredential, 300)},
 		} {
 			_, err := prepull.NewServer(b.Puller).Pull(t.Context(), req)
@@ -596,13 +621,15 @@ func TestDamagedFile(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
-			if err := os.WriteFile(filepath.Join(dir, "pulls.db"), damage(append([]byte(nil), whole...)), 0o600); err != nil {
+			if err := os.WriteFile(filepath.Join(dir, "pulls.db"), damage(append([]byte(nil), whole...)),
+				0o600); err != nil {
 				t.Fatal(err)
 			}
 			log := logrus.New()
 			log.SetOutput(io.Discard)
 			for range 2 { // what the first start makes of it is good for the second
-				p, err := prepull.Open(prepull.Options{StateDir: dir, Conn: &fakeRuntime{images: map[string]bool{}}, Log: log})
+				p, err := prepull.Open(prepull.Options{StateDir: dir, Conn: &fakeRuntime{images: map[string]bool{}},
+					Log: log})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -657,7 +684,8 @@ func TestAttemptsThatEndTheProcess(t *testing.T) {
 			t.Errorf("%v", op)
 		}
 		kill()
-		if op := b.want("a", failed, opsv1.PullReasonInternalError); !strings.Contains(op.GetMessage(), "in the middle of attempt 2 of 2") {
+		if op := b.want("a", failed, opsv1.PullReasonInternalError); !strings.Contains(op.GetMessage(),
+			"in the middle of attempt 2 of 2") {
 			t.Errorf("%v", op)
 		}
 		if n := b.rt.count(); n != 7 {

@@ -88,7 +88,8 @@ func (r *fakeRuntime) fetch(ctx context.Context, req *runtimeapi.PullImageReques
 	r.mu.Lock()
 	l := r.content.open[ref]
 	if l == nil {
-		l = &fakeLayer{digest: d, began: now, total: int64(takes.Seconds() * rateOfOurs), lease: imagestore.LeaseID(name + "|" + req.GetImage().GetRuntimeHandler())}
+		l = &fakeLayer{digest: d, began: now, total: int64(takes.Seconds() * rateOfOurs),
+			lease: imagestore.LeaseID(name + "|" + req.GetImage().GetRuntimeHandler())}
 		r.content.open[ref] = l
 	}
 	if r.content.blobs[d] == nil {
@@ -131,7 +132,8 @@ func (c *contents) answer(args, reply any) (known bool, err error) {
 		}
 		resp := &contentapi.ListStatusesResponse{}
 		for ref, l := range c.open {
-			resp.Statuses = append(resp.Statuses, &contentapi.Status{Ref: ref, StartedAt: timestamppb.New(l.began), Offset: l.offset(now), Total: l.total})
+			resp.Statuses = append(resp.Statuses, &contentapi.Status{Ref: ref, StartedAt: timestamppb.New(l.began),
+				Offset: l.offset(now), Total: l.total})
 		}
 		for ref, l := range c.open {
 			if !c.swift || l.lease == "" {
@@ -139,7 +141,8 @@ func (c *contents) answer(args, reply any) (known bool, err error) {
 			}
 			delete(c.open, ref)
 			c.blobs[l.digest] = []byte{0}
-			c.leases[l.lease].resources = append(c.leases[l.lease].resources, &leasesapi.Resource{ID: l.digest.String(), Type: "content"})
+			c.leases[l.lease].resources = append(c.leases[l.lease].resources,
+				&leasesapi.Resource{ID: l.digest.String(), Type: "content"})
 		}
 		proto.Merge(to, resp)
 	case *contentapi.InfoRequest:
@@ -254,7 +257,8 @@ func TestGivesWay(t *testing.T) {
 		if _, at, ok := strings.Cut(op.GetMessage(), " since "); ok {
 			since, _ = time.Parse(time.RFC3339, at[:len("2006-01-02T15:04:05Z")])
 		}
-		if !strings.HasPrefix(op.GetMessage(), "yields to kubelet's pull of another image since ") || !strings.HasSuffix(op.GetMessage(), " in any case") || since.Sub(began).Abs() > 3*time.Second {
+		if !strings.HasPrefix(op.GetMessage(), "yields to kubelet's pull of another image since ") ||
+			!strings.HasSuffix(op.GetMessage(), " in any case") || since.Sub(began).Abs() > 3*time.Second {
 			t.Errorf("%v", op)
 		}
 		b.ours("b", 60)
@@ -362,7 +366,8 @@ func TestSwiftLayersAreOurs(t *testing.T) {
 			time.Sleep(yield.WatchInterval)
 			d := digest.FromString(name(i))
 			b.rt.set(func() {
-				b.rt.content.open[refOf(d)] = &fakeLayer{digest: d, began: time.Now(), from: time.Now().Add(-time.Second), total: 8 * mib, rate: rateOfOurs, lease: lease}
+				b.rt.content.open[refOf(d)] = &fakeLayer{digest: d, began: time.Now(),
+					from: time.Now().Add(-time.Second), total: 8 * mib, rate: rateOfOurs, lease: lease}
 			})
 		}
 		b.ours("b", 60) // would begin but for kubelet's
@@ -434,7 +439,8 @@ func TestYieldIsBounded(t *testing.T) {
 		time.Sleep(time.Until(until) + time.Second)
 		b.want("a", resolving, "")
 		// Two minutes stood aside, two on, two aside, and the rest.
-		if op := b.end("a"); op.GetPhase() != succeeded || took(op).Round(20*time.Second) != 2*yield.MaxPause+200*time.Second || b.yields() != 2 {
+		if op := b.end("a"); op.GetPhase() != succeeded ||
+			took(op).Round(20*time.Second) != 2*yield.MaxPause+200*time.Second || b.yields() != 2 {
 			t.Errorf("%d yields, %s: %v", b.yields(), took(op), op)
 		}
 		end()
@@ -454,7 +460,8 @@ func TestYieldsAreBounded(t *testing.T) {
 			}
 		}()
 		b.ours("a", 100)
-		if op := b.end("a"); op.GetPhase() != succeeded || took(op) > 4*yield.MaxPause || b.yields() > int(2*yield.MaxPause/yield.CutCost) {
+		if op := b.end("a"); op.GetPhase() != succeeded || took(op) > 4*yield.MaxPause ||
+			b.yields() > int(2*yield.MaxPause/yield.CutCost) {
 			t.Errorf("%d yields, %s: %v", b.yields(), took(op), op)
 		}
 		cancel()
@@ -690,7 +697,8 @@ func TestKubeletWantsALayer(t *testing.T) {
 			op.Layers = []*opsv1.LayerProgress{{Digest: base.String(), BytesTotal: 6400 * mib}}
 		})
 		time.Sleep(time.Second)
-		raw, err := json.Marshal(ocispec.Manifest{Layers: []ocispec.Descriptor{{Digest: digest.FromString("there")}, {Digest: base}}})
+		raw, err := json.Marshal(ocispec.Manifest{Layers: []ocispec.Descriptor{{Digest: digest.FromString("there")},
+			{Digest: base}}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -698,17 +706,21 @@ func TestKubeletWantsALayer(t *testing.T) {
 		// One that is left over from before, one that wants something else: neither is in the way.
 		b.rt.set(func() {
 			b.rt.content.blobs[manifest] = raw
-			b.rt.content.leases["left"] = &fakeLease{began: time.Now().Add(-time.Minute), resources: []*leasesapi.Resource{{ID: manifest.String(), Type: "content"}}}
-			b.rt.content.leases["other"] = &fakeLease{began: time.Now(), resources: []*leasesapi.Resource{{ID: "sha256:none", Type: "content"}}}
+			b.rt.content.leases["left"] = &fakeLease{began: time.Now().Add(-time.Minute),
+				resources: []*leasesapi.Resource{{ID: manifest.String(), Type: "content"}}}
+			b.rt.content.leases["other"] = &fakeLease{began: time.Now(),
+				resources: []*leasesapi.Resource{{ID: "sha256:none", Type: "content"}}}
 		})
 		done := b.KubeletPulls("shares")
 		time.Sleep(5 * time.Second)
 		b.want("a", resolving, "")
 		b.rt.set(func() {
-			b.rt.content.leases["other"].resources = append(b.rt.content.leases["other"].resources, &leasesapi.Resource{ID: manifest.String(), Type: "content"})
+			b.rt.content.leases["other"].resources = append(b.rt.content.leases["other"].resources,
+				&leasesapi.Resource{ID: manifest.String(), Type: "content"})
 		})
 		time.Sleep(time.Second)
-		if op := b.want("a", waiting, opsv1.PullReasonYieldsToKubelet); !strings.HasPrefix(op.GetMessage(), "yields to kubelet's pull of another image, which wants the same layers, since ") || b.yields() != 1 {
+		if op := b.want("a", waiting, opsv1.PullReasonYieldsToKubelet); !strings.HasPrefix(op.GetMessage(),
+			"yields to kubelet's pull of another image, which wants the same layers, since ") || b.yields() != 1 {
 			t.Errorf("%d yields: %v", b.yields(), op)
 		}
 		// As long as bytes come, ours have nothing to gain; that of another image may be pulled.
@@ -732,12 +744,14 @@ func TestKubeletsManifestsAreBounded(t *testing.T) {
 	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.ours("a", 10)
 		b.Change("a", func(op *opsv1.PullOperation) {
-			op.Layers = []*opsv1.LayerProgress{{Digest: digest.FromString("docker.io/library/a:latest").String(), BytesTotal: 640 * mib}}
+			op.Layers = []*opsv1.LayerProgress{{Digest: digest.FromString("docker.io/library/a:latest").String(),
+				BytesTotal: 640 * mib}}
 		})
 		raw := empties(`{"layers":[`, 4<<20-20, `]}`)
 		b.rt.set(func() {
 			b.rt.content.blobs[digest.FromBytes(raw)] = raw
-			b.rt.content.leases["kubelets"] = &fakeLease{began: time.Now(), resources: []*leasesapi.Resource{{ID: digest.FromBytes(raw).String(), Type: "content"}}}
+			b.rt.content.leases["kubelets"] = &fakeLease{began: time.Now(),
+				resources: []*leasesapi.Resource{{ID: digest.FromBytes(raw).String(), Type: "content"}}}
 		})
 		done := b.KubeletPulls("huge")
 		if got := allocated(func() { time.Sleep(3 * time.Second) }); got > 64<<20 {
@@ -768,7 +782,8 @@ func TestUrgentLiftsItsLimit(t *testing.T) {
 		}
 		b.rt.set(func() {
 			b.rt.content.blobs[digest.FromBytes(raw)] = raw
-			b.rt.content.leases["kubelets"] = &fakeLease{began: time.Now(), resources: []*leasesapi.Resource{{ID: digest.FromBytes(raw).String(), Type: "content"}}}
+			b.rt.content.leases["kubelets"] = &fakeLease{began: time.Now(),
+				resources: []*leasesapi.Resource{{ID: digest.FromBytes(raw).String(), Type: "content"}}}
 		})
 		done := b.KubeletPulls("a")
 		time.Sleep(time.Second)
@@ -824,7 +839,8 @@ func TestYieldEndsUnseen(t *testing.T) {
 		}
 		b.rt.set(func() {
 			b.rt.content.blobs[digest.FromBytes(raw)] = raw
-			b.rt.content.leases["kubelets"] = &fakeLease{began: time.Now(), resources: []*leasesapi.Resource{{ID: digest.FromBytes(raw).String(), Type: "content"}}}
+			b.rt.content.leases["kubelets"] = &fakeLease{began: time.Now(),
+				resources: []*leasesapi.Resource{{ID: digest.FromBytes(raw).String(), Type: "content"}}}
 		})
 		done := b.KubeletPulls("shares")
 		time.Sleep(time.Second)
@@ -860,7 +876,8 @@ func TestBlobsWithoutLabels(t *testing.T) {
 		})
 		b.rt.set(func() {
 			b.rt.content.blobs[bare] = []byte{0}
-			b.rt.content.leases["other"] = &fakeLease{began: time.Now(), resources: []*leasesapi.Resource{{ID: bare.String(), Type: "content"}}}
+			b.rt.content.leases["other"] = &fakeLease{began: time.Now(),
+				resources: []*leasesapi.Resource{{ID: bare.String(), Type: "content"}}}
 		})
 		done := b.KubeletPulls("other")
 		time.Sleep(5 * time.Second)

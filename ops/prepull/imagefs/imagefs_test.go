@@ -40,7 +40,8 @@ func TestDiskIsMeasuredAsKubeletDoes(t *testing.T) {
 		// 100 GiB, of which 5 are root's.
 		return func(_ string, fs *unix.Statfs_t) error {
 			*fs = unix.Statfs_t{
-				Bsize: 4096, Blocks: 100 * gib / 4096, Bavail: uint64(free*gib) / 4096, Bfree: uint64((free+5)*gib) / 4096,
+				Bsize: 4096, Blocks: 100 * gib / 4096, Bavail: uint64(free*gib) / 4096,
+				Bfree: uint64((free+5)*gib) / 4096,
 			}
 			return nil
 		}
@@ -75,7 +76,8 @@ func TestDiskIsMeasuredAsKubeletDoes(t *testing.T) {
 		{"nothing to fetch", high(85), 0, 1, 0, false, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			guard := &imagefs.Guard{Images: at("/images"), MaxPercent: tt.max, HighThreshold: tt.high, Statfs: disk(tt.free)}
+			guard := &imagefs.Guard{Images: at("/images"), MaxPercent: tt.max, HighThreshold: tt.high,
+				Statfs: disk(tt.free)}
 			missing := int64(imagefs.UnknownSize)
 			if tt.missing != imagefs.UnknownSize {
 				missing = int64(tt.missing * gib)
