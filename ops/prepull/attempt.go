@@ -7,94 +7,124 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/leases"
 	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/sirupsen/logrus"
 	"golang.org/x/time/rate"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cri-proxy/cri-proxy/api/keyring"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
+	"github.com/cri-proxy/cri-proxy/ops/imageinfo"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/imagefs"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/imagestore"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/registry"
 )
-
-// progressEvery is how often the content store is asked how far a pull is. The question takes a millisecond.
-const progressEvery = 250 * time.Millisecond
 
 const (
-	// lookEvery is how often it is asked for the manifest, in the time that a registry usually needs: until the manifest is
-	// known, a pull that does not fit on the disk is not ended.
-	lookEvery   = 20 * time.Millisecond
-	lookClosely = 5 * time.Second
-	// dropPatience bounds the wait for containerd to delete what a pull has brought.
-	dropPatience = 10 * time.Second
+	// dropTimeout bounds the wait for containerd to delete what a pull has brought.
+	dropTimeout = 10 * time.Second
+	// lookFirstBelow is the room on the disk, in compressed bytes, below which an image is looked
+	// up before the runtime is asked to pull it. With more room, what the runtime fetches fills no
+	// disk before the manifest is seen and the pull is ended.
+	lookFirstBelow = 1 << 30
 )
 
-// attempt tries to pull once, with each credential that fits. On success it ends the operation.
-func (p *Puller) attempt(ctx context.Context, u *pull, given []*opsv1.RegistryCredential) error {
-	image := u.named.String()
+// attempt is one attempt of a pull. It runs without Puller.mu.
+type attempt struct {
+	*Puller
+	u   *pull
+	log logrus.FieldLogger
+}
+
+// run tries to pull once, with each credential that fits. On success it ends the operation.
+func (a *attempt) run(ctx context.Context, given []*opsv1.RegistryCredential) error {
+	u := a.u
 	if u.req.GetPolicy() != opsv1.PullPolicy_PULL_POLICY_ALWAYS {
-		got, err := p.status(ctx, u)
+		got, err := a.status(ctx)
 		if err != nil {
 			return err
 		}
 		if got != nil {
-			if err := p.arrived(u.op.GetUid(), got.GetId(), image); err != nil { // of an earlier attempt, or process
+			// An earlier attempt, or process, may have brought it.
+			if err := a.claims.Arrived(u.op.GetUid(), got.GetId(), u.named.String()); err != nil {
 				return err
 			}
-			return p.succeed(ctx, u, got, opsv1.PullReasonPresent)
+			return a.succeed(ctx, got, opsv1.PullReasonPresent)
 		}
 	}
-	host, repository := registryOf(u.named)
-	// Those of the pull come before those of the node, as kubelet has pull secrets before its own.
+	host, repository := registry.HostOf(u.named)
+	// The pull's own come before those of the node, as kubelet has pull secrets before its own.
 	secret := keyring.Matching(given, u.named)
-	credentials := slices.Concat(secret, keyring.Matching(p.plugins.Credentials(ctx, host+"/"+repository), u.named))
+	nodes := keyring.Matching(a.plugins.Credentials(ctx, host+"/"+repository), u.named)
+	credentials := slices.Concat(secret, nodes)
 	if len(credentials) == 0 {
 		credentials = append(credentials, nil) // anonymous
 	}
-	var errs []error
+	var last error
 	for i, c := range credentials {
+		// What the node itself may pull, all its pods may: only the pull's own credentials are
+		// secrets.
 		if i < len(secret) {
-			if err := p.arriving(ctx, u); err != nil {
+			if err := a.claims.Begin(ctx, u.op.GetUid(), u.named.String(), a.savePrivate); err != nil {
 				return err
 			}
 		}
-		err := p.pullWith(ctx, u, c)
+		err := a.pullWith(ctx, c)
 		if err == nil {
-			got, err := p.status(ctx, u)
-			if err != nil {
-				return err
-			}
-			if got == nil {
-				return fmt.Errorf("the runtime has pulled %s and does not find it", image)
-			}
-			if i < len(secret) { // what the node itself may pull, all its pods may
-				if err := p.arrived(u.op.GetUid(), got.GetId(), image); err != nil {
-					return err
-				}
-			}
-			return p.succeed(ctx, u, got, opsv1.PullReasonPulled)
+			return a.pulled(ctx, i < len(secret))
 		}
-		f := explain(err, host)
-		errs = append(errs, f)
-		if !f.credentials || ctx.Err() != nil {
+		f := registry.Explain(err, host)
+		last = f
+		if !f.Credentials || ctx.Err() != nil {
 			break
 		}
 	}
-	return errs[len(errs)-1]
+	return last
 }
 
-func (p *Puller) spec(u *pull) *runtimeapi.ImageSpec {
-	return &runtimeapi.ImageSpec{Image: u.named.String(), UserSpecifiedImage: u.req.GetImage(), RuntimeHandler: u.req.GetRuntimeHandler()}
+// pulled ends the operation after the runtime has pulled the image. secret says that it did so with
+// a credential that is not the node's.
+func (a *attempt) pulled(ctx context.Context, secret bool) error {
+	got, err := a.status(ctx)
+	if err != nil {
+		return err
+	}
+	if got == nil {
+		return fmt.Errorf("the runtime has pulled %s and does not find it", a.u.named)
+	}
+	if secret {
+		if err := a.claims.Arrived(a.u.op.GetUid(), got.GetId(), a.u.named.String()); err != nil {
+			return err
+		}
+	}
+	return a.succeed(ctx, got, opsv1.PullReasonPulled)
+}
+
+// savePrivate writes that the pull uses secrets, and the ID of the image that has its name now.
+func (a *attempt) savePrivate(had string) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.u.private, a.u.had = true, had
+	return a.saveLocked(a.u)
+}
+
+func (a *attempt) spec() *runtimeapi.ImageSpec {
+	return &runtimeapi.ImageSpec{
+		Image: a.u.named.String(), UserSpecifiedImage: a.u.req.GetImage(), RuntimeHandler: a.u.req.GetRuntimeHandler(),
+	}
 }
 
 // status returns the image as the runtime has it, or nil.
-func (p *Puller) status(ctx context.Context, u *pull) (*runtimeapi.Image, error) {
-	resp, err := p.images.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: p.spec(u)})
+func (a *attempt) status(ctx context.Context) (*runtimeapi.Image, error) {
+	resp, err := a.images.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: a.spec()})
 	if err != nil {
 		return nil, fmt.Errorf("asking the runtime for the image: %w", err)
 	}
@@ -102,322 +132,260 @@ func (p *Puller) status(ctx context.Context, u *pull) (*runtimeapi.Image, error)
 }
 
 // pullWith pulls with one credential, or without.
-func (p *Puller) pullWith(ctx context.Context, u *pull, credential *opsv1.RegistryCredential) error {
-	p.forgetUnlimited(u)
-	limit := p.limitOf(u)
-	id := leaseID(u.key)
-	p.leasing.Lock()
-	leased, err := p.store.lease(ctx, id)
-	p.leasing.Unlock()
+func (a *attempt) pullWith(ctx context.Context, credential *opsv1.RegistryCredential) error {
+	a.mu.Lock()
+	a.u.limitAgainLocked()
+	a.mu.Unlock()
+	limit := a.u.limit(a.limit)
+	id := a.u.lease()
+	a.leasing.Lock()
+	leased, err := a.store.Lease(ctx, id)
+	a.leasing.Unlock()
 	if err != nil {
-		if !unavailable(err) {
+		if !imagestore.Unavailable(err) {
 			return err
 		}
 		if limit > 0 {
-			p.withoutLimit(u, limit, "the runtime is not containerd")
+			a.withoutLimit(limit, "the runtime is not containerd")
 		}
-		return p.pullCRI(ctx, u, credential)
+		return a.pullCRI(ctx, credential)
 	}
-	q, err := p.store.newSearch(leased, id)
+	search, err := a.store.NewSearch(leased, id)
 	if err != nil {
 		return fmt.Errorf("what is there of the image: %w", err)
 	}
-	w := &sight{search: q}
-	var r *remote
-	limiter := newLimiter(limit)
-	u.limiter.Store(limiter)
-	here := limiter != nil || p.slotsWanted(leased, u) && p.needsLayers(leased, u) // the layers are fetched here, and not by the runtime
-	if here || p.checkDisk(ctx, u, lookFirst) != nil {
-		var m *manifest
-		var f *failure
-		if r, m, f = p.lookUp(leased, u, credential, limiter); f == nil {
-			defer r.close()
-			if err := p.sighted(leased, u, w, m); err != nil && w.m != nil {
-				return p.refuse(ctx, u, w, err)
-			} else if err != nil {
-				return err
-			}
-		} else {
-			if ctx.Err() != nil {
-				return f
-			}
-			// The runtime's own configuration is what counts, and its word on what is wrong.
-			if err := p.checkDisk(ctx, u, unknown); err != nil {
-				return err
-			}
-			if limiter != nil {
-				p.withoutLimit(u, limit, f.message)
-			}
-		}
+	s := &sight{search: search}
+	limiter := registry.NewLimiter(limit)
+	a.u.limiter.Store(limiter)
+	image, here, err := a.lookFirst(ctx, leased, credential, s, limiter, limit)
+	if err != nil {
+		return err
+	}
+	if image != nil {
+		defer image.Close()
 	}
 	pulling, stop := context.WithCancel(leased)
 	defer stop()
 	ended, tracked := make(chan struct{}), make(chan struct{})
 	go func() { // ends with ended
 		defer close(tracked)
-		guard.Do(p.log.WithFields(u.fields()), func() { p.track(leased, u, w, stop, ended) })
+		guard.Do(a.log, func() { a.track(leased, s, stop, ended) })
 	}()
 	over := sync.OnceFunc(func() {
 		close(ended)
 		<-tracked
 	})
 	defer over()
-	here = here && r != nil
-	u.slots.Store(!here)
+	a.u.slots.Store(!here)
 	if here {
-		err = p.fetchLayers(pulling, u, r, w, limiter, limit)
+		err = a.fetchLayers(pulling, image, s, limiter, limit)
 	}
 	if err == nil {
-		err = p.pullCRI(pulling, u, credential)
+		err = a.pullCRI(pulling, credential)
 	}
 	over()
-	if err != nil && w.refused != nil {
-		return p.refuse(ctx, u, w, w.refused)
+	if err != nil && s.refused != nil {
+		return a.refuse(ctx, s, s.refused)
 	}
 	return err
 }
 
-// fetchLayers fetches within the limit, if there is one, what the runtime would fetch. Without one nothing but the runtime's word counts.
-func (p *Puller) fetchLayers(ctx context.Context, u *pull, r *remote, w *sight, limiter *rate.Limiter, limit int64) error {
-	before := r.read.Load()
-	err := r.layers(ctx, p.log.WithFields(u.fields()), p.store.content, w.m.layers[w.present:], limiter)
+// lookFirst looks the image up before the runtime is asked, if its layers are to be fetched here or
+// the disk has little room. It returns the image if that succeeded, and whether its layers are to
+// be fetched here.
+func (a *attempt) lookFirst(
+	ctx, leased context.Context, credential *opsv1.RegistryCredential, s *sight, limiter *rate.Limiter, limit int64,
+) (image *registry.Image, here bool, err error) {
+	here = limiter != nil || a.yielder.slotsWanted(leased, a.u) && a.needsLayers(leased)
+	if !here && a.checkDisk(ctx, lookFirstBelow) == nil {
+		return nil, false, nil
+	}
+	image, m, f := a.lookUp.Manifest(leased, a.u.named, credential, limiter, a.store.Content)
+	if f == nil {
+		err := a.sighted(leased, s, m)
+		if err == nil {
+			return image, here, nil
+		}
+		image.Close()
+		if s.m != nil {
+			return nil, false, a.refuse(ctx, s, err)
+		}
+		return nil, false, err
+	}
+	if ctx.Err() != nil {
+		return nil, false, f
+	}
+	// The runtime's own configuration is what counts, and its word on what is wrong.
+	if err := a.checkDisk(ctx, imagefs.UnknownSize); err != nil {
+		return nil, false, err
+	}
+	if limiter != nil {
+		a.withoutLimit(limit, f.Message)
+	}
+	return nil, false, nil
+}
+
+// fetchLayers fetches, within the limit if there is one, what the runtime would fetch. Without a
+// limit only the runtime's word counts.
+func (a *attempt) fetchLayers(
+	ctx context.Context, image *registry.Image, s *sight, limiter *rate.Limiter, limit int64,
+) error {
+	before := image.BytesRead()
+	err := image.Layers(ctx, a.log, a.store.Content, s.m.Layers[s.present:], limiter)
 	if err == nil || ctx.Err() != nil {
 		return err
 	}
-	host, _ := registryOf(u.named)
-	f := explain(err, host)
-	// One that lets us not in, or sends us nothing at all, may treat the runtime otherwise. Another is asked again, within the limit.
+	host, _ := registry.HostOf(a.u.named)
+	f := registry.Explain(err, host)
+	// A registry that does not let us in, or sends us nothing at all, may treat the runtime
+	// otherwise. In other trouble it is asked again, within the limit.
 	var answer remoteerrors.ErrUnexpectedStatus
-	if limiter == nil || f.credentials || r.read.Load() == before && !errors.As(err, &answer) && isNetwork(f.message) {
+	silent := image.BytesRead() == before && !errors.As(err, &answer) && registry.IsNetwork(f.Message)
+	if limiter == nil || f.Credentials || silent {
 		if limiter != nil {
-			p.withoutLimit(u, limit, f.message)
+			a.withoutLimit(limit, f.Message)
 		} else {
-			p.log.WithFields(u.fields()).WithField("reason", f.reason).Debug("layers are left to the runtime: " + f.message)
+			a.log.WithField("reason", f.Reason).Debug("layers are left to the runtime: " + f.Message)
 		}
-		u.slots.Store(true)
+		a.u.slots.Store(true)
 		return nil
 	}
 	return f
 }
 
-// refuse gives back what a pull that does not fit on the disk has brought. What earlier attempts have brought stays as long as theirs.
-func (p *Puller) refuse(ctx context.Context, u *pull, w *sight, err error) error {
-	if !w.search.fresh {
+// withoutLimit says in the operation that its speed limit is not kept, and why.
+func (a *attempt) withoutLimit(limit int64, why string) {
+	a.log.WithField("error", why).Warn("pulling without the speed limit: the runtime knows none")
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.u.unlimitedLocked(limit, why)
+}
+
+// refuse deletes what a pull that does not fit on the disk has brought. What earlier attempts have
+// brought stays as long as theirs.
+func (a *attempt) refuse(ctx context.Context, s *sight, err error) error {
+	if !s.search.Fresh() {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), dropPatience)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), dropTimeout)
 	defer cancel()
-	if err := p.store.dropLease(ctx, leaseID(u.key), leases.SynchronousDelete); err != nil {
-		p.log.WithFields(u.fields()).WithError(err).Warn("lease not ended, it expires by itself")
+	if err := a.store.DropLease(ctx, a.u.lease(), leases.SynchronousDelete); err != nil {
+		a.log.WithError(err).Warn("lease not ended, it expires by itself")
 	}
 	return err
 }
 
-func (p *Puller) pullCRI(ctx context.Context, u *pull, credential *opsv1.RegistryCredential) error {
-	_, err := p.images.PullImage(ctx, &runtimeapi.PullImageRequest{
-		Image: p.spec(u), Auth: authConfig(credential),
-		SandboxConfig: &runtimeapi.PodSandboxConfig{Labels: u.req.GetSandboxLabels(), Annotations: u.req.GetSandboxAnnotations()},
+func (a *attempt) pullCRI(ctx context.Context, credential *opsv1.RegistryCredential) error {
+	_, err := a.images.PullImage(ctx, &runtimeapi.PullImageRequest{
+		Image: a.spec(), Auth: registry.AuthConfig(credential),
+		SandboxConfig: &runtimeapi.PodSandboxConfig{
+			Labels: a.u.req.GetSandboxLabels(), Annotations: a.u.req.GetSandboxAnnotations(),
+		},
 	})
 	return err
 }
 
-// sight is what is seen of an image while it is pulled. Its user is track once that runs.
-type sight struct {
-	search *search
-	m      *manifest // nil: not known yet
-	done   []int64   // of each layer
-	before int64     // bytes that were there before
-	// present is how many of the lowest layers are there as snapshots.
-	present int
-	// refused is why the pull is ended.
-	refused error
-}
-
-// sighted takes in what the image consists of. The error says that it does not fit.
-func (p *Puller) sighted(ctx context.Context, u *pull, w *sight, m *manifest) error {
-	done := make([]int64, len(m.layers))
-	snapshotter := p.snapshotter(ctx, u.req.GetRuntimeHandler())
-	present := p.store.unpacked(ctx, snapshotter, m.chain)
-	if present > 0 {
-		if err := p.store.keepSnapshot(ctx, w.search.lease, snapshotter, m.chain[present-1]); err != nil && ctx.Err() == nil {
-			p.log.WithFields(u.fields()).WithError(err).Debug("snapshots not kept")
-		}
-	}
-	for i := range present {
-		done[i] = m.layers[i].Size
-	}
-	if err := p.store.fetched(ctx, m.layers, done); err != nil {
-		return fmt.Errorf("what is there of the image: %w", err)
-	}
-	w.m, w.done, w.present, w.before = m, done, present, w.search.before(ctx, m, present, done)
-	return p.checkDisk(ctx, u, m.total-sum(done))
-}
-
-// track shows the progress until ended is closed. It ends a pull that does not fit on the disk.
-func (p *Puller) track(ctx context.Context, u *pull, w *sight, stop context.CancelFunc, ended <-chan struct{}) {
-	log := p.log.WithFields(u.fields())
-	var pace *speed
-	last := int64(0)
-	began := time.Now()
-	for {
-		every := lookEvery
-		if time.Since(began) > lookClosely {
-			every = progressEvery
-		}
-		if w.m == nil {
-			if err := p.seek(ctx, u, w); err != nil && w.m != nil {
-				w.refused = err
-				stop()
-			} else if err != nil && ctx.Err() == nil {
-				log.WithError(err).Debug("manifest not known")
-			}
-		} else if pace != nil {
-			if err := p.store.fetched(ctx, w.m.layers, w.done); err != nil && ctx.Err() == nil {
-				log.WithError(err).Debug("progress not known")
-			}
-		}
-		if w.m != nil {
-			every = progressEvery
-			if pace == nil {
-				last = w.before
-				pace = newSpeed(last, began)
-			}
-			now := sum(w.done)
-			p.show(u, w, max(0, now-last), pace.add(now, time.Now()))
-			last = now
-		}
-		timer := time.NewTimer(every)
-		select {
-		case <-timer.C:
-		case <-ended:
-			timer.Stop()
-			p.lastLook(ctx, u, w, last)
-			return
-		}
-	}
-}
-
-// seek finds what the image consists of in what the runtime has fetched.
-func (p *Puller) seek(ctx context.Context, u *pull, w *sight) error {
-	m, err := w.search.look(ctx)
-	if err != nil || m == nil {
+// succeed ends the operation with the image that is there, and pins it. An image that cannot run
+// here is no success.
+func (a *attempt) succeed(ctx context.Context, image *runtimeapi.Image, reason string) error {
+	if err := a.checkPlatform(ctx); err != nil {
 		return err
 	}
-	return p.sighted(ctx, u, w, m)
-}
-
-// lastLook counts what came since the one before, also of an attempt that has been cut off.
-func (p *Puller) lastLook(ctx context.Context, u *pull, w *sight, last int64) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
-	defer cancel()
-	if w.m == nil {
-		if _ = p.seek(ctx, u, w); w.m == nil {
-			return
-		}
-		last = w.before
-	} else if p.store.fetched(ctx, w.m.layers, w.done) != nil {
-		return
-	}
-	p.show(u, w, max(0, sum(w.done)-last), 0)
-}
-
-func (p *Puller) show(u *pull, w *sight, fetched, rate int64) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if u.op.GetFinishTime() != nil {
-		return
-	}
-	u.op.LastFailure = nil
-	u.op.BytesDone, u.op.BytesTotal, u.op.BytesPerSecond = sum(w.done), w.m.total, rate
-	u.op.BytesFetched += fetched
-	p.metrics.bytes.Add(float64(fetched))
-	u.op.Phase = opsv1.PullPhase_PULL_FETCHING
-	if u.op.BytesDone == w.m.total {
-		u.op.Phase = opsv1.PullPhase_PULL_UNPACKING
-	}
-	u.op.Layers = layerProgress(w.m.layers, w.done)
-	u.notifyLocked()
-}
-
-func layerProgress(layers []ocispec.Descriptor, done []int64) []*opsv1.LayerProgress {
-	out := make([]*opsv1.LayerProgress, len(layers))
-	for i, l := range layers {
-		out[i] = &opsv1.LayerProgress{Digest: l.Digest.String(), BytesDone: done[i], BytesTotal: l.Size}
-	}
-	return out
-}
-
-// succeed ends the operation with the image that is there, and pins it. One that cannot run here is no success.
-func (p *Puller) succeed(ctx context.Context, u *pull, image *runtimeapi.Image, reason string) error {
-	if err := p.checkPlatform(ctx, u); err != nil {
+	message, notPinned, err := a.pin(ctx, image)
+	if err != nil {
 		return err
 	}
-	message, notPinned := "", ""
-	keep := u.req.GetPinFor().AsDuration()
-	if keep > 0 {
-		if notPinned = p.checkPins(ctx, u, image); notPinned != "" {
-			keep = 0
-		}
+	if err := a.store.DropLease(context.WithoutCancel(ctx), a.u.lease()); err != nil && !imagestore.Unavailable(err) {
+		a.log.WithError(err).Warn("lease not ended, it expires by itself")
 	}
-	if keep > 0 {
-		switch err := p.addPin(ctx, image, u.named.String(), u.req.GetOwner(), time.Now().Add(keep)); {
-		case errors.Is(err, errNotOurs):
-			message = err.Error()
-		case err != nil && unavailable(err):
-			notPinned = "the runtime has no way to"
-		case err != nil:
-			return fmt.Errorf("pinning: %w", err)
-		}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	op := a.u.op
+	op.ImageId, op.NotPinned = image.GetId(), notPinned
+	if op.GetBytesFetched() > 0 {
+		reason = opsv1.PullReasonPulled // even if kubelet has done the rest
 	}
-	if err := p.store.dropLease(context.WithoutCancel(ctx), leaseID(u.key)); err != nil && !unavailable(err) {
-		p.log.WithFields(u.fields()).WithError(err).Warn("lease not ended, it expires by itself")
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	u.op.ImageId, u.op.NotPinned = image.GetId(), notPinned
-	if notPinned != "" {
-		message = "not pinned: " + notPinned
-	}
-	if u.op.GetBytesFetched() > 0 {
-		reason = opsv1.PullReasonPulled // kubelet may have done the rest
-	}
-	if u.op.GetBytesTotal() > 0 {
-		u.op.BytesDone = u.op.GetBytesTotal()
-		for _, l := range u.op.GetLayers() {
+	if op.GetBytesTotal() > 0 {
+		op.BytesDone = op.GetBytesTotal()
+		for _, l := range op.GetLayers() {
 			l.BytesDone = l.GetBytesTotal()
 		}
 	}
-	p.finishLocked(u, opsv1.PullPhase_PULL_SUCCEEDED, reason, message)
+	a.finishLocked(a.u, opsv1.PullPhase_PULL_SUCCEEDED, reason, message)
 	return nil
 }
 
-func sum(n []int64) int64 {
-	total := int64(0)
-	for _, v := range n {
-		total += v
+// pin pins the image if the command asks for that. It returns the message of the pull, and why the
+// image is not pinned.
+func (a *attempt) pin(ctx context.Context, image *runtimeapi.Image) (message, notPinned string, err error) {
+	keep := a.u.req.GetPinFor().AsDuration()
+	if keep <= 0 {
+		return "", "", nil
 	}
-	return total
+	kind, _, _ := strings.Cut(a.u.req.GetOwner(), "/")
+	notPinned = a.disk.PinsFull(ctx, kind, float64(a.u.req.GetPinPercent()), a.pins.Sizes(kind), image)
+	if notPinned == "" {
+		err = a.pins.Add(ctx, image, a.u.named.String(), a.u.req.GetOwner(), time.Now().Add(keep))
+	}
+	switch {
+	case errors.Is(err, imagestore.ErrNotOurs):
+		return err.Error(), "", nil
+	case err != nil && imagestore.Unavailable(err):
+		notPinned = "the runtime has no way to"
+	case err != nil:
+		return "", "", fmt.Errorf("pinning: %w", err)
+	}
+	if notPinned != "" {
+		message = "not pinned: " + notPinned
+	}
+	return message, notPinned, nil
 }
 
-// rateWindow is what the rate is the mean of.
-const rateWindow = 3 * time.Second
-
-// speed tells the current rate.
-type speed struct {
-	at   []time.Time
-	seen []int64
+// checkDisk refuses the pull if it would fill the disk; see [imagefs.Guard.Check].
+func (a *attempt) checkDisk(ctx context.Context, missing int64) error {
+	a.mu.Lock()
+	urgent := a.u.urgent
+	a.mu.Unlock()
+	return a.disk.Check(ctx, urgent, missing)
 }
 
-func newSpeed(n int64, at time.Time) *speed { return &speed{at: []time.Time{at}, seen: []int64{n}} }
-
-// add takes what there is now and returns bytes per second.
-func (r *speed) add(n int64, at time.Time) int64 {
-	r.at, r.seen = append(r.at, at), append(r.seen, n)
-	old := slices.IndexFunc(r.at, func(t time.Time) bool { return at.Sub(t) <= rateWindow })
-	r.at, r.seen = r.at[old:], r.seen[old:]
-	took := at.Sub(r.at[0])
-	if took <= 0 {
-		return 0
+// checkPlatform returns a failure if the image that is there is not made for this node. The runtime
+// itself says so only of an image with several manifests; another one stays on the node. Whoever
+// waits for an urgent pull looks at the image himself.
+func (a *attempt) checkPlatform(ctx context.Context) error {
+	a.mu.Lock()
+	urgent := a.u.urgent
+	a.mu.Unlock()
+	if urgent {
+		return nil
 	}
-	return max(0, int64(float64(n-r.seen[0])/took.Seconds()))
+	st, err := a.images.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: a.spec(), Verbose: true})
+	if err != nil {
+		return fmt.Errorf("asking the runtime for the image's platform: %w", err)
+	}
+	config := imageinfo.Config(st)
+	if config == nil {
+		return nil
+	}
+	if err := imageinfo.CheckPlatform(config, a.u.named.String(), runtime.GOOS, runtime.GOARCH); err != nil {
+		return &registry.Failure{Reason: opsv1.PullReasonInvalidImage, Final: true, Message: fmt.Sprintf(
+			"the image is not made for this node's platform (%v): "+
+				"push one for it, or a list of manifests that has one, or choose other nodes", err)}
+	}
+	return nil
+}
+
+// needsLayers reports whether the image is surely unpacked from whole layers. Other snapshotters,
+// such as stargz, soci, nydus and gcfs, may fetch only what somebody reads of the layers.
+func (a *attempt) needsLayers(ctx context.Context) bool {
+	switch a.snapshotter(ctx) {
+	case "overlayfs", "fuse-overlayfs", "native", "btrfs", "zfs", "devmapper", "erofs", "blockfile":
+		return true
+	}
+	return false
+}
+
+// snapshotter returns the name of the snapshotter that unpacks the image.
+func (a *attempt) snapshotter(ctx context.Context) string {
+	return a.store.Snapshotter(ctx, a.images, a.runtime, a.u.req.GetRuntimeHandler())
 }

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package prepull
+package prepull_test
 
 import (
 	"context"
@@ -25,22 +25,25 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/imagestore"
 )
 
-// bubble is a puller where time passes only when nothing else can happen: no sockets, so the runtime is called directly. That runtime
-// is not containerd: it has CRI and nothing else, but for containerd's images if a test gives it some, and its content store, see [contents].
+// bubble is a puller where time passes only when nothing else can happen: no sockets, so the
+// runtime is called directly. That runtime is not containerd: it has CRI and nothing else, but for
+// containerd's images if a test gives it some, and its content store, see [contents].
 type bubble struct {
-	*Puller
+	*prepull.Puller
 	t    *testing.T
 	rt   *fakeRuntime
 	dir  string
-	opts Options
+	opts prepull.Options
 	over func()
 	// opened, if not nil, is called with a puller before it runs.
-	opened func(p *Puller)
+	opened func(p *prepull.Puller)
 }
 
-func inBubble(t *testing.T, o Options, f func(t *testing.T, b *bubble)) {
+func inBubble(t *testing.T, o prepull.Options, f func(t *testing.T, b *bubble)) {
 	t.Helper()
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
@@ -59,18 +62,14 @@ func inBubble(t *testing.T, o Options, f func(t *testing.T, b *bubble)) {
 func (b *bubble) open() {
 	b.t.Helper()
 	var err error
-	if b.Puller, err = Open(b.opts); err != nil {
+	if b.Puller, err = prepull.Open(b.opts); err != nil {
 		b.t.Fatal(err)
 	}
 	if b.opened != nil {
 		b.opened(b.Puller)
 	}
-	if b.journal.IsOpen() {
-		db, err := b.journal.DB()
-		if err != nil {
-			b.t.Fatal(err)
-		}
-		db.NoSync = true
+	if err := b.NoSync(); err != nil {
+		b.t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ran := make(chan error, 1)
@@ -91,7 +90,7 @@ func (b *bubble) restart() {
 
 func (b *bubble) pull(req *opsv1.PullRequest) {
 	b.t.Helper()
-	if _, err := NewServer(b.Puller).Pull(b.t.Context(), req); err != nil {
+	if _, err := prepull.NewServer(b.Puller).Pull(b.t.Context(), req); err != nil {
 		b.t.Fatal(err)
 	}
 	synctest.Wait()
@@ -99,14 +98,12 @@ func (b *bubble) pull(req *opsv1.PullRequest) {
 
 // hurry has something wait for a pull.
 func (b *bubble) hurry(uid string) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.hurryLocked(b.pulls[uid])
+	b.Hurry(uid)
 }
 
 func (b *bubble) get(uid string) *opsv1.PullOperation {
 	b.t.Helper()
-	op, _, err := b.watch(uid)
+	op, _, err := b.Watch(uid)
 	if err != nil {
 		b.t.Fatal(err)
 	}
@@ -128,7 +125,7 @@ func (b *bubble) want(uid string, phase opsv1.PullPhase, reason string) *opsv1.P
 func (b *bubble) end(uid string) *opsv1.PullOperation {
 	b.t.Helper()
 	for {
-		op, changed, err := b.watch(uid)
+		op, changed, err := b.Watch(uid)
 		if err != nil || op.GetFinishTime() != nil {
 			return op
 		}
@@ -171,7 +168,8 @@ func (r *fakeRuntime) Invoke(ctx context.Context, method string, args, reply any
 		if r.images[strings.TrimPrefix(req.GetImage().GetImage(), "sha256:")] {
 			resp := &runtimeapi.ImageStatusResponse{Image: r.image(req.GetImage().GetImage())}
 			if req.GetVerbose() && r.arch != "" {
-				resp.Info = map[string]string{"info": `{"imageSpec":{"os":"` + runtime.GOOS + `","architecture":"` + r.arch + `"}}`}
+				resp.Info = map[string]string{"info": `{"imageSpec":{"os":"` + runtime.GOOS + `","architecture":"` +
+					r.arch + `"}}`}
 			}
 			proto.Merge(reply.(proto.Message), resp)
 		}
@@ -180,7 +178,9 @@ func (r *fakeRuntime) Invoke(ctx context.Context, method string, args, reply any
 		if r.disk == "" {
 			return status.Error(codes.Unimplemented, method)
 		}
-		proto.Merge(reply.(proto.Message), &runtimeapi.ImageFsInfoResponse{ImageFilesystems: []*runtimeapi.FilesystemUsage{{FsId: &runtimeapi.FilesystemIdentifier{Mountpoint: r.disk}}}})
+		proto.Merge(reply.(proto.Message), &runtimeapi.ImageFsInfoResponse{ImageFilesystems: []*runtimeapi.FilesystemUsage{
+			{FsId: &runtimeapi.FilesystemIdentifier{Mountpoint: r.disk}},
+		}})
 		return nil
 	case *runtimeapi.ListImagesRequest:
 		r.mu.Lock()
@@ -216,12 +216,13 @@ func (r *fakeRuntime) Invoke(ctx context.Context, method string, args, reply any
 		if !ok {
 			return status.Error(codes.NotFound, "no such image")
 		}
-		proto.Merge(reply.(proto.Message), &imagesapi.GetImageResponse{Image: &imagesapi.Image{Name: req.GetName(), Labels: labels}})
+		proto.Merge(reply.(proto.Message), &imagesapi.GetImageResponse{Image: &imagesapi.Image{Name: req.GetName(),
+			Labels: labels}})
 		return nil
 	case *imagesapi.ListImagesRequest: // of those that we have pinned
 		list := &imagesapi.ListImagesResponse{}
 		for name, labels := range r.labels {
-			if labels[pinnedByUs] != "" {
+			if labels[imagestore.PinnedByUs] != "" {
 				list.Images = append(list.Images, &imagesapi.Image{Name: name, Labels: labels})
 			}
 		}
@@ -247,7 +248,9 @@ func imageCalled(name string) *runtimeapi.Image {
 }
 
 // NewStream implements [grpc.ClientConnInterface].
-func (r *fakeRuntime) NewStream(_ context.Context, _ *grpc.StreamDesc, method string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+func (r *fakeRuntime) NewStream(
+	_ context.Context, _ *grpc.StreamDesc, method string, _ ...grpc.CallOption,
+) (grpc.ClientStream, error) {
 	if r.content != nil && strings.HasSuffix(method, "Content/Read") {
 		return &blobStream{c: r.content}, nil
 	}
@@ -317,12 +320,23 @@ func (r *fakeRuntime) count() int {
 	return len(r.pulls)
 }
 
+func credentials(matches ...string) []*opsv1.RegistryCredential {
+	var out []*opsv1.RegistryCredential
+	for _, m := range matches {
+		out = append(out, &opsv1.RegistryCredential{Match: m, Username: m})
+	}
+	return out
+}
+
+// asked begins what the runtime says of a registry's answer.
+const asked = "unexpected status from HEAD request to https://r.io/v2/a/manifests/1: "
+
 func unauthorized() error {
-	return status.Error(codes.Unknown, "unexpected status from HEAD request to https://r.io/v2/a/manifests/1: 401 Unauthorized")
+	return status.Error(codes.Unknown, asked+"401 Unauthorized")
 }
 
 func broken() error {
-	return status.Error(codes.Unknown, "unexpected status from HEAD request to https://r.io/v2/a/manifests/1: 500 Internal Server Error")
+	return status.Error(codes.Unknown, asked+"500 Internal Server Error")
 }
 
 func name(i int) string { return fmt.Sprintf("image-%d", i) }

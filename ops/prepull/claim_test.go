@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package prepull
+package prepull_test
 
 import (
 	"slices"
@@ -10,6 +10,7 @@ import (
 	"time"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull"
 )
 
 const private = "r.io/private:1"
@@ -27,11 +28,11 @@ func (b *bubble) wantHidden(image string, want bool, when string) {
 	}
 }
 
-// TestUnclaimed: what comes with a secret is kubelet's when kubelet has pulled it, and whatever else happens it does not count as one that
-// was always there.
+// TestUnclaimed: what comes with a secret is kubelet's when kubelet has pulled it, and whatever
+// else happens it does not count as one that was always there.
 func TestUnclaimed(t *testing.T) {
 	secret := &opsv1.PullRequest{Uid: "a", Image: private, Credentials: credentials("r.io")}
-	on := Options{VerifyAccess: true}
+	on := prepull.Options{VerifyAccess: true}
 	t.Run("until kubelet pulls it", func(t *testing.T) {
 		inBubble(t, on, func(t *testing.T, b *bubble) {
 			b.wantHidden(private, false, "before")
@@ -52,7 +53,8 @@ func TestUnclaimed(t *testing.T) {
 			if b.AnyUnclaimed() {
 				t.Error("the file has kept it")
 			}
-			b.pull(&opsv1.PullRequest{Uid: "b", Image: private, Credentials: credentials("r.io"), Policy: opsv1.PullPolicy_PULL_POLICY_ALWAYS})
+			b.pull(&opsv1.PullRequest{Uid: "b", Image: private, Credentials: credentials("r.io"),
+				Policy: opsv1.PullPolicy_PULL_POLICY_ALWAYS})
 			b.end("b")
 			b.wantHidden(private, false, "when it was there before")
 		})
@@ -74,14 +76,14 @@ func TestUnclaimed(t *testing.T) {
 		inBubble(t, on, func(t *testing.T, b *bubble) {
 			b.rt.takes = time.Hour
 			b.pull(secret)
-			if _, _, err := b.cancel("a", "test", ""); err != nil {
+			if _, err := b.Cancel("a", "test"); err != nil {
 				t.Fatal(err)
 			}
 			b.rt.set(func() { b.rt.images[private] = true })
 			b.wantHidden(private, true, "at once")
 			time.Sleep(2 * time.Minute)
 			b.wantHidden(private, true, "later")
-			if open, over := b.claims.list(); !slices.Equal(open, []string{"sha256:" + private}) || len(over) > 0 {
+			if open, over := b.Claims().List(); !slices.Equal(open, []string{"sha256:" + private}) || len(over) > 0 {
 				t.Errorf("open %q, over %v", open, over)
 			}
 		})
@@ -107,12 +109,13 @@ func TestUnclaimed(t *testing.T) {
 		})
 	})
 	for name, tt := range map[string]struct {
-		o   Options
+		o   prepull.Options
 		req *opsv1.PullRequest
 	}{
-		"without secrets":                 {on, &opsv1.PullRequest{Uid: "a", Image: private}},
-		"with those of another registry":  {on, &opsv1.PullRequest{Uid: "a", Image: private, Credentials: credentials("quay.io")}},
-		"where it is not to be looked at": {Options{}, secret},
+		"without secrets": {on, &opsv1.PullRequest{Uid: "a", Image: private}},
+		"with those of another registry": {on, &opsv1.PullRequest{Uid: "a", Image: private,
+			Credentials: credentials("quay.io")}},
+		"where it is not to be looked at": {prepull.Options{}, secret},
 	} {
 		t.Run(name, func(t *testing.T) {
 			inBubble(t, tt.o, func(t *testing.T, b *bubble) {

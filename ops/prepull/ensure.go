@@ -12,8 +12,9 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// hurryLocked lets a pull go past those that nobody waits for, and past kubelet's, and end when the registry says no: who waits has
-// somebody to tell, and kubelet asks again in any case. The caller holds p.mu.
+// hurryLocked makes a pull urgent: it goes before the pulls that nobody waits for, and before
+// kubelet's. It ends when the registry refuses: whoever waits has somebody to tell, and kubelet
+// asks again in any case. The caller holds p.mu.
 func (p *Puller) hurryLocked(u *pull) {
 	if !u.urgent {
 		u.urgent = true // one that runs keeps the place it has
@@ -21,14 +22,17 @@ func (p *Puller) hurryLocked(u *pull) {
 	}
 }
 
-// Ensure begins the pull, or joins the one that has its UID, and returns it when it has finished, however it ended. It does not stand in the queue of [Puller]'s
-// other pulls: something waits for it. each, if not nil, is called
-// with the pull as it is and after each change, the last included. When ctx ends the pull is cancelled, whoever began it; what it has
-// fetched counts for the next pull of the image within an hour.
+// Ensure begins the pull, or joins the one that has its UID, and returns it when it has finished,
+// however it ended. The pull does not wait in the queue of the other pulls, because something waits
+// for it. each, if not nil, is called with the pull as it is and after each change, the last
+// included. When ctx ends the pull is cancelled, whoever began it. What it has fetched counts for
+// the next pull of the image within an hour.
 //
-// Errors: ctx's, or why the pull is not taken on, in words for a person: the request is invalid, another request has
-// its UID, too many pulls are unfinished, or the puller is closed.
-func (p *Puller) Ensure(ctx context.Context, req *opsv1.PullRequest, each func(*opsv1.PullOperation)) (*opsv1.PullOperation, error) {
+// Errors: ctx's, or why the pull is not accepted, in words for a person: the request is invalid,
+// another request has its UID, too many pulls are unfinished, or the puller is closed.
+func (p *Puller) Ensure(
+	ctx context.Context, req *opsv1.PullRequest, each func(*opsv1.PullOperation),
+) (*opsv1.PullOperation, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}

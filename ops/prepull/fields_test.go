@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package prepull
+package prepull_test
 
 import (
 	"strings"
@@ -11,6 +11,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull"
 )
 
 // The message of a pull is for people. What programs need of it is in fields, which must agree with
@@ -20,7 +21,8 @@ func TestFieldsOfFailedAttempts(t *testing.T) {
 	check := func(t *testing.T, op *opsv1.PullOperation, wait time.Duration, reason, message string) {
 		t.Helper()
 		got := op.GetLastFailure()
-		if op.GetRetryAfter().AsDuration() != wait || got.GetReason() != reason || !strings.HasPrefix(got.GetMessage(), message) {
+		if op.GetRetryAfter().AsDuration() != wait || got.GetReason() != reason ||
+			!strings.HasPrefix(got.GetMessage(), message) {
 			t.Errorf("want %s and %q %q: %v", wait, reason, message, op)
 		}
 		if reason != "" && op.GetReason() == opsv1.PullReasonBackOff &&
@@ -29,7 +31,7 @@ func TestFieldsOfFailedAttempts(t *testing.T) {
 		}
 	}
 	t.Run("back-off", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.fail = []error{broken()}
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 3})
 			op := b.want("a", waiting, opsv1.PullReasonBackOff)
@@ -38,7 +40,8 @@ func TestFieldsOfFailedAttempts(t *testing.T) {
 				t.Errorf("%v", op)
 			}
 			time.Sleep(time.Second)
-			check(t, b.want("a", waiting, opsv1.PullReasonBackOff), 2*time.Second, opsv1.PullReasonRegistryUnavailable, trouble)
+			check(t, b.want("a", waiting, opsv1.PullReasonBackOff), 2*time.Second,
+				opsv1.PullReasonRegistryUnavailable, trouble)
 			check(t, b.end("a"), 0, "", "")
 			b.pull(&opsv1.PullRequest{Uid: "b", Image: "busybox"})
 			if op := b.get("b"); op.GetMaxAttempts() != opsv1.DefaultAttempts {
@@ -47,7 +50,7 @@ func TestFieldsOfFailedAttempts(t *testing.T) {
 		})
 	})
 	t.Run("another pull has failed", func(t *testing.T) {
-		inBubble(t, Options{Parallel: 2}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{Parallel: 2}, func(t *testing.T, b *bubble) {
 			b.rt.fail = []error{broken()}
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
 			b.pull(&opsv1.PullRequest{Uid: "b", Image: "nginx"})
@@ -55,7 +58,7 @@ func TestFieldsOfFailedAttempts(t *testing.T) {
 		})
 	})
 	t.Run("the next attempt runs", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.fail, b.rt.takes = []error{broken(), nil}, time.Minute })
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
 			time.Sleep(2 * time.Second)
@@ -65,7 +68,7 @@ func TestFieldsOfFailedAttempts(t *testing.T) {
 		})
 	})
 	t.Run("other credentials", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.late, b.rt.takes = unauthorized(), time.Minute })
 			req := &opsv1.PullRequest{Uid: "a", Image: "nginx"}
 			b.pull(req)
@@ -79,7 +82,7 @@ func TestFieldsOfFailedAttempts(t *testing.T) {
 
 func TestFieldsOfTheEnd(t *testing.T) {
 	const limit = "without the speed limit of 1.0 MiB/s: the runtime is not containerd"
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.set(func() { b.rt.takes = time.Minute })
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", BytesPerSecond: 1 << 20, PinFor: durationpb.New(time.Hour)})
 		op := b.want("a", resolving, "")
@@ -95,9 +98,10 @@ func TestFieldsOfTheEnd(t *testing.T) {
 		b.pull(&opsv1.PullRequest{Uid: "b", Image: "busybox", BytesPerSecond: 1 << 20})
 		b.pull(&opsv1.PullRequest{Uid: "c", Image: "app"})
 		for _, uid := range []string{"c", "b"} { // waiting, running
-			op, err := NewServer(b.Puller).CancelPull(t.Context(),
+			op, err := prepull.NewServer(b.Puller).CancelPull(t.Context(),
 				&opsv1.CancelPullRequest{Uid: uid, Reason: "the job was deleted", Code: opsv1.CancelCodeDeleted})
-			if err != nil || op.GetCancelCode() != opsv1.CancelCodeDeleted || op.GetMessage() != "the job was deleted" || op.GetLimitNotKept() != "" {
+			if err != nil || op.GetCancelCode() != opsv1.CancelCodeDeleted ||
+				op.GetMessage() != "the job was deleted" || op.GetLimitNotKept() != "" {
 				t.Errorf("%v, %v", op, err)
 			}
 		}
@@ -105,7 +109,8 @@ func TestFieldsOfTheEnd(t *testing.T) {
 		if op := b.want("b", cancelled, opsv1.PullReasonCancelled); op.GetCancelCode() != opsv1.CancelCodeDeleted {
 			t.Errorf("%v", op)
 		}
-		if _, err := NewServer(b.Puller).CancelPull(t.Context(), &opsv1.CancelPullRequest{Uid: "b", Code: strings.Repeat("x", 65)}); err == nil {
+		long := &opsv1.CancelPullRequest{Uid: "b", Code: strings.Repeat("x", 65)}
+		if _, err := prepull.NewServer(b.Puller).CancelPull(t.Context(), long); err == nil {
 			t.Error("a code of any length is taken")
 		}
 	})

@@ -5,6 +5,9 @@ package prepull
 
 import (
 	"encoding/json"
+	"errors"
+	"io/fs"
+	"os"
 	"path/filepath"
 	"strings"
 
@@ -12,21 +15,30 @@ import (
 	bolt "go.etcd.io/bbolt"
 
 	"github.com/cri-proxy/cri-proxy/ops/boltfile"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/claims"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/pins"
 )
 
+// fileName is the file of pulls and pins in the state directory. It has three buckets:
+//
+//	pulls      UID -> record (JSON)
+//	pins       image ID, NUL, owner -> pins.Pin (JSON)
+//	unclaimed  image ID -> name of the image (JSON); kubelet is not shown these images
+const fileName = "pulls.db"
+
 var (
-	bucketPulls = []byte("pulls")
-	bucketPins  = []byte("pins")
-	// bucketUnclaimed has the images that kubelet is not shown, by ID.
+	bucketPulls     = []byte("pulls")
+	bucketPins      = []byte("pins")
 	bucketUnclaimed = []byte("unclaimed")
 )
 
-// record is what is kept of a pull: never a credential, only whether there were any.
+// record is what the file has of a pull. It has no credential, only whether there were any.
 type record struct {
 	Request     []byte `json:"request"`   // opsv1.PullRequest
 	Operation   []byte `json:"operation"` // opsv1.PullOperation
 	Credentials bool   `json:"credentials,omitempty"`
-	// Private says that credentials have been used, and Had which image was there by that name before.
+	// Private says that credentials have been used, and Had is the ID of the image that had the
+	// name before.
 	Private bool   `json:"private,omitempty"`
 	Had     string `json:"had,omitempty"`
 }
@@ -34,30 +46,34 @@ type record struct {
 // journal is the file of pulls and pins.
 type journal struct {
 	*boltfile.File
-	// unread is set when the file could not be had at the start: what it holds is then not known.
+	// unread is set when the file could not be opened at the start: what it holds is then not
+	// known.
 	unread bool
 }
 
 // kept is what the file holds.
 type kept struct {
 	pulls map[string]*record
-	pins  map[pinKey]*pin
+	pins  map[pins.Key]*pins.Pin
 	// unclaimed are the IDs of images.
 	unclaimed []string
 }
 
-// openJournal opens the file and returns what is in it. One that is damaged is set aside and begun anew: nothing in it is
-// needed to serve kubelet, and images stay where they are.
+// openJournal opens the file and returns what is in it. It sets a damaged file aside and begins a
+// new one: nothing in it is needed to serve kubelet, and images stay where they are.
 //
-// Errors: the file is held by another process or is not permitted to this one, or there is no such directory.
+// Errors: another process holds the file, this process may not open it, or there is no such
+// directory.
 func openJournal(dir string, log logrus.FieldLogger) (*journal, *kept, error) {
-	path := filepath.Join(dir, "pulls.db")
+	path := filepath.Join(dir, fileName)
 	var k kept
 	f, err := boltfile.Open(path, boltfile.Options{
 		Buckets: [][]byte{bucketPulls, bucketPins, bucketUnclaimed}, Log: log,
-		Lost: "pulls that were under way are forgotten, pins end, and images that came with secrets count as there for all pods", Missing: "images are not pulled ahead of time",
+		Lost: "pulls that were under way are forgotten, pins end, " +
+			"and images that came with secrets count as there for all pods",
+		Missing: "images are not pulled ahead of time",
 		Read: func(tx *bolt.Tx) error {
-			k = kept{pulls: map[string]*record{}, pins: map[pinKey]*pin{}}
+			k = kept{pulls: map[string]*record{}, pins: map[pins.Key]*pins.Pin{}}
 			return k.read(tx, log.WithField("file", path))
 		},
 	})
@@ -71,7 +87,7 @@ func openJournal(dir string, log logrus.FieldLogger) (*journal, *kept, error) {
 	return j, &k, nil
 }
 
-// read takes over what the file holds. A record that cannot be read is left out.
+// read takes over what the file holds. It leaves out a record that cannot be read.
 func (k *kept) read(tx *bolt.Tx, log logrus.FieldLogger) error {
 	err := tx.Bucket(bucketPulls).ForEach(func(uid, v []byte) error {
 		var r record
@@ -93,13 +109,13 @@ func (k *kept) read(tx *bolt.Tx, log logrus.FieldLogger) error {
 		return err
 	}
 	return tx.Bucket(bucketPins).ForEach(func(key, v []byte) error {
-		var p pin
+		var p pins.Pin
 		id, owner, _ := strings.Cut(string(key), "\x00")
 		if err := json.Unmarshal(v, &p); err != nil {
 			log.WithField("image", id).WithError(err).Error("pin cannot be read, left out")
 			return nil
 		}
-		k.pins[pinKey{id, owner}] = &p
+		k.pins[pins.Key{ImageID: id, Owner: owner}] = &p
 		return nil
 	})
 }
@@ -112,24 +128,54 @@ func (j *journal) put(bucket []byte, key string, v any) error {
 	return j.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucket).Put([]byte(key), b) })
 }
 
+func (j *journal) remove(bucket []byte, key string) error {
+	return j.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucket).Delete([]byte(key)) })
+}
+
 func (j *journal) putPull(uid string, r *record) error { return j.put(bucketPulls, uid, r) }
 
-func (j *journal) removePull(uid string) error {
-	return j.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketPulls).Delete([]byte(uid)) })
-}
+func (j *journal) removePull(uid string) error { return j.remove(bucketPulls, uid) }
 
-func (j *journal) putPin(k pinKey, v *pin) error {
-	return j.put(bucketPins, k.imageID+"\x00"+k.owner, v)
-}
+var _ pins.Journal = (*journal)(nil)
 
-func (j *journal) removePin(k pinKey) error {
-	return j.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketPins).Delete([]byte(k.imageID + "\x00" + k.owner)) })
-}
+func pinKey(k pins.Key) string { return k.ImageID + "\x00" + k.Owner }
 
-func (j *journal) putUnclaimed(imageID, image string) error {
+// PutPin implements [pins.Journal].
+func (j *journal) PutPin(k pins.Key, v *pins.Pin) error { return j.put(bucketPins, pinKey(k), v) }
+
+// RemovePin implements [pins.Journal].
+func (j *journal) RemovePin(k pins.Key) error { return j.remove(bucketPins, pinKey(k)) }
+
+var _ claims.Journal = (*journal)(nil)
+
+// PutUnclaimed implements [claims.Journal].
+func (j *journal) PutUnclaimed(imageID, image string) error {
 	return j.put(bucketUnclaimed, imageID, image)
 }
 
-func (j *journal) removeUnclaimed(imageID string) error {
-	return j.Update(func(tx *bolt.Tx) error { return tx.Bucket(bucketUnclaimed).Delete([]byte(imageID)) })
+// RemoveUnclaimed implements [claims.Journal].
+func (j *journal) RemoveUnclaimed(imageID string) error { return j.remove(bucketUnclaimed, imageID) }
+
+// ForgetPins removes the pins from a state directory that is kept: the next process must not
+// believe in pins that [LetGo] has ended. No process may have the directory open.
+func ForgetPins(dir string) error {
+	path := filepath.Join(dir, fileName)
+	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	db, err := boltfile.OpenDB(path, boltfile.Options{Buckets: [][]byte{bucketPulls, bucketPins}})
+	if errors.Is(err, boltfile.ErrDamaged) {
+		return nil // the next process sets it aside, with its pins
+	}
+	if err != nil {
+		return boltfile.Explain(path, err)
+	}
+	err = db.Update(func(tx *bolt.Tx) error {
+		if err := tx.DeleteBucket(bucketPins); err != nil {
+			return err
+		}
+		_, err := tx.CreateBucket(bucketPins)
+		return err
+	})
+	return errors.Join(err, db.Close())
 }

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package prepull
+package prepull_test
 
 import (
 	"bytes"
@@ -21,7 +21,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	introspectionapi "github.com/containerd/containerd/api/services/introspection/v1"
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
@@ -40,9 +39,13 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/imagestore"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/registry"
 )
 
-// node is a bubble whose runtime has a content store and leases as containerd has them, with a registry that is no more than a function.
+// node is a bubble whose runtime has a content store and leases as containerd has them, with a
+// registry that is no more than a function.
 type node struct {
 	*bubble
 
@@ -51,7 +54,7 @@ type node struct {
 	answer func(req *http.Request) (*http.Response, error)
 }
 
-func inContainerd(t *testing.T, o Options, f func(t *testing.T, n *node)) {
+func inContainerd(t *testing.T, o prepull.Options, f func(t *testing.T, n *node)) {
 	t.Helper()
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
@@ -64,8 +67,9 @@ func inContainerd(t *testing.T, o Options, f func(t *testing.T, n *node)) {
 		n := &node{bubble: &bubble{t: t, rt: &fakeRuntime{images: map[string]bool{}}, dir: dir, opts: o}}
 		n.opts.StateDir, n.opts.Conn, n.opts.Log, n.opts.Hosts = dir, n.rt, log, n.hosts
 		held := &held{resources: map[string]map[leases.Resource]bool{}}
-		n.opened = func(p *Puller) {
-			p.store.content, p.store.leases = &blobs{Store: files, held: held, created: map[digest.Digest]time.Time{}, refer: map[digest.Digest]bool{}}, held
+		n.opened = func(p *prepull.Puller) {
+			p.Store().Content, p.Store().Leases = &blobs{Store: files, held: held,
+				created: map[digest.Digest]time.Time{}, refer: map[digest.Digest]bool{}}, held
 		}
 		n.open()
 		synctest.Wait() // what a puller begins with is over, and a test may set up its runtime
@@ -166,7 +170,8 @@ func (b *blobs) Writer(ctx context.Context, opts ...content.WriterOpt) (content.
 		}
 	}
 	if id, ok := leases.FromContext(ctx); ok {
-		if err := b.held.AddResource(ctx, leases.Lease{ID: id}, leases.Resource{ID: o.Desc.Digest.String(), Type: contentResource}); err != nil {
+		if err := b.held.AddResource(ctx, leases.Lease{ID: id},
+			leases.Resource{ID: o.Desc.Digest.String(), Type: imagestore.ContentResource}); err != nil {
 			return nil, err
 		}
 	}
@@ -184,7 +189,7 @@ func (b *blobs) Info(ctx context.Context, d digest.Digest) (content.Info, error)
 	b.mu.Lock()
 	info.CreatedAt = b.created[d]
 	if b.refer[d] {
-		info.Labels = map[string]string{gcRef + ".config": "sha256:0"}
+		info.Labels = map[string]string{imagestore.GCRefLabel + ".config": "sha256:0"}
 	}
 	b.mu.Unlock()
 	return info, err
@@ -197,7 +202,8 @@ func (n *node) hosts(_ context.Context, options config.HostOptions) (docker.Regi
 		if err := options.UpdateClient(client); err != nil {
 			return nil, err
 		}
-		return []docker.RegistryHost{{Client: client, Host: host, Scheme: "https", Path: "/v2", Capabilities: docker.HostCapabilityPull | docker.HostCapabilityResolve}}, nil
+		return []docker.RegistryHost{{Client: client, Host: host, Scheme: "https", Path: "/v2",
+			Capabilities: docker.HostCapabilityPull | docker.HostCapabilityResolve}}, nil
 	}, nil
 }
 
@@ -222,15 +228,17 @@ func (n *node) requests() []string {
 	return asked
 }
 
-// bring puts a blob into the content store as the runtime does, under the lease of its call. Manifests and indexes are labelled a moment later.
+// bring puts a blob into the content store as the runtime does, under the lease of its call.
+// Manifests and indexes are labelled a moment later.
 func (n *node) bring(ctx context.Context, list ...blob) error {
 	for _, b := range list {
-		if err := content.WriteBlob(ctx, n.store.content, remotes.MakeRefKey(ctx, b.Descriptor), bytes.NewReader(b.raw), b.Descriptor); err != nil {
+		if err := content.WriteBlob(ctx, n.Store().Content, remotes.MakeRefKey(ctx, b.Descriptor),
+			bytes.NewReader(b.raw), b.Descriptor); err != nil {
 			return err
 		}
 		if images.IsManifestType(b.MediaType) || images.IsIndexType(b.MediaType) {
 			time.Sleep(5 * time.Millisecond)
-			s := n.store.content.(*blobs)
+			s := n.Store().Content.(*blobs)
 			s.mu.Lock()
 			s.refer[b.Digest] = true
 			s.mu.Unlock()
@@ -241,7 +249,7 @@ func (n *node) bring(ctx context.Context, list ...blob) error {
 
 // ours returns the leases.
 func (n *node) ours() []string {
-	ids, err := n.store.ourLeases(n.t.Context())
+	ids, err := n.Store().OurLeases(n.t.Context())
 	if err != nil {
 		n.t.Error(err)
 	}
@@ -267,7 +275,8 @@ type sample struct {
 
 func sampleOf(layers ...blob) *sample {
 	s := &sample{layers: layers}
-	c := ocispec.Image{Platform: ocispec.Platform{OS: "linux", Architecture: "amd64"}, RootFS: ocispec.RootFS{Type: "layers"}}
+	c := ocispec.Image{Platform: ocispec.Platform{OS: "linux", Architecture: "amd64"},
+		RootFS: ocispec.RootFS{Type: "layers"}}
 	m := ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest}
 	for _, l := range layers {
 		c.RootFS.DiffIDs = append(c.RootFS.DiffIDs, l.Digest)
@@ -304,17 +313,18 @@ func (s *sample) serve(req *http.Request) (*http.Response, error) {
 
 func respond(req *http.Request, code int, body []byte) *http.Response {
 	return &http.Response{
-		StatusCode: code, Status: fmt.Sprintf("%d %s", code, http.StatusText(code)), Header: http.Header{}, Request: req,
-		Body: io.NopCloser(bytes.NewReader(body)), ContentLength: int64(len(body)),
+		StatusCode: code, Status: fmt.Sprintf("%d %s", code, http.StatusText(code)), Header: http.Header{},
+		Request: req,
+		Body:    io.NopCloser(bytes.NewReader(body)), ContentLength: int64(len(body)),
 	}
 }
 
 // The runtime alone asks the registry; what it has asked for is seen in its content store.
 func TestManifestOfTheRuntime(t *testing.T) {
 	for _, index := range []bool{false, true} {
-		inContainerd(t, Options{}, func(t *testing.T, n *node) {
+		inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
 			image := sampleOf(layer("a", 1000), layer("b", 200), layer("c", 30))
-			other, err := n.store.lease(t.Context(), "another")
+			other, err := n.Store().Lease(t.Context(), "another")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -327,7 +337,8 @@ func TestManifestOfTheRuntime(t *testing.T) {
 				if index {
 					amd64 := image.manifest.Descriptor
 					amd64.Platform = &ocispec.Platform{OS: "linux", Architecture: "amd64"}
-					raw, _ := json.Marshal(ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, Manifests: []ocispec.Descriptor{amd64}})
+					raw, _ := json.Marshal(ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2},
+						Manifests: []ocispec.Descriptor{amd64}})
 					if err := n.bring(ctx, blobOf(ocispec.MediaTypeImageIndex, raw)); err != nil {
 						return err
 					}
@@ -341,10 +352,12 @@ func TestManifestOfTheRuntime(t *testing.T) {
 			}
 			n.pull(&opsv1.PullRequest{Uid: "a", Image: "r.io/a"})
 			time.Sleep(20 * time.Second)
-			if op := n.want("a", opsv1.PullPhase_PULL_FETCHING, ""); op.GetBytesDone() != 1200 || op.GetBytesTotal() != 1230 || op.GetBytesFetched() != 200 {
+			if op := n.want("a", opsv1.PullPhase_PULL_FETCHING, ""); op.GetBytesDone() != 1200 ||
+				op.GetBytesTotal() != 1230 || op.GetBytesFetched() != 200 {
 				t.Errorf("index %v, under way: %v", index, op)
 			}
-			if op := n.end("a"); op.GetPhase() != succeeded || op.GetBytesDone() != 1230 || op.GetBytesFetched() != 230 {
+			if op := n.end("a"); op.GetPhase() != succeeded || op.GetBytesDone() != 1230 ||
+				op.GetBytesFetched() != 230 {
 				t.Errorf("index %v: %v", index, op)
 			}
 			if asked := n.requests(); len(asked) > 0 {
@@ -372,19 +385,22 @@ func empties(before string, size int, after string) []byte {
 func TestImagesThatWouldFillTheMemory(t *testing.T) {
 	inner := blobOf(ocispec.MediaTypeImageManifest, empties(`{"config":{"digest":"sha256:0"},"layers":[`, 2<<20, `]}`))
 	inner.Data = inner.raw
-	index, err := json.Marshal(ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{inner.Descriptor}})
+	index, err := json.Marshal(ocispec.Index{MediaType: ocispec.MediaTypeImageIndex,
+		Manifests: []ocispec.Descriptor{inner.Descriptor}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	for name, b := range map[string]blob{
-		"layer":             blobOf(ocispec.MediaTypeImageLayer, empties(`{"layers":[`, 8<<20-20, `]}`)),
-		"large manifest":    blobOf(ocispec.MediaTypeImageManifest, empties(`{"config":{"digest":"sha256:0"},"layers":[`, 8<<20-100, `]}`)),
-		"manifest":          blobOf(ocispec.MediaTypeImageManifest, empties(`{"config":{"digest":"sha256:0"},"layers":[`, 4<<20-100, `]}`)),
+		"layer": blobOf(ocispec.MediaTypeImageLayer, empties(`{"layers":[`, 8<<20-20, `]}`)),
+		"large manifest": blobOf(ocispec.MediaTypeImageManifest,
+			empties(`{"config":{"digest":"sha256:0"},"layers":[`, 8<<20-100, `]}`)),
+		"manifest": blobOf(ocispec.MediaTypeImageManifest,
+			empties(`{"config":{"digest":"sha256:0"},"layers":[`, 4<<20-100, `]}`)),
 		"index":             blobOf(ocispec.MediaTypeImageIndex, empties(`{"manifests":[`, 4<<20-100, `]}`)),
 		"manifest in index": blobOf(ocispec.MediaTypeImageIndex, index),
 	} {
 		t.Run(name, func(t *testing.T) {
-			inContainerd(t, Options{}, func(t *testing.T, n *node) {
+			inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
 				brought := make(chan bool)
 				n.rt.pulling = func(ctx context.Context, _ *runtimeapi.PullImageRequest) error {
 					err := n.bring(ctx, b)
@@ -406,13 +422,15 @@ func TestImagesThatWouldFillTheMemory(t *testing.T) {
 		})
 	}
 	t.Run("look-up", func(t *testing.T) {
-		inContainerd(t, Options{}, func(t *testing.T, n *node) {
+		inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
 			image := sampleOf(layer("a", 100))
-			image.manifest = blobOf(ocispec.MediaTypeImageManifest, empties(`{"config":{"digest":"sha256:0"},"layers":[`, 4<<20-100, `]}`))
+			image.manifest = blobOf(ocispec.MediaTypeImageManifest,
+				empties(`{"config":{"digest":"sha256:0"},"layers":[`, 4<<20-100, `]}`))
 			n.answer = image.serve
 			got := allocated(func() {
 				n.pull(&opsv1.PullRequest{Uid: "a", Image: "r.io/a", BytesPerSecond: 1 << 20})
-				if op := n.end("a"); op.GetPhase() != succeeded || !strings.Contains(op.GetMessage(), "pulled without the speed limit") {
+				if op := n.end("a"); op.GetPhase() != succeeded ||
+					!strings.Contains(op.GetMessage(), "pulled without the speed limit") {
 					t.Errorf("%v", op)
 				}
 			})
@@ -425,7 +443,7 @@ func TestImagesThatWouldFillTheMemory(t *testing.T) {
 
 // A tag that moves between attempts, and back.
 func TestManifestOfThisAttempt(t *testing.T) {
-	inContainerd(t, Options{}, func(t *testing.T, n *node) {
+	inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
 		images := []*sample{sampleOf(layer("a", 100)), sampleOf(layer("b", 20))}
 		attempt := 0
 		n.rt.pulling = func(ctx context.Context, _ *runtimeapi.PullImageRequest) error {
@@ -436,11 +454,12 @@ func TestManifestOfThisAttempt(t *testing.T) {
 		var totals []int64
 		n.pull(&opsv1.PullRequest{Uid: "a", Image: "r.io/a", MaxAttempts: 3})
 		for last := int32(0); ; {
-			op, changed, err := n.watch("a")
+			op, changed, err := n.Watch("a")
 			if err != nil {
 				t.Fatal(err)
 			}
-			if op.GetBytesTotal() > 0 && op.GetAttempt() > last && (op.GetReason() == opsv1.PullReasonBackOff || op.GetFinishTime() != nil) {
+			if op.GetBytesTotal() > 0 && op.GetAttempt() > last &&
+				(op.GetReason() == opsv1.PullReasonBackOff || op.GetFinishTime() != nil) {
 				totals, last = append(totals, op.GetBytesTotal()), op.GetAttempt()
 			}
 			if op.GetFinishTime() != nil {
@@ -454,13 +473,15 @@ func TestManifestOfThisAttempt(t *testing.T) {
 	})
 }
 
-// A pull that turns out not to fit is ended, and leaves nothing behind, unless there was something before.
+// A pull that turns out not to fit is ended, and leaves nothing behind, unless there was something
+// before.
 func TestEndedWhenItDoesNotFit(t *testing.T) {
 	for _, before := range []bool{false, true} {
-		inContainerd(t, Options{MaxDiskPercent: 99.9}, func(t *testing.T, n *node) {
+		inContainerd(t, prepull.Options{MaxDiskPercent: 99.9}, func(t *testing.T, n *node) {
 			n.rt.disk = n.dir
 			small := layer("a", 10)
-			huge := blob{Descriptor: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromString("huge"), Size: 1 << 45}}
+			huge := blob{Descriptor: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer,
+				Digest: digest.FromString("huge"), Size: 1 << 45}}
 			image := sampleOf(small, huge)
 			ended := false
 			n.rt.pulling = func(ctx context.Context, req *runtimeapi.PullImageRequest) error {
@@ -476,7 +497,8 @@ func TestEndedWhenItDoesNotFit(t *testing.T) {
 			}
 			n.pull(&opsv1.PullRequest{Uid: "a", Image: "r.io/a", MaxAttempts: 2, AttemptTimeout: nil})
 			op := n.end("a")
-			if op.GetReason() != opsv1.PullReasonDiskPressure || !strings.Contains(op.GetMessage(), "112.0 TiB more") || !ended {
+			if op.GetReason() != opsv1.PullReasonDiskPressure ||
+				!strings.Contains(op.GetMessage(), "112.0 TiB more") || !ended {
 				t.Errorf("%v", op)
 			}
 			if l := n.ours(); (len(l) > 0) != before {
@@ -488,7 +510,7 @@ func TestEndedWhenItDoesNotFit(t *testing.T) {
 
 // A registry that does not answer us costs five seconds, once, and the limit; both are said.
 func TestLookUpIsBounded(t *testing.T) {
-	inContainerd(t, Options{}, func(t *testing.T, n *node) {
+	inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
 		image := sampleOf(layer("a", 100))
 		n.rt.takes = time.Minute
 		n.rt.pulling = func(ctx context.Context, _ *runtimeapi.PullImageRequest) error {
@@ -498,8 +520,9 @@ func TestLookUpIsBounded(t *testing.T) {
 			<-req.Context().Done()
 			return nil, req.Context().Err()
 		}
-		const why = "without the speed limit of 1.0 MiB/s: registry r.io has not told cri-proxy the image's manifest within 5s"
-		for i, wait := range []time.Duration{lookupPatience, 0, lookupPatience} {
+		const why = "without the speed limit of 1.0 MiB/s: " +
+			"registry r.io has not told cri-proxy the image's manifest within 5s"
+		for i, wait := range []time.Duration{registry.LookUpTimeout, 0, registry.LookUpTimeout} {
 			uid := name(i)
 			n.pull(&opsv1.PullRequest{Uid: uid, Image: "r.io/" + uid, BytesPerSecond: 1 << 20})
 			began := time.Now()
@@ -508,7 +531,8 @@ func TestLookUpIsBounded(t *testing.T) {
 				t.Errorf("under way: %v", op)
 			}
 			op := n.end(uid)
-			if op.GetPhase() != succeeded || op.GetAttempt() != 1 || !strings.HasPrefix(op.GetMessage(), "pulled "+why) {
+			if op.GetPhase() != succeeded || op.GetAttempt() != 1 ||
+				!strings.HasPrefix(op.GetMessage(), "pulled "+why) {
 				t.Errorf("%v", op)
 			}
 			if took := time.Since(began).Round(time.Second); took != time.Minute+wait {
@@ -518,7 +542,7 @@ func TestLookUpIsBounded(t *testing.T) {
 				t.Errorf("pull %d: the registry is asked %q", i, asked)
 			}
 			if i == 1 {
-				time.Sleep(lookupMemory)
+				time.Sleep(registry.SilenceAge)
 			}
 		}
 	})
@@ -529,7 +553,8 @@ func TestRegistriesThatAnswerAreLookedUp(t *testing.T) {
 	image := sampleOf(layer("a", 100))
 	arm := image.manifest.Descriptor
 	arm.Platform = &ocispec.Platform{OS: "plan9", Architecture: "mips"}
-	raw, err := json.Marshal(ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{arm}})
+	raw, err := json.Marshal(ocispec.Index{MediaType: ocispec.MediaTypeImageIndex,
+		Manifests: []ocispec.Descriptor{arm}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -559,7 +584,7 @@ func TestRegistriesThatAnswerAreLookedUp(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inContainerd(t, Options{}, func(t *testing.T, n *node) {
+			inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
 				n.answer = answer
 				n.pull(&opsv1.PullRequest{Uid: "a", Image: "r.io/a", BytesPerSecond: 1 << 20})
 				if op := n.end("a"); !strings.Contains(op.GetMessage(), "pulled without the speed limit") {
@@ -577,7 +602,7 @@ func TestRegistriesThatAnswerAreLookedUp(t *testing.T) {
 
 // What is remembered of a registry is said to others than who asked.
 func TestUnreachedRegistryTellsNoImages(t *testing.T) {
-	inContainerd(t, Options{BytesPerSecond: 1 << 20}, func(t *testing.T, n *node) {
+	inContainerd(t, prepull.Options{BytesPerSecond: 1 << 20}, func(t *testing.T, n *node) {
 		n.answer = func(*http.Request) (*http.Response, error) {
 			time.Sleep(2 * time.Second)
 			return nil, errors.New("dial tcp 192.0.2.1:443: i/o timeout")
@@ -586,7 +611,8 @@ func TestUnreachedRegistryTellsNoImages(t *testing.T) {
 		n.end("a")
 		n.requests()
 		n.pull(&opsv1.PullRequest{Uid: "b", Image: "r.io/b"})
-		if op := n.end("b"); op.GetMessage() != "pulled without the speed limit of 1.0 MiB/s: registry r.io cannot be used now" || len(n.requests()) > 0 {
+		const why = "pulled without the speed limit of 1.0 MiB/s: registry r.io cannot be used now"
+		if op := n.end("b"); op.GetMessage() != why || len(n.requests()) > 0 {
 			t.Errorf("%v", op)
 		}
 	})
@@ -594,11 +620,13 @@ func TestUnreachedRegistryTellsNoImages(t *testing.T) {
 
 // A look-up does not wait for the limit that its pull has.
 func TestLookUpIsNotSlowedDown(t *testing.T) {
-	inContainerd(t, Options{}, func(t *testing.T, n *node) {
+	inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
 		image := sampleOf(layer("a", 100))
-		config := blobOf(ocispec.MediaTypeImageConfig, bytes.Replace(image.config.raw, []byte("{"), []byte(`{"author":"`+strings.Repeat("x", 2<<20)+`",`), 1))
+		config := blobOf(ocispec.MediaTypeImageConfig,
+			bytes.Replace(image.config.raw, []byte("{"), []byte(`{"author":"`+strings.Repeat("x", 2<<20)+`",`), 1))
 		image.manifest = blobOf(ocispec.MediaTypeImageManifest, bytes.Replace(image.manifest.raw,
-			fmt.Appendf(nil, `%q,"size":%d`, image.config.Digest, image.config.Size), fmt.Appendf(nil, `%q,"size":%d`, config.Digest, config.Size), 1))
+			fmt.Appendf(nil, `%q,"size":%d`, image.config.Digest, image.config.Size),
+			fmt.Appendf(nil, `%q,"size":%d`, config.Digest, config.Size), 1))
 		image.config = config
 		n.answer = image.serve
 		n.pull(&opsv1.PullRequest{Uid: "a", Image: "r.io/a", BytesPerSecond: 64 << 10})
@@ -608,14 +636,17 @@ func TestLookUpIsNotSlowedDown(t *testing.T) {
 	})
 }
 
-// What a registry says to us is not final, and it is asked the next time: the runtime may have a mirror.
+// What a registry says to us is not final, and it is asked the next time: the runtime may have a
+// mirror.
 func TestLookUpIsNotFinal(t *testing.T) {
-	for _, code := range []int{http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound, http.StatusTooManyRequests, http.StatusInternalServerError} {
-		inContainerd(t, Options{BytesPerSecond: 1 << 20}, func(t *testing.T, n *node) {
+	for _, code := range []int{http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound,
+		http.StatusTooManyRequests, http.StatusInternalServerError} {
+		inContainerd(t, prepull.Options{BytesPerSecond: 1 << 20}, func(t *testing.T, n *node) {
 			n.answer = func(req *http.Request) (*http.Response, error) { return respond(req, code, nil), nil }
 			for i := range 2 {
 				n.pull(&opsv1.PullRequest{Uid: name(i), Image: "r.io/" + name(i), MaxAttempts: 1})
-				if op := n.end(name(i)); op.GetPhase() != succeeded || !strings.HasPrefix(op.GetMessage(), "pulled without the speed limit of 1.0 MiB/s: ") {
+				if op := n.end(name(i)); op.GetPhase() != succeeded ||
+					!strings.HasPrefix(op.GetMessage(), "pulled without the speed limit of 1.0 MiB/s: ") {
 					t.Errorf("%d: %v", code, op)
 				}
 				if asked := n.requests(); len(asked) == 0 || code == http.StatusTooManyRequests && len(asked) > 1 {
@@ -625,21 +656,24 @@ func TestLookUpIsNotFinal(t *testing.T) {
 			// When the runtime cannot pull either, the limit is not what matters.
 			n.rt.set(func() { n.rt.fail = []error{unauthorized()} })
 			n.pull(&opsv1.PullRequest{Uid: "no", Image: "r.io/no", MaxAttempts: 1})
-			if op := n.end("no"); op.GetReason() != opsv1.PullReasonUnauthorized || strings.Contains(op.GetMessage(), "speed limit") {
+			if op := n.end("no"); op.GetReason() != opsv1.PullReasonUnauthorized ||
+				strings.Contains(op.GetMessage(), "speed limit") {
 				t.Errorf("%d: %v", code, op)
 			}
 		})
 	}
 }
 
-// With a limit all that the runtime lacks is in its store before it is asked, and no more than that.
+// With a limit all that the runtime lacks is in its store before it is asked, and no more than
+// that.
 func TestLimitedFetchesWhatIsMissing(t *testing.T) {
 	for _, unpacked := range []int{0, 2, 3} {
-		inContainerd(t, Options{}, func(t *testing.T, n *node) {
+		inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
 			image := sampleOf(layer("a", 1000), layer("b", 200), layer("c", 30))
 			n.answer = image.serve
 			n.rt.answer = func(args any) proto.Message {
-				if req, ok := args.(*snapshotsapi.StatSnapshotRequest); ok && req.GetSnapshotter() == "zfs" && slices.Contains(image.chain[:unpacked], digest.Digest(req.GetKey())) {
+				if req, ok := args.(*snapshotsapi.StatSnapshotRequest); ok && req.GetSnapshotter() == "zfs" &&
+					slices.Contains(image.chain[:unpacked], digest.Digest(req.GetKey())) {
 					return &snapshotsapi.StatSnapshotResponse{Info: &snapshotsapi.Info{Name: req.GetKey()}}
 				}
 				return nil
@@ -647,12 +681,13 @@ func TestLimitedFetchesWhatIsMissing(t *testing.T) {
 			n.rt.disk = "/var/lib/containerd/io.containerd.snapshotter.v1.zfs"
 			n.rt.pulling = func(ctx context.Context, _ *runtimeapi.PullImageRequest) error {
 				for _, b := range append([]blob{image.manifest, image.config}, image.layers[unpacked:]...) {
-					if _, err := n.store.content.Info(ctx, b.Digest); err != nil {
+					if _, err := n.Store().Content.Info(ctx, b.Digest); err != nil {
 						t.Errorf("not there: %v", err)
 					}
 				}
-				kept, err := n.store.leases.ListResources(ctx, leases.Lease{ID: n.ours()[0]})
-				if unpacked > 0 && !slices.Contains(kept, leases.Resource{ID: image.chain[unpacked-1].String(), Type: "snapshots/zfs"}) {
+				kept, err := n.Store().Leases.ListResources(ctx, leases.Lease{ID: n.ours()[0]})
+				if unpacked > 0 && !slices.Contains(kept,
+					leases.Resource{ID: image.chain[unpacked-1].String(), Type: "snapshots/zfs"}) {
 					t.Errorf("the snapshots may go: %v, %v", kept, err)
 				}
 				return nil
@@ -663,11 +698,13 @@ func TestLimitedFetchesWhatIsMissing(t *testing.T) {
 			for _, l := range image.layers[unpacked:] {
 				missing += l.Size
 			}
-			if op.GetPhase() != succeeded || op.GetMessage() != "" || op.GetBytesTotal() != 1230 || op.GetBytesDone() != 1230 || op.GetBytesFetched() != missing {
+			if op.GetPhase() != succeeded || op.GetMessage() != "" || op.GetBytesTotal() != 1230 ||
+				op.GetBytesDone() != 1230 || op.GetBytesFetched() != missing {
 				t.Errorf("%d unpacked: %v", unpacked, op)
 			}
 			// HEAD and GET of the manifest, the config, and the layers.
-			if asked := n.requests(); len(asked) != 3+len(image.layers)-unpacked || !strings.HasPrefix(asked[0], "HEAD ") {
+			if asked := n.requests(); len(asked) != 3+len(image.layers)-unpacked ||
+				!strings.HasPrefix(asked[0], "HEAD ") {
 				t.Errorf("%d unpacked: the registry is asked %q", unpacked, asked)
 			}
 		})
@@ -680,15 +717,24 @@ func TestLayersOutOfReach(t *testing.T) {
 		answer  func(req *http.Request) (*http.Response, error)
 		runtime bool
 	}{
-		"no way":  {func(*http.Request) (*http.Response, error) { return nil, errors.New("dial tcp: connection refused") }, true},
-		"refused": {func(req *http.Request) (*http.Response, error) { return respond(req, http.StatusForbidden, nil), nil }, true},
-		"broken":  {func(req *http.Request) (*http.Response, error) { return respond(req, http.StatusBadGateway, nil), nil }, false},
+		"no way": {func(*http.Request) (*http.Response, error) {
+			return nil,
+				errors.New("dial tcp: connection refused")
+		}, true},
+		"refused": {func(req *http.Request) (*http.Response, error) {
+			return respond(req, http.StatusForbidden, nil),
+				nil
+		}, true},
+		"broken": {func(req *http.Request) (*http.Response, error) {
+			return respond(req, http.StatusBadGateway, nil),
+				nil
+		}, false},
 		"too many": {func(req *http.Request) (*http.Response, error) {
 			return respond(req, http.StatusTooManyRequests, nil), nil
 		}, false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inContainerd(t, Options{}, func(t *testing.T, n *node) {
+			inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
 				image := sampleOf(layer("a", 100))
 				n.answer = func(req *http.Request) (*http.Response, error) {
 					if strings.HasSuffix(req.URL.Path, image.layers[0].Digest.String()) {
@@ -709,12 +755,13 @@ func TestLayersOutOfReach(t *testing.T) {
 	}
 }
 
-// beside has one pull hold the runtime's download slots for a minute, and begins one that something waits for.
+// beside has one pull hold the runtime's download slots for a minute, and begins one that something
+// waits for.
 func (n *node) beside(uid string) {
 	n.t.Helper()
 	n.rt.set(func() { n.rt.takes = time.Minute })
 	n.pull(&opsv1.PullRequest{Uid: "beside", Image: "other.io/beside"})
-	if _, err := n.take(&opsv1.PullRequest{Uid: uid, Image: "r.io/" + uid, MaxAttempts: 1}, true); err != nil {
+	if _, err := n.Take(&opsv1.PullRequest{Uid: uid, Image: "r.io/" + uid, MaxAttempts: 1}, true); err != nil {
 		n.t.Fatal(err)
 	}
 }
@@ -725,11 +772,17 @@ func TestLayersAreLeftToTheRuntime(t *testing.T) {
 		"too many": func(req *http.Request) (*http.Response, error) {
 			return respond(req, http.StatusTooManyRequests, nil), nil
 		},
-		"broken":      func(req *http.Request) (*http.Response, error) { return respond(req, http.StatusBadGateway, nil), nil },
-		"other bytes": func(req *http.Request) (*http.Response, error) { return respond(req, http.StatusOK, []byte("x")), nil },
+		"broken": func(req *http.Request) (*http.Response,
+			error) {
+			return respond(req, http.StatusBadGateway, nil), nil
+		},
+		"other bytes": func(req *http.Request) (*http.Response,
+			error) {
+			return respond(req, http.StatusOK, []byte("x")), nil
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inContainerd(t, Options{}, func(t *testing.T, n *node) {
+			inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
 				n.rt.disk = "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs"
 				image := sampleOf(layer("a", 100))
 				asked := false
@@ -754,7 +807,7 @@ func TestLayersAreLeftToTheRuntime(t *testing.T) {
 // A snapshotter that may need no layers gets what it asks for and no more.
 func TestLazySnapshotters(t *testing.T) {
 	for snapshotter, here := range map[string]bool{"overlayfs": true, "stargz": false, "soci": false, "": false} {
-		inContainerd(t, Options{}, func(t *testing.T, n *node) {
+		inContainerd(t, prepull.Options{}, func(t *testing.T, n *node) {
 			if snapshotter != "" {
 				n.rt.disk = "/var/lib/containerd/io.containerd.snapshotter.v1." + snapshotter
 			}
@@ -774,41 +827,11 @@ func TestLazySnapshotters(t *testing.T) {
 
 // A runtime that is not containerd knows no limit.
 func TestNoLimitWithoutContainerd(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", BytesPerSecond: 1 << 20})
-		if op := b.end("a"); op.GetPhase() != succeeded || op.GetMessage() != "pulled without the speed limit of 1.0 MiB/s: the runtime is not containerd" {
+		if op := b.end("a"); op.GetPhase() != succeeded ||
+			op.GetMessage() != "pulled without the speed limit of 1.0 MiB/s: the runtime is not containerd" {
 			t.Errorf("%v", op)
 		}
 	})
-}
-
-func TestSnapshotter(t *testing.T) {
-	const config = `{"containerd":{"runtimes":{"runc":{"snapshotter":""},"kata":{"snapshotter":"devmapper"}}}}`
-	for _, tt := range []struct{ name, disk, root, handler, want string }{
-		{"default", "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs", "", "", "overlayfs"},
-		{"handler without its own", "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs", "", "runc", "overlayfs"},
-		{"handler that is not known", "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs", "", "gvisor", "overlayfs"},
-		{"handler with its own", "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs", "", "kata", "devmapper"},
-		{"elsewhere", "/data/snapshots", "/data/snapshots/", "", "native"},
-		{"not told", "/data/snapshots", "/data/other", "", ""},
-		{"nothing", "", "", "", ""},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			inBubble(t, Options{}, func(t *testing.T, b *bubble) {
-				b.rt.disk = tt.disk
-				b.rt.answer = func(args any) proto.Message {
-					switch args.(type) {
-					case *runtimeapi.StatusRequest:
-						return &runtimeapi.StatusResponse{Info: map[string]string{"config": config}}
-					case *introspectionapi.PluginsRequest:
-						return &introspectionapi.PluginsResponse{Plugins: []*introspectionapi.Plugin{{ID: "native", Exports: map[string]string{"root": tt.root}}}}
-					}
-					return nil
-				}
-				if got := b.snapshotter(t.Context(), tt.handler); got != tt.want {
-					t.Errorf("%q, want %q", got, tt.want)
-				}
-			})
-		})
-	}
 }

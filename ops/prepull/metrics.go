@@ -39,10 +39,12 @@ func newMetrics(reg prometheus.Registerer, p *Puller) (*metrics, error) {
 	}
 	for _, c := range []prometheus.Collector{
 		m.results, m.bytes, m.yields, m.seconds,
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "criproxy_pulls_active", Help: "Pulls ahead of time that have not finished."},
-			func() float64 { return float64(len(p.list(true))) }),
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "criproxy_pinned_images", Help: "Pins of images, by whomever."},
-			func() float64 { return float64(len(p.listPins())) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "criproxy_pulls_active", Help: "Pulls ahead of time that have not finished.",
+		}, func() float64 { return float64(len(p.list(true))) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "criproxy_pinned_images", Help: "Pins of images, by whomever.",
+		}, func() float64 { return float64(len(p.pins.List())) }),
 	} {
 		if err := reg.Register(c); err != nil {
 			return nil, fmt.Errorf("metrics: %w", err)
@@ -52,9 +54,12 @@ func newMetrics(reg prometheus.Registerer, p *Puller) (*metrics, error) {
 }
 
 func (m *metrics) finished(op *opsv1.PullOperation) {
-	result := map[opsv1.PullPhase]string{opsv1.PullPhase_PULL_SUCCEEDED: "succeeded", opsv1.PullPhase_PULL_CANCELLED: "cancelled"}[op.GetPhase()]
-	if result == "" {
-		result = "failed"
+	result := "failed"
+	switch op.GetPhase() {
+	case opsv1.PullPhase_PULL_SUCCEEDED:
+		result = "succeeded"
+	case opsv1.PullPhase_PULL_CANCELLED:
+		result = "cancelled"
 	}
 	m.results.WithLabelValues(result, op.GetReason()).Inc()
 	if op.GetStartTime() != nil && op.GetReason() != opsv1.PullReasonPresent {

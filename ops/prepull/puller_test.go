@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package prepull
+package prepull_test
 
 import (
 	"errors"
@@ -21,6 +21,8 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/registry"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -35,7 +37,7 @@ const (
 
 func TestOneAfterTheOther(t *testing.T) {
 	for _, parallel := range []int{0, 1, 3} {
-		inBubble(t, Options{Parallel: parallel}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{Parallel: parallel}, func(t *testing.T, b *bubble) {
 			b.rt.takes = time.Minute
 			began := time.Now()
 			for i := range 6 {
@@ -67,7 +69,7 @@ func TestOneAfterTheOther(t *testing.T) {
 }
 
 func TestEqualPullsJoin(t *testing.T) {
-	inBubble(t, Options{Parallel: 4}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{Parallel: 4}, func(t *testing.T, b *bubble) {
 		b.rt.takes = time.Minute
 		for i := range 3 {
 			b.pull(&opsv1.PullRequest{Uid: name(i), Image: "nginx"})
@@ -75,7 +77,8 @@ func TestEqualPullsJoin(t *testing.T) {
 		b.pull(&opsv1.PullRequest{Uid: "full", Image: "docker.io/library/nginx:latest"})
 		b.pull(&opsv1.PullRequest{Uid: "handler", Image: "nginx", RuntimeHandler: "kata"})
 		time.Sleep(time.Second)
-		if op := b.want(name(1), resolving, ""); !strings.Contains(op.GetMessage(), "another pull of the image is under way: "+name(0)) {
+		if op := b.want(name(1), resolving, ""); !strings.Contains(op.GetMessage(),
+			"another pull of the image is under way: "+name(0)) {
 			t.Errorf("%v", op)
 		}
 		for _, uid := range []string{name(0), name(1), name(2), "full", "handler"} {
@@ -90,11 +93,11 @@ func TestEqualPullsJoin(t *testing.T) {
 }
 
 func TestFollowerGoesOnWhenTheFirstIsCancelled(t *testing.T) {
-	inBubble(t, Options{Parallel: 2}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{Parallel: 2}, func(t *testing.T, b *bubble) {
 		b.rt.takes = time.Minute
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
 		b.pull(&opsv1.PullRequest{Uid: "b", Image: "nginx"})
-		if _, _, err := b.cancel("a", "changed my mind", ""); err != nil {
+		if _, err := b.Cancel("a", "changed my mind"); err != nil {
 			t.Fatal(err)
 		}
 		if op := b.want("a", cancelled, opsv1.PullReasonCancelled); op.GetMessage() != "changed my mind" {
@@ -108,10 +111,11 @@ func TestFollowerGoesOnWhenTheFirstIsCancelled(t *testing.T) {
 
 // A bug ends the pull that meets it, also in the next process, and none beside it.
 func TestPanicEndsThePullOnly(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.set(func() { b.rt.bug = true })
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
-		if op := b.end("a"); op.GetPhase() != opsv1.PullPhase_PULL_FAILED || op.GetReason() != opsv1.PullReasonInternalError || op.GetAttempt() != 1 {
+		if op := b.end("a"); op.GetPhase() != opsv1.PullPhase_PULL_FAILED ||
+			op.GetReason() != opsv1.PullReasonInternalError || op.GetAttempt() != 1 {
 			t.Errorf("ended %v", op)
 		}
 		b.rt.set(func() { b.rt.bug = false })
@@ -123,16 +127,18 @@ func TestPanicEndsThePullOnly(t *testing.T) {
 }
 
 func TestBackOff(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.fail = []error{broken()}
 		began := time.Now()
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
 		op := b.want("a", waiting, opsv1.PullReasonBackOff)
-		if !strings.HasPrefix(op.GetMessage(), "attempt 2 of 4 in 1s: RegistryUnavailable: registry docker.io cannot be used now") {
+		const why = "attempt 2 of 4 in 1s: RegistryUnavailable: registry docker.io cannot be used now"
+		if !strings.HasPrefix(op.GetMessage(), why) {
 			t.Errorf("%v", op)
 		}
 		op = b.end("a")
-		if op.GetPhase() != failed || op.GetReason() != opsv1.PullReasonRegistryUnavailable || op.GetAttempt() != 4 || !strings.HasSuffix(op.GetMessage(), "4 attempts") {
+		if op.GetPhase() != failed || op.GetReason() != opsv1.PullReasonRegistryUnavailable || op.GetAttempt() != 4 ||
+			!strings.HasSuffix(op.GetMessage(), "4 attempts") {
 			t.Errorf("%v", op)
 		}
 		if took := time.Since(began).Round(100 * time.Millisecond); took != 7*time.Second { // 1 + 2 + 4
@@ -150,7 +156,7 @@ func TestBackOff(t *testing.T) {
 
 // TestBackOffIsOfTheImage has several pulls of one image whose registry is in trouble.
 func TestBackOffIsOfTheImage(t *testing.T) {
-	inBubble(t, Options{Parallel: 4}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{Parallel: 4}, func(t *testing.T, b *bubble) {
 		b.rt.fail = []error{broken(), broken(), nil}
 		for i := range 5 {
 			b.pull(&opsv1.PullRequest{Uid: name(i), Image: "nginx"})
@@ -170,13 +176,15 @@ func TestBackOffIsOfTheImage(t *testing.T) {
 	})
 }
 
-// What went wrong with a pull keeps others of the image waiting only if the registry caused it, and an upgrade only if that asked for it.
+// What went wrong with a pull keeps others of the image waiting only if the registry caused it, and
+// an upgrade only if that asked for it.
 func TestBackOffOfOthers(t *testing.T) {
 	for reason, tt := range map[string]struct {
 		err          error
 		job, upgrade bool // whether it waits
 	}{
-		opsv1.PullReasonTooManyRequests:     {&failure{reason: opsv1.PullReasonTooManyRequests, message: "slow down"}, true, true},
+		opsv1.PullReasonTooManyRequests: {&registry.Failure{Reason: opsv1.PullReasonTooManyRequests,
+			Message: "slow down"}, true, true},
 		opsv1.PullReasonRegistryUnavailable: {broken(), true, false},
 		opsv1.PullReasonTimeout:             {status.Error(codes.DeadlineExceeded, "late"), true, false},
 		opsv1.PullReasonDiskPressure:        {status.Error(codes.Unknown, "no space left on device"), false, false},
@@ -185,14 +193,14 @@ func TestBackOffOfOthers(t *testing.T) {
 	} {
 		t.Run(reason, func(t *testing.T) {
 			for _, urgent := range []bool{false, true} {
-				inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+				inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 					b.rt.fail = []error{tt.err, nil}
 					b.pull(&opsv1.PullRequest{Uid: "first", Image: "nginx"})
 					b.want("first", waiting, opsv1.PullReasonBackOff)
 					waits := tt.job
 					if urgent {
 						waits = tt.upgrade
-						if _, err := b.take(&opsv1.PullRequest{Uid: "second", Image: "nginx"}, true); err != nil {
+						if _, err := b.Take(&opsv1.PullRequest{Uid: "second", Image: "nginx"}, true); err != nil {
 							t.Fatal(err)
 						}
 					} else {
@@ -215,30 +223,36 @@ func TestBackOffOfOthers(t *testing.T) {
 	}
 }
 
-// TestRegistrySaysNo asks again, since an image or its secret may come a moment later. Who has somebody to tell is told at once.
+// TestRegistrySaysNo asks again, since an image or its secret may come a moment later. Who has
+// somebody to tell is told at once.
 func TestRegistrySaysNo(t *testing.T) {
-	for reason, err := range map[string]error{opsv1.PullReasonUnauthorized: unauthorized(), opsv1.PullReasonNotFound: status.Error(codes.NotFound, "not found")} {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	for reason, err := range map[string]error{opsv1.PullReasonUnauthorized: unauthorized(),
+		opsv1.PullReasonNotFound: status.Error(codes.NotFound, "not found")} {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.fail = []error{err} })
 			began := time.Now()
-			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 3, Credentials: credentials("docker.io", "docker.io/library", "quay.io")})
-			if op := b.want("a", waiting, opsv1.PullReasonBackOff); !strings.HasPrefix(op.GetMessage(), "attempt 2 of 3 in 1s: "+reason+": registry docker.io ") {
+			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 3,
+				Credentials: credentials("docker.io", "docker.io/library", "quay.io")})
+			if op := b.want("a", waiting, opsv1.PullReasonBackOff); !strings.HasPrefix(op.GetMessage(),
+				"attempt 2 of 3 in 1s: "+reason+": registry docker.io ") {
 				t.Errorf("%v", op)
 			}
 			if len(b.rt.pulls) != 2 || b.rt.pulls[0].GetAuth().GetUsername() != "docker.io/library" {
 				t.Errorf("%d pulls, the first with %s", len(b.rt.pulls), b.rt.pulls[0].GetAuth().GetUsername())
 			}
-			if op := b.end("a"); op.GetReason() != reason || op.GetAttempt() != 3 || time.Since(began).Round(time.Second) != 3*time.Second {
+			if op := b.end("a"); op.GetReason() != reason || op.GetAttempt() != 3 ||
+				time.Since(began).Round(time.Second) != 3*time.Second {
 				t.Errorf("%s: %v", time.Since(began), op)
 			}
 			began = time.Now()
-			if op, err := b.Ensure(t.Context(), &opsv1.PullRequest{Uid: "b", Image: "nginx"}, nil); err != nil || op.GetReason() != reason || op.GetAttempt() != 1 || time.Since(began) > time.Second {
+			if op, err := b.Ensure(t.Context(), &opsv1.PullRequest{Uid: "b", Image: "nginx"}, nil); err != nil ||
+				op.GetReason() != reason || op.GetAttempt() != 1 || time.Since(began) > time.Second {
 				t.Errorf("%s: %v, %v", time.Since(began), op, err)
 			}
 		})
 	}
 	t.Run("image comes", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.fail = []error{status.Error(codes.NotFound, "not found")} })
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
 			time.Sleep(2 * time.Second)
@@ -249,35 +263,40 @@ func TestRegistrySaysNo(t *testing.T) {
 		})
 	})
 	t.Run("deadline", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.fail = []error{unauthorized()} })
-			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 100, Deadline: durationpb.New(time.Minute)})
+			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 100,
+				Deadline: durationpb.New(time.Minute)})
 			op := b.end("a")
-			if op.GetReason() != opsv1.PullReasonDeadlineExceeded || !strings.Contains(op.GetMessage(), opsv1.PullReasonUnauthorized) || op.GetFinishTime().AsTime().Sub(op.GetCreateTime().AsTime()).Round(time.Second) != time.Minute {
+			if op.GetReason() != opsv1.PullReasonDeadlineExceeded ||
+				!strings.Contains(op.GetMessage(), opsv1.PullReasonUnauthorized) ||
+				op.GetFinishTime().AsTime().Sub(op.GetCreateTime().AsTime()).Round(time.Second) != time.Minute {
 				t.Errorf("%v", op)
 			}
 		})
 	})
 }
 
-// TestOtherCredentials come while a pull waits that the registry has said no to, or while it asks: it asks again at once.
+// TestOtherCredentials come while a pull waits that the registry has said no to, or while it asks:
+// it asks again at once.
 func TestOtherCredentials(t *testing.T) {
 	again := func(b *bubble, c []*opsv1.RegistryCredential) {
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 2, Credentials: c})
 	}
 	t.Run("waiting", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.fail = []error{unauthorized(), nil} })
 			again(b, nil)
 			b.want("a", waiting, opsv1.PullReasonBackOff)
 			again(b, credentials("docker.io"))
-			if op := b.want("a", succeeded, opsv1.PullReasonPulled); op.GetAttempt() != 2 || b.rt.pulls[1].GetAuth().GetUsername() != "docker.io" {
+			if op := b.want("a", succeeded, opsv1.PullReasonPulled); op.GetAttempt() != 2 ||
+				b.rt.pulls[1].GetAuth().GetUsername() != "docker.io" {
 				t.Errorf("%v", op)
 			}
 		})
 	})
 	t.Run("the same again", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.fail = []error{unauthorized()} })
 			again(b, credentials("docker.io"))
 			again(b, credentials("docker.io"))
@@ -288,7 +307,7 @@ func TestOtherCredentials(t *testing.T) {
 		})
 	})
 	t.Run("registry in trouble", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.fail = []error{broken(), nil} })
 			again(b, nil)
 			again(b, credentials("docker.io"))
@@ -296,7 +315,7 @@ func TestOtherCredentials(t *testing.T) {
 		})
 	})
 	t.Run("during the last attempt", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.late, b.rt.takes = unauthorized(), time.Minute })
 			again(b, nil)
 			time.Sleep(90 * time.Second) // in the second attempt
@@ -308,7 +327,7 @@ func TestOtherCredentials(t *testing.T) {
 		})
 	})
 	t.Run("of another pull", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.fail = []error{unauthorized(), nil} })
 			again(b, nil)
 			b.want("a", waiting, opsv1.PullReasonBackOff)
@@ -320,18 +339,20 @@ func TestOtherCredentials(t *testing.T) {
 
 func TestTimes(t *testing.T) {
 	t.Run("attempt", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.takes = time.Hour
 			began := time.Now()
-			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 2, AttemptTimeout: durationpb.New(5 * time.Minute)})
+			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 2,
+				AttemptTimeout: durationpb.New(5 * time.Minute)})
 			op := b.end("a")
-			if op.GetPhase() != failed || op.GetReason() != opsv1.PullReasonTimeout || time.Since(began).Round(time.Second) != 10*time.Minute+time.Second {
+			if op.GetPhase() != failed || op.GetReason() != opsv1.PullReasonTimeout ||
+				time.Since(began).Round(time.Second) != 10*time.Minute+time.Second {
 				t.Errorf("%s: %v", time.Since(began), op)
 			}
 		})
 	})
 	t.Run("default", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.takes = time.Hour
 			began := time.Now()
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 1})
@@ -342,49 +363,51 @@ func TestTimes(t *testing.T) {
 		})
 	})
 	t.Run("deadline while it runs", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.takes = time.Hour
 			began := time.Now()
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", Deadline: durationpb.New(time.Minute)})
-			if op := b.end("a"); op.GetReason() != opsv1.PullReasonDeadlineExceeded || time.Since(began).Round(time.Second) != time.Minute {
+			if op := b.end("a"); op.GetReason() != opsv1.PullReasonDeadlineExceeded ||
+				time.Since(began).Round(time.Second) != time.Minute {
 				t.Errorf("%s: %v", time.Since(began), op)
 			}
 		})
 	})
 	t.Run("deadline in the queue", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.takes = 5 * time.Minute
 			b.pull(&opsv1.PullRequest{Uid: "long", Image: "busybox"})
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", Deadline: durationpb.New(time.Minute)})
 			op := b.end("a")
-			if op.GetReason() != opsv1.PullReasonDeadlineExceeded || op.GetAttempt() != 0 || op.GetFinishTime().AsTime().Sub(op.GetCreateTime().AsTime()).Round(time.Second) != time.Minute {
+			if op.GetReason() != opsv1.PullReasonDeadlineExceeded || op.GetAttempt() != 0 ||
+				op.GetFinishTime().AsTime().Sub(op.GetCreateTime().AsTime()).Round(time.Second) != time.Minute {
 				t.Errorf("%v", op)
 			}
 		})
 	})
 	t.Run("deadline is kept over a restart", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.takes = time.Hour
 			began := time.Now()
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", Deadline: durationpb.New(time.Minute)})
 			time.Sleep(30 * time.Second)
 			b.restart()
-			if op := b.end("a"); op.GetReason() != opsv1.PullReasonDeadlineExceeded || time.Since(began).Round(time.Second) != time.Minute {
+			if op := b.end("a"); op.GetReason() != opsv1.PullReasonDeadlineExceeded ||
+				time.Since(began).Round(time.Second) != time.Minute {
 				t.Errorf("%s: %v", time.Since(began), op)
 			}
 		})
 	})
 }
 
-// TestCancelWhileGivingWay cancels a pull whose attempt is just being ended for kubelet: the end must be for good.
+// TestCancelWhileGivingWay cancels a pull whose attempt is just being ended for kubelet: the end
+// must be for good.
 func TestCancelWhileGivingWay(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.takes = time.Minute
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
-		b.mu.Lock()
-		b.pulls["a"].stop(errYield)
-		b.mu.Unlock()
-		if _, _, err := b.cancel("a", "enough", ""); err != nil {
+		b.CutOff("a")
+		if _, err := b.Cancel("a", "enough"); err != nil {
 			t.Fatal(err)
 		}
 		if op := b.want("a", cancelled, opsv1.PullReasonCancelled); op.GetMessage() != "enough" {
@@ -394,9 +417,9 @@ func TestCancelWhileGivingWay(t *testing.T) {
 }
 
 func TestCancel(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.takes = time.Minute
-		s := NewServer(b.Puller)
+		s := prepull.NewServer(b.Puller)
 		for i := range 2 {
 			b.pull(&opsv1.PullRequest{Uid: name(i), Image: name(i)})
 		}
@@ -410,7 +433,8 @@ func TestCancel(t *testing.T) {
 				t.Errorf("%v, %v", again, err)
 			}
 		}
-		if _, err := s.CancelPull(t.Context(), &opsv1.CancelPullRequest{Uid: "none"}); status.Code(err) != codes.NotFound {
+		_, err := s.CancelPull(t.Context(), &opsv1.CancelPullRequest{Uid: "none"})
+		if status.Code(err) != codes.NotFound {
 			t.Error(err)
 		}
 		b.restart()
@@ -419,13 +443,14 @@ func TestCancel(t *testing.T) {
 }
 
 func TestRestart(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.takes = time.Minute
 		b.rt.images["docker.io/library/there:latest"] = true
 		b.pull(&opsv1.PullRequest{Uid: "done", Image: "there"})
 		b.want("done", succeeded, opsv1.PullReasonPresent)
 		b.pull(&opsv1.PullRequest{Uid: "plain", Image: "nginx"})
-		secret := &opsv1.PullRequest{Uid: "secret", Image: "busybox", Credentials: []*opsv1.RegistryCredential{{Match: "docker.io", Username: "u", Password: "hunter2"}}}
+		secret := &opsv1.PullRequest{Uid: "secret", Image: "busybox",
+			Credentials: []*opsv1.RegistryCredential{{Match: "docker.io", Username: "u", Password: "hunter2"}}}
 		b.pull(secret)
 		b.pull(&opsv1.PullRequest{Uid: "late", Image: "app"})
 		b.pull(&opsv1.PullRequest{Uid: "late", Image: "app", Credentials: secret.GetCredentials()})
@@ -450,18 +475,19 @@ func TestRestart(t *testing.T) {
 		}
 		b.pull(&opsv1.PullRequest{Uid: "late", Image: "app", Credentials: secret.GetCredentials()})
 		b.end("late")
-		if _, err := b.submit(&opsv1.PullRequest{Uid: "done", Image: "other"}); status.Code(err) != codes.AlreadyExists {
+		if _, err := b.Take(&opsv1.PullRequest{Uid: "done", Image: "other"},
+			false); status.Code(err) != codes.AlreadyExists {
 			t.Error(err)
 		}
 	})
 }
 
 func TestCredentialsDoNotCome(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.takes = time.Minute
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", Credentials: credentials("docker.io")})
 		b.restart()
-		time.Sleep(credentialsPatience - time.Minute)
+		time.Sleep(prepull.CredentialsTimeout - time.Minute)
 		b.want("a", waiting, opsv1.PullReasonCredentialsNeeded)
 		if op := b.end("a"); op.GetPhase() != failed || op.GetReason() != opsv1.PullReasonCredentialsNeeded {
 			t.Errorf("%v", op)
@@ -470,29 +496,31 @@ func TestCredentialsDoNotCome(t *testing.T) {
 }
 
 func TestExpiry(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
 		b.want("a", succeeded, opsv1.PullReasonPulled)
-		time.Sleep(keepFinished + 2*sweepEvery)
-		if _, err := NewServer(b.Puller).GetPull(t.Context(), &opsv1.GetPullRequest{Uid: "a"}); status.Code(err) != codes.NotFound {
+		time.Sleep(prepull.KeepFinished + 2*prepull.SweepInterval)
+		if _, err := prepull.NewServer(b.Puller).GetPull(t.Context(),
+			&opsv1.GetPullRequest{Uid: "a"}); status.Code(err) != codes.NotFound {
 			t.Error(err)
 		}
 		b.restart()
-		if n := len(b.list(false)); n != 0 {
+		if n := len(b.List(false)); n != 0 {
 			t.Errorf("%d pulls", n)
 		}
 	})
 }
 
 func TestTooMany(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.takes = time.Hour
-		for i := range maxActive {
-			if _, err := b.submit(&opsv1.PullRequest{Uid: name(i), Image: name(i)}); err != nil {
+		for i := range prepull.MaxActive {
+			if _, err := b.Take(&opsv1.PullRequest{Uid: name(i), Image: name(i)}, false); err != nil {
 				t.Fatal(err)
 			}
 		}
-		if _, err := b.submit(&opsv1.PullRequest{Uid: "more", Image: "nginx"}); status.Code(err) != codes.ResourceExhausted {
+		if _, err := b.Take(&opsv1.PullRequest{Uid: "more", Image: "nginx"},
+			false); status.Code(err) != codes.ResourceExhausted {
 			t.Error(err)
 		}
 		synctest.Wait()
@@ -500,23 +528,24 @@ func TestTooMany(t *testing.T) {
 }
 
 func TestInvalid(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		long := durationpb.New(32 * 24 * time.Hour)
 		for want, req := range map[string]*opsv1.PullRequest{
-			"uid must be":        {Uid: "a b", Image: "nginx"},
-			"image is empty":     {Uid: "a"},
-			"invalid reference":  {Uid: "a", Image: "A"},
-			"unknown policy":     {Uid: "a", Image: "nginx", Policy: 7},
-			"max_attempts":       {Uid: "a", Image: "nginx", MaxAttempts: -1},
-			"bytes_per_second":   {Uid: "a", Image: "nginx", BytesPerSecond: -1},
-			"pin_for":            {Uid: "a", Image: "nginx", PinFor: long},
-			"deadline":           {Uid: "a", Image: "nginx", Deadline: durationpb.New(-1)},
-			"attempt_timeout":    {Uid: "a", Image: "nginx", AttemptTimeout: long},
-			"owner":              {Uid: "a", Image: "nginx", Owner: strings.Repeat("o", 2000)},
-			"a credential is":    {Uid: "a", Image: "nginx", Credentials: []*opsv1.RegistryCredential{{Password: strings.Repeat("x", 70<<10)}}},
+			"uid must be":       {Uid: "a b", Image: "nginx"},
+			"image is empty":    {Uid: "a"},
+			"invalid reference": {Uid: "a", Image: "A"},
+			"unknown policy":    {Uid: "a", Image: "nginx", Policy: 7},
+			"max_attempts":      {Uid: "a", Image: "nginx", MaxAttempts: -1},
+			"bytes_per_second":  {Uid: "a", Image: "nginx", BytesPerSecond: -1},
+			"pin_for":           {Uid: "a", Image: "nginx", PinFor: long},
+			"deadline":          {Uid: "a", Image: "nginx", Deadline: durationpb.New(-1)},
+			"attempt_timeout":   {Uid: "a", Image: "nginx", AttemptTimeout: long},
+			"owner":             {Uid: "a", Image: "nginx", Owner: strings.Repeat("o", 2000)},
+			"a credential is": {Uid: "a", Image: "nginx",
+				Credentials: []*opsv1.RegistryCredential{{Password: strings.Repeat("x", 70<<10)}}},
 			"credentials are to": {Uid: "a", Image: "nginx", Credentials: make([]*opsv1.RegistryCredential, 300)},
 		} {
-			_, err := NewServer(b.Puller).Pull(t.Context(), req)
+			_, err := prepull.NewServer(b.Puller).Pull(t.Context(), req)
 			if status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), want) {
 				t.Errorf("%s: %v", want, err)
 			}
@@ -529,7 +558,7 @@ func TestInvalid(t *testing.T) {
 
 func TestMetrics(t *testing.T) {
 	reg := prometheus.NewRegistry()
-	inBubble(t, Options{Registerer: reg}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{Registerer: reg}, func(t *testing.T, b *bubble) {
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
 		b.rt.set(func() { b.rt.fail = []error{unauthorized()} })
 		b.pull(&opsv1.PullRequest{Uid: "b", Image: "busybox", MaxAttempts: 1})
@@ -558,7 +587,7 @@ func TestMetrics(t *testing.T) {
 func TestDamagedFile(t *testing.T) {
 	whole := func(t *testing.T) []byte {
 		var raw []byte
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
 			b.want("a", succeeded, opsv1.PullReasonPulled)
 			b.over()
@@ -592,17 +621,19 @@ func TestDamagedFile(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
-			if err := os.WriteFile(filepath.Join(dir, "pulls.db"), damage(append([]byte(nil), whole...)), 0o600); err != nil {
+			if err := os.WriteFile(filepath.Join(dir, "pulls.db"), damage(append([]byte(nil), whole...)),
+				0o600); err != nil {
 				t.Fatal(err)
 			}
 			log := logrus.New()
 			log.SetOutput(io.Discard)
 			for range 2 { // what the first start makes of it is good for the second
-				p, err := Open(Options{StateDir: dir, Conn: &fakeRuntime{images: map[string]bool{}}, Log: log})
+				p, err := prepull.Open(prepull.Options{StateDir: dir, Conn: &fakeRuntime{images: map[string]bool{}},
+					Log: log})
 				if err != nil {
 					t.Fatal(err)
 				}
-				if _, err := p.submit(&opsv1.PullRequest{Uid: "b", Image: "busybox"}); err != nil {
+				if _, err := p.Take(&opsv1.PullRequest{Uid: "b", Image: "busybox"}, false); err != nil {
 					t.Errorf("pulls are refused: %v", err)
 				}
 				if err := p.Close(); err != nil {
@@ -617,8 +648,8 @@ func TestFileInUse(t *testing.T) {
 	if testing.Short() {
 		t.Skip("waits for a lock")
 	}
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
-		if _, err := Open(b.opts); err == nil || errors.Is(err, os.ErrNotExist) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
+		if _, err := prepull.Open(b.opts); err == nil || errors.Is(err, os.ErrNotExist) {
 			t.Error(err)
 		}
 	})
@@ -626,7 +657,7 @@ func TestFileInUse(t *testing.T) {
 
 // A pull that the process does not survive is not begun for ever.
 func TestAttemptsThatEndTheProcess(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.takes = time.Minute
 		path := filepath.Join(b.dir, "pulls.db")
 		kill := func() {
@@ -653,7 +684,8 @@ func TestAttemptsThatEndTheProcess(t *testing.T) {
 			t.Errorf("%v", op)
 		}
 		kill()
-		if op := b.want("a", failed, opsv1.PullReasonInternalError); !strings.Contains(op.GetMessage(), "in the middle of attempt 2 of 2") {
+		if op := b.want("a", failed, opsv1.PullReasonInternalError); !strings.Contains(op.GetMessage(),
+			"in the middle of attempt 2 of 2") {
 			t.Errorf("%v", op)
 		}
 		if n := b.rt.count(); n != 7 {

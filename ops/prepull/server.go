@@ -14,6 +14,8 @@ import (
 	"google.golang.org/grpc/status"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/pins"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/registry"
 )
 
 // Bounds of a request.
@@ -23,6 +25,8 @@ const (
 	maxLabels      = 256
 	maxAttempts    = 100
 	maxDuration    = 31 * 24 * time.Hour
+	maxReason      = 1024
+	maxCode        = 64
 )
 
 var uidForm = regexp.MustCompile(`^[A-Za-z0-9._-]{1,128}$`)
@@ -43,7 +47,7 @@ func (s *Server) Pull(_ context.Context, req *opsv1.PullRequest) (*opsv1.PullOpe
 	if err := validate(req); err != nil {
 		return nil, err
 	}
-	return s.p.submit(req)
+	return s.p.take(req, false)
 }
 
 func validate(req *opsv1.PullRequest) error {
@@ -70,17 +74,21 @@ func validate(req *opsv1.PullRequest) error {
 	case len(req.GetOwner()) > 1024 || len(req.GetRuntimeHandler()) > 253:
 		return invalid("owner or runtime_handler is too long")
 	}
-	for name, d := range map[string]interface{ AsDuration() time.Duration }{"attempt_timeout": req.GetAttemptTimeout(), "deadline": req.GetDeadline(), "pin_for": req.GetPinFor()} {
+	for name, d := range map[string]interface{ AsDuration() time.Duration }{
+		"attempt_timeout": req.GetAttemptTimeout(), "deadline": req.GetDeadline(), "pin_for": req.GetPinFor(),
+	} {
 		if v := d.AsDuration(); v < 0 || v > maxDuration {
 			return invalid("%s must be between 0 and %s", name, maxDuration)
 		}
 	}
 	for _, c := range req.GetCredentials() {
-		if len(c.GetMatch())+len(c.GetUsername())+len(c.GetPassword())+len(c.GetIdentityToken())+len(c.GetRegistryToken()) > maxSecretBytes {
+		size := len(c.GetMatch()) + len(c.GetUsername()) + len(c.GetPassword()) +
+			len(c.GetIdentityToken()) + len(c.GetRegistryToken())
+		if size > maxSecretBytes {
 			return invalid("a credential is too large")
 		}
 	}
-	if _, err := normalize(req.GetImage()); err != nil {
+	if _, err := registry.Normalize(req.GetImage()); err != nil {
 		return invalid("%v", err)
 	}
 	return nil
@@ -121,10 +129,10 @@ func (s *Server) CancelPull(ctx context.Context, req *opsv1.CancelPullRequest) (
 	if reason == "" {
 		reason = "cancelled"
 	}
-	if len(reason) > 1024 {
+	if len(reason) > maxReason {
 		return nil, status.Error(codes.InvalidArgument, "reason is too long")
 	}
-	if len(req.GetCode()) > 64 {
+	if len(req.GetCode()) > maxCode {
 		return nil, status.Error(codes.InvalidArgument, "code is too long")
 	}
 	op, changed, err := s.p.cancel(req.GetUid(), reason, req.GetCode())
@@ -143,13 +151,13 @@ func (s *Server) CancelPull(ctx context.Context, req *opsv1.CancelPullRequest) (
 func (s *Server) ListPins(ctx context.Context, _ *opsv1.ListPinsRequest) (*opsv1.ListPinsResponse, error) {
 	gone, err := s.p.gone(ctx)
 	if err != nil {
-		return nil, status.Error(codes.Unavailable, explain(err, "").message) // no registry is asked
+		return nil, status.Error(codes.Unavailable, registry.Explain(err, "").Message) // no registry is asked
 	}
-	pins := s.p.listPins()
-	for _, pin := range pins {
+	list := s.p.pins.List()
+	for _, pin := range list {
 		_, pin.Gone = slices.BinarySearch(gone, pin.GetImageId())
 	}
-	return &opsv1.ListPinsResponse{Pins: pins, GoneImageIds: gone}, nil
+	return &opsv1.ListPinsResponse{Pins: list, GoneImageIds: gone}, nil
 }
 
 // ReleasePins implements [opsv1.ImagesServer].
@@ -157,8 +165,8 @@ func (s *Server) ReleasePins(ctx context.Context, req *opsv1.ReleasePinsRequest)
 	if req.GetOwner() == "" {
 		return nil, status.Error(codes.InvalidArgument, "owner is empty: name whose pins are to end, as ListPins shows it")
 	}
-	n, err := s.p.releasePins(ctx, func(k pinKey, _ *pin) bool {
-		return k.owner == req.GetOwner() && (req.GetImageId() == "" || req.GetImageId() == k.imageID)
+	n, err := s.p.pins.Release(ctx, func(k pins.Key, _ *pins.Pin) bool {
+		return k.Owner == req.GetOwner() && (req.GetImageId() == "" || req.GetImageId() == k.ImageID)
 	})
 	if err != nil {
 		return nil, status.Errorf(codes.Internal, "%d released, then: %v", n, err)

@@ -13,12 +13,13 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// traced makes the span of a pull that has finished.
-func (p *Puller) traced(op *opsv1.PullOperation, image string) {
-	if p.tracer == nil {
+// traceEnd makes the span of a pull that has finished. tracer may be nil.
+func traceEnd(tracer trace.Tracer, op *opsv1.PullOperation, image string) {
+	if tracer == nil {
 		return
 	}
-	_, span := p.tracer.Start(context.Background(), "Pull", trace.WithTimestamp(op.GetCreateTime().AsTime()), trace.WithAttributes(
+	begin := trace.WithTimestamp(op.GetCreateTime().AsTime())
+	_, span := tracer.Start(context.Background(), "Pull", begin, trace.WithAttributes(
 		attribute.String("criproxy.operation", op.GetUid()),
 		attribute.String("criproxy.image", image),
 		attribute.String("criproxy.result", op.GetReason()),

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package prepull
+package prepull_test
 
 import (
 	"context"
@@ -27,6 +27,9 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/imagestore"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/yield"
 )
 
 const mib = 1 << 20
@@ -85,7 +88,8 @@ func (r *fakeRuntime) fetch(ctx context.Context, req *runtimeapi.PullImageReques
 	r.mu.Lock()
 	l := r.content.open[ref]
 	if l == nil {
-		l = &fakeLayer{digest: d, began: now, total: int64(takes.Seconds() * rateOfOurs), lease: leaseID(name + "|" + req.GetImage().GetRuntimeHandler())}
+		l = &fakeLayer{digest: d, began: now, total: int64(takes.Seconds() * rateOfOurs),
+			lease: imagestore.LeaseID(name + "|" + req.GetImage().GetRuntimeHandler())}
 		r.content.open[ref] = l
 	}
 	if r.content.blobs[d] == nil {
@@ -128,7 +132,8 @@ func (c *contents) answer(args, reply any) (known bool, err error) {
 		}
 		resp := &contentapi.ListStatusesResponse{}
 		for ref, l := range c.open {
-			resp.Statuses = append(resp.Statuses, &contentapi.Status{Ref: ref, StartedAt: timestamppb.New(l.began), Offset: l.offset(now), Total: l.total})
+			resp.Statuses = append(resp.Statuses, &contentapi.Status{Ref: ref, StartedAt: timestamppb.New(l.began),
+				Offset: l.offset(now), Total: l.total})
 		}
 		for ref, l := range c.open {
 			if !c.swift || l.lease == "" {
@@ -136,7 +141,8 @@ func (c *contents) answer(args, reply any) (known bool, err error) {
 			}
 			delete(c.open, ref)
 			c.blobs[l.digest] = []byte{0}
-			c.leases[l.lease].resources = append(c.leases[l.lease].resources, &leasesapi.Resource{ID: l.digest.String(), Type: "content"})
+			c.leases[l.lease].resources = append(c.leases[l.lease].resources,
+				&leasesapi.Resource{ID: l.digest.String(), Type: "content"})
 		}
 		proto.Merge(to, resp)
 	case *contentapi.InfoRequest:
@@ -147,7 +153,7 @@ func (c *contents) answer(args, reply any) (known bool, err error) {
 		c.infos++
 		info := &contentapi.Info{Digest: req.GetDigest(), Size: int64(len(raw))}
 		if len(raw) > 1 {
-			info.Labels = map[string]string{gcRef + ".config": "sha256:0"}
+			info.Labels = map[string]string{imagestore.GCRefLabel + ".config": "sha256:0"}
 		}
 		proto.Merge(to, &contentapi.InfoResponse{Info: info})
 	case *leasesapi.ListRequest:
@@ -195,7 +201,8 @@ func (s *blobStream) RecvMsg(m any) error {
 	return nil
 }
 
-// kubelet pulls an image of one layer, whose bytes come at a rate, and go on coming until the pull is ended.
+// kubelet pulls an image of one layer, whose bytes come at a rate, and go on coming until the pull
+// is ended.
 func (b *bubble) kubelet(image string, rate int64) (end func()) {
 	l := &fakeLayer{digest: digest.FromString(image), began: time.Now(), from: time.Now(), total: 1 << 50, rate: rate}
 	b.rt.set(func() { b.rt.content.open[refOf(l.digest)] = l })
@@ -212,9 +219,9 @@ func (b *bubble) ours(uid string, seconds int) {
 	b.pull(&opsv1.PullRequest{Uid: uid, Image: uid})
 }
 
-func (b *bubble) yields() int { return int(testutil.ToFloat64(b.metrics.yields)) }
+func (b *bubble) yields() int { return int(testutil.ToFloat64(b.Yields())) }
 
-func inContent(t *testing.T, o Options, f func(t *testing.T, b *bubble)) {
+func inContent(t *testing.T, o prepull.Options, f func(t *testing.T, b *bubble)) {
 	t.Helper()
 	inBubble(t, o, func(t *testing.T, b *bubble) {
 		b.rt.set(func() { b.rt.content = newContents() })
@@ -227,7 +234,7 @@ func took(op *opsv1.PullOperation) time.Duration {
 }
 
 func TestGivesWay(t *testing.T) {
-	inContent(t, Options{Parallel: 2}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{Parallel: 2}, func(t *testing.T, b *bubble) {
 		b.ours("a", 60)
 		time.Sleep(time.Second)
 		// kubelet asks for what is there: nobody minds, however often and slowly.
@@ -250,7 +257,8 @@ func TestGivesWay(t *testing.T) {
 		if _, at, ok := strings.Cut(op.GetMessage(), " since "); ok {
 			since, _ = time.Parse(time.RFC3339, at[:len("2006-01-02T15:04:05Z")])
 		}
-		if !strings.HasPrefix(op.GetMessage(), "yields to kubelet's pull of another image since ") || !strings.HasSuffix(op.GetMessage(), " in any case") || since.Sub(began).Abs() > 3*time.Second {
+		if !strings.HasPrefix(op.GetMessage(), "yields to kubelet's pull of another image since ") ||
+			!strings.HasSuffix(op.GetMessage(), " in any case") || since.Sub(began).Abs() > 3*time.Second {
 			t.Errorf("%v", op)
 		}
 		b.ours("b", 60)
@@ -271,9 +279,10 @@ func TestGivesWay(t *testing.T) {
 	})
 }
 
-// Bandwidth is what yields: once kubelet's pull has its bytes, it may unpack for as long as it likes.
+// Bandwidth is what yields: once kubelet's pull has its bytes, it may unpack for as long as it
+// likes.
 func TestGoesOnWhileKubeletUnpacks(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.ours("a", 20)
 		end := b.kubelet("kubelets", 20*mib)
 		time.Sleep(5 * time.Second)
@@ -301,15 +310,15 @@ func TestKubeletPullsInVain(t *testing.T) {
 		yields int
 		most   time.Duration
 	}{
-		"hang":                {0, 0, 0, time.Minute + time.Second},
-		"hang, again":         {0, 5 * time.Second, 0, time.Minute + time.Second},
-		"trickle":             {20 << 10, 0, 4, 75 * time.Second},
-		"trickle, again":      {20 << 10, 30 * time.Second, 4, 75 * time.Second},
-		"little comes":        {200 << 10, 0, 4, 75 * time.Second},
-		"little comes, again": {200 << 10, 15 * time.Second, 4, 75 * time.Second},
+		"hang":                 {0, 0, 0, time.Minute + time.Second},
+		"hang, again":          {0, 5 * time.Second, 0, time.Minute + time.Second},
+		"yield.Trickle":        {20 << 10, 0, 4, 75 * time.Second},
+		"yield.Trickle, again": {20 << 10, 30 * time.Second, 4, 75 * time.Second},
+		"little comes":         {200 << 10, 0, 4, 75 * time.Second},
+		"little comes, again":  {200 << 10, 15 * time.Second, 4, 75 * time.Second},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inContent(t, Options{}, func(t *testing.T, b *bubble) {
+			inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 				ctx, cancel := context.WithCancel(t.Context())
 				again := tt.again
 				if again == 0 {
@@ -344,9 +353,9 @@ func TestKubeletPullsInVain(t *testing.T) {
 
 // A small layer of ours that is there between two questions of one look is not taken for kubelet's.
 func TestSwiftLayersAreOurs(t *testing.T) {
-	inContent(t, Options{Parallel: 2}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{Parallel: 2}, func(t *testing.T, b *bubble) {
 		b.ours("a", 60)
-		lease := leaseID("docker.io/library/a:latest|")
+		lease := imagestore.LeaseID("docker.io/library/a:latest|")
 		b.rt.set(func() {
 			b.rt.content.leases[lease] = &fakeLease{began: time.Now()}
 			b.rt.content.swift = true
@@ -354,10 +363,11 @@ func TestSwiftLayersAreOurs(t *testing.T) {
 		})
 		done := b.KubeletPulls("there")
 		for i := range 40 {
-			time.Sleep(watchEvery)
+			time.Sleep(yield.WatchInterval)
 			d := digest.FromString(name(i))
 			b.rt.set(func() {
-				b.rt.content.open[refOf(d)] = &fakeLayer{digest: d, began: time.Now(), from: time.Now().Add(-time.Second), total: 8 * mib, rate: rateOfOurs, lease: lease}
+				b.rt.content.open[refOf(d)] = &fakeLayer{digest: d, began: time.Now(),
+					from: time.Now().Add(-time.Second), total: 8 * mib, rate: rateOfOurs, lease: lease}
 			})
 		}
 		b.ours("b", 60) // would begin but for kubelet's
@@ -370,7 +380,7 @@ func TestSwiftLayersAreOurs(t *testing.T) {
 
 // A pull of kubelet's that works is seen among those that come to little.
 func TestGivesWayBesideTrickles(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		var ends []func()
 		for i := range 12 {
 			ends = append(ends, b.kubelet(fmt.Sprintf("broken-%d", i), 20<<10))
@@ -384,7 +394,7 @@ func TestGivesWayBesideTrickles(t *testing.T) {
 		time.Sleep(30 * time.Second)
 		b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 		end()
-		time.Sleep(rateOver)
+		time.Sleep(yield.RateOver)
 		b.want("a", resolving, "")
 		for _, end := range ends {
 			end()
@@ -395,7 +405,7 @@ func TestGivesWayBesideTrickles(t *testing.T) {
 
 // What has all its bytes is not cut off, and needs no line to begin.
 func TestUnpackingIsLeftAlone(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.set(func() { b.rt.content.unpacks = time.Minute })
 		b.ours("a", 5)
 		time.Sleep(10 * time.Second)
@@ -404,9 +414,7 @@ func TestUnpackingIsLeftAlone(t *testing.T) {
 		time.Sleep(10 * time.Second)
 		b.want("a", resolving, "")
 		b.want("b", waiting, opsv1.PullReasonYieldsToKubelet)
-		b.mu.Lock()
-		b.pulls["b"].op.BytesTotal, b.pulls["b"].op.BytesDone = 1, 1
-		b.mu.Unlock()
+		b.Change("b", func(op *opsv1.PullOperation) { op.BytesTotal, op.BytesDone = 1, 1 })
 		if op := b.end("a"); op.GetPhase() != succeeded || b.rt.content.torn != 0 || b.yields() != 0 {
 			t.Errorf("%d torn, %d yields: %v", b.rt.content.torn, b.yields(), op)
 		}
@@ -418,20 +426,21 @@ func TestUnpackingIsLeftAlone(t *testing.T) {
 
 // A pull of kubelet's that takes an hour does not hold ours up for as long.
 func TestYieldIsBounded(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.ours("a", 200)
 		end := b.kubelet("large", 50*mib)
 		time.Sleep(time.Second)
 		op := b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 		_, at, _ := strings.Cut(op.GetMessage(), "goes on at ")
 		until, err := time.Parse(time.RFC3339, strings.TrimSuffix(at, " in any case"))
-		if left := time.Until(until); err != nil || left > yieldMost || left < yieldMost-3*time.Second {
+		if left := time.Until(until); err != nil || left > yield.MaxPause || left < yield.MaxPause-3*time.Second {
 			t.Errorf("%v: %v", op, err)
 		}
 		time.Sleep(time.Until(until) + time.Second)
 		b.want("a", resolving, "")
 		// Two minutes stood aside, two on, two aside, and the rest.
-		if op := b.end("a"); op.GetPhase() != succeeded || took(op).Round(20*time.Second) != 2*yieldMost+200*time.Second || b.yields() != 2 {
+		if op := b.end("a"); op.GetPhase() != succeeded ||
+			took(op).Round(20*time.Second) != 2*yield.MaxPause+200*time.Second || b.yields() != 2 {
 			t.Errorf("%d yields, %s: %v", b.yields(), took(op), op)
 		}
 		end()
@@ -440,7 +449,7 @@ func TestYieldIsBounded(t *testing.T) {
 
 // Many short pulls with bytes hold ours up no longer than one: each costs what was under way.
 func TestYieldsAreBounded(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		ctx, cancel := context.WithCancel(t.Context())
 		go func() {
 			for i := 0; ctx.Err() == nil; i++ {
@@ -451,7 +460,8 @@ func TestYieldsAreBounded(t *testing.T) {
 			}
 		}()
 		b.ours("a", 100)
-		if op := b.end("a"); op.GetPhase() != succeeded || took(op) > 4*yieldMost || b.yields() > int(2*yieldMost/cutCost) {
+		if op := b.end("a"); op.GetPhase() != succeeded || took(op) > 4*yield.MaxPause ||
+			b.yields() > int(2*yield.MaxPause/yield.CutCost) {
 			t.Errorf("%d yields, %s: %v", b.yields(), took(op), op)
 		}
 		cancel()
@@ -459,9 +469,10 @@ func TestYieldsAreBounded(t *testing.T) {
 	})
 }
 
-// What something waits for never yields: neither when kubelet pulls already, nor later, nor when it is only then that somebody waits.
+// What something waits for never yields: neither when kubelet pulls already, nor later, nor when it
+// is only then that somebody waits.
 func TestUrgentNeverYields(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		end := b.kubelet("kubelets", 50*mib)
 		b.rt.set(func() { b.rt.takes = 10 * time.Second })
 		b.pull(&opsv1.PullRequest{Uid: "other", Image: "other"}) // for which kubelet is looked at
@@ -475,8 +486,8 @@ func TestUrgentNeverYields(t *testing.T) {
 				t.Errorf("%v, %v after %s", op, err, time.Since(began))
 			}
 		}
-		ensure("upgrade", 10*time.Second+progressEvery)
-		ensure("other", 10*time.Second+progressEvery) // had yielded
+		ensure("upgrade", 10*time.Second+prepull.ProgressInterval)
+		ensure("other", 10*time.Second+prepull.ProgressInterval) // had yielded
 		if b.yields() != 1 {
 			t.Errorf("%d yields", b.yields())
 		}
@@ -486,7 +497,7 @@ func TestUrgentNeverYields(t *testing.T) {
 		b.pull(&opsv1.PullRequest{Uid: "queued", Image: "queued"})
 		b.hurry("late")
 		end = b.kubelet("more", 50*mib)
-		ensure("late", 10*time.Second+progressEvery)
+		ensure("late", 10*time.Second+prepull.ProgressInterval)
 		if b.yields() != 1 {
 			t.Errorf("%d yields", b.yields())
 		}
@@ -495,11 +506,12 @@ func TestUrgentNeverYields(t *testing.T) {
 	})
 }
 
-// A slow pull that nobody waits for is not in the way of one of the same image that something waits for.
+// A slow pull that nobody waits for is not in the way of one of the same image that something waits
+// for.
 func TestUrgentOvertakes(t *testing.T) {
 	for name, limit := range map[string]int64{"slow": mib, "as fast": 0} {
 		t.Run(name, func(t *testing.T) {
-			inContent(t, Options{}, func(t *testing.T, b *bubble) {
+			inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 				b.rt.set(func() { b.rt.takes = 10 * time.Second })
 				b.pull(&opsv1.PullRequest{Uid: "job", Image: "nginx", BytesPerSecond: limit})
 				time.Sleep(time.Second)
@@ -529,7 +541,8 @@ func TestUrgentOvertakes(t *testing.T) {
 	}
 }
 
-// A job's pull for which an upgrade of the same image waits is a job's all the same: it is tried again, and looked at.
+// A job's pull for which an upgrade of the same image waits is a job's all the same: it is tried
+// again, and looked at.
 func TestFollowedByUrgent(t *testing.T) {
 	follow := func(t *testing.T, b *bubble) (stop func()) {
 		t.Helper()
@@ -546,7 +559,7 @@ func TestFollowedByUrgent(t *testing.T) {
 		}
 	}
 	t.Run("refused", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.pulling = func(context.Context, *runtimeapi.PullImageRequest) error {
 				time.Sleep(10 * time.Second)
 				return unauthorized()
@@ -560,7 +573,7 @@ func TestFollowedByUrgent(t *testing.T) {
 		})
 	})
 	t.Run("another platform", func(t *testing.T) {
-		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+		inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.takes, b.rt.arch = 10*time.Second, "another"
 			b.pull(&opsv1.PullRequest{Uid: "job", Image: "nginx"})
 			stop := follow(t, b)
@@ -571,7 +584,7 @@ func TestFollowedByUrgent(t *testing.T) {
 		})
 	})
 	t.Run("gives way", func(t *testing.T) {
-		inContent(t, Options{}, func(t *testing.T, b *bubble) {
+		inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.takes = 20 * time.Second })
 			b.pull(&opsv1.PullRequest{Uid: "job", Image: "nginx"})
 			stop := follow(t, b)
@@ -601,7 +614,7 @@ func TestYieldNamesNoImage(t *testing.T) {
 		"unknown":  {[]string{""}, "an image"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inContent(t, Options{}, func(t *testing.T, b *bubble) {
+			inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 				b.ours("a", 10)
 				var ends []func()
 				for _, image := range tt.kubelets {
@@ -621,9 +634,10 @@ func TestYieldNamesNoImage(t *testing.T) {
 	}
 }
 
-// A runtime that is not containerd does not tell what comes, and cannot go on with half an image: what runs is left alone.
+// A runtime that is not containerd does not tell what comes, and cannot go on with half an image:
+// what runs is left alone.
 func TestGivesWayBlindly(t *testing.T) {
-	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
+	inBubble(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.rt.takes = 30 * time.Second
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
 		b.pull(&opsv1.PullRequest{Uid: "b", Image: "busybox"})
@@ -634,20 +648,19 @@ func TestGivesWayBlindly(t *testing.T) {
 			t.Errorf("%d pulls: %v", b.rt.count(), op)
 		}
 		b.want("b", waiting, opsv1.PullReasonYieldsToKubelet)
-		if op := b.end("b"); op.GetPhase() != succeeded || took(op) > yieldMost+31*time.Second {
+		if op := b.end("b"); op.GetPhase() != succeeded || took(op) > yield.MaxPause+31*time.Second {
 			t.Errorf("%s: %v", took(op), op)
 		}
 		done()
 	})
 }
 
-// containerd has few download slots for all pulls, and who is first goes first: kubelet's manifest waits for layers of ours.
+// containerd has few download slots for all pulls, and who is first goes first: kubelet's manifest
+// waits for layers of ours.
 func TestKubeletWaitsForASlot(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.ours("a", 60)
-		b.mu.Lock()
-		b.pulls["a"].slots.Store(true) // as where there are leases
-		b.mu.Unlock()
+		b.HoldSlot("a") // as where there are leases
 		done := b.KubeletPulls("waits")
 		time.Sleep(2 * time.Second)
 		b.want("a", resolving, "") // it only looks its image up
@@ -659,7 +672,7 @@ func TestKubeletWaitsForASlot(t *testing.T) {
 		b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 		time.Sleep(2 * time.Second)
 		b.want("a", resolving, "") // there is nothing to gain
-		if !b.slotsWanted(t.Context(), b.pulls["a"]) {
+		if !b.SlotsWanted(t.Context(), "a") {
 			t.Error("it takes a slot again")
 		}
 		time.Sleep(10 * time.Second)
@@ -668,7 +681,7 @@ func TestKubeletWaitsForASlot(t *testing.T) {
 		}
 		b.rt.set(func() { delete(b.rt.content.open, manifest) })
 		done()
-		if b.end("a"); b.slotsWanted(t.Context(), b.pulls["a"]) {
+		if b.end("a"); b.SlotsWanted(t.Context(), "a") {
 			t.Error("it takes no slot, and nobody wants one")
 		}
 	})
@@ -676,15 +689,16 @@ func TestKubeletWaitsForASlot(t *testing.T) {
 
 // Whoever wants a layer that ours is fetching waits for ours: it lets go.
 func TestKubeletWantsALayer(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		const image = "docker.io/library/a:latest"
 		base := digest.FromString(image) // ours fetches it
 		b.ours("a", 100)
-		b.mu.Lock()
-		b.pulls["a"].op.Layers = []*opsv1.LayerProgress{{Digest: base.String(), BytesTotal: 6400 * mib}}
-		b.mu.Unlock()
+		b.Change("a", func(op *opsv1.PullOperation) {
+			op.Layers = []*opsv1.LayerProgress{{Digest: base.String(), BytesTotal: 6400 * mib}}
+		})
 		time.Sleep(time.Second)
-		raw, err := json.Marshal(ocispec.Manifest{Layers: []ocispec.Descriptor{{Digest: digest.FromString("there")}, {Digest: base}}})
+		raw, err := json.Marshal(ocispec.Manifest{Layers: []ocispec.Descriptor{{Digest: digest.FromString("there")},
+			{Digest: base}}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -692,27 +706,31 @@ func TestKubeletWantsALayer(t *testing.T) {
 		// One that is left over from before, one that wants something else: neither is in the way.
 		b.rt.set(func() {
 			b.rt.content.blobs[manifest] = raw
-			b.rt.content.leases["left"] = &fakeLease{began: time.Now().Add(-time.Minute), resources: []*leasesapi.Resource{{ID: manifest.String(), Type: "content"}}}
-			b.rt.content.leases["other"] = &fakeLease{began: time.Now(), resources: []*leasesapi.Resource{{ID: "sha256:none", Type: "content"}}}
+			b.rt.content.leases["left"] = &fakeLease{began: time.Now().Add(-time.Minute),
+				resources: []*leasesapi.Resource{{ID: manifest.String(), Type: "content"}}}
+			b.rt.content.leases["other"] = &fakeLease{began: time.Now(),
+				resources: []*leasesapi.Resource{{ID: "sha256:none", Type: "content"}}}
 		})
 		done := b.KubeletPulls("shares")
 		time.Sleep(5 * time.Second)
 		b.want("a", resolving, "")
 		b.rt.set(func() {
-			b.rt.content.leases["other"].resources = append(b.rt.content.leases["other"].resources, &leasesapi.Resource{ID: manifest.String(), Type: "content"})
+			b.rt.content.leases["other"].resources = append(b.rt.content.leases["other"].resources,
+				&leasesapi.Resource{ID: manifest.String(), Type: "content"})
 		})
 		time.Sleep(time.Second)
-		if op := b.want("a", waiting, opsv1.PullReasonYieldsToKubelet); !strings.HasPrefix(op.GetMessage(), "yields to kubelet's pull of another image, which wants the same layers, since ") || b.yields() != 1 {
+		if op := b.want("a", waiting, opsv1.PullReasonYieldsToKubelet); !strings.HasPrefix(op.GetMessage(),
+			"yields to kubelet's pull of another image, which wants the same layers, since ") || b.yields() != 1 {
 			t.Errorf("%d yields: %v", b.yields(), op)
 		}
 		// As long as bytes come, ours have nothing to gain; that of another image may be pulled.
 		kubelets := b.rt.content.open[refOf(base)]
 		b.rt.set(func() { kubelets.from, kubelets.rate = time.Now(), 64<<10 })
-		time.Sleep(2 * yieldMost)
+		time.Sleep(2 * yield.MaxPause)
 		b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 		// It stands still: ours go on some time, and where kubelet's had come to.
 		b.rt.set(func() { kubelets.kept, kubelets.rate = kubelets.offset(time.Now()), 0 })
-		time.Sleep(yieldMost + time.Second)
+		time.Sleep(yield.MaxPause + time.Second)
 		b.want("a", resolving, "")
 		done()
 		if op := b.end("a"); op.GetPhase() != succeeded || op.GetAttempt() != 1 {
@@ -723,15 +741,17 @@ func TestKubeletWantsALayer(t *testing.T) {
 
 // Who may create pods chooses what kubelet pulls.
 func TestKubeletsManifestsAreBounded(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		b.ours("a", 10)
-		b.mu.Lock()
-		b.pulls["a"].op.Layers = []*opsv1.LayerProgress{{Digest: digest.FromString("docker.io/library/a:latest").String(), BytesTotal: 640 * mib}}
-		b.mu.Unlock()
+		b.Change("a", func(op *opsv1.PullOperation) {
+			op.Layers = []*opsv1.LayerProgress{{Digest: digest.FromString("docker.io/library/a:latest").String(),
+				BytesTotal: 640 * mib}}
+		})
 		raw := empties(`{"layers":[`, 4<<20-20, `]}`)
 		b.rt.set(func() {
 			b.rt.content.blobs[digest.FromBytes(raw)] = raw
-			b.rt.content.leases["kubelets"] = &fakeLease{began: time.Now(), resources: []*leasesapi.Resource{{ID: digest.FromBytes(raw).String(), Type: "content"}}}
+			b.rt.content.leases["kubelets"] = &fakeLease{began: time.Now(),
+				resources: []*leasesapi.Resource{{ID: digest.FromBytes(raw).String(), Type: "content"}}}
 		})
 		done := b.KubeletPulls("huge")
 		if got := allocated(func() { time.Sleep(3 * time.Second) }); got > 64<<20 {
@@ -746,23 +766,24 @@ func TestKubeletsManifestsAreBounded(t *testing.T) {
 
 // What something waits for is not cut off then: its speed limit is lifted.
 func TestUrgentLiftsItsLimit(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		d := digest.FromString("docker.io/library/a:latest")
 		b.ours("a", 100)
 		b.ours("other", 1) // for which kubelet is looked at
 		b.hurry("a")
 		limiter := rate.NewLimiter(1, 1)
-		b.mu.Lock()
-		b.pulls["a"].op.Layers = []*opsv1.LayerProgress{{Digest: d.String(), BytesTotal: 6400 * mib}}
-		b.pulls["a"].limiter.Store(limiter)
-		b.mu.Unlock()
+		b.Change("a", func(op *opsv1.PullOperation) {
+			op.Layers = []*opsv1.LayerProgress{{Digest: d.String(), BytesTotal: 6400 * mib}}
+		})
+		b.SlowDown("a", limiter)
 		raw, err := json.Marshal(ocispec.Manifest{Layers: []ocispec.Descriptor{{Digest: d}}})
 		if err != nil {
 			t.Fatal(err)
 		}
 		b.rt.set(func() {
 			b.rt.content.blobs[digest.FromBytes(raw)] = raw
-			b.rt.content.leases["kubelets"] = &fakeLease{began: time.Now(), resources: []*leasesapi.Resource{{ID: digest.FromBytes(raw).String(), Type: "content"}}}
+			b.rt.content.leases["kubelets"] = &fakeLease{began: time.Now(),
+				resources: []*leasesapi.Resource{{ID: digest.FromBytes(raw).String(), Type: "content"}}}
 		})
 		done := b.KubeletPulls("a")
 		time.Sleep(time.Second)
@@ -778,7 +799,7 @@ func TestUrgentLiftsItsLimit(t *testing.T) {
 
 // kubelet's pulls cost nothing while there is none of ours.
 func TestNobodyLooks(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		end := b.kubelet("kubelets", 50*mib)
 		time.Sleep(time.Minute)
 		b.rt.set(func() {
@@ -805,12 +826,12 @@ func TestNobodyLooks(t *testing.T) {
 
 // "In any case" holds when nobody can tell any more what comes.
 func TestYieldEndsUnseen(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		base := digest.FromString("docker.io/library/a:latest")
 		b.ours("a", 100)
-		b.mu.Lock()
-		b.pulls["a"].op.Layers = []*opsv1.LayerProgress{{Digest: base.String(), BytesTotal: 6400 * mib}}
-		b.mu.Unlock()
+		b.Change("a", func(op *opsv1.PullOperation) {
+			op.Layers = []*opsv1.LayerProgress{{Digest: base.String(), BytesTotal: 6400 * mib}}
+		})
 		time.Sleep(time.Second)
 		raw, err := json.Marshal(ocispec.Manifest{Layers: []ocispec.Descriptor{{Digest: base}}})
 		if err != nil {
@@ -818,25 +839,26 @@ func TestYieldEndsUnseen(t *testing.T) {
 		}
 		b.rt.set(func() {
 			b.rt.content.blobs[digest.FromBytes(raw)] = raw
-			b.rt.content.leases["kubelets"] = &fakeLease{began: time.Now(), resources: []*leasesapi.Resource{{ID: digest.FromBytes(raw).String(), Type: "content"}}}
+			b.rt.content.leases["kubelets"] = &fakeLease{began: time.Now(),
+				resources: []*leasesapi.Resource{{ID: digest.FromBytes(raw).String(), Type: "content"}}}
 		})
 		done := b.KubeletPulls("shares")
 		time.Sleep(time.Second)
 		b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 		b.rt.set(func() { b.rt.content.broken = true })
-		time.Sleep(yieldMost)
+		time.Sleep(yield.MaxPause)
 		b.want("a", resolving, "")
 		b.end("a")
 		done()
 	})
 	t.Run("the line", func(t *testing.T) {
-		inContent(t, Options{}, func(t *testing.T, b *bubble) {
+		inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 			b.ours("a", 100)
 			end := b.kubelet("kubelets", 50*mib)
 			time.Sleep(time.Second)
 			b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 			b.rt.set(func() { b.rt.content.broken = true })
-			time.Sleep(yieldMost)
+			time.Sleep(yield.MaxPause)
 			b.want("a", resolving, "")
 			b.end("a")
 			end()
@@ -846,20 +868,21 @@ func TestYieldEndsUnseen(t *testing.T) {
 
 // A blob that has no labels is none that refers to others, or has them a moment later.
 func TestBlobsWithoutLabels(t *testing.T) {
-	inContent(t, Options{}, func(t *testing.T, b *bubble) {
+	inContent(t, prepull.Options{}, func(t *testing.T, b *bubble) {
 		base, bare := digest.FromString("docker.io/library/a:latest"), digest.FromString("bare")
 		b.ours("a", 600)
-		b.mu.Lock()
-		b.pulls["a"].op.Layers = []*opsv1.LayerProgress{{Digest: base.String(), BytesTotal: 6400 * mib}}
-		b.mu.Unlock()
+		b.Change("a", func(op *opsv1.PullOperation) {
+			op.Layers = []*opsv1.LayerProgress{{Digest: base.String(), BytesTotal: 6400 * mib}}
+		})
 		b.rt.set(func() {
 			b.rt.content.blobs[bare] = []byte{0}
-			b.rt.content.leases["other"] = &fakeLease{began: time.Now(), resources: []*leasesapi.Resource{{ID: bare.String(), Type: "content"}}}
+			b.rt.content.leases["other"] = &fakeLease{began: time.Now(),
+				resources: []*leasesapi.Resource{{ID: bare.String(), Type: "content"}}}
 		})
 		done := b.KubeletPulls("other")
 		time.Sleep(5 * time.Second)
 		b.rt.set(func() {
-			if n := b.rt.content.infos; n < 2 || n > 2+int(bareFor/watchEvery) {
+			if n := b.rt.content.infos; n < 2 || n > 2+int(yield.BareAge/yield.WatchInterval) {
 				t.Errorf("asked %d times", n)
 			}
 			b.rt.content.infos = 0

@@ -27,11 +27,13 @@ const (
 
 type ProfileRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// name is cpu, trace, or one of Go's runtime/pprof profiles: heap, allocs, goroutine, threadcreate.
+	// name is cpu, trace, or one of Go's runtime/pprof profiles: heap, allocs, goroutine,
+	// threadcreate.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// duration is how long cpu and trace look; 0 means 30 s for cpu and 5 s for trace, at most 10 minutes. It is not for the others.
+	// duration is how long cpu and trace look; 0 means 30 s for cpu and 5 s for trace, at most
+	// 10 minutes. The other profiles do not take it.
 	Duration *durationpb.Duration `protobuf:"bytes,2,opt,name=duration,proto3" json:"duration,omitempty"`
-	// text asks for a form for people instead of pprof's; it is not for cpu and trace.
+	// text asks for a form for people instead of pprof's; cpu and trace have none.
 	Text          bool `protobuf:"varint,3,opt,name=text,proto3" json:"text,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

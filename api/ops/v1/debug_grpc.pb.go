@@ -31,8 +31,10 @@ const (
 //
 // Debug looks into the daemon. It is served on the admin socket only.
 type DebugClient interface {
-	// Profile sends a profile, in pieces. InvalidArgument for one that is not known, FailedPrecondition while another profile of
-	// that kind is being taken.
+	// Profile sends a profile, in pieces.
+	//
+	// Errors: InvalidArgument (an unknown name), FailedPrecondition (another profile of that kind is
+	// being taken).
 	Profile(ctx context.Context, in *ProfileRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ProfileChunk], error)
 }
 
@@ -69,8 +71,10 @@ type Debug_ProfileClient = grpc.ServerStreamingClient[ProfileChunk]
 //
 // Debug looks into the daemon. It is served on the admin socket only.
 type DebugServer interface {
-	// Profile sends a profile, in pieces. InvalidArgument for one that is not known, FailedPrecondition while another profile of
-	// that kind is being taken.
+	// Profile sends a profile, in pieces.
+	//
+	// Errors: InvalidArgument (an unknown name), FailedPrecondition (another profile of that kind is
+	// being taken).
 	Profile(*ProfileRequest, grpc.ServerStreamingServer[ProfileChunk]) error
 	mustEmbedUnimplementedDebugServer()
 }

@@ -33,7 +33,8 @@ const (
 	PullPolicy_PULL_POLICY_IF_NOT_PRESENT PullPolicy = 1
 	// PULL_POLICY_ALWAYS asks the registry even if the image is there.
 	PullPolicy_PULL_POLICY_ALWAYS PullPolicy = 2
-	// PULL_POLICY_NEVER uses what is on the node. It is for restarts and upgrades; a pull is refused with it.
+	// PULL_POLICY_NEVER uses what is on the node. It is for restarts and upgrades; a pull with it is
+	// refused.
 	PullPolicy_PULL_POLICY_NEVER PullPolicy = 3
 )
 
@@ -162,14 +163,14 @@ type PullRequest struct {
 	SandboxAnnotations map[string]string `protobuf:"bytes,6,rep,name=sandbox_annotations,json=sandboxAnnotations,proto3" json:"sandbox_annotations,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// runtime_handler chooses the snapshotter as a pod's RuntimeClass does; empty is the default.
 	RuntimeHandler string `protobuf:"bytes,7,opt,name=runtime_handler,json=runtimeHandler,proto3" json:"runtime_handler,omitempty"`
-	// max_attempts is at least 1 (0 means 4), attempt_timeout bounds each (0 means 10 minutes), deadline
-	// all of them with the waits between them (0 means none).
+	// max_attempts is at least 1 (0 means 4), attempt_timeout bounds each (0 means 10 minutes),
+	// deadline all of them with the waits between them (0 means none).
 	MaxAttempts    int32                `protobuf:"varint,8,opt,name=max_attempts,json=maxAttempts,proto3" json:"max_attempts,omitempty"`
 	AttemptTimeout *durationpb.Duration `protobuf:"bytes,9,opt,name=attempt_timeout,json=attemptTimeout,proto3" json:"attempt_timeout,omitempty"`
 	Deadline       *durationpb.Duration `protobuf:"bytes,10,opt,name=deadline,proto3" json:"deadline,omitempty"`
 	// bytes_per_second bounds the transfer; 0 means the node's own bound, or none. Where it cannot be
-	// kept, because only the runtime reaches the registry or the runtime is not containerd, the image is
-	// pulled all the same, and the operation's message says so.
+	// kept, because only the runtime reaches the registry or the runtime is not containerd, the image
+	// is pulled all the same, and the operation's message says so.
 	BytesPerSecond int64 `protobuf:"varint,11,opt,name=bytes_per_second,json=bytesPerSecond,proto3" json:"bytes_per_second,omitempty"`
 	// pin_for is how long after success the image is kept from kubelet's image garbage
 	// collection on behalf of owner; 0 means not at all; at most 31 days.
@@ -399,15 +400,16 @@ type PullOperation struct {
 	Resolved string    `protobuf:"bytes,3,opt,name=resolved,proto3" json:"resolved,omitempty"`
 	Owner    string    `protobuf:"bytes,4,opt,name=owner,proto3" json:"owner,omitempty"`
 	Phase    PullPhase `protobuf:"varint,5,opt,name=phase,proto3,enum=criproxy.ops.v1.PullPhase" json:"phase,omitempty"`
-	// reason is a CamelCase word for programs. While the pull waits: InQueue, YieldsToKubelet, BackOff,
-	// CredentialsNeeded. When it has succeeded: Present (nothing had to be pulled) or Pulled. When it has
-	// failed: NotFound, Unauthorized, RegistryUnavailable, TooManyRequests, Timeout, DeadlineExceeded,
-	// DiskPressure, InvalidImage, RuntimeError, InternalError, or CredentialsNeeded. When it was cancelled:
-	// Cancelled. message is for people; what programs need of it is in fields of its own.
+	// reason is a CamelCase word for programs. While the pull waits: InQueue, YieldsToKubelet,
+	// BackOff, CredentialsNeeded. When it has succeeded: Present (nothing had to be pulled) or
+	// Pulled. When it has failed: NotFound, Unauthorized, RegistryUnavailable, TooManyRequests,
+	// Timeout, DeadlineExceeded, DiskPressure, InvalidImage, RuntimeError, InternalError, or
+	// CredentialsNeeded. When it was cancelled: Cancelled. message is for people; what programs need
+	// of it is in fields of its own.
 	Reason  string `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
 	Message string `protobuf:"bytes,7,opt,name=message,proto3" json:"message,omitempty"`
-	// bytes_done of bytes_total of the compressed layers are on the node, as blobs or unpacked; both are 0
-	// until the manifest is known, and stay 0 with a runtime that is not containerd.
+	// bytes_done of bytes_total of the compressed layers are on the node, as blobs or unpacked; both
+	// are 0 until the manifest is known, and stay 0 with a runtime that is not containerd.
 	BytesDone  int64 `protobuf:"varint,8,opt,name=bytes_done,json=bytesDone,proto3" json:"bytes_done,omitempty"`
 	BytesTotal int64 `protobuf:"varint,9,opt,name=bytes_total,json=bytesTotal,proto3" json:"bytes_total,omitempty"`
 	// bytes_fetched came over the network for this operation, as far as this process knows.
@@ -424,19 +426,19 @@ type PullOperation struct {
 	FinishTime *timestamppb.Timestamp `protobuf:"bytes,17,opt,name=finish_time,json=finishTime,proto3" json:"finish_time,omitempty"`
 	// max_attempts is how many attempts the pull may make.
 	MaxAttempts int32 `protobuf:"varint,18,opt,name=max_attempts,json=maxAttempts,proto3" json:"max_attempts,omitempty"`
-	// retry_after is how long after the failed attempt the next one begins. It is set only while the pull
-	// waits for that (reason BackOff), and unset if the next one begins at once. It is no time of day
-	// because the clocks of the node and of the reader may differ.
+	// retry_after is how long after the failed attempt the next one begins. It is set only while the
+	// pull waits for that (reason BackOff), and unset if the next one begins at once. It is no time
+	// of day because the clocks of the node and of the reader may differ.
 	RetryAfter *durationpb.Duration `protobuf:"bytes,19,opt,name=retry_after,json=retryAfter,proto3" json:"retry_after,omitempty"`
 	// last_failure is why the attempt before failed. It is set from that failure until the image is
-	// fetched again, by this pull or by another one that it follows, or until the pull ends. It is unset
-	// while the pull waits only because another pull of the image has failed.
+	// fetched again, by this pull or by another one that it follows, or until the pull ends. It is
+	// unset while the pull waits only because another pull of the image has failed.
 	LastFailure *AttemptFailure `protobuf:"bytes,20,opt,name=last_failure,json=lastFailure,proto3" json:"last_failure,omitempty"`
 	// limit_not_kept says why the image is pulled, or was pulled, faster than the speed limit allows:
 	// "without the speed limit of 20.0 MiB/s: ...". It is empty while message does not say so.
 	LimitNotKept string `protobuf:"bytes,21,opt,name=limit_not_kept,json=limitNotKept,proto3" json:"limit_not_kept,omitempty"`
-	// not_pinned says why the image of a pull that succeeded is not pinned although the command asks for
-	// that. It is empty for an image that the runtime's own configuration pins.
+	// not_pinned says why the image of a pull that succeeded is not pinned although the command asks
+	// for that. It is empty for an image that the runtime's own configuration pins.
 	NotPinned string `protobuf:"bytes,22,opt,name=not_pinned,json=notPinned,proto3" json:"not_pinned,omitempty"`
 	// cancel_code is the code of the CancelPull that ended the pull.
 	CancelCode    string `protobuf:"bytes,23,opt,name=cancel_code,json=cancelCode,proto3" json:"cancel_code,omitempty"`
@@ -932,8 +934,8 @@ type CancelPullRequest struct {
 	Uid   string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
 	// reason goes into the operation's message.
 	Reason string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
-	// code is a CamelCase word for programs, at most 64 bytes, which the operation keeps as cancel_code.
-	// The words that cri-controller uses are in api/ops/v1/reasons.go.
+	// code is a CamelCase word for programs, at most 64 bytes, which the operation keeps as
+	// cancel_code. The words that cri-controller uses are in api/ops/v1/reasons.go.
 	Code          string `protobuf:"bytes,3,opt,name=code,proto3" json:"code,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1029,8 +1031,8 @@ func (*ListPinsRequest) Descriptor() ([]byte, []int) {
 type ListPinsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Pins  []*ImagePin            `protobuf:"bytes,1,rep,name=pins,proto3" json:"pins,omitempty"`
-	// gone_image_ids are those images that are pinned, or that a pull that is still known has put on the node, and that somebody has removed
-	// since.
+	// gone_image_ids are images that somebody has removed although they are pinned, or although a
+	// pull that is still known has put them on the node.
 	GoneImageIds  []string `protobuf:"bytes,2,rep,name=gone_image_ids,json=goneImageIds,proto3" json:"gone_image_ids,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1088,7 +1090,8 @@ type ImagePin struct {
 	Owner      string                 `protobuf:"bytes,3,opt,name=owner,proto3" json:"owner,omitempty"`
 	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
 	SizeBytes  int64                  `protobuf:"varint,5,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
-	// gone says that somebody has removed the image. Nothing is pinned then; the pin holds again if the image comes back before its end.
+	// gone says that somebody has removed the image. Then nothing is pinned. The pin holds again if
+	// the image comes back before the pin ends.
 	Gone          bool `protobuf:"varint,6,opt,name=gone,proto3" json:"gone,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -38,12 +38,12 @@ const (
 // Images puts images on the node before they are needed. A pull is an operation with
 // a caller-chosen UID, as in Ops; sending the same command twice runs it once.
 type ImagesClient interface {
-	// Pull begins to pull an image, or waits for its turn. It returns as soon as the
-	// operation is in the journal. Repeating a UID with an equal request returns the
-	// existing operation and gives it the credentials of the repetition: they are
-	// kept in memory only, so that an operation that outlived its process needs them again
-	// (phase PULL_WAITING, reason CredentialsNeeded). One that waits because the registry said no (NotFound,
-	// Unauthorized) asks again at once with credentials that differ from those before. With another request it is AlreadyExists.
+	// Pull begins to pull an image, or waits for its turn. It returns as soon as the operation is in
+	// the journal. Repeating a UID with an equal request returns the existing operation and gives it
+	// the credentials of the repetition: they are kept in memory only, so that an operation that
+	// outlived its process needs them again (phase PULL_WAITING, reason CredentialsNeeded). A pull
+	// that waits because the registry has refused (NotFound, Unauthorized) asks again at once if the
+	// credentials differ from those before. With another request it is AlreadyExists.
 	//
 	// Errors: InvalidArgument (the request itself), ResourceExhausted (too many operations).
 	Pull(ctx context.Context, in *PullRequest, opts ...grpc.CallOption) (*PullOperation, error)
@@ -54,8 +54,8 @@ type ImagesClient interface {
 	WatchPull(ctx context.Context, in *WatchPullRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[PullOperation], error)
 	// ListPulls returns pulls, newest first.
 	ListPulls(ctx context.Context, in *ListPullsRequest, opts ...grpc.CallOption) (*ListPullsResponse, error)
-	// CancelPull ends a pull. What has been fetched is kept for an hour, for another pull of the image to go on from.
-	// Cancelling a finished pull returns it unchanged.
+	// CancelPull ends a pull. What has been fetched is kept for an hour, and another pull of the
+	// image goes on from there. Cancelling a finished pull returns it unchanged.
 	CancelPull(ctx context.Context, in *CancelPullRequest, opts ...grpc.CallOption) (*PullOperation, error)
 	// ListPins returns the images that are kept from kubelet's image garbage collection.
 	ListPins(ctx context.Context, in *ListPinsRequest, opts ...grpc.CallOption) (*ListPinsResponse, error)
@@ -157,12 +157,12 @@ func (c *imagesClient) ReleasePins(ctx context.Context, in *ReleasePinsRequest, 
 // Images puts images on the node before they are needed. A pull is an operation with
 // a caller-chosen UID, as in Ops; sending the same command twice runs it once.
 type ImagesServer interface {
-	// Pull begins to pull an image, or waits for its turn. It returns as soon as the
-	// operation is in the journal. Repeating a UID with an equal request returns the
-	// existing operation and gives it the credentials of the repetition: they are
-	// kept in memory only, so that an operation that outlived its process needs them again
-	// (phase PULL_WAITING, reason CredentialsNeeded). One that waits because the registry said no (NotFound,
-	// Unauthorized) asks again at once with credentials that differ from those before. With another request it is AlreadyExists.
+	// Pull begins to pull an image, or waits for its turn. It returns as soon as the operation is in
+	// the journal. Repeating a UID with an equal request returns the existing operation and gives it
+	// the credentials of the repetition: they are kept in memory only, so that an operation that
+	// outlived its process needs them again (phase PULL_WAITING, reason CredentialsNeeded). A pull
+	// that waits because the registry has refused (NotFound, Unauthorized) asks again at once if the
+	// credentials differ from those before. With another request it is AlreadyExists.
 	//
 	// Errors: InvalidArgument (the request itself), ResourceExhausted (too many operations).
 	Pull(context.Context, *PullRequest) (*PullOperation, error)
@@ -173,8 +173,8 @@ type ImagesServer interface {
 	WatchPull(*WatchPullRequest, grpc.ServerStreamingServer[PullOperation]) error
 	// ListPulls returns pulls, newest first.
 	ListPulls(context.Context, *ListPullsRequest) (*ListPullsResponse, error)
-	// CancelPull ends a pull. What has been fetched is kept for an hour, for another pull of the image to go on from.
-	// Cancelling a finished pull returns it unchanged.
+	// CancelPull ends a pull. What has been fetched is kept for an hour, and another pull of the
+	// image goes on from there. Cancelling a finished pull returns it unchanged.
 	CancelPull(context.Context, *CancelPullRequest) (*PullOperation, error)
 	// ListPins returns the images that are kept from kubelet's image garbage collection.
 	ListPins(context.Context, *ListPinsRequest) (*ListPinsResponse, error)

@@ -175,8 +175,8 @@ func (Phase) EnumDescriptor() ([]byte, []int) {
 	return file_api_ops_v1_ops_proto_rawDescGZIP(), []int{1}
 }
 
-// PodRef names a pod. Over TCP uid is required; on the admin socket it may be
-// empty, then the running pod of that namespace and name is meant.
+// PodRef names a pod. Over TCP uid is required. On the admin socket uid may be empty: then it is
+// the running pod of that namespace and name.
 type PodRef struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Namespace     string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
@@ -251,8 +251,9 @@ type RestartRequest struct {
 	// requester is who asked, for the audit line: kind/namespace/name/uid of the
 	// custom resource, or the CLI user.
 	Requester string `protobuf:"bytes,6,opt,name=requester,proto3" json:"requester,omitempty"`
-	// credentials are for the pulls of images; those that do not match an image are ignored. They are kept in memory only:
-	// repeating the request hands them over again, to a daemon that has been restarted for example.
+	// credentials are for the pulls of images; those that do not match an image are ignored. The node
+	// keeps them in memory only. Repeating the request gives them again, for example to a daemon that
+	// has been restarted.
 	Credentials   []*RegistryCredential `protobuf:"bytes,7,rep,name=credentials,proto3" json:"credentials,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -356,26 +357,31 @@ type ContainerRestart struct {
 	// min_ready_seconds is how long, with START_FIRST, the new container must have run
 	// (after postStart) before the old one is stopped; at most 3600.
 	MinReadySeconds int32 `protobuf:"varint,7,opt,name=min_ready_seconds,json=minReadySeconds,proto3" json:"min_ready_seconds,omitempty"`
-	// image, if set, takes the place of the one in the pod's spec, which kubelet is not told: in this restart and whenever kubelet makes the
-	// container anew, until it is reverted, the spec gets another image, or the pod is gone. It is pulled, pinned for 24 hours with
-	// the requester as owner, and checked before anything is touched. If it does not start, there is no override.
+	// image, if set, replaces the image of the pod's spec, without kubelet's knowledge: in this
+	// restart and whenever kubelet makes the container anew. That ends when it is reverted, when the
+	// spec gets another image, or when the pod is gone. The node pulls the image, pins it for 24
+	// hours with the requester as owner, and checks it before it touches anything. If the image does
+	// not start, there is no override.
 	Image string `protobuf:"bytes,8,opt,name=image,proto3" json:"image,omitempty"`
-	// revert_image restarts the container with the image of the pod's spec and ends the override. A container that does not run
-	// is left to kubelet, which makes it with that image then.
+	// revert_image restarts the container with the image of the pod's spec and ends the override. A
+	// container that does not run is left to kubelet, which then makes it with that image.
 	RevertImage bool `protobuf:"varint,9,opt,name=revert_image,json=revertImage,proto3" json:"revert_image,omitempty"`
-	// pull_policy is the container's imagePullPolicy. Before anything is stopped the node makes sure of the image as kubelet does before
-	// each start: with Always it asks the registry again, with Never it only looks, else it pulls what is not there. When unspecified
-	// it is IfNotPresent.
+	// pull_policy is the container's imagePullPolicy; IfNotPresent when unspecified. Before it stops
+	// anything the node makes sure of the image, as kubelet does before each start: with Always it
+	// asks the registry again, with Never it only looks, else it pulls what is not there.
 	PullPolicy PullPolicy `protobuf:"varint,10,opt,name=pull_policy,json=pullPolicy,proto3,enum=criproxy.ops.v1.PullPolicy" json:"pull_policy,omitempty"`
-	// environment is what kubelet would compute now of the container's spec. Unset: that of the last creation is used again.
-	// It is kept where the node keeps the requests that made its containers, and not in the journal.
+	// environment is what kubelet would compute now of the container's spec. Unset: the environment
+	// of the last creation is used again. The node keeps it where it keeps the requests that made its
+	// containers, and not in the journal.
 	Environment *Environment `protobuf:"bytes,11,opt,name=environment,proto3" json:"environment,omitempty"`
-	// hold_probes is for how long after it is shown kubelet must not probe the new container; see ContainerUpgrade.hold_probes.
+	// hold_probes is for how long kubelet must not probe the new container after it is shown; see
+	// ContainerUpgrade.hold_probes.
 	HoldProbes *durationpb.Duration `protobuf:"bytes,12,opt,name=hold_probes,json=holdProbes,proto3" json:"hold_probes,omitempty"`
-	// run_as_non_root is that of the container's security context, or else the pod's, and run_as_user the user there, if set: if the tag of
-	// the image has moved, one that would run as root is refused, as kubelet would refuse it, and without run_as_user the user of the new
-	// image takes the place of the old image's. Both count only with an environment: who sends that knows the pod. Without, the node goes by
-	// the user that the container has.
+	// run_as_non_root is that of the container's security context, or else the pod's, and run_as_user
+	// the user there, if set. They count if the tag of the image has moved: an image that would run
+	// as root is then refused, as kubelet would refuse it, and without run_as_user the user of the
+	// new image replaces that of the old one. Both count only with an environment, because whoever
+	// sends that knows the pod. Without, the node goes by the user that the container has.
 	RunAsNonRoot  bool   `protobuf:"varint,13,opt,name=run_as_non_root,json=runAsNonRoot,proto3" json:"run_as_non_root,omitempty"`
 	RunAsUser     *int64 `protobuf:"varint,14,opt,name=run_as_user,json=runAsUser,proto3,oneof" json:"run_as_user,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -510,23 +516,26 @@ func (x *ContainerRestart) GetRunAsUser() int64 {
 	return 0
 }
 
-// Environment is what kubelet computes of a container's spec at each start, besides what is always the same
-// (kubelet_pods.go makeEnvironmentVariables and makeMounts). The node does the last step, since only the node can read files in volumes.
+// Environment is what kubelet computes of a container's spec at each start, except what is always
+// the same (kubelet_pods.go makeEnvironmentVariables and makeMounts). The node does the last step,
+// because only the node can read files in volumes.
 type Environment struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// variables are those of envFrom and env, in the order in which kubelet looks at them: the last of a name counts.
+	// variables are those of envFrom and env, in the order in which kubelet looks at them: the last
+	// one of a name counts.
 	Variables []*Variable `protobuf:"bytes,1,rep,name=variables,proto3" json:"variables,omitempty"`
-	// services are the variables for services; one counts where variables have none of that name.
+	// services are the variables for services. Each counts if variables have none of that name.
 	Services []*Variable `protobuf:"bytes,2,rep,name=services,proto3" json:"services,omitempty"`
 	// command and args are those of the spec; $(NAME) is replaced.
 	Command []string `protobuf:"bytes,3,rep,name=command,proto3" json:"command,omitempty"`
 	Args    []string `protobuf:"bytes,4,rep,name=args,proto3" json:"args,omitempty"`
 	// sub_paths are the volume mounts that have one.
 	SubPaths []*SubPath `protobuf:"bytes,5,rep,name=sub_paths,json=subPaths,proto3" json:"sub_paths,omitempty"`
-	// device_variables says that device plugins may have set variables, which the spec does not tell: those that stand first in the
-	// request that made the old container are kept.
+	// device_variables says that device plugins may have set variables, which the spec does not tell:
+	// the node keeps those that stand first in the request that made the old container.
 	DeviceVariables bool `protobuf:"varint,6,opt,name=device_variables,json=deviceVariables,proto3" json:"device_variables,omitempty"`
-	// image_volumes are the mounts of volumes of type image. kubelet makes sure of their images before each start, too.
+	// image_volumes are the mounts of volumes of type image. Kubelet makes sure of their images
+	// before each start, too.
 	ImageVolumes  []*ImageVolume `protobuf:"bytes,7,rep,name=image_volumes,json=imageVolumes,proto3" json:"image_volumes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -947,7 +956,8 @@ type PrepareUpgradeRequest struct {
 	Uid        string              `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
 	Pod        *PodRef             `protobuf:"bytes,2,opt,name=pod,proto3" json:"pod,omitempty"`
 	Containers []*ContainerUpgrade `protobuf:"bytes,3,rep,name=containers,proto3" json:"containers,omitempty"`
-	// credentials are for the pulls; those that do not match an image are ignored. They are never written anywhere.
+	// credentials are for the pulls; those that do not match an image are ignored. They are never
+	// written anywhere.
 	Credentials []*RegistryCredential `protobuf:"bytes,4,rep,name=credentials,proto3" json:"credentials,omitempty"`
 	// requester is who asked, for the audit line: kind/namespace/name/uid of the
 	// custom resource, or the CLI user.
@@ -958,8 +968,8 @@ type PrepareUpgradeRequest struct {
 	PinFor *durationpb.Duration `protobuf:"bytes,7,opt,name=pin_for,json=pinFor,proto3" json:"pin_for,omitempty"`
 	// prepare_timeout bounds the time until PHASE_PREPARED; 0 means 30 minutes, at most 31 days.
 	PrepareTimeout *durationpb.Duration `protobuf:"bytes,8,opt,name=prepare_timeout,json=prepareTimeout,proto3" json:"prepare_timeout,omitempty"`
-	// hold_timeout bounds how long the operation waits for CommitUpgrade, and after that for kubelet; 0 means 10 minutes,
-	// at most 24 hours. Then it is taken back.
+	// hold_timeout bounds how long the operation waits for CommitUpgrade, and after that for kubelet;
+	// 0 means 10 minutes, at most 24 hours. Then the operation is taken back.
 	HoldTimeout   *durationpb.Duration `protobuf:"bytes,9,opt,name=hold_timeout,json=holdTimeout,proto3" json:"hold_timeout,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1061,31 +1071,36 @@ func (x *PrepareUpgradeRequest) GetHoldTimeout() *durationpb.Duration {
 type ContainerUpgrade struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// image is the new one, to the letter as it will be in the pod's spec: kubelet's hash of the container is
-	// computed from it.
+	// image is the new one, to the letter as it will be in the pod's spec: kubelet computes its hash
+	// of the container from it.
 	Image string `protobuf:"bytes,2,opt,name=image,proto3" json:"image,omitempty"`
 	// expected_container_id is the precondition, with or without a
 	// "containerd://" prefix. Empty means whatever runs now.
 	ExpectedContainerId string `protobuf:"bytes,3,opt,name=expected_container_id,json=expectedContainerId,proto3" json:"expected_container_id,omitempty"`
 	Order               Order  `protobuf:"varint,4,opt,name=order,proto3,enum=criproxy.ops.v1.Order" json:"order,omitempty"`
-	// min_ready_seconds is how long, with START_FIRST, the new container must have run before the upgrade is armed; at most 3600.
+	// min_ready_seconds is how long, with START_FIRST, the new container must have run before the
+	// upgrade is armed; at most 3600.
 	MinReadySeconds int32 `protobuf:"varint,5,opt,name=min_ready_seconds,json=minReadySeconds,proto3" json:"min_ready_seconds,omitempty"`
-	// run_as_non_root is that of the container's security context, or else the pod's: an image that would run as root is refused,
-	// as kubelet would refuse it. run_as_user is the user there, if set; without, the user of the new image takes the place of the old
-	// image's.
+	// run_as_non_root is that of the container's security context, or else the pod's: an image that
+	// would run as root is refused, as kubelet would refuse it. run_as_user is the user there, if
+	// set; without, the user of the new image replaces that of the old one.
 	RunAsNonRoot bool   `protobuf:"varint,6,opt,name=run_as_non_root,json=runAsNonRoot,proto3" json:"run_as_non_root,omitempty"`
 	RunAsUser    *int64 `protobuf:"varint,7,opt,name=run_as_user,json=runAsUser,proto3,oneof" json:"run_as_user,omitempty"`
-	// pull_policy is the container's: with Always, kubelet will ask the registry too, and must find the same image. With Always and the
-	// image that the container's spec has already, the upgrade ends as cancelled once the tag has been resolved again: for reason
-	// ImageMoved if a restart would start another image than the one that runs, else ImageUnchanged.
+	// pull_policy is the container's: with Always, kubelet will ask the registry too, and must find
+	// the same image. With Always and the image that the container's spec has already, the upgrade
+	// ends as cancelled once the tag has been resolved again. The reason is ImageMoved if a restart
+	// would start another image than the one that runs, else ImageUnchanged.
 	PullPolicy PullPolicy `protobuf:"varint,8,opt,name=pull_policy,json=pullPolicy,proto3,enum=criproxy.ops.v1.PullPolicy" json:"pull_policy,omitempty"`
-	// environment is what kubelet would compute now of the container's spec; see CommitUpgradeRequest. Unset: that of the old container is
-	// used again, and the new container does not begin before kubelet's own request has been compared with it.
+	// environment is what kubelet would compute now of the container's spec; see
+	// CommitUpgradeRequest. Unset: that of the old container is used again, and the new container
+	// does not begin before kubelet's own request has been compared with it.
 	Environment *Environment `protobuf:"bytes,9,opt,name=environment,proto3" json:"environment,omitempty"`
-	// hold_probes is for how long after it is shown kubelet must not probe the new container. A kubelet since 1.35 takes a
-	// new container for started, because the one before was, until its startup probe is due for the first time
-	// (kubelet_pods.go convertToAPIContainerStatuses): without this its liveness probe may end a container that is still starting. Give it
-	// for a container with a startupProbe: that probe's period and four seconds. At most an hour.
+	// hold_probes is for how long kubelet must not probe the new container after it is shown; at most
+	// an hour. Since 1.35 kubelet takes a new container for started, because the one before was,
+	// until the startup probe is due for the first time (kubelet_pods.go
+	// convertToAPIContainerStatuses). Without hold_probes its liveness probe may end a container that
+	// is still starting. Set it for a container with a startupProbe: to that probe's period and four
+	// seconds.
 	HoldProbes    *durationpb.Duration `protobuf:"bytes,10,opt,name=hold_probes,json=holdProbes,proto3" json:"hold_probes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1194,8 +1209,9 @@ func (x *ContainerUpgrade) GetHoldProbes() *durationpb.Duration {
 type CommitUpgradeRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Uid   string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
-	// environments are those of now, of containers by name. Where one differs from that of the preparation, the new container is made
-	// again. A container without one begins only when kubelet's own request has been compared with it.
+	// environments are the current ones, of containers by name. If one differs from that of the
+	// preparation, the new container is made again. A container without one begins only when
+	// kubelet's own request has been compared with it.
 	Environments []*ContainerEnvironment `protobuf:"bytes,2,rep,name=environments,proto3" json:"environments,omitempty"`
 	// credentials are for images whose pull policy is Always: their tags are resolved again.
 	Credentials   []*RegistryCredential `protobuf:"bytes,3,rep,name=credentials,proto3" json:"credentials,omitempty"`
@@ -1811,15 +1827,17 @@ type ContainerOperation struct {
 	// warnings are hook failures and the like that did not end the operation.
 	Warnings []string `protobuf:"bytes,12,rep,name=warnings,proto3" json:"warnings,omitempty"`
 	// method is how the gap was kept short: gate, pidfd, plain or overlap (see
-	// NodeInfoResponse.restart_methods); empty until it is chosen. For an upgrade it is "kubelet" where kubelet makes the new
-	// container by itself and only the image is put ready: a warning tells why.
+	// NodeInfoResponse.restart_methods); empty until it is chosen. For an upgrade it is "kubelet" if
+	// kubelet makes the new container by itself and the node only puts the image ready: a warning
+	// tells why.
 	Method string `protobuf:"bytes,13,opt,name=method,proto3" json:"method,omitempty"`
-	// image is the new image of an upgrade or of a restart with another image, and pull how far it has been pulled; only
-	// phase, reason, message, the bytes and the image ID of that are set.
+	// image is the new image of an upgrade or of a restart with another image. pull is how far it has
+	// been pulled; only its phase, reason, message, bytes and image ID are set.
 	Image string         `protobuf:"bytes,14,opt,name=image,proto3" json:"image,omitempty"`
 	Pull  *PullOperation `protobuf:"bytes,15,opt,name=pull,proto3" json:"pull,omitempty"`
-	// pre_stop_failed says that the old container's preStop hook failed or did not end in its time, and
-	// that the old container was stopped all the same. The warnings that begin with "preStop" say how.
+	// pre_stop_failed says that the old container's preStop hook failed or did not end in its time,
+	// and that the old container was stopped all the same. The warnings that begin with "preStop" say
+	// how.
 	PreStopFailed bool `protobuf:"varint,16,opt,name=pre_stop_failed,json=preStopFailed,proto3" json:"pre_stop_failed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2450,16 +2468,18 @@ type NodeInfoResponse struct {
 	Identity *Identity `protobuf:"bytes,12,opt,name=identity,proto3" json:"identity,omitempty"`
 	// pid is that of the daemon, as it sees itself.
 	Pid int32 `protobuf:"varint,20,opt,name=pid,proto3" json:"pid,omitempty"`
-	// config_file is what the daemon has read its settings from, if any, and config_sha256 the hex digest of that file as it was.
+	// config_file is what the daemon has read its settings from, if any, and config_sha256 the hex
+	// digest of that file as it was.
 	ConfigFile   string `protobuf:"bytes,21,opt,name=config_file,json=configFile,proto3" json:"config_file,omitempty"`
 	ConfigSha256 string `protobuf:"bytes,22,opt,name=config_sha256,json=configSha256,proto3" json:"config_sha256,omitempty"`
-	// controller_last_call is when the last call of a client over TCP was let in, and controller_name the name in its certificate;
-	// unset if none has been, by this process.
+	// controller_last_call is when this process last admitted a call of a client over TCP, and
+	// controller_name the name in the client's certificate; unset if there was none.
 	ControllerLastCall *timestamppb.Timestamp `protobuf:"bytes,23,opt,name=controller_last_call,json=controllerLastCall,proto3" json:"controller_last_call,omitempty"`
 	ControllerName     string                 `protobuf:"bytes,24,opt,name=controller_name,json=controllerName,proto3" json:"controller_name,omitempty"`
 	// journal_error says why operations cannot be written down, and are refused. Empty: they can.
 	JournalError string `protobuf:"bytes,25,opt,name=journal_error,json=journalError,proto3" json:"journal_error,omitempty"`
-	// unknown_methods are the CRI methods that kubelet has called and this version does not know: kubelet is newer.
+	// unknown_methods are the CRI methods that kubelet has called and this version does not know:
+	// kubelet is newer.
 	UnknownMethods []string `protobuf:"bytes,26,rep,name=unknown_methods,json=unknownMethods,proto3" json:"unknown_methods,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
@@ -2633,11 +2653,12 @@ type Identity struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// source is "controller" (asked for by a CertificateSigningRequest) or "files".
 	Source string `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`
-	// expire_time is the end of the certificate, unset if there is none yet: then nobody is let in. renew_time is when another one will be asked for.
+	// expire_time is the end of the certificate; unset if there is none yet: then nobody is admitted.
+	// renew_time is when the node will ask for another one.
 	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
 	RenewTime  *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=renew_time,json=renewTime,proto3" json:"renew_time,omitempty"`
-	// problem says why there is no certificate, or no new one, or no news of who may command the node; empty if all is well. since is
-	// when that began, retry_time when it is tried again.
+	// problem says why there is no certificate, or no new one, or no news of who may command the
+	// node; empty if all is well. since is when that began, and retry_time when the node tries again.
 	Problem       string                 `protobuf:"bytes,4,opt,name=problem,proto3" json:"problem,omitempty"`
 	Since         *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=since,proto3" json:"since,omitempty"`
 	RetryTime     *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=retry_time,json=retryTime,proto3" json:"retry_time,omitempty"`
@@ -2717,10 +2738,9 @@ func (x *Identity) GetRetryTime() *timestamppb.Timestamp {
 	return nil
 }
 
-// RestartMethod is one way to hand over from the old container to the new one:
-// gate (the new process waits just before its entrypoint), pidfd (the new
-// container is started when the kernel tells the old process' end) or plain (when the
-// runtime tells it).
+// RestartMethod is one way to switch from the old container to the new one: gate (the new process
+// waits just before its entrypoint), pidfd (the new container is started when the kernel reports
+// the exit of the old process) or plain (when the runtime reports it).
 type RestartMethod struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	Name      string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`

@@ -60,31 +60,35 @@ type OpsClient interface {
 	WatchOperation(ctx context.Context, in *WatchOperationRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Operation], error)
 	// ListOperations returns operations, newest first.
 	ListOperations(ctx context.Context, in *ListOperationsRequest, opts ...grpc.CallOption) (*ListOperationsResponse, error)
-	// CancelOperation cancels an operation that has not stopped anything yet. From
-	// then on it runs to its end and the call fails with FailedPrecondition.
-	// Cancelling a finished operation returns it unchanged.
+	// CancelOperation cancels an operation that has not stopped anything yet. An operation that has
+	// stopped something runs to its end, and the call fails with FailedPrecondition. Cancelling a
+	// finished operation returns it unchanged.
 	CancelOperation(ctx context.Context, in *CancelOperationRequest, opts ...grpc.CallOption) (*Operation, error)
-	// PrepareUpgrade makes everything ready for new images of containers of one pod, and
-	// touches nothing that runs: it pulls and pins the images, checks that they can run in place of the
-	// old ones, and creates the new containers, hidden. It returns as soon as the operation is in the
-	// journal; when everything is ready its phase is PHASE_PREPARED, and it waits for CommitUpgrade.
-	// What its owner (if the request names one) has had prepared before for the same container, and not committed, is taken back.
-	// UIDs and errors are as with Restart; repeating the request also hands over credentials,
-	// which are kept in memory only.
+	// PrepareUpgrade makes everything ready for new images of containers of one pod, and touches
+	// nothing that runs: it pulls and pins the images, checks that they can run in place of the old
+	// ones, and creates the new containers, hidden. It returns as soon as the operation is in the
+	// journal. When everything is ready the phase is PHASE_PREPARED, and the operation waits for
+	// CommitUpgrade. It takes back what the owner, if the request names one, has had prepared before
+	// for the same container and not committed. UIDs and errors are as with Restart. Repeating the
+	// request also gives the node credentials again, which it keeps in memory only.
 	PrepareUpgrade(ctx context.Context, in *PrepareUpgradeRequest, opts ...grpc.CallOption) (*Operation, error)
-	// CommitUpgrade says that the pod's spec is about to be patched with the new images.
-	// The new containers are brought as far as they come while the old ones serve (to their gate, or with
-	// START_FIRST to running for min_ready_seconds); then the phase is PHASE_ARMED, and the spec may be patched:
-	// kubelet's StopContainer lets the new container take over, and its CreateContainer is answered with it. The operation
-	// ends when kubelet has taken all of them over. Committing twice is fine.
+	// CommitUpgrade says that the pod's spec is about to be patched with the new images. The node
+	// brings the new containers as far as they can come while the old ones serve: to their gate, or
+	// with START_FIRST to running for min_ready_seconds. Then the phase is PHASE_ARMED, and the spec
+	// may be patched: kubelet's StopContainer lets the new container take over, and its
+	// CreateContainer is answered with that container. The operation ends when kubelet has taken over
+	// all of them. Committing twice is fine.
 	//
-	// Errors: NotFound, FailedPrecondition (not an upgrade, not PHASE_PREPARED yet, or ended; the message tells which).
+	// Errors: NotFound, FailedPrecondition (not an upgrade, not PHASE_PREPARED yet, or ended; the
+	// message tells which).
 	CommitUpgrade(ctx context.Context, in *CommitUpgradeRequest, opts ...grpc.CallOption) (*Operation, error)
-	// AbortUpgrade takes an upgrade back and removes what it has prepared; the images stay pinned. FailedPrecondition once
-	// kubelet has begun to stop a container of it. Aborting a finished operation returns it unchanged.
+	// AbortUpgrade takes an upgrade back and removes what it has prepared; the images stay pinned. It
+	// is FailedPrecondition once kubelet has begun to stop a container of the upgrade. Aborting a
+	// finished operation returns it unchanged.
 	AbortUpgrade(ctx context.Context, in *AbortUpgradeRequest, opts ...grpc.CallOption) (*Operation, error)
-	// ListOverrides returns the containers that run, and are made anew by kubelet, with another image than the one in their pod's
-	// spec, ordered by pod and container; see ContainerRestart.image.
+	// ListOverrides returns the containers that run with another image than the one in their pod's
+	// spec, also when kubelet makes them anew, ordered by pod and container; see
+	// ContainerRestart.image.
 	ListOverrides(ctx context.Context, in *ListOverridesRequest, opts ...grpc.CallOption) (*ListOverridesResponse, error)
 	// NodeInfo describes the proxy, its runtime and what it has seen.
 	NodeInfo(ctx context.Context, in *NodeInfoRequest, opts ...grpc.CallOption) (*NodeInfoResponse, error)
@@ -229,31 +233,35 @@ type OpsServer interface {
 	WatchOperation(*WatchOperationRequest, grpc.ServerStreamingServer[Operation]) error
 	// ListOperations returns operations, newest first.
 	ListOperations(context.Context, *ListOperationsRequest) (*ListOperationsResponse, error)
-	// CancelOperation cancels an operation that has not stopped anything yet. From
-	// then on it runs to its end and the call fails with FailedPrecondition.
-	// Cancelling a finished operation returns it unchanged.
+	// CancelOperation cancels an operation that has not stopped anything yet. An operation that has
+	// stopped something runs to its end, and the call fails with FailedPrecondition. Cancelling a
+	// finished operation returns it unchanged.
 	CancelOperation(context.Context, *CancelOperationRequest) (*Operation, error)
-	// PrepareUpgrade makes everything ready for new images of containers of one pod, and
-	// touches nothing that runs: it pulls and pins the images, checks that they can run in place of the
-	// old ones, and creates the new containers, hidden. It returns as soon as the operation is in the
-	// journal; when everything is ready its phase is PHASE_PREPARED, and it waits for CommitUpgrade.
-	// What its owner (if the request names one) has had prepared before for the same container, and not committed, is taken back.
-	// UIDs and errors are as with Restart; repeating the request also hands over credentials,
-	// which are kept in memory only.
+	// PrepareUpgrade makes everything ready for new images of containers of one pod, and touches
+	// nothing that runs: it pulls and pins the images, checks that they can run in place of the old
+	// ones, and creates the new containers, hidden. It returns as soon as the operation is in the
+	// journal. When everything is ready the phase is PHASE_PREPARED, and the operation waits for
+	// CommitUpgrade. It takes back what the owner, if the request names one, has had prepared before
+	// for the same container and not committed. UIDs and errors are as with Restart. Repeating the
+	// request also gives the node credentials again, which it keeps in memory only.
 	PrepareUpgrade(context.Context, *PrepareUpgradeRequest) (*Operation, error)
-	// CommitUpgrade says that the pod's spec is about to be patched with the new images.
-	// The new containers are brought as far as they come while the old ones serve (to their gate, or with
-	// START_FIRST to running for min_ready_seconds); then the phase is PHASE_ARMED, and the spec may be patched:
-	// kubelet's StopContainer lets the new container take over, and its CreateContainer is answered with it. The operation
-	// ends when kubelet has taken all of them over. Committing twice is fine.
+	// CommitUpgrade says that the pod's spec is about to be patched with the new images. The node
+	// brings the new containers as far as they can come while the old ones serve: to their gate, or
+	// with START_FIRST to running for min_ready_seconds. Then the phase is PHASE_ARMED, and the spec
+	// may be patched: kubelet's StopContainer lets the new container take over, and its
+	// CreateContainer is answered with that container. The operation ends when kubelet has taken over
+	// all of them. Committing twice is fine.
 	//
-	// Errors: NotFound, FailedPrecondition (not an upgrade, not PHASE_PREPARED yet, or ended; the message tells which).
+	// Errors: NotFound, FailedPrecondition (not an upgrade, not PHASE_PREPARED yet, or ended; the
+	// message tells which).
 	CommitUpgrade(context.Context, *CommitUpgradeRequest) (*Operation, error)
-	// AbortUpgrade takes an upgrade back and removes what it has prepared; the images stay pinned. FailedPrecondition once
-	// kubelet has begun to stop a container of it. Aborting a finished operation returns it unchanged.
+	// AbortUpgrade takes an upgrade back and removes what it has prepared; the images stay pinned. It
+	// is FailedPrecondition once kubelet has begun to stop a container of the upgrade. Aborting a
+	// finished operation returns it unchanged.
 	AbortUpgrade(context.Context, *AbortUpgradeRequest) (*Operation, error)
-	// ListOverrides returns the containers that run, and are made anew by kubelet, with another image than the one in their pod's
-	// spec, ordered by pod and container; see ContainerRestart.image.
+	// ListOverrides returns the containers that run with another image than the one in their pod's
+	// spec, also when kubelet makes them anew, ordered by pod and container; see
+	// ContainerRestart.image.
 	ListOverrides(context.Context, *ListOverridesRequest) (*ListOverridesResponse, error)
 	// NodeInfo describes the proxy, its runtime and what it has seen.
 	NodeInfo(context.Context, *NodeInfoRequest) (*NodeInfoResponse, error)

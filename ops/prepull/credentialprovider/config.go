@@ -33,11 +33,12 @@ type providerConfig struct {
 		Name  string `yaml:"name"`
 		Value string `yaml:"value"`
 	} `yaml:"env"`
-	// TokenAttributes makes the plugin want a token of the pod's service account. There is no pod here.
+	// TokenAttributes means that the plugin needs a token of the pod's service account. There is no
+	// pod here.
 	TokenAttributes *yaml.Node `yaml:"tokenAttributes"`
 }
 
-// apiVersions are those of the protocol. Requests and responses are the same in all.
+// apiVersions returns the versions of the protocol. Requests and responses are the same in all.
 func apiVersions() []string {
 	const group = "credentialprovider.kubelet.k8s.io/"
 	return []string{group + "v1", group + "v1beta1", group + "v1alpha1"}
@@ -75,8 +76,10 @@ func readConfig(path string) ([]providerConfig, error) {
 		if err := yaml.Unmarshal(b, &c); err != nil {
 			return nil, fmt.Errorf("%s: %w", f, err)
 		}
-		if group, _, _ := strings.Cut(c.APIVersion, "/"); c.Kind != "CredentialProviderConfig" || group != "kubelet.config.k8s.io" {
-			return nil, fmt.Errorf("%s: want apiVersion kubelet.config.k8s.io/v1 and kind CredentialProviderConfig, got %q and %q", f, c.APIVersion, c.Kind)
+		group, _, _ := strings.Cut(c.APIVersion, "/")
+		if c.Kind != "CredentialProviderConfig" || group != "kubelet.config.k8s.io" {
+			return nil, fmt.Errorf("%s: want apiVersion kubelet.config.k8s.io/v1 and kind CredentialProviderConfig, "+
+				"got %q and %q", f, c.APIVersion, c.Kind)
 		}
 		for _, p := range c.Providers {
 			if err := p.validate(); err != nil {

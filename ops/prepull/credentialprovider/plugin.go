@@ -28,7 +28,7 @@ const (
 	execTimeout = time.Minute
 	// maxAnswer is far above what a plugin has to say.
 	maxAnswer = 1 << 20
-	// execGrace is how long the output of a plugin that has been killed may stay open in a child of its own.
+	// execGrace is how long a child of a plugin that was killed may keep the output open.
 	execGrace = time.Second
 )
 
@@ -38,10 +38,11 @@ type Plugins struct {
 	plugins []*plugin
 }
 
-// Load reads kubelet's file of providers (or a directory of such files) whose programs are in binDir. environ is what they have of an
-// environment before the file adds to it: kubelet gives them its own, which may hold a proxy or a cloud's credentials.
+// Load reads kubelet's file of providers, or a directory of such files. Their programs are in
+// binDir. environ returns the environment that they get, to which the file adds: kubelet gives them
+// its own, which may hold a proxy or a cloud's credentials.
 //
-// Errors: the file cannot be read, or says what kubelet would refuse.
+// Errors: the file cannot be read, or kubelet would refuse it.
 func Load(path, binDir string, environ func() []string, log logrus.FieldLogger) (*Plugins, error) {
 	configs, err := readConfig(path)
 	if err != nil {
@@ -50,7 +51,8 @@ func Load(path, binDir string, environ func() []string, log logrus.FieldLogger) 
 	p := &Plugins{log: log.WithField("component", "credentialprovider")}
 	for _, c := range configs {
 		if c.TokenAttributes != nil {
-			p.log.WithField("provider", c.Name).Warn("wants tokens of pods' service accounts, which pulls ahead of time do not have: left out")
+			p.log.WithField("provider", c.Name).
+				Warn("wants tokens of pods' service accounts, which pulls ahead of time do not have: left out")
 			continue
 		}
 		bin := filepath.Join(binDir, c.Name)
@@ -62,8 +64,8 @@ func Load(path, binDir string, environ func() []string, log logrus.FieldLogger) 
 	return p, nil
 }
 
-// Credentials returns what the providers have for an image without tag and digest, such as docker.io/library/nginx. A provider that fails
-// has none, as for kubelet. A nil Plugins has none.
+// Credentials returns what the providers have for an image without tag and digest, such as
+// docker.io/library/nginx. A provider that fails has none, as with kubelet. A nil Plugins has none.
 func (p *Plugins) Credentials(ctx context.Context, image string) []*opsv1.RegistryCredential {
 	if p == nil {
 		return nil
@@ -75,7 +77,8 @@ func (p *Plugins) Credentials(ctx context.Context, image string) []*opsv1.Regist
 		}
 		found, err := g.credentials(ctx, image, time.Now())
 		if err != nil {
-			p.log.WithFields(logrus.Fields{"provider": g.config.Name, "image": image}).WithError(err).Warn("no credentials from the plugin")
+			p.log.WithFields(logrus.Fields{"provider": g.config.Name, "image": image}).WithError(err).
+				Warn("no credentials from the plugin")
 		}
 		out = append(out, found...)
 	}
@@ -88,7 +91,7 @@ type plugin struct {
 	bin     string
 	environ func() []string
 
-	mu   sync.Mutex        // held while the program runs, too: what it says may be for the next image as well
+	mu   sync.Mutex        // held while the program runs, too: its answer may be for the next image as well
 	kept map[string]answer // by cache key
 }
 
@@ -126,7 +129,9 @@ func (g *plugin) credentials(ctx context.Context, image string, now time.Time) (
 	}
 	var found []*opsv1.RegistryCredential
 	for _, match := range slices.Sorted(maps.Keys(r.Auth)) {
-		found = append(found, &opsv1.RegistryCredential{Match: match, Username: r.Auth[match].Username, Password: r.Auth[match].Password})
+		found = append(found, &opsv1.RegistryCredential{
+			Match: match, Username: r.Auth[match].Username, Password: r.Auth[match].Password,
+		})
 	}
 	if keep > 0 {
 		g.kept[key] = answer{until: now.Add(keep), credentials: found}
@@ -153,7 +158,7 @@ type response struct {
 	} `json:"auth"`
 }
 
-// run asks the program. Its words are in no error: they may be credentials.
+// run asks the program. No error quotes what the program says: that may be credentials.
 func (g *plugin) run(ctx context.Context, image string) (*response, error) {
 	ctx, expire := context.WithTimeoutCause(ctx, execTimeout, fmt.Errorf("no answer within %s", execTimeout))
 	defer expire()
@@ -181,12 +186,14 @@ func (g *plugin) run(ctx context.Context, image string) (*response, error) {
 		return nil, errors.New("the answer is not JSON of a CredentialProviderResponse")
 	}
 	if r.Kind != "CredentialProviderResponse" || r.APIVersion != g.config.APIVersion {
-		return nil, fmt.Errorf("the answer is a %.60q of %.60q; want CredentialProviderResponse of %s", r.Kind, r.APIVersion, g.config.APIVersion)
+		return nil, fmt.Errorf("the answer is a %.60q of %.60q; want CredentialProviderResponse of %s",
+			r.Kind, r.APIVersion, g.config.APIVersion)
 	}
 	return &r, nil
 }
 
-// limited is a buffer with an end. It embeds none: io.Copy would use the buffer's own ReadFrom, which has no end.
+// limited is a buffer with an upper bound. It embeds no buffer: io.Copy would use the buffer's own
+// ReadFrom, which has no bound.
 type limited struct {
 	buffer bytes.Buffer
 	left   int

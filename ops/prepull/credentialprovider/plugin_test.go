@@ -50,7 +50,8 @@ func entry(name, match, keep string) string {
 	return fmt.Sprintf("- {name: %s, matchImages: [%q], defaultCacheDuration: %s, apiVersion: credentialprovider.kubelet.k8s.io/v1, args: [get, creds], env: [{name: WHO, value: me}]}\n", name, match, keep)
 }
 
-// answering is a plugin that counts its calls, and gives the image, its arguments and environment as the password.
+// answering is a plugin that counts its calls, and gives the image, its arguments and environment
+// as the password.
 func answering(more string) string {
 	return `in=$(cat); echo x >> calls
 image=${in##*\"image\":\"}; image=${image%%\"*}
@@ -71,11 +72,13 @@ func TestCredentials(t *testing.T) {
 	t.Setenv("OURS", "not for plugins")
 	for keyType, calls := range map[string]int{"Image": 3, "Registry": 2, "Global": 1} {
 		t.Run(keyType, func(t *testing.T) {
-			p, words, err := install(t, head+entry("cloud", "*.cloud.io", "1h"), map[string]string{"cloud": answering(`"cacheKeyType":"` + keyType + `",`)})
+			p, words, err := install(t, head+entry("cloud", "*.cloud.io", "1h"),
+				map[string]string{"cloud": answering(`"cacheKeyType":"` + keyType + `",`)})
 			if err != nil {
 				t.Fatal(err)
 			}
-			if got, want := get(p, "a.cloud.io/x"), "*.cloud.io=u:a.cloud.io/x get creds me http://kubelets-proxy:3128"; got != want {
+			if got, want := get(p, "a.cloud.io/x"),
+				"*.cloud.io=u:a.cloud.io/x get creds me http://kubelets-proxy:3128"; got != want {
 				t.Errorf("got %q, want %q; %s", got, want, words)
 			}
 			for _, image := range []string{"a.cloud.io/x", "a.cloud.io/y", "b.cloud.io/x", "b.cloud.io/x"} {
@@ -108,13 +111,15 @@ func TestHowLongAnswersAreKept(t *testing.T) {
 		"own is not kept": {`"cacheDuration":"0s",`, "1h", 0, 2},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p, _, err := install(t, head+entry("cloud", "*.cloud.io", tt.keep), map[string]string{"cloud": answering(tt.more + `"cacheKeyType":"Image",`)})
+			p, _, err := install(t, head+entry("cloud", "*.cloud.io", tt.keep),
+				map[string]string{"cloud": answering(tt.more + `"cacheKeyType":"Image",`)})
 			if err != nil {
 				t.Fatal(err)
 			}
 			now := time.Now()
 			for _, at := range []time.Time{now, now.Add(tt.after)} {
-				if found, err := p.plugins[0].credentials(t.Context(), "a.cloud.io/x", at); err != nil || len(found) != 1 {
+				if found, err := p.plugins[0].credentials(t.Context(), "a.cloud.io/x", at); err != nil ||
+					len(found) != 1 {
 					t.Fatal(found, err)
 				}
 			}
@@ -126,15 +131,17 @@ func TestHowLongAnswersAreKept(t *testing.T) {
 	}
 }
 
-// TestFailingPlugins have no credentials, keep nobody else from having some, and nothing of what they say is logged.
+// TestFailingPlugins have no credentials, keep nobody else from having some, and nothing of what
+// they say is logged.
 func TestFailingPlugins(t *testing.T) {
 	for name, script := range map[string]string{
-		"exit code":     "echo secret >&2; exit 3",
-		"not JSON":      "echo secret",
-		"another kind":  `echo '{"kind":"x","apiVersion":"credentialprovider.kubelet.k8s.io/v1","auth":{"a":{"password":"secret"}}}'`,
-		"version":       `echo '{"kind":"CredentialProviderResponse","apiVersion":"credentialprovider.kubelet.k8s.io/v1beta1","cacheKeyType":"Image","auth":{"a":{"password":"secret"}}}'`,
-		"no key type":   strings.ReplaceAll(answering(""), "$image", "secret"),
-		"bad duration":  strings.ReplaceAll(answering(`"cacheKeyType":"Image","cacheDuration":"secret",`), "$image", "secret"),
+		"exit code":    "echo secret >&2; exit 3",
+		"not JSON":     "echo secret",
+		"another kind": `echo '{"kind":"x","apiVersion":"credentialprovider.kubelet.k8s.io/v1","auth":{"a":{"password":"secret"}}}'`,
+		"version":      `echo '{"kind":"CredentialProviderResponse","apiVersion":"credentialprovider.kubelet.k8s.io/v1beta1","cacheKeyType":"Image","auth":{"a":{"password":"secret"}}}'`,
+		"no key type":  strings.ReplaceAll(answering(""), "$image", "secret"),
+		"bad duration": strings.ReplaceAll(answering(`"cacheKeyType":"Image","cacheDuration":"secret",`), "$image",
+			"secret"),
 		"another shape": `echo '{"auth":["secret"]}'`,
 		"endless":       "yes secret",
 	} {
@@ -147,7 +154,8 @@ func TestFailingPlugins(t *testing.T) {
 			if got := get(p, "a.cloud.io/x"); !strings.HasPrefix(got, "*.cloud.io=u:a.cloud.io/x") {
 				t.Errorf("got %q", got)
 			}
-			if !strings.Contains(words.String(), "no credentials from the plugin") || !strings.Contains(words.String(), "provider=bad") || strings.Contains(words.String(), "secret") {
+			if !strings.Contains(words.String(), "no credentials from the plugin") ||
+				!strings.Contains(words.String(), "provider=bad") || strings.Contains(words.String(), "secret") {
 				t.Errorf("logged: %s", words)
 			}
 		})
@@ -177,8 +185,9 @@ func TestNoPlugins(t *testing.T) {
 func TestConfig(t *testing.T) {
 	good := map[string]string{"cloud": "exit 0"}
 	for name, tt := range map[string]struct{ config, want string }{
-		"no YAML":        {"\t", "config.yaml"},
-		"another kind":   {"apiVersion: v1\nkind: Config\n", `want apiVersion kubelet.config.k8s.io/v1 and kind CredentialProviderConfig, got "v1" and "Config"`},
+		"no YAML": {"\t", "config.yaml"},
+		"another kind": {"apiVersion: v1\nkind: Config\n",
+			`want apiVersion kubelet.config.k8s.io/v1 and kind CredentialProviderConfig, got "v1" and "Config"`},
 		"empty":          {head, "no providers in it"},
 		"no such plugin": {head + entry("none", "a.io", "1h"), `provider "none"`},
 		"slash":          {head + entry("../cloud", "a.io", "1h"), "name: want that of a program"},
@@ -187,7 +196,8 @@ func TestConfig(t *testing.T) {
 		"no duration":    {head + "- {name: cloud, matchImages: [a.io], apiVersion: credentialprovider.kubelet.k8s.io/v1}\n", "defaultCacheDuration: missing"},
 		"no match":       {head + "- {name: cloud, defaultCacheDuration: 1h, apiVersion: credentialprovider.kubelet.k8s.io/v1}\n", "matchImages: want at least one"},
 		"bad match":      {head + entry("cloud", "a%zz.io", "1h"), "matchImages"},
-		"version":        {head + "- {name: cloud, matchImages: [a.io], defaultCacheDuration: 1h, apiVersion: v1}\n", `apiVersion: "v1"; want one of`},
+		"version": {head + "- {name: cloud, matchImages: [a.io], defaultCacheDuration: 1h, apiVersion: v1}\n",
+			`apiVersion: "v1"; want one of`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if _, _, err := install(t, tt.config, good); err == nil || !strings.Contains(err.Error(), tt.want) {
@@ -208,7 +218,8 @@ func TestConfig(t *testing.T) {
 	})
 	t.Run("directory", func(t *testing.T) {
 		dir := t.TempDir()
-		for name, text := range map[string]string{"cloud": "#!/bin/sh\n", "a.yaml": head + entry("cloud", "a.io", "1h"), "README": "no"} {
+		for name, text := range map[string]string{"cloud": "#!/bin/sh\n", "a.yaml": head +
+			entry("cloud", "a.io", "1h"), "README": "no"} {
 			if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o700); err != nil {
 				t.Fatal(err)
 			}

@@ -25,16 +25,18 @@ import (
 )
 
 const (
-	// defaultFile is containerd's, which need not be there.
+	// defaultFile is containerd's default, which need not exist.
 	defaultFile = "/etc/containerd/config.toml"
-	// defaultConfigPath is that of containerd 2 where neither config_path nor mirrors are set (plugins/cri/images); 1.x has none.
+	// defaultConfigPath is what containerd 2 uses if neither config_path nor mirrors are set
+	// (plugins/cri/images). containerd 1.x has no default.
 	defaultConfigPath = "/etc/containerd/certs.d:/etc/docker/certs.d"
 
-	// imagesPlugin has the registries since version 3 of the file, criPlugin before.
+	// imagesPlugin has the registries since version 3 of the file; criPlugin had them before.
 	imagesPlugin, criPlugin = "io.containerd.cri.v1.images", "io.containerd.grpc.v1.cri"
 )
 
-// registry is what the file says of registries: containerd's internal/cri/config.Registry, with what 1.x has beside.
+// registry is what the file says of registries: containerd's internal/cri/config.Registry, and what
+// 1.x has in addition.
 type registry struct {
 	ConfigPath string                  `toml:"config_path"`
 	Mirrors    map[string]mirror       `toml:"mirrors"`
@@ -67,7 +69,8 @@ type tlsSettings struct {
 	KeyFile            string `toml:"key_file"`
 }
 
-// configFile is the file that containerd was told to read, and whether it was told: its own may be missing.
+// configFile returns the file that containerd reads, and whether its command line names the file:
+// the default one may be missing.
 func configFile(args []string) (file string, told bool) {
 	for i, arg := range args {
 		name, value, equals := strings.Cut(strings.TrimPrefix(arg, "-"), "=")
@@ -88,8 +91,8 @@ func configFile(args []string) (file string, told bool) {
 	return file, told
 }
 
-// readFile reads the configuration with containerd's own code: imports, the merging of files, and versions 1 to that of the
-// module. cwd is the directory that a relative path begins at.
+// readFile reads the configuration with containerd's own code: imports, the merging of files, and
+// all versions up to that of the module. cwd is the directory that a relative path begins at.
 func readFile(ctx context.Context, file, cwd string, told bool) (*registry, error) {
 	if !filepath.IsAbs(file) {
 		file = filepath.Join(cwd, file)
@@ -99,7 +102,7 @@ func readFile(ctx context.Context, file, cwd string, told bool) (*registry, erro
 		return r, nil
 	}
 	quiet := logrus.New()
-	quiet.SetOutput(io.Discard) // containerd has said it
+	quiet.SetOutput(io.Discard) // containerd itself has logged it
 	ctx = log.WithLogger(ctx, logrus.NewEntry(quiet))
 	out := &srvconfig.Config{Version: version.ConfigVersion, Plugins: map[string]any{}}
 	if err := srvconfig.LoadConfigWithPlugins(ctx, file, migrations, out); err != nil {
@@ -130,7 +133,8 @@ func readFile(ctx context.Context, file, cwd string, told bool) (*registry, erro
 	return r, nil
 }
 
-// migrations moves the registries from where they are in versions before 3, as containerd's plugin does (plugins/cri/images).
+// migrations moves the registries from where they are in versions before 3, as containerd's plugin
+// does (plugins/cri/images).
 func migrations() iter.Seq[plugin.Registration] {
 	return slices.Values([]plugin.Registration{{
 		Type: "io.containerd.cri.v1", ID: "images",

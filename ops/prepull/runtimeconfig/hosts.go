@@ -23,7 +23,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/process"
 )
 
-// hosts is what containerd's registryHosts (internal/cri/server/images/image_pull.go) is. explicit, if not empty, stands for config_path.
+// hosts does what containerd's registryHosts does (internal/cri/server/images/image_pull.go).
+// explicit, if not empty, counts instead of config_path.
 func (c *settings) hosts(ctx context.Context, options config.HostOptions, explicit string) docker.RegistryHosts {
 	r := c.registry
 	options.UpdateClient = c.client(options.UpdateClient)
@@ -41,8 +42,9 @@ func (c *settings) hosts(ctx context.Context, options config.HostOptions, explic
 		paths = defaultConfigPath // nothing is known
 	}
 	var find docker.RegistryHosts
-	// Several directories are for containerd's transfer service one that does not exist (containerd issue 12808), where its own
-	// documentation and its older way to pull say what is meant. What we fetch is found by digest, whichever way it has come.
+	// containerd's transfer service takes several directories for one that does not exist
+	// (containerd issue 12808). Its documentation and its older way to pull say what is meant. The
+	// runtime finds what we fetch by digest, whichever way it has come.
 	if dirs := filepath.SplitList(paths); len(dirs) > 0 {
 		options.HostDir = below(dirs)
 		find = config.ConfigureHosts(ctx, options)
@@ -55,7 +57,7 @@ func (c *settings) hosts(ctx context.Context, options config.HostOptions, explic
 	return func(host string) ([]docker.RegistryHost, error) {
 		hosts, err := find(host)
 		for i := range hosts {
-			// Those of a host come after those of all.
+			// A host's own headers come after those of all hosts.
 			headers := http.Header(r.Headers).Clone()
 			for name, values := range hosts[i].Header {
 				headers[name] = append(headers[name], values...)
@@ -66,7 +68,7 @@ func (c *settings) hosts(ctx context.Context, options config.HostOptions, explic
 	}
 }
 
-// below finds the directory of a host in the first of dirs that has one.
+// below returns a function that finds a host's directory in the first of dirs that has one.
 func below(dirs []string) func(host string) (string, error) {
 	return func(host string) (string, error) {
 		for _, dir := range dirs {
@@ -79,7 +81,7 @@ func below(dirs []string) func(host string) (string, error) {
 	}
 }
 
-// mirrored is where a registry is reached by the file's mirrors, and at last at its own address.
+// mirrored returns where a registry is reached: at the file's mirrors, and last at its own address.
 func (c *settings) mirrored(host string, options config.HostOptions) ([]docker.RegistryHost, error) {
 	endpoints, err := c.registry.endpoints(host)
 	if err != nil {
@@ -100,7 +102,9 @@ func (c *settings) mirrored(host string, options config.HostOptions) ([]docker.R
 		if err := options.UpdateClient(client); err != nil {
 			return nil, err
 		}
-		authorizer := append([]docker.AuthorizerOpt{docker.WithAuthClient(client), docker.WithAuthCreds(options.Credentials)}, options.AuthorizerOpts...)
+		authorizer := append([]docker.AuthorizerOpt{
+			docker.WithAuthClient(client), docker.WithAuthCreds(options.Credentials),
+		}, options.AuthorizerOpts...)
 		path := u.Path
 		if path == "" {
 			path = "/v2"
@@ -113,7 +117,8 @@ func (c *settings) mirrored(host string, options config.HostOptions) ([]docker.R
 	return out, nil
 }
 
-// endpoints are those of a registry's mirrors, or of all registries', and its own unless it is among them.
+// endpoints returns the endpoints of a registry's mirrors, or of the mirrors for all registries,
+// and the registry's own unless it is among them.
 func (r *registry) endpoints(host string) ([]*url.URL, error) {
 	m, ok := r.Mirrors[host]
 	if !ok {
@@ -131,7 +136,7 @@ func (r *registry) endpoints(host string) ([]*url.URL, error) {
 		}
 		u, err := url.Parse(e)
 		if err != nil {
-			return nil, fmt.Errorf("a mirror of %s is no URL", host) // its words would have what is in it
+			return nil, fmt.Errorf("a mirror of %s is no URL", host) // err would quote it
 		}
 		own = own || u.Host == host
 		out = append(out, u)
@@ -153,7 +158,7 @@ func scheme(host string) string {
 	return "https"
 }
 
-// credentials are those of the file for a host.
+// credentials returns the file's credentials for a host.
 func (r *registry) credentials(host string) (name, secret string, err error) {
 	a := r.Configs[host].Auth
 	switch {
@@ -177,7 +182,7 @@ func (r *registry) credentials(host string) (name, secret string, err error) {
 	return "", "", nil
 }
 
-// apply is containerd 1.7's getTLSConfig (pkg/cri/server/image_pull.go).
+// apply does what containerd 1.7's getTLSConfig does (pkg/cri/server/image_pull.go).
 func (t *tlsSettings) apply(to *tls.Config) error {
 	switch {
 	case t.CertFile != "" && t.KeyFile == "":

@@ -26,33 +26,35 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/process"
 )
 
-// patience bounds what is asked of this machine.
-const patience = 2 * time.Second
+// readTimeout bounds the questions to this machine.
+const readTimeout = 2 * time.Second
 
 // Options configures a [Source]. Socket and Log are required.
 type Options struct {
 	// Socket is the path of the runtime's socket.
 	Socket string
-	// HostsDir is read in the place of containerd's config_path and mirrors when it is set; as that, it may be several
-	// directories with colons between.
+	// HostsDir, if set, is read instead of containerd's config_path and mirrors. Like config_path,
+	// it may be several directories with colons between them.
 	HostsDir string
-	// Conn is asked for the runtime's version. Nil: it is one that this module has the code of.
+	// Conn is asked for the runtime's version. Nil: the version is one that this module has the
+	// code of.
 	Conn grpc.ClientConnInterface
 	// Proc is where procfs is mounted; empty is /proc.
 	Proc string
 	Log  logrus.FieldLogger
 }
 
-// Source tells how the containerd behind a socket reaches registries. Its methods may be called at the same time.
+// Source tells how the containerd behind a socket reaches registries. Its methods may be called at
+// the same time.
 type Source struct {
 	o Options
 
 	mu    sync.Mutex // guards all following fields
 	last  *settings
-	words string // what has gone wrong last, so that it is logged once
+	words string // the last error, so that it is logged once
 }
 
-// New returns a source. Nothing is read yet: the runtime may come later.
+// New returns a source. It reads nothing yet: the runtime may come later.
 func New(o Options) *Source {
 	if o.Proc == "" {
 		o.Proc = "/proc"
@@ -60,8 +62,9 @@ func New(o Options) *Source {
 	return &Source{o: o}
 }
 
-// settings are those of one process of containerd. It reads its file when it starts, and so do we when it is first seen; what is in
-// the directories of config_path is read for each image, by both.
+// settings are those of one process of containerd. containerd reads its file when it starts, and we
+// read the file when we first see the process. Both read the directories of config_path for each
+// image.
 type settings struct {
 	process  process.Process
 	file     string
@@ -73,8 +76,9 @@ type settings struct {
 	unknown error
 }
 
-// Hosts tells how registries are reached, with the credentials and the hook of options (see the type Hosts of package prepull).
-// Where containerd's settings cannot be read, those of this process count, and that is logged once. It returns no error but that of ctx.
+// Hosts tells how registries are reached, with the credentials and the hook of options; see the
+// type Hosts of package registry. If containerd's settings cannot be read, those of this process
+// count, and that is logged once. The only error is ctx's.
 func (s *Source) Hosts(ctx context.Context, options config.HostOptions) (docker.RegistryHosts, error) {
 	c, err := s.settings(ctx)
 	if cause := ctx.Err(); cause != nil {
@@ -101,9 +105,9 @@ func (s *Source) say(err error) {
 	s.words = words
 }
 
-// settings returns those of the process that listens now.
+// settings returns the settings of the process that listens now.
 func (s *Source) settings(ctx context.Context) (*settings, error) {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
 	who, err := process.Listener(ctx, s.o.Proc, s.o.Socket)
 	if err != nil {
@@ -126,7 +130,8 @@ func (s *Source) settings(ctx context.Context) (*settings, error) {
 }
 
 func (s *Source) read(ctx context.Context, who process.Process) (*settings, error) {
-	if name := who.Name(s.o.Proc); !strings.Contains(name, "containerd") { // some distributions wrap it, as .containerd-wrapped
+	// Some distributions wrap it, as .containerd-wrapped.
+	if name := who.Name(s.o.Proc); !strings.Contains(name, "containerd") {
 		return nil, fmt.Errorf("%s is served by %q (process %d) and not by containerd", s.o.Socket, name, who.PID)
 	}
 	args, err := who.Args(s.o.Proc)
@@ -155,7 +160,8 @@ func (s *Source) read(ctx context.Context, who process.Process) (*settings, erro
 	}
 	environ, err := who.Environ(s.o.Proc)
 	if err != nil { // its registries are known all the same
-		s.o.Log.WithError(err).Warn("containerd's environment is not known: pulls with a speed limit go through the proxies of cri-proxy's own")
+		s.o.Log.WithError(err).Warn("containerd's environment is not known: " +
+			"pulls with a speed limit go through the proxies of cri-proxy's own")
 		c.unknown = err
 		return c, nil
 	}
@@ -163,7 +169,8 @@ func (s *Source) read(ctx context.Context, who process.Process) (*settings, erro
 	return c, nil
 }
 
-// client gives a client that docker.DefaultHTTPTransport has made what containerd's have, and then calls next, which may be nil.
+// client returns a function that gives a client of docker.DefaultHTTPTransport the proxies that
+// containerd's clients have, and then calls next, which may be nil.
 func (c *settings) client(next config.UpdateClientFunc) config.UpdateClientFunc {
 	var proxy func(*url.URL) (*url.URL, error)
 	if c.proxies != nil {
@@ -180,16 +187,16 @@ func (c *settings) client(next config.UpdateClientFunc) config.UpdateClientFunc 
 	}
 }
 
-// Summary is what people want to know. It has no secrets: of proxies only the host.
+// Summary is for people. It has no secrets: of proxies only the host.
 type Summary struct {
 	PID int
 	// File is containerd's configuration, whether it is there or not.
 	File string
 	// Dirs are searched for hosts.toml, in this order.
 	Dirs []string
-	// Mirrors are the registries that the file itself has mirrors for; they count where Dirs is empty.
+	// Mirrors are the registries that the file itself has mirrors for; they count if Dirs is empty.
 	Mirrors []string
-	// HTTPProxy and HTTPSProxy are such as http://proxy:3128, or empty.
+	// HTTPProxy and HTTPSProxy are URLs such as http://proxy:3128, or empty.
 	HTTPProxy, HTTPSProxy, NoProxy string
 	// Unknown is why the proxies are not known, nil if they are.
 	Unknown error
@@ -203,7 +210,9 @@ func (s *Source) Look(ctx context.Context) (*Summary, error) {
 	if err != nil {
 		return nil, err
 	}
-	out := &Summary{PID: c.process.PID, File: c.file, Dirs: filepath.SplitList(c.registry.ConfigPath), Unknown: c.unknown}
+	out := &Summary{
+		PID: c.process.PID, File: c.file, Dirs: filepath.SplitList(c.registry.ConfigPath), Unknown: c.unknown,
+	}
 	for name := range c.registry.Mirrors {
 		out.Mirrors = append(out.Mirrors, name)
 	}
@@ -218,7 +227,7 @@ func (s *Source) Look(ctx context.Context) (*Summary, error) {
 // notShown stands for what cannot be shown.
 const notShown = "not shown: no URL"
 
-// bare is the address of a proxy without user, password, path and query.
+// bare returns the address of a proxy without user, password, path and query.
 func bare(proxy string) string {
 	if proxy == "" {
 		return ""

@@ -34,7 +34,8 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // secret is what nobody may read anywhere.
 const secret = "hunter2-Zq8vKp"
 
-// containerd is one that does nothing but listen: this process stands for it, with a procfs of the test's.
+// containerd is one that does nothing but listen: this process stands for it, with a procfs of the
+// test's.
 type containerd struct {
 	dir, proc string
 	words     bytes.Buffer
@@ -77,7 +78,8 @@ func (c *containerd) start(t *testing.T, args []string, environ ...string) {
 	c.write(t, filepath.Join(at, "comm"), "containerd\n")
 	c.write(t, filepath.Join(at, "cmdline"), list(args))
 	c.write(t, filepath.Join(at, "environ"), list(environ))
-	c.write(t, filepath.Join(at, "stat"), fmt.Sprintf("%d (a (b) c) S%s %d 99 99\n", os.Getpid(), strings.Repeat(" 1", 18), c.starts))
+	c.write(t, filepath.Join(at, "stat"), fmt.Sprintf("%d (a (b) c) S%s %d 99 99\n", os.Getpid(),
+		strings.Repeat(" 1", 18), c.starts))
 	if err := os.Symlink(c.dir, filepath.Join(at, "cwd")); err != nil && !os.IsExist(err) {
 		t.Fatal(err)
 	}
@@ -102,7 +104,8 @@ func (c *containerd) write(t *testing.T, path, text string) {
 
 // Invoke answers Version.
 func (c *containerd) Invoke(_ context.Context, _ string, _, reply any, _ ...grpc.CallOption) error {
-	proto.Merge(reply.(proto.Message), &runtimeapi.VersionResponse{RuntimeName: "containerd", RuntimeVersion: c.version})
+	proto.Merge(reply.(proto.Message), &runtimeapi.VersionResponse{RuntimeName: "containerd",
+		RuntimeVersion: c.version})
 	return nil
 }
 
@@ -148,20 +151,24 @@ func TestFiles(t *testing.T) {
 			"quay.io":   "http://all.test/v2 https://quay.io/v2",
 			"own.test":  "http://own.test/v2 http://other.test/v2",
 		}},
-		"version 3, mirrors": {"version = 3\n" + strings.ReplaceAll(mirrors, criPlugin, imagesPlugin), map[string]string{
-			"quay.io": "http://all.test/v2 https://quay.io/v2",
-		}},
-		"no version": {"[plugins.cri.registry.mirrors.\"quay.io\"]\nendpoint = [\"http://one.test\"]\n", map[string]string{
-			"quay.io": "http://one.test/v2 https://quay.io/v2",
-		}},
+		"version 3, mirrors": {"version = 3\n" + strings.ReplaceAll(mirrors, criPlugin, imagesPlugin),
+			map[string]string{
+				"quay.io": "http://all.test/v2 https://quay.io/v2",
+			}},
+		"no version": {"[plugins.cri.registry.mirrors.\"quay.io\"]\nendpoint = [\"http://one.test\"]\n",
+			map[string]string{
+				"quay.io": "http://one.test/v2 https://quay.io/v2",
+			}},
 		"this machine": {"version = 2\n" + mirrors, map[string]string{
 			"localhost:5000": "http://all.test/v2 http://localhost:5000/v2",
 		}},
 		"version 2, config_path": {"version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry]\nconfig_path = \"DIR/a\"\n", map[string]string{
-			"one.test": "http://a.test/v2 https://one.test/v2", "both.test": "http://a.test/v2 https://both.test/v2", "two.test": "https://two.test/v2",
+			"one.test": "http://a.test/v2 https://one.test/v2", "both.test": "http://a.test/v2 https://both.test/v2",
+			"two.test": "https://two.test/v2",
 		}},
 		"version 3, two directories": {"version = 3\n[plugins.\"io.containerd.cri.v1.images\".registry]\nconfig_path = \"DIR/none:DIR/a:DIR/b\"\n", map[string]string{
-			"one.test": "http://a.test/v2 https://one.test/v2", "both.test": "http://a.test/v2 https://both.test/v2", "two.test": "http://b.test/v2 https://two.test/v2",
+			"one.test": "http://a.test/v2 https://one.test/v2", "both.test": "http://a.test/v2 https://both.test/v2",
+			"two.test": "http://b.test/v2 https://two.test/v2",
 		}},
 		"imports": {"version = 2\nimports = [\"conf.d/*.toml\"]\n" + mirrors, map[string]string{
 			"imported.test": "http://imported-mirror.test/v2 https://imported.test/v2",
@@ -170,9 +177,11 @@ func TestFiles(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := newContainerd(t)
-			for dir, hosts := range map[string][]string{"a": {"one.test", "both.test"}, "b": {"two.test", "both.test"}} {
+			for dir, hosts := range map[string][]string{"a": {"one.test", "both.test"},
+				"b": {"two.test", "both.test"}} {
 				for _, host := range hosts {
-					c.write(t, filepath.Join(c.dir, dir, host, "hosts.toml"), "server = \"https://"+host+"\"\n[host.\"http://"+dir+".test\"]\n")
+					c.write(t, filepath.Join(c.dir, dir, host, "hosts.toml"),
+						"server = \"https://"+host+"\"\n[host.\"http://"+dir+".test\"]\n")
 				}
 			}
 			c.write(t, filepath.Join(c.dir, "conf.d", "x.toml"),
@@ -203,7 +212,8 @@ func TestExplicitDirectoryWins(t *testing.T) {
 
 // TestDefaults: containerd 2 has directories by default, and 1.7 has none.
 func TestDefaults(t *testing.T) {
-	for version, want := range map[string][]string{"2.4.2": {"/etc/containerd/certs.d", "/etc/docker/certs.d"}, "v2.1.0-rc.1": {"/etc/containerd/certs.d", "/etc/docker/certs.d"}, "v1.7.35": nil} {
+	for version, want := range map[string][]string{"2.4.2": {"/etc/containerd/certs.d", "/etc/docker/certs.d"},
+		"v2.1.0-rc.1": {"/etc/containerd/certs.d", "/etc/docker/certs.d"}, "v1.7.35": nil} {
 		c := newContainerd(t)
 		c.version = version
 		c.configured(t, "version = 2\n")
@@ -214,7 +224,8 @@ func TestDefaults(t *testing.T) {
 	}
 }
 
-// TestChanges: the file counts from containerd's next start on, as for containerd, and what is below config_path at once.
+// TestChanges: the file counts from containerd's next start on, as for containerd, and what is
+// below config_path at once.
 func TestChanges(t *testing.T) {
 	c := newContainerd(t)
 	file := func(dir string) string {
@@ -248,22 +259,30 @@ func TestProxies(t *testing.T) {
 		environ   []string
 		url, want string
 	}{
-		"https":                {[]string{"HTTPS_PROXY=http://u:" + secret + "@proxy.test:3128"}, "https://r.test/v2/", "http://u:" + secret + "@proxy.test:3128"},
-		"lower case":           {[]string{"https_proxy=proxy.test:3128"}, "https://r.test/v2/", "http://proxy.test:3128"},
-		"upper first":          {[]string{"https_proxy=http://lower.test", "HTTPS_PROXY=http://upper.test"}, "https://r.test/v2/", "http://upper.test"},
-		"http":                 {[]string{"HTTP_PROXY=http://proxy.test:3128"}, "http://r.test/v2/", "http://proxy.test:3128"},
-		"other scheme":         {[]string{"HTTP_PROXY=http://proxy.test:3128"}, "https://r.test/v2/", ""},
-		"excluded":             {[]string{"HTTPS_PROXY=http://proxy.test:3128", "NO_PROXY=10.0.0.0/8,.test"}, "https://r.test/v2/", ""},
-		"excluded, lower case": {[]string{"HTTPS_PROXY=http://proxy.test:3128", "no_proxy=r.test"}, "https://r.test/v2/", ""},
-		"none":                 {nil, "https://r.test/v2/", ""},
+		"https": {[]string{"HTTPS_PROXY=http://u:" + secret + "@proxy.test:3128"},
+			"https://r.test/v2/", "http://u:" + secret + "@proxy.test:3128"},
+		"lower case": {[]string{"https_proxy=proxy.test:3128"}, "https://r.test/v2/",
+			"http://proxy.test:3128"},
+		"upper first": {[]string{"https_proxy=http://lower.test", "HTTPS_PROXY=http://upper.test"},
+			"https://r.test/v2/", "http://upper.test"},
+		"http": {[]string{"HTTP_PROXY=http://proxy.test:3128"}, "http://r.test/v2/",
+			"http://proxy.test:3128"},
+		"other scheme": {[]string{"HTTP_PROXY=http://proxy.test:3128"}, "https://r.test/v2/", ""},
+		"excluded": {[]string{"HTTPS_PROXY=http://proxy.test:3128", "NO_PROXY=10.0.0.0/8,.test"},
+			"https://r.test/v2/", ""},
+		"excluded, lower case": {[]string{"HTTPS_PROXY=http://proxy.test:3128", "no_proxy=r.test"},
+			"https://r.test/v2/", ""},
+		"none": {nil, "https://r.test/v2/", ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			for _, file := range []string{"version = 3\n", "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"*\"]\nendpoint = [\"http://mirror.test\"]\n"} {
+			for _, file := range []string{"version = 3\n",
+				"version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry.mirrors.\"*\"]\nendpoint = [\"http://mirror.test\"]\n"} {
 				c := newContainerd(t)
 				c.write(t, filepath.Join(c.dir, "config.toml"), file)
 				c.start(t, []string{"containerd", "-c=config.toml"}, tt.environ...)
 				asked := 0
-				find, err := c.source.Hosts(t.Context(), config.HostOptions{UpdateClient: func(*http.Client) error { asked++; return nil }})
+				find, err := c.source.Hosts(t.Context(),
+					config.HostOptions{UpdateClient: func(*http.Client) error { asked++; return nil }})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -294,17 +313,21 @@ func TestProxies(t *testing.T) {
 	}
 }
 
-// TestCredentialsAndHeaders of the file go to the registry when the pull brings no credentials, and those of the pull when it does.
+// TestCredentialsAndHeaders of the file go to the registry when the pull brings no credentials, and
+// those of the pull when it does.
 func TestCredentialsAndHeaders(t *testing.T) {
 	encoded := base64.StdEncoding.EncodeToString([]byte("encoded:" + secret))
 	for name, tt := range map[string]struct {
 		config, own, want string
 	}{
-		"name":        {"configs.\"HOST\".auth = {username = \"me\", password = \"" + secret + "\"}", "", "me:" + secret},
-		"encoded":     {"configs.\"HOST\".auth = {auth = \"" + encoded + "\"}", "", "encoded:" + secret},
-		"older":       {"auths.\"http://HOST\" = {username = \"old\", password = \"" + secret + "\"}", "", "old:" + secret},
-		"of the pull": {"configs.\"HOST\".auth = {username = \"me\", password = \"" + secret + "\"}", "pull", "pull:" + secret},
-		"none":        {"", "", ""},
+		"name": {"configs.\"HOST\".auth = {username = \"me\", password = \"" + secret + "\"}", "", "me:" +
+			secret},
+		"encoded": {"configs.\"HOST\".auth = {auth = \"" + encoded + "\"}", "", "encoded:" + secret},
+		"older": {"auths.\"http://HOST\" = {username = \"old\", password = \"" + secret + "\"}", "", "old:" +
+			secret},
+		"of the pull": {"configs.\"HOST\".auth = {username = \"me\", password = \"" + secret + "\"}", "pull",
+			"pull:" + secret},
+		"none": {"", "", ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var got, header string
@@ -321,7 +344,8 @@ func TestCredentialsAndHeaders(t *testing.T) {
 			host := strings.TrimPrefix(server.URL, "http://")
 			c := newContainerd(t)
 			c.configured(t, strings.ReplaceAll("version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry]\n"+
-				"mirrors.\"r.test\".endpoint = [\"http://HOST\"]\nheaders.\"X-Meta\" = [\"yes\"]\n"+tt.config+"\n", "HOST", host))
+				"mirrors.\"r.test\".endpoint = [\"http://HOST\"]\nheaders.\"X-Meta\" = [\"yes\"]\n"+tt.config+"\n",
+				"HOST", host))
 			options := config.HostOptions{}
 			if tt.own != "" {
 				options.Credentials = func(string) (string, string, error) { return tt.own, secret, nil }
@@ -372,7 +396,8 @@ func TestTLS(t *testing.T) {
 		c := newContainerd(t)
 		c.version = version
 		c.configured(t, strings.ReplaceAll("version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry]\n"+
-			"mirrors.\"r.test\".endpoint = [\"https://HOST\"]\nconfigs.\"HOST\".tls.insecure_skip_verify = true\n", "HOST", host))
+			"mirrors.\"r.test\".endpoint = [\"https://HOST\"]\nconfigs.\"HOST\".tls.insecure_skip_verify = true\n",
+			"HOST", host))
 		find, err := c.source.Hosts(t.Context(), config.HostOptions{})
 		if err != nil {
 			t.Fatal(err)
@@ -387,7 +412,8 @@ func TestTLS(t *testing.T) {
 	}
 }
 
-// TestUnknown: where containerd cannot be asked, the registries are reached as before, that is said once, and tried again.
+// TestUnknown: where containerd cannot be asked, the registries are reached as before, that is said
+// once, and tried again.
 func TestUnknown(t *testing.T) {
 	c := newContainerd(t)
 	stat := filepath.Join(c.proc, strconv.Itoa(os.Getpid()))
@@ -435,7 +461,8 @@ func TestUnknownEnvironment(t *testing.T) {
 		t.Errorf("said %d times: %s", n, &c.words)
 	}
 	s, err := c.source.Look(t.Context())
-	if err != nil || !strings.Contains(s.String(), "has mirrors for * in that file; whether through a proxy is not known (") {
+	if err != nil || !strings.Contains(s.String(),
+		"has mirrors for * in that file; whether through a proxy is not known (") {
 		t.Errorf("%v, %v", s, err)
 	}
 }
@@ -460,8 +487,10 @@ func TestConfigFile(t *testing.T) {
 
 func TestBare(t *testing.T) {
 	for proxy, want := range map[string]string{
-		"": "", "http://u:" + secret + "@p.test:3128/x?y=" + secret: "http://p.test:3128", "https://" + secret + "@p.test": "https://p.test",
-		"p.test:3128": "http://p.test:3128", "u:" + secret + "@p.test:3128": "http://p.test:3128", "http://" + secret + " x@[": "not shown: no URL",
+		"": "", "http://u:" + secret + "@p.test:3128/x?y=" + secret: "http://p.test:3128", "https://" + secret +
+			"@p.test": "https://p.test",
+		"p.test:3128": "http://p.test:3128", "u:" + secret + "@p.test:3128": "http://p.test:3128", "http://" +
+			secret + " x@[": "not shown: no URL",
 	} {
 		if got := bare(proxy); got != want {
 			t.Errorf("%s: %s, want %s", proxy, got, want)

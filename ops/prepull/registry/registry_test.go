@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package prepull
+package registry_test
 
 import (
 	"bytes"
@@ -21,12 +21,15 @@ import (
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/sirupsen/logrus"
 	"golang.org/x/time/rate"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/registry"
 )
 
-// serveManifest serves one manifest, for every name, and returns the directory that leads r.io to it. header goes into hosts.toml.
+// serveManifest serves one manifest, for every name, and returns the directory that leads r.io to
+// it. header goes into hosts.toml.
 func serveManifest(t *testing.T, manifest any, header string, answer http.HandlerFunc) string {
 	t.Helper()
 	raw, err := json.Marshal(manifest)
@@ -55,14 +58,14 @@ func serveManifest(t *testing.T, manifest any, header string, answer http.Handle
 }
 
 // resolved is r.io/a:1 as the registry of the directory has it.
-func resolved(t *testing.T, dir string, limit *rate.Limiter) *remote {
+func resolved(t *testing.T, dir string, limit *rate.Limiter) *registry.Image {
 	t.Helper()
-	r, err := newRemote(t.Context(), hostsFrom(dir), "r.io/a:1", nil, limit)
+	r, err := registry.NewImage(t.Context(), registry.HostsFrom(dir), "r.io/a:1", nil, limit)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(r.close)
-	if err := r.resolve(t.Context()); err != nil {
+	t.Cleanup(r.Close)
+	if err := r.Resolve(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	return r
@@ -88,15 +91,21 @@ func TestManifestThatLies(t *testing.T) {
 		"huge":        {{MediaType: ocispec.MediaTypeImageLayer, Digest: good, Size: 1 << 62}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			dir := serveManifest(t, ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest, Config: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageConfig, Digest: good, Size: 1}, Layers: layers}, "", nil)
+			dir := serveManifest(t, ocispec.Manifest{
+				MediaType: ocispec.MediaTypeImageManifest, Layers: layers,
+				Config: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageConfig, Digest: good, Size: 1},
+			}, "", nil)
 			r := resolved(t, dir, nil)
-			if m, err := r.manifest(t.Context(), contentOf(t)); err == nil {
+			if m, err := r.Manifest(t.Context(), contentOf(t)); err == nil {
 				t.Errorf("believed: %v", m)
 			}
 		})
 	}
 	t.Run("index with a child without a digest", func(t *testing.T) {
-		index := ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{{MediaType: ocispec.MediaTypeImageManifest, Size: 1}}}
+		index := ocispec.Index{
+			MediaType: ocispec.MediaTypeImageIndex,
+			Manifests: []ocispec.Descriptor{{MediaType: ocispec.MediaTypeImageManifest, Size: 1}},
+		}
 		raw, _ := json.Marshal(index)
 		dir := serveManifest(t, nil, "", func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Type", ocispec.MediaTypeImageIndex)
@@ -104,7 +113,7 @@ func TestManifestThatLies(t *testing.T) {
 			_, _ = w.Write(raw)
 		})
 		r := resolved(t, dir, nil)
-		if m, err := r.manifest(t.Context(), contentOf(t)); err == nil {
+		if m, err := r.Manifest(t.Context(), contentOf(t)); err == nil {
 			t.Errorf("believed: %v", m)
 		}
 	})
@@ -116,13 +125,14 @@ func TestManifestThatLies(t *testing.T) {
 			_, _ = io.WriteString(w, "{}")
 		})
 		r := resolved(t, dir, nil)
-		if m, err := r.manifest(t.Context(), contentOf(t)); err == nil {
+		if m, err := r.Manifest(t.Context(), contentOf(t)); err == nil {
 			t.Errorf("believed: %v", m)
 		}
 	})
 }
 
-// TestLimitCountsOnce has a host with a header of its own, whose client is a copy of one that is limited already.
+// TestLimitCountsOnce has a host with a header of its own, whose client is a copy of one that is
+// limited already.
 func TestLimitCountsOnce(t *testing.T) {
 	body := bytes.Repeat([]byte("x"), 3<<20)
 	dir := serveManifest(t, nil, "  [host.\"%s\".header]\n", nil)
@@ -137,26 +147,25 @@ func TestLimitCountsOnce(t *testing.T) {
 		_, _ = io.WriteString(w, "{}")
 	}))
 	defer s.Close()
-	toml := fmt.Sprintf("[host.%q]\n  capabilities = [\"pull\", \"resolve\"]\n  [host.%q.header]\n    x-custom = [\"1\"]\n", s.URL, s.URL)
+	toml := fmt.Sprintf("[host.%q]\n  capabilities = [\"pull\", \"resolve\"]\n"+
+		"  [host.%q.header]\n    x-custom = [\"1\"]\n", s.URL, s.URL)
 	if err := os.WriteFile(filepath.Join(dir, "r.io", "hosts.toml"), []byte(toml), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	log := logrus.New()
+	log.SetOutput(io.Discard)
 	fetch := func(limit *rate.Limiter) time.Duration {
 		t.Helper()
 		r := resolved(t, dir, limit)
-		fetcher, err := r.resolver.Fetcher(t.Context(), r.ref)
-		if err != nil {
-			t.Fatal(err)
+		layer := ocispec.Descriptor{
+			MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromBytes(body), Size: int64(len(body)),
 		}
 		began := time.Now()
-		rc, err := fetcher.Fetch(t.Context(), ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromBytes(body), Size: int64(len(body))})
-		if err != nil {
+		if err := r.Layers(t.Context(), log, contentOf(t), []ocispec.Descriptor{layer}, limit); err != nil {
 			t.Fatal(err)
 		}
-		n, err := io.Copy(io.Discard, rc)
-		rc.Close()
-		if err != nil || n != int64(len(body)) {
-			t.Errorf("%d bytes, %v", n, err)
+		if n := r.BytesRead(); n < int64(len(body)) {
+			t.Errorf("%d bytes", n)
 		}
 		return time.Since(began)
 	}
@@ -179,12 +188,13 @@ func TestTooManyRequestsIsAskedOnce(t *testing.T) {
 		asked.Add(1)
 		http.Error(w, "no", http.StatusTooManyRequests)
 	})
-	r, err := newRemote(t.Context(), hostsFrom(dir), "r.io/a:1", nil, nil)
+	r, err := registry.NewImage(t.Context(), registry.HostsFrom(dir), "r.io/a:1", nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer r.close()
-	if f := explain(r.resolve(t.Context()), "r.io"); f.reason != opsv1.PullReasonTooManyRequests || asked.Load() != 1 {
+	defer r.Close()
+	f := registry.Explain(r.Resolve(t.Context()), "r.io")
+	if f.Reason != opsv1.PullReasonTooManyRequests || asked.Load() != 1 {
 		t.Errorf("%d requests, %v", asked.Load(), f)
 	}
 }

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package prepull
+package registry
 
 import (
 	"fmt"
@@ -13,9 +13,9 @@ import (
 // maxReference is far above what registries take.
 const maxReference = 4096
 
-// normalize returns the full form of an image reference as containerd's CRI plugin makes it: nginx is
-// docker.io/library/nginx:latest. A digest wins over a tag beside it.
-func normalize(image string) (reference.Named, error) {
+// Normalize returns the full form of an image reference as containerd's CRI plugin makes it: nginx
+// is docker.io/library/nginx:latest. A digest wins over a tag beside it.
+func Normalize(image string) (reference.Named, error) {
 	if len(image) > maxReference {
 		return nil, fmt.Errorf("image reference is longer than %d bytes", maxReference)
 	}
@@ -26,7 +26,8 @@ func normalize(image string) (reference.Named, error) {
 	return named, nil
 }
 
-// registryOf returns host and repository path, such as docker.io and library/nginx.
-func registryOf(named reference.Named) (host, path string) {
+// HostOf returns the registry's host and the repository's path, such as docker.io and
+// library/nginx.
+func HostOf(named reference.Named) (host, path string) {
 	return reference.Domain(named), strings.TrimSuffix(reference.Path(named), "/")
 }

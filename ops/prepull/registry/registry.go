@@ -1,7 +1,9 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package prepull
+// Package registry asks registries for images as the runtime would: what an image's name means, its
+// manifest, and its layers, within a speed limit. It also says what the errors of registries mean.
+package registry
 
 import (
 	"context"
@@ -27,18 +29,20 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/imagestore"
 )
 
 const (
-	// headerPatience bounds the wait for a registry's answer to begin.
-	headerPatience = 30 * time.Second
-	// stallPatience is how long a layer may stand still before its transfer is given up: containerd's own is
-	// image_pull_progress_timeout, 5 minutes.
-	stallPatience = 2 * time.Minute
+	// headerTimeout bounds the wait for a registry's answer to begin.
+	headerTimeout = 30 * time.Second
+	// stallTimeout is how long a layer may stand still before its transfer is given up.
+	// containerd's own limit is image_pull_progress_timeout, 5 minutes.
+	stallTimeout = 2 * time.Minute
 	// layersAtOnce is containerd's max_concurrent_downloads.
 	layersAtOnce = 3
-	// A limited transfer has a connection for each perConnection bytes a second: what they have read and not handed on is
-	// lost when it is cut off. The buffer of each holds its part of the limit for bufferFor seconds, a long round trip.
+	// A limited transfer has one connection for each perConnection bytes a second. What a
+	// connection has read and not handed on is lost when the transfer is cut off. Its buffer holds
+	// the connection's part of the limit for bufferFor seconds, which is a long round trip.
 	perConnection = 10 << 20
 	bufferFor     = .05
 	minBuffer     = 64 << 10
@@ -47,8 +51,11 @@ const (
 	minBurst = 256 << 10
 )
 
-// remote is an image in a registry, seen with one credential.
-type remote struct {
+// ErrStalled ends a transfer that stands still.
+var ErrStalled = errors.New("the registry sends nothing any more")
+
+// Image is an image in a registry, reached with one credential.
+type Image struct {
 	resolver remotes.Resolver
 	ref      string // as the registry host understands it
 	desc     ocispec.Descriptor
@@ -59,12 +66,13 @@ type remote struct {
 	authorizing sync.Mutex // held while a request is authorized
 
 	read     atomic.Int64 // bytes of all answers
-	answered atomic.Bool  // somebody has answered, whatever it was
+	answered atomic.Bool  // a registry has answered, whatever the answer was
 	looking  atomic.Bool  // what is read is bounded, and is not slowed down
 }
 
-// oneByOne authorizes one request at a time. containerd's authorizer reads the expiry of a token that another request is
-// fetching (remotes/docker, doBearerAuth); others would wait for that token anyway.
+// oneByOne authorizes one request at a time. containerd's authorizer reads the expiry of a token
+// while another request fetches the token (remotes/docker, doBearerAuth). The requests would wait
+// for that token anyway.
 type oneByOne struct {
 	docker.Authorizer
 	mu *sync.Mutex
@@ -77,12 +85,14 @@ func (o *oneByOne) Authorize(ctx context.Context, req *http.Request) error {
 	return o.Authorizer.Authorize(ctx, req)
 }
 
-// Hosts finds how registries are reached, as the runtime would. options have the credentials and the hook for clients
-// (UpdateClient) of one image; it is asked for each image anew, so that what has changed meanwhile counts.
+// Hosts finds how registries are reached, as the runtime would. options have the credentials of one
+// image and the hook for clients (UpdateClient). Hosts is called for each image anew, so that it
+// sees what has changed meanwhile.
 type Hosts func(ctx context.Context, options config.HostOptions) (docker.RegistryHosts, error)
 
-// hostsFrom reads containerd's config_path, and nothing else of its configuration.
-func hostsFrom(dir string) Hosts {
+// HostsFrom reads containerd's config_path, and nothing else of its configuration. An empty dir
+// means /etc/containerd/certs.d.
+func HostsFrom(dir string) Hosts {
 	if dir == "" {
 		dir = "/etc/containerd/certs.d"
 	}
@@ -92,13 +102,16 @@ func hostsFrom(dir string) Hosts {
 	}
 }
 
-// newRemote returns the image as it is reached, and asks for nothing yet. limit may be nil. The caller calls close unless there is an error.
-func newRemote(ctx context.Context, find Hosts, ref string, credential *opsv1.RegistryCredential, limit *rate.Limiter) (*remote, error) {
-	r := &remote{ref: ref}
+// NewImage returns the image that ref, in full form, names. It asks the registry for nothing yet.
+// Both credential and limit may be nil. The caller closes the image.
+func NewImage(
+	ctx context.Context, find Hosts, ref string, credential *opsv1.RegistryCredential, limit *rate.Limiter,
+) (*Image, error) {
+	r := &Image{ref: ref}
 	options := config.HostOptions{
 		UpdateClient: func(c *http.Client) error {
 			if t, ok := c.Transport.(*http.Transport); ok {
-				t.ResponseHeaderTimeout = headerPatience
+				t.ResponseHeaderTimeout = headerTimeout
 				t.DialContext = impatient(t.DialContext)
 				if limit != nil {
 					t.DialContext = smallBuffers(t.DialContext, limit)
@@ -114,8 +127,8 @@ func newRemote(ctx context.Context, find Hosts, ref string, credential *opsv1.Re
 			return nil
 		},
 	}
-	if auth := authConfig(credential); auth != nil {
-		// A refresh token without a name, as containerd's CRI plugin does it.
+	if auth := AuthConfig(credential); auth != nil {
+		// A refresh token goes without a user name, as in containerd's CRI plugin.
 		name, secret := auth.GetUsername(), auth.GetPassword()
 		if auth.GetIdentityToken() != "" {
 			name, secret = "", auth.GetIdentityToken()
@@ -139,8 +152,14 @@ func newRemote(ctx context.Context, find Hosts, ref string, credential *opsv1.Re
 	return r, nil
 }
 
-// resolve asks what the image's name means, with HEAD as the runtime does.
-func (r *remote) resolve(ctx context.Context) error {
+// Answered reports whether a registry has answered, whatever the answer was.
+func (r *Image) Answered() bool { return r.answered.Load() }
+
+// BytesRead is how many bytes of answers have come.
+func (r *Image) BytesRead() int64 { return r.read.Load() }
+
+// Resolve asks what the image's name means, with HEAD as the runtime does.
+func (r *Image) Resolve(ctx context.Context) error {
 	r.looking.Store(true)
 	defer r.looking.Store(false)
 	ref, desc, err := r.resolver.Resolve(ctx, r.ref)
@@ -152,20 +171,21 @@ func (r *remote) resolve(ctx context.Context) error {
 
 type dial = func(ctx context.Context, network, addr string) (net.Conn, error)
 
-// impatient gives up early on hosts that do not answer: a blob may be led to one that only the runtime's proxy reaches.
+// impatient gives up early on hosts that do not answer: a registry may redirect to a host that only
+// the runtime reaches, through its proxy.
 func impatient(next dial) dial {
 	if next == nil {
 		next = (&net.Dialer{}).DialContext
 	}
 	return func(ctx context.Context, network, addr string) (net.Conn, error) {
-		ctx, cancel := context.WithTimeout(ctx, lookupPatience)
+		ctx, cancel := context.WithTimeout(ctx, LookUpTimeout)
 		defer cancel()
 		return next(ctx, network, addr)
 	}
 }
 
-// smallBuffers makes connections hold little that has not been read. When a slow transfer is cut off, what waits in the kernel is
-// lost and comes again: that is several MiB a connection by default.
+// smallBuffers makes connections hold little that has not been read. What waits in the kernel when
+// a slow transfer is cut off is lost and comes again. By default that is several MiB a connection.
 func smallBuffers(next dial, limit *rate.Limiter) dial {
 	size := min(max(int(float64(limit.Limit())*bufferFor)/connections(limit), minBuffer), maxBuffer)
 	return func(ctx context.Context, network, addr string) (net.Conn, error) {
@@ -177,8 +197,8 @@ func smallBuffers(next dial, limit *rate.Limiter) dial {
 	}
 }
 
-// close lets go of connections that are kept for further requests.
-func (r *remote) close() {
+// Close closes the connections that are kept for further requests.
+func (r *Image) Close() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, t := range r.conns {
@@ -186,19 +206,20 @@ func (r *remote) close() {
 	}
 }
 
-// manifest brings the image's manifests and config, which are a few kilobytes, into the content store and returns the layers for this
-// node's platform. What is there is not asked for.
-func (r *remote) manifest(ctx context.Context, store content.Store) (*manifest, error) {
+// Manifest fetches the image's manifests and config, which are a few kilobytes, into the content
+// store and returns the layers for this node's platform. It does not fetch what is there. Call
+// Resolve before.
+func (r *Image) Manifest(ctx context.Context, store content.Store) (*imagestore.Manifest, error) {
 	r.looking.Store(true)
 	defer r.looking.Store(false)
 	fetcher, err := r.resolver.Fetcher(ctx, r.ref)
 	if err != nil {
 		return nil, err
 	}
-	return readManifest(ctx, provider{store, fetcher}, r.desc)
+	return imagestore.ReadManifest(ctx, provider{store, fetcher}, r.desc)
 }
 
-// provider has the blobs of a registry, by way of the content store.
+// provider fetches blobs of a registry into the content store and reads them there.
 type provider struct {
 	store   content.Store
 	fetcher remotes.Fetcher
@@ -214,7 +235,7 @@ func (p provider) ReaderAt(ctx context.Context, d ocispec.Descriptor) (content.R
 	return p.store.ReaderAt(ctx, d)
 }
 
-// noLonger reads no more of a blob than there is to be.
+// noLonger reads no more of a blob than its descriptor says, and one byte.
 type noLonger struct{ remotes.Fetcher }
 
 // Fetch implements [remotes.Fetcher].
@@ -229,8 +250,11 @@ func (f noLonger) Fetch(ctx context.Context, d ocispec.Descriptor) (io.ReadClose
 	}{io.LimitReader(rc, d.Size+1), rc}, nil
 }
 
-// layers fetches the layers into the content store. What is there, in part or as a whole, is not fetched again.
-func (r *remote) layers(ctx context.Context, log logrus.FieldLogger, store content.Store, layers []ocispec.Descriptor, limit *rate.Limiter) error {
+// Layers fetches the layers into the content store. It does not fetch again what is there, be it a
+// part of a layer. limit is the one of [NewImage].
+func (r *Image) Layers(
+	ctx context.Context, log logrus.FieldLogger, store content.Store, layers []ocispec.Descriptor, limit *rate.Limiter,
+) error {
 	fetcher, err := r.resolver.Fetcher(ctx, r.ref)
 	if err != nil {
 		return err
@@ -251,11 +275,11 @@ func fetch(ctx context.Context, store content.Store, fetcher remotes.Fetcher, d 
 	return nil
 }
 
-// meter slows down what is read from responses, and gives up on those that stand still.
+// meter slows down the reading of responses, and gives up on responses that stand still.
 type meter struct {
 	next  http.RoundTripper
-	limit *rate.Limiter // nil: not slowed down
-	r     *remote
+	limit *rate.Limiter // nil: none
+	r     *Image
 }
 
 // RoundTrip implements [http.RoundTripper].
@@ -281,9 +305,6 @@ type meteredBody struct {
 	ctx func() context.Context // the request's
 }
 
-// errStalled ends a transfer that stands still.
-var errStalled = errors.New("the registry sends nothing any more")
-
 func (b *meteredBody) Read(p []byte) (int, error) {
 	l := b.m.limit
 	if b.m.r.looking.Load() {
@@ -292,11 +313,11 @@ func (b *meteredBody) Read(p []byte) (int, error) {
 	if l != nil && len(p) > l.Burst() {
 		p = p[:l.Burst()]
 	}
-	stalled := time.AfterFunc(stallPatience, func() { _ = b.Close() })
+	stalled := time.AfterFunc(stallTimeout, func() { _ = b.Close() })
 	n, err := b.ReadCloser.Read(p)
 	b.m.r.read.Add(int64(n))
 	if !stalled.Stop() && err != nil {
-		err = fmt.Errorf("%w (%s)", errStalled, stallPatience)
+		err = fmt.Errorf("%w (%s)", ErrStalled, stallTimeout)
 	}
 	if l != nil && n > 0 {
 		if werr := l.WaitN(b.ctx(), n); werr != nil && err == nil {
@@ -306,7 +327,7 @@ func (b *meteredBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// connections is how many layers are fetched at once.
+// connections is how many layers are fetched at the same time.
 func connections(limit *rate.Limiter) int {
 	if limit == nil {
 		return layersAtOnce
@@ -314,8 +335,8 @@ func connections(limit *rate.Limiter) int {
 	return min(max(int(limit.Limit()/perConnection), 1), layersAtOnce)
 }
 
-// newLimiter returns a limiter for bytes per second; nil for no limit.
-func newLimiter(bytesPerSecond int64) *rate.Limiter {
+// NewLimiter returns a limiter for bytes per second; nil for no limit.
+func NewLimiter(bytesPerSecond int64) *rate.Limiter {
 	if bytesPerSecond <= 0 {
 		return nil
 	}

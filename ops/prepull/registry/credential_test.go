@@ -1,32 +1,26 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package prepull
+package registry_test
 
 import (
 	"testing"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/ops/prepull/registry"
 )
 
-func credentials(matches ...string) []*opsv1.RegistryCredential {
-	var out []*opsv1.RegistryCredential
-	for _, m := range matches {
-		out = append(out, &opsv1.RegistryCredential{Match: m, Username: m})
-	}
-	return out
-}
-
 func TestAuthConfig(t *testing.T) {
-	if authConfig(nil) != nil {
+	if registry.AuthConfig(nil) != nil {
 		t.Error("no credential is one")
 	}
-	basic := authConfig(&opsv1.RegistryCredential{Username: "u", Password: "p"})
+	basic := registry.AuthConfig(&opsv1.RegistryCredential{Username: "u", Password: "p"})
 	if basic.GetUsername() != "u" || basic.GetPassword() != "p" {
 		t.Errorf("%v", basic)
 	}
 	// containerd would take the name, and leave the token.
-	token := authConfig(&opsv1.RegistryCredential{Username: "00000000-0000-0000-0000-000000000000", IdentityToken: "t"})
+	const noName = "00000000-0000-0000-0000-000000000000"
+	token := registry.AuthConfig(&opsv1.RegistryCredential{Username: noName, IdentityToken: "t"})
 	if token.GetUsername() != "" || token.GetIdentityToken() != "t" {
 		t.Errorf("%v", token)
 	}
@@ -47,7 +41,7 @@ func TestNormalize(t *testing.T) {
 		"[::1]:5000/app":            "[::1]:5000/app:latest",
 		"registry.io/a/b/c/d/e/f:1": "registry.io/a/b/c/d/e/f:1",
 	} {
-		named, err := normalize(image)
+		named, err := registry.Normalize(image)
 		if err != nil || named.String() != want {
 			t.Errorf("%s: %v, %v", image, named, err)
 		}
