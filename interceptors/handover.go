@@ -26,17 +26,17 @@ var looksAtFirst = map[string]bool{
 	runtimeapi.RuntimeService_CheckpointContainer_FullMethodName: true,
 }
 
-var _ proxy.Looker = (*Director)(nil)
+var _ proxy.Depender = (*Director)(nil)
 
-// Looks implements [proxy.Looker].
-func (d *Director) Looks(method string) proxy.Looks {
+// Dependency implements [proxy.Depender].
+func (d *Director) Dependency(method string) proxy.Dependency {
 	switch {
 	case looksAtFirst[method]:
-		return proxy.LooksAtFirst
+		return proxy.UntilForwarded
 	case d.always[method] != nil || d.active[method] != nil || d.stream[method] != nil:
-		return proxy.LooksToTheEnd
+		return proxy.UntilAnswered
 	default:
-		return proxy.LooksNever
+		return proxy.Independent
 	}
 }
 

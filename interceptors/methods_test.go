@@ -151,13 +151,13 @@ func TestMethods(t *testing.T) {
 		if !strings.HasPrefix(method, "/runtime.v1.") {
 			short = fmt.Sprintf("%q", method)
 		}
-		depends := map[proxy.Looks]string{
-			proxy.LooksNever: "never", proxy.LooksAtFirst: "forwarded", proxy.LooksToTheEnd: "answered",
+		depends := map[proxy.Dependency]string{
+			proxy.Independent: "never", proxy.UntilForwarded: "forwarded", proxy.UntilAnswered: "answered",
 		}
-		if got := bare.director.Looks(method); got != beds[0].director.Looks(method) {
+		if got := bare.director.Dependency(method); got != beds[0].director.Dependency(method) {
 			short += "(bare:" + depends[got] + ")"
 		}
-		fmt.Fprint(w, short, "\t", depends[beds[0].director.Looks(method)], "\t", waitsForJudge(t, method), "\t",
+		fmt.Fprint(w, short, "\t", depends[beds[0].director.Dependency(method)], "\t", waitsForJudge(t, method), "\t",
 			inAnotherVersion(t, method), "\t", bare.answers(method))
 		for _, b := range beds {
 			fmt.Fprint(w, "\t", b.answers(method))

@@ -9,14 +9,16 @@ import (
 	"sync/atomic"
 )
 
-// goAwayFrame is the type of the HTTP/2 frame that sends a client elsewhere (RFC 9113, section 6.8).
+// goAwayFrame is the type of the HTTP/2 frame that sends a client elsewhere (RFC 9113, section
+// 6.8).
 const goAwayFrame = 0x7
 
 // frameHeader is the length of the header of every HTTP/2 frame.
 const frameHeader = 9
 
-// clientConn is a connection of which is known whether the client has been sent elsewhere. gRPC does not tell, and what the
-// client is told after that comes too early if it is sent before: it would come again on the same connection.
+// clientConn is a connection that knows whether its client has been sent elsewhere. gRPC does not
+// tell. What is to be told to the client after that must not be sent before: the client would come
+// again on the same connection.
 type clientConn struct {
 	net.Conn
 	away chan struct{} // closed when it has, or is closed

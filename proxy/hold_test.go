@@ -18,31 +18,31 @@ import (
 	"google.golang.org/grpc/codes"
 )
 
-// looker says how long calls of Version and Status look; others never do.
-type looker struct {
+// depender says how long calls of Version and Status depend on it; others never do.
+type depender struct {
 	*director
-	version proxy.Looks
+	version proxy.Dependency
 }
 
-func (l *looker) Looks(method string) proxy.Looks {
+func (l *depender) Dependency(method string) proxy.Dependency {
 	if method == methodVersion {
 		return l.version
 	}
-	return proxy.LooksNever
+	return proxy.Independent
 }
 
 func TestHold(t *testing.T) {
 	for name, c := range map[string]struct {
-		looks proxy.Looks
-		waits bool
+		dependency proxy.Dependency
+		waits      bool
 	}{
-		"to the end": {proxy.LooksToTheEnd, true},
-		"at first":   {proxy.LooksAtFirst, false},
-		"never":      {proxy.LooksNever, false},
+		"to the end": {proxy.UntilAnswered, true},
+		"at first":   {proxy.UntilForwarded, false},
+		"never":      {proxy.Independent, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			release := make(chan struct{})
-			b := newBed(t, proxy.Options{Director: &looker{&director{}, c.looks}})
+			b := newBed(t, proxy.Options{Director: &depender{&director{}, c.dependency}})
 			entered := make(chan struct{}, 8)
 			hold := holding(release)
 			b.backend.answer(func(method string, s grpc.ServerStream) error {

@@ -58,7 +58,7 @@ func (c *call) directUnknown(ctx context.Context, cancel context.CancelCauseFunc
 			return done, nil
 		}
 		// Calls are held until it is known who has the view, and then go there.
-		if err := c.s.flight.enter(ctx, c); err != nil {
+		if err := c.s.inflight.enter(ctx, c); err != nil {
 			return nil, err
 		}
 		if c.s.director.Load() == d && !c.diverted {
@@ -137,7 +137,7 @@ func (c *call) interceptUnary(take UnaryInterceptor, req *frame) error {
 		}
 		var resp frame
 		last.called = true
-		c.s.flight.forwarded(c)
+		c.s.inflight.forwarded(c)
 		last.resp, last.err = nil, c.invoke(ctx, newFrame(b), &resp)
 		if last.err == nil {
 			last.resp = resp.data.Materialize()
@@ -190,7 +190,9 @@ func (c *call) isAnswer(err error) bool {
 }
 
 // interceptStream lets take change the request and filter the answers.
-func (c *call) interceptStream(ctx context.Context, cancel context.CancelCauseFunc, take StreamInterceptor, req *frame) error {
+func (c *call) interceptStream(
+	ctx context.Context, cancel context.CancelCauseFunc, take StreamInterceptor, req *frame,
+) error {
 	c.s.intercepted.Add(1)
 	raw := req.data.Materialize()
 	req.free()
@@ -219,7 +221,9 @@ func (c *call) interceptStream(ctx context.Context, cancel context.CancelCauseFu
 }
 
 // runStream calls take and turns a panic into an error.
-func (c *call) runStream(ctx context.Context, take StreamInterceptor, req []byte) (changed []byte, filter StreamFilter, err error) {
+func (c *call) runStream(
+	ctx context.Context, take StreamInterceptor, req []byte,
+) (changed []byte, filter StreamFilter, err error) {
 	defer c.s.catch(c.name, func() { changed, filter, err = nil, nil, &panicError{value: "interceptor"} })
 	return take(ctx, c.name, req)
 }
@@ -233,7 +237,9 @@ func (c *call) closeFilter(f StreamFilter) {
 // sends to the caller and calls the filter; a second one only reads the runtime
 // and hands over one message at a time, so that back-pressure holds. cancel ends
 // the upstream, and with it the reader.
-func (c *call) filterStream(ctx context.Context, cancel context.CancelCauseFunc, runtime grpc.ClientStream, filter StreamFilter) error {
+func (c *call) filterStream(
+	ctx context.Context, cancel context.CancelCauseFunc, runtime grpc.ClientStream, filter StreamFilter,
+) error {
 	steps := make(chan step)
 	var reader sync.WaitGroup
 	reader.Go(func() { readSteps(ctx, runtime, steps) })

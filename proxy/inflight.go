@@ -15,29 +15,30 @@ import (
 // errEnded is the cause of the context of a stream that a drain has ended.
 var errEnded = errors.New("stream ended by the drain")
 
-// flight keeps account of the calls in flight. A drain waits for all but the
+// inflight keeps account of the calls in flight. A drain waits for all but the
 // endless streams, which it ends.
-type flight struct {
-	mu      sync.Mutex // guards all following fields
-	total   int
-	uploads int // client-to-runtime halves of bidirectional calls
-	endless map[*call]context.CancelCauseFunc
-	ended   bool             // streams that begin now are ended at once
-	looking int              // calls that look, see [Server.Hold]
-	held    chan struct{}    // not nil: calls that begin wait until it is closed
-	divert  *grpc.ClientConn // not nil: where calls that begin go
-	waiters []chan struct{}  // closed at the next change of the counts
+type inflight struct {
+	mu        sync.Mutex // guards all following fields
+	total     int
+	uploads   int // client-to-runtime halves of bidirectional calls
+	endless   map[*call]context.CancelCauseFunc
+	ended     bool             // streams that begin now are ended at once
+	depending int              // calls that depend on the director, see [Server.Hold]
+	held      chan struct{}    // not nil: calls that begin wait until it is closed
+	divert    *grpc.ClientConn // not nil: where calls that begin go
+	waiters   []chan struct{}  // closed at the next change of the counts
 }
 
-func (f *flight) begin(c *call) {
+func (f *inflight) begin(c *call) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.total++
 	c.m.inFlight++
 }
 
-// enter waits while calls are held, and then says where the call goes. Its error is the call's answer.
-func (f *flight) enter(ctx context.Context, c *call) error {
+// enter waits while calls are held, and then says where the call goes. Its error is the call's
+// answer.
+func (f *inflight) enter(ctx context.Context, c *call) error {
 	for {
 		held := f.tryEnter(c)
 		if held == nil {
@@ -51,7 +52,7 @@ func (f *flight) enter(ctx context.Context, c *call) error {
 	}
 }
 
-func (f *flight) tryEnter(c *call) (held <-chan struct{}) {
+func (f *inflight) tryEnter(c *call) (held <-chan struct{}) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	switch {
@@ -61,44 +62,44 @@ func (f *flight) tryEnter(c *call) (held <-chan struct{}) {
 		c.conn, c.diverted = f.divert, true
 	default:
 		c.conn = c.s.up.conn
-		if c.looks = c.m.looks; c.looks != LooksNever && !c.probe {
-			c.looking = true
-			c.m.looking++
-			f.looking++
+		if c.dependency = c.m.dependency; c.dependency != Independent && !c.probe {
+			c.depending = true
+			c.m.depending++
+			f.depending++
 		}
 	}
 	return nil
 }
 
 // forwarded is called when c is sent on.
-func (f *flight) forwarded(c *call) {
-	if c.looks != LooksAtFirst {
+func (f *inflight) forwarded(c *call) {
+	if c.dependency != UntilForwarded {
 		return
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.lookedLocked(c)
+	f.independentLocked(c)
 }
 
-func (f *flight) lookedLocked(c *call) {
-	if !c.looking {
+func (f *inflight) independentLocked(c *call) {
+	if !c.depending {
 		return
 	}
-	c.looking = false
-	c.m.looking--
-	f.looking--
+	c.depending = false
+	c.m.depending--
+	f.depending--
 	f.wakeLocked()
 }
 
-// looks returns how many calls look.
-func (f *flight) looks() int {
+// dependents returns how many calls depend on the director.
+func (f *inflight) dependents() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.looking
+	return f.depending
 }
 
 // markEndless says that a drain may end c by cancel.
-func (f *flight) markEndless(c *call, cancel context.CancelCauseFunc) {
+func (f *inflight) markEndless(c *call, cancel context.CancelCauseFunc) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.ended {
@@ -111,65 +112,65 @@ func (f *flight) markEndless(c *call, cancel context.CancelCauseFunc) {
 	f.wakeLocked()
 }
 
-func (f *flight) end(c *call) {
+func (f *inflight) end(c *call) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.total--
 	c.m.inFlight--
-	f.lookedLocked(c)
+	f.independentLocked(c)
 	delete(f.endless, c)
 	f.wakeLocked()
 }
 
-func (f *flight) beginUpload() {
+func (f *inflight) beginUpload() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.uploads++
 }
 
-func (f *flight) endUpload() {
+func (f *inflight) endUpload() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.uploads--
 	f.wakeLocked()
 }
 
-func (f *flight) wakeLocked() {
+func (f *inflight) wakeLocked() {
 	for _, w := range f.waiters {
 		close(w)
 	}
 	f.waiters = nil
 }
 
-func (f *flight) count() int {
+func (f *inflight) count() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.total
 }
 
 // finite returns how many calls will end by themselves.
-func (f *flight) finite() int {
+func (f *inflight) finite() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.total - len(f.endless)
 }
 
 // streams returns how many calls a drain has to end.
-func (f *flight) streams() int {
+func (f *inflight) streams() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return len(f.endless)
 }
 
 // goroutines returns how many goroutines still work for calls.
-func (f *flight) goroutines() int {
+func (f *inflight) goroutines() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.total + f.uploads
 }
 
 // wait returns nil as soon as count, a method of f, returns 0.
-func (f *flight) wait(ctx context.Context, count func() int) error {
+func (f *inflight) wait(ctx context.Context, count func() int) error {
 	for {
 		changed := make(chan struct{})
 		f.mu.Lock()
@@ -187,7 +188,7 @@ func (f *flight) wait(ctx context.Context, count func() int) error {
 }
 
 // endStreams ends the endless streams, and with final those still to come.
-func (f *flight) endStreams(final bool) {
+func (f *inflight) endStreams(final bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.ended = f.ended || final
