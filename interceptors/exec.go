@@ -11,12 +11,13 @@ import (
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
-// execSync on a masked container runs while its process lives; after that it is
-// Unavailable, which keeps a probe from counting a failure. It is always taken, because a probe that begins before the mask
-// may be killed behind it, and one failure may be all that kubelet waits for.
+// execSync on a masked container runs while its process lives; after that it is Unavailable, which
+// keeps a probe from counting a failure. It is always taken, because a probe that begins before the
+// mask may be killed behind it, and one failure may be all that kubelet waits for.
 func (d *Director) execSync(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.ExecSyncRequest{})
 	if err != nil {
@@ -55,7 +56,9 @@ func (d *Director) attach(ctx context.Context, _ string, raw []byte, next proxy.
 	return d.inContainer(ctx, req.GetContainerId(), raw, next)
 }
 
-func (d *Director) checkpointContainer(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+func (d *Director) checkpointContainer(
+	ctx context.Context, _ string, raw []byte, next proxy.UnaryNext,
+) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.CheckpointContainerRequest{})
 	if err != nil {
 		return nil, err
@@ -92,11 +95,11 @@ func (d *Director) inContainer(ctx context.Context, id string, raw []byte, next 
 }
 
 func (d *Director) masked(id string) bool {
-	claim, full := d.view.byContainer(id)
-	return claim != nil && d.view.judge(full) == masked
+	claim, full := d.view.ByContainer(id)
+	return claim != nil && d.view.Verdict(full) == view.Masked
 }
 
-func logrusFields(s Slot, method string) logrus.Fields {
+func logrusFields(s view.Slot, method string) logrus.Fields {
 	f := logrus.Fields{"pod": s.PodUID, "container": s.Container}
 	if method != "" {
 		f["method"] = method

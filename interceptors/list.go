@@ -6,13 +6,15 @@ package interceptors
 import (
 	"context"
 
+	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
-// listContainers shows the list as kubelet must see it. A filter by state is
-// evaluated here, on the state shown, because the runtime would evaluate it on the real one.
+// listContainers shows the list as kubelet must see it. It evaluates a filter by state itself, on
+// the state shown, because the runtime would evaluate it on the real one.
 func (d *Director) listContainers(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.ListContainersRequest{})
 	if err != nil {
@@ -23,13 +25,13 @@ func (d *Director) listContainers(ctx context.Context, _ string, raw []byte, nex
 	if err != nil {
 		return nil, err
 	}
-	look := d.view.look(decidedIn(ctx))
-	defer look.end()
-	look.hideUntold(all)
+	snapshot := d.snapshot(ctx)
+	defer snapshot.End()
+	snapshot.HideUnacknowledged(all)
 	return forward(ctx, upstream, next, &runtimeapi.ListContainersResponse{}, func(m *runtimeapi.ListContainersResponse) {
-		m.Containers = look.showContainers(m.Containers, want)
+		m.Containers = snapshot.showContainers(m.Containers, want)
 		if want == nil {
-			d.view.told(m.Containers)
+			d.view.AckList(m.Containers)
 		}
 	})
 }
@@ -41,29 +43,30 @@ func (d *Director) streamContainers(ctx context.Context, _ string, raw []byte) (
 		return nil, nil, err
 	}
 	all := everything(req.GetFilter())
-	// The state filter is always evaluated here: an operation may begin while the stream is open. One that is active
-	// may end in the middle; then what the stream lists counts as told.
+	// The state filter is always evaluated here: an operation may begin while the stream is open. An
+	// active one may end in the middle; then kubelet has been told of what the stream lists.
 	upstream, want, err := withoutState(raw, req, req.GetFilter())
 	if err != nil {
 		return nil, nil, err
 	}
-	look := d.view.look(decidedIn(ctx))
-	look.hideUntold(all)
-	return upstream, &messageFilter{look: look, always: want != nil || d.view.Active(), change: func(b []byte) ([]byte, error) {
+	snapshot := d.snapshot(ctx)
+	snapshot.HideUnacknowledged(all)
+	change := func(b []byte) ([]byte, error) {
 		m, err := decode(b, &runtimeapi.StreamContainersResponse{})
 		if err != nil {
 			return nil, err
 		}
 		had := len(m.Containers)
-		m.Containers = look.showContainers(m.Containers, want)
+		m.Containers = snapshot.showContainers(m.Containers, want)
 		if want == nil {
-			d.view.told(m.Containers)
+			d.view.AckList(m.Containers)
 		}
 		if had > 0 && len(m.Containers) == 0 {
 			return nil, nil // a runtime sends no empty messages either
 		}
 		return encode(m)
-	}}, nil
+	}
+	return upstream, &messageFilter{snapshot: snapshot, always: want != nil || d.view.Active(), change: change}, nil
 }
 
 // everything reports whether the filter lets all through.
@@ -75,7 +78,7 @@ func everything(f *runtimeapi.ContainerFilter) bool {
 // and returns the request to send and the state asked for.
 func withoutState[M interface {
 	*runtimeapi.ListContainersRequest | *runtimeapi.StreamContainersRequest
-	protoMessage
+	proto.Message
 }](raw []byte, req M, f *runtimeapi.ContainerFilter) ([]byte, *runtimeapi.ContainerState, error) {
 	if f.GetState() == nil {
 		return raw, nil, nil
@@ -86,13 +89,16 @@ func withoutState[M interface {
 	return b, &want, err
 }
 
-// showContainers drops what is hidden, shows masked ones running, and keeps those in state want (nil: all).
-func (l *look) showContainers(list []*runtimeapi.Container, want *runtimeapi.ContainerState) []*runtimeapi.Container {
+// showContainers drops what is hidden, shows masked ones running, and keeps those in state want
+// (nil: all).
+func (s *snapshot) showContainers(
+	list []*runtimeapi.Container, want *runtimeapi.ContainerState,
+) []*runtimeapi.Container {
 	return without(list, func(c *runtimeapi.Container) bool {
-		switch l.judge(c.GetId(), c.GetAnnotations()) {
-		case hidden:
+		switch s.judge(c.GetId(), c.GetAnnotations()) {
+		case view.Hidden:
 			return true
-		case masked:
+		case view.Masked:
 			c.State = runtimeapi.ContainerState_CONTAINER_RUNNING
 		}
 		return want != nil && c.GetState() != *want

@@ -5,9 +5,12 @@ package interceptors_test
 
 import (
 	"io"
+	"slices"
 	"testing"
 
 	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -55,5 +58,49 @@ func TestImageStatus(t *testing.T) {
 	}
 	if b.director.Unary(status) != nil {
 		t.Error("it is looked at for nothing")
+	}
+}
+
+// told is what pulls ahead of time are told of kubelet's.
+type told []string
+
+func (l *told) KubeletPulls(image string) func() {
+	*l = append(*l, "pulls "+image)
+	return func() { *l = append(*l, "done") }
+}
+
+// TestPullImage: pulls ahead of time are told which image kubelet pulls, and what is no request is the runtime's to refuse.
+func TestPullImage(t *testing.T) {
+	const pull = runtimeapi.ImageService_PullImage_FullMethodName
+	raw, err := proto.Marshal(&runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: "nginx:1"}, Auth: &runtimeapi.AuthConfig{Password: "secret"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	refused := status.Error(codes.Internal, "no")
+	for _, tt := range []struct {
+		name string
+		raw  []byte
+		err  error
+		want []string
+	}{
+		{"pulled", raw, nil, []string{"pulls nginx:1", "done"}},
+		{"refused", raw, refused, []string{"pulls nginx:1", "done"}},
+		{"without an image", nil, nil, []string{"pulls ", "done"}},
+		{"no request", []byte{0xff}, refused, []string{"pulls ", "done"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			b := newBed(t)
+			log := logrus.New()
+			log.SetOutput(io.Discard)
+			var l told
+			d := interceptors.New(interceptors.Options{View: b.view, Records: b.records, Log: log, Pulls: &l})
+			b.on(pull, always(&runtimeapi.PullImageResponse{ImageRef: "sha256:1"}, tt.err))
+			if _, err := d.Unary(pull)(t.Context(), pull, tt.raw, b.next(pull)); status.Code(err) != status.Code(tt.err) {
+				t.Error(err)
+			}
+			if !slices.Equal(l, tt.want) {
+				t.Errorf("told %q, want %q", l, tt.want)
+			}
+		})
 	}
 }

@@ -10,19 +10,20 @@ import (
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
-// containerStatus does not know hidden containers, shows masked ones running, and tells when a container that had been
-// held at a gate really began, or one whose probes are held is to be taken to begin.
+// containerStatus does not know hidden containers, shows masked ones running, and corrects the
+// start of a container that was held at a gate or whose probes are held.
 func (d *Director) containerStatus(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.ContainerStatusRequest{})
 	if err != nil {
 		return nil, err
 	}
-	look := d.view.look(decidedIn(ctx))
-	defer look.end()
-	heir := d.view.untoldHeir(req.GetContainerId())
+	snapshot := d.snapshot(ctx)
+	defer snapshot.End()
+	successor := d.view.Unacknowledged(req.GetContainerId())
 	b, err := next(ctx, raw)
 	if err != nil {
 		return nil, err
@@ -31,18 +32,17 @@ func (d *Director) containerStatus(ctx context.Context, _ string, raw []byte, ne
 	if err != nil {
 		return nil, err
 	}
-	d.view.asked(m.GetStatus().GetId())
+	d.view.AckStatus(m.GetStatus().GetId())
 	changed := false
-	switch how := look.judge(m.GetStatus().GetId(), m.GetStatus().GetAnnotations()); {
-	case how == hidden:
+	switch how := snapshot.judge(m.GetStatus().GetId(), m.GetStatus().GetAnnotations()); {
+	case how == view.Hidden:
 		return nil, notFound(req.GetContainerId())
-	case how == masked || heir != "" && !d.lost(ctx, heir, next):
+	case how == view.Masked || successor != "" && !d.lost(ctx, successor, next):
 		did(ctx, didMask)
 		showRunning(m.GetStatus())
 		changed = true
 	}
-	if d.view.correct(m.GetStatus()) {
-		did(ctx, didCorrect)
+	if snapshot.correct(m.GetStatus()) {
 		changed = true
 	}
 	if !changed {
@@ -51,8 +51,8 @@ func (d *Director) containerStatus(ctx context.Context, _ string, raw []byte, ne
 	return encode(m)
 }
 
-// lost reports whether a container that has been revealed is gone without anybody having said so: then nobody will ever ask for its
-// status. next asks the runtime for that.
+// lost reports whether a container that has been revealed is gone without anybody having said so:
+// then nobody will ever ask for its status. next asks the runtime for that.
 func (d *Director) lost(ctx context.Context, id string, next proxy.UnaryNext) bool {
 	raw, err := encode(&runtimeapi.ContainerStatusRequest{ContainerId: id})
 	if err != nil {
@@ -65,33 +65,31 @@ func (d *Director) lost(ctx context.Context, id string, next proxy.UnaryNext) bo
 	return true
 }
 
-// podSandboxStatus filters the container statuses that evented PLEG reads from it. With this call kubelet begins to look at all of a
-// pod.
+// podSandboxStatus filters the container statuses that evented PLEG reads from it. With this call
+// kubelet begins to look at all of a pod.
 func (d *Director) podSandboxStatus(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.PodSandboxStatusRequest{})
 	if err != nil {
 		return nil, err
 	}
-	d.view.inspect(req.GetPodSandboxId())
-	look := d.view.look(decidedIn(ctx))
-	defer look.end()
+	d.view.AckSandboxStatus(req.GetPodSandboxId())
+	snapshot := d.snapshot(ctx)
+	defer snapshot.End()
 	return forward(ctx, raw, next, &runtimeapi.PodSandboxStatusResponse{}, func(m *runtimeapi.PodSandboxStatusResponse) {
-		m.ContainersStatuses = look.showStatuses(m.ContainersStatuses)
+		m.ContainersStatuses = snapshot.showStatuses(m.ContainersStatuses)
 	})
 }
 
 // showStatuses drops what is hidden and shows masked ones running.
-func (l *look) showStatuses(list []*runtimeapi.ContainerStatus) []*runtimeapi.ContainerStatus {
-	return without(list, func(s *runtimeapi.ContainerStatus) bool {
-		switch l.judge(s.GetId(), s.GetAnnotations()) {
-		case hidden:
+func (s *snapshot) showStatuses(list []*runtimeapi.ContainerStatus) []*runtimeapi.ContainerStatus {
+	return without(list, func(c *runtimeapi.ContainerStatus) bool {
+		switch s.judge(c.GetId(), c.GetAnnotations()) {
+		case view.Hidden:
 			return true
-		case masked:
-			showRunning(s)
+		case view.Masked:
+			showRunning(c)
 		}
-		if l.view.correct(s) {
-			l.did.add(didCorrect)
-		}
+		s.correct(c)
 		return false
 	})
 }
