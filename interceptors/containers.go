@@ -7,6 +7,7 @@ import (
 	"context"
 	"time"
 
+	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -22,10 +23,22 @@ const (
 	labelContainer = "io.kubernetes.container.name"
 )
 
+// lifecycle takes the calls that make, change, stop and remove containers, and those that stop and
+// remove sandboxes with all containers in them.
+type lifecycle struct {
+	view      *view.View
+	records   Records
+	overrides Overrides
+	pods      Pods       // may be nil
+	made      Successors // may be nil
+	runtime   runtimeapi.RuntimeServiceClient
+	log       logrus.FieldLogger
+}
+
 // createContainer records the request as kubelet sent it, and lets an operation on the slot finish
 // first: kubelet creates in a slot only after it stopped the incumbent, which made the operation
 // give way. An operation that has the very container ready answers with it.
-func (d *Director) createContainer(
+func (l *lifecycle) createContainer(
 	ctx context.Context, method string, raw []byte, next proxy.UnaryNext,
 ) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.CreateContainerRequest{})
@@ -35,25 +48,25 @@ func (d *Director) createContainer(
 	labels := req.GetConfig().GetLabels()
 	slot := view.Slot{PodUID: labels[labelPodUID], Container: labels[labelContainer]}
 	if slot.PodUID != "" && slot.Container != "" {
-		if id := d.prepared(ctx, method, slot, req); id != "" {
+		if id := l.prepared(ctx, method, slot, req); id != "" {
 			did(ctx, didAdopt)
 			return encode(&runtimeapi.CreateContainerResponse{ContainerId: id})
 		}
-		if id := d.replaced(ctx, slot, req); id != "" {
+		if id := l.replaced(ctx, slot, req); id != "" {
 			did(ctx, didAdopt)
 			return encode(&runtimeapi.CreateContainerResponse{ContainerId: id})
 		}
-		if d.view.Claimed(slot) {
+		if l.view.Claimed(slot) {
 			did(ctx, didHold)
-			d.log.WithFields(logrusFields(slot, method)).Info("waiting for the operation on this slot")
+			l.log.WithFields(logrusFields(slot, method)).Info("waiting for the operation on this slot")
 		}
-		claim, err := d.view.Claim(ctx, slot)
+		claim, err := l.view.Claim(ctx, slot)
 		if err != nil {
 			return nil, status.FromContextError(err).Err()
 		}
 		defer claim.Release()
-		if d.overrides.Any() {
-			if raw, err = d.overridden(ctx, slot, req, raw); err != nil {
+		if l.overrides.Any() {
+			if raw, err = l.overridden(ctx, slot, req, raw); err != nil {
 				return nil, err
 			}
 		}
@@ -66,17 +79,17 @@ func (d *Director) createContainer(
 	if err != nil {
 		return nil, err
 	}
-	d.records.Created(resp.GetContainerId(), raw)
-	d.view.Created(slot, resp.GetContainerId(), req)
+	l.records.Created(resp.GetContainerId(), raw)
+	l.view.Created(slot, resp.GetContainerId(), req)
 	return b, nil
 }
 
 // overridden returns the request with the image that the slot has in place of the one in the pod's
 // spec, or raw as it is. The result is also what is recorded of the container.
-func (d *Director) overridden(
+func (l *lifecycle) overridden(
 	ctx context.Context, slot view.Slot, req *runtimeapi.CreateContainerRequest, raw []byte,
 ) ([]byte, error) {
-	changed, err := d.overrides.Apply(ctx, slot, req)
+	changed, err := l.overrides.Apply(ctx, slot, req)
 	if err != nil || !changed {
 		return raw, err
 	}
@@ -85,10 +98,10 @@ func (d *Director) overridden(
 }
 
 // prepared returns the container that an operation on the slot has ready for the request, or "".
-func (d *Director) prepared(
+func (l *lifecycle) prepared(
 	ctx context.Context, method string, slot view.Slot, req *runtimeapi.CreateContainerRequest,
 ) string {
-	claim := d.view.Holder(slot)
+	claim := l.view.Holder(slot)
 	if claim == nil {
 		return ""
 	}
@@ -103,7 +116,7 @@ func (d *Director) prepared(
 		return ""
 	}
 	if id != "" {
-		d.view.Adopted(id)
+		l.view.Adopted(id)
 	}
 	return id
 }
@@ -112,25 +125,25 @@ func (d *Director) prepared(
 // decided before a reveal to replace the incumbent, stopped it after the reveal, and now makes the
 // next attempt, whose name in the runtime is taken. This happens when a probe, which goes to the
 // pod's address, is meant for the old process and the new one does not listen yet.
-func (d *Director) replaced(ctx context.Context, slot view.Slot, req *runtimeapi.CreateContainerRequest) string {
-	id := d.view.StoppedAfterReveal(slot)
-	if id == "" || d.made == nil || d.view.Claimed(slot) || !d.made.Fits(ctx, id, req) {
+func (l *lifecycle) replaced(ctx context.Context, slot view.Slot, req *runtimeapi.CreateContainerRequest) string {
+	id := l.view.StoppedAfterReveal(slot)
+	if id == "" || l.made == nil || l.view.Claimed(slot) || !l.made.Fits(ctx, id, req) {
 		return ""
 	}
-	d.view.Adopted(id)
-	d.log.WithFields(logrusFields(slot, "")).WithField("successor", id).
+	l.view.Adopted(id)
+	l.log.WithFields(logrusFields(slot, "")).WithField("successor", id).
 		Info("kubelet replaces a container that has been replaced: it gets the one that is there")
 	return id
 }
 
 // startContainer does not know hidden containers. One that an operation has made and started before
 // kubelet asked for it needs no start.
-func (d *Director) startContainer(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+func (l *lifecycle) startContainer(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.StartContainerRequest{})
 	if err != nil {
 		return nil, err
 	}
-	if _, is := d.staged(req.GetContainerId()); is {
+	if staged(l.view, req.GetContainerId()) {
 		did(ctx, didHide)
 		return nil, notFound(req.GetContainerId())
 	}
@@ -138,7 +151,7 @@ func (d *Director) startContainer(ctx context.Context, _ string, raw []byte, nex
 	if err == nil || ctx.Err() != nil {
 		return b, err
 	}
-	st, serr := d.runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: req.GetContainerId()})
+	st, serr := l.runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: req.GetContainerId()})
 	s := st.GetStatus()
 	if serr != nil || s.GetAnnotations()[view.StagedAnnotation] == "" || s.GetStartedAt() == 0 {
 		return nil, err
@@ -155,15 +168,17 @@ func (d *Director) startContainer(ctx context.Context, _ string, raw []byte, nex
 // stopContainer makes an operation on the slot give way. The stop itself goes to the runtime at
 // once, so that the shorter grace wins. The answer comes when the operation has cleaned up, so that
 // kubelet finds no process that was not asked to stop.
-func (d *Director) stopContainer(ctx context.Context, method string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+func (l *lifecycle) stopContainer(
+	ctx context.Context, method string, raw []byte, next proxy.UnaryNext,
+) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.StopContainerRequest{})
 	if err != nil {
 		return nil, err
 	}
-	defer d.view.StopBegins(req.GetContainerId())()
-	claim, id := d.view.ByContainer(req.GetContainerId())
+	defer l.view.StopBegins(req.GetContainerId())()
+	claim, id := l.view.ByContainer(req.GetContainerId())
 	if claim == nil {
-		d.view.StopAfterReveal(req.GetContainerId(), req.GetTimeout())
+		l.view.StopAfterReveal(req.GetContainerId(), req.GetTimeout())
 		return next(ctx, raw)
 	}
 	if claim.Successor() == id {
@@ -179,19 +194,19 @@ func (d *Director) stopContainer(ctx context.Context, method string, raw []byte,
 			}
 			// The pod may be going away: then kubelet stops its sandbox next, and nobody has asked the
 			// successor to stop.
-			d.view.StopAfterReveal(id, req.GetTimeout())
+			l.view.StopAfterReveal(id, req.GetTimeout())
 			return encode(&runtimeapi.StopContainerResponse{})
 		}
 	}
 	did(ctx, didYield)
 	claim.TakeBack(view.Yield{Method: method, Grace: req.GetTimeout()})
-	d.log.WithFields(logrusFields(claim.Slot(), method)).Info("kubelet takes the slot back from an operation")
+	l.log.WithFields(logrusFields(claim.Slot(), method)).Info("kubelet takes the slot back from an operation")
 	b, err := next(ctx, raw)
 	if err != nil {
 		return nil, err
 	}
-	d.awaitYield(ctx, claim, time.Duration(req.GetTimeout())*time.Second)
-	d.view.StopAfterReveal(id, req.GetTimeout()) // had it been revealed a moment before
+	l.awaitYield(ctx, claim, time.Duration(req.GetTimeout())*time.Second)
+	l.view.StopAfterReveal(id, req.GetTimeout()) // had it been revealed a moment before
 	return b, nil
 }
 
@@ -202,63 +217,63 @@ const yieldTimeout = 2 * time.Minute
 
 // awaitYield waits for the operation to be gone. It never fails the call: Stop* and Remove* must
 // get through whatever our own operation does.
-func (d *Director) awaitYield(ctx context.Context, c *view.Claim, grace time.Duration) {
+func (l *lifecycle) awaitYield(ctx context.Context, c *view.Claim, grace time.Duration) {
 	ctx, cancel := context.WithTimeout(ctx, grace+yieldTimeout)
 	defer cancel()
 	if err := c.Wait(ctx); err != nil {
-		d.log.WithFields(logrusFields(c.Slot(), "")).WithError(err).Warn("operation did not give way in time")
+		l.log.WithFields(logrusFields(c.Slot(), "")).WithError(err).Warn("operation did not give way in time")
 	}
 }
 
 // removeContainer forgets the record. Kubelet removes only what it saw exit, so it never meets a
 // masked container; whoever else removes one ends the operation.
-func (d *Director) removeContainer(
+func (l *lifecycle) removeContainer(
 	ctx context.Context, method string, raw []byte, next proxy.UnaryNext,
 ) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.RemoveContainerRequest{})
 	if err != nil {
 		return nil, err
 	}
-	defer d.view.StopBegins(req.GetContainerId())() // the runtime kills what runs
-	if d.view.Active() {
-		claim, id := d.view.ByContainer(req.GetContainerId())
+	defer l.view.StopBegins(req.GetContainerId())() // the runtime kills what runs
+	if l.view.Active() {
+		claim, id := l.view.ByContainer(req.GetContainerId())
 		if claim != nil && claim.Successor() == id {
 			did(ctx, didHide)
 			return encode(&runtimeapi.RemoveContainerResponse{})
 		}
-		if claim != nil && d.view.Verdict(id) == view.Masked {
+		if claim != nil && l.view.Verdict(id) == view.Masked {
 			did(ctx, didYield)
 			claim.TakeBack(view.Yield{Method: method, Grace: sandboxGrace})
-			d.awaitYield(ctx, claim, sandboxGrace*time.Second)
+			l.awaitYield(ctx, claim, sandboxGrace*time.Second)
 		}
 	}
 	b, err := next(ctx, raw)
 	if err != nil {
 		return nil, err
 	}
-	d.records.Removed(req.GetContainerId())
-	d.view.Forget(req.GetContainerId())
+	l.records.Removed(req.GetContainerId())
+	l.view.Forget(req.GetContainerId())
 	return b, nil
 }
 
 // updateContainerResources records what was applied, because the runtime's own config keeps the old
 // values, and applies it to a staged successor too. When the incumbent is on its way out, what the
 // successor answers counts: the runtime fails the call for a process that ends meanwhile.
-func (d *Director) updateContainerResources(
+func (l *lifecycle) updateContainerResources(
 	ctx context.Context, method string, raw []byte, next proxy.UnaryNext,
 ) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.UpdateContainerResourcesRequest{})
 	if err != nil {
 		return nil, err
 	}
-	claim, id := d.view.ByContainer(req.GetContainerId())
+	claim, id := l.view.ByContainer(req.GetContainerId())
 	going, successor := false, ""
 	if claim != nil {
-		going, successor = d.view.Verdict(id) == view.Masked, claim.Successor()
+		going, successor = l.view.Verdict(id) == view.Masked, claim.Successor()
 	}
 	b, err := next(ctx, raw)
 	if err != nil && claim != nil {
-		going = going || d.view.Verdict(id) == view.Masked
+		going = going || l.view.Verdict(id) == view.Masked
 	}
 	if req.GetLinux() == nil || err != nil && !going {
 		return b, err
@@ -268,11 +283,11 @@ func (d *Director) updateContainerResources(
 		return nil, merr
 	}
 	if claim == nil {
-		d.records.Updated(req.GetContainerId(), linux)
+		l.records.Updated(req.GetContainerId(), linux)
 		return b, nil
 	}
 	if err == nil {
-		d.records.Updated(id, linux) // before the look for a successor: one that is staged after it reads this
+		l.records.Updated(id, linux) // before the look for a successor: one that is staged after it reads this
 	}
 	if now := claim.Successor(); now != "" || err == nil { // else it may have been revealed during the call
 		successor = now
@@ -288,27 +303,27 @@ func (d *Director) updateContainerResources(
 		return nil, merr
 	}
 	of, serr := next(ctx, more)
-	log := d.log.WithFields(logrusFields(claim.Slot(), method))
+	log := l.log.WithFields(logrusFields(claim.Slot(), method))
 	switch {
 	case err != nil && serr != nil:
 		return nil, err
 	case err != nil:
 		log.WithError(err).Info("only the staged container took the new resources, the other is being stopped")
-		d.records.Updated(id, linux)
+		l.records.Updated(id, linux)
 		b = of
 	case serr != nil:
 		// Kubelet asked for the incumbent, which has it. The successor starts with what it was
 		// created with.
 		log.WithError(serr).Warn("staged container did not take the new resources")
 	}
-	d.records.Updated(successor, linux)
+	l.records.Updated(successor, linux)
 	return b, nil
 }
 
-// staged returns the claim whose hidden successor id names.
-func (d *Director) staged(id string) (*view.Claim, bool) {
-	claim, full := d.view.ByContainer(id)
-	return claim, claim != nil && claim.Successor() == full
+// staged reports whether the ID names a hidden successor.
+func staged(v *view.View, id string) bool {
+	claim, full := v.ByContainer(id)
+	return claim != nil && claim.Successor() == full
 }
 
 // maskedDead is the answer for calls that need the masked container's process, which is gone or

@@ -96,17 +96,10 @@ type Options struct {
 // Director implements [proxy.Director]. It takes a call when its table of methods says so. All
 // others pass undecoded.
 type Director struct {
-	view      *view.View
-	records   Records
-	overrides Overrides
-	pulls     Pulls  // may be nil
-	images    Images // may be nil
-	judge     Judge
-	pods      Pods       // may be nil
-	made      Successors // may be nil
-	runtime   runtimeapi.RuntimeServiceClient
-	log       logrus.FieldLogger
-
+	view    *view.View
+	images  Images // may be nil
+	judge   Judge  // may be nil
+	log     logrus.FieldLogger
 	methods map[string]*method // by full name
 }
 
@@ -118,18 +111,19 @@ var (
 
 // New returns a director over the view.
 func New(o Options) *Director {
-	d := &Director{
-		view: o.View, records: o.Records, runtime: runtimeapi.NewRuntimeServiceClient(o.Runtime), log: o.Log,
-		overrides: o.Overrides, pods: o.Pods, made: o.Successors, pulls: o.Pulls, images: o.Images, judge: o.Judge,
+	l := &lifecycle{
+		view: o.View, records: o.Records, overrides: o.Overrides, pods: o.Pods, made: o.Successors,
+		runtime: runtimeapi.NewRuntimeServiceClient(o.Runtime), log: o.Log,
 	}
-	if d.overrides == nil {
-		d.overrides = noOverrides{}
+	if l.overrides == nil {
+		l.overrides = noOverrides{}
 	}
 	counts, err := newDecisions(o.Registerer)
 	if err != nil {
 		o.Log.WithError(err).Warn("metric not registered")
 	}
-	d.methods = d.table()
+	d := &Director{view: o.View, images: o.Images, judge: o.Judge, log: o.Log}
+	d.methods = table(l, &answers{o.View}, &processes{o.View}, &imageCalls{pulls: o.Pulls, images: o.Images})
 	for name, m := range d.methods {
 		c := newCounter(counts, name)
 		if m.unary != nil {

@@ -14,22 +14,22 @@ import (
 
 // getContainerEvents keeps events of hidden containers, and the stop of a masked one, back until
 // the reveal.
-func (d *Director) getContainerEvents(
+func (a *answers) getContainerEvents(
 	ctx context.Context, _ string, raw []byte,
 ) ([]byte, proxy.StreamFilter, error) {
-	return raw, &eventFilter{director: d, did: decidedIn(ctx), buffer: d.view.Subscribe(showReleased)}, nil
+	return raw, &eventFilter{answers: a, did: decidedIn(ctx), buffer: a.view.Subscribe(showReleased)}, nil
 }
 
 // eventFilter is the filter of one GetContainerEvents stream.
 type eventFilter struct {
-	director *Director
-	did      *decided
-	buffer   *view.Buffer
+	answers *answers
+	did     *decided
+	buffer  *view.Buffer
 }
 
 // Message implements [proxy.StreamFilter].
 func (f *eventFilter) Message(msg []byte) ([][]byte, error) {
-	v := f.director.view
+	v := f.answers.view
 	if !v.Active() && !v.Guarded() && !v.StartsKnown() {
 		return [][]byte{msg}, nil
 	}
@@ -41,7 +41,7 @@ func (f *eventFilter) Message(msg []byte) ([][]byte, error) {
 		f.did.add(didHold)
 		return nil, nil
 	}
-	snapshot := f.director.snapshotFor(f.did)
+	snapshot := f.answers.snapshotFor(f.did)
 	defer snapshot.End()
 	m.ContainersStatuses = snapshot.showStatuses(m.ContainersStatuses)
 	b, err := encode(m)

@@ -11,10 +11,16 @@ import (
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
+// imageCalls takes the calls for images.
+type imageCalls struct {
+	pulls  Pulls  // nil: no pull is taken
+	images Images // nil: no status is taken
+}
+
 // imageStatus hides from kubelet an image that somebody else has pulled with secrets. Kubelet then
 // pulls it, with the credentials of the pod that wants it, and remembers which they were. The
 // answer is the runtime's for an image that is not there.
-func (d *Director) imageStatus(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+func (i *imageCalls) imageStatus(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	answer, err := next(ctx, raw)
 	if err != nil {
 		return nil, err
@@ -23,7 +29,7 @@ func (d *Director) imageStatus(ctx context.Context, _ string, raw []byte, next p
 	if _, err := decode(answer, &resp); err != nil {
 		return nil, err
 	}
-	if resp.GetImage() == nil || !d.images.Unclaimed(resp.GetImage()) {
+	if resp.GetImage() == nil || !i.images.Unclaimed(resp.GetImage()) {
 		return answer, nil
 	}
 	did(ctx, didHide)
@@ -33,16 +39,16 @@ func (d *Director) imageStatus(ctx context.Context, _ string, raw []byte, next p
 // pullImage makes pre-pulls give way to kubelet's pull. The call goes through as it is: only the
 // image's name is read from it. Its answer is decoded while there is an image that kubelet has not
 // pulled yet.
-func (d *Director) pullImage(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+func (i *imageCalls) pullImage(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	name := ""
 	if req, err := decode(raw, &runtimeapi.PullImageRequest{}); err == nil { // the runtime refuses what is wrong
 		name = req.GetImage().GetImage()
 	}
-	defer d.pulls.KubeletPulls(name)()
+	defer i.pulls.KubeletPulls(name)()
 	answer, err := next(ctx, raw)
-	if err == nil && d.images != nil && d.images.AnyUnclaimed() {
+	if err == nil && i.images != nil && i.images.AnyUnclaimed() {
 		if pulled, err := decode(answer, &runtimeapi.PullImageResponse{}); err == nil {
-			d.images.Claimed(pulled.GetImageRef())
+			i.images.Claimed(pulled.GetImageRef())
 		}
 	}
 	return answer, err

@@ -15,7 +15,7 @@ import (
 
 // listContainers shows the list as kubelet must see it. It evaluates a filter by state itself, on
 // the state shown, because the runtime would evaluate it on the real one.
-func (d *Director) listContainers(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+func (a *answers) listContainers(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.ListContainersRequest{})
 	if err != nil {
 		return nil, err
@@ -25,19 +25,19 @@ func (d *Director) listContainers(ctx context.Context, _ string, raw []byte, nex
 	if err != nil {
 		return nil, err
 	}
-	snapshot := d.snapshot(ctx)
+	snapshot := a.snapshot(ctx)
 	defer snapshot.End()
 	snapshot.HideUnacknowledged(all)
 	return forward(ctx, upstream, next, &runtimeapi.ListContainersResponse{}, func(m *runtimeapi.ListContainersResponse) {
 		m.Containers = snapshot.showContainers(m.Containers, want)
 		if want == nil {
-			d.view.AckList(m.Containers)
+			a.view.AckList(m.Containers)
 		}
 	})
 }
 
 // streamContainers is listContainers for the streaming form.
-func (d *Director) streamContainers(ctx context.Context, _ string, raw []byte) ([]byte, proxy.StreamFilter, error) {
+func (a *answers) streamContainers(ctx context.Context, _ string, raw []byte) ([]byte, proxy.StreamFilter, error) {
 	req, err := decode(raw, &runtimeapi.StreamContainersRequest{})
 	if err != nil {
 		return nil, nil, err
@@ -49,7 +49,7 @@ func (d *Director) streamContainers(ctx context.Context, _ string, raw []byte) (
 	if err != nil {
 		return nil, nil, err
 	}
-	snapshot := d.snapshot(ctx)
+	snapshot := a.snapshot(ctx)
 	snapshot.HideUnacknowledged(all)
 	change := func(b []byte) ([]byte, error) {
 		m, err := decode(b, &runtimeapi.StreamContainersResponse{})
@@ -59,14 +59,14 @@ func (d *Director) streamContainers(ctx context.Context, _ string, raw []byte) (
 		had := len(m.Containers)
 		m.Containers = snapshot.showContainers(m.Containers, want)
 		if want == nil {
-			d.view.AckList(m.Containers)
+			a.view.AckList(m.Containers)
 		}
 		if had > 0 && len(m.Containers) == 0 {
 			return nil, nil // a runtime sends no empty messages either
 		}
 		return encode(m)
 	}
-	return upstream, &messageFilter{snapshot: snapshot, always: want != nil || d.view.Active(), change: change}, nil
+	return upstream, &messageFilter{snapshot: snapshot, always: want != nil || a.view.Active(), change: change}, nil
 }
 
 // everything reports whether the filter lets all through.

@@ -56,52 +56,52 @@ const (
 // A call that depends on the view until it is forwarded may take long, and needs nothing of the
 // view once the runtime has it: [view.Slots.Entangled] finds a stop in which an operation takes
 // part, and the result of an exec goes out as the runtime gives it.
-func (d *Director) table() map[string]*method {
+func table(l *lifecycle, a *answers, p *processes, i *imageCalls) map[string]*method {
 	const forwarded, never = proxy.UntilForwarded, proxy.Independent
 	table := map[string]*method{
 		// Kubelet makes a container in a slot whose containers it has seen, and the name that it
 		// takes may be a stray's: hence it waits for the judge.
-		runtimeService + "CreateContainer":          {unary: d.createContainer, judged: true},
-		runtimeService + "StartContainer":           {unary: d.startContainer},
-		runtimeService + "StopContainer":            {unary: d.stopContainer, depends: forwarded},
-		runtimeService + "RemoveContainer":          {unary: d.removeContainer},
-		runtimeService + "UpdateContainerResources": {unary: d.updateContainerResources},
+		runtimeService + "CreateContainer":          {unary: l.createContainer, judged: true},
+		runtimeService + "StartContainer":           {unary: l.startContainer},
+		runtimeService + "StopContainer":            {unary: l.stopContainer, depends: forwarded},
+		runtimeService + "RemoveContainer":          {unary: l.removeContainer},
+		runtimeService + "UpdateContainerResources": {unary: l.updateContainerResources},
 
-		runtimeService + "StopPodSandbox":     {unary: d.stopPodSandbox, depends: forwarded},
-		runtimeService + "RemovePodSandbox":   {unary: d.removePodSandbox},
+		runtimeService + "StopPodSandbox":     {unary: l.stopPodSandbox, depends: forwarded},
+		runtimeService + "RemovePodSandbox":   {unary: l.removePodSandbox},
 		runtimeService + "ListPodSandbox":     {relists: true, depends: never},
 		runtimeService + "StreamPodSandboxes": {relists: true, depends: never},
 
-		runtimeService + "ContainerStatus":  {unary: d.containerStatus, take: whileActive, tells: true, starts: true},
-		runtimeService + "PodSandboxStatus": {unary: d.podSandboxStatus, take: whileActive, tells: true, starts: true},
+		runtimeService + "ContainerStatus":  {unary: a.containerStatus, take: whileActive, tells: true, starts: true},
+		runtimeService + "PodSandboxStatus": {unary: a.podSandboxStatus, take: whileActive, tells: true, starts: true},
 
-		runtimeService + "ListContainers":   {unary: d.listContainers, take: whileActive, tells: true},
-		runtimeService + "StreamContainers": {stream: d.streamContainers, judged: true},
+		runtimeService + "ListContainers":   {unary: a.listContainers, take: whileActive, tells: true},
+		runtimeService + "StreamContainers": {stream: a.streamContainers, judged: true},
 
-		runtimeService + "ContainerStats":          {unary: d.containerStats, take: whileActive, tells: true},
-		runtimeService + "ListContainerStats":      {unary: d.listContainerStats, take: whileActive, tells: true},
-		runtimeService + "StreamContainerStats":    {stream: d.streamContainerStats, judged: true},
-		runtimeService + "PodSandboxStats":         {unary: d.podSandboxStats, take: whileActive, tells: true},
-		runtimeService + "ListPodSandboxStats":     {unary: d.listPodSandboxStats, take: whileActive, tells: true},
-		runtimeService + "StreamPodSandboxStats":   {stream: d.streamPodSandboxStats, judged: true},
-		runtimeService + "ListPodSandboxMetrics":   {unary: d.listPodSandboxMetrics, take: whileActive, tells: true},
-		runtimeService + "StreamPodSandboxMetrics": {stream: d.streamPodSandboxMetrics, judged: true},
+		runtimeService + "ContainerStats":          {unary: a.containerStats, take: whileActive, tells: true},
+		runtimeService + "ListContainerStats":      {unary: a.listContainerStats, take: whileActive, tells: true},
+		runtimeService + "StreamContainerStats":    {stream: a.streamContainerStats, judged: true},
+		runtimeService + "PodSandboxStats":         {unary: a.podSandboxStats, take: whileActive, tells: true},
+		runtimeService + "ListPodSandboxStats":     {unary: a.listPodSandboxStats, take: whileActive, tells: true},
+		runtimeService + "StreamPodSandboxStats":   {stream: a.streamPodSandboxStats, judged: true},
+		runtimeService + "ListPodSandboxMetrics":   {unary: a.listPodSandboxMetrics, take: whileActive, tells: true},
+		runtimeService + "StreamPodSandboxMetrics": {stream: a.streamPodSandboxMetrics, judged: true},
 
-		runtimeService + "GetContainerEvents": {stream: d.getContainerEvents, judged: true},
+		runtimeService + "GetContainerEvents": {stream: a.getContainerEvents, judged: true},
 
-		runtimeService + "ExecSync":            {unary: d.execSync, depends: forwarded},
-		runtimeService + "Exec":                {unary: d.exec, take: whileActive, depends: forwarded},
-		runtimeService + "Attach":              {unary: d.attach, take: whileActive, depends: forwarded},
-		runtimeService + "CheckpointContainer": {unary: d.checkpointContainer, take: whileActive, depends: forwarded},
-		runtimeService + "ReopenContainerLog":  {unary: d.reopenContainerLog, take: whileActive},
+		runtimeService + "ExecSync":            {unary: p.execSync, depends: forwarded},
+		runtimeService + "Exec":                {unary: p.exec, take: whileActive, depends: forwarded},
+		runtimeService + "Attach":              {unary: p.attach, take: whileActive, depends: forwarded},
+		runtimeService + "CheckpointContainer": {unary: p.checkpointContainer, take: whileActive, depends: forwarded},
+		runtimeService + "ReopenContainerLog":  {unary: p.reopenContainerLog, take: whileActive},
 
-		imageService + "PullImage":   {unary: d.pullImage, depends: forwarded},
-		imageService + "ImageStatus": {unary: d.imageStatus, take: whileUnclaimed, depends: never},
+		imageService + "PullImage":   {unary: i.pullImage, depends: forwarded},
+		imageService + "ImageStatus": {unary: i.imageStatus, take: whileUnclaimed, depends: never},
 	}
-	if d.pulls == nil {
+	if i.pulls == nil {
 		table[imageService+"PullImage"].unary = nil
 	}
-	if d.images == nil {
+	if i.images == nil {
 		table[imageService+"ImageStatus"].unary = nil
 	}
 	return table

@@ -17,20 +17,20 @@ import (
 )
 
 // stopPodSandbox makes all operations in the sandbox give way first.
-func (d *Director) stopPodSandbox(
+func (l *lifecycle) stopPodSandbox(
 	ctx context.Context, method string, raw []byte, next proxy.UnaryNext,
 ) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.StopPodSandboxRequest{})
 	if err != nil {
 		return nil, err
 	}
-	if d.keeps(ctx, req.GetPodSandboxId()) {
+	if l.keeps(ctx, req.GetPodSandboxId()) {
 		did(ctx, didKeep)
 		return encode(&runtimeapi.StopPodSandboxResponse{})
 	}
-	defer d.view.StopBegins(req.GetPodSandboxId())()
-	d.takeBackSandbox(ctx, method, req.GetPodSandboxId())
-	d.stopSuccessors(ctx, req.GetPodSandboxId())
+	defer l.view.StopBegins(req.GetPodSandboxId())()
+	l.takeBackSandbox(ctx, method, req.GetPodSandboxId())
+	l.stopSuccessors(ctx, req.GetPodSandboxId())
 	return next(ctx, raw)
 }
 
@@ -42,24 +42,24 @@ func (d *Director) stopPodSandbox(
 // deletion, the sandbox is kept, and kubelet's next sync finds the container running in it. This
 // happens once for each stop of a container. Where it is wrong, kubelet finds the container
 // running, stops it and asks again (kubelet.go SyncTerminatingPod).
-func (d *Director) keeps(ctx context.Context, sandbox string) bool {
-	successors := d.view.StoppedAfterRevealIn(sandbox)
-	if d.pods == nil || len(successors) == 0 {
+func (l *lifecycle) keeps(ctx context.Context, sandbox string) bool {
+	successors := l.view.StoppedAfterRevealIn(sandbox)
+	if l.pods == nil || len(successors) == 0 {
 		return false
 	}
-	st, err := d.runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: sandbox})
-	if err != nil || !serves(st.GetStatus()) || !d.pods.Kept(ctx, st.GetStatus().GetMetadata().GetUid()) {
+	st, err := l.runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: sandbox})
+	if err != nil || !serves(st.GetStatus()) || !l.pods.Kept(ctx, st.GetStatus().GetMetadata().GetUid()) {
 		return false
 	}
 	for _, s := range successors {
-		st, err := d.runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: s.ID})
+		st, err := l.runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: s.ID})
 		if err != nil || st.GetStatus().GetState() != runtimeapi.ContainerState_CONTAINER_RUNNING {
 			continue
 		}
 		for _, s := range successors {
-			d.view.Adopted(s.ID)
+			l.view.Adopted(s.ID)
 		}
-		d.log.WithField("successor", s.ID).Info("kubelet gives the pod up for a container that has been replaced: " +
+		l.log.WithField("successor", s.ID).Info("kubelet gives the pod up for a container that has been replaced: " +
 			"its sandbox is kept, and kubelet finds the successor running")
 		return true
 	}
@@ -81,12 +81,12 @@ const maxSuccessorGrace = 90
 // began to kill the pod, with a long preStop perhaps, before a restart was revealed, and stopped
 // only the container that it saw then. That stop is too early to stop the successor: after a failed
 // liveness probe it looks the same, and then kubelet finds the fresh container and is content.
-func (d *Director) stopSuccessors(ctx context.Context, sandbox string) {
+func (l *lifecycle) stopSuccessors(ctx context.Context, sandbox string) {
 	var wg sync.WaitGroup
-	for _, s := range d.view.StoppedAfterRevealIn(sandbox) {
+	for _, s := range l.view.StoppedAfterRevealIn(sandbox) {
 		did(ctx, didStop)
 		wg.Go(func() {
-			log := d.log.WithFields(logrus.Fields{"successor": s.ID})
+			log := l.log.WithFields(logrus.Fields{"successor": s.ID})
 			defer func() { // nobody else guards this goroutine, and kubelet's call goes on without it
 				if p := recover(); p != nil {
 					log.WithFields(logrus.Fields{"panic": p, "stack": string(debug.Stack())}).
@@ -95,7 +95,7 @@ func (d *Director) stopSuccessors(ctx context.Context, sandbox string) {
 			}()
 			log.Info("the pod goes away, stopping the container that took the place of the one that kubelet stopped")
 			stop := &runtimeapi.StopContainerRequest{ContainerId: s.ID, Timeout: min(s.Grace, maxSuccessorGrace)}
-			if _, err := d.runtime.StopContainer(ctx, stop); err != nil {
+			if _, err := l.runtime.StopContainer(ctx, stop); err != nil {
 				log.WithError(err).Warn("container not stopped before its sandbox")
 			}
 		})
@@ -105,20 +105,20 @@ func (d *Director) stopSuccessors(ctx context.Context, sandbox string) {
 
 // removePodSandbox makes all operations in the sandbox give way first. It stops what still runs in
 // the sandbox, as the runtime does (sandbox_remove.go in containerd).
-func (d *Director) removePodSandbox(
+func (l *lifecycle) removePodSandbox(
 	ctx context.Context, method string, raw []byte, next proxy.UnaryNext,
 ) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.RemovePodSandboxRequest{})
 	if err != nil {
 		return nil, err
 	}
-	defer d.view.StopBegins(req.GetPodSandboxId())()
-	d.takeBackSandbox(ctx, method, req.GetPodSandboxId())
+	defer l.view.StopBegins(req.GetPodSandboxId())()
+	l.takeBackSandbox(ctx, method, req.GetPodSandboxId())
 	b, err := next(ctx, raw)
 	if err == nil {
-		d.view.ForgetSandbox(req.GetPodSandboxId())
-		if d.overrides.Any() {
-			d.overrides.SandboxRemoved()
+		l.view.ForgetSandbox(req.GetPodSandboxId())
+		if l.overrides.Any() {
+			l.overrides.SandboxRemoved()
 		}
 	}
 	return b, err
@@ -134,16 +134,16 @@ const sandboxGrace = 2
 const sandboxTimeout = time.Minute
 
 // takeBackSandbox makes the operations in the sandbox give way, and waits for them.
-func (d *Director) takeBackSandbox(ctx context.Context, method, sandbox string) {
-	claims := d.view.BySandbox(sandbox)
+func (l *lifecycle) takeBackSandbox(ctx context.Context, method, sandbox string) {
+	claims := l.view.BySandbox(sandbox)
 	for _, c := range claims {
 		did(ctx, didYield)
 		c.TakeBack(view.Yield{Method: method, Grace: sandboxGrace})
-		d.log.WithFields(logrusFields(c.Slot(), method)).Info("the pod goes away, its operation gives way")
+		l.log.WithFields(logrusFields(c.Slot(), method)).Info("the pod goes away, its operation gives way")
 	}
 	wait, cancel := context.WithTimeout(ctx, sandboxTimeout)
 	defer cancel()
 	for _, c := range claims {
-		d.awaitYield(wait, c, sandboxGrace*time.Second)
+		l.awaitYield(wait, c, sandboxGrace*time.Second)
 	}
 }

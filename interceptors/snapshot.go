@@ -11,6 +11,9 @@ import (
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
+// answers takes the calls whose answers tell of containers, and shows those as the view says.
+type answers struct{ view *view.View }
+
 // snapshot is how one call sees the containers. It notes what is decided about the call's answer.
 type snapshot struct {
 	*view.Snapshot
@@ -19,10 +22,10 @@ type snapshot struct {
 }
 
 // snapshot begins the call of ctx. End must be called when it has been answered.
-func (d *Director) snapshot(ctx context.Context) *snapshot { return d.snapshotFor(decidedIn(ctx)) }
+func (a *answers) snapshot(ctx context.Context) *snapshot { return a.snapshotFor(decidedIn(ctx)) }
 
-func (d *Director) snapshotFor(did *decided) *snapshot {
-	return &snapshot{Snapshot: d.view.Snapshot(), starts: d.view.Starts, did: did}
+func (a *answers) snapshotFor(did *decided) *snapshot {
+	return &snapshot{Snapshot: a.view.Snapshot(), starts: a.view.Starts, did: did}
 }
 
 // judge returns how the container is shown in this call's answer. annotations may be nil where the

@@ -13,12 +13,12 @@ import (
 )
 
 // containerStats does not know hidden containers.
-func (d *Director) containerStats(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+func (a *answers) containerStats(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.ContainerStatsRequest{})
 	if err != nil {
 		return nil, err
 	}
-	snapshot := d.snapshot(ctx)
+	snapshot := a.snapshot(ctx)
 	defer snapshot.End()
 	b, err := next(ctx, raw)
 	if err != nil {
@@ -34,8 +34,8 @@ func (d *Director) containerStats(ctx context.Context, _ string, raw []byte, nex
 	return b, nil
 }
 
-func (d *Director) listContainerStats(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
-	snapshot := d.snapshot(ctx)
+func (a *answers) listContainerStats(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+	snapshot := a.snapshot(ctx)
 	defer snapshot.End()
 	return forward(ctx, raw, next, &runtimeapi.ListContainerStatsResponse{}, func(
 		m *runtimeapi.ListContainerStatsResponse,
@@ -44,8 +44,8 @@ func (d *Director) listContainerStats(ctx context.Context, _ string, raw []byte,
 	})
 }
 
-func (d *Director) streamContainerStats(ctx context.Context, _ string, raw []byte) ([]byte, proxy.StreamFilter, error) {
-	snapshot := d.snapshot(ctx)
+func (a *answers) streamContainerStats(ctx context.Context, _ string, raw []byte) ([]byte, proxy.StreamFilter, error) {
+	snapshot := a.snapshot(ctx)
 	return raw, &messageFilter{snapshot: snapshot, change: func(b []byte) ([]byte, error) {
 		m, err := decode(b, &runtimeapi.StreamContainerStatsResponse{})
 		if err != nil {
@@ -56,18 +56,18 @@ func (d *Director) streamContainerStats(ctx context.Context, _ string, raw []byt
 	}}, nil
 }
 
-func (d *Director) podSandboxStats(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
-	snapshot := d.snapshot(ctx)
+func (a *answers) podSandboxStats(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+	snapshot := a.snapshot(ctx)
 	defer snapshot.End()
 	return forward(ctx, raw, next, &runtimeapi.PodSandboxStatsResponse{}, func(m *runtimeapi.PodSandboxStatsResponse) {
 		snapshot.showPodStats(m.GetStats())
 	})
 }
 
-func (d *Director) listPodSandboxStats(
+func (a *answers) listPodSandboxStats(
 	ctx context.Context, _ string, raw []byte, next proxy.UnaryNext,
 ) ([]byte, error) {
-	snapshot := d.snapshot(ctx)
+	snapshot := a.snapshot(ctx)
 	defer snapshot.End()
 	return forward(ctx, raw, next, &runtimeapi.ListPodSandboxStatsResponse{}, func(
 		m *runtimeapi.ListPodSandboxStatsResponse,
@@ -78,10 +78,10 @@ func (d *Director) listPodSandboxStats(
 	})
 }
 
-func (d *Director) streamPodSandboxStats(
+func (a *answers) streamPodSandboxStats(
 	ctx context.Context, _ string, raw []byte,
 ) ([]byte, proxy.StreamFilter, error) {
-	snapshot := d.snapshot(ctx)
+	snapshot := a.snapshot(ctx)
 	return raw, &messageFilter{snapshot: snapshot, change: func(b []byte) ([]byte, error) {
 		m, err := decode(b, &runtimeapi.StreamPodSandboxStatsResponse{})
 		if err != nil {
@@ -94,10 +94,10 @@ func (d *Director) streamPodSandboxStats(
 	}}, nil
 }
 
-func (d *Director) listPodSandboxMetrics(
+func (a *answers) listPodSandboxMetrics(
 	ctx context.Context, _ string, raw []byte, next proxy.UnaryNext,
 ) ([]byte, error) {
-	snapshot := d.snapshot(ctx)
+	snapshot := a.snapshot(ctx)
 	defer snapshot.End()
 	return forward(ctx, raw, next, &runtimeapi.ListPodSandboxMetricsResponse{}, func(
 		m *runtimeapi.ListPodSandboxMetricsResponse,
@@ -108,10 +108,10 @@ func (d *Director) listPodSandboxMetrics(
 	})
 }
 
-func (d *Director) streamPodSandboxMetrics(
+func (a *answers) streamPodSandboxMetrics(
 	ctx context.Context, _ string, raw []byte,
 ) ([]byte, proxy.StreamFilter, error) {
-	snapshot := d.snapshot(ctx)
+	snapshot := a.snapshot(ctx)
 	return raw, &messageFilter{snapshot: snapshot, change: func(b []byte) ([]byte, error) {
 		m, err := decode(b, &runtimeapi.StreamPodSandboxMetricsResponse{})
 		if err != nil {

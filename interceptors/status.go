@@ -16,14 +16,14 @@ import (
 
 // containerStatus does not know hidden containers, shows masked ones running, and corrects the
 // start of a container that was held at a gate or whose probes are held.
-func (d *Director) containerStatus(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+func (a *answers) containerStatus(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.ContainerStatusRequest{})
 	if err != nil {
 		return nil, err
 	}
-	snapshot := d.snapshot(ctx)
+	snapshot := a.snapshot(ctx)
 	defer snapshot.End()
-	successor := d.view.Unacknowledged(req.GetContainerId())
+	successor := a.view.Unacknowledged(req.GetContainerId())
 	b, err := next(ctx, raw)
 	if err != nil {
 		return nil, err
@@ -32,12 +32,12 @@ func (d *Director) containerStatus(ctx context.Context, _ string, raw []byte, ne
 	if err != nil {
 		return nil, err
 	}
-	d.view.AckStatus(m.GetStatus().GetId())
+	a.view.AckStatus(m.GetStatus().GetId())
 	changed := false
 	switch how := snapshot.judge(m.GetStatus().GetId(), m.GetStatus().GetAnnotations()); {
 	case how == view.Hidden:
 		return nil, notFound(req.GetContainerId())
-	case how == view.Masked || successor != "" && !d.lost(ctx, successor, next):
+	case how == view.Masked || successor != "" && !a.lost(ctx, successor, next):
 		did(ctx, didMask)
 		showRunning(m.GetStatus())
 		changed = true
@@ -53,7 +53,7 @@ func (d *Director) containerStatus(ctx context.Context, _ string, raw []byte, ne
 
 // lost reports whether a container that has been revealed is gone without anybody having said so:
 // then nobody will ever ask for its status. next asks the runtime for that.
-func (d *Director) lost(ctx context.Context, id string, next proxy.UnaryNext) bool {
+func (a *answers) lost(ctx context.Context, id string, next proxy.UnaryNext) bool {
 	raw, err := encode(&runtimeapi.ContainerStatusRequest{ContainerId: id})
 	if err != nil {
 		return false
@@ -61,19 +61,19 @@ func (d *Director) lost(ctx context.Context, id string, next proxy.UnaryNext) bo
 	if _, err := next(ctx, raw); status.Code(err) != codes.NotFound {
 		return false
 	}
-	d.view.Forget(id)
+	a.view.Forget(id)
 	return true
 }
 
 // podSandboxStatus filters the container statuses that evented PLEG reads from it. With this call
 // kubelet begins to look at all of a pod.
-func (d *Director) podSandboxStatus(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+func (a *answers) podSandboxStatus(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.PodSandboxStatusRequest{})
 	if err != nil {
 		return nil, err
 	}
-	d.view.AckSandboxStatus(req.GetPodSandboxId())
-	snapshot := d.snapshot(ctx)
+	a.view.AckSandboxStatus(req.GetPodSandboxId())
+	snapshot := a.snapshot(ctx)
 	defer snapshot.End()
 	return forward(ctx, raw, next, &runtimeapi.PodSandboxStatusResponse{}, func(m *runtimeapi.PodSandboxStatusResponse) {
 		m.ContainersStatuses = snapshot.showStatuses(m.ContainersStatuses)
