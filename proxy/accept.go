@@ -24,8 +24,14 @@ import (
 type generation struct {
 	grpc  *grpc.Server
 	feed  *listener.Feed
-	conns map[*clientConn]struct{} // guarded by Server.mu; some may be closed
+	conns map[*listener.Conn]struct{} // guarded by Server.mu; some may be closed
 }
+
+// maxCalls is how many calls one connection may have under way; others wait at the caller
+// (SETTINGS_MAX_CONCURRENT_STREAMS). kubelet has one for each pod that it works on and one for each
+// exec probe that runs: with 500 pods of two containers and three probes each, all at the same
+// moment, 3,500.
+const maxCalls = 4096
 
 // newGeneration makes a gRPC server. The caller holds s.mu, or s is not shared yet.
 func (s *Server) newGeneration() *generation {
@@ -40,7 +46,7 @@ func (s *Server) newGeneration() *generation {
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
 		grpc.StaticStreamWindowSize(streamWindow),
 		grpc.StaticConnWindowSize(connWindow),
-	), feed: listener.NewFeed(), conns: map[*clientConn]struct{}{}}
+	), feed: listener.NewFeed(), conns: map[*listener.Conn]struct{}{}}
 	if s.register != nil {
 		s.register(g.grpc)
 	}
@@ -73,7 +79,7 @@ func (s *Server) Serve(l net.Listener) error {
 
 // take gives a connection to the current gRPC server.
 func (s *Server) take(raw net.Conn) {
-	c := newClientConn(raw)
+	c := listener.NewConn(raw)
 	for {
 		g := s.current(c)
 		if g == nil {
@@ -88,7 +94,7 @@ func (s *Server) take(raw net.Conn) {
 
 // current returns the generation that takes connections, and notes that it is given c. It returns
 // nil after the end.
-func (s *Server) current(c *clientConn) *generation {
+func (s *Server) current(c *listener.Conn) *generation {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.over {
@@ -101,7 +107,7 @@ func (s *Server) current(c *clientConn) *generation {
 	}
 	for old := range g.conns {
 		select {
-		case <-old.away:
+		case <-old.Away():
 			delete(g.conns, old)
 		default:
 		}
@@ -191,7 +197,7 @@ func (s *Server) Redial(ctx context.Context) {
 	}()
 	for _, c := range conns {
 		select {
-		case <-c.away:
+		case <-c.Away():
 		case <-ctx.Done():
 		}
 	}

@@ -208,7 +208,7 @@ func (c *call) interceptStream(
 		changed, filter = raw, nil
 	}
 	if filter != nil {
-		defer c.closeFilter(filter)
+		defer closeFilter(c, filter)
 	}
 	runtime, err := c.openServerStream(ctx, newFrame(changed))
 	if err != nil {
@@ -217,7 +217,8 @@ func (c *call) interceptStream(
 	if filter == nil {
 		return c.download(ctx, runtime, nil)
 	}
-	return c.filterStream(ctx, cancel, runtime, filter)
+	f := filteredStream{call: c, runtime: runtime, filter: filter}
+	return f.download(ctx, cancel)
 }
 
 // runStream calls take and turns a panic into an error.
@@ -228,25 +229,30 @@ func (c *call) runStream(
 	return take(ctx, c.name, req)
 }
 
-func (c *call) closeFilter(f StreamFilter) {
+func closeFilter(c *call, f StreamFilter) {
 	defer c.s.catch(c.name, func() {})
 	f.Close()
 }
 
-// filterStream is download with a filter between. The calling goroutine alone
-// sends to the caller and calls the filter; a second one only reads the runtime
-// and hands over one message at a time, so that back-pressure holds. cancel ends
-// the upstream, and with it the reader.
-func (c *call) filterStream(
-	ctx context.Context, cancel context.CancelCauseFunc, runtime grpc.ClientStream, filter StreamFilter,
-) error {
+// filteredStream is one stream of answers with a filter between.
+type filteredStream struct {
+	call    *call
+	runtime grpc.ClientStream
+	filter  StreamFilter
+}
+
+// download sends what the filter makes of the answers. The calling goroutine alone sends to the
+// caller and calls the filter; a second one only reads the runtime and hands over one message at a
+// time, so that back-pressure holds. cancel ends the upstream, and with it the reader.
+func (s *filteredStream) download(ctx context.Context, cancel context.CancelCauseFunc) error {
+	c := s.call
 	steps := make(chan step)
 	var reader sync.WaitGroup
-	reader.Go(func() { readSteps(ctx, runtime, steps) })
+	reader.Go(func() { readSteps(ctx, s.runtime, steps) })
 	defer reader.Wait()
 	defer cancel(nil)
 
-	extra := filter.Extra()
+	extra := s.filter.Extra()
 	for {
 		select {
 		case <-ctx.Done():
@@ -262,16 +268,16 @@ func (c *call) filterStream(
 		case st := <-steps:
 			switch {
 			case st.err != nil:
-				if err := c.sendPending(extra); err != nil {
+				if err := s.sendPending(extra); err != nil {
 					return err
 				}
-				return c.endStream(ctx, runtime, st.err)
+				return c.endStream(ctx, s.runtime, st.err)
 			case st.msg == nil:
 				// Too late if a message out of turn has gone first.
 				_ = c.client.SetHeader(st.header)
 				_ = c.client.SendHeader(nil)
 			default:
-				if err := c.sendFiltered(filter, st.msg); err != nil {
+				if err := s.sendFiltered(st.msg); err != nil {
 					return err
 				}
 			}
@@ -280,14 +286,14 @@ func (c *call) filterStream(
 }
 
 // sendPending sends what the filter has ready out of turn, without waiting.
-func (c *call) sendPending(extra <-chan []byte) error {
+func (s *filteredStream) sendPending(extra <-chan []byte) error {
 	for {
 		select {
 		case msg, ok := <-extra:
 			if !ok {
 				return nil
 			}
-			if err := c.send(newFrame(msg)); err != nil {
+			if err := s.call.send(newFrame(msg)); err != nil {
 				return err
 			}
 		default:
@@ -296,15 +302,15 @@ func (c *call) sendPending(extra <-chan []byte) error {
 	}
 }
 
-func (c *call) sendFiltered(filter StreamFilter, f *frame) error {
+func (s *filteredStream) sendFiltered(f *frame) error {
 	msg := f.data.Materialize()
 	f.free()
-	out, err := c.runFilter(filter, msg)
+	out, err := s.runFilter(msg)
 	if err != nil {
 		out = [][]byte{msg}
 	}
 	for _, b := range out {
-		if err := c.send(newFrame(b)); err != nil {
+		if err := s.call.send(newFrame(b)); err != nil {
 			return err
 		}
 	}
@@ -312,9 +318,10 @@ func (c *call) sendFiltered(filter StreamFilter, f *frame) error {
 }
 
 // runFilter calls the filter; errors and panics are counted.
-func (c *call) runFilter(filter StreamFilter, msg []byte) (out [][]byte, err error) {
+func (s *filteredStream) runFilter(msg []byte) (out [][]byte, err error) {
+	c := s.call
 	defer c.s.catch(c.name, func() { err = &panicError{value: "filter"} })
-	if out, err = filter.Message(msg); err != nil {
+	if out, err = s.filter.Message(msg); err != nil {
 		c.s.fault(c.name, err)
 	}
 	return out, err
