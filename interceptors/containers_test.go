@@ -38,7 +38,9 @@ func later(f func() error) <-chan error {
 
 func (b *bed) create(ctx context.Context) error {
 	_, err := call[runtimeapi.CreateContainerResponse](ctx, b, methodCreate, &runtimeapi.CreateContainerRequest{
-		PodSandboxId: sandbox, Config: &runtimeapi.ContainerConfig{Labels: labels("app"), Envs: []*runtimeapi.KeyValue{{Key: "A", Value: []byte{0xff, 0xfe}}}},
+		PodSandboxId: sandbox, Config: &runtimeapi.ContainerConfig{
+			Labels: labels("app"), Envs: []*runtimeapi.KeyValue{{Key: "A", Value: []byte{0xff, 0xfe}}},
+		},
 	})
 	return err
 }
@@ -61,7 +63,9 @@ func TestCreateContainerIsRecorded(t *testing.T) {
 			t.Fatal(err)
 		}
 		size := proto.Size(&runtimeapi.CreateContainerRequest{
-			PodSandboxId: sandbox, Config: &runtimeapi.ContainerConfig{Labels: labels("app"), Envs: []*runtimeapi.KeyValue{{Key: "A", Value: []byte{0xff, 0xfe}}}},
+			PodSandboxId: sandbox, Config: &runtimeapi.ContainerConfig{
+				Labels: labels("app"), Envs: []*runtimeapi.KeyValue{{Key: "A", Value: []byte{0xff, 0xfe}}},
+			},
 		})
 		if got, want := b.records.String(), fmt.Sprintf("created made %d bytes", size); got != want {
 			t.Errorf("records: %s, want %s", got, want)
@@ -124,15 +128,21 @@ func TestCallsOnAHiddenContainer(t *testing.T) {
 			code codes.Code
 		}{
 			{"StartContainer", func(ctx context.Context, b *bed) error {
-				_, err := call[runtimeapi.StartContainerResponse](ctx, b, methodStart, &runtimeapi.StartContainerRequest{ContainerId: id})
+				_, err := call[runtimeapi.StartContainerResponse](
+					ctx, b, methodStart, &runtimeapi.StartContainerRequest{ContainerId: id},
+				)
 				return err
 			}, codes.NotFound},
 			{"StopContainer", func(ctx context.Context, b *bed) error {
-				_, err := call[runtimeapi.StopContainerResponse](ctx, b, methodStop, &runtimeapi.StopContainerRequest{ContainerId: id})
+				_, err := call[runtimeapi.StopContainerResponse](
+					ctx, b, methodStop, &runtimeapi.StopContainerRequest{ContainerId: id},
+				)
 				return err
 			}, codes.OK},
 			{"RemoveContainer", func(ctx context.Context, b *bed) error {
-				_, err := call[runtimeapi.RemoveContainerResponse](ctx, b, methodRemove, &runtimeapi.RemoveContainerRequest{ContainerId: id})
+				_, err := call[runtimeapi.RemoveContainerResponse](
+					ctx, b, methodRemove, &runtimeapi.RemoveContainerRequest{ContainerId: id},
+				)
 				return err
 			}, codes.OK},
 		}
@@ -160,7 +170,9 @@ func TestCallsOnARevealedContainerPass(t *testing.T) {
 	defer c.Release()
 	c.Reveal()
 	b.on(methodStop, always(&runtimeapi.StopContainerResponse{}, nil))
-	if _, err := call[runtimeapi.StopContainerResponse](t.Context(), b, methodStop, &runtimeapi.StopContainerRequest{ContainerId: successor}); err != nil {
+	if _, err := call[runtimeapi.StopContainerResponse](
+		t.Context(), b, methodStop, &runtimeapi.StopContainerRequest{ContainerId: successor},
+	); err != nil {
 		t.Fatal(err)
 	}
 	if got := b.called(); got != "StopContainer" {
@@ -179,12 +191,30 @@ func TestTakingBack(t *testing.T) {
 		// first is whether the runtime is asked before the operation has given way.
 		first bool
 	}{
-		{"StopContainer", methodStop, &runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 7}, &runtimeapi.StopContainerResponse{}, 7, true},
-		{"StopContainer by prefix", methodStop, &runtimeapi.StopContainerRequest{ContainerId: incumbent[:4]}, &runtimeapi.StopContainerResponse{}, 0, true},
-		{"StopPodSandbox", methodStopSandbox, &runtimeapi.StopPodSandboxRequest{PodSandboxId: sandbox}, &runtimeapi.StopPodSandboxResponse{}, 2, false},
-		{"StopPodSandbox by prefix", methodStopSandbox, &runtimeapi.StopPodSandboxRequest{PodSandboxId: sandbox[:3]}, &runtimeapi.StopPodSandboxResponse{}, 2, false},
-		{"RemovePodSandbox", methodRemoveSandbox, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: sandbox}, &runtimeapi.RemovePodSandboxResponse{}, 2, false},
-		{"RemoveContainer", methodRemove, &runtimeapi.RemoveContainerRequest{ContainerId: incumbent}, &runtimeapi.RemoveContainerResponse{}, 2, false},
+		{
+			"StopContainer", methodStop, &runtimeapi.StopContainerRequest{ContainerId: incumbent, Timeout: 7},
+			&runtimeapi.StopContainerResponse{}, 7, true,
+		},
+		{
+			"StopContainer by prefix", methodStop, &runtimeapi.StopContainerRequest{ContainerId: incumbent[:4]},
+			&runtimeapi.StopContainerResponse{}, 0, true,
+		},
+		{
+			"StopPodSandbox", methodStopSandbox, &runtimeapi.StopPodSandboxRequest{PodSandboxId: sandbox},
+			&runtimeapi.StopPodSandboxResponse{}, 2, false,
+		},
+		{
+			"StopPodSandbox by prefix", methodStopSandbox, &runtimeapi.StopPodSandboxRequest{PodSandboxId: sandbox[:3]},
+			&runtimeapi.StopPodSandboxResponse{}, 2, false,
+		},
+		{
+			"RemovePodSandbox", methodRemoveSandbox, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: sandbox},
+			&runtimeapi.RemovePodSandboxResponse{}, 2, false,
+		},
+		{
+			"RemoveContainer", methodRemove, &runtimeapi.RemoveContainerRequest{ContainerId: incumbent},
+			&runtimeapi.RemoveContainerResponse{}, 2, false,
+		},
 	}
 	for _, tc := range cases {
 		t.Run(tc.name, func(t *testing.T) {
@@ -231,7 +261,9 @@ func TestStopOfTheRuntimeFails(t *testing.T) {
 	c := b.swapping()
 	defer c.Release()
 	b.on(methodStop, always(nil, status.Error(codes.Unavailable, "gone")))
-	_, err := call[runtimeapi.StopContainerResponse](t.Context(), b, methodStop, &runtimeapi.StopContainerRequest{ContainerId: incumbent})
+	_, err := call[runtimeapi.StopContainerResponse](
+		t.Context(), b, methodStop, &runtimeapi.StopContainerRequest{ContainerId: incumbent},
+	)
 	wantCode(t, err, codes.Unavailable) // at once: kubelet tries again
 	if c.YieldedTo() == nil {
 		t.Error("the operation does not give way")
@@ -289,7 +321,9 @@ func TestRemoveContainer(t *testing.T) {
 	t.Run("forgets", func(t *testing.T) {
 		b := newBed(t)
 		b.on(methodRemove, always(&runtimeapi.RemoveContainerResponse{}, nil))
-		if _, err := call[runtimeapi.RemoveContainerResponse](t.Context(), b, methodRemove, &runtimeapi.RemoveContainerRequest{ContainerId: web}); err != nil {
+		if _, err := call[runtimeapi.RemoveContainerResponse](
+			t.Context(), b, methodRemove, &runtimeapi.RemoveContainerRequest{ContainerId: web},
+		); err != nil {
 			t.Fatal(err)
 		}
 		if got := b.records.String(); got != "removed "+web {
@@ -299,7 +333,9 @@ func TestRemoveContainer(t *testing.T) {
 	t.Run("not if it fails", func(t *testing.T) {
 		b := newBed(t)
 		b.on(methodRemove, always(nil, status.Error(codes.Unknown, "starting")))
-		_, err := call[runtimeapi.RemoveContainerResponse](t.Context(), b, methodRemove, &runtimeapi.RemoveContainerRequest{ContainerId: web})
+		_, err := call[runtimeapi.RemoveContainerResponse](
+			t.Context(), b, methodRemove, &runtimeapi.RemoveContainerRequest{ContainerId: web},
+		)
 		wantCode(t, err, codes.Unknown)
 		if got := b.records.String(); got != "" {
 			t.Errorf("records: %s", got)
@@ -324,18 +360,49 @@ func TestUpdateContainerResources(t *testing.T) {
 		{name: "at rest", id: web, linux: cpus, updates: "web=3", records: "updated " + web + " cpus=3"},
 		{name: "no Linux part", id: web, updates: "web="},
 		{name: "refused", id: web, linux: cpus, fail: web, code: codes.Unknown, updates: "web=3"},
-		{name: "incumbent, before the stage", id: incumbent, linux: cpus, updates: "old=3", records: "updated " + incumbent + " cpus=3"},
-		{name: "incumbent, staged", id: incumbent, linux: cpus, staged: true, updates: "old=3 new=3", records: "updated " + incumbent + " cpus=3, updated " + successor + " cpus=3"},
-		{name: "by prefix", id: incumbent[:4], linux: cpus, staged: true, updates: "old=3 new=3", records: "updated " + incumbent + " cpus=3, updated " + successor + " cpus=3"},
+		{
+			name: "incumbent, before the stage", id: incumbent, linux: cpus, updates: "old=3",
+			records: "updated " + incumbent + " cpus=3",
+		},
+		{
+			name: "incumbent, staged", id: incumbent, linux: cpus, staged: true, updates: "old=3 new=3",
+			records: "updated " + incumbent + " cpus=3, updated " + successor + " cpus=3",
+		},
+		{
+			name: "by prefix", id: incumbent[:4], linux: cpus, staged: true, updates: "old=3 new=3",
+			records: "updated " + incumbent + " cpus=3, updated " + successor + " cpus=3",
+		},
 		// Kubelet asked for the incumbent only: what the successor says is ours.
-		{name: "successor refuses", id: incumbent, linux: cpus, staged: true, fail: successor, updates: "old=3 new=3", records: "updated " + incumbent + " cpus=3, updated " + successor + " cpus=3"},
-		{name: "incumbent refuses", id: incumbent, linux: cpus, staged: true, fail: incumbent, code: codes.Unknown, updates: "old=3"},
+		{
+			name: "successor refuses", id: incumbent, linux: cpus, staged: true, fail: successor, updates: "old=3 new=3",
+			records: "updated " + incumbent + " cpus=3, updated " + successor + " cpus=3",
+		},
+		{
+			name: "incumbent refuses", id: incumbent, linux: cpus, staged: true, fail: incumbent, code: codes.Unknown,
+			updates: "old=3",
+		},
 		// The runtime's word on a process that is going says nothing about what kubelet will see.
-		{name: "incumbent is going", id: incumbent, linux: cpus, staged: true, masked: true, fail: incumbent, updates: "old=3 new=3", records: "updated " + incumbent + " cpus=3, updated " + successor + " cpus=3"},
-		{name: "incumbent is going, and gone", id: incumbent, linux: cpus, staged: true, masked: true, reveals: true, fail: incumbent, updates: "old=3 new=3", records: "updated " + incumbent + " cpus=3, updated " + successor + " cpus=3"},
-		{name: "incumbent is going, both refuse", id: incumbent, linux: cpus, staged: true, masked: true, fail: incumbent + successor, code: codes.Unknown, updates: "old=3 new=3"},
-		{name: "incumbent is going, no Linux part", id: incumbent, staged: true, masked: true, fail: incumbent, code: codes.Unknown, updates: "old="},
-		{name: "incumbent is going, nothing is staged", id: incumbent, linux: cpus, masked: true, fail: incumbent, code: codes.Unknown, updates: "old=3"},
+		{
+			name: "incumbent is going", id: incumbent, linux: cpus, staged: true, masked: true, fail: incumbent,
+			updates: "old=3 new=3", records: "updated " + incumbent + " cpus=3, updated " + successor + " cpus=3",
+		},
+		{
+			name: "incumbent is going, and gone", id: incumbent, linux: cpus, staged: true, masked: true, reveals: true,
+			fail: incumbent, updates: "old=3 new=3",
+			records: "updated " + incumbent + " cpus=3, updated " + successor + " cpus=3",
+		},
+		{
+			name: "incumbent is going, both refuse", id: incumbent, linux: cpus, staged: true, masked: true,
+			fail: incumbent + successor, code: codes.Unknown, updates: "old=3 new=3",
+		},
+		{
+			name: "incumbent is going, no Linux part", id: incumbent, staged: true, masked: true, fail: incumbent,
+			code: codes.Unknown, updates: "old=",
+		},
+		{
+			name: "incumbent is going, nothing is staged", id: incumbent, linux: cpus, masked: true, fail: incumbent,
+			code: codes.Unknown, updates: "old=3",
+		},
 	}
 	for _, tc := range cases {
 		t.Run(tc.name, func(t *testing.T) {

@@ -18,12 +18,16 @@ import (
 
 const methodEvents = runtimeapi.RuntimeService_GetContainerEvents_FullMethodName
 
-func event(id string, what runtimeapi.ContainerEventType, statuses ...*runtimeapi.ContainerStatus) *runtimeapi.ContainerEventResponse {
+func event(
+	id string, what runtimeapi.ContainerEventType, statuses ...*runtimeapi.ContainerStatus,
+) *runtimeapi.ContainerEventResponse {
 	return &runtimeapi.ContainerEventResponse{ContainerId: id, ContainerEventType: what, ContainersStatuses: statuses}
 }
 
 func brief(e *runtimeapi.ContainerEventResponse) string {
-	return names[e.GetContainerId()] + " " + strings.TrimSuffix(strings.TrimPrefix(e.GetContainerEventType().String(), "CONTAINER_"), "_EVENT")
+	return names[e.GetContainerId()] + " " + strings.TrimSuffix(
+		strings.TrimPrefix(e.GetContainerEventType().String(), "CONTAINER_"), "_EVENT",
+	)
 }
 
 // sent returns what kubelet gets at once.
@@ -122,7 +126,9 @@ func TestContainerEventsOfAnAbandonedStage(t *testing.T) {
 	_, f := b.stream(methodEvents, &runtimeapi.GetEventsRequest{})
 	c := b.swapping()
 	defer c.Release()
-	for _, e := range []*runtimeapi.ContainerEventResponse{event(successor, created, staged()), event(successor, deleted)} {
+	for _, e := range []*runtimeapi.ContainerEventResponse{
+		event(successor, created, staged()), event(successor, deleted),
+	} {
 		if got := sent(t, f, e); got != "" {
 			t.Errorf("kubelet gets %q", got)
 		}
@@ -149,7 +155,8 @@ func TestContainerEventsShowVirtualStatuses(t *testing.T) {
 	}
 	wantUnknown(t, "event", msgs[0])
 	want := event(web, stopped, running(incumbent), exited(web))
-	if !slices.EqualFunc(msgs[0].GetContainersStatuses(), want.GetContainersStatuses(), func(a, b *runtimeapi.ContainerStatus) bool { return proto.Equal(a, b) }) {
+	same := func(a, b *runtimeapi.ContainerStatus) bool { return proto.Equal(a, b) }
+	if !slices.EqualFunc(msgs[0].GetContainersStatuses(), want.GetContainersStatuses(), same) {
 		t.Errorf("got  %v\nwant %v", msgs[0].GetContainersStatuses(), want.GetContainersStatuses())
 	}
 }
@@ -186,8 +193,8 @@ func TestContainerEventsOfSeveralStreamsAndClaims(t *testing.T) {
 	}
 }
 
-// An event tells of all containers of the pod. When it is released, those of another operation are still not to be seen, and
-// the start of the successor is known.
+// An event tells of all containers of the pod. When it is released, those of another operation are
+// still not to be seen, and the start of the successor is known.
 func TestContainerEventsHeldTellWhatIsShownNow(t *testing.T) {
 	b := newBed(t)
 	_, f := b.stream(methodEvents, &runtimeapi.GetEventsRequest{})

@@ -25,17 +25,28 @@ func (u unclaimed) Unclaimed(i *runtimeapi.Image) bool { return u[i.GetId()] }
 func (u unclaimed) Claimed(id string)                  { delete(u, id) }
 func (u unclaimed) KubeletPulls(string) func()         { return func() {} }
 
-// TestImageStatus: an image that kubelet has not pulled is not there for it; when it has, nothing is decoded any more.
+// TestImageStatus: an image that kubelet has not pulled is not there for it; when it has, nothing
+// is decoded any more.
 func TestImageStatus(t *testing.T) {
-	const status, pull = runtimeapi.ImageService_ImageStatus_FullMethodName, runtimeapi.ImageService_PullImage_FullMethodName
+	const (
+		status = runtimeapi.ImageService_ImageStatus_FullMethodName
+		pull   = runtimeapi.ImageService_PullImage_FullMethodName
+	)
 	b := newBed(t)
 	images := unclaimed{"sha256:1": true}
 	log := logrus.New()
 	log.SetOutput(io.Discard)
-	b.director = interceptors.New(interceptors.Options{View: b.view, Records: b.records, Log: log, Pulls: images, Images: images})
+	b.director = interceptors.New(
+		interceptors.Options{View: b.view, Records: b.records, Log: log, Pulls: images, Images: images},
+	)
 	shown := func(id string) bool {
 		t.Helper()
-		b.on(status, always(&runtimeapi.ImageStatusResponse{Image: &runtimeapi.Image{Id: id}, Info: map[string]string{"info": "{}"}}, nil))
+		b.on(
+			status,
+			always(
+				&runtimeapi.ImageStatusResponse{Image: &runtimeapi.Image{Id: id}, Info: map[string]string{"info": "{}"}}, nil,
+			),
+		)
 		raw, err := b.director.Unary(status)(t.Context(), status, nil, b.next(status))
 		if err != nil {
 			t.Fatal(err)
@@ -69,10 +80,15 @@ func (l *told) KubeletPulls(image string) func() {
 	return func() { *l = append(*l, "done") }
 }
 
-// TestPullImage: pulls ahead of time are told which image kubelet pulls, and what is no request is the runtime's to refuse.
+// TestPullImage: pulls ahead of time are told which image kubelet pulls, and what is no request is
+// the runtime's to refuse.
 func TestPullImage(t *testing.T) {
 	const pull = runtimeapi.ImageService_PullImage_FullMethodName
-	raw, err := proto.Marshal(&runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: "nginx:1"}, Auth: &runtimeapi.AuthConfig{Password: "secret"}})
+	raw, err := proto.Marshal(
+		&runtimeapi.PullImageRequest{
+			Image: &runtimeapi.ImageSpec{Image: "nginx:1"}, Auth: &runtimeapi.AuthConfig{Password: "secret"},
+		},
+	)
 	if err != nil {
 		t.Fatal(err)
 	}

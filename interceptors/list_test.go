@@ -23,7 +23,8 @@ const (
 	methodStreamList = runtimeapi.RuntimeService_StreamContainers_FullMethodName
 )
 
-// list is the runtime's ListContainers with containerd's filters (internal/cri/server/container_list.go).
+// list is the runtime's ListContainers with containerd's filters
+// (internal/cri/server/container_list.go).
 func list(all []*runtimeapi.Container, f *runtimeapi.ContainerFilter) []*runtimeapi.Container {
 	var out []*runtimeapi.Container
 	for _, c := range all {
@@ -81,13 +82,16 @@ func (b *bed) readAll() {
 	}
 	b.inspect(sandbox)
 	for _, c := range resp.GetContainers() {
-		if _, err := call[runtimeapi.ContainerStatusResponse](b.t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()}); err != nil {
+		if _, err := call[runtimeapi.ContainerStatusResponse](
+			b.t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()},
+		); err != nil {
 			b.t.Fatal(err)
 		}
 	}
 }
 
-// listSandboxes does what kubelet does before it lists containers to learn what its pods are. Nothing takes part in that call.
+// listSandboxes does what kubelet does before it lists containers to learn what its pods are.
+// Nothing takes part in that call.
 func (b *bed) listSandboxes() {
 	b.t.Helper()
 	if b.director.Unary(runtimeapi.RuntimeService_ListPodSandbox_FullMethodName) != nil {
@@ -95,12 +99,15 @@ func (b *bed) listSandboxes() {
 	}
 }
 
-// inspect begins to look at a whole pod as kubelet does, which asks for the status of its sandbox before those of its containers.
+// inspect begins to look at a whole pod as kubelet does, which asks for the status of its sandbox
+// before those of its containers.
 func (b *bed) inspect(sandbox string) {
 	b.t.Helper()
 	method := runtimeapi.RuntimeService_PodSandboxStatus_FullMethodName
 	b.on(method, always(&runtimeapi.PodSandboxStatusResponse{}, nil))
-	if _, err := call[runtimeapi.PodSandboxStatusResponse](b.t.Context(), b, method, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: sandbox}); err != nil {
+	if _, err := call[runtimeapi.PodSandboxStatusResponse](
+		b.t.Context(), b, method, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: sandbox},
+	); err != nil {
 		b.t.Fatal(err)
 	}
 }
@@ -144,7 +151,9 @@ func TestListContainersShowsTheVirtualState(t *testing.T) {
 			c := b.swapping()
 			defer c.Release()
 
-			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{Filter: tc.filter})
+			resp, err := call[runtimeapi.ListContainersResponse](
+				t.Context(), b, methodList, &runtimeapi.ListContainersRequest{Filter: tc.filter},
+			)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -186,9 +195,12 @@ func TestListContainersHidesByToken(t *testing.T) {
 	}
 }
 
-// Kubelets that ask in the order of the list come to the successor first, whatever the runtime's order is.
+// Kubelets that ask in the order of the list come to the successor first, whatever the runtime's
+// order is.
 func TestRevealedIsListedBeforeItsIncumbent(t *testing.T) {
-	for name, order := range map[string]func([]*runtimeapi.Container){"as it is": func([]*runtimeapi.Container) {}, "turned round": slices.Reverse[[]*runtimeapi.Container]} {
+	for name, order := range map[string]func([]*runtimeapi.Container){
+		"as it is": func([]*runtimeapi.Container) {}, "turned round": slices.Reverse[[]*runtimeapi.Container],
+	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBed(t)
 			b.on(methodList, func(context.Context, []byte) (proto.Message, error) {
@@ -246,8 +258,9 @@ func TestRevealedTwiceIsListedNewestFirst(t *testing.T) {
 	}
 }
 
-// PLEG looks at a pod again only when its list has changed. A round that had listed the sandboxes before a reveal must not be told by the
-// list what the statuses do not say yet: kubelet would go by the incumbent's status for as long as the pod stays as it is.
+// PLEG looks at a pod again only when its list has changed. A round that had listed the sandboxes
+// before a reveal must not be told by the list what the statuses do not say yet: kubelet would go
+// by the incumbent's status for as long as the pod stays as it is.
 func TestRevealWithinARound(t *testing.T) {
 	b := newBed(t)
 	b.serveList()
@@ -266,7 +279,10 @@ func TestRevealWithinARound(t *testing.T) {
 		}
 		return out
 	}
-	const before, after = "old RUNNING, web RUNNING, web-before EXITED", "new CREATED, old EXITED, web RUNNING, web-before EXITED"
+	const (
+		before = "old RUNNING, web RUNNING, web-before EXITED"
+		after  = "new CREATED, old EXITED, web RUNNING, web-before EXITED"
+	)
 	c := b.swapping()
 	b.listSandboxes()
 	c.Reveal()
@@ -277,7 +293,9 @@ func TestRevealWithinARound(t *testing.T) {
 		}
 	}
 	b.inspect(sandbox)
-	resp, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: incumbent})
+	resp, err := call[runtimeapi.ContainerStatusResponse](
+		t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: incumbent},
+	)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -294,7 +312,10 @@ func TestRevealWithinARound(t *testing.T) {
 
 // What the list shows after each step of an operation, ending in each way.
 func TestListContainersStepByStep(t *testing.T) {
-	const untouched, before = "new CREATED, old EXITED, web RUNNING, web-before EXITED", "old EXITED, web RUNNING, web-before EXITED"
+	const (
+		untouched = "new CREATED, old EXITED, web RUNNING, web-before EXITED"
+		before    = "old EXITED, web RUNNING, web-before EXITED"
+	)
 	steps := map[string]struct {
 		do   func(*testing.T, *interceptors.Claim)
 		want string
@@ -306,13 +327,25 @@ func TestListContainersStepByStep(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, before},
-		"mask":               {func(_ *testing.T, c *interceptors.Claim) { c.Mask() }, "old RUNNING, web RUNNING, web-before EXITED"},
-		"staged":             {func(_ *testing.T, c *interceptors.Claim) { c.Staged(successor) }, before},
-		"another token":      {func(_ *testing.T, c *interceptors.Claim) { c.HideNow("fresh") }, "old RUNNING, web RUNNING, web-before EXITED"},
-		"and forget the old": {func(_ *testing.T, c *interceptors.Claim) { c.Staged("") }, "new CREATED, old RUNNING, web RUNNING, web-before EXITED"},
-		"reveal":             {func(_ *testing.T, c *interceptors.Claim) { c.Reveal() }, untouched},
-		"discard":            {func(_ *testing.T, c *interceptors.Claim) { c.Discard() }, untouched},
-		"release":            {func(_ *testing.T, c *interceptors.Claim) { c.Release() }, untouched},
+		"mask": {func(
+			_ *testing.T, c *interceptors.Claim,
+		) {
+			c.Mask()
+		}, "old RUNNING, web RUNNING, web-before EXITED"},
+		"staged": {func(_ *testing.T, c *interceptors.Claim) { c.Staged(successor) }, before},
+		"another token": {func(
+			_ *testing.T, c *interceptors.Claim,
+		) {
+			c.HideNow("fresh")
+		}, "old RUNNING, web RUNNING, web-before EXITED"},
+		"and forget the old": {func(
+			_ *testing.T, c *interceptors.Claim,
+		) {
+			c.Staged("")
+		}, "new CREATED, old RUNNING, web RUNNING, web-before EXITED"},
+		"reveal":  {func(_ *testing.T, c *interceptors.Claim) { c.Reveal() }, untouched},
+		"discard": {func(_ *testing.T, c *interceptors.Claim) { c.Discard() }, untouched},
+		"release": {func(_ *testing.T, c *interceptors.Claim) { c.Release() }, untouched},
 		"reveal if it may be": {func(t *testing.T, c *interceptors.Claim) {
 			if !c.TryReveal() {
 				t.Error("not revealed")
@@ -335,7 +368,9 @@ func TestListContainersStepByStep(t *testing.T) {
 			c := b.claimed()
 			for _, step := range course {
 				steps[step].do(t, c)
-				resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+				resp, err := call[runtimeapi.ListContainersResponse](
+					t.Context(), b, methodList, &runtimeapi.ListContainersRequest{},
+				)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -439,7 +474,9 @@ func TestListContainersKeepsUnknownFields(t *testing.T) {
 		return m, nil
 	})
 	resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList,
-		withUnknown(&runtimeapi.ListContainersRequest{Filter: withUnknown(inState(runtimeapi.ContainerState_CONTAINER_RUNNING))}))
+		withUnknown(
+			&runtimeapi.ListContainersRequest{Filter: withUnknown(inState(runtimeapi.ContainerState_CONTAINER_RUNNING))},
+		))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -67,7 +67,8 @@ func methodNames() []string {
 	return append(all, "/runtime.v1.RuntimeService/ListContainers2", "/other.Service/ListContainers", "")
 }
 
-// answers is what the director says of a method in a state: Unary, Stream and Pass, one letter each.
+// answers is what the director says of a method in a state: Unary, Stream and Pass, one letter
+// each.
 func (b *bed) answers(method string) string {
 	out := []byte("--.")
 	if b.director.Unary(method) != nil {

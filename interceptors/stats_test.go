@@ -23,7 +23,10 @@ func stats(ids ...string) []*runtimeapi.ContainerStats {
 
 func podStats(ids ...string) []*runtimeapi.PodSandboxStats {
 	return []*runtimeapi.PodSandboxStats{
-		{Attributes: &runtimeapi.PodSandboxAttributes{Id: sandbox}, Linux: &runtimeapi.LinuxPodSandboxStats{Containers: stats(ids...)}},
+		{
+			Attributes: &runtimeapi.PodSandboxAttributes{Id: sandbox},
+			Linux:      &runtimeapi.LinuxPodSandboxStats{Containers: stats(ids...)},
+		},
 		{Attributes: &runtimeapi.PodSandboxAttributes{Id: "windows"}},
 	}
 }
@@ -43,14 +46,45 @@ func TestStatsLeaveHiddenContainersOut(t *testing.T) {
 		method  string
 		in, out proto.Message
 	}{
-		{runtimeapi.RuntimeService_ListContainerStats_FullMethodName, &runtimeapi.ListContainerStatsResponse{Stats: stats(all...)}, &runtimeapi.ListContainerStatsResponse{Stats: stats(seen...)}},
-		{runtimeapi.RuntimeService_StreamContainerStats_FullMethodName, &runtimeapi.StreamContainerStatsResponse{ContainerStats: stats(all...)}, &runtimeapi.StreamContainerStatsResponse{ContainerStats: stats(seen...)}},
-		{runtimeapi.RuntimeService_PodSandboxStats_FullMethodName, &runtimeapi.PodSandboxStatsResponse{Stats: podStats(all...)[0]}, &runtimeapi.PodSandboxStatsResponse{Stats: podStats(seen...)[0]}},
-		{runtimeapi.RuntimeService_PodSandboxStats_FullMethodName, &runtimeapi.PodSandboxStatsResponse{}, &runtimeapi.PodSandboxStatsResponse{}},
-		{runtimeapi.RuntimeService_ListPodSandboxStats_FullMethodName, &runtimeapi.ListPodSandboxStatsResponse{Stats: podStats(all...)}, &runtimeapi.ListPodSandboxStatsResponse{Stats: podStats(seen...)}},
-		{runtimeapi.RuntimeService_StreamPodSandboxStats_FullMethodName, &runtimeapi.StreamPodSandboxStatsResponse{PodSandboxStats: podStats(all...)}, &runtimeapi.StreamPodSandboxStatsResponse{PodSandboxStats: podStats(seen...)}},
-		{runtimeapi.RuntimeService_ListPodSandboxMetrics_FullMethodName, &runtimeapi.ListPodSandboxMetricsResponse{PodMetrics: podMetrics(all...)}, &runtimeapi.ListPodSandboxMetricsResponse{PodMetrics: podMetrics(seen...)}},
-		{runtimeapi.RuntimeService_StreamPodSandboxMetrics_FullMethodName, &runtimeapi.StreamPodSandboxMetricsResponse{PodSandboxMetrics: podMetrics(all...)}, &runtimeapi.StreamPodSandboxMetricsResponse{PodSandboxMetrics: podMetrics(seen...)}},
+		{
+			runtimeapi.RuntimeService_ListContainerStats_FullMethodName,
+			&runtimeapi.ListContainerStatsResponse{Stats: stats(all...)},
+			&runtimeapi.ListContainerStatsResponse{Stats: stats(seen...)},
+		},
+		{
+			runtimeapi.RuntimeService_StreamContainerStats_FullMethodName,
+			&runtimeapi.StreamContainerStatsResponse{ContainerStats: stats(all...)},
+			&runtimeapi.StreamContainerStatsResponse{ContainerStats: stats(seen...)},
+		},
+		{
+			runtimeapi.RuntimeService_PodSandboxStats_FullMethodName,
+			&runtimeapi.PodSandboxStatsResponse{Stats: podStats(all...)[0]},
+			&runtimeapi.PodSandboxStatsResponse{Stats: podStats(seen...)[0]},
+		},
+		{
+			runtimeapi.RuntimeService_PodSandboxStats_FullMethodName, &runtimeapi.PodSandboxStatsResponse{},
+			&runtimeapi.PodSandboxStatsResponse{},
+		},
+		{
+			runtimeapi.RuntimeService_ListPodSandboxStats_FullMethodName,
+			&runtimeapi.ListPodSandboxStatsResponse{Stats: podStats(all...)},
+			&runtimeapi.ListPodSandboxStatsResponse{Stats: podStats(seen...)},
+		},
+		{
+			runtimeapi.RuntimeService_StreamPodSandboxStats_FullMethodName,
+			&runtimeapi.StreamPodSandboxStatsResponse{PodSandboxStats: podStats(all...)},
+			&runtimeapi.StreamPodSandboxStatsResponse{PodSandboxStats: podStats(seen...)},
+		},
+		{
+			runtimeapi.RuntimeService_ListPodSandboxMetrics_FullMethodName,
+			&runtimeapi.ListPodSandboxMetricsResponse{PodMetrics: podMetrics(all...)},
+			&runtimeapi.ListPodSandboxMetricsResponse{PodMetrics: podMetrics(seen...)},
+		},
+		{
+			runtimeapi.RuntimeService_StreamPodSandboxMetrics_FullMethodName,
+			&runtimeapi.StreamPodSandboxMetricsResponse{PodSandboxMetrics: podMetrics(all...)},
+			&runtimeapi.StreamPodSandboxMetricsResponse{PodSandboxMetrics: podMetrics(seen...)},
+		},
 	}
 	for _, tc := range cases {
 		t.Run(tc.method[strings.LastIndexByte(tc.method, '/')+1:], func(t *testing.T) {
@@ -115,7 +149,9 @@ func TestContainerStats(t *testing.T) {
 			defer c.Release()
 			const method = runtimeapi.RuntimeService_ContainerStats_FullMethodName
 			b.on(method, always(withUnknown(&runtimeapi.ContainerStatsResponse{Stats: stats(tc.full)[0]}), nil))
-			resp, err := call[runtimeapi.ContainerStatsResponse](t.Context(), b, method, &runtimeapi.ContainerStatsRequest{ContainerId: tc.asked})
+			resp, err := call[runtimeapi.ContainerStatsResponse](
+				t.Context(), b, method, &runtimeapi.ContainerStatsRequest{ContainerId: tc.asked},
+			)
 			wantCode(t, err, tc.code)
 			if err == nil {
 				wantUnknown(t, "response", resp)

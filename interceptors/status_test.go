@@ -71,8 +71,15 @@ func TestContainerStatus(t *testing.T) {
 				b.serveStatus()
 				b.readAll()
 			}
-			b.on(methodStatus, always(withUnknown(&runtimeapi.ContainerStatusResponse{Status: tc.real, Info: map[string]string{"info": "{}"}}), nil))
-			resp, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: tc.id, Verbose: true})
+			b.on(
+				methodStatus,
+				always(
+					withUnknown(&runtimeapi.ContainerStatusResponse{Status: tc.real, Info: map[string]string{"info": "{}"}}), nil,
+				),
+			)
+			resp, err := call[runtimeapi.ContainerStatusResponse](
+				t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: tc.id, Verbose: true},
+			)
 			if tc.want == nil {
 				// containerd's own words for an ID it does not know, with the ID as asked.
 				want := `an error occurred when try to find container "` + tc.id + `": not found`
@@ -98,14 +105,17 @@ func TestContainerStatus(t *testing.T) {
 		c := b.swapping()
 		defer c.Release()
 		b.on(methodStatus, always(nil, status.Error(codes.Unavailable, "gone")))
-		_, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: incumbent})
+		_, err := call[runtimeapi.ContainerStatusResponse](
+			t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: incumbent},
+		)
 		if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "gone") {
 			t.Errorf("got %v, want the runtime's Unavailable", err)
 		}
 	})
 }
 
-// The start of a container that was held at a gate is corrected wherever it is told, as long as the container exists.
+// The start of a container that was held at a gate is corrected wherever it is told, as long as the
+// container exists.
 func TestStartedAtIsCorrected(t *testing.T) {
 	b := newBed(t)
 	at := time.Unix(2000, 7)
@@ -125,7 +135,9 @@ func TestStartedAtIsCorrected(t *testing.T) {
 	_, f := b.stream(methodEvents, &runtimeapi.GetEventsRequest{})
 	told := func() (status, sandbox, event int64) {
 		t.Helper()
-		one, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: web})
+		one, err := call[runtimeapi.ContainerStatusResponse](
+			t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: web},
+		)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -133,15 +145,20 @@ func TestStartedAtIsCorrected(t *testing.T) {
 		if one.GetInfo()["info"] != "{}" {
 			t.Error("info is lost")
 		}
-		all, err := call[runtimeapi.PodSandboxStatusResponse](t.Context(), b, methodSandboxStatus, &runtimeapi.PodSandboxStatusRequest{})
+		all, err := call[runtimeapi.PodSandboxStatusResponse](
+			t.Context(), b, methodSandboxStatus, &runtimeapi.PodSandboxStatusRequest{},
+		)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if got := all.GetContainersStatuses()[1]; !proto.Equal(got, other) {
 			t.Errorf("another container is told as %v", got)
 		}
-		msgs := through(t, f, &runtimeapi.ContainerEventResponse{ContainerId: web, ContainersStatuses: []*runtimeapi.ContainerStatus{raw()}})
-		return one.GetStatus().GetStartedAt(), all.GetContainersStatuses()[0].GetStartedAt(), msgs[0].GetContainersStatuses()[0].GetStartedAt()
+		msgs := through(
+			t, f, &runtimeapi.ContainerEventResponse{ContainerId: web, ContainersStatuses: []*runtimeapi.ContainerStatus{raw()}},
+		)
+		return one.GetStatus().GetStartedAt(), all.GetContainersStatuses()[0].GetStartedAt(),
+			msgs[0].GetContainersStatuses()[0].GetStartedAt()
 	}
 	check := func(when string, want int64) {
 		t.Helper()
@@ -162,7 +179,9 @@ func TestStartedAtIsCorrected(t *testing.T) {
 	check("known better", at.UnixNano()+1)
 	b.on(methodStatus, always(&runtimeapi.ContainerStatusResponse{Status: staged()}, nil))
 	b.view.SetStarted(successor, at)
-	resp, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: successor})
+	resp, err := call[runtimeapi.ContainerStatusResponse](
+		t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: successor},
+	)
 	if err != nil || resp.GetStatus().GetStartedAt() != 0 {
 		t.Errorf("a container that has not been started is told as %v, %v", resp, err)
 	}
@@ -179,7 +198,8 @@ func TestStartedAtIsCorrected(t *testing.T) {
 	}
 }
 
-// A container whose probes are held is shown to begin in the future for as long as it runs, from its first showing on.
+// A container whose probes are held is shown to begin in the future for as long as it runs, from
+// its first showing on.
 func TestHoldProbes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBed(t)
@@ -190,7 +210,9 @@ func TestHoldProbes(t *testing.T) {
 		})
 		told := func() int64 {
 			t.Helper()
-			resp, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: successor})
+			resp, err := call[runtimeapi.ContainerStatusResponse](
+				t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: successor},
+			)
 			if status.Code(err) == codes.NotFound {
 				return -1
 			}
@@ -237,7 +259,9 @@ func TestPodSandboxStatus(t *testing.T) {
 		ContainersStatuses: []*runtimeapi.ContainerStatus{staged(), withUnknown(exited(incumbent)), exited(web)},
 		Timestamp:          7,
 	}), nil))
-	resp, err := call[runtimeapi.PodSandboxStatusResponse](t.Context(), b, methodSandboxStatus, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: sandbox})
+	resp, err := call[runtimeapi.PodSandboxStatusResponse](
+		t.Context(), b, methodSandboxStatus, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: sandbox},
+	)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -178,7 +178,9 @@ func TestTryRevealYields(t *testing.T) {
 		c := b.swapping()
 		var kubelet sync.WaitGroup
 		kubelet.Go(func() {
-			if _, err := call[runtimeapi.StopContainerResponse](t.Context(), b, methodStop, &runtimeapi.StopContainerRequest{ContainerId: incumbent}); err != nil {
+			if _, err := call[runtimeapi.StopContainerResponse](
+				t.Context(), b, methodStop, &runtimeapi.StopContainerRequest{ContainerId: incumbent},
+			); err != nil {
 				t.Error(err)
 			}
 		})
@@ -208,7 +210,9 @@ func (r *swappedRuntime) create(id, token string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.list = append(r.list, &runtimeapi.Container{
-		Id: id, PodSandboxId: sandbox, Labels: labels("app"), Annotations: map[string]string{interceptors.StagedAnnotation: token},
+		Id: id, PodSandboxId: sandbox, Labels: labels("app"), Annotations: map[string]string{
+			interceptors.StagedAnnotation: token,
+		},
 	})
 }
 
@@ -253,15 +257,17 @@ func (r *swappedRuntime) serve(b *bed) {
 		defer r.mu.Unlock()
 		for _, c := range r.list {
 			if c.GetId() == req.GetContainerId() {
-				return &runtimeapi.ContainerStatusResponse{Status: &runtimeapi.ContainerStatus{Id: c.GetId(), State: c.GetState(), Annotations: c.GetAnnotations()}}, nil
+				return &runtimeapi.ContainerStatusResponse{
+					Status: &runtimeapi.ContainerStatus{Id: c.GetId(), State: c.GetState(), Annotations: c.GetAnnotations()},
+				}, nil
 			}
 		}
 		return nil, status.Error(codes.NotFound, "no such container")
 	})
 }
 
-// All methods from many goroutines, for the race detector. One of them reads as kubelet's PLEG does, a list and
-// then the status of what it lists: it always finds one that runs.
+// All methods from many goroutines, for the race detector. One of them reads as kubelet's PLEG
+// does, a list and then the status of what it lists: it always finds one that runs.
 func TestViewUnderLoad(t *testing.T) {
 	b := newBed(t)
 	rt := &swappedRuntime{}
@@ -286,7 +292,9 @@ func TestViewUnderLoad(t *testing.T) {
 					continue
 				}
 				listed++
-				st, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()})
+				st, err := call[runtimeapi.ContainerStatusResponse](
+					t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()},
+				)
 				if err == nil && st.GetStatus().GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING {
 					alive++
 				}
@@ -299,7 +307,10 @@ func TestViewUnderLoad(t *testing.T) {
 	})
 	kubelet.Go(func() {
 		for ctx.Err() == nil {
-			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{Filter: inState(runtimeapi.ContainerState_CONTAINER_RUNNING)})
+			resp, err := call[runtimeapi.ListContainersResponse](
+				t.Context(), b, methodList,
+				&runtimeapi.ListContainersRequest{Filter: inState(runtimeapi.ContainerState_CONTAINER_RUNNING)},
+			)
 			if err != nil {
 				t.Error(err)
 				return
@@ -310,7 +321,9 @@ func TestViewUnderLoad(t *testing.T) {
 			}
 		}
 	})
-	kubelet.Go(func() { // its other parts list too, in the middle of that, and the log manager asks for the status of what runs
+	// Its other parts list too, in the middle of that, and the log manager asks for the status of
+	// what runs.
+	kubelet.Go(func() {
 		for ctx.Err() == nil {
 			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
 			if err != nil {
@@ -318,7 +331,9 @@ func TestViewUnderLoad(t *testing.T) {
 				return
 			}
 			for _, c := range resp.GetContainers() {
-				if _, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()}); err != nil {
+				if _, err := call[runtimeapi.ContainerStatusResponse](
+					t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()},
+				); err != nil {
 					t.Error(err)
 				}
 			}
@@ -339,7 +354,9 @@ func TestViewUnderLoad(t *testing.T) {
 	})
 	kubelet.Go(func() {
 		for ctx.Err() == nil {
-			if _, err := call[runtimeapi.StopContainerResponse](ctx, b, methodStop, &runtimeapi.StopContainerRequest{ContainerId: web}); err != nil && ctx.Err() == nil {
+			if _, err := call[runtimeapi.StopContainerResponse](
+				ctx, b, methodStop, &runtimeapi.StopContainerRequest{ContainerId: web},
+			); err != nil && ctx.Err() == nil {
 				t.Error(err)
 				return
 			}
@@ -377,8 +394,8 @@ func TestViewUnderLoad(t *testing.T) {
 	}
 }
 
-// PLEG looks at a pod only when its list has changed, and goes by what it has seen then. Once nothing is swapped any more, that must be the
-// truth, whenever in a round the last reveal came.
+// PLEG looks at a pod only when its list has changed, and goes by what it has seen then. Once
+// nothing is swapped any more, that must be the truth, whenever in a round the last reveal came.
 func TestRoundsEndWithTheTruth(t *testing.T) {
 	for range 100 {
 		b := newBed(t)
@@ -405,7 +422,9 @@ func TestRoundsEndWithTheTruth(t *testing.T) {
 			listed = now
 			b.inspect(sandbox)
 			for _, c := range resp.GetContainers() {
-				st, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()})
+				st, err := call[runtimeapi.ContainerStatusResponse](
+					t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()},
+				)
 				if err != nil {
 					t.Error(err)
 					return
@@ -451,8 +470,8 @@ func TestRoundsEndWithTheTruth(t *testing.T) {
 	}
 }
 
-// Kubelet reads a list and then the status of each container in it. A reveal between the two must not make it see the
-// incumbent's end without the successor, which is not in its list.
+// Kubelet reads a list and then the status of each container in it. A reveal between the two must
+// not make it see the incumbent's end without the successor, which is not in its list.
 func TestRevealBetweenListAndStatus(t *testing.T) {
 	look := func(b *bed, req *runtimeapi.ListContainersRequest) {
 		t.Helper()
@@ -464,7 +483,8 @@ func TestRevealBetweenListAndStatus(t *testing.T) {
 		t.Helper()
 		_, filter := b.stream(runtimeapi.RuntimeService_StreamContainers_FullMethodName, req)
 		for _, c := range containers() {
-			if _, err := filter.Message(marshal(t, &runtimeapi.StreamContainersResponse{Containers: []*runtimeapi.Container{c}})); err != nil {
+			msg := &runtimeapi.StreamContainersResponse{Containers: []*runtimeapi.Container{c}}
+			if _, err := filter.Message(marshal(t, msg)); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -473,7 +493,9 @@ func TestRevealBetweenListAndStatus(t *testing.T) {
 	all := &runtimeapi.ListContainersRequest{}
 	ask := func(b *bed, id string) {
 		t.Helper()
-		if _, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: id}); err != nil {
+		if _, err := call[runtimeapi.ContainerStatusResponse](
+			t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: id},
+		); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -488,9 +510,29 @@ func TestRevealBetweenListAndStatus(t *testing.T) {
 		{"the successor, before the list", func(b *bed) { ask(b, successor); look(b, all) }, false},
 		{"another one", func(b *bed) { look(b, all); ask(b, web) }, false},
 		{"what runs, as the log manager does", func(b *bed) { look(b, all); ask(b, successor) }, false},
-		{"the log manager beside an older look at the pod", func(b *bed) { look(b, all); b.inspect(sandbox); ask(b, successor) }, false},
-		{"the whole pod, but for the list", func(b *bed) { b.listSandboxes(); b.inspect(sandbox); look(b, all); ask(b, successor) }, false},
-		{"the whole of another pod", func(b *bed) { b.listSandboxes(); look(b, all); b.inspect("another"); ask(b, successor) }, false},
+		{"the log manager beside an older look at the pod", func(
+			b *bed,
+		) {
+			look(b, all)
+			b.inspect(sandbox)
+			ask(b, successor)
+		}, false},
+		{"the whole pod, but for the list", func(
+			b *bed,
+		) {
+			b.listSandboxes()
+			b.inspect(sandbox)
+			look(b, all)
+			ask(b, successor)
+		}, false},
+		{"the whole of another pod", func(
+			b *bed,
+		) {
+			b.listSandboxes()
+			look(b, all)
+			b.inspect("another")
+			ask(b, successor)
+		}, false},
 		{"the whole pod", func(b *bed) { b.listSandboxes(); look(b, all); b.inspect(sandbox); ask(b, successor) }, true},
 		{"running ones", func(b *bed) {
 			b.listSandboxes()
@@ -535,7 +577,9 @@ func TestRevealBetweenListAndStatus(t *testing.T) {
 			c.Reveal()
 			c.Release()
 			tc.read(b)
-			resp, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: incumbent})
+			resp, err := call[runtimeapi.ContainerStatusResponse](
+				t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: incumbent},
+			)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -553,19 +597,29 @@ func TestRevealBetweenListAndStatus(t *testing.T) {
 	}
 }
 
-// What has been revealed and never listed must not keep the view busy, nor the incumbent shown running, when it goes away.
+// What has been revealed and never listed must not keep the view busy, nor the incumbent shown
+// running, when it goes away.
 func TestUntoldIsForgotten(t *testing.T) {
 	for name, do := range map[string]func(b *bed) error{
 		"incumbent removed": func(b *bed) error {
-			_, err := call[runtimeapi.RemoveContainerResponse](b.t.Context(), b, runtimeapi.RuntimeService_RemoveContainer_FullMethodName, &runtimeapi.RemoveContainerRequest{ContainerId: incumbent})
+			_, err := call[runtimeapi.RemoveContainerResponse](
+				b.t.Context(), b, runtimeapi.RuntimeService_RemoveContainer_FullMethodName,
+				&runtimeapi.RemoveContainerRequest{ContainerId: incumbent},
+			)
 			return err
 		},
 		"successor removed": func(b *bed) error {
-			_, err := call[runtimeapi.RemoveContainerResponse](b.t.Context(), b, runtimeapi.RuntimeService_RemoveContainer_FullMethodName, &runtimeapi.RemoveContainerRequest{ContainerId: successor})
+			_, err := call[runtimeapi.RemoveContainerResponse](
+				b.t.Context(), b, runtimeapi.RuntimeService_RemoveContainer_FullMethodName,
+				&runtimeapi.RemoveContainerRequest{ContainerId: successor},
+			)
 			return err
 		},
 		"sandbox removed": func(b *bed) error {
-			_, err := call[runtimeapi.RemovePodSandboxResponse](b.t.Context(), b, runtimeapi.RuntimeService_RemovePodSandbox_FullMethodName, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: sandbox})
+			_, err := call[runtimeapi.RemovePodSandboxResponse](
+				b.t.Context(), b, runtimeapi.RuntimeService_RemovePodSandbox_FullMethodName,
+				&runtimeapi.RemovePodSandboxRequest{PodSandboxId: sandbox},
+			)
 			return err
 		},
 	} {

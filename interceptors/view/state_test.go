@@ -6,6 +6,7 @@ package view_test
 import (
 	"bytes"
 	"encoding/json"
+	"slices"
 	"testing"
 
 	"github.com/cri-proxy/cri-proxy/interceptors/view"
@@ -57,8 +58,9 @@ func TestStateCrossesVersions(t *testing.T) {
 	if got := v.StoppedAfterReveal(slot); got != "bbbb000022" {
 		t.Errorf("the container of the slot is %q", got)
 	}
-	if got := v.StoppedAfterRevealIn("5b5b5b5b01"); len(got) != 1 || got[0] != (view.Successor{ID: "bbbb000022", Grace: 30}) {
-		t.Errorf("successors in the sandbox: %v", got)
+	in := v.StoppedAfterRevealIn("5b5b5b5b01")
+	if want := []view.Successor{{ID: "bbbb000022", Grace: 30}}; !slices.Equal(in, want) {
+		t.Errorf("successors in the sandbox: %v, want %v", in, want)
 	}
 	for _, id := range st.Stops { // the other process's, until this one has them itself
 		defer v.StopBegins(id)()
