@@ -148,6 +148,11 @@ func TestForbiddenImports(t *testing.T) {
 			because: "kubelet's view is made from CRI messages alone",
 		},
 		{
+			pkg: "./interceptors/view", deps: true,
+			forbid: []string{"k8s.io", "sigs.k8s.io", module}, except: []string{"k8s.io/cri-api", module + "/interceptors/view"},
+			because: "the view is what kubelet is shown; it knows no calls and no connections",
+		},
+		{
 			pkg: "./cmd/cri-proxy", deps: true,
 			forbid:  []string{module + "/controller", module + "/api/apps", module + "/api/inplace", module + "/test", "sigs.k8s.io/controller-runtime", "k8s.io/client-go", "k8s.io/api", "k8s.io/apiextensions-apiserver"},
 			because: "the node binary links no controller code, and client-go would be a fifth of its memory",

@@ -47,11 +47,17 @@ func labels(container string) map[string]string {
 // has been stopped, the successor not started.
 func containers() []*runtimeapi.Container {
 	return []*runtimeapi.Container{
-		{Id: successor, PodSandboxId: sandbox, Labels: labels("app"), State: runtimeapi.ContainerState_CONTAINER_CREATED, Annotations: map[string]string{interceptors.StagedAnnotation: token}},
+		{
+			Id: successor, PodSandboxId: sandbox, Labels: labels("app"), State: runtimeapi.ContainerState_CONTAINER_CREATED,
+			Annotations: map[string]string{interceptors.StagedAnnotation: token},
+		},
 		{Id: incumbent, PodSandboxId: sandbox, Labels: labels("app"), State: runtimeapi.ContainerState_CONTAINER_EXITED},
 		{Id: web, PodSandboxId: sandbox, Labels: labels("web"), State: runtimeapi.ContainerState_CONTAINER_RUNNING},
 		// A survivor of an earlier swap: it keeps the annotation and is not hidden by it.
-		{Id: webBefore, PodSandboxId: sandbox, Labels: labels("web"), State: runtimeapi.ContainerState_CONTAINER_EXITED, Annotations: map[string]string{interceptors.StagedAnnotation: "ffff"}},
+		{
+			Id: webBefore, PodSandboxId: sandbox, Labels: labels("web"), State: runtimeapi.ContainerState_CONTAINER_EXITED,
+			Annotations: map[string]string{interceptors.StagedAnnotation: "ffff"},
+		},
 	}
 }
 

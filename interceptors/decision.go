@@ -34,7 +34,10 @@ const (
 )
 
 // decisions are the label values, in the order of the bits.
-var decisions = []string{"hidden", "masked", "corrected", "adopted", "held", "yielded", "handed_over", "overridden", "refused", "stopped", "repeated", "kept"}
+var decisions = []string{
+	"hidden", "masked", "corrected", "adopted", "held", "yielded",
+	"handed_over", "overridden", "refused", "stopped", "repeated", "kept",
+}
 
 // passed is the label value of a call that an interceptor took and did nothing of that to.
 const passed = "passed"
@@ -71,7 +74,8 @@ type counter struct {
 func newDecisions(r prometheus.Registerer) (*prometheus.CounterVec, error) {
 	v := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "criproxy_interceptor_decisions_total",
-		Help: "What interceptors did to calls and stream messages, by CRI method and decision; a call may count under several.",
+		Help: "What interceptors did to calls and stream messages, by CRI method and decision; " +
+			"a call may count under several.",
 	}, []string{"interceptor", "decision"})
 	if r == nil {
 		return v, nil

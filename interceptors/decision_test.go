@@ -41,7 +41,9 @@ func TestDecisionsAreCounted(t *testing.T) {
 	claim := b.swapping()
 	call(methodList, &runtimeapi.ListContainersRequest{})
 	call(runtimeapi.RuntimeService_ExecSync_FullMethodName, &runtimeapi.ExecSyncRequest{ContainerId: incumbent})
-	call(runtimeapi.RuntimeService_StartContainer_FullMethodName, &runtimeapi.StartContainerRequest{ContainerId: successor})
+	call(
+		runtimeapi.RuntimeService_StartContainer_FullMethodName, &runtimeapi.StartContainerRequest{ContainerId: successor},
+	)
 	claim.Release()
 	call(runtimeapi.RuntimeService_RemoveContainer_FullMethodName, &runtimeapi.RemoveContainerRequest{ContainerId: web})
 	families, err := reg.Gather()
@@ -54,7 +56,10 @@ func TestDecisionsAreCounted(t *testing.T) {
 			got[m.GetLabel()[1].GetValue()+" "+m.GetLabel()[0].GetValue()] += m.GetCounter().GetValue()
 		}
 	}
-	want := map[string]float64{"ListContainers hidden": 1, "ListContainers masked": 1, "ExecSync refused": 1, "StartContainer hidden": 1, "RemoveContainer passed": 1}
+	want := map[string]float64{
+		"ListContainers hidden": 1, "ListContainers masked": 1, "ExecSync refused": 1, "StartContainer hidden": 1,
+		"RemoveContainer passed": 1,
+	}
 	if !maps.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
 	}
@@ -79,7 +84,8 @@ func TestDecisionsAreTraced(t *testing.T) {
 	filter.Close()
 	span.End()
 	got := spans.GetSpans()[0].Attributes
-	if want := []attribute.KeyValue{attribute.StringSlice("criproxy.decisions", []string{"hidden", "masked"})}; !slices.Equal(got, want) {
+	want := []attribute.KeyValue{attribute.StringSlice("criproxy.decisions", []string{"hidden", "masked"})}
+	if !slices.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
 	}
 }

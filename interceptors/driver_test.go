@@ -37,7 +37,9 @@ func (d driver) Create(ctx context.Context, req *runtimeapi.CreateContainerReque
 }
 
 func createRequest() *runtimeapi.CreateContainerRequest {
-	return &runtimeapi.CreateContainerRequest{PodSandboxId: sandbox, Config: &runtimeapi.ContainerConfig{Labels: labels("app")}}
+	return &runtimeapi.CreateContainerRequest{
+		PodSandboxId: sandbox, Config: &runtimeapi.ContainerConfig{Labels: labels("app")},
+	}
 }
 
 func (b *bed) creates(ctx context.Context) (string, error) {
@@ -46,7 +48,9 @@ func (b *bed) creates(ctx context.Context) (string, error) {
 }
 
 func (b *bed) stops(ctx context.Context, id string, grace int64) error {
-	_, err := call[runtimeapi.StopContainerResponse](ctx, b, methodStop, &runtimeapi.StopContainerRequest{ContainerId: id, Timeout: grace})
+	_, err := call[runtimeapi.StopContainerResponse](
+		ctx, b, methodStop, &runtimeapi.StopContainerRequest{ContainerId: id, Timeout: grace},
+	)
 	return err
 }
 
@@ -85,7 +89,11 @@ func TestStopIsDriven(t *testing.T) {
 		b := newBed(t).gives()
 		c := b.swapping()
 		defer c.Release()
-		c.Drive(driver{stop: func(context.Context, int64) (bool, error) { return true, status.Error(codes.DeadlineExceeded, "later") }})
+		c.Drive(
+			driver{
+				stop: func(context.Context, int64) (bool, error) { return true, status.Error(codes.DeadlineExceeded, "later") },
+			},
+		)
 		wantCode(t, b.stops(t.Context(), incumbent, 17), codes.DeadlineExceeded)
 		if got := b.called(); got != "" {
 			t.Errorf("the runtime was called: %s", got)
@@ -176,7 +184,8 @@ func TestCreateIsDriven(t *testing.T) {
 	})
 }
 
-// Calls that come before the operation of an earlier process goes on wait for it, but not longer than their callers.
+// Calls that come before the operation of an earlier process goes on wait for it, but not longer
+// than their callers.
 func TestCallsWaitForTheDriver(t *testing.T) {
 	const soon = 10 * time.Second
 	inBubble := func(name string, f func(t *testing.T, b *bed, c *interceptors.Claim)) {
@@ -207,7 +216,8 @@ func TestCallsWaitForTheDriver(t *testing.T) {
 			c.Release()
 		}()
 		began := time.Now()
-		if err := b.stops(t.Context(), incumbent, 30); err != nil || time.Since(began) != soon || b.called() != "StopContainer" {
+		err := b.stops(t.Context(), incumbent, 30)
+		if err != nil || time.Since(began) != soon || b.called() != "StopContainer" {
 			t.Errorf("%v after %s, the runtime was called: %s", err, time.Since(began), b.called())
 		}
 		if id, err := b.creates(t.Context()); id != "dddd000044" || err != nil {
@@ -230,8 +240,8 @@ func TestCallsWaitForTheDriver(t *testing.T) {
 	})
 }
 
-// A pod may go away after a stop that a successor has answered: then the successor is asked to stop before its sandbox is, unless kubelet
-// has taken it over, which then stops it by itself.
+// A pod may go away after a stop that a successor has answered: then the successor is asked to stop
+// before its sandbox is, unless kubelet has taken it over, which then stops it by itself.
 func TestLateSuccessorOfADrivenStop(t *testing.T) {
 	for _, adopted := range []bool{false, true} {
 		stopped := &stops{}
@@ -254,7 +264,9 @@ func TestLateSuccessorOfADrivenStop(t *testing.T) {
 			}
 		}
 		c.Release()
-		_, err := call[runtimeapi.StopPodSandboxResponse](t.Context(), b, methodStopSandbox, &runtimeapi.StopPodSandboxRequest{PodSandboxId: sandbox})
+		_, err := call[runtimeapi.StopPodSandboxResponse](
+			t.Context(), b, methodStopSandbox, &runtimeapi.StopPodSandboxRequest{PodSandboxId: sandbox},
+		)
 		if err != nil {
 			t.Error(err)
 		}

@@ -11,19 +11,23 @@ import (
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
-// execSync on a masked container runs while its process lives; after that it is
-// Unavailable, which keeps a probe from counting a failure. It is always taken, because a probe that begins before the mask
-// may be killed behind it, and one failure may be all that kubelet waits for.
-func (d *Director) execSync(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+// processes takes the calls that need a container's process.
+type processes struct{ view *view.View }
+
+// execSync on a masked container runs while its process lives; after that it is Unavailable, which
+// keeps a probe from counting a failure. It is always taken, because a probe that begins before the
+// mask may be killed behind it, and one failure may be all that kubelet waits for.
+func (p *processes) execSync(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.ExecSyncRequest{})
 	if err != nil {
 		return nil, err
 	}
-	b, err := d.inContainer(ctx, req.GetContainerId(), raw, next)
-	if err != nil || !d.masked(req.GetContainerId()) {
+	b, err := p.inContainer(ctx, req.GetContainerId(), raw, next)
+	if err != nil || !p.masked(req.GetContainerId()) {
 		return b, err
 	}
 	resp, err := decode(b, &runtimeapi.ExecSyncResponse{})
@@ -39,38 +43,42 @@ func (d *Director) execSync(ctx context.Context, _ string, raw []byte, next prox
 }
 
 // exec is execSync for the streaming form; the URL is the runtime's own.
-func (d *Director) exec(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+func (p *processes) exec(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.ExecRequest{})
 	if err != nil {
 		return nil, err
 	}
-	return d.inContainer(ctx, req.GetContainerId(), raw, next)
+	return p.inContainer(ctx, req.GetContainerId(), raw, next)
 }
 
-func (d *Director) attach(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+func (p *processes) attach(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.AttachRequest{})
 	if err != nil {
 		return nil, err
 	}
-	return d.inContainer(ctx, req.GetContainerId(), raw, next)
+	return p.inContainer(ctx, req.GetContainerId(), raw, next)
 }
 
-func (d *Director) checkpointContainer(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+func (p *processes) checkpointContainer(
+	ctx context.Context, _ string, raw []byte, next proxy.UnaryNext,
+) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.CheckpointContainerRequest{})
 	if err != nil {
 		return nil, err
 	}
-	return d.inContainer(ctx, req.GetContainerId(), raw, next)
+	return p.inContainer(ctx, req.GetContainerId(), raw, next)
 }
 
 // reopenContainerLog on a masked container that has stopped is done: its log is complete.
-func (d *Director) reopenContainerLog(ctx context.Context, _ string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+func (p *processes) reopenContainerLog(
+	ctx context.Context, _ string, raw []byte, next proxy.UnaryNext,
+) ([]byte, error) {
 	req, err := decode(raw, &runtimeapi.ReopenContainerLogRequest{})
 	if err != nil {
 		return nil, err
 	}
-	b, err := d.inContainer(ctx, req.GetContainerId(), raw, next)
-	if status.Code(err) == codes.Unavailable && d.masked(req.GetContainerId()) {
+	b, err := p.inContainer(ctx, req.GetContainerId(), raw, next)
+	if status.Code(err) == codes.Unavailable && p.masked(req.GetContainerId()) {
 		did(ctx, didMask)
 		return encode(&runtimeapi.ReopenContainerLogResponse{})
 	}
@@ -78,25 +86,25 @@ func (d *Director) reopenContainerLog(ctx context.Context, _ string, raw []byte,
 }
 
 // inContainer forwards a call that needs the container's process.
-func (d *Director) inContainer(ctx context.Context, id string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
-	if _, is := d.staged(id); is {
+func (p *processes) inContainer(ctx context.Context, id string, raw []byte, next proxy.UnaryNext) ([]byte, error) {
+	if staged(p.view, id) {
 		did(ctx, didHide)
 		return nil, notFound(id)
 	}
 	b, err := next(ctx, raw)
-	if err != nil && d.masked(id) { // a timeout as well: kubelet's prober counts DeadlineExceeded as a failure
+	if err != nil && p.masked(id) { // a timeout as well: kubelet's prober counts DeadlineExceeded as a failure
 		did(ctx, didRefuse)
 		return nil, maskedDead(id)
 	}
 	return b, err
 }
 
-func (d *Director) masked(id string) bool {
-	claim, full := d.view.byContainer(id)
-	return claim != nil && d.view.judge(full) == masked
+func (p *processes) masked(id string) bool {
+	claim, full := p.view.ByContainer(id)
+	return claim != nil && p.view.Verdict(full) == view.Masked
 }
 
-func logrusFields(s Slot, method string) logrus.Fields {
+func logrusFields(s view.Slot, method string) logrus.Fields {
 	f := logrus.Fields{"pod": s.PodUID, "container": s.Container}
 	if method != "" {
 		f["method"] = method

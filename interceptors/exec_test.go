@@ -30,11 +30,29 @@ func TestCallsIntoContainers(t *testing.T) {
 		req    func(id string) proto.Message
 		resp   proto.Message
 	}{
-		{methodExecSync, func(id string) proto.Message { return &runtimeapi.ExecSyncRequest{ContainerId: id} }, &runtimeapi.ExecSyncResponse{Stdout: []byte("x")}},
-		{runtimeapi.RuntimeService_Exec_FullMethodName, func(id string) proto.Message { return &runtimeapi.ExecRequest{ContainerId: id} }, &runtimeapi.ExecResponse{Url: "http://127.0.0.1:1/exec/t"}},
-		{runtimeapi.RuntimeService_Attach_FullMethodName, func(id string) proto.Message { return &runtimeapi.AttachRequest{ContainerId: id} }, &runtimeapi.AttachResponse{Url: "http://127.0.0.1:1/attach/t"}},
-		{runtimeapi.RuntimeService_CheckpointContainer_FullMethodName, func(id string) proto.Message { return &runtimeapi.CheckpointContainerRequest{ContainerId: id} }, &runtimeapi.CheckpointContainerResponse{}},
-		{methodReopen, func(id string) proto.Message { return &runtimeapi.ReopenContainerLogRequest{ContainerId: id} }, &runtimeapi.ReopenContainerLogResponse{}},
+		{
+			methodExecSync, func(id string) proto.Message { return &runtimeapi.ExecSyncRequest{ContainerId: id} },
+			&runtimeapi.ExecSyncResponse{Stdout: []byte("x")},
+		},
+		{
+			runtimeapi.RuntimeService_Exec_FullMethodName,
+			func(id string) proto.Message { return &runtimeapi.ExecRequest{ContainerId: id} },
+			&runtimeapi.ExecResponse{Url: "http://127.0.0.1:1/exec/t"},
+		},
+		{
+			runtimeapi.RuntimeService_Attach_FullMethodName,
+			func(id string) proto.Message { return &runtimeapi.AttachRequest{ContainerId: id} },
+			&runtimeapi.AttachResponse{Url: "http://127.0.0.1:1/attach/t"},
+		},
+		{
+			runtimeapi.RuntimeService_CheckpointContainer_FullMethodName,
+			func(id string) proto.Message { return &runtimeapi.CheckpointContainerRequest{ContainerId: id} },
+			&runtimeapi.CheckpointContainerResponse{},
+		},
+		{
+			methodReopen, func(id string) proto.Message { return &runtimeapi.ReopenContainerLogRequest{ContainerId: id} },
+			&runtimeapi.ReopenContainerLogResponse{},
+		},
 	}
 	for _, c := range calls {
 		name := c.method[strings.LastIndexByte(c.method, '/')+1:]
@@ -98,7 +116,9 @@ func TestExecProbesDuringTheMask(t *testing.T) {
 			c := b.swapping()
 			defer c.Release()
 			b.on(methodExecSync, always(&runtimeapi.ExecSyncResponse{ExitCode: tc.exit}, tc.err))
-			resp, err := call[runtimeapi.ExecSyncResponse](t.Context(), b, methodExecSync, &runtimeapi.ExecSyncRequest{ContainerId: tc.id})
+			resp, err := call[runtimeapi.ExecSyncResponse](
+				t.Context(), b, methodExecSync, &runtimeapi.ExecSyncRequest{ContainerId: tc.id},
+			)
 			wantCode(t, err, tc.code)
 			if err == nil && resp.GetExitCode() != tc.exit {
 				t.Errorf("exit code %d", resp.GetExitCode())
@@ -112,7 +132,9 @@ func TestExecProbesDuringTheMask(t *testing.T) {
 		c.HideNow(token)
 		c.Staged(successor)
 		b.on(methodExecSync, always(&runtimeapi.ExecSyncResponse{ExitCode: 1}, nil))
-		resp, err := call[runtimeapi.ExecSyncResponse](t.Context(), b, methodExecSync, &runtimeapi.ExecSyncRequest{ContainerId: incumbent})
+		resp, err := call[runtimeapi.ExecSyncResponse](
+			t.Context(), b, methodExecSync, &runtimeapi.ExecSyncRequest{ContainerId: incumbent},
+		)
 		if err != nil || resp.GetExitCode() != 1 {
 			t.Errorf("got %v, %v: a failing probe of a container not touched yet must count", resp, err)
 		}
@@ -182,7 +204,8 @@ func TestBytesThatCannotBeDecoded(t *testing.T) {
 				t.Errorf("the runtime was asked %d times", asked)
 			}
 			// The answer alone is garbage. An update and a removal read none.
-			if strings.HasPrefix(m, "/runtime.v1.RuntimeService/List") || strings.HasSuffix(m, "Status") || strings.HasSuffix(m, "CreateContainer") {
+			if strings.HasPrefix(m, "/runtime.v1.RuntimeService/List") ||
+				strings.HasSuffix(m, "Status") || strings.HasSuffix(m, "CreateContainer") {
 				_, err := take(t.Context(), m, nil, func(context.Context, []byte) ([]byte, error) { return garbage, nil })
 				wantPass(t, err)
 			}

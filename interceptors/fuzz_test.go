@@ -17,19 +17,41 @@ import (
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
-// FuzzDirector sends any bytes as request and response through every interceptor. None may
-// panic; an error is a status or a [proxy.PassError]; and with nothing to hide all bytes come through.
+// FuzzDirector sends any bytes as request and response through every interceptor. None may panic;
+// an error is a status or a [proxy.PassError]; and with nothing to hide all bytes come through.
 func FuzzDirector(f *testing.F) {
 	seed := func(req, resp proto.Message) { f.Add(marshal(f, req), marshal(f, resp)) }
-	seed(&runtimeapi.ListContainersRequest{Filter: inState(runtimeapi.ContainerState_CONTAINER_RUNNING)}, withUnknown(&runtimeapi.ListContainersResponse{Containers: containers()}))
-	seed(&runtimeapi.ContainerStatusRequest{ContainerId: incumbent}, &runtimeapi.ContainerStatusResponse{Status: exited(incumbent)})
+	seed(
+		&runtimeapi.ListContainersRequest{Filter: inState(runtimeapi.ContainerState_CONTAINER_RUNNING)},
+		withUnknown(&runtimeapi.ListContainersResponse{Containers: containers()}),
+	)
+	seed(
+		&runtimeapi.ContainerStatusRequest{ContainerId: incumbent},
+		&runtimeapi.ContainerStatusResponse{Status: exited(incumbent)},
+	)
 	seed(&runtimeapi.ContainerStatusRequest{ContainerId: successor}, &runtimeapi.ContainerStatusResponse{Status: staged()})
-	seed(&runtimeapi.PodSandboxStatusRequest{PodSandboxId: "nobody's"}, &runtimeapi.PodSandboxStatusResponse{ContainersStatuses: []*runtimeapi.ContainerStatus{staged(), exited(incumbent)}})
+	seed(
+		&runtimeapi.PodSandboxStatusRequest{PodSandboxId: "nobody's"},
+		&runtimeapi.PodSandboxStatusResponse{ContainersStatuses: []*runtimeapi.ContainerStatus{staged(), exited(incumbent)}},
+	)
 	seed(&runtimeapi.GetEventsRequest{}, event(successor, created, staged()))
-	seed(&runtimeapi.CreateContainerRequest{Config: &runtimeapi.ContainerConfig{Labels: labels("web")}}, &runtimeapi.CreateContainerResponse{ContainerId: "x"})
-	seed(&runtimeapi.UpdateContainerResourcesRequest{ContainerId: incumbent, Linux: &runtimeapi.LinuxContainerResources{CpusetCpus: "1"}}, &runtimeapi.UpdateContainerResourcesResponse{})
-	seed(&runtimeapi.ListPodSandboxStatsRequest{}, &runtimeapi.ListPodSandboxStatsResponse{Stats: podStats(successor, web)})
-	seed(&runtimeapi.ListPodSandboxStatsRequest{}, &runtimeapi.ListPodSandboxMetricsResponse{PodMetrics: podMetrics(successor, web)})
+	seed(
+		&runtimeapi.CreateContainerRequest{Config: &runtimeapi.ContainerConfig{Labels: labels("web")}},
+		&runtimeapi.CreateContainerResponse{ContainerId: "x"},
+	)
+	seed(
+		&runtimeapi.UpdateContainerResourcesRequest{
+			ContainerId: incumbent, Linux: &runtimeapi.LinuxContainerResources{CpusetCpus: "1"},
+		},
+		&runtimeapi.UpdateContainerResourcesResponse{},
+	)
+	seed(
+		&runtimeapi.ListPodSandboxStatsRequest{}, &runtimeapi.ListPodSandboxStatsResponse{Stats: podStats(successor, web)},
+	)
+	seed(
+		&runtimeapi.ListPodSandboxStatsRequest{},
+		&runtimeapi.ListPodSandboxMetricsResponse{PodMetrics: podMetrics(successor, web)},
+	)
 	f.Add([]byte{0xff}, []byte{0x0a, 0x01})
 	f.Add([]byte(nil), []byte(nil))
 

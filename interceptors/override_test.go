@@ -28,7 +28,9 @@ type overrides struct {
 
 func (o *overrides) Any() bool       { return o.image != "" || o.err != nil }
 func (o *overrides) SandboxRemoved() { o.removed++ }
-func (o *overrides) Apply(_ context.Context, s interceptors.Slot, req *runtimeapi.CreateContainerRequest) (bool, error) {
+func (o *overrides) Apply(
+	_ context.Context, s interceptors.Slot, req *runtimeapi.CreateContainerRequest,
+) (bool, error) {
 	o.applied++
 	if o.err != nil || s != slot || o.image == "" {
 		return false, o.err
@@ -66,7 +68,8 @@ func TestCreateContainerWithOverride(t *testing.T) {
 	t.Run("applied and recorded", func(t *testing.T) {
 		b := newBedWith(t, &overrides{image: "sha256:other-and-longer"})
 		asked, err := b.createIn("app")
-		if err != nil || asked.GetConfig().GetImage().GetImage() != "sha256:other-and-longer" || string(asked.GetConfig().GetEnvs()[0].GetValue()) != "\xff\xfe" {
+		if err != nil || asked.GetConfig().GetImage().GetImage() != "sha256:other-and-longer" ||
+			string(asked.GetConfig().GetEnvs()[0].GetValue()) != "\xff\xfe" {
 			t.Errorf("%v, %v", asked, err)
 		}
 		if got, want := b.records.String(), fmt.Sprintf("created made %d bytes", proto.Size(asked)); got != want {
@@ -82,7 +85,8 @@ func TestCreateContainerWithOverride(t *testing.T) {
 	})
 	t.Run("none", func(t *testing.T) {
 		o := &overrides{}
-		if asked, err := newBedWith(t, o).createIn("app"); err != nil || asked.GetConfig().GetImage().GetImage() != "sha256:spec" || o.applied != 0 {
+		asked, err := newBedWith(t, o).createIn("app")
+		if err != nil || asked.GetConfig().GetImage().GetImage() != "sha256:spec" || o.applied != 0 {
 			t.Errorf("%v, %v, asked %d times", asked, err, o.applied)
 		}
 	})
@@ -111,7 +115,9 @@ func TestRemovePodSandboxWithOverride(t *testing.T) {
 			o := &overrides{image: tc.image}
 			b := newBedWith(t, o)
 			b.on(methodRemoveSandbox, always(&runtimeapi.RemovePodSandboxResponse{}, tc.err))
-			_, err := call[runtimeapi.RemovePodSandboxResponse](t.Context(), b, methodRemoveSandbox, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: sandbox})
+			_, err := call[runtimeapi.RemovePodSandboxResponse](
+				t.Context(), b, methodRemoveSandbox, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: sandbox},
+			)
 			if status.Code(err) != status.Code(tc.err) || o.removed != tc.notify {
 				t.Errorf("%v, told %d times", err, o.removed)
 			}

@@ -26,143 +26,6 @@ import (
 	"github.com/cri-proxy/cri-proxy/interceptors"
 )
 
-func TestClaimsAreFirstComeFirstServed(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		v := interceptors.NewView()
-		first, err := v.Claim(t.Context(), slot)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err := v.TryClaim(slot); !errors.Is(err, interceptors.ErrClaimed) {
-			t.Errorf("TryClaim of a taken slot: %v", err)
-		}
-		other, err := v.TryClaim(interceptors.Slot{PodUID: slot.PodUID, Container: "web"})
-		if err != nil {
-			t.Errorf("another slot is taken too: %v", err)
-		}
-		other.Release()
-
-		var mu sync.Mutex
-		var order []int
-		for i := range 5 {
-			go func() {
-				c, err := v.Claim(t.Context(), slot)
-				if err != nil {
-					t.Error(err)
-					return
-				}
-				mu.Lock()
-				order = append(order, i)
-				mu.Unlock()
-				if c.Slot() != slot || c.YieldedTo() != nil {
-					t.Error("a claim that is not fresh")
-				}
-				c.Release()
-			}()
-			synctest.Wait() // in line
-		}
-		if len(order) != 0 {
-			t.Errorf("%v were served while the slot was held", order)
-		}
-		if _, err := v.TryClaim(slot); !errors.Is(err, interceptors.ErrClaimed) {
-			t.Errorf("TryClaim before those in line: %v", err)
-		}
-		first.Release()
-		synctest.Wait()
-		if got := fmt.Sprint(order); got != "[0 1 2 3 4]" {
-			t.Errorf("served in order %s", got)
-		}
-		if v.Claimed(slot) {
-			t.Error("still claimed")
-		}
-		last, err := v.TryClaim(slot)
-		if err != nil {
-			t.Fatal(err)
-		}
-		last.Release()
-	})
-}
-
-func TestClaimGivesUpItsPlace(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		v := interceptors.NewView()
-		first, err := v.TryClaim(slot)
-		if err != nil {
-			t.Fatal(err)
-		}
-		ctx, cancel := context.WithCancel(t.Context())
-		impatient, patient := make(chan error, 1), make(chan error, 1)
-		go func() {
-			_, err := v.Claim(ctx, slot)
-			impatient <- err
-		}()
-		synctest.Wait()
-		go func() {
-			c, err := v.Claim(t.Context(), slot)
-			if err == nil {
-				c.Release()
-			}
-			patient <- err
-		}()
-		synctest.Wait()
-		cancel()
-		if err := <-impatient; !errors.Is(err, context.Canceled) {
-			t.Errorf("got %v", err)
-		}
-		first.Release()
-		if err := <-patient; err != nil {
-			t.Error(err)
-		}
-		if v.Claimed(slot) {
-			t.Error("the slot is lost")
-		}
-	})
-}
-
-// Giving up at the very moment of one's turn must not lose the slot.
-func TestClaimGivesUpAsItsTurnComes(t *testing.T) {
-	for range 200 {
-		v := interceptors.NewView()
-		first, err := v.TryClaim(slot)
-		if err != nil {
-			t.Fatal(err)
-		}
-		ctx, cancel := context.WithCancel(t.Context())
-		var wg sync.WaitGroup
-		wg.Go(func() {
-			if c, err := v.Claim(ctx, slot); err == nil {
-				c.Release()
-			}
-		})
-		wg.Go(cancel)
-		wg.Go(first.Release)
-		wg.Wait()
-		last, err := v.TryClaim(slot)
-		if err != nil {
-			t.Fatal("the slot is lost")
-		}
-		last.Release()
-	}
-}
-
-func TestReleaseTwiceKeepsTheNextClaim(t *testing.T) {
-	v := interceptors.NewView()
-	first, err := v.TryClaim(slot)
-	if err != nil {
-		t.Fatal(err)
-	}
-	first.Release()
-	second, err := v.TryClaim(slot)
-	if err != nil {
-		t.Fatal(err)
-	}
-	first.Release()
-	if !v.Claimed(slot) {
-		t.Error("releasing the first claim again released the second")
-	}
-	second.Release()
-}
-
 // passing begins a list that goes through undecoded; the returned functions wait until the
 // runtime has it, and let the runtime answer.
 func passing(b *bed) (seen <-chan struct{}, answer func(), answered *sync.WaitGroup) {
@@ -315,7 +178,9 @@ func TestTryRevealYields(t *testing.T) {
 		c := b.swapping()
 		var kubelet sync.WaitGroup
 		kubelet.Go(func() {
-			if _, err := call[runtimeapi.StopContainerResponse](t.Context(), b, methodStop, &runtimeapi.StopContainerRequest{ContainerId: incumbent}); err != nil {
+			if _, err := call[runtimeapi.StopContainerResponse](
+				t.Context(), b, methodStop, &runtimeapi.StopContainerRequest{ContainerId: incumbent},
+			); err != nil {
 				t.Error(err)
 			}
 		})
@@ -345,7 +210,9 @@ func (r *swappedRuntime) create(id, token string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.list = append(r.list, &runtimeapi.Container{
-		Id: id, PodSandboxId: sandbox, Labels: labels("app"), Annotations: map[string]string{interceptors.StagedAnnotation: token},
+		Id: id, PodSandboxId: sandbox, Labels: labels("app"), Annotations: map[string]string{
+			interceptors.StagedAnnotation: token,
+		},
 	})
 }
 
@@ -390,15 +257,17 @@ func (r *swappedRuntime) serve(b *bed) {
 		defer r.mu.Unlock()
 		for _, c := range r.list {
 			if c.GetId() == req.GetContainerId() {
-				return &runtimeapi.ContainerStatusResponse{Status: &runtimeapi.ContainerStatus{Id: c.GetId(), State: c.GetState(), Annotations: c.GetAnnotations()}}, nil
+				return &runtimeapi.ContainerStatusResponse{
+					Status: &runtimeapi.ContainerStatus{Id: c.GetId(), State: c.GetState(), Annotations: c.GetAnnotations()},
+				}, nil
 			}
 		}
 		return nil, status.Error(codes.NotFound, "no such container")
 	})
 }
 
-// All methods from many goroutines, for the race detector. One of them reads as kubelet's PLEG does, a list and
-// then the status of what it lists: it always finds one that runs.
+// All methods from many goroutines, for the race detector. One of them reads as kubelet's PLEG
+// does, a list and then the status of what it lists: it always finds one that runs.
 func TestViewUnderLoad(t *testing.T) {
 	b := newBed(t)
 	rt := &swappedRuntime{}
@@ -423,7 +292,9 @@ func TestViewUnderLoad(t *testing.T) {
 					continue
 				}
 				listed++
-				st, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()})
+				st, err := call[runtimeapi.ContainerStatusResponse](
+					t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()},
+				)
 				if err == nil && st.GetStatus().GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING {
 					alive++
 				}
@@ -436,7 +307,10 @@ func TestViewUnderLoad(t *testing.T) {
 	})
 	kubelet.Go(func() {
 		for ctx.Err() == nil {
-			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{Filter: inState(runtimeapi.ContainerState_CONTAINER_RUNNING)})
+			resp, err := call[runtimeapi.ListContainersResponse](
+				t.Context(), b, methodList,
+				&runtimeapi.ListContainersRequest{Filter: inState(runtimeapi.ContainerState_CONTAINER_RUNNING)},
+			)
 			if err != nil {
 				t.Error(err)
 				return
@@ -447,7 +321,9 @@ func TestViewUnderLoad(t *testing.T) {
 			}
 		}
 	})
-	kubelet.Go(func() { // its other parts list too, in the middle of that, and the log manager asks for the status of what runs
+	// Its other parts list too, in the middle of that, and the log manager asks for the status of
+	// what runs.
+	kubelet.Go(func() {
 		for ctx.Err() == nil {
 			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
 			if err != nil {
@@ -455,7 +331,9 @@ func TestViewUnderLoad(t *testing.T) {
 				return
 			}
 			for _, c := range resp.GetContainers() {
-				if _, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()}); err != nil {
+				if _, err := call[runtimeapi.ContainerStatusResponse](
+					t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()},
+				); err != nil {
 					t.Error(err)
 				}
 			}
@@ -476,7 +354,9 @@ func TestViewUnderLoad(t *testing.T) {
 	})
 	kubelet.Go(func() {
 		for ctx.Err() == nil {
-			if _, err := call[runtimeapi.StopContainerResponse](ctx, b, methodStop, &runtimeapi.StopContainerRequest{ContainerId: web}); err != nil && ctx.Err() == nil {
+			if _, err := call[runtimeapi.StopContainerResponse](
+				ctx, b, methodStop, &runtimeapi.StopContainerRequest{ContainerId: web},
+			); err != nil && ctx.Err() == nil {
 				t.Error(err)
 				return
 			}
@@ -514,8 +394,8 @@ func TestViewUnderLoad(t *testing.T) {
 	}
 }
 
-// PLEG looks at a pod only when its list has changed, and goes by what it has seen then. Once nothing is swapped any more, that must be the
-// truth, whenever in a round the last reveal came.
+// PLEG looks at a pod only when its list has changed, and goes by what it has seen then. Once
+// nothing is swapped any more, that must be the truth, whenever in a round the last reveal came.
 func TestRoundsEndWithTheTruth(t *testing.T) {
 	for range 100 {
 		b := newBed(t)
@@ -542,7 +422,9 @@ func TestRoundsEndWithTheTruth(t *testing.T) {
 			listed = now
 			b.inspect(sandbox)
 			for _, c := range resp.GetContainers() {
-				st, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()})
+				st, err := call[runtimeapi.ContainerStatusResponse](
+					t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: c.GetId()},
+				)
 				if err != nil {
 					t.Error(err)
 					return
@@ -588,8 +470,8 @@ func TestRoundsEndWithTheTruth(t *testing.T) {
 	}
 }
 
-// Kubelet reads a list and then the status of each container in it. A reveal between the two must not make it see the
-// incumbent's end without the successor, which is not in its list.
+// Kubelet reads a list and then the status of each container in it. A reveal between the two must
+// not make it see the incumbent's end without the successor, which is not in its list.
 func TestRevealBetweenListAndStatus(t *testing.T) {
 	look := func(b *bed, req *runtimeapi.ListContainersRequest) {
 		t.Helper()
@@ -601,7 +483,8 @@ func TestRevealBetweenListAndStatus(t *testing.T) {
 		t.Helper()
 		_, filter := b.stream(runtimeapi.RuntimeService_StreamContainers_FullMethodName, req)
 		for _, c := range containers() {
-			if _, err := filter.Message(marshal(t, &runtimeapi.StreamContainersResponse{Containers: []*runtimeapi.Container{c}})); err != nil {
+			msg := &runtimeapi.StreamContainersResponse{Containers: []*runtimeapi.Container{c}}
+			if _, err := filter.Message(marshal(t, msg)); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -610,7 +493,9 @@ func TestRevealBetweenListAndStatus(t *testing.T) {
 	all := &runtimeapi.ListContainersRequest{}
 	ask := func(b *bed, id string) {
 		t.Helper()
-		if _, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: id}); err != nil {
+		if _, err := call[runtimeapi.ContainerStatusResponse](
+			t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: id},
+		); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -625,9 +510,29 @@ func TestRevealBetweenListAndStatus(t *testing.T) {
 		{"the successor, before the list", func(b *bed) { ask(b, successor); look(b, all) }, false},
 		{"another one", func(b *bed) { look(b, all); ask(b, web) }, false},
 		{"what runs, as the log manager does", func(b *bed) { look(b, all); ask(b, successor) }, false},
-		{"the log manager beside an older look at the pod", func(b *bed) { look(b, all); b.inspect(sandbox); ask(b, successor) }, false},
-		{"the whole pod, but for the list", func(b *bed) { b.listSandboxes(); b.inspect(sandbox); look(b, all); ask(b, successor) }, false},
-		{"the whole of another pod", func(b *bed) { b.listSandboxes(); look(b, all); b.inspect("another"); ask(b, successor) }, false},
+		{"the log manager beside an older look at the pod", func(
+			b *bed,
+		) {
+			look(b, all)
+			b.inspect(sandbox)
+			ask(b, successor)
+		}, false},
+		{"the whole pod, but for the list", func(
+			b *bed,
+		) {
+			b.listSandboxes()
+			b.inspect(sandbox)
+			look(b, all)
+			ask(b, successor)
+		}, false},
+		{"the whole of another pod", func(
+			b *bed,
+		) {
+			b.listSandboxes()
+			look(b, all)
+			b.inspect("another")
+			ask(b, successor)
+		}, false},
 		{"the whole pod", func(b *bed) { b.listSandboxes(); look(b, all); b.inspect(sandbox); ask(b, successor) }, true},
 		{"running ones", func(b *bed) {
 			b.listSandboxes()
@@ -672,7 +577,9 @@ func TestRevealBetweenListAndStatus(t *testing.T) {
 			c.Reveal()
 			c.Release()
 			tc.read(b)
-			resp, err := call[runtimeapi.ContainerStatusResponse](t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: incumbent})
+			resp, err := call[runtimeapi.ContainerStatusResponse](
+				t.Context(), b, methodStatus, &runtimeapi.ContainerStatusRequest{ContainerId: incumbent},
+			)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -690,19 +597,29 @@ func TestRevealBetweenListAndStatus(t *testing.T) {
 	}
 }
 
-// What has been revealed and never listed must not keep the view busy, nor the incumbent shown running, when it goes away.
+// What has been revealed and never listed must not keep the view busy, nor the incumbent shown
+// running, when it goes away.
 func TestUntoldIsForgotten(t *testing.T) {
 	for name, do := range map[string]func(b *bed) error{
 		"incumbent removed": func(b *bed) error {
-			_, err := call[runtimeapi.RemoveContainerResponse](b.t.Context(), b, runtimeapi.RuntimeService_RemoveContainer_FullMethodName, &runtimeapi.RemoveContainerRequest{ContainerId: incumbent})
+			_, err := call[runtimeapi.RemoveContainerResponse](
+				b.t.Context(), b, runtimeapi.RuntimeService_RemoveContainer_FullMethodName,
+				&runtimeapi.RemoveContainerRequest{ContainerId: incumbent},
+			)
 			return err
 		},
 		"successor removed": func(b *bed) error {
-			_, err := call[runtimeapi.RemoveContainerResponse](b.t.Context(), b, runtimeapi.RuntimeService_RemoveContainer_FullMethodName, &runtimeapi.RemoveContainerRequest{ContainerId: successor})
+			_, err := call[runtimeapi.RemoveContainerResponse](
+				b.t.Context(), b, runtimeapi.RuntimeService_RemoveContainer_FullMethodName,
+				&runtimeapi.RemoveContainerRequest{ContainerId: successor},
+			)
 			return err
 		},
 		"sandbox removed": func(b *bed) error {
-			_, err := call[runtimeapi.RemovePodSandboxResponse](b.t.Context(), b, runtimeapi.RuntimeService_RemovePodSandbox_FullMethodName, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: sandbox})
+			_, err := call[runtimeapi.RemovePodSandboxResponse](
+				b.t.Context(), b, runtimeapi.RuntimeService_RemovePodSandbox_FullMethodName,
+				&runtimeapi.RemovePodSandboxRequest{PodSandboxId: sandbox},
+			)
 			return err
 		},
 	} {

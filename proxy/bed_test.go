@@ -38,7 +38,8 @@ const (
 	methodAlien   = "/example.v9.AlienService/Probe"            // unknown service
 )
 
-// waitLong bounds every wait of a test; reaching it is a failure. A machine with too much to do is none.
+// waitLong bounds every wait of a test; reaching it is a failure. A machine with too much to do is
+// none.
 const waitLong = 2 * time.Minute
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -248,7 +249,9 @@ func exchangeMetadata(ctx context.Context, conn *grpc.ClientConn, md metadata.MD
 }
 
 // invoke makes a unary call.
-func invoke(ctx context.Context, conn *grpc.ClientConn, method string, req []byte, o ...grpc.CallOption) (*seen, []byte) {
+func invoke(
+	ctx context.Context, conn *grpc.ClientConn, method string, req []byte, o ...grpc.CallOption,
+) (*seen, []byte) {
 	var s seen
 	var resp []byte
 	err := conn.Invoke(ctx, method, &req, &resp, append(o, grpc.Header(&s.Header), grpc.Trailer(&s.Trailer))...)

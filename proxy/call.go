@@ -31,10 +31,10 @@ type call struct {
 	header   metadata.MD   // of the latest unary answer
 	trailer  metadata.MD
 
-	probe    bool // see [Options.Probe]
-	diverted bool // conn is another proxy, which sees to the interceptors
-	looks    Looks
-	looking  bool // guarded by flight.mu
+	probe      bool // see [Options.Probe]
+	diverted   bool // conn is another proxy, which sees to the interceptors
+	dependency Dependency
+	depending  bool // guarded by inflight.mu
 }
 
 // handle answers every call that no local service has taken. gRPC calls it for
@@ -53,9 +53,9 @@ func (s *Server) handle(_ any, client grpc.ServerStream) error {
 	if !c.probe {
 		s.calls.Add(1)
 	}
-	s.flight.begin(c)
-	defer s.flight.end(c)
-	if err := s.flight.enter(client.Context(), c); err != nil {
+	s.inflight.begin(c)
+	defer s.inflight.end(c)
+	if err := s.inflight.enter(client.Context(), c); err != nil {
 		return err
 	}
 	if c.probe {
@@ -184,7 +184,8 @@ func (c *call) upstreamError(ctx context.Context, err error) error {
 // connectionError says Unavailable where gRPC says Canceled though nobody has
 // cancelled: when the connection to the runtime was closed by [Upstream.Close].
 func connectionError(err error) error {
-	if errors.Is(err, grpc.ErrClientConnClosing) { //nolint:staticcheck // the code alone cannot be told from a cancel of the caller's
+	// The code alone may as well be that of a cancel of the caller's.
+	if errors.Is(err, grpc.ErrClientConnClosing) { //nolint:staticcheck // see the comment above
 		return status.Error(codes.Unavailable, "cri-proxy has closed its connection to the runtime")
 	}
 	return err

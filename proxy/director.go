@@ -40,7 +40,9 @@ type UnaryNext func(ctx context.Context, req []byte) ([]byte, error)
 // StreamInterceptor takes part in one server-streaming call. It is given the
 // encoded request and returns the request to send upstream (normally req itself)
 // and a filter, nil for none. Its errors are treated as a [UnaryInterceptor]'s.
-type StreamInterceptor func(ctx context.Context, method string, req []byte) (upstreamReq []byte, filter StreamFilter, err error)
+type StreamInterceptor func(
+	ctx context.Context, method string, req []byte,
+) (upstreamReq []byte, filter StreamFilter, err error)
 
 // StreamFilter sees every response message of one stream, in order, from one
 // goroutine.
@@ -84,20 +86,22 @@ type UnknownPasser interface {
 	PassUnknown(ctx context.Context, method string, cut func()) (done func(), ok bool)
 }
 
-// Looks says how long a call depends on what its director knows.
-type Looks int
+// Dependency says how long a call depends on what its director knows.
+type Dependency int
 
 const (
-	// LooksToTheEnd is a call that does until it has been answered.
-	LooksToTheEnd Looks = iota
-	// LooksAtFirst is a call that does until it has been forwarded: what comes back goes out whatever has changed meanwhile.
-	LooksAtFirst
-	// LooksNever is a call that does not, or that may be ended at any time.
-	LooksNever
+	// UntilAnswered is for a call that depends on it until it has been answered.
+	UntilAnswered Dependency = iota
+	// UntilForwarded is for a call that depends on it until it has been forwarded: what comes back
+	// goes out whatever has changed meanwhile.
+	UntilForwarded
+	// Independent is for a call that never depends on it, or that may be ended at any time.
+	Independent
 )
 
-// Looker is implemented by a [Director] for [Server.Hold]. Without it every call of a known method looks to the end.
-type Looker interface {
-	// Looks answers for a method. It never changes its mind.
-	Looks(method string) Looks
+// Depender is implemented by a [Director] for [Server.Hold]. Without it every call of a known
+// method depends on its director until it has been answered.
+type Depender interface {
+	// Dependency answers for a method. It never changes its mind.
+	Dependency(method string) Dependency
 }

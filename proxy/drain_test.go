@@ -167,7 +167,9 @@ func TestDrainOutOfTime(t *testing.T) {
 // the drain's own limit.
 func TestDrainDoesNotWaitForDetachedWork(t *testing.T) {
 	began, release, returned := make(chan struct{}), make(chan struct{}), make(chan struct{})
-	b := newBed(t, proxy.Options{Director: &director{unary: func(context.Context, string, []byte, proxy.UnaryNext) ([]byte, error) {
+	b := newBed(t, proxy.Options{Director: &director{unary: func(
+		context.Context, string, []byte, proxy.UnaryNext,
+	) ([]byte, error) {
 		defer close(returned)
 		close(began)
 		<-release

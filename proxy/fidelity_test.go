@@ -213,7 +213,9 @@ func TestHeaderBeforeFirstMessage(t *testing.T) {
 func TestStatus(t *testing.T) {
 	b := newBed(t, proxy.Options{})
 	detailed, err := status.New(codes.ResourceExhausted, "with details").WithDetails(
-		durationpb.New(time.Hour), wrapperspb.String("who: \u00e4\u4e16"), wrapperspb.Bytes(bytes.Repeat([]byte{0, 255}, 3000)))
+		durationpb.New(time.Hour), wrapperspb.String("who: \u00e4\u4e16"), wrapperspb.Bytes(
+			bytes.Repeat([]byte{0, 255}, 3000),
+		))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -351,7 +353,10 @@ func TestCallerGivesUp(t *testing.T) {
 			name string
 			code codes.Code
 			open bool // the caller has not closed its side
-		}{{"cancel", codes.Canceled, false}, {"deadline", codes.DeadlineExceeded, false}, {"cancel while sending", codes.Canceled, true}} {
+		}{
+			{"cancel", codes.Canceled, false}, {"deadline", codes.DeadlineExceeded, false},
+			{"cancel while sending", codes.Canceled, true},
+		} {
 			t.Run(tc.name, func(t *testing.T) {
 				if tc.open && (method == methodVersion || method == methodEvents || method == methodList) {
 					t.Skip("takes one request")
@@ -361,7 +366,8 @@ func TestCallerGivesUp(t *testing.T) {
 						s, _ := giveUp(ctx, t, b, conn, method, tc.open, 0)
 						return s
 					}
-					// A deadline may end before the call has come to the runtime, which says nothing; then it gets more.
+					// A deadline may end before the call has come to the runtime, which says nothing; then it gets
+					// more.
 					s, came := giveUp(ctx, t, b, conn, method, tc.open, 100*time.Millisecond)
 					for left := 200 * time.Millisecond; !came && ctx.Err() == nil; left *= 2 {
 						s, came = giveUp(ctx, t, b, conn, method, tc.open, left)
@@ -382,9 +388,12 @@ func TestCallerGivesUp(t *testing.T) {
 	})
 }
 
-// giveUp makes a call that the caller leaves: at its deadline, or, without one, when the runtime has it. It returns what the caller sees, and
-// whether the call came to the runtime, which then has heard of the end.
-func giveUp(ctx context.Context, t *testing.T, b *bed, conn *grpc.ClientConn, method string, open bool, deadline time.Duration) (*seen, bool) {
+// giveUp makes a call that the caller leaves: at its deadline, or, without one, when the runtime
+// has it. It returns what the caller sees, and whether the call came to the runtime, which then has
+// heard of the end.
+func giveUp(
+	ctx context.Context, t *testing.T, b *bed, conn *grpc.ClientConn, method string, open bool, deadline time.Duration,
+) (*seen, bool) {
 	t.Helper()
 	this := cryptorand.Text()
 	began, ended := make(chan struct{}), make(chan struct{})
@@ -639,7 +648,9 @@ func TestTypedBesideRaw(t *testing.T) {
 		r.RegisterService(&grpc.ServiceDesc{
 			ServiceName: "criproxy.test.Local",
 			HandlerType: (*any)(nil),
-			Methods: []grpc.MethodDesc{{MethodName: "Answer", Handler: func(_ any, ctx context.Context, decode func(any) error, _ grpc.UnaryServerInterceptor) (any, error) {
+			Methods: []grpc.MethodDesc{{MethodName: "Answer", Handler: func(
+				_ any, ctx context.Context, decode func(any) error, _ grpc.UnaryServerInterceptor,
+			) (any, error) {
 				var in runtimeapi.VersionRequest
 				if err := decode(&in); err != nil {
 					return nil, err
@@ -650,7 +661,8 @@ func TestTypedBesideRaw(t *testing.T) {
 	}})
 	ctx := testContext(t)
 	in, out := &runtimeapi.VersionRequest{Version: "v1"}, new(runtimeapi.VersionResponse)
-	if err := b.proxied.Invoke(ctx, "/criproxy.test.Local/Answer", in, out); err != nil || out.Version != "v1 answered here" {
+	err := b.proxied.Invoke(ctx, "/criproxy.test.Local/Answer", in, out)
+	if err != nil || out.Version != "v1 answered here" {
 		t.Errorf("local service: %v, %v", out, err)
 	}
 	got, err := runtimeapi.NewRuntimeServiceClient(b.upstream.Conn()).Version(ctx, in)

@@ -28,15 +28,24 @@ func FuzzDifferential(f *testing.F) {
 	f.Add(methodVersion, []byte{9}, []byte{9}, "traceparent=00-1-2-01", "h=1", "t-bin=\x00\xff", uint32(0), "", false)
 	f.Add(methodVersion, []byte{0}, []byte{}, "", "", "", uint32(5), "no such container \"x\"", true)
 	f.Add(methodVersion, []byte{0x7f, 0xff}, []byte{0xff}, "", "", "a=;b=", uint32(0), "", false)
-	f.Add(methodEvents, []byte{0x40}, []byte{1, 0x50, 0xc1, 2, 0}, "raw-bin=\xff", "early=1", "", uint32(14), "runtime\nrestarts 100%", true)
+	f.Add(
+		methodEvents, []byte{0x40}, []byte{1, 0x50, 0xc1, 2, 0}, "raw-bin=\xff", "early=1", "", uint32(14),
+		"runtime\nrestarts 100%", true,
+	)
 	f.Add(methodList, []byte{}, []byte{3}, "", "", "", uint32(0), "", false)
-	f.Add(methodNew, []byte{1, 0xbf, 2, 0x80, 0x41}, []byte{0xc3, 0}, "a=1;a=2;b-bin=", "c=3", "d=4", uint32(2), "RegistryUnavailable: größe", false)
+	f.Add(
+		methodNew, []byte{1, 0xbf, 2, 0x80, 0x41}, []byte{0xc3, 0}, "a=1;a=2;b-bin=", "c=3", "d=4", uint32(2),
+		"RegistryUnavailable: größe", false,
+	)
 	f.Add(methodAlien, []byte{}, []byte{}, "", "", "", uint32(12), "unknown service example.v9.AlienService", false)
 	f.Add("/x", []byte{0}, []byte{0}, "", "", "", uint32(99), "\xff", true)
 	f.Add("//", []byte{0}, []byte{}, "", "h-bin=", "", uint32(0), "ignored", true)
 
 	b := newBed(f, proxy.Options{})
-	f.Fuzz(func(t *testing.T, method string, requests, responses []byte, md, header, trailer string, code uint32, message string, details bool) {
+	f.Fuzz(func(
+		t *testing.T, method string, requests, responses []byte, md, header, trailer string, code uint32, message string,
+		details bool,
+	) {
 		method = "/" + printable(strings.TrimPrefix(method, "/"), '!')
 		requests, responses = requests[:min(len(requests), 8)], responses[:min(len(responses), 8)]
 		end := status.New(codes.Code(code), message)

@@ -18,31 +18,31 @@ import (
 	"google.golang.org/grpc/codes"
 )
 
-// looker says how long calls of Version and Status look; others never do.
-type looker struct {
+// depender says how long calls of Version and Status depend on it; others never do.
+type depender struct {
 	*director
-	version proxy.Looks
+	version proxy.Dependency
 }
 
-func (l *looker) Looks(method string) proxy.Looks {
+func (l *depender) Dependency(method string) proxy.Dependency {
 	if method == methodVersion {
 		return l.version
 	}
-	return proxy.LooksNever
+	return proxy.Independent
 }
 
 func TestHold(t *testing.T) {
 	for name, c := range map[string]struct {
-		looks proxy.Looks
-		waits bool
+		dependency proxy.Dependency
+		waits      bool
 	}{
-		"to the end": {proxy.LooksToTheEnd, true},
-		"at first":   {proxy.LooksAtFirst, false},
-		"never":      {proxy.LooksNever, false},
+		"to the end": {proxy.UntilAnswered, true},
+		"at first":   {proxy.UntilForwarded, false},
+		"never":      {proxy.Independent, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			release := make(chan struct{})
-			b := newBed(t, proxy.Options{Director: &looker{&director{}, c.looks}})
+			b := newBed(t, proxy.Options{Director: &depender{&director{}, c.dependency}})
 			entered := make(chan struct{}, 8)
 			hold := holding(release)
 			b.backend.answer(func(method string, s grpc.ServerStream) error {
@@ -86,10 +86,13 @@ func TestHold(t *testing.T) {
 	}
 }
 
-// Calls that are held go to the other proxy, past the director of this one, and so do those that come.
+// Calls that are held go to the other proxy, past the director of this one, and so do those that
+// come.
 func TestDivert(t *testing.T) {
 	asked := make(chan string, 8)
-	b := newBed(t, proxy.Options{Director: &director{unary: func(ctx context.Context, method string, req []byte, next proxy.UnaryNext) ([]byte, error) {
+	b := newBed(t, proxy.Options{Director: &director{unary: func(
+		ctx context.Context, method string, req []byte, next proxy.UnaryNext,
+	) ([]byte, error) {
 		asked <- method
 		return next(ctx, req)
 	}}})
@@ -119,7 +122,8 @@ func TestDivert(t *testing.T) {
 	}
 }
 
-// Another process that has the listening socket has made it block, as systemd does when it starts the next instance.
+// Another process that has the listening socket has made it block, as systemd does when it starts
+// the next instance.
 func TestPauseOfASocketThatBlocks(t *testing.T) {
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(t.TempDir(), "s"), Net: "unix"})
 	if err != nil {
@@ -172,7 +176,8 @@ func TestPause(t *testing.T) {
 	}
 }
 
-// What comes after a pause is another process's, which has the socket, too: a server that ends while it is paused takes nothing of it.
+// What comes after a pause is another process's, which has the socket, too: a server that ends
+// while it is paused takes nothing of it.
 func TestEndAfterPause(t *testing.T) {
 	up, err := proxy.NewUpstream(filepath.Join(t.TempDir(), "none"), proxy.UpstreamOptions{})
 	if err != nil {

@@ -58,7 +58,7 @@ func (c *call) directUnknown(ctx context.Context, cancel context.CancelCauseFunc
 			return done, nil
 		}
 		// Calls are held until it is known who has the view, and then go there.
-		if err := c.s.flight.enter(ctx, c); err != nil {
+		if err := c.s.inflight.enter(ctx, c); err != nil {
 			return nil, err
 		}
 		if c.s.director.Load() == d && !c.diverted {
@@ -137,7 +137,7 @@ func (c *call) interceptUnary(take UnaryInterceptor, req *frame) error {
 		}
 		var resp frame
 		last.called = true
-		c.s.flight.forwarded(c)
+		c.s.inflight.forwarded(c)
 		last.resp, last.err = nil, c.invoke(ctx, newFrame(b), &resp)
 		if last.err == nil {
 			last.resp = resp.data.Materialize()
@@ -190,7 +190,9 @@ func (c *call) isAnswer(err error) bool {
 }
 
 // interceptStream lets take change the request and filter the answers.
-func (c *call) interceptStream(ctx context.Context, cancel context.CancelCauseFunc, take StreamInterceptor, req *frame) error {
+func (c *call) interceptStream(
+	ctx context.Context, cancel context.CancelCauseFunc, take StreamInterceptor, req *frame,
+) error {
 	c.s.intercepted.Add(1)
 	raw := req.data.Materialize()
 	req.free()
@@ -206,7 +208,7 @@ func (c *call) interceptStream(ctx context.Context, cancel context.CancelCauseFu
 		changed, filter = raw, nil
 	}
 	if filter != nil {
-		defer c.closeFilter(filter)
+		defer closeFilter(c, filter)
 	}
 	runtime, err := c.openServerStream(ctx, newFrame(changed))
 	if err != nil {
@@ -215,32 +217,42 @@ func (c *call) interceptStream(ctx context.Context, cancel context.CancelCauseFu
 	if filter == nil {
 		return c.download(ctx, runtime, nil)
 	}
-	return c.filterStream(ctx, cancel, runtime, filter)
+	f := filteredStream{call: c, runtime: runtime, filter: filter}
+	return f.download(ctx, cancel)
 }
 
 // runStream calls take and turns a panic into an error.
-func (c *call) runStream(ctx context.Context, take StreamInterceptor, req []byte) (changed []byte, filter StreamFilter, err error) {
+func (c *call) runStream(
+	ctx context.Context, take StreamInterceptor, req []byte,
+) (changed []byte, filter StreamFilter, err error) {
 	defer c.s.catch(c.name, func() { changed, filter, err = nil, nil, &panicError{value: "interceptor"} })
 	return take(ctx, c.name, req)
 }
 
-func (c *call) closeFilter(f StreamFilter) {
+func closeFilter(c *call, f StreamFilter) {
 	defer c.s.catch(c.name, func() {})
 	f.Close()
 }
 
-// filterStream is download with a filter between. The calling goroutine alone
-// sends to the caller and calls the filter; a second one only reads the runtime
-// and hands over one message at a time, so that back-pressure holds. cancel ends
-// the upstream, and with it the reader.
-func (c *call) filterStream(ctx context.Context, cancel context.CancelCauseFunc, runtime grpc.ClientStream, filter StreamFilter) error {
+// filteredStream is one stream of answers with a filter between.
+type filteredStream struct {
+	call    *call
+	runtime grpc.ClientStream
+	filter  StreamFilter
+}
+
+// download sends what the filter makes of the answers. The calling goroutine alone sends to the
+// caller and calls the filter; a second one only reads the runtime and hands over one message at a
+// time, so that back-pressure holds. cancel ends the upstream, and with it the reader.
+func (s *filteredStream) download(ctx context.Context, cancel context.CancelCauseFunc) error {
+	c := s.call
 	steps := make(chan step)
 	var reader sync.WaitGroup
-	reader.Go(func() { readSteps(ctx, runtime, steps) })
+	reader.Go(func() { readSteps(ctx, s.runtime, steps) })
 	defer reader.Wait()
 	defer cancel(nil)
 
-	extra := filter.Extra()
+	extra := s.filter.Extra()
 	for {
 		select {
 		case <-ctx.Done():
@@ -256,16 +268,16 @@ func (c *call) filterStream(ctx context.Context, cancel context.CancelCauseFunc,
 		case st := <-steps:
 			switch {
 			case st.err != nil:
-				if err := c.sendPending(extra); err != nil {
+				if err := s.sendPending(extra); err != nil {
 					return err
 				}
-				return c.endStream(ctx, runtime, st.err)
+				return c.endStream(ctx, s.runtime, st.err)
 			case st.msg == nil:
 				// Too late if a message out of turn has gone first.
 				_ = c.client.SetHeader(st.header)
 				_ = c.client.SendHeader(nil)
 			default:
-				if err := c.sendFiltered(filter, st.msg); err != nil {
+				if err := s.sendFiltered(st.msg); err != nil {
 					return err
 				}
 			}
@@ -274,14 +286,14 @@ func (c *call) filterStream(ctx context.Context, cancel context.CancelCauseFunc,
 }
 
 // sendPending sends what the filter has ready out of turn, without waiting.
-func (c *call) sendPending(extra <-chan []byte) error {
+func (s *filteredStream) sendPending(extra <-chan []byte) error {
 	for {
 		select {
 		case msg, ok := <-extra:
 			if !ok {
 				return nil
 			}
-			if err := c.send(newFrame(msg)); err != nil {
+			if err := s.call.send(newFrame(msg)); err != nil {
 				return err
 			}
 		default:
@@ -290,15 +302,15 @@ func (c *call) sendPending(extra <-chan []byte) error {
 	}
 }
 
-func (c *call) sendFiltered(filter StreamFilter, f *frame) error {
+func (s *filteredStream) sendFiltered(f *frame) error {
 	msg := f.data.Materialize()
 	f.free()
-	out, err := c.runFilter(filter, msg)
+	out, err := s.runFilter(msg)
 	if err != nil {
 		out = [][]byte{msg}
 	}
 	for _, b := range out {
-		if err := c.send(newFrame(b)); err != nil {
+		if err := s.call.send(newFrame(b)); err != nil {
 			return err
 		}
 	}
@@ -306,9 +318,10 @@ func (c *call) sendFiltered(filter StreamFilter, f *frame) error {
 }
 
 // runFilter calls the filter; errors and panics are counted.
-func (c *call) runFilter(filter StreamFilter, msg []byte) (out [][]byte, err error) {
+func (s *filteredStream) runFilter(msg []byte) (out [][]byte, err error) {
+	c := s.call
 	defer c.s.catch(c.name, func() { err = &panicError{value: "filter"} })
-	if out, err = filter.Message(msg); err != nil {
+	if out, err = s.filter.Message(msg); err != nil {
 		c.s.fault(c.name, err)
 	}
 	return out, err

@@ -71,10 +71,14 @@ func TestUnaryInterceptor(t *testing.T) {
 		{name: "forwards", take: func(ctx context.Context, _ string, req []byte, next proxy.UnaryNext) ([]byte, error) {
 			return next(ctx, req)
 		}, want: "runtime says hello", asked: []string{"hello"}},
-		{name: "changes the request", take: func(ctx context.Context, _ string, req []byte, next proxy.UnaryNext) ([]byte, error) {
+		{name: "changes the request", take: func(
+			ctx context.Context, _ string, req []byte, next proxy.UnaryNext,
+		) ([]byte, error) {
 			return next(ctx, append([]byte("changed "), req...))
 		}, want: "runtime says changed hello", asked: []string{"changed hello"}},
-		{name: "changes the answer", take: func(ctx context.Context, _ string, req []byte, next proxy.UnaryNext) ([]byte, error) {
+		{name: "changes the answer", take: func(
+			ctx context.Context, _ string, req []byte, next proxy.UnaryNext,
+		) ([]byte, error) {
 			resp, err := next(ctx, req)
 			return append(resp, '!'), err
 		}, want: "runtime says hello!", asked: []string{"hello"}},
@@ -87,29 +91,41 @@ func TestUnaryInterceptor(t *testing.T) {
 		{name: "a status of its own", take: func(context.Context, string, []byte, proxy.UnaryNext) ([]byte, error) {
 			return nil, status.Error(codes.NotFound, "hidden")
 		}, want: "hidden", code: codes.NotFound},
-		{name: "asks several times", take: func(ctx context.Context, _ string, req []byte, next proxy.UnaryNext) ([]byte, error) {
+		{name: "asks several times", take: func(
+			ctx context.Context, _ string, req []byte, next proxy.UnaryNext,
+		) ([]byte, error) {
 			_, _ = next(ctx, []byte("first"))
 			return next(ctx, []byte("second"))
 		}, want: "runtime says second", asked: []string{"first", "second"}},
-		{name: "runtime's error", req: "fail", take: func(ctx context.Context, _ string, req []byte, next proxy.UnaryNext) ([]byte, error) {
+		{name: "runtime's error", req: "fail", take: func(
+			ctx context.Context, _ string, req []byte, next proxy.UnaryNext,
+		) ([]byte, error) {
 			return next(ctx, req)
 		}, want: "no such container", code: codes.NotFound, asked: []string{"fail"}},
-		{name: "runtime's error wrapped", req: "fail", take: func(ctx context.Context, _ string, req []byte, next proxy.UnaryNext) ([]byte, error) {
+		{name: "runtime's error wrapped", req: "fail", take: func(
+			ctx context.Context, _ string, req []byte, next proxy.UnaryNext,
+		) ([]byte, error) {
 			_, err := next(ctx, req)
 			return nil, fmt.Errorf("asked the runtime: %w", err)
 		}, want: "no such container", code: codes.NotFound, asked: []string{"fail"}},
-		{name: "detached from the caller", take: func(_ context.Context, _ string, req []byte, next proxy.UnaryNext) ([]byte, error) {
+		{name: "detached from the caller", take: func(
+			_ context.Context, _ string, req []byte, next proxy.UnaryNext,
+		) ([]byte, error) {
 			return next(context.Background(), req)
 		}, want: "runtime says hello", asked: []string{"hello"}},
 
 		{name: "passes before next", take: func(context.Context, string, []byte, proxy.UnaryNext) ([]byte, error) {
 			return nil, pass
 		}, want: "runtime says hello", asked: []string{"hello"}, faults: 1},
-		{name: "passes after next", take: func(ctx context.Context, _ string, req []byte, next proxy.UnaryNext) ([]byte, error) {
+		{name: "passes after next", take: func(
+			ctx context.Context, _ string, req []byte, next proxy.UnaryNext,
+		) ([]byte, error) {
 			_, _ = next(ctx, []byte("changed"))
 			return []byte("ignored"), fmt.Errorf("wrapped: %w", pass)
 		}, want: "runtime says changed", asked: []string{"changed"}, faults: 1},
-		{name: "passes after next failed", req: "fail", take: func(ctx context.Context, _ string, req []byte, next proxy.UnaryNext) ([]byte, error) {
+		{name: "passes after next failed", req: "fail", take: func(
+			ctx context.Context, _ string, req []byte, next proxy.UnaryNext,
+		) ([]byte, error) {
 			_, _ = next(ctx, req)
 			return nil, pass
 		}, want: "no such container", code: codes.NotFound, asked: []string{"fail"}, faults: 1},
@@ -122,7 +138,9 @@ func TestUnaryInterceptor(t *testing.T) {
 		{name: "panics before next", take: func(context.Context, string, []byte, proxy.UnaryNext) ([]byte, error) {
 			panic("bug")
 		}, want: "runtime says hello", asked: []string{"hello"}, faults: 1},
-		{name: "panics after next", take: func(ctx context.Context, _ string, req []byte, next proxy.UnaryNext) ([]byte, error) {
+		{name: "panics after next", take: func(
+			ctx context.Context, _ string, req []byte, next proxy.UnaryNext,
+		) ([]byte, error) {
 			_, _ = next(ctx, req)
 			panic("bug")
 		}, want: "runtime says hello", asked: []string{"hello"}, faults: 1},
@@ -155,7 +173,8 @@ func TestUnaryInterceptor(t *testing.T) {
 			if n := len(tc.asked); n > 0 {
 				header, trailer, saw = tc.asked[n-1:], tc.asked[n-1:], []string{"me"}
 			}
-			if !slices.Equal(s.Header["runtime-header"], header) || !slices.Equal(s.Trailer["runtime-trailer"], trailer) || !slices.Equal(s.Header["saw"], saw) {
+			if !slices.Equal(s.Header["runtime-header"], header) ||
+				!slices.Equal(s.Trailer["runtime-trailer"], trailer) || !slices.Equal(s.Header["saw"], saw) {
 				t.Errorf("header %v trailer %v", s.Header, s.Trailer)
 			}
 			st := b.server.Stats()
@@ -164,11 +183,13 @@ func TestUnaryInterceptor(t *testing.T) {
 			}
 			want := ""
 			if tc.faults > 0 {
-				want = "# HELP criproxy_interceptor_faults_total Interceptor errors and panics after which a call was passed through unchanged.\n" +
+				want = "# HELP criproxy_interceptor_faults_total " +
+					"Interceptor errors and panics after which a call was passed through unchanged.\n" +
 					"# TYPE criproxy_interceptor_faults_total counter\n" +
 					`criproxy_interceptor_faults_total{method="` + methodVersion + `"} 1` + "\n"
 			}
-			if err := testutil.GatherAndCompare(registry, strings.NewReader(want), "criproxy_interceptor_faults_total"); err != nil {
+			const faults = "criproxy_interceptor_faults_total"
+			if err := testutil.GatherAndCompare(registry, strings.NewReader(want), faults); err != nil {
 				t.Error(err)
 			}
 		})
@@ -205,7 +226,9 @@ func TestDirectorPanics(t *testing.T) {
 // A caller that leaves while its interceptor waits.
 func TestInterceptedCallerGivesUp(t *testing.T) {
 	waiting := make(chan struct{})
-	b := newBed(t, proxy.Options{Director: &director{unary: func(ctx context.Context, _ string, _ []byte, _ proxy.UnaryNext) ([]byte, error) {
+	b := newBed(t, proxy.Options{Director: &director{unary: func(
+		ctx context.Context, _ string, _ []byte, _ proxy.UnaryNext,
+	) ([]byte, error) {
 		close(waiting)
 		<-ctx.Done()
 		return nil, ctx.Err()
@@ -292,7 +315,9 @@ func TestStreamInterceptor(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			f := &filter{message: tc.filter, closed: make(chan struct{})}
-			var take proxy.StreamInterceptor = func(_ context.Context, _ string, req []byte) ([]byte, proxy.StreamFilter, error) {
+			var take proxy.StreamInterceptor = func(
+				_ context.Context, _ string, req []byte,
+			) ([]byte, proxy.StreamFilter, error) {
 				return req, f, nil
 			}
 			if tc.take != nil {
@@ -343,7 +368,9 @@ func TestStreamInterceptor(t *testing.T) {
 // messages and right before the end.
 func TestStreamExtra(t *testing.T) {
 	f := &filter{extra: make(chan []byte, 10), closed: make(chan struct{})}
-	b := newBed(t, proxy.Options{Director: &director{stream: func(_ context.Context, _ string, req []byte) ([]byte, proxy.StreamFilter, error) {
+	b := newBed(t, proxy.Options{Director: &director{stream: func(
+		_ context.Context, _ string, req []byte,
+	) ([]byte, proxy.StreamFilter, error) {
 		return req, f, nil
 	}}})
 	say := make(chan string)
@@ -400,7 +427,9 @@ func TestFilteredStreamEnds(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			f := &filter{closed: make(chan struct{})}
-			b := newBed(t, proxy.Options{Director: &director{stream: func(_ context.Context, _ string, req []byte) ([]byte, proxy.StreamFilter, error) {
+			b := newBed(t, proxy.Options{Director: &director{stream: func(
+				_ context.Context, _ string, req []byte,
+			) ([]byte, proxy.StreamFilter, error) {
 				return req, f, nil
 			}}})
 			began := make(chan struct{})

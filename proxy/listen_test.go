@@ -134,7 +134,13 @@ func TestListenErrors(t *testing.T) {
 		name, path string
 		want       []string // parts of the message
 	}{
-		{"live process", path("live.sock"), []string{path("live.sock"), "in use by a live process", fmt.Sprintf("pid %d", os.Getpid()), "stop it first or choose another path"}},
+		{
+			"live process", path("live.sock"),
+			[]string{
+				path("live.sock"), "in use by a live process", fmt.Sprintf("pid %d", os.Getpid()),
+				"stop it first or choose another path",
+			},
+		},
 		{"a file", path("file"), []string{path("file"), "not a socket", "remove it or choose another path"}},
 		{"a symlink", path("link"), []string{path("link"), "not a socket"}},
 		{"a directory", dir, []string{dir, "not a socket"}},

@@ -34,10 +34,10 @@ type method struct {
 	endless bool
 	metrics *methodMetrics
 
-	// The rest is guarded by flight.mu.
-	looks    Looks
-	inFlight int // calls that are not answered yet
-	looking  int // those of them that look, see [Server.Hold]
+	// The rest is guarded by inflight.mu.
+	dependency Dependency
+	inFlight   int // calls that are not answered yet
+	depending  int // those of them that depend on the director, see [Server.Hold]
 }
 
 // criMethods lists the methods of both CRI services from the descriptors that

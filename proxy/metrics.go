@@ -60,7 +60,7 @@ func newMetrics(r prometheus.Registerer, s *Server, up *Upstream, log logrus.Fie
 	inFlight := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "criproxy_calls_in_flight",
 		Help: "CRI calls that are not answered yet, event streams included.",
-	}, func() float64 { return float64(s.flight.count()) })
+	}, func() float64 { return float64(s.inflight.count()) })
 	all := []prometheus.Collector{m.calls, m.added, m.faults, inFlight}
 	for _, state := range []connectivity.State{
 		connectivity.Idle, connectivity.Connecting, connectivity.Ready, connectivity.TransientFailure, connectivity.Shutdown,

@@ -22,8 +22,8 @@ import (
 // back-off with its jitter, and room for a loaded machine under the race detector.
 const recovery = 240*time.Millisecond + time.Second
 
-// soon asserts that what f measures is within recovery. A proxy that waits too long does so every time; a machine that has too much
-// to do does not.
+// soon asserts that what f measures is within recovery. A proxy that waits too long does so every
+// time; a machine that has too much to do does not.
 func soon(t *testing.T, what string, f func() time.Duration) {
 	t.Helper()
 	var took []time.Duration

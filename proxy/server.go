@@ -15,6 +15,8 @@ import (
 	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+
+	"github.com/cri-proxy/cri-proxy/proxy/internal/listener"
 )
 
 // streamEndGrace is how long a drain waits for event streams to take their last
@@ -38,8 +40,8 @@ type Options struct {
 	Log logrus.FieldLogger
 	// Registerer gets the metrics criproxy_*. Nil: they are kept but not served.
 	Registerer prometheus.Registerer
-	// Tracer makes a span for every call whose caller traces it, and for others as its sampler says. Nil: none, and trace
-	// context goes through as it comes.
+	// Tracer makes a span for every call whose caller traces it, and for others as its sampler says.
+	// Nil: none, and trace context goes through as it comes.
 	Tracer trace.Tracer
 	// Recorder sees every call. Nil: none.
 	Recorder CallRecorder
@@ -84,7 +86,7 @@ type Server struct {
 	newer   newerMethods
 	metrics *metrics
 
-	flight        flight
+	inflight      inflight
 	calls         atomic.Uint64
 	callErrors    atomic.Uint64
 	intercepted   atomic.Uint64
@@ -93,11 +95,11 @@ type Server struct {
 	lastUserAgent atomic.Pointer[string]
 	unread        atomic.Int64 // bytes of answers that clients have not read
 
-	mu        sync.Mutex // guards all following fields
-	listeners map[*accepting]struct{}
-	turn      *turn          // takes new connections
-	turns     map[*turn]bool // those that serve
-	over      bool
+	mu          sync.Mutex // guards all following fields
+	listeners   map[*listener.Acceptor]struct{}
+	generation  *generation          // takes new connections
+	generations map[*generation]bool // those that serve
+	over        bool
 }
 
 // NewServer makes a server that forwards to up. It does not listen: see Serve.
@@ -105,21 +107,21 @@ func NewServer(up *Upstream, o Options) *Server {
 	s := &Server{
 		up: up, recorder: o.Recorder, tracer: o.Tracer, log: o.Log, codec: newRawCodec(),
 		register: o.Register, probe: o.Probe,
-		listeners: map[*accepting]struct{}{}, turns: map[*turn]bool{},
+		listeners: map[*listener.Acceptor]struct{}{}, generations: map[*generation]bool{},
 	}
 	if s.log == nil {
 		s.log = discardLogger()
 	}
 	s.options = []grpc.CallOption{grpc.ForceCodecV2(s.codec)}
 	s.metrics = newMetrics(o.Registerer, s, up, s.log)
-	s.unknown = &method{shape: bidi, looks: LooksNever, metrics: s.metrics.method(unknownMethod)}
+	s.unknown = &method{shape: bidi, dependency: Independent, metrics: s.metrics.method(unknownMethod)}
 	s.methods = make(map[string]*method)
 	for _, m := range criMethods() {
 		m.metrics = s.metrics.method(m.name)
 		s.methods[m.name] = &m
 	}
 	s.SetDirector(o.Director)
-	s.turn = s.newTurn()
+	s.generation = s.newGeneration()
 	return s
 }
 
@@ -135,16 +137,16 @@ func (s *Server) Drain(ctx context.Context) error {
 	gone := make(chan struct{})
 	go func() {
 		defer close(gone)
-		var turns sync.WaitGroup
-		for _, t := range s.finish() {
-			turns.Go(t.grpc.GracefulStop)
+		var stops sync.WaitGroup
+		for _, g := range s.finish() {
+			stops.Go(g.grpc.GracefulStop)
 		}
-		turns.Wait()
+		stops.Wait()
 	}()
 	defer s.Stop()
 
-	err := s.flight.wait(ctx, s.flight.finite)
-	s.flight.endStreams(true)
+	err := s.inflight.wait(ctx, s.inflight.finite)
+	s.inflight.endStreams(true)
 	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), streamEndGrace)
 	defer cancel()
 	for err == nil {
@@ -155,13 +157,13 @@ func (s *Server) Drain(ctx context.Context) error {
 		case <-ctx.Done():
 		case <-grace.Done():
 		}
-		if s.flight.finite() == 0 {
+		if s.inflight.finite() == 0 {
 			return nil
 		}
-		err = s.flight.wait(ctx, s.flight.finite)
+		err = s.inflight.wait(ctx, s.inflight.finite)
 	}
-	_ = s.flight.wait(grace, s.flight.streams)
-	if n := s.flight.finite(); n > 0 {
+	_ = s.inflight.wait(grace, s.inflight.streams)
+	if n := s.inflight.finite(); n > 0 {
 		s.log.WithField("calls", n).Warn("drain is out of time, calls are cut")
 		return fmt.Errorf("drain: %d calls cut: %w", n, err)
 	}
@@ -172,29 +174,29 @@ func (s *Server) Drain(ctx context.Context) error {
 // cancelled, and an interceptor that works on detached from its caller is not
 // waited for.
 func (s *Server) Stop() {
-	s.flight.endStreams(true)
-	for _, t := range s.finish() {
-		s.hangUp(t)
-		t.grpc.Stop()
+	s.inflight.endStreams(true)
+	for _, g := range s.finish() {
+		s.hangUp(g)
+		g.grpc.Stop()
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), streamEndGrace)
 	defer cancel()
-	_ = s.flight.wait(ctx, s.flight.goroutines)
+	_ = s.inflight.wait(ctx, s.inflight.goroutines)
 }
 
 // SetDirector changes who chooses the interceptors. Calls under way keep theirs.
 func (s *Server) SetDirector(d Director) {
-	looker, _ := d.(Looker)
-	s.flight.mu.Lock()
-	defer s.flight.mu.Unlock()
+	depender, _ := d.(Depender)
+	s.inflight.mu.Lock()
+	defer s.inflight.mu.Unlock()
 	for _, m := range s.methods {
 		switch {
 		case d == nil || m.endless:
-			m.looks = LooksNever
-		case looker == nil:
-			m.looks = LooksToTheEnd
+			m.dependency = Independent
+		case depender == nil:
+			m.dependency = UntilAnswered
 		default:
-			m.looks = looker.Looks(m.name)
+			m.dependency = depender.Dependency(m.name)
 		}
 	}
 	if d == nil {
@@ -210,8 +212,8 @@ func (s *Server) InFlight(name string) int {
 	if m == nil {
 		return 0
 	}
-	s.flight.mu.Lock()
-	defer s.flight.mu.Unlock()
+	s.inflight.mu.Lock()
+	defer s.inflight.mu.Unlock()
 	return m.inFlight
 }
 
@@ -222,7 +224,7 @@ func (s *Server) Stats() Stats {
 		CallErrors:        s.callErrors.Load(),
 		Intercepted:       s.intercepted.Load(),
 		InterceptorFaults: s.faults.Load(),
-		InFlight:          uint64(s.flight.count()),
+		InFlight:          uint64(s.inflight.count()),
 	}
 	if ns := s.lastCall.Load(); ns != 0 {
 		st.LastCall = time.Unix(0, ns)

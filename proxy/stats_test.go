@@ -78,7 +78,8 @@ func TestStatsMetricsAndRecorder(t *testing.T) {
 		t.Errorf("user agent %q", st.LastUserAgent)
 	}
 	want := []string{
-		methodVersion + ` "a" OK`, methodVersion + ` "b" OK`, methodVersion + ` "fail" NotFound`, methodVersion + ` "future" Code(4711)`,
+		methodVersion + ` "a" OK`, methodVersion + ` "b" OK`,
+		methodVersion + ` "fail" NotFound`, methodVersion + ` "future" Code(4711)`,
 		methodEvents + ` "e" OK`, methodNew + ` "" OK`, methodAlien + ` "" OK`,
 	}
 	if got := calls.seen(); !slices.Equal(got, want) {

@@ -26,7 +26,7 @@ func (c *call) serverStream() error {
 	ctx, cancel := context.WithCancelCause(c.client.Context())
 	defer cancel(nil)
 	if c.m.endless {
-		c.s.flight.markEndless(c, cancel)
+		c.s.inflight.markEndless(c, cancel)
 	}
 	if take != nil {
 		return c.interceptStream(ctx, cancel, take, &req)
@@ -76,9 +76,9 @@ func (c *call) bidi(first []*frame, closed bool) error {
 	}
 	// A caller's stream can only be read to its end, and it ends when this
 	// handler has returned: the goroutine outlives the handler by that much.
-	c.s.flight.beginUpload()
+	c.s.inflight.beginUpload()
 	go func() {
-		defer c.s.flight.endUpload()
+		defer c.s.inflight.endUpload()
 		if err := c.upload(runtime, first, closed); err != nil {
 			cancel(err)
 		}
@@ -88,7 +88,7 @@ func (c *call) bidi(first []*frame, closed bool) error {
 	sent := 0
 	return c.download(ctx, runtime, func() {
 		if sent++; sent == 2 {
-			c.s.flight.markEndless(c, cancel)
+			c.s.inflight.markEndless(c, cancel)
 		}
 	})
 }

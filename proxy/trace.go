@@ -17,7 +17,8 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// carrier is W3C trace context in gRPC metadata, as OpenTelemetry's gRPC instrumentation, which kubelet and containerd use, has it.
+// carrier is W3C trace context in gRPC metadata, in the form that OpenTelemetry's gRPC
+// instrumentation gives it, which kubelet and containerd use.
 type carrier metadata.MD
 
 var _ propagation.TextMapCarrier = carrier{}
@@ -51,8 +52,9 @@ type tracedStream struct {
 // Context implements [grpc.ServerStream].
 func (s *tracedStream) Context() context.Context { return s.ctx }
 
-// startSpan begins the span of a call, as a child of the caller's, and makes it the parent of what the runtime does. It returns nil, and the
-// caller's trace context goes through as it is, if the trace is not to be kept. The span of an endless stream would be of no use to anybody.
+// startSpan begins the span of a call, as a child of the caller's, and makes it the parent of what
+// the runtime does. If the trace is not to be kept, it returns nil, and the caller's trace context
+// goes through as it is. The span of an endless stream would be of no use to anybody.
 func (c *call) startSpan(tracer trace.Tracer) trace.Span {
 	if c.m.endless {
 		return nil
@@ -65,7 +67,8 @@ func (c *call) startSpan(tracer trace.Tracer) trace.Span {
 	full := strings.TrimPrefix(c.name, "/")
 	service, method, _ := strings.Cut(full, "/")
 	ctx, span := tracer.Start(ctx, full, trace.WithSpanKind(trace.SpanKindServer), trace.WithAttributes(
-		attribute.String("rpc.system", "grpc"), attribute.String("rpc.service", service), attribute.String("rpc.method", method),
+		attribute.String("rpc.system", "grpc"),
+		attribute.String("rpc.service", service), attribute.String("rpc.method", method),
 	))
 	if !span.IsRecording() {
 		return nil

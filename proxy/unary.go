@@ -29,7 +29,7 @@ func (c *call) unary() error {
 // passUnary forwards req, undecoded, and answers what the runtime answers.
 func (c *call) passUnary(req *frame) error {
 	var resp frame
-	c.s.flight.forwarded(c)
+	c.s.inflight.forwarded(c)
 	err := c.invoke(c.client.Context(), req, &resp)
 	return c.answer(&resp, err)
 }
