@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package imagepull
+package imagepull_test
 
 import (
 	"context"
@@ -24,7 +24,8 @@ import (
 
 const imageBytes = 100 << 20
 
-// fleet are nodes that do as the Images service says, in one process. It outlives controllers.
+// fleet is a set of nodes that implement the Images service, in this process. It outlives
+// controllers.
 type fleet struct {
 	mu    sync.Mutex
 	nodes map[string]*simNode
@@ -115,7 +116,7 @@ func (f *fleet) node(ctx context.Context, n controller.Node, method string) (*si
 		if method == "WatchPull" {
 			patience = 24 * time.Hour
 		}
-		pause(ctx, patience)
+		sleep(ctx, patience)
 		return nil, fail(codes.DeadlineExceeded, "context deadline exceeded")
 	}
 	return node, ctx.Err()
@@ -148,7 +149,7 @@ func (f *fleet) Pull(ctx context.Context, n controller.Node, r *opsv1.PullReques
 			return nil, answer(n, "Pull", codes.AlreadyExists, "another request has this UID")
 		}
 		p.given = r.GetCredentials()
-		if p.op.GetReason() == reasonCredentials {
+		if p.op.GetReason() == "CredentialsNeeded" {
 			p.op.Reason = ""
 			f.begin(node, p)
 		}
@@ -156,7 +157,8 @@ func (f *fleet) Pull(ctx context.Context, n controller.Node, r *opsv1.PullReques
 	}
 	node.requests = append(node.requests, r)
 	p := &simPull{req: bare, given: r.GetCredentials(), changed: make(chan struct{}), op: &opsv1.PullOperation{
-		Uid: r.GetUid(), Image: r.GetImage(), Owner: r.GetOwner(), Phase: opsv1.PullPhase_PULL_WAITING, CreateTime: timestamppb.Now(),
+		Uid: r.GetUid(), Image: r.GetImage(), Owner: r.GetOwner(), Phase: opsv1.PullPhase_PULL_WAITING,
+		CreateTime: timestamppb.Now(),
 	}}
 	node.pulls[r.GetUid()] = p
 	node.order = append(node.order, r.GetUid())
@@ -165,18 +167,19 @@ func (f *fleet) Pull(ctx context.Context, n controller.Node, r *opsv1.PullReques
 	f.peak[job] = max(f.peak[job], f.inFlight[job])
 	if node.lacks {
 		node.lacks = false
-		p.op.Reason = reasonCredentials
+		p.op.Reason = "CredentialsNeeded"
 	} else {
 		f.begin(node, p)
 	}
 	return proto.Clone(p.op).(*opsv1.PullOperation), nil
 }
 
-// begin lets a pull go on; the caller holds the mutex.
+// begin lets a pull go on. The caller holds the mutex.
 func (f *fleet) begin(node *simNode, p *simPull) {
 	ctx, cancel := context.WithCancel(f.ctx)
 	p.cancel = cancel
-	there := slices.ContainsFunc(slices.Collect(maps.Keys(node.pins)), func(pin simPin) bool { return pin.image == p.req.GetImage() })
+	there := slices.ContainsFunc(slices.Collect(maps.Keys(node.pins)),
+		func(pin simPin) bool { return pin.image == p.req.GetImage() })
 	if there && p.req.GetPolicy() != opsv1.PullPolicy_PULL_POLICY_ALWAYS {
 		f.finish(node, p, opsv1.PullPhase_PULL_SUCCEEDED, "Present", "")
 		cancel()
@@ -193,17 +196,18 @@ func (f *fleet) begin(node *simNode, p *simPull) {
 			outcome, steps = reason, 0
 		}
 		for i := range steps {
-			if !pause(ctx, takes/time.Duration(steps)) {
+			if !sleep(ctx, takes/time.Duration(steps)) {
 				break
 			}
 			f.update(p, func(op *opsv1.PullOperation) {
-				op.Phase, op.BytesTotal, op.BytesDone = opsv1.PullPhase_PULL_FETCHING, imageBytes, imageBytes*int64(i+1)/int64(steps)
+				op.Phase, op.BytesTotal, op.BytesDone = opsv1.PullPhase_PULL_FETCHING, imageBytes,
+					imageBytes*int64(i+1)/int64(steps)
 				op.BytesFetched, op.Attempt = op.BytesDone, 1
 			})
 		}
 		if stuck && ctx.Err() == nil {
 			bound := p.req.GetAttemptTimeout().AsDuration() * time.Duration(p.req.GetMaxAttempts())
-			if pause(ctx, bound) {
+			if sleep(ctx, bound) {
 				outcome = "Timeout"
 			}
 		}
@@ -220,14 +224,15 @@ func (f *fleet) begin(node *simNode, p *simPull) {
 	})
 }
 
-// knock asks the registry as often as the pull may, and returns what it says in the end.
+// knock asks the registry as often as the pull may, and returns the reason of the last failure.
 func (f *fleet) knock(ctx context.Context, node *simNode, p *simPull) (reason string) {
 	for n := int32(1); ; n++ {
 		f.mu.Lock()
 		switch {
 		case time.Now().Before(node.comes):
 			reason = "NotFound"
-		case node.user != "" && !slices.ContainsFunc(p.given, func(c *opsv1.RegistryCredential) bool { return c.GetUsername() == node.user }):
+		case node.user != "" &&
+			!slices.ContainsFunc(p.given, func(c *opsv1.RegistryCredential) bool { return c.GetUsername() == node.user }):
 			reason = "Unauthorized"
 		default:
 			reason = ""
@@ -236,12 +241,13 @@ func (f *fleet) knock(ctx context.Context, node *simNode, p *simPull) (reason st
 		if reason == "" || n >= p.req.GetMaxAttempts() {
 			return reason
 		}
-		wait := min(backOffMin<<min(n-1, 10), backOffMax)
+		wait := min(time.Second<<min(n-1, 10), 30*time.Second)
 		f.update(p, func(op *opsv1.PullOperation) {
 			op.Phase, op.Reason, op.Attempt = opsv1.PullPhase_PULL_WAITING, "BackOff", n
-			op.Message = fmt.Sprintf("attempt %d of %d in %s: %s: the registry says no: look", n+1, p.req.GetMaxAttempts(), wait, reason)
+			op.Message = fmt.Sprintf("attempt %d of %d in %s: %s: the registry says no: look", n+1, p.req.GetMaxAttempts(), wait,
+				reason)
 		})
-		if !pause(ctx, wait) {
+		if !sleep(ctx, wait) {
 			return reason
 		}
 		f.update(p, func(op *opsv1.PullOperation) {
@@ -250,9 +256,9 @@ func (f *fleet) knock(ctx context.Context, node *simNode, p *simPull) (reason st
 	}
 }
 
-// goOn says something of a pull from time to time, which never ends.
+// goOn reports progress from time to time, and never ends.
 func (f *fleet) goOn(ctx context.Context, p *simPull, how string) {
-	for pause(ctx, 7*time.Second) {
+	for sleep(ctx, 7*time.Second) {
 		f.update(p, func(op *opsv1.PullOperation) {
 			if op.Phase, op.Reason = opsv1.PullPhase_PULL_WAITING, how; how == "Fetching" {
 				op.Phase, op.Reason, op.Attempt = opsv1.PullPhase_PULL_FETCHING, "", 1
@@ -310,7 +316,9 @@ func (f *fleet) ListPulls(ctx context.Context, n controller.Node) ([]*opsv1.Pull
 	return ops, nil
 }
 
-func (f *fleet) WatchPull(ctx context.Context, n controller.Node, uid string, each func(*opsv1.PullOperation) bool) error {
+func (f *fleet) WatchPull(
+	ctx context.Context, n controller.Node, uid string, each func(*opsv1.PullOperation) bool,
+) error {
 	node, err := f.node(ctx, n, "WatchPull")
 	if err != nil {
 		return err
@@ -372,7 +380,8 @@ func (f *fleet) ListPins(ctx context.Context, n controller.Node) ([]*opsv1.Image
 		if err != nil {
 			return nil, answer(n, "ListPins", codes.Internal, err.Error())
 		}
-		pins = append(pins, &opsv1.ImagePin{ImageId: "id of " + pin.image, Image: reference.TagNameOnly(image).String(), Owner: pin.owner})
+		pins = append(pins, &opsv1.ImagePin{ImageId: "id of " + pin.image, Image: reference.TagNameOnly(image).
+			String(), Owner: pin.owner})
 	}
 	return pins, nil
 }
@@ -391,7 +400,7 @@ func (f *fleet) ReleasePins(ctx context.Context, n controller.Node, owner, image
 	return before - len(node.pins), nil
 }
 
-// forget makes a node forget all pulls that are over, as it does after an hour.
+// forget makes a node forget all pulls that have ended, as a node does after an hour.
 func (f *fleet) forget(name string) {
 	f.change(name, func(n *simNode) {
 		maps.DeleteFunc(n.pulls, func(_ string, p *simPull) bool { return p.op.GetFinishTime() != nil })
@@ -399,7 +408,7 @@ func (f *fleet) forget(name string) {
 	})
 }
 
-// begun is how many pulls were begun on each node.
+// begun returns how many pulls began on each node.
 func (f *fleet) begun(names ...string) map[string]int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -418,7 +427,7 @@ func (f *fleet) flying(job string) int {
 	return f.inFlight[job]
 }
 
-// last is the last request that began a pull on the node, or nil.
+// last returns the last request that began a pull on the node, or nil.
 func (f *fleet) last(name string) *opsv1.PullRequest {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -443,4 +452,14 @@ func (f *fleet) pinned(name string) []string {
 	}
 	slices.Sort(images)
 	return images
+}
+
+// sleep waits and says whether to go on.
+func sleep(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-time.After(d):
+		return true
+	case <-ctx.Done():
+		return false
+	}
 }

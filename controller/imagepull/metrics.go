@@ -101,13 +101,14 @@ func (m *Metrics) completed(reason string) {
 	}
 }
 
-func (m *Metrics) wrote(object string) {
+// Wrote counts a write to the API server.
+func (m *Metrics) Wrote(object string) {
 	if m != nil {
 		m.writes.WithLabelValues(object).Inc()
 	}
 }
 
-// crew is for who talks to nodes.
+// crew counts the goroutines that talk to nodes.
 func (m *Metrics) crew() prometheus.Gauge {
 	if m == nil {
 		return nil

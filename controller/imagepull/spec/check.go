@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package imagepull
+package spec
 
 import (
 	"errors"
@@ -10,15 +10,17 @@ import (
 	"github.com/distribution/reference"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
+	"github.com/cri-proxy/cri-proxy/controller"
 )
 
-// listErrorsMax is how many images of a list are complained of at once.
+// listErrorsMax is how many images of a list an error complains of.
 const listErrorsMax = 10
 
-// Check says whether a job can be carried out, by the checks that the reconciler makes when it takes the job up. The error is a
-// *controller.SpecError. Warnings tell what is accepted and may not be meant.
+// Check says whether a job can be carried out, by the checks that the reconciler makes when it
+// takes the job up. The error is a *controller.SpecError. The warnings are about values that are
+// accepted and may not be meant.
 func Check(job *v1beta1.ImagePullJob) (warnings []string, err error) {
-	if _, err := wishOf(job); err != nil {
+	if _, err := Of(job); err != nil {
 		return nil, err
 	}
 	if err := checkSelectors(&job.Spec.ImagePullJobTemplate); err != nil {
@@ -33,7 +35,7 @@ func CheckList(list *v1beta1.ImageListPullJob) (warnings []string, err error) {
 	seen := map[string]string{}
 	for _, image := range list.Spec.Images {
 		var jobWarnings []string
-		if jobWarnings, err = Check(childOf(list, "", image)); err != nil {
+		if jobWarnings, err = Check(Child(list, "", image)); err != nil {
 			if len(wrongs) < listErrorsMax && (len(wrongs) == 0 || wrongs[len(wrongs)-1].Error() != err.Error()) {
 				wrongs = append(wrongs, err)
 			}
@@ -47,17 +49,18 @@ func CheckList(list *v1beta1.ImageListPullJob) (warnings []string, err error) {
 			return nil, err // it was parsed before
 		}
 		if other := seen[named.String()]; other != "" {
-			warnings = append(warnings, fmt.Sprintf("%s and %s are the same image: it is pulled once on each node, and asked for twice", other, image))
+			warnings = append(warnings, fmt.Sprintf(
+				"%s and %s are the same image: it is pulled once on each node, and asked for twice", other, image))
 		}
 		seen[named.String()] = image
 	}
 	if err := errors.Join(wrongs...); err != nil {
-		return nil, &specError{Message: err.Error()}
+		return nil, &controller.SpecError{Message: err.Error()}
 	}
 	return warnings, nil
 }
 
-// checkSelectors says whether the selectors can be read. The error is a *specError.
+// checkSelectors says whether the selectors can be read. The error is a *controller.SpecError.
 func checkSelectors(t *v1beta1.ImagePullJobTemplate) error {
 	if s := t.Selector; s != nil {
 		if _, err := selectorOf("spec.selector", &s.LabelSelector); err != nil {
@@ -72,18 +75,19 @@ func checkSelectors(t *v1beta1.ImagePullJobTemplate) error {
 	return nil
 }
 
-// warningsOf are about values that OpenKruise lets through, and what is made of them.
+// warningsOf are about values that OpenKruise accepts, and say how they are read here.
 func warningsOf(t *v1beta1.ImagePullJobTemplate) []string {
 	var warnings []string
+	warn := func(format string, args ...any) { warnings = append(warnings, fmt.Sprintf(format, args...)) }
 	if p := t.ImagePullPolicy; p != "" && p != v1beta1.PullAlways && p != v1beta1.PullIfNotPresent {
-		warnings = append(warnings, fmt.Sprintf("spec.imagePullPolicy %q is taken for Always: only IfNotPresent and Always are known", p))
+		warn("spec.imagePullPolicy %q is taken for Always: only IfNotPresent and Always are known", p)
 	}
 	if p := t.PullPolicy; p != nil {
 		if n := p.BackoffLimit; n != nil && *n < 0 {
-			warnings = append(warnings, fmt.Sprintf("spec.pullPolicy.backoffLimit %d is taken for %d", *n, defaultAttempts-1))
+			warn("spec.pullPolicy.backoffLimit %d is taken for %d", *n, defaultAttempts-1)
 		}
 		if n := p.TimeoutSeconds; n != nil && *n <= 0 {
-			warnings = append(warnings, fmt.Sprintf("spec.pullPolicy.timeoutSeconds %d is taken for %d", *n, int(defaultTimeout.Seconds())))
+			warn("spec.pullPolicy.timeoutSeconds %d is taken for %d", *n, int(defaultTimeout.Seconds()))
 		}
 	}
 	return warnings

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package imagepull
+package imagepull_test
 
 import (
 	"context"
@@ -16,26 +16,34 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull"
 	"github.com/cri-proxy/cri-proxy/controller/kstatus"
 )
 
-func TestWhyAgain(t *testing.T) {
+func TestFailureOf(t *testing.T) {
 	for message, want := range map[string][2]string{
-		"attempt 2 of 4 in 1s: NotFound: registry r.io has no such image: check": {"NotFound", "registry r.io has no such image: check"},
-		"attempt 2 of 4 in 1s: registry r.io cannot be used now (x: y)":          {"", "registry r.io cannot be used now (x: y)"}, // an older node
-		"another pull of the image has just failed":                              {"", "another pull of the image has just failed"},
+		"attempt 2 of 4 in 1s: NotFound: registry r.io has no such image: check": {"NotFound",
+			"registry r.io has no such image: check"},
+		// an older node
+		"attempt 2 of 4 in 1s: registry r.io cannot be used now (x: y)": {"",
+			"registry r.io cannot be used now (x: y)"},
+		"another pull of the image has just failed": {"",
+			"another pull of the image has just failed"},
 		"": {},
 	} {
-		if reason, text := whyAgain(&opsv1.PullOperation{Message: message}); reason != want[0] || text != want[1] {
+		if reason, text := imagepull.FailureOf(&opsv1.PullOperation{Message: message}); reason != want[0] || text != want[1] {
 			t.Errorf("%q: %q, %q", message, reason, text)
 		}
 	}
 }
 
-// A secret, or an image, that comes a moment after the job fails nothing, and is waited for with words.
+// A secret or an image that comes a moment after the job makes no node fail, and the status says
+// what the nodes wait for.
 func TestComesLater(t *testing.T) {
-	key := secret("key", corev1.SecretTypeDockerConfigJson, ".dockerconfigjson", `{"auths":{"r.io":{"username":"u","password":"p"}}}`)
-	other := secret("key", corev1.SecretTypeDockerConfigJson, ".dockerconfigjson", `{"auths":{"r.io":{"username":"v","password":"p"}}}`)
+	key := secret("key", corev1.SecretTypeDockerConfigJson, ".dockerconfigjson",
+		`{"auths":{"r.io":{"username":"u","password":"p"}}}`)
+	other := secret("key", corev1.SecretTypeDockerConfigJson, ".dockerconfigjson",
+		`{"auths":{"r.io":{"username":"v","password":"p"}}}`)
 	for _, tt := range []struct {
 		name   string
 		node   simNode
@@ -44,9 +52,12 @@ func TestComesLater(t *testing.T) {
 		come   func(b *bed) error
 		why    string
 	}{
-		{"secret", simNode{user: "u"}, 2 * time.Second, nil, func(b *bed) error { return b.api.Create(context.Background(), key.DeepCopy()) }, "Unauthorized"},
-		{"right secret", simNode{user: "u"}, 2 * time.Second, []client.Object{other}, func(b *bed) error { return b.api.Update(context.Background(), key.DeepCopy()) }, "Unauthorized"},
-		{"in the last back-off", simNode{user: "u"}, 6 * time.Second, nil, func(b *bed) error { return b.api.Create(context.Background(), key.DeepCopy()) }, "Unauthorized"},
+		{"secret", simNode{user: "u"}, 2 * time.Second, nil,
+			func(b *bed) error { return b.api.Create(context.Background(), key.DeepCopy()) }, "Unauthorized"},
+		{"right secret", simNode{user: "u"}, 2 * time.Second, []client.Object{other},
+			func(b *bed) error { return b.api.Update(context.Background(), key.DeepCopy()) }, "Unauthorized"},
+		{"in the last back-off", simNode{user: "u"}, 6 * time.Second, nil,
+			func(b *bed) error { return b.api.Create(context.Background(), key.DeepCopy()) }, "Unauthorized"},
 		{"image", simNode{}, 2 * time.Second, nil, func(b *bed) error { return nil }, "NotFound"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -65,8 +76,10 @@ func TestComesLater(t *testing.T) {
 				b.create("job", spec{Image: "r.io/app", ImagePullJobTemplate: t0})
 				b.createList("list", v1beta1.ImageListPullJobSpec{Images: []string{"r.io/app"}, ImagePullJobTemplate: t0})
 				why := "1 node tries again, node node says: " + tt.why + ": the registry says no: look"
-				j := b.until("told why", "job", 500*time.Millisecond, func(j *job) bool { return strings.HasSuffix(j.Status.Message, why) })
-				if j.Status.Message != "job is running, progress 0.0%; "+why || condition(j, kstatus.Reconciling) != "True Pulling" || j.Status.Failed != 0 ||
+				j := b.until("told why", "job", 500*time.Millisecond,
+					func(j *job) bool { return strings.HasSuffix(j.Status.Message, why) })
+				if j.Status.Message != "job is running, progress 0.0%; "+why ||
+					condition(j, kstatus.Reconciling) != "True Pulling" || j.Status.Failed != 0 ||
 					len(j.Status.SlowestNodes) != 1 || j.Status.SlowestNodes[0].Message != tt.why+": the registry says no: look" {
 					t.Errorf("status %+v", j.Status)
 				}
@@ -84,7 +97,7 @@ func TestComesLater(t *testing.T) {
 				}
 				j = b.until("completed", "job", 8*time.Second, completed)
 				b.want(j, "True Succeeded", "1/0/1/0")
-				if j.Status.Message != "job has completed" || strings.Contains(b.told(), eventFailed) {
+				if j.Status.Message != "job has completed" || strings.Contains(b.told(), "PullImageFailed") {
 					t.Errorf("message %q, events:\n%s", j.Status.Message, b.told())
 				}
 				l := b.untilList("completed", "list", time.Minute, func(l *list) bool { return l.Status.CompletionTime != nil })
@@ -96,7 +109,7 @@ func TestComesLater(t *testing.T) {
 	}
 }
 
-// Many nodes that are refused read the secrets together.
+// Many nodes that a registry refuses read the secrets together.
 func TestSecretsAreReadTogether(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		for i := range 200 {
@@ -111,7 +124,8 @@ func TestSecretsAreReadTogether(t *testing.T) {
 			return nil
 		}
 		b.mu.Unlock()
-		b.create("job", spec{Image: "r.io/app", ImagePullJobTemplate: template{PullSecrets: []string{"key"}, Parallelism: parallel(200)}})
+		b.create("job",
+			spec{Image: "r.io/app", ImagePullJobTemplate: template{PullSecrets: []string{"key"}, Parallelism: parallel(200)}})
 		j := b.until("completed", "job", time.Minute, completed)
 		b.want(j, "True NodesFailed", "200/0/0/200")
 		synctest.Wait()
@@ -123,7 +137,7 @@ func TestSecretsAreReadTogether(t *testing.T) {
 	})
 }
 
-// A job that has failed begins anew when something is changed that may help, and deletes nothing meanwhile.
+// A job that has failed begins again when a change may help, and is not deleted meanwhile.
 func TestFailedBeginsAnew(t *testing.T) {
 	for name, change := range map[string]func(*job){
 		"timeout":     func(j *job) { j.Spec.PullPolicy = &v1beta1.PullPolicy{TimeoutSeconds: number(int32(3600))} },
@@ -138,10 +152,13 @@ func TestFailedBeginsAnew(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addMany(1, time.Second)
 				b.add("poor", &simNode{takes: time.Second, outcome: "Timeout"})
-				b.create("job", spec{ImagePullJobTemplate: template{CompletionPolicy: v1beta1.CompletionPolicy{TTLSecondsAfterFinished: number(int32(60))}}})
+				b.create("job",
+					spec{ImagePullJobTemplate: template{
+						CompletionPolicy: v1beta1.CompletionPolicy{TTLSecondsAfterFinished: number(int32(60))}}})
 				j := b.until("failed", "job", 20*time.Second, completed)
 				b.want(j, "True NodesFailed", "2/0/1/1")
-				if want := "job has failed: 1 of 2 nodes have no image: Timeout on 1 (poor): the registry says Timeout"; j.Status.Message != want {
+				if want := "job has failed: 1 of 2 nodes have no image: Timeout on 1 (poor): the registry says " +
+					"Timeout"; j.Status.Message != want {
 					t.Errorf("message %q, want %q", j.Status.Message, want)
 				}
 				b.fleet.change("poor", func(n *simNode) { n.outcome = "" })
@@ -180,7 +197,8 @@ func TestFailedBeginsAnew(t *testing.T) {
 	}
 }
 
-// What failed before a job begins anew does not count, whatever the clocks say, and what fails afterwards does.
+// Failures from before a job begins again do not count, whatever the clocks say; failures
+// afterwards do.
 func TestFailuresOfBeforeDoNotCount(t *testing.T) {
 	for name, tt := range map[string]struct {
 		takes, after, ahead time.Duration
@@ -199,7 +217,8 @@ func TestFailuresOfBeforeDoNotCount(t *testing.T) {
 					time.Sleep(tt.after)
 					generation := b.get("job").Generation
 					b.edit("job", func(j *job) { j.Spec.Parallelism = parallel(parallelism) })
-					b.until("at work", "job", time.Second, func(j *job) bool { return j.Generation > generation && j.Status.CompletionTime == nil })
+					b.until("at work", "job", time.Second,
+						func(j *job) bool { return j.Generation > generation && j.Status.CompletionTime == nil })
 					return b.until("completed", "job", 50*time.Second, completed)
 				}
 				b.want(again("Timeout", 2), "True NodesFailed", "1/0/0/1")
@@ -212,7 +231,7 @@ func TestFailuresOfBeforeDoNotCount(t *testing.T) {
 	}
 }
 
-// A speed limit that a node does not keep is said in the job, also beside a pin that there is no room for.
+// The job says that a node does not keep the speed limit, also beside a pin that does not fit.
 func TestLimitNotKept(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addMany(2, time.Second)
@@ -226,8 +245,10 @@ func TestLimitNotKept(t *testing.T) {
 		j = b.until("completed", "job", time.Minute, completed)
 		b.want(j, "True Succeeded", "2/0/2/0")
 		for kind, want := range map[string]string{
-			v1beta1.ConditionSpeedLimitKept: "1 node pulls as fast as it can, node node-1: without the speed limit of 20.0 MiB/s: the registry has not told",
-			v1beta1.ConditionPinned:         "on 1 nodes kubelet may remove the image when the disk is full, node node-1 says: no room",
+			v1beta1.ConditionSpeedLimitKept: "1 node pulls as fast as it can, node node-1: without the speed limit of 20.0 " +
+				"MiB/s: the registry has not told",
+			v1beta1.ConditionPinned: "on 1 nodes kubelet may remove the image when the disk is full, node " +
+				"node-1 says: no room",
 		} {
 			if c := meta.FindStatusCondition(j.Status.Conditions, kind); c == nil || c.Status != "False" || c.Message != want {
 				t.Errorf("%s: %+v, want %s", kind, c, want)

@@ -11,17 +11,18 @@ import (
 const (
 	// writeGap is the least time between two writes.
 	writeGap = 250 * time.Millisecond
-	// refreshFirst is how long a change may go untold while nodes pull; it doubles from time to time, so that the
-	// length of a job hardly counts.
+	// refreshFirst is how long a change may stay unwritten while nodes pull. It doubles after each
+	// such write, so that the length of a job hardly counts.
 	refreshFirst = 30 * time.Second
-	// quietFirst is the same when no node pulls; it doubles up to quietMax as long as nothing but trifles happens.
+	// quietFirst is the same when no node pulls. It doubles up to quietMax as long as nothing but
+	// trifles happens.
 	quietFirst = time.Second
 	quietMax   = time.Minute
 )
 
-// pace decides when the status of a job is worth a write. Over a job of n nodes that is 16 + 1.5√n times for the work
-// done, and a few times more for the rest.
-type pace struct {
+// statusThrottle decides when the status of a job is worth a write. Over a job of n nodes that is
+// 16 + 1.5√n times for the work done, and a few times more for the rest.
+type statusThrottle struct {
 	last time.Time
 	// work is what has been done since the last write, in nodes.
 	work float64
@@ -30,19 +31,20 @@ type pace struct {
 	refresh, quiet time.Duration
 }
 
-func (p *pace) moved(d float64) { p.work, p.dirty = p.work+d, true }
+// add notes a change: so much work, in nodes, has been done.
+func (p *statusThrottle) add(work float64) { p.work, p.dirty = p.work+work, true }
 
-// again is a new beginning: the job has been changed.
-func (p *pace) again() { p.dirty, p.urgent, p.refresh, p.quiet = true, true, 0, 0 }
+// reset begins again, for a job that has been changed.
+func (p *statusThrottle) reset() { p.dirty, p.urgent, p.refresh, p.quiet = true, true, 0, 0 }
 
-func (p *pace) worthIt(n int) bool {
+func (p *statusThrottle) worthIt(n int) bool {
 	nodes := float64(max(n, 1))
 	// A hair less, for the sum of many small numbers.
 	return p.urgent || p.work*1.000001 >= nodes/(16+1.5*math.Sqrt(nodes))
 }
 
-// due says whether to write now, and if not, when to ask again; 0 means when there is news.
-func (p *pace) due(now time.Time, n int, idle bool) (bool, time.Duration) {
+// due says whether to write now, and if not, when to ask again; 0 means at the next change.
+func (p *statusThrottle) due(now time.Time, n int, idle bool) (bool, time.Duration) {
 	at := p.last.Add(max(p.refresh, refreshFirst))
 	switch {
 	case p.dirty && p.worthIt(n):
@@ -61,7 +63,7 @@ func (p *pace) due(now time.Time, n int, idle bool) (bool, time.Duration) {
 	return true, 0
 }
 
-func (p *pace) wrote(now time.Time, n int, idle bool) {
+func (p *statusThrottle) wrote(now time.Time, n int, idle bool) {
 	switch {
 	case p.worthIt(n):
 		p.quiet = 0
@@ -73,8 +75,8 @@ func (p *pace) wrote(now time.Time, n int, idle bool) {
 	p.last, p.work, p.dirty, p.urgent = now, 0, false, false
 }
 
-// undo takes back a wrote whose write did not work; what has happened since stays.
-func (p *pace) undo(before pace) {
+// undo takes back a wrote whose write failed. What has happened since stays.
+func (p *statusThrottle) undo(before statusThrottle) {
 	p.work += before.work
 	p.dirty, p.urgent = true, p.urgent || before.urgent
 	p.last, p.refresh, p.quiet = before.last, before.refresh, before.quiet
