@@ -60,7 +60,7 @@ func (c *calls) watch(
 	err := c.nodes.WatchPull(watching, node, uid, func(op *opsv1.PullOperation) bool {
 		timeout.Reset(sooner(newsTimeout, renewal.note(op, time.Now())))
 		last = op
-		return each(op) && op.GetFinishTime() == nil && op.GetReason() != reasonCredentials
+		return each(op) && op.GetFinishTime() == nil && op.GetReason() != opsv1.PullReasonCredentialsNeeded
 	})
 	if watching.Err() != nil && ctx.Err() == nil && last.GetFinishTime() == nil {
 		if last != nil {

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
@@ -23,6 +24,9 @@ import (
 )
 
 const imageBytes = 100 << 20
+
+// forPeople is a message of which no program reads a part.
+const forPeople = "a message for people"
 
 // fleet is a set of nodes that implement the Images service, in this process. It outlives
 // controllers.
@@ -49,6 +53,7 @@ type simNode struct {
 	lacks   bool          // its pulls wait for credentials to be given again
 	full    string        // "" or why it pins nothing
 	fast    string        // "" or why it keeps no speed limit
+	old     bool          // it is of the version before, and says in messages what others say in fields
 	user    string        // "" or whose credentials its registry wants
 	comes   time.Time     // when the image does; zero: it is there
 	ahead   time.Duration // of its clock
@@ -202,7 +207,7 @@ func (f *fleet) begin(node *simNode, p *simPull) {
 			f.update(p, func(op *opsv1.PullOperation) {
 				op.Phase, op.BytesTotal, op.BytesDone = opsv1.PullPhase_PULL_FETCHING, imageBytes,
 					imageBytes*int64(i+1)/int64(steps)
-				op.BytesFetched, op.Attempt = op.BytesDone, 1
+				op.BytesFetched, op.Attempt, op.LastFailure = op.BytesDone, 1, nil
 			})
 		}
 		if stuck && ctx.Err() == nil {
@@ -244,14 +249,20 @@ func (f *fleet) knock(ctx context.Context, node *simNode, p *simPull) (reason st
 		wait := min(time.Second<<min(n-1, 10), 30*time.Second)
 		f.update(p, func(op *opsv1.PullOperation) {
 			op.Phase, op.Reason, op.Attempt = opsv1.PullPhase_PULL_WAITING, "BackOff", n
-			op.Message = fmt.Sprintf("attempt %d of %d in %s: %s: the registry says no: look", n+1, p.req.GetMaxAttempts(), wait,
-				reason)
+			if node.old {
+				op.Message = fmt.Sprintf("attempt %d of %d in %s: %s: the registry says no: look",
+					n+1, p.req.GetMaxAttempts(), wait, reason)
+				return
+			}
+			op.Message, op.MaxAttempts, op.RetryAfter = forPeople, p.req.GetMaxAttempts(), durationpb.New(wait)
+			op.LastFailure = &opsv1.AttemptFailure{Reason: reason, Message: "the registry says no: look"}
 		})
 		if !sleep(ctx, wait) {
 			return reason
 		}
 		f.update(p, func(op *opsv1.PullOperation) {
 			op.Phase, op.Reason, op.Message, op.Attempt = opsv1.PullPhase_PULL_RESOLVING, "", "", n+1
+			op.RetryAfter = nil
 		})
 	}
 }
@@ -285,20 +296,33 @@ func (f *fleet) finish(node *simNode, p *simPull, phase opsv1.PullPhase, reason,
 	if p.op.GetFinishTime() != nil {
 		return
 	}
-	if phase == opsv1.PullPhase_PULL_SUCCEEDED && node.full != "" {
-		message = "not pinned: " + node.full
-	} else if phase == opsv1.PullPhase_PULL_SUCCEEDED && p.req.GetPinFor().AsDuration() > 0 {
-		node.pins[simPin{p.req.GetOwner(), p.req.GetImage()}] = true
-	}
-	if phase == opsv1.PullPhase_PULL_SUCCEEDED && node.fast != "" {
-		if message != "" {
-			message += "; "
+	var notPinned, limitNotKept string
+	if phase == opsv1.PullPhase_PULL_SUCCEEDED {
+		if notPinned = node.full; notPinned == "" && p.req.GetPinFor().AsDuration() > 0 {
+			node.pins[simPin{p.req.GetOwner(), p.req.GetImage()}] = true
 		}
-		message += "pulled without the speed limit of 20.0 MiB/s: " + node.fast
+		if node.fast != "" {
+			limitNotKept = "without the speed limit of 20.0 MiB/s: " + node.fast
+		}
+	}
+	switch told := notPinned + limitNotKept; {
+	case told != "" && node.old:
+		var parts []string
+		if notPinned != "" {
+			parts = append(parts, "not pinned: "+notPinned)
+		}
+		if limitNotKept != "" {
+			parts = append(parts, "pulled "+limitNotKept)
+		}
+		message, notPinned, limitNotKept = strings.Join(parts, "; "), "", ""
+	case told != "":
+		message = forPeople
 	}
 	f.inFlight[jobOf(p.op.GetUid())]--
 	f.updateLocked(p, func(op *opsv1.PullOperation) {
-		op.Phase, op.Reason, op.Message, op.FinishTime = phase, reason, message, timestamppb.New(time.Now().Add(node.ahead))
+		op.Phase, op.Reason, op.Message = phase, reason, message
+		op.RetryAfter, op.LastFailure, op.NotPinned, op.LimitNotKept = nil, nil, notPinned, limitNotKept
+		op.FinishTime = timestamppb.New(time.Now().Add(node.ahead))
 	})
 }
 

@@ -72,7 +72,7 @@ func (m *Metrics) pulled(op *opsv1.PullOperation, d time.Duration) {
 	switch op.GetPhase() {
 	case opsv1.PullPhase_PULL_SUCCEEDED:
 		result = "succeeded"
-		if op.GetReason() != reasonPresent {
+		if op.GetReason() != opsv1.PullReasonPresent {
 			m.duration.Observe(d.Seconds())
 		}
 	case opsv1.PullPhase_PULL_CANCELLED:

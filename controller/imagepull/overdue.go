@@ -43,7 +43,7 @@ func (b *allowance) spend(op *opsv1.PullOperation, now time.Time) string {
 	} else {
 		b.work -= passed
 	}
-	b.since, b.queued = now, inQueue(op)
+	b.since, b.queued = now, opsv1.InQueue(op)
 	const see = "see cri-proxy ctl pulls on the node"
 	switch {
 	case op.GetFinishTime() != nil:
@@ -56,22 +56,10 @@ func (b *allowance) spend(op *opsv1.PullOperation, now time.Time) string {
 	return ""
 }
 
-// inQueue says that the pull waits for something else than its registry.
-func inQueue(op *opsv1.PullOperation) bool {
-	if op.GetAttempt() == 0 { // or follows another pull of the image
-		return true
-	}
-	switch op.GetReason() {
-	case "InQueue", "YieldsToKubelet", reasonCredentials:
-		return true
-	}
-	return false
-}
-
 // overdueText is why the controller ended a pull that was overdue; empty if it did not.
 func overdueText(op *opsv1.PullOperation) string {
 	text, ok := strings.CutPrefix(op.GetMessage(), overdueReason)
-	if !ok || op.GetPhase() != opsv1.PullPhase_PULL_CANCELLED {
+	if op.GetPhase() != opsv1.PullPhase_PULL_CANCELLED || !ok && op.GetCancelCode() != opsv1.CancelCodeOverdue {
 		return ""
 	}
 	return text

@@ -10,20 +10,11 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/report"
-	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
 )
 
-const (
-	// renewalLead is how long before its next attempt a node that the registry has refused is to
-	// have the secrets of that moment.
-	renewalLead = 250 * time.Millisecond
-
-	// reasonBackOff is the node's word for a pull that waits for its next attempt.
-	reasonBackOff = "BackOff"
-	// reasonCredentials is the node's word for a pull that has outlived the process which had its
-	// credentials.
-	reasonCredentials = "CredentialsNeeded"
-)
+// renewalLead is how long before its next attempt a node that the registry has refused is to have
+// the secrets of that moment.
+const renewalLead = 250 * time.Millisecond
 
 // renewal says when a node is to get credentials again, which may have changed since.
 type renewal struct {
@@ -35,11 +26,16 @@ type renewal struct {
 // note takes up what the node says, and returns how long to wait for the renewal; 0 means for ever.
 func (r *renewal) note(op *opsv1.PullOperation, now time.Time) time.Duration {
 	why, _ := failureOf(op)
-	if op.GetReason() != reasonBackOff || op.GetAttempt() == 0 || why != "NotFound" && why != "Unauthorized" {
+	if op.GetReason() != opsv1.PullReasonBackOff || op.GetAttempt() == 0 ||
+		why != opsv1.PullReasonNotFound && why != opsv1.PullReasonUnauthorized {
 		return 0
 	}
 	if r.attempt != op.GetAttempt() {
-		*r = renewal{attempt: op.GetAttempt(), at: now.Add(spec.BackOff(op.GetAttempt()) - renewalLead)}
+		after := opsv1.PullBackOff(op.GetAttempt())
+		if op.GetRetryAfter() != nil {
+			after = op.GetRetryAfter().AsDuration()
+		}
+		*r = renewal{attempt: op.GetAttempt(), at: now.Add(after - renewalLead)}
 	}
 	if r.done {
 		return 0
@@ -56,11 +52,20 @@ func (r *renewal) due(now time.Time) bool {
 	return true
 }
 
+// failureOf is why the attempt failed after which a node waits for the next one. The reason is empty
+// if the node does not name it.
+func failureOf(op *opsv1.PullOperation) (reason, text string) {
+	if f := op.GetLastFailure(); f != nil {
+		return f.GetReason(), f.GetMessage()
+	}
+	return oldFailureOf(op)
+}
+
 // noteRetry notes that an attempt has failed and that the node tries again. A reason that is new
 // makes the status urgent.
 func (t *table) noteRetry(n *nodeState, op *opsv1.PullOperation) {
 	switch {
-	case op.GetReason() == reasonBackOff:
+	case op.GetReason() == opsv1.PullReasonBackOff:
 		reason, text := failureOf(op)
 		if n.lastFailure = text; reason != "" {
 			n.lastFailure = reason + ": " + text

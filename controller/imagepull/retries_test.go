@@ -20,15 +20,15 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/kstatus"
 )
 
+// Nodes of the version before say why an attempt failed in their message.
 func TestFailureOf(t *testing.T) {
 	for message, want := range map[string][2]string{
-		"attempt 2 of 4 in 1s: NotFound: registry r.io has no such image: check": {"NotFound",
-			"registry r.io has no such image: check"},
-		// an older node
-		"attempt 2 of 4 in 1s: registry r.io cannot be used now (x: y)": {"",
-			"registry r.io cannot be used now (x: y)"},
-		"another pull of the image has just failed": {"",
-			"another pull of the image has just failed"},
+		"attempt 2 of 4 in 1s: NotFound: registry r.io has no such image: check": {
+			"NotFound", "registry r.io has no such image: check",
+		},
+		// a still older node
+		"attempt 2 of 4 in 1s: registry r.io cannot be used now (x: y)": {"", "registry r.io cannot be used now (x: y)"},
+		"another pull of the image has just failed":                     {"", "another pull of the image has just failed"},
 		"": {},
 	} {
 		if reason, text := imagepull.FailureOf(&opsv1.PullOperation{Message: message}); reason != want[0] || text != want[1] {
@@ -59,6 +59,9 @@ func TestComesLater(t *testing.T) {
 		{"in the last back-off", simNode{user: "u"}, 6 * time.Second, nil,
 			func(b *bed) error { return b.api.Create(context.Background(), key.DeepCopy()) }, "Unauthorized"},
 		{"image", simNode{}, 2 * time.Second, nil, func(b *bed) error { return nil }, "NotFound"},
+		{"right secret, old node", simNode{user: "u", old: true}, 2 * time.Second, []client.Object{other},
+			func(b *bed) error { return b.api.Update(context.Background(), key.DeepCopy()) }, "Unauthorized"},
+		{"image, old node", simNode{old: true}, 2 * time.Second, nil, func(b *bed) error { return nil }, "NotFound"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
@@ -233,26 +236,33 @@ func TestFailuresOfBeforeDoNotCount(t *testing.T) {
 
 // The job says that a node does not keep the speed limit, also beside a pin that does not fit.
 func TestLimitNotKept(t *testing.T) {
-	inBed(t, func(t *testing.T, b *bed) {
-		b.addMany(2, time.Second)
-		b.create("kept", spec{}, v1beta1.BytesPerSecondAnnotation, "20Mi")
-		j := b.until("completed", "kept", time.Minute, completed)
-		if c := meta.FindStatusCondition(j.Status.Conditions, v1beta1.ConditionSpeedLimitKept); c != nil {
-			t.Errorf("condition %+v", c)
-		}
-		b.fleet.change("node-1", func(n *simNode) { n.full, n.fast = "no room", "the registry has not told" })
-		b.create("job", spec{Image: "other"}, v1beta1.BytesPerSecondAnnotation, "20Mi")
-		j = b.until("completed", "job", time.Minute, completed)
-		b.want(j, "True Succeeded", "2/0/2/0")
-		for kind, want := range map[string]string{
-			v1beta1.ConditionSpeedLimitKept: "1 node pulls as fast as it can, node node-1: without the speed limit of 20.0 " +
-				"MiB/s: the registry has not told",
-			v1beta1.ConditionPinned: "on 1 nodes kubelet may remove the image when the disk is full, node " +
-				"node-1 says: no room",
-		} {
-			if c := meta.FindStatusCondition(j.Status.Conditions, kind); c == nil || c.Status != "False" || c.Message != want {
-				t.Errorf("%s: %+v, want %s", kind, c, want)
-			}
-		}
-	})
+	for name, old := range map[string]bool{"a node": false, "an old node": true} {
+		t.Run(name, func(t *testing.T) {
+			inBed(t, func(t *testing.T, b *bed) {
+				b.addMany(2, time.Second)
+				b.create("kept", spec{}, v1beta1.BytesPerSecondAnnotation, "20Mi")
+				j := b.until("completed", "kept", time.Minute, completed)
+				if c := meta.FindStatusCondition(j.Status.Conditions, v1beta1.ConditionSpeedLimitKept); c != nil {
+					t.Errorf("condition %+v", c)
+				}
+				b.fleet.change("node-1", func(n *simNode) {
+					n.full, n.fast, n.old = "no room", "the registry has not told", old
+				})
+				b.create("job", spec{Image: "other"}, v1beta1.BytesPerSecondAnnotation, "20Mi")
+				j = b.until("completed", "job", time.Minute, completed)
+				b.want(j, "True Succeeded", "2/0/2/0")
+				for kind, want := range map[string]string{
+					v1beta1.ConditionSpeedLimitKept: "1 node pulls as fast as it can, node node-1: " +
+						"without the speed limit of 20.0 MiB/s: the registry has not told",
+					v1beta1.ConditionPinned: "on 1 nodes kubelet may remove the image when the disk is full, " +
+						"node node-1 says: no room",
+				} {
+					c := meta.FindStatusCondition(j.Status.Conditions, kind)
+					if c == nil || c.Status != "False" || c.Message != want {
+						t.Errorf("%s: %+v, want %s", kind, c, want)
+					}
+				}
+			})
+		})
+	}
 }

@@ -4,6 +4,7 @@
 package imagepull
 
 import (
+	"cmp"
 	"fmt"
 	"math"
 	"slices"
@@ -27,9 +28,6 @@ const (
 	pinsBounded    = "Bounded"
 	limitNotKept   = "NotKept"
 )
-
-// reasonPresent is the node's word for a pull for which nothing had to be done.
-const reasonPresent = "Present"
 
 // status is what the status of the job is to say. before is what it says now.
 func (t *table) status(before *v1beta1.ImagePullJobStatus) *v1beta1.ImagePullJobStatus {
@@ -98,7 +96,7 @@ func (t *table) pinsBounded() string {
 	}
 	count, example := 0, ""
 	for _, n := range t.nodes {
-		if why, ok := notPinnedOf(n.op); ok && n.phase == succeeded {
+		if why := cmp.Or(n.op.GetNotPinned(), oldNotPinned(n.op)); why != "" && n.phase == succeeded {
 			if count++; count == 1 {
 				example = fmt.Sprintf("node %s says: %s", n.name(), report.Shorten(why))
 			}
@@ -224,7 +222,7 @@ func (n *nodeState) waitsFor() string {
 func (nodes nodeStates) setLimitKept(s *v1beta1.ImagePullJobStatus) {
 	count, example := 0, ""
 	for _, n := range nodes {
-		if why := limitNotKeptOf(n.op); why != "" {
+		if why := cmp.Or(n.op.GetLimitNotKept(), oldLimitNotKept(n.op)); why != "" {
 			if count++; count == 1 {
 				example = fmt.Sprintf("node %s: %s", n.name(), report.Shorten(why))
 			}

@@ -292,7 +292,8 @@ func (t *table) finish(n *nodeState, op *opsv1.PullOperation, now time.Time) {
 	switch {
 	case op.GetPhase() == opsv1.PullPhase_PULL_SUCCEEDED:
 		t.succeed(n, op, now)
-	case op.GetPhase() == opsv1.PullPhase_PULL_CANCELLED && strings.Contains(op.GetMessage(), cancelReason):
+	case op.GetPhase() == opsv1.PullPhase_PULL_CANCELLED &&
+		(op.GetCancelCode() != "" || strings.Contains(op.GetMessage(), cancelReason)):
 		// This controller has cancelled it, for a change that another one has overtaken.
 		n.round++
 		t.setPhase(n, pending)

@@ -10,6 +10,7 @@ import (
 	"github.com/distribution/reference"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller"
 )
 
@@ -84,10 +85,10 @@ func warningsOf(t *v1beta1.ImagePullJobTemplate) []string {
 	}
 	if p := t.PullPolicy; p != nil {
 		if n := p.BackoffLimit; n != nil && *n < 0 {
-			warn("spec.pullPolicy.backoffLimit %d is taken for %d", *n, defaultAttempts-1)
+			warn("spec.pullPolicy.backoffLimit %d is taken for %d", *n, opsv1.DefaultAttempts-1)
 		}
 		if n := p.TimeoutSeconds; n != nil && *n <= 0 {
-			warn("spec.pullPolicy.timeoutSeconds %d is taken for %d", *n, int(defaultTimeout.Seconds()))
+			warn("spec.pullPolicy.timeoutSeconds %d is taken for %d", *n, int(opsv1.DefaultAttemptTimeout.Seconds()))
 		}
 	}
 	return warnings

@@ -16,25 +16,13 @@ import (
 // jobs, of which a list has up to 255.
 const QueueAllowance = 6 * time.Hour
 
-const (
-	// backOffMin and backOffMax are the node's: the wait between attempts doubles from the one to
-	// the other.
-	backOffMin = time.Second
-	backOffMax = 30 * time.Second
-)
-
 // WorkBound is how long all attempts of a pull may take, with the waits between them.
 func WorkBound(r *opsv1.PullRequest) time.Duration {
 	bound := time.Duration(r.GetMaxAttempts()) * r.GetAttemptTimeout().AsDuration()
 	for i := range r.GetMaxAttempts() - 1 {
-		bound += BackOff(i + 1)
+		bound += opsv1.PullBackOff(i + 1)
 	}
 	return bound
-}
-
-// BackOff is how long a node waits after an attempt, counted from 1.
-func BackOff(attempt int32) time.Duration {
-	return min(backOffMin<<min(attempt-1, 10), backOffMax)
 }
 
 // deadlineOf is how long after the command a node has to give up. All nodes get the same, since a

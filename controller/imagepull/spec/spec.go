@@ -32,9 +32,7 @@ const (
 	// maxSpan is the longest duration that a node accepts.
 	maxSpan = 31 * 24 * time.Hour
 	// maxAttempts is the highest number of attempts that a node accepts.
-	maxAttempts     = 100
-	defaultTimeout  = 600 * time.Second
-	defaultAttempts = 4
+	maxAttempts = 100
 )
 
 // Spec is what a job asks of its nodes.
@@ -102,14 +100,14 @@ func Of(job *v1beta1.ImagePullJob) (*Spec, error) {
 	}
 	r := s.Request
 	r.Policy = opsv1.PullPolicy_PULL_POLICY_IF_NOT_PRESENT
-	r.MaxAttempts, r.PinFor = defaultAttempts, durationpb.New(defaultPin)
+	r.MaxAttempts, r.PinFor = opsv1.DefaultAttempts, durationpb.New(defaultPin)
 	if from.ImagePullPolicy != "" && from.ImagePullPolicy != v1beta1.PullIfNotPresent {
 		r.Policy = opsv1.PullPolicy_PULL_POLICY_ALWAYS
 	}
 	if c := from.SandboxConfig; c != nil {
 		r.SandboxLabels, r.SandboxAnnotations = c.Labels, c.Annotations
 	}
-	timeout := defaultTimeout
+	timeout := opsv1.DefaultAttemptTimeout
 	if p := from.PullPolicy; p != nil {
 		if p.BackoffLimit != nil && *p.BackoffLimit >= 0 {
 			r.MaxAttempts = min(*p.BackoffLimit, maxAttempts-1) + 1
