@@ -26,7 +26,8 @@ const (
 	dataNextCert  = "next.crt" // is published, and will sign
 	dataNextKey   = "next.key"
 	dataNextSince = "next-since"
-	// signed, and is trusted until everything that it has signed has expired; its key is gone
+	// dataPrevious signed before. It is trusted until everything that it has signed has expired; its
+	// key is gone.
 	dataPrevious      = "previous.crt"
 	dataPreviousUntil = "previous-until"
 	dataLongest       = "longest-life" // that it was told to give to a certificate
