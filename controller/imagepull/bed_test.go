@@ -32,6 +32,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
+	apischeme "github.com/cri-proxy/cri-proxy/api/scheme"
 	root "github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull"
 	joblist "github.com/cri-proxy/cri-proxy/controller/imagepull/list"
@@ -82,7 +83,7 @@ func inBed(t *testing.T, f func(*testing.T, *bed)) {
 	t.Helper()
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		scheme, err := root.NewScheme()
+		scheme, err := apischeme.New()
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -16,6 +16,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	root "github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 )
 
 const (
@@ -58,7 +59,7 @@ func (c *calls) watch(
 	defer timeout.Stop()
 	var last *opsv1.PullOperation
 	err := c.nodes.WatchPull(watching, node, uid, func(op *opsv1.PullOperation) bool {
-		timeout.Reset(sooner(newsTimeout, renewal.note(op, time.Now())))
+		timeout.Reset(retry.Sooner(newsTimeout, renewal.note(op, time.Now())))
 		last = op
 		return each(op) && op.GetFinishTime() == nil && op.GetReason() != opsv1.PullReasonCredentialsNeeded
 	})

@@ -10,6 +10,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/client-go/tools/events"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 )
 
 // Reasons of Events. eventFailed is OpenKruise's.
@@ -75,10 +77,7 @@ func writeEvent(recorder events.EventRecorder, about client.Object, kind, reason
 	if recorder == nil {
 		return
 	}
-	if len(text) > 1000 { // the API's limit is 1024
-		text = strings.ToValidUTF8(text[:1000], "") + "…"
-	}
-	recorder.Eventf(about, nil, kind, reason, eventAction, "%s", text)
+	recorder.Eventf(about, nil, kind, reason, eventAction, "%s", objects.Clip(text, objects.NoteMax))
 }
 
 func (p *pass) event(kind, reason, text string) { writeEvent(p.r.Recorder, p.job, kind, reason, text) }

@@ -31,6 +31,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/report"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
 	"github.com/cri-proxy/cri-proxy/controller/kruise"
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 )
 
 const (
@@ -323,7 +324,7 @@ func (p *pass) conclude(ctx context.Context) (time.Duration, error) {
 	p.observe(next)
 	finished := t.finished()
 	if early := s.Begun.Add(noNodesTimeout).Sub(now); len(t.nodes) == 0 && early > 0 {
-		finished, deadline = false, sooner(deadline, early)
+		finished, deadline = false, retry.Sooner(deadline, early)
 	}
 	n, idle := len(t.nodes), t.idle()
 	if t.setRunning(next); !apiequality.Semantic.DeepEqual(next.Conditions, p.job.Status.Conditions) {
@@ -334,7 +335,7 @@ func (p *pass) conclude(ctx context.Context) (time.Duration, error) {
 		due = true
 	}
 	if wakeup := t.nextWakeup(now); wakeup > 0 {
-		wait = sooner(wait, wakeup)
+		wait = retry.Sooner(wait, wakeup)
 	}
 	throttle := t.throttle
 	if due {
@@ -350,7 +351,7 @@ func (p *pass) conclude(ctx context.Context) (time.Duration, error) {
 		return p.complete(ctx, next, late && !finished)
 	}
 	if deadline > 0 {
-		wait = sooner(wait, deadline)
+		wait = retry.Sooner(wait, deadline)
 	}
 	if !due {
 		return wait, nil
@@ -467,12 +468,4 @@ func (p *pass) writeStatus(ctx context.Context, next *v1beta1.ImagePullJobStatus
 	}
 	p.wrote("job status")
 	return nil
-}
-
-// sooner is the smaller of two waits of which 0 means never.
-func sooner(a, b time.Duration) time.Duration {
-	if a == 0 || (b != 0 && b < a) {
-		return b
-	}
-	return a
 }

@@ -21,8 +21,9 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/source"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
-	root "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 )
 
 // gatherInterval is how long events of nodes and pods are collected: they come in crowds.
@@ -48,10 +49,9 @@ func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, work
 		WatchesRawSource(source.Channel(r.wakes, &handler.TypedEnqueueRequestForObject[*v1beta1.ImagePullJob]{})).
 		WithOptions(controller.Options{
 			MaxConcurrentReconciles: workers,
-			RateLimiter: workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](
-				50*time.Millisecond, 30*time.Second),
+			RateLimiter:             retry.RateLimiter(),
 		}).
-		Complete(root.TellAPIErrors(r, newJob, m.GetClient(), r.Recorder))
+		Complete(apierror.Tell(r, newJob, m.GetClient(), r.Recorder))
 }
 
 // deletions see a job as it was when it was deleted.

@@ -13,20 +13,21 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/config"
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
-	root "github.com/cri-proxy/cri-proxy/controller"
+	apischeme "github.com/cri-proxy/cri-proxy/api/scheme"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull"
 	joblist "github.com/cri-proxy/cri-proxy/controller/imagepull/list"
+	"github.com/cri-proxy/cri-proxy/controller/logadapter"
 )
 
 func TestSetup(t *testing.T) {
-	scheme, err := root.NewScheme()
+	scheme, err := apischeme.New()
 	if err != nil {
 		t.Fatal(err)
 	}
 	log := logrus.New()
 	log.SetOutput(io.Discard)
 	m, err := ctrl.NewManager(&rest.Config{Host: "http://127.0.0.1:1"}, ctrl.Options{
-		Scheme: scheme, Logger: root.NewLogr(log), Metrics: metricsserver.Options{BindAddress: "0"},
+		Scheme: scheme, Logger: logadapter.New(log), Metrics: metricsserver.Options{BindAddress: "0"},
 		HealthProbeBindAddress: "0",
 		Controller:             config.Controller{SkipNameValidation: new(true)}, // for -count
 	})

@@ -20,10 +20,11 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
-	root "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/report"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
 	"github.com/cri-proxy/cri-proxy/controller/kruise"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 )
 
 const (
@@ -268,7 +269,7 @@ func (r *Reconciler) create(
 		r.reportMissing(list, eventForeignJob, name, missing)
 		return missing, nil
 	}
-	if words, ok := root.Denied(err); ok {
+	if words, ok := apierror.Denied(err); ok {
 		missing = fmt.Sprintf("the API server does not let ImagePullJob %s be made: %s", name, words)
 		r.reportMissing(list, eventDeniedJob, name, missing)
 		return missing, nil
@@ -350,6 +351,6 @@ func (r *Reconciler) wrote(object string) {
 
 func (r *Reconciler) event(list *v1beta1.ImageListPullJob, kind, reason, text string) {
 	if r.Recorder != nil {
-		r.Recorder.Eventf(list, nil, kind, reason, eventAction, "%s", text[:min(len(text), 1000)])
+		r.Recorder.Eventf(list, nil, kind, reason, eventAction, "%s", text[:min(len(text), objects.NoteMax)])
 	}
 }

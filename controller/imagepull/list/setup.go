@@ -5,20 +5,18 @@ package list
 
 import (
 	"context"
-	"time"
 
-	"k8s.io/client-go/util/workqueue"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
-	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
-	root "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 )
 
 // SetupWithManager adds the reconciler to a manager with the given number of workers.
@@ -30,10 +28,9 @@ func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, work
 		Owns(&v1beta1.ImagePullJob{}, builder.WithPredicates(childChanges())).
 		WithOptions(controller.Options{
 			MaxConcurrentReconciles: workers,
-			RateLimiter: workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](
-				50*time.Millisecond, 30*time.Second),
+			RateLimiter:             retry.RateLimiter(),
 		}).
-		Complete(root.TellAPIErrors(r, newList, m.GetClient(), r.Recorder))
+		Complete(apierror.Tell(r, newList, m.GetClient(), r.Recorder))
 }
 
 // childChanges lets through what the list counts.

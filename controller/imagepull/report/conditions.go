@@ -5,7 +5,6 @@ package report
 
 import (
 	"fmt"
-	"strings"
 	"time"
 
 	"k8s.io/apimachinery/pkg/api/meta"
@@ -13,6 +12,7 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	"github.com/cri-proxy/cri-proxy/controller/kstatus"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 )
 
 // Messages are OpenKruise's, up to a colon or semicolon. OpenKruise counts finished nodes where we
@@ -123,12 +123,7 @@ func SetReady(s *v1beta1.ImagePullJobStatus) {
 const maxMessage = 300
 
 // Shorten cuts a text to what a status has room for.
-func Shorten(text string) string {
-	if len(text) <= maxMessage {
-		return text
-	}
-	return strings.ToValidUTF8(text[:maxMessage], "") + "…"
-}
+func Shorten(text string) string { return objects.Clip(text, maxMessage) }
 
 // First is the beginning of a list, of at most n elements.
 func First[T any](list []T, n int) []T { return list[:min(len(list), n)] }

@@ -10,6 +10,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 )
 
 var listKind = schema.GroupVersionKind{
@@ -36,20 +37,20 @@ func Child(list *v1beta1.ImageListPullJob, name, image string) *v1beta1.ImagePul
 // ChildName follows from the list, the image and the template, so that no child is made twice.
 func ChildName(list *v1beta1.ImageListPullJob, image string) string {
 	prefix := strings.TrimRight(list.Name[:min(len(list.Name), 200)], "-.")
-	return prefix + "-" + Hash(list.UID, image, TemplateHash(list))
+	return prefix + "-" + objects.Hash(list.UID, image, TemplateHash(list))
 }
 
 // ListWork identifies what the status of a list is about. A list that has ended begins again when
 // its work changes.
 func ListWork(list *v1beta1.ImageListPullJob) string {
-	return Hash(list.Spec.Images, TemplateHash(list))
+	return objects.Hash(list.Spec.Images, TemplateHash(list))
 }
 
 // TemplateHash identifies what the children have in common. How long they live is the list's alone.
 func TemplateHash(list *v1beta1.ImageListPullJob) string {
 	template := list.Spec.ImagePullJobTemplate.DeepCopy()
 	template.CompletionPolicy.TTLSecondsAfterFinished = nil
-	return Hash(template, childAnnotations(list))
+	return objects.Hash(template, childAnnotations(list))
 }
 
 // childAnnotations are those of the list that say how to pull.

@@ -72,3 +72,47 @@ func TestHashes(t *testing.T) {
 		})
 	}
 }
+
+// A controller of another version finds pulls, pins and children under these names, and what it has
+// observed. They must not change.
+func TestGolden(t *testing.T) {
+	limit, timeout, ttl := int32(3), int32(60), int32(30)
+	job := &v1beta1.ImagePullJob{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "job", UID: "uid-job", Annotations: map[string]string{
+			v1beta1.PinForAnnotation: "36h", v1beta1.BytesPerSecondAnnotation: "20Mi",
+		}},
+	}
+	job.Spec.Image = "nginx:2"
+	job.Spec.ImagePullPolicy = v1beta1.PullAlways
+	job.Spec.PullSecrets = []string{"secret"}
+	job.Spec.PullPolicy = &v1beta1.PullPolicy{BackoffLimit: &limit, TimeoutSeconds: &timeout}
+	job.Spec.SandboxConfig = &v1beta1.SandboxConfig{Labels: map[string]string{"a": "b"},
+		Annotations: map[string]string{"c": "d"}}
+	job.Spec.CompletionPolicy = v1beta1.CompletionPolicy{Type: v1beta1.Always, TTLSecondsAfterFinished: &ttl}
+	s, err := spec.Of(job)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bounded, err := spec.Of(job)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bounded.Bound(spec.Limits{PinPercent: 40})
+	list := &v1beta1.ImageListPullJob{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "list", UID: "uid-list"}}
+	list.Spec.Images = []string{"nginx:2", "redis"}
+	list.Spec.ImagePullJobTemplate = job.Spec.ImagePullJobTemplate
+	for _, tt := range []struct{ name, got, want string }{
+		{"pull", s.PullUID(0), "uid-job.71ed132ac3.48e4948189"},
+		{"pull, another round", s.PullUID(2), "uid-job.71ed132ac3.48e4948189.2"},
+		{"pull with a bound", bounded.PullUID(0), "uid-job.71ed132ac3.bdd0987e1f"},
+		{"owner", s.Request.GetOwner(), "ImagePullJob/ns/job/uid-job"},
+		{"work", spec.ObservedWork(job), "6c2f88bbef"},
+		{"effort", spec.ObservedEffort(job), "63e88bc685"},
+		{"work of a list", spec.ListWork(list), "c6f4747097"},
+		{"child", spec.ChildName(list, "nginx:2"), "list-4176c06a74"},
+	} {
+		if tt.got != tt.want {
+			t.Errorf("%s is %s, want %s", tt.name, tt.got, tt.want)
+		}
+	}
+}

@@ -4,9 +4,6 @@
 package spec
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
-	"encoding/json"
 	"fmt"
 	"math"
 	"strconv"
@@ -25,6 +22,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 )
 
 const (
@@ -121,7 +119,7 @@ func Of(job *v1beta1.ImagePullJob) (*Spec, error) {
 	if err := s.readAnnotations(job.Annotations); err != nil {
 		return nil, err
 	}
-	s.Work = Hash(r.Image, r.Policy, r.SandboxLabels, r.SandboxAnnotations)
+	s.Work = objects.Hash(r.Image, r.Policy, r.SandboxLabels, r.SandboxAnnotations)
 	s.Params = paramsOf(r)
 	return s, nil
 }
@@ -177,7 +175,7 @@ func paramsOf(r *opsv1.PullRequest) string {
 	if percent := r.GetPinPercent(); percent > 0 {
 		parts = append(parts, percent)
 	}
-	return Hash(parts...)
+	return objects.Hash(parts...)
 }
 
 // owner is the owner of a job's pulls and pins.
@@ -198,14 +196,14 @@ func PinnedUntil(job *v1beta1.ImagePullJob, limits Limits) time.Time {
 // ObservedWork identifies what a job is about, as opposed to how it goes about it.
 func ObservedWork(job *v1beta1.ImagePullJob) string {
 	s := &job.Spec
-	return Hash(s.Image, s.ImagePullPolicy, s.SandboxConfig, s.Selector, s.PodSelector)
+	return objects.Hash(s.Image, s.ImagePullPolicy, s.SandboxConfig, s.Selector, s.PodSelector)
 }
 
 // ObservedEffort identifies how a job goes about its work and when it ends: what a user may change
 // to turn a failure into a success.
 func ObservedEffort(job *v1beta1.ImagePullJob) string {
 	s := &job.Spec
-	return Hash(s.PullSecrets, s.Parallelism, s.PullPolicy,
+	return objects.Hash(s.PullSecrets, s.Parallelism, s.PullPolicy,
 		s.CompletionPolicy.Type, s.CompletionPolicy.ActiveDeadlineSeconds,
 		job.Annotations[v1beta1.PinForAnnotation], job.Annotations[v1beta1.BytesPerSecondAnnotation])
 }
@@ -223,17 +221,6 @@ func BeginsAnew(job *v1beta1.ImagePullJob) bool {
 	}
 	return meta.IsStatusConditionFalse(s.Conditions, v1beta1.ConditionSucceeded) &&
 		s.ObservedEffort != "" && s.ObservedEffort != ObservedEffort(job)
-}
-
-// Hash is a short hash of plain data. Objects in the cluster and UIDs on nodes hold it: the order
-// of the parts, their types and their JSON tags must not change.
-func Hash(parts ...any) string {
-	b, err := json.Marshal(parts)
-	if err != nil {
-		return "unhashable" // never: all parts are plain data
-	}
-	sum := sha256.Sum256(b)
-	return hex.EncodeToString(sum[:5])
 }
 
 // PullUID is the UID of a pull on each node. A node has one pull for each round.
