@@ -22,7 +22,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
 	"sigs.k8s.io/yaml"
 
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/api/scheme"
 )
 
 // rightsObjects returns the objects of deploy/rights.
@@ -79,7 +79,7 @@ func TestRightsAreLookedFor(t *testing.T) {
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			scheme, err := controller.NewScheme()
+			scheme, err := scheme.New()
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -113,7 +113,7 @@ func TestRightsAreLookedFor(t *testing.T) {
 // TestRightsUnknown: an API server that does not answer changes nothing in what Rights reports. An
 // API server that has no such policies does.
 func TestRightsUnknown(t *testing.T) {
-	scheme, err := controller.NewScheme()
+	scheme, err := scheme.New()
 	if err != nil {
 		t.Fatal(err)
 	}

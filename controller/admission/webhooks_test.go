@@ -26,7 +26,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/webhook/admission"
 	"sigs.k8s.io/yaml"
 
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/api/scheme"
 )
 
 // cluster has the objects that the tests refer to.
@@ -132,7 +132,7 @@ func (a asked) Register(path string, hook http.Handler) { a[path] = hook }
 
 func serve(t *testing.T, from client.Reader) asked {
 	t.Helper()
-	scheme, err := controller.NewScheme()
+	scheme, err := scheme.New()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -180,7 +180,7 @@ func raw(t *testing.T, o *unstructured.Unstructured) runtime.RawExtension {
 
 func reader(t *testing.T, more ...string) client.WithWatch {
 	t.Helper()
-	scheme, err := controller.NewScheme()
+	scheme, err := scheme.New()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -718,7 +718,7 @@ spec:
 
 // TestNothingDependsOnThem: the webhooks let through what they cannot check.
 func TestNothingDependsOnThem(t *testing.T) {
-	scheme, err := controller.NewScheme()
+	scheme, err := scheme.New()
 	if err != nil {
 		t.Fatal(err)
 	}

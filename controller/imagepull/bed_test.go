@@ -33,9 +33,9 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	apischeme "github.com/cri-proxy/cri-proxy/api/scheme"
-	root "github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull"
 	joblist "github.com/cri-proxy/cri-proxy/controller/imagepull/list"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 // How long the reconciler waits, for users to rely on.
@@ -205,7 +205,7 @@ func (b *bed) start() {
 			return c.Get(ctx, key, o, opts...)
 		},
 	})
-	b.r = &imagepull.Reconciler{Client: c, APIReader: past, Nodes: b.fleet, NodePort: root.DefaultNodePort,
+	b.r = &imagepull.Reconciler{Client: c, APIReader: past, Nodes: b.fleet, NodePort: nodes.DefaultPort,
 		Recorder: b, Log: log}
 	b.r.Prepare()
 	lists := &joblist.Reconciler{Client: c, Recorder: b, Log: log}

@@ -14,8 +14,8 @@ import (
 	"google.golang.org/grpc/status"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	root "github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/retry"
 )
 
@@ -39,7 +39,7 @@ type calls struct {
 
 // pull gives a node the command, with credentials that are no older than maxAge.
 func (c *calls) pull(
-	ctx context.Context, s *spec.Spec, node root.Node, round int, maxAge time.Duration,
+	ctx context.Context, s *spec.Spec, node nodes.Node, round int, maxAge time.Duration,
 ) (*opsv1.PullOperation, error) {
 	keys, err := c.credentials.read(ctx, s, maxAge)
 	if err != nil {
@@ -51,7 +51,7 @@ func (c *calls) pull(
 // watch follows a pull and returns its last state: once it has ended, when it needs credentials,
 // when each returns false, when the renewal is due, or when there has been no news for a while.
 func (c *calls) watch(
-	ctx context.Context, node root.Node, uid string, renewal *renewal, each func(*opsv1.PullOperation) bool,
+	ctx context.Context, node nodes.Node, uid string, renewal *renewal, each func(*opsv1.PullOperation) bool,
 ) (*opsv1.PullOperation, error) {
 	watching, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -68,7 +68,7 @@ func (c *calls) watch(
 			return last, nil
 		}
 		noAnswer := status.Error(codes.DeadlineExceeded, "no answer")
-		return nil, &root.NodeError{Node: node, Method: "WatchPull", Err: noAnswer, Silent: true}
+		return nil, &nodes.Error{Node: node, Method: "WatchPull", Err: noAnswer, Silent: true}
 	}
 	return last, err
 }
@@ -86,7 +86,7 @@ type found struct {
 
 // probe asks a node what it does and has done for a job, and cancels what the job no longer wants.
 // With pins, it asks for those, too.
-func (c *calls) probe(ctx context.Context, s *spec.Spec, node root.Node, pins bool) (found, error) {
+func (c *calls) probe(ctx context.Context, s *spec.Spec, node nodes.Node, pins bool) (found, error) {
 	f, err := c.probePulls(ctx, s, node)
 	if err == nil && pins {
 		err = c.probePins(ctx, s, node, &f)
@@ -94,7 +94,7 @@ func (c *calls) probe(ctx context.Context, s *spec.Spec, node root.Node, pins bo
 	return f, err
 }
 
-func (c *calls) probePulls(ctx context.Context, s *spec.Spec, node root.Node) (found, error) {
+func (c *calls) probePulls(ctx context.Context, s *spec.Spec, node nodes.Node) (found, error) {
 	var f found
 	ops, err := c.nodes.ListPulls(ctx, node)
 	if err != nil {
@@ -127,7 +127,7 @@ func (c *calls) probePulls(ctx context.Context, s *spec.Spec, node root.Node) (f
 
 // probePins releases the pins that the job no longer wants. The others tell of pulls that the node
 // has forgotten.
-func (c *calls) probePins(ctx context.Context, s *spec.Spec, node root.Node, f *found) error {
+func (c *calls) probePins(ctx context.Context, s *spec.Spec, node nodes.Node, f *found) error {
 	pins, err := c.nodes.ListPins(ctx, node)
 	if err != nil {
 		return err
@@ -158,8 +158,8 @@ func rank(op *opsv1.PullOperation) int {
 }
 
 // cancel cancels a pull. It is no error if the node does not have the pull.
-func (c *calls) cancel(ctx context.Context, node root.Node, uid, why string) error {
-	if _, err := c.nodes.CancelPull(ctx, node, uid, cancelReason+why); err != nil && !notFound(err) {
+func (c *calls) cancel(ctx context.Context, node nodes.Node, uid, why string) error {
+	if _, err := c.nodes.CancelPull(ctx, node, uid, cancelReason+why); err != nil && !nodes.NotFound(err) {
 		return err
 	}
 	return nil
@@ -167,7 +167,7 @@ func (c *calls) cancel(ctx context.Context, node root.Node, uid, why string) err
 
 // removedNode is a node that has to forget a job.
 type removedNode struct {
-	node root.Node
+	node nodes.Node
 	// quiet is closed when the goroutine that talks to the node has ended; nil when there is none.
 	quiet <-chan struct{}
 }

@@ -12,7 +12,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
-	root "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
 )
 
@@ -59,7 +59,7 @@ func (r *Reconciler) deletedState(ctx context.Context, job *v1beta1.ImagePullJob
 	}
 	s := spec.OfDeleted(job)
 	var err error
-	var why *root.SpecError
+	var why *apierror.SpecError
 	if s.Nodes, err = spec.Match(ctx, r.Client, job, r.NodePort); err != nil && !errors.As(err, &why) {
 		return nil, err
 	}

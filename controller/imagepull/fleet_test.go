@@ -20,7 +20,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 const imageBytes = 100 << 20
@@ -104,14 +104,14 @@ func (f *fleet) change(name string, how func(*simNode)) {
 	how(f.nodes[name])
 }
 
-func (f *fleet) node(ctx context.Context, n controller.Node, method string) (*simNode, error) {
+func (f *fleet) node(ctx context.Context, n nodes.Node, method string) (*simNode, error) {
 	f.mu.Lock()
 	node := f.nodes[n.Name]
 	f.calls[method]++
 	silent, refused := node == nil || node.silent, node != nil && node.refused
 	f.mu.Unlock()
 	fail := func(code codes.Code, message string) error {
-		return &controller.NodeError{Node: n, Method: method, Err: status.Error(code, message), Silent: true}
+		return &nodes.Error{Node: n, Method: method, Err: status.Error(code, message), Silent: true}
 	}
 	if refused {
 		return nil, fail(codes.Unavailable, "dial tcp "+n.Address+": connect: connection refused")
@@ -127,8 +127,8 @@ func (f *fleet) node(ctx context.Context, n controller.Node, method string) (*si
 	return node, ctx.Err()
 }
 
-func answer(n controller.Node, method string, code codes.Code, message string) error {
-	return &controller.NodeError{Node: n, Method: method, Err: status.Error(code, message)}
+func answer(n nodes.Node, method string, code codes.Code, message string) error {
+	return &nodes.Error{Node: n, Method: method, Err: status.Error(code, message)}
 }
 
 func jobOf(uid string) string {
@@ -136,7 +136,7 @@ func jobOf(uid string) string {
 	return job
 }
 
-func (f *fleet) Pull(ctx context.Context, n controller.Node, r *opsv1.PullRequest) (*opsv1.PullOperation, error) {
+func (f *fleet) Pull(ctx context.Context, n nodes.Node, r *opsv1.PullRequest) (*opsv1.PullOperation, error) {
 	node, err := f.node(ctx, n, "Pull")
 	if err != nil {
 		return nil, err
@@ -326,7 +326,7 @@ func (f *fleet) finish(node *simNode, p *simPull, phase opsv1.PullPhase, reason,
 	})
 }
 
-func (f *fleet) ListPulls(ctx context.Context, n controller.Node) ([]*opsv1.PullOperation, error) {
+func (f *fleet) ListPulls(ctx context.Context, n nodes.Node) ([]*opsv1.PullOperation, error) {
 	node, err := f.node(ctx, n, "ListPulls")
 	if err != nil {
 		return nil, err
@@ -341,7 +341,7 @@ func (f *fleet) ListPulls(ctx context.Context, n controller.Node) ([]*opsv1.Pull
 }
 
 func (f *fleet) WatchPull(
-	ctx context.Context, n controller.Node, uid string, each func(*opsv1.PullOperation) bool,
+	ctx context.Context, n nodes.Node, uid string, each func(*opsv1.PullOperation) bool,
 ) error {
 	node, err := f.node(ctx, n, "WatchPull")
 	if err != nil {
@@ -372,7 +372,7 @@ func (f *fleet) WatchPull(
 	}
 }
 
-func (f *fleet) CancelPull(ctx context.Context, n controller.Node, uid, reason string) (*opsv1.PullOperation, error) {
+func (f *fleet) CancelPull(ctx context.Context, n nodes.Node, uid, reason string) (*opsv1.PullOperation, error) {
 	node, err := f.node(ctx, n, "CancelPull")
 	if err != nil {
 		return nil, err
@@ -391,7 +391,7 @@ func (f *fleet) CancelPull(ctx context.Context, n controller.Node, uid, reason s
 	return proto.Clone(p.op).(*opsv1.PullOperation), nil
 }
 
-func (f *fleet) ListPins(ctx context.Context, n controller.Node) ([]*opsv1.ImagePin, error) {
+func (f *fleet) ListPins(ctx context.Context, n nodes.Node) ([]*opsv1.ImagePin, error) {
 	node, err := f.node(ctx, n, "ListPins")
 	if err != nil {
 		return nil, err
@@ -410,7 +410,7 @@ func (f *fleet) ListPins(ctx context.Context, n controller.Node) ([]*opsv1.Image
 	return pins, nil
 }
 
-func (f *fleet) ReleasePins(ctx context.Context, n controller.Node, owner, imageID string) (int, error) {
+func (f *fleet) ReleasePins(ctx context.Context, n nodes.Node, owner, imageID string) (int, error) {
 	node, err := f.node(ctx, n, "ReleasePins")
 	if err != nil {
 		return 0, err

@@ -13,8 +13,8 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
-	root "github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 // A reconcile may look at a job just after a node has failed, while a goroutine still talks to the
@@ -35,7 +35,7 @@ func TestEnsureWakeup(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		s.Nodes = []spec.Target{{Node: root.Node{Name: "poor"}, Ready: true}}
+		s.Nodes = []spec.Target{{Node: nodes.Node{Name: "poor"}, Ready: true}}
 		woken := 0
 		j := newJobState(r, s, false, false, func() { woken++ })
 		j.mu.Lock()

@@ -12,7 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	root "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 func TestMetrics(t *testing.T) {
@@ -21,7 +21,7 @@ func TestMetrics(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := root.NewMetrics(registry); err != nil {
+	if _, err := nodes.NewMetrics(registry); err != nil {
 		t.Errorf("beside those of requests: %v", err)
 	}
 	m.pulled(&opsv1.PullOperation{Phase: opsv1.PullPhase_PULL_SUCCEEDED, Reason: "Pulled", BytesFetched: 7}, time.Second)

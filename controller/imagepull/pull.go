@@ -10,7 +10,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	root "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 const (
@@ -61,7 +61,7 @@ func (j *jobState) pull(n *nodeState) {
 				maxAge = secretsMaxAgeForRenewal
 				continue
 			}
-			if err != nil && notFound(err) {
+			if err != nil && nodes.NotFound(err) {
 				err = nil // the node has a new journal: tell it again
 			}
 			if err != nil {
@@ -87,7 +87,7 @@ func (j *jobState) progress(n *nodeState, epoch int, op *opsv1.PullOperation) {
 
 // endOverdue ends a pull whose time is over.
 func (j *jobState) endOverdue(
-	ctx context.Context, n *nodeState, epoch int, node root.Node, op *opsv1.PullOperation, why string,
+	ctx context.Context, n *nodeState, epoch int, node nodes.Node, op *opsv1.PullOperation, why string,
 ) {
 	end := proto.Clone(op).(*opsv1.PullOperation)
 	end.Phase, end.Reason, end.Message = opsv1.PullPhase_PULL_FAILED, reasonOverdue, why

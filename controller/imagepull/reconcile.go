@@ -26,7 +26,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
-	root "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/crew"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/report"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
@@ -214,7 +214,7 @@ func (p *pass) wrote(object string) {
 // advance takes a job that has not ended a step further.
 func (p *pass) advance(ctx context.Context) (time.Duration, error) {
 	s, err := p.spec(ctx)
-	var why *root.SpecError
+	var why *apierror.SpecError
 	if errors.As(err, &why) {
 		return p.refuse(ctx, why)
 	}
@@ -245,7 +245,7 @@ func (p *pass) advance(ctx context.Context) (time.Duration, error) {
 	return p.conclude(ctx)
 }
 
-// spec is what the job asks of which nodes. The error is a *controller.SpecError if the user can
+// spec is what the job asks of which nodes. The error is an *apierror.SpecError if the user can
 // correct it.
 func (p *pass) spec(ctx context.Context) (*spec.Spec, error) {
 	s, err := spec.Of(p.job)
@@ -258,7 +258,7 @@ func (p *pass) spec(ctx context.Context) (*spec.Spec, error) {
 }
 
 // refuse says what is wrong with a job, and leaves the job until the user has corrected it.
-func (p *pass) refuse(ctx context.Context, why *root.SpecError) (time.Duration, error) {
+func (p *pass) refuse(ctx context.Context, why *apierror.SpecError) (time.Duration, error) {
 	p.memory.close()
 	p.memory.state = nil
 	if p.memory.invalid != why.Message {

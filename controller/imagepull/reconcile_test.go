@@ -21,9 +21,9 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	root "github.com/cri-proxy/cri-proxy/controller"
 	jobspec "github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
 	"github.com/cri-proxy/cri-proxy/controller/kstatus"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 type template = v1beta1.ImagePullJobTemplate
@@ -522,7 +522,7 @@ func TestOddAnswers(t *testing.T) {
 		b.create("job", spec{})
 		b.until("at work", "job", time.Second, func(*job) bool { return b.fleet.flying("uid-job") == 1 })
 		uid := b.fleet.last("node").GetUid()
-		if _, err := b.fleet.CancelPull(t.Context(), root.Node{Name: "node"}, uid, "by hand"); err != nil {
+		if _, err := b.fleet.CancelPull(t.Context(), nodes.Node{Name: "node"}, uid, "by hand"); err != nil {
 			t.Fatal(err)
 		}
 		j := b.until("completed", "job", time.Minute, completed)
@@ -532,7 +532,7 @@ func TestOddAnswers(t *testing.T) {
 		}
 		w, _ := jobspec.Of(&job{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "other", UID: "uid-other"},
 			Spec: spec{Image: "nginx"}})
-		if _, err := b.fleet.Pull(t.Context(), root.Node{Name: "node"},
+		if _, err := b.fleet.Pull(t.Context(), nodes.Node{Name: "node"},
 			&opsv1.PullRequest{Uid: w.PullUID(0), Image: "else"}); err != nil {
 			t.Fatal(err)
 		}

@@ -52,8 +52,8 @@ func (r *renewal) due(now time.Time) bool {
 	return true
 }
 
-// failureOf is why the attempt failed after which a node waits for the next one. The reason is empty
-// if the node does not name it.
+// failureOf is why the attempt failed after which a node waits for the next one. The reason is
+// empty if the node does not name it.
 func failureOf(op *opsv1.PullOperation) (reason, text string) {
 	if f := op.GetLastFailure(); f != nil {
 		return f.GetReason(), f.GetMessage()

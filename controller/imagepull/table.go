@@ -4,7 +4,6 @@
 package imagepull
 
 import (
-	"errors"
 	"fmt"
 	"math"
 	"strings"
@@ -14,8 +13,8 @@ import (
 	"google.golang.org/grpc/codes"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	root "github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 )
 
@@ -314,8 +313,7 @@ func (t *table) finish(n *nodeState, op *opsv1.PullOperation, now time.Time) {
 
 // yield lets other nodes pull instead of a node that could not be told to, or has become silent.
 func (t *table) yield(n *nodeState, err error, why trouble, since time.Time) {
-	var nodeError *root.NodeError
-	conflict := errors.As(err, &nodeError) && nodeError.Code() == codes.AlreadyExists
+	conflict := nodes.Code(err) == codes.AlreadyExists
 	verifying := n.verifying
 	n.verifying = false
 	switch {

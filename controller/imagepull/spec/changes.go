@@ -11,7 +11,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
 
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 // JobChanges lets through changes of what a job or list asks for, and not what the controller
@@ -31,8 +31,8 @@ func NodeChanges() predicate.Predicate {
 			if !ok1 || !ok2 {
 				return true
 			}
-			was, _ := controller.NodeOf(before, 0)
-			is, _ := controller.NodeOf(after, 0)
+			was, _ := nodes.Of(before, 0)
+			is, _ := nodes.Of(after, 0)
 			return was != is || nodeReady(before) != nodeReady(after) || !maps.Equal(before.Labels, after.Labels) ||
 				(before.DeletionTimestamp == nil) != (after.DeletionTimestamp == nil)
 		},

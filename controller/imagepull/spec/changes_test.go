@@ -12,8 +12,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
 
-	root "github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 // What wakes a reconciler, and what does not.
@@ -53,7 +53,7 @@ func TestChanges(t *testing.T) {
 			node(func(n *corev1.Node) { n.Status.Conditions[0].Status = corev1.ConditionUnknown }), true},
 		{"a node's label", spec.NodeChanges(), same, node(func(n *corev1.Node) { n.Labels["a"] = "c" }), true},
 		{"a node's address", spec.NodeChanges(), same,
-			node(func(n *corev1.Node) { n.Annotations = map[string]string{root.OpsAddressAnnotation: "192.0.2.2"} }), true},
+			node(func(n *corev1.Node) { n.Annotations = map[string]string{nodes.AddressAnnotation: "192.0.2.2"} }), true},
 		{"a node that is deleted", spec.NodeChanges(), same, node(func(n *corev1.Node) { n.DeletionTimestamp = &now }), true},
 
 		{"a pod's condition", spec.PodChanges(), samePod,

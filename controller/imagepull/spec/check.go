@@ -11,14 +11,14 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 )
 
 // listErrorsMax is how many images of a list an error complains of.
 const listErrorsMax = 10
 
 // Check says whether a job can be carried out, by the checks that the reconciler makes when it
-// takes the job up. The error is a *controller.SpecError. The warnings are about values that are
+// takes the job up. The error is an *apierror.SpecError. The warnings are about values that are
 // accepted and may not be meant.
 func Check(job *v1beta1.ImagePullJob) (warnings []string, err error) {
 	if _, err := Of(job); err != nil {
@@ -56,12 +56,12 @@ func CheckList(list *v1beta1.ImageListPullJob) (warnings []string, err error) {
 		seen[named.String()] = image
 	}
 	if err := errors.Join(wrongs...); err != nil {
-		return nil, &controller.SpecError{Message: err.Error()}
+		return nil, &apierror.SpecError{Message: err.Error()}
 	}
 	return warnings, nil
 }
 
-// checkSelectors says whether the selectors can be read. The error is a *controller.SpecError.
+// checkSelectors says whether the selectors can be read. The error is an *apierror.SpecError.
 func checkSelectors(t *v1beta1.ImagePullJobTemplate) error {
 	if s := t.Selector; s != nil {
 		if _, err := selectorOf("spec.selector", &s.LabelSelector); err != nil {

@@ -17,8 +17,9 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 // Nodes with this label have no container runtime.
@@ -42,7 +43,7 @@ func PodSelector(job *v1beta1.ImagePullJob) *metav1.LabelSelector {
 }
 
 // Match returns the nodes of the job in the order in which they pull. port is for nodes that
-// announce none. The error is a *controller.SpecError if the user can correct it.
+// announce none. The error is an *apierror.SpecError if the user can correct it.
 func Match(ctx context.Context, from client.Reader, job *v1beta1.ImagePullJob, port int) ([]Target, error) {
 	chosen, err := nodeFilter(ctx, from, job)
 	if err != nil {
@@ -85,11 +86,11 @@ func nodeFilter(ctx context.Context, from client.Reader, job *v1beta1.ImagePullJ
 	return func(*corev1.Node) bool { return true }, nil
 }
 
-// selectorOf reads the selector in a field. The error is a *controller.SpecError.
+// selectorOf reads the selector in a field. The error is an *apierror.SpecError.
 func selectorOf(field string, s *metav1.LabelSelector) (labels.Selector, error) {
 	selector, err := metav1.LabelSelectorAsSelector(s)
 	if err != nil {
-		return nil, wrong("%s: %s", field, err)
+		return nil, apierror.Wrong("%s: %s", field, err)
 	}
 	return selector, nil
 }
@@ -123,8 +124,8 @@ func activePod(p *corev1.Pod) bool {
 }
 
 func targetOf(n *corev1.Node, port int) Target {
-	t := Target{Node: controller.Node{Name: n.Name}}
-	node, err := controller.NodeOf(n, port)
+	t := Target{Node: nodes.Node{Name: n.Name}}
+	node, err := nodes.Of(n, port)
 	if err != nil {
 		t.Reason, t.Message = ReasonNoAddress, err.Error()
 		return t

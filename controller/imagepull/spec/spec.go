@@ -21,7 +21,8 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/objects"
 )
 
@@ -61,7 +62,7 @@ type Spec struct {
 
 // Target is a node of a job.
 type Target struct {
-	Node controller.Node
+	Node nodes.Node
 	// Ready says that the node can be commanded; else Reason and Message say why not.
 	Ready           bool
 	Reason, Message string
@@ -77,15 +78,11 @@ type Limits struct {
 	PinPercent int32
 }
 
-func wrong(format string, args ...any) error {
-	return &controller.SpecError{Message: fmt.Sprintf(format, args...)}
-}
-
-// Of reads a job. It leaves the nodes to Match. The error is a *controller.SpecError.
+// Of reads a job. It leaves the nodes to Match. The error is an *apierror.SpecError.
 func Of(job *v1beta1.ImagePullJob) (*Spec, error) {
 	from := &job.Spec
 	if _, err := reference.ParseDockerRef(from.Image); err != nil {
-		return nil, wrong("image %q is no image reference (%s): "+
+		return nil, apierror.Wrong("image %q is no image reference (%s): "+
 			"it must be [REGISTRY[:PORT]/]NAME[:TAG][@DIGEST], as in a pod", from.Image, err)
 	}
 	s := OfDeleted(job)
@@ -129,7 +126,7 @@ func (s *Spec) readAnnotations(annotations map[string]string) error {
 	if text, ok := annotations[v1beta1.PinForAnnotation]; ok {
 		d, err := time.ParseDuration(text)
 		if err != nil || d < 0 || d > maxSpan {
-			return wrong("annotation %s is %q: it must be a duration from 0s to 744h, such as 36h",
+			return apierror.Wrong("annotation %s is %q: it must be a duration from 0s to 744h, such as 36h",
 				v1beta1.PinForAnnotation, text)
 		}
 		s.Request.PinFor, s.pinAsked = durationpb.New(d), true
@@ -137,7 +134,7 @@ func (s *Spec) readAnnotations(annotations map[string]string) error {
 	if text, ok := annotations[v1beta1.BytesPerSecondAnnotation]; ok {
 		q, err := resource.ParseQuantity(text)
 		if err != nil || q.Sign() < 0 || q.Value() == math.MaxInt64 {
-			return wrong("annotation %s is %q: it must be a quantity of bytes, such as 20Mi",
+			return apierror.Wrong("annotation %s is %q: it must be a quantity of bytes, such as 20Mi",
 				v1beta1.BytesPerSecondAnnotation, text)
 		}
 		s.Request.BytesPerSecond = q.Value()
