@@ -24,7 +24,7 @@ import (
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull"
-	"github.com/cri-proxy/cri-proxy/controller/recreate"
+	"github.com/cri-proxy/cri-proxy/controller/recreate/accept"
 	"github.com/cri-proxy/cri-proxy/controller/rollout"
 )
 
@@ -107,13 +107,13 @@ func (w *webhooks) fill(scheme *runtime.Scheme) admission.Handler {
 
 func (w *webhooks) fillOne(ctx context.Context, decoder admission.Decoder, req admission.Request, crr *appsv1alpha1.ContainerRecreateRequest) error {
 	if req.Operation != admissionv1.Update {
-		return recreate.Fill(ctx, w.from, crr)
+		return accept.Fill(ctx, w.from, crr)
 	}
 	var before appsv1alpha1.ContainerRecreateRequest
 	if err := decoder.DecodeRaw(req.OldObject, &before); err != nil {
 		return err
 	}
-	return recreate.Refill(ctx, w.from, &before, crr)
+	return accept.Refill(ctx, w.from, &before, crr)
 }
 
 // withFilled is the object as it was sent with what has been filled in since: labels, annotations, and fields of the spec.
@@ -179,9 +179,9 @@ func add(to, from map[string]any, path ...string) error {
 func (w *webhooks) recreate() admission.Validator[*appsv1alpha1.ContainerRecreateRequest] {
 	return &validator[*appsv1alpha1.ContainerRecreateRequest]{w, func(ctx context.Context, before, crr *appsv1alpha1.ContainerRecreateRequest) ([]string, error) {
 		if before != nil {
-			return nil, recreate.CheckUpdate(before, crr)
+			return nil, accept.CheckUpdate(before, crr)
 		}
-		return nil, recreate.Check(ctx, w.from, crr)
+		return nil, accept.Check(ctx, w.from, crr)
 	}}
 }
 
