@@ -15,7 +15,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/finalizers"
 	"github.com/cri-proxy/cri-proxy/controller/kruise"
 	"github.com/cri-proxy/cri-proxy/controller/podready"
-	"github.com/cri-proxy/cri-proxy/controller/recreate"
+	"github.com/cri-proxy/cri-proxy/controller/recreate/accept"
 )
 
 // setUpKruise adds the controllers of OpenKruise's kinds, for as long as OpenKruise is not in the
@@ -38,7 +38,7 @@ func (w *wiring) setUpKruise(context.Context) error {
 		},
 		HandOver: func(ctx context.Context) error {
 			// Only what is ours: whoever ends a request puts its pod back into service.
-			requests, err1 := finalizers.TakeOff(ctx, direct, m.GetRESTMapper(), finalizers.Requests, recreate.Finalizer)
+			requests, err1 := finalizers.TakeOff(ctx, direct, m.GetRESTMapper(), finalizers.Requests, accept.Finalizer)
 			jobs, err2 := finalizers.TakeOff(ctx, direct, m.GetRESTMapper(), finalizers.PullJobs, v1beta1.PullFinalizer)
 			if requests+jobs > 0 {
 				w.log.WithFields(logrus.Fields{"requests": requests, "jobs": jobs}).

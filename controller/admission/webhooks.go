@@ -24,7 +24,7 @@ import (
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
-	"github.com/cri-proxy/cri-proxy/controller/recreate"
+	"github.com/cri-proxy/cri-proxy/controller/recreate/accept"
 	"github.com/cri-proxy/cri-proxy/controller/rollout"
 )
 
@@ -115,13 +115,13 @@ func (w *webhooks) fillOne(
 	ctx context.Context, decoder admission.Decoder, req admission.Request, crr *appsv1alpha1.ContainerRecreateRequest,
 ) error {
 	if req.Operation != admissionv1.Update {
-		return recreate.Fill(ctx, w.from, crr)
+		return accept.Fill(ctx, w.from, crr)
 	}
 	var before appsv1alpha1.ContainerRecreateRequest
 	if err := decoder.DecodeRaw(req.OldObject, &before); err != nil {
 		return err
 	}
-	return recreate.Refill(ctx, w.from, &before, crr)
+	return accept.Refill(ctx, w.from, &before, crr)
 }
 
 // withFilled returns the object as it was sent, with the labels, annotations and fields of the spec
@@ -189,9 +189,9 @@ func (w *webhooks) recreate() admission.Validator[*appsv1alpha1.ContainerRecreat
 	return &validator[*appsv1alpha1.ContainerRecreateRequest]{w,
 		func(ctx context.Context, before, crr *appsv1alpha1.ContainerRecreateRequest) ([]string, error) {
 			if before != nil {
-				return nil, recreate.CheckUpdate(before, crr)
+				return nil, accept.CheckUpdate(before, crr)
 			}
-			return nil, recreate.Check(ctx, w.from, crr)
+			return nil, accept.Check(ctx, w.from, crr)
 		}}
 }
 

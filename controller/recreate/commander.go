@@ -21,6 +21,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
+	"github.com/cri-proxy/cri-proxy/controller/recreate/accept"
 )
 
 // commander talks to the node of a request.
@@ -258,7 +259,7 @@ func (n *commander) command(ctx context.Context, c *container) {
 // sparesJob says that the restart leaves the Job of the pod alone: other restarts may have come
 // since the request was accepted. A restart that the node has begun goes on, whoever commanded it.
 func (n *commander) sparesJob(ctx context.Context, node nodes.Node, c *container) bool {
-	if c.status == nil || c.status.ContainerID != c.pinned.ContainerID || mayEndJob(n.crr, c.strategy) {
+	if c.status == nil || c.status.ContainerID != c.pinned.ContainerID || accept.MayEndJob(n.crr, c.strategy) {
 		return true
 	}
 	uid := n.operationUID(c)
@@ -276,7 +277,7 @@ func (n *commander) sparesJob(ctx context.Context, node nodes.Node, c *container
 	case err == nil:
 		n.know(node, c, op)
 	case nodes.NotFound(err):
-		c.fail("not recreated: %s", orForce(why))
+		c.fail("not recreated: %s", accept.OrForce(why))
 	default:
 		n.temporary(err)
 	}
@@ -288,16 +289,16 @@ func (n *commander) sparesJob(ctx context.Context, node nodes.Node, c *container
 // Errors: a *[environment.MissingError], or the API server's.
 func (n *commander) restartRequest(ctx context.Context, c *container) (*opsv1.RestartRequest, error) {
 	want := &opsv1.ContainerRestart{
-		Name: c.name, ExpectedContainerId: c.pinned.ContainerID, GracePeriodSeconds: c.strategy.grace,
+		Name: c.name, ExpectedContainerId: c.pinned.ContainerID, GracePeriodSeconds: c.strategy.Grace,
 	}
-	if n.pod != nil && apiequality.Semantic.DeepEqual(c.strategy.grace, n.pod.Spec.TerminationGracePeriodSeconds) {
+	if n.pod != nil && apiequality.Semantic.DeepEqual(c.strategy.Grace, n.pod.Spec.TerminationGracePeriodSeconds) {
 		// The pod's own period, filled in at admission. The node knows it, and takes longer ones
 		// than a request may ask for.
 		want.GracePeriodSeconds = nil
 	}
 	want.HoldProbes = pods.HoldProbes(c.spec, c.carried)
-	if c.strategy.startFirst {
-		want.Order, want.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, int32(c.strategy.minStarted/time.Second)
+	if c.strategy.StartFirst {
+		want.Order, want.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, int32(c.strategy.MinStarted/time.Second)
 	}
 	if c.spec != nil && c.spec.Lifecycle != nil {
 		// A preStop that cannot be resolved is not sent: the node finds it on the container and
@@ -309,7 +310,7 @@ func (n *commander) restartRequest(ctx context.Context, c *container) (*opsv1.Re
 		Uid:        n.operationUID(c),
 		Pod:        &opsv1.PodRef{Namespace: n.crr.Namespace, Name: n.crr.Spec.PodName, Uid: n.podUID()},
 		Containers: []*opsv1.ContainerRestart{want},
-		Force:      c.strategy.force,
+		Force:      c.strategy.Force,
 		Requester:  fmt.Sprintf("ContainerRecreateRequest/%s/%s/%s", n.crr.Namespace, n.crr.Name, n.crr.UID),
 	}
 	if n.pod == nil || c.spec == nil {

@@ -13,6 +13,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
+	"github.com/cri-proxy/cri-proxy/controller/recreate/accept"
 )
 
 // Short names of the phases.
@@ -44,9 +45,9 @@ const methodOverlap = "overlap"
 // container is all that one reconcile knows of one container of a request.
 type container struct {
 	name     string
-	strategy strategy
+	strategy accept.Strategy
 	// pinned is the container's identity when the request was accepted.
-	pinned identity
+	pinned accept.Identity
 	// spec and status are the pod's; status is nil when the pod has none.
 	spec   *corev1.Container
 	status *corev1.ContainerStatus
@@ -161,8 +162,8 @@ func (c *container) awaitReady(pod *corev1.Pod, now time.Time) time.Duration {
 		c.state.Message = "the new container runs; waiting for its startupProbe"
 		return wait
 	case state.Running != nil && c.status.Ready:
-		minStarted := c.strategy.minStarted
-		if c.op.GetMethod() == methodOverlap && c.strategy.startFirst && !c.replaced &&
+		minStarted := c.strategy.MinStarted
+		if c.op.GetMethod() == methodOverlap && c.strategy.StartFirst && !c.replaced &&
 			pods.BareID(c.status.ContainerID) == c.op.GetSuccessorId() {
 			minStarted = 0 // the node saw the new container run that long before it stopped the old one
 		}

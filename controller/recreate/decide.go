@@ -31,10 +31,10 @@ func decide(containers []*container, gated bool, unready, now time.Time) plan {
 	var p plan
 	var broken *container
 	for _, c := range containers {
-		if c.ended && !c.strategy.ordered {
+		if c.ended && !c.strategy.Ordered {
 			continue // OpenKruise takes the container for stopped, and goes on with the next
 		}
-		if c.state.Phase == failed && !c.strategy.ignoreFailure {
+		if c.state.Phase == failed && !c.strategy.IgnoreFailure {
 			broken = c
 			break
 		}
@@ -59,17 +59,17 @@ func decide(containers []*container, gated bool, unready, now time.Time) plan {
 			c.fail("left alone: container %s failed and failurePolicy is Fail", broken.name)
 			continue
 		}
-		if gated && c.strategy.unready != nil {
+		if gated && c.strategy.Unready != nil {
 			if unready.IsZero() {
 				p.drain = true
 				continue
 			}
-			if left := unready.Add(*c.strategy.unready).Sub(now); left > 0 {
+			if left := unready.Add(*c.strategy.Unready).Sub(now); left > 0 {
 				p.wait = retry.Sooner(p.wait, left)
 				continue
 			}
 		}
-		if c.strategy.ordered && !before || stopping && !c.strategy.parallel {
+		if c.strategy.Ordered && !before || stopping && !c.strategy.Parallel {
 			continue
 		}
 		p.command = append(p.command, c)

@@ -120,7 +120,7 @@ func (t *teller) tellUngated() {
 		return
 	}
 	for _, c := range t.containers {
-		if c.strategy.unready != nil {
+		if c.strategy.Unready != nil {
 			t.memory.ungated = true
 			t.event(t.requestRef(nil), corev1.EventTypeWarning, eventNoReadinessGate,
 				"pod %s has no readiness gate %s, so it cannot be taken out of service: "+

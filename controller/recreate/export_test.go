@@ -76,6 +76,3 @@ func (r *Reconciler) StandDown() { r.standDown() }
 
 // RequestsOfPod are the requests to reconcile when a pod changes.
 var RequestsOfPod = (*Reconciler).requestsOfPod
-
-// Accepted says that a request has been accepted.
-func Accepted(crr *appsv1alpha1.ContainerRecreateRequest) bool { return acceptedOf(crr) != nil }

@@ -11,6 +11,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 )
 
 type syncStatus = appsv1alpha1.ContainerRecreateRequestSyncContainerStatus
@@ -61,7 +62,7 @@ func snapshot(crr *appsv1alpha1.ContainerRecreateRequest) error {
 	if err != nil {
 		return err
 	}
-	crr.Annotations = withDefault(crr.Annotations)
+	crr.Annotations = objects.Writable(crr.Annotations)
 	crr.Annotations[appsv1alpha1.SyncContainerStatusesAnnotation] = string(value)
 	return nil
 }

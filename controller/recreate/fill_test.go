@@ -20,6 +20,7 @@ import (
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/recreate"
+	"github.com/cri-proxy/cri-proxy/controller/recreate/accept"
 )
 
 func filledIn(id string, restarts int32) *appsv1alpha1.ContainerRecreateRequestContainerContext {
@@ -45,7 +46,7 @@ func TestFilledIn(t *testing.T) {
 		},
 	})
 	crr := &request{ObjectMeta: metav1.ObjectMeta{Namespace: "ns"}, Spec: spec{PodName: "pod", Containers: containers("app", "web")}}
-	if err := recreate.Fill(t.Context(), b.client, crr); err != nil {
+	if err := accept.Fill(t.Context(), b.client, crr); err != nil {
 		t.Fatal(err)
 	}
 	app, web := crr.Spec.Containers[0], crr.Spec.Containers[1]
@@ -172,7 +173,7 @@ func TestBothForms(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.until("held again", func(crr *request) bool {
-		return slices.Contains(crr.Finalizers, recreate.Finalizer) && slices.Contains(crr.Finalizers, appsv1alpha1.UnreadyAcquiredFinalizer)
+		return slices.Contains(crr.Finalizers, accept.Finalizer) && slices.Contains(crr.Finalizers, appsv1alpha1.UnreadyAcquiredFinalizer)
 	}, "a")
 	b.after(32 * time.Second)
 	crr = b.until("completed", retired, "a")

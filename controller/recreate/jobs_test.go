@@ -16,7 +16,7 @@ import (
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/jobbudget"
-	"github.com/cri-proxy/cri-proxy/controller/recreate"
+	"github.com/cri-proxy/cri-proxy/controller/recreate/accept"
 )
 
 // ofJob makes the pod one of Job work.
@@ -75,7 +75,7 @@ func TestRestartsThatEndJobs(t *testing.T) {
 			b := newBed(t, ofJob(tt.policy))
 			b.addJob(tt.limit, tt.others...)
 			s := spec{PodName: "pod", Containers: containers(tt.containers...), Strategy: &tt.strategy}
-			err := recreate.Check(context.Background(), b.client, &request{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "a", Annotations: tt.annotations}, Spec: s})
+			err := accept.Check(context.Background(), b.client, &request{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "a", Annotations: tt.annotations}, Spec: s})
 			if (err != nil) != (tt.want != "") || err != nil && !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("the webhook says %v", err)
 			}

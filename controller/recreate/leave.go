@@ -15,6 +15,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/recreate/accept"
 )
 
 // leavePage is how many objects one answer of the API server has.
@@ -37,7 +38,7 @@ func Leave(ctx context.Context, c client.Client, log logrus.FieldLogger) (int, e
 		}
 		for i := range list.Items {
 			crr := &list.Items[i]
-			if !slices.Contains(crr.Finalizers, Finalizer) ||
+			if !slices.Contains(crr.Finalizers, accept.Finalizer) ||
 				!slices.Contains(crr.Finalizers, appsv1alpha1.UnreadyAcquiredFinalizer) {
 				continue
 			}

@@ -27,6 +27,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
+	"github.com/cri-proxy/cri-proxy/controller/recreate/accept"
 	"github.com/cri-proxy/cri-proxy/controller/retry"
 )
 
@@ -76,14 +77,14 @@ func newPass(q *request) *pass {
 func (p *pass) advance(ctx context.Context) (time.Duration, error) {
 	now := p.r.now()
 	late := p.deadline() != nil && !now.Before(*p.deadline())
-	if p.accepted = acceptedOf(p.crr); p.accepted == nil {
+	if p.accepted = accept.Of(p.crr); p.accepted == nil {
 		if late {
 			return p.complete(ctx, messageDeadline, func(c *container) {
 				c.fail("%s: nothing had been done yet", messageDeadline)
 			})
 		}
 		if err := p.accept(ctx); err != nil {
-			if why := refused(err); why != nil {
+			if why := accept.Refused(err); why != nil {
 				return p.refuse(ctx, why)
 			}
 			return 0, err
@@ -144,9 +145,9 @@ func (p *pass) advance(ctx context.Context) (time.Duration, error) {
 // accept checks and pins the request, with one patch. When the cache gives a reason to refuse it
 // asks the API server too.
 func (p *pass) accept(ctx context.Context) error {
-	a, pod, err := readAndAccept(ctx, p.r.Client, p.r.APIReader, p.crr)
-	if refused(err) != nil {
-		a, pod, err = readAndAccept(ctx, p.r.APIReader, p.r.APIReader, p.crr)
+	a, pod, err := accept.Read(ctx, p.r.Client, p.r.APIReader, p.crr)
+	if accept.Refused(err) != nil {
+		a, pod, err = accept.Read(ctx, p.r.APIReader, p.r.APIReader, p.crr)
 	}
 	if err != nil {
 		p.pod = pod
@@ -154,10 +155,10 @@ func (p *pass) accept(ctx context.Context) error {
 	}
 	drains := false
 	for _, c := range p.crr.Spec.Containers {
-		drains = drains || pods.HasReadyGate(pod) && strategyOf(p.crr.Spec.Strategy, c.Strategy).unready != nil
+		drains = drains || pods.HasReadyGate(pod) && accept.StrategyOf(p.crr.Spec.Strategy, c.Strategy).Unready != nil
 	}
 	before := p.crr.DeepCopy()
-	if err := pin(p.crr, a, drains); err != nil {
+	if err := accept.Pin(p.crr, a, drains); err != nil {
 		return err
 	}
 	if err := p.patch(ctx, before); err != nil {
@@ -173,8 +174,8 @@ func (p *pass) accept(ctx context.Context) error {
 // that a user replaced by a manifest without them.
 func (p *pass) keepFinalizers(ctx context.Context) error {
 	before := p.crr.DeepCopy()
-	if !slices.Contains(p.crr.Finalizers, Finalizer) {
-		p.crr.Finalizers = append(p.crr.Finalizers, Finalizer)
+	if !slices.Contains(p.crr.Finalizers, accept.Finalizer) {
+		p.crr.Finalizers = append(p.crr.Finalizers, accept.Finalizer)
 	}
 	if !unreadySince(p.crr).IsZero() && !slices.Contains(p.crr.Finalizers, appsv1alpha1.UnreadyAcquiredFinalizer) {
 		p.crr.Finalizers = append(p.crr.Finalizers, appsv1alpha1.UnreadyAcquiredFinalizer)
@@ -183,9 +184,9 @@ func (p *pass) keepFinalizers(ctx context.Context) error {
 }
 
 // refuse completes a request that cannot be carried out.
-func (p *pass) refuse(ctx context.Context, why *refusal) (time.Duration, error) {
+func (p *pass) refuse(ctx context.Context, why *accept.Refusal) (time.Duration, error) {
 	p.gather()
-	return p.complete(ctx, why.Error(), func(c *container) { c.state = why.state(c.name) })
+	return p.complete(ctx, why.Error(), func(c *container) { c.state = why.State(c.name) })
 }
 
 // findPod sets p.pod to the pod that the request was accepted for, or to nil if it has gone.
@@ -425,7 +426,7 @@ func (p *pass) retire(ctx context.Context) (time.Duration, error) {
 		return 0, err
 	}
 	before := p.crr.DeepCopy()
-	p.crr.Finalizers = objects.Without(p.crr.Finalizers, Finalizer, appsv1alpha1.UnreadyAcquiredFinalizer)
+	p.crr.Finalizers = objects.Without(p.crr.Finalizers, accept.Finalizer, appsv1alpha1.UnreadyAcquiredFinalizer)
 	if _, active := p.crr.Labels[appsv1alpha1.ActiveLabel]; active {
 		delete(p.crr.Labels, appsv1alpha1.ActiveLabel)
 		if err := snapshot(p.crr); err != nil {
@@ -454,12 +455,12 @@ func (p *pass) retire(ctx context.Context) (time.Duration, error) {
 // finalize lets a deleted request go. It cancels the request's operations as far as it can, and
 // puts the pod back into service. It waits no longer than cancelTimeout for an unreachable node.
 func (p *pass) finalize(ctx context.Context) (time.Duration, error) {
-	if !slices.Contains(p.crr.Finalizers, Finalizer) &&
+	if !slices.Contains(p.crr.Finalizers, accept.Finalizer) &&
 		!slices.Contains(p.crr.Finalizers, appsv1alpha1.UnreadyAcquiredFinalizer) {
 		p.r.forget(client.ObjectKeyFromObject(p.crr))
 		return 0, nil
 	}
-	if p.accepted = acceptedOf(p.crr); p.accepted != nil && p.crr.Status.CompletionTime == nil {
+	if p.accepted = accept.Of(p.crr); p.accepted != nil && p.crr.Status.CompletionTime == nil {
 		p.gather()
 		for _, c := range p.containers {
 			if !c.done() {
@@ -476,7 +477,7 @@ func (p *pass) finalize(ctx context.Context) (time.Duration, error) {
 		return 0, err
 	}
 	before := p.crr.DeepCopy()
-	p.crr.Finalizers = objects.Without(p.crr.Finalizers, Finalizer, appsv1alpha1.UnreadyAcquiredFinalizer)
+	p.crr.Finalizers = objects.Without(p.crr.Finalizers, accept.Finalizer, appsv1alpha1.UnreadyAcquiredFinalizer)
 	if err := p.patch(ctx, before); err != nil {
 		return 0, err
 	}

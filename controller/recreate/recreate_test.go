@@ -39,6 +39,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/recreate"
+	"github.com/cri-proxy/cri-proxy/controller/recreate/accept"
 	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/test/fleet"
 )
@@ -805,7 +806,7 @@ func TestSecondRequest(t *testing.T) {
 		b := newBed(t)
 		up := b.node.Down()
 		b.create("b", spec{Containers: containers("app"), ActiveDeadlineSeconds: pointer(int64(300))})
-		b.until("accepted", func(crr *request) bool { return recreate.Accepted(crr) }, "b")
+		b.until("accepted", func(crr *request) bool { return accept.Of(crr) != nil }, "b")
 		up()
 		b.create("a", spec{Containers: containers("app")})
 		b.until("the first is done", isCompleted, "a")
@@ -817,7 +818,7 @@ func TestContainerReplacedOtherwise(t *testing.T) {
 	b := newBed(t)
 	up := b.node.Down()
 	b.create("a", spec{Containers: containers("app"), ActiveDeadlineSeconds: pointer(int64(300))})
-	b.until("accepted", func(crr *request) bool { return recreate.Accepted(crr) }, "a")
+	b.until("accepted", func(crr *request) bool { return accept.Of(crr) != nil }, "a")
 	b.node.Run(podUID, "app", "crashed", 1)
 	b.kubelet(podUID, "app", "crashed", 1)
 	up()

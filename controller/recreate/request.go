@@ -12,6 +12,7 @@ import (
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
+	"github.com/cri-proxy/cri-proxy/controller/recreate/accept"
 )
 
 // request is all that one reconcile knows of a ContainerRecreateRequest.
@@ -21,7 +22,7 @@ type request struct {
 	memory *memory
 	log    logrus.FieldLogger
 
-	accepted   *accepted
+	accepted   *accept.Record
 	pod        *corev1.Pod // nil when gone
 	containers []*container
 }
@@ -34,7 +35,7 @@ func (q *request) operationUID(c *container) string { return string(q.crr.UID) +
 func (q *request) gather() {
 	q.containers = nil
 	for _, want := range q.crr.Spec.Containers {
-		c := &container{name: want.Name, strategy: strategyOf(q.crr.Spec.Strategy, want.Strategy)}
+		c := &container{name: want.Name, strategy: accept.StrategyOf(q.crr.Spec.Strategy, want.Strategy)}
 		c.state.Name = want.Name
 		for _, s := range q.crr.Status.ContainerRecreateStates {
 			if s.Name == want.Name {
@@ -42,7 +43,7 @@ func (q *request) gather() {
 			}
 		}
 		if a := q.accepted; a != nil {
-			c.pinned, c.strategy.startFirst, c.strategy.parallel = a.Containers[want.Name], a.StartFirst, a.Parallel
+			c.pinned, c.strategy.StartFirst, c.strategy.Parallel = a.Containers[want.Name], a.StartFirst, a.Parallel
 		}
 		if q.pod != nil {
 			c.spec, _ = pods.Container(q.pod, want.Name)

@@ -11,6 +11,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client/fake"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/recreate/accept"
 	"github.com/cri-proxy/cri-proxy/controller/slimcache"
 )
 
@@ -53,14 +54,17 @@ func TestSlimPod(t *testing.T) {
 			ContainerStatuses: []corev1.ContainerStatus{{Name: "app", ContainerID: "containerd://x", RestartCount: 3, Image: "i", ImageID: "id"}},
 		},
 	}
-	crr := &appsv1alpha1.ContainerRecreateRequest{Spec: appsv1alpha1.ContainerRecreateRequestSpec{
+	crr := &appsv1alpha1.ContainerRecreateRequest{ObjectMeta: metav1.ObjectMeta{Namespace: "ns"}, Spec: appsv1alpha1.ContainerRecreateRequestSpec{
 		PodName: "pod", Containers: []appsv1alpha1.ContainerRecreateRequestContainer{{Name: "app"}},
 	}}
 	unmanaged := whole.DeepCopy()
 	unmanaged.ManagedFields = nil // those above are none that the fake API server takes
 	r := &Reconciler{APIReader: fake.NewClientBuilder().WithObjects(unmanaged).Build()}
 	for _, pod := range []*corev1.Pod{whole, Slim(t, whole)} {
-		a, err := accept(crr, pod, &corev1.Node{})
+		unmanaged := pod.DeepCopy()
+		unmanaged.ManagedFields = nil
+		from := fake.NewClientBuilder().WithObjects(unmanaged, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n"}}).Build()
+		a, _, err := accept.Read(t.Context(), from, from, crr)
 		if err != nil || a.PodUID != "u" || a.NodeName != "n" || a.Containers["app"].ContainerID != "containerd://x" || a.Containers["app"].RestartCount != 3 {
 			t.Fatalf("accepted %+v, error %v", a, err)
 		}

@@ -14,6 +14,7 @@ import (
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/recreate/accept"
 )
 
 // written writes a container's state as "app Succeeded killed: message".
@@ -105,8 +106,8 @@ func TestObserve(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			c := &container{
 				name: "app", op: tt.op, replaced: tt.replaced, status: tt.status, spec: tt.spec, firstSeen: tt.firstSeen,
-				strategy: strategy{minStarted: tt.minStarted},
-				pinned:   identity{ContainerID: "containerd://old"},
+				strategy: accept.Strategy{MinStarted: tt.minStarted},
+				pinned:   accept.Identity{ContainerID: "containerd://old"},
 			}
 			c.state.Name, c.state.Phase = "app", tt.before
 			pod := &corev1.Pod{Spec: corev1.PodSpec{RestartPolicy: tt.policy}}
@@ -124,11 +125,11 @@ func TestDecide(t *testing.T) {
 	type c struct {
 		phase     appsv1alpha1.ContainerRecreateRequestPhase
 		commanded bool
-		s         strategy
+		s         accept.Strategy
 		op        *opsv1.ContainerOperation
 		ended     bool
 	}
-	ordered, ignoring, drained, parallel := strategy{ordered: true}, strategy{ignoreFailure: true}, strategy{unready: &half}, strategy{parallel: true}
+	ordered, ignoring, drained, parallel := accept.Strategy{Ordered: true}, accept.Strategy{IgnoreFailure: true}, accept.Strategy{Unready: &half}, accept.Strategy{Parallel: true}
 	at := func(phase opsv1.Phase) *opsv1.ContainerOperation { return &opsv1.ContainerOperation{Phase: phase} }
 	stopping, stopped := at(opsv1.Phase_PHASE_STOPPING), at(opsv1.Phase_PHASE_STARTING)
 	beside := func(phase opsv1.Phase) *opsv1.ContainerOperation {
@@ -155,14 +156,14 @@ func TestDecide(t *testing.T) {
 		{name: "one no longer does", containers: []c{{phase: recreating, op: beside(opsv1.Phase_PHASE_REVEALING)}, {phase: pending}}, command: []string{"b"}},
 		{name: "all at once", containers: []c{{phase: pending, s: parallel}, {phase: pending, s: parallel}}, command: []string{"a", "b"}},
 		{name: "only those not commanded", containers: []c{{phase: recreating, commanded: true, s: parallel}, {phase: pending, s: parallel}}, command: []string{"b"}},
-		{name: "all at once, but one is ordered", containers: []c{{phase: pending, s: parallel}, {phase: pending, s: strategy{parallel: true, ordered: true}}, {phase: pending, s: parallel}}, command: []string{"a", "c"}},
+		{name: "all at once, but one is ordered", containers: []c{{phase: pending, s: parallel}, {phase: pending, s: accept.Strategy{Parallel: true, Ordered: true}}, {phase: pending, s: parallel}}, command: []string{"a", "c"}},
 		{name: "one had ended by itself", containers: []c{{phase: failed, ended: true}, {phase: pending}}, command: []string{"b"}},
 		{name: "one had ended by itself, ordered", containers: []c{{phase: failed, ended: true, s: ordered}, {phase: pending, s: ordered}}, skipped: []string{"b"}},
 		{name: "nothing left", containers: []c{{phase: succeeded}, {phase: failed, s: ignoring}}},
 		{name: "ordered, first", containers: []c{{phase: pending, s: ordered}, {phase: pending, s: ordered}}, command: []string{"a"}},
 		{name: "ordered, waiting", containers: []c{{phase: recreating, commanded: true, s: ordered}, {phase: pending, s: ordered}}},
 		{name: "ordered, next", containers: []c{{phase: succeeded, s: ordered}, {phase: pending, s: ordered}, {phase: pending, s: ordered}}, command: []string{"b"}},
-		{name: "ordered, failed and ignored", containers: []c{{phase: failed, s: strategy{ordered: true, ignoreFailure: true}}, {phase: pending, s: ordered}}, command: []string{"b"}},
+		{name: "ordered, failed and ignored", containers: []c{{phase: failed, s: accept.Strategy{Ordered: true, IgnoreFailure: true}}, {phase: pending, s: ordered}}, command: []string{"b"}},
 		{name: "only the last is ordered", containers: []c{{phase: recreating, op: stopped}, {phase: recreating, op: stopped}, {phase: pending, s: ordered}}},
 		{name: "failed", containers: []c{{phase: failed}, {phase: pending}, {phase: pending}}, skipped: []string{"b", "c"}},
 		{name: "failed later in the list", containers: []c{{phase: pending}, {phase: failed}}, skipped: []string{"a"}},

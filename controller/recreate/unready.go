@@ -14,6 +14,7 @@ import (
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
+	"github.com/cri-proxy/cri-proxy/controller/recreate/accept"
 )
 
 // unreadySince is when the pod went out of service for the request; zero if it has not.
@@ -61,7 +62,7 @@ func (r *Reconciler) release(ctx context.Context, crr *appsv1alpha1.ContainerRec
 	if err != nil {
 		return err
 	}
-	if a := acceptedOf(crr); a == nil || a.PodUID != string(pod.UID) || pods.ReadyGate(pod) == nil {
+	if a := accept.Of(crr); a == nil || a.PodUID != string(pod.UID) || pods.ReadyGate(pod) == nil {
 		return nil
 	}
 	err = r.setUnready(ctx, crr, pod, false)

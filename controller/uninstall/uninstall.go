@@ -29,6 +29,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/kruise"
 	"github.com/cri-proxy/cri-proxy/controller/podready"
 	"github.com/cri-proxy/cri-proxy/controller/recreate"
+	"github.com/cri-proxy/cri-proxy/controller/recreate/accept"
 	"github.com/cri-proxy/cri-proxy/controller/rollout"
 )
 
@@ -143,7 +144,7 @@ func (d *departure) clean(ctx context.Context) error {
 	lookout := &kruise.Lookout{Reader: d.client, Mapper: d.client.RESTMapper(), Log: d.log}
 	there, err := lookout.Look(ctx)
 	note(err)
-	ofRequests, ofJobs := []string{recreate.Finalizer}, []string{v1beta1.PullFinalizer}
+	ofRequests, ofJobs := []string{accept.Finalizer}, []string{v1beta1.PullFinalizer}
 	gates := []corev1.PodConditionType{inplace.ReadyGate, inplace.KruiseReadyGate}
 	if !there && err == nil {
 		opened, err := podready.Leave(ctx, d.client, d.log)

@@ -1,13 +1,14 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package recreate
+// Package accept decides whether a ContainerRecreateRequest can be carried out, and pins what the
+// request is about. The reconciler and the webhooks use the same checks.
+package accept
 
 import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"strings"
 	"time"
 
@@ -26,44 +27,44 @@ const acceptedAnnotation = "cri-proxy.io/accepted"
 // Finalizer keeps a deleted request until its operations are cancelled.
 const Finalizer = "cri-proxy.io/operation"
 
-// identity is the identity of a container.
-type identity = appsv1alpha1.ContainerRecreateRequestContainerContext
+// Identity identifies a container of a pod: its ID, and how often it had been restarted.
+type Identity = appsv1alpha1.ContainerRecreateRequestContainerContext
 
-// accepted is the value of acceptedAnnotation.
-type accepted struct {
+// Record is the value of acceptedAnnotation.
+type Record struct {
 	// Request is the UID of the request: an annotation copied from another request does not count.
 	Request    string              `json:"request"`
 	PodUID     string              `json:"podUID"`
 	NodeName   string              `json:"nodeName"`
-	Containers map[string]identity `json:"containers"`
+	Containers map[string]Identity `json:"containers"`
 	// StartFirst is what RestartOrderAnnotation asked for.
 	StartFirst bool `json:"startFirst,omitempty"`
 	// Parallel is what ParallelRecreateAnnotation asked for.
 	Parallel bool `json:"parallel,omitempty"`
 }
 
-// acceptedOf reads the annotation. It returns nil when the request has not been accepted.
-func acceptedOf(crr *appsv1alpha1.ContainerRecreateRequest) *accepted {
-	var a accepted
+// Of reads the annotation. It returns nil when the request has not been accepted.
+func Of(crr *appsv1alpha1.ContainerRecreateRequest) *Record {
+	var a Record
 	if json.Unmarshal([]byte(crr.Annotations[acceptedAnnotation]), &a) != nil || a.Request != string(crr.UID) {
 		return nil
 	}
 	return &a
 }
 
-// refusal says why a request cannot be carried out: as a whole, or which containers are wrong.
-type refusal struct {
+// Refusal says why a request cannot be carried out: as a whole, or which containers are wrong.
+type Refusal struct {
 	message    string
 	containers map[string]string
 }
 
 // refuse returns a refusal of the whole request.
-func refuse(format string, args ...any) *refusal {
-	return &refusal{message: fmt.Sprintf(format, args...)}
+func refuse(format string, args ...any) *Refusal {
+	return &Refusal{message: fmt.Sprintf(format, args...)}
 }
 
 // Error implements error.
-func (r *refusal) Error() string {
+func (r *Refusal) Error() string {
 	if r.message != "" {
 		return r.message
 	}
@@ -74,19 +75,19 @@ func (r *refusal) Error() string {
 	return strings.Join(wrong, "; ")
 }
 
-// state is the final state of one container of a refused request.
-func (r *refusal) state(name string) appsv1alpha1.ContainerRecreateRequestContainerRecreateState {
+// State is the final state of one container of a refused request.
+func (r *Refusal) State(name string) appsv1alpha1.ContainerRecreateRequestContainerRecreateState {
 	message := r.containers[name]
 	if message == "" {
 		message = "not recreated: " + r.Error()
 	}
-	return appsv1alpha1.ContainerRecreateRequestContainerRecreateState{Name: name, Phase: failed, Message: message}
+	return appsv1alpha1.ContainerRecreateRequestContainerRecreateState{Name: name, Phase: appsv1alpha1.ContainerRecreateRequestFailed, Message: message}
 }
 
 // accept checks what only the cluster knows, and pins the pod, the node and the containers. pod and
-// node are nil when there is none of that name. The error is a *refusal that says what is wrong and
+// node are nil when there is none of that name. The error is a *Refusal that says what is wrong and
 // what to do.
-func accept(crr *appsv1alpha1.ContainerRecreateRequest, pod *corev1.Pod, node *corev1.Node) (*accepted, error) {
+func accept(crr *appsv1alpha1.ContainerRecreateRequest, pod *corev1.Pod, node *corev1.Node) (*Record, error) {
 	where := crr.Namespace + "/" + crr.Spec.PodName
 	switch {
 	case pod == nil:
@@ -110,9 +111,9 @@ func accept(crr *appsv1alpha1.ContainerRecreateRequest, pod *corev1.Pod, node *c
 	if err != nil {
 		return nil, err
 	}
-	a := &accepted{
+	a := &Record{
 		Request: string(crr.UID), PodUID: string(pod.UID), NodeName: pod.Spec.NodeName,
-		StartFirst: startFirst, Parallel: parallel, Containers: map[string]identity{},
+		StartFirst: startFirst, Parallel: parallel, Containers: map[string]Identity{},
 	}
 	wrong := map[string]string{}
 	for _, c := range crr.Spec.Containers {
@@ -126,15 +127,15 @@ func accept(crr *appsv1alpha1.ContainerRecreateRequest, pod *corev1.Pod, node *c
 		}
 		if err != nil {
 			wrong[c.Name] = err.Error()
-		} else if s := strategyOf(crr.Spec.Strategy, c.Strategy); startFirst && s.minStarted > maxMinReady {
+		} else if s := StrategyOf(crr.Spec.Strategy, c.Strategy); startFirst && s.MinStarted > maxMinReady {
 			wrong[c.Name] = fmt.Sprintf("container %s: minStartedSeconds is %d, and at most %d with annotation %s: %s",
-				c.Name, s.minStarted/time.Second, maxMinReady/time.Second,
+				c.Name, s.MinStarted/time.Second, maxMinReady/time.Second,
 				appsv1alpha1.RestartOrderAnnotation, appsv1alpha1.RestartOrderStartFirst)
 		}
 		a.Containers[c.Name] = pinned
 	}
 	if len(wrong) > 0 {
-		return nil, &refusal{containers: wrong}
+		return nil, &Refusal{containers: wrong}
 	}
 	return a, nil
 }
@@ -142,7 +143,7 @@ func accept(crr *appsv1alpha1.ContainerRecreateRequest, pod *corev1.Pod, node *c
 // maxMinReady is the longest ContainerRestart.min_ready_seconds that a node accepts.
 const maxMinReady = time.Hour
 
-// startFirstOf reads RestartOrderAnnotation; the error is a *refusal.
+// startFirstOf reads RestartOrderAnnotation; the error is a *Refusal.
 func startFirstOf(crr *appsv1alpha1.ContainerRecreateRequest) (bool, error) {
 	order, ok := crr.Annotations[appsv1alpha1.RestartOrderAnnotation]
 	switch {
@@ -155,7 +156,7 @@ func startFirstOf(crr *appsv1alpha1.ContainerRecreateRequest) (bool, error) {
 		order, appsv1alpha1.RestartOrderStopFirst, appsv1alpha1.RestartOrderStartFirst)
 }
 
-// parallelOf reads ParallelRecreateAnnotation; the error is a *refusal.
+// parallelOf reads ParallelRecreateAnnotation; the error is a *Refusal.
 func parallelOf(crr *appsv1alpha1.ContainerRecreateRequest) (bool, error) {
 	switch value, ok := crr.Annotations[appsv1alpha1.ParallelRecreateAnnotation]; {
 	case !ok || value == "false":
@@ -170,8 +171,8 @@ func parallelOf(crr *appsv1alpha1.ContainerRecreateRequest) (bool, error) {
 
 // identify returns the identity of a container. The error says why the container cannot be
 // recreated.
-func identify(pod *corev1.Pod, name string) (identity, error) {
-	var none identity
+func identify(pod *corev1.Pod, name string) (Identity, error) {
+	var none Identity
 	spec, kind := pods.Container(pod, name)
 	switch kind {
 	case pods.Init:
@@ -198,18 +199,18 @@ func identify(pod *corev1.Pod, name string) (identity, error) {
 		return none, fmt.Errorf("container %s has not been started yet (%s): "+
 			"there is nothing to recreate, wait until it runs", name, why)
 	}
-	return identity{ContainerID: status.ContainerID, RestartCount: status.RestartCount}, nil
+	return Identity{ContainerID: status.ContainerID, RestartCount: status.RestartCount}, nil
 }
 
-// pin writes what was accepted into the request: the annotation, the finalizers, and the labels and
-// spec.containers[].statusContext, which the webhook has set if it could be asked. pin removes what
+// Pin writes what was accepted into the request: the annotation, the finalizers, and the labels and
+// spec.containers[].statusContext, which the webhook has set if it could be asked. Pin removes what
 // a copied manifest brought along.
-func pin(crr *appsv1alpha1.ContainerRecreateRequest, a *accepted, drains bool) error {
+func Pin(crr *appsv1alpha1.ContainerRecreateRequest, a *Record, drains bool) error {
 	value, err := json.Marshal(a)
 	if err != nil {
 		return err
 	}
-	crr.Labels, crr.Annotations = withDefault(crr.Labels), withDefault(crr.Annotations)
+	crr.Labels, crr.Annotations = objects.Writable(crr.Labels), objects.Writable(crr.Annotations)
 	crr.Annotations[acceptedAnnotation] = string(value)
 	delete(crr.Annotations, appsv1alpha1.UnreadyAcquiredAnnotation)
 	delete(crr.Annotations, appsv1alpha1.SyncContainerStatusesAnnotation)
@@ -232,17 +233,9 @@ func label(labels map[string]string, podUID, node string) {
 	labels[appsv1alpha1.ActiveLabel] = "true"
 }
 
-// withDefault returns a copy of m that can be written to.
-func withDefault(m map[string]string) map[string]string {
-	if m == nil {
-		return map[string]string{}
-	}
-	return maps.Clone(m)
-}
-
-// refused returns err if it is a *refusal, else nil.
-func refused(err error) *refusal {
-	var r *refusal
+// Refused returns err if it is a *Refusal, else nil.
+func Refused(err error) *Refusal {
+	var r *Refusal
 	if errors.As(err, &r) {
 		return r
 	}

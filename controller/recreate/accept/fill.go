@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package recreate
+package accept
 
 import (
 	"context"
@@ -15,6 +15,7 @@ import (
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
 )
 
@@ -37,7 +38,7 @@ func Fill(ctx context.Context, from client.Reader, crr *appsv1alpha1.ContainerRe
 	if err != nil || pod.Spec.NodeName == "" {
 		return client.IgnoreNotFound(err)
 	}
-	crr.Labels = withDefault(crr.Labels)
+	crr.Labels = objects.Writable(crr.Labels)
 	label(crr.Labels, string(pod.UID), pod.Spec.NodeName)
 	for i := range crr.Spec.Containers {
 		c := &crr.Spec.Containers[i]
@@ -119,7 +120,7 @@ func refill(before, after map[string]string, keys ...string) map[string]string {
 	for _, key := range keys {
 		value, was := before[key]
 		if _, is := after[key]; was && !is {
-			after = withDefault(after)
+			after = objects.Writable(after)
 			after[key] = value
 		}
 	}
@@ -145,13 +146,13 @@ func hookCopy(pod *corev1.Pod, name string) (*appsv1alpha1.ProbeHandler, []corev
 	return nil, nil
 }
 
-// asFilled returns the identity that a container of a request had when the request was created,
-// given the container's identity now. The webhook fills it in. Where no webhook could be asked the
+// asFilled returns the Identity that a container of a request had when the request was created,
+// given the container's Identity now. The webhook fills it in. Where no webhook could be asked the
 // user may have written something else, which asFilled refuses.
 func asFilled(
 	crr *appsv1alpha1.ContainerRecreateRequest, c *appsv1alpha1.ContainerRecreateRequestContainer,
-	pod *corev1.Pod, now identity,
-) (identity, error) {
+	pod *corev1.Pod, now Identity,
+) (Identity, error) {
 	hook, ports := hookCopy(pod, c.Name)
 	// OpenKruise fills in a handler of nothing for a sleep.
 	otherHook := c.PreStop != nil && *c.PreStop != (appsv1alpha1.ProbeHandler{}) &&

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package recreate
+package accept
 
 import (
 	"context"
@@ -20,8 +20,8 @@ import (
 // that the reconciler makes when it accepts a request. The error is a *[apierror.SpecError] if the
 // user can correct it.
 func Check(ctx context.Context, from client.Reader, crr *appsv1alpha1.ContainerRecreateRequest) error {
-	_, _, err := readAndAccept(ctx, from, from, crr)
-	if why := refused(err); why != nil {
+	_, _, err := Read(ctx, from, from, crr)
+	if why := Refused(err); why != nil {
 		return &apierror.SpecError{Message: why.Error()}
 	}
 	return err
@@ -30,7 +30,7 @@ func Check(ctx context.Context, from client.Reader, crr *appsv1alpha1.ContainerR
 // CheckUpdate says whether a request may be changed: what it was accepted for may not. The schema
 // keeps the spec from being changed. The error is a *[apierror.SpecError].
 func CheckUpdate(before, after *appsv1alpha1.ContainerRecreateRequest) error {
-	if acceptedOf(before) == nil {
+	if Of(before) == nil {
 		return nil
 	}
 	for _, key := range []string{appsv1alpha1.PodUIDLabel, appsv1alpha1.NodeNameLabel} {
@@ -57,11 +57,11 @@ func CheckUpdate(before, after *appsv1alpha1.ContainerRecreateRequest) error {
 	return nil
 }
 
-// readAndAccept reads the pod and the node of a request, and past the cache the Job of the pod, and
+// Read reads the pod and the node of a request, and past the cache the Job of the pod, and
 // accepts the request. It may return the pod of a request that it refuses.
-func readAndAccept(
+func Read(
 	ctx context.Context, from, live client.Reader, crr *appsv1alpha1.ContainerRecreateRequest,
-) (*accepted, *corev1.Pod, error) {
+) (*Record, *corev1.Pod, error) {
 	pod := &corev1.Pod{}
 	err := from.Get(ctx, client.ObjectKey{Namespace: crr.Namespace, Name: crr.Spec.PodName}, pod)
 	if apierrors.IsNotFound(err) {
@@ -86,13 +86,13 @@ func readAndAccept(
 	return a, pod, err
 }
 
-// sparesJob refuses, by a *refusal, a request that would end the Job of the pod.
+// sparesJob refuses, by a *Refusal, a request that would end the Job of the pod.
 func sparesJob(
 	ctx context.Context, live client.Reader, crr *appsv1alpha1.ContainerRecreateRequest, pod *corev1.Pod,
 ) error {
 	var names []string
 	for _, c := range crr.Spec.Containers {
-		if !mayEndJob(crr, strategyOf(crr.Spec.Strategy, c.Strategy)) {
+		if !MayEndJob(crr, StrategyOf(crr.Spec.Strategy, c.Strategy)) {
 			names = append(names, c.Name)
 		}
 	}
@@ -101,15 +101,15 @@ func sparesJob(
 	}
 	why, err := jobbudget.WouldEnd(ctx, live, pod, names)
 	if why != "" {
-		err = &refusal{message: orForce(why)}
+		err = &Refusal{message: OrForce(why)}
 	}
 	return err
 }
 
-// mayEndJob says that the user wants a container restarted although that ends a Job.
-func mayEndJob(crr *appsv1alpha1.ContainerRecreateRequest, s strategy) bool {
-	return s.force || crr.Annotations[jobbudget.IgnoreAnnotation] == "true"
+// MayEndJob says that the user wants a container restarted although that ends a Job.
+func MayEndJob(crr *appsv1alpha1.ContainerRecreateRequest, s Strategy) bool {
+	return s.Force || crr.Annotations[jobbudget.IgnoreAnnotation] == "true"
 }
 
-// orForce adds to a refusal the other way out that requests have.
-func orForce(why string) string { return why + ", or set spec.strategy.forceRecreate" }
+// OrForce adds to a refusal the other way out that requests have.
+func OrForce(why string) string { return why + ", or set spec.strategy.forceRecreate" }
