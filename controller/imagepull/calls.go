@@ -110,7 +110,7 @@ func (c *calls) probePulls(ctx context.Context, s *spec.Spec, node nodes.Node) (
 			if over {
 				continue
 			}
-			if err := c.cancel(ctx, node, op.GetUid(), "it has been changed"); err != nil {
+			if err := c.cancel(ctx, node, op.GetUid(), opsv1.CancelCodeChanged); err != nil {
 				return f, err
 			}
 			continue
@@ -158,11 +158,25 @@ func rank(op *opsv1.PullOperation) int {
 }
 
 // cancel cancels a pull. It is no error if the node does not have the pull.
-func (c *calls) cancel(ctx context.Context, node nodes.Node, uid, why string) error {
-	if _, err := c.nodes.CancelPull(ctx, node, uid, cancelReason+why); err != nil && !nodes.NotFound(err) {
+func (c *calls) cancel(ctx context.Context, node nodes.Node, uid, code string) error {
+	_, err := c.nodes.CancelPull(ctx, node, uid, code, cancelReason+cancelText(code))
+	if err != nil && !nodes.NotFound(err) {
 		return err
 	}
 	return nil
+}
+
+// cancelText says to people why a pull is cancelled.
+func cancelText(code string) string {
+	switch code {
+	case opsv1.CancelCodeChanged:
+		return "it has been changed"
+	case opsv1.CancelCodeNotChosen:
+		return "the node is no longer chosen"
+	case opsv1.CancelCodeDeadline:
+		return "activeDeadlineSeconds is over"
+	}
+	return "the job was deleted"
 }
 
 // removedNode is a node that has to forget a job.
@@ -172,16 +186,16 @@ type removedNode struct {
 	quiet <-chan struct{}
 }
 
-// cleanUp tries once on each node to cancel the job's pulls and, with pins, to release its pins. It
-// returns the nodes that have not answered.
-func (c *calls) cleanUp(ctx context.Context, s *spec.Spec, nodes []removedNode, pins bool, why string) []removedNode {
+// cleanUp tries once on each node to cancel the job's pulls, for the reason that code names, and,
+// with pins, to release its pins. It returns the nodes that have not answered.
+func (c *calls) cleanUp(ctx context.Context, s *spec.Spec, nodes []removedNode, pins bool, code string) []removedNode {
 	var mu sync.Mutex
 	var left []removedNode
 	var g errgroup.Group
 	g.SetLimit(maxProbes)
 	for _, n := range nodes {
 		g.Go(func() error {
-			if err := c.cleanUpNode(ctx, s, n, pins, why); err != nil && !troubleOf(err).final {
+			if err := c.cleanUpNode(ctx, s, n, pins, code); err != nil && !troubleOf(err).final {
 				mu.Lock()
 				defer mu.Unlock()
 				left = append(left, n)
@@ -193,7 +207,7 @@ func (c *calls) cleanUp(ctx context.Context, s *spec.Spec, nodes []removedNode, 
 	return left
 }
 
-func (c *calls) cleanUpNode(ctx context.Context, s *spec.Spec, n removedNode, pins bool, why string) error {
+func (c *calls) cleanUpNode(ctx context.Context, s *spec.Spec, n removedNode, pins bool, code string) error {
 	if n.quiet != nil {
 		select {
 		case <-n.quiet:
@@ -209,7 +223,7 @@ func (c *calls) cleanUpNode(ctx context.Context, s *spec.Spec, n removedNode, pi
 		if _, _, _, ours := s.ParseUID(op.GetUid()); !ours || op.GetFinishTime() != nil {
 			continue
 		}
-		if err := c.cancel(ctx, n.node, op.GetUid(), why); err != nil {
+		if err := c.cancel(ctx, n.node, op.GetUid(), code); err != nil {
 			return err
 		}
 	}

@@ -11,10 +11,10 @@ import (
 // cleanUpTimeout is how long nodes that do not answer are told to forget a job.
 const cleanUpTimeout = 30 * time.Second
 
-// cleanUp cancels the job's pulls on the nodes and, with pins, releases its pins. It goes on until
-// all nodes have answered or cleanUpTimeout has passed, and then calls done with the number of
-// nodes that have not answered. The caller holds the mutex.
-func (j *jobState) cleanUp(nodes []*nodeState, pins bool, why string, done func(left int)) {
+// cleanUp cancels the job's pulls on the nodes, with code, and, with pins, releases its pins. It
+// goes on until all nodes have answered or cleanUpTimeout has passed, and then calls done with the
+// number of nodes that have not answered. The caller holds the mutex.
+func (j *jobState) cleanUp(nodes []*nodeState, pins bool, code string, done func(left int)) {
 	if len(nodes) == 0 {
 		return
 	}
@@ -27,7 +27,7 @@ func (j *jobState) cleanUp(nodes []*nodeState, pins bool, why string, done func(
 		ctx, cancel := context.WithTimeout(ctx, cleanUpTimeout)
 		defer cancel()
 		for wait := retryInterval; ; wait = min(2*wait, retryIntervalMax) {
-			left = j.calls.cleanUp(ctx, s, left, pins, why)
+			left = j.calls.cleanUp(ctx, s, left, pins, code)
 			if len(left) == 0 || !sleep(ctx, wait) {
 				break
 			}

@@ -12,11 +12,10 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
 )
-
-const reasonDeleted = "the job was deleted"
 
 // deleted releases the pins of a job that somebody has deleted after its end, as far as nodes
 // answer. If the job was deleted because its time had passed, the pins stay: what was pulled is to
@@ -45,7 +44,7 @@ func (r *Reconciler) deleted(job *v1beta1.ImagePullJob) {
 		j.close()
 		j.mu.Lock()
 		defer j.mu.Unlock()
-		j.cleanUp(j.table.nodes, true, reasonDeleted, func(int) {})
+		j.cleanUp(j.table.nodes, true, opsv1.CancelCodeDeleted, func(int) {})
 	})
 }
 
@@ -110,7 +109,7 @@ func (p *pass) cleanUp(ctx context.Context) error {
 		close(done)
 		return nil
 	}
-	j.cleanUp(nodes, true, reasonDeleted, func(int) {
+	j.cleanUp(nodes, true, opsv1.CancelCodeDeleted, func(int) {
 		close(done)
 		wake()
 	})

@@ -372,7 +372,7 @@ func (f *fleet) WatchPull(
 	}
 }
 
-func (f *fleet) CancelPull(ctx context.Context, n nodes.Node, uid, reason string) (*opsv1.PullOperation, error) {
+func (f *fleet) CancelPull(ctx context.Context, n nodes.Node, uid, code, reason string) (*opsv1.PullOperation, error) {
 	node, err := f.node(ctx, n, "CancelPull")
 	if err != nil {
 		return nil, err
@@ -383,7 +383,9 @@ func (f *fleet) CancelPull(ctx context.Context, n nodes.Node, uid, reason string
 	if p == nil {
 		return nil, answer(n, "CancelPull", codes.NotFound, "no such pull")
 	}
-	p.reason = reason
+	if p.reason = reason; !node.old && p.op.GetFinishTime() == nil {
+		p.op.CancelCode = code
+	}
 	f.finish(node, p, opsv1.PullPhase_PULL_CANCELLED, "Cancelled", reason)
 	if p.cancel != nil {
 		p.cancel()

@@ -10,6 +10,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/crew"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
@@ -64,7 +65,7 @@ func (j *jobState) apply(s *spec.Spec) {
 	active := countActive(gone)
 	j.table.removed += active
 	// A node that was deleted does not answer, and there is no harm in asking.
-	j.cleanUp(gone, true, "the node is no longer chosen", func(int) {
+	j.cleanUp(gone, true, opsv1.CancelCodeNotChosen, func(int) {
 		j.mu.Lock()
 		defer j.mu.Unlock()
 		j.table.removed -= active

@@ -14,24 +14,28 @@ import (
 // The controller ends such a pull. The controller that comes after it does not begin the pull
 // again.
 func TestEndlessPullAndRestart(t *testing.T) {
-	inBed(t, func(t *testing.T, b *bed) {
-		b.add("endless", &simNode{takes: time.Second, endless: "Fetching"})
-		b.add("slow", &simNode{takes: time.Hour, stuck: true}) // to its own timeout
-		b.create("job",
-			spec{ImagePullJobTemplate: template{Parallelism: parallel(2),
-				PullPolicy: &v1beta1.PullPolicy{TimeoutSeconds: number(int32(3600)), BackoffLimit: number(int32(0))}}})
-		b.until("through with one", "job", 3*time.Hour, func(j *job) bool { return j.Status.Failed == 1 })
-		b.restart()
-		j := b.until("completed", "job", 3*time.Hour, completed)
-		b.want(j, "True NodesFailed", "2/0/0/2")
-		if f := j.Status.Failures; len(f) != 2 || f[0].Node != "endless" || f[0].Reason != "Overdue" ||
-			!strings.Contains(f[0].Message, "ctl pulls") {
-			t.Errorf("failures %+v", f)
-		}
-		if n := b.fleet.begun()["endless"]; n != 1 {
-			t.Errorf("%d pulls on the node that does not end", n)
-		}
-	})
+	for name, old := range map[string]bool{"a node": false, "an old node": true} {
+		t.Run(name, func(t *testing.T) {
+			inBed(t, func(t *testing.T, b *bed) {
+				b.add("endless", &simNode{takes: time.Second, endless: "Fetching", old: old})
+				b.add("slow", &simNode{takes: time.Hour, stuck: true}) // to its own timeout
+				b.create("job",
+					spec{ImagePullJobTemplate: template{Parallelism: parallel(2),
+						PullPolicy: &v1beta1.PullPolicy{TimeoutSeconds: number(int32(3600)), BackoffLimit: number(int32(0))}}})
+				b.until("through with one", "job", 3*time.Hour, func(j *job) bool { return j.Status.Failed == 1 })
+				b.restart()
+				j := b.until("completed", "job", 3*time.Hour, completed)
+				b.want(j, "True NodesFailed", "2/0/0/2")
+				if f := j.Status.Failures; len(f) != 2 || f[0].Node != "endless" || f[0].Reason != "Overdue" ||
+					!strings.Contains(f[0].Message, "ctl pulls") {
+					t.Errorf("failures %+v", f)
+				}
+				if n := b.fleet.begun()["endless"]; n != 1 {
+					t.Errorf("%d pulls on the node that does not end", n)
+				}
+			})
+		})
+	}
 }
 
 // A node that answers for ever, and does not come to an end, no longer keeps others from pulling.

@@ -92,7 +92,7 @@ func (j *jobState) endOverdue(
 	end := proto.Clone(op).(*opsv1.PullOperation)
 	end.Phase, end.Reason, end.Message = opsv1.PullPhase_PULL_FAILED, reasonOverdue, why
 	// The pull counts as failed even if the node does not cancel it.
-	last, err := j.calls.nodes.CancelPull(ctx, node, op.GetUid(), overdueReason+why)
+	last, err := j.calls.nodes.CancelPull(ctx, node, op.GetUid(), opsv1.CancelCodeOverdue, overdueReason+why)
 	if err == nil && last.GetPhase() == opsv1.PullPhase_PULL_SUCCEEDED {
 		end = last
 	}

@@ -26,6 +26,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/crew"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/report"
@@ -385,7 +386,7 @@ func (p *pass) complete(ctx context.Context, next *v1beta1.ImagePullJobStatus, l
 	j.close()
 	if late {
 		j.mu.Lock()
-		j.cleanUp(j.table.nodes, false, "activeDeadlineSeconds is over", func(int) {})
+		j.cleanUp(j.table.nodes, false, opsv1.CancelCodeDeadline, func(int) {})
 		j.mu.Unlock()
 	}
 	p.memory.state = nil

@@ -207,6 +207,9 @@ func TestPausedAndResumed(t *testing.T) {
 func TestImageChanged(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addMany(10, time.Minute)
+		for i := range 5 {
+			b.fleet.change(fmt.Sprintf("node-%d", i), func(n *simNode) { n.old = true })
+		}
 		b.create("job", spec{ImagePullJobTemplate: template{Parallelism: parallel(4)}})
 		b.until("half way", "job", 5*time.Minute,
 			func(j *job) bool { return j.Status.Succeeded >= 4 && b.fleet.flying("uid-job") > 0 })
@@ -522,7 +525,7 @@ func TestOddAnswers(t *testing.T) {
 		b.create("job", spec{})
 		b.until("at work", "job", time.Second, func(*job) bool { return b.fleet.flying("uid-job") == 1 })
 		uid := b.fleet.last("node").GetUid()
-		if _, err := b.fleet.CancelPull(t.Context(), nodes.Node{Name: "node"}, uid, "by hand"); err != nil {
+		if _, err := b.fleet.CancelPull(t.Context(), nodes.Node{Name: "node"}, uid, "", "by hand"); err != nil {
 			t.Fatal(err)
 		}
 		j := b.until("completed", "job", time.Minute, completed)

@@ -35,10 +35,10 @@ func (c *Client) ListPulls(ctx context.Context, n Node) ([]*opsv1.PullOperation,
 	})
 }
 
-// CancelPull ends a pull.
-func (c *Client) CancelPull(ctx context.Context, n Node, uid, reason string) (*opsv1.PullOperation, error) {
+// CancelPull ends a pull. code is one of opsv1.CancelCode... or empty, reason is for people.
+func (c *Client) CancelPull(ctx context.Context, n Node, uid, code, reason string) (*opsv1.PullOperation, error) {
 	return images(ctx, c, n, "CancelPull", func(ctx context.Context, i opsv1.ImagesClient) (*opsv1.PullOperation, error) {
-		return i.CancelPull(ctx, &opsv1.CancelPullRequest{Uid: uid, Reason: reason})
+		return i.CancelPull(ctx, &opsv1.CancelPullRequest{Uid: uid, Code: code, Reason: reason})
 	})
 }
 
