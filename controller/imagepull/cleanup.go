@@ -39,3 +39,11 @@ func (j *jobState) cleanUp(nodes []*nodeState, pins bool, code string, done func
 		done(len(left))
 	})
 }
+
+// cleanUpAll is cleanUp on all nodes of the job. It returns how many these are.
+func (j *jobState) cleanUpAll(pins bool, code string, done func(left int)) int {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.cleanUp(j.table.nodes, pins, code, done)
+	return len(j.table.nodes)
+}

@@ -42,9 +42,7 @@ func (r *Reconciler) deleted(job *v1beta1.ImagePullJob) {
 			return
 		}
 		j.close()
-		j.mu.Lock()
-		defer j.mu.Unlock()
-		j.cleanUp(j.table.nodes, true, opsv1.CancelCodeDeleted, func(int) {})
+		j.cleanUpAll(true, opsv1.CancelCodeDeleted, func(int) {})
 	})
 }
 
@@ -102,18 +100,15 @@ func (p *pass) cleanUp(ctx context.Context) error {
 	p.memory.cleanedUp = done
 	j, wake := p.memory.state, p.r.waker(client.ObjectKeyFromObject(p.job))
 	j.close()
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	nodes := j.table.nodes
-	if len(nodes) == 0 {
-		close(done)
-		return nil
-	}
-	j.cleanUp(nodes, true, opsv1.CancelCodeDeleted, func(int) {
+	count := j.cleanUpAll(true, opsv1.CancelCodeDeleted, func(int) {
 		close(done)
 		wake()
 	})
-	p.log.WithField("nodes", len(nodes)).Info("job deleted: cancelling its pulls and releasing its pins")
+	if count == 0 {
+		close(done)
+		return nil
+	}
+	p.log.WithField("nodes", count).Info("job deleted: cancelling its pulls and releasing its pins")
 	return nil
 }
 

@@ -317,51 +317,24 @@ func (p *pass) conclude(ctx context.Context) (time.Duration, error) {
 		deadline = s.Begun.Add(time.Duration(*seconds) * time.Second).Sub(p.now)
 		late = deadline <= 0
 	}
-
-	j.mu.Lock()
-	t := j.table
 	now := time.Now()
-	next := t.status(&p.job.Status)
-	p.observe(next)
-	finished := t.finished()
-	if early := s.Begun.Add(noNodesTimeout).Sub(now); len(t.nodes) == 0 && early > 0 {
-		finished, deadline = false, retry.Sooner(deadline, early)
+	r := j.review(&p.job.Status, p.observe, now)
+	if early := s.Begun.Add(noNodesTimeout).Sub(now); r.status.Desired == 0 && early > 0 {
+		r.finished, deadline = false, retry.Sooner(deadline, early)
 	}
-	n, idle := len(t.nodes), t.idle()
-	if t.setRunning(next); !apiequality.Semantic.DeepEqual(next.Conditions, p.job.Status.Conditions) {
-		t.throttle.add(0)
+	if ends && (r.finished || late) {
+		return p.complete(ctx, r.status, late && !r.finished)
 	}
-	due, wait := t.throttle.due(now, n, idle)
-	if next.ObservedGeneration != p.job.Status.ObservedGeneration {
-		due = true
-	}
-	if wakeup := t.nextWakeup(now); wakeup > 0 {
-		wait = retry.Sooner(wait, wakeup)
-	}
-	throttle := t.throttle
-	if due {
-		t.throttle.wrote(now, n, idle)
-	}
-	j.woken, j.planned = !due && wait > 0 && wait <= writeGap, time.Time{}
-	if wait > 0 {
-		j.planned = now.Add(wait)
-	}
-	j.mu.Unlock()
-
-	if ends && (finished || late) {
-		return p.complete(ctx, next, late && !finished)
-	}
+	wait := r.wait
 	if deadline > 0 {
 		wait = retry.Sooner(wait, deadline)
 	}
-	if !due {
+	if !r.due {
 		return wait, nil
 	}
 	j.writeEvents(p.r.Recorder, p.job)
-	if err := p.writeStatus(ctx, next); err != nil {
-		j.mu.Lock()
-		t.throttle.undo(throttle)
-		j.mu.Unlock()
+	if err := p.writeStatus(ctx, r.status); err != nil {
+		j.unwritten(r)
 		return 0, err
 	}
 	if wait == 0 {
@@ -375,9 +348,7 @@ func (p *pass) complete(ctx context.Context, next *v1beta1.ImagePullJobStatus, l
 	j := p.memory.state
 	reason := report.End(next, late, p.now)
 	if late {
-		j.mu.Lock()
-		report.SetLateFailures(next, j.table.nodes.lateFailures())
-		j.mu.Unlock()
+		report.SetLateFailures(next, j.lateFailures())
 	}
 	if err := p.writeStatus(ctx, next); err != nil {
 		return 0, err
@@ -385,9 +356,7 @@ func (p *pass) complete(ctx context.Context, next *v1beta1.ImagePullJobStatus, l
 	j.writeEvents(p.r.Recorder, p.job)
 	j.close()
 	if late {
-		j.mu.Lock()
-		j.cleanUp(j.table.nodes, false, opsv1.CancelCodeDeadline, func(int) {})
-		j.mu.Unlock()
+		j.cleanUpAll(false, opsv1.CancelCodeDeadline, func(int) {})
 	}
 	p.memory.state = nil
 	message := meta.FindStatusCondition(next.Conditions, v1beta1.ConditionComplete).Message
