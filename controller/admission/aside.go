@@ -10,8 +10,9 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/webhook/admission"
 )
 
-// Aside is a server whose webhooks for OpenKruise's kinds let everything through while there says that OpenKruise, with webhooks of its
-// own, is in the cluster: what it takes is not ours to refuse or to fill in.
+// Aside returns a server whose webhooks for OpenKruise's kinds let every object through while there
+// returns true. there says that OpenKruise, with webhooks of its own, is in the cluster: then
+// OpenKruise refuses and completes these objects.
 func Aside(server mux, there func() bool) mux { return aside{server, there} }
 
 type aside struct {

@@ -15,14 +15,16 @@ type paths map[string]http.Handler
 
 func (p paths) Register(path string, hook http.Handler) { p[path] = hook }
 
-// While OpenKruise is there its kinds are its own to refuse. Rollouts are ours.
+// While OpenKruise is there, OpenKruise refuses its own kinds. Rollouts are ours.
 func TestAside(t *testing.T) {
 	there, served := false, paths{}
 	a := Aside(served, func() bool { return there })
-	for _, path := range []string{PathDefaultRecreate, PathValidateRecreate, PathValidateJob, PathValidateList, PathValidateRollout} {
-		a.Register(path, &admission.Webhook{Handler: admission.HandlerFunc(func(context.Context, admission.Request) admission.Response {
-			return admission.Denied("wrong")
-		})})
+	for _, path := range []string{PathDefaultRecreate, PathValidateRecreate, PathValidateJob, PathValidateList,
+		PathValidateRollout} {
+		a.Register(path,
+			&admission.Webhook{Handler: admission.HandlerFunc(func(context.Context, admission.Request) admission.Response {
+				return admission.Denied("wrong")
+			})})
 	}
 	for _, there = range []bool{false, true} {
 		for path, hook := range served {

@@ -18,10 +18,11 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 )
 
-// rightsEvery is how often the policies are looked for. They are read by name, six small objects.
+// rightsEvery is how often Rights reads the policies, six small objects, by name.
 const rightsEvery = 5 * time.Minute
 
-// rightsPolicies are the admission policies of deploy/rights, and their bindings, by what they are about.
+// rightsPolicies are the names of the admission policies of deploy/rights and of their bindings.
+// about says for which kinds a policy is.
 var rightsPolicies = []struct{ name, about string }{
 	{"inplacerollout.rights.cri-proxy.io", "InPlaceRollouts"},
 	{"containerrecreaterequest.rights.cri-proxy.io", "ContainerRecreateRequests"},
@@ -30,8 +31,8 @@ var rightsPolicies = []struct{ name, about string }{
 
 // +kubebuilder:rbac:groups=admissionregistration.k8s.io,resources=validatingadmissionpolicies;validatingadmissionpolicybindings,resourceNames=inplacerollout.rights.cri-proxy.io;containerrecreaterequest.rights.cri-proxy.io;imagepulljob.rights.cri-proxy.io,verbs=get
 
-// Rights tells when the API server does not ask users for rights of their own, because a policy of deploy/rights is not there. It is what a
-// manager runs.
+// Rights reports when a policy of deploy/rights is missing, so that the API server does not ask
+// users for rights of their own. It is a manager.Runnable.
 type Rights struct {
 	from  client.Reader
 	log   logrus.FieldLogger
@@ -49,7 +50,7 @@ func NewRights(from client.Reader, log logrus.FieldLogger, r prometheus.Register
 	return &Rights{from: from, log: log, gauge: gauge}, r.Register(gauge)
 }
 
-// NeedLeaderElection implements manager.LeaderElectionRunnable: one replica tells it.
+// NeedLeaderElection implements manager.LeaderElectionRunnable: one replica reports.
 func (*Rights) NeedLeaderElection() bool { return true }
 
 // Start implements manager.Runnable.
@@ -66,14 +67,15 @@ func (r *Rights) Start(ctx context.Context) error {
 	}
 }
 
-// look tells what has changed since it looked last.
+// look reports what has changed since the last look.
 func (r *Rights) look(ctx context.Context) {
 	var unasked, why []string
 	for _, p := range rightsPolicies {
 		reason, err := r.missing(ctx, p.name)
 		if err != nil {
 			if ctx.Err() == nil {
-				r.log.WithError(err).WithField("policy", p.name).Warn("it is not known whether users are asked for rights of their own")
+				r.log.WithError(err).WithField("policy", p.name).
+					Warn("it is not known whether users are asked for rights of their own")
 			}
 			return
 		}
@@ -91,11 +93,12 @@ func (r *Rights) look(ctx context.Context) {
 		r.log.Info("users are asked for rights of their own")
 		return
 	}
-	r.log.Warnf("whoever may create %s in a namespace has the controller's rights there: %s; apply deploy/rights/policies.yaml, or set rights.enabled of the chart",
+	r.log.Warnf("whoever may create %s in a namespace has the controller's rights there: %s; apply "+
+		"deploy/rights/policies.yaml, or set rights.enabled of the chart",
 		strings.Join(unasked, ", "), text)
 }
 
-// missing says why a policy is not in force; empty if it is.
+// missing says why a policy is not in force. It returns "" if the policy is.
 func (r *Rights) missing(ctx context.Context, name string) (string, error) {
 	var policy admissionv1.ValidatingAdmissionPolicy
 	var binding admissionv1.ValidatingAdmissionPolicyBinding

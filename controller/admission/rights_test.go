@@ -22,10 +22,10 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
 	"sigs.k8s.io/yaml"
 
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/api/scheme"
 )
 
-// rightsObjects are those of deploy/rights.
+// rightsObjects returns the objects of deploy/rights.
 func rightsObjects(t *testing.T) []client.Object {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join("..", "..", "deploy", "rights", "policies.yaml"))
@@ -46,7 +46,7 @@ func rightsObjects(t *testing.T) []client.Object {
 	return all
 }
 
-// TestRightsAreLookedFor: what the manifests have is enough, and what they lack is told, once.
+// TestRightsAreLookedFor: the manifests have enough, and Rights reports once what they lack.
 func TestRightsAreLookedFor(t *testing.T) {
 	const rollouts = "inplacerollout.rights.cri-proxy.io"
 	for _, tt := range []struct {
@@ -57,11 +57,13 @@ func TestRightsAreLookedFor(t *testing.T) {
 	}{
 		{name: "as in the manifests", change: func(client.Object) bool { return true }},
 		{name: "none", change: func(client.Object) bool { return false }, count: 3,
-			says: "whoever may create InPlaceRollouts, ContainerRecreateRequests, ImagePullJobs and ImageListPullJobs in a namespace has the controller's rights there: there is no ValidatingAdmissionPolicy " + rollouts},
-		{name: "a policy without its binding", count: 1, says: "there is no ValidatingAdmissionPolicyBinding " + rollouts, change: func(o client.Object) bool {
-			_, binding := o.(*admissionv1.ValidatingAdmissionPolicyBinding)
-			return !binding || o.GetName() != rollouts
-		}},
+			says: "whoever may create InPlaceRollouts, ContainerRecreateRequests, ImagePullJobs and ImageListPullJobs in a " +
+				"namespace has the controller's rights there: there is no ValidatingAdmissionPolicy " + rollouts},
+		{name: "a policy without its binding", count: 1, says: "there is no ValidatingAdmissionPolicyBinding " + rollouts,
+			change: func(o client.Object) bool {
+				_, binding := o.(*admissionv1.ValidatingAdmissionPolicyBinding)
+				return !binding || o.GetName() != rollouts
+			}},
 		{name: "warned only", count: 1, says: "does not deny", change: func(o client.Object) bool {
 			if b, ok := o.(*admissionv1.ValidatingAdmissionPolicyBinding); ok && o.GetName() == rollouts {
 				b.Spec.ValidationActions = []admissionv1.ValidationAction{admissionv1.Warn}
@@ -70,13 +72,14 @@ func TestRightsAreLookedFor(t *testing.T) {
 		}},
 		{name: "of some namespaces", count: 1, says: "leaves some out", change: func(o client.Object) bool {
 			if b, ok := o.(*admissionv1.ValidatingAdmissionPolicyBinding); ok && o.GetName() == rollouts {
-				b.Spec.MatchResources = &admissionv1.MatchResources{NamespaceSelector: &metav1.LabelSelector{MatchLabels: map[string]string{"a": "b"}}}
+				b.Spec.MatchResources = &admissionv1.MatchResources{
+					NamespaceSelector: &metav1.LabelSelector{MatchLabels: map[string]string{"a": "b"}}}
 			}
 			return true
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			scheme, err := controller.NewScheme()
+			scheme, err := scheme.New()
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -87,7 +90,8 @@ func TestRightsAreLookedFor(t *testing.T) {
 				}
 			}
 			log, hook := logtest.NewNullLogger()
-			r, err := NewRights(fake.NewClientBuilder().WithScheme(scheme).WithObjects(there...).Build(), log, prometheus.NewRegistry())
+			r, err := NewRights(fake.NewClientBuilder().WithScheme(scheme).WithObjects(there...).Build(), log,
+				prometheus.NewRegistry())
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -98,16 +102,18 @@ func TestRightsAreLookedFor(t *testing.T) {
 				t.Errorf("%v policies are missing, want %v", got, tt.count)
 			}
 			entries := hook.AllEntries()
-			if tt.says == "" && len(entries) != 0 || tt.says != "" && (len(entries) != 1 || !strings.Contains(entries[0].Message, tt.says)) {
+			if tt.says == "" && len(entries) != 0 || tt.says != "" &&
+				(len(entries) != 1 || !strings.Contains(entries[0].Message, tt.says)) {
 				t.Errorf("told %v, want %q", entries, tt.says)
 			}
 		})
 	}
 }
 
-// TestRightsUnknown: an API server that does not answer is no reason to tell anything else than before; one that has no such policies is.
+// TestRightsUnknown: an API server that does not answer changes nothing in what Rights reports. An
+// API server that has no such policies does.
 func TestRightsUnknown(t *testing.T) {
-	scheme, err := controller.NewScheme()
+	scheme, err := scheme.New()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -124,12 +130,16 @@ func TestRightsUnknown(t *testing.T) {
 	}
 	fails = apierrors.NewForbidden(admissionv1.Resource("validatingadmissionpolicies"), "x", nil)
 	r.look(t.Context())
-	if e := hook.LastEntry(); e == nil || e.Message != "it is not known whether users are asked for rights of their own" || testutil.ToFloat64(r.gauge) != 0 {
+	if e := hook.LastEntry(); e == nil || e.Message != "it is not known whether users are asked for rights of their own" ||
+		testutil.ToFloat64(r.gauge) != 0 {
 		t.Errorf("%v", e)
 	}
-	fails = &apimeta.NoKindMatchError{GroupKind: admissionv1.SchemeGroupVersion.WithKind("ValidatingAdmissionPolicy").GroupKind()}
+	fails = &apimeta.NoKindMatchError{GroupKind: admissionv1.SchemeGroupVersion.WithKind("ValidatingAdmissionPolicy").
+		GroupKind()}
 	r.look(t.Context())
-	if e := hook.LastEntry(); e == nil || !strings.Contains(e.Message, "the API server knows no ValidatingAdmissionPolicy") || testutil.ToFloat64(r.gauge) != 3 {
+	if e := hook.LastEntry(); e == nil ||
+		!strings.Contains(e.Message, "the API server knows no ValidatingAdmissionPolicy") ||
+		testutil.ToFloat64(r.gauge) != 3 {
 		t.Errorf("%v", e)
 	}
 }

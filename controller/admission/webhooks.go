@@ -22,13 +22,15 @@ import (
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
-	"github.com/cri-proxy/cri-proxy/controller"
-	"github.com/cri-proxy/cri-proxy/controller/imagepull"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
+	"github.com/cri-proxy/cri-proxy/controller/recreate/accept"
 	"github.com/cri-proxy/cri-proxy/controller/rollout"
 )
 
-// Paths that the webhooks are served at, as the webhook configurations in deploy name them. Image jobs come as v1beta1 and requests as
-// v1alpha1, whatever version they were sent as: the API server converts them.
+// Paths of the webhooks, as the webhook configurations in deploy name them. Image jobs come as
+// v1beta1 and requests as v1alpha1, in whatever version the user has sent them: the API server
+// converts them.
 const (
 	PathDefaultRecreate  = "/default-containerrecreaterequest"
 	PathValidateRecreate = "/validate-containerrecreaterequest"
@@ -37,13 +39,13 @@ const (
 	PathValidateRollout  = "/validate-inplacerollout"
 )
 
-// mux is where handlers are registered; a webhook.Server is one.
+// mux registers handlers; a webhook.Server does.
 type mux interface {
 	Register(path string, hook http.Handler)
 }
 
-// Register adds the webhooks to a server. What they look up they read from the given reader: past the cache, because a replica that does
-// not lead keeps none of pods, and because a user must not be refused for what was true a moment ago.
+// Register adds the webhooks to a server. from must read past the cache: a replica that does not
+// lead caches no pods, and the webhooks must not refuse a user for what was true a moment ago.
 func Register(server mux, scheme *runtime.Scheme, from client.Reader, log logrus.FieldLogger) {
 	w := &webhooks{from: from, log: log}
 	for path, handler := range map[string]admission.Handler{
@@ -57,28 +59,33 @@ func Register(server mux, scheme *runtime.Scheme, from client.Reader, log logrus
 	}
 }
 
-// webhooks is what they share.
+// webhooks holds what the webhooks share.
 type webhooks struct {
 	from client.Reader
 	log  logrus.FieldLogger
 }
 
-// guard lets an object through when a check panics: an error of ours must not keep users from working.
+// guard lets an object through when a check panics: a bug of ours must not keep users from working.
 func (w *webhooks) guard(path string, h admission.Handler) admission.Handler {
 	return admission.HandlerFunc(func(ctx context.Context, req admission.Request) (resp admission.Response) {
 		defer func() {
 			if why := recover(); why != nil {
-				w.log.WithFields(logrus.Fields{"path": path, "object": req.Namespace + "/" + req.Name}).Errorf("a check panicked: %v", why)
-				resp = admission.Allowed("").WithWarnings("not checked because of an error in cri-controller; the object's status will say whether it can be carried out")
+				w.log.WithFields(logrus.Fields{"path": path, "object": req.Namespace + "/" + req.Name}).
+					Errorf("a check panicked: %v", why)
+				resp = admission.Allowed("").
+					WithWarnings("not checked because of an error in cri-controller; the object's status will say whether it " +
+						"can be carried out")
 			}
 		}()
 		return h.Handle(ctx, req)
 	})
 }
 
-// fill fills new requests in, and puts back what a change has taken away of that. It is best effort: the reconciler does without, and what
-// cannot be read here is refused by the schema, with a better text. Only what the user has set although it is read-only is refused. The
-// patch is of what is filled in only: a whole object of our types would bring fields along that the user has not set.
+// fill completes new requests, and restores what a change has removed of that. It is best effort.
+// The reconciler does without it, and if fill cannot read a request, the schema refuses the request
+// with a better text. fill itself refuses only a read-only field that the user has set. The patch
+// has only the fields that fill sets: a whole object of our types would add fields that the user
+// has not set.
 func (w *webhooks) fill(scheme *runtime.Scheme) admission.Handler {
 	decoder := admission.NewDecoder(scheme)
 	return admission.HandlerFunc(func(ctx context.Context, req admission.Request) admission.Response {
@@ -88,7 +95,7 @@ func (w *webhooks) fill(scheme *runtime.Scheme) admission.Handler {
 		}
 		sent := crr.DeepCopy()
 		err := w.fillOne(ctx, decoder, req, &crr)
-		var why *controller.SpecError
+		var why *apierror.SpecError
 		if errors.As(err, &why) {
 			return admission.Errored(http.StatusBadRequest, why)
 		}
@@ -104,18 +111,21 @@ func (w *webhooks) fill(scheme *runtime.Scheme) admission.Handler {
 	})
 }
 
-func (w *webhooks) fillOne(ctx context.Context, decoder admission.Decoder, req admission.Request, crr *appsv1alpha1.ContainerRecreateRequest) error {
+func (w *webhooks) fillOne(
+	ctx context.Context, decoder admission.Decoder, req admission.Request, crr *appsv1alpha1.ContainerRecreateRequest,
+) error {
 	if req.Operation != admissionv1.Update {
-		return controller.FillRecreate(ctx, w.from, crr)
+		return accept.Fill(ctx, w.from, crr)
 	}
 	var before appsv1alpha1.ContainerRecreateRequest
 	if err := decoder.DecodeRaw(req.OldObject, &before); err != nil {
 		return err
 	}
-	return controller.RefillRecreate(ctx, w.from, &before, crr)
+	return accept.Refill(ctx, w.from, &before, crr)
 }
 
-// withFilled is the object as it was sent with what has been filled in since: labels, annotations, and fields of the spec.
+// withFilled returns the object as it was sent, with the labels, annotations and fields of the spec
+// that fill has set.
 func withFilled(raw []byte, sent, filled *appsv1alpha1.ContainerRecreateRequest) ([]byte, error) {
 	var object unstructured.Unstructured
 	if err := object.UnmarshalJSON(raw); err != nil {
@@ -163,7 +173,7 @@ func withFilled(raw []byte, sent, filled *appsv1alpha1.ContainerRecreateRequest)
 	return object.MarshalJSON()
 }
 
-// add copies one field that is not there.
+// add copies one field from one object to another that lacks it.
 func add(to, from map[string]any, path ...string) error {
 	if _, there, err := unstructured.NestedFieldNoCopy(to, path...); there || err != nil {
 		return err
@@ -176,33 +186,36 @@ func add(to, from map[string]any, path ...string) error {
 }
 
 func (w *webhooks) recreate() admission.Validator[*appsv1alpha1.ContainerRecreateRequest] {
-	return &validator[*appsv1alpha1.ContainerRecreateRequest]{w, func(ctx context.Context, before, crr *appsv1alpha1.ContainerRecreateRequest) ([]string, error) {
-		if before != nil {
-			return nil, controller.CheckRecreateUpdate(before, crr)
-		}
-		return nil, controller.CheckRecreate(ctx, w.from, crr)
-	}}
+	return &validator[*appsv1alpha1.ContainerRecreateRequest]{w,
+		func(ctx context.Context, before, crr *appsv1alpha1.ContainerRecreateRequest) ([]string, error) {
+			if before != nil {
+				return nil, accept.CheckUpdate(before, crr)
+			}
+			return nil, accept.Check(ctx, w.from, crr)
+		}}
 }
 
 func (w *webhooks) job() admission.Validator[*v1beta1.ImagePullJob] {
 	return &validator[*v1beta1.ImagePullJob]{w, func(_ context.Context, _, job *v1beta1.ImagePullJob) ([]string, error) {
-		return imagepull.Check(job)
+		return spec.Check(job)
 	}}
 }
 
 func (w *webhooks) list() admission.Validator[*v1beta1.ImageListPullJob] {
-	return &validator[*v1beta1.ImageListPullJob]{w, func(_ context.Context, _, list *v1beta1.ImageListPullJob) ([]string, error) {
-		return imagepull.CheckList(list)
-	}}
+	return &validator[*v1beta1.ImageListPullJob]{w,
+		func(_ context.Context, _, list *v1beta1.ImageListPullJob) ([]string, error) {
+			return spec.CheckList(list)
+		}}
 }
 
 func (w *webhooks) rollout() admission.Validator[*inplace.InPlaceRollout] {
-	return &validator[*inplace.InPlaceRollout]{w, func(ctx context.Context, before, r *inplace.InPlaceRollout) ([]string, error) {
-		return rollout.Check(ctx, w.from, before, r)
-	}}
+	return &validator[*inplace.InPlaceRollout]{w,
+		func(ctx context.Context, before, r *inplace.InPlaceRollout) ([]string, error) {
+			return rollout.Check(ctx, w.from, before, r)
+		}}
 }
 
-// object is one of ours.
+// object is an object of one of our kinds.
 type object interface {
 	comparable
 	client.Object
@@ -211,7 +224,7 @@ type object interface {
 // validator is an admission.Validator for one kind.
 type validator[T object] struct {
 	*webhooks
-	// check is told what is to be stored and, unless it is new, what is there.
+	// check gets the object as it will be stored and, unless the object is new, as it is now.
 	check func(ctx context.Context, before, after T) (warnings []string, err error)
 }
 
@@ -221,7 +234,8 @@ func (v *validator[T]) ValidateCreate(ctx context.Context, o T) (admission.Warni
 	return v.answer(ctx, none, o)
 }
 
-// ValidateUpdate implements admission.Validator. What is being deleted is let go, whatever it says.
+// ValidateUpdate implements admission.Validator. It lets through any change of an object that is
+// being deleted.
 func (v *validator[T]) ValidateUpdate(ctx context.Context, before, after T) (admission.Warnings, error) {
 	if after.GetDeletionTimestamp() != nil {
 		return nil, nil
@@ -229,23 +243,26 @@ func (v *validator[T]) ValidateUpdate(ctx context.Context, before, after T) (adm
 	return v.answer(ctx, before, after)
 }
 
-// ValidateDelete implements admission.Validator. Deletion is never refused.
+// ValidateDelete implements admission.Validator. It never refuses.
 func (v *validator[T]) ValidateDelete(context.Context, T) (admission.Warnings, error) {
 	return nil, nil
 }
 
-// answer refuses what the user can correct, and lets through what could not be checked.
+// answer refuses what the user can correct, and lets through what it could not check.
 func (v *validator[T]) answer(ctx context.Context, before, after T) (admission.Warnings, error) {
 	warnings, err := v.check(ctx, before, after)
-	var why *controller.SpecError
+	var why *apierror.SpecError
 	switch {
 	case errors.As(err, &why) && why.Immutable:
-		return nil, &apierrors.StatusError{ErrStatus: metav1.Status{Status: metav1.StatusFailure, Code: http.StatusForbidden, Reason: metav1.StatusReasonForbidden, Message: why.Message}}
+		return nil, &apierrors.StatusError{ErrStatus: metav1.Status{Status: metav1.StatusFailure, Code: http.StatusForbidden,
+			Reason: metav1.StatusReasonForbidden, Message: why.Message}}
 	case errors.As(err, &why):
 		return nil, apierrors.NewBadRequest(why.Message)
 	case err != nil:
-		v.log.WithError(err).WithField("object", client.ObjectKeyFromObject(after).String()).Warn("a new object could not be checked")
-		return append(warnings, fmt.Sprintf("not checked (%v); the object's status will say whether it can be carried out", err)), nil
+		v.log.WithError(err).WithField("object", client.ObjectKeyFromObject(after).String()).
+			Warn("a new object could not be checked")
+		return append(warnings, fmt.Sprintf("not checked (%v); the object's status will say whether it can be carried out",
+			err)), nil
 	}
 	return warnings, nil
 }

@@ -32,28 +32,31 @@ import (
 const (
 	// SecretName is the Secret with the CA's keys, in the controller's namespace.
 	SecretName = "cri-proxy-ca"
-	// RotateAnnotation on the Secret, with a value that it did not have before, asks for a new CA.
+	// RotateAnnotation on the Secret asks for a new CA when its value changes.
 	RotateAnnotation = "cri-proxy.io/rotate"
 
-	// maintainEvery is how often the Secret is looked at: a new CA after its deletion, or a rotation that is asked for, begins within it.
+	// maintainEvery is how often the controller reads the Secret. So it notices within that time that
+	// somebody has deleted the Secret or has asked for a rotation.
 	maintainEvery = 5 * time.Second
-	// maintainRetry is the pause after a failure, or after somebody else's write.
+	// maintainRetry is the interval after a failure, or after somebody else has written first.
 	maintainRetry = 2 * time.Second
-	// noticedIn is how often a node looks which Node it is (ops/enrol).
+	// noticedIn is how often a node checks which Node object is its own (ops/enrol).
 	noticedIn = 10 * time.Minute
 )
 
-// Authority keeps the CA, and is the controller's identity towards nodes. All fields but Replaced must be set before Start.
+// Authority keeps the CA, and is the controller's identity towards nodes. Set all fields before
+// Start; Replaced is optional.
 type Authority struct {
-	// Client writes, and reads Nodes from the cache; Reader reads past it.
+	// Client writes, and reads Nodes from the cache. Reader reads past the cache.
 	Client client.Client
 	Reader client.Reader
-	// Namespace has the Secret and the ConfigMap.
+	// Namespace is the namespace of the Secret and the ConfigMap.
 	Namespace string
 	Settings  Settings
 	Metrics   *Metrics
 	Log       logrus.FieldLogger
-	// Replaced, if set, is called when the CA has been replaced without an overlap: nothing that it has signed counts any more.
+	// Replaced is called when a new CA has replaced the old one without an overlap: certificates of
+	// the old CA are no longer valid.
 	Replaced func()
 
 	once  sync.Once
@@ -70,7 +73,8 @@ var (
 	_ mtls.Identity                  = (*Authority)(nil)
 )
 
-// NeedLeaderElection implements [manager.LeaderElectionRunnable]: who does not lead dials no node.
+// NeedLeaderElection implements [manager.LeaderElectionRunnable]: a replica that does not lead
+// dials no node.
 func (*Authority) NeedLeaderElection() bool { return true }
 
 // Start keeps the CA until ctx ends. It implements [manager.Runnable].
@@ -97,8 +101,9 @@ func (a *Authority) Start(ctx context.Context) error {
 	}
 }
 
-// maintain reads the Secret, which is what counts, takes it further if it is time, publishes what nodes are to trust, and renews the controller's own
-// certificate. It writes only what it has just read, so of two that do it at the same time one begins again.
+// maintain reads the Secret, which is the source of truth, and advances its keys if it is time.
+// Then it publishes what nodes are to trust, and renews the controller's own certificate. It writes
+// only what it has just read: if two replicas do this at the same time, one of them begins again.
 func (a *Authority) maintain(ctx context.Context, now time.Time) error {
 	var secret corev1.Secret
 	k, asked := &keys{}, ""
@@ -106,15 +111,17 @@ func (a *Authority) maintain(ctx context.Context, now time.Time) error {
 	exists := err == nil
 	switch {
 	case apierrors.IsNotFound(err):
-		secret = corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: a.Namespace, Name: SecretName, Labels: map[string]string{"app.kubernetes.io/part-of": "cri-proxy"}}}
+		secret = corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: a.Namespace, Name: SecretName,
+			Labels: map[string]string{"app.kubernetes.io/part-of": "cri-proxy"}}}
 	case err != nil:
 		return fmt.Errorf("reading Secret %s/%s: %w", a.Namespace, SecretName, err)
 	default:
 		asked = secret.Annotations[RotateAnnotation]
 		if k, err = parseKeys(secret.Data); err != nil {
-			return fmt.Errorf("the Secret %s/%s holds no CA, and is left as it is (with its deletion a new one begins, and all nodes enrol anew): %w", a.Namespace, SecretName, err)
+			return fmt.Errorf("the Secret %s/%s holds no CA, and is left as it is (with its deletion a new one begins, and "+
+				"all nodes enrol anew): %w", a.Namespace, SecretName, err)
 		}
-		// Nothing is signed with a CA that has not been published.
+		// Publish first: the controller signs nothing with a CA that has not been published.
 		if err := a.publish(ctx, k); err != nil {
 			return err
 		}
@@ -135,7 +142,8 @@ func (a *Authority) maintain(ctx context.Context, now time.Time) error {
 		if err != nil {
 			return fmt.Errorf("writing Secret %s/%s: %w", a.Namespace, SecretName, err)
 		}
-		a.Log.WithFields(logrus.Fields{"secret": a.Namespace + "/" + SecretName, "ca": k.active.cert.Subject.CommonName, "until": k.active.cert.NotAfter.Format(time.RFC3339)}).Info("the CA of the commands to nodes: " + did)
+		a.Log.WithFields(logrus.Fields{"secret": a.Namespace + "/" + SecretName, "ca": k.active.cert.Subject.CommonName,
+			"until": k.active.cert.NotAfter.Format(time.RFC3339)}).Info("the CA of the commands to nodes: " + did)
 		if err := a.publish(ctx, k); err != nil {
 			return err
 		}
@@ -143,14 +151,15 @@ func (a *Authority) maintain(ctx context.Context, now time.Time) error {
 	return a.adopt(k, now)
 }
 
-// publish puts the certificates of k where nodes read them.
+// publish writes the certificates of k to the ConfigMap that nodes read.
 func (a *Authority) publish(ctx context.Context, k *keys) error {
 	var m corev1.ConfigMap
 	want := map[string]string{identity.BundleKey: k.bundle()}
 	err := a.Reader.Get(ctx, client.ObjectKey{Namespace: a.Namespace, Name: identity.BundleName}, &m)
 	switch {
 	case apierrors.IsNotFound(err):
-		m = corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: a.Namespace, Name: identity.BundleName, Labels: map[string]string{"app.kubernetes.io/part-of": "cri-proxy"}}, Data: want}
+		m = corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: a.Namespace, Name: identity.BundleName,
+			Labels: map[string]string{"app.kubernetes.io/part-of": "cri-proxy"}}, Data: want}
 		err = a.Client.Create(ctx, &m)
 	case err == nil && !maps.Equal(m.Data, want):
 		m.Data, m.BinaryData = want, nil
@@ -162,7 +171,7 @@ func (a *Authority) publish(ctx context.Context, k *keys) error {
 	return nil
 }
 
-// adopt takes the keys into use here.
+// adopt puts the keys into use in this process.
 func (a *Authority) adopt(k *keys, now time.Time) error {
 	a.once.Do(a.open)
 	a.mu.Lock()
@@ -191,7 +200,7 @@ func (a *Authority) adopt(k *keys, now time.Time) error {
 	return nil
 }
 
-// newIdentity makes the controller's client certificate. Its key is nowhere but here.
+// newIdentity makes the controller's client certificate. Its key never leaves the process.
 func newIdentity(ca *pair, now time.Time, life time.Duration) (*tls.Certificate, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -210,7 +219,7 @@ func newIdentity(ca *pair, now time.Time, life time.Duration) (*tls.Certificate,
 
 func (a *Authority) open() { a.ready = make(chan struct{}) }
 
-// await returns when there is a CA.
+// await waits until there is a CA.
 func (a *Authority) await(ctx context.Context) error {
 	a.once.Do(a.open)
 	select {
@@ -221,7 +230,7 @@ func (a *Authority) await(ctx context.Context) error {
 	}
 }
 
-// signer returns what signs now; nil: there is nothing yet.
+// signer returns the CA that signs now; nil if there is none yet.
 func (a *Authority) signer() *pair {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -241,8 +250,9 @@ func (a *Authority) Current(ctx context.Context) (*tls.Certificate, *x509.CertPo
 	return a.identity, a.roots, nil
 }
 
-// Server implements [mtls.Identity]: nodes of the cluster only, and a certificate that was signed for the node of that name, and not for one that had it
-// before. Other names in it do not count.
+// Server implements [mtls.Identity]. It accepts only nodes of the cluster, and only a certificate
+// that was signed for the present node of that name, and not for an earlier one. Other names in the
+// certificate do not count.
 func (a *Authority) Server(ctx context.Context, name string, certificate *x509.Certificate) error {
 	if certificate != nil {
 		if certificate.Subject.CommonName != name {
@@ -260,7 +270,8 @@ func (a *Authority) Server(ctx context.Context, name string, certificate *x509.C
 		return nil
 	}
 	if uid := identity.NodeUID(certificate); uid != "" && uid != string(n.UID) {
-		return fmt.Errorf("the certificate is that of an earlier node %s: the one of now asks for its own as soon as it notices, within %s", name, noticedIn)
+		return fmt.Errorf("the certificate is that of an earlier node %s: the one of now asks for its own as soon as it "+
+			"notices, within %s", name, noticedIn)
 	}
 	return nil
 }

@@ -31,11 +31,13 @@ import (
 	"github.com/cri-proxy/cri-proxy/api/identity"
 )
 
-// A real API server is in test/deploy; here the fake one is made to fail, and clocks run as they are told.
+// test/deploy has the tests with a real API server. Here the fake one fails when a test wants it
+// to, and clocks run as the tests say.
 
 const namespace = "own"
 
-// newAPI is an API server in memory. before is asked before each write, and may refuse it.
+// newAPI returns an API server in memory. It calls before ahead of each write; before may refuse
+// the write.
 func newAPI(t *testing.T, before func(client.Object) error, objects ...client.Object) client.WithWatch {
 	t.Helper()
 	scheme := runtime.NewScheme()
@@ -48,7 +50,8 @@ func newAPI(t *testing.T, before func(client.Object) error, objects ...client.Ob
 		}
 		return before(o)
 	}
-	return fake.NewClientBuilder().WithScheme(scheme).WithObjects(objects...).WithStatusSubresource(&certificatesv1.CertificateSigningRequest{}).
+	return fake.NewClientBuilder().WithScheme(scheme).WithObjects(objects...).
+		WithStatusSubresource(&certificatesv1.CertificateSigningRequest{}).
 		WithInterceptorFuncs(interceptor.Funcs{
 			Create: func(ctx context.Context, c client.WithWatch, o client.Object, opts ...client.CreateOption) error {
 				if err := check(o); err != nil {
@@ -62,8 +65,9 @@ func newAPI(t *testing.T, before func(client.Object) error, objects ...client.Ob
 				}
 				return c.Update(ctx, o, opts...)
 			},
-			// The fake has no approval; a real one takes nothing but the conditions.
-			SubResourceUpdate: func(ctx context.Context, c client.Client, sub string, o client.Object, opts ...client.SubResourceUpdateOption) error {
+			// The fake knows no approval. A real API server takes over the conditions only.
+			SubResourceUpdate: func(ctx context.Context, c client.Client, sub string, o client.Object,
+				opts ...client.SubResourceUpdateOption) error {
 				return c.SubResource("status").Update(ctx, o, opts...)
 			},
 		}).Build()
@@ -71,7 +75,8 @@ func newAPI(t *testing.T, before func(client.Object) error, objects ...client.Ob
 
 func newAuthority(c client.Client) (*Authority, *logtest.Hook) {
 	log, hook := logtest.NewNullLogger()
-	return &Authority{Client: c, Reader: c, Namespace: namespace, Settings: Settings{Life: time.Hour, CALife: 100 * time.Hour}, Log: log}, hook
+	return &Authority{Client: c, Reader: c, Namespace: namespace,
+		Settings: Settings{Life: time.Hour, CALife: 100 * time.Hour}, Log: log}, hook
 }
 
 func bundle(t *testing.T, c client.Client) string {
@@ -132,7 +137,8 @@ func TestReplicas(t *testing.T) {
 		t.Errorf("published %s", bundle(t, api))
 	}
 	c := own(t, all[0])
-	if c.Leaf.Subject.CommonName != identity.ControllerName || len(c.Leaf.ExtKeyUsage) != 1 || c.Leaf.ExtKeyUsage[0] != x509.ExtKeyUsageClientAuth {
+	if c.Leaf.Subject.CommonName != identity.ControllerName || len(c.Leaf.ExtKeyUsage) != 1 ||
+		c.Leaf.ExtKeyUsage[0] != x509.ExtKeyUsageClientAuth {
 		t.Errorf("%+v", c.Leaf)
 	}
 }
@@ -173,7 +179,8 @@ func TestRotationByAnnotation(t *testing.T) {
 	a, _ = newAuthority(api)
 	maintain(t, a, now.Add(16*time.Minute))
 	second := a.signer().cert
-	if second.Equal(first) || strings.Count(bundle(t, api), "BEGIN") != 2 || own(t, a).Leaf.Issuer.CommonName != second.Subject.CommonName {
+	if second.Equal(first) || strings.Count(bundle(t, api), "BEGIN") != 2 ||
+		own(t, a).Leaf.Issuer.CommonName != second.Subject.CommonName {
 		t.Fatal("the next CA does not sign")
 	}
 	maintain(t, a, now.Add(16*time.Minute+a.Settings.Life))
@@ -205,7 +212,8 @@ func TestSwitchWaitsForThePublication(t *testing.T) {
 		t.Fatal(err)
 	}
 	for i := range 5 {
-		if err := a.maintain(t.Context(), now.Add(time.Duration(i)*time.Hour/2)); err == nil || !strings.Contains(err.Error(), "publishing the CA") {
+		if err := a.maintain(t.Context(), now.Add(time.Duration(i)*time.Hour/2)); err == nil ||
+			!strings.Contains(err.Error(), "publishing the CA") {
 			t.Fatal(err)
 		}
 	}
@@ -227,7 +235,8 @@ func TestSecretIsWhatCounts(t *testing.T) {
 			t.Fatal(err)
 		}
 		maintain(t, a, now.Add(time.Second))
-		if strings.Contains(bundle(t, api), string(encode(first))) || replaced != 1 || own(t, a).Leaf.Issuer.CommonName == first.Subject.CommonName {
+		if strings.Contains(bundle(t, api), string(encode(first))) || replaced != 1 ||
+			own(t, a).Leaf.Issuer.CommonName == first.Subject.CommonName {
 			t.Errorf("the old CA is still trusted (replaced %d)", replaced)
 		}
 	})
@@ -252,7 +261,8 @@ func TestSecretIsWhatCounts(t *testing.T) {
 		api := newAPI(t, nil)
 		a, _ := newAuthority(api)
 		maintain(t, a, now)
-		m := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: identity.BundleName}, Data: map[string]string{identity.BundleKey: "another CA"}}
+		m := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: identity.BundleName},
+			Data: map[string]string{identity.BundleKey: "another CA"}}
 		if err := api.Update(t.Context(), m); err != nil {
 			t.Fatal(err)
 		}
@@ -289,16 +299,18 @@ func TestServer(t *testing.T) {
 			t.Errorf("certificate of %q: %v", cn, err)
 		}
 	}
-	// The name has been given to another machine since.
+	// Another machine has the name now.
 	again := nodeOf("again")
 	again.UID = "now"
 	b, _ := newAuthority(newAPI(t, nil, again))
 	for uid, ok := range map[string]bool{"now": true, "before": false} {
-		template, _, no := check(requestOf(t, "again", ecKey(t, elliptic.P256()), nil), &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "again", UID: types.UID(uid)}, Status: again.Status})
+		template, _, no := check(requestOf(t, "again", ecKey(t, elliptic.P256()), nil),
+			&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "again", UID: types.UID(uid)}, Status: again.Status})
 		if no != nil {
 			t.Fatal(no.message)
 		}
-		if err := b.Server(t.Context(), "again", template); (err == nil) != ok || err != nil && !strings.Contains(err.Error(), "an earlier node again") {
+		if err := b.Server(t.Context(), "again", template); (err == nil) != ok || err != nil &&
+			!strings.Contains(err.Error(), "an earlier node again") {
 			t.Errorf("certificate of the Node with UID %s: %v", uid, err)
 		}
 	}
@@ -311,7 +323,8 @@ func TestServer(t *testing.T) {
 
 func TestSigner(t *testing.T) {
 	key := ecKey(t, elliptic.P256())
-	approved := certificatesv1.CertificateSigningRequestCondition{Type: certificatesv1.CertificateApproved, Status: corev1.ConditionTrue}
+	approved := certificatesv1.CertificateSigningRequestCondition{Type: certificatesv1.CertificateApproved,
+		Status: corev1.ConditionTrue}
 	seconds := int32(600)
 	for _, tt := range []struct {
 		name   string
@@ -321,16 +334,23 @@ func TestSigner(t *testing.T) {
 		event  string
 	}{
 		{name: "a node", want: "Approved NodeVerified"},
-		{name: "a shorter life", change: func(r *certificatesv1.CertificateSigningRequest) { r.Spec.ExpirationSeconds = &seconds }, want: "Approved NodeVerified"},
+		{name: "a shorter life",
+			change: func(r *certificatesv1.CertificateSigningRequest) { r.Spec.ExpirationSeconds = &seconds },
+			want:   "Approved NodeVerified"},
 		{name: "approved by hand", change: func(r *certificatesv1.CertificateSigningRequest) {
 			r.Status.Conditions = append(r.Status.Conditions, approved)
 		}, want: "Approved "},
-		{name: "not a node", change: func(r *certificatesv1.CertificateSigningRequest) { r.Spec.Username = "eve" }, want: "Denied NotANode", event: "Warning NotANode the requester is \"eve\""},
-		{name: "another name", csr: func(c *x509.CertificateRequest) { c.Subject.CommonName = "node-2" }, want: "Denied WrongName", event: "Warning WrongName the subject is \"CN=node-2\""},
-		{name: "no such node", change: func(r *certificatesv1.CertificateSigningRequest) { r.Spec.Username = "system:node:removed" }, want: "Denied NoSuchNode", event: "Warning NoSuchNode"},
-		{name: "bad, and approved by hand", csr: func(c *x509.CertificateRequest) { c.Subject.CommonName = "node-2" }, change: func(r *certificatesv1.CertificateSigningRequest) {
-			r.Status.Conditions = append(r.Status.Conditions, approved)
-		}, want: "Approved ,Failed WrongName", event: "Warning WrongName"},
+		{name: "not a node", change: func(r *certificatesv1.CertificateSigningRequest) { r.Spec.Username = "eve" },
+			want: "Denied NotANode", event: "Warning NotANode the requester is \"eve\""},
+		{name: "another name", csr: func(c *x509.CertificateRequest) { c.Subject.CommonName = "node-2" },
+			want: "Denied WrongName", event: "Warning WrongName the subject is \"CN=node-2\""},
+		{name: "no such node",
+			change: func(r *certificatesv1.CertificateSigningRequest) { r.Spec.Username = "system:node:removed" },
+			want:   "Denied NoSuchNode", event: "Warning NoSuchNode"},
+		{name: "bad, and approved by hand", csr: func(c *x509.CertificateRequest) { c.Subject.CommonName = "node-2" },
+			change: func(r *certificatesv1.CertificateSigningRequest) {
+				r.Status.Conditions = append(r.Status.Conditions, approved)
+			}, want: "Approved ,Failed WrongName", event: "Warning WrongName"},
 		{name: "another signer", change: func(r *certificatesv1.CertificateSigningRequest) {
 			r.Spec.SignerName = "kubernetes.io/kubelet-serving"
 		}},
@@ -371,7 +391,8 @@ func TestSigner(t *testing.T) {
 				if err != nil || len(certs) != 1 || certs[0].CheckSignatureFrom(a.signer().cert) != nil {
 					t.Fatalf("%v %v", certs, err)
 				}
-				if life := time.Until(certs[0].NotAfter); r.Spec.ExpirationSeconds != nil && life > 10*time.Minute || life > time.Hour || life < 9*time.Minute {
+				if life := time.Until(certs[0].NotAfter); r.Spec.ExpirationSeconds != nil && life > 10*time.Minute ||
+					life > time.Hour || life < 9*time.Minute {
 					t.Errorf("good for %s", life)
 				}
 			}

@@ -25,30 +25,36 @@ import (
 // refusal is why a request is not signed: a CamelCase word for programs and a sentence for people.
 type refusal struct{ reason, message string }
 
-// refuse bounds the message: the requester may have asked for a megabyte of names. An Event's note has at most 1024 bytes.
+// refuse bounds the message: the request may have a megabyte of names, and an Event's note has at
+// most 1024 bytes.
 func refuse(reason, format string, args ...any) *refusal {
 	message := fmt.Sprintf(format, args...)
 	return &refusal{reason, strings.ToValidUTF8(message[:min(len(message), 1000)], "")}
 }
 
-// nodeUser and nodesGroup are how the API server calls a kubelet: k8s.io/apiserver/pkg/authentication/user.
+// nodeUser and nodesGroup are the names that the API server gives a kubelet:
+// k8s.io/apiserver/pkg/authentication/user.
 const (
 	nodeUser   = "system:node:"
 	nodesGroup = "system:nodes"
 )
 
-// requesterOf is the name of the node that made the request, which is what the API server says of it.
+// requesterOf returns the name of the node that made the request. The API server vouches for that
+// name.
 func requesterOf(r *certificatesv1.CertificateSigningRequest) (string, *refusal) {
 	name, isNode := strings.CutPrefix(r.Spec.Username, nodeUser)
 	if !isNode || name == "" || !slices.Contains(r.Spec.Groups, nodesGroup) {
-		return "", refuse("NotANode", "the requester is %q and not a node: nodes ask with kubelet's credentials, as %sNAME of group %s", r.Spec.Username, nodeUser, nodesGroup)
+		return "", refuse("NotANode", "the requester is %q and not a node: nodes ask with kubelet's credentials, as %sNAME "+
+			"of group %s", r.Spec.Username, nodeUser, nodesGroup)
 	}
 	return name, nil
 }
 
-// check returns what to sign for the node that made the request, and the key to sign it for. Everything in it is the controller's own; of the request
-// come the key and the choice among the node's addresses. Only IP addresses can be asked for beside the name: kubelet itself writes the
-// addresses of its Node, and could call another node's name its own host name. Nobody takes an IP address for an identity.
+// check returns what to sign for the node that made the request, and the public key. The controller
+// writes everything in the certificate itself; from the request it takes only the key and the
+// choice among the node's addresses. Beside its name, a node can ask for IP addresses only: kubelet
+// itself writes the addresses of its Node, and could claim another node's name as its own host
+// name. Nobody takes an IP address for an identity.
 func check(r *certificatesv1.CertificateSigningRequest, n *corev1.Node) (*x509.Certificate, any, *refusal) {
 	wanted := []certificatesv1.KeyUsage{certificatesv1.UsageDigitalSignature, certificatesv1.UsageServerAuth}
 	asked := slices.Clone(r.Spec.Usages)
@@ -78,7 +84,8 @@ func check(r *certificatesv1.CertificateSigningRequest, n *corev1.Node) (*x509.C
 	}
 
 	if csr.Subject.CommonName != n.Name || len(csr.Subject.Names) != 1 {
-		return nil, nil, refuse("WrongName", "the subject is %q and the request is node %s's, who gets CN=%s", csr.Subject, n.Name, n.Name)
+		return nil, nil, refuse("WrongName", "the subject is %q and the request is node %s's, who gets CN=%s",
+			csr.Subject, n.Name, n.Name)
 	}
 	own := net.ParseIP(n.Name)
 	names := []string{n.Name}
@@ -86,7 +93,8 @@ func check(r *certificatesv1.CertificateSigningRequest, n *corev1.Node) (*x509.C
 		names = nil
 	}
 	if !slices.Equal(csr.DNSNames, names) {
-		return nil, nil, refuse("WrongName", "the DNS names are %q; node %s gets %q and no others", csr.DNSNames, n.Name, names)
+		return nil, nil, refuse("WrongName", "the DNS names are %q; node %s gets %q and no others",
+			csr.DNSNames, n.Name, names)
 	}
 	if len(csr.EmailAddresses) > 0 || len(csr.URIs) > 0 {
 		return nil, nil, refuse("WrongName", "e-mail addresses %q, URIs %q; a node gets none", csr.EmailAddresses, csr.URIs)

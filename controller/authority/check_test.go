@@ -27,12 +27,14 @@ import (
 	"github.com/cri-proxy/cri-proxy/api/identity"
 )
 
-// nodeOf is a node whose kubelet has told another node's name as its own host name, which it can.
+// nodeOf returns a node whose kubelet claims another node's name as its own host name, which
+// kubelet can do.
 func nodeOf(name string) *corev1.Node {
-	return &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}, Status: corev1.NodeStatus{Addresses: []corev1.NodeAddress{
-		{Type: corev1.NodeInternalIP, Address: "192.0.2.7"}, {Type: corev1.NodeExternalIP, Address: "203.0.113.7"},
-		{Type: corev1.NodeHostName, Address: "node-2"}, {Type: corev1.NodeInternalDNS, Address: "node-2"},
-	}}}
+	return &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name},
+		Status: corev1.NodeStatus{Addresses: []corev1.NodeAddress{
+			{Type: corev1.NodeInternalIP, Address: "192.0.2.7"}, {Type: corev1.NodeExternalIP, Address: "203.0.113.7"},
+			{Type: corev1.NodeHostName, Address: "node-2"}, {Type: corev1.NodeInternalDNS, Address: "node-2"},
+		}}}
 }
 
 func ecKey(t testing.TB, curve elliptic.Curve) crypto.Signer {
@@ -44,10 +46,13 @@ func ecKey(t testing.TB, curve elliptic.Curve) crypto.Signer {
 	return key
 }
 
-// requestOf is the request that a node makes, changed.
-func requestOf(t testing.TB, name string, key crypto.Signer, change func(*x509.CertificateRequest)) *certificatesv1.CertificateSigningRequest {
+// requestOf returns the request that a node makes, with a change.
+func requestOf(
+	t testing.TB, name string, key crypto.Signer, change func(*x509.CertificateRequest),
+) *certificatesv1.CertificateSigningRequest {
 	t.Helper()
-	template := &x509.CertificateRequest{Subject: pkix.Name{CommonName: name}, DNSNames: []string{name}, IPAddresses: []net.IP{net.ParseIP("192.0.2.7")}}
+	template := &x509.CertificateRequest{Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
+		IPAddresses: []net.IP{net.ParseIP("192.0.2.7")}}
 	if change != nil {
 		change(template)
 	}
@@ -58,7 +63,8 @@ func requestOf(t testing.TB, name string, key crypto.Signer, change func(*x509.C
 	return &certificatesv1.CertificateSigningRequest{
 		ObjectMeta: metav1.ObjectMeta{Name: "r"},
 		Spec: certificatesv1.CertificateSigningRequestSpec{
-			SignerName: identity.SignerName, Username: "system:node:" + name, Groups: []string{"system:nodes", "system:authenticated"},
+			SignerName: identity.SignerName, Username: "system:node:" + name,
+			Groups:  []string{"system:nodes", "system:authenticated"},
 			Usages:  []certificatesv1.KeyUsage{certificatesv1.UsageServerAuth, certificatesv1.UsageDigitalSignature},
 			Request: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}),
 		},
@@ -78,7 +84,8 @@ func TestRequester(t *testing.T) {
 		{"system:serviceaccount:kube-system:node-1", []string{"system:nodes"}, ""},
 		{"admin", []string{"system:masters"}, ""},
 	} {
-		r := &certificatesv1.CertificateSigningRequest{Spec: certificatesv1.CertificateSigningRequestSpec{Username: tt.user, Groups: tt.groups}}
+		r := &certificatesv1.CertificateSigningRequest{Spec: certificatesv1.CertificateSigningRequestSpec{Username: tt.user,
+			Groups: tt.groups}}
 		if name, no := requesterOf(r); name != tt.want || (no == nil) != (tt.want != "") {
 			t.Errorf("%s %v: %q %v", tt.user, tt.groups, name, no)
 		}
@@ -110,28 +117,38 @@ func TestCheck(t *testing.T) {
 		{name: "Ed25519", key: ed},
 		{name: "without addresses", csr: func(c *csr) { c.IPAddresses = nil }},
 		{name: "external address", csr: func(c *csr) { c.IPAddresses = append(c.IPAddresses, net.ParseIP("203.0.113.7")) }},
-		{name: "node named by its address", node: "192.0.2.9", csr: func(c *csr) { c.DNSNames, c.IPAddresses = nil, []net.IP{net.ParseIP("192.0.2.9")} }},
+		{name: "node named by its address", node: "192.0.2.9",
+			csr: func(c *csr) { c.DNSNames, c.IPAddresses = nil, []net.IP{net.ParseIP("192.0.2.9")} }},
 
-		{name: "another node's name", csr: func(c *csr) { c.Subject.CommonName = "node-2" }, reason: "WrongName", says: "node-1"},
-		{name: "the controller's name", csr: func(c *csr) { c.Subject.CommonName = identity.ControllerName }, reason: "WrongName"},
+		{name: "another node's name", csr: func(c *csr) { c.Subject.CommonName = "node-2" },
+			reason: "WrongName", says: "node-1"},
+		{name: "the controller's name", csr: func(c *csr) { c.Subject.CommonName = identity.ControllerName },
+			reason: "WrongName"},
 		{name: "no name", csr: func(c *csr) { c.Subject = pkix.Name{} }, reason: "WrongName"},
 		{name: "kubelet's name", csr: func(c *csr) {
 			c.Subject = pkix.Name{CommonName: "system:node:node-1", Organization: []string{"system:nodes"}}
 		}, reason: "WrongName"},
-		{name: "an organization", csr: func(c *csr) { c.Subject.Organization = []string{"system:masters"} }, reason: "WrongName", says: "system:masters"},
+		{name: "an organization", csr: func(c *csr) { c.Subject.Organization = []string{"system:masters"} },
+			reason: "WrongName", says: "system:masters"},
 		{name: "two common names", csr: func(c *csr) {
-			c.Subject.ExtraNames = []pkix.AttributeTypeAndValue{{Type: asn1.ObjectIdentifier{2, 5, 4, 3}, Value: "node-2"}, {Type: asn1.ObjectIdentifier{2, 5, 4, 3}, Value: "node-1"}}
+			c.Subject.ExtraNames = []pkix.AttributeTypeAndValue{{Type: asn1.ObjectIdentifier{2, 5, 4, 3}, Value: "node-2"},
+				{Type: asn1.ObjectIdentifier{2, 5, 4, 3}, Value: "node-1"}}
 		}, reason: "WrongName"},
-		{name: "another node's name among the DNS names", csr: func(c *csr) { c.DNSNames = append(c.DNSNames, "node-2") }, reason: "WrongName"},
-		{name: "another node's name, which its own Node has as host name", csr: func(c *csr) { c.DNSNames = []string{"node-2"} }, reason: "WrongName"},
+		{name: "another node's name among the DNS names", csr: func(c *csr) { c.DNSNames = append(c.DNSNames, "node-2") },
+			reason: "WrongName"},
+		{name: "another node's name, which its own Node has as host name",
+			csr: func(c *csr) { c.DNSNames = []string{"node-2"} }, reason: "WrongName"},
 		{name: "a wildcard", csr: func(c *csr) { c.DNSNames = []string{"*"} }, reason: "WrongName"},
 		{name: "no DNS name", csr: func(c *csr) { c.DNSNames = nil }, reason: "WrongName"},
 		{name: "a URI", csr: func(c *csr) { c.URIs = []*url.URL{{Scheme: "spiffe", Host: "x"}} }, reason: "WrongName"},
 		{name: "an e-mail address", csr: func(c *csr) { c.EmailAddresses = []string{"a@b.example"} }, reason: "WrongName"},
-		{name: "an address of somebody else", csr: func(c *csr) { c.IPAddresses = []net.IP{net.ParseIP("192.0.2.8")} }, reason: "WrongAddress", says: "192.0.2.8 is not one of node node-1, which has [192.0.2.7 203.0.113.7]"},
-		{name: "node named by its address, without it", node: "192.0.2.9", csr: func(c *csr) { c.DNSNames, c.IPAddresses = nil, nil }, reason: "WrongName"},
+		{name: "an address of somebody else", csr: func(c *csr) { c.IPAddresses = []net.IP{net.ParseIP("192.0.2.8")} },
+			reason: "WrongAddress", says: "192.0.2.8 is not one of node node-1, which has [192.0.2.7 203.0.113.7]"},
+		{name: "node named by its address, without it", node: "192.0.2.9",
+			csr: func(c *csr) { c.DNSNames, c.IPAddresses = nil, nil }, reason: "WrongName"},
 		{name: "to be a CA", csr: func(c *csr) {
-			c.ExtraExtensions = []pkix.Extension{{Id: asn1.ObjectIdentifier{2, 5, 29, 19}, Value: []byte{0x30, 0x03, 0x01, 0x01, 0xff}}}
+			c.ExtraExtensions = []pkix.Extension{{Id: asn1.ObjectIdentifier{2, 5, 29, 19},
+				Value: []byte{0x30, 0x03, 0x01, 0x01, 0xff}}}
 		}, reason: "BadRequest", says: "2.5.29.19"},
 
 		{name: "client auth", change: func(r *certificatesv1.CertificateSigningRequest) {
@@ -140,13 +157,15 @@ func TestCheck(t *testing.T) {
 		{name: "client auth too", change: func(r *certificatesv1.CertificateSigningRequest) {
 			r.Spec.Usages = append(r.Spec.Usages, "client auth")
 		}, reason: "WrongUsages"},
-		{name: "no usages", change: func(r *certificatesv1.CertificateSigningRequest) { r.Spec.Usages = nil }, reason: "WrongUsages"},
+		{name: "no usages", change: func(r *certificatesv1.CertificateSigningRequest) { r.Spec.Usages = nil },
+			reason: "WrongUsages"},
 		{name: "cert sign", change: func(r *certificatesv1.CertificateSigningRequest) {
 			r.Spec.Usages = []certificatesv1.KeyUsage{"digital signature", "server auth", "cert sign"}
 		}, reason: "WrongUsages"},
 		{name: "RSA", key: rsaKey, reason: "WrongKey"},
 		{name: "P-224", key: ecKey(t, elliptic.P224()), reason: "WrongKey", says: "224"},
-		{name: "nothing", change: func(r *certificatesv1.CertificateSigningRequest) { r.Spec.Request = nil }, reason: "BadRequest"},
+		{name: "nothing", change: func(r *certificatesv1.CertificateSigningRequest) { r.Spec.Request = nil },
+			reason: "BadRequest"},
 		{name: "two", change: func(r *certificatesv1.CertificateSigningRequest) {
 			r.Spec.Request = append(r.Spec.Request, r.Spec.Request...)
 		}, reason: "BadRequest"},
@@ -187,14 +206,16 @@ func TestCheck(t *testing.T) {
 			if !tt.key.Public().(interface{ Equal(crypto.PublicKey) bool }).Equal(public) {
 				t.Error("another key")
 			}
-			if template.Subject.CommonName != tt.node || len(template.ExtKeyUsage) != 1 || template.ExtKeyUsage[0] != x509.ExtKeyUsageServerAuth || template.IsCA {
+			if template.Subject.CommonName != tt.node || len(template.ExtKeyUsage) != 1 ||
+				template.ExtKeyUsage[0] != x509.ExtKeyUsageServerAuth || template.IsCA {
 				t.Errorf("%+v", template)
 			}
 		})
 	}
 }
 
-// FuzzCheck: whatever is asked for, what is signed is the requester's own name, for a server.
+// FuzzCheck: whatever a node asks for, the controller signs the requester's own name only, for a
+// server.
 func FuzzCheck(f *testing.F) {
 	r := requestOf(f, "node-1", ecKey(f, elliptic.P256()), nil)
 	b, _ := pem.Decode(r.Spec.Request)
@@ -215,7 +236,8 @@ func FuzzCheck(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if c.Subject.String() != "CN=node-1" || len(c.DNSNames) != 1 || c.DNSNames[0] != "node-1" || c.IsCA || len(c.ExtKeyUsage) != 1 || c.ExtKeyUsage[0] != x509.ExtKeyUsageServerAuth {
+		if c.Subject.String() != "CN=node-1" || len(c.DNSNames) != 1 || c.DNSNames[0] != "node-1" || c.IsCA ||
+			len(c.ExtKeyUsage) != 1 || c.ExtKeyUsage[0] != x509.ExtKeyUsageServerAuth {
 			t.Errorf("signed %v %v", c.Subject, c.DNSNames)
 		}
 	})

@@ -21,41 +21,46 @@ import (
 
 // Keys of the Secret.
 const (
-	dataCert          = "ca.crt" // signs
-	dataKey           = "ca.key"
-	dataNextCert      = "next.crt" // is published, and will sign
-	dataNextKey       = "next.key"
-	dataNextSince     = "next-since"
-	dataPrevious      = "previous.crt" // signed, and is trusted until everything that it has signed is over; its key is gone
+	dataCert      = "ca.crt" // signs
+	dataKey       = "ca.key"
+	dataNextCert  = "next.crt" // is published, and will sign
+	dataNextKey   = "next.key"
+	dataNextSince = "next-since"
+	// dataPrevious signed before. It is trusted until everything that it has signed has expired; its
+	// key is gone.
+	dataPrevious      = "previous.crt"
 	dataPreviousUntil = "previous-until"
 	dataLongest       = "longest-life" // that it was told to give to a certificate
 	dataRotated       = "rotated"      // value of RotateAnnotation that has been obeyed
 )
 
 const (
-	// announceMost is how long a new CA is published before anything is signed with it: six times as long as nodes take to read it.
+	// announceMost is the longest time for which a new CA is published before it signs: six times as
+	// long as nodes take to read it.
 	announceMost = time.Hour
-	// backdateMost is how far clocks may differ; a certificate with a short life begins a tenth of it earlier.
+	// backdateMost is how far clocks may differ. Certificates with a short life are backdated by a
+	// tenth of that life.
 	backdateMost = 5 * time.Minute
-	// rotateAt is the part of a CA's life after which the next one is made.
+	// rotateAt is the part of a CA's life after which the next CA is made.
 	rotateAt = 0.7
 )
 
-// Settings are the lives of certificates.
+// Settings are the lifetimes of certificates.
 type Settings struct {
-	// Life of a node's certificate and of the controller's own.
+	// Life is the lifetime of a node's certificate and of the controller's own.
 	Life time.Duration
-	// CALife is that of the authority.
+	// CALife is the lifetime of a CA.
 	CALife time.Duration
 }
 
-// Validate says what is wrong with them.
+// Validate returns an error if the settings contradict each other.
 func (s Settings) Validate() error {
 	switch {
 	case s.Life < time.Minute:
 		return fmt.Errorf("the life of certificates must be at least a minute, not %s", s.Life)
 	case s.CALife < 10*s.Life:
-		return fmt.Errorf("the CA's life must be at least ten times that of the certificates, which is %s, not %s", s.Life, s.CALife)
+		return fmt.Errorf("the CA's life must be at least ten times that of the certificates, which is %s, not %s", s.Life,
+			s.CALife)
 	}
 	return nil
 }
@@ -66,7 +71,7 @@ type pair struct {
 	key  *ecdsa.PrivateKey
 }
 
-// keys are the content of the Secret.
+// keys is the content of the Secret.
 type keys struct {
 	active        *pair
 	next          *pair // nil: none
@@ -89,7 +94,8 @@ func newPair(now time.Time, life time.Duration) (*pair, error) {
 	}
 	template := &x509.Certificate{
 		SerialNumber: serial,
-		// The time tells one from the other in the eyes of people, and of TLS libraries that look for an issuer by its name.
+		// The time tells the CAs apart: for people, and for TLS libraries that find an issuer by its
+		// name.
 		Subject:               pkix.Name{CommonName: "cri-proxy " + now.UTC().Format("2006-01-02T15:04:05.000Z")},
 		NotBefore:             now.Add(-backdateMost),
 		NotAfter:              now.Add(life),
@@ -113,7 +119,8 @@ func newSerial() (*big.Int, error) {
 	return rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 127))
 }
 
-// step takes the keys to where they should be now, and says in a few words what it did; empty: nothing. asked is the value of RotateAnnotation.
+// step takes the keys to where they should be now. It returns in a few words what it did; "" if it
+// did nothing. asked is the value of RotateAnnotation.
 func (k *keys) step(now time.Time, s Settings, asked string) (did string, err error) {
 	if k.active == nil || now.After(k.active.cert.NotAfter) {
 		active, err := newPair(now, s.CALife)
@@ -147,10 +154,11 @@ func (k *keys) step(now time.Time, s Settings, asked string) (did string, err er
 	return did, nil
 }
 
-// announce is how long the next CA is published before it signs. Nodes look as often as their certificates' lives allow.
+// announce is how long the next CA is published before it signs. How often nodes read the CA
+// depends on the lifetimes of their certificates.
 func (k *keys) announce() time.Duration { return min(announceMost, k.longest/4) }
 
-// trusted are all CAs that nodes and the controller trust.
+// trusted returns all CAs that nodes and the controller trust.
 func (k *keys) trusted() []*x509.Certificate {
 	all := []*x509.Certificate{k.active.cert}
 	if k.next != nil {
@@ -175,8 +183,11 @@ func (k *keys) pool() *x509.CertPool {
 	return pool
 }
 
-// sign completes the template and signs it. It is good from a moment ago, because clocks differ, for life or as long as the CA is.
-func (p *pair) sign(template *x509.Certificate, public crypto.PublicKey, now time.Time, life time.Duration) (*x509.Certificate, error) {
+// sign completes the template and signs it. The certificate is valid from a moment ago, because
+// clocks differ, for life or until the CA expires.
+func (p *pair) sign(
+	template *x509.Certificate, public crypto.PublicKey, now time.Time, life time.Duration,
+) (*x509.Certificate, error) {
 	serial, err := newSerial()
 	if err != nil {
 		return nil, err
@@ -195,7 +206,7 @@ func (p *pair) sign(template *x509.Certificate, public crypto.PublicKey, now tim
 	return x509.ParseCertificate(der)
 }
 
-// data is the content of the Secret.
+// data encodes the keys as the content of the Secret.
 func (k *keys) data() (map[string][]byte, error) {
 	d := map[string][]byte{dataLongest: []byte(k.longest.String()), dataRotated: []byte(k.rotated)}
 	put := func(p *pair, cert, key string) error {

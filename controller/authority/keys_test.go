@@ -20,8 +20,8 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// TestRotation lives through some CAs hour by hour: a node that reads the CAs as rarely, and renews as late, as it may always trusts the
-// controller and is always trusted.
+// TestRotation lives through some CAs hour by hour. A node that reads the CAs as rarely, and renews
+// as late, as a node may always trusts the controller, and the controller always trusts the node.
 func TestRotation(t *testing.T) {
 	for name, s := range map[string]Settings{
 		"long":  {Life: 72 * time.Hour, CALife: 60 * 24 * time.Hour},
@@ -33,7 +33,8 @@ func TestRotation(t *testing.T) {
 				t.Fatal(err)
 			}
 			issue := func(k *keys, now time.Time) *x509.Certificate {
-				c, err := k.active.sign(&x509.Certificate{Subject: pkix.Name{CommonName: "n"}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}, leafKey.Public(), now, s.Life)
+				c, err := k.active.sign(&x509.Certificate{Subject: pkix.Name{CommonName: "n"},
+					ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}, leafKey.Public(), now, s.Life)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -69,7 +70,8 @@ func TestRotation(t *testing.T) {
 					step = tick // the interesting time
 				}
 				signers[k.active.cert.Subject.CommonName], most = true, max(most, len(k.trusted()))
-				if own == nil || own.Issuer.CommonName != k.active.cert.Subject.CommonName || now.After(own.NotBefore.Add(s.Life/2)) {
+				if own == nil || own.Issuer.CommonName != k.active.cert.Subject.CommonName ||
+					now.After(own.NotBefore.Add(s.Life/2)) {
 					own = issue(k, now)
 				}
 				if seen != nil {
@@ -81,7 +83,8 @@ func TestRotation(t *testing.T) {
 					node = issue(k, now)
 				}
 				if err := valid(node, k, now); err != nil {
-					t.Fatalf("%s: the controller does not trust a node whose certificate is from %s: %v", now.Sub(start), node.NotBefore.Sub(start), err)
+					t.Fatalf("%s: the controller does not trust a node whose certificate is from %s: %v", now.Sub(start),
+						node.NotBefore.Sub(start), err)
 				}
 			}
 			if n := len(signers); n < 4 || n > 5 {
@@ -124,7 +127,8 @@ func TestKeysAreForgotten(t *testing.T) {
 
 func TestAnnouncementOutlastsTheNodesInterval(t *testing.T) {
 	for _, life := range []time.Duration{2 * time.Minute, time.Hour, 24 * time.Hour, 72 * time.Hour, 168 * time.Hour} {
-		// ops/enrol: every sixteenth of the certificate's life, at least every 10 minutes, a fifth more or less.
+		// ops/enrol: every sixteenth of the certificate's life, at least every 10 minutes, a fifth more
+		// or less.
 		interval := min(10*time.Minute, (life+life/10)/16) * 6 / 5
 		if k := (&keys{longest: life}); k.announce() < 2*interval {
 			t.Errorf("life %s: announced for %s, read every %s", life, k.announce(), interval)
@@ -138,7 +142,8 @@ func TestSettings(t *testing.T) {
 		"at least a minute": {Life: time.Second, CALife: time.Hour},
 		"at least ten times that of the certificates": {Life: time.Hour, CALife: 2 * time.Hour},
 	} {
-		if err := s.Validate(); want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+		if err := s.Validate(); want == "" && err != nil || want != "" &&
+			(err == nil || !strings.Contains(err.Error(), want)) {
 			t.Errorf("%+v: %v, want %q", s, err, want)
 		}
 	}

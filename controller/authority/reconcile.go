@@ -33,7 +33,7 @@ import (
 // +kubebuilder:rbac:groups="",resources=nodes,verbs=get;list;watch
 // +kubebuilder:rbac:groups=events.k8s.io,resources=events,verbs=create;patch
 
-// reasonApproved is that of the condition; those of refusals are in check.go.
+// reasonApproved is the reason of the condition; check.go has the reasons of refusals.
 const (
 	reasonApproved = "NodeVerified"
 	reasonGone     = "NoSuchNode"
@@ -46,7 +46,7 @@ type Signer struct {
 	Recorder  events.EventRecorder
 }
 
-// CacheOptions keep of all CertificateSigningRequests those for this signer.
+// CacheOptions restricts the cache to the CertificateSigningRequests for this signer.
 func CacheOptions() cache.ByObject {
 	return cache.ByObject{Field: fields.OneTermEqualSelector("spec.signerName", identity.SignerName)}
 }
@@ -55,15 +55,16 @@ func CacheOptions() cache.ByObject {
 func (s *Signer) SetupWithManager(m manager.Manager, workers int) error {
 	return builder.ControllerManagedBy(m).
 		Named("certificatesigningrequest").
-		For(&certificatesv1.CertificateSigningRequest{}, builder.WithPredicates(predicate.NewPredicateFuncs(func(o client.Object) bool {
-			r, ok := o.(*certificatesv1.CertificateSigningRequest)
-			return ok && open(r)
-		}))).
+		For(&certificatesv1.CertificateSigningRequest{},
+			builder.WithPredicates(predicate.NewPredicateFuncs(func(o client.Object) bool {
+				r, ok := o.(*certificatesv1.CertificateSigningRequest)
+				return ok && open(r)
+			}))).
 		WithOptions(controller.Options{MaxConcurrentReconciles: workers}).
 		Complete(s)
 }
 
-// open tells whether there is something to decide.
+// open reports whether the request still waits for a decision.
 func open(r *certificatesv1.CertificateSigningRequest) bool {
 	return r.Spec.SignerName == identity.SignerName && len(r.Status.Certificate) == 0 &&
 		!has(r, certificatesv1.CertificateDenied) && !has(r, certificatesv1.CertificateFailed)
@@ -118,7 +119,9 @@ func (s *Signer) decide(ctx context.Context, r *certificatesv1.CertificateSignin
 		return s.refuse(ctx, r, &n, no)
 	}
 	if !has(r, certificatesv1.CertificateApproved) {
-		r.Status.Conditions = append(r.Status.Conditions, condition(certificatesv1.CertificateApproved, reasonApproved, "the requester is the node that the certificate is for"))
+		r.Status.Conditions = append(r.Status.Conditions,
+			condition(certificatesv1.CertificateApproved, reasonApproved,
+				"the requester is the node that the certificate is for"))
 		if err := a.Client.SubResource("approval").Update(ctx, r); err != nil {
 			return fmt.Errorf("approving: %w", err)
 		}
@@ -136,12 +139,16 @@ func (s *Signer) decide(ctx context.Context, r *certificatesv1.CertificateSignin
 		return fmt.Errorf("signing: %w", err)
 	}
 	a.Metrics.request("Signed")
-	a.Log.WithFields(logrus.Fields{"node": n.Name, "request": r.Name, "until": c.NotAfter.Format(time.RFC3339), "serial": c.SerialNumber.Text(16)}).Info("node certificate signed")
+	a.Log.WithFields(logrus.Fields{"node": n.Name, "request": r.Name, "until": c.NotAfter.Format(time.RFC3339),
+		"serial": c.SerialNumber.Text(16)}).Info("node certificate signed")
 	return nil
 }
 
-// refuse says why, in the request, in an Event and in the log. Who has approved a bad request by hand gets no certificate for it either.
-func (s *Signer) refuse(ctx context.Context, r *certificatesv1.CertificateSigningRequest, n *corev1.Node, no *refusal) error {
+// refuse writes the reason into the request, an Event and the log. A bad request gets no
+// certificate either when a person has approved it by hand.
+func (s *Signer) refuse(
+	ctx context.Context, r *certificatesv1.CertificateSigningRequest, n *corev1.Node, no *refusal,
+) error {
 	a := s.Authority
 	var err error
 	if has(r, certificatesv1.CertificateApproved) {
@@ -155,7 +162,8 @@ func (s *Signer) refuse(ctx context.Context, r *certificatesv1.CertificateSignin
 		return fmt.Errorf("denying: %w", err)
 	}
 	a.Metrics.request(no.reason)
-	a.Log.WithFields(logrus.Fields{"request": r.Name, "requester": r.Spec.Username, "reason": no.reason}).Warn("node certificate denied: " + no.message)
+	a.Log.WithFields(logrus.Fields{"request": r.Name, "requester": r.Spec.Username, "reason": no.reason}).
+		Warn("node certificate denied: " + no.message)
 	// The interface must not hold a nil *Node.
 	if n != nil {
 		s.Recorder.Eventf(r, n, corev1.EventTypeWarning, no.reason, eventAction, "%s", no.message)
@@ -165,6 +173,9 @@ func (s *Signer) refuse(ctx context.Context, r *certificatesv1.CertificateSignin
 	return nil
 }
 
-func condition(kind certificatesv1.RequestConditionType, reason, message string) certificatesv1.CertificateSigningRequestCondition {
-	return certificatesv1.CertificateSigningRequestCondition{Type: kind, Status: corev1.ConditionTrue, Reason: reason, Message: message, LastUpdateTime: metav1.Now()}
+func condition(
+	kind certificatesv1.RequestConditionType, reason, message string,
+) certificatesv1.CertificateSigningRequestCondition {
+	return certificatesv1.CertificateSigningRequestCondition{Type: kind, Status: corev1.ConditionTrue, Reason: reason,
+		Message: message, LastUpdateTime: metav1.Now()}
 }

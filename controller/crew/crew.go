@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package crew owns goroutines that outlive the reconcile which wanted them.
+// Package crew owns goroutines that outlive the reconcile which started them.
 package crew
 
 import (
@@ -18,7 +18,8 @@ type Crew struct {
 	working prometheus.Gauge
 }
 
-// New returns a crew whose work begins with Start. working gets how many goroutines work; nil: nobody wants to know.
+// New returns a crew whose goroutines begin with Start. working counts the goroutines; it may be
+// nil.
 func New(working prometheus.Gauge) *Crew {
 	if working == nil {
 		working = prometheus.NewGauge(prometheus.GaugeOpts{Name: "unregistered"})
@@ -26,7 +27,8 @@ func New(working prometheus.Gauge) *Crew {
 	return &Crew{work: make(chan func(context.Context)), ended: make(chan struct{}), working: working}
 }
 
-// Start runs what Do is given until ctx is done and all of it has ended. It returns nil.
+// Start runs the functions given to Do, until ctx is done and all of them have returned. It returns
+// nil.
 func (c *Crew) Start(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
@@ -45,7 +47,7 @@ func (c *Crew) Start(ctx context.Context) error {
 	}
 }
 
-// Do lets f run, as soon as Start does. After Start has ended, f is dropped.
+// Do runs f in a goroutine as soon as Start runs. After Start has returned, Do drops f.
 func (c *Crew) Do(f func(context.Context)) {
 	select {
 	case c.work <- f:

@@ -11,9 +11,11 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 )
 
-// Spread is a reconcile.Reconciler that carries out each reconcile in a goroutine of its own, at most so many at a time, not counting
-// those that wait for somebody else ([Away]). So no number of nodes that hang keeps a controller's workers from the others. As with
-// a controller's workers, an object is reconciled once at a time, and again if something has happened meanwhile.
+// Spread is a reconcile.Reconciler that runs each reconcile in a goroutine of its own. Only a
+// limited number run at once; reconciles that wait for somebody else ([Away]) do not count. So
+// nodes that hang, however many, do not keep a controller's workers from the other nodes. As with a
+// controller's workers, an object is reconciled by one goroutine at a time, and again if something
+// has happened meanwhile.
 type Spread struct {
 	inner reconcile.Reconciler
 	crew  *Crew
@@ -24,19 +26,20 @@ type Spread struct {
 	runs  map[reconcile.Request]*spreadRun
 }
 
-// spreadRun is a reconcile under way, or one whose result the controller has not been given yet.
+// spreadRun is a reconcile under way, or one whose result the controller has not fetched yet.
 type spreadRun struct {
 	again, over bool
 	result      reconcile.Result
 	err         error
 }
 
-// NewSpread returns one for inner. The crew must be started, and [Spread.Start] be a source of the controller.
+// NewSpread returns a Spread around inner. The crew must be started, and [Spread.Start] must be a
+// source of the controller.
 func NewSpread(inner reconcile.Reconciler, c *Crew, atOnce int) *Spread {
 	return &Spread{inner: inner, crew: c, slots: make(chan struct{}, atOnce), runs: map[reconcile.Request]*spreadRun{}}
 }
 
-// Start implements source.Source: results are handed over through the controller's queue.
+// Start implements source.Source: it delivers results through the controller's queue.
 func (s *Spread) Start(_ context.Context, queue workqueue.TypedRateLimitingInterface[reconcile.Request]) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -44,7 +47,8 @@ func (s *Spread) Start(_ context.Context, queue workqueue.TypedRateLimitingInter
 	return nil
 }
 
-// Reconcile begins a reconcile and returns at once, or returns the result of one that has ended.
+// Reconcile starts a reconcile and returns at once, or returns the result of a reconcile that has
+// ended.
 func (s *Spread) Reconcile(_ context.Context, req reconcile.Request) (reconcile.Result, error) {
 	s.mu.Lock()
 	run := s.runs[req]
@@ -94,8 +98,8 @@ func (s *slot) take(ctx context.Context) bool {
 
 func (s *slot) giveBack() { <-s.of }
 
-// Away runs f, which waits for somebody else, without counting among those that work. ctx is what a reconcile was given by a [Spread];
-// with any other, f is just run.
+// Away runs f, which waits for somebody else, and frees the reconcile's slot meanwhile. ctx is the
+// context that a [Spread] gave to the reconcile. With any other context, Away only runs f.
 func Away(ctx context.Context, f func()) {
 	slot, _ := ctx.Value(slotKey{}).(*slot)
 	if slot == nil {
@@ -103,7 +107,7 @@ func Away(ctx context.Context, f func()) {
 		return
 	}
 	slot.giveBack()
-	// Taken again whatever has become of ctx: the reconcile goes on, and gives it back.
+	// Take a slot again even if ctx is done: the reconcile goes on, and returns the slot.
 	defer func() { slot.of <- struct{}{} }()
 	f()
 }

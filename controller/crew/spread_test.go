@@ -20,8 +20,12 @@ func request(name string) reconcile.Request {
 	return reconcile.Request{NamespacedName: types.NamespacedName{Name: name}}
 }
 
-// spread runs f with a Spread of two places and one worker, which returns what Reconcile said of each object that had a result.
-func spread(t *testing.T, inner reconcile.Func, f func(queue workqueue.TypedRateLimitingInterface[reconcile.Request], said func(string) (int, error))) {
+// spread runs f with a Spread of two places and one worker. said returns what Reconcile has
+// returned for an object: how many results, and the last error.
+func spread(
+	t *testing.T, inner reconcile.Func,
+	f func(queue workqueue.TypedRateLimitingInterface[reconcile.Request], said func(string) (int, error)),
+) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
@@ -62,7 +66,7 @@ func spread(t *testing.T, inner reconcile.Func, f func(queue workqueue.TypedRate
 	})
 }
 
-// The controller is given results and errors, as if its worker had done the work.
+// The controller gets results and errors as if its worker had done the work.
 func TestSpreadResults(t *testing.T) {
 	spread(t, func(_ context.Context, req reconcile.Request) (reconcile.Result, error) {
 		if req.Name == "bad" {
@@ -82,7 +86,8 @@ func TestSpreadResults(t *testing.T) {
 	})
 }
 
-// One object once at a time, and again after an event in the middle; two at a time work, and any number wait elsewhere.
+// One object is reconciled once at a time, and again after an event in the middle. Two work at
+// once, and any number wait elsewhere.
 func TestSpreadTurns(t *testing.T) {
 	var mu sync.Mutex
 	working, most, runs, same := 0, 0, map[string]int{}, map[string]int{}

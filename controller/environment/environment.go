@@ -24,25 +24,26 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
 )
 
-// Annotations of a pod that kubelet has read from a file, on its mirror in the API
+// Annotations on the mirror pod of a pod that kubelet has read from a file
 // (pkg/kubelet/types/pod_update.go).
 const (
 	mirrorAnnotation = corev1.MirrorPodAnnotationKey
 	configHash       = "kubernetes.io/config.hash"
 )
 
-// maxSize is what nodes take as the environment of one container, in bytes: Linux starts no process with more where nobody has changed the
-// limit of its stack (execve(2)).
+// maxSize is the largest environment of a container that nodes accept, in bytes. Unless somebody
+// has changed the limit of the stack, Linux starts no process with more (execve(2)).
 const maxSize = 2 << 20
 
-// MissingError says what a container needs and the cluster does not have, or that it has too much of it. kubelet would not start
-// the container either, and its text is kubelet's, or Linux's.
+// MissingError says what a container needs and the cluster lacks, or that the container's
+// environment is too large. kubelet would not start the container either. The text is kubelet's, or
+// Linux's.
 type MissingError struct {
 	Container string
 	Err       error
 }
 
-// Error says which container, and what is missing.
+// Error names the container and what is missing.
 func (e *MissingError) Error() string {
 	if errors.Is(e.Err, syscall.E2BIG) {
 		return fmt.Sprintf("container %s could not be started again: %s", e.Container, e.Err)
@@ -51,11 +52,11 @@ func (e *MissingError) Error() string {
 		e.Container, e.Err)
 }
 
-// Unwrap returns what is missing.
+// Unwrap returns the error that says what is missing.
 func (e *MissingError) Unwrap() error { return e.Err }
 
 // Reader reads the environments of one pod's containers. It asks the API server for each object
-// once, so make one for each command.
+// once, so make one Reader for each command.
 type Reader struct {
 	from client.Reader
 	pod  *corev1.Pod
@@ -66,15 +67,16 @@ type Reader struct {
 	node     *corev1.Node
 }
 
-// Of returns a reader for the pod, which must be whole: the pods in the controller's cache are not.
+// Of returns a reader for the pod, which must be complete: the pods in the controller's cache are
+// not.
 func Of(from client.Reader, pod *corev1.Pod) *Reader {
 	return &Reader{from: from, pod: pod, objects: map[string]client.Object{}}
 }
 
-// Read returns a reader for a pod as it is now, by the name and UID of the one given. from must read
-// past caches: what has just been changed counts.
+// Read returns a reader for the pod with the name and UID of the given one, as the pod is now. from
+// must read past caches, since changes of a moment ago count.
 //
-// Errors: the API server's, or that there is no such pod any more.
+// Errors: the API server's, or that the pod no longer exists.
 func Read(ctx context.Context, from client.Reader, of *corev1.Pod) (*Reader, error) {
 	pod := &corev1.Pod{}
 	if err := from.Get(ctx, client.ObjectKeyFromObject(of), pod); err != nil {
@@ -86,10 +88,11 @@ func Read(ctx context.Context, from client.Reader, of *corev1.Pod) (*Reader, err
 	return Of(from, pod), nil
 }
 
-// Pod is the pod that is read for.
+// Pod returns the pod of the reader.
 func (r *Reader) Pod() *corev1.Pod { return r.pod }
 
-// Label has the pod read as if it had the label: it is about to be patched.
+// Label makes the reader treat the pod as if it had the label. Use it when the pod is about to be
+// patched.
 func (r *Reader) Label(key, value string) {
 	r.pod = r.pod.DeepCopy()
 	if r.pod.Labels == nil {
@@ -98,10 +101,10 @@ func (r *Reader) Label(key, value string) {
 	r.pod.Labels[key] = value
 }
 
-// Container returns what kubelet would compute now of the container of that name, which the pod
-// must have.
+// Container returns what kubelet would compute now for the container of that name. The pod must
+// have the container.
 //
-// Errors: a *[MissingError], which does not pass by itself, or the API server's.
+// Errors: a *[MissingError], which does not go away by itself, or the API server's.
 func (r *Reader) Container(ctx context.Context, name string) (*opsv1.Environment, error) {
 	c := containerOf(r.pod, name)
 	if c == nil {
@@ -150,12 +153,14 @@ func (r *Reader) Container(ctx context.Context, name string) (*opsv1.Environment
 		env.SubPaths = append(env.SubPaths, part)
 	}
 	if n := proto.Size(env); n > maxSize {
-		return nil, explained(name, missing{fmt.Errorf("its environment has %d bytes, more than a process can be started with (%d): %w", n, maxSize, syscall.E2BIG)})
+		return nil, explained(name,
+			missing{fmt.Errorf("its environment has %d bytes, more than a process can be started with (%d): %w", n,
+				maxSize, syscall.E2BIG)})
 	}
 	return env, nil
 }
 
-// imageOf returns what a volume of type image is of, or nil.
+// imageOf returns the source of a volume of type image; nil if the volume is of another type.
 func imageOf(pod *corev1.Pod, volume string) *corev1.ImageVolumeSource {
 	for _, v := range pod.Spec.Volumes {
 		if v.Name == volume {
@@ -165,8 +170,8 @@ func imageOf(pod *corev1.Pod, volume string) *corev1.ImageVolumeSource {
 	return nil
 }
 
-// place returns the name of the PersistentVolume behind a volume of the pod, and where it is if it is of type hostPath; each is empty if
-// there is none.
+// place returns the name of the PersistentVolume behind a volume of the pod, and its path on the
+// host if it is of type hostPath. Each is "" if there is none.
 func (r *Reader) place(ctx context.Context, volume string) (persistent, hostPath string, err error) {
 	claim := ""
 	for _, v := range r.pod.Spec.Volumes {
@@ -184,7 +189,8 @@ func (r *Reader) place(ctx context.Context, volume string) (persistent, hostPath
 		return "", "", nil
 	}
 	if mirrorpod.Is(r.pod) {
-		return "", "", missing{fmt.Errorf("persistentvolumeclaim %q is not read for a static pod, which its node has made", claim)}
+		return "", "", missing{fmt.Errorf("persistentvolumeclaim %q is not read for a static pod, which its node has made",
+			claim)}
 	}
 	var c corev1.PersistentVolumeClaim
 	if err := r.from.Get(ctx, client.ObjectKey{Namespace: r.pod.Namespace, Name: claim}, &c); err != nil {
@@ -200,7 +206,7 @@ func (r *Reader) place(ctx context.Context, volume string) (persistent, hostPath
 	return v.Name, hostPath, nil
 }
 
-// PullPolicy is the node's word for an imagePullPolicy.
+// PullPolicy translates an imagePullPolicy into the API of the nodes.
 func PullPolicy(p corev1.PullPolicy) opsv1.PullPolicy {
 	switch p {
 	case corev1.PullAlways:
@@ -212,7 +218,7 @@ func PullPolicy(p corev1.PullPolicy) opsv1.PullPolicy {
 	}
 }
 
-// missing is an error of what the pod's spec names and there is not.
+// missing is the error that the cluster lacks something which the pod's spec names.
 type missing struct{ error }
 
 func explained(container string, err error) error {
@@ -223,8 +229,8 @@ func explained(container string, err error) error {
 	return err
 }
 
-// all returns the variables of a whole ConfigMap or Secret, by name. Their binaryData is no
-// variable to kubelet.
+// all returns the variables of a whole ConfigMap or Secret, by name. kubelet makes no variables of
+// binaryData.
 func (r *Reader) all(ctx context.Context, from corev1.EnvFromSource) ([]*opsv1.Variable, error) {
 	var variables []*opsv1.Variable
 	add := func(key string, value []byte) {
@@ -251,7 +257,8 @@ func (r *Reader) all(ctx context.Context, from corev1.EnvFromSource) ([]*opsv1.V
 	return variables, nil
 }
 
-// variable returns one variable of the spec; nil if it is optional and there is none.
+// variable returns one variable of the spec; nil if the variable is optional and its source does
+// not exist.
 func (r *Reader) variable(ctx context.Context, c *corev1.Container, v corev1.EnvVar) (*opsv1.Variable, error) {
 	if v.Value != "" || v.ValueFrom == nil {
 		return &opsv1.Variable{Name: v.Name, Source: &opsv1.Variable_Template{Template: v.Value}}, nil
@@ -278,7 +285,8 @@ func (r *Reader) variable(ctx context.Context, c *corev1.Container, v corev1.Env
 		if value, ok := m.Data[ref.Key]; ok {
 			return literal(v.Name, []byte(value)), nil
 		}
-		return nil, unlessOptional(ref.Optional, "couldn't find key %v in ConfigMap %v/%v", ref.Key, r.pod.Namespace, ref.Name)
+		return nil, unlessOptional(ref.Optional, "couldn't find key %v in ConfigMap %v/%v", ref.Key,
+			r.pod.Namespace, ref.Name)
 	case from.SecretKeyRef != nil:
 		ref := from.SecretKeyRef
 		s, err := r.secret(ctx, ref.Name, ref.Optional)
@@ -311,23 +319,26 @@ func unlessOptional(optional *bool, format string, args ...any) error {
 
 func isTrue(b *bool) bool { return b != nil && *b }
 
-// configMap returns the ConfigMap; nil without an error if it is optional and there is none.
+// configMap returns the ConfigMap; nil without an error if it is optional and does not exist.
 func (r *Reader) configMap(ctx context.Context, name string, optional *bool) (*corev1.ConfigMap, error) {
 	o, err := r.object(ctx, "configmap", name, &corev1.ConfigMap{}, optional)
 	m, _ := o.(*corev1.ConfigMap)
 	return m, err
 }
 
-// secret is configMap for a Secret.
+// secret returns the Secret, by the same rules as configMap.
 func (r *Reader) secret(ctx context.Context, name string, optional *bool) (*corev1.Secret, error) {
 	o, err := r.object(ctx, "secret", name, &corev1.Secret{}, optional)
 	s, _ := o.(*corev1.Secret)
 	return s, err
 }
 
-func (r *Reader) object(ctx context.Context, kind, name string, into client.Object, optional *bool) (client.Object, error) {
+func (r *Reader) object(
+	ctx context.Context, kind, name string, into client.Object, optional *bool,
+) (client.Object, error) {
 	if mirrorpod.Is(r.pod) {
-		return nil, unlessOptional(optional, "%s %q is not read for a static pod, which its node has made; put the value in its manifest", kind, name)
+		return nil, unlessOptional(optional,
+			"%s %q is not read for a static pod, which its node has made; put the value in its manifest", kind, name)
 	}
 	key := kind + "/" + name
 	o, known := r.objects[key]
@@ -342,18 +353,19 @@ func (r *Reader) object(ctx context.Context, kind, name string, into client.Obje
 		r.objects[key] = o
 	}
 	if o == nil {
-		// As kubelet's own store of objects says it (pkg/kubelet/util/manager/watch_based_manager.go).
+		// kubelet's own store of objects says it so (pkg/kubelet/util/manager/watch_based_manager.go).
 		return nil, unlessOptional(optional, "%s %q not found", kind, name)
 	}
 	return o, nil
 }
 
-// field is kubelet's podFieldSelectorRuntimeValue. The addresses are those of the pod's status:
-// kubelet puts them there, sorted as it does here.
+// field is kubelet's podFieldSelectorRuntimeValue. It takes the addresses from the pod's status:
+// kubelet puts them there, in the order in which it uses them here.
 func (r *Reader) field(path string) (string, error) {
 	status := r.pod.Status
 	switch path {
-	case "spec.nodeName", "spec.host": // the old name of it, which the API server and kubelet still take (core/v1/conversion.go)
+	// its old name, which the API server and kubelet still accept (core/v1/conversion.go)
+	case "spec.nodeName", "spec.host":
 		return r.pod.Spec.NodeName, nil
 	case "spec.serviceAccountName":
 		return r.pod.Spec.ServiceAccountName, nil
@@ -381,7 +393,7 @@ func (r *Reader) field(path string) (string, error) {
 	return fieldpath.ExtractFieldPathAsString(r.pod, path)
 }
 
-// resource is kubelet's containerResourceRuntimeValue of what the container has been allocated.
+// resource is kubelet's containerResourceRuntimeValue of the resources allocated to the container.
 func (r *Reader) resource(ctx context.Context, c *corev1.Container, ref *corev1.ResourceFieldSelector) (string, error) {
 	subject := c
 	if ref.ContainerName != "" {
@@ -390,14 +402,16 @@ func (r *Reader) resource(ctx context.Context, c *corev1.Container, ref *corev1.
 		}
 	}
 	subject = r.allocated(subject)
-	// kubelet sets the limits that are not set to those of the pod or the node: of its own container, and of
-	// the regular ones if another one is named (kubelet_resources.go defaultPodLimitsForDownwardAPI).
+	// kubelet sets missing limits to those of the pod or the node: for the container itself, and for
+	// regular containers if the reference names another container (kubelet_resources.go
+	// defaultPodLimitsForDownwardAPI).
 	if ref.ContainerName == "" || isRegular(r.pod, subject.Name) {
 		limits, err := r.limits(ctx)
 		if err != nil {
 			return "", err
 		}
-		for _, name := range []corev1.ResourceName{corev1.ResourceCPU, corev1.ResourceMemory, corev1.ResourceEphemeralStorage} {
+		for _, name := range []corev1.ResourceName{corev1.ResourceCPU, corev1.ResourceMemory,
+			corev1.ResourceEphemeralStorage} {
 			most, has := limits[name]
 			if set := subject.Resources.Limits[name]; !set.IsZero() || !has {
 				continue
@@ -415,7 +429,8 @@ func (r *Reader) resource(ctx context.Context, c *corev1.Container, ref *corev1.
 	return value, nil
 }
 
-// limits are those that a container without limits has: the pod's, or else the node's.
+// limits returns the limits of a container without limits of its own: the pod's, or else the
+// node's.
 func (r *Reader) limits(ctx context.Context) (corev1.ResourceList, error) {
 	if r.node == nil {
 		node := &corev1.Node{}
@@ -435,7 +450,7 @@ func (r *Reader) limits(ctx context.Context) (corev1.ResourceList, error) {
 	return limits, nil
 }
 
-// allocated returns a copy of the container with the resources that kubelet goes by: those of the
+// allocated returns a copy of the container with the resources that kubelet uses: those of the
 // spec, unless a resize is waiting (KEP-1287).
 func (r *Reader) allocated(c *corev1.Container) *corev1.Container {
 	c = c.DeepCopy()
@@ -455,8 +470,8 @@ func (r *Reader) allocated(c *corev1.Container) *corev1.Container {
 	return c
 }
 
-// hasDevices says whether a device plugin may have a say in the container: only those serve
-// resources with a name that has a domain of its own.
+// hasDevices reports whether a device plugin may serve the container: only device plugins serve
+// resources whose names have a domain of their own.
 func hasDevices(c *corev1.Container) bool {
 	for _, list := range []corev1.ResourceList{c.Resources.Limits, c.Resources.Requests} {
 		for name := range list {
@@ -484,7 +499,7 @@ func isRegular(pod *corev1.Pod, name string) bool {
 	return slices.ContainsFunc(pod.Spec.Containers, func(c corev1.Container) bool { return c.Name == name })
 }
 
-// serviceVariables are those of the services that the pod's containers are told of
+// serviceVariables returns the variables of the services that the pod's containers learn of
 // (kubelet_pods.go getServiceEnvVarMap).
 func (r *Reader) serviceVariables(ctx context.Context) ([]*opsv1.Variable, error) {
 	if r.listed {

@@ -14,15 +14,15 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// apiServer is the service in the namespace default that every container is told of.
+// apiServer is the service in the namespace default that each container learns of.
 const apiServer = "kubernetes"
 
-// hasIP says whether the service has an address of its own: others have no variables.
+// hasIP reports whether the service has an address of its own: other services have no variables.
 func hasIP(s *corev1.Service) bool {
 	return s.Spec.ClusterIP != "" && s.Spec.ClusterIP != corev1.ClusterIPNone
 }
 
-// variablesOf are the variables of one service (pkg/kubelet/envvars/envvars.go FromServices).
+// variablesOf returns the variables of one service (pkg/kubelet/envvars/envvars.go FromServices).
 func variablesOf(s *corev1.Service) []*opsv1.Variable {
 	var variables []*opsv1.Variable
 	set := func(name, value string) { variables = append(variables, literal(name, []byte(value))) }

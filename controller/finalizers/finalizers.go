@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package finalizers takes finalizers off objects that nobody here works on any more.
+// Package finalizers removes finalizers from objects on which the controller no longer works.
 package finalizers
 
 import (
@@ -16,12 +16,15 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 )
 
-// pageSize is how many objects one answer of the API server has: all of a large cluster's may be many.
+// pageSize is how many objects one answer of the API server has: a large cluster may have many.
 const pageSize = 500
 
-// TakeOff takes finalizers off all objects of a kind, in whichever version it is served, and returns
-// how many had one. A kind that is not served has none. c must read past the cache.
-func TakeOff(ctx context.Context, c client.Client, mapper meta.RESTMapper, kind schema.GroupKind, names ...string) (int, error) {
+// TakeOff removes finalizers from all objects of a kind, in whichever version the API server serves
+// it, and returns how many objects had one. A kind that is not served has no objects. c must read
+// past the cache.
+func TakeOff(
+	ctx context.Context, c client.Client, mapper meta.RESTMapper, kind schema.GroupKind, names ...string,
+) (int, error) {
 	mapping, err := mapper.RESTMapping(kind)
 	if meta.IsNoMatchError(err) {
 		return 0, nil

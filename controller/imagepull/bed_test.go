@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package imagepull
+package imagepull_test
 
 import (
 	"context"
@@ -32,7 +32,23 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
-	nodes "github.com/cri-proxy/cri-proxy/controller"
+	apischeme "github.com/cri-proxy/cri-proxy/api/scheme"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull"
+	joblist "github.com/cri-proxy/cri-proxy/controller/imagepull/list"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
+)
+
+// How long the reconciler waits, for users to rely on.
+const (
+	cleanUpTimeout = 30 * time.Second
+	noNodesTimeout = 30 * time.Second
+	nodeTimeout    = 10 * time.Minute
+	silenceTimeout = 30 * time.Second
+	newsTimeout    = 20 * time.Second
+	overdueSlack   = 2 * time.Minute
+	queueAllowance = 6 * time.Hour
+	// maxDetails is how many nodes a status describes.
+	maxDetails = 20
 )
 
 type (
@@ -40,8 +56,8 @@ type (
 	spec = v1beta1.ImagePullJobSpec
 )
 
-// bed is a cluster: an API server in memory that counts writes, a fleet, and a controller that can be killed. It lives
-// in a synctest bubble, so that hours take no time.
+// bed is a cluster: an API server in memory that counts writes, a fleet of nodes, and a controller
+// that a test can kill. It lives in a synctest bubble, so that hours take no time.
 type bed struct {
 	t     *testing.T
 	fleet *fleet
@@ -51,12 +67,12 @@ type bed struct {
 	nodes  map[string]*corev1.Node // served without the cost of the fake client
 	writes map[string]int
 	events []string
-	// history are the statuses that were written, by job.
+	// history has the statuses that the controller has written, by job.
 	history map[string][]v1beta1.ImagePullJobStatus
 	refuse  func(client.Object) error // reads past the cache
 	deny    string                    // the image whose job must not be made
 
-	r     *Reconciler
+	r     *imagepull.Reconciler
 	queue workqueue.TypedRateLimitingInterface[reconcile.Request]
 	lists workqueue.TypedRateLimitingInterface[reconcile.Request]
 	kill  func()
@@ -67,14 +83,16 @@ func inBed(t *testing.T, f func(*testing.T, *bed)) {
 	t.Helper()
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		scheme, err := nodes.NewScheme()
+		scheme, err := apischeme.New()
 		if err != nil {
 			t.Fatal(err)
 		}
-		b := &bed{t: t, fleet: newFleet(), nodes: map[string]*corev1.Node{}, writes: map[string]int{}, history: map[string][]v1beta1.ImagePullJobStatus{}}
-		// Without managed fields, which nobody reads and most of the time would go into.
+		b := &bed{t: t, fleet: newFleet(), nodes: map[string]*corev1.Node{}, writes: map[string]int{},
+			history: map[string][]v1beta1.ImagePullJobStatus{}}
+		// Leave out managed fields: nobody reads them, and they would take most of the time.
 		tracker := clienttesting.NewObjectTracker(scheme, serializer.NewCodecFactory(scheme).UniversalDecoder())
-		b.api = fake.NewClientBuilder().WithScheme(scheme).WithObjectTracker(tracker).WithStatusSubresource(&job{}, &v1beta1.ImageListPullJob{}).Build()
+		b.api = fake.NewClientBuilder().WithScheme(scheme).WithObjectTracker(tracker).
+			WithStatusSubresource(&job{}, &v1beta1.ImageListPullJob{}).Build()
 		b.start()
 		defer func() {
 			b.kill()
@@ -110,7 +128,7 @@ func (b *bed) wrote(what string, o client.Object) {
 	b.notice(o)
 }
 
-// notice is what the watches of a controller do.
+// notice does what the watches of a controller do.
 func (b *bed) notice(o client.Object) {
 	if _, ok := o.(*job); !ok {
 		return
@@ -120,7 +138,7 @@ func (b *bed) notice(o client.Object) {
 	}
 }
 
-// start runs a controller; it ends with kill.
+// start runs a controller until kill is called.
 func (b *bed) start() {
 	log := logrus.New()
 	log.SetOutput(io.Discard)
@@ -139,7 +157,8 @@ func (b *bed) start() {
 		Create: func(ctx context.Context, c client.WithWatch, o client.Object, opts ...client.CreateOption) error {
 			o.SetUID(types.UID("uid-" + o.GetName()))
 			if j, ok := o.(*job); ok && b.denies(j.Spec.Image) {
-				return apierrors.NewForbidden(schema.GroupResource{Resource: "imagepulljobs"}, o.GetName(), errors.New("exceeded quota: jobs"))
+				return apierrors.NewForbidden(schema.GroupResource{Resource: "imagepulljobs"}, o.GetName(),
+					errors.New("exceeded quota: jobs"))
 			}
 			err := c.Create(ctx, o, opts...)
 			if err == nil {
@@ -148,12 +167,14 @@ func (b *bed) start() {
 			}
 			return err
 		},
-		Patch: func(ctx context.Context, c client.WithWatch, o client.Object, p client.Patch, opts ...client.PatchOption) error {
+		Patch: func(ctx context.Context, c client.WithWatch, o client.Object, p client.Patch,
+			opts ...client.PatchOption) error {
 			err := c.Patch(ctx, o, p, opts...)
 			b.wrote("patch", o)
 			return err
 		},
-		SubResourcePatch: func(ctx context.Context, c client.Client, sub string, o client.Object, p client.Patch, opts ...client.SubResourcePatchOption) error {
+		SubResourcePatch: func(ctx context.Context, c client.Client, sub string, o client.Object, p client.Patch,
+			opts ...client.SubResourcePatchOption) error {
 			err := c.SubResource(sub).Patch(ctx, o, p, opts...)
 			b.wrote("status", o)
 			return err
@@ -164,14 +185,15 @@ func (b *bed) start() {
 			err := c.Delete(ctx, o, opts...)
 			b.wrote("delete", o)
 			if seen && apierrors.IsNotFound(b.api.Get(ctx, client.ObjectKeyFromObject(o), &job{})) {
-				b.r.deleted(last)
+				b.r.Deleted(last)
 			}
 			b.queue.Add(reconcile.Request{NamespacedName: client.ObjectKeyFromObject(o)})
 			return err
 		},
 	})
 	past := interceptor.NewClient(b.api, interceptor.Funcs{
-		Get: func(ctx context.Context, c client.WithWatch, key client.ObjectKey, o client.Object, opts ...client.GetOption) error {
+		Get: func(ctx context.Context, c client.WithWatch, key client.ObjectKey, o client.Object,
+			opts ...client.GetOption) error {
 			b.mu.Lock()
 			refuse := b.refuse
 			b.mu.Unlock()
@@ -183,28 +205,18 @@ func (b *bed) start() {
 			return c.Get(ctx, key, o, opts...)
 		},
 	})
-	b.r = &Reconciler{Client: c, APIReader: past, Nodes: b.fleet, NodePort: nodes.DefaultNodePort, Recorder: b, Log: log}
-	b.r.prepare()
-	lists := &ListReconciler{Client: c, Recorder: b, Log: log}
+	b.r = &imagepull.Reconciler{Client: c, APIReader: past, Nodes: b.fleet, NodePort: nodes.DefaultPort,
+		Recorder: b, Log: log}
+	b.r.Prepare()
+	lists := &joblist.Reconciler{Client: c, Recorder: b, Log: log}
 	limiter := func() workqueue.TypedRateLimiter[reconcile.Request] {
 		return workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](50*time.Millisecond, 30*time.Second)
 	}
 	b.queue, b.lists = workqueue.NewTypedRateLimitingQueue(limiter()), workqueue.NewTypedRateLimitingQueue(limiter())
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
-	crew := b.r.crew
-	wg.Go(func() { _ = crew.Start(ctx) })
-	wakes, queue := b.r.wakes, b.queue
-	wg.Go(func() {
-		for {
-			select {
-			case e := <-wakes:
-				queue.Add(reconcile.Request{NamespacedName: client.ObjectKeyFromObject(e.Object)})
-			case <-ctx.Done():
-				return
-			}
-		}
-	})
+	r, queue := b.r, b.queue
+	wg.Go(func() { r.Run(ctx, func(request reconcile.Request) { queue.Add(request) }) })
 	for range 2 {
 		b.work(ctx, &wg, b.queue, b.r)
 		b.work(ctx, &wg, b.lists, lists)
@@ -215,7 +227,7 @@ func (b *bed) start() {
 		b.lists.ShutDown()
 		wg.Wait()
 	})
-	// What an informer does at first.
+	// An informer first reports all objects.
 	var list v1beta1.ImagePullJobList
 	if err := b.api.List(ctx, &list); err != nil {
 		b.t.Fatal(err)
@@ -225,7 +237,10 @@ func (b *bed) start() {
 	}
 }
 
-func (b *bed) work(ctx context.Context, wg *sync.WaitGroup, queue workqueue.TypedRateLimitingInterface[reconcile.Request], r reconcile.Reconciler) {
+func (b *bed) work(
+	ctx context.Context, wg *sync.WaitGroup, queue workqueue.TypedRateLimitingInterface[reconcile.Request],
+	r reconcile.Reconciler,
+) {
 	wg.Go(func() {
 		for {
 			request, over := queue.Get()
@@ -247,7 +262,7 @@ func (b *bed) work(ctx context.Context, wg *sync.WaitGroup, queue workqueue.Type
 	})
 }
 
-// denyImage lets nobody make a job for an image.
+// denyImage makes the API server refuse jobs for an image.
 func (b *bed) denyImage(image string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -294,10 +309,10 @@ func (b *bed) removeNode(name string) {
 	b.crowd()
 }
 
-// crowd is what the watch of nodes does.
+// crowd does what the watch of nodes does.
 func (b *bed) crowd() {
-	for _, r := range b.r.jobsOfNode(context.Background(), nil) {
-		b.queue.AddAfter(r, gather)
+	for _, r := range b.r.JobsOfNode(context.Background()) {
+		b.queue.AddAfter(r, imagepull.GatherInterval)
 	}
 }
 
@@ -322,7 +337,7 @@ func parallel(n int) *intstr.IntOrString {
 	return &p
 }
 
-// create makes a job as the API server does with the CRD's defaults.
+// create creates a job with the CRD's defaults, as the API server does.
 func (b *bed) create(name string, s spec, annotations ...string) {
 	b.t.Helper()
 	if s.Image == "" {
@@ -331,7 +346,8 @@ func (b *bed) create(name string, s spec, annotations ...string) {
 	if s.CompletionPolicy.Type == "" {
 		s.CompletionPolicy.Type = v1beta1.Always
 	}
-	j := &job{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name, UID: types.UID("uid-" + name), Generation: 1, Annotations: map[string]string{}}, Spec: s}
+	j := &job{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name, UID: types.UID("uid-" + name), Generation: 1,
+		Annotations: map[string]string{}}, Spec: s}
 	for i := 0; i < len(annotations); i += 2 {
 		j.Annotations[annotations[i]] = annotations[i+1]
 	}
@@ -363,16 +379,17 @@ func (b *bed) edit(name string, change func(*job)) {
 func (b *bed) delete(name string) {
 	b.t.Helper()
 	last := b.get(name)
-	if err := b.api.Delete(context.Background(), &job{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name}}); err != nil {
+	if err := b.api.Delete(context.Background(),
+		&job{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name}}); err != nil {
 		b.t.Fatal(err)
 	}
 	if b.get(name) == nil {
-		b.r.deleted(last) // what an informer does
+		b.r.Deleted(last) // what an informer does
 	}
 	b.queue.Add(reconcile.Request{NamespacedName: types.NamespacedName{Namespace: "ns", Name: name}})
 }
 
-// get is the job, or nil when it is gone.
+// get returns the job, or nil if the job is gone.
 func (b *bed) get(name string) *job {
 	b.t.Helper()
 	var j job
@@ -386,7 +403,7 @@ func (b *bed) get(name string) *job {
 	return &j
 }
 
-// until waits for the job to be so, in the bubble's time, and returns it.
+// until waits, in the bubble's time, until the job is so, and returns it.
 func (b *bed) until(what, name string, within time.Duration, so func(*job) bool) *job {
 	b.t.Helper()
 	step := max(within/1000, time.Millisecond)
@@ -411,7 +428,7 @@ func (b *bed) writesOf(name string) int {
 	return b.writes[name]
 }
 
-// reason of a condition, with its status: "True Succeeded".
+// condition is the status and reason of a condition: "True Succeeded".
 func condition(j *job, kind string) string {
 	c := meta.FindStatusCondition(j.Status.Conditions, kind)
 	if c == nil {
@@ -425,6 +442,7 @@ func (b *bed) want(j *job, complete string, numbers string) {
 	s := j.Status
 	got := fmt.Sprintf("%d/%d/%d/%d", s.Desired, s.Active, s.Succeeded, s.Failed)
 	if got != numbers || condition(j, v1beta1.ConditionComplete) != complete {
-		b.t.Errorf("job %s: desired/active/succeeded/failed %s, Complete %q; want %s, %q; status %+v", j.Name, got, condition(j, v1beta1.ConditionComplete), numbers, complete, s)
+		b.t.Errorf("job %s: desired/active/succeeded/failed %s, Complete %q; want %s, %q; status %+v", j.Name, got,
+			condition(j, v1beta1.ConditionComplete), numbers, complete, s)
 	}
 }

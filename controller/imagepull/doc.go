@@ -1,14 +1,16 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package imagepull carries out ImagePullJobs and ImageListPullJobs by commanding the nodes.
+// Package imagepull carries out ImagePullJobs by commanding the nodes. Its packages read the jobs
+// (spec), word their statuses (report), and carry out ImageListPullJobs (list).
 //
-// A job becomes a run: what is known of each of its nodes, and the goroutines that talk to them. A node is surveyed
-// first: what it already does or has done for the job is taken over, what the job no longer wants is cancelled. A node
-// that answers then waits for its turn to pull; one that does not is tried again and holds up nobody. What a pull is
-// called on the node follows from the job alone, so another controller goes on where this one ends, and nodes that are
-// done say so from their journal.
+// For each job at work there is a jobState: a table of what is known of each node, and the
+// goroutines that talk to the nodes. A node is probed first: the controller adopts the pulls that
+// the node has for the job, and cancels those that the job no longer wants. A node that answers
+// then waits until fewer nodes pull than may. A node that does not answer is tried again and holds
+// up nobody. The UID of a pull follows from the job alone, so another controller goes on where this
+// one ends, and nodes that are done say so from their journal.
 //
-// Status is written when something has happened that is worth a write: with N nodes at most about 20 + 2√N times in the
-// life of a job.
+// Status is written when something has happened that is worth a write: with N nodes at most about
+// 20 + 2√N times in the life of a job.
 package imagepull

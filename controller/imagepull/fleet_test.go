@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package imagepull
+package imagepull_test
 
 import (
 	"context"
@@ -16,15 +16,20 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 const imageBytes = 100 << 20
 
-// fleet are nodes that do as the Images service says, in one process. It outlives controllers.
+// forPeople is a message of which no program reads a part.
+const forPeople = "a message for people"
+
+// fleet is a set of nodes that implement the Images service, in this process. It outlives
+// controllers.
 type fleet struct {
 	mu    sync.Mutex
 	nodes map[string]*simNode
@@ -48,6 +53,7 @@ type simNode struct {
 	lacks   bool          // its pulls wait for credentials to be given again
 	full    string        // "" or why it pins nothing
 	fast    string        // "" or why it keeps no speed limit
+	old     bool          // it is of the version before, and says in messages what others say in fields
 	user    string        // "" or whose credentials its registry wants
 	comes   time.Time     // when the image does; zero: it is there
 	ahead   time.Duration // of its clock
@@ -98,14 +104,14 @@ func (f *fleet) change(name string, how func(*simNode)) {
 	how(f.nodes[name])
 }
 
-func (f *fleet) node(ctx context.Context, n controller.Node, method string) (*simNode, error) {
+func (f *fleet) node(ctx context.Context, n nodes.Node, method string) (*simNode, error) {
 	f.mu.Lock()
 	node := f.nodes[n.Name]
 	f.calls[method]++
 	silent, refused := node == nil || node.silent, node != nil && node.refused
 	f.mu.Unlock()
 	fail := func(code codes.Code, message string) error {
-		return &controller.NodeError{Node: n, Method: method, Err: status.Error(code, message), Silent: true}
+		return &nodes.Error{Node: n, Method: method, Err: status.Error(code, message), Silent: true}
 	}
 	if refused {
 		return nil, fail(codes.Unavailable, "dial tcp "+n.Address+": connect: connection refused")
@@ -115,14 +121,14 @@ func (f *fleet) node(ctx context.Context, n controller.Node, method string) (*si
 		if method == "WatchPull" {
 			patience = 24 * time.Hour
 		}
-		pause(ctx, patience)
+		sleep(ctx, patience)
 		return nil, fail(codes.DeadlineExceeded, "context deadline exceeded")
 	}
 	return node, ctx.Err()
 }
 
-func answer(n controller.Node, method string, code codes.Code, message string) error {
-	return &controller.NodeError{Node: n, Method: method, Err: status.Error(code, message)}
+func answer(n nodes.Node, method string, code codes.Code, message string) error {
+	return &nodes.Error{Node: n, Method: method, Err: status.Error(code, message)}
 }
 
 func jobOf(uid string) string {
@@ -130,7 +136,7 @@ func jobOf(uid string) string {
 	return job
 }
 
-func (f *fleet) Pull(ctx context.Context, n controller.Node, r *opsv1.PullRequest) (*opsv1.PullOperation, error) {
+func (f *fleet) Pull(ctx context.Context, n nodes.Node, r *opsv1.PullRequest) (*opsv1.PullOperation, error) {
 	node, err := f.node(ctx, n, "Pull")
 	if err != nil {
 		return nil, err
@@ -148,7 +154,7 @@ func (f *fleet) Pull(ctx context.Context, n controller.Node, r *opsv1.PullReques
 			return nil, answer(n, "Pull", codes.AlreadyExists, "another request has this UID")
 		}
 		p.given = r.GetCredentials()
-		if p.op.GetReason() == reasonCredentials {
+		if p.op.GetReason() == "CredentialsNeeded" {
 			p.op.Reason = ""
 			f.begin(node, p)
 		}
@@ -156,7 +162,8 @@ func (f *fleet) Pull(ctx context.Context, n controller.Node, r *opsv1.PullReques
 	}
 	node.requests = append(node.requests, r)
 	p := &simPull{req: bare, given: r.GetCredentials(), changed: make(chan struct{}), op: &opsv1.PullOperation{
-		Uid: r.GetUid(), Image: r.GetImage(), Owner: r.GetOwner(), Phase: opsv1.PullPhase_PULL_WAITING, CreateTime: timestamppb.Now(),
+		Uid: r.GetUid(), Image: r.GetImage(), Owner: r.GetOwner(), Phase: opsv1.PullPhase_PULL_WAITING,
+		CreateTime: timestamppb.Now(),
 	}}
 	node.pulls[r.GetUid()] = p
 	node.order = append(node.order, r.GetUid())
@@ -165,18 +172,19 @@ func (f *fleet) Pull(ctx context.Context, n controller.Node, r *opsv1.PullReques
 	f.peak[job] = max(f.peak[job], f.inFlight[job])
 	if node.lacks {
 		node.lacks = false
-		p.op.Reason = reasonCredentials
+		p.op.Reason = "CredentialsNeeded"
 	} else {
 		f.begin(node, p)
 	}
 	return proto.Clone(p.op).(*opsv1.PullOperation), nil
 }
 
-// begin lets a pull go on; the caller holds the mutex.
+// begin lets a pull go on. The caller holds the mutex.
 func (f *fleet) begin(node *simNode, p *simPull) {
 	ctx, cancel := context.WithCancel(f.ctx)
 	p.cancel = cancel
-	there := slices.ContainsFunc(slices.Collect(maps.Keys(node.pins)), func(pin simPin) bool { return pin.image == p.req.GetImage() })
+	there := slices.ContainsFunc(slices.Collect(maps.Keys(node.pins)),
+		func(pin simPin) bool { return pin.image == p.req.GetImage() })
 	if there && p.req.GetPolicy() != opsv1.PullPolicy_PULL_POLICY_ALWAYS {
 		f.finish(node, p, opsv1.PullPhase_PULL_SUCCEEDED, "Present", "")
 		cancel()
@@ -193,17 +201,18 @@ func (f *fleet) begin(node *simNode, p *simPull) {
 			outcome, steps = reason, 0
 		}
 		for i := range steps {
-			if !pause(ctx, takes/time.Duration(steps)) {
+			if !sleep(ctx, takes/time.Duration(steps)) {
 				break
 			}
 			f.update(p, func(op *opsv1.PullOperation) {
-				op.Phase, op.BytesTotal, op.BytesDone = opsv1.PullPhase_PULL_FETCHING, imageBytes, imageBytes*int64(i+1)/int64(steps)
-				op.BytesFetched, op.Attempt = op.BytesDone, 1
+				op.Phase, op.BytesTotal, op.BytesDone = opsv1.PullPhase_PULL_FETCHING, imageBytes,
+					imageBytes*int64(i+1)/int64(steps)
+				op.BytesFetched, op.Attempt, op.LastFailure = op.BytesDone, 1, nil
 			})
 		}
 		if stuck && ctx.Err() == nil {
 			bound := p.req.GetAttemptTimeout().AsDuration() * time.Duration(p.req.GetMaxAttempts())
-			if pause(ctx, bound) {
+			if sleep(ctx, bound) {
 				outcome = "Timeout"
 			}
 		}
@@ -220,14 +229,15 @@ func (f *fleet) begin(node *simNode, p *simPull) {
 	})
 }
 
-// knock asks the registry as often as the pull may, and returns what it says in the end.
+// knock asks the registry as often as the pull may, and returns the reason of the last failure.
 func (f *fleet) knock(ctx context.Context, node *simNode, p *simPull) (reason string) {
 	for n := int32(1); ; n++ {
 		f.mu.Lock()
 		switch {
 		case time.Now().Before(node.comes):
 			reason = "NotFound"
-		case node.user != "" && !slices.ContainsFunc(p.given, func(c *opsv1.RegistryCredential) bool { return c.GetUsername() == node.user }):
+		case node.user != "" &&
+			!slices.ContainsFunc(p.given, func(c *opsv1.RegistryCredential) bool { return c.GetUsername() == node.user }):
 			reason = "Unauthorized"
 		default:
 			reason = ""
@@ -236,23 +246,30 @@ func (f *fleet) knock(ctx context.Context, node *simNode, p *simPull) (reason st
 		if reason == "" || n >= p.req.GetMaxAttempts() {
 			return reason
 		}
-		wait := min(backOffMin<<min(n-1, 10), backOffMax)
+		wait := min(time.Second<<min(n-1, 10), 30*time.Second)
 		f.update(p, func(op *opsv1.PullOperation) {
 			op.Phase, op.Reason, op.Attempt = opsv1.PullPhase_PULL_WAITING, "BackOff", n
-			op.Message = fmt.Sprintf("attempt %d of %d in %s: %s: the registry says no: look", n+1, p.req.GetMaxAttempts(), wait, reason)
+			if node.old {
+				op.Message = fmt.Sprintf("attempt %d of %d in %s: %s: the registry says no: look",
+					n+1, p.req.GetMaxAttempts(), wait, reason)
+				return
+			}
+			op.Message, op.MaxAttempts, op.RetryAfter = forPeople, p.req.GetMaxAttempts(), durationpb.New(wait)
+			op.LastFailure = &opsv1.AttemptFailure{Reason: reason, Message: "the registry says no: look"}
 		})
-		if !pause(ctx, wait) {
+		if !sleep(ctx, wait) {
 			return reason
 		}
 		f.update(p, func(op *opsv1.PullOperation) {
 			op.Phase, op.Reason, op.Message, op.Attempt = opsv1.PullPhase_PULL_RESOLVING, "", "", n+1
+			op.RetryAfter = nil
 		})
 	}
 }
 
-// goOn says something of a pull from time to time, which never ends.
+// goOn reports progress from time to time, and never ends.
 func (f *fleet) goOn(ctx context.Context, p *simPull, how string) {
-	for pause(ctx, 7*time.Second) {
+	for sleep(ctx, 7*time.Second) {
 		f.update(p, func(op *opsv1.PullOperation) {
 			if op.Phase, op.Reason = opsv1.PullPhase_PULL_WAITING, how; how == "Fetching" {
 				op.Phase, op.Reason, op.Attempt = opsv1.PullPhase_PULL_FETCHING, "", 1
@@ -279,24 +296,37 @@ func (f *fleet) finish(node *simNode, p *simPull, phase opsv1.PullPhase, reason,
 	if p.op.GetFinishTime() != nil {
 		return
 	}
-	if phase == opsv1.PullPhase_PULL_SUCCEEDED && node.full != "" {
-		message = "not pinned: " + node.full
-	} else if phase == opsv1.PullPhase_PULL_SUCCEEDED && p.req.GetPinFor().AsDuration() > 0 {
-		node.pins[simPin{p.req.GetOwner(), p.req.GetImage()}] = true
-	}
-	if phase == opsv1.PullPhase_PULL_SUCCEEDED && node.fast != "" {
-		if message != "" {
-			message += "; "
+	var notPinned, limitNotKept string
+	if phase == opsv1.PullPhase_PULL_SUCCEEDED {
+		if notPinned = node.full; notPinned == "" && p.req.GetPinFor().AsDuration() > 0 {
+			node.pins[simPin{p.req.GetOwner(), p.req.GetImage()}] = true
 		}
-		message += "pulled without the speed limit of 20.0 MiB/s: " + node.fast
+		if node.fast != "" {
+			limitNotKept = "without the speed limit of 20.0 MiB/s: " + node.fast
+		}
+	}
+	switch told := notPinned + limitNotKept; {
+	case told != "" && node.old:
+		var parts []string
+		if notPinned != "" {
+			parts = append(parts, "not pinned: "+notPinned)
+		}
+		if limitNotKept != "" {
+			parts = append(parts, "pulled "+limitNotKept)
+		}
+		message, notPinned, limitNotKept = strings.Join(parts, "; "), "", ""
+	case told != "":
+		message = forPeople
 	}
 	f.inFlight[jobOf(p.op.GetUid())]--
 	f.updateLocked(p, func(op *opsv1.PullOperation) {
-		op.Phase, op.Reason, op.Message, op.FinishTime = phase, reason, message, timestamppb.New(time.Now().Add(node.ahead))
+		op.Phase, op.Reason, op.Message = phase, reason, message
+		op.RetryAfter, op.LastFailure, op.NotPinned, op.LimitNotKept = nil, nil, notPinned, limitNotKept
+		op.FinishTime = timestamppb.New(time.Now().Add(node.ahead))
 	})
 }
 
-func (f *fleet) ListPulls(ctx context.Context, n controller.Node) ([]*opsv1.PullOperation, error) {
+func (f *fleet) ListPulls(ctx context.Context, n nodes.Node) ([]*opsv1.PullOperation, error) {
 	node, err := f.node(ctx, n, "ListPulls")
 	if err != nil {
 		return nil, err
@@ -310,7 +340,9 @@ func (f *fleet) ListPulls(ctx context.Context, n controller.Node) ([]*opsv1.Pull
 	return ops, nil
 }
 
-func (f *fleet) WatchPull(ctx context.Context, n controller.Node, uid string, each func(*opsv1.PullOperation) bool) error {
+func (f *fleet) WatchPull(
+	ctx context.Context, n nodes.Node, uid string, each func(*opsv1.PullOperation) bool,
+) error {
 	node, err := f.node(ctx, n, "WatchPull")
 	if err != nil {
 		return err
@@ -340,7 +372,7 @@ func (f *fleet) WatchPull(ctx context.Context, n controller.Node, uid string, ea
 	}
 }
 
-func (f *fleet) CancelPull(ctx context.Context, n controller.Node, uid, reason string) (*opsv1.PullOperation, error) {
+func (f *fleet) CancelPull(ctx context.Context, n nodes.Node, uid, code, reason string) (*opsv1.PullOperation, error) {
 	node, err := f.node(ctx, n, "CancelPull")
 	if err != nil {
 		return nil, err
@@ -351,7 +383,9 @@ func (f *fleet) CancelPull(ctx context.Context, n controller.Node, uid, reason s
 	if p == nil {
 		return nil, answer(n, "CancelPull", codes.NotFound, "no such pull")
 	}
-	p.reason = reason
+	if p.reason = reason; !node.old && p.op.GetFinishTime() == nil {
+		p.op.CancelCode = code
+	}
 	f.finish(node, p, opsv1.PullPhase_PULL_CANCELLED, "Cancelled", reason)
 	if p.cancel != nil {
 		p.cancel()
@@ -359,7 +393,7 @@ func (f *fleet) CancelPull(ctx context.Context, n controller.Node, uid, reason s
 	return proto.Clone(p.op).(*opsv1.PullOperation), nil
 }
 
-func (f *fleet) ListPins(ctx context.Context, n controller.Node) ([]*opsv1.ImagePin, error) {
+func (f *fleet) ListPins(ctx context.Context, n nodes.Node) ([]*opsv1.ImagePin, error) {
 	node, err := f.node(ctx, n, "ListPins")
 	if err != nil {
 		return nil, err
@@ -372,12 +406,13 @@ func (f *fleet) ListPins(ctx context.Context, n controller.Node) ([]*opsv1.Image
 		if err != nil {
 			return nil, answer(n, "ListPins", codes.Internal, err.Error())
 		}
-		pins = append(pins, &opsv1.ImagePin{ImageId: "id of " + pin.image, Image: reference.TagNameOnly(image).String(), Owner: pin.owner})
+		pins = append(pins, &opsv1.ImagePin{ImageId: "id of " + pin.image, Image: reference.TagNameOnly(image).
+			String(), Owner: pin.owner})
 	}
 	return pins, nil
 }
 
-func (f *fleet) ReleasePins(ctx context.Context, n controller.Node, owner, imageID string) (int, error) {
+func (f *fleet) ReleasePins(ctx context.Context, n nodes.Node, owner, imageID string) (int, error) {
 	node, err := f.node(ctx, n, "ReleasePins")
 	if err != nil {
 		return 0, err
@@ -391,7 +426,7 @@ func (f *fleet) ReleasePins(ctx context.Context, n controller.Node, owner, image
 	return before - len(node.pins), nil
 }
 
-// forget makes a node forget all pulls that are over, as it does after an hour.
+// forget makes a node forget all pulls that have ended, as a node does after an hour.
 func (f *fleet) forget(name string) {
 	f.change(name, func(n *simNode) {
 		maps.DeleteFunc(n.pulls, func(_ string, p *simPull) bool { return p.op.GetFinishTime() != nil })
@@ -399,7 +434,7 @@ func (f *fleet) forget(name string) {
 	})
 }
 
-// begun is how many pulls were begun on each node.
+// begun returns how many pulls began on each node.
 func (f *fleet) begun(names ...string) map[string]int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -418,7 +453,7 @@ func (f *fleet) flying(job string) int {
 	return f.inFlight[job]
 }
 
-// last is the last request that began a pull on the node, or nil.
+// last returns the last request that began a pull on the node, or nil.
 func (f *fleet) last(name string) *opsv1.PullRequest {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -443,4 +478,14 @@ func (f *fleet) pinned(name string) []string {
 	}
 	slices.Sort(images)
 	return images
+}
+
+// sleep waits and says whether to go on.
+func sleep(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-time.After(d):
+		return true
+	case <-ctx.Done():
+		return false
+	}
 }

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package imagepull
+package imagepull_test
 
 import (
 	"context"
@@ -23,7 +23,8 @@ type list = v1beta1.ImageListPullJob
 
 func (b *bed) createList(name string, s v1beta1.ImageListPullJobSpec, annotations ...string) {
 	b.t.Helper()
-	l := &list{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name, UID: types.UID("uid-" + name), Generation: 1, Annotations: map[string]string{}}, Spec: s}
+	l := &list{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name, UID: types.UID("uid-" + name), Generation: 1,
+		Annotations: map[string]string{}}, Spec: s}
 	for i := 0; i < len(annotations); i += 2 {
 		l.Annotations[annotations[i]] = annotations[i+1]
 	}
@@ -71,7 +72,7 @@ func (b *bed) untilList(what, name string, within time.Duration, so func(*list) 
 	}
 }
 
-// children are the images of the list's jobs that are not being deleted, by name of the job.
+// children returns the images of the list's jobs that are not being deleted, by name of the job.
 func (b *bed) childrenOf(name string) map[string]string {
 	var all v1beta1.ImagePullJobList
 	if err := b.api.List(context.Background(), &all); err != nil {
@@ -91,10 +92,12 @@ func TestList(t *testing.T) {
 		b.addMany(2, time.Second)
 		b.add("bad", &simNode{takes: time.Second, outcome: "NotFound"})
 		b.createList("list", v1beta1.ImageListPullJobSpec{Images: []string{"a", "b"}, ImagePullJobTemplate: template{
-			Selector: names("node-0", "node-1"), CompletionPolicy: v1beta1.CompletionPolicy{Type: v1beta1.Always, TTLSecondsAfterFinished: number(int32(60))},
+			Selector: names("node-0", "node-1"), CompletionPolicy: v1beta1.CompletionPolicy{Type: v1beta1.Always,
+				TTLSecondsAfterFinished: number(int32(60))},
 		}}, v1beta1.PinForAnnotation, "2h")
 		l := b.untilList("completed", "list", time.Minute, func(l *list) bool { return l.Status.CompletionTime != nil })
-		if s := l.Status; s.Desired != 2 || s.Completed != 2 || s.Succeeded != 2 || s.Active != 0 || s.StartTime == nil || len(s.FailedImageStatuses) != 0 {
+		if s := l.Status; s.Desired != 2 || s.Completed != 2 || s.Succeeded != 2 || s.Active != 0 || s.StartTime == nil ||
+			len(s.FailedImageStatuses) != 0 {
 			t.Errorf("status %+v", s)
 		}
 		children := b.childrenOf("list")
@@ -102,7 +105,9 @@ func TestList(t *testing.T) {
 			t.Errorf("children %v, labels %v", children, l.Labels)
 		}
 		child := b.get(children["a"])
-		if child.Labels[v1beta1.TemplateHashLabel] != l.Labels[v1beta1.TemplateHashLabel] || child.Spec.CompletionPolicy.TTLSecondsAfterFinished != nil || child.Annotations[v1beta1.PinForAnnotation] != "2h" || !metav1.IsControlledBy(child, l) {
+		if child.Labels[v1beta1.TemplateHashLabel] != l.Labels[v1beta1.TemplateHashLabel] ||
+			child.Spec.CompletionPolicy.TTLSecondsAfterFinished != nil || child.Annotations[v1beta1.PinForAnnotation] != "2h" ||
+			!metav1.IsControlledBy(child, l) {
 			t.Errorf("child %+v", child)
 		}
 		writes := b.writesOf("list")
@@ -110,14 +115,14 @@ func TestList(t *testing.T) {
 		if b.writesOf("list") != writes+1 {
 			t.Errorf("%d writes while it waited to be deleted", b.writesOf("list")-writes)
 		}
-		// Its children are the garbage collector's, which nothing holds up; their pins stay.
+		// The garbage collector deletes the children, and nothing holds it up. Their pins stay.
 		for _, name := range children {
 			if j := b.get(name); len(j.Finalizers) != 0 {
 				t.Errorf("child %s has finalizers %v", name, j.Finalizers)
 			}
 			b.delete(name)
 		}
-		time.Sleep(dismissPatience)
+		time.Sleep(cleanUpTimeout)
 		if len(b.fleet.pinned("node-0")) != 2 {
 			t.Errorf("pins %v", b.fleet.pinned("node-0"))
 		}
@@ -128,26 +133,29 @@ func TestListWithFailures(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addMany(1, time.Second)
 		b.add("bad", &simNode{takes: time.Second, outcome: "NotFound"})
-		b.createList("list", v1beta1.ImageListPullJobSpec{Images: []string{"a"}, ImagePullJobTemplate: template{Parallelism: parallel(2)}})
+		b.createList("list",
+			v1beta1.ImageListPullJobSpec{Images: []string{"a"}, ImagePullJobTemplate: template{Parallelism: parallel(2)}})
 		l := b.untilList("completed", "list", time.Minute, func(l *list) bool { return l.Status.CompletionTime != nil })
 		s := l.Status
 		if s.Completed != 1 || s.Succeeded != 0 || len(s.FailedImageStatuses) != 1 {
 			t.Fatalf("status %+v", s)
 		}
-		if f := s.FailedImageStatuses[0]; f.Name != "a" || f.ImagePullJob != b.childrenOf("list")["a"] || !strings.Contains(f.Message, "failed on 1 of 2 nodes: NotFound on 1 (bad): the registry says NotFound") {
+		if f := s.FailedImageStatuses[0]; f.Name != "a" || f.ImagePullJob != b.childrenOf("list")["a"] ||
+			!strings.Contains(f.Message, "failed on 1 of 2 nodes: NotFound on 1 (bad): the registry says NotFound") {
 			t.Errorf("failure %+v", f)
 		}
 	})
 }
 
-// An image whose job the API server does not have is told of, and the others go their way.
+// The list reports an image for which the API server refuses a job. The other images go their way.
 func TestListDenied(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addMany(1, time.Second)
 		b.denyImage("a")
 		b.createList("list", v1beta1.ImageListPullJobSpec{Images: []string{"a", "b"}})
 		l := b.untilList("as far as it goes", "list", time.Minute, func(l *list) bool { return l.Status.Succeeded == 1 })
-		if f := l.Status.FailedImageStatuses; len(f) != 1 || f[0].Name != "a" || !strings.Contains(f[0].Message, "exceeded quota: jobs") {
+		if f := l.Status.FailedImageStatuses; len(f) != 1 || f[0].Name != "a" ||
+			!strings.Contains(f[0].Message, "exceeded quota: jobs") {
 			t.Errorf("status %+v", l.Status)
 		}
 		time.Sleep(10 * time.Minute)
@@ -162,8 +170,8 @@ func TestListDenied(t *testing.T) {
 	})
 }
 
-// Images and template follow the list; a child that is deleted while the list is at work is made again, one of a
-// completed list is not.
+// The jobs follow the images and the template of the list. The list creates a child again that
+// somebody deletes while the list is at work, and not after its end.
 func TestListChanged(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addMany(1, time.Minute)
@@ -181,7 +189,8 @@ func TestListChanged(t *testing.T) {
 			return len(now) == 2 && now["b"] != before["b"]
 		})
 		b.delete(b.childrenOf("list")["c"])
-		b.untilList("completed", "list", 5*time.Minute, func(l *list) bool { return l.Status.CompletionTime != nil && l.Status.Succeeded == 2 })
+		b.untilList("completed", "list", 5*time.Minute,
+			func(l *list) bool { return l.Status.CompletionTime != nil && l.Status.Succeeded == 2 })
 		b.delete(b.childrenOf("list")["c"])
 		time.Sleep(time.Minute)
 		synctest.Wait()
@@ -198,7 +207,9 @@ func TestListChanged(t *testing.T) {
 func TestListNever(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addMany(1, time.Second)
-		b.createList("list", v1beta1.ImageListPullJobSpec{Images: []string{"a", "b"}, ImagePullJobTemplate: template{CompletionPolicy: v1beta1.CompletionPolicy{Type: v1beta1.Never}}})
+		b.createList("list",
+			v1beta1.ImageListPullJobSpec{Images: []string{"a", "b"},
+				ImagePullJobTemplate: template{CompletionPolicy: v1beta1.CompletionPolicy{Type: v1beta1.Never}}})
 		b.untilList("served", "list", time.Minute, func(l *list) bool { return l.Status.Succeeded == 2 })
 		b.add("late", &simNode{takes: time.Second})
 		b.untilList("served late", "list", time.Minute, func(l *list) bool {

@@ -72,7 +72,7 @@ func (m *Metrics) pulled(op *opsv1.PullOperation, d time.Duration) {
 	switch op.GetPhase() {
 	case opsv1.PullPhase_PULL_SUCCEEDED:
 		result = "succeeded"
-		if op.GetReason() != reasonPresent {
+		if op.GetReason() != opsv1.PullReasonPresent {
 			m.duration.Observe(d.Seconds())
 		}
 	case opsv1.PullPhase_PULL_CANCELLED:
@@ -101,13 +101,14 @@ func (m *Metrics) completed(reason string) {
 	}
 }
 
-func (m *Metrics) wrote(object string) {
+// Wrote counts a write to the API server.
+func (m *Metrics) Wrote(object string) {
 	if m != nil {
 		m.writes.WithLabelValues(object).Inc()
 	}
 }
 
-// crew is for who talks to nodes.
+// crew counts the goroutines that talk to nodes.
 func (m *Metrics) crew() prometheus.Gauge {
 	if m == nil {
 		return nil

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package imagepull
+package imagepull_test
 
 import (
 	"fmt"
@@ -18,8 +18,8 @@ const (
 	manyAbout = 50 // parallelism
 )
 
-// crowdOf adds nodes whose pulls take 50 to 200 ms, of which 5 % fail or hang, and returns how long the pulls take
-// together, and which nodes are well.
+// crowdOf adds nodes whose pulls take 50 to 200 ms. 5 % of them fail or hang. It returns how long
+// the pulls take together, and which nodes are well.
 func crowdOf(b *bed, n int) (total time.Duration, well []string) {
 	random := rand.New(rand.NewPCG(1, 2))
 	for i := range n {
@@ -53,12 +53,15 @@ func quickPolicy() *v1beta1.PullPolicy {
 	return &v1beta1.PullPolicy{TimeoutSeconds: &timeout, BackoffLimit: &limit}
 }
 
-// 2,000 nodes: parallelism holds, nodes that hang hold up nobody, and the API server hears of it O(√N) times.
+// With 2,000 nodes, parallelism holds, nodes that hang hold up nobody, and the API server gets
+// O(√N) writes.
 func TestManyNodes(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		total, well := crowdOf(b, manyNodes)
 		begin := time.Now()
-		b.create("job", spec{ImagePullJobTemplate: v1beta1.ImagePullJobTemplate{Parallelism: parallel(manyAbout), PullPolicy: quickPolicy()}})
+		b.create("job",
+			spec{ImagePullJobTemplate: v1beta1.ImagePullJobTemplate{Parallelism: parallel(manyAbout),
+				PullPolicy: quickPolicy()}})
 		ideal := total / manyAbout
 		b.until("through with the nodes that answer", "job", 10*ideal, func(*job) bool {
 			b.fleet.mu.Lock()
@@ -99,11 +102,14 @@ func TestManyNodes(t *testing.T) {
 	})
 }
 
-// A controller that is killed midway is followed by one that goes on: no node pulls twice, and none pulls that must wait.
+// A controller is killed midway, and the next one goes on: no node pulls twice, and no node pulls
+// that must wait.
 func TestManyNodesControllerKilled(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		_, well := crowdOf(b, manyNodes)
-		b.create("job", spec{ImagePullJobTemplate: v1beta1.ImagePullJobTemplate{Parallelism: parallel(manyAbout), PullPolicy: quickPolicy()}})
+		b.create("job",
+			spec{ImagePullJobTemplate: v1beta1.ImagePullJobTemplate{Parallelism: parallel(manyAbout),
+				PullPolicy: quickPolicy()}})
 		for _, share := range []int{20, 60} {
 			b.until("on its way", "job", 10*time.Minute, func(j *job) bool { return j.Status.Percent >= int32(share) })
 			b.kill()
@@ -128,7 +134,8 @@ func TestManyNodesControllerKilled(t *testing.T) {
 	})
 }
 
-// The number of writes goes with the root of the number of nodes, and small jobs are told smoothly.
+// The number of writes grows with the square root of the number of nodes, and the status of a small
+// job moves smoothly.
 func TestWrites(t *testing.T) {
 	for _, n := range []int{1, 3, 10, 100, 500} {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
@@ -149,7 +156,8 @@ func TestWrites(t *testing.T) {
 					}
 					last = s.Percent
 				}
-				if last != 100 || j.Status.Progress != "100%" || j.Status.BytesDone != int64(n)*imageBytes || j.Status.BytesTotal != j.Status.BytesDone {
+				if last != 100 || j.Status.Progress != "100%" || j.Status.BytesDone != int64(n)*imageBytes ||
+					j.Status.BytesTotal != j.Status.BytesDone {
 					t.Errorf("in the end %d %%, %d of %d bytes", last, j.Status.BytesDone, j.Status.BytesTotal)
 				}
 				t.Logf("%d nodes: %d writes", n, b.writesOf("job"))

@@ -4,286 +4,234 @@
 package imagepull
 
 import (
+	"cmp"
 	"fmt"
 	"math"
 	"slices"
 	"strings"
-	"time"
 
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller/kstatus"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/report"
 )
 
-// How much of a job the status tells.
+// maxSlowest is how many of the nodes that pull the status describes.
+const maxSlowest = 5
+
+// Reasons of the conditions about secrets, pins and the speed limit.
 const (
-	maxFailedNodes = 2000
-	maxDetails     = 20
-	maxSlowest     = 5
-	maxMessage     = 300
-)
-
-// Messages are OpenKruise's, up to a colon or semicolon. It counts finished nodes where we count bytes, and says of every job that has
-// ended that it has completed.
-const (
-	messageNoProgress = "job is running, no progress"
-	messageNoNodes    = messageNoProgress + "; no node matches"
-	messageProgress   = "job is running, progress %.1f%%"
-	messageCompleted  = "job has completed"
-	messageFailed     = "job has failed"
-	messageDeadline   = "job exceeds activeDeadlineSeconds"
-)
-
-// Reasons of the conditions.
-const (
-	completePulling     = "Pulling"
-	completePaused      = "Paused"
-	completeWaiting     = "WaitingForNodes"
-	completeUpToDate    = "UpToDate"
-	completeInvalidSpec = "InvalidSpec"
-
-	completeSucceeded   = "Succeeded"
-	completeNodesFailed = "NodesFailed"
-	completeNoNodes     = "NoMatchingNodes"
-	completeDeadline    = "DeadlineExceeded"
-
 	secretsFound   = "Found"
 	secretsMissing = "MissingOrInvalid"
-
-	pinsBounded = "Bounded"
+	pinsBounded    = "Bounded"
+	limitNotKept   = "NotKept"
 )
 
-// reasonPresent is the node's word for a pull for which nothing had to be done.
-const reasonPresent = "Present"
-
-// report is what the status is to say of the run: before is what it says now. The caller holds the mutex.
-func (u *run) report(before *v1beta1.ImagePullJobStatus) *v1beta1.ImagePullJobStatus {
+// status is what the status of the job is to say. before is what it says now.
+func (t *table) status(before *v1beta1.ImagePullJobStatus) *v1beta1.ImagePullJobStatus {
 	s := &v1beta1.ImagePullJobStatus{
 		StartTime: before.StartTime, CompletionTime: before.CompletionTime, Conditions: slices.Clone(before.Conditions),
 		ObservedGeneration: before.ObservedGeneration, ObservedWork: before.ObservedWork,
-		Desired: int32(len(u.members)),
+		Desired: int32(len(t.nodes)),
 	}
 	var (
-		done        float64
-		known, told int64
-		left, busy  []*member
+		done           float64
+		bytes, counted int64 // of the nodes that say how large the image is
+		skipped, busy  nodeStates
 	)
-	for _, m := range u.members {
-		share := m.fraction
+	for _, n := range t.nodes {
+		share := n.fraction
 		switch {
-		case m.phase == succeeded || m.held:
+		case n.phase == succeeded || n.verifying:
 			s.Succeeded++
 			share = 1
-		case m.phase == failed:
+		case n.phase == failed:
 			s.Failed++
-		case m.phase == active:
+		case n.phase == active:
 			s.Active++
-			busy = append(busy, m)
-		case m.away.reason != "":
+			busy = append(busy, n)
+		case n.away.reason != "":
 			s.Skipped++
-			left = append(left, m)
+			skipped = append(skipped, n)
 		}
 		done += share
-		if total := m.op.GetBytesTotal(); total > 0 {
-			known, told = known+total, told+1
-			s.BytesDone += min(m.op.GetBytesDone(), total)
+		if total := n.op.GetBytesTotal(); total > 0 {
+			bytes, counted = bytes+total, counted+1
+			s.BytesDone += min(n.op.GetBytesDone(), total)
 		}
 	}
-	if told > 0 {
-		s.BytesTotal = known + known/told*(int64(len(u.members))-told)
+	if counted > 0 {
+		s.BytesTotal = bytes + bytes/counted*(int64(len(t.nodes))-counted)
 	}
 	if s.Desired > 0 {
 		s.Percent = int32(100*done/float64(s.Desired) + 1e-6)
 		s.Progress = fmt.Sprintf("%d%%", s.Percent)
-		s.Message = fmt.Sprintf(messageProgress, math.Floor(1000*done/float64(s.Desired)+1e-5)/10)
-		if again := u.again(); again != "" {
-			s.Message += "; " + again
+		s.Message = fmt.Sprintf(report.MessageProgress, math.Floor(1000*done/float64(s.Desired)+1e-5)/10)
+		if retries := t.nodes.retries(); retries != "" {
+			s.Message += "; " + retries
 		}
 	} else {
-		s.Message = messageNoNodes
+		s.Message = report.MessageNoNodes
 	}
-
-	byName := func(a, b *member) int { return strings.Compare(a.target.node.Name, b.target.node.Name) }
-	tellFailures(s, u.failures())
-	slices.SortFunc(left, byName)
-	for _, m := range first(left, maxDetails) {
-		s.SkippedNodes = append(s.SkippedNodes, v1beta1.NodePullFailure{Node: m.target.node.Name, Reason: m.away.reason, Message: shorten(m.away.message)})
-	}
-	slices.SortStableFunc(busy, func(a, b *member) int { return a.begun.Compare(b.begun) })
-	for _, m := range first(busy, maxSlowest) {
-		begun := metav1.NewTime(m.begun)
-		s.SlowestNodes = append(s.SlowestNodes, v1beta1.NodePullProgress{
-			Node: m.target.node.Name, Phase: phaseName(m.op.GetPhase()), Reason: m.op.GetReason(), Message: waitsFor(m),
-			BytesDone: m.op.GetBytesDone(), BytesTotal: m.op.GetBytesTotal(), BytesPerSecond: m.op.GetBytesPerSecond(),
-			Attempt: m.op.GetAttempt(), StartTime: &begun,
-		})
-	}
-	u.tellSecrets(s)
-	u.tellLimit(s)
-	if text := u.unpinned(); text != "" {
-		setCondition(s, v1beta1.ConditionPinned, false, pinsBounded, text)
+	report.SetFailures(s, t.nodes.failures())
+	s.SkippedNodes = skipped.describeSkipped()
+	s.SlowestNodes = busy.describeSlowest()
+	t.setSecrets(s)
+	t.nodes.setLimitKept(s)
+	if text := t.pinsBounded(); text != "" {
+		report.SetCondition(s, v1beta1.ConditionPinned, false, pinsBounded, text)
 	} else {
 		meta.RemoveStatusCondition(&s.Conditions, v1beta1.ConditionPinned)
 	}
 	return s
 }
 
-// notPinned begins what a node says of an image that it has and does not pin.
-const notPinned = "not pinned: "
-
-// unpinned says what of the pins that the job asks for there is not; empty if all is as it asks. The caller holds the mutex.
-func (u *run) unpinned() string {
+// pinsBounded says what the job does not get of the pins that it asks for; empty if it gets all.
+func (t *table) pinsBounded() string {
 	var parts []string
-	if u.wish.shortened != "" {
-		parts = append(parts, u.wish.shortened)
+	if t.spec.Shortened != "" {
+		parts = append(parts, t.spec.Shortened)
 	}
 	count, example := 0, ""
-	for _, m := range u.members {
-		if why, ok := strings.CutPrefix(m.op.GetMessage(), notPinned); ok && m.phase == succeeded {
+	for _, n := range t.nodes {
+		if why := cmp.Or(n.op.GetNotPinned(), oldNotPinned(n.op)); why != "" && n.phase == succeeded {
 			if count++; count == 1 {
-				why, _, _ = strings.Cut(why, "; pulled "+unlimited)
-				example = fmt.Sprintf("node %s says: %s", m.target.node.Name, shorten(why))
+				example = fmt.Sprintf("node %s says: %s", n.name(), report.Shorten(why))
 			}
 		}
 	}
 	if count > 0 {
-		parts = append(parts, fmt.Sprintf("on %d nodes kubelet may remove the image when the disk is full, %s", count, example))
+		parts = append(parts,
+			fmt.Sprintf("on %d nodes kubelet may remove the image when the disk is full, %s", count, example))
 	}
 	return strings.Join(parts, "; ")
 }
 
-func (u *run) tellSecrets(s *v1beta1.ImagePullJobStatus) {
-	switch {
-	case u.keys == nil:
-	case !u.keys.Asked:
-		meta.RemoveStatusCondition(&s.Conditions, v1beta1.ConditionPullSecretsFound)
-	case len(u.keys.Wrong) > 0:
-		setCondition(s, v1beta1.ConditionPullSecretsFound, false, secretsMissing, strings.Join(first(u.keys.Wrong, maxDetails), "; "))
+func (t *table) setSecrets(s *v1beta1.ImagePullJobStatus) {
+	const kind = v1beta1.ConditionPullSecretsFound
+	switch keys := t.keys; {
+	case keys == nil:
+	case !keys.Asked:
+		meta.RemoveStatusCondition(&s.Conditions, kind)
+	case len(keys.Wrong) > 0:
+		wrong := strings.Join(report.First(keys.Wrong, report.MaxDetails), "; ")
+		report.SetCondition(s, kind, false, secretsMissing, wrong)
 	default:
 		message := ""
-		if image := u.wish.request.GetImage(); !u.keys.Has(image) { // which may need none
+		if image := t.spec.Request.GetImage(); !keys.Has(image) { // which may need none
 			message = "none of them has credentials for the registry of " + image
 		}
-		setCondition(s, v1beta1.ConditionPullSecretsFound, true, secretsFound, message)
+		report.SetCondition(s, kind, true, secretsFound, message)
 	}
 }
 
-// tellRunning sets the condition of a job that has not ended. The caller holds the mutex.
-func (u *run) tellRunning(s *v1beta1.ImagePullJobStatus) {
-	reason, message := completePulling, ""
+// setRunning sets the condition of a job that has not ended.
+func (t *table) setRunning(s *v1beta1.ImagePullJobStatus) {
+	reason, message := report.Pulling, ""
 	switch {
-	case u.finished() && s.Desired == 0:
-		reason, message = withoutNodes(u.wish.never)
-	case u.finished():
-		reason, message = completeUpToDate, "no node has anything left to do; nodes that join later get the image too"
-	case u.wish.limit() == 0:
-		reason, message = completePaused, "parallelism is 0: no node begins to pull"
+	case t.finished() && s.Desired == 0:
+		reason, message = withoutNodes(t.spec.Never)
+	case t.finished():
+		reason = report.UpToDate
+		message = "no node has anything left to do; nodes that join later get the image too"
+	case t.spec.Parallelism() == 0:
+		reason, message = report.Paused, "parallelism is 0: no node begins to pull"
 	case s.Active == 0 && s.Skipped > 0:
-		reason, message = completeWaiting, fmt.Sprintf("%d nodes cannot be commanded now, see skippedNodes; they are tried again", s.Skipped)
+		reason = report.Waiting
+		message = fmt.Sprintf("%d nodes cannot be commanded now, see skippedNodes; they are tried again", s.Skipped)
 	default:
-		message = u.again()
+		message = t.nodes.retries()
 	}
-	setCondition(s, v1beta1.ConditionComplete, false, reason, message)
+	report.SetCondition(s, v1beta1.ConditionComplete, false, reason, message)
 	meta.RemoveStatusCondition(&s.Conditions, v1beta1.ConditionSucceeded)
 }
 
-// withoutNodes is the condition of a job that has not ended and that no node matches.
+// withoutNodes is the condition of a job that has not ended and that matches no node.
 func withoutNodes(never bool) (reason, message string) {
 	if never {
-		return completeNoNodes, "no node matches; nodes that join later get the image"
+		return report.NoNodes, "no node matches; nodes that join later get the image"
 	}
-	return completeWaiting, fmt.Sprintf("no node matches; the job fails if none does within %s of its start", noNodesPatience)
+	return report.Waiting, fmt.Sprintf("no node matches; the job fails if none does within %s of its start",
+		noNodesTimeout)
 }
 
-// conclude makes the status that of a job that has ended. With late, its deadline was over before that.
-func conclude(s *v1beta1.ImagePullJobStatus, late bool, now time.Time) (reason string) {
-	end := metav1.NewTime(now)
-	s.CompletionTime = &end
-	s.Message = messageCompleted
-	var message string
-	switch {
-	case late:
-		over := s.Desired - s.Succeeded - s.Failed
-		s.Message, reason = messageDeadline, completeDeadline
-		message = fmt.Sprintf("%d of %d nodes have the image; %d were not done, what they pulled is cancelled", s.Succeeded, s.Desired, over)
-		s.Failed += over
-		if over > 0 {
-			s.FailureReasons = append(s.FailureReasons, v1beta1.FailureCount{Reason: completeDeadline, Count: over})
+// nodeStates are nodes of a job.
+type nodeStates []*nodeState
+
+// failures are those of the nodes that have given up.
+func (nodes nodeStates) failures() []v1beta1.NodePullFailure {
+	var list []v1beta1.NodePullFailure
+	for _, n := range nodes {
+		if n.phase == failed && !n.verifying {
+			list = append(list, n.failure(n.reason, n.message))
 		}
-	case s.Desired == 0:
-		reason, message = completeNoNodes, "no node matches: see the job's selectors, and the labels of nodes or pods; nothing was pulled. A job of type Never waits for nodes"
-		s.Message = messageFailed + ": " + message
-	case s.Failed > 0:
-		reason = completeNodesFailed
-		message = fmt.Sprintf("%d of %d nodes have no image: %s", s.Failed, s.Desired, reasonsText(s))
-		s.Message = shorten(messageFailed + ": " + message)
-	default:
-		reason, message = completeSucceeded, fmt.Sprintf("all %d nodes have the image", s.Desired)
 	}
-	s.Active, s.Skipped, s.SlowestNodes = 0, 0, nil
-	setCondition(s, v1beta1.ConditionComplete, true, reason, message)
-	setCondition(s, v1beta1.ConditionSucceeded, reason == completeSucceeded || reason == completeDeadline && s.Failed == 0 && s.Desired > 0, reason, message)
-	return reason
+	return list
 }
 
-// tellReady says for kstatus how the job stands. One that never ends is current while no node has anything left to do.
-func tellReady(s *v1beta1.ImagePullJobStatus) {
-	c := meta.FindStatusCondition(s.Conditions, v1beta1.ConditionComplete)
-	if c == nil {
+// lateFailures are those of the nodes that have given up, and of those that were not done at the
+// job's deadline, with how far they were.
+func (nodes nodeStates) lateFailures() []v1beta1.NodePullFailure {
+	list := nodes.failures()
+	for _, n := range nodes {
+		if !n.done() {
+			list = append(list, n.failure(report.DeadlineExceeded, n.standing()))
+		}
+	}
+	return list
+}
+
+func (n *nodeState) failure(reason, message string) v1beta1.NodePullFailure {
+	return v1beta1.NodePullFailure{Node: n.name(), Reason: reason, Message: report.Shorten(message)}
+}
+
+// describeSkipped says of the first nodes by name why they cannot be commanded. It sorts nodes.
+func (nodes nodeStates) describeSkipped() (list []v1beta1.NodePullFailure) {
+	slices.SortFunc(nodes, func(a, b *nodeState) int { return strings.Compare(a.name(), b.name()) })
+	for _, n := range report.First(nodes, report.MaxDetails) {
+		list = append(list, n.failure(n.away.reason, n.away.message))
+	}
+	return list
+}
+
+// describeSlowest says how far those nodes are that began first. It sorts nodes.
+func (nodes nodeStates) describeSlowest() (list []v1beta1.NodePullProgress) {
+	slices.SortStableFunc(nodes, func(a, b *nodeState) int { return a.begun.Compare(b.begun) })
+	for _, n := range report.First(nodes, maxSlowest) {
+		begun := metav1.NewTime(n.begun)
+		list = append(list, v1beta1.NodePullProgress{
+			Node: n.name(), Phase: phaseName(n.op.GetPhase()), Reason: n.op.GetReason(), Message: n.waitsFor(),
+			BytesDone: n.op.GetBytesDone(), BytesTotal: n.op.GetBytesTotal(), BytesPerSecond: n.op.GetBytesPerSecond(),
+			Attempt: n.op.GetAttempt(), StartTime: &begun,
+		})
+	}
+	return list
+}
+
+// waitsFor is what the node waits for, or why it tries again.
+func (n *nodeState) waitsFor() string {
+	if n.lastFailure == "" && n.op.GetPhase() == opsv1.PullPhase_PULL_WAITING {
+		return report.Shorten(n.op.GetMessage())
+	}
+	return report.Shorten(n.lastFailure)
+}
+
+// setLimitKept says on how many nodes the speed limit is not kept, and why on one of them.
+func (nodes nodeStates) setLimitKept(s *v1beta1.ImagePullJobStatus) {
+	count, example := 0, ""
+	for _, n := range nodes {
+		if why := cmp.Or(n.op.GetLimitNotKept(), oldLimitNotKept(n.op)); why != "" {
+			if count++; count == 1 {
+				example = fmt.Sprintf("node %s: %s", n.name(), report.Shorten(why))
+			}
+		}
+	}
+	if count == 0 {
+		meta.RemoveStatusCondition(&s.Conditions, v1beta1.ConditionSpeedLimitKept)
 		return
 	}
-	standing, reason, message := kstatus.AtWork, c.Reason, c.Message
-	atRest := c.Status == metav1.ConditionTrue || c.Reason == completeUpToDate || c.Reason == completeNoNodes
-	ended := meta.FindStatusCondition(s.Conditions, v1beta1.ConditionSucceeded)
-	switch {
-	case atRest && s.Failed > 0 && c.Status == metav1.ConditionFalse:
-		standing, reason, message = kstatus.Failed, completeNodesFailed, fmt.Sprintf("%d of %d nodes have no image: %s", s.Failed, s.Desired, reasonsText(s))
-	case atRest && s.Failed > 0, ended != nil && ended.Status == metav1.ConditionFalse, c.Reason == completeInvalidSpec:
-		standing = kstatus.Failed
-	case atRest:
-		standing = kstatus.Current
-	}
-	kstatus.Set(&s.Conditions, s.ObservedGeneration, standing, reason, message)
-}
-
-func setCondition(s *v1beta1.ImagePullJobStatus, kind string, is bool, reason, message string) {
-	status := metav1.ConditionFalse
-	if is {
-		status = metav1.ConditionTrue
-	}
-	meta.SetStatusCondition(&s.Conditions, metav1.Condition{
-		Type: kind, Status: status, Reason: reason, Message: message, ObservedGeneration: s.ObservedGeneration,
-	})
-}
-
-func phaseName(p opsv1.PullPhase) string {
-	switch p {
-	case opsv1.PullPhase_PULL_RESOLVING:
-		return "Resolving"
-	case opsv1.PullPhase_PULL_FETCHING:
-		return "Fetching"
-	case opsv1.PullPhase_PULL_UNPACKING:
-		return "Unpacking"
-	}
-	return "Waiting"
-}
-
-// waitsFor is what a node says of what it waits for, or said of why it tries again.
-func waitsFor(m *member) string {
-	if m.again == "" && m.op.GetPhase() == opsv1.PullPhase_PULL_WAITING {
-		return shorten(m.op.GetMessage())
-	}
-	return shorten(m.again)
-}
-
-func first[T any](list []T, n int) []T { return list[:min(len(list), n)] }
-
-func shorten(text string) string {
-	if len(text) <= maxMessage {
-		return text
-	}
-	return strings.ToValidUTF8(text[:maxMessage], "") + "…"
+	report.SetCondition(s, v1beta1.ConditionSpeedLimitKept, false, limitNotKept,
+		fmt.Sprintf("%s as fast as it can, %s", counted(count, "node pulls", "nodes pull"), example))
 }

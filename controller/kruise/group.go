@@ -12,7 +12,7 @@ import (
 	"github.com/sirupsen/logrus"
 )
 
-// StandBy is how soon an object is looked at again that came while the gate was closed.
+// StandBy is how soon a reconciler looks again at an object that came while the gate was closed.
 const StandBy = 10 * time.Second
 
 // Gate is open while the controllers of the kinds may work. A nil Gate is always open.
@@ -22,7 +22,8 @@ type Gate struct {
 	close []func()
 }
 
-// Enter says whether work may be done. If so, leave must be called after it: the gate is not closed before.
+// Enter reports whether the gate is open. If so, call leave after the work: the gate does not close
+// before that.
 func (g *Gate) Enter() (leave func(), open bool) {
 	if g == nil {
 		return func() {}, true
@@ -35,7 +36,8 @@ func (g *Gate) Enter() (leave func(), open bool) {
 	return g.mu.RUnlock, true
 }
 
-// OnClose has f called when the gate has closed and nobody works any more: to end what goes on outside of reconciles.
+// OnClose registers f, which the gate calls when it has closed and nobody works any more: f ends
+// what goes on outside of reconciles.
 func (g *Gate) OnClose(f func()) {
 	if g == nil {
 		return
@@ -57,16 +59,20 @@ func (g *Gate) set(open bool) {
 	}
 }
 
-// Group is what works only while OpenKruise is not there. It is a manager.Runnable of the replica that leads.
+// Group is a set of controllers that work only while OpenKruise is not there. It is a
+// manager.Runnable of the replica that leads.
 type Group struct {
 	Lookout *Lookout
 	Gate    *Gate
-	// SetUp adds the controllers, once, before the gate opens for the first time: what never opens watches nothing, and does
-	// not mind what OpenKruise's definitions of the kinds are.
+	// SetUp adds the controllers, once, before the gate opens for the first time. While the gate has
+	// never been open, no controller watches anything, so OpenKruise's definitions of the kinds do not
+	// matter.
 	SetUp func(context.Context) error
-	// Kindless says that these controllers need none of the definitions of the kinds: the gate is open whenever OpenKruise is not there.
+	// Kindless says that these controllers do not need the definitions of the kinds: the gate is open
+	// whenever OpenKruise is not there.
 	Kindless bool
-	// HandOver leaves the objects to OpenKruise: called with the gate closed, whenever OpenKruise has come.
+	// HandOver leaves the objects to OpenKruise. The Group calls it with the gate closed, each time
+	// OpenKruise has come.
 	HandOver func(context.Context) error
 	// Log must be set.
 	Log logrus.FieldLogger
@@ -75,7 +81,7 @@ type Group struct {
 // NeedLeaderElection implements manager.LeaderElectionRunnable.
 func (*Group) NeedLeaderElection() bool { return true }
 
-// Start opens and closes the gate until ctx is done. Its error is that of SetUp.
+// Start opens and closes the gate until ctx is done. It returns the error of SetUp.
 func (g *Group) Start(ctx context.Context) error {
 	defer g.Gate.set(false)
 	ready, handed := false, false

@@ -21,7 +21,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 )
 
-// cluster is what the API server says.
+// cluster is what the API server answers.
 type cluster struct {
 	mu      sync.Mutex
 	err     error
@@ -77,7 +77,8 @@ func (m mapper) RESTMapping(kind schema.GroupKind, versions ...string) (*meta.RE
 	return &meta.RESTMapping{}, nil
 }
 
-// Controllers that need no definitions work whenever OpenKruise is not there, and not before that is known.
+// Controllers that need no definitions work whenever OpenKruise is not there, and not before that
+// is known.
 func TestKindless(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := &cluster{hooks: map[string]bool{}, served: map[string]bool{}, err: errors.New("not yet")}
@@ -85,7 +86,8 @@ func TestKindless(t *testing.T) {
 		log.SetOutput(io.Discard)
 		l := &Lookout{Reader: c, Mapper: mapper{c: c}, Log: log}
 		gate, did := &Gate{}, &record{}
-		g := &Group{Lookout: l, Gate: gate, Log: log, Kindless: true, SetUp: func(context.Context) error { did.note("set up"); return nil }}
+		g := &Group{Lookout: l, Gate: gate, Log: log, Kindless: true,
+			SetUp: func(context.Context) error { did.note("set up"); return nil }}
 		ctx, cancel := context.WithCancel(t.Context())
 		var wg sync.WaitGroup
 		wg.Go(func() { _ = l.Start(ctx) })
@@ -114,7 +116,8 @@ func TestKindless(t *testing.T) {
 	})
 }
 
-// in runs f in a bubble with a cluster, which is as begin makes it at first, what watches it, and a record of what the group did.
+// in runs f in a bubble with a cluster, which begin sets up, with a Lookout and a Group, and with a
+// record of what the group did.
 func in(t *testing.T, begin func(*cluster, *record), f func(*testing.T, *cluster, *Lookout, *Gate, *record)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
@@ -212,69 +215,74 @@ func TestComesAndGoes(t *testing.T) {
 		}, "elsewhere/kruise-daemon"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			in(t, func(c *cluster, did *record) { sign.put(c, true); did.fails = 1 }, func(t *testing.T, c *cluster, l *Lookout, g *Gate, did *record) {
-				after(Every + time.Second)
-				if open(g) || did.said() != "handed over" {
-					t.Errorf("open %v, did %q: want nothing begun, and objects left to it at the second try", open(g), did.said())
-				}
-				if n := l.Note(); !l.There() || !strings.Contains(n, "left to OpenKruise") || !strings.Contains(n, sign.text) {
-					t.Errorf("note %q does not name %q", n, sign.text)
-				}
-				c.change(func(c *cluster) { sign.put(c, false) })
-				after(Every)
-				if open(g) {
-					t.Error("open after one look: it may be being replaced")
-				}
-				after(Every)
-				if !open(g) || l.There() || l.Note() != "" {
-					t.Errorf("open %v, there %v, note %q after it has gone", open(g), l.There(), l.Note())
-				}
-				c.change(func(c *cluster) { sign.put(c, true) })
-				after(Every)
-				if want := "handed over, set up, closed, handed over"; open(g) || did.said() != want {
-					t.Errorf("open %v, did %q, want %q", open(g), did.said(), want)
-				}
-			})
+			in(t, func(c *cluster, did *record) { sign.put(c, true); did.fails = 1 },
+				func(t *testing.T, c *cluster, l *Lookout, g *Gate, did *record) {
+					after(Every + time.Second)
+					if open(g) || did.said() != "handed over" {
+						t.Errorf("open %v, did %q: want nothing begun, and objects left to it at the second try", open(g), did.said())
+					}
+					if n := l.Note(); !l.There() || !strings.Contains(n, "left to OpenKruise") || !strings.Contains(n, sign.text) {
+						t.Errorf("note %q does not name %q", n, sign.text)
+					}
+					c.change(func(c *cluster) { sign.put(c, false) })
+					after(Every)
+					if open(g) {
+						t.Error("open after one look: it may be being replaced")
+					}
+					after(Every)
+					if !open(g) || l.There() || l.Note() != "" {
+						t.Errorf("open %v, there %v, note %q after it has gone", open(g), l.There(), l.Note())
+					}
+					c.change(func(c *cluster) { sign.put(c, true) })
+					after(Every)
+					if want := "handed over, set up, closed, handed over"; open(g) || did.said() != want {
+						t.Errorf("open %v, did %q, want %q", open(g), did.said(), want)
+					}
+				})
 		})
 	}
 }
 
-// An API server that does not tell begins nothing, and ends nothing.
+// An API server that does not answer begins nothing, and ends nothing.
 func TestNotKnown(t *testing.T) {
-	in(t, func(c *cluster, _ *record) { c.err = errors.New("forbidden") }, func(t *testing.T, c *cluster, l *Lookout, g *Gate, _ *record) {
-		after(5 * time.Second)
-		if open(g) || !strings.Contains(l.Note(), "not known") {
-			t.Errorf("open %v, note %q", open(g), l.Note())
-		}
-		c.change(func(c *cluster) { c.err = nil })
-		after(2 * time.Second)
-		if !open(g) {
-			t.Error("not open soon after the API server has told")
-		}
-		c.change(func(c *cluster) { c.err = errors.New("away") })
-		after(time.Minute)
-		if !open(g) {
-			t.Error("closed because the API server was away")
-		}
-	})
+	in(t, func(c *cluster, _ *record) { c.err = errors.New("forbidden") },
+		func(t *testing.T, c *cluster, l *Lookout, g *Gate, _ *record) {
+			after(5 * time.Second)
+			if open(g) || !strings.Contains(l.Note(), "not known") {
+				t.Errorf("open %v, note %q", open(g), l.Note())
+			}
+			c.change(func(c *cluster) { c.err = nil })
+			after(2 * time.Second)
+			if !open(g) {
+				t.Error("not open soon after the API server has told")
+			}
+			c.change(func(c *cluster) { c.err = errors.New("away") })
+			after(time.Minute)
+			if !open(g) {
+				t.Error("closed because the API server was away")
+			}
+		})
 }
 
-// OpenKruise has gone and its older definitions have stayed: what cannot be watched is not begun.
+// OpenKruise has gone, and its older definitions have stayed: controllers that could not watch the
+// kinds do not begin.
 func TestOlderDefinitions(t *testing.T) {
-	in(t, func(c *cluster, _ *record) { delete(c.served, "ImagePullJob/v1beta1") }, func(t *testing.T, c *cluster, l *Lookout, g *Gate, did *record) {
-		after(time.Second)
-		if n := l.Note(); open(g) || did.said() != "" || !strings.Contains(n, "ImagePullJob in apps.kruise.io/v1beta1") || !strings.Contains(n, "deploy/crds") {
-			t.Errorf("open %v, did %q, note %q", open(g), did.said(), n)
-		}
-		c.change(func(c *cluster) { c.served["ImagePullJob/v1beta1"] = true })
-		after(Every)
-		if !open(g) {
-			t.Error("not open with the definitions")
-		}
-	})
+	in(t, func(c *cluster, _ *record) { delete(c.served, "ImagePullJob/v1beta1") },
+		func(t *testing.T, c *cluster, l *Lookout, g *Gate, did *record) {
+			after(time.Second)
+			if n := l.Note(); open(g) || did.said() != "" || !strings.Contains(n, "ImagePullJob in apps.kruise.io/v1beta1") ||
+				!strings.Contains(n, "deploy/crds") {
+				t.Errorf("open %v, did %q, note %q", open(g), did.said(), n)
+			}
+			c.change(func(c *cluster) { c.served["ImagePullJob/v1beta1"] = true })
+			after(Every)
+			if !open(g) {
+				t.Error("not open with the definitions")
+			}
+		})
 }
 
-// The gate waits for who works, and nobody begins meanwhile.
+// The gate waits for those who work, and nobody begins meanwhile.
 func TestGateWaits(t *testing.T) {
 	g := &Gate{}
 	g.set(true)

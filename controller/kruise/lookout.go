@@ -23,25 +23,25 @@ import (
 )
 
 const (
-	// Every is how often the API server is asked: three small questions.
+	// Every is how often the Lookout asks the API server three small questions.
 	Every = 10 * time.Second
-	// soon is when it is asked again after an error before anything is known.
+	// soon is how soon it asks again after an error, before it knows anything.
 	soon = time.Second
-	// patience bounds one look.
+	// patience is the timeout of one look.
 	patience = 10 * time.Second
 
-	// DaemonSet is OpenKruise's node daemon, whatever its namespace.
+	// DaemonSet is the name of OpenKruise's node daemon, in whatever namespace.
 	DaemonSet = "kruise-daemon"
-	// MutatingWebhooks is the one of OpenKruise's webhook configurations.
+	// MutatingWebhooks is the name of OpenKruise's mutating webhook configuration.
 	MutatingWebhooks = "kruise-mutating-webhook-configuration"
-	// ValidatingWebhooks is the other.
+	// ValidatingWebhooks is the name of OpenKruise's validating webhook configuration.
 	ValidatingWebhooks = "kruise-validating-webhook-configuration"
 )
 
-// Kinds are what both carry out, for people.
+// Kinds names the kinds that OpenKruise and cri-proxy carry out, for people.
 const Kinds = "ContainerRecreateRequest, ImagePullJob and ImageListPullJob"
 
-// served are the kinds in the versions that are read here.
+// served lists the kinds, in the versions that the controller reads.
 var served = []schema.GroupVersionKind{
 	appsv1alpha1.GroupVersion.WithKind("ContainerRecreateRequest"),
 	v1beta1.GroupVersion.WithKind("ImagePullJob"),
@@ -52,16 +52,16 @@ var served = []schema.GroupVersionKind{
 // +kubebuilder:rbac:groups=admissionregistration.k8s.io,resources=validatingwebhookconfigurations,resourceNames=kruise-validating-webhook-configuration,verbs=get
 // +kubebuilder:rbac:groups=apps,resources=daemonsets,verbs=list
 
-// Lookout sees whether OpenKruise is in the cluster. It is a manager.Runnable of every replica, since
-// all of them are asked whether they are ready.
+// Lookout sees whether OpenKruise is in the cluster. It is a manager.Runnable of each replica,
+// since each replica has a readiness probe.
 type Lookout struct {
-	// Reader reads past the cache, which a replica that does not lead does not keep.
+	// Reader reads past the cache: a replica that does not lead has none.
 	Reader client.Reader
 	// Mapper knows what the API server serves.
 	Mapper meta.RESTMapper
 	// Log must be set.
 	Log logrus.FieldLogger
-	// Every is how often it looks; 0 means [Every].
+	// Every is how often the Lookout looks; 0 means [Every].
 	Every time.Duration
 
 	mu      sync.Mutex
@@ -96,7 +96,8 @@ func (l *Lookout) Start(ctx context.Context) error {
 	}
 }
 
-// Free says that the kinds are carried out here, and if not, why. The channel is closed when that changes.
+// Free reports whether cri-proxy carries out the kinds, and if not, why not. The channel is closed
+// when the answer changes.
 func (l *Lookout) Free() (free bool, reason string, changed <-chan struct{}) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -110,7 +111,8 @@ func (l *Lookout) Free() (free bool, reason string, changed <-chan struct{}) {
 	return l.looked && reason == "", reason, l.changed
 }
 
-// Alone says that OpenKruise is known not to be in the cluster. The channel is closed when that may have changed.
+// Alone reports that OpenKruise is known not to be in the cluster. The channel is closed when the
+// answer may have changed.
 func (l *Lookout) Alone() (alone bool, changed <-chan struct{}) {
 	_, _, changed = l.Free()
 	l.mu.Lock()
@@ -124,20 +126,21 @@ func (l *Lookout) Look(ctx context.Context) (bool, error) {
 	return len(seen) > 0, err
 }
 
-// There says that OpenKruise is in the cluster.
+// There reports whether OpenKruise is in the cluster.
 func (l *Lookout) There() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.there
 }
 
-// Note is what a readiness probe tells of it; empty when there is nothing to tell.
+// Note is what a readiness probe says about OpenKruise; "" if there is nothing to say.
 func (l *Lookout) Note() string {
 	_, reason, _ := l.Free()
 	return reason
 }
 
-// puzzled notes that the API server did not tell. What was known still counts; before that, nothing is begun.
+// puzzled notes that the API server did not answer. The last answer still counts; if there is none,
+// nothing begins.
 func (l *Lookout) puzzled(err error) time.Duration {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -145,7 +148,8 @@ func (l *Lookout) puzzled(err error) time.Duration {
 		l.Log.WithError(err).Warn("whether OpenKruise is in the cluster could not be found out again")
 		return l.Every
 	}
-	l.Log.WithError(err).Warn("whether OpenKruise is in the cluster could not be found out: " + Kinds + " are not carried out until then")
+	l.Log.WithError(err).Warn("whether OpenKruise is in the cluster could not be found out: " + Kinds +
+		" are not carried out until then")
 	return soon
 }
 
@@ -176,9 +180,11 @@ func (l *Lookout) look(ctx context.Context) error {
 	reason := ""
 	switch {
 	case len(seen) > 0:
-		reason = fmt.Sprintf("%s are left to OpenKruise, which is in the cluster (%s); see docs/MIGRATION.md", Kinds, strings.Join(seen, ", "))
+		reason = fmt.Sprintf("%s are left to OpenKruise, which is in the cluster (%s); see docs/MIGRATION.md", Kinds,
+			strings.Join(seen, ", "))
 	case len(missing) > 0:
-		reason = fmt.Sprintf("%s are not carried out: the API server does not serve %s; apply the custom resource definitions of deploy/crds",
+		reason = fmt.Sprintf("%s are not carried out: the API server does not serve %s; apply the custom resource "+
+			"definitions of deploy/crds",
 			Kinds, strings.Join(missing, ", "))
 	}
 	if l.looked && reason == l.reason {
@@ -197,7 +203,7 @@ func (l *Lookout) look(ctx context.Context) error {
 	return nil
 }
 
-// signs are what of OpenKruise is in the cluster.
+// signs returns the parts of OpenKruise that are in the cluster.
 func (l *Lookout) signs(ctx context.Context) ([]string, error) {
 	var seen []string
 	for _, hooks := range []struct{ kind, name string }{
@@ -229,8 +235,8 @@ func partial(kind string) *metav1.PartialObjectMetadata {
 	return o
 }
 
-// missing are the kinds that the API server does not serve in the version that is read here: OpenKruise before 1.9 has no v1beta1
-// of jobs, and its definitions stay when it goes.
+// missing returns the kinds that the API server does not serve in the version that the controller
+// reads: OpenKruise before 1.9 has no v1beta1 of jobs, and its definitions stay when it goes.
 func (l *Lookout) missing() ([]string, error) {
 	var missing []string
 	var errs []error

@@ -10,8 +10,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// Is says whether a node made the pod. The API server requires both the annotation and the Node as owner of nodes, and lets neither be
-// taken off; either is enough here.
+// Is reports whether a node created the pod. The API server demands of nodes both the annotation
+// and the Node as owner, and lets nobody remove either. Is accepts one of them.
 func Is(pod *corev1.Pod) bool {
 	if _, mirror := pod.Annotations[corev1.MirrorPodAnnotationKey]; mirror {
 		return true

@@ -15,11 +15,16 @@ func TestIs(t *testing.T) {
 		meta metav1.ObjectMeta
 		want bool
 	}{
-		"a user's":            {},
-		"a ReplicaSet's":      {metav1.ObjectMeta{OwnerReferences: []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "ReplicaSet", Name: "n"}}}, false},
-		"another group's":     {metav1.ObjectMeta{OwnerReferences: []metav1.OwnerReference{{APIVersion: "example.com/v1", Kind: "Node", Name: "n"}}}, false},
+		"a user's": {},
+		"a ReplicaSet's": {
+			metav1.ObjectMeta{OwnerReferences: []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "ReplicaSet", Name: "n"}}},
+			false},
+		"another group's": {
+			metav1.ObjectMeta{OwnerReferences: []metav1.OwnerReference{{APIVersion: "example.com/v1", Kind: "Node", Name: "n"}}},
+			false},
 		"with the annotation": {metav1.ObjectMeta{Annotations: map[string]string{corev1.MirrorPodAnnotationKey: ""}}, true},
-		"a node's":            {metav1.ObjectMeta{OwnerReferences: []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: "n"}}}, true},
+		"a node's": {
+			metav1.ObjectMeta{OwnerReferences: []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: "n"}}}, true},
 	} {
 		if got := Is(&corev1.Pod{ObjectMeta: tt.meta}); got != tt.want {
 			t.Errorf("%s: %v", name, got)

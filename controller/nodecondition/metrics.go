@@ -9,7 +9,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// The states of nodes, label values.
+// The states of nodes, as label values.
 const (
 	stateInPath   = "in_path"
 	stateBypassed = "bypassed"
@@ -23,7 +23,7 @@ type Metrics struct {
 	nodes  *prometheus.GaugeVec
 
 	mu sync.Mutex // guards states
-	// states has the state of each node.
+	// states is the state of each node.
 	states map[string]string
 }
 
@@ -36,7 +36,8 @@ func NewMetrics(r prometheus.Registerer) (*Metrics, error) {
 		}),
 		nodes: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "criproxy_controller_nodes",
-			Help: "Nodes, by what is known of their cri-proxy: in_path, bypassed, silent (it does not answer any more), none (it never has).",
+			Help: "Nodes, by what is known of their cri-proxy: in_path, bypassed, silent (it does not answer any more), " +
+				"none (it never has).",
 		}, []string{"state"}),
 		states: map[string]string{},
 	}
@@ -57,7 +58,7 @@ func (m *Metrics) wrote() {
 	}
 }
 
-// is notes the state of a node; empty if it is gone.
+// is notes the state of a node; "" if the node is gone.
 func (m *Metrics) is(name, state string) {
 	if m == nil {
 		return

@@ -22,19 +22,22 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/crew"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 const (
-	// DefaultEvery is how often a node is asked. A bypass lasts until a person has looked at it; minutes are soon enough, and the command that
-	// it concerns is refused by the node itself.
+	// DefaultEvery is how often the controller asks a node. A bypass lasts until a person has looked
+	// at the node, so minutes are soon enough. Meanwhile the node itself refuses the commands that the
+	// bypass concerns.
 	DefaultEvery = 5 * time.Minute
-	// strangerEvery is how much more seldom a node is asked that has never answered: it may have no cri-proxy.
+	// strangerEvery is how many times longer the controller waits with a node that has never answered:
+	// the node may have no cri-proxy.
 	strangerEvery = 6
-	// patience is how many questions in a row a node may leave unanswered before its condition is Unknown.
+	// patience is how many questions in a row a node may leave unanswered before its condition becomes
+	// Unknown.
 	patience = 3
-	// jitter is by how much of it the time between two questions varies.
+	// jitter is the fraction by which the time between two questions varies.
 	jitter = 0.1
 )
 
@@ -48,13 +51,13 @@ const (
 // eventAction is the action of Events.
 const eventAction = "Watch"
 
-// Nodes are asked. [*controller.GRPCNodes] does.
+// Nodes asks nodes. [*nodes.Client] implements it.
 type Nodes interface {
-	// NodeInfo asks a node how it is. Errors are [*controller.NodeError].
-	NodeInfo(ctx context.Context, n controller.Node) (*opsv1.NodeInfoResponse, error)
+	// NodeInfo asks a node for its state. Errors are [*nodes.Error].
+	NodeInfo(ctx context.Context, n nodes.Node) (*opsv1.NodeInfoResponse, error)
 }
 
-var _ Nodes = (*controller.GRPCNodes)(nil)
+var _ Nodes = (*nodes.Client)(nil)
 
 // Reconciler keeps the condition of Nodes. Client, Nodes and Log are required.
 type Reconciler struct {
@@ -64,7 +67,7 @@ type Reconciler struct {
 	Recorder events.EventRecorder
 	Metrics  *Metrics
 	Log      logrus.FieldLogger
-	// Every is how often a node is asked; 0 means [DefaultEvery].
+	// Every is how often the Reconciler asks a node; 0 means [DefaultEvery].
 	Every time.Duration
 
 	mu sync.Mutex // guards misses
@@ -87,11 +90,11 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	if err != nil {
 		return reconcile.Result{}, err
 	}
-	now := conditionOf(node, controller.BypassedCondition)
+	now := conditionOf(node, nodes.BypassedCondition)
 	if ready := conditionOf(node, corev1.NodeReady); ready == nil || ready.Status != corev1.ConditionTrue {
 		return r.again(1), nil // what is wrong is said already
 	}
-	where, err := controller.NodeOf(node, r.NodePort)
+	where, err := nodes.Of(node, r.NodePort)
 	if err != nil {
 		return r.again(strangerEvery), nil
 	}
@@ -119,11 +122,13 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	return r.again(1), nil
 }
 
-// judge returns the condition that follows from the answer; nil if nothing follows from it.
-func (r *Reconciler) judge(name string, info *opsv1.NodeInfoResponse, err error, now *corev1.NodeCondition) *corev1.NodeCondition {
+// judge returns the condition that follows from the answer; nil if none does.
+func (r *Reconciler) judge(
+	name string, info *opsv1.NodeInfoResponse, err error, now *corev1.NodeCondition,
+) *corev1.NodeCondition {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	c := &corev1.NodeCondition{Type: controller.BypassedCondition}
+	c := &corev1.NodeCondition{Type: nodes.BypassedCondition}
 	if err == nil {
 		delete(r.misses, name)
 		c.Status, c.Reason, c.Message = corev1.ConditionFalse, ReasonInPath, "kubelet's calls come through cri-proxy"
@@ -132,7 +137,7 @@ func (r *Reconciler) judge(name string, info *opsv1.NodeInfoResponse, err error,
 		}
 		return c
 	}
-	var nodeError *controller.NodeError
+	var nodeError *nodes.Error
 	if now == nil && (!errors.As(err, &nodeError) || nodeError.Silent) {
 		return nil // there may be no cri-proxy
 	}
@@ -149,7 +154,7 @@ func (r *Reconciler) judge(name string, info *opsv1.NodeInfoResponse, err error,
 	return c
 }
 
-// write patches the one condition and tells of the change.
+// write patches the condition and reports the change.
 func (r *Reconciler) write(ctx context.Context, node *corev1.Node, now, next *corev1.NodeCondition) error {
 	at := metav1.Now()
 	change := map[string]any{
@@ -170,7 +175,8 @@ func (r *Reconciler) write(ctx context.Context, node *corev1.Node, now, next *co
 		return fmt.Errorf("condition of node %s: %w", name, err)
 	}
 	r.Metrics.wrote()
-	r.Log.WithFields(logrus.Fields{"node": name, "status": next.Status, "reason": next.Reason}).Info("condition " + string(next.Type) + ": " + next.Message)
+	r.Log.WithFields(logrus.Fields{"node": name, "status": next.Status, "reason": next.Reason}).
+		Info("condition " + string(next.Type) + ": " + next.Message)
 	kind := corev1.EventTypeWarning
 	if next.Status == corev1.ConditionFalse {
 		if now == nil {
@@ -179,7 +185,8 @@ func (r *Reconciler) write(ctx context.Context, node *corev1.Node, now, next *co
 		kind = corev1.EventTypeNormal
 	}
 	if r.Recorder != nil {
-		r.Recorder.Eventf(node, nil, kind, string(next.Type)+next.Reason, eventAction, "%.1000s", next.Message) // the API's limit is 1024
+		// the API's limit is 1024
+		r.Recorder.Eventf(node, nil, kind, string(next.Type)+next.Reason, eventAction, "%.1000s", next.Message)
 	}
 	return nil
 }
@@ -191,10 +198,11 @@ func (r *Reconciler) forget(name string) {
 	r.Metrics.is(name, "")
 }
 
-// again is when a node is asked next, in units of Every.
+// again returns when to ask a node next, in units of Every.
 func (r *Reconciler) again(times int) reconcile.Result {
 	d := time.Duration(times) * r.every()
-	return reconcile.Result{RequeueAfter: d + time.Duration((2*rand.Float64()-1)*jitter*float64(d))} //nolint:gosec // it only spreads the load
+	spread := 2*rand.Float64() - 1 //nolint:gosec // it only spreads the load
+	return reconcile.Result{RequeueAfter: d + time.Duration(spread*jitter*float64(d))}
 }
 
 func (r *Reconciler) every() time.Duration {

@@ -28,11 +28,11 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/nodecondition"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
-// answers are what the node says to one question after the other.
+// answers has the answers of the node to one question after the other.
 type answers struct {
 	said  []answer
 	asked int
@@ -43,11 +43,12 @@ type answer struct {
 	err    error
 }
 
-func (a *answers) NodeInfo(_ context.Context, n controller.Node) (*opsv1.NodeInfoResponse, error) {
+func (a *answers) NodeInfo(_ context.Context, n nodes.Node) (*opsv1.NodeInfoResponse, error) {
 	now := a.said[a.asked]
 	a.asked++
 	if now.err != nil {
-		return nil, &controller.NodeError{Node: n, Method: "NodeInfo", Err: now.err, Silent: status.Code(now.err) == codes.Unavailable}
+		return nil, &nodes.Error{Node: n, Method: "NodeInfo", Err: now.err,
+			Silent: status.Code(now.err) == codes.Unavailable}
 	}
 	return &opsv1.NodeInfoResponse{Bypass: now.bypass}, nil
 }
@@ -70,17 +71,22 @@ func TestReconcile(t *testing.T) {
 		writes int
 		state  string
 	}{
-		{name: "installed", said: []answer{inPath, inPath}, want: []string{"False InPath", "False InPath"}, writes: 1, state: "in_path"},
+		{name: "installed", said: []answer{inPath, inPath}, want: []string{"False InPath", "False InPath"},
+			writes: 1, state: "in_path"},
 		{name: "bypassed and back", said: []answer{inPath, past, past, inPath},
-			want:   []string{"False InPath", "True Bypassed", "True Bypassed", "False InPath"},
-			events: []string{"Warning CRIProxyBypassedBypassed kubelet is led past cri-proxy since 2026: it has ended 5 times", "Normal CRIProxyBypassedInPath kubelet's calls come through cri-proxy"},
+			want: []string{"False InPath", "True Bypassed", "True Bypassed", "False InPath"},
+			events: []string{"Warning CRIProxyBypassedBypassed kubelet is led past cri-proxy since 2026: it has ended 5 times",
+				"Normal CRIProxyBypassedInPath kubelet's calls come through cri-proxy"},
 			writes: 3, state: "in_path"},
 		{name: "no cri-proxy there", said: []answer{gone, gone, gone, gone}, want: []string{"", "", "", ""}, state: "none"},
 		{name: "it does not answer any more", said: []answer{past, gone, gone, gone, gone, past},
-			want:   []string{"True Bypassed", "True Bypassed", "True Bypassed", "Unknown NoAnswer", "Unknown NoAnswer", "True Bypassed"},
-			events: []string{"Warning CRIProxyBypassedBypassed ", "Warning CRIProxyBypassedNoAnswer ", "Warning CRIProxyBypassedBypassed "},
+			want: []string{"True Bypassed", "True Bypassed", "True Bypassed", "Unknown NoAnswer",
+				"Unknown NoAnswer", "True Bypassed"},
+			events: []string{"Warning CRIProxyBypassedBypassed ", "Warning CRIProxyBypassedNoAnswer ",
+				"Warning CRIProxyBypassedBypassed "},
 			writes: 3, state: "bypassed"},
-		{name: "a miss is none", said: []answer{inPath, gone, gone, inPath, gone, gone, inPath}, want: slices.Repeat([]string{"False InPath"}, 7), writes: 1, state: "in_path"},
+		{name: "a miss is none", said: []answer{inPath, gone, gone, inPath, gone, gone, inPath},
+			want: slices.Repeat([]string{"False InPath"}, 7), writes: 1, state: "in_path"},
 		{name: "it refuses", said: []answer{refuses, refuses, refuses}, want: []string{"", "", "Unknown NoAnswer"},
 			events: []string{"Warning CRIProxyBypassedNoAnswer "}, writes: 1, state: "silent"},
 		{name: "not ready", ready: corev1.ConditionFalse, said: []answer{past}, want: []string{""}},
@@ -90,12 +96,14 @@ func TestReconcile(t *testing.T) {
 				tt.ready = corev1.ConditionTrue
 			}
 			node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n"}, Status: corev1.NodeStatus{
-				Addresses:  []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: "192.0.2.1"}},
-				Conditions: []corev1.NodeCondition{{Type: corev1.NodeReady, Status: tt.ready}, {Type: "Other", Status: corev1.ConditionTrue, Message: "of somebody else"}},
+				Addresses: []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: "192.0.2.1"}},
+				Conditions: []corev1.NodeCondition{{Type: corev1.NodeReady, Status: tt.ready},
+					{Type: "Other", Status: corev1.ConditionTrue, Message: "of somebody else"}},
 			}}
 			writes := 0
 			c := fake.NewClientBuilder().WithObjects(node).WithStatusSubresource(node).WithInterceptorFuncs(interceptor.Funcs{
-				SubResourcePatch: func(ctx context.Context, c client.Client, name string, o client.Object, p client.Patch, opts ...client.SubResourcePatchOption) error {
+				SubResourcePatch: func(ctx context.Context, c client.Client, name string, o client.Object, p client.Patch,
+					opts ...client.SubResourcePatchOption) error {
 					writes++
 					return c.SubResource(name).Patch(ctx, o, p, opts...)
 				},
@@ -108,8 +116,9 @@ func TestReconcile(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			nodes := &answers{said: tt.said}
-			r := &nodecondition.Reconciler{Client: c, Nodes: nodes, NodePort: 1, Recorder: recorder, Metrics: m, Log: log, Every: time.Minute}
+			asked := &answers{said: tt.said}
+			r := &nodecondition.Reconciler{Client: c, Nodes: asked, NodePort: 1, Recorder: recorder, Metrics: m,
+				Log: log, Every: time.Minute}
 			req := reconcile.Request{NamespacedName: types.NamespacedName{Name: "n"}}
 			for i, want := range tt.want {
 				result, err := r.Reconcile(t.Context(), req)
@@ -126,7 +135,7 @@ func TestReconcile(t *testing.T) {
 				got, others := "", 0
 				for _, c := range now.Status.Conditions {
 					switch {
-					case c.Type == controller.BypassedCondition:
+					case c.Type == nodes.BypassedCondition:
 						got = fmt.Sprintf("%s %s", c.Status, c.Reason)
 						if c.LastTransitionTime.IsZero() || c.LastHeartbeatTime.IsZero() {
 							t.Errorf("no times: %+v", c)
@@ -142,7 +151,7 @@ func TestReconcile(t *testing.T) {
 					t.Errorf("conditions of others: %v", now.Status.Conditions)
 				}
 			}
-			if tt.ready != corev1.ConditionTrue && nodes.asked > 0 {
+			if tt.ready != corev1.ConditionTrue && asked.asked > 0 {
 				t.Error("a node that is not ready was asked")
 			}
 			if writes != tt.writes {
@@ -161,7 +170,8 @@ func TestReconcile(t *testing.T) {
 					t.Errorf("event %q, want %q", got[i], want)
 				}
 			}
-			want := "# HELP criproxy_controller_nodes Nodes, by what is known of their cri-proxy: in_path, bypassed, silent (it does not answer any more), none (it never has).\n# TYPE criproxy_controller_nodes gauge\n"
+			want := "# HELP criproxy_controller_nodes Nodes, by what is known of their cri-proxy: in_path, bypassed, silent " +
+				"(it does not answer any more), none (it never has).\n# TYPE criproxy_controller_nodes gauge\n"
 			for _, state := range []string{"bypassed", "in_path", "none", "silent"} {
 				n := 0
 				if state == tt.state {
@@ -185,7 +195,7 @@ func TestReconcile(t *testing.T) {
 	}
 }
 
-// mustCollect returns a collector of the gauge's series of a state.
+// mustCollect returns a collector of the gauge's series for a state.
 func mustCollect(t *testing.T, reg *prometheus.Registry, state string) prometheus.Collector {
 	t.Helper()
 	families, err := reg.Gather()
@@ -203,7 +213,7 @@ func mustCollect(t *testing.T, reg *prometheus.Registry, state string) prometheu
 	return g
 }
 
-// A write that fails is tried again.
+// The reconciler tries a failed write again.
 func TestWriteFails(t *testing.T) {
 	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n"}, Status: corev1.NodeStatus{
 		Addresses:  []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: "192.0.2.1"}},
@@ -211,14 +221,16 @@ func TestWriteFails(t *testing.T) {
 	}}
 	failure := errors.New("no such luck")
 	c := fake.NewClientBuilder().WithObjects(node).WithStatusSubresource(node).WithInterceptorFuncs(interceptor.Funcs{
-		SubResourcePatch: func(context.Context, client.Client, string, client.Object, client.Patch, ...client.SubResourcePatchOption) error {
+		SubResourcePatch: func(context.Context, client.Client, string, client.Object, client.Patch,
+			...client.SubResourcePatchOption) error {
 			return failure
 		},
 	}).Build()
 	log := logrus.New()
 	log.SetOutput(io.Discard)
 	r := &nodecondition.Reconciler{Client: c, Nodes: &answers{said: []answer{past}}, NodePort: 1, Log: log}
-	if _, err := r.Reconcile(t.Context(), reconcile.Request{NamespacedName: types.NamespacedName{Name: "n"}}); !errors.Is(err, failure) {
+	if _, err := r.Reconcile(t.Context(), reconcile.Request{NamespacedName: types.NamespacedName{Name: "n"}}); !errors.Is(
+		err, failure) {
 		t.Errorf("error %v", err)
 	}
 }

@@ -18,18 +18,20 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
-	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/crew"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 const (
-	// startRate is how many nodes a second are asked for the first time: after the start of the controller, all of them.
+	// startRate is how many nodes a second the controller asks for the first time. After it starts,
+	// that is all of them.
 	startRate = 50
-	// workers are enough for the nodes of a large cluster. Those that swallow a question for the 5 seconds that it may take need none.
+	// workers is enough for the nodes of a large cluster. A node that lets a question run into its
+	// timeout of 5 seconds holds no worker.
 	workers = 16
 )
 
-// SetupWithManager adds the reconciler to a manager: it then asks every node, again and again.
+// SetupWithManager adds the reconciler to a manager: it then asks each node, again and again.
 func (r *Reconciler) SetupWithManager(m manager.Manager) error {
 	hands := crew.New(nil)
 	if err := m.Add(hands); err != nil {
@@ -42,13 +44,14 @@ func (r *Reconciler) SetupWithManager(m manager.Manager) error {
 		WatchesRawSource(spread).
 		WithOptions(ctrl.Options{
 			MaxConcurrentReconciles: workers,
-			RateLimiter:             workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](time.Second, 5*time.Minute),
+			RateLimiter: workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](time.Second,
+				5*time.Minute),
 		}).
 		Complete(spread)
 }
 
-// changes asks nodes that are new, or can be asked in another place or for the first time in a while; what else changes on a Node is no
-// reason. Most of it is heartbeats.
+// changes enqueues nodes that are new, that have another address, or that can be asked again. Other
+// changes of a Node are no reason to ask; most of them are heartbeats.
 func (r *Reconciler) changes() handler.EventHandler {
 	pace := rate.NewLimiter(startRate, startRate)
 	ask := func(name string, q workqueue.TypedRateLimitingInterface[reconcile.Request]) {
@@ -64,8 +67,8 @@ func (r *Reconciler) changes() handler.EventHandler {
 			if !ok1 || !ok2 {
 				return
 			}
-			was, _ := controller.NodeOf(before, 0)
-			is, _ := controller.NodeOf(after, 0)
+			was, _ := nodes.Of(before, 0)
+			is, _ := nodes.Of(after, 0)
 			if was != is || ready(before) != ready(after) {
 				ask(after.Name, q)
 			}

@@ -21,23 +21,25 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
 )
 
-// maxCredentials is the most a node takes. More for one image are left out from the end of the order in which they are tried.
+// maxCredentials is the most credentials that a node accepts. If an image has more, the last ones
+// in the order of use are left out.
 const maxCredentials = 256
 
-// DefaultAccount is the ServiceAccount whose imagePullSecrets pods get that name no other.
+// DefaultAccount is the ServiceAccount of pods that name no other: they get its imagePullSecrets.
 const DefaultAccount = "default"
 
-// Keyring is what came of reading secrets.
+// Keyring holds the credentials of secrets, and what is wrong with the secrets.
 type Keyring struct {
-	// credentials are all that the secrets have, in the order in which kubelet tries them. They leave through For only.
+	// credentials are all credentials of the secrets, in the order in which kubelet tries them. Only
+	// For hands them out.
 	credentials []*opsv1.RegistryCredential
-	// Asked says that there are secrets to read; Wrong, which of them cannot be used or have nothing to use, and why. Neither holds a
-	// secret.
+	// Asked says that there are secrets to read. Wrong says which of them cannot be used, or are
+	// empty, and why. Neither holds a secret.
 	Asked bool
 	Wrong []string
 }
 
-// UnreadableError says that the API server did not hand out a secret for now.
+// UnreadableError says that the API server does not hand out a secret at the moment.
 type UnreadableError struct{ Err error }
 
 // Error says what could not be read.
@@ -46,9 +48,12 @@ func (e *UnreadableError) Error() string { return e.Err.Error() }
 // Unwrap returns the API server's error.
 func (e *UnreadableError) Unwrap() error { return e.Err }
 
-// Read reads the named secrets of a namespace, which the user gave in a field called by, and those of a ServiceAccount. What
-// is missing or malformed is left out and named; the error, an *UnreadableError, is one that may pass.
-func Read(ctx context.Context, from client.Reader, namespace, serviceAccount string, names []string, by string) (*Keyring, error) {
+// Read reads the named secrets of a namespace, which the user listed in a field called by, and
+// those of a ServiceAccount. It leaves out missing and malformed secrets, and names them in the
+// Keyring. The error, an *UnreadableError, may go away by itself.
+func Read(
+	ctx context.Context, from client.Reader, namespace, serviceAccount string, names []string, by string,
+) (*Keyring, error) {
 	k := &Keyring{}
 	var account corev1.ServiceAccount
 	err := from.Get(ctx, client.ObjectKey{Namespace: namespace, Name: serviceAccount}, &account)
@@ -84,17 +89,18 @@ func Read(ctx context.Context, from client.Reader, namespace, serviceAccount str
 		if !slices.ContainsFunc(credentials, usable) {
 			k.Wrong = append(k.Wrong, fmt.Sprintf("secret %s of %s has no credentials: %s", s.name, s.by, whyEmpty(&secret)))
 		}
-		// Empty ones too: kubelet asks the registry without for each.
+		// Keep empty credentials, too: kubelet asks the registry without credentials for each of them.
 		k.credentials = append(k.credentials, credentials...)
 	}
-	// Kubelet tries the longest match of a name first, and equal ones in the order in which they came
+	// kubelet tries the longest match of a name first, and equal ones in the order in which they came
 	// (pkg/credentialprovider/keyring.go).
-	slices.SortStableFunc(k.credentials, func(a, b *opsv1.RegistryCredential) int { return strings.Compare(b.GetMatch(), a.GetMatch()) })
+	slices.SortStableFunc(k.credentials,
+		func(a, b *opsv1.RegistryCredential) int { return strings.Compare(b.GetMatch(), a.GetMatch()) })
 	return k, nil
 }
 
-// For returns those of the credentials that kubelet would try for one of the images. A node gets no others: it may be told of one image
-// of a namespace, and need not know how to get all of them.
+// For returns the credentials that kubelet would try for one of the images. A node gets no others:
+// it may learn of one image of a namespace, and need not know how to get all of them.
 func (k *Keyring) For(images ...string) []*opsv1.RegistryCredential {
 	if k == nil {
 		return nil
@@ -123,21 +129,25 @@ func usable(c *opsv1.RegistryCredential) bool {
 	return c.GetUsername() != "" || c.GetPassword() != "" || c.GetIdentityToken() != "" || c.GetRegistryToken() != ""
 }
 
-// whyEmpty says why a secret that can be read has no credentials. docker keeps them elsewhere when it is told to, and leaves the entries
-// empty; kubelet does not read what says so either (credentialprovider.DockerConfigJSON).
+// whyEmpty says why a readable secret has no credentials. docker can keep credentials elsewhere,
+// and then leaves the entries empty; kubelet does not read where, either
+// (credentialprovider.DockerConfigJSON).
 func whyEmpty(secret *corev1.Secret) string {
 	var config struct {
 		Store   string            `json:"credsStore"`
 		Helpers map[string]string `json:"credHelpers"`
 	}
-	if json.Unmarshal(secret.Data[corev1.DockerConfigJsonKey], &config) == nil && (config.Store != "" || len(config.Helpers) > 0) {
-		return "it names only a credential store or helper (credsStore, credHelpers) of the machine that it was made on, which no node can ask; " +
+	if json.Unmarshal(secret.Data[corev1.DockerConfigJsonKey], &config) == nil &&
+		(config.Store != "" || len(config.Helpers) > 0) {
+		return "it names only a credential store or helper (credsStore, credHelpers) of the machine that it was made on, " +
+			"which no node can ask; " +
 			"make it with kubectl create secret docker-registry"
 	}
 	return "it names no registry, or none with a name, password or token"
 }
 
-// Pulled are the images that a node may have to pull for a container: its own, and those of its volumes.
+// Pulled returns the images that a node may have to pull for a container: its own, and those of its
+// volumes.
 func Pulled(image string, policy opsv1.PullPolicy, env *opsv1.Environment) []string {
 	var images []string
 	if policy != opsv1.PullPolicy_PULL_POLICY_NEVER {
@@ -151,10 +161,13 @@ func Pulled(image string, policy opsv1.PullPolicy, env *opsv1.Environment) []str
 	return images
 }
 
-// Of reads the credentials with which kubelet would pull images for a pod; none without images, and none for a pod that a node has made.
+// Of reads the credentials with which kubelet would pull images for a pod. It returns none if there
+// are no images, and none for a pod that a node has created.
 //
-// Errors: an *[UnreadableError], which may pass.
-func Of(ctx context.Context, from client.Reader, pod *corev1.Pod, images []string) ([]*opsv1.RegistryCredential, error) {
+// Errors: an *[UnreadableError], which may go away by itself.
+func Of(
+	ctx context.Context, from client.Reader, pod *corev1.Pod, images []string,
+) ([]*opsv1.RegistryCredential, error) {
 	if len(images) == 0 || mirrorpod.Is(pod) {
 		return nil, nil
 	}
@@ -173,7 +186,7 @@ func Of(ctx context.Context, from client.Reader, pod *corev1.Pod, images []strin
 	return k.For(images...), nil
 }
 
-// dockerEntry is one registry of a docker config.
+// dockerEntry is the entry of one registry in a docker config.
 type dockerEntry struct {
 	Username      string `json:"username"`
 	Password      string `json:"password"`
@@ -182,7 +195,7 @@ type dockerEntry struct {
 	RegistryToken string `json:"registrytoken"`
 }
 
-// credentialsOf reads a secret. No part of it gets into the error.
+// credentialsOf reads a secret. The error contains no part of the secret.
 func credentialsOf(secret *corev1.Secret) ([]*opsv1.RegistryCredential, error) {
 	var entries map[string]dockerEntry
 	switch secret.Type {
@@ -199,12 +212,14 @@ func credentialsOf(secret *corev1.Secret) ([]*opsv1.RegistryCredential, error) {
 			return nil, fmt.Errorf("its %s is no docker config", corev1.DockerConfigKey)
 		}
 	default:
-		return nil, fmt.Errorf("its type is %q, not %s or %s", secret.Type, corev1.SecretTypeDockerConfigJson, corev1.SecretTypeDockercfg)
+		return nil, fmt.Errorf("its type is %q, not %s or %s", secret.Type, corev1.SecretTypeDockerConfigJson,
+			corev1.SecretTypeDockercfg)
 	}
 	var credentials []*opsv1.RegistryCredential
 	for key, e := range entries {
 		c := &opsv1.RegistryCredential{
-			Match: registryKey(key), Username: e.Username, Password: e.Password, IdentityToken: e.IdentityToken, RegistryToken: e.RegistryToken,
+			Match: registryKey(key), Username: e.Username, Password: e.Password, IdentityToken: e.IdentityToken,
+			RegistryToken: e.RegistryToken,
 		}
 		if e.Auth != "" {
 			var err error
@@ -214,8 +229,9 @@ func credentialsOf(secret *corev1.Secret) ([]*opsv1.RegistryCredential, error) {
 		}
 		credentials = append(credentials, c)
 	}
-	// The same order each time.
-	slices.SortFunc(credentials, func(a, b *opsv1.RegistryCredential) int { return strings.Compare(b.GetMatch(), a.GetMatch()) })
+	// Keep the same order each time.
+	slices.SortFunc(credentials,
+		func(a, b *opsv1.RegistryCredential) int { return strings.Compare(b.GetMatch(), a.GetMatch()) })
 	return credentials, nil
 }
 
@@ -232,7 +248,8 @@ func decodeAuth(auth string) (user, password string, err error) {
 	return user, strings.TrimRight(password, "\x00"), nil
 }
 
-// registryKey takes off an entry's key what docker leaves on it and does not count: the scheme and the API version.
+// registryKey removes from the key of an entry what docker leaves on it and what does not count:
+// the scheme and the API version.
 func registryKey(key string) string {
 	key = strings.TrimPrefix(strings.TrimPrefix(key, "https://"), "http://")
 	host, path, _ := strings.Cut(key, "/")

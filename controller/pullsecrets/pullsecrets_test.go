@@ -15,18 +15,23 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// TestOf: a node is sent what is for the image and nothing else, and nothing at all for a pod that it has made.
+// TestOf: a node gets the credentials for the image and no others, and none for a pod that it has
+// created.
 func TestOf(t *testing.T) {
 	meta := metav1.ObjectMeta{Namespace: "ns", Name: "keys"}
 	from := fake.NewClientBuilder().WithObjects(&corev1.Secret{
 		ObjectMeta: meta, Type: corev1.SecretTypeDockerConfigJson, Data: map[string][]byte{corev1.DockerConfigJsonKey: []byte(
-			`{"auths":{"r:5000":{"username":"host"},"r:5000/team":{"username":"path"},"r":{"username":"port"},"*.example":{"username":"glob"},"quay.io":{"username":"other"}}}`)},
+			`{"auths":{"r:5000":{"username":"host"},"r:5000/team":{"username":"path"},` +
+				`"r":{"username":"port"},"*.example":{"username":"glob"},"quay.io":{"username":"other"}}}`)},
 	}, &corev1.ServiceAccount{
-		ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: DefaultAccount}, ImagePullSecrets: []corev1.LocalObjectReference{{Name: "keys"}},
+		ObjectMeta:       metav1.ObjectMeta{Namespace: "ns", Name: DefaultAccount},
+		ImagePullSecrets: []corev1.LocalObjectReference{{Name: "keys"}},
 	}).Build()
-	mirror := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Annotations: map[string]string{corev1.MirrorPodAnnotationKey: "x"}}}
+	mirror := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "ns",
+		Annotations: map[string]string{corev1.MirrorPodAnnotationKey: "x"}}}
 	users := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "ns"}}
-	env := &opsv1.Environment{ImageVolumes: []*opsv1.ImageVolume{{Reference: "a.example/data"}, {Reference: "quay.io/data", PullPolicy: opsv1.PullPolicy_PULL_POLICY_NEVER}}}
+	env := &opsv1.Environment{ImageVolumes: []*opsv1.ImageVolume{{Reference: "a.example/data"},
+		{Reference: "quay.io/data", PullPolicy: opsv1.PullPolicy_PULL_POLICY_NEVER}}}
 	const present, never = opsv1.PullPolicy_PULL_POLICY_IF_NOT_PRESENT, opsv1.PullPolicy_PULL_POLICY_NEVER
 	for _, tt := range []struct {
 		name   string
@@ -61,7 +66,8 @@ func TestOf(t *testing.T) {
 	}
 }
 
-// TestNoCredentials has secrets that can be read and have nothing to use, as docker login leaves them with a store.
+// TestNoCredentials has secrets that can be read and are empty, as docker login leaves them with a
+// store.
 func TestNoCredentials(t *testing.T) {
 	secret := func(name, config string) *corev1.Secret {
 		return &corev1.Secret{
@@ -89,7 +95,8 @@ func TestNoCredentials(t *testing.T) {
 				t.Fatal(err)
 			}
 			wrong := strings.Join(k.Wrong, "; ")
-			if (wrong == "") != (tt.wrong == "") || !strings.Contains(wrong, tt.wrong) || wrong != "" && !strings.HasPrefix(wrong, "secret key of pullSecrets has no credentials: ") {
+			if (wrong == "") != (tt.wrong == "") || !strings.Contains(wrong, tt.wrong) || wrong != "" &&
+				!strings.HasPrefix(wrong, "secret key of pullSecrets has no credentials: ") {
 				t.Errorf("wrong: %q", wrong)
 			}
 			if k.Has("quay.io/app") != tt.has {

@@ -17,7 +17,7 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/jobbudget"
 )
 
 // roundsMax is how often the preparation of a pod is begun anew.
@@ -188,7 +188,7 @@ func (p *pass) step(ctx context.Context, i *item) error {
 
 // sparesJob says that a pod may be changed as far as its Job is concerned: a new container counts as a restart, whatever makes it.
 func (p *pass) sparesJob(ctx context.Context, i *item) (bool, error) {
-	if p.rollout.Annotations[controller.IgnoreBackoffLimitAnnotation] == "true" {
+	if p.rollout.Annotations[jobbudget.IgnoreAnnotation] == "true" {
 		return true, nil
 	}
 	containers := map[string]string{}

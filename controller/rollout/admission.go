@@ -16,7 +16,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 )
 
 // The API server may deny a change or make another one of it: policies, quotas, webhooks that turn tags into digests. So it is asked first, with
@@ -87,7 +87,7 @@ func (e *admissionError) Unwrap() error { return e.err }
 
 // denied makes an admissionError of what the API server says for good; other errors stay what they are.
 func denied(err error, what string) error {
-	words, ok := controller.Denied(err)
+	words, ok := apierror.Denied(err)
 	if !ok {
 		return err
 	}
@@ -218,7 +218,7 @@ func (p *pass) apiTrouble() string {
 			all = append(all, t.api)
 		}
 		for _, t := range all {
-			if t.count >= controller.APITries {
+			if t.count >= apierror.Tries {
 				return fmt.Sprintf("pod %s cannot be changed, %d tries have failed since %s: %s", i.pod.Name, t.count, t.since.UTC().Format(time.RFC3339), t.text)
 			}
 		}

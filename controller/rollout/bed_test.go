@@ -41,7 +41,10 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
-	nodes "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/api/scheme"
+	"github.com/cri-proxy/cri-proxy/controller/jobbudget"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/slimcache"
 )
 
 type (
@@ -108,7 +111,7 @@ func inBed(t *testing.T, f func(*testing.T, *bed)) {
 	t.Helper()
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		scheme, err := nodes.NewScheme()
+		scheme, err := scheme.New()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -117,7 +120,7 @@ func inBed(t *testing.T, f func(*testing.T, *bed)) {
 			cache: map[types.NamespacedName]*corev1.Pod{}, real: map[types.NamespacedName]*corev1.Pod{}, nodes: map[string]*corev1.Node{},
 			kubelet: kubelet{sync: time.Second, start: 3 * time.Second}, serves: map[types.UID]time.Time{},
 		}
-		for o, by := range nodes.CacheOptions().ByObject {
+		for o, by := range slimcache.Options().ByObject {
 			if _, ok := o.(*corev1.Pod); ok {
 				b.transform = by.Transform
 			}
@@ -319,7 +322,7 @@ func (b *bed) start() {
 			return nil
 		},
 	})
-	b.r = &Reconciler{Client: c, APIReader: uncached{live, b}, Jobs: &nodes.JobBudgets{}, Nodes: b.fleet, NodePort: nodes.DefaultNodePort, Recorder: b, Log: log}
+	b.r = &Reconciler{Client: c, APIReader: uncached{live, b}, Jobs: &jobbudget.Budgets{}, Nodes: b.fleet, NodePort: nodes.DefaultPort, Recorder: b, Log: log}
 	b.r.prepare()
 	newQueue := func() workqueue.TypedRateLimitingInterface[reconcile.Request] {
 		return workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](50*time.Millisecond, 30*time.Second))

@@ -20,7 +20,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/jobbudget"
 	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
 )
 
@@ -29,7 +29,7 @@ const checkPods = 500
 
 // Check says whether a rollout can be carried out as the cluster is, by what the reconciler would find as it goes along, and whether another
 // rollout is at work on the same containers. before is nil for a new one; what it had already is not checked again. The error is a
-// *controller.SpecError if the user can correct it. Warnings tell what is accepted and may not be meant: a target may be made after its rollout.
+// *apierror.SpecError if the user can correct it. Warnings tell what is accepted and may not be meant: a target may be made after its rollout.
 func Check(ctx context.Context, from client.Reader, before, r *inplace.InPlaceRollout) (warnings []string, err error) {
 	if before != nil {
 		// The schema compares the rest of a target, and is content with any selector.
@@ -146,7 +146,7 @@ func fits(pod *corev1.Pod, r *inplace.InPlaceRollout) error {
 
 // sparesJob says whether a rollout would end the Job of a pod. The error is a *specError then.
 func sparesJob(ctx context.Context, from client.Reader, pod *corev1.Pod, r *inplace.InPlaceRollout) error {
-	if r.Annotations[controller.IgnoreBackoffLimitAnnotation] == "true" {
+	if r.Annotations[jobbudget.IgnoreAnnotation] == "true" {
 		return nil
 	}
 	var names []string
@@ -155,7 +155,7 @@ func sparesJob(ctx context.Context, from client.Reader, pod *corev1.Pod, r *inpl
 			names = append(names, c.Name)
 		}
 	}
-	why, err := controller.WouldEndJob(ctx, from, pod, names)
+	why, err := jobbudget.WouldEnd(ctx, from, pod, names)
 	if why != "" {
 		return wrong("pod %s: %s", pod.Name, why)
 	}

@@ -14,7 +14,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
-	nodes "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/jobbudget"
 )
 
 // A new container is a restart for the Job of its pod, whether it has a new image or not.
@@ -51,7 +51,7 @@ func TestJobs(t *testing.T) {
 				})
 				r := &rollout{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "all"}, Spec: spec{Target: all(), Containers: tt.changes, Strategy: settings{OnFailure: inplace.Pause, MaxUnavailable: number(3)}}}
 				if tt.allowed {
-					r.Annotations = map[string]string{nodes.IgnoreBackoffLimitAnnotation: "true"}
+					r.Annotations = map[string]string{jobbudget.IgnoreAnnotation: "true"}
 				}
 				_, err := Check(t.Context(), b.r.APIReader, nil, r)
 				if (err != nil) != (tt.failed > 0 && tt.updated == 0) || err != nil && !strings.Contains(err.Error(), "a restart of container app would end Job work") {

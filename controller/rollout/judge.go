@@ -14,8 +14,9 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 )
 
 // stage is where a pod stands on its way to a goal.
@@ -460,7 +461,7 @@ func started(pod *corev1.Pod, k knowledge, now time.Time) (passed bool, wait tim
 		if cs == nil {
 			continue // the conditions tell
 		}
-		ok, left := controller.StartupPassed(c, cs, k.seen[cs.ContainerID], k.carried, now)
+		ok, left := pods.StartupPassed(c, cs, k.seen[cs.ContainerID], k.carried, now)
 		passed, wait = passed && ok, max(wait, left)
 	}
 	return passed, wait
@@ -516,10 +517,10 @@ func wasReady(pod *corev1.Pod, m *mark, k knowledge) bool {
 			since = cs.State.Running.StartedAt.Time
 		}
 		c, _ := containerOf(pod, name)
-		if passed, _ := controller.StartupPassed(c, cs, time.Time{}, false, k.now); !passed {
+		if passed, _ := pods.StartupPassed(c, cs, time.Time{}, false, k.now); !passed {
 			return false // what made the pod ready was the start of the old one
 		}
-		if _, left := controller.StartupPassed(c, cs, time.Time{}, k.carried, since); left > 0 {
+		if _, left := pods.StartupPassed(c, cs, time.Time{}, k.carried, since); left > 0 {
 			since = since.Add(left) // until then, too
 		}
 	}
@@ -561,7 +562,7 @@ func accountOf(op *opsv1.Operation) string {
 	case c.GetMessage() == "":
 		return fmt.Sprintf("container %s: %s", c.GetName(), c.GetPull().GetMessage())
 	}
-	return fmt.Sprintf("container %s: %s", c.GetName(), controller.Account(c))
+	return fmt.Sprintf("container %s: %s", c.GetName(), nodes.Account(c))
 }
 
 // idsOf are the container IDs that an operation is to find, and says whether all of the containers run.

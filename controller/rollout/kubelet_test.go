@@ -13,7 +13,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
-	nodes "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 )
 
 // kubelet says how the kubelets behave: how long until they see a change, and until a new container is ready. An image whose
@@ -186,7 +186,7 @@ func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, 
 func (b *bed) carriedBy() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return nodes.CarriesStarted(b.nodes["node-0"])
+	return pods.CarriesStarted(b.nodes["node-0"])
 }
 
 // carry is what kubelet says of a new container that runs where another one ran: since 1.35 it has started if that one had

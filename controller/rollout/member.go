@@ -16,7 +16,8 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 )
 
@@ -36,7 +37,7 @@ type work struct {
 	revision string
 	failures map[types.UID]inplace.PodFailure
 	// nodes are those that were told anything, and hold pins.
-	nodes map[string]controller.Node
+	nodes map[string]nodes.Node
 	// progress is a picture of the pods, and when it last changed.
 	progress   [4]int
 	progressed time.Time
@@ -70,7 +71,7 @@ type keys struct {
 // member is a pod of a rollout.
 type member struct {
 	uid  types.UID
-	node controller.Node
+	node nodes.Node
 	// revision is the goal that the fields below are about.
 	revision string
 	// written is the resourceVersion of the last write of the pod.
@@ -93,7 +94,7 @@ type member struct {
 	readyIDs  string
 	// started are when containers with a startupProbe were first seen running, by ID.
 	started map[string]time.Time
-	nudges  controller.Nudges
+	nudges  pods.Nudges
 	marked  string // the annotation that mark was read from
 	mark    *mark
 

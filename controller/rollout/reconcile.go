@@ -24,8 +24,11 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/crew"
+	"github.com/cri-proxy/cri-proxy/controller/jobbudget"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 )
 
 const (
@@ -60,7 +63,7 @@ type Reconciler struct {
 	// Nodes commands the nodes.
 	Nodes Nodes
 	// Jobs counts restarts of Jobs' pods, with all who make some; it may be nil.
-	Jobs *controller.JobBudgets
+	Jobs *jobbudget.Budgets
 	// NodePort is the port for nodes without an address of their own in an annotation.
 	NodePort int
 	// Recorder writes Events; nil writes none.
@@ -99,7 +102,7 @@ func (r *Reconciler) workOf(rollout *inplace.InPlaceRollout) *work {
 		}
 		w = &work{
 			uid: rollout.UID, wake: r.waker(key), told: map[string]bool{}, failures: map[types.UID]inplace.PodFailure{},
-			nodes: map[string]controller.Node{}, members: map[types.UID]*member{}, keys: map[string]*keys{},
+			nodes: map[string]nodes.Node{}, members: map[types.UID]*member{}, keys: map[string]*keys{},
 		}
 		r.works[key] = w
 	}
@@ -302,7 +305,7 @@ func (p *pass) align(ctx context.Context, w workload) (ready bool, err error) {
 		p.blocked = why.message
 	case why != nil:
 		p.blocked = "" // what cannot be put back stays
-	case !ready && api.count >= controller.APITries:
+	case !ready && api.count >= apierror.Tries:
 		p.blockedReason = inplace.ReasonAPIError
 		p.blocked = fmt.Sprintf("%s cannot be changed, %d tries have failed since %s: %s", p.target.what, api.count, api.since.UTC().Format(time.RFC3339), api.text)
 		p.tell(corev1.EventTypeWarning, inplace.ReasonAPIError, p.blocked, "template")
@@ -505,7 +508,7 @@ func (p *pass) nudge(ctx context.Context, i *item) {
 		if c == nil || cs == nil || cs.ContainerID == i.m.mark.Containers[name].ID {
 			continue
 		}
-		if passed, _ := controller.StartupPassed(c, cs, i.m.started[cs.ContainerID], carried, p.now); passed {
+		if passed, _ := pods.StartupPassed(c, cs, i.m.started[cs.ContainerID], carried, p.now); passed {
 			names = append(names, name)
 		}
 	}
@@ -592,16 +595,16 @@ func usual(pods []*corev1.Pod, name, besides string) string {
 }
 
 // node is where to reach the node of a pod.
-func (p *pass) node(ctx context.Context, pod *corev1.Pod) (controller.Node, error) {
+func (p *pass) node(ctx context.Context, pod *corev1.Pod) (nodes.Node, error) {
 	var n corev1.Node
 	if err := p.r.Client.Get(ctx, client.ObjectKey{Name: pod.Spec.NodeName}, &n); err != nil {
-		return controller.Node{}, err
+		return nodes.Node{}, err
 	}
 	port := p.r.NodePort
 	if port == 0 {
-		port = controller.DefaultNodePort
+		port = nodes.DefaultPort
 	}
-	return controller.NodeOf(&n, port)
+	return nodes.Of(&n, port)
 }
 
 // carries says that the kubelet of a pod takes new containers for started because the old ones were.
@@ -610,7 +613,7 @@ func (p *pass) carries(ctx context.Context, pod *corev1.Pod) bool {
 	if p.r.Client.Get(ctx, client.ObjectKey{Name: pod.Spec.NodeName}, &n) != nil {
 		return true
 	}
-	return controller.CarriesStarted(&n)
+	return pods.CarriesStarted(&n)
 }
 
 func stampProto(t time.Time) *timestamppb.Timestamp { return timestamppb.New(t) }

@@ -15,7 +15,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 const (
@@ -83,7 +83,7 @@ func (p *pass) release(ctx context.Context) {
 			}
 		}
 	}
-	var left []controller.Node
+	var left []nodes.Node
 	for _, name := range sortedKeys(p.work.nodes) {
 		left = append(left, p.work.nodes[name])
 	}
@@ -111,12 +111,12 @@ func (p *pass) release(ctx context.Context) {
 }
 
 // releaseOnce tries each node once and returns those that are left.
-func (r *Reconciler) releaseOnce(ctx context.Context, nodes []controller.Node, owner string) []controller.Node {
+func (r *Reconciler) releaseOnce(ctx context.Context, told []nodes.Node, owner string) []nodes.Node {
 	var mu sync.Mutex
-	var left []controller.Node
+	var left []nodes.Node
 	var g errgroup.Group
 	g.SetLimit(releaseWidth)
-	for _, n := range nodes {
+	for _, n := range told {
 		g.Go(func() error {
 			if _, err := r.Nodes.ReleasePins(ctx, n, owner, ""); err != nil && !troubleOf(err).final {
 				mu.Lock()

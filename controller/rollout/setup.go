@@ -27,7 +27,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/source"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
-	nodes "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 )
 
 // gatherFor is how long events of pods and nodes are collected: they come in crowds, and a look is at all pods. It is so much longer
@@ -65,7 +65,7 @@ func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, work
 		Watches(&appsv1.ReplicaSet{}, r.crowd(r.rolloutsOfReplicaSet)).
 		WatchesRawSource(source.Channel(r.wakes, r.wakeHandler())).
 		WithOptions(options(workers)).
-		Complete(nodes.TellAPIErrors(r, func() client.Object { return &inplace.InPlaceRollout{} }, m.GetClient(), r.Recorder))
+		Complete(apierror.Tell(r, func() client.Object { return &inplace.InPlaceRollout{} }, m.GetClient(), r.Recorder))
 }
 
 // SetupWithManager adds the reconciler to a manager: it then watches workloads of its kind and their rollouts.
@@ -81,7 +81,7 @@ func (r *FollowReconciler) SetupWithManager(_ context.Context, m manager.Manager
 		For(newOwner(), builder.WithPredicates(rolloutChanges())).
 		Owns(&inplace.InPlaceRollout{}).
 		WithOptions(options(workers)).
-		Complete(nodes.TellAPIErrors(r, newOwner, m.GetClient(), r.Recorder))
+		Complete(apierror.Tell(r, newOwner, m.GetClient(), r.Recorder))
 }
 
 // SetupWithManager adds the reconciler to a manager: it then watches pods with gates.
@@ -91,7 +91,7 @@ func (r *GateReconciler) SetupWithManager(_ context.Context, m manager.Manager, 
 		For(&corev1.Pod{}, builder.WithPredicates(gateChanges())).
 		Watches(&inplace.InPlaceRollout{}, handler.EnqueueRequestsFromMapFunc(r.shutPods), builder.WithPredicates(endings())).
 		WithOptions(options(workers)).
-		Complete(nodes.TellAPIErrors(r, func() client.Object { return &corev1.Pod{} }, m.GetClient(), r.Recorder))
+		Complete(apierror.Tell(r, func() client.Object { return &corev1.Pod{} }, m.GetClient(), r.Recorder))
 }
 
 // gateChanges lets through pods whose gates may have to be opened.

@@ -21,7 +21,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/kstatus"
 )
 
@@ -383,7 +383,7 @@ func (p *pass) settleWorkload(ctx context.Context) (done bool, trouble string, e
 		p.waits(t)
 	}
 	trouble = fmt.Sprintf("%s is paused and cannot go on: %s", p.target.what, t.text)
-	if t.count >= controller.APITries {
+	if t.count >= apierror.Tries {
 		p.tell(corev1.EventTypeWarning, inplace.ReasonAPIError, trouble, "settle")
 	}
 	return false, trouble, nil

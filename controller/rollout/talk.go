@@ -18,9 +18,11 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/environment"
 	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 )
 
@@ -72,7 +74,7 @@ type conversation struct {
 	r    *Reconciler
 	w    *work
 	t    *talk
-	node controller.Node
+	node nodes.Node
 	// pod is its name.
 	pod string
 	// begin starts the operation, or finds it.
@@ -149,7 +151,7 @@ func (w *work) noteAPI(t *talk, err error) {
 	} else if apiStatus(err) {
 		t.api.note(err, time.Now())
 	}
-	tell := t.api.count == controller.APITries
+	tell := t.api.count == apierror.Tries
 	w.mu.Unlock()
 	if tell {
 		w.wake()
@@ -329,12 +331,12 @@ func (p *pass) prepareRequest(ctx context.Context, i *item, uid string) *opsv1.P
 			u.ExpectedContainerId = cs.ContainerID
 		}
 		if c.StartupProbe != nil {
-			u.HoldProbes = controller.HoldProbes(c, p.carries(ctx, i.pod))
+			u.HoldProbes = pods.HoldProbes(c, p.carries(ctx, i.pod))
 		}
 		if p.strategy.startFirst {
 			u.Order, u.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, p.strategy.besideSeconds()
 		}
-		u.RunAsNonRoot, u.RunAsUser = controller.RunAs(i.pod, c)
+		u.RunAsNonRoot, u.RunAsUser = pods.RunAs(i.pod, c)
 		request.Containers = append(request.Containers, u)
 	}
 	return request
@@ -499,7 +501,7 @@ func (p *pass) newLabel(i *item) string {
 
 // abort tells a node to take an upgrade back. If it cannot be told, what it has prepared ends after holdFor. The caller holds the
 // mutex of work.
-func (p *pass) abort(node controller.Node, t *talk, why string) {
+func (p *pass) abort(node nodes.Node, t *talk, why string) {
 	if t == nil || t.op == nil || t.op.GetFinishTime() != nil || t.op.GetKind() == "Restart" {
 		return
 	}
@@ -537,7 +539,7 @@ func (p *pass) abortMarked(m *member, why string) {
 	}
 }
 
-func (p *pass) takeBack(node controller.Node, uid, why string) {
+func (p *pass) takeBack(node nodes.Node, uid, why string) {
 	p.r.crew.Do(func(ctx context.Context) {
 		for tries := range 5 {
 			_, err := p.r.Nodes.AbortUpgrade(ctx, node, uid, why)
@@ -569,7 +571,7 @@ func (p *pass) follow(ctx context.Context, i *item) {
 }
 
 // listen lets a conversation follow an operation that has been begun. One that the node does not know, or no longer, has ended.
-func (p *pass) listen(t *talk, node controller.Node, pod string) {
+func (p *pass) listen(t *talk, node nodes.Node, pod string) {
 	c := &conversation{r: p.r, w: p.work, t: t, node: node, pod: pod, patience: p.strategy.deadline}
 	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
 		op, err := p.r.Nodes.GetOperation(ctx, node, t.uid)
@@ -654,17 +656,17 @@ func (p *pass) restartRequest(ctx context.Context, i *item) *opsv1.RestartReques
 			continue
 		}
 		want := &opsv1.ContainerRestart{Name: name, ExpectedContainerId: old.ID, GracePeriodSeconds: p.strategy.grace}
-		want.RunAsNonRoot, want.RunAsUser = controller.RunAs(i.pod, c)
+		want.RunAsNonRoot, want.RunAsUser = pods.RunAs(i.pod, c)
 		if c.StartupProbe != nil {
-			want.HoldProbes = controller.HoldProbes(c, p.carries(ctx, i.pod))
+			want.HoldProbes = pods.HoldProbes(c, p.carries(ctx, i.pod))
 		}
 		if p.strategy.startFirst {
 			want.Order, want.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, p.strategy.besideSeconds()
 		}
 		if c.Lifecycle != nil {
 			// A hook that cannot be resolved is not sent: kubelet could not run it either.
-			want.PreStop, _ = controller.HookOf(c, c.Lifecycle.PreStop, i.pod.Status.PodIP)
-			want.PostStart, _ = controller.HookOf(c, c.Lifecycle.PostStart, i.pod.Status.PodIP)
+			want.PreStop, _ = pods.Hook(c, c.Lifecycle.PreStop, i.pod.Status.PodIP)
+			want.PostStart, _ = pods.Hook(c, c.Lifecycle.PostStart, i.pod.Status.PodIP)
 		}
 		request.Containers = append(request.Containers, want)
 	}

@@ -19,7 +19,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
 )
 
@@ -43,7 +43,7 @@ type target struct {
 }
 
 // specError is what the user has to correct.
-type specError = controller.SpecError
+type specError = apierror.SpecError
 
 func wrong(format string, args ...any) error {
 	return &specError{Message: fmt.Sprintf(format, args...)}

@@ -31,30 +31,32 @@ import (
 
 // Names of the objects in deploy. The permissions are for these names.
 const (
-	// Secret has the certificate.
+	// Secret holds the certificate.
 	Secret = "cri-controller-webhook-tls"
-	// Service is what the API server calls.
+	// Service is the Service that the API server calls.
 	Service = "cri-controller-webhook"
 	// Configuration is the name of both webhook configurations.
 	Configuration = "cri-controller"
 )
 
 const (
-	// caKey is where the CAs are in the Secret: as cert-manager has it.
+	// caKey is the key of the CAs in the Secret, as cert-manager names it.
 	caKey = "ca.crt"
-	// settleFor is how long API servers are given to notice a changed configuration. They watch it, so it is a matter of milliseconds.
+	// settleFor is how long API servers get to notice a changed configuration. They watch the
+	// configurations, so it takes them milliseconds.
 	settleFor = 5 * time.Second
-	// retainFor is how long the CA of the certificate before is kept: much longer than a replica can be without having seen the new one.
+	// retainFor is how long the CA of the previous certificate is kept: much longer than a replica can
+	// fail to see the new one.
 	retainFor = time.Hour
-	// lookAgain is how often everything is looked at without an event.
+	// lookAgain is how often the Keeper looks at everything without an event.
 	lookAgain = 5 * time.Minute
-	// soon is when to look again after somebody else wrote first.
+	// soon is how soon the Keeper looks again after somebody else has written first.
 	soon = 200 * time.Millisecond
 	// DefaultValidity is how long a certificate is valid.
 	DefaultValidity = 90 * 24 * time.Hour
 )
 
-// Keeper keeps the certificate. Its zero value but for the exported fields is ready for use.
+// Keeper keeps the certificate. With the exported fields set, its zero value is ready for use.
 type Keeper struct {
 	// Client reads past the cache, and writes.
 	Client client.Client
@@ -66,41 +68,49 @@ type Keeper struct {
 	Log logrus.FieldLogger
 
 	mu sync.Mutex
-	// shown is what replicas get to see; nil before the first look.
+	// shown is the certificate that this replica shows; nil before the first look.
 	shown *pair
-	// next is to be shown after trustedSince + settleFor; nil when that is shown.
+	// next will be shown settleFor after trustedSince; nil if no certificate waits for that.
 	next         *pair
 	trustedSince time.Time
-	// trustedFrom is since when API servers know the CA of what was shown first; zero before.
+	// trustedFrom is when API servers began to know the CA of the first certificate that was shown;
+	// zero before.
 	trustedFrom time.Time
-	// trouble is why the last look came to nothing.
+	// trouble is why the last look failed.
 	trouble error
 }
 
-// CacheOptions restrict what the manager watches to the objects that the Keeper may see.
+// CacheOptions restricts what the manager watches to the objects that the Keeper may see.
 func CacheOptions(o *cache.Options, namespace string) {
 	if o.ByObject == nil {
 		o.ByObject = map[client.Object]cache.ByObject{}
 	}
-	o.ByObject[&corev1.Secret{}] = cache.ByObject{Namespaces: map[string]cache.Config{namespace: {FieldSelector: fields.OneTermEqualSelector("metadata.name", Secret)}}}
-	o.ByObject[&admissionv1.MutatingWebhookConfiguration{}] = cache.ByObject{Field: fields.OneTermEqualSelector("metadata.name", Configuration)}
-	o.ByObject[&admissionv1.ValidatingWebhookConfiguration{}] = cache.ByObject{Field: fields.OneTermEqualSelector("metadata.name", Configuration)}
+	o.ByObject[&corev1.Secret{}] = cache.ByObject{
+		Namespaces: map[string]cache.Config{namespace: {FieldSelector: fields.OneTermEqualSelector("metadata.name", Secret)}}}
+	o.ByObject[&admissionv1.MutatingWebhookConfiguration{}] = cache.ByObject{
+		Field: fields.OneTermEqualSelector("metadata.name", Configuration)}
+	o.ByObject[&admissionv1.ValidatingWebhookConfiguration{}] = cache.ByObject{
+		Field: fields.OneTermEqualSelector("metadata.name", Configuration)}
 }
 
-// SetupWithManager adds the Keeper to a manager whose cache has CacheOptions. It works in every replica, whoever leads.
+// SetupWithManager adds the Keeper to a manager whose cache has CacheOptions. The Keeper works in
+// each replica, whether the replica leads or not.
 func (k *Keeper) SetupWithManager(m manager.Manager) error {
 	here := reconcile.Request{NamespacedName: client.ObjectKey{Namespace: k.Namespace, Name: Secret}}
-	enqueue := handler.EnqueueRequestsFromMapFunc(func(context.Context, client.Object) []reconcile.Request { return []reconcile.Request{here} })
+	enqueue := handler.EnqueueRequestsFromMapFunc(func(context.Context, client.Object) []reconcile.Request {
+		return []reconcile.Request{here}
+	})
 	all := false
 	return builder.ControllerManagedBy(m).
 		Named("webhook-certificate").
 		WatchesMetadata(&corev1.Secret{}, enqueue).
 		WatchesMetadata(&admissionv1.MutatingWebhookConfiguration{}, enqueue).
 		WatchesMetadata(&admissionv1.ValidatingWebhookConfiguration{}, enqueue).
-		WatchesRawSource(source.Func(func(_ context.Context, q workqueue.TypedRateLimitingInterface[reconcile.Request]) error {
-			q.Add(here) // also when there is nothing to watch
-			return nil
-		})).
+		WatchesRawSource(
+			source.Func(func(_ context.Context, q workqueue.TypedRateLimitingInterface[reconcile.Request]) error {
+				q.Add(here) // also when there is nothing to watch
+				return nil
+			})).
 		WithOptions(controller.Options{
 			NeedLeaderElection: &all, MaxConcurrentReconciles: 1,
 			RateLimiter: workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](soon, time.Minute),
@@ -118,7 +128,8 @@ func (k *Keeper) GetCertificate(*tls.ClientHelloInfo) (*tls.Certificate, error) 
 	return k.shown.cert, nil
 }
 
-// Ready is a healthz.Checker: the replica can be asked when it has a certificate that the API server trusts.
+// Ready is a healthz.Checker: the API server can call the replica when the replica has a
+// certificate that the API server trusts.
 func (k *Keeper) Ready(*http.Request) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -131,13 +142,13 @@ func (k *Keeper) Ready(*http.Request) error {
 	return errors.New("the webhooks have no certificate that the API server trusts yet")
 }
 
-// names that the API server may call the webhooks by.
+// names returns the names by which the API server may call the webhooks.
 func (k *Keeper) names() []string {
 	full := Service + "." + k.Namespace + ".svc"
 	return []string{full, Service + "." + k.Namespace, full + ".cluster.local"}
 }
 
-// Reconcile brings Secret, configurations and what is shown together.
+// Reconcile brings the Secret, the configurations and the shown certificate together.
 func (k *Keeper) Reconcile(ctx context.Context, _ reconcile.Request) (reconcile.Result, error) {
 	wait, err := k.look(ctx)
 	if apierrors.IsConflict(err) {
@@ -149,8 +160,9 @@ func (k *Keeper) Reconcile(ctx context.Context, _ reconcile.Request) (reconcile.
 	return reconcile.Result{RequeueAfter: wait}, err
 }
 
-// look does what is due and says when to look again. The configurations are read before the Secret: who has changed the Secret writes
-// the configurations later, so that what is put into them here is never older than what is there, or conflicts.
+// look does what is due and says when to look again. It reads the configurations before the Secret:
+// whoever changes the Secret writes the configurations later. So what look puts into the
+// configurations is never older than what they hold, or the write conflicts.
 func (k *Keeper) look(ctx context.Context) (time.Duration, error) {
 	now := time.Now()
 	configurations, err := k.read(ctx)
@@ -158,8 +170,10 @@ func (k *Keeper) look(ctx context.Context) (time.Duration, error) {
 		return 0, err
 	}
 	var secret corev1.Secret
-	if err := k.Client.Get(ctx, client.ObjectKey{Namespace: k.Namespace, Name: Secret}, &secret); apierrors.IsNotFound(err) {
-		return 0, fmt.Errorf("there is no Secret %s in namespace %s for the certificate of the webhooks: apply the manifests again, it comes with them, empty", Secret, k.Namespace)
+	err = k.Client.Get(ctx, client.ObjectKey{Namespace: k.Namespace, Name: Secret}, &secret)
+	if apierrors.IsNotFound(err) {
+		return 0, fmt.Errorf("there is no Secret %s in namespace %s for the certificate of the webhooks: "+
+			"apply the manifests again, it comes with them, empty", Secret, k.Namespace)
 	} else if err != nil {
 		return 0, err
 	}
@@ -170,7 +184,7 @@ func (k *Keeper) look(ctx context.Context) (time.Duration, error) {
 	trust := parseBundle(now, secret.Data[caKey])
 	switch {
 	case err != nil || !now.Before(have.due()):
-		// What replicas show is trusted, be it in the Secret or not.
+		// The configurations keep the CA that replicas show, whether it is in the Secret or not.
 		for _, c := range configurations {
 			for _, w := range c.clients {
 				trust = trust.and(parseBundle(now, w.CABundle))
@@ -228,8 +242,9 @@ func (k *Keeper) current() *pair {
 	return k.shown
 }
 
-// show shows a pair as soon as API servers know its CA, and says when to look again. What was shown before is shown until then, if it is
-// trusted still. announced is when its CA was written into the configurations, at the latest.
+// show shows a pair as soon as API servers know its CA, and says when to look again. Until then it
+// goes on showing the previous pair, if API servers still trust that. announced is when the CA was
+// written into the configurations, at the latest.
 func (k *Keeper) show(have *pair, trust bundle, announced, now time.Time) time.Duration {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -252,7 +267,7 @@ func (k *Keeper) show(have *pair, trust bundle, announced, now time.Time) time.D
 	return lookAgain
 }
 
-// write puts a pair into the Secret, unless somebody else wrote in between.
+// write puts a pair into the Secret, unless somebody else has written in between.
 func (k *Keeper) write(ctx context.Context, secret *corev1.Secret, p *pair, trust bundle) error {
 	text, err := trust.pem()
 	if err != nil {
@@ -262,13 +277,13 @@ func (k *Keeper) write(ctx context.Context, secret *corev1.Secret, p *pair, trus
 	return k.Client.Update(ctx, secret)
 }
 
-// configuration is a webhook configuration, of either kind.
+// configuration is a webhook configuration, mutating or validating.
 type configuration struct {
 	object  client.Object
 	clients []*admissionv1.WebhookClientConfig
 }
 
-// read reads the configurations that there are.
+// read reads the configurations that exist.
 func (k *Keeper) read(ctx context.Context) ([]configuration, error) {
 	var all []configuration
 	key := client.ObjectKey{Name: Configuration}
@@ -294,7 +309,8 @@ func (k *Keeper) read(ctx context.Context) ([]configuration, error) {
 	return all, nil
 }
 
-// trust makes the CAs those of all webhooks of a configuration, unless somebody else wrote in between.
+// trust sets the CAs in all webhooks of a configuration, unless somebody else has written in
+// between.
 func (c *configuration) trust(ctx context.Context, api client.Client, bundle []byte) (changed bool, err error) {
 	before := c.object.DeepCopyObject().(client.Object)
 	for _, w := range c.clients {

@@ -27,19 +27,19 @@ import (
 const (
 	namespace = "cri-proxy-system"
 	validity  = 4 * time.Hour
-	// noticed is how long an API server takes to notice a changed configuration here.
+	// noticed is how long an API server takes here to notice a changed configuration.
 	noticed = 2 * time.Second
 	step    = 500 * time.Millisecond
 )
 
-// cluster is an API server, and replicas of the controller. It lives in a synctest bubble.
+// cluster is an API server with replicas of the controller. It lives in a synctest bubble.
 type cluster struct {
 	t        *testing.T
 	api      client.Client
 	replicas map[string]*replica
-	// seen are the bundles of both configurations, the newest last, as they were at a time.
+	// seen has the bundles of both configurations, the newest last, with the time of each.
 	seen []observation
-	// verified are certificates and bundles that go together.
+	// verified has the certificates and bundles that go together.
 	verified map[string]bool
 }
 
@@ -51,7 +51,7 @@ type observation struct {
 type replica struct {
 	*Keeper
 	due time.Time
-	// err is that of the last look.
+	// err is the error of the last look.
 	err error
 }
 
@@ -60,10 +60,14 @@ func newCluster(t *testing.T) *cluster {
 	scheme := runtime.NewScheme()
 	must(t, corev1.AddToScheme(scheme))
 	must(t, admissionv1.AddToScheme(scheme))
-	return &cluster{t: t, replicas: map[string]*replica{}, verified: map[string]bool{}, api: fake.NewClientBuilder().WithScheme(scheme).WithObjects(
+	return &cluster{t: t, replicas: map[string]*replica{}, verified: map[string]bool{}, api: fake.NewClientBuilder().
+		WithScheme(scheme).WithObjects(
 		&corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: Secret}},
-		&admissionv1.MutatingWebhookConfiguration{ObjectMeta: metav1.ObjectMeta{Name: Configuration}, Webhooks: []admissionv1.MutatingWebhook{{Name: "m.example.com", ClientConfig: one}}},
-		&admissionv1.ValidatingWebhookConfiguration{ObjectMeta: metav1.ObjectMeta{Name: Configuration}, Webhooks: []admissionv1.ValidatingWebhook{{Name: "a.example.com", ClientConfig: one}, {Name: "b.example.com", ClientConfig: one}}},
+		&admissionv1.MutatingWebhookConfiguration{ObjectMeta: metav1.ObjectMeta{Name: Configuration},
+			Webhooks: []admissionv1.MutatingWebhook{{Name: "m.example.com", ClientConfig: one}}},
+		&admissionv1.ValidatingWebhookConfiguration{ObjectMeta: metav1.ObjectMeta{Name: Configuration},
+			Webhooks: []admissionv1.ValidatingWebhook{{Name: "a.example.com", ClientConfig: one},
+				{Name: "b.example.com", ClientConfig: one}}},
 	).Build()}
 }
 
@@ -75,8 +79,9 @@ func (c *cluster) start(name string) *replica {
 	return r
 }
 
-// run lets time pass. Replicas look when they said that they would, and when something has changed. Whenever one is ready, what it shows must be
-// trusted by an API server that has noticed every change, and by one that has not noticed the last ones.
+// run lets time pass. Replicas look when they said that they would, and when something has changed.
+// Whenever a replica is ready, two API servers must trust what it shows: one that has noticed each
+// change, and one that has not noticed the last changes.
 func (c *cluster) run(d time.Duration) {
 	c.t.Helper()
 	for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(c.pause(end)) {
@@ -104,7 +109,8 @@ func (c *cluster) run(d time.Duration) {
 	}
 }
 
-// pause is how long nothing happens: a step, or more when all that was written has been noticed.
+// pause returns how long nothing happens: a step, or more when the API servers have noticed all
+// writes.
 func (c *cluster) pause(end time.Time) time.Duration {
 	if len(c.seen) > 0 && joined(c.seen[0].bundles) != joined(c.bundles()) {
 		return step
@@ -122,10 +128,11 @@ func (c *cluster) wake() {
 	}
 }
 
-// state is all that is stored.
+// state returns everything that is stored.
 func (c *cluster) state() string {
 	data := c.secret().Data
-	return string(data[corev1.TLSCertKey]) + string(data[corev1.TLSPrivateKeyKey]) + string(data[caKey]) + joined(c.bundles())
+	return string(data[corev1.TLSCertKey]) + string(data[corev1.TLSPrivateKeyKey]) +
+		string(data[caKey]) + joined(c.bundles())
 }
 
 func joined(texts [][]byte) string { return string(bytes.Join(texts, []byte("|"))) }
@@ -133,7 +140,8 @@ func joined(texts [][]byte) string { return string(bytes.Join(texts, []byte("|")
 func (c *cluster) secret() *corev1.Secret {
 	c.t.Helper()
 	var s corev1.Secret
-	if err := c.api.Get(c.t.Context(), client.ObjectKey{Namespace: namespace, Name: Secret}, &s); client.IgnoreNotFound(err) != nil {
+	if err := c.api.Get(c.t.Context(), client.ObjectKey{Namespace: namespace, Name: Secret},
+		&s); client.IgnoreNotFound(err) != nil {
 		c.t.Fatal(err)
 	}
 	return &s
@@ -155,7 +163,7 @@ func (c *cluster) bundles() [][]byte {
 	return bundles
 }
 
-// check is about what a replica shows that API servers may call.
+// check checks what a replica shows that API servers may call.
 func (c *cluster) check(name string, r *replica) {
 	c.t.Helper()
 	if r.Ready(nil) != nil {
@@ -173,7 +181,8 @@ func (c *cluster) check(name string, r *replica) {
 			}
 			pool := x509.NewCertPool()
 			pool.AppendCertsFromPEM(b)
-			if _, err := shown.Leaf.Verify(x509.VerifyOptions{Roots: pool, DNSName: Service + "." + namespace + ".svc", CurrentTime: time.Now()}); err != nil {
+			if _, err := shown.Leaf.Verify(x509.VerifyOptions{Roots: pool, DNSName: Service + "." + namespace + ".svc",
+				CurrentTime: time.Now()}); err != nil {
 				c.t.Fatalf("what %s shows is not trusted by webhook %d as it was %s ago: %v", name, i, time.Since(view.at), err)
 			}
 			c.verified[key] = true
@@ -214,15 +223,16 @@ func bubble(t *testing.T, test func(*cluster)) {
 	})
 }
 
-// TestOvertaken: while one replica is between two calls, another one makes a new certificate. What the first one goes on to write must not take the
-// new CA away again.
+// TestOvertaken: while one replica is between two calls, another one makes a new certificate. What
+// the first replica then writes must not remove the new CA.
 func TestOvertaken(t *testing.T) {
 	for _, call := range []string{"get 1", "get 2", "get 3", "patch 1", "patch 2"} {
 		t.Run(call, func(t *testing.T) {
 			bubble(t, func(c *cluster) {
 				c.t = t
 				a, b := c.replicas["a"], c.replicas["b"]
-				for _, o := range []client.Object{&admissionv1.MutatingWebhookConfiguration{}, &admissionv1.ValidatingWebhookConfiguration{}} {
+				for _, o := range []client.Object{&admissionv1.MutatingWebhookConfiguration{},
+					&admissionv1.ValidatingWebhookConfiguration{}} {
 					must(t, c.api.Get(t.Context(), client.ObjectKey{Name: Configuration}, o))
 					switch o := o.(type) { // so that there is something to write
 					case *admissionv1.MutatingWebhookConfiguration:
@@ -281,7 +291,7 @@ func TestBothAtOnce(t *testing.T) {
 	})
 }
 
-// hookedClient tells of each call before it is made, such as "get 2" for the second one.
+// hookedClient announces each call, such as "get 2" for the second get.
 type hookedClient struct {
 	client.Client
 	calls  map[string]int
@@ -337,7 +347,8 @@ func TestTrouble(t *testing.T) {
 		renewed bool
 	}{
 		{"the Secret is emptied", func(c *cluster) { c.change(func(s *corev1.Secret) { s.Data = nil }) }, true},
-		{"the Secret has no key", func(c *cluster) { c.change(func(s *corev1.Secret) { delete(s.Data, corev1.TLSPrivateKeyKey) }) }, true},
+		{"the Secret has no key",
+			func(c *cluster) { c.change(func(s *corev1.Secret) { delete(s.Data, corev1.TLSPrivateKeyKey) }) }, true},
 		{"the Secret has nonsense", func(c *cluster) {
 			c.change(func(s *corev1.Secret) { s.Data[corev1.TLSCertKey], s.Data[caKey] = []byte("x"), []byte("-----BEGIN y") })
 		}, true},
@@ -348,7 +359,8 @@ func TestTrouble(t *testing.T) {
 				s.Data[corev1.TLSCertKey], s.Data[corev1.TLSPrivateKeyKey] = other.certPEM, other.keyPEM
 			})
 		}, true},
-		{"the CAs in the Secret are gone", func(c *cluster) { c.change(func(s *corev1.Secret) { delete(s.Data, caKey) }) }, false},
+		{"the CAs in the Secret are gone", func(c *cluster) { c.change(func(s *corev1.Secret) { delete(s.Data, caKey) }) },
+			false},
 		{"somebody has put other CAs into a configuration", func(c *cluster) {
 			var o admissionv1.ValidatingWebhookConfiguration
 			must(c.t, c.api.Get(c.t.Context(), client.ObjectKey{Name: Configuration}, &o))
@@ -418,10 +430,12 @@ func TestSecretDeleted(t *testing.T) {
 		if err := c.replicas["a"].Ready(nil); err != nil || c.serial("a") != before {
 			c.t.Errorf("what is shown does not stay: %v", err)
 		}
-		if err := third.Ready(nil); err == nil || !strings.Contains(err.Error(), "there is no Secret cri-controller-webhook-tls in namespace cri-proxy-system") {
+		if err := third.Ready(nil); err == nil ||
+			!strings.Contains(err.Error(), "there is no Secret cri-controller-webhook-tls in namespace cri-proxy-system") {
 			c.t.Errorf("the third one's readiness: %v", err)
 		}
-		must(c.t, c.api.Create(c.t.Context(), &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: Secret}}))
+		must(c.t,
+			c.api.Create(c.t.Context(), &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: Secret}}))
 		c.run(time.Minute)
 		if c.serial("a") == before || c.serial("a") != c.serial("c") || third.Ready(nil) != nil {
 			c.t.Error("it was not made anew for all")
@@ -449,7 +463,8 @@ func TestLongAway(t *testing.T) {
 	})
 }
 
-// TestCutOff: a replica that could not look for so long that its CA is not trusted any more shows the new one at once.
+// TestCutOff: a replica that could not look for so long that API servers no longer trust its CA
+// shows the new certificate at once.
 func TestCutOff(t *testing.T) {
 	bubble(t, func(c *cluster) {
 		cut := c.replicas["b"]
@@ -469,7 +484,8 @@ func TestCutOff(t *testing.T) {
 func TestNoConfigurations(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCluster(t)
-		must(t, c.api.Delete(t.Context(), &admissionv1.MutatingWebhookConfiguration{ObjectMeta: metav1.ObjectMeta{Name: Configuration}}))
+		must(t, c.api.Delete(t.Context(),
+			&admissionv1.MutatingWebhookConfiguration{ObjectMeta: metav1.ObjectMeta{Name: Configuration}}))
 		r := c.start("a")
 		c.run(settleFor + time.Second)
 		if err := r.Ready(nil); err != nil || c.trusted() != 1 {

@@ -20,7 +20,7 @@ import (
 	"k8s.io/client-go/util/keyutil"
 )
 
-// skew is how far back a certificate is valid before it is made, for clocks that differ.
+// skew is how long before its creation a certificate becomes valid, because clocks differ.
 const skew = time.Hour
 
 // pair is a certificate with its key and its CA.
@@ -31,8 +31,8 @@ type pair struct {
 	certPEM, keyPEM []byte
 }
 
-// generate makes a certificate for the names, the first of which is its common name, and a CA for it alone. client-go's own generator makes RSA
-// keys, which take a second of CPU.
+// generate makes a certificate for the names, and a CA for that certificate alone. The first name
+// is the common name. client-go's own generator makes RSA keys, which take a second of CPU.
 func generate(names []string, validity time.Duration) (*pair, error) {
 	caKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -59,7 +59,8 @@ func generate(names []string, validity time.Duration) (*pair, error) {
 	template = x509.Certificate{
 		Subject: pkix.Name{CommonName: names[0]}, DNSNames: names,
 		NotBefore: ca.NotBefore, NotAfter: ca.NotAfter,
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}, BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+		BasicConstraintsValid: true,
 	}
 	der, err := x509.CreateCertificate(rand.Reader, &template, ca, key.Public(), caKey)
 	if err != nil {
@@ -100,7 +101,7 @@ func parsePair(certPEM, keyPEM []byte) (*pair, error) {
 	return &pair{&c, ca, certPEM, keyPEM}, nil
 }
 
-// usable says whether the pair can be shown for all names at a time.
+// usable returns an error if the pair cannot be shown for all names at that time.
 func (p *pair) usable(names []string, now time.Time) error {
 	for _, name := range names {
 		if err := p.cert.Leaf.VerifyHostname(name); err != nil {
@@ -113,10 +114,10 @@ func (p *pair) usable(names []string, now time.Time) error {
 	return nil
 }
 
-// made is when the pair was.
+// made is when the pair was made.
 func (p *pair) made() time.Time { return p.cert.Leaf.NotBefore.Add(skew) }
 
-// due is when the pair is to be renewed: a third of its life before its end.
+// due is when to renew the pair: a third of its life before its end.
 func (p *pair) due() time.Time {
 	return p.cert.Leaf.NotAfter.Add(-p.cert.Leaf.NotAfter.Sub(p.made()) / 3)
 }
@@ -126,13 +127,14 @@ func (p *pair) same(o *pair) bool {
 	return p != nil && o != nil && p.cert.Leaf.Equal(o.cert.Leaf)
 }
 
-// bundleMax is how many CAs are trusted at most: those of certificates that were replaced one right after the other.
+// bundleMax is how many CAs are trusted at most. It takes several replacements in a row to have
+// more than two.
 const bundleMax = 8
 
-// bundle are CAs, the newest first, each once.
+// bundle is a set of CAs, the newest first.
 type bundle []*x509.Certificate
 
-// parseBundle reads the CAs that are still valid; what is none is left out.
+// parseBundle reads the CAs that are still valid, and skips everything else.
 func parseBundle(now time.Time, text []byte) bundle {
 	all, err := cert.ParseCertsPEM(text)
 	if err != nil {
@@ -147,7 +149,7 @@ func parseBundle(now time.Time, text []byte) bundle {
 	return b
 }
 
-// with is the bundle and another CA.
+// with returns the bundle with another CA.
 func (b bundle) with(c *x509.Certificate) bundle {
 	if b.has(c) {
 		return b
@@ -162,7 +164,7 @@ func (b bundle) with(c *x509.Certificate) bundle {
 	return all[:min(len(all), bundleMax)]
 }
 
-// and is the bundle with those of another one.
+// and returns the bundle with the CAs of another one.
 func (b bundle) and(o bundle) bundle {
 	for _, c := range o {
 		b = b.with(c)
@@ -174,7 +176,7 @@ func (b bundle) has(c *x509.Certificate) bool {
 	return slices.ContainsFunc(b, c.Equal)
 }
 
-// pem is the bundle as the API server reads it.
+// pem encodes the bundle as the API server reads it.
 func (b bundle) pem() ([]byte, error) {
 	return cert.EncodeCertificates(b...)
 }

@@ -1,0 +1,62 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package imagepull
+
+import (
+	"context"
+	"sync"
+
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+
+	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
+)
+
+// The bed of the tests runs the reconciler without a manager, in a synctest bubble. It connects
+// what SetupWithManager connects, by the methods below.
+
+// GatherInterval is how long the events of nodes and pods are collected.
+const GatherInterval = gatherInterval
+
+// Prepare is what SetupWithManager does first.
+func (r *Reconciler) Prepare() { r.prepare() }
+
+// Run runs what a manager runs: the goroutines that talk to nodes. woken gets the jobs to look at.
+func (r *Reconciler) Run(ctx context.Context, woken func(reconcile.Request)) {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() {
+		for {
+			select {
+			case e := <-r.wakes:
+				woken(reconcile.Request{NamespacedName: client.ObjectKeyFromObject(e.Object)})
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
+	_ = r.crew.Start(ctx) // returns nil
+}
+
+// Deleted is what an informer does when a job is gone.
+func (r *Reconciler) Deleted(job *v1beta1.ImagePullJob) { r.deleted(job) }
+
+// JobsOfNode are the jobs that a change of a node wakes.
+func (r *Reconciler) JobsOfNode(ctx context.Context) []reconcile.Request {
+	return r.jobsOfNode(ctx, nil)
+}
+
+// JobsOfPod are the jobs that a change of a pod wakes.
+func (r *Reconciler) JobsOfPod(ctx context.Context, pod client.Object) []reconcile.Request {
+	return r.jobsOfPod(ctx, pod)
+}
+
+// ForgetAll is what closing the gate does.
+func (r *Reconciler) ForgetAll() { r.forgetAll() }
+
+// Known is how many jobs the reconciler remembers.
+func (r *Reconciler) Known() int { return len(r.memories) }
+
+// FailureOf reads the message of a node.
+var FailureOf = failureOf

@@ -1,0 +1,131 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package imagepull
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
+)
+
+// phase is how far a node is.
+type phase int
+
+const (
+	// unknown has to be probed.
+	unknown phase = iota
+	// pending waits until fewer nodes pull than may.
+	pending
+	// active pulls, or is about to.
+	active
+	succeeded
+	failed
+	phases // their number
+)
+
+// nodeState is what is known of a node of a job. The job's mutex guards it.
+type nodeState struct {
+	target spec.Target
+	phase  phase
+	// epoch counts how often the node has begun again. What a goroutine of an earlier epoch says
+	// does not count.
+	epoch int
+	// ended is closed when the goroutine that talks to the node ends; nil when there is none. cancel
+	// ends it early.
+	ended  chan struct{}
+	cancel context.CancelFunc
+	// unverified says that the node may be pulling though it is not active. No pull begins anywhere
+	// before the node has been probed.
+	unverified bool
+	// staleFailures says that the failures which the node reports are from before the job began
+	// again.
+	staleFailures bool
+	// away is why the node cannot be commanded, since when, and how often that was tried.
+	away  trouble
+	since time.Time
+	tries int
+	// untaken says that the node answered and did not take the command.
+	untaken bool
+	// retryAt is when to turn to the node again.
+	retryAt time.Time
+	round   int
+	// verifying says that the node had the image, and pulls to make sure that it still has.
+	verifying bool
+	// lastFailure is why the last attempt failed, while the node tries again.
+	lastFailure string
+
+	op       *opsv1.PullOperation
+	begun    time.Time
+	fraction float64
+	// reason and message are why the node failed.
+	reason, message string
+	retries         int
+}
+
+func (n *nodeState) name() string { return n.target.Node.Name }
+
+// done says that the job need not wait for the node.
+func (n *nodeState) done() bool { return n.phase == succeeded || n.phase == failed || n.verifying }
+
+// unit is how much of the node's work is done, from 0 to 1.
+func (n *nodeState) unit() float64 {
+	if n.done() {
+		return 1
+	}
+	return n.fraction
+}
+
+// busy says that a goroutine talks to the node.
+func (n *nodeState) busy() bool { return n.ended != nil }
+
+// gaveUp says that the node's pull failed, and not the commands to the node.
+func (n *nodeState) gaveUp() bool { return n.phase == failed && n.away.reason == "" }
+
+// interrupt ends what is being said to the node.
+func (n *nodeState) interrupt() {
+	n.epoch++
+	if n.cancel != nil {
+		n.cancel()
+	}
+}
+
+// reached notes that the node can be commanded.
+func (n *nodeState) reached() {
+	n.away, n.since, n.tries, n.untaken = trouble{}, time.Time{}, 0, false
+}
+
+// standing says how far a node is that is not done.
+func (n *nodeState) standing() string {
+	switch {
+	case n.away.reason != "":
+		return n.away.reason + ": " + n.away.message
+	case n.phase != active:
+		return "its turn had not come"
+	}
+	text := "it was " + phaseName(n.op.GetPhase())
+	if n.fraction > 0 {
+		text += fmt.Sprintf(", %.0f %% of the image there", 100*n.fraction)
+	}
+	for _, more := range []string{n.op.GetReason(), n.op.GetMessage()} {
+		if more != "" {
+			text += ": " + more
+		}
+	}
+	return text
+}
+
+func phaseName(p opsv1.PullPhase) string {
+	switch p {
+	case opsv1.PullPhase_PULL_RESOLVING:
+		return "Resolving"
+	case opsv1.PullPhase_PULL_FETCHING:
+		return "Fetching"
+	case opsv1.PullPhase_PULL_UNPACKING:
+		return "Unpacking"
+	}
+	return "Waiting"
+}

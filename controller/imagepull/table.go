@@ -1,0 +1,355 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package imagepull
+
+import (
+	"fmt"
+	"math"
+	"strings"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc/codes"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
+)
+
+const (
+	// nodeTimeout is how long a node may be away before it counts as failed (OpenKruise's figure).
+	// The controller tries it again even then.
+	nodeTimeout = 10 * time.Minute
+	// maxRefusals is how often a node may refuse the connection before it counts as failed: about
+	// half a minute.
+	maxRefusals = 6
+	// reprobeInterval is how soon a node is probed again that counts as failed because it could not
+	// be commanded.
+	reprobeInterval = time.Minute
+	// retryMin and retryMax are how soon a job that never ends pulls again on a node that failed.
+	retryMin = 10 * time.Minute
+	retryMax = 6 * time.Hour
+	// maxConflicts is how many UIDs are passed over that the node has for something else.
+	maxConflicts = 5
+)
+
+// table is what is known of the nodes of a job, and the rules by which it changes. It commands no
+// node and starts no goroutine. The job's mutex guards it.
+type table struct {
+	metrics *Metrics
+	log     logrus.FieldLogger
+
+	spec   *spec.Spec
+	nodes  nodeStates // in the order in which they pull
+	byName map[string]*nodeState
+	counts [phases]int
+	// probes are under way. unverified is the number of nodes that are.
+	probes, unverified int
+	// removed nodes were active when the job ceased to choose them, and may still be pulling.
+	removed int
+	// older says that nodes may know the job from before: from another controller, or for another
+	// image.
+	older    bool
+	throttle statusThrottle
+	// keys are the pull secrets that were read last; nil before that.
+	keys     *pullsecrets.Keyring
+	reported reported
+}
+
+// setSpec takes up a spec that may have changed, and returns the nodes that the job no longer
+// chooses. With unverified, new nodes may already be pulling.
+func (t *table) setSpec(s *spec.Spec, unverified bool) (gone []*nodeState) {
+	newWork, newParams := s.Work != t.spec.Work, s.Params != t.spec.Params
+	t.spec = s
+	nodes, byName := make(nodeStates, 0, len(s.Nodes)), make(map[string]*nodeState, len(s.Nodes))
+	for _, target := range s.Nodes {
+		n := t.byName[target.Node.Name]
+		if n == nil {
+			n = &nodeState{target: target}
+			t.counts[unknown]++
+			t.setUnverified(n, unverified)
+			t.throttle.add(0)
+		}
+		moved := n.target.Node != target.Node
+		if target.Ready && !n.target.Ready {
+			n.retryAt = time.Time{}
+		}
+		n.target = target
+		if newWork || moved && n.phase == active || newParams && (n.phase == active || n.phase == failed) {
+			t.reset(n)
+		}
+		nodes, byName[n.name()] = append(nodes, n), n
+	}
+	for name, n := range t.byName {
+		if byName[name] == nil {
+			t.setUnverified(n, false)
+			t.counts[n.phase]--
+			t.throttle.add(0)
+			n.interrupt()
+			gone = append(gone, n)
+		}
+	}
+	t.nodes, t.byName, t.older = nodes, byName, t.older || newWork
+	if newWork || newParams {
+		t.throttle.reset()
+		t.reported.retries = nil
+	}
+	return gone
+}
+
+// full says that no more nodes may pull.
+func (t *table) full(parallelism int) bool { return t.counts[active]+t.removed >= parallelism }
+
+// reset begins with a node from the start.
+func (t *table) reset(n *nodeState) {
+	if n.phase == active {
+		t.setUnverified(n, true)
+	}
+	n.interrupt()
+	n.reached()
+	n.verifying, n.op, n.retries, n.retryAt = false, nil, 0, time.Time{}
+	t.setPhase(n, unknown)
+	t.setFraction(n, 0)
+}
+
+func (t *table) setUnverified(n *nodeState, unverified bool) {
+	switch {
+	case unverified && !n.unverified:
+		t.unverified++
+	case !unverified && n.unverified:
+		t.unverified--
+	}
+	n.unverified = unverified
+}
+
+func (t *table) setPhase(n *nodeState, p phase) {
+	before := n.unit()
+	t.counts[n.phase]--
+	t.counts[p]++
+	n.phase = p
+	if p != failed {
+		n.reason, n.message = "", ""
+	}
+	n.lastFailure = ""
+	t.throttle.add(math.Abs(n.unit() - before))
+}
+
+func (t *table) setFraction(n *nodeState, f float64) {
+	before := n.unit()
+	n.fraction = f
+	t.throttle.add(math.Abs(n.unit() - before))
+}
+
+// begin lets a node pull.
+func (t *table) begin(n *nodeState, now time.Time) {
+	n.begun, n.op = now, nil
+	t.setPhase(n, active)
+}
+
+// fail gives a node up, with the reason in one word and the message for people.
+func (t *table) fail(n *nodeState, reason, message string) {
+	if t.counts[failed] == 0 {
+		t.throttle.urgent = true
+	}
+	n.verifying = false
+	t.setPhase(n, failed)
+	n.reason, n.message = reason, message
+	t.reported.failed(n.name(), reason, message)
+	t.log.WithFields(logrus.Fields{"node": n.name(), "reason": reason}).Warn("no image on the node: " + message)
+}
+
+// unreached notes that the node could not be commanded, and decides when to try again.
+func (t *table) unreached(n *nodeState, why trouble, now time.Time) {
+	if n.since.IsZero() {
+		n.since = now
+	}
+	n.tries++
+	n.away = why
+	t.throttle.add(0)
+	switch {
+	case n.phase == failed:
+		n.reason, n.message = why.reason, why.message
+		n.retryAt = now.Add(reprobeInterval)
+	case why.final || why.reason == reasonNoProxy && n.tries >= maxRefusals || now.Sub(n.since) >= nodeTimeout:
+		t.fail(n, why.reason, why.message)
+		t.metrics.failed(why.reason)
+		n.retryAt = now.Add(reprobeInterval)
+	default:
+		t.setPhase(n, unknown)
+		n.retryAt = now.Add(min(time.Second<<min(n.tries-1, 5), 30*time.Second))
+	}
+}
+
+// leaveOut notes that the node must not be commanded as it is.
+func (t *table) leaveOut(n *nodeState, now time.Time) {
+	t.setUnverified(n, false)
+	reason, message := n.target.Reason, n.target.Message
+	if n.away.reason != reason {
+		n.away = trouble{reason: reason, message: message}
+		t.throttle.add(0)
+	}
+	if n.since.IsZero() {
+		n.since = now
+	}
+	if n.phase != failed && now.Sub(n.since) >= nodeTimeout {
+		t.fail(n, reason, message)
+		t.metrics.failed(reason)
+	}
+}
+
+// nextWakeup is how long until the passing of time alone lets something begin; 0 means never.
+func (t *table) nextWakeup(now time.Time) time.Duration {
+	var next time.Duration
+	at := func(then time.Time) {
+		if d := max(then.Sub(now), time.Millisecond); next == 0 || d < next {
+			next = d
+		}
+	}
+	full := t.full(t.spec.Parallelism()) || t.unverified > 0
+	for _, n := range t.nodes {
+		toProbe := n.phase == unknown || n.phase == failed && !n.gaveUp()
+		switch {
+		case n.busy():
+		case !n.target.Ready:
+			if !n.done() && !n.since.IsZero() {
+				at(n.since.Add(nodeTimeout))
+			}
+		case toProbe && t.probes < maxProbes, n.phase == pending && !full, t.spec.Never && n.done() && !full:
+			at(n.retryAt)
+		}
+	}
+	return next
+}
+
+// idle says that nothing is under way.
+func (t *table) idle() bool { return t.counts[active] == 0 && t.probes == 0 }
+
+// finished says that no node has anything left to do.
+func (t *table) finished() bool {
+	for _, n := range t.nodes {
+		if !n.done() {
+			return false
+		}
+	}
+	return t.unverified == 0
+}
+
+// adopt takes over what a probe has found.
+func (t *table) adopt(n *nodeState, f found, now time.Time) {
+	stale := n.staleFailures
+	n.round, n.retryAt, n.staleFailures = f.rounds, time.Time{}, false
+	op := f.latest
+	switch {
+	case op == nil && f.pinned:
+		t.succeed(n, nil, now)
+	case op == nil:
+		if n.away = (trouble{}); !n.untaken { // else it has to take the command first
+			n.reached()
+		}
+		t.setPhase(n, pending)
+	case op.GetPhase() == opsv1.PullPhase_PULL_SUCCEEDED:
+		t.succeed(n, op, now)
+	case op.GetFinishTime() == nil:
+		n.round = f.round
+		t.begin(n, now)
+	// The clocks of the node and of the API server may differ. Begun is for a job that another
+	// controller goes on with.
+	case stale, op.GetFinishTime().AsTime().Before(t.spec.Begun),
+		op.GetPhase() == opsv1.PullPhase_PULL_CANCELLED && overdueText(op) == "":
+		n.round++ // the job has begun again since
+		t.setPhase(n, pending)
+	default:
+		n.reached()
+		n.op = op
+		t.reported.count = maxFailureEvents // the controller that saw the failure has reported it
+		reason, message := op.GetReason(), op.GetMessage()
+		if text := overdueText(op); text != "" {
+			reason, message = reasonOverdue, text
+		}
+		t.fail(n, reason, message)
+		n.retryAt = now.Add(retryMin)
+	}
+}
+
+// succeed notes that the node has the image.
+func (t *table) succeed(n *nodeState, op *opsv1.PullOperation, now time.Time) {
+	n.reached()
+	n.op, n.verifying, n.retries = op, false, 0
+	t.setFraction(n, 1)
+	t.setPhase(n, succeeded)
+	since := now
+	if finish := op.GetFinishTime(); finish != nil && finish.AsTime().Before(now) {
+		since = finish.AsTime()
+	}
+	n.retryAt = since.Add(t.spec.RenewEvery())
+}
+
+// finish notes how a pull has ended.
+func (t *table) finish(n *nodeState, op *opsv1.PullOperation, now time.Time) {
+	switch {
+	case op.GetPhase() == opsv1.PullPhase_PULL_SUCCEEDED:
+		t.succeed(n, op, now)
+	case op.GetPhase() == opsv1.PullPhase_PULL_CANCELLED &&
+		(op.GetCancelCode() != "" || strings.Contains(op.GetMessage(), cancelReason)):
+		// This controller has cancelled it, for a change that another one has overtaken.
+		n.round++
+		t.setPhase(n, pending)
+		return
+	default:
+		n.reached()
+		n.op = op
+		message := op.GetMessage()
+		if message == "" {
+			message = fmt.Sprintf("the node says only: %s, %s", op.GetPhase(), op.GetReason())
+		}
+		t.fail(n, op.GetReason(), message)
+		n.retryAt = now.Add(min(retryMin<<min(n.retries, 10), retryMax))
+		n.retries++
+	}
+	t.metrics.pulled(op, now.Sub(n.begun))
+}
+
+// yield lets other nodes pull instead of a node that could not be told to, or has become silent.
+func (t *table) yield(n *nodeState, err error, why trouble, since time.Time) {
+	conflict := nodes.Code(err) == codes.AlreadyExists
+	verifying := n.verifying
+	n.verifying = false
+	switch {
+	case conflict && n.retries < maxConflicts:
+		n.round++
+		n.retries++
+		t.setPhase(n, pending)
+	case why.final && why.reason == reasonInvalidRequest:
+		n.reached()
+		t.fail(n, why.reason, why.message)
+		n.retryAt = time.Now().Add(retryMax)
+		t.metrics.failed(why.reason)
+	case verifying:
+		// It had the image when it last answered.
+		t.setPhase(n, succeeded)
+		n.retryAt = time.Now().Add(retryMin)
+	default:
+		if n.untaken = true; n.since.IsZero() {
+			n.since = since
+		}
+		t.setPhase(n, unknown)
+		t.unreached(n, why, time.Now())
+	}
+}
+
+// progress notes what a node says of its pull.
+func (t *table) progress(n *nodeState, op *opsv1.PullOperation) {
+	n.reached()
+	op.Layers = nil // many, and never looked at
+	if op.GetPhase() != n.op.GetPhase() || op.GetReason() != n.op.GetReason() {
+		t.throttle.add(0)
+	}
+	n.op = op
+	t.noteRetry(n, op)
+	if total := op.GetBytesTotal(); total > 0 {
+		// Never the whole: unpacking and naming the image come last.
+		t.setFraction(n, max(n.fraction, min(float64(op.GetBytesDone())/float64(total), 0.99)))
+	}
+}
