@@ -28,7 +28,8 @@ func newHTTPServer(d *daemon) *httpServer {
 	// the proxy would not bring it back.
 	cri := check{name: "cri", healthy: d.alive}
 	mux.HandleFunc("GET /healthz", checks("healthz", cri))
-	// Ready: kubelet is served. What else may be wrong is said, and does not count: nobody is to send kubelet elsewhere for it.
+	// Ready: kubelet is served. What else may be wrong is said, and does not count: nobody is to
+	// send kubelet elsewhere for it.
 	mux.HandleFunc("GET /readyz", checks("readyz", check{name: "draining", healthy: d.notDraining}, cri,
 		check{name: "runtime", healthy: d.runtimeConnected, informative: true},
 		check{name: "journal", healthy: d.journalUsable, informative: true},
@@ -94,7 +95,8 @@ type check struct {
 	informative bool
 }
 
-// checks answers as kube-apiserver does: "ok", and line by line with ?verbose or when a check fails; ?exclude=NAME leaves one out.
+// checks answers as kube-apiserver does: "ok", and line by line with ?verbose or when a check
+// fails; ?exclude=NAME leaves one out.
 func checks(path string, all ...check) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		q := r.URL.Query()

@@ -16,8 +16,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/enrol"
 )
 
-// identify makes the credentials of the ops API over TCP, if it is on: from files, which must be good, or from what the controller
-// signs, which may come later.
+// identify makes the credentials of the ops API over TCP, if it is on: from files, which must be
+// good, or from what the controller signs, which may come later.
 func (n *node) identify() error {
 	o := n.config.Ops
 	if o.Address == "" {
@@ -27,14 +27,15 @@ func (n *node) identify() error {
 	if o.Enrol.Kubeconfig != "" {
 		dir := n.config.StateDir
 		n.enroller = enrol.New(enrol.Options{
-			Kubeconfig: o.Enrol.Kubeconfig, Environ: n.callers.kubeletsEnviron, Namespace: o.Enrol.Namespace, NodeName: n.config.NodeName, StateDir: dir, Log: n.log,
+			Kubeconfig: o.Enrol.Kubeconfig, Environ: n.callers.KubeletsEnviron, Namespace: o.Enrol.Namespace, NodeName: n.config.NodeName, StateDir: dir, Log: n.log,
 		})
 		server.CertFile, server.KeyFile, server.ClientCAFile = enrol.CertFile(dir), enrol.CertFile(dir), enrol.CAFile(dir)
 		server.Awaited, server.Unknown = n.enroller.Awaited, n.enroller.Refresh
 		n.registry.MustRegister(
 			prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 				Name: "criproxy_enrolment_failures",
-				Help: "How often in a row the node could not get a certificate, or news of the controller's CA; 0: all is well.",
+				Help: "How often in a row the node could not get a certificate, or news of the controller's CA; " +
+					"0: all is well.",
 			}, func() float64 { return float64(n.enroller.Status().Failures) }),
 			prometheus.NewCounterFunc(prometheus.CounterOpts{
 				Name: "criproxy_enrolments_total",
@@ -93,7 +94,8 @@ func (n *node) identity() *opsv1.Identity {
 	return i
 }
 
-// startEnrolling keeps the node's identity new until stopEnrolling. It goes with the state, so that of two processes one does.
+// startEnrolling keeps the node's identity new until stopEnrolling. It goes with the state, so that
+// of two processes one does.
 func (d *daemon) startEnrolling(ctx context.Context) {
 	if d.enroller == nil {
 		return
@@ -102,7 +104,8 @@ func (d *daemon) startEnrolling(ctx context.Context) {
 	d.workers.Go(func() { d.enroller.Run(ctx) }) // ends with stopEnrolling
 }
 
-// stopEnrolling does not wait for the end: calls of kubelet's may be held meanwhile. A file that is written is there as a whole or not at all.
+// stopEnrolling does not wait for the end: calls of kubelet's may be held meanwhile. A file that is
+// written is there as a whole or not at all.
 func (d *daemon) stopEnrolling() {
 	if d.stopEnrol != nil {
 		d.stopEnrol()

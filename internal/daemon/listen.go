@@ -23,9 +23,9 @@ import (
 // FileDescriptorName=: that of its unit. It is the CRI socket.
 const socketUnit = "cri-proxy.socket"
 
-// sockets are the listening sockets that systemd has passed, by name: cri (or
-// cri-proxy.socket), admin, ops and metrics. They stay open to the end, because a listener that a server has closed may be
-// wanted again.
+// sockets are the listening sockets that systemd has passed, by name: cri (or cri-proxy.socket),
+// admin, ops and metrics. They stay open to the end, because a listener that a server has closed
+// may be wanted again.
 type sockets struct {
 	log    logrus.FieldLogger
 	passed map[string][]*os.File
@@ -53,7 +53,8 @@ func activated(c *config.Config, log logrus.FieldLogger) (*sockets, error) {
 		}
 	}
 	if len(s.passed["ops"]) > 0 && c.Ops.Address == "" || len(s.passed["metrics"]) > 0 && c.MetricsAddress == "" {
-		return nil, errors.Join(errors.New("systemd passes a socket named ops or metrics, but ops.address or metricsAddress is empty; set it or remove the socket unit"), s.close())
+		return nil, errors.Join(errors.New("systemd passes a socket named ops or metrics, "+
+			"but ops.address or metricsAddress is empty; set it or remove the socket unit"), s.close())
 	}
 	return s, nil
 }
@@ -68,7 +69,8 @@ func (s *sockets) listen(name, address string, open func() (net.Listener, error)
 		return open()
 	}
 	if len(fs) > 1 {
-		return nil, fmt.Errorf("systemd passes %d sockets named %s; one is wanted, remove ListenStream= lines", len(fs), name)
+		return nil, fmt.Errorf("systemd passes %d sockets named %s; one is wanted, "+
+			"remove ListenStream= lines", len(fs), name)
 	}
 	l, err := net.FileListener(fs[0])
 	if err != nil {
@@ -107,7 +109,8 @@ func (s *sockets) unused() error {
 		return nil
 	}
 	slices.Sort(names)
-	return fmt.Errorf("systemd passes sockets with unknown names: %s; FileDescriptorName= must be cri, admin, ops or metrics", strings.Join(names, ", "))
+	return fmt.Errorf("systemd passes sockets with unknown names: %s; FileDescriptorName= must be cri, admin, "+
+		"ops or metrics", strings.Join(names, ", "))
 }
 
 // close lets go of the sockets; systemd keeps them.

@@ -38,8 +38,10 @@ type drains struct {
 
 var (
 	drainingDesc = prometheus.NewDesc("criproxy_draining",
-		"1 while a process takes no new calls and answers those that it has: this one, or the previous one after an upgrade.", []string{"process"}, nil)
-	drainLeftDesc = prometheus.NewDesc("criproxy_drain_calls_left", "CRI calls that a process that drains has still to answer.", []string{"process"}, nil)
+		"1 while a process takes no new calls and answers those that it has: this one, "+
+			"or the previous one after an upgrade.", []string{"process"}, nil)
+	drainLeftDesc = prometheus.NewDesc("criproxy_drain_calls_left", "CRI calls that a process that drains has "+
+		"still to answer.", []string{"process"}, nil)
 )
 
 // Describe implements [prometheus.Collector].
@@ -86,7 +88,8 @@ func (c *commands) Describe(ch chan<- *prometheus.Desc) {
 }
 
 // lastDesc has no sample before the first call: 0 would be a long time ago.
-var lastDesc = prometheus.NewDesc("criproxy_ops_last_call_timestamp_seconds", "When a client was last let in over TCP, in seconds since 1970.", nil, nil)
+var lastDesc = prometheus.NewDesc("criproxy_ops_last_call_timestamp_seconds", "When a client was last let in "+
+	"over TCP, in seconds since 1970.", nil, nil)
 
 // Collect implements [prometheus.Collector].
 func (c *commands) Collect(ch chan<- prometheus.Metric) {
@@ -96,7 +99,8 @@ func (c *commands) Collect(ch chan<- prometheus.Metric) {
 	}
 }
 
-// options count the calls of a listener, however they end; those after are for servers whose interceptors know the client.
+// options count the calls of a listener, however they end; those after are for servers whose
+// interceptors know the client.
 func (c *commands) options(listener string) (before, after []grpc.ServerOption) {
 	count := func(method string, err error) {
 		c.calls.WithLabelValues(listener, path.Base(method), status.Code(err).String()).Inc()

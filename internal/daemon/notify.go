@@ -29,7 +29,8 @@ func (n notifier) send(state string) {
 
 // stopping announces the end, and that it may take as long as the drain.
 func (n notifier) stopping(drain time.Duration) {
-	n.send(fmt.Sprintf("STOPPING=1\nSTATUS=Draining, for at most %s\nEXTEND_TIMEOUT_USEC=%d", drain, (drain + 10*time.Second).Microseconds()))
+	n.send(fmt.Sprintf("STOPPING=1\nSTATUS=Draining, for at most "+
+		"%s\nEXTEND_TIMEOUT_USEC=%d", drain, (drain + 10*time.Second).Microseconds()))
 }
 
 // watchdog pings systemd while alive says so, four times per WatchdogSec so that

@@ -34,9 +34,10 @@ func registerProbe(r grpc.ServiceRegistrar) {
 // newProbeToken returns what tells this process' own probes from other calls.
 func newProbeToken() string { return rand.Text() }
 
-// probe makes one call through the proxy's own CRI listener at path, on a
-// connection of its own, so that accepting is probed too. It goes the way that kubelet's lists go: the proxy's handler, the director, the
-// lock of the view and, while something is hidden, the interceptor. The runtime takes no part.
+// probe makes one call through the proxy's own CRI listener at path, on a connection of its own, so
+// that accepting is probed too. It goes the way that kubelet's lists go: the proxy's handler, the
+// director, the lock of the view and, while something is hidden, the interceptor. The runtime takes
+// no part.
 func probe(ctx context.Context, path, token string) error {
 	conn, err := grpc.NewClient("passthrough:///"+path,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),

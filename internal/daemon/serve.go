@@ -20,6 +20,7 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/internal/config"
+	"github.com/cri-proxy/cri-proxy/internal/daemon/profile"
 	"github.com/cri-proxy/cri-proxy/internal/mtls"
 	"github.com/cri-proxy/cri-proxy/internal/takeover"
 	"github.com/cri-proxy/cri-proxy/proxy"
@@ -29,19 +30,19 @@ const (
 	// opsGrace is how long the ops servers wait for their calls at shutdown.
 	// Watches last as long as their operation; whoever watches asks again.
 	opsGrace = 2 * time.Second
-	// adminMaxMessage bounds requests of the admin socket, as those of the port are bounded (internal/mtls).
+	// adminMaxMessage bounds requests of the admin socket, as those of the port are bounded
+	// (internal/mtls).
 	adminMaxMessage = 16 << 20
-	// adminHello is how long a client of the admin socket may say nothing after it has connected: the end of the server, which kubelet's calls
-	// wait for in a hand-over, waits for it.
+	// adminHello is how long a client of the admin socket may say nothing after it has connected:
+	// the end of the server, which kubelet's calls wait for in a hand-over, waits for it.
 	adminHello = 5 * time.Second
 	// admin is the name of the listener for root.
 	admin = "admin"
 )
 
-// Run serves until ctx ends, then drains until all calls are over, the drain
-// timeout has passed or hard ends. It returns the first error that keeps the node
-// from being served; a drain that had to cut calls is one too. If another process has taken over it returns
-// a [HandedOverError].
+// Run serves until ctx ends, then drains until all calls are over, the drain timeout has passed or
+// hard ends. It returns the first error that keeps the node from being served; a drain that had to
+// cut calls is one too. If another process has taken over it returns a [HandedOverError].
 func Run(ctx, hard context.Context, c *config.Config, log *logrus.Logger) error {
 	sockets, err := activated(c, log)
 	if err != nil {
@@ -74,7 +75,8 @@ func Run(ctx, hard context.Context, c *config.Config, log *logrus.Logger) error 
 	if err := n.identify(); err != nil {
 		return errors.Join(fmt.Errorf("ops: %w", err), n.close())
 	}
-	// All that can be wrong with this process is found before the one that serves is asked to let go.
+	// All that can be wrong with this process is found before the one that serves is asked to let
+	// go.
 	var before *predecessor
 	if sockets.has("cri") {
 		if before, err = d.askForState(ctx); err != nil {
@@ -103,7 +105,8 @@ func Run(ctx, hard context.Context, c *config.Config, log *logrus.Logger) error 
 	return errors.Join(err, d.shutdown(hard))
 }
 
-// untilEnd returns when the daemon is to end, or, with over, when it has ended because another process has taken over.
+// untilEnd returns when the daemon is to end, or, with over, when it has ended because another
+// process has taken over.
 func (d *daemon) untilEnd(ctx, hard context.Context) (over bool, err error) {
 	for {
 		select {
@@ -141,11 +144,12 @@ type daemon struct {
 	stopWork   context.CancelFunc
 	opsServers []*grpc.Server
 	http       *httpServer
-	handover   *takeover.Listener
+	takeover   *takeover.Listener
 	// stopEnrol ends what keeps the node's identity new; nil: nothing does.
 	stopEnrol context.CancelFunc
 	requests  chan *request // for the state
-	// given is the view of the state that has been handed over: of the calls that are still under way.
+	// given is the view of the state that has been handed over: of the calls that are still under
+	// way.
 	given *interceptors.View
 }
 
@@ -154,7 +158,7 @@ func (d *daemon) start(ctx, hard context.Context, cri net.Listener) error {
 	work, stopWork := context.WithCancel(context.WithoutCancel(ctx))
 	d.stopWork = stopWork
 	d.sayIfRuntimeMissing()
-	d.serve("cri", func() error { return d.cri.Serve(d.callers.watch(cri)) })
+	d.serve("cri", func() error { return d.cri.Serve(d.callers.Watch(cri)) })
 	if err := d.startServers(ctx); err != nil {
 		return err
 	}
@@ -167,7 +171,8 @@ func (d *daemon) start(ctx, hard context.Context, cri net.Listener) error {
 	return nil
 }
 
-// startServers opens what goes with the state: commands, metrics, and the door for the next process.
+// startServers opens what goes with the state: commands, metrics, and the door for the next
+// process.
 func (d *daemon) startServers(ctx context.Context) error {
 	l, err := d.sockets.listen(admin, d.config.AdminSocket, func() (net.Listener, error) {
 		return proxy.Listen(d.config.AdminSocket, proxy.ListenOptions{Mode: 0o600, UID: -1, GID: -1})
@@ -201,9 +206,9 @@ func (d *daemon) startServers(ctx context.Context) error {
 
 // stopServers ends what startServers has begun.
 func (d *daemon) stopServers(hard context.Context, grace time.Duration) {
-	if d.handover != nil {
+	if d.takeover != nil {
 		_ = d.takeover.Close()
-		d.handover = nil
+		d.takeover = nil
 	}
 	d.stopEnrolling()
 	d.stopOps(hard, grace)
@@ -223,7 +228,7 @@ func (d *daemon) serve(name string, run func() error) {
 func (d *daemon) serveOps(name string, l net.Listener, o ...grpc.ServerOption) {
 	s := d.opsServer(name, o...)
 	if name == admin {
-		opsv1.RegisterDebugServer(s, &debugServer{stopping: d.stopping})
+		opsv1.RegisterDebugServer(s, &profile.Server{Stopping: d.stopping})
 	}
 	d.opsServers = append(d.opsServers, s)
 	d.serve(name, func() error {
@@ -262,8 +267,8 @@ func (d *daemon) alive(ctx context.Context) error {
 	return err
 }
 
-// engineGrace is how long a shutdown waits for operations to come to a point where they can be left. What must not
-// be cut off, the start of a container, takes a fraction of it.
+// engineGrace is how long a shutdown waits for operations to come to a point where they can be
+// left. What must not be cut off, the start of a container, takes a fraction of it.
 const engineGrace = 5 * time.Second
 
 // shutdown drains the CRI server, event streams last, then ends the ops API, the
@@ -285,7 +290,8 @@ func (d *daemon) shutdown(hard context.Context) error {
 		engineOver = st.end(context.WithoutCancel(hard), engineGrace)
 	}
 	if !engineOver {
-		// It waits for a container to stop, which may take minutes, and kubelet waits for the next process.
+		// It waits for a container to stop, which may take minutes, and kubelet waits for the next
+		// process.
 		d.log.Warn("stopping in the middle of an operation; the next start takes it up")
 	}
 	d.stopWork()

@@ -12,14 +12,15 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/internal/bypassstate"
 	"github.com/cri-proxy/cri-proxy/internal/config"
 	"github.com/cri-proxy/cri-proxy/ops"
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 	"github.com/cri-proxy/cri-proxy/ops/prepull"
-	"github.com/cri-proxy/cri-proxy/systemd/node/bypass"
 )
 
-// state is what one process on the node has at a time: the files in the state directory, and who works with them.
+// state is what one process on the node has at a time: the files in the state directory, and who
+// works with them.
 type state struct {
 	view     *interceptors.View
 	engine   *ops.Engine
@@ -30,8 +31,8 @@ type state struct {
 	done chan struct{}      // closed when the engine and the puller have ended
 }
 
-// openState opens the state. When it returns, kubelet may be served: the view is armed with what the journal holds, and with
-// what the process before has carried over.
+// openState opens the state. When it returns, kubelet may be served: the view is armed with what
+// the journal holds, and with what the process before has carried over.
 func (n *node) openState(ctx context.Context, carry interceptors.Carry) (err error) {
 	c := n.config
 	st := &state{view: interceptors.NewView(), registry: prometheus.NewRegistry()}
@@ -42,7 +43,7 @@ func (n *node) openState(ctx context.Context, carry interceptors.Carry) (err err
 	}()
 	var high func() int // nil: the number counts
 	if c.Images.MaxDiskPercent == config.LikeKubelet {
-		high = n.callers.highThreshold
+		high = n.callers.HighThreshold
 	}
 	st.puller, err = prepull.Open(prepull.Options{
 		StateDir: c.StateDir, Conn: n.upstream.Conn(), Log: n.log, Registerer: st.registry, Tracer: n.tracing.Tracer(),
@@ -77,8 +78,9 @@ func (n *node) openState(ctx context.Context, carry interceptors.Carry) (err err
 		Overrides: st.engine.Overrides(), Pods: st.engine, Successors: st.engine, Judge: st.engine, Registerer: st.registry,
 	}))
 	n.state.Store(st)
-	if s := bypass.Read(c.StateDir); s != nil {
-		// What they would prepare is seen by a kubelet that does not come through here. What has stopped a container goes to its end.
+	if s := bypassstate.Read(c.StateDir); s != nil {
+		// What they would prepare is seen by a kubelet that does not come through here. What has
+		// stopped a container goes to its end.
 		st.engine.CancelAll("cri-proxy is bypassed on this node " + s.String())
 	}
 	return nil
@@ -101,8 +103,8 @@ func (st *state) run(ctx context.Context, failed func(error)) {
 	}()
 }
 
-// end stops the engine and the puller and reports whether they have ended in time, and before ctx. Operations are left at a point from
-// which the next process takes them up.
+// end stops the engine and the puller and reports whether they have ended in time, and before ctx.
+// Operations are left at a point from which the next process takes them up.
 func (st *state) end(ctx context.Context, within time.Duration) bool {
 	if st.stop == nil {
 		return true

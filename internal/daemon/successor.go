@@ -20,27 +20,32 @@ import (
 )
 
 const (
-	// calmPatience bounds the wait for a moment at which the state can be given away. Operations and the calls that take part in
-	// them end by themselves; the longest take a container's grace.
-	calmPatience = 2 * time.Minute
-	// holdPatience is how long kubelet's calls are held for it at a time, and calmPause the time between two tries.
-	holdPatience = time.Second
-	calmPause    = time.Second
-	// parkPatience bounds the wait for the engine to leave its operations, none of which stops a container.
-	parkPatience = 3 * time.Second
+	// calmTimeout bounds the wait for a moment at which the state can be given away. Operations and
+	// the calls that take part in them end by themselves; the longest take a container's grace.
+	calmTimeout = 2 * time.Minute
+	// holdTimeout is how long kubelet's calls are held for it at a time, and calmPause the time
+	// between two tries.
+	holdTimeout = time.Second
+	calmPause   = time.Second
+	// parkTimeout bounds the wait for the engine to leave its operations, none of which stops a
+	// container.
+	parkTimeout = 3 * time.Second
 	// handingOpsGrace is for commands: their callers repeat them.
 	handingOpsGrace = 200 * time.Millisecond
-	// servingPatience is how long a process may take from the state to its first answer. kubelet's calls wait meanwhile.
-	servingPatience = 10 * time.Second
-	// redialPatience bounds the wait for clients to know that they are to dial anew.
-	redialPatience = time.Second
-	// requestPatience bounds the wait of who asks for the state while this process finds out that another one, which asked before, has gone away.
-	requestPatience = holdPatience + calmPause + time.Second
-	// leftEvery is how often the process after this one is told what is left.
-	leftEvery = time.Second
+	// servingTimeout is how long a process may take from the state to its first answer. kubelet's
+	// calls wait meanwhile.
+	servingTimeout = 10 * time.Second
+	// redialTimeout bounds the wait for clients to know that they are to dial anew.
+	redialTimeout = time.Second
+	// requestTimeout bounds the wait of who asks for the state while this process finds out that
+	// another one, which asked before, has gone away.
+	requestTimeout = holdTimeout + calmPause + time.Second
+	// reportInterval is how often the successor gets a report of the remaining calls.
+	reportInterval = time.Second
 )
 
-// handedOverCode is the exit code of a process that has handed over and is through; its unit must not be restarted then.
+// handedOverCode is the exit code of a process that has handed over and is through; its unit must
+// not be restarted then.
 const handedOverCode = 10
 
 // HandedOverError is how [Run] ends when another process has taken over. It is no failure.
@@ -104,15 +109,15 @@ func (r *request) waiting(what string) {
 	}
 }
 
-// listenForSuccessor opens the door for the next process. Without it this one cannot be replaced while it serves, which is no reason
-// not to serve.
+// listenForSuccessor opens the door for the next process. Without it this one cannot be replaced
+// while it serves, which is no reason not to serve.
 func (d *daemon) listenForSuccessor() {
 	l, err := takeover.Listen(d.config.StateDir)
 	if err != nil {
 		d.log.WithError(err).Warn("no hand-over to another process")
 		return
 	}
-	d.handover = l
+	d.takeover = l
 	d.workers.Go(func() {
 		for {
 			conn, err := l.Accept()
@@ -141,14 +146,15 @@ func (d *daemon) answer(conn *takeover.Conn) {
 			break
 		}
 		r := &request{Conn: conn, pid: pid, pidfd: pidfd, version: m.Version, serving: make(chan struct{}), gone: make(chan struct{})}
-		timer := time.NewTimer(requestPatience)
+		timer := time.NewTimer(requestTimeout)
 		defer timer.Stop()
 		select {
 		case d.requests <- r:
 			return
 		case <-timer.C:
 			unix.Close(pidfd)
-			_ = conn.Send(takeover.Message{Refused: "it hands over to another process already, or is shutting down; try again"})
+			_ = conn.Send(takeover.Message{Refused: "it hands over to another process already, " +
+				"or is shutting down; try again"})
 		}
 	case takeover.WantRedial:
 		d.log.WithField("pid", pid).Info("clients are made to dial anew")
@@ -160,22 +166,24 @@ func (d *daemon) answer(conn *takeover.Conn) {
 	conn.Close()
 }
 
-// pause takes no more connections. What is awaited takes microseconds, unless somebody has made the socket block.
+// pause takes no more connections. What is awaited takes microseconds, unless somebody has made the
+// socket block.
 func (d *daemon) pause(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, parkPatience)
+	ctx, cancel := context.WithTimeout(ctx, parkTimeout)
 	defer cancel()
 	return d.cri.Pause(ctx)
 }
 
 // redial makes the clients dial anew. One that does not read is not waited for for long.
 func (d *daemon) redial(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, redialPatience)
+	ctx, cancel := context.WithTimeout(ctx, redialTimeout)
 	defer cancel()
 	d.cri.Redial(ctx)
 }
 
-// handOver gives the state to another process. It returns the connection that kubelet's calls go on to from now on, or nil when this process serves
-// on, be it that there was no moment for it, or that the other one could not. An error means that this one cannot either.
+// handOver gives the state to another process. It returns the connection that kubelet's calls go on
+// to from now on, or nil when this process serves on, be it that there was no moment for it, or
+// that the other one could not. An error means that this one cannot either.
 func (d *daemon) handOver(ctx context.Context, r *request) (*proxy.Upstream, error) {
 	log := d.log.WithField("successor", r.pid).WithField("version", r.version)
 	log.Info("another process wants to take over")
@@ -197,11 +205,12 @@ func (d *daemon) handOver(ctx context.Context, r *request) (*proxy.Upstream, err
 	began := time.Now()
 	d.stopServers(ctx, handingOpsGrace)
 	st := d.state.Load()
-	if !st.end(ctx, parkPatience) {
-		// It has begun to stop a container in the last moment. The view holds as long as it does not move.
+	if !st.end(ctx, parkTimeout) {
+		// It has begun to stop a container in the last moment. The view holds as long as it does
+		// not move.
 		hold.Release()
 		r.waiting("an operation that stops a container")
-		ended := st.end(ctx, calmPatience)
+		ended := st.end(ctx, calmTimeout)
 		if ctx.Err() != nil {
 			return nil, nil // this process is to end, and lacks nothing for that
 		}
@@ -240,7 +249,8 @@ func (d *daemon) handOver(ctx context.Context, r *request) (*proxy.Upstream, err
 	}
 	// Also if this process is to end meanwhile: the calls that it has are answered first.
 	if err := d.openState(context.WithoutCancel(ctx), carry); err != nil {
-		// Nobody can answer them here any more. Who calls finds the next process, which starts when this one has ended.
+		// Nobody can answer them here any more. Who calls finds the next process, which starts when
+		// this one has ended.
 		d.cri.Stop()
 		return nil, fmt.Errorf("the state cannot be taken back, calls are cut: %w", err)
 	}
@@ -258,9 +268,10 @@ func (d *daemon) handOver(ctx context.Context, r *request) (*proxy.Upstream, err
 	return nil, err
 }
 
-// calm waits for a moment at which no operation and no call of kubelet's needs the state for long, and holds it.
+// calm waits for a moment at which no operation and no call of kubelet's needs the state for long,
+// and holds it.
 func (d *daemon) calm(ctx context.Context, r *request) (*proxy.Hold, error) {
-	ctx, cancel := context.WithTimeout(ctx, calmPatience)
+	ctx, cancel := context.WithTimeout(ctx, calmTimeout)
 	defer cancel()
 	for {
 		hold, why := d.tryCalm(ctx)
@@ -276,7 +287,8 @@ func (d *daemon) calm(ctx context.Context, r *request) (*proxy.Hold, error) {
 			return nil, errors.New("the other process has gone away")
 		case <-ctx.Done():
 			timer.Stop()
-			return nil, fmt.Errorf("waited for %s; try again, or see what it waits for (cri-proxy ctl ops --active): %w", why, ctx.Err())
+			return nil, fmt.Errorf("waited for %s; try again, "+
+				"or see what it waits for (cri-proxy ctl ops --active): %w", why, ctx.Err())
 		}
 	}
 }
@@ -287,13 +299,14 @@ func (d *daemon) tryCalm(ctx context.Context) (*proxy.Hold, string) {
 	if uids := st.engine.Unleavable(); len(uids) > 0 {
 		return nil, "operations that stop containers: " + strings.Join(uids, ", ")
 	}
-	ctx, cancel := context.WithTimeout(ctx, holdPatience)
+	ctx, cancel := context.WithTimeout(ctx, holdTimeout)
 	defer cancel()
 	hold, err := d.cri.Hold(ctx)
 	if err != nil {
 		return nil, err.Error()
 	}
-	// Nothing comes from kubelet any more: what is true now stays so, but for the operations' own course.
+	// Nothing comes from kubelet any more: what is true now stays so, but for the operations' own
+	// course.
 	slots := st.view.Entangled()
 	uids := st.engine.Unleavable()
 	if len(slots) == 0 && len(uids) == 0 {
@@ -306,16 +319,16 @@ func (d *daemon) tryCalm(ctx context.Context) (*proxy.Hold, string) {
 	return nil, fmt.Sprintf("kubelet, which takes back %v", slots)
 }
 
-// entrust says that the state is free and waits until the other process serves. If it does not, it is ended: two that work with one
-// state are worse than none.
+// entrust says that the state is free and waits until the other process serves. If it does not, it
+// is ended: two that work with one state are worse than none.
 func (d *daemon) entrust(r *request, carry interceptors.Carry) error {
 	if r.isGone() {
 		return errors.New("it has gone away")
 	}
-	if err := r.Send(takeover.Message{Yours: &takeover.Yours{View: carry, Left: d.left(carry.Stops)}}); err != nil {
+	if err := r.Send(takeover.Message{Granted: &takeover.Granted{View: carry, Remaining: d.remaining(carry.Stops)}}); err != nil {
 		return errors.Join(err, endProcess(r.pidfd))
 	}
-	timer := time.NewTimer(servingPatience)
+	timer := time.NewTimer(servingTimeout)
 	defer timer.Stop()
 	select {
 	case <-r.serving:
@@ -323,7 +336,7 @@ func (d *daemon) entrust(r *request, carry interceptors.Carry) error {
 	case <-r.gone:
 		return errors.Join(errors.New("it has gone away"), endProcess(r.pidfd))
 	case <-timer.C:
-		return errors.Join(fmt.Errorf("it has not served within %s", servingPatience), endProcess(r.pidfd))
+		return errors.Join(fmt.Errorf("it has not served within %s", servingTimeout), endProcess(r.pidfd))
 	}
 }
 
@@ -336,7 +349,7 @@ func endProcess(pidfd int) error {
 		return err
 	}
 	for {
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, int(servingPatience.Milliseconds()))
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, int(servingTimeout.Milliseconds()))
 		switch {
 		case errors.Is(err, unix.EINTR):
 		case err != nil:
@@ -349,28 +362,28 @@ func endProcess(pidfd int) error {
 	}
 }
 
-// left says what is under way, with the stops that the caller knows.
-func (d *daemon) left(stops []string) takeover.Left {
-	return takeover.Left{
+// remaining returns the calls that remain here, with the stops that the caller knows.
+func (d *daemon) remaining(stops []string) takeover.Remaining {
+	return takeover.Remaining{
 		Calls: int(d.cri.Stats().InFlight),
 		Pulls: d.cri.InFlight(runtimeapi.ImageService_PullImage_FullMethodName),
 		Stops: stops,
 	}
 }
 
-// leave answers the calls that are still under way, for at most upgradeDrainTimeout, and ends. A signal makes it the drain timeout, a second one ends
-// it at once.
+// leave answers the remaining calls, for at most the takeover drain timeout, and ends. A signal
+// shortens that to the drain timeout, a second one ends it at once.
 func (d *daemon) leave(ctx, hard context.Context, r *request, to *proxy.Upstream) error {
 	d.draining.Store(true)
 	defer r.close()
-	drain, cancel := context.WithTimeout(hard, d.config.UpgradeDrainTimeout)
+	drain, cancel := context.WithTimeout(hard, d.config.TakeoverDrainTimeout)
 	defer cancel()
 	defer context.AfterFunc(ctx, func() {
 		d.notify.stopping(d.config.DrainTimeout)
 		timer := time.AfterFunc(d.config.DrainTimeout, cancel)
 		context.AfterFunc(drain, func() { timer.Stop() })
 	})()
-	d.workers.Go(func() { d.tellLeft(drain, r) })
+	d.workers.Go(func() { d.reportRemaining(drain, r) })
 	d.redial(hard)
 	err := d.cri.Drain(drain)
 	cancel()
@@ -384,24 +397,25 @@ func (d *daemon) leave(ctx, hard context.Context, r *request, to *proxy.Upstream
 	return &HandedOverError{PID: r.pid}
 }
 
-// tellLeft tells the other process, and systemd, what is left here, until ctx ends.
-func (d *daemon) tellLeft(ctx context.Context, r *request) {
-	tick := time.NewTicker(leftEvery)
+// reportRemaining reports to the successor and to systemd which calls remain here, until ctx ends.
+func (d *daemon) reportRemaining(ctx context.Context, r *request) {
+	tick := time.NewTicker(reportInterval)
 	defer tick.Stop()
-	var last takeover.Left
-	told := -1 // that there are none is news too: crash-guard goes by it
+	var last takeover.Remaining
+	told := -1 // 0 calls are reported too: crash-guard goes by that
 	for {
-		left := d.left(d.given.Carry().Stops)
-		if left.Calls != told {
-			told = left.Calls
-			d.notify.send(fmt.Sprintf("STATUS=Handed over to process %d, %d calls are still under way", r.pid, left.Calls))
+		now := d.remaining(d.given.Carry().Stops)
+		if now.Calls != told {
+			told = now.Calls
+			d.notify.send(fmt.Sprintf("STATUS=Handed over to process %d, "+
+				"%d calls are still under way", r.pid, now.Calls))
 		}
-		if left.Calls != last.Calls || left.Pulls != last.Pulls || !slices.Equal(left.Stops, last.Stops) {
-			if r.Send(takeover.Message{Left: &left}) != nil {
+		if now.Calls != last.Calls || now.Pulls != last.Pulls || !slices.Equal(now.Stops, last.Stops) {
+			if r.Send(takeover.Message{Remaining: &now}) != nil {
 				return // it may have been replaced itself
 			}
 		}
-		last = left
+		last = now
 		select {
 		case <-tick.C:
 		case <-ctx.Done():

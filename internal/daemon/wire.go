@@ -24,6 +24,8 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/internal/config"
+	"github.com/cri-proxy/cri-proxy/internal/daemon/caller"
+	"github.com/cri-proxy/cri-proxy/internal/daemon/callrecord"
 	"github.com/cri-proxy/cri-proxy/internal/mtls"
 	"github.com/cri-proxy/cri-proxy/internal/tracing"
 	"github.com/cri-proxy/cri-proxy/internal/version"
@@ -47,12 +49,12 @@ type node struct {
 	started  time.Time
 	registry *prometheus.Registry
 	upstream *proxy.Upstream
-	calls    *callFile // nil: not recorded
+	calls    *callrecord.File // nil: not recorded
 	cri      *proxy.Server
 	probing  string                      // tells the own probes from other calls
 	plugins  *credentialprovider.Plugins // nil: none
 	// callers have dialled the CRI socket, kubelet among them.
-	callers *callers
+	callers *caller.Callers
 	// registries tells how containerd reaches them.
 	registries *runtimeconfig.Source
 	state      atomic.Pointer[state] // nil: another process has it
@@ -70,7 +72,7 @@ type node struct {
 func newNode(c *config.Config, listen string, log logrus.FieldLogger) (_ *node, err error) {
 	n := &node{
 		config: c, log: log, listen: listen, started: time.Now(), registry: prometheus.NewRegistry(),
-		commands: newCommands(), probing: newProbeToken(), callers: newCallers("/proc", log),
+		commands: newCommands(), probing: newProbeToken(), callers: caller.New("/proc", log),
 	}
 	defer func() {
 		if err != nil {
@@ -99,7 +101,7 @@ func newNode(c *config.Config, listen string, log logrus.FieldLogger) (_ *node, 
 		Socket: socket, HostsDir: c.Images.RegistryHostsDir, Conn: n.upstream.Conn(), Log: log.WithField("component", "prepull"),
 	})
 	if path := c.Images.CredentialProviderConfig; path != "" {
-		if n.plugins, err = credentialprovider.Load(path, c.Images.CredentialProviderBinDir, n.callers.environ, n.log); err != nil {
+		if n.plugins, err = credentialprovider.Load(path, c.Images.CredentialProviderBinDir, n.callers.Environ, n.log); err != nil {
 			return nil, &config.InvalidError{Err: fmt.Errorf("images.credentialProviderConfig: %w", err)}
 		}
 	}
@@ -115,7 +117,7 @@ func newNode(c *config.Config, listen string, log logrus.FieldLogger) (_ *node, 
 		Log: log, Registerer: n.registry, Register: registerProbe, Probe: n.probing, Tracer: n.tracing.Tracer(),
 	}
 	if c.RecordCalls != "" {
-		if n.calls, err = openCallFile(c.RecordCalls, log); err != nil {
+		if n.calls, err = callrecord.Open(c.RecordCalls, log); err != nil {
 			return nil, err
 		}
 		o.Recorder = n.calls
@@ -151,7 +153,8 @@ func makeStateDir(dir string, log logrus.FieldLogger) error {
 		return fmt.Errorf("stateDir: %w", err)
 	}
 	if mode := fi.Mode().Perm(); mode&0o077 != 0 {
-		log.WithField("dir", dir).Warnf("state directory has mode %04o, closing it to others: it holds the environment of containers", mode)
+		log.WithField("dir", dir).Warnf("state directory has mode %04o, closing it to others: "+
+			"it holds the environment of containers", mode)
 		if err := os.Chmod(dir, 0o700); err != nil {
 			return fmt.Errorf("stateDir: %w; it must be closed to other users (chmod 0700)", err)
 		}
@@ -224,13 +227,15 @@ func (n *node) sayIfRuntimeMissing() {
 	fi, err := os.Stat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		log.Warn("runtime socket does not exist yet, waiting for it; if it never comes, start the runtime or set runtimeEndpoint (--runtime-endpoint)")
+		log.Warn("runtime socket does not exist yet, waiting for it; if it never comes, " +
+			"start the runtime or set runtimeEndpoint (--runtime-endpoint)")
 	case errors.Is(err, fs.ErrPermission):
 		log.WithError(err).Warn("runtime socket is out of reach for this user, waiting; run as root")
 	case err != nil:
 		log.WithError(err).Warn("runtime socket cannot be looked at, waiting")
 	case fi.Mode().Type() != fs.ModeSocket:
-		log.Warnf("runtime endpoint is no socket but %s, waiting for one; set runtimeEndpoint (--runtime-endpoint)", fi.Mode())
+		log.Warnf("runtime endpoint is no socket but %s, waiting for one; "+
+			"set runtimeEndpoint (--runtime-endpoint)", fi.Mode())
 	}
 }
 
@@ -239,7 +244,8 @@ func (n *node) opsServer(name string, o ...grpc.ServerOption) *grpc.Server {
 	before, after := n.commands.options(name)
 	guard := ops.Guard(n.log)
 	after = append(after, grpc.ChainUnaryInterceptor(ops.Audit(n.log)))
-	// The guard is around everything, and once more around the command itself, so that its panics are counted and audited.
+	// The guard is around everything, and once more around the command itself, so that its panics
+	// are counted and audited.
 	s := grpc.NewServer(slices.Concat(guard, before, o, after, guard, []grpc.ServerOption{grpc.ChainUnaryInterceptor(n.refuseBypassed)})...)
 	st := n.state.Load()
 	opsv1.RegisterOpsServer(s, ops.NewServer(st.engine, n.info))

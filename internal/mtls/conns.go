@@ -11,8 +11,9 @@ import (
 	"time"
 )
 
-// conns are the open connections of clients. A connection ends with the certificate that it was made with, and when the authority of that is
-// withdrawn: clients connect anew, with the one that they have then.
+// conns are the open connections of clients. A connection ends with the certificate that it was
+// made with, and when the authority of that is withdrawn: clients connect anew, with the one that
+// they have then.
 type conns struct {
 	mu   sync.Mutex
 	open map[*conn]struct{} // guarded by mu

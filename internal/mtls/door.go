@@ -14,14 +14,15 @@ import (
 const (
 	// maxClients is far above what the replicas of one controller need.
 	maxClients = 64
-	// maxStrangers bounds the connections that have not shown a good certificate yet. A handshake takes milliseconds, a silent one
-	// [handshakeTimeout].
+	// maxStrangers bounds the connections that have not shown a good certificate yet. A handshake
+	// takes milliseconds, a silent one [handshakeTimeout].
 	maxStrangers = 64
 )
 
-// LimitListener bounds the connections that are open at the same time: those of clients that were let in, of which a new one is refused, and
-// those of strangers, of which the oldest gives way. So strangers keep a client out only if they come as fast as it shows its certificate.
-// Accepting never waits for a place.
+// LimitListener bounds the connections that are open at the same time: those of clients that were
+// let in, of which a new one is refused, and those of strangers, of which the oldest gives way. So
+// strangers keep a client out only if they come as fast as it shows its certificate. Accepting
+// never waits for a place.
 func LimitListener(l net.Listener) net.Listener { return &door{Listener: l} }
 
 type door struct {
@@ -32,7 +33,8 @@ type door struct {
 	clients   int
 }
 
-// guest is a connection that came through a door. It is a stranger, then perhaps a client, and then neither.
+// guest is a connection that came through a door. It is a stranger, then perhaps a client, and then
+// neither.
 type guest struct {
 	net.Conn
 	door     *door
@@ -53,7 +55,8 @@ func (d *door) Accept() (net.Conn, error) {
 	return g, nil
 }
 
-// Close implements [net.Listener]. Strangers have to go, too: gRPC's Stop waits for every handshake, and kubelet's calls may wait for that.
+// Close implements [net.Listener]. Strangers have to go, too: gRPC's Stop waits for every
+// handshake, and kubelet's calls may wait for that.
 func (d *door) Close() error {
 	err := d.Listener.Close()
 	d.mu.Lock()
@@ -81,7 +84,8 @@ func (d *door) enter(g *guest) *guest {
 	return oldest
 }
 
-// letIn is called for a connection whose client is known by now. One that came through no door needs no place.
+// letIn is called for a connection whose client is known by now. One that came through no door
+// needs no place.
 func letIn(c net.Conn) error {
 	g, ok := c.(*guest)
 	if !ok {

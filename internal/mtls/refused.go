@@ -15,7 +15,8 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// refusals log the calls that gRPC refuses before anybody is asked: messages that are too large or no messages at all.
+// refusals log the calls that gRPC refuses before anybody is asked: messages that are too large or
+// no messages at all.
 type refusals struct{ s *Server }
 
 var _ stats.Handler = refusals{}

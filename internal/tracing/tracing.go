@@ -22,8 +22,8 @@ import (
 const scope = "github.com/cri-proxy/cri-proxy"
 
 const (
-	// queue bounds the spans that wait for the collector, some 1 KiB each; what comes on top is dropped, so a collector that
-	// is away costs 1 MiB at most.
+	// queue bounds the spans that wait for the collector, some 1 KiB each; what comes on top is
+	// dropped, so a collector that is away costs 1 MiB at most.
 	queue = 1024
 	// exportTimeout bounds one try to send them.
 	exportTimeout = 10 * time.Second
@@ -33,10 +33,11 @@ const (
 
 // Options of [Start]. All are required but SamplingRatePerMillion.
 type Options struct {
-	// Endpoint is host:port of a collector that takes OTLP over gRPC without TLS, as kubelet's tracing.endpoint.
+	// Endpoint is host:port of a collector that takes OTLP over gRPC without TLS, as kubelet's
+	// tracing.endpoint.
 	Endpoint string
-	// SamplingRatePerMillion is how many of a million traces that begin here are kept, as kubelet's setting of that name.
-	// Those that a caller has begun follow the caller's decision.
+	// SamplingRatePerMillion is how many of a million traces that begin here are kept, as kubelet's
+	// setting of that name. Those that a caller has begun follow the caller's decision.
 	SamplingRatePerMillion int
 	NodeName, Version      string
 	Log                    logrus.FieldLogger
@@ -48,8 +49,8 @@ type Tracing struct {
 	log      logrus.FieldLogger
 }
 
-// Start begins to send spans. It does not wait for the collector, which may come and go. OpenTelemetry has one handler of errors for
-// the process, which is set here.
+// Start begins to send spans. It does not wait for the collector, which may come and go.
+// OpenTelemetry has one handler of errors for the process, which is set here.
 func Start(ctx context.Context, o Options) (*Tracing, error) {
 	exporter, err := otlptracegrpc.New(ctx, otlptracegrpc.WithInsecure(), otlptracegrpc.WithEndpoint(o.Endpoint), otlptracegrpc.WithTimeout(exportTimeout))
 	if err != nil {

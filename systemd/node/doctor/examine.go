@@ -18,14 +18,15 @@ import (
 	"golang.org/x/sys/unix"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/internal/bypassstate"
 	"github.com/cri-proxy/cri-proxy/internal/config"
 	"github.com/cri-proxy/cri-proxy/internal/version"
 	"github.com/cri-proxy/cri-proxy/systemd/node/bypass"
 	"github.com/cri-proxy/cri-proxy/systemd/node/kubelet"
 )
 
-// patience bounds each question: all is on this machine.
-const patience = 5 * time.Second
+// callTimeout bounds each call: everything is on this machine.
+const callTimeout = 5 * time.Second
 
 // Options say what is looked at. The zero value of all but Now is the node as it is.
 type Options struct {
@@ -35,7 +36,8 @@ type Options struct {
 	AdminSocket string
 	// Proc is where procfs is mounted; empty: /proc.
 	Proc string
-	// Systemd is the directory whose existence says that systemd runs, sd_booted(3); empty: /run/systemd/system.
+	// Systemd is the directory whose existence says that systemd runs, sd_booted(3); empty:
+	// /run/systemd/system.
 	Systemd string
 	// CRI is the version of the CRI that this binary has, such as v0.37.2; empty: that of the
 	// k8s.io/cri-api that is linked.
@@ -55,7 +57,8 @@ type examination struct {
 	high          float64 // kubelet's imageGCHighThresholdPercent
 }
 
-// Examine looks at the node and returns what it found, in the order from kubelet to the runtime and on to the controller.
+// Examine looks at the node and returns what it found, in the order from kubelet to the runtime and
+// on to the controller.
 func Examine(ctx context.Context, o Options) []Finding {
 	if o.ConfigFile == "" {
 		o.ConfigFile = config.DefaultFile
@@ -93,7 +96,8 @@ func (x *examination) exists(path string) bool {
 	return err == nil
 }
 
-// configuration reads the file. What is wrong with it does not end the examination: the rest is looked at with the defaults.
+// configuration reads the file. What is wrong with it does not end the examination: the rest is
+// looked at with the defaults.
 func (x *examination) configuration() {
 	const check = "config"
 	c := config.Default()
@@ -130,11 +134,12 @@ func (x *examination) daemon(ctx context.Context) {
 		return
 	}
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	info, err := opsv1.NewOpsClient(conn).NodeInfo(ctx, &opsv1.NodeInfoRequest{})
 	if err != nil {
-		x.fail(check, "systemctl start cri-proxy.socket, see journalctl -u 'cri-proxy@*'", "cri-proxy does not answer on %s: %v", x.config.AdminSocket, plain(err))
+		x.fail(check, "systemctl start cri-proxy.socket, see journalctl -u "+
+			"'cri-proxy@*'", "cri-proxy does not answer on %s: %v", x.config.AdminSocket, plain(err))
 		return
 	}
 	x.info = info
@@ -147,13 +152,16 @@ func (x *examination) daemon(ctx context.Context) {
 	}
 	x.ok(check, "%s", detail)
 	if mine := version.Short(); mine != info.GetVersion() {
-		x.warn("version", "cri-proxy upgrade puts this version in its place", "this binary is %s, the daemon %s", mine, info.GetVersion())
+		x.warn("version", "cri-proxy self-update puts this version in its place", "this binary is %s, the "+
+			"daemon %s", mine, info.GetVersion())
 	}
 	if n := info.GetCounters().GetInterceptorFaults(); n > 0 {
-		x.warn(check, "see \"interceptor fault\" in journalctl -u 'cri-proxy@*' and report it", "%d calls were passed on unchanged because an interceptor could not do its work", n)
+		x.warn(check, "see \"interceptor fault\" in journalctl -u 'cri-proxy@*' and "+
+			"report it", "%d calls were passed on unchanged because an interceptor could not do its work", n)
 	}
 	if info.GetNodeName() != x.config.NodeName {
-		x.warn("config", "set nodeName", "the daemon takes the node for %s, the configuration says %s", info.GetNodeName(), x.config.NodeName)
+		x.warn("config", "set nodeName", "the daemon takes the node for %s, "+
+			"the configuration says %s", info.GetNodeName(), x.config.NodeName)
 	}
 }
 
@@ -165,23 +173,26 @@ func (x *examination) drift() {
 	file := x.info.GetConfigFile()
 	b, err := os.ReadFile(file)
 	if err != nil {
-		x.warn("config", "put it back, or the next start of cri-proxy fails", "the daemon has read %s, which cannot be read any more: %v", file, err)
+		x.warn("config", "put it back, or the next start of cri-proxy fails", "the daemon has read %s, "+
+			"which cannot be read any more: %v", file, err)
 		return
 	}
 	if sum := sha256.Sum256(b); hex.EncodeToString(sum[:]) != x.info.GetConfigSha256() {
-		x.warn("config", "put it to use by starting the other instance, docs/OPERATIONS.md#upgrade", "%s has changed since the daemon has read it", file)
+		x.warn("config", "put it to use by starting the other instance, "+
+			"docs/OPERATIONS.md#upgrade", "%s has changed since the daemon has read it", file)
 	}
 }
 
 // bypass looks at where kubelet is led, and at whether that is what was asked for.
 func (x *examination) bypass() {
 	const check = "bypass"
-	state := bypass.Read(x.config.StateDir)
+	state := bypassstate.Read(x.config.StateDir)
 	past, err := bypass.Past(x.config)
 	x.past = past
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		x.warn(check, "cri-proxy bypass apply", "%s does not exist: kubelet cannot be led past cri-proxy, should that ever be needed", x.link)
+		x.warn(check, "cri-proxy bypass apply", "%s does not exist: kubelet cannot be led past cri-proxy, "+
+			"should that ever be needed", x.link)
 	case err != nil:
 		x.fail(check, "cri-proxy bypass apply", "%v", err)
 	case past && state != nil:
@@ -196,7 +207,8 @@ func (x *examination) bypass() {
 	crashes := filepath.Join(filepath.Dir(x.config.Listen.Path), "crashes")
 	if b, err := os.ReadFile(crashes); err == nil {
 		if n := strings.Count(string(b), "\n"); n > 0 {
-			x.warn(check, "see journalctl -u 'cri-proxy@*'; cri-proxy bypass off forgets them", "cri-proxy has ended %d times since boot without being asked to", n)
+			x.warn(check, "see journalctl -u 'cri-proxy@*'; cri-proxy bypass off "+
+				"forgets them", "cri-proxy has ended %d times since boot without being asked to", n)
 		}
 	}
 }
@@ -222,11 +234,12 @@ func (x *examination) sockets(ctx context.Context) {
 			x.warn(check, fmt.Sprintf("chmod %04o %s, and SocketMode= in the unit", s.mode, s.path), "%s has mode %04o, the configuration says %04o", s.path, fi.Mode().Perm(), s.mode)
 		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	if x.exists(x.config.Listen.Path) {
 		if err := bypass.Probe(ctx, x.config.Listen.Path); err != nil {
-			x.fail(check, "see journalctl -u 'cri-proxy@*'; cri-proxy bypass on lets kubelet work meanwhile", "%s does not answer: %v", x.config.Listen.Path, plain(err))
+			x.fail(check, "see journalctl -u 'cri-proxy@*'; cri-proxy bypass on lets kubelet work "+
+				"meanwhile", "%s does not answer: %v", x.config.Listen.Path, plain(err))
 		}
 	}
 	if len(x.findings) == before {
@@ -253,7 +266,8 @@ func (x *examination) state() {
 		return
 	}
 	if fi.Mode().Perm()&0o077 != 0 {
-		x.fail(check, "chmod 0700 "+dir, "%s has mode %04o: it holds the environment of containers", dir, fi.Mode().Perm())
+		x.fail(check, "chmod 0700 "+dir, "%s has mode %04o: it holds the environment of "+
+			"containers", dir, fi.Mode().Perm())
 	}
 	if err := writable(dir); err != nil {
 		x.fail(check, "make room, or mount it writable; operations are refused meanwhile", "%v", err)

@@ -25,8 +25,8 @@ const (
 	// overdue is after how long without a new certificate something is wrong though the daemon does
 	// not say so: it asks when it is time and the controller answers within a minute.
 	overdue = 15 * time.Minute
-	// quietController is after how long without a call of the controller's something may be wrong: it asks every node that it
-	// knows every few minutes.
+	// quietController is after how long without a call of the controller's something may be wrong:
+	// it asks every node that it knows every few minutes.
 	quietController = 20 * time.Minute
 )
 
@@ -51,7 +51,8 @@ func (x *examination) network() {
 		return
 	}
 	at, up := x.info.GetControllerLastCall(), x.o.Now().Sub(x.info.GetStartTime().AsTime())
-	hint := "is the controller running, does it reach " + o.Address + " of this node, and do the certificates fit? Refused clients are in journalctl -u 'cri-proxy@*'"
+	hint := "is the controller running, does it reach " + o.Address + " of this node, and do the certificates " +
+		"fit? Refused clients are in journalctl -u 'cri-proxy@*'"
 	switch {
 	case at == nil && up > quietController:
 		x.warn(check, hint, "not heard of in the %s since cri-proxy started", round(up))
@@ -79,7 +80,8 @@ func (x *examination) certificateFiles() {
 		return
 	}
 	if now := x.o.Now(); now.Before(leaf.NotBefore) {
-		x.fail(check, "is the clock of this machine right?", "%s is not valid before %s, it is %s", o.CertFile, leaf.NotBefore.Local().Format(time.RFC3339), now.Local().Format(time.RFC3339))
+		x.fail(check, "is the clock of this machine right?", "%s is not valid before "+
+			"%s, it is %s", o.CertFile, leaf.NotBefore.Local().Format(time.RFC3339), now.Local().Format(time.RFC3339))
 	} else {
 		x.certificateFile(leaf)
 	}
@@ -95,7 +97,8 @@ func (x *examination) certificateFiles() {
 func (x *examination) enrolled(i *opsv1.Identity) {
 	const check = "certificate"
 	now, end, renewal := x.o.Now(), i.GetExpireTime().AsTime(), i.GetRenewTime().AsTime()
-	hint := "is cri-controller running, in the namespace of ops.enrol.namespace, and may this node ask for certificates? " +
+	hint := "is cri-controller running, in the namespace of ops.enrol.namespace, " +
+		"and may this node ask for certificates? " +
 		"kubectl get csr, docs/OPERATIONS.md#identity"
 	until := end.Local().Format(time.RFC3339)
 	why := ""
@@ -160,7 +163,8 @@ func checkCA(file string, now time.Time) error {
 	return last
 }
 
-// clockUnsynchronised is what adjtimex(2) returns when nothing keeps the clock right (TIME_ERROR in linux/timex.h).
+// clockUnsynchronised is what adjtimex(2) returns when nothing keeps the clock right (TIME_ERROR in
+// linux/timex.h).
 const clockUnsynchronised = 5
 
 // clock says whether something keeps it right, on which certificates depend.
@@ -172,7 +176,8 @@ func (x *examination) clock() {
 	case err != nil:
 		x.warn("clock", "", "%v", err)
 	case state == clockUnsynchronised:
-		x.warn("clock", "run systemd-timesyncd or chrony: certificates depend on the time", "nothing keeps the clock right; it says %s", x.o.Now().UTC().Format(time.RFC3339))
+		x.warn("clock", "run systemd-timesyncd or chrony: certificates depend "+
+			"on the time", "nothing keeps the clock right; it says %s", x.o.Now().UTC().Format(time.RFC3339))
 	default:
 		x.ok("clock", "synchronised")
 	}

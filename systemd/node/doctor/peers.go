@@ -35,8 +35,8 @@ type process struct {
 
 func (p process) String() string { return fmt.Sprintf("%s (pid %d)", p.name, p.pid) }
 
-// peersOf returns the processes that hold connections to the listener whose socket file is at path. The kernel knows by the file, whatever
-// name it was bound with.
+// peersOf returns the processes that hold connections to the listener whose socket file is at path.
+// The kernel knows by the file, whatever name it was bound with.
 func peersOf(proc, path string) ([]process, error) {
 	var file unix.Stat_t
 	if err := unix.Stat(path, &file); err != nil {

@@ -89,7 +89,8 @@ func nodeFiles(c *config.Config, k *kubelet.Kubelet, prefix update.Prefix) ([]fi
 	}
 	tmpfiles = bytes.ReplaceAll(tmpfiles, []byte(defTarget), []byte(target))
 	tmpfiles = bytes.ReplaceAll(tmpfiles, []byte(filepath.Dir(def.Listen.Path)), []byte(filepath.Dir(c.Listen.Path)))
-	tmpfiles = bytes.ReplaceAll(tmpfiles, []byte(filepath.Join(filepath.Dir(c.Listen.Path), filepath.Base(def.Listen.Path))), []byte(c.Listen.Path))
+	moved := filepath.Join(filepath.Dir(c.Listen.Path), filepath.Base(def.Listen.Path))
+	tmpfiles = bytes.ReplaceAll(tmpfiles, []byte(moved), []byte(c.Listen.Path))
 	f, err := orVendor(tmpfilesDir, vendorTmpfilesDir, tmpfilesName, tmpfiles)
 	if err != nil {
 		return nil, err
@@ -109,7 +110,8 @@ func nodeFiles(c *config.Config, k *kubelet.Kubelet, prefix update.Prefix) ([]fi
 	return out, nil
 }
 
-// orVendor is a file of the administrator's directory, which is not needed where a package has the same.
+// orVendor is a file of the administrator's directory, which is not needed where a package has the
+// same.
 func orVendor(dir, vendor, name string, content []byte) (file, error) {
 	f := file{filepath.Join(dir, name), content, 0o644}
 	b, err := read(filepath.Join(vendor, name))

@@ -12,7 +12,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -94,6 +93,25 @@ func TestMerge(t *testing.T) {
 	b, err := want.YAML()
 	if err != nil || !bytes.Equal(a, b) {
 		t.Errorf("%v\n%s\n%s", err, a, b)
+	}
+}
+
+// A key keeps the name that it has in the file: the daemon refuses a file with both.
+func TestMergeRenamedKey(t *testing.T) {
+	for _, key := range []string{"upgradeDrainTimeout", "takeoverDrainTimeout"} {
+		text := []byte("# mine\n" + key + ": 5m0s # short\n")
+		have, want := config.Default(), config.Default()
+		if err := config.Parse("x", text, have); err != nil {
+			t.Fatal(err)
+		}
+		want.TakeoverDrainTimeout = 10 * time.Minute
+		got, err := merge(text, have, want)
+		if err != nil || string(got) != "# mine\n"+key+": 10m0s # short\n" {
+			t.Errorf("%v\n%s", err, got)
+		}
+		if same, err := merge(text, have, have); err != nil || !bytes.Equal(same, text) {
+			t.Errorf("%v\n%s", err, same)
+		}
 	}
 }
 
@@ -284,10 +302,10 @@ func TestChoosePrefix(t *testing.T) {
 			if tt.record != "" {
 				write600(t, file, tt.record+"\n")
 			}
-			i := &installer{prefix: update.Prefix(tt.flag)}
+			i := &installer{Options: Options{Prefix: update.Prefix(tt.flag)}}
 			err := i.choosePrefix(file)
-			if tt.err == "" && (err != nil || string(i.prefix) != tt.want) || tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
-				t.Errorf("%s, %v", i.prefix, err)
+			if tt.err == "" && (err != nil || string(i.Prefix) != tt.want) || tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
+				t.Errorf("%s, %v", i.Prefix, err)
 			}
 		})
 	}
@@ -315,33 +333,12 @@ func TestUninstallTakesThePrefix(t *testing.T) {
 			if tt.record != "" {
 				write600(t, file, tt.record+"\n")
 			}
-			u := &uninstaller{}
-			cmd := uninstallCommand(u)
-			if err := cmd.ParseFlags([]string{"--prefix=" + tt.flag}); err != nil {
-				t.Fatal(err)
-			}
+			u := &uninstaller{UninstallOptions: UninstallOptions{Prefix: update.Prefix(tt.flag)}}
 			err := u.choosePrefix(file)
-			if tt.err == "" && (err != nil || string(u.prefix) != tt.want) || tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
-				t.Errorf("%s, %v", u.prefix, err)
+			if tt.err == "" && (err != nil || string(u.Prefix) != tt.want) || tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
+				t.Errorf("%s, %v", u.Prefix, err)
 			}
 		})
-	}
-}
-
-func TestLeftOver(t *testing.T) {
-	for args, want := range map[string][2]string{
-		"":                               {"", ""},
-		"--prefix=/opt --purge":          {"--prefix=/opt --purge", ""},
-		"--ops-address=:10260":           {"", "--ops-address=:10260"},
-		"--ops-address :1 --prefix /opt": {"--prefix /opt", "--ops-address :1"},
-		"--no-kubelet --ops-address":     {"--no-kubelet", "--ops-address"},
-		"--porge x --timeout=1m":         {"--porge x --timeout=1m", ""}, // a slip is told
-		"--timeout --ops-address=:1":     {"--timeout --ops-address=:1", ""},
-	} {
-		kept, leftOver := LeftOver(strings.Fields(args))
-		if got := [2]string{strings.Join(kept, " "), strings.Join(leftOver, " ")}; got != want {
-			t.Errorf("%q: %q, want %q", args, got, want)
-		}
 	}
 }
 
@@ -412,32 +409,6 @@ func TestNodeReady(t *testing.T) {
 	}
 	if err := notReady(t.Context(), a, "n2", since); err == nil || !strings.Contains(err.Error(), "403") {
 		t.Error(err)
-	}
-}
-
-// A process whose reader and whose session are gone goes on.
-func TestOutlive(t *testing.T) {
-	if file := os.Getenv("OUTLIVE_FILE"); file != "" {
-		outlive()
-		_, werr := os.Stdout.WriteString("to nobody\n")
-		if err := errors.Join(unix.Kill(os.Getpid(), unix.SIGHUP), os.WriteFile(file, []byte("on"), 0o600)); err != nil || !errors.Is(werr, unix.EPIPE) {
-			t.Fatal(err, werr)
-		}
-		os.Exit(0)
-	}
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	file := filepath.Join(t.TempDir(), "file")
-	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestOutlive$")
-	cmd.Env = append(os.Environ(), "OUTLIVE_FILE="+file)
-	cmd.Stdout, cmd.Stderr = w, w
-	if err := errors.Join(r.Close(), cmd.Run(), w.Close()); err != nil {
-		t.Error(err)
-	}
-	if got := contentOf(t, file); got != "on" {
-		t.Error(got)
 	}
 }
 
@@ -522,7 +493,7 @@ func TestRefuse(t *testing.T) {
 			if !tt.absent {
 				write600(t, c.Listen.Path, "")
 			}
-			u := &uninstaller{unit: kubelet.DefaultUnit, config: c, out: io.Discard}
+			u := &uninstaller{UninstallOptions: UninstallOptions{Unit: kubelet.DefaultUnit, Out: io.Discard}, config: c}
 			if tt.now != "" {
 				path := filepath.Join(dir, "flags")
 				tt.record.dir, tt.record.Ours, tt.record.Endpoint = filepath.Join(dir, "record"), "ours", "old"

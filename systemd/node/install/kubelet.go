@@ -14,9 +14,13 @@ import (
 	"time"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/internal/atomicfile"
+	"github.com/cri-proxy/cri-proxy/internal/backoff"
+	"github.com/cri-proxy/cri-proxy/internal/bypassstate"
 	"github.com/cri-proxy/cri-proxy/ops/apiserver"
 	"github.com/cri-proxy/cri-proxy/systemd/node/bypass"
 	"github.com/cri-proxy/cri-proxy/systemd/node/kubelet"
+	"github.com/cri-proxy/cri-proxy/systemd/node/systemctl"
 )
 
 // watch is how kubelet is watched after a restart.
@@ -34,17 +38,17 @@ type watch struct {
 
 // restart restarts kubelet and waits until it works.
 func (w *watch) restart(ctx context.Context) error {
-	if err := systemctl(ctx, "daemon-reload"); err != nil {
+	if err := systemctl.Run(ctx, "daemon-reload"); err != nil {
 		return err
 	}
-	before, err := show(ctx, w.unit, "NRestarts")
+	before, err := systemctl.Show(ctx, w.unit, "NRestarts")
 	if err != nil {
 		return err
 	}
 	base, _ := strconv.Atoi(before["NRestarts"])
 	since := time.Now()
-	_ = systemctl(ctx, "reset-failed", w.unit) // it is only tried more often than systemd would
-	if err := systemctl(ctx, "restart", w.unit); err != nil {
+	_ = systemctl.Run(ctx, "reset-failed", w.unit) // it is only tried more often than systemd would
+	if err := systemctl.Run(ctx, "restart", w.unit); err != nil {
 		return fmt.Errorf("%w%s", err, w.journal(ctx))
 	}
 	within, cancel := context.WithTimeout(ctx, w.timeout)
@@ -57,7 +61,7 @@ func (w *watch) restart(ctx context.Context) error {
 		if over {
 			break
 		}
-		if wait(within, lookEvery) != nil {
+		if backoff.Sleep(within, pollInterval) != nil {
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
@@ -68,9 +72,10 @@ func (w *watch) restart(ctx context.Context) error {
 	return fmt.Errorf("%w%s", err, w.journal(ctx))
 }
 
-// look is nil if kubelet works, and over if it never will. base is how often systemd had started it anew before.
+// look returns nil if kubelet works. over is true if it never will. base is how often systemd had
+// restarted kubelet before.
 func (w *watch) look(ctx context.Context, since time.Time, base int) (over bool, err error) {
-	u, err := show(ctx, w.unit, "ActiveState", "SubState", "NRestarts", "Result")
+	u, err := systemctl.Show(ctx, w.unit, "ActiveState", "SubState", "NRestarts", "Result")
 	if err != nil {
 		return false, err
 	}
@@ -103,7 +108,7 @@ func (w *watch) healthy(ctx context.Context) error {
 	if w.healthz == "" {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, callPatience)
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+w.healthz+"/healthz", nil)
 	if err != nil {
@@ -129,7 +134,7 @@ func (w *watch) calls(ctx context.Context, since time.Time) error {
 		return err
 	}
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, callPatience)
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	info, err := opsv1.NewOpsClient(conn).NodeInfo(ctx, &opsv1.NodeInfoRequest{})
 	if err != nil {
@@ -143,17 +148,19 @@ func (w *watch) calls(ctx context.Context, since time.Time) error {
 
 // journal is what kubelet has said last.
 func (w *watch) journal(ctx context.Context) string {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), callPatience)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
 	defer cancel()
-	out, err := command(ctx, "journalctl", "-u", w.unit, "-n", "8", "--no-pager", "-o", "cat")
+	out, err := systemctl.Command(ctx, "journalctl", "-u", w.unit, "-n", "8", "--no-pager", "-o", "cat")
 	if err != nil || strings.TrimSpace(out) == "" {
 		return ""
 	}
 	return "\n" + w.unit + " says:\n    " + strings.ReplaceAll(strings.TrimSpace(out), "\n", "\n    ")
 }
 
-// newWatch says how this kubelet is watched. What is not known is not asked; why not is a warning.
-func newWatch(ctx context.Context, k *kubelet.Kubelet, unit, kubeconfigFile string, timeout time.Duration) (w *watch, warnings []string) {
+// newWatch returns how to watch this kubelet. A warning says what cannot be asked, and why.
+func newWatch(
+	ctx context.Context, k *kubelet.Kubelet, unit, kubeconfigFile string, timeout time.Duration,
+) (w *watch, warnings []string) {
 	w = &watch{unit: unit, timeout: timeout}
 	if k == nil {
 		return w, nil
@@ -198,10 +205,12 @@ func (i *installer) pointing(k *kubelet.Kubelet, edits []kubelet.Edit, w *watch,
 		what = "kubelet's files are as they should be"
 	}
 	return action{
-		what: what + fmt.Sprintf("; restart %s and wait until it calls through cri-proxy", w.unit), diff: diffs.String(),
+		what: what + fmt.Sprintf("; restart %s and wait until it calls through "+
+			"cri-proxy", w.unit), diff: diffs.String(),
 		do: func(ctx context.Context) error {
 			if _, err := runtimeVersion(ctx, i.kubeletSocket()); err != nil {
-				return fmt.Errorf("no answer through %s, so kubelet is left alone: %w; see journalctl -u 'cri-proxy@*'", i.kubeletSocket(), err)
+				return fmt.Errorf("no answer through %s, so kubelet is left alone: %w; see journalctl -u 'cri-proxy@*'",
+					i.kubeletSocket(), err)
 			}
 			if fresh {
 				endpoint, err := k.Endpoint()
@@ -215,13 +224,13 @@ func (i *installer) pointing(k *kubelet.Kubelet, edits []kubelet.Edit, w *watch,
 				return err
 			}
 			for _, e := range edits {
-				if err := write(e.Path, e.After, e.Mode); err != nil {
+				if err := atomicfile.Write(e.Path, e.After, e.Mode); err != nil {
 					return err
 				}
 			}
 			restarted = true
-			if bypass.Read(i.config.StateDir) == nil { // otherwise it does not call through the proxy
-				w.admin = i.config.AdminSocket
+			if bypassstate.Read(i.Config.StateDir) == nil { // otherwise it does not call through the proxy
+				w.admin = i.Config.AdminSocket
 			}
 			if err := w.restart(ctx); err != nil {
 				return err

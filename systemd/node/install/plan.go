@@ -16,6 +16,8 @@ import (
 	"strings"
 
 	"github.com/pmezard/go-difflib/difflib"
+
+	"github.com/cri-proxy/cri-proxy/internal/atomicfile"
 )
 
 // action is a thing to do.
@@ -24,11 +26,12 @@ type action struct {
 	diff string
 	do   func(context.Context) error
 	undo func(context.Context) error // nil: nothing to put back
-	// holds says that nothing before it may be undone unless it has been: kubelet uses it.
+	// holds says that nothing before this action may be undone unless this one has been: kubelet
+	// uses it.
 	holds bool
 }
 
-// plan is done in order, and undone the other way round.
+// plan has actions to do in order, and to undo in reverse order.
 type plan struct {
 	actions []action
 	undone  func(context.Context) error // comes last when all is undone
@@ -52,7 +55,7 @@ func (p *plan) show() {
 	}
 }
 
-// run does it all. If something fails, or ctx ends, what has been done is undone.
+// run does all actions. If one fails, or ctx ends, run undoes what it has done.
 func (p *plan) run(ctx context.Context) error {
 	for i, a := range p.actions {
 		err := ctx.Err()
@@ -103,14 +106,14 @@ func undo(ctx context.Context, done []action) error {
 	return errors.Join(errs...)
 }
 
-// within bounds the putting back of one thing.
+// within bounds one undo.
 func within(ctx context.Context, f func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, undoPatience)
+	ctx, cancel := context.WithTimeout(ctx, undoTimeout)
 	defer cancel()
 	return f(ctx)
 }
 
-// diff is the change of a file as people read it. Nil is a file that is not there.
+// diff is the change of a file, for people. Nil is a file that is not there.
 func diff(path string, before, after []byte) string {
 	from, to := path, path
 	if before == nil {
@@ -120,7 +123,8 @@ func diff(path string, before, after []byte) string {
 		to = "/dev/null"
 	}
 	s, err := difflib.GetUnifiedDiffString(difflib.UnifiedDiff{
-		A: difflib.SplitLines(string(before)), B: difflib.SplitLines(string(after)), FromFile: from, ToFile: to, Context: 2,
+		A: difflib.SplitLines(string(before)), B: difflib.SplitLines(string(after)),
+		FromFile: from, ToFile: to, Context: 2,
 	})
 	if err != nil {
 		return err.Error()
@@ -128,7 +132,7 @@ func diff(path string, before, after []byte) string {
 	return s
 }
 
-// read returns what is in a file, nil if there is none.
+// read returns the content of a file, nil if there is none.
 func read(path string) ([]byte, error) {
 	b, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -140,52 +144,24 @@ func read(path string) ([]byte, error) {
 	return b, err
 }
 
-// write makes a file in one step, and makes sure that it is on the disk.
-func write(path string, b []byte, mode os.FileMode) (err error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return err
-	}
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			_ = os.Remove(f.Name())
-		}
-	}()
-	_, err = f.Write(b)
-	if err = errors.Join(err, f.Chmod(mode), keepOwner(f, path), f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), path)
-}
-
-// keepOwner gives f the owner of the file that it is to replace.
-func keepOwner(f *os.File, path string) error {
-	uid, gid, ok := owner(path)
-	if !ok {
-		return nil
-	}
-	return f.Chown(uid, gid)
-}
-
-// put makes a file what it is to be, nil for none.
+// put writes a file, or removes it if b is nil.
 func put(path string, b []byte, mode os.FileMode) error {
 	if b != nil {
-		return write(path, b, mode)
+		return atomicfile.Write(path, b, mode)
 	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := atomicfile.Remove(path); err != nil {
 		return err
 	}
-	// Directories of units' drop-ins go with the last one. Others may have to be there: kubelet does not start without its --config-dir.
-	if dir := filepath.Dir(path); strings.HasSuffix(dir, ".d") && (filepath.Dir(dir) == unitDir || filepath.Dir(dir) == runUnitDir) {
+	// Directories of units' drop-ins go with the last drop-in. Others must stay: kubelet does not
+	// start without its --config-dir.
+	dir := filepath.Dir(path)
+	if strings.HasSuffix(dir, ".d") && (filepath.Dir(dir) == unitDir || filepath.Dir(dir) == runUnitDir) {
 		_ = os.Remove(dir)
 	}
 	return nil
 }
 
-// writing is the action that makes a file what it is to be; ok is false if it is.
+// writing returns the action that puts a file. ok is false if the file is right already.
 func writing(path string, after []byte, mode os.FileMode) (a action, ok bool, err error) {
 	before, err := read(path)
 	if err != nil || before == nil && after == nil || before != nil && after != nil && bytes.Equal(before, after) {

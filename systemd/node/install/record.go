@@ -13,10 +13,12 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/cri-proxy/cri-proxy/internal/atomicfile"
 	"github.com/cri-proxy/cri-proxy/systemd/node/kubelet"
 )
 
-// recordDir has what kubelet's files were before, and is there from before the first of them is changed until all of them are put back.
+// recordDir has copies of kubelet's files. It is made before the first of the files is changed, and
+// removed when all are restored.
 const recordDir = "/var/lib/cri-proxy/install"
 
 // record tells how kubelet was before. It is on the disk before anything of kubelet's is changed.
@@ -54,7 +56,8 @@ func readRecord(dir string) (*record, error) {
 		return r, err
 	}
 	if err := json.Unmarshal(b, r); err != nil {
-		return nil, fmt.Errorf("%s: %w; put kubelet's files back by hand, they are beside it, and remove the directory", filepath.Join(dir, "record.json"), err)
+		return nil, fmt.Errorf("%s: %w; put kubelet's files back by hand, they are beside it, and remove the directory",
+			filepath.Join(dir, "record.json"), err)
 	}
 	return r, nil
 }
@@ -73,7 +76,7 @@ func (r *record) write() error {
 	if err := os.MkdirAll(r.dir, 0o700); err != nil {
 		return err
 	}
-	return write(filepath.Join(r.dir, "record.json"), append(b, '\n'), 0o600)
+	return atomicfile.Write(filepath.Join(r.dir, "record.json"), append(b, '\n'), 0o600)
 }
 
 // keep notes files before they are changed.
@@ -91,7 +94,7 @@ func (r *record) keep(edits []kubelet.Edit) error {
 		}
 		if e.Before != nil {
 			k.Backup = fmt.Sprintf("%d-%s", at, filepath.Base(e.Path))
-			if err := write(filepath.Join(r.dir, k.Backup), e.Before, 0o600); err != nil {
+			if err := atomicfile.Write(filepath.Join(r.dir, k.Backup), e.Before, 0o600); err != nil {
 				return err
 			}
 		}
@@ -105,8 +108,9 @@ func (r *record) keep(edits []kubelet.Edit) error {
 	return r.write()
 }
 
-// original is what a file was. If it has been changed by somebody else since, it is that without our endpoint. ok is false if there is nothing
-// to put back.
+// original returns what a file was. If somebody else has changed the file since, original returns
+// it as it is now, with the former endpoint instead of ours. ok is false if there is nothing to
+// restore.
 func (r *record) original(k kept) (before, after []byte, ok bool, err error) {
 	now, err := read(k.Path)
 	if err != nil || now == nil {
@@ -123,8 +127,8 @@ func (r *record) original(k kept) (before, after []byte, ok bool, err error) {
 	return now, was, !bytes.Equal(now, was), nil
 }
 
-// astray returns a file that told kubelet what to dial and says neither that any more nor what it said before, empty for none: kubelet may
-// have been told elsewhere since.
+// astray returns a file that told kubelet what to dial, and now has neither our endpoint nor the
+// former one: kubelet may have been told elsewhere since. It returns "" if there is none.
 func (r *record) astray() (string, error) {
 	for _, k := range r.Files {
 		now, err := read(k.Path)

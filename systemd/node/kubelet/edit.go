@@ -30,15 +30,17 @@ const (
 	dropInName, lateName = "99-cri-proxy.conf", "zz-cri-proxy.conf"
 	// unitDropIn comes after kubeadm's 10-kubeadm.conf.
 	unitDropIn = "zz-cri-proxy.conf"
-	// instanceConfig is what kubeadm puts over kubelet's configuration when it writes it anew (kubeadm upgrade).
+	// instanceConfig is what kubeadm puts over kubelet's configuration when it writes it anew
+	// (kubeadm upgrade).
 	instanceConfig = "instance-config.yaml"
 
 	dropInHead = "# Written by cri-proxy install; cri-proxy uninstall takes it away.\n"
 	dropInKind = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n"
 )
 
-// Point returns what must be changed for kubelet to dial an endpoint, a path or unix:// URL: nothing if it does already. Where the images'
-// endpoint is set to the runtime as well, it goes along.
+// Point returns what must be changed for kubelet to dial an endpoint, a path or unix:// URL:
+// nothing if it does already. Where the images' endpoint is set to the runtime as well, it goes
+// along.
 func (k *Kubelet) Point(endpoint string) ([]Edit, error) {
 	path, err := config.SocketPath(endpoint)
 	if err != nil {
@@ -172,7 +174,8 @@ func flagValue(flag string) *regexp.Regexp {
 	return regexp.MustCompile(`(--` + regexp.QuoteMeta(flag) + `(?:=|\s+)["']?)([^\s"'\\]+)`)
 }
 
-// replaceFlag changes the flag where it is written: in environment files in place, in the unit by a drop-in.
+// replaceFlag changes the flag where it is written: in environment files in place, in the unit by a
+// drop-in.
 func (p *pointing) replaceFlag(flag string) error {
 	re := flagValue(flag)
 	with := "${1}" + strings.ReplaceAll(p.to, "$", "$$")
@@ -227,7 +230,8 @@ func (p *pointing) addFlag(flag string) error {
 	return p.unitDropIn([]string{"ExecStart=", "ExecStart=" + unit.execStart + " --" + flag + "=" + p.to})
 }
 
-// unitDropIn writes a drop-in for kubelet's unit, or adds to the one that is there, which has been looked at with the rest of the unit.
+// unitDropIn writes a drop-in for kubelet's unit, or adds to the one that is there, which has been
+// looked at with the rest of the unit.
 func (p *pointing) unitDropIn(lines []string) error {
 	e, err := p.file(filepath.Join(p.kubelet.UnitDir, unitDropIn))
 	if err != nil {

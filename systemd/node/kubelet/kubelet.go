@@ -23,8 +23,8 @@ import (
 // DefaultUnit is kubelet's systemd unit nearly everywhere.
 const DefaultUnit = "kubelet.service"
 
-// askPatience bounds a question to systemd, or to kubelet's binary.
-const askPatience = 10 * time.Second
+// callTimeout bounds a call of systemctl, or of kubelet's binary.
+const callTimeout = 10 * time.Second
 
 // ErrNotRunning is returned when there is no kubelet to look at.
 var ErrNotRunning = errors.New("kubelet does not run")
@@ -45,13 +45,13 @@ type Kubelet struct {
 	UnitDir string
 }
 
-// Find looks at the process of a systemd unit. It returns [ErrNotRunning] if there is no such unit, or it has no process.
-// As for systemctl, the name may come without .service.
+// Find looks at the process of a systemd unit. It returns [ErrNotRunning] if there is no such unit,
+// or it has no process. As for systemctl, the name may come without .service.
 func Find(ctx context.Context, unit string) (*Kubelet, error) {
 	if !strings.HasSuffix(unit, ".service") {
 		unit += ".service"
 	}
-	ctx, cancel := context.WithTimeout(ctx, askPatience)
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, "systemctl", "show", unit, "-p", "MainPID,FragmentPath,DropInPaths,EnvironmentFiles").Output()
 	if err != nil {
@@ -90,7 +90,7 @@ func Find(ctx context.Context, unit string) (*Kubelet, error) {
 
 // Version asks the binary that runs, such as v1.37.2.
 func (k *Kubelet) Version(ctx context.Context) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, askPatience)
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, fmt.Sprintf("/proc/%d/exe", k.PID), "--version").Output()
 	if err != nil {
@@ -158,7 +158,8 @@ func (k *Kubelet) PodLogsDir() string {
 	return "/var/log/pods"
 }
 
-// CredentialProviders are the configuration and the directory of its credential provider plugins, empty without any.
+// CredentialProviders are the configuration and the directory of its credential provider plugins,
+// empty without any.
 func (k *Kubelet) CredentialProviders() (file, dir string) {
 	file, dir = k.fileFlag("image-credential-provider-config"), k.fileFlag("image-credential-provider-bin-dir")
 	if file == "" || dir == "" {
@@ -213,8 +214,8 @@ type setting struct {
 	file  string // for inConfig and inDropIn
 }
 
-// setting returns what is in force: the flag, else the last file of --config-dir that has it, else --config
-// (mergeKubeletConfigurations in cmd/kubelet/app/server.go).
+// setting returns what is in force: the flag, else the last file of --config-dir that has it, else
+// --config (mergeKubeletConfigurations in cmd/kubelet/app/server.go).
 func (k *Kubelet) setting(flag, field string) (setting, error) {
 	if v, ok := k.Flag(flag); ok && flag != "" {
 		return setting{value: v, where: onCommandLine}, nil
@@ -280,7 +281,8 @@ const defaultCredentialsVerification = "NeverVerifyPreloadedImages"
 // DefaultImageGCHighThreshold is kubelet's own.
 const DefaultImageGCHighThreshold = 85
 
-// ImageGCHighThreshold is how full, in percent, the image file system may become before it removes images.
+// ImageGCHighThreshold is how full, in percent, the image file system may become before it removes
+// images.
 func (k *Kubelet) ImageGCHighThreshold() (int, error) {
 	s, err := k.setting("image-gc-high-threshold", "imageGCHighThresholdPercent")
 	if err != nil {
@@ -296,7 +298,8 @@ func (k *Kubelet) ImageGCHighThreshold() (int, error) {
 	return n, nil
 }
 
-// CredentialsVerification is its policy for images that are on the node: whether a pod may have one without showing that it could pull it.
+// CredentialsVerification is its policy for images that are on the node: whether a pod may have one
+// without showing that it could pull it.
 func (k *Kubelet) CredentialsVerification() (string, error) {
 	s, err := k.setting("", "imagePullCredentialsVerificationPolicy") // there is no flag
 	if err == nil && s.value == "" {

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package daemon
+package callrecord
 
 import (
 	"encoding/json"
@@ -19,10 +19,9 @@ import (
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
-// callLine is one line of the file given with --record-calls. Which of the
-// optional fields are there depends on the method; they never carry env, args or
-// credentials.
-type callLine struct {
+// Line is one line of the file. Which of the optional fields it has depends on the method; none of
+// them has environment, arguments or credentials.
+type Line struct {
 	// Time is when the call was answered.
 	Time time.Time `json:"time"`
 	// Method is the full name, such as /runtime.v1.RuntimeService/StopContainer.
@@ -42,8 +41,8 @@ type callLine struct {
 	Timeout *int64 `json:"timeout,omitempty"`
 }
 
-// callFile is a [proxy.CallRecorder] that writes JSON lines.
-type callFile struct {
+// File is a [proxy.CallRecorder] that writes JSON lines.
+type File struct {
 	log logrus.FieldLogger
 
 	mu     sync.Mutex // guards all following fields
@@ -51,21 +50,21 @@ type callFile struct {
 	failed bool
 }
 
-var _ proxy.CallRecorder = (*callFile)(nil)
+var _ proxy.CallRecorder = (*File)(nil)
 
-// openCallFile appends to the file at path, which only its owner may read.
-func openCallFile(path string, log logrus.FieldLogger) (*callFile, error) {
+// Open appends to the file at path. Only the owner may read a file that Open creates.
+func Open(path string, log logrus.FieldLogger) (*File, error) {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("record-calls: %w", err)
 	}
 	log.WithField("file", path).Warn("recording every CRI call, this is for debugging")
-	return &callFile{f: f, log: log}, nil
+	return &File{f: f, log: log}, nil
 }
 
 // Record implements [proxy.CallRecorder].
-func (c *callFile) Record(method string, req []byte, code codes.Code) {
-	line := callLine{Time: time.Now().UTC(), Method: method, Code: code.String()}
+func (c *File) Record(method string, req []byte, code codes.Code) {
+	line := Line{Time: time.Now().UTC(), Method: method, Code: code.String()}
 	line.decode(method, req)
 	b, err := json.Marshal(line)
 	c.mu.Lock()
@@ -80,7 +79,7 @@ func (c *callFile) Record(method string, req []byte, code codes.Code) {
 }
 
 // Close ends the recording.
-func (c *callFile) Close() error {
+func (c *File) Close() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	f := c.f
@@ -88,9 +87,9 @@ func (c *callFile) Close() error {
 	return f.Close()
 }
 
-// decode fills in what the request of a mutating call says. What does not decode
-// is left out: the runtime's answer is in Code.
-func (l *callLine) decode(method string, req []byte) {
+// decode fills in the fields that the request of the method has. It leaves out what does not
+// decode: the runtime's answer is in Code.
+func (l *Line) decode(method string, req []byte) {
 	switch method[strings.LastIndexByte(method, '/')+1:] {
 	case "RunPodSandbox":
 		if m := new(runtimeapi.RunPodSandboxRequest); proto.Unmarshal(req, m) == nil {
@@ -152,7 +151,7 @@ func (l *callLine) decode(method string, req []byte) {
 	}
 }
 
-func (l *callLine) pod(c *runtimeapi.PodSandboxConfig) {
+func (l *Line) pod(c *runtimeapi.PodSandboxConfig) {
 	m := c.GetMetadata()
 	l.Pod, l.Namespace, l.PodUID = m.GetName(), m.GetNamespace(), m.GetUid()
 }

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package daemon
+package profile
 
 import (
 	"bufio"
@@ -20,29 +20,29 @@ import (
 )
 
 const (
-	// profileChunk is the size of the pieces of a profile.
-	profileChunk = 64 << 10
-	// maxProfile bounds how long a profile takes.
-	maxProfile = 10 * time.Minute
+	// chunkSize is the size of the pieces of a profile.
+	chunkSize = 64 << 10
+	// maxDuration bounds how long a profile takes.
+	maxDuration = 10 * time.Minute
 )
 
-// profiles are those of runtime/pprof that are of use without further settings.
+// profiles are those of runtime/pprof that need no further settings.
 var profiles = map[string]bool{"heap": true, "allocs": true, "goroutine": true, "threadcreate": true}
 
-// debugServer implements [opsv1.DebugServer].
-type debugServer struct {
+// Server implements [opsv1.DebugServer].
+type Server struct {
 	opsv1.UnimplementedDebugServer
-	// stopping is closed when the daemon ends: a profile does not keep it.
-	stopping <-chan struct{}
+	// Stopping is closed when the daemon ends, which does not wait for a profile.
+	Stopping <-chan struct{}
 }
 
 // Profile implements [opsv1.DebugServer].
-func (s *debugServer) Profile(req *opsv1.ProfileRequest, stream grpc.ServerStreamingServer[opsv1.ProfileChunk]) error {
+func (s *Server) Profile(req *opsv1.ProfileRequest, stream grpc.ServerStreamingServer[opsv1.ProfileChunk]) error {
 	d := req.GetDuration().AsDuration()
-	if d < 0 || d > maxProfile {
-		return status.Errorf(codes.InvalidArgument, "a duration of %s; want one up to %s", d, maxProfile)
+	if d < 0 || d > maxDuration {
+		return status.Errorf(codes.InvalidArgument, "a duration of %s; want one up to %s", d, maxDuration)
 	}
-	out := bufio.NewWriterSize(chunks{stream}, profileChunk)
+	out := bufio.NewWriterSize(chunks{stream}, chunkSize)
 	var err error
 	switch name := req.GetName(); {
 	case name == "cpu":
@@ -62,7 +62,8 @@ func (s *debugServer) Profile(req *opsv1.ProfileRequest, stream grpc.ServerStrea
 		}
 		err = pprof.Lookup(name).WriteTo(out, form)
 	default:
-		return status.Errorf(codes.InvalidArgument, "no profile %q; want cpu, trace, heap, allocs, goroutine or threadcreate", name)
+		return status.Errorf(codes.InvalidArgument, "no profile %q; want cpu, trace, heap, allocs, "+
+			"goroutine or threadcreate", name)
 	}
 	if err != nil {
 		return err
@@ -70,8 +71,10 @@ func (s *debugServer) Profile(req *opsv1.ProfileRequest, stream grpc.ServerStrea
 	return out.Flush()
 }
 
-// during lets a profile be taken for some time.
-func (s *debugServer) during(ctx context.Context, d, otherwise time.Duration, out io.Writer, start func(io.Writer) error, stop func()) error {
+// during takes a profile for the duration d, or for otherwise if d is 0.
+func (s *Server) during(
+	ctx context.Context, d, otherwise time.Duration, out io.Writer, start func(io.Writer) error, stop func(),
+) error {
 	if d == 0 {
 		d = otherwise
 	}
@@ -84,8 +87,8 @@ func (s *debugServer) during(ctx context.Context, d, otherwise time.Duration, ou
 	select {
 	case <-timer.C:
 		return nil
-	case <-s.stopping:
-		return nil // what there is of it
+	case <-s.Stopping:
+		return nil // the part that there is
 	case <-ctx.Done():
 		return status.FromContextError(ctx.Err()).Err()
 	}

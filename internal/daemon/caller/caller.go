@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package daemon
+package caller
 
 import (
 	"errors"
@@ -23,31 +23,33 @@ import (
 	"github.com/cri-proxy/cri-proxy/systemd/node/kubelet"
 )
 
-// callers knows which processes have dialled the CRI socket, and finds kubelet among them. A name among all processes would not do: a
-// container may give itself kubelet's, and what is read here becomes the environment of plugins that run as root. Who can dial this socket
-// is root already.
-type callers struct {
+// Callers knows which processes have dialled the CRI socket, and finds kubelet among them. To look
+// for a process by its name would not do: a container may take kubelet's name, and the environment
+// that is read here becomes the one of plugins that run as root. A process that can dial this
+// socket is root already.
+type Callers struct {
 	proc string
 	log  logrus.FieldLogger
 
 	mu    sync.Mutex // guards all following fields
 	seen  map[process.Process]time.Time
-	words string // what has gone wrong last, so that it is logged once
+	words string // the last problem, so that it is logged once
 }
 
-// maxCallers is how many are remembered before those that have ended are forgotten.
+// maxCallers is how many processes Callers remembers before it forgets those that have ended.
 const maxCallers = 64
 
-func newCallers(proc string, log logrus.FieldLogger) *callers {
-	return &callers{proc: proc, log: log, seen: map[process.Process]time.Time{}}
+// New returns Callers that has seen no process yet. proc is where procfs is mounted.
+func New(proc string, log logrus.FieldLogger) *Callers {
+	return &Callers{proc: proc, log: log, seen: map[process.Process]time.Time{}}
 }
 
-// watch has connections of l noted.
-func (c *callers) watch(l net.Listener) net.Listener { return noting{l, c} }
+// Watch notes the connections of l.
+func (c *Callers) Watch(l net.Listener) net.Listener { return noting{l, c} }
 
 type noting struct {
 	net.Listener
-	callers *callers
+	callers *Callers
 }
 
 // Accept implements [net.Listener].
@@ -60,7 +62,7 @@ func (w noting) Accept() (net.Conn, error) {
 	return conn, err
 }
 
-// SetDeadline is for the CRI server, which stops accepting for a while.
+// SetDeadline is for the CRI server, which stops accepting from time to time.
 func (w noting) SetDeadline(t time.Time) error {
 	l, ok := w.Listener.(interface{ SetDeadline(t time.Time) error })
 	if !ok { // sockets have it
@@ -69,7 +71,7 @@ func (w noting) SetDeadline(t time.Time) error {
 	return l.SetDeadline(t)
 }
 
-func (c *callers) note(conn net.Conn) {
+func (c *Callers) note(conn net.Conn) {
 	p, err := process.Peer(c.proc, conn)
 	if err != nil || p.PID == os.Getpid() {
 		return // it has gone, or it is a probe of our own
@@ -82,14 +84,15 @@ func (c *callers) note(conn net.Conn) {
 	}
 }
 
-// kubelet is the one that has dialled last and runs.
-func (c *callers) kubelet() (p process.Process, name string, ok bool) {
+// kubelet returns the kubelet that has dialled last, among those that run.
+func (c *Callers) kubelet() (p process.Process, name string, ok bool) {
 	c.mu.Lock()
 	seen := maps.Clone(c.seen)
 	c.mu.Unlock()
 	latest := slices.SortedFunc(maps.Keys(seen), func(a, b process.Process) int { return seen[b].Compare(seen[a]) })
 	for _, p := range latest {
-		// Some distributions have it inside of a program of their own: k3s-server, k3s-agent; MicroK8s.
+		// Some distributions have kubelet in a program of their own: k3s-server, k3s-agent;
+		// MicroK8s.
 		name := p.Name(c.proc)
 		if strings.HasPrefix(name, "kubelet") || strings.HasPrefix(name, "k3s") || name == "kubelite" {
 			return p, name, true
@@ -98,8 +101,9 @@ func (c *callers) kubelet() (p process.Process, name string, ok bool) {
 	return process.Process{}, "", false
 }
 
-// environ is kubelet's environment, which its credential provider plugins have (pkg/credentialprovider/plugin), and ours where that is not known.
-func (c *callers) environ() []string {
+// Environ returns the environment that kubelet's credential provider plugins have: kubelet's
+// (pkg/credentialprovider/plugin), or ours if that is not known.
+func (c *Callers) Environ() []string {
 	environ, why := c.lookUpEnviron()
 	c.say(why)
 	if why != "" {
@@ -108,13 +112,14 @@ func (c *callers) environ() []string {
 	return environ
 }
 
-// kubeletsEnviron is kubelet's environment, nil where that is not known, as at the start, before kubelet has called.
-func (c *callers) kubeletsEnviron() []string {
+// KubeletsEnviron returns kubelet's environment. It is nil if that is not known, as at the start,
+// before kubelet has called.
+func (c *Callers) KubeletsEnviron() []string {
 	environ, _ := c.lookUpEnviron()
 	return environ
 }
 
-func (c *callers) lookUpEnviron() (environ []string, unknown string) {
+func (c *Callers) lookUpEnviron() (environ []string, unknown string) {
 	p, _, ok := c.kubelet()
 	if !ok {
 		return nil, "kubelet has not called"
@@ -126,17 +131,18 @@ func (c *callers) lookUpEnviron() (environ []string, unknown string) {
 	return environ, ""
 }
 
-func (c *callers) say(why string) {
+func (c *Callers) say(why string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if why != "" && why != c.words {
-		c.log.WithField("reason", why).Warn("kubelet's environment is not known: credential provider plugins run with cri-proxy's own")
+		c.log.WithField("reason", why).Warn("kubelet's environment is not known: " +
+			"credential provider plugins run with cri-proxy's own")
 	}
 	c.words = why
 }
 
-// highThreshold is kubelet's imageGCHighThresholdPercent, and its default where that is not known.
-func (c *callers) highThreshold() int {
+// HighThreshold returns kubelet's imageGCHighThresholdPercent, or its default if that is not known.
+func (c *Callers) HighThreshold() int {
 	p, name, ok := c.kubelet()
 	if !ok || !strings.HasPrefix(name, "kubelet") {
 		return kubelet.DefaultImageGCHighThreshold

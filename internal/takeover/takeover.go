@@ -19,40 +19,41 @@ import (
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
-// What can be asked for.
+// The values of [Message.Want].
 const (
-	// WantState asks for the state. Answers: Waiting, any number of times, then Refused, or Yours. When the asker serves it says
-	// Serving; if it goes away before that, the state goes back.
+	// WantState asks for the state. Answers: Waiting, any number of times, then Refused or Granted.
+	// When the asker serves, it says Serving. If it goes away before, the state goes back.
 	WantState = "state"
-	// WantRedial asks that every CRI client dials anew. Answer: Done.
+	// WantRedial asks the process to make every CRI client dial anew. Answer: Done.
 	WantRedial = "redial"
 )
 
-// Message is one line of JSON.
+// Message is one line of JSON. The two processes may have different versions: the names of the
+// fields in JSON do not change.
 type Message struct {
 	Want    string `json:"want,omitempty"`
 	Version string `json:"version,omitempty"` // of the asker
 
-	Waiting string `json:"waiting,omitempty"` // for what
-	Refused string `json:"refused,omitempty"` // why
-	Yours   *Yours `json:"yours,omitempty"`
-	Serving bool   `json:"serving,omitempty"`
-	Done    bool   `json:"done,omitempty"`
-	// Left is what is still under way in the process that has given the state away, whenever it changes.
-	Left *Left `json:"left,omitempty"`
+	Waiting string   `json:"waiting,omitempty"` // for what
+	Refused string   `json:"refused,omitempty"` // why
+	Granted *Granted `json:"yours,omitempty"`
+	Serving bool     `json:"serving,omitempty"`
+	Done    bool     `json:"done,omitempty"`
+	// Remaining comes from the process that has given the state away, whenever it changes.
+	Remaining *Remaining `json:"left,omitempty"`
 }
 
-// Yours comes with the state: nobody has it open any more.
-type Yours struct {
-	View interceptors.Carry `json:"view"`
-	Left Left               `json:"left"`
+// Granted comes with the state: nobody has it open any more.
+type Granted struct {
+	View      interceptors.Carry `json:"view"`
+	Remaining Remaining          `json:"left"`
 }
 
-// Left are kubelet's calls that the process before this one still answers.
-type Left struct {
-	Calls int `json:"calls"` // of any kind, but event streams
+// Remaining are kubelet's calls that the predecessor still answers.
+type Remaining struct {
+	Calls int `json:"calls"` // of any kind except event streams
 	Pulls int `json:"pulls"`
-	// Stops are the containers and sandboxes that are being stopped.
+	// Stops are the containers and sandboxes that calls are stopping.
 	Stops []string `json:"stops,omitempty"`
 }
 
@@ -67,12 +68,12 @@ func newConn(c net.Conn) *Conn {
 	return &Conn{Conn: c, in: json.NewDecoder(c), out: json.NewEncoder(c)}
 }
 
-// sendPatience bounds a write: the other side reads, or is not well.
-const sendPatience = 5 * time.Second
+// sendTimeout bounds a write. A healthy process reads at once.
+const sendTimeout = 5 * time.Second
 
 // Send writes one message.
 func (c *Conn) Send(m Message) error {
-	if err := c.SetWriteDeadline(time.Now().Add(sendPatience)); err != nil {
+	if err := c.SetWriteDeadline(time.Now().Add(sendTimeout)); err != nil {
 		return err
 	}
 	return c.out.Encode(m)
@@ -97,7 +98,10 @@ func (c *Conn) PID() (int, error) {
 	}
 	var cred *unix.Ucred
 	var cerr error
-	if err := raw.Control(func(fd uintptr) { cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
+	err = raw.Control(func(fd uintptr) {
+		cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	})
+	if err != nil {
 		return 0, err
 	}
 	if cerr != nil {
@@ -106,7 +110,8 @@ func (c *Conn) PID() (int, error) {
 	return int(cred.Pid), nil
 }
 
-// path is in the state directory, which is root's alone, and whose files are what is handed over.
+// path is the socket in the state directory, which only root may enter. The files of this directory
+// are the state.
 func path(stateDir string) string { return filepath.Join(stateDir, "handover.sock") }
 
 // Dial connects to the process that has the state; nil without error if there is none.
@@ -122,10 +127,10 @@ func Dial(ctx context.Context, stateDir string) (*Conn, error) {
 	return newConn(c), nil
 }
 
-// Listener takes the connections of those who ask.
+// Listener accepts connections of processes that ask for something.
 type Listener struct{ net.Listener }
 
-// Listen listens for them.
+// Listen listens in the state directory.
 func Listen(stateDir string) (*Listener, error) {
 	l, err := proxy.Listen(path(stateDir), proxy.ListenOptions{Mode: 0o600, UID: -1, GID: -1})
 	if err != nil {
@@ -143,7 +148,8 @@ func (l *Listener) Accept() (*Conn, error) {
 	return newConn(c), nil
 }
 
-// Redial makes the clients of the process that has the state dial anew. It reports whether there is such a process.
+// Redial makes the clients of the process that has the state dial anew. It reports whether there is
+// such a process.
 func Redial(ctx context.Context, stateDir string) (bool, error) {
 	c, err := Dial(ctx, stateDir)
 	if c == nil || err != nil {

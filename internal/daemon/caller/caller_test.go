@@ -1,12 +1,13 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package daemon
+package caller_test
 
 import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -18,19 +19,36 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+	"go.uber.org/goleak"
+
+	"github.com/cri-proxy/cri-proxy/internal/daemon/caller"
 )
 
 // asCaller, set to a socket, has this binary dial it until its input ends.
 const asCaller = "CRI_PROXY_TEST_CALLER"
 
-// caller is a process whose procfs is the test's, and which has dialled.
-type caller struct {
+func TestMain(m *testing.M) {
+	if socket := os.Getenv(asCaller); socket != "" {
+		conn, err := net.Dial("unix", socket)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		conn.Close()
+		os.Exit(0)
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// dialler is a process whose procfs is the test's, and which has dialled.
+type dialler struct {
 	t    *testing.T
 	proc string
 	pid  int
 }
 
-func (c caller) write(file, text string) {
+func (c dialler) write(file, text string) {
 	c.t.Helper()
 	dir := filepath.Join(c.proc, strconv.Itoa(c.pid))
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -42,7 +60,7 @@ func (c caller) write(file, text string) {
 }
 
 // called has another process connect to the listener, which has a name of its own in the test's procfs.
-func called(t *testing.T, proc string, l net.Listener, name string) caller {
+func called(t *testing.T, proc string, l net.Listener, name string) dialler {
 	t.Helper()
 	exe, err := os.Executable()
 	if err != nil {
@@ -61,7 +79,7 @@ func called(t *testing.T, proc string, l net.Listener, name string) caller {
 		in.Close()
 		_ = cmd.Wait()
 	})
-	c := caller{t, proc, cmd.Process.Pid}
+	c := dialler{t, proc, cmd.Process.Pid}
 	c.write("stat", fmt.Sprintf("%d (%s) S%s 77 1 1\n", c.pid, name, strings.Repeat(" 0", 18)))
 	c.write("comm", name+"\n")
 	conn, err := l.Accept()
@@ -84,21 +102,21 @@ func TestKubeletIsFoundAmongCallers(t *testing.T) {
 	var words bytes.Buffer
 	log := logrus.New()
 	log.SetOutput(&words)
-	all := newCallers(proc, log)
+	all := caller.New(proc, log)
 	var lc net.ListenConfig
 	plain, err := lc.Listen(t.Context(), "unix", filepath.Join(dir, "s"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer plain.Close()
-	l := all.watch(plain)
+	l := all.Watch(plain)
 
 	unknown := func() {
 		t.Helper()
 		words.Reset()
 		for range 2 {
-			if !slices.Contains(all.environ(), "OURS=yes") || all.highThreshold() != 85 {
-				t.Errorf("%v %d", all.environ(), all.highThreshold())
+			if !slices.Contains(all.Environ(), "OURS=yes") || all.HighThreshold() != 85 {
+				t.Errorf("%v %d", all.Environ(), all.HighThreshold())
 			}
 		}
 		if n := strings.Count(words.String(), "credential provider plugins run with cri-proxy's own"); n > 1 {
@@ -106,12 +124,12 @@ func TestKubeletIsFoundAmongCallers(t *testing.T) {
 		}
 	}
 	// What only has its name has not dialled.
-	impostor := caller{t, proc, 1 << 21}
+	impostor := dialler{t, proc, 1 << 21}
 	impostor.write("stat", fmt.Sprintf("%d (kubelet) S%s 5 1 1\n", impostor.pid, strings.Repeat(" 0", 18)))
 	impostor.write("comm", "kubelet\n")
 	impostor.write("environ", "LD_PRELOAD=/evil.so\x00")
 	unknown()
-	if all.kubeletsEnviron() != nil {
+	if all.KubeletsEnviron() != nil {
 		t.Error("an environment of nobody")
 	}
 	stranger := called(t, proc, l, "crictl")
@@ -123,19 +141,19 @@ func TestKubeletIsFoundAmongCallers(t *testing.T) {
 	k.write("cmdline", "/usr/bin/kubelet\x00--config="+config+"\x00")
 	k.write("environ", "WHO=kubelet\x00HTTPS_PROXY=http://proxy\x00")
 	called(t, proc, l, "crictl")
-	if got := all.environ(); !slices.Equal(got, []string{"WHO=kubelet", "HTTPS_PROXY=http://proxy"}) || !slices.Equal(got, all.kubeletsEnviron()) {
+	if got := all.Environ(); !slices.Equal(got, []string{"WHO=kubelet", "HTTPS_PROXY=http://proxy"}) || !slices.Equal(got, all.KubeletsEnviron()) {
 		t.Errorf("%v", got)
 	}
 	for text, want := range map[string]int{"": 85, "imageGCHighThresholdPercent: 70\n": 70, "imageGCHighThresholdPercent: 100\n": 100, "imageGCHighThresholdPercent: x\n": 85} {
 		if err := os.WriteFile(config, []byte("kind: KubeletConfiguration\n"+text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if got := all.highThreshold(); got != want {
+		if got := all.HighThreshold(); got != want {
 			t.Errorf("%q: %d, want %d", text, got, want)
 		}
 	}
 	k.write("cmdline", "/usr/bin/kubelet\x00--config="+config+"\x00--image-gc-high-threshold=60\x00")
-	if got := all.highThreshold(); got != 60 {
+	if got := all.HighThreshold(); got != 60 {
 		t.Errorf("by flag: %d", got)
 	}
 
@@ -145,15 +163,15 @@ func TestKubeletIsFoundAmongCallers(t *testing.T) {
 	inside := called(t, proc, l, "k3s-server")
 	inside.write("cmdline", "/usr/local/bin/k3s\x00server\x00")
 	inside.write("environ", "WHO=k3s\x00")
-	if got := all.environ(); !slices.Equal(got, []string{"WHO=k3s"}) || all.highThreshold() != 85 {
-		t.Errorf("%v %d", got, all.highThreshold())
+	if got := all.Environ(); !slices.Equal(got, []string{"WHO=k3s"}) || all.HighThreshold() != 85 {
+		t.Errorf("%v %d", got, all.HighThreshold())
 	}
 }
 
 // TestListenerWithoutDeadlines: one that cannot be interrupted says so.
 func TestListenerWithoutDeadlines(t *testing.T) {
-	l := newCallers(t.TempDir(), logrus.New()).watch(struct{ net.Listener }{})
-	if err := l.(noting).SetDeadline(time.Now()); !errors.Is(err, errors.ErrUnsupported) {
+	l := caller.New(t.TempDir(), logrus.New()).Watch(struct{ net.Listener }{})
+	if err := l.(interface{ SetDeadline(t time.Time) error }).SetDeadline(time.Now()); !errors.Is(err, errors.ErrUnsupported) {
 		t.Error(err)
 	}
 }
