@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ctl
+package opscli
 
 import (
 	"fmt"
@@ -11,13 +11,14 @@ import (
 	"strings"
 )
 
-// byteRate is bytes a second, as a flag: 20MiB/s, 500kB, 1048576.
-type byteRate int64
+// ByteRate is a number of bytes a second. As a flag it is written 20MiB/s, 500kB or 1048576. It
+// implements [pflag.Value].
+type ByteRate int64
 
 var rateForm = regexp.MustCompile(`^([0-9]+(?:\.[0-9]+)?) ?([kKMG]i?)?B?(?:/s)?$`)
 
 // Set implements [pflag.Value].
-func (r *byteRate) Set(s string) error {
+func (r *ByteRate) Set(s string) error {
 	m := rateForm.FindStringSubmatch(s)
 	if m == nil {
 		return fmt.Errorf("%q: want bytes a second, such as 20MiB/s, 500kB/s or 1048576", s)
@@ -32,12 +33,12 @@ func (r *byteRate) Set(s string) error {
 	if err != nil || n < 1 || n > 1<<50 {
 		return fmt.Errorf("%q: want 1 byte a second or more", s)
 	}
-	*r = byteRate(n)
+	*r = ByteRate(n)
 	return nil
 }
 
 // String implements [pflag.Value].
-func (r *byteRate) String() string {
+func (r *ByteRate) String() string {
 	if *r == 0 {
 		return ""
 	}
@@ -45,9 +46,9 @@ func (r *byteRate) String() string {
 }
 
 // Type implements [pflag.Value].
-func (*byteRate) Type() string { return "rate" }
+func (*ByteRate) Type() string { return "rate" }
 
-// bytesText is a size for people.
+// bytesText returns a size such as 1.5 GiB.
 func bytesText(n int64) string {
 	f, unit := float64(n), 0
 	for f >= 1023.95 && unit < 4 {

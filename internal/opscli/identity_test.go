@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ctl
+package opscli_test
 
 import (
 	"strings"
@@ -11,6 +11,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/internal/opscli"
 )
 
 func TestIdentity(t *testing.T) {
@@ -28,7 +29,7 @@ func TestIdentity(t *testing.T) {
 		{"expired", &opsv1.Identity{Source: "files", ExpireTime: at(-time.Hour)}, []string{"certificate EXPIRED "}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			got := identity(tt.i)
+			got := opscli.Identity(tt.i)
 			rest := got
 			for _, w := range tt.want {
 				_, after, found := strings.Cut(rest, w)

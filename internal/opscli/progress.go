@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ctl
+package opscli
 
 import (
 	"bytes"
@@ -18,10 +18,9 @@ type silent struct{}
 
 func (silent) update(*opsv1.PullOperation) error { return nil }
 
-// pullLines prints a line for every change and every tenth of the way: for pipes and logs.
+// pullLines prints a line for every change and for every tenth of the image: for pipes and logs.
 type pullLines struct {
-	c      *ctl
-	out    io.Writer
+	p      *Printer
 	last   string
 	tenths int64
 }
@@ -33,12 +32,11 @@ func (l *pullLines) update(op *opsv1.PullOperation) error {
 		return nil
 	}
 	l.last, l.tenths = state, tenths
-	line := []string{l.c.now().Format("15:04:05.000"), op.GetImage(), state}
+	line := []string{l.p.clock(), op.GetImage(), state}
 	if op.GetPhase() == opsv1.PullPhase_PULL_FETCHING {
 		line = append(line, progressText(op))
 	}
-	_, err := fmt.Fprintln(l.out, strings.Join(line, " "))
-	return err
+	return l.p.words("%s", strings.Join(line, " "))
 }
 
 // pullState is phase, reason and message of a pull in one line.
@@ -62,7 +60,7 @@ func pullPhase(op *opsv1.PullOperation) string {
 	return name[:1] + strings.ToLower(name[1:])
 }
 
-// progressText is such as "50 % of 1.0 GiB, 61.2 MiB/s, 8s left".
+// progressText is text such as "50 % of 1.0 GiB, 61.2 MiB/s, 8s left".
 func progressText(op *opsv1.PullOperation) string {
 	done, total, rate := op.GetBytesDone(), op.GetBytesTotal(), op.GetBytesPerSecond()
 	if total == 0 {
@@ -77,7 +75,6 @@ func progressText(op *opsv1.PullOperation) string {
 
 // bars draws a bar for each layer over itself.
 type bars struct {
-	c    *ctl
 	out  io.Writer
 	size func() (width, height int)
 
@@ -106,7 +103,8 @@ func (s *bars) update(op *opsv1.PullOperation) error {
 	return err
 }
 
-// layerLines is a line for each layer, of those that are not done first if there is no room for all.
+// layerLines returns a line for each layer. If there is no room for all, it returns lines for those
+// that are not done, and how many more there are.
 func layerLines(op *opsv1.PullOperation, width, room int) []string {
 	layers := op.GetLayers()
 	if op.GetFinishTime() != nil {
@@ -148,10 +146,11 @@ const (
 func layerLine(l *opsv1.LayerProgress, width int) string {
 	_, id, _ := strings.Cut(l.GetDigest(), ":")
 	room := min(max(width-digestWidth-33, minBar), maxBar)
-	return fmt.Sprintf("  %-12.12s %s  %10s of %s", id, bar(l.GetBytesDone(), l.GetBytesTotal(), room), bytesText(l.GetBytesDone()), bytesText(l.GetBytesTotal()))
+	return fmt.Sprintf("  %-12.12s %s  %10s of %s", id, bar(l.GetBytesDone(), l.GetBytesTotal(), room),
+		bytesText(l.GetBytesDone()), bytesText(l.GetBytesTotal()))
 }
 
-// bar is such as "[====>    ]  50 %", room wide between the brackets.
+// bar draws a bar such as "[====>    ]  50 %"; room is the width between the brackets.
 func bar(done, total int64, room int) string {
 	part := 1.0
 	if total > 0 {
@@ -165,7 +164,7 @@ func bar(done, total int64, room int) string {
 	return fmt.Sprintf("[%s] %3d %%", text, int(100*part))
 }
 
-// tenthsOf is how many tenths of the image are there.
+// tenthsOf returns how many tenths of the image the node has.
 func tenthsOf(op *opsv1.PullOperation) int64 {
 	if op.GetBytesTotal() == 0 {
 		return 0

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ctl
+package opscli
 
 import (
 	"encoding/base64"
@@ -28,7 +28,8 @@ type authEntry struct {
 	RegistryToken string `json:"registrytoken"`
 }
 
-// readAuthFile returns the credentials of a docker config file, of the present form or the old one (.dockercfg).
+// readAuthFile returns the credentials of a docker config file, in the current form or the old one
+// (.dockercfg).
 func readAuthFile(path string) ([]*opsv1.RegistryCredential, error) {
 	if rest, ok := strings.CutPrefix(path, "~/"); ok { // a shell leaves it in --auth-file=~/x
 		home, err := os.UserHomeDir()
@@ -72,7 +73,10 @@ func parseAuth(b []byte) ([]*opsv1.RegistryCredential, error) {
 	}
 	var out []*opsv1.RegistryCredential
 	for match, e := range entries {
-		c := &opsv1.RegistryCredential{Match: match, Username: e.Username, Password: e.Password, IdentityToken: e.IdentityToken, RegistryToken: e.RegistryToken}
+		c := &opsv1.RegistryCredential{
+			Match: match, Username: e.Username, Password: e.Password,
+			IdentityToken: e.IdentityToken, RegistryToken: e.RegistryToken,
+		}
 		if e.Auth != "" {
 			raw, err := base64.StdEncoding.DecodeString(e.Auth)
 			name, password, ok := strings.Cut(string(raw), ":")
@@ -87,15 +91,18 @@ func parseAuth(b []byte) ([]*opsv1.RegistryCredential, error) {
 	}
 	if len(out) == 0 {
 		if file.CredsStore != "" || len(file.CredHelpers) > 0 {
-			return nil, errors.New("it names a credential helper and has no credentials itself: make a file with docker --config DIR login REGISTRY, without credsStore and credHelpers")
+			return nil, errors.New("it names a credential helper and has no credentials itself: " +
+				"make a file with docker --config DIR login REGISTRY, without credsStore and credHelpers")
 		}
 		return nil, errors.New("there are no credentials in it")
 	}
-	slices.SortFunc(out, func(a, b *opsv1.RegistryCredential) int { return strings.Compare(a.GetMatch(), b.GetMatch()) })
+	slices.SortFunc(out, func(a, b *opsv1.RegistryCredential) int {
+		return strings.Compare(a.GetMatch(), b.GetMatch())
+	})
 	return out, nil
 }
 
-// notAuth hides what a JSON error may quote.
+// notAuth replaces a JSON error, which may quote a secret.
 func notAuth(err error) error {
 	if syntax := (*json.SyntaxError)(nil); errors.As(err, &syntax) {
 		return fmt.Errorf("not JSON, at byte %d", syntax.Offset)

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ctl
+package ctl_test
 
 import (
 	"bytes"
@@ -25,11 +25,13 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/ctl"
+	"github.com/cri-proxy/cri-proxy/internal/opscli"
 )
 
-// upgradeDaemon has one upgrade: it gets as far as prepared by itself, then after a commit to committed, and after a change of the
+// updatingDaemon has one upgrade: it gets as far as prepared by itself, then after a commit to committed, and after a change of the
 // pod to patched.
-type upgradeDaemon struct {
+type updatingDaemon struct {
 	opsv1.UnimplementedOpsServer
 	socket string
 
@@ -43,14 +45,14 @@ type upgradeDaemon struct {
 	changed                      chan struct{} // closed and replaced
 }
 
-func newUpgradeDaemon(t *testing.T) *upgradeDaemon {
+func newUpdatingDaemon(t *testing.T) *updatingDaemon {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "ctl") // as in newDaemon
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	d := &upgradeDaemon{
+	d := &updatingDaemon{
 		socket: filepath.Join(dir, "admin.sock"), changed: make(chan struct{}),
 		prepared: []*opsv1.Operation{
 			state(opsv1.Phase_PHASE_PENDING), fetchingImage(20), fetchingImage(25), fetchingImage(70), state(opsv1.Phase_PHASE_STAGING), state(opsv1.Phase_PHASE_PREPARED),
@@ -98,14 +100,14 @@ func endedWith(p opsv1.Phase, message string) *opsv1.Operation {
 	return op
 }
 
-func (d *upgradeDaemon) PrepareUpgrade(_ context.Context, r *opsv1.PrepareUpgradeRequest) (*opsv1.Operation, error) {
+func (d *updatingDaemon) PrepareUpgrade(_ context.Context, r *opsv1.PrepareUpgradeRequest) (*opsv1.Operation, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.asked = append(d.asked, r)
 	return d.prepared[0], d.refuse
 }
 
-func (d *upgradeDaemon) CommitUpgrade(context.Context, *opsv1.CommitUpgradeRequest) (*opsv1.Operation, error) {
+func (d *updatingDaemon) CommitUpgrade(context.Context, *opsv1.CommitUpgradeRequest) (*opsv1.Operation, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.refuse != nil {
@@ -115,7 +117,7 @@ func (d *upgradeDaemon) CommitUpgrade(context.Context, *opsv1.CommitUpgradeReque
 	return d.committed[0], nil
 }
 
-func (d *upgradeDaemon) AbortUpgrade(_ context.Context, r *opsv1.AbortUpgradeRequest) (*opsv1.Operation, error) {
+func (d *updatingDaemon) AbortUpgrade(_ context.Context, r *opsv1.AbortUpgradeRequest) (*opsv1.Operation, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.refuse != nil {
@@ -130,7 +132,7 @@ func (d *upgradeDaemon) AbortUpgrade(_ context.Context, r *opsv1.AbortUpgradeReq
 }
 
 // WatchOperation sends what there is for the upgrade as far as it is, and stays open unless it has ended.
-func (d *upgradeDaemon) WatchOperation(_ *opsv1.WatchOperationRequest, s grpc.ServerStreamingServer[opsv1.Operation]) error {
+func (d *updatingDaemon) WatchOperation(_ *opsv1.WatchOperationRequest, s grpc.ServerStreamingServer[opsv1.Operation]) error {
 	for {
 		d.mu.Lock()
 		course, changed := d.prepared, d.changed
@@ -163,7 +165,7 @@ func (d *upgradeDaemon) WatchOperation(_ *opsv1.WatchOperationRequest, s grpc.Se
 	}
 }
 
-func (d *upgradeDaemon) run(t *testing.T, args ...string) (string, error) {
+func (d *updatingDaemon) run(t *testing.T, args ...string) (string, error) {
 	t.Helper()
 	var out bytes.Buffer
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
@@ -172,9 +174,9 @@ func (d *upgradeDaemon) run(t *testing.T, args ...string) (string, error) {
 	return out.String(), err
 }
 
-func TestUpgrade(t *testing.T) {
-	d := newUpgradeDaemon(t)
-	out, err := d.run(t, "upgrade", "default/web", "-c", "app=app:v2", "--uid", "op-3", "--watch")
+func TestSetImage(t *testing.T) {
+	d := newUpdatingDaemon(t)
+	out, err := d.run(t, "set-image", "default/web", "-c", "app=app:v2", "--uid", "op-3", "--watch")
 	const want = `03:05:35.000 default/web app Pending
 03:05:35.000 default/web app Pulling: Fetching 20 % of 100.0 MiB, 20.0 MiB/s, 4s left
 03:05:35.000 default/web app Pulling: Fetching 70 % of 100.0 MiB, 20.0 MiB/s, 2s left
@@ -192,13 +194,13 @@ Ready. Now change the pod, within 10m:
 	}
 }
 
-func TestUpgradeEnds(t *testing.T) {
-	const command = "upgrade default/web -c app=app:v2 -c side=side:v3 --uid op-3"
+func TestSetImageEnds(t *testing.T) {
+	const command = "set-image default/web -c app=app:v2 -c side=side:v3 --uid op-3"
 	kubelet := state(opsv1.Phase_PHASE_SUCCEEDED)
 	kubelet.Containers[0].Method, kubelet.Containers[0].Warnings = "kubelet", []string{"kubelet 1.30 hashes the whole spec"}
 	for _, tt := range []struct {
 		name, args string
-		prepare    func(d *upgradeDaemon)
+		prepare    func(d *updatingDaemon)
 		err, tail  string
 		committed  bool
 	}{
@@ -207,38 +209,38 @@ func TestUpgradeEnds(t *testing.T) {
 			tail: "Ready. Now change the pod, within 10m:\n  kubectl -n default set image pod/web app=app:v2 side=side:v3\nTo see what becomes of it: cri-proxy ctl ops op-3 --watch\n",
 		},
 		{
-			name: "prepared", args: "--prepare-only --order StartFirst --min-ready 5s --hold-timeout 1h",
-			tail: "Prepared. To go on within 60m:\n  cri-proxy ctl upgrade default/web -c app=app:v2 -c side=side:v3 --admin-socket=SOCKET --hold-timeout=1h0m0s --min-ready=5s --order=StartFirst --uid op-3\nTo take it back: cri-proxy ctl cancel op-3\n",
+			name: "prepared", args: "--prepare-only --order StartFirst --min-ready 5s --commit-timeout 1h",
+			tail: "Prepared. To go on within 60m:\n  cri-proxy ctl set-image default/web -c app=app:v2 -c side=side:v3 --admin-socket=SOCKET --commit-timeout=1h0m0s --min-ready=5s --order=StartFirst --uid op-3\nTo take it back: cri-proxy ctl cancel op-3\n",
 		},
 		{
-			name: "kubelet does it", prepare: func(d *upgradeDaemon) { d.committed = []*opsv1.Operation{kubelet} }, committed: true,
+			name: "kubelet does it", prepare: func(d *updatingDaemon) { d.committed = []*opsv1.Operation{kubelet} }, committed: true,
 			tail: "app Succeeded: warning: kubelet 1.30 hashes the whole spec\nThe images are on the node, and kubelet makes the new containers itself (see the warnings). Change the pod when you like:\n  kubectl -n default set image pod/web app=app:v2 side=side:v3\n",
 		},
 		{
-			name: "no such image", prepare: func(d *upgradeDaemon) {
+			name: "no such image", prepare: func(d *updatingDaemon) {
 				d.prepared = []*opsv1.Operation{endedWith(opsv1.Phase_PHASE_FAILED, "no such image")}
 			},
 			err: "operation op-3: no such image", tail: "app Failed: no such image\n",
 		},
 		{
-			name: "does not start", prepare: func(d *upgradeDaemon) {
+			name: "does not start", prepare: func(d *updatingDaemon) {
 				d.committed = append(d.committed[:1], endedWith(opsv1.Phase_PHASE_FAILED, "the new container has exited"))
 			},
 			err: "operation op-3: the new container has exited", tail: "app Failed: the new container has exited\n", committed: true,
 		},
 		{
-			name: "taken back meanwhile", args: "--watch", prepare: func(d *upgradeDaemon) {
+			name: "taken back meanwhile", args: "--watch", prepare: func(d *updatingDaemon) {
 				d.patched = []*opsv1.Operation{endedWith(opsv1.Phase_PHASE_CANCELLED, "by another")}
 			},
 			err: "operation op-3 was cancelled: by another", tail: "app Cancelled: by another\n", committed: true,
 		},
 		{
-			name: "had succeeded", prepare: func(d *upgradeDaemon) { d.prepared = []*opsv1.Operation{state(opsv1.Phase_PHASE_SUCCEEDED)} },
+			name: "had succeeded", prepare: func(d *updatingDaemon) { d.prepared = []*opsv1.Operation{state(opsv1.Phase_PHASE_SUCCEEDED)} },
 			tail: "app Succeeded\n",
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			d := newUpgradeDaemon(t)
+			d := newUpdatingDaemon(t)
 			if tt.prepare != nil {
 				tt.prepare(d)
 			}
@@ -256,7 +258,7 @@ func TestUpgradeEnds(t *testing.T) {
 	}
 }
 
-func TestUpgradeRequest(t *testing.T) {
+func TestSetImageRequest(t *testing.T) {
 	t.Setenv("SUDO_USER", "alice")
 	auth := filepath.Join(t.TempDir(), "config.json")
 	if err := os.WriteFile(auth, []byte(`{"r.io":{"username":"u","password":"p"}}`), 0o600); err != nil {
@@ -278,7 +280,7 @@ func TestUpgradeRequest(t *testing.T) {
 			},
 		},
 		{
-			[]string{"-c", "app=i", "--pin", "1h", "--prepare-timeout", "2h", "--hold-timeout", "3h"},
+			[]string{"-c", "app=i", "--pin", "1h", "--prepare-timeout", "2h", "--commit-timeout", "3h"},
 			&opsv1.PrepareUpgradeRequest{
 				Containers: []*opsv1.ContainerUpgrade{{Name: "app", Image: "i"}},
 				PinFor:     durationpb.New(time.Hour), PrepareTimeout: durationpb.New(2 * time.Hour), HoldTimeout: durationpb.New(3 * time.Hour),
@@ -286,8 +288,8 @@ func TestUpgradeRequest(t *testing.T) {
 		},
 	} {
 		t.Run(strings.Join(tt.args[:2], " "), func(t *testing.T) {
-			d := newUpgradeDaemon(t)
-			if _, err := d.run(t, append([]string{"upgrade", "default/web"}, tt.args...)...); err != nil {
+			d := newUpdatingDaemon(t)
+			if _, err := d.run(t, append([]string{"set-image", "default/web"}, tt.args...)...); err != nil {
 				t.Fatal(err)
 			}
 			got := d.asked[0]
@@ -305,15 +307,15 @@ func TestUpgradeRequest(t *testing.T) {
 	}
 }
 
-// TestUpgradeDaemonRestarts loses the daemon on the way: the next one has no credentials.
-func TestUpgradeDaemonRestarts(t *testing.T) {
+// TestSetImageDaemonRestarts loses the daemon on the way: the next one has no credentials.
+func TestSetImageDaemonRestarts(t *testing.T) {
 	auth := filepath.Join(t.TempDir(), "config.json")
 	if err := os.WriteFile(auth, []byte(`{"r.io":{"username":"u","password":"p"}}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	d := newUpgradeDaemon(t)
+	d := newUpdatingDaemon(t)
 	d.lose = 1
-	if out, err := d.run(t, "upgrade", "default/web", "-c", "app=app:v2", "--auth-file", auth, "--watch"); err != nil || !strings.HasSuffix(out, "Succeeded\n") {
+	if out, err := d.run(t, "set-image", "default/web", "-c", "app=app:v2", "--auth-file", auth, "--watch"); err != nil || !strings.HasSuffix(out, "Succeeded\n") {
 		t.Errorf("%v\n%s", err, out)
 	}
 	if len(d.asked) != 2 || !proto.Equal(d.asked[0], d.asked[1]) || d.asked[1].GetCredentials()[0].GetPassword() != "p" {
@@ -321,23 +323,23 @@ func TestUpgradeDaemonRestarts(t *testing.T) {
 	}
 }
 
-func TestUpgradeRefused(t *testing.T) {
-	d := newUpgradeDaemon(t)
+func TestSetImageRefused(t *testing.T) {
+	d := newUpdatingDaemon(t)
 	d.refuse = status.Error(codes.FailedPrecondition, "container app is not running")
-	if _, err := d.run(t, "upgrade", "default/web", "-c", "app=app:v2"); err == nil || err.Error() != "container app is not running" || status.Code(err) != codes.FailedPrecondition {
+	if _, err := d.run(t, "set-image", "default/web", "-c", "app=app:v2"); err == nil || err.Error() != "container app is not running" || status.Code(err) != codes.FailedPrecondition {
 		t.Error(err)
 	}
 }
 
-// TestUpgradeInterrupted sends this process signals, as a terminal does at ^C.
-func TestUpgradeInterrupted(t *testing.T) {
+// TestSetImageInterrupted sends this process signals, as a terminal does at ^C.
+func TestSetImageInterrupted(t *testing.T) {
 	t.Setenv("SUDO_USER", "alice")
-	start := func(t *testing.T, d *upgradeDaemon, out io.Writer, args ...string) <-chan error {
+	start := func(t *testing.T, d *updatingDaemon, out io.Writer, args ...string) <-chan error {
 		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 		t.Cleanup(cancel)
 		over := make(chan error, 1)
 		go func() {
-			over <- command(out, append([]string{"upgrade", "default/web", "-c", "app=app:v2", "--admin-socket", d.socket}, args...)...).ExecuteContext(ctx)
+			over <- command(out, append([]string{"set-image", "default/web", "-c", "app=app:v2", "--admin-socket", d.socket}, args...)...).ExecuteContext(ctx)
 		}()
 		return over
 	}
@@ -347,7 +349,7 @@ func TestUpgradeInterrupted(t *testing.T) {
 		}
 	}
 	t.Run("while it is prepared", func(t *testing.T) {
-		d, out := newUpgradeDaemon(t), &buffer{}
+		d, out := newUpdatingDaemon(t), &buffer{}
 		d.prepared = d.prepared[:4]
 		over := start(t, d, out)
 		out.await(t, "Fetching 70 %")
@@ -360,7 +362,7 @@ func TestUpgradeInterrupted(t *testing.T) {
 		}
 	})
 	t.Run("too late", func(t *testing.T) {
-		d, out := newUpgradeDaemon(t), &buffer{}
+		d, out := newUpdatingDaemon(t), &buffer{}
 		d.prepared = d.prepared[:4]
 		over := start(t, d, out)
 		out.await(t, "Fetching 70 %")
@@ -373,7 +375,7 @@ func TestUpgradeInterrupted(t *testing.T) {
 		}
 	})
 	t.Run("while it waits for kubelet", func(t *testing.T) {
-		d, out := newUpgradeDaemon(t), &buffer{}
+		d, out := newUpdatingDaemon(t), &buffer{}
 		d.patched = d.patched[:2]
 		over := start(t, d, out, "--watch")
 		out.await(t, "app Stopping")
@@ -387,7 +389,7 @@ func TestUpgradeInterrupted(t *testing.T) {
 	})
 }
 
-func TestUpgradeOutput(t *testing.T) {
+func TestSetImageOutput(t *testing.T) {
 	armed := state(opsv1.Phase_PHASE_ARMED)
 	armed.Containers[0].IncumbentId, armed.Containers[0].Method = "0123456789abcdef", "gate"
 	armed.Containers = append(armed.Containers, &opsv1.ContainerOperation{
@@ -442,40 +444,26 @@ op-3        default/web   side        Succeeded                          90s   s
 	}
 }
 
-func TestUpgradeScreen(t *testing.T) {
-	var out bytes.Buffer
-	s := &screen{c: &ctl{output: table, now: now}, out: &out}
-	for _, op := range []*opsv1.Operation{fetchingImage(50), state(opsv1.Phase_PHASE_STAGING)} {
-		if err := s.update(op); err != nil {
-			t.Fatal(err)
-		}
-	}
-	first, second, found := strings.Cut(out.String(), "\x1b[?7l\x1b[3A\x1b[J")
-	if !found || !strings.Contains(first, "\n  [====================>                   ]  50 % app:v2\n") || strings.Contains(second, "[=") {
-		t.Errorf("%q", out.String())
-	}
-}
-
-// TestUpgradeStructured has nothing but documents on the output.
-func TestUpgradeStructured(t *testing.T) {
-	d := newUpgradeDaemon(t)
-	out, err := d.run(t, "upgrade", "default/web", "-c", "app=app:v2", "-o", "yaml")
+// TestSetImageStructured has nothing but documents on the output.
+func TestSetImageStructured(t *testing.T) {
+	d := newUpdatingDaemon(t)
+	out, err := d.run(t, "set-image", "default/web", "-c", "app=app:v2", "-o", "yaml")
 	if err != nil || strings.Contains(out, "kubectl") || strings.Count(out, "---\n") != len(d.prepared)+2 {
 		t.Errorf("%v\n%s", err, out)
 	}
 }
 
-func TestUpgradeCompletion(t *testing.T) {
+func TestSetImageCompletion(t *testing.T) {
 	for args, want := range map[string]string{
-		"upgrade default/web --order ":           orderStopFirst + "\n" + orderStartFirst + "\n:4\n",
-		"upgrade default/web -c ":                ":4\n",
-		"upgrade ":                               ":4\n",
-		"upgrade default/web --auth-file conf":   "json\n:8\n",
-		"upgrade default/web --prepare-timeout=": ":0\n",
+		"set-image default/web --order ":           opscli.StopFirst + "\n" + opscli.StartFirst + "\n:4\n",
+		"set-image default/web -c ":                ":4\n",
+		"set-image ":                               ":4\n",
+		"set-image default/web --auth-file conf":   "json\n:8\n",
+		"set-image default/web --prepare-timeout=": ":0\n",
 	} {
 		t.Run(args, func(t *testing.T) {
 			root := &cobra.Command{Use: "cri-proxy"}
-			root.AddCommand(Command(now))
+			root.AddCommand(ctl.Command(now))
 			var out bytes.Buffer
 			root.SetOut(&out)
 			root.SetErr(io.Discard)
@@ -488,13 +476,5 @@ func TestUpgradeCompletion(t *testing.T) {
 				t.Errorf("got %q, want %q", got, want)
 			}
 		})
-	}
-}
-
-func TestShellWord(t *testing.T) {
-	for word, want := range map[string]string{"app=r.io:5000/a/b@sha256:0": "app=r.io:5000/a/b@sha256:0", "a b": "'a b'", "it's": `'it'\''s'`, "$(x)": "'$(x)'", "": "''"} {
-		if got := shellWord(word); got != want {
-			t.Errorf("%q: %s, want %s", word, got, want)
-		}
 	}
 }

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ctl
+package opscli
 
 import (
 	"bytes"
@@ -23,45 +23,68 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// format is the value of -o.
-type format string
+// Format is the form of the output. It implements [pflag.Value].
+type Format string
 
+// The formats.
 const (
-	table    format = "table"
-	wide     format = "wide"
-	jsonForm format = "json"
-	yamlForm format = "yaml"
+	Table Format = "table"
+	Wide  Format = "wide"
+	JSON  Format = "json"
+	YAML  Format = "yaml"
 )
 
-func formats() []string {
-	return []string{string(jsonForm), string(yamlForm), string(table), string(wide)}
+// Formats lists the formats, for help and completion.
+func Formats() []string {
+	return []string{string(JSON), string(YAML), string(Table), string(Wide)}
 }
 
 // String implements [pflag.Value].
-func (f *format) String() string { return string(*f) }
+func (f *Format) String() string { return string(*f) }
 
 // Set implements [pflag.Value].
-func (f *format) Set(s string) error {
-	if !slices.Contains(formats(), s) {
-		return fmt.Errorf("%q: want %s", s, strings.Join(formats(), ", "))
+func (f *Format) Set(s string) error {
+	if !slices.Contains(Formats(), s) {
+		return fmt.Errorf("%q: want %s", s, strings.Join(Formats(), ", "))
 	}
-	*f = format(s)
+	*f = Format(s)
 	return nil
 }
 
 // Type implements [pflag.Value].
-func (*format) Type() string { return "format" }
+func (*Format) Type() string { return "format" }
 
-func (f format) structured() bool { return f == jsonForm || f == yamlForm }
+func (f Format) structured() bool { return f == JSON || f == YAML }
 
-// print writes a message as JSON or YAML.
-func (c *ctl) print(out io.Writer, m proto.Message) error {
+// Printer shows answers of the daemon.
+type Printer struct {
+	Out    io.Writer
+	Format Format
+	// Now is the clock for ages.
+	Now func() time.Time
+}
+
+// to returns a copy of p that writes to out.
+func (p *Printer) to(out io.Writer) *Printer {
+	other := *p
+	other.Out = out
+	return &other
+}
+
+// words writes a line for people.
+func (p *Printer) words(format string, args ...any) error {
+	_, err := fmt.Fprintf(p.Out, format+"\n", args...)
+	return err
+}
+
+// message writes a message as JSON or YAML.
+func (p *Printer) message(m proto.Message) error {
 	raw, err := protojson.Marshal(m)
 	if err != nil {
 		return fmt.Errorf("output: %w", err)
 	}
 	var b bytes.Buffer
-	if c.output == yamlForm {
+	if p.Format == YAML {
 		// JSON is YAML; only the style changes, so the order of the fields stays.
 		var doc yaml.Node
 		if err := yaml.Unmarshal(raw, &doc); err != nil {
@@ -81,7 +104,7 @@ func (c *ctl) print(out io.Writer, m proto.Message) error {
 		}
 		b.WriteByte('\n')
 	}
-	_, err = out.Write(b.Bytes())
+	_, err = p.Out.Write(b.Bytes())
 	return err
 }
 
@@ -92,61 +115,66 @@ func blockStyle(n *yaml.Node) {
 	}
 }
 
-// printOperation writes one operation with a row for each of its containers.
-func (c *ctl) printOperation(out io.Writer, op *opsv1.Operation) error {
-	if c.output.structured() {
-		return c.print(out, op)
+// Operation writes one operation, with a row for each of its containers.
+func (p *Printer) Operation(op *opsv1.Operation) error {
+	if p.Format.structured() {
+		return p.message(op)
 	}
 	columns := []string{"OPERATION", "POD", "CONTAINER", "PHASE", "ATTEMPT", "EXIT", "GAP", "AGE"}
-	images := slices.ContainsFunc(op.GetContainers(), func(r *opsv1.ContainerOperation) bool { return r.GetImage() != "" })
-	if c.output == wide {
+	images := slices.ContainsFunc(op.GetContainers(), func(r *opsv1.ContainerOperation) bool {
+		return r.GetImage() != ""
+	})
+	if p.Format == Wide {
 		if images {
 			columns = append(columns, "IMAGE")
 		}
 		columns = append(columns, "INCUMBENT", "SUCCESSOR", "REQUESTER")
 	}
-	t := newTable(out, append(columns, "MESSAGE")...)
+	t := newTable(p.Out, append(columns, "MESSAGE")...)
 	for _, r := range op.GetContainers() {
-		row := []string{op.GetUid(), podName(op.GetPod()), r.GetName(), phaseName(r.GetPhase()), attempt(r), exitCode(r), gap(r), c.age(op.GetCreateTime())}
-		if c.output == wide && images {
+		row := []string{
+			op.GetUid(), podName(op.GetPod()), r.GetName(), phaseName(r.GetPhase()),
+			attempt(r), exitCode(r), gap(r), p.age(op.GetCreateTime()),
+		}
+		if p.Format == Wide && images {
 			row = append(row, r.GetImage())
 		}
-		if c.output == wide {
+		if p.Format == Wide {
 			row = append(row, shortID(r.GetIncumbentId()), shortID(r.GetSuccessorId()), op.GetRequester())
 		}
 		t.row(append(row, containerNote(r))...)
 	}
 	if len(op.GetContainers()) == 0 {
-		t.row(op.GetUid(), podName(op.GetPod()), "", phaseName(op.GetPhase()), "", "", "", c.age(op.GetCreateTime()), op.GetMessage())
+		t.row(op.GetUid(), podName(op.GetPod()), "", phaseName(op.GetPhase()), "", "", "",
+			p.age(op.GetCreateTime()), op.GetMessage())
 	}
 	return t.flush()
 }
 
-// printList writes a row for each operation.
-func (c *ctl) printList(out io.Writer, l *opsv1.ListOperationsResponse) error {
-	if c.output.structured() {
-		return c.print(out, l)
+// Operations writes a row for each operation.
+func (p *Printer) Operations(l *opsv1.ListOperationsResponse) error {
+	if p.Format.structured() {
+		return p.message(l)
 	}
 	if len(l.GetOperations()) == 0 {
-		_, err := fmt.Fprintln(out, "No operations.")
-		return err
+		return p.words("No operations.")
 	}
-	t := newTable(out, c.listColumns()...)
+	t := newTable(p.Out, p.listColumns()...)
 	for _, op := range l.GetOperations() {
-		t.row(c.listRow(op)...)
+		t.row(p.listRow(op)...)
 	}
 	return t.flush()
 }
 
-func (c *ctl) listColumns() []string {
+func (p *Printer) listColumns() []string {
 	columns := []string{"OPERATION", "KIND", "POD", "CONTAINERS", "PHASE", "DURATION", "AGE"}
-	if c.output == wide {
+	if p.Format == Wide {
 		columns = append(columns, "IMAGES", "REQUESTER", "MESSAGE")
 	}
 	return columns
 }
 
-func (c *ctl) listRow(op *opsv1.Operation) []string {
+func (p *Printer) listRow(op *opsv1.Operation) []string {
 	var names, images []string
 	for _, r := range op.GetContainers() {
 		names = append(names, r.GetName())
@@ -154,13 +182,16 @@ func (c *ctl) listRow(op *opsv1.Operation) []string {
 			images = append(images, r.GetImage())
 		}
 	}
-	end := c.now()
+	end := p.Now()
 	if op.GetFinishTime() != nil {
 		end = op.GetFinishTime().AsTime()
 	}
 	took := end.Sub(op.GetCreateTime().AsTime())
-	row := []string{op.GetUid(), op.GetKind(), podName(op.GetPod()), strings.Join(names, ","), phaseName(op.GetPhase()), shortDuration(took), c.age(op.GetCreateTime())}
-	if c.output == wide {
+	row := []string{
+		op.GetUid(), op.GetKind(), podName(op.GetPod()), strings.Join(names, ","),
+		phaseName(op.GetPhase()), shortDuration(took), p.age(op.GetCreateTime()),
+	}
+	if p.Format == Wide {
 		row = append(row, strings.Join(images, ","), op.GetRequester(), op.GetMessage())
 	}
 	return row
@@ -178,7 +209,7 @@ func newTable(out io.Writer, columns ...string) *tableWriter {
 	return t
 }
 
-// row adds a row. Nothing that a message holds may break the table.
+// row adds a row. It takes line breaks and tabs out of messages, which would break the table.
 func (t *tableWriter) row(cells ...string) {
 	for i, cell := range cells {
 		cells[i] = strings.Join(strings.Fields(cell), " ")
@@ -195,11 +226,11 @@ func (t *tableWriter) flush() error {
 	return t.err
 }
 
-func (c *ctl) age(t *timestamppb.Timestamp) string {
+func (p *Printer) age(t *timestamppb.Timestamp) string {
 	if t == nil {
 		return "<unknown>"
 	}
-	return duration.HumanDuration(max(0, c.now().Sub(t.AsTime())))
+	return duration.HumanDuration(max(0, p.Now().Sub(t.AsTime())))
 }
 
 func podName(p *opsv1.PodRef) string { return p.GetNamespace() + "/" + p.GetName() }
@@ -213,7 +244,7 @@ func phaseName(p opsv1.Phase) string {
 	return name[:1] + strings.ToLower(name[1:])
 }
 
-// containerNote is what there is to say about a container beyond its columns.
+// containerNote returns the message of a container, its pull and its warnings, for the last column.
 func containerNote(r *opsv1.ContainerOperation) string {
 	notes := slices.Clone(r.GetWarnings())
 	for i := range notes {
@@ -232,7 +263,7 @@ func containerNote(r *opsv1.ContainerOperation) string {
 	return strings.Join(notes, "; ")
 }
 
-// pulling reports whether the pull is what a container's upgrade waits for.
+// pulling reports whether the image update of a container waits for its pull.
 func pulling(r *opsv1.ContainerOperation) bool {
 	return r.GetPhase() == opsv1.Phase_PHASE_PULLING && r.GetPull() != nil
 }

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ctl
+package opscli
 
 import (
 	"bytes"
@@ -22,29 +22,34 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// restartWait is how long a watch waits for a daemon that went away, such as for
-// its own restart.
+// restartWait is how long a watch waits for a daemon that went away, such as for its own restart.
 const restartWait = 30 * time.Second
 
-// watch follows one operation to its end and returns its outcome.
-func (c *ctl) watch(ctx context.Context, out io.Writer, client opsv1.OpsClient, uid string) error {
-	return watchTo(ctx, c.view(out), client, uid)
-}
-
-// view is how the course of an operation is shown on out.
-func (c *ctl) view(out io.Writer) watchView {
-	switch {
-	case c.output.structured():
-		return &documents{c: c, out: out}
-	case isTerminal(out):
-		return &screen{c: c, out: out}
+// Watch shows the course of an operation until it ends, and returns an error if it has not
+// succeeded.
+func (c Client) Watch(ctx context.Context, p *Printer, uid string) error {
+	conn, err := c.connect(ctx)
+	if err != nil {
+		return err
 	}
-	return &lines{c: c, out: out, last: map[string]string{}}
+	defer conn.Close()
+	return watchTo(ctx, p.view(), opsv1.NewOpsClient(conn), uid)
 }
 
-// watchTo is watch with a view that may have shown something already.
+// view returns the form in which p shows the course of an operation.
+func (p *Printer) view() watchView {
+	switch {
+	case p.Format.structured():
+		return &documents{p}
+	case isTerminal(p.Out):
+		return &screen{p: p}
+	}
+	return &lines{p: p, last: map[string]string{}}
+}
+
+// watchTo is Watch with a view that may have shown something already.
 func watchTo(ctx context.Context, view watchView, client opsv1.OpsClient, uid string) error {
-	op, err := follow(ctx, func(ctx context.Context, o ...grpc.CallOption) (grpc.ServerStreamingClient[opsv1.Operation], error) {
+	op, err := follow(ctx, func(ctx context.Context, o ...grpc.CallOption) (operationStream, error) {
 		return client.WatchOperation(ctx, &opsv1.WatchOperationRequest{Uid: uid}, o...)
 	}, view.update)
 	// gRPC may see the end of ctx a moment before ctx itself says so.
@@ -55,22 +60,29 @@ func watchTo(ctx context.Context, view watchView, client opsv1.OpsClient, uid st
 		if code == codes.DeadlineExceeded || errors.Is(ctx.Err(), context.DeadlineExceeded) {
 			why = "gave up waiting"
 		}
-		return fmt.Errorf("%s while the operation is %s; it goes on, see cri-proxy ctl ops %s", why, strings.ToLower(phaseName(op.GetPhase())), uid)
+		return fmt.Errorf("%s while the operation is %s; it goes on, see cri-proxy ctl ops %s",
+			why, strings.ToLower(phaseName(op.GetPhase())), uid)
 	case err != nil:
 		return plain(err)
 	}
 	return outcome(op)
 }
 
-// finishing is an operation of the daemon; its zero value is one that nothing is known of yet.
+// operationStream is the answer of a watch.
+type operationStream = grpc.ServerStreamingClient[opsv1.Operation]
+
+// openFunc begins a watch.
+type openFunc[M any] func(context.Context, ...grpc.CallOption) (grpc.ServerStreamingClient[M], error)
+
+// finishing is an operation or a pull. The zero value stands for one that no answer has shown yet.
 type finishing interface {
 	comparable
 	GetFinishTime() *timestamppb.Timestamp
 }
 
-// follow calls update for every state of an operation and returns the last one
-// seen. When the daemon goes away it waits for it to come back.
-func follow[T finishing, M any](ctx context.Context, watch func(context.Context, ...grpc.CallOption) (grpc.ServerStreamingClient[M], error), update func(T) error) (T, error) {
+// follow calls update for every state of an operation and returns the last state. When the daemon
+// goes away, follow waits until it is back.
+func follow[T finishing, M any](ctx context.Context, watch openFunc[M], update func(T) error) (T, error) {
 	var last, none T
 	for again := false; ; again = true {
 		lost := followOnce(ctx, watch, again, &last, update)
@@ -83,13 +95,16 @@ func follow[T finishing, M any](ctx context.Context, watch func(context.Context,
 	}
 }
 
-// followOnce is one watch. After a loss it waits for the daemon to be back.
-func followOnce[T finishing, M any](ctx context.Context, watch func(context.Context, ...grpc.CallOption) (grpc.ServerStreamingClient[M], error), again bool, last *T, update func(T) error) error {
+// followOnce is one watch. again is set after a lost one: then it waits until the daemon is back.
+func followOnce[T finishing, M any](
+	ctx context.Context, watch openFunc[M], again bool, last *T, update func(T) error,
+) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	if again {
 		t := time.AfterFunc(restartWait, func() {
-			cancel(fmt.Errorf("the daemon went away during the operation and is not back after %s; it takes the operation up when it is", restartWait))
+			cancel(fmt.Errorf("the daemon went away during the operation and is not back after %s; "+
+				"it takes the operation up when it is", restartWait))
 		})
 		defer t.Stop()
 	}
@@ -115,7 +130,7 @@ func followOnce[T finishing, M any](ctx context.Context, watch func(context.Cont
 	}
 }
 
-// causeOf prefers the reason why a context of ours ended.
+// causeOf returns the cause with which ctx was cancelled, and err if there is none.
 func causeOf(ctx context.Context, err error) error {
 	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, ctx.Err()) {
 		return cause
@@ -127,17 +142,14 @@ func causeOf(ctx context.Context, err error) error {
 type watchView interface{ update(*opsv1.Operation) error }
 
 // documents prints every state as JSON or YAML.
-type documents struct {
-	c   *ctl
-	out io.Writer
-}
+type documents struct{ p *Printer }
 
-func (d *documents) update(op *opsv1.Operation) error { return d.c.print(d.out, op) }
+func (d *documents) update(op *opsv1.Operation) error { return d.p.message(op) }
 
-// lines prints a line for every change of a container, and every tenth of a pull: for pipes and logs.
+// lines prints a line for every change of a container, and for every tenth of a pull: for pipes
+// and logs.
 type lines struct {
-	c    *ctl
-	out  io.Writer
+	p    *Printer
 	last map[string]string
 }
 
@@ -155,17 +167,19 @@ func (l *lines) update(op *opsv1.Operation) error {
 			continue
 		}
 		l.last[r.GetName()] = key
-		if _, err := fmt.Fprintf(l.out, "%s %s %s %s\n", l.c.now().Format("15:04:05.000"), podName(op.GetPod()), r.GetName(), text); err != nil {
+		if err := l.p.words("%s %s %s %s", l.p.clock(), podName(op.GetPod()), r.GetName(), text); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
+// clock returns the time of day.
+func (p *Printer) clock() string { return p.Now().Format("15:04:05.000") }
+
 // screen draws the table of containers over itself, with a bar for each pull below.
 type screen struct {
-	c     *ctl
-	out   io.Writer
+	p     *Printer
 	drawn int // lines
 }
 
@@ -177,7 +191,7 @@ func (s *screen) update(op *opsv1.Operation) error {
 		fmt.Fprintf(&b, "\x1b[%dA\x1b[J", s.drawn)
 	}
 	before := b.Len()
-	if err := s.c.printOperation(&b, op); err != nil {
+	if err := s.p.to(&b).Operation(op); err != nil {
 		return err
 	}
 	for _, r := range op.GetContainers() {
@@ -187,7 +201,7 @@ func (s *screen) update(op *opsv1.Operation) error {
 	}
 	s.drawn = bytes.Count(b.Bytes()[before:], []byte("\n"))
 	b.WriteString("\x1b[?7h")
-	_, err := s.out.Write(b.Bytes())
+	_, err := s.p.Out.Write(b.Bytes())
 	return err
 }
 
