@@ -16,9 +16,6 @@ import (
 	"github.com/cri-proxy/cri-proxy/internal/bypassstate"
 )
 
-// reasonBypassed is the reason in the ErrorInfo of what is refused.
-const reasonBypassed = "Bypassed"
-
 // needsPath are the commands that need kubelet's calls to come through here.
 var needsPath = map[string]bool{
 	opsv1.Ops_Restart_FullMethodName:        true,
@@ -27,7 +24,9 @@ var needsPath = map[string]bool{
 }
 
 // refuseBypassed refuses commands that would show kubelet what it must not see.
-func (n *node) refuseBypassed(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+func (n *node) refuseBypassed(
+	ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler,
+) (any, error) {
 	if !needsPath[info.FullMethod] {
 		return handler(ctx, req)
 	}
@@ -37,7 +36,8 @@ func (n *node) refuseBypassed(ctx context.Context, req any, info *grpc.UnaryServ
 	}
 	st := status.Newf(codes.FailedPrecondition, "cri-proxy is bypassed on this node %s; "+
 		"cri-proxy bypass off ends that", s)
-	if detailed, err := st.WithDetails(&errdetails.ErrorInfo{Reason: reasonBypassed, Domain: "cri-proxy.io"}); err == nil {
+	reason := &errdetails.ErrorInfo{Reason: opsv1.ErrorReasonBypassed, Domain: opsv1.ErrorDomain}
+	if detailed, err := st.WithDetails(reason); err == nil {
 		st = detailed
 	}
 	return nil, st.Err()

@@ -23,13 +23,18 @@ func (n *node) identify() error {
 	if o.Address == "" {
 		return nil
 	}
-	server := mtls.ServerOptions{CertFile: o.CertFile, KeyFile: o.KeyFile, ClientCAFile: o.ClientCAFile, AllowedClients: n.allowedClients(), Log: n.log}
+	server := mtls.ServerOptions{
+		CertFile: o.CertFile, KeyFile: o.KeyFile, ClientCAFile: o.ClientCAFile,
+		AllowedClients: n.allowedClients(), Log: n.log,
+	}
 	if o.Enrol.Kubeconfig != "" {
 		dir := n.config.StateDir
 		n.enroller = enrol.New(enrol.Options{
-			Kubeconfig: o.Enrol.Kubeconfig, Environ: n.callers.KubeletsEnviron, Namespace: o.Enrol.Namespace, NodeName: n.config.NodeName, StateDir: dir, Log: n.log,
+			Kubeconfig: o.Enrol.Kubeconfig, Environ: n.callers.KubeletsEnviron, Namespace: o.Enrol.Namespace,
+			NodeName: n.config.NodeName, StateDir: dir, Log: n.log,
 		})
-		server.CertFile, server.KeyFile, server.ClientCAFile = enrol.CertFile(dir), enrol.CertFile(dir), enrol.CAFile(dir)
+		server.CertFile, server.KeyFile = enrol.CertFile(dir), enrol.CertFile(dir)
+		server.ClientCAFile = enrol.CAFile(dir)
 		server.Awaited, server.Unknown = n.enroller.Awaited, n.enroller.Refresh
 		n.registry.MustRegister(
 			prometheus.NewGaugeFunc(prometheus.GaugeOpts{

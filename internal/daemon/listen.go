@@ -77,7 +77,8 @@ func (s *sockets) listen(name, address string, open func() (net.Listener, error)
 		return nil, fmt.Errorf("socket %q from systemd: %w", name, err)
 	}
 	if got := l.Addr().String(); got != address && !s.used[name] {
-		s.log.WithFields(logrus.Fields{"socket": name, "passed": got, "configured": address}).Warn("using the socket that systemd passes, which differs from the configured one")
+		s.log.WithFields(logrus.Fields{"socket": name, "passed": got, "configured": address}).
+			Warn("using the socket that systemd passes, which differs from the configured one")
 	}
 	s.used[name] = true
 	return shared{l}, nil

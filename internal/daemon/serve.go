@@ -64,7 +64,10 @@ func Run(ctx, hard context.Context, c *config.Config, log *logrus.Logger) error 
 	if err != nil {
 		return err
 	}
-	d := &daemon{node: n, log: log, notify: notifier{log: log}, failed: make(chan error, 8), sockets: sockets, requests: make(chan *request), stopping: make(chan struct{})}
+	d := &daemon{
+		node: n, log: log, notify: notifier{log: log}, sockets: sockets,
+		failed: make(chan error, 8), requests: make(chan *request), stopping: make(chan struct{}),
+	}
 	d.drains = &drains{here: func() int {
 		if !d.draining.Load() {
 			return -1
@@ -95,7 +98,9 @@ func Run(ctx, hard context.Context, c *config.Config, log *logrus.Logger) error 
 	if err == nil {
 		// The engine outlives ctx: an operation may need the drained calls answered.
 		d.state.Load().run(ctx, d.fail)
-		log.WithFields(logrus.Fields{"listen": d.listen, "endpoint": n.upstream.Endpoint(), "admin": c.AdminSocket, "node": c.NodeName}).Info("serving")
+		log.WithFields(logrus.Fields{
+			"listen": d.listen, "endpoint": n.upstream.Endpoint(), "admin": c.AdminSocket, "node": c.NodeName,
+		}).Info("serving")
 		d.notify.send("READY=1")
 		var over bool
 		if over, err = d.untilEnd(ctx, hard); over {
@@ -187,11 +192,14 @@ func (d *daemon) startServers(ctx context.Context) error {
 			return fmt.Errorf("ops.address: %w", err)
 		}
 		d.serveOps("ops", mtls.LimitListener(l), d.creds.GRPC()...)
-		d.log.WithFields(logrus.Fields{"address": l.Addr().String(), "clients": d.allowedClients()}).Info("ops API with mutual TLS")
+		d.log.WithFields(logrus.Fields{"address": l.Addr().String(), "clients": d.allowedClients()}).
+			Info("ops API with mutual TLS")
 		d.startEnrolling(ctx)
 	}
 	if d.config.MetricsAddress != "" {
-		l, err := d.sockets.listen("metrics", d.config.MetricsAddress, func() (net.Listener, error) { return listenTCP(ctx, d.config.MetricsAddress) })
+		l, err := d.sockets.listen("metrics", d.config.MetricsAddress, func() (net.Listener, error) {
+			return listenTCP(ctx, d.config.MetricsAddress)
+		})
 		if err != nil {
 			return fmt.Errorf("metricsAddress: %w", err)
 		}

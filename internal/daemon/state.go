@@ -47,7 +47,8 @@ func (n *node) openState(ctx context.Context, carry interceptors.Carry) (err err
 	}
 	st.puller, err = prepull.Open(prepull.Options{
 		StateDir: c.StateDir, Conn: n.upstream.Conn(), Log: n.log, Registerer: st.registry, Tracer: n.tracing.Tracer(),
-		Parallel: c.Images.Parallel, BytesPerSecond: c.Images.BytesPerSecond, Hosts: n.registries.Hosts, MaxDiskPercent: float64(c.Images.MaxDiskPercent), HighThreshold: high,
+		Parallel: c.Images.Parallel, BytesPerSecond: c.Images.BytesPerSecond, Hosts: n.registries.Hosts,
+		MaxDiskPercent: float64(c.Images.MaxDiskPercent), HighThreshold: high,
 		Plugins: n.plugins, VerifyAccess: c.Images.VerifyAccess,
 	})
 	if err != nil {
@@ -74,8 +75,9 @@ func (n *node) openState(ctx context.Context, carry interceptors.Carry) (err err
 		return err
 	}
 	n.cri.SetDirector(interceptors.New(interceptors.Options{
-		View: st.view, Records: st.engine.Records(), Runtime: n.upstream.Conn(), Log: n.log, Pulls: st.puller, Images: st.puller,
-		Overrides: st.engine.Overrides(), Pods: st.engine, Successors: st.engine, Judge: st.engine, Registerer: st.registry,
+		View: st.view, Records: st.engine.Records(), Runtime: n.upstream.Conn(), Log: n.log,
+		Pulls: st.puller, Images: st.puller, Overrides: st.engine.Overrides(), Pods: st.engine,
+		Successors: st.engine, Judge: st.engine, Registerer: st.registry,
 	}))
 	n.state.Store(st)
 	if s := bypassstate.Read(c.StateDir); s != nil {

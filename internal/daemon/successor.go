@@ -145,7 +145,10 @@ func (d *daemon) answer(conn *takeover.Conn) {
 		if err != nil {
 			break
 		}
-		r := &request{Conn: conn, pid: pid, pidfd: pidfd, version: m.Version, serving: make(chan struct{}), gone: make(chan struct{})}
+		r := &request{
+			Conn: conn, pid: pid, pidfd: pidfd, version: m.Version,
+			serving: make(chan struct{}), gone: make(chan struct{}),
+		}
 		timer := time.NewTimer(requestTimeout)
 		defer timer.Stop()
 		select {
@@ -325,7 +328,8 @@ func (d *daemon) entrust(r *request, carry interceptors.Carry) error {
 	if r.isGone() {
 		return errors.New("it has gone away")
 	}
-	if err := r.Send(takeover.Message{Granted: &takeover.Granted{View: carry, Remaining: d.remaining(carry.Stops)}}); err != nil {
+	granted := &takeover.Granted{View: carry, Remaining: d.remaining(carry.Stops)}
+	if err := r.Send(takeover.Message{Granted: granted}); err != nil {
 		return errors.Join(err, endProcess(r.pidfd))
 	}
 	timer := time.NewTimer(servingTimeout)

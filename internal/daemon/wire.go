@@ -98,16 +98,19 @@ func newNode(c *config.Config, listen string, log logrus.FieldLogger) (_ *node, 
 		return nil, &config.InvalidError{Err: err}
 	}
 	n.registries = runtimeconfig.New(runtimeconfig.Options{
-		Socket: socket, HostsDir: c.Images.RegistryHostsDir, Conn: n.upstream.Conn(), Log: log.WithField("component", "prepull"),
+		Socket: socket, HostsDir: c.Images.RegistryHostsDir, Conn: n.upstream.Conn(),
+		Log: log.WithField("component", "prepull"),
 	})
 	if path := c.Images.CredentialProviderConfig; path != "" {
-		if n.plugins, err = credentialprovider.Load(path, c.Images.CredentialProviderBinDir, n.callers.Environ, n.log); err != nil {
+		bin := c.Images.CredentialProviderBinDir
+		if n.plugins, err = credentialprovider.Load(path, bin, n.callers.Environ, n.log); err != nil {
 			return nil, &config.InvalidError{Err: fmt.Errorf("images.credentialProviderConfig: %w", err)}
 		}
 	}
 	if t := c.Tracing; t.Endpoint != "" {
 		n.tracing, err = tracing.Start(context.Background(), tracing.Options{
-			Endpoint: t.Endpoint, SamplingRatePerMillion: t.SamplingRatePerMillion, NodeName: c.NodeName, Version: version.Short(), Log: log,
+			Endpoint: t.Endpoint, SamplingRatePerMillion: t.SamplingRatePerMillion,
+			NodeName: c.NodeName, Version: version.Short(), Log: log,
 		})
 		if err != nil {
 			return nil, err
@@ -246,7 +249,8 @@ func (n *node) opsServer(name string, o ...grpc.ServerOption) *grpc.Server {
 	after = append(after, grpc.ChainUnaryInterceptor(ops.Audit(n.log)))
 	// The guard is around everything, and once more around the command itself, so that its panics
 	// are counted and audited.
-	s := grpc.NewServer(slices.Concat(guard, before, o, after, guard, []grpc.ServerOption{grpc.ChainUnaryInterceptor(n.refuseBypassed)})...)
+	last := []grpc.ServerOption{grpc.ChainUnaryInterceptor(n.refuseBypassed)}
+	s := grpc.NewServer(slices.Concat(guard, before, o, after, guard, last)...)
 	st := n.state.Load()
 	opsv1.RegisterOpsServer(s, ops.NewServer(st.engine, n.info))
 	opsv1.RegisterImagesServer(s, prepull.NewServer(st.puller))

@@ -197,7 +197,8 @@ func (p *Printer) followPull(
 		return client.WatchPull(ctx, &opsv1.WatchPullRequest{Uid: req.GetUid()}, o...)
 	}
 	return follow(ctx, open, func(op *opsv1.PullOperation) error {
-		needed := op.GetReason() == reasonCredentialsNeeded && op.GetFinishTime() == nil
+		// The credentials went with the daemon's last process.
+		needed := op.GetReason() == opsv1.PullReasonCredentialsNeeded && op.GetFinishTime() == nil
 		if needed && !asked && len(req.GetCredentials()) > 0 {
 			if _, err := begin(ctx, client, req); err != nil {
 				return err
@@ -207,10 +208,6 @@ func (p *Printer) followPull(
 		return view.update(op)
 	})
 }
-
-// reasonCredentialsNeeded is the reason of a pull whose credentials went with the daemon's last
-// process.
-const reasonCredentialsNeeded = "CredentialsNeeded"
 
 // pullOutcome is the error of a finished pull, nil if the node has the image.
 func pullOutcome(op *opsv1.PullOperation) error {

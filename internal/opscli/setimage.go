@@ -236,12 +236,9 @@ func isArmed(p opsv1.Phase) bool {
 // byKubelet reports whether kubelet makes all new containers itself: such an operation brings the
 // images only, and ends with the commit, before the pod is changed.
 func byKubelet(op *opsv1.Operation) bool {
-	other := func(r *opsv1.ContainerOperation) bool { return r.GetMethod() != methodKubelet }
+	other := func(r *opsv1.ContainerOperation) bool { return r.GetMethod() != opsv1.MethodKubelet }
 	return op.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED && !slices.ContainsFunc(op.GetContainers(), other)
 }
-
-// methodKubelet is the method of a container that kubelet makes by itself.
-const methodKubelet = "kubelet"
 
 // tellNext says what the user has to do now.
 func (o *SetImageOptions) tellNext(p *Printer, req *opsv1.PrepareUpgradeRequest) error {

@@ -224,7 +224,7 @@ func (p *Path) abort(ctx context.Context, ops opsv1.OpsClient, op *opsv1.Operati
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	var err error
-	if op.GetKind() == "Upgrade" {
+	if op.GetKind() == opsv1.KindUpgrade {
 		_, err = ops.AbortUpgrade(ctx, &opsv1.AbortUpgradeRequest{Uid: op.GetUid()})
 	} else {
 		_, err = ops.CancelOperation(ctx, &opsv1.CancelOperationRequest{

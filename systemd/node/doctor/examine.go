@@ -111,7 +111,8 @@ func (x *examination) configuration() {
 		c = config.Default()
 		_ = c.Complete()
 	case err != nil:
-		x.fail(check, "cri-proxy config check "+x.o.ConfigFile, "%s; looking at the defaults", strings.ReplaceAll(err.Error(), "\n", "; "))
+		x.fail(check, "cri-proxy config check "+x.o.ConfigFile,
+			"%s; looking at the defaults", strings.ReplaceAll(err.Error(), "\n", "; "))
 		c = config.Default()
 		_ = c.Complete()
 	default:
@@ -229,9 +230,11 @@ func (x *examination) sockets(ctx context.Context) {
 		case fi.Mode().Type() != fs.ModeSocket:
 			x.fail(check, "remove it, then "+start, "%s is no socket but %s", s.path, fi.Mode())
 		case fi.Mode().Perm()&0o007 != 0:
-			x.fail(check, fmt.Sprintf("chmod %04o %s, and SocketMode= in the unit", s.mode, s.path), "%s has mode %04o: every user of this machine is root through it", s.path, fi.Mode().Perm())
+			x.fail(check, fmt.Sprintf("chmod %04o %s, and SocketMode= in the unit", s.mode, s.path),
+				"%s has mode %04o: every user of this machine is root through it", s.path, fi.Mode().Perm())
 		case fi.Mode().Perm() != s.mode:
-			x.warn(check, fmt.Sprintf("chmod %04o %s, and SocketMode= in the unit", s.mode, s.path), "%s has mode %04o, the configuration says %04o", s.path, fi.Mode().Perm(), s.mode)
+			x.warn(check, fmt.Sprintf("chmod %04o %s, and SocketMode= in the unit", s.mode, s.path),
+				"%s has mode %04o, the configuration says %04o", s.path, fi.Mode().Perm(), s.mode)
 		}
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)

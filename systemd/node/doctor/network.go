@@ -86,7 +86,8 @@ func (x *examination) certificateFiles() {
 		x.certificateFile(leaf)
 	}
 	if err := leaf.VerifyHostname(x.config.NodeName); err != nil {
-		x.fail(check, "issue one with DNS name "+x.config.NodeName+": the controller insists on it", "%s: %v", o.CertFile, err)
+		x.fail(check, "issue one with DNS name "+x.config.NodeName+": the controller insists on it",
+			"%s: %v", o.CertFile, err)
 	}
 	if err := checkCA(o.ClientCAFile, x.o.Now()); err != nil {
 		x.fail(check, "give ops.clientCAFile the PEM certificates of who signs the controller's", "%v", err)
@@ -152,7 +153,8 @@ func checkCA(file string, now time.Time) error {
 		case err != nil:
 			last = fmt.Errorf("%s: %w", file, err)
 		case now.After(c.NotAfter) || now.Before(c.NotBefore):
-			last = fmt.Errorf("%s: %s is valid from %s to %s only", file, c.Subject, c.NotBefore.Local().Format(time.RFC3339), c.NotAfter.Local().Format(time.RFC3339))
+			last = fmt.Errorf("%s: %s is valid from %s to %s only", file, c.Subject,
+				c.NotBefore.Local().Format(time.RFC3339), c.NotAfter.Local().Format(time.RFC3339))
 		default:
 			return nil
 		}

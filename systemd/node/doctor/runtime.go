@@ -54,7 +54,8 @@ func (x *examination) runtime(ctx context.Context) {
 		}
 	}
 	if state := x.info.GetRuntime().GetState(); x.info != nil && state != "READY" {
-		x.fail(check, "does the daemon have the same runtimeEndpoint? "+x.info.GetRuntime().GetEndpoint(), "it answers here, but the daemon is not connected (%s)", state)
+		x.fail(check, "does the daemon have the same runtimeEndpoint? "+x.info.GetRuntime().GetEndpoint(),
+			"it answers here, but the daemon is not connected (%s)", state)
 	}
 	x.leftovers(ctx, rt)
 	x.openKruise(ctx, rt)
@@ -70,7 +71,9 @@ func (x *examination) registries(ctx context.Context, conn grpc.ClientConnInterf
 	quiet := logrus.New()
 	quiet.SetOutput(io.Discard)
 	explicit := x.config.Images.RegistryHostsDir
-	s, err := runtimeconfig.New(runtimeconfig.Options{Socket: x.runtimeSocket, Conn: conn, Proc: x.o.Proc, Log: quiet}).Look(ctx)
+	s, err := runtimeconfig.New(runtimeconfig.Options{
+		Socket: x.runtimeSocket, Conn: conn, Proc: x.o.Proc, Log: quiet,
+	}).Look(ctx)
 	if err != nil {
 		x.warn(check, "run this as root, in the host's namespaces; "+
 			"else see images.registryHostsDir in docs/OPERATIONS.md",
@@ -108,7 +111,8 @@ func (x *examination) leftovers(ctx context.Context, rt runtimeapi.RuntimeServic
 	for _, c := range list.GetContainers() {
 		slot := c.GetLabels()["io.kubernetes.pod.uid"] + "/" + c.GetLabels()["io.kubernetes.container.name"]
 		if c.GetAnnotations()[interceptors.StagedAnnotation] != "" && !busy[slot] {
-			left = append(left, fmt.Sprintf("%.13s (%s of %s/%s)", c.GetId(), c.GetLabels()["io.kubernetes.container.name"],
+			left = append(left, fmt.Sprintf("%.13s (%s of %s/%s)", c.GetId(),
+				c.GetLabels()["io.kubernetes.container.name"],
 				c.GetLabels()["io.kubernetes.pod.namespace"], c.GetLabels()["io.kubernetes.pod.name"]))
 		}
 	}

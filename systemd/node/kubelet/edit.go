@@ -213,7 +213,9 @@ func (p *pointing) replaceFlag(flag string) error {
 		return p.unitDropIn(lines)
 	}
 	if !found {
-		return fmt.Errorf("kubelet was started with --%s, which is neither in its unit %s nor in that unit's environment files: set it to %s where your tooling does, restart kubelet, and try again", flag, p.kubelet.Unit, p.to)
+		return fmt.Errorf("kubelet was started with --%s, which is neither in its unit %s "+
+			"nor in that unit's environment files: set it to %s where your tooling does, restart kubelet, and try again",
+			flag, p.kubelet.Unit, p.to)
 	}
 	return nil
 }

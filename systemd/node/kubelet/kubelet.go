@@ -53,7 +53,9 @@ func Find(ctx context.Context, unit string) (*Kubelet, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, "systemctl", "show", unit, "-p", "MainPID,FragmentPath,DropInPaths,EnvironmentFiles").Output()
+	// Not by package systemctl: EnvironmentFiles comes more than once.
+	out, err := exec.CommandContext(ctx, "systemctl", "show", unit,
+		"-p", "MainPID,FragmentPath,DropInPaths,EnvironmentFiles").Output()
 	if err != nil {
 		return nil, fmt.Errorf("systemctl show %s: %w", unit, err)
 	}
