@@ -70,7 +70,9 @@ func (f *files) Current(context.Context) (*tls.Certificate, *x509.CertPool, erro
 func (*files) Server(context.Context, string, *x509.Certificate) error { return nil }
 
 // ClientHandshake implements [credentials.TransportCredentials].
-func (c *clientCredentials) ClientHandshake(ctx context.Context, authority string, conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+func (c *clientCredentials) ClientHandshake(
+	ctx context.Context, authority string, conn net.Conn,
+) (net.Conn, credentials.AuthInfo, error) {
 	name := c.serverName
 	if name == "" {
 		name = authority

@@ -121,7 +121,9 @@ func (s *Server) GRPC() []grpc.ServerOption {
 		grpc.StatsHandler(refusals{s}),
 		grpc.UnknownServiceHandler(s.unknownMethod),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minPing, PermitWithoutStream: true}),
-		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: maxIdle, Time: time.Minute, Timeout: 20 * time.Second}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{
+			MaxConnectionIdle: maxIdle, Time: time.Minute, Timeout: 20 * time.Second,
+		}),
 		grpc.ChainUnaryInterceptor(s.unary),
 		grpc.ChainStreamInterceptor(s.stream),
 	}
@@ -140,7 +142,8 @@ func (c serverCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials
 		return secure, info, nil
 	}
 	var remote *net.OpError
-	if errors.As(err, new(x509.UnknownAuthorityError)) || errors.As(err, &remote) && remote.Op == "remote error" || c.s.Certificate() == nil {
+	if errors.As(err, new(x509.UnknownAuthorityError)) || errors.As(err, &remote) && remote.Op == "remote error" ||
+		c.s.Certificate() == nil {
 		if c.s.unknown != nil {
 			c.s.unknown()
 		}
@@ -161,7 +164,7 @@ func (s *Server) handshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error
 	if err != nil {
 		return nil, nil, err
 	}
-	if err := letIn(conn); err != nil {
+	if err := admit(conn); err != nil {
 		return nil, nil, err
 	}
 	// The list of connections is complete before the authorities are looked at again: those that
