@@ -16,7 +16,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/internal/bypassstate"
 )
 
-// needsPath are the commands that need kubelet's calls to come through here.
+// needsPath are the commands that need kubelet's calls to go through this proxy.
 var needsPath = map[string]bool{
 	opsv1.Ops_Restart_FullMethodName:        true,
 	opsv1.Ops_PrepareUpgrade_FullMethodName: true,

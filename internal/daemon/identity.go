@@ -16,8 +16,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/enrol"
 )
 
-// identify makes the credentials of the ops API over TCP, if it is on: from files, which must be
-// good, or from what the controller signs, which may come later.
+// identify makes the credentials of the ops API over TCP, if it is on. They come from files, which
+// must be valid, or from the controller, which may sign them later.
 func (n *node) identify() error {
 	o := n.config.Ops
 	if o.Address == "" {
@@ -64,7 +64,7 @@ func (n *node) identify() error {
 	return nil
 }
 
-// allowedClients are the names of who may command the node over TCP.
+// allowedClients are the names of clients that may command the node over TCP.
 func (n *node) allowedClients() []string {
 	if o := n.config.Ops; len(o.AllowedClients) > 0 || o.Enrol.Kubeconfig == "" {
 		return o.AllowedClients
@@ -72,7 +72,7 @@ func (n *node) allowedClients() []string {
 	return []string{identity.ControllerName}
 }
 
-// identity describes the certificate of the ops API over TCP; nil: that is off.
+// identity describes the certificate of the ops API over TCP. It is nil if that is off.
 func (n *node) identity() *opsv1.Identity {
 	if n.creds == nil {
 		return nil
@@ -99,8 +99,8 @@ func (n *node) identity() *opsv1.Identity {
 	return i
 }
 
-// startEnrolling keeps the node's identity new until stopEnrolling. It goes with the state, so that
-// of two processes one does.
+// startEnrolling renews the node's identity until stopEnrolling. It belongs to the state, so that
+// only one of two processes renews it.
 func (d *daemon) startEnrolling(ctx context.Context) {
 	if d.enroller == nil {
 		return
@@ -109,8 +109,8 @@ func (d *daemon) startEnrolling(ctx context.Context) {
 	d.workers.Go(func() { d.enroller.Run(ctx) }) // ends with stopEnrolling
 }
 
-// stopEnrolling does not wait for the end: calls of kubelet's may be held meanwhile. A file that is
-// written is there as a whole or not at all.
+// stopEnrolling does not wait for the end, because kubelet's calls may be held meanwhile. A file is
+// written in one step, or not at all.
 func (d *daemon) stopEnrolling() {
 	if d.stopEnrol != nil {
 		d.stopEnrol()

@@ -19,13 +19,13 @@ import (
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
-// socketUnit is the name that systemd gives to a socket without
-// FileDescriptorName=: that of its unit. It is the CRI socket.
+// socketUnit is the name that systemd gives to the CRI socket if its unit has no
+// FileDescriptorName=.
 const socketUnit = "cri-proxy.socket"
 
 // sockets are the listening sockets that systemd has passed, by name: cri (or cri-proxy.socket),
-// admin, ops and metrics. They stay open to the end, because a listener that a server has closed
-// may be wanted again.
+// admin, ops and metrics. They stay open until the process ends, because it may need a listener
+// again that a server has closed.
 type sockets struct {
 	log    logrus.FieldLogger
 	passed map[string][]*os.File
@@ -62,7 +62,7 @@ func activated(c *config.Config, log logrus.FieldLogger) (*sockets, error) {
 // has reports whether systemd has passed a socket of that name.
 func (s *sockets) has(name string) bool { return len(s.passed[name]) > 0 }
 
-// listen returns the passed socket of that name, else what open makes.
+// listen returns the passed socket of that name, or else the listener that open makes.
 func (s *sockets) listen(name, address string, open func() (net.Listener, error)) (net.Listener, error) {
 	fs := s.passed[name]
 	if len(fs) == 0 {
@@ -93,12 +93,12 @@ func (s shared) Accept() (net.Conn, error) {
 	return s.Listener.Accept()
 }
 
-// SetDeadline is for the CRI server, which stops accepting for a while.
+// SetDeadline is for the CRI server, which stops accepting from time to time.
 func (s shared) SetDeadline(t time.Time) error {
 	return s.Listener.(interface{ SetDeadline(t time.Time) error }).SetDeadline(t) // sockets have it
 }
 
-// unused returns an error if a passed socket has no use: nobody would ever answer on it.
+// unused returns an error if a passed socket has an unknown name: nobody would answer on it.
 func (s *sockets) unused() error {
 	var names []string
 	for name := range s.passed {
@@ -114,7 +114,7 @@ func (s *sockets) unused() error {
 		"ops or metrics", strings.Join(names, ", "))
 }
 
-// close lets go of the sockets; systemd keeps them.
+// close closes the sockets here; systemd keeps them.
 func (s *sockets) close() error {
 	var errs []error
 	for _, fs := range s.passed {

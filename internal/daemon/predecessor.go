@@ -21,8 +21,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/internal/version"
 )
 
-// predecessor is the process that had the state before this one, and still answers calls. A nil one
-// is none.
+// predecessor is the process that had the state before this one, and still answers calls. Nil
+// stands for no such process.
 type predecessor struct {
 	conn    *takeover.Conn
 	pid     int
@@ -31,17 +31,17 @@ type predecessor struct {
 	owned   sync.WaitGroup
 }
 
-// askForState asks the process that has the state for it, and waits until it is free. It returns
-// nil if there is no such process.
+// askForState asks the process that has the state for it, and waits until the state is free. It
+// returns nil if there is no such process.
 //
-// Errors: it does not give it away, and says why.
+// Errors: the process refuses, with its reason.
 func (d *daemon) askForState(ctx context.Context) (*predecessor, error) {
 	conn, err := takeover.Dial(ctx, d.config.StateDir)
 	if conn == nil || err != nil {
 		return nil, err
 	}
-	// It does not listen for long to who says nothing: what this process has to wait for comes
-	// before the question.
+	// The other process does not wait long for a request. So this process waits for the runtime
+	// before it asks.
 	conn.Close()
 	d.awaitUpstream(ctx)
 	if conn, err = takeover.Dial(ctx, d.config.StateDir); conn == nil || err != nil {
@@ -86,7 +86,7 @@ func (d *daemon) askForState(ctx context.Context) (*predecessor, error) {
 }
 
 // upstreamTimeout is how long a process waits for its connection to the runtime before it takes
-// over from one that has one.
+// over from a process that has one.
 const upstreamTimeout = time.Second
 
 // awaitUpstream waits for the runtime, which may be away.
@@ -100,7 +100,7 @@ func (d *daemon) awaitUpstream(ctx context.Context) {
 	}
 }
 
-// view is what it has carried over.
+// view returns the view that the predecessor has transferred.
 func (p *predecessor) view() interceptors.Carry {
 	if p == nil {
 		return interceptors.Carry{}
@@ -108,8 +108,8 @@ func (p *predecessor) view() interceptors.Carry {
 	return p.granted.View
 }
 
-// follow keeps the state's eye on what the predecessor still does, until that is gone. calls is how
-// many calls that has, nil once it is gone.
+// follow applies the predecessor's reports to the state until the predecessor exits. It keeps the
+// number of remaining calls in calls, and nil after the exit.
 func (p *predecessor) follow(st *state, calls *atomic.Pointer[int]) {
 	if p == nil {
 		return
@@ -144,7 +144,8 @@ func (p *predecessor) follow(st *state, calls *atomic.Pointer[int]) {
 	})
 }
 
-// serving says that this process serves: from now on the predecessor does not come back.
+// serving tells the predecessor that this process serves. From then on the predecessor cannot take
+// the state back.
 func (p *predecessor) serving() error {
 	if p == nil {
 		return nil

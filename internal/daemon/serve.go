@@ -27,22 +27,22 @@ import (
 )
 
 const (
-	// opsGrace is how long the ops servers wait for their calls at shutdown.
-	// Watches last as long as their operation; whoever watches asks again.
+	// opsGrace is how long the ops servers wait for their calls at shutdown. A watch lasts as long
+	// as its operation; the client opens it again.
 	opsGrace = 2 * time.Second
 	// adminMaxMessage bounds requests of the admin socket, as those of the port are bounded
 	// (internal/mtls).
 	adminMaxMessage = 16 << 20
-	// adminHello is how long a client of the admin socket may say nothing after it has connected:
-	// the end of the server, which kubelet's calls wait for in a hand-over, waits for it.
+	// adminHello is how long a client of the admin socket may stay silent after it has connected:
+	// the server waits for it when it ends, and in a takeover kubelet's calls wait for the server.
 	adminHello = 5 * time.Second
 	// admin is the name of the listener for root.
 	admin = "admin"
 )
 
-// Run serves until ctx ends, then drains until all calls are over, the drain timeout has passed or
-// hard ends. It returns the first error that keeps the node from being served; a drain that had to
-// cut calls is one too. If another process has taken over it returns a [HandedOverError].
+// Run serves until ctx ends. Then it drains until all calls are over, the drain timeout has passed
+// or hard ends. It returns the first error because of which the node is not served; a drain that
+// had to cut calls is one too. If another process has taken over, Run returns a [HandedOverError].
 func Run(ctx, hard context.Context, c *config.Config, log *logrus.Logger) error {
 	sockets, err := activated(c, log)
 	if err != nil {
@@ -78,8 +78,8 @@ func Run(ctx, hard context.Context, c *config.Config, log *logrus.Logger) error 
 	if err := n.identify(); err != nil {
 		return errors.Join(fmt.Errorf("ops: %w", err), n.close())
 	}
-	// All that can be wrong with this process is found before the one that serves is asked to let
-	// go.
+	// This process finds everything that can be wrong with it before it asks the serving process
+	// for the state.
 	var before *predecessor
 	if sockets.has("cri") {
 		if before, err = d.askForState(ctx); err != nil {
@@ -110,8 +110,8 @@ func Run(ctx, hard context.Context, c *config.Config, log *logrus.Logger) error 
 	return errors.Join(err, d.shutdown(hard))
 }
 
-// untilEnd returns when the daemon is to end, or, with over, when it has ended because another
-// process has taken over.
+// untilEnd returns when the daemon has to end. over is true if it has ended already, because
+// another process has taken over.
 func (d *daemon) untilEnd(ctx, hard context.Context) (over bool, err error) {
 	for {
 		select {
@@ -121,7 +121,7 @@ func (d *daemon) untilEnd(ctx, hard context.Context) (over bool, err error) {
 			d.log.WithError(err).Error("a listener failed, shutting down")
 			return false, err
 		case r := <-d.requests:
-			to, err := d.handOver(ctx, r)
+			to, err := d.transfer(ctx, r)
 			switch {
 			case to != nil:
 				return true, d.leave(ctx, hard, r, to)
@@ -132,7 +132,7 @@ func (d *daemon) untilEnd(ctx, hard context.Context) (over bool, err error) {
 	}
 }
 
-// daemon is the running node: what is listened on and who works.
+// daemon is the running node: its listeners and its workers.
 type daemon struct {
 	*node
 	log      logrus.FieldLogger
@@ -140,7 +140,7 @@ type daemon struct {
 	sockets  *sockets
 	failed   chan error // the first error of a server
 	draining atomic.Bool
-	// handing is set while it is open which process serves.
+	// handing is set during a takeover, until it is clear which process serves.
 	handing atomic.Bool
 
 	drains     *drains
@@ -150,11 +150,11 @@ type daemon struct {
 	opsServers []*grpc.Server
 	http       *httpServer
 	takeover   *takeover.Listener
-	// stopEnrol ends what keeps the node's identity new; nil: nothing does.
+	// stopEnrol ends the renewal of the node's identity. Nil: there is none.
 	stopEnrol context.CancelFunc
 	requests  chan *request // for the state
-	// given is the view of the state that has been handed over: of the calls that are still under
-	// way.
+	// given is the view of a state that another process has taken over. It knows the remaining
+	// calls.
 	given *interceptors.View
 }
 
@@ -176,8 +176,8 @@ func (d *daemon) start(ctx, hard context.Context, cri net.Listener) error {
 	return nil
 }
 
-// startServers opens what goes with the state: commands, metrics, and the door for the next
-// process.
+// startServers opens what belongs to the state: commands, metrics, and the socket for the
+// successor.
 func (d *daemon) startServers(ctx context.Context) error {
 	l, err := d.sockets.listen(admin, d.config.AdminSocket, func() (net.Listener, error) {
 		return proxy.Listen(d.config.AdminSocket, proxy.ListenOptions{Mode: 0o600, UID: -1, GID: -1})
@@ -212,7 +212,7 @@ func (d *daemon) startServers(ctx context.Context) error {
 	return nil
 }
 
-// stopServers ends what startServers has begun.
+// stopServers ends what startServers has started.
 func (d *daemon) stopServers(hard context.Context, grace time.Duration) {
 	if d.takeover != nil {
 		_ = d.takeover.Close()
@@ -254,15 +254,15 @@ func (d *daemon) fail(err error) {
 	}
 }
 
-// probe asks the own CRI listener once.
+// probe calls the daemon's own CRI listener once.
 func (d *daemon) probe(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
 	return probe(ctx, d.listen, d.probing)
 }
 
-// alive is what the watchdog asks. While draining, or handing over, nothing is accepted on
-// purpose, then a running process is all there is to say.
+// alive is the check of the watchdog. While the daemon drains or is being taken over, it accepts
+// nothing on purpose: then it is enough that the process runs.
 func (d *daemon) alive(ctx context.Context) error {
 	elsewhere := func() bool { return d.draining.Load() || d.handing.Load() }
 	if elsewhere() {
@@ -275,13 +275,12 @@ func (d *daemon) alive(ctx context.Context) error {
 	return err
 }
 
-// engineGrace is how long a shutdown waits for operations to come to a point where they can be
-// left. What must not be cut off, the start of a container, takes a fraction of it.
+// engineGrace is how long a shutdown waits until operations reach a point where they can be left.
+// The start of a container must not be cut off, and takes a fraction of it.
 const engineGrace = 5 * time.Second
 
-// shutdown drains the CRI server, event streams last, then ends the ops API, the
-// engine and the rest. Operations under way stop at a point from which the next
-// start takes them up.
+// shutdown drains the CRI server, event streams last, then ends the ops API, the engine and the
+// rest. Running operations stop at a point where the next start continues them.
 func (d *daemon) shutdown(hard context.Context) error {
 	d.draining.Store(true)
 	close(d.stopping)
@@ -314,7 +313,7 @@ func (d *daemon) shutdown(hard context.Context) error {
 	return nil
 }
 
-// stopOps ends the ops servers; calls that are not over within the grace are cut.
+// stopOps ends the ops servers, and cuts calls that are not over in time.
 func (d *daemon) stopOps(hard context.Context, within time.Duration) {
 	grace, cancel := context.WithTimeout(hard, within)
 	defer cancel()

@@ -19,8 +19,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/prepull"
 )
 
-// state is what one process on the node has at a time: the files in the state directory, and who
-// works with them.
+// state is what only one process on the node has at a time: the files in the state directory, and
+// the engine, puller and view that work with them.
 type state struct {
 	view     *interceptors.View
 	engine   *ops.Engine
@@ -31,8 +31,8 @@ type state struct {
 	done chan struct{}      // closed when the engine and the puller have ended
 }
 
-// openState opens the state. When it returns, kubelet may be served: the view is armed with what
-// the journal holds, and with what the process before has carried over.
+// openState opens the state. When it returns, kubelet may be served: the view knows what the
+// journal has, and what the predecessor has transferred.
 func (n *node) openState(ctx context.Context, carry interceptors.Carry) (err error) {
 	c := n.config
 	st := &state{view: interceptors.NewView(), registry: prometheus.NewRegistry()}
@@ -81,8 +81,8 @@ func (n *node) openState(ctx context.Context, carry interceptors.Carry) (err err
 	}))
 	n.state.Store(st)
 	if s := bypassstate.Read(c.StateDir); s != nil {
-		// What they would prepare is seen by a kubelet that does not come through here. What has
-		// stopped a container goes to its end.
+		// kubelet, which does not call through here, would see what operations prepare. An
+		// operation that has stopped a container runs to its end.
 		st.engine.CancelAll("cri-proxy is bypassed on this node " + s.String())
 	}
 	return nil
@@ -105,8 +105,8 @@ func (st *state) run(ctx context.Context, failed func(error)) {
 	}()
 }
 
-// end stops the engine and the puller and reports whether they have ended in time, and before ctx.
-// Operations are left at a point from which the next process takes them up.
+// end stops the engine and the puller. It reports whether they have ended in time, and before ctx.
+// The next process continues the operations.
 func (st *state) end(ctx context.Context, within time.Duration) bool {
 	if st.stop == nil {
 		return true
@@ -123,7 +123,7 @@ func (st *state) end(ctx context.Context, within time.Duration) bool {
 	return false
 }
 
-// close lets go of the files. The engine and the puller must have ended.
+// close closes the files. The engine and the puller must have ended.
 func (st *state) close() error {
 	var errs []error
 	if st.engine != nil {
@@ -135,7 +135,7 @@ func (st *state) close() error {
 	return errors.Join(errs...)
 }
 
-// gatherers have the metrics of the node and of its state, if it has one.
+// gatherers returns the metrics of the node and, if it has one, of its state.
 func (n *node) gatherers() prometheus.Gatherers {
 	all := prometheus.Gatherers{n.registry}
 	if st := n.state.Load(); st != nil {

@@ -20,40 +20,42 @@ import (
 )
 
 const (
-	// calmTimeout bounds the wait for a moment at which the state can be given away. Operations and
-	// the calls that take part in them end by themselves; the longest take a container's grace.
-	calmTimeout = 2 * time.Minute
-	// holdTimeout is how long kubelet's calls are held for it at a time, and calmPause the time
-	// between two tries.
-	holdTimeout = time.Second
-	calmPause   = time.Second
-	// parkTimeout bounds the wait for the engine to leave its operations, none of which stops a
+	// quiesceTimeout bounds the wait for a moment at which the state can be given away. Operations
+	// and the calls that take part in them end by themselves; the longest take a container's grace
+	// period.
+	quiesceTimeout = 2 * time.Minute
+	// holdTimeout is how long an attempt may hold kubelet's calls, and quiesceInterval the time
+	// between two attempts.
+	holdTimeout     = time.Second
+	quiesceInterval = time.Second
+	// parkTimeout bounds the wait until the engine has left its operations, none of which stops a
 	// container.
 	parkTimeout = 3 * time.Second
-	// handingOpsGrace is for commands: their callers repeat them.
+	// handingOpsGrace is how long commands may take to end in a takeover. Their callers repeat
+	// them.
 	handingOpsGrace = 200 * time.Millisecond
-	// servingTimeout is how long a process may take from the state to its first answer. kubelet's
-	// calls wait meanwhile.
+	// servingTimeout is how long the successor may take until it serves. kubelet's calls wait
+	// meanwhile.
 	servingTimeout = 10 * time.Second
-	// redialTimeout bounds the wait for clients to know that they are to dial anew.
+	// redialTimeout bounds the wait until clients know that they must dial anew.
 	redialTimeout = time.Second
-	// requestTimeout bounds the wait of who asks for the state while this process finds out that
-	// another one, which asked before, has gone away.
-	requestTimeout = holdTimeout + calmPause + time.Second
+	// requestTimeout bounds the wait of a process that asks for the state, while this process finds
+	// out that another one, which asked before, has gone away.
+	requestTimeout = holdTimeout + quiesceInterval + time.Second
 	// reportInterval is how often the successor gets a report of the remaining calls.
 	reportInterval = time.Second
 )
 
-// handedOverCode is the exit code of a process that has handed over and is through; its unit must
-// not be restarted then.
+// handedOverCode is the exit code of a process that has ended after a takeover. systemd must not
+// restart its unit then.
 const handedOverCode = 10
 
-// HandedOverError is how [Run] ends when another process has taken over. It is no failure.
+// HandedOverError is the error of [Run] when another process has taken over. It is no failure.
 type HandedOverError struct{ PID int }
 
 func (e *HandedOverError) Error() string { return fmt.Sprintf("handed over to process %d", e.PID) }
 
-// ExitCode is that of the command.
+// ExitCode is the exit code of the command.
 func (*HandedOverError) ExitCode() int { return handedOverCode }
 
 // request is a process that wants the state.
@@ -64,11 +66,11 @@ type request struct {
 	version string
 	said    string // to be waiting for
 
-	// serving is closed when it says so, gone when nothing more comes from it.
+	// serving is closed when the process says that it serves, gone when its connection has ended.
 	serving, gone chan struct{}
 }
 
-// listen reads what it says, until it is gone.
+// listen reads messages until the connection ends.
 func (r *request) listen() {
 	defer close(r.gone)
 	said := false
@@ -84,7 +86,7 @@ func (r *request) listen() {
 	}
 }
 
-// isGone reports whether it has given up.
+// isGone reports whether the process has given up.
 func (r *request) isGone() bool {
 	select {
 	case <-r.gone:
@@ -94,14 +96,14 @@ func (r *request) isGone() bool {
 	}
 }
 
-// close ends the conversation; of a successor that waits for the state too.
+// close ends the connection, also while the successor waits for the state.
 func (r *request) close() {
 	r.Close()
 	<-r.gone
 	unix.Close(r.pidfd)
 }
 
-// waiting tells what the hand-over waits for, once.
+// waiting tells the successor, once, what the takeover waits for.
 func (r *request) waiting(what string) {
 	if r.said != what {
 		r.said = what
@@ -109,8 +111,8 @@ func (r *request) waiting(what string) {
 	}
 }
 
-// listenForSuccessor opens the door for the next process. Without it this one cannot be replaced
-// while it serves, which is no reason not to serve.
+// listenForSuccessor opens the socket for the next process. Without the socket this process serves
+// too, but cannot be replaced while it does.
 func (d *daemon) listenForSuccessor() {
 	l, err := takeover.Listen(d.config.StateDir)
 	if err != nil {
@@ -129,7 +131,7 @@ func (d *daemon) listenForSuccessor() {
 	})
 }
 
-// answer reads what is asked for. It does not wait for anybody who asks for nothing.
+// answer reads a request and answers it. It does not wait long for a process that sends none.
 func (d *daemon) answer(conn *takeover.Conn) {
 	_ = conn.SetReadDeadline(time.Now().Add(time.Second))
 	m, err := conn.Receive()
@@ -169,25 +171,25 @@ func (d *daemon) answer(conn *takeover.Conn) {
 	conn.Close()
 }
 
-// pause takes no more connections. What is awaited takes microseconds, unless somebody has made the
-// socket block.
+// pause stops accepting connections. That takes microseconds, unless somebody has made the socket
+// block.
 func (d *daemon) pause(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, parkTimeout)
 	defer cancel()
 	return d.cri.Pause(ctx)
 }
 
-// redial makes the clients dial anew. One that does not read is not waited for for long.
+// redial makes the clients dial anew. It does not wait long for a client that does not read.
 func (d *daemon) redial(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, redialTimeout)
 	defer cancel()
 	d.cri.Redial(ctx)
 }
 
-// handOver gives the state to another process. It returns the connection that kubelet's calls go on
-// to from now on, or nil when this process serves on, be it that there was no moment for it, or
-// that the other one could not. An error means that this one cannot either.
-func (d *daemon) handOver(ctx context.Context, r *request) (*proxy.Upstream, error) {
+// transfer gives the state to another process. It returns the connection to which kubelet's calls
+// go from now on. It returns nil if this process continues to serve, because no moment was right or
+// because the other process could not serve. An error means that this process cannot serve either.
+func (d *daemon) transfer(ctx context.Context, r *request) (*proxy.Upstream, error) {
 	log := d.log.WithField("successor", r.pid).WithField("version", r.version)
 	log.Info("another process wants to take over")
 	defer d.handing.Store(false)
@@ -198,7 +200,7 @@ func (d *daemon) handOver(ctx context.Context, r *request) (*proxy.Upstream, err
 		}
 	}()
 	go r.listen() // ends with close
-	hold, err := d.calm(ctx, r)
+	hold, err := d.quiesce(ctx, r)
 	if err != nil {
 		log.WithError(err).Warn("no hand-over")
 		_ = r.Send(takeover.Message{Refused: err.Error()})
@@ -209,11 +211,11 @@ func (d *daemon) handOver(ctx context.Context, r *request) (*proxy.Upstream, err
 	d.stopServers(ctx, handingOpsGrace)
 	st := d.state.Load()
 	if !st.end(ctx, parkTimeout) {
-		// It has begun to stop a container in the last moment. The view holds as long as it does
-		// not move.
+		// An operation has begun to stop a container at the last moment. kubelet's calls go on
+		// until it has ended.
 		hold.Release()
 		r.waiting("an operation that stops a container")
-		ended := st.end(ctx, calmTimeout)
+		ended := st.end(ctx, quiesceTimeout)
 		if ctx.Err() != nil {
 			return nil, nil // this process is to end, and lacks nothing for that
 		}
@@ -232,7 +234,7 @@ func (d *daemon) handOver(ctx context.Context, r *request) (*proxy.Upstream, err
 		if err := st.close(); err != nil {
 			log.WithError(err).Error("closing the state")
 		}
-		if err = d.entrust(r, carry); err == nil {
+		if err = d.grant(r, carry); err == nil {
 			var to *proxy.Upstream
 			if to, err = proxy.NewUpstream(d.listen, proxy.UpstreamOptions{}); err == nil {
 				taken = true
@@ -250,10 +252,10 @@ func (d *daemon) handOver(ctx context.Context, r *request) (*proxy.Upstream, err
 			log.WithError(err).Error("closing the state")
 		}
 	}
-	// Also if this process is to end meanwhile: the calls that it has are answered first.
+	// Also if this process has to end meanwhile: it answers its calls first.
 	if err := d.openState(context.WithoutCancel(ctx), carry); err != nil {
-		// Nobody can answer them here any more. Who calls finds the next process, which starts when
-		// this one has ended.
+		// This process cannot answer calls any more. Callers find the next process, which starts
+		// when this one has ended.
 		d.cri.Stop()
 		return nil, fmt.Errorf("the state cannot be taken back, calls are cut: %w", err)
 	}
@@ -271,18 +273,18 @@ func (d *daemon) handOver(ctx context.Context, r *request) (*proxy.Upstream, err
 	return nil, err
 }
 
-// calm waits for a moment at which no operation and no call of kubelet's needs the state for long,
-// and holds it.
-func (d *daemon) calm(ctx context.Context, r *request) (*proxy.Hold, error) {
-	ctx, cancel := context.WithTimeout(ctx, calmTimeout)
+// quiesce waits for a moment at which no operation and no call of kubelet's needs the state for
+// long, and holds kubelet's calls.
+func (d *daemon) quiesce(ctx context.Context, r *request) (*proxy.Hold, error) {
+	ctx, cancel := context.WithTimeout(ctx, quiesceTimeout)
 	defer cancel()
 	for {
-		hold, why := d.tryCalm(ctx)
+		hold, why := d.tryQuiesce(ctx)
 		if hold != nil {
 			return hold, nil
 		}
 		r.waiting(why)
-		timer := time.NewTimer(calmPause)
+		timer := time.NewTimer(quiesceInterval)
 		select {
 		case <-timer.C:
 		case <-r.gone:
@@ -296,8 +298,8 @@ func (d *daemon) calm(ctx context.Context, r *request) (*proxy.Hold, error) {
 	}
 }
 
-// tryCalm returns a hold, or why there is none.
-func (d *daemon) tryCalm(ctx context.Context) (*proxy.Hold, string) {
+// tryQuiesce returns a hold, or the reason why there is none.
+func (d *daemon) tryQuiesce(ctx context.Context) (*proxy.Hold, string) {
 	st := d.state.Load()
 	if uids := st.engine.Unleavable(); len(uids) > 0 {
 		return nil, "operations that stop containers: " + strings.Join(uids, ", ")
@@ -308,8 +310,8 @@ func (d *daemon) tryCalm(ctx context.Context) (*proxy.Hold, string) {
 	if err != nil {
 		return nil, err.Error()
 	}
-	// Nothing comes from kubelet any more: what is true now stays so, but for the operations' own
-	// course.
+	// No call comes from kubelet any more: what is true now stays true, unless an operation changes
+	// it.
 	slots := st.view.Entangled()
 	uids := st.engine.Unleavable()
 	if len(slots) == 0 && len(uids) == 0 {
@@ -322,9 +324,9 @@ func (d *daemon) tryCalm(ctx context.Context) (*proxy.Hold, string) {
 	return nil, fmt.Sprintf("kubelet, which takes back %v", slots)
 }
 
-// entrust says that the state is free and waits until the other process serves. If it does not, it
-// is ended: two that work with one state are worse than none.
-func (d *daemon) entrust(r *request, carry interceptors.Carry) error {
+// grant tells the other process that the state is free, and waits until that process serves. If it
+// does not, grant kills it: two processes with one state are worse than none.
+func (d *daemon) grant(r *request, carry interceptors.Carry) error {
 	if r.isGone() {
 		return errors.New("it has gone away")
 	}
@@ -344,7 +346,7 @@ func (d *daemon) entrust(r *request, carry interceptors.Carry) error {
 	}
 }
 
-// endProcess kills a process, if it still runs, and waits for its end.
+// endProcess kills a process, if it still runs, and waits until it has ended.
 func endProcess(pidfd int) error {
 	if err := unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0); err != nil {
 		if errors.Is(err, unix.ESRCH) {

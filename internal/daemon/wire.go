@@ -37,8 +37,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
-// runtimeVersionTimeout bounds the one runtime call of NodeInfo: it describes a
-// node, and must do so too when the runtime hangs.
+// runtimeVersionTimeout bounds the one runtime call of NodeInfo, which must describe the node even
+// if the runtime hangs.
 const runtimeVersionTimeout = time.Second
 
 // node is the wired daemon without its listeners. It answers CRI calls only once it has a state.
@@ -55,7 +55,7 @@ type node struct {
 	plugins  *credentialprovider.Plugins // nil: none
 	// callers have dialled the CRI socket, kubelet among them.
 	callers *caller.Callers
-	// registries tells how containerd reaches them.
+	// registries tells how containerd reaches registries.
 	registries *runtimeconfig.Source
 	state      atomic.Pointer[state] // nil: another process has it
 	creds      *mtls.Server          // of the ops API over TCP; nil: off
@@ -68,7 +68,7 @@ type node struct {
 	runtimeVersion string
 }
 
-// newNode makes all that needs no state.
+// newNode makes everything that needs no state.
 func newNode(c *config.Config, listen string, log logrus.FieldLogger) (_ *node, err error) {
 	n := &node{
 		config: c, log: log, listen: listen, started: time.Now(), registry: prometheus.NewRegistry(),
@@ -145,8 +145,8 @@ func (n *node) close() error {
 	return errors.Join(errs...)
 }
 
-// makeStateDir makes the directory, for this user only: the recorded requests in
-// it hold the environment of containers, and with it secrets.
+// makeStateDir makes the directory, for this user only: the recorded requests in it have the
+// environment of containers, and with it secrets.
 func makeStateDir(dir string, log logrus.FieldLogger) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("stateDir: %w; make it writable for this user or choose another", err)
@@ -165,7 +165,7 @@ func makeStateDir(dir string, log logrus.FieldLogger) error {
 	return nil
 }
 
-// info fills in what the engine does not know of the node. See [ops.InfoFunc].
+// info describes what the engine does not know of the node. See [ops.InfoFunc].
 func (n *node) info(ctx context.Context) *opsv1.NodeInfoResponse {
 	st := n.cri.Stats()
 	state := n.upstream.State()
@@ -200,8 +200,8 @@ func (n *node) info(ctx context.Context) *opsv1.NodeInfoResponse {
 	return info
 }
 
-// runtime returns name and version of the runtime, those last known if it does
-// not answer.
+// runtime returns name and version of the runtime. If it does not answer, runtime returns what it
+// said last.
 func (n *node) runtime(ctx context.Context, state connectivity.State) (name, version string) {
 	if state == connectivity.Ready {
 		ctx, cancel := context.WithTimeout(ctx, runtimeVersionTimeout)
@@ -219,8 +219,8 @@ func (n *node) runtime(ctx context.Context, state connectivity.State) (name, ver
 	return n.runtimeName, n.runtimeVersion
 }
 
-// sayIfRuntimeMissing logs once what stands between the proxy and its runtime at
-// start. It is no error: the runtime may come later, and the upstream logs when it does.
+// sayIfRuntimeMissing logs once, at start, why the proxy does not reach the runtime. That is no
+// error: the runtime may come later, and the upstream logs when it does.
 func (n *node) sayIfRuntimeMissing() {
 	path, err := config.SocketPath(n.upstream.Endpoint())
 	if err != nil {
@@ -247,8 +247,8 @@ func (n *node) opsServer(name string, o ...grpc.ServerOption) *grpc.Server {
 	before, after := n.commands.options(name)
 	guard := ops.Guard(n.log)
 	after = append(after, grpc.ChainUnaryInterceptor(ops.Audit(n.log)))
-	// The guard is around everything, and once more around the command itself, so that its panics
-	// are counted and audited.
+	// The guard is around everything, and once more around the command itself: so a panic of the
+	// command is counted and audited.
 	last := []grpc.ServerOption{grpc.ChainUnaryInterceptor(n.refuseBypassed)}
 	s := grpc.NewServer(slices.Concat(guard, before, o, after, guard, last)...)
 	st := n.state.Load()
