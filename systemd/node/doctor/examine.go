@@ -28,19 +28,19 @@ import (
 // callTimeout bounds each call: everything is on this machine.
 const callTimeout = 5 * time.Second
 
-// Options say what is looked at. The zero value of all but Now is the node as it is.
+// Options say what to examine. The zero value of all but Now stands for the node as it is.
 type Options struct {
-	// ConfigFile is the daemon's; empty: [config.DefaultFile].
+	// ConfigFile is the configuration file of the daemon. Empty: [config.DefaultFile].
 	ConfigFile string
-	// AdminSocket, if not empty, is asked in the place of the one in the configuration.
+	// AdminSocket, if not empty, replaces the one in the configuration.
 	AdminSocket string
 	// Proc is where procfs is mounted; empty: /proc.
 	Proc string
-	// Systemd is the directory whose existence says that systemd runs, sd_booted(3); empty:
+	// Systemd is the directory that exists if systemd runs, sd_booted(3). Empty:
 	// /run/systemd/system.
 	Systemd string
-	// CRI is the version of the CRI that this binary has, such as v0.37.2; empty: that of the
-	// k8s.io/cri-api that is linked.
+	// CRI is the version of the CRI that this binary knows, such as v0.37.2. Empty: the version of
+	// k8s.io/cri-api that it links.
 	CRI string
 	Now func() time.Time
 }
@@ -96,8 +96,8 @@ func (x *examination) exists(path string) bool {
 	return err == nil
 }
 
-// configuration reads the file. What is wrong with it does not end the examination: the rest is
-// looked at with the defaults.
+// configuration reads the file. If something is wrong with it, the examination goes on with the
+// defaults.
 func (x *examination) configuration() {
 	const check = "config"
 	c := config.Default()
@@ -126,7 +126,7 @@ func (x *examination) configuration() {
 	x.link = filepath.Join(filepath.Dir(c.Listen.Path), "kubelet.sock")
 }
 
-// daemon asks who serves.
+// daemon asks the daemon.
 func (x *examination) daemon(ctx context.Context) {
 	const check = "daemon"
 	conn, err := bypass.Dial(x.config.AdminSocket)
@@ -184,7 +184,7 @@ func (x *examination) drift() {
 	}
 }
 
-// bypass looks at where kubelet is led, and at whether that is what was asked for.
+// bypass checks where kubelet is led, and whether that is what was requested.
 func (x *examination) bypass() {
 	const check = "bypass"
 	state := bypassstate.Read(x.config.StateDir)
@@ -214,7 +214,7 @@ func (x *examination) bypass() {
 	}
 }
 
-// sockets looks at the files that are dialled, and whether somebody accepts.
+// sockets checks the files of the sockets, and whether somebody accepts connections.
 func (x *examination) sockets(ctx context.Context) {
 	const check = "sockets"
 	start := "systemctl start cri-proxy.socket cri-proxy-admin.socket"
@@ -250,13 +250,14 @@ func (x *examination) sockets(ctx context.Context) {
 	}
 }
 
-// leastFree is what the state directory's file system must have: the journal is a few megabytes.
+// leastFree is how much room the file system of the state directory must have: the journal takes a
+// few megabytes.
 const (
 	leastFree  = 16 << 20
 	littleFree = 256 << 20
 )
 
-// state looks at the directory of the journal.
+// state checks the directory of the journal.
 func (x *examination) state() {
 	const check = "state"
 	dir := x.config.StateDir
@@ -292,7 +293,7 @@ func (x *examination) state() {
 	}
 }
 
-// writable tries to write a file, to the disk.
+// writable tries to write a file to the disk.
 func writable(dir string) error {
 	f, err := os.CreateTemp(dir, ".doctor-*")
 	if err != nil {
@@ -302,7 +303,7 @@ func writable(dir string) error {
 	return errors.Join(err, f.Sync(), f.Close(), os.Remove(f.Name()))
 }
 
-// same reports whether two paths are the same file, or will be.
+// same reports whether two paths are the same file, or will be when it is made.
 func same(a, b string) bool { return canonical(a) == canonical(b) }
 
 // canonical follows symlinks of the directory, not of the file: kubelet.sock is not cri.sock.

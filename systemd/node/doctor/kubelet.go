@@ -14,23 +14,23 @@ import (
 	"github.com/cri-proxy/cri-proxy/systemd/node/kubelet"
 )
 
-// quietKubelet is after how long without a call something is wrong: kubelet lists the containers
-// every second, with the generic PLEG, and every 5 minutes with the evented one.
+// quietKubelet is how long kubelet may be silent before something is wrong: it lists containers
+// every second with the generic PLEG, and every 5 minutes with the evented one.
 const quietKubelet = 6 * time.Minute
 
-// kubelets returns the processes that are one.
+// kubelets returns the processes that are a kubelet.
 func kubelets(proc string) []process {
 	return processes(proc, func(dir string) bool { return comm(dir) == "kubelet" })
 }
 
-// settings are those of a kubelet.
+// settings returns what a kubelet process was told.
 func (x *examination) settings(p process) *kubelet.Kubelet {
 	k := &kubelet.Kubelet{PID: p.pid, Args: p.args[min(1, len(p.args)):]}
 	k.Dir, _ = os.Readlink(filepath.Join(x.o.Proc, strconv.Itoa(p.pid), "cwd")) // for relative paths only
 	return k
 }
 
-// endpoint is where a kubelet is told to find its runtime, and whether images are there too.
+// endpoint returns the runtime endpoint that a kubelet is told, and whether images are there too.
 func (x *examination) endpoint(p process) (endpoint string, images bool, err error) {
 	k := x.settings(p)
 	if endpoint, err = k.Endpoint(); err != nil {
@@ -40,7 +40,7 @@ func (x *examination) endpoint(p process) (endpoint string, images bool, err err
 	return endpoint, images, err
 }
 
-// kubelet looks at what kubelet dials, and at what it is told to dial.
+// kubelet checks what kubelet dials, and what it is told to dial.
 func (x *examination) kubelet() {
 	const check = "kubelet"
 	toProxy, err := peersOf(x.o.Proc, x.config.Listen.Path)
@@ -73,8 +73,8 @@ func (x *examination) kubelet() {
 	x.lastCall(check)
 }
 
-// toldWhere judges the endpoint of a kubelet. It returns false for one that has nothing to do with
-// this proxy.
+// toldWhere checks the endpoint of a kubelet. It returns false if that kubelet has nothing to do
+// with this proxy.
 func (x *examination) toldWhere(check string, k process, endpoint string, images, connected bool) bool {
 	socket, err := config.SocketPath(endpoint)
 	if err != nil {
@@ -101,9 +101,8 @@ func (x *examination) toldWhere(check string, k process, endpoint string, images
 	return true
 }
 
-// access says who may run an image that was pulled ahead of time with secrets: kubelet verifies
-// that for images that it has pulled itself, as its policy says, and not for those that were there
-// before.
+// access says which pods may run an image that was pre-pulled with secrets. By its policy kubelet
+// verifies that for images that it has pulled itself, and not for those that were there before.
 func (x *examination) access(k process, images bool) {
 	const check = "images"
 	policy, err := x.settings(k).CredentialsVerification()
@@ -133,8 +132,9 @@ func (x *examination) access(k process, images bool) {
 	}
 }
 
-// connections judges who is connected to what. Beside CRI, kubelet's cAdvisor has a connection to
-// containerd of its own: one to the runtime alone says something, one to both does not.
+// connections checks which sockets kubelet is connected to. Besides CRI, kubelet's cAdvisor has its
+// own connection to containerd. So a connection to the runtime is a problem only if there is none
+// to the proxy.
 func (x *examination) connections(check string, toProxy, toRuntime []process, through, past, told int) {
 	switch {
 	case x.past && past >= 0 && through < 0:
@@ -156,7 +156,7 @@ func (x *examination) connections(check string, toProxy, toRuntime []process, th
 	}
 }
 
-// lastCall says when kubelet was last heard of.
+// lastCall says when kubelet has called last.
 func (x *examination) lastCall(check string) {
 	if x.info == nil || x.past {
 		return

@@ -18,19 +18,19 @@ import (
 )
 
 const (
-	// soon is how long before its end a certificate from files is worth a warning: enough for a
-	// person to renew it. For one with a short life, which no person renews, it is a third of that:
-	// cert-manager, for one, renews at two thirds.
+	// soon is how long before its end a certificate from files deserves a warning, so that a person
+	// can renew it. For a certificate with a short life, which a program renews, it is a third of
+	// that life: cert-manager, for example, renews after two thirds.
 	soon = 7 * 24 * time.Hour
-	// overdue is after how long without a new certificate something is wrong though the daemon does
-	// not say so: it asks when it is time and the controller answers within a minute.
+	// overdue is how late a new certificate may be before something is wrong, even if the daemon
+	// reports no problem: it asks in time, and the controller answers within a minute.
 	overdue = 15 * time.Minute
-	// quietController is after how long without a call of the controller's something may be wrong:
-	// it asks every node that it knows every few minutes.
+	// quietController is how long the controller may be silent before something may be wrong: it
+	// asks every node that it knows every few minutes.
 	quietController = 20 * time.Minute
 )
 
-// network looks at what the controller needs.
+// network checks what the controller needs.
 func (x *examination) network() {
 	const check = "controller"
 	o := x.config.Ops
@@ -65,7 +65,7 @@ func (x *examination) network() {
 	}
 }
 
-// certificateFiles looks at the certificate and the CA in files.
+// certificateFiles checks the certificate and the CA in files.
 func (x *examination) certificateFiles() {
 	const check = "certificate"
 	o := x.config.Ops
@@ -94,7 +94,7 @@ func (x *examination) certificateFiles() {
 	}
 }
 
-// enrolled judges the certificate that the daemon gets from the controller, and renews by itself.
+// enrolled checks the certificate that the daemon gets from the controller, and renews by itself.
 func (x *examination) enrolled(i *opsv1.Identity) {
 	const check = "certificate"
 	now, end, renewal := x.o.Now(), i.GetExpireTime().AsTime(), i.GetRenewTime().AsTime()
@@ -122,7 +122,7 @@ func (x *examination) enrolled(i *opsv1.Identity) {
 	}
 }
 
-// certificateFile judges the end of a certificate that somebody else puts there.
+// certificateFile checks when a certificate ends that somebody else puts into a file.
 func (x *examination) certificateFile(leaf *x509.Certificate) {
 	const check = "certificate"
 	end := leaf.NotAfter
@@ -140,7 +140,7 @@ func (x *examination) certificateFile(leaf *x509.Certificate) {
 	}
 }
 
-// checkCA returns an error if no certificate of the file counts now.
+// checkCA returns an error if no certificate of the file is valid now.
 func checkCA(file string, now time.Time) error {
 	b, err := os.ReadFile(file)
 	if err != nil {
@@ -169,7 +169,7 @@ func checkCA(file string, now time.Time) error {
 // linux/timex.h).
 const clockUnsynchronised = 5
 
-// clock says whether something keeps it right, on which certificates depend.
+// clock checks whether something synchronises the clock, on which certificates depend.
 func (x *examination) clock() {
 	var t unix.Timex
 	state, err := unix.Adjtimex(&t)

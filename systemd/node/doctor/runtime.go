@@ -65,7 +65,7 @@ func (x *examination) runtime(ctx context.Context) {
 	}
 }
 
-// registries says how containerd reaches them, which is how pulls with a speed limit do, too.
+// registries says how containerd reaches registries. Pulls with a speed limit go the same way.
 func (x *examination) registries(ctx context.Context, conn grpc.ClientConnInterface) {
 	const check = "registries"
 	quiet := logrus.New()
@@ -92,7 +92,7 @@ func (x *examination) registries(ctx context.Context, conn grpc.ClientConnInterf
 	}
 }
 
-// leftovers looks for containers that an operation has made and never started, and that no
+// leftovers looks for containers that an operation has created and not started, and that no running
 // operation knows.
 func (x *examination) leftovers(ctx context.Context, rt runtimeapi.RuntimeServiceClient) {
 	const check = "containers"
@@ -128,7 +128,7 @@ func (x *examination) leftovers(ctx context.Context, rt runtimeapi.RuntimeServic
 		"though no operation is under way: %s", strings.Join(left, ", "))
 }
 
-// openKruise looks for the node daemon of OpenKruise, which carries out the same requests and jobs.
+// openKruise looks for the node daemon of OpenKruise, which handles the same requests and jobs.
 func (x *examination) openKruise(ctx context.Context, rt runtimeapi.RuntimeServiceClient) {
 	const check = "OpenKruise"
 	list, err := rt.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{Filter: &runtimeapi.PodSandboxFilter{
@@ -148,7 +148,7 @@ func (x *examination) openKruise(ctx context.Context, rt runtimeapi.RuntimeServi
 	}
 }
 
-// images looks at the file system of the images.
+// images checks the file system of the images.
 func (x *examination) images(ctx context.Context, images runtimeapi.ImageServiceClient) {
 	const check = "images"
 	info, err := images.ImageFsInfo(ctx, &runtimeapi.ImageFsInfoRequest{})
@@ -185,7 +185,7 @@ func (x *examination) images(ctx context.Context, images runtimeapi.ImageService
 	}
 }
 
-// methods looks at how containers can be restarted.
+// methods checks how containers can be restarted.
 func (x *examination) methods() {
 	const check = "restarts"
 	if x.info == nil {

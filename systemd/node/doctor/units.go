@@ -14,10 +14,10 @@ import (
 	"github.com/cri-proxy/cri-proxy/systemd/node/systemctl"
 )
 
-// instanceUnit is in the cgroup of a daemon that systemd has started.
+// instanceUnit is in the name of the cgroup of a daemon that systemd has started.
 var instanceUnit = regexp.MustCompile(`cri-proxy@[a-z]\.service`)
 
-// unitOf returns the unit of a process; empty if it is none of ours.
+// unitOf returns the unit of a process. It is empty if that is no unit of ours.
 func (x *examination) unitOf(pid int) string {
 	b, err := os.ReadFile(filepath.Join(x.o.Proc, fmt.Sprint(pid), "cgroup"))
 	if err != nil {
@@ -26,7 +26,7 @@ func (x *examination) unitOf(pid int) string {
 	return instanceUnit.FindString(string(b))
 }
 
-// units looks at what systemd has to say, where there is systemd.
+// units checks the units, where systemd runs.
 func (x *examination) units(ctx context.Context) {
 	const check = "units"
 	if _, err := os.Stat(x.o.Systemd); err != nil {

@@ -18,9 +18,9 @@ import (
 )
 
 const (
-	// runUnitDir is for what ends with the boot.
+	// runUnitDir is for units that go with the next boot.
 	runUnitDir = "/run/systemd/system"
-	// unitDir is the administrator's; a package has its units in vendorUnitDir.
+	// unitDir belongs to the administrator; packages have their units in vendorUnitDir.
 	unitDir, vendorUnitDir = "/etc/systemd/system", "/usr/lib/systemd/system"
 	tmpfilesName           = "cri-proxy.conf"
 	tmpfilesDir            = "/etc/tmpfiles.d"
@@ -28,7 +28,7 @@ const (
 
 	criSocket, adminSocket, opsSocket = "cri-proxy.socket", "cri-proxy-admin.socket", "cri-proxy-ops.socket"
 	serviceTemplate                   = "cri-proxy@.service"
-	// dropInName is that of what the configuration changes of a unit.
+	// dropInName is the name of the drop-in with what the configuration changes of a unit.
 	dropInName = "50-install.conf"
 
 	dropInHead = "# Written by cri-proxy install from the configuration; changes go into a file of another name.\n"
@@ -36,7 +36,7 @@ const (
 	opsListen = ":10260"
 )
 
-// guardFile is the guard of crashes, which the unit names.
+// guardFile is crash-guard, which the unit names.
 func guardFile(prefix update.Prefix) string { return filepath.Join(prefix.LibDir(), "crash-guard") }
 
 // shipped is a file of package systemd, for a prefix.
@@ -51,7 +51,7 @@ func shipped(name string, prefix update.Prefix) ([]byte, error) {
 	return b, nil
 }
 
-// prefixFile says where the binaries are if that is not where they are looked for.
+// prefixFile is the file that has the prefix, unless that is the default.
 func prefixFile(prefix update.Prefix) file {
 	f := file{path: update.PrefixFile, mode: 0o644}
 	if prefix != update.DefaultPrefix {
@@ -60,14 +60,14 @@ func prefixFile(prefix update.Prefix) file {
 	return f
 }
 
-// file is one of ours and what is to be in it, nil for nothing.
+// file is a file of ours and its content. Nil content stands for no file.
 type file struct {
 	path    string
 	content []byte
 	mode    os.FileMode
 }
 
-// nodeFiles are all files of ours but the configuration and the binaries. k may be nil.
+// nodeFiles are all files of ours except the configuration and the binaries. k may be nil.
 func nodeFiles(c *config.Config, k *kubelet.Kubelet, prefix update.Prefix) ([]file, error) {
 	guard, err := shipped("crash-guard", prefix)
 	if err != nil {
@@ -110,7 +110,7 @@ func nodeFiles(c *config.Config, k *kubelet.Kubelet, prefix update.Prefix) ([]fi
 	return out, nil
 }
 
-// orVendor is a file of the administrator's directory, which is not needed where a package has the
+// orVendor is a file in the administrator's directory. The file is not needed if a package has the
 // same.
 func orVendor(dir, vendor, name string, content []byte) (file, error) {
 	f := file{filepath.Join(dir, name), content, 0o644}
@@ -176,7 +176,7 @@ func listenStream(address string) string {
 	return address
 }
 
-// writablePaths are those that the unit does not give and that this node needs.
+// writablePaths are the paths that this node needs and that the unit does not make writable.
 func writablePaths(c *config.Config, k *kubelet.Kubelet) []string {
 	var out []string
 	need := func(dir string, given ...string) {

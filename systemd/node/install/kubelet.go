@@ -23,14 +23,14 @@ import (
 	"github.com/cri-proxy/cri-proxy/systemd/node/systemctl"
 )
 
-// watch is how kubelet is watched after a restart.
+// watch checks that kubelet works after a restart.
 type watch struct {
 	unit string
-	// healthz is host:port, empty for unknown.
+	// healthz is host:port of kubelet's health check. Empty: unknown.
 	healthz string
-	// admin is the proxy's admin socket, if kubelet is to call through the proxy.
+	// admin is the proxy's admin socket if kubelet must call through the proxy, else empty.
 	admin string
-	// api and node tell whether the node is ready, nil for not asked.
+	// api and node are for asking whether the node is ready. Nil: not asked.
 	api     *apiserver.Client
 	node    string
 	timeout time.Duration
@@ -103,7 +103,7 @@ func (w *watch) look(ctx context.Context, since time.Time, base int) (over bool,
 	return false, nil
 }
 
-// healthy asks kubelet itself.
+// healthy asks kubelet's health check.
 func (w *watch) healthy(ctx context.Context) error {
 	if w.healthz == "" {
 		return nil
@@ -127,7 +127,7 @@ func (w *watch) healthy(ctx context.Context) error {
 	return nil
 }
 
-// calls is nil if a call has come through the proxy since.
+// calls returns nil if a call has come through the proxy since then.
 func (w *watch) calls(ctx context.Context, since time.Time) error {
 	conn, err := bypass.Dial(w.admin)
 	if err != nil {
@@ -146,7 +146,7 @@ func (w *watch) calls(ctx context.Context, since time.Time) error {
 	return nil
 }
 
-// journal is what kubelet has said last.
+// journal returns the last lines that kubelet has logged.
 func (w *watch) journal(ctx context.Context) string {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
 	defer cancel()
@@ -191,7 +191,7 @@ func newWatch(
 	return w, nil
 }
 
-// pointing is the action that makes kubelet dial ours.
+// pointing returns the action that makes kubelet dial our symlink.
 func (i *installer) pointing(k *kubelet.Kubelet, edits []kubelet.Edit, w *watch, r *record) action {
 	restarted, fresh := false, !r.exists()
 	worked := r.exists() && !r.Pending // as it is, through us
