@@ -18,6 +18,7 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/ops/process"
 	"github.com/cri-proxy/cri-proxy/systemd/node/bypass"
+	"github.com/cri-proxy/cri-proxy/systemd/node/install/record"
 	"github.com/cri-proxy/cri-proxy/systemd/node/kubelet"
 	"github.com/cri-proxy/cri-proxy/systemd/node/update"
 )
@@ -146,7 +147,7 @@ func checkKubelet(ctx context.Context, k *kubelet.Kubelet) (version string, warn
 
 // checkSpace makes sure that there is room for what is installed, and that programs run from there.
 func checkSpace(prefix update.Prefix) error {
-	for _, dir := range []string{prefix.LibDir(), filepath.Dir(recordDir)} {
+	for _, dir := range []string{prefix.LibDir(), filepath.Dir(record.Dir)} {
 		at := dir
 		for {
 			if _, err := os.Stat(at); err == nil {

@@ -13,18 +13,17 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/internal/config"
 	"github.com/cri-proxy/cri-proxy/systemd"
+	"github.com/cri-proxy/cri-proxy/systemd/node/install/plan"
 	"github.com/cri-proxy/cri-proxy/systemd/node/kubelet"
 	"github.com/cri-proxy/cri-proxy/systemd/node/update"
 )
 
 const (
-	// runUnitDir is for units that go with the next boot.
-	runUnitDir = "/run/systemd/system"
-	// unitDir belongs to the administrator; packages have their units in vendorUnitDir.
-	unitDir, vendorUnitDir = "/etc/systemd/system", "/usr/lib/systemd/system"
-	tmpfilesName           = "cri-proxy.conf"
-	tmpfilesDir            = "/etc/tmpfiles.d"
-	vendorTmpfilesDir      = "/usr/lib/tmpfiles.d"
+	// vendorUnitDir has the units of packages.
+	vendorUnitDir     = "/usr/lib/systemd/system"
+	tmpfilesName      = "cri-proxy.conf"
+	tmpfilesDir       = "/etc/tmpfiles.d"
+	vendorTmpfilesDir = "/usr/lib/tmpfiles.d"
 
 	criSocket, adminSocket, opsSocket = "cri-proxy.socket", "cri-proxy-admin.socket", "cri-proxy-ops.socket"
 	serviceTemplate                   = "cri-proxy@.service"
@@ -101,11 +100,11 @@ func nodeFiles(c *config.Config, k *kubelet.Kubelet, prefix update.Prefix) ([]fi
 		if err != nil {
 			return nil, err
 		}
-		f, err := orVendor(unitDir, vendorUnitDir, name, unit)
+		f, err := orVendor(plan.UnitDir, vendorUnitDir, name, unit)
 		if err != nil {
 			return nil, err
 		}
-		out = append(out, f, file{filepath.Join(unitDir, name+".d", dropInName), unitChanges(name, c, k), 0o644})
+		out = append(out, f, file{filepath.Join(plan.UnitDir, name+".d", dropInName), unitChanges(name, c, k), 0o644})
 	}
 	return out, nil
 }
@@ -114,7 +113,7 @@ func nodeFiles(c *config.Config, k *kubelet.Kubelet, prefix update.Prefix) ([]fi
 // same.
 func orVendor(dir, vendor, name string, content []byte) (file, error) {
 	f := file{filepath.Join(dir, name), content, 0o644}
-	b, err := read(filepath.Join(vendor, name))
+	b, err := plan.Read(filepath.Join(vendor, name))
 	if err == nil && b != nil && bytes.Equal(b, content) {
 		f.content = nil
 	}

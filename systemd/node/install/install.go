@@ -25,6 +25,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/prepull/runtimeconfig"
 	"github.com/cri-proxy/cri-proxy/systemd"
 	"github.com/cri-proxy/cri-proxy/systemd/node/bypass"
+	"github.com/cri-proxy/cri-proxy/systemd/node/install/plan"
+	"github.com/cri-proxy/cri-proxy/systemd/node/install/record"
 	"github.com/cri-proxy/cri-proxy/systemd/node/kubelet"
 	"github.com/cri-proxy/cri-proxy/systemd/node/systemctl"
 	"github.com/cri-proxy/cri-proxy/systemd/node/update"
@@ -99,13 +101,13 @@ func (i *installer) run(ctx context.Context) error {
 		return err
 	}
 	if i.DryRun {
-		p.show()
+		p.Show()
 		return nil
 	}
-	if err := p.run(ctx); err != nil {
+	if err := p.Run(ctx); err != nil {
 		return err
 	}
-	if len(p.actions) == 0 {
+	if len(p.Actions) == 0 {
 		i.say("cri-proxy is installed, there is nothing to do")
 	} else {
 		i.say("cri-proxy is installed; see cri-proxy ctl status")
@@ -212,7 +214,7 @@ func (i *installer) configure(k *kubelet.Kubelet) ([]byte, error) {
 // readConfig returns the content of the file, nil if there is none. A symlink to nothing is an
 // error: it is a mistake, or leads to a file system that is not mounted yet.
 func readConfig(path string) ([]byte, error) {
-	text, err := read(path)
+	text, err := plan.Read(path)
 	if to, lerr := os.Readlink(path); err == nil && text == nil && lerr == nil {
 		return nil, fmt.Errorf("%s is a symlink to %s, which is not there: put a file there, or remove the symlink",
 			path, to)
@@ -401,9 +403,9 @@ func (i *installer) sayRegistries(ctx context.Context, runtime string) {
 }
 
 // plan returns what is to be done.
-func (i *installer) plan(ctx context.Context, k *kubelet.Kubelet, text []byte) (*plan, error) {
-	p := &plan{out: i.Out, undone: daemonReload}
-	r, err := readRecord(recordDir)
+func (i *installer) plan(ctx context.Context, k *kubelet.Kubelet, text []byte) (*plan.Plan, error) {
+	p := &plan.Plan{Out: i.Out, Undone: daemonReload}
+	r, err := record.Read(record.Dir)
 	if err != nil {
 		return nil, err
 	}
@@ -414,12 +416,12 @@ func (i *installer) plan(ctx context.Context, k *kubelet.Kubelet, text []byte) (
 	files = slices.Insert(files, 0, configFile(config.DefaultFile, text))
 	changed := false
 	for _, f := range files {
-		a, ok, err := writing(f.path, f.content, f.mode)
+		a, ok, err := plan.Writing(f.path, f.content, f.mode)
 		if err != nil {
 			return nil, err
 		}
 		if ok {
-			p.add(a)
+			p.Add(a)
 			changed = true
 		}
 	}
@@ -428,7 +430,7 @@ func (i *installer) plan(ctx context.Context, k *kubelet.Kubelet, text []byte) (
 		return nil, err
 	}
 	if changed {
-		p.add(action{what: "systemctl daemon-reload", do: daemonReload})
+		p.Add(plan.Action{What: "systemctl daemon-reload", Do: daemonReload})
 	}
 	if err := i.planSockets(ctx, p, changed); err != nil {
 		return nil, err
@@ -444,7 +446,7 @@ func (i *installer) plan(ctx context.Context, k *kubelet.Kubelet, text []byte) (
 	if len(edits) > 0 || r.Pending {
 		w, warnings := newWatch(ctx, k, i.Unit, i.Kubeconfig, i.Timeout)
 		i.warn(warnings...)
-		p.add(i.pointing(k, edits, w, r))
+		p.Add(i.pointing(k, edits, w, r))
 	}
 	return p, nil
 }
@@ -462,22 +464,22 @@ func configFile(path string, text []byte) file {
 }
 
 // planSockets makes systemd hold the sockets, and the symlinks be there.
-func (i *installer) planSockets(ctx context.Context, p *plan, changed bool) error {
+func (i *installer) planSockets(ctx context.Context, p *plan.Plan, changed bool) error {
 	if links := there(i.kubeletSocket()); !links || changed {
-		a := action{what: "systemd-tmpfiles --create " + tmpfilesName, do: func(ctx context.Context) error {
+		a := plan.Action{What: "systemd-tmpfiles --create " + tmpfilesName, Do: func(ctx context.Context) error {
 			_, err := systemctl.Command(ctx, "systemd-tmpfiles", "--create", tmpfilesName)
 			return err
 		}}
 		if !links {
 			sockets := there(i.Config.Listen.Path) // somebody may be dialling that already
-			a.undo = func(context.Context) error {
+			a.Undo = func(context.Context) error {
 				if sockets {
 					return atomicfile.Remove(i.kubeletSocket())
 				}
 				return removeSockets(i.Config)
 			}
 		}
-		p.add(a)
+		p.Add(a)
 	}
 	units := []string{criSocket, adminSocket}
 	if i.Config.Ops.Address != "" {
@@ -491,22 +493,22 @@ func (i *installer) planSockets(ctx context.Context, p *plan, changed bool) erro
 		if s["ActiveState"] == "active" && s["UnitFileState"] == "enabled" {
 			continue
 		}
-		p.add(action{
-			what: "systemctl enable --now " + unit,
-			do: func(ctx context.Context) error {
+		p.Add(plan.Action{
+			What: "systemctl enable --now " + unit,
+			Do: func(ctx context.Context) error {
 				_ = systemctl.Run(ctx, "reset-failed", unit)
 				if unit == opsSocket {
 					return i.enableOpsSocket(ctx)
 				}
 				return systemctl.Run(ctx, "enable", "--now", unit)
 			},
-			undo: func(ctx context.Context) error { return systemctl.Run(ctx, "disable", "--now", unit) },
+			Undo: func(ctx context.Context) error { return systemctl.Run(ctx, "disable", "--now", unit) },
 		})
 	}
 	if i.Config.Ops.Address == "" {
 		s, err := systemctl.Show(ctx, opsSocket, "ActiveState", "UnitFileState")
 		if err != nil || s["ActiveState"] == "active" || s["UnitFileState"] == "enabled" {
-			p.add(action{what: "systemctl disable --now " + opsSocket, do: func(ctx context.Context) error {
+			p.Add(plan.Action{What: "systemctl disable --now " + opsSocket, Do: func(ctx context.Context) error {
 				return systemctl.Run(ctx, "disable", "--now", opsSocket)
 			}})
 		}
@@ -515,7 +517,7 @@ func (i *installer) planSockets(ctx context.Context, p *plan, changed bool) erro
 }
 
 // startDropIn is for the start of the socket only.
-const startDropIn = runUnitDir + "/" + opsSocket + ".d/90-start.conf"
+const startDropIn = plan.RunUnitDir + "/" + opsSocket + ".d/90-start.conf"
 
 // enableOpsSocket starts the socket while an instance serves. systemd refuses to start a socket
 // whose Service= runs, so for the start Service= names the idle instance; the serving one is
@@ -536,7 +538,7 @@ func (i *installer) enableOpsSocket(ctx context.Context) error {
 	if err = systemctl.Run(ctx, "daemon-reload"); err == nil {
 		err = systemctl.Run(ctx, "enable", "--now", opsSocket)
 	}
-	if err := errors.Join(put(startDropIn, nil, 0), systemctl.Run(ctx, "daemon-reload")); err != nil {
+	if err := errors.Join(plan.Put(startDropIn, nil, 0), systemctl.Run(ctx, "daemon-reload")); err != nil {
 		return err
 	}
 	if err != nil && i.before.Ops.Address != "" {
@@ -547,7 +549,7 @@ func (i *installer) enableOpsSocket(ctx context.Context) error {
 }
 
 // planDaemon makes this version serve. version is the one that serves now, empty for none.
-func (i *installer) planDaemon(p *plan, version string, same, changed bool) {
+func (i *installer) planDaemon(p *plan.Plan, version string, same, changed bool) {
 	do := func(reload bool) func(context.Context) error {
 		return func(ctx context.Context) error {
 			return update.Run(ctx, update.Options{
@@ -557,9 +559,9 @@ func (i *installer) planDaemon(p *plan, version string, same, changed bool) {
 	}
 	switch fresh := !there(filepath.Join(i.Prefix.LibDir(), "versions")); {
 	case version == "":
-		p.add(action{
-			what: "install this version and start it",
-			do: func(ctx context.Context) error {
+		p.Add(plan.Action{
+			What: "install this version and start it",
+			Do: func(ctx context.Context) error {
 				if fresh { // a bypass is left over from a time before
 					if err := bypassstate.Forget(i.Config.StateDir); err != nil {
 						return err
@@ -567,7 +569,7 @@ func (i *installer) planDaemon(p *plan, version string, same, changed bool) {
 				}
 				return do(false)(ctx)
 			},
-			undo: func(ctx context.Context) error {
+			Undo: func(ctx context.Context) error {
 				if !fresh {
 					return nil
 				}
@@ -575,8 +577,8 @@ func (i *installer) planDaemon(p *plan, version string, same, changed bool) {
 			},
 		})
 	case !same:
-		p.add(action{what: "put this version in the place of " + version, do: do(false)})
+		p.Add(plan.Action{What: "put this version in the place of " + version, Do: do(false)})
 	case changed:
-		p.add(action{what: "have another process take over, with the new configuration", do: do(true)})
+		p.Add(plan.Action{What: "have another process take over, with the new configuration", Do: do(true)})
 	}
 }

@@ -19,6 +19,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/internal/bypassstate"
 	"github.com/cri-proxy/cri-proxy/ops/apiserver"
 	"github.com/cri-proxy/cri-proxy/systemd/node/bypass"
+	"github.com/cri-proxy/cri-proxy/systemd/node/install/plan"
+	"github.com/cri-proxy/cri-proxy/systemd/node/install/record"
 	"github.com/cri-proxy/cri-proxy/systemd/node/kubelet"
 	"github.com/cri-proxy/cri-proxy/systemd/node/systemctl"
 )
@@ -192,22 +194,22 @@ func newWatch(
 }
 
 // pointing returns the action that makes kubelet dial our symlink.
-func (i *installer) pointing(k *kubelet.Kubelet, edits []kubelet.Edit, w *watch, r *record) action {
-	restarted, fresh := false, !r.exists()
-	worked := r.exists() && !r.Pending // as it is, through us
+func (i *installer) pointing(k *kubelet.Kubelet, edits []kubelet.Edit, w *watch, r *record.Record) plan.Action {
+	restarted, fresh := false, !r.Exists()
+	worked := r.Exists() && !r.Pending // as it is, through us
 	what := fmt.Sprintf("point kubelet at %s", i.ours())
 	var diffs strings.Builder
 	for _, e := range edits {
 		what += ", in " + e.Path
-		diffs.WriteString(diff(e.Path, e.Before, e.After))
+		diffs.WriteString(plan.Diff(e.Path, e.Before, e.After))
 	}
 	if len(edits) == 0 {
 		what = "kubelet's files are as they should be"
 	}
-	return action{
-		what: what + fmt.Sprintf("; restart %s and wait until it calls through "+
-			"cri-proxy", w.unit), diff: diffs.String(),
-		do: func(ctx context.Context) error {
+	return plan.Action{
+		What: what + fmt.Sprintf("; restart %s and wait until it calls through "+
+			"cri-proxy", w.unit), Diff: diffs.String(),
+		Do: func(ctx context.Context) error {
 			if _, err := runtimeVersion(ctx, i.kubeletSocket()); err != nil {
 				return fmt.Errorf("no answer through %s, so kubelet is left alone: %w; see journalctl -u 'cri-proxy@*'",
 					i.kubeletSocket(), err)
@@ -220,7 +222,7 @@ func (i *installer) pointing(k *kubelet.Kubelet, edits []kubelet.Edit, w *watch,
 				r.Endpoint = endpoint
 			}
 			r.Unit, r.Ours = w.unit, i.ours()
-			if err := r.keep(edits); err != nil {
+			if err := r.Keep(edits); err != nil {
 				return err
 			}
 			for _, e := range edits {
@@ -236,17 +238,17 @@ func (i *installer) pointing(k *kubelet.Kubelet, edits []kubelet.Edit, w *watch,
 				return err
 			}
 			r.Pending = false
-			return r.write()
+			return r.Write()
 		},
-		holds: true,
-		undo: func(ctx context.Context) error {
+		Holds: true,
+		Undo: func(ctx context.Context) error {
 			var errs []error
 			if worked {
 				for _, e := range edits {
-					errs = append(errs, put(e.Path, e.Before, e.Mode))
+					errs = append(errs, plan.Put(e.Path, e.Before, e.Mode))
 				}
 			} else {
-				did, err := r.restore()
+				did, err := r.Restore()
 				restarted = restarted || did // it may run with what an install before this one has written
 				errs = append(errs, err)
 			}
@@ -259,7 +261,7 @@ func (i *installer) pointing(k *kubelet.Kubelet, edits []kubelet.Edit, w *watch,
 			if err := errors.Join(errs...); err != nil || worked {
 				return err
 			}
-			return r.forget()
+			return r.Forget()
 		},
 	}
 }

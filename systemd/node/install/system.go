@@ -6,8 +6,6 @@ package install
 import "time"
 
 const (
-	// undoTimeout bounds one undo: kubelet is restarted once more.
-	undoTimeout = 2 * time.Minute
 	// callTimeout bounds a call over a socket of this machine.
 	callTimeout = 5 * time.Second
 	// pollInterval is how often a watch checks whether kubelet works.

@@ -23,6 +23,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/internal/config"
 	"github.com/cri-proxy/cri-proxy/ops/prepull"
 	"github.com/cri-proxy/cri-proxy/systemd/node/bypass"
+	"github.com/cri-proxy/cri-proxy/systemd/node/install/plan"
+	"github.com/cri-proxy/cri-proxy/systemd/node/install/record"
 	"github.com/cri-proxy/cri-proxy/systemd/node/kubelet"
 	"github.com/cri-proxy/cri-proxy/systemd/node/systemctl"
 	"github.com/cri-proxy/cri-proxy/systemd/node/update"
@@ -82,13 +84,13 @@ func (u *uninstaller) run(ctx context.Context) error {
 	}
 	u.warnOfOverrides(ctx)
 	if u.DryRun {
-		p.show()
+		p.Show()
 		return nil
 	}
-	if err := p.run(ctx); err != nil {
+	if err := p.Run(ctx); err != nil {
 		return fmt.Errorf("%w; cri-proxy uninstall goes on where this ended", err)
 	}
-	if len(p.actions) == 0 {
+	if len(p.Actions) == 0 {
 		u.say("cri-proxy is not installed here")
 		return nil
 	}
@@ -170,15 +172,15 @@ func (u *uninstaller) warnOfOverrides(ctx context.Context) {
 	}
 }
 
-func (u *uninstaller) plan(ctx context.Context) (*plan, error) {
-	p := &plan{out: u.Out}
-	r, err := readRecord(recordDir)
+func (u *uninstaller) plan(ctx context.Context) (*plan.Plan, error) {
+	p := &plan.Plan{Out: u.Out}
+	r, err := record.Read(record.Dir)
 	if err != nil {
 		return nil, err
 	}
 	socket := bypass.KubeletSocket(u.config)
 	if there(socket) && there(u.config.StateDir) {
-		p.add(action{what: "lead kubelet past cri-proxy", do: func(ctx context.Context) error {
+		p.Add(plan.Action{What: "lead kubelet past cri-proxy", Do: func(ctx context.Context) error {
 			path, err := bypass.Of(u.config, u.Out)
 			if err != nil {
 				return err
@@ -198,20 +200,20 @@ func (u *uninstaller) plan(ctx context.Context) (*plan, error) {
 		return nil, err
 	}
 	if len(installed) > 0 {
-		p.add(action{what: "stop and remove " + strings.Join(installed, ", "), do: func(ctx context.Context) error {
+		p.Add(plan.Action{What: "stop and remove " + strings.Join(installed, ", "), Do: func(ctx context.Context) error {
 			return removeAll(ctx, u.config, u.Prefix)
 		}})
 	}
 	if u.holds(ctx, len(installed) > 0 || there(update.PrefixFile)) {
-		p.add(action{what: "take our pins and leases off the runtime's images, which stay", do: u.letGo})
+		p.Add(plan.Action{What: "take our pins and leases off the runtime's images, which stay", Do: u.letGo})
 	}
-	if r.exists() {
-		p.add(action{what: "remove " + r.dir, do: func(context.Context) error { return r.forget() }})
+	if r.Exists() {
+		p.Add(plan.Action{What: "remove " + r.Dir, Do: func(context.Context) error { return r.Forget() }})
 	}
 	if there(update.PrefixFile) {
 		// Another try must know where the rest is.
-		p.add(action{what: "remove " + update.PrefixFile, do: func(context.Context) error {
-			return put(update.PrefixFile, nil, 0)
+		p.Add(plan.Action{What: "remove " + update.PrefixFile, Do: func(context.Context) error {
+			return plan.Put(update.PrefixFile, nil, 0)
 		}})
 	}
 	if u.Purge {
@@ -221,7 +223,7 @@ func (u *uninstaller) plan(ctx context.Context) (*plan, error) {
 				continue
 			}
 			if there(dir) {
-				p.add(action{what: "remove " + dir, do: func(context.Context) error { return os.RemoveAll(dir) }})
+				p.Add(plan.Action{What: "remove " + dir, Do: func(context.Context) error { return os.RemoveAll(dir) }})
 			}
 		}
 	}
@@ -286,7 +288,7 @@ func there(path string) bool {
 }
 
 // planKubelet makes kubelet dial the runtime again.
-func (u *uninstaller) planKubelet(ctx context.Context, p *plan, r *record) error {
+func (u *uninstaller) planKubelet(ctx context.Context, p *plan.Plan, r *record.Record) error {
 	if r.Unit != "" {
 		u.Unit = r.Unit
 	}
@@ -301,12 +303,12 @@ func (u *uninstaller) planKubelet(ctx context.Context, p *plan, r *record) error
 	var diffs strings.Builder
 	var paths []string
 	for _, f := range r.Files {
-		now, was, ok, err := r.original(f)
+		now, was, ok, err := r.Original(f)
 		if err != nil {
 			return err
 		}
 		if ok {
-			diffs.WriteString(diff(f.Path, now, was))
+			diffs.WriteString(plan.Diff(f.Path, now, was))
 			paths = append(paths, f.Path)
 		}
 	}
@@ -316,11 +318,11 @@ func (u *uninstaller) planKubelet(ctx context.Context, p *plan, r *record) error
 			return err
 		}
 		for _, e := range edits {
-			diffs.WriteString(diff(e.Path, e.Before, e.After))
+			diffs.WriteString(plan.Diff(e.Path, e.Before, e.After))
 			paths = append(paths, e.Path)
 		}
 	}
-	if len(paths) == 0 && !r.exists() { // otherwise it may still run with what was there before
+	if len(paths) == 0 && !r.Exists() { // otherwise it may still run with what was there before
 		return nil
 	}
 	w, warnings := newWatch(ctx, k, u.Unit, u.Kubeconfig, u.Timeout)
@@ -331,14 +333,14 @@ func (u *uninstaller) planKubelet(ctx context.Context, p *plan, r *record) error
 	if len(paths) > 0 {
 		what = "put kubelet's files back as they were: " + strings.Join(paths, ", ") + "; restart " + u.Unit
 	}
-	p.add(action{what: what, diff: diffs.String(), do: func(ctx context.Context) error {
-		if r.exists() {
+	p.Add(plan.Action{What: what, Diff: diffs.String(), Do: func(ctx context.Context) error {
+		if r.Exists() {
 			r.Pending = true
-			if err := r.write(); err != nil {
+			if err := r.Write(); err != nil {
 				return err
 			}
 		}
-		if _, err := r.restore(); err != nil {
+		if _, err := r.Restore(); err != nil {
 			return err
 		}
 		for _, e := range edits {
@@ -360,12 +362,12 @@ func (u *uninstaller) planKubelet(ctx context.Context, p *plan, r *record) error
 // refuse returns an error if kubelet, which does not run now (found), may dial the removed socket
 // when it is started again. Its process would tell where its configuration is; the record tells it
 // too, unless the configuration has been moved since.
-func (u *uninstaller) refuse(ctx context.Context, r *record, found error) error {
+func (u *uninstaller) refuse(ctx context.Context, r *record.Record, found error) error {
 	if !errors.Is(found, kubelet.ErrNotRunning) {
 		return nil
 	}
-	if r.exists() {
-		path, err := r.astray()
+	if r.Exists() {
+		path, err := r.Astray()
 		if err != nil || path == "" {
 			return err
 		}
@@ -421,7 +423,7 @@ func (u *uninstaller) away(ctx context.Context) error {
 func ownFiles(prefix update.Prefix) []string {
 	out := []string{filepath.Join(tmpfilesDir, tmpfilesName), guardFile(prefix), prefix.BinLink()}
 	for _, name := range []string{criSocket, adminSocket, opsSocket, serviceTemplate} {
-		out = append(out, filepath.Join(unitDir, name), filepath.Join(unitDir, name+".d", dropInName))
+		out = append(out, filepath.Join(plan.UnitDir, name), filepath.Join(plan.UnitDir, name+".d", dropInName))
 	}
 	return out
 }
@@ -429,7 +431,7 @@ func ownFiles(prefix update.Prefix) []string {
 // Traces are the files and directories that show that the proxy is installed, or that an uninstall
 // has not finished.
 func Traces(prefix update.Prefix) []string {
-	return append(ownFiles(prefix), prefix.LibDir(), recordDir, update.PrefixFile)
+	return append(ownFiles(prefix), prefix.LibDir(), record.Dir, update.PrefixFile)
 }
 
 // installed lists what of ours is there.
@@ -480,7 +482,7 @@ func removeAll(ctx context.Context, c *config.Config, prefix update.Prefix) erro
 	errs = append(errs, removeDaemon(ctx, c, prefix))
 	errs = append(errs, removeSockets(c))
 	for _, f := range ownFiles(prefix) {
-		errs = append(errs, put(f, nil, 0))
+		errs = append(errs, plan.Put(f, nil, 0))
 	}
 	return errors.Join(append(errs, systemctl.Run(ctx, "daemon-reload"))...)
 }

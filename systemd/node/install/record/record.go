@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package install
+package record
 
 import (
 	"bytes"
@@ -14,30 +14,32 @@ import (
 	"time"
 
 	"github.com/cri-proxy/cri-proxy/internal/atomicfile"
+	"github.com/cri-proxy/cri-proxy/systemd/node/install/plan"
 	"github.com/cri-proxy/cri-proxy/systemd/node/kubelet"
 )
 
-// recordDir has copies of kubelet's files. It is made before the first of the files is changed, and
-// removed when all are restored.
-const recordDir = "/var/lib/cri-proxy/install"
+// Dir has copies of kubelet's files. It is made before the first of the files is changed, and removed
+// when all are restored.
+const Dir = "/var/lib/cri-proxy/install"
 
-// record tells how kubelet was before. It is on the disk before anything of kubelet's is changed.
-type record struct {
+// Record tells how kubelet was before. It is on the disk before anything of kubelet's is changed.
+type Record struct {
 	Time time.Time `json:"time"`
 	// Unit is kubelet's.
 	Unit string `json:"unit"`
 	// Endpoint is what kubelet dialled, and Ours what it dials since.
 	Endpoint string `json:"endpoint"`
 	Ours     string `json:"ours"`
-	Files    []kept `json:"files,omitempty"`
+	Files    []File `json:"files,omitempty"`
 	// Pending is set from before files are changed until kubelet has been seen to run with them.
 	Pending bool `json:"pending,omitempty"`
 
-	dir string
+	// Dir is where the record is. See [Dir].
+	Dir string `json:"-"`
 }
 
-// kept is a file of kubelet's that has been changed.
-type kept struct {
+// File is a file of kubelet's that has been changed.
+type File struct {
 	Path string      `json:"path"`
 	Mode os.FileMode `json:"mode"`
 	// Backup is its name in the directory of the record, empty if there was no such file.
@@ -48,10 +50,10 @@ type kept struct {
 
 func digest(b []byte) string { return fmt.Sprintf("%x", sha256.Sum256(b)) }
 
-// readRecord returns the record in dir, empty if there is none.
-func readRecord(dir string) (*record, error) {
-	r := &record{dir: dir}
-	b, err := read(filepath.Join(dir, "record.json"))
+// Read returns the record in dir, empty if there is none.
+func Read(dir string) (*Record, error) {
+	r := &Record{Dir: dir}
+	b, err := plan.Read(filepath.Join(dir, "record.json"))
 	if err != nil || b == nil {
 		return r, err
 	}
@@ -62,30 +64,32 @@ func readRecord(dir string) (*record, error) {
 	return r, nil
 }
 
-func (r *record) exists() bool { return !r.Time.IsZero() }
+// Exists reports whether there is a record.
+func (r *Record) Exists() bool { return !r.Time.IsZero() }
 
-func (r *record) write() error {
+// Write writes the record.
+func (r *Record) Write() error {
 	b, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
 		return err
 	}
 	if r.Time.IsZero() {
 		r.Time = time.Now()
-		return r.write()
+		return r.Write()
 	}
-	if err := os.MkdirAll(r.dir, 0o700); err != nil {
+	if err := os.MkdirAll(r.Dir, 0o700); err != nil {
 		return err
 	}
-	return atomicfile.Write(filepath.Join(r.dir, "record.json"), append(b, '\n'), 0o600)
+	return atomicfile.Write(filepath.Join(r.Dir, "record.json"), append(b, '\n'), 0o600)
 }
 
-// keep notes files before they are changed.
-func (r *record) keep(edits []kubelet.Edit) error {
-	if err := os.MkdirAll(r.dir, 0o700); err != nil {
+// Keep notes files before they are changed.
+func (r *Record) Keep(edits []kubelet.Edit) error {
+	if err := os.MkdirAll(r.Dir, 0o700); err != nil {
 		return err
 	}
 	for _, e := range edits {
-		k := kept{Path: e.Path, Mode: e.Mode, After: digest(e.After)}
+		k := File{Path: e.Path, Mode: e.Mode, After: digest(e.After)}
 		at := len(r.Files)
 		for i, old := range r.Files {
 			if old.Path == e.Path {
@@ -94,7 +98,7 @@ func (r *record) keep(edits []kubelet.Edit) error {
 		}
 		if e.Before != nil {
 			k.Backup = fmt.Sprintf("%d-%s", at, filepath.Base(e.Path))
-			if err := atomicfile.Write(filepath.Join(r.dir, k.Backup), e.Before, 0o600); err != nil {
+			if err := atomicfile.Write(filepath.Join(r.Dir, k.Backup), e.Before, 0o600); err != nil {
 				return err
 			}
 		}
@@ -105,14 +109,14 @@ func (r *record) keep(edits []kubelet.Edit) error {
 		}
 	}
 	r.Pending = true
-	return r.write()
+	return r.Write()
 }
 
-// original returns what a file was. If somebody else has changed the file since, original returns
+// Original returns what a file was. If somebody else has changed the file since, original returns
 // it as it is now, with the former endpoint instead of ours. ok is false if there is nothing to
 // restore.
-func (r *record) original(k kept) (before, after []byte, ok bool, err error) {
-	now, err := read(k.Path)
+func (r *Record) Original(k File) (before, after []byte, ok bool, err error) {
+	now, err := plan.Read(k.Path)
 	if err != nil || now == nil {
 		return nil, nil, false, err
 	}
@@ -120,24 +124,24 @@ func (r *record) original(k kept) (before, after []byte, ok bool, err error) {
 		if k.Backup == "" {
 			return now, nil, true, nil
 		}
-		b, err := os.ReadFile(filepath.Join(r.dir, k.Backup))
+		b, err := os.ReadFile(filepath.Join(r.Dir, k.Backup))
 		return now, b, true, err
 	}
 	was := bytes.ReplaceAll(now, []byte(r.Ours), []byte(r.Endpoint))
 	return now, was, !bytes.Equal(now, was), nil
 }
 
-// astray returns a file that told kubelet what to dial, and now has neither our endpoint nor the
+// Astray returns a file that told kubelet what to dial, and now has neither our endpoint nor the
 // former one: kubelet may have been told elsewhere since. It returns "" if there is none.
-func (r *record) astray() (string, error) {
+func (r *Record) Astray() (string, error) {
 	for _, k := range r.Files {
-		now, err := read(k.Path)
+		now, err := plan.Read(k.Path)
 		if err != nil {
 			return "", err
 		}
 		var was []byte
 		if k.Backup != "" {
-			if was, err = os.ReadFile(filepath.Join(r.dir, k.Backup)); err != nil {
+			if was, err = os.ReadFile(filepath.Join(r.Dir, k.Backup)); err != nil {
 				return "", err
 			}
 		}
@@ -149,19 +153,19 @@ func (r *record) astray() (string, error) {
 	return "", nil
 }
 
-// restore puts kubelet's files back. It reports whether there was anything to do.
-func (r *record) restore() (did bool, err error) {
+// Restore puts kubelet's files back. It reports whether there was anything to do.
+func (r *Record) Restore() (did bool, err error) {
 	var errs []error
 	for _, k := range r.Files {
-		_, was, ok, err := r.original(k)
+		_, was, ok, err := r.Original(k)
 		if err == nil && ok {
 			did = true
-			err = put(k.Path, was, k.Mode)
+			err = plan.Put(k.Path, was, k.Mode)
 		}
 		errs = append(errs, err)
 	}
 	return did, errors.Join(errs...)
 }
 
-// forget removes the record and the backups.
-func (r *record) forget() error { return os.RemoveAll(r.dir) }
+// Forget removes the record and the backups.
+func (r *Record) Forget() error { return os.RemoveAll(r.Dir) }
