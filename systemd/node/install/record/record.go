@@ -18,8 +18,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/systemd/node/kubelet"
 )
 
-// Dir has copies of kubelet's files. It is made before the first of the files is changed, and removed
-// when all are restored.
+// Dir has copies of kubelet's files. It is made before the first of the files is changed, and
+// removed when all are restored.
 const Dir = "/var/lib/cri-proxy/install"
 
 // Record tells how kubelet was before. It is on the disk before anything of kubelet's is changed.
