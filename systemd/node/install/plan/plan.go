@@ -22,8 +22,10 @@ import (
 )
 
 const (
-	// UnitDir has the units of the administrator, and RunUnitDir those that go with the next boot.
-	UnitDir, RunUnitDir = "/etc/systemd/system", "/run/systemd/system"
+	// UnitDir has the units of the administrator.
+	UnitDir = "/etc/systemd/system"
+	// RunUnitDir has units that go with the next boot.
+	RunUnitDir = "/run/systemd/system"
 	// undoTimeout bounds one undo: kubelet is restarted once more.
 	undoTimeout = 2 * time.Minute
 )
@@ -46,6 +48,7 @@ type Plan struct {
 	Out     io.Writer
 }
 
+// Add appends actions.
 func (p *Plan) Add(a ...Action) { p.Actions = append(p.Actions, a...) }
 
 func (p *Plan) say(format string, args ...any) { _, _ = fmt.Fprintf(p.Out, format+"\n", args...) }
