@@ -173,17 +173,17 @@ func (d *daemon) answer(conn *takeover.Conn) {
 
 // pause stops accepting connections. That takes microseconds, unless somebody has made the socket
 // block.
-func (d *daemon) pause(ctx context.Context) error {
+func (n *node) pause(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, parkTimeout)
 	defer cancel()
-	return d.cri.Pause(ctx)
+	return n.cri.Pause(ctx)
 }
 
 // redial makes the clients dial anew. It does not wait long for a client that does not read.
-func (d *daemon) redial(ctx context.Context) {
+func (n *node) redial(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, redialTimeout)
 	defer cancel()
-	d.cri.Redial(ctx)
+	n.cri.Redial(ctx)
 }
 
 // transfer gives the state to another process. It returns the connection to which kubelet's calls
@@ -369,10 +369,10 @@ func endProcess(pidfd int) error {
 }
 
 // remaining returns the calls that remain here, with the stops that the caller knows.
-func (d *daemon) remaining(stops []string) takeover.Remaining {
+func (n *node) remaining(stops []string) takeover.Remaining {
 	return takeover.Remaining{
-		Calls: int(d.cri.Stats().InFlight),
-		Pulls: d.cri.InFlight(runtimeapi.ImageService_PullImage_FullMethodName),
+		Calls: int(n.cri.Stats().InFlight),
+		Pulls: n.cri.InFlight(runtimeapi.ImageService_PullImage_FullMethodName),
 		Stops: stops,
 	}
 }
