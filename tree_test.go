@@ -163,7 +163,7 @@ func TestForbiddenImports(t *testing.T) {
 			pkg: "./controller/...", deps: false,
 			forbid: []string{
 				module + "/proxy", module + "/interceptors", module + "/ops", module + "/systemd",
-				module + "/internal/config", module + "/internal/daemon", module + "/internal/takeover",
+				module + "/internal/config", module + "/internal/daemon", module + "/internal/takeover", module + "/internal/opscli",
 			},
 			because: "the controller commands nodes over the ops API, it is not one",
 		},

@@ -12,23 +12,19 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/ctl"
 	"github.com/cri-proxy/cri-proxy/internal/config"
-	"github.com/cri-proxy/cri-proxy/internal/daemon"
 	"github.com/cri-proxy/cri-proxy/internal/version"
-	"github.com/cri-proxy/cri-proxy/systemd/node/bypass"
-	"github.com/cri-proxy/cri-proxy/systemd/node/install"
-	"github.com/cri-proxy/cri-proxy/systemd/node/installer"
-	"github.com/cri-proxy/cri-proxy/systemd/node/update"
 )
 
 func main() {
 	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
 }
 
-// run executes the command line and returns the exit code: 0, 1 when what was
-// asked for went wrong, 2 when the command line or the configuration is wrong.
+// run executes the command line and returns the exit code: 1 if the command failed, 2 if the
+// command line or the configuration is wrong.
 func run(args []string, stdout, stderr io.Writer) int {
 	root := newRoot()
 	root.SetArgs(args)
@@ -58,14 +54,17 @@ func newRoot() *cobra.Command {
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return &config.InvalidError{Err: fmt.Errorf("%w; see %s --help", err, c.CommandPath())}
 	})
-	root.AddCommand(daemon.Command(), install.Command(), install.Uninstall(), installer.Command(), update.Command(), bypass.Command(), ctl.Command(time.Now), newConfig(), newVersion())
+	root.AddCommand(
+		newServe(), newInstall(), newUninstall(), newInstaller(), newSelfUpdate(), newBypass(),
+		ctl.Command(time.Now), newConfig(), newVersion(),
+	)
 	checkArgs(root)
+	hintAtNewNames(root)
 	return root
 }
 
-// checkArgs makes wrong arguments of c and the commands below it usage errors, and gives
-// commands that only group others an answer to a name they don't know, which cobra
-// has for the root only.
+// checkArgs makes wrong arguments of c and of the commands below it usage errors. Commands that
+// only group others get an answer to an unknown name; cobra has it for the root only.
 func checkArgs(c *cobra.Command) {
 	if c.HasSubCommands() {
 		c.SuggestionsMinimumDistance = 2
@@ -94,6 +93,28 @@ func checkArgs(c *cobra.Command) {
 	}
 }
 
+// hintAtNewNames makes c and the commands below it say on standard error that they, or flags, were
+// called by old names. Standard output is for the answer alone.
+func hintAtNewNames(c *cobra.Command) {
+	if run := c.RunE; run != nil {
+		c.RunE = func(c *cobra.Command, args []string) error {
+			if called := c.CalledAs(); called != c.Name() {
+				old := c.Parent().CommandPath() + " " + called
+				fmt.Fprintf(c.ErrOrStderr(), "hint: %s is now %s\n", old, c.CommandPath())
+			}
+			c.Flags().Visit(func(f *pflag.Flag) {
+				if name := config.FlagName(f); name != f.Name {
+					fmt.Fprintf(c.ErrOrStderr(), "hint: --%s is now --%s\n", f.Name, name)
+				}
+			})
+			return run(c, args)
+		}
+	}
+	for _, sub := range c.Commands() {
+		hintAtNewNames(sub)
+	}
+}
+
 func newVersion() *cobra.Command {
 	return &cobra.Command{
 		Use:   "version",
@@ -107,10 +128,10 @@ func newVersion() *cobra.Command {
 }
 
 func newConfig() *cobra.Command {
-	cmd := &cobra.Command{Use: "config", Short: "Look at configuration files"}
+	cmd := &cobra.Command{Use: "config", Short: "Check configuration files"}
 	cmd.AddCommand(&cobra.Command{
 		Use:   "check FILE",
-		Short: "Say what is wrong with a configuration file",
+		Short: "Check a configuration file and print its errors",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
 			cfg := config.Default()

@@ -64,3 +64,65 @@ func TestRun(t *testing.T) {
 		})
 	}
 }
+
+// Old names go on working for a release, with a hint where it does not disturb the output.
+func TestOldNames(t *testing.T) {
+	dir := t.TempDir()
+	none := filepath.Join(dir, "none")
+	file := filepath.Join(dir, "config.yaml")
+	if err := os.WriteFile(file, []byte("log: {level: debug}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name         string
+		args         []string
+		code         int
+		hint, stderr string
+	}{
+		{
+			"self-update", []string{"upgrade", "--config", none}, 2,
+			"hint: cri-proxy upgrade is now cri-proxy self-update\n", "no such file",
+		},
+		{
+			"set-image", []string{"ctl", "upgrade", "a/b", "-c", "app=i", "--admin-socket", none}, 1,
+			"hint: cri-proxy ctl upgrade is now cri-proxy ctl set-image\n", "no cri-proxy at " + none,
+		},
+		{
+			"commit-timeout", []string{"ctl", "set-image", "a/b", "-c", "app=i", "--hold-timeout", "-1s"}, 2,
+			"hint: --hold-timeout is now --commit-timeout\n", "--commit-timeout -1s is negative",
+		},
+		{
+			"takeover-drain-timeout", []string{"serve", "--print-config", "--config", file, "--upgrade-drain-timeout", "7m"}, 0,
+			"hint: --upgrade-drain-timeout is now --takeover-drain-timeout\n", "",
+		},
+		{
+			"of install", []string{"install", "--upgrade-drain-timeout", "7m", "--record-calls", "x"}, 2,
+			"hint: --upgrade-drain-timeout is now --takeover-drain-timeout\n", "--record-calls is for cri-proxy serve only",
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var stdout, stderr bytes.Buffer
+			if code := run(tt.args, &stdout, &stderr); code != tt.code {
+				t.Errorf("exit code %d, want %d; %s", code, tt.code, &stderr)
+			}
+			rest, ok := strings.CutPrefix(stderr.String(), tt.hint)
+			if !ok || !strings.Contains(rest, tt.stderr) || (tt.stderr == "") != (rest == "") {
+				t.Errorf("stderr\n%s", &stderr)
+			}
+			if strings.Contains(stdout.String(), "hint") {
+				t.Errorf("stdout\n%s", &stdout)
+			}
+			if tt.code == 0 && !strings.Contains(stdout.String(), "upgradeDrainTimeout: 7m") {
+				t.Errorf("the value is lost:\n%s", &stdout)
+			}
+		})
+	}
+	// Help shows new names of flags only.
+	for _, args := range [][]string{{"serve", "--help"}, {"install", "--help"}, {"ctl", "set-image", "--help"}} {
+		var stdout, stderr bytes.Buffer
+		if code := run(args, &stdout, &stderr); code != 0 || strings.Contains(stdout.String(), "upgrade-drain") ||
+			strings.Contains(stdout.String(), "hold-timeout") {
+			t.Errorf("%v: %d\n%s", args, code, &stdout)
+		}
+	}
+}

@@ -22,7 +22,7 @@ import (
 // Config is everything `cri-proxy serve` can be told. The yaml tags are the keys
 // of the file.
 type Config struct {
-	// Listen is the CRI socket that kubelet is pointed at.
+	// Listen is the CRI socket for kubelet.
 	Listen Listen `yaml:"listen"`
 	// RuntimeEndpoint is the container runtime's CRI socket, a path or unix:// URL.
 	RuntimeEndpoint string `yaml:"runtimeEndpoint"`
@@ -42,7 +42,7 @@ type Config struct {
 	Ops Ops `yaml:"ops"`
 	// Restart says how containers are restarted.
 	Restart Restart `yaml:"restart"`
-	// Images says how images are pulled ahead of time.
+	// Images says how images are pre-pulled.
 	Images Images `yaml:"images"`
 	// Kubelet says where kubelet is asked.
 	Kubelet Kubelet `yaml:"kubelet"`
@@ -51,21 +51,24 @@ type Config struct {
 	// DrainTimeout bounds the wait for calls in flight at shutdown. The longest
 	// of them are image pulls.
 	DrainTimeout time.Duration `yaml:"drainTimeout"`
-	// UpgradeDrainTimeout bounds the calls that a process still answers after another one has taken over: image pulls, and stops with
-	// a long grace.
-	UpgradeDrainTimeout time.Duration `yaml:"upgradeDrainTimeout"`
+	// TakeoverDrainTimeout bounds the calls that a process still answers after another one has
+	// taken over: image pulls, and stops with a long grace period. The file may also call it
+	// takeoverDrainTimeout. This release writes the old key, because the release before it, which
+	// self-update --back starts on the same file, knows no other.
+	TakeoverDrainTimeout time.Duration `yaml:"upgradeDrainTimeout"`
 
 	// RecordCalls is a file that gets a JSON line for every CRI call. It is a
 	// flag only: what tests and a person with a question use does not belong in a file
 	// that stays.
 	RecordCalls string `yaml:"-"`
 
-	// File is the file that Load has read, and FileSHA256 the hex digest of what was in it. Empty: none.
+	// File is the file that Load has read, and FileSHA256 the hex digest of its content. Empty:
+	// none.
 	File       string `yaml:"-"`
 	FileSHA256 string `yaml:"-"`
 }
 
-// Listen is the CRI socket that kubelet is pointed at.
+// Listen is the CRI socket for kubelet.
 type Listen struct {
 	// Path of the socket, at most 107 bytes.
 	Path string `yaml:"path"`
@@ -84,8 +87,8 @@ type Log struct {
 	Format string `yaml:"format"`
 }
 
-// Ops is the ops API over TCP with mutual TLS. The node's certificate comes from files, which are
-// read again when they change, or is asked for from the cluster's controller (Enrol): one of the two.
+// Ops is the ops API over TCP with mutual TLS. The node's certificate comes either from files,
+// which are read again when they change, or from the cluster's controller (Enrol).
 type Ops struct {
 	// Address is host:port. Empty: off.
 	Address string `yaml:"address"`
@@ -96,14 +99,15 @@ type Ops struct {
 	KeyFile  string `yaml:"keyFile"`
 	// ClientCAFile holds the PEM certificates of who may sign client certificates.
 	ClientCAFile string `yaml:"clientCAFile"`
-	// AllowedClients are the names, one of which a client certificate must carry
-	// as DNS or URI subject alternative name, or as common name. Empty with Enrol: the controller's.
+	// AllowedClients are the names, one of which a client certificate must carry as DNS or URI
+	// subject alternative name, or as common name. Empty with Enrol: the controller's.
 	AllowedClients []string `yaml:"allowedClients"`
 }
 
 // Enrol says how the node gets its certificate from the controller, by a CertificateSigningRequest.
 type Enrol struct {
-	// Kubeconfig is kubelet's, or another one of the user system:node:NAME. Empty: the certificate comes from files.
+	// Kubeconfig is kubelet's, or another one of the user system:node:NAME. Empty: the certificate
+	// comes from files.
 	Kubeconfig string `yaml:"kubeconfig"`
 	// Namespace is the controller's, where it publishes its CA.
 	Namespace string `yaml:"namespace"`
@@ -111,29 +115,32 @@ type Enrol struct {
 
 // Restart says how containers are restarted.
 type Restart struct {
-	// Method is the fastest way that may be used to hand over from the old container to the
-	// new one: gate, pidfd or plain. Where it does not work, the next slower one is used.
+	// Method is the fastest method that may switch over to a new container: gate, pidfd or plain.
+	// Where it does not work, the next slower method is used.
 	Method string `yaml:"method"`
 	// CDISpecDir is the directory that the runtime reads CDI specs from, for method gate.
 	// Empty: the last one in the runtime's own list.
 	CDISpecDir string `yaml:"cdiSpecDir"`
 }
 
-// Images says how images are pulled ahead of time.
+// Images says how images are pre-pulled.
 type Images struct {
-	// Parallel is how many are pulled at the same time.
+	// Parallel is the maximum number of pre-pulls at a time.
 	Parallel int `yaml:"parallel"`
-	// BytesPerSecond bounds a pull that brings no bound of its own. 0: none.
+	// BytesPerSecond is the speed limit of pre-pulls that set none. 0: no limit.
 	BytesPerSecond int64 `yaml:"bytesPerSecond"`
-	// MaxDiskPercent is how full a pull ahead of time may make the image file system. 0: not looked at.
+	// MaxDiskPercent is how full a pre-pull may make the image file system. 0: no check.
 	MaxDiskPercent DiskPercent `yaml:"maxDiskPercent"`
-	// VerifyAccess has kubelet pull for itself what was pulled ahead of time with secrets, before it is shown that the image is there: it asks
-	// the registry with the credentials of the pod that wants it, fetches nothing, and remembers whose they were.
+	// VerifyAccess makes kubelet itself pull an image that was pre-pulled with secrets, before
+	// kubelet sees that the node has the image. kubelet then asks the registry with the credentials
+	// of the pod that wants the image, fetches nothing, and remembers whose credentials they were.
 	VerifyAccess bool `yaml:"verifyAccess"`
-	// RegistryHostsDir is read for hosts.toml in the place of the config_path and mirrors of containerd's own configuration; several
-	// directories are separated by colons, as there. Empty: containerd's configuration counts.
+	// RegistryHostsDir has directories with hosts.toml files, separated by colons, instead of
+	// config_path and mirrors of containerd's configuration. Empty: containerd's configuration
+	// counts.
 	RegistryHostsDir string `yaml:"registryHostsDir"`
-	// CredentialProviderConfig is kubelet's file of credential provider plugins, or a directory of such files. Empty: none.
+	// CredentialProviderConfig is kubelet's file of credential provider plugins, or a directory of
+	// such files. Empty: none.
 	CredentialProviderConfig string `yaml:"credentialProviderConfig"`
 	// CredentialProviderBinDir holds the plugins.
 	CredentialProviderBinDir string `yaml:"credentialProviderBinDir"`
@@ -141,24 +148,26 @@ type Images struct {
 
 // Kubelet says where kubelet is asked.
 type Kubelet struct {
-	// PodsSocket is that of kubelet's Pods API, which tells an upgrade whether a pod is going away. Where there is none, kubelet's
-	// next call tells. Empty: not asked.
+	// PodsSocket is the socket of kubelet's Pods API, which tells an image update whether a pod is
+	// going away. Where there is none, kubelet's next call tells it. Empty: do not ask.
 	PodsSocket string `yaml:"podsSocket"`
 }
 
 // Tracing says where spans are sent, with kubelet's names for it.
 type Tracing struct {
-	// Endpoint is host:port of an OpenTelemetry collector that takes OTLP over gRPC, without TLS, as kubelet's. Empty: off.
+	// Endpoint is host:port of an OpenTelemetry collector that takes OTLP over gRPC without TLS, as
+	// kubelet's does. Empty: off.
 	Endpoint string `yaml:"endpoint"`
-	// SamplingRatePerMillion is how many of a million traces that begin here are kept. Calls that kubelet traces are kept if kubelet
-	// keeps them.
+	// SamplingRatePerMillion is how many of a million traces are sampled that start in cri-proxy.
+	// Traces that kubelet starts follow kubelet's decision.
 	SamplingRatePerMillion int `yaml:"samplingRatePerMillion"`
 }
 
 // DiskPercent is a percentage of a file system, or [LikeKubelet].
 type DiskPercent float64
 
-// LikeKubelet stands for kubelet's imageGCHighThresholdPercent, from which on it removes images. It is written "kubelet".
+// LikeKubelet stands for kubelet's imageGCHighThresholdPercent, at which kubelet begins to remove
+// images. It is written "kubelet".
 const LikeKubelet DiskPercent = -1
 
 const likeKubelet = "kubelet"
@@ -194,6 +203,12 @@ func (d DiskPercent) MarshalYAML() (any, error) {
 		return likeKubelet, nil
 	}
 	return float64(d), nil
+}
+
+// RenamedKeys has the new name of each key of the file that [Config.YAML] still writes by its old
+// name. [Parse] takes both.
+func RenamedKeys() map[string]string {
+	return map[string]string{"upgradeDrainTimeout": "takeoverDrainTimeout"}
 }
 
 // Mode is a file mode written in octal.
@@ -245,7 +260,7 @@ func Default() *Config {
 		Kubelet:         Kubelet{PodsSocket: "/var/lib/kubelet/pods-api/pods-api.sock"},
 		DrainTimeout:    defaultDrain,
 
-		UpgradeDrainTimeout: 30 * time.Minute,
+		TakeoverDrainTimeout: 30 * time.Minute,
 	}
 }
 
@@ -262,39 +277,70 @@ const DefaultFile = "/etc/cri-proxy/config.yaml"
 
 // Flags registers a flag for every setting. They write into c.
 func (c *Config) Flags(fs *pflag.FlagSet) {
-	fs.StringVar(&c.Listen.Path, "listen", c.Listen.Path, "CRI socket that kubelet is pointed at")
-	fs.Var(&c.Listen.Mode, "listen-mode", "mode of the CRI socket")
-	fs.StringVar(&c.Listen.Owner, "listen-owner", c.Listen.Owner, "owner of the CRI socket, name or number (default: this user)")
-	fs.StringVar(&c.Listen.Group, "listen-group", c.Listen.Group, "group of the CRI socket, name or number (default: this group)")
+	fs.StringVar(&c.Listen.Path, "listen", c.Listen.Path, "CRI socket for kubelet")
+	fs.Var(&c.Listen.Mode, "listen-mode", "file mode of the CRI socket")
+	fs.StringVar(&c.Listen.Owner, "listen-owner", c.Listen.Owner,
+		"owner of the CRI socket, a name or a number (default: the user of the daemon)")
+	fs.StringVar(&c.Listen.Group, "listen-group", c.Listen.Group,
+		"group of the CRI socket, a name or a number (default: the group of the daemon)")
 	fs.StringVar(&c.RuntimeEndpoint, "runtime-endpoint", c.RuntimeEndpoint, "CRI socket of the container runtime")
-	fs.StringVar(&c.StateDir, "state-dir", c.StateDir, "directory for the journal of operations and the recorded containers")
-	fs.StringVar(&c.AdminSocket, "admin-socket", c.AdminSocket, "socket of the ops API for root")
-	fs.StringVar(&c.Log.Level, "log-level", c.Log.Level, "trace, debug, info, warning or error")
-	fs.StringVar(&c.Log.Format, "log-format", c.Log.Format, "text or json")
-	fs.StringVar(&c.MetricsAddress, "metrics-address", c.MetricsAddress, "host:port for /metrics, /healthz and /readyz (default: off)")
+	fs.StringVar(&c.StateDir, "state-dir", c.StateDir, "directory of the journal and of the recorded containers")
+	fs.StringVar(&c.AdminSocket, "admin-socket", c.AdminSocket, "Unix socket of the ops API, for root only")
+	fs.StringVar(&c.Log.Level, "log-level", c.Log.Level, "log level: trace, debug, info, warning or error")
+	fs.StringVar(&c.Log.Format, "log-format", c.Log.Format, "log format: text or json")
+	fs.StringVar(&c.MetricsAddress, "metrics-address", c.MetricsAddress, "host:port for /metrics, "+
+		"/healthz and /readyz (default: off)")
 	fs.StringVar(&c.NodeName, "node-name", c.NodeName, "Kubernetes name of this node (default: the host name)")
-	fs.StringVar(&c.Ops.Address, "ops-address", c.Ops.Address, "host:port of the ops API with mutual TLS (default: off)")
-	fs.StringVar(&c.Ops.Enrol.Kubeconfig, "ops-enrol-kubeconfig", c.Ops.Enrol.Kubeconfig, "kubelet's kubeconfig, to get the server certificate from cri-controller (in place of the files)")
-	fs.StringVar(&c.Ops.Enrol.Namespace, "ops-enrol-namespace", c.Ops.Enrol.Namespace, "namespace of cri-controller, which publishes its CA there")
-	fs.StringVar(&c.Ops.CertFile, "ops-cert-file", c.Ops.CertFile, "PEM server certificate of the ops API")
-	fs.StringVar(&c.Ops.KeyFile, "ops-key-file", c.Ops.KeyFile, "PEM key of the server certificate")
-	fs.StringVar(&c.Ops.ClientCAFile, "ops-client-ca-file", c.Ops.ClientCAFile, "PEM certificates of who signs client certificates")
-	fs.StringSliceVar(&c.Ops.AllowedClients, "ops-allowed-clients", c.Ops.AllowedClients, "names that client certificates may carry")
-	fs.StringVar(&c.Restart.Method, "restart-method", c.Restart.Method, "fastest way to hand over to a restarted container: gate, pidfd or plain")
-	fs.StringVar(&c.Restart.CDISpecDir, "cdi-spec-dir", c.Restart.CDISpecDir, "directory that the runtime reads CDI specs from (default: asked from the runtime)")
-	fs.IntVar(&c.Images.Parallel, "images-parallel", c.Images.Parallel, "how many images are pulled ahead of time at once")
-	fs.Int64Var(&c.Images.BytesPerSecond, "images-bytes-per-second", c.Images.BytesPerSecond, "bound of a pull ahead of time that brings none (default: none)")
-	fs.Var(&c.Images.MaxDiskPercent, "images-max-disk-percent", "how full a pull ahead of time may make the image file system: a number, 0 for not looked at, or kubelet for its imageGCHighThresholdPercent")
-	fs.BoolVar(&c.Images.VerifyAccess, "images-verify-access", c.Images.VerifyAccess, "have kubelet verify with the registry that a pod may have an image that was pulled ahead of time with secrets")
-	fs.StringVar(&c.Images.RegistryHostsDir, "registry-hosts-dir", c.Images.RegistryHostsDir, "directories of hosts.toml (default: config_path or mirrors of containerd's configuration)")
-	fs.StringVar(&c.Images.CredentialProviderConfig, "image-credential-provider-config", c.Images.CredentialProviderConfig, "kubelet's file or directory of credential provider plugins, as kubelet's flag of this name (default: none)")
-	fs.StringVar(&c.Images.CredentialProviderBinDir, "image-credential-provider-bin-dir", c.Images.CredentialProviderBinDir, "directory of the credential provider plugins")
-	fs.StringVar(&c.Kubelet.PodsSocket, "kubelet-pods-socket", c.Kubelet.PodsSocket, "socket of kubelet's Pods API, asked during upgrades where it is there")
-	fs.StringVar(&c.Tracing.Endpoint, "tracing-endpoint", c.Tracing.Endpoint, "host:port of an OpenTelemetry collector, OTLP over gRPC without TLS (default: off)")
-	fs.IntVar(&c.Tracing.SamplingRatePerMillion, "tracing-sampling-rate-per-million", c.Tracing.SamplingRatePerMillion, "how many of a million traces that begin here are kept; those of kubelet's follow kubelet")
-	fs.DurationVar(&c.DrainTimeout, "drain-timeout", c.DrainTimeout, "longest wait for calls in flight at shutdown")
-	fs.DurationVar(&c.UpgradeDrainTimeout, "upgrade-drain-timeout", c.UpgradeDrainTimeout, "longest wait for calls in flight after another process has taken over")
-	fs.StringVar(&c.RecordCalls, "record-calls", c.RecordCalls, "debug: file that gets a JSON line for every CRI call")
+	fs.StringVar(&c.Ops.Address, "ops-address", c.Ops.Address,
+		"host:port on which the ops API listens with mutual TLS (default: off)")
+	fs.StringVar(&c.Ops.Enrol.Kubeconfig, "ops-enrol-kubeconfig", c.Ops.Enrol.Kubeconfig,
+		"kubelet's kubeconfig: request the server certificate from cri-controller with it, instead of using files")
+	fs.StringVar(&c.Ops.Enrol.Namespace, "ops-enrol-namespace", c.Ops.Enrol.Namespace,
+		"namespace of cri-controller, where it publishes its CA")
+	fs.StringVar(&c.Ops.CertFile, "ops-cert-file", c.Ops.CertFile, "PEM file with the server certificate of "+
+		"the ops API")
+	fs.StringVar(&c.Ops.KeyFile, "ops-key-file", c.Ops.KeyFile, "PEM file with the key of the server certificate")
+	fs.StringVar(&c.Ops.ClientCAFile, "ops-client-ca-file", c.Ops.ClientCAFile,
+		"PEM file with the CAs that may sign client certificates")
+	fs.StringSliceVar(&c.Ops.AllowedClients, "ops-allowed-clients", c.Ops.AllowedClients,
+		"names of clients that may send commands, as their certificates carry them")
+	fs.StringVar(&c.Restart.Method, "restart-method", c.Restart.Method,
+		"fastest method that may switch over to a new container: gate, pidfd or plain")
+	fs.StringVar(&c.Restart.CDISpecDir, "cdi-spec-dir", c.Restart.CDISpecDir,
+		"directory from which the runtime reads CDI specs (default: ask the runtime)")
+	fs.IntVar(&c.Images.Parallel, "images-parallel", c.Images.Parallel, "maximum number of pre-pulls at a time")
+	fs.Int64Var(&c.Images.BytesPerSecond, "images-bytes-per-second", c.Images.BytesPerSecond,
+		"speed limit of pre-pulls that set none (default: no limit)")
+	fs.Var(&c.Images.MaxDiskPercent, "images-max-disk-percent",
+		"how full a pre-pull may make the image file system: a percentage, 0 for no check, "+
+			"or \"kubelet\" for kubelet's imageGCHighThresholdPercent")
+	fs.BoolVar(&c.Images.VerifyAccess, "images-verify-access", c.Images.VerifyAccess,
+		"before a pod may use an image that was pre-pulled with secrets, "+
+			"make kubelet ask the registry with the pod's credentials")
+	fs.StringVar(&c.Images.RegistryHostsDir, "registry-hosts-dir", c.Images.RegistryHostsDir,
+		"colon-separated directories with hosts.toml files, "+
+			"instead of config_path and mirrors of containerd's configuration")
+	fs.StringVar(&c.Images.CredentialProviderConfig,
+		"image-credential-provider-config", c.Images.CredentialProviderConfig,
+		"configuration of credential provider plugins, a file or a directory, "+
+			"as in kubelet's flag of this name (default: none)")
+	fs.StringVar(&c.Images.CredentialProviderBinDir,
+		"image-credential-provider-bin-dir", c.Images.CredentialProviderBinDir,
+		"directory with the credential provider plugins")
+	fs.StringVar(&c.Kubelet.PodsSocket, "kubelet-pods-socket", c.Kubelet.PodsSocket,
+		"socket of kubelet's Pods API, used where it exists: during image updates, "+
+			"and when kubelet stops a container during a restart")
+	fs.StringVar(&c.Tracing.Endpoint, "tracing-endpoint", c.Tracing.Endpoint,
+		"host:port of an OpenTelemetry collector, OTLP over gRPC without TLS (default: off)")
+	fs.IntVar(&c.Tracing.SamplingRatePerMillion, "tracing-sampling-rate-per-million", c.Tracing.SamplingRatePerMillion,
+		"how many of a million traces to sample that start in cri-proxy; "+
+			"traces that kubelet starts follow kubelet's decision")
+	fs.DurationVar(&c.DrainTimeout, "drain-timeout", c.DrainTimeout, "maximum wait for calls in flight at shutdown")
+	fs.DurationVar(&c.TakeoverDrainTimeout, "takeover-drain-timeout", c.TakeoverDrainTimeout,
+		"maximum wait for calls in flight after a takeover by another process")
+	RenamedFlag(fs, "upgrade-drain-timeout", "takeover-drain-timeout")
+	fs.StringVar(&c.RecordCalls, "record-calls", c.RecordCalls, "for debugging: write a JSON line for every CRI "+
+		"call to this file")
 }
 
 // Load reads file into c, which fs writes into, and then applies the flags given
@@ -311,35 +357,11 @@ func (c *Config) Load(file string, fs *pflag.FlagSet) error {
 	}
 	sum := sha256.Sum256(b)
 	c.File, c.FileSHA256 = file, hex.EncodeToString(sum[:])
-	type given struct {
-		flag  *pflag.Flag
-		value string
-		slice []string
-	}
-	var flags []given
-	if fs != nil {
-		fs.Visit(func(f *pflag.Flag) {
-			g := given{flag: f, value: f.Value.String()}
-			if s, ok := f.Value.(pflag.SliceValue); ok {
-				g.slice = s.GetSlice()
-			}
-			flags = append(flags, g)
-		})
-	}
+	given := GivenIn(fs)
 	if err := Parse(file, b, c); err != nil {
 		return &InvalidError{err}
 	}
-	for _, g := range flags {
-		if s, ok := g.flag.Value.(pflag.SliceValue); ok {
-			err = s.Replace(g.slice)
-		} else {
-			err = g.flag.Value.Set(g.value)
-		}
-		if err != nil {
-			return &InvalidError{fmt.Errorf("--%s: %w", g.flag.Name, err)}
-		}
-	}
-	return nil
+	return given.Apply()
 }
 
 // YAML returns the configuration as a file that Load accepts.

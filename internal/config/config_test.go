@@ -50,6 +50,9 @@ func TestParse(t *testing.T) {
 		{"all errors at once", "a: 1\nb: 2\n", []string{`f.yaml:1:1: unknown key "a"`, `f.yaml:2:1: unknown key "b"`}},
 		{"second document", "log: {level: info}\n---\nlog: {}\n", []string{"f.yaml:2:1: a second document"}},
 		{"no yaml", "log: [\n", []string{"f.yaml: yaml: "}},
+		{"new name of a key", "takeoverDrainTimeout: 1m\n", nil},
+		{"both names of a key", "upgradeDrainTimeout: 1m\ntakeoverDrainTimeout: 1m\n", []string{"f.yaml:2:1: takeoverDrainTimeout: already set in line 1"}},
+		{"a slip in a new name", "takeoverDrainTimout: 1m\n", []string{`f.yaml:1:1: unknown key "takeoverDrainTimout", did you mean "takeoverDrainTimeout"?`}},
 		{"merge key", "log:\n  <<: {level: debug}\n", []string{`f.yaml:2:3: unknown key "log.<<"`}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -118,10 +121,22 @@ upgradeDrainTimeout: 1h
 		Tracing:         config.Tracing{Endpoint: "c:4317", SamplingRatePerMillion: 5},
 		DrainTimeout:    90 * time.Second,
 
-		UpgradeDrainTimeout: time.Hour,
+		TakeoverDrainTimeout: time.Hour,
 	}
 	if !reflect.DeepEqual(c, want) {
 		t.Fatalf("got  %+v\nwant %+v", c, want)
+	}
+}
+
+// The version before reads what this one writes.
+func TestRenamedKey(t *testing.T) {
+	c := config.Default()
+	if err := config.Parse("f.yaml", []byte("takeoverDrainTimeout: 2h\n"), c); err != nil || c.TakeoverDrainTimeout != 2*time.Hour {
+		t.Errorf("%s, %v", c.TakeoverDrainTimeout, err)
+	}
+	b, err := c.YAML()
+	if err != nil || !strings.Contains(string(b), "\nupgradeDrainTimeout: 2h0m0s\n") || strings.Contains(string(b), "takeover") {
+		t.Errorf("%v\n%s", err, b)
 	}
 }
 
@@ -277,7 +292,7 @@ func TestValidate(t *testing.T) {
 		{"metrics with a large port", func(c *config.Config) { c.MetricsAddress = ":65536" }, "is no number up to 65535"},
 		{"metrics", func(c *config.Config) { c.MetricsAddress = "[::1]:0" }, ""},
 		{"negative drain", func(c *config.Config) { c.DrainTimeout = -1 }, "drainTimeout: -1ns is negative"},
-		{"negative drain after an upgrade", func(c *config.Config) { c.UpgradeDrainTimeout = -1 }, "upgradeDrainTimeout: -1ns is negative"},
+		{"negative drain after an upgrade", func(c *config.Config) { c.TakeoverDrainTimeout = -1 }, "upgradeDrainTimeout: -1ns is negative"},
 		{"ops", func(c *config.Config) {
 			c.Ops = config.Ops{Address: ":1", CertFile: "a", KeyFile: "b", ClientCAFile: "c", AllowedClients: []string{"d"}}
 		}, ""},

@@ -17,9 +17,9 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// Parse reads YAML into c and leaves what the text does not mention as it was. It
-// is strict: unknown and repeated keys, and values of another type, are errors,
-// all of them in one, each with name:line:column.
+// Parse reads YAML into c and leaves what the text does not mention as it was. It is strict:
+// unknown and repeated keys, and values of another type, are errors. Parse returns all of them in
+// one error, each with name:line:column.
 func Parse(name string, text []byte, c *Config) error {
 	d := yaml.NewDecoder(bytes.NewReader(text))
 	var doc yaml.Node
@@ -98,7 +98,8 @@ func (p *parser) value(n *yaml.Node, key string, v reflect.Value) {
 			v.SetInt(i)
 		}
 	case reflect.Float64:
-		if f, err := strconv.ParseFloat(n.Value, 64); n.Kind != yaml.ScalarNode || err != nil || math.IsNaN(f) || math.IsInf(f, 0) {
+		f, err := strconv.ParseFloat(n.Value, 64)
+		if n.Kind != yaml.ScalarNode || err != nil || math.IsNaN(f) || math.IsInf(f, 0) {
 			p.errorf(n, "%s: want a number, got %s", key, describe(n))
 		} else {
 			v.SetFloat(f)
@@ -139,11 +140,18 @@ func (p *parser) mapping(n *yaml.Node, key string, v reflect.Value) {
 		return
 	}
 	fields := map[string]reflect.Value{}
+	sameAs := map[string]string{} // the old name of a renamed key
 	var names []string
 	for i := range v.NumField() {
-		if tag := v.Type().Field(i).Tag.Get("yaml"); tag != "-" {
-			fields[tag] = v.Field(i)
-			names = append(names, tag)
+		tag := v.Type().Field(i).Tag.Get("yaml")
+		if tag == "-" {
+			continue
+		}
+		fields[tag] = v.Field(i)
+		names = append(names, tag)
+		if renamed, ok := RenamedKeys()[tag]; ok {
+			fields[renamed], sameAs[renamed] = v.Field(i), tag
+			names = append(names, renamed)
 		}
 	}
 	seen := map[string]int{}
@@ -151,7 +159,11 @@ func (p *parser) mapping(n *yaml.Node, key string, v reflect.Value) {
 		k := n.Content[i]
 		field, ok := fields[k.Value]
 		path := strings.TrimPrefix(key+"."+k.Value, ".")
-		switch line, again := seen[k.Value]; {
+		setting := k.Value
+		if tag, ok := sameAs[setting]; ok {
+			setting = tag
+		}
+		switch line, again := seen[setting]; {
 		case !ok:
 			p.errorf(k, "unknown key %q%s", path, suggestion(key, k.Value, names))
 		case again:
@@ -159,7 +171,7 @@ func (p *parser) mapping(n *yaml.Node, key string, v reflect.Value) {
 		default:
 			p.value(n.Content[i+1], path, field)
 		}
-		seen[k.Value] = k.Line
+		seen[setting] = k.Line
 	}
 }
 

@@ -39,8 +39,8 @@ func (c *Config) Complete() error {
 	return nil
 }
 
-// Validate returns everything that is wrong with c, each with what to do about
-// it. Files and sockets are not looked at.
+// Validate returns everything that is wrong with c, each with what to do about it. It does not look
+// at files and sockets.
 func (c *Config) Validate() error {
 	var errs []error
 	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
@@ -52,7 +52,8 @@ func (c *Config) Validate() error {
 		case !filepath.IsAbs(path):
 			bad("%s: %q is not an absolute path", key, path)
 		case len(path) > maxSocketPath:
-			bad("%s: %q is %d bytes long, a socket path takes at most %d; choose a shorter one", key, path, len(path), maxSocketPath)
+			bad("%s: %q is %d bytes long, a socket path takes at most %d; "+
+				"choose a shorter one", key, path, len(path), maxSocketPath)
 		default:
 			return true
 		}
@@ -68,10 +69,12 @@ func (c *Config) Validate() error {
 	if checkSocket("listen.path", c.Listen.Path) {
 		// kubelet chooses legacy cAdvisor stats by this suffix: pkg/kubelet/cadvisor/util.go.
 		if strings.HasSuffix(c.Listen.Path, "run/crio/crio.sock") {
-			bad("listen.path: kubelet takes a path that ends in run/crio/crio.sock for CRI-O and changes to its legacy stats; choose another name")
+			bad("listen.path: kubelet takes a path that ends in run/crio/crio.sock for CRI-O and changes to its " +
+				"legacy stats; choose another name")
 		}
 		if runtime != "" && samePath(c.Listen.Path, runtime) {
-			bad("listen.path: %s is the runtime's own socket, calls would go round in a loop; leave the runtime's socket where it is, listen elsewhere and point kubelet there", c.Listen.Path)
+			bad("listen.path: %s is the runtime's own socket, calls would go round in a loop; "+
+				"leave the runtime's socket where it is, listen elsewhere and point kubelet there", c.Listen.Path)
 		}
 	}
 	if checkSocket("adminSocket", c.AdminSocket) {
@@ -86,10 +89,12 @@ func (c *Config) Validate() error {
 		errs = append(errs, err)
 	}
 	if c.Listen.Mode&0o600 != 0o600 {
-		bad("listen.mode: %s keeps the owner itself from connecting; use 0600, or 0660 with listen.group", c.Listen.Mode)
+		bad("listen.mode: %s keeps the owner itself from connecting; use 0600, "+
+			"or 0660 with listen.group", c.Listen.Mode)
 	}
 	if c.Listen.Mode&0o007 != 0 {
-		bad("listen.mode: %s lets every user of this machine create containers as root; use 0600, or 0660 with listen.group", c.Listen.Mode)
+		bad("listen.mode: %s lets every user of this machine create containers as root; use 0600, "+
+			"or 0660 with listen.group", c.Listen.Mode)
 	}
 	if !filepath.IsAbs(c.StateDir) {
 		bad("stateDir: %q is not an absolute path", c.StateDir)
@@ -110,7 +115,8 @@ func (c *Config) Validate() error {
 			bad("tracing.endpoint: %q; want host:port, such as localhost:4317", t.Endpoint)
 		}
 	} else if t.SamplingRatePerMillion != 0 {
-		bad("tracing.endpoint: empty, so samplingRatePerMillion has no effect; give host:port of a collector or remove it")
+		bad("tracing.endpoint: empty, so samplingRatePerMillion has no effect; " +
+			"give host:port of a collector or remove it")
 	}
 	if r := c.Tracing.SamplingRatePerMillion; r < 0 || r > 1e6 {
 		bad("tracing.samplingRatePerMillion: %d; want 0 (only what kubelet traces) to 1000000", r)
@@ -141,7 +147,10 @@ func (c *Config) Validate() error {
 	if i := c.Images; (i.CredentialProviderConfig == "") != (i.CredentialProviderBinDir == "") {
 		bad("images: credentialProviderConfig and credentialProviderBinDir go together; give both or none")
 	}
-	for key, path := range map[string]string{"credentialProviderConfig": c.Images.CredentialProviderConfig, "credentialProviderBinDir": c.Images.CredentialProviderBinDir} {
+	for key, path := range map[string]string{
+		"credentialProviderConfig": c.Images.CredentialProviderConfig,
+		"credentialProviderBinDir": c.Images.CredentialProviderBinDir,
+	} {
 		if path != "" && !filepath.IsAbs(path) {
 			bad("images.%s: %q is not an absolute path", key, path)
 		}
@@ -149,8 +158,8 @@ func (c *Config) Validate() error {
 	if c.DrainTimeout < 0 {
 		bad("drainTimeout: %s is negative; 0 ends calls at once", c.DrainTimeout)
 	}
-	if c.UpgradeDrainTimeout < 0 {
-		bad("upgradeDrainTimeout: %s is negative; 0 ends calls at once", c.UpgradeDrainTimeout)
+	if c.TakeoverDrainTimeout < 0 {
+		bad("upgradeDrainTimeout: %s is negative; 0 ends calls at once", c.TakeoverDrainTimeout)
 	}
 	return errors.Join(append(errs, c.Ops.validate()...)...)
 }
@@ -169,13 +178,15 @@ func (o *Ops) validate() (errs []error) {
 	}
 	if o.Enrol.Kubeconfig != "" {
 		if files {
-			bad("ops: enrol.kubeconfig and certFile, keyFile or clientCAFile exclude each other; the certificate is either asked for or given, remove one of the two")
+			bad("ops: enrol.kubeconfig and certFile, keyFile or clientCAFile exclude each other; " +
+				"the certificate is either asked for or given, remove one of the two")
 		}
 		if !filepath.IsAbs(o.Enrol.Kubeconfig) {
 			bad("ops.enrol.kubeconfig: %q is not an absolute path", o.Enrol.Kubeconfig)
 		}
 		if !namespaceForm.MatchString(o.Enrol.Namespace) {
-			bad("ops.enrol.namespace: %q is no namespace; give the one that cri-controller runs in, such as %s", o.Enrol.Namespace, identity.DefaultNamespace)
+			bad("ops.enrol.namespace: %q is no namespace; give the one that cri-controller runs in, "+
+				"such as %s", o.Enrol.Namespace, identity.DefaultNamespace)
 		}
 	} else {
 		for _, f := range []struct{ key, value, what string }{
@@ -184,11 +195,13 @@ func (o *Ops) validate() (errs []error) {
 			{"ops.clientCAFile", o.ClientCAFile, "the certificates of who signs client certificates"},
 		} {
 			if f.value == "" {
-				bad("%s: empty; the ops API over TCP speaks mutual TLS only, give the PEM file with %s, or ops.enrol.kubeconfig to get a certificate from the controller", f.key, f.what)
+				bad("%s: empty; the ops API over TCP speaks mutual TLS only, give the PEM file with %s, "+
+					"or ops.enrol.kubeconfig to get a certificate from the controller", f.key, f.what)
 			}
 		}
 		if len(o.AllowedClients) == 0 {
-			bad("ops.allowedClients: empty, so every client would be refused; list the names that client certificates carry")
+			bad("ops.allowedClients: empty, so every client would be refused; " +
+				"list the names that client certificates carry")
 		}
 	}
 	if slices.Contains(o.AllowedClients, "") {
@@ -202,8 +215,7 @@ func checkAddress(a string) error {
 	if err != nil {
 		return fmt.Errorf("%q: want host:port, such as 127.0.0.1:9090 or :9090", a)
 	}
-	if n, err := strconv.ParseUint(port, 10, 16); err != nil || strings.HasPrefix(port, "+") {
-		_ = n
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
 		return fmt.Errorf("%q: port %q is no number up to 65535", a, port)
 	}
 	return nil
@@ -224,8 +236,7 @@ func SocketPath(endpoint string) (string, error) {
 	return filepath.Clean(path), nil
 }
 
-// samePath reports whether both lead to the same file, through symlinks of
-// directories such as /var/run too.
+// samePath reports whether both paths lead to the same file, through symlinks such as /var/run too.
 func samePath(a, b string) bool {
 	return resolve(a) == resolve(b)
 }

@@ -13,13 +13,10 @@ import (
 	"google.golang.org/grpc/status"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/systemd/node/bypass"
+	"github.com/cri-proxy/cri-proxy/internal/bypassstate"
 )
 
-// reasonBypassed is the reason in the ErrorInfo of what is refused.
-const reasonBypassed = "Bypassed"
-
-// needsPath are the commands that need kubelet's calls to come through here.
+// needsPath are the commands that need kubelet's calls to go through this proxy.
 var needsPath = map[string]bool{
 	opsv1.Ops_Restart_FullMethodName:        true,
 	opsv1.Ops_PrepareUpgrade_FullMethodName: true,
@@ -27,16 +24,20 @@ var needsPath = map[string]bool{
 }
 
 // refuseBypassed refuses commands that would show kubelet what it must not see.
-func (n *node) refuseBypassed(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+func (n *node) refuseBypassed(
+	ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler,
+) (any, error) {
 	if !needsPath[info.FullMethod] {
 		return handler(ctx, req)
 	}
-	s := bypass.Read(n.config.StateDir)
+	s := bypassstate.Read(n.config.StateDir)
 	if s == nil {
 		return handler(ctx, req)
 	}
-	st := status.Newf(codes.FailedPrecondition, "cri-proxy is bypassed on this node %s; cri-proxy bypass off ends that", s)
-	if detailed, err := st.WithDetails(&errdetails.ErrorInfo{Reason: reasonBypassed, Domain: "cri-proxy.io"}); err == nil {
+	st := status.Newf(codes.FailedPrecondition, "cri-proxy is bypassed on this node %s; "+
+		"cri-proxy bypass off ends that", s)
+	reason := &errdetails.ErrorInfo{Reason: opsv1.ErrorReasonBypassed, Domain: opsv1.ErrorDomain}
+	if detailed, err := st.WithDetails(reason); err == nil {
 		st = detailed
 	}
 	return nil, st.Err()
@@ -44,7 +45,7 @@ func (n *node) refuseBypassed(ctx context.Context, req any, info *grpc.UnaryServ
 
 // bypassed is the text for [opsv1.NodeInfoResponse].
 func (n *node) bypassed() string {
-	if s := bypass.Read(n.config.StateDir); s != nil {
+	if s := bypassstate.Read(n.config.StateDir); s != nil {
 		return s.String()
 	}
 	return ""
@@ -55,7 +56,7 @@ func (n *node) bypassMetric() prometheus.Collector {
 	return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "criproxy_bypassed", Help: "1 while kubelet is led past cri-proxy, to the runtime.",
 	}, func() float64 {
-		if bypass.Read(n.config.StateDir) != nil {
+		if bypassstate.Read(n.config.StateDir) != nil {
 			return 1
 		}
 		return 0

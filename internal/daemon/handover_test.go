@@ -502,7 +502,7 @@ func successor(dir, how string) error {
 		switch {
 		case err != nil:
 			return err
-		case m.Yours == nil:
+		case m.Granted == nil:
 			continue
 		}
 		switch how {

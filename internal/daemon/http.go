@@ -24,11 +24,11 @@ func newHTTPServer(d *daemon) *httpServer {
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) {
 		promhttp.HandlerFor(d.gatherers(), promhttp.HandlerOpts{Registry: d.registry}).ServeHTTP(w, r)
 	})
-	// Alive: the CRI listener answers. The runtime has no part in it, a restart of
-	// the proxy would not bring it back.
+	// Alive: the CRI listener answers. The runtime takes no part: a restart of the proxy would not
+	// bring it back.
 	cri := check{name: "cri", healthy: d.alive}
 	mux.HandleFunc("GET /healthz", checks("healthz", cri))
-	// Ready: kubelet is served. What else may be wrong is said, and does not count: nobody is to send kubelet elsewhere for it.
+	// Ready: kubelet is served. The answer names other problems too, but they do not count.
 	mux.HandleFunc("GET /readyz", checks("readyz", check{name: "draining", healthy: d.notDraining}, cri,
 		check{name: "runtime", healthy: d.runtimeConnected, informative: true},
 		check{name: "journal", healthy: d.journalUsable, informative: true},
@@ -49,8 +49,8 @@ func (h *httpServer) Serve(l net.Listener) error {
 	return nil
 }
 
-// stop ends the server with its connections; a scrape can be repeated. A nil
-// server is stopped already.
+// stop ends the server and its connections; a scrape can be repeated. A nil server is stopped
+// already.
 func (h *httpServer) stop() {
 	if h != nil {
 		_ = h.s.Close()
@@ -90,11 +90,12 @@ func (d *daemon) notBypassed(context.Context) error {
 type check struct {
 	name    string
 	healthy func(context.Context) error
-	// informative ones are shown, and do not make the answer a failure.
+	// informative checks are shown, and do not make the answer a failure.
 	informative bool
 }
 
-// checks answers as kube-apiserver does: "ok", and line by line with ?verbose or when a check fails; ?exclude=NAME leaves one out.
+// checks answers as kube-apiserver does: "ok", and line by line with ?verbose or when a check
+// fails; ?exclude=NAME leaves one out.
 func checks(path string, all ...check) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		q := r.URL.Query()

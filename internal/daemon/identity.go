@@ -16,25 +16,31 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/enrol"
 )
 
-// identify makes the credentials of the ops API over TCP, if it is on: from files, which must be good, or from what the controller
-// signs, which may come later.
+// identify makes the credentials of the ops API over TCP, if it is on. They come from files, which
+// must be valid, or from the controller, which may sign them later.
 func (n *node) identify() error {
 	o := n.config.Ops
 	if o.Address == "" {
 		return nil
 	}
-	server := mtls.ServerOptions{CertFile: o.CertFile, KeyFile: o.KeyFile, ClientCAFile: o.ClientCAFile, AllowedClients: n.allowedClients(), Log: n.log}
+	server := mtls.ServerOptions{
+		CertFile: o.CertFile, KeyFile: o.KeyFile, ClientCAFile: o.ClientCAFile,
+		AllowedClients: n.allowedClients(), Log: n.log,
+	}
 	if o.Enrol.Kubeconfig != "" {
 		dir := n.config.StateDir
 		n.enroller = enrol.New(enrol.Options{
-			Kubeconfig: o.Enrol.Kubeconfig, Environ: n.callers.kubeletsEnviron, Namespace: o.Enrol.Namespace, NodeName: n.config.NodeName, StateDir: dir, Log: n.log,
+			Kubeconfig: o.Enrol.Kubeconfig, Environ: n.callers.KubeletsEnviron, Namespace: o.Enrol.Namespace,
+			NodeName: n.config.NodeName, StateDir: dir, Log: n.log,
 		})
-		server.CertFile, server.KeyFile, server.ClientCAFile = enrol.CertFile(dir), enrol.CertFile(dir), enrol.CAFile(dir)
+		server.CertFile, server.KeyFile = enrol.CertFile(dir), enrol.CertFile(dir)
+		server.ClientCAFile = enrol.CAFile(dir)
 		server.Awaited, server.Unknown = n.enroller.Awaited, n.enroller.Refresh
 		n.registry.MustRegister(
 			prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 				Name: "criproxy_enrolment_failures",
-				Help: "How often in a row the node could not get a certificate, or news of the controller's CA; 0: all is well.",
+				Help: "How often in a row the node could not get a certificate, or news of the controller's CA; " +
+					"0: all is well.",
 			}, func() float64 { return float64(n.enroller.Status().Failures) }),
 			prometheus.NewCounterFunc(prometheus.CounterOpts{
 				Name: "criproxy_enrolments_total",
@@ -58,7 +64,7 @@ func (n *node) identify() error {
 	return nil
 }
 
-// allowedClients are the names of who may command the node over TCP.
+// allowedClients are the names of clients that may command the node over TCP.
 func (n *node) allowedClients() []string {
 	if o := n.config.Ops; len(o.AllowedClients) > 0 || o.Enrol.Kubeconfig == "" {
 		return o.AllowedClients
@@ -66,7 +72,7 @@ func (n *node) allowedClients() []string {
 	return []string{identity.ControllerName}
 }
 
-// identity describes the certificate of the ops API over TCP; nil: that is off.
+// identity describes the certificate of the ops API over TCP. It is nil if that is off.
 func (n *node) identity() *opsv1.Identity {
 	if n.creds == nil {
 		return nil
@@ -93,7 +99,8 @@ func (n *node) identity() *opsv1.Identity {
 	return i
 }
 
-// startEnrolling keeps the node's identity new until stopEnrolling. It goes with the state, so that of two processes one does.
+// startEnrolling renews the node's identity until stopEnrolling. It belongs to the state, so that
+// only one of two processes renews it.
 func (d *daemon) startEnrolling(ctx context.Context) {
 	if d.enroller == nil {
 		return
@@ -102,7 +109,8 @@ func (d *daemon) startEnrolling(ctx context.Context) {
 	d.workers.Go(func() { d.enroller.Run(ctx) }) // ends with stopEnrolling
 }
 
-// stopEnrolling does not wait for the end: calls of kubelet's may be held meanwhile. A file that is written is there as a whole or not at all.
+// stopEnrolling does not wait for the end, because kubelet's calls may be held meanwhile. A file is
+// written in one step, or not at all.
 func (d *daemon) stopEnrolling() {
 	if d.stopEnrol != nil {
 		d.stopEnrol()

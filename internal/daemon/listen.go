@@ -19,13 +19,13 @@ import (
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
-// socketUnit is the name that systemd gives to a socket without
-// FileDescriptorName=: that of its unit. It is the CRI socket.
+// socketUnit is the name that systemd gives to the CRI socket if its unit has no
+// FileDescriptorName=.
 const socketUnit = "cri-proxy.socket"
 
-// sockets are the listening sockets that systemd has passed, by name: cri (or
-// cri-proxy.socket), admin, ops and metrics. They stay open to the end, because a listener that a server has closed may be
-// wanted again.
+// sockets are the listening sockets that systemd has passed, by name: cri (or cri-proxy.socket),
+// admin, ops and metrics. They stay open until the process ends, because it may need a listener
+// again that a server has closed.
 type sockets struct {
 	log    logrus.FieldLogger
 	passed map[string][]*os.File
@@ -53,7 +53,8 @@ func activated(c *config.Config, log logrus.FieldLogger) (*sockets, error) {
 		}
 	}
 	if len(s.passed["ops"]) > 0 && c.Ops.Address == "" || len(s.passed["metrics"]) > 0 && c.MetricsAddress == "" {
-		return nil, errors.Join(errors.New("systemd passes a socket named ops or metrics, but ops.address or metricsAddress is empty; set it or remove the socket unit"), s.close())
+		return nil, errors.Join(errors.New("systemd passes a socket named ops or metrics, "+
+			"but ops.address or metricsAddress is empty; set it or remove the socket unit"), s.close())
 	}
 	return s, nil
 }
@@ -61,21 +62,23 @@ func activated(c *config.Config, log logrus.FieldLogger) (*sockets, error) {
 // has reports whether systemd has passed a socket of that name.
 func (s *sockets) has(name string) bool { return len(s.passed[name]) > 0 }
 
-// listen returns the passed socket of that name, else what open makes.
+// listen returns the passed socket of that name, or else the listener that open makes.
 func (s *sockets) listen(name, address string, open func() (net.Listener, error)) (net.Listener, error) {
 	fs := s.passed[name]
 	if len(fs) == 0 {
 		return open()
 	}
 	if len(fs) > 1 {
-		return nil, fmt.Errorf("systemd passes %d sockets named %s; one is wanted, remove ListenStream= lines", len(fs), name)
+		return nil, fmt.Errorf("systemd passes %d sockets named %s; one is wanted, "+
+			"remove ListenStream= lines", len(fs), name)
 	}
 	l, err := net.FileListener(fs[0])
 	if err != nil {
 		return nil, fmt.Errorf("socket %q from systemd: %w", name, err)
 	}
 	if got := l.Addr().String(); got != address && !s.used[name] {
-		s.log.WithFields(logrus.Fields{"socket": name, "passed": got, "configured": address}).Warn("using the socket that systemd passes, which differs from the configured one")
+		s.log.WithFields(logrus.Fields{"socket": name, "passed": got, "configured": address}).
+			Warn("using the socket that systemd passes, which differs from the configured one")
 	}
 	s.used[name] = true
 	return shared{l}, nil
@@ -90,12 +93,12 @@ func (s shared) Accept() (net.Conn, error) {
 	return s.Listener.Accept()
 }
 
-// SetDeadline is for the CRI server, which stops accepting for a while.
+// SetDeadline is for the CRI server, which stops accepting from time to time.
 func (s shared) SetDeadline(t time.Time) error {
 	return s.Listener.(interface{ SetDeadline(t time.Time) error }).SetDeadline(t) // sockets have it
 }
 
-// unused returns an error if a passed socket has no use: nobody would ever answer on it.
+// unused returns an error if a passed socket has an unknown name: nobody would answer on it.
 func (s *sockets) unused() error {
 	var names []string
 	for name := range s.passed {
@@ -107,10 +110,11 @@ func (s *sockets) unused() error {
 		return nil
 	}
 	slices.Sort(names)
-	return fmt.Errorf("systemd passes sockets with unknown names: %s; FileDescriptorName= must be cri, admin, ops or metrics", strings.Join(names, ", "))
+	return fmt.Errorf("systemd passes sockets with unknown names: %s; FileDescriptorName= must be cri, admin, "+
+		"ops or metrics", strings.Join(names, ", "))
 }
 
-// close lets go of the sockets; systemd keeps them.
+// close closes the sockets here; systemd keeps them.
 func (s *sockets) close() error {
 	var errs []error
 	for _, fs := range s.passed {

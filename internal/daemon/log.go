@@ -12,8 +12,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/internal/config"
 )
 
-// newLogger returns the one logger of the daemon, writing to w.
-func newLogger(c config.Log, w io.Writer) (*logrus.Logger, error) {
+// NewLogger returns the one logger of the daemon, writing to w.
+func NewLogger(c config.Log, w io.Writer) (*logrus.Logger, error) {
 	level, err := logrus.ParseLevel(c.Level)
 	if err != nil {
 		return nil, err

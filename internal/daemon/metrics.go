@@ -18,7 +18,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/internal/version"
 )
 
-// buildMetric is always 1; what it is about is in its labels.
+// buildMetric is always 1; its labels have the version.
 func buildMetric() prometheus.Collector {
 	g := prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "criproxy_build_info", Help: "1, with the version of cri-proxy and the one of Go that it was built with.",
@@ -28,18 +28,20 @@ func buildMetric() prometheus.Collector {
 	return g
 }
 
-// drains is what drains on this node: this process, or the one before it.
+// drains counts the calls that drain on this node, in this process and in its predecessor.
 type drains struct {
 	// here returns how many calls are left in this process, -1 when it does not drain.
 	here func() int
-	// before is that of the process before this one; see [predecessor.follow]. nil: there is none.
+	// before is the number in the predecessor; see [predecessor.follow]. Nil: there is none.
 	before atomic.Pointer[int]
 }
 
 var (
 	drainingDesc = prometheus.NewDesc("criproxy_draining",
-		"1 while a process takes no new calls and answers those that it has: this one, or the previous one after an upgrade.", []string{"process"}, nil)
-	drainLeftDesc = prometheus.NewDesc("criproxy_drain_calls_left", "CRI calls that a process that drains has still to answer.", []string{"process"}, nil)
+		"1 while a process takes no new calls and answers those that it has: this one, "+
+			"or the previous one after an upgrade.", []string{"process"}, nil)
+	drainLeftDesc = prometheus.NewDesc("criproxy_drain_calls_left", "CRI calls that a process that drains has "+
+		"still to answer.", []string{"process"}, nil)
 )
 
 // Describe implements [prometheus.Collector].
@@ -61,13 +63,13 @@ func (d *drains) Collect(c chan<- prometheus.Metric) {
 	}
 }
 
-// commands keeps account of who commands the node.
+// commands counts commands, and knows the last commander.
 type commands struct {
 	calls *prometheus.CounterVec
 	last  atomic.Pointer[commander]
 }
 
-// commander is who called last over TCP, and when.
+// commander is the client that called last over TCP, and when.
 type commander struct {
 	name string
 	at   time.Time
@@ -86,7 +88,8 @@ func (c *commands) Describe(ch chan<- *prometheus.Desc) {
 }
 
 // lastDesc has no sample before the first call: 0 would be a long time ago.
-var lastDesc = prometheus.NewDesc("criproxy_ops_last_call_timestamp_seconds", "When a client was last let in over TCP, in seconds since 1970.", nil, nil)
+var lastDesc = prometheus.NewDesc("criproxy_ops_last_call_timestamp_seconds", "When a client was last let in "+
+	"over TCP, in seconds since 1970.", nil, nil)
 
 // Collect implements [prometheus.Collector].
 func (c *commands) Collect(ch chan<- prometheus.Metric) {
@@ -96,7 +99,8 @@ func (c *commands) Collect(ch chan<- prometheus.Metric) {
 	}
 }
 
-// options count the calls of a listener, however they end; those after are for servers whose interceptors know the client.
+// options returns server options that count the calls of a listener, however they end. Those in
+// after come behind interceptors that know the client.
 func (c *commands) options(listener string) (before, after []grpc.ServerOption) {
 	count := func(method string, err error) {
 		c.calls.WithLabelValues(listener, path.Base(method), status.Code(err).String()).Inc()

@@ -17,8 +17,7 @@ import (
 // unless something is badly wrong. Those for the watchdog have a third of WatchdogSec at most.
 const probeTimeout = 5 * time.Second
 
-// notifier tells systemd how the service is (sd_notify(3)). Without systemd it
-// does nothing.
+// notifier tells systemd the state of the service (sd_notify(3)). Without systemd it does nothing.
 type notifier struct{ log logrus.FieldLogger }
 
 func (n notifier) send(state string) {
@@ -27,13 +26,14 @@ func (n notifier) send(state string) {
 	}
 }
 
-// stopping announces the end, and that it may take as long as the drain.
+// stopping announces the end, which may take as long as the drain.
 func (n notifier) stopping(drain time.Duration) {
-	n.send(fmt.Sprintf("STOPPING=1\nSTATUS=Draining, for at most %s\nEXTEND_TIMEOUT_USEC=%d", drain, (drain + 10*time.Second).Microseconds()))
+	n.send(fmt.Sprintf("STOPPING=1\nSTATUS=Draining, for at most "+
+		"%s\nEXTEND_TIMEOUT_USEC=%d", drain, (drain + 10*time.Second).Microseconds()))
 }
 
-// watchdog pings systemd while alive says so, four times per WatchdogSec so that
-// one slow probe is no reason to be killed. Without a watchdog it returns at once.
+// watchdog pings systemd as long as alive returns no error: four times per WatchdogSec, so that one
+// slow probe is no reason to be killed. Without a watchdog it returns at once.
 func (n notifier) watchdog(ctx context.Context, alive func(context.Context) error) {
 	interval, err := sddaemon.SdWatchdogEnabled(false)
 	if err != nil {

@@ -21,24 +21,27 @@ import (
 	"github.com/cri-proxy/cri-proxy/internal/version"
 )
 
-// predecessor is the process that had the state before this one, and still answers calls. A nil one is none.
+// predecessor is the process that had the state before this one, and still answers calls. Nil
+// stands for no such process.
 type predecessor struct {
-	conn  *takeover.Conn
-	pid   int
-	yours *takeover.Yours
-	log   logrus.FieldLogger
-	owned sync.WaitGroup
+	conn    *takeover.Conn
+	pid     int
+	granted *takeover.Granted
+	log     logrus.FieldLogger
+	owned   sync.WaitGroup
 }
 
-// askForState asks the process that has the state for it, and waits until it is free. It returns nil if there is no such process.
+// askForState asks the process that has the state for it, and waits until the state is free. It
+// returns nil if there is no such process.
 //
-// Errors: it does not give it away, and says why.
+// Errors: the process refuses, with its reason.
 func (d *daemon) askForState(ctx context.Context) (*predecessor, error) {
 	conn, err := takeover.Dial(ctx, d.config.StateDir)
 	if conn == nil || err != nil {
 		return nil, err
 	}
-	// It does not listen for long to who says nothing: what this process has to wait for comes before the question.
+	// The other process does not wait long for a request. So this process waits for the runtime
+	// before it asks.
 	conn.Close()
 	d.awaitUpstream(ctx)
 	if conn, err = takeover.Dial(ctx, d.config.StateDir); conn == nil || err != nil {
@@ -71,22 +74,24 @@ func (d *daemon) askForState(ctx context.Context) (*predecessor, error) {
 		case m.Refused != "":
 			conn.Close()
 			return nil, fmt.Errorf("process %d serves on: %s", pid, m.Refused)
-		case m.Yours != nil:
+		case m.Granted != nil:
 			log.Info("the other process has handed over")
-			return &predecessor{conn: conn, pid: pid, yours: m.Yours, log: log}, nil
+			return &predecessor{conn: conn, pid: pid, granted: m.Granted, log: log}, nil
 		case m.Waiting != "":
 			log.WithField("for", m.Waiting).Info("the hand-over waits")
-			d.notify.send(fmt.Sprintf("STATUS=Waiting for process %d to hand over: %s\nEXTEND_TIMEOUT_USEC=%d", pid, m.Waiting, (time.Minute).Microseconds()))
+			d.notify.send(fmt.Sprintf("STATUS=Waiting for process %d to hand over: "+
+				"%s\nEXTEND_TIMEOUT_USEC=%d", pid, m.Waiting, (time.Minute).Microseconds()))
 		}
 	}
 }
 
-// upstreamPatience is how long a process waits for its connection to the runtime before it takes over from one that has one.
-const upstreamPatience = time.Second
+// upstreamTimeout is how long a process waits for its connection to the runtime before it takes
+// over from a process that has one.
+const upstreamTimeout = time.Second
 
 // awaitUpstream waits for the runtime, which may be away.
 func (d *daemon) awaitUpstream(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, upstreamPatience)
+	ctx, cancel := context.WithTimeout(ctx, upstreamTimeout)
 	defer cancel()
 	for state := d.upstream.State(); state != connectivity.Ready; state = d.upstream.State() {
 		if !d.upstream.Conn().WaitForStateChange(ctx, state) {
@@ -95,15 +100,16 @@ func (d *daemon) awaitUpstream(ctx context.Context) {
 	}
 }
 
-// view is what it has carried over.
+// view returns the view that the predecessor has transferred.
 func (p *predecessor) view() interceptors.Carry {
 	if p == nil {
 		return interceptors.Carry{}
 	}
-	return p.yours.View
+	return p.granted.View
 }
 
-// follow keeps the state's eye on what the predecessor still does, until that is gone. calls is how many calls that has, nil once it is gone.
+// follow applies the predecessor's reports to the state until the predecessor exits. It keeps the
+// number of remaining calls in calls, and nil after the exit.
 func (p *predecessor) follow(st *state, calls *atomic.Pointer[int]) {
 	if p == nil {
 		return
@@ -111,7 +117,7 @@ func (p *predecessor) follow(st *state, calls *atomic.Pointer[int]) {
 	p.owned.Go(func() {
 		pulled := func() {}
 		pulling := false
-		apply := func(l takeover.Left) {
+		apply := func(l takeover.Remaining) {
 			st.view.StopsElsewhere(l.Stops)
 			calls.Store(&l.Calls)
 			switch {
@@ -122,23 +128,24 @@ func (p *predecessor) follow(st *state, calls *atomic.Pointer[int]) {
 				pulling = false
 			}
 		}
-		apply(p.yours.Left)
+		apply(p.granted.Remaining)
 		for {
 			m, err := p.conn.Receive()
 			if err != nil {
-				apply(takeover.Left{})
+				apply(takeover.Remaining{})
 				calls.Store(nil)
 				p.log.Info("the process before this one has ended")
 				return
 			}
-			if m.Left != nil {
-				apply(*m.Left)
+			if m.Remaining != nil {
+				apply(*m.Remaining)
 			}
 		}
 	})
 }
 
-// serving says that this process serves: from now on the predecessor does not come back.
+// serving tells the predecessor that this process serves. From then on the predecessor cannot take
+// the state back.
 func (p *predecessor) serving() error {
 	if p == nil {
 		return nil

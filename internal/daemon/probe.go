@@ -19,24 +19,25 @@ import (
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
-// probeService is what others ask whether a cri-proxy answers here. It is gRPC's health service
-// under a name of our own, because the runtime serves grpc.health.v1.Health and kubelet's calls of
-// that must reach it. The self-probe says more.
+// probeService tells other programs that a cri-proxy answers here. It is gRPC's health service
+// under a name of our own: the runtime serves grpc.health.v1.Health, and kubelet's calls of that
+// must reach the runtime. The self-probe says more.
 const probeService = "criproxy.probe.v1.Health"
 
-// registerProbe adds that service.
+// registerProbe adds the probe service.
 func registerProbe(r grpc.ServiceRegistrar) {
 	desc := healthpb.Health_ServiceDesc
 	desc.ServiceName = probeService
 	r.RegisterService(&desc, health.NewServer())
 }
 
-// newProbeToken returns what tells this process' own probes from other calls.
+// newProbeToken returns a token that tells this process' own probes from other calls.
 func newProbeToken() string { return rand.Text() }
 
-// probe makes one call through the proxy's own CRI listener at path, on a
-// connection of its own, so that accepting is probed too. It goes the way that kubelet's lists go: the proxy's handler, the director, the
-// lock of the view and, while something is hidden, the interceptor. The runtime takes no part.
+// probe makes one call through the proxy's own CRI listener at path. The connection is new, so that
+// probe tests accepting too. The call goes the way of kubelet's lists: the proxy's handler, the
+// director, the lock of the view and, while something is hidden, the interceptor. The runtime takes
+// no part.
 func probe(ctx context.Context, path, token string) error {
 	conn, err := grpc.NewClient("passthrough:///"+path,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),

@@ -20,28 +20,29 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
 	"github.com/cri-proxy/cri-proxy/internal/config"
+	"github.com/cri-proxy/cri-proxy/internal/daemon/profile"
 	"github.com/cri-proxy/cri-proxy/internal/mtls"
 	"github.com/cri-proxy/cri-proxy/internal/takeover"
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
 const (
-	// opsGrace is how long the ops servers wait for their calls at shutdown.
-	// Watches last as long as their operation; whoever watches asks again.
+	// opsGrace is how long the ops servers wait for their calls at shutdown. A watch lasts as long
+	// as its operation; the client opens it again.
 	opsGrace = 2 * time.Second
-	// adminMaxMessage bounds requests of the admin socket, as those of the port are bounded (internal/mtls).
+	// adminMaxMessage bounds requests of the admin socket, as those of the port are bounded
+	// (internal/mtls).
 	adminMaxMessage = 16 << 20
-	// adminHello is how long a client of the admin socket may say nothing after it has connected: the end of the server, which kubelet's calls
-	// wait for in a hand-over, waits for it.
+	// adminHello is how long a client of the admin socket may stay silent after it has connected:
+	// the server waits for it when it ends, and in a takeover kubelet's calls wait for the server.
 	adminHello = 5 * time.Second
 	// admin is the name of the listener for root.
 	admin = "admin"
 )
 
-// Run serves until ctx ends, then drains until all calls are over, the drain
-// timeout has passed or hard ends. It returns the first error that keeps the node
-// from being served; a drain that had to cut calls is one too. If another process has taken over it returns
-// a [HandedOverError].
+// Run serves until ctx ends. Then it drains until all calls are over, the drain timeout has passed
+// or hard ends. It returns the first error because of which the node is not served; a drain that
+// had to cut calls is one too. If another process has taken over, Run returns a [HandedOverError].
 func Run(ctx, hard context.Context, c *config.Config, log *logrus.Logger) error {
 	sockets, err := activated(c, log)
 	if err != nil {
@@ -63,7 +64,10 @@ func Run(ctx, hard context.Context, c *config.Config, log *logrus.Logger) error 
 	if err != nil {
 		return err
 	}
-	d := &daemon{node: n, log: log, notify: notifier{log: log}, failed: make(chan error, 8), sockets: sockets, requests: make(chan *request), stopping: make(chan struct{})}
+	d := &daemon{
+		node: n, log: log, notify: notifier{log: log}, sockets: sockets,
+		failed: make(chan error, 8), requests: make(chan *request), stopping: make(chan struct{}),
+	}
 	d.drains = &drains{here: func() int {
 		if !d.draining.Load() {
 			return -1
@@ -74,7 +78,8 @@ func Run(ctx, hard context.Context, c *config.Config, log *logrus.Logger) error 
 	if err := n.identify(); err != nil {
 		return errors.Join(fmt.Errorf("ops: %w", err), n.close())
 	}
-	// All that can be wrong with this process is found before the one that serves is asked to let go.
+	// This process finds everything that can be wrong with it before it asks the serving process
+	// for the state.
 	var before *predecessor
 	if sockets.has("cri") {
 		if before, err = d.askForState(ctx); err != nil {
@@ -93,7 +98,9 @@ func Run(ctx, hard context.Context, c *config.Config, log *logrus.Logger) error 
 	if err == nil {
 		// The engine outlives ctx: an operation may need the drained calls answered.
 		d.state.Load().run(ctx, d.fail)
-		log.WithFields(logrus.Fields{"listen": d.listen, "endpoint": n.upstream.Endpoint(), "admin": c.AdminSocket, "node": c.NodeName}).Info("serving")
+		log.WithFields(logrus.Fields{
+			"listen": d.listen, "endpoint": n.upstream.Endpoint(), "admin": c.AdminSocket, "node": c.NodeName,
+		}).Info("serving")
 		d.notify.send("READY=1")
 		var over bool
 		if over, err = d.untilEnd(ctx, hard); over {
@@ -103,7 +110,8 @@ func Run(ctx, hard context.Context, c *config.Config, log *logrus.Logger) error 
 	return errors.Join(err, d.shutdown(hard))
 }
 
-// untilEnd returns when the daemon is to end, or, with over, when it has ended because another process has taken over.
+// untilEnd returns when the daemon has to end. over is true if it has ended already, because
+// another process has taken over.
 func (d *daemon) untilEnd(ctx, hard context.Context) (over bool, err error) {
 	for {
 		select {
@@ -113,7 +121,7 @@ func (d *daemon) untilEnd(ctx, hard context.Context) (over bool, err error) {
 			d.log.WithError(err).Error("a listener failed, shutting down")
 			return false, err
 		case r := <-d.requests:
-			to, err := d.handOver(ctx, r)
+			to, err := d.transfer(ctx, r)
 			switch {
 			case to != nil:
 				return true, d.leave(ctx, hard, r, to)
@@ -124,7 +132,7 @@ func (d *daemon) untilEnd(ctx, hard context.Context) (over bool, err error) {
 	}
 }
 
-// daemon is the running node: what is listened on and who works.
+// daemon is the running node: its listeners and its workers.
 type daemon struct {
 	*node
 	log      logrus.FieldLogger
@@ -132,7 +140,7 @@ type daemon struct {
 	sockets  *sockets
 	failed   chan error // the first error of a server
 	draining atomic.Bool
-	// handing is set while it is open which process serves.
+	// handing is set during a takeover, until it is clear which process serves.
 	handing atomic.Bool
 
 	drains     *drains
@@ -141,11 +149,12 @@ type daemon struct {
 	stopWork   context.CancelFunc
 	opsServers []*grpc.Server
 	http       *httpServer
-	handover   *takeover.Listener
-	// stopEnrol ends what keeps the node's identity new; nil: nothing does.
+	takeover   *takeover.Listener
+	// stopEnrol ends the renewal of the node's identity. Nil: there is none.
 	stopEnrol context.CancelFunc
 	requests  chan *request // for the state
-	// given is the view of the state that has been handed over: of the calls that are still under way.
+	// given is the view of a state that another process has taken over. It knows the remaining
+	// calls.
 	given *interceptors.View
 }
 
@@ -154,7 +163,7 @@ func (d *daemon) start(ctx, hard context.Context, cri net.Listener) error {
 	work, stopWork := context.WithCancel(context.WithoutCancel(ctx))
 	d.stopWork = stopWork
 	d.sayIfRuntimeMissing()
-	d.serve("cri", func() error { return d.cri.Serve(d.callers.watch(cri)) })
+	d.serve("cri", func() error { return d.cri.Serve(d.callers.Watch(cri)) })
 	if err := d.startServers(ctx); err != nil {
 		return err
 	}
@@ -167,7 +176,8 @@ func (d *daemon) start(ctx, hard context.Context, cri net.Listener) error {
 	return nil
 }
 
-// startServers opens what goes with the state: commands, metrics, and the door for the next process.
+// startServers opens what belongs to the state: commands, metrics, and the socket for the
+// successor.
 func (d *daemon) startServers(ctx context.Context) error {
 	l, err := d.sockets.listen(admin, d.config.AdminSocket, func() (net.Listener, error) {
 		return proxy.Listen(d.config.AdminSocket, proxy.ListenOptions{Mode: 0o600, UID: -1, GID: -1})
@@ -182,11 +192,14 @@ func (d *daemon) startServers(ctx context.Context) error {
 			return fmt.Errorf("ops.address: %w", err)
 		}
 		d.serveOps("ops", mtls.LimitListener(l), d.creds.GRPC()...)
-		d.log.WithFields(logrus.Fields{"address": l.Addr().String(), "clients": d.allowedClients()}).Info("ops API with mutual TLS")
+		d.log.WithFields(logrus.Fields{"address": l.Addr().String(), "clients": d.allowedClients()}).
+			Info("ops API with mutual TLS")
 		d.startEnrolling(ctx)
 	}
 	if d.config.MetricsAddress != "" {
-		l, err := d.sockets.listen("metrics", d.config.MetricsAddress, func() (net.Listener, error) { return listenTCP(ctx, d.config.MetricsAddress) })
+		l, err := d.sockets.listen("metrics", d.config.MetricsAddress, func() (net.Listener, error) {
+			return listenTCP(ctx, d.config.MetricsAddress)
+		})
 		if err != nil {
 			return fmt.Errorf("metricsAddress: %w", err)
 		}
@@ -199,11 +212,11 @@ func (d *daemon) startServers(ctx context.Context) error {
 	return nil
 }
 
-// stopServers ends what startServers has begun.
+// stopServers ends what startServers has started.
 func (d *daemon) stopServers(hard context.Context, grace time.Duration) {
-	if d.handover != nil {
-		_ = d.handover.Close()
-		d.handover = nil
+	if d.takeover != nil {
+		_ = d.takeover.Close()
+		d.takeover = nil
 	}
 	d.stopEnrolling()
 	d.stopOps(hard, grace)
@@ -223,7 +236,7 @@ func (d *daemon) serve(name string, run func() error) {
 func (d *daemon) serveOps(name string, l net.Listener, o ...grpc.ServerOption) {
 	s := d.opsServer(name, o...)
 	if name == admin {
-		opsv1.RegisterDebugServer(s, &debugServer{stopping: d.stopping})
+		opsv1.RegisterDebugServer(s, &profile.Server{Stopping: d.stopping})
 	}
 	d.opsServers = append(d.opsServers, s)
 	d.serve(name, func() error {
@@ -241,15 +254,15 @@ func (d *daemon) fail(err error) {
 	}
 }
 
-// probe asks the own CRI listener once.
+// probe calls the daemon's own CRI listener once.
 func (d *daemon) probe(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
 	return probe(ctx, d.listen, d.probing)
 }
 
-// alive is what the watchdog asks. While draining, or handing over, nothing is accepted on
-// purpose, then a running process is all there is to say.
+// alive is the check of the watchdog. While the daemon drains or is being taken over, it accepts
+// nothing on purpose: then it is enough that the process runs.
 func (d *daemon) alive(ctx context.Context) error {
 	elsewhere := func() bool { return d.draining.Load() || d.handing.Load() }
 	if elsewhere() {
@@ -262,13 +275,12 @@ func (d *daemon) alive(ctx context.Context) error {
 	return err
 }
 
-// engineGrace is how long a shutdown waits for operations to come to a point where they can be left. What must not
-// be cut off, the start of a container, takes a fraction of it.
+// engineGrace is how long a shutdown waits until operations reach a point where they can be left.
+// The start of a container must not be cut off, and takes a fraction of it.
 const engineGrace = 5 * time.Second
 
-// shutdown drains the CRI server, event streams last, then ends the ops API, the
-// engine and the rest. Operations under way stop at a point from which the next
-// start takes them up.
+// shutdown drains the CRI server, event streams last, then ends the ops API, the engine and the
+// rest. Running operations stop at a point where the next start continues them.
 func (d *daemon) shutdown(hard context.Context) error {
 	d.draining.Store(true)
 	close(d.stopping)
@@ -285,7 +297,8 @@ func (d *daemon) shutdown(hard context.Context) error {
 		engineOver = st.end(context.WithoutCancel(hard), engineGrace)
 	}
 	if !engineOver {
-		// It waits for a container to stop, which may take minutes, and kubelet waits for the next process.
+		// It waits for a container to stop, which may take minutes, and kubelet waits for the next
+		// process.
 		d.log.Warn("stopping in the middle of an operation; the next start takes it up")
 	}
 	d.stopWork()
@@ -300,7 +313,7 @@ func (d *daemon) shutdown(hard context.Context) error {
 	return nil
 }
 
-// stopOps ends the ops servers; calls that are not over within the grace are cut.
+// stopOps ends the ops servers, and cuts calls that are not over in time.
 func (d *daemon) stopOps(hard context.Context, within time.Duration) {
 	grace, cancel := context.WithTimeout(hard, within)
 	defer cancel()

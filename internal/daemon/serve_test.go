@@ -23,6 +23,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 	logtest "github.com/sirupsen/logrus/hooks/test"
+	"github.com/spf13/pflag"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -36,8 +37,10 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/internal/config"
+	"github.com/cri-proxy/cri-proxy/internal/daemon/callrecord"
 	"github.com/cri-proxy/cri-proxy/internal/mtls"
 	"github.com/cri-proxy/cri-proxy/internal/mtls/mtlstest"
+	"github.com/cri-proxy/cri-proxy/proxy"
 	"github.com/cri-proxy/cri-proxy/systemd/node/bypass"
 )
 
@@ -45,21 +48,8 @@ import (
 const asDaemon = "CRI_PROXY_TEST_DAEMON"
 
 func TestMain(m *testing.M) {
-	if socket := os.Getenv(asCaller); socket != "" {
-		conn, err := net.Dial("unix", socket)
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		_, _ = io.Copy(io.Discard, os.Stdin)
-		conn.Close()
-		os.Exit(0)
-	}
 	if os.Getenv(asDaemon) != "" {
-		cmd := Command()
-		cmd.SetArgs(os.Args[1:])
-		cmd.SilenceUsage, cmd.SilenceErrors = true, true
-		err := cmd.Execute()
+		err := serveAsProcess(os.Args[1:])
 		if over := (*HandedOverError)(nil); errors.As(err, &over) {
 			os.Exit(over.ExitCode())
 		}
@@ -74,6 +64,27 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	goleak.VerifyTestMain(m)
+}
+
+// serveAsProcess is `cri-proxy serve` with the settings of flags.
+func serveAsProcess(args []string) error {
+	c := config.Default()
+	fs := pflag.NewFlagSet("serve", pflag.ContinueOnError)
+	c.Flags(fs)
+	if err := fs.Parse(args); err != nil {
+		return err
+	}
+	if err := errors.Join(c.Complete(), c.Validate()); err != nil {
+		return err
+	}
+	log, err := NewLogger(c.Log, os.Stderr)
+	if err != nil {
+		return err
+	}
+	proxy.LimitProcs()
+	graceful, hard, end := Signals(log)
+	defer end()
+	return Run(graceful, hard, c, log)
 }
 
 // deadline bounds what must happen soon, on a machine with too much to do.
@@ -656,12 +667,12 @@ func TestRecordedCalls(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	found := map[string]callLine{}
+	found := map[string]callrecord.Line{}
 	for lines := bufio.NewScanner(f); lines.Scan(); {
 		if strings.Contains(lines.Text(), "secret") {
 			t.Errorf("the environment is recorded: %s", lines.Text())
 		}
-		var l callLine
+		var l callrecord.Line
 		if err := json.Unmarshal(lines.Bytes(), &l); err != nil {
 			t.Fatalf("%v: %s", err, lines.Text())
 		}
@@ -683,16 +694,6 @@ func TestRecordedCalls(t *testing.T) {
 	}
 	if found["Version"].Method == "" {
 		t.Error("Version not recorded")
-	}
-}
-
-func TestUndecodableCallsAreRecorded(t *testing.T) {
-	for _, method := range []string{"RunPodSandbox", "StopPodSandbox", "RemovePodSandbox", "CreateContainer", "StartContainer", "StopContainer", "RemoveContainer", "UpdateContainerResources", "ContainerStatus", "ExecSync", "PullImage", "RemoveImage"} {
-		var l callLine
-		l.decode("/runtime.v1.RuntimeService/"+method, []byte{0xff})
-		if l != (callLine{}) {
-			t.Errorf("%s: %+v", method, l)
-		}
 	}
 }
 
@@ -916,41 +917,10 @@ func TestSocketActivation(t *testing.T) {
 	})
 }
 
-func TestFlagsAndFile(t *testing.T) {
-	dir := t.TempDir()
-	file := filepath.Join(dir, "c.yaml")
-	if err := os.WriteFile(file, []byte("nodeName: from-file\nstateDir: /file\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	run := func(args ...string) (string, error) {
-		cmd := Command()
-		var out strings.Builder
-		cmd.SetOut(&out)
-		cmd.SetErr(io.Discard)
-		cmd.SetArgs(args)
-		cmd.SilenceErrors, cmd.SilenceUsage = true, true
-		err := cmd.Execute()
-		return out.String(), err
-	}
-	out, err := run("--config", file, "--state-dir", "/flag", "--print-config")
-	if err != nil || !strings.Contains(out, "nodeName: from-file\n") || !strings.Contains(out, "stateDir: /flag\n") {
-		t.Errorf("%v\n%s", err, out)
-	}
-	for name, args := range map[string][]string{
-		"missing file":  {"--config", filepath.Join(dir, "none")},
-		"invalid value": {"--listen", "relative"},
-	} {
-		var invalid *config.InvalidError
-		if _, err := run(args...); !errors.As(err, &invalid) {
-			t.Errorf("%s: %v", name, err)
-		}
-	}
-}
-
 func TestLogFormats(t *testing.T) {
 	for format, want := range map[string]string{"json": `"msg":"hello"`, "text": "msg=hello"} {
 		var b strings.Builder
-		log, err := newLogger(config.Log{Level: "warning", Format: format}, &b)
+		log, err := NewLogger(config.Log{Level: "warning", Format: format}, &b)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -960,7 +930,7 @@ func TestLogFormats(t *testing.T) {
 			t.Errorf("%s: %s", format, &b)
 		}
 	}
-	if _, err := newLogger(config.Log{Level: "x"}, io.Discard); err == nil {
+	if _, err := NewLogger(config.Log{Level: "x"}, io.Discard); err == nil {
 		t.Error("unknown level accepted")
 	}
 }

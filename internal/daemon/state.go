@@ -12,14 +12,15 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/internal/bypassstate"
 	"github.com/cri-proxy/cri-proxy/internal/config"
 	"github.com/cri-proxy/cri-proxy/ops"
 	"github.com/cri-proxy/cri-proxy/ops/podsapi"
 	"github.com/cri-proxy/cri-proxy/ops/prepull"
-	"github.com/cri-proxy/cri-proxy/systemd/node/bypass"
 )
 
-// state is what one process on the node has at a time: the files in the state directory, and who works with them.
+// state is what only one process on the node has at a time: the files in the state directory, and
+// the engine, puller and view that work with them.
 type state struct {
 	view     *interceptors.View
 	engine   *ops.Engine
@@ -30,8 +31,8 @@ type state struct {
 	done chan struct{}      // closed when the engine and the puller have ended
 }
 
-// openState opens the state. When it returns, kubelet may be served: the view is armed with what the journal holds, and with
-// what the process before has carried over.
+// openState opens the state. When it returns, kubelet may be served: the view knows what the
+// journal has, and what the predecessor has transferred.
 func (n *node) openState(ctx context.Context, carry interceptors.Carry) (err error) {
 	c := n.config
 	st := &state{view: interceptors.NewView(), registry: prometheus.NewRegistry()}
@@ -42,11 +43,12 @@ func (n *node) openState(ctx context.Context, carry interceptors.Carry) (err err
 	}()
 	var high func() int // nil: the number counts
 	if c.Images.MaxDiskPercent == config.LikeKubelet {
-		high = n.callers.highThreshold
+		high = n.callers.HighThreshold
 	}
 	st.puller, err = prepull.Open(prepull.Options{
 		StateDir: c.StateDir, Conn: n.upstream.Conn(), Log: n.log, Registerer: st.registry, Tracer: n.tracing.Tracer(),
-		Parallel: c.Images.Parallel, BytesPerSecond: c.Images.BytesPerSecond, Hosts: n.registries.Hosts, MaxDiskPercent: float64(c.Images.MaxDiskPercent), HighThreshold: high,
+		Parallel: c.Images.Parallel, BytesPerSecond: c.Images.BytesPerSecond, Hosts: n.registries.Hosts,
+		MaxDiskPercent: float64(c.Images.MaxDiskPercent), HighThreshold: high,
 		Plugins: n.plugins, VerifyAccess: c.Images.VerifyAccess,
 	})
 	if err != nil {
@@ -73,12 +75,14 @@ func (n *node) openState(ctx context.Context, carry interceptors.Carry) (err err
 		return err
 	}
 	n.cri.SetDirector(interceptors.New(interceptors.Options{
-		View: st.view, Records: st.engine.Records(), Runtime: n.upstream.Conn(), Log: n.log, Pulls: st.puller, Images: st.puller,
-		Overrides: st.engine.Overrides(), Pods: st.engine, Successors: st.engine, Judge: st.engine, Registerer: st.registry,
+		View: st.view, Records: st.engine.Records(), Runtime: n.upstream.Conn(), Log: n.log,
+		Pulls: st.puller, Images: st.puller, Overrides: st.engine.Overrides(), Pods: st.engine,
+		Successors: st.engine, Judge: st.engine, Registerer: st.registry,
 	}))
 	n.state.Store(st)
-	if s := bypass.Read(c.StateDir); s != nil {
-		// What they would prepare is seen by a kubelet that does not come through here. What has stopped a container goes to its end.
+	if s := bypassstate.Read(c.StateDir); s != nil {
+		// kubelet, which does not call through here, would see what operations prepare. An
+		// operation that has stopped a container runs to its end.
 		st.engine.CancelAll("cri-proxy is bypassed on this node " + s.String())
 	}
 	return nil
@@ -101,8 +105,8 @@ func (st *state) run(ctx context.Context, failed func(error)) {
 	}()
 }
 
-// end stops the engine and the puller and reports whether they have ended in time, and before ctx. Operations are left at a point from
-// which the next process takes them up.
+// end stops the engine and the puller. It reports whether they have ended in time, and before ctx.
+// The next process continues the operations.
 func (st *state) end(ctx context.Context, within time.Duration) bool {
 	if st.stop == nil {
 		return true
@@ -119,7 +123,7 @@ func (st *state) end(ctx context.Context, within time.Duration) bool {
 	return false
 }
 
-// close lets go of the files. The engine and the puller must have ended.
+// close closes the files. The engine and the puller must have ended.
 func (st *state) close() error {
 	var errs []error
 	if st.engine != nil {
@@ -131,7 +135,7 @@ func (st *state) close() error {
 	return errors.Join(errs...)
 }
 
-// gatherers have the metrics of the node and of its state, if it has one.
+// gatherers returns the metrics of the node and, if it has one, of its state.
 func (n *node) gatherers() prometheus.Gatherers {
 	all := prometheus.Gatherers{n.registry}
 	if st := n.state.Load(); st != nil {

@@ -20,35 +20,42 @@ import (
 )
 
 const (
-	// calmPatience bounds the wait for a moment at which the state can be given away. Operations and the calls that take part in
-	// them end by themselves; the longest take a container's grace.
-	calmPatience = 2 * time.Minute
-	// holdPatience is how long kubelet's calls are held for it at a time, and calmPause the time between two tries.
-	holdPatience = time.Second
-	calmPause    = time.Second
-	// parkPatience bounds the wait for the engine to leave its operations, none of which stops a container.
-	parkPatience = 3 * time.Second
-	// handingOpsGrace is for commands: their callers repeat them.
+	// quiesceTimeout bounds the wait for a moment at which the state can be given away. Operations
+	// and the calls that take part in them end by themselves; the longest take a container's grace
+	// period.
+	quiesceTimeout = 2 * time.Minute
+	// holdTimeout is how long an attempt may hold kubelet's calls, and quiesceInterval the time
+	// between two attempts.
+	holdTimeout     = time.Second
+	quiesceInterval = time.Second
+	// parkTimeout bounds the wait until the engine has left its operations, none of which stops a
+	// container.
+	parkTimeout = 3 * time.Second
+	// handingOpsGrace is how long commands may take to end in a takeover. Their callers repeat
+	// them.
 	handingOpsGrace = 200 * time.Millisecond
-	// servingPatience is how long a process may take from the state to its first answer. kubelet's calls wait meanwhile.
-	servingPatience = 10 * time.Second
-	// redialPatience bounds the wait for clients to know that they are to dial anew.
-	redialPatience = time.Second
-	// requestPatience bounds the wait of who asks for the state while this process finds out that another one, which asked before, has gone away.
-	requestPatience = holdPatience + calmPause + time.Second
-	// leftEvery is how often the process after this one is told what is left.
-	leftEvery = time.Second
+	// servingTimeout is how long the successor may take until it serves. kubelet's calls wait
+	// meanwhile.
+	servingTimeout = 10 * time.Second
+	// redialTimeout bounds the wait until clients know that they must dial anew.
+	redialTimeout = time.Second
+	// requestTimeout bounds the wait of a process that asks for the state, while this process finds
+	// out that another one, which asked before, has gone away.
+	requestTimeout = holdTimeout + quiesceInterval + time.Second
+	// reportInterval is how often the successor gets a report of the remaining calls.
+	reportInterval = time.Second
 )
 
-// handedOverCode is the exit code of a process that has handed over and is through; its unit must not be restarted then.
+// handedOverCode is the exit code of a process that has ended after a takeover. systemd must not
+// restart its unit then.
 const handedOverCode = 10
 
-// HandedOverError is how [Run] ends when another process has taken over. It is no failure.
+// HandedOverError is the error of [Run] when another process has taken over. It is no failure.
 type HandedOverError struct{ PID int }
 
 func (e *HandedOverError) Error() string { return fmt.Sprintf("handed over to process %d", e.PID) }
 
-// ExitCode is that of the command.
+// ExitCode is the exit code of the command.
 func (*HandedOverError) ExitCode() int { return handedOverCode }
 
 // request is a process that wants the state.
@@ -59,11 +66,11 @@ type request struct {
 	version string
 	said    string // to be waiting for
 
-	// serving is closed when it says so, gone when nothing more comes from it.
+	// serving is closed when the process says that it serves, gone when its connection has ended.
 	serving, gone chan struct{}
 }
 
-// listen reads what it says, until it is gone.
+// listen reads messages until the connection ends.
 func (r *request) listen() {
 	defer close(r.gone)
 	said := false
@@ -79,7 +86,7 @@ func (r *request) listen() {
 	}
 }
 
-// isGone reports whether it has given up.
+// isGone reports whether the process has given up.
 func (r *request) isGone() bool {
 	select {
 	case <-r.gone:
@@ -89,14 +96,14 @@ func (r *request) isGone() bool {
 	}
 }
 
-// close ends the conversation; of a successor that waits for the state too.
+// close ends the connection, also while the successor waits for the state.
 func (r *request) close() {
 	r.Close()
 	<-r.gone
 	unix.Close(r.pidfd)
 }
 
-// waiting tells what the hand-over waits for, once.
+// waiting tells the successor, once, what the takeover waits for.
 func (r *request) waiting(what string) {
 	if r.said != what {
 		r.said = what
@@ -104,15 +111,15 @@ func (r *request) waiting(what string) {
 	}
 }
 
-// listenForSuccessor opens the door for the next process. Without it this one cannot be replaced while it serves, which is no reason
-// not to serve.
+// listenForSuccessor opens the socket for the next process. Without the socket this process serves
+// too, but cannot be replaced while it does.
 func (d *daemon) listenForSuccessor() {
 	l, err := takeover.Listen(d.config.StateDir)
 	if err != nil {
 		d.log.WithError(err).Warn("no hand-over to another process")
 		return
 	}
-	d.handover = l
+	d.takeover = l
 	d.workers.Go(func() {
 		for {
 			conn, err := l.Accept()
@@ -124,7 +131,7 @@ func (d *daemon) listenForSuccessor() {
 	})
 }
 
-// answer reads what is asked for. It does not wait for anybody who asks for nothing.
+// answer reads a request and answers it. It does not wait long for a process that sends none.
 func (d *daemon) answer(conn *takeover.Conn) {
 	_ = conn.SetReadDeadline(time.Now().Add(time.Second))
 	m, err := conn.Receive()
@@ -140,15 +147,19 @@ func (d *daemon) answer(conn *takeover.Conn) {
 		if err != nil {
 			break
 		}
-		r := &request{Conn: conn, pid: pid, pidfd: pidfd, version: m.Version, serving: make(chan struct{}), gone: make(chan struct{})}
-		timer := time.NewTimer(requestPatience)
+		r := &request{
+			Conn: conn, pid: pid, pidfd: pidfd, version: m.Version,
+			serving: make(chan struct{}), gone: make(chan struct{}),
+		}
+		timer := time.NewTimer(requestTimeout)
 		defer timer.Stop()
 		select {
 		case d.requests <- r:
 			return
 		case <-timer.C:
 			unix.Close(pidfd)
-			_ = conn.Send(takeover.Message{Refused: "it hands over to another process already, or is shutting down; try again"})
+			_ = conn.Send(takeover.Message{Refused: "it hands over to another process already, " +
+				"or is shutting down; try again"})
 		}
 	case takeover.WantRedial:
 		d.log.WithField("pid", pid).Info("clients are made to dial anew")
@@ -160,23 +171,25 @@ func (d *daemon) answer(conn *takeover.Conn) {
 	conn.Close()
 }
 
-// pause takes no more connections. What is awaited takes microseconds, unless somebody has made the socket block.
-func (d *daemon) pause(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, parkPatience)
+// pause stops accepting connections. That takes microseconds, unless somebody has made the socket
+// block.
+func (n *node) pause(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, parkTimeout)
 	defer cancel()
-	return d.cri.Pause(ctx)
+	return n.cri.Pause(ctx)
 }
 
-// redial makes the clients dial anew. One that does not read is not waited for for long.
-func (d *daemon) redial(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, redialPatience)
+// redial makes the clients dial anew. It does not wait long for a client that does not read.
+func (n *node) redial(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, redialTimeout)
 	defer cancel()
-	d.cri.Redial(ctx)
+	n.cri.Redial(ctx)
 }
 
-// handOver gives the state to another process. It returns the connection that kubelet's calls go on to from now on, or nil when this process serves
-// on, be it that there was no moment for it, or that the other one could not. An error means that this one cannot either.
-func (d *daemon) handOver(ctx context.Context, r *request) (*proxy.Upstream, error) {
+// transfer gives the state to another process. It returns the connection to which kubelet's calls
+// go from now on. It returns nil if this process continues to serve, because no moment was right or
+// because the other process could not serve. An error means that this process cannot serve either.
+func (d *daemon) transfer(ctx context.Context, r *request) (*proxy.Upstream, error) {
 	log := d.log.WithField("successor", r.pid).WithField("version", r.version)
 	log.Info("another process wants to take over")
 	defer d.handing.Store(false)
@@ -187,7 +200,7 @@ func (d *daemon) handOver(ctx context.Context, r *request) (*proxy.Upstream, err
 		}
 	}()
 	go r.listen() // ends with close
-	hold, err := d.calm(ctx, r)
+	hold, err := d.quiesce(ctx, r)
 	if err != nil {
 		log.WithError(err).Warn("no hand-over")
 		_ = r.Send(takeover.Message{Refused: err.Error()})
@@ -197,11 +210,12 @@ func (d *daemon) handOver(ctx context.Context, r *request) (*proxy.Upstream, err
 	began := time.Now()
 	d.stopServers(ctx, handingOpsGrace)
 	st := d.state.Load()
-	if !st.end(ctx, parkPatience) {
-		// It has begun to stop a container in the last moment. The view holds as long as it does not move.
+	if !st.end(ctx, parkTimeout) {
+		// An operation has begun to stop a container at the last moment. kubelet's calls go on
+		// until it has ended.
 		hold.Release()
 		r.waiting("an operation that stops a container")
-		ended := st.end(ctx, calmPatience)
+		ended := st.end(ctx, quiesceTimeout)
 		if ctx.Err() != nil {
 			return nil, nil // this process is to end, and lacks nothing for that
 		}
@@ -220,7 +234,7 @@ func (d *daemon) handOver(ctx context.Context, r *request) (*proxy.Upstream, err
 		if err := st.close(); err != nil {
 			log.WithError(err).Error("closing the state")
 		}
-		if err = d.entrust(r, carry); err == nil {
+		if err = d.grant(r, carry); err == nil {
 			var to *proxy.Upstream
 			if to, err = proxy.NewUpstream(d.listen, proxy.UpstreamOptions{}); err == nil {
 				taken = true
@@ -238,9 +252,10 @@ func (d *daemon) handOver(ctx context.Context, r *request) (*proxy.Upstream, err
 			log.WithError(err).Error("closing the state")
 		}
 	}
-	// Also if this process is to end meanwhile: the calls that it has are answered first.
+	// Also if this process has to end meanwhile: it answers its calls first.
 	if err := d.openState(context.WithoutCancel(ctx), carry); err != nil {
-		// Nobody can answer them here any more. Who calls finds the next process, which starts when this one has ended.
+		// This process cannot answer calls any more. Callers find the next process, which starts
+		// when this one has ended.
 		d.cri.Stop()
 		return nil, fmt.Errorf("the state cannot be taken back, calls are cut: %w", err)
 	}
@@ -258,17 +273,18 @@ func (d *daemon) handOver(ctx context.Context, r *request) (*proxy.Upstream, err
 	return nil, err
 }
 
-// calm waits for a moment at which no operation and no call of kubelet's needs the state for long, and holds it.
-func (d *daemon) calm(ctx context.Context, r *request) (*proxy.Hold, error) {
-	ctx, cancel := context.WithTimeout(ctx, calmPatience)
+// quiesce waits for a moment at which no operation and no call of kubelet's needs the state for
+// long, and holds kubelet's calls.
+func (d *daemon) quiesce(ctx context.Context, r *request) (*proxy.Hold, error) {
+	ctx, cancel := context.WithTimeout(ctx, quiesceTimeout)
 	defer cancel()
 	for {
-		hold, why := d.tryCalm(ctx)
+		hold, why := d.tryQuiesce(ctx)
 		if hold != nil {
 			return hold, nil
 		}
 		r.waiting(why)
-		timer := time.NewTimer(calmPause)
+		timer := time.NewTimer(quiesceInterval)
 		select {
 		case <-timer.C:
 		case <-r.gone:
@@ -276,24 +292,26 @@ func (d *daemon) calm(ctx context.Context, r *request) (*proxy.Hold, error) {
 			return nil, errors.New("the other process has gone away")
 		case <-ctx.Done():
 			timer.Stop()
-			return nil, fmt.Errorf("waited for %s; try again, or see what it waits for (cri-proxy ctl ops --active): %w", why, ctx.Err())
+			return nil, fmt.Errorf("waited for %s; try again, "+
+				"or see what it waits for (cri-proxy ctl ops --active): %w", why, ctx.Err())
 		}
 	}
 }
 
-// tryCalm returns a hold, or why there is none.
-func (d *daemon) tryCalm(ctx context.Context) (*proxy.Hold, string) {
+// tryQuiesce returns a hold, or the reason why there is none.
+func (d *daemon) tryQuiesce(ctx context.Context) (*proxy.Hold, string) {
 	st := d.state.Load()
 	if uids := st.engine.Unleavable(); len(uids) > 0 {
 		return nil, "operations that stop containers: " + strings.Join(uids, ", ")
 	}
-	ctx, cancel := context.WithTimeout(ctx, holdPatience)
+	ctx, cancel := context.WithTimeout(ctx, holdTimeout)
 	defer cancel()
 	hold, err := d.cri.Hold(ctx)
 	if err != nil {
 		return nil, err.Error()
 	}
-	// Nothing comes from kubelet any more: what is true now stays so, but for the operations' own course.
+	// No call comes from kubelet any more: what is true now stays true, unless an operation changes
+	// it.
 	slots := st.view.Entangled()
 	uids := st.engine.Unleavable()
 	if len(slots) == 0 && len(uids) == 0 {
@@ -306,16 +324,17 @@ func (d *daemon) tryCalm(ctx context.Context) (*proxy.Hold, string) {
 	return nil, fmt.Sprintf("kubelet, which takes back %v", slots)
 }
 
-// entrust says that the state is free and waits until the other process serves. If it does not, it is ended: two that work with one
-// state are worse than none.
-func (d *daemon) entrust(r *request, carry interceptors.Carry) error {
+// grant tells the other process that the state is free, and waits until that process serves. If it
+// does not, grant kills it: two processes with one state are worse than none.
+func (d *daemon) grant(r *request, carry interceptors.Carry) error {
 	if r.isGone() {
 		return errors.New("it has gone away")
 	}
-	if err := r.Send(takeover.Message{Yours: &takeover.Yours{View: carry, Left: d.left(carry.Stops)}}); err != nil {
+	granted := &takeover.Granted{View: carry, Remaining: d.remaining(carry.Stops)}
+	if err := r.Send(takeover.Message{Granted: granted}); err != nil {
 		return errors.Join(err, endProcess(r.pidfd))
 	}
-	timer := time.NewTimer(servingPatience)
+	timer := time.NewTimer(servingTimeout)
 	defer timer.Stop()
 	select {
 	case <-r.serving:
@@ -323,11 +342,11 @@ func (d *daemon) entrust(r *request, carry interceptors.Carry) error {
 	case <-r.gone:
 		return errors.Join(errors.New("it has gone away"), endProcess(r.pidfd))
 	case <-timer.C:
-		return errors.Join(fmt.Errorf("it has not served within %s", servingPatience), endProcess(r.pidfd))
+		return errors.Join(fmt.Errorf("it has not served within %s", servingTimeout), endProcess(r.pidfd))
 	}
 }
 
-// endProcess kills a process, if it still runs, and waits for its end.
+// endProcess kills a process, if it still runs, and waits until it has ended.
 func endProcess(pidfd int) error {
 	if err := unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0); err != nil {
 		if errors.Is(err, unix.ESRCH) {
@@ -336,7 +355,7 @@ func endProcess(pidfd int) error {
 		return err
 	}
 	for {
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, int(servingPatience.Milliseconds()))
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, int(servingTimeout.Milliseconds()))
 		switch {
 		case errors.Is(err, unix.EINTR):
 		case err != nil:
@@ -349,28 +368,28 @@ func endProcess(pidfd int) error {
 	}
 }
 
-// left says what is under way, with the stops that the caller knows.
-func (d *daemon) left(stops []string) takeover.Left {
-	return takeover.Left{
-		Calls: int(d.cri.Stats().InFlight),
-		Pulls: d.cri.InFlight(runtimeapi.ImageService_PullImage_FullMethodName),
+// remaining returns the calls that remain here, with the stops that the caller knows.
+func (n *node) remaining(stops []string) takeover.Remaining {
+	return takeover.Remaining{
+		Calls: int(n.cri.Stats().InFlight),
+		Pulls: n.cri.InFlight(runtimeapi.ImageService_PullImage_FullMethodName),
 		Stops: stops,
 	}
 }
 
-// leave answers the calls that are still under way, for at most upgradeDrainTimeout, and ends. A signal makes it the drain timeout, a second one ends
-// it at once.
+// leave answers the remaining calls, for at most the takeover drain timeout, and ends. A signal
+// shortens that to the drain timeout, a second one ends it at once.
 func (d *daemon) leave(ctx, hard context.Context, r *request, to *proxy.Upstream) error {
 	d.draining.Store(true)
 	defer r.close()
-	drain, cancel := context.WithTimeout(hard, d.config.UpgradeDrainTimeout)
+	drain, cancel := context.WithTimeout(hard, d.config.TakeoverDrainTimeout)
 	defer cancel()
 	defer context.AfterFunc(ctx, func() {
 		d.notify.stopping(d.config.DrainTimeout)
 		timer := time.AfterFunc(d.config.DrainTimeout, cancel)
 		context.AfterFunc(drain, func() { timer.Stop() })
 	})()
-	d.workers.Go(func() { d.tellLeft(drain, r) })
+	d.workers.Go(func() { d.reportRemaining(drain, r) })
 	d.redial(hard)
 	err := d.cri.Drain(drain)
 	cancel()
@@ -384,24 +403,25 @@ func (d *daemon) leave(ctx, hard context.Context, r *request, to *proxy.Upstream
 	return &HandedOverError{PID: r.pid}
 }
 
-// tellLeft tells the other process, and systemd, what is left here, until ctx ends.
-func (d *daemon) tellLeft(ctx context.Context, r *request) {
-	tick := time.NewTicker(leftEvery)
+// reportRemaining reports to the successor and to systemd which calls remain here, until ctx ends.
+func (d *daemon) reportRemaining(ctx context.Context, r *request) {
+	tick := time.NewTicker(reportInterval)
 	defer tick.Stop()
-	var last takeover.Left
-	told := -1 // that there are none is news too: crash-guard goes by it
+	var last takeover.Remaining
+	told := -1 // 0 calls are reported too: crash-guard goes by that
 	for {
-		left := d.left(d.given.Carry().Stops)
-		if left.Calls != told {
-			told = left.Calls
-			d.notify.send(fmt.Sprintf("STATUS=Handed over to process %d, %d calls are still under way", r.pid, left.Calls))
+		now := d.remaining(d.given.Carry().Stops)
+		if now.Calls != told {
+			told = now.Calls
+			d.notify.send(fmt.Sprintf("STATUS=Handed over to process %d, "+
+				"%d calls are still under way", r.pid, now.Calls))
 		}
-		if left.Calls != last.Calls || left.Pulls != last.Pulls || !slices.Equal(left.Stops, last.Stops) {
-			if r.Send(takeover.Message{Left: &left}) != nil {
+		if now.Calls != last.Calls || now.Pulls != last.Pulls || !slices.Equal(now.Stops, last.Stops) {
+			if r.Send(takeover.Message{Remaining: &now}) != nil {
 				return // it may have been replaced itself
 			}
 		}
-		last = left
+		last = now
 		select {
 		case <-tick.C:
 		case <-ctx.Done():

@@ -24,6 +24,8 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/internal/config"
+	"github.com/cri-proxy/cri-proxy/internal/daemon/caller"
+	"github.com/cri-proxy/cri-proxy/internal/daemon/callrecord"
 	"github.com/cri-proxy/cri-proxy/internal/mtls"
 	"github.com/cri-proxy/cri-proxy/internal/tracing"
 	"github.com/cri-proxy/cri-proxy/internal/version"
@@ -35,8 +37,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
-// runtimeVersionTimeout bounds the one runtime call of NodeInfo: it describes a
-// node, and must do so too when the runtime hangs.
+// runtimeVersionTimeout bounds the one runtime call of NodeInfo, which must describe the node even
+// if the runtime hangs.
 const runtimeVersionTimeout = time.Second
 
 // node is the wired daemon without its listeners. It answers CRI calls only once it has a state.
@@ -47,13 +49,13 @@ type node struct {
 	started  time.Time
 	registry *prometheus.Registry
 	upstream *proxy.Upstream
-	calls    *callFile // nil: not recorded
+	calls    *callrecord.File // nil: not recorded
 	cri      *proxy.Server
 	probing  string                      // tells the own probes from other calls
 	plugins  *credentialprovider.Plugins // nil: none
 	// callers have dialled the CRI socket, kubelet among them.
-	callers *callers
-	// registries tells how containerd reaches them.
+	callers *caller.Callers
+	// registries tells how containerd reaches registries.
 	registries *runtimeconfig.Source
 	state      atomic.Pointer[state] // nil: another process has it
 	creds      *mtls.Server          // of the ops API over TCP; nil: off
@@ -66,11 +68,11 @@ type node struct {
 	runtimeVersion string
 }
 
-// newNode makes all that needs no state.
+// newNode makes everything that needs no state.
 func newNode(c *config.Config, listen string, log logrus.FieldLogger) (_ *node, err error) {
 	n := &node{
 		config: c, log: log, listen: listen, started: time.Now(), registry: prometheus.NewRegistry(),
-		commands: newCommands(), probing: newProbeToken(), callers: newCallers("/proc", log),
+		commands: newCommands(), probing: newProbeToken(), callers: caller.New("/proc", log),
 	}
 	defer func() {
 		if err != nil {
@@ -96,16 +98,19 @@ func newNode(c *config.Config, listen string, log logrus.FieldLogger) (_ *node, 
 		return nil, &config.InvalidError{Err: err}
 	}
 	n.registries = runtimeconfig.New(runtimeconfig.Options{
-		Socket: socket, HostsDir: c.Images.RegistryHostsDir, Conn: n.upstream.Conn(), Log: log.WithField("component", "prepull"),
+		Socket: socket, HostsDir: c.Images.RegistryHostsDir, Conn: n.upstream.Conn(),
+		Log: log.WithField("component", "prepull"),
 	})
 	if path := c.Images.CredentialProviderConfig; path != "" {
-		if n.plugins, err = credentialprovider.Load(path, c.Images.CredentialProviderBinDir, n.callers.environ, n.log); err != nil {
+		bin := c.Images.CredentialProviderBinDir
+		if n.plugins, err = credentialprovider.Load(path, bin, n.callers.Environ, n.log); err != nil {
 			return nil, &config.InvalidError{Err: fmt.Errorf("images.credentialProviderConfig: %w", err)}
 		}
 	}
 	if t := c.Tracing; t.Endpoint != "" {
 		n.tracing, err = tracing.Start(context.Background(), tracing.Options{
-			Endpoint: t.Endpoint, SamplingRatePerMillion: t.SamplingRatePerMillion, NodeName: c.NodeName, Version: version.Short(), Log: log,
+			Endpoint: t.Endpoint, SamplingRatePerMillion: t.SamplingRatePerMillion,
+			NodeName: c.NodeName, Version: version.Short(), Log: log,
 		})
 		if err != nil {
 			return nil, err
@@ -115,7 +120,7 @@ func newNode(c *config.Config, listen string, log logrus.FieldLogger) (_ *node, 
 		Log: log, Registerer: n.registry, Register: registerProbe, Probe: n.probing, Tracer: n.tracing.Tracer(),
 	}
 	if c.RecordCalls != "" {
-		if n.calls, err = openCallFile(c.RecordCalls, log); err != nil {
+		if n.calls, err = callrecord.Open(c.RecordCalls, log); err != nil {
 			return nil, err
 		}
 		o.Recorder = n.calls
@@ -140,8 +145,8 @@ func (n *node) close() error {
 	return errors.Join(errs...)
 }
 
-// makeStateDir makes the directory, for this user only: the recorded requests in
-// it hold the environment of containers, and with it secrets.
+// makeStateDir makes the directory, for this user only: the recorded requests in it have the
+// environment of containers, and with it secrets.
 func makeStateDir(dir string, log logrus.FieldLogger) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("stateDir: %w; make it writable for this user or choose another", err)
@@ -151,7 +156,8 @@ func makeStateDir(dir string, log logrus.FieldLogger) error {
 		return fmt.Errorf("stateDir: %w", err)
 	}
 	if mode := fi.Mode().Perm(); mode&0o077 != 0 {
-		log.WithField("dir", dir).Warnf("state directory has mode %04o, closing it to others: it holds the environment of containers", mode)
+		log.WithField("dir", dir).Warnf("state directory has mode %04o, closing it to others: "+
+			"it holds the environment of containers", mode)
 		if err := os.Chmod(dir, 0o700); err != nil {
 			return fmt.Errorf("stateDir: %w; it must be closed to other users (chmod 0700)", err)
 		}
@@ -159,7 +165,7 @@ func makeStateDir(dir string, log logrus.FieldLogger) error {
 	return nil
 }
 
-// info fills in what the engine does not know of the node. See [ops.InfoFunc].
+// info describes what the engine does not know of the node. See [ops.InfoFunc].
 func (n *node) info(ctx context.Context) *opsv1.NodeInfoResponse {
 	st := n.cri.Stats()
 	state := n.upstream.State()
@@ -194,8 +200,8 @@ func (n *node) info(ctx context.Context) *opsv1.NodeInfoResponse {
 	return info
 }
 
-// runtime returns name and version of the runtime, those last known if it does
-// not answer.
+// runtime returns name and version of the runtime. If it does not answer, runtime returns what it
+// said last.
 func (n *node) runtime(ctx context.Context, state connectivity.State) (name, version string) {
 	if state == connectivity.Ready {
 		ctx, cancel := context.WithTimeout(ctx, runtimeVersionTimeout)
@@ -213,8 +219,8 @@ func (n *node) runtime(ctx context.Context, state connectivity.State) (name, ver
 	return n.runtimeName, n.runtimeVersion
 }
 
-// sayIfRuntimeMissing logs once what stands between the proxy and its runtime at
-// start. It is no error: the runtime may come later, and the upstream logs when it does.
+// sayIfRuntimeMissing logs once, at start, why the proxy does not reach the runtime. That is no
+// error: the runtime may come later, and the upstream logs when it does.
 func (n *node) sayIfRuntimeMissing() {
 	path, err := config.SocketPath(n.upstream.Endpoint())
 	if err != nil {
@@ -224,13 +230,15 @@ func (n *node) sayIfRuntimeMissing() {
 	fi, err := os.Stat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		log.Warn("runtime socket does not exist yet, waiting for it; if it never comes, start the runtime or set runtimeEndpoint (--runtime-endpoint)")
+		log.Warn("runtime socket does not exist yet, waiting for it; if it never comes, " +
+			"start the runtime or set runtimeEndpoint (--runtime-endpoint)")
 	case errors.Is(err, fs.ErrPermission):
 		log.WithError(err).Warn("runtime socket is out of reach for this user, waiting; run as root")
 	case err != nil:
 		log.WithError(err).Warn("runtime socket cannot be looked at, waiting")
 	case fi.Mode().Type() != fs.ModeSocket:
-		log.Warnf("runtime endpoint is no socket but %s, waiting for one; set runtimeEndpoint (--runtime-endpoint)", fi.Mode())
+		log.Warnf("runtime endpoint is no socket but %s, waiting for one; "+
+			"set runtimeEndpoint (--runtime-endpoint)", fi.Mode())
 	}
 }
 
@@ -239,8 +247,10 @@ func (n *node) opsServer(name string, o ...grpc.ServerOption) *grpc.Server {
 	before, after := n.commands.options(name)
 	guard := ops.Guard(n.log)
 	after = append(after, grpc.ChainUnaryInterceptor(ops.Audit(n.log)))
-	// The guard is around everything, and once more around the command itself, so that its panics are counted and audited.
-	s := grpc.NewServer(slices.Concat(guard, before, o, after, guard, []grpc.ServerOption{grpc.ChainUnaryInterceptor(n.refuseBypassed)})...)
+	// The guard is around everything, and once more around the command itself: so a panic of the
+	// command is counted and audited.
+	last := []grpc.ServerOption{grpc.ChainUnaryInterceptor(n.refuseBypassed)}
+	s := grpc.NewServer(slices.Concat(guard, before, o, after, guard, last)...)
 	st := n.state.Load()
 	opsv1.RegisterOpsServer(s, ops.NewServer(st.engine, n.info))
 	opsv1.RegisterImagesServer(s, prepull.NewServer(st.puller))

@@ -44,8 +44,9 @@ func NewClient(o ClientOptions) (credentials.TransportCredentials, error) {
 type Identity interface {
 	// Current returns the client's certificate and who may sign those of servers.
 	Current(ctx context.Context) (*tls.Certificate, *x509.CertPool, error)
-	// Server returns why a server is not accepted that one of those vouches for, under this name. It is asked before anything is sent
-	// (certificate is nil then), and when the server has shown its certificate.
+	// Server returns why a server is not accepted that one of those vouches for, under this name.
+	// It is asked before anything is sent (certificate is nil then), and when the server has shown
+	// its certificate.
 	Server(ctx context.Context, name string, certificate *x509.Certificate) error
 }
 
@@ -69,7 +70,9 @@ func (f *files) Current(context.Context) (*tls.Certificate, *x509.CertPool, erro
 func (*files) Server(context.Context, string, *x509.Certificate) error { return nil }
 
 // ClientHandshake implements [credentials.TransportCredentials].
-func (c *clientCredentials) ClientHandshake(ctx context.Context, authority string, conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+func (c *clientCredentials) ClientHandshake(
+	ctx context.Context, authority string, conn net.Conn,
+) (net.Conn, credentials.AuthInfo, error) {
 	name := c.serverName
 	if name == "" {
 		name = authority

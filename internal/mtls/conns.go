@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// conns are the open connections of clients. A connection ends with the certificate that it was made with, and when the authority of that is
-// withdrawn: clients connect anew, with the one that they have then.
+// conns are the open connections of clients. A connection ends when its certificate expires, and when
+// the CA of the certificate is withdrawn. Clients then connect again, with their current certificate.
 type conns struct {
 	mu   sync.Mutex
 	open map[*conn]struct{} // guarded by mu
@@ -23,12 +23,12 @@ type conn struct {
 	net.Conn
 	of      *conns
 	client  *x509.Certificate
-	between *x509.CertPool // what the client sent of those between its certificate and its authority
+	between *x509.CertPool // the intermediate certificates that the client has sent
 	expires *time.Timer
 	once    sync.Once
 }
 
-// track returns the connection as one that ends in time.
+// track returns a connection that ends in time.
 func (cs *conns) track(c net.Conn, state tls.ConnectionState) net.Conn {
 	t := &conn{Conn: c, of: cs, client: state.PeerCertificates[0], between: x509.NewCertPool()}
 	for _, b := range state.PeerCertificates[1:] {
@@ -56,12 +56,15 @@ func (c *conn) Close() (err error) {
 	return err
 }
 
-// recheck ends the connections of clients whom none of these authorities vouches for.
+// recheck ends the connections of clients whose certificates none of these CAs has signed.
 func (cs *conns) recheck(roots *x509.CertPool) {
 	cs.mu.Lock()
 	var over []*conn
 	for c := range cs.open {
-		if _, err := c.client.Verify(x509.VerifyOptions{Roots: roots, Intermediates: c.between, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}); err != nil {
+		_, err := c.client.Verify(x509.VerifyOptions{
+			Roots: roots, Intermediates: c.between, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+		})
+		if err != nil {
 			over = append(over, c)
 		}
 	}

@@ -38,7 +38,8 @@ type stamp struct {
 }
 
 func (s stamp) same(o stamp) bool {
-	return s.info != nil && o.info != nil && s.modTime.Equal(o.modTime) && s.size == o.size && os.SameFile(s.info, o.info)
+	return s.info != nil && o.info != nil &&
+		s.modTime.Equal(o.modTime) && s.size == o.size && os.SameFile(s.info, o.info)
 }
 
 // load reads the files for the first time.

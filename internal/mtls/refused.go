@@ -15,15 +15,16 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// refusals log the calls that gRPC refuses before anybody is asked: messages that are too large or no messages at all.
+// refusals logs the calls that gRPC refuses before an interceptor sees them: messages that are too
+// large, or no messages at all.
 type refusals struct{ s *Server }
 
 var _ stats.Handler = refusals{}
 
-// call is one that is under way.
+// call is a running call.
 type call struct {
 	method  string
-	reached atomic.Bool // an interceptor: from there on others log
+	reached atomic.Bool // set by the first interceptor: from there on others log
 }
 
 type callKey struct{}
@@ -52,7 +53,7 @@ func (refusals) TagConn(ctx context.Context, _ *stats.ConnTagInfo) context.Conte
 // HandleConn implements [stats.Handler].
 func (refusals) HandleConn(context.Context, stats.ConnStats) {}
 
-// unknown answers methods that there are not.
+// unknownMethod answers calls of methods that do not exist.
 func (s *Server) unknownMethod(_ any, stream grpc.ServerStream) error {
 	method, _ := grpc.MethodFromServerStream(stream)
 	err := status.Errorf(codes.Unimplemented, "unknown method %.200q", method)

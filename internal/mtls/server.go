@@ -24,8 +24,8 @@ import (
 )
 
 const (
-	// maxMessage bounds a request: a command is a few kilobytes and the environments of its containers, which may be 12 MiB together
-	// (ops/given.go).
+	// maxMessage bounds a request: a command is a few kilobytes and the environments of its
+	// containers, which may be 12 MiB together (ops/given.go).
 	maxMessage = 16 << 20
 	// maxHeaders bounds the metadata of a request, of which no command has any.
 	maxHeaders = 16 << 10
@@ -40,7 +40,8 @@ const (
 	maxIdle = 15 * time.Minute
 )
 
-// ServerOptions says who the server is and whom it lets in. All fields but Awaited and Unknown are required.
+// ServerOptions says who the server is and whom it lets in. All fields but Awaited and Unknown are
+// required.
 type ServerOptions struct {
 	// CertFile and KeyFile are the PEM server certificate and its key.
 	CertFile, KeyFile string
@@ -51,11 +52,12 @@ type ServerOptions struct {
 	AllowedClients []string
 	// Log gets denied clients and unusable new files.
 	Log logrus.FieldLogger
-	// Awaited, if set, says why the files are not there yet. Without it they must be there from the beginning; with it
-	// everybody is refused until they are.
+	// Awaited, if set, says why the files are not there yet. Without it they must be there from the
+	// beginning; with it everybody is refused until they are.
 	Awaited func() error
-	// Unknown, if set, is told that there may be other authorities by now: a client came whose certificate is of no known one, or who did
-	// not take the server's, or before there was one. It must not wait.
+	// Unknown, if set, is told that there may be other authorities by now: a client came whose
+	// certificate is of no known one, or who did not take the server's, or before there was one. It
+	// must not wait.
 	Unknown func()
 }
 
@@ -75,7 +77,8 @@ type Server struct {
 // of theirs are taken over on the next connection.
 func NewServer(o ServerOptions) (*Server, error) {
 	if len(o.AllowedClients) == 0 || slices.Contains(o.AllowedClients, "") {
-		return nil, errors.New("no client is allowed, or one with an empty name; list the names that client certificates carry")
+		return nil, errors.New("no client is allowed, or one with an empty name; " +
+			"list the names that client certificates carry")
 	}
 	s := &Server{
 		files:   &files{cert: o.CertFile, key: o.KeyFile, ca: o.ClientCAFile},
@@ -118,7 +121,9 @@ func (s *Server) GRPC() []grpc.ServerOption {
 		grpc.StatsHandler(refusals{s}),
 		grpc.UnknownServiceHandler(s.unknownMethod),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minPing, PermitWithoutStream: true}),
-		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: maxIdle, Time: time.Minute, Timeout: 20 * time.Second}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{
+			MaxConnectionIdle: maxIdle, Time: time.Minute, Timeout: 20 * time.Second,
+		}),
 		grpc.ChainUnaryInterceptor(s.unary),
 		grpc.ChainStreamInterceptor(s.stream),
 	}
@@ -137,7 +142,8 @@ func (c serverCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials
 		return secure, info, nil
 	}
 	var remote *net.OpError
-	if errors.As(err, new(x509.UnknownAuthorityError)) || errors.As(err, &remote) && remote.Op == "remote error" || c.s.Certificate() == nil {
+	if errors.As(err, new(x509.UnknownAuthorityError)) || errors.As(err, &remote) && remote.Op == "remote error" ||
+		c.s.Certificate() == nil {
 		if c.s.unknown != nil {
 			c.s.unknown()
 		}
@@ -158,10 +164,11 @@ func (s *Server) handshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error
 	if err != nil {
 		return nil, nil, err
 	}
-	if err := letIn(conn); err != nil {
+	if err := admit(conn); err != nil {
 		return nil, nil, err
 	}
-	// The list of connections is complete before the authorities are looked at again: those that are withdrawn meanwhile end it, too.
+	// The list of connections is complete before the authorities are looked at again: those that
+	// are withdrawn meanwhile end it, too.
 	tracked := s.conns.track(secure, info.(credentials.TLSInfo).State)
 	if _, roots, err := s.files.current(); err == nil && roots != config.ClientCAs {
 		s.conns.recheck(roots)
@@ -220,7 +227,8 @@ func (s *Server) nameOf(cs tls.ConnectionState) (string, error) {
 			return n, nil
 		}
 	}
-	return "", fmt.Errorf("client certificate with the names %q is valid, but none of them is among the allowed clients", names)
+	return "", fmt.Errorf("client certificate with the names %q is valid, "+
+		"but none of them is among the allowed clients", names)
 }
 
 // namesIn returns the names of a certificate, subject alternative names first.

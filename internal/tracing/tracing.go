@@ -18,25 +18,27 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// scope names who makes the spans.
+// scope is the name of the tracer.
 const scope = "github.com/cri-proxy/cri-proxy"
 
 const (
-	// queue bounds the spans that wait for the collector, some 1 KiB each; what comes on top is dropped, so a collector that
-	// is away costs 1 MiB at most.
+	// queue bounds the spans that wait for the collector, about 1 KiB each. More spans are dropped:
+	// a collector that is away costs at most 1 MiB.
 	queue = 1024
-	// exportTimeout bounds one try to send them.
+	// exportTimeout bounds one attempt to send spans.
 	exportTimeout = 10 * time.Second
-	// shutdownTimeout is how long the end of the process waits for the last ones.
+	// shutdownTimeout is how long the end of the process waits for the last spans.
 	shutdownTimeout = 300 * time.Millisecond
 )
 
 // Options of [Start]. All are required but SamplingRatePerMillion.
 type Options struct {
-	// Endpoint is host:port of a collector that takes OTLP over gRPC without TLS, as kubelet's tracing.endpoint.
+	// Endpoint is host:port of a collector that takes OTLP over gRPC without TLS, as kubelet's
+	// tracing.endpoint.
 	Endpoint string
-	// SamplingRatePerMillion is how many of a million traces that begin here are kept, as kubelet's setting of that name.
-	// Those that a caller has begun follow the caller's decision.
+	// SamplingRatePerMillion is how many of a million traces are sampled that start here, as
+	// kubelet's setting of this name. Traces that a caller has started follow the caller's
+	// decision.
 	SamplingRatePerMillion int
 	NodeName, Version      string
 	Log                    logrus.FieldLogger
@@ -48,10 +50,11 @@ type Tracing struct {
 	log      logrus.FieldLogger
 }
 
-// Start begins to send spans. It does not wait for the collector, which may come and go. OpenTelemetry has one handler of errors for
-// the process, which is set here.
+// Start begins to send spans. It does not wait for the collector, which may come and go. Start sets
+// the one error handler that OpenTelemetry has in a process.
 func Start(ctx context.Context, o Options) (*Tracing, error) {
-	exporter, err := otlptracegrpc.New(ctx, otlptracegrpc.WithInsecure(), otlptracegrpc.WithEndpoint(o.Endpoint), otlptracegrpc.WithTimeout(exportTimeout))
+	exporter, err := otlptracegrpc.New(ctx, otlptracegrpc.WithInsecure(),
+		otlptracegrpc.WithEndpoint(o.Endpoint), otlptracegrpc.WithTimeout(exportTimeout))
 	if err != nil {
 		return nil, fmt.Errorf("tracing.endpoint %s: %w", o.Endpoint, err)
 	}

@@ -15,8 +15,9 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// Set returns doc with the value at path, a list of keys from the top. value is a string, bool, number, or a list of strings. Keys that are
-// missing are added. An empty doc is an empty mapping. It is an error if doc is no mapping, or what path leads through is none.
+// Set returns doc with the value at path, a list of keys from the top. value is a string, bool,
+// number, or a list of strings. Keys that are missing are added. An empty doc is an empty mapping.
+// It is an error if doc is no mapping, or what path leads through is none.
 func Set(doc []byte, value any, path ...string) ([]byte, error) {
 	if len(path) == 0 {
 		return nil, errors.New("no key")

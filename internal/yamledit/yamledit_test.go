@@ -1,10 +1,12 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package yamledit
+package yamledit_test
 
 import (
 	"testing"
+
+	"github.com/cri-proxy/cri-proxy/internal/yamledit"
 
 	"go.yaml.in/yaml/v3"
 )
@@ -38,7 +40,7 @@ func TestSet(t *testing.T) {
 		{"second document", "---\na: 1\n", "x", []string{"a"}, "---\na: x\n"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			got, err := Set([]byte(c.doc), c.value, c.path...)
+			got, err := yamledit.Set([]byte(c.doc), c.value, c.path...)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -48,7 +50,7 @@ func TestSet(t *testing.T) {
 		})
 	}
 	for _, doc := range []string{"- a\n", "a: [1\n", "just text\n", "a: text\n"} {
-		if got, err := Set([]byte(doc), "x", "a", "b"); err == nil {
+		if got, err := yamledit.Set([]byte(doc), "x", "a", "b"); err == nil {
 			t.Errorf("%q became %q", doc, got)
 		}
 	}
@@ -64,11 +66,11 @@ func FuzzSet(f *testing.F) {
 		if yaml.Unmarshal([]byte(doc), &before) != nil {
 			return
 		}
-		out, err := Set([]byte(doc), "unix:///x", "ops", "address")
+		out, err := yamledit.Set([]byte(doc), "unix:///x", "ops", "address")
 		if err != nil {
 			return
 		}
-		if v, err := Get(out, "ops", "address"); err != nil || v != "unix:///x" {
+		if v, err := yamledit.Get(out, "ops", "address"); err != nil || v != "unix:///x" {
 			t.Fatalf("%q became %q: %v, %v", doc, out, v, err)
 		}
 	})

@@ -23,6 +23,9 @@ type Process struct {
 	Start string // in the kernel's own unit, since boot
 }
 
+// ErrForeign is the error for a process of another PID namespace, which has no number here.
+var ErrForeign = errors.New("the process is of another PID namespace")
+
 // Peer is the process at the other end of a Unix socket: who listens, for one that has been dialled, and who has dialled, for
 // one that has been accepted.
 //
@@ -45,7 +48,7 @@ func Peer(proc string, conn net.Conn) (Process, error) {
 		return Process{}, cerr
 	}
 	if cred.Pid <= 0 {
-		return Process{}, errors.New("the process is of another PID namespace")
+		return Process{}, ErrForeign
 	}
 	start, err := started(proc, int(cred.Pid))
 	return Process{PID: int(cred.Pid), Start: start}, err

@@ -267,7 +267,7 @@ func restartOnNode(t *testing.T, n *node) {
 
 func imageUpgradeOnNode(t *testing.T, n *node) {
 	image := n.bed.Image("app:2")
-	n.does(t, "cri-proxy", "ctl", "upgrade", "default/target", "-c", "app="+image)
+	n.does(t, "cri-proxy", "ctl", "set-image", "default/target", "-c", "app="+image)
 	n.kubectl(t, "set", "image", "pod/target", "app="+image)
 	await(t, "the new image in the API", func() bool { is := n.containers(t)["target"]; return is.Image == image && is.Restarts == 2 })
 	if m := n.method(t, "Upgrade"); m != "gate" {
@@ -277,7 +277,7 @@ func imageUpgradeOnNode(t *testing.T, n *node) {
 
 func upgradeOnNode(t *testing.T, n *node) {
 	i, _ := n.serving(t)
-	n.does(t, "cri-proxy", "upgrade", "--binary", "/shared/cri-proxy-v2")
+	n.does(t, "cri-proxy", "self-update", "--binary", "/shared/cri-proxy-v2")
 	if now, _ := n.serving(t); now == i || now == "" {
 		t.Errorf("%q serves", now)
 	}
@@ -499,7 +499,7 @@ func beforeKubelet(t *testing.T, n *node) {
 	}
 	// What comes later finds it there.
 	i, _ := n.serving(t)
-	n.does(t, "/opt/bin/cri-proxy", "upgrade", "--reload")
+	n.does(t, "/opt/bin/cri-proxy", "self-update", "--reload")
 	if now, _ := n.serving(t); now == i || now == "" {
 		t.Errorf("%q serves, before it was %q", now, i)
 	}
@@ -626,7 +626,7 @@ touch /shared/let-go; wait $p; r=$?; cat /shared/bypass.out; exit $r`); !strings
 	n.does(t, "cri-proxy", "bypass", "off", "--restart-kubelet")
 
 	image := "app=" + n.bed.Image("app:2")
-	n.must(t, "cri-proxy", "ctl", "upgrade", "default/slow", "-c", image)
+	n.must(t, "cri-proxy", "ctl", "set-image", "default/slow", "-c", image)
 	if out := n.doesNot(t, "cri-proxy", "bypass", "on", "--wait", "200ms"); !strings.Contains(out, "operations are under way: Upgrade ") {
 		t.Error(out)
 	}
@@ -641,7 +641,7 @@ touch /shared/let-go; wait $p; r=$?; cat /shared/bypass.out; exit $r`); !strings
 
 	// Without a daemon, the command takes it away itself. The daemon finds out later.
 	i, _ := n.serving(t)
-	n.must(t, "cri-proxy", "ctl", "upgrade", "default/slow", "-c", image)
+	n.must(t, "cri-proxy", "ctl", "set-image", "default/slow", "-c", image)
 	n.must(t, "systemctl", "stop", "cri-proxy.socket", "cri-proxy-admin.socket", "cri-proxy@"+i)
 	if out := n.does(t, "cri-proxy", "bypass", "on"); !strings.Contains(out, "removed the staged container") {
 		t.Error(out)
@@ -709,7 +709,7 @@ func opsSocketOnNode(t *testing.T, n *node) {
 			c.Close()
 		}
 	}()
-	n.does(t, "cri-proxy", "upgrade", "--reload")
+	n.does(t, "cri-proxy", "self-update", "--reload")
 	close(done)
 	<-over
 	if len(refused) > 0 || connections < 50 {

@@ -108,7 +108,7 @@ func upgrade(t *testing.T, m *machine) {
 	m.freshKubelet(t)
 	m.beginPull(t)
 	_, old := m.serving(t)
-	t.Log(m.must(t, "cri-proxy", "upgrade", "--binary", "/shared/cri-proxy-v2"))
+	t.Log(m.must(t, "cri-proxy", "self-update", "--binary", "/shared/cri-proxy-v2"))
 	if i, _ := m.serving(t); i != "b" {
 		t.Fatalf("%q serves", i)
 	}
@@ -117,7 +117,7 @@ func upgrade(t *testing.T, m *machine) {
 	if r.PullsDone != 0 || m.show(t, "cri-proxy@a", "MainPID") != old {
 		t.Fatalf("the old process has not waited for the pull: %+v", r)
 	}
-	if out := m.fails(t, "cri-proxy", "upgrade", "--binary", "/shared/cri-proxy"); !strings.Contains(out, "still runs (Handed over to process") {
+	if out := m.fails(t, "cri-proxy", "self-update", "--binary", "/shared/cri-proxy"); !strings.Contains(out, "still runs (Handed over to process") {
 		t.Errorf("a third version while the first one drains: %s", out)
 	}
 	touch(t, m, "release")
@@ -129,7 +129,7 @@ func upgrade(t *testing.T, m *machine) {
 	if got := m.show(t, "cri-proxy@a", "UnitFileState") + m.show(t, "cri-proxy@b", "UnitFileState"); got != "disabledenabled" {
 		t.Errorf("what starts with the machine: %s", got)
 	}
-	t.Log(m.must(t, "cri-proxy", "upgrade", "--back"))
+	t.Log(m.must(t, "cri-proxy", "self-update", "--back"))
 	if i, _ := m.serving(t); i != "a" {
 		t.Fatalf("%q serves", i)
 	}
@@ -154,8 +154,8 @@ func touch(t *testing.T, m *machine, name string) {
 func upgradeThatFails(t *testing.T, m *machine) {
 	m.freshKubelet(t)
 	before, pid := m.serving(t)
-	t.Log(m.fails(t, "cri-proxy", "upgrade", "--binary", "/shared/cri-proxy-bad"))
-	if out := m.fails(t, "cri-proxy", "upgrade", "--binary", "/bin/true"); !strings.Contains(out, "no cri-proxy that runs here") {
+	t.Log(m.fails(t, "cri-proxy", "self-update", "--binary", "/shared/cri-proxy-bad"))
+	if out := m.fails(t, "cri-proxy", "self-update", "--binary", "/bin/true"); !strings.Contains(out, "no cri-proxy that runs here") {
 		t.Error(out)
 	}
 	if after, now := m.serving(t); after != before || now != pid {
@@ -176,7 +176,7 @@ func drain(t *testing.T, m *machine) {
 		end  func(old string)
 	}{
 		{"end-drain", func(old string) {
-			t.Log(m.must(t, "cri-proxy", "upgrade", "--reload", "--end-drain"))
+			t.Log(m.must(t, "cri-proxy", "self-update", "--reload", "--end-drain"))
 			await(t, "the other instance", func() bool { s, _ := m.serving(t); return s == old })
 		}},
 		{"upgradeDrainTimeout", func(string) {}},
@@ -184,12 +184,12 @@ func drain(t *testing.T, m *machine) {
 		m.freshKubelet(t)
 		if c.name == "upgradeDrainTimeout" { // as the process has it that is to end
 			m.must(t, "sed", "-i", "s/^upgradeDrainTimeout: .*/upgradeDrainTimeout: 1s/", config)
-			m.must(t, "cri-proxy", "upgrade", "--reload")
+			m.must(t, "cri-proxy", "self-update", "--reload")
 			await(t, "the end of the instance before", m.oneRuns(t))
 		}
 		m.beginPull(t)
 		old, pid := m.serving(t)
-		m.must(t, "cri-proxy", "upgrade", "--reload")
+		m.must(t, "cri-proxy", "self-update", "--reload")
 		began := time.Now()
 		c.end(old)
 		await(t, "the end of the process with the pull", func() bool { return m.show(t, "cri-proxy@"+old, "MainPID") != pid })
@@ -203,10 +203,10 @@ func drain(t *testing.T, m *machine) {
 		await(t, "the end of the instance before", m.oneRuns(t))
 	}
 	m.must(t, "sed", "-i", "s/^upgradeDrainTimeout: .*/upgradeDrainTimeout: 30m/", config)
-	m.must(t, "cri-proxy", "upgrade", "--reload")
+	m.must(t, "cri-proxy", "self-update", "--reload")
 	await(t, "the end of the instance before", m.oneRuns(t))
 	if i, _ := m.serving(t); i != "a" { // where the next test begins
-		m.must(t, "cri-proxy", "upgrade", "--reload")
+		m.must(t, "cri-proxy", "self-update", "--reload")
 		await(t, "the end of the instance before", m.oneRuns(t))
 	}
 }
@@ -338,7 +338,7 @@ func crashLoop(t *testing.T, m *machine) {
 
 // reboot brings the instance that served, and a bypass that was on.
 func reboot(t *testing.T, m *machine) {
-	m.must(t, "cri-proxy", "upgrade", "--binary", "/shared/cri-proxy-v2")
+	m.must(t, "cri-proxy", "self-update", "--binary", "/shared/cri-proxy-v2")
 	m.must(t, "cri-proxy", "bypass", "on")
 	now := time.Now()
 	m.must(t, "systemctl", "reboot", "--no-block")

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ctl
+package ctl_test
 
 import (
 	"bytes"
@@ -30,7 +30,9 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/ctl"
 	"github.com/cri-proxy/cri-proxy/internal/config"
+	"github.com/cri-proxy/cri-proxy/internal/opscli"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -208,7 +210,7 @@ func newDaemon(t *testing.T) *daemon {
 
 // command is `ctl` with the clock of the tests.
 func command(out io.Writer, args ...string) *cobra.Command {
-	cmd := Command(now)
+	cmd := ctl.Command(now)
 	cmd.SilenceErrors, cmd.SilenceUsage = true, true
 	cmd.SetOut(out)
 	cmd.SetErr(io.Discard)
@@ -428,18 +430,18 @@ func TestUsageErrors(t *testing.T) {
 		{"restart a/b -c x --always", "--always is for --image"},
 		{"restart a/b -c x --image i --auth-file /nonexistent", "--auth-file: stat /nonexistent"},
 		{"ops op-1 --active", "leave the UID out"},
-		{"upgrade", "name one pod"},
-		{"upgrade web -c app=i", `"web": name the pod as NAMESPACE/POD`},
-		{"upgrade a/b", "which container, and which image? give -c NAME=IMAGE"},
-		{"upgrade a/b -c app", "-c app: want NAME=IMAGE"},
-		{"upgrade a/b -c app=", "-c app=: want NAME=IMAGE"},
-		{"upgrade a/b -c =i", "-c =i: want NAME=IMAGE"},
-		{"upgrade a/b -c app=i -c app=j", "-c app is given twice"},
-		{"upgrade a/b -c app=i --order Both", "want StopFirst or StartFirst"},
-		{"upgrade a/b -c app=i --min-ready 5s", "--min-ready is for --order StartFirst"},
-		{"upgrade a/b -c app=i --hold-timeout -1s", "--hold-timeout -1s is negative"},
-		{"upgrade a/b -c app=i --prepare-only --watch", "--prepare-only ends before"},
-		{"upgrade a/b -c app=i --auth-file /nonexistent", "--auth-file: stat /nonexistent"},
+		{"set-image", "name one pod"},
+		{"set-image web -c app=i", `"web": name the pod as NAMESPACE/POD`},
+		{"set-image a/b", "which container, and which image? give -c NAME=IMAGE"},
+		{"set-image a/b -c app", "-c app: want NAME=IMAGE"},
+		{"set-image a/b -c app=", "-c app=: want NAME=IMAGE"},
+		{"set-image a/b -c =i", "-c =i: want NAME=IMAGE"},
+		{"set-image a/b -c app=i -c app=j", "-c app is given twice"},
+		{"set-image a/b -c app=i --order Both", "want StopFirst or StartFirst"},
+		{"set-image a/b -c app=i --min-ready 5s", "--min-ready is for --order StartFirst"},
+		{"set-image a/b -c app=i --commit-timeout -1s", "--commit-timeout -1s is negative"},
+		{"set-image a/b -c app=i --prepare-only --watch", "--prepare-only ends before"},
+		{"set-image a/b -c app=i --auth-file /nonexistent", "--auth-file: stat /nonexistent"},
 	} {
 		t.Run(tt.args, func(t *testing.T) {
 			_, err := d.run(t, strings.Fields(tt.args)...)
@@ -496,8 +498,8 @@ func TestDaemonNotThere(t *testing.T) {
 		none: "no cri-proxy at " + none + ": the socket does not exist; start the daemon (systemctl start cri-proxy.socket)",
 		dead: "no cri-proxy at " + dead + ": the daemon behind the socket is gone; start it",
 	} {
-		t.Setenv(socketVariable, socket)
-		for _, args := range []string{"status", "version", "ops", "ops x", "ops -w", "cancel x", "restart a/b -c c", "overrides", "upgrade a/b -c c=i"} {
+		t.Setenv(opscli.SocketVariable, socket)
+		for _, args := range []string{"status", "version", "ops", "ops x", "ops -w", "cancel x", "restart a/b -c c", "overrides", "set-image a/b -c c=i"} {
 			err := command(io.Discard, strings.Fields(args)...).ExecuteContext(t.Context())
 			if err == nil || !strings.HasPrefix(err.Error(), want) {
 				t.Errorf("%s: got %v, want %s", args, err, want)
@@ -620,20 +622,6 @@ func (b *buffer) await(t *testing.T, want string) {
 	}
 }
 
-func TestScreenRedraws(t *testing.T) {
-	var out bytes.Buffer
-	s := &screen{c: &ctl{output: table, now: now}, out: &out}
-	for _, op := range phases("", opsv1.Phase_PHASE_STAGING, opsv1.Phase_PHASE_SUCCEEDED) {
-		if err := s.update(op); err != nil {
-			t.Fatal(err)
-		}
-	}
-	first, second, found := strings.Cut(out.String(), "\x1b[?7l\x1b[2A\x1b[J")
-	if !found || !strings.Contains(first, "Staging") || !strings.Contains(second, "Succeeded") {
-		t.Errorf("%q", out.String())
-	}
-}
-
 func TestCompletion(t *testing.T) {
 	d := newDaemon(t)
 	d.overrides = imageOverrides()
@@ -646,7 +634,7 @@ func TestCompletion(t *testing.T) {
 		"overrides":                             ":4\n",
 	} {
 		root := &cobra.Command{Use: "cri-proxy"}
-		root.AddCommand(Command(now))
+		root.AddCommand(ctl.Command(now))
 		var out bytes.Buffer
 		root.SetOut(&out)
 		root.SetErr(io.Discard)
@@ -664,13 +652,5 @@ func TestVersion(t *testing.T) {
 	out, err := newDaemon(t).run(t, "version")
 	if err != nil || !strings.HasPrefix(out, "Client: ") || !strings.HasSuffix(out, "\nDaemon: v1\n") {
 		t.Errorf("%v\n%s", err, out)
-	}
-}
-
-func TestPhaseNames(t *testing.T) {
-	for p, want := range map[opsv1.Phase]string{0: "Unknown", opsv1.Phase_PHASE_REVEALING: "Revealing", 99: "99"} {
-		if got := phaseName(p); got != want {
-			t.Errorf("%d: %s", p, got)
-		}
 	}
 }

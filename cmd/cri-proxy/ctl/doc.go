@@ -1,6 +1,6 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package ctl is `cri-proxy ctl`: commands for the node daemon of this machine,
-// over its admin socket.
+// Package ctl is the command line of `cri-proxy ctl`: commands for the daemon of this machine.
+// Package opscli carries them out.
 package ctl

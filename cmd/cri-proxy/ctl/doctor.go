@@ -14,6 +14,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/cri-proxy/cri-proxy/internal/config"
+	"github.com/cri-proxy/cri-proxy/internal/opscli"
 	"github.com/cri-proxy/cri-proxy/systemd/node/doctor"
 )
 
@@ -21,17 +22,17 @@ func (c *ctl) doctor() *cobra.Command {
 	o := doctor.Options{Now: c.now}
 	cmd := &cobra.Command{
 		Use:   "doctor",
-		Short: "Look at the whole chain from kubelet to the runtime and say what is wrong",
-		Long: `Look at the whole chain on this node, from kubelet's configuration and connections
-to the runtime and to the controller, and say what is wrong and what to do. It
-changes nothing, and works when the daemon does not. The exit code is 1 if
-something does not work.`,
+		Short: "Check the whole chain from kubelet to the runtime",
+		Long: `Check the whole chain on this node: kubelet's configuration and connections, the
+daemon, the runtime and the controller. For each problem the command says what to do.
+It changes nothing, and works without a running daemon. The exit code is 1 if something
+does not work.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, stop := interruptible(cmd)
 			defer stop()
-			if cmd.Flags().Changed("admin-socket") || c.socket != config.DefaultAdminSocket {
-				o.AdminSocket = c.socket
+			if cmd.Flags().Changed("admin-socket") || c.client.Socket != config.DefaultAdminSocket {
+				o.AdminSocket = c.client.Socket
 			}
 			findings := doctor.Examine(ctx, o)
 			if err := c.printFindings(cmd.OutOrStdout(), findings); err != nil {
@@ -43,18 +44,18 @@ something does not work.`,
 			return nil
 		},
 	}
-	cmd.Flags().StringVar(&o.ConfigFile, "config", config.DefaultFile, "configuration of the daemon")
+	cmd.Flags().StringVar(&o.ConfigFile, "config", config.DefaultFile, "configuration file of the daemon")
 	return cmd
 }
 
 func (c *ctl) printFindings(out io.Writer, findings []doctor.Finding) error {
-	switch c.output {
-	case jsonForm:
+	switch c.format {
+	case opscli.JSON:
 		e := json.NewEncoder(out)
 		e.SetIndent("", "  ")
 		e.SetEscapeHTML(false)
 		return e.Encode(findings)
-	case yamlForm:
+	case opscli.YAML:
 		e := yaml.NewEncoder(out)
 		e.SetIndent(2)
 		return e.Encode(findings)

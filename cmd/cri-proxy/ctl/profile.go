@@ -4,9 +4,6 @@
 package ctl
 
 import (
-	"errors"
-	"fmt"
-	"io"
 	"os"
 	"strings"
 	"time"
@@ -31,9 +28,9 @@ func (c *ctl) profile() *cobra.Command {
 
     cri-proxy ctl profile heap > heap.pprof && go tool pprof heap.pprof
     cri-proxy ctl profile cpu --seconds 10 > cpu.pprof
-    cri-proxy ctl profile goroutine --text       # what it does right now
+    cri-proxy ctl profile goroutine --text       # what the daemon does right now
 
-There is no other way to it: the metrics address does not serve profiles.`,
+Only this command gives profiles: the metrics address does not serve them.`,
 		Args:      cobra.MatchAll(cobra.ExactArgs(1), cobra.OnlyValidArgs),
 		ValidArgs: profileNames,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -48,35 +45,17 @@ There is no other way to it: the metrics address does not serve profiles.`,
 			}
 			out := cmd.OutOrStdout()
 			if f, ok := out.(*os.File); ok && !text && term.IsTerminal(int(f.Fd())) {
-				return usage("a profile is not for the terminal: write it to a file, ctl profile %s > %s.pprof", args[0], args[0])
+				return usage("a profile is not for the terminal: write it to a file, ctl profile %s > %s.pprof",
+					args[0], args[0])
 			}
-			return c.takeProfile(cmd, out, &opsv1.ProfileRequest{Name: args[0], Duration: durationpb.New(time.Duration(seconds) * time.Second), Text: text})
+			ctx, stop := interruptible(cmd)
+			defer stop()
+			return c.client.Profile(ctx, out, &opsv1.ProfileRequest{
+				Name: args[0], Duration: durationpb.New(time.Duration(seconds) * time.Second), Text: text,
+			})
 		},
 	}
-	cmd.Flags().IntVar(&seconds, "seconds", 0, "how long to look, for cpu (default 30) and trace (default 5)")
-	cmd.Flags().BoolVar(&text, "text", false, "a form for people")
+	cmd.Flags().IntVar(&seconds, "seconds", 0, "how many seconds to record, for cpu (default 30) and trace (default 5)")
+	cmd.Flags().BoolVar(&text, "text", false, "print a readable form; not for cpu and trace")
 	return cmd
-}
-
-func (c *ctl) takeProfile(cmd *cobra.Command, out io.Writer, req *opsv1.ProfileRequest) error {
-	ctx, stop := interruptible(cmd)
-	defer stop()
-	conn, closeConn, err := c.connect(ctx)
-	if err != nil {
-		return err
-	}
-	defer closeConn()
-	stream, err := opsv1.NewDebugClient(conn).Profile(ctx, req)
-	for err == nil {
-		var chunk *opsv1.ProfileChunk
-		if chunk, err = stream.Recv(); err == nil {
-			if _, err := out.Write(chunk.GetData()); err != nil {
-				return fmt.Errorf("profile: %w", err)
-			}
-		}
-	}
-	if errors.Is(err, io.EOF) {
-		return nil
-	}
-	return plain(err)
 }

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package ctl
+package ctl_test
 
 import (
 	"bytes"
@@ -30,6 +30,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/cmd/cri-proxy/ctl"
 	"github.com/cri-proxy/cri-proxy/internal/config"
 )
 
@@ -351,46 +352,6 @@ func TestPullLines(t *testing.T) {
 	}
 }
 
-func TestPullBars(t *testing.T) {
-	var out bytes.Buffer
-	width, height := 80, 24
-	s := &bars{out: &out, size: func() (int, int) { return width, height }}
-	draw := func(op *opsv1.PullOperation) string {
-		out.Reset()
-		if err := s.update(op); err != nil {
-			t.Fatal(err)
-		}
-		return out.String()
-	}
-	for _, tt := range []struct {
-		name, want    string
-		width, height int
-		op            *opsv1.PullOperation
-	}{
-		{"begins", "\x1b[?7l" + `nginx:1  Fetching  0 % of 100.0 MiB, 20.0 MiB/s, 5s left
-  023456789abc [>                                  ]   0 %         0 B of 50.0 MiB
-  123456789abc [>                                  ]   0 %         0 B of 30.0 MiB
-  223456789abc [>                                  ]   0 %         0 B of 20.0 MiB
-` + "\x1b[?7h", 80, 24, fetching(0)},
-		{"draws over itself", "\x1b[?7l\x1b[4A\x1b[J" + `nginx:1  Fetching  65 % of 100.0 MiB, 20.0 MiB/s, 2s left
-  023456789abc [========================================] 100 %    50.0 MiB of 50.0 MiB
-  123456789abc [====================>                   ]  50 %    15.0 MiB of 30.0 MiB
-  223456789abc [>                                       ]   0 %         0 B of 20.0 MiB
-` + "\x1b[?7h", 200, 24, fetching(65)},
-		{"little room", "\x1b[?7l\x1b[4A\x1b[J" + `nginx:1  Fetching  65 % of 100.0 MiB, 20.0 MiB/s, 2s left
-  123456789abc [==>  ]  50 %    15.0 MiB of 30.0 MiB
-  and 2 more layers; 1 of 3 are done
-` + "\x1b[?7h", 20, 4, fetching(65)},
-		{"ends", "\x1b[?7l\x1b[3A\x1b[J" + `nginx:1  Succeeded (Pulled)
-` + "\x1b[?7h", 80, 24, pulled()},
-	} {
-		width, height = tt.width, tt.height
-		if got := draw(tt.op); got != tt.want {
-			t.Errorf("%s: got\n%q\nwant\n%q", tt.name, got, tt.want)
-		}
-	}
-}
-
 func TestPullOutcome(t *testing.T) {
 	for want, end := range map[string]*opsv1.PullOperation{
 		"": pulled(),
@@ -418,7 +379,7 @@ func TestPullDaemonRestarts(t *testing.T) {
 		t.Fatal(err)
 	}
 	needs := fetching(0)
-	needs.Phase, needs.Reason = opsv1.PullPhase_PULL_WAITING, reasonCredentialsNeeded
+	needs.Phase, needs.Reason = opsv1.PullPhase_PULL_WAITING, "CredentialsNeeded"
 	d := newImageDaemon(t)
 	d.course, d.lose = []*opsv1.PullOperation{needs, needs, fetching(50), pulled()}, 1
 	if out, err := d.run(t, "pull", "nginx:1", "--auth-file", auth); err != nil || !strings.HasSuffix(out, "Succeeded (Pulled)\n") {
@@ -537,78 +498,6 @@ func TestImageUsageErrors(t *testing.T) {
 	}
 }
 
-func TestByteRate(t *testing.T) {
-	for s, want := range map[string]int64{
-		"1": 1, "1048576": mib, "20MiB/s": 20 * mib, "20MiB": 20 * mib, "20Mi": 20 * mib, "20 MiB/s": 20 * mib, "20MB/s": 20e6, "20M": 20e6,
-		"1.5GiB/s": 3 << 29, "500kB/s": 500e3, "500K": 500e3, "512KiB/s": 512 << 10, "10B/s": 10,
-	} {
-		var r byteRate
-		if err := r.Set(s); err != nil || int64(r) != want {
-			t.Errorf("%s: %d, %v", s, r, err)
-		}
-	}
-	for _, s := range []string{"", "0", "-1", "MiB", "1TiB", "1e9", "1MiB/m", "1..5M", "0.1", "99999999GiB", "1 0"} {
-		if err := new(byteRate).Set(s); err == nil {
-			t.Errorf("%q is accepted", s)
-		}
-	}
-	r := byteRate(20 * mib)
-	if r.String() != "20.0 MiB/s" {
-		t.Error(r.String())
-	}
-}
-
-func TestParseAuth(t *testing.T) {
-	auth := base64.StdEncoding.EncodeToString([]byte("user:pass"))
-	for _, tt := range []struct{ name, file, want string }{
-		{"config.json", `{"auths":{"b.io":{"auth":"` + auth + `"},"a.io":{"username":"u","password":"p","email":"x"},"none.io":{}},"HttpHeaders":{"a":"b"}}`, "a.io=u:p b.io=user:pass"},
-		{"dockercfg", `{"https://index.docker.io/v1/":{"auth":"` + auth + `"}}`, "https://index.docker.io/v1/=user:pass"},
-		{"tokens", `{"auths":{"a.io":{"auth":"` + auth + `","identitytoken":"t"}}}`, "a.io=user:pass/t"},
-		{"helper beside", `{"auths":{"a.io":{"auth":"` + auth + `"}},"credsStore":"desktop"}`, "a.io=user:pass"},
-		{"helper only", `{"auths":{"a.io":{}},"credsStore":"desktop"}`, "error: names a credential helper"},
-		{"helpers only", `{"credHelpers":{"a.io":"gcloud"}}`, "error: names a credential helper"},
-		{"empty", `{}`, "error: no credentials in it"},
-		{"not base64", `{"auths":{"a.io":{"auth":"secret secret"}}}`, "error: the auth of a.io is not"},
-		{"not JSON", `secret`, "error: not JSON, at byte 1"},
-		{"another file", `{"apiVersion":"secret"}`, "error: not a docker config file"},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			got, err := parseAuth([]byte(tt.file))
-			if want, ok := strings.CutPrefix(tt.want, "error: "); ok {
-				if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "secret") {
-					t.Errorf("got %v, want %s", err, want)
-				}
-				return
-			}
-			var text []string
-			for _, c := range got {
-				s := c.GetMatch() + "=" + c.GetUsername() + ":" + c.GetPassword()
-				if c.GetIdentityToken() != "" {
-					s += "/" + c.GetIdentityToken()
-				}
-				text = append(text, s)
-			}
-			if joined := strings.Join(text, " "); err != nil || joined != tt.want {
-				t.Errorf("%v, %s", err, joined)
-			}
-		})
-	}
-	t.Run("home", func(t *testing.T) {
-		t.Setenv("HOME", t.TempDir())
-		if err := os.WriteFile(filepath.Join(os.Getenv("HOME"), "c.json"), []byte(`{"a":{"username":"u"}}`), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if c, err := readAuthFile("~/c.json"); err != nil || len(c) != 1 {
-			t.Errorf("%v, %v", c, err)
-		}
-	})
-}
-
-func FuzzParseAuth(f *testing.F) {
-	f.Add([]byte(`{"auths":{"a.io":{"auth":"dTpw"}}}`))
-	f.Fuzz(func(_ *testing.T, b []byte) { _, _ = parseAuth(b) })
-}
-
 func TestImageCompletion(t *testing.T) {
 	d := newImageDaemon(t)
 	for args, want := range map[string]string{
@@ -616,7 +505,7 @@ func TestImageCompletion(t *testing.T) {
 		"unpin": "ImagePullJob/default/preheat/uid\towner\nctl/alice\towner\ndocker.io/library/busybox:latest\timage\ndocker.io/library/nginx:1\timage\n",
 	} {
 		root := &cobra.Command{Use: "cri-proxy"}
-		root.AddCommand(Command(now))
+		root.AddCommand(ctl.Command(now))
 		var out bytes.Buffer
 		root.SetOut(&out)
 		root.SetErr(io.Discard)

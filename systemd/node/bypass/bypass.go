@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"time"
@@ -23,31 +22,59 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/internal/atomicfile"
+	"github.com/cri-proxy/cri-proxy/internal/backoff"
+	"github.com/cri-proxy/cri-proxy/internal/bypassstate"
 	"github.com/cri-proxy/cri-proxy/internal/config"
 	"github.com/cri-proxy/cri-proxy/internal/takeover"
 	"github.com/cri-proxy/cri-proxy/ops/gate"
 	"github.com/cri-proxy/cri-proxy/systemd/node/kubelet"
+	"github.com/cri-proxy/cri-proxy/systemd/node/systemctl"
 )
 
 const (
-	// callPatience bounds a question to the daemon or the runtime: both answer in milliseconds, if they do.
-	callPatience = 5 * time.Second
-	// lookEvery is how often is looked whether operations have ended, or kubelet has come back.
-	lookEvery = 200 * time.Millisecond
-	// kubeletPatience is how long kubelet takes to start.
-	kubeletPatience = time.Minute
+	// callTimeout bounds a call to the daemon or the runtime. Both answer in milliseconds, if at
+	// all.
+	callTimeout = 5 * time.Second
+	// pollInterval is how often On checks whether operations have ended, and Off whether kubelet
+	// has come back.
+	pollInterval = 200 * time.Millisecond
+	// kubeletTimeout is how long kubelet may take to start.
+	kubeletTimeout = time.Minute
 )
 
-// path is the proxy's place in kubelet's path.
-type path struct {
+// Path is the proxy's place between kubelet and the runtime.
+type Path struct {
 	config *config.Config
 	links  links
 	out    io.Writer
 }
 
-func (p *path) say(format string, args ...any) { _, _ = fmt.Fprintf(p.out, format+"\n", args...) }
+// Open returns the path of the node that the configuration file describes. out gets what is done,
+// for people.
+func Open(file string, out io.Writer) (*Path, error) {
+	c := config.Default()
+	if err := c.Load(file, nil); err != nil {
+		return nil, err
+	}
+	if err := errors.Join(c.Complete(), c.Validate()); err != nil {
+		return nil, &config.InvalidError{Err: err}
+	}
+	return Of(c, out)
+}
 
-// Dial returns a connection to a socket; it is made with the first call, which fails at once if nobody is there.
+// Of is [Open] for a configuration that has been read.
+func Of(c *config.Config, out io.Writer) (*Path, error) {
+	l, err := linksOf(c)
+	if err != nil {
+		return nil, err
+	}
+	return &Path{config: c, links: l, out: out}, nil
+}
+
+func (p *Path) say(format string, args ...any) { _, _ = fmt.Fprintf(p.out, format+"\n", args...) }
+
+// Dial returns a connection to a socket. The first call dials, and fails at once if nobody listens.
 func Dial(socket string) (*grpc.ClientConn, error) {
 	return grpc.NewClient("passthrough:///"+socket,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
@@ -59,68 +86,53 @@ func Dial(socket string) (*grpc.ClientConn, error) {
 	)
 }
 
-// Options of [On].
+// Options say how On leads kubelet past the proxy.
 type Options struct {
+	// Reason is shown in the status and in refusals of operations.
 	Reason string
-	// Force cancels operations, and does not wait for those that cannot be any longer than Wait.
+	// Automatic is set by crash-guard: no person requested the bypass.
+	Automatic bool
+	// Force cancels operations, and bypasses the proxy even if operations do not end, or if kubelet
+	// does not dial the symlink.
 	Force bool
-	Wait  time.Duration
-	// Anyway is for a kubelet that is pointed elsewhere next, so that it need not be reached now.
+	// Wait is how long operations may take to end.
+	Wait time.Duration
+	// Anyway is for a kubelet that is pointed elsewhere next: On does not check that it dials the
+	// symlink.
 	Anyway bool
-	Out    io.Writer // what is done, for people
 }
 
-// On leads kubelet past the proxy, as `cri-proxy bypass on` does.
-func On(ctx context.Context, c *config.Config, o Options) error {
-	l, err := linksOf(c)
-	if err != nil {
-		return err
-	}
-	p := &path{config: c, links: l, out: o.Out}
-	return p.on(ctx, onOptions{reason: o.Reason, force: o.Force, wait: o.Wait, anyway: o.Anyway})
-}
-
-// Forget ends a bypass where there is no proxy any more: what is installed next serves.
-func Forget(c *config.Config) error { return remove(statePath(c.StateDir)) }
-
-// KubeletSocket is what kubelet dials: the symlink beside the CRI socket.
+// KubeletSocket is the symlink beside the CRI socket, which kubelet dials.
 func KubeletSocket(c *config.Config) string {
 	return filepath.Join(filepath.Dir(c.Listen.Path), "kubelet.sock")
 }
 
-// RuntimeFiles are what lies beside the CRI socket, and the sockets.
+// RuntimeFiles are the sockets and the files beside the CRI socket.
 func RuntimeFiles(c *config.Config) ([]string, error) {
 	l, err := linksOf(c)
 	return []string{l.kubelet, l.runtime, l.crashes, l.proxy, c.AdminSocket}, err
 }
 
-// onOptions say how kubelet is led past the proxy.
-type onOptions struct {
-	reason    string
-	automatic bool
-	force     bool          // also if operations do not end
-	anyway    bool          // also if kubelet is not reached
-	wait      time.Duration // for operations to end
-}
-
-// on leads kubelet past the proxy. What operations have prepared is taken away before kubelet could see it.
-func (p *path) on(ctx context.Context, o onOptions) error {
+// On leads kubelet past the proxy, to the runtime. Before, it removes what operations have
+// prepared, so that kubelet does not see it.
+func (p *Path) On(ctx context.Context, o Options) error {
 	dir := p.config.StateDir
-	if s := Read(dir); s != nil {
+	if s := bypassstate.Read(dir); s != nil {
 		if is, err := p.links.isBypassed(); err == nil && is {
 			p.say("bypassed already, %s", s)
 			return nil
 		}
 	}
-	if !o.automatic && !o.anyway {
-		if remark := p.unreachable(ctx); remark != "" && !o.force {
+	if !o.Automatic && !o.Anyway {
+		if remark := p.unreachable(ctx); remark != "" && !o.Force {
 			return errors.New(remark)
 		} else if remark != "" {
 			p.say("%s", remark)
 		}
 	}
 	// From here on operations are refused.
-	if err := (&State{Since: time.Now(), Reason: o.reason, Automatic: o.automatic}).write(dir); err != nil {
+	state := &bypassstate.State{Since: time.Now(), Reason: o.Reason, Automatic: o.Automatic}
+	if err := state.Write(dir); err != nil {
 		return fmt.Errorf("state directory: %w", err)
 	}
 	there, err := p.serves(ctx)
@@ -128,15 +140,15 @@ func (p *path) on(ctx context.Context, o onOptions) error {
 		there, err = p.endOperations(ctx, o)
 	}
 	if err != nil {
-		return errors.Join(err, remove(statePath(dir)))
+		return errors.Join(err, bypassstate.Forget(dir))
 	}
 	if !there {
 		p.removeStaged(ctx)
 	}
 	if err := p.links.lead(true); err != nil {
-		return errors.Join(err, remove(statePath(dir)))
+		return errors.Join(err, bypassstate.Forget(dir))
 	}
-	call, cancel := context.WithTimeout(ctx, callPatience)
+	call, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	if _, err := takeover.Redial(call, dir); err != nil {
 		p.say("kubelet was not told to dial anew (%v): calls go through cri-proxy until it does", err)
@@ -146,7 +158,7 @@ func (p *path) on(ctx context.Context, o onOptions) error {
 }
 
 // serves reports whether there is a daemon. Its sockets do not tell: they are there without it.
-func (p *path) serves(ctx context.Context) (bool, error) {
+func (p *Path) serves(ctx context.Context) (bool, error) {
 	conn, err := takeover.Dial(ctx, p.config.StateDir)
 	if err != nil || conn == nil {
 		return false, err
@@ -154,20 +166,21 @@ func (p *path) serves(ctx context.Context) (bool, error) {
 	return true, conn.Close()
 }
 
-// endOperations waits until the daemon has no operation under way. It reports whether the daemon answers.
-func (p *path) endOperations(ctx context.Context, o onOptions) (there bool, err error) {
+// endOperations waits until the daemon has no running operation. It reports whether the daemon
+// answers.
+func (p *Path) endOperations(ctx context.Context, o Options) (there bool, err error) {
 	conn, err := Dial(p.config.AdminSocket)
 	if err != nil {
 		return false, err
 	}
 	defer conn.Close()
 	ops := opsv1.NewOpsClient(conn)
-	ctx, cancel := context.WithTimeout(ctx, o.wait+callPatience)
+	ctx, cancel := context.WithTimeout(ctx, o.Wait+callTimeout)
 	defer cancel()
 	asked := map[string]bool{}
 	said := ""
-	for until := time.Now().Add(o.wait); ; {
-		call, done := context.WithTimeout(ctx, callPatience)
+	for until := time.Now().Add(o.Wait); ; {
+		call, done := context.WithTimeout(ctx, callTimeout)
 		list, err := ops.ListOperations(call, &opsv1.ListOperationsRequest{ActiveOnly: true})
 		done()
 		if err != nil {
@@ -176,11 +189,12 @@ func (p *path) endOperations(ctx context.Context, o onOptions) (there bool, err 
 		}
 		var names []string
 		for _, op := range list.GetOperations() {
-			names = append(names, fmt.Sprintf("%s %s of %s/%s (%s)", op.GetKind(), op.GetUid(), op.GetPod().GetNamespace(), op.GetPod().GetName(),
+			names = append(names, fmt.Sprintf("%s %s of %s/%s (%s)", op.GetKind(), op.GetUid(),
+				op.GetPod().GetNamespace(), op.GetPod().GetName(),
 				strings.TrimPrefix(op.GetPhase().String(), "PHASE_")))
-			if o.force && !asked[op.GetUid()] {
+			if o.Force && !asked[op.GetUid()] {
 				asked[op.GetUid()] = true
-				p.takeBack(ctx, ops, op)
+				p.abort(ctx, ops, op)
 			}
 		}
 		if len(names) == 0 {
@@ -188,43 +202,43 @@ func (p *path) endOperations(ctx context.Context, o onOptions) (there bool, err 
 		}
 		what := strings.Join(names, "; ")
 		if time.Now().After(until) {
-			if o.force {
+			if o.Force {
 				p.say("not waiting any longer for %s: kubelet may see what it has prepared", what)
 				return true, nil
 			}
-			return true, fmt.Errorf("operations are under way: %s; wait, cancel them (cri-proxy ctl cancel UID), or use --force", what)
+			return true, fmt.Errorf("operations are under way: %s; wait, cancel them (cri-proxy ctl cancel UID), "+
+				"or use --force", what)
 		}
 		if what != said {
 			said = what
 			p.say("waiting for %s", what)
 		}
-		timer := time.NewTimer(lookEvery)
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
-			return true, ctx.Err()
+		if err := backoff.Sleep(ctx, pollInterval); err != nil {
+			return true, err
 		}
 	}
 }
 
-// takeBack ends an operation, unless it has gone too far: then it runs to its end.
-func (p *path) takeBack(ctx context.Context, ops opsv1.OpsClient, op *opsv1.Operation) {
-	ctx, cancel := context.WithTimeout(ctx, callPatience)
+// abort ends an operation. One that is past the point of no return runs to its end.
+func (p *Path) abort(ctx context.Context, ops opsv1.OpsClient, op *opsv1.Operation) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	var err error
-	if op.GetKind() == "Upgrade" {
+	if op.GetKind() == opsv1.KindUpgrade {
 		_, err = ops.AbortUpgrade(ctx, &opsv1.AbortUpgradeRequest{Uid: op.GetUid()})
 	} else {
-		_, err = ops.CancelOperation(ctx, &opsv1.CancelOperationRequest{Uid: op.GetUid(), Reason: "cri-proxy is bypassed"})
+		_, err = ops.CancelOperation(ctx, &opsv1.CancelOperationRequest{
+			Uid: op.GetUid(), Reason: "cri-proxy is bypassed",
+		})
 	}
 	if err != nil && status.Code(err) != codes.FailedPrecondition {
 		p.say("%s not cancelled: %v", op.GetUid(), err)
 	}
 }
 
-// unreachable says why a bypass does not reach kubelet, empty if it does or nothing is known.
-func (p *path) unreachable(ctx context.Context) string {
+// unreachable says why a bypass does not reach kubelet. It is empty if the bypass does, or if
+// nobody knows.
+func (p *Path) unreachable(ctx context.Context) string {
 	k, err := kubelet.Find(ctx, kubelet.DefaultUnit)
 	if err != nil {
 		return ""
@@ -233,27 +247,30 @@ func (p *path) unreachable(ctx context.Context) string {
 	if err != nil || !containers && !images {
 		return ""
 	}
-	return fmt.Sprintf("kubelet dials %s itself, where a bypass does not reach it: set its containerRuntimeEndpoint to unix://%s (cri-proxy install does) and restart it", p.links.proxy, p.links.kubelet)
+	return fmt.Sprintf("kubelet dials %s itself, where a bypass does not reach it: "+
+		"set its containerRuntimeEndpoint to unix://%s (cri-proxy install does) and "+
+		"restart it", p.links.proxy, p.links.kubelet)
 }
 
-// stagedPatience bounds the removal of what is staged.
-const stagedPatience = 30 * time.Second
+// stagedTimeout bounds the removal of staged containers.
+const stagedTimeout = 30 * time.Second
 
-// removeStaged takes away what was prepared and does not run yet, where no daemon can: kubelet would take it for its own. That is a container
-// that was made and not started, and one that waits at its gate; if nothing else runs in its place any more, the gate is opened.
-func (p *path) removeStaged(ctx context.Context) {
+// removeStaged removes staged containers where no daemon does: kubelet would take them for its own.
+// Such a container has not been started, or waits at its gate. If no other container runs in its
+// place any more, removeStaged opens the gate instead.
+func (p *Path) removeStaged(ctx context.Context) {
 	if err := p.eachStaged(ctx); err != nil {
 		p.say("staged containers not looked for: %v", err)
 	}
 }
 
-func (p *path) eachStaged(ctx context.Context) error {
+func (p *Path) eachStaged(ctx context.Context) error {
 	conn, err := Dial(p.links.target)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, stagedPatience)
+	ctx, cancel := context.WithTimeout(ctx, stagedTimeout)
 	defer cancel()
 	rt := runtimeapi.NewRuntimeServiceClient(conn)
 	list, err := rt.ListContainers(ctx, &runtimeapi.ListContainersRequest{})
@@ -299,7 +316,8 @@ func (p *path) eachStaged(ctx context.Context) error {
 	return nil
 }
 
-// removeContainer removes a container. One that waits at its gate has nothing to say to a signal.
+// removeContainer removes a container. A container at its gate gets no grace period: its
+// application does not run yet.
 func removeContainer(ctx context.Context, rt runtimeapi.RuntimeServiceClient, id string, runs bool) error {
 	if runs {
 		if _, err := rt.StopContainer(ctx, &runtimeapi.StopContainerRequest{ContainerId: id}); err != nil {
@@ -310,54 +328,60 @@ func removeContainer(ctx context.Context, rt runtimeapi.RuntimeServiceClient, id
 	return err
 }
 
-// off leads kubelet back through the proxy. It comes with its next dial, unless kubelet is to be restarted, a systemd unit.
-func (p *path) off(ctx context.Context, force bool, unit string) error {
+// Off leads kubelet through the proxy again. kubelet comes when it dials the next time. If unit is
+// not empty, Off restarts this systemd unit of kubelet and waits until kubelet has called.
+func (p *Path) Off(ctx context.Context, force bool, unit string) error {
 	if err := p.probe(ctx); err != nil {
 		if !force {
-			return fmt.Errorf("cri-proxy does not serve, so kubelet stays where it is: %w; see journalctl -u 'cri-proxy@*', or use --force", err)
+			return fmt.Errorf("cri-proxy does not serve, so kubelet stays where it is: %w; "+
+				"see journalctl -u 'cri-proxy@*', or use --force", err)
 		}
 		p.say("cri-proxy does not serve: %v", err)
 	}
 	began := time.Now()
-	if err := errors.Join(remove(p.links.crashes), p.links.lead(false), remove(statePath(p.config.StateDir))); err != nil {
+	err := errors.Join(atomicfile.Remove(p.links.crashes), p.links.lead(false), bypassstate.Forget(p.config.StateDir))
+	if err != nil {
 		return err
 	}
 	p.say("kubelet is led through cri-proxy again, with its next dial")
 	if unit == "" {
-		p.say("it keeps the connection that it has: restart kubelet (containers run on), or wait until the runtime restarts")
+		p.say("it keeps the connection that it has: restart kubelet (containers run on), " +
+			"or wait until the runtime restarts")
 		return nil
 	}
-	if out, err := exec.CommandContext(ctx, "systemctl", "restart", unit).CombinedOutput(); err != nil {
-		return fmt.Errorf("restarting %s: %w: %s", unit, err, strings.TrimSpace(string(out)))
+	if err := systemctl.Run(ctx, "restart", unit); err != nil {
+		return err
 	}
 	return p.awaitKubelet(ctx, began)
 }
 
-// probe asks the proxy's CRI socket, as its own watchdog does.
-func (p *path) probe(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, callPatience)
+// probe asks whether the proxy answers on its CRI socket.
+func (p *Path) probe(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	return Probe(ctx, p.links.proxy)
 }
 
-// Probe asks whether the proxy answers on its CRI socket; neither the runtime nor what is counted as kubelet's calls has a part in it.
+// Probe asks whether the proxy answers on its CRI socket. The runtime takes no part, and the proxy
+// does not count the call as one of kubelet's.
 func Probe(ctx context.Context, socket string) error {
 	conn, err := Dial(socket)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	return conn.Invoke(ctx, "/criproxy.probe.v1.Health/Check", &healthpb.HealthCheckRequest{}, &healthpb.HealthCheckResponse{})
+	return conn.Invoke(ctx, "/criproxy.probe.v1.Health/Check",
+		&healthpb.HealthCheckRequest{}, &healthpb.HealthCheckResponse{})
 }
 
 // awaitKubelet waits for a call on the CRI socket.
-func (p *path) awaitKubelet(ctx context.Context, since time.Time) error {
+func (p *Path) awaitKubelet(ctx context.Context, since time.Time) error {
 	conn, err := Dial(p.config.AdminSocket)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, kubeletPatience)
+	ctx, cancel := context.WithTimeout(ctx, kubeletTimeout)
 	defer cancel()
 	ops := opsv1.NewOpsClient(conn)
 	for {
@@ -366,21 +390,19 @@ func (p *path) awaitKubelet(ctx context.Context, since time.Time) error {
 			p.say("kubelet is back")
 			return nil
 		}
-		timer := time.NewTimer(lookEvery)
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
-			return errors.Join(fmt.Errorf("kubelet has not called within %s: does its containerRuntimeEndpoint say unix://%s?", kubeletPatience, p.links.kubelet), err)
+		if backoff.Sleep(ctx, pollInterval) != nil {
+			return errors.Join(fmt.Errorf("kubelet has not called within %s: "+
+				"does its containerRuntimeEndpoint say unix://%s?",
+				kubeletTimeout, p.links.kubelet), err)
 		}
 	}
 }
 
-// apply makes the symlinks what the state says, for the start of the machine.
-func (p *path) apply() error { return p.links.lead(Read(p.config.StateDir) != nil) }
+// Apply makes the symlinks what the state says, when the machine starts.
+func (p *Path) Apply() error { return p.links.lead(bypassstate.Read(p.config.StateDir) != nil) }
 
-// status says how it is.
-func (p *path) status(ctx context.Context) error {
+// Status prints whether the proxy is bypassed, and what is wrong about that.
+func (p *Path) Status(ctx context.Context) error {
 	if remark := p.unreachable(ctx); remark != "" {
 		p.say("%s", remark)
 	}
@@ -388,12 +410,13 @@ func (p *path) status(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("%w; cri-proxy bypass apply makes it", err)
 	}
-	s := Read(p.config.StateDir)
+	s := bypassstate.Read(p.config.StateDir)
 	switch {
 	case is && s != nil:
 		p.say("on, %s", s)
 	case is:
-		p.say("on: %s leads to the runtime, though nobody has said so; cri-proxy bypass apply puts it right", p.links.kubelet)
+		p.say("on: %s leads to the runtime, though nobody has said so; "+
+			"cri-proxy bypass apply puts it right", p.links.kubelet)
 	case s != nil:
 		p.say("off, though it was asked for %s; cri-proxy bypass apply puts it right", s)
 	default:

@@ -18,27 +18,29 @@ import (
 	"golang.org/x/sys/unix"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/internal/bypassstate"
 	"github.com/cri-proxy/cri-proxy/internal/config"
 	"github.com/cri-proxy/cri-proxy/internal/version"
 	"github.com/cri-proxy/cri-proxy/systemd/node/bypass"
 	"github.com/cri-proxy/cri-proxy/systemd/node/kubelet"
 )
 
-// patience bounds each question: all is on this machine.
-const patience = 5 * time.Second
+// callTimeout bounds each call: everything is on this machine.
+const callTimeout = 5 * time.Second
 
-// Options say what is looked at. The zero value of all but Now is the node as it is.
+// Options say what to examine. The zero value of all but Now stands for the node as it is.
 type Options struct {
-	// ConfigFile is the daemon's; empty: [config.DefaultFile].
+	// ConfigFile is the configuration file of the daemon. Empty: [config.DefaultFile].
 	ConfigFile string
-	// AdminSocket, if not empty, is asked in the place of the one in the configuration.
+	// AdminSocket, if not empty, replaces the one in the configuration.
 	AdminSocket string
 	// Proc is where procfs is mounted; empty: /proc.
 	Proc string
-	// Systemd is the directory whose existence says that systemd runs, sd_booted(3); empty: /run/systemd/system.
+	// Systemd is the directory that exists if systemd runs, sd_booted(3). Empty:
+	// /run/systemd/system.
 	Systemd string
-	// CRI is the version of the CRI that this binary has, such as v0.37.2; empty: that of the
-	// k8s.io/cri-api that is linked.
+	// CRI is the version of the CRI that this binary knows, such as v0.37.2. Empty: the version of
+	// k8s.io/cri-api that it links.
 	CRI string
 	Now func() time.Time
 }
@@ -55,7 +57,8 @@ type examination struct {
 	high          float64 // kubelet's imageGCHighThresholdPercent
 }
 
-// Examine looks at the node and returns what it found, in the order from kubelet to the runtime and on to the controller.
+// Examine looks at the node and returns what it found, in the order from kubelet to the runtime and
+// on to the controller.
 func Examine(ctx context.Context, o Options) []Finding {
 	if o.ConfigFile == "" {
 		o.ConfigFile = config.DefaultFile
@@ -93,7 +96,8 @@ func (x *examination) exists(path string) bool {
 	return err == nil
 }
 
-// configuration reads the file. What is wrong with it does not end the examination: the rest is looked at with the defaults.
+// configuration reads the file. If something is wrong with it, the examination goes on with the
+// defaults.
 func (x *examination) configuration() {
 	const check = "config"
 	c := config.Default()
@@ -107,7 +111,8 @@ func (x *examination) configuration() {
 		c = config.Default()
 		_ = c.Complete()
 	case err != nil:
-		x.fail(check, "cri-proxy config check "+x.o.ConfigFile, "%s; looking at the defaults", strings.ReplaceAll(err.Error(), "\n", "; "))
+		x.fail(check, "cri-proxy config check "+x.o.ConfigFile,
+			"%s; looking at the defaults", strings.ReplaceAll(err.Error(), "\n", "; "))
 		c = config.Default()
 		_ = c.Complete()
 	default:
@@ -121,7 +126,7 @@ func (x *examination) configuration() {
 	x.link = filepath.Join(filepath.Dir(c.Listen.Path), "kubelet.sock")
 }
 
-// daemon asks who serves.
+// daemon asks the daemon.
 func (x *examination) daemon(ctx context.Context) {
 	const check = "daemon"
 	conn, err := bypass.Dial(x.config.AdminSocket)
@@ -130,11 +135,12 @@ func (x *examination) daemon(ctx context.Context) {
 		return
 	}
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	info, err := opsv1.NewOpsClient(conn).NodeInfo(ctx, &opsv1.NodeInfoRequest{})
 	if err != nil {
-		x.fail(check, "systemctl start cri-proxy.socket, see journalctl -u 'cri-proxy@*'", "cri-proxy does not answer on %s: %v", x.config.AdminSocket, plain(err))
+		x.fail(check, "systemctl start cri-proxy.socket, see journalctl -u "+
+			"'cri-proxy@*'", "cri-proxy does not answer on %s: %v", x.config.AdminSocket, plain(err))
 		return
 	}
 	x.info = info
@@ -147,13 +153,16 @@ func (x *examination) daemon(ctx context.Context) {
 	}
 	x.ok(check, "%s", detail)
 	if mine := version.Short(); mine != info.GetVersion() {
-		x.warn("version", "cri-proxy upgrade puts this version in its place", "this binary is %s, the daemon %s", mine, info.GetVersion())
+		x.warn("version", "cri-proxy self-update puts this version in its place", "this binary is %s, the "+
+			"daemon %s", mine, info.GetVersion())
 	}
 	if n := info.GetCounters().GetInterceptorFaults(); n > 0 {
-		x.warn(check, "see \"interceptor fault\" in journalctl -u 'cri-proxy@*' and report it", "%d calls were passed on unchanged because an interceptor could not do its work", n)
+		x.warn(check, "see \"interceptor fault\" in journalctl -u 'cri-proxy@*' and "+
+			"report it", "%d calls were passed on unchanged because an interceptor could not do its work", n)
 	}
 	if info.GetNodeName() != x.config.NodeName {
-		x.warn("config", "set nodeName", "the daemon takes the node for %s, the configuration says %s", info.GetNodeName(), x.config.NodeName)
+		x.warn("config", "set nodeName", "the daemon takes the node for %s, "+
+			"the configuration says %s", info.GetNodeName(), x.config.NodeName)
 	}
 }
 
@@ -165,23 +174,26 @@ func (x *examination) drift() {
 	file := x.info.GetConfigFile()
 	b, err := os.ReadFile(file)
 	if err != nil {
-		x.warn("config", "put it back, or the next start of cri-proxy fails", "the daemon has read %s, which cannot be read any more: %v", file, err)
+		x.warn("config", "put it back, or the next start of cri-proxy fails", "the daemon has read %s, "+
+			"which cannot be read any more: %v", file, err)
 		return
 	}
 	if sum := sha256.Sum256(b); hex.EncodeToString(sum[:]) != x.info.GetConfigSha256() {
-		x.warn("config", "put it to use by starting the other instance, docs/OPERATIONS.md#upgrade", "%s has changed since the daemon has read it", file)
+		x.warn("config", "put it to use by starting the other instance, "+
+			"docs/OPERATIONS.md#upgrade", "%s has changed since the daemon has read it", file)
 	}
 }
 
-// bypass looks at where kubelet is led, and at whether that is what was asked for.
+// bypass checks where kubelet is led, and whether that is what was requested.
 func (x *examination) bypass() {
 	const check = "bypass"
-	state := bypass.Read(x.config.StateDir)
+	state := bypassstate.Read(x.config.StateDir)
 	past, err := bypass.Past(x.config)
 	x.past = past
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		x.warn(check, "cri-proxy bypass apply", "%s does not exist: kubelet cannot be led past cri-proxy, should that ever be needed", x.link)
+		x.warn(check, "cri-proxy bypass apply", "%s does not exist: kubelet cannot be led past cri-proxy, "+
+			"should that ever be needed", x.link)
 	case err != nil:
 		x.fail(check, "cri-proxy bypass apply", "%v", err)
 	case past && state != nil:
@@ -196,12 +208,13 @@ func (x *examination) bypass() {
 	crashes := filepath.Join(filepath.Dir(x.config.Listen.Path), "crashes")
 	if b, err := os.ReadFile(crashes); err == nil {
 		if n := strings.Count(string(b), "\n"); n > 0 {
-			x.warn(check, "see journalctl -u 'cri-proxy@*'; cri-proxy bypass off forgets them", "cri-proxy has ended %d times since boot without being asked to", n)
+			x.warn(check, "see journalctl -u 'cri-proxy@*'; cri-proxy bypass off "+
+				"forgets them", "cri-proxy has ended %d times since boot without being asked to", n)
 		}
 	}
 }
 
-// sockets looks at the files that are dialled, and whether somebody accepts.
+// sockets checks the files of the sockets, and whether somebody accepts connections.
 func (x *examination) sockets(ctx context.Context) {
 	const check = "sockets"
 	start := "systemctl start cri-proxy.socket cri-proxy-admin.socket"
@@ -217,16 +230,19 @@ func (x *examination) sockets(ctx context.Context) {
 		case fi.Mode().Type() != fs.ModeSocket:
 			x.fail(check, "remove it, then "+start, "%s is no socket but %s", s.path, fi.Mode())
 		case fi.Mode().Perm()&0o007 != 0:
-			x.fail(check, fmt.Sprintf("chmod %04o %s, and SocketMode= in the unit", s.mode, s.path), "%s has mode %04o: every user of this machine is root through it", s.path, fi.Mode().Perm())
+			x.fail(check, fmt.Sprintf("chmod %04o %s, and SocketMode= in the unit", s.mode, s.path),
+				"%s has mode %04o: every user of this machine is root through it", s.path, fi.Mode().Perm())
 		case fi.Mode().Perm() != s.mode:
-			x.warn(check, fmt.Sprintf("chmod %04o %s, and SocketMode= in the unit", s.mode, s.path), "%s has mode %04o, the configuration says %04o", s.path, fi.Mode().Perm(), s.mode)
+			x.warn(check, fmt.Sprintf("chmod %04o %s, and SocketMode= in the unit", s.mode, s.path),
+				"%s has mode %04o, the configuration says %04o", s.path, fi.Mode().Perm(), s.mode)
 		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	if x.exists(x.config.Listen.Path) {
 		if err := bypass.Probe(ctx, x.config.Listen.Path); err != nil {
-			x.fail(check, "see journalctl -u 'cri-proxy@*'; cri-proxy bypass on lets kubelet work meanwhile", "%s does not answer: %v", x.config.Listen.Path, plain(err))
+			x.fail(check, "see journalctl -u 'cri-proxy@*'; cri-proxy bypass on lets kubelet work "+
+				"meanwhile", "%s does not answer: %v", x.config.Listen.Path, plain(err))
 		}
 	}
 	if len(x.findings) == before {
@@ -234,13 +250,14 @@ func (x *examination) sockets(ctx context.Context) {
 	}
 }
 
-// leastFree is what the state directory's file system must have: the journal is a few megabytes.
+// leastFree is how much room the file system of the state directory must have: the journal takes a
+// few megabytes.
 const (
 	leastFree  = 16 << 20
 	littleFree = 256 << 20
 )
 
-// state looks at the directory of the journal.
+// state checks the directory of the journal.
 func (x *examination) state() {
 	const check = "state"
 	dir := x.config.StateDir
@@ -253,7 +270,8 @@ func (x *examination) state() {
 		return
 	}
 	if fi.Mode().Perm()&0o077 != 0 {
-		x.fail(check, "chmod 0700 "+dir, "%s has mode %04o: it holds the environment of containers", dir, fi.Mode().Perm())
+		x.fail(check, "chmod 0700 "+dir, "%s has mode %04o: it holds the environment of "+
+			"containers", dir, fi.Mode().Perm())
 	}
 	if err := writable(dir); err != nil {
 		x.fail(check, "make room, or mount it writable; operations are refused meanwhile", "%v", err)
@@ -275,7 +293,7 @@ func (x *examination) state() {
 	}
 }
 
-// writable tries to write a file, to the disk.
+// writable tries to write a file to the disk.
 func writable(dir string) error {
 	f, err := os.CreateTemp(dir, ".doctor-*")
 	if err != nil {
@@ -285,7 +303,7 @@ func writable(dir string) error {
 	return errors.Join(err, f.Sync(), f.Close(), os.Remove(f.Name()))
 }
 
-// same reports whether two paths are the same file, or will be.
+// same reports whether two paths are the same file, or will be when it is made.
 func same(a, b string) bool { return canonical(a) == canonical(b) }
 
 // canonical follows symlinks of the directory, not of the file: kubelet.sock is not cri.sock.

@@ -8,21 +8,21 @@ import "fmt"
 // Status is how bad a finding is.
 type Status string
 
-// What a finding can be.
+// The statuses.
 const (
 	OK   Status = "ok"
 	Warn Status = "warn" // works, and is not as it should be, or cannot be told
 	Fail Status = "fail" // does not work
 )
 
-// Finding is what one look at one thing has found.
+// Finding is the result of one check.
 type Finding struct {
-	// Check names what was looked at: config, sockets, link, daemon and so on.
+	// Check names the check: config, sockets, link, daemon and so on.
 	Check  string `json:"check" yaml:"check"`
 	Status Status `json:"status" yaml:"status"`
 	// Detail says what was found, in a sentence or less.
 	Detail string `json:"detail" yaml:"detail"`
-	// Hint says what to do; empty if there is nothing to be done.
+	// Hint says what to do. Empty: nothing.
 	Hint string `json:"hint,omitempty" yaml:"hint,omitempty"`
 }
 
@@ -41,7 +41,7 @@ func (r *report) fail(check, hint, format string, args ...any) {
 	r.findings = append(r.findings, Finding{check, Fail, fmt.Sprintf(format, args...), hint})
 }
 
-// Failed counts the findings that do not work.
+// Failed counts the findings with status Fail.
 func Failed(findings []Finding) int {
 	n := 0
 	for _, f := range findings {

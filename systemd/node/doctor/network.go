@@ -18,19 +18,19 @@ import (
 )
 
 const (
-	// soon is how long before its end a certificate from files is worth a warning: enough for a
-	// person to renew it. For one with a short life, which no person renews, it is a third of that:
-	// cert-manager, for one, renews at two thirds.
+	// soon is how long before its end a certificate from files deserves a warning, so that a person
+	// can renew it. For a certificate with a short life, which a program renews, it is a third of
+	// that life: cert-manager, for example, renews after two thirds.
 	soon = 7 * 24 * time.Hour
-	// overdue is after how long without a new certificate something is wrong though the daemon does
-	// not say so: it asks when it is time and the controller answers within a minute.
+	// overdue is how late a new certificate may be before something is wrong, even if the daemon
+	// reports no problem: it asks in time, and the controller answers within a minute.
 	overdue = 15 * time.Minute
-	// quietController is after how long without a call of the controller's something may be wrong: it asks every node that it
-	// knows every few minutes.
+	// quietController is how long the controller may be silent before something may be wrong: it
+	// asks every node that it knows every few minutes.
 	quietController = 20 * time.Minute
 )
 
-// network looks at what the controller needs.
+// network checks what the controller needs.
 func (x *examination) network() {
 	const check = "controller"
 	o := x.config.Ops
@@ -51,7 +51,8 @@ func (x *examination) network() {
 		return
 	}
 	at, up := x.info.GetControllerLastCall(), x.o.Now().Sub(x.info.GetStartTime().AsTime())
-	hint := "is the controller running, does it reach " + o.Address + " of this node, and do the certificates fit? Refused clients are in journalctl -u 'cri-proxy@*'"
+	hint := "is the controller running, does it reach " + o.Address + " of this node, and do the certificates " +
+		"fit? Refused clients are in journalctl -u 'cri-proxy@*'"
 	switch {
 	case at == nil && up > quietController:
 		x.warn(check, hint, "not heard of in the %s since cri-proxy started", round(up))
@@ -64,7 +65,7 @@ func (x *examination) network() {
 	}
 }
 
-// certificateFiles looks at the certificate and the CA in files.
+// certificateFiles checks the certificate and the CA in files.
 func (x *examination) certificateFiles() {
 	const check = "certificate"
 	o := x.config.Ops
@@ -79,23 +80,26 @@ func (x *examination) certificateFiles() {
 		return
 	}
 	if now := x.o.Now(); now.Before(leaf.NotBefore) {
-		x.fail(check, "is the clock of this machine right?", "%s is not valid before %s, it is %s", o.CertFile, leaf.NotBefore.Local().Format(time.RFC3339), now.Local().Format(time.RFC3339))
+		x.fail(check, "is the clock of this machine right?", "%s is not valid before "+
+			"%s, it is %s", o.CertFile, leaf.NotBefore.Local().Format(time.RFC3339), now.Local().Format(time.RFC3339))
 	} else {
 		x.certificateFile(leaf)
 	}
 	if err := leaf.VerifyHostname(x.config.NodeName); err != nil {
-		x.fail(check, "issue one with DNS name "+x.config.NodeName+": the controller insists on it", "%s: %v", o.CertFile, err)
+		x.fail(check, "issue one with DNS name "+x.config.NodeName+": the controller insists on it",
+			"%s: %v", o.CertFile, err)
 	}
 	if err := checkCA(o.ClientCAFile, x.o.Now()); err != nil {
 		x.fail(check, "give ops.clientCAFile the PEM certificates of who signs the controller's", "%v", err)
 	}
 }
 
-// enrolled judges the certificate that the daemon gets from the controller, and renews by itself.
+// enrolled checks the certificate that the daemon gets from the controller, and renews by itself.
 func (x *examination) enrolled(i *opsv1.Identity) {
 	const check = "certificate"
 	now, end, renewal := x.o.Now(), i.GetExpireTime().AsTime(), i.GetRenewTime().AsTime()
-	hint := "is cri-controller running, in the namespace of ops.enrol.namespace, and may this node ask for certificates? " +
+	hint := "is cri-controller running, in the namespace of ops.enrol.namespace, " +
+		"and may this node ask for certificates? " +
 		"kubectl get csr, docs/OPERATIONS.md#identity"
 	until := end.Local().Format(time.RFC3339)
 	why := ""
@@ -118,7 +122,7 @@ func (x *examination) enrolled(i *opsv1.Identity) {
 	}
 }
 
-// certificateFile judges the end of a certificate that somebody else puts there.
+// certificateFile checks when a certificate ends that somebody else puts into a file.
 func (x *examination) certificateFile(leaf *x509.Certificate) {
 	const check = "certificate"
 	end := leaf.NotAfter
@@ -136,7 +140,7 @@ func (x *examination) certificateFile(leaf *x509.Certificate) {
 	}
 }
 
-// checkCA returns an error if no certificate of the file counts now.
+// checkCA returns an error if no certificate of the file is valid now.
 func checkCA(file string, now time.Time) error {
 	b, err := os.ReadFile(file)
 	if err != nil {
@@ -149,7 +153,8 @@ func checkCA(file string, now time.Time) error {
 		case err != nil:
 			last = fmt.Errorf("%s: %w", file, err)
 		case now.After(c.NotAfter) || now.Before(c.NotBefore):
-			last = fmt.Errorf("%s: %s is valid from %s to %s only", file, c.Subject, c.NotBefore.Local().Format(time.RFC3339), c.NotAfter.Local().Format(time.RFC3339))
+			last = fmt.Errorf("%s: %s is valid from %s to %s only", file, c.Subject,
+				c.NotBefore.Local().Format(time.RFC3339), c.NotAfter.Local().Format(time.RFC3339))
 		default:
 			return nil
 		}
@@ -160,10 +165,11 @@ func checkCA(file string, now time.Time) error {
 	return last
 }
 
-// clockUnsynchronised is what adjtimex(2) returns when nothing keeps the clock right (TIME_ERROR in linux/timex.h).
+// clockUnsynchronised is what adjtimex(2) returns when nothing keeps the clock right (TIME_ERROR in
+// linux/timex.h).
 const clockUnsynchronised = 5
 
-// clock says whether something keeps it right, on which certificates depend.
+// clock checks whether something synchronises the clock, on which certificates depend.
 func (x *examination) clock() {
 	var t unix.Timex
 	state, err := unix.Adjtimex(&t)
@@ -172,7 +178,8 @@ func (x *examination) clock() {
 	case err != nil:
 		x.warn("clock", "", "%v", err)
 	case state == clockUnsynchronised:
-		x.warn("clock", "run systemd-timesyncd or chrony: certificates depend on the time", "nothing keeps the clock right; it says %s", x.o.Now().UTC().Format(time.RFC3339))
+		x.warn("clock", "run systemd-timesyncd or chrony: certificates depend "+
+			"on the time", "nothing keeps the clock right; it says %s", x.o.Now().UTC().Format(time.RFC3339))
 	default:
 		x.ok("clock", "synchronised")
 	}

@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What linux/unix_diag.h and linux/sock_diag.h have, and x/sys does not.
+// Constants of linux/unix_diag.h and linux/sock_diag.h that x/sys does not have.
 const (
 	sockDiagByFamily = 20
 	diagShowName     = 1 << 0
@@ -26,7 +26,7 @@ const (
 	stateEstablished = 1
 )
 
-// process is one that runs on this machine.
+// process is a running process.
 type process struct {
 	pid  int
 	name string // as the kernel has it: the first 15 characters of the program's file name
@@ -35,8 +35,8 @@ type process struct {
 
 func (p process) String() string { return fmt.Sprintf("%s (pid %d)", p.name, p.pid) }
 
-// peersOf returns the processes that hold connections to the listener whose socket file is at path. The kernel knows by the file, whatever
-// name it was bound with.
+// peersOf returns the processes that hold connections to the listener whose socket file is at path.
+// The kernel finds the listener by the file, whatever path it was bound to.
 func peersOf(proc, path string) ([]process, error) {
 	var file unix.Stat_t
 	if err := unix.Stat(path, &file); err != nil {
@@ -59,7 +59,7 @@ func peersOf(proc, path string) ([]process, error) {
 	return processes(proc, func(dir string) bool { return holdsSocket(dir, wanted) }), nil
 }
 
-// unixSocket is a connected one.
+// unixSocket is a connected Unix socket.
 type unixSocket struct{ file, peer uint32 }
 
 // unixSockets asks the kernel for the connected Unix sockets of this network namespace.
@@ -136,7 +136,7 @@ func parseSocket(b []byte) unixSocket {
 	return s
 }
 
-// processes returns those whose directory below /proc is wanted.
+// processes returns the processes for whose directory below /proc want is true.
 func processes(proc string, want func(dir string) bool) []process {
 	dirs, err := filepath.Glob(filepath.Join(proc, "[0-9]*"))
 	if err != nil {
@@ -165,7 +165,7 @@ func comm(dir string) string {
 	return strings.TrimSpace(string(b))
 }
 
-// holdsSocket reports whether the process has one of the sockets, by inode.
+// holdsSocket reports whether the process has one of the sockets, which are known by inode.
 func holdsSocket(dir string, wanted map[uint32]bool) bool {
 	fds, err := os.ReadDir(filepath.Join(dir, "fd"))
 	if err != nil {

@@ -36,12 +36,13 @@ func (x *examination) runtime(ctx context.Context) {
 		return
 	}
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	rt := runtimeapi.NewRuntimeServiceClient(conn)
 	v, err := rt.Version(ctx, &runtimeapi.VersionRequest{})
 	if err != nil {
-		x.fail(check, "start the runtime, or set runtimeEndpoint", "%s does not answer: %s", x.runtimeSocket, plain(err))
+		x.fail(check, "start the runtime, or set "+
+			"runtimeEndpoint", "%s does not answer: %s", x.runtimeSocket, plain(err))
 		return
 	}
 	x.ok(check, "%s %s at %s", v.GetRuntimeName(), v.GetRuntimeVersion(), x.runtimeSocket)
@@ -53,7 +54,8 @@ func (x *examination) runtime(ctx context.Context) {
 		}
 	}
 	if state := x.info.GetRuntime().GetState(); x.info != nil && state != "READY" {
-		x.fail(check, "does the daemon have the same runtimeEndpoint? "+x.info.GetRuntime().GetEndpoint(), "it answers here, but the daemon is not connected (%s)", state)
+		x.fail(check, "does the daemon have the same runtimeEndpoint? "+x.info.GetRuntime().GetEndpoint(),
+			"it answers here, but the daemon is not connected (%s)", state)
 	}
 	x.leftovers(ctx, rt)
 	x.openKruise(ctx, rt)
@@ -63,15 +65,18 @@ func (x *examination) runtime(ctx context.Context) {
 	}
 }
 
-// registries says how containerd reaches them, which is how pulls with a speed limit do, too.
+// registries says how containerd reaches registries. Pulls with a speed limit go the same way.
 func (x *examination) registries(ctx context.Context, conn grpc.ClientConnInterface) {
 	const check = "registries"
 	quiet := logrus.New()
 	quiet.SetOutput(io.Discard)
 	explicit := x.config.Images.RegistryHostsDir
-	s, err := runtimeconfig.New(runtimeconfig.Options{Socket: x.runtimeSocket, Conn: conn, Proc: x.o.Proc, Log: quiet}).Look(ctx)
+	s, err := runtimeconfig.New(runtimeconfig.Options{
+		Socket: x.runtimeSocket, Conn: conn, Proc: x.o.Proc, Log: quiet,
+	}).Look(ctx)
 	if err != nil {
-		x.warn(check, "run this as root, in the host's namespaces; else see images.registryHostsDir in docs/OPERATIONS.md",
+		x.warn(check, "run this as root, in the host's namespaces; "+
+			"else see images.registryHostsDir in docs/OPERATIONS.md",
 			"how containerd reaches them is not known, so speed limits may not be kept: %v", err)
 		return
 	}
@@ -82,11 +87,13 @@ func (x *examination) registries(ctx context.Context, conn grpc.ClientConnInterf
 	}
 	if explicit != "" && !slices.Equal(filepath.SplitList(explicit), s.Dirs) {
 		x.warn(check, "leave out images.registryHostsDir, unless that is meant",
-			"images.registryHostsDir is %s, where containerd goes elsewhere: pulls with a speed limit may take another way, or have no limit", explicit)
+			"images.registryHostsDir is %s, where containerd goes elsewhere: "+
+				"pulls with a speed limit may take another way, or have no limit", explicit)
 	}
 }
 
-// leftovers looks for containers that an operation has made and never started, and that no operation knows.
+// leftovers looks for containers that an operation has created and not started, and that no running
+// operation knows.
 func (x *examination) leftovers(ctx context.Context, rt runtimeapi.RuntimeServiceClient) {
 	const check = "containers"
 	list, err := rt.ListContainers(ctx, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
@@ -104,7 +111,8 @@ func (x *examination) leftovers(ctx context.Context, rt runtimeapi.RuntimeServic
 	for _, c := range list.GetContainers() {
 		slot := c.GetLabels()["io.kubernetes.pod.uid"] + "/" + c.GetLabels()["io.kubernetes.container.name"]
 		if c.GetAnnotations()[interceptors.StagedAnnotation] != "" && !busy[slot] {
-			left = append(left, fmt.Sprintf("%.13s (%s of %s/%s)", c.GetId(), c.GetLabels()["io.kubernetes.container.name"],
+			left = append(left, fmt.Sprintf("%.13s (%s of %s/%s)", c.GetId(),
+				c.GetLabels()["io.kubernetes.container.name"],
 				c.GetLabels()["io.kubernetes.pod.namespace"], c.GetLabels()["io.kubernetes.pod.name"]))
 		}
 	}
@@ -116,10 +124,11 @@ func (x *examination) leftovers(ctx context.Context, rt runtimeapi.RuntimeServic
 	if x.info == nil {
 		hint = "start cri-proxy, which removes them or goes on with them; cri-proxy bypass on removes them too"
 	}
-	x.warn(check, hint, "made by an operation and not started, though no operation is under way: %s", strings.Join(left, ", "))
+	x.warn(check, hint, "made by an operation and not started, "+
+		"though no operation is under way: %s", strings.Join(left, ", "))
 }
 
-// openKruise looks for the node daemon of OpenKruise, which carries out the same requests and jobs.
+// openKruise looks for the node daemon of OpenKruise, which handles the same requests and jobs.
 func (x *examination) openKruise(ctx context.Context, rt runtimeapi.RuntimeServiceClient) {
 	const check = "OpenKruise"
 	list, err := rt.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{Filter: &runtimeapi.PodSandboxFilter{
@@ -132,13 +141,14 @@ func (x *examination) openKruise(ctx context.Context, rt runtimeapi.RuntimeServi
 	for _, s := range list.GetItems() {
 		if strings.HasPrefix(s.GetMetadata().GetName(), "kruise-daemon-") {
 			x.warn(check, "docs/MIGRATION.md says how to move to cri-controller; InPlaceRollouts work beside it",
-				"its daemon runs here (%s/%s): ContainerRecreateRequests and image jobs are carried out by it, and cri-controller leaves them alone",
+				"its daemon runs here (%s/%s): ContainerRecreateRequests and image jobs are carried out by it, "+
+					"and cri-controller leaves them alone",
 				s.GetMetadata().GetNamespace(), s.GetMetadata().GetName())
 		}
 	}
 }
 
-// images looks at the file system of the images.
+// images checks the file system of the images.
 func (x *examination) images(ctx context.Context, images runtimeapi.ImageServiceClient) {
 	const check = "images"
 	info, err := images.ImageFsInfo(ctx, &runtimeapi.ImageFsInfoRequest{})
@@ -162,18 +172,20 @@ func (x *examination) images(ctx context.Context, images runtimeapi.ImageService
 		}
 		switch {
 		case limit > 0 && used >= limit:
-			x.warn(check, "make room, or raise images.maxDiskPercent; kubelet removes images from its imageGCHighThresholdPercent on",
+			x.warn(check, "make room, or raise images.maxDiskPercent; "+
+				"kubelet removes images from its imageGCHighThresholdPercent on",
 				"%s is %.0f %% full: pulls ahead of time are refused from %g %% on", dir, used, limit)
 		case limit > 0 && limit < x.high:
 			x.warn(check, "leave out images.maxDiskPercent, unless that is meant",
-				"%s is %.0f %% full; pulls ahead of time are refused from %g %% on, and kubelet makes room only from %g %% on", dir, used, limit, x.high)
+				"%s is %.0f %% full; pulls ahead of time are refused from %g %% on, "+
+					"and kubelet makes room only from %g %% on", dir, used, limit, x.high)
 		default:
 			x.ok(check, "%s is %.0f %% full", dir, used)
 		}
 	}
 }
 
-// methods looks at how containers can be restarted.
+// methods checks how containers can be restarted.
 func (x *examination) methods() {
 	const check = "restarts"
 	if x.info == nil {
@@ -188,7 +200,8 @@ func (x *examination) methods() {
 			x.ok(check, "method %s", m.GetName())
 			return
 		default:
-			x.warn(check, "enable CDI in containerd (enable_cdi, the default since 2.0), see docs/ARCHITECTURE.md; without it a restart takes ten times as long",
+			x.warn(check, "enable CDI in containerd (enable_cdi, the default since 2.0), "+
+				"see docs/ARCHITECTURE.md; without it a restart takes ten times as long",
 				"method %s (%s)", m.GetName(), strings.Join(not, "; "))
 			return
 		}

@@ -7,16 +7,17 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
+
+	"github.com/cri-proxy/cri-proxy/systemd/node/systemctl"
 )
 
-// instanceUnit is in the cgroup of a daemon that systemd has started.
+// instanceUnit is in the name of the cgroup of a daemon that systemd has started.
 var instanceUnit = regexp.MustCompile(`cri-proxy@[a-z]\.service`)
 
-// unitOf returns the unit of a process; empty if it is none of ours.
+// unitOf returns the unit of a process. It is empty if that is no unit of ours.
 func (x *examination) unitOf(pid int) string {
 	b, err := os.ReadFile(filepath.Join(x.o.Proc, fmt.Sprint(pid), "cgroup"))
 	if err != nil {
@@ -25,7 +26,7 @@ func (x *examination) unitOf(pid int) string {
 	return instanceUnit.FindString(string(b))
 }
 
-// units looks at what systemd has to say, where there is systemd.
+// units checks the units, where systemd runs.
 func (x *examination) units(ctx context.Context) {
 	const check = "units"
 	if _, err := os.Stat(x.o.Systemd); err != nil {
@@ -51,7 +52,8 @@ func (x *examination) units(ctx context.Context) {
 		case u["ActiveState"] != "active":
 			x.fail(check, "systemctl start "+unit, "%s is %s (%s)", unit, u["ActiveState"], u["Result"])
 		case u["UnitFileState"] != "enabled":
-			x.warn(check, "systemctl enable "+unit, "%s is %s: it is not started at the next boot", unit, u["UnitFileState"])
+			x.warn(check, "systemctl enable "+unit, "%s is %s: it is not started at the "+
+				"next boot", unit, u["UnitFileState"])
 		case u["NeedDaemonReload"] == "yes":
 			x.warn(check, "systemctl daemon-reload", "%s has changed on disk", unit)
 		}
@@ -62,17 +64,7 @@ func (x *examination) units(ctx context.Context) {
 }
 
 func show(ctx context.Context, unit string) (map[string]string, error) {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, "systemctl", "show", unit, "-p", "LoadState,ActiveState,UnitFileState,NeedDaemonReload,Result").CombinedOutput()
-	if err != nil {
-		return nil, fmt.Errorf("systemctl show %s: %w: %s", unit, err, strings.TrimSpace(string(out)))
-	}
-	state := map[string]string{}
-	for line := range strings.Lines(string(out)) {
-		if key, value, ok := strings.Cut(strings.TrimSpace(line), "="); ok {
-			state[key] = value
-		}
-	}
-	return state, nil
+	return systemctl.Show(ctx, unit, "LoadState", "ActiveState", "UnitFileState", "NeedDaemonReload", "Result")
 }

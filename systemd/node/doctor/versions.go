@@ -6,16 +6,13 @@ package doctor
 import (
 	"context"
 	"debug/buildinfo"
-	"errors"
 	"fmt"
-	"net"
 	"path/filepath"
 	"runtime/debug"
 	"strconv"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
+	opsprocess "github.com/cri-proxy/cri-proxy/ops/process"
 	"github.com/cri-proxy/cri-proxy/systemd/node/kubelet"
 )
 
@@ -57,9 +54,9 @@ func (x *examination) versions(ctx context.Context) {
 			say(p.String(), v)
 		}
 	}
-	if pid, err := listener(ctx, x.runtimeSocket); err == nil {
-		if v := linkedBy(filepath.Join(x.o.Proc, strconv.Itoa(pid), "exe")); v != "" {
-			say(fmt.Sprintf("the runtime (pid %d) with %s", pid, criModule), v)
+	if p, err := opsprocess.Listener(ctx, "/proc", x.runtimeSocket); err == nil {
+		if v := linkedBy(filepath.Join(x.o.Proc, strconv.Itoa(p.PID), "exe")); v != "" {
+			say(fmt.Sprintf("the runtime (pid %d) with %s", p.PID, criModule), v)
 		}
 	}
 	if len(x.findings) == before {
@@ -112,26 +109,4 @@ func criOf(info *debug.BuildInfo) string {
 		return m.Version
 	}
 	return ""
-}
-
-// listener returns the process that listens on a Unix socket.
-func listener(ctx context.Context, path string) (pid int, err error) {
-	var d net.Dialer
-	c, err := d.DialContext(ctx, "unix", path)
-	if err != nil {
-		return 0, err
-	}
-	defer c.Close()
-	raw, err := c.(*net.UnixConn).SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	var peer *unix.Ucred
-	ctlErr := raw.Control(func(fd uintptr) {
-		peer, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	})
-	if err := errors.Join(ctlErr, err); err != nil {
-		return 0, err
-	}
-	return int(peer.Pid), nil
 }

@@ -14,7 +14,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/apiserver"
 )
 
-// notReady is nil if kubelet has reported since that the node is ready.
+// notReady returns nil if kubelet has reported since then that the node is ready.
 func notReady(ctx context.Context, c *apiserver.Client, node string, since time.Time) error {
 	var n struct {
 		Status struct {
@@ -24,7 +24,7 @@ func notReady(ctx context.Context, c *apiserver.Client, node string, since time.
 			}
 		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, callPatience)
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	if err := c.Do(ctx, http.MethodGet, "/api/v1/nodes/"+url.PathEscape(node), nil, &n); err != nil {
 		return err

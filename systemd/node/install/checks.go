@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -17,13 +16,16 @@ import (
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/cri-proxy/cri-proxy/ops/process"
 	"github.com/cri-proxy/cri-proxy/systemd/node/bypass"
+	"github.com/cri-proxy/cri-proxy/systemd/node/install/record"
 	"github.com/cri-proxy/cri-proxy/systemd/node/kubelet"
 	"github.com/cri-proxy/cri-proxy/systemd/node/update"
 )
 
 const (
-	// oldestKubelet speaks CRI v1 and nothing else; oldestTested is the oldest that restarts are known to work with.
+	// oldestKubelet speaks CRI v1 and nothing else; oldestTested is the oldest that restarts are
+	// known to work with.
 	oldestKubelet, oldestTested = 26, 29
 	// oldestContainerd is 1.7, the first with CRI v1 for sandboxes as kubelet uses it.
 	oldestContainerd = 7
@@ -31,13 +33,14 @@ const (
 	freeBytes = 256 << 20
 )
 
-// checkMachine is what must be before anything is looked at.
+// checkMachine checks what everything else needs: root and systemd.
 func checkMachine() error {
 	if os.Geteuid() != 0 {
 		return errors.New("this needs root: run it with sudo")
 	}
 	if _, err := os.Stat("/run/systemd/system"); err != nil {
-		return errors.New("this machine does not run systemd, which keeps the proxy's sockets: see docs/OPERATIONS.md for what to do without")
+		return errors.New("this machine does not run systemd, which keeps the proxy's sockets: " +
+			"see docs/OPERATIONS.md for what to do without")
 	}
 	return nil
 }
@@ -49,7 +52,7 @@ func runtimeVersion(ctx context.Context, socket string) (*runtimeapi.VersionResp
 		return nil, err
 	}
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, callPatience)
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	return runtimeapi.NewRuntimeServiceClient(conn).Version(ctx, &runtimeapi.VersionRequest{})
 }
@@ -58,11 +61,13 @@ func runtimeVersion(ctx context.Context, socket string) (*runtimeapi.VersionResp
 func checkRuntime(ctx context.Context, socket string) (warnings []string, err error) {
 	v, err := runtimeVersion(ctx, socket)
 	if err != nil {
-		return nil, fmt.Errorf("the runtime does not answer on %s: %w; start it, or give --runtime-endpoint", socket, err)
+		return nil, fmt.Errorf("the runtime does not answer on %s: %w; start it, "+
+			"or give --runtime-endpoint", socket, err)
 	}
 	name, version := v.GetRuntimeName(), v.GetRuntimeVersion()
 	if name != "containerd" {
-		return nil, fmt.Errorf("the runtime on %s is %s %s, cri-proxy supports containerd 1.7 and 2", socket, name, version)
+		return nil, fmt.Errorf("the runtime on %s is %s %s, "+
+			"cri-proxy supports containerd 1.7 and 2", socket, name, version)
 	}
 	major, minor, ok := numbers(version)
 	switch {
@@ -84,7 +89,7 @@ func cdi(ctx context.Context, socket string) string {
 		return err.Error()
 	}
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, callPatience)
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	st, err := runtimeapi.NewRuntimeServiceClient(conn).Status(ctx, &runtimeapi.StatusRequest{Verbose: true})
 	if err != nil {
@@ -131,16 +136,18 @@ func checkKubelet(ctx context.Context, k *kubelet.Kubelet) (version string, warn
 	case !ok:
 		warnings = append(warnings, fmt.Sprintf("kubelet says it is version %q, which cannot be read", version))
 	case major == 1 && minor < oldestKubelet:
-		return version, nil, fmt.Errorf("kubelet is %s, cri-proxy needs 1.%d, which speaks CRI v1: upgrade it first", version, oldestKubelet)
+		return version, nil, fmt.Errorf("kubelet is %s, cri-proxy needs 1.%d, which speaks CRI v1: upgrade it first",
+			version, oldestKubelet)
 	case major == 1 && minor < oldestTested:
-		warnings = append(warnings, fmt.Sprintf("kubelet is %s, cri-proxy is tested with 1.%d and later", version, oldestTested))
+		warnings = append(warnings, fmt.Sprintf("kubelet is %s, cri-proxy is tested with 1.%d and later",
+			version, oldestTested))
 	}
 	return version, warnings, nil
 }
 
 // checkSpace makes sure that there is room for what is installed, and that programs run from there.
 func checkSpace(prefix update.Prefix) error {
-	for _, dir := range []string{prefix.LibDir(), filepath.Dir(recordDir)} {
+	for _, dir := range []string{prefix.LibDir(), filepath.Dir(record.Dir)} {
 		at := dir
 		for {
 			if _, err := os.Stat(at); err == nil {
@@ -154,12 +161,14 @@ func checkSpace(prefix update.Prefix) error {
 		}
 		if st.Flags&unix.ST_RDONLY != 0 {
 			if dir == prefix.LibDir() {
-				return fmt.Errorf("%s is on a file system that is read-only: give another place with --prefix, such as /opt", dir)
+				return fmt.Errorf("%s is on a file system that is read-only: give another place with --prefix, "+
+					"such as /opt", dir)
 			}
 			return fmt.Errorf("%s is on a file system that is read-only", dir)
 		}
 		if st.Flags&unix.ST_NOEXEC != 0 && dir == prefix.LibDir() {
-			return fmt.Errorf("%s is on a file system that no programs run from (noexec): give another place with --prefix, such as /opt", dir)
+			return fmt.Errorf("%s is on a file system that no programs run from (noexec): "+
+				"give another place with --prefix, such as /opt", dir)
 		}
 		if free := st.Bavail * uint64(st.Bsize); free < freeBytes {
 			return fmt.Errorf("%s has %d MiB free, %d are needed", at, free>>20, freeBytes>>20)
@@ -168,52 +177,38 @@ func checkSpace(prefix update.Prefix) error {
 	return nil
 }
 
-// listener is the process that listens on a socket, 0 if it is not to be seen from here.
+// listener returns the process that listens on a socket. pid is 0 if it is not visible from here.
 func listener(ctx context.Context, socket string) (pid int, name string, err error) {
-	var d net.Dialer
-	ctx, cancel := context.WithTimeout(ctx, callPatience)
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	c, err := d.DialContext(ctx, "unix", socket)
+	p, err := process.Listener(ctx, "/proc", socket)
+	if errors.Is(err, process.ErrForeign) {
+		return 0, "", nil
+	}
 	if err != nil {
 		return 0, "", err
 	}
-	defer c.Close()
-	u, ok := c.(*net.UnixConn)
-	if !ok {
-		return 0, "", errors.New("not a unix socket")
-	}
-	raw, err := u.SyscallConn()
-	if err != nil {
-		return 0, "", err
-	}
-	var cred *unix.Ucred
-	var cerr error
-	if err := raw.Control(func(fd uintptr) { cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
-		return 0, "", err
-	}
-	if cerr != nil {
-		return 0, "", cerr
-	}
-	comm, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", cred.Pid))
-	return int(cred.Pid), strings.TrimSpace(string(comm)), nil
+	return p.PID, p.Name("/proc"), nil
 }
 
-// checkAlone makes sure that between kubelet and the runtime there is nobody else, whom we would take out of the path, or put before
-// ourselves.
+// checkAlone makes sure that nobody else is between kubelet and the runtime: we would take that
+// process out of the path, or come to stand behind it.
 func checkAlone(ctx context.Context, kubelets, runtime string) error {
 	pid, name, err := listener(ctx, runtime)
 	if err != nil {
 		return fmt.Errorf("the runtime's socket %s: %w", runtime, err)
 	}
 	if pid > 1 && !strings.HasPrefix(name, "containerd") {
-		return fmt.Errorf("%s is served by %s (process %d) and not by containerd: give the runtime's own socket with --runtime-endpoint, or take that proxy away first", runtime, name, pid)
+		return fmt.Errorf("%s is served by %s (process %d) and not by containerd: "+
+			"give the runtime's own socket with --runtime-endpoint, or take that proxy away first", runtime, name, pid)
 	}
 	if kubelets == "" || kubelets == runtime {
 		return nil
 	}
 	other, name, err := listener(ctx, kubelets)
 	if err == nil && other != pid {
-		return fmt.Errorf("kubelet goes to the runtime through %s, served by %s (process %d): cri-proxy would take it out of the path; take it away first, or use --force", kubelets, name, other)
+		return fmt.Errorf("kubelet goes to the runtime through %s, served by %s (process %d): "+
+			"cri-proxy would take it out of the path; take it away first, or use --force", kubelets, name, other)
 	}
 	return nil
 }

@@ -13,22 +13,21 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/internal/config"
 	"github.com/cri-proxy/cri-proxy/systemd"
+	"github.com/cri-proxy/cri-proxy/systemd/node/install/plan"
 	"github.com/cri-proxy/cri-proxy/systemd/node/kubelet"
 	"github.com/cri-proxy/cri-proxy/systemd/node/update"
 )
 
 const (
-	// runUnitDir is for what ends with the boot.
-	runUnitDir = "/run/systemd/system"
-	// unitDir is the administrator's; a package has its units in vendorUnitDir.
-	unitDir, vendorUnitDir = "/etc/systemd/system", "/usr/lib/systemd/system"
-	tmpfilesName           = "cri-proxy.conf"
-	tmpfilesDir            = "/etc/tmpfiles.d"
-	vendorTmpfilesDir      = "/usr/lib/tmpfiles.d"
+	// vendorUnitDir has the units of packages.
+	vendorUnitDir     = "/usr/lib/systemd/system"
+	tmpfilesName      = "cri-proxy.conf"
+	tmpfilesDir       = "/etc/tmpfiles.d"
+	vendorTmpfilesDir = "/usr/lib/tmpfiles.d"
 
 	criSocket, adminSocket, opsSocket = "cri-proxy.socket", "cri-proxy-admin.socket", "cri-proxy-ops.socket"
 	serviceTemplate                   = "cri-proxy@.service"
-	// dropInName is that of what the configuration changes of a unit.
+	// dropInName is the name of the drop-in with what the configuration changes of a unit.
 	dropInName = "50-install.conf"
 
 	dropInHead = "# Written by cri-proxy install from the configuration; changes go into a file of another name.\n"
@@ -36,7 +35,7 @@ const (
 	opsListen = ":10260"
 )
 
-// guardFile is the guard of crashes, which the unit names.
+// guardFile is crash-guard, which the unit names.
 func guardFile(prefix update.Prefix) string { return filepath.Join(prefix.LibDir(), "crash-guard") }
 
 // shipped is a file of package systemd, for a prefix.
@@ -51,7 +50,7 @@ func shipped(name string, prefix update.Prefix) ([]byte, error) {
 	return b, nil
 }
 
-// prefixFile says where the binaries are if that is not where they are looked for.
+// prefixFile is the file that has the prefix, unless that is the default.
 func prefixFile(prefix update.Prefix) file {
 	f := file{path: update.PrefixFile, mode: 0o644}
 	if prefix != update.DefaultPrefix {
@@ -60,14 +59,14 @@ func prefixFile(prefix update.Prefix) file {
 	return f
 }
 
-// file is one of ours and what is to be in it, nil for nothing.
+// file is a file of ours and its content. Nil content stands for no file.
 type file struct {
 	path    string
 	content []byte
 	mode    os.FileMode
 }
 
-// nodeFiles are all files of ours but the configuration and the binaries. k may be nil.
+// nodeFiles are all files of ours except the configuration and the binaries. k may be nil.
 func nodeFiles(c *config.Config, k *kubelet.Kubelet, prefix update.Prefix) ([]file, error) {
 	guard, err := shipped("crash-guard", prefix)
 	if err != nil {
@@ -89,7 +88,8 @@ func nodeFiles(c *config.Config, k *kubelet.Kubelet, prefix update.Prefix) ([]fi
 	}
 	tmpfiles = bytes.ReplaceAll(tmpfiles, []byte(defTarget), []byte(target))
 	tmpfiles = bytes.ReplaceAll(tmpfiles, []byte(filepath.Dir(def.Listen.Path)), []byte(filepath.Dir(c.Listen.Path)))
-	tmpfiles = bytes.ReplaceAll(tmpfiles, []byte(filepath.Join(filepath.Dir(c.Listen.Path), filepath.Base(def.Listen.Path))), []byte(c.Listen.Path))
+	moved := filepath.Join(filepath.Dir(c.Listen.Path), filepath.Base(def.Listen.Path))
+	tmpfiles = bytes.ReplaceAll(tmpfiles, []byte(moved), []byte(c.Listen.Path))
 	f, err := orVendor(tmpfilesDir, vendorTmpfilesDir, tmpfilesName, tmpfiles)
 	if err != nil {
 		return nil, err
@@ -100,19 +100,20 @@ func nodeFiles(c *config.Config, k *kubelet.Kubelet, prefix update.Prefix) ([]fi
 		if err != nil {
 			return nil, err
 		}
-		f, err := orVendor(unitDir, vendorUnitDir, name, unit)
+		f, err := orVendor(plan.UnitDir, vendorUnitDir, name, unit)
 		if err != nil {
 			return nil, err
 		}
-		out = append(out, f, file{filepath.Join(unitDir, name+".d", dropInName), unitChanges(name, c, k), 0o644})
+		out = append(out, f, file{filepath.Join(plan.UnitDir, name+".d", dropInName), unitChanges(name, c, k), 0o644})
 	}
 	return out, nil
 }
 
-// orVendor is a file of the administrator's directory, which is not needed where a package has the same.
+// orVendor is a file in the administrator's directory. The file is not needed if a package has the
+// same.
 func orVendor(dir, vendor, name string, content []byte) (file, error) {
 	f := file{filepath.Join(dir, name), content, 0o644}
-	b, err := read(filepath.Join(vendor, name))
+	b, err := plan.Read(filepath.Join(vendor, name))
 	if err == nil && b != nil && bytes.Equal(b, content) {
 		f.content = nil
 	}
@@ -174,7 +175,7 @@ func listenStream(address string) string {
 	return address
 }
 
-// writablePaths are those that the unit does not give and that this node needs.
+// writablePaths are the paths that this node needs and that the unit does not make writable.
 func writablePaths(c *config.Config, k *kubelet.Kubelet) []string {
 	var out []string
 	need := func(dir string, given ...string) {

@@ -4,44 +4,63 @@
 package install
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/sirupsen/logrus"
-	"github.com/spf13/pflag"
-	"go.yaml.in/yaml/v3"
 
+	"github.com/cri-proxy/cri-proxy/internal/atomicfile"
+	"github.com/cri-proxy/cri-proxy/internal/bypassstate"
 	"github.com/cri-proxy/cri-proxy/internal/config"
-	"github.com/cri-proxy/cri-proxy/internal/yamledit"
 	"github.com/cri-proxy/cri-proxy/ops/prepull/runtimeconfig"
-	"github.com/cri-proxy/cri-proxy/systemd"
 	"github.com/cri-proxy/cri-proxy/systemd/node/bypass"
+	"github.com/cri-proxy/cri-proxy/systemd/node/install/plan"
+	"github.com/cri-proxy/cri-proxy/systemd/node/install/record"
 	"github.com/cri-proxy/cri-proxy/systemd/node/kubelet"
+	"github.com/cri-proxy/cri-proxy/systemd/node/systemctl"
 	"github.com/cri-proxy/cri-proxy/systemd/node/update"
 )
 
-// installer puts the proxy on a node.
-type installer struct {
-	dryRun, force, noKubelet bool
-	unit, kubeconfig         string
-	prefix                   update.Prefix
-	timeout                  time.Duration
-
-	config *config.Config // what is to be in the file; before that, the target of flags
-	before *config.Config // what is in the file
-	flags  *pflag.FlagSet
-	out    io.Writer
+// Options say how [Run] installs the proxy.
+type Options struct {
+	// DryRun prints what would be done, and changes nothing.
+	DryRun bool
+	// Force installs even if a check fails.
+	Force bool
+	// NoKubelet leaves kubelet alone: its endpoint is set elsewhere, or kubelet is not set up yet.
+	NoKubelet bool
+	// Unit is the systemd unit of kubelet.
+	Unit string
+	// Kubeconfig is for asking whether the node is ready. Empty: kubelet's.
+	Kubeconfig string
+	// Prefix is where the binaries go. Empty: the installed prefix, or the default.
+	Prefix update.Prefix
+	// Timeout is how long kubelet may take until it works again.
+	Timeout time.Duration
+	// Config has the values of Given. Run makes it what the file is to hold.
+	Config *config.Config
+	// Given are flags that write into Config: settings that go into the file.
+	Given config.Given
+	// Out gets what is done, for people.
+	Out io.Writer
 }
 
-func (i *installer) say(format string, args ...any) { _, _ = fmt.Fprintf(i.out, format+"\n", args...) }
+// Run puts the proxy between kubelet and the runtime of this node. If anything fails, Run restores
+// everything.
+func Run(ctx context.Context, o Options) error { return (&installer{Options: o}).run(ctx) }
+
+// installer puts the proxy on a node.
+type installer struct {
+	Options
+	before *config.Config // what is in the file
+}
+
+func (i *installer) say(format string, args ...any) { _, _ = fmt.Fprintf(i.Out, format+"\n", args...) }
 
 func (i *installer) warn(warnings ...string) {
 	for _, w := range warnings {
@@ -49,8 +68,8 @@ func (i *installer) warn(warnings ...string) {
 	}
 }
 
-// kubeletSocket is what kubelet dials, and ours the same as an endpoint.
-func (i *installer) kubeletSocket() string { return bypass.KubeletSocket(i.config) }
+// kubeletSocket is the symlink that kubelet dials, and ours is the symlink as an endpoint.
+func (i *installer) kubeletSocket() string { return bypass.KubeletSocket(i.Config) }
 func (i *installer) ours() string          { return "unix://" + i.kubeletSocket() }
 
 func (i *installer) run(ctx context.Context) error {
@@ -75,46 +94,49 @@ func (i *installer) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if i.dryRun {
-		p.show()
+	if i.DryRun {
+		p.Show()
 		return nil
 	}
-	if err := p.run(ctx); err != nil {
+	if err := p.Run(ctx); err != nil {
 		return err
 	}
-	if len(p.actions) == 0 {
+	if len(p.Actions) == 0 {
 		i.say("cri-proxy is installed, there is nothing to do")
 	} else {
 		i.say("cri-proxy is installed; see cri-proxy ctl status")
 	}
-	if s := bypass.Read(i.config.StateDir); s != nil {
+	if s := bypassstate.Read(i.Config.StateDir); s != nil {
 		i.say("it is bypassed %s; cri-proxy bypass off ends that", s)
 	}
 	return i.sayEndpoint(k)
 }
 
-// choosePrefix makes the prefix that of the flag, or else that of what is installed, as file says. Binaries are not moved.
+// choosePrefix takes the prefix of the flag, or else the installed prefix, which file has. It does
+// not move binaries.
 func (i *installer) choosePrefix(file string) error {
 	have, err := update.ReadPrefix(file)
 	if err != nil {
 		return err
 	}
-	if i.prefix == "" {
-		i.prefix = have
+	if i.Prefix == "" {
+		i.Prefix = have
 	}
-	i.prefix = update.Prefix(filepath.Clean(string(i.prefix)))
-	if err := i.prefix.Check(); err != nil {
+	i.Prefix = update.Prefix(filepath.Clean(string(i.Prefix)))
+	if err := i.Prefix.Check(); err != nil {
 		return &config.InvalidError{Err: fmt.Errorf("--prefix: %w", err)}
 	}
-	if i.prefix != have && there(have.LibDir()) {
-		return fmt.Errorf("cri-proxy is installed below %s: take it off there with cri-proxy uninstall before it is installed below %s", have, i.prefix)
+	if i.Prefix != have && there(have.LibDir()) {
+		return fmt.Errorf("cri-proxy is installed below %s: "+
+			"take it off there with cri-proxy uninstall before it is installed below %s",
+			have, i.Prefix)
 	}
 	return nil
 }
 
 // sayEndpoint says what is left to do where kubelet was left alone.
 func (i *installer) sayEndpoint(k *kubelet.Kubelet) error {
-	if !i.noKubelet {
+	if !i.NoKubelet {
 		return nil
 	}
 	if k != nil {
@@ -128,188 +150,20 @@ func (i *installer) sayEndpoint(k *kubelet.Kubelet) error {
 
 // kubelet finds the kubelet that is to be pointed at us.
 func (i *installer) kubelet(ctx context.Context) (*kubelet.Kubelet, error) {
-	k, err := kubelet.Find(ctx, i.unit)
+	k, err := kubelet.Find(ctx, i.Unit)
 	switch {
-	case i.noKubelet && err != nil:
+	case i.NoKubelet && err != nil:
 		return nil, nil
 	case err != nil:
-		return nil, fmt.Errorf("%w; start it or name its unit with --kubelet-unit, or use --no-kubelet and set its containerRuntimeEndpoint yourself", err)
+		return nil, fmt.Errorf("%w; start it or name its unit with --kubelet-unit, "+
+			"or use --no-kubelet and set its containerRuntimeEndpoint yourself", err)
 	}
 	return k, nil
 }
 
-// configure sets i.config to what is to be in the file, and returns the file.
-func (i *installer) configure(k *kubelet.Kubelet) ([]byte, error) {
-	shipped, err := systemd.File("config.yaml")
-	if err != nil {
-		return nil, err
-	}
-	text, err := readConfig(config.DefaultFile)
-	if err != nil {
-		return nil, err
-	}
-	untouched := text == nil || bytes.Equal(text, shipped)
-	if text == nil {
-		text = shipped
-	}
-	have := config.Default()
-	if err := config.Parse(config.DefaultFile, text, have); err != nil {
-		return nil, &config.InvalidError{Err: err}
-	}
-	i.before = have
-	// Flags have been written into i.config; they go over what is in the file.
-	given := map[string]string{}
-	lists := map[string][]string{}
-	i.flags.Visit(func(f *pflag.Flag) {
-		given[f.Name] = f.Value.String()
-		if s, ok := f.Value.(pflag.SliceValue); ok {
-			lists[f.Name] = s.GetSlice()
-		}
-	})
-	if err := config.Parse(config.DefaultFile, text, i.config); err != nil {
-		return nil, &config.InvalidError{Err: err}
-	}
-	if untouched && k != nil {
-		if err := i.learn(k, given); err != nil {
-			return nil, err
-		}
-	}
-	for name, value := range given {
-		f := i.flags.Lookup(name)
-		if s, ok := f.Value.(pflag.SliceValue); ok {
-			err = s.Replace(lists[name])
-		} else {
-			err = f.Value.Set(value)
-		}
-		if err != nil {
-			return nil, &config.InvalidError{Err: fmt.Errorf("--%s: %w", name, err)}
-		}
-	}
-	if o := &i.config.Ops; k != nil && o.Address != "" && o.CertFile == "" && o.Enrol.Kubeconfig == "" {
-		o.Enrol.Kubeconfig = k.Kubeconfig() // the controller gives the certificate
-	}
-	if text, err = merge(text, have, i.config); err != nil {
-		return nil, err
-	}
-	check := *i.config
-	if err := errors.Join(check.Complete(), check.Validate()); err != nil {
-		return nil, &config.InvalidError{Err: fmt.Errorf("configuration: %w", err)}
-	}
-	return text, nil
-}
-
-// readConfig returns what is in the file, nil if there is none. A symlink to nothing is a mistake, or to a file system that is not mounted
-// yet, and no place to write to.
-func readConfig(path string) ([]byte, error) {
-	text, err := read(path)
-	if to, lerr := os.Readlink(path); err == nil && text == nil && lerr == nil {
-		return nil, fmt.Errorf("%s is a symlink to %s, which is not there: put a file there, or remove the symlink", path, to)
-	}
-	return text, err
-}
-
-// learn takes over from kubelet what both must know.
-func (i *installer) learn(k *kubelet.Kubelet, given map[string]string) error {
-	c := i.config
-	endpoint, err := k.Endpoint()
-	if err != nil {
-		return err
-	}
-	path, err := config.SocketPath(endpoint)
-	if err != nil {
-		return fmt.Errorf("kubelet's runtime endpoint: %w", err)
-	}
-	def, err := config.SocketPath(c.RuntimeEndpoint)
-	if err != nil {
-		return &config.InvalidError{Err: err}
-	}
-	if _, told := given["runtime-endpoint"]; !told && path != c.Listen.Path && path != bypass.KubeletSocket(c) && real(path) != real(def) {
-		c.RuntimeEndpoint = "unix://" + path
-	}
-	if f, d := k.CredentialProviders(); f != "" && c.Images.CredentialProviderConfig == "" {
-		c.Images.CredentialProviderConfig, c.Images.CredentialProviderBinDir = f, d
-	}
-	if root := k.RootDir(); root != filepath.Dir(filepath.Dir(filepath.Dir(c.Kubelet.PodsSocket))) {
-		c.Kubelet.PodsSocket = filepath.Join(root, "pods-api", "pods-api.sock")
-	}
-	if name, err := k.NodeName(); err == nil && c.NodeName == "" {
-		host, err := os.Hostname()
-		if err != nil {
-			return err
-		}
-		if name != strings.ToLower(host) {
-			c.NodeName = name
-		}
-	}
-	return nil
-}
-
-// real follows symlinks, such as /var/run.
-func real(path string) string {
-	if p, err := filepath.EvalSymlinks(path); err == nil {
-		return p
-	}
-	return path
-}
-
-// merge puts into the text what differs between the two configurations; the rest of it stays.
-func merge(text []byte, have, want *config.Config) ([]byte, error) {
-	values := func(c *config.Config) (map[string]any, error) {
-		b, err := c.YAML()
-		if err != nil {
-			return nil, err
-		}
-		m := map[string]any{}
-		return m, yaml.Unmarshal(b, &m)
-	}
-	h, err := values(have)
-	if err != nil {
-		return nil, err
-	}
-	w, err := values(want)
-	if err != nil {
-		return nil, err
-	}
-	return mergeMap(text, nil, h, w)
-}
-
-func mergeMap(text []byte, path []string, have, want map[string]any) ([]byte, error) {
-	keys := make([]string, 0, len(want))
-	for key := range want {
-		keys = append(keys, key)
-	}
-	slices.Sort(keys)
-	var err error
-	for _, key := range keys {
-		at := append(slices.Clip(path), key)
-		if sub, ok := want[key].(map[string]any); ok {
-			below, _ := have[key].(map[string]any)
-			if text, err = mergeMap(text, at, below, sub); err != nil {
-				return nil, err
-			}
-			continue
-		}
-		value := want[key]
-		if list, ok := value.([]any); ok {
-			names := make([]string, 0, len(list))
-			for _, v := range list {
-				names = append(names, fmt.Sprint(v))
-			}
-			value = names
-		}
-		if fmt.Sprint(have[key]) == fmt.Sprint(want[key]) {
-			continue
-		}
-		if text, err = yamledit.Set(text, value, at...); err != nil {
-			return nil, fmt.Errorf("%s: %w", config.DefaultFile, err)
-		}
-	}
-	return text, nil
-}
-
 // check looks at the node before anything is done.
 func (i *installer) check(ctx context.Context, k *kubelet.Kubelet) error {
-	runtime, err := config.SocketPath(i.config.RuntimeEndpoint)
+	runtime, err := config.SocketPath(i.Config.RuntimeEndpoint)
 	if err != nil {
 		return &config.InvalidError{Err: err}
 	}
@@ -330,10 +184,11 @@ func (i *installer) check(ctx context.Context, k *kubelet.Kubelet) error {
 			return fmt.Errorf("kubelet's runtime endpoint: %w", err)
 		}
 		i.say("kubelet %s dials %s", version, endpoint)
-		if kubelets == i.config.Listen.Path && kubelets != i.kubeletSocket() {
-			i.warn("kubelet dials " + kubelets + " itself, where a bypass does not reach it: it is pointed at the symlink")
+		if kubelets == i.Config.Listen.Path && kubelets != i.kubeletSocket() {
+			i.warn("kubelet dials " + kubelets + " itself, where a bypass does not reach it: " +
+				"it is pointed at the symlink")
 		}
-		if kubelets == i.kubeletSocket() || kubelets == i.config.Listen.Path {
+		if kubelets == i.kubeletSocket() || kubelets == i.Config.Listen.Path {
 			kubelets = ""
 		}
 	}
@@ -341,9 +196,9 @@ func (i *installer) check(ctx context.Context, k *kubelet.Kubelet) error {
 		errs = append(errs, checkAlone(ctx, kubelets, runtime))
 		i.sayRegistries(ctx, runtime)
 	}
-	errs = append(errs, checkSpace(i.prefix))
+	errs = append(errs, checkSpace(i.Prefix))
 	if err := errors.Join(errs...); err != nil {
-		if !i.force {
+		if !i.Force {
 			return err
 		}
 		i.warn(err.Error())
@@ -351,8 +206,8 @@ func (i *installer) check(ctx context.Context, k *kubelet.Kubelet) error {
 	return nil
 }
 
-// sayRegistries says how images are pulled: the runtime's settings count for what cri-proxy itself fetches, and not those of the shell that
-// this runs in.
+// sayRegistries says how images are pulled: what cri-proxy itself fetches follows the runtime's
+// settings, not those of this shell.
 func (i *installer) sayRegistries(ctx context.Context, runtime string) {
 	quiet := logrus.New()
 	quiet.SetOutput(io.Discard)
@@ -363,7 +218,8 @@ func (i *installer) sayRegistries(ctx context.Context, runtime string) {
 		s, err = runtimeconfig.New(runtimeconfig.Options{Socket: runtime, Conn: conn, Log: quiet}).Look(ctx)
 	}
 	if err != nil {
-		i.warn(fmt.Sprintf("how containerd reaches registries is not known, so speed limits of pulls may not be kept: %v", err))
+		i.warn(fmt.Sprintf("how containerd reaches registries is not known, "+
+			"so speed limits of pulls may not be kept: %v", err))
 		return
 	}
 	if s.Unknown != nil {
@@ -373,41 +229,41 @@ func (i *installer) sayRegistries(ctx context.Context, runtime string) {
 	i.say("pulls as %s", s)
 }
 
-// plan is what is to be done.
-func (i *installer) plan(ctx context.Context, k *kubelet.Kubelet, text []byte) (*plan, error) {
-	p := &plan{out: i.out, undone: func(ctx context.Context) error { return systemctl(ctx, "daemon-reload") }}
-	r, err := readRecord(recordDir)
+// plan returns what is to be done.
+func (i *installer) plan(ctx context.Context, k *kubelet.Kubelet, text []byte) (*plan.Plan, error) {
+	p := &plan.Plan{Out: i.Out, Undone: daemonReload}
+	r, err := record.Read(record.Dir)
 	if err != nil {
 		return nil, err
 	}
-	files, err := nodeFiles(i.config, k, i.prefix)
+	files, err := nodeFiles(i.Config, k, i.Prefix)
 	if err != nil {
 		return nil, err
 	}
 	files = slices.Insert(files, 0, configFile(config.DefaultFile, text))
 	changed := false
 	for _, f := range files {
-		a, ok, err := writing(f.path, f.content, f.mode)
+		a, ok, err := plan.Writing(f.path, f.content, f.mode)
 		if err != nil {
 			return nil, err
 		}
 		if ok {
-			p.add(a)
+			p.Add(a)
 			changed = true
 		}
 	}
-	version, same, err := update.Serving(ctx, i.prefix, i.config.StateDir, "")
+	version, same, err := update.Serving(ctx, i.Prefix, i.Config.StateDir, "")
 	if err != nil {
 		return nil, err
 	}
 	if changed {
-		p.add(action{what: "systemctl daemon-reload", do: func(ctx context.Context) error { return systemctl(ctx, "daemon-reload") }})
+		p.Add(plan.Action{What: "systemctl daemon-reload", Do: daemonReload})
 	}
 	if err := i.planSockets(ctx, p, changed); err != nil {
 		return nil, err
 	}
 	i.planDaemon(p, version, same, changed)
-	if k == nil || i.noKubelet {
+	if k == nil || i.NoKubelet {
 		return p, nil
 	}
 	edits, err := k.Point(i.ours())
@@ -415,131 +271,131 @@ func (i *installer) plan(ctx context.Context, k *kubelet.Kubelet, text []byte) (
 		return nil, err
 	}
 	if len(edits) > 0 || r.Pending {
-		w, warnings := newWatch(ctx, k, i.unit, i.kubeconfig, i.timeout)
+		w, warnings := newWatch(ctx, k, i.Unit, i.Kubeconfig, i.Timeout)
 		i.warn(warnings...)
-		p.add(i.pointing(k, edits, w, r))
+		p.Add(i.pointing(k, edits, w, r))
 	}
 	return p, nil
 }
 
-// configFile is the configuration as it is to be. It may be the administrator's: a symlink stays one, and the mode is kept.
-func configFile(path string, text []byte) file {
-	f := file{real(path), text, 0o644}
-	if fi, err := os.Stat(f.path); err == nil {
-		f.mode = fi.Mode().Perm()
-	}
-	return f
-}
+func daemonReload(ctx context.Context) error { return systemctl.Run(ctx, "daemon-reload") }
 
 // planSockets makes systemd hold the sockets, and the symlinks be there.
-func (i *installer) planSockets(ctx context.Context, p *plan, changed bool) error {
+func (i *installer) planSockets(ctx context.Context, p *plan.Plan, changed bool) error {
 	if links := there(i.kubeletSocket()); !links || changed {
-		a := action{what: "systemd-tmpfiles --create " + tmpfilesName, do: func(ctx context.Context) error {
-			_, err := command(ctx, "systemd-tmpfiles", "--create", tmpfilesName)
+		a := plan.Action{What: "systemd-tmpfiles --create " + tmpfilesName, Do: func(ctx context.Context) error {
+			_, err := systemctl.Command(ctx, "systemd-tmpfiles", "--create", tmpfilesName)
 			return err
 		}}
 		if !links {
-			sockets := there(i.config.Listen.Path) // somebody may be dialling that already
-			a.undo = func(context.Context) error {
+			sockets := there(i.Config.Listen.Path) // somebody may be dialling that already
+			a.Undo = func(context.Context) error {
 				if sockets {
-					return remove(i.kubeletSocket())
+					return atomicfile.Remove(i.kubeletSocket())
 				}
-				return removeSockets(i.config)
+				return removeSockets(i.Config)
 			}
 		}
-		p.add(a)
+		p.Add(a)
 	}
 	units := []string{criSocket, adminSocket}
-	if i.config.Ops.Address != "" {
+	if i.Config.Ops.Address != "" {
 		units = append(units, opsSocket)
 	}
 	for _, unit := range units {
-		s, err := show(ctx, unit, "ActiveState", "UnitFileState")
+		s, err := systemctl.Show(ctx, unit, "ActiveState", "UnitFileState")
 		if err != nil {
 			return err
 		}
 		if s["ActiveState"] == "active" && s["UnitFileState"] == "enabled" {
 			continue
 		}
-		p.add(action{
-			what: "systemctl enable --now " + unit,
-			do: func(ctx context.Context) error {
-				_ = systemctl(ctx, "reset-failed", unit)
+		p.Add(plan.Action{
+			What: "systemctl enable --now " + unit,
+			Do: func(ctx context.Context) error {
+				_ = systemctl.Run(ctx, "reset-failed", unit)
 				if unit == opsSocket {
 					return i.enableOpsSocket(ctx)
 				}
-				return systemctl(ctx, "enable", "--now", unit)
+				return systemctl.Run(ctx, "enable", "--now", unit)
 			},
-			undo: func(ctx context.Context) error { return systemctl(ctx, "disable", "--now", unit) },
+			Undo: func(ctx context.Context) error { return systemctl.Run(ctx, "disable", "--now", unit) },
 		})
 	}
-	if i.config.Ops.Address == "" {
-		if s, err := show(ctx, opsSocket, "ActiveState", "UnitFileState"); err != nil || s["ActiveState"] == "active" || s["UnitFileState"] == "enabled" {
-			p.add(action{what: "systemctl disable --now " + opsSocket, do: func(ctx context.Context) error { return systemctl(ctx, "disable", "--now", opsSocket) }})
+	if i.Config.Ops.Address == "" {
+		s, err := systemctl.Show(ctx, opsSocket, "ActiveState", "UnitFileState")
+		if err != nil || s["ActiveState"] == "active" || s["UnitFileState"] == "enabled" {
+			p.Add(plan.Action{What: "systemctl disable --now " + opsSocket, Do: func(ctx context.Context) error {
+				return systemctl.Run(ctx, "disable", "--now", opsSocket)
+			}})
 		}
 	}
 	return nil
 }
 
 // startDropIn is for the start of the socket only.
-const startDropIn = runUnitDir + "/" + opsSocket + ".d/90-start.conf"
+const startDropIn = plan.RunUnitDir + "/" + opsSocket + ".d/90-start.conf"
 
-// enableOpsSocket starts the socket beside an instance that serves. systemd refuses a socket whose Service= runs, so for the start that is
-// the instance that does not; the one that serves is replaced next. If it has the address itself, the socket comes with the next boot.
+// enableOpsSocket starts the socket while an instance serves. systemd refuses to start a socket
+// whose Service= runs, so for the start Service= names the idle instance; the serving one is
+// replaced next. If the serving process has the address itself, the socket comes with the next
+// boot.
 func (i *installer) enableOpsSocket(ctx context.Context) error {
 	idle := update.Units()[0]
-	s, err := show(ctx, idle, "ActiveState")
+	s, err := systemctl.Show(ctx, idle, "ActiveState")
 	if err != nil {
 		return err
 	}
 	if s["ActiveState"] != "inactive" && s["ActiveState"] != "failed" {
 		idle = update.Units()[1]
 	}
-	if err := write(startDropIn, []byte("[Socket]\nService="+idle+"\n"), 0o644); err != nil {
+	if err := atomicfile.Write(startDropIn, []byte("[Socket]\nService="+idle+"\n"), 0o644); err != nil {
 		return err
 	}
-	if err = systemctl(ctx, "daemon-reload"); err == nil {
-		err = systemctl(ctx, "enable", "--now", opsSocket)
+	if err = systemctl.Run(ctx, "daemon-reload"); err == nil {
+		err = systemctl.Run(ctx, "enable", "--now", opsSocket)
 	}
-	if err := errors.Join(put(startDropIn, nil, 0), systemctl(ctx, "daemon-reload")); err != nil {
+	if err := errors.Join(plan.Put(startDropIn, nil, 0), systemctl.Run(ctx, "daemon-reload")); err != nil {
 		return err
 	}
 	if err != nil && i.before.Ops.Address != "" {
 		i.warn("the process that serves has " + i.before.Ops.Address + " itself: systemd has it from the next boot on")
-		return systemctl(ctx, "enable", opsSocket)
+		return systemctl.Run(ctx, "enable", opsSocket)
 	}
 	return err
 }
 
-// planDaemon makes this version serve. Version is the one that does, empty for none.
-func (i *installer) planDaemon(p *plan, version string, same, changed bool) {
+// planDaemon makes this version serve. version is the one that serves now, empty for none.
+func (i *installer) planDaemon(p *plan.Plan, version string, same, changed bool) {
 	do := func(reload bool) func(context.Context) error {
 		return func(ctx context.Context) error {
-			return update.Run(ctx, update.Options{Prefix: i.prefix, Config: config.DefaultFile, Reload: reload, Out: i.out})
+			return update.Run(ctx, update.Options{
+				Prefix: i.Prefix, Config: config.DefaultFile, Reload: reload, Out: i.Out,
+			})
 		}
 	}
-	switch fresh := !there(filepath.Join(i.prefix.LibDir(), "versions")); {
+	switch fresh := !there(filepath.Join(i.Prefix.LibDir(), "versions")); {
 	case version == "":
-		p.add(action{
-			what: "install this version and start it",
-			do: func(ctx context.Context) error {
+		p.Add(plan.Action{
+			What: "install this version and start it",
+			Do: func(ctx context.Context) error {
 				if fresh { // a bypass is left over from a time before
-					if err := bypass.Forget(i.config); err != nil {
+					if err := bypassstate.Forget(i.Config.StateDir); err != nil {
 						return err
 					}
 				}
 				return do(false)(ctx)
 			},
-			undo: func(ctx context.Context) error {
+			Undo: func(ctx context.Context) error {
 				if !fresh {
 					return nil
 				}
-				return removeDaemon(ctx, i.config, i.prefix)
+				return removeDaemon(ctx, i.Config, i.Prefix)
 			},
 		})
 	case !same:
-		p.add(action{what: "put this version in the place of " + version, do: do(false)})
+		p.Add(plan.Action{What: "put this version in the place of " + version, Do: do(false)})
 	case changed:
-		p.add(action{what: "have another process take over, with the new configuration", do: do(true)})
+		p.Add(plan.Action{What: "have another process take over, with the new configuration", Do: do(true)})
 	}
 }

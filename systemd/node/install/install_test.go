@@ -12,7 +12,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -24,6 +23,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/internal/config"
 	"github.com/cri-proxy/cri-proxy/ops/apiserver"
 	"github.com/cri-proxy/cri-proxy/systemd"
+	"github.com/cri-proxy/cri-proxy/systemd/node/install/plan"
+	"github.com/cri-proxy/cri-proxy/systemd/node/install/record"
 	"github.com/cri-proxy/cri-proxy/systemd/node/kubelet"
 	"github.com/cri-proxy/cri-proxy/systemd/node/update"
 )
@@ -37,7 +38,7 @@ func write600(t *testing.T, path, content string) {
 
 func contentOf(t *testing.T, path string) string {
 	t.Helper()
-	b, err := read(path)
+	b, err := plan.Read(path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -59,7 +60,7 @@ func TestShippedConfig(t *testing.T) {
 	}
 	got, err := merge(text, config.Default(), c)
 	if err != nil || !bytes.Equal(got, text) {
-		t.Errorf("%v\n%s", err, diff("config.yaml", text, got))
+		t.Errorf("%v\n%s", err, plan.Diff("config.yaml", text, got))
 	}
 }
 
@@ -97,118 +98,22 @@ func TestMerge(t *testing.T) {
 	}
 }
 
-// What is put back is what was there, also when somebody else has changed a file since.
-func TestRecord(t *testing.T) {
-	for _, c := range []struct {
-		name          string
-		before, after string
-		now, want     string // now is what somebody else has made of it
-	}{
-		{"as we left it", "e: old # x\n", "e: ours # x\n", "e: ours # x\n", "e: old # x\n"},
-		{"changed since", "e: old\n", "e: ours\n", "e: ours\nmore: 1\n", "e: old\nmore: 1\n"},
-		{"put back by somebody else", "e: old\n", "e: ours\n", "e: old\nmore: 1\n", "e: old\nmore: 1\n"},
-		{"not written yet", "e: old\n", "e: ours\n", "e: old\n", "e: old\n"},
-		{"taken away", "e: old\n", "e: ours\n", "(none)", "(none)"},
-		{"a file of ours", "(none)", "e: ours\n", "e: ours\n", "(none)"},
-		{"a file of ours, changed", "(none)", "e: ours\n", "e: ours\nmore: 1\n", "e: old\nmore: 1\n"},
-		{"a file of ours, not written yet", "(none)", "e: ours\n", "(none)", "(none)"},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			dir := t.TempDir()
-			path := filepath.Join(dir, "kubelet.d", "f.conf")
-			if err := os.Mkdir(filepath.Dir(path), 0o755); err != nil {
-				t.Fatal(err)
-			}
-			e := kubelet.Edit{Path: path, After: []byte(c.after), Mode: 0o600}
-			if c.before != "(none)" {
-				e.Before = []byte(c.before)
-			}
-			r := &record{dir: filepath.Join(dir, "record"), Endpoint: "old", Ours: "ours"}
-			if err := r.keep([]kubelet.Edit{e}); err != nil {
-				t.Fatal(err)
-			}
-			if c.now != "(none)" {
-				write600(t, path, c.now)
-			}
-			r, err := readRecord(r.dir)
-			if err != nil || !r.exists() || !r.Pending {
-				t.Fatalf("%+v, %v", r, err)
-			}
-			did, err := r.restore()
-			if err != nil || did != (c.now != c.want) {
-				t.Errorf("%v, %v", did, err)
-			}
-			if got := contentOf(t, path); got != c.want {
-				t.Errorf("%q, want %q", got, c.want)
-			}
-			if did, err := r.restore(); did || err != nil {
-				t.Errorf("once more: %v, %v", did, err)
-			}
-			if err := r.forget(); err != nil {
-				t.Error(err)
-			}
-		})
-	}
-}
-
-func TestPlan(t *testing.T) {
-	dir := t.TempDir()
-	there, gone, fresh := filepath.Join(dir, "there"), filepath.Join(dir, "gone"), filepath.Join(dir, "x.d", "fresh")
-	write600(t, there, "a\n")
-	write600(t, gone, "b\n")
-	var out strings.Builder
-	p := &plan{out: &out}
-	for path, content := range map[string][]byte{there: []byte("A\n"), gone: nil, fresh: []byte("c\n")} {
-		a, ok, err := writing(path, content, 0o644)
-		if err != nil || !ok {
-			t.Fatal(ok, err)
+// A key keeps the name that it has in the file: the daemon refuses a file with both.
+func TestMergeRenamedKey(t *testing.T) {
+	for _, key := range []string{"upgradeDrainTimeout", "takeoverDrainTimeout"} {
+		text := []byte("# mine\n" + key + ": 5m0s # short\n")
+		have, want := config.Default(), config.Default()
+		if err := config.Parse("x", text, have); err != nil {
+			t.Fatal(err)
 		}
-		p.add(a)
-	}
-	if _, ok, err := writing(there, []byte("a\n"), 0o644); ok || err != nil {
-		t.Errorf("a file that is as it should be: %v, %v", ok, err)
-	}
-	p.show()
-	for _, want := range []string{"would change " + there, "-a", "+A", "would remove " + gone, "would write " + fresh, "--- /dev/null"} {
-		if !strings.Contains(out.String(), want) {
-			t.Errorf("no %q in\n%s", want, out.String())
+		want.TakeoverDrainTimeout = 10 * time.Minute
+		got, err := merge(text, have, want)
+		if err != nil || string(got) != "# mine\n"+key+": 10m0s # short\n" {
+			t.Errorf("%v\n%s", err, got)
 		}
-	}
-	state := func() [3]string { return [3]string{contentOf(t, there), contentOf(t, gone), contentOf(t, fresh)} }
-	before := [3]string{"a\n", "b\n", "(none)"}
-	if state() != before {
-		t.Fatalf("showing has done something: %q", state())
-	}
-	boom := errors.New("boom")
-	p.add(action{what: "fail; at length", do: func(context.Context) error { return boom }})
-	if err := p.run(t.Context()); !errors.Is(err, boom) || !strings.HasSuffix(err.Error(), "everything is as it was") || state() != before {
-		t.Errorf("%v: %q", err, state())
-	}
-	if _, err := os.Stat(filepath.Dir(fresh)); err != nil {
-		t.Error("a directory is gone that kubelet may want") // a --config-dir that was empty
-	}
-	p.actions = p.actions[:3]
-	if err := p.run(t.Context()); err != nil || state() != [3]string{"A\n", "(none)", "c\n"} {
-		t.Errorf("%v: %q", err, state())
-	}
-}
-
-// What kubelet uses is not taken away before kubelet is led away from it.
-func TestPutBackHolds(t *testing.T) {
-	var undone []string
-	step := func(name string, holds bool, err error) action {
-		return action{
-			what: name, holds: holds, do: func(context.Context) error { return nil },
-			undo: func(context.Context) error { undone = append(undone, name); return err },
+		if same, err := merge(text, have, have); err != nil || !bytes.Equal(same, text) {
+			t.Errorf("%v\n%s", err, same)
 		}
-	}
-	boom := errors.New("read-only file system")
-	p := &plan{out: io.Discard}
-	p.add(step("sockets", false, nil), step("kubelet", true, boom), step("label", false, nil))
-	p.add(action{what: "fail", do: func(context.Context) error { return errors.New("no") }})
-	err := p.run(t.Context())
-	if !errors.Is(err, boom) || !strings.Contains(err.Error(), "the rest stays as it is") || !slices.Equal(undone, []string{"label", "kubelet"}) {
-		t.Errorf("%v: undone %q", err, undone)
 	}
 }
 
@@ -284,10 +189,10 @@ func TestChoosePrefix(t *testing.T) {
 			if tt.record != "" {
 				write600(t, file, tt.record+"\n")
 			}
-			i := &installer{prefix: update.Prefix(tt.flag)}
+			i := &installer{Options: Options{Prefix: update.Prefix(tt.flag)}}
 			err := i.choosePrefix(file)
-			if tt.err == "" && (err != nil || string(i.prefix) != tt.want) || tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
-				t.Errorf("%s, %v", i.prefix, err)
+			if tt.err == "" && (err != nil || string(i.Prefix) != tt.want) || tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
+				t.Errorf("%s, %v", i.Prefix, err)
 			}
 		})
 	}
@@ -315,33 +220,12 @@ func TestUninstallTakesThePrefix(t *testing.T) {
 			if tt.record != "" {
 				write600(t, file, tt.record+"\n")
 			}
-			u := &uninstaller{}
-			cmd := uninstallCommand(u)
-			if err := cmd.ParseFlags([]string{"--prefix=" + tt.flag}); err != nil {
-				t.Fatal(err)
-			}
+			u := &uninstaller{UninstallOptions: UninstallOptions{Prefix: update.Prefix(tt.flag)}}
 			err := u.choosePrefix(file)
-			if tt.err == "" && (err != nil || string(u.prefix) != tt.want) || tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
-				t.Errorf("%s, %v", u.prefix, err)
+			if tt.err == "" && (err != nil || string(u.Prefix) != tt.want) || tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
+				t.Errorf("%s, %v", u.Prefix, err)
 			}
 		})
-	}
-}
-
-func TestLeftOver(t *testing.T) {
-	for args, want := range map[string][2]string{
-		"":                               {"", ""},
-		"--prefix=/opt --purge":          {"--prefix=/opt --purge", ""},
-		"--ops-address=:10260":           {"", "--ops-address=:10260"},
-		"--ops-address :1 --prefix /opt": {"--prefix /opt", "--ops-address :1"},
-		"--no-kubelet --ops-address":     {"--no-kubelet", "--ops-address"},
-		"--porge x --timeout=1m":         {"--porge x --timeout=1m", ""}, // a slip is told
-		"--timeout --ops-address=:1":     {"--timeout --ops-address=:1", ""},
-	} {
-		kept, leftOver := LeftOver(strings.Fields(args))
-		if got := [2]string{strings.Join(kept, " "), strings.Join(leftOver, " ")}; got != want {
-			t.Errorf("%q: %q, want %q", args, got, want)
-		}
 	}
 }
 
@@ -415,32 +299,6 @@ func TestNodeReady(t *testing.T) {
 	}
 }
 
-// A process whose reader and whose session are gone goes on.
-func TestOutlive(t *testing.T) {
-	if file := os.Getenv("OUTLIVE_FILE"); file != "" {
-		outlive()
-		_, werr := os.Stdout.WriteString("to nobody\n")
-		if err := errors.Join(unix.Kill(os.Getpid(), unix.SIGHUP), os.WriteFile(file, []byte("on"), 0o600)); err != nil || !errors.Is(werr, unix.EPIPE) {
-			t.Fatal(err, werr)
-		}
-		os.Exit(0)
-	}
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	file := filepath.Join(t.TempDir(), "file")
-	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestOutlive$")
-	cmd.Env = append(os.Environ(), "OUTLIVE_FILE="+file)
-	cmd.Stdout, cmd.Stderr = w, w
-	if err := errors.Join(r.Close(), cmd.Run(), w.Close()); err != nil {
-		t.Error(err)
-	}
-	if got := contentOf(t, file); got != "on" {
-		t.Error(got)
-	}
-}
-
 // An administrator's mode and symlink are kept, when the file is changed and when it is put back.
 func TestConfigFile(t *testing.T) {
 	dir := t.TempDir()
@@ -450,14 +308,14 @@ func TestConfigFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	f := configFile(link, []byte("b\n"))
-	a, ok, err := writing(f.path, f.content, f.mode)
+	a, ok, err := plan.Writing(f.path, f.content, f.mode)
 	if err != nil || !ok {
 		t.Fatal(ok, err)
 	}
 	for _, step := range []struct {
 		want string
 		do   func(context.Context) error
-	}{{"b\n", a.do}, {"a\n", a.undo}} {
+	}{{"b\n", a.Do}, {"a\n", a.Undo}} {
 		if err := step.do(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -491,24 +349,24 @@ func TestRefuse(t *testing.T) {
 	down := fmt.Errorf("%w as kubelet.service", kubelet.ErrNotRunning)
 	for _, tt := range []struct {
 		name, state string
-		record      *record
+		record      *record.Record
 		now         string // what is in the one file that told kubelet what to dial
 		found       error
 		absent      bool
 		want        bool
 	}{
-		{"down", "loaded", &record{}, "", down, false, true},
-		{"no such unit", "not-found", &record{}, "", down, false, false},
-		{"installed by the command", "loaded", &record{Time: time.Now()}, "", down, false, false},
-		{"as it was installed", "loaded", &record{}, "e: ours\n", down, false, false},
-		{"put back by an uninstall before", "loaded", &record{}, "e: old\n", down, false, false},
-		{"put back by somebody else", "loaded", &record{}, "e: old\nmore: 1\n", down, false, false},
-		{"told elsewhere", "loaded", &record{}, "more: 1\n", down, false, true},
-		{"told elsewhere, the file is gone", "loaded", &record{}, "(none)", down, false, true},
-		{"told elsewhere, not installed any more", "loaded", &record{}, "(none)", down, true, false},
-		{"told elsewhere, and systemd does not say", "loaded", &record{}, "(none)", errors.New("x"), false, false},
-		{"not installed", "loaded", &record{}, "", down, true, false},
-		{"something else", "loaded", &record{}, "", errors.New("x"), false, false},
+		{"down", "loaded", &record.Record{}, "", down, false, true},
+		{"no such unit", "not-found", &record.Record{}, "", down, false, false},
+		{"installed by the command", "loaded", &record.Record{Time: time.Now()}, "", down, false, false},
+		{"as it was installed", "loaded", &record.Record{}, "e: ours\n", down, false, false},
+		{"put back by an uninstall before", "loaded", &record.Record{}, "e: old\n", down, false, false},
+		{"put back by somebody else", "loaded", &record.Record{}, "e: old\nmore: 1\n", down, false, false},
+		{"told elsewhere", "loaded", &record.Record{}, "more: 1\n", down, false, true},
+		{"told elsewhere, the file is gone", "loaded", &record.Record{}, "(none)", down, false, true},
+		{"told elsewhere, not installed any more", "loaded", &record.Record{}, "(none)", down, true, false},
+		{"told elsewhere, and systemd does not say", "loaded", &record.Record{}, "(none)", errors.New("x"), false, false},
+		{"not installed", "loaded", &record.Record{}, "", down, true, false},
+		{"something else", "loaded", &record.Record{}, "", errors.New("x"), false, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			dir := t.TempDir()
@@ -522,11 +380,11 @@ func TestRefuse(t *testing.T) {
 			if !tt.absent {
 				write600(t, c.Listen.Path, "")
 			}
-			u := &uninstaller{unit: kubelet.DefaultUnit, config: c, out: io.Discard}
+			u := &uninstaller{UninstallOptions: UninstallOptions{Unit: kubelet.DefaultUnit, Out: io.Discard}, config: c}
 			if tt.now != "" {
 				path := filepath.Join(dir, "flags")
-				tt.record.dir, tt.record.Ours, tt.record.Endpoint = filepath.Join(dir, "record"), "ours", "old"
-				if err := tt.record.keep([]kubelet.Edit{{Path: path, Before: []byte("e: old\n"), After: []byte("e: ours\n")}}); err != nil {
+				tt.record.Dir, tt.record.Ours, tt.record.Endpoint = filepath.Join(dir, "record"), "ours", "old"
+				if err := tt.record.Keep([]kubelet.Edit{{Path: path, Before: []byte("e: old\n"), After: []byte("e: ours\n")}}); err != nil {
 					t.Fatal(err)
 				}
 				if tt.now != "(none)" {

@@ -14,19 +14,25 @@ import (
 	"time"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/internal/atomicfile"
+	"github.com/cri-proxy/cri-proxy/internal/backoff"
+	"github.com/cri-proxy/cri-proxy/internal/bypassstate"
 	"github.com/cri-proxy/cri-proxy/ops/apiserver"
 	"github.com/cri-proxy/cri-proxy/systemd/node/bypass"
+	"github.com/cri-proxy/cri-proxy/systemd/node/install/plan"
+	"github.com/cri-proxy/cri-proxy/systemd/node/install/record"
 	"github.com/cri-proxy/cri-proxy/systemd/node/kubelet"
+	"github.com/cri-proxy/cri-proxy/systemd/node/systemctl"
 )
 
-// watch is how kubelet is watched after a restart.
+// watch checks that kubelet works after a restart.
 type watch struct {
 	unit string
-	// healthz is host:port, empty for unknown.
+	// healthz is host:port of kubelet's health check. Empty: unknown.
 	healthz string
-	// admin is the proxy's admin socket, if kubelet is to call through the proxy.
+	// admin is the proxy's admin socket if kubelet must call through the proxy, else empty.
 	admin string
-	// api and node tell whether the node is ready, nil for not asked.
+	// api and node are for asking whether the node is ready. Nil: not asked.
 	api     *apiserver.Client
 	node    string
 	timeout time.Duration
@@ -34,17 +40,17 @@ type watch struct {
 
 // restart restarts kubelet and waits until it works.
 func (w *watch) restart(ctx context.Context) error {
-	if err := systemctl(ctx, "daemon-reload"); err != nil {
+	if err := systemctl.Run(ctx, "daemon-reload"); err != nil {
 		return err
 	}
-	before, err := show(ctx, w.unit, "NRestarts")
+	before, err := systemctl.Show(ctx, w.unit, "NRestarts")
 	if err != nil {
 		return err
 	}
 	base, _ := strconv.Atoi(before["NRestarts"])
 	since := time.Now()
-	_ = systemctl(ctx, "reset-failed", w.unit) // it is only tried more often than systemd would
-	if err := systemctl(ctx, "restart", w.unit); err != nil {
+	_ = systemctl.Run(ctx, "reset-failed", w.unit) // it is only tried more often than systemd would
+	if err := systemctl.Run(ctx, "restart", w.unit); err != nil {
 		return fmt.Errorf("%w%s", err, w.journal(ctx))
 	}
 	within, cancel := context.WithTimeout(ctx, w.timeout)
@@ -57,7 +63,7 @@ func (w *watch) restart(ctx context.Context) error {
 		if over {
 			break
 		}
-		if wait(within, lookEvery) != nil {
+		if backoff.Sleep(within, pollInterval) != nil {
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
@@ -68,9 +74,10 @@ func (w *watch) restart(ctx context.Context) error {
 	return fmt.Errorf("%w%s", err, w.journal(ctx))
 }
 
-// look is nil if kubelet works, and over if it never will. base is how often systemd had started it anew before.
+// look returns nil if kubelet works. over is true if it never will. base is how often systemd had
+// restarted kubelet before.
 func (w *watch) look(ctx context.Context, since time.Time, base int) (over bool, err error) {
-	u, err := show(ctx, w.unit, "ActiveState", "SubState", "NRestarts", "Result")
+	u, err := systemctl.Show(ctx, w.unit, "ActiveState", "SubState", "NRestarts", "Result")
 	if err != nil {
 		return false, err
 	}
@@ -98,12 +105,12 @@ func (w *watch) look(ctx context.Context, since time.Time, base int) (over bool,
 	return false, nil
 }
 
-// healthy asks kubelet itself.
+// healthy asks kubelet's health check.
 func (w *watch) healthy(ctx context.Context) error {
 	if w.healthz == "" {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, callPatience)
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+w.healthz+"/healthz", nil)
 	if err != nil {
@@ -122,14 +129,14 @@ func (w *watch) healthy(ctx context.Context) error {
 	return nil
 }
 
-// calls is nil if a call has come through the proxy since.
+// calls returns nil if a call has come through the proxy since then.
 func (w *watch) calls(ctx context.Context, since time.Time) error {
 	conn, err := bypass.Dial(w.admin)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, callPatience)
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	info, err := opsv1.NewOpsClient(conn).NodeInfo(ctx, &opsv1.NodeInfoRequest{})
 	if err != nil {
@@ -141,19 +148,21 @@ func (w *watch) calls(ctx context.Context, since time.Time) error {
 	return nil
 }
 
-// journal is what kubelet has said last.
+// journal returns the last lines that kubelet has logged.
 func (w *watch) journal(ctx context.Context) string {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), callPatience)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
 	defer cancel()
-	out, err := command(ctx, "journalctl", "-u", w.unit, "-n", "8", "--no-pager", "-o", "cat")
+	out, err := systemctl.Command(ctx, "journalctl", "-u", w.unit, "-n", "8", "--no-pager", "-o", "cat")
 	if err != nil || strings.TrimSpace(out) == "" {
 		return ""
 	}
 	return "\n" + w.unit + " says:\n    " + strings.ReplaceAll(strings.TrimSpace(out), "\n", "\n    ")
 }
 
-// newWatch says how this kubelet is watched. What is not known is not asked; why not is a warning.
-func newWatch(ctx context.Context, k *kubelet.Kubelet, unit, kubeconfigFile string, timeout time.Duration) (w *watch, warnings []string) {
+// newWatch returns how to watch this kubelet. A warning says what cannot be asked, and why.
+func newWatch(
+	ctx context.Context, k *kubelet.Kubelet, unit, kubeconfigFile string, timeout time.Duration,
+) (w *watch, warnings []string) {
 	w = &watch{unit: unit, timeout: timeout}
 	if k == nil {
 		return w, nil
@@ -184,24 +193,26 @@ func newWatch(ctx context.Context, k *kubelet.Kubelet, unit, kubeconfigFile stri
 	return w, nil
 }
 
-// pointing is the action that makes kubelet dial ours.
-func (i *installer) pointing(k *kubelet.Kubelet, edits []kubelet.Edit, w *watch, r *record) action {
-	restarted, fresh := false, !r.exists()
-	worked := r.exists() && !r.Pending // as it is, through us
+// pointing returns the action that makes kubelet dial our symlink.
+func (i *installer) pointing(k *kubelet.Kubelet, edits []kubelet.Edit, w *watch, r *record.Record) plan.Action {
+	restarted, fresh := false, !r.Exists()
+	worked := r.Exists() && !r.Pending // as it is, through us
 	what := fmt.Sprintf("point kubelet at %s", i.ours())
 	var diffs strings.Builder
 	for _, e := range edits {
 		what += ", in " + e.Path
-		diffs.WriteString(diff(e.Path, e.Before, e.After))
+		diffs.WriteString(plan.Diff(e.Path, e.Before, e.After))
 	}
 	if len(edits) == 0 {
 		what = "kubelet's files are as they should be"
 	}
-	return action{
-		what: what + fmt.Sprintf("; restart %s and wait until it calls through cri-proxy", w.unit), diff: diffs.String(),
-		do: func(ctx context.Context) error {
+	return plan.Action{
+		What: what + fmt.Sprintf("; restart %s and wait until it calls through "+
+			"cri-proxy", w.unit), Diff: diffs.String(),
+		Do: func(ctx context.Context) error {
 			if _, err := runtimeVersion(ctx, i.kubeletSocket()); err != nil {
-				return fmt.Errorf("no answer through %s, so kubelet is left alone: %w; see journalctl -u 'cri-proxy@*'", i.kubeletSocket(), err)
+				return fmt.Errorf("no answer through %s, so kubelet is left alone: %w; see journalctl -u 'cri-proxy@*'",
+					i.kubeletSocket(), err)
 			}
 			if fresh {
 				endpoint, err := k.Endpoint()
@@ -211,33 +222,33 @@ func (i *installer) pointing(k *kubelet.Kubelet, edits []kubelet.Edit, w *watch,
 				r.Endpoint = endpoint
 			}
 			r.Unit, r.Ours = w.unit, i.ours()
-			if err := r.keep(edits); err != nil {
+			if err := r.Keep(edits); err != nil {
 				return err
 			}
 			for _, e := range edits {
-				if err := write(e.Path, e.After, e.Mode); err != nil {
+				if err := atomicfile.Write(e.Path, e.After, e.Mode); err != nil {
 					return err
 				}
 			}
 			restarted = true
-			if bypass.Read(i.config.StateDir) == nil { // otherwise it does not call through the proxy
-				w.admin = i.config.AdminSocket
+			if bypassstate.Read(i.Config.StateDir) == nil { // otherwise it does not call through the proxy
+				w.admin = i.Config.AdminSocket
 			}
 			if err := w.restart(ctx); err != nil {
 				return err
 			}
 			r.Pending = false
-			return r.write()
+			return r.Write()
 		},
-		holds: true,
-		undo: func(ctx context.Context) error {
+		Holds: true,
+		Undo: func(ctx context.Context) error {
 			var errs []error
 			if worked {
 				for _, e := range edits {
-					errs = append(errs, put(e.Path, e.Before, e.Mode))
+					errs = append(errs, plan.Put(e.Path, e.Before, e.Mode))
 				}
 			} else {
-				did, err := r.restore()
+				did, err := r.Restore()
 				restarted = restarted || did // it may run with what an install before this one has written
 				errs = append(errs, err)
 			}
@@ -250,7 +261,7 @@ func (i *installer) pointing(k *kubelet.Kubelet, edits []kubelet.Edit, w *watch,
 			if err := errors.Join(errs...); err != nil || worked {
 				return err
 			}
-			return r.forget()
+			return r.Forget()
 		},
 	}
 }

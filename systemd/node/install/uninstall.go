@@ -11,36 +11,62 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
 	"google.golang.org/grpc"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/internal/atomicfile"
 	"github.com/cri-proxy/cri-proxy/internal/config"
 	"github.com/cri-proxy/cri-proxy/ops/prepull"
 	"github.com/cri-proxy/cri-proxy/systemd/node/bypass"
+	"github.com/cri-proxy/cri-proxy/systemd/node/install/plan"
+	"github.com/cri-proxy/cri-proxy/systemd/node/install/record"
 	"github.com/cri-proxy/cri-proxy/systemd/node/kubelet"
+	"github.com/cri-proxy/cri-proxy/systemd/node/systemctl"
 	"github.com/cri-proxy/cri-proxy/systemd/node/update"
 )
 
-// operationPatience is how long operations may take to end.
-const operationPatience = 30 * time.Second
+// operationTimeout is how long operations may take to end.
+const operationTimeout = 30 * time.Second
 
-// uninstaller takes the proxy off a node.
+// UninstallOptions say how [Uninstall] removes the proxy.
+type UninstallOptions struct {
+	// DryRun prints what would be done, and changes nothing.
+	DryRun bool
+	// Force cancels running operations.
+	Force bool
+	// Purge also removes the configuration and the journal.
+	Purge bool
+	// NoKubelet leaves kubelet alone, which must no longer dial the proxy.
+	NoKubelet bool
+	// Unit is the systemd unit of kubelet.
+	Unit string
+	// Kubeconfig is for asking whether the node is ready. Empty: kubelet's.
+	Kubeconfig string
+	// Prefix is where the binaries are. Empty: the installed prefix. Another one is refused.
+	Prefix update.Prefix
+	// Timeout is how long kubelet may take until it works again.
+	Timeout time.Duration
+	// Out gets what is done, for people.
+	Out io.Writer
+}
+
+// Uninstall leads kubelet past the proxy, restores kubelet's configuration, and removes the proxy
+// from this node.
+func Uninstall(ctx context.Context, o UninstallOptions) error {
+	return (&uninstaller{UninstallOptions: o}).run(ctx)
+}
+
+// uninstaller removes the proxy from a node.
 type uninstaller struct {
-	dryRun, force, purge, noKubelet bool
-	unit, kubeconfig                string
-	prefix                          update.Prefix
-	timeout                         time.Duration
-
+	UninstallOptions
 	config *config.Config
-	out    io.Writer
 }
 
 func (u *uninstaller) say(format string, args ...any) {
-	_, _ = fmt.Fprintf(u.out, format+"\n", args...)
+	_, _ = fmt.Fprintf(u.Out, format+"\n", args...)
 }
 
 func (u *uninstaller) run(ctx context.Context) error {
@@ -55,25 +81,26 @@ func (u *uninstaller) run(ctx context.Context) error {
 		return err
 	}
 	u.warnOfOverrides(ctx)
-	if u.dryRun {
-		p.show()
+	if u.DryRun {
+		p.Show()
 		return nil
 	}
-	if err := p.run(ctx); err != nil {
+	if err := p.Run(ctx); err != nil {
 		return fmt.Errorf("%w; cri-proxy uninstall goes on where this ended", err)
 	}
-	if len(p.actions) == 0 {
+	if len(p.Actions) == 0 {
 		u.say("cri-proxy is not installed here")
 		return nil
 	}
 	u.say("cri-proxy is removed")
-	if !u.purge {
+	if !u.Purge {
 		u.say("kept: %s and %s; --purge removes them", config.DefaultFile, u.config.StateDir)
 	}
 	return nil
 }
 
-// open reads the configuration; without one, or a good one, the defaults do. Where the binaries are must be known.
+// open reads the configuration. If there is none, or no good one, the defaults serve. The prefix
+// must be known.
 func (u *uninstaller) open() (err error) {
 	if err := u.choosePrefix(update.PrefixFile); err != nil {
 		return err
@@ -89,15 +116,16 @@ func (u *uninstaller) open() (err error) {
 	return nil
 }
 
-// choosePrefix makes the prefix that of what is installed, as file says. The flag must be the same; without the file it says where to look
-// first: the file may have been lost, or all that is left over has gone with it.
+// choosePrefix takes the installed prefix, which file has. The flag must be the same. Without the
+// file the flag says where to look first: the file may have been lost, or an uninstall has removed
+// everything.
 func (u *uninstaller) choosePrefix(file string) error {
 	have, err := update.ReadPrefix(file)
 	if err != nil {
 		return err
 	}
-	asked := u.prefix
-	u.prefix = have
+	asked := u.Prefix
+	u.Prefix = have
 	if asked == "" {
 		return nil
 	}
@@ -108,9 +136,10 @@ func (u *uninstaller) choosePrefix(file string) error {
 	switch {
 	case asked == have:
 	case there(file):
-		return fmt.Errorf("cri-proxy is installed below %s, as %s says, and not below %s: leave --prefix out", have, file, asked)
+		return fmt.Errorf("cri-proxy is installed below %s, as %s says, and not below %s: leave --prefix out",
+			have, file, asked)
 	case there(asked.LibDir()):
-		u.prefix = asked
+		u.Prefix = asked
 	}
 	return nil
 }
@@ -121,7 +150,7 @@ func (u *uninstaller) warnOfOverrides(ctx context.Context) {
 		return
 	}
 	// The socket may be there without a daemon, and a call would start one.
-	if _, _, err := update.Serving(ctx, u.prefix, u.config.StateDir, ""); err != nil {
+	if _, _, err := update.Serving(ctx, u.Prefix, u.config.StateDir, ""); err != nil {
 		return
 	}
 	conn, err := bypass.Dial(u.config.AdminSocket)
@@ -129,30 +158,37 @@ func (u *uninstaller) warnOfOverrides(ctx context.Context) {
 		return
 	}
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, callPatience)
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	l, err := opsv1.NewOpsClient(conn).ListOverrides(ctx, &opsv1.ListOverridesRequest{})
 	if err != nil {
 		return
 	}
 	for _, o := range l.GetOverrides() {
-		u.say("warning: container %s of %s/%s runs %s; kubelet makes the next one with its spec's image", o.GetContainer(), o.GetPod().GetNamespace(), o.GetPod().GetName(), o.GetImage())
+		u.say("warning: container %s of %s/%s runs %s; kubelet makes the next one with its spec's image",
+			o.GetContainer(), o.GetPod().GetNamespace(), o.GetPod().GetName(), o.GetImage())
 	}
 }
 
-func (u *uninstaller) plan(ctx context.Context) (*plan, error) {
-	p := &plan{out: u.out}
-	r, err := readRecord(recordDir)
+func (u *uninstaller) plan(ctx context.Context) (*plan.Plan, error) {
+	p := &plan.Plan{Out: u.Out}
+	r, err := record.Read(record.Dir)
 	if err != nil {
 		return nil, err
 	}
 	socket := bypass.KubeletSocket(u.config)
 	if there(socket) && there(u.config.StateDir) {
-		p.add(action{what: "lead kubelet past cri-proxy", do: func(ctx context.Context) error {
-			return bypass.On(ctx, u.config, bypass.Options{Reason: "cri-proxy uninstall", Force: u.force, Wait: operationPatience, Anyway: true, Out: u.out})
+		p.Add(plan.Action{What: "lead kubelet past cri-proxy", Do: func(ctx context.Context) error {
+			path, err := bypass.Of(u.config, u.Out)
+			if err != nil {
+				return err
+			}
+			return path.On(ctx, bypass.Options{
+				Reason: "cri-proxy uninstall", Force: u.Force, Wait: operationTimeout, Anyway: true,
+			})
 		}})
 	}
-	if !u.noKubelet {
+	if !u.NoKubelet {
 		if err := u.planKubelet(ctx, p, r); err != nil {
 			return nil, err
 		}
@@ -162,45 +198,49 @@ func (u *uninstaller) plan(ctx context.Context) (*plan, error) {
 		return nil, err
 	}
 	if len(installed) > 0 {
-		p.add(action{what: "stop and remove " + strings.Join(installed, ", "), do: func(ctx context.Context) error { return removeAll(ctx, u.config, u.prefix) }})
+		what := "stop and remove " + strings.Join(installed, ", ")
+		p.Add(plan.Action{What: what, Do: func(ctx context.Context) error {
+			return removeAll(ctx, u.config, u.Prefix)
+		}})
 	}
 	if u.holds(ctx, len(installed) > 0 || there(update.PrefixFile)) {
-		p.add(action{what: "take our pins and leases off the runtime's images, which stay", do: u.letGo})
+		p.Add(plan.Action{What: "take our pins and leases off the runtime's images, which stay", Do: u.letGo})
 	}
-	if r.exists() {
-		p.add(action{what: "remove " + r.dir, do: func(context.Context) error { return r.forget() }})
+	if r.Exists() {
+		p.Add(plan.Action{What: "remove " + r.Dir, Do: func(context.Context) error { return r.Forget() }})
 	}
 	if there(update.PrefixFile) {
 		// Another try must know where the rest is.
-		p.add(action{what: "remove " + update.PrefixFile, do: func(context.Context) error { return put(update.PrefixFile, nil, 0) }})
+		p.Add(plan.Action{What: "remove " + update.PrefixFile, Do: func(context.Context) error {
+			return plan.Put(update.PrefixFile, nil, 0)
+		}})
 	}
-	if u.purge {
+	if u.Purge {
 		for _, dir := range []string{filepath.Dir(config.DefaultFile), u.config.StateDir} {
 			if dir != filepath.Dir(config.DefaultFile) && dir != config.Default().StateDir {
 				u.say("kept: %s, which is no directory of ours by its name: remove it by hand", dir)
 				continue
 			}
 			if there(dir) {
-				p.add(action{what: "remove " + dir, do: func(context.Context) error { return os.RemoveAll(dir) }})
+				p.Add(plan.Action{What: "remove " + dir, Do: func(context.Context) error { return os.RemoveAll(dir) }})
 			}
 		}
 	}
 	return p, nil
 }
 
-// runtimePatience bounds what is asked of the runtime here: labels of its images and leases.
-const runtimePatience = 30 * time.Second
+// runtimeTimeout bounds what is asked of the runtime here: labels of its images and leases.
+const runtimeTimeout = 30 * time.Second
 
-// holds reports whether the runtime may keep images because of us. What is pinned stays so for ever
-// when nobody takes it off: an image is pinned until some time, and it is the daemon that looks at
-// the clock.
+// holds reports whether the runtime may keep images because of us. Without the daemon, which looks
+// at the clock, a pinned image stays pinned for ever.
 func (u *uninstaller) holds(ctx context.Context, installed bool) bool {
 	conn, err := u.dialRuntime()
 	if err != nil {
 		return installed
 	}
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, runtimePatience)
+	ctx, cancel := context.WithTimeout(ctx, runtimeTimeout)
 	defer cancel()
 	h, err := prepull.Holds(ctx, conn)
 	if err != nil {
@@ -209,15 +249,15 @@ func (u *uninstaller) holds(ctx context.Context, installed bool) bool {
 	return installed || h.Any() // a pull may just be about to end
 }
 
-// letGo comes when no process of ours runs any more. A runtime that is away is no reason to leave
-// the rest.
+// letGo removes our pins and leases, when no process of ours runs any more. If the runtime does not
+// answer, the uninstall goes on.
 func (u *uninstaller) letGo(ctx context.Context) error {
 	conn, err := u.dialRuntime()
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	asking, cancel := context.WithTimeout(ctx, runtimePatience)
+	asking, cancel := context.WithTimeout(ctx, runtimeTimeout)
 	defer cancel()
 	h, err := prepull.LetGo(asking, conn)
 	if h.Any() {
@@ -247,11 +287,11 @@ func there(path string) bool {
 }
 
 // planKubelet makes kubelet dial the runtime again.
-func (u *uninstaller) planKubelet(ctx context.Context, p *plan, r *record) error {
+func (u *uninstaller) planKubelet(ctx context.Context, p *plan.Plan, r *record.Record) error {
 	if r.Unit != "" {
-		u.unit = r.Unit
+		u.Unit = r.Unit
 	}
-	k, err := kubelet.Find(ctx, u.unit)
+	k, err := kubelet.Find(ctx, u.Unit)
 	if err != nil {
 		if rerr := u.refuse(ctx, r, err); rerr != nil {
 			return rerr
@@ -262,12 +302,12 @@ func (u *uninstaller) planKubelet(ctx context.Context, p *plan, r *record) error
 	var diffs strings.Builder
 	var paths []string
 	for _, f := range r.Files {
-		now, was, ok, err := r.original(f)
+		now, was, ok, err := r.Original(f)
 		if err != nil {
 			return err
 		}
 		if ok {
-			diffs.WriteString(diff(f.Path, now, was))
+			diffs.WriteString(plan.Diff(f.Path, now, was))
 			paths = append(paths, f.Path)
 		}
 	}
@@ -277,38 +317,38 @@ func (u *uninstaller) planKubelet(ctx context.Context, p *plan, r *record) error
 			return err
 		}
 		for _, e := range edits {
-			diffs.WriteString(diff(e.Path, e.Before, e.After))
+			diffs.WriteString(plan.Diff(e.Path, e.Before, e.After))
 			paths = append(paths, e.Path)
 		}
 	}
-	if len(paths) == 0 && !r.exists() { // otherwise it may still run with what was there before
+	if len(paths) == 0 && !r.Exists() { // otherwise it may still run with what was there before
 		return nil
 	}
-	w, warnings := newWatch(ctx, k, u.unit, u.kubeconfig, u.timeout)
+	w, warnings := newWatch(ctx, k, u.Unit, u.Kubeconfig, u.Timeout)
 	for _, warning := range warnings {
 		u.say("warning: %s", warning)
 	}
-	what := "kubelet's files are as they were; restart " + u.unit
+	what := "kubelet's files are as they were; restart " + u.Unit
 	if len(paths) > 0 {
-		what = "put kubelet's files back as they were: " + strings.Join(paths, ", ") + "; restart " + u.unit
+		what = "put kubelet's files back as they were: " + strings.Join(paths, ", ") + "; restart " + u.Unit
 	}
-	p.add(action{what: what, diff: diffs.String(), do: func(ctx context.Context) error {
-		if r.exists() {
+	p.Add(plan.Action{What: what, Diff: diffs.String(), Do: func(ctx context.Context) error {
+		if r.Exists() {
 			r.Pending = true
-			if err := r.write(); err != nil {
+			if err := r.Write(); err != nil {
 				return err
 			}
 		}
-		if _, err := r.restore(); err != nil {
+		if _, err := r.Restore(); err != nil {
 			return err
 		}
 		for _, e := range edits {
-			if err := write(e.Path, e.After, e.Mode); err != nil {
+			if err := atomicfile.Write(e.Path, e.After, e.Mode); err != nil {
 				return err
 			}
 		}
 		if k == nil {
-			return systemctl(ctx, "daemon-reload")
+			return systemctl.Run(ctx, "daemon-reload")
 		}
 		if err := w.restart(ctx); err != nil {
 			return err
@@ -318,14 +358,15 @@ func (u *uninstaller) planKubelet(ctx context.Context, p *plan, r *record) error
 	return nil
 }
 
-// refuse is the error if kubelet, which was not found because of found, will be started some day and may dial what is to be removed: where
-// its configuration is is known from its process, or from the record unless it has been moved since.
-func (u *uninstaller) refuse(ctx context.Context, r *record, found error) error {
+// refuse returns an error if kubelet, which does not run now (found), may dial the removed socket
+// when it is started again. Its process would tell where its configuration is; the record tells it
+// too, unless the configuration has been moved since.
+func (u *uninstaller) refuse(ctx context.Context, r *record.Record, found error) error {
 	if !errors.Is(found, kubelet.ErrNotRunning) {
 		return nil
 	}
-	if r.exists() {
-		path, err := r.astray()
+	if r.Exists() {
+		path, err := r.Astray()
 		if err != nil || path == "" {
 			return err
 		}
@@ -335,14 +376,15 @@ func (u *uninstaller) refuse(ctx context.Context, r *record, found error) error 
 	if err != nil || len(installed) == 0 {
 		return err
 	}
-	s, err := show(ctx, u.unit, "LoadState")
+	s, err := systemctl.Show(ctx, u.Unit, "LoadState")
 	if err != nil || s["LoadState"] != "loaded" {
 		return err
 	}
-	return fmt.Errorf("%w: start kubelet first, so that its configuration can be put back, or give cri-proxy uninstall --no-kubelet if it does not use cri-proxy", found)
+	return fmt.Errorf("%w: start kubelet first, so that its configuration can be put back, "+
+		"or give cri-proxy uninstall --no-kubelet if it does not use cri-proxy", found)
 }
 
-// pointAway is what makes a kubelet that dials the proxy dial the runtime.
+// pointAway returns the edits that make a kubelet that dials the proxy dial the runtime.
 func (u *uninstaller) pointAway(k *kubelet.Kubelet) ([]kubelet.Edit, error) {
 	for _, socket := range []string{bypass.KubeletSocket(u.config), u.config.Listen.Path} {
 		containers, images, err := k.Dials(socket)
@@ -356,9 +398,9 @@ func (u *uninstaller) pointAway(k *kubelet.Kubelet) ([]kubelet.Edit, error) {
 	return nil, nil
 }
 
-// away makes sure that kubelet does not dial what is taken away next.
+// away makes sure that kubelet does not dial the sockets, which are removed next.
 func (u *uninstaller) away(ctx context.Context) error {
-	k, err := kubelet.Find(ctx, u.unit)
+	k, err := kubelet.Find(ctx, u.Unit)
 	if err != nil {
 		return err
 	}
@@ -367,97 +409,10 @@ func (u *uninstaller) away(ctx context.Context) error {
 		return err
 	}
 	for _, e := range edits { // the files of before were pointed at us, too
-		if err := write(e.Path, e.After, e.Mode); err != nil {
+		if err := atomicfile.Write(e.Path, e.After, e.Mode); err != nil {
 			return err
 		}
 	}
-	w, _ := newWatch(ctx, k, u.unit, u.kubeconfig, u.timeout)
+	w, _ := newWatch(ctx, k, u.Unit, u.Kubeconfig, u.Timeout)
 	return w.restart(ctx)
-}
-
-// ownFiles are all that may be there, but for the configuration, the state, and what says where the binaries are.
-func ownFiles(prefix update.Prefix) []string {
-	out := []string{filepath.Join(tmpfilesDir, tmpfilesName), guardFile(prefix), prefix.BinLink()}
-	for _, name := range []string{criSocket, adminSocket, opsSocket, serviceTemplate} {
-		out = append(out, filepath.Join(unitDir, name), filepath.Join(unitDir, name+".d", dropInName))
-	}
-	return out
-}
-
-// Traces are the files and directories by which an installation, or an uninstall that has not got to its end, is known.
-func Traces(prefix update.Prefix) []string {
-	return append(ownFiles(prefix), prefix.LibDir(), recordDir, update.PrefixFile)
-}
-
-// installed lists what of ours is there.
-func (u *uninstaller) installed() ([]string, error) {
-	var out []string
-	sockets, err := bypass.RuntimeFiles(u.config)
-	if err != nil {
-		return nil, err
-	}
-	for _, f := range slices.Concat(ownFiles(u.prefix), []string{u.prefix.LibDir()}, sockets) {
-		switch _, err := os.Lstat(f); {
-		case err == nil:
-			out = append(out, f)
-		case !errors.Is(err, fs.ErrNotExist):
-			return nil, err
-		}
-	}
-	return out, nil
-}
-
-// removeDaemon stops the instances and removes the binaries.
-func removeDaemon(ctx context.Context, c *config.Config, prefix update.Prefix) error {
-	var errs []error
-	for _, unit := range update.Units() {
-		// An instance whose unit is gone has nothing to stop.
-		if s, err := show(ctx, unit, "LoadState"); err != nil || s["LoadState"] == "not-found" {
-			continue
-		}
-		errs = append(errs, systemctl(ctx, "disable", "--now", unit))
-		_ = systemctl(ctx, "reset-failed", unit)
-	}
-	return errors.Join(append(errs, remove(prefix.BinLink()), os.RemoveAll(prefix.LibDir()), bypass.Forget(c))...)
-}
-
-// removeAll stops everything and removes it. The sockets go first: a call would start an instance.
-func removeAll(ctx context.Context, c *config.Config, prefix update.Prefix) error {
-	var errs []error
-	for _, unit := range []string{criSocket, adminSocket, opsSocket} {
-		if s, err := show(ctx, unit, "LoadState"); err != nil || s["LoadState"] == "not-found" {
-			continue
-		}
-		errs = append(errs, systemctl(ctx, "disable", unit))
-	}
-	// Stopping a socket with a service that runs stops neither for good: both in one go.
-	units := append([]string{"stop", criSocket, adminSocket, opsSocket}, update.Units()...)
-	_ = systemctl(ctx, units...) // one that is not loaded is an error
-	errs = append(errs, removeDaemon(ctx, c, prefix))
-	errs = append(errs, removeSockets(c))
-	for _, f := range ownFiles(prefix) {
-		errs = append(errs, put(f, nil, 0))
-	}
-	return errors.Join(append(errs, systemctl(ctx, "daemon-reload"))...)
-}
-
-// removeSockets removes the sockets and the symlinks. Their directory goes if nothing else is in it.
-func removeSockets(c *config.Config) error {
-	files, err := bypass.RuntimeFiles(c)
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for _, f := range files {
-		errs = append(errs, remove(f))
-	}
-	_ = os.Remove(filepath.Dir(c.Listen.Path))
-	return errors.Join(errs...)
-}
-
-func remove(path string) error {
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return nil
 }

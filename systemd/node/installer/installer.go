@@ -13,124 +13,106 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
 	"time"
 
-	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/cri-proxy/cri-proxy/internal/atomicfile"
 	"github.com/cri-proxy/cri-proxy/internal/version"
 	"github.com/cri-proxy/cri-proxy/ops/apiserver"
-	command "github.com/cri-proxy/cri-proxy/systemd/node/install"
+	"github.com/cri-proxy/cri-proxy/systemd/node/install"
 	"github.com/cri-proxy/cri-proxy/systemd/node/update"
 )
 
 const (
-	// label is on nodes where the proxy is; its value says nothing more, since versions need not be label values.
+	// label is on nodes where the proxy is installed. Its value is "true": a version need not be a
+	// valid label value.
 	label = "cri-proxy.io/installed"
-	// hostDir is where the binary is on the node, below its prefix. Not below that of the installed versions, which an uninstall removes,
-	// and not below /run, from which some distributions run no programs.
+	// hostDir is where the binary is on the node, below the prefix. It is not the directory of the
+	// installed versions, which an uninstall removes, and not below /run, from which some
+	// distributions run no programs.
 	hostDir = "lib/cri-proxy-installer"
-	// unit is the node's: the work goes on when the pod goes away.
+	// unit runs on the node: the work goes on when the pod goes away.
 	unit = "cri-proxy-installer"
 )
 
 // The actions.
 const (
-	check     = "check"
-	install   = "install"
-	uninstall = "uninstall"
+	Check     = "check" // print what an installation would do
+	Install   = "install"
+	Uninstall = "uninstall"
 )
 
-// Command returns `cri-proxy installer`, which is for pods only.
-func Command() *cobra.Command {
-	cmd := &cobra.Command{
-		Use:    "installer",
-		Short:  "Run cri-proxy install on the node of this privileged pod",
-		Hidden: true,
-		Long: `Run cri-proxy install or uninstall on the node of this pod, label the node, and
-stay until asked to stop, also where that went wrong: a new pod is another try.
-The pod must be privileged and see the node's
-processes (hostPID). See deploy/installer.`,
-	}
-	for action, short := range map[string]string{
-		check: "Say what cri-proxy install would do", install: "Run cri-proxy install", uninstall: "Run cri-proxy uninstall",
-	} {
-		cmd.AddCommand(newAction(action, short))
-	}
-	cmd.AddCommand(&cobra.Command{
-		Use: "done FILE", Short: "Succeed if the node is done", Args: cobra.ExactArgs(1),
-		RunE: func(_ *cobra.Command, args []string) error {
-			_, err := os.Stat(args[0])
-			return err
-		},
-	})
-	return cmd
+// Options say what [Run] does on the node of this pod.
+type Options struct {
+	// Action is Check, Install or Uninstall.
+	Action string
+	// Host is the root directory of the node's files.
+	Host string
+	// Node is the name of the node to label. Empty: set no label.
+	Node string
+	// Done is a file that Run writes when the node is done, for a readiness probe. Empty: none.
+	Done string
+	// Args are additional arguments of cri-proxy install or uninstall.
+	Args []string
+	// LeftOver separates arguments that cri-proxy uninstall takes from those that only
+	// cri-proxy install takes: they are left over from the installation.
+	LeftOver func(args []string) (kept, leftOver []string)
+	// Out gets what is done, for people.
+	Out io.Writer
 }
 
-func newAction(action, short string) *cobra.Command {
-	i := &installer{action: action}
-	cmd := &cobra.Command{
-		Use: action, Short: short, Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			ctx, stop := signal.NotifyContext(cmd.Context(), unix.SIGINT, unix.SIGTERM)
-			defer stop()
-			i.out = cmd.OutOrStdout()
-			return i.run(ctx)
-		},
-	}
-	f := cmd.Flags()
-	f.StringVar(&i.host, "host", "/proc/1/root", "root of the node's files")
-	f.StringVar(&i.node, "node", "", "name of the node, for its label (default: no label)")
-	f.StringVar(&i.done, "done", "", "file to write when the node is done, for a readiness probe")
-	f.StringVar(&i.args, "args", "", "more arguments of cri-proxy install or uninstall, separated by spaces")
-	return cmd
-}
+// Run runs the action on the node, and then waits until ctx ends, even if the action has failed: a
+// new pod is a new attempt.
+func Run(ctx context.Context, o Options) error { return (&installer{Options: o}).run(ctx) }
 
 type installer struct {
-	action, host, node, done, args string
-	dir                            string // of the binary, as the node sees it; empty if it is not there
-	out                            io.Writer
+	Options
+	dir string // of the binary, as the node sees it; empty if it is not there
 }
 
 func (i *installer) run(ctx context.Context) error {
-	args := []string{i.action}
-	if i.action == check {
-		args = []string{install, "--dry-run"}
+	args := []string{i.Action}
+	if i.Action == Check {
+		args = []string{Install, "--dry-run"}
 	}
 	prefix, err := i.prefix()
 	if err != nil {
 		return err
 	}
 	i.dir = filepath.Join(string(prefix), hostDir)
-	more := strings.Fields(i.args)
-	if i.action == uninstall {
+	more := i.Args
+	if i.Action == Uninstall {
 		var leftOver []string
-		if more, leftOver = command.LeftOver(more); len(leftOver) > 0 {
-			_, _ = fmt.Fprintf(i.out, "left out of ARGS, for they are of an install: %s\n", strings.Join(leftOver, " "))
+		if more, leftOver = i.LeftOver(more); len(leftOver) > 0 {
+			_, _ = fmt.Fprintf(i.Out, "left out of ARGS, for they are of an install: %s\n", strings.Join(leftOver, " "))
 		}
 	}
 	err = i.copyIn()
 	switch {
 	case err == nil:
 		err = i.onHost(ctx, append(args, more...))
-	case i.action == uninstall && errors.Is(err, unix.EROFS) && !i.installed(prefix):
-		// Taken off by the pod before this one, and the prefix, which was another, has gone with it.
-		_, _ = fmt.Fprintln(i.out, "cri-proxy is not installed here")
+	case i.Action == Uninstall && errors.Is(err, unix.EROFS) && !i.installed(prefix):
+		// The pod before this one has uninstalled it, and with it the record of the prefix, which
+		// is another one.
+		_, _ = fmt.Fprintln(i.Out, "cri-proxy is not installed here")
 		i.dir, err = "", nil
 	case errors.Is(err, unix.EROFS):
-		return fmt.Errorf("copying this program to the node: %w; give a directory that can be written in ARGS, such as --prefix=/opt", err)
+		return fmt.Errorf("copying this program to the node: %w; "+
+			"give a directory that can be written in ARGS, such as --prefix=/opt", err)
 	default:
 		return fmt.Errorf("copying this program to the node: %w", err)
 	}
 	if err != nil {
-		if i.action != check {
-			// A container that ends is started again, at once and without end where kubelet is restarted and forgets its back-off.
-			_, _ = fmt.Fprintf(i.out, "%v\n%s went wrong; waiting to be stopped: a new pod tries again\n", err, i.action)
+		if i.Action != Check {
+			// kubelet starts a container that ends again, and forgets its back-off when it is
+			// restarted itself: that would never end.
+			_, _ = fmt.Fprintf(i.Out, "%v\n%s went wrong; waiting to be stopped: "+
+				"a new pod tries again\n", err, i.Action)
 			<-ctx.Done()
 		}
 		return err
@@ -138,75 +120,58 @@ func (i *installer) run(ctx context.Context) error {
 	if err := i.setLabel(ctx); err != nil {
 		return err
 	}
-	if i.action == uninstall && i.dir != "" {
-		if err := os.RemoveAll(filepath.Join(i.host, i.dir)); err != nil {
+	if i.Action == Uninstall && i.dir != "" {
+		if err := os.RemoveAll(filepath.Join(i.Host, i.dir)); err != nil {
 			return err
 		}
 	}
-	if i.done != "" {
-		if err := os.WriteFile(i.done, nil, 0o644); err != nil {
+	if i.Done != "" {
+		if err := os.WriteFile(i.Done, nil, 0o644); err != nil {
 			return err
 		}
 	}
-	_, _ = fmt.Fprintf(i.out, "%s is done; waiting to be stopped\n", i.action)
+	_, _ = fmt.Fprintf(i.Out, "%s is done; waiting to be stopped\n", i.Action)
 	<-ctx.Done()
 	return nil
 }
 
-// prefix is that of the arguments, which cri-proxy install gets too, or that of what is installed.
+// prefix returns the one of the arguments, which cri-proxy install gets too, or the installed one.
 func (i *installer) prefix() (update.Prefix, error) {
-	args := strings.Fields(i.args)
-	for n, arg := range args {
+	for n, arg := range i.Args {
 		value, ok := strings.CutPrefix(arg, "--prefix=")
-		if !ok && arg == "--prefix" && n+1 < len(args) {
-			value, ok = args[n+1], true
+		if !ok && arg == "--prefix" && n+1 < len(i.Args) {
+			value, ok = i.Args[n+1], true
 		}
 		if ok {
 			p := update.Prefix(filepath.Clean(value))
 			return p, p.Check()
 		}
 	}
-	return update.ReadPrefix(filepath.Join(i.host, update.PrefixFile))
+	return update.ReadPrefix(filepath.Join(i.Host, update.PrefixFile))
 }
 
-// installed says that something of an installation is on the node: an uninstall ends with these.
+// installed reports whether something of an installation is on the node.
 func (i *installer) installed(prefix update.Prefix) bool {
-	return slices.ContainsFunc(command.Traces(prefix), func(path string) bool {
-		_, err := os.Lstat(filepath.Join(i.host, path))
+	return slices.ContainsFunc(install.Traces(prefix), func(path string) bool {
+		_, err := os.Lstat(filepath.Join(i.Host, path))
 		return !errors.Is(err, fs.ErrNotExist)
 	})
 }
 
 // copyIn puts this program on the node.
-func (i *installer) copyIn() (err error) {
+func (i *installer) copyIn() error {
 	src, err := os.Open("/proc/self/exe")
 	if err != nil {
 		return err
 	}
 	defer src.Close()
-	dir := filepath.Join(i.host, i.dir)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	dst, err := os.CreateTemp(dir, ".cri-proxy-*")
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			_ = os.Remove(dst.Name())
-		}
-	}()
-	_, err = io.Copy(dst, src)
-	if err = errors.Join(err, dst.Chmod(0o755), dst.Close()); err != nil {
-		return err
-	}
-	return os.Rename(dst.Name(), filepath.Join(dir, "cri-proxy"))
+	return atomicfile.Copy(filepath.Join(i.Host, i.dir, "cri-proxy"), src, 0o755)
 }
 
-// onHost has the node's systemd run it, and passes on what it says.
+// onHost lets the node's systemd run the program, and passes on its output.
 func (i *installer) onHost(ctx context.Context, args []string) error {
-	run := append([]string{"--quiet", "--wait", "--collect", "--pipe", "--unit=" + unit, "--", filepath.Join(i.dir, "cri-proxy")}, args...)
+	self := filepath.Join(i.dir, "cri-proxy")
+	run := append([]string{"--quiet", "--wait", "--collect", "--pipe", "--unit=" + unit, "--", self}, args...)
 	program, err := i.find("systemd-run")
 	if err != nil {
 		return err
@@ -216,17 +181,17 @@ func (i *installer) onHost(ctx context.Context, args []string) error {
 	}
 	// Not killed with this process: what systemd runs goes on anyway.
 	cmd := exec.CommandContext(ctx, program, run...)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: i.host}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: i.Host}
 	cmd.Dir = "/"
 	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-	cmd.Stdout, cmd.Stderr = i.out, i.out
+	cmd.Stdout, cmd.Stderr = i.Out, i.Out
 	if err := cmd.Run(); err != nil {
 		return fmt.Errorf("cri-proxy %s on the node: %w", strings.Join(args, " "), err)
 	}
 	return nil
 }
 
-// idle waits until the node is done with what a pod before this one has begun.
+// idle waits until the node has finished what a pod before this one has begun.
 func (i *installer) idle(ctx context.Context) error {
 	program, err := i.find("systemctl")
 	if err != nil {
@@ -236,7 +201,7 @@ func (i *installer) idle(ctx context.Context) error {
 	defer tick.Stop()
 	for {
 		cmd := exec.CommandContext(ctx, program, "is-active", unit)
-		cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: i.host}
+		cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: i.Host}
 		cmd.Dir = "/"
 		out, _ := cmd.Output() // it says the state by its code, too
 		switch strings.TrimSpace(string(out)) {
@@ -256,16 +221,16 @@ func (i *installer) idle(ctx context.Context) error {
 func (i *installer) find(name string) (string, error) {
 	for _, dir := range []string{"/usr/bin", "/bin"} {
 		path := filepath.Join(dir, name)
-		if _, err := os.Stat(filepath.Join(i.host, path)); err == nil {
+		if _, err := os.Stat(filepath.Join(i.Host, path)); err == nil {
 			return path, nil
 		}
 	}
 	return "", fmt.Errorf("no %s on the node: does it run systemd, and is the pod privileged, with hostPID?", name)
 }
 
-// setLabel says on the Node what there is.
+// setLabel labels the Node object, or removes the label.
 func (i *installer) setLabel(ctx context.Context) error {
-	if i.node == "" || i.action == check {
+	if i.Node == "" || i.Action == Check {
 		return nil
 	}
 	c, err := apiserver.InCluster()
@@ -274,15 +239,15 @@ func (i *installer) setLabel(ctx context.Context) error {
 	}
 	defer c.Close()
 	var value any // null takes it away
-	if i.action == install {
+	if i.Action == Install {
 		value = "true"
 	}
 	patch := map[string]any{"metadata": map[string]any{
 		"labels":      map[string]any{label: value},
 		"annotations": map[string]any{"cri-proxy.io/installed-version": orNil(value, version.Short())},
 	}}
-	if err := c.Do(ctx, http.MethodPatch, "/api/v1/nodes/"+url.PathEscape(i.node), patch, &struct{}{}); err != nil {
-		return fmt.Errorf("label of node %s: %w", i.node, err)
+	if err := c.Do(ctx, http.MethodPatch, "/api/v1/nodes/"+url.PathEscape(i.Node), patch, &struct{}{}); err != nil {
+		return fmt.Errorf("label of node %s: %w", i.Node, err)
 	}
 	return nil
 }

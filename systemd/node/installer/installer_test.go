@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package installer
+package installer_test
 
 import (
 	"bufio"
@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cri-proxy/cri-proxy/systemd/node/installer"
 	"github.com/cri-proxy/cri-proxy/systemd/node/update"
 )
 
@@ -37,25 +38,27 @@ func TestPrefix(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		i := &installer{host: host, args: tt.args}
-		if got, err := i.prefix(); err != nil || string(got) != tt.want {
+		got, err := installer.PrefixOf(installer.Options{Host: host, Args: strings.Fields(tt.args)})
+		if err != nil || string(got) != tt.want {
 			t.Errorf("%q, %q: %s, %v", tt.args, tt.record, got, err)
 		}
 	}
 }
 
+func keepAll(args []string) (kept, leftOver []string) { return args, nil }
+
 // A container that ends would be started again, so one that could not do its work stays, and is not ready.
 func TestFailureStays(t *testing.T) {
-	for action, stays := range map[string]bool{check: false, install: true, uninstall: true} {
+	for action, stays := range map[string]bool{installer.Check: false, installer.Install: true, installer.Uninstall: true} {
 		t.Run(action, func(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			r, w := io.Pipe()
 			done := filepath.Join(t.TempDir(), "done")
-			i := &installer{action: action, host: t.TempDir(), done: done, out: w} // a node without systemd
+			o := installer.Options{Action: action, Host: t.TempDir(), Done: done, LeftOver: keepAll, Out: w} // a node without systemd
 			result := make(chan error, 1)
 			go func() {
-				result <- i.run(ctx)
+				result <- installer.Run(ctx, o)
 				_ = w.Close()
 			}()
 			said := false
@@ -114,8 +117,11 @@ func TestUninstalledAlready(t *testing.T) {
 			defer cancel()
 			var out bytes.Buffer
 			done := filepath.Join(t.TempDir(), "done")
-			i := &installer{action: uninstall, host: host, done: done, args: "--ops-address=:10260", out: io.MultiWriter(&out, ends(cancel))}
-			err := i.run(ctx)
+			err := installer.Run(ctx, installer.Options{
+				Action: installer.Uninstall, Host: host, Done: done, Args: []string{"--ops-address=:10260"},
+				LeftOver: func(args []string) (kept, leftOver []string) { return nil, args },
+				Out:      io.MultiWriter(&out, ends(cancel)),
+			})
 			_, undone := os.Stat(done)
 			if left == "" && (err != nil || undone != nil || !strings.Contains(out.String(), "not installed here")) ||
 				left != "" && (err == nil || undone == nil || !strings.Contains(err.Error(), "--prefix=/opt")) {

@@ -17,7 +17,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/internal/yamledit"
 )
 
-// Edit is a file of kubelet's configuration and what is to be in it.
+// Edit is a change of a file of kubelet's configuration.
 type Edit struct {
 	Path string
 	// Before is nil if there is no such file.
@@ -26,19 +26,22 @@ type Edit struct {
 }
 
 const (
-	// dropInName is that of our file in --config-dir, lateName where others come after it.
+	// dropInName is the name of our file in --config-dir; lateName is for a directory with later
+	// files.
 	dropInName, lateName = "99-cri-proxy.conf", "zz-cri-proxy.conf"
 	// unitDropIn comes after kubeadm's 10-kubeadm.conf.
 	unitDropIn = "zz-cri-proxy.conf"
-	// instanceConfig is what kubeadm puts over kubelet's configuration when it writes it anew (kubeadm upgrade).
+	// instanceConfig is a file that kubeadm applies to kubelet's configuration whenever it writes
+	// that (kubeadm upgrade).
 	instanceConfig = "instance-config.yaml"
 
 	dropInHead = "# Written by cri-proxy install; cri-proxy uninstall takes it away.\n"
 	dropInKind = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n"
 )
 
-// Point returns what must be changed for kubelet to dial an endpoint, a path or unix:// URL: nothing if it does already. Where the images'
-// endpoint is set to the runtime as well, it goes along.
+// Point returns the edits after which kubelet dials an endpoint, a path or unix:// URL. There are
+// none if kubelet dials it already. If the endpoint for images is the runtime too, it changes as
+// well.
 func (k *Kubelet) Point(endpoint string) ([]Edit, error) {
 	path, err := config.SocketPath(endpoint)
 	if err != nil {
@@ -87,9 +90,9 @@ type pointing struct {
 	order   []string
 }
 
-// file returns the edit of a file, with what is in it.
+// file returns the edit of a file, with the content of the file.
 func (p *pointing) file(path string) (*Edit, error) {
-	// What is to be changed is the file, not a symlink to it.
+	// Change the file, not a symlink to it.
 	if real, err := filepath.EvalSymlinks(path); err == nil {
 		path = real
 	}
@@ -117,7 +120,7 @@ func (p *pointing) file(path string) (*Edit, error) {
 	return e, nil
 }
 
-// set changes one setting where it counts.
+// set changes one setting in the place from which kubelet takes it.
 func (p *pointing) set(s setting, flag, field string) error {
 	k := p.kubelet
 	switch {
@@ -142,7 +145,8 @@ func (p *pointing) setField(file, field string) error {
 	return nil
 }
 
-// configDir writes a file of our own into --config-dir, which comes after all that has the field.
+// configDir writes a file of our own into --config-dir. The file comes after all that have the
+// field.
 func (p *pointing) configDir(field string) error {
 	dir := p.kubelet.fileFlag("config-dir")
 	s, err := p.kubelet.setting("", field)
@@ -172,7 +176,8 @@ func flagValue(flag string) *regexp.Regexp {
 	return regexp.MustCompile(`(--` + regexp.QuoteMeta(flag) + `(?:=|\s+)["']?)([^\s"'\\]+)`)
 }
 
-// replaceFlag changes the flag where it is written: in environment files in place, in the unit by a drop-in.
+// replaceFlag changes the flag where it is written: environment files in place, the unit by a
+// drop-in.
 func (p *pointing) replaceFlag(flag string) error {
 	re := flagValue(flag)
 	with := "${1}" + strings.ReplaceAll(p.to, "$", "$$")
@@ -210,7 +215,10 @@ func (p *pointing) replaceFlag(flag string) error {
 		return p.unitDropIn(lines)
 	}
 	if !found {
-		return fmt.Errorf("kubelet was started with --%s, which is neither in its unit %s nor in that unit's environment files: set it to %s where your tooling does, restart kubelet, and try again", flag, p.kubelet.Unit, p.to)
+		return fmt.Errorf("kubelet was started with --%s, which is neither in its unit %s "+
+			"nor in that unit's environment files: set it to %s where your tooling does, restart kubelet, "+
+			"and try again",
+			flag, p.kubelet.Unit, p.to)
 	}
 	return nil
 }
@@ -227,7 +235,7 @@ func (p *pointing) addFlag(flag string) error {
 	return p.unitDropIn([]string{"ExecStart=", "ExecStart=" + unit.execStart + " --" + flag + "=" + p.to})
 }
 
-// unitDropIn writes a drop-in for kubelet's unit, or adds to the one that is there, which has been looked at with the rest of the unit.
+// unitDropIn writes our drop-in for kubelet's unit, or adds to it.
 func (p *pointing) unitDropIn(lines []string) error {
 	e, err := p.file(filepath.Join(p.kubelet.UnitDir, unitDropIn))
 	if err != nil {
@@ -240,7 +248,7 @@ func (p *pointing) unitDropIn(lines []string) error {
 	return nil
 }
 
-// unit is what counts of a unit.
+// unit is the part of a unit that is of interest.
 type unit struct {
 	execStart   string
 	environment []string
@@ -289,7 +297,7 @@ func (p *pointing) unit() (unit, error) {
 	return u, nil
 }
 
-// instance changes what kubeadm would put back with its next upgrade.
+// instance changes the file from which kubeadm would restore the old endpoint at its next upgrade.
 func (p *pointing) instance() error {
 	if len(p.order) == 0 {
 		return nil

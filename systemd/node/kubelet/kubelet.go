@@ -23,37 +23,40 @@ import (
 // DefaultUnit is kubelet's systemd unit nearly everywhere.
 const DefaultUnit = "kubelet.service"
 
-// askPatience bounds a question to systemd, or to kubelet's binary.
-const askPatience = 10 * time.Second
+// callTimeout bounds a call of systemctl, or of kubelet's binary.
+const callTimeout = 10 * time.Second
 
-// ErrNotRunning is returned when there is no kubelet to look at.
+// ErrNotRunning says that kubelet does not run.
 var ErrNotRunning = errors.New("kubelet does not run")
 
-// Kubelet is a kubelet as it runs. Files are read when they are asked for.
+// Kubelet is a running kubelet. Methods read its files when they are called.
 type Kubelet struct {
 	Unit string
 	PID  int
 	// Args are its command line without the program.
 	Args []string
-	// Dir is its working directory, which relative paths begin at.
+	// Dir is its working directory, for relative paths.
 	Dir string
-	// UnitFiles are the unit's own file and its drop-ins, in the order in which they count.
+	// UnitFiles are the unit's own file and its drop-ins, in the order in which systemd applies
+	// them.
 	UnitFiles []string
-	// EnvFiles hold variables that the unit's command line may use.
+	// EnvFiles have variables that the unit's command line may use.
 	EnvFiles []string
 	// UnitDir is where drop-ins for the unit go.
 	UnitDir string
 }
 
-// Find looks at the process of a systemd unit. It returns [ErrNotRunning] if there is no such unit, or it has no process.
-// As for systemctl, the name may come without .service.
+// Find looks at the process of a systemd unit. It returns [ErrNotRunning] if there is no such unit,
+// or it has no process. As for systemctl, the name may come without .service.
 func Find(ctx context.Context, unit string) (*Kubelet, error) {
 	if !strings.HasSuffix(unit, ".service") {
 		unit += ".service"
 	}
-	ctx, cancel := context.WithTimeout(ctx, askPatience)
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, "systemctl", "show", unit, "-p", "MainPID,FragmentPath,DropInPaths,EnvironmentFiles").Output()
+	// Not by package systemctl: EnvironmentFiles comes more than once.
+	out, err := exec.CommandContext(ctx, "systemctl", "show", unit,
+		"-p", "MainPID,FragmentPath,DropInPaths,EnvironmentFiles").Output()
 	if err != nil {
 		return nil, fmt.Errorf("systemctl show %s: %w", unit, err)
 	}
@@ -88,9 +91,9 @@ func Find(ctx context.Context, unit string) (*Kubelet, error) {
 	return k, err
 }
 
-// Version asks the binary that runs, such as v1.37.2.
+// Version asks the running binary for its version, such as v1.37.2.
 func (k *Kubelet) Version(ctx context.Context) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, askPatience)
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, fmt.Sprintf("/proc/%d/exe", k.PID), "--version").Output()
 	if err != nil {
@@ -99,7 +102,7 @@ func (k *Kubelet) Version(ctx context.Context) (string, error) {
 	return strings.TrimPrefix(strings.TrimSpace(string(out)), "Kubernetes "), nil
 }
 
-// Environ is the environment that it was started with, nil if that cannot be read.
+// Environ is the environment that kubelet was started with. It is nil if that cannot be read.
 func (k *Kubelet) Environ() []string {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", k.PID))
 	if err != nil || len(b) == 0 {
@@ -108,7 +111,7 @@ func (k *Kubelet) Environ() []string {
 	return strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00")
 }
 
-// Flag returns what a flag is set to on the command line, where the last one counts.
+// Flag returns the value of a flag on the command line. The last one counts.
 func (k *Kubelet) Flag(name string) (value string, set bool) {
 	for i, arg := range k.Args {
 		rest, ok := strings.CutPrefix(arg, "--"+name)
@@ -123,7 +126,7 @@ func (k *Kubelet) Flag(name string) (value string, set bool) {
 	return value, set
 }
 
-// path is a path as kubelet takes it.
+// path makes a path absolute, as kubelet does.
 func (k *Kubelet) path(p string) string {
 	if p == "" || filepath.IsAbs(p) {
 		return p
@@ -136,13 +139,13 @@ func (k *Kubelet) fileFlag(name string) string {
 	return k.path(v)
 }
 
-// Kubeconfig is the file by which it speaks to the API server, empty for none.
+// Kubeconfig is kubelet's kubeconfig file, empty for none.
 func (k *Kubelet) Kubeconfig() string { return k.fileFlag("kubeconfig") }
 
-// defaultRootDir is that of kubelet.
+// defaultRootDir is kubelet's default.
 const defaultRootDir = "/var/lib/kubelet"
 
-// RootDir is where it keeps pods and its state.
+// RootDir is where kubelet keeps pods and its state.
 func (k *Kubelet) RootDir() string {
 	if d := k.fileFlag("root-dir"); d != "" {
 		return d
@@ -158,7 +161,8 @@ func (k *Kubelet) PodLogsDir() string {
 	return "/var/log/pods"
 }
 
-// CredentialProviders are the configuration and the directory of its credential provider plugins, empty without any.
+// CredentialProviders are the configuration and the directory of kubelet's credential provider
+// plugins. Both are empty if there are none.
 func (k *Kubelet) CredentialProviders() (file, dir string) {
 	file, dir = k.fileFlag("image-credential-provider-config"), k.fileFlag("image-credential-provider-bin-dir")
 	if file == "" || dir == "" {
@@ -167,7 +171,7 @@ func (k *Kubelet) CredentialProviders() (file, dir string) {
 	return file, dir
 }
 
-// NodeName is the name of its node unless a cloud provider gives another one.
+// NodeName is the name of kubelet's node, unless a cloud provider gives another one.
 func (k *Kubelet) NodeName() (string, error) {
 	if n, _ := k.Flag("hostname-override"); n != "" {
 		return strings.ToLower(strings.TrimSpace(n)), nil
@@ -176,7 +180,7 @@ func (k *Kubelet) NodeName() (string, error) {
 	return strings.ToLower(n), err
 }
 
-// HealthzAddress is host:port of its own health check, empty when that is off.
+// HealthzAddress is host:port of kubelet's health check. It is empty if that is off.
 func (k *Kubelet) HealthzAddress() string {
 	port, host := "10248", "127.0.0.1"
 	if s, err := k.setting("healthz-port", "healthzPort"); err == nil && s.value != "" {
@@ -197,7 +201,7 @@ func (k *Kubelet) HealthzAddress() string {
 	return net.JoinHostPort(host, port)
 }
 
-// where a setting comes from, later ones win.
+// The places from which a setting comes. A later one overrides an earlier one.
 type where int
 
 const (
@@ -213,8 +217,8 @@ type setting struct {
 	file  string // for inConfig and inDropIn
 }
 
-// setting returns what is in force: the flag, else the last file of --config-dir that has it, else --config
-// (mergeKubeletConfigurations in cmd/kubelet/app/server.go).
+// setting returns the effective value: that of the flag, else of the last file of --config-dir that
+// has it, else of --config (mergeKubeletConfigurations in cmd/kubelet/app/server.go).
 func (k *Kubelet) setting(flag, field string) (setting, error) {
 	if v, ok := k.Flag(flag); ok && flag != "" {
 		return setting{value: v, where: onCommandLine}, nil
@@ -247,7 +251,7 @@ func (k *Kubelet) setting(flag, field string) (setting, error) {
 	return s, nil
 }
 
-// dropIns are the files of --config-dir, in the order in which they count.
+// dropIns are the files of --config-dir, in the order in which kubelet applies them.
 func (k *Kubelet) dropIns() (files []string, err error) {
 	dir := k.fileFlag("config-dir")
 	if dir == "" {
@@ -265,22 +269,24 @@ func (k *Kubelet) dropIns() (files []string, err error) {
 	return files, nil
 }
 
-// defaultEndpoint is kubelet's own.
+// defaultEndpoint is kubelet's default.
 const defaultEndpoint = "unix:///run/containerd/containerd.sock"
 
-// the two settings, as flag and as field.
+// endpoints has the two settings, each as flag and as field.
 var endpoints = struct{ runtime, image [2]string }{
 	runtime: [2]string{"container-runtime-endpoint", "containerRuntimeEndpoint"},
 	image:   [2]string{"image-service-endpoint", "imageServiceEndpoint"},
 }
 
-// defaultCredentialsVerification is kubelet's own since 1.35; those before verify nothing.
+// defaultCredentialsVerification is the default since Kubernetes 1.35. Older kubelets verify
+// nothing.
 const defaultCredentialsVerification = "NeverVerifyPreloadedImages"
 
-// DefaultImageGCHighThreshold is kubelet's own.
+// DefaultImageGCHighThreshold is kubelet's default.
 const DefaultImageGCHighThreshold = 85
 
-// ImageGCHighThreshold is how full, in percent, the image file system may become before it removes images.
+// ImageGCHighThreshold is how full, in percent, the image file system may become before kubelet
+// removes images.
 func (k *Kubelet) ImageGCHighThreshold() (int, error) {
 	s, err := k.setting("image-gc-high-threshold", "imageGCHighThresholdPercent")
 	if err != nil {
@@ -296,7 +302,8 @@ func (k *Kubelet) ImageGCHighThreshold() (int, error) {
 	return n, nil
 }
 
-// CredentialsVerification is its policy for images that are on the node: whether a pod may have one without showing that it could pull it.
+// CredentialsVerification is kubelet's policy for images that are on the node: whether a pod may
+// use one without proof that it could pull it.
 func (k *Kubelet) CredentialsVerification() (string, error) {
 	s, err := k.setting("", "imagePullCredentialsVerificationPolicy") // there is no flag
 	if err == nil && s.value == "" {
@@ -305,7 +312,7 @@ func (k *Kubelet) CredentialsVerification() (string, error) {
 	return s.value, err
 }
 
-// Endpoint is the runtime's, as kubelet would take it from the files of now.
+// Endpoint is the runtime endpoint that kubelet would take from the current files.
 func (k *Kubelet) Endpoint() (string, error) {
 	s, err := k.setting(endpoints.runtime[0], endpoints.runtime[1])
 	if err == nil && s.value == "" {
@@ -328,7 +335,7 @@ func (k *Kubelet) Dials(socket string) (containers, images bool, err error) {
 	return containers, same(image.value, socket), err
 }
 
-// same reports whether both name one path.
+// same reports whether both endpoints name one path.
 func same(a, b string) bool {
 	pa, err := config.SocketPath(a)
 	if err != nil {
@@ -338,7 +345,7 @@ func same(a, b string) bool {
 	return err == nil && clean(pa) == clean(pb)
 }
 
-// clean follows /var/run, which is a symlink on every machine with systemd.
+// clean resolves /var/run, which is a symlink on every machine with systemd.
 func clean(p string) string {
 	if rest, ok := strings.CutPrefix(p, "/var/run/"); ok {
 		return "/run/" + rest

@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package kubelet
+package kubelet_test
 
 import (
 	"fmt"
@@ -11,11 +11,14 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/cri-proxy/cri-proxy/systemd/node/kubelet"
 )
 
 const (
 	containerd = "unix:///run/containerd/containerd.sock"
 	ours       = "unix:///run/cri-proxy/kubelet.sock"
+	dropInHead = "# Written by cri-proxy install; cri-proxy uninstall takes it away.\n"
 )
 
 // tree writes files into a directory and returns it. DIR in them is that directory.
@@ -128,7 +131,7 @@ func TestPoint(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			dir := tree(t, c.files)
-			k := &Kubelet{Unit: "unit", Args: strings.Fields(strings.ReplaceAll(c.args, "DIR", dir)), UnitDir: filepath.Join(dir, "unit.d")}
+			k := &kubelet.Kubelet{Unit: "unit", Args: strings.Fields(strings.ReplaceAll(c.args, "DIR", dir)), UnitDir: filepath.Join(dir, "unit.d")}
 			for _, f := range c.env {
 				k.EnvFiles = append(k.EnvFiles, filepath.Join(dir, f))
 			}
@@ -165,7 +168,7 @@ func TestPoint(t *testing.T) {
 
 func TestPointNowhere(t *testing.T) {
 	dir := tree(t, map[string]string{"unit": "[Service]\nExecStart=/opt/start-kubelet.sh\n"})
-	k := &Kubelet{Unit: "unit", Args: []string{"--container-runtime-endpoint=" + containerd}, UnitFiles: []string{filepath.Join(dir, "unit")}, UnitDir: filepath.Join(dir, "unit.d")}
+	k := &kubelet.Kubelet{Unit: "unit", Args: []string{"--container-runtime-endpoint=" + containerd}, UnitFiles: []string{filepath.Join(dir, "unit")}, UnitDir: filepath.Join(dir, "unit.d")}
 	if edits, err := k.Point(ours); err == nil || !strings.Contains(err.Error(), "set it to "+ours) {
 		t.Errorf("%v, %v", edits, err)
 	}
@@ -189,14 +192,14 @@ func TestDials(t *testing.T) {
 		{"the last flag", "--container-runtime-endpoint=/run/a.sock --container-runtime-endpoint /run/x.sock", "/run/x.sock", true, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			k := &Kubelet{Args: strings.Fields(strings.ReplaceAll(c.args, "DIR", dir))}
+			k := &kubelet.Kubelet{Args: strings.Fields(strings.ReplaceAll(c.args, "DIR", dir))}
 			containers, images, err := k.Dials(c.socket)
 			if err != nil || containers != c.containers || images != c.images {
 				t.Errorf("%v, %v, %v", containers, images, err)
 			}
 		})
 	}
-	k := &Kubelet{Args: []string{"--config=config.yaml", "--healthz-bind-address=0.0.0.0"}, Dir: dir}
+	k := &kubelet.Kubelet{Args: []string{"--config=config.yaml", "--healthz-bind-address=0.0.0.0"}, Dir: dir}
 	if got := k.HealthzAddress(); got != "127.0.0.1:1" {
 		t.Error(got)
 	}
@@ -229,12 +232,12 @@ func TestFindUnit(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
-	for _, name := range []string{"kubelet", DefaultUnit} {
-		k, err := Find(t.Context(), name)
+	for _, name := range []string{"kubelet", kubelet.DefaultUnit} {
+		k, err := kubelet.Find(t.Context(), name)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if k.Unit != DefaultUnit || k.UnitDir != "/etc/systemd/system/kubelet.service.d" {
+		if k.Unit != kubelet.DefaultUnit || k.UnitDir != "/etc/systemd/system/kubelet.service.d" {
 			t.Errorf("%s: %s in %s", name, k.Unit, k.UnitDir)
 		}
 	}

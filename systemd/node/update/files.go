@@ -8,10 +8,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
+
+	"github.com/cri-proxy/cri-proxy/internal/atomicfile"
 )
 
 // layout is where the binaries are.
@@ -50,8 +51,8 @@ func digest(binary string) (string, error) {
 	return fmt.Sprintf("%x", sum.Sum(nil)[:6]), nil
 }
 
-// install copies the binary into its version's directory, which is named after what it says of itself and what is in it, and
-// returns the version. A binary that is there already stays.
+// install copies the binary into the directory of its version, and returns the version: what the
+// binary says of itself, and a digest of its content. A binary that is there already stays.
 func (l layout) install(binary, says string) (version string, err error) {
 	src, err := os.Open(binary)
 	if err != nil {
@@ -66,23 +67,10 @@ func (l layout) install(binary, says string) (version string, err error) {
 	if _, err := os.Stat(l.binary(version)); err == nil {
 		return version, nil
 	}
-	if err := os.MkdirAll(l.version(version), 0o755); err != nil {
-		return "", err
-	}
-	dst, err := os.CreateTemp(l.version(version), ".cri-proxy-*")
-	if err != nil {
-		return "", err
-	}
-	defer func() {
-		if err != nil {
-			_ = os.Remove(dst.Name())
-		}
-	}()
-	_, err = io.Copy(dst, src)
-	if err = errors.Join(err, dst.Chmod(0o755), dst.Sync(), dst.Close()); err != nil {
+	if err := atomicfile.Copy(l.binary(version), src, 0o755); err != nil {
 		return "", fmt.Errorf("installing %s: %w", binary, err)
 	}
-	return version, os.Rename(dst.Name(), l.binary(version))
+	return version, nil
 }
 
 // link makes a symlink in one step, and the directory that it is in.
@@ -90,23 +78,13 @@ func link(to, path string) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err
 	}
-	temporary := fmt.Sprintf("%s.%d", path, os.Getpid())
-	if err := os.Remove(temporary); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	if err := os.Symlink(to, temporary); err != nil {
-		return err
-	}
-	return os.Rename(temporary, path)
+	return atomicfile.Symlink(to, path)
 }
 
-// use makes an instance run a version; "" takes its link away.
+// use makes an instance run a version. With "" it removes the instance's link.
 func (l layout) use(instance, version string) error {
 	if version == "" {
-		if err := os.Remove(l.instance(instance)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		return nil
+		return atomicfile.Remove(l.instance(instance))
 	}
 	return link(filepath.Join("versions", version), l.instance(instance))
 }

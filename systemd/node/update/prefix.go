@@ -19,7 +19,8 @@ type Prefix string
 // DefaultPrefix is where they are unless the installation was told otherwise.
 const DefaultPrefix Prefix = "/usr/local"
 
-// PrefixFile says where they are if that is not [DefaultPrefix], for the commands that come after the installation.
+// PrefixFile says where they are if that is not [DefaultPrefix], for the commands that come after
+// the installation.
 const PrefixFile = "/etc/cri-proxy/prefix"
 
 // LibDir holds the versions.

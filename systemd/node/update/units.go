@@ -5,10 +5,9 @@ package update
 
 import (
 	"context"
-	"fmt"
-	"os/exec"
 	"strconv"
-	"strings"
+
+	"github.com/cri-proxy/cri-proxy/systemd/node/systemctl"
 )
 
 // instances are the two of cri-proxy@.service.
@@ -34,30 +33,12 @@ func (u unitState) runs() bool {
 	return u.pid != 0 || u.active == "activating" || u.active == "deactivating"
 }
 
-func systemctl(ctx context.Context, args ...string) (string, error) {
-	out, err := exec.CommandContext(ctx, "systemctl", args...).CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("systemctl %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(string(out)))
-	}
-	return string(out), nil
-}
-
 func stateOf(ctx context.Context, instance string) (unitState, error) {
-	out, err := systemctl(ctx, "show", unit(instance), "-p", "ActiveState,MainPID,StatusText")
+	p, err := systemctl.Show(ctx, unit(instance), "ActiveState", "MainPID", "StatusText")
 	if err != nil {
 		return unitState{}, err
 	}
-	var u unitState
-	for line := range strings.Lines(out) {
-		key, value, _ := strings.Cut(strings.TrimSpace(line), "=")
-		switch key {
-		case "ActiveState":
-			u.active = value
-		case "MainPID":
-			u.pid, _ = strconv.Atoi(value)
-		case "StatusText":
-			u.status = value
-		}
-	}
+	u := unitState{active: p["ActiveState"], status: p["StatusText"]}
+	u.pid, _ = strconv.Atoi(p["MainPID"])
 	return u, nil
 }
