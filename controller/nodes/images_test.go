@@ -79,7 +79,8 @@ func TestImageCommands(t *testing.T) {
 	c := newClient(t, ca.Issue("cri-controller"))
 	n := nodes.Node{Name: "node-1", Address: newImageNode(t, ca.Issue("node-1"))}
 	ctx := t.Context()
-	if op, err := c.Pull(ctx, n, &opsv1.PullRequest{Uid: "u", Image: "i"}); err != nil || op.GetUid() != "u" || op.GetImage() != "i" {
+	if op, err := c.Pull(ctx, n, &opsv1.PullRequest{Uid: "u", Image: "i"}); err != nil || op.GetUid() != "u" ||
+		op.GetImage() != "i" {
 		t.Errorf("Pull: %v, %v", op, err)
 	}
 	if ops, err := c.ListPulls(ctx, n); err != nil || len(ops) != 2 {
@@ -92,7 +93,8 @@ func TestImageCommands(t *testing.T) {
 		t.Errorf("ReleasePins: %v, %v", k, err)
 	}
 	var nodeError *nodes.Error
-	if _, err := c.CancelPull(ctx, n, "u", "why"); !errors.As(err, &nodeError) || nodeError.Code() != codes.NotFound || nodeError.Silent || nodeError.Refused() {
+	if _, err := c.CancelPull(ctx, n, "u", "why"); !errors.As(err, &nodeError) || nodeError.Code() != codes.NotFound ||
+		nodeError.Silent || nodeError.Refused() {
 		t.Errorf("CancelPull: %v", err)
 	}
 	for _, tt := range []struct {
@@ -119,10 +121,12 @@ func TestConnectionRefused(t *testing.T) {
 	c := newClient(t, ca.Issue("cri-controller"))
 	nobody := address.Reserve(t)
 	var nodeError *nodes.Error
-	if _, err := c.ListPulls(t.Context(), nodes.Node{Name: "n", Address: nobody}); !errors.As(err, &nodeError) || !nodeError.Refused() {
+	if _, err := c.ListPulls(t.Context(), nodes.Node{Name: "n", Address: nobody}); !errors.As(err, &nodeError) ||
+		!nodeError.Refused() {
 		t.Errorf("error %v", err)
 	}
-	if err := c.WatchPull(t.Context(), nodes.Node{Name: "n", Address: nobody}, "u", func(*opsv1.PullOperation) bool { return true }); !errors.As(err, &nodeError) || !nodeError.Refused() {
+	if err := c.WatchPull(t.Context(), nodes.Node{Name: "n", Address: nobody}, "u",
+		func(*opsv1.PullOperation) bool { return true }); !errors.As(err, &nodeError) || !nodeError.Refused() {
 		t.Errorf("error %v", err)
 	}
 }
