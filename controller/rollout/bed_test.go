@@ -821,7 +821,7 @@ func (b *bed) dump() string {
 		}
 		lines = append(lines, fmt.Sprintf("%s %s: spec %s, status %+v, mark %s", pod.Name, pod.UID, pod.Spec.Containers[0].Image, pod.Status.ContainerStatuses[:min(1, len(pod.Status.ContainerStatuses))], pod.Annotations[inplace.PodStateAnnotation]))
 		if w := b.r.knownWork(types.NamespacedName{Namespace: "ns", Name: "all"}); w != nil {
-			if m := w.members[pod.UID]; m != nil {
+			if m := w.ops.members[pod.UID]; m != nil {
 				lines = append(lines, fmt.Sprintf("   member %+v visit %+v", m, m.visit))
 			}
 		}

@@ -21,8 +21,8 @@ type disruptions struct {
 	left     int
 }
 
-// budgetsOf reads the budgets of a namespace that are about any of the pods. doomed says that a pod, though ready, is about to
-// be disrupted: the budget does not know that yet.
+// Budgets reads the budgets of a namespace that select any of the pods. doomed returns true for a ready pod that the rollout is about
+// to disrupt: the budget does not count that yet.
 func budgetsOf(ctx context.Context, from client.Reader, namespace string, chosen []candidate, doomed func(*corev1.Pod) bool) ([]*disruptions, error) {
 	var list policyv1.PodDisruptionBudgetList
 	if err := from.List(ctx, &list, client.InNamespace(namespace), client.UnsafeDisableDeepCopy); err != nil {
@@ -68,7 +68,7 @@ func matchesAny(s labels.Selector, pods []candidate) bool {
 	return false
 }
 
-// take lets a pod go if all budgets do.
+// take lets a pod go if all budgets allow it, and counts it in them.
 func take(budgets []*disruptions, pod *corev1.Pod) (bool, string) {
 	for _, b := range budgets {
 		if b.left <= 0 && b.selector.Matches(labels.Set(pod.Labels)) {

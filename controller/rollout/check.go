@@ -24,12 +24,12 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
 )
 
-// checkPods is how many pods of a selector are looked at in a check.
+// checkPods is how many pods of a selector a check looks at.
 const checkPods = 500
 
-// Check says whether a rollout can be carried out as the cluster is, by what the reconciler would find as it goes along, and whether another
-// rollout is at work on the same containers. before is nil for a new one; what it had already is not checked again. The error is a
-// *controller.SpecError if the user can correct it. Warnings tell what is accepted and may not be meant: a target may be made after its rollout.
+// Rollout checks whether the cluster as it is allows a rollout, as the reconciler would find out later, and whether another rollout is at
+// work on the same containers. before is nil for a new rollout; what it had already is not checked again. The error is a *SpecError if
+// the user can correct it. Warnings are about what is accepted but may be a mistake: a target may be created after its rollout.
 func Check(ctx context.Context, from client.Reader, before, r *inplace.InPlaceRollout) (warnings []string, err error) {
 	if before != nil {
 		// The schema compares the rest of a target, and is content with any selector.
@@ -131,7 +131,7 @@ func checkWorkload(ctx context.Context, from client.Reader, r *inplace.InPlaceRo
 	return ungated(r, pod, "the template of "+what), nil
 }
 
-// fits says whether the containers of a rollout can be changed in a pod. The error is a *specError.
+// fits checks whether the containers of a rollout can be changed in a pod. The error is a *SpecError.
 func fits(pod *corev1.Pod, r *inplace.InPlaceRollout) error {
 	if why := static(pod); why != "" {
 		return wrong("%s", why)
@@ -144,7 +144,7 @@ func fits(pod *corev1.Pod, r *inplace.InPlaceRollout) error {
 	return nil
 }
 
-// sparesJob says whether a rollout would end the Job of a pod. The error is a *specError then.
+// sparesJob returns a *SpecError if the rollout would end the Job of a pod.
 func sparesJob(ctx context.Context, from client.Reader, pod *corev1.Pod, r *inplace.InPlaceRollout) error {
 	if r.Annotations[controller.IgnoreBackoffLimitAnnotation] == "true" {
 		return nil
@@ -177,8 +177,8 @@ func ungated(r *inplace.InPlaceRollout, pod *corev1.Pod, what string) []string {
 	return []string{fmt.Sprintf("spec.strategy.drainSeconds has no effect: %s has no readiness gate %s", what, inplace.ReadyGate)}
 }
 
-// checkRivals says whether another rollout is at work on a container that this one wants: the error is a *specError then. If it is at work on
-// other containers of the same pods, this one waits, and a warning says so.
+// Rivals returns a *SpecError if another rollout is at work on a container of this one. If another rollout is at work on other containers
+// of the same pods, this one has to wait: a warning says so.
 func checkRivals(ctx context.Context, from client.Reader, r *inplace.InPlaceRollout) (warnings []string, err error) {
 	var list inplace.InPlaceRolloutList
 	if err := from.List(ctx, &list, client.InNamespace(r.Namespace)); err != nil {
@@ -205,7 +205,7 @@ func checkRivals(ctx context.Context, from client.Reader, r *inplace.InPlaceRoll
 	return warnings, nil
 }
 
-// sharedContainer is the first container that both are about.
+// sharedContainer returns the first container that both rollouts are about.
 func sharedContainer(a, b *inplace.InPlaceRollout) string {
 	for _, c := range a.Spec.Containers {
 		if slices.ContainsFunc(b.Spec.Containers, func(o inplace.ContainerChange) bool { return o.Name == c.Name }) {
@@ -215,7 +215,7 @@ func sharedContainer(a, b *inplace.InPlaceRollout) string {
 	return ""
 }
 
-// sharedTarget names what both are about: a workload or a pod. Empty when there is none.
+// sharedTarget names the workload or pod that both rollouts are about; empty if there is none.
 func sharedTarget(ctx context.Context, from client.Reader, a, b *inplace.InPlaceRollout) (string, error) {
 	s, t := a.Spec.Target, b.Spec.Target
 	if s.WorkloadRef != nil && t.WorkloadRef != nil {
@@ -251,7 +251,7 @@ func sharedTarget(ctx context.Context, from client.Reader, a, b *inplace.InPlace
 	return "", err
 }
 
-// sameWorkload names the workload that both are about; empty when those are two. A pod is of one workload.
+// sameWorkload names the workload that both references are about; empty if they differ. A pod belongs to one workload only.
 func sameWorkload(a, b *inplace.WorkloadRef) string {
 	if a.Kind != b.Kind || a.Name != b.Name {
 		return ""
@@ -259,7 +259,7 @@ func sameWorkload(a, b *inplace.WorkloadRef) string {
 	return a.Kind + " " + a.Name
 }
 
-// members tells which pods of the namespace are those of a target.
+// members returns a function that says whether a pod of the namespace belongs to a target.
 func members(t inplace.Target) func(*corev1.Pod) bool {
 	switch {
 	case t.PodName != "":
@@ -275,7 +275,7 @@ func members(t inplace.Target) func(*corev1.Pod) bool {
 	return func(*corev1.Pod) bool { return false }
 }
 
-// ownedBy says that a pod is one of a workload, by the names of its owners.
+// ownedBy returns true if a pod belongs to a workload, by the names of its owners.
 func ownedBy(pod *corev1.Pod, ref *inplace.WorkloadRef) bool {
 	owner := metav1.GetControllerOf(pod)
 	if owner == nil {
@@ -289,7 +289,7 @@ func ownedBy(pod *corev1.Pod, ref *inplace.WorkloadRef) bool {
 	return owner.Kind == ref.Kind && owner.Name == ref.Name
 }
 
-// readPod reads a pod; nil when there is none of that name.
+// readPod reads a pod; nil if it does not exist.
 func readPod(ctx context.Context, from client.Reader, namespace, name string) (*corev1.Pod, error) {
 	pod := &corev1.Pod{}
 	err := from.Get(ctx, client.ObjectKey{Namespace: namespace, Name: name}, pod)
@@ -299,7 +299,7 @@ func readPod(ctx context.Context, from client.Reader, namespace, name string) (*
 	return pod, err
 }
 
-// somePods are the active ones of the first checkPods pods that a selector chooses, and how many of those are static ones, which are left out.
+// somePods returns the active pods among the first checkPods that a selector selects. Mirror pods are left out; mirrors is how many.
 func somePods(ctx context.Context, from client.Reader, namespace string, selector labels.Selector) (pods []corev1.Pod, mirrors int, err error) {
 	var list corev1.PodList
 	err = from.List(ctx, &list, client.InNamespace(namespace), client.MatchingLabelsSelector{Selector: selector}, client.Limit(checkPods))

@@ -24,26 +24,28 @@ func TestRivals(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	made := func(name string) *rollout {
-		return &rollout{
+	made := func(name string) *inplace.InPlaceRollout {
+		return &inplace.InPlaceRollout{
 			ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name},
-			Spec:       spec{Target: inplace.Target{PodName: "p"}, Containers: []change{{Name: "app", Image: "a:1"}}},
+			Spec:       inplace.InPlaceRolloutSpec{Target: inplace.Target{PodName: "p"}, Containers: []inplace.ContainerChange{{Name: "app", Image: "a:1"}}},
 		}
 	}
 	now := metav1.NewTime(time.Now())
 	for _, tt := range []struct {
 		name   string
-		change func(*rollout)
+		change func(*inplace.InPlaceRollout)
 		rival  bool
 	}{
-		{"at work", func(*rollout) {}, true},
-		{"ended", func(r *rollout) { r.Status.CompletionTime, r.Status.ObservedRevision = &now, revisionOf(r) }, false},
-		{"changed since its end", func(r *rollout) { r.Status.CompletionTime, r.Status.ObservedRevision = &now, "another" }, true},
-		{"to be tried again", func(r *rollout) {
+		{"at work", func(*inplace.InPlaceRollout) {}, true},
+		{"ended", func(r *inplace.InPlaceRollout) {
+			r.Status.CompletionTime, r.Status.ObservedRevision = &now, revisionOf(r)
+		}, false},
+		{"changed since its end", func(r *inplace.InPlaceRollout) { r.Status.CompletionTime, r.Status.ObservedRevision = &now, "another" }, true},
+		{"to be tried again", func(r *inplace.InPlaceRollout) {
 			r.Status.CompletionTime, r.Status.ObservedRevision = &now, revisionOf(r)
 			r.Annotations = map[string]string{inplace.RetryAnnotation: "1"}
 		}, true},
-		{"in another namespace", func(r *rollout) { r.Namespace = "other" }, false},
+		{"in another namespace", func(r *inplace.InPlaceRollout) { r.Namespace = "other" }, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			other := made("other")

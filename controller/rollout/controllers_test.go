@@ -7,6 +7,8 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
+	"slices"
 	"strconv"
 	"time"
 
@@ -247,7 +249,7 @@ func (b *bed) syncDaemonSet() {
 	d := read(b, &appsv1.DaemonSet{})
 	revision := b.revise(d, kindDaemonSet, &d.Spec.Template)
 	b.mu.Lock()
-	names := sortedKeys(b.nodes)
+	names := slices.Sorted(maps.Keys(b.nodes))
 	b.mu.Unlock()
 	if d.Status.ObservedGeneration != d.Generation || int(d.Status.DesiredNumberScheduled) != len(names) {
 		d.Status.ObservedGeneration, d.Status.DesiredNumberScheduled = d.Generation, int32(len(names))

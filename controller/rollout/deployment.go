@@ -20,21 +20,21 @@ import (
 // deploymentRevision is the annotation by which the Deployment's controller numbers ReplicaSets.
 const deploymentRevision = "deployment.kubernetes.io/revision"
 
-// deployment is a Deployment. Its controller makes a new ReplicaSet when none has the Deployment's template. So it is paused,
-// the template of its present ReplicaSet gets the images, then its own; when it goes on after the pods have been changed, it finds that
-// ReplicaSet equal to its template, and the pods in it.
+// deployment is a Deployment. Its controller creates a new ReplicaSet when none has the Deployment's template. So the rollout pauses
+// the Deployment, and writes the images into the template of its present ReplicaSet, then into the Deployment's own. When the
+// Deployment goes on after the pods were changed, its controller finds that the ReplicaSet equals the template, and keeps its pods.
 type deployment struct {
-	p *pass
-	d *appsv1.Deployment
-	// current is the ReplicaSet with the Deployment's pods, sets are all.
+	env *env
+	d   *appsv1.Deployment
+	// current is the ReplicaSet with the Deployment's pods, sets are all its ReplicaSets.
 	current *appsv1.ReplicaSet
 	sets    []*appsv1.ReplicaSet
 	// others says that older ReplicaSets have pods.
 	others bool
 }
 
-func (p *pass) findDeployment(ctx context.Context, d *appsv1.Deployment) (*target, error) {
-	w := &deployment{p: p, d: d}
+func (e *env) findDeployment(ctx context.Context, d *appsv1.Deployment) (*target, error) {
+	w := &deployment{env: e, d: d}
 	found := &target{desired: 1, workload: w, minReady: time.Duration(d.Spec.MinReadySeconds) * time.Second}
 	if d.Spec.Replicas != nil {
 		found.desired = int(*d.Spec.Replicas)
@@ -44,7 +44,7 @@ func (p *pass) findDeployment(ctx context.Context, d *appsv1.Deployment) (*targe
 		return nil, wrong("the selector of Deployment %s: %s", d.Name, err)
 	}
 	var list appsv1.ReplicaSetList
-	if err := p.r.Client.List(ctx, &list, client.InNamespace(d.Namespace), client.MatchingLabelsSelector{Selector: selector}); err != nil {
+	if err := e.client.List(ctx, &list, client.InNamespace(d.Namespace), client.MatchingLabelsSelector{Selector: selector}); err != nil {
 		return nil, err
 	}
 	for i := range list.Items {
@@ -59,10 +59,10 @@ func (p *pass) findDeployment(ctx context.Context, d *appsv1.Deployment) (*targe
 		w.others = w.others || set != w.current && (set.Status.Replicas > 0 || wanted(set) > 0)
 	}
 	if w.current == nil {
-		p.work.choose(selector)
+		e.choose(selector)
 		return found, nil
 	}
-	found.pods, err = p.podsOf(ctx, d.Spec.Selector, w.current.UID)
+	found.pods, err = e.podsOf(ctx, d.Spec.Selector, w.current.UID)
 	return found, err
 }
 
@@ -72,29 +72,29 @@ func (w *deployment) image(container string) string {
 
 func (w *deployment) written() client.Object { return w.d }
 
-func (w *deployment) obstacle(*corev1.Pod) string                   { return "" }
-func (w *deployment) restart(*corev1.Pod) bool                      { return false }
-func (w *deployment) revisionLabel(*item, map[string]string) string { return "" }
+func (w *deployment) obstacle(*corev1.Pod) string                     { return "" }
+func (w *deployment) restart(*corev1.Pod) bool                        { return false }
+func (w *deployment) revisionLabel(*podRef, map[string]string) string { return "" }
 
-// ours says that this rollout has paused the Deployment.
+// ours returns true if this rollout has paused the Deployment.
 func (w *deployment) ours() bool {
-	return w.d.Annotations[inplace.PausedByAnnotation] == string(w.p.rollout.UID)
+	return w.d.Annotations[inplace.PausedByAnnotation] == string(w.env.rollout.UID)
 }
 
-// touched says that somebody has changed images of the template since the rollout last wrote the Deployment.
+// touched returns true if somebody has changed images of the template since the rollout last wrote the Deployment.
 func (w *deployment) touched() bool {
 	_, sum := cutLast(w.d.Annotations[inplace.TemplateAnnotation])
 	return w.holds() && sum != "" && sum != hash(templateImages(&w.d.Spec.Template))
 }
 
-// holds says that the rollout has paused the Deployment, and that this is not long ago: kubectl rollout undo brings back the annotations that
-// a ReplicaSet has from earlier on.
+// holds returns true if the rollout has paused the Deployment for its present goal. The annotation alone does not say that: kubectl
+// rollout undo brings back annotations that an older ReplicaSet has kept.
 func (w *deployment) holds() bool {
 	key, _ := cutLast(w.d.Annotations[inplace.TemplateAnnotation])
-	return w.ours() && (w.d.Spec.Paused || key == w.p.templateKey())
+	return w.ours() && (w.d.Spec.Paused || key == w.env.templateKey())
 }
 
-// observed says that the controller has seen the Deployment as it is.
+// observed returns true if the Deployment's controller has seen the Deployment as it is.
 func (w *deployment) observed() bool { return w.d.Status.ObservedGeneration >= w.d.Generation }
 
 func (w *deployment) align(ctx context.Context, images map[string]string) (bool, string, error) {
@@ -112,9 +112,9 @@ func (w *deployment) align(ctx context.Context, images map[string]string) (bool,
 		return false, name + " is being changed by another InPlaceRollout", nil
 	case w.touched():
 		return false, "", superseded("somebody has changed images in the template of %s", name)
-	case (w.holds() || w.p.wroteTemplate(w.d)) && !sameButImages(&w.d.Spec.Template, &w.current.Spec.Template):
+	case (w.holds() || w.env.wroteTemplate(w.d)) && !sameButImages(&w.d.Spec.Template, &w.current.Spec.Template):
 		return false, "", superseded("somebody has changed more than images in the template of %s", name)
-	case w.others && (w.holds() || w.p.wroteTemplate(w.d)):
+	case w.others && (w.holds() || w.env.wroteTemplate(w.d)):
 		return false, "", superseded("a rollout of %s itself is under way", name)
 	case !sameButImages(&w.d.Spec.Template, &w.current.Spec.Template):
 		return false, name + " has changes in its template that are more than images and not rolled out: let its own rollout finish first", nil
@@ -128,15 +128,15 @@ func (w *deployment) align(ctx context.Context, images map[string]string) (bool,
 		return true, "", nil
 	}
 	// The API server is asked before the Deployment is paused.
-	answers, err := w.p.askTemplate(ctx, w.d, kindDeployment, own, true)
+	answers, err := askTemplate(ctx, w.env.client, w.d, kindDeployment, own, true)
 	if err != nil {
 		return false, "", err
 	}
-	w.p.work.rewrite(answers)
+	w.env.memory.rewrite(answers)
 	if own, sets, err = w.diffs(images); err != nil {
 		return false, "", err
 	}
-	answers, err = w.p.askTemplate(ctx, w.current, "ReplicaSet", sets, true)
+	answers, err = askTemplate(ctx, w.env.client, w.current, "ReplicaSet", sets, true)
 	if err != nil {
 		return false, "", err
 	}
@@ -146,36 +146,37 @@ func (w *deployment) align(ctx context.Context, images map[string]string) (bool,
 	switch {
 	case len(own)+len(sets) == 0:
 		return true, "", nil
-	case !w.d.Spec.Paused && w.p.wroteTemplate(w.d):
+	case !w.d.Spec.Paused && w.env.wroteTemplate(w.d):
 		return false, "", superseded("somebody has put other images into the template of %s", name)
 	case !w.d.Spec.Paused:
-		patch, err := w.marked(ctx, nil, map[string]any{inplace.PausedByAnnotation: string(w.p.rollout.UID)}, map[string]any{"paused": true})
+		patch, err := w.marked(ctx, nil, map[string]any{inplace.PausedByAnnotation: string(w.env.rollout.UID)}, map[string]any{"paused": true})
 		if err != nil {
 			return false, "", err
 		}
-		if err := w.p.patchWorkload(ctx, w.d, patch, kindDeployment, nil); err != nil {
+		if err := w.env.patchWorkload(ctx, w.d, patch, kindDeployment, nil); err != nil {
 			return false, "", err
 		}
-		w.p.event(corev1.EventTypeNormal, eventPaused, name+" is paused until its pods are changed")
+		w.env.event(corev1.EventTypeNormal, eventPaused, name+" is paused until its pods are changed")
 		return false, name + " has just been paused", nil
 	case len(sets) > 0:
 		patch, err := templatePatch(w.current, &w.current.Spec.Template, sets, nil, nil)
 		if err != nil {
 			return false, "", err
 		}
-		return false, "the template of ReplicaSet " + w.current.Name + " has just been changed", w.p.patchWorkload(ctx, w.current, patch, "ReplicaSet", sets)
+		return false, "the template of ReplicaSet " + w.current.Name + " has just been changed", w.env.patchWorkload(ctx, w.current, patch, "ReplicaSet", sets)
 	}
 	patch, err := w.marked(ctx, own, nil, nil)
 	if err != nil {
 		return false, "", err
 	}
-	return false, "the template of " + name + " has just been changed", w.p.noteTemplate(w.p.patchWorkload(ctx, w.d, patch, kindDeployment, own))
+	return false, "the template of " + name + " has just been changed", w.env.noteTemplate(w.env.patchWorkload(ctx, w.d, patch, kindDeployment, own))
 }
 
-// marked is a patch of the Deployment with a mark that tells which images it has then, whatever admission makes of the template.
+// marked returns a patch of the Deployment with an annotation that says which images the template has after it, whatever admission
+// makes of them.
 func (w *deployment) marked(ctx context.Context, images map[string]string, annotations, spec map[string]any) ([]byte, error) {
 	write := func(become map[string]string) ([]byte, error) {
-		mark := w.p.templateMark(become)
+		mark := w.env.templateMark(become)
 		maps.Copy(mark, annotations)
 		return templatePatch(w.d, &w.d.Spec.Template, images, mark, spec)
 	}
@@ -185,24 +186,24 @@ func (w *deployment) marked(ctx context.Context, images map[string]string, annot
 	if err != nil {
 		return nil, err
 	}
-	got, err := w.p.dryPatch(ctx, w.d, kindDeployment, patch)
+	got, err := dryPatch(ctx, w.env.client, w.d, kindDeployment, patch)
 	if err != nil || maps.Equal(got, become) {
 		return patch, err
 	}
 	return write(got)
 }
 
-// diffs are the images that the Deployment lacks, and those that its ReplicaSet lacks.
+// diffs returns the images that the Deployment lacks, and those that its ReplicaSet lacks.
 func (w *deployment) diffs(images map[string]string) (own, sets map[string]string, err error) {
-	images = w.p.work.template.all(images)
+	images = w.env.memory.template.all(images)
 	if own, err = templateDiff(&w.d.Spec.Template, images, "Deployment "+w.d.Name); err == nil {
 		sets, err = templateDiff(&w.current.Spec.Template, images, "ReplicaSet "+w.current.Name)
 	}
 	return own, sets, err
 }
 
-// settle lets a Deployment go on that the rollout has paused. Its template and that of its ReplicaSet must agree before: a
-// Deployment that differs gets a new ReplicaSet. What somebody else has put into the template stays there.
+// Resume lets a Deployment go on that the rollout has paused. Before that, the Deployment and its ReplicaSet get the same template, since
+// a Deployment that differs would get a new ReplicaSet. Images that somebody else has put into the template stay.
 func (w *deployment) settle(ctx context.Context) (bool, error) {
 	if !w.ours() {
 		return w.observed() || !w.d.Spec.Paused, nil
@@ -237,10 +238,10 @@ func (w *deployment) settle(ctx context.Context) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	if err := w.p.patchWorkload(ctx, w.d, patch, kindDeployment, nil); err != nil {
+	if err := w.env.patchWorkload(ctx, w.d, patch, kindDeployment, nil); err != nil {
 		return false, err
 	}
-	w.p.event(corev1.EventTypeNormal, eventResumed, fmt.Sprintf("Deployment %s goes on", w.d.Name))
+	w.env.event(corev1.EventTypeNormal, eventResumed, fmt.Sprintf("Deployment %s goes on", w.d.Name))
 	return false, nil
 }
 
@@ -248,7 +249,7 @@ func (w *deployment) settle(ctx context.Context) (bool, error) {
 func (w *deployment) agree(ctx context.Context, images map[string]string) error {
 	patch, err := w.marked(ctx, images, nil, nil)
 	if err == nil {
-		err = w.p.patchWorkload(ctx, w.d, patch, kindDeployment, images)
+		err = w.env.patchWorkload(ctx, w.d, patch, kindDeployment, images)
 	}
 	if refusal(err) == nil {
 		return err
@@ -262,13 +263,12 @@ func (w *deployment) agree(ctx context.Context, images map[string]string) error 
 	if patch, err = templatePatch(w.current, &w.current.Spec.Template, back, nil, nil); err != nil {
 		return err
 	}
-	return w.p.patchWorkload(ctx, w.current, patch, "ReplicaSet", back)
+	return w.env.patchWorkload(ctx, w.current, patch, "ReplicaSet", back)
 }
 
-// halfDone says that the Deployment's image is one that this rollout was about to replace, and not one that somebody else wants, or what
-// admission makes of that.
+// halfDone returns true if this rollout was about to replace the Deployment's image, and false if it is an image that somebody else wants.
 func (w *deployment) halfDone(ctx context.Context, container, image string) (bool, error) {
-	s := &w.p.rollout.Status
+	s := &w.env.rollout.Status
 	for _, own := range []string{s.PreviousImages[container], s.TargetImages[container]} {
 		if is, err := w.becomes(ctx, container, own, image); is || err != nil {
 			return is, err
@@ -277,12 +277,12 @@ func (w *deployment) halfDone(ctx context.Context, container, image string) (boo
 	return false, nil
 }
 
-// becomes says that an image is the one of a rollout, or what admission makes of that.
+// becomes returns true if an image is the rollout's own, or what admission makes of that.
 func (w *deployment) becomes(ctx context.Context, container, own, image string) (bool, error) {
 	if own == "" || own == image {
 		return own != "", nil
 	}
-	become, _, err := w.p.dryTemplate(ctx, w.d, kindDeployment, map[string]string{container: own})
+	become, _, err := dryTemplate(ctx, w.env.client, w.d, kindDeployment, map[string]string{container: own})
 	if err != nil && refusal(err) == nil {
 		return false, err
 	}

@@ -7,6 +7,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -503,7 +504,7 @@ func (f *fleet) prepared() []*opsv1.PrepareUpgradeRequest {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	var all []*opsv1.PrepareUpgradeRequest
-	for _, name := range sortedKeys(f.nodes) {
+	for _, name := range slices.Sorted(maps.Keys(f.nodes)) {
 		all = append(all, f.nodes[name].requests...)
 	}
 	return all

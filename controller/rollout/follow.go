@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -31,17 +32,14 @@ import (
 
 // Annotations of the rollout of an annotated workload.
 const (
-	// followedAnnotation is the generation of the workload whose images it has.
+	// followedAnnotation is the generation of the workload whose images the rollout has.
 	followedAnnotation = "cri-proxy.io/followed-generation"
-	// followedRetry is the workload's RetryAnnotation that it has taken up.
+	// followedRetry is the value of the workload's RetryAnnotation that the rollout has taken up.
 	followedRetry = "cri-proxy.io/followed-retry"
-	// putBackAnnotation is the generation of the workload in which a rollback has put back its template, and hashes of the rest of its
-	// spec and of what kubectl apply has noted there.
-	putBackAnnotation = "cri-proxy.io/put-back-generation"
 )
 
-// FollowReconciler keeps one InPlaceRollout for each StatefulSet, or DaemonSet, that carries InPlaceAnnotation: it has the images of the
-// template. Its strategy is the user's: in StrategyAnnotation, or in the rollout, which may be there before the annotation is.
+// Reconciler keeps one InPlaceRollout for each StatefulSet or DaemonSet that has InPlaceAnnotation. The rollout gets the images of the
+// workload's template. The user sets its strategy: in StrategyAnnotation, or in a rollout that is created before the annotation.
 type FollowReconciler struct {
 	// Client reads from the cache and writes.
 	Client client.Client
@@ -55,11 +53,11 @@ type FollowReconciler struct {
 	Kind string
 
 	mu sync.Mutex
-	// told is what was last told of a workload.
+	// told is the last Event of each workload.
 	told map[types.UID]string
 }
 
-// follower is the name of the rollout of a workload.
+// follower returns the name of the rollout of a workload.
 func follower(kind, name string) string {
 	full := strings.ToLower(kind) + "-" + name
 	if len(full) > 253 {
@@ -83,7 +81,7 @@ func (r *FollowReconciler) Reconcile(ctx context.Context, req reconcile.Request)
 	return reconcile.Result{}, client.IgnoreNotFound(err)
 }
 
-// read is the workload, its template, and whether its controller leaves its pods alone.
+// read returns the workload, its template, and whether its updateStrategy is OnDelete.
 func (r *FollowReconciler) read(ctx context.Context, key types.NamespacedName) (client.Object, *corev1.PodTemplateSpec, bool, error) {
 	if r.Kind == kindStatefulSet {
 		s := &appsv1.StatefulSet{}
@@ -134,7 +132,7 @@ func (r *FollowReconciler) follow(ctx context.Context, key types.NamespacedName)
 	return r.update(ctx, &rollout, owner, template, strategy)
 }
 
-// wantedStrategy is the strategy that a workload asks for in its annotation; nil when it asks for none.
+// wantedStrategy returns the strategy in the annotation of a workload; nil if there is none.
 func wantedStrategy(owner client.Object) (*inplace.Strategy, error) {
 	text := owner.GetAnnotations()[inplace.StrategyAnnotation]
 	if text == "" {
@@ -158,13 +156,13 @@ func wantedStrategy(owner client.Object) (*inplace.Strategy, error) {
 	return &s, nil
 }
 
-// defaultStrategy is what the schema makes of an empty one.
+// defaultStrategy returns what the schema makes of an empty strategy.
 func defaultStrategy() inplace.Strategy {
 	one := intstr.FromInt32(1)
 	return inplace.Strategy{MaxUnavailable: &one, ProgressDeadlineSeconds: 600, OnFailure: inplace.Rollback, Order: inplace.StopFirst}
 }
 
-// adoptable says that a rollout was made for a workload beforehand, so that it has a strategy of people's own.
+// adoptable returns true if somebody has created the rollout for the workload beforehand, to set its strategy.
 func (r *FollowReconciler) adoptable(rollout *inplace.InPlaceRollout, owner client.Object) bool {
 	ref := rollout.Spec.Target.WorkloadRef
 	return metav1.GetControllerOf(rollout) == nil && ref != nil && ref.Kind == r.Kind && ref.Name == owner.GetName()
@@ -175,11 +173,11 @@ func (r *FollowReconciler) ownerOf(owner client.Object) metav1.OwnerReference {
 	return metav1.OwnerReference{APIVersion: "apps/v1", Kind: r.Kind, Name: owner.GetName(), UID: owner.GetUID(), Controller: &yes}
 }
 
-// wish are the containers of a template with their images.
-func wish(template *corev1.PodTemplateSpec) []inplace.ContainerChange {
+// changesOf returns the containers of a template with their images.
+func changesOf(template *corev1.PodTemplateSpec) []inplace.ContainerChange {
 	images := templateImages(template)
 	var list []inplace.ContainerChange
-	for _, name := range sortedKeys(images) {
+	for _, name := range slices.Sorted(maps.Keys(images)) {
 		list = append(list, inplace.ContainerChange{Name: name, Image: images[name]})
 	}
 	return list
@@ -198,7 +196,7 @@ func (r *FollowReconciler) create(ctx context.Context, owner client.Object, temp
 		},
 		Spec: inplace.InPlaceRolloutSpec{
 			Target:     inplace.Target{WorkloadRef: &inplace.WorkloadRef{APIVersion: "apps/v1", Kind: r.Kind, Name: owner.GetName()}},
-			Containers: wish(template),
+			Containers: changesOf(template),
 			Strategy:   *strategy,
 		},
 	}
@@ -216,8 +214,8 @@ func (r *FollowReconciler) create(ctx context.Context, owner client.Object, temp
 	return nil
 }
 
-// update brings the images of the template into the rollout, unless it is the rollout that has changed the template. Images that have failed
-// are not tried again because somebody sets them again: a GitOps controller does that without end.
+// update writes the images of the template into the rollout, unless the rollout itself has changed the template. If somebody sets images
+// that have failed again, they are not tried again: a GitOps controller would do that without end.
 func (r *FollowReconciler) update(ctx context.Context, rollout *inplace.InPlaceRollout, owner client.Object, template *corev1.PodTemplateSpec, strategy *inplace.Strategy) error {
 	if rollout.DeletionTimestamp != nil {
 		return nil
@@ -245,7 +243,7 @@ func (r *FollowReconciler) update(ctx context.Context, rollout *inplace.InPlaceR
 			notes[inplace.RetryAnnotation] = retry
 		}
 	}
-	list := wish(template)
+	list := changesOf(template)
 	failed := rollout.Status.FailedRevision == revisionOf(before)
 	same := apiequality.Semantic.DeepEqual(list, sortedChanges(rollout.Spec.Containers))
 	at := template.Annotations[restartedAt]
@@ -294,7 +292,8 @@ func (r *FollowReconciler) update(ctx context.Context, rollout *inplace.InPlaceR
 	return nil
 }
 
-// leave says that images that have failed are in the template again, and are not tried again. It returns whether it has written that.
+// leave tells people that the template has images again that have failed, and that they are not tried again. It returns true if it has
+// written that into the status.
 func (r *FollowReconciler) leave(ctx context.Context, rollout *inplace.InPlaceRollout, owner client.Object, list []inplace.ContainerChange) (bool, error) {
 	record, _, _ := strings.Cut(rollout.Annotations[putBackAnnotation], " ")
 	if generation, err := strconv.ParseInt(record, 10, 64); err == nil && owner.GetGeneration() <= generation {
@@ -324,8 +323,9 @@ func (r *FollowReconciler) leave(ctx context.Context, rollout *inplace.InPlaceRo
 	return true, nil
 }
 
-// wantedAgain says that the images of before the failure are in the template because somebody wants them, and not because the rollback has
-// put them there. What is not about the template makes a new generation, too; kubectl apply of what is there makes none, but notes it.
+// wantedAgain returns true if the template has the images from before the failure because somebody wants them, and not because the rollback
+// has written them. A new generation alone does not say that: other fields of the spec may have changed. kubectl apply of what is there
+// already makes no new generation, but changes its own annotation.
 func (r *FollowReconciler) wantedAgain(rollout *inplace.InPlaceRollout, owner client.Object) bool {
 	record, hashes, _ := strings.Cut(rollout.Annotations[putBackAnnotation], " ")
 	shape, applied, _ := strings.Cut(hashes, " ")
@@ -347,48 +347,14 @@ func (r *FollowReconciler) wantedAgain(rollout *inplace.InPlaceRollout, owner cl
 	return false
 }
 
-// putBack is what putBackAnnotation says of a workload in a generation.
-func putBack(o client.Object, generation int64) string {
-	return fmt.Sprintf("%d %s %s", generation, shapeOf(o), appliedTo(o))
-}
-
-// appliedTo is a hash of the manifest that was last applied to a workload on the client's side.
-func appliedTo(o client.Object) string {
-	return hash(o.GetAnnotations()[corev1.LastAppliedConfigAnnotation])
-}
-
-// shapeOf is a hash of the spec of a workload without its template.
-func shapeOf(o client.Object) string {
-	switch o := o.(type) {
-	case *appsv1.StatefulSet:
-		spec := o.Spec.DeepCopy()
-		spec.Template = corev1.PodTemplateSpec{}
-		return hash(spec)
-	case *appsv1.DaemonSet:
-		spec := o.Spec.DeepCopy()
-		spec.Template = corev1.PodTemplateSpec{}
-		return hash(spec)
-	}
-	return ""
-}
-
-// notePutBack keeps in the workload's own rollout that it is the rollback that writes the template next.
-func (p *pass) notePutBack(ctx context.Context, o client.Object) error {
-	before := p.rollout.DeepCopy()
-	if p.rollout.Annotations == nil {
-		p.rollout.Annotations = map[string]string{}
-	}
-	p.rollout.Annotations[putBackAnnotation] = putBack(o, o.GetGeneration()+1)
-	return p.patch(ctx, before)
-}
-
-// errHeld says that another rollout is at work on the containers. An Event names it.
+// errHeld: another rollout is at work on the containers. An Event names it.
 var errHeld = errors.New("another rollout is at work")
 
-// errRefused says that the API server does not have the rollout. An Event says why.
+// errRefused: the API server refuses the rollout. An Event says why.
 var errRefused = errors.New("the rollout is refused")
 
-// write writes a rollout, unless the webhook has refused that because another one is at work on the containers, and still would.
+// write writes a rollout. If the webhook has refused it because another rollout is at work on the containers, and that one still is,
+// write returns errHeld without a try.
 func (r *FollowReconciler) write(ctx context.Context, owner client.Object, rollout *inplace.InPlaceRollout, write func() error) error {
 	_, err := checkRivals(ctx, r.Client, rollout)
 	var why *specError
@@ -419,7 +385,7 @@ func (r *FollowReconciler) write(ctx context.Context, owner client.Object, rollo
 	return errHeld
 }
 
-// isPrevious says that the images are those that a rollback puts back.
+// isPrevious returns true if the images are those that a rollback puts back.
 func isPrevious(rollout *inplace.InPlaceRollout, list []inplace.ContainerChange) bool {
 	for _, c := range list {
 		want := rollout.Status.PreviousImages[c.Name]
@@ -439,21 +405,21 @@ func sortedChanges(list []inplace.ContainerChange) []inplace.ContainerChange {
 	return list
 }
 
-// hasTold says that this is what was last told of a workload.
+// hasTold returns true if text was the last Event of a workload.
 func (r *FollowReconciler) hasTold(about client.Object, text string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.told[about.GetUID()] == text
 }
 
-// forget has whatever comes next told, be it what was told before.
+// forget makes sure that the next Event is written, even if it repeats the last one.
 func (r *FollowReconciler) forget(about client.Object) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	delete(r.told, about.GetUID())
 }
 
-// tell is an event that is told once.
+// tell writes an Event, unless it repeats the last one.
 func (r *FollowReconciler) tell(about client.Object, kind, reason, text string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -23,7 +23,7 @@ const (
 	gateReady    = "Ready"
 )
 
-// gatesOf are the readiness gates of the pod that are ours to switch.
+// Gates returns the readiness gates of the pod that rollouts open and close.
 func gatesOf(pod *corev1.Pod) []corev1.PodConditionType {
 	var gates []corev1.PodConditionType
 	for _, g := range pod.Spec.ReadinessGates {
@@ -40,7 +40,7 @@ func gatesOf(pod *corev1.Pod) []corev1.PodConditionType {
 	return gates
 }
 
-// shutBy is the UID of the rollout that took the pod out of service, and since when; empty when none did.
+// OutOfServiceBy returns the UID of the rollout that took the pod out of service, and since when; empty if none did.
 func shutBy(pod *corev1.Pod) (types.UID, time.Time) {
 	for _, kind := range gatesOf(pod) {
 		if c := conditionOf(pod, kind); c != nil && c.Status == corev1.ConditionFalse && c.Reason == gateUpdating {
@@ -51,7 +51,7 @@ func shutBy(pod *corev1.Pod) (types.UID, time.Time) {
 	return "", time.Time{}
 }
 
-// gatePatch is the patch of the pod's status that closes the gates for a rollout, or with an empty UID opens them.
+// gatePatch returns the patch of the pod's status that closes the gates for a rollout. With an empty UID it opens them.
 func gatePatch(pod *corev1.Pod, rollout types.UID, text string, now time.Time) ([]byte, error) {
 	status, reason, message := corev1.ConditionTrue, gateReady, ""
 	if rollout != "" {
@@ -60,13 +60,13 @@ func gatePatch(pod *corev1.Pod, rollout types.UID, text string, now time.Time) (
 	var conditions []any
 	gates := gatesOf(pod)
 	for _, kind := range gates {
-		// Written out, so that an empty message takes the old one away.
+		// All fields are written, so that an empty message replaces the old one.
 		conditions = append(conditions, map[string]any{
 			"type": kind, "status": status, "reason": reason, "message": message, "lastTransitionTime": metav1.NewTime(now),
 		})
 	}
 	if ready := conditionOf(pod, corev1.PodReady); rollout != "" && ready != nil && ready.Status == corev1.ConditionTrue {
-		// kubelet would do the same at its next sync; endpoints must not wait for it.
+		// Kubelet would do the same at its next sync, but endpoints must not wait for that.
 		conditions = append(conditions, corev1.PodCondition{
 			Type: corev1.PodReady, Status: corev1.ConditionFalse, LastTransitionTime: metav1.NewTime(now),
 			Reason: "ReadinessGatesNotReady", Message: fmt.Sprintf("the status of pod readiness gate %q is not \"True\", but False", gates[0]),

@@ -19,12 +19,12 @@ import (
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 )
 
-// GateReconciler opens the readiness gates of pods: those of new pods, which are not ready before, and those that a rollout has
-// closed which is not there any more.
+// Reconciler opens the readiness gates of pods: of new pods, which cannot be ready before, and of pods that were taken out of service by a
+// rollout which does not exist any more.
 type GateReconciler struct {
 	// Client reads from the cache and writes.
 	Client client.Client
-	// APIReader reads past the cache: a rollout is only taken for gone on the API server's word.
+	// APIReader reads past the cache: a rollout counts as gone only if the API server says so.
 	APIReader client.Reader
 	// Recorder writes Events; nil writes none.
 	Recorder events.EventRecorder
@@ -64,7 +64,7 @@ func (r *GateReconciler) Reconcile(ctx context.Context, req reconcile.Request) (
 	return reconcile.Result{}, client.IgnoreNotFound(err)
 }
 
-// works says whether there is a rollout of that UID with pods in its hands.
+// works returns true if a rollout with that UID exists and has not finished with its pods.
 func (r *GateReconciler) works(ctx context.Context, namespace string, uid types.UID) (bool, error) {
 	for _, from := range []client.Reader{r.Client, r.APIReader} {
 		var list inplace.InPlaceRolloutList
@@ -80,7 +80,7 @@ func (r *GateReconciler) works(ctx context.Context, namespace string, uid types.
 	return false, nil
 }
 
-// needsGate says that a gate of the pod has no condition yet, or is closed by a rollout.
+// Needs returns true if a gate of the pod has no condition yet, or was closed by a rollout.
 func needsGate(pod *corev1.Pod) bool {
 	for _, kind := range gatesOf(pod) {
 		if conditionOf(pod, kind) == nil {

@@ -19,48 +19,48 @@ import (
 // fieldOwner is the field manager of what rollouts write into workloads.
 const fieldOwner = "cri-controller"
 
-// giveBack takes away the controller's claim on the fields of the workload that it has written. A rollout that has ended wants nothing of
-// them any more, and a server-side apply of those whose workload it is would be refused for them. It does not hold up the end of the
-// rollout, unless somebody else has written in between.
-func (p *pass) giveBack(ctx context.Context) error {
-	if p.target == nil || p.target.workload == nil {
+// giveBack gives up the controller's ownership of the fields that it has written into the workload. A rollout that has ended does not
+// need them, and the API server would refuse a server-side apply of the workload's user because of them. Errors do not hold up the end
+// of the rollout, except a conflict with another write.
+func (e *env) giveBack(ctx context.Context, t *target) error {
+	if t == nil || t.workload == nil {
 		return nil
 	}
-	o, ok := p.target.workload.written().DeepCopyObject().(client.Object)
+	o, ok := t.workload.written().DeepCopyObject().(client.Object)
 	if !ok {
 		return nil // never
 	}
-	err := p.r.APIReader.Get(ctx, client.ObjectKeyFromObject(o), o) // the cache has no managed fields
+	err := e.live.Get(ctx, client.ObjectKeyFromObject(o), o) // the cache has no managed fields
 	if apierrors.IsNotFound(err) {
 		return nil
 	} else if err != nil {
-		p.keeps(err)
+		e.keeps(t, err)
 		return nil
 	}
 	patch, err := disown(o)
 	if patch == nil || err != nil {
 		return err
 	}
-	err = p.r.Client.Patch(ctx, o, client.RawPatch(types.JSONPatchType, patch), client.FieldOwner(fieldOwner))
+	err = e.client.Patch(ctx, o, client.RawPatch(types.JSONPatchType, patch), client.FieldOwner(fieldOwner))
 	switch {
 	case err == nil:
-		p.r.Metrics.wrote(p.rollout.Spec.Target.WorkloadRef.Kind)
+		e.wrote(e.rollout.Spec.Target.WorkloadRef.Kind)
 	case !apierrors.IsConflict(err):
-		p.keeps(err)
+		e.keeps(t, err)
 		err = nil
 	}
 	return err
 }
 
-// keeps tells that the fields stay the controller's.
-func (p *pass) keeps(err error) {
-	text := fmt.Sprintf("field manager %s still owns what the rollout has written into %s, and a server-side apply of that needs --force-conflicts: it cannot be given back: %s", fieldOwner, p.target.what, err)
-	p.log.Warn(text)
-	p.tell(corev1.EventTypeWarning, eventFields, text, "")
+// keeps tells people that the controller still owns the fields.
+func (e *env) keeps(t *target, err error) {
+	text := fmt.Sprintf("field manager %s still owns what the rollout has written into %s, and a server-side apply of that needs --force-conflicts: it cannot be given back: %s", fieldOwner, t.what, err)
+	e.log.Warn(text)
+	e.tell(corev1.EventTypeWarning, eventFields, text, "")
 }
 
-// disown is the JSON patch that takes fieldOwner out of the managed fields of an object, unless somebody has written in between; nil when
-// it is not there.
+// disown returns the JSON patch that removes fieldOwner from the managed fields of an object, unless somebody has written in between;
+// nil if fieldOwner is not there.
 func disown(o client.Object) ([]byte, error) {
 	all := o.GetManagedFields()
 	kept := slices.DeleteFunc(slices.Clone(all), func(e metav1.ManagedFieldsEntry) bool {

@@ -18,16 +18,16 @@ import (
 )
 
 // The old ReplicaSets of a Deployment are its history: kubectl rollout undo takes the template of the one with the second highest
-// revision. A rollout in place changes the template of the present one, so that what it had would be lost, and undo would go back
-// one too far. So the rollout leaves a ReplicaSet without pods that has the template of before.
+// revision. A rollout in place overwrites the template of the present ReplicaSet. Its old template would be lost, and undo would go
+// back one revision too far. So the rollout keeps a ReplicaSet without pods that has the old template.
 
-// copiedNot are annotations of a ReplicaSet that are about it alone, or about a rollout.
+// copiedNot are annotations that belong to one ReplicaSet alone, or to a rollout.
 var copiedNot = []string{
 	deploymentRevision, "deployment.kubernetes.io/revision-history", "deployment.kubernetes.io/desired-replicas", "deployment.kubernetes.io/max-replicas",
 	inplace.PausedByAnnotation, inplace.TemplateAnnotation,
 }
 
-// wanted is how many pods a ReplicaSet is to have.
+// wanted is how many pods a ReplicaSet should have.
 func wanted(set *appsv1.ReplicaSet) int32 {
 	if set.Spec.Replicas == nil {
 		return 1
@@ -35,7 +35,7 @@ func wanted(set *appsv1.ReplicaSet) int32 {
 	return *set.Spec.Replicas
 }
 
-// revisionNumber is that of a ReplicaSet; -1 without.
+// revisionNumber returns the revision of a ReplicaSet; -1 if it has none.
 func revisionNumber(set *appsv1.ReplicaSet) int {
 	n, err := strconv.Atoi(set.Annotations[deploymentRevision])
 	if err != nil {
@@ -44,8 +44,8 @@ func revisionNumber(set *appsv1.ReplicaSet) int {
 	return n
 }
 
-// chooseCurrent is the ReplicaSet of the highest revision. While a Deployment is held it is the one with pods: its controller gives the highest
-// revision to one that has the template by chance.
+// chooseCurrent returns the ReplicaSet with the highest revision. While the rollout has paused the Deployment, it returns the one with
+// pods: the Deployment's controller gives the highest revision to any ReplicaSet that happens to have the template.
 func (w *deployment) chooseCurrent() *appsv1.ReplicaSet {
 	var newest, active *appsv1.ReplicaSet
 	actives := 0
@@ -64,13 +64,10 @@ func (w *deployment) chooseCurrent() *appsv1.ReplicaSet {
 	return newest
 }
 
-// sameTemplate says that templates are the same but for the label of the ReplicaSet.
-func sameTemplate(a, b *corev1.PodTemplateSpec) bool { return sameButImages(a, b) && sameImages(a, b) }
-
-// previousTemplate is what the present ReplicaSet had before the rollout; nil if that is not known, or the same.
+// previousTemplate returns the template that the present ReplicaSet had before the rollout; nil if it is unknown, or the same.
 func (w *deployment) previousTemplate(ctx context.Context) (*corev1.PodTemplateSpec, map[string]string, error) {
-	s := &w.p.rollout.Status
-	if w.p.goal.undo || w.p.newer() != "" {
+	s := &w.env.rollout.Status
+	if w.env.goal.undo || newer(w.env.rollout) != "" {
 		return nil, nil, nil
 	}
 	t := w.current.Spec.Template.DeepCopy()
@@ -96,9 +93,8 @@ func (w *deployment) previousTemplate(ctx context.Context) (*corev1.PodTemplateS
 	return t, images, nil
 }
 
-// keepHistory leaves a ReplicaSet with the template of before, of the highest revision but the present one's, and says whether it is there. A
-// Deployment's controller takes the oldest ReplicaSet that has its template for the present one: an older one that has it gets the template
-// of before, or the pods would be replaced.
+// keepHistory makes sure that a ReplicaSet with the old template has the second highest revision, and returns true if it has. If an older
+// ReplicaSet has the new template, it gets the old one: the Deployment's controller would take it for the present one, and replace the pods.
 func (w *deployment) keepHistory(ctx context.Context) (bool, error) {
 	previous, images, err := w.previousTemplate(ctx)
 	if previous == nil || err != nil {
@@ -115,7 +111,7 @@ func (w *deployment) keepHistory(ctx context.Context) (bool, error) {
 			if err != nil {
 				return false, err
 			}
-			return w.noHistory(w.p.patchWorkload(ctx, set, patch, "ReplicaSet", images))
+			return w.noHistory(w.env.patchWorkload(ctx, set, patch, "ReplicaSet", images))
 		}
 		if sameTemplate(&set.Spec.Template, previous) && (there == nil || revisionNumber(set) > revisionNumber(there)) {
 			there = set
@@ -131,19 +127,19 @@ func (w *deployment) keepHistory(ctx context.Context) (bool, error) {
 		if err != nil {
 			return false, err
 		}
-		return w.noHistory(w.p.patchWorkload(ctx, there, patch, "ReplicaSet", nil))
+		return w.noHistory(w.env.patchWorkload(ctx, there, patch, "ReplicaSet", nil))
 	case limit != nil && *limit == 0:
 		return true, nil // nobody wants any
-	case w.p.work.history == w.p.templateKey():
+	case w.env.memory.history == w.env.templateKey():
 		return true, nil // admission has made another template of it
 	}
 	set := w.copyOf(previous, number)
-	err = w.p.r.Client.Create(ctx, set)
+	err = w.env.client.Create(ctx, set)
 	switch {
 	case err == nil:
-		w.p.r.Metrics.wrote("ReplicaSet")
-		w.p.work.history = w.p.templateKey()
-		w.p.log.WithField("replicaset", set.Name).Info("the template of before is kept for kubectl rollout undo")
+		w.env.wrote("ReplicaSet")
+		w.env.memory.history = w.env.templateKey()
+		w.env.log.WithField("replicaset", set.Name).Info("the template of before is kept for kubectl rollout undo")
 	case apierrors.IsAlreadyExists(err): // the cache does not show it yet
 	case apiStatus(err):
 		w.tellNoHistory(err)
@@ -153,8 +149,8 @@ func (w *deployment) keepHistory(ctx context.Context) (bool, error) {
 	return true, nil
 }
 
-// noHistory says that the history is to be looked at again, or that there is to be none: what the API server denies for good does not hold the
-// Deployment up.
+// noHistory returns done if the API server refuses the history for good, which does not hold up the Deployment. Otherwise the history has
+// to be looked at again.
 func (w *deployment) noHistory(err error) (done bool, _ error) {
 	if refusal(err) == nil {
 		return false, err
@@ -165,18 +161,18 @@ func (w *deployment) noHistory(err error) (done bool, _ error) {
 
 func (w *deployment) tellNoHistory(err error) {
 	text := fmt.Sprintf("kubectl rollout undo of Deployment %s will go back further than to what was before: no ReplicaSet can be made for its history: %s", w.d.Name, err)
-	w.p.log.Warn(text)
-	w.p.tell(corev1.EventTypeWarning, eventHistory, text, "")
+	w.env.log.Warn(text)
+	w.env.tell(corev1.EventTypeWarning, eventHistory, text, "")
 }
 
-// clean takes off the annotations that the Deployment had while it was held: its controller copies all, and undo brings them back.
+// clean removes the annotations that the Deployment had while it was paused: its controller copies them, and undo would bring them back.
 func clean(annotations map[string]any) map[string]any {
 	all := map[string]any{inplace.PausedByAnnotation: nil, inplace.TemplateAnnotation: nil}
 	maps.Copy(all, annotations)
 	return all
 }
 
-// copyOf is a ReplicaSet of the Deployment without pods.
+// copyOf returns a ReplicaSet of the Deployment with a template and without pods.
 func (w *deployment) copyOf(t *corev1.PodTemplateSpec, number string) *appsv1.ReplicaSet {
 	label := hash(t.Spec, t.Annotations, number) // a ReplicaSet that was made from this template may be the present one
 	t.Labels = maps.Clone(t.Labels)
@@ -207,7 +203,7 @@ func (w *deployment) copyOf(t *corev1.PodTemplateSpec, number string) *appsv1.Re
 	}
 }
 
-// before says which of two ReplicaSets the Deployment's controller takes for the older one.
+// before returns true if the Deployment's controller takes a for the older ReplicaSet of the two.
 func before(a, b *appsv1.ReplicaSet) bool {
 	if a.CreationTimestamp.Equal(&b.CreationTimestamp) {
 		return a.Name < b.Name

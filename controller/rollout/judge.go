@@ -11,26 +11,25 @@ import (
 
 	"github.com/distribution/reference"
 	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
 )
 
-// stage is where a pod stands on its way to a goal.
+// Stage is how far a pod is on its way to a goal.
 type stage int
 
 const (
-	// outdated: something is still to be written into the pod.
+	// outdated pods still lack something that has to be written into them.
 	outdated stage = iota
-	// changing: it is written, and not there yet.
+	// Updating pods were written, and have not got there yet.
 	changing
-	// updated: the pod runs what it should. It need not be available.
+	// updated pods run what they should. They need not be available.
 	updated
-	// broken: it will not get there by itself.
+	// broken pods will not get there by themselves.
 	broken
-	// left: it would take more than images to get it there, so it is left to its workload.
+	// Skipped pods need more than other images. The rollout leaves them to their workload.
 	left
 )
 
@@ -58,46 +57,48 @@ const (
 )
 
 const (
-	// crashWithin is how soon after its start a container must have ended to count as broken, whatever minReadySeconds says.
+	// crashWithin: a container that ends sooner after its start than this is broken, whatever minReadySeconds says.
 	crashWithin = 10 * time.Second
-	// statusPatience is how long a container of another ID may run in a pod whose status does not tell the image.
+	// statusTimeout is how long the pod's status may lag: after that time a container with another ID counts as
+	// the new one, even if the status does not name the new image.
 	statusPatience = 15 * time.Second
 )
 
-// failure is why a pod does not get to its goal.
+// failure says why a pod does not reach its goal.
 type failure struct{ reason, message string }
 
-// knowledge is what is known of a pod besides the pod.
+// PodFacts are what the controller knows of a pod and cannot read from the pod itself.
 type knowledge struct {
-	// begun is when the rollout took the goal up: pods made later are as the goal wants them to be restarted.
+	// begun is when the rollout took the goal up. Pods that were created later need no restart for it.
 	begun time.Time
-	// op is the operation of the mark, if asked says so; restart is that of the containers that are restarted only.
+	// op is the node's operation that State names, restart the operation for the containers that keep their images.
+	// asked says that the node has answered the question for op: if op is nil then, the node does not have it.
 	op, restart *opsv1.Operation
 	asked       bool
-	// rested says that no node is at work on the restarts of the mark, seen when that is another goal's.
+	// rested says that no node works any more on the restarts that State asks for, where State belongs to another goal.
 	rested bool
-	// failed is why nothing could be prepared, or restarted; refused why no node has taken the restart up.
+	// failed says why the node could not prepare or restart anything, refused why it has not accepted the restart.
 	failed, refused *failure
-	// turn says that the pod is being changed, or about to be.
+	// Updating says that the rollout changes the pod now, or is about to.
 	turn bool
-	// readySeen is when the containers as they are were first seen ready.
+	// readySeen is when the controller first saw the present containers ready.
 	readySeen time.Time
-	// carried says that kubelet takes new containers for started because the old ones were, seen when those that have a startupProbe were
-	// first seen running, by container ID.
+	// carried says that kubelet takes a new container for started because the old one was. StartedSeen is when the
+	// controller first saw each container with a startupProbe running, by container ID.
 	carried bool
 	seen    map[string]time.Time
-	// settled says that the pod has been available after the change.
+	// settled says that the pod was available after the change.
 	settled bool
-	// answers are what the API server makes of images in this pod.
+	// answers are the images that admission puts into this pod instead of the goal's.
 	answers rewrites
-	// looks are what nodes have found their tags to name, by container.
+	// Tags say what the tag of a container names now, by container.
 	looks map[string]lookResult
-	// more are the images that it gives other containers when the pod is changed.
+	// more are the images that admission gives to other containers when the pod is changed.
 	more map[string]string
 	now  time.Time
 }
 
-// has says that a container has the image that is wanted, or what admission makes of it. The mark may be nil.
+// has returns true if the container has the wanted image, or the image that admission makes of the wanted one. State may be nil.
 func (k knowledge) has(m *mark, container, have, want string) bool {
 	if have == want || k.answers[container].covers(want, have) {
 		return true
@@ -105,25 +106,34 @@ func (k knowledge) has(m *mark, container, have, want string) bool {
 	return m != nil && (m.Containers[container].covers(want, have) || m.There[container].covers(want, have))
 }
 
-// verdict is where a pod stands.
+// podRef is a pod with its State, its goal, and the facts about it.
+type podRef struct {
+	pod   *corev1.Pod
+	mark  *mark
+	goal  goal
+	known knowledge
+}
+
+// PodStatus is how far a pod is, and what has to be done for it.
 type verdict struct {
 	stage stage
-	// images and restarts are what is to be written.
+	// images and restarts have to be written into the pod: new images, and containers to restart.
 	images   map[string]string
 	restarts []string
-	// looks are the containers of which the node is to say whether their tag names another image than the one that runs.
+	// CheckTags are the containers whose tag may name another image than the one that runs: the node has to be asked.
 	looks []string
-	// serving says that the pod is ready and has started, available that it has been for long enough, disrupted that it must not be counted on.
+	// serving pods are ready and have started. Available pods have been serving for long enough. Nobody may count on
+	// disrupted pods.
 	serving, available, disrupted bool
-	// open says that its gates are to be opened.
+	// open says that the pod's readiness gates have to be opened.
 	open bool
-	// ask says that the operation of the mark is worth asking for, restart that the marked containers are to be restarted, inquire that it
-	// is worth asking whether a node still restarts them for another goal.
+	// ask: ask the node for the operation that State names. restart: have the node restart the containers of State.
+	// inquire: ask the node whether it still restarts them for another goal.
 	ask, restart, inquire bool
-	// recovered says that the pod is available after a change.
+	// recovered pods are available after their change.
 	recovered bool
 	failure   failure
-	// wait is how long until the passing of time alone changes the verdict; 0 means never.
+	// wait is how long until the status changes by the passing of time alone; 0 means never.
 	wait time.Duration
 }
 
@@ -131,7 +141,7 @@ func (v *verdict) fail(reason, format string, args ...any) {
 	v.stage, v.failure = broken, failure{reason, fmt.Sprintf(format, args...)}
 }
 
-// judge says where an active pod stands. It depends on nothing but its arguments.
+// Pod says how far an active pod is. It depends on nothing but its arguments.
 func judge(pod *corev1.Pod, m *mark, g goal, k knowledge, s *strategy, now time.Time) verdict {
 	var v verdict
 	k.now = now
@@ -147,7 +157,7 @@ func judge(pod *corev1.Pod, m *mark, g goal, k knowledge, s *strategy, now time.
 		v.serving, v.disrupted = false, true // whatever its condition says
 	}
 
-	var made *mark // of another goal it says what admission made of images then
+	var made *mark // the State of another goal would tell what admission made of images at that time
 	if m.by(g) {
 		made = m
 	}
@@ -214,12 +224,12 @@ func judge(pod *corev1.Pod, m *mark, g goal, k knowledge, s *strategy, now time.
 	return v
 }
 
-// podLacks says that a pod has no such container.
+// podLacks says in words that a pod has no such container.
 func podLacks(pod *corev1.Pod, name, change string) string {
 	return lacks("pod "+pod.Name, name, change, containersOf(pod))
 }
 
-// static says that a pod is a static one; empty when it is none.
+// static says in words that a pod is a static pod; empty for other pods.
 func static(pod *corev1.Pod) string {
 	if !mirrorpod.Is(pod) {
 		return ""
@@ -228,7 +238,7 @@ func static(pod *corev1.Pod) string {
 		"to restart its containers make a ContainerRecreateRequest for it", pod.Name, pod.Spec.NodeName)
 }
 
-// judgeChanged is about a pod that was changed for the goal.
+// judgeChanged completes the status of a pod that was changed for the goal.
 func (v *verdict) judgeChanged(pod *corev1.Pod, m *mark, g goal, k knowledge, s *strategy, moving bool, now time.Time) {
 	v.stage = changing
 	v.ask = !k.asked && m.Operation != ""
@@ -272,8 +282,8 @@ func (v *verdict) judgeChanged(pod *corev1.Pod, m *mark, g goal, k knowledge, s 
 	}
 }
 
-// judgeCreated is about a pod that was made as it should be, or was so before: if that was since the rollout began and it does
-// not come up, the rollout is at fault.
+// judgeCreated completes the status of a pod that has what it should have without any change. If it was created since the rollout
+// began and does not come up, the rollout is at fault.
 func (v *verdict) judgeCreated(pod *corev1.Pod, k knowledge, s *strategy, now time.Time) {
 	if v.available || k.settled || !pod.CreationTimestamp.After(k.begun) || pod.Spec.NodeName == "" {
 		return
@@ -287,7 +297,7 @@ func (v *verdict) judgeCreated(pod *corev1.Pod, k knowledge, s *strategy, now ti
 	}
 }
 
-// moving says that a container of the mark is not replaced yet, and may be; wait is how long until the passing of time alone settles it.
+// moving returns true if a container of the state may still be replaced. wait is how long until time alone decides that.
 func (m *mark) moving(pod *corev1.Pod, g goal, k knowledge) (moving bool, wait time.Duration) {
 	if m == nil {
 		return false, 0
@@ -309,15 +319,15 @@ func (m *mark) moving(pod *corev1.Pod, g goal, k knowledge) (moving bool, wait t
 	return moving, wait
 }
 
-// settled says of a container that was not replaced, by the mark of a goal which nobody works for any more, that it will not be by that:
-// it is what the pod is now. It never changes that kubelet brings what runs to the spec.
+// settled is about a container that was not replaced, though the state of another goal says that it should be. It returns true if
+// nobody will replace it for that goal any more. Kubelet still brings what runs to the spec.
 func (m *mark) settled(pod *corev1.Pod, name string, w was, image string, k knowledge) (is bool, wait time.Duration) {
 	cs := statusOf(pod, name)
 	switch {
 	case cs == nil || cs.ContainerID == "":
-		return false, 0 // it is not available anyway
+		return false, 0 // the pod is not available anyway
 	case cs.ContainerID != w.ID:
-		// Another one of the same image. If that was a crash just before the patch, kubelet has replaced it by then.
+		// Another container of the same image. If the old one crashed just before the patch, kubelet replaces this one within the timeout.
 		left := statusPatience - k.now.Sub(m.Time.Time)
 		return left <= 0, max(left, 0)
 	case image != w.Image:
@@ -326,7 +336,7 @@ func (m *mark) settled(pod *corev1.Pod, name string, w was, image string, k know
 	return k.rested, 0
 }
 
-// restarts says that a container of the mark that keeps its image is still the old one.
+// restarts returns true if a container of the state that keeps its image is still the old one.
 func (m *mark) restarts(pod *corev1.Pod) bool {
 	for name, w := range m.Containers {
 		if c, _ := containerOf(pod, name); c != nil && c.Image == w.Image {
@@ -338,24 +348,24 @@ func (m *mark) restarts(pod *corev1.Pod) bool {
 	return false
 }
 
-// replaced says that the pod's status shows the container that belongs to the change.
+// replaced returns true if the pod's status shows the container that was made for the change.
 func replaced(pod *corev1.Pod, m *mark, name string, w was, image string, k knowledge) bool {
 	cs := statusOf(pod, name)
 	if cs == nil || cs.ContainerID == "" {
 		return false
 	}
 	if cs.ContainerID == w.ID {
-		// Taken back before kubelet had acted on it: there is nothing to replace.
+		// The change was taken back before kubelet acted on it: there is nothing to replace.
 		return w.Base == image && w.Image != image && cs.State.Running != nil && sameImage(cs.Image, image) && k.now.Sub(m.Time.Time) >= statusPatience
 	}
 	if w.Image == image || w.ImageID != "" && cs.ImageID != "" && cs.ImageID != w.ImageID || sameImage(cs.Image, image) {
 		return true
 	}
 	if m.Operation == "" {
-		// Its name is that of the same content under another one.
+		// The status may name the same content by the name of the old image.
 		return cs.State.Running == nil || w.ID != "" || cs.State.Running.StartedAt.After(m.Time.Add(statusPatience))
 	}
-	// A crash of the old container between a look at it and the patch leaves another ID, too: the node knows.
+	// If the old container crashed between the last look at it and the patch, the ID differs, too. The node knows which one it is.
 	for _, c := range k.op.GetContainers() {
 		if c.GetName() == name && c.GetSuccessorId() != "" && c.GetSuccessorId() == bareID(cs.ContainerID) {
 			return true
@@ -364,14 +374,14 @@ func replaced(pod *corev1.Pod, m *mark, name string, w was, image string, k know
 	return k.asked && (k.op == nil || k.op.GetFinishTime() != nil)
 }
 
-// sameImage compares references as people write them.
+// sameImage returns true if two references, as people write them, are the same.
 func sameImage(a, b string) bool {
 	x, err1 := reference.ParseDockerRef(a)
 	y, err2 := reference.ParseDockerRef(b)
 	return err1 == nil && err2 == nil && x.String() == y.String()
 }
 
-// brokenContainer finds a container that will not get ready, or has ended too soon. Without a mark all containers are looked at.
+// brokenContainer finds a container that will not get ready, or has ended too soon. If the state is nil it looks at all containers.
 func brokenContainer(pod *corev1.Pod, m *mark, s *strategy) *failure {
 	names := containersOf(pod)
 	if m != nil {
@@ -387,7 +397,7 @@ func brokenContainer(pod *corev1.Pod, m *mark, s *strategy) *failure {
 			continue
 		}
 		if w := cs.State.Waiting; w != nil {
-			// What the old container waited for may still be shown.
+			// The status may still show what the old container waited for.
 			c, _ := containerOf(pod, name)
 			switch {
 			case w.Reason == waitCrashLoop && (m == nil || cs.ContainerID != m.Containers[name].ID),
@@ -410,7 +420,7 @@ func brokenContainer(pod *corev1.Pod, m *mark, s *strategy) *failure {
 	return nil
 }
 
-// waitingFor says what keeps a pod from being available.
+// waitingFor says in words what keeps a pod from being available.
 func waitingFor(pod *corev1.Pod) string {
 	for _, list := range [][]corev1.ContainerStatus{pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses} {
 		for _, c := range list {
@@ -425,7 +435,7 @@ func waitingFor(pod *corev1.Pod) string {
 	return ""
 }
 
-// available says whether the pod is ready, and has been for long enough; wait is how long until it has.
+// available returns true if the pod has been ready for long enough. The duration is how long that still takes.
 func available(pod *corev1.Pod, k knowledge, s *strategy, now time.Time) (bool, time.Duration) {
 	ready := conditionOf(pod, corev1.PodReady)
 	if ready == nil || ready.Status != corev1.ConditionTrue {
@@ -440,7 +450,7 @@ func available(pod *corev1.Pod, k knowledge, s *strategy, now time.Time) (bool, 
 	return readyLongEnough(pod, ready, k, s, now)
 }
 
-// containersReady says the same of the containers alone.
+// containersReady returns true if the containers alone have been ready for long enough.
 func containersReady(pod *corev1.Pod, k knowledge, s *strategy, now time.Time) (bool, time.Duration) {
 	ready := conditionOf(pod, corev1.ContainersReady)
 	if ready == nil || ready.Status != corev1.ConditionTrue {
@@ -452,7 +462,7 @@ func containersReady(pod *corev1.Pod, k knowledge, s *strategy, now time.Time) (
 	return readyLongEnough(pod, ready, k, s, now)
 }
 
-// started says whether all containers of a pod have passed their startupProbes; wait is how long until the passing of time alone may show it.
+// started returns true if all containers of a pod have passed their startupProbes. wait is how long until time alone may show it.
 func started(pod *corev1.Pod, k knowledge, now time.Time) (passed bool, wait time.Duration) {
 	passed = true
 	for _, c := range startupProbed(pod) {
@@ -464,22 +474,6 @@ func started(pod *corev1.Pod, k knowledge, now time.Time) (passed bool, wait tim
 		passed, wait = passed && ok, max(wait, left)
 	}
 	return passed, wait
-}
-
-// startupProbed are the containers with a startupProbe that run at the same time as the others.
-func startupProbed(pod *corev1.Pod) []*corev1.Container {
-	var probed []*corev1.Container
-	for _, list := range [][]corev1.Container{pod.Spec.Containers, pod.Spec.InitContainers} {
-		for i := range list {
-			if list[i].StartupProbe == nil {
-				continue
-			}
-			if c, _ := containerOf(pod, list[i].Name); c != nil {
-				probed = append(probed, c)
-			}
-		}
-	}
-	return probed
 }
 
 func readyLongEnough(pod *corev1.Pod, ready *corev1.PodCondition, k knowledge, s *strategy, now time.Time) (bool, time.Duration) {
@@ -500,7 +494,7 @@ func readyLongEnough(pod *corev1.Pod, ready *corev1.PodCondition, k knowledge, s
 	return left <= 0, max(left, 0)
 }
 
-// wasReady says that the pod, which is not ready, was so for a while after its change.
+// wasReady returns true if the pod, which is not ready now, was ready for a while after its change.
 func wasReady(pod *corev1.Pod, m *mark, k knowledge) bool {
 	ready := conditionOf(pod, corev1.ContainersReady)
 	if ready == nil || ready.Status != corev1.ConditionFalse {
@@ -526,20 +520,7 @@ func wasReady(pod *corev1.Pod, m *mark, k knowledge) bool {
 	return ready.LastTransitionTime.After(since.Add(crashWithin))
 }
 
-// containersOf are the names of containers that can be changed in place.
-func containersOf(pod *corev1.Pod) []string {
-	var names []string
-	for _, list := range [][]corev1.Container{pod.Spec.Containers, pod.Spec.InitContainers} {
-		for i := range list {
-			if c, _ := containerOf(pod, list[i].Name); c != nil {
-				names = append(names, c.Name)
-			}
-		}
-	}
-	return names
-}
-
-// culprit is the container for which an operation failed, nil without.
+// culprit returns the container for which an operation failed; nil if there is none.
 func culprit(op *opsv1.Operation) *opsv1.ContainerOperation {
 	var found *opsv1.ContainerOperation
 	for _, c := range op.GetContainers() {
@@ -552,7 +533,7 @@ func culprit(op *opsv1.Operation) *opsv1.ContainerOperation {
 	return found
 }
 
-// accountOf is what an operation says of its failure.
+// accountOf says in words why an operation failed.
 func accountOf(op *opsv1.Operation) string {
 	c := culprit(op)
 	switch {
@@ -564,29 +545,5 @@ func accountOf(op *opsv1.Operation) string {
 	return fmt.Sprintf("container %s: %s", c.GetName(), controller.Account(c))
 }
 
-// idsOf are the container IDs that an operation is to find, and says whether all of the containers run.
-func idsOf(pod *corev1.Pod, names []string) (ids map[string]string, running bool) {
-	ids, running = map[string]string{}, pod.Spec.NodeName != ""
-	for _, name := range names {
-		cs := statusOf(pod, name)
-		if cs == nil || cs.State.Running == nil || cs.ContainerID == "" {
-			running = false
-			continue
-		}
-		ids[name] = cs.ContainerID
-	}
-	return ids, running
-}
-
-// stamp is now in the resolution of the API, rounded up: what is to last is never too short.
-func stamp(now time.Time) metav1.Time {
-	return metav1.NewTime(now.Add(time.Second - 1).Truncate(time.Second))
-}
-
-// sooner is the smaller of two waits of which 0 means never.
-func sooner(a, b time.Duration) time.Duration {
-	if a == 0 || (b != 0 && b < a) {
-		return b
-	}
-	return a
-}
+// reasonOther is the node's word for a container that would have been all right.
+const reasonOther = "OtherContainerFailed"

@@ -4,6 +4,7 @@
 package rollout
 
 import (
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -16,6 +17,31 @@ import (
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
+
+// setReadiness sets the conditions ContainersReady and Ready of a pod, as kubelet would with its gates as they are.
+func setReadiness(pod *corev1.Pod, containers bool) {
+	set := func(kind corev1.PodConditionType, is bool) {
+		status := corev1.ConditionFalse
+		if is {
+			status = corev1.ConditionTrue
+		}
+		for i := range pod.Status.Conditions {
+			if c := &pod.Status.Conditions[i]; c.Type == kind {
+				c.Status = status
+				return
+			}
+		}
+		pod.Status.Conditions = append(pod.Status.Conditions, corev1.PodCondition{Type: kind, Status: status})
+	}
+	set(corev1.ContainersReady, containers)
+	ready := containers
+	for _, g := range pod.Spec.ReadinessGates {
+		ready = ready && slices.ContainsFunc(pod.Status.Conditions, func(c corev1.PodCondition) bool {
+			return c.Type == g.ConditionType && c.Status == corev1.ConditionTrue
+		})
+	}
+	set(corev1.PodReady, ready)
+}
 
 func TestJudge(t *testing.T) {
 	now := time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC)
@@ -44,7 +70,7 @@ func TestJudge(t *testing.T) {
 	}
 	ready := func(is bool, d time.Duration) func(*corev1.Pod) {
 		return func(p *corev1.Pod) {
-			setReady(p, is)
+			setReadiness(p, is)
 			for i := range p.Status.Conditions {
 				p.Status.Conditions[i].LastTransitionTime = ago(d)
 			}
@@ -52,8 +78,8 @@ func TestJudge(t *testing.T) {
 	}
 	shut := func(p *corev1.Pod) {
 		p.Spec.ReadinessGates = []corev1.PodReadinessGate{{ConditionType: inplace.ReadyGate}}
-		p.Status.Conditions = append(p.Status.Conditions, corev1.PodCondition{Type: inplace.ReadyGate, Status: corev1.ConditionFalse, Reason: gateUpdating, Message: "r x"})
-		setReady(p, true)
+		p.Status.Conditions = append(p.Status.Conditions, corev1.PodCondition{Type: inplace.ReadyGate, Status: corev1.ConditionFalse, Reason: "InPlaceRollout", Message: "r x"})
+		setReadiness(p, true)
 	}
 	finished := &opsv1.Operation{FinishTime: timestamppb.New(now), Phase: opsv1.Phase_PHASE_SUCCEEDED}
 	successor := &opsv1.Operation{Containers: []*opsv1.ContainerOperation{{Name: "app", SuccessorId: "2"}}}
@@ -72,7 +98,7 @@ func TestJudge(t *testing.T) {
 		{"out of service", nil, knowledge{}, []func(*corev1.Pod){shut}, 0, outdated, "d", ""},
 		{"failed before anything was touched", nil, knowledge{failed: &failure{"NotFound", "no"}}, []func(*corev1.Pod){shut}, 0, broken, "do", "NotFound"},
 		{"has the image from the beginning", nil, knowledge{}, []func(*corev1.Pod){image("app:2")}, 0, updated, "a", ""},
-		{"is a static pod", nil, knowledge{}, []func(*corev1.Pod){func(p *corev1.Pod) { p.Annotations = map[string]string{corev1.MirrorPodAnnotationKey: "x"} }}, 0, broken, "a", failStatic},
+		{"is a static pod", nil, knowledge{}, []func(*corev1.Pod){func(p *corev1.Pod) { p.Annotations = map[string]string{corev1.MirrorPodAnnotationKey: "x"} }}, 0, broken, "a", "StaticPod"},
 		{"written, kubelet has not acted", changed(time.Second), knowledge{}, []func(*corev1.Pod){image("app:2")}, 0, changing, "adq", ""},
 		{"new, not ready", changed(5 * time.Second), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://2", "i2", "app:2", running(time.Second)), ready(false, time.Second)}, 0, changing, "", ""},
 		{"new and ready", changed(5 * time.Second), knowledge{turn: true}, []func(*corev1.Pod){image("app:2"), container("c://2", "i2", "app:2", running(time.Second)), ready(true, time.Second)}, 0, updated, "a", ""},
@@ -82,15 +108,15 @@ func TestJudge(t *testing.T) {
 		{"another ID, the same image ID: the operation goes on", changed(5 * time.Second), knowledge{asked: true, op: &opsv1.Operation{}}, []func(*corev1.Pod){image("app:2"), container("c://2", "i1", "app:1", running(time.Second))}, 0, changing, "ad", ""},
 		{"another ID, the same image ID: the successor's", changed(5 * time.Second), knowledge{asked: true, op: successor}, []func(*corev1.Pod){image("app:2"), container("c://2", "i1", "app:1", running(time.Second))}, 0, updated, "a", ""},
 		{"another ID, the same image ID: the operation has ended", changed(5 * time.Second), knowledge{asked: true, op: finished}, []func(*corev1.Pod){image("app:2"), container("c://3", "i1", "app:1", running(time.Second))}, 0, updated, "a", ""},
-		{"the new one ended", changed(5 * time.Second), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://2", "i2", "app:2", corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ExitCode: 3}}), ready(false, 0)}, 0, broken, "", failExited},
+		{"the new one ended", changed(5 * time.Second), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://2", "i2", "app:2", corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ExitCode: 3}}), ready(false, 0)}, 0, broken, "", "ContainerExited"},
 		{"the new one ended and runs again", changed(5 * time.Second), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://3", "i2", "app:2", running(time.Second)), func(p *corev1.Pod) {
 			p.Status.ContainerStatuses[0].LastTerminationState.Terminated = &corev1.ContainerStateTerminated{ContainerID: "c://2", StartedAt: ago(4 * time.Second), FinishedAt: ago(2 * time.Second)}
-		}, ready(false, 0)}, 0, broken, "", failCrashed},
-		{"the old one was in a crash loop", changed(time.Second), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://1", "i1", "app:1", waiting(waitCrashLoop, "back-off")), ready(false, time.Hour)}, 0, changing, "d", ""},
-		{"the new one is in a crash loop", changed(time.Minute), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://2", "i2", "app:2", waiting(waitCrashLoop, "back-off")), ready(false, time.Minute)}, 0, broken, "", waitCrashLoop},
-		{"the old image could not be pulled", changed(time.Second), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("", "", "app:1", waiting(waitImagePull, `Back-off pulling image "app:1"`)), ready(false, time.Hour)}, 0, changing, "d", ""},
-		{"the new image cannot be pulled", changed(time.Second), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://1", "i1", "app:2", waiting(waitImagePull, `Back-off pulling image "app:2"`)), ready(false, 0)}, 0, broken, "d", waitImagePull},
-		{"not ready in time", changed(11 * time.Minute), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://2", "i2", "app:2", running(10*time.Minute)), ready(false, 11*time.Minute)}, 0, broken, "", failDeadline},
+		}, ready(false, 0)}, 0, broken, "", "ContainerCrashed"},
+		{"the old one was in a crash loop", changed(time.Second), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://1", "i1", "app:1", waiting("CrashLoopBackOff", "back-off")), ready(false, time.Hour)}, 0, changing, "d", ""},
+		{"the new one is in a crash loop", changed(time.Minute), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://2", "i2", "app:2", waiting("CrashLoopBackOff", "back-off")), ready(false, time.Minute)}, 0, broken, "", "CrashLoopBackOff"},
+		{"the old image could not be pulled", changed(time.Second), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("", "", "app:1", waiting("ImagePullBackOff", `Back-off pulling image "app:1"`)), ready(false, time.Hour)}, 0, changing, "d", ""},
+		{"the new image cannot be pulled", changed(time.Second), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://1", "i1", "app:2", waiting("ImagePullBackOff", `Back-off pulling image "app:2"`)), ready(false, 0)}, 0, broken, "d", "ImagePullBackOff"},
+		{"not ready in time", changed(11 * time.Minute), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://2", "i2", "app:2", running(10*time.Minute)), ready(false, 11*time.Minute)}, 0, broken, "", "ProgressDeadlineExceeded"},
 		{"was ready after it, and is not now", changed(11 * time.Minute), knowledge{asked: true}, []func(*corev1.Pod){image("app:2"), container("c://2", "i2", "app:2", running(10*time.Minute)), ready(false, time.Minute)}, 0, updated, "", ""},
 		{"was available as far as is known", changed(11 * time.Minute), knowledge{asked: true, settled: true}, []func(*corev1.Pod){image("app:2"), container("c://2", "i2", "app:2", running(time.Second)), ready(false, 11*time.Minute)}, 0, updated, "", ""},
 		{"another's mark, kubelet has not acted", of(changed(time.Hour), "x"), knowledge{}, []func(*corev1.Pod){image("app:2")}, 0, updated, "ad", ""},
@@ -98,7 +124,7 @@ func TestJudge(t *testing.T) {
 		{"another's mark, the same content, just now", of(changed(time.Second), "x"), knowledge{}, []func(*corev1.Pod){image("app:2"), container("c://2", "i1", "app:1", running(time.Second))}, 0, updated, "ad", ""},
 		{"another's mark, taken back", of(changed(time.Minute), "x"), knowledge{rested: true}, nil, 0, outdated, "a", ""},
 		{"another's mark, the node may restart it", of(changed(time.Minute), "x"), knowledge{}, nil, 0, outdated, "ad", ""},
-		{"made anew with a bad image", nil, knowledge{}, []func(*corev1.Pod){image("app:2"), func(p *corev1.Pod) { p.CreationTimestamp = ago(time.Minute) }, container("c://2", "i2", "app:2", waiting(waitCrashLoop, "")), ready(false, time.Minute)}, 0, broken, "", waitCrashLoop},
+		{"made anew with a bad image", nil, knowledge{}, []func(*corev1.Pod){image("app:2"), func(p *corev1.Pod) { p.CreationTimestamp = ago(time.Minute) }, container("c://2", "i2", "app:2", waiting("CrashLoopBackOff", "")), ready(false, time.Minute)}, 0, broken, "", "CrashLoopBackOff"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

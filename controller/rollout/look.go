@@ -6,9 +6,9 @@ package rollout
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 
-	"github.com/distribution/reference"
 	"google.golang.org/grpc/codes"
 	corev1 "k8s.io/api/core/v1"
 
@@ -16,63 +16,40 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 )
 
-// A pod whose container has the image of the goal already need not run it: a tag may have moved. With imagePullPolicy Always kubelet resolves
-// the tag again whenever it starts the container, so a rollout does, too. The node is asked before the pod's turn comes: it pulls, and says
-// whether the tag names what runs. If not the container is restarted in its turn. Nothing of the pod's spec changes, so kubelet has no part in it.
+// A container may have the image of the goal in its spec already, and run another one: the tag has moved. With imagePullPolicy Always kubelet
+// resolves the tag whenever it starts the container, so a rollout resolves it, too. Before the pod is changed, the node pulls the image and says
+// whether the tag names the image that runs. If not, the rollout restarts the container. The pod's spec stays, so kubelet has no part in that.
 
-// lookResult is what the node has found a container's tag to name.
-type lookResult int
-
-const (
-	unknown lookResult = iota
-	same               // the image that runs
-	moved              // another one
-)
-
-// reasonMoved is the node's word for a tag that names another image than the one that runs.
+// reasonMoved is the node's reason for a tag that names another image than the one that runs.
 const reasonMoved = "ImageMoved"
 
-// mayMove says that what a running container's image names may be another one by now, for kubelet too.
-func mayMove(pod *corev1.Pod, c *corev1.Container) bool {
-	if c.ImagePullPolicy != corev1.PullAlways {
-		return false
-	}
-	if ref, err := reference.ParseDockerRef(c.Image); err == nil {
-		if _, fixed := ref.(reference.Digested); fixed {
-			return false
-		}
-	}
-	_, running := idsOf(pod, []string{c.Name})
-	return running // else kubelet pulls before it starts it
-}
-
-// lookUID is what the node of a pod calls the question for a container's tag.
-func (w *work) lookUID(m *member, pod *corev1.Pod, container string) string {
+// tagUID returns the UID of the node's operation that checks the tag of a container.
+func (w *state) lookUID(m *member, pod *corev1.Pod, container string) string {
 	ids, _ := idsOf(pod, []string{container})
 	return operationUID("t", goal{rollout: w.uid, revision: m.revision}, pod, ids, m.lookTries)
 }
 
-// looking is how far the node is with the tags.
-func (p *pass) looking(i *item) readiness {
+// tagsChecked is how far the node is with the tags.
+func (s *session) looking(i *item) readiness {
 	if len(i.verdict.looks) == 0 {
 		return prepared
 	}
-	if p.now.Before(i.m.retryAt) {
+	if s.now.Before(i.m.retryAt) {
 		return preparing
 	}
-	p.work.mu.Lock()
-	defer p.work.mu.Unlock()
+	s.state.mu.Lock()
+	defer s.state.mu.Unlock()
 	for _, name := range i.verdict.looks {
-		if t := i.m.looks[name]; t == nil || t.uid != p.work.lookUID(i.m, i.pod, name) {
+		if t := i.m.looks[name]; t == nil || t.uid != s.state.lookUID(i.m, i.pod, name) {
 			return unprepared
 		}
 	}
 	return preparing
 }
 
-// look asks the node what the tags of a pod's containers name.
-func (p *pass) look(ctx context.Context, i *item) {
-	w, m := p.work, i.m
+// checkTags asks the node what the tags of a pod's containers name.
+func (s *session) look(ctx context.Context, i *item) {
+	w, m := s.state, i.m
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, name := range i.verdict.looks {
@@ -81,15 +58,15 @@ func (p *pass) look(ctx context.Context, i *item) {
 			continue
 		}
 		m.looks[name].end()
-		t := &talk{uid: uid, begun: p.now}
-		node, err := p.node(ctx, i.pod)
+		t := &talk{uid: uid, begun: s.now}
+		node, err := s.driver.node(ctx, i.pod)
 		if err != nil {
 			// A node that is taken away takes its pods with it, soon.
 			if m.lost.IsZero() {
-				m.lost = p.now
+				m.lost = s.now
 			}
-			if p.now.Sub(m.lost) < p.strategy.deadline {
-				p.again(m, tellPauseMax)
+			if s.now.Sub(m.lost) < s.strategy.deadline {
+				s.again(m, tellPauseMax)
 				return
 			}
 			t.failed = &failure{failUnreachable, err.Error()}
@@ -103,10 +80,10 @@ func (p *pass) look(ctx context.Context, i *item) {
 		}
 		m.node, w.nodes[node.Name] = node, node
 		container, _ := containerOf(i.pod, name)
-		request := p.upgradeRequest(i, uid)
-		c := &conversation{r: p.r, w: w, t: t, node: node, pod: i.pod.Name, patience: p.strategy.deadline}
+		request := s.upgradeRequest(i, uid)
+		c := &conversation{d: s.driver, w: w, t: t, node: node, pod: i.pod.Name, patience: s.strategy.deadline}
 		c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
-			now, err := p.r.launch(ctx, w, i.pod, "")
+			now, err := s.driver.launch(ctx, w, i.pod, "")
 			if err != nil {
 				return nil, err
 			}
@@ -115,9 +92,9 @@ func (p *pass) look(ctx context.Context, i *item) {
 				return nil, err
 			}
 			request.Credentials, request.Containers = now.ring.For(pullsecrets.Pulled(want.Image, want.PullPolicy, want.Environment)...), []*opsv1.ContainerUpgrade{want}
-			op, err := p.r.Nodes.PrepareUpgrade(ctx, node, request)
+			op, err := s.driver.nodes.PrepareUpgrade(ctx, node, request)
 			if code(err) == codes.AlreadyExists {
-				op, err = p.r.Nodes.GetOperation(ctx, node, uid)
+				op, err = s.driver.nodes.GetOperation(ctx, node, uid)
 			}
 			return op, err
 		}
@@ -125,12 +102,12 @@ func (p *pass) look(ctx context.Context, i *item) {
 	}
 }
 
-// settleLooks takes notice of what the node says of tags.
-func (p *pass) settleLooks(i *item) {
-	w, m := p.work, i.m
+// SettleTags evaluates what the node has said about tags.
+func (s *session) settleLooks(i *item) {
+	w, m := s.state, i.m
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for _, name := range sortedKeys(m.looks) {
+	for _, name := range slices.Sorted(maps.Keys(m.looks)) {
 		t := m.looks[name]
 		if t.look != unknown || t.over {
 			continue
@@ -140,16 +117,16 @@ func (p *pass) settleLooks(i *item) {
 		case t.failed != nil:
 			retry = t.stale
 		case t.op.GetFinishTime() == nil && t.op.GetPhase() == opsv1.Phase_PHASE_PREPARED:
-			// For the node the container has another image than the pod: kubelet is about to replace it.
-			p.abort(m.node, t, "the container has another image than the pod's spec")
+			// The node knows the container with another image than the pod has: kubelet is about to replace it.
+			s.abort(m.node, t, "the container has another image than the pod's spec")
 			t.failed, retry = &failure{failPreparation, fmt.Sprintf("container %s: what runs on node %s is of another image than the pod's spec has", name, m.node.Name)}, true
 		case t.op.GetFinishTime() == nil:
-			if left := t.begun.Add(p.strategy.deadline + prepareSlack).Sub(p.now); left > 0 {
-				p.wait = sooner(p.wait, left)
+			if left := t.begun.Add(s.strategy.deadline + prepareSlack).Sub(s.now); left > 0 {
+				*s.wait = sooner(*s.wait, left)
 				continue
 			}
-			p.abort(m.node, t, "it took too long")
-			t.failed = &failure{failDeadline, fmt.Sprintf("node %s has not pulled the image of container %s within %s", m.node.Name, name, p.strategy.deadline)}
+			s.abort(m.node, t, "it took too long")
+			t.failed = &failure{failDeadline, fmt.Sprintf("node %s has not pulled the image of container %s within %s", m.node.Name, name, s.strategy.deadline)}
 		case reason == reasonUnchanged:
 			t.look = same
 			continue
@@ -164,7 +141,7 @@ func (p *pass) settleLooks(i *item) {
 		}
 		if retry && m.lookTries < roundsMax {
 			m.lookTries++
-			p.again(m, min(tellPause<<m.lookTries, tellPauseMax))
+			s.again(m, min(tellPause<<m.lookTries, tellPauseMax))
 		}
 	}
 }

@@ -5,7 +5,6 @@ package rollout
 
 import (
 	"encoding/json"
-	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -14,31 +13,32 @@ import (
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 )
 
-// mark is the value of PodStateAnnotation: what was changed in a pod, in the same write as the change.
+// InPlaceState is the value of PodStateAnnotation. It says what a rollout has changed in a pod, and is written together with the change.
+// Names and order of the JSON fields must stay: other versions of the controller read them.
 type mark struct {
 	Rollout  types.UID `json:"rollout"`
 	Revision string    `json:"revision"`
-	// Operation is the node's, empty when kubelet makes the container without help.
+	// Operation is the UID of the node's operation; empty if kubelet makes the container without the node's help.
 	Operation string           `json:"operation,omitempty"`
 	Time      metav1.MicroTime `json:"time"`
-	// Containers are those changed or restarted, as they were.
+	// Containers are the containers that were changed or restarted, as they were before.
 	Containers map[string]was `json:"containers"`
-	// There is what admission makes of the goal's images for containers that had that already.
+	// There are images that admission makes of the goal's, for containers that had them already.
 	There rewrites `json:"there,omitempty"`
 }
 
-// was is a container before it was changed.
+// Previous is a container before it was changed.
 type was struct {
-	// Image of the spec, and the image that a rollback puts back: the one before all unfinished changes.
+	// Image is the image of the spec. Base is the image that a rollback puts back: the one before all unfinished changes.
 	Image string `json:"image,omitempty"`
 	Base  string `json:"base,omitempty"`
-	// ID and ImageID of the status.
+	// ID and ImageID are from the status.
 	ID      string `json:"id,omitempty"`
 	ImageID string `json:"imageID,omitempty"`
 	rewrite
 }
 
-// markOf reads the annotation; nil when there is none of the right form.
+// StateOf reads the annotation; nil if there is none, or if it cannot be read.
 func markOf(pod *corev1.Pod) *mark {
 	text := pod.Annotations[inplace.PodStateAnnotation]
 	if text == "" {
@@ -51,10 +51,10 @@ func markOf(pod *corev1.Pod) *mark {
 	return &m
 }
 
-// by says whether the mark is of the goal.
+// IsOf returns true if the state was written for the goal.
 func (m *mark) by(g goal) bool { return m != nil && m.Rollout == g.rollout && m.Revision == g.revision }
 
-// restartUID is what the node calls the restart of the marked containers that keep their images.
+// restartUID is the UID of the node's operation that restarts the containers which keep their images.
 func (m *mark) restartUID(pod *corev1.Pod) string {
 	ids := map[string]string{}
 	for name, old := range m.Containers {
@@ -63,53 +63,4 @@ func (m *mark) restartUID(pod *corev1.Pod) string {
 		}
 	}
 	return operationUID("r", goal{rollout: m.Rollout, revision: m.Revision}, pod, ids, 0)
-}
-
-// containerOf finds a container that can be changed in place: a regular one, or an init container with restartPolicy Always.
-func containerOf(pod *corev1.Pod, name string) (c *corev1.Container, sidecar bool) {
-	for i := range pod.Spec.Containers {
-		if pod.Spec.Containers[i].Name == name {
-			return &pod.Spec.Containers[i], false
-		}
-	}
-	for i := range pod.Spec.InitContainers {
-		c := &pod.Spec.InitContainers[i]
-		if c.Name == name && c.RestartPolicy != nil && *c.RestartPolicy == corev1.ContainerRestartPolicyAlways {
-			return c, true
-		}
-	}
-	return nil, false
-}
-
-func statusOf(pod *corev1.Pod, name string) *corev1.ContainerStatus {
-	for _, list := range [][]corev1.ContainerStatus{pod.Status.ContainerStatuses, pod.Status.InitContainerStatuses} {
-		for i := range list {
-			if list[i].Name == name {
-				return &list[i]
-			}
-		}
-	}
-	return nil
-}
-
-func conditionOf(pod *corev1.Pod, kind corev1.PodConditionType) *corev1.PodCondition {
-	for i := range pod.Status.Conditions {
-		if pod.Status.Conditions[i].Type == kind {
-			return &pod.Status.Conditions[i]
-		}
-	}
-	return nil
-}
-
-// bareID takes the runtime's scheme off a container ID.
-func bareID(id string) string {
-	if _, bare, ok := strings.Cut(id, "://"); ok {
-		return bare
-	}
-	return id
-}
-
-// active says that the pod is there to stay and has not ended.
-func active(pod *corev1.Pod) bool {
-	return pod.DeletionTimestamp == nil && pod.Status.Phase != corev1.PodSucceeded && pod.Status.Phase != corev1.PodFailed
 }

@@ -18,28 +18,28 @@ import (
 
 // Nodes commands the nodes. All errors are *controller.NodeError, and no unary call takes longer than a few seconds.
 type Nodes interface {
-	// PrepareUpgrade makes new images ready, or returns the operation of that UID.
+	// PrepareUpgrade begins to prepare new images, or returns the operation with that UID.
 	PrepareUpgrade(ctx context.Context, n controller.Node, r *opsv1.PrepareUpgradeRequest) (*opsv1.Operation, error)
 	// CommitUpgrade announces the patch of the pod.
 	CommitUpgrade(ctx context.Context, n controller.Node, r *opsv1.CommitUpgradeRequest) (*opsv1.Operation, error)
-	// AbortUpgrade takes an upgrade back.
+	// AbortUpgrade takes back an upgrade.
 	AbortUpgrade(ctx context.Context, n controller.Node, uid, reason string) (*opsv1.Operation, error)
-	// Restart starts an operation, or returns the one of that UID.
+	// Restart begins to restart containers, or returns the operation with that UID.
 	Restart(ctx context.Context, n controller.Node, r *opsv1.RestartRequest) (*opsv1.Operation, error)
-	// GetOperation returns one operation; codes.NotFound when the node has none of that UID, or no longer.
+	// GetOperation returns one operation; codes.NotFound if the node does not have it, or not any more.
 	GetOperation(ctx context.Context, n controller.Node, uid string) (*opsv1.Operation, error)
 	// WatchOperation calls each with the operation as it is and after every change, and returns nil after the finished one.
 	WatchOperation(ctx context.Context, n controller.Node, uid string, each func(*opsv1.Operation)) error
-	// ReleasePins ends the pins of an owner, on one image or, with an empty ID, all.
+	// ReleasePins ends the pins of an owner on one image; with an empty ID on all images.
 	ReleasePins(ctx context.Context, n controller.Node, owner, imageID string) (int, error)
 }
 
 var _ Nodes = (*controller.GRPCNodes)(nil)
 
-// trouble is why a node cannot be commanded.
+// trouble is why a node does not do what it is told.
 type trouble struct {
 	failure
-	// final says that trying again is of no use, stale that the pod is not, or no longer, what the command says.
+	// final: another try is of no use. stale: the pod is not what the command expects.
 	final, stale bool
 }
 

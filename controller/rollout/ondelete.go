@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"slices"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -16,21 +17,22 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 )
 
-// onDelete is a StatefulSet or DaemonSet that leaves its pods alone: a pod that has the images of the template and the label of its
-// revision is up to date for it.
+// onDelete is a StatefulSet or DaemonSet with updateStrategy OnDelete, which leaves its pods alone. A pod that has the images of the
+// template and the label of its revision is up to date for the workload's controller.
 type onDelete struct {
-	p        *pass
+	env      *env
 	object   client.Object
 	kind     string
 	template *corev1.PodTemplateSpec
 	selector *metav1.LabelSelector
 	observed int64
-	// update is the label of the template's revision, of a StatefulSet as its status names it.
+	pods     []*corev1.Pod
+	// update is the label of the template's revision. For a StatefulSet it is in the status.
 	update    string
 	revisions *revisions
 }
 
-// revisions are the templates that pods were made from, by label.
+// revisions are the templates that pods were created from, by label.
 type revisions struct {
 	generation int64
 	at         time.Time
@@ -38,16 +40,16 @@ type revisions struct {
 	templates  map[string]*corev1.PodTemplateSpec
 }
 
-// revisionsPause is how often revisions are read again because a pod is of one that is not known.
+// revisionsInterval is how often the revisions are read again while a pod has an unknown one.
 const revisionsPause = 10 * time.Second
 
-func (p *pass) findStatefulSet(ctx context.Context, s *appsv1.StatefulSet) (*target, error) {
-	pods, err := p.podsOf(ctx, s.Spec.Selector, s.UID)
+func (e *env) findStatefulSet(ctx context.Context, s *appsv1.StatefulSet) (*target, error) {
+	pods, err := e.podsOf(ctx, s.Spec.Selector, s.UID)
 	if err != nil {
 		return nil, err
 	}
 	found := &target{pods: pods, desired: 1, ordered: true, workload: &onDelete{
-		p: p, object: s, kind: kindStatefulSet, template: &s.Spec.Template, selector: s.Spec.Selector, observed: s.Status.ObservedGeneration, update: s.Status.UpdateRevision,
+		env: e, pods: pods, object: s, kind: kindStatefulSet, template: &s.Spec.Template, selector: s.Spec.Selector, observed: s.Status.ObservedGeneration, update: s.Status.UpdateRevision,
 	}}
 	found.minReady = time.Duration(s.Spec.MinReadySeconds) * time.Second
 	if s.Spec.Replicas != nil {
@@ -59,16 +61,24 @@ func (p *pass) findStatefulSet(ctx context.Context, s *appsv1.StatefulSet) (*tar
 	return found, nil
 }
 
-func (p *pass) findDaemonSet(ctx context.Context, d *appsv1.DaemonSet) (*target, error) {
-	pods, err := p.podsOf(ctx, d.Spec.Selector, d.UID)
+func (e *env) findDaemonSet(ctx context.Context, d *appsv1.DaemonSet) (*target, error) {
+	pods, err := e.podsOf(ctx, d.Spec.Selector, d.UID)
 	if err != nil {
 		return nil, err
 	}
 	found := &target{pods: pods, desired: int(d.Status.DesiredNumberScheduled), workload: &onDelete{
-		p: p, object: d, kind: kindDaemonSet, template: &d.Spec.Template, selector: d.Spec.Selector, observed: d.Status.ObservedGeneration,
+		env: e, pods: pods, object: d, kind: kindDaemonSet, template: &d.Spec.Template, selector: d.Spec.Selector, observed: d.Status.ObservedGeneration,
 	}}
 	found.minReady = time.Duration(d.Spec.MinReadySeconds) * time.Second
 	return found, nil
+}
+
+// ownName names a workload whose annotation the rollout was made for; empty for others.
+func ownName(w workload) string {
+	if o, ok := w.(*onDelete); ok && o.follows() {
+		return o.name()
+	}
+	return ""
 }
 
 func (w *onDelete) name() string { return w.kind + " " + w.object.GetName() }
@@ -76,7 +86,7 @@ func (w *onDelete) name() string { return w.kind + " " + w.object.GetName() }
 func (w *onDelete) image(container string) string { return templateImages(w.template)[container] }
 
 func (w *onDelete) align(ctx context.Context, images map[string]string) (bool, string, error) {
-	diff, err := templateDiff(w.template, w.p.work.template.all(images), w.name())
+	diff, err := templateDiff(w.template, w.env.memory.template.all(images), w.name())
 	if err != nil {
 		return false, "", err
 	}
@@ -84,17 +94,17 @@ func (w *onDelete) align(ctx context.Context, images map[string]string) (bool, s
 		return false, "the template of " + w.name() + " has other images by now", nil // the rollout will have them too
 	}
 	if len(diff) > 0 {
-		answers, err := w.p.askTemplate(ctx, w.object, w.kind, diff, false)
+		answers, err := askTemplate(ctx, w.env.client, w.object, w.kind, diff, false)
 		if err != nil {
 			return false, "", err
 		}
-		w.p.work.rewrite(answers)
-		if diff, err = templateDiff(w.template, w.p.work.template.all(images), w.name()); err != nil {
+		w.env.memory.rewrite(answers)
+		if diff, err = templateDiff(w.template, w.env.memory.template.all(images), w.name()); err != nil {
 			return false, "", err
 		}
 	}
-	if len(diff) > 0 && w.p.wroteTemplate(w.object) {
-		if w.p.goal.undo {
+	if len(diff) > 0 && w.env.wroteTemplate(w.object) {
+		if w.env.goal.undo {
 			return true, "", w.readRevisions(ctx) // it was put back, and somebody wants it otherwise: the pods go back all the same
 		}
 		return false, "", superseded("somebody has put other images into the template of %s", w.name())
@@ -102,17 +112,17 @@ func (w *onDelete) align(ctx context.Context, images map[string]string) (bool, s
 	if len(diff) > 0 {
 		become := templateImages(w.template)
 		maps.Copy(become, diff)
-		patch, err := templatePatch(w.object, w.template, diff, w.p.templateMark(become), nil)
+		patch, err := templatePatch(w.object, w.template, diff, w.env.templateMark(become), nil)
 		if err != nil {
 			return false, "", err
 		}
-		if w.p.goal.undo && w.follows() {
-			if err := w.p.notePutBack(ctx, w.object); err != nil {
+		if w.env.goal.undo && w.follows() {
+			if err := w.env.notePutBack(ctx, w.object); err != nil {
 				return false, "", err
 			}
 		}
-		w.p.log.WithField("images", diff).Info("changing the template of " + w.name())
-		return false, "the template of " + w.name() + " has just been changed", w.p.noteTemplate(w.p.patchWorkload(ctx, w.object, patch, w.kind, diff))
+		w.env.log.WithField("images", diff).Info("changing the template of " + w.name())
+		return false, "the template of " + w.name() + " has just been changed", w.env.noteTemplate(w.env.patchWorkload(ctx, w.object, patch, w.kind, diff))
 	}
 	if w.observed < w.object.GetGeneration() {
 		return false, "the controller of " + w.name() + " has not seen its template yet", nil
@@ -121,53 +131,43 @@ func (w *onDelete) align(ctx context.Context, images map[string]string) (bool, s
 		return false, "", err
 	}
 	if t := w.revisions.templates[w.update]; t == nil || !sameButImages(t, w.template) || !sameImages(t, w.template) {
-		w.p.work.revisions = nil
+		w.env.memory.revisions = nil
 		return false, "the controller of " + w.name() + " has not made a revision of its template yet", nil
 	}
 	return true, "", nil
 }
 
-// follows says that the rollout is the workload's own.
-func (w *onDelete) follows() bool { return metav1.IsControlledBy(w.p.rollout, w.object) }
+// follows returns true if the rollout was created for the workload by its annotation.
+func (w *onDelete) follows() bool { return metav1.IsControlledBy(w.env.rollout, w.object) }
 
-// mayWrite says that the rollout may change images of the template. A rollout that follows the template leaves it alone, except to put
-// back what has failed.
+// mayWrite returns true if the rollout may change images of the template. A rollout that follows the template leaves it alone, except to
+// put back what has failed.
 func (w *onDelete) mayWrite(diff map[string]string) bool {
 	if !w.follows() {
 		return true
 	}
 	have := templateImages(w.template)
 	for name := range diff {
-		if !w.p.goal.undo || have[name] != w.p.rollout.Status.TargetImages[name] {
+		if !w.env.goal.undo || have[name] != w.env.rollout.Status.TargetImages[name] {
 			return false
 		}
 	}
 	return true
 }
 
-func sameImages(a, b *corev1.PodTemplateSpec) bool {
-	x, y := templateImages(a), templateImages(b)
-	for name, image := range x {
-		if y[name] != image {
-			return false
-		}
-	}
-	return len(x) == len(y)
-}
-
-// readRevisions reads the revisions past the cache, once for a generation, and again when pods are of others.
+// readRevisions reads the revisions past the cache: once for a generation, and again while pods have unknown ones.
 func (w *onDelete) readRevisions(ctx context.Context) error {
-	r := w.p.work.revisions
-	if r == nil || r.generation != w.object.GetGeneration() || w.p.now.Sub(r.at) >= revisionsPause && w.strange(r) {
+	r := w.env.memory.revisions
+	if r == nil || r.generation != w.object.GetGeneration() || w.env.now.Sub(r.at) >= revisionsPause && w.strange(r) {
 		selector, err := metav1.LabelSelectorAsSelector(w.selector)
 		if err != nil {
 			return err
 		}
 		var list appsv1.ControllerRevisionList
-		if err := w.p.r.APIReader.List(ctx, &list, client.InNamespace(w.object.GetNamespace()), client.MatchingLabelsSelector{Selector: selector}); err != nil {
+		if err := w.env.live.List(ctx, &list, client.InNamespace(w.object.GetNamespace()), client.MatchingLabelsSelector{Selector: selector}); err != nil {
 			return fmt.Errorf("reading the revisions of %s: %w", w.name(), err)
 		}
-		r = &revisions{generation: w.object.GetGeneration(), at: w.p.now, templates: map[string]*corev1.PodTemplateSpec{}}
+		r = &revisions{generation: w.object.GetGeneration(), at: w.env.now, templates: map[string]*corev1.PodTemplateSpec{}}
 		newest := int64(-1)
 		for i := range list.Items {
 			c := &list.Items[i]
@@ -191,7 +191,7 @@ func (w *onDelete) readRevisions(ctx context.Context) error {
 				newest, r.newest = c.Revision, label
 			}
 		}
-		w.p.work.revisions = r
+		w.env.memory.revisions = r
 	}
 	w.revisions = r
 	if w.kind == kindDaemonSet {
@@ -200,8 +200,9 @@ func (w *onDelete) readRevisions(ctx context.Context) error {
 	return nil
 }
 
+// hasUnknownRevision returns true if a pod has a revision that was not read.
 func (w *onDelete) strange(r *revisions) bool {
-	for _, pod := range w.p.target.pods {
+	for _, pod := range w.pods {
 		if r.templates[pod.Labels[revisionLabel]] == nil {
 			return true
 		}
@@ -232,7 +233,7 @@ func (w *onDelete) restart(pod *corev1.Pod) bool {
 	return was != nil && is != nil && was.Annotations[restartedAt] != is.Annotations[restartedAt]
 }
 
-func (w *onDelete) revisionLabel(i *item, images map[string]string) string {
+func (w *onDelete) revisionLabel(i *podRef, images map[string]string) string {
 	pod := i.pod
 	if w.revisions == nil || w.update == "" || w.obstacle(pod) != "" {
 		return ""
@@ -241,16 +242,16 @@ func (w *onDelete) revisionLabel(i *item, images map[string]string) string {
 	if restart && images != nil {
 		return "" // its containers are restarted first
 	}
-	if w.willHave(i, images, w.template) && (!restart || !w.p.goal.undo) {
+	if w.willHave(i, images, w.template) && (!restart || !w.env.goal.undo) {
 		return w.update
 	}
-	if !w.p.goal.undo {
+	if !w.env.goal.undo {
 		return ""
 	}
 	// Somebody has the template otherwise. The pod is of the revision that it goes back to.
 	own := pod.Labels[revisionLabel]
 	was := w.revisions.templates[own]
-	for _, label := range append([]string{own}, sortedKeys(w.revisions.templates)...) {
+	for _, label := range append([]string{own}, slices.Sorted(maps.Keys(w.revisions.templates))...) {
 		if t := w.revisions.templates[label]; t != nil && was != nil && sameButImages(t, was) && w.willHave(i, images, t) {
 			return label
 		}
@@ -258,18 +259,18 @@ func (w *onDelete) revisionLabel(i *item, images map[string]string) string {
 	return ""
 }
 
-// willHave says that a pod that gets these images has those of a template.
-func (w *onDelete) willHave(i *item, images map[string]string, t *corev1.PodTemplateSpec) bool {
+// willHave returns true if a pod that gets these images has the images of a template then.
+func (w *onDelete) willHave(i *podRef, images map[string]string, t *corev1.PodTemplateSpec) bool {
 	own := w.revisions.templates[i.pod.Labels[revisionLabel]]
 	for name, want := range templateImages(t) {
 		c, _ := containerOf(i.pod, name)
 		if c == nil {
 			return false
 		}
-		if own != nil && w.p.goal.images[name] == "" && templateImages(own)[name] == want {
+		if own != nil && w.env.goal.images[name] == "" && templateImages(own)[name] == want {
 			continue // whatever admission makes of it
 		}
-		if to := images[name]; to != "" && to != want || to == "" && !i.known.has(i.m.mark, name, c.Image, want) {
+		if to := images[name]; to != "" && to != want || to == "" && !i.known.has(i.mark, name, c.Image, want) {
 			return false
 		}
 	}

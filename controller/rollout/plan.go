@@ -11,17 +11,17 @@ import (
 )
 
 const (
-	// lookAheadMin and lookAheadMax bound how many pods are made ready before the budget lets them go, besides those that it
-	// would let go now. Enough to keep the pace; a rollout that is stopped has prepared little in vain.
+	// lookAheadMin and lookAheadMax bound how many pods are prepared beyond those that the budget lets go now. That is
+	// enough to keep the pace, and a rollout that is stopped has prepared little in vain.
 	lookAheadMin = 2
 	lookAheadMax = 32
-	// turnsMax is how many pods are changed at once, whatever the budget says: each has a stream to its node.
+	// turnsMax is how many pods are changed at once, whatever the budget says: each of them needs a stream to its node.
 	turnsMax = 500
-	// freeTurns is how many pods that are not available anyway are changed at once.
+	// freeTurns is how many pods are changed at once of those that are not available anyway.
 	freeTurns = 10
 )
 
-// readiness is how far the preparation of a pod is.
+// readiness is how far the node is with the preparation of a pod.
 type readiness int
 
 const (
@@ -30,43 +30,43 @@ const (
 	prepared
 )
 
-// candidate is a pod as the plan sees it.
+// candidate is what the plan has to know of a pod.
 type candidate struct {
 	pod *corev1.Pod
 	// ordinal is the place in a StatefulSet, -1 elsewhere.
 	ordinal int
 	verdict verdict
 	turn    bool
-	// preparation says how far it is; prepared for pods that need none.
+	// preparation is how far the node is; prepared for pods that need no preparation.
 	preparation readiness
 }
 
-// limits are what a plan keeps.
+// limits are the limits that a plan keeps.
 type limits struct {
 	desired, maxUnavailable int
-	// keep is how many pods are left as they are, of a StatefulSet those below firstKept + keep.
+	// keep is how many pods stay as they are; in a StatefulSet those with ordinals below firstOrdinal + keep.
 	keep, firstOrdinal int
-	// halted begins no pods.
+	// halted: no further pod begins.
 	halted bool
-	// ordered goes from pod to pod in order, as StatefulSets do.
+	// ordered: one pod after the other, in the order of StatefulSets.
 	ordered bool
-	// allowed says whether the disruption budgets let an available pod go; it counts the pods it has let go.
+	// allowed says whether the disruption budgets let an available pod go, and counts the pods that it lets go.
 	allowed func(*corev1.Pod) (bool, string)
 }
 
-// plan is what to do next.
+// plan says which pods are next.
 type plan struct {
-	// prepare and begin are pods by index: to let the node make ready, and to be changed now.
+	// prepare are the pods whose nodes have to prepare them, begin the pods to change now; both by index.
 	prepare, begin []int
-	// held are outdated pods that the partition keeps.
+	// held is how many outdated pods the partition keeps.
 	held int
 	// blocked says what budget holds pods back.
 	blocked string
-	// unavailable is how many are not available, or cannot be counted on.
+	// unavailable is how many pods are not available, or disrupted.
 	unavailable, available int
 }
 
-// decide says which pods are next. The candidates are all active pods.
+// Next says which pods are next. The candidates are all active pods.
 func decide(pods []candidate, l limits) plan {
 	var p plan
 	turns, written := 0, 0
@@ -140,8 +140,7 @@ func decide(pods []candidate, l limits) plan {
 	return p
 }
 
-// inOrder are the pods in the order of their turn: those that are not ready cost nothing and go first, then by ordinal from
-// the highest down, else by name.
+// inOrder sorts the pods. Those that are not ready cost nothing and go first, then the highest ordinal, then the first name.
 func inOrder(pods []candidate) []int {
 	order := make([]int, len(pods))
 	for i := range order {
@@ -160,7 +159,7 @@ func inOrder(pods []candidate) []int {
 	return order
 }
 
-// unpartitioned leaves out the pods that the partition keeps, and says how many those are.
+// unpartitioned leaves out the pods that the partition keeps, and returns how many it has left out.
 func unpartitioned(pods []candidate, order []int, written int, l limits) ([]int, int) {
 	if l.keep == 0 {
 		return order, 0

@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
-	"google.golang.org/protobuf/types/known/timestamppb"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -26,15 +25,6 @@ import (
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/crew"
-)
-
-const (
-	// stalePause lets the cache catch up.
-	stalePause = 100 * time.Millisecond
-	// blockedPause is how often budgets and workloads that hold a rollout back are looked at without an event.
-	blockedPause = 2 * time.Second
-	// lookAgain is how often a rollout that goes on is looked at without an event.
-	lookAgain = 30 * time.Second
 )
 
 // +kubebuilder:rbac:groups=cri-proxy.io,resources=inplacerollouts,verbs=get;list;watch;create;patch;delete
@@ -57,9 +47,9 @@ type Reconciler struct {
 	Client client.Client
 	// APIReader reads past the cache: secrets and revisions are not kept.
 	APIReader client.Reader
-	// Nodes commands the nodes.
+	// Nodes are the nodes of the cluster, which get commands.
 	Nodes Nodes
-	// Jobs counts restarts of Jobs' pods, with all who make some; it may be nil.
+	// Jobs counts restarts in the pods of Jobs. All who restart containers share it. It may be nil.
 	Jobs *controller.JobBudgets
 	// NodePort is the port for nodes without an address of their own in an annotation.
 	NodePort int
@@ -70,15 +60,14 @@ type Reconciler struct {
 	// Log must be set.
 	Log logrus.FieldLogger
 
-	crew  *crew.Crew
-	wakes chan wakeUp
-	// turns is held while a rollout is let in.
-	turns sync.Mutex
+	crew   *crew.Crew
+	driver *driver
+	wakes  chan wakeUp
+
+	admissions admissions
 
 	mu    sync.Mutex
 	works map[types.NamespacedName]*work
-	// lastTurn counts the rollouts that were let in.
-	lastTurn uint64
 }
 
 // wakeUp makes the reconciler look at a rollout.
@@ -86,6 +75,11 @@ type wakeUp = event.TypedGenericEvent[*inplace.InPlaceRollout]
 
 func (r *Reconciler) prepare() {
 	r.crew, r.wakes, r.works = crew.New(r.Metrics.crew()), make(chan wakeUp), map[types.NamespacedName]*work{}
+	port := r.NodePort
+	if port == 0 {
+		port = controller.DefaultNodePort
+	}
+	r.driver = &driver{nodes: r.Nodes, client: r.Client, live: r.APIReader, crew: r.crew, port: port}
 }
 
 func (r *Reconciler) workOf(rollout *inplace.InPlaceRollout) *work {
@@ -95,18 +89,18 @@ func (r *Reconciler) workOf(rollout *inplace.InPlaceRollout) *work {
 	w := r.works[key]
 	if w == nil || w.uid != rollout.UID {
 		if w != nil {
-			w.close()
+			w.ops.close()
+			r.admissions.end(w.uid)
 		}
 		w = &work{
-			uid: rollout.UID, wake: r.waker(key), told: map[string]bool{}, failures: map[types.UID]inplace.PodFailure{},
-			nodes: map[string]controller.Node{}, members: map[types.UID]*member{}, keys: map[string]*keys{},
+			uid: rollout.UID, ops: newState(rollout.UID, r.waker(key)), told: map[string]bool{}, failures: map[types.UID]inplace.PodFailure{},
 		}
 		r.works[key] = w
 	}
 	return w
 }
 
-// knownWork is the work of a rollout, or nil.
+// knownWork returns what is known of a rollout; nil if there is nothing.
 func (r *Reconciler) knownWork(key types.NamespacedName) *work {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -119,11 +113,12 @@ func (r *Reconciler) forget(key types.NamespacedName) {
 	delete(r.works, key)
 	r.mu.Unlock()
 	if w != nil {
-		w.close()
+		w.ops.close()
+		r.admissions.end(w.uid)
 	}
 }
 
-// waker wakes the reconciler for a rollout.
+// waker returns a function that wakes the reconciler for a rollout.
 func (r *Reconciler) waker(key types.NamespacedName) func() {
 	return func() {
 		r.crew.Do(func(ctx context.Context) {
@@ -137,7 +132,7 @@ func (r *Reconciler) waker(key types.NamespacedName) func() {
 	}
 }
 
-// Reconcile takes one rollout as far as it goes and says when to look again.
+// Reconcile takes one rollout as far as it goes, and says when to look at it again.
 func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
 	rollout := &inplace.InPlaceRollout{}
 	if err := r.Client.Get(ctx, req.NamespacedName, rollout); err != nil {
@@ -147,10 +142,7 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 		}
 		return reconcile.Result{}, err
 	}
-	p := &pass{
-		r: r, rollout: rollout, work: r.workOf(rollout), now: time.Now(), strategy: strategyOf(&rollout.Spec.Strategy),
-		log: r.Log.WithField("rollout", req.String()),
-	}
+	p := r.newPass(rollout)
 	if versionOf(rollout.ResourceVersion) < p.work.written {
 		return reconcile.Result{RequeueAfter: stalePause}, nil // the cache has not caught up with the last write
 	}
@@ -159,7 +151,7 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	case rollout.DeletionTimestamp != nil:
 		err = p.finalize(ctx)
 	case over(rollout):
-		r.endTurn(p.work)
+		r.admissions.end(rollout.UID)
 		err = p.retire(ctx)
 	default:
 		err = p.advance(ctx)
@@ -173,7 +165,7 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	return reconcile.Result{RequeueAfter: p.wait}, err
 }
 
-// pass is one reconcile of one rollout.
+// pass is one look at one rollout.
 type pass struct {
 	r        *Reconciler
 	rollout  *inplace.InPlaceRollout
@@ -184,22 +176,51 @@ type pass struct {
 	// wait is when to look again; 0 means when something happens.
 	wait time.Duration
 
+	// env is what the target's workload needs from this pass.
+	env *env
+	// ops has nodes do what the pods need.
+	ops    *session
+	teller *teller
+	writer *writer
 	target *target
 	goal   goal
 	items  []*item
 	ended  []*corev1.Pod // pods that broke so that they ended
 	plan   plan
-	// obstacle is why a pod is left to its workload.
+	// notInPlaceReason is why a pod is left to its workload.
 	obstacle string
-	// blocked says what holds the rollout back as a whole, with a condition's reason.
+	// blocked says what holds back the rollout as a whole, blockedReason is the reason of its condition.
 	blockedReason, blocked string
 }
 
-// advance takes a rollout that has not ended a step further.
+func (r *Reconciler) newPass(rollout *inplace.InPlaceRollout) *pass {
+	p := &pass{
+		r: r, rollout: rollout, work: r.workOf(rollout), now: time.Now(), strategy: strategyOf(&rollout.Spec.Strategy),
+		log: r.Log.WithField("rollout", client.ObjectKeyFromObject(rollout).String()),
+	}
+	p.teller = &teller{recorder: r.Recorder, rollout: rollout, told: p.work.told}
+	p.writer = &writer{client: r.Client, metrics: r.Metrics, rollout: rollout, work: p.work, now: p.now}
+	p.env = &env{
+		client: r.Client, live: r.APIReader, rollout: rollout, goal: &p.goal, now: p.now, log: p.log, wrote: r.Metrics.wrote,
+		event: p.teller.event, tell: p.teller.tell, patchRollout: p.writer.patch, choose: p.work.choose, memory: &p.work.memory,
+	}
+	p.ops = &session{
+		driver: r.driver, state: p.work.ops, rollout: rollout, strategy: &p.strategy, now: p.now, log: p.log, wait: &p.wait,
+		newLabel: func(i *item) string {
+			if p.target.workload == nil {
+				return ""
+			}
+			return p.target.workload.revisionLabel(&i.podRef, i.verdict.images)
+		},
+	}
+	return p
+}
+
+// advance takes a rollout that has not ended one step further.
 func (p *pass) advance(ctx context.Context) error {
 	var why *specError
 	var err error
-	if p.target, err = p.find(ctx); errors.As(err, &why) {
+	if p.target, err = p.env.find(ctx); errors.As(err, &why) {
 		return p.refuse(ctx, why)
 	} else if err != nil {
 		return err
@@ -208,12 +229,12 @@ func (p *pass) advance(ctx context.Context) error {
 	if !slices.Contains(p.rollout.Finalizers, inplace.RolloutFinalizer) {
 		before := p.rollout.DeepCopy()
 		p.rollout.Finalizers = append(p.rollout.Finalizers, inplace.RolloutFinalizer)
-		if err := p.patch(ctx, before); err != nil {
+		if err := p.writer.patch(ctx, before); err != nil {
 			return err
 		}
 	}
 	p.goal = goalOf(p.rollout)
-	if first, shared, err := p.r.takeTurn(ctx, p); err != nil {
+	if first, shared, err := p.r.admissions.admit(ctx, p.r.Client, p.rollout, p.target.pods); err != nil {
 		return err
 	} else if first != nil {
 		return p.queue(ctx, first, shared)
@@ -223,26 +244,28 @@ func (p *pass) advance(ctx context.Context) error {
 			return err
 		}
 	}
-	if next := p.rollout.Status.DeepCopy(); !p.undoing() && len(next.PreviousImages) < len(p.goal.images) {
-		// Pods that have come since.
+	if next := p.rollout.Status.DeepCopy(); !undoing(p.rollout, &p.strategy) && len(next.PreviousImages) < len(p.goal.images) {
+		// Pods have come since the rollout began.
 		if next.PreviousImages == nil {
 			next.PreviousImages = map[string]string{}
 		}
-		if p.findPrevious(next.PreviousImages) {
-			if err := p.writeStatus(ctx, next); err != nil {
+		if p.target.findPrevious(p.goal.images, next.PreviousImages) {
+			if err := p.writer.status(ctx, next); err != nil {
 				return err
 			}
 		}
 	}
 	if p.work.revision != p.goal.revision {
-		p.work.revision, p.work.failures, p.work.told = p.goal.revision, map[types.UID]inplace.PodFailure{}, map[string]bool{}
+		p.work.revision, p.work.failures = p.goal.revision, map[types.UID]inplace.PodFailure{}
+		clear(p.work.told)
 		p.work.progressed, p.work.released = p.now, nil
-		p.work.template, p.work.refused, p.work.api, p.work.templated = nil, nil, apiTrouble{}, nil
+		p.work.refused, p.work.api = nil, apiTrouble{}
+		p.work.memory.forget()
 	}
-	if p.undoing() {
+	if undoing(p.rollout, &p.strategy) {
 		p.goal = p.goal.undoing(&p.rollout.Status, p.target.workload != nil)
 	}
-	if text := p.newer(); text != "" {
+	if text := newer(p.rollout); text != "" {
 		return p.supersede(ctx, text)
 	}
 	ready := true
@@ -255,7 +278,7 @@ func (p *pass) advance(ctx context.Context) error {
 		} else if err != nil {
 			return err
 		}
-		p.goal.images = p.work.template.all(p.goal.images) // as the workload's controller would make pods
+		p.goal.images = p.work.memory.template.all(p.goal.images) // as the workload's controller would make pods
 	}
 	p.gather(ctx)
 	if err := p.decide(ctx, !ready); err != nil {
@@ -270,7 +293,7 @@ func (p *pass) advance(ctx context.Context) error {
 	return p.conclude(ctx)
 }
 
-// align brings the template of the workload to the images, unless the API server has said no.
+// align writes the images into the template of the workload, unless the API server refuses that for good.
 func (p *pass) align(ctx context.Context, w workload) (ready bool, err error) {
 	api := &p.work.api
 	p.blockedReason = inplace.ReasonWaiting
@@ -305,7 +328,7 @@ func (p *pass) align(ctx context.Context, w workload) (ready bool, err error) {
 	case !ready && api.count >= controller.APITries:
 		p.blockedReason = inplace.ReasonAPIError
 		p.blocked = fmt.Sprintf("%s cannot be changed, %d tries have failed since %s: %s", p.target.what, api.count, api.since.UTC().Format(time.RFC3339), api.text)
-		p.tell(corev1.EventTypeWarning, inplace.ReasonAPIError, p.blocked, "template")
+		p.teller.tell(corev1.EventTypeWarning, inplace.ReasonAPIError, p.blocked, "template")
 	}
 	if !ready {
 		p.wait = sooner(p.wait, blockedPause)
@@ -313,12 +336,12 @@ func (p *pass) align(ctx context.Context, w workload) (ready bool, err error) {
 	return ready || p.work.refused[p.goal.revision] != nil && p.goal.undo, nil
 }
 
-// undoing says that the revision is being rolled back.
-func (p *pass) undoing() bool {
-	return p.rollout.Status.FailedRevision == revisionOf(p.rollout) && p.strategy.onFailure == inplace.Rollback
+// undoing returns true if the present revision has failed and is rolled back.
+func undoing(r *inplace.InPlaceRollout, s *strategy) bool {
+	return r.Status.FailedRevision == revisionOf(r) && s.onFailure == inplace.Rollback
 }
 
-// gather judges the pods.
+// gather finds out how far each pod is.
 func (p *pass) gather(ctx context.Context) {
 	there := map[types.UID]bool{}
 	begun := p.now
@@ -326,7 +349,7 @@ func (p *pass) gather(ctx context.Context) {
 		begun = t.Time
 	}
 	for _, pod := range p.target.pods {
-		m := p.memberOf(pod)
+		m := p.ops.memberOf(pod, p.goal.revision)
 		there[pod.UID] = true
 		if !active(pod) {
 			if pod.DeletionTimestamp == nil && m.mark.by(p.goal) {
@@ -334,7 +357,7 @@ func (p *pass) gather(ctx context.Context) {
 			}
 			continue
 		}
-		i := &item{pod: pod, m: m, goal: p.goal.of(m.mark), ordinal: -1, stale: m.stale(pod)}
+		i := &item{podRef: podRef{pod: pod, mark: m.mark, goal: p.goal.of(m.mark)}, m: m, ordinal: -1, stale: m.stale(pod)}
 		if w := p.target.workload; w != nil && !p.goal.undo && w.restart(pod) {
 			i.goal.restarts = containersOf(pod)
 		}
@@ -345,10 +368,10 @@ func (p *pass) gather(ctx context.Context) {
 			m.noteReady(pod, p.now)
 			m.noteStarted(pod, p.now)
 		}
-		p.settlePreparation(i)
-		p.settleLooks(i)
-		k := p.work.knowledge(m, pod, begun)
-		k.carried = len(m.started) > 0 && p.carries(ctx, pod)
+		p.ops.settlePreparation(i)
+		p.ops.settleLooks(i)
+		k := p.work.ops.knowledge(m, pod, begun)
+		k.carried = len(m.started) > 0 && p.r.driver.carries(ctx, pod)
 		i.known, i.verdict = k, judge(pod, m.mark, i.goal, k, &p.strategy, p.now)
 		p.wait = sooner(p.wait, i.verdict.wait)
 		if s := i.verdict.stage; p.target.workload != nil && (s == outdated && !m.turn || s == updated && !p.goal.undo || s == broken && i.verdict.failure.reason == failNoContainer) {
@@ -359,22 +382,22 @@ func (p *pass) gather(ctx context.Context) {
 			}
 		}
 		if p.target.workload != nil && i.verdict.stage == updated {
-			label := p.target.workload.revisionLabel(i, nil)
+			label := p.target.workload.revisionLabel(&i.podRef, nil)
 			i.unlabelled = label != "" && label != pod.Labels[revisionLabel]
 		}
 		if v := &i.verdict; !i.stale && (v.recovered || v.stage == broken && !v.disrupted || v.stage == updated && v.available) {
 			if m.turn {
-				p.r.Jobs.Return(p.takenAs(pod))
+				p.r.Jobs.Return(takenAs(p.rollout, pod))
 			}
 			m.turn, m.settled = false, v.recovered || m.settled
 			v.disrupted = v.open
 		}
 		p.items = append(p.items, i)
 	}
-	p.keep(there)
+	p.ops.keep(there)
 }
 
-// decide plans what to do with the pods.
+// decide plans which pods are next.
 func (p *pass) decide(ctx context.Context, halted bool) error {
 	s := &p.strategy
 	candidates := make([]candidate, len(p.items))
@@ -382,7 +405,7 @@ func (p *pass) decide(ctx context.Context, halted bool) error {
 	for n, i := range p.items {
 		shut, _ := shutBy(i.pod)
 		turn := i.m.turn || shut == p.rollout.UID && i.verdict.stage == outdated
-		candidates[n] = candidate{i.pod, i.ordinal, i.verdict, turn, p.preparation(i)}
+		candidates[n] = candidate{i.pod, i.ordinal, i.verdict, turn, p.ops.preparation(i)}
 		failed = failed || i.verdict.stage == broken
 	}
 	l := limits{
@@ -401,7 +424,7 @@ func (p *pass) decide(ctx context.Context, halted bool) error {
 	l.allowed = func(pod *corev1.Pod) (bool, string) {
 		if !read {
 			read = true
-			budgets, err = budgetsOf(ctx, p.r.Client, p.rollout.Namespace, candidates, p.doomed())
+			budgets, err = budgetsOf(ctx, p.r.Client, p.rollout.Namespace, candidates, doomed(p.items))
 		}
 		if err != nil {
 			return false, err.Error()
@@ -418,19 +441,19 @@ func (p *pass) decide(ctx context.Context, halted bool) error {
 	return nil
 }
 
-// doomed says of pods that they are about to be disrupted by this rollout.
-func (p *pass) doomed() func(*corev1.Pod) bool {
+// doomed returns a function that says whether this rollout is about to disrupt a pod.
+func doomed(items []*item) func(*corev1.Pod) bool {
 	pods := map[types.UID]bool{}
-	for _, i := range p.items {
+	for _, i := range items {
 		pods[i.pod.UID] = i.verdict.disrupted
 	}
 	return func(pod *corev1.Pod) bool { return pods[pod.UID] }
 }
 
-// act takes the pods further. What went wrong with one does not keep the others.
+// act takes the pods further. An error with one pod does not hold up the others.
 func (p *pass) act(ctx context.Context) error {
 	for _, n := range p.plan.prepare {
-		p.prepare(ctx, p.items[n])
+		p.ops.prepare(ctx, p.items[n])
 	}
 	for _, n := range p.plan.begin {
 		p.settleError(p.items[n], p.step(ctx, p.items[n]))
@@ -439,7 +462,7 @@ func (p *pass) act(ctx context.Context) error {
 		if i.stale {
 			continue
 		}
-		p.tellWarnings(i)
+		p.teller.warnings(i.pod, p.ops.finished(i.m))
 		if relabels := i.verdict.stage == updated && p.target.workload != nil; (relabels || i.verdict.open) && !p.waits(&i.m.api) {
 			var err error
 			if relabels {
@@ -451,13 +474,13 @@ func (p *pass) act(ctx context.Context) error {
 			p.settleError(i, err)
 		}
 		if i.verdict.ask {
-			p.follow(ctx, i)
+			p.ops.follow(ctx, i)
 		}
 		if i.verdict.restart {
-			p.restart(ctx, i)
+			p.ops.restart(ctx, i)
 		}
 		if i.verdict.inquire {
-			p.inquire(ctx, i)
+			p.ops.inquire(ctx, i)
 		}
 		if i.verdict.stage == changing {
 			p.nudge(ctx, i)
@@ -466,7 +489,7 @@ func (p *pass) act(ctx context.Context) error {
 	return nil
 }
 
-// settleError decides what becomes of a pod about which the API server has said no. What it says of one does not keep the others.
+// settleError decides what to do about a pod whose change the API server has answered with an error.
 func (p *pass) settleError(i *item, err error) {
 	why := refusal(err)
 	switch {
@@ -487,19 +510,17 @@ func (p *pass) settleError(i *item, err error) {
 		fallthrough
 	default:
 		i.m.api.note(err, p.now) // a gate that cannot be opened is tried again
-		p.work.mu.Lock()
-		p.abort(i.m.node, i.m.visit, why.message)
-		p.work.mu.Unlock()
+		p.ops.abortVisit(i.m, why.message)
 		i.m.refused = why
 		p.wait = sooner(p.wait, stalePause)
 	}
 }
 
-// nudge makes kubelet look at a pod again for a new container that is not ready, where that is due.
+// nudge makes kubelet probe a new container that is not ready at once, if that is due.
 func (p *pass) nudge(ctx context.Context, i *item) {
 	var names []string
-	carried := len(i.m.started) > 0 && p.carries(ctx, i.pod)
-	for _, name := range sortedKeys(i.m.mark.Containers) {
+	carried := len(i.m.started) > 0 && p.r.driver.carries(ctx, i.pod)
+	for _, name := range slices.Sorted(maps.Keys(i.m.mark.Containers)) {
 		c, _ := containerOf(i.pod, name)
 		cs := statusOf(i.pod, name)
 		if c == nil || cs == nil || cs.ContainerID == i.m.mark.Containers[name].ID {
@@ -525,7 +546,7 @@ func (p *pass) nudge(ctx context.Context, i *item) {
 	log.Debug("kubelet made to probe the new container at once")
 }
 
-// begin takes up the containers of the spec: what they replace is written down before anything is done.
+// begin takes up the containers of the spec. First of all it writes into the status which images they replace.
 func (p *pass) begin(ctx context.Context) error {
 	old := &p.rollout.Status
 	now := metav1.NewTime(p.now)
@@ -540,79 +561,24 @@ func (p *pass) begin(ctx context.Context) error {
 			}
 		}
 	}
-	p.findPrevious(next.PreviousImages)
+	p.target.findPrevious(p.goal.images, next.PreviousImages)
 	setCondition(&next, inplace.ConditionComplete, false, inplace.ReasonRollingOut, "")
 	setCondition(&next, inplace.ConditionProgressing, true, inplace.ReasonRollingOut, "")
 	setCondition(&next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")
-	if err := p.writeStatus(ctx, &next); err != nil {
+	if err := p.writer.status(ctx, &next); err != nil {
 		return err
 	}
 	p.work.progressed = p.now
-	p.event(corev1.EventTypeNormal, eventStarted, "rolling out to "+p.target.what+": "+describe(p.rollout.Spec.Containers))
+	p.teller.event(corev1.EventTypeNormal, eventStarted, "rolling out to "+p.target.what+": "+describe(p.rollout.Spec.Containers))
 	p.log.WithField("revision", p.goal.revision).Info("rollout begins")
 	return nil
 }
 
-// findPrevious adds the images that are to be replaced, as far as they can be told, and says whether that is more than before.
-func (p *pass) findPrevious(previous map[string]string) bool {
-	more := false
-	for name, image := range p.goal.images {
-		if previous[name] != "" {
-			continue
-		}
-		was := ""
-		if w := p.target.workload; w != nil && w.image(name) != image {
-			was = w.image(name)
-		}
-		if was == "" {
-			was = usual(p.target.pods, name, image)
-		}
-		if was != "" {
-			previous[name], more = was, true
-		}
+// waits returns true if it is too early to ask the API server again, and has the rollout looked at when the time has come.
+func (p *pass) waits(t *apiTrouble) bool {
+	left := t.until.Sub(p.now)
+	if left > 0 {
+		p.wait = sooner(p.wait, left)
 	}
-	return more
+	return left > 0
 }
-
-// usual is the image that most pods have in a container, besides the given one.
-func usual(pods []*corev1.Pod, name, besides string) string {
-	counts := map[string]int{}
-	for _, pod := range pods {
-		if c, _ := containerOf(pod, name); c != nil && active(pod) && c.Image != besides {
-			counts[c.Image]++
-		}
-	}
-	best := ""
-	for _, image := range slices.Sorted(maps.Keys(counts)) {
-		if best == "" || counts[image] > counts[best] {
-			best = image
-		}
-	}
-	return best
-}
-
-// node is where to reach the node of a pod.
-func (p *pass) node(ctx context.Context, pod *corev1.Pod) (controller.Node, error) {
-	var n corev1.Node
-	if err := p.r.Client.Get(ctx, client.ObjectKey{Name: pod.Spec.NodeName}, &n); err != nil {
-		return controller.Node{}, err
-	}
-	port := p.r.NodePort
-	if port == 0 {
-		port = controller.DefaultNodePort
-	}
-	return controller.NodeOf(&n, port)
-}
-
-// carries says that the kubelet of a pod takes new containers for started because the old ones were.
-func (p *pass) carries(ctx context.Context, pod *corev1.Pod) bool {
-	var n corev1.Node
-	if p.r.Client.Get(ctx, client.ObjectKey{Name: pod.Spec.NodeName}, &n) != nil {
-		return true
-	}
-	return controller.CarriesStarted(&n)
-}
-
-func stampProto(t time.Time) *timestamppb.Timestamp { return timestamppb.New(t) }
-
-func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

@@ -5,245 +5,101 @@ package rollout
 
 import (
 	"context"
-	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
 	"google.golang.org/grpc/codes"
-	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/types"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller"
-	"github.com/cri-proxy/cri-proxy/controller/environment"
-	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 )
 
 const (
-	// pinFor is longer than rollouts take; the pins are released at their end.
+	// pinFor is longer than any rollout takes. At its end the rollout releases the pins.
 	pinFor = 7 * 24 * time.Hour
-	// holdFor is how long a node keeps what is ready: the budget may let a pod wait.
+	// holdFor is how long a node keeps a prepared upgrade: a budget may hold the pod back.
 	holdFor = time.Hour
-	// tellPause is the first pause between two tries to tell a node something; it doubles up to tellPauseMax.
+	// retryInterval is the first wait between two calls of a node that fails. It doubles up to retryIntervalMax.
 	tellPause    = 500 * time.Millisecond
 	tellPauseMax = 5 * time.Second
-	// gaveWayPause is how long after it gave way a preparation is made again: the pod's status may
-	// not show the new container at once.
+	// gaveWayInterval is how long to wait after a preparation gave way to a restart: the pod's status may not show the new
+	// container at once.
 	gaveWayPause = 2 * time.Second
-	// watchRenew is how long a stream may be without news: then it is asked whether the node is still there.
+	// watchRenew is how long a stream may be without news. Then the node is asked again, to see whether it is still there.
 	watchRenew = time.Minute
-	// prepareSlack is how much longer than it may a node takes to say that a preparation has taken too long.
+	// prepareSlack is how long a node may be late with the message that a preparation has taken too long.
 	prepareSlack = 15 * time.Second
-	// secretsFor is how long secrets that were read are good.
+	// secretsFor is how long secrets count as fresh after they were read.
 	secretsFor = 5 * time.Minute
 )
 
-// reasonCredentials is the node's word for a pull that has outlived the process which had its credentials.
+// reasonCredentials is the node's reason for a pull whose credentials are lost, because the daemon was restarted.
 const reasonCredentials = "CredentialsNeeded"
 
-// reasonUnchanged is the node's word for an image that is that of the container's spec already, as far as the node knows.
+// reasonUnchanged is the node's reason for an image that the container has already, as far as the node knows.
 const reasonUnchanged = "ImageUnchanged"
 
-// reasonOther is the node's word for a container that would have been all right.
-const reasonOther = "OtherContainerFailed"
-
-// reasonCancelled is the node's word for a preparation that gave way to a restart, or that somebody
-// has cancelled, and reasonDiffers that for one that has found another container than it was to
-// find.
+// reasonCancelled is the node's reason for a preparation that gave way to a restart, or that somebody has cancelled. reasonDiffers is
+// the reason for one that has not found the expected container.
 const (
 	reasonCancelled = "Cancelled"
 	reasonDiffers   = "ExpectedIDDiffers"
 )
 
-// reasonHeld is the node's word for a preparation that has waited for its turn for holdFor.
+// reasonHeld is the node's reason for a prepared upgrade that was not committed within holdFor.
 const reasonHeld = "HoldTimeout"
 
-// again are the node's reasons for the end of a preparation that is worth another try: nothing was touched, and what was in
-// the way has passed.
+// again are the node's reasons for which a preparation is worth another try: the node has changed nothing, and the obstacle has passed.
 var again = []string{"HoldTimeout", "TakenBackByKubelet", "ExpectedIDDiffers", "ContainerNotRunning", "Cancelled", "Aborted", "JournalError", "RuntimeError", "PodStopping", "NotFound"} //nolint:gochecknoglobals // a constant
 
-// conversation is one talk and what it is about.
-type conversation struct {
-	r    *Reconciler
-	w    *work
-	t    *talk
-	node controller.Node
-	// pod is its name.
-	pod string
-	// begin starts the operation, or finds it.
-	begin func(context.Context) (*opsv1.Operation, error)
-	// patience is how long the node may be away.
-	patience time.Duration
-}
-
-// start lets the conversation run until the operation has ended.
-func (c *conversation) start() {
-	c.r.crew.Do(func(ctx context.Context) {
-		ctx, cancel := context.WithCancel(ctx)
-		defer cancel()
-		c.w.mu.Lock()
-		c.t.cancel = cancel
-		over := c.t.over
-		c.w.mu.Unlock()
-		if !over {
-			c.run(ctx)
-		}
-	})
-}
-
-func (c *conversation) run(ctx context.Context) {
-	var silent time.Time
-	for tries := 0; ; tries++ {
-		op, err := c.begin(ctx)
-		c.w.noteAPI(c.t, err)
-		if err == nil {
-			silent, tries = time.Time{}, 0
-			c.note(op)
-			if op.GetFinishTime() != nil {
-				return
-			}
-			if op, err = c.watch(ctx, op.GetUid()); err == nil && op.GetFinishTime() != nil {
-				return
-			}
-		}
-		if ctx.Err() != nil {
-			return
-		}
-		if errors.Is(err, errThere) {
-			c.change(func() { c.t.same = true })
-			return
-		}
-		if err != nil {
-			if t := troubleOf(err); t.final || t.stale {
-				c.change(func() { c.t.failed, c.t.stale, c.t.asked = &t.failure, t.stale, true })
-				return
-			} else if silent.IsZero() {
-				silent = time.Now()
-			} else if time.Since(silent) >= c.patience {
-				if apiStatus(err) {
-					t.failure = tooLong(c.pod, c.patience, err)
-				}
-				c.change(func() { c.t.failed, c.t.asked = &t.failure, true })
-				return
-			}
-		}
-		if !pause(ctx, min(tellPause<<min(tries, 4), tellPauseMax)) {
-			return
-		}
-	}
-}
-
-// errThere says that a container has already what the API server makes of its image.
-var errThere = errors.New("the image is there")
-
-// noteAPI counts what goes wrong with the API server, for people to be told.
-func (w *work) noteAPI(t *talk, err error) {
-	w.mu.Lock()
-	if err == nil {
-		t.api = apiTrouble{}
-	} else if apiStatus(err) {
-		t.api.note(err, time.Now())
-	}
-	tell := t.api.count == controller.APITries
-	w.mu.Unlock()
-	if tell {
-		w.wake()
-	}
-}
-
-// watch follows the operation until it has ended, needs credentials, or there has been no news for a while.
-func (c *conversation) watch(ctx context.Context, uid string) (*opsv1.Operation, error) {
-	watching, cancel := context.WithCancel(ctx)
-	defer cancel()
-	patience := time.AfterFunc(watchRenew, cancel)
-	defer patience.Stop()
-	var last *opsv1.Operation
-	err := c.r.Nodes.WatchOperation(watching, c.node, uid, func(op *opsv1.Operation) {
-		patience.Reset(watchRenew)
-		last = op
-		c.note(op)
-		if slices.ContainsFunc(op.GetContainers(), func(x *opsv1.ContainerOperation) bool { return x.GetPull().GetReason() == reasonCredentials }) {
-			cancel()
-		}
-	})
-	if watching.Err() != nil {
-		err = nil // it is asked again
-	}
-	return last, err
-}
-
-// note keeps what the node says. A finished operation stays as it is.
-func (c *conversation) note(op *opsv1.Operation) {
-	c.change(func() {
-		c.t.asked = true
-		if c.t.op.GetFinishTime() != nil {
-			return
-		}
-		if was := c.t.op.GetCreateTime(); was != nil && !proto.Equal(was, op.GetCreateTime()) {
-			c.t.committed = false // the node has lost its journal and begun anew
-		}
-		c.t.op = op
-	})
-}
-
-func (c *conversation) change(f func()) {
-	c.w.mu.Lock()
-	over := c.t.over
-	if !over {
-		f()
-	}
-	c.w.mu.Unlock()
-	if !over {
-		c.w.wake()
-	}
-}
-
-// prepare lets the node of a pod make the images ready.
-func (p *pass) prepare(ctx context.Context, i *item) {
-	w, m := p.work, i.m
-	p.look(ctx, i)
-	if p.imagesReady(i) != unprepared {
+// Prepare has the node of a pod prepare the change: check the tags, and pull the images.
+func (s *session) prepare(ctx context.Context, i *item) {
+	w, m := s.state, i.m
+	s.look(ctx, i)
+	if s.imagesReady(i) != unprepared {
 		return
 	}
-	uid := p.upgradeUID(i)
+	uid := s.upgradeUID(i)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if m.visit != nil && m.visit.uid == uid {
 		return
 	}
 	if old := m.visit; old != nil {
-		p.abort(m.node, old, "something else is wanted of the pod")
+		s.abort(m.node, old, "something else is wanted of the pod")
 		old.end()
 	}
-	t := &talk{uid: uid, begun: p.now}
+	t := &talk{uid: uid, begun: s.now}
 	m.visit = t
-	node, err := p.node(ctx, i.pod)
+	node, err := s.driver.node(ctx, i.pod)
 	if err != nil {
-		// A node that is taken away takes its pods with it, soon.
+		// If the node was removed, its pods will be gone soon, too.
 		if m.lost.IsZero() {
-			m.lost = p.now
+			m.lost = s.now
 		}
-		if p.now.Sub(m.lost) >= p.strategy.deadline {
+		if s.now.Sub(m.lost) >= s.strategy.deadline {
 			t.failed = &failure{failUnreachable, err.Error()}
 		} else {
 			m.visit = nil
-			p.again(m, tellPauseMax)
+			s.again(m, tellPauseMax)
 		}
 		return
 	}
 	m.node, w.nodes[node.Name] = node, node
-	if m.mark != nil && m.mark.Operation != uid && p.now.Sub(m.mark.Time.Time) >= p.strategy.deadline {
-		p.abortMarked(m, "something else is wanted of the pod, and kubelet has not come for this")
+	if m.mark != nil && m.mark.Operation != uid && s.now.Sub(m.mark.Time.Time) >= s.strategy.deadline {
+		s.abortMarked(m, "something else is wanted of the pod, and kubelet has not come for this")
 	}
-	request := p.prepareRequest(ctx, i, uid)
-	label := p.newLabel(i)
-	c := &conversation{r: p.r, w: w, t: t, node: node, pod: i.pod.Name, patience: p.strategy.deadline}
-	change, err := p.change(i, uid, nil)
+	request := s.prepareRequest(ctx, i, uid)
+	label := s.newLabel(i)
+	c := &conversation{d: s.driver, w: w, t: t, node: node, pod: i.pod.Name, patience: s.strategy.deadline}
+	change, err := s.change(i, uid, nil)
 	if err != nil {
 		t.failed = &failure{failPreparation, err.Error()}
 		return
@@ -254,17 +110,17 @@ func (p *pass) prepare(ctx context.Context, i *item) {
 		phase := t.op.GetPhase()
 		w.mu.Unlock()
 		if armed(phase) { // the pod may be changed already: nobody needs to ask whether it may be
-			if op, err := p.r.Nodes.GetOperation(ctx, node, uid); code(err) != codes.NotFound {
+			if op, err := s.driver.nodes.GetOperation(ctx, node, uid); code(err) != codes.NotFound {
 				return op, err
 			}
 		}
-		answers, more, err := p.r.dryRun(ctx, i.pod, change)
+		answers, more, err := dryRun(ctx, s.driver.client, i.pod, change)
 		if err == nil && len(more) > 0 {
 			w.learnMore(m, t, more)
 			return nil, errThere // all of them are prepared together
 		}
 		if err == nil && len(answers) > 0 { // is it the same each time?
-			err = p.r.stillSo(ctx, i, change, answers)
+			err = s.driver.stillSo(ctx, i, change, answers)
 		}
 		if err != nil {
 			return nil, err
@@ -279,7 +135,7 @@ func (p *pass) prepare(ctx context.Context, i *item) {
 			w.learn(m, t, change.images, answers)
 			return nil, errThere // those that are not are prepared without those that are
 		}
-		now, err := p.r.launch(ctx, w, i.pod, label)
+		now, err := s.driver.launch(ctx, w, i.pod, label)
 		if err != nil {
 			return nil, err
 		}
@@ -291,15 +147,15 @@ func (p *pass) prepare(ctx context.Context, i *item) {
 			images = append(images, pullsecrets.Pulled(c.GetImage(), c.GetPullPolicy(), c.GetEnvironment())...)
 		}
 		request.Credentials = now.ring.For(images...)
-		op, err := p.r.Nodes.PrepareUpgrade(ctx, node, request)
+		op, err := s.driver.nodes.PrepareUpgrade(ctx, node, request)
 		if code(err) == codes.AlreadyExists {
-			// By a controller of another version, which put some detail otherwise.
-			op, err = p.r.Nodes.GetOperation(ctx, node, uid)
+			// A controller of another version has begun it, with some other detail.
+			op, err = s.driver.nodes.GetOperation(ctx, node, uid)
 		}
 		if err != nil {
 			return nil, err
 		}
-		// What the node has ready may be what was answered before.
+		// The node may have prepared what admission answered before.
 		for _, has := range op.GetContainers() {
 			if asked := change.images[has.GetName()]; asked != "" && has.GetImage() != answers.of(has.GetName(), asked) {
 				err = unsteady("pod "+i.pod.Name, has.GetName(), asked, has.GetImage(), answers.of(has.GetName(), asked))
@@ -311,28 +167,28 @@ func (p *pass) prepare(ctx context.Context, i *item) {
 		return op, nil
 	}
 	c.start()
-	p.log.WithField("pod", i.pod.Name).WithField("op", uid).Debug("preparing")
+	s.log.WithField("pod", i.pod.Name).WithField("op", uid).Debug("preparing")
 }
 
-// upgradeUID is what the node of a pod calls its upgrade.
-func (p *pass) upgradeUID(i *item) string {
-	ids, _ := idsOf(i.pod, sortedKeys(i.verdict.images))
+// upgradeUID returns the UID of the node's operation that upgrades a pod.
+func (s *session) upgradeUID(i *item) string {
+	ids, _ := idsOf(i.pod, slices.Sorted(maps.Keys(i.verdict.images)))
 	return operationUID("u", i.goal, i.pod, ids, i.m.round)
 }
 
-func (p *pass) prepareRequest(ctx context.Context, i *item, uid string) *opsv1.PrepareUpgradeRequest {
-	request := p.upgradeRequest(i, uid)
-	for _, name := range sortedKeys(i.verdict.images) {
+func (s *session) prepareRequest(ctx context.Context, i *item, uid string) *opsv1.PrepareUpgradeRequest {
+	request := s.upgradeRequest(i, uid)
+	for _, name := range slices.Sorted(maps.Keys(i.verdict.images)) {
 		c, _ := containerOf(i.pod, name)
 		u := &opsv1.ContainerUpgrade{Name: name, Image: i.verdict.images[name], Order: opsv1.Order_ORDER_STOP_FIRST}
 		if cs := statusOf(i.pod, name); cs != nil {
 			u.ExpectedContainerId = cs.ContainerID
 		}
 		if c.StartupProbe != nil {
-			u.HoldProbes = controller.HoldProbes(c, p.carries(ctx, i.pod))
+			u.HoldProbes = controller.HoldProbes(c, s.driver.carries(ctx, i.pod))
 		}
-		if p.strategy.startFirst {
-			u.Order, u.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, p.strategy.besideSeconds()
+		if s.strategy.startFirst {
+			u.Order, u.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, s.strategy.besideSeconds()
 		}
 		u.RunAsNonRoot, u.RunAsUser = controller.RunAs(i.pod, c)
 		request.Containers = append(request.Containers, u)
@@ -340,18 +196,18 @@ func (p *pass) prepareRequest(ctx context.Context, i *item, uid string) *opsv1.P
 	return request
 }
 
-// upgradeRequest is a request without containers.
-func (p *pass) upgradeRequest(i *item, uid string) *opsv1.PrepareUpgradeRequest {
-	owner := ownerOf(p.rollout)
+// upgradeRequest returns a request without containers.
+func (s *session) upgradeRequest(i *item, uid string) *opsv1.PrepareUpgradeRequest {
+	owner := ownerOf(s.rollout)
 	return &opsv1.PrepareUpgradeRequest{
-		Uid: uid, Pod: podRef(i.pod), Requester: owner, Owner: owner, PinFor: durationpb.New(pinFor),
-		PrepareTimeout: durationpb.New(p.strategy.deadline), HoldTimeout: durationpb.New(holdFor),
+		Uid: uid, Pod: refOf(i.pod), Requester: owner, Owner: owner, PinFor: durationpb.New(pinFor),
+		PrepareTimeout: durationpb.New(s.strategy.deadline), HoldTimeout: durationpb.New(holdFor),
 	}
 }
 
-// commit announces the patch to the node.
-func (p *pass) commit(i *item) {
-	w, t, node := p.work, i.m.visit, i.m.node
+// Commit announces the patch of the pod to the node.
+func (s *session) commit(i *item) {
+	w, t, node := s.state, i.m.visit, i.m.node
 	w.mu.Lock()
 	if t.committed {
 		w.mu.Unlock()
@@ -359,26 +215,26 @@ func (p *pass) commit(i *item) {
 	}
 	t.committed = true
 	w.mu.Unlock()
-	label, answers := p.newLabel(i), i.m.answersOf(w)
+	label, answers := s.newLabel(i), i.m.answersOf(w)
 	images := answers.all(i.verdict.images)
-	change, err := p.change(i, t.uid, answers)
+	change, err := s.change(i, t.uid, answers)
 	if err != nil {
 		w.mu.Lock()
 		t.failed = &failure{failPreparation, err.Error()}
 		w.mu.Unlock()
 		return
 	}
-	p.r.crew.Do(func(ctx context.Context) {
+	s.driver.crew.Do(func(ctx context.Context) {
 		var since time.Time
 		for tries := 0; ; tries++ {
-			err := p.r.stillSo(ctx, i, change, answers)
+			err := s.driver.stillSo(ctx, i, change, answers)
 			var request *opsv1.CommitUpgradeRequest
 			if err == nil {
-				request, err = p.r.commitRequest(ctx, w, i.pod, label, t.uid, images)
+				request, err = s.driver.commitRequest(ctx, w, i.pod, label, t.uid, images)
 			}
 			var op *opsv1.Operation
 			if err == nil {
-				op, err = p.r.Nodes.CommitUpgrade(ctx, node, request)
+				op, err = s.driver.nodes.CommitUpgrade(ctx, node, request)
 			}
 			w.mu.Lock()
 			over := t.over || t.op.GetFinishTime() != nil
@@ -394,8 +250,8 @@ func (p *pass) commit(i *item) {
 				since = time.Time{}
 			} else if since.IsZero() {
 				since = time.Now()
-			} else if time.Since(since) >= p.strategy.deadline && !tr.final && !tr.stale {
-				tr.failure, tr.final = tooLong(i.pod.Name, p.strategy.deadline, err), true
+			} else if time.Since(since) >= s.strategy.deadline && !tr.final && !tr.stale {
+				tr.failure, tr.final = tooLong(i.pod.Name, s.strategy.deadline, err), true
 			}
 			if err == nil || over || ctx.Err() != nil || tr.final || tr.stale {
 				if err != nil && !over && ctx.Err() == nil {
@@ -413,134 +269,51 @@ func (p *pass) commit(i *item) {
 	})
 }
 
-// stillSo asks the API server once more, before the node is told that the patch comes.
-func (r *Reconciler) stillSo(ctx context.Context, i *item, change *podChange, before rewrites) error {
-	now, more, err := r.dryRun(ctx, i.pod, change)
-	if err != nil {
-		return err
-	}
-	for name, image := range more {
-		// Somebody has changed the pod meanwhile, or admission knows more than when the node was asked: from the start, then.
-		return apierrors.NewConflict(corev1.Resource("pods"), i.pod.Name, fmt.Errorf("container %s gets image %s", name, image))
-	}
-	if name, differs := now.differs(before, change.images); differs {
-		asked := change.images[name]
-		return unsteady("pod "+i.pod.Name, name, asked, before.of(name, asked), now.of(name, asked))
-	}
-	return nil
-}
-
-// commitRequest is the commit, with what kubelet will start the containers with; images are the new ones, by container.
-func (r *Reconciler) commitRequest(ctx context.Context, w *work, pod *corev1.Pod, label, uid string, images map[string]string) (*opsv1.CommitUpgradeRequest, error) {
-	now, err := r.launch(ctx, w, pod, label)
-	if err != nil {
-		return nil, err
-	}
-	request := &opsv1.CommitUpgradeRequest{Uid: uid}
-	var pulled []string
-	for _, name := range sortedKeys(images) {
-		policy, env, err := now.container(ctx, name)
-		if err != nil {
-			return nil, err
-		}
-		pulled = append(pulled, pullsecrets.Pulled(images[name], policy, env)...)
-		request.Environments = append(request.Environments, &opsv1.ContainerEnvironment{Name: name, Environment: env})
-	}
-	request.Credentials = now.ring.For(pulled...)
-	return request, nil
-}
-
-// launch is what kubelet starts the containers of a pod with.
-type launch struct {
-	reader *environment.Reader
-	ring   *pullsecrets.Keyring // nil for a pod that a node has made
-}
-
-// launch reads what kubelet would start the containers of a pod with now, or, with a label, once the pod has that revision.
-func (r *Reconciler) launch(ctx context.Context, w *work, pod *corev1.Pod, label string) (*launch, error) {
-	now, err := environment.Read(ctx, r.APIReader, pod)
-	if err != nil {
-		return nil, err
-	}
-	if label != "" {
-		now.Label(revisionLabel, label)
-	}
-	if mirrorpod.Is(pod) {
-		return &launch{reader: now}, nil
-	}
-	ring, err := r.keyring(ctx, w, pod.Namespace, pod.Spec.ServiceAccountName, secretNames(pod))
-	if err != nil {
-		return nil, err
-	}
-	return &launch{reader: now, ring: ring}, nil
-}
-
-func (l *launch) container(ctx context.Context, name string) (opsv1.PullPolicy, *opsv1.Environment, error) {
-	env, err := l.reader.Container(ctx, name)
-	if err != nil {
-		return 0, nil, err
-	}
-	c, _ := containerOf(l.reader.Pod(), name)
-	return environment.PullPolicy(c.ImagePullPolicy), env, nil
-}
-
-func (l *launch) image(name string) string {
-	c, _ := containerOf(l.reader.Pod(), name)
-	return c.Image
-}
-
-// newLabel is the label of the revision that the pod will have with its new images; empty if it has none.
-func (p *pass) newLabel(i *item) string {
-	if p.target.workload == nil {
-		return ""
-	}
-	return p.target.workload.revisionLabel(i, i.verdict.images)
-}
-
-// abort tells a node to take an upgrade back. If it cannot be told, what it has prepared ends after holdFor. The caller holds the
-// mutex of work.
-func (p *pass) abort(node controller.Node, t *talk, why string) {
+// abort tells a node to take back an upgrade. If the node cannot be reached, the upgrade ends there after holdFor. The caller holds the
+// mutex of the state.
+func (s *session) abort(node controller.Node, t *talk, why string) {
 	if t == nil || t.op == nil || t.op.GetFinishTime() != nil || t.op.GetKind() == "Restart" {
 		return
 	}
-	p.takeBack(node, t.uid, why)
+	s.takeBack(node, t.uid, why)
 }
 
-// memberOf finds the member of a pod, or makes it. What the node has made ready of another revision is taken back, unless the pod was changed for it.
-func (p *pass) memberOf(pod *corev1.Pod) *member {
-	m, dropped := p.work.memberOf(pod, p.goal.revision)
+// memberOf returns what is known of a pod. If that is about another revision, the node is told to take back what it has prepared for it,
+// unless the pod was changed for that.
+func (s *session) memberOf(pod *corev1.Pod, revision string) *member {
+	m, dropped := s.state.memberOf(pod, revision)
 	if dropped != nil && !m.stale(pod) && (m.mark == nil || m.mark.Operation != dropped.uid) {
-		p.work.mu.Lock()
-		defer p.work.mu.Unlock()
-		p.abort(m.node, dropped, "something else is wanted of the pod")
+		s.state.mu.Lock()
+		defer s.state.mu.Unlock()
+		s.abort(m.node, dropped, "something else is wanted of the pod")
 	}
 	return m
 }
 
-// keep forgets the pods that are no more the rollout's. What nodes have made ready for them is taken back.
-func (p *pass) keep(pods map[types.UID]bool) {
-	p.work.mu.Lock()
-	for uid, m := range p.work.members {
+// keep forgets all other pods: they do not belong to the rollout any more. Nodes are told to take back what they have prepared for them.
+func (s *session) keep(pods map[types.UID]bool) {
+	s.state.mu.Lock()
+	for uid, m := range s.state.members {
 		if t := m.visit; !pods[uid] && t != nil && (m.mark == nil || m.mark.Operation != t.uid) {
-			p.abort(m.node, t, "the pod is not the rollout's any more")
+			s.abort(m.node, t, "the pod is not the rollout's any more")
 		}
 	}
-	p.work.mu.Unlock()
-	p.work.keep(pods)
+	s.state.mu.Unlock()
+	s.state.keep(pods)
 }
 
-// abortMarked tells the node to take back the upgrade that the pod was last changed for, if that is this rollout's and kubelet has not begun
-// with it: the node would keep it ready, and the container from whatever comes next. The caller holds the mutex of work.
-func (p *pass) abortMarked(m *member, why string) {
-	if m.mark != nil && m.mark.Rollout == p.rollout.UID && m.mark.Operation != "" && m.node.Name != "" {
-		p.takeBack(m.node, m.mark.Operation, why)
+// abortMarked tells the node to take back the upgrade for which this rollout last changed the pod. If kubelet has not begun with it, the
+// node would go on waiting for kubelet, and refuse other operations on the container.
+func (s *session) abortMarked(m *member, why string) {
+	if m.mark != nil && m.mark.Rollout == s.rollout.UID && m.mark.Operation != "" && m.node.Name != "" {
+		s.takeBack(m.node, m.mark.Operation, why)
 	}
 }
 
-func (p *pass) takeBack(node controller.Node, uid, why string) {
-	p.r.crew.Do(func(ctx context.Context) {
+func (s *session) takeBack(node controller.Node, uid, why string) {
+	s.driver.crew.Do(func(ctx context.Context) {
 		for tries := range 5 {
-			_, err := p.r.Nodes.AbortUpgrade(ctx, node, uid, why)
+			_, err := s.driver.nodes.AbortUpgrade(ctx, node, uid, why)
 			if t := troubleOf(err); err == nil || t.final || t.stale || !pause(ctx, tellPause<<tries) {
 				return
 			}
@@ -548,9 +321,9 @@ func (p *pass) takeBack(node controller.Node, uid, why string) {
 	})
 }
 
-// follow listens to the operation of a pod that was changed already.
-func (p *pass) follow(ctx context.Context, i *item) {
-	w, m, uid := p.work, i.m, i.m.mark.Operation
+// Follow follows the operation of a pod that was changed already.
+func (s *session) follow(ctx context.Context, i *item) {
+	w, m, uid := s.state, i.m, i.m.mark.Operation
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if m.visit != nil && m.visit.uid == uid {
@@ -559,33 +332,33 @@ func (p *pass) follow(ctx context.Context, i *item) {
 	m.visit.end()
 	t := &talk{uid: uid}
 	m.visit = t
-	node, err := p.node(ctx, i.pod)
+	node, err := s.driver.node(ctx, i.pod)
 	if err != nil {
 		t.asked = true // there is nobody to ask
 		return
 	}
 	m.node, w.nodes[node.Name] = node, node
-	p.listen(t, node, i.pod.Name)
+	s.listen(t, node, i.pod.Name)
 }
 
-// listen lets a conversation follow an operation that has been begun. One that the node does not know, or no longer, has ended.
-func (p *pass) listen(t *talk, node controller.Node, pod string) {
-	c := &conversation{r: p.r, w: p.work, t: t, node: node, pod: pod, patience: p.strategy.deadline}
+// listen follows an operation that was begun before. If the node does not know it, or not any more, it has ended.
+func (s *session) listen(t *talk, node controller.Node, pod string) {
+	c := &conversation{d: s.driver, w: s.state, t: t, node: node, pod: pod, patience: s.strategy.deadline}
 	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
-		op, err := p.r.Nodes.GetOperation(ctx, node, t.uid)
+		op, err := s.driver.nodes.GetOperation(ctx, node, t.uid)
 		if code(err) == codes.NotFound {
 			c.change(func() { t.asked = true })
-			return &opsv1.Operation{Uid: t.uid, FinishTime: stampProto(p.now), Phase: opsv1.Phase_PHASE_CANCELLED}, nil
+			return &opsv1.Operation{Uid: t.uid, FinishTime: timestamppb.New(s.now), Phase: opsv1.Phase_PHASE_CANCELLED}, nil
 		}
 		return op, err
 	}
 	c.start()
 }
 
-// inquire asks the node whether it is still at work on the restarts of a mark that is another goal's: of a rollout that has ended or is gone,
-// or of an earlier revision.
-func (p *pass) inquire(ctx context.Context, i *item) {
-	w, m := p.work, i.m
+// inquire asks the node whether it still restarts containers for another goal: of a rollout that has ended or was deleted, or of an
+// earlier revision.
+func (s *session) inquire(ctx context.Context, i *item) {
+	w, m := s.state, i.m
 	uid := m.mark.restartUID(i.pod)
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -595,36 +368,36 @@ func (p *pass) inquire(ctx context.Context, i *item) {
 	m.restart.end()
 	t := &talk{uid: uid, inquires: true}
 	m.restart = t
-	node, err := p.node(ctx, i.pod)
+	node, err := s.driver.node(ctx, i.pod)
 	if err != nil {
 		t.asked = true // there is nobody to ask
 		w.wake()
 		return
 	}
-	p.listen(t, node, i.pod.Name)
+	s.listen(t, node, i.pod.Name)
 }
 
-// restart lets the node restart the containers of a pod that keep their images.
-func (p *pass) restart(ctx context.Context, i *item) {
-	w, m := p.work, i.m
+// Restart has the node restart the containers of a pod that keep their images.
+func (s *session) restart(ctx context.Context, i *item) {
+	w, m := s.state, i.m
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	request := p.restartRequest(ctx, i)
+	request := s.restartRequest(ctx, i)
 	if m.restart != nil && m.restart.uid == request.GetUid() {
 		return
 	}
 	m.restart.end()
 	t := &talk{uid: request.GetUid()}
 	m.restart = t
-	node, err := p.node(ctx, i.pod)
+	node, err := s.driver.node(ctx, i.pod)
 	if err != nil {
 		t.failed = &failure{failUnreachable, err.Error()}
 		return
 	}
 	m.node, w.nodes[node.Name] = node, node
-	c := &conversation{r: p.r, w: w, t: t, node: node, pod: i.pod.Name, patience: p.strategy.deadline}
+	c := &conversation{d: s.driver, w: w, t: t, node: node, pod: i.pod.Name, patience: s.strategy.deadline}
 	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
-		now, err := p.r.launch(ctx, w, i.pod, "")
+		now, err := s.driver.launch(ctx, w, i.pod, "")
 		if err != nil {
 			return nil, err
 		}
@@ -636,33 +409,33 @@ func (p *pass) restart(ctx context.Context, i *item) {
 			images = append(images, pullsecrets.Pulled(now.image(c.GetName()), c.GetPullPolicy(), c.GetEnvironment())...)
 		}
 		request.Credentials = now.ring.For(images...)
-		op, err := p.r.Nodes.Restart(ctx, node, request)
+		op, err := s.driver.nodes.Restart(ctx, node, request)
 		if code(err) == codes.AlreadyExists {
-			op, err = p.r.Nodes.GetOperation(ctx, node, request.GetUid())
+			op, err = s.driver.nodes.GetOperation(ctx, node, request.GetUid())
 		}
 		return op, err
 	}
 	c.start()
 }
 
-func (p *pass) restartRequest(ctx context.Context, i *item) *opsv1.RestartRequest {
-	request := &opsv1.RestartRequest{Uid: i.m.mark.restartUID(i.pod), Pod: podRef(i.pod), Requester: ownerOf(p.rollout)}
-	for _, name := range sortedKeys(i.m.mark.Containers) {
+func (s *session) restartRequest(ctx context.Context, i *item) *opsv1.RestartRequest {
+	request := &opsv1.RestartRequest{Uid: i.m.mark.restartUID(i.pod), Pod: refOf(i.pod), Requester: ownerOf(s.rollout)}
+	for _, name := range slices.Sorted(maps.Keys(i.m.mark.Containers)) {
 		c, _ := containerOf(i.pod, name)
 		old := i.m.mark.Containers[name]
 		if c == nil || c.Image != old.Image || old.ID == "" {
 			continue
 		}
-		want := &opsv1.ContainerRestart{Name: name, ExpectedContainerId: old.ID, GracePeriodSeconds: p.strategy.grace}
+		want := &opsv1.ContainerRestart{Name: name, ExpectedContainerId: old.ID, GracePeriodSeconds: s.strategy.grace}
 		want.RunAsNonRoot, want.RunAsUser = controller.RunAs(i.pod, c)
 		if c.StartupProbe != nil {
-			want.HoldProbes = controller.HoldProbes(c, p.carries(ctx, i.pod))
+			want.HoldProbes = controller.HoldProbes(c, s.driver.carries(ctx, i.pod))
 		}
-		if p.strategy.startFirst {
-			want.Order, want.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, p.strategy.besideSeconds()
+		if s.strategy.startFirst {
+			want.Order, want.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, s.strategy.besideSeconds()
 		}
 		if c.Lifecycle != nil {
-			// A hook that cannot be resolved is not sent: kubelet could not run it either.
+			// A hook that cannot be resolved is left out: kubelet could not run it either.
 			want.PreStop, _ = controller.HookOf(c, c.Lifecycle.PreStop, i.pod.Status.PodIP)
 			want.PostStart, _ = controller.HookOf(c, c.Lifecycle.PostStart, i.pod.Status.PodIP)
 		}
@@ -671,48 +444,73 @@ func (p *pass) restartRequest(ctx context.Context, i *item) *opsv1.RestartReques
 	return request
 }
 
-// keyring reads secrets, if that was not just done.
-func (r *Reconciler) keyring(ctx context.Context, w *work, namespace, account string, names []string) (*pullsecrets.Keyring, error) {
-	if account == "" {
-		account = pullsecrets.DefaultAccount
+// upgrade returns the UID of the operation that upgrades a pod as it has to be now, and its phase. The UID is empty if no node knows of it.
+func (s *session) upgrade(i *item) (uid string, phase opsv1.Phase) {
+	s.state.mu.Lock()
+	defer s.state.mu.Unlock()
+	if t := i.m.visit; t != nil && t.uid == s.upgradeUID(i) {
+		return t.uid, t.op.GetPhase()
 	}
-	key := fmt.Sprint(account, names)
-	w.mu.Lock()
-	k := w.keys[key]
-	w.mu.Unlock()
-	if k != nil && time.Since(k.at) < secretsFor {
-		return k.ring, nil
-	}
-	ring, err := pullsecrets.Read(ctx, r.APIReader, namespace, account, names, "imagePullSecrets")
-	if err != nil {
-		return nil, err
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.keys[key] = &keys{ring, time.Now()}
-	return ring, nil
+	return "", 0
 }
 
-func secretNames(pod *corev1.Pod) []string {
-	var names []string
-	for _, s := range pod.Spec.ImagePullSecrets {
-		names = append(names, s.Name)
-	}
-	return names
+// AbortUpgrade tells the node of a pod to take back its upgrade.
+func (s *session) abortVisit(m *member, why string) {
+	s.state.mu.Lock()
+	defer s.state.mu.Unlock()
+	s.abort(m.node, m.visit, why)
 }
 
-func podRef(pod *corev1.Pod) *opsv1.PodRef {
-	return &opsv1.PodRef{Namespace: pod.Namespace, Name: pod.Name, Uid: string(pod.UID)}
+// withdraw tells the node of a pod to take back what it has prepared, unless the pod was changed for that.
+func (s *session) withdraw(m *member, why string) {
+	s.state.mu.Lock()
+	defer s.state.mu.Unlock()
+	if t := m.visit; t != nil && !t.over && (m.mark == nil || m.mark.Operation != t.uid) {
+		s.abort(m.node, t, why)
+		t.end()
+		m.visit = nil
+		m.round++ // what was taken back stays so
+	}
 }
 
-// pause waits and says whether to go on.
-func pause(ctx context.Context, d time.Duration) bool {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return true
-	case <-ctx.Done():
-		return false
+// trouble says what the API server has failed with several times in a row; empty if there is nothing.
+func (s *session) trouble(items []*item) string {
+	s.state.mu.Lock()
+	defer s.state.mu.Unlock()
+	for _, i := range items {
+		all := []apiTrouble{i.m.api}
+		if t := i.m.visit; t != nil && !t.over && t.failed == nil {
+			all = append(all, t.api)
+		}
+		for _, t := range all {
+			if t.count >= controller.APITries {
+				return fmt.Sprintf("pod %s cannot be changed, %d tries have failed since %s: %s", i.pod.Name, t.count, t.since.UTC().Format(time.RFC3339), t.text)
+			}
+		}
 	}
+	return ""
+}
+
+// wrongSecrets says which pull secrets of the pods cannot be used, and why.
+func (s *session) wrongSecrets() []string {
+	s.state.mu.Lock()
+	defer s.state.mu.Unlock()
+	var wrong []string
+	for _, name := range slices.Sorted(maps.Keys(s.state.keys)) {
+		wrong = append(wrong, s.state.keys[name].ring.Wrong...)
+	}
+	return wrong
+}
+
+// finished returns the operations that have changed a pod and have succeeded.
+func (s *session) finished(m *member) []*opsv1.Operation {
+	s.state.mu.Lock()
+	defer s.state.mu.Unlock()
+	var done []*opsv1.Operation
+	for _, t := range []*talk{m.visit, m.restart} {
+		if t != nil && !t.inquires && t.op.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED && t.op.GetFinishTime() != nil {
+			done = append(done, t.op)
+		}
+	}
+	return done
 }

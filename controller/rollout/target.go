@@ -18,50 +18,41 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
-	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
-	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
 )
 
-// target is what a rollout is about.
+// target is what a rollout is about: pods, and perhaps the workload that creates them.
 type target struct {
-	// pods are all of them, those that have ended or are being deleted too.
+	// pods are all pods, also those that have ended or are being deleted.
 	pods []*corev1.Pod
-	// desired is how many there should be.
+	// desired is how many pods there should be.
 	desired int
 	// what names the target for people.
 	what string
 	// workload is nil unless the target is one.
 	workload workload
-	// firstOrdinal is that of a StatefulSet.
+	// firstOrdinal is the lowest ordinal of a StatefulSet. ordered says that its pods go one after the other.
 	firstOrdinal int
 	ordered      bool
-	// minReady is the minReadySeconds of the workload, or the greatest of the pods' owners.
+	// minReady is minReadySeconds of the workload, or the greatest value of the pods' owners.
 	minReady time.Duration
-	// mirrors is how many pods of kubelets' own the selector chooses: they are left out.
+	// mirrors is how many mirror pods of static pods the selector selects: they are left out.
 	mirrors int
 }
 
-// specError is what the user has to correct.
-type specError = controller.SpecError
-
-func wrong(format string, args ...any) error {
-	return &specError{Message: fmt.Sprintf(format, args...)}
-}
-
-// find reads the target. The error is a *specError if the user can correct it.
-func (p *pass) find(ctx context.Context) (*target, error) {
-	t := p.rollout.Spec.Target
+// find reads the target. The error is a *SpecError if the user can correct it.
+func (e *env) find(ctx context.Context) (*target, error) {
+	t := e.rollout.Spec.Target
 	switch {
 	case t.PodName != "":
-		return p.findPod(ctx, t.PodName)
+		return e.findPod(ctx, t.PodName)
 	case t.Selector != nil:
 		selector, err := selectorOf(t.Selector)
 		if err != nil {
 			return nil, err
 		}
-		p.work.choose(selector)
-		pods, err := p.list(ctx, selector)
+		e.choose(selector)
+		pods, err := e.list(ctx, selector)
 		if err != nil {
 			return nil, err
 		}
@@ -73,15 +64,15 @@ func (p *pass) find(ctx context.Context) (*target, error) {
 				found.desired++
 			}
 		}
-		found.minReady, err = p.ownersMinReady(ctx, found.pods)
+		found.minReady, err = e.ownersMinReady(ctx, found.pods)
 		return found, err
 	case t.WorkloadRef != nil:
-		return p.findWorkload(ctx, t.WorkloadRef)
+		return e.findWorkload(ctx, t.WorkloadRef)
 	}
 	return nil, wrong("spec.target names neither podName, nor selector, nor workloadRef: set one of them")
 }
 
-// selectorOf reads the selector of a target. The error is a *specError.
+// selectorOf reads the selector of a target. The error is a *SpecError.
 func selectorOf(s *metav1.LabelSelector) (labels.Selector, error) {
 	selector, err := metav1.LabelSelectorAsSelector(s)
 	if err != nil {
@@ -90,10 +81,10 @@ func selectorOf(s *metav1.LabelSelector) (labels.Selector, error) {
 	return selector, nil
 }
 
-func (p *pass) findPod(ctx context.Context, name string) (*target, error) {
+func (e *env) findPod(ctx context.Context, name string) (*target, error) {
 	found := &target{what: "pod " + name, desired: 1}
 	var pod corev1.Pod
-	err := p.r.Client.Get(ctx, client.ObjectKey{Namespace: p.rollout.Namespace, Name: name}, &pod)
+	err := e.client.Get(ctx, client.ObjectKey{Namespace: e.rollout.Namespace, Name: name}, &pod)
 	if apierrors.IsNotFound(err) {
 		return found, nil
 	}
@@ -101,12 +92,13 @@ func (p *pass) findPod(ctx context.Context, name string) (*target, error) {
 		return nil, err
 	}
 	found.pods = []*corev1.Pod{&pod}
-	found.minReady, err = p.ownersMinReady(ctx, found.pods)
+	found.minReady, err = e.ownersMinReady(ctx, found.pods)
 	return found, err
 }
 
-// ownersMinReady is the greatest minReadySeconds of the workloads that own the pods. An owner that is gone asks for nothing.
-func (p *pass) ownersMinReady(ctx context.Context, pods []*corev1.Pod) (time.Duration, error) {
+// ownersMinReady returns the greatest minReadySeconds of the workloads that own the pods. An owner that does not exist any more asks for
+// nothing.
+func (e *env) ownersMinReady(ctx context.Context, pods []*corev1.Pod) (time.Duration, error) {
 	most := int32(0)
 	seen := map[types.UID]bool{}
 	for _, pod := range pods {
@@ -130,7 +122,7 @@ func (p *pass) ownersMinReady(ctx context.Context, pods []*corev1.Pod) (time.Dur
 		default:
 			continue
 		}
-		if err := p.r.Client.Get(ctx, client.ObjectKey{Namespace: pod.Namespace, Name: owner.Name}, object); client.IgnoreNotFound(err) != nil {
+		if err := e.client.Get(ctx, client.ObjectKey{Namespace: pod.Namespace, Name: owner.Name}, object); client.IgnoreNotFound(err) != nil {
 			return 0, err
 		}
 		most = max(most, *minReady)
@@ -138,10 +130,10 @@ func (p *pass) ownersMinReady(ctx context.Context, pods []*corev1.Pod) (time.Dur
 	return time.Duration(most) * time.Second, nil
 }
 
-// list reads pods; they must not be changed.
-func (p *pass) list(ctx context.Context, selector labels.Selector) ([]*corev1.Pod, error) {
+// list reads pods. The caller must not change them.
+func (e *env) list(ctx context.Context, selector labels.Selector) ([]*corev1.Pod, error) {
 	var list corev1.PodList
-	if err := p.r.Client.List(ctx, &list, client.InNamespace(p.rollout.Namespace), client.MatchingLabelsSelector{Selector: selector}, client.UnsafeDisableDeepCopy); err != nil {
+	if err := e.client.List(ctx, &list, client.InNamespace(e.rollout.Namespace), client.MatchingLabelsSelector{Selector: selector}, client.UnsafeDisableDeepCopy); err != nil {
 		return nil, err
 	}
 	pods := make([]*corev1.Pod, len(list.Items))
@@ -161,24 +153,4 @@ func leftOut(mirrors int) string {
 		return "1 static pod is left out"
 	}
 	return fmt.Sprintf("%d static pods are left out", mirrors)
-}
-
-// choose keeps the selector for events of pods.
-func (w *work) choose(s labels.Selector) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.selector = s
-}
-
-// about says whether a pod is one that the rollout may be about.
-func (w *work) about(r *inplace.InPlaceRollout, pod client.Object) bool {
-	if r.Spec.Target.PodName != "" {
-		return r.Spec.Target.PodName == pod.GetName()
-	}
-	if w == nil {
-		return false
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.selector != nil && w.selector.Matches(labels.Set(pod.GetLabels()))
 }

@@ -22,28 +22,28 @@ import (
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 )
 
-// rollbackSuffix makes of a revision that of its rollback.
+// rollbackSuffix makes the revision of a rollback from the revision that failed.
 const rollbackSuffix = "-undo"
 
-// besideMax is the longest that nodes let two containers run beside each other.
+// besideMax is the longest time for which nodes let the old and the new container run side by side.
 const besideMax = time.Hour
 
-// goal is what pods are to become.
+// goal says what the pods of a rollout have to become.
 type goal struct {
 	rollout  types.UID
 	revision string
-	// images by container, and the containers to restart.
+	// images are the images by container, restarts the containers to restart.
 	images   map[string]string
 	restarts []string
-	// undo says that this is a rollback: pods that were changed after since go back to the images they had before. Others get images
-	// if the rollout is about a workload, whose template has them.
+	// undo says that this is a rollback: pods that were changed after since go back to the images that they had before. If
+	// the target is a workload, the other pods get the images of its template.
 	undo, workload bool
 	since          time.Time
-	// tags says that a container which has its image already is looked after too: what the tag names now may be another one.
+	// tags says that containers which have their image already have to be checked: the tag may name another image by now.
 	tags bool
 }
 
-// strategy is that of the spec, with what it leaves out.
+// strategy is the strategy of the spec with its defaults filled in.
 type strategy struct {
 	maxUnavailable, partition intstr.IntOrString
 	startFirst                bool
@@ -52,7 +52,7 @@ type strategy struct {
 	grace                     *int64
 }
 
-// goalOf is what the spec wants.
+// goalOf returns the goal of the spec.
 func goalOf(r *inplace.InPlaceRollout) goal {
 	// A rollout that follows a template names containers that nobody has asked for.
 	g := goal{rollout: r.UID, revision: revisionOf(r), images: map[string]string{}, tags: metav1.GetControllerOf(r) == nil}
@@ -66,7 +66,7 @@ func goalOf(r *inplace.InPlaceRollout) goal {
 	return g
 }
 
-// undoing is the goal after a failure.
+// Rollback returns the goal after a failure.
 func (g goal) undoing(status *inplace.InPlaceRolloutStatus, workload bool) goal {
 	u := goal{rollout: g.rollout, revision: g.revision + rollbackSuffix, images: map[string]string{}, undo: true, workload: workload}
 	for name := range g.images {
@@ -80,7 +80,7 @@ func (g goal) undoing(status *inplace.InPlaceRolloutStatus, workload bool) goal 
 	return u
 }
 
-// of is the goal of one pod.
+// ForPod returns the goal of one pod.
 func (g goal) of(m *mark) goal {
 	if !g.undo {
 		return g
@@ -100,7 +100,8 @@ func (g goal) of(m *mark) goal {
 	return own
 }
 
-// revisionOf identifies the containers of a rollout.
+// revisionOf returns a hash of what a rollout wants. It is in statuses, annotations and operation UIDs: it must stay the same from
+// version to version.
 func revisionOf(r *inplace.InPlaceRollout) string {
 	list := slices.Clone(r.Spec.Containers)
 	slices.SortFunc(list, func(a, b inplace.ContainerChange) int { return cmp.Compare(a.Name, b.Name) })
@@ -132,7 +133,7 @@ func strategyOf(s *inplace.Strategy) strategy {
 	return t
 }
 
-// honour keeps the workload's own minReadySeconds too: the longer one counts.
+// honour takes the workload's own minReadySeconds into account: the longer one counts.
 func (s *strategy) honour(minReady time.Duration) {
 	if minReady <= s.minReady {
 		return
@@ -143,10 +144,10 @@ func (s *strategy) honour(minReady time.Duration) {
 	}
 }
 
-// besideSeconds is how long a new container runs beside the old one with StartFirst, as far as nodes let it.
+// besideSeconds is how long the new container runs beside the old one with StartFirst.
 func (s *strategy) besideSeconds() int32 { return int32(min(s.minReady, besideMax) / time.Second) }
 
-// resolve is the number that n is of total; up says which way percentages are rounded.
+// resolve returns the number that n is of total. Percentages are rounded up or down.
 func resolve(n intstr.IntOrString, total int, up bool) int {
 	if n.Type == intstr.Int {
 		return max(n.IntValue(), 0)
@@ -162,12 +163,12 @@ func resolve(n intstr.IntOrString, total int, up bool) int {
 	return part / 100
 }
 
-// unavailableLimit is how many of the pods may be unavailable.
+// unavailableLimit is how many of the pods may be unavailable; at least one.
 func (s *strategy) unavailableLimit(desired int) int {
 	return max(resolve(s.maxUnavailable, desired, false), 1)
 }
 
-// operationUID is what nodes call an operation: the same for the same work on the same containers, whoever asks.
+// operationUID returns the UID of a node's operation. The same work on the same containers has the same UID, whoever asks for it.
 func operationUID(kind string, g goal, pod *corev1.Pod, containers map[string]string, round int) string {
 	uid := string(g.rollout) + "." + kind + "." + string(pod.UID) + "." + hash(g.revision, containers, round)
 	if len(uid) > 128 {
@@ -185,7 +186,10 @@ func hash(parts ...any) string {
 	return hex.EncodeToString(sum[:5])
 }
 
-// ownerOf is whose the pins of a rollout are, and who asks the nodes.
+// ownerOf names a rollout to nodes: as the owner of pins, and as the requester of operations.
 func ownerOf(r *inplace.InPlaceRollout) string {
 	return "InPlaceRollout/" + r.Namespace + "/" + r.Name + "/" + string(r.UID)
 }
+
+// restartedAt is the annotation of a template that kubectl rollout restart changes.
+const restartedAt = "kubectl.kubernetes.io/restartedAt"
