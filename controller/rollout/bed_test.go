@@ -569,7 +569,7 @@ func (b *bed) podWritten(key types.NamespacedName, now *corev1.Pod) {
 			seen = b.slim(now)
 			b.cache[key] = seen
 		}
-		running, r, queue, gates := b.running, b.r, b.queue, b.gates
+		running, r, queue, gateQueue := b.running, b.r, b.queue, b.gates
 		b.mu.Unlock()
 		if !running || seen == nil && now != nil {
 			return
@@ -582,7 +582,7 @@ func (b *bed) podWritten(key types.NamespacedName, now *corev1.Pod) {
 			return
 		}
 		if seen != nil && needsGate(seen) {
-			gates.Add(reconcile.Request{NamespacedName: key})
+			gateQueue.Add(reconcile.Request{NamespacedName: key})
 		}
 		for _, request := range r.rolloutsOfPod(context.Background(), of) {
 			queue.AddAfter(request, r.gather(request.NamespacedName))
@@ -821,9 +821,7 @@ func (b *bed) dump() string {
 		}
 		lines = append(lines, fmt.Sprintf("%s %s: spec %s, status %+v, mark %s", pod.Name, pod.UID, pod.Spec.Containers[0].Image, pod.Status.ContainerStatuses[:min(1, len(pod.Status.ContainerStatuses))], pod.Annotations[inplace.PodStateAnnotation]))
 		if w := b.r.knownWork(types.NamespacedName{Namespace: "ns", Name: "all"}); w != nil {
-			if m := w.ops.members[pod.UID]; m != nil {
-				lines = append(lines, fmt.Sprintf("   member %+v visit %+v", m, m.visit))
-			}
+			lines = append(lines, fmt.Sprintf("   %+v", w))
 		}
 	}
 	return strings.Join(lines, "\n")

@@ -278,17 +278,17 @@ func (b *bed) syncDeployment() {
 	newest := 0
 	for i := range sets.Items {
 		s := &sets.Items[i]
-		if sameTemplate(&s.Spec.Template, &d.Spec.Template) && (mine == nil || before(s, mine)) {
+		if sameTemplate(&s.Spec.Template, &d.Spec.Template) && (mine == nil || older(s, mine)) {
 			mine = s
 		}
 	}
 	for i := range sets.Items {
 		if s := &sets.Items[i]; mine == nil || s.Name != mine.Name {
-			newest = max(newest, revisionNumber(s))
+			newest = max(newest, numberOf(s))
 		}
 	}
-	if mine != nil && revisionNumber(mine) <= newest {
-		mine.Annotations[deploymentRevision] = strconv.Itoa(newest + 1)
+	if mine != nil && numberOf(mine) <= newest {
+		mine.Annotations[revisionNote] = strconv.Itoa(newest + 1)
 		for key, value := range d.Annotations { // as the real one does
 			mine.Annotations[key] = value
 		}
@@ -306,7 +306,7 @@ func (b *bed) syncDeployment() {
 		mine = &appsv1.ReplicaSet{
 			ObjectMeta: metav1.ObjectMeta{
 				Namespace: "ns", Name: "web-" + label, UID: types.UID("uid-" + label), Generation: 1, CreationTimestamp: metav1.Now(), Labels: map[string]string{"app": "web"},
-				Annotations:     map[string]string{deploymentRevision: strconv.Itoa(newest + 1)},
+				Annotations:     map[string]string{revisionNote: strconv.Itoa(newest + 1)},
 				OwnerReferences: []metav1.OwnerReference{{Kind: kindDeployment, Name: "web", UID: d.UID, Controller: &yes}},
 			},
 			Spec: appsv1.ReplicaSetSpec{Replicas: d.Spec.Replicas, Selector: webSelector, Template: *t},
@@ -362,4 +362,32 @@ func (b *bed) syncReplicaSet(s *appsv1.ReplicaSet) {
 		s.Status.ObservedGeneration, s.Status.Replicas = s.Generation, *s.Spec.Replicas
 		b.saveStatus(s)
 	}
+}
+
+// revisionNote is the annotation by which the Deployment's controller numbers ReplicaSets.
+const revisionNote = "deployment.kubernetes.io/revision"
+
+// numberOf is the revision of a ReplicaSet; -1 without.
+func numberOf(set *appsv1.ReplicaSet) int {
+	n, err := strconv.Atoi(set.Annotations[revisionNote])
+	if err != nil {
+		return -1
+	}
+	return n
+}
+
+// replicasOf is how many pods a ReplicaSet is to have.
+func replicasOf(set *appsv1.ReplicaSet) int32 {
+	if set.Spec.Replicas == nil {
+		return 1
+	}
+	return *set.Spec.Replicas
+}
+
+// older says that the Deployment's controller takes the first of two ReplicaSets for the older one.
+func older(a, b *appsv1.ReplicaSet) bool {
+	if a.CreationTimestamp.Equal(&b.CreationTimestamp) {
+		return a.Name < b.Name
+	}
+	return a.CreationTimestamp.Before(&b.CreationTimestamp)
 }

@@ -170,7 +170,7 @@ func (f *fleet) PrepareUpgrade(ctx context.Context, n controller.Node, r *opsv1.
 	o.serial = f.serial
 	broken, cancelled := "", false
 	for _, c := range r.GetContainers() {
-		o.op.Containers = append(o.op.Containers, &opsv1.ContainerOperation{Name: c.GetName(), Image: c.GetImage(), Phase: opsv1.Phase_PHASE_PULLING, IncumbentId: bareID(c.GetExpectedContainerId())})
+		o.op.Containers = append(o.op.Containers, &opsv1.ContainerOperation{Name: c.GetName(), Image: c.GetImage(), Phase: opsv1.Phase_PHASE_PULLING, IncumbentId: withoutScheme(c.GetExpectedContainerId())})
 		for suffix, reason := range f.breaks {
 			if strings.HasSuffix(c.GetImage(), suffix) {
 				broken = reason
@@ -189,11 +189,11 @@ func (f *fleet) PrepareUpgrade(ctx context.Context, n controller.Node, r *opsv1.
 		} else if broken == "" && !slices.ContainsFunc(r.GetContainers(), func(c *opsv1.ContainerUpgrade) bool {
 			return f.runs(r.GetPod().GetUid(), c.GetName()) != c.GetImage()
 		}) {
-			broken = reasonUnchanged
+			broken = "ImageUnchanged"
 			if r.GetContainers()[0].GetPullPolicy() == opsv1.PullPolicy_PULL_POLICY_ALWAYS {
 				cancelled = true
 				if f.moved(r.GetPod().GetUid(), r.GetContainers()[0].GetName()) {
-					broken = reasonMoved
+					broken = "ImageMoved"
 				}
 			}
 		}
@@ -217,7 +217,7 @@ func (f *fleet) PrepareUpgrade(ctx context.Context, n controller.Node, r *opsv1.
 			defer f.mu.Unlock()
 			if o.op.GetPhase() == opsv1.Phase_PHASE_PREPARED {
 				f.update(o, func(op *opsv1.Operation) {
-					op.Phase, op.Containers[0].Reason = opsv1.Phase_PHASE_FAILED, reasonHeld
+					op.Phase, op.Containers[0].Reason = opsv1.Phase_PHASE_FAILED, "HoldTimeout"
 				})
 			}
 		})
@@ -508,4 +508,18 @@ func (f *fleet) prepared() []*opsv1.PrepareUpgradeRequest {
 		all = append(all, f.nodes[name].requests...)
 	}
 	return all
+}
+
+// What the controller wants of nodes: how long they hold what is prepared, and how often a preparation begins anew.
+const (
+	nodeHolds = time.Hour
+	rounds    = 8
+)
+
+// withoutScheme takes the runtime's scheme off a container ID.
+func withoutScheme(id string) string {
+	if _, bare, ok := strings.Cut(id, "://"); ok {
+		return bare
+	}
+	return id
 }

@@ -367,7 +367,7 @@ func TestGatesOfPods(t *testing.T) {
 		b.addPod("kruise-pod", "node-0", gate(inplace.KruiseReadyGate), func(p *corev1.Pod) {
 			p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "apps.kruise.io/v1alpha1", Kind: "CloneSet", Name: "a", UID: "b"}}
 		})
-		b.addPod("orphan", "node-0", gate(inplace.ReadyGate, corev1.PodCondition{Type: inplace.ReadyGate, Status: corev1.ConditionFalse, Reason: gateUpdating, Message: "uid-gone x", LastTransitionTime: now}))
+		b.addPod("orphan", "node-0", gate(inplace.ReadyGate, corev1.PodCondition{Type: inplace.ReadyGate, Status: corev1.ConditionFalse, Reason: "InPlaceRollout", Message: "uid-gone x", LastTransitionTime: now}))
 		b.addPod("other", "node-0", gate(inplace.ReadyGate, corev1.PodCondition{Type: inplace.ReadyGate, Status: corev1.ConditionFalse, Reason: "ByHand", LastTransitionTime: now}))
 		time.Sleep(time.Minute)
 		for name, want := range map[string]bool{"new": true, "kruise-gate": true, "kruise-pod": false, "orphan": true, "other": false} {

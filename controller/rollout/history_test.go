@@ -24,7 +24,7 @@ func (b *bed) history() []appsv1.ReplicaSet {
 	if err := b.api.List(b.ctx, &sets, client.InNamespace("ns")); err != nil {
 		b.t.Fatal(err)
 	}
-	slices.SortFunc(sets.Items, func(x, y appsv1.ReplicaSet) int { return cmp.Compare(revisionNumber(&y), revisionNumber(&x)) })
+	slices.SortFunc(sets.Items, func(x, y appsv1.ReplicaSet) int { return cmp.Compare(numberOf(&y), numberOf(&x)) })
 	return sets.Items
 }
 
@@ -39,7 +39,7 @@ func (b *bed) undo() {
 		t := sets[1].Spec.Template.DeepCopy()
 		delete(t.Labels, hashLabel)
 		d.Spec.Template, d.Annotations = *t, maps.Clone(sets[1].Annotations)
-		delete(d.Annotations, deploymentRevision)
+		delete(d.Annotations, revisionNote)
 	})
 }
 
@@ -70,7 +70,7 @@ func TestUndoGoesOneBack(t *testing.T) {
 						t.Errorf("to %s: pods %v, were %v", image, after, before)
 					}
 					sets := b.history()
-					if len(sets) < 2 || wanted(&sets[0]) == 0 || wanted(&sets[1]) != 0 || revisionNumber(&sets[0]) == revisionNumber(&sets[1]) {
+					if len(sets) < 2 || replicasOf(&sets[0]) == 0 || replicasOf(&sets[1]) != 0 || numberOf(&sets[0]) == numberOf(&sets[1]) {
 						t.Fatalf("ReplicaSets %+v", sets)
 					}
 					if got := templateImages(&sets[1].Spec.Template)["app"]; got != previous {

@@ -87,7 +87,7 @@ func (b *bed) kubeletSync(key types.NamespacedName) {
 		if strings.HasSuffix(c.Image, ":gone") {
 			b.status(key, pod.UID, func(p *corev1.Pod) bool {
 				cs := statusOf(p, c.Name)
-				cs.Ready, cs.State = false, corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: waitImagePull, Message: "Back-off pulling image \"" + c.Image + "\""}}
+				cs.Ready, cs.State = false, corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "ImagePullBackOff", Message: "Back-off pulling image \"" + c.Image + "\""}}
 				return true
 			})
 			continue

@@ -215,7 +215,7 @@ func TestTagAskedAgain(t *testing.T) {
 		b.addNodes(1)
 		b.addPods(1, 1, always)
 		b.moveTag("app:1", "moved")
-		b.fleet.breaks[":1"] = reasonCancelled
+		b.fleet.breaks[":1"] = "Cancelled"
 		b.create("all", spec{Target: all(), Containers: to("app:1")})
 		time.Sleep(4 * time.Second)
 		b.fleet.mu.Lock()
@@ -240,7 +240,7 @@ func TestTagOfFollowedTemplate(t *testing.T) {
 			s.Annotations = map[string]string{inplace.InPlaceAnnotation: "true"}
 			s.Spec.Template.Spec.Containers[0].Image = "app:2"
 		})
-		b.want(b.until("ended", follower(kindStatefulSet, "web"), time.Minute, func(r *rollout) bool { return r != nil && ended(r) }), "True RolledOut", "2/2/2/0/0")
+		b.want(b.until("ended", "statefulset-web", time.Minute, func(r *rollout) bool { return r != nil && ended(r) }), "True RolledOut", "2/2/2/0/0")
 		if got := b.restarts("side"); got["moved"] != 0 {
 			t.Errorf("restarts %v", got)
 		}

@@ -89,7 +89,7 @@ func TestMinReadyOfWorkload(t *testing.T) {
 				}
 				at := b.changes()
 				if tt.changes == nil {
-					name = follower(tt.kind, "web")
+					name = strings.ToLower(tt.kind) + "-web"
 				} else {
 					s := settings{MinReadySeconds: tt.spec}
 					if tt.startFirst {
@@ -153,7 +153,7 @@ func TestMirrorPods(t *testing.T) {
 				}
 				b.create("one", spec{Target: inplace.Target{PodName: "static-0"}, Containers: to("app:2"), Strategy: settings{OnFailure: inplace.Pause}})
 				r = b.until("refused", "one", time.Minute, func(r *rollout) bool { return len(r.Status.Failures) > 0 })
-				if f := r.Status.Failures[0]; f.Reason != failStatic || !strings.Contains(f.Message, "make a ContainerRecreateRequest") || !strings.Contains(f.Message, "change its manifest on node node-0") {
+				if f := r.Status.Failures[0]; f.Reason != "StaticPod" || !strings.Contains(f.Message, "make a ContainerRecreateRequest") || !strings.Contains(f.Message, "change its manifest on node node-0") {
 					t.Errorf("failure %+v", f)
 				}
 			})

@@ -65,3 +65,16 @@ func announce(recorder events.EventRecorder, about client.Object, kind, reason, 
 	}
 	recorder.Eventf(about, nil, kind, reason, eventAction, "%s", clip(text, 1000)) // the API's limit is 1024
 }
+
+// describe says in words what happens to the containers.
+func describe(list []inplace.ContainerChange) string {
+	var parts []string
+	for _, c := range list {
+		if c.Image == "" {
+			parts = append(parts, "restart "+c.Name)
+		} else {
+			parts = append(parts, c.Name+" to "+c.Image)
+		}
+	}
+	return strings.Join(parts, ", ")
+}

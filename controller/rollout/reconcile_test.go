@@ -149,10 +149,10 @@ func TestFailure(t *testing.T) {
 		changed     int // pods that were patched, at most
 	}{
 		{"the image cannot be pulled", "app:missing", inplace.Rollback, "PullFailed", "False RolledBack", 0},
-		{"the new container ends", "app:crash", inplace.Rollback, failExited, "False RolledBack", 2},
+		{"the new container ends", "app:crash", inplace.Rollback, "ContainerExited", "False RolledBack", 2},
 		{"the new container does not get ready", "app:slow", inplace.Rollback, failDeadline, "False RolledBack", 2},
-		{"kubelet cannot pull", "app:gone", inplace.Rollback, waitImagePull, "False RolledBack", 2},
-		{"stop", "app:crash", inplace.Pause, failExited, "False StoppedOnFailure", 2},
+		{"kubelet cannot pull", "app:gone", inplace.Rollback, "ImagePullBackOff", "False RolledBack", 2},
+		{"stop", "app:crash", inplace.Pause, "ContainerExited", "False StoppedOnFailure", 2},
 		{"stop before anything was touched", "app:missing", inplace.Pause, "PullFailed", "False StoppedOnFailure", 0},
 		{"go on", "app:missing", inplace.Continue, "PullFailed", "False PodsFailed", 0},
 	} {
@@ -293,7 +293,7 @@ func TestPodsChange(t *testing.T) {
 		b.addPod("pending", "")
 		b.addPod("broken", "node-2", func(p *corev1.Pod) {
 			p.Status.ContainerStatuses = []corev1.ContainerStatus{
-				{Name: "app", State: corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: waitImagePull, Message: "Back-off pulling image \"app:1\""}}},
+				{Name: "app", State: corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "ImagePullBackOff", Message: "Back-off pulling image \"app:1\""}}},
 				{Name: "side", Image: "side:1", ContainerID: "containerd://s", Ready: true, State: corev1.ContainerState{Running: &corev1.ContainerStateRunning{}}},
 			}
 			setReady(p, false)
@@ -381,7 +381,7 @@ func TestBudget(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addNodes(2)
 		b.addPods(6, 2)
-		b.fleet.holds = holdFor / 10 // nodes may, and it is the number of times that matters
+		b.fleet.holds = nodeHolds / 10 // nodes may, and it is the number of times that matters
 		budget := &policyv1.PodDisruptionBudget{
 			ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "web"},
 			Spec:       policyv1.PodDisruptionBudgetSpec{Selector: &metav1.LabelSelector{MatchLabels: map[string]string{"app": "web"}}},
@@ -392,15 +392,15 @@ func TestBudget(t *testing.T) {
 		}
 		b.create("all", spec{Target: all(), Containers: to("app:2"), Strategy: settings{MaxUnavailable: number(3)}})
 		b.until("held back", "all", time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionProgressing) == "True DisruptionBudget" })
-		time.Sleep(holdFor) // it is prepared anew more often than failures would be
+		time.Sleep(nodeHolds) // it is prepared anew more often than failures would be
 		if times := map[string]int{}; b.peak != 0 {
 			t.Errorf("%d were not ready", b.peak)
 		} else {
 			for _, r := range b.fleet.prepared() {
 				times[r.GetPod().GetName()]++
 			}
-			if most := slices.Max(slices.Collect(maps.Values(times))); most <= roundsMax {
-				t.Errorf("prepared %d times, which says nothing about more than %d", most, roundsMax)
+			if most := slices.Max(slices.Collect(maps.Values(times))); most <= rounds {
+				t.Errorf("prepared %d times, which says nothing about more than %d", most, rounds)
 			}
 		}
 		budget.Status.DesiredHealthy, budget.Status.DisruptionsAllowed = 5, 1

@@ -78,7 +78,7 @@ func TestFailedRestartLeavesNothing(t *testing.T) {
 				b.fleet.fails = "CreateFailed"
 				b.create("all", spec{Target: all(), Containers: restart, Strategy: settings{OnFailure: inplace.Continue}})
 				r := b.until("ended", "all", time.Minute, ended)
-				if r.Status.Failed != 2 || r.Status.Failures[0].Reason != failRestart {
+				if r.Status.Failed != 2 || r.Status.Failures[0].Reason != "RestartFailed" {
 					t.Fatalf("status %+v", r.Status)
 				}
 				if n := b.unready(); n != 0 {

@@ -225,7 +225,7 @@ func TestIsThereUnprepared(t *testing.T) {
 		pod := b.pod("web-0")
 		b.change(types.NamespacedName{Namespace: "ns", Name: "web-0"}, pod.UID, func(p *corev1.Pod) bool {
 			cs := statusOf(p, "app")
-			cs.Ready, cs.State = false, corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: waitCrashLoop, Message: "back-off"}}
+			cs.Ready, cs.State = false, corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "CrashLoopBackOff", Message: "back-off"}}
 			setReady(p, false)
 			return true
 		})

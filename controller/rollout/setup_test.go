@@ -81,13 +81,6 @@ func TestPodChanges(t *testing.T) {
 	}
 }
 
-func TestEndings(t *testing.T) {
-	with := &rollout{ObjectMeta: metav1.ObjectMeta{Finalizers: []string{inplace.RolloutFinalizer}}}
-	if p := endings(); !p.Update(event.UpdateEvent{ObjectOld: with, ObjectNew: &rollout{}}) || p.Update(event.UpdateEvent{ObjectOld: with, ObjectNew: with}) || !p.Delete(event.DeleteEvent{Object: with}) {
-		t.Error("the end of a rollout is not seen, or seen where there is none")
-	}
-}
-
 func TestMetrics(t *testing.T) {
 	registry := prometheus.NewRegistry()
 	m, err := NewMetrics(registry)
@@ -98,7 +91,7 @@ func TestMetrics(t *testing.T) {
 		t.Errorf("beside those of requests: %v", err)
 	}
 	m.completed(inplace.ReasonRolledOut)
-	m.pod(failExited)
+	m.pod("ContainerExited")
 	m.wrote("pod")
 	families, err := registry.Gather()
 	if err != nil {

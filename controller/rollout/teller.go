@@ -64,16 +64,3 @@ func (t *teller) warnings(pod *corev1.Pod, done []*opsv1.Operation) {
 		t.event(corev1.EventTypeWarning, eventWarning, "pod "+pod.Name+", "+text)
 	}
 }
-
-// describe says in words what happens to the containers.
-func describe(list []inplace.ContainerChange) string {
-	var parts []string
-	for _, c := range list {
-		if c.Image == "" {
-			parts = append(parts, "restart "+c.Name)
-		} else {
-			parts = append(parts, c.Name+" to "+c.Image)
-		}
-	}
-	return strings.Join(parts, ", ")
-}

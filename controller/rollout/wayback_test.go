@@ -450,7 +450,7 @@ func TestRewrittenDeploymentDeleted(t *testing.T) {
 				}
 				active := 0
 				for i := range sets.Items {
-					if wanted(&sets.Items[i]) > 0 {
+					if replicasOf(&sets.Items[i]) > 0 {
 						active++
 					}
 				}

@@ -82,7 +82,7 @@ func (b *bed) atRest(kind, image string) {
 
 // withPods are the ReplicaSets that have pods.
 func withPods(sets []appsv1.ReplicaSet) []appsv1.ReplicaSet {
-	return slices.DeleteFunc(slices.Clone(sets), func(s appsv1.ReplicaSet) bool { return wanted(&s) == 0 })
+	return slices.DeleteFunc(slices.Clone(sets), func(s appsv1.ReplicaSet) bool { return replicasOf(&s) == 0 })
 }
 
 func (b *bed) addOf(kind string, n int) {
