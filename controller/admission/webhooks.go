@@ -24,7 +24,7 @@ import (
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull"
-	"github.com/cri-proxy/cri-proxy/controller/rollout"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/check"
 )
 
 // Paths that the webhooks are served at, as the webhook configurations in deploy name them. Image jobs come as v1beta1 and requests as
@@ -198,7 +198,7 @@ func (w *webhooks) list() admission.Validator[*v1beta1.ImageListPullJob] {
 
 func (w *webhooks) rollout() admission.Validator[*inplace.InPlaceRollout] {
 	return &validator[*inplace.InPlaceRollout]{w, func(ctx context.Context, before, r *inplace.InPlaceRollout) ([]string, error) {
-		return rollout.Check(ctx, w.from, before, r)
+		return check.Rollout(ctx, w.from, before, r)
 	}}
 }
 

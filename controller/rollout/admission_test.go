@@ -17,6 +17,9 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
 // specOf is the pod spec of what admission is asked about.
@@ -24,7 +27,7 @@ func specOf(o client.Object) *corev1.PodSpec {
 	if pod, ok := o.(*corev1.Pod); ok {
 		return &pod.Spec
 	}
-	return &podTemplate(o).Spec
+	return &podtemplate.Of(o).Spec
 }
 
 // imageOf is the image of container app.
@@ -49,8 +52,8 @@ func forbidden(o client.Object) error {
 func (b *bed) served(want string) {
 	b.t.Helper()
 	for _, pod := range b.pods() {
-		by, _ := shutBy(pod)
-		c := conditionOf(pod, corev1.PodReady)
+		by, _ := evaluate.OutOfServiceBy(pod)
+		c := evaluate.ConditionOf(pod, corev1.PodReady)
 		if pod.Spec.Containers[0].Image != want || runningImage(pod, "app") != want || by != "" || c == nil || c.Status != corev1.ConditionTrue {
 			b.t.Errorf("pod %s is to run %s, runs %s, shut by %q, ready %v", pod.Name, pod.Spec.Containers[0].Image, runningImage(pod, "app"), by, c)
 		}
@@ -80,7 +83,7 @@ func TestPodIsDenied(t *testing.T) {
 					})
 					time.Sleep(10 * time.Minute)
 					r := b.get("all")
-					if len(r.Status.Failures) == 0 || r.Status.Failures[0].Reason != failDenied || !strings.Contains(r.Status.Failures[0].Message, "image is not signed") {
+					if len(r.Status.Failures) == 0 || r.Status.Failures[0].Reason != evaluate.FailDenied || !strings.Contains(r.Status.Failures[0].Message, "image is not signed") {
 						t.Errorf("status %+v", r.Status)
 					}
 					if !strings.Contains(b.told(), "image is not signed") {
@@ -133,7 +136,7 @@ func TestPodIsDeniedLate(t *testing.T) {
 				b.create("all", spec{Target: all(), Containers: to("app:2")})
 				b.until("over", "all", time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionComplete) == "False RolledBack" })
 				time.Sleep(time.Minute)
-				if r := b.get("all"); r.Status.Failures[0].Reason != failDenied || !strings.Contains(r.Status.Failures[0].Message, "image is not signed") {
+				if r := b.get("all"); r.Status.Failures[0].Reason != evaluate.FailDenied || !strings.Contains(r.Status.Failures[0].Message, "image is not signed") {
 					t.Errorf("status %+v", r.Status)
 				}
 				b.served("app:1")
@@ -190,7 +193,7 @@ func TestAPIServerFails(t *testing.T) {
 						return
 					}
 					r = b.until("over", "all", 5*time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionComplete) == "False RolledBack" })
-					if r.Status.Failures[0].Reason != failDeadline || !strings.Contains(r.Status.Failures[0].Message, "sign.example.com") {
+					if r.Status.Failures[0].Reason != evaluate.FailDeadline || !strings.Contains(r.Status.Failures[0].Message, "sign.example.com") {
 						t.Errorf("status %+v", r.Status)
 					}
 					time.Sleep(time.Minute)
@@ -206,14 +209,14 @@ func TestAPIServerFails(t *testing.T) {
 
 // A workload whose template must not get the image goes on as it is.
 func TestTemplateIsDenied(t *testing.T) {
-	for _, kind := range []string{kindStatefulSet, kindDaemonSet, kindDeployment, "ReplicaSet"} {
+	for _, kind := range []string{workload.KindStatefulSet, workload.KindDaemonSet, workload.KindDeployment, "ReplicaSet"} {
 		for _, late := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, late %v", kind, late), func(t *testing.T) {
 				inBed(t, func(t *testing.T, b *bed) {
 					b.addNodes(3)
 					of := kind
 					if kind == "ReplicaSet" {
-						of = kindDeployment
+						of = workload.KindDeployment
 					}
 					b.addOf(of, 3)
 					b.policy = func(o client.Object, dry bool) error {
@@ -226,7 +229,7 @@ func TestTemplateIsDenied(t *testing.T) {
 					b.until("over", "web", 5*time.Minute, func(r *rollout) bool { return strings.HasPrefix(condition(r, inplace.ConditionDegraded), "True ") })
 					time.Sleep(5 * time.Minute)
 					r := b.get("web")
-					if condition(r, inplace.ConditionComplete) != "False RolledBack" || r.Status.Failures[0].Reason != failDenied ||
+					if condition(r, inplace.ConditionComplete) != "False RolledBack" || r.Status.Failures[0].Reason != evaluate.FailDenied ||
 						!strings.Contains(r.Status.Failures[0].Message, "image is not signed") {
 						t.Errorf("status %+v", r.Status)
 					}
@@ -260,7 +263,7 @@ func rewriter(where func(client.Object) bool, become func(asked int) string) fun
 func TestImageIsRewritten(t *testing.T) {
 	mirror := func(int) string { return "mirror.example.com/app:2" }
 	everywhere := func(client.Object) bool { return true }
-	for _, kind := range []string{"Pod", kindStatefulSet, kindDaemonSet, kindDeployment} {
+	for _, kind := range []string{"Pod", workload.KindStatefulSet, workload.KindDaemonSet, workload.KindDeployment} {
 		for name, where := range map[string]func(client.Object) bool{"everywhere": everywhere, "pods": isPod} {
 			t.Run(kind+" "+name, func(t *testing.T) {
 				inBed(t, func(t *testing.T, b *bed) {
@@ -320,7 +323,7 @@ func (b *bed) templateWrites() (n int) {
 // An image that admission makes into another one each time cannot be prepared: the rollout says so, and no object is written again and again.
 func TestImageIsRewrittenAnew(t *testing.T) {
 	anew := func(asked int) string { return fmt.Sprintf("app:2-%d", asked) }
-	for _, kind := range []string{"Pod", "pods of " + kindStatefulSet, kindStatefulSet, kindDaemonSet, kindDeployment, "ReplicaSet"} {
+	for _, kind := range []string{"Pod", "pods of " + workload.KindStatefulSet, workload.KindStatefulSet, workload.KindDaemonSet, workload.KindDeployment, "ReplicaSet"} {
 		t.Run(kind, func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addNodes(3)
@@ -329,9 +332,9 @@ func TestImageIsRewrittenAnew(t *testing.T) {
 				case "Pod":
 					b.addPods(3, 3, gated)
 				case "ReplicaSet":
-					of = kindDeployment
-				case "pods of " + kindStatefulSet:
-					of = kindStatefulSet
+					of = workload.KindDeployment
+				case "pods of " + workload.KindStatefulSet:
+					of = workload.KindStatefulSet
 				}
 				if kind != "Pod" {
 					b.addOf(of, 3)
@@ -349,7 +352,7 @@ func TestImageIsRewrittenAnew(t *testing.T) {
 				pods, templates := b.counted("patch v1.Pod"), b.templateWrites()
 				time.Sleep(2 * time.Minute)
 				r := b.get("web")
-				if r.Status.Failures[0].Reason != failRewritten {
+				if r.Status.Failures[0].Reason != evaluate.FailRewritten {
 					t.Errorf("status %+v", r.Status)
 				}
 				if pods != b.counted("patch v1.Pod") || templates != b.templateWrites() || templates > 5 || pods > 0 {
@@ -366,7 +369,7 @@ func TestImageIsRewrittenAnew(t *testing.T) {
 
 // Admission that lets the dry run be and changes the image when it is written has the last word once, not again and again.
 func TestImageIsRewrittenUnasked(t *testing.T) {
-	for _, kind := range []string{"Pod", kindStatefulSet, kindDeployment} {
+	for _, kind := range []string{"Pod", workload.KindStatefulSet, workload.KindDeployment} {
 		t.Run(kind, func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addNodes(2)
@@ -386,7 +389,7 @@ func TestImageIsRewrittenUnasked(t *testing.T) {
 				b.create("web", spec{Target: target, Containers: to("app:2")})
 				b.until("over", "web", 5*time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionComplete) == "False RolledBack" })
 				time.Sleep(time.Minute)
-				if r := b.get("web"); r.Status.Failures[0].Reason != failRewritten {
+				if r := b.get("web"); r.Status.Failures[0].Reason != evaluate.FailRewritten {
 					t.Errorf("status %+v", r.Status)
 				}
 				if n := b.counted("patch v1.Pod") + b.templateWrites(); n > 12 {
@@ -403,7 +406,7 @@ func TestImageIsRewrittenUnasked(t *testing.T) {
 
 // The same for the template of a workload, which goes on as it was.
 func TestAPIServerFailsOnTemplate(t *testing.T) {
-	for _, kind := range []string{kindStatefulSet, kindDaemonSet, kindDeployment, "ReplicaSet"} {
+	for _, kind := range []string{workload.KindStatefulSet, workload.KindDaemonSet, workload.KindDeployment, "ReplicaSet"} {
 		for _, late := range []bool{false, true} {
 			for _, back := range []bool{true, false} {
 				t.Run(fmt.Sprintf("%s, late %v, comes back %v", kind, late, back), func(t *testing.T) {
@@ -411,7 +414,7 @@ func TestAPIServerFailsOnTemplate(t *testing.T) {
 						b.addNodes(3)
 						of := kind
 						if kind == "ReplicaSet" {
-							of = kindDeployment
+							of = workload.KindDeployment
 						}
 						b.addOf(of, 3)
 						var mu sync.Mutex
@@ -442,7 +445,7 @@ func TestAPIServerFailsOnTemplate(t *testing.T) {
 							return
 						}
 						r = b.until("over", "web", 5*time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionComplete) == "False RolledBack" })
-						if r.Status.Failures[0].Reason != failDeadline || !strings.Contains(r.Status.Failures[0].Message, "sign.example.com") {
+						if r.Status.Failures[0].Reason != evaluate.FailDeadline || !strings.Contains(r.Status.Failures[0].Message, "sign.example.com") {
 							t.Errorf("status %+v", r.Status)
 						}
 						time.Sleep(time.Minute)

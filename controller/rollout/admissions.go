@@ -17,6 +17,10 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/check"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
 )
 
 // If several rollouts are about the same pods, one of them is at work at a time, even if their containers differ: a pod has one state
@@ -51,18 +55,18 @@ func (a *admissions) admit(ctx context.Context, from client.Reader, rollout *inp
 		if other.UID == rollout.UID || !a.before(other, rollout) || !a.atWork(other) || first != nil && !a.before(other, first) {
 			continue
 		}
-		if what := sharedWith(pods, rollout, other); what != "" {
+		if what := check.SharedWith(pods, rollout, other); what != "" {
 			first, shared = other, what
 		}
 	}
 	if first == nil {
-		a.letIn(rollout.UID)
+		a.add(rollout.UID)
 	}
 	return first, shared, nil
 }
 
 // add admits a rollout until it has ended.
-func (a *admissions) letIn(uid types.UID) {
+func (a *admissions) add(uid types.UID) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.order == nil {
@@ -90,7 +94,7 @@ func (a *admissions) placeOf(o *inplace.InPlaceRollout) uint64 {
 
 // atWork returns true if a rollout has pods to change, or will have some when it is admitted.
 func (a *admissions) atWork(o *inplace.InPlaceRollout) bool {
-	if o.DeletionTimestamp != nil || over(o) {
+	if o.DeletionTimestamp != nil || check.Over(o) {
 		return false
 	}
 	c := meta.FindStatusCondition(o.Status.Conditions, inplace.ConditionProgressing)
@@ -122,17 +126,17 @@ func (a *admissions) before(one, other *inplace.InPlaceRollout) bool {
 // queue has the rollout wait for another one: it releases its pods, and its status says for whom it waits.
 func (p *pass) queue(ctx context.Context, first *inplace.InPlaceRollout, shared string) error {
 	if undoing(p.rollout, &p.strategy) {
-		p.goal = p.goal.undoing(&p.rollout.Status, p.target.workload != nil)
+		p.goal = p.goal.Rollback(&p.rollout.Status, p.target.Workload != nil)
 	}
-	if _, err := p.stepBack(ctx, "it waits for InPlaceRollout "+first.Name); err != nil {
+	if _, err := p.release(ctx, "it waits for InPlaceRollout "+first.Name); err != nil {
 		return err
 	}
 	text := fmt.Sprintf("waiting for InPlaceRollout %s, which is at work on %s: it goes on when that one has ended, or is deleted", first.Name, shared)
 	next := p.rollout.Status.DeepCopy()
 	next.ObservedGeneration, next.Message = p.rollout.Generation, text
-	stand(next, true, inplace.ReasonQueued, text)
-	p.teller.tell(corev1.EventTypeNormal, eventQueued, text, string(first.UID))
-	p.wait = sooner(p.wait, blockedPause)
+	setProgressing(next, true, inplace.ReasonQueued, text)
+	p.teller.tell(corev1.EventTypeNormal, notice.EventQueued, text, string(first.UID))
+	p.wait = evaluate.Sooner(p.wait, requeue.BlockedInterval)
 	p.work.progressed = p.now // the deadline is for pods, not for others
 	return p.writer.status(ctx, next)
 }

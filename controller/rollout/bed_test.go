@@ -42,6 +42,13 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	root "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/check"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/follow"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/gates"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
 type (
@@ -328,14 +335,14 @@ func (b *bed) start() {
 	var wg sync.WaitGroup
 	b.mu.Lock()
 	b.queue, b.gates = newQueue(), newQueue()
-	b.follows = map[string]workqueue.TypedRateLimitingInterface[reconcile.Request]{kindStatefulSet: newQueue(), kindDaemonSet: newQueue()}
+	b.follows = map[string]workqueue.TypedRateLimitingInterface[reconcile.Request]{workload.KindStatefulSet: newQueue(), workload.KindDaemonSet: newQueue()}
 	b.mu.Unlock()
 	all := []workqueue.TypedRateLimitingInterface[reconcile.Request]{b.queue, b.gates}
 	for kind, q := range b.follows {
 		all = append(all, q)
-		b.work(ctx, &wg, q, &FollowReconciler{Client: c, Recorder: b, Log: log, Kind: kind})
+		b.work(ctx, &wg, q, &follow.Reconciler{Client: c, Recorder: b, Log: log, Kind: kind})
 	}
-	b.work(ctx, &wg, b.gates, &GateReconciler{Client: c, APIReader: b.api, Log: log})
+	b.work(ctx, &wg, b.gates, &gates.Reconciler{Client: c, APIReader: b.api, Log: log})
 	crew := b.r.crew
 	wg.Go(func() { _ = crew.Start(ctx) })
 	r, wakes, queue := b.r, b.r.wakes, b.queue
@@ -385,7 +392,7 @@ func (b *bed) start() {
 		q.Add(reconcile.Request{NamespacedName: types.NamespacedName{Namespace: "ns", Name: "web"}})
 	}
 	for _, pod := range b.pods() {
-		if needsGate(pod) {
+		if gates.Needs(pod) {
 			b.gates.Add(reconcile.Request{NamespacedName: client.ObjectKeyFromObject(pod)})
 		}
 	}
@@ -397,8 +404,8 @@ func (b *bed) admit(ctx context.Context, o client.Object) error {
 	if !ok || !b.webhook || after.DeletionTimestamp != nil {
 		return nil
 	}
-	_, err := Check(ctx, b.api, b.get(after.Name), after)
-	if why := (*specError)(nil); errors.As(err, &why) {
+	_, err := check.Rollout(ctx, b.api, b.get(after.Name), after)
+	if why := (*evaluate.SpecError)(nil); errors.As(err, &why) {
 		b.mu.Lock()
 		b.writes["refused"]++
 		b.mu.Unlock()
@@ -499,7 +506,7 @@ func (b *bed) changed(o client.Object) {
 	case *rollout:
 		key, owners := client.ObjectKeyFromObject(o), o.OwnerReferences
 		b.wg.Go(func() {
-			if !pause(b.ctx, cacheLag) {
+			if !evaluate.Pause(b.ctx, cacheLag) {
 				return
 			}
 			b.mu.Lock()
@@ -513,7 +520,7 @@ func (b *bed) changed(o client.Object) {
 			} else {
 				b.rollouts[key] = now
 			}
-			if now == nil || old == nil || now.DeletionTimestamp != nil || rolloutChanges().Update(event.UpdateEvent{ObjectOld: old, ObjectNew: now}) {
+			if now == nil || old == nil || now.DeletionTimestamp != nil || requeue.RolloutChanges().Update(event.UpdateEvent{ObjectOld: old, ObjectNew: now}) {
 				b.queue.Add(reconcile.Request{NamespacedName: key})
 			}
 			for _, owner := range owners {
@@ -521,11 +528,11 @@ func (b *bed) changed(o client.Object) {
 			}
 		})
 	case *appsv1.StatefulSet:
-		b.workloadWritten(o, func() []reconcile.Request { return b.r.rolloutsOfWorkload(kindStatefulSet)(b.ctx, o) })
+		b.workloadWritten(o, func() []reconcile.Request { return b.r.rolloutsOfWorkload(workload.KindStatefulSet)(b.ctx, o) })
 	case *appsv1.DaemonSet:
-		b.workloadWritten(o, func() []reconcile.Request { return b.r.rolloutsOfWorkload(kindDaemonSet)(b.ctx, o) })
+		b.workloadWritten(o, func() []reconcile.Request { return b.r.rolloutsOfWorkload(workload.KindDaemonSet)(b.ctx, o) })
 	case *appsv1.Deployment:
-		b.workloadWritten(o, func() []reconcile.Request { return b.r.rolloutsOfWorkload(kindDeployment)(b.ctx, o) })
+		b.workloadWritten(o, func() []reconcile.Request { return b.r.rolloutsOfWorkload(workload.KindDeployment)(b.ctx, o) })
 	case *appsv1.ReplicaSet:
 		b.workloadWritten(o, func() []reconcile.Request { return b.r.rolloutsOfReplicaSet(b.ctx, o) })
 	}
@@ -553,7 +560,7 @@ func (b *bed) podWritten(key types.NamespacedName, now *corev1.Pod) {
 		b.wg.Go(func() { b.kubeletSync(key) })
 	}
 	b.wg.Go(func() {
-		if !pause(b.ctx, cacheLag) {
+		if !evaluate.Pause(b.ctx, cacheLag) {
 			return
 		}
 		b.mu.Lock()
@@ -565,7 +572,7 @@ func (b *bed) podWritten(key types.NamespacedName, now *corev1.Pod) {
 				return // made anew since
 			}
 			delete(b.cache, key)
-		} else if old == nil || versionOf(old.ResourceVersion) < versionOf(now.ResourceVersion) {
+		} else if old == nil || nodeops.VersionOf(old.ResourceVersion) < nodeops.VersionOf(now.ResourceVersion) {
 			seen = b.slim(now)
 			b.cache[key] = seen
 		}
@@ -581,7 +588,7 @@ func (b *bed) podWritten(key types.NamespacedName, now *corev1.Pod) {
 		if of == nil || old != nil && seen != nil && !podChanges().Update(event.UpdateEvent{ObjectOld: old, ObjectNew: seen}) {
 			return
 		}
-		if seen != nil && needsGate(seen) {
+		if seen != nil && gates.Needs(seen) {
 			gateQueue.Add(reconcile.Request{NamespacedName: key})
 		}
 		for _, request := range r.rolloutsOfPod(context.Background(), of) {
@@ -606,7 +613,7 @@ func (b *bed) count(before, now *corev1.Pod) {
 		if p == nil {
 			return 0
 		}
-		if c := conditionOf(p, corev1.PodReady); c != nil && c.Status == corev1.ConditionTrue {
+		if c := evaluate.ConditionOf(p, corev1.PodReady); c != nil && c.Status == corev1.ConditionTrue {
 			return 0
 		}
 		return 1
@@ -712,7 +719,7 @@ func (b *bed) images(container string) map[string]int {
 }
 
 func runningImage(pod *corev1.Pod, name string) string {
-	cs := statusOf(pod, name)
+	cs := evaluate.StatusOf(pod, name)
 	if cs == nil || cs.State.Running == nil {
 		return ""
 	}

@@ -15,14 +15,19 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
 // cleanup releases the pins of a rollout that has ended, removes its finalizer, and deletes the rollout when ttlSecondsAfterFinished has
 // passed.
-func (p *pass) retire(ctx context.Context) error {
+func (p *pass) cleanup(ctx context.Context) error {
 	if slices.Contains(p.rollout.Finalizers, inplace.RolloutFinalizer) {
 		if p.work.released == nil {
-			p.release(ctx)
+			p.releasePins(ctx)
 		}
 		select {
 		case <-p.work.released:
@@ -49,18 +54,18 @@ func (p *pass) retire(ctx context.Context) error {
 	p.log.Info("deleting the rollout: ttlSecondsAfterFinished has passed")
 	err := p.r.Client.Delete(ctx, p.rollout, client.Preconditions{UID: &p.rollout.UID})
 	if err == nil {
-		p.r.Metrics.wrote("rollout")
+		p.r.Metrics.Wrote("rollout")
 	}
 	return client.IgnoreNotFound(err)
 }
 
 // releasePins begins to tell the nodes that the rollout has ended.
-func (p *pass) release(ctx context.Context) {
+func (p *pass) releasePins(ctx context.Context) {
 	var pods []*corev1.Pod
-	if t, err := p.env.find(ctx); err == nil {
-		pods = t.pods
+	if t, err := p.env.Find(ctx); err == nil {
+		pods = t.Pods
 	}
-	p.work.released = p.ops.release(ctx, pods)
+	p.work.released = p.ops.Release(ctx, pods)
 }
 
 // finalize ends a rollout that is being deleted: nodes take back what they have prepared, the pods go back into service, the Deployment
@@ -77,13 +82,13 @@ func (p *pass) finalize(ctx context.Context) error {
 			return err
 		}
 		if !settled {
-			p.wait = sooner(p.wait, blockedPause)
+			p.wait = evaluate.Sooner(p.wait, requeue.BlockedInterval)
 			return nil
 		}
-		if err := p.env.giveBack(ctx, p.target); err != nil {
+		if err := p.env.GiveBack(ctx, p.target); err != nil {
 			return err
 		}
-		p.release(ctx)
+		p.releasePins(ctx)
 	}
 	select {
 	case <-p.work.released:
@@ -99,44 +104,44 @@ func (p *pass) finalize(ctx context.Context) error {
 
 // undoTraces releases the pods and the workload of a rollout that has not ended. It returns true when all is done.
 func (p *pass) undoTraces(ctx context.Context) (bool, error) {
-	var why *specError
+	var why *evaluate.SpecError
 	var err error
-	if p.target, err = p.env.find(ctx); errors.As(err, &why) {
+	if p.target, err = p.env.Find(ctx); errors.As(err, &why) {
 		return true, nil
 	} else if err != nil {
 		return false, err
 	}
-	p.goal = goalOf(p.rollout)
-	return p.stepBack(ctx, "the InPlaceRollout was deleted")
+	p.goal = evaluate.GoalOf(p.rollout)
+	return p.release(ctx, "the InPlaceRollout was deleted")
 }
 
 // release lets the pods and the workload go: nodes take back what they have prepared, the pods go back into service, and the workload's
 // own controller goes on. It returns true when all is done.
-func (p *pass) stepBack(ctx context.Context, why string) (bool, error) {
+func (p *pass) release(ctx context.Context, why string) (bool, error) {
 	done := true
 	there := map[types.UID]bool{}
-	for _, pod := range p.target.pods {
+	for _, pod := range p.target.Pods {
 		there[pod.UID] = true
-		m := p.ops.memberOf(pod, p.goal.revision)
-		p.ops.withdraw(m, why)
-		m.turn = false
-		if !active(pod) {
+		m := p.ops.Pod(pod, p.goal.Revision)
+		p.ops.Withdraw(m, why)
+		m.Updating = false
+		if !evaluate.Active(pod) {
 			continue
 		}
-		if m.stale(pod) {
+		if m.Stale(pod) {
 			done = false // the gate may have been closed by what the cache does not show yet
 			continue
 		}
-		if shut, _ := shutBy(pod); shut != p.rollout.UID {
+		if shut, _ := evaluate.OutOfServiceBy(pod); shut != p.rollout.UID {
 			continue
 		}
-		if err := p.setGates(ctx, &item{podRef: podRef{pod: pod}, m: m}, ""); err != nil {
+		if err := p.setGates(ctx, &nodeops.Item{PodRef: evaluate.PodRef{Pod: pod}, Ops: m}, ""); err != nil {
 			return false, client.IgnoreNotFound(err)
 		}
 	}
-	p.ops.keep(there)
-	if w := p.target.workload; w != nil {
-		settled, err := w.settle(ctx)
+	p.ops.Keep(there)
+	if w := p.target.Workload; w != nil {
+		settled, err := w.Resume(ctx)
 		return done && settled, err
 	}
 	return done, nil
@@ -146,22 +151,22 @@ func (p *pass) stepBack(ctx context.Context, why string) (bool, error) {
 func (p *pass) supersede(ctx context.Context, text string) error {
 	next := p.rollout.Status.DeepCopy()
 	next.ObservedGeneration, next.Message = p.rollout.Generation, text
-	stand(next, false, inplace.ReasonSuperseded, text)
-	if p.goal.undo {
-		setCondition(next, inplace.ConditionDegraded, true, inplace.ReasonSuperseded, text)
+	setProgressing(next, false, inplace.ReasonSuperseded, text)
+	if p.goal.Undo {
+		notice.SetCondition(next, inplace.ConditionDegraded, true, inplace.ReasonSuperseded, text)
 	} else {
-		setCondition(next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")
+		notice.SetCondition(next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")
 	}
-	if newer(p.rollout) == "" {
-		p.wait = stalePause
+	if workload.Newer(p.rollout) == "" {
+		p.wait = requeue.StaleInterval
 		return p.writer.status(ctx, next)
 	}
-	done, err := p.stepBack(ctx, "the InPlaceRollout is superseded")
+	done, err := p.release(ctx, "the InPlaceRollout is superseded")
 	if err != nil {
 		return err
 	}
 	if !done {
-		p.wait = sooner(p.wait, blockedPause)
+		p.wait = evaluate.Sooner(p.wait, requeue.BlockedInterval)
 		return nil
 	}
 	now := metav1.NewTime(p.now)

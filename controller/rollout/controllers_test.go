@@ -20,6 +20,10 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
 // controllerPeriod is how often the workloads' own controllers look.
@@ -85,7 +89,7 @@ func (b *bed) addWorkload(o client.Object, sync func()) {
 	}
 	b.wg.Go(func() {
 		seen := int64(-1)
-		for ok := true; ok; ok = pause(b.ctx, controllerPeriod) {
+		for ok := true; ok; ok = evaluate.Pause(b.ctx, controllerPeriod) {
 			if now := b.moves.Load(); now != seen { // else there is nothing to do: hours would take long
 				sync()
 				seen = now
@@ -170,7 +174,7 @@ func (b *bed) revise(owner client.Object, kind string, t *corev1.PodTemplateSpec
 	if err != nil {
 		b.t.Error(err)
 	}
-	label := hash(string(data))
+	label := evaluate.Hash(string(data))
 	name := owner.GetName() + "-" + label
 	var list appsv1.ControllerRevisionList
 	if err := b.api.List(ctx, &list, client.InNamespace("ns")); err != nil {
@@ -188,7 +192,7 @@ func (b *bed) revise(owner client.Object, kind string, t *corev1.PodTemplateSpec
 	case mine == nil:
 		yes := true
 		err = b.api.Create(ctx, &appsv1.ControllerRevision{
-			ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name, Labels: map[string]string{"app": "web", revisionLabel: label}, OwnerReferences: []metav1.OwnerReference{{Kind: kind, UID: owner.GetUID(), Controller: &yes}}},
+			ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name, Labels: map[string]string{"app": "web", podtemplate.RevisionLabel: label}, OwnerReferences: []metav1.OwnerReference{{Kind: kind, UID: owner.GetUID(), Controller: &yes}}},
 			Data:       runtime.RawExtension{Raw: data}, Revision: newest + 1,
 		})
 	case mine.Revision < newest:
@@ -198,7 +202,7 @@ func (b *bed) revise(owner client.Object, kind string, t *corev1.PodTemplateSpec
 	if err != nil {
 		b.t.Error(err)
 	}
-	if kind == kindStatefulSet {
+	if kind == workload.KindStatefulSet {
 		return name
 	}
 	return label
@@ -228,18 +232,18 @@ func (b *bed) saveStatus(o client.Object) {
 
 func (b *bed) syncStatefulSet() {
 	s := read(b, &appsv1.StatefulSet{})
-	revision := b.revise(s, kindStatefulSet, &s.Spec.Template)
+	revision := b.revise(s, workload.KindStatefulSet, &s.Spec.Template)
 	if s.Status.ObservedGeneration != s.Generation || s.Status.UpdateRevision != revision {
 		s.Status.ObservedGeneration, s.Status.UpdateRevision = s.Generation, revision
 		b.saveStatus(s)
 	}
 	for i := range int(*s.Spec.Replicas) {
 		if name := fmt.Sprintf("web-%d", i); b.pod(name) == nil {
-			b.make(name, fmt.Sprintf("node-%d", i%3), kindStatefulSet, s, &s.Spec.Template, map[string]string{revisionLabel: revision})
+			b.make(name, fmt.Sprintf("node-%d", i%3), workload.KindStatefulSet, s, &s.Spec.Template, map[string]string{podtemplate.RevisionLabel: revision})
 		}
 	}
 	for _, pod := range b.pods() {
-		if ordinalOf(pod.Name) >= int(*s.Spec.Replicas) {
+		if evaluate.OrdinalOf(pod.Name) >= int(*s.Spec.Replicas) {
 			b.remove(pod.Name)
 		}
 	}
@@ -247,7 +251,7 @@ func (b *bed) syncStatefulSet() {
 
 func (b *bed) syncDaemonSet() {
 	d := read(b, &appsv1.DaemonSet{})
-	revision := b.revise(d, kindDaemonSet, &d.Spec.Template)
+	revision := b.revise(d, workload.KindDaemonSet, &d.Spec.Template)
 	b.mu.Lock()
 	names := slices.Sorted(maps.Keys(b.nodes))
 	b.mu.Unlock()
@@ -261,7 +265,7 @@ func (b *bed) syncDaemonSet() {
 	}
 	for _, node := range names {
 		if !there[node] {
-			b.make("web-of-"+node, node, kindDaemonSet, d, &d.Spec.Template, map[string]string{revisionLabel: revision})
+			b.make("web-of-"+node, node, workload.KindDaemonSet, d, &d.Spec.Template, map[string]string{podtemplate.RevisionLabel: revision})
 		}
 	}
 }
@@ -278,7 +282,7 @@ func (b *bed) syncDeployment() {
 	newest := 0
 	for i := range sets.Items {
 		s := &sets.Items[i]
-		if sameTemplate(&s.Spec.Template, &d.Spec.Template) && (mine == nil || older(s, mine)) {
+		if podtemplate.SameTemplate(&s.Spec.Template, &d.Spec.Template) && (mine == nil || older(s, mine)) {
 			mine = s
 		}
 	}
@@ -300,14 +304,14 @@ func (b *bed) syncDeployment() {
 	}
 	if mine == nil && !d.Spec.Paused {
 		yes := true
-		label := hash(d.Spec.Template, newest)
+		label := evaluate.Hash(d.Spec.Template, newest)
 		t := d.Spec.Template.DeepCopy()
 		t.Labels[hashLabel] = label
 		mine = &appsv1.ReplicaSet{
 			ObjectMeta: metav1.ObjectMeta{
 				Namespace: "ns", Name: "web-" + label, UID: types.UID("uid-" + label), Generation: 1, CreationTimestamp: metav1.Now(), Labels: map[string]string{"app": "web"},
 				Annotations:     map[string]string{revisionNote: strconv.Itoa(newest + 1)},
-				OwnerReferences: []metav1.OwnerReference{{Kind: kindDeployment, Name: "web", UID: d.UID, Controller: &yes}},
+				OwnerReferences: []metav1.OwnerReference{{Kind: workload.KindDeployment, Name: "web", UID: d.UID, Controller: &yes}},
 			},
 			Spec: appsv1.ReplicaSetSpec{Replicas: d.Spec.Replicas, Selector: webSelector, Template: *t},
 		}

@@ -20,6 +20,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
 // fleet are nodes that do as the Ops service says, in one process. It outlives controllers.
@@ -114,7 +115,7 @@ func (f *fleet) node(ctx context.Context, n controller.Node, method string) (*si
 		if method == "WatchOperation" {
 			patience = 24 * time.Hour
 		}
-		pause(ctx, patience)
+		evaluate.Pause(ctx, patience)
 		return nil, fail(codes.DeadlineExceeded, "context deadline exceeded")
 	}
 	return node, ctx.Err()
@@ -181,7 +182,7 @@ func (f *fleet) PrepareUpgrade(ctx context.Context, n controller.Node, r *opsv1.
 	takes, deaf := f.pulls, node.deaf
 	holds := cmp.Or(f.holds, r.GetHoldTimeout().AsDuration())
 	f.wg.Go(func() {
-		if deaf || !pause(f.ctx, takes) {
+		if deaf || !evaluate.Pause(f.ctx, takes) {
 			return
 		}
 		if !f.turn(node, o, r.GetPrepareTimeout().AsDuration()) {
@@ -210,7 +211,7 @@ func (f *fleet) PrepareUpgrade(ctx context.Context, n controller.Node, r *opsv1.
 			}
 		})
 		f.wg.Go(func() {
-			if !pause(f.ctx, holds) {
+			if !evaluate.Pause(f.ctx, holds) {
 				return
 			}
 			f.mu.Lock()
@@ -297,7 +298,7 @@ func (f *fleet) CommitUpgrade(ctx context.Context, n controller.Node, r *opsv1.C
 	default:
 		o.committed = true
 		f.wg.Go(func() {
-			if pause(f.ctx, 100*time.Millisecond) {
+			if evaluate.Pause(f.ctx, 100*time.Millisecond) {
 				f.mu.Lock()
 				defer f.mu.Unlock()
 				if o.op.GetPhase() == opsv1.Phase_PHASE_PREPARED {
@@ -403,7 +404,7 @@ func (f *fleet) Restart(ctx context.Context, n controller.Node, r *opsv1.Restart
 	node.ops[r.GetUid()] = o
 	fails, lasts := f.fails, cmp.Or(f.lasts, time.Second)
 	f.wg.Go(func() {
-		if !pause(f.ctx, lasts) {
+		if !evaluate.Pause(f.ctx, lasts) {
 			return
 		}
 		if fails != "" {

@@ -14,6 +14,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
 func annotated(o metav1.Object) {
@@ -23,7 +25,7 @@ func annotated(o metav1.Object) {
 // setImage is kubectl set image.
 func (b *bed) setImage(kind, image string) {
 	b.t.Helper()
-	if kind == kindStatefulSet {
+	if kind == workload.KindStatefulSet {
 		user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { s.Spec.Template.Spec.Containers[0].Image = image })
 	} else {
 		user(b, &appsv1.DaemonSet{}, func(d *appsv1.DaemonSet) { d.Spec.Template.Spec.Containers[0].Image = image })
@@ -32,11 +34,11 @@ func (b *bed) setImage(kind, image string) {
 
 // The pods of an annotated workload follow the images of its template: forward, back, into a failure and out of it.
 func TestFollow(t *testing.T) {
-	for _, kind := range []string{kindStatefulSet, kindDaemonSet} {
+	for _, kind := range []string{workload.KindStatefulSet, workload.KindDaemonSet} {
 		t.Run(kind, func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addNodes(4)
-				if kind == kindStatefulSet {
+				if kind == workload.KindStatefulSet {
 					b.addStatefulSet(4, func(s *appsv1.StatefulSet) { annotated(s) })
 				} else {
 					b.addDaemonSet(func(d *appsv1.DaemonSet) { annotated(d) })
@@ -86,7 +88,7 @@ func TestFollow(t *testing.T) {
 // annotate sets an annotation of the workload.
 func (b *bed) annotate(kind, key, value string) {
 	b.t.Helper()
-	if kind == kindStatefulSet {
+	if kind == workload.KindStatefulSet {
 		user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { s.Annotations[key] = value; s.Generation-- })
 	} else {
 		user(b, &appsv1.DaemonSet{}, func(d *appsv1.DaemonSet) { d.Annotations[key] = value; d.Generation-- })
@@ -96,7 +98,7 @@ func (b *bed) annotate(kind, key, value string) {
 // scale is kubectl scale, or as good as that: something besides the template is changed.
 func (b *bed) scale(kind string) {
 	b.t.Helper()
-	if kind == kindStatefulSet {
+	if kind == workload.KindStatefulSet {
 		user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { s.Spec.Replicas = replicas(int(*s.Spec.Replicas) - 1) })
 	} else {
 		user(b, &appsv1.DaemonSet{}, func(d *appsv1.DaemonSet) { d.Spec.MinReadySeconds++ })
@@ -106,11 +108,11 @@ func (b *bed) scale(kind string) {
 // A GitOps controller that puts the image that has failed into the template again and again: it is tried once, put back once, and then
 // left, which is said once.
 func TestFollowFight(t *testing.T) {
-	for _, kind := range []string{kindStatefulSet, kindDaemonSet} {
+	for _, kind := range []string{workload.KindStatefulSet, workload.KindDaemonSet} {
 		t.Run(kind, func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addNodes(3)
-				if kind == kindStatefulSet {
+				if kind == workload.KindStatefulSet {
 					b.addStatefulSet(3, func(s *appsv1.StatefulSet) { annotated(s) })
 				} else {
 					b.addDaemonSet(func(d *appsv1.DaemonSet) { annotated(d) })
@@ -175,11 +177,11 @@ func TestFollowFight(t *testing.T) {
 // After a rollback the good image that somebody sets is a goal, also if nobody saw the failed one in between; what is not about
 // the template is none.
 func TestFollowGoodAgain(t *testing.T) {
-	for _, kind := range []string{kindStatefulSet, kindDaemonSet} {
+	for _, kind := range []string{workload.KindStatefulSet, workload.KindDaemonSet} {
 		t.Run(kind, func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addNodes(4)
-				if kind == kindStatefulSet {
+				if kind == workload.KindStatefulSet {
 					b.addStatefulSet(5, func(s *appsv1.StatefulSet) { annotated(s) })
 				} else {
 					b.addDaemonSet(func(d *appsv1.DaemonSet) { annotated(d) })
@@ -228,18 +230,18 @@ func TestFollowStrategy(t *testing.T) {
 			if s := r.Spec.Strategy; s.MaxUnavailable.String() != "50%" || s.OnFailure != inplace.Pause || s.ProgressDeadlineSeconds != 600 || s.Order != inplace.StopFirst {
 				t.Errorf("strategy %+v", s)
 			}
-			b.annotate(kindStatefulSet, inplace.StrategyAnnotation, `{"maxUnavailable": 3}`)
+			b.annotate(workload.KindStatefulSet, inplace.StrategyAnnotation, `{"maxUnavailable": 3}`)
 			r = b.until("changed", "statefulset-web", time.Minute, func(r *rollout) bool { return r.Spec.Strategy.MaxUnavailable.IntValue() == 3 })
 			if !ended(r) || r.Spec.Strategy.OnFailure != inplace.Rollback {
 				t.Errorf("rollout %+v", r)
 			}
-			b.annotate(kindStatefulSet, inplace.StrategyAnnotation, `{"maxUnavailable": 3, "onfailing": "Pause"}`)
-			b.setImage(kindStatefulSet, "app:2")
+			b.annotate(workload.KindStatefulSet, inplace.StrategyAnnotation, `{"maxUnavailable": 3, "onfailing": "Pause"}`)
+			b.setImage(workload.KindStatefulSet, "app:2")
 			time.Sleep(time.Minute)
 			if n := strings.Count(b.told(), "web Warning InvalidTarget: the pods do not follow the images of the template: annotation cri-proxy.io/in-place-strategy: "); n != 1 || b.images("app")["app:1"] != 4 {
 				t.Errorf("said %d times, images %v, events\n%s", n, b.images("app"), b.told())
 			}
-			b.annotate(kindStatefulSet, inplace.StrategyAnnotation, "")
+			b.annotate(workload.KindStatefulSet, inplace.StrategyAnnotation, "")
 			b.until("ended", "statefulset-web", time.Minute, func(r *rollout) bool { return ended(r) && r.Status.TargetImages["app"] == "app:2" })
 		})
 	})
@@ -248,16 +250,16 @@ func TestFollowStrategy(t *testing.T) {
 			b.addNodes(3)
 			b.addStatefulSet(4)
 			ttl := int32(3600)
-			b.create("statefulset-web", spec{Target: ref(kindStatefulSet), Containers: to("app:1"), Strategy: settings{MaxUnavailable: number(3), OnFailure: inplace.Pause}, TTLSecondsAfterFinished: &ttl})
+			b.create("statefulset-web", spec{Target: ref(workload.KindStatefulSet), Containers: to("app:1"), Strategy: settings{MaxUnavailable: number(3), OnFailure: inplace.Pause}, TTLSecondsAfterFinished: &ttl})
 			b.until("ended", "statefulset-web", time.Minute, ended)
 			user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { annotated(s) })
 			r := b.until("taken over", "statefulset-web", time.Minute, func(r *rollout) bool { return ended(r) && len(r.OwnerReferences) == 1 && len(r.Spec.Containers) == 2 })
 			if s := r.Spec.Strategy; s.MaxUnavailable.IntValue() != 3 || s.OnFailure != inplace.Pause || r.Spec.TTLSecondsAfterFinished != nil {
 				t.Errorf("rollout %+v", r.Spec)
 			}
-			b.setImage(kindStatefulSet, "app:2")
+			b.setImage(workload.KindStatefulSet, "app:2")
 			b.want(b.until("ended", "statefulset-web", time.Minute, func(r *rollout) bool { return ended(r) && r.Status.TargetImages["app"] == "app:2" }), "True RolledOut", "4/4/4/0/0")
-			b.atRest(kindStatefulSet, "app:2")
+			b.atRest(workload.KindStatefulSet, "app:2")
 		})
 	})
 	t.Run("of another workload", func(t *testing.T) {
@@ -294,7 +296,7 @@ func TestFollowWaits(t *testing.T) {
 					b.until("ended", own, time.Minute, ended)
 				}
 				b.create("manual", spec{
-					Target:     inplace.Target{WorkloadRef: &inplace.WorkloadRef{APIVersion: "apps/v1", Kind: kindStatefulSet, Name: "web"}},
+					Target:     inplace.Target{WorkloadRef: &inplace.WorkloadRef{APIVersion: "apps/v1", Kind: workload.KindStatefulSet, Name: "web"}},
 					Containers: []change{{Name: "app", Image: "app:2"}},
 					Strategy:   settings{DrainSeconds: 60},
 				})
@@ -315,7 +317,7 @@ func TestFollowWaits(t *testing.T) {
 				b.until("ended", "manual", 10*time.Minute, ended)
 				r := b.until("follows", own, time.Minute, func(r *rollout) bool { return r != nil && ended(r) && r.Status.TargetImages["app"] == "app:2" })
 				b.want(r, "True RolledOut", "2/2/2/0/0")
-				b.atRest(kindStatefulSet, "app:2")
+				b.atRest(workload.KindStatefulSet, "app:2")
 			})
 		})
 	}
@@ -345,7 +347,7 @@ func TestFollowNot(t *testing.T) {
 		b.remove("web-0")
 		b.remove("web-1")
 		b.until("ended", "statefulset-web", time.Minute, ended)
-		b.atRest(kindStatefulSet, "app:2")
+		b.atRest(workload.KindStatefulSet, "app:2")
 		user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { s.Annotations = nil })
 		b.until("gone", "statefulset-web", time.Minute, gone)
 	})
@@ -371,7 +373,7 @@ func TestGatesOfPods(t *testing.T) {
 		b.addPod("other", "node-0", gate(inplace.ReadyGate, corev1.PodCondition{Type: inplace.ReadyGate, Status: corev1.ConditionFalse, Reason: "ByHand", LastTransitionTime: now}))
 		time.Sleep(time.Minute)
 		for name, want := range map[string]bool{"new": true, "kruise-gate": true, "kruise-pod": false, "orphan": true, "other": false} {
-			if got := conditionOf(b.pod(name), corev1.PodReady).Status == corev1.ConditionTrue; got != want {
+			if got := evaluate.ConditionOf(b.pod(name), corev1.PodReady).Status == corev1.ConditionTrue; got != want {
 				t.Errorf("pod %s ready: %v", name, got)
 			}
 		}
@@ -381,12 +383,12 @@ func TestGatesOfPods(t *testing.T) {
 // kubectl rollout restart of an annotated workload restarts all containers of all pods in place, each once; afterwards the pods are of the
 // template's revision, and later images are rolled in place, too.
 func TestFollowRestart(t *testing.T) {
-	for _, kind := range []string{kindStatefulSet, kindDaemonSet} {
+	for _, kind := range []string{workload.KindStatefulSet, workload.KindDaemonSet} {
 		for _, killed := range []bool{false, true} {
 			t.Run(fmt.Sprint(kind, " killed ", killed), func(t *testing.T) {
 				inBed(t, func(t *testing.T, b *bed) {
 					b.addNodes(4)
-					if kind == kindStatefulSet {
+					if kind == workload.KindStatefulSet {
 						b.addStatefulSet(4, func(s *appsv1.StatefulSet) { annotated(s) })
 					} else {
 						b.addDaemonSet(func(d *appsv1.DaemonSet) { annotated(d) })
@@ -399,10 +401,10 @@ func TestFollowRestart(t *testing.T) {
 						set := func(t *corev1.PodTemplateSpec) {
 							t.Spec.Containers[0].Image = image
 							if t.Annotations = nil; at != "" {
-								t.Annotations = map[string]string{restartedAt: at}
+								t.Annotations = map[string]string{evaluate.RestartedAt: at}
 							}
 						}
-						if kind == kindStatefulSet {
+						if kind == workload.KindStatefulSet {
 							user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { set(&s.Spec.Template) })
 						} else {
 							user(b, &appsv1.DaemonSet{}, func(d *appsv1.DaemonSet) { set(&d.Spec.Template) })
@@ -420,7 +422,7 @@ func TestFollowRestart(t *testing.T) {
 						for _, pod := range b.pods() {
 							c := pod.Status.ContainerStatuses
 							app, side := app+1, side+1 // the bed counts the first start
-							if c[0].RestartCount != app || c[1].RestartCount != side || pod.Annotations[restartedAt] != at {
+							if c[0].RestartCount != app || c[1].RestartCount != side || pod.Annotations[evaluate.RestartedAt] != at {
 								t.Errorf("pod %s: restarts %d and %d, want %d and %d; annotations %v", pod.Name, c[0].RestartCount, c[1].RestartCount, app, side, pod.Annotations)
 							}
 						}
@@ -456,7 +458,7 @@ func TestCountIsTheWorkloads(t *testing.T) {
 		user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { s.Spec.Template.Spec.Containers[0].Env[0].Value = "changed" })
 		b.remove("web-1")
 		time.Sleep(5 * time.Second)
-		b.create("web", spec{Target: ref(kindStatefulSet), Containers: to("app:1")})
+		b.create("web", spec{Target: ref(workload.KindStatefulSet), Containers: to("app:1")})
 		r := b.until("left", "web", time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionProgressing) == "False NotInPlace" })
 		if r.Status.Updated != 1 {
 			t.Errorf("%d are updated, one is", r.Status.Updated)
@@ -469,10 +471,12 @@ func TestRestartWithRollout(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addNodes(3)
 		b.addStatefulSet(3)
-		user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { s.Spec.Template.Annotations = map[string]string{restartedAt: "noon"} })
-		b.create("web", spec{Target: ref(kindStatefulSet), Containers: to("app:2")})
+		user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) {
+			s.Spec.Template.Annotations = map[string]string{evaluate.RestartedAt: "noon"}
+		})
+		b.create("web", spec{Target: ref(workload.KindStatefulSet), Containers: to("app:2")})
 		b.want(b.until("ended", "web", 5*time.Minute, ended), "True RolledOut", "3/3/3/0/0")
-		b.atRest(kindStatefulSet, "app:2")
+		b.atRest(workload.KindStatefulSet, "app:2")
 		for _, pod := range b.pods() {
 			if c := pod.Status.ContainerStatuses; c[0].RestartCount != 2 || c[1].RestartCount != 2 { // the bed counts the first start
 				t.Errorf("pod %s: restarts %d and %d", pod.Name, c[0].RestartCount, c[1].RestartCount)

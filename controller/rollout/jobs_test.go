@@ -15,6 +15,8 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	root "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/check"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
 // A new container is a restart for the Job of its pod, whether it has a new image or not.
@@ -53,7 +55,7 @@ func TestJobs(t *testing.T) {
 				if tt.allowed {
 					r.Annotations = map[string]string{root.IgnoreBackoffLimitAnnotation: "true"}
 				}
-				_, err := Check(t.Context(), b.r.APIReader, nil, r)
+				_, err := check.Rollout(t.Context(), b.r.APIReader, nil, r)
 				if (err != nil) != (tt.failed > 0 && tt.updated == 0) || err != nil && !strings.Contains(err.Error(), "a restart of container app would end Job work") {
 					t.Errorf("the webhook says %v", err)
 				}
@@ -64,12 +66,12 @@ func TestJobs(t *testing.T) {
 				got := b.until("settled", "all", 10*time.Minute, func(r *rollout) bool {
 					return ended(r) || tt.failed > 0 && len(r.Status.Failures) >= tt.failed && r.Status.Updated == tt.updated
 				})
-				if got.Status.Updated != tt.updated || tt.failed > 0 && (got.Status.Failures[0].Reason != failEndsJob || !strings.Contains(got.Status.Failures[0].Message, "would end Job work")) {
+				if got.Status.Updated != tt.updated || tt.failed > 0 && (got.Status.Failures[0].Reason != evaluate.FailEndsJob || !strings.Contains(got.Status.Failures[0].Message, "would end Job work")) {
 					t.Errorf("status %+v", got.Status)
 				}
 				restarts := int32(0)
 				for _, pod := range b.pods() {
-					restarts += statusOf(pod, "app").RestartCount
+					restarts += evaluate.StatusOf(pod, "app").RestartCount
 				}
 				if restarts != tt.updated {
 					t.Errorf("%d restarts", restarts)

@@ -14,6 +14,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	root "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
 // kubelet says how the kubelets behave: how long until they see a change, and until a new container is ready. An image whose
@@ -30,7 +31,7 @@ func setReady(pod *corev1.Pod, containers bool) {
 		if is {
 			status = corev1.ConditionTrue
 		}
-		if c := conditionOf(pod, kind); c == nil {
+		if c := evaluate.ConditionOf(pod, kind); c == nil {
 			pod.Status.Conditions = append(pod.Status.Conditions, corev1.PodCondition{Type: kind, Status: status, LastTransitionTime: metav1.Now()})
 		} else if c.Status != status {
 			c.Status, c.LastTransitionTime = status, metav1.Now()
@@ -39,7 +40,7 @@ func setReady(pod *corev1.Pod, containers bool) {
 	set(corev1.ContainersReady, containers)
 	ready := containers
 	for _, g := range pod.Spec.ReadinessGates {
-		c := conditionOf(pod, g.ConditionType)
+		c := evaluate.ConditionOf(pod, g.ConditionType)
 		ready = ready && c != nil && c.Status == corev1.ConditionTrue
 	}
 	set(corev1.PodReady, ready)
@@ -69,10 +70,10 @@ func (b *bed) kubeletSync(key types.NamespacedName) {
 	b.syncConditions(key, pod.UID)
 	stale := false
 	for _, c := range pod.Spec.Containers {
-		cs := statusOf(pod, c.Name)
+		cs := evaluate.StatusOf(pod, c.Name)
 		stale = stale || !asked(cs, c.Image) && (cs == nil || cs.State.Waiting == nil || !strings.Contains(cs.State.Waiting.Message, c.Image))
 	}
-	if !stale || !pause(b.ctx, b.kubelet.sync) {
+	if !stale || !evaluate.Pause(b.ctx, b.kubelet.sync) {
 		return
 	}
 	pod = b.stored(key)
@@ -80,13 +81,13 @@ func (b *bed) kubeletSync(key types.NamespacedName) {
 		return
 	}
 	for _, c := range pod.Spec.Containers {
-		cs := statusOf(pod, c.Name)
+		cs := evaluate.StatusOf(pod, c.Name)
 		if asked(cs, c.Image) {
 			continue
 		}
 		if strings.HasSuffix(c.Image, ":gone") {
 			b.status(key, pod.UID, func(p *corev1.Pod) bool {
-				cs := statusOf(p, c.Name)
+				cs := evaluate.StatusOf(p, c.Name)
 				cs.Ready, cs.State = false, corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "ImagePullBackOff", Message: "Back-off pulling image \"" + c.Image + "\""}}
 				return true
 			})
@@ -107,7 +108,7 @@ func (b *bed) syncConditions(key types.NamespacedName, uid types.UID) {
 		if len(p.Spec.ReadinessGates) == 0 || len(p.Status.ContainerStatuses) == 0 {
 			return false
 		}
-		before := conditionOf(p, corev1.PodReady)
+		before := evaluate.ConditionOf(p, corev1.PodReady)
 		was := before != nil && before.Status == corev1.ConditionTrue
 		q := p.DeepCopy()
 		ready := true
@@ -115,7 +116,7 @@ func (b *bed) syncConditions(key types.NamespacedName, uid types.UID) {
 			ready = ready && c.Ready
 		}
 		setReady(q, ready)
-		now := conditionOf(q, corev1.PodReady).Status == corev1.ConditionTrue
+		now := evaluate.ConditionOf(q, corev1.PodReady).Status == corev1.ConditionTrue
 		return was != now
 	})
 }
@@ -131,13 +132,13 @@ func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, 
 	crash, slow := strings.HasSuffix(image, ":crash"), strings.HasSuffix(image, ":slow")
 	done := false
 	b.status(key, uid, func(p *corev1.Pod) bool {
-		if c, _ := containerOf(p, name); c == nil || c.Image != image {
+		if c, _ := evaluate.ContainerOf(p, name); c == nil || c.Image != image {
 			return false
 		}
-		cs := statusOf(p, name)
+		cs := evaluate.StatusOf(p, name)
 		if cs == nil {
 			p.Status.ContainerStatuses = append(p.Status.ContainerStatuses, corev1.ContainerStatus{Name: name})
-			cs = statusOf(p, name)
+			cs = evaluate.StatusOf(p, name)
 		} else if asked(cs, image) {
 			return false // another worker was quicker
 		}
@@ -151,7 +152,7 @@ func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, 
 		if crash {
 			cs.State = corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ExitCode: 1, Reason: "Error", ContainerID: cs.ContainerID, StartedAt: metav1.Now(), FinishedAt: metav1.Now()}}
 		}
-		if c, _ := containerOf(p, name); c.StartupProbe != nil && !crash {
+		if c, _ := evaluate.ContainerOf(p, name); c.StartupProbe != nil && !crash {
 			b.carry(cs)
 		} else {
 			started := !crash
@@ -163,16 +164,16 @@ func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, 
 	if !done || crash || slow {
 		return
 	}
-	if c, _ := containerOf(b.stored(key), name); c.StartupProbe != nil {
+	if c, _ := evaluate.ContainerOf(b.stored(key), name); c.StartupProbe != nil {
 		b.startupWorker(key, uid, name, id, time.Duration(c.StartupProbe.PeriodSeconds)*time.Second, start)
 		return
 	}
 	b.wg.Go(func() {
-		if !pause(b.ctx, start) {
+		if !evaluate.Pause(b.ctx, start) {
 			return
 		}
 		b.status(key, uid, func(p *corev1.Pod) bool {
-			cs := statusOf(p, name)
+			cs := evaluate.StatusOf(p, name)
 			if cs == nil || cs.ContainerID != "containerd://"+id {
 				return false
 			}
@@ -205,7 +206,7 @@ func (b *bed) startupWorker(key types.NamespacedName, uid types.UID, name, id st
 	set := func(is bool) bool {
 		there := false
 		b.status(key, uid, func(p *corev1.Pod) bool {
-			cs := statusOf(p, name)
+			cs := evaluate.StatusOf(p, name)
 			if there = cs != nil && cs.ContainerID == "containerd://"+id; !there {
 				return false
 			}
@@ -219,7 +220,7 @@ func (b *bed) startupWorker(key types.NamespacedName, uid types.UID, name, id st
 	b.mu.Unlock()
 	b.wg.Go(func() {
 		begun := time.Now()
-		for pause(b.ctx, period) {
+		for evaluate.Pause(b.ctx, period) {
 			if time.Since(begun) < needs {
 				if !set(false) {
 					return
@@ -239,18 +240,18 @@ func (b *bed) swapped(podUID, container, id string) {
 			continue
 		}
 		b.status(client.ObjectKeyFromObject(pod), pod.UID, func(p *corev1.Pod) bool {
-			cs := statusOf(p, container)
+			cs := evaluate.StatusOf(p, container)
 			cs.ContainerID, cs.RestartCount = "containerd://"+id, cs.RestartCount+1
-			if c, _ := containerOf(p, container); c.ImagePullPolicy == corev1.PullAlways {
+			if c, _ := evaluate.ContainerOf(p, container); c.ImagePullPolicy == corev1.PullAlways {
 				cs.ImageID = b.content(c.Image)
 			}
 			cs.State = corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: metav1.Now()}}
-			if c, _ := containerOf(p, container); c.StartupProbe != nil {
+			if c, _ := evaluate.ContainerOf(p, container); c.StartupProbe != nil {
 				b.carry(cs)
 			}
 			return true
 		})
-		if c, _ := containerOf(pod, container); c.StartupProbe != nil {
+		if c, _ := evaluate.ContainerOf(pod, container); c.StartupProbe != nil {
 			b.startupWorker(client.ObjectKeyFromObject(pod), pod.UID, container, id, time.Duration(c.StartupProbe.PeriodSeconds)*time.Second, b.kubelet.start)
 		}
 	}
@@ -290,8 +291,8 @@ func (b *bed) moveTag(image, content string) {
 func (b *bed) moved(podUID, container string) bool {
 	for _, pod := range b.pods() {
 		if string(pod.UID) == podUID {
-			c, _ := containerOf(pod, container)
-			return statusOf(pod, container).ImageID != b.content(c.Image)
+			c, _ := evaluate.ContainerOf(pod, container)
+			return evaluate.StatusOf(pod, container).ImageID != b.content(c.Image)
 		}
 	}
 	return false

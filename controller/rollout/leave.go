@@ -16,12 +16,15 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/gates"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/pages"
 )
 
 const (
 	// leaveTimeout is how long a Deployment's controller may take to notice that the Deployment goes on.
-	leavePatience = 30 * time.Second
-	leavePause    = 250 * time.Millisecond
+	leaveTimeout  = 30 * time.Second
+	leaveInterval = 250 * time.Millisecond
 )
 
 // Left is what Leave has done.
@@ -44,7 +47,7 @@ func Leave(ctx context.Context, c client.Client, log logrus.FieldLogger) (Left, 
 	}
 	note("rollouts", r.leaveWorkloads(ctx, &left))
 	note("Deployments", r.leaveDeployments(ctx, &left))
-	opened, err := openAll(ctx, c)
+	opened, err := gates.OpenAll(ctx, c)
 	left.InService = opened
 	note("pods", err)
 	return left, errors.Join(errs...)
@@ -55,7 +58,7 @@ func (r *Reconciler) leaveWorkloads(ctx context.Context, left *Left) error {
 	var errs []error
 	list := &inplace.InPlaceRolloutList{}
 	for {
-		if err := r.Client.List(ctx, list, client.Limit(pageSize), client.Continue(list.Continue)); err != nil {
+		if err := r.Client.List(ctx, list, client.Limit(pages.PageSize), client.Continue(list.Continue)); err != nil {
 			if meta.IsNoMatchError(err) {
 				return nil
 			}
@@ -75,27 +78,27 @@ func (r *Reconciler) leaveWorkloads(ctx context.Context, left *Left) error {
 }
 
 func (r *Reconciler) leaveWorkload(ctx context.Context, rollout *inplace.InPlaceRollout, left *Left) error {
-	ctx, cancel := context.WithTimeout(ctx, leavePatience)
+	ctx, cancel := context.WithTimeout(ctx, leaveTimeout)
 	defer cancel()
 	for first := true; ; first = false {
 		p := r.newPass(rollout)
-		t, err := p.env.find(ctx)
-		var why *specError
-		if errors.As(err, &why) || err == nil && t.workload == nil {
+		t, err := p.env.Find(ctx)
+		var why *evaluate.SpecError
+		if errors.As(err, &why) || err == nil && t.Workload == nil {
 			return nil
 		}
 		settled := false
 		if err == nil {
-			settled, err = t.workload.settle(ctx)
+			settled, err = t.Workload.Resume(ctx)
 		}
 		if settled && err == nil {
-			if d, ok := t.workload.written().(*appsv1.Deployment); ok && !first {
+			if d, ok := t.Workload.Object().(*appsv1.Deployment); ok && !first {
 				left.Resumed++
 				p.log.WithField("deployment", d.Name).Info("the Deployment goes on")
 			}
 			return nil
 		}
-		if !pause(ctx, leavePause) {
+		if !evaluate.Pause(ctx, leaveInterval) {
 			return errors.Join(errors.New("the workload does not go on yet"), err)
 		}
 	}
@@ -103,7 +106,7 @@ func (r *Reconciler) leaveWorkload(ctx context.Context, rollout *inplace.InPlace
 
 // leaveDeployments lets Deployments go on that were paused by a rollout which does not exist any more.
 func (r *Reconciler) leaveDeployments(ctx context.Context, left *Left) error {
-	return each(ctx, r.Client, &appsv1.DeploymentList{}, func(l *appsv1.DeploymentList) []appsv1.Deployment { return l.Items }, func(d *appsv1.Deployment) error {
+	return pages.Each(ctx, r.Client, &appsv1.DeploymentList{}, func(l *appsv1.DeploymentList) []appsv1.Deployment { return l.Items }, func(d *appsv1.Deployment) error {
 		if d.Annotations[inplace.PausedByAnnotation] == "" {
 			return nil
 		}

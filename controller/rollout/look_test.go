@@ -13,6 +13,8 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
 func always(p *corev1.Pod) {
@@ -25,7 +27,7 @@ func always(p *corev1.Pod) {
 func (b *bed) restarts(container string) map[string]int32 {
 	counts := map[string]int32{}
 	for _, pod := range b.pods() {
-		cs := statusOf(pod, container)
+		cs := evaluate.StatusOf(pod, container)
 		counts[cs.ImageID] += cs.RestartCount
 	}
 	return counts
@@ -92,7 +94,7 @@ func TestTag(t *testing.T) {
 				shut := 0
 				for _, pod := range b.pods() {
 					b.watch(pod.Name, func(_, now *corev1.Pod) {
-						if by, _ := shutBy(now); by != "" {
+						if by, _ := evaluate.OutOfServiceBy(now); by != "" {
 							shut++
 						}
 					})
@@ -166,7 +168,7 @@ func TestTagMovesAgain(t *testing.T) {
 		b.addDeployment(2)
 		b.setPullPolicy(corev1.PullAlways)
 		time.Sleep(time.Minute)
-		b.create("web", spec{Target: ref(kindDeployment), Containers: to("app:1")})
+		b.create("web", spec{Target: ref(workload.KindDeployment), Containers: to("app:1")})
 		b.want(b.until("ended", "web", time.Minute, ended), "True RolledOut", "2/2/2/0/0")
 		b.moveTag("app:1", "moved")
 		b.edit("web", func(r *rollout) { r.Spec.Strategy.MaxUnavailable = number(2) })
@@ -175,11 +177,11 @@ func TestTagMovesAgain(t *testing.T) {
 			t.Errorf("restarts %v", got)
 		}
 		b.edit("web", func(r *rollout) { r.Annotations = map[string]string{inplace.RetryAnnotation: "2"} })
-		b.want(b.until("ended again", "web", time.Minute, func(r *rollout) bool { return ended(r) && r.Status.ObservedRevision == revisionOf(r) }), "True RolledOut", "2/2/2/0/0")
+		b.want(b.until("ended again", "web", time.Minute, func(r *rollout) bool { return ended(r) && r.Status.ObservedRevision == evaluate.RevisionOf(r) }), "True RolledOut", "2/2/2/0/0")
 		if got := b.restarts("app"); len(got) != 1 || got["moved"] == 0 {
 			t.Errorf("runs %v", got)
 		}
-		b.atRest(kindDeployment, "app:1")
+		b.atRest(workload.KindDeployment, "app:1")
 	})
 }
 
@@ -255,7 +257,7 @@ func TestTagPullNeverEnds(t *testing.T) {
 		b.fleet.change("node-0", func(n *simNode) { n.deaf = true })
 		b.create("all", spec{Target: all(), Containers: to("app:1"), Strategy: settings{OnFailure: inplace.Pause, ProgressDeadlineSeconds: 60}})
 		r := b.until("failed", "all", 2*time.Minute, func(r *rollout) bool { return len(r.Status.Failures) > 0 })
-		if f := r.Status.Failures[0]; f.Reason != failDeadline {
+		if f := r.Status.Failures[0]; f.Reason != evaluate.FailDeadline {
 			t.Errorf("failure %+v", f)
 		}
 		time.Sleep(time.Minute)

@@ -12,6 +12,10 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
 // work is what the controller remembers of a rollout between two reconciles. After a restart all of it can be found out again. One worker
@@ -19,7 +23,7 @@ import (
 type work struct {
 	uid types.UID
 	// ops is what is known of the pods and of what nodes do for them.
-	ops *state
+	ops *nodeops.State
 	// written is the resourceVersion of the last write of the rollout. An older one in the cache is stale.
 	written   uint64
 	lastWrite time.Time
@@ -33,12 +37,12 @@ type work struct {
 	progressed time.Time
 	released   chan struct{} // closed when the nodes have been told that the rollout has ended; nil before
 	// memory is what is known of the workload.
-	memory memory
+	memory workload.Memory
 	// refused is why the template of the workload is not changed, by the revision of the goal. api counts errors of its change.
-	refused map[string]*failure
-	api     apiTrouble
+	refused map[string]*evaluate.Failure
+	api     dryrun.Trouble
 	// settling counts errors when the workload has to go on.
-	settling apiTrouble
+	settling dryrun.Trouble
 
 	mu sync.Mutex
 	// selector selects the pods that the rollout may be about; nil until it is known.
@@ -46,9 +50,9 @@ type work struct {
 }
 
 // refuse remembers why the template is not changed.
-func (w *work) refuse(revision string, why *failure) {
+func (w *work) refuse(revision string, why *evaluate.Failure) {
 	if w.refused == nil {
-		w.refused = map[string]*failure{}
+		w.refused = map[string]*evaluate.Failure{}
 	}
 	w.refused[revision] = why
 }

@@ -10,6 +10,7 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller/kstatus"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
 )
 
 // What kstatus makes of them is in deploy's TestHealth.
@@ -41,8 +42,8 @@ func TestTellReady(t *testing.T) {
 		if len(s.Conditions) != 0 {
 			t.Errorf("%s: conditions before anything is known: %v", tt.reason, s.Conditions)
 		}
-		setCondition(s, inplace.ConditionComplete, tt.complete, tt.reason, "")
-		setCondition(s, inplace.ConditionProgressing, tt.progressing, tt.reason, "")
+		notice.SetCondition(s, inplace.ConditionComplete, tt.complete, tt.reason, "")
+		notice.SetCondition(s, inplace.ConditionProgressing, tt.progressing, tt.reason, "")
 		tellReady(s)
 		for _, kind := range []string{kstatus.Ready, kstatus.Reconciling, kstatus.Stalled} {
 			c := meta.FindStatusCondition(s.Conditions, kind)

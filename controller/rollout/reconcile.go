@@ -25,6 +25,14 @@ import (
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/crew"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/check"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
 // +kubebuilder:rbac:groups=cri-proxy.io,resources=inplacerollouts,verbs=get;list;watch;create;patch;delete
@@ -48,7 +56,7 @@ type Reconciler struct {
 	// APIReader reads past the cache: secrets and revisions are not kept.
 	APIReader client.Reader
 	// Nodes are the nodes of the cluster, which get commands.
-	Nodes Nodes
+	Nodes nodeops.Nodes
 	// Jobs counts restarts in the pods of Jobs. All who restart containers share it. It may be nil.
 	Jobs *controller.JobBudgets
 	// NodePort is the port for nodes without an address of their own in an annotation.
@@ -56,12 +64,12 @@ type Reconciler struct {
 	// Recorder writes Events; nil writes none.
 	Recorder events.EventRecorder
 	// Metrics may be nil.
-	Metrics *Metrics
+	Metrics *notice.Metrics
 	// Log must be set.
 	Log logrus.FieldLogger
 
 	crew   *crew.Crew
-	driver *driver
+	driver *nodeops.Driver
 	wakes  chan wakeUp
 
 	admissions admissions
@@ -74,12 +82,12 @@ type Reconciler struct {
 type wakeUp = event.TypedGenericEvent[*inplace.InPlaceRollout]
 
 func (r *Reconciler) prepare() {
-	r.crew, r.wakes, r.works = crew.New(r.Metrics.crew()), make(chan wakeUp), map[types.NamespacedName]*work{}
+	r.crew, r.wakes, r.works = crew.New(r.Metrics.Crew()), make(chan wakeUp), map[types.NamespacedName]*work{}
 	port := r.NodePort
 	if port == 0 {
 		port = controller.DefaultNodePort
 	}
-	r.driver = &driver{nodes: r.Nodes, client: r.Client, live: r.APIReader, crew: r.crew, port: port}
+	r.driver = &nodeops.Driver{Nodes: r.Nodes, Client: r.Client, Live: r.APIReader, Crew: r.crew, Port: port}
 }
 
 func (r *Reconciler) workOf(rollout *inplace.InPlaceRollout) *work {
@@ -89,11 +97,11 @@ func (r *Reconciler) workOf(rollout *inplace.InPlaceRollout) *work {
 	w := r.works[key]
 	if w == nil || w.uid != rollout.UID {
 		if w != nil {
-			w.ops.close()
+			w.ops.Close()
 			r.admissions.end(w.uid)
 		}
 		w = &work{
-			uid: rollout.UID, ops: newState(rollout.UID, r.waker(key)), told: map[string]bool{}, failures: map[types.UID]inplace.PodFailure{},
+			uid: rollout.UID, ops: nodeops.NewState(rollout.UID, r.waker(key)), told: map[string]bool{}, failures: map[types.UID]inplace.PodFailure{},
 		}
 		r.works[key] = w
 	}
@@ -113,7 +121,7 @@ func (r *Reconciler) forget(key types.NamespacedName) {
 	delete(r.works, key)
 	r.mu.Unlock()
 	if w != nil {
-		w.ops.close()
+		w.ops.Close()
 		r.admissions.end(w.uid)
 	}
 }
@@ -143,24 +151,24 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 		return reconcile.Result{}, err
 	}
 	p := r.newPass(rollout)
-	if versionOf(rollout.ResourceVersion) < p.work.written {
-		return reconcile.Result{RequeueAfter: stalePause}, nil // the cache has not caught up with the last write
+	if nodeops.VersionOf(rollout.ResourceVersion) < p.work.written {
+		return reconcile.Result{RequeueAfter: requeue.StaleInterval}, nil // the cache has not caught up with the last write
 	}
 	var err error
 	switch {
 	case rollout.DeletionTimestamp != nil:
 		err = p.finalize(ctx)
-	case over(rollout):
+	case check.Over(rollout):
 		r.admissions.end(rollout.UID)
-		err = p.retire(ctx)
+		err = p.cleanup(ctx)
 	default:
 		err = p.advance(ctx)
 	}
 	switch {
 	case apierrors.IsConflict(err):
-		return reconcile.Result{RequeueAfter: stalePause}, nil
+		return reconcile.Result{RequeueAfter: requeue.StaleInterval}, nil
 	case apierrors.IsNotFound(err):
-		return reconcile.Result{RequeueAfter: stalePause}, nil // something was deleted meanwhile
+		return reconcile.Result{RequeueAfter: requeue.StaleInterval}, nil // something was deleted meanwhile
 	}
 	return reconcile.Result{RequeueAfter: p.wait}, err
 }
@@ -170,47 +178,47 @@ type pass struct {
 	r        *Reconciler
 	rollout  *inplace.InPlaceRollout
 	work     *work
-	strategy strategy
+	strategy evaluate.Strategy
 	now      time.Time
 	log      logrus.FieldLogger
 	// wait is when to look again; 0 means when something happens.
 	wait time.Duration
 
 	// env is what the target's workload needs from this pass.
-	env *env
+	env *workload.Env
 	// ops has nodes do what the pods need.
-	ops    *session
+	ops    *nodeops.Session
 	teller *teller
 	writer *writer
-	target *target
-	goal   goal
-	items  []*item
+	target *workload.Target
+	goal   evaluate.Goal
+	items  []*nodeops.Item
 	ended  []*corev1.Pod // pods that broke so that they ended
-	plan   plan
+	plan   evaluate.Plan
 	// notInPlaceReason is why a pod is left to its workload.
-	obstacle string
+	notInPlaceReason string
 	// blocked says what holds back the rollout as a whole, blockedReason is the reason of its condition.
 	blockedReason, blocked string
 }
 
 func (r *Reconciler) newPass(rollout *inplace.InPlaceRollout) *pass {
 	p := &pass{
-		r: r, rollout: rollout, work: r.workOf(rollout), now: time.Now(), strategy: strategyOf(&rollout.Spec.Strategy),
+		r: r, rollout: rollout, work: r.workOf(rollout), now: time.Now(), strategy: evaluate.StrategyOf(&rollout.Spec.Strategy),
 		log: r.Log.WithField("rollout", client.ObjectKeyFromObject(rollout).String()),
 	}
 	p.teller = &teller{recorder: r.Recorder, rollout: rollout, told: p.work.told}
 	p.writer = &writer{client: r.Client, metrics: r.Metrics, rollout: rollout, work: p.work, now: p.now}
-	p.env = &env{
-		client: r.Client, live: r.APIReader, rollout: rollout, goal: &p.goal, now: p.now, log: p.log, wrote: r.Metrics.wrote,
-		event: p.teller.event, tell: p.teller.tell, patchRollout: p.writer.patch, choose: p.work.choose, memory: &p.work.memory,
+	p.env = &workload.Env{
+		Client: r.Client, Live: r.APIReader, Rollout: rollout, Goal: &p.goal, Now: p.now, Log: p.log, Wrote: r.Metrics.Wrote,
+		Event: p.teller.event, Tell: p.teller.tell, PatchRollout: p.writer.patch, Choose: p.work.choose, Memory: &p.work.memory,
 	}
-	p.ops = &session{
-		driver: r.driver, state: p.work.ops, rollout: rollout, strategy: &p.strategy, now: p.now, log: p.log, wait: &p.wait,
-		newLabel: func(i *item) string {
-			if p.target.workload == nil {
+	p.ops = &nodeops.Session{
+		Driver: r.driver, State: p.work.ops, Rollout: rollout, Strategy: &p.strategy, Now: p.now, Log: p.log, Wait: &p.wait,
+		NewLabel: func(i *nodeops.Item) string {
+			if p.target.Workload == nil {
 				return ""
 			}
-			return p.target.workload.revisionLabel(&i.podRef, i.verdict.images)
+			return p.target.Workload.RevisionLabel(&i.PodRef, i.Status.Images)
 		},
 	}
 	return p
@@ -218,14 +226,14 @@ func (r *Reconciler) newPass(rollout *inplace.InPlaceRollout) *pass {
 
 // advance takes a rollout that has not ended one step further.
 func (p *pass) advance(ctx context.Context) error {
-	var why *specError
+	var why *evaluate.SpecError
 	var err error
-	if p.target, err = p.env.find(ctx); errors.As(err, &why) {
+	if p.target, err = p.env.Find(ctx); errors.As(err, &why) {
 		return p.refuse(ctx, why)
 	} else if err != nil {
 		return err
 	}
-	p.strategy.honour(p.target.minReady)
+	p.strategy.Honour(p.target.MinReady)
 	if !slices.Contains(p.rollout.Finalizers, inplace.RolloutFinalizer) {
 		before := p.rollout.DeepCopy()
 		p.rollout.Finalizers = append(p.rollout.Finalizers, inplace.RolloutFinalizer)
@@ -233,59 +241,59 @@ func (p *pass) advance(ctx context.Context) error {
 			return err
 		}
 	}
-	p.goal = goalOf(p.rollout)
-	if first, shared, err := p.r.admissions.admit(ctx, p.r.Client, p.rollout, p.target.pods); err != nil {
+	p.goal = evaluate.GoalOf(p.rollout)
+	if first, shared, err := p.r.admissions.admit(ctx, p.r.Client, p.rollout, p.target.Pods); err != nil {
 		return err
 	} else if first != nil {
 		return p.queue(ctx, first, shared)
 	}
-	if p.rollout.Status.ObservedRevision != p.goal.revision {
+	if p.rollout.Status.ObservedRevision != p.goal.Revision {
 		if err := p.begin(ctx); err != nil {
 			return err
 		}
 	}
-	if next := p.rollout.Status.DeepCopy(); !undoing(p.rollout, &p.strategy) && len(next.PreviousImages) < len(p.goal.images) {
+	if next := p.rollout.Status.DeepCopy(); !undoing(p.rollout, &p.strategy) && len(next.PreviousImages) < len(p.goal.Images) {
 		// Pods have come since the rollout began.
 		if next.PreviousImages == nil {
 			next.PreviousImages = map[string]string{}
 		}
-		if p.target.findPrevious(p.goal.images, next.PreviousImages) {
+		if p.target.FindPrevious(p.goal.Images, next.PreviousImages) {
 			if err := p.writer.status(ctx, next); err != nil {
 				return err
 			}
 		}
 	}
-	if p.work.revision != p.goal.revision {
-		p.work.revision, p.work.failures = p.goal.revision, map[types.UID]inplace.PodFailure{}
+	if p.work.revision != p.goal.Revision {
+		p.work.revision, p.work.failures = p.goal.Revision, map[types.UID]inplace.PodFailure{}
 		clear(p.work.told)
 		p.work.progressed, p.work.released = p.now, nil
-		p.work.refused, p.work.api = nil, apiTrouble{}
-		p.work.memory.forget()
+		p.work.refused, p.work.api = nil, dryrun.Trouble{}
+		p.work.memory.Forget()
 	}
 	if undoing(p.rollout, &p.strategy) {
-		p.goal = p.goal.undoing(&p.rollout.Status, p.target.workload != nil)
+		p.goal = p.goal.Rollback(&p.rollout.Status, p.target.Workload != nil)
 	}
-	if text := newer(p.rollout); text != "" {
+	if text := workload.Newer(p.rollout); text != "" {
 		return p.supersede(ctx, text)
 	}
 	ready := true
-	var over *supersededError
-	if w := p.target.workload; w != nil {
+	var over *workload.SupersededError
+	if w := p.target.Workload; w != nil {
 		if ready, err = p.align(ctx, w); errors.As(err, &why) {
 			return p.refuse(ctx, why)
 		} else if errors.As(err, &over) {
-			return p.supersede(ctx, over.text)
+			return p.supersede(ctx, over.Text)
 		} else if err != nil {
 			return err
 		}
-		p.goal.images = p.work.memory.template.all(p.goal.images) // as the workload's controller would make pods
+		p.goal.Images = p.work.memory.Template.All(p.goal.Images) // as the workload's controller would make pods
 	}
 	p.gather(ctx)
 	if err := p.decide(ctx, !ready); err != nil {
 		return err
 	}
-	if fails := p.noteFailures(); fails > 0 && p.strategy.onFailure == inplace.Rollback && !p.goal.undo && len(p.rollout.Status.PreviousImages) > 0 {
-		return p.turnBack(ctx)
+	if fails := p.noteFailures(); fails > 0 && p.strategy.OnFailure == inplace.Rollback && !p.goal.Undo && len(p.rollout.Status.PreviousImages) > 0 {
+		return p.startRollback(ctx)
 	}
 	if err := p.act(ctx); err != nil {
 		return err
@@ -294,51 +302,51 @@ func (p *pass) advance(ctx context.Context) error {
 }
 
 // align writes the images into the template of the workload, unless the API server refuses that for good.
-func (p *pass) align(ctx context.Context, w workload) (ready bool, err error) {
+func (p *pass) align(ctx context.Context, w workload.Workload) (ready bool, err error) {
 	api := &p.work.api
 	p.blockedReason = inplace.ReasonWaiting
 	switch {
-	case p.work.refused[p.goal.revision] != nil:
+	case p.work.refused[p.goal.Revision] != nil:
 	case p.waits(api):
-		p.blocked = api.text
+		p.blocked = api.Text
 	default:
-		ready, p.blocked, err = w.align(ctx, p.goal.images)
-		why := refusal(err)
+		ready, p.blocked, err = w.SyncTemplate(ctx, p.goal.Images)
+		why := dryrun.Refusal(err)
 		switch {
 		case err == nil:
-			*api = apiTrouble{}
+			*api = dryrun.Trouble{}
 		case why != nil:
-			p.work.refuse(p.goal.revision, why)
-		case apiStatus(err) && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err):
-			api.note(err, p.now)
+			p.work.refuse(p.goal.Revision, why)
+		case dryrun.IsAPIStatus(err) && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err):
+			api.Note(err, p.now)
 			p.waits(api)
-			p.blocked = api.text
-			if p.now.Sub(api.since) >= p.strategy.deadline {
-				p.work.refuse(p.goal.revision, &failure{failDeadline, fmt.Sprintf("the template could not be changed for %s: %s", p.strategy.deadline, err)})
+			p.blocked = api.Text
+			if p.now.Sub(api.Since) >= p.strategy.Deadline {
+				p.work.refuse(p.goal.Revision, &evaluate.Failure{Reason: evaluate.FailDeadline, Message: fmt.Sprintf("the template could not be changed for %s: %s", p.strategy.Deadline, err)})
 			}
 		default:
 			return false, err
 		}
 	}
-	switch why := p.work.refused[p.goal.revision]; {
-	case why != nil && !p.goal.undo:
-		p.blocked = why.message
+	switch why := p.work.refused[p.goal.Revision]; {
+	case why != nil && !p.goal.Undo:
+		p.blocked = why.Message
 	case why != nil:
 		p.blocked = "" // what cannot be put back stays
-	case !ready && api.count >= controller.APITries:
+	case !ready && api.Count >= controller.APITries:
 		p.blockedReason = inplace.ReasonAPIError
-		p.blocked = fmt.Sprintf("%s cannot be changed, %d tries have failed since %s: %s", p.target.what, api.count, api.since.UTC().Format(time.RFC3339), api.text)
+		p.blocked = fmt.Sprintf("%s cannot be changed, %d tries have failed since %s: %s", p.target.What, api.Count, api.Since.UTC().Format(time.RFC3339), api.Text)
 		p.teller.tell(corev1.EventTypeWarning, inplace.ReasonAPIError, p.blocked, "template")
 	}
 	if !ready {
-		p.wait = sooner(p.wait, blockedPause)
+		p.wait = evaluate.Sooner(p.wait, requeue.BlockedInterval)
 	}
-	return ready || p.work.refused[p.goal.revision] != nil && p.goal.undo, nil
+	return ready || p.work.refused[p.goal.Revision] != nil && p.goal.Undo, nil
 }
 
 // undoing returns true if the present revision has failed and is rolled back.
-func undoing(r *inplace.InPlaceRollout, s *strategy) bool {
-	return r.Status.FailedRevision == revisionOf(r) && s.onFailure == inplace.Rollback
+func undoing(r *inplace.InPlaceRollout, s *evaluate.Strategy) bool {
+	return r.Status.FailedRevision == evaluate.RevisionOf(r) && s.OnFailure == inplace.Rollback
 }
 
 // gather finds out how far each pod is.
@@ -348,141 +356,143 @@ func (p *pass) gather(ctx context.Context) {
 	if t := p.rollout.Status.StartTime; t != nil {
 		begun = t.Time
 	}
-	for _, pod := range p.target.pods {
-		m := p.ops.memberOf(pod, p.goal.revision)
+	for _, pod := range p.target.Pods {
+		m := p.ops.Pod(pod, p.goal.Revision)
 		there[pod.UID] = true
-		if !active(pod) {
-			if pod.DeletionTimestamp == nil && m.mark.by(p.goal) {
+		if !evaluate.Active(pod) {
+			if pod.DeletionTimestamp == nil && m.State.IsOf(p.goal) {
 				p.ended = append(p.ended, pod)
 			}
 			continue
 		}
-		i := &item{podRef: podRef{pod: pod, mark: m.mark, goal: p.goal.of(m.mark)}, m: m, ordinal: -1, stale: m.stale(pod)}
-		if w := p.target.workload; w != nil && !p.goal.undo && w.restart(pod) {
-			i.goal.restarts = containersOf(pod)
+		i := &nodeops.Item{PodRef: evaluate.PodRef{Pod: pod, State: m.State, Goal: p.goal.ForPod(m.State)}, Ops: m, Ordinal: -1, Stale: m.Stale(pod)}
+		if w := p.target.Workload; w != nil && !p.goal.Undo && w.NeedsRestart(pod) {
+			i.Goal.Restarts = evaluate.ContainersOf(pod)
 		}
-		if p.target.ordered {
-			i.ordinal = ordinalOf(pod.Name)
+		if p.target.Ordered {
+			i.Ordinal = evaluate.OrdinalOf(pod.Name)
 		}
-		if !i.stale {
-			m.noteReady(pod, p.now)
-			m.noteStarted(pod, p.now)
+		if !i.Stale {
+			m.NoteReady(pod, p.now)
+			m.NoteStarted(pod, p.now)
 		}
-		p.ops.settlePreparation(i)
-		p.ops.settleLooks(i)
-		k := p.work.ops.knowledge(m, pod, begun)
-		k.carried = len(m.started) > 0 && p.r.driver.carries(ctx, pod)
-		i.known, i.verdict = k, judge(pod, m.mark, i.goal, k, &p.strategy, p.now)
-		p.wait = sooner(p.wait, i.verdict.wait)
-		if s := i.verdict.stage; p.target.workload != nil && (s == outdated && !m.turn || s == updated && !p.goal.undo || s == broken && i.verdict.failure.reason == failNoContainer) {
-			if why := p.target.workload.obstacle(pod); why != "" {
-				i.verdict.stage, p.obstacle = left, why
-			} else if p.blocked != "" && s == broken {
-				i.verdict.stage = left // that is not known yet
+		p.ops.SettlePreparation(i)
+		p.ops.SettleTags(i)
+		k := p.work.ops.Knowledge(m, pod, begun)
+		k.Carried = len(m.Started) > 0 && p.r.driver.Carries(ctx, pod)
+		i.Facts, i.Status = k, evaluate.Pod(pod, m.State, i.Goal, k, &p.strategy, p.now)
+		p.wait = evaluate.Sooner(p.wait, i.Status.Wait)
+		if s := i.Status.Stage; p.target.Workload != nil && (s == evaluate.Outdated && !m.Updating || s == evaluate.Updated && !p.goal.Undo || s == evaluate.Broken && i.Status.Failure.Reason == evaluate.FailNoContainer) {
+			if why := p.target.Workload.NotInPlaceReason(pod); why != "" {
+				i.Status.Stage, p.notInPlaceReason = evaluate.Skipped, why
+			} else if p.blocked != "" && s == evaluate.Broken {
+				i.Status.Stage = evaluate.Skipped // that is not known yet
 			}
 		}
-		if p.target.workload != nil && i.verdict.stage == updated {
-			label := p.target.workload.revisionLabel(&i.podRef, nil)
-			i.unlabelled = label != "" && label != pod.Labels[revisionLabel]
+		if p.target.Workload != nil && i.Status.Stage == evaluate.Updated {
+			label := p.target.Workload.RevisionLabel(&i.PodRef, nil)
+			i.Unlabelled = label != "" && label != pod.Labels[podtemplate.RevisionLabel]
 		}
-		if v := &i.verdict; !i.stale && (v.recovered || v.stage == broken && !v.disrupted || v.stage == updated && v.available) {
-			if m.turn {
+		if v := &i.Status; !i.Stale && (v.Recovered || v.Stage == evaluate.Broken && !v.Disrupted || v.Stage == evaluate.Updated && v.Available) {
+			if m.Updating {
 				p.r.Jobs.Return(takenAs(p.rollout, pod))
 			}
-			m.turn, m.settled = false, v.recovered || m.settled
-			v.disrupted = v.open
+			m.Updating, m.Settled = false, v.Recovered || m.Settled
+			v.Disrupted = v.Open
 		}
 		p.items = append(p.items, i)
 	}
-	p.ops.keep(there)
+	p.ops.Keep(there)
 }
 
 // decide plans which pods are next.
 func (p *pass) decide(ctx context.Context, halted bool) error {
 	s := &p.strategy
-	candidates := make([]candidate, len(p.items))
+	candidates := make([]evaluate.Candidate, len(p.items))
 	failed := false
 	for n, i := range p.items {
-		shut, _ := shutBy(i.pod)
-		turn := i.m.turn || shut == p.rollout.UID && i.verdict.stage == outdated
-		candidates[n] = candidate{i.pod, i.ordinal, i.verdict, turn, p.ops.preparation(i)}
-		failed = failed || i.verdict.stage == broken
+		shut, _ := evaluate.OutOfServiceBy(i.Pod)
+		updating := i.Ops.Updating || shut == p.rollout.UID && i.Status.Stage == evaluate.Outdated
+		candidates[n] = evaluate.Candidate{
+			Pod: i.Pod, Ordinal: i.Ordinal, Status: i.Status, Updating: updating, Preparation: p.ops.Preparation(i),
+		}
+		failed = failed || i.Status.Stage == evaluate.Broken
 	}
-	l := limits{
-		desired: p.target.desired, maxUnavailable: s.unavailableLimit(p.target.desired),
-		keep: resolve(s.partition, p.target.desired, true), firstOrdinal: p.target.firstOrdinal, ordered: p.target.ordered,
-		halted: halted || p.rollout.Spec.Paused,
+	l := evaluate.Limits{
+		Desired: p.target.Desired, MaxUnavailable: s.UnavailableLimit(p.target.Desired),
+		Keep: evaluate.Resolve(s.Partition, p.target.Desired, true), FirstOrdinal: p.target.FirstOrdinal, Ordered: p.target.Ordered,
+		Halted: halted || p.rollout.Spec.Paused,
 	}
-	if p.goal.undo {
-		l.keep = 0
-	} else if (failed || len(p.ended) > 0) && s.onFailure != inplace.Continue {
-		l.halted = true
+	if p.goal.Undo {
+		l.Keep = 0
+	} else if (failed || len(p.ended) > 0) && s.OnFailure != inplace.Continue {
+		l.Halted = true
 	}
-	var budgets []*disruptions
+	var budgets []*evaluate.Disruptions
 	read := false
 	var err error
-	l.allowed = func(pod *corev1.Pod) (bool, string) {
+	l.Allowed = func(pod *corev1.Pod) (bool, string) {
 		if !read {
 			read = true
-			budgets, err = budgetsOf(ctx, p.r.Client, p.rollout.Namespace, candidates, doomed(p.items))
+			budgets, err = evaluate.Budgets(ctx, p.r.Client, p.rollout.Namespace, candidates, doomed(p.items))
 		}
 		if err != nil {
 			return false, err.Error()
 		}
-		return take(budgets, pod)
+		return evaluate.Take(budgets, pod)
 	}
-	p.plan = decide(candidates, l)
+	p.plan = evaluate.Next(candidates, l)
 	if err != nil {
 		return err
 	}
-	if p.plan.blocked != "" {
-		p.wait = sooner(p.wait, blockedPause)
+	if p.plan.Blocked != "" {
+		p.wait = evaluate.Sooner(p.wait, requeue.BlockedInterval)
 	}
 	return nil
 }
 
 // doomed returns a function that says whether this rollout is about to disrupt a pod.
-func doomed(items []*item) func(*corev1.Pod) bool {
+func doomed(items []*nodeops.Item) func(*corev1.Pod) bool {
 	pods := map[types.UID]bool{}
 	for _, i := range items {
-		pods[i.pod.UID] = i.verdict.disrupted
+		pods[i.Pod.UID] = i.Status.Disrupted
 	}
 	return func(pod *corev1.Pod) bool { return pods[pod.UID] }
 }
 
 // act takes the pods further. An error with one pod does not hold up the others.
 func (p *pass) act(ctx context.Context) error {
-	for _, n := range p.plan.prepare {
-		p.ops.prepare(ctx, p.items[n])
+	for _, n := range p.plan.Prepare {
+		p.ops.Prepare(ctx, p.items[n])
 	}
-	for _, n := range p.plan.begin {
+	for _, n := range p.plan.Begin {
 		p.settleError(p.items[n], p.step(ctx, p.items[n]))
 	}
 	for _, i := range p.items {
-		if i.stale {
+		if i.Stale {
 			continue
 		}
-		p.teller.warnings(i.pod, p.ops.finished(i.m))
-		if relabels := i.verdict.stage == updated && p.target.workload != nil; (relabels || i.verdict.open) && !p.waits(&i.m.api) {
+		p.teller.warnings(i.Pod, p.ops.Finished(i.Ops))
+		if relabels := i.Status.Stage == evaluate.Updated && p.target.Workload != nil; (relabels || i.Status.Open) && !p.waits(&i.Ops.Api) {
 			var err error
 			if relabels {
 				err = p.relabel(ctx, i)
 			}
-			if i.verdict.open {
+			if i.Status.Open {
 				err = errors.Join(p.setGates(ctx, i, ""), err)
 			}
 			p.settleError(i, err)
 		}
-		if i.verdict.ask {
-			p.ops.follow(ctx, i)
+		if i.Status.Ask {
+			p.ops.Follow(ctx, i)
 		}
-		if i.verdict.restart {
-			p.ops.restart(ctx, i)
+		if i.Status.Restart {
+			p.ops.Restart(ctx, i)
 		}
-		if i.verdict.inquire {
-			p.ops.inquire(ctx, i)
+		if i.Status.Inquire {
+			p.ops.Inquire(ctx, i)
 		}
-		if i.verdict.stage == changing {
+		if i.Status.Stage == evaluate.Updating {
 			p.nudge(ctx, i)
 		}
 	}
@@ -490,59 +500,59 @@ func (p *pass) act(ctx context.Context) error {
 }
 
 // settleError decides what to do about a pod whose change the API server has answered with an error.
-func (p *pass) settleError(i *item, err error) {
-	why := refusal(err)
+func (p *pass) settleError(i *nodeops.Item, err error) {
+	why := dryrun.Refusal(err)
 	switch {
 	case err == nil:
-		if !i.stale && !p.now.Before(i.m.api.until) {
-			i.m.api = apiTrouble{}
+		if !i.Stale && !p.now.Before(i.Ops.Api.Until) {
+			i.Ops.Api = dryrun.Trouble{}
 		}
 	case apierrors.IsConflict(err), apierrors.IsNotFound(err):
-		p.wait = sooner(p.wait, max(stalePause, p.r.gather(client.ObjectKeyFromObject(p.rollout))))
+		p.wait = evaluate.Sooner(p.wait, max(requeue.StaleInterval, p.r.gather(client.ObjectKeyFromObject(p.rollout))))
 	case why == nil:
-		i.m.api.note(err, p.now)
-		p.waits(&i.m.api)
-		if p.now.Sub(i.m.api.since) < p.strategy.deadline {
+		i.Ops.Api.Note(err, p.now)
+		p.waits(&i.Ops.Api)
+		if p.now.Sub(i.Ops.Api.Since) < p.strategy.Deadline {
 			return
 		}
-		late := tooLong(i.pod.Name, p.strategy.deadline, err)
+		late := dryrun.TooLong(i.Pod.Name, p.strategy.Deadline, err)
 		why = &late
 		fallthrough
 	default:
-		i.m.api.note(err, p.now) // a gate that cannot be opened is tried again
-		p.ops.abortVisit(i.m, why.message)
-		i.m.refused = why
-		p.wait = sooner(p.wait, stalePause)
+		i.Ops.Api.Note(err, p.now) // a gate that cannot be opened is tried again
+		p.ops.AbortUpgrade(i.Ops, why.Message)
+		i.Ops.Refused = why
+		p.wait = evaluate.Sooner(p.wait, requeue.StaleInterval)
 	}
 }
 
 // nudge makes kubelet probe a new container that is not ready at once, if that is due.
-func (p *pass) nudge(ctx context.Context, i *item) {
+func (p *pass) nudge(ctx context.Context, i *nodeops.Item) {
 	var names []string
-	carried := len(i.m.started) > 0 && p.r.driver.carries(ctx, i.pod)
-	for _, name := range slices.Sorted(maps.Keys(i.m.mark.Containers)) {
-		c, _ := containerOf(i.pod, name)
-		cs := statusOf(i.pod, name)
-		if c == nil || cs == nil || cs.ContainerID == i.m.mark.Containers[name].ID {
+	carried := len(i.Ops.Started) > 0 && p.r.driver.Carries(ctx, i.Pod)
+	for _, name := range slices.Sorted(maps.Keys(i.Ops.State.Containers)) {
+		c, _ := evaluate.ContainerOf(i.Pod, name)
+		cs := evaluate.StatusOf(i.Pod, name)
+		if c == nil || cs == nil || cs.ContainerID == i.Ops.State.Containers[name].ID {
 			continue
 		}
-		if passed, _ := controller.StartupPassed(c, cs, i.m.started[cs.ContainerID], carried, p.now); passed {
+		if passed, _ := controller.StartupPassed(c, cs, i.Ops.Started[cs.ContainerID], carried, p.now); passed {
 			names = append(names, name)
 		}
 	}
-	container, wait := i.m.nudges.Due(i.pod, names, p.now)
-	p.wait = sooner(p.wait, wait)
+	container, wait := i.Ops.Nudges.Due(i.Pod, names, p.now)
+	p.wait = evaluate.Sooner(p.wait, wait)
 	if container == "" {
 		return
 	}
-	log := p.log.WithField("pod", i.pod.Name).WithField("container", container)
-	pod, err := i.m.nudges.Nudge(ctx, p.r.Client, i.pod, container)
+	log := p.log.WithField("pod", i.Pod.Name).WithField("container", container)
+	pod, err := i.Ops.Nudges.Nudge(ctx, p.r.Client, i.Pod, container)
 	if err != nil {
 		log.WithError(err).Info("kubelet could not be made to probe the new container at once") // it will in its time
 		return
 	}
-	i.m.written = versionOf(pod.ResourceVersion)
-	p.r.Metrics.wrote("pod")
+	i.Ops.Written = nodeops.VersionOf(pod.ResourceVersion)
+	p.r.Metrics.Wrote("pod")
 	log.Debug("kubelet made to probe the new container at once")
 }
 
@@ -551,34 +561,34 @@ func (p *pass) begin(ctx context.Context) error {
 	old := &p.rollout.Status
 	now := metav1.NewTime(p.now)
 	next := inplace.InPlaceRolloutStatus{
-		ObservedGeneration: p.rollout.Generation, ObservedRevision: p.goal.revision, StartTime: &now, LastSuccessTime: old.LastSuccessTime,
-		TargetImages: p.goal.images, PreviousImages: map[string]string{}, Conditions: slices.Clone(old.Conditions), Desired: int32(p.target.desired),
+		ObservedGeneration: p.rollout.Generation, ObservedRevision: p.goal.Revision, StartTime: &now, LastSuccessTime: old.LastSuccessTime,
+		TargetImages: p.goal.Images, PreviousImages: map[string]string{}, Conditions: slices.Clone(old.Conditions), Desired: int32(p.target.Desired),
 	}
 	if old.CompletionTime == nil {
-		for name := range p.goal.images {
+		for name := range p.goal.Images {
 			if kept := old.PreviousImages[name]; kept != "" {
 				next.PreviousImages[name] = kept // the last that was good
 			}
 		}
 	}
-	p.target.findPrevious(p.goal.images, next.PreviousImages)
-	setCondition(&next, inplace.ConditionComplete, false, inplace.ReasonRollingOut, "")
-	setCondition(&next, inplace.ConditionProgressing, true, inplace.ReasonRollingOut, "")
-	setCondition(&next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")
+	p.target.FindPrevious(p.goal.Images, next.PreviousImages)
+	notice.SetCondition(&next, inplace.ConditionComplete, false, inplace.ReasonRollingOut, "")
+	notice.SetCondition(&next, inplace.ConditionProgressing, true, inplace.ReasonRollingOut, "")
+	notice.SetCondition(&next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")
 	if err := p.writer.status(ctx, &next); err != nil {
 		return err
 	}
 	p.work.progressed = p.now
-	p.teller.event(corev1.EventTypeNormal, eventStarted, "rolling out to "+p.target.what+": "+describe(p.rollout.Spec.Containers))
-	p.log.WithField("revision", p.goal.revision).Info("rollout begins")
+	p.teller.event(corev1.EventTypeNormal, notice.EventStarted, "rolling out to "+p.target.What+": "+notice.Describe(p.rollout.Spec.Containers))
+	p.log.WithField("revision", p.goal.Revision).Info("rollout begins")
 	return nil
 }
 
 // waits returns true if it is too early to ask the API server again, and has the rollout looked at when the time has come.
-func (p *pass) waits(t *apiTrouble) bool {
-	left := t.until.Sub(p.now)
+func (p *pass) waits(t *dryrun.Trouble) bool {
+	left := t.Until.Sub(p.now)
 	if left > 0 {
-		p.wait = sooner(p.wait, left)
+		p.wait = evaluate.Sooner(p.wait, left)
 	}
 	return left > 0
 }

@@ -15,6 +15,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
 func TestPod(t *testing.T) {
@@ -82,12 +83,12 @@ func TestGate(t *testing.T) {
 		b.addPods(4, 2, gated)
 		var shut, patched time.Time
 		b.watch("web-3", func(before, now *corev1.Pod) {
-			if by, _ := shutBy(now); by != "" && shut.IsZero() {
+			if by, _ := evaluate.OutOfServiceBy(now); by != "" && shut.IsZero() {
 				shut = time.Now()
 			}
 			if now.Spec.Containers[0].Image == "app:2" && patched.IsZero() {
 				patched = time.Now()
-				if c := conditionOf(now, corev1.PodReady); c.Status != corev1.ConditionFalse {
+				if c := evaluate.ConditionOf(now, corev1.PodReady); c.Status != corev1.ConditionFalse {
 					t.Error("patched while ready")
 				}
 			}
@@ -126,14 +127,14 @@ func TestRestartAndImage(t *testing.T) {
 		b.restart()
 		time.Sleep(time.Minute)
 		for _, pod := range b.pods() {
-			if n := statusOf(pod, "side").RestartCount; n != 2 {
+			if n := evaluate.StatusOf(pod, "side").RestartCount; n != 2 {
 				t.Errorf("pod %s restarted %d times", pod.Name, n)
 			}
 		}
 		b.edit("all", func(r *rollout) { r.Annotations = map[string]string{inplace.RetryAnnotation: "1"} })
 		time.Sleep(time.Second)
 		b.until("ended", "all", time.Minute, ended)
-		if n := statusOf(b.pod("web-0"), "side").RestartCount; n != 3 {
+		if n := evaluate.StatusOf(b.pod("web-0"), "side").RestartCount; n != 3 {
 			t.Errorf("restarted %d times", n)
 		}
 	})
@@ -150,7 +151,7 @@ func TestFailure(t *testing.T) {
 	}{
 		{"the image cannot be pulled", "app:missing", inplace.Rollback, "PullFailed", "False RolledBack", 0},
 		{"the new container ends", "app:crash", inplace.Rollback, "ContainerExited", "False RolledBack", 2},
-		{"the new container does not get ready", "app:slow", inplace.Rollback, failDeadline, "False RolledBack", 2},
+		{"the new container does not get ready", "app:slow", inplace.Rollback, evaluate.FailDeadline, "False RolledBack", 2},
 		{"kubelet cannot pull", "app:gone", inplace.Rollback, "ImagePullBackOff", "False RolledBack", 2},
 		{"stop", "app:crash", inplace.Pause, "ContainerExited", "False StoppedOnFailure", 2},
 		{"stop before anything was touched", "app:missing", inplace.Pause, "PullFailed", "False StoppedOnFailure", 0},
@@ -326,7 +327,7 @@ func TestNodeAway(t *testing.T) {
 		b.fleet.change("node-0", func(n *simNode) { n.refused = true })
 		b.edit("all", func(r *rollout) { r.Spec.Containers[0].Image = "app:3" })
 		r := b.until("stopped", "all", 10*time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionProgressing) == "False StoppedOnFailure" })
-		if r.Status.Failures[0].Reason != failUnreachable || !strings.Contains(r.Status.Failures[0].Message, "install cri-proxy") {
+		if r.Status.Failures[0].Reason != evaluate.FailUnreachable || !strings.Contains(r.Status.Failures[0].Message, "install cri-proxy") {
 			t.Errorf("status %+v", r.Status)
 		}
 		b.fleet.change("node-0", func(n *simNode) { n.refused = false })

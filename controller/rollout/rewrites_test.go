@@ -20,6 +20,9 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
 const mirrored = "mirror.example.com/"
@@ -44,7 +47,7 @@ func (b *bed) made() {
 	for _, pod := range b.pods() {
 		b.change(client.ObjectKeyFromObject(pod), pod.UID, func(p *corev1.Pod) bool {
 			for i := range p.Spec.Containers {
-				c, cs := &p.Spec.Containers[i], statusOf(p, p.Spec.Containers[i].Name)
+				c, cs := &p.Spec.Containers[i], evaluate.StatusOf(p, p.Spec.Containers[i].Name)
 				c.Image = mirrored + c.Image
 				cs.Image = c.Image
 			}
@@ -115,7 +118,7 @@ func TestAnswerMoves(t *testing.T) {
 				}
 				time.Sleep(3 * time.Minute)
 				r := b.get("all")
-				if len(r.Status.Failures) == 0 || r.Status.Failures[0].Reason != failRewritten {
+				if len(r.Status.Failures) == 0 || r.Status.Failures[0].Reason != evaluate.FailRewritten {
 					t.Errorf("status %+v", r.Status)
 				}
 				b.served("app:1")
@@ -192,7 +195,7 @@ func TestCommitGivesUp(t *testing.T) {
 
 // A rollout that goes on after failures ends when its template is denied.
 func TestTemplateIsDeniedContinue(t *testing.T) {
-	for _, kind := range []string{kindStatefulSet, kindDeployment} {
+	for _, kind := range []string{workload.KindStatefulSet, workload.KindDeployment} {
 		t.Run(kind, func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addNodes(2)
@@ -224,7 +227,7 @@ func TestIsThereUnprepared(t *testing.T) {
 		b.policy = toMirror(isPod)
 		pod := b.pod("web-0")
 		b.change(types.NamespacedName{Namespace: "ns", Name: "web-0"}, pod.UID, func(p *corev1.Pod) bool {
-			cs := statusOf(p, "app")
+			cs := evaluate.StatusOf(p, "app")
 			cs.Ready, cs.State = false, corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "CrashLoopBackOff", Message: "back-off"}}
 			setReady(p, false)
 			return true
@@ -240,7 +243,7 @@ func TestIsThereUnprepared(t *testing.T) {
 
 // Admission that makes something of other containers' images, too, as soon as a Deployment is written.
 func TestOtherContainerOfTemplate(t *testing.T) {
-	for _, kind := range []string{kindDeployment, kindStatefulSet, kindDaemonSet} {
+	for _, kind := range []string{workload.KindDeployment, workload.KindStatefulSet, workload.KindDaemonSet} {
 		for name, where := range map[string]func(client.Object) bool{
 			"workload":   func(o client.Object) bool { _, set := o.(*appsv1.ReplicaSet); return !isPod(o) && !set },
 			"all":        func(client.Object) bool { return true },
@@ -254,7 +257,7 @@ func TestOtherContainerOfTemplate(t *testing.T) {
 					b.create("web", spec{Target: ref(kind), Containers: to("app:2"), Strategy: settings{ProgressDeadlineSeconds: 120}})
 					r := b.until("over", "web", 5*time.Minute, func(r *rollout) bool { return r.Status.CompletionTime != nil })
 					time.Sleep(time.Minute)
-					if kind == kindDeployment {
+					if kind == workload.KindDeployment {
 						if d := read(b, &appsv1.Deployment{}); d.Spec.Paused {
 							t.Errorf("the Deployment is paused; status %+v", r.Status)
 						}
@@ -267,7 +270,7 @@ func TestOtherContainerOfTemplate(t *testing.T) {
 
 // Pods whose other containers admission has changed when they were made are of the template's revision after the rollout.
 func TestLabelOfRewrittenPods(t *testing.T) {
-	for _, kind := range []string{kindStatefulSet, kindDaemonSet} {
+	for _, kind := range []string{workload.KindStatefulSet, workload.KindDaemonSet} {
 		t.Run(kind, func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addNodes(2)
@@ -277,15 +280,15 @@ func TestLabelOfRewrittenPods(t *testing.T) {
 				b.create("web", spec{Target: ref(kind), Containers: to("app:2")})
 				b.want(b.until("ended", "web", 5*time.Minute, ended), "True RolledOut", "2/2/2/0/0")
 				want := ""
-				if kind == kindStatefulSet {
+				if kind == workload.KindStatefulSet {
 					want = read(b, &appsv1.StatefulSet{}).Status.UpdateRevision
 				} else {
 					d := read(b, &appsv1.DaemonSet{})
-					want = b.revise(d, kindDaemonSet, &d.Spec.Template)
+					want = b.revise(d, workload.KindDaemonSet, &d.Spec.Template)
 				}
 				for _, pod := range b.pods() {
-					if pod.Labels[revisionLabel] != want {
-						t.Errorf("pod %s is of revision %s, not %s", pod.Name, pod.Labels[revisionLabel], want)
+					if pod.Labels[podtemplate.RevisionLabel] != want {
+						t.Errorf("pod %s is of revision %s, not %s", pod.Name, pod.Labels[podtemplate.RevisionLabel], want)
 					}
 				}
 				b.served(mirrored + "app:2")
@@ -300,7 +303,7 @@ func TestDeploymentCannotGoOn(t *testing.T) {
 		t.Run(string(policy), func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addNodes(2)
-				b.addOf(kindDeployment, 2)
+				b.addOf(workload.KindDeployment, 2)
 				paused := false
 				b.policy = func(o client.Object, dry bool) error {
 					d, is := o.(*appsv1.Deployment)
@@ -313,7 +316,7 @@ func TestDeploymentCannotGoOn(t *testing.T) {
 					}
 					return nil
 				}
-				b.create("web", spec{Target: ref(kindDeployment), Containers: to("app:2"), Strategy: settings{OnFailure: policy}})
+				b.create("web", spec{Target: ref(workload.KindDeployment), Containers: to("app:2"), Strategy: settings{OnFailure: policy}})
 				time.Sleep(3 * time.Minute)
 				r := b.get("web")
 				if !strings.HasPrefix(condition(r, inplace.ConditionDegraded), "True ") || !strings.Contains(r.Status.Message, "Deployment web") || !strings.Contains(r.Status.Message, "paused") {

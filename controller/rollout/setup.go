@@ -26,6 +26,9 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	root "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
 // gatherFor is how long to collect events of pods and nodes before a reconcile: they come in crowds, and a reconcile looks at all pods.
@@ -41,7 +44,7 @@ func (r *Reconciler) gather(key types.NamespacedName) time.Duration {
 	if w == nil {
 		return gatherFor
 	}
-	return gatherFor + gatherFor*time.Duration(w.ops.size())/gatherPods
+	return gatherFor + gatherFor*time.Duration(w.ops.Size())/gatherPods
 }
 
 // SetupWithManager adds the reconciler to a manager: it then watches rollouts, pods and workloads, and talks to nodes, with the
@@ -53,14 +56,14 @@ func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, work
 	}
 	return builder.ControllerManagedBy(m).
 		Named("inplacerollout").
-		For(&inplace.InPlaceRollout{}, builder.WithPredicates(rolloutChanges())).
+		For(&inplace.InPlaceRollout{}, builder.WithPredicates(requeue.RolloutChanges())).
 		Watches(&corev1.Pod{}, r.crowd(r.rolloutsOfPod), builder.WithPredicates(podChanges())).
-		Watches(&appsv1.StatefulSet{}, r.crowd(r.rolloutsOfWorkload(kindStatefulSet))).
-		Watches(&appsv1.DaemonSet{}, r.crowd(r.rolloutsOfWorkload(kindDaemonSet))).
-		Watches(&appsv1.Deployment{}, r.crowd(r.rolloutsOfWorkload(kindDeployment))).
+		Watches(&appsv1.StatefulSet{}, r.crowd(r.rolloutsOfWorkload(workload.KindStatefulSet))).
+		Watches(&appsv1.DaemonSet{}, r.crowd(r.rolloutsOfWorkload(workload.KindDaemonSet))).
+		Watches(&appsv1.Deployment{}, r.crowd(r.rolloutsOfWorkload(workload.KindDeployment))).
 		Watches(&appsv1.ReplicaSet{}, r.crowd(r.rolloutsOfReplicaSet)).
 		WatchesRawSource(source.Channel(r.wakes, r.wakeHandler())).
-		WithOptions(options(workers)).
+		WithOptions(requeue.Options(workers)).
 		Complete(root.TellAPIErrors(r, func() client.Object { return &inplace.InPlaceRollout{} }, m.GetClient(), r.Recorder))
 }
 
@@ -120,10 +123,10 @@ func (r *Reconciler) rolloutsOfWorkload(kind string) func(context.Context, clien
 
 func (r *Reconciler) rolloutsOfReplicaSet(ctx context.Context, set client.Object) []reconcile.Request {
 	owner := metav1.GetControllerOf(set)
-	if owner == nil || owner.Kind != kindDeployment {
+	if owner == nil || owner.Kind != workload.KindDeployment {
 		return nil
 	}
-	return r.rolloutsNaming(ctx, set, kindDeployment, owner.Name)
+	return r.rolloutsNaming(ctx, set, workload.KindDeployment, owner.Name)
 }
 
 func (r *Reconciler) rolloutsNaming(ctx context.Context, o client.Object, kind, name string) []reconcile.Request {
@@ -140,7 +143,7 @@ func podChanges() predicate.Predicate {
 		UpdateFunc: func(e event.UpdateEvent) bool {
 			before, ok1 := e.ObjectOld.(*corev1.Pod)
 			after, ok2 := e.ObjectNew.(*corev1.Pod)
-			return !ok1 || !ok2 || before.UID != after.UID || active(before) != active(after) || before.Spec.NodeName != after.Spec.NodeName ||
+			return !ok1 || !ok2 || before.UID != after.UID || evaluate.Active(before) != evaluate.Active(after) || before.Spec.NodeName != after.Spec.NodeName ||
 				before.Annotations[inplace.PodStateAnnotation] != after.Annotations[inplace.PodStateAnnotation] ||
 				!maps.Equal(before.Labels, after.Labels) || !slices.EqualFunc(before.Status.Conditions, after.Status.Conditions, sameCondition) ||
 				!slices.EqualFunc(before.Status.ContainerStatuses, after.Status.ContainerStatuses, sameStatus) ||

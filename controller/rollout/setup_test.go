@@ -20,6 +20,10 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	root "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/follow"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/gates"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
 func TestSetup(t *testing.T) {
@@ -39,12 +43,12 @@ func TestSetup(t *testing.T) {
 	if err := (&Reconciler{Client: m.GetClient(), Log: log}).SetupWithManager(t.Context(), m, 1); err != nil {
 		t.Error(err)
 	}
-	for _, kind := range []string{kindStatefulSet, kindDaemonSet} {
-		if err := (&FollowReconciler{Client: m.GetClient(), Log: log, Kind: kind}).SetupWithManager(t.Context(), m, 1); err != nil {
+	for _, kind := range []string{workload.KindStatefulSet, workload.KindDaemonSet} {
+		if err := (&follow.Reconciler{Client: m.GetClient(), Log: log, Kind: kind}).SetupWithManager(t.Context(), m, 1); err != nil {
 			t.Error(err)
 		}
 	}
-	if err := (&GateReconciler{Client: m.GetClient(), Log: log}).SetupWithManager(t.Context(), m, 1); err != nil {
+	if err := (&gates.Reconciler{Client: m.GetClient(), Log: log}).SetupWithManager(t.Context(), m, 1); err != nil {
 		t.Error(err)
 	}
 }
@@ -83,16 +87,16 @@ func TestPodChanges(t *testing.T) {
 
 func TestMetrics(t *testing.T) {
 	registry := prometheus.NewRegistry()
-	m, err := NewMetrics(registry)
+	m, err := notice.NewMetrics(registry)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := root.NewMetrics(registry); err != nil {
 		t.Errorf("beside those of requests: %v", err)
 	}
-	m.completed(inplace.ReasonRolledOut)
-	m.pod("ContainerExited")
-	m.wrote("pod")
+	m.Completed(inplace.ReasonRolledOut)
+	m.Pod("ContainerExited")
+	m.Wrote("pod")
 	families, err := registry.Gather()
 	if err != nil {
 		t.Fatal(err)

@@ -11,6 +11,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
 // starting gives the pod's application a startupProbe, which it has passed.
@@ -71,7 +72,7 @@ func TestStartupProbe(t *testing.T) {
 					t.Errorf("%d pods did not serve at the same time", peak)
 				}
 				for _, pod := range b.pods() {
-					if cs := statusOf(pod, "app"); cs.RestartCount != 1 || time.Now().Before(b.serves[pod.UID]) {
+					if cs := evaluate.StatusOf(pod, "app"); cs.RestartCount != 1 || time.Now().Before(b.serves[pod.UID]) {
 						t.Errorf("%s has %+v when the rollout is complete", pod.Name, cs)
 					}
 				}
@@ -104,7 +105,7 @@ func TestStartupProbeNeverPasses(t *testing.T) {
 		time.Sleep(time.Minute)
 		b.create("all", spec{Target: all(), Containers: to("app:2"), Strategy: settings{ProgressDeadlineSeconds: 120, OnFailure: inplace.Pause}})
 		r := b.until("failed", "all", 5*time.Minute, func(r *rollout) bool { return len(r.Status.Failures) > 0 })
-		if f := r.Status.Failures[0]; f.Reason != failDeadline || r.Status.Updated != 0 {
+		if f := r.Status.Failures[0]; f.Reason != evaluate.FailDeadline || r.Status.Updated != 0 {
 			t.Errorf("status %+v", r.Status)
 		}
 		if got := b.images("app"); got["app:2"] != 1 {

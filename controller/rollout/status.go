@@ -17,42 +17,46 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
 )
 
 const (
 	// maxFailures is how many failures the status names.
 	maxFailures = 10
 	// writeInterval is the least time between two writes of a status in which only numbers have changed.
-	writePause = 2 * time.Second
+	writeInterval = 2 * time.Second
 )
 
 // noteFailures collects the pods that have failed, writes Events of new ones, and returns how many there are.
 func (p *pass) noteFailures() int {
 	now := map[types.UID]inplace.PodFailure{}
 	for _, i := range p.items {
-		if i.verdict.stage == broken {
-			now[i.pod.UID] = inplace.PodFailure{Pod: i.pod.Name, Node: i.pod.Spec.NodeName, Reason: i.verdict.failure.reason, Message: i.verdict.failure.message}
+		if i.Status.Stage == evaluate.Broken {
+			now[i.Pod.UID] = inplace.PodFailure{Pod: i.Pod.Name, Node: i.Pod.Spec.NodeName, Reason: i.Status.Failure.Reason, Message: i.Status.Failure.Message}
 		}
 	}
 	for _, pod := range p.ended {
 		if pod.Spec.RestartPolicy != corev1.RestartPolicyNever {
 			continue
 		}
-		if why := brokenContainer(pod, markOf(pod), &p.strategy); why != nil {
-			now[pod.UID] = inplace.PodFailure{Pod: pod.Name, Node: pod.Spec.NodeName, Reason: why.reason, Message: why.message}
+		if why := evaluate.BrokenContainer(pod, evaluate.StateOf(pod), &p.strategy); why != nil {
+			now[pod.UID] = inplace.PodFailure{Pod: pod.Name, Node: pod.Spec.NodeName, Reason: why.Reason, Message: why.Message}
 		}
 	}
-	if why := p.work.refused[p.goal.revision]; why != nil && !p.goal.undo {
-		now[p.rollout.UID] = inplace.PodFailure{Pod: p.target.what, Reason: why.reason, Message: why.message}
+	if why := p.work.refused[p.goal.Revision]; why != nil && !p.goal.Undo {
+		now[p.rollout.UID] = inplace.PodFailure{Pod: p.target.What, Reason: why.Reason, Message: why.Message}
 	}
 	for uid, f := range now {
-		f.Message = clip(f.Message, 500)
+		f.Message = notice.Clip(f.Message, 500)
 		now[uid] = f
-		if was, known := p.work.failures[uid]; !known || p.goal.undo && was.Reason != f.Reason {
-			p.r.Metrics.pod(f.Reason)
+		if was, known := p.work.failures[uid]; !known || p.goal.Undo && was.Reason != f.Reason {
+			p.r.Metrics.Pod(f.Reason)
 			p.log.WithField("pod", f.Pod).WithField("reason", f.Reason).Warn("pod failed: " + f.Message)
 			if len(p.work.told) < maxTold {
-				p.teller.tell(corev1.EventTypeWarning, eventPodFailed, subject(f)+": "+f.Reason+": "+f.Message, string(uid)+f.Reason)
+				p.teller.tell(corev1.EventTypeWarning, notice.EventPodFailed, notice.Subject(f)+": "+f.Reason+": "+f.Message, string(uid)+f.Reason)
 			}
 		}
 	}
@@ -61,19 +65,19 @@ func (p *pass) noteFailures() int {
 }
 
 // startRollback begins the rollback.
-func (p *pass) turnBack(ctx context.Context) error {
+func (p *pass) startRollback(ctx context.Context) error {
 	s := summarize(p)
 	next := s.status()
-	next.FailedRevision = p.goal.revision
+	next.FailedRevision = p.goal.Revision
 	next.Message = "rolling back: " + s.firstFailure()
-	setCondition(next, inplace.ConditionDegraded, true, inplace.ReasonRollingBack, next.Message)
-	setCondition(next, inplace.ConditionProgressing, true, inplace.ReasonRollingBack, next.Message)
+	notice.SetCondition(next, inplace.ConditionDegraded, true, inplace.ReasonRollingBack, next.Message)
+	notice.SetCondition(next, inplace.ConditionProgressing, true, inplace.ReasonRollingBack, next.Message)
 	if err := p.writer.status(ctx, next); err != nil {
 		return err
 	}
-	p.teller.event(corev1.EventTypeWarning, eventRollingBack, next.Message)
+	p.teller.event(corev1.EventTypeWarning, notice.EventRollingBack, next.Message)
 	p.log.Warn(next.Message)
-	p.wait = stalePause
+	p.wait = requeue.StaleInterval
 	return nil
 }
 
@@ -82,8 +86,8 @@ func summarize(p *pass) *summary {
 	return &summary{
 		rollout: p.rollout, strategy: &p.strategy, goal: p.goal, target: p.target, plan: p.plan, items: p.items,
 		tally: tallyOf(p.rollout.UID, p.items), now: p.now, progressed: p.work.progressed, failed: p.work.failures,
-		template: p.work.memory.template, refused: p.work.refused[p.goal.revision] != nil,
-		blockedReason: p.blockedReason, blocked: p.blocked, obstacle: p.obstacle, trouble: p.ops.trouble(p.items),
+		template: p.work.memory.Template, refused: p.work.refused[p.goal.Revision] != nil,
+		blockedReason: p.blockedReason, blocked: p.blocked, notInPlaceReason: p.notInPlaceReason, trouble: p.ops.Trouble(p.items),
 	}
 }
 
@@ -91,7 +95,7 @@ func summarize(p *pass) *summary {
 func (p *pass) conclude(ctx context.Context) error {
 	s := summarize(p)
 	t := s.tally
-	s.progressed = p.work.noteProgress(picture{t.outdated, t.changing, t.available, p.plan.available}, p.now)
+	s.progressed = p.work.noteProgress(picture{t.outdated, t.changing, t.available, p.plan.Available}, p.now)
 	next := s.status()
 	var ended bool
 	var err error
@@ -106,7 +110,7 @@ func (p *pass) conclude(ctx context.Context) error {
 		if row.numbers {
 			row.message = ""
 		}
-		stand(next, row.progressing, row.reason, row.message)
+		setProgressing(next, row.progressing, row.reason, row.message)
 		if row.event != "" {
 			p.teller.tell(row.kind, row.event, next.Message, row.key)
 		}
@@ -117,17 +121,17 @@ func (p *pass) conclude(ctx context.Context) error {
 		return p.complete(ctx, s, next)
 	}
 	s.aside(next)
-	if len(p.work.failures) == 0 && !p.goal.undo {
-		setCondition(next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")
+	if len(p.work.failures) == 0 && !p.goal.Undo {
+		notice.SetCondition(next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")
 	}
-	if wrong := p.ops.wrongSecrets(); len(wrong) > 0 { // the images are pulled without them
+	if wrong := p.ops.WrongSecrets(); len(wrong) > 0 { // the images are pulled without them
 		text := "pulling without: " + strings.Join(wrong, "; ")
-		p.teller.tell(corev1.EventTypeWarning, eventSecrets, text, text)
+		p.teller.tell(corev1.EventTypeWarning, notice.EventSecrets, text, text)
 	}
-	p.wait = sooner(p.wait, lookAgain)
-	if left := p.work.lastWrite.Add(writePause).Sub(p.now); left > 0 && minor(&p.rollout.Status, next) {
+	p.wait = evaluate.Sooner(p.wait, requeue.ResyncPeriod)
+	if left := p.work.lastWrite.Add(writeInterval).Sub(p.now); left > 0 && minor(&p.rollout.Status, next) {
 		if !apiequality.Semantic.DeepEqual(&p.rollout.Status, next) {
-			p.wait = sooner(p.wait, left)
+			p.wait = evaluate.Sooner(p.wait, left)
 		}
 		return nil
 	}
@@ -143,9 +147,9 @@ func (p *pass) finish(ctx context.Context, next *inplace.InPlaceRolloutStatus) (
 	next.Message = "the pods are done; waiting for the workload's controller"
 	if trouble != "" {
 		next.Message = trouble
-		stand(next, true, inplace.ReasonAPIError, trouble)
+		setProgressing(next, true, inplace.ReasonAPIError, trouble)
 	}
-	p.wait = sooner(p.wait, blockedPause)
+	p.wait = evaluate.Sooner(p.wait, requeue.BlockedInterval)
 	return false, nil
 }
 
@@ -153,7 +157,7 @@ func (p *pass) finish(ctx context.Context, next *inplace.InPlaceRolloutStatus) (
 func (p *pass) stop(ctx context.Context, s *summary, next *inplace.InPlaceRolloutStatus) (bool, error) {
 	reason := inplace.ReasonStopped
 	next.Message = "stopped: " + s.firstFailure() + "; change the containers, or the annotation " + inplace.RetryAnnotation + ", to go on"
-	if p.strategy.onFailure == inplace.Continue {
+	if p.strategy.OnFailure == inplace.Continue {
 		reason, next.Message = inplace.ReasonPodsFailed, s.firstFailure()
 	}
 	if s.refused { // the workload goes on by itself
@@ -163,12 +167,12 @@ func (p *pass) stop(ctx context.Context, s *summary, next *inplace.InPlaceRollou
 			return false, err
 		case trouble != "":
 			next.Message = trouble + "; " + next.Message
-		case done && p.strategy.onFailure == inplace.Continue && s.tally.changing+s.tally.turns+s.tally.open == 0:
+		case done && p.strategy.OnFailure == inplace.Continue && s.tally.changing+s.tally.turns+s.tally.open == 0:
 			return true, nil // of the pods none can go on
 		}
 	}
-	setCondition(next, inplace.ConditionDegraded, true, reason, next.Message)
-	stand(next, reason == inplace.ReasonPodsFailed, reason, next.Message)
+	notice.SetCondition(next, inplace.ConditionDegraded, true, reason, next.Message)
+	setProgressing(next, reason == inplace.ReasonPodsFailed, reason, next.Message)
 	return false, nil
 }
 
@@ -182,24 +186,24 @@ func (w *work) noteProgress(now picture, at time.Time) time.Time {
 
 // settleWorkload lets the workload's own controller go on. trouble says that the API server refuses that; it is tried again.
 func (p *pass) settleWorkload(ctx context.Context) (done bool, trouble string, err error) {
-	if p.target.workload == nil {
+	if p.target.Workload == nil {
 		return true, "", nil
 	}
 	t := &p.work.settling
 	if !p.waits(t) {
-		done, err = p.target.workload.settle(ctx)
+		done, err = p.target.Workload.Resume(ctx)
 		switch {
 		case err == nil:
-			*t = apiTrouble{}
+			*t = dryrun.Trouble{}
 			return done, "", nil
-		case apierrors.IsConflict(err), apierrors.IsNotFound(err), refusal(err) == nil && !apiStatus(err):
+		case apierrors.IsConflict(err), apierrors.IsNotFound(err), dryrun.Refusal(err) == nil && !dryrun.IsAPIStatus(err):
 			return false, "", err
 		}
-		t.note(err, p.now)
+		t.Note(err, p.now)
 		p.waits(t)
 	}
-	trouble = fmt.Sprintf("%s is paused and cannot go on: %s", p.target.what, t.text)
-	if t.count >= controller.APITries {
+	trouble = fmt.Sprintf("%s is paused and cannot go on: %s", p.target.What, t.Text)
+	if t.Count >= controller.APITries {
 		p.teller.tell(corev1.EventTypeWarning, inplace.ReasonAPIError, trouble, "settle")
 	}
 	return false, trouble, nil
@@ -208,8 +212,8 @@ func (p *pass) settleWorkload(ctx context.Context) (done bool, trouble string, e
 // complete ends the rollout.
 func (p *pass) complete(ctx context.Context, s *summary, next *inplace.InPlaceRolloutStatus) error {
 	for _, i := range p.items {
-		if i.verdict.stage == outdated {
-			p.ops.abortVisit(i.m, "the rollout has ended without the pod")
+		if i.Status.Stage == evaluate.Outdated {
+			p.ops.AbortUpgrade(i.Ops, "the rollout has ended without the pod")
 		}
 	}
 	s.outcome(next)
@@ -218,7 +222,7 @@ func (p *pass) complete(ctx context.Context, s *summary, next *inplace.InPlaceRo
 
 // end writes the last status of a rollout.
 func (p *pass) end(ctx context.Context, next *inplace.InPlaceRolloutStatus) error {
-	if err := p.env.giveBack(ctx, p.target); err != nil {
+	if err := p.env.GiveBack(ctx, p.target); err != nil {
 		return err
 	}
 	if err := p.writer.status(ctx, next); err != nil {
@@ -231,18 +235,18 @@ func (p *pass) end(ctx context.Context, next *inplace.InPlaceRolloutStatus) erro
 		kind = corev1.EventTypeWarning
 	}
 	p.teller.event(kind, reason, next.Message)
-	p.r.Metrics.completed(reason)
+	p.r.Metrics.Completed(reason)
 	p.log.WithField("reason", reason).Info("rollout ended: " + next.Message)
-	return p.retire(ctx)
+	return p.cleanup(ctx)
 }
 
 // refuse writes into the status what is wrong with a rollout. Nothing happens until that is corrected.
-func (p *pass) refuse(ctx context.Context, why *specError) error {
+func (p *pass) refuse(ctx context.Context, why *evaluate.SpecError) error {
 	p.r.admissions.end(p.rollout.UID)
 	next := p.rollout.Status.DeepCopy()
 	next.ObservedGeneration, next.Message = p.rollout.Generation, why.Message
-	stand(next, false, inplace.ReasonInvalidTarget, why.Message)
-	p.teller.tell(corev1.EventTypeWarning, eventInvalid, why.Message, why.Message)
-	p.wait = sooner(p.wait, lookAgain)
+	setProgressing(next, false, inplace.ReasonInvalidTarget, why.Message)
+	p.teller.tell(corev1.EventTypeWarning, notice.EventInvalid, why.Message, why.Message)
+	p.wait = evaluate.Sooner(p.wait, requeue.ResyncPeriod)
 	return p.writer.status(ctx, next)
 }

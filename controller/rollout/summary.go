@@ -17,16 +17,20 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller/kstatus"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
 // summary is what a look at a rollout has found. All that the status says follows from it.
 type summary struct {
 	rollout  *inplace.InPlaceRollout
-	strategy *strategy
-	goal     goal
-	target   *target
-	plan     plan
-	items    []*item
+	strategy *evaluate.Strategy
+	goal     evaluate.Goal
+	target   *workload.Target
+	plan     evaluate.Plan
+	items    []*nodeops.Item
 	tally    tally
 	now      time.Time
 	// progressed is when the picture of the pods last changed.
@@ -35,12 +39,12 @@ type summary struct {
 	failed map[types.UID]inplace.PodFailure
 	// template is what the API server makes of images in the workload's template. refused says that the template is not
 	// changed at all.
-	template rewrites
+	template evaluate.Rewrites
 	refused  bool
 	// blocked says what holds the rollout back as a whole, blockedReason is the reason of its condition.
 	blockedReason, blocked string
-	// obstacle is why pods are left to their workload.
-	obstacle string
+	// notInPlaceReason is why pods are left to their workload.
+	notInPlaceReason string
 	// trouble is what the API server has failed with again and again.
 	trouble string
 }
@@ -69,14 +73,14 @@ type standing struct {
 func (s *summary) standing(next *inplace.InPlaceRolloutStatus) standing {
 	t := s.tally
 	atRest := t.changing+t.turns == 0
-	unchanged := fmt.Sprintf("nothing has changed for %s: ", s.strategy.deadline)
+	unchanged := fmt.Sprintf("nothing has changed for %s: ", s.strategy.Deadline)
 	back := ""
-	if s.goal.undo {
+	if s.goal.Undo {
 		back = "rolling back: " + s.firstFailure() + s.noWayBack()
 	}
 	table := []standing{
 		{
-			when:        s.goal.undo,
+			when:        s.goal.Undo,
 			progressing: true, reason: inplace.ReasonRollingBack, message: back,
 		}, {
 			when:   s.blocked != "" && s.stuck(),
@@ -87,19 +91,19 @@ func (s *summary) standing(next *inplace.InPlaceRolloutStatus) standing {
 			progressing: true, reason: s.blockedReason, message: s.blocked,
 		}, {
 			when:        len(s.items) == 0,
-			progressing: true, reason: inplace.ReasonNoPods, message: "there are no " + s.target.what,
+			progressing: true, reason: inplace.ReasonNoPods, message: "there are no " + s.target.What,
 		}, {
 			when:        s.rollout.Spec.Paused && atRest,
 			progressing: true, reason: inplace.ReasonPaused,
 			message: fmt.Sprintf("paused with %d of %d pods updated", next.Updated, next.Desired),
 		}, {
-			when:        s.plan.held > 0 && atRest && t.outdated == s.plan.held,
+			when:        s.plan.Held > 0 && atRest && t.outdated == s.plan.Held,
 			progressing: true, reason: inplace.ReasonPartitioned,
-			message: fmt.Sprintf("%d of %d pods are updated, the partition keeps %d", next.Updated, next.Desired, s.plan.held),
+			message: fmt.Sprintf("%d of %d pods are updated, the partition keeps %d", next.Updated, next.Desired, s.plan.Held),
 		}, {
-			when:        s.plan.blocked != "",
-			progressing: true, reason: inplace.ReasonBudget, message: s.plan.blocked,
-			kind: corev1.EventTypeNormal, event: eventBlocked, key: "budget",
+			when:        s.plan.Blocked != "",
+			progressing: true, reason: inplace.ReasonBudget, message: s.plan.Blocked,
+			kind: corev1.EventTypeNormal, event: notice.EventBlocked, key: "budget",
 		}, {
 			when:        s.trouble != "",
 			progressing: true, reason: inplace.ReasonAPIError, message: s.trouble,
@@ -108,11 +112,11 @@ func (s *summary) standing(next *inplace.InPlaceRolloutStatus) standing {
 			when:   t.left > 0 && t.outdated == 0 && atRest,
 			reason: inplace.ReasonNotInPlace,
 			message: fmt.Sprintf("%d pods are left to the workload's own strategy: %s; delete them to have them made anew",
-				t.left, s.obstacle),
-			kind: corev1.EventTypeWarning, event: eventNotInPlace, key: "left",
+				t.left, s.notInPlaceReason),
+			kind: corev1.EventTypeWarning, event: notice.EventNotInPlace, key: "left",
 		}, {
 			when:   s.stuck(),
-			reason: inplace.ReasonStuck, message: unchanged + fmt.Sprintf("%d pods are unavailable", s.plan.unavailable),
+			reason: inplace.ReasonStuck, message: unchanged + fmt.Sprintf("%d pods are unavailable", s.plan.Unavailable),
 		}, {
 			when:        true,
 			progressing: true, reason: inplace.ReasonRollingOut, numbers: true,
@@ -126,7 +130,7 @@ func (s *summary) standing(next *inplace.InPlaceRolloutStatus) standing {
 func (s *summary) through() bool {
 	t := s.tally
 	if len(s.items) == 0 {
-		return s.target.desired == 0 && s.target.workload != nil && s.blocked == ""
+		return s.target.Desired == 0 && s.target.Workload != nil && s.blocked == ""
 	}
 	return t.outdated+t.changing+t.left+t.unlabelled+t.unwritten == 0 && s.blocked == "" && t.open == 0
 }
@@ -134,41 +138,41 @@ func (s *summary) through() bool {
 // whole returns true if all pods are updated and available.
 func (s *summary) whole() bool {
 	t := s.tally
-	return s.through() && t.broken == 0 && t.available == t.updated && t.available >= s.target.desired
+	return s.through() && t.broken == 0 && t.available == t.updated && t.available >= s.target.Desired
 }
 
 // finished returns true if the pods have nothing left to do for the rollout.
 func (s *summary) finished() bool {
 	t := s.tally
 	switch {
-	case !s.goal.undo && s.whole():
+	case !s.goal.Undo && s.whole():
 		return true
-	case s.goal.undo && s.through() && (s.whole() || s.stuck()):
+	case s.goal.Undo && s.through() && (s.whole() || s.stuck()):
 		return true
-	case s.goal.undo && t.changing+t.open == 0 && s.blocked == "" && s.cornered():
+	case s.goal.Undo && t.changing+t.open == 0 && s.blocked == "" && s.cornered():
 		return true
 	}
-	return s.through() && s.strategy.onFailure == inplace.Continue && t.broken > 0 && t.available == t.updated
+	return s.through() && s.strategy.OnFailure == inplace.Continue && t.broken > 0 && t.available == t.updated
 }
 
 // failing returns true if something has failed, and the rollout does not go back.
 func (s *summary) failing() bool {
-	return !s.goal.undo && (s.tally.broken > 0 || len(s.failed) > 0)
+	return !s.goal.Undo && (s.tally.broken > 0 || len(s.failed) > 0)
 }
 
 // stuck returns true if nothing has changed for longer than a pod may take.
-func (s *summary) stuck() bool { return s.now.Sub(s.progressed) >= s.strategy.deadline }
+func (s *summary) stuck() bool { return s.now.Sub(s.progressed) >= s.strategy.Deadline }
 
 // cornered returns true if pods that cannot be put back have kept the others from it for too long.
 func (s *summary) cornered() bool {
-	return s.noWayBack() != "" && s.stuck() && s.plan.blocked == "" && !s.rollout.Spec.Paused
+	return s.noWayBack() != "" && s.stuck() && s.plan.Blocked == "" && !s.rollout.Spec.Paused
 }
 
 // noWayBack says of the first pod that cannot be put back why that is; empty without.
 func (s *summary) noWayBack() string {
 	for _, i := range s.items {
-		if f := i.verdict.failure; i.verdict.stage == broken && len(i.verdict.images) > 0 {
-			return clip(fmt.Sprintf("; pod %s cannot be put back: %s: %s", i.pod.Name, f.reason, f.message), 600)
+		if f := i.Status.Failure; i.Status.Stage == evaluate.Broken && len(i.Status.Images) > 0 {
+			return notice.Clip(fmt.Sprintf("; pod %s cannot be put back: %s: %s", i.Pod.Name, f.Reason, f.Message), 600)
 		}
 	}
 	return ""
@@ -178,7 +182,7 @@ func (s *summary) noWayBack() string {
 func (s *summary) failures() ([]inplace.PodFailure, int32) {
 	list := slices.Collect(maps.Values(s.failed))
 	count := len(list)
-	if s.goal.undo {
+	if s.goal.Undo {
 		// What made the rollout go back stays to be read.
 		names := map[string]bool{}
 		for _, f := range s.rollout.Status.Failures {
@@ -197,52 +201,52 @@ func (s *summary) firstFailure() string {
 	if count == 0 {
 		return ""
 	}
-	text := fmt.Sprintf("%s: %s: %s", subject(list[0]), list[0].Reason, list[0].Message)
+	text := fmt.Sprintf("%s: %s: %s", notice.Subject(list[0]), list[0].Reason, list[0].Message)
 	if count > 1 {
 		text += fmt.Sprintf(" (and %d more)", count-1)
 	}
-	return clip(text, 600)
+	return notice.Clip(text, 600)
 }
 
 // status is the status as far as it follows from the pods.
 func (s *summary) status() *inplace.InPlaceRolloutStatus {
 	next := s.rollout.Status.DeepCopy()
 	next.ObservedGeneration = s.rollout.Generation
-	next.Desired, next.Updated, next.Ready, next.Unavailable = int32(s.target.desired), 0, 0, int32(s.plan.unavailable)
+	next.Desired, next.Updated, next.Ready, next.Unavailable = int32(s.target.Desired), 0, 0, int32(s.plan.Unavailable)
 	next.Failures, next.Failed = s.failures()
 	var pods []*corev1.Pod
 	for _, i := range s.items {
-		if i.verdict.serving {
+		if i.Status.Serving {
 			next.Ready++
 		}
-		if i.verdict.stage == updated && !i.unlabelled && s.isTarget(i) {
+		if i.Status.Stage == evaluate.Updated && !i.Unlabelled && s.isTarget(i) {
 			next.Updated++
 		}
-		pods = append(pods, i.pod)
+		pods = append(pods, i.Pod)
 	}
 	next.CurrentImages = map[string]string{}
 	for _, c := range s.rollout.Spec.Containers {
-		if image := usual(pods, c.Name, ""); image != "" {
+		if image := workload.Usual(pods, c.Name, ""); image != "" {
 			next.CurrentImages[c.Name] = image
 		}
 	}
-	if limit := s.strategy.unavailableLimit(s.target.desired); s.plan.unavailable > limit {
-		setCondition(next, inplace.ConditionAvailable, false, inplace.ReasonMinimumUnavail,
-			fmt.Sprintf("%d of %d pods are unavailable, at most %d may be", s.plan.unavailable, s.target.desired, limit))
+	if limit := s.strategy.UnavailableLimit(s.target.Desired); s.plan.Unavailable > limit {
+		notice.SetCondition(next, inplace.ConditionAvailable, false, inplace.ReasonMinimumUnavail,
+			fmt.Sprintf("%d of %d pods are unavailable, at most %d may be", s.plan.Unavailable, s.target.Desired, limit))
 	} else {
-		setCondition(next, inplace.ConditionAvailable, true, inplace.ReasonMinimumAvail, "")
+		notice.SetCondition(next, inplace.ConditionAvailable, true, inplace.ReasonMinimumAvail, "")
 	}
 	return next
 }
 
 // isTarget returns true if a pod has the images of the spec.
-func (s *summary) isTarget(i *item) bool {
+func (s *summary) isTarget(i *nodeops.Item) bool {
 	for _, c := range s.rollout.Spec.Containers {
 		if c.Image == "" {
 			continue
 		}
-		have, _ := containerOf(i.pod, c.Name)
-		if have == nil || !i.known.has(i.m.mark, c.Name, have.Image, s.template.of(c.Name, c.Image)) {
+		have, _ := evaluate.ContainerOf(i.Pod, c.Name)
+		if have == nil || !i.Facts.Has(i.Ops.State, c.Name, have.Image, s.template.Of(c.Name, c.Image)) {
 			return false
 		}
 	}
@@ -255,7 +259,7 @@ func (s *summary) outcome(next *inplace.InPlaceRolloutStatus) {
 	next.CompletionTime = &now
 	t := s.tally
 	switch {
-	case s.goal.undo:
+	case s.goal.Undo:
 		next.Message = "rolled back: " + s.firstFailure() + s.noWayBack()
 		if t.outdated > 0 {
 			next.Message += fmt.Sprintf("; %d pods are left as they are: pods that cannot be put back have used up maxUnavailable", t.outdated)
@@ -263,62 +267,62 @@ func (s *summary) outcome(next *inplace.InPlaceRolloutStatus) {
 		if t.available < t.updated || t.broken > 0 {
 			next.Message += fmt.Sprintf("; %d pods are not available after it", t.updated+t.broken-t.available)
 		}
-		if name := ownName(s.target.workload); name != "" {
+		if name := workload.OwnName(s.target.Workload); name != "" {
 			next.Message += "; to try again set another image, or change annotation " + inplace.RetryAnnotation + " of " + name
 		}
-		stand(next, false, inplace.ReasonRolledBack, next.Message)
-		setCondition(next, inplace.ConditionDegraded, true, inplace.ReasonRolledBack, next.Message)
+		setProgressing(next, false, inplace.ReasonRolledBack, next.Message)
+		notice.SetCondition(next, inplace.ConditionDegraded, true, inplace.ReasonRolledBack, next.Message)
 	case t.broken > 0 || s.refused:
 		next.Message = fmt.Sprintf("%d of %d pods are updated, %d have failed: %s", next.Updated, next.Desired, next.Failed, s.firstFailure())
-		stand(next, false, inplace.ReasonPodsFailed, next.Message)
-		setCondition(next, inplace.ConditionDegraded, true, inplace.ReasonPodsFailed, next.Message)
+		setProgressing(next, false, inplace.ReasonPodsFailed, next.Message)
+		notice.SetCondition(next, inplace.ConditionDegraded, true, inplace.ReasonPodsFailed, next.Message)
 	default:
 		success := metav1.NewMicroTime(s.now)
 		next.LastSuccessTime = &success
 		next.Message = fmt.Sprintf("all %d pods are updated", next.Updated)
 		s.aside(next)
-		setCondition(next, inplace.ConditionProgressing, true, inplace.ReasonRolledOut, next.Message)
-		setCondition(next, inplace.ConditionComplete, true, inplace.ReasonRolledOut, next.Message)
-		setCondition(next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")
+		notice.SetCondition(next, inplace.ConditionProgressing, true, inplace.ReasonRolledOut, next.Message)
+		notice.SetCondition(next, inplace.ConditionComplete, true, inplace.ReasonRolledOut, next.Message)
+		notice.SetCondition(next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")
 	}
 }
 
 // aside adds to the message how many pods the rollout leaves alone though they have its labels.
 func (s *summary) aside(next *inplace.InPlaceRolloutStatus) {
-	if text := leftOut(s.target.mirrors); text != "" {
+	if text := workload.LeftOut(s.target.Mirrors); text != "" {
 		next.Message += "; " + text
 	}
 }
 
 // tallyOf counts the pods of a rollout.
-func tallyOf(rollout types.UID, items []*item) tally {
+func tallyOf(rollout types.UID, items []*nodeops.Item) tally {
 	var t tally
 	for _, i := range items {
-		switch i.verdict.stage {
-		case outdated:
+		switch i.Status.Stage {
+		case evaluate.Outdated:
 			t.outdated++
-		case changing:
+		case evaluate.Updating:
 			t.changing++
-		case updated:
+		case evaluate.Updated:
 			t.updated++
-			if i.unlabelled {
+			if i.Unlabelled {
 				t.unlabelled++
 			}
-			if i.verdict.available && !i.stale {
+			if i.Status.Available && !i.Stale {
 				t.available++
 			}
-			if i.m.api.count > 0 && i.m.refused == nil {
+			if i.Ops.Api.Count > 0 && i.Ops.Refused == nil {
 				t.unwritten++ // its label; that is tried again
 			}
-		case broken:
+		case evaluate.Broken:
 			t.broken++
-		case left:
+		case evaluate.Skipped:
 			t.left++
 		}
-		if shut, _ := shutBy(i.pod); shut == rollout {
+		if shut, _ := evaluate.OutOfServiceBy(i.Pod); shut == rollout {
 			t.open++
 		}
-		if i.m.turn {
+		if i.Ops.Updating {
 			t.turns++
 		}
 	}
@@ -326,9 +330,9 @@ func tallyOf(rollout types.UID, items []*item) tally {
 }
 
 // setProgressing sets the condition Progressing, and Complete to False with the same reason.
-func stand(next *inplace.InPlaceRolloutStatus, progressing bool, reason, message string) {
-	setCondition(next, inplace.ConditionProgressing, progressing, reason, message)
-	setCondition(next, inplace.ConditionComplete, false, reason, message)
+func setProgressing(next *inplace.InPlaceRolloutStatus, progressing bool, reason, message string) {
+	notice.SetCondition(next, inplace.ConditionProgressing, progressing, reason, message)
+	notice.SetCondition(next, inplace.ConditionComplete, false, reason, message)
 }
 
 // minor returns true if a status differs from the one before in numbers only.

@@ -12,6 +12,8 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
 // What somebody does to a Deployment while a rollout holds it wins: the rollout ends, whenever that was, and the Deployment goes on and
@@ -35,7 +37,7 @@ func TestDeploymentSuperseded(t *testing.T) {
 	for _, c := range []change{
 		{"environment", setEnv, "app:2 changed"},
 		{"restart", func(d *appsv1.Deployment) {
-			d.Spec.Template.Annotations = map[string]string{restartedAt: "now"}
+			d.Spec.Template.Annotations = map[string]string{evaluate.RestartedAt: "now"}
 		}, "app:2 b"},
 		{"another image", image("app:5"), "app:5 b"},
 		{"the image of before", image("app:1"), "app:1 b"},
@@ -47,7 +49,7 @@ func TestDeploymentSuperseded(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addNodes(3)
 				b.addDeployment(4)
-				b.create("web", spec{Target: ref(kindDeployment), Containers: to("app:2"), Strategy: settings{Partition: number(2)}})
+				b.create("web", spec{Target: ref(workload.KindDeployment), Containers: to("app:2"), Strategy: settings{Partition: number(2)}})
 				b.until("held", "web", 5*time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionProgressing) == "True Partitioned" })
 				if d := read(b, &appsv1.Deployment{}); !d.Spec.Paused {
 					t.Fatal("it is not paused")
@@ -89,7 +91,7 @@ func TestDeploymentSupersededAnyTime(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addNodes(3)
 				b.addDeployment(4)
-				b.create("web", spec{Target: ref(kindDeployment), Containers: to("app:2"), Strategy: settings{Partition: number(1)}})
+				b.create("web", spec{Target: ref(workload.KindDeployment), Containers: to("app:2"), Strategy: settings{Partition: number(1)}})
 				time.Sleep(time.Duration(i) * 90 * time.Millisecond)
 				user(b, &appsv1.Deployment{}, func(d *appsv1.Deployment) { d.Spec.Template.Spec.Containers[0].Env[0].Value = "changed" })
 				for n := range 10 {
@@ -112,7 +114,7 @@ func TestDeploymentSupersededAnyTime(t *testing.T) {
 
 // A StatefulSet or DaemonSet whose template somebody puts back all the while, as GitOps controllers do: the rollout writes it once.
 func TestTemplateSuperseded(t *testing.T) {
-	for _, kind := range []string{kindStatefulSet, kindDaemonSet} {
+	for _, kind := range []string{workload.KindStatefulSet, workload.KindDaemonSet} {
 		for _, annotations := range []bool{true, false} {
 			t.Run(fmt.Sprint(kind, " annotations kept ", annotations), func(t *testing.T) {
 				inBed(t, func(t *testing.T, b *bed) {
@@ -123,7 +125,7 @@ func TestTemplateSuperseded(t *testing.T) {
 						time.Sleep(2 * time.Second)
 						b.setImage(kind, "app:1")
 						if !annotations {
-							if kind == kindStatefulSet {
+							if kind == workload.KindStatefulSet {
 								user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { s.Annotations = nil })
 							} else {
 								user(b, &appsv1.DaemonSet{}, func(d *appsv1.DaemonSet) { d.Annotations = nil })
@@ -152,7 +154,7 @@ func TestBlockedTooLong(t *testing.T) {
 			d.Spec.Paused = true
 			d.Spec.Template.Spec.Containers[0].Env[0].Value = "changed"
 		})
-		b.create("web", spec{Target: ref(kindDeployment), Containers: to("app:2"), Strategy: settings{ProgressDeadlineSeconds: 30}})
+		b.create("web", spec{Target: ref(workload.KindDeployment), Containers: to("app:2"), Strategy: settings{ProgressDeadlineSeconds: 30}})
 		b.until("waits", "web", 10*time.Second, func(r *rollout) bool { return condition(r, inplace.ConditionProgressing) == "True WaitingForWorkload" })
 		r := b.until("late", "web", time.Minute, func(r *rollout) bool {
 			return condition(r, inplace.ConditionProgressing) == "False ProgressDeadlineExceeded"

@@ -12,6 +12,7 @@ import (
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
 )
 
 // teller writes Events about a rollout and its pods.
@@ -28,7 +29,7 @@ const maxTold = 2 * maxFailures
 
 // event writes an Event about the rollout.
 func (t *teller) event(kind, reason, text string) {
-	announce(t.recorder, t.rollout, kind, reason, text)
+	notice.Announce(t.recorder, t.rollout, kind, reason, text)
 }
 
 // tell writes an Event once for a revision and key.
@@ -54,13 +55,13 @@ func (t *teller) warnings(pod *corev1.Pod, done []*opsv1.Operation) {
 				notes = append(notes, "container "+c.GetName()+": "+strings.Join(others, "; "))
 			}
 		}
-		key := eventWarning + op.GetUid()
+		key := notice.EventWarning + op.GetUid()
 		if len(notes) == 0 || t.told[key] || len(t.told) >= maxTold {
 			continue
 		}
 		t.told[key] = true
 		text := strings.Join(notes, "; ")
-		announce(t.recorder, pod, corev1.EventTypeWarning, eventWarning, text)
-		t.event(corev1.EventTypeWarning, eventWarning, "pod "+pod.Name+", "+text)
+		notice.Announce(t.recorder, pod, corev1.EventTypeWarning, notice.EventWarning, text)
+		t.event(corev1.EventTypeWarning, notice.EventWarning, "pod "+pod.Name+", "+text)
 	}
 }

@@ -15,6 +15,8 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
 // turnsOf are the rollouts that have written into each pod, in their order, and complains of a pod that is written while the rollout which
@@ -26,7 +28,7 @@ func (b *bed) watchTurns() turnsOf {
 	turns := turnsOf{}
 	for _, pod := range b.pods() {
 		b.watch(pod.Name, func(before, now *corev1.Pod) {
-			m := markOf(now)
+			m := evaluate.StateOf(now)
 			if m == nil || before.Annotations[inplace.PodStateAnnotation] == now.Annotations[inplace.PodStateAnnotation] {
 				return
 			}
@@ -61,12 +63,12 @@ func TestSameInstant(t *testing.T) {
 		{"selectors", "", []inplace.Target{labelled, all(), all()}, [][]change{to("app:2"), to("app:3"), to("app:4")}},
 		{"other containers", "", []inplace.Target{all(), all()}, [][]change{to("app:2"), side}},
 		{"restarts", "", []inplace.Target{all(), labelled}, [][]change{{{Name: "app"}}, side}},
-		{"a StatefulSet", kindStatefulSet, []inplace.Target{ref(kindStatefulSet), ref(kindStatefulSet)}, [][]change{to("app:2"), to("app:3")}},
-		{"a DaemonSet", kindDaemonSet, []inplace.Target{ref(kindDaemonSet), ref(kindDaemonSet)}, [][]change{to("app:2"), to("app:3")}},
-		{"a Deployment", kindDeployment, []inplace.Target{ref(kindDeployment), ref(kindDeployment), ref(kindDeployment)}, [][]change{to("app:2"), to("app:3"), to("app:4")}},
-		{"a StatefulSet and its pods", kindStatefulSet, []inplace.Target{ref(kindStatefulSet), all()}, [][]change{to("app:2"), side}},
-		{"a pod and its DaemonSet", kindDaemonSet, []inplace.Target{{PodName: "web-of-node-0"}, ref(kindDaemonSet)}, [][]change{to("app:2"), to("app:3")}},
-		{"pods and their Deployment", kindDeployment, []inplace.Target{labelled, ref(kindDeployment)}, [][]change{side, to("app:3")}},
+		{"a StatefulSet", workload.KindStatefulSet, []inplace.Target{ref(workload.KindStatefulSet), ref(workload.KindStatefulSet)}, [][]change{to("app:2"), to("app:3")}},
+		{"a DaemonSet", workload.KindDaemonSet, []inplace.Target{ref(workload.KindDaemonSet), ref(workload.KindDaemonSet)}, [][]change{to("app:2"), to("app:3")}},
+		{"a Deployment", workload.KindDeployment, []inplace.Target{ref(workload.KindDeployment), ref(workload.KindDeployment), ref(workload.KindDeployment)}, [][]change{to("app:2"), to("app:3"), to("app:4")}},
+		{"a StatefulSet and its pods", workload.KindStatefulSet, []inplace.Target{ref(workload.KindStatefulSet), all()}, [][]change{to("app:2"), side}},
+		{"a pod and its DaemonSet", workload.KindDaemonSet, []inplace.Target{{PodName: "web-of-node-0"}, ref(workload.KindDaemonSet)}, [][]change{to("app:2"), to("app:3")}},
+		{"pods and their Deployment", workload.KindDeployment, []inplace.Target{labelled, ref(workload.KindDeployment)}, [][]change{side, to("app:3")}},
 	} {
 		for _, killed := range []bool{false, true} {
 			t.Run(fmt.Sprint(tt.name, " killed ", killed), func(t *testing.T) {
@@ -106,7 +108,7 @@ func TestSameInstant(t *testing.T) {
 					if b.peak > 1 {
 						t.Errorf("%d pods were not ready at once", b.peak)
 					}
-					if len(turns["web-0"]) != len(names) && tt.workload == kindStatefulSet || tt.workload == "" && len(turns["web-0"]) != len(names) {
+					if len(turns["web-0"]) != len(names) && tt.workload == workload.KindStatefulSet || tt.workload == "" && len(turns["web-0"]) != len(names) {
 						t.Errorf("web-0 was written to by %v", turns["web-0"])
 					}
 					if b.fleet.pinned() != 0 || b.unready() != 0 {
@@ -188,8 +190,8 @@ func TestTurnEnds(t *testing.T) {
 		inBed(t, func(t *testing.T, b *bed) {
 			b.addNodes(3)
 			b.addStatefulSet(2)
-			b.createInTurn("a", spec{Target: ref(kindStatefulSet), Containers: []change{{Name: "none", Image: "app:2"}}})
-			b.create("b", spec{Target: ref(kindStatefulSet), Containers: to("app:3")})
+			b.createInTurn("a", spec{Target: ref(workload.KindStatefulSet), Containers: []change{{Name: "none", Image: "app:2"}}})
+			b.create("b", spec{Target: ref(workload.KindStatefulSet), Containers: to("app:3")})
 			b.want(b.until("ended", "b", 5*time.Minute, ended), "True RolledOut", "2/2/2/0/0")
 			b.until("refused", "a", time.Minute, func(r *rollout) bool {
 				return condition(r, inplace.ConditionProgressing) == "False InvalidTarget"

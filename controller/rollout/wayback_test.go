@@ -18,13 +18,16 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
 // A label that cannot be written at once is written before the rollout ends.
 func TestLabelFails(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addNodes(2)
-		b.addOf(kindStatefulSet, 2)
+		b.addOf(workload.KindStatefulSet, 2)
 		for _, pod := range b.pods() { // somebody has changed them
 			b.change(client.ObjectKeyFromObject(pod), pod.UID, func(p *corev1.Pod) bool { p.Spec.Containers[0].Image = "app:2"; return true })
 		}
@@ -41,9 +44,9 @@ func TestLabelFails(t *testing.T) {
 			}
 			return nil
 		}
-		b.create("web", spec{Target: ref(kindStatefulSet), Containers: to("app:2")})
+		b.create("web", spec{Target: ref(workload.KindStatefulSet), Containers: to("app:2")})
 		b.want(b.until("ended", "web", 5*time.Minute, ended), "True RolledOut", "2/2/2/0/0")
-		b.atRest(kindStatefulSet, "app:2")
+		b.atRest(workload.KindStatefulSet, "app:2")
 		if !strings.Contains(b.told(), "etcdserver") {
 			t.Errorf("events:\n%s", b.told())
 		}
@@ -53,7 +56,7 @@ func TestLabelFails(t *testing.T) {
 // Both containers are rewritten, in pods that were made so, with the controller killed all the while: each pod is changed once, and goes
 // back to what it had when the new image is bad.
 func TestRewrittenAndKilled(t *testing.T) {
-	for _, kind := range []string{"Pod", kindStatefulSet, kindDaemonSet, kindDeployment} {
+	for _, kind := range []string{"Pod", workload.KindStatefulSet, workload.KindDaemonSet, workload.KindDeployment} {
 		for _, everywhere := range []bool{false, true} {
 			t.Run(fmt.Sprint(kind, everywhere), func(t *testing.T) {
 				inBed(t, func(t *testing.T, b *bed) {
@@ -66,7 +69,7 @@ func TestRewrittenAndKilled(t *testing.T) {
 						target = ref(kind)
 					}
 					b.made()
-					b.policy = toMirror(func(o client.Object) bool { return everywhere && kind != kindDeployment || isPod(o) })
+					b.policy = toMirror(func(o client.Object) bool { return everywhere && kind != workload.KindDeployment || isPod(o) })
 					wait := func(generation int64) *rollout {
 						t.Helper()
 						for i := range 60 {
@@ -97,7 +100,7 @@ func TestRewrittenAndKilled(t *testing.T) {
 
 // The way back is denied for pods, or for the template, or both: the rollout ends, and what serves goes on serving.
 func TestWayBackIsDenied(t *testing.T) {
-	for _, kind := range []string{"Pod", kindStatefulSet, kindDeployment} {
+	for _, kind := range []string{"Pod", workload.KindStatefulSet, workload.KindDeployment} {
 		for name, where := range map[string]func(client.Object) bool{
 			"pods": isPod, "template": func(o client.Object) bool { return !isPod(o) }, "both": func(client.Object) bool { return true },
 			"late": nil,
@@ -141,14 +144,14 @@ func TestWayBackIsDenied(t *testing.T) {
 					}
 					time.Sleep(time.Minute)
 					for _, pod := range b.pods() {
-						if by, _ := shutBy(pod); by != "" {
+						if by, _ := evaluate.OutOfServiceBy(pod); by != "" {
 							t.Errorf("pod %s is shut by %s", pod.Name, by)
 						}
 					}
 					if left := b.fleet.unfinished(); len(left) > 0 {
 						t.Errorf("nodes still have %q", left)
 					}
-					if kind == kindDeployment {
+					if kind == workload.KindDeployment {
 						if d := read(b, &appsv1.Deployment{}); d.Spec.Paused {
 							t.Errorf("paused; status %+v", r.Status)
 						}
@@ -167,7 +170,7 @@ func TestGateIsDenied(t *testing.T) {
 				b.addNodes(2)
 				b.addPods(2, 2, gated)
 				b.statusPolicy = func(pod *corev1.Pod) error {
-					if by, _ := shutBy(pod); by == "" {
+					if by, _ := evaluate.OutOfServiceBy(pod); by == "" {
 						return nil
 					}
 					if denied {
@@ -177,7 +180,7 @@ func TestGateIsDenied(t *testing.T) {
 				}
 				b.create("all", spec{Target: all(), Containers: to("app:2"), Strategy: settings{ProgressDeadlineSeconds: 120}})
 				r := b.until("over", "all", 10*time.Minute, ended)
-				if want := failDenied; len(r.Status.Failures) == 0 || denied && r.Status.Failures[0].Reason != want || !strings.Contains(r.Status.Message, "not signed") {
+				if want := evaluate.FailDenied; len(r.Status.Failures) == 0 || denied && r.Status.Failures[0].Reason != want || !strings.Contains(r.Status.Message, "not signed") {
 					t.Errorf("status %+v", r.Status)
 				}
 				b.served("app:1")
@@ -188,7 +191,7 @@ func TestGateIsDenied(t *testing.T) {
 
 // A gate that cannot be opened is told of, and opened when it can be.
 func TestGateStaysShut(t *testing.T) {
-	for _, kind := range []string{"Pod", kindStatefulSet} {
+	for _, kind := range []string{"Pod", workload.KindStatefulSet} {
 		t.Run(kind, func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addNodes(2)
@@ -206,7 +209,7 @@ func TestGateStaysShut(t *testing.T) {
 				b.statusPolicy = func(pod *corev1.Pod) error {
 					mu.Lock()
 					defer mu.Unlock()
-					if by, _ := shutBy(pod); by != "" || !down {
+					if by, _ := evaluate.OutOfServiceBy(pod); by != "" || !down {
 						return nil
 					}
 					return apierrors.NewInternalError(errors.New("webhook is away"))
@@ -228,7 +231,7 @@ func TestGateStaysShut(t *testing.T) {
 
 // What admission makes of a container that nobody has asked to be changed is part of the change: it is prepared, and goes back with it.
 func TestOtherContainerOfPod(t *testing.T) {
-	for _, kind := range []string{"Pod", kindStatefulSet, kindDeployment} {
+	for _, kind := range []string{"Pod", workload.KindStatefulSet, workload.KindDeployment} {
 		for _, side := range []string{"side:2", "side:gone", "anew"} {
 			t.Run(kind+" "+side, func(t *testing.T) {
 				inBed(t, func(t *testing.T, b *bed) {
@@ -381,7 +384,7 @@ func TestFollowedAndRewritten(t *testing.T) {
 
 // A partition holds with rewritten images and a controller that is killed.
 func TestPartitionAndRewritten(t *testing.T) {
-	for _, kind := range []string{"Pod", kindDeployment, kindStatefulSet} {
+	for _, kind := range []string{"Pod", workload.KindDeployment, workload.KindStatefulSet} {
 		t.Run(kind, func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addNodes(4)
@@ -434,7 +437,7 @@ func TestRewrittenDeploymentDeleted(t *testing.T) {
 					}
 					return nil
 				}
-				b.create("web", spec{Target: ref(kindDeployment), Containers: to("app:crash")})
+				b.create("web", spec{Target: ref(workload.KindDeployment), Containers: to("app:crash")})
 				if i >= 12 {
 					b.until("back", "web", time.Minute, func(r *rollout) bool { return r.Status.FailedRevision != "" })
 				}
@@ -504,7 +507,7 @@ func TestAskedNoMore(t *testing.T) {
 
 // What is denied is still an answer of the API server, so that it is counted and told when a reconciler returns it.
 func TestDeniedIsAnAnswer(t *testing.T) {
-	if err := fmt.Errorf("settling: %w", denied(forbidden(&corev1.Pod{}), "pod web-0")); !apiStatus(err) || refusal(err) == nil || !apierrors.IsForbidden(err) {
+	if err := fmt.Errorf("settling: %w", dryrun.Denied(forbidden(&corev1.Pod{}), "pod web-0")); !dryrun.IsAPIStatus(err) || dryrun.Refusal(err) == nil || !apierrors.IsForbidden(err) {
 		t.Errorf("%v", err)
 	}
 }

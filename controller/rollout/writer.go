@@ -12,12 +12,14 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
 )
 
 // writer writes a rollout.
 type writer struct {
 	client  client.Client
-	metrics *Metrics
+	metrics *notice.Metrics
 	rollout *inplace.InPlaceRollout
 	work    *work
 	now     time.Time
@@ -59,6 +61,6 @@ func (w *writer) status(ctx context.Context, next *inplace.InPlaceRolloutStatus)
 }
 
 func (w *writer) wrote(object string) {
-	w.metrics.wrote(object)
-	w.work.written = versionOf(w.rollout.ResourceVersion)
+	w.metrics.Wrote(object)
+	w.work.written = nodeops.VersionOf(w.rollout.ResourceVersion)
 }
