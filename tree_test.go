@@ -102,11 +102,13 @@ type goPackage struct {
 	ImportPath string
 	Standard   bool
 	Imports    []string
+	// TestImports and XTestImports are those of the package's tests.
+	TestImports, XTestImports []string
 }
 
 func goList(t *testing.T, args ...string) []goPackage {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), "go", append([]string{"list", "-json=ImportPath,Standard,Imports"}, args...)...)
+	cmd := exec.CommandContext(t.Context(), "go", append([]string{"list", "-json=ImportPath,Standard,Imports,TestImports,XTestImports"}, args...)...)
 	// One answer on every machine.
 	cmd.Env = append(os.Environ(), "GOOS=linux", "GOARCH=amd64", "CGO_ENABLED=0")
 	var stderr bytes.Buffer
@@ -179,6 +181,17 @@ func TestForbiddenImports(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestNothingImportsTheControllersRoot: the root wires the controllers together, so it is above all of them.
+func TestNothingImportsTheControllersRoot(t *testing.T) {
+	for _, p := range goList(t, "./controller/...") {
+		for _, imports := range [][]string{p.Imports, p.TestImports, p.XTestImports} {
+			if slices.Contains(imports, module+"/controller") {
+				t.Errorf("%s imports the root of the controller", p.ImportPath)
+			}
+		}
 	}
 }
 

@@ -22,7 +22,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
 	"sigs.k8s.io/yaml"
 
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/api/scheme"
 )
 
 // rightsObjects are those of deploy/rights.
@@ -76,7 +76,7 @@ func TestRightsAreLookedFor(t *testing.T) {
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			scheme, err := controller.NewScheme()
+			scheme, err := scheme.New()
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -107,7 +107,7 @@ func TestRightsAreLookedFor(t *testing.T) {
 
 // TestRightsUnknown: an API server that does not answer is no reason to tell anything else than before; one that has no such policies is.
 func TestRightsUnknown(t *testing.T) {
-	scheme, err := controller.NewScheme()
+	scheme, err := scheme.New()
 	if err != nil {
 		t.Fatal(err)
 	}

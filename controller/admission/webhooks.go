@@ -22,8 +22,9 @@ import (
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull"
+	"github.com/cri-proxy/cri-proxy/controller/recreate/accept"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/check"
 )
 
@@ -88,7 +89,7 @@ func (w *webhooks) fill(scheme *runtime.Scheme) admission.Handler {
 		}
 		sent := crr.DeepCopy()
 		err := w.fillOne(ctx, decoder, req, &crr)
-		var why *controller.SpecError
+		var why *apierror.SpecError
 		if errors.As(err, &why) {
 			return admission.Errored(http.StatusBadRequest, why)
 		}
@@ -106,13 +107,13 @@ func (w *webhooks) fill(scheme *runtime.Scheme) admission.Handler {
 
 func (w *webhooks) fillOne(ctx context.Context, decoder admission.Decoder, req admission.Request, crr *appsv1alpha1.ContainerRecreateRequest) error {
 	if req.Operation != admissionv1.Update {
-		return controller.FillRecreate(ctx, w.from, crr)
+		return accept.Fill(ctx, w.from, crr)
 	}
 	var before appsv1alpha1.ContainerRecreateRequest
 	if err := decoder.DecodeRaw(req.OldObject, &before); err != nil {
 		return err
 	}
-	return controller.RefillRecreate(ctx, w.from, &before, crr)
+	return accept.Refill(ctx, w.from, &before, crr)
 }
 
 // withFilled is the object as it was sent with what has been filled in since: labels, annotations, and fields of the spec.
@@ -178,9 +179,9 @@ func add(to, from map[string]any, path ...string) error {
 func (w *webhooks) recreate() admission.Validator[*appsv1alpha1.ContainerRecreateRequest] {
 	return &validator[*appsv1alpha1.ContainerRecreateRequest]{w, func(ctx context.Context, before, crr *appsv1alpha1.ContainerRecreateRequest) ([]string, error) {
 		if before != nil {
-			return nil, controller.CheckRecreateUpdate(before, crr)
+			return nil, accept.CheckUpdate(before, crr)
 		}
-		return nil, controller.CheckRecreate(ctx, w.from, crr)
+		return nil, accept.Check(ctx, w.from, crr)
 	}}
 }
 
@@ -237,7 +238,7 @@ func (v *validator[T]) ValidateDelete(context.Context, T) (admission.Warnings, e
 // answer refuses what the user can correct, and lets through what could not be checked.
 func (v *validator[T]) answer(ctx context.Context, before, after T) (admission.Warnings, error) {
 	warnings, err := v.check(ctx, before, after)
-	var why *controller.SpecError
+	var why *apierror.SpecError
 	switch {
 	case errors.As(err, &why) && why.Immutable:
 		return nil, &apierrors.StatusError{ErrStatus: metav1.Status{Status: metav1.StatusFailure, Code: http.StatusForbidden, Reason: metav1.StatusReasonForbidden, Message: why.Message}}

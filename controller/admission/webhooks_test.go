@@ -26,7 +26,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/webhook/admission"
 	"sigs.k8s.io/yaml"
 
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/api/scheme"
 )
 
 // cluster is what the tests' objects are about.
@@ -127,7 +127,7 @@ func (a asked) Register(path string, hook http.Handler) { a[path] = hook }
 
 func serve(t *testing.T, from client.Reader) asked {
 	t.Helper()
-	scheme, err := controller.NewScheme()
+	scheme, err := scheme.New()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -175,7 +175,7 @@ func raw(t *testing.T, o *unstructured.Unstructured) runtime.RawExtension {
 
 func reader(t *testing.T, more ...string) client.WithWatch {
 	t.Helper()
-	scheme, err := controller.NewScheme()
+	scheme, err := scheme.New()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -541,7 +541,7 @@ spec:
 
 // TestNothingDependsOnThem: what cannot be checked is let through.
 func TestNothingDependsOnThem(t *testing.T) {
-	scheme, err := controller.NewScheme()
+	scheme, err := scheme.New()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -32,7 +32,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
-	root "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/api/scheme"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 type (
@@ -67,7 +68,7 @@ func inBed(t *testing.T, f func(*testing.T, *bed)) {
 	t.Helper()
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		scheme, err := root.NewScheme()
+		scheme, err := scheme.New()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -183,7 +184,7 @@ func (b *bed) start() {
 			return c.Get(ctx, key, o, opts...)
 		},
 	})
-	b.r = &Reconciler{Client: c, APIReader: past, Nodes: b.fleet, NodePort: root.DefaultNodePort, Recorder: b, Log: log}
+	b.r = &Reconciler{Client: c, APIReader: past, Nodes: b.fleet, NodePort: nodes.DefaultPort, Recorder: b, Log: log}
 	b.r.prepare()
 	lists := &ListReconciler{Client: c, Recorder: b, Log: log}
 	limiter := func() workqueue.TypedRateLimiter[reconcile.Request] {

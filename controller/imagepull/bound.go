@@ -14,7 +14,7 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 const (
@@ -109,7 +109,7 @@ func overdueText(op *opsv1.PullOperation) string {
 }
 
 // overdue ends a pull whose time is over.
-func (u *run) overdue(ctx context.Context, m *member, epoch int, node controller.Node, op *opsv1.PullOperation, why string) {
+func (u *run) overdue(ctx context.Context, m *member, epoch int, node nodes.Node, op *opsv1.PullOperation, why string) {
 	end := proto.Clone(op).(*opsv1.PullOperation)
 	end.Phase, end.Reason, end.Message = opsv1.PullPhase_PULL_FAILED, reasonOverdue, why
 	// A node that does not cancel is failed all the same.

@@ -19,7 +19,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 const imageBytes = 100 << 20
@@ -98,14 +98,14 @@ func (f *fleet) change(name string, how func(*simNode)) {
 	how(f.nodes[name])
 }
 
-func (f *fleet) node(ctx context.Context, n controller.Node, method string) (*simNode, error) {
+func (f *fleet) node(ctx context.Context, n nodes.Node, method string) (*simNode, error) {
 	f.mu.Lock()
 	node := f.nodes[n.Name]
 	f.calls[method]++
 	silent, refused := node == nil || node.silent, node != nil && node.refused
 	f.mu.Unlock()
 	fail := func(code codes.Code, message string) error {
-		return &controller.NodeError{Node: n, Method: method, Err: status.Error(code, message), Silent: true}
+		return &nodes.Error{Node: n, Method: method, Err: status.Error(code, message), Silent: true}
 	}
 	if refused {
 		return nil, fail(codes.Unavailable, "dial tcp "+n.Address+": connect: connection refused")
@@ -121,8 +121,8 @@ func (f *fleet) node(ctx context.Context, n controller.Node, method string) (*si
 	return node, ctx.Err()
 }
 
-func answer(n controller.Node, method string, code codes.Code, message string) error {
-	return &controller.NodeError{Node: n, Method: method, Err: status.Error(code, message)}
+func answer(n nodes.Node, method string, code codes.Code, message string) error {
+	return &nodes.Error{Node: n, Method: method, Err: status.Error(code, message)}
 }
 
 func jobOf(uid string) string {
@@ -130,7 +130,7 @@ func jobOf(uid string) string {
 	return job
 }
 
-func (f *fleet) Pull(ctx context.Context, n controller.Node, r *opsv1.PullRequest) (*opsv1.PullOperation, error) {
+func (f *fleet) Pull(ctx context.Context, n nodes.Node, r *opsv1.PullRequest) (*opsv1.PullOperation, error) {
 	node, err := f.node(ctx, n, "Pull")
 	if err != nil {
 		return nil, err
@@ -296,7 +296,7 @@ func (f *fleet) finish(node *simNode, p *simPull, phase opsv1.PullPhase, reason,
 	})
 }
 
-func (f *fleet) ListPulls(ctx context.Context, n controller.Node) ([]*opsv1.PullOperation, error) {
+func (f *fleet) ListPulls(ctx context.Context, n nodes.Node) ([]*opsv1.PullOperation, error) {
 	node, err := f.node(ctx, n, "ListPulls")
 	if err != nil {
 		return nil, err
@@ -310,7 +310,7 @@ func (f *fleet) ListPulls(ctx context.Context, n controller.Node) ([]*opsv1.Pull
 	return ops, nil
 }
 
-func (f *fleet) WatchPull(ctx context.Context, n controller.Node, uid string, each func(*opsv1.PullOperation) bool) error {
+func (f *fleet) WatchPull(ctx context.Context, n nodes.Node, uid string, each func(*opsv1.PullOperation) bool) error {
 	node, err := f.node(ctx, n, "WatchPull")
 	if err != nil {
 		return err
@@ -340,7 +340,7 @@ func (f *fleet) WatchPull(ctx context.Context, n controller.Node, uid string, ea
 	}
 }
 
-func (f *fleet) CancelPull(ctx context.Context, n controller.Node, uid, reason string) (*opsv1.PullOperation, error) {
+func (f *fleet) CancelPull(ctx context.Context, n nodes.Node, uid, reason string) (*opsv1.PullOperation, error) {
 	node, err := f.node(ctx, n, "CancelPull")
 	if err != nil {
 		return nil, err
@@ -359,7 +359,7 @@ func (f *fleet) CancelPull(ctx context.Context, n controller.Node, uid, reason s
 	return proto.Clone(p.op).(*opsv1.PullOperation), nil
 }
 
-func (f *fleet) ListPins(ctx context.Context, n controller.Node) ([]*opsv1.ImagePin, error) {
+func (f *fleet) ListPins(ctx context.Context, n nodes.Node) ([]*opsv1.ImagePin, error) {
 	node, err := f.node(ctx, n, "ListPins")
 	if err != nil {
 		return nil, err
@@ -377,7 +377,7 @@ func (f *fleet) ListPins(ctx context.Context, n controller.Node) ([]*opsv1.Image
 	return pins, nil
 }
 
-func (f *fleet) ReleasePins(ctx context.Context, n controller.Node, owner, imageID string) (int, error) {
+func (f *fleet) ReleasePins(ctx context.Context, n nodes.Node, owner, imageID string) (int, error) {
 	node, err := f.node(ctx, n, "ReleasePins")
 	if err != nil {
 		return 0, err

@@ -27,7 +27,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
-	root "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/kruise"
 	"github.com/cri-proxy/cri-proxy/controller/kstatus"
 )
@@ -69,7 +69,7 @@ func (r *ListReconciler) SetupWithManager(_ context.Context, m manager.Manager, 
 		For(&v1beta1.ImageListPullJob{}, builder.WithPredicates(jobChanges())).
 		Owns(&v1beta1.ImagePullJob{}, builder.WithPredicates(childChanges())).
 		WithOptions(options(workers)).
-		Complete(root.TellAPIErrors(r, func() client.Object { return &v1beta1.ImageListPullJob{} }, m.GetClient(), r.Recorder))
+		Complete(apierror.Tell(r, func() client.Object { return &v1beta1.ImageListPullJob{} }, m.GetClient(), r.Recorder))
 }
 
 // childChanges leaves out what the list does not count.
@@ -332,7 +332,7 @@ func (r *ListReconciler) create(ctx context.Context, list *v1beta1.ImageListPull
 		r.tellMissing(list, eventForeignJob, name, missing)
 		return missing, nil
 	}
-	if words, ok := root.Denied(err); ok {
+	if words, ok := apierror.Denied(err); ok {
 		missing = fmt.Sprintf("the API server does not let ImagePullJob %s be made: %s", name, words)
 		r.tellMissing(list, eventDeniedJob, name, missing)
 		return missing, nil

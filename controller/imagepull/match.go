@@ -13,8 +13,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
-	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 // Nodes with this label have no container runtime.
@@ -107,8 +107,8 @@ func activePod(p *corev1.Pod) bool {
 }
 
 func targetOf(n *corev1.Node, port int) target {
-	t := target{node: controller.Node{Name: n.Name}}
-	node, err := controller.NodeOf(n, port)
+	t := target{node: nodes.Node{Name: n.Name}}
+	node, err := nodes.Of(n, port)
 	if err != nil {
 		t.reason, t.message = reasonNoAddress, err.Error()
 		return t

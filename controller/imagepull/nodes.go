@@ -10,28 +10,28 @@ import (
 	"google.golang.org/grpc/codes"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 )
 
-// Nodes commands the nodes. All errors are *controller.NodeError, and no unary call takes longer than a few seconds.
+// Nodes commands the nodes. All errors are *nodes.Error, and no unary call takes longer than a few seconds.
 type Nodes interface {
 	// Pull starts a pull, or returns the one of that UID.
-	Pull(ctx context.Context, n controller.Node, r *opsv1.PullRequest) (*opsv1.PullOperation, error)
+	Pull(ctx context.Context, n nodes.Node, r *opsv1.PullRequest) (*opsv1.PullOperation, error)
 	// ListPulls returns the node's pulls, newest first.
-	ListPulls(ctx context.Context, n controller.Node) ([]*opsv1.PullOperation, error)
+	ListPulls(ctx context.Context, n nodes.Node) ([]*opsv1.PullOperation, error)
 	// WatchPull calls each with the pull as it is and after changes, until it returns false or the pull has finished,
 	// and returns nil then.
-	WatchPull(ctx context.Context, n controller.Node, uid string, each func(*opsv1.PullOperation) bool) error
+	WatchPull(ctx context.Context, n nodes.Node, uid string, each func(*opsv1.PullOperation) bool) error
 	// CancelPull ends a pull; codes.NotFound when the node has none of that UID, or no longer.
-	CancelPull(ctx context.Context, n controller.Node, uid, reason string) (*opsv1.PullOperation, error)
+	CancelPull(ctx context.Context, n nodes.Node, uid, reason string) (*opsv1.PullOperation, error)
 	// ListPins returns the images that the node keeps, by owner.
-	ListPins(ctx context.Context, n controller.Node) ([]*opsv1.ImagePin, error)
+	ListPins(ctx context.Context, n nodes.Node) ([]*opsv1.ImagePin, error)
 	// ReleasePins ends the pins of an owner, on one image or, with an empty ID, all.
-	ReleasePins(ctx context.Context, n controller.Node, owner, imageID string) (int, error)
+	ReleasePins(ctx context.Context, n nodes.Node, owner, imageID string) (int, error)
 }
 
-var _ Nodes = (*controller.GRPCNodes)(nil)
+var _ Nodes = (*nodes.Client)(nil)
 
 // Reasons of nodes that are left out or fail without a pull having failed.
 const (
@@ -60,7 +60,7 @@ func troubleOf(err error) trouble {
 		return trouble{reason: reasonSecrets, message: err.Error()}
 	}
 	t := trouble{reason: reasonUnavailable, message: err.Error()}
-	var nodeError *controller.NodeError
+	var nodeError *nodes.Error
 	if !errors.As(err, &nodeError) {
 		return t
 	}
@@ -83,6 +83,6 @@ func troubleOf(err error) trouble {
 }
 
 func notFound(err error) bool {
-	var nodeError *controller.NodeError
+	var nodeError *nodes.Error
 	return errors.As(err, &nodeError) && nodeError.Code() == codes.NotFound
 }

@@ -21,8 +21,8 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	root "github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/kstatus"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 type template = v1beta1.ImagePullJobTemplate
@@ -197,7 +197,7 @@ func TestNever(t *testing.T) {
 // A reconciler that has looked just when a node had failed, and was still being talked to, is woken to try it again in time.
 func TestPlanAhead(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
-		w := &wish{never: true, request: &opsv1.PullRequest{}, nodes: []target{{node: root.Node{Name: "poor"}, ready: true}}}
+		w := &wish{never: true, request: &opsv1.PullRequest{}, nodes: []target{{node: nodes.Node{Name: "poor"}, ready: true}}}
 		w.parallelism = *parallel(1)
 		woken := 0
 		u := newRun(b.r, w, false, false, func() { woken++ })
@@ -540,7 +540,7 @@ func TestOddAnswers(t *testing.T) {
 		b.create("job", spec{})
 		b.until("at work", "job", time.Second, func(*job) bool { return b.fleet.flying("uid-job") == 1 })
 		uid := b.fleet.last("node").GetUid()
-		if _, err := b.fleet.CancelPull(t.Context(), root.Node{Name: "node"}, uid, "by hand"); err != nil {
+		if _, err := b.fleet.CancelPull(t.Context(), nodes.Node{Name: "node"}, uid, "by hand"); err != nil {
 			t.Fatal(err)
 		}
 		j := b.until("completed", "job", time.Minute, completed)
@@ -549,7 +549,7 @@ func TestOddAnswers(t *testing.T) {
 			t.Errorf("failures %+v", f)
 		}
 		w, _ := wishOf(&job{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "other", UID: "uid-other"}, Spec: spec{Image: "nginx"}})
-		if _, err := b.fleet.Pull(t.Context(), root.Node{Name: "node"}, &opsv1.PullRequest{Uid: w.pullUID(0), Image: "else"}); err != nil {
+		if _, err := b.fleet.Pull(t.Context(), nodes.Node{Name: "node"}, &opsv1.PullRequest{Uid: w.pullUID(0), Image: "else"}); err != nil {
 			t.Fatal(err)
 		}
 		b.create("other", spec{})

@@ -16,8 +16,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/crew"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 )
 
@@ -490,7 +490,7 @@ type found struct {
 }
 
 // lookAt surveys a node: what the job no longer wants is cancelled, and let go of.
-func (u *run) lookAt(ctx context.Context, w *wish, node controller.Node) (found, error) {
+func (u *run) lookAt(ctx context.Context, w *wish, node nodes.Node) (found, error) {
 	var f found
 	ops, err := u.nodes.ListPulls(ctx, node)
 	if err != nil {
@@ -523,7 +523,7 @@ func (u *run) lookAt(ctx context.Context, w *wish, node controller.Node) (found,
 
 // lookAtPins surveys what a node keeps for the job: what it no longer wants is let go of, and what it wants tells of a
 // pull that the node has forgotten.
-func (u *run) lookAtPins(ctx context.Context, w *wish, node controller.Node, f *found) error {
+func (u *run) lookAtPins(ctx context.Context, w *wish, node nodes.Node, f *found) error {
 	pins, err := u.nodes.ListPins(ctx, node)
 	if err != nil {
 		return err

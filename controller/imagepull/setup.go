@@ -23,7 +23,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/source"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
-	root "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 // gather is how long events of nodes and pods are collected: they come in crowds.
@@ -45,7 +46,7 @@ func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, work
 		Watches(&corev1.Pod{}, crowd(r.jobsOfPod), builder.WithPredicates(podChanges())).
 		WatchesRawSource(source.Channel(r.wakes, &handler.TypedEnqueueRequestForObject[*v1beta1.ImagePullJob]{})).
 		WithOptions(options(workers)).
-		Complete(root.TellAPIErrors(r, func() client.Object { return &v1beta1.ImagePullJob{} }, m.GetClient(), r.Recorder))
+		Complete(apierror.Tell(r, func() client.Object { return &v1beta1.ImagePullJob{} }, m.GetClient(), r.Recorder))
 }
 
 // deletions see what a job was when it was deleted.
@@ -132,8 +133,8 @@ func nodeChanges() predicate.Predicate {
 			if !ok1 || !ok2 {
 				return true
 			}
-			was, _ := root.NodeOf(before, 0)
-			is, _ := root.NodeOf(after, 0)
+			was, _ := nodes.Of(before, 0)
+			is, _ := nodes.Of(after, 0)
 			return was != is || nodeReady(before) != nodeReady(after) || !maps.Equal(before.Labels, after.Labels) ||
 				(before.DeletionTimestamp == nil) != (after.DeletionTimestamp == nil)
 		},

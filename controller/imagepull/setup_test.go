@@ -23,18 +23,20 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	root "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/api/scheme"
+	"github.com/cri-proxy/cri-proxy/controller/logadapter"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 func TestSetup(t *testing.T) {
-	scheme, err := root.NewScheme()
+	scheme, err := scheme.New()
 	if err != nil {
 		t.Fatal(err)
 	}
 	log := logrus.New()
 	log.SetOutput(io.Discard)
 	m, err := ctrl.NewManager(&rest.Config{Host: "http://127.0.0.1:1"}, ctrl.Options{
-		Scheme: scheme, Logger: root.NewLogr(log), Metrics: metricsserver.Options{BindAddress: "0"}, HealthProbeBindAddress: "0",
+		Scheme: scheme, Logger: logadapter.New(log), Metrics: metricsserver.Options{BindAddress: "0"}, HealthProbeBindAddress: "0",
 		Controller: config.Controller{SkipNameValidation: new(true)}, // for -count
 	})
 	if err != nil {
@@ -82,7 +84,7 @@ func TestChanges(t *testing.T) {
 		{"a node's heartbeat", nodeChanges(), same, node(func(n *corev1.Node) { n.Status.Conditions[0].LastHeartbeatTime = now }), false},
 		{"a node that is no longer ready", nodeChanges(), same, node(ready(corev1.ConditionUnknown)), true},
 		{"a node's label", nodeChanges(), same, node(func(n *corev1.Node) { n.Labels["a"] = "c" }), true},
-		{"a node's address", nodeChanges(), same, node(func(n *corev1.Node) { n.Annotations = map[string]string{root.OpsAddressAnnotation: "192.0.2.2"} }), true},
+		{"a node's address", nodeChanges(), same, node(func(n *corev1.Node) { n.Annotations = map[string]string{nodes.AddressAnnotation: "192.0.2.2"} }), true},
 		{"a node that is deleted", nodeChanges(), same, node(func(n *corev1.Node) { n.DeletionTimestamp = &now }), true},
 
 		{"a pod's condition", podChanges(), samePod, pod(func(p *corev1.Pod) { p.Status.Conditions = []corev1.PodCondition{{Type: "x"}} }), false},
@@ -115,7 +117,7 @@ func TestMetrics(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := root.NewMetrics(registry); err != nil {
+	if _, err := nodes.NewMetrics(registry); err != nil {
 		t.Errorf("beside those of requests: %v", err)
 	}
 	m.pulled(&opsv1.PullOperation{Phase: opsv1.PullPhase_PULL_SUCCEEDED, Reason: "Pulled", BytesFetched: 7}, time.Second)

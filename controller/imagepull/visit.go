@@ -14,7 +14,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 )
 
@@ -109,7 +109,7 @@ func (u *run) visit(m *member) {
 
 // giveWay takes a node's turn from it because it could not be told to pull, or has become silent.
 func (u *run) giveWay(m *member, err error, t trouble, since time.Time) {
-	var nodeError *controller.NodeError
+	var nodeError *nodes.Error
 	conflict := errors.As(err, &nodeError) && nodeError.Code() == codes.AlreadyExists
 	held := m.held
 	m.held = false
@@ -165,7 +165,7 @@ func (u *run) progress(m *member, epoch int, op *opsv1.PullOperation) {
 }
 
 // tell gives a node the command, with credentials that were read no longer ago than that.
-func (u *run) tell(ctx context.Context, w *wish, node controller.Node, round int, ago time.Duration) (*opsv1.PullOperation, error) {
+func (u *run) tell(ctx context.Context, w *wish, node nodes.Node, round int, ago time.Duration) (*opsv1.PullOperation, error) {
 	keys, err := u.keyring(ctx, w, ago)
 	if err != nil {
 		return nil, err
@@ -175,7 +175,7 @@ func (u *run) tell(ctx context.Context, w *wish, node controller.Node, round int
 
 // watch follows a pull and returns the last that it said: once that has ended, when it needs credentials, when each has
 // enough, when the renewal is due, or when there has been no news for a while.
-func (u *run) watch(ctx context.Context, node controller.Node, uid string, renew *renewal, each func(*opsv1.PullOperation) bool) (*opsv1.PullOperation, error) {
+func (u *run) watch(ctx context.Context, node nodes.Node, uid string, renew *renewal, each func(*opsv1.PullOperation) bool) (*opsv1.PullOperation, error) {
 	watching, cancel := context.WithCancel(ctx)
 	defer cancel()
 	patience := time.AfterFunc(answerPatience, cancel)
@@ -190,7 +190,7 @@ func (u *run) watch(ctx context.Context, node controller.Node, uid string, renew
 		if last != nil {
 			return last, nil
 		}
-		return nil, &controller.NodeError{Node: node, Method: "WatchPull", Err: status.Error(codes.DeadlineExceeded, "no answer"), Silent: true}
+		return nil, &nodes.Error{Node: node, Method: "WatchPull", Err: status.Error(codes.DeadlineExceeded, "no answer"), Silent: true}
 	}
 	return last, err
 }
@@ -241,7 +241,7 @@ func (u *run) keyring(ctx context.Context, w *wish, ago time.Duration) (*pullsec
 
 // leaving is a node that is told to leave a job alone.
 type leaving struct {
-	node controller.Node
+	node nodes.Node
 	// quiet is closed when nothing is said to it any more; nil means now.
 	quiet <-chan struct{}
 }

@@ -26,7 +26,8 @@ import (
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 const (
@@ -91,14 +92,14 @@ func paramsOf(r *opsv1.PullRequest) string {
 
 // target is a node of a job.
 type target struct {
-	node controller.Node
+	node nodes.Node
 	// ready says that the node is; else reason and message say why not.
 	ready           bool
 	reason, message string
 }
 
 // specError is what the user has to correct in a job.
-type specError = controller.SpecError
+type specError = apierror.SpecError
 
 func wrong(format string, args ...any) error {
 	return &specError{Message: fmt.Sprintf(format, args...)}

@@ -22,8 +22,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/crew"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 const (
@@ -48,13 +48,13 @@ const (
 // eventAction is the action of Events.
 const eventAction = "Watch"
 
-// Nodes are asked. [*controller.GRPCNodes] does.
+// Nodes are asked. [*nodes.Client] does.
 type Nodes interface {
-	// NodeInfo asks a node how it is. Errors are [*controller.NodeError].
-	NodeInfo(ctx context.Context, n controller.Node) (*opsv1.NodeInfoResponse, error)
+	// NodeInfo asks a node how it is. Errors are [*nodes.Error].
+	NodeInfo(ctx context.Context, n nodes.Node) (*opsv1.NodeInfoResponse, error)
 }
 
-var _ Nodes = (*controller.GRPCNodes)(nil)
+var _ Nodes = (*nodes.Client)(nil)
 
 // Reconciler keeps the condition of Nodes. Client, Nodes and Log are required.
 type Reconciler struct {
@@ -87,11 +87,11 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	if err != nil {
 		return reconcile.Result{}, err
 	}
-	now := conditionOf(node, controller.BypassedCondition)
+	now := conditionOf(node, nodes.BypassedCondition)
 	if ready := conditionOf(node, corev1.NodeReady); ready == nil || ready.Status != corev1.ConditionTrue {
 		return r.again(1), nil // what is wrong is said already
 	}
-	where, err := controller.NodeOf(node, r.NodePort)
+	where, err := nodes.Of(node, r.NodePort)
 	if err != nil {
 		return r.again(strangerEvery), nil
 	}
@@ -123,7 +123,7 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 func (r *Reconciler) judge(name string, info *opsv1.NodeInfoResponse, err error, now *corev1.NodeCondition) *corev1.NodeCondition {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	c := &corev1.NodeCondition{Type: controller.BypassedCondition}
+	c := &corev1.NodeCondition{Type: nodes.BypassedCondition}
 	if err == nil {
 		delete(r.misses, name)
 		c.Status, c.Reason, c.Message = corev1.ConditionFalse, ReasonInPath, "kubelet's calls come through cri-proxy"
@@ -132,7 +132,7 @@ func (r *Reconciler) judge(name string, info *opsv1.NodeInfoResponse, err error,
 		}
 		return c
 	}
-	var nodeError *controller.NodeError
+	var nodeError *nodes.Error
 	if now == nil && (!errors.As(err, &nodeError) || nodeError.Silent) {
 		return nil // there may be no cri-proxy
 	}

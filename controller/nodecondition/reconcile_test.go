@@ -28,8 +28,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/nodecondition"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 // answers are what the node says to one question after the other.
@@ -43,11 +43,11 @@ type answer struct {
 	err    error
 }
 
-func (a *answers) NodeInfo(_ context.Context, n controller.Node) (*opsv1.NodeInfoResponse, error) {
+func (a *answers) NodeInfo(_ context.Context, n nodes.Node) (*opsv1.NodeInfoResponse, error) {
 	now := a.said[a.asked]
 	a.asked++
 	if now.err != nil {
-		return nil, &controller.NodeError{Node: n, Method: "NodeInfo", Err: now.err, Silent: status.Code(now.err) == codes.Unavailable}
+		return nil, &nodes.Error{Node: n, Method: "NodeInfo", Err: now.err, Silent: status.Code(now.err) == codes.Unavailable}
 	}
 	return &opsv1.NodeInfoResponse{Bypass: now.bypass}, nil
 }
@@ -108,8 +108,8 @@ func TestReconcile(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			nodes := &answers{said: tt.said}
-			r := &nodecondition.Reconciler{Client: c, Nodes: nodes, NodePort: 1, Recorder: recorder, Metrics: m, Log: log, Every: time.Minute}
+			asked := &answers{said: tt.said}
+			r := &nodecondition.Reconciler{Client: c, Nodes: asked, NodePort: 1, Recorder: recorder, Metrics: m, Log: log, Every: time.Minute}
 			req := reconcile.Request{NamespacedName: types.NamespacedName{Name: "n"}}
 			for i, want := range tt.want {
 				result, err := r.Reconcile(t.Context(), req)
@@ -126,7 +126,7 @@ func TestReconcile(t *testing.T) {
 				got, others := "", 0
 				for _, c := range now.Status.Conditions {
 					switch {
-					case c.Type == controller.BypassedCondition:
+					case c.Type == nodes.BypassedCondition:
 						got = fmt.Sprintf("%s %s", c.Status, c.Reason)
 						if c.LastTransitionTime.IsZero() || c.LastHeartbeatTime.IsZero() {
 							t.Errorf("no times: %+v", c)
@@ -142,7 +142,7 @@ func TestReconcile(t *testing.T) {
 					t.Errorf("conditions of others: %v", now.Status.Conditions)
 				}
 			}
-			if tt.ready != corev1.ConditionTrue && nodes.asked > 0 {
+			if tt.ready != corev1.ConditionTrue && asked.asked > 0 {
 				t.Error("a node that is not ready was asked")
 			}
 			if writes != tt.writes {

@@ -18,8 +18,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
-	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/crew"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
 const (
@@ -64,8 +64,8 @@ func (r *Reconciler) changes() handler.EventHandler {
 			if !ok1 || !ok2 {
 				return
 			}
-			was, _ := controller.NodeOf(before, 0)
-			is, _ := controller.NodeOf(after, 0)
+			was, _ := nodes.Of(before, 0)
+			is, _ := nodes.Of(after, 0)
 			if was != is || ready(before) != ready(after) {
 				ask(after.Name, q)
 			}

@@ -42,3 +42,11 @@ func SortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys
 func Without(list []string, elements ...string) []string {
 	return slices.DeleteFunc(slices.Clone(list), func(s string) bool { return slices.Contains(elements, s) })
 }
+
+// Writable returns a copy of m that can be written to, although m may be nil.
+func Writable(m map[string]string) map[string]string {
+	if m == nil {
+		return map[string]string{}
+	}
+	return maps.Clone(m)
+}

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"maps"
 	"slices"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -16,7 +17,9 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/jobbudget"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
@@ -43,11 +46,11 @@ func (p *pass) step(ctx context.Context, i *nodeops.Item) error {
 			return p.setGates(ctx, i, p.rollout.UID)
 		}
 		if left := since.Add(p.strategy.Drain).Sub(p.now); p.strategy.Drain > 0 && left > 0 {
-			p.wait = evaluate.Sooner(p.wait, left)
+			p.wait = retry.Sooner(p.wait, left)
 			return nil
 		}
 	}
-	_, running := evaluate.IdsOf(i.Pod, slices.Sorted(maps.Keys(i.Status.Images)))
+	_, running := evaluate.RunningIDs(i.Pod, slices.Sorted(maps.Keys(i.Status.Images)))
 	if len(i.Status.Images) == 0 || i.Ops.Plain || !running {
 		return p.write(ctx, i, "")
 	}
@@ -65,12 +68,12 @@ func (p *pass) step(ctx context.Context, i *nodeops.Item) error {
 
 // sparesJob returns true if the change of a pod would not end its Job: each new container counts as a restart there.
 func (p *pass) sparesJob(ctx context.Context, i *nodeops.Item) (bool, error) {
-	if p.rollout.Annotations[controller.IgnoreBackoffLimitAnnotation] == "true" {
+	if p.rollout.Annotations[jobbudget.IgnoreAnnotation] == "true" {
 		return true, nil
 	}
 	containers := map[string]string{}
 	for _, name := range append(slices.Sorted(maps.Keys(i.Status.Images)), i.Status.Restarts...) {
-		if cs := evaluate.StatusOf(i.Pod, name); cs != nil && cs.ContainerID != "" {
+		if cs := pods.Status(i.Pod, name); cs != nil && cs.ContainerID != "" {
 			containers[name] = cs.ContainerID
 		}
 	}
@@ -80,7 +83,7 @@ func (p *pass) sparesJob(ctx context.Context, i *nodeops.Item) (bool, error) {
 	}
 	p.ops.AbortUpgrade(i.Ops, why)
 	i.Ops.Refused = &evaluate.Failure{Reason: evaluate.FailEndsJob, Message: why}
-	p.wait = evaluate.Sooner(p.wait, requeue.StaleInterval)
+	p.wait = retry.Sooner(p.wait, requeue.StaleInterval)
 	return false, nil
 }
 
@@ -91,7 +94,7 @@ func takenAs(rollout *inplace.InPlaceRollout, pod *corev1.Pod) string {
 
 // setGates closes the pod's gates for a rollout. With an empty UID it opens them.
 func (p *pass) setGates(ctx context.Context, i *nodeops.Item, rollout types.UID) error {
-	patch, err := evaluate.GatePatch(i.Pod, rollout, "changes containers of InPlaceRollout "+p.rollout.Name, evaluate.Stamp(p.now).Time)
+	patch, err := evaluate.GatePatch(i.Pod, rollout, "changes containers of InPlaceRollout "+p.rollout.Name, stamp(p.now).Time)
 	if err != nil {
 		return err
 	}
@@ -122,13 +125,13 @@ func (p *pass) write(ctx context.Context, i *nodeops.Item, operation string) err
 		}
 		if len(more) > 0 {
 			p.work.ops.LearnMore(i.Ops, nil, more)
-			p.wait = evaluate.Sooner(p.wait, requeue.StaleInterval) // all of them are changed together
+			p.wait = retry.Sooner(p.wait, requeue.StaleInterval) // all of them are changed together
 			return nil
 		}
 		p.work.ops.Learn(i.Ops, nil, change.Images, answers)
 		for name, image := range change.Images {
 			if c, _ := evaluate.ContainerOf(i.Pod, name); c.Image == answers.Of(name, image) {
-				p.wait = evaluate.Sooner(p.wait, requeue.StaleInterval) // it is there: the others are changed without it
+				p.wait = retry.Sooner(p.wait, requeue.StaleInterval) // it is there: the others are changed without it
 				return nil
 			}
 		}
@@ -182,4 +185,9 @@ func (p *pass) relabel(ctx context.Context, i *nodeops.Item) error {
 	i.Ops.Written = nodeops.VersionOf(target.ResourceVersion)
 	p.r.Metrics.Wrote("pod")
 	return nil
+}
+
+// stamp returns the time in the API's resolution of one second, rounded up, so that a wait that is counted from it is never too short.
+func stamp(now time.Time) metav1.Time {
+	return metav1.NewTime(now.Add(time.Second - 1).Truncate(time.Second))
 }

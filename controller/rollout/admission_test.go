@@ -17,6 +17,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
@@ -53,7 +54,7 @@ func (b *bed) served(want string) {
 	b.t.Helper()
 	for _, pod := range b.pods() {
 		by, _ := evaluate.OutOfServiceBy(pod)
-		c := evaluate.ConditionOf(pod, corev1.PodReady)
+		c := pods.Condition(pod, corev1.PodReady)
 		if pod.Spec.Containers[0].Image != want || runningImage(pod, "app") != want || by != "" || c == nil || c.Status != corev1.ConditionTrue {
 			b.t.Errorf("pod %s is to run %s, runs %s, shut by %q, ready %v", pod.Name, pod.Spec.Containers[0].Image, runningImage(pod, "app"), by, c)
 		}

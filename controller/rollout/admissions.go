@@ -17,8 +17,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/check"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
 )
@@ -136,7 +136,7 @@ func (p *pass) queue(ctx context.Context, first *inplace.InPlaceRollout, shared 
 	next.ObservedGeneration, next.Message = p.rollout.Generation, text
 	setProgressing(next, true, inplace.ReasonQueued, text)
 	p.teller.tell(corev1.EventTypeNormal, notice.EventQueued, text, string(first.UID))
-	p.wait = evaluate.Sooner(p.wait, requeue.BlockedInterval)
+	p.wait = retry.Sooner(p.wait, requeue.BlockedInterval)
 	p.work.progressed = p.now // the deadline is for pods, not for others
 	return p.writer.status(ctx, next)
 }

@@ -41,14 +41,18 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
-	root "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/api/scheme"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
+	"github.com/cri-proxy/cri-proxy/controller/jobbudget"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/check"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/follow"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/gates"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
+	"github.com/cri-proxy/cri-proxy/controller/slimcache"
 )
 
 type (
@@ -115,7 +119,7 @@ func inBed(t *testing.T, f func(*testing.T, *bed)) {
 	t.Helper()
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		scheme, err := root.NewScheme()
+		scheme, err := scheme.New()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -124,7 +128,7 @@ func inBed(t *testing.T, f func(*testing.T, *bed)) {
 			cache: map[types.NamespacedName]*corev1.Pod{}, real: map[types.NamespacedName]*corev1.Pod{}, nodes: map[string]*corev1.Node{},
 			kubelet: kubelet{sync: time.Second, start: 3 * time.Second}, serves: map[types.UID]time.Time{},
 		}
-		for o, by := range root.CacheOptions().ByObject {
+		for o, by := range slimcache.Options().ByObject {
 			if _, ok := o.(*corev1.Pod); ok {
 				b.transform = by.Transform
 			}
@@ -326,7 +330,7 @@ func (b *bed) start() {
 			return nil
 		},
 	})
-	b.r = &Reconciler{Client: c, APIReader: uncached{live, b}, Jobs: &root.JobBudgets{}, Nodes: b.fleet, NodePort: root.DefaultNodePort, Recorder: b, Log: log}
+	b.r = &Reconciler{Client: c, APIReader: uncached{live, b}, Jobs: &jobbudget.Budgets{}, Nodes: b.fleet, NodePort: nodes.DefaultPort, Recorder: b, Log: log}
 	b.r.prepare()
 	newQueue := func() workqueue.TypedRateLimitingInterface[reconcile.Request] {
 		return workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](50*time.Millisecond, 30*time.Second))
@@ -405,7 +409,7 @@ func (b *bed) admit(ctx context.Context, o client.Object) error {
 		return nil
 	}
 	_, err := check.Rollout(ctx, b.api, b.get(after.Name), after)
-	if why := (*evaluate.SpecError)(nil); errors.As(err, &why) {
+	if why := (*apierror.SpecError)(nil); errors.As(err, &why) {
 		b.mu.Lock()
 		b.writes["refused"]++
 		b.mu.Unlock()
@@ -506,7 +510,7 @@ func (b *bed) changed(o client.Object) {
 	case *rollout:
 		key, owners := client.ObjectKeyFromObject(o), o.OwnerReferences
 		b.wg.Go(func() {
-			if !evaluate.Pause(b.ctx, cacheLag) {
+			if !nodeops.Pause(b.ctx, cacheLag) {
 				return
 			}
 			b.mu.Lock()
@@ -560,7 +564,7 @@ func (b *bed) podWritten(key types.NamespacedName, now *corev1.Pod) {
 		b.wg.Go(func() { b.kubeletSync(key) })
 	}
 	b.wg.Go(func() {
-		if !evaluate.Pause(b.ctx, cacheLag) {
+		if !nodeops.Pause(b.ctx, cacheLag) {
 			return
 		}
 		b.mu.Lock()
@@ -613,7 +617,7 @@ func (b *bed) count(before, now *corev1.Pod) {
 		if p == nil {
 			return 0
 		}
-		if c := evaluate.ConditionOf(p, corev1.PodReady); c != nil && c.Status == corev1.ConditionTrue {
+		if c := pods.Condition(p, corev1.PodReady); c != nil && c.Status == corev1.ConditionTrue {
 			return 0
 		}
 		return 1
@@ -719,7 +723,7 @@ func (b *bed) images(container string) map[string]int {
 }
 
 func runningImage(pod *corev1.Pod, name string) string {
-	cs := evaluate.StatusOf(pod, name)
+	cs := pods.Status(pod, name)
 	if cs == nil || cs.State.Running == nil {
 		return ""
 	}

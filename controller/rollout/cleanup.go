@@ -15,6 +15,9 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
@@ -82,7 +85,7 @@ func (p *pass) finalize(ctx context.Context) error {
 			return err
 		}
 		if !settled {
-			p.wait = evaluate.Sooner(p.wait, requeue.BlockedInterval)
+			p.wait = retry.Sooner(p.wait, requeue.BlockedInterval)
 			return nil
 		}
 		if err := p.env.GiveBack(ctx, p.target); err != nil {
@@ -104,7 +107,7 @@ func (p *pass) finalize(ctx context.Context) error {
 
 // undoTraces releases the pods and the workload of a rollout that has not ended. It returns true when all is done.
 func (p *pass) undoTraces(ctx context.Context) (bool, error) {
-	var why *evaluate.SpecError
+	var why *apierror.SpecError
 	var err error
 	if p.target, err = p.env.Find(ctx); errors.As(err, &why) {
 		return true, nil
@@ -125,7 +128,7 @@ func (p *pass) release(ctx context.Context, why string) (bool, error) {
 		m := p.ops.Pod(pod, p.goal.Revision)
 		p.ops.Withdraw(m, why)
 		m.Updating = false
-		if !evaluate.Active(pod) {
+		if !pods.Active(pod) {
 			continue
 		}
 		if m.Stale(pod) {
@@ -166,7 +169,7 @@ func (p *pass) supersede(ctx context.Context, text string) error {
 		return err
 	}
 	if !done {
-		p.wait = evaluate.Sooner(p.wait, requeue.BlockedInterval)
+		p.wait = retry.Sooner(p.wait, requeue.BlockedInterval)
 		return nil
 	}
 	now := metav1.NewTime(p.now)

@@ -21,7 +21,8 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
-	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
@@ -89,7 +90,7 @@ func (b *bed) addWorkload(o client.Object, sync func()) {
 	}
 	b.wg.Go(func() {
 		seen := int64(-1)
-		for ok := true; ok; ok = evaluate.Pause(b.ctx, controllerPeriod) {
+		for ok := true; ok; ok = nodeops.Pause(b.ctx, controllerPeriod) {
 			if now := b.moves.Load(); now != seen { // else there is nothing to do: hours would take long
 				sync()
 				seen = now
@@ -174,7 +175,7 @@ func (b *bed) revise(owner client.Object, kind string, t *corev1.PodTemplateSpec
 	if err != nil {
 		b.t.Error(err)
 	}
-	label := evaluate.Hash(string(data))
+	label := objects.Hash(string(data))
 	name := owner.GetName() + "-" + label
 	var list appsv1.ControllerRevisionList
 	if err := b.api.List(ctx, &list, client.InNamespace("ns")); err != nil {
@@ -243,7 +244,7 @@ func (b *bed) syncStatefulSet() {
 		}
 	}
 	for _, pod := range b.pods() {
-		if evaluate.OrdinalOf(pod.Name) >= int(*s.Spec.Replicas) {
+		if ordinalOf(pod.Name) >= int(*s.Spec.Replicas) {
 			b.remove(pod.Name)
 		}
 	}
@@ -304,7 +305,7 @@ func (b *bed) syncDeployment() {
 	}
 	if mine == nil && !d.Spec.Paused {
 		yes := true
-		label := evaluate.Hash(d.Spec.Template, newest)
+		label := objects.Hash(d.Spec.Template, newest)
 		t := d.Spec.Template.DeepCopy()
 		t.Labels[hashLabel] = label
 		mine = &appsv1.ReplicaSet{

@@ -19,8 +19,8 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
 )
 
 // fleet are nodes that do as the Ops service says, in one process. It outlives controllers.
@@ -98,14 +98,14 @@ func (f *fleet) change(name string, how func(*simNode)) {
 	how(f.nodes[name])
 }
 
-func (f *fleet) node(ctx context.Context, n controller.Node, method string) (*simNode, error) {
+func (f *fleet) node(ctx context.Context, n nodes.Node, method string) (*simNode, error) {
 	f.mu.Lock()
 	node := f.nodes[n.Name]
 	f.calls[method]++
 	silent, refused := node == nil || node.silent, node != nil && node.refused
 	f.mu.Unlock()
 	fail := func(code codes.Code, message string) error {
-		return &controller.NodeError{Node: n, Method: method, Err: status.Error(code, message), Silent: true}
+		return &nodes.Error{Node: n, Method: method, Err: status.Error(code, message), Silent: true}
 	}
 	if refused {
 		return nil, fail(codes.Unavailable, "dial tcp "+n.Address+": connect: connection refused")
@@ -115,14 +115,14 @@ func (f *fleet) node(ctx context.Context, n controller.Node, method string) (*si
 		if method == "WatchOperation" {
 			patience = 24 * time.Hour
 		}
-		evaluate.Pause(ctx, patience)
+		nodeops.Pause(ctx, patience)
 		return nil, fail(codes.DeadlineExceeded, "context deadline exceeded")
 	}
 	return node, ctx.Err()
 }
 
-func answer(n controller.Node, method string, code codes.Code, message string) error {
-	return &controller.NodeError{Node: n, Method: method, Err: status.Error(code, message)}
+func answer(n nodes.Node, method string, code codes.Code, message string) error {
+	return &nodes.Error{Node: n, Method: method, Err: status.Error(code, message)}
 }
 
 func (f *fleet) update(o *simOp, change func(*opsv1.Operation)) {
@@ -141,7 +141,7 @@ func (f *fleet) update(o *simOp, change func(*opsv1.Operation)) {
 	o.changed = make(chan struct{})
 }
 
-func (f *fleet) PrepareUpgrade(ctx context.Context, n controller.Node, r *opsv1.PrepareUpgradeRequest) (*opsv1.Operation, error) {
+func (f *fleet) PrepareUpgrade(ctx context.Context, n nodes.Node, r *opsv1.PrepareUpgradeRequest) (*opsv1.Operation, error) {
 	const method = "PrepareUpgrade"
 	node, err := f.node(ctx, n, method)
 	if err != nil {
@@ -182,7 +182,7 @@ func (f *fleet) PrepareUpgrade(ctx context.Context, n controller.Node, r *opsv1.
 	takes, deaf := f.pulls, node.deaf
 	holds := cmp.Or(f.holds, r.GetHoldTimeout().AsDuration())
 	f.wg.Go(func() {
-		if deaf || !evaluate.Pause(f.ctx, takes) {
+		if deaf || !nodeops.Pause(f.ctx, takes) {
 			return
 		}
 		if !f.turn(node, o, r.GetPrepareTimeout().AsDuration()) {
@@ -211,7 +211,7 @@ func (f *fleet) PrepareUpgrade(ctx context.Context, n controller.Node, r *opsv1.
 			}
 		})
 		f.wg.Go(func() {
-			if !evaluate.Pause(f.ctx, holds) {
+			if !nodeops.Pause(f.ctx, holds) {
 				return
 			}
 			f.mu.Lock()
@@ -274,7 +274,7 @@ func (f *fleet) turn(node *simNode, o *simOp, limit time.Duration) bool {
 	}
 }
 
-func (f *fleet) CommitUpgrade(ctx context.Context, n controller.Node, r *opsv1.CommitUpgradeRequest) (*opsv1.Operation, error) {
+func (f *fleet) CommitUpgrade(ctx context.Context, n nodes.Node, r *opsv1.CommitUpgradeRequest) (*opsv1.Operation, error) {
 	const method = "CommitUpgrade"
 	uid := r.GetUid()
 	node, err := f.node(ctx, n, method)
@@ -298,7 +298,7 @@ func (f *fleet) CommitUpgrade(ctx context.Context, n controller.Node, r *opsv1.C
 	default:
 		o.committed = true
 		f.wg.Go(func() {
-			if evaluate.Pause(f.ctx, 100*time.Millisecond) {
+			if nodeops.Pause(f.ctx, 100*time.Millisecond) {
 				f.mu.Lock()
 				defer f.mu.Unlock()
 				if o.op.GetPhase() == opsv1.Phase_PHASE_PREPARED {
@@ -348,7 +348,7 @@ func (f *fleet) succeed(o *simOp) {
 	})
 }
 
-func (f *fleet) AbortUpgrade(ctx context.Context, n controller.Node, uid, reason string) (*opsv1.Operation, error) {
+func (f *fleet) AbortUpgrade(ctx context.Context, n nodes.Node, uid, reason string) (*opsv1.Operation, error) {
 	const method = "AbortUpgrade"
 	node, err := f.node(ctx, n, method)
 	if err != nil {
@@ -388,7 +388,7 @@ func (f *fleet) unfinished() []string {
 	return all
 }
 
-func (f *fleet) Restart(ctx context.Context, n controller.Node, r *opsv1.RestartRequest) (*opsv1.Operation, error) {
+func (f *fleet) Restart(ctx context.Context, n nodes.Node, r *opsv1.RestartRequest) (*opsv1.Operation, error) {
 	node, err := f.node(ctx, n, "Restart")
 	if err != nil {
 		return nil, err
@@ -404,7 +404,7 @@ func (f *fleet) Restart(ctx context.Context, n controller.Node, r *opsv1.Restart
 	node.ops[r.GetUid()] = o
 	fails, lasts := f.fails, cmp.Or(f.lasts, time.Second)
 	f.wg.Go(func() {
-		if !evaluate.Pause(f.ctx, lasts) {
+		if !nodeops.Pause(f.ctx, lasts) {
 			return
 		}
 		if fails != "" {
@@ -430,7 +430,7 @@ func (f *fleet) Restart(ctx context.Context, n controller.Node, r *opsv1.Restart
 	return proto.Clone(o.op).(*opsv1.Operation), nil
 }
 
-func (f *fleet) GetOperation(ctx context.Context, n controller.Node, uid string) (*opsv1.Operation, error) {
+func (f *fleet) GetOperation(ctx context.Context, n nodes.Node, uid string) (*opsv1.Operation, error) {
 	node, err := f.node(ctx, n, "GetOperation")
 	if err != nil {
 		return nil, err
@@ -443,7 +443,7 @@ func (f *fleet) GetOperation(ctx context.Context, n controller.Node, uid string)
 	return nil, answer(n, "GetOperation", codes.NotFound, "no such operation")
 }
 
-func (f *fleet) WatchOperation(ctx context.Context, n controller.Node, uid string, each func(*opsv1.Operation)) error {
+func (f *fleet) WatchOperation(ctx context.Context, n nodes.Node, uid string, each func(*opsv1.Operation)) error {
 	node, err := f.node(ctx, n, "WatchOperation")
 	if err != nil {
 		return err
@@ -476,7 +476,7 @@ func (f *fleet) WatchOperation(ctx context.Context, n controller.Node, uid strin
 	}
 }
 
-func (f *fleet) ReleasePins(ctx context.Context, n controller.Node, owner, _ string) (int, error) {
+func (f *fleet) ReleasePins(ctx context.Context, n nodes.Node, owner, _ string) (int, error) {
 	node, err := f.node(ctx, n, "ReleasePins")
 	if err != nil {
 		return 0, err

@@ -14,6 +14,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
@@ -373,7 +374,7 @@ func TestGatesOfPods(t *testing.T) {
 		b.addPod("other", "node-0", gate(inplace.ReadyGate, corev1.PodCondition{Type: inplace.ReadyGate, Status: corev1.ConditionFalse, Reason: "ByHand", LastTransitionTime: now}))
 		time.Sleep(time.Minute)
 		for name, want := range map[string]bool{"new": true, "kruise-gate": true, "kruise-pod": false, "orphan": true, "other": false} {
-			if got := evaluate.ConditionOf(b.pod(name), corev1.PodReady).Status == corev1.ConditionTrue; got != want {
+			if got := pods.Condition(b.pod(name), corev1.PodReady).Status == corev1.ConditionTrue; got != want {
 				t.Errorf("pod %s ready: %v", name, got)
 			}
 		}

@@ -14,7 +14,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
-	root "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/jobbudget"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/check"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
@@ -53,7 +54,7 @@ func TestJobs(t *testing.T) {
 				})
 				r := &rollout{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "all"}, Spec: spec{Target: all(), Containers: tt.changes, Strategy: settings{OnFailure: inplace.Pause, MaxUnavailable: number(3)}}}
 				if tt.allowed {
-					r.Annotations = map[string]string{root.IgnoreBackoffLimitAnnotation: "true"}
+					r.Annotations = map[string]string{jobbudget.IgnoreAnnotation: "true"}
 				}
 				_, err := check.Rollout(t.Context(), b.r.APIReader, nil, r)
 				if (err != nil) != (tt.failed > 0 && tt.updated == 0) || err != nil && !strings.Contains(err.Error(), "a restart of container app would end Job work") {
@@ -71,7 +72,7 @@ func TestJobs(t *testing.T) {
 				}
 				restarts := int32(0)
 				for _, pod := range b.pods() {
-					restarts += evaluate.StatusOf(pod, "app").RestartCount
+					restarts += pods.Status(pod, "app").RestartCount
 				}
 				if restarts != tt.updated {
 					t.Errorf("%d restarts", restarts)

@@ -13,8 +13,9 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
-	root "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
 )
 
 // kubelet says how the kubelets behave: how long until they see a change, and until a new container is ready. An image whose
@@ -31,7 +32,7 @@ func setReady(pod *corev1.Pod, containers bool) {
 		if is {
 			status = corev1.ConditionTrue
 		}
-		if c := evaluate.ConditionOf(pod, kind); c == nil {
+		if c := pods.Condition(pod, kind); c == nil {
 			pod.Status.Conditions = append(pod.Status.Conditions, corev1.PodCondition{Type: kind, Status: status, LastTransitionTime: metav1.Now()})
 		} else if c.Status != status {
 			c.Status, c.LastTransitionTime = status, metav1.Now()
@@ -40,7 +41,7 @@ func setReady(pod *corev1.Pod, containers bool) {
 	set(corev1.ContainersReady, containers)
 	ready := containers
 	for _, g := range pod.Spec.ReadinessGates {
-		c := evaluate.ConditionOf(pod, g.ConditionType)
+		c := pods.Condition(pod, g.ConditionType)
 		ready = ready && c != nil && c.Status == corev1.ConditionTrue
 	}
 	set(corev1.PodReady, ready)
@@ -70,10 +71,10 @@ func (b *bed) kubeletSync(key types.NamespacedName) {
 	b.syncConditions(key, pod.UID)
 	stale := false
 	for _, c := range pod.Spec.Containers {
-		cs := evaluate.StatusOf(pod, c.Name)
+		cs := pods.Status(pod, c.Name)
 		stale = stale || !asked(cs, c.Image) && (cs == nil || cs.State.Waiting == nil || !strings.Contains(cs.State.Waiting.Message, c.Image))
 	}
-	if !stale || !evaluate.Pause(b.ctx, b.kubelet.sync) {
+	if !stale || !nodeops.Pause(b.ctx, b.kubelet.sync) {
 		return
 	}
 	pod = b.stored(key)
@@ -81,13 +82,13 @@ func (b *bed) kubeletSync(key types.NamespacedName) {
 		return
 	}
 	for _, c := range pod.Spec.Containers {
-		cs := evaluate.StatusOf(pod, c.Name)
+		cs := pods.Status(pod, c.Name)
 		if asked(cs, c.Image) {
 			continue
 		}
 		if strings.HasSuffix(c.Image, ":gone") {
 			b.status(key, pod.UID, func(p *corev1.Pod) bool {
-				cs := evaluate.StatusOf(p, c.Name)
+				cs := pods.Status(p, c.Name)
 				cs.Ready, cs.State = false, corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "ImagePullBackOff", Message: "Back-off pulling image \"" + c.Image + "\""}}
 				return true
 			})
@@ -108,7 +109,7 @@ func (b *bed) syncConditions(key types.NamespacedName, uid types.UID) {
 		if len(p.Spec.ReadinessGates) == 0 || len(p.Status.ContainerStatuses) == 0 {
 			return false
 		}
-		before := evaluate.ConditionOf(p, corev1.PodReady)
+		before := pods.Condition(p, corev1.PodReady)
 		was := before != nil && before.Status == corev1.ConditionTrue
 		q := p.DeepCopy()
 		ready := true
@@ -116,7 +117,7 @@ func (b *bed) syncConditions(key types.NamespacedName, uid types.UID) {
 			ready = ready && c.Ready
 		}
 		setReady(q, ready)
-		now := evaluate.ConditionOf(q, corev1.PodReady).Status == corev1.ConditionTrue
+		now := pods.Condition(q, corev1.PodReady).Status == corev1.ConditionTrue
 		return was != now
 	})
 }
@@ -135,10 +136,10 @@ func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, 
 		if c, _ := evaluate.ContainerOf(p, name); c == nil || c.Image != image {
 			return false
 		}
-		cs := evaluate.StatusOf(p, name)
+		cs := pods.Status(p, name)
 		if cs == nil {
 			p.Status.ContainerStatuses = append(p.Status.ContainerStatuses, corev1.ContainerStatus{Name: name})
-			cs = evaluate.StatusOf(p, name)
+			cs = pods.Status(p, name)
 		} else if asked(cs, image) {
 			return false // another worker was quicker
 		}
@@ -169,11 +170,11 @@ func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, 
 		return
 	}
 	b.wg.Go(func() {
-		if !evaluate.Pause(b.ctx, start) {
+		if !nodeops.Pause(b.ctx, start) {
 			return
 		}
 		b.status(key, uid, func(p *corev1.Pod) bool {
-			cs := evaluate.StatusOf(p, name)
+			cs := pods.Status(p, name)
 			if cs == nil || cs.ContainerID != "containerd://"+id {
 				return false
 			}
@@ -187,7 +188,7 @@ func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, 
 func (b *bed) carriedBy() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return root.CarriesStarted(b.nodes["node-0"])
+	return pods.CarriesStarted(b.nodes["node-0"])
 }
 
 // carry is what kubelet says of a new container that runs where another one ran: since 1.35 it has started if that one had
@@ -206,7 +207,7 @@ func (b *bed) startupWorker(key types.NamespacedName, uid types.UID, name, id st
 	set := func(is bool) bool {
 		there := false
 		b.status(key, uid, func(p *corev1.Pod) bool {
-			cs := evaluate.StatusOf(p, name)
+			cs := pods.Status(p, name)
 			if there = cs != nil && cs.ContainerID == "containerd://"+id; !there {
 				return false
 			}
@@ -220,7 +221,7 @@ func (b *bed) startupWorker(key types.NamespacedName, uid types.UID, name, id st
 	b.mu.Unlock()
 	b.wg.Go(func() {
 		begun := time.Now()
-		for evaluate.Pause(b.ctx, period) {
+		for nodeops.Pause(b.ctx, period) {
 			if time.Since(begun) < needs {
 				if !set(false) {
 					return
@@ -240,7 +241,7 @@ func (b *bed) swapped(podUID, container, id string) {
 			continue
 		}
 		b.status(client.ObjectKeyFromObject(pod), pod.UID, func(p *corev1.Pod) bool {
-			cs := evaluate.StatusOf(p, container)
+			cs := pods.Status(p, container)
 			cs.ContainerID, cs.RestartCount = "containerd://"+id, cs.RestartCount+1
 			if c, _ := evaluate.ContainerOf(p, container); c.ImagePullPolicy == corev1.PullAlways {
 				cs.ImageID = b.content(c.Image)
@@ -292,7 +293,7 @@ func (b *bed) moved(podUID, container string) bool {
 	for _, pod := range b.pods() {
 		if string(pod.UID) == podUID {
 			c, _ := evaluate.ContainerOf(pod, container)
-			return evaluate.StatusOf(pod, container).ImageID != b.content(c.Image)
+			return pods.Status(pod, container).ImageID != b.content(c.Image)
 		}
 	}
 	return false

@@ -16,8 +16,9 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/gates"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/pages"
 )
 
@@ -83,7 +84,7 @@ func (r *Reconciler) leaveWorkload(ctx context.Context, rollout *inplace.InPlace
 	for first := true; ; first = false {
 		p := r.newPass(rollout)
 		t, err := p.env.Find(ctx)
-		var why *evaluate.SpecError
+		var why *apierror.SpecError
 		if errors.As(err, &why) || err == nil && t.Workload == nil {
 			return nil
 		}
@@ -98,7 +99,7 @@ func (r *Reconciler) leaveWorkload(ctx context.Context, rollout *inplace.InPlace
 			}
 			return nil
 		}
-		if !evaluate.Pause(ctx, leaveInterval) {
+		if !nodeops.Pause(ctx, leaveInterval) {
 			return errors.Join(errors.New("the workload does not go on yet"), err)
 		}
 	}

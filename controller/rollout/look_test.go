@@ -13,6 +13,7 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
@@ -27,7 +28,7 @@ func always(p *corev1.Pod) {
 func (b *bed) restarts(container string) map[string]int32 {
 	counts := map[string]int32{}
 	for _, pod := range b.pods() {
-		cs := evaluate.StatusOf(pod, container)
+		cs := pods.Status(pod, container)
 		counts[cs.ImageID] += cs.RestartCount
 	}
 	return counts

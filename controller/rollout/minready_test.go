@@ -14,7 +14,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
@@ -24,7 +24,7 @@ func (b *bed) changes() func() []time.Time {
 	var at []time.Time
 	for _, pod := range b.pods() {
 		b.watch(pod.Name, func(before, now *corev1.Pod) {
-			old, other := evaluate.StatusOf(before, "app"), evaluate.StatusOf(now, "app")
+			old, other := pods.Status(before, "app"), pods.Status(now, "app")
 			if old != nil && old.ContainerID != other.ContainerID {
 				mu.Lock()
 				defer mu.Unlock()

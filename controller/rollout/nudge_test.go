@@ -9,7 +9,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 
-	root "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 )
 
 // Kubelet is made to look at a pod again, once, whose new container is not ready at once.
@@ -35,7 +35,7 @@ func TestNudge(t *testing.T) {
 					t.Errorf("%d writes", n)
 				}
 				for _, pod := range b.pods() {
-					if got := pod.Annotations[root.NudgeAnnotation]; (got != "") != (tt.writes > 1) {
+					if got := pod.Annotations[pods.NudgeAnnotation]; (got != "") != (tt.writes > 1) {
 						t.Errorf("%s has %q", pod.Name, got)
 					}
 				}

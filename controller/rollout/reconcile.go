@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -23,8 +25,12 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/crew"
+	"github.com/cri-proxy/cri-proxy/controller/jobbudget"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/check"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
@@ -58,7 +64,7 @@ type Reconciler struct {
 	// Nodes are the nodes of the cluster, which get commands.
 	Nodes nodeops.Nodes
 	// Jobs counts restarts in the pods of Jobs. All who restart containers share it. It may be nil.
-	Jobs *controller.JobBudgets
+	Jobs *jobbudget.Budgets
 	// NodePort is the port for nodes without an address of their own in an annotation.
 	NodePort int
 	// Recorder writes Events; nil writes none.
@@ -85,7 +91,7 @@ func (r *Reconciler) prepare() {
 	r.crew, r.wakes, r.works = crew.New(r.Metrics.Crew()), make(chan wakeUp), map[types.NamespacedName]*work{}
 	port := r.NodePort
 	if port == 0 {
-		port = controller.DefaultNodePort
+		port = nodes.DefaultPort
 	}
 	r.driver = &nodeops.Driver{Nodes: r.Nodes, Client: r.Client, Live: r.APIReader, Crew: r.crew, Port: port}
 }
@@ -226,7 +232,7 @@ func (r *Reconciler) newPass(rollout *inplace.InPlaceRollout) *pass {
 
 // advance takes a rollout that has not ended one step further.
 func (p *pass) advance(ctx context.Context) error {
-	var why *evaluate.SpecError
+	var why *apierror.SpecError
 	var err error
 	if p.target, err = p.env.Find(ctx); errors.As(err, &why) {
 		return p.refuse(ctx, why)
@@ -333,13 +339,13 @@ func (p *pass) align(ctx context.Context, w workload.Workload) (ready bool, err 
 		p.blocked = why.Message
 	case why != nil:
 		p.blocked = "" // what cannot be put back stays
-	case !ready && api.Count >= controller.APITries:
+	case !ready && api.Count >= apierror.Tries:
 		p.blockedReason = inplace.ReasonAPIError
 		p.blocked = fmt.Sprintf("%s cannot be changed, %d tries have failed since %s: %s", p.target.What, api.Count, api.Since.UTC().Format(time.RFC3339), api.Text)
 		p.teller.tell(corev1.EventTypeWarning, inplace.ReasonAPIError, p.blocked, "template")
 	}
 	if !ready {
-		p.wait = evaluate.Sooner(p.wait, requeue.BlockedInterval)
+		p.wait = retry.Sooner(p.wait, requeue.BlockedInterval)
 	}
 	return ready || p.work.refused[p.goal.Revision] != nil && p.goal.Undo, nil
 }
@@ -359,7 +365,7 @@ func (p *pass) gather(ctx context.Context) {
 	for _, pod := range p.target.Pods {
 		m := p.ops.Pod(pod, p.goal.Revision)
 		there[pod.UID] = true
-		if !evaluate.Active(pod) {
+		if !pods.Active(pod) {
 			if pod.DeletionTimestamp == nil && m.State.IsOf(p.goal) {
 				p.ended = append(p.ended, pod)
 			}
@@ -367,10 +373,10 @@ func (p *pass) gather(ctx context.Context) {
 		}
 		i := &nodeops.Item{PodRef: evaluate.PodRef{Pod: pod, State: m.State, Goal: p.goal.ForPod(m.State)}, Ops: m, Ordinal: -1, Stale: m.Stale(pod)}
 		if w := p.target.Workload; w != nil && !p.goal.Undo && w.NeedsRestart(pod) {
-			i.Goal.Restarts = evaluate.ContainersOf(pod)
+			i.Goal.Restarts = pods.Names(pod)
 		}
 		if p.target.Ordered {
-			i.Ordinal = evaluate.OrdinalOf(pod.Name)
+			i.Ordinal = ordinalOf(pod.Name)
 		}
 		if !i.Stale {
 			m.NoteReady(pod, p.now)
@@ -381,7 +387,7 @@ func (p *pass) gather(ctx context.Context) {
 		k := p.work.ops.Knowledge(m, pod, begun)
 		k.Carried = len(m.Started) > 0 && p.r.driver.Carries(ctx, pod)
 		i.Facts, i.Status = k, evaluate.Pod(pod, m.State, i.Goal, k, &p.strategy, p.now)
-		p.wait = evaluate.Sooner(p.wait, i.Status.Wait)
+		p.wait = retry.Sooner(p.wait, i.Status.Wait)
 		if s := i.Status.Stage; p.target.Workload != nil && (s == evaluate.Outdated && !m.Updating || s == evaluate.Updated && !p.goal.Undo || s == evaluate.Broken && i.Status.Failure.Reason == evaluate.FailNoContainer) {
 			if why := p.target.Workload.NotInPlaceReason(pod); why != "" {
 				i.Status.Stage, p.notInPlaceReason = evaluate.Skipped, why
@@ -446,7 +452,7 @@ func (p *pass) decide(ctx context.Context, halted bool) error {
 		return err
 	}
 	if p.plan.Blocked != "" {
-		p.wait = evaluate.Sooner(p.wait, requeue.BlockedInterval)
+		p.wait = retry.Sooner(p.wait, requeue.BlockedInterval)
 	}
 	return nil
 }
@@ -508,7 +514,7 @@ func (p *pass) settleError(i *nodeops.Item, err error) {
 			i.Ops.Api = dryrun.Trouble{}
 		}
 	case apierrors.IsConflict(err), apierrors.IsNotFound(err):
-		p.wait = evaluate.Sooner(p.wait, max(requeue.StaleInterval, p.r.gather(client.ObjectKeyFromObject(p.rollout))))
+		p.wait = retry.Sooner(p.wait, max(requeue.StaleInterval, p.r.gather(client.ObjectKeyFromObject(p.rollout))))
 	case why == nil:
 		i.Ops.Api.Note(err, p.now)
 		p.waits(&i.Ops.Api)
@@ -522,7 +528,7 @@ func (p *pass) settleError(i *nodeops.Item, err error) {
 		i.Ops.Api.Note(err, p.now) // a gate that cannot be opened is tried again
 		p.ops.AbortUpgrade(i.Ops, why.Message)
 		i.Ops.Refused = why
-		p.wait = evaluate.Sooner(p.wait, requeue.StaleInterval)
+		p.wait = retry.Sooner(p.wait, requeue.StaleInterval)
 	}
 }
 
@@ -532,16 +538,16 @@ func (p *pass) nudge(ctx context.Context, i *nodeops.Item) {
 	carried := len(i.Ops.Started) > 0 && p.r.driver.Carries(ctx, i.Pod)
 	for _, name := range slices.Sorted(maps.Keys(i.Ops.State.Containers)) {
 		c, _ := evaluate.ContainerOf(i.Pod, name)
-		cs := evaluate.StatusOf(i.Pod, name)
+		cs := pods.Status(i.Pod, name)
 		if c == nil || cs == nil || cs.ContainerID == i.Ops.State.Containers[name].ID {
 			continue
 		}
-		if passed, _ := controller.StartupPassed(c, cs, i.Ops.Started[cs.ContainerID], carried, p.now); passed {
+		if passed, _ := pods.StartupPassed(c, cs, i.Ops.Started[cs.ContainerID], carried, p.now); passed {
 			names = append(names, name)
 		}
 	}
 	container, wait := i.Ops.Nudges.Due(i.Pod, names, p.now)
-	p.wait = evaluate.Sooner(p.wait, wait)
+	p.wait = retry.Sooner(p.wait, wait)
 	if container == "" {
 		return
 	}
@@ -588,7 +594,16 @@ func (p *pass) begin(ctx context.Context) error {
 func (p *pass) waits(t *dryrun.Trouble) bool {
 	left := t.Until.Sub(p.now)
 	if left > 0 {
-		p.wait = evaluate.Sooner(p.wait, left)
+		p.wait = retry.Sooner(p.wait, left)
 	}
 	return left > 0
+}
+
+// ordinalOf returns the number at the end of a name; -1 if there is none.
+func ordinalOf(name string) int {
+	n, err := strconv.Atoi(name[strings.LastIndexByte(name, '-')+1:])
+	if err != nil {
+		return -1
+	}
+	return n
 }

@@ -15,6 +15,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
@@ -88,7 +89,7 @@ func TestGate(t *testing.T) {
 			}
 			if now.Spec.Containers[0].Image == "app:2" && patched.IsZero() {
 				patched = time.Now()
-				if c := evaluate.ConditionOf(now, corev1.PodReady); c.Status != corev1.ConditionFalse {
+				if c := pods.Condition(now, corev1.PodReady); c.Status != corev1.ConditionFalse {
 					t.Error("patched while ready")
 				}
 			}
@@ -127,14 +128,14 @@ func TestRestartAndImage(t *testing.T) {
 		b.restart()
 		time.Sleep(time.Minute)
 		for _, pod := range b.pods() {
-			if n := evaluate.StatusOf(pod, "side").RestartCount; n != 2 {
+			if n := pods.Status(pod, "side").RestartCount; n != 2 {
 				t.Errorf("pod %s restarted %d times", pod.Name, n)
 			}
 		}
 		b.edit("all", func(r *rollout) { r.Annotations = map[string]string{inplace.RetryAnnotation: "1"} })
 		time.Sleep(time.Second)
 		b.until("ended", "all", time.Minute, ended)
-		if n := evaluate.StatusOf(b.pod("web-0"), "side").RestartCount; n != 3 {
+		if n := pods.Status(b.pod("web-0"), "side").RestartCount; n != 3 {
 			t.Errorf("restarted %d times", n)
 		}
 	})

@@ -20,6 +20,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
@@ -47,7 +48,7 @@ func (b *bed) made() {
 	for _, pod := range b.pods() {
 		b.change(client.ObjectKeyFromObject(pod), pod.UID, func(p *corev1.Pod) bool {
 			for i := range p.Spec.Containers {
-				c, cs := &p.Spec.Containers[i], evaluate.StatusOf(p, p.Spec.Containers[i].Name)
+				c, cs := &p.Spec.Containers[i], pods.Status(p, p.Spec.Containers[i].Name)
 				c.Image = mirrored + c.Image
 				cs.Image = c.Image
 			}
@@ -227,7 +228,7 @@ func TestIsThereUnprepared(t *testing.T) {
 		b.policy = toMirror(isPod)
 		pod := b.pod("web-0")
 		b.change(types.NamespacedName{Namespace: "ns", Name: "web-0"}, pod.UID, func(p *corev1.Pod) bool {
-			cs := evaluate.StatusOf(p, "app")
+			cs := pods.Status(p, "app")
 			cs.Ready, cs.State = false, corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "CrashLoopBackOff", Message: "back-off"}}
 			setReady(p, false)
 			return true

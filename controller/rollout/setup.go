@@ -25,8 +25,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/source"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
-	root "github.com/cri-proxy/cri-proxy/controller"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
@@ -64,7 +64,7 @@ func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, work
 		Watches(&appsv1.ReplicaSet{}, r.crowd(r.rolloutsOfReplicaSet)).
 		WatchesRawSource(source.Channel(r.wakes, r.wakeHandler())).
 		WithOptions(requeue.Options(workers)).
-		Complete(root.TellAPIErrors(r, func() client.Object { return &inplace.InPlaceRollout{} }, m.GetClient(), r.Recorder))
+		Complete(apierror.Tell(r, func() client.Object { return &inplace.InPlaceRollout{} }, m.GetClient(), r.Recorder))
 }
 
 type queue = workqueue.TypedRateLimitingInterface[reconcile.Request]
@@ -143,7 +143,7 @@ func podChanges() predicate.Predicate {
 		UpdateFunc: func(e event.UpdateEvent) bool {
 			before, ok1 := e.ObjectOld.(*corev1.Pod)
 			after, ok2 := e.ObjectNew.(*corev1.Pod)
-			return !ok1 || !ok2 || before.UID != after.UID || evaluate.Active(before) != evaluate.Active(after) || before.Spec.NodeName != after.Spec.NodeName ||
+			return !ok1 || !ok2 || before.UID != after.UID || pods.Active(before) != pods.Active(after) || before.Spec.NodeName != after.Spec.NodeName ||
 				before.Annotations[inplace.PodStateAnnotation] != after.Annotations[inplace.PodStateAnnotation] ||
 				!maps.Equal(before.Labels, after.Labels) || !slices.EqualFunc(before.Status.Conditions, after.Status.Conditions, sameCondition) ||
 				!slices.EqualFunc(before.Status.ContainerStatuses, after.Status.ContainerStatuses, sameStatus) ||

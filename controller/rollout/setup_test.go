@@ -19,7 +19,9 @@ import (
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
-	root "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/api/scheme"
+	"github.com/cri-proxy/cri-proxy/controller/logadapter"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/follow"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/gates"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
@@ -27,14 +29,14 @@ import (
 )
 
 func TestSetup(t *testing.T) {
-	scheme, err := root.NewScheme()
+	scheme, err := scheme.New()
 	if err != nil {
 		t.Fatal(err)
 	}
 	log := logrus.New()
 	log.SetOutput(io.Discard)
 	m, err := ctrl.NewManager(&rest.Config{Host: "http://127.0.0.1:1"}, ctrl.Options{
-		Scheme: scheme, Logger: root.NewLogr(log), Metrics: metricsserver.Options{BindAddress: "0"}, HealthProbeBindAddress: "0",
+		Scheme: scheme, Logger: logadapter.New(log), Metrics: metricsserver.Options{BindAddress: "0"}, HealthProbeBindAddress: "0",
 		Controller: config.Controller{SkipNameValidation: new(true)}, // for -count
 	})
 	if err != nil {
@@ -91,7 +93,7 @@ func TestMetrics(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := root.NewMetrics(registry); err != nil {
+	if _, err := nodes.NewMetrics(registry); err != nil {
 		t.Errorf("beside those of requests: %v", err)
 	}
 	m.Completed(inplace.ReasonRolledOut)

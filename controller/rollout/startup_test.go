@@ -11,6 +11,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
@@ -72,7 +73,7 @@ func TestStartupProbe(t *testing.T) {
 					t.Errorf("%d pods did not serve at the same time", peak)
 				}
 				for _, pod := range b.pods() {
-					if cs := evaluate.StatusOf(pod, "app"); cs.RestartCount != 1 || time.Now().Before(b.serves[pod.UID]) {
+					if cs := pods.Status(pod, "app"); cs.RestartCount != 1 || time.Now().Before(b.serves[pod.UID]) {
 						t.Errorf("%s has %+v when the rollout is complete", pod.Name, cs)
 					}
 				}

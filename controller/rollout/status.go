@@ -16,7 +16,9 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
@@ -50,7 +52,7 @@ func (p *pass) noteFailures() int {
 		now[p.rollout.UID] = inplace.PodFailure{Pod: p.target.What, Reason: why.Reason, Message: why.Message}
 	}
 	for uid, f := range now {
-		f.Message = notice.Clip(f.Message, 500)
+		f.Message = objects.Clip(f.Message, 500)
 		now[uid] = f
 		if was, known := p.work.failures[uid]; !known || p.goal.Undo && was.Reason != f.Reason {
 			p.r.Metrics.Pod(f.Reason)
@@ -128,10 +130,10 @@ func (p *pass) conclude(ctx context.Context) error {
 		text := "pulling without: " + strings.Join(wrong, "; ")
 		p.teller.tell(corev1.EventTypeWarning, notice.EventSecrets, text, text)
 	}
-	p.wait = evaluate.Sooner(p.wait, requeue.ResyncPeriod)
+	p.wait = retry.Sooner(p.wait, requeue.ResyncPeriod)
 	if left := p.work.lastWrite.Add(writeInterval).Sub(p.now); left > 0 && minor(&p.rollout.Status, next) {
 		if !apiequality.Semantic.DeepEqual(&p.rollout.Status, next) {
-			p.wait = evaluate.Sooner(p.wait, left)
+			p.wait = retry.Sooner(p.wait, left)
 		}
 		return nil
 	}
@@ -149,7 +151,7 @@ func (p *pass) finish(ctx context.Context, next *inplace.InPlaceRolloutStatus) (
 		next.Message = trouble
 		setProgressing(next, true, inplace.ReasonAPIError, trouble)
 	}
-	p.wait = evaluate.Sooner(p.wait, requeue.BlockedInterval)
+	p.wait = retry.Sooner(p.wait, requeue.BlockedInterval)
 	return false, nil
 }
 
@@ -203,7 +205,7 @@ func (p *pass) settleWorkload(ctx context.Context) (done bool, trouble string, e
 		p.waits(t)
 	}
 	trouble = fmt.Sprintf("%s is paused and cannot go on: %s", p.target.What, t.Text)
-	if t.Count >= controller.APITries {
+	if t.Count >= apierror.Tries {
 		p.teller.tell(corev1.EventTypeWarning, inplace.ReasonAPIError, trouble, "settle")
 	}
 	return false, trouble, nil
@@ -241,12 +243,12 @@ func (p *pass) end(ctx context.Context, next *inplace.InPlaceRolloutStatus) erro
 }
 
 // refuse writes into the status what is wrong with a rollout. Nothing happens until that is corrected.
-func (p *pass) refuse(ctx context.Context, why *evaluate.SpecError) error {
+func (p *pass) refuse(ctx context.Context, why *apierror.SpecError) error {
 	p.r.admissions.end(p.rollout.UID)
 	next := p.rollout.Status.DeepCopy()
 	next.ObservedGeneration, next.Message = p.rollout.Generation, why.Message
 	setProgressing(next, false, inplace.ReasonInvalidTarget, why.Message)
 	p.teller.tell(corev1.EventTypeWarning, notice.EventInvalid, why.Message, why.Message)
-	p.wait = evaluate.Sooner(p.wait, requeue.ResyncPeriod)
+	p.wait = retry.Sooner(p.wait, requeue.ResyncPeriod)
 	return p.writer.status(ctx, next)
 }

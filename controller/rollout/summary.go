@@ -17,6 +17,7 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller/kstatus"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
@@ -172,7 +173,7 @@ func (s *summary) cornered() bool {
 func (s *summary) noWayBack() string {
 	for _, i := range s.items {
 		if f := i.Status.Failure; i.Status.Stage == evaluate.Broken && len(i.Status.Images) > 0 {
-			return notice.Clip(fmt.Sprintf("; pod %s cannot be put back: %s: %s", i.Pod.Name, f.Reason, f.Message), 600)
+			return objects.Clip(fmt.Sprintf("; pod %s cannot be put back: %s: %s", i.Pod.Name, f.Reason, f.Message), 600)
 		}
 	}
 	return ""
@@ -205,7 +206,7 @@ func (s *summary) firstFailure() string {
 	if count > 1 {
 		text += fmt.Sprintf(" (and %d more)", count-1)
 	}
-	return notice.Clip(text, 600)
+	return objects.Clip(text, 600)
 }
 
 // status is the status as far as it follows from the pods.

@@ -11,7 +11,7 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
 )
 
@@ -47,7 +47,7 @@ func (t *teller) warnings(pod *corev1.Pod, done []*opsv1.Operation) {
 	for _, op := range done {
 		var notes []string
 		for _, c := range op.GetContainers() {
-			hook, others := controller.Warnings(c)
+			hook, others := nodes.Warnings(c)
 			if hook {
 				others = append(others, "its preStop hook failed, what it printed is in the log of cri-proxy on the node")
 			}

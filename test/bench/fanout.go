@@ -30,7 +30,8 @@ import (
 	kube "sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/cri-proxy/cri-proxy/api/apps/v1beta1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/api/scheme"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
@@ -124,7 +125,7 @@ func fanout(ctx context.Context, o fanoutOptions) (err error) {
 		return err
 	}
 	b.rest.QPS, b.rest.Burst = -1, 0
-	scheme, err := controller.NewScheme()
+	scheme, err := scheme.New()
 	if err != nil {
 		return err
 	}
@@ -313,7 +314,7 @@ func (b *fanoutBench) addNodes(ctx context.Context, n int) error {
 		g.Go(func() error {
 			node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{
 				Name: nodeName(i), Labels: map[string]string{"fleet": "true", corev1.LabelHostname: nodeName(i)},
-				Annotations: map[string]string{controller.OpsAddressAnnotation: fmt.Sprintf("127.77.%d.%d:%d", i/250, i%250+1, b.port)},
+				Annotations: map[string]string{nodes.AddressAnnotation: fmt.Sprintf("127.77.%d.%d:%d", i/250, i%250+1, b.port)},
 			}}
 			if err := b.api.Create(ctx, node); err != nil {
 				return err

@@ -19,7 +19,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 )
 
 // readyAgain is one restart of a container with a readinessProbe.
@@ -126,7 +126,7 @@ func restartUntilReady(
 	if err := api.Get(ctx, client.ObjectKey{Namespace: ns, Name: pod}, &before); err != nil {
 		return r, err
 	}
-	old, nudge := before.Status.ContainerStatuses[0].ContainerID, before.Annotations[controller.NudgeAnnotation]
+	old, nudge := before.Status.ContainerStatuses[0].ContainerID, before.Annotations[pods.NudgeAnnotation]
 	manifest := recreate(ns, request, pod, "containers: [{name: app}]")
 	if startFirst {
 		const order = "annotations: {cri-proxy.io/restart-order: StartFirst}, "
@@ -145,7 +145,7 @@ func restartUntilReady(
 		if !ok || e.Type == apiwatch.Deleted || p.Status.ContainerStatuses[0].ContainerID == old {
 			continue
 		}
-		r.nudged = r.nudged || p.Annotations[controller.NudgeAnnotation] != nudge
+		r.nudged = r.nudged || p.Annotations[pods.NudgeAnnotation] != nudge
 		is := slices.ContainsFunc(p.Status.Conditions, func(c corev1.PodCondition) bool {
 			return c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue
 		})

@@ -21,8 +21,10 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
+	"github.com/cri-proxy/cri-proxy/controller/jobbudget"
 	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
@@ -32,13 +34,13 @@ import (
 const checkPods = 500
 
 // Rollout checks whether the cluster as it is allows a rollout, as the reconciler would find out later, and whether another rollout is at
-// work on the same containers. before is nil for a new rollout; what it had already is not checked again. The error is a *SpecError if
+// work on the same containers. before is nil for a new rollout; what it had already is not checked again. The error is a *apierror.SpecError if
 // the user can correct it. Warnings are about what is accepted but may be a mistake: a target may be created after its rollout.
 func Rollout(ctx context.Context, from client.Reader, before, r *inplace.InPlaceRollout) (warnings []string, err error) {
 	if before != nil {
 		// The schema compares the rest of a target, and is content with any selector.
 		if !apiequality.Semantic.DeepEqual(before.Spec.Target.Selector, r.Spec.Target.Selector) {
-			return nil, &evaluate.SpecError{Immutable: true, Message: "the target is immutable: create another InPlaceRollout"}
+			return nil, &apierror.SpecError{Immutable: true, Message: "the target is immutable: create another InPlaceRollout"}
 		}
 		if evaluate.RevisionOf(before) == evaluate.RevisionOf(r) {
 			return nil, nil
@@ -49,7 +51,7 @@ func Rollout(ctx context.Context, from client.Reader, before, r *inplace.InPlace
 			continue
 		}
 		if _, err := reference.ParseDockerRef(c.Image); err != nil {
-			return nil, evaluate.Wrong("container %s: image %q is no image reference (%s): it must be [REGISTRY[:PORT]/]NAME[:TAG][@DIGEST], as in a pod", c.Name, c.Image, err)
+			return nil, apierror.Wrong("container %s: image %q is no image reference (%s): it must be [REGISTRY[:PORT]/]NAME[:TAG][@DIGEST], as in a pod", c.Name, c.Image, err)
 		}
 	}
 	switch t := r.Spec.Target; {
@@ -76,9 +78,9 @@ func checkPod(ctx context.Context, from client.Reader, r *inplace.InPlaceRollout
 	case pod == nil:
 		return []string{fmt.Sprintf("there is no pod %s in namespace %s: the rollout waits for it", name, r.Namespace)}, nil
 	case pod.DeletionTimestamp != nil:
-		return nil, evaluate.Wrong("pod %s is being deleted: nothing in it is changed any more", name)
-	case !evaluate.Active(pod):
-		return nil, evaluate.Wrong("pod %s has ended (phase %s): only containers of an active pod can be changed", name, pod.Status.Phase)
+		return nil, apierror.Wrong("pod %s is being deleted: nothing in it is changed any more", name)
+	case !pods.Active(pod):
+		return nil, apierror.Wrong("pod %s has ended (phase %s): only containers of an active pod can be changed", name, pod.Status.Phase)
 	}
 	if err := fits(pod, r); err != nil {
 		return nil, err
@@ -129,28 +131,28 @@ func checkWorkload(ctx context.Context, from client.Reader, r *inplace.InPlaceRo
 	what := ref.Kind + " " + ref.Name
 	for _, c := range r.Spec.Containers {
 		if found, _ := evaluate.ContainerOf(pod, c.Name); found == nil {
-			return nil, evaluate.Wrong("%s", evaluate.Lacks("the template of "+what, c.Name, changeOf(c), evaluate.ContainersOf(pod)))
+			return nil, apierror.Wrong("%s", evaluate.Lacks("the template of "+what, c.Name, changeOf(c), pods.Names(pod)))
 		}
 	}
 	return ungated(r, pod, "the template of "+what), nil
 }
 
-// fits checks whether the containers of a rollout can be changed in a pod. The error is a *SpecError.
+// fits checks whether the containers of a rollout can be changed in a pod. The error is a *apierror.SpecError.
 func fits(pod *corev1.Pod, r *inplace.InPlaceRollout) error {
 	if why := evaluate.Static(pod); why != "" {
-		return evaluate.Wrong("%s", why)
+		return apierror.Wrong("%s", why)
 	}
 	for _, c := range r.Spec.Containers {
 		if found, _ := evaluate.ContainerOf(pod, c.Name); found == nil {
-			return evaluate.Wrong("%s", evaluate.PodLacks(pod, c.Name, changeOf(c)))
+			return apierror.Wrong("%s", evaluate.PodLacks(pod, c.Name, changeOf(c)))
 		}
 	}
 	return nil
 }
 
-// sparesJob returns a *SpecError if the rollout would end the Job of a pod.
+// sparesJob returns a *apierror.SpecError if the rollout would end the Job of a pod.
 func sparesJob(ctx context.Context, from client.Reader, pod *corev1.Pod, r *inplace.InPlaceRollout) error {
-	if r.Annotations[controller.IgnoreBackoffLimitAnnotation] == "true" {
+	if r.Annotations[jobbudget.IgnoreAnnotation] == "true" {
 		return nil
 	}
 	var names []string
@@ -159,9 +161,9 @@ func sparesJob(ctx context.Context, from client.Reader, pod *corev1.Pod, r *inpl
 			names = append(names, c.Name)
 		}
 	}
-	why, err := controller.WouldEndJob(ctx, from, pod, names)
+	why, err := jobbudget.WouldEnd(ctx, from, pod, names)
 	if why != "" {
-		return evaluate.Wrong("pod %s: %s", pod.Name, why)
+		return apierror.Wrong("pod %s: %s", pod.Name, why)
 	}
 	return err
 }
@@ -181,7 +183,7 @@ func ungated(r *inplace.InPlaceRollout, pod *corev1.Pod, what string) []string {
 	return []string{fmt.Sprintf("spec.strategy.drainSeconds has no effect: %s has no readiness gate %s", what, inplace.ReadyGate)}
 }
 
-// Rivals returns a *SpecError if another rollout is at work on a container of this one. If another rollout is at work on other containers
+// Rivals returns a *apierror.SpecError if another rollout is at work on a container of this one. If another rollout is at work on other containers
 // of the same pods, this one has to wait: a warning says so.
 func Rivals(ctx context.Context, from client.Reader, r *inplace.InPlaceRollout) (warnings []string, err error) {
 	var list inplace.InPlaceRolloutList
@@ -203,7 +205,7 @@ func Rivals(ctx context.Context, from client.Reader, r *inplace.InPlaceRollout) 
 		case container == "":
 			warnings = append(warnings, fmt.Sprintf("InPlaceRollout %s is at work on %s: the rollout waits for its end", other.Name, what))
 		default:
-			return nil, evaluate.Wrong("InPlaceRollout %s is at work on container %s of %s: wait for its end (kubectl wait --for=condition=Complete ipr/%s), change that one instead, or delete it", other.Name, container, what, other.Name)
+			return nil, apierror.Wrong("InPlaceRollout %s is at work on container %s of %s: wait for its end (kubectl wait --for=condition=Complete ipr/%s), change that one instead, or delete it", other.Name, container, what, other.Name)
 		}
 	}
 	return warnings, nil
@@ -304,14 +306,14 @@ func readPod(ctx context.Context, from client.Reader, namespace, name string) (*
 }
 
 // somePods returns the active pods among the first checkPods that a selector selects. Mirror pods are left out; mirrors is how many.
-func somePods(ctx context.Context, from client.Reader, namespace string, selector labels.Selector) (pods []corev1.Pod, mirrors int, err error) {
+func somePods(ctx context.Context, from client.Reader, namespace string, selector labels.Selector) (found []corev1.Pod, mirrors int, err error) {
 	var list corev1.PodList
 	err = from.List(ctx, &list, client.InNamespace(namespace), client.MatchingLabelsSelector{Selector: selector}, client.Limit(checkPods))
-	pods = slices.DeleteFunc(list.Items, func(p corev1.Pod) bool {
+	found = slices.DeleteFunc(list.Items, func(p corev1.Pod) bool {
 		if mirrorpod.Is(&p) {
 			mirrors++
 		}
-		return !evaluate.Active(&p) || mirrorpod.Is(&p)
+		return !pods.Active(&p) || mirrorpod.Is(&p)
 	})
-	return pods, mirrors, err
+	return found, mirrors, err
 }

@@ -17,7 +17,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
 )
@@ -34,7 +34,7 @@ func (e *Error) Unwrap() error { return e.err }
 
 // Denied returns an *Error if the API server refuses a change for good, else err itself.
 func Denied(err error, what string) error {
-	words, ok := controller.Denied(err)
+	words, ok := apierror.Denied(err)
 	if !ok {
 		return err
 	}

@@ -12,6 +12,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 )
 
 // Disruptions is what a PodDisruptionBudget has left.
@@ -35,14 +37,14 @@ func Budgets(ctx context.Context, from client.Reader, namespace string, chosen [
 		if err != nil || !matchesAny(selector, chosen) {
 			continue
 		}
-		var pods corev1.PodList
-		if err := from.List(ctx, &pods, client.InNamespace(namespace), client.MatchingLabelsSelector{Selector: selector}, client.UnsafeDisableDeepCopy); err != nil {
+		var selected corev1.PodList
+		if err := from.List(ctx, &selected, client.InNamespace(namespace), client.MatchingLabelsSelector{Selector: selector}, client.UnsafeDisableDeepCopy); err != nil {
 			return nil, err
 		}
 		healthy, coming := 0, 0
-		for j := range pods.Items {
-			pod := &pods.Items[j]
-			if ready := ConditionOf(pod, corev1.PodReady); pod.DeletionTimestamp == nil && ready != nil && ready.Status == corev1.ConditionTrue {
+		for j := range selected.Items {
+			pod := &selected.Items[j]
+			if ready := pods.Condition(pod, corev1.PodReady); pod.DeletionTimestamp == nil && ready != nil && ready.Status == corev1.ConditionTrue {
 				healthy++
 				if doomed(pod) {
 					coming++

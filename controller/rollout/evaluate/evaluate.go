@@ -15,8 +15,10 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 )
 
 // Stage is how far a pod is on its way to a goal.
@@ -149,10 +151,10 @@ func Pod(pod *corev1.Pod, m *InPlaceState, g Goal, k PodFacts, s *Strategy, now 
 	k.now = now
 	shut, _ := OutOfServiceBy(pod)
 	v.Available, v.Wait = available(pod, k, s, now)
-	ready := ConditionOf(pod, corev1.PodReady)
+	ready := pods.Condition(pod, corev1.PodReady)
 	v.Serving = ready != nil && ready.Status == corev1.ConditionTrue
 	moving, wait := m.moving(pod, g, k)
-	v.Wait = Sooner(v.Wait, wait)
+	v.Wait = retry.Sooner(v.Wait, wait)
 	v.Inquire = moving && !m.IsOf(g) && !k.Rested && m.restarts(pod)
 	v.Disrupted = k.Updating || shut != "" || moving
 	if passed, _ := started(pod, k, now); v.Serving && !passed {
@@ -228,7 +230,7 @@ func Pod(pod *corev1.Pod, m *InPlaceState, g Goal, k PodFacts, s *Strategy, now 
 
 // PodLacks says in words that a pod has no such container.
 func PodLacks(pod *corev1.Pod, name, change string) string {
-	return Lacks("pod "+pod.Name, name, change, ContainersOf(pod))
+	return Lacks("pod "+pod.Name, name, change, pods.Names(pod))
 }
 
 // Static says in words that a pod is a static pod; empty for other pods.
@@ -263,7 +265,7 @@ func (v *PodStatus) judgeChanged(pod *corev1.Pod, m *InPlaceState, g Goal, k Pod
 		}
 	} else {
 		ready, wait := containersReady(pod, k, s, now)
-		v.Wait = Sooner(v.Wait, wait)
+		v.Wait = retry.Sooner(v.Wait, wait)
 		shut, _ := OutOfServiceBy(pod)
 		v.Open = ready && shut == g.Rollout
 		if k.Settled || v.Available && shut == "" {
@@ -280,7 +282,7 @@ func (v *PodStatus) judgeChanged(pod *corev1.Pod, m *InPlaceState, g Goal, k Pod
 	} else if left := m.Time.Add(s.Deadline).Sub(now); left <= 0 {
 		v.fail(FailDeadline, "pod %s is not available %s after its change%s", pod.Name, s.Deadline, waitingFor(pod))
 	} else {
-		v.Wait = Sooner(v.Wait, left)
+		v.Wait = retry.Sooner(v.Wait, left)
 	}
 }
 
@@ -295,7 +297,7 @@ func (v *PodStatus) judgeCreated(pod *corev1.Pod, k PodFacts, s *Strategy, now t
 	} else if left := pod.CreationTimestamp.Add(s.Deadline).Sub(now); left <= 0 {
 		v.fail(FailDeadline, "pod %s is not available %s after its creation%s", pod.Name, s.Deadline, waitingFor(pod))
 	} else {
-		v.Wait = Sooner(v.Wait, left)
+		v.Wait = retry.Sooner(v.Wait, left)
 	}
 }
 
@@ -324,7 +326,7 @@ func (m *InPlaceState) moving(pod *corev1.Pod, g Goal, k PodFacts) (moving bool,
 // settled is about a container that was not replaced, though the state of another goal says that it should be. It returns true if
 // nobody will replace it for that goal any more. Kubelet still brings what runs to the spec.
 func (m *InPlaceState) settled(pod *corev1.Pod, name string, w Previous, image string, k PodFacts) (is bool, wait time.Duration) {
-	cs := StatusOf(pod, name)
+	cs := pods.Status(pod, name)
 	switch {
 	case cs == nil || cs.ContainerID == "":
 		return false, 0 // the pod is not available anyway
@@ -342,7 +344,7 @@ func (m *InPlaceState) settled(pod *corev1.Pod, name string, w Previous, image s
 func (m *InPlaceState) restarts(pod *corev1.Pod) bool {
 	for name, w := range m.Containers {
 		if c, _ := ContainerOf(pod, name); c != nil && c.Image == w.Image {
-			if cs := StatusOf(pod, name); cs != nil && cs.ContainerID == w.ID {
+			if cs := pods.Status(pod, name); cs != nil && cs.ContainerID == w.ID {
 				return true
 			}
 		}
@@ -352,7 +354,7 @@ func (m *InPlaceState) restarts(pod *corev1.Pod) bool {
 
 // replaced returns true if the pod's status shows the container that was made for the change.
 func replaced(pod *corev1.Pod, m *InPlaceState, name string, w Previous, image string, k PodFacts) bool {
-	cs := StatusOf(pod, name)
+	cs := pods.Status(pod, name)
 	if cs == nil || cs.ContainerID == "" {
 		return false
 	}
@@ -369,7 +371,7 @@ func replaced(pod *corev1.Pod, m *InPlaceState, name string, w Previous, image s
 	}
 	// If the old container crashed between the last look at it and the patch, the ID differs, too. The node knows which one it is.
 	for _, c := range k.Op.GetContainers() {
-		if c.GetName() == name && c.GetSuccessorId() != "" && c.GetSuccessorId() == bareID(cs.ContainerID) {
+		if c.GetName() == name && c.GetSuccessorId() != "" && c.GetSuccessorId() == pods.BareID(cs.ContainerID) {
 			return true
 		}
 	}
@@ -385,7 +387,7 @@ func sameImage(a, b string) bool {
 
 // BrokenContainer finds a container that will not get ready, or has ended too soon. If the state is nil it looks at all containers.
 func BrokenContainer(pod *corev1.Pod, m *InPlaceState, s *Strategy) *Failure {
-	names := ContainersOf(pod)
+	names := pods.Names(pod)
 	if m != nil {
 		names = names[:0]
 		for name := range m.Containers {
@@ -394,7 +396,7 @@ func BrokenContainer(pod *corev1.Pod, m *InPlaceState, s *Strategy) *Failure {
 		slices.Sort(names)
 	}
 	for _, name := range names {
-		cs := StatusOf(pod, name)
+		cs := pods.Status(pod, name)
 		if cs == nil {
 			continue
 		}
@@ -439,7 +441,7 @@ func waitingFor(pod *corev1.Pod) string {
 
 // available returns true if the pod has been ready for long enough. The duration is how long that still takes.
 func available(pod *corev1.Pod, k PodFacts, s *Strategy, now time.Time) (bool, time.Duration) {
-	ready := ConditionOf(pod, corev1.PodReady)
+	ready := pods.Condition(pod, corev1.PodReady)
 	if ready == nil || ready.Status != corev1.ConditionTrue {
 		return false, 0
 	}
@@ -454,7 +456,7 @@ func available(pod *corev1.Pod, k PodFacts, s *Strategy, now time.Time) (bool, t
 
 // containersReady returns true if the containers alone have been ready for long enough.
 func containersReady(pod *corev1.Pod, k PodFacts, s *Strategy, now time.Time) (bool, time.Duration) {
-	ready := ConditionOf(pod, corev1.ContainersReady)
+	ready := pods.Condition(pod, corev1.ContainersReady)
 	if ready == nil || ready.Status != corev1.ConditionTrue {
 		return false, 0
 	}
@@ -468,11 +470,11 @@ func containersReady(pod *corev1.Pod, k PodFacts, s *Strategy, now time.Time) (b
 func started(pod *corev1.Pod, k PodFacts, now time.Time) (passed bool, wait time.Duration) {
 	passed = true
 	for _, c := range StartupProbed(pod) {
-		cs := StatusOf(pod, c.Name)
+		cs := pods.Status(pod, c.Name)
 		if cs == nil {
 			continue // the conditions tell
 		}
-		ok, left := controller.StartupPassed(c, cs, k.StartedSeen[cs.ContainerID], k.Carried, now)
+		ok, left := pods.StartupPassed(c, cs, k.StartedSeen[cs.ContainerID], k.Carried, now)
 		passed, wait = passed && ok, max(wait, left)
 	}
 	return passed, wait
@@ -498,13 +500,13 @@ func readyLongEnough(pod *corev1.Pod, ready *corev1.PodCondition, k PodFacts, s 
 
 // wasReady returns true if the pod, which is not ready now, was ready for a while after its change.
 func wasReady(pod *corev1.Pod, m *InPlaceState, k PodFacts) bool {
-	ready := ConditionOf(pod, corev1.ContainersReady)
+	ready := pods.Condition(pod, corev1.ContainersReady)
 	if ready == nil || ready.Status != corev1.ConditionFalse {
 		return false
 	}
 	since := m.Time.Time
 	for name := range m.Containers {
-		cs := StatusOf(pod, name)
+		cs := pods.Status(pod, name)
 		if cs == nil || cs.State.Running == nil {
 			continue
 		}
@@ -512,10 +514,10 @@ func wasReady(pod *corev1.Pod, m *InPlaceState, k PodFacts) bool {
 			since = cs.State.Running.StartedAt.Time
 		}
 		c, _ := ContainerOf(pod, name)
-		if passed, _ := controller.StartupPassed(c, cs, time.Time{}, false, k.now); !passed {
+		if passed, _ := pods.StartupPassed(c, cs, time.Time{}, false, k.now); !passed {
 			return false // what made the pod ready was the start of the old one
 		}
-		if _, left := controller.StartupPassed(c, cs, time.Time{}, k.Carried, since); left > 0 {
+		if _, left := pods.StartupPassed(c, cs, time.Time{}, k.Carried, since); left > 0 {
 			since = since.Add(left) // until then, too
 		}
 	}
@@ -544,7 +546,7 @@ func AccountOf(op *opsv1.Operation) string {
 	case c.GetMessage() == "":
 		return fmt.Sprintf("container %s: %s", c.GetName(), c.GetPull().GetMessage())
 	}
-	return fmt.Sprintf("container %s: %s", c.GetName(), controller.Account(c))
+	return fmt.Sprintf("container %s: %s", c.GetName(), nodes.Account(c))
 }
 
 // reasonOther is the node's word for a container that would have been all right.

@@ -15,6 +15,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 )
 
 // Reasons of the gates' conditions.
@@ -43,7 +44,7 @@ func Gates(pod *corev1.Pod) []corev1.PodConditionType {
 // OutOfServiceBy returns the UID of the rollout that took the pod out of service, and since when; empty if none did.
 func OutOfServiceBy(pod *corev1.Pod) (types.UID, time.Time) {
 	for _, kind := range Gates(pod) {
-		if c := ConditionOf(pod, kind); c != nil && c.Status == corev1.ConditionFalse && c.Reason == gateUpdating {
+		if c := pods.Condition(pod, kind); c != nil && c.Status == corev1.ConditionFalse && c.Reason == gateUpdating {
 			uid, _, _ := strings.Cut(c.Message, " ")
 			return types.UID(uid), c.LastTransitionTime.Time
 		}
@@ -65,7 +66,7 @@ func GatePatch(pod *corev1.Pod, rollout types.UID, text string, now time.Time) (
 			"type": kind, "status": status, "reason": reason, "message": message, "lastTransitionTime": metav1.NewTime(now),
 		})
 	}
-	if ready := ConditionOf(pod, corev1.PodReady); rollout != "" && ready != nil && ready.Status == corev1.ConditionTrue {
+	if ready := pods.Condition(pod, corev1.PodReady); rollout != "" && ready != nil && ready.Status == corev1.ConditionTrue {
 		// Kubelet would do the same at its next sync, but endpoints must not wait for that.
 		conditions = append(conditions, corev1.PodCondition{
 			Type: corev1.PodReady, Status: corev1.ConditionFalse, LastTransitionTime: metav1.NewTime(now),

@@ -5,9 +5,6 @@ package evaluate
 
 import (
 	"cmp"
-	"crypto/sha256"
-	"encoding/hex"
-	"encoding/json"
 	"maps"
 	"slices"
 	"strconv"
@@ -20,6 +17,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 )
 
 // rollbackSuffix makes the revision of a rollback from the revision that failed.
@@ -106,9 +104,9 @@ func RevisionOf(r *inplace.InPlaceRollout) string {
 	list := slices.Clone(r.Spec.Containers)
 	slices.SortFunc(list, func(a, b inplace.ContainerChange) int { return cmp.Compare(a.Name, b.Name) })
 	if at := r.Annotations[RestartedAt]; at != "" {
-		return Hash(list, r.Annotations[inplace.RetryAnnotation], at)
+		return objects.Hash(list, r.Annotations[inplace.RetryAnnotation], at)
 	}
-	return Hash(list, r.Annotations[inplace.RetryAnnotation])
+	return objects.Hash(list, r.Annotations[inplace.RetryAnnotation])
 }
 
 func StrategyOf(s *inplace.Strategy) Strategy {
@@ -170,20 +168,11 @@ func (s *Strategy) UnavailableLimit(desired int) int {
 
 // OperationUID returns the UID of a node's operation. The same work on the same containers has the same UID, whoever asks for it.
 func OperationUID(kind string, g Goal, pod *corev1.Pod, containers map[string]string, round int) string {
-	uid := string(g.Rollout) + "." + kind + "." + string(pod.UID) + "." + Hash(g.Revision, containers, round)
+	uid := string(g.Rollout) + "." + kind + "." + string(pod.UID) + "." + objects.Hash(g.Revision, containers, round)
 	if len(uid) > 128 {
-		uid = kind + "." + Hash(uid) + "." + Hash(containers, uid)
+		uid = kind + "." + objects.Hash(uid) + "." + objects.Hash(containers, uid)
 	}
 	return uid
-}
-
-func Hash(parts ...any) string {
-	b, err := json.Marshal(parts)
-	if err != nil {
-		return "unhashable" // never: all parts are plain data
-	}
-	sum := sha256.Sum256(b)
-	return hex.EncodeToString(sum[:5])
 }
 
 // OwnerOf names a rollout to nodes: as the owner of pins, and as the requester of operations.

@@ -12,6 +12,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
@@ -47,7 +48,7 @@ func TestGolden(t *testing.T) {
 		{"long UID", evaluate.OperationUID("u", long, pod, ids, 0), "u.7feb71744b.7dd6624d78"},
 		{"restart", m.RestartUID(pod), "uid-web.r.uid-pod.64dd6e2b52"},
 		{"owner", evaluate.OwnerOf(r), "InPlaceRollout/ns/web/uid-web"},
-		{"images", evaluate.Hash(g.Images), "7d265f51d6"},
+		{"images", objects.Hash(g.Images), "7d265f51d6"},
 		{"mark", string(text), `{"rollout":"uid-web","revision":"e1c6230ac1","operation":"op","time":"2023-11-14T22:13:20.000005Z",` +
 			`"containers":{"app":{"image":"nginx:1","base":"nginx:0","id":"containerd://1","imageID":"sha256:1"}}}`},
 	} {

@@ -30,7 +30,7 @@ func mayMove(pod *corev1.Pod, c *corev1.Container) bool {
 			return false
 		}
 	}
-	_, running := IdsOf(pod, []string{c.Name})
+	_, running := RunningIDs(pod, []string{c.Name})
 	return running // else kubelet pulls before it starts it
 }
 

@@ -30,6 +30,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/check"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
@@ -69,7 +71,7 @@ type Reconciler struct {
 func follower(kind, name string) string {
 	full := strings.ToLower(kind) + "-" + name
 	if len(full) > 253 {
-		full = full[:240] + "-" + evaluate.Hash(full)
+		full = full[:240] + "-" + objects.Hash(full)
 	}
 	return full
 }
@@ -315,7 +317,7 @@ func (r *Reconciler) leave(ctx context.Context, rollout *inplace.InPlaceRollout,
 		why = fmt.Sprintf(" (%s: %s: %s)", notice.Subject(f[0]), f[0].Reason, f[0].Message)
 	}
 	text := fmt.Sprintf("what has failed%s is in the template of %s %s again: %s. It is not tried again until another image is set, or annotation %s of the %s is changed; "+
-		"the pods keep what they have, new ones get what the template has", notice.Clip(why, 500), r.Kind, owner.GetName(), notice.Describe(list), inplace.RetryAnnotation, r.Kind)
+		"the pods keep what they have, new ones get what the template has", objects.Clip(why, 500), r.Kind, owner.GetName(), notice.Describe(list), inplace.RetryAnnotation, r.Kind)
 	before := rollout.DeepCopy()
 	next := &rollout.Status
 	next.Message = text
@@ -365,7 +367,7 @@ var errRefused = errors.New("the rollout is refused")
 // write returns errHeld without a try.
 func (r *Reconciler) write(ctx context.Context, owner client.Object, rollout *inplace.InPlaceRollout, write func() error) error {
 	_, err := check.Rivals(ctx, r.Client, rollout)
-	var why *evaluate.SpecError
+	var why *apierror.SpecError
 	text := ""
 	if errors.As(err, &why) {
 		text = "the pods do not follow the images of the template yet: " + why.Message

@@ -13,7 +13,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
-	root "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
@@ -31,5 +31,5 @@ func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, work
 		For(newOwner(), builder.WithPredicates(requeue.RolloutChanges())).
 		Owns(&inplace.InPlaceRollout{}).
 		WithOptions(requeue.Options(workers)).
-		Complete(root.TellAPIErrors(r, newOwner, m.GetClient(), r.Recorder))
+		Complete(apierror.Tell(r, newOwner, m.GetClient(), r.Recorder))
 }

@@ -18,6 +18,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
@@ -44,7 +45,7 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	if err := r.Client.Get(ctx, req.NamespacedName, &pod); err != nil {
 		return reconcile.Result{}, client.IgnoreNotFound(err)
 	}
-	if !evaluate.Active(&pod) || !Needs(&pod) {
+	if !pods.Active(&pod) || !Needs(&pod) {
 		return reconcile.Result{}, nil
 	}
 	if uid, _ := evaluate.OutOfServiceBy(&pod); uid != "" {
@@ -87,7 +88,7 @@ func (r *Reconciler) works(ctx context.Context, namespace string, uid types.UID)
 // Needs returns true if a gate of the pod has no condition yet, or was closed by a rollout.
 func Needs(pod *corev1.Pod) bool {
 	for _, kind := range evaluate.Gates(pod) {
-		if evaluate.ConditionOf(pod, kind) == nil {
+		if pods.Condition(pod, kind) == nil {
 			return true
 		}
 	}

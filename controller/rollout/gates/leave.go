@@ -17,6 +17,7 @@ import (
 	"k8s.io/client-go/util/retry"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/pages"
 )
@@ -51,11 +52,11 @@ func FindGated(ctx context.Context, c client.Client, gates ...corev1.PodConditio
 }
 
 // OpenAll opens the gates of all pods, and returns how many it has opened. It goes on after an error.
-func OpenAll(ctx context.Context, c client.Client) (pods int, err error) {
+func OpenAll(ctx context.Context, c client.Client) (opened int, err error) {
 	err = pages.Each(ctx, c, &corev1.PodList{}, func(l *corev1.PodList) []corev1.Pod { return l.Items }, func(pod *corev1.Pod) error {
-		opened := false
+		done := false
 		err := retry.RetryOnConflict(retry.DefaultRetry, func() error {
-			if !evaluate.Active(pod) || !Needs(pod) {
+			if !pods.Active(pod) || !Needs(pod) {
 				return nil
 			}
 			patch, err := evaluate.GatePatch(pod, "", "", time.Now())
@@ -69,13 +70,13 @@ func OpenAll(ctx context.Context, c client.Client) (pods int, err error) {
 				}
 				return err
 			}
-			opened = true
+			done = true
 			return nil
 		})
-		if opened {
-			pods++
+		if done {
+			opened++
 		}
 		return err
 	})
-	return pods, err
+	return opened, err
 }

@@ -16,7 +16,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
-	root "github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
 )
@@ -28,7 +28,7 @@ func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, work
 		For(&corev1.Pod{}, builder.WithPredicates(gateChanges())).
 		Watches(&inplace.InPlaceRollout{}, handler.EnqueueRequestsFromMapFunc(r.shutPods), builder.WithPredicates(endings())).
 		WithOptions(requeue.Options(workers)).
-		Complete(root.TellAPIErrors(r, func() client.Object { return &corev1.Pod{} }, m.GetClient(), r.Recorder))
+		Complete(apierror.Tell(r, func() client.Object { return &corev1.Pod{} }, m.GetClient(), r.Recorder))
 }
 
 // gateChanges passes pods whose gates may have to be opened.

@@ -17,10 +17,11 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/crew"
 	"github.com/cri-proxy/cri-proxy/controller/environment"
 	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
@@ -53,12 +54,12 @@ type Session struct {
 }
 
 // node returns where to reach the node of a pod.
-func (d *Driver) node(ctx context.Context, pod *corev1.Pod) (controller.Node, error) {
+func (d *Driver) node(ctx context.Context, pod *corev1.Pod) (nodes.Node, error) {
 	var n corev1.Node
 	if err := d.Client.Get(ctx, client.ObjectKey{Name: pod.Spec.NodeName}, &n); err != nil {
-		return controller.Node{}, err
+		return nodes.Node{}, err
 	}
-	return controller.NodeOf(&n, d.Port)
+	return nodes.Of(&n, d.Port)
 }
 
 // Carries returns true if the kubelet of a pod takes new containers for started because the old ones were.
@@ -67,7 +68,7 @@ func (d *Driver) Carries(ctx context.Context, pod *corev1.Pod) bool {
 	if d.Client.Get(ctx, client.ObjectKey{Name: pod.Spec.NodeName}, &n) != nil {
 		return true
 	}
-	return controller.CarriesStarted(&n)
+	return pods.CarriesStarted(&n)
 }
 
 // stillSo asks the API server once more, before the node is told that the patch comes. The error says that admission answers otherwise now.

@@ -12,9 +12,9 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
 // operationTracker runs one operation on a node, and writes into the nodeOperation what the node says.
@@ -22,7 +22,7 @@ type operationTracker struct {
 	d    *Driver
 	w    *State
 	t    *nodeOperation
-	node controller.Node
+	node nodes.Node
 	// pod is the name of the pod.
 	pod string
 	// begin starts the operation, or finds it if it was started before.
@@ -82,7 +82,7 @@ func (c *operationTracker) run(ctx context.Context) {
 				return
 			}
 		}
-		if !evaluate.Pause(ctx, min(retryInterval<<min(tries, 4), retryIntervalMax)) {
+		if !Pause(ctx, min(retryInterval<<min(tries, 4), retryIntervalMax)) {
 			return
 		}
 	}
@@ -99,7 +99,7 @@ func (w *State) noteAPI(t *nodeOperation, err error) {
 	} else if dryrun.IsAPIStatus(err) {
 		t.api.Note(err, time.Now())
 	}
-	tell := t.api.Count == controller.APITries
+	tell := t.api.Count == apierror.Tries
 	w.mu.Unlock()
 	if tell {
 		w.wake()
@@ -150,5 +150,17 @@ func (c *operationTracker) change(f func()) {
 	c.w.mu.Unlock()
 	if !over {
 		c.w.wake()
+	}
+}
+
+// Pause waits and says whether to go on.
+func Pause(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-ctx.Done():
+		return false
 	}
 }

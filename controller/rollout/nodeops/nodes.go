@@ -11,32 +11,32 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
 	"github.com/cri-proxy/cri-proxy/controller/environment"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
-// Nodes commands the nodes. All errors are *controller.NodeError, and no unary call takes longer than a few seconds.
+// Nodes commands the nodes. All errors are *nodes.Error, and no unary call takes longer than a few seconds.
 type Nodes interface {
 	// PrepareUpgrade begins to prepare new images, or returns the operation with that UID.
-	PrepareUpgrade(ctx context.Context, n controller.Node, r *opsv1.PrepareUpgradeRequest) (*opsv1.Operation, error)
+	PrepareUpgrade(ctx context.Context, n nodes.Node, r *opsv1.PrepareUpgradeRequest) (*opsv1.Operation, error)
 	// CommitUpgrade announces the patch of the pod.
-	CommitUpgrade(ctx context.Context, n controller.Node, r *opsv1.CommitUpgradeRequest) (*opsv1.Operation, error)
+	CommitUpgrade(ctx context.Context, n nodes.Node, r *opsv1.CommitUpgradeRequest) (*opsv1.Operation, error)
 	// AbortUpgrade takes back an upgrade.
-	AbortUpgrade(ctx context.Context, n controller.Node, uid, reason string) (*opsv1.Operation, error)
+	AbortUpgrade(ctx context.Context, n nodes.Node, uid, reason string) (*opsv1.Operation, error)
 	// Restart begins to restart containers, or returns the operation with that UID.
-	Restart(ctx context.Context, n controller.Node, r *opsv1.RestartRequest) (*opsv1.Operation, error)
+	Restart(ctx context.Context, n nodes.Node, r *opsv1.RestartRequest) (*opsv1.Operation, error)
 	// GetOperation returns one operation; codes.NotFound if the node does not have it, or not any more.
-	GetOperation(ctx context.Context, n controller.Node, uid string) (*opsv1.Operation, error)
+	GetOperation(ctx context.Context, n nodes.Node, uid string) (*opsv1.Operation, error)
 	// WatchOperation calls each with the operation as it is and after every change, and returns nil after the finished one.
-	WatchOperation(ctx context.Context, n controller.Node, uid string, each func(*opsv1.Operation)) error
+	WatchOperation(ctx context.Context, n nodes.Node, uid string, each func(*opsv1.Operation)) error
 	// ReleasePins ends the pins of an owner on one image; with an empty ID on all images.
-	ReleasePins(ctx context.Context, n controller.Node, owner, imageID string) (int, error)
+	ReleasePins(ctx context.Context, n nodes.Node, owner, imageID string) (int, error)
 }
 
-var _ Nodes = (*controller.GRPCNodes)(nil)
+var _ Nodes = (*nodes.Client)(nil)
 
 // trouble is why a node does not do what it is told.
 type trouble struct {
@@ -60,7 +60,7 @@ func troubleOf(err error) trouble {
 		return trouble{Failure: evaluate.Failure{Reason: evaluate.FailPreparation, Message: err.Error()}, stale: true} // the pod is not what it was
 	}
 	var unreadable *pullsecrets.UnreadableError
-	var nodeError *controller.NodeError
+	var nodeError *nodes.Error
 	if errors.As(err, &unreadable) || !errors.As(err, &nodeError) {
 		return trouble{Failure: evaluate.Failure{Reason: evaluate.FailPreparation, Message: err.Error()}}
 	}
@@ -86,7 +86,7 @@ func troubleOf(err error) trouble {
 }
 
 func code(err error) codes.Code {
-	var nodeError *controller.NodeError
+	var nodeError *nodes.Error
 	if errors.As(err, &nodeError) {
 		return nodeError.Code()
 	}

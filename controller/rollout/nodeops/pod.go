@@ -17,7 +17,8 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
@@ -25,7 +26,7 @@ import (
 // PodOps is what the controller remembers of a pod, and of what its node does for the pod.
 type PodOps struct {
 	uid  types.UID
-	node controller.Node
+	node nodes.Node
 	// revision is the revision of the goal that the fields below are about.
 	revision string
 	// Written is the resourceVersion of the last write of the pod.
@@ -48,7 +49,7 @@ type PodOps struct {
 	readyIDs  string
 	// Started is when the controller first saw each container with a startupProbe running, by ID.
 	Started map[string]time.Time
-	Nudges  controller.Nudges
+	Nudges  pods.Nudges
 	marked  string // the annotation that mark was read from
 	State   *evaluate.InPlaceState
 
@@ -99,7 +100,7 @@ type nodeOperation struct {
 
 // NoteReady remembers when the present containers were first seen ready.
 func (m *PodOps) NoteReady(pod *corev1.Pod, now time.Time) {
-	ready := evaluate.ConditionOf(pod, corev1.ContainersReady)
+	ready := pods.Condition(pod, corev1.ContainersReady)
 	if ready == nil || ready.Status != corev1.ConditionTrue {
 		m.readySeen = time.Time{}
 		return
@@ -117,7 +118,7 @@ func (m *PodOps) NoteReady(pod *corev1.Pod, now time.Time) {
 func (m *PodOps) NoteStarted(pod *corev1.Pod, now time.Time) {
 	var seen map[string]time.Time
 	for _, c := range evaluate.StartupProbed(pod) {
-		cs := evaluate.StatusOf(pod, c.Name)
+		cs := pods.Status(pod, c.Name)
 		if cs == nil || cs.State.Running == nil {
 			continue
 		}
@@ -174,7 +175,7 @@ func (s *Session) Change(i *Item, operation string, answers evaluate.Rewrites) (
 	for _, name := range append(slices.Sorted(maps.Keys(i.Status.Images)), i.Status.Restarts...) {
 		c, _ := evaluate.ContainerOf(i.Pod, name)
 		w := evaluate.Previous{Image: c.Image, Base: c.Image}
-		if cs := evaluate.StatusOf(i.Pod, name); cs != nil {
+		if cs := pods.Status(i.Pod, name); cs != nil {
 			w.ID, w.ImageID = cs.ContainerID, cs.ImageID
 		}
 		if unfinished {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
@@ -46,10 +47,10 @@ func (s *Session) SettlePreparation(i *Item) {
 		// A restart takes precedence over a preparation, which then finds another container. Neither is the pod's fault.
 		m.gaveWay = !t.commitRequested && (c.GetReason() == reasonCancelled || m.gaveWay && c.GetReason() == reasonDiffers)
 		held = c.GetReason() == reasonHeld || m.gaveWay
-		once, unchanged = slices.Contains(again, c.GetReason()), c.GetReason() == reasonUnchanged
+		once, unchanged = slices.Contains(retryable, c.GetReason()), c.GetReason() == reasonUnchanged
 	case t.op.GetPhase() != opsv1.Phase_PHASE_PREPARED && !Armed(t.op.GetPhase()):
 		if left := t.begun.Add(s.Strategy.Deadline + prepareSlack).Sub(s.Now); left > 0 {
-			*s.Wait = evaluate.Sooner(*s.Wait, left)
+			*s.Wait = retry.Sooner(*s.Wait, left)
 			return
 		}
 		t.failed = &evaluate.Failure{Reason: evaluate.FailDeadline, Message: fmt.Sprintf("node %s has not made the images ready within %s", m.node.Name, s.Strategy.Deadline)}
@@ -78,7 +79,7 @@ func (s *Session) SettlePreparation(i *Item) {
 
 // again has the pod looked at again after a while.
 func (s *Session) again(m *PodOps, after time.Duration) {
-	m.retryAt, *s.Wait = s.Now.Add(after), evaluate.Sooner(*s.Wait, after)
+	m.retryAt, *s.Wait = s.Now.Add(after), retry.Sooner(*s.Wait, after)
 }
 
 // Preparation is how far the node is with everything that the pod needs.
@@ -91,7 +92,7 @@ func (s *Session) imagesReady(i *Item) evaluate.Readiness {
 	if len(i.Status.Images) == 0 || i.Ops.Plain {
 		return evaluate.Prepared
 	}
-	if _, running := evaluate.IdsOf(i.Pod, slices.Sorted(maps.Keys(i.Status.Images))); !running {
+	if _, running := evaluate.RunningIDs(i.Pod, slices.Sorted(maps.Keys(i.Status.Images))); !running {
 		return evaluate.Prepared // there is nothing to take over from
 	}
 	s.State.mu.Lock()

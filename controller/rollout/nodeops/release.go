@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
 
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
@@ -25,12 +25,12 @@ const (
 )
 
 // releaseOnce tells each node once, and returns the nodes that have to be told again.
-func (d *Driver) releaseOnce(ctx context.Context, nodes []controller.Node, owner string) []controller.Node {
+func (d *Driver) releaseOnce(ctx context.Context, told []nodes.Node, owner string) []nodes.Node {
 	var mu sync.Mutex
-	var left []controller.Node
+	var left []nodes.Node
 	var g errgroup.Group
 	g.SetLimit(releaseParallel)
-	for _, n := range nodes {
+	for _, n := range told {
 		g.Go(func() error {
 			if _, err := d.Nodes.ReleasePins(ctx, n, owner, ""); err != nil && !troubleOf(err).final {
 				mu.Lock()
@@ -56,7 +56,7 @@ func (s *Session) Release(ctx context.Context, pods []*corev1.Pod) chan struct{}
 			s.State.nodes[node.Name] = node
 		}
 	}
-	var left []controller.Node
+	var left []nodes.Node
 	for _, name := range slices.Sorted(maps.Keys(s.State.nodes)) {
 		left = append(left, s.State.nodes[name])
 	}
@@ -71,7 +71,7 @@ func (s *Session) Release(ctx context.Context, pods []*corev1.Pod) chan struct{}
 		defer cancel()
 		for wait := retryInterval; ; wait = min(2*wait, retryIntervalMax) {
 			left = s.Driver.releaseOnce(ctx, left, owner)
-			if len(left) == 0 || !evaluate.Pause(ctx, wait) {
+			if len(left) == 0 || !Pause(ctx, wait) {
 				break
 			}
 		}

@@ -19,7 +19,9 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
@@ -61,8 +63,8 @@ const (
 // reasonHeld is the node's reason for a prepared upgrade that was not committed within holdFor.
 const reasonHeld = "HoldTimeout"
 
-// again are the node's reasons for which a preparation is worth another try: the node has changed nothing, and the obstacle has passed.
-var again = []string{"HoldTimeout", "TakenBackByKubelet", "ExpectedIDDiffers", "ContainerNotRunning", "Cancelled", "Aborted", "JournalError", "RuntimeError", "PodStopping", "NotFound"} //nolint:gochecknoglobals // a constant
+// retryable are the node's reasons for which a preparation is worth another try: the node has changed nothing, and the obstacle has passed.
+var retryable = []string{"HoldTimeout", "TakenBackByKubelet", "ExpectedIDDiffers", "ContainerNotRunning", "Cancelled", "Aborted", "JournalError", "RuntimeError", "PodStopping", "NotFound"} //nolint:gochecknoglobals // a constant
 
 // Prepare has the node of a pod prepare the change: check the tags, and pull the images.
 func (s *Session) Prepare(ctx context.Context, i *Item) {
@@ -177,7 +179,7 @@ func (s *Session) Prepare(ctx context.Context, i *Item) {
 
 // upgradeUID returns the UID of the node's operation that upgrades a pod.
 func (s *Session) upgradeUID(i *Item) string {
-	ids, _ := evaluate.IdsOf(i.Pod, slices.Sorted(maps.Keys(i.Status.Images)))
+	ids, _ := evaluate.RunningIDs(i.Pod, slices.Sorted(maps.Keys(i.Status.Images)))
 	return evaluate.OperationUID("u", i.Goal, i.Pod, ids, i.Ops.round)
 }
 
@@ -186,16 +188,16 @@ func (s *Session) prepareRequest(ctx context.Context, i *Item, uid string) *opsv
 	for _, name := range slices.Sorted(maps.Keys(i.Status.Images)) {
 		c, _ := evaluate.ContainerOf(i.Pod, name)
 		u := &opsv1.ContainerUpgrade{Name: name, Image: i.Status.Images[name], Order: opsv1.Order_ORDER_STOP_FIRST}
-		if cs := evaluate.StatusOf(i.Pod, name); cs != nil {
+		if cs := pods.Status(i.Pod, name); cs != nil {
 			u.ExpectedContainerId = cs.ContainerID
 		}
 		if c.StartupProbe != nil {
-			u.HoldProbes = controller.HoldProbes(c, s.Driver.Carries(ctx, i.Pod))
+			u.HoldProbes = pods.HoldProbes(c, s.Driver.Carries(ctx, i.Pod))
 		}
 		if s.Strategy.StartFirst {
 			u.Order, u.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, s.Strategy.BesideSeconds()
 		}
-		u.RunAsNonRoot, u.RunAsUser = controller.RunAs(i.Pod, c)
+		u.RunAsNonRoot, u.RunAsUser = pods.RunAs(i.Pod, c)
 		request.Containers = append(request.Containers, u)
 	}
 	return request
@@ -267,7 +269,7 @@ func (s *Session) Commit(i *Item) {
 				w.wake()
 				return
 			}
-			if !evaluate.Pause(ctx, min(retryInterval<<min(tries, 4), retryIntervalMax)) {
+			if !Pause(ctx, min(retryInterval<<min(tries, 4), retryIntervalMax)) {
 				return
 			}
 		}
@@ -276,7 +278,7 @@ func (s *Session) Commit(i *Item) {
 
 // abort tells a node to take back an upgrade. If the node cannot be reached, the upgrade ends there after holdFor. The caller holds the
 // mutex of the state.
-func (s *Session) abort(node controller.Node, t *nodeOperation, why string) {
+func (s *Session) abort(node nodes.Node, t *nodeOperation, why string) {
 	if t == nil || t.op == nil || t.op.GetFinishTime() != nil || t.op.GetKind() == "Restart" {
 		return
 	}
@@ -315,11 +317,11 @@ func (s *Session) AbortMarked(m *PodOps, why string) {
 	}
 }
 
-func (s *Session) takeBack(node controller.Node, uid, why string) {
+func (s *Session) takeBack(node nodes.Node, uid, why string) {
 	s.Driver.Crew.Do(func(ctx context.Context) {
 		for tries := range 5 {
 			_, err := s.Driver.Nodes.AbortUpgrade(ctx, node, uid, why)
-			if t := troubleOf(err); err == nil || t.final || t.stale || !evaluate.Pause(ctx, retryInterval<<tries) {
+			if t := troubleOf(err); err == nil || t.final || t.stale || !Pause(ctx, retryInterval<<tries) {
 				return
 			}
 		}
@@ -347,7 +349,7 @@ func (s *Session) Follow(ctx context.Context, i *Item) {
 }
 
 // listen follows an operation that was begun before. If the node does not know it, or not any more, it has ended.
-func (s *Session) listen(t *nodeOperation, node controller.Node, pod string) {
+func (s *Session) listen(t *nodeOperation, node nodes.Node, pod string) {
 	c := &operationTracker{d: s.Driver, w: s.State, t: t, node: node, pod: pod, timeout: s.Strategy.Deadline}
 	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
 		op, err := s.Driver.Nodes.GetOperation(ctx, node, t.uid)
@@ -432,17 +434,17 @@ func (s *Session) restartRequest(ctx context.Context, i *Item) *opsv1.RestartReq
 			continue
 		}
 		want := &opsv1.ContainerRestart{Name: name, ExpectedContainerId: old.ID, GracePeriodSeconds: s.Strategy.Grace}
-		want.RunAsNonRoot, want.RunAsUser = controller.RunAs(i.Pod, c)
+		want.RunAsNonRoot, want.RunAsUser = pods.RunAs(i.Pod, c)
 		if c.StartupProbe != nil {
-			want.HoldProbes = controller.HoldProbes(c, s.Driver.Carries(ctx, i.Pod))
+			want.HoldProbes = pods.HoldProbes(c, s.Driver.Carries(ctx, i.Pod))
 		}
 		if s.Strategy.StartFirst {
 			want.Order, want.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, s.Strategy.BesideSeconds()
 		}
 		if c.Lifecycle != nil {
 			// A hook that cannot be resolved is left out: kubelet could not run it either.
-			want.PreStop, _ = controller.HookOf(c, c.Lifecycle.PreStop, i.Pod.Status.PodIP)
-			want.PostStart, _ = controller.HookOf(c, c.Lifecycle.PostStart, i.Pod.Status.PodIP)
+			want.PreStop, _ = pods.Hook(c, c.Lifecycle.PreStop, i.Pod.Status.PodIP)
+			want.PostStart, _ = pods.Hook(c, c.Lifecycle.PostStart, i.Pod.Status.PodIP)
 		}
 		request.Containers = append(request.Containers, want)
 	}
@@ -488,7 +490,7 @@ func (s *Session) Trouble(items []*Item) string {
 			all = append(all, t.api)
 		}
 		for _, t := range all {
-			if t.Count >= controller.APITries {
+			if t.Count >= apierror.Tries {
 				return fmt.Sprintf("pod %s cannot be changed, %d tries have failed since %s: %s", i.Pod.Name, t.Count, t.Since.UTC().Format(time.RFC3339), t.Text)
 			}
 		}

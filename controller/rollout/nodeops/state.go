@@ -12,7 +12,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
@@ -23,7 +23,7 @@ type State struct {
 	uid  types.UID
 	wake func()
 	// nodes are the nodes that were told anything, and may hold pins.
-	nodes map[string]controller.Node
+	nodes map[string]nodes.Node
 
 	mu   sync.Mutex
 	pods map[types.UID]*PodOps
@@ -31,7 +31,7 @@ type State struct {
 }
 
 func NewState(uid types.UID, wake func()) *State {
-	return &State{uid: uid, wake: wake, nodes: map[string]controller.Node{}, pods: map[types.UID]*PodOps{}, keys: map[string]*keys{}}
+	return &State{uid: uid, wake: wake, nodes: map[string]nodes.Node{}, pods: map[types.UID]*PodOps{}, keys: map[string]*keys{}}
 }
 
 // Size returns how many pods there are.

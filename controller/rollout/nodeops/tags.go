@@ -14,6 +14,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
@@ -26,7 +27,7 @@ const reasonMoved = "ImageMoved"
 
 // tagUID returns the UID of the node's operation that checks the tag of a container.
 func (w *State) tagUID(m *PodOps, pod *corev1.Pod, container string) string {
-	ids, _ := evaluate.IdsOf(pod, []string{container})
+	ids, _ := evaluate.RunningIDs(pod, []string{container})
 	return evaluate.OperationUID("t", evaluate.Goal{Rollout: w.uid, Revision: m.revision}, pod, ids, m.tagTries)
 }
 
@@ -113,17 +114,17 @@ func (s *Session) SettleTags(i *Item) {
 		if t.tag != evaluate.TagUnknown || t.over {
 			continue
 		}
-		reason, retry := evaluate.Culprit(t.op).GetReason(), false
+		reason, again := evaluate.Culprit(t.op).GetReason(), false
 		switch {
 		case t.failed != nil:
-			retry = t.stale
+			again = t.stale
 		case t.op.GetFinishTime() == nil && t.op.GetPhase() == opsv1.Phase_PHASE_PREPARED:
 			// The node knows the container with another image than the pod has: kubelet is about to replace it.
 			s.abort(m.node, t, "the container has another image than the pod's spec")
-			t.failed, retry = &evaluate.Failure{Reason: evaluate.FailPreparation, Message: fmt.Sprintf("container %s: what runs on node %s is of another image than the pod's spec has", name, m.node.Name)}, true
+			t.failed, again = &evaluate.Failure{Reason: evaluate.FailPreparation, Message: fmt.Sprintf("container %s: what runs on node %s is of another image than the pod's spec has", name, m.node.Name)}, true
 		case t.op.GetFinishTime() == nil:
 			if left := t.begun.Add(s.Strategy.Deadline + prepareSlack).Sub(s.Now); left > 0 {
-				*s.Wait = evaluate.Sooner(*s.Wait, left)
+				*s.Wait = retry.Sooner(*s.Wait, left)
 				continue
 			}
 			s.abort(m.node, t, "it took too long")
@@ -135,12 +136,12 @@ func (s *Session) SettleTags(i *Item) {
 			t.tag = evaluate.TagMoved
 			continue
 		default:
-			t.failed, retry = &evaluate.Failure{Reason: evaluate.FailPreparation, Message: evaluate.AccountOf(t.op)}, slices.Contains(again, reason)
+			t.failed, again = &evaluate.Failure{Reason: evaluate.FailPreparation, Message: evaluate.AccountOf(t.op)}, slices.Contains(retryable, reason)
 			if reason != "" {
 				t.failed.Reason = reason
 			}
 		}
-		if retry && m.tagTries < roundsMax {
+		if again && m.tagTries < roundsMax {
 			m.tagTries++
 			s.again(m, min(retryInterval<<m.tagTries, retryIntervalMax))
 		}

@@ -13,6 +13,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 )
 
 // Subject names what has failed: a pod, or a workload.
@@ -29,15 +30,7 @@ func SetCondition(s *inplace.InPlaceRolloutStatus, kind string, is bool, reason,
 	if is {
 		status = metav1.ConditionTrue
 	}
-	meta.SetStatusCondition(&s.Conditions, metav1.Condition{Type: kind, Status: status, Reason: reason, Message: Clip(message, 1000), ObservedGeneration: s.ObservedGeneration})
-}
-
-// Clip returns at most the first bytes of a text.
-func Clip(text string, most int) string {
-	if len(text) <= most {
-		return text
-	}
-	return strings.ToValidUTF8(text[:most], "") + "…"
+	meta.SetStatusCondition(&s.Conditions, metav1.Condition{Type: kind, Status: status, Reason: reason, Message: objects.Clip(message, 1000), ObservedGeneration: s.ObservedGeneration})
 }
 
 // Reasons of Events, besides those of conditions.
@@ -64,7 +57,7 @@ func Announce(recorder events.EventRecorder, about client.Object, kind, reason, 
 	if recorder == nil {
 		return
 	}
-	recorder.Eventf(about, nil, kind, reason, eventAction, "%s", Clip(text, 1000)) // the API's limit is 1024
+	recorder.Eventf(about, nil, kind, reason, eventAction, "%s", objects.Clip(text, 1000)) // the API's limit is 1024
 }
 
 // Describe says in words what happens to the containers.

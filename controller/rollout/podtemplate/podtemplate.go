@@ -14,6 +14,8 @@ import (
 	apiequality "k8s.io/apimachinery/pkg/api/equality"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
@@ -21,7 +23,7 @@ import (
 func Images(t *corev1.PodTemplateSpec) map[string]string {
 	images := map[string]string{}
 	pod := &corev1.Pod{Spec: t.Spec}
-	for _, name := range evaluate.ContainersOf(pod) {
+	for _, name := range pods.Names(pod) {
 		c, _ := evaluate.ContainerOf(pod, name)
 		images[name] = c.Image
 	}
@@ -43,14 +45,14 @@ func Of(object client.Object) *corev1.PodTemplateSpec {
 	return &corev1.PodTemplateSpec{}
 }
 
-// Diff returns those of the images that a template does not have yet. The error is a *SpecError.
+// Diff returns those of the images that a template does not have yet. The error is a *apierror.SpecError.
 func Diff(t *corev1.PodTemplateSpec, images map[string]string, what string) (map[string]string, error) {
 	have := Images(t)
 	diff := map[string]string{}
 	for name, image := range images {
 		switch was, ok := have[name]; {
 		case !ok:
-			return nil, evaluate.Wrong("%s", evaluate.Lacks("the template of "+what, name, evaluate.ToChange, slices.Sorted(maps.Keys(have))))
+			return nil, apierror.Wrong("%s", evaluate.Lacks("the template of "+what, name, evaluate.ToChange, slices.Sorted(maps.Keys(have))))
 		case was != image:
 			diff[name] = image
 		}
@@ -111,7 +113,7 @@ func SameButImages(a, b *corev1.PodTemplateSpec) bool {
 			t.Labels = nil
 		}
 		pod := &corev1.Pod{Spec: t.Spec}
-		for _, name := range evaluate.ContainersOf(pod) {
+		for _, name := range pods.Names(pod) {
 			c, _ := evaluate.ContainerOf(pod, name)
 			c.Image = ""
 		}

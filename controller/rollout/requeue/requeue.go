@@ -7,18 +7,18 @@ package requeue
 import (
 	"time"
 
-	"k8s.io/client-go/util/workqueue"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
-	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+
+	"github.com/cri-proxy/cri-proxy/controller/retry"
 )
 
 // Options returns the options of a controller. A request that fails is tried again after 50 ms, later every 30 s.
 func Options(workers int) controller.Options {
 	return controller.Options{
 		MaxConcurrentReconciles: workers,
-		RateLimiter:             workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](50*time.Millisecond, 30*time.Second),
+		RateLimiter:             retry.RateLimiter(),
 	}
 }
 

@@ -15,6 +15,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
@@ -45,7 +47,7 @@ func (e *Env) findDeployment(ctx context.Context, d *appsv1.Deployment) (*Target
 	}
 	selector, err := metav1.LabelSelectorAsSelector(d.Spec.Selector)
 	if err != nil {
-		return nil, evaluate.Wrong("the selector of Deployment %s: %s", d.Name, err)
+		return nil, apierror.Wrong("the selector of Deployment %s: %s", d.Name, err)
 	}
 	var list appsv1.ReplicaSetList
 	if err := e.Client.List(ctx, &list, client.InNamespace(d.Namespace), client.MatchingLabelsSelector{Selector: selector}); err != nil {
@@ -88,7 +90,7 @@ func (w *deployment) ours() bool {
 // touched returns true if somebody has changed images of the template since the rollout last wrote the Deployment.
 func (w *deployment) touched() bool {
 	_, sum := cutLast(w.d.Annotations[inplace.TemplateAnnotation])
-	return w.holds() && sum != "" && sum != evaluate.Hash(podtemplate.Images(&w.d.Spec.Template))
+	return w.holds() && sum != "" && sum != objects.Hash(podtemplate.Images(&w.d.Spec.Template))
 }
 
 // holds returns true if the rollout has paused the Deployment for its present goal. The annotation alone does not say that: kubectl

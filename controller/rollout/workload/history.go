@@ -15,6 +15,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
@@ -178,7 +179,7 @@ func clean(annotations map[string]any) map[string]any {
 
 // copyOf returns a ReplicaSet of the Deployment with a template and without pods.
 func (w *deployment) copyOf(t *corev1.PodTemplateSpec, number string) *appsv1.ReplicaSet {
-	label := evaluate.Hash(t.Spec, t.Annotations, number) // a ReplicaSet that was made from this template may be the present one
+	label := objects.Hash(t.Spec, t.Annotations, number) // a ReplicaSet that was made from this template may be the present one
 	t.Labels = maps.Clone(t.Labels)
 	if t.Labels == nil {
 		t.Labels = map[string]string{}

@@ -9,6 +9,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
@@ -34,10 +35,10 @@ func (t *Target) FindPrevious(images, previous map[string]string) bool {
 }
 
 // Usual returns the image that most pods have in a container, other than besides.
-func Usual(pods []*corev1.Pod, name, besides string) string {
+func Usual(list []*corev1.Pod, name, besides string) string {
 	counts := map[string]int{}
-	for _, pod := range pods {
-		if c, _ := evaluate.ContainerOf(pod, name); c != nil && evaluate.Active(pod) && c.Image != besides {
+	for _, pod := range list {
+		if c, _ := evaluate.ContainerOf(pod, name); c != nil && pods.Active(pod) && c.Image != besides {
 			counts[c.Image]++
 		}
 	}

@@ -11,7 +11,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
-	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 )
 
 // PutBackAnnotation of a workload's own rollout is the generation of the workload in which a rollback has put back its template, and
@@ -25,7 +25,7 @@ func PutBack(o client.Object, generation int64) string {
 
 // AppliedTo returns a hash of the manifest that kubectl apply last wrote on the client's side.
 func AppliedTo(o client.Object) string {
-	return evaluate.Hash(o.GetAnnotations()[corev1.LastAppliedConfigAnnotation])
+	return objects.Hash(o.GetAnnotations()[corev1.LastAppliedConfigAnnotation])
 }
 
 // ShapeOf returns a hash of the spec of a workload without its template.
@@ -34,11 +34,11 @@ func ShapeOf(o client.Object) string {
 	case *appsv1.StatefulSet:
 		spec := o.Spec.DeepCopy()
 		spec.Template = corev1.PodTemplateSpec{}
-		return evaluate.Hash(spec)
+		return objects.Hash(spec)
 	case *appsv1.DaemonSet:
 		spec := o.Spec.DeepCopy()
 		spec.Template = corev1.PodTemplateSpec{}
-		return evaluate.Hash(spec)
+		return objects.Hash(spec)
 	}
 	return ""
 }

@@ -12,7 +12,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/objects"
 )
 
 // The template of a workload belongs to its user. A rollout writes its images there once, with an annotation that says so. If somebody
@@ -39,7 +39,7 @@ func (e *Env) templateKey() string {
 
 // templateMark returns the annotation of a workload whose template gets these images.
 func (e *Env) templateMark(images map[string]string) map[string]any {
-	return map[string]any{inplace.TemplateAnnotation: e.templateKey() + "/" + evaluate.Hash(images)}
+	return map[string]any{inplace.TemplateAnnotation: e.templateKey() + "/" + objects.Hash(images)}
 }
 
 // noteTemplate remembers that the template was written, unless err says that it was not. The annotation is not enough: people who

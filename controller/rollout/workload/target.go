@@ -18,8 +18,9 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/mirrorpod"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
 )
 
 // Target is what a rollout is about: pods, and perhaps the workload that creates them.
@@ -41,7 +42,7 @@ type Target struct {
 	Mirrors int
 }
 
-// Find reads the target. The error is a *SpecError if the user can correct it.
+// Find reads the target. The error is a *apierror.SpecError if the user can correct it.
 func (e *Env) Find(ctx context.Context) (*Target, error) {
 	t := e.Rollout.Spec.Target
 	switch {
@@ -53,15 +54,15 @@ func (e *Env) Find(ctx context.Context) (*Target, error) {
 			return nil, err
 		}
 		e.Choose(selector)
-		pods, err := e.list(ctx, selector)
+		all, err := e.list(ctx, selector)
 		if err != nil {
 			return nil, err
 		}
 		found := &Target{What: "pods with " + metav1.FormatLabelSelector(t.Selector)}
-		found.Pods = slices.DeleteFunc(pods, mirrorpod.Is)
-		found.Mirrors = len(pods) - len(found.Pods)
+		found.Pods = slices.DeleteFunc(all, mirrorpod.Is)
+		found.Mirrors = len(all) - len(found.Pods)
 		for _, pod := range found.Pods {
-			if evaluate.Active(pod) {
+			if pods.Active(pod) {
 				found.Desired++
 			}
 		}
@@ -70,14 +71,14 @@ func (e *Env) Find(ctx context.Context) (*Target, error) {
 	case t.WorkloadRef != nil:
 		return e.findWorkload(ctx, t.WorkloadRef)
 	}
-	return nil, evaluate.Wrong("spec.target names neither podName, nor selector, nor workloadRef: set one of them")
+	return nil, apierror.Wrong("spec.target names neither podName, nor selector, nor workloadRef: set one of them")
 }
 
-// SelectorOf reads the selector of a target. The error is a *SpecError.
+// SelectorOf reads the selector of a target. The error is a *apierror.SpecError.
 func SelectorOf(s *metav1.LabelSelector) (labels.Selector, error) {
 	selector, err := metav1.LabelSelectorAsSelector(s)
 	if err != nil {
-		return nil, evaluate.Wrong("spec.target.selector: %s", err)
+		return nil, apierror.Wrong("spec.target.selector: %s", err)
 	}
 	return selector, nil
 }

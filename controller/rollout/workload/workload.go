@@ -22,6 +22,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
@@ -79,7 +80,7 @@ type Workload interface {
 	// image returns the image of a container in the template; empty if there is no such container.
 	image(container string) string
 	// SyncTemplate writes the images into the template. Pods have to wait until it is ready; why says what it waits for. The
-	// error is a *SpecError if the user can correct it.
+	// error is a *apierror.SpecError if the user can correct it.
 	SyncTemplate(ctx context.Context, images map[string]string) (ready bool, why string, err error)
 	// NotInPlaceReason says why a pod cannot get what the template has in place; empty if it can.
 	NotInPlaceReason(pod *corev1.Pod) string
@@ -94,7 +95,7 @@ type Workload interface {
 	Object() client.Object
 }
 
-// Read reads the workload of a target; nil if it does not exist. The error is a *SpecError if the user can correct it: if the pods of
+// Read reads the workload of a target; nil if it does not exist. The error is a *apierror.SpecError if the user can correct it: if the pods of
 // the workload cannot be changed in place.
 func Read(ctx context.Context, from client.Reader, namespace string, ref *inplace.WorkloadRef) (client.Object, error) {
 	var object client.Object
@@ -106,7 +107,7 @@ func Read(ctx context.Context, from client.Reader, namespace string, ref *inplac
 	case KindDaemonSet:
 		object = &appsv1.DaemonSet{}
 	default:
-		return nil, evaluate.Wrong("spec.target.workloadRef: kind %s is none of Deployment, StatefulSet and DaemonSet", ref.Kind)
+		return nil, apierror.Wrong("spec.target.workloadRef: kind %s is none of Deployment, StatefulSet and DaemonSet", ref.Kind)
 	}
 	err := from.Get(ctx, client.ObjectKey{Namespace: namespace, Name: ref.Name}, object)
 	switch {
@@ -115,7 +116,7 @@ func Read(ctx context.Context, from client.Reader, namespace string, ref *inplac
 	case err != nil:
 		return nil, err
 	case object.GetDeletionTimestamp() != nil:
-		return nil, evaluate.Wrong("%s %s is being deleted", ref.Kind, ref.Name)
+		return nil, apierror.Wrong("%s %s is being deleted", ref.Kind, ref.Name)
 	}
 	strategy := ""
 	switch o := object.(type) {
@@ -127,7 +128,7 @@ func Read(ctx context.Context, from client.Reader, namespace string, ref *inplac
 		return object, nil
 	}
 	if strategy != onDeleteStrategy {
-		return nil, evaluate.Wrong("%s %s has updateStrategy %s, with which its controller replaces the pods: set updateStrategy.type to %s", ref.Kind, ref.Name, strategy, onDeleteStrategy)
+		return nil, apierror.Wrong("%s %s has updateStrategy %s, with which its controller replaces the pods: set updateStrategy.type to %s", ref.Kind, ref.Name, strategy, onDeleteStrategy)
 	}
 	return object, nil
 }
@@ -143,7 +144,7 @@ func (e *Env) findWorkload(ctx context.Context, ref *inplace.WorkloadRef) (*Targ
 		return nil, err
 	}
 	if object == nil {
-		return nil, evaluate.Wrong("%s", NotThere(e.Rollout.Namespace, ref))
+		return nil, apierror.Wrong("%s", NotThere(e.Rollout.Namespace, ref))
 	}
 	var found *Target
 	switch o := object.(type) {
@@ -165,7 +166,7 @@ func (e *Env) findWorkload(ctx context.Context, ref *inplace.WorkloadRef) (*Targ
 func (e *Env) podsOf(ctx context.Context, selector *metav1.LabelSelector, owner types.UID) ([]*corev1.Pod, error) {
 	s, err := metav1.LabelSelectorAsSelector(selector)
 	if err != nil {
-		return nil, evaluate.Wrong("the selector of %s: %s", e.Rollout.Spec.Target.WorkloadRef.Name, err)
+		return nil, apierror.Wrong("the selector of %s: %s", e.Rollout.Spec.Target.WorkloadRef.Name, err)
 	}
 	e.Choose(s)
 	pods, err := e.list(ctx, s)

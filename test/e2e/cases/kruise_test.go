@@ -34,7 +34,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/yaml"
 
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/api/scheme"
 	"github.com/cri-proxy/cri-proxy/controller/admission"
 	"github.com/cri-proxy/cri-proxy/test/kruiseapi"
 	"github.com/cri-proxy/cri-proxy/test/testbed"
@@ -69,7 +69,7 @@ func (m hookMux) Register(path string, hook http.Handler) { m.Handle(path, hook)
 // serveWebhooks serves the controller's webhooks in this process and registers them as deploy/webhook does, for some namespaces.
 func serveWebhooks(t *testing.T, name string, namespaces ...string) {
 	t.Helper()
-	scheme, err := controller.NewScheme()
+	scheme, err := scheme.New()
 	must(t, err)
 	config, err := clientcmd.BuildConfigFromFlags("", bed.Kubeconfig)
 	must(t, err)

@@ -24,7 +24,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
-	"github.com/cri-proxy/cri-proxy/controller"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
@@ -261,7 +261,7 @@ func (b *together) hungNodes() {
 		}
 	}()
 	add := func(node, address string, pods int) {
-		n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node, Annotations: map[string]string{controller.OpsAddressAnnotation: address}}}
+		n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node, Annotations: map[string]string{nodes.AddressAnnotation: address}}}
 		must(t, cluster.Create(t.Context(), n))
 		bare := n.DeepCopy()
 		n.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionTrue, LastHeartbeatTime: metav1.Now()}}
