@@ -66,7 +66,8 @@ func (p *pass) step(ctx context.Context, i *nodeops.Item) error {
 	return nil
 }
 
-// sparesJob returns true if the change of a pod would not end its Job: each new container counts as a restart there.
+// sparesJob returns true if the change of a pod would not end its Job: each new container counts as
+// a restart there.
 func (p *pass) sparesJob(ctx context.Context, i *nodeops.Item) (bool, error) {
 	if p.rollout.Annotations[jobbudget.IgnoreAnnotation] == "true" {
 		return true, nil
@@ -94,12 +95,14 @@ func takenAs(rollout *inplace.InPlaceRollout, pod *corev1.Pod) string {
 
 // setGates closes the pod's gates for a rollout. With an empty UID it opens them.
 func (p *pass) setGates(ctx context.Context, i *nodeops.Item, rollout types.UID) error {
-	patch, err := evaluate.GatePatch(i.Pod, rollout, "changes containers of InPlaceRollout "+p.rollout.Name, stamp(p.now).Time)
+	patch, err := evaluate.GatePatch(i.Pod, rollout, "changes containers of InPlaceRollout "+p.rollout.Name,
+		stamp(p.now).Time)
 	if err != nil {
 		return err
 	}
 	target := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: i.Pod.Namespace, Name: i.Pod.Name}}
-	if err := p.r.Client.Status().Patch(ctx, target, client.RawPatch(types.StrategicMergePatchType, patch)); err != nil {
+	if err := p.r.Client.Status().Patch(ctx, target, client.RawPatch(types.StrategicMergePatchType,
+		patch)); err != nil {
 		if rollout != "" {
 			err = dryrun.Denied(err, "pod "+i.Pod.Name)
 		}
@@ -152,7 +155,8 @@ func (p *pass) write(ctx context.Context, i *nodeops.Item, operation string) err
 		p.ops.AbortMarked(i.Ops, "the pod was changed otherwise")
 	}
 	p.r.Metrics.Wrote("pod")
-	p.log.WithField("pod", i.Pod.Name).WithField("op", operation).WithField("revision", i.Goal.Revision).Info("pod changed")
+	p.log.WithField("pod", i.Pod.Name).WithField("op", operation).WithField("revision",
+		i.Goal.Revision).Info("pod changed")
 	got := evaluate.RewritesOf(change.Images, podtemplate.PodImages(target))
 	if name, differs := got.Differs(answers, change.Images); differs {
 		asked := change.Images[name]
@@ -166,7 +170,8 @@ func (p *pass) relabel(ctx context.Context, i *nodeops.Item) error {
 	if !i.Unlabelled {
 		return nil
 	}
-	meta := map[string]any{"uid": i.Pod.UID, "resourceVersion": i.Pod.ResourceVersion, "labels": map[string]any{podtemplate.RevisionLabel: p.target.Workload.RevisionLabel(&i.PodRef, nil)}}
+	meta := map[string]any{"uid": i.Pod.UID, "resourceVersion": i.Pod.ResourceVersion,
+		"labels": map[string]any{podtemplate.RevisionLabel: p.target.Workload.RevisionLabel(&i.PodRef, nil)}}
 	if p.target.Workload.NeedsRestart(i.Pod) { // as in a pod made anew
 		var at any
 		if value := podtemplate.Of(p.target.Workload.Object()).Annotations[evaluate.RestartedAt]; value != "" {
@@ -187,7 +192,8 @@ func (p *pass) relabel(ctx context.Context, i *nodeops.Item) error {
 	return nil
 }
 
-// stamp returns the time in the API's resolution of one second, rounded up, so that a wait that is counted from it is never too short.
+// stamp returns the time in the API's resolution of one second, rounded up, so that a wait that is
+// counted from it is never too short.
 func stamp(now time.Time) metav1.Time {
 	return metav1.NewTime(now.Add(time.Second - 1).Truncate(time.Second))
 }

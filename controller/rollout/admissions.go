@@ -23,11 +23,13 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
 )
 
-// If several rollouts are about the same pods, one of them is at work at a time, even if their containers differ: a pod has one state
-// annotation and one gate, and one rollout would undo the images of the other. The others wait until it has ended as a whole.
+// If several rollouts are about the same pods, one of them is at work at a time, even if their
+// containers differ: a pod has one state annotation and one gate, and one rollout would undo the
+// images of the other. The others wait until it has ended as a whole.
 //
-// The reconciler admits one rollout after the other, and remembers them: the cache may not show yet what an admitted rollout has written. After
-// a restart of the controller the rollouts that had begun are first.
+// The reconciler admits one rollout after the other, and remembers them: the cache may not show yet
+// what an admitted rollout has written. After a restart of the controller the rollouts that had
+// begun are first.
 
 // admissions are the rollouts that were admitted.
 type admissions struct {
@@ -40,8 +42,11 @@ type admissions struct {
 	order map[types.UID]uint64
 }
 
-// admit admits a rollout with these pods, unless another rollout goes first. Then it returns that one, and what both are about.
-func (a *admissions) admit(ctx context.Context, from client.Reader, rollout *inplace.InPlaceRollout, pods []*corev1.Pod) (*inplace.InPlaceRollout, string, error) {
+// admit admits a rollout with these pods, unless another rollout goes first. Then it returns that
+// one, and what both are about.
+func (a *admissions) admit(
+	ctx context.Context, from client.Reader, rollout *inplace.InPlaceRollout, pods []*corev1.Pod,
+) (*inplace.InPlaceRollout, string, error) {
 	a.choosing.Lock()
 	defer a.choosing.Unlock()
 	var list inplace.InPlaceRolloutList
@@ -52,7 +57,8 @@ func (a *admissions) admit(ctx context.Context, from client.Reader, rollout *inp
 	shared := ""
 	for i := range list.Items {
 		other := &list.Items[i]
-		if other.UID == rollout.UID || !a.before(other, rollout) || !a.atWork(other) || first != nil && !a.before(other, first) {
+		if other.UID == rollout.UID || !a.before(other, rollout) || !a.atWork(other) || first != nil &&
+			!a.before(other, first) {
 			continue
 		}
 		if what := check.SharedWith(pods, rollout, other); what != "" {
@@ -102,8 +108,8 @@ func (a *admissions) atWork(o *inplace.InPlaceRollout) bool {
 	return !refused || a.placeOf(o) != 0
 }
 
-// before returns true if the first rollout goes before the other: the one that was admitted first, then the one that had begun before the
-// controller was started, then the older one, then by name.
+// before returns true if the first rollout goes before the other: the one that was admitted first,
+// then the one that had begun before the controller was started, then the older one, then by name.
 func (a *admissions) before(one, other *inplace.InPlaceRollout) bool {
 	x, y := a.placeOf(one), a.placeOf(other)
 	switch {
@@ -120,10 +126,12 @@ func (a *admissions) before(one, other *inplace.InPlaceRollout) bool {
 	}
 	m, since := begun(one)
 	n, otherSince := begun(other)
-	return cmp.Or(cmp.Compare(m, n), since.Compare(otherSince), one.CreationTimestamp.Compare(other.CreationTimestamp.Time), strings.Compare(one.Name, other.Name)) < 0
+	return cmp.Or(cmp.Compare(m, n), since.Compare(otherSince),
+		one.CreationTimestamp.Compare(other.CreationTimestamp.Time), strings.Compare(one.Name, other.Name)) < 0
 }
 
-// queue has the rollout wait for another one: it releases its pods, and its status says for whom it waits.
+// queue has the rollout wait for another one: it releases its pods, and its status says for whom it
+// waits.
 func (p *pass) queue(ctx context.Context, first *inplace.InPlaceRollout, shared string) error {
 	if undoing(p.rollout, &p.strategy) {
 		p.goal = p.goal.Rollback(&p.rollout.Status, p.target.Workload != nil)
@@ -131,7 +139,8 @@ func (p *pass) queue(ctx context.Context, first *inplace.InPlaceRollout, shared 
 	if _, err := p.release(ctx, "it waits for InPlaceRollout "+first.Name); err != nil {
 		return err
 	}
-	text := fmt.Sprintf("waiting for InPlaceRollout %s, which is at work on %s: it goes on when that one has ended, or is deleted", first.Name, shared)
+	text := fmt.Sprintf("waiting for InPlaceRollout %s, which is at work on %s: it goes on when that one has ended, "+
+		"or is deleted", first.Name, shared)
 	next := p.rollout.Status.DeepCopy()
 	next.ObservedGeneration, next.Message = p.rollout.Generation, text
 	setProgressing(next, true, inplace.ReasonQueued, text)

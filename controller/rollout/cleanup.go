@@ -25,8 +25,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
-// cleanup releases the pins of a rollout that has ended, removes its finalizer, and deletes the rollout when ttlSecondsAfterFinished has
-// passed.
+// cleanup releases the pins of a rollout that has ended, removes its finalizer, and deletes the
+// rollout when ttlSecondsAfterFinished has passed.
 func (p *pass) cleanup(ctx context.Context) error {
 	if slices.Contains(p.rollout.Finalizers, inplace.RolloutFinalizer) {
 		if p.work.released == nil {
@@ -71,8 +71,8 @@ func (p *pass) releasePins(ctx context.Context) {
 	p.work.released = p.ops.Release(ctx, pods)
 }
 
-// finalize ends a rollout that is being deleted: nodes take back what they have prepared, the pods go back into service, the Deployment
-// goes on, and the pins are released.
+// finalize ends a rollout that is being deleted: nodes take back what they have prepared, the pods
+// go back into service, the Deployment goes on, and the pins are released.
 func (p *pass) finalize(ctx context.Context) error {
 	key := client.ObjectKeyFromObject(p.rollout)
 	if !slices.Contains(p.rollout.Finalizers, inplace.RolloutFinalizer) {
@@ -105,7 +105,8 @@ func (p *pass) finalize(ctx context.Context) error {
 	return nil
 }
 
-// undoTraces releases the pods and the workload of a rollout that has not ended. It returns true when all is done.
+// undoTraces releases the pods and the workload of a rollout that has not ended. It returns true
+// when all is done.
 func (p *pass) undoTraces(ctx context.Context) (bool, error) {
 	var why *apierror.SpecError
 	var err error
@@ -118,8 +119,8 @@ func (p *pass) undoTraces(ctx context.Context) (bool, error) {
 	return p.release(ctx, "the InPlaceRollout was deleted")
 }
 
-// release lets the pods and the workload go: nodes take back what they have prepared, the pods go back into service, and the workload's
-// own controller goes on. It returns true when all is done.
+// release lets the pods and the workload go: nodes take back what they have prepared, the pods go
+// back into service, and the workload's own controller goes on. It returns true when all is done.
 func (p *pass) release(ctx context.Context, why string) (bool, error) {
 	done := true
 	there := map[types.UID]bool{}
@@ -150,7 +151,8 @@ func (p *pass) release(ctx context.Context, why string) (bool, error) {
 	return done, nil
 }
 
-// supersede ends the rollout because somebody wants something newer. First it writes that into the status, then it releases the pods.
+// supersede ends the rollout because somebody wants something newer. First it writes that into the
+// status, then it releases the pods.
 func (p *pass) supersede(ctx context.Context, text string) error {
 	next := p.rollout.Status.DeepCopy()
 	next.ObservedGeneration, next.Message = p.rollout.Generation, text

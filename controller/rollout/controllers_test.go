@@ -36,7 +36,8 @@ const hashLabel = appsv1.DefaultDeploymentUniqueLabelKey
 func templateOf(image string) corev1.PodTemplateSpec {
 	return corev1.PodTemplateSpec{
 		ObjectMeta: metav1.ObjectMeta{Labels: map[string]string{"app": "web"}},
-		Spec:       corev1.PodSpec{Containers: []corev1.Container{{Name: "app", Image: image, Env: []corev1.EnvVar{{Name: "A", Value: "b"}}}, {Name: "side", Image: "side:1"}}},
+		Spec: corev1.PodSpec{Containers: []corev1.Container{{Name: "app", Image: image,
+			Env: []corev1.EnvVar{{Name: "A", Value: "b"}}}, {Name: "side", Image: "side:1"}}},
 	}
 }
 
@@ -66,7 +67,8 @@ func (b *bed) addDaemonSet(change ...func(*appsv1.DaemonSet)) {
 	d := &appsv1.DaemonSet{
 		ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "web", UID: "uid-ds", Generation: 1},
 		Spec: appsv1.DaemonSetSpec{
-			Selector: webSelector, Template: templateOf("app:1"), UpdateStrategy: appsv1.DaemonSetUpdateStrategy{Type: appsv1.OnDeleteDaemonSetStrategyType},
+			Selector: webSelector, Template: templateOf("app:1"),
+			UpdateStrategy: appsv1.DaemonSetUpdateStrategy{Type: appsv1.OnDeleteDaemonSetStrategyType},
 		},
 	}
 	for _, f := range change {
@@ -193,8 +195,10 @@ func (b *bed) revise(owner client.Object, kind string, t *corev1.PodTemplateSpec
 	case mine == nil:
 		yes := true
 		err = b.api.Create(ctx, &appsv1.ControllerRevision{
-			ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name, Labels: map[string]string{"app": "web", podtemplate.RevisionLabel: label}, OwnerReferences: []metav1.OwnerReference{{Kind: kind, UID: owner.GetUID(), Controller: &yes}}},
-			Data:       runtime.RawExtension{Raw: data}, Revision: newest + 1,
+			ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name,
+				Labels:          map[string]string{"app": "web", podtemplate.RevisionLabel: label},
+				OwnerReferences: []metav1.OwnerReference{{Kind: kind, UID: owner.GetUID(), Controller: &yes}}},
+			Data: runtime.RawExtension{Raw: data}, Revision: newest + 1,
 		})
 	case mine.Revision < newest:
 		mine.Revision = newest + 1
@@ -215,7 +219,8 @@ func (b *bed) make(name, node, kind string, owner client.Object, t *corev1.PodTe
 	b.addPod(name, node, func(p *corev1.Pod) {
 		p.Spec.Containers = t.DeepCopy().Spec.Containers
 		p.Spec.ReadinessGates = t.Spec.ReadinessGates
-		p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: kind, Name: owner.GetName(), UID: owner.GetUID(), Controller: &yes}}
+		p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: kind, Name: owner.GetName(),
+			UID: owner.GetUID(), Controller: &yes}}
 		for k, v := range labels {
 			p.Labels[k] = v
 		}
@@ -240,7 +245,8 @@ func (b *bed) syncStatefulSet() {
 	}
 	for i := range int(*s.Spec.Replicas) {
 		if name := fmt.Sprintf("web-%d", i); b.pod(name) == nil {
-			b.make(name, fmt.Sprintf("node-%d", i%3), workload.KindStatefulSet, s, &s.Spec.Template, map[string]string{podtemplate.RevisionLabel: revision})
+			b.make(name, fmt.Sprintf("node-%d", i%3), workload.KindStatefulSet, s, &s.Spec.Template,
+				map[string]string{podtemplate.RevisionLabel: revision})
 		}
 	}
 	for _, pod := range b.pods() {
@@ -266,7 +272,8 @@ func (b *bed) syncDaemonSet() {
 	}
 	for _, node := range names {
 		if !there[node] {
-			b.make("web-of-"+node, node, workload.KindDaemonSet, d, &d.Spec.Template, map[string]string{podtemplate.RevisionLabel: revision})
+			b.make("web-of-"+node, node, workload.KindDaemonSet, d, &d.Spec.Template,
+				map[string]string{podtemplate.RevisionLabel: revision})
 		}
 	}
 }
@@ -310,9 +317,11 @@ func (b *bed) syncDeployment() {
 		t.Labels[hashLabel] = label
 		mine = &appsv1.ReplicaSet{
 			ObjectMeta: metav1.ObjectMeta{
-				Namespace: "ns", Name: "web-" + label, UID: types.UID("uid-" + label), Generation: 1, CreationTimestamp: metav1.Now(), Labels: map[string]string{"app": "web"},
-				Annotations:     map[string]string{revisionNote: strconv.Itoa(newest + 1)},
-				OwnerReferences: []metav1.OwnerReference{{Kind: workload.KindDeployment, Name: "web", UID: d.UID, Controller: &yes}},
+				Namespace: "ns", Name: "web-" + label, UID: types.UID("uid-" + label), Generation: 1,
+				CreationTimestamp: metav1.Now(), Labels: map[string]string{"app": "web"},
+				Annotations: map[string]string{revisionNote: strconv.Itoa(newest + 1)},
+				OwnerReferences: []metav1.OwnerReference{{Kind: workload.KindDeployment, Name: "web", UID: d.UID,
+					Controller: &yes}},
 			},
 			Spec: appsv1.ReplicaSetSpec{Replicas: d.Spec.Replicas, Selector: webSelector, Template: *t},
 		}
@@ -358,7 +367,8 @@ func (b *bed) syncReplicaSet(s *appsv1.ReplicaSet) {
 		b.serial++
 		name := fmt.Sprintf("%s-%03d", s.Name, b.serial)
 		b.mu.Unlock()
-		b.make(name, fmt.Sprintf("node-%d", n%3), "ReplicaSet", s, &s.Spec.Template, map[string]string{hashLabel: s.Spec.Template.Labels[hashLabel]})
+		b.make(name, fmt.Sprintf("node-%d", n%3), "ReplicaSet", s, &s.Spec.Template,
+			map[string]string{hashLabel: s.Spec.Template.Labels[hashLabel]})
 	}
 	for n := len(pods); n > int(*s.Spec.Replicas); n-- {
 		b.remove(pods[n-1].Name)

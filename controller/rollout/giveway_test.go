@@ -50,7 +50,8 @@ func TestPreparationGivesWay(t *testing.T) {
 			b.fleet.mu.Lock()
 			b.fleet.cancel(last(), "it gave way to restart x")
 			b.fleet.mu.Unlock()
-			// The restart takes a while, and the next preparation, which waits for it, finds another container.
+			// The restart takes a while, and the next preparation, which waits for it, finds
+			// another container.
 			time.Sleep(2*time.Second + time.Second)
 			b.fleet.mu.Lock()
 			if o := last(); o != nil {

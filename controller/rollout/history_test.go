@@ -45,8 +45,8 @@ func (b *bed) undo() {
 	})
 }
 
-// kubectl rollout undo goes one back after a rollout in place, too, and what comes after that is rolled in place: the pods stay, whichever
-// ReplicaSet has had an image before.
+// kubectl rollout undo goes one back after a rollout in place, too, and what comes after that is
+// rolled in place: the pods stay, whichever ReplicaSet has had an image before.
 func TestUndoGoesOneBack(t *testing.T) {
 	for _, killed := range []bool{false, true} {
 		t.Run(fmt.Sprint("killed ", killed), func(t *testing.T) {
@@ -65,14 +65,18 @@ func TestUndoGoesOneBack(t *testing.T) {
 						time.Sleep(time.Duration(70+i*290%900) * time.Millisecond)
 						b.restart()
 					}
-					b.want(b.until("ended", "web", 5*time.Minute, func(r *rollout) bool { return ended(r) && r.Status.TargetImages["app"] == image }), "True RolledOut", "3/3/3/0/0")
+					b.want(b.until("ended", "web", 5*time.Minute, func(r *rollout) bool {
+						return ended(r) &&
+							r.Status.TargetImages["app"] == image
+					}), "True RolledOut", "3/3/3/0/0")
 					time.Sleep(2 * time.Second)
 					b.atRest(workload.KindDeployment, image)
 					if after := b.uids(); fmt.Sprint(after) != fmt.Sprint(before) {
 						t.Errorf("to %s: pods %v, were %v", image, after, before)
 					}
 					sets := b.history()
-					if len(sets) < 2 || replicasOf(&sets[0]) == 0 || replicasOf(&sets[1]) != 0 || numberOf(&sets[0]) == numberOf(&sets[1]) {
+					if len(sets) < 2 || replicasOf(&sets[0]) == 0 || replicasOf(&sets[1]) != 0 ||
+						numberOf(&sets[0]) == numberOf(&sets[1]) {
 						t.Fatalf("ReplicaSets %+v", sets)
 					}
 					if got := podtemplate.Images(&sets[1].Spec.Template)["app"]; got != previous {
@@ -109,7 +113,10 @@ func TestNoHistory(t *testing.T) {
 		user(b, &appsv1.Deployment{}, func(d *appsv1.Deployment) { d.Spec.RevisionHistoryLimit = replicas(0) })
 		time.Sleep(2 * time.Second)
 		b.edit("web", func(r *rollout) { r.Spec.Containers = to("app:2") })
-		b.until("ended", "web", 5*time.Minute, func(r *rollout) bool { return ended(r) && condition(r, inplace.ConditionComplete) == "True RolledOut" })
+		b.until("ended", "web", 5*time.Minute, func(r *rollout) bool {
+			return ended(r) &&
+				condition(r, inplace.ConditionComplete) == "True RolledOut"
+		})
 		if n := len(b.history()); n != 1 {
 			t.Errorf("%d ReplicaSets", n)
 		}

@@ -18,8 +18,9 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
 )
 
-// kubelet says how the kubelets behave: how long until they see a change, and until a new container is ready. An image whose
-// name ends with :crash ends at once, with :slow never gets ready, with :gone cannot be pulled.
+// kubelet says how the kubelets behave: how long until they see a change, and until a new container
+// is ready. An image whose name ends with :crash ends at once, with :slow never gets ready, with
+// :gone cannot be pulled.
 type kubelet struct {
 	sync, start time.Duration
 	// hold says that nodes hold probes.
@@ -33,7 +34,8 @@ func setReady(pod *corev1.Pod, containers bool) {
 			status = corev1.ConditionTrue
 		}
 		if c := pods.Condition(pod, kind); c == nil {
-			pod.Status.Conditions = append(pod.Status.Conditions, corev1.PodCondition{Type: kind, Status: status, LastTransitionTime: metav1.Now()})
+			pod.Status.Conditions = append(pod.Status.Conditions, corev1.PodCondition{Type: kind, Status: status,
+				LastTransitionTime: metav1.Now()})
 		} else if c.Status != status {
 			c.Status, c.LastTransitionTime = status, metav1.Now()
 		}
@@ -72,7 +74,8 @@ func (b *bed) kubeletSync(key types.NamespacedName) {
 	stale := false
 	for _, c := range pod.Spec.Containers {
 		cs := pods.Status(pod, c.Name)
-		stale = stale || !asked(cs, c.Image) && (cs == nil || cs.State.Waiting == nil || !strings.Contains(cs.State.Waiting.Message, c.Image))
+		stale = stale || !asked(cs, c.Image) && (cs == nil || cs.State.Waiting == nil ||
+			!strings.Contains(cs.State.Waiting.Message, c.Image))
 	}
 	if !stale || !nodeops.Pause(b.ctx, b.kubelet.sync) {
 		return
@@ -89,7 +92,9 @@ func (b *bed) kubeletSync(key types.NamespacedName) {
 		if strings.HasSuffix(c.Image, ":gone") {
 			b.status(key, pod.UID, func(p *corev1.Pod) bool {
 				cs := pods.Status(p, c.Name)
-				cs.Ready, cs.State = false, corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "ImagePullBackOff", Message: "Back-off pulling image \"" + c.Image + "\""}}
+				cs.Ready, cs.State = false,
+					corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "ImagePullBackOff",
+						Message: "Back-off pulling image \"" + c.Image + "\""}}
 				return true
 			})
 			continue
@@ -100,7 +105,8 @@ func (b *bed) kubeletSync(key types.NamespacedName) {
 
 // asked says that a container is of the image, as far as kubelet is concerned.
 func asked(cs *corev1.ContainerStatus, image string) bool {
-	return cs != nil && cs.ContainerID != "" && strings.TrimPrefix(cs.Image, "docker.io/library/") == image && cs.State.Waiting == nil
+	return cs != nil && cs.ContainerID != "" && strings.TrimPrefix(cs.Image, "docker.io/library/") == image &&
+		cs.State.Waiting == nil
 }
 
 // syncConditions lets Ready follow the gates.
@@ -147,11 +153,13 @@ func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, 
 			cs.LastTerminationState = corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ContainerID: cs.ContainerID, StartedAt: metav1.Now(), FinishedAt: metav1.Now()}}
 		}
 		p.Status.Phase = corev1.PodRunning
-		cs.ContainerID, cs.Image, cs.ImageID, cs.Ready = "containerd://"+id, "docker.io/library/"+image, b.content(image), false
+		cs.ContainerID, cs.Image, cs.ImageID, cs.Ready = "containerd://"+id, "docker.io/library/"+image,
+			b.content(image), false
 		cs.RestartCount++
 		cs.State = corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: metav1.Now()}}
 		if crash {
-			cs.State = corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ExitCode: 1, Reason: "Error", ContainerID: cs.ContainerID, StartedAt: metav1.Now(), FinishedAt: metav1.Now()}}
+			cs.State = corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ExitCode: 1, Reason: "Error",
+				ContainerID: cs.ContainerID, StartedAt: metav1.Now(), FinishedAt: metav1.Now()}}
 		}
 		if c, _ := evaluate.ContainerOf(p, name); c.StartupProbe != nil && !crash {
 			b.carry(cs)
@@ -191,8 +199,9 @@ func (b *bed) carriedBy() bool {
 	return pods.CarriesStarted(b.nodes["node-0"])
 }
 
-// carry is what kubelet says of a new container that runs where another one ran: since 1.35 it has started if that one had
-// (kubelet_pods.go convertToAPIContainerStatuses), and without a readinessProbe it is ready then.
+// carry is what kubelet says of a new container that runs where another one ran: since 1.35 it has
+// started if that one had (kubelet_pods.go convertToAPIContainerStatuses), and without a
+// readinessProbe it is ready then.
 func (b *bed) carry(cs *corev1.ContainerStatus) {
 	started := b.carriedBy() && cs.Started != nil && *cs.Started
 	cs.Started, cs.Ready = &started, started
@@ -201,8 +210,9 @@ func (b *bed) carry(cs *corev1.ContainerStatus) {
 	}
 }
 
-// startupWorker is kubelet's worker for a startupProbe, whose tick is as late as it may be: the first one finds the new container, the
-// later ones probe it. The application needs some time until it answers.
+// startupWorker is kubelet's worker for a startupProbe, whose tick is as late as it may be: the
+// first one finds the new container, the later ones probe it. The application needs some time until
+// it answers.
 func (b *bed) startupWorker(key types.NamespacedName, uid types.UID, name, id string, period, needs time.Duration) {
 	set := func(is bool) bool {
 		there := false
@@ -253,7 +263,8 @@ func (b *bed) swapped(podUID, container, id string) {
 			return true
 		})
 		if c, _ := evaluate.ContainerOf(pod, container); c.StartupProbe != nil {
-			b.startupWorker(client.ObjectKeyFromObject(pod), pod.UID, container, id, time.Duration(c.StartupProbe.PeriodSeconds)*time.Second, b.kubelet.start)
+			b.startupWorker(client.ObjectKeyFromObject(pod), pod.UID, container, id,
+				time.Duration(c.StartupProbe.PeriodSeconds)*time.Second, b.kubelet.start)
 		}
 	}
 }

@@ -23,7 +23,8 @@ import (
 )
 
 const (
-	// leaveTimeout is how long a Deployment's controller may take to notice that the Deployment goes on.
+	// leaveTimeout is how long a Deployment's controller may take to notice that the Deployment
+	// goes on.
 	leaveTimeout  = 30 * time.Second
 	leaveInterval = 250 * time.Millisecond
 )
@@ -34,8 +35,9 @@ type Left struct {
 	Resumed, InService int
 }
 
-// Leave prepares for an uninstall of the controller: Deployments that rollouts have paused go on, and gates of pods are opened. The pods keep
-// their images. c must read past the cache, and no controller may be at work. Leave goes on after an error.
+// Leave prepares for an uninstall of the controller: Deployments that rollouts have paused go on,
+// and gates of pods are opened. The pods keep their images. c must read past the cache, and no
+// controller may be at work. Leave goes on after an error.
 func Leave(ctx context.Context, c client.Client, log logrus.FieldLogger) (Left, error) {
 	r := &Reconciler{Client: c, APIReader: c, Log: log}
 	r.prepare()
@@ -105,16 +107,18 @@ func (r *Reconciler) leaveWorkload(ctx context.Context, rollout *inplace.InPlace
 	}
 }
 
-// leaveDeployments lets Deployments go on that were paused by a rollout which does not exist any more.
+// leaveDeployments lets Deployments go on that were paused by a rollout which does not exist any
+// more.
 func (r *Reconciler) leaveDeployments(ctx context.Context, left *Left) error {
-	return pages.Each(ctx, r.Client, &appsv1.DeploymentList{}, func(l *appsv1.DeploymentList) []appsv1.Deployment { return l.Items }, func(d *appsv1.Deployment) error {
-		if d.Annotations[inplace.PausedByAnnotation] == "" {
-			return nil
-		}
-		before := d.DeepCopy()
-		delete(d.Annotations, inplace.PausedByAnnotation)
-		d.Spec.Paused = false
-		left.Resumed++
-		return r.Client.Patch(ctx, d, client.MergeFrom(before))
-	})
+	return pages.Each(ctx, r.Client, &appsv1.DeploymentList{},
+		func(l *appsv1.DeploymentList) []appsv1.Deployment { return l.Items }, func(d *appsv1.Deployment) error {
+			if d.Annotations[inplace.PausedByAnnotation] == "" {
+				return nil
+			}
+			before := d.DeepCopy()
+			delete(d.Annotations, inplace.PausedByAnnotation)
+			d.Spec.Paused = false
+			left.Resumed++
+			return r.Client.Patch(ctx, d, client.MergeFrom(before))
+		})
 }

@@ -18,13 +18,14 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
-// work is what the controller remembers of a rollout between two reconciles. After a restart all of it can be found out again. One worker
-// at a time reconciles a rollout.
+// work is what the controller remembers of a rollout between two reconciles. After a restart all of
+// it can be found out again. One worker at a time reconciles a rollout.
 type work struct {
 	uid types.UID
 	// ops is what is known of the pods and of what nodes do for them.
 	ops *nodeops.State
-	// written is the resourceVersion of the last write of the rollout. An older one in the cache is stale.
+	// written is the resourceVersion of the last write of the rollout. An older one in the cache is
+	// stale.
 	written   uint64
 	lastWrite time.Time
 	// told are the Events that must not be repeated.
@@ -38,7 +39,8 @@ type work struct {
 	released   chan struct{} // closed when the nodes have been told that the rollout has ended; nil before
 	// memory is what is known of the workload.
 	memory workload.Memory
-	// refused is why the template of the workload is not changed, by the revision of the goal. api counts errors of its change.
+	// refused is why the template of the workload is not changed, by the revision of the goal. api
+	// counts errors of its change.
 	refused map[string]*evaluate.Failure
 	api     dryrun.Trouble
 	// settling counts errors when the workload has to go on.

@@ -75,9 +75,19 @@ func TestMinReadyOfWorkload(t *testing.T) {
 				}
 				switch tt.kind {
 				case workload.KindStatefulSet:
-					user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { s.Spec.MinReadySeconds = tt.own; turn(&s.Spec.Template, &s.ObjectMeta) })
+					user(b, &appsv1.StatefulSet{},
+						func(s *appsv1.StatefulSet) {
+							s.Spec.MinReadySeconds = tt.own
+							turn(&s.Spec.Template,
+								&s.ObjectMeta)
+						})
 				case workload.KindDaemonSet:
-					user(b, &appsv1.DaemonSet{}, func(d *appsv1.DaemonSet) { d.Spec.MinReadySeconds = tt.own; turn(&d.Spec.Template, &d.ObjectMeta) })
+					user(b, &appsv1.DaemonSet{},
+						func(d *appsv1.DaemonSet) {
+							d.Spec.MinReadySeconds = tt.own
+							turn(&d.Spec.Template,
+								&d.ObjectMeta)
+						})
 				case workload.KindDeployment:
 					user(b, &appsv1.Deployment{}, func(d *appsv1.Deployment) { d.Spec.MinReadySeconds = tt.own })
 					var sets appsv1.ReplicaSetList
@@ -103,7 +113,8 @@ func TestMinReadyOfWorkload(t *testing.T) {
 					}
 					b.create(name, spec{Target: target, Containers: tt.changes, Strategy: s})
 				}
-				b.want(b.until("ended", name, 2*time.Hour, func(r *rollout) bool { return r != nil && ended(r) }), "True RolledOut", "3/3/3/0/0")
+				b.want(b.until("ended", name, 2*time.Hour, func(r *rollout) bool { return r != nil && ended(r) }),
+					"True RolledOut", "3/3/3/0/0")
 				all := at()
 				if len(all) != 3 {
 					t.Fatalf("changes at %v", all)
@@ -126,7 +137,8 @@ func TestMinReadyOfWorkload(t *testing.T) {
 // mirror makes a pod one that kubelet shows of its own.
 func mirror(p *corev1.Pod) {
 	p.Annotations = map[string]string{corev1.MirrorPodAnnotationKey: "hash"}
-	p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: p.Spec.NodeName, UID: "uid-node"}}
+	p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: p.Spec.NodeName,
+		UID: "uid-node"}}
 }
 
 // Static pods with the labels are left out, and nobody's failure.
@@ -153,9 +165,12 @@ func TestMirrorPods(t *testing.T) {
 				if got := b.images("app"); got["app:1"] != 2 || got["app:2"] != 2 {
 					t.Errorf("images %v", got)
 				}
-				b.create("one", spec{Target: inplace.Target{PodName: "static-0"}, Containers: to("app:2"), Strategy: settings{OnFailure: inplace.Pause}})
+				b.create("one", spec{Target: inplace.Target{PodName: "static-0"}, Containers: to("app:2"),
+					Strategy: settings{OnFailure: inplace.Pause}})
 				r = b.until("refused", "one", time.Minute, func(r *rollout) bool { return len(r.Status.Failures) > 0 })
-				if f := r.Status.Failures[0]; f.Reason != "StaticPod" || !strings.Contains(f.Message, "make a ContainerRecreateRequest") || !strings.Contains(f.Message, "change its manifest on node node-0") {
+				if f := r.Status.Failures[0]; f.Reason != "StaticPod" ||
+					!strings.Contains(f.Message, "make a ContainerRecreateRequest") ||
+					!strings.Contains(f.Message, "change its manifest on node node-0") {
 					t.Errorf("failure %+v", f)
 				}
 			})

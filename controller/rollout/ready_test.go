@@ -47,7 +47,8 @@ func TestTellReady(t *testing.T) {
 		tellReady(s)
 		for _, kind := range []string{kstatus.Ready, kstatus.Reconciling, kstatus.Stalled} {
 			c := meta.FindStatusCondition(s.Conditions, kind)
-			if c == nil || meta.IsStatusConditionTrue(s.Conditions, kind) != (kind == tt.want) || c.Reason != tt.reason || c.ObservedGeneration != 3 {
+			if c == nil || meta.IsStatusConditionTrue(s.Conditions, kind) != (kind == tt.want) ||
+				c.Reason != tt.reason || c.ObservedGeneration != 3 {
 				t.Errorf("%s: %s is %+v, want True only for %s", tt.reason, kind, c, tt.want)
 			}
 		}

@@ -107,7 +107,8 @@ func (r *Reconciler) workOf(rollout *inplace.InPlaceRollout) *work {
 			r.admissions.end(w.uid)
 		}
 		w = &work{
-			uid: rollout.UID, ops: nodeops.NewState(rollout.UID, r.waker(key)), told: map[string]bool{}, failures: map[types.UID]inplace.PodFailure{},
+			uid: rollout.UID, ops: nodeops.NewState(rollout.UID, r.waker(key)), told: map[string]bool{},
+			failures: map[types.UID]inplace.PodFailure{},
 		}
 		r.works[key] = w
 	}
@@ -158,7 +159,8 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	}
 	p := r.newPass(rollout)
 	if nodeops.VersionOf(rollout.ResourceVersion) < p.work.written {
-		return reconcile.Result{RequeueAfter: requeue.StaleInterval}, nil // the cache has not caught up with the last write
+		// the cache has not caught up with the last write
+		return reconcile.Result{RequeueAfter: requeue.StaleInterval}, nil
 	}
 	var err error
 	switch {
@@ -203,23 +205,28 @@ type pass struct {
 	plan   evaluate.Plan
 	// notInPlaceReason is why a pod is left to its workload.
 	notInPlaceReason string
-	// blocked says what holds back the rollout as a whole, blockedReason is the reason of its condition.
+	// blocked says what holds back the rollout as a whole, blockedReason is the reason of its
+	// condition.
 	blockedReason, blocked string
 }
 
 func (r *Reconciler) newPass(rollout *inplace.InPlaceRollout) *pass {
 	p := &pass{
-		r: r, rollout: rollout, work: r.workOf(rollout), now: time.Now(), strategy: evaluate.StrategyOf(&rollout.Spec.Strategy),
-		log: r.Log.WithField("rollout", client.ObjectKeyFromObject(rollout).String()),
+		r: r, rollout: rollout, work: r.workOf(rollout), now: time.Now(),
+		strategy: evaluate.StrategyOf(&rollout.Spec.Strategy),
+		log:      r.Log.WithField("rollout", client.ObjectKeyFromObject(rollout).String()),
 	}
 	p.teller = &teller{recorder: r.Recorder, rollout: rollout, told: p.work.told}
 	p.writer = &writer{client: r.Client, metrics: r.Metrics, rollout: rollout, work: p.work, now: p.now}
 	p.env = &workload.Env{
-		Client: r.Client, Live: r.APIReader, Rollout: rollout, Goal: &p.goal, Now: p.now, Log: p.log, Wrote: r.Metrics.Wrote,
-		Event: p.teller.event, Tell: p.teller.tell, PatchRollout: p.writer.patch, Choose: p.work.choose, Memory: &p.work.memory,
+		Client: r.Client, Live: r.APIReader, Rollout: rollout, Goal: &p.goal, Now: p.now, Log: p.log,
+		Wrote: r.Metrics.Wrote,
+		Event: p.teller.event, Tell: p.teller.tell, PatchRollout: p.writer.patch, Choose: p.work.choose,
+		Memory: &p.work.memory,
 	}
 	p.ops = &nodeops.Session{
-		Driver: r.driver, State: p.work.ops, Rollout: rollout, Strategy: &p.strategy, Now: p.now, Log: p.log, Wait: &p.wait,
+		Driver: r.driver, State: p.work.ops, Rollout: rollout, Strategy: &p.strategy, Now: p.now, Log: p.log,
+		Wait: &p.wait,
 		NewLabel: func(i *nodeops.Item) string {
 			if p.target.Workload == nil {
 				return ""
@@ -258,7 +265,8 @@ func (p *pass) advance(ctx context.Context) error {
 			return err
 		}
 	}
-	if next := p.rollout.Status.DeepCopy(); !undoing(p.rollout, &p.strategy) && len(next.PreviousImages) < len(p.goal.Images) {
+	if next := p.rollout.Status.DeepCopy(); !undoing(p.rollout, &p.strategy) &&
+		len(next.PreviousImages) < len(p.goal.Images) {
 		// Pods have come since the rollout began.
 		if next.PreviousImages == nil {
 			next.PreviousImages = map[string]string{}
@@ -298,7 +306,8 @@ func (p *pass) advance(ctx context.Context) error {
 	if err := p.decide(ctx, !ready); err != nil {
 		return err
 	}
-	if fails := p.noteFailures(); fails > 0 && p.strategy.OnFailure == inplace.Rollback && !p.goal.Undo && len(p.rollout.Status.PreviousImages) > 0 {
+	if fails := p.noteFailures(); fails > 0 && p.strategy.OnFailure == inplace.Rollback && !p.goal.Undo &&
+		len(p.rollout.Status.PreviousImages) > 0 {
 		return p.startRollback(ctx)
 	}
 	if err := p.act(ctx); err != nil {
@@ -307,7 +316,8 @@ func (p *pass) advance(ctx context.Context) error {
 	return p.conclude(ctx)
 }
 
-// align writes the images into the template of the workload, unless the API server refuses that for good.
+// align writes the images into the template of the workload, unless the API server refuses that for
+// good.
 func (p *pass) align(ctx context.Context, w workload.Workload) (ready bool, err error) {
 	api := &p.work.api
 	p.blockedReason = inplace.ReasonWaiting
@@ -328,7 +338,8 @@ func (p *pass) align(ctx context.Context, w workload.Workload) (ready bool, err 
 			p.waits(api)
 			p.blocked = api.Text
 			if p.now.Sub(api.Since) >= p.strategy.Deadline {
-				p.work.refuse(p.goal.Revision, &evaluate.Failure{Reason: evaluate.FailDeadline, Message: fmt.Sprintf("the template could not be changed for %s: %s", p.strategy.Deadline, err)})
+				p.work.refuse(p.goal.Revision, &evaluate.Failure{Reason: evaluate.FailDeadline,
+					Message: fmt.Sprintf("the template could not be changed for %s: %s", p.strategy.Deadline, err)})
 			}
 		default:
 			return false, err
@@ -341,7 +352,8 @@ func (p *pass) align(ctx context.Context, w workload.Workload) (ready bool, err 
 		p.blocked = "" // what cannot be put back stays
 	case !ready && api.Count >= apierror.Tries:
 		p.blockedReason = inplace.ReasonAPIError
-		p.blocked = fmt.Sprintf("%s cannot be changed, %d tries have failed since %s: %s", p.target.What, api.Count, api.Since.UTC().Format(time.RFC3339), api.Text)
+		p.blocked = fmt.Sprintf("%s cannot be changed, %d tries have failed since %s: %s", p.target.What, api.Count,
+			api.Since.UTC().Format(time.RFC3339), api.Text)
 		p.teller.tell(corev1.EventTypeWarning, inplace.ReasonAPIError, p.blocked, "template")
 	}
 	if !ready {
@@ -371,7 +383,8 @@ func (p *pass) gather(ctx context.Context) {
 			}
 			continue
 		}
-		i := &nodeops.Item{PodRef: evaluate.PodRef{Pod: pod, State: m.State, Goal: p.goal.ForPod(m.State)}, Ops: m, Ordinal: -1, Stale: m.Stale(pod)}
+		i := &nodeops.Item{PodRef: evaluate.PodRef{Pod: pod, State: m.State, Goal: p.goal.ForPod(m.State)}, Ops: m,
+			Ordinal: -1, Stale: m.Stale(pod)}
 		if w := p.target.Workload; w != nil && !p.goal.Undo && w.NeedsRestart(pod) {
 			i.Goal.Restarts = pods.Names(pod)
 		}
@@ -388,7 +401,9 @@ func (p *pass) gather(ctx context.Context) {
 		k.Carried = len(m.Started) > 0 && p.r.driver.Carries(ctx, pod)
 		i.Facts, i.Status = k, evaluate.Pod(pod, m.State, i.Goal, k, &p.strategy, p.now)
 		p.wait = retry.Sooner(p.wait, i.Status.Wait)
-		if s := i.Status.Stage; p.target.Workload != nil && (s == evaluate.Outdated && !m.Updating || s == evaluate.Updated && !p.goal.Undo || s == evaluate.Broken && i.Status.Failure.Reason == evaluate.FailNoContainer) {
+		if s := i.Status.Stage; p.target.Workload != nil && (s == evaluate.Outdated && !m.Updating ||
+			s == evaluate.Updated && !p.goal.Undo || s == evaluate.Broken &&
+			i.Status.Failure.Reason == evaluate.FailNoContainer) {
 			if why := p.target.Workload.NotInPlaceReason(pod); why != "" {
 				i.Status.Stage, p.notInPlaceReason = evaluate.Skipped, why
 			} else if p.blocked != "" && s == evaluate.Broken {
@@ -399,7 +414,8 @@ func (p *pass) gather(ctx context.Context) {
 			label := p.target.Workload.RevisionLabel(&i.PodRef, nil)
 			i.Unlabelled = label != "" && label != pod.Labels[podtemplate.RevisionLabel]
 		}
-		if v := &i.Status; !i.Stale && (v.Recovered || v.Stage == evaluate.Broken && !v.Disrupted || v.Stage == evaluate.Updated && v.Available) {
+		if v := &i.Status; !i.Stale && (v.Recovered || v.Stage == evaluate.Broken && !v.Disrupted ||
+			v.Stage == evaluate.Updated && v.Available) {
 			if m.Updating {
 				p.r.Jobs.Return(takenAs(p.rollout, pod))
 			}
@@ -426,8 +442,9 @@ func (p *pass) decide(ctx context.Context, halted bool) error {
 	}
 	l := evaluate.Limits{
 		Desired: p.target.Desired, MaxUnavailable: s.UnavailableLimit(p.target.Desired),
-		Keep: evaluate.Resolve(s.Partition, p.target.Desired, true), FirstOrdinal: p.target.FirstOrdinal, Ordered: p.target.Ordered,
-		Halted: halted || p.rollout.Spec.Paused,
+		Keep: evaluate.Resolve(s.Partition, p.target.Desired, true), FirstOrdinal: p.target.FirstOrdinal,
+		Ordered: p.target.Ordered,
+		Halted:  halted || p.rollout.Spec.Paused,
 	}
 	if p.goal.Undo {
 		l.Keep = 0
@@ -479,7 +496,8 @@ func (p *pass) act(ctx context.Context) error {
 			continue
 		}
 		p.teller.warnings(i.Pod, p.ops.Finished(i.Ops))
-		if relabels := i.Status.Stage == evaluate.Updated && p.target.Workload != nil; (relabels || i.Status.Open) && !p.waits(&i.Ops.Api) {
+		if relabels := i.Status.Stage == evaluate.Updated && p.target.Workload != nil; (relabels || i.Status.Open) &&
+			!p.waits(&i.Ops.Api) {
 			var err error
 			if relabels {
 				err = p.relabel(ctx, i)
@@ -505,7 +523,8 @@ func (p *pass) act(ctx context.Context) error {
 	return nil
 }
 
-// settleError decides what to do about a pod whose change the API server has answered with an error.
+// settleError decides what to do about a pod whose change the API server has answered with an
+// error.
 func (p *pass) settleError(i *nodeops.Item, err error) {
 	why := dryrun.Refusal(err)
 	switch {
@@ -562,13 +581,16 @@ func (p *pass) nudge(ctx context.Context, i *nodeops.Item) {
 	log.Debug("kubelet made to probe the new container at once")
 }
 
-// begin takes up the containers of the spec. First of all it writes into the status which images they replace.
+// begin takes up the containers of the spec. First of all it writes into the status which images
+// they replace.
 func (p *pass) begin(ctx context.Context) error {
 	old := &p.rollout.Status
 	now := metav1.NewTime(p.now)
 	next := inplace.InPlaceRolloutStatus{
-		ObservedGeneration: p.rollout.Generation, ObservedRevision: p.goal.Revision, StartTime: &now, LastSuccessTime: old.LastSuccessTime,
-		TargetImages: p.goal.Images, PreviousImages: map[string]string{}, Conditions: slices.Clone(old.Conditions), Desired: int32(p.target.Desired),
+		ObservedGeneration: p.rollout.Generation, ObservedRevision: p.goal.Revision, StartTime: &now,
+		LastSuccessTime: old.LastSuccessTime,
+		TargetImages:    p.goal.Images, PreviousImages: map[string]string{}, Conditions: slices.Clone(old.Conditions),
+		Desired: int32(p.target.Desired),
 	}
 	if old.CompletionTime == nil {
 		for name := range p.goal.Images {
@@ -585,12 +607,14 @@ func (p *pass) begin(ctx context.Context) error {
 		return err
 	}
 	p.work.progressed = p.now
-	p.teller.event(corev1.EventTypeNormal, notice.EventStarted, "rolling out to "+p.target.What+": "+notice.Describe(p.rollout.Spec.Containers))
+	p.teller.event(corev1.EventTypeNormal, notice.EventStarted,
+		"rolling out to "+p.target.What+": "+notice.Describe(p.rollout.Spec.Containers))
 	p.log.WithField("revision", p.goal.Revision).Info("rollout begins")
 	return nil
 }
 
-// waits returns true if it is too early to ask the API server again, and has the rollout looked at when the time has come.
+// waits returns true if it is too early to ask the API server again, and has the rollout looked at
+// when the time has come.
 func (p *pass) waits(t *dryrun.Trouble) bool {
 	left := t.Until.Sub(p.now)
 	if left > 0 {

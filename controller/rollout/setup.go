@@ -31,8 +31,9 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
-// gatherFor is how long to collect events of pods and nodes before a reconcile: they come in crowds, and a reconcile looks at all pods.
-// It is that much longer for each gatherPods pods of the rollout.
+// gatherFor is how long to collect events of pods and nodes before a reconcile: they come in
+// crowds, and a reconcile looks at all pods. It is that much longer for each gatherPods pods of the
+// rollout.
 const (
 	gatherFor  = 50 * time.Millisecond
 	gatherPods = 1000
@@ -47,8 +48,8 @@ func (r *Reconciler) gather(key types.NamespacedName) time.Duration {
 	return gatherFor + gatherFor*time.Duration(w.ops.Size())/gatherPods
 }
 
-// SetupWithManager adds the reconciler to a manager: it then watches rollouts, pods and workloads, and talks to nodes, with the
-// given number of workers.
+// SetupWithManager adds the reconciler to a manager: it then watches rollouts, pods and workloads,
+// and talks to nodes, with the given number of workers.
 func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, workers int) error {
 	r.prepare()
 	if err := m.Add(r.crew); err != nil {
@@ -94,9 +95,12 @@ func (r *Reconciler) crowd(requests func(context.Context, client.Object) []recon
 }
 
 // rolloutsOf returns the unfinished rollouts that an object of their namespace concerns.
-func (r *Reconciler) rolloutsOf(ctx context.Context, o client.Object, mine func(*work, *inplace.InPlaceRollout) bool) []reconcile.Request {
+func (r *Reconciler) rolloutsOf(
+	ctx context.Context, o client.Object, mine func(*work, *inplace.InPlaceRollout) bool,
+) []reconcile.Request {
 	var list inplace.InPlaceRolloutList
-	if err := r.Client.List(ctx, &list, client.InNamespace(o.GetNamespace()), client.UnsafeDisableDeepCopy); err != nil {
+	if err := r.Client.List(ctx, &list, client.InNamespace(o.GetNamespace()),
+		client.UnsafeDisableDeepCopy); err != nil {
 		r.Log.WithError(err).Warn("listing rollouts")
 		return nil
 	}
@@ -143,13 +147,18 @@ func podChanges() predicate.Predicate {
 		UpdateFunc: func(e event.UpdateEvent) bool {
 			before, ok1 := e.ObjectOld.(*corev1.Pod)
 			after, ok2 := e.ObjectNew.(*corev1.Pod)
-			return !ok1 || !ok2 || before.UID != after.UID || pods.Active(before) != pods.Active(after) || before.Spec.NodeName != after.Spec.NodeName ||
+			return !ok1 || !ok2 || before.UID != after.UID || pods.Active(before) != pods.Active(after) ||
+				before.Spec.NodeName != after.Spec.NodeName ||
 				before.Annotations[inplace.PodStateAnnotation] != after.Annotations[inplace.PodStateAnnotation] ||
-				!maps.Equal(before.Labels, after.Labels) || !slices.EqualFunc(before.Status.Conditions, after.Status.Conditions, sameCondition) ||
+				!maps.Equal(before.Labels, after.Labels) || !slices.EqualFunc(before.Status.Conditions,
+				after.Status.Conditions, sameCondition) ||
 				!slices.EqualFunc(before.Status.ContainerStatuses, after.Status.ContainerStatuses, sameStatus) ||
-				!slices.EqualFunc(before.Status.InitContainerStatuses, after.Status.InitContainerStatuses, sameStatus) ||
-				!slices.EqualFunc(before.Spec.Containers, after.Spec.Containers, func(a, b corev1.Container) bool { return a.Image == b.Image }) ||
-				!slices.EqualFunc(before.Spec.InitContainers, after.Spec.InitContainers, func(a, b corev1.Container) bool { return a.Image == b.Image })
+				!slices.EqualFunc(before.Status.InitContainerStatuses, after.Status.InitContainerStatuses,
+					sameStatus) ||
+				!slices.EqualFunc(before.Spec.Containers, after.Spec.Containers,
+					func(a, b corev1.Container) bool { return a.Image == b.Image }) ||
+				!slices.EqualFunc(before.Spec.InitContainers, after.Spec.InitContainers,
+					func(a, b corev1.Container) bool { return a.Image == b.Image })
 		},
 	}
 }

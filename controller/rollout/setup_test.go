@@ -36,8 +36,9 @@ func TestSetup(t *testing.T) {
 	log := logrus.New()
 	log.SetOutput(io.Discard)
 	m, err := ctrl.NewManager(&rest.Config{Host: "http://127.0.0.1:1"}, ctrl.Options{
-		Scheme: scheme, Logger: logadapter.New(log), Metrics: metricsserver.Options{BindAddress: "0"}, HealthProbeBindAddress: "0",
-		Controller: config.Controller{SkipNameValidation: new(true)}, // for -count
+		Scheme: scheme, Logger: logadapter.New(log), Metrics: metricsserver.Options{BindAddress: "0"},
+		HealthProbeBindAddress: "0",
+		Controller:             config.Controller{SkipNameValidation: new(true)}, // for -count
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -46,7 +47,8 @@ func TestSetup(t *testing.T) {
 		t.Error(err)
 	}
 	for _, kind := range []string{workload.KindStatefulSet, workload.KindDaemonSet} {
-		if err := (&follow.Reconciler{Client: m.GetClient(), Log: log, Kind: kind}).SetupWithManager(t.Context(), m, 1); err != nil {
+		if err := (&follow.Reconciler{Client: m.GetClient(), Log: log, Kind: kind}).SetupWithManager(t.Context(), m,
+			1); err != nil {
 			t.Error(err)
 		}
 	}
@@ -59,8 +61,9 @@ func TestSetup(t *testing.T) {
 func TestPodChanges(t *testing.T) {
 	pod := func(change func(*corev1.Pod)) *corev1.Pod {
 		p := &corev1.Pod{
-			Spec:   corev1.PodSpec{NodeName: "n", Containers: []corev1.Container{{Name: "app", Image: "a"}}},
-			Status: corev1.PodStatus{Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}}, ContainerStatuses: []corev1.ContainerStatus{{Name: "app"}}},
+			Spec: corev1.PodSpec{NodeName: "n", Containers: []corev1.Container{{Name: "app", Image: "a"}}},
+			Status: corev1.PodStatus{Conditions: []corev1.PodCondition{{Type: corev1.PodReady,
+				Status: corev1.ConditionTrue}}, ContainerStatuses: []corev1.ContainerStatus{{Name: "app"}}},
 		}
 		change(p)
 		return p
@@ -80,7 +83,8 @@ func TestPodChanges(t *testing.T) {
 		{"a label", func(p *corev1.Pod) { p.Labels = map[string]string{"a": "b"} }, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			if got := podChanges().Update(event.UpdateEvent{ObjectOld: pod(func(*corev1.Pod) {}), ObjectNew: pod(tt.change)}); got != tt.want {
+			if got := podChanges().Update(event.UpdateEvent{ObjectOld: pod(func(*corev1.Pod) {}),
+				ObjectNew: pod(tt.change)}); got != tt.want {
 				t.Errorf("got %v", got)
 			}
 		})
@@ -109,7 +113,9 @@ func TestMetrics(t *testing.T) {
 			names = append(names, f.GetName())
 		}
 	}
-	if got := strings.Join(names, " "); got != "criproxy_controller_rollout_api_writes_total criproxy_controller_rollout_conversations_active criproxy_controller_rollout_pods_failed_total criproxy_controller_rollouts_completed_total" {
+	if got := strings.Join(names, " "); got != "criproxy_controller_rollout_api_writes_total "+
+		"criproxy_controller_rollout_conversations_active criproxy_controller_rollout_pods_failed_total "+
+		"criproxy_controller_rollouts_completed_total" {
 		t.Errorf("metrics %s", got)
 	}
 }

@@ -21,13 +21,16 @@ func starting(p *corev1.Pod) {
 	running := corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: metav1.Now()}}
 	p.Spec.Containers[0].StartupProbe = &corev1.Probe{PeriodSeconds: 10}
 	p.Status.ContainerStatuses = []corev1.ContainerStatus{
-		{Name: "app", Image: "docker.io/library/app:1", ImageID: "id of app:1", ContainerID: "containerd://first-" + string(p.UID), Ready: true, Started: &yes, State: running},
-		{Name: "side", Image: "docker.io/library/side:1", ImageID: "id of side:1", ContainerID: "containerd://side-" + string(p.UID), Ready: true, Started: &yes, State: running},
+		{Name: "app", Image: "docker.io/library/app:1", ImageID: "id of app:1", ContainerID: "containerd://first-" +
+			string(p.UID), Ready: true, Started: &yes, State: running},
+		{Name: "side", Image: "docker.io/library/side:1", ImageID: "id of side:1", ContainerID: "containerd://side-" +
+			string(p.UID), Ready: true, Started: &yes, State: running},
 	}
 	setReady(p, true)
 }
 
-// The pods of a rollout go one after another, though kubelet says that their new containers have started, and are ready, as soon as they run.
+// The pods of a rollout go one after another, though kubelet says that their new containers have
+// started, and are ready, as soon as they run.
 func TestStartupProbe(t *testing.T) {
 	for _, tt := range []struct {
 		name, version string
@@ -51,7 +54,8 @@ func TestStartupProbe(t *testing.T) {
 				b.addPods(4, 1, starting)
 				time.Sleep(time.Minute)
 				peak := 0
-				b.create("all", spec{Target: all(), Containers: tt.changes, Strategy: settings{ProgressDeadlineSeconds: 120}})
+				b.create("all", spec{Target: all(), Containers: tt.changes,
+					Strategy: settings{ProgressDeadlineSeconds: 120}})
 				looks := 0
 				r := b.until("ended", "all", 5*time.Minute, func(r *rollout) bool {
 					b.mu.Lock()
@@ -96,7 +100,8 @@ func TestStartupProbe(t *testing.T) {
 	}
 }
 
-// A pod whose application never starts is the rollout's failure, however kubelet begins to tell of it.
+// A pod whose application never starts is the rollout's failure, however kubelet begins to tell of
+// it.
 func TestStartupProbeNeverPasses(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.kubelet.start = time.Hour
@@ -104,7 +109,8 @@ func TestStartupProbeNeverPasses(t *testing.T) {
 		b.nodes["node-0"].Status.NodeInfo.KubeletVersion = "v1.37.2"
 		b.addPods(2, 1, func(p *corev1.Pod) { starting(p); p.Spec.Containers[0].StartupProbe.PeriodSeconds = 30 })
 		time.Sleep(time.Minute)
-		b.create("all", spec{Target: all(), Containers: to("app:2"), Strategy: settings{ProgressDeadlineSeconds: 120, OnFailure: inplace.Pause}})
+		b.create("all", spec{Target: all(), Containers: to("app:2"), Strategy: settings{ProgressDeadlineSeconds: 120,
+			OnFailure: inplace.Pause}})
 		r := b.until("failed", "all", 5*time.Minute, func(r *rollout) bool { return len(r.Status.Failures) > 0 })
 		if f := r.Status.Failures[0]; f.Reason != evaluate.FailDeadline || r.Status.Updated != 0 {
 			t.Errorf("status %+v", r.Status)

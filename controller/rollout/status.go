@@ -28,16 +28,19 @@ import (
 const (
 	// maxFailures is how many failures the status names.
 	maxFailures = 10
-	// writeInterval is the least time between two writes of a status in which only numbers have changed.
+	// writeInterval is the least time between two writes of a status in which only numbers have
+	// changed.
 	writeInterval = 2 * time.Second
 )
 
-// noteFailures collects the pods that have failed, writes Events of new ones, and returns how many there are.
+// noteFailures collects the pods that have failed, writes Events of new ones, and returns how many
+// there are.
 func (p *pass) noteFailures() int {
 	now := map[types.UID]inplace.PodFailure{}
 	for _, i := range p.items {
 		if i.Status.Stage == evaluate.Broken {
-			now[i.Pod.UID] = inplace.PodFailure{Pod: i.Pod.Name, Node: i.Pod.Spec.NodeName, Reason: i.Status.Failure.Reason, Message: i.Status.Failure.Message}
+			now[i.Pod.UID] = inplace.PodFailure{Pod: i.Pod.Name, Node: i.Pod.Spec.NodeName,
+				Reason: i.Status.Failure.Reason, Message: i.Status.Failure.Message}
 		}
 	}
 	for _, pod := range p.ended {
@@ -45,7 +48,8 @@ func (p *pass) noteFailures() int {
 			continue
 		}
 		if why := evaluate.BrokenContainer(pod, evaluate.StateOf(pod), &p.strategy); why != nil {
-			now[pod.UID] = inplace.PodFailure{Pod: pod.Name, Node: pod.Spec.NodeName, Reason: why.Reason, Message: why.Message}
+			now[pod.UID] = inplace.PodFailure{Pod: pod.Name, Node: pod.Spec.NodeName, Reason: why.Reason,
+				Message: why.Message}
 		}
 	}
 	if why := p.work.refused[p.goal.Revision]; why != nil && !p.goal.Undo {
@@ -58,7 +62,8 @@ func (p *pass) noteFailures() int {
 			p.r.Metrics.Pod(f.Reason)
 			p.log.WithField("pod", f.Pod).WithField("reason", f.Reason).Warn("pod failed: " + f.Message)
 			if len(p.work.told) < maxTold {
-				p.teller.tell(corev1.EventTypeWarning, notice.EventPodFailed, notice.Subject(f)+": "+f.Reason+": "+f.Message, string(uid)+f.Reason)
+				p.teller.tell(corev1.EventTypeWarning, notice.EventPodFailed,
+					notice.Subject(f)+": "+f.Reason+": "+f.Message, string(uid)+f.Reason)
 			}
 		}
 	}
@@ -89,7 +94,8 @@ func summarize(p *pass) *summary {
 		rollout: p.rollout, strategy: &p.strategy, goal: p.goal, target: p.target, plan: p.plan, items: p.items,
 		tally: tallyOf(p.rollout.UID, p.items), now: p.now, progressed: p.work.progressed, failed: p.work.failures,
 		template: p.work.memory.Template, refused: p.work.refused[p.goal.Revision] != nil,
-		blockedReason: p.blockedReason, blocked: p.blocked, notInPlaceReason: p.notInPlaceReason, trouble: p.ops.Trouble(p.items),
+		blockedReason: p.blockedReason, blocked: p.blocked, notInPlaceReason: p.notInPlaceReason,
+		trouble: p.ops.Trouble(p.items),
 	}
 }
 
@@ -155,10 +161,12 @@ func (p *pass) finish(ctx context.Context, next *inplace.InPlaceRolloutStatus) (
 	return false, nil
 }
 
-// stop writes into the status what has failed, and returns true if the rollout ends because of that.
+// stop writes into the status what has failed, and returns true if the rollout ends because of
+// that.
 func (p *pass) stop(ctx context.Context, s *summary, next *inplace.InPlaceRolloutStatus) (bool, error) {
 	reason := inplace.ReasonStopped
-	next.Message = "stopped: " + s.firstFailure() + "; change the containers, or the annotation " + inplace.RetryAnnotation + ", to go on"
+	next.Message = "stopped: " + s.firstFailure() + "; change the containers, or the annotation " +
+		inplace.RetryAnnotation + ", to go on"
 	if p.strategy.OnFailure == inplace.Continue {
 		reason, next.Message = inplace.ReasonPodsFailed, s.firstFailure()
 	}
@@ -186,7 +194,8 @@ func (w *work) noteProgress(now picture, at time.Time) time.Time {
 	return w.progressed
 }
 
-// settleWorkload lets the workload's own controller go on. trouble says that the API server refuses that; it is tried again.
+// settleWorkload lets the workload's own controller go on. trouble says that the API server refuses
+// that; it is tried again.
 func (p *pass) settleWorkload(ctx context.Context) (done bool, trouble string, err error) {
 	if p.target.Workload == nil {
 		return true, "", nil
@@ -198,7 +207,8 @@ func (p *pass) settleWorkload(ctx context.Context) (done bool, trouble string, e
 		case err == nil:
 			*t = dryrun.Trouble{}
 			return done, "", nil
-		case apierrors.IsConflict(err), apierrors.IsNotFound(err), dryrun.Refusal(err) == nil && !dryrun.IsAPIStatus(err):
+		case apierrors.IsConflict(err), apierrors.IsNotFound(err), dryrun.Refusal(err) == nil &&
+			!dryrun.IsAPIStatus(err):
 			return false, "", err
 		}
 		t.Note(err, p.now)
@@ -242,7 +252,8 @@ func (p *pass) end(ctx context.Context, next *inplace.InPlaceRolloutStatus) erro
 	return p.cleanup(ctx)
 }
 
-// refuse writes into the status what is wrong with a rollout. Nothing happens until that is corrected.
+// refuse writes into the status what is wrong with a rollout. Nothing happens until that is
+// corrected.
 func (p *pass) refuse(ctx context.Context, why *apierror.SpecError) error {
 	p.r.admissions.end(p.rollout.UID)
 	next := p.rollout.Status.DeepCopy()

@@ -38,11 +38,12 @@ type summary struct {
 	progressed time.Time
 	// failed are the pods that have failed, by UID, and perhaps the workload.
 	failed map[types.UID]inplace.PodFailure
-	// template is what the API server makes of images in the workload's template. refused says that the template is not
-	// changed at all.
+	// template is what the API server makes of images in the workload's template. refused says that
+	// the template is not changed at all.
 	template evaluate.Rewrites
 	refused  bool
-	// blocked says what holds the rollout back as a whole, blockedReason is the reason of its condition.
+	// blocked says what holds the rollout back as a whole, blockedReason is the reason of its
+	// condition.
 	blockedReason, blocked string
 	// notInPlaceReason is why pods are left to their workload.
 	notInPlaceReason string
@@ -58,7 +59,8 @@ type tally struct {
 // picture changes when a rollout gets on.
 type picture [4]int
 
-// standing is how a rollout stands while it goes on: what its message and its conditions Progressing and Complete say.
+// standing is how a rollout stands while it goes on: what its message and its conditions
+// Progressing and Complete say.
 type standing struct {
 	// when says whether a row of the table applies.
 	when            bool
@@ -66,11 +68,13 @@ type standing struct {
 	reason, message string
 	// numbers says that the message is only numbers, which the conditions do not repeat.
 	numbers bool
-	// event is the reason of an Event of the message, kind its type, and key the rest of what it is told once for.
+	// event is the reason of an Event of the message, kind its type, and key the rest of what it is
+	// told once for.
 	kind, event, key string
 }
 
-// standing looks up how a rollout stands that has neither ended nor failed: the first row that applies counts.
+// standing looks up how a rollout stands that has neither ended nor failed: the first row that
+// applies counts.
 func (s *summary) standing(next *inplace.InPlaceRolloutStatus) standing {
 	t := s.tally
 	atRest := t.changing+t.turns == 0
@@ -100,7 +104,8 @@ func (s *summary) standing(next *inplace.InPlaceRolloutStatus) standing {
 		}, {
 			when:        s.plan.Held > 0 && atRest && t.outdated == s.plan.Held,
 			progressing: true, reason: inplace.ReasonPartitioned,
-			message: fmt.Sprintf("%d of %d pods are updated, the partition keeps %d", next.Updated, next.Desired, s.plan.Held),
+			message: fmt.Sprintf("%d of %d pods are updated, the partition keeps %d", next.Updated, next.Desired,
+				s.plan.Held),
 		}, {
 			when:        s.plan.Blocked != "",
 			progressing: true, reason: inplace.ReasonBudget, message: s.plan.Blocked,
@@ -112,12 +117,14 @@ func (s *summary) standing(next *inplace.InPlaceRolloutStatus) standing {
 		}, {
 			when:   t.left > 0 && t.outdated == 0 && atRest,
 			reason: inplace.ReasonNotInPlace,
-			message: fmt.Sprintf("%d pods are left to the workload's own strategy: %s; delete them to have them made anew",
+			message: fmt.Sprintf("%d pods are left to the workload's own strategy: %s; delete them to have them "+
+				"made anew",
 				t.left, s.notInPlaceReason),
 			kind: corev1.EventTypeWarning, event: notice.EventNotInPlace, key: "left",
 		}, {
 			when:   s.stuck(),
-			reason: inplace.ReasonStuck, message: unchanged + fmt.Sprintf("%d pods are unavailable", s.plan.Unavailable),
+			reason: inplace.ReasonStuck, message: unchanged + fmt.Sprintf("%d pods are unavailable",
+				s.plan.Unavailable),
 		}, {
 			when:        true,
 			progressing: true, reason: inplace.ReasonRollingOut, numbers: true,
@@ -173,7 +180,8 @@ func (s *summary) cornered() bool {
 func (s *summary) noWayBack() string {
 	for _, i := range s.items {
 		if f := i.Status.Failure; i.Status.Stage == evaluate.Broken && len(i.Status.Images) > 0 {
-			return objects.Clip(fmt.Sprintf("; pod %s cannot be put back: %s: %s", i.Pod.Name, f.Reason, f.Message), 600)
+			return objects.Clip(fmt.Sprintf("; pod %s cannot be put back: %s: %s", i.Pod.Name, f.Reason, f.Message),
+				600)
 		}
 	}
 	return ""
@@ -233,7 +241,8 @@ func (s *summary) status() *inplace.InPlaceRolloutStatus {
 	}
 	if limit := s.strategy.UnavailableLimit(s.target.Desired); s.plan.Unavailable > limit {
 		notice.SetCondition(next, inplace.ConditionAvailable, false, inplace.ReasonMinimumUnavail,
-			fmt.Sprintf("%d of %d pods are unavailable, at most %d may be", s.plan.Unavailable, s.target.Desired, limit))
+			fmt.Sprintf("%d of %d pods are unavailable, at most %d may be", s.plan.Unavailable, s.target.Desired,
+				limit))
 	} else {
 		notice.SetCondition(next, inplace.ConditionAvailable, true, inplace.ReasonMinimumAvail, "")
 	}
@@ -263,18 +272,21 @@ func (s *summary) outcome(next *inplace.InPlaceRolloutStatus) {
 	case s.goal.Undo:
 		next.Message = "rolled back: " + s.firstFailure() + s.noWayBack()
 		if t.outdated > 0 {
-			next.Message += fmt.Sprintf("; %d pods are left as they are: pods that cannot be put back have used up maxUnavailable", t.outdated)
+			next.Message += fmt.Sprintf("; %d pods are left as they are: pods that cannot be put back have used up "+
+				"maxUnavailable", t.outdated)
 		}
 		if t.available < t.updated || t.broken > 0 {
 			next.Message += fmt.Sprintf("; %d pods are not available after it", t.updated+t.broken-t.available)
 		}
 		if name := workload.OwnName(s.target.Workload); name != "" {
-			next.Message += "; to try again set another image, or change annotation " + inplace.RetryAnnotation + " of " + name
+			next.Message += "; to try again set another image, or change annotation " + inplace.RetryAnnotation +
+				" of " + name
 		}
 		setProgressing(next, false, inplace.ReasonRolledBack, next.Message)
 		notice.SetCondition(next, inplace.ConditionDegraded, true, inplace.ReasonRolledBack, next.Message)
 	case t.broken > 0 || s.refused:
-		next.Message = fmt.Sprintf("%d of %d pods are updated, %d have failed: %s", next.Updated, next.Desired, next.Failed, s.firstFailure())
+		next.Message = fmt.Sprintf("%d of %d pods are updated, %d have failed: %s", next.Updated, next.Desired,
+			next.Failed, s.firstFailure())
 		setProgressing(next, false, inplace.ReasonPodsFailed, next.Message)
 		notice.SetCondition(next, inplace.ConditionDegraded, true, inplace.ReasonPodsFailed, next.Message)
 	default:
@@ -338,21 +350,24 @@ func setProgressing(next *inplace.InPlaceRolloutStatus, progressing bool, reason
 
 // minor returns true if a status differs from the one before in numbers only.
 func minor(before, after *inplace.InPlaceRolloutStatus) bool {
-	if before.ObservedGeneration != after.ObservedGeneration || before.Failed != after.Failed || len(before.Conditions) != len(after.Conditions) {
+	if before.ObservedGeneration != after.ObservedGeneration || before.Failed != after.Failed ||
+		len(before.Conditions) != len(after.Conditions) {
 		return false
 	}
 	for _, c := range after.Conditions {
-		if b := meta.FindStatusCondition(before.Conditions, c.Type); b == nil || b.Status != c.Status || b.Reason != c.Reason {
+		if b := meta.FindStatusCondition(before.Conditions, c.Type); b == nil || b.Status != c.Status ||
+			b.Reason != c.Reason {
 			return false
 		}
 	}
 	return true
 }
 
-// tellReady sets the conditions of kstatus, as kstatus would see a workload: a rollout whose partition holds pods back on purpose is
-// current, a paused one is not.
+// tellReady sets the conditions of kstatus, as kstatus would see a workload: a rollout whose
+// partition holds pods back on purpose is current, a paused one is not.
 func tellReady(s *inplace.InPlaceRolloutStatus) {
-	c, going := meta.FindStatusCondition(s.Conditions, inplace.ConditionComplete), meta.FindStatusCondition(s.Conditions, inplace.ConditionProgressing)
+	c, going := meta.FindStatusCondition(s.Conditions, inplace.ConditionComplete),
+		meta.FindStatusCondition(s.Conditions, inplace.ConditionProgressing)
 	if c == nil || going == nil {
 		return
 	}

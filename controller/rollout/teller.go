@@ -41,15 +41,16 @@ func (t *teller) tell(kind, reason, text, key string) {
 	t.event(kind, reason, text)
 }
 
-// warnings writes Events about what went wrong in the change of a pod without ending it, as the node says: once for an operation, on the
-// pod and on the rollout.
+// warnings writes Events about what went wrong in the change of a pod without ending it, as the
+// node says: once for an operation, on the pod and on the rollout.
 func (t *teller) warnings(pod *corev1.Pod, done []*opsv1.Operation) {
 	for _, op := range done {
 		var notes []string
 		for _, c := range op.GetContainers() {
 			hook, others := nodes.Warnings(c)
 			if hook {
-				others = append(others, "its preStop hook failed, what it printed is in the log of cri-proxy on the node")
+				others = append(others,
+					"its preStop hook failed, what it printed is in the log of cri-proxy on the node")
 			}
 			if len(others) > 0 {
 				notes = append(notes, "container "+c.GetName()+": "+strings.Join(others, "; "))

@@ -42,7 +42,8 @@ func (b *bed) atRest(kind, image string) {
 		s := read(b, &appsv1.StatefulSet{})
 		for _, pod := range b.pods() {
 			if pod.Labels[podtemplate.RevisionLabel] != s.Status.UpdateRevision {
-				b.t.Errorf("pod %s is of revision %s, not %s", pod.Name, pod.Labels[podtemplate.RevisionLabel], s.Status.UpdateRevision)
+				b.t.Errorf("pod %s is of revision %s, not %s", pod.Name, pod.Labels[podtemplate.RevisionLabel],
+					s.Status.UpdateRevision)
 			}
 		}
 		if got := podtemplate.Images(&s.Spec.Template)["app"]; got != image {
@@ -98,8 +99,8 @@ func (b *bed) addOf(kind string, n int) {
 	}
 }
 
-// Of each kind: the same pods with another image, the template too, back again, and back by itself after a failure, with the controller
-// killed all the while or not.
+// Of each kind: the same pods with another image, the template too, back again, and back by itself
+// after a failure, with the controller killed all the while or not.
 func TestWorkload(t *testing.T) {
 	for _, kind := range []string{workload.KindStatefulSet, workload.KindDaemonSet, workload.KindDeployment} {
 		for _, killed := range []bool{false, true} {
@@ -114,9 +115,11 @@ func TestWorkload(t *testing.T) {
 							time.Sleep(time.Duration(70+i*290%900) * time.Millisecond)
 							b.restart()
 						}
-						return b.until("ended", "web", 10*time.Minute, func(r *rollout) bool { return ended(r) && r.Status.ObservedGeneration == generation })
+						return b.until("ended", "web", 10*time.Minute,
+							func(r *rollout) bool { return ended(r) && r.Status.ObservedGeneration == generation })
 					}
-					b.create("web", spec{Target: ref(kind), Containers: to("app:2"), Strategy: settings{MaxUnavailable: number(2)}})
+					b.create("web", spec{Target: ref(kind), Containers: to("app:2"),
+						Strategy: settings{MaxUnavailable: number(2)}})
 					b.want(wait(1), "True RolledOut", "5/5/5/0/0")
 					b.atRest(kind, "app:2")
 					b.edit("web", func(r *rollout) { r.Spec.Containers[0].Image = r.Status.PreviousImages["app"] })
@@ -140,7 +143,8 @@ func TestWorkload(t *testing.T) {
 	}
 }
 
-// Scaling, pods that are deleted, a partition and a pause in the middle leave no pod on the wrong image.
+// Scaling, pods that are deleted, a partition and a pause in the middle leave no pod on the wrong
+// image.
 func TestWorkloadChanges(t *testing.T) {
 	for _, kind := range []string{workload.KindStatefulSet, workload.KindDeployment} {
 		t.Run(kind, func(t *testing.T) {
@@ -154,9 +158,12 @@ func TestWorkloadChanges(t *testing.T) {
 				}
 				b.addNodes(5)
 				b.addOf(kind, 6)
-				b.create("web", spec{Target: ref(kind), Containers: to("app:2"), Strategy: settings{Partition: number(3)}})
-				b.until("held", "web", 5*time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionProgressing) == "True Partitioned" })
-				if got := b.images("app"); got["app:2"] != 3 || kind == workload.KindStatefulSet && runningImage(b.pod("web-2"), "app") != "app:1" {
+				b.create("web", spec{Target: ref(kind), Containers: to("app:2"),
+					Strategy: settings{Partition: number(3)}})
+				b.until("held", "web", 5*time.Minute,
+					func(r *rollout) bool { return condition(r, inplace.ConditionProgressing) == "True Partitioned" })
+				if got := b.images("app"); got["app:2"] != 3 || kind == workload.KindStatefulSet &&
+					runningImage(b.pod("web-2"), "app") != "app:1" {
 					t.Errorf("images %v", got)
 				}
 				scale(8)
@@ -211,11 +218,13 @@ func TestRefused(t *testing.T) {
 		change change
 		want   string
 	}{
-		{"no such workload", ref(workload.KindDaemonSet), func(*bed) {}, to("app:2")[0], "there is no DaemonSet web in namespace ns"},
+		{"no such workload", ref(workload.KindDaemonSet), func(*bed) {}, to("app:2")[0],
+			"there is no DaemonSet web in namespace ns"},
 		{"a strategy that replaces pods", ref(workload.KindStatefulSet), func(b *bed) {
 			b.addStatefulSet(1, func(s *appsv1.StatefulSet) { s.Spec.UpdateStrategy.Type = appsv1.RollingUpdateStatefulSetStrategyType })
 		}, to("app:2")[0], "set updateStrategy.type to OnDelete"},
-		{"no such container", ref(workload.KindDeployment), func(b *bed) { b.addDeployment(1) }, change{Name: "none", Image: "a"}, "no container none that can be changed in place; it has app, side"},
+		{"no such container", ref(workload.KindDeployment), func(b *bed) { b.addDeployment(1) },
+			change{Name: "none", Image: "a"}, "no container none that can be changed in place; it has app, side"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -224,7 +233,8 @@ func TestRefused(t *testing.T) {
 				tt.setUp(b)
 				b.create("web", spec{Target: tt.target, Containers: []change{tt.change}})
 				b.until("refused", "web", time.Minute, func(r *rollout) bool {
-					return condition(r, inplace.ConditionProgressing) == "False InvalidTarget" && strings.Contains(r.Status.Message, tt.want)
+					return condition(r, inplace.ConditionProgressing) == "False InvalidTarget" &&
+						strings.Contains(r.Status.Message, tt.want)
 				})
 				b.delete(&rollout{ObjectMeta: metav1.ObjectMeta{Name: "web"}})
 				b.until("gone", "web", time.Minute, gone)
@@ -233,7 +243,8 @@ func TestRefused(t *testing.T) {
 	}
 }
 
-// A Deployment that the rollout has paused goes on when the rollout is deleted, wherever it was, and has no further ReplicaSet.
+// A Deployment that the rollout has paused goes on when the rollout is deleted, wherever it was,
+// and has no further ReplicaSet.
 func TestDeploymentDeleted(t *testing.T) {
 	for i := range 12 {
 		t.Run(fmt.Sprint(i), func(t *testing.T) {
@@ -252,7 +263,8 @@ func TestDeploymentDeleted(t *testing.T) {
 					t.Fatal(err)
 				}
 				if active := withPods(sets.Items); d.Spec.Paused || len(active) != 1 || b.unready() != 0 {
-					t.Errorf("paused %v, %d ReplicaSets with pods, %d not ready", d.Spec.Paused, len(active), b.unready())
+					t.Errorf("paused %v, %d ReplicaSets with pods, %d not ready", d.Spec.Paused, len(active),
+						b.unready())
 				}
 			})
 		})
@@ -266,7 +278,8 @@ func TestNotInPlace(t *testing.T) {
 		b.addStatefulSet(3)
 		user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { s.Spec.Template.Spec.Containers[0].Env[0].Value = "changed" })
 		b.create("web", spec{Target: ref(workload.KindStatefulSet), Containers: to("app:2")})
-		b.until("left", "web", time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionProgressing) == "False NotInPlace" })
+		b.until("left", "web", time.Minute,
+			func(r *rollout) bool { return condition(r, inplace.ConditionProgressing) == "False NotInPlace" })
 		if got := b.images("app"); got["app:1"] != 3 {
 			t.Errorf("images %v", got)
 		}

@@ -28,7 +28,8 @@ type writer struct {
 // removeFinalizer takes the finalizer off.
 func (w *writer) removeFinalizer(ctx context.Context) error {
 	before := w.rollout.DeepCopy()
-	w.rollout.Finalizers = slices.DeleteFunc(w.rollout.Finalizers, func(f string) bool { return f == inplace.RolloutFinalizer })
+	w.rollout.Finalizers = slices.DeleteFunc(w.rollout.Finalizers,
+		func(f string) bool { return f == inplace.RolloutFinalizer })
 	return w.patch(ctx, before)
 }
 
@@ -52,7 +53,8 @@ func (w *writer) status(ctx context.Context, next *inplace.InPlaceRolloutStatus)
 	}
 	before := w.rollout.DeepCopy()
 	w.rollout.Status = *next
-	if err := w.client.Status().Patch(ctx, w.rollout, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})); err != nil {
+	if err := w.client.Status().Patch(ctx, w.rollout, client.MergeFromWithOptions(before,
+		client.MergeFromWithOptimisticLock{})); err != nil {
 		return err
 	}
 	w.work.lastWrite = w.now

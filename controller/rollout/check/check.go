@@ -1,7 +1,8 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package check finds out whether a rollout can be carried out, before it begins, and which other rollouts it would meet.
+// Package check finds out whether a rollout can be carried out, before it begins, and which other
+// rollouts it would meet.
 package check
 
 import (
@@ -33,14 +34,19 @@ import (
 // checkPods is how many pods of a selector a check looks at.
 const checkPods = 500
 
-// Rollout checks whether the cluster as it is allows a rollout, as the reconciler would find out later, and whether another rollout is at
-// work on the same containers. before is nil for a new rollout; what it had already is not checked again. The error is a *apierror.SpecError if
-// the user can correct it. Warnings are about what is accepted but may be a mistake: a target may be created after its rollout.
-func Rollout(ctx context.Context, from client.Reader, before, r *inplace.InPlaceRollout) (warnings []string, err error) {
+// Rollout checks whether the cluster as it is allows a rollout, as the reconciler would find out
+// later, and whether another rollout is at work on the same containers. before is nil for a new
+// rollout; what it had already is not checked again. The error is a *apierror.SpecError if the user
+// can correct it. Warnings are about what is accepted but may be a mistake: a target may be created
+// after its rollout.
+func Rollout(
+	ctx context.Context, from client.Reader, before, r *inplace.InPlaceRollout,
+) (warnings []string, err error) {
 	if before != nil {
 		// The schema compares the rest of a target, and is content with any selector.
 		if !apiequality.Semantic.DeepEqual(before.Spec.Target.Selector, r.Spec.Target.Selector) {
-			return nil, &apierror.SpecError{Immutable: true, Message: "the target is immutable: create another InPlaceRollout"}
+			return nil, &apierror.SpecError{Immutable: true,
+				Message: "the target is immutable: create another InPlaceRollout"}
 		}
 		if evaluate.RevisionOf(before) == evaluate.RevisionOf(r) {
 			return nil, nil
@@ -51,7 +57,8 @@ func Rollout(ctx context.Context, from client.Reader, before, r *inplace.InPlace
 			continue
 		}
 		if _, err := reference.ParseDockerRef(c.Image); err != nil {
-			return nil, apierror.Wrong("container %s: image %q is no image reference (%s): it must be [REGISTRY[:PORT]/]NAME[:TAG][@DIGEST], as in a pod", c.Name, c.Image, err)
+			return nil, apierror.Wrong("container %s: image %q is no image reference (%s): it must be "+
+				"[REGISTRY[:PORT]/]NAME[:TAG][@DIGEST], as in a pod", c.Name, c.Image, err)
 		}
 	}
 	switch t := r.Spec.Target; {
@@ -76,11 +83,13 @@ func checkPod(ctx context.Context, from client.Reader, r *inplace.InPlaceRollout
 	case err != nil:
 		return nil, err
 	case pod == nil:
-		return []string{fmt.Sprintf("there is no pod %s in namespace %s: the rollout waits for it", name, r.Namespace)}, nil
+		return []string{fmt.Sprintf("there is no pod %s in namespace %s: the rollout waits for it", name, r.Namespace)},
+			nil
 	case pod.DeletionTimestamp != nil:
 		return nil, apierror.Wrong("pod %s is being deleted: nothing in it is changed any more", name)
 	case !pods.Active(pod):
-		return nil, apierror.Wrong("pod %s has ended (phase %s): only containers of an active pod can be changed", name, pod.Status.Phase)
+		return nil, apierror.Wrong("pod %s has ended (phase %s): only containers of an active pod can be changed", name,
+			pod.Status.Phase)
 	}
 	if err := fits(pod, r); err != nil {
 		return nil, err
@@ -98,10 +107,12 @@ func checkSelected(ctx context.Context, from client.Reader, r *inplace.InPlaceRo
 		return nil, err
 	}
 	if mirrors > 0 {
-		warnings = append(warnings, workload.LeftOut(mirrors)+": a ContainerRecreateRequest restarts its containers, its manifest on the node changes its images")
+		warnings = append(warnings, workload.LeftOut(mirrors)+": a ContainerRecreateRequest restarts its "+
+			"containers, its manifest on the node changes its images")
 	}
 	if len(pods) == 0 {
-		return append(warnings, fmt.Sprintf("no pod in namespace %s has labels %s: the rollout waits for one", r.Namespace, metav1.FormatLabelSelector(r.Spec.Target.Selector))), nil
+		return append(warnings, fmt.Sprintf("no pod in namespace %s has labels %s: the rollout waits for one",
+			r.Namespace, metav1.FormatLabelSelector(r.Spec.Target.Selector))), nil
 	}
 	jobs := map[types.UID]bool{}
 	for i := range pods {
@@ -131,13 +142,15 @@ func checkWorkload(ctx context.Context, from client.Reader, r *inplace.InPlaceRo
 	what := ref.Kind + " " + ref.Name
 	for _, c := range r.Spec.Containers {
 		if found, _ := evaluate.ContainerOf(pod, c.Name); found == nil {
-			return nil, apierror.Wrong("%s", evaluate.Lacks("the template of "+what, c.Name, changeOf(c), pods.Names(pod)))
+			return nil, apierror.Wrong("%s", evaluate.Lacks("the template of "+what, c.Name, changeOf(c),
+				pods.Names(pod)))
 		}
 	}
 	return ungated(r, pod, "the template of "+what), nil
 }
 
-// fits checks whether the containers of a rollout can be changed in a pod. The error is a *apierror.SpecError.
+// fits checks whether the containers of a rollout can be changed in a pod. The error is a
+// *apierror.SpecError.
 func fits(pod *corev1.Pod, r *inplace.InPlaceRollout) error {
 	if why := evaluate.Static(pod); why != "" {
 		return apierror.Wrong("%s", why)
@@ -180,11 +193,13 @@ func ungated(r *inplace.InPlaceRollout, pod *corev1.Pod, what string) []string {
 	if r.Spec.Strategy.DrainSeconds == 0 || len(evaluate.Gates(pod)) > 0 {
 		return nil
 	}
-	return []string{fmt.Sprintf("spec.strategy.drainSeconds has no effect: %s has no readiness gate %s", what, inplace.ReadyGate)}
+	return []string{fmt.Sprintf("spec.strategy.drainSeconds has no effect: %s has no readiness gate %s", what,
+		inplace.ReadyGate)}
 }
 
-// Rivals returns a *apierror.SpecError if another rollout is at work on a container of this one. If another rollout is at work on other containers
-// of the same pods, this one has to wait: a warning says so.
+// Rivals returns a *apierror.SpecError if another rollout is at work on a container of this one. If
+// another rollout is at work on other containers of the same pods, this one has to wait: a warning
+// says so.
 func Rivals(ctx context.Context, from client.Reader, r *inplace.InPlaceRollout) (warnings []string, err error) {
 	var list inplace.InPlaceRolloutList
 	if err := from.List(ctx, &list, client.InNamespace(r.Namespace)); err != nil {
@@ -203,9 +218,12 @@ func Rivals(ctx context.Context, from client.Reader, r *inplace.InPlaceRollout) 
 		switch {
 		case what == "":
 		case container == "":
-			warnings = append(warnings, fmt.Sprintf("InPlaceRollout %s is at work on %s: the rollout waits for its end", other.Name, what))
+			warnings = append(warnings, fmt.Sprintf("InPlaceRollout %s is at work on %s: the rollout waits for its end",
+				other.Name, what))
 		default:
-			return nil, apierror.Wrong("InPlaceRollout %s is at work on container %s of %s: wait for its end (kubectl wait --for=condition=Complete ipr/%s), change that one instead, or delete it", other.Name, container, what, other.Name)
+			return nil, apierror.Wrong("InPlaceRollout %s is at work on container %s of %s: wait for its end "+
+				"(kubectl wait --for=condition=Complete ipr/%s), change that one instead, or delete it", other.Name,
+				container, what, other.Name)
 		}
 	}
 	return warnings, nil
@@ -257,7 +275,8 @@ func sharedTarget(ctx context.Context, from client.Reader, a, b *inplace.InPlace
 	return "", err
 }
 
-// sameWorkload names the workload that both references are about; empty if they differ. A pod belongs to one workload only.
+// sameWorkload names the workload that both references are about; empty if they differ. A pod
+// belongs to one workload only.
 func sameWorkload(a, b *inplace.WorkloadRef) string {
 	if a.Kind != b.Kind || a.Name != b.Name {
 		return ""
@@ -305,10 +324,14 @@ func readPod(ctx context.Context, from client.Reader, namespace, name string) (*
 	return pod, err
 }
 
-// somePods returns the active pods among the first checkPods that a selector selects. Mirror pods are left out; mirrors is how many.
-func somePods(ctx context.Context, from client.Reader, namespace string, selector labels.Selector) (found []corev1.Pod, mirrors int, err error) {
+// somePods returns the active pods among the first checkPods that a selector selects. Mirror pods
+// are left out; mirrors is how many.
+func somePods(
+	ctx context.Context, from client.Reader, namespace string, selector labels.Selector,
+) (found []corev1.Pod, mirrors int, err error) {
 	var list corev1.PodList
-	err = from.List(ctx, &list, client.InNamespace(namespace), client.MatchingLabelsSelector{Selector: selector}, client.Limit(checkPods))
+	err = from.List(ctx, &list, client.InNamespace(namespace), client.MatchingLabelsSelector{Selector: selector},
+		client.Limit(checkPods))
 	found = slices.DeleteFunc(list.Items, func(p corev1.Pod) bool {
 		if mirrorpod.Is(&p) {
 			mirrors++

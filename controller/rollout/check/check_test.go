@@ -18,7 +18,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
-// TestRivals: a rollout that has ended is in nobody's way, unless it has been given more to do. Package admission has the other cases.
+// TestRivals: a rollout that has ended is in nobody's way, unless it has been given more to do.
+// Package admission has the other cases.
 func TestRivals(t *testing.T) {
 	scheme := runtime.NewScheme()
 	for _, add := range []func(*runtime.Scheme) error{corev1.AddToScheme, inplace.AddToScheme} {
@@ -29,7 +30,8 @@ func TestRivals(t *testing.T) {
 	made := func(name string) *inplace.InPlaceRollout {
 		return &inplace.InPlaceRollout{
 			ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name},
-			Spec:       inplace.InPlaceRolloutSpec{Target: inplace.Target{PodName: "p"}, Containers: []inplace.ContainerChange{{Name: "app", Image: "a:1"}}},
+			Spec: inplace.InPlaceRolloutSpec{Target: inplace.Target{PodName: "p"},
+				Containers: []inplace.ContainerChange{{Name: "app", Image: "a:1"}}},
 		}
 	}
 	now := metav1.NewTime(time.Now())
@@ -42,7 +44,10 @@ func TestRivals(t *testing.T) {
 		{"ended", func(r *inplace.InPlaceRollout) {
 			r.Status.CompletionTime, r.Status.ObservedRevision = &now, evaluate.RevisionOf(r)
 		}, false},
-		{"changed since its end", func(r *inplace.InPlaceRollout) { r.Status.CompletionTime, r.Status.ObservedRevision = &now, "another" }, true},
+		{"changed since its end", func(r *inplace.InPlaceRollout) {
+			r.Status.CompletionTime,
+				r.Status.ObservedRevision = &now, "another"
+		}, true},
 		{"to be tried again", func(r *inplace.InPlaceRollout) {
 			r.Status.CompletionTime, r.Status.ObservedRevision = &now, evaluate.RevisionOf(r)
 			r.Annotations = map[string]string{inplace.RetryAnnotation: "1"}
@@ -54,7 +59,8 @@ func TestRivals(t *testing.T) {
 			tt.change(other)
 			api := fake.NewClientBuilder().WithScheme(scheme).WithObjects(other).Build()
 			_, err := check.Rollout(t.Context(), api, nil, made("new"))
-			if (err != nil) != tt.rival || tt.rival && !strings.Contains(err.Error(), "InPlaceRollout other is at work on container app of pod p") {
+			if (err != nil) != tt.rival || tt.rival && !strings.Contains(err.Error(),
+				"InPlaceRollout other is at work on container app of pod p") {
 				t.Errorf("error %v", err)
 			}
 		})

@@ -16,7 +16,8 @@ func Over(o *inplace.InPlaceRollout) bool {
 	return o.Status.CompletionTime != nil && o.Status.ObservedRevision == evaluate.RevisionOf(o)
 }
 
-// SharedWith names the workload or pod that a rollout with these pods shares with another rollout; empty if there is none.
+// SharedWith names the workload or pod that a rollout with these pods shares with another rollout;
+// empty if there is none.
 func SharedWith(own []*corev1.Pod, r, other *inplace.InPlaceRollout) string {
 	if ref, theirs := r.Spec.Target.WorkloadRef, other.Spec.Target.WorkloadRef; ref != nil && theirs != nil {
 		return sameWorkload(ref, theirs)

@@ -16,11 +16,15 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
 )
 
-// Template asks the API server what it would make of images in the template of a workload. If admission makes other images of them, it
-// asks again, and also what becomes of those: a change that ends with another image each time would never end.
+// Template asks the API server what it would make of images in the template of a workload. If
+// admission makes other images of them, it asks again, and also what becomes of those: a change
+// that ends with another image each time would never end.
 //
-// alone says that admission may not change other containers: a Deployment and its ReplicaSet must end up the same.
-func Template(ctx context.Context, c client.Client, o client.Object, kind string, images map[string]string, alone bool) (evaluate.Rewrites, error) {
+// alone says that admission may not change other containers: a Deployment and its ReplicaSet must
+// end up the same.
+func Template(
+	ctx context.Context, c client.Client, o client.Object, kind string, images map[string]string, alone bool,
+) (evaluate.Rewrites, error) {
 	if len(images) == 0 {
 		return nil, nil
 	}
@@ -31,8 +35,10 @@ func Template(ctx context.Context, c client.Client, o client.Object, kind string
 	have := podtemplate.Images(podtemplate.Of(o))
 	for _, name := range slices.Sorted(maps.Keys(all)) {
 		if alone && images[name] == "" && all[name] != have[name] {
-			return nil, &Error{Failure: evaluate.Failure{Reason: evaluate.FailRewritten, Message: fmt.Sprintf("admission changes container %s of %s %s from %s to %s as well: let the rollout change it, too, to that image",
-				name, kind, o.GetName(), have[name], all[name])}}
+			return nil, &Error{Failure: evaluate.Failure{Reason: evaluate.FailRewritten,
+				Message: fmt.Sprintf("admission changes container %s of %s %s from %s to %s as well: let the "+
+					"rollout change it, too, to that image",
+					name, kind, o.GetName(), have[name], all[name])}}
 		}
 	}
 	if maps.Equal(first, images) {
@@ -52,8 +58,11 @@ func Template(ctx context.Context, c client.Client, o client.Object, kind string
 	return evaluate.RewritesOf(images, first), nil
 }
 
-// ImagesAfter returns what becomes of images when they are written into a template, and all images that the template has then.
-func ImagesAfter(ctx context.Context, c client.Client, o client.Object, kind string, images map[string]string) (become, all map[string]string, err error) {
+// ImagesAfter returns what becomes of images when they are written into a template, and all images
+// that the template has then.
+func ImagesAfter(
+	ctx context.Context, c client.Client, o client.Object, kind string, images map[string]string,
+) (become, all map[string]string, err error) {
 	patch, err := podtemplate.Patch(o, podtemplate.Of(o), images, nil, nil)
 	if err != nil {
 		return nil, nil, err
@@ -69,12 +78,15 @@ func ImagesAfter(ctx context.Context, c client.Client, o client.Object, kind str
 }
 
 // ImagesOfPatch returns the images that a template would have after a patch of its workload.
-func ImagesOfPatch(ctx context.Context, c client.Client, o client.Object, kind string, patch []byte) (map[string]string, error) {
+func ImagesOfPatch(
+	ctx context.Context, c client.Client, o client.Object, kind string, patch []byte,
+) (map[string]string, error) {
 	answer, ok := o.DeepCopyObject().(client.Object)
 	if !ok {
 		return nil, fmt.Errorf("%T is no object", o) // never
 	}
-	if err := c.Patch(ctx, answer, client.RawPatch(types.StrategicMergePatchType, patch), client.DryRunAll); err != nil {
+	if err := c.Patch(ctx, answer, client.RawPatch(types.StrategicMergePatchType, patch),
+		client.DryRunAll); err != nil {
 		return nil, Denied(err, kind+" "+o.GetName())
 	}
 	return podtemplate.Images(podtemplate.Of(answer)), nil

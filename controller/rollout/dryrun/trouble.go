@@ -19,15 +19,18 @@ func IsAPIStatus(err error) bool {
 	return errors.As(err, &status)
 }
 
-// TooLong returns the failure of a pod whose change the API server has not accepted within the deadline.
+// TooLong returns the failure of a pod whose change the API server has not accepted within the
+// deadline.
 func TooLong(pod string, deadline time.Duration, err error) evaluate.Failure {
-	return evaluate.Failure{Reason: evaluate.FailDeadline, Message: fmt.Sprintf("pod %s could not be changed for %s: %s", pod, deadline, err)}
+	return evaluate.Failure{Reason: evaluate.FailDeadline,
+		Message: fmt.Sprintf("pod %s could not be changed for %s: %s", pod, deadline, err)}
 }
 
 // retryMax bounds the wait between two tries.
 const retryMax = 30 * time.Second
 
-// Trouble counts errors of the API server that may pass, such as a webhook that is away, or a time-out.
+// Trouble counts errors of the API server that may pass, such as a webhook that is away, or a
+// time-out.
 type Trouble struct {
 	Count int
 	Text  string

@@ -23,9 +23,11 @@ type Disruptions struct {
 	left     int
 }
 
-// Budgets reads the budgets of a namespace that select any of the pods. doomed returns true for a ready pod that the rollout is about
-// to disrupt: the budget does not count that yet.
-func Budgets(ctx context.Context, from client.Reader, namespace string, chosen []Candidate, doomed func(*corev1.Pod) bool) ([]*Disruptions, error) {
+// Budgets reads the budgets of a namespace that select any of the pods. doomed returns true for a
+// ready pod that the rollout is about to disrupt: the budget does not count that yet.
+func Budgets(
+	ctx context.Context, from client.Reader, namespace string, chosen []Candidate, doomed func(*corev1.Pod) bool,
+) ([]*Disruptions, error) {
 	var list policyv1.PodDisruptionBudgetList
 	if err := from.List(ctx, &list, client.InNamespace(namespace), client.UnsafeDisableDeepCopy); err != nil {
 		return nil, err
@@ -38,13 +40,15 @@ func Budgets(ctx context.Context, from client.Reader, namespace string, chosen [
 			continue
 		}
 		var selected corev1.PodList
-		if err := from.List(ctx, &selected, client.InNamespace(namespace), client.MatchingLabelsSelector{Selector: selector}, client.UnsafeDisableDeepCopy); err != nil {
+		if err := from.List(ctx, &selected, client.InNamespace(namespace),
+			client.MatchingLabelsSelector{Selector: selector}, client.UnsafeDisableDeepCopy); err != nil {
 			return nil, err
 		}
 		healthy, coming := 0, 0
 		for j := range selected.Items {
 			pod := &selected.Items[j]
-			if ready := pods.Condition(pod, corev1.PodReady); pod.DeletionTimestamp == nil && ready != nil && ready.Status == corev1.ConditionTrue {
+			if ready := pods.Condition(pod, corev1.PodReady); pod.DeletionTimestamp == nil && ready != nil &&
+				ready.Status == corev1.ConditionTrue {
 				healthy++
 				if doomed(pod) {
 					coming++

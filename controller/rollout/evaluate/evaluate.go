@@ -1,8 +1,9 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package evaluate finds out how far the pods of a rollout are, and which pods are next. It depends on nothing but its arguments:
-// the pods, the state that rollouts have written into them, and what the controller knows besides.
+// Package evaluate finds out how far the pods of a rollout are, and which pods are next. It depends
+// on nothing but its arguments: the pods, the state that rollouts have written into them, and what
+// the controller knows besides.
 package evaluate
 
 import (
@@ -61,10 +62,11 @@ const (
 )
 
 const (
-	// crashWithin: a container that ends sooner after its start than this is broken, whatever minReadySeconds says.
+	// crashWithin: a container that ends sooner after its start than this is broken, whatever
+	// minReadySeconds says.
 	crashWithin = 10 * time.Second
-	// statusTimeout is how long the pod's status may lag: after that time a container with another ID counts as
-	// the new one, even if the status does not name the new image.
+	// statusTimeout is how long the pod's status may lag: after that time a container with another
+	// ID counts as the new one, even if the status does not name the new image.
 	statusTimeout = 15 * time.Second
 )
 
@@ -73,22 +75,27 @@ type Failure struct{ Reason, Message string }
 
 // PodFacts are what the controller knows of a pod and cannot read from the pod itself.
 type PodFacts struct {
-	// Begun is when the rollout took the goal up. Pods that were created later need no restart for it.
+	// Begun is when the rollout took the goal up. Pods that were created later need no restart for
+	// it.
 	Begun time.Time
-	// Op is the node's operation that State names, restart the operation for the containers that keep their images.
-	// asked says that the node has answered the question for op: if op is nil then, the node does not have it.
+	// Op is the node's operation that State names, Restart the operation for the containers that
+	// keep their images. Answered says that the node has answered the question for Op: if Op is nil
+	// then, the node does not have it.
 	Op, Restart *opsv1.Operation
 	Answered    bool
-	// Rested says that no node works any more on the restarts that State asks for, where State belongs to another goal.
+	// Rested says that no node works any more on the restarts that State asks for, where State
+	// belongs to another goal.
 	Rested bool
-	// Failed says why the node could not prepare or restart anything, refused why it has not accepted the restart.
+	// Failed says why the node could not prepare or restart anything, Refused why it has not
+	// accepted the restart.
 	Failed, Refused *Failure
 	// Updating says that the rollout changes the pod now, or is about to.
 	Updating bool
 	// ReadySeen is when the controller first saw the present containers ready.
 	ReadySeen time.Time
-	// Carried says that kubelet takes a new container for started because the old one was. StartedSeen is when the
-	// controller first saw each container with a startupProbe running, by container ID.
+	// Carried says that kubelet takes a new container for started because the old one was.
+	// StartedSeen is when the controller first saw each container with a startupProbe running, by
+	// container ID.
 	Carried     bool
 	StartedSeen map[string]time.Time
 	// Settled says that the pod was available after the change.
@@ -102,7 +109,8 @@ type PodFacts struct {
 	now  time.Time
 }
 
-// Has returns true if the container has the wanted image, or the image that admission makes of the wanted one. State may be nil.
+// Has returns true if the container has the wanted image, or the image that admission makes of the
+// wanted one. State may be nil.
 func (k PodFacts) Has(m *InPlaceState, container, have, want string) bool {
 	if have == want || k.Answers[container].covers(want, have) {
 		return true
@@ -121,18 +129,19 @@ type PodRef struct {
 // PodStatus is how far a pod is, and what has to be done for it.
 type PodStatus struct {
 	Stage Stage
-	// Images and restarts have to be written into the pod: new images, and containers to restart.
+	// Images and Restarts have to be written into the pod: new images, and containers to restart.
 	Images   map[string]string
 	Restarts []string
-	// CheckTags are the containers whose tag may name another image than the one that runs: the node has to be asked.
+	// CheckTags are the containers whose tag may name another image than the one that runs: the
+	// node has to be asked.
 	CheckTags []string
-	// Serving pods are ready and have started. Available pods have been serving for long enough. Nobody may count on
-	// disrupted pods.
+	// Serving pods are ready and have started. Available pods have been serving for long enough.
+	// Nobody may count on disrupted pods.
 	Serving, Available, Disrupted bool
 	// Open says that the pod's readiness gates have to be opened.
 	Open bool
-	// Ask: ask the node for the operation that State names. restart: have the node restart the containers of State.
-	// inquire: ask the node whether it still restarts them for another goal.
+	// Ask: ask the node for the operation that State names. Restart: have the node restart the
+	// containers of State. Inquire: ask the node whether it still restarts them for another goal.
 	Ask, Restart, Inquire bool
 	// Recovered pods are available after their change.
 	Recovered bool
@@ -221,10 +230,10 @@ func Pod(pod *corev1.Pod, m *InPlaceState, g Goal, k PodFacts, s *Strategy, now 
 	case !m.IsOf(g):
 		v.Stage = Updated
 		v.Open = shut == g.Rollout && !moving // shut for a change that is not wanted any more
-		v.judgeCreated(pod, k, s, now)
+		v.afterCreation(pod, k, s, now)
 		return v
 	}
-	v.judgeChanged(pod, m, g, k, s, moving, now)
+	v.afterChange(pod, m, g, k, s, moving, now)
 	return v
 }
 
@@ -238,12 +247,15 @@ func Static(pod *corev1.Pod) string {
 	if !mirrorpod.Is(pod) {
 		return ""
 	}
-	return fmt.Sprintf("pod %s is a static pod, which is changed on its node only: for another image change its manifest on node %s, "+
+	return fmt.Sprintf("pod %s is a static pod, which is changed on its node only: for another image change its "+
+		"manifest on node %s, "+
 		"to restart its containers make a ContainerRecreateRequest for it", pod.Name, pod.Spec.NodeName)
 }
 
-// judgeChanged completes the status of a pod that was changed for the goal.
-func (v *PodStatus) judgeChanged(pod *corev1.Pod, m *InPlaceState, g Goal, k PodFacts, s *Strategy, moving bool, now time.Time) {
+// afterChange completes the status of a pod that was changed for the goal.
+func (v *PodStatus) afterChange(
+	pod *corev1.Pod, m *InPlaceState, g Goal, k PodFacts, s *Strategy, moving bool, now time.Time,
+) {
 	v.Stage = Updating
 	v.Ask = !k.Answered && m.Operation != ""
 	if moving {
@@ -286,9 +298,9 @@ func (v *PodStatus) judgeChanged(pod *corev1.Pod, m *InPlaceState, g Goal, k Pod
 	}
 }
 
-// judgeCreated completes the status of a pod that has what it should have without any change. If it was created since the rollout
-// began and does not come up, the rollout is at fault.
-func (v *PodStatus) judgeCreated(pod *corev1.Pod, k PodFacts, s *Strategy, now time.Time) {
+// afterCreation completes the status of a pod that has what it should have without any change. If
+// it was created since the rollout began and does not come up, the rollout is at fault.
+func (v *PodStatus) afterCreation(pod *corev1.Pod, k PodFacts, s *Strategy, now time.Time) {
 	if v.Available || k.Settled || !pod.CreationTimestamp.After(k.Begun) || pod.Spec.NodeName == "" {
 		return
 	}
@@ -301,7 +313,8 @@ func (v *PodStatus) judgeCreated(pod *corev1.Pod, k PodFacts, s *Strategy, now t
 	}
 }
 
-// moving returns true if a container of the state may still be replaced. wait is how long until time alone decides that.
+// moving returns true if a container of the state may still be replaced. wait is how long until
+// time alone decides that.
 func (m *InPlaceState) moving(pod *corev1.Pod, g Goal, k PodFacts) (moving bool, wait time.Duration) {
 	if m == nil {
 		return false, 0
@@ -323,15 +336,19 @@ func (m *InPlaceState) moving(pod *corev1.Pod, g Goal, k PodFacts) (moving bool,
 	return moving, wait
 }
 
-// settled is about a container that was not replaced, though the state of another goal says that it should be. It returns true if
-// nobody will replace it for that goal any more. Kubelet still brings what runs to the spec.
-func (m *InPlaceState) settled(pod *corev1.Pod, name string, w Previous, image string, k PodFacts) (is bool, wait time.Duration) {
+// settled is about a container that was not replaced, though the state of another goal says that it
+// should be. It returns true if nobody will replace it for that goal any more. Kubelet still brings
+// what runs to the spec.
+func (m *InPlaceState) settled(
+	pod *corev1.Pod, name string, w Previous, image string, k PodFacts,
+) (is bool, wait time.Duration) {
 	cs := pods.Status(pod, name)
 	switch {
 	case cs == nil || cs.ContainerID == "":
 		return false, 0 // the pod is not available anyway
 	case cs.ContainerID != w.ID:
-		// Another container of the same image. If the old one crashed just before the patch, kubelet replaces this one within the timeout.
+		// Another container of the same image. If the old one crashed just before the patch,
+		// kubelet replaces this one within the timeout.
 		left := statusTimeout - k.now.Sub(m.Time.Time)
 		return left <= 0, max(left, 0)
 	case image != w.Image:
@@ -360,16 +377,19 @@ func replaced(pod *corev1.Pod, m *InPlaceState, name string, w Previous, image s
 	}
 	if cs.ContainerID == w.ID {
 		// The change was taken back before kubelet acted on it: there is nothing to replace.
-		return w.Base == image && w.Image != image && cs.State.Running != nil && sameImage(cs.Image, image) && k.now.Sub(m.Time.Time) >= statusTimeout
+		return w.Base == image && w.Image != image && cs.State.Running != nil && sameImage(cs.Image, image) &&
+			k.now.Sub(m.Time.Time) >= statusTimeout
 	}
-	if w.Image == image || w.ImageID != "" && cs.ImageID != "" && cs.ImageID != w.ImageID || sameImage(cs.Image, image) {
+	if w.Image == image || w.ImageID != "" && cs.ImageID != "" && cs.ImageID != w.ImageID ||
+		sameImage(cs.Image, image) {
 		return true
 	}
 	if m.Operation == "" {
 		// The status may name the same content by the name of the old image.
 		return cs.State.Running == nil || w.ID != "" || cs.State.Running.StartedAt.After(m.Time.Add(statusTimeout))
 	}
-	// If the old container crashed between the last look at it and the patch, the ID differs, too. The node knows which one it is.
+	// If the old container crashed between the last look at it and the patch, the ID differs, too.
+	// The node knows which one it is.
 	for _, c := range k.Op.GetContainers() {
 		if c.GetName() == name && c.GetSuccessorId() != "" && c.GetSuccessorId() == pods.BareID(cs.ContainerID) {
 			return true
@@ -385,7 +405,8 @@ func sameImage(a, b string) bool {
 	return err1 == nil && err2 == nil && x.String() == y.String()
 }
 
-// BrokenContainer finds a container that will not get ready, or has ended too soon. If the state is nil it looks at all containers.
+// BrokenContainer finds a container that will not get ready, or has ended too soon. If the state is
+// nil it looks at all containers.
 func BrokenContainer(pod *corev1.Pod, m *InPlaceState, s *Strategy) *Failure {
 	names := pods.Names(pod)
 	if m != nil {
@@ -405,7 +426,8 @@ func BrokenContainer(pod *corev1.Pod, m *InPlaceState, s *Strategy) *Failure {
 			c, _ := ContainerOf(pod, name)
 			switch {
 			case w.Reason == waitCrashLoop && (m == nil || cs.ContainerID != m.Containers[name].ID),
-				slices.Contains([]string{waitImagePull, waitInvalidImage, waitNeverPull}, w.Reason) && c != nil && strings.Contains(w.Message, c.Image):
+				slices.Contains([]string{waitImagePull, waitInvalidImage, waitNeverPull}, w.Reason) && c != nil &&
+					strings.Contains(w.Message, c.Image):
 				return &Failure{w.Reason, fmt.Sprintf("container %s: %s", name, w.Message)}
 			}
 		}
@@ -414,11 +436,14 @@ func BrokenContainer(pod *corev1.Pod, m *InPlaceState, s *Strategy) *Failure {
 		}
 		old := m.Containers[name].ID
 		if t := cs.State.Terminated; t != nil && cs.ContainerID != old {
-			return &Failure{failExited, fmt.Sprintf("container %s: the new one ended (exit code %d, %s)", name, t.ExitCode, t.Reason)}
+			return &Failure{failExited, fmt.Sprintf("container %s: the new one ended (exit code %d, %s)", name,
+				t.ExitCode, t.Reason)}
 		}
-		if t := cs.LastTerminationState.Terminated; t != nil && cs.ContainerID != old && t.ContainerID != "" && t.ContainerID != old && !t.StartedAt.Time.Before(m.Time.Truncate(time.Second)) &&
+		if t := cs.LastTerminationState.Terminated; t != nil && cs.ContainerID != old && t.ContainerID != "" &&
+			t.ContainerID != old && !t.StartedAt.Time.Before(m.Time.Truncate(time.Second)) &&
 			t.FinishedAt.Sub(t.StartedAt.Time) < max(s.MinReady, crashWithin) {
-			return &Failure{failCrashed, fmt.Sprintf("container %s: the new one ended after %s (exit code %d, %s)", name, t.FinishedAt.Sub(t.StartedAt.Time).Round(time.Second), t.ExitCode, t.Reason)}
+			return &Failure{failCrashed, fmt.Sprintf("container %s: the new one ended after %s (exit code %d, %s)",
+				name, t.FinishedAt.Sub(t.StartedAt.Time).Round(time.Second), t.ExitCode, t.Reason)}
 		}
 	}
 	return nil
@@ -439,7 +464,8 @@ func waitingFor(pod *corev1.Pod) string {
 	return ""
 }
 
-// available returns true if the pod has been ready for long enough. The duration is how long that still takes.
+// available returns true if the pod has been ready for long enough. The duration is how long that
+// still takes.
 func available(pod *corev1.Pod, k PodFacts, s *Strategy, now time.Time) (bool, time.Duration) {
 	ready := pods.Condition(pod, corev1.PodReady)
 	if ready == nil || ready.Status != corev1.ConditionTrue {
@@ -466,7 +492,8 @@ func containersReady(pod *corev1.Pod, k PodFacts, s *Strategy, now time.Time) (b
 	return readyLongEnough(pod, ready, k, s, now)
 }
 
-// started returns true if all containers of a pod have passed their startupProbes. wait is how long until time alone may show it.
+// started returns true if all containers of a pod have passed their startupProbes. wait is how long
+// until time alone may show it.
 func started(pod *corev1.Pod, k PodFacts, now time.Time) (passed bool, wait time.Duration) {
 	passed = true
 	for _, c := range StartupProbed(pod) {
@@ -480,7 +507,9 @@ func started(pod *corev1.Pod, k PodFacts, now time.Time) (passed bool, wait time
 	return passed, wait
 }
 
-func readyLongEnough(pod *corev1.Pod, ready *corev1.PodCondition, k PodFacts, s *Strategy, now time.Time) (bool, time.Duration) {
+func readyLongEnough(
+	pod *corev1.Pod, ready *corev1.PodCondition, k PodFacts, s *Strategy, now time.Time,
+) (bool, time.Duration) {
 	if s.MinReady == 0 {
 		return true, 0
 	}

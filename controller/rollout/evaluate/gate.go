@@ -33,7 +33,8 @@ func Gates(pod *corev1.Pod) []corev1.PodConditionType {
 			gates = append(gates, g.ConditionType)
 		case inplace.KruiseReadyGate:
 			// OpenKruise switches it on pods of its own workloads.
-			if !slices.ContainsFunc(pod.OwnerReferences, func(o metav1.OwnerReference) bool { return strings.HasPrefix(o.APIVersion, "apps.kruise.io/") }) {
+			if !slices.ContainsFunc(pod.OwnerReferences,
+				func(o metav1.OwnerReference) bool { return strings.HasPrefix(o.APIVersion, "apps.kruise.io/") }) {
 				gates = append(gates, g.ConditionType)
 			}
 		}
@@ -41,7 +42,8 @@ func Gates(pod *corev1.Pod) []corev1.PodConditionType {
 	return gates
 }
 
-// OutOfServiceBy returns the UID of the rollout that took the pod out of service, and since when; empty if none did.
+// OutOfServiceBy returns the UID of the rollout that took the pod out of service, and since when;
+// empty if none did.
 func OutOfServiceBy(pod *corev1.Pod) (types.UID, time.Time) {
 	for _, kind := range Gates(pod) {
 		if c := pods.Condition(pod, kind); c != nil && c.Status == corev1.ConditionFalse && c.Reason == gateUpdating {
@@ -52,7 +54,8 @@ func OutOfServiceBy(pod *corev1.Pod) (types.UID, time.Time) {
 	return "", time.Time{}
 }
 
-// GatePatch returns the patch of the pod's status that closes the gates for a rollout. With an empty UID it opens them.
+// GatePatch returns the patch of the pod's status that closes the gates for a rollout. With an
+// empty UID it opens them.
 func GatePatch(pod *corev1.Pod, rollout types.UID, text string, now time.Time) ([]byte, error) {
 	status, reason, message := corev1.ConditionTrue, gateReady, ""
 	if rollout != "" {
@@ -63,14 +66,17 @@ func GatePatch(pod *corev1.Pod, rollout types.UID, text string, now time.Time) (
 	for _, kind := range gates {
 		// All fields are written, so that an empty message replaces the old one.
 		conditions = append(conditions, map[string]any{
-			"type": kind, "status": status, "reason": reason, "message": message, "lastTransitionTime": metav1.NewTime(now),
+			"type": kind, "status": status, "reason": reason, "message": message,
+			"lastTransitionTime": metav1.NewTime(now),
 		})
 	}
-	if ready := pods.Condition(pod, corev1.PodReady); rollout != "" && ready != nil && ready.Status == corev1.ConditionTrue {
+	if ready := pods.Condition(pod, corev1.PodReady); rollout != "" && ready != nil &&
+		ready.Status == corev1.ConditionTrue {
 		// Kubelet would do the same at its next sync, but endpoints must not wait for that.
 		conditions = append(conditions, corev1.PodCondition{
 			Type: corev1.PodReady, Status: corev1.ConditionFalse, LastTransitionTime: metav1.NewTime(now),
-			Reason: "ReadinessGatesNotReady", Message: fmt.Sprintf("the status of pod readiness gate %q is not \"True\", but False", gates[0]),
+			Reason:  "ReadinessGatesNotReady",
+			Message: fmt.Sprintf("the status of pod readiness gate %q is not \"True\", but False", gates[0]),
 		})
 	}
 	return json.Marshal(map[string]any{

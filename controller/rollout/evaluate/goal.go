@@ -30,14 +30,16 @@ const besideMax = time.Hour
 type Goal struct {
 	Rollout  types.UID
 	Revision string
-	// Images are the images by container, restarts the containers to restart.
+	// Images are the images by container, Restarts the containers to restart.
 	Images   map[string]string
 	Restarts []string
-	// Undo says that this is a rollback: pods that were changed after since go back to the images that they had before. If
-	// the target is a workload, the other pods get the images of its template.
+	// Undo says that this is a rollback: pods that were changed after Since go back to the images
+	// that they had before. If the target is a workload, the other pods get the images of its
+	// template.
 	Undo, workload bool
 	since          time.Time
-	// tags says that containers which have their image already have to be checked: the tag may name another image by now.
+	// tags says that containers which have their image already have to be checked: the tag may name
+	// another image by now.
 	tags bool
 }
 
@@ -53,7 +55,8 @@ type Strategy struct {
 // GoalOf returns the goal of the spec.
 func GoalOf(r *inplace.InPlaceRollout) Goal {
 	// A rollout that follows a template names containers that nobody has asked for.
-	g := Goal{Rollout: r.UID, Revision: RevisionOf(r), Images: map[string]string{}, tags: metav1.GetControllerOf(r) == nil}
+	g := Goal{Rollout: r.UID, Revision: RevisionOf(r), Images: map[string]string{},
+		tags: metav1.GetControllerOf(r) == nil}
 	for _, c := range r.Spec.Containers {
 		if c.Image == "" {
 			g.Restarts = append(g.Restarts, c.Name)
@@ -66,7 +69,8 @@ func GoalOf(r *inplace.InPlaceRollout) Goal {
 
 // Rollback returns the goal after a failure.
 func (g Goal) Rollback(status *inplace.InPlaceRolloutStatus, workload bool) Goal {
-	u := Goal{Rollout: g.Rollout, Revision: g.Revision + rollbackSuffix, Images: map[string]string{}, Undo: true, workload: workload}
+	u := Goal{Rollout: g.Rollout, Revision: g.Revision + rollbackSuffix, Images: map[string]string{}, Undo: true,
+		workload: workload}
 	for name := range g.Images {
 		if image := status.PreviousImages[name]; image != "" {
 			u.Images[name] = image
@@ -98,8 +102,8 @@ func (g Goal) ForPod(m *InPlaceState) Goal {
 	return own
 }
 
-// RevisionOf returns a hash of what a rollout wants. It is in statuses, annotations and operation UIDs: it must stay the same from
-// version to version.
+// RevisionOf returns a hash of what a rollout wants. It is in statuses, annotations and operation
+// UIDs: it must stay the same from version to version.
 func RevisionOf(r *inplace.InPlaceRollout) string {
 	list := slices.Clone(r.Spec.Containers)
 	slices.SortFunc(list, func(a, b inplace.ContainerChange) int { return cmp.Compare(a.Name, b.Name) })
@@ -113,7 +117,8 @@ func StrategyOf(s *inplace.Strategy) Strategy {
 	seconds := func(n int32) time.Duration { return time.Duration(n) * time.Second }
 	t := Strategy{
 		MaxUnavailable: intstr.FromInt32(1), Partition: intstr.FromInt32(0), StartFirst: s.Order == inplace.StartFirst,
-		Drain: seconds(s.DrainSeconds), MinReady: seconds(s.MinReadySeconds), Deadline: seconds(s.ProgressDeadlineSeconds),
+		Drain: seconds(s.DrainSeconds), MinReady: seconds(s.MinReadySeconds),
+		Deadline:  seconds(s.ProgressDeadlineSeconds),
 		OnFailure: s.OnFailure, Grace: s.TerminationGracePeriodSeconds,
 	}
 	if s.MaxUnavailable != nil {
@@ -166,7 +171,8 @@ func (s *Strategy) UnavailableLimit(desired int) int {
 	return max(Resolve(s.MaxUnavailable, desired, false), 1)
 }
 
-// OperationUID returns the UID of a node's operation. The same work on the same containers has the same UID, whoever asks for it.
+// OperationUID returns the UID of a node's operation. The same work on the same containers has the
+// same UID, whoever asks for it.
 func OperationUID(kind string, g Goal, pod *corev1.Pod, containers map[string]string, round int) string {
 	uid := string(g.Rollout) + "." + kind + "." + string(pod.UID) + "." + objects.Hash(g.Revision, containers, round)
 	if len(uid) > 128 {

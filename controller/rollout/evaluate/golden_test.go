@@ -16,11 +16,14 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
-// A controller of another version finds operations, annotations and pins under these names. They must not change.
+// A controller of another version finds operations, annotations and pins under these names. They
+// must not change.
 func TestGolden(t *testing.T) {
 	r := &inplace.InPlaceRollout{
-		ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "web", UID: "uid-web", Annotations: map[string]string{inplace.RetryAnnotation: "2"}},
-		Spec:       inplace.InPlaceRolloutSpec{Containers: []inplace.ContainerChange{{Name: "side"}, {Name: "app", Image: "nginx:2"}}},
+		ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "web", UID: "uid-web",
+			Annotations: map[string]string{inplace.RetryAnnotation: "2"}},
+		Spec: inplace.InPlaceRolloutSpec{Containers: []inplace.ContainerChange{{Name: "side"},
+			{Name: "app", Image: "nginx:2"}}},
 	}
 	restarted := r.DeepCopy()
 	restarted.Annotations[evaluate.RestartedAt] = "2026-01-02T03:04:05Z"
@@ -33,8 +36,10 @@ func TestGolden(t *testing.T) {
 	long := g
 	long.Rollout = "a-uid-that-is-so-long-that-what-begins-with-it-would-be-longer-than-what-nodes-take-for-the-uid-of-an-operation"
 	m := &evaluate.InPlaceState{
-		Rollout: r.UID, Revision: g.Revision, Operation: "op", Time: metav1.NewMicroTime(time.Unix(1700000000, 5000).UTC()),
-		Containers: map[string]evaluate.Previous{"app": {Image: "nginx:1", Base: "nginx:0", ID: "containerd://1", ImageID: "sha256:1"}},
+		Rollout: r.UID, Revision: g.Revision, Operation: "op",
+		Time: metav1.NewMicroTime(time.Unix(1700000000, 5000).UTC()),
+		Containers: map[string]evaluate.Previous{"app": {Image: "nginx:1", Base: "nginx:0", ID: "containerd://1",
+			ImageID: "sha256:1"}},
 	}
 	text, err := json.Marshal(m)
 	if err != nil {

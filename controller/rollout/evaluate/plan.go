@@ -11,11 +11,13 @@ import (
 )
 
 const (
-	// lookAheadMin and lookAheadMax bound how many pods are prepared beyond those that the budget lets go now. That is
-	// enough to keep the pace, and a rollout that is stopped has prepared little in vain.
+	// lookAheadMin and lookAheadMax bound how many pods are prepared beyond those that the budget
+	// lets go now. That is enough to keep the pace, and a rollout that is stopped has prepared
+	// little in vain.
 	lookAheadMin = 2
 	lookAheadMax = 32
-	// turnsMax is how many pods are changed at once, whatever the budget says: each of them needs a stream to its node.
+	// turnsMax is how many pods are changed at once, whatever the budget says: each of them needs a
+	// stream to its node.
 	turnsMax = 500
 	// freeTurns is how many pods are changed at once of those that are not available anyway.
 	freeTurns = 10
@@ -44,19 +46,22 @@ type Candidate struct {
 // Limits are the limits that a plan keeps.
 type Limits struct {
 	Desired, MaxUnavailable int
-	// Keep is how many pods stay as they are; in a StatefulSet those with ordinals below firstOrdinal + keep.
+	// Keep is how many pods stay as they are; in a StatefulSet those with ordinals below
+	// firstOrdinal + keep.
 	Keep, FirstOrdinal int
 	// Halted: no further pod begins.
 	Halted bool
 	// Ordered: one pod after the other, in the order of StatefulSets.
 	Ordered bool
-	// Allowed says whether the disruption budgets let an available pod go, and counts the pods that it lets go.
+	// Allowed says whether the disruption budgets let an available pod go, and counts the pods that
+	// it lets go.
 	Allowed func(*corev1.Pod) (bool, string)
 }
 
 // Plan says which pods are next.
 type Plan struct {
-	// Prepare are the pods whose nodes have to prepare them, begin the pods to change now; both by index.
+	// Prepare are the pods whose nodes have to prepare them, begin the pods to change now; both by
+	// index.
 	Prepare, Begin []int
 	// Held is how many outdated pods the partition keeps.
 	Held int
@@ -94,7 +99,8 @@ func Next(pods []Candidate, l Limits) Plan {
 			waiting++
 		}
 	}
-	ahead := max(min(l.MaxUnavailable-p.Unavailable, turnsMax), 0) + min(max(l.MaxUnavailable, lookAheadMin), lookAheadMax)
+	ahead := max(min(l.MaxUnavailable-p.Unavailable, turnsMax), 0) + min(max(l.MaxUnavailable, lookAheadMin),
+		lookAheadMax)
 	blocked := false
 	for _, i := range order {
 		c := &pods[i]
@@ -140,7 +146,8 @@ func Next(pods []Candidate, l Limits) Plan {
 	return p
 }
 
-// inOrder sorts the pods. Those that are not ready cost nothing and go first, then the highest ordinal, then the first name.
+// inOrder sorts the pods. Those that are not ready cost nothing and go first, then the highest
+// ordinal, then the first name.
 func inOrder(pods []Candidate) []int {
 	order := make([]int, len(pods))
 	for i := range order {

@@ -9,8 +9,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/pods"
 )
 
-// ContainerOf finds a container that can be changed in place: a regular one, or a sidecar, which is an init container with
-// restartPolicy Always.
+// ContainerOf finds a container that can be changed in place: a regular one, or a sidecar, which is
+// an init container with restartPolicy Always.
 func ContainerOf(pod *corev1.Pod, name string) (c *corev1.Container, sidecar bool) {
 	switch c, kind := pods.Container(pod, name); kind {
 	case pods.Regular, pods.Sidecar:

@@ -8,8 +8,8 @@ import (
 	"slices"
 )
 
-// Rewrite is an image that a rollout asked for, and the image that admission has made of it. Both are empty if admission has left the
-// image alone.
+// Rewrite is an image that a rollout asked for, and the image that admission has made of it. Both
+// are empty if admission has left the image alone.
 type Rewrite struct {
 	Asked string `json:"asked,omitempty"`
 	Got   string `json:"got,omitempty"`

@@ -13,12 +13,14 @@ import (
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 )
 
-// InPlaceState is the value of PodStateAnnotation. It says what a rollout has changed in a pod, and is written together with the change.
-// Names and order of the JSON fields must stay: other versions of the controller read them.
+// InPlaceState is the value of PodStateAnnotation. It says what a rollout has changed in a pod, and
+// is written together with the change. Names and order of the JSON fields must stay: other versions
+// of the controller read them.
 type InPlaceState struct {
 	Rollout  types.UID `json:"rollout"`
 	Revision string    `json:"revision"`
-	// Operation is the UID of the node's operation; empty if kubelet makes the container without the node's help.
+	// Operation is the UID of the node's operation; empty if kubelet makes the container without
+	// the node's help.
 	Operation string           `json:"operation,omitempty"`
 	Time      metav1.MicroTime `json:"time"`
 	// Containers are the containers that were changed or restarted, as they were before.
@@ -29,7 +31,8 @@ type InPlaceState struct {
 
 // Previous is a container before it was changed.
 type Previous struct {
-	// Image is the image of the spec. Base is the image that a rollback puts back: the one before all unfinished changes.
+	// Image is the image of the spec. Base is the image that a rollback puts back: the one before
+	// all unfinished changes.
 	Image string `json:"image,omitempty"`
 	Base  string `json:"base,omitempty"`
 	// ID and ImageID are from the status.
@@ -56,7 +59,8 @@ func (m *InPlaceState) IsOf(g Goal) bool {
 	return m != nil && m.Rollout == g.Rollout && m.Revision == g.Revision
 }
 
-// RestartUID is the UID of the node's operation that restarts the containers which keep their images.
+// RestartUID is the UID of the node's operation that restarts the containers which keep their
+// images.
 func (m *InPlaceState) RestartUID(pod *corev1.Pod) string {
 	ids := map[string]string{}
 	for name, old := range m.Containers {

@@ -20,7 +20,8 @@ const (
 	TagMoved       // another one
 )
 
-// mayMove returns true if the image reference of a running container may name another image by now. Kubelet, too, would resolve it again.
+// mayMove returns true if the image reference of a running container may name another image by now.
+// Kubelet, too, would resolve it again.
 func mayMove(pod *corev1.Pod, c *corev1.Container) bool {
 	if c.ImagePullPolicy != corev1.PullAlways {
 		return false
@@ -36,7 +37,8 @@ func mayMove(pod *corev1.Pod, c *corev1.Container) bool {
 
 // Lacks says in words that something has no such container, and which containers it has.
 func Lacks(what, name, change string, has []string) string {
-	return fmt.Sprintf("%s has no container %s that can be %s in place; it has %s", what, name, change, strings.Join(has, ", "))
+	return fmt.Sprintf("%s has no container %s that can be %s in place; it has %s", what, name, change,
+		strings.Join(has, ", "))
 }
 
 // What can be done to a container, in words.

@@ -1,8 +1,8 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package follow keeps a rollout for each StatefulSet or DaemonSet whose annotation asks for it: the pods then follow the images of the
-// template in place.
+// Package follow keeps a rollout for each StatefulSet or DaemonSet whose annotation asks for it:
+// the pods then follow the images of the template in place.
 package follow
 
 import (
@@ -48,8 +48,9 @@ const (
 	followedRetry = "cri-proxy.io/followed-retry"
 )
 
-// Reconciler keeps one InPlaceRollout for each StatefulSet or DaemonSet that has InPlaceAnnotation. The rollout gets the images of the
-// workload's template. The user sets its strategy: in StrategyAnnotation, or in a rollout that is created before the annotation.
+// Reconciler keeps one InPlaceRollout for each StatefulSet or DaemonSet that has InPlaceAnnotation.
+// The rollout gets the images of the workload's template. The user sets its strategy: in
+// StrategyAnnotation, or in a rollout that is created before the annotation.
 type Reconciler struct {
 	// Client reads from the cache and writes.
 	Client client.Client
@@ -92,7 +93,9 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 }
 
 // read returns the workload, its template, and whether its updateStrategy is OnDelete.
-func (r *Reconciler) read(ctx context.Context, key types.NamespacedName) (client.Object, *corev1.PodTemplateSpec, bool, error) {
+func (r *Reconciler) read(
+	ctx context.Context, key types.NamespacedName,
+) (client.Object, *corev1.PodTemplateSpec, bool, error) {
 	if r.Kind == workload.KindStatefulSet {
 		s := &appsv1.StatefulSet{}
 		err := r.Client.Get(ctx, key, s)
@@ -110,7 +113,8 @@ func (r *Reconciler) follow(ctx context.Context, key types.NamespacedName) error
 	}
 	var rollout inplace.InPlaceRollout
 	there := true
-	if err := r.Client.Get(ctx, client.ObjectKey{Namespace: key.Namespace, Name: follower(r.Kind, key.Name)}, &rollout); apierrors.IsNotFound(err) {
+	if err := r.Client.Get(ctx, client.ObjectKey{Namespace: key.Namespace, Name: follower(r.Kind, key.Name)},
+		&rollout); apierrors.IsNotFound(err) {
 		there = false
 	} else if err != nil {
 		return err
@@ -128,15 +132,20 @@ func (r *Reconciler) follow(ctx context.Context, key types.NamespacedName) error
 	case !wanted:
 		return nil
 	case !onDelete:
-		r.tell(owner, corev1.EventTypeWarning, notice.EventInvalid, fmt.Sprintf("annotation %s has no effect: set updateStrategy.type to OnDelete", inplace.InPlaceAnnotation))
+		r.tell(owner, corev1.EventTypeWarning, notice.EventInvalid,
+			fmt.Sprintf("annotation %s has no effect: set updateStrategy.type to OnDelete", inplace.InPlaceAnnotation))
 		return nil
 	case err != nil:
-		r.tell(owner, corev1.EventTypeWarning, notice.EventInvalid, fmt.Sprintf("the pods do not follow the images of the template: annotation %s: %s", inplace.StrategyAnnotation, err))
+		r.tell(owner, corev1.EventTypeWarning, notice.EventInvalid,
+			fmt.Sprintf("the pods do not follow the images of the template: annotation %s: %s",
+				inplace.StrategyAnnotation, err))
 		return nil
 	case !there:
 		return r.create(ctx, owner, template, strategy)
 	case !mine && !r.adoptable(&rollout, owner):
-		r.tell(owner, corev1.EventTypeWarning, notice.EventInvalid, fmt.Sprintf("annotation %s has no effect: there is another InPlaceRollout %s", inplace.InPlaceAnnotation, rollout.Name))
+		r.tell(owner, corev1.EventTypeWarning, notice.EventInvalid,
+			fmt.Sprintf("annotation %s has no effect: there is another InPlaceRollout %s", inplace.InPlaceAnnotation,
+				rollout.Name))
 		return nil
 	}
 	return r.update(ctx, &rollout, owner, template, strategy)
@@ -158,7 +167,8 @@ func wantedStrategy(owner client.Object) (*inplace.Strategy, error) {
 		err = errors.New("there is more behind it")
 	}
 	if err != nil {
-		return nil, fmt.Errorf("%q is not the strategy of an InPlaceRollout in JSON, such as {\"maxUnavailable\": 2, \"onFailure\": \"Pause\"}: %w", text, err)
+		return nil, fmt.Errorf("%q is not the strategy of an InPlaceRollout in JSON, such as {\"maxUnavailable\": "+
+			"2, \"onFailure\": \"Pause\"}: %w", text, err)
 	}
 	if s.MaxUnavailable == nil {
 		s.MaxUnavailable = most
@@ -169,10 +179,12 @@ func wantedStrategy(owner client.Object) (*inplace.Strategy, error) {
 // defaultStrategy returns what the schema makes of an empty strategy.
 func defaultStrategy() inplace.Strategy {
 	one := intstr.FromInt32(1)
-	return inplace.Strategy{MaxUnavailable: &one, ProgressDeadlineSeconds: 600, OnFailure: inplace.Rollback, Order: inplace.StopFirst}
+	return inplace.Strategy{MaxUnavailable: &one, ProgressDeadlineSeconds: 600, OnFailure: inplace.Rollback,
+		Order: inplace.StopFirst}
 }
 
-// adoptable returns true if somebody has created the rollout for the workload beforehand, to set its strategy.
+// adoptable returns true if somebody has created the rollout for the workload beforehand, to set
+// its strategy.
 func (r *Reconciler) adoptable(rollout *inplace.InPlaceRollout, owner client.Object) bool {
 	ref := rollout.Spec.Target.WorkloadRef
 	return metav1.GetControllerOf(rollout) == nil && ref != nil && ref.Kind == r.Kind && ref.Name == owner.GetName()
@@ -180,7 +192,8 @@ func (r *Reconciler) adoptable(rollout *inplace.InPlaceRollout, owner client.Obj
 
 func (r *Reconciler) ownerOf(owner client.Object) metav1.OwnerReference {
 	yes := true
-	return metav1.OwnerReference{APIVersion: "apps/v1", Kind: r.Kind, Name: owner.GetName(), UID: owner.GetUID(), Controller: &yes}
+	return metav1.OwnerReference{APIVersion: "apps/v1", Kind: r.Kind, Name: owner.GetName(), UID: owner.GetUID(),
+		Controller: &yes}
 }
 
 // changesOf returns the containers of a template with their images.
@@ -193,7 +206,9 @@ func changesOf(template *corev1.PodTemplateSpec) []inplace.ContainerChange {
 	return list
 }
 
-func (r *Reconciler) create(ctx context.Context, owner client.Object, template *corev1.PodTemplateSpec, strategy *inplace.Strategy) error {
+func (r *Reconciler) create(
+	ctx context.Context, owner client.Object, template *corev1.PodTemplateSpec, strategy *inplace.Strategy,
+) error {
 	if strategy == nil {
 		s := defaultStrategy()
 		strategy = &s
@@ -205,7 +220,8 @@ func (r *Reconciler) create(ctx context.Context, owner client.Object, template *
 			OwnerReferences: []metav1.OwnerReference{r.ownerOf(owner)},
 		},
 		Spec: inplace.InPlaceRolloutSpec{
-			Target:     inplace.Target{WorkloadRef: &inplace.WorkloadRef{APIVersion: "apps/v1", Kind: r.Kind, Name: owner.GetName()}},
+			Target: inplace.Target{WorkloadRef: &inplace.WorkloadRef{APIVersion: "apps/v1", Kind: r.Kind,
+				Name: owner.GetName()}},
 			Containers: changesOf(template),
 			Strategy:   *strategy,
 		},
@@ -220,13 +236,16 @@ func (r *Reconciler) create(ctx context.Context, owner client.Object, template *
 		return err
 	}
 	r.Metrics.Wrote("rollout")
-	r.tell(owner, corev1.EventTypeNormal, notice.EventFollowing, "the pods follow the images of the template in place: see InPlaceRollout "+rollout.Name)
+	r.tell(owner, corev1.EventTypeNormal, notice.EventFollowing,
+		"the pods follow the images of the template in place: see InPlaceRollout "+rollout.Name)
 	return nil
 }
 
-// update writes the images of the template into the rollout, unless the rollout itself has changed the template. If somebody sets images
-// that have failed again, they are not tried again: a GitOps controller would do that without end.
-func (r *Reconciler) update(ctx context.Context, rollout *inplace.InPlaceRollout, owner client.Object, template *corev1.PodTemplateSpec, strategy *inplace.Strategy) error {
+// update writes the images of the template into the rollout, unless the rollout itself has changed
+// the template. If somebody sets images that have failed again, they are not tried again: a GitOps
+// controller would do that without end.
+func (r *Reconciler) update(ctx context.Context, rollout *inplace.InPlaceRollout, owner client.Object,
+	template *corev1.PodTemplateSpec, strategy *inplace.Strategy) error {
 	if rollout.DeletionTimestamp != nil {
 		return nil
 	}
@@ -293,37 +312,46 @@ func (r *Reconciler) update(ctx context.Context, rollout *inplace.InPlaceRollout
 	r.Metrics.Wrote("rollout")
 	switch {
 	case adopted:
-		r.tell(owner, corev1.EventTypeNormal, notice.EventFollowing, "the pods follow the images of the template in place: InPlaceRollout "+rollout.Name+" was there and is taken over")
+		r.tell(owner, corev1.EventTypeNormal, notice.EventFollowing,
+			"the pods follow the images of the template in place: InPlaceRollout "+rollout.Name+" was there and is "+
+				"taken over")
 	case take && same:
-		r.tell(owner, corev1.EventTypeNormal, notice.EventFollowing, "all containers of the pods are restarted in place: see InPlaceRollout "+rollout.Name)
+		r.tell(owner, corev1.EventTypeNormal, notice.EventFollowing,
+			"all containers of the pods are restarted in place: see InPlaceRollout "+rollout.Name)
 	case take:
 		r.Log.WithField("rollout", rollout.Name).Info("the template has other images")
 	}
 	return nil
 }
 
-// leave tells people that the template has images again that have failed, and that they are not tried again. It returns true if it has
-// written that into the status.
-func (r *Reconciler) leave(ctx context.Context, rollout *inplace.InPlaceRollout, owner client.Object, list []inplace.ContainerChange) (bool, error) {
+// leave tells people that the template has images again that have failed, and that they are not
+// tried again. It returns true if it has written that into the status.
+func (r *Reconciler) leave(
+	ctx context.Context, rollout *inplace.InPlaceRollout, owner client.Object, list []inplace.ContainerChange,
+) (bool, error) {
 	record, _, _ := strings.Cut(rollout.Annotations[workload.PutBackAnnotation], " ")
 	if generation, err := strconv.ParseInt(record, 10, 64); err == nil && owner.GetGeneration() <= generation {
 		return false, nil // the cache does not show yet that it was put back
 	}
-	if c := meta.FindStatusCondition(rollout.Status.Conditions, inplace.ConditionComplete); c != nil && c.Reason == inplace.ReasonNotRetried {
+	if c := meta.FindStatusCondition(rollout.Status.Conditions, inplace.ConditionComplete); c != nil &&
+		c.Reason == inplace.ReasonNotRetried {
 		return false, nil
 	}
 	why := ""
 	if f := rollout.Status.Failures; len(f) > 0 {
 		why = fmt.Sprintf(" (%s: %s: %s)", notice.Subject(f[0]), f[0].Reason, f[0].Message)
 	}
-	text := fmt.Sprintf("what has failed%s is in the template of %s %s again: %s. It is not tried again until another image is set, or annotation %s of the %s is changed; "+
-		"the pods keep what they have, new ones get what the template has", objects.Clip(why, 500), r.Kind, owner.GetName(), notice.Describe(list), inplace.RetryAnnotation, r.Kind)
+	text := fmt.Sprintf("what has failed%s is in the template of %s %s again: %s. It is not tried again until "+
+		"another image is set, or annotation %s of the %s is changed; "+
+		"the pods keep what they have, new ones get what the template has", objects.Clip(why, 500), r.Kind,
+		owner.GetName(), notice.Describe(list), inplace.RetryAnnotation, r.Kind)
 	before := rollout.DeepCopy()
 	next := &rollout.Status
 	next.Message = text
 	notice.SetCondition(next, inplace.ConditionComplete, false, inplace.ReasonNotRetried, text)
 	notice.SetCondition(next, inplace.ConditionProgressing, false, inplace.ReasonNotRetried, text)
-	if err := r.Client.Status().Patch(ctx, rollout, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})); err != nil {
+	if err := r.Client.Status().Patch(ctx, rollout, client.MergeFromWithOptions(before,
+		client.MergeFromWithOptimisticLock{})); err != nil {
 		return false, err
 	}
 	r.Metrics.Wrote("rollout status")
@@ -333,9 +361,10 @@ func (r *Reconciler) leave(ctx context.Context, rollout *inplace.InPlaceRollout,
 	return true, nil
 }
 
-// wantedAgain returns true if the template has the images from before the failure because somebody wants them, and not because the rollback
-// has written them. A new generation alone does not say that: other fields of the spec may have changed. kubectl apply of what is there
-// already makes no new generation, but changes its own annotation.
+// wantedAgain returns true if the template has the images from before the failure because somebody
+// wants them, and not because the rollback has written them. A new generation alone does not say
+// that: other fields of the spec may have changed. kubectl apply of what is there already makes no
+// new generation, but changes its own annotation.
 func (r *Reconciler) wantedAgain(rollout *inplace.InPlaceRollout, owner client.Object) bool {
 	record, hashes, _ := strings.Cut(rollout.Annotations[workload.PutBackAnnotation], " ")
 	shape, applied, _ := strings.Cut(hashes, " ")
@@ -363,9 +392,11 @@ var errHeld = errors.New("another rollout is at work")
 // errRefused: the API server refuses the rollout. An Event says why.
 var errRefused = errors.New("the rollout is refused")
 
-// write writes a rollout. If the webhook has refused it because another rollout is at work on the containers, and that one still is,
-// write returns errHeld without a try.
-func (r *Reconciler) write(ctx context.Context, owner client.Object, rollout *inplace.InPlaceRollout, write func() error) error {
+// write writes a rollout. If the webhook has refused it because another rollout is at work on the
+// containers, and that one still is, write returns errHeld without a try.
+func (r *Reconciler) write(
+	ctx context.Context, owner client.Object, rollout *inplace.InPlaceRollout, write func() error,
+) error {
 	_, err := check.Rivals(ctx, r.Client, rollout)
 	var why *apierror.SpecError
 	text := ""
@@ -383,7 +414,8 @@ func (r *Reconciler) write(ctx context.Context, owner client.Object, rollout *in
 		return nil
 	case apierrors.IsBadRequest(err) && text != "":
 	case apierrors.IsBadRequest(err), apierrors.IsInvalid(err), apierrors.IsForbidden(err):
-		text = fmt.Sprintf("the pods do not follow the template: InPlaceRollout %s cannot be written: %s", rollout.Name, err)
+		text = fmt.Sprintf("the pods do not follow the template: InPlaceRollout %s cannot be written: %s", rollout.Name,
+			err)
 		r.Log.WithField("rollout", rollout.Name).Warn(text)
 		r.tell(owner, corev1.EventTypeWarning, notice.EventInvalid, text)
 		return errRefused

@@ -18,7 +18,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
-// SetupWithManager adds the reconciler to a manager: it then watches workloads of its kind and their rollouts.
+// SetupWithManager adds the reconciler to a manager: it then watches workloads of its kind and
+// their rollouts.
 func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, workers int) error {
 	newOwner := func() client.Object {
 		if r.Kind == workload.KindStatefulSet {

@@ -24,8 +24,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
 )
 
-// Reconciler opens the readiness gates of pods: of new pods, which cannot be ready before, and of pods that were taken out of service by a
-// rollout which does not exist any more.
+// Reconciler opens the readiness gates of pods: of new pods, which cannot be ready before, and of
+// pods that were taken out of service by a rollout which does not exist any more.
 type Reconciler struct {
 	// Client reads from the cache and writes.
 	Client client.Client
@@ -52,7 +52,8 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 		if there, err := r.works(ctx, pod.Namespace, uid); there || err != nil {
 			return reconcile.Result{}, err
 		}
-		r.Log.WithField("pod", req.String()).Warn("the rollout that took the pod out of service has gone: putting it back")
+		r.Log.WithField("pod", req.String()).Warn(
+			"the rollout that took the pod out of service has gone: putting it back")
 	}
 	patch, err := evaluate.GatePatch(&pod, "", "", time.Now())
 	if err != nil {

@@ -26,7 +26,8 @@ func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, work
 	return builder.ControllerManagedBy(m).
 		Named("inplace-gates").
 		For(&corev1.Pod{}, builder.WithPredicates(gateChanges())).
-		Watches(&inplace.InPlaceRollout{}, handler.EnqueueRequestsFromMapFunc(r.shutPods), builder.WithPredicates(endings())).
+		Watches(&inplace.InPlaceRollout{}, handler.EnqueueRequestsFromMapFunc(r.shutPods),
+			builder.WithPredicates(endings())).
 		WithOptions(requeue.Options(workers)).
 		Complete(apierror.Tell(r, func() client.Object { return &corev1.Pod{} }, m.GetClient(), r.Recorder))
 }
@@ -53,7 +54,8 @@ func endings() predicate.Predicate {
 // shutPods returns the pods that a rollout has taken out of service.
 func (r *Reconciler) shutPods(ctx context.Context, rollout client.Object) []reconcile.Request {
 	var list corev1.PodList
-	if err := r.Client.List(ctx, &list, client.InNamespace(rollout.GetNamespace()), client.UnsafeDisableDeepCopy); err != nil {
+	if err := r.Client.List(ctx, &list, client.InNamespace(rollout.GetNamespace()),
+		client.UnsafeDisableDeepCopy); err != nil {
 		r.Log.WithError(err).Warn("listing the pods of a rollout")
 		return nil
 	}

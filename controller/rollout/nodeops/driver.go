@@ -31,7 +31,8 @@ import (
 // Driver commands nodes for the pods of rollouts.
 type Driver struct {
 	Nodes Nodes
-	// Client reads from the cache and asks the API server. live reads past the cache, which has no secrets.
+	// Client reads from the cache and asks the API server. live reads past the cache, which has no
+	// secrets.
 	Client client.Client
 	Live   client.Reader
 	Crew   *crew.Crew
@@ -49,7 +50,8 @@ type Session struct {
 	Log      logrus.FieldLogger
 	// Wait is when to look again; 0 means when something happens.
 	Wait *time.Duration
-	// NewLabel returns the label of the revision that a pod gets with its new images; empty if it gets none.
+	// NewLabel returns the label of the revision that a pod gets with its new images; empty if it
+	// gets none.
 	NewLabel func(*Item) string
 }
 
@@ -62,7 +64,8 @@ func (d *Driver) node(ctx context.Context, pod *corev1.Pod) (nodes.Node, error) 
 	return nodes.Of(&n, d.Port)
 }
 
-// Carries returns true if the kubelet of a pod takes new containers for started because the old ones were.
+// Carries returns true if the kubelet of a pod takes new containers for started because the old
+// ones were.
 func (d *Driver) Carries(ctx context.Context, pod *corev1.Pod) bool {
 	var n corev1.Node
 	if d.Client.Get(ctx, client.ObjectKey{Name: pod.Spec.NodeName}, &n) != nil {
@@ -71,15 +74,18 @@ func (d *Driver) Carries(ctx context.Context, pod *corev1.Pod) bool {
 	return pods.CarriesStarted(&n)
 }
 
-// stillSo asks the API server once more, before the node is told that the patch comes. The error says that admission answers otherwise now.
+// stillSo asks the API server once more, before the node is told that the patch comes. The error
+// says that admission answers otherwise now.
 func (d *Driver) stillSo(ctx context.Context, i *Item, change *dryrun.PodChange, before evaluate.Rewrites) error {
 	now, more, err := dryrun.Pod(ctx, d.Client, i.Pod, change)
 	if err != nil {
 		return err
 	}
 	for name, image := range more {
-		// Somebody has changed the pod, or admission has changed since the node was asked: begin anew.
-		return apierrors.NewConflict(corev1.Resource("pods"), i.Pod.Name, fmt.Errorf("container %s gets image %s", name, image))
+		// Somebody has changed the pod, or admission has changed since the node was asked: begin
+		// anew.
+		return apierrors.NewConflict(corev1.Resource("pods"), i.Pod.Name,
+			fmt.Errorf("container %s gets image %s", name, image))
 	}
 	if name, differs := now.Differs(before, change.Images); differs {
 		asked := change.Images[name]
@@ -88,8 +94,11 @@ func (d *Driver) stillSo(ctx context.Context, i *Item, change *dryrun.PodChange,
 	return nil
 }
 
-// commitRequest returns the commit with the environments of the containers. images are the new images by container.
-func (d *Driver) commitRequest(ctx context.Context, w *State, pod *corev1.Pod, label, uid string, images map[string]string) (*opsv1.CommitUpgradeRequest, error) {
+// commitRequest returns the commit with the environments of the containers. images are the new
+// images by container.
+func (d *Driver) commitRequest(
+	ctx context.Context, w *State, pod *corev1.Pod, label, uid string, images map[string]string,
+) (*opsv1.CommitUpgradeRequest, error) {
 	now, err := d.launch(ctx, w, pod, label)
 	if err != nil {
 		return nil, err
@@ -114,7 +123,8 @@ type launch struct {
 	ring   *pullsecrets.Keyring // nil for a pod that a node has made
 }
 
-// launch reads what kubelet would start the containers of a pod with; if label is set, once the pod has that label of revision.
+// launch reads what kubelet would start the containers of a pod with; if label is set, once the pod
+// has that label of revision.
 func (d *Driver) launch(ctx context.Context, w *State, pod *corev1.Pod, label string) (*launch, error) {
 	now, err := environment.Read(ctx, d.Live, pod)
 	if err != nil {
@@ -148,7 +158,9 @@ func (l *launch) image(name string) string {
 }
 
 // keyring reads secrets, unless they are fresh.
-func (d *Driver) keyring(ctx context.Context, w *State, namespace, account string, names []string) (*pullsecrets.Keyring, error) {
+func (d *Driver) keyring(
+	ctx context.Context, w *State, namespace, account string, names []string,
+) (*pullsecrets.Keyring, error) {
 	if account == "" {
 		account = pullsecrets.DefaultAccount
 	}

@@ -17,7 +17,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 )
 
-// operationTracker runs one operation on a node, and writes into the nodeOperation what the node says.
+// operationTracker runs one operation on a node, and writes into the nodeOperation what the node
+// says.
 type operationTracker struct {
 	d    *Driver
 	w    *State
@@ -106,7 +107,8 @@ func (w *State) noteAPI(t *nodeOperation, err error) {
 	}
 }
 
-// watch follows the operation until it has ended, or needs credentials, or until there were no news for watchRenew.
+// watch follows the operation until it has ended, or needs credentials, or until there were no news
+// for watchRenew.
 func (c *operationTracker) watch(ctx context.Context, uid string) (*opsv1.Operation, error) {
 	watching, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -117,7 +119,8 @@ func (c *operationTracker) watch(ctx context.Context, uid string) (*opsv1.Operat
 		patience.Reset(watchRenew)
 		last = op
 		c.note(op)
-		if slices.ContainsFunc(op.GetContainers(), func(x *opsv1.ContainerOperation) bool { return x.GetPull().GetReason() == reasonCredentials }) {
+		if slices.ContainsFunc(op.GetContainers(),
+			func(x *opsv1.ContainerOperation) bool { return x.GetPull().GetReason() == reasonCredentials }) {
 			cancel()
 		}
 	})

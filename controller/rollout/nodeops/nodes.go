@@ -18,7 +18,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
-// Nodes commands the nodes. All errors are *nodes.Error, and no unary call takes longer than a few seconds.
+// Nodes commands the nodes. All errors are *nodes.Error, and no unary call takes longer than a few
+// seconds.
 type Nodes interface {
 	// PrepareUpgrade begins to prepare new images, or returns the operation with that UID.
 	PrepareUpgrade(ctx context.Context, n nodes.Node, r *opsv1.PrepareUpgradeRequest) (*opsv1.Operation, error)
@@ -28,9 +29,11 @@ type Nodes interface {
 	AbortUpgrade(ctx context.Context, n nodes.Node, uid, reason string) (*opsv1.Operation, error)
 	// Restart begins to restart containers, or returns the operation with that UID.
 	Restart(ctx context.Context, n nodes.Node, r *opsv1.RestartRequest) (*opsv1.Operation, error)
-	// GetOperation returns one operation; codes.NotFound if the node does not have it, or not any more.
+	// GetOperation returns one operation; codes.NotFound if the node does not have it, or not any
+	// more.
 	GetOperation(ctx context.Context, n nodes.Node, uid string) (*opsv1.Operation, error)
-	// WatchOperation calls each with the operation as it is and after every change, and returns nil after the finished one.
+	// WatchOperation calls each with the operation as it is and after every change, and returns nil
+	// after the finished one.
 	WatchOperation(ctx context.Context, n nodes.Node, uid string, each func(*opsv1.Operation)) error
 	// ReleasePins ends the pins of an owner on one image; with an empty ID on all images.
 	ReleasePins(ctx context.Context, n nodes.Node, owner, imageID string) (int, error)
@@ -57,7 +60,8 @@ func troubleOf(err error) trouble {
 		return trouble{Failure: evaluate.Failure{Reason: evaluate.FailPreparation, Message: err.Error()}, final: true}
 	}
 	if apierrors.IsNotFound(err) || apierrors.IsConflict(err) {
-		return trouble{Failure: evaluate.Failure{Reason: evaluate.FailPreparation, Message: err.Error()}, stale: true} // the pod is not what it was
+		// the pod is not what it was
+		return trouble{Failure: evaluate.Failure{Reason: evaluate.FailPreparation, Message: err.Error()}, stale: true}
 	}
 	var unreadable *pullsecrets.UnreadableError
 	var nodeError *nodes.Error

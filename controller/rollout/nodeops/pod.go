@@ -55,7 +55,8 @@ type PodOps struct {
 
 	// The mutex of the state guards the rest.
 
-	// Upgrade is the operation with new images, restart the one that restarts the containers of State.
+	// Upgrade is the operation with new images, restart the one that restarts the containers of
+	// State.
 	Upgrade, restart *nodeOperation
 	// Tags are the operations that check tags, by container.
 	Tags map[string]*nodeOperation
@@ -78,10 +79,12 @@ type nodeOperation struct {
 	begun  time.Time
 	cancel context.CancelFunc // nil until the tracker runs
 	over   bool               // the controller has lost interest
-	// answered says that the node has answered. If op is nil then, the node does not have the operation.
+	// answered says that the node has answered. If op is nil then, the node does not have the
+	// operation.
 	answered bool
 	op       *opsv1.Operation
-	// failed is why the operation has failed, or could not be begun. stale says that the pod was not what the command expected.
+	// failed is why the operation has failed, or could not be begun. stale says that the pod was
+	// not what the command expected.
 	failed *evaluate.Failure
 	stale  bool
 	// takenBack says that the node was told to take the operation back.
@@ -161,7 +164,8 @@ type Item struct {
 // Armed returns true if the node is ready for the patch of the pod.
 func Armed(phase opsv1.Phase) bool {
 	switch phase {
-	case opsv1.Phase_PHASE_ARMED, opsv1.Phase_PHASE_ADOPTING, opsv1.Phase_PHASE_STOPPING, opsv1.Phase_PHASE_STARTING, opsv1.Phase_PHASE_REVEALING, opsv1.Phase_PHASE_SUCCEEDED:
+	case opsv1.Phase_PHASE_ARMED, opsv1.Phase_PHASE_ADOPTING, opsv1.Phase_PHASE_STOPPING, opsv1.Phase_PHASE_STARTING,
+		opsv1.Phase_PHASE_REVEALING, opsv1.Phase_PHASE_SUCCEEDED:
 		return true
 	}
 	return false
@@ -169,7 +173,8 @@ func Armed(phase opsv1.Phase) bool {
 
 // Change returns the change of a pod. answers are what admission has made of its images before.
 func (s *Session) Change(i *Item, operation string, answers evaluate.Rewrites) (*dryrun.PodChange, error) {
-	m := &evaluate.InPlaceState{Rollout: s.Rollout.UID, Revision: i.Goal.Revision, Operation: operation, Time: metav1.NewMicroTime(s.Now), Containers: map[string]evaluate.Previous{}}
+	m := &evaluate.InPlaceState{Rollout: s.Rollout.UID, Revision: i.Goal.Revision, Operation: operation,
+		Time: metav1.NewMicroTime(s.Now), Containers: map[string]evaluate.Previous{}}
 	change := &dryrun.PodChange{Pod: i.Pod, Images: i.Status.Images, Label: s.NewLabel(i)}
 	unfinished := i.Ops.State != nil && i.Ops.State.Rollout == s.Rollout.UID && i.Ops.State.Time.After(s.lastSuccess())
 	for _, name := range append(slices.Sorted(maps.Keys(i.Status.Images)), i.Status.Restarts...) {

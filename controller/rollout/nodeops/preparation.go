@@ -14,7 +14,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
-// SettlePreparation decides what to do about a preparation that has ended though the pod was not changed.
+// SettlePreparation decides what to do about a preparation that has ended though the pod was not
+// changed.
 func (s *Session) SettlePreparation(i *Item) {
 	w, m := s.State, i.Ops
 	w.mu.Lock()
@@ -44,8 +45,10 @@ func (s *Session) SettlePreparation(i *Item) {
 		if c.GetReason() != "" {
 			t.failed.Reason = c.GetReason()
 		}
-		// A restart takes precedence over a preparation, which then finds another container. Neither is the pod's fault.
-		m.gaveWay = !t.commitRequested && (c.GetReason() == reasonCancelled || m.gaveWay && c.GetReason() == reasonDiffers)
+		// A restart takes precedence over a preparation, which then finds another container.
+		// Neither is the pod's fault.
+		m.gaveWay = !t.commitRequested && (c.GetReason() == reasonCancelled || m.gaveWay &&
+			c.GetReason() == reasonDiffers)
 		held = c.GetReason() == reasonHeld || m.gaveWay
 		once, unchanged = slices.Contains(retryable, c.GetReason()), c.GetReason() == reasonUnchanged
 	case t.op.GetPhase() != opsv1.Phase_PHASE_PREPARED && !Armed(t.op.GetPhase()):
@@ -53,7 +56,8 @@ func (s *Session) SettlePreparation(i *Item) {
 			*s.Wait = retry.Sooner(*s.Wait, left)
 			return
 		}
-		t.failed = &evaluate.Failure{Reason: evaluate.FailDeadline, Message: fmt.Sprintf("node %s has not made the images ready within %s", m.node.Name, s.Strategy.Deadline)}
+		t.failed = &evaluate.Failure{Reason: evaluate.FailDeadline,
+			Message: fmt.Sprintf("node %s has not made the images ready within %s", m.node.Name, s.Strategy.Deadline)}
 		t.takenBack = true
 		s.abort(m.node, t, "it took too long")
 	default:
@@ -72,7 +76,8 @@ func (s *Session) SettlePreparation(i *Item) {
 		}
 		s.again(m, after)
 	case i.Goal.Undo, unchanged:
-		// A rollback must come, with the node's help or without. An image that runs already needs no help.
+		// A rollback must come, with the node's help or without. An image that runs already needs
+		// no help.
 		m.Plain, m.Upgrade = true, nil
 	}
 }

@@ -18,7 +18,8 @@ import (
 )
 
 const (
-	// releaseTimeout is how long to try nodes that do not answer. After that their pins expire by themselves.
+	// releaseTimeout is how long to try nodes that do not answer. After that their pins expire by
+	// themselves.
 	releaseTimeout = 2 * time.Minute
 	// releaseParallel is how many nodes are told at once.
 	releaseParallel = 32
@@ -44,8 +45,8 @@ func (d *Driver) releaseOnce(ctx context.Context, told []nodes.Node, owner strin
 	return left
 }
 
-// Release tells the nodes of these pods, and all nodes that were told anything, that the rollout has ended. It forgets all pods. The
-// channel is closed when the nodes were told.
+// Release tells the nodes of these pods, and all nodes that were told anything, that the rollout
+// has ended. It forgets all pods. The channel is closed when the nodes were told.
 func (s *Session) Release(ctx context.Context, pods []*corev1.Pod) chan struct{} {
 	done := make(chan struct{})
 	for _, pod := range pods {
@@ -76,7 +77,8 @@ func (s *Session) Release(ctx context.Context, pods []*corev1.Pod) chan struct{}
 			}
 		}
 		if len(left) > 0 {
-			s.Log.WithField("nodes", len(left)).Warn("nodes could not be told that the rollout has ended: what they pin expires")
+			s.Log.WithField("nodes", len(left)).Warn(
+				"nodes could not be told that the rollout has ended: what they pin expires")
 		}
 		close(done)
 		wake()

@@ -1,8 +1,9 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package nodeops has nodes do what the pods of a rollout need: prepare new images, commit the change of a pod, restart containers, and check
-// what a tag names. Calls of nodes run in goroutines and wake the reconciler, which never waits for a node.
+// Package nodeops has nodes do what the pods of a rollout need: prepare new images, commit the
+// change of a pod, restart containers, and check what a tag names. Calls of nodes run in goroutines
+// and wake the reconciler, which never waits for a node.
 package nodeops
 
 import (
@@ -33,28 +34,34 @@ const (
 	pinFor = 7 * 24 * time.Hour
 	// holdFor is how long a node keeps a prepared upgrade: a budget may hold the pod back.
 	holdFor = time.Hour
-	// retryInterval is the first wait between two calls of a node that fails. It doubles up to retryIntervalMax.
+	// retryInterval is the first wait between two calls of a node that fails. It doubles up to
+	// retryIntervalMax.
 	retryInterval    = 500 * time.Millisecond
 	retryIntervalMax = 5 * time.Second
-	// gaveWayInterval is how long to wait after a preparation gave way to a restart: the pod's status may not show the new
-	// container at once.
+	// gaveWayInterval is how long to wait after a preparation gave way to a restart: the pod's
+	// status may not show the new container at once.
 	gaveWayInterval = 2 * time.Second
-	// watchRenew is how long a stream may be without news. Then the node is asked again, to see whether it is still there.
+	// watchRenew is how long a stream may be without news. Then the node is asked again, to see
+	// whether it is still there.
 	watchRenew = time.Minute
-	// prepareSlack is how long a node may be late with the message that a preparation has taken too long.
+	// prepareSlack is how long a node may be late with the message that a preparation has taken too
+	// long.
 	prepareSlack = 15 * time.Second
 	// secretsFor is how long secrets count as fresh after they were read.
 	secretsFor = 5 * time.Minute
 )
 
-// reasonCredentials is the node's reason for a pull whose credentials are lost, because the daemon was restarted.
+// reasonCredentials is the node's reason for a pull whose credentials are lost, because the daemon
+// was restarted.
 const reasonCredentials = "CredentialsNeeded"
 
-// reasonUnchanged is the node's reason for an image that the container has already, as far as the node knows.
+// reasonUnchanged is the node's reason for an image that the container has already, as far as the
+// node knows.
 const reasonUnchanged = "ImageUnchanged"
 
-// reasonCancelled is the node's reason for a preparation that gave way to a restart, or that somebody has cancelled. reasonDiffers is
-// the reason for one that has not found the expected container.
+// reasonCancelled is the node's reason for a preparation that gave way to a restart, or that
+// somebody has cancelled. reasonDiffers is the reason for one that has not found the expected
+// container.
 const (
 	reasonCancelled = "Cancelled"
 	reasonDiffers   = "ExpectedIDDiffers"
@@ -63,8 +70,12 @@ const (
 // reasonHeld is the node's reason for a prepared upgrade that was not committed within holdFor.
 const reasonHeld = "HoldTimeout"
 
-// retryable are the node's reasons for which a preparation is worth another try: the node has changed nothing, and the obstacle has passed.
-var retryable = []string{"HoldTimeout", "TakenBackByKubelet", "ExpectedIDDiffers", "ContainerNotRunning", "Cancelled", "Aborted", "JournalError", "RuntimeError", "PodStopping", "NotFound"} //nolint:gochecknoglobals // a constant
+// retryable are the node's reasons for which a preparation is worth another try: the node has
+// changed nothing, and the obstacle has passed.
+var retryable = []string{ //nolint:gochecknoglobals // a constant
+	"HoldTimeout", "TakenBackByKubelet", "ExpectedIDDiffers", "ContainerNotRunning", "Cancelled", "Aborted",
+	"JournalError", "RuntimeError", "PodStopping", "NotFound",
+}
 
 // Prepare has the node of a pod prepare the change: check the tags, and pull the images.
 func (s *Session) Prepare(ctx context.Context, i *Item) {
@@ -164,8 +175,10 @@ func (s *Session) Prepare(ctx context.Context, i *Item) {
 		}
 		// The node may have prepared what admission answered before.
 		for _, has := range op.GetContainers() {
-			if asked := change.Images[has.GetName()]; asked != "" && has.GetImage() != answers.Of(has.GetName(), asked) {
-				err = dryrun.Unsteady("pod "+i.Pod.Name, has.GetName(), asked, has.GetImage(), answers.Of(has.GetName(), asked))
+			if asked := change.Images[has.GetName()]; asked != "" && has.GetImage() != answers.Of(has.GetName(),
+				asked) {
+				err = dryrun.Unsteady("pod "+i.Pod.Name, has.GetName(), asked, has.GetImage(),
+					answers.Of(has.GetName(), asked))
 				c.change(func() { t.op, t.failed, t.answered = op, dryrun.Refusal(err), true })
 				return nil, err
 			}
@@ -245,7 +258,8 @@ func (s *Session) Commit(i *Item) {
 			}
 			w.mu.Lock()
 			over := t.over || t.op.GetFinishTime() != nil
-			if err == nil && !over && op.GetPhase() != t.op.GetPhase() && t.op.GetPhase() == opsv1.Phase_PHASE_PREPARED {
+			if err == nil && !over && op.GetPhase() != t.op.GetPhase() &&
+				t.op.GetPhase() == opsv1.Phase_PHASE_PREPARED {
 				t.op = op // unless the stream was quicker
 			}
 			w.mu.Unlock()
@@ -276,8 +290,8 @@ func (s *Session) Commit(i *Item) {
 	})
 }
 
-// abort tells a node to take back an upgrade. If the node cannot be reached, the upgrade ends there after holdFor. The caller holds the
-// mutex of the state.
+// abort tells a node to take back an upgrade. If the node cannot be reached, the upgrade ends there
+// after holdFor. The caller holds the mutex of the state.
 func (s *Session) abort(node nodes.Node, t *nodeOperation, why string) {
 	if t == nil || t.op == nil || t.op.GetFinishTime() != nil || t.op.GetKind() == "Restart" {
 		return
@@ -285,8 +299,8 @@ func (s *Session) abort(node nodes.Node, t *nodeOperation, why string) {
 	s.takeBack(node, t.uid, why)
 }
 
-// Pod returns what is known of a pod. If that is about another revision, the node is told to take back what it has prepared for it,
-// unless the pod was changed for that.
+// Pod returns what is known of a pod. If that is about another revision, the node is told to take
+// back what it has prepared for it, unless the pod was changed for that.
 func (s *Session) Pod(pod *corev1.Pod, revision string) *PodOps {
 	m, dropped := s.State.pod(pod, revision)
 	if dropped != nil && !m.Stale(pod) && (m.State == nil || m.State.Operation != dropped.uid) {
@@ -297,7 +311,8 @@ func (s *Session) Pod(pod *corev1.Pod, revision string) *PodOps {
 	return m
 }
 
-// Keep forgets all other pods: they do not belong to the rollout any more. Nodes are told to take back what they have prepared for them.
+// Keep forgets all other pods: they do not belong to the rollout any more. Nodes are told to take
+// back what they have prepared for them.
 func (s *Session) Keep(pods map[types.UID]bool) {
 	s.State.mu.Lock()
 	for uid, m := range s.State.pods {
@@ -309,8 +324,9 @@ func (s *Session) Keep(pods map[types.UID]bool) {
 	s.State.keep(pods)
 }
 
-// AbortMarked tells the node to take back the upgrade for which this rollout last changed the pod. If kubelet has not begun with it, the
-// node would go on waiting for kubelet, and refuse other operations on the container.
+// AbortMarked tells the node to take back the upgrade for which this rollout last changed the pod.
+// If kubelet has not begun with it, the node would go on waiting for kubelet, and refuse other
+// operations on the container.
 func (s *Session) AbortMarked(m *PodOps, why string) {
 	if m.State != nil && m.State.Rollout == s.Rollout.UID && m.State.Operation != "" && m.node.Name != "" {
 		s.takeBack(m.node, m.State.Operation, why)
@@ -348,22 +364,24 @@ func (s *Session) Follow(ctx context.Context, i *Item) {
 	s.listen(t, node, i.Pod.Name)
 }
 
-// listen follows an operation that was begun before. If the node does not know it, or not any more, it has ended.
+// listen follows an operation that was begun before. If the node does not know it, or not any more,
+// it has ended.
 func (s *Session) listen(t *nodeOperation, node nodes.Node, pod string) {
 	c := &operationTracker{d: s.Driver, w: s.State, t: t, node: node, pod: pod, timeout: s.Strategy.Deadline}
 	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
 		op, err := s.Driver.Nodes.GetOperation(ctx, node, t.uid)
 		if code(err) == codes.NotFound {
 			c.change(func() { t.answered = true })
-			return &opsv1.Operation{Uid: t.uid, FinishTime: timestamppb.New(s.Now), Phase: opsv1.Phase_PHASE_CANCELLED}, nil
+			return &opsv1.Operation{Uid: t.uid, FinishTime: timestamppb.New(s.Now), Phase: opsv1.Phase_PHASE_CANCELLED},
+				nil
 		}
 		return op, err
 	}
 	c.start()
 }
 
-// Inquire asks the node whether it still restarts containers for another goal: of a rollout that has ended or was deleted, or of an
-// earlier revision.
+// Inquire asks the node whether it still restarts containers for another goal: of a rollout that
+// has ended or was deleted, or of an earlier revision.
 func (s *Session) Inquire(ctx context.Context, i *Item) {
 	w, m := s.State, i.Ops
 	uid := m.State.RestartUID(i.Pod)
@@ -413,7 +431,8 @@ func (s *Session) Restart(ctx context.Context, i *Item) {
 			if c.PullPolicy, c.Environment, err = now.container(ctx, c.GetName()); err != nil {
 				return nil, err
 			}
-			images = append(images, pullsecrets.Pulled(now.image(c.GetName()), c.GetPullPolicy(), c.GetEnvironment())...)
+			images = append(images, pullsecrets.Pulled(now.image(c.GetName()), c.GetPullPolicy(),
+				c.GetEnvironment())...)
 		}
 		request.Credentials = now.ring.For(images...)
 		op, err := s.Driver.Nodes.Restart(ctx, node, request)
@@ -426,7 +445,8 @@ func (s *Session) Restart(ctx context.Context, i *Item) {
 }
 
 func (s *Session) restartRequest(ctx context.Context, i *Item) *opsv1.RestartRequest {
-	request := &opsv1.RestartRequest{Uid: i.Ops.State.RestartUID(i.Pod), Pod: podRefOf(i.Pod), Requester: evaluate.OwnerOf(s.Rollout)}
+	request := &opsv1.RestartRequest{Uid: i.Ops.State.RestartUID(i.Pod), Pod: podRefOf(i.Pod),
+		Requester: evaluate.OwnerOf(s.Rollout)}
 	for _, name := range slices.Sorted(maps.Keys(i.Ops.State.Containers)) {
 		c, _ := evaluate.ContainerOf(i.Pod, name)
 		old := i.Ops.State.Containers[name]
@@ -451,7 +471,8 @@ func (s *Session) restartRequest(ctx context.Context, i *Item) *opsv1.RestartReq
 	return request
 }
 
-// Upgrade returns the UID of the operation that upgrades a pod as it has to be now, and its phase. The UID is empty if no node knows of it.
+// Upgrade returns the UID of the operation that upgrades a pod as it has to be now, and its phase.
+// The UID is empty if no node knows of it.
 func (s *Session) Upgrade(i *Item) (uid string, phase opsv1.Phase) {
 	s.State.mu.Lock()
 	defer s.State.mu.Unlock()
@@ -468,7 +489,8 @@ func (s *Session) AbortUpgrade(m *PodOps, why string) {
 	s.abort(m.node, m.Upgrade, why)
 }
 
-// Withdraw tells the node of a pod to take back what it has prepared, unless the pod was changed for that.
+// Withdraw tells the node of a pod to take back what it has prepared, unless the pod was changed
+// for that.
 func (s *Session) Withdraw(m *PodOps, why string) {
 	s.State.mu.Lock()
 	defer s.State.mu.Unlock()
@@ -480,7 +502,8 @@ func (s *Session) Withdraw(m *PodOps, why string) {
 	}
 }
 
-// Trouble says what the API server has failed with several times in a row; empty if there is nothing.
+// Trouble says what the API server has failed with several times in a row; empty if there is
+// nothing.
 func (s *Session) Trouble(items []*Item) string {
 	s.State.mu.Lock()
 	defer s.State.mu.Unlock()
@@ -491,7 +514,8 @@ func (s *Session) Trouble(items []*Item) string {
 		}
 		for _, t := range all {
 			if t.Count >= apierror.Tries {
-				return fmt.Sprintf("pod %s cannot be changed, %d tries have failed since %s: %s", i.Pod.Name, t.Count, t.Since.UTC().Format(time.RFC3339), t.Text)
+				return fmt.Sprintf("pod %s cannot be changed, %d tries have failed since %s: %s", i.Pod.Name, t.Count,
+					t.Since.UTC().Format(time.RFC3339), t.Text)
 			}
 		}
 	}

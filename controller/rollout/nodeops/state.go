@@ -17,8 +17,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
-// State is what the controller remembers of the pods of a rollout and of what nodes do for them. Operation trackers write into it, too: the
-// mutex is for that.
+// State is what the controller remembers of the pods of a rollout and of what nodes do for them.
+// Operation trackers write into it, too: the mutex is for that.
 type State struct {
 	uid  types.UID
 	wake func()
@@ -31,7 +31,8 @@ type State struct {
 }
 
 func NewState(uid types.UID, wake func()) *State {
-	return &State{uid: uid, wake: wake, nodes: map[string]nodes.Node{}, pods: map[types.UID]*PodOps{}, keys: map[string]*keys{}}
+	return &State{uid: uid, wake: wake, nodes: map[string]nodes.Node{}, pods: map[types.UID]*PodOps{},
+		keys: map[string]*keys{}}
 }
 
 // Size returns how many pods there are.
@@ -76,8 +77,8 @@ func (w *State) Learn(m *PodOps, t *nodeOperation, asked map[string]string, answ
 	m.answers = known
 }
 
-// pod returns what is known of a pod. If that was about another revision, it begins anew, and returns the upgrade for the other
-// revision, too.
+// pod returns what is known of a pod. If that was about another revision, it begins anew, and
+// returns the upgrade for the other revision, too.
 func (w *State) pod(pod *corev1.Pod, revision string) (m *PodOps, dropped *nodeOperation) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -90,8 +91,9 @@ func (w *State) pod(pod *corev1.Pod, revision string) (m *PodOps, dropped *nodeO
 		dropped = m.Upgrade
 		w.drop(m)
 		*m = PodOps{
-			uid: pod.UID, revision: revision, Written: m.Written, Updating: m.Updating, node: m.node, readySeen: m.readySeen,
-			readyIDs: m.readyIDs, Started: m.Started, Nudges: m.Nudges, marked: m.marked, State: m.State,
+			uid: pod.UID, revision: revision, Written: m.Written, Updating: m.Updating, node: m.node,
+			readySeen: m.readySeen,
+			readyIDs:  m.readyIDs, Started: m.Started, Nudges: m.Nudges, marked: m.marked, State: m.State,
 		}
 	}
 	if text := pod.Annotations[inplace.PodStateAnnotation]; text != m.marked {
@@ -139,7 +141,8 @@ func (w *State) Close() { w.keep(nil) }
 func (w *State) Knowledge(m *PodOps, pod *corev1.Pod, begun time.Time) evaluate.PodFacts {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	k := evaluate.PodFacts{Begun: begun, Updating: m.Updating, ReadySeen: m.readySeen, StartedSeen: m.Started, Settled: m.Settled, Answers: m.answers, More: m.more}
+	k := evaluate.PodFacts{Begun: begun, Updating: m.Updating, ReadySeen: m.readySeen, StartedSeen: m.Started,
+		Settled: m.Settled, Answers: m.answers, More: m.more}
 	if t := m.Upgrade; t != nil {
 		if m.State != nil && t.uid == m.State.Operation {
 			k.Op, k.Answered = t.op, t.answered

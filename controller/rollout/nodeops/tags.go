@@ -18,9 +18,11 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
-// A container may have the image of the goal in its spec already, and run another one: the tag has moved. With imagePullPolicy Always kubelet
-// resolves the tag whenever it starts the container, so a rollout resolves it, too. Before the pod is changed, the node pulls the image and says
-// whether the tag names the image that runs. If not, the rollout restarts the container. The pod's spec stays, so kubelet has no part in that.
+// A container may have the image of the goal in its spec already, and run another one: the tag has
+// moved. With imagePullPolicy Always kubelet resolves the tag whenever it starts the container, so
+// a rollout resolves it, too. Before the pod is changed, the node pulls the image and says whether
+// the tag names the image that runs. If not, the rollout restarts the container. The pod's spec
+// stays, so kubelet has no part in that.
 
 // reasonMoved is the node's reason for a tag that names another image than the one that runs.
 const reasonMoved = "ImageMoved"
@@ -93,7 +95,8 @@ func (s *Session) checkTags(ctx context.Context, i *Item) {
 			if want.PullPolicy, want.Environment, err = now.container(ctx, name); err != nil {
 				return nil, err
 			}
-			request.Credentials, request.Containers = now.ring.For(pullsecrets.Pulled(want.Image, want.PullPolicy, want.Environment)...), []*opsv1.ContainerUpgrade{want}
+			request.Credentials, request.Containers = now.ring.For(pullsecrets.Pulled(want.Image, want.PullPolicy,
+				want.Environment)...), []*opsv1.ContainerUpgrade{want}
 			op, err := s.Driver.Nodes.PrepareUpgrade(ctx, node, request)
 			if code(err) == codes.AlreadyExists {
 				op, err = s.Driver.Nodes.GetOperation(ctx, node, uid)
@@ -119,16 +122,21 @@ func (s *Session) SettleTags(i *Item) {
 		case t.failed != nil:
 			again = t.stale
 		case t.op.GetFinishTime() == nil && t.op.GetPhase() == opsv1.Phase_PHASE_PREPARED:
-			// The node knows the container with another image than the pod has: kubelet is about to replace it.
+			// The node knows the container with another image than the pod has: kubelet is about to
+			// replace it.
 			s.abort(m.node, t, "the container has another image than the pod's spec")
-			t.failed, again = &evaluate.Failure{Reason: evaluate.FailPreparation, Message: fmt.Sprintf("container %s: what runs on node %s is of another image than the pod's spec has", name, m.node.Name)}, true
+			t.failed, again = &evaluate.Failure{Reason: evaluate.FailPreparation,
+				Message: fmt.Sprintf("container %s: what runs on node %s is of another image than the pod's spec has",
+					name, m.node.Name)}, true
 		case t.op.GetFinishTime() == nil:
 			if left := t.begun.Add(s.Strategy.Deadline + prepareSlack).Sub(s.Now); left > 0 {
 				*s.Wait = retry.Sooner(*s.Wait, left)
 				continue
 			}
 			s.abort(m.node, t, "it took too long")
-			t.failed = &evaluate.Failure{Reason: evaluate.FailDeadline, Message: fmt.Sprintf("node %s has not pulled the image of container %s within %s", m.node.Name, name, s.Strategy.Deadline)}
+			t.failed = &evaluate.Failure{Reason: evaluate.FailDeadline,
+				Message: fmt.Sprintf("node %s has not pulled the image of container %s within %s", m.node.Name, name,
+					s.Strategy.Deadline)}
 		case reason == reasonUnchanged:
 			t.tag = evaluate.TagSame
 			continue
@@ -136,7 +144,8 @@ func (s *Session) SettleTags(i *Item) {
 			t.tag = evaluate.TagMoved
 			continue
 		default:
-			t.failed, again = &evaluate.Failure{Reason: evaluate.FailPreparation, Message: evaluate.AccountOf(t.op)}, slices.Contains(retryable, reason)
+			t.failed, again = &evaluate.Failure{Reason: evaluate.FailPreparation, Message: evaluate.AccountOf(t.op)},
+				slices.Contains(retryable, reason)
 			if reason != "" {
 				t.failed.Reason = reason
 			}

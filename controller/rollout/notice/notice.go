@@ -30,7 +30,8 @@ func SetCondition(s *inplace.InPlaceRolloutStatus, kind string, is bool, reason,
 	if is {
 		status = metav1.ConditionTrue
 	}
-	meta.SetStatusCondition(&s.Conditions, metav1.Condition{Type: kind, Status: status, Reason: reason, Message: objects.Clip(message, 1000), ObservedGeneration: s.ObservedGeneration})
+	meta.SetStatusCondition(&s.Conditions, metav1.Condition{Type: kind, Status: status, Reason: reason,
+		Message: objects.Clip(message, 1000), ObservedGeneration: s.ObservedGeneration})
 }
 
 // Reasons of Events, besides those of conditions.

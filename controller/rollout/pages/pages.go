@@ -15,8 +15,11 @@ import (
 // PageSize is how many objects one answer of the API server has.
 const PageSize = 500
 
-// Each calls f with all objects of a kind, page by page. It goes on after an error of f, and ignores objects that do not exist any more.
-func Each[L client.ObjectList, T any](ctx context.Context, c client.Client, list L, items func(L) []T, f func(*T) error) error {
+// Each calls f with all objects of a kind, page by page. It goes on after an error of f, and
+// ignores objects that do not exist any more.
+func Each[L client.ObjectList, T any](
+	ctx context.Context, c client.Client, list L, items func(L) []T, f func(*T) error,
+) error {
 	var errs []error
 	for {
 		if err := c.List(ctx, list, client.Limit(PageSize), client.Continue(list.GetContinue())); err != nil {

@@ -1,7 +1,8 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package podtemplate reads and compares the pod templates of workloads, and makes the patches that change their images.
+// Package podtemplate reads and compares the pod templates of workloads, and makes the patches that
+// change their images.
 package podtemplate
 
 import (
@@ -45,14 +46,16 @@ func Of(object client.Object) *corev1.PodTemplateSpec {
 	return &corev1.PodTemplateSpec{}
 }
 
-// Diff returns those of the images that a template does not have yet. The error is a *apierror.SpecError.
+// Diff returns those of the images that a template does not have yet. The error is a
+// *apierror.SpecError.
 func Diff(t *corev1.PodTemplateSpec, images map[string]string, what string) (map[string]string, error) {
 	have := Images(t)
 	diff := map[string]string{}
 	for name, image := range images {
 		switch was, ok := have[name]; {
 		case !ok:
-			return nil, apierror.Wrong("%s", evaluate.Lacks("the template of "+what, name, evaluate.ToChange, slices.Sorted(maps.Keys(have))))
+			return nil, apierror.Wrong("%s", evaluate.Lacks("the template of "+what, name, evaluate.ToChange,
+				slices.Sorted(maps.Keys(have))))
 		case was != image:
 			diff[name] = image
 		}
@@ -74,9 +77,11 @@ func ImageLists(s *corev1.PodSpec, images map[string]string) map[string][]any {
 	return lists
 }
 
-// Patch returns the strategic merge patch that puts images into the template of a workload. The patch also sets annotations of the
-// workload and other fields of its spec.
-func Patch(o client.Object, t *corev1.PodTemplateSpec, images map[string]string, annotations, spec map[string]any) ([]byte, error) {
+// Patch returns the strategic merge patch that puts images into the template of a workload. The
+// patch also sets annotations of the workload and other fields of its spec.
+func Patch(
+	o client.Object, t *corev1.PodTemplateSpec, images map[string]string, annotations, spec map[string]any,
+) ([]byte, error) {
 	body := map[string]any{}
 	maps.Copy(body, spec)
 	if lists := ImageLists(&t.Spec, images); len(lists) > 0 {
@@ -89,7 +94,8 @@ func Patch(o client.Object, t *corev1.PodTemplateSpec, images map[string]string,
 	return json.Marshal(map[string]any{"metadata": meta, "spec": body})
 }
 
-// SameInPlace returns true if templates differ only in images and in the annotation that has all pods restarted.
+// SameInPlace returns true if templates differ only in images and in the annotation that has all
+// pods restarted.
 func SameInPlace(a, b *corev1.PodTemplateSpec) bool {
 	if a == nil || b == nil {
 		return false

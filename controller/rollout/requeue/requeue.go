@@ -1,7 +1,8 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package requeue says when rollouts are looked at again: by which events, how often without any, and after an error.
+// Package requeue says when rollouts are looked at again: by which events, how often without any,
+// and after an error.
 package requeue
 
 import (
@@ -14,7 +15,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/retry"
 )
 
-// Options returns the options of a controller. A request that fails is tried again after 50 ms, later every 30 s.
+// Options returns the options of a controller. A request that fails is tried again after 50 ms,
+// later every 30 s.
 func Options(workers int) controller.Options {
 	return controller.Options{
 		MaxConcurrentReconciles: workers,

@@ -26,9 +26,11 @@ import (
 // deploymentRevision is the annotation by which the Deployment's controller numbers ReplicaSets.
 const deploymentRevision = "deployment.kubernetes.io/revision"
 
-// deployment is a Deployment. Its controller creates a new ReplicaSet when none has the Deployment's template. So the rollout pauses
-// the Deployment, and writes the images into the template of its present ReplicaSet, then into the Deployment's own. When the
-// Deployment goes on after the pods were changed, its controller finds that the ReplicaSet equals the template, and keeps its pods.
+// deployment is a Deployment. Its controller creates a new ReplicaSet when none has the
+// Deployment's template. So the rollout pauses the Deployment, and writes the images into the
+// template of its present ReplicaSet, then into the Deployment's own. When the Deployment goes on
+// after the pods were changed, its controller finds that the ReplicaSet equals the template, and
+// keeps its pods.
 type deployment struct {
 	env *Env
 	d   *appsv1.Deployment
@@ -50,7 +52,8 @@ func (e *Env) findDeployment(ctx context.Context, d *appsv1.Deployment) (*Target
 		return nil, apierror.Wrong("the selector of Deployment %s: %s", d.Name, err)
 	}
 	var list appsv1.ReplicaSetList
-	if err := e.Client.List(ctx, &list, client.InNamespace(d.Namespace), client.MatchingLabelsSelector{Selector: selector}); err != nil {
+	if err := e.Client.List(ctx, &list, client.InNamespace(d.Namespace),
+		client.MatchingLabelsSelector{Selector: selector}); err != nil {
 		return nil, err
 	}
 	for i := range list.Items {
@@ -87,14 +90,16 @@ func (w *deployment) ours() bool {
 	return w.d.Annotations[inplace.PausedByAnnotation] == string(w.env.Rollout.UID)
 }
 
-// touched returns true if somebody has changed images of the template since the rollout last wrote the Deployment.
+// touched returns true if somebody has changed images of the template since the rollout last wrote
+// the Deployment.
 func (w *deployment) touched() bool {
 	_, sum := cutLast(w.d.Annotations[inplace.TemplateAnnotation])
 	return w.holds() && sum != "" && sum != objects.Hash(podtemplate.Images(&w.d.Spec.Template))
 }
 
-// holds returns true if the rollout has paused the Deployment for its present goal. The annotation alone does not say that: kubectl
-// rollout undo brings back annotations that an older ReplicaSet has kept.
+// holds returns true if the rollout has paused the Deployment for its present goal. The annotation
+// alone does not say that: kubectl rollout undo brings back annotations that an older ReplicaSet
+// has kept.
 func (w *deployment) holds() bool {
 	key, _ := cutLast(w.d.Annotations[inplace.TemplateAnnotation])
 	return w.ours() && (w.d.Spec.Paused || key == w.env.templateKey())
@@ -118,18 +123,21 @@ func (w *deployment) SyncTemplate(ctx context.Context, images map[string]string)
 		return false, name + " is being changed by another InPlaceRollout", nil
 	case w.touched():
 		return false, "", superseded("somebody has changed images in the template of %s", name)
-	case (w.holds() || w.env.wroteTemplate(w.d)) && !podtemplate.SameButImages(&w.d.Spec.Template, &w.current.Spec.Template):
+	case (w.holds() || w.env.wroteTemplate(w.d)) && !podtemplate.SameButImages(&w.d.Spec.Template,
+		&w.current.Spec.Template):
 		return false, "", superseded("somebody has changed more than images in the template of %s", name)
 	case w.others && (w.holds() || w.env.wroteTemplate(w.d)):
 		return false, "", superseded("a rollout of %s itself is under way", name)
 	case !podtemplate.SameButImages(&w.d.Spec.Template, &w.current.Spec.Template):
-		return false, name + " has changes in its template that are more than images and not rolled out: let its own rollout finish first", nil
+		return false, name + " has changes in its template that are more than images and not rolled out: let its " +
+			"own rollout finish first", nil
 	case w.others:
 		return false, "a rollout of " + name + " itself is under way", nil
 	case !w.observed():
 		return false, "the controller of " + name + " has not seen its changes yet", nil
 	case len(own)+len(sets) == 0 && !podtemplate.SameImages(&w.d.Spec.Template, &w.current.Spec.Template):
-		return false, name + " has other images in its template that are not rolled out: let its own rollout finish first", nil
+		return false, name + " has other images in its template that are not rolled out: let its own rollout finish " +
+			"first", nil
 	case len(own)+len(sets) == 0:
 		return true, "", nil
 	}
@@ -147,7 +155,8 @@ func (w *deployment) SyncTemplate(ctx context.Context, images map[string]string)
 		return false, "", err
 	}
 	for container, a := range answers {
-		return false, "", dryrun.Unsteady("ReplicaSet "+w.current.Name, container, a.Asked, a.Asked+" in its Deployment", a.Got)
+		return false, "", dryrun.Unsteady("ReplicaSet "+w.current.Name, container, a.Asked,
+			a.Asked+" in its Deployment", a.Got)
 	}
 	switch {
 	case len(own)+len(sets) == 0:
@@ -155,7 +164,8 @@ func (w *deployment) SyncTemplate(ctx context.Context, images map[string]string)
 	case !w.d.Spec.Paused && w.env.wroteTemplate(w.d):
 		return false, "", superseded("somebody has put other images into the template of %s", name)
 	case !w.d.Spec.Paused:
-		patch, err := w.marked(ctx, nil, map[string]any{inplace.PausedByAnnotation: string(w.env.Rollout.UID)}, map[string]any{"paused": true})
+		patch, err := w.marked(ctx, nil, map[string]any{inplace.PausedByAnnotation: string(w.env.Rollout.UID)},
+			map[string]any{"paused": true})
 		if err != nil {
 			return false, "", err
 		}
@@ -169,18 +179,22 @@ func (w *deployment) SyncTemplate(ctx context.Context, images map[string]string)
 		if err != nil {
 			return false, "", err
 		}
-		return false, "the template of ReplicaSet " + w.current.Name + " has just been changed", w.env.patchWorkload(ctx, w.current, patch, "ReplicaSet", sets)
+		return false, "the template of ReplicaSet " + w.current.Name + " has just been changed",
+			w.env.patchWorkload(ctx, w.current, patch, "ReplicaSet", sets)
 	}
 	patch, err := w.marked(ctx, own, nil, nil)
 	if err != nil {
 		return false, "", err
 	}
-	return false, "the template of " + name + " has just been changed", w.env.noteTemplate(w.env.patchWorkload(ctx, w.d, patch, KindDeployment, own))
+	return false, "the template of " + name + " has just been changed",
+		w.env.noteTemplate(w.env.patchWorkload(ctx, w.d, patch, KindDeployment, own))
 }
 
-// marked returns a patch of the Deployment with an annotation that says which images the template has after it, whatever admission
-// makes of them.
-func (w *deployment) marked(ctx context.Context, images map[string]string, annotations, spec map[string]any) ([]byte, error) {
+// marked returns a patch of the Deployment with an annotation that says which images the template
+// has after it, whatever admission makes of them.
+func (w *deployment) marked(
+	ctx context.Context, images map[string]string, annotations, spec map[string]any,
+) ([]byte, error) {
 	write := func(become map[string]string) ([]byte, error) {
 		mark := w.env.templateMark(become)
 		maps.Copy(mark, annotations)
@@ -208,13 +222,15 @@ func (w *deployment) diffs(images map[string]string) (own, sets map[string]strin
 	return own, sets, err
 }
 
-// Resume lets a Deployment go on that the rollout has paused. Before that, the Deployment and its ReplicaSet get the same template, since
-// a Deployment that differs would get a new ReplicaSet. Images that somebody else has put into the template stay.
+// Resume lets a Deployment go on that the rollout has paused. Before that, the Deployment and its
+// ReplicaSet get the same template, since a Deployment that differs would get a new ReplicaSet.
+// Images that somebody else has put into the template stay.
 func (w *deployment) Resume(ctx context.Context) (bool, error) {
 	if !w.ours() {
 		return w.observed() || !w.d.Spec.Paused, nil
 	}
-	if w.current != nil && w.d.Spec.Paused && !w.touched() && podtemplate.SameButImages(&w.d.Spec.Template, &w.current.Spec.Template) {
+	if w.current != nil && w.d.Spec.Paused && !w.touched() && podtemplate.SameButImages(&w.d.Spec.Template,
+		&w.current.Spec.Template) {
 		images := map[string]string{}
 		have := podtemplate.Images(&w.d.Spec.Template)
 		for name, image := range podtemplate.Images(&w.current.Spec.Template) {
@@ -251,7 +267,8 @@ func (w *deployment) Resume(ctx context.Context) (bool, error) {
 	return false, nil
 }
 
-// agree gives the Deployment the images of its ReplicaSet or, where the API server does not have that, the ReplicaSet those of its Deployment.
+// agree gives the Deployment the images of its ReplicaSet or, where the API server does not have
+// that, the ReplicaSet those of its Deployment.
 func (w *deployment) agree(ctx context.Context, images map[string]string) error {
 	patch, err := w.marked(ctx, images, nil, nil)
 	if err == nil {
@@ -272,7 +289,8 @@ func (w *deployment) agree(ctx context.Context, images map[string]string) error 
 	return w.env.patchWorkload(ctx, w.current, patch, "ReplicaSet", back)
 }
 
-// halfDone returns true if this rollout was about to replace the Deployment's image, and false if it is an image that somebody else wants.
+// halfDone returns true if this rollout was about to replace the Deployment's image, and false if
+// it is an image that somebody else wants.
 func (w *deployment) halfDone(ctx context.Context, container, image string) (bool, error) {
 	s := &w.env.Rollout.Status
 	for _, own := range []string{s.PreviousImages[container], s.TargetImages[container]} {

@@ -21,9 +21,10 @@ import (
 // fieldOwner is the field manager of what rollouts write into workloads.
 const fieldOwner = "cri-controller"
 
-// GiveBack gives up the controller's ownership of the fields that it has written into the workload. A rollout that has ended does not
-// need them, and the API server would refuse a server-side apply of the workload's user because of them. Errors do not hold up the end
-// of the rollout, except a conflict with another write.
+// GiveBack gives up the controller's ownership of the fields that it has written into the workload.
+// A rollout that has ended does not need them, and the API server would refuse a server-side apply
+// of the workload's user because of them. Errors do not hold up the end of the rollout, except a
+// conflict with another write.
 func (e *Env) GiveBack(ctx context.Context, t *Target) error {
 	if t == nil || t.Workload == nil {
 		return nil
@@ -56,13 +57,14 @@ func (e *Env) GiveBack(ctx context.Context, t *Target) error {
 
 // keeps tells people that the controller still owns the fields.
 func (e *Env) keeps(t *Target, err error) {
-	text := fmt.Sprintf("field manager %s still owns what the rollout has written into %s, and a server-side apply of that needs --force-conflicts: it cannot be given back: %s", fieldOwner, t.What, err)
+	text := fmt.Sprintf("field manager %s still owns what the rollout has written into %s, and a server-side apply "+
+		"of that needs --force-conflicts: it cannot be given back: %s", fieldOwner, t.What, err)
 	e.Log.Warn(text)
 	e.Tell(corev1.EventTypeWarning, notice.EventFields, text, "")
 }
 
-// disown returns the JSON patch that removes fieldOwner from the managed fields of an object, unless somebody has written in between;
-// nil if fieldOwner is not there.
+// disown returns the JSON patch that removes fieldOwner from the managed fields of an object,
+// unless somebody has written in between; nil if fieldOwner is not there.
 func disown(o client.Object) ([]byte, error) {
 	all := o.GetManagedFields()
 	kept := slices.DeleteFunc(slices.Clone(all), func(e metav1.ManagedFieldsEntry) bool {

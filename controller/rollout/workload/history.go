@@ -22,13 +22,15 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
 )
 
-// The old ReplicaSets of a Deployment are its history: kubectl rollout undo takes the template of the one with the second highest
-// revision. A rollout in place overwrites the template of the present ReplicaSet. Its old template would be lost, and undo would go
-// back one revision too far. So the rollout keeps a ReplicaSet without pods that has the old template.
+// The old ReplicaSets of a Deployment are its history: kubectl rollout undo takes the template of
+// the one with the second highest revision. A rollout in place overwrites the template of the
+// present ReplicaSet. Its old template would be lost, and undo would go back one revision too far.
+// So the rollout keeps a ReplicaSet without pods that has the old template.
 
 // copiedNot are annotations that belong to one ReplicaSet alone, or to a rollout.
 var copiedNot = []string{
-	deploymentRevision, "deployment.kubernetes.io/revision-history", "deployment.kubernetes.io/desired-replicas", "deployment.kubernetes.io/max-replicas",
+	deploymentRevision, "deployment.kubernetes.io/revision-history", "deployment.kubernetes.io/desired-replicas",
+	"deployment.kubernetes.io/max-replicas",
 	inplace.PausedByAnnotation, inplace.TemplateAnnotation,
 }
 
@@ -49,13 +51,15 @@ func revisionNumber(set *appsv1.ReplicaSet) int {
 	return n
 }
 
-// chooseCurrent returns the ReplicaSet with the highest revision. While the rollout has paused the Deployment, it returns the one with
-// pods: the Deployment's controller gives the highest revision to any ReplicaSet that happens to have the template.
+// chooseCurrent returns the ReplicaSet with the highest revision. While the rollout has paused the
+// Deployment, it returns the one with pods: the Deployment's controller gives the highest revision
+// to any ReplicaSet that happens to have the template.
 func (w *deployment) chooseCurrent() *appsv1.ReplicaSet {
 	var newest, active *appsv1.ReplicaSet
 	actives := 0
 	for _, set := range w.sets {
-		if n := revisionNumber(set); n >= 0 && (newest == nil || n > revisionNumber(newest) || n == revisionNumber(newest) && wanted(set) > wanted(newest)) {
+		if n := revisionNumber(set); n >= 0 && (newest == nil || n > revisionNumber(newest) ||
+			n == revisionNumber(newest) && wanted(set) > wanted(newest)) {
 			newest = set
 		}
 		if wanted(set) > 0 {
@@ -69,7 +73,8 @@ func (w *deployment) chooseCurrent() *appsv1.ReplicaSet {
 	return newest
 }
 
-// previousTemplate returns the template that the present ReplicaSet had before the rollout; nil if it is unknown, or the same.
+// previousTemplate returns the template that the present ReplicaSet had before the rollout; nil if
+// it is unknown, or the same.
 func (w *deployment) previousTemplate(ctx context.Context) (*corev1.PodTemplateSpec, map[string]string, error) {
 	s := &w.env.Rollout.Status
 	if w.env.Goal.Undo || Newer(w.env.Rollout) != "" {
@@ -98,8 +103,9 @@ func (w *deployment) previousTemplate(ctx context.Context) (*corev1.PodTemplateS
 	return t, images, nil
 }
 
-// keepHistory makes sure that a ReplicaSet with the old template has the second highest revision, and returns true if it has. If an older
-// ReplicaSet has the new template, it gets the old one: the Deployment's controller would take it for the present one, and replace the pods.
+// keepHistory makes sure that a ReplicaSet with the old template has the second highest revision,
+// and returns true if it has. If an older ReplicaSet has the new template, it gets the old one: the
+// Deployment's controller would take it for the present one, and replace the pods.
 func (w *deployment) keepHistory(ctx context.Context) (bool, error) {
 	previous, images, err := w.previousTemplate(ctx)
 	if previous == nil || err != nil {
@@ -118,7 +124,8 @@ func (w *deployment) keepHistory(ctx context.Context) (bool, error) {
 			}
 			return w.noHistory(w.env.patchWorkload(ctx, set, patch, "ReplicaSet", images))
 		}
-		if podtemplate.SameTemplate(&set.Spec.Template, previous) && (there == nil || revisionNumber(set) > revisionNumber(there)) {
+		if podtemplate.SameTemplate(&set.Spec.Template, previous) && (there == nil ||
+			revisionNumber(set) > revisionNumber(there)) {
 			there = set
 		}
 		highest = max(highest, revisionNumber(set))
@@ -128,7 +135,8 @@ func (w *deployment) keepHistory(ctx context.Context) (bool, error) {
 	case there != nil && revisionNumber(there) == highest:
 		return highest <= revisionNumber(w.current), nil // its controller is about to give that a higher one
 	case there != nil:
-		patch, err := podtemplate.Patch(there, &there.Spec.Template, nil, clean(map[string]any{deploymentRevision: number}), nil)
+		patch, err := podtemplate.Patch(there, &there.Spec.Template, nil,
+			clean(map[string]any{deploymentRevision: number}), nil)
 		if err != nil {
 			return false, err
 		}
@@ -154,8 +162,8 @@ func (w *deployment) keepHistory(ctx context.Context) (bool, error) {
 	return true, nil
 }
 
-// noHistory returns done if the API server refuses the history for good, which does not hold up the Deployment. Otherwise the history has
-// to be looked at again.
+// noHistory returns done if the API server refuses the history for good, which does not hold up the
+// Deployment. Otherwise the history has to be looked at again.
 func (w *deployment) noHistory(err error) (done bool, _ error) {
 	if dryrun.Refusal(err) == nil {
 		return false, err
@@ -165,12 +173,14 @@ func (w *deployment) noHistory(err error) (done bool, _ error) {
 }
 
 func (w *deployment) tellNoHistory(err error) {
-	text := fmt.Sprintf("kubectl rollout undo of Deployment %s will go back further than to what was before: no ReplicaSet can be made for its history: %s", w.d.Name, err)
+	text := fmt.Sprintf("kubectl rollout undo of Deployment %s will go back further than to what was before: no "+
+		"ReplicaSet can be made for its history: %s", w.d.Name, err)
 	w.env.Log.Warn(text)
 	w.env.Tell(corev1.EventTypeWarning, notice.EventHistory, text, "")
 }
 
-// clean removes the annotations that the Deployment had while it was paused: its controller copies them, and undo would bring them back.
+// clean removes the annotations that the Deployment had while it was paused: its controller copies
+// them, and undo would bring them back.
 func clean(annotations map[string]any) map[string]any {
 	all := map[string]any{inplace.PausedByAnnotation: nil, inplace.TemplateAnnotation: nil}
 	maps.Copy(all, annotations)
@@ -179,7 +189,8 @@ func clean(annotations map[string]any) map[string]any {
 
 // copyOf returns a ReplicaSet of the Deployment with a template and without pods.
 func (w *deployment) copyOf(t *corev1.PodTemplateSpec, number string) *appsv1.ReplicaSet {
-	label := objects.Hash(t.Spec, t.Annotations, number) // a ReplicaSet that was made from this template may be the present one
+	// a ReplicaSet that was made from this template may be the present one
+	label := objects.Hash(t.Spec, t.Annotations, number)
 	t.Labels = maps.Clone(t.Labels)
 	if t.Labels == nil {
 		t.Labels = map[string]string{}
@@ -202,9 +213,11 @@ func (w *deployment) copyOf(t *corev1.PodTemplateSpec, number string) *appsv1.Re
 	return &appsv1.ReplicaSet{
 		ObjectMeta: metav1.ObjectMeta{
 			Namespace: w.d.Namespace, Name: w.d.Name + "-" + label, Labels: maps.Clone(t.Labels), Annotations: notes,
-			OwnerReferences: []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: KindDeployment, Name: w.d.Name, UID: w.d.UID, Controller: &yes}},
+			OwnerReferences: []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: KindDeployment, Name: w.d.Name,
+				UID: w.d.UID, Controller: &yes}},
 		},
-		Spec: appsv1.ReplicaSetSpec{Replicas: &none, MinReadySeconds: w.d.Spec.MinReadySeconds, Selector: selector, Template: *t},
+		Spec: appsv1.ReplicaSetSpec{Replicas: &none, MinReadySeconds: w.d.Spec.MinReadySeconds, Selector: selector,
+			Template: *t},
 	}
 }
 

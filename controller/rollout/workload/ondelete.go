@@ -21,8 +21,9 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
 )
 
-// onDelete is a StatefulSet or DaemonSet with updateStrategy OnDelete, which leaves its pods alone. A pod that has the images of the
-// template and the label of its revision is up to date for the workload's controller.
+// onDelete is a StatefulSet or DaemonSet with updateStrategy OnDelete, which leaves its pods alone.
+// A pod that has the images of the template and the label of its revision is up to date for the
+// workload's controller.
 type onDelete struct {
 	env      *Env
 	object   client.Object
@@ -53,7 +54,8 @@ func (e *Env) findStatefulSet(ctx context.Context, s *appsv1.StatefulSet) (*Targ
 		return nil, err
 	}
 	found := &Target{Pods: pods, Desired: 1, Ordered: true, Workload: &onDelete{
-		env: e, pods: pods, object: s, kind: KindStatefulSet, template: &s.Spec.Template, selector: s.Spec.Selector, observed: s.Status.ObservedGeneration, update: s.Status.UpdateRevision,
+		env: e, pods: pods, object: s, kind: KindStatefulSet, template: &s.Spec.Template, selector: s.Spec.Selector,
+		observed: s.Status.ObservedGeneration, update: s.Status.UpdateRevision,
 	}}
 	found.MinReady = time.Duration(s.Spec.MinReadySeconds) * time.Second
 	if s.Spec.Replicas != nil {
@@ -71,7 +73,8 @@ func (e *Env) findDaemonSet(ctx context.Context, d *appsv1.DaemonSet) (*Target, 
 		return nil, err
 	}
 	found := &Target{Pods: pods, Desired: int(d.Status.DesiredNumberScheduled), Workload: &onDelete{
-		env: e, pods: pods, object: d, kind: KindDaemonSet, template: &d.Spec.Template, selector: d.Spec.Selector, observed: d.Status.ObservedGeneration,
+		env: e, pods: pods, object: d, kind: KindDaemonSet, template: &d.Spec.Template, selector: d.Spec.Selector,
+		observed: d.Status.ObservedGeneration,
 	}}
 	found.MinReady = time.Duration(d.Spec.MinReadySeconds) * time.Second
 	return found, nil
@@ -109,7 +112,8 @@ func (w *onDelete) SyncTemplate(ctx context.Context, images map[string]string) (
 	}
 	if len(diff) > 0 && w.env.wroteTemplate(w.object) {
 		if w.env.Goal.Undo {
-			return true, "", w.readRevisions(ctx) // it was put back, and somebody wants it otherwise: the pods go back all the same
+			// it was put back, and somebody wants it otherwise: the pods go back all the same
+			return true, "", w.readRevisions(ctx)
 		}
 		return false, "", superseded("somebody has put other images into the template of %s", w.name())
 	}
@@ -126,7 +130,8 @@ func (w *onDelete) SyncTemplate(ctx context.Context, images map[string]string) (
 			}
 		}
 		w.env.Log.WithField("images", diff).Info("changing the template of " + w.name())
-		return false, "the template of " + w.name() + " has just been changed", w.env.noteTemplate(w.env.patchWorkload(ctx, w.object, patch, w.kind, diff))
+		return false, "the template of " + w.name() + " has just been changed",
+			w.env.noteTemplate(w.env.patchWorkload(ctx, w.object, patch, w.kind, diff))
 	}
 	if w.observed < w.object.GetGeneration() {
 		return false, "the controller of " + w.name() + " has not seen its template yet", nil
@@ -134,7 +139,8 @@ func (w *onDelete) SyncTemplate(ctx context.Context, images map[string]string) (
 	if err := w.readRevisions(ctx); err != nil {
 		return false, "", err
 	}
-	if t := w.revisions.templates[w.update]; t == nil || !podtemplate.SameButImages(t, w.template) || !podtemplate.SameImages(t, w.template) {
+	if t := w.revisions.templates[w.update]; t == nil || !podtemplate.SameButImages(t, w.template) ||
+		!podtemplate.SameImages(t, w.template) {
 		w.env.Memory.revisions = nil
 		return false, "the controller of " + w.name() + " has not made a revision of its template yet", nil
 	}
@@ -144,8 +150,8 @@ func (w *onDelete) SyncTemplate(ctx context.Context, images map[string]string) (
 // follows returns true if the rollout was created for the workload by its annotation.
 func (w *onDelete) follows() bool { return metav1.IsControlledBy(w.env.Rollout, w.object) }
 
-// mayWrite returns true if the rollout may change images of the template. A rollout that follows the template leaves it alone, except to
-// put back what has failed.
+// mayWrite returns true if the rollout may change images of the template. A rollout that follows
+// the template leaves it alone, except to put back what has failed.
 func (w *onDelete) mayWrite(diff map[string]string) bool {
 	if !w.follows() {
 		return true
@@ -159,19 +165,23 @@ func (w *onDelete) mayWrite(diff map[string]string) bool {
 	return true
 }
 
-// readRevisions reads the revisions past the cache: once for a generation, and again while pods have unknown ones.
+// readRevisions reads the revisions past the cache: once for a generation, and again while pods
+// have unknown ones.
 func (w *onDelete) readRevisions(ctx context.Context) error {
 	r := w.env.Memory.revisions
-	if r == nil || r.generation != w.object.GetGeneration() || w.env.Now.Sub(r.at) >= revisionsInterval && w.hasUnknownRevision(r) {
+	if r == nil || r.generation != w.object.GetGeneration() || w.env.Now.Sub(r.at) >= revisionsInterval &&
+		w.hasUnknownRevision(r) {
 		selector, err := metav1.LabelSelectorAsSelector(w.selector)
 		if err != nil {
 			return err
 		}
 		var list appsv1.ControllerRevisionList
-		if err := w.env.Live.List(ctx, &list, client.InNamespace(w.object.GetNamespace()), client.MatchingLabelsSelector{Selector: selector}); err != nil {
+		if err := w.env.Live.List(ctx, &list, client.InNamespace(w.object.GetNamespace()),
+			client.MatchingLabelsSelector{Selector: selector}); err != nil {
 			return fmt.Errorf("reading the revisions of %s: %w", w.name(), err)
 		}
-		r = &revisions{generation: w.object.GetGeneration(), at: w.env.Now, templates: map[string]*corev1.PodTemplateSpec{}}
+		r = &revisions{generation: w.object.GetGeneration(), at: w.env.Now,
+			templates: map[string]*corev1.PodTemplateSpec{}}
 		newest := int64(-1)
 		for i := range list.Items {
 			c := &list.Items[i]
@@ -224,7 +234,8 @@ func (w *onDelete) NotInPlaceReason(pod *corev1.Pod) string {
 		return fmt.Sprintf("pod %s is of a revision (%s) that is not known any more", pod.Name, label)
 	}
 	if !podtemplate.SameInPlace(t, w.revisions.templates[w.update]) {
-		return fmt.Sprintf("pod %s was made from a template that differs from the present one in more than images", pod.Name)
+		return fmt.Sprintf("pod %s was made from a template that differs from the present one in more than images",
+			pod.Name)
 	}
 	return ""
 }
@@ -256,7 +267,8 @@ func (w *onDelete) RevisionLabel(i *evaluate.PodRef, images map[string]string) s
 	own := pod.Labels[podtemplate.RevisionLabel]
 	was := w.revisions.templates[own]
 	for _, label := range append([]string{own}, slices.Sorted(maps.Keys(w.revisions.templates))...) {
-		if t := w.revisions.templates[label]; t != nil && was != nil && podtemplate.SameButImages(t, was) && w.willHave(i, images, t) {
+		if t := w.revisions.templates[label]; t != nil && was != nil && podtemplate.SameButImages(t, was) &&
+			w.willHave(i, images, t) {
 			return label
 		}
 	}

@@ -13,7 +13,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
-// FindPrevious adds to previous the images that these images replace, as far as they are known. It returns true if it has added some.
+// FindPrevious adds to previous the images that these images replace, as far as they are known. It
+// returns true if it has added some.
 func (t *Target) FindPrevious(images, previous map[string]string) bool {
 	more := false
 	for name, image := range images {

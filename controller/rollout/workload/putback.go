@@ -14,8 +14,9 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/objects"
 )
 
-// PutBackAnnotation of a workload's own rollout is the generation of the workload in which a rollback has put back its template, and
-// hashes of the rest of its spec and of what kubectl apply has noted there.
+// PutBackAnnotation of a workload's own rollout is the generation of the workload in which a
+// rollback has put back its template, and hashes of the rest of its spec and of what kubectl apply
+// has noted there.
 const PutBackAnnotation = "cri-proxy.io/put-back-generation"
 
 // PutBack returns the value of putBackAnnotation for a workload in a generation.
@@ -43,7 +44,8 @@ func ShapeOf(o client.Object) string {
 	return ""
 }
 
-// notePutBack writes into the workload's own rollout that the next write of the template is a rollback.
+// notePutBack writes into the workload's own rollout that the next write of the template is a
+// rollback.
 func (e *Env) notePutBack(ctx context.Context, o client.Object) error {
 	before := e.Rollout.DeepCopy()
 	if e.Rollout.Annotations == nil {

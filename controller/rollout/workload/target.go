@@ -33,7 +33,8 @@ type Target struct {
 	What string
 	// Workload is nil unless the target is one.
 	Workload Workload
-	// FirstOrdinal is the lowest ordinal of a StatefulSet. ordered says that its pods go one after the other.
+	// FirstOrdinal is the lowest ordinal of a StatefulSet. ordered says that its pods go one after
+	// the other.
 	FirstOrdinal int
 	Ordered      bool
 	// MinReady is minReadySeconds of the workload, or the greatest value of the pods' owners.
@@ -98,8 +99,8 @@ func (e *Env) findPod(ctx context.Context, name string) (*Target, error) {
 	return found, err
 }
 
-// ownersMinReady returns the greatest minReadySeconds of the workloads that own the pods. An owner that does not exist any more asks for
-// nothing.
+// ownersMinReady returns the greatest minReadySeconds of the workloads that own the pods. An owner
+// that does not exist any more asks for nothing.
 func (e *Env) ownersMinReady(ctx context.Context, pods []*corev1.Pod) (time.Duration, error) {
 	most := int32(0)
 	seen := map[types.UID]bool{}
@@ -124,7 +125,8 @@ func (e *Env) ownersMinReady(ctx context.Context, pods []*corev1.Pod) (time.Dura
 		default:
 			continue
 		}
-		if err := e.Client.Get(ctx, client.ObjectKey{Namespace: pod.Namespace, Name: owner.Name}, object); client.IgnoreNotFound(err) != nil {
+		if err := e.Client.Get(ctx, client.ObjectKey{Namespace: pod.Namespace, Name: owner.Name},
+			object); client.IgnoreNotFound(err) != nil {
 			return 0, err
 		}
 		most = max(most, *minReady)
@@ -135,7 +137,8 @@ func (e *Env) ownersMinReady(ctx context.Context, pods []*corev1.Pod) (time.Dura
 // list reads pods. The caller must not change them.
 func (e *Env) list(ctx context.Context, selector labels.Selector) ([]*corev1.Pod, error) {
 	var list corev1.PodList
-	if err := e.Client.List(ctx, &list, client.InNamespace(e.Rollout.Namespace), client.MatchingLabelsSelector{Selector: selector}, client.UnsafeDisableDeepCopy); err != nil {
+	if err := e.Client.List(ctx, &list, client.InNamespace(e.Rollout.Namespace),
+		client.MatchingLabelsSelector{Selector: selector}, client.UnsafeDisableDeepCopy); err != nil {
 		return nil, err
 	}
 	pods := make([]*corev1.Pod, len(list.Items))

@@ -1,8 +1,9 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package workload finds the pods that a rollout is about. If a Deployment, StatefulSet or DaemonSet creates them, it also keeps the
-// workload's template and revisions in step with the pods, so that the workload's own controller does not replace them.
+// Package workload finds the pods that a rollout is about. If a Deployment, StatefulSet or
+// DaemonSet creates them, it also keeps the workload's template and revisions in step with the
+// pods, so that the workload's own controller does not replace them.
 package workload
 
 import (
@@ -40,28 +41,31 @@ const onDeleteStrategy = string(appsv1.OnDeleteStatefulSetStrategyType)
 
 // Env is what a workload needs from the reconciler of its rollout.
 type Env struct {
-	// Client reads from the cache and writes, live reads past the cache: revisions are not kept.
+	// Client reads from the cache and writes, Live reads past the cache: revisions are not kept.
 	Client client.Client
 	Live   client.Reader
 	// Rollout is the rollout that the workload is the target of.
 	Rollout *inplace.InPlaceRollout
-	// Goal says what the pods have to become now. The reconciler changes it when the rollout goes back.
+	// Goal says what the pods have to become now. The reconciler changes it when the rollout goes
+	// back.
 	Goal *evaluate.Goal
 	Now  time.Time
 	Log  logrus.FieldLogger
 	// Wrote counts a write to the API server.
 	Wrote func(object string)
-	// Event writes an Event about the rollout, tell writes it only once for a revision and key.
+	// Event writes an Event about the rollout, Tell writes it only once for a revision and key.
 	Event func(kind, reason, text string)
 	Tell  func(kind, reason, text, key string)
-	// PatchRollout writes the change of the rollout's metadata since before, unless somebody else wrote in between.
+	// PatchRollout writes the change of the rollout's metadata since before, unless somebody else
+	// wrote in between.
 	PatchRollout func(ctx context.Context, before *inplace.InPlaceRollout) error
 	// Choose keeps the selector of the pods.
 	Choose func(labels.Selector)
 	Memory *Memory
 }
 
-// Memory is what the reconciler remembers of a workload. After a restart all of it can be found out again.
+// Memory is what the reconciler remembers of a workload. After a restart all of it can be found out
+// again.
 type Memory struct {
 	// Template are the images that admission makes of the goal's images in the template.
 	Template evaluate.Rewrites
@@ -79,24 +83,26 @@ func (m *Memory) Forget() { m.Template, m.templated = nil, nil }
 type Workload interface {
 	// image returns the image of a container in the template; empty if there is no such container.
 	image(container string) string
-	// SyncTemplate writes the images into the template. Pods have to wait until it is ready; why says what it waits for. The
-	// error is a *apierror.SpecError if the user can correct it.
+	// SyncTemplate writes the images into the template. Pods have to wait until it is ready; why
+	// says what it waits for. The error is a *apierror.SpecError if the user can correct it.
 	SyncTemplate(ctx context.Context, images map[string]string) (ready bool, why string, err error)
 	// NotInPlaceReason says why a pod cannot get what the template has in place; empty if it can.
 	NotInPlaceReason(pod *corev1.Pod) string
-	// NeedsRestart returns true if the template asks for a restart of all pods that is later than the pod.
+	// NeedsRestart returns true if the template asks for a restart of all pods that is later than
+	// the pod.
 	NeedsRestart(pod *corev1.Pod) bool
-	// RevisionLabel returns the label of revision that the pod has to have with these images; with nil, as it is. It is empty if the
-	// pod does not belong to the template's revision then.
+	// RevisionLabel returns the label of revision that the pod has to have with these images; with
+	// nil, as it is. It is empty if the pod does not belong to the template's revision then.
 	RevisionLabel(i *evaluate.PodRef, images map[string]string) string
-	// Resume lets the workload's own controller go on, and returns true once that controller has taken notice.
+	// Resume lets the workload's own controller go on, and returns true once that controller has
+	// taken notice.
 	Resume(ctx context.Context) (bool, error)
 	// Object returns the workload as it was read.
 	Object() client.Object
 }
 
-// Read reads the workload of a target; nil if it does not exist. The error is a *apierror.SpecError if the user can correct it: if the pods of
-// the workload cannot be changed in place.
+// Read reads the workload of a target; nil if it does not exist. The error is a *apierror.SpecError
+// if the user can correct it: if the pods of the workload cannot be changed in place.
 func Read(ctx context.Context, from client.Reader, namespace string, ref *inplace.WorkloadRef) (client.Object, error) {
 	var object client.Object
 	switch ref.Kind {
@@ -107,7 +113,8 @@ func Read(ctx context.Context, from client.Reader, namespace string, ref *inplac
 	case KindDaemonSet:
 		object = &appsv1.DaemonSet{}
 	default:
-		return nil, apierror.Wrong("spec.target.workloadRef: kind %s is none of Deployment, StatefulSet and DaemonSet", ref.Kind)
+		return nil, apierror.Wrong("spec.target.workloadRef: kind %s is none of Deployment, StatefulSet and DaemonSet",
+			ref.Kind)
 	}
 	err := from.Get(ctx, client.ObjectKey{Namespace: namespace, Name: ref.Name}, object)
 	switch {
@@ -128,7 +135,8 @@ func Read(ctx context.Context, from client.Reader, namespace string, ref *inplac
 		return object, nil
 	}
 	if strategy != onDeleteStrategy {
-		return nil, apierror.Wrong("%s %s has updateStrategy %s, with which its controller replaces the pods: set updateStrategy.type to %s", ref.Kind, ref.Name, strategy, onDeleteStrategy)
+		return nil, apierror.Wrong("%s %s has updateStrategy %s, with which its controller replaces the pods: set "+
+			"updateStrategy.type to %s", ref.Kind, ref.Name, strategy, onDeleteStrategy)
 	}
 	return object, nil
 }
@@ -170,7 +178,11 @@ func (e *Env) podsOf(ctx context.Context, selector *metav1.LabelSelector, owner 
 	}
 	e.Choose(s)
 	pods, err := e.list(ctx, s)
-	return slices.DeleteFunc(pods, func(pod *corev1.Pod) bool { c := metav1.GetControllerOf(pod); return c == nil || c.UID != owner }), err
+	return slices.DeleteFunc(pods, func(pod *corev1.Pod) bool {
+		c := metav1.GetControllerOf(pod)
+		return c == nil ||
+			c.UID != owner
+	}), err
 }
 
 // rewrite keeps what admission makes of images in the template.
@@ -181,10 +193,14 @@ func (m *Memory) rewrite(more evaluate.Rewrites) {
 	maps.Copy(m.Template, more)
 }
 
-// patchWorkload writes a patch, unless someone else wrote in between, and checks that the template has got the expected images.
-func (e *Env) patchWorkload(ctx context.Context, o client.Object, patch []byte, object string, images map[string]string) error {
+// patchWorkload writes a patch, unless someone else wrote in between, and checks that the template
+// has got the expected images.
+func (e *Env) patchWorkload(
+	ctx context.Context, o client.Object, patch []byte, object string, images map[string]string,
+) error {
 	what := object + " " + o.GetName()
-	if err := e.Client.Patch(ctx, o, client.RawPatch(types.StrategicMergePatchType, patch), client.FieldOwner(fieldOwner)); err != nil {
+	if err := e.Client.Patch(ctx, o, client.RawPatch(types.StrategicMergePatchType, patch),
+		client.FieldOwner(fieldOwner)); err != nil {
 		return dryrun.Denied(fmt.Errorf("changing %s: %w", what, err), what)
 	}
 	e.Wrote(object)
