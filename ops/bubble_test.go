@@ -205,6 +205,9 @@ func TestGrace(t *testing.T) {
 				if (w == "") != (tc.warning == "") || !strings.Contains(w, tc.warning) {
 					t.Errorf("warnings are %q, want %q", w, tc.warning)
 				}
+				if got := op.GetContainers()[0].GetPreStopFailed(); got != (tc.warning != "") {
+					t.Errorf("the hook failed: %v", got)
+				}
 			})
 		})
 	}

@@ -118,7 +118,7 @@ func (r *restart) preStop(ctx context.Context, grace time.Duration, by time.Time
 	if hook == nil {
 		var err error
 		if hook, err = recordedPreStop(r.incumbent.GetAnnotations()); err != nil {
-			r.warn("preStop: %v", err)
+			r.preStopFailed("preStop: %v", err)
 		}
 	}
 	if hook == nil || grace <= 0 {
@@ -136,10 +136,17 @@ func (r *restart) preStop(ctx context.Context, grace time.Duration, by time.Time
 	}
 	rec := r.rec()
 	if err := r.runHook(ctx, hook, rec.Incumbent, rec.Sandbox); err != nil && ctx.Err() == nil {
-		r.warn("preStop hook failed: %v", err)
+		r.preStopFailed("preStop hook failed: %v", err)
 	} else if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		r.warn("preStop hook did not end within the grace period of %s", grace)
+		r.preStopFailed("preStop hook did not end within the grace period of %s", grace)
 	}
+}
+
+// preStopFailed warns of a preStop hook that could not be run, failed, or took too long. The warning
+// begins with "preStop".
+func (r *restart) preStopFailed(format string, args ...any) {
+	r.show(func(c *opsv1.ContainerOperation) { c.PreStopFailed = true })
+	r.warn(format, args...)
 }
 
 // stop stops the incumbent within what is left of its grace, which ends at by.

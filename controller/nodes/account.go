@@ -9,12 +9,10 @@ import (
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-// reasonPostStartFailed is the node's reason for stopping a new container whose postStart hook
-// failed.
-const reasonPostStartFailed = "PostStartHookFailed"
-
 // PostStartFailed says that the node stopped the new container because its postStart hook failed.
-func PostStartFailed(c *opsv1.ContainerOperation) bool { return c.GetReason() == reasonPostStartFailed }
+func PostStartFailed(c *opsv1.ContainerOperation) bool {
+	return c.GetReason() == opsv1.ReasonPostStartHookFailed
+}
 
 // Account returns the node's account of an operation on a container, fit for a status and for
 // Events. It leaves out what a hook printed, as kubelet does (kuberuntime_container.go): the output
@@ -28,8 +26,10 @@ func Account(c *opsv1.ContainerOperation) string {
 }
 
 // Warnings returns the warnings of an operation on a container, fit for Events. hook says that a
-// preStop hook failed; its output is left out.
+// preStop hook failed; its output is left out. Nodes of the version before say so by the warning
+// alone.
 func Warnings(c *opsv1.ContainerOperation) (hook bool, others []string) {
+	hook = c.GetPreStopFailed()
 	for _, w := range c.GetWarnings() {
 		if strings.HasPrefix(w, "preStop") {
 			hook = true

@@ -12,16 +12,13 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	corev1 "k8s.io/api/core/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
-const (
-	// BypassedCondition is the type of the Node condition that says whether kubelet bypasses the
-	// node's cri-proxy.
-	BypassedCondition corev1.NodeConditionType = "CRIProxyBypassed"
-	// ReasonBypassed is the reason that a node gives when it refuses commands because kubelet
-	// bypasses its cri-proxy.
-	ReasonBypassed = "Bypassed"
-)
+// BypassedCondition is the type of the Node condition that says whether kubelet bypasses the node's
+// cri-proxy.
+const BypassedCondition corev1.NodeConditionType = "CRIProxyBypassed"
 
 // Error is a command to a node that failed.
 type Error struct {
@@ -76,7 +73,7 @@ func (e *Error) Refused() bool {
 // says since when and why.
 func (e *Error) Bypassed() bool {
 	for _, detail := range status.Convert(e.Err).Details() {
-		if info, ok := detail.(*errdetails.ErrorInfo); ok && info.GetReason() == ReasonBypassed {
+		if info, ok := detail.(*errdetails.ErrorInfo); ok && info.GetReason() == opsv1.ErrorReasonBypassed {
 			return true
 		}
 	}

@@ -201,7 +201,7 @@ func (n *commander) recallEnded(ctx context.Context) {
 		case n.trouble != nil:
 			// Command nothing now, and leave no container alone before the node has answered.
 			c.ended, n.memory.recalled = true, false
-		case op != nil && endedBefore(accountOf(op, c.name).GetReason()),
+		case op != nil && opsv1.EndedBefore(accountOf(op, c.name).GetReason()),
 			op == nil && s != nil && (s.ContainerID != c.pinned.ContainerID || s.State.Running == nil):
 			n.noteEnded(c)
 		}
@@ -241,14 +241,14 @@ func (n *commander) command(ctx context.Context, c *container) {
 		log.Info("restart commanded")
 	case n.temporary(err):
 		return
-	case nodes.Reason(err) == reasonExpectedIDDiffers:
+	case nodes.Reason(err) == opsv1.ReasonExpectedIDDiffers:
 		c.op = &opsv1.ContainerOperation{
-			Name: c.name, Phase: opsv1.Phase_PHASE_FAILED, Reason: reasonExpectedIDDiffers, Message: err.Error(),
+			Name: c.name, Phase: opsv1.Phase_PHASE_FAILED, Reason: opsv1.ReasonExpectedIDDiffers, Message: err.Error(),
 		}
 	default:
 		log.WithError(err).Info("node refused the restart")
 		c.fail("%s", err)
-		if endedBefore(nodes.Reason(err)) {
+		if opsv1.EndedBefore(nodes.Reason(err)) {
 			n.noteEnded(c)
 		}
 		return
@@ -336,7 +336,7 @@ func (n *commander) restartRequest(ctx context.Context, c *container) (*opsv1.Re
 // was accepted, their last container satisfies the request. Otherwise the container crashed or
 // kubelet replaced it, and the request fails.
 func (n *commander) findReplacement(ctx context.Context, c *container) {
-	if c.replaced || c.op.GetPhase() != opsv1.Phase_PHASE_FAILED || c.op.GetReason() != reasonExpectedIDDiffers {
+	if c.replaced || c.op.GetPhase() != opsv1.Phase_PHASE_FAILED || c.op.GetReason() != opsv1.ReasonExpectedIDDiffers {
 		return
 	}
 	refusal := c.op

@@ -25,23 +25,6 @@ const (
 	completed  = appsv1alpha1.ContainerRecreateRequestCompleted
 )
 
-// reasonExpectedIDDiffers is the node's reason for a container that has been replaced since the
-// request was accepted.
-const reasonExpectedIDDiffers = "ExpectedIDDiffers"
-
-// reasonNotRunning is the node's reason for a container that had ended before it could be stopped.
-const reasonNotRunning = "ContainerNotRunning"
-
-// endedBefore says that the node gave this reason because the container of the request had ended by
-// itself.
-func endedBefore(reason string) bool {
-	return reason == reasonNotRunning || reason == reasonExpectedIDDiffers
-}
-
-// methodOverlap is the node's word for a restart in which the new container ran before the old one
-// stopped.
-const methodOverlap = "overlap"
-
 // container is all that one reconcile knows of one container of a request.
 type container struct {
 	name     string
@@ -79,7 +62,7 @@ func (c *container) stopped() bool {
 	}
 	switch c.op.GetPhase() {
 	case opsv1.Phase_PHASE_STARTING:
-		return c.op.GetMethod() != methodOverlap // there the new container goes first
+		return c.op.GetMethod() != opsv1.MethodOverlap // there the new container goes first
 	case opsv1.Phase_PHASE_REVEALING, opsv1.Phase_PHASE_SUCCEEDED, opsv1.Phase_PHASE_FAILED, opsv1.Phase_PHASE_CANCELLED:
 		return true
 	}
@@ -163,7 +146,7 @@ func (c *container) awaitReady(pod *corev1.Pod, now time.Time) time.Duration {
 		return wait
 	case state.Running != nil && c.status.Ready:
 		minStarted := c.strategy.MinStarted
-		if c.op.GetMethod() == methodOverlap && c.strategy.StartFirst && !c.replaced &&
+		if c.op.GetMethod() == opsv1.MethodOverlap && c.strategy.StartFirst && !c.replaced &&
 			pods.BareID(c.status.ContainerID) == c.op.GetSuccessorId() {
 			minStarted = 0 // the node saw the new container run that long before it stopped the old one
 		}

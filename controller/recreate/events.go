@@ -10,6 +10,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	appsv1alpha1 "github.com/cri-proxy/cri-proxy/api/apps/v1alpha1"
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/objects"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
@@ -81,7 +82,7 @@ func (t *teller) restartedNote(c *container) string {
 	if c.replaced {
 		return note + " (another request had replaced it already)"
 	}
-	if c.op.GetMethod() == methodOverlap {
+	if c.op.GetMethod() == opsv1.MethodOverlap {
 		return note + ", the old one was stopped after the new one had started"
 	}
 	if d := c.op.GetGap(); d != nil {

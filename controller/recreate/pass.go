@@ -108,7 +108,7 @@ func (p *pass) advance(ctx context.Context) (time.Duration, error) {
 		wait = 0
 		for _, c := range p.containers {
 			wait = retry.Sooner(wait, c.observe(p.pod, now))
-			if c.state.Phase == failed && endedBefore(c.op.GetReason()) {
+			if c.state.Phase == failed && opsv1.EndedBefore(c.op.GetReason()) {
 				p.node.noteEnded(c)
 			}
 		}

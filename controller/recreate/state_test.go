@@ -133,7 +133,7 @@ func TestDecide(t *testing.T) {
 	at := func(phase opsv1.Phase) *opsv1.ContainerOperation { return &opsv1.ContainerOperation{Phase: phase} }
 	stopping, stopped := at(opsv1.Phase_PHASE_STOPPING), at(opsv1.Phase_PHASE_STARTING)
 	beside := func(phase opsv1.Phase) *opsv1.ContainerOperation {
-		return &opsv1.ContainerOperation{Phase: phase, Method: methodOverlap}
+		return &opsv1.ContainerOperation{Phase: phase, Method: opsv1.MethodOverlap}
 	}
 	tests := []struct {
 		name            string

@@ -46,7 +46,7 @@ func (p *Puller) attempt(ctx context.Context, u *pull, given []*opsv1.RegistryCr
 			if err := p.arrived(u.op.GetUid(), got.GetId(), image); err != nil { // of an earlier attempt, or process
 				return err
 			}
-			return p.succeed(ctx, u, got, ReasonPresent)
+			return p.succeed(ctx, u, got, opsv1.PullReasonPresent)
 		}
 	}
 	host, repository := registryOf(u.named)
@@ -77,7 +77,7 @@ func (p *Puller) attempt(ctx context.Context, u *pull, given []*opsv1.RegistryCr
 					return err
 				}
 			}
-			return p.succeed(ctx, u, got, ReasonPulled)
+			return p.succeed(ctx, u, got, opsv1.PullReasonPulled)
 		}
 		f := explain(err, host)
 		errs = append(errs, f)
@@ -327,6 +327,7 @@ func (p *Puller) show(u *pull, w *sight, fetched, rate int64) {
 	if u.op.GetFinishTime() != nil {
 		return
 	}
+	u.op.LastFailure = nil
 	u.op.BytesDone, u.op.BytesTotal, u.op.BytesPerSecond = sum(w.done), w.m.total, rate
 	u.op.BytesFetched += fetched
 	p.metrics.bytes.Add(float64(fetched))
@@ -351,11 +352,11 @@ func (p *Puller) succeed(ctx context.Context, u *pull, image *runtimeapi.Image, 
 	if err := p.checkPlatform(ctx, u); err != nil {
 		return err
 	}
-	message := ""
+	message, notPinned := "", ""
 	keep := u.req.GetPinFor().AsDuration()
 	if keep > 0 {
-		if full := p.checkPins(ctx, u, image); full != "" {
-			keep, message = 0, "not pinned: "+full
+		if notPinned = p.checkPins(ctx, u, image); notPinned != "" {
+			keep = 0
 		}
 	}
 	if keep > 0 {
@@ -363,7 +364,7 @@ func (p *Puller) succeed(ctx context.Context, u *pull, image *runtimeapi.Image, 
 		case errors.Is(err, errNotOurs):
 			message = err.Error()
 		case err != nil && unavailable(err):
-			message = "not pinned: the runtime has no way to"
+			notPinned = "the runtime has no way to"
 		case err != nil:
 			return fmt.Errorf("pinning: %w", err)
 		}
@@ -373,9 +374,12 @@ func (p *Puller) succeed(ctx context.Context, u *pull, image *runtimeapi.Image, 
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	u.op.ImageId = image.GetId()
+	u.op.ImageId, u.op.NotPinned = image.GetId(), notPinned
+	if notPinned != "" {
+		message = "not pinned: " + notPinned
+	}
 	if u.op.GetBytesFetched() > 0 {
-		reason = ReasonPulled // kubelet may have done the rest
+		reason = opsv1.PullReasonPulled // kubelet may have done the rest
 	}
 	if u.op.GetBytesTotal() > 0 {
 		u.op.BytesDone = u.op.GetBytesTotal()

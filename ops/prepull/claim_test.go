@@ -74,7 +74,7 @@ func TestUnclaimed(t *testing.T) {
 		inBubble(t, on, func(t *testing.T, b *bubble) {
 			b.rt.takes = time.Hour
 			b.pull(secret)
-			if _, _, err := b.cancel("a", "test"); err != nil {
+			if _, _, err := b.cancel("a", "test", ""); err != nil {
 				t.Fatal(err)
 			}
 			b.rt.set(func() { b.rt.images[private] = true })
@@ -117,7 +117,7 @@ func TestUnclaimed(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			inBubble(t, tt.o, func(t *testing.T, b *bubble) {
 				b.pull(tt.req)
-				b.want("a", succeeded, ReasonPulled)
+				b.want("a", succeeded, opsv1.PullReasonPulled)
 				b.wantHidden(private, false, "after the pull")
 			})
 		})

@@ -11,6 +11,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
 // unpacked is what a compressed byte takes on the disk beside itself once it is unpacked; layers of programs
@@ -37,7 +39,7 @@ func (p *Puller) checkDisk(ctx context.Context, u *pull, missing int64) error {
 	takes := fmt.Sprintf("the image needs about %s more (%s to fetch, and unpacked), and the image file system at %s", bytesText(int64(need)), bytesText(missing), at)
 	if urgent {
 		if left := size - used; need > left {
-			return &failure{reason: ReasonDiskPressure, message: fmt.Sprintf("%s has %s left: free space", takes, bytesText(int64(left)))}
+			return &failure{reason: opsv1.PullReasonDiskPressure, message: fmt.Sprintf("%s has %s left: free space", takes, bytesText(int64(left)))}
 		}
 		return nil
 	}
@@ -46,9 +48,9 @@ func (p *Puller) checkDisk(ctx context.Context, u *pull, missing int64) error {
 		return nil
 	}
 	if missing == unknown {
-		return &failure{reason: ReasonDiskPressure, message: fmt.Sprintf("the image file system at %s is %.0f %% full, %s", at, percent, allowed)}
+		return &failure{reason: opsv1.PullReasonDiskPressure, message: fmt.Sprintf("the image file system at %s is %.0f %% full, %s", at, percent, allowed)}
 	}
-	return &failure{reason: ReasonDiskPressure, message: fmt.Sprintf("%s would then be %.0f %% full, %s", takes, percent, allowed)}
+	return &failure{reason: opsv1.PullReasonDiskPressure, message: fmt.Sprintf("%s would then be %.0f %% full, %s", takes, percent, allowed)}
 }
 
 // filled returns how full a file system is with so much on it, in percent, and what is to be said if that is too much.

@@ -135,11 +135,11 @@ func TestUpgradesAreNotKeptByTheDiskGuard(t *testing.T) {
 				return n.bring(ctx, image.manifest, image.config, image.layers[0])
 			}
 			n.pull(&opsv1.PullRequest{Uid: "job", Image: "r.io/a", MaxAttempts: 1, BytesPerSecond: limit})
-			if op := n.end("job"); op.GetReason() != ReasonDiskPressure || !strings.Contains(op.GetMessage(), "91 % full, and kubelet removes images from 85 % on") {
+			if op := n.end("job"); op.GetReason() != opsv1.PullReasonDiskPressure || !strings.Contains(op.GetMessage(), "91 % full, and kubelet removes images from 85 % on") {
 				t.Errorf("%v", op)
 			}
 			op, err := n.Ensure(t.Context(), &opsv1.PullRequest{Uid: "upgrade", Image: "r.io/a", MaxAttempts: 1, BytesPerSecond: limit}, nil)
-			if err != nil || op.GetReason() != ReasonPulled {
+			if err != nil || op.GetReason() != opsv1.PullReasonPulled {
 				t.Errorf("%v %v", op, err)
 			}
 			n.statfs = func(_ string, fs *unix.Statfs_t) error {
@@ -149,7 +149,7 @@ func TestUpgradesAreNotKeptByTheDiskGuard(t *testing.T) {
 			image = sampleOf(layer("b", 1024))
 			n.answer = image.serve
 			op, err = n.Ensure(t.Context(), &opsv1.PullRequest{Uid: "too-large", Image: "r.io/b", MaxAttempts: 1, BytesPerSecond: limit}, nil)
-			if err != nil || op.GetReason() != ReasonDiskPressure || !strings.Contains(op.GetMessage(), "has 3.0 KiB left: free space") {
+			if err != nil || op.GetReason() != opsv1.PullReasonDiskPressure || !strings.Contains(op.GetMessage(), "has 3.0 KiB left: free space") {
 				t.Errorf("%v %v", op, err)
 			}
 		})

@@ -53,7 +53,7 @@ func (p *Puller) Ensure(ctx context.Context, req *opsv1.PullRequest, each func(*
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			if _, _, err := p.cancel(req.GetUid(), "whoever asked for it no longer needs it"); err != nil {
+			if _, _, err := p.cancel(req.GetUid(), "whoever asked for it no longer needs it", ""); err != nil {
 				p.log.WithField("op", req.GetUid()).WithError(err).Warn("pull not cancelled")
 			}
 			return nil, ctx.Err()

@@ -37,10 +37,10 @@ func TestEnsure(t *testing.T) {
 		reason  string
 		course  []string
 	}{
-		{name: "pulled", prepare: func(*fakeRuntime) {}, phase: succeeded, reason: ReasonPulled, course: []string{"RESOLVING", "SUCCEEDED Pulled"}},
-		{name: "there", prepare: func(rt *fakeRuntime) { rt.images["docker.io/library/nginx:latest"] = true }, phase: succeeded, reason: ReasonPresent, course: []string{"SUCCEEDED Present"}},
-		{name: "refused", prepare: func(rt *fakeRuntime) { rt.fail = []error{unauthorized()} }, phase: failed, reason: ReasonUnauthorized, course: []string{"FAILED Unauthorized"}},
-		{name: "tried again", prepare: func(rt *fakeRuntime) { rt.fail = []error{broken(), nil} }, phase: succeeded, reason: ReasonPulled, course: []string{"WAITING BackOff", "RESOLVING", "SUCCEEDED Pulled"}},
+		{name: "pulled", prepare: func(*fakeRuntime) {}, phase: succeeded, reason: opsv1.PullReasonPulled, course: []string{"RESOLVING", "SUCCEEDED Pulled"}},
+		{name: "there", prepare: func(rt *fakeRuntime) { rt.images["docker.io/library/nginx:latest"] = true }, phase: succeeded, reason: opsv1.PullReasonPresent, course: []string{"SUCCEEDED Present"}},
+		{name: "refused", prepare: func(rt *fakeRuntime) { rt.fail = []error{unauthorized()} }, phase: failed, reason: opsv1.PullReasonUnauthorized, course: []string{"FAILED Unauthorized"}},
+		{name: "tried again", prepare: func(rt *fakeRuntime) { rt.fail = []error{broken(), nil} }, phase: succeeded, reason: opsv1.PullReasonPulled, course: []string{"WAITING BackOff", "RESOLVING", "SUCCEEDED Pulled"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			inBubble(t, Options{}, func(t *testing.T, b *bubble) {
@@ -97,7 +97,7 @@ func TestEnsureCancels(t *testing.T) {
 				if op, err := b.Ensure(ctx, &opsv1.PullRequest{Uid: "a", Image: "nginx"}, nil); !errors.Is(err, context.DeadlineExceeded) || op != nil {
 					t.Errorf("%v, %v", op, err)
 				}
-				b.want("a", cancelled, ReasonCancelled)
+				b.want("a", cancelled, opsv1.PullReasonCancelled)
 				// One more of the same image is not held up.
 				if op, err := b.Ensure(t.Context(), &opsv1.PullRequest{Uid: "again", Image: "nginx"}, nil); err != nil || op.GetPhase() != succeeded {
 					t.Errorf("%v, %v", op, err)
@@ -123,13 +123,13 @@ func TestEnsurePasses(t *testing.T) {
 		synctest.Wait()
 		b.rt.takes = time.Second
 		b.rt.images["docker.io/library/there:latest"] = true
-		for image, reason := range map[string]string{"there": ReasonPresent, "nginx": ReasonPulled} {
+		for image, reason := range map[string]string{"there": opsv1.PullReasonPresent, "nginx": opsv1.PullReasonPulled} {
 			began := time.Now()
 			if op, err := b.Ensure(t.Context(), &opsv1.PullRequest{Uid: image, Image: image}, nil); err != nil || op.GetReason() != reason || time.Since(began) > 2*time.Second {
 				t.Errorf("%s: %v, %v after %s", image, op, err, time.Since(began))
 			}
 		}
-		b.want("next", opsv1.PullPhase_PULL_WAITING, ReasonInQueue)
+		b.want("next", opsv1.PullPhase_PULL_WAITING, opsv1.PullReasonInQueue)
 	})
 }
 
@@ -146,7 +146,7 @@ func TestUrgentTakesAFreePlace(t *testing.T) {
 		for i := range urgentParallel + 1 {
 			b.want(name(i), resolving, "")
 		}
-		op := b.want(name(urgentParallel+1), waiting, ReasonInQueue)
+		op := b.want(name(urgentParallel+1), waiting, opsv1.PullReasonInQueue)
 		if want := "2 pulls that something waits for and 1 of 1 others at once are under way"; op.GetMessage() != want {
 			t.Errorf("%v", op)
 		}
@@ -170,7 +170,7 @@ func TestEnsureCancelledByAnother(t *testing.T) {
 			ended <- op
 		}()
 		synctest.Wait()
-		if _, _, err := b.cancel("a", "enough"); err != nil {
+		if _, _, err := b.cancel("a", "enough", ""); err != nil {
 			t.Fatal(err)
 		}
 		if op := <-ended; op.GetPhase() != cancelled || op.GetMessage() != "enough" {
@@ -245,7 +245,7 @@ func TestPinOfAnImageThatIsGone(t *testing.T) {
 	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
 		b.rt.set(func() { b.rt.labels = map[string]map[string]string{id: {}} })
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", Owner: "me", PinFor: durationpb.New(time.Hour)})
-		b.want("a", succeeded, ReasonPulled)
+		b.want("a", succeeded, opsv1.PullReasonPulled)
 		pinned := func() (yes bool) {
 			b.rt.set(func() { yes = b.rt.labels[id][pinLabel] == pinValue })
 			return yes

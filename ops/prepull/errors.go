@@ -17,30 +17,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/guard"
-)
-
-// Reasons of pulls. See PullOperation.reason.
-const (
-	ReasonInQueue           = "InQueue"
-	ReasonYieldsToKubelet   = "YieldsToKubelet"
-	ReasonBackOff           = "BackOff"
-	ReasonCredentialsNeeded = "CredentialsNeeded"
-
-	ReasonPresent = "Present"
-	ReasonPulled  = "Pulled"
-
-	ReasonNotFound            = "NotFound"
-	ReasonUnauthorized        = "Unauthorized"
-	ReasonRegistryUnavailable = "RegistryUnavailable"
-	ReasonTooManyRequests     = "TooManyRequests"
-	ReasonTimeout             = "Timeout"
-	ReasonDeadlineExceeded    = "DeadlineExceeded"
-	ReasonDiskPressure        = "DiskPressure"
-	ReasonInvalidImage        = "InvalidImage"
-	ReasonRuntime             = "RuntimeError"
-	ReasonCancelled           = "Cancelled"
-	ReasonInternal            = "InternalError" // a panic
 )
 
 // failure is why an attempt did not succeed, in words for a person.
@@ -65,7 +43,7 @@ func explain(err error, host string) *failure {
 		return f
 	}
 	if bug := (*guard.Panic)(nil); errors.As(err, &bug) {
-		return &failure{reason: ReasonInternal, final: true, message: bug.Error()}
+		return &failure{reason: opsv1.PullReasonInternalError, final: true, message: bug.Error()}
 	}
 	text := err.Error()
 	if s, ok := status.FromError(err); ok {
@@ -81,33 +59,33 @@ func explain(err error, host string) *failure {
 	}
 	switch {
 	case status.Code(err) == codes.Unavailable, errdefs.IsUnavailable(err):
-		return &failure{reason: ReasonRuntime, message: fmt.Sprintf("the container runtime does not answer: is it running? (%s)", text)}
+		return &failure{reason: opsv1.PullReasonRuntimeError, message: fmt.Sprintf("the container runtime does not answer: is it running? (%s)", text)}
 	case errors.Is(err, docker.ErrInvalidAuthorization), code == http.StatusUnauthorized, code == http.StatusForbidden,
 		strings.Contains(text, "authorization failed"), strings.Contains(text, "pull access denied"), strings.Contains(text, "no basic auth credentials"):
-		return &failure{reason: ReasonUnauthorized, credentials: true,
+		return &failure{reason: opsv1.PullReasonUnauthorized, credentials: true,
 			message: fmt.Sprintf("registry %s refuses access: check that the image's name is right and that a pull secret for it is given and still valid (%s)", host, text)}
 	case strings.Contains(text, "no match for platform"):
-		return &failure{reason: ReasonInvalidImage, final: true, message: fmt.Sprintf("the image is not made for this node's platform (%s)", text)}
+		return &failure{reason: opsv1.PullReasonInvalidImage, final: true, message: fmt.Sprintf("the image is not made for this node's platform (%s)", text)}
 	case errdefs.IsNotFound(err), status.Code(err) == codes.NotFound, code == http.StatusNotFound:
-		return &failure{reason: ReasonNotFound, credentials: true, message: fmt.Sprintf("registry %s has no such image, or does not show it without credentials: check name, tag and digest (%s)", host, text)}
+		return &failure{reason: opsv1.PullReasonNotFound, credentials: true, message: fmt.Sprintf("registry %s has no such image, or does not show it without credentials: check name, tag and digest (%s)", host, text)}
 	case code == http.StatusTooManyRequests:
-		return &failure{reason: ReasonTooManyRequests, message: fmt.Sprintf("registry %s asks to slow down: use fewer nodes at once, or credentials with a higher limit (%s)", host, text)}
+		return &failure{reason: opsv1.PullReasonTooManyRequests, message: fmt.Sprintf("registry %s asks to slow down: use fewer nodes at once, or credentials with a higher limit (%s)", host, text)}
 	case errors.Is(err, context.DeadlineExceeded), status.Code(err) == codes.DeadlineExceeded, strings.Contains(text, "Client.Timeout"), strings.Contains(text, "timeout awaiting response headers"):
-		return &failure{reason: ReasonTimeout, message: fmt.Sprintf("registry %s does not answer in time: raise timeoutSeconds for a large image or a slow network (%s)", host, text)}
+		return &failure{reason: opsv1.PullReasonTimeout, message: fmt.Sprintf("registry %s does not answer in time: raise timeoutSeconds for a large image or a slow network (%s)", host, text)}
 	case strings.Contains(text, "x509: "), strings.Contains(text, "tls: failed to verify"):
-		return &failure{reason: ReasonRegistryUnavailable, message: fmt.Sprintf("the node does not trust the certificate of registry %s: give the runtime its CA (ca in hosts.toml), or correct the certificate (%s)", host, text)}
+		return &failure{reason: opsv1.PullReasonRegistryUnavailable, message: fmt.Sprintf("the node does not trust the certificate of registry %s: give the runtime its CA (ca in hosts.toml), or correct the certificate (%s)", host, text)}
 	case strings.Contains(text, "server gave HTTP response to HTTPS client"):
-		return &failure{reason: ReasonRegistryUnavailable, message: fmt.Sprintf("registry %s speaks plain HTTP where HTTPS is expected: write http:// in its hosts.toml, or have it speak HTTPS (%s)", host, text)}
+		return &failure{reason: opsv1.PullReasonRegistryUnavailable, message: fmt.Sprintf("registry %s speaks plain HTTP where HTTPS is expected: write http:// in its hosts.toml, or have it speak HTTPS (%s)", host, text)}
 	case code == http.StatusBadRequest:
-		return &failure{reason: ReasonRegistryUnavailable, message: fmt.Sprintf("registry %s does not understand the request: if it speaks HTTPS, write https:// in its hosts.toml (%s)", host, text)}
+		return &failure{reason: opsv1.PullReasonRegistryUnavailable, message: fmt.Sprintf("registry %s does not understand the request: if it speaks HTTPS, write https:// in its hosts.toml (%s)", host, text)}
 	case code >= http.StatusInternalServerError, errors.Is(err, errStalled), isNetwork(text):
-		return &failure{reason: ReasonRegistryUnavailable, message: fmt.Sprintf("registry %s cannot be used now (%s)", host, text)}
+		return &failure{reason: opsv1.PullReasonRegistryUnavailable, message: fmt.Sprintf("registry %s cannot be used now (%s)", host, text)}
 	case strings.Contains(text, "invalid reference"), strings.Contains(text, "failed size validation"), errdefs.IsInvalidArgument(err):
-		return &failure{reason: ReasonInvalidImage, final: strings.Contains(text, "reference"), message: fmt.Sprintf("the image cannot be used on this node (%s)", text)}
+		return &failure{reason: opsv1.PullReasonInvalidImage, final: strings.Contains(text, "reference"), message: fmt.Sprintf("the image cannot be used on this node (%s)", text)}
 	case strings.Contains(text, "no space left on device"):
-		return &failure{reason: ReasonDiskPressure, message: fmt.Sprintf("the node's disk is full (%s)", text)}
+		return &failure{reason: opsv1.PullReasonDiskPressure, message: fmt.Sprintf("the node's disk is full (%s)", text)}
 	default:
-		return &failure{reason: ReasonRuntime, message: text}
+		return &failure{reason: opsv1.PullReasonRuntimeError, message: text}
 	}
 }
 

@@ -73,7 +73,7 @@ func (n *unreached) remember(host, why string) {
 func (p *Puller) lookUp(ctx context.Context, u *pull, credential *opsv1.RegistryCredential, limit *rate.Limiter) (*remote, *manifest, *failure) {
 	host, _ := registryOf(u.named)
 	if why := p.unreached.last(host); why != "" {
-		return nil, nil, &failure{reason: ReasonRegistryUnavailable, message: why}
+		return nil, nil, &failure{reason: opsv1.PullReasonRegistryUnavailable, message: why}
 	}
 	began, silent := time.Now(), false
 	r, err := newRemote(ctx, p.hosts, u.named.String(), credential, limit)
@@ -90,12 +90,12 @@ func (p *Puller) lookUp(ctx context.Context, u *pull, credential *opsv1.Registry
 		r.close()
 		silent = !r.answered.Load()
 		if errors.Is(context.Cause(patient), errLookup) {
-			err = &failure{reason: ReasonTimeout, message: fmt.Sprintf(
+			err = &failure{reason: opsv1.PullReasonTimeout, message: fmt.Sprintf(
 				"registry %s has not told cri-proxy the image's manifest within %s: has the runtime a proxy or a mirror that cri-proxy does not know?", host, lookupPatience)}
 		}
 	}
 	f := explain(err, host)
-	trouble := f.reason == ReasonTimeout || f.reason == ReasonRegistryUnavailable
+	trouble := f.reason == opsv1.PullReasonTimeout || f.reason == opsv1.PullReasonRegistryUnavailable
 	if silent && trouble && ctx.Err() == nil && time.Since(began) >= lookupSlow {
 		// What is in parentheses names the image, which may be somebody else's business.
 		why, _, _ := strings.Cut(f.message, " (")
@@ -111,7 +111,7 @@ func (p *Puller) withoutLimit(u *pull, limit int64, why string) {
 	defer p.mu.Unlock()
 	u.unlimited, u.unlimitedFrom = fmt.Sprintf("without the speed limit of %s/s: %s", bytesText(limit), why), u.op.GetBytesFetched()
 	if u.op.GetFinishTime() == nil {
-		u.op.Message = "pulling " + u.unlimited
+		u.op.Message, u.op.LimitNotKept = "pulling "+u.unlimited, u.unlimited
 		u.notifyLocked()
 	}
 }
@@ -121,15 +121,18 @@ func (p *Puller) forgetUnlimited(u *pull) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if u.unlimited != "" && u.op.GetBytesFetched() == u.unlimitedFrom {
-		u.unlimited, u.op.Message = "", ""
+		u.unlimited, u.op.Message, u.op.LimitNotKept = "", "", ""
 	}
 }
 
 // endLocked adds to the message of a finished operation that its speed limit was not kept. The caller holds Puller.mu.
 func (u *pull) endLocked(succeeded bool, message string) string {
-	switch {
-	case u.unlimited == "", !succeeded && u.op.GetBytesFetched() == u.unlimitedFrom:
+	if u.unlimited == "" || !succeeded && u.op.GetBytesFetched() == u.unlimitedFrom {
+		u.op.LimitNotKept = ""
 		return message
+	}
+	u.op.LimitNotKept = u.unlimited
+	switch {
 	case !succeeded:
 		return message + "; tried " + u.unlimited
 	case message == "":

@@ -440,7 +440,7 @@ func TestManifestOfThisAttempt(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if op.GetBytesTotal() > 0 && op.GetAttempt() > last && (op.GetReason() == ReasonBackOff || op.GetFinishTime() != nil) {
+			if op.GetBytesTotal() > 0 && op.GetAttempt() > last && (op.GetReason() == opsv1.PullReasonBackOff || op.GetFinishTime() != nil) {
 				totals, last = append(totals, op.GetBytesTotal()), op.GetAttempt()
 			}
 			if op.GetFinishTime() != nil {
@@ -476,7 +476,7 @@ func TestEndedWhenItDoesNotFit(t *testing.T) {
 			}
 			n.pull(&opsv1.PullRequest{Uid: "a", Image: "r.io/a", MaxAttempts: 2, AttemptTimeout: nil})
 			op := n.end("a")
-			if op.GetReason() != ReasonDiskPressure || !strings.Contains(op.GetMessage(), "112.0 TiB more") || !ended {
+			if op.GetReason() != opsv1.PullReasonDiskPressure || !strings.Contains(op.GetMessage(), "112.0 TiB more") || !ended {
 				t.Errorf("%v", op)
 			}
 			if l := n.ours(); (len(l) > 0) != before {
@@ -625,7 +625,7 @@ func TestLookUpIsNotFinal(t *testing.T) {
 			// When the runtime cannot pull either, the limit is not what matters.
 			n.rt.set(func() { n.rt.fail = []error{unauthorized()} })
 			n.pull(&opsv1.PullRequest{Uid: "no", Image: "r.io/no", MaxAttempts: 1})
-			if op := n.end("no"); op.GetReason() != ReasonUnauthorized || strings.Contains(op.GetMessage(), "speed limit") {
+			if op := n.end("no"); op.GetReason() != opsv1.PullReasonUnauthorized || strings.Contains(op.GetMessage(), "speed limit") {
 				t.Errorf("%d: %v", code, op)
 			}
 		})

@@ -57,7 +57,7 @@ func (m *metrics) finished(op *opsv1.PullOperation) {
 		result = "failed"
 	}
 	m.results.WithLabelValues(result, op.GetReason()).Inc()
-	if op.GetStartTime() != nil && op.GetReason() != ReasonPresent {
+	if op.GetStartTime() != nil && op.GetReason() != opsv1.PullReasonPresent {
 		m.seconds.Observe(op.GetFinishTime().AsTime().Sub(op.GetStartTime().AsTime()).Seconds())
 	}
 }

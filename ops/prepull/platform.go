@@ -10,6 +10,7 @@ import (
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/ops/imageinfo"
 )
 
@@ -31,7 +32,7 @@ func (p *Puller) checkPlatform(ctx context.Context, u *pull) error {
 		return nil
 	}
 	if err := imageinfo.CheckPlatform(config, u.named.String(), runtime.GOOS, runtime.GOARCH); err != nil {
-		return &failure{reason: ReasonInvalidImage, final: true, message: fmt.Sprintf("the image is not made for this node's platform (%v): "+
+		return &failure{reason: opsv1.PullReasonInvalidImage, final: true, message: fmt.Sprintf("the image is not made for this node's platform (%v): "+
 			"push one for it, or a list of manifests that has one, or choose other nodes", err)}
 	}
 	return nil

@@ -22,10 +22,10 @@ func TestPlatform(t *testing.T) {
 		phase      opsv1.PullPhase
 		reason     string
 	}{
-		{"ours", runtime.GOARCH, false, succeeded, ReasonPulled},
-		{"not told", "", false, succeeded, ReasonPulled},
-		{"another", "s390x", false, failed, ReasonInvalidImage},
-		{"another, present", "s390x", true, failed, ReasonInvalidImage},
+		{"ours", runtime.GOARCH, false, succeeded, opsv1.PullReasonPulled},
+		{"not told", "", false, succeeded, opsv1.PullReasonPulled},
+		{"another", "s390x", false, failed, opsv1.PullReasonInvalidImage},
+		{"another, present", "s390x", true, failed, opsv1.PullReasonInvalidImage},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			inBubble(t, Options{}, func(t *testing.T, b *bubble) {

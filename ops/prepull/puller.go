@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -37,12 +38,6 @@ const (
 	// finished pulls are answered for an hour, and what was fetched for one that did not succeed is kept as long.
 	keepFinished = time.Hour
 	maxFinished  = 2000
-
-	defaultAttempts = 4
-	defaultTimeout  = 10 * time.Minute
-	// backOffMin and backOffMax bound the wait between attempts, which doubles.
-	backOffMin = time.Second
-	backOffMax = 30 * time.Second
 
 	sweepEvery = time.Minute
 
@@ -144,9 +139,9 @@ type pull struct {
 	limiter atomic.Pointer[rate.Limiter]
 	slots   atomic.Bool
 	stop    context.CancelCauseFunc // ends the attempt that runs; nil without
-	// cancelled is why the pull is to end, once somebody has asked for it.
-	cancelled string
-	changed   chan struct{} // closed and replaced at each change
+	// cancelled is why the pull is to end, once somebody has asked for it, and cancelCode the code of that.
+	cancelled, cancelCode string
+	changed               chan struct{} // closed and replaced at each change
 
 	// unlimited says that the speed limit is not kept, and why; unlimitedFrom is BytesFetched when that began.
 	unlimited     string
@@ -206,10 +201,12 @@ func (p *Puller) revive(r *record) error {
 		return err
 	}
 	u.named, u.key = named, keyOf(named, u.req)
+	u.op.MaxAttempts = u.attempts() // an earlier version does not write it
+	u.op.RetryAfter = nil           // the next attempt begins when there is a place for it
 	if u.op.GetFinishTime() == nil {
-		u.op.Phase, u.op.Reason = opsv1.PullPhase_PULL_WAITING, ReasonInQueue
+		u.op.Phase, u.op.Reason = opsv1.PullPhase_PULL_WAITING, opsv1.PullReasonInQueue
 		if u.wants {
-			u.op.Reason, u.op.Message = ReasonCredentialsNeeded, "cri-proxy was restarted and does not keep credentials: waiting for the command to be repeated"
+			u.op.Reason, u.op.Message = opsv1.PullReasonCredentialsNeeded, "cri-proxy was restarted and does not keep credentials: waiting for the command to be repeated"
 		}
 	}
 	p.pulls[u.op.GetUid()] = u
@@ -286,10 +283,10 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 			// A registry that wants to be left alone does not care for whom; that it was out of reach may have been so for one alone, with
 			// its limit or its time, and one attempt more does not hurt it where somebody waits. What else went wrong was that pull's own.
 			switch u.failed {
-			case ReasonTooManyRequests:
+			case opsv1.PullReasonTooManyRequests:
 				tooMany[u.key] = later(tooMany[u.key], u.retryAt)
 				backOff[u.key] = later(backOff[u.key], u.retryAt)
-			case ReasonRegistryUnavailable, ReasonTimeout:
+			case opsv1.PullReasonRegistryUnavailable, opsv1.PullReasonTimeout:
 				backOff[u.key] = later(backOff[u.key], u.retryAt)
 			}
 		}
@@ -303,7 +300,7 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 	for _, u := range waiting {
 		if by, ok := u.deadline(); ok {
 			if !now.Before(by) {
-				p.finishLocked(u, opsv1.PullPhase_PULL_FAILED, ReasonDeadlineExceeded, "not pulled within its deadline: "+u.op.GetMessage())
+				p.finishLocked(u, opsv1.PullPhase_PULL_FAILED, opsv1.PullReasonDeadlineExceeded, "not pulled within its deadline: "+u.op.GetMessage())
 				continue
 			}
 			next = min(next, by.Sub(now))
@@ -314,18 +311,19 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 		}
 		switch leader := busy[u.key]; {
 		case u.op.GetAttempt() >= u.attempts(): // revived
-			p.finishLocked(u, opsv1.PullPhase_PULL_FAILED, ReasonInternal, fmt.Sprintf(
+			p.finishLocked(u, opsv1.PullPhase_PULL_FAILED, opsv1.PullReasonInternalError, fmt.Sprintf(
 				"cri-proxy has ended in the middle of attempt %d of %d: if nobody has killed it, the journal of its unit says why", u.op.GetAttempt(), u.attempts()))
 		case u.wants && u.credentials == nil:
 			if by := p.opened.Add(credentialsPatience); now.Before(by) {
 				next = min(next, by.Sub(now))
 			} else {
-				p.finishLocked(u, opsv1.PullPhase_PULL_FAILED, ReasonCredentialsNeeded, fmt.Sprintf("cri-proxy was restarted, and nobody has repeated the command with its credentials for %s", credentialsPatience))
+				p.finishLocked(u, opsv1.PullPhase_PULL_FAILED, opsv1.PullReasonCredentialsNeeded, fmt.Sprintf("cri-proxy was restarted, and nobody has repeated the command with its credentials for %s", credentialsPatience))
 			}
 		case now.Before(others), now.Before(u.retryAt):
 			next = min(next, later(others, u.retryAt).Sub(now))
 			if !now.Before(u.retryAt) {
-				u.waitLocked(ReasonBackOff, "another pull of the image has just failed")
+				u.op.LastFailure = nil
+				u.waitLocked(opsv1.PullReasonBackOff, "another pull of the image has just failed")
 			}
 		case leader != "":
 			if u.urgent {
@@ -334,16 +332,16 @@ func (p *Puller) startSome(ctx context.Context, wg *sync.WaitGroup) time.Duratio
 			u.followLocked(p.pulls[leader].op)
 			next = min(next, progressEvery)
 		case p.asideLocked(u) != "":
-			u.waitLocked(ReasonYieldsToKubelet, p.asideLocked(u))
+			u.waitLocked(opsv1.PullReasonYieldsToKubelet, p.asideLocked(u))
 		case u.urgent && urgent < urgentParallel:
 			urgent++
 			busy[u.key] = u.op.GetUid()
 			u.apart = true
 			p.startLocked(ctx, wg, u)
 		case running >= p.parallel && u.urgent:
-			u.waitLocked(ReasonInQueue, fmt.Sprintf("%d pulls that something waits for and %d of %d others at once are under way", urgent, running, p.parallel))
+			u.waitLocked(opsv1.PullReasonInQueue, fmt.Sprintf("%d pulls that something waits for and %d of %d others at once are under way", urgent, running, p.parallel))
 		case running >= p.parallel:
-			u.waitLocked(ReasonInQueue, fmt.Sprintf("%d of %d pulls at once are under way", running, p.parallel))
+			u.waitLocked(opsv1.PullReasonInQueue, fmt.Sprintf("%d of %d pulls at once are under way", running, p.parallel))
 		default: // an urgent one too, when there are more of these than places for them
 			running++
 			busy[u.key] = u.op.GetUid()
@@ -373,14 +371,38 @@ func (u *pull) waitLocked(reason, message string) {
 		return
 	}
 	u.op.Phase, u.op.Reason, u.op.Message, u.op.BytesPerSecond = opsv1.PullPhase_PULL_WAITING, reason, message, 0
+	u.op.RetryAfter, u.op.LimitNotKept = nil, ""
 	u.notifyLocked()
+}
+
+// backOffLocked says why the last attempt failed, and that the next one begins after wait; 0: at once.
+func (u *pull) backOffLocked(f *failure, wait time.Duration) {
+	when := "at once, with other credentials"
+	if wait > 0 {
+		when = fmt.Sprintf("in %s", wait)
+	}
+	u.op.LastFailure = &opsv1.AttemptFailure{Reason: f.reason, Message: f.message}
+	u.waitLocked(opsv1.PullReasonBackOff,
+		fmt.Sprintf("attempt %d of %d %s: %s: %s", u.op.GetAttempt()+1, u.attempts(), when, f.reason, f.message))
+	if wait > 0 {
+		u.op.RetryAfter = durationpb.New(wait)
+	}
 }
 
 // followLocked shows the progress of another pull of the same image.
 func (u *pull) followLocked(leader *opsv1.PullOperation) {
 	u.op.Phase, u.op.Reason, u.op.Message = leader.GetPhase(), "", "another pull of the image is under way: "+leader.GetUid()
 	u.op.BytesDone, u.op.BytesTotal, u.op.BytesPerSecond, u.op.Layers = leader.GetBytesDone(), leader.GetBytesTotal(), leader.GetBytesPerSecond(), leader.GetLayers()
+	u.op.RetryAfter, u.op.LimitNotKept = nil, ""
+	if transfers(u.op) {
+		u.op.LastFailure = nil
+	}
 	u.notifyLocked()
+}
+
+// transfers reports whether bytes of the image come, or all have come.
+func transfers(op *opsv1.PullOperation) bool {
+	return op.GetPhase() == opsv1.PullPhase_PULL_FETCHING || op.GetPhase() == opsv1.PullPhase_PULL_UNPACKING
 }
 
 func (u *pull) notifyLocked() {
@@ -397,6 +419,7 @@ func (p *Puller) startLocked(ctx context.Context, wg *sync.WaitGroup, u *pull) {
 		u.op.StartTime = timestamppb.Now()
 	}
 	u.op.Phase, u.op.Reason, u.op.Message = opsv1.PullPhase_PULL_RESOLVING, "", ""
+	u.op.RetryAfter, u.op.LimitNotKept = nil, ""
 	p.keepLocked(u) // one that this process does not survive counts
 	u.notifyLocked()
 	p.kubelet.wake() // it may have been pulling for a while
@@ -425,7 +448,7 @@ func (p *Puller) giveUp(u *pull) {
 	defer p.mu.Unlock()
 	u.stop, u.apart = nil, false
 	if u.op.GetFinishTime() == nil {
-		p.finishLocked(u, opsv1.PullPhase_PULL_FAILED, ReasonInternal, "cri-proxy met a bug of its own; its log says where, please report it")
+		p.finishLocked(u, opsv1.PullPhase_PULL_FAILED, opsv1.PullReasonInternalError, "cri-proxy met a bug of its own; its log says where, please report it")
 	}
 }
 
@@ -441,32 +464,31 @@ func (p *Puller) settle(ctx context.Context, u *pull, given int, err, cause erro
 	}
 	host, _ := registryOf(u.named)
 	f := explain(err, host)
-	attempts := u.attempts()
 	switch {
 	case u.cancelled != "": // whatever else has ended the attempt
-		p.finishLocked(u, opsv1.PullPhase_PULL_CANCELLED, ReasonCancelled, u.cancelled)
+		p.cancelLocked(u)
 		return
 	case errors.Is(cause, errYield), errors.Is(cause, errOvertaken):
 		p.yieldedLocked(u)
 		return
 	case errors.Is(cause, errDeadline):
-		p.finishLocked(u, opsv1.PullPhase_PULL_FAILED, ReasonDeadlineExceeded, "not pulled within its deadline; "+p.soFar(u))
+		p.finishLocked(u, opsv1.PullPhase_PULL_FAILED, opsv1.PullReasonDeadlineExceeded, "not pulled within its deadline; "+p.soFar(u))
 		return
 	case ctx.Err() != nil: // shutting down
 		u.op.Attempt--
 		p.keepLocked(u)
 		return
 	case errors.Is(cause, errTimeout):
-		f = &failure{reason: ReasonTimeout, message: fmt.Sprintf("an attempt may take %s, and %s; give it longer for a large image or a slow network (timeoutSeconds of a job)", u.timeout(), p.soFar(u))}
+		f = &failure{reason: opsv1.PullReasonTimeout, message: fmt.Sprintf("an attempt may take %s, and %s; give it longer for a large image or a slow network (timeoutSeconds of a job)", u.timeout(), p.soFar(u))}
 	}
 	p.log.WithFields(u.fields()).WithField("reason", f.reason).WithField("attempt", u.op.GetAttempt()).Warn(f.message)
 	if f.credentials && given != u.given { // others have come since
 		u.op.Attempt--
 		p.keepLocked(u)
-		u.waitLocked(ReasonBackOff, fmt.Sprintf("attempt %d of %d at once, with other credentials: %s: %s", u.op.GetAttempt()+1, attempts, f.reason, f.message))
+		u.backOffLocked(f, 0)
 		return
 	}
-	if f.final || f.credentials && u.urgent || u.op.GetAttempt() >= attempts {
+	if f.final || f.credentials && u.urgent || u.op.GetAttempt() >= u.attempts() {
 		message := f.message
 		if n := u.op.GetAttempt(); n > 1 {
 			message = fmt.Sprintf("%s; %d attempts", message, n)
@@ -474,23 +496,23 @@ func (p *Puller) settle(ctx context.Context, u *pull, given int, err, cause erro
 		p.finishLocked(u, opsv1.PullPhase_PULL_FAILED, f.reason, message)
 		return
 	}
-	wait := min(backOffMin<<min(u.op.GetAttempt()-1, 10), backOffMax)
+	wait := opsv1.PullBackOff(u.op.GetAttempt())
 	u.retryAt, u.failed, u.denied = time.Now().Add(wait), f.reason, f.credentials
-	u.waitLocked(ReasonBackOff, fmt.Sprintf("attempt %d of %d in %s: %s: %s", u.op.GetAttempt()+1, attempts, wait, f.reason, f.message))
+	u.backOffLocked(f, wait)
 }
 
 func (u *pull) timeout() time.Duration {
 	if d := u.req.GetAttemptTimeout().AsDuration(); d > 0 {
 		return d
 	}
-	return defaultTimeout
+	return opsv1.DefaultAttemptTimeout
 }
 
 func (u *pull) attempts() int32 {
 	if n := u.req.GetMaxAttempts(); n > 0 {
 		return n
 	}
-	return defaultAttempts
+	return opsv1.DefaultAttempts
 }
 
 // soFar says how far the pull is.
@@ -509,6 +531,7 @@ func (u *pull) fields() logrus.Fields {
 func (p *Puller) finishLocked(u *pull, phase opsv1.PullPhase, reason, message string) {
 	message = u.endLocked(phase == opsv1.PullPhase_PULL_SUCCEEDED, message)
 	u.op.Phase, u.op.Reason, u.op.Message, u.op.BytesPerSecond = phase, reason, message, 0
+	u.op.RetryAfter, u.op.LastFailure = nil, nil
 	u.op.FinishTime = timestamppb.Now()
 	if phase == opsv1.PullPhase_PULL_SUCCEEDED {
 		p.claims.end(u.op.GetUid())
@@ -601,9 +624,10 @@ func (p *Puller) take(req *opsv1.PullRequest, urgent bool) (*opsv1.PullOperation
 		req: req, named: named, key: keyOf(named, req), urgent: urgent, credentials: credentials, wants: len(credentials) > 0, changed: make(chan struct{}),
 		op: &opsv1.PullOperation{
 			Uid: req.GetUid(), Image: req.GetImage(), Resolved: named.String(), Owner: req.GetOwner(), Phase: opsv1.PullPhase_PULL_WAITING,
-			Reason: ReasonInQueue, CreateTime: timestamppb.Now(),
+			Reason: opsv1.PullReasonInQueue, CreateTime: timestamppb.Now(),
 		},
 	}
+	u.op.MaxAttempts = u.attempts()
 	p.expireLocked(time.Now())
 	if err := p.saveLocked(u); err != nil {
 		return nil, status.Errorf(codes.Internal, "the pull was not accepted: %v", err)
@@ -634,8 +658,8 @@ func (p *Puller) expireLocked(now time.Time) {
 	}
 }
 
-// cancel ends a pull.
-func (p *Puller) cancel(uid, reason string) (*opsv1.PullOperation, <-chan struct{}, error) {
+// cancel ends a pull. reason is for people, code is for programs and may be empty.
+func (p *Puller) cancel(uid, reason, code string) (*opsv1.PullOperation, <-chan struct{}, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	u := p.pulls[uid]
@@ -643,14 +667,20 @@ func (p *Puller) cancel(uid, reason string) (*opsv1.PullOperation, <-chan struct
 		return nil, nil, noPull(uid)
 	}
 	if u.op.GetFinishTime() == nil {
-		u.cancelled = reason
+		u.cancelled, u.cancelCode = reason, code
 		if u.stop != nil {
 			u.stop(errCancelled)
 		} else {
-			p.finishLocked(u, opsv1.PullPhase_PULL_CANCELLED, ReasonCancelled, reason)
+			p.cancelLocked(u)
 		}
 	}
 	return proto.Clone(u.op).(*opsv1.PullOperation), u.changed, nil
+}
+
+// cancelLocked ends a pull that somebody has cancelled. The caller holds p.mu.
+func (p *Puller) cancelLocked(u *pull) {
+	u.op.CancelCode = u.cancelCode
+	p.finishLocked(u, opsv1.PullPhase_PULL_CANCELLED, opsv1.PullReasonCancelled, u.cancelled)
 }
 
 func (p *Puller) watch(uid string) (*opsv1.PullOperation, <-chan struct{}, error) {

@@ -43,7 +43,7 @@ func TestOneAfterTheOther(t *testing.T) {
 				time.Sleep(20 * time.Millisecond)
 			}
 			b.want(name(0), resolving, "")
-			op := b.want(name(5), waiting, ReasonInQueue)
+			op := b.want(name(5), waiting, opsv1.PullReasonInQueue)
 			if !strings.Contains(op.GetMessage(), "pulls at once are under way") {
 				t.Errorf("%v", op)
 			}
@@ -94,10 +94,10 @@ func TestFollowerGoesOnWhenTheFirstIsCancelled(t *testing.T) {
 		b.rt.takes = time.Minute
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
 		b.pull(&opsv1.PullRequest{Uid: "b", Image: "nginx"})
-		if _, _, err := b.cancel("a", "changed my mind"); err != nil {
+		if _, _, err := b.cancel("a", "changed my mind", ""); err != nil {
 			t.Fatal(err)
 		}
-		if op := b.want("a", cancelled, ReasonCancelled); op.GetMessage() != "changed my mind" {
+		if op := b.want("a", cancelled, opsv1.PullReasonCancelled); op.GetMessage() != "changed my mind" {
 			t.Errorf("%v", op)
 		}
 		if op := b.end("b"); op.GetPhase() != succeeded || b.rt.count() != 2 {
@@ -111,7 +111,7 @@ func TestPanicEndsThePullOnly(t *testing.T) {
 	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
 		b.rt.set(func() { b.rt.bug = true })
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
-		if op := b.end("a"); op.GetPhase() != opsv1.PullPhase_PULL_FAILED || op.GetReason() != ReasonInternal || op.GetAttempt() != 1 {
+		if op := b.end("a"); op.GetPhase() != opsv1.PullPhase_PULL_FAILED || op.GetReason() != opsv1.PullReasonInternalError || op.GetAttempt() != 1 {
 			t.Errorf("ended %v", op)
 		}
 		b.rt.set(func() { b.rt.bug = false })
@@ -127,12 +127,12 @@ func TestBackOff(t *testing.T) {
 		b.rt.fail = []error{broken()}
 		began := time.Now()
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
-		op := b.want("a", waiting, ReasonBackOff)
+		op := b.want("a", waiting, opsv1.PullReasonBackOff)
 		if !strings.HasPrefix(op.GetMessage(), "attempt 2 of 4 in 1s: RegistryUnavailable: registry docker.io cannot be used now") {
 			t.Errorf("%v", op)
 		}
 		op = b.end("a")
-		if op.GetPhase() != failed || op.GetReason() != ReasonRegistryUnavailable || op.GetAttempt() != 4 || !strings.HasSuffix(op.GetMessage(), "4 attempts") {
+		if op.GetPhase() != failed || op.GetReason() != opsv1.PullReasonRegistryUnavailable || op.GetAttempt() != 4 || !strings.HasSuffix(op.GetMessage(), "4 attempts") {
 			t.Errorf("%v", op)
 		}
 		if took := time.Since(began).Round(100 * time.Millisecond); took != 7*time.Second { // 1 + 2 + 4
@@ -160,8 +160,8 @@ func TestBackOffIsOfTheImage(t *testing.T) {
 		if n := b.rt.count(); n != 2 {
 			t.Errorf("%d pulls at once of a registry in trouble", n)
 		}
-		b.want(name(0), waiting, ReasonBackOff)
-		b.want(name(4), waiting, ReasonBackOff)
+		b.want(name(0), waiting, opsv1.PullReasonBackOff)
+		b.want(name(4), waiting, opsv1.PullReasonBackOff)
 		for i := range 5 {
 			if op := b.end(name(i)); op.GetPhase() != succeeded {
 				t.Errorf("%v", op)
@@ -176,19 +176,19 @@ func TestBackOffOfOthers(t *testing.T) {
 		err          error
 		job, upgrade bool // whether it waits
 	}{
-		ReasonTooManyRequests:     {&failure{reason: ReasonTooManyRequests, message: "slow down"}, true, true},
-		ReasonRegistryUnavailable: {broken(), true, false},
-		ReasonTimeout:             {status.Error(codes.DeadlineExceeded, "late"), true, false},
-		ReasonDiskPressure:        {status.Error(codes.Unknown, "no space left on device"), false, false},
-		ReasonRuntime:             {status.Error(codes.Unknown, "strange"), false, false},
-		ReasonUnauthorized:        {unauthorized(), false, false},
+		opsv1.PullReasonTooManyRequests:     {&failure{reason: opsv1.PullReasonTooManyRequests, message: "slow down"}, true, true},
+		opsv1.PullReasonRegistryUnavailable: {broken(), true, false},
+		opsv1.PullReasonTimeout:             {status.Error(codes.DeadlineExceeded, "late"), true, false},
+		opsv1.PullReasonDiskPressure:        {status.Error(codes.Unknown, "no space left on device"), false, false},
+		opsv1.PullReasonRuntimeError:        {status.Error(codes.Unknown, "strange"), false, false},
+		opsv1.PullReasonUnauthorized:        {unauthorized(), false, false},
 	} {
 		t.Run(reason, func(t *testing.T) {
 			for _, urgent := range []bool{false, true} {
 				inBubble(t, Options{}, func(t *testing.T, b *bubble) {
 					b.rt.fail = []error{tt.err, nil}
 					b.pull(&opsv1.PullRequest{Uid: "first", Image: "nginx"})
-					b.want("first", waiting, ReasonBackOff)
+					b.want("first", waiting, opsv1.PullReasonBackOff)
 					waits := tt.job
 					if urgent {
 						waits = tt.upgrade
@@ -200,9 +200,9 @@ func TestBackOffOfOthers(t *testing.T) {
 					}
 					synctest.Wait()
 					if waits {
-						b.want("second", waiting, ReasonBackOff)
+						b.want("second", waiting, opsv1.PullReasonBackOff)
 					} else {
-						b.want("second", succeeded, ReasonPulled)
+						b.want("second", succeeded, opsv1.PullReasonPulled)
 					}
 					for _, uid := range []string{"first", "second"} {
 						if op := b.end(uid); op.GetPhase() != succeeded {
@@ -217,12 +217,12 @@ func TestBackOffOfOthers(t *testing.T) {
 
 // TestRegistrySaysNo asks again, since an image or its secret may come a moment later. Who has somebody to tell is told at once.
 func TestRegistrySaysNo(t *testing.T) {
-	for reason, err := range map[string]error{ReasonUnauthorized: unauthorized(), ReasonNotFound: status.Error(codes.NotFound, "not found")} {
+	for reason, err := range map[string]error{opsv1.PullReasonUnauthorized: unauthorized(), opsv1.PullReasonNotFound: status.Error(codes.NotFound, "not found")} {
 		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.fail = []error{err} })
 			began := time.Now()
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 3, Credentials: credentials("docker.io", "docker.io/library", "quay.io")})
-			if op := b.want("a", waiting, ReasonBackOff); !strings.HasPrefix(op.GetMessage(), "attempt 2 of 3 in 1s: "+reason+": registry docker.io ") {
+			if op := b.want("a", waiting, opsv1.PullReasonBackOff); !strings.HasPrefix(op.GetMessage(), "attempt 2 of 3 in 1s: "+reason+": registry docker.io ") {
 				t.Errorf("%v", op)
 			}
 			if len(b.rt.pulls) != 2 || b.rt.pulls[0].GetAuth().GetUsername() != "docker.io/library" {
@@ -253,7 +253,7 @@ func TestRegistrySaysNo(t *testing.T) {
 			b.rt.set(func() { b.rt.fail = []error{unauthorized()} })
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 100, Deadline: durationpb.New(time.Minute)})
 			op := b.end("a")
-			if op.GetReason() != ReasonDeadlineExceeded || !strings.Contains(op.GetMessage(), ReasonUnauthorized) || op.GetFinishTime().AsTime().Sub(op.GetCreateTime().AsTime()).Round(time.Second) != time.Minute {
+			if op.GetReason() != opsv1.PullReasonDeadlineExceeded || !strings.Contains(op.GetMessage(), opsv1.PullReasonUnauthorized) || op.GetFinishTime().AsTime().Sub(op.GetCreateTime().AsTime()).Round(time.Second) != time.Minute {
 				t.Errorf("%v", op)
 			}
 		})
@@ -269,9 +269,9 @@ func TestOtherCredentials(t *testing.T) {
 		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.fail = []error{unauthorized(), nil} })
 			again(b, nil)
-			b.want("a", waiting, ReasonBackOff)
+			b.want("a", waiting, opsv1.PullReasonBackOff)
 			again(b, credentials("docker.io"))
-			if op := b.want("a", succeeded, ReasonPulled); op.GetAttempt() != 2 || b.rt.pulls[1].GetAuth().GetUsername() != "docker.io" {
+			if op := b.want("a", succeeded, opsv1.PullReasonPulled); op.GetAttempt() != 2 || b.rt.pulls[1].GetAuth().GetUsername() != "docker.io" {
 				t.Errorf("%v", op)
 			}
 		})
@@ -281,7 +281,7 @@ func TestOtherCredentials(t *testing.T) {
 			b.rt.set(func() { b.rt.fail = []error{unauthorized()} })
 			again(b, credentials("docker.io"))
 			again(b, credentials("docker.io"))
-			b.want("a", waiting, ReasonBackOff)
+			b.want("a", waiting, opsv1.PullReasonBackOff)
 			if n := b.rt.count(); n != 1 {
 				t.Errorf("%d pulls", n)
 			}
@@ -292,7 +292,7 @@ func TestOtherCredentials(t *testing.T) {
 			b.rt.set(func() { b.rt.fail = []error{broken(), nil} })
 			again(b, nil)
 			again(b, credentials("docker.io"))
-			b.want("a", waiting, ReasonBackOff)
+			b.want("a", waiting, opsv1.PullReasonBackOff)
 		})
 	})
 	t.Run("during the last attempt", func(t *testing.T) {
@@ -311,9 +311,9 @@ func TestOtherCredentials(t *testing.T) {
 		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
 			b.rt.set(func() { b.rt.fail = []error{unauthorized(), nil} })
 			again(b, nil)
-			b.want("a", waiting, ReasonBackOff)
+			b.want("a", waiting, opsv1.PullReasonBackOff)
 			b.pull(&opsv1.PullRequest{Uid: "b", Image: "nginx", Credentials: credentials("docker.io")})
-			b.want("b", succeeded, ReasonPulled)
+			b.want("b", succeeded, opsv1.PullReasonPulled)
 		})
 	})
 }
@@ -325,7 +325,7 @@ func TestTimes(t *testing.T) {
 			began := time.Now()
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 2, AttemptTimeout: durationpb.New(5 * time.Minute)})
 			op := b.end("a")
-			if op.GetPhase() != failed || op.GetReason() != ReasonTimeout || time.Since(began).Round(time.Second) != 10*time.Minute+time.Second {
+			if op.GetPhase() != failed || op.GetReason() != opsv1.PullReasonTimeout || time.Since(began).Round(time.Second) != 10*time.Minute+time.Second {
 				t.Errorf("%s: %v", time.Since(began), op)
 			}
 		})
@@ -336,7 +336,7 @@ func TestTimes(t *testing.T) {
 			began := time.Now()
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", MaxAttempts: 1})
 			b.end("a")
-			if time.Since(began).Round(time.Second) != defaultTimeout {
+			if time.Since(began).Round(time.Second) != opsv1.DefaultAttemptTimeout {
 				t.Errorf("%s", time.Since(began))
 			}
 		})
@@ -346,7 +346,7 @@ func TestTimes(t *testing.T) {
 			b.rt.takes = time.Hour
 			began := time.Now()
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", Deadline: durationpb.New(time.Minute)})
-			if op := b.end("a"); op.GetReason() != ReasonDeadlineExceeded || time.Since(began).Round(time.Second) != time.Minute {
+			if op := b.end("a"); op.GetReason() != opsv1.PullReasonDeadlineExceeded || time.Since(began).Round(time.Second) != time.Minute {
 				t.Errorf("%s: %v", time.Since(began), op)
 			}
 		})
@@ -357,7 +357,7 @@ func TestTimes(t *testing.T) {
 			b.pull(&opsv1.PullRequest{Uid: "long", Image: "busybox"})
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", Deadline: durationpb.New(time.Minute)})
 			op := b.end("a")
-			if op.GetReason() != ReasonDeadlineExceeded || op.GetAttempt() != 0 || op.GetFinishTime().AsTime().Sub(op.GetCreateTime().AsTime()).Round(time.Second) != time.Minute {
+			if op.GetReason() != opsv1.PullReasonDeadlineExceeded || op.GetAttempt() != 0 || op.GetFinishTime().AsTime().Sub(op.GetCreateTime().AsTime()).Round(time.Second) != time.Minute {
 				t.Errorf("%v", op)
 			}
 		})
@@ -369,7 +369,7 @@ func TestTimes(t *testing.T) {
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", Deadline: durationpb.New(time.Minute)})
 			time.Sleep(30 * time.Second)
 			b.restart()
-			if op := b.end("a"); op.GetReason() != ReasonDeadlineExceeded || time.Since(began).Round(time.Second) != time.Minute {
+			if op := b.end("a"); op.GetReason() != opsv1.PullReasonDeadlineExceeded || time.Since(began).Round(time.Second) != time.Minute {
 				t.Errorf("%s: %v", time.Since(began), op)
 			}
 		})
@@ -384,10 +384,10 @@ func TestCancelWhileGivingWay(t *testing.T) {
 		b.mu.Lock()
 		b.pulls["a"].stop(errYield)
 		b.mu.Unlock()
-		if _, _, err := b.cancel("a", "enough"); err != nil {
+		if _, _, err := b.cancel("a", "enough", ""); err != nil {
 			t.Fatal(err)
 		}
-		if op := b.want("a", cancelled, ReasonCancelled); op.GetMessage() != "enough" {
+		if op := b.want("a", cancelled, opsv1.PullReasonCancelled); op.GetMessage() != "enough" {
 			t.Errorf("%v", op)
 		}
 	})
@@ -414,7 +414,7 @@ func TestCancel(t *testing.T) {
 			t.Error(err)
 		}
 		b.restart()
-		b.want(name(0), cancelled, ReasonCancelled)
+		b.want(name(0), cancelled, opsv1.PullReasonCancelled)
 	})
 }
 
@@ -423,24 +423,24 @@ func TestRestart(t *testing.T) {
 		b.rt.takes = time.Minute
 		b.rt.images["docker.io/library/there:latest"] = true
 		b.pull(&opsv1.PullRequest{Uid: "done", Image: "there"})
-		b.want("done", succeeded, ReasonPresent)
+		b.want("done", succeeded, opsv1.PullReasonPresent)
 		b.pull(&opsv1.PullRequest{Uid: "plain", Image: "nginx"})
 		secret := &opsv1.PullRequest{Uid: "secret", Image: "busybox", Credentials: []*opsv1.RegistryCredential{{Match: "docker.io", Username: "u", Password: "hunter2"}}}
 		b.pull(secret)
 		b.pull(&opsv1.PullRequest{Uid: "late", Image: "app"})
 		b.pull(&opsv1.PullRequest{Uid: "late", Image: "app", Credentials: secret.GetCredentials()})
 		b.restart()
-		b.want("done", succeeded, ReasonPresent)
+		b.want("done", succeeded, opsv1.PullReasonPresent)
 		b.want("plain", resolving, "")
-		b.want("secret", waiting, ReasonCredentialsNeeded)
-		b.want("late", waiting, ReasonCredentialsNeeded)
+		b.want("secret", waiting, opsv1.PullReasonCredentialsNeeded)
+		b.want("late", waiting, opsv1.PullReasonCredentialsNeeded)
 		raw, err := os.ReadFile(filepath.Join(b.dir, "pulls.db"))
 		if err != nil || strings.Contains(string(raw), "hunter2") {
 			t.Errorf("%v: a password is in the journal", err)
 		}
 		// Without credentials it is still the same request.
 		b.pull(&opsv1.PullRequest{Uid: "secret", Image: "busybox"})
-		b.want("secret", waiting, ReasonCredentialsNeeded)
+		b.want("secret", waiting, opsv1.PullReasonCredentialsNeeded)
 		b.pull(secret)
 		if op := b.end("secret"); op.GetPhase() != succeeded {
 			t.Errorf("%v", op)
@@ -462,8 +462,8 @@ func TestCredentialsDoNotCome(t *testing.T) {
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx", Credentials: credentials("docker.io")})
 		b.restart()
 		time.Sleep(credentialsPatience - time.Minute)
-		b.want("a", waiting, ReasonCredentialsNeeded)
-		if op := b.end("a"); op.GetPhase() != failed || op.GetReason() != ReasonCredentialsNeeded {
+		b.want("a", waiting, opsv1.PullReasonCredentialsNeeded)
+		if op := b.end("a"); op.GetPhase() != failed || op.GetReason() != opsv1.PullReasonCredentialsNeeded {
 			t.Errorf("%v", op)
 		}
 	})
@@ -472,7 +472,7 @@ func TestCredentialsDoNotCome(t *testing.T) {
 func TestExpiry(t *testing.T) {
 	inBubble(t, Options{}, func(t *testing.T, b *bubble) {
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
-		b.want("a", succeeded, ReasonPulled)
+		b.want("a", succeeded, opsv1.PullReasonPulled)
 		time.Sleep(keepFinished + 2*sweepEvery)
 		if _, err := NewServer(b.Puller).GetPull(t.Context(), &opsv1.GetPullRequest{Uid: "a"}); status.Code(err) != codes.NotFound {
 			t.Error(err)
@@ -533,7 +533,7 @@ func TestMetrics(t *testing.T) {
 		b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
 		b.rt.set(func() { b.rt.fail = []error{unauthorized()} })
 		b.pull(&opsv1.PullRequest{Uid: "b", Image: "busybox", MaxAttempts: 1})
-		b.want("b", failed, ReasonUnauthorized)
+		b.want("b", failed, opsv1.PullReasonUnauthorized)
 		families, err := reg.Gather()
 		if err != nil {
 			t.Fatal(err)
@@ -560,7 +560,7 @@ func TestDamagedFile(t *testing.T) {
 		var raw []byte
 		inBubble(t, Options{}, func(t *testing.T, b *bubble) {
 			b.pull(&opsv1.PullRequest{Uid: "a", Image: "nginx"})
-			b.want("a", succeeded, ReasonPulled)
+			b.want("a", succeeded, opsv1.PullReasonPulled)
 			b.over()
 			var err error
 			if raw, err = os.ReadFile(filepath.Join(b.dir, "pulls.db")); err != nil {
@@ -653,7 +653,7 @@ func TestAttemptsThatEndTheProcess(t *testing.T) {
 			t.Errorf("%v", op)
 		}
 		kill()
-		if op := b.want("a", failed, ReasonInternal); !strings.Contains(op.GetMessage(), "in the middle of attempt 2 of 2") {
+		if op := b.want("a", failed, opsv1.PullReasonInternalError); !strings.Contains(op.GetMessage(), "in the middle of attempt 2 of 2") {
 			t.Errorf("%v", op)
 		}
 		if n := b.rt.count(); n != 7 {

@@ -22,6 +22,8 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/time/rate"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 )
 
 // serveManifest serves one manifest, for every name, and returns the directory that leads r.io to it. header goes into hosts.toml.
@@ -182,7 +184,7 @@ func TestTooManyRequestsIsAskedOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.close()
-	if f := explain(r.resolve(t.Context()), "r.io"); f.reason != ReasonTooManyRequests || asked.Load() != 1 {
+	if f := explain(r.resolve(t.Context()), "r.io"); f.reason != opsv1.PullReasonTooManyRequests || asked.Load() != 1 {
 		t.Errorf("%d requests, %v", asked.Load(), f)
 	}
 }

@@ -124,7 +124,10 @@ func (s *Server) CancelPull(ctx context.Context, req *opsv1.CancelPullRequest) (
 	if len(reason) > 1024 {
 		return nil, status.Error(codes.InvalidArgument, "reason is too long")
 	}
-	op, changed, err := s.p.cancel(req.GetUid(), reason)
+	if len(req.GetCode()) > 64 {
+		return nil, status.Error(codes.InvalidArgument, "code is too long")
+	}
+	op, changed, err := s.p.cancel(req.GetUid(), reason, req.GetCode())
 	for err == nil && op.GetFinishTime() == nil {
 		select {
 		case <-changed:

@@ -554,9 +554,9 @@ func (p *Puller) yieldedLocked(u *pull) {
 	u.op.Attempt--
 	p.keepLocked(u)
 	if why := p.asideLocked(u); why != "" {
-		u.waitLocked(ReasonYieldsToKubelet, why)
+		u.waitLocked(opsv1.PullReasonYieldsToKubelet, why)
 		return
 	}
-	u.op.Phase, u.op.Reason, u.op.BytesPerSecond = opsv1.PullPhase_PULL_WAITING, ReasonInQueue, 0
+	u.op.Phase, u.op.Reason, u.op.BytesPerSecond = opsv1.PullPhase_PULL_WAITING, opsv1.PullReasonInQueue, 0
 	u.notifyLocked()
 }

@@ -245,7 +245,7 @@ func TestGivesWay(t *testing.T) {
 		time.Sleep(time.Millisecond)
 		second := b.kubelet("second", 10*mib)
 		time.Sleep(2 * time.Second)
-		op := b.want("a", waiting, ReasonYieldsToKubelet)
+		op := b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 		since := time.Unix(0, 0)
 		if _, at, ok := strings.Cut(op.GetMessage(), " since "); ok {
 			since, _ = time.Parse(time.RFC3339, at[:len("2006-01-02T15:04:05Z")])
@@ -254,11 +254,11 @@ func TestGivesWay(t *testing.T) {
 			t.Errorf("%v", op)
 		}
 		b.ours("b", 60)
-		b.want("b", waiting, ReasonYieldsToKubelet)
+		b.want("b", waiting, opsv1.PullReasonYieldsToKubelet)
 		first()
 		first()
 		time.Sleep(30 * time.Second)
-		b.want("a", waiting, ReasonYieldsToKubelet)
+		b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 		second()
 		for _, uid := range []string{"a", "b"} {
 			if op := b.end(uid); op.GetPhase() != succeeded || op.GetAttempt() != 1 {
@@ -277,7 +277,7 @@ func TestGoesOnWhileKubeletUnpacks(t *testing.T) {
 		b.ours("a", 20)
 		end := b.kubelet("kubelets", 20*mib)
 		time.Sleep(5 * time.Second)
-		b.want("a", waiting, ReasonYieldsToKubelet)
+		b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 		b.rt.set(func() {
 			d := digest.FromString("kubelets")
 			b.rt.content.open[refOf(d)].total = b.rt.content.open[refOf(d)].offset(time.Now())
@@ -380,9 +380,9 @@ func TestGivesWayBesideTrickles(t *testing.T) {
 		b.want("a", resolving, "")
 		end := b.kubelet("works", 32*mib)
 		time.Sleep(time.Second)
-		b.want("a", waiting, ReasonYieldsToKubelet)
+		b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 		time.Sleep(30 * time.Second)
-		b.want("a", waiting, ReasonYieldsToKubelet)
+		b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 		end()
 		time.Sleep(rateOver)
 		b.want("a", resolving, "")
@@ -403,7 +403,7 @@ func TestUnpackingIsLeftAlone(t *testing.T) {
 		b.ours("b", 5)
 		time.Sleep(10 * time.Second)
 		b.want("a", resolving, "")
-		b.want("b", waiting, ReasonYieldsToKubelet)
+		b.want("b", waiting, opsv1.PullReasonYieldsToKubelet)
 		b.mu.Lock()
 		b.pulls["b"].op.BytesTotal, b.pulls["b"].op.BytesDone = 1, 1
 		b.mu.Unlock()
@@ -422,7 +422,7 @@ func TestYieldIsBounded(t *testing.T) {
 		b.ours("a", 200)
 		end := b.kubelet("large", 50*mib)
 		time.Sleep(time.Second)
-		op := b.want("a", waiting, ReasonYieldsToKubelet)
+		op := b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 		_, at, _ := strings.Cut(op.GetMessage(), "goes on at ")
 		until, err := time.Parse(time.RFC3339, strings.TrimSuffix(at, " in any case"))
 		if left := time.Until(until); err != nil || left > yieldMost || left < yieldMost-3*time.Second {
@@ -466,7 +466,7 @@ func TestUrgentNeverYields(t *testing.T) {
 		b.rt.set(func() { b.rt.takes = 10 * time.Second })
 		b.pull(&opsv1.PullRequest{Uid: "other", Image: "other"}) // for which kubelet is looked at
 		time.Sleep(time.Second)
-		b.want("other", waiting, ReasonYieldsToKubelet)
+		b.want("other", waiting, opsv1.PullReasonYieldsToKubelet)
 		ensure := func(uid string, most time.Duration) {
 			t.Helper()
 			began := time.Now()
@@ -553,7 +553,7 @@ func TestFollowedByUrgent(t *testing.T) {
 			}
 			b.pull(&opsv1.PullRequest{Uid: "job", Image: "nginx", MaxAttempts: 3})
 			stop := follow(t, b)
-			if op := b.end("job"); op.GetReason() != ReasonUnauthorized || op.GetAttempt() != 3 {
+			if op := b.end("job"); op.GetReason() != opsv1.PullReasonUnauthorized || op.GetAttempt() != 3 {
 				t.Errorf("%v", op)
 			}
 			stop()
@@ -564,7 +564,7 @@ func TestFollowedByUrgent(t *testing.T) {
 			b.rt.takes, b.rt.arch = 10*time.Second, "another"
 			b.pull(&opsv1.PullRequest{Uid: "job", Image: "nginx"})
 			stop := follow(t, b)
-			if op := b.end("job"); op.GetReason() != ReasonInvalidImage {
+			if op := b.end("job"); op.GetReason() != opsv1.PullReasonInvalidImage {
 				t.Errorf("%v", op)
 			}
 			stop()
@@ -582,7 +582,7 @@ func TestFollowedByUrgent(t *testing.T) {
 			}
 			stop()
 			time.Sleep(2 * time.Second)
-			b.want("job", waiting, ReasonYieldsToKubelet)
+			b.want("job", waiting, opsv1.PullReasonYieldsToKubelet)
 			end()
 			b.end("job")
 		})
@@ -608,7 +608,7 @@ func TestYieldNamesNoImage(t *testing.T) {
 					ends = append(ends, b.kubelet(image, 50*mib))
 				}
 				time.Sleep(3 * time.Second)
-				op := b.want("a", waiting, ReasonYieldsToKubelet)
+				op := b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 				if !strings.HasPrefix(op.GetMessage(), "yields to kubelet's pull of "+tt.want+" since ") {
 					t.Errorf("%v", op)
 				}
@@ -633,7 +633,7 @@ func TestGivesWayBlindly(t *testing.T) {
 		if op := b.end("a"); op.GetPhase() != succeeded || b.rt.count() != 1 {
 			t.Errorf("%d pulls: %v", b.rt.count(), op)
 		}
-		b.want("b", waiting, ReasonYieldsToKubelet)
+		b.want("b", waiting, opsv1.PullReasonYieldsToKubelet)
 		if op := b.end("b"); op.GetPhase() != succeeded || took(op) > yieldMost+31*time.Second {
 			t.Errorf("%s: %v", took(op), op)
 		}
@@ -656,7 +656,7 @@ func TestKubeletWaitsForASlot(t *testing.T) {
 			b.rt.content.open[manifest] = &fakeLayer{began: time.Now(), from: time.Now(), total: 1000}
 		})
 		time.Sleep(time.Second)
-		b.want("a", waiting, ReasonYieldsToKubelet)
+		b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 		time.Sleep(2 * time.Second)
 		b.want("a", resolving, "") // there is nothing to gain
 		if !b.slotsWanted(t.Context(), b.pulls["a"]) {
@@ -702,14 +702,14 @@ func TestKubeletWantsALayer(t *testing.T) {
 			b.rt.content.leases["other"].resources = append(b.rt.content.leases["other"].resources, &leasesapi.Resource{ID: manifest.String(), Type: "content"})
 		})
 		time.Sleep(time.Second)
-		if op := b.want("a", waiting, ReasonYieldsToKubelet); !strings.HasPrefix(op.GetMessage(), "yields to kubelet's pull of another image, which wants the same layers, since ") || b.yields() != 1 {
+		if op := b.want("a", waiting, opsv1.PullReasonYieldsToKubelet); !strings.HasPrefix(op.GetMessage(), "yields to kubelet's pull of another image, which wants the same layers, since ") || b.yields() != 1 {
 			t.Errorf("%d yields: %v", b.yields(), op)
 		}
 		// As long as bytes come, ours have nothing to gain; that of another image may be pulled.
 		kubelets := b.rt.content.open[refOf(base)]
 		b.rt.set(func() { kubelets.from, kubelets.rate = time.Now(), 64<<10 })
 		time.Sleep(2 * yieldMost)
-		b.want("a", waiting, ReasonYieldsToKubelet)
+		b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 		// It stands still: ours go on some time, and where kubelet's had come to.
 		b.rt.set(func() { kubelets.kept, kubelets.rate = kubelets.offset(time.Now()), 0 })
 		time.Sleep(yieldMost + time.Second)
@@ -788,7 +788,7 @@ func TestNobodyLooks(t *testing.T) {
 		})
 		b.ours("a", 60)
 		time.Sleep(time.Second)
-		b.want("a", waiting, ReasonYieldsToKubelet)
+		b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 		end()
 		b.end("a")
 		b.rt.set(func() { b.rt.content.looks = 0 })
@@ -822,7 +822,7 @@ func TestYieldEndsUnseen(t *testing.T) {
 		})
 		done := b.KubeletPulls("shares")
 		time.Sleep(time.Second)
-		b.want("a", waiting, ReasonYieldsToKubelet)
+		b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 		b.rt.set(func() { b.rt.content.broken = true })
 		time.Sleep(yieldMost)
 		b.want("a", resolving, "")
@@ -834,7 +834,7 @@ func TestYieldEndsUnseen(t *testing.T) {
 			b.ours("a", 100)
 			end := b.kubelet("kubelets", 50*mib)
 			time.Sleep(time.Second)
-			b.want("a", waiting, ReasonYieldsToKubelet)
+			b.want("a", waiting, opsv1.PullReasonYieldsToKubelet)
 			b.rt.set(func() { b.rt.content.broken = true })
 			time.Sleep(yieldMost)
 			b.want("a", resolving, "")

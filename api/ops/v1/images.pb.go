@@ -399,9 +399,11 @@ type PullOperation struct {
 	Resolved string    `protobuf:"bytes,3,opt,name=resolved,proto3" json:"resolved,omitempty"`
 	Owner    string    `protobuf:"bytes,4,opt,name=owner,proto3" json:"owner,omitempty"`
 	Phase    PullPhase `protobuf:"varint,5,opt,name=phase,proto3,enum=criproxy.ops.v1.PullPhase" json:"phase,omitempty"`
-	// reason is a CamelCase word for programs: InQueue, YieldsToKubelet, BackOff,
-	// CredentialsNeeded; Present (nothing had to be pulled), Pulled; NotFound, Unauthorized, RegistryUnavailable,
-	// TooManyRequests, Timeout, DeadlineExceeded, DiskPressure, InvalidImage, RuntimeError, Cancelled. message is for people.
+	// reason is a CamelCase word for programs. While the pull waits: InQueue, YieldsToKubelet, BackOff,
+	// CredentialsNeeded. When it has succeeded: Present (nothing had to be pulled) or Pulled. When it has
+	// failed: NotFound, Unauthorized, RegistryUnavailable, TooManyRequests, Timeout, DeadlineExceeded,
+	// DiskPressure, InvalidImage, RuntimeError, InternalError, or CredentialsNeeded. When it was cancelled:
+	// Cancelled. message is for people; what programs need of it is in fields of its own.
 	Reason  string `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
 	Message string `protobuf:"bytes,7,opt,name=message,proto3" json:"message,omitempty"`
 	// bytes_done of bytes_total of the compressed layers are on the node, as blobs or unpacked; both are 0
@@ -416,10 +418,28 @@ type PullOperation struct {
 	// attempt counts from 1; 0 before the first.
 	Attempt int32 `protobuf:"varint,13,opt,name=attempt,proto3" json:"attempt,omitempty"`
 	// image_id is the digest of the image's config, known on success.
-	ImageId       string                 `protobuf:"bytes,14,opt,name=image_id,json=imageId,proto3" json:"image_id,omitempty"`
-	CreateTime    *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
-	StartTime     *timestamppb.Timestamp `protobuf:"bytes,16,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
-	FinishTime    *timestamppb.Timestamp `protobuf:"bytes,17,opt,name=finish_time,json=finishTime,proto3" json:"finish_time,omitempty"`
+	ImageId    string                 `protobuf:"bytes,14,opt,name=image_id,json=imageId,proto3" json:"image_id,omitempty"`
+	CreateTime *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
+	StartTime  *timestamppb.Timestamp `protobuf:"bytes,16,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
+	FinishTime *timestamppb.Timestamp `protobuf:"bytes,17,opt,name=finish_time,json=finishTime,proto3" json:"finish_time,omitempty"`
+	// max_attempts is how many attempts the pull may make.
+	MaxAttempts int32 `protobuf:"varint,18,opt,name=max_attempts,json=maxAttempts,proto3" json:"max_attempts,omitempty"`
+	// retry_after is how long after the failed attempt the next one begins. It is set only while the pull
+	// waits for that (reason BackOff), and unset if the next one begins at once. It is no time of day
+	// because the clocks of the node and of the reader may differ.
+	RetryAfter *durationpb.Duration `protobuf:"bytes,19,opt,name=retry_after,json=retryAfter,proto3" json:"retry_after,omitempty"`
+	// last_failure is why the attempt before failed. It is set from that failure until the image is
+	// fetched again, by this pull or by another one that it follows, or until the pull ends. It is unset
+	// while the pull waits only because another pull of the image has failed.
+	LastFailure *AttemptFailure `protobuf:"bytes,20,opt,name=last_failure,json=lastFailure,proto3" json:"last_failure,omitempty"`
+	// limit_not_kept says why the image is pulled, or was pulled, faster than the speed limit allows:
+	// "without the speed limit of 20.0 MiB/s: ...". It is empty while message does not say so.
+	LimitNotKept string `protobuf:"bytes,21,opt,name=limit_not_kept,json=limitNotKept,proto3" json:"limit_not_kept,omitempty"`
+	// not_pinned says why the image of a pull that succeeded is not pinned although the command asks for
+	// that. It is empty for an image that the runtime's own configuration pins.
+	NotPinned string `protobuf:"bytes,22,opt,name=not_pinned,json=notPinned,proto3" json:"not_pinned,omitempty"`
+	// cancel_code is the code of the CancelPull that ended the pull.
+	CancelCode    string `protobuf:"bytes,23,opt,name=cancel_code,json=cancelCode,proto3" json:"cancel_code,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -573,6 +593,103 @@ func (x *PullOperation) GetFinishTime() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *PullOperation) GetMaxAttempts() int32 {
+	if x != nil {
+		return x.MaxAttempts
+	}
+	return 0
+}
+
+func (x *PullOperation) GetRetryAfter() *durationpb.Duration {
+	if x != nil {
+		return x.RetryAfter
+	}
+	return nil
+}
+
+func (x *PullOperation) GetLastFailure() *AttemptFailure {
+	if x != nil {
+		return x.LastFailure
+	}
+	return nil
+}
+
+func (x *PullOperation) GetLimitNotKept() string {
+	if x != nil {
+		return x.LimitNotKept
+	}
+	return ""
+}
+
+func (x *PullOperation) GetNotPinned() string {
+	if x != nil {
+		return x.NotPinned
+	}
+	return ""
+}
+
+func (x *PullOperation) GetCancelCode() string {
+	if x != nil {
+		return x.CancelCode
+	}
+	return ""
+}
+
+// AttemptFailure is why one attempt of a pull failed.
+type AttemptFailure struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// reason is a word as in PullOperation.
+	Reason string `protobuf:"bytes,1,opt,name=reason,proto3" json:"reason,omitempty"`
+	// message is for people.
+	Message       string `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttemptFailure) Reset() {
+	*x = AttemptFailure{}
+	mi := &file_api_ops_v1_images_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttemptFailure) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttemptFailure) ProtoMessage() {}
+
+func (x *AttemptFailure) ProtoReflect() protoreflect.Message {
+	mi := &file_api_ops_v1_images_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttemptFailure.ProtoReflect.Descriptor instead.
+func (*AttemptFailure) Descriptor() ([]byte, []int) {
+	return file_api_ops_v1_images_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *AttemptFailure) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *AttemptFailure) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
 type LayerProgress struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
@@ -584,7 +701,7 @@ type LayerProgress struct {
 
 func (x *LayerProgress) Reset() {
 	*x = LayerProgress{}
-	mi := &file_api_ops_v1_images_proto_msgTypes[3]
+	mi := &file_api_ops_v1_images_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -596,7 +713,7 @@ func (x *LayerProgress) String() string {
 func (*LayerProgress) ProtoMessage() {}
 
 func (x *LayerProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_images_proto_msgTypes[3]
+	mi := &file_api_ops_v1_images_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -609,7 +726,7 @@ func (x *LayerProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LayerProgress.ProtoReflect.Descriptor instead.
 func (*LayerProgress) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_images_proto_rawDescGZIP(), []int{3}
+	return file_api_ops_v1_images_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *LayerProgress) GetDigest() string {
@@ -642,7 +759,7 @@ type GetPullRequest struct {
 
 func (x *GetPullRequest) Reset() {
 	*x = GetPullRequest{}
-	mi := &file_api_ops_v1_images_proto_msgTypes[4]
+	mi := &file_api_ops_v1_images_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -654,7 +771,7 @@ func (x *GetPullRequest) String() string {
 func (*GetPullRequest) ProtoMessage() {}
 
 func (x *GetPullRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_images_proto_msgTypes[4]
+	mi := &file_api_ops_v1_images_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -667,7 +784,7 @@ func (x *GetPullRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPullRequest.ProtoReflect.Descriptor instead.
 func (*GetPullRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_images_proto_rawDescGZIP(), []int{4}
+	return file_api_ops_v1_images_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *GetPullRequest) GetUid() string {
@@ -686,7 +803,7 @@ type WatchPullRequest struct {
 
 func (x *WatchPullRequest) Reset() {
 	*x = WatchPullRequest{}
-	mi := &file_api_ops_v1_images_proto_msgTypes[5]
+	mi := &file_api_ops_v1_images_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -698,7 +815,7 @@ func (x *WatchPullRequest) String() string {
 func (*WatchPullRequest) ProtoMessage() {}
 
 func (x *WatchPullRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_images_proto_msgTypes[5]
+	mi := &file_api_ops_v1_images_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -711,7 +828,7 @@ func (x *WatchPullRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchPullRequest.ProtoReflect.Descriptor instead.
 func (*WatchPullRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_images_proto_rawDescGZIP(), []int{5}
+	return file_api_ops_v1_images_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *WatchPullRequest) GetUid() string {
@@ -730,7 +847,7 @@ type ListPullsRequest struct {
 
 func (x *ListPullsRequest) Reset() {
 	*x = ListPullsRequest{}
-	mi := &file_api_ops_v1_images_proto_msgTypes[6]
+	mi := &file_api_ops_v1_images_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -742,7 +859,7 @@ func (x *ListPullsRequest) String() string {
 func (*ListPullsRequest) ProtoMessage() {}
 
 func (x *ListPullsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_images_proto_msgTypes[6]
+	mi := &file_api_ops_v1_images_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -755,7 +872,7 @@ func (x *ListPullsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPullsRequest.ProtoReflect.Descriptor instead.
 func (*ListPullsRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_images_proto_rawDescGZIP(), []int{6}
+	return file_api_ops_v1_images_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ListPullsRequest) GetActiveOnly() bool {
@@ -775,7 +892,7 @@ type ListPullsResponse struct {
 
 func (x *ListPullsResponse) Reset() {
 	*x = ListPullsResponse{}
-	mi := &file_api_ops_v1_images_proto_msgTypes[7]
+	mi := &file_api_ops_v1_images_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -787,7 +904,7 @@ func (x *ListPullsResponse) String() string {
 func (*ListPullsResponse) ProtoMessage() {}
 
 func (x *ListPullsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_images_proto_msgTypes[7]
+	mi := &file_api_ops_v1_images_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -800,7 +917,7 @@ func (x *ListPullsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPullsResponse.ProtoReflect.Descriptor instead.
 func (*ListPullsResponse) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_images_proto_rawDescGZIP(), []int{7}
+	return file_api_ops_v1_images_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ListPullsResponse) GetPulls() []*PullOperation {
@@ -811,16 +928,20 @@ func (x *ListPullsResponse) GetPulls() []*PullOperation {
 }
 
 type CancelPullRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
-	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Uid   string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	// reason goes into the operation's message.
+	Reason string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	// code is a CamelCase word for programs, at most 64 bytes, which the operation keeps as cancel_code.
+	// The words that cri-controller uses are in api/ops/v1/reasons.go.
+	Code          string `protobuf:"bytes,3,opt,name=code,proto3" json:"code,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CancelPullRequest) Reset() {
 	*x = CancelPullRequest{}
-	mi := &file_api_ops_v1_images_proto_msgTypes[8]
+	mi := &file_api_ops_v1_images_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -832,7 +953,7 @@ func (x *CancelPullRequest) String() string {
 func (*CancelPullRequest) ProtoMessage() {}
 
 func (x *CancelPullRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_images_proto_msgTypes[8]
+	mi := &file_api_ops_v1_images_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -845,7 +966,7 @@ func (x *CancelPullRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelPullRequest.ProtoReflect.Descriptor instead.
 func (*CancelPullRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_images_proto_rawDescGZIP(), []int{8}
+	return file_api_ops_v1_images_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *CancelPullRequest) GetUid() string {
@@ -862,6 +983,13 @@ func (x *CancelPullRequest) GetReason() string {
 	return ""
 }
 
+func (x *CancelPullRequest) GetCode() string {
+	if x != nil {
+		return x.Code
+	}
+	return ""
+}
+
 type ListPinsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -870,7 +998,7 @@ type ListPinsRequest struct {
 
 func (x *ListPinsRequest) Reset() {
 	*x = ListPinsRequest{}
-	mi := &file_api_ops_v1_images_proto_msgTypes[9]
+	mi := &file_api_ops_v1_images_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -882,7 +1010,7 @@ func (x *ListPinsRequest) String() string {
 func (*ListPinsRequest) ProtoMessage() {}
 
 func (x *ListPinsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_images_proto_msgTypes[9]
+	mi := &file_api_ops_v1_images_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -895,7 +1023,7 @@ func (x *ListPinsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPinsRequest.ProtoReflect.Descriptor instead.
 func (*ListPinsRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_images_proto_rawDescGZIP(), []int{9}
+	return file_api_ops_v1_images_proto_rawDescGZIP(), []int{10}
 }
 
 type ListPinsResponse struct {
@@ -910,7 +1038,7 @@ type ListPinsResponse struct {
 
 func (x *ListPinsResponse) Reset() {
 	*x = ListPinsResponse{}
-	mi := &file_api_ops_v1_images_proto_msgTypes[10]
+	mi := &file_api_ops_v1_images_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -922,7 +1050,7 @@ func (x *ListPinsResponse) String() string {
 func (*ListPinsResponse) ProtoMessage() {}
 
 func (x *ListPinsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_images_proto_msgTypes[10]
+	mi := &file_api_ops_v1_images_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -935,7 +1063,7 @@ func (x *ListPinsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPinsResponse.ProtoReflect.Descriptor instead.
 func (*ListPinsResponse) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_images_proto_rawDescGZIP(), []int{10}
+	return file_api_ops_v1_images_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ListPinsResponse) GetPins() []*ImagePin {
@@ -968,7 +1096,7 @@ type ImagePin struct {
 
 func (x *ImagePin) Reset() {
 	*x = ImagePin{}
-	mi := &file_api_ops_v1_images_proto_msgTypes[11]
+	mi := &file_api_ops_v1_images_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -980,7 +1108,7 @@ func (x *ImagePin) String() string {
 func (*ImagePin) ProtoMessage() {}
 
 func (x *ImagePin) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_images_proto_msgTypes[11]
+	mi := &file_api_ops_v1_images_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -993,7 +1121,7 @@ func (x *ImagePin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImagePin.ProtoReflect.Descriptor instead.
 func (*ImagePin) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_images_proto_rawDescGZIP(), []int{11}
+	return file_api_ops_v1_images_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ImagePin) GetImageId() string {
@@ -1049,7 +1177,7 @@ type ReleasePinsRequest struct {
 
 func (x *ReleasePinsRequest) Reset() {
 	*x = ReleasePinsRequest{}
-	mi := &file_api_ops_v1_images_proto_msgTypes[12]
+	mi := &file_api_ops_v1_images_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1061,7 +1189,7 @@ func (x *ReleasePinsRequest) String() string {
 func (*ReleasePinsRequest) ProtoMessage() {}
 
 func (x *ReleasePinsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_images_proto_msgTypes[12]
+	mi := &file_api_ops_v1_images_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1074,7 +1202,7 @@ func (x *ReleasePinsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleasePinsRequest.ProtoReflect.Descriptor instead.
 func (*ReleasePinsRequest) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_images_proto_rawDescGZIP(), []int{12}
+	return file_api_ops_v1_images_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ReleasePinsRequest) GetOwner() string {
@@ -1100,7 +1228,7 @@ type ReleasePinsResponse struct {
 
 func (x *ReleasePinsResponse) Reset() {
 	*x = ReleasePinsResponse{}
-	mi := &file_api_ops_v1_images_proto_msgTypes[13]
+	mi := &file_api_ops_v1_images_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1112,7 +1240,7 @@ func (x *ReleasePinsResponse) String() string {
 func (*ReleasePinsResponse) ProtoMessage() {}
 
 func (x *ReleasePinsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_ops_v1_images_proto_msgTypes[13]
+	mi := &file_api_ops_v1_images_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1125,7 +1253,7 @@ func (x *ReleasePinsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleasePinsResponse.ProtoReflect.Descriptor instead.
 func (*ReleasePinsResponse) Descriptor() ([]byte, []int) {
-	return file_api_ops_v1_images_proto_rawDescGZIP(), []int{13}
+	return file_api_ops_v1_images_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ReleasePinsResponse) GetReleased() int32 {
@@ -1168,7 +1296,7 @@ const file_api_ops_v1_images_proto_rawDesc = "" +
 	"\busername\x18\x02 \x01(\tR\busername\x12\x1a\n" +
 	"\bpassword\x18\x03 \x01(\tR\bpassword\x12%\n" +
 	"\x0eidentity_token\x18\x04 \x01(\tR\ridentityToken\x12%\n" +
-	"\x0eregistry_token\x18\x05 \x01(\tR\rregistryToken\"\xfe\x04\n" +
+	"\x0eregistry_token\x18\x05 \x01(\tR\rregistryToken\"\x87\a\n" +
 	"\rPullOperation\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\x12\x1a\n" +
@@ -1192,7 +1320,19 @@ const file_api_ops_v1_images_proto_rawDesc = "" +
 	"\n" +
 	"start_time\x18\x10 \x01(\v2\x1a.google.protobuf.TimestampR\tstartTime\x12;\n" +
 	"\vfinish_time\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"finishTime\"g\n" +
+	"finishTime\x12!\n" +
+	"\fmax_attempts\x18\x12 \x01(\x05R\vmaxAttempts\x12:\n" +
+	"\vretry_after\x18\x13 \x01(\v2\x19.google.protobuf.DurationR\n" +
+	"retryAfter\x12B\n" +
+	"\flast_failure\x18\x14 \x01(\v2\x1f.criproxy.ops.v1.AttemptFailureR\vlastFailure\x12$\n" +
+	"\x0elimit_not_kept\x18\x15 \x01(\tR\flimitNotKept\x12\x1d\n" +
+	"\n" +
+	"not_pinned\x18\x16 \x01(\tR\tnotPinned\x12\x1f\n" +
+	"\vcancel_code\x18\x17 \x01(\tR\n" +
+	"cancelCode\"B\n" +
+	"\x0eAttemptFailure\x12\x16\n" +
+	"\x06reason\x18\x01 \x01(\tR\x06reason\x12\x18\n" +
+	"\amessage\x18\x02 \x01(\tR\amessage\"g\n" +
 	"\rLayerProgress\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1d\n" +
 	"\n" +
@@ -1207,10 +1347,11 @@ const file_api_ops_v1_images_proto_rawDesc = "" +
 	"\vactive_only\x18\x01 \x01(\bR\n" +
 	"activeOnly\"I\n" +
 	"\x11ListPullsResponse\x124\n" +
-	"\x05pulls\x18\x01 \x03(\v2\x1e.criproxy.ops.v1.PullOperationR\x05pulls\"=\n" +
+	"\x05pulls\x18\x01 \x03(\v2\x1e.criproxy.ops.v1.PullOperationR\x05pulls\"Q\n" +
 	"\x11CancelPullRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x11\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x12\n" +
+	"\x04code\x18\x03 \x01(\tR\x04code\"\x11\n" +
 	"\x0fListPinsRequest\"g\n" +
 	"\x10ListPinsResponse\x12-\n" +
 	"\x04pins\x18\x01 \x03(\v2\x19.criproxy.ops.v1.ImagePinR\x04pins\x12$\n" +
@@ -1267,64 +1408,67 @@ func file_api_ops_v1_images_proto_rawDescGZIP() []byte {
 }
 
 var file_api_ops_v1_images_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_api_ops_v1_images_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_api_ops_v1_images_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_api_ops_v1_images_proto_goTypes = []any{
 	(PullPolicy)(0),               // 0: criproxy.ops.v1.PullPolicy
 	(PullPhase)(0),                // 1: criproxy.ops.v1.PullPhase
 	(*PullRequest)(nil),           // 2: criproxy.ops.v1.PullRequest
 	(*RegistryCredential)(nil),    // 3: criproxy.ops.v1.RegistryCredential
 	(*PullOperation)(nil),         // 4: criproxy.ops.v1.PullOperation
-	(*LayerProgress)(nil),         // 5: criproxy.ops.v1.LayerProgress
-	(*GetPullRequest)(nil),        // 6: criproxy.ops.v1.GetPullRequest
-	(*WatchPullRequest)(nil),      // 7: criproxy.ops.v1.WatchPullRequest
-	(*ListPullsRequest)(nil),      // 8: criproxy.ops.v1.ListPullsRequest
-	(*ListPullsResponse)(nil),     // 9: criproxy.ops.v1.ListPullsResponse
-	(*CancelPullRequest)(nil),     // 10: criproxy.ops.v1.CancelPullRequest
-	(*ListPinsRequest)(nil),       // 11: criproxy.ops.v1.ListPinsRequest
-	(*ListPinsResponse)(nil),      // 12: criproxy.ops.v1.ListPinsResponse
-	(*ImagePin)(nil),              // 13: criproxy.ops.v1.ImagePin
-	(*ReleasePinsRequest)(nil),    // 14: criproxy.ops.v1.ReleasePinsRequest
-	(*ReleasePinsResponse)(nil),   // 15: criproxy.ops.v1.ReleasePinsResponse
-	nil,                           // 16: criproxy.ops.v1.PullRequest.SandboxLabelsEntry
-	nil,                           // 17: criproxy.ops.v1.PullRequest.SandboxAnnotationsEntry
-	(*durationpb.Duration)(nil),   // 18: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 19: google.protobuf.Timestamp
+	(*AttemptFailure)(nil),        // 5: criproxy.ops.v1.AttemptFailure
+	(*LayerProgress)(nil),         // 6: criproxy.ops.v1.LayerProgress
+	(*GetPullRequest)(nil),        // 7: criproxy.ops.v1.GetPullRequest
+	(*WatchPullRequest)(nil),      // 8: criproxy.ops.v1.WatchPullRequest
+	(*ListPullsRequest)(nil),      // 9: criproxy.ops.v1.ListPullsRequest
+	(*ListPullsResponse)(nil),     // 10: criproxy.ops.v1.ListPullsResponse
+	(*CancelPullRequest)(nil),     // 11: criproxy.ops.v1.CancelPullRequest
+	(*ListPinsRequest)(nil),       // 12: criproxy.ops.v1.ListPinsRequest
+	(*ListPinsResponse)(nil),      // 13: criproxy.ops.v1.ListPinsResponse
+	(*ImagePin)(nil),              // 14: criproxy.ops.v1.ImagePin
+	(*ReleasePinsRequest)(nil),    // 15: criproxy.ops.v1.ReleasePinsRequest
+	(*ReleasePinsResponse)(nil),   // 16: criproxy.ops.v1.ReleasePinsResponse
+	nil,                           // 17: criproxy.ops.v1.PullRequest.SandboxLabelsEntry
+	nil,                           // 18: criproxy.ops.v1.PullRequest.SandboxAnnotationsEntry
+	(*durationpb.Duration)(nil),   // 19: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 20: google.protobuf.Timestamp
 }
 var file_api_ops_v1_images_proto_depIdxs = []int32{
 	0,  // 0: criproxy.ops.v1.PullRequest.policy:type_name -> criproxy.ops.v1.PullPolicy
 	3,  // 1: criproxy.ops.v1.PullRequest.credentials:type_name -> criproxy.ops.v1.RegistryCredential
-	16, // 2: criproxy.ops.v1.PullRequest.sandbox_labels:type_name -> criproxy.ops.v1.PullRequest.SandboxLabelsEntry
-	17, // 3: criproxy.ops.v1.PullRequest.sandbox_annotations:type_name -> criproxy.ops.v1.PullRequest.SandboxAnnotationsEntry
-	18, // 4: criproxy.ops.v1.PullRequest.attempt_timeout:type_name -> google.protobuf.Duration
-	18, // 5: criproxy.ops.v1.PullRequest.deadline:type_name -> google.protobuf.Duration
-	18, // 6: criproxy.ops.v1.PullRequest.pin_for:type_name -> google.protobuf.Duration
+	17, // 2: criproxy.ops.v1.PullRequest.sandbox_labels:type_name -> criproxy.ops.v1.PullRequest.SandboxLabelsEntry
+	18, // 3: criproxy.ops.v1.PullRequest.sandbox_annotations:type_name -> criproxy.ops.v1.PullRequest.SandboxAnnotationsEntry
+	19, // 4: criproxy.ops.v1.PullRequest.attempt_timeout:type_name -> google.protobuf.Duration
+	19, // 5: criproxy.ops.v1.PullRequest.deadline:type_name -> google.protobuf.Duration
+	19, // 6: criproxy.ops.v1.PullRequest.pin_for:type_name -> google.protobuf.Duration
 	1,  // 7: criproxy.ops.v1.PullOperation.phase:type_name -> criproxy.ops.v1.PullPhase
-	5,  // 8: criproxy.ops.v1.PullOperation.layers:type_name -> criproxy.ops.v1.LayerProgress
-	19, // 9: criproxy.ops.v1.PullOperation.create_time:type_name -> google.protobuf.Timestamp
-	19, // 10: criproxy.ops.v1.PullOperation.start_time:type_name -> google.protobuf.Timestamp
-	19, // 11: criproxy.ops.v1.PullOperation.finish_time:type_name -> google.protobuf.Timestamp
-	4,  // 12: criproxy.ops.v1.ListPullsResponse.pulls:type_name -> criproxy.ops.v1.PullOperation
-	13, // 13: criproxy.ops.v1.ListPinsResponse.pins:type_name -> criproxy.ops.v1.ImagePin
-	19, // 14: criproxy.ops.v1.ImagePin.expire_time:type_name -> google.protobuf.Timestamp
-	2,  // 15: criproxy.ops.v1.Images.Pull:input_type -> criproxy.ops.v1.PullRequest
-	6,  // 16: criproxy.ops.v1.Images.GetPull:input_type -> criproxy.ops.v1.GetPullRequest
-	7,  // 17: criproxy.ops.v1.Images.WatchPull:input_type -> criproxy.ops.v1.WatchPullRequest
-	8,  // 18: criproxy.ops.v1.Images.ListPulls:input_type -> criproxy.ops.v1.ListPullsRequest
-	10, // 19: criproxy.ops.v1.Images.CancelPull:input_type -> criproxy.ops.v1.CancelPullRequest
-	11, // 20: criproxy.ops.v1.Images.ListPins:input_type -> criproxy.ops.v1.ListPinsRequest
-	14, // 21: criproxy.ops.v1.Images.ReleasePins:input_type -> criproxy.ops.v1.ReleasePinsRequest
-	4,  // 22: criproxy.ops.v1.Images.Pull:output_type -> criproxy.ops.v1.PullOperation
-	4,  // 23: criproxy.ops.v1.Images.GetPull:output_type -> criproxy.ops.v1.PullOperation
-	4,  // 24: criproxy.ops.v1.Images.WatchPull:output_type -> criproxy.ops.v1.PullOperation
-	9,  // 25: criproxy.ops.v1.Images.ListPulls:output_type -> criproxy.ops.v1.ListPullsResponse
-	4,  // 26: criproxy.ops.v1.Images.CancelPull:output_type -> criproxy.ops.v1.PullOperation
-	12, // 27: criproxy.ops.v1.Images.ListPins:output_type -> criproxy.ops.v1.ListPinsResponse
-	15, // 28: criproxy.ops.v1.Images.ReleasePins:output_type -> criproxy.ops.v1.ReleasePinsResponse
-	22, // [22:29] is the sub-list for method output_type
-	15, // [15:22] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	6,  // 8: criproxy.ops.v1.PullOperation.layers:type_name -> criproxy.ops.v1.LayerProgress
+	20, // 9: criproxy.ops.v1.PullOperation.create_time:type_name -> google.protobuf.Timestamp
+	20, // 10: criproxy.ops.v1.PullOperation.start_time:type_name -> google.protobuf.Timestamp
+	20, // 11: criproxy.ops.v1.PullOperation.finish_time:type_name -> google.protobuf.Timestamp
+	19, // 12: criproxy.ops.v1.PullOperation.retry_after:type_name -> google.protobuf.Duration
+	5,  // 13: criproxy.ops.v1.PullOperation.last_failure:type_name -> criproxy.ops.v1.AttemptFailure
+	4,  // 14: criproxy.ops.v1.ListPullsResponse.pulls:type_name -> criproxy.ops.v1.PullOperation
+	14, // 15: criproxy.ops.v1.ListPinsResponse.pins:type_name -> criproxy.ops.v1.ImagePin
+	20, // 16: criproxy.ops.v1.ImagePin.expire_time:type_name -> google.protobuf.Timestamp
+	2,  // 17: criproxy.ops.v1.Images.Pull:input_type -> criproxy.ops.v1.PullRequest
+	7,  // 18: criproxy.ops.v1.Images.GetPull:input_type -> criproxy.ops.v1.GetPullRequest
+	8,  // 19: criproxy.ops.v1.Images.WatchPull:input_type -> criproxy.ops.v1.WatchPullRequest
+	9,  // 20: criproxy.ops.v1.Images.ListPulls:input_type -> criproxy.ops.v1.ListPullsRequest
+	11, // 21: criproxy.ops.v1.Images.CancelPull:input_type -> criproxy.ops.v1.CancelPullRequest
+	12, // 22: criproxy.ops.v1.Images.ListPins:input_type -> criproxy.ops.v1.ListPinsRequest
+	15, // 23: criproxy.ops.v1.Images.ReleasePins:input_type -> criproxy.ops.v1.ReleasePinsRequest
+	4,  // 24: criproxy.ops.v1.Images.Pull:output_type -> criproxy.ops.v1.PullOperation
+	4,  // 25: criproxy.ops.v1.Images.GetPull:output_type -> criproxy.ops.v1.PullOperation
+	4,  // 26: criproxy.ops.v1.Images.WatchPull:output_type -> criproxy.ops.v1.PullOperation
+	10, // 27: criproxy.ops.v1.Images.ListPulls:output_type -> criproxy.ops.v1.ListPullsResponse
+	4,  // 28: criproxy.ops.v1.Images.CancelPull:output_type -> criproxy.ops.v1.PullOperation
+	13, // 29: criproxy.ops.v1.Images.ListPins:output_type -> criproxy.ops.v1.ListPinsResponse
+	16, // 30: criproxy.ops.v1.Images.ReleasePins:output_type -> criproxy.ops.v1.ReleasePinsResponse
+	24, // [24:31] is the sub-list for method output_type
+	17, // [17:24] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_api_ops_v1_images_proto_init() }
@@ -1338,7 +1482,7 @@ func file_api_ops_v1_images_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_ops_v1_images_proto_rawDesc), len(file_api_ops_v1_images_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   16,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -1816,8 +1816,11 @@ type ContainerOperation struct {
 	Method string `protobuf:"bytes,13,opt,name=method,proto3" json:"method,omitempty"`
 	// image is the new image of an upgrade or of a restart with another image, and pull how far it has been pulled; only
 	// phase, reason, message, the bytes and the image ID of that are set.
-	Image         string         `protobuf:"bytes,14,opt,name=image,proto3" json:"image,omitempty"`
-	Pull          *PullOperation `protobuf:"bytes,15,opt,name=pull,proto3" json:"pull,omitempty"`
+	Image string         `protobuf:"bytes,14,opt,name=image,proto3" json:"image,omitempty"`
+	Pull  *PullOperation `protobuf:"bytes,15,opt,name=pull,proto3" json:"pull,omitempty"`
+	// pre_stop_failed says that the old container's preStop hook failed or did not end in its time, and
+	// that the old container was stopped all the same. The warnings that begin with "preStop" say how.
+	PreStopFailed bool `protobuf:"varint,16,opt,name=pre_stop_failed,json=preStopFailed,proto3" json:"pre_stop_failed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1955,6 +1958,13 @@ func (x *ContainerOperation) GetPull() *PullOperation {
 		return x.Pull
 	}
 	return nil
+}
+
+func (x *ContainerOperation) GetPreStopFailed() bool {
+	if x != nil {
+		return x.PreStopFailed
+	}
+	return false
 }
 
 type GetOperationRequest struct {
@@ -3152,7 +3162,7 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\vcreate_time\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"createTime\x12;\n" +
 	"\vfinish_time\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"finishTime\"\xa4\x04\n" +
+	"finishTime\"\xcc\x04\n" +
 	"\x12ContainerOperation\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12,\n" +
 	"\x05phase\x18\x02 \x01(\x0e2\x16.criproxy.ops.v1.PhaseR\x05phase\x12\x16\n" +
@@ -3170,7 +3180,8 @@ const file_api_ops_v1_ops_proto_rawDesc = "" +
 	"\bwarnings\x18\f \x03(\tR\bwarnings\x12\x16\n" +
 	"\x06method\x18\r \x01(\tR\x06method\x12\x14\n" +
 	"\x05image\x18\x0e \x01(\tR\x05image\x122\n" +
-	"\x04pull\x18\x0f \x01(\v2\x1e.criproxy.ops.v1.PullOperationR\x04pull\"'\n" +
+	"\x04pull\x18\x0f \x01(\v2\x1e.criproxy.ops.v1.PullOperationR\x04pull\x12&\n" +
+	"\x0fpre_stop_failed\x18\x10 \x01(\bR\rpreStopFailed\"'\n" +
 	"\x13GetOperationRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\")\n" +
 	"\x15WatchOperationRequest\x12\x10\n" +
