@@ -60,7 +60,7 @@ func (p *pass) step(ctx context.Context, i *nodeops.Item) error {
 		p.ops.Prepare(ctx, i) // a container has been replaced meanwhile
 	case phase == opsv1.Phase_PHASE_PREPARED:
 		p.ops.Commit(i)
-	case nodeops.Armed(phase):
+	case opsv1.Armed(phase):
 		return p.write(ctx, i, uid)
 	}
 	return nil

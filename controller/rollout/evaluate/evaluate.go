@@ -57,7 +57,7 @@ const (
 	FailRewritten    = "ImageRewritten"
 	waitImagePull    = "ImagePullBackOff"
 	waitInvalidImage = "InvalidImageName"
-	waitNeverPull    = "ErrImageNeverPull"
+	waitNeverPull    = opsv1.ReasonErrImageNeverPull
 	waitCrashLoop    = "CrashLoopBackOff"
 )
 
@@ -558,7 +558,7 @@ func Culprit(op *opsv1.Operation) *opsv1.ContainerOperation {
 	var found *opsv1.ContainerOperation
 	for _, c := range op.GetContainers() {
 		if c.GetPhase() == opsv1.Phase_PHASE_FAILED || c.GetPhase() == opsv1.Phase_PHASE_CANCELLED {
-			if found == nil || found.GetReason() == reasonOther {
+			if found == nil || found.GetReason() == opsv1.ReasonOtherContainerFailed {
 				found = c
 			}
 		}
@@ -577,6 +577,3 @@ func AccountOf(op *opsv1.Operation) string {
 	}
 	return fmt.Sprintf("container %s: %s", c.GetName(), nodes.Account(c))
 }
-
-// reasonOther is the node's word for a container that would have been all right.
-const reasonOther = "OtherContainerFailed"

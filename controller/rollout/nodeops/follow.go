@@ -120,7 +120,9 @@ func (c *operationTracker) watch(ctx context.Context, uid string) (*opsv1.Operat
 		last = op
 		c.note(op)
 		if slices.ContainsFunc(op.GetContainers(),
-			func(x *opsv1.ContainerOperation) bool { return x.GetPull().GetReason() == reasonCredentials }) {
+			func(x *opsv1.ContainerOperation) bool {
+				return x.GetPull().GetReason() == opsv1.ReasonCredentialsNeeded
+			}) {
 			cancel()
 		}
 	})

@@ -161,16 +161,6 @@ type Item struct {
 	Unlabelled bool
 }
 
-// Armed returns true if the node is ready for the patch of the pod.
-func Armed(phase opsv1.Phase) bool {
-	switch phase {
-	case opsv1.Phase_PHASE_ARMED, opsv1.Phase_PHASE_ADOPTING, opsv1.Phase_PHASE_STOPPING, opsv1.Phase_PHASE_STARTING,
-		opsv1.Phase_PHASE_REVEALING, opsv1.Phase_PHASE_SUCCEEDED:
-		return true
-	}
-	return false
-}
-
 // Change returns the change of a pod. answers are what admission has made of its images before.
 func (s *Session) Change(i *Item, operation string, answers evaluate.Rewrites) (*dryrun.PodChange, error) {
 	m := &evaluate.InPlaceState{Rollout: s.Rollout.UID, Revision: i.Goal.Revision, Operation: operation,

@@ -47,11 +47,11 @@ func (s *Session) SettlePreparation(i *Item) {
 		}
 		// A restart takes precedence over a preparation, which then finds another container.
 		// Neither is the pod's fault.
-		m.gaveWay = !t.commitRequested && (c.GetReason() == reasonCancelled || m.gaveWay &&
-			c.GetReason() == reasonDiffers)
-		held = c.GetReason() == reasonHeld || m.gaveWay
-		once, unchanged = slices.Contains(retryable, c.GetReason()), c.GetReason() == reasonUnchanged
-	case t.op.GetPhase() != opsv1.Phase_PHASE_PREPARED && !Armed(t.op.GetPhase()):
+		m.gaveWay = !t.commitRequested && (c.GetReason() == opsv1.ReasonCancelled || m.gaveWay &&
+			c.GetReason() == opsv1.ReasonExpectedIDDiffers)
+		held = c.GetReason() == opsv1.ReasonHoldTimeout || m.gaveWay
+		once, unchanged = retryable(c.GetReason()), c.GetReason() == opsv1.ReasonImageUnchanged
+	case t.op.GetPhase() != opsv1.Phase_PHASE_PREPARED && !opsv1.Armed(t.op.GetPhase()):
 		if left := t.begun.Add(s.Strategy.Deadline + prepareSlack).Sub(s.Now); left > 0 {
 			*s.Wait = retry.Sooner(*s.Wait, left)
 			return
@@ -109,7 +109,7 @@ func (s *Session) imagesReady(i *Item) evaluate.Readiness {
 			return evaluate.Preparing
 		}
 		return evaluate.Unprepared
-	case t.op.GetPhase() == opsv1.Phase_PHASE_PREPARED || Armed(t.op.GetPhase()):
+	case t.op.GetPhase() == opsv1.Phase_PHASE_PREPARED || opsv1.Armed(t.op.GetPhase()):
 		return evaluate.Prepared
 	}
 	return evaluate.Preparing

@@ -51,30 +51,9 @@ const (
 	secretsFor = 5 * time.Minute
 )
 
-// reasonCredentials is the node's reason for a pull whose credentials are lost, because the daemon
-// was restarted.
-const reasonCredentials = "CredentialsNeeded"
-
-// reasonUnchanged is the node's reason for an image that the container has already, as far as the
-// node knows.
-const reasonUnchanged = "ImageUnchanged"
-
-// reasonCancelled is the node's reason for a preparation that gave way to a restart, or that
-// somebody has cancelled. reasonDiffers is the reason for one that has not found the expected
-// container.
-const (
-	reasonCancelled = "Cancelled"
-	reasonDiffers   = "ExpectedIDDiffers"
-)
-
-// reasonHeld is the node's reason for a prepared upgrade that was not committed within holdFor.
-const reasonHeld = "HoldTimeout"
-
-// retryable are the node's reasons for which a preparation is worth another try: the node has
-// changed nothing, and the obstacle has passed.
-var retryable = []string{ //nolint:gochecknoglobals // a constant
-	"HoldTimeout", "TakenBackByKubelet", "ExpectedIDDiffers", "ContainerNotRunning", "Cancelled", "Aborted",
-	"JournalError", "RuntimeError", "PodStopping", "NotFound",
+// retryable returns true if a preparation that ended for this reason is worth another try.
+func retryable(reason string) bool {
+	return opsv1.RetryablePreparation(reason) || reason == "Aborted" // a word of older nodes
 }
 
 // Prepare has the node of a pod prepare the change: check the tags, and pull the images.
@@ -127,7 +106,7 @@ func (s *Session) Prepare(ctx context.Context, i *Item) {
 		w.mu.Lock()
 		phase := t.op.GetPhase()
 		w.mu.Unlock()
-		if Armed(phase) { // the pod may be changed already: nobody needs to ask whether it may be
+		if opsv1.Armed(phase) { // the pod may be changed already: nobody needs to ask whether it may be
 			if op, err := s.Driver.Nodes.GetOperation(ctx, node, uid); code(err) != codes.NotFound {
 				return op, err
 			}
@@ -293,7 +272,7 @@ func (s *Session) Commit(i *Item) {
 // abort tells a node to take back an upgrade. If the node cannot be reached, the upgrade ends there
 // after holdFor. The caller holds the mutex of the state.
 func (s *Session) abort(node nodes.Node, t *nodeOperation, why string) {
-	if t == nil || t.op == nil || t.op.GetFinishTime() != nil || t.op.GetKind() == "Restart" {
+	if t == nil || t.op == nil || t.op.GetFinishTime() != nil || t.op.GetKind() == opsv1.KindRestart {
 		return
 	}
 	s.takeBack(node, t.uid, why)

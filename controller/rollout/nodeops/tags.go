@@ -24,9 +24,6 @@ import (
 // the tag names the image that runs. If not, the rollout restarts the container. The pod's spec
 // stays, so kubelet has no part in that.
 
-// reasonMoved is the node's reason for a tag that names another image than the one that runs.
-const reasonMoved = "ImageMoved"
-
 // tagUID returns the UID of the node's operation that checks the tag of a container.
 func (w *State) tagUID(m *PodOps, pod *corev1.Pod, container string) string {
 	ids, _ := evaluate.RunningIDs(pod, []string{container})
@@ -137,15 +134,15 @@ func (s *Session) SettleTags(i *Item) {
 			t.failed = &evaluate.Failure{Reason: evaluate.FailDeadline,
 				Message: fmt.Sprintf("node %s has not pulled the image of container %s within %s", m.node.Name, name,
 					s.Strategy.Deadline)}
-		case reason == reasonUnchanged:
+		case reason == opsv1.ReasonImageUnchanged:
 			t.tag = evaluate.TagSame
 			continue
-		case reason == reasonMoved:
+		case reason == opsv1.ReasonImageMoved:
 			t.tag = evaluate.TagMoved
 			continue
 		default:
 			t.failed, again = &evaluate.Failure{Reason: evaluate.FailPreparation, Message: evaluate.AccountOf(t.op)},
-				slices.Contains(retryable, reason)
+				retryable(reason)
 			if reason != "" {
 				t.failed.Reason = reason
 			}
