@@ -192,3 +192,15 @@ func secretNames(pod *corev1.Pod) []string {
 func podRefOf(pod *corev1.Pod) *opsv1.PodRef {
 	return &opsv1.PodRef{Namespace: pod.Namespace, Name: pod.Name, Uid: string(pod.UID)}
 }
+
+// takeBack tells a node to take back an upgrade.
+func (d *Driver) takeBack(node nodes.Node, uid, why string) {
+	d.Crew.Do(func(ctx context.Context) {
+		for tries := range 5 {
+			_, err := d.Nodes.AbortUpgrade(ctx, node, uid, why)
+			if t := troubleOf(err); err == nil || t.final || t.stale || !Pause(ctx, retryInterval<<tries) {
+				return
+			}
+		}
+	})
+}

@@ -166,7 +166,7 @@ func (s *Session) Change(i *Item, operation string, answers evaluate.Rewrites) (
 	m := &evaluate.InPlaceState{Rollout: s.Rollout.UID, Revision: i.Goal.Revision, Operation: operation,
 		Time: metav1.NewMicroTime(s.Now), Containers: map[string]evaluate.Previous{}}
 	change := &dryrun.PodChange{Pod: i.Pod, Images: i.Status.Images, Label: s.NewLabel(i)}
-	unfinished := i.Ops.State != nil && i.Ops.State.Rollout == s.Rollout.UID && i.Ops.State.Time.After(s.lastSuccess())
+	unfinished := i.Ops.State != nil && i.Ops.State.Rollout == s.Rollout.UID && i.Ops.State.Time.After(lastSuccess(s.Rollout))
 	for _, name := range append(slices.Sorted(maps.Keys(i.Status.Images)), i.Status.Restarts...) {
 		c, _ := evaluate.ContainerOf(i.Pod, name)
 		w := evaluate.Previous{Image: c.Image, Base: c.Image}
@@ -209,8 +209,8 @@ func (s *Session) Change(i *Item, operation string, answers evaluate.Rewrites) (
 }
 
 // lastSuccess is when the rollout last succeeded.
-func (s *Session) lastSuccess() time.Time {
-	if t := s.Rollout.Status.LastSuccessTime; t != nil {
+func lastSuccess(r *inplace.InPlaceRollout) time.Time {
+	if t := r.Status.LastSuccessTime; t != nil {
 		return t.Time
 	}
 	return time.Time{}

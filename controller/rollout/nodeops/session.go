@@ -275,7 +275,7 @@ func (s *Session) abort(node nodes.Node, t *nodeOperation, why string) {
 	if t == nil || t.op == nil || t.op.GetFinishTime() != nil || t.op.GetKind() == opsv1.KindRestart {
 		return
 	}
-	s.takeBack(node, t.uid, why)
+	s.Driver.takeBack(node, t.uid, why)
 }
 
 // Pod returns what is known of a pod. If that is about another revision, the node is told to take
@@ -308,19 +308,8 @@ func (s *Session) Keep(pods map[types.UID]bool) {
 // operations on the container.
 func (s *Session) AbortMarked(m *PodOps, why string) {
 	if m.State != nil && m.State.Rollout == s.Rollout.UID && m.State.Operation != "" && m.node.Name != "" {
-		s.takeBack(m.node, m.State.Operation, why)
+		s.Driver.takeBack(m.node, m.State.Operation, why)
 	}
-}
-
-func (s *Session) takeBack(node nodes.Node, uid, why string) {
-	s.Driver.Crew.Do(func(ctx context.Context) {
-		for tries := range 5 {
-			_, err := s.Driver.Nodes.AbortUpgrade(ctx, node, uid, why)
-			if t := troubleOf(err); err == nil || t.final || t.stale || !Pause(ctx, retryInterval<<tries) {
-				return
-			}
-		}
-	})
 }
 
 // Follow follows the operation of a pod that was changed already.
