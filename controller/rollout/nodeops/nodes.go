@@ -88,11 +88,3 @@ func troubleOf(err error) trouble {
 	}
 	return t
 }
-
-func code(err error) codes.Code {
-	var nodeError *nodes.Error
-	if errors.As(err, &nodeError) {
-		return nodeError.Code()
-	}
-	return codes.Unknown
-}

@@ -166,7 +166,8 @@ func (s *Session) Change(i *Item, operation string, answers evaluate.Rewrites) (
 	m := &evaluate.InPlaceState{Rollout: s.Rollout.UID, Revision: i.Goal.Revision, Operation: operation,
 		Time: metav1.NewMicroTime(s.Now), Containers: map[string]evaluate.Previous{}}
 	change := &dryrun.PodChange{Pod: i.Pod, Images: i.Status.Images, Label: s.NewLabel(i)}
-	unfinished := i.Ops.State != nil && i.Ops.State.Rollout == s.Rollout.UID && i.Ops.State.Time.After(lastSuccess(s.Rollout))
+	unfinished := i.Ops.State != nil && i.Ops.State.Rollout == s.Rollout.UID &&
+		i.Ops.State.Time.After(lastSuccess(s.Rollout))
 	for _, name := range append(slices.Sorted(maps.Keys(i.Status.Images)), i.Status.Restarts...) {
 		c, _ := evaluate.ContainerOf(i.Pod, name)
 		w := evaluate.Previous{Image: c.Image, Base: c.Image}

@@ -4,14 +4,21 @@
 package nodeops
 
 import (
+	"context"
 	"fmt"
 	"maps"
 	"slices"
 	"time"
 
+	"google.golang.org/grpc/codes"
+
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 	"github.com/cri-proxy/cri-proxy/controller/retry"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
 )
 
 // SettlePreparation decides what to do about a preparation that has ended though the pod was not
@@ -113,4 +120,90 @@ func (s *Session) imagesReady(i *Item) evaluate.Readiness {
 		return evaluate.Prepared
 	}
 	return evaluate.Preparing
+}
+
+// preparation begins the upgrade of a pod on its node.
+type preparation struct {
+	tracker *operationTracker
+	item    *Item
+	request *opsv1.PrepareUpgradeRequest
+	// change is the change of the pod that follows, label the label of revision that the pod gets
+	// by it.
+	change *dryrun.PodChange
+	label  string
+}
+
+// begin asks the API server what it would make of the change, and has the node prepare that.
+func (p *preparation) begin(ctx context.Context) (*opsv1.Operation, error) {
+	c, pod := p.tracker, p.item.Pod
+	c.w.mu.Lock()
+	phase := c.t.op.GetPhase()
+	c.w.mu.Unlock()
+	if opsv1.Armed(phase) { // the pod may be changed already: nobody needs to ask whether it may be
+		if op, err := c.d.Nodes.GetOperation(ctx, c.node, c.t.uid); nodes.Code(err) != codes.NotFound {
+			return op, err
+		}
+	}
+	answers, err := p.admission(ctx)
+	if err != nil {
+		return nil, err
+	}
+	now, err := c.d.launch(ctx, c.w, pod, p.label)
+	if err != nil {
+		return nil, err
+	}
+	var images []string
+	for _, r := range p.request.GetContainers() {
+		if r.PullPolicy, r.Environment, err = now.container(ctx, r.GetName()); err != nil {
+			return nil, err
+		}
+		images = append(images, pullsecrets.Pulled(r.GetImage(), r.GetPullPolicy(), r.GetEnvironment())...)
+	}
+	p.request.Credentials = now.ring.For(images...)
+	op, err := c.d.Nodes.PrepareUpgrade(ctx, c.node, p.request)
+	if nodes.Code(err) == codes.AlreadyExists {
+		// A controller of another version has begun it, with some other detail.
+		op, err = c.d.Nodes.GetOperation(ctx, c.node, c.t.uid)
+	}
+	if err != nil {
+		return nil, err
+	}
+	// The node may have prepared what admission answered before.
+	for _, has := range op.GetContainers() {
+		asked := p.change.Images[has.GetName()]
+		if expected := answers.Of(has.GetName(), asked); asked != "" && has.GetImage() != expected {
+			err = dryrun.Unsteady("pod "+pod.Name, has.GetName(), asked, has.GetImage(), expected)
+			c.change(func() { c.t.op, c.t.failed, c.t.answered = op, dryrun.Refusal(err), true })
+			return nil, err
+		}
+	}
+	c.w.Learn(p.item.Ops, c.t, p.change.Images, answers)
+	return op, nil
+}
+
+// admission asks the API server what it makes of the images of the change, and puts that into the
+// request. The error is errThere if the change has to be another one.
+func (p *preparation) admission(ctx context.Context) (evaluate.Rewrites, error) {
+	c, pod := p.tracker, p.item.Pod
+	answers, more, err := dryrun.Pod(ctx, c.d.Client, pod, p.change)
+	if err == nil && len(more) > 0 {
+		c.w.LearnMore(p.item.Ops, c.t, more)
+		return nil, errThere // all of them are prepared together
+	}
+	if err == nil && len(answers) > 0 { // is it the same each time?
+		err = c.d.stillSo(ctx, p.item, p.change, answers)
+	}
+	if err != nil {
+		return nil, err
+	}
+	have, there := podtemplate.PodImages(pod), false
+	for _, r := range p.request.GetContainers() {
+		r.Image = answers.Of(r.GetName(), p.change.Images[r.GetName()])
+		there = there || r.GetImage() == have[r.GetName()]
+	}
+	if there {
+		c.w.Learn(p.item.Ops, c.t, p.change.Images, answers)
+		return nil, errThere // those that are not are prepared without those that are
+	}
+	return answers, nil
 }

@@ -26,7 +26,6 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
-	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
 )
 
 const (
@@ -101,70 +100,7 @@ func (s *Session) Prepare(ctx context.Context, i *Item) {
 		t.failed = &evaluate.Failure{Reason: evaluate.FailPreparation, Message: err.Error()}
 		return
 	}
-	have := podtemplate.PodImages(i.Pod)
-	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
-		w.mu.Lock()
-		phase := t.op.GetPhase()
-		w.mu.Unlock()
-		if opsv1.Armed(phase) { // the pod may be changed already: nobody needs to ask whether it may be
-			if op, err := s.Driver.Nodes.GetOperation(ctx, node, uid); code(err) != codes.NotFound {
-				return op, err
-			}
-		}
-		answers, more, err := dryrun.Pod(ctx, s.Driver.Client, i.Pod, change)
-		if err == nil && len(more) > 0 {
-			w.LearnMore(m, t, more)
-			return nil, errThere // all of them are prepared together
-		}
-		if err == nil && len(answers) > 0 { // is it the same each time?
-			err = s.Driver.stillSo(ctx, i, change, answers)
-		}
-		if err != nil {
-			return nil, err
-		}
-		there := 0
-		for _, c := range request.GetContainers() {
-			if c.Image = answers.Of(c.GetName(), change.Images[c.GetName()]); c.Image == have[c.GetName()] {
-				there++
-			}
-		}
-		if there > 0 {
-			w.Learn(m, t, change.Images, answers)
-			return nil, errThere // those that are not are prepared without those that are
-		}
-		now, err := s.Driver.launch(ctx, w, i.Pod, label)
-		if err != nil {
-			return nil, err
-		}
-		var images []string
-		for _, c := range request.GetContainers() {
-			if c.PullPolicy, c.Environment, err = now.container(ctx, c.GetName()); err != nil {
-				return nil, err
-			}
-			images = append(images, pullsecrets.Pulled(c.GetImage(), c.GetPullPolicy(), c.GetEnvironment())...)
-		}
-		request.Credentials = now.ring.For(images...)
-		op, err := s.Driver.Nodes.PrepareUpgrade(ctx, node, request)
-		if code(err) == codes.AlreadyExists {
-			// A controller of another version has begun it, with some other detail.
-			op, err = s.Driver.Nodes.GetOperation(ctx, node, uid)
-		}
-		if err != nil {
-			return nil, err
-		}
-		// The node may have prepared what admission answered before.
-		for _, has := range op.GetContainers() {
-			if asked := change.Images[has.GetName()]; asked != "" && has.GetImage() != answers.Of(has.GetName(),
-				asked) {
-				err = dryrun.Unsteady("pod "+i.Pod.Name, has.GetName(), asked, has.GetImage(),
-					answers.Of(has.GetName(), asked))
-				c.change(func() { t.op, t.failed, t.answered = op, dryrun.Refusal(err), true })
-				return nil, err
-			}
-		}
-		w.Learn(m, t, change.Images, answers)
-		return op, nil
-	}
+	c.begin = (&preparation{tracker: c, item: i, request: request, change: change, label: label}).begin
 	c.start()
 	s.Log.WithField("pod", i.Pod.Name).WithField("op", uid).Debug("preparing")
 }
@@ -338,7 +274,7 @@ func (s *Session) listen(t *nodeOperation, node nodes.Node, pod string) {
 	c := &operationTracker{d: s.Driver, w: s.State, t: t, node: node, pod: pod, timeout: s.Strategy.Deadline}
 	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
 		op, err := s.Driver.Nodes.GetOperation(ctx, node, t.uid)
-		if code(err) == codes.NotFound {
+		if nodes.Code(err) == codes.NotFound {
 			c.change(func() { t.answered = true })
 			return &opsv1.Operation{Uid: t.uid, FinishTime: timestamppb.New(s.Now), Phase: opsv1.Phase_PHASE_CANCELLED},
 				nil
@@ -404,7 +340,7 @@ func (s *Session) Restart(ctx context.Context, i *Item) {
 		}
 		request.Credentials = now.ring.For(images...)
 		op, err := s.Driver.Nodes.Restart(ctx, node, request)
-		if code(err) == codes.AlreadyExists {
+		if nodes.Code(err) == codes.AlreadyExists {
 			op, err = s.Driver.Nodes.GetOperation(ctx, node, request.GetUid())
 		}
 		return op, err

@@ -13,6 +13,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
 	"github.com/cri-proxy/cri-proxy/controller/retry"
 	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
@@ -95,7 +96,7 @@ func (s *Session) checkTags(ctx context.Context, i *Item) {
 			request.Credentials, request.Containers = now.ring.For(pullsecrets.Pulled(want.Image, want.PullPolicy,
 				want.Environment)...), []*opsv1.ContainerUpgrade{want}
 			op, err := s.Driver.Nodes.PrepareUpgrade(ctx, node, request)
-			if code(err) == codes.AlreadyExists {
+			if nodes.Code(err) == codes.AlreadyExists {
 				op, err = s.Driver.Nodes.GetOperation(ctx, node, uid)
 			}
 			return op, err
