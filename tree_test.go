@@ -184,7 +184,8 @@ func TestForbiddenImports(t *testing.T) {
 	}
 }
 
-// TestNothingImportsTheControllersRoot: the root wires the controllers together, so it is above all of them.
+// TestNothingImportsTheControllersRoot: the root wires the controllers together, so it is above all
+// of them.
 func TestNothingImportsTheControllersRoot(t *testing.T) {
 	for _, p := range goList(t, "./controller/...") {
 		for _, imports := range [][]string{p.Imports, p.TestImports, p.XTestImports} {

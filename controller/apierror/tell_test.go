@@ -61,7 +61,8 @@ func TestTellAPIErrors(t *testing.T) {
 		answers = answers[1:]
 		return reconcile.Result{}, next
 	})
-	r := apierror.Tell(inner, func() client.Object { return &corev1.Pod{} }, fake.NewClientBuilder().WithScheme(types).WithObjects(pod).Build(), recorder)
+	r := apierror.Tell(inner, func() client.Object { return &corev1.Pod{} }, fake.NewClientBuilder().WithScheme(types).
+		WithObjects(pod).Build(), recorder)
 	for _, tt := range []struct {
 		name    string
 		answers []error
@@ -70,7 +71,8 @@ func TestTellAPIErrors(t *testing.T) {
 		{"twice", []error{bad, bad, nil}, 0},
 		{"three times", []error{bad, bad, bad, nil}, 1},
 		{"again and again", []error{bad, bad, bad, bad, bad, bad, nil}, 1},
-		{"conflicts", []error{apierrors.NewConflict(pods, "p", nil), apierrors.NewConflict(pods, "p", nil), apierrors.NewConflict(pods, "p", nil), nil}, 0},
+		{"conflicts", []error{apierrors.NewConflict(pods, "p", nil), apierrors.NewConflict(pods, "p", nil),
+			apierrors.NewConflict(pods, "p", nil), nil}, 0},
 		{"with another error between", []error{bad, bad, errors.New("of a node"), bad, nil}, 1},
 	} {
 		answers = tt.answers

@@ -38,10 +38,13 @@ func TestOf(t *testing.T) {
 		addresses  []corev1.NodeAddress
 		want       string
 	}{
-		{"internal address first", "", []corev1.NodeAddress{address(corev1.NodeHostName, "h"), address(corev1.NodeExternalIP, "1.1.1.1"), address(corev1.NodeInternalIP, "10.0.0.1")}, "10.0.0.1:10260"},
+		{"internal address first", "",
+			[]corev1.NodeAddress{address(corev1.NodeHostName, "h"), address(corev1.NodeExternalIP, "1.1.1.1"),
+				address(corev1.NodeInternalIP, "10.0.0.1")}, "10.0.0.1:10260"},
 		{"else the host name", "", []corev1.NodeAddress{address(corev1.NodeHostName, "h")}, "h:10260"},
 		{"IPv6", "", []corev1.NodeAddress{address(corev1.NodeInternalIP, "fd00::1")}, "[fd00::1]:10260"},
-		{"annotation with a port", "10.9.9.9:1234", []corev1.NodeAddress{address(corev1.NodeInternalIP, "10.0.0.1")}, "10.9.9.9:1234"},
+		{"annotation with a port", "10.9.9.9:1234", []corev1.NodeAddress{address(corev1.NodeInternalIP, "10.0.0.1")},
+			"10.9.9.9:1234"},
 		{"annotation without", "10.9.9.9", nil, "10.9.9.9:10260"},
 		{"annotation with IPv6", "fd00::2", nil, "[fd00::2]:10260"},
 		{"nothing", "", nil, ""},
@@ -100,7 +103,8 @@ func TestNodeTLS(t *testing.T) {
 		foreign.CA = files.CA
 		err := get(newClient(t, foreign), "node-1")
 		var nodeError *nodes.Error
-		if !errors.As(err, &nodeError) || !nodeError.Temporary() || !strings.Contains(err.Error(), "trust this controller's certificate") {
+		if !errors.As(err, &nodeError) || !nodeError.Temporary() ||
+			!strings.Contains(err.Error(), "trust this controller's certificate") {
 			t.Errorf("error %v", err)
 		}
 	})
@@ -163,7 +167,8 @@ func TestSilentNode(t *testing.T) {
 	t.Run("nobody listens", func(t *testing.T) {
 		_, err := c.GetOperation(context.Background(), nodes.Node{"n", address.Reserve(t)}, "x")
 		var nodeError *nodes.Error
-		if !errors.As(err, &nodeError) || !nodeError.Silent || !nodeError.Temporary() || !strings.Contains(err.Error(), "connection refused") {
+		if !errors.As(err, &nodeError) || !nodeError.Silent || !nodeError.Temporary() ||
+			!strings.Contains(err.Error(), "connection refused") {
 			t.Errorf("error %v", err)
 		}
 	})
@@ -202,7 +207,8 @@ func TestSilence(t *testing.T) {
 		n.Run(podUID, "app", "old", 0)
 		t.Cleanup(n.Hold("app", opsv1.Phase_PHASE_STAGING))
 		at := nodes.Node{"node-1", n.Address}
-		if _, err := c.Restart(t.Context(), at, &opsv1.RestartRequest{Uid: "x", Pod: &opsv1.PodRef{Uid: podUID}, Containers: []*opsv1.ContainerRestart{{Name: "app"}}, Force: true}); err != nil {
+		if _, err := c.Restart(t.Context(), at, &opsv1.RestartRequest{Uid: "x", Pod: &opsv1.PodRef{Uid: podUID},
+			Containers: []*opsv1.ContainerRestart{{Name: "app"}}, Force: true}); err != nil {
 			t.Fatal(err)
 		}
 		return n, at
@@ -221,7 +227,8 @@ func TestSilence(t *testing.T) {
 	}
 	n, at := begin()
 	n.Refuse(status.Error(codes.Unavailable, "the runtime is away"))
-	if _, err := c.Restart(t.Context(), at, &opsv1.RestartRequest{Uid: "y", Pod: &opsv1.PodRef{Uid: podUID}, Containers: []*opsv1.ContainerRestart{{Name: "app"}}}); silent(err) {
+	if _, err := c.Restart(t.Context(), at, &opsv1.RestartRequest{Uid: "y", Pod: &opsv1.PodRef{Uid: podUID},
+		Containers: []*opsv1.ContainerRestart{{Name: "app"}}}); silent(err) {
 		t.Error("a node that has answered is silent")
 	}
 }

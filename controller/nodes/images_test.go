@@ -79,7 +79,8 @@ func TestImageCommands(t *testing.T) {
 	c := newClient(t, ca.Issue("cri-controller"))
 	n := nodes.Node{Name: "node-1", Address: newImageNode(t, ca.Issue("node-1"))}
 	ctx := t.Context()
-	if op, err := c.Pull(ctx, n, &opsv1.PullRequest{Uid: "u", Image: "i"}); err != nil || op.GetUid() != "u" || op.GetImage() != "i" {
+	if op, err := c.Pull(ctx, n, &opsv1.PullRequest{Uid: "u", Image: "i"}); err != nil || op.GetUid() != "u" ||
+		op.GetImage() != "i" {
 		t.Errorf("Pull: %v, %v", op, err)
 	}
 	if ops, err := c.ListPulls(ctx, n); err != nil || len(ops) != 2 {
@@ -119,10 +120,12 @@ func TestConnectionRefused(t *testing.T) {
 	c := newClient(t, ca.Issue("cri-controller"))
 	nobody := address.Reserve(t)
 	var nodeError *nodes.Error
-	if _, err := c.ListPulls(t.Context(), nodes.Node{Name: "n", Address: nobody}); !errors.As(err, &nodeError) || !nodeError.Refused() {
+	if _, err := c.ListPulls(t.Context(), nodes.Node{Name: "n", Address: nobody}); !errors.As(err, &nodeError) ||
+		!nodeError.Refused() {
 		t.Errorf("error %v", err)
 	}
-	if err := c.WatchPull(t.Context(), nodes.Node{Name: "n", Address: nobody}, "u", func(*opsv1.PullOperation) bool { return true }); !errors.As(err, &nodeError) || !nodeError.Refused() {
+	if err := c.WatchPull(t.Context(), nodes.Node{Name: "n", Address: nobody}, "u",
+		func(*opsv1.PullOperation) bool { return true }); !errors.As(err, &nodeError) || !nodeError.Refused() {
 		t.Errorf("error %v", err)
 	}
 }

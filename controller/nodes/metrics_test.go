@@ -27,7 +27,8 @@ func TestMetrics(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = c.Close() })
-	if _, err := c.GetOperation(t.Context(), nodes.Node{Name: "node-1", Address: node.Address}, "x"); !nodes.NotFound(err) {
+	if _, err := c.GetOperation(t.Context(), nodes.Node{Name: "node-1", Address: node.Address},
+		"x"); !nodes.NotFound(err) {
 		t.Fatal(err)
 	}
 	families, err := registry.Gather()

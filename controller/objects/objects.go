@@ -24,8 +24,8 @@ func Clip(text string, most int) string {
 	return strings.ToValidUTF8(text[:most], "") + "…"
 }
 
-// Hash identifies parts by ten hexadecimal digits. Hashes are kept in objects and on nodes: the same
-// parts must give the same hash in each version.
+// Hash identifies parts by ten hexadecimal digits. Hashes are kept in objects and on nodes: the
+// same parts must give the same hash in each version.
 func Hash(parts ...any) string {
 	b, err := json.Marshal(parts)
 	if err != nil {

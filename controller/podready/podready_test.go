@@ -37,12 +37,15 @@ const (
 	keyDeleted = `{"userAgent":"ContainerRecreateRequest","key":"ns/deleted"}`
 )
 
-// gatedPod is a pod with the gate, and its condition if a message is given: False, or with "True" True.
+// gatedPod is a pod with the gate, and its condition if a message is given: False, or with "True"
+// True.
 func gatedPod(message string) *corev1.Pod {
 	pod := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "pod", UID: "pod-uid"},
-		Spec:       corev1.PodSpec{ReadinessGates: []corev1.PodReadinessGate{{ConditionType: "other"}, {ConditionType: "KruisePodReady"}}},
-		Status:     corev1.PodStatus{Phase: corev1.PodRunning, Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionFalse}}},
+		Spec: corev1.PodSpec{ReadinessGates: []corev1.PodReadinessGate{{ConditionType: "other"},
+			{ConditionType: "KruisePodReady"}}},
+		Status: corev1.PodStatus{Phase: corev1.PodRunning,
+			Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionFalse}}},
 	}
 	if message != "" {
 		c := corev1.PodCondition{Type: "KruisePodReady", Status: corev1.ConditionFalse, Message: message}
@@ -60,10 +63,12 @@ func keyHolders() []client.Object {
 	return []client.Object{
 		&request{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "at-work"}},
 		&request{
-			ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "ending", Finalizers: []string{appsv1alpha1.UnreadyAcquiredFinalizer}},
-			Status:     appsv1alpha1.ContainerRecreateRequestStatus{CompletionTime: &now},
+			ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "ending",
+				Finalizers: []string{appsv1alpha1.UnreadyAcquiredFinalizer}},
+			Status: appsv1alpha1.ContainerRecreateRequestStatus{CompletionTime: &now},
 		},
-		&request{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "ended"}, Status: appsv1alpha1.ContainerRecreateRequestStatus{CompletionTime: &now}},
+		&request{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "ended"},
+			Status: appsv1alpha1.ContainerRecreateRequestStatus{CompletionTime: &now}},
 	}
 }
 
@@ -76,7 +81,8 @@ func podReady(t *testing.T, pod *corev1.Pod, funcs interceptor.Funcs) *podready.
 	}
 	log := logrus.New()
 	log.SetOutput(io.Discard)
-	c := fake.NewClientBuilder().WithScheme(types).WithObjects(append(keyHolders(), pod)...).WithStatusSubresource(&corev1.Pod{}).WithInterceptorFuncs(funcs).Build()
+	c := fake.NewClientBuilder().WithScheme(types).WithObjects(append(keyHolders(), pod)...).
+		WithStatusSubresource(&corev1.Pod{}).WithInterceptorFuncs(funcs).Build()
 	return &podready.Reconciler{Client: c, APIReader: c, Log: log}
 }
 
@@ -96,7 +102,8 @@ func theCondition(t *testing.T, r *podready.Reconciler) string {
 
 var onThePod = reconcile.Request{NamespacedName: client.ObjectKey{Namespace: "ns", Name: "pod"}}
 
-// What becomes of the condition of a pod with the gate. OpenKruise makes one where there is none, and leaves those that are there.
+// What becomes of the condition of a pod with the gate. OpenKruise makes one where there is none,
+// and leaves those that are there.
 func TestPodReady(t *testing.T) {
 	change := func(pod *corev1.Pod, f func(*corev1.Pod)) *corev1.Pod { f(pod); return pod }
 	now := metav1.Now()
@@ -108,8 +115,10 @@ func TestPodReady(t *testing.T) {
 	}{
 		{"new", gatedPod(""), "True", 0},
 		{"open", gatedPod("True"), "True", 0},
-		{"without the gate", change(gatedPod(""), func(p *corev1.Pod) { p.Spec.ReadinessGates = p.Spec.ReadinessGates[:1] }), "none", 0},
-		{"going away", change(gatedPod(""), func(p *corev1.Pod) { p.DeletionTimestamp, p.Finalizers = &now, []string{"x/y"} }), "none", 0},
+		{"without the gate", change(gatedPod(""), func(p *corev1.Pod) { p.Spec.ReadinessGates = p.Spec.ReadinessGates[:1] }),
+			"none", 0},
+		{"going away",
+			change(gatedPod(""), func(p *corev1.Pod) { p.DeletionTimestamp, p.Finalizers = &now, []string{"x/y"} }), "none", 0},
 		{"ended", change(gatedPod(""), func(p *corev1.Pod) { p.Status.Phase = corev1.PodFailed }), "none", 0},
 		{"kept by another", gatedPod("[" + keyOther + "]"), "False[" + keyOther + "]", 0},
 		{"shut in words", gatedPod("by hand"), "Falseby hand", 0},
@@ -117,7 +126,8 @@ func TestPodReady(t *testing.T) {
 		{"about to be let go", gatedPod("[" + keyEnding + "]"), "False[" + keyEnding + "]", time.Minute},
 		{"of a request that has ended", gatedPod("[" + keyEnded + "]"), "True", 0},
 		{"of a request that is gone", gatedPod("[" + keyDeleted + "]"), "True", 0},
-		{"of one that is gone, and others", gatedPod("[" + keyDeleted + "," + keyOther + "," + keyAtWork + "]"), "False[" + keyOther + "," + keyAtWork + "]", 0},
+		{"of one that is gone, and others", gatedPod("[" + keyDeleted + "," + keyOther + "," + keyAtWork + "]"),
+			"False[" + keyOther + "," + keyAtWork + "]", 0},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r := podReady(t, tt.pod, interceptor.Funcs{})
@@ -132,7 +142,8 @@ func TestPodReady(t *testing.T) {
 // A pod whose status somebody else has just written is looked at again, and not written.
 func TestPodReadyConflict(t *testing.T) {
 	r := podReady(t, gatedPod(""), interceptor.Funcs{
-		SubResourcePatch: func(context.Context, client.Client, string, client.Object, client.Patch, ...client.SubResourcePatchOption) error {
+		SubResourcePatch: func(context.Context, client.Client, string, client.Object, client.Patch,
+			...client.SubResourcePatchOption) error {
 			return apierrors.NewConflict(schema.GroupResource{Resource: "pods"}, "pod", nil)
 		},
 	})
@@ -144,7 +155,8 @@ func TestPodReadyConflict(t *testing.T) {
 // Whether a request is there only the API server says: one that cannot be asked lets nothing go.
 func TestPodReadyAsks(t *testing.T) {
 	r := podReady(t, gatedPod("["+keyDeleted+"]"), interceptor.Funcs{
-		Get: func(ctx context.Context, c client.WithWatch, key client.ObjectKey, o client.Object, opts ...client.GetOption) error {
+		Get: func(ctx context.Context, c client.WithWatch, key client.ObjectKey, o client.Object,
+			opts ...client.GetOption) error {
 			if _, ok := o.(*request); ok {
 				return apierrors.NewServiceUnavailable("away")
 			}

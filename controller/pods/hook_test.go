@@ -18,7 +18,8 @@ import (
 func TestHook(t *testing.T) {
 	get := func(port intstr.IntOrString, host ...string) *corev1.LifecycleHandler {
 		return &corev1.LifecycleHandler{HTTPGet: &corev1.HTTPGetAction{
-			Path: "/bye?x=1", Port: port, Scheme: "HTTPS", HTTPHeaders: []corev1.HTTPHeader{{Name: "A", Value: "b"}}, Host: strings.Join(host, ""),
+			Path: "/bye?x=1", Port: port, Scheme: "HTTPS", HTTPHeaders: []corev1.HTTPHeader{{Name: "A", Value: "b"}},
+			Host: strings.Join(host, ""),
 		}}
 	}
 	wantGet := func(port int32, host string) *opsv1.Hook {
@@ -39,15 +40,20 @@ func TestHook(t *testing.T) {
 		{"httpGet by number", get(intstr.FromInt32(8443)), wantGet(8443, "192.0.2.7"), ""},
 		{"httpGet by name", get(intstr.FromString("admin")), wantGet(9000, "192.0.2.7"), ""},
 		{"httpGet with a host", get(intstr.FromInt32(8443), "shop.example"), wantGet(8443, "shop.example"), ""},
-		{"httpGet by a number in a string", get(intstr.FromString("8443")), nil, `the port "8443", which container app does not have`},
+		{"httpGet by a number in a string", get(intstr.FromString("8443")), nil,
+			`the port "8443", which container app does not have`},
 		{"httpGet without a port", get(intstr.IntOrString{}), nil, "port 0 is not a port number"},
-		{"httpGet by a name there is not", get(intstr.FromString("nope")), nil, `the port "nope", which container app does not have`},
+		{"httpGet by a name there is not", get(intstr.FromString("nope")), nil,
+			`the port "nope", which container app does not have`},
 		{"httpGet out of range", get(intstr.FromInt32(70000)), nil, "not a port number"},
-		{"sleep", &corev1.LifecycleHandler{Sleep: &corev1.SleepAction{Seconds: 5}}, &opsv1.Hook{Action: &opsv1.Hook_Sleep{Sleep: &opsv1.SleepAction{Seconds: 5}}}, ""},
-		{"tcpSocket", &corev1.LifecycleHandler{TCPSocket: &corev1.TCPSocketAction{}}, nil, "tcpSocket is not a handler kubelet runs"},
+		{"sleep", &corev1.LifecycleHandler{Sleep: &corev1.SleepAction{Seconds: 5}},
+			&opsv1.Hook{Action: &opsv1.Hook_Sleep{Sleep: &opsv1.SleepAction{Seconds: 5}}}, ""},
+		{"tcpSocket", &corev1.LifecycleHandler{TCPSocket: &corev1.TCPSocketAction{}}, nil,
+			"tcpSocket is not a handler kubelet runs"},
 		{"nothing in it", &corev1.LifecycleHandler{}, nil, "no action"},
 	}
-	c := &corev1.Container{Name: "app", Ports: []corev1.ContainerPort{{Name: "web", ContainerPort: 80}, {Name: "admin", ContainerPort: 9000}}}
+	c := &corev1.Container{Name: "app", Ports: []corev1.ContainerPort{{Name: "web", ContainerPort: 80},
+		{Name: "admin", ContainerPort: 9000}}}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			got, err := pods.Hook(c, tt.handler, "192.0.2.7")

@@ -22,12 +22,16 @@ func TestRunAs(t *testing.T) {
 	}{
 		{name: "nothing"},
 		{name: "the pod's", pod: &corev1.PodSecurityContext{RunAsNonRoot: &yes, RunAsUser: &one}, nonRoot: true, user: &one},
-		{name: "the pod's, and something else of its own", pod: &corev1.PodSecurityContext{RunAsNonRoot: &yes, RunAsUser: &one}, own: &corev1.SecurityContext{}, nonRoot: true, user: &one},
+		{name: "the pod's, and something else of its own",
+			pod: &corev1.PodSecurityContext{RunAsNonRoot: &yes, RunAsUser: &one}, own: &corev1.SecurityContext{},
+			nonRoot: true, user: &one},
 		{name: "its own", own: &corev1.SecurityContext{RunAsNonRoot: &yes, RunAsUser: &two}, nonRoot: true, user: &two},
-		{name: "its own before the pod's", pod: &corev1.PodSecurityContext{RunAsNonRoot: &yes, RunAsUser: &one}, own: &corev1.SecurityContext{RunAsNonRoot: &no, RunAsUser: &two}, user: &two},
+		{name: "its own before the pod's", pod: &corev1.PodSecurityContext{RunAsNonRoot: &yes, RunAsUser: &one},
+			own: &corev1.SecurityContext{RunAsNonRoot: &no, RunAsUser: &two}, user: &two},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			nonRoot, user := pods.RunAs(&corev1.Pod{Spec: corev1.PodSpec{SecurityContext: tt.pod}}, &corev1.Container{SecurityContext: tt.own})
+			nonRoot, user := pods.RunAs(&corev1.Pod{Spec: corev1.PodSpec{SecurityContext: tt.pod}},
+				&corev1.Container{SecurityContext: tt.own})
 			if nonRoot != tt.nonRoot || user != tt.user {
 				t.Errorf("got %v, %v", nonRoot, user)
 			}

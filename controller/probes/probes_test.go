@@ -37,12 +37,14 @@ func TestProbes(t *testing.T) {
 		{"/healthz/ping", "ok", "note", 200},
 	} {
 		want := strings.ReplaceAll(tt.want, "readyz check", "healthz check") // as controller-runtime says it
-		if code, body := get(tt.path); code != tt.code || !strings.Contains(body, want) || tt.not != "" && strings.Contains(body, tt.not) {
+		if code, body := get(tt.path); code != tt.code || !strings.Contains(body, want) || tt.not != "" &&
+			strings.Contains(body, tt.not) {
 			t.Errorf("%s: %d %q", tt.path, code, body)
 		}
 	}
 	text, webhook = "", errors.New("not started")
-	if code, body := get("/readyz?verbose"); code != 500 || !strings.Contains(body, "[-]webhook failed") || strings.Contains(body, "note") {
+	if code, body := get("/readyz?verbose"); code != 500 || !strings.Contains(body, "[-]webhook failed") ||
+		strings.Contains(body, "note") {
 		t.Errorf("%d %q", code, body)
 	}
 }

@@ -9,7 +9,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// The node is told what the pod says of the user, so that it need not guess when the image's tag has moved.
+// The node is told what the pod says of the user, so that it need not guess when the image's tag
+// has moved.
 func TestRestartTellsTheUser(t *testing.T) {
 	yes, user := true, int64(7)
 	b := newBed(t, func(p *corev1.Pod) {

@@ -14,8 +14,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
 )
 
-// The tests reconcile without a manager: they wait for the same wakes, and run the streams themselves. And
-// they see to it that nothing is kept for ever, which nobody else can see.
+// The tests reconcile without a manager: they wait for the same wakes, and run the streams
+// themselves. And they see to it that nothing is kept for ever, which nobody else can see.
 
 // Names of the package.
 const PodNameIndex = podNameIndex

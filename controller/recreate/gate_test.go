@@ -12,12 +12,14 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/kruise"
 )
 
-// A request that is OpenKruise's is not touched, and looked at again; what is known of others is forgotten.
+// A request that is OpenKruise's is not touched, and looked at again; what is known of others is
+// forgotten.
 func TestGateClosed(t *testing.T) {
 	b := newBed(t)
 	b.r.Gate = &kruise.Gate{}
 	b.create("a", spec{Containers: containers("app")})
-	result, err := b.r.Reconcile(t.Context(), reconcile.Request{NamespacedName: types.NamespacedName{Namespace: "ns", Name: "a"}})
+	result, err := b.r.Reconcile(t.Context(),
+		reconcile.Request{NamespacedName: types.NamespacedName{Namespace: "ns", Name: "a"}})
 	if err != nil || result.RequeueAfter != kruise.StandBy {
 		t.Errorf("%+v, %v", result, err)
 	}

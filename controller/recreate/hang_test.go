@@ -27,8 +27,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/recreate"
 )
 
-// hanging answers for one node; the others swallow every call, as one does whose kernel hangs, and for as long as the test goes on: what
-// does not wait for them needs no clock to show it.
+// hanging answers for one node; the others swallow every call, as one does whose kernel hangs, and
+// for as long as the test goes on: what does not wait for them needs no clock to show it.
 type hanging struct {
 	nodes.Operations
 	mu      sync.Mutex
@@ -52,7 +52,8 @@ func (h *hanging) Restart(ctx context.Context, n nodes.Node, r *opsv1.RestartReq
 		return nil, h.swallow(ctx, n)
 	}
 	h.started <- r.GetUid()
-	return &opsv1.Operation{Uid: r.GetUid(), Pod: r.GetPod(), Containers: []*opsv1.ContainerOperation{{Name: "app", Phase: opsv1.Phase_PHASE_STOPPING}}}, nil
+	return &opsv1.Operation{Uid: r.GetUid(), Pod: r.GetPod(),
+		Containers: []*opsv1.ContainerOperation{{Name: "app", Phase: opsv1.Phase_PHASE_STOPPING}}}, nil
 }
 
 func (h *hanging) GetOperation(ctx context.Context, n nodes.Node, _ string) (*opsv1.Operation, error) {
@@ -74,8 +75,8 @@ func (h *hanging) hung() int {
 	return n
 }
 
-// A node that hangs costs the others nothing: 1,000 requests to 200 of them, and one to a healthy one is begun while all of them
-// wait. Workers that wait would never come to it.
+// A node that hangs costs the others nothing: 1,000 requests to 200 of them, and one to a healthy
+// one is begun while all of them wait. Workers that wait would never come to it.
 func TestHungNodes(t *testing.T) {
 	const count, requests, workers = 200, 1000, 8
 	b := newBed(t)
@@ -84,15 +85,17 @@ func TestHungNodes(t *testing.T) {
 		name := fmt.Sprintf("r-%d", i)
 		pod := &corev1.Pod{
 			ObjectMeta: metav1.ObjectMeta{Namespace: "hang", Name: name, UID: types.UID("pod-" + name)},
-			Spec:       corev1.PodSpec{NodeName: node, RestartPolicy: corev1.RestartPolicyAlways, Containers: []corev1.Container{{Name: "app"}}},
+			Spec: corev1.PodSpec{NodeName: node, RestartPolicy: corev1.RestartPolicyAlways,
+				Containers: []corev1.Container{{Name: "app"}}},
 			Status: corev1.PodStatus{Phase: corev1.PodRunning, ContainerStatuses: []corev1.ContainerStatus{{
 				Name: "app", ContainerID: "containerd://" + name, Ready: true,
 				State: corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: metav1.Now()}},
 			}}},
 		}
 		crr := &request{
-			ObjectMeta: metav1.ObjectMeta{Namespace: "hang", Name: name, UID: types.UID("uid-" + name), CreationTimestamp: metav1.Now()},
-			Spec:       spec{PodName: name, Containers: containers("app"), Strategy: &how{}},
+			ObjectMeta: metav1.ObjectMeta{Namespace: "hang", Name: name, UID: types.UID("uid-" + name),
+				CreationTimestamp: metav1.Now()},
+			Spec: spec{PodName: name, Containers: containers("app"), Strategy: &how{}},
 		}
 		for _, o := range []client.Object{pod, crr} {
 			if err := b.client.Create(t.Context(), o); err != nil {
@@ -103,7 +106,8 @@ func TestHungNodes(t *testing.T) {
 	}
 	node := func(name string) {
 		t.Helper()
-		n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name, Annotations: map[string]string{nodes.AddressAnnotation: "192.0.2.1:1"}}}
+		n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name,
+			Annotations: map[string]string{nodes.AddressAnnotation: "192.0.2.1:1"}}}
 		if err := b.client.Create(t.Context(), n); err != nil {
 			t.Fatal(err)
 		}
@@ -125,7 +129,8 @@ func TestHungNodes(t *testing.T) {
 	streams := r.Prepare(h, log, 16)
 	hands := crew.New(nil)
 	spread := crew.NewSpread(r, hands, workers)
-	queue := workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](50*time.Millisecond, 30*time.Second))
+	queue := workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](
+		50*time.Millisecond, 30*time.Second))
 	ctx, cancel := context.WithCancel(context.Background())
 	if err := spread.Start(ctx, queue); err != nil {
 		t.Fatal(err)
@@ -158,7 +163,8 @@ func TestHungNodes(t *testing.T) {
 	for _, req := range all {
 		queue.Add(req)
 	}
-	// All requests have been taken up, and all nodes are being waited for, before the healthy one is asked.
+	// All requests have been taken up, and all nodes are being waited for, before the healthy one
+	// is asked.
 	takenUp := func() int {
 		n, _, _ := r.Kept()
 		return n

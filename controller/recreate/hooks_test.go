@@ -23,12 +23,14 @@ func TestHooks(t *testing.T) {
 			PreStop:   &corev1.LifecycleHandler{HTTPGet: &corev1.HTTPGetAction{Port: intstr.FromString("admin")}},
 			PostStart: &corev1.LifecycleHandler{HTTPGet: &corev1.HTTPGetAction{Port: intstr.FromInt32(1), Host: "h"}},
 		}
-		p.Spec.Containers[1].Lifecycle = &corev1.Lifecycle{PreStop: &corev1.LifecycleHandler{TCPSocket: &corev1.TCPSocketAction{}}}
+		p.Spec.Containers[1].Lifecycle = &corev1.Lifecycle{
+			PreStop: &corev1.LifecycleHandler{TCPSocket: &corev1.TCPSocketAction{}}}
 	})
 	b.create("a", spec{Containers: containers("app", "web")})
 	b.until("completed", isCompleted, "a")
 	app, web := b.node.Requests()[0].GetContainers()[0], b.node.Requests()[1].GetContainers()[0]
-	if get := app.GetPreStop().GetHttpGet(); get.GetPort() != 9000 || get.GetHost() != "192.0.2.7" || app.GetPostStart().GetHttpGet().GetHost() != "h" {
+	if get := app.GetPreStop().GetHttpGet(); get.GetPort() != 9000 || get.GetHost() != "192.0.2.7" || app.GetPostStart().
+		GetHttpGet().GetHost() != "h" {
 		t.Errorf("node got %v", app)
 	}
 	if web.GetPreStop() != nil {
@@ -49,7 +51,8 @@ func TestHookEvents(t *testing.T) {
 				Warnings: []string{`preStop hook failed: command ["x"] exited with 3: s3cret`, "something else"},
 			},
 			want: []string{
-				"Warning FailedPreStopHook PreStopHook failed", "Warning FailedPreStopHook container app: PreStopHook failed", "Warning RestartWarning something else", "Warning RestartWarning container app: something else",
+				"Warning FailedPreStopHook PreStopHook failed", "Warning FailedPreStopHook container app: PreStopHook failed",
+				"Warning RestartWarning something else", "Warning RestartWarning container app: something else",
 			},
 		},
 		{
@@ -59,7 +62,8 @@ func TestHookEvents(t *testing.T) {
 				Message: `postStart hook failed and the new container was stopped: command ["x"] exited with 3: s3cret`,
 			},
 			want: []string{
-				"Warning FailedPostStartHook PostStartHook failed", "Warning FailedPostStartHook container mesh: PostStartHook failed",
+				"Warning FailedPostStartHook PostStartHook failed",
+				"Warning FailedPostStartHook container mesh: PostStartHook failed",
 				"Warning RestartFailed container mesh: the postStart hook failed and the new container was stopped",
 			},
 		},

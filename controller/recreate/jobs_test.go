@@ -23,7 +23,8 @@ import (
 func ofJob(policy corev1.RestartPolicy) func(*corev1.Pod) {
 	return func(p *corev1.Pod) {
 		p.Labels = map[string]string{batchv1.ControllerUidLabel: "job-uid"}
-		p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "batch/v1", Kind: "Job", Name: "work", UID: "job-uid", Controller: pointer(true)}}
+		p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "batch/v1", Kind: "Job", Name: "work", UID: "job-uid",
+			Controller: pointer(true)}}
 		p.Spec.RestartPolicy = policy
 	}
 }
@@ -31,23 +32,28 @@ func ofJob(policy corev1.RestartPolicy) func(*corev1.Pod) {
 // addJob adds the Job, and one pod of it for each of restarts, which are those of its container.
 func (b *bed) addJob(limit int32, restarts ...int32) {
 	b.t.Helper()
-	job := &batchv1.Job{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "work", UID: "job-uid"}, Spec: batchv1.JobSpec{
-		BackoffLimit: &limit, Selector: &metav1.LabelSelector{MatchLabels: map[string]string{batchv1.ControllerUidLabel: "job-uid"}},
-	}}
+	job := &batchv1.Job{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "work", UID: "job-uid"},
+		Spec: batchv1.JobSpec{
+			BackoffLimit: &limit,
+			Selector:     &metav1.LabelSelector{MatchLabels: map[string]string{batchv1.ControllerUidLabel: "job-uid"}},
+		}}
 	if err := b.client.Create(context.Background(), job); err != nil {
 		b.t.Fatal(err)
 	}
 	for i, n := range restarts {
-		p := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "other-" + string(rune('a'+i)), UID: types.UID("other-" + string(rune('a'+i)))}}
+		p := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "other-" + string(rune('a'+i)),
+			UID: types.UID("other-" + string(rune('a'+i)))}}
 		ofJob(corev1.RestartPolicyOnFailure)(p)
-		p.Status = corev1.PodStatus{Phase: corev1.PodRunning, ContainerStatuses: []corev1.ContainerStatus{{Name: "app", ContainerID: "containerd://x", RestartCount: n}}}
+		p.Status = corev1.PodStatus{Phase: corev1.PodRunning,
+			ContainerStatuses: []corev1.ContainerStatus{{Name: "app", ContainerID: "containerd://x", RestartCount: n}}}
 		if err := b.client.Create(context.Background(), p); err != nil {
 			b.t.Fatal(err)
 		}
 	}
 }
 
-// What the Job controller would fail the Job for is refused: restart counts of all containers of its pods (pastBackoffLimitOnFailure).
+// What the Job controller would fail the Job for is refused: restart counts of all containers of
+// its pods (pastBackoffLimitOnFailure).
 func TestRestartsThatEndJobs(t *testing.T) {
 	const refused = "would end Job work"
 	for _, tt := range []struct {
@@ -61,21 +67,29 @@ func TestRestartsThatEndJobs(t *testing.T) {
 		want        string
 	}{
 		{name: "none is left", policy: corev1.RestartPolicyOnFailure, limit: 0, containers: []string{"app"}, want: refused},
-		{name: "the first is the last", policy: corev1.RestartPolicyOnFailure, limit: 1, containers: []string{"app"}, want: refused},
+		{name: "the first is the last", policy: corev1.RestartPolicyOnFailure, limit: 1, containers: []string{"app"},
+			want: refused},
 		{name: "one is left", policy: corev1.RestartPolicyOnFailure, limit: 2, containers: []string{"app"}},
-		{name: "one is left and two are asked for", policy: corev1.RestartPolicyOnFailure, limit: 2, containers: []string{"app", "web"}, want: refused},
-		{name: "other pods have used it up", policy: corev1.RestartPolicyOnFailure, limit: 6, others: []int32{2, 3}, containers: []string{"app"}, want: "is 6 (5 so far)"},
-		{name: "other pods have left one", policy: corev1.RestartPolicyOnFailure, limit: 6, others: []int32{2, 2}, containers: []string{"app"}},
+		{name: "one is left and two are asked for", policy: corev1.RestartPolicyOnFailure, limit: 2,
+			containers: []string{"app", "web"}, want: refused},
+		{name: "other pods have used it up", policy: corev1.RestartPolicyOnFailure, limit: 6, others: []int32{2, 3},
+			containers: []string{"app"}, want: "is 6 (5 so far)"},
+		{name: "other pods have left one", policy: corev1.RestartPolicyOnFailure, limit: 6, others: []int32{2, 2},
+			containers: []string{"app"}},
 		{name: "Never does not count restarts", policy: corev1.RestartPolicyNever, limit: 0, containers: []string{"app"}},
-		{name: "forced", policy: corev1.RestartPolicyOnFailure, limit: 0, containers: []string{"app"}, strategy: how{ForceRecreate: true}},
-		{name: "by annotation", policy: corev1.RestartPolicyOnFailure, limit: 0, containers: []string{"app"}, annotations: map[string]string{jobbudget.IgnoreAnnotation: "true"}},
-		{name: "by another annotation", policy: corev1.RestartPolicyOnFailure, limit: 0, containers: []string{"app"}, annotations: map[string]string{jobbudget.IgnoreAnnotation: "no"}, want: refused},
+		{name: "forced", policy: corev1.RestartPolicyOnFailure, limit: 0, containers: []string{"app"},
+			strategy: how{ForceRecreate: true}},
+		{name: "by annotation", policy: corev1.RestartPolicyOnFailure, limit: 0, containers: []string{"app"},
+			annotations: map[string]string{jobbudget.IgnoreAnnotation: "true"}},
+		{name: "by another annotation", policy: corev1.RestartPolicyOnFailure, limit: 0, containers: []string{"app"},
+			annotations: map[string]string{jobbudget.IgnoreAnnotation: "no"}, want: refused},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			b := newBed(t, ofJob(tt.policy))
 			b.addJob(tt.limit, tt.others...)
 			s := spec{PodName: "pod", Containers: containers(tt.containers...), Strategy: &tt.strategy}
-			err := accept.Check(context.Background(), b.client, &request{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "a", Annotations: tt.annotations}, Spec: s})
+			err := accept.Check(context.Background(), b.client,
+				&request{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "a", Annotations: tt.annotations}, Spec: s})
 			if (err != nil) != (tt.want != "") || err != nil && !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("the webhook says %v", err)
 			}
@@ -104,7 +118,8 @@ func TestJobFailsMeanwhile(t *testing.T) {
 	b.setStatus("mesh", func(s *corev1.ContainerStatus) { s.RestartCount++ }) // a crash
 	release()
 	crr := b.until("completed", retired, "a")
-	wantContains(t, "states", states(crr), "app Succeeded killed; web Failed: not recreated: a restart of container web would end Job work")
+	wantContains(t, "states", states(crr),
+		"app Succeeded killed; web Failed: not recreated: a restart of container web would end Job work")
 	if got := b.node.Commanded(); len(got) != 1 {
 		t.Errorf("the node was told to restart %v", got)
 	}
@@ -126,7 +141,8 @@ func TestJobOfTwoRequests(t *testing.T) {
 	b.wantStates(b.until("completed", retired, "a"), "app Succeeded killed")
 }
 
-// A command that was given stays given: a controller that finds the budget used up by its own restart does not fail it.
+// A command that was given stays given: a controller that finds the budget used up by its own
+// restart does not fail it.
 func TestJobAfterControllerRestart(t *testing.T) {
 	b := newBed(t, ofJob(corev1.RestartPolicyOnFailure))
 	b.addJob(2)
@@ -134,7 +150,9 @@ func TestJobAfterControllerRestart(t *testing.T) {
 	b.create("a", spec{Containers: containers("app")})
 	b.until("app is being replaced", b.phaseIs(recreating, "app"), "a")
 	crr := b.get("a")
-	crr.Status.ContainerRecreateStates = []appsv1alpha1.ContainerRecreateRequestContainerRecreateState{{Name: "app", Phase: pending}} // not written yet
+	// not written yet
+	crr.Status.ContainerRecreateStates = []appsv1alpha1.ContainerRecreateRequestContainerRecreateState{
+		{Name: "app", Phase: pending}}
 	if err := b.client.Status().Update(context.Background(), crr); err != nil {
 		t.Fatal(err)
 	}

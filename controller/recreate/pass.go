@@ -408,7 +408,7 @@ func (p *pass) complete(ctx context.Context, message string, end func(*container
 	}
 	p.r.Metrics.completed(now.Sub(p.crr.CreationTimestamp.Time), phases, len(wrong) == 0)
 	p.log.WithFields(logrus.Fields{"failed": len(wrong), "message": message}).Info("request completed")
-	return p.retire(ctx)
+	return p.cleanUp(ctx)
 }
 
 // giveUp completes a request in the middle. It cancels what the node has not begun; what is
@@ -419,9 +419,9 @@ func (p *pass) giveUp(ctx context.Context, message string) (time.Duration, error
 	})
 }
 
-// retire takes the marks of an active request off a completed one, in one patch, and deletes the
+// cleanUp takes the marks of an active request off a completed one, in one patch, and deletes the
 // request when its time has come.
-func (p *pass) retire(ctx context.Context) (time.Duration, error) {
+func (p *pass) cleanUp(ctx context.Context) (time.Duration, error) {
 	if err := p.r.release(ctx, p.crr); err != nil {
 		return 0, err
 	}

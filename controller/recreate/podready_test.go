@@ -25,7 +25,8 @@ func TestPodReadyBesideADrain(t *testing.T) {
 	r := &podready.Reconciler{Client: b.client, APIReader: b.client, Log: b.r.Log}
 	look := func(want string) {
 		t.Helper()
-		if _, err := r.Reconcile(t.Context(), reconcile.Request{NamespacedName: client.ObjectKey{Namespace: "ns", Name: "pod"}}); err != nil {
+		if _, err := r.Reconcile(t.Context(),
+			reconcile.Request{NamespacedName: client.ObjectKey{Namespace: "ns", Name: "pod"}}); err != nil {
 			t.Error(err)
 		}
 		var pod corev1.Pod

@@ -17,8 +17,10 @@ import (
 // What kstatus makes of them is in deploy's TestHealth.
 func TestTellReady(t *testing.T) {
 	now := metav1.Now()
-	state := func(phase appsv1alpha1.ContainerRecreateRequestPhase) []appsv1alpha1.ContainerRecreateRequestContainerRecreateState {
-		return []appsv1alpha1.ContainerRecreateRequestContainerRecreateState{{Name: "a", Phase: appsv1alpha1.ContainerRecreateRequestSucceeded}, {Name: "b", Phase: phase}}
+	state := func(
+		phase appsv1alpha1.ContainerRecreateRequestPhase) []appsv1alpha1.ContainerRecreateRequestContainerRecreateState {
+		return []appsv1alpha1.ContainerRecreateRequestContainerRecreateState{
+			{Name: "a", Phase: appsv1alpha1.ContainerRecreateRequestSucceeded}, {Name: "b", Phase: phase}}
 	}
 	for _, tt := range []struct {
 		name   string
@@ -26,14 +28,21 @@ func TestTellReady(t *testing.T) {
 		want   string
 	}{
 		{"taken up", appsv1alpha1.ContainerRecreateRequestStatus{}, kstatus.Reconciling},
-		{"at work", appsv1alpha1.ContainerRecreateRequestStatus{Phase: recreating, ContainerRecreateStates: state(recreating)}, kstatus.Reconciling},
-		{"at work, one has failed", appsv1alpha1.ContainerRecreateRequestStatus{Phase: recreating, ContainerRecreateStates: state(failed)}, kstatus.Reconciling},
-		{"done", appsv1alpha1.ContainerRecreateRequestStatus{Phase: completed, CompletionTime: &now, ContainerRecreateStates: state(succeeded)}, kstatus.Ready},
-		{"failed", appsv1alpha1.ContainerRecreateRequestStatus{Phase: completed, CompletionTime: &now, ContainerRecreateStates: state(failed)}, kstatus.Stalled},
+		{"at work",
+			appsv1alpha1.ContainerRecreateRequestStatus{Phase: recreating, ContainerRecreateStates: state(recreating)},
+			kstatus.Reconciling},
+		{"at work, one has failed",
+			appsv1alpha1.ContainerRecreateRequestStatus{Phase: recreating, ContainerRecreateStates: state(failed)},
+			kstatus.Reconciling},
+		{"done", appsv1alpha1.ContainerRecreateRequestStatus{Phase: completed, CompletionTime: &now,
+			ContainerRecreateStates: state(succeeded)}, kstatus.Ready},
+		{"failed", appsv1alpha1.ContainerRecreateRequestStatus{Phase: completed, CompletionTime: &now,
+			ContainerRecreateStates: state(failed)}, kstatus.Stalled},
 	} {
 		recreate.TellReady(&tt.status)
 		for _, kind := range []string{kstatus.Ready, kstatus.Reconciling, kstatus.Stalled} {
-			if c := meta.FindStatusCondition(tt.status.Conditions, kind); c == nil || meta.IsStatusConditionTrue(tt.status.Conditions, kind) != (kind == tt.want) {
+			if c := meta.FindStatusCondition(tt.status.Conditions, kind); c == nil ||
+				meta.IsStatusConditionTrue(tt.status.Conditions, kind) != (kind == tt.want) {
 				t.Errorf("%s: %s is %+v, want True only for %s", tt.name, kind, c, tt.want)
 			}
 		}

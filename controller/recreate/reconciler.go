@@ -173,7 +173,7 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	case crr.DeletionTimestamp != nil:
 		wait, err = p.finalize(ctx)
 	case crr.Status.CompletionTime != nil:
-		wait, err = p.retire(ctx)
+		wait, err = p.cleanUp(ctx)
 	default:
 		wait, err = p.advance(ctx)
 	}

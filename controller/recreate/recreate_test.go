@@ -94,7 +94,8 @@ const podUID = "pod-uid"
 func newBed(t *testing.T, change ...func(*corev1.Pod)) *bed {
 	t.Helper()
 	ca := fleet.NewCA(t)
-	b := &bed{t: t, files: ca.Issue("cri-controller"), podWake: make(chan struct{}, 1), recorder: events.NewFakeRecorder(1000)}
+	b := &bed{t: t, files: ca.Issue("cri-controller"), podWake: make(chan struct{}, 1),
+		recorder: events.NewFakeRecorder(1000)}
 	b.node = fleet.Serve(t, ca.Issue("node-1"))
 	b.node.Swapped = b.kubelet
 
@@ -108,22 +109,27 @@ func newBed(t *testing.T, change ...func(*corev1.Pod)) *bed {
 				{Name: "setup"}, {Name: "mesh", RestartPolicy: &sidecar},
 			},
 		},
-		Status: corev1.PodStatus{Phase: corev1.PodRunning, Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}}},
+		Status: corev1.PodStatus{Phase: corev1.PodRunning,
+			Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}}},
 	}
-	running := corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: metav1.NewTime(time.Now().Add(-time.Hour))}}
+	running := corev1.ContainerState{
+		Running: &corev1.ContainerStateRunning{StartedAt: metav1.NewTime(time.Now().Add(-time.Hour))}}
 	for _, name := range []string{"app", "web"} {
-		pod.Status.ContainerStatuses = append(pod.Status.ContainerStatuses, corev1.ContainerStatus{Name: name, ContainerID: "containerd://old-" + name, Ready: true, State: running})
+		pod.Status.ContainerStatuses = append(pod.Status.ContainerStatuses,
+			corev1.ContainerStatus{Name: name, ContainerID: "containerd://old-" + name, Ready: true, State: running})
 		b.node.Run(podUID, name, "old-"+name, 0)
 	}
 	pod.Status.InitContainerStatuses = []corev1.ContainerStatus{
-		{Name: "setup", ContainerID: "containerd://old-setup", State: corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{}}},
+		{Name: "setup", ContainerID: "containerd://old-setup",
+			State: corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{}}},
 		{Name: "mesh", ContainerID: "containerd://old-mesh", Ready: true, State: running},
 	}
 	b.node.Run(podUID, "mesh", "old-mesh", 0)
 	for _, f := range change {
 		f(pod)
 	}
-	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "node-1", Annotations: map[string]string{nodes.AddressAnnotation: b.node.Address}}}
+	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "node-1",
+		Annotations: map[string]string{nodes.AddressAnnotation: b.node.Address}}}
 
 	types, err := scheme.New()
 	if err != nil {
@@ -157,13 +163,16 @@ func (b *bed) start() {
 		b.writes = append(b.writes, fmt.Sprintf("%s %T", what, o))
 	}
 	counting := interceptor.NewClient(b.client.(client.WithWatch), interceptor.Funcs{
-		Patch: func(ctx context.Context, c client.WithWatch, o client.Object, p client.Patch, opts ...client.PatchOption) error {
+		Patch: func(ctx context.Context, c client.WithWatch, o client.Object, p client.Patch,
+			opts ...client.PatchOption) error {
 			wrote("patch", o)
 			return c.Patch(ctx, o, p, opts...)
 		},
-		SubResourcePatch: func(ctx context.Context, c client.Client, sub string, o client.Object, p client.Patch, opts ...client.SubResourcePatchOption) error {
+		SubResourcePatch: func(ctx context.Context, c client.Client, sub string, o client.Object, p client.Patch,
+			opts ...client.SubResourcePatchOption) error {
 			if _, ok := o.(*corev1.Pod); ok && b.denies.Load() {
-				return apierrors.NewForbidden(schema.GroupResource{Resource: "pods"}, o.GetName(), errors.New("a policy keeps pods in service"))
+				return apierrors.NewForbidden(schema.GroupResource{Resource: "pods"}, o.GetName(),
+					errors.New("a policy keeps pods in service"))
 			}
 			wrote("patch "+sub, o)
 			return c.SubResource(sub).Patch(ctx, o, p, opts...)
@@ -245,7 +254,8 @@ func (b *bed) after(d time.Duration) {
 	b.wake()
 }
 
-// stopClock lets no time pass but what after adds: how often a status is written that has only other numbers depends on how long things take.
+// stopClock lets no time pass but what after adds: how often a status is written that has only
+// other numbers depends on how long things take.
 func (b *bed) stopClock() { b.stopped.Store(time.Now().UnixNano()) }
 
 func (b *bed) create(name string, s spec) {
@@ -265,7 +275,8 @@ func (b *bed) createWith(name string, s spec, annotations map[string]string) {
 		s.Strategy = &how{}
 	}
 	crr := &request{ObjectMeta: metav1.ObjectMeta{
-		Namespace: "ns", Name: name, UID: types.UID("uid-" + name), CreationTimestamp: metav1.NewTime(b.r.Clock()), Annotations: annotations,
+		Namespace: "ns", Name: name, UID: types.UID("uid-" + name), CreationTimestamp: metav1.NewTime(b.r.Clock()),
+		Annotations: annotations,
 	}, Spec: s}
 	if err := b.client.Create(context.Background(), crr); err != nil {
 		b.t.Fatal(err)
@@ -304,7 +315,8 @@ func (b *bed) until(what string, done func(*request) bool, names ...string) *req
 	for {
 		var wait time.Duration
 		for _, name := range names {
-			result, err := b.r.Reconcile(context.Background(), reconcile.Request{NamespacedName: types.NamespacedName{Namespace: "ns", Name: name}})
+			result, err := b.r.Reconcile(context.Background(),
+				reconcile.Request{NamespacedName: types.NamespacedName{Namespace: "ns", Name: name}})
 			if err != nil {
 				b.t.Fatal(err)
 			}
@@ -389,14 +401,15 @@ func (b *bed) eventsSoFar() string {
 
 func (b *bed) phaseIs(phase appsv1alpha1.ContainerRecreateRequestPhase, container string) func(*request) bool {
 	return func(crr *request) bool {
-		return slices.ContainsFunc(crr.Status.ContainerRecreateStates, func(s appsv1alpha1.ContainerRecreateRequestContainerRecreateState) bool {
-			return s.Name == container && s.Phase == phase
-		})
+		return slices.ContainsFunc(crr.Status.ContainerRecreateStates,
+			func(s appsv1alpha1.ContainerRecreateRequestContainerRecreateState) bool {
+				return s.Name == container && s.Phase == phase
+			})
 	}
 }
 
-// restarted says that the new container of request a's app runs, as the controller knows, and that the request goes on. The states alone
-// are the same from when the old container was stopped.
+// restarted says that the new container of request a's app runs, as the controller knows, and that
+// the request goes on. The states alone are the same from when the old container was stopped.
 func (b *bed) restarted(crr *request) bool {
 	op := b.r.LastHeard("uid-a.app")
 	return op.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED && states(crr) == "app Recreating killed"
@@ -411,20 +424,24 @@ func TestRecreate(t *testing.T) {
 	if crr.Status.Phase != completed || crr.Status.Message != "" {
 		t.Errorf("phase %s, message %q", crr.Status.Phase, crr.Status.Message)
 	}
-	for label, want := range map[string]string{appsv1alpha1.PodUIDLabel: podUID, appsv1alpha1.NodeNameLabel: "node-1", appsv1alpha1.ActiveLabel: ""} {
+	for label, want := range map[string]string{appsv1alpha1.PodUIDLabel: podUID, appsv1alpha1.NodeNameLabel: "node-1",
+		appsv1alpha1.ActiveLabel: ""} {
 		if got := crr.Labels[label]; got != want {
 			t.Errorf("label %s is %q, want %q", label, got, want)
 		}
 	}
-	if c := crr.Spec.Containers[0].StatusContext; c == nil || c.ContainerID != "containerd://old-app" || c.RestartCount != 0 {
+	if c := crr.Spec.Containers[0].StatusContext; c == nil || c.ContainerID != "containerd://old-app" ||
+		c.RestartCount != 0 {
 		t.Errorf("statusContext is %+v", c)
 	}
-	if got, want := crr.Annotations[appsv1alpha1.SyncContainerStatusesAnnotation], `[{"name":"app","ready":true,"restartCount":1,"containerID":"containerd://new1"}]`; got != want {
+	if got, want := crr.Annotations[appsv1alpha1.SyncContainerStatusesAnnotation],
+		`[{"name":"app","ready":true,"restartCount":1,"containerID":"containerd://new1"}]`; got != want {
 		t.Errorf("snapshot is %s, want %s", got, want)
 	}
 	req := b.node.Requests()[0]
 	if len(b.node.Requests()) != 1 || req.GetUid() != "uid-a.app" || req.GetPod().GetUid() != podUID || req.GetForce() ||
-		req.GetContainers()[0].GetExpectedContainerId() != "containerd://old-app" || req.GetContainers()[0].GracePeriodSeconds != nil ||
+		req.GetContainers()[0].GetExpectedContainerId() != "containerd://old-app" ||
+		req.GetContainers()[0].GracePeriodSeconds != nil ||
 		req.GetRequester() != "ContainerRecreateRequest/ns/a/uid-a" {
 		t.Errorf("node got %v", b.node.Requests())
 	}
@@ -435,7 +452,8 @@ func TestRecreate(t *testing.T) {
 		t.Errorf("%d writes, want at most 4: %q", len(writes), writes)
 	}
 	told := b.eventsSoFar()
-	wantContains(t, "events", told, "Normal RestartedContainer Restarted container app in place for ContainerRecreateRequest a, it was down for 6ms")
+	wantContains(t, "events", told,
+		"Normal RestartedContainer Restarted container app in place for ContainerRecreateRequest a, it was down for 6ms")
 	if strings.Contains(told, "Warning") {
 		t.Errorf("events: %s", told)
 	}
@@ -453,10 +471,12 @@ func TestTwoContainers(t *testing.T) {
 			t.Errorf("node got %v before app had been stopped", got)
 		}
 		stop()
-		b.until("web is stopped while app is not back", func(crr *request) bool { return states(crr) == "app Recreating killed; web Recreating killed" }, "a")
+		b.until("web is stopped while app is not back",
+			func(crr *request) bool { return states(crr) == "app Recreating killed; web Recreating killed" }, "a")
 		start()
 		b.unready.Store(false)
-		b.until("both are new", func(*request) bool { return b.node.Operation("uid-a.app").GetPhase() == opsv1.Phase_PHASE_SUCCEEDED }, "a")
+		b.until("both are new",
+			func(*request) bool { return b.node.Operation("uid-a.app").GetPhase() == opsv1.Phase_PHASE_SUCCEEDED }, "a")
 		for _, name := range []string{"app", "web"} {
 			b.setStatus(name, func(s *corev1.ContainerStatus) { s.Ready = true })
 		}
@@ -479,18 +499,21 @@ func TestTwoContainers(t *testing.T) {
 	})
 	t.Run("one had ended by itself", func(t *testing.T) {
 		b := newBed(t)
-		b.node.Fail("app", &opsv1.ContainerOperation{Phase: opsv1.Phase_PHASE_FAILED, Reason: "ContainerNotRunning", Message: "container is not running"})
+		b.node.Fail("app", &opsv1.ContainerOperation{Phase: opsv1.Phase_PHASE_FAILED, Reason: "ContainerNotRunning",
+			Message: "container is not running"})
 		stop := b.node.Hold("web", opsv1.Phase_PHASE_STOPPING)
 		b.create("a", spec{Containers: containers("app", "web", "mesh")})
 		b.until("web is being stopped", b.phaseIs(recreating, "web"), "a")
 		stop() // what was found out of app is not in what comes after
-		b.wantStates(b.until("completed", isCompleted, "a"), "app Failed: container is not running; web Succeeded killed; mesh Succeeded killed")
+		b.wantStates(b.until("completed", isCompleted, "a"),
+			"app Failed: container is not running; web Succeeded killed; mesh Succeeded killed")
 	})
 	// Another controller finds out again what the one before knew.
 	t.Run("one had ended by itself, and another controller comes", func(t *testing.T) {
 		for name, end := range map[string]func(b *bed) (kubelet func()){
 			"the node knows": func(b *bed) func() {
-				b.node.Fail("app", &opsv1.ContainerOperation{Phase: opsv1.Phase_PHASE_FAILED, Reason: "ContainerNotRunning", Message: "it ended"})
+				b.node.Fail("app", &opsv1.ContainerOperation{Phase: opsv1.Phase_PHASE_FAILED, Reason: "ContainerNotRunning",
+					Message: "it ended"})
 				return func() {}
 			},
 			"the pod tells that it ended": func(b *bed) func() {
@@ -528,7 +551,8 @@ func TestTwoContainers(t *testing.T) {
 					}
 					stop()
 					crr := b.until("completed", isCompleted, "a")
-					if got := states(crr); !strings.HasPrefix(got, "app Failed") || !strings.HasSuffix(got, "web Succeeded killed; mesh Succeeded killed") {
+					if got := states(crr); !strings.HasPrefix(got, "app Failed") ||
+						!strings.HasSuffix(got, "web Succeeded killed; mesh Succeeded killed") {
 						t.Errorf("got %s", got)
 					}
 				})
@@ -538,7 +562,8 @@ func TestTwoContainers(t *testing.T) {
 	t.Run("together", func(t *testing.T) {
 		b := newBed(t)
 		release := b.node.Hold("app", opsv1.Phase_PHASE_STOPPING)
-		b.createWith("a", spec{PodName: "pod", Containers: containers("app", "web")}, map[string]string{appsv1alpha1.ParallelRecreateAnnotation: "true"})
+		b.createWith("a", spec{PodName: "pod", Containers: containers("app", "web")},
+			map[string]string{appsv1alpha1.ParallelRecreateAnnotation: "true"})
 		crr := b.until("web is done while app is not", func(crr *request) bool {
 			return b.phaseIs(succeeded, "web")(crr) && b.phaseIs(recreating, "app")(crr)
 		}, "a")
@@ -573,20 +598,23 @@ func TestTwoContainers(t *testing.T) {
 		b.create("a", spec{Containers: list, Strategy: &how{TerminationGracePeriodSeconds: pointer(int64(3))}})
 		b.until("completed", isCompleted, "a")
 		app, web := b.node.Requests()[0], b.node.Requests()[1]
-		if app.GetForce() || app.GetContainers()[0].GetGracePeriodSeconds() != 3 || !web.GetForce() || web.GetContainers()[0].GetGracePeriodSeconds() != 7 {
+		if app.GetForce() || app.GetContainers()[0].GetGracePeriodSeconds() != 3 || !web.GetForce() ||
+			web.GetContainers()[0].GetGracePeriodSeconds() != 7 {
 			t.Errorf("node got %v", b.node.Requests())
 		}
 	})
 }
 
 func TestFailure(t *testing.T) {
-	broken := &opsv1.ContainerOperation{Phase: opsv1.Phase_PHASE_FAILED, Reason: "StartFailed", Message: "starting the new container: no such file", Warnings: []string{"preStop hook failed: exit 1"}}
+	broken := &opsv1.ContainerOperation{Phase: opsv1.Phase_PHASE_FAILED, Reason: "StartFailed",
+		Message: "starting the new container: no such file", Warnings: []string{"preStop hook failed: exit 1"}}
 	t.Run("Fail leaves the rest alone", func(t *testing.T) {
 		b := newBed(t)
 		b.node.Fail("app", broken)
 		b.create("a", spec{Containers: containers("app", "web"), Strategy: &how{OrderedRecreate: true}})
 		crr := b.until("completed", isCompleted, "a")
-		b.wantStates(crr, "app Failed: starting the new container: no such file; web Failed: left alone: container app failed and failurePolicy is Fail")
+		b.wantStates(crr, "app Failed: starting the new container: no such file; web Failed: left alone: container app "+
+			"failed and failurePolicy is Fail")
 		wantContains(t, "message", crr.Status.Message, "2 of 2 containers failed: app: starting")
 		if got := b.node.Commanded(); !slices.Equal(got, []string{"app"}) {
 			t.Errorf("node got %v", got)
@@ -597,8 +625,10 @@ func TestFailure(t *testing.T) {
 	t.Run("Ignore goes on", func(t *testing.T) {
 		b := newBed(t)
 		b.node.Fail("app", broken)
-		b.create("a", spec{Containers: containers("app", "web"), Strategy: &how{OrderedRecreate: true, FailurePolicy: "Ignore"}})
-		b.wantStates(b.until("completed", isCompleted, "a"), "app Failed: starting the new container: no such file; web Succeeded killed")
+		b.create("a",
+			spec{Containers: containers("app", "web"), Strategy: &how{OrderedRecreate: true, FailurePolicy: "Ignore"}})
+		b.wantStates(b.until("completed", isCompleted, "a"),
+			"app Failed: starting the new container: no such file; web Succeeded killed")
 	})
 	t.Run("Fail cancels what waits on the node", func(t *testing.T) {
 		b := newBed(t)
@@ -611,11 +641,13 @@ func TestFailure(t *testing.T) {
 		}, "first")
 		app := b.node.Hold("app", opsv1.Phase_PHASE_STAGING)
 		b.node.Fail("app", broken)
-		b.createWith("a", spec{PodName: "pod", Containers: containers("app", "web")}, map[string]string{appsv1alpha1.ParallelRecreateAnnotation: "true"})
+		b.createWith("a", spec{PodName: "pod", Containers: containers("app", "web")},
+			map[string]string{appsv1alpha1.ParallelRecreateAnnotation: "true"})
 		b.until("both commanded", func(*request) bool { return len(b.node.Commanded()) == 3 }, "a")
 		app()
 		b.wantStates(b.until("completed", isCompleted, "a"),
-			"app Failed: starting the new container: no such file; web Failed: not recreated: an earlier container of the request failed and failurePolicy is Fail")
+			"app Failed: starting the new container: no such file; web Failed: not recreated: an earlier container of the "+
+				"request failed and failurePolicy is Fail")
 		if id := b.node.ID(podUID, "web"); id != "old-web" {
 			t.Errorf("web is %s", id)
 		}
@@ -635,8 +667,12 @@ func TestDeadline(t *testing.T) {
 		want   string
 		killed bool
 	}{
-		{"cancels what has not stopped anything", opsv1.Phase_PHASE_STAGING, "app Failed: recreating has exceeded the activeDeadlineSeconds: the container had not been stopped and was left alone", false},
-		{"is too late once it has", opsv1.Phase_PHASE_STARTING, "app Failed killed: recreating has exceeded the activeDeadlineSeconds: the container was already being stopped, the node finishes the restart", true},
+		{"cancels what has not stopped anything", opsv1.Phase_PHASE_STAGING,
+			"app Failed: recreating has exceeded the activeDeadlineSeconds: the container had not been stopped and " +
+				"was left alone", false},
+		{"is too late once it has", opsv1.Phase_PHASE_STARTING,
+			"app Failed killed: recreating has exceeded the activeDeadlineSeconds: the container was already being stopped, " +
+				"the node finishes the restart", true},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -648,7 +684,8 @@ func TestDeadline(t *testing.T) {
 				return b.node.Operation("uid-a.app").GetPhase() == tt.hold
 			}, "a")
 			b.until("the status says so", func(crr *request) bool {
-				return len(crr.Status.ContainerRecreateStates) == 1 && crr.Status.ContainerRecreateStates[0].IsKilled == tt.killed &&
+				return len(crr.Status.ContainerRecreateStates) == 1 &&
+					crr.Status.ContainerRecreateStates[0].IsKilled == tt.killed &&
 					crr.Status.ContainerRecreateStates[0].Phase == recreating
 			}, "a")
 			b.after(301 * time.Second)
@@ -669,7 +706,8 @@ func TestDeadline(t *testing.T) {
 		b.create("a", spec{Containers: containers("app"), ActiveDeadlineSeconds: pointer(int64(300))})
 		b.until("the new container runs", b.restarted, "a")
 		b.after(301 * time.Second)
-		b.wantStates(b.until("completed", isCompleted, "a"), "app Failed killed: recreating has exceeded the activeDeadlineSeconds: the new container is not ready")
+		b.wantStates(b.until("completed", isCompleted, "a"),
+			"app Failed killed: recreating has exceeded the activeDeadlineSeconds: the new container is not ready")
 	})
 	t.Run("passed before the controller saw the request", func(t *testing.T) {
 		b := newBed(t)
@@ -693,7 +731,8 @@ func TestDeleted(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.until("gone", func(crr *request) bool { return crr == nil }, "a")
-	if op := b.node.Operation("uid-a.app"); op.GetPhase() != opsv1.Phase_PHASE_CANCELLED || op.GetMessage() != "the ContainerRecreateRequest was deleted" {
+	if op := b.node.Operation("uid-a.app"); op.GetPhase() != opsv1.Phase_PHASE_CANCELLED ||
+		op.GetMessage() != "the ContainerRecreateRequest was deleted" {
 		t.Errorf("operation is %v", op)
 	}
 	if id := b.node.ID(podUID, "app"); id != "old-app" {
@@ -711,7 +750,9 @@ func TestDeletedWhileNodeIsDown(t *testing.T) {
 	if err := b.client.Delete(context.Background(), crr); err != nil {
 		t.Fatal(err)
 	}
-	if r, err := b.r.Reconcile(context.Background(), reconcile.Request{NamespacedName: client.ObjectKeyFromObject(crr)}); err != nil || r.RequeueAfter == 0 || b.get("a") == nil {
+	if r, err := b.r.Reconcile(context.Background(),
+		reconcile.Request{NamespacedName: client.ObjectKeyFromObject(crr)}); err != nil ||
+		r.RequeueAfter == 0 || b.get("a") == nil {
 		t.Fatalf("result %v, error %v, request %s; want it to wait for the node", r, err, describe(b.get("a")))
 	}
 	b.after(31 * time.Second)
@@ -723,7 +764,8 @@ func TestNodeUnreachable(t *testing.T) {
 		b := newBed(t)
 		up := b.node.Down()
 		b.create("a", spec{Containers: containers("app"), ActiveDeadlineSeconds: pointer(int64(300))})
-		crr := b.until("the message says so", func(crr *request) bool { return strings.HasPrefix(crr.Status.Message, "NodeUnreachable: ") }, "a")
+		crr := b.until("the message says so",
+			func(crr *request) bool { return strings.HasPrefix(crr.Status.Message, "NodeUnreachable: ") }, "a")
 		wantContains(t, "message", crr.Status.Message, "node node-1 does not answer at "+b.node.Address)
 		wantContains(t, "message", crr.Status.Message, "is cri-proxy running on the node")
 		b.wantStates(crr, "app Pending")
@@ -745,7 +787,8 @@ func TestNodeUnreachable(t *testing.T) {
 		b.until("noticed", func(*request) bool { return !b.r.SilentSince(b.get("a")).IsZero() }, "a")
 		b.after(time.Minute + time.Second)
 		crr := b.until("completed", retired, "a")
-		wantContains(t, "message", crr.Status.Message, "daemon has not responded for a long time: node node-1 does not answer")
+		wantContains(t, "message", crr.Status.Message,
+			"daemon has not responded for a long time: node node-1 does not answer")
 		wantContains(t, "states", states(crr), "app Failed: not recreated: node node-1 does not answer")
 	})
 	t.Run("in the middle of an operation", func(t *testing.T) {
@@ -755,7 +798,8 @@ func TestNodeUnreachable(t *testing.T) {
 		b.until("under way", b.phaseIs(recreating, "app"), "a")
 		up := b.node.Down()
 		release()
-		b.until("the message says so", func(crr *request) bool { return strings.HasPrefix(crr.Status.Message, "NodeUnreachable: ") }, "a")
+		b.until("the message says so",
+			func(crr *request) bool { return strings.HasPrefix(crr.Status.Message, "NodeUnreachable: ") }, "a")
 		b.after(2 * time.Minute)
 		up()
 		b.wantStates(b.until("completed", isCompleted, "a"), "app Succeeded killed")
@@ -784,13 +828,15 @@ func TestSecondRequest(t *testing.T) {
 			b.create("a", spec{Containers: containers("app")})
 			b.until("under way", b.phaseIs(recreating, "app"), "a")
 			b.create("b", spec{Containers: containers("app"), Strategy: &how{ForceRecreate: force}})
-			crr := b.until("the second waits", func(crr *request) bool { return len(crr.Status.ContainerRecreateStates) > 0 }, "b")
+			crr := b.until("the second waits", func(crr *request) bool { return len(crr.Status.ContainerRecreateStates) > 0 },
+				"b")
 			b.wantStates(crr, "app Pending: waits for an earlier operation on this container")
 			if crr.Status.Phase != pending {
 				t.Errorf("phase %s", crr.Status.Phase)
 			}
 			release()
-			second := b.until("both complete", func(crr *request) bool { return isCompleted(crr) && isCompleted(b.get("a")) }, "b", "a")
+			second := b.until("both complete", func(crr *request) bool { return isCompleted(crr) && isCompleted(b.get("a")) },
+				"b", "a")
 			b.wantStates(b.get("a"), "app Succeeded killed")
 			want, id := "app Succeeded", "new1"
 			if force {
@@ -823,7 +869,8 @@ func TestContainerReplacedOtherwise(t *testing.T) {
 	b.kubelet(podUID, "app", "crashed", 1)
 	up()
 	crr := b.until("completed", isCompleted, "a")
-	wantContains(t, "states", states(crr), "app Failed: container app is no longer the one the request was made for (containerd://old-app)")
+	wantContains(t, "states", states(crr),
+		"app Failed: container app is no longer the one the request was made for (containerd://old-app)")
 	if id := b.node.ID(podUID, "app"); id != "crashed" {
 		t.Errorf("container is %s, want it left alone", id)
 	}
@@ -867,7 +914,8 @@ func TestStaleCache(t *testing.T) {
 	b.until("completed", retired, "a")
 	// A reconcile that still sees the request as it was created.
 	b.r.Client = interceptor.NewClient(b.client.(client.WithWatch), interceptor.Funcs{
-		Get: func(ctx context.Context, c client.WithWatch, key client.ObjectKey, o client.Object, opts ...client.GetOption) error {
+		Get: func(ctx context.Context, c client.WithWatch, key client.ObjectKey, o client.Object,
+			opts ...client.GetOption) error {
 			if crr, ok := o.(*request); ok {
 				before.DeepCopyInto(crr)
 				return nil
@@ -875,7 +923,8 @@ func TestStaleCache(t *testing.T) {
 			return c.Get(ctx, key, o, opts...)
 		},
 	})
-	result, err := b.r.Reconcile(context.Background(), reconcile.Request{NamespacedName: types.NamespacedName{Namespace: "ns", Name: "a"}})
+	result, err := b.r.Reconcile(context.Background(),
+		reconcile.Request{NamespacedName: types.NamespacedName{Namespace: "ns", Name: "a"}})
 	if err != nil || result.RequeueAfter != 200*time.Millisecond {
 		t.Errorf("result %v, error %v", result, err)
 	}
@@ -902,7 +951,8 @@ func TestDrain(t *testing.T) {
 	gate := func(p *corev1.Pod) {
 		p.Spec.ReadinessGates = []corev1.PodReadinessGate{{ConditionType: appsv1alpha1.KruisePodReadyConditionType}}
 		p.Status.Conditions = append(p.Status.Conditions, corev1.PodCondition{
-			Type: appsv1alpha1.KruisePodReadyConditionType, Status: corev1.ConditionFalse, Message: `[{"userAgent":"Other","key":"x"}]`,
+			Type: appsv1alpha1.KruisePodReadyConditionType, Status: corev1.ConditionFalse,
+			Message: `[{"userAgent":"Other","key":"x"}]`,
 		})
 	}
 	conditions := func(b *bed) (gate, ready *corev1.PodCondition) {
@@ -918,11 +968,13 @@ func TestDrain(t *testing.T) {
 		b.create("a", spec{Containers: containers("app"), Strategy: &how{UnreadyGracePeriodSeconds: pointer(int64(30))}})
 		crr := b.until("draining", func(crr *request) bool { return crr.Status.Phase == recreating }, "a")
 		b.wantStates(crr, "app Pending")
-		if !slices.Contains(crr.Finalizers, appsv1alpha1.UnreadyAcquiredFinalizer) || crr.Annotations[appsv1alpha1.UnreadyAcquiredAnnotation] == "" {
+		if !slices.Contains(crr.Finalizers, appsv1alpha1.UnreadyAcquiredFinalizer) ||
+			crr.Annotations[appsv1alpha1.UnreadyAcquiredAnnotation] == "" {
 			t.Errorf("finalizers %v, annotations %v", crr.Finalizers, crr.Annotations)
 		}
 		c, ready := conditions(b)
-		if want := `[{"userAgent":"Other","key":"x"},{"userAgent":"ContainerRecreateRequest","key":"ns/a"}]`; c.Status != corev1.ConditionFalse || c.Message != want {
+		const want = `[{"userAgent":"Other","key":"x"},{"userAgent":"ContainerRecreateRequest","key":"ns/a"}]`
+		if c.Status != corev1.ConditionFalse || c.Message != want {
 			t.Errorf("condition %+v, want message %s", c, want)
 		}
 		if ready.Status != corev1.ConditionFalse {
@@ -938,7 +990,8 @@ func TestDrain(t *testing.T) {
 		if c, _ := conditions(b); c.Status != corev1.ConditionFalse || c.Message != `[{"userAgent":"Other","key":"x"}]` {
 			t.Errorf("condition %+v, want only the other's key", c)
 		}
-		// One of the status for each state that is seen on the way (Pending, Recreating, killed, Succeeded), the rest once each.
+		// One of the status for each state that is seen on the way (Pending, Recreating, killed,
+		// Succeeded), the rest once each.
 		if len(b.writes) > 9 {
 			t.Errorf("%d writes, want at most 9: %q", len(b.writes), b.writes)
 		}
@@ -994,20 +1047,27 @@ func TestRefused(t *testing.T) {
 		{"no such container", nil, "", "nope", "pod pod has no container nope; it has app, web, mesh"},
 		{"plain init container", nil, "", "setup", "container setup is an init container that runs to its end"},
 		{"ephemeral container", func(p *corev1.Pod) {
-			p.Spec.EphemeralContainers = []corev1.EphemeralContainer{{EphemeralContainerCommon: corev1.EphemeralContainerCommon{Name: "debug"}}}
+			p.Spec.EphemeralContainers = []corev1.EphemeralContainer{
+				{EphemeralContainerCommon: corev1.EphemeralContainerCommon{Name: "debug"}}}
 		}, "", "debug", "container debug is an ephemeral container"},
 		{"not started", func(p *corev1.Pod) {
-			p.Status.ContainerStatuses[0] = corev1.ContainerStatus{Name: "app", State: corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "ContainerCreating"}}}
+			p.Status.ContainerStatuses[0] = corev1.ContainerStatus{Name: "app",
+				State: corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "ContainerCreating"}}}
 		}, "", "app", "container app has not been started yet (ContainerCreating)"},
-		{"not scheduled", func(p *corev1.Pod) { p.Spec.NodeName, p.Status.Phase = "", corev1.PodPending }, "", "app", "pod ns/pod is not on a node yet"},
-		{"ended", func(p *corev1.Pod) { p.Status.Phase = corev1.PodSucceeded }, "", "app", "pod ns/pod has ended (phase Succeeded)"},
+		{"not scheduled", func(p *corev1.Pod) { p.Spec.NodeName, p.Status.Phase = "", corev1.PodPending }, "", "app",
+			"pod ns/pod is not on a node yet"},
+		{"ended", func(p *corev1.Pod) { p.Status.Phase = corev1.PodSucceeded }, "", "app",
+			"pod ns/pod has ended (phase Succeeded)"},
 		{"going away", func(p *corev1.Pod) {
 			p.DeletionTimestamp, p.Finalizers = pointer(metav1.Now()), []string{"test/hold"}
 		}, "", "app", "pod ns/pod is being deleted"},
-		{"no node", func(p *corev1.Pod) { p.Spec.NodeName = "node-2" }, "", "app", "node node-2 of pod ns/pod does not exist"},
+		{"no node", func(p *corev1.Pod) { p.Spec.NodeName = "node-2" }, "", "app",
+			"node node-2 of pod ns/pod does not exist"},
 		{"postStart that cannot be run", func(p *corev1.Pod) {
-			p.Spec.Containers[0].Lifecycle = &corev1.Lifecycle{PostStart: &corev1.LifecycleHandler{TCPSocket: &corev1.TCPSocketAction{}}}
-		}, "", "app", "container app has a postStart handler that kubelet would stop the new container for (tcpSocket is not a handler kubelet runs)"},
+			p.Spec.Containers[0].Lifecycle = &corev1.Lifecycle{
+				PostStart: &corev1.LifecycleHandler{TCPSocket: &corev1.TCPSocketAction{}}}
+		}, "", "app", "container app has a postStart handler that kubelet would stop the new container for (tcpSocket is " +
+			"not a handler kubelet runs)"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -1100,17 +1160,19 @@ func TestMinStartedSeconds(t *testing.T) {
 	b.wantStates(b.until("completed", isCompleted, "a"), "app Succeeded killed")
 }
 
-// TestStartFirst asks for the new container to run before the old one is stopped. The node waits for
-// minStartedSeconds then, and the controller does not wait again.
+// TestStartFirst asks for the new container to run before the old one is stopped. The node waits
+// for minStartedSeconds then, and the controller does not wait again.
 func TestStartFirst(t *testing.T) {
 	create := func(b *bed, order string, s how) *request {
-		b.createWith("a", spec{PodName: "pod", Containers: containers("app"), Strategy: &s}, map[string]string{"cri-proxy.io/restart-order": order})
+		b.createWith("a", spec{PodName: "pod", Containers: containers("app"), Strategy: &s},
+			map[string]string{"cri-proxy.io/restart-order": order})
 		return b.until("completed", retired, "a")
 	}
 	t.Run("StartFirst", func(t *testing.T) {
 		b := newBed(t)
 		b.wantStates(create(b, "StartFirst", how{MinStartedSeconds: 3600}), "app Succeeded killed")
-		if got := b.node.Requests()[0].GetContainers()[0]; got.GetOrder() != opsv1.Order_ORDER_START_FIRST || got.GetMinReadySeconds() != 3600 {
+		if got := b.node.Requests()[0].GetContainers()[0]; got.GetOrder() != opsv1.Order_ORDER_START_FIRST ||
+			got.GetMinReadySeconds() != 3600 {
 			t.Errorf("node got %v", got)
 		}
 		wantContains(t, "events", b.eventsSoFar(), "the old one was stopped after the new one had started")
@@ -1118,7 +1180,8 @@ func TestStartFirst(t *testing.T) {
 	t.Run("a container that kubelet started after it has to run as long itself", func(t *testing.T) {
 		b := newBed(t)
 		release := b.node.Hold("app", opsv1.Phase_PHASE_STOPPING)
-		b.createWith("a", spec{PodName: "pod", Containers: containers("app"), Strategy: &how{MinStartedSeconds: 300}}, map[string]string{"cri-proxy.io/restart-order": "StartFirst"})
+		b.createWith("a", spec{PodName: "pod", Containers: containers("app"), Strategy: &how{MinStartedSeconds: 300}},
+			map[string]string{"cri-proxy.io/restart-order": "StartFirst"})
 		b.until("under way", b.phaseIs(recreating, "app"), "a")
 		b.node.Swapped = func(uid, name, _ string, attempt int32) { b.kubelet(uid, name, "later", attempt+1) }
 		release()
@@ -1129,7 +1192,8 @@ func TestStartFirst(t *testing.T) {
 	t.Run("StopFirst", func(t *testing.T) {
 		b := newBed(t)
 		b.wantStates(create(b, "StopFirst", how{}), "app Succeeded killed")
-		if got := b.node.Requests()[0].GetContainers()[0]; got.GetOrder() != opsv1.Order_ORDER_UNSPECIFIED || got.GetMinReadySeconds() != 0 {
+		if got := b.node.Requests()[0].GetContainers()[0]; got.GetOrder() != opsv1.Order_ORDER_UNSPECIFIED ||
+			got.GetMinReadySeconds() != 0 {
 			t.Errorf("node got %v", got)
 		}
 	})
@@ -1149,7 +1213,8 @@ func TestStartFirst(t *testing.T) {
 		t.Run(fmt.Sprintf("refused: %q", order), func(t *testing.T) {
 			b := newBed(t)
 			crr := create(b, order, how{})
-			wantContains(t, "message", crr.Status.Message, fmt.Sprintf("annotation cri-proxy.io/restart-order is %q: it must be StopFirst or StartFirst, or left out", order))
+			wantContains(t, "message", crr.Status.Message,
+				fmt.Sprintf("annotation cri-proxy.io/restart-order is %q: it must be StopFirst or StartFirst, or left out", order))
 			if len(b.node.Requests()) != 0 {
 				t.Errorf("node got %v", b.node.Commanded())
 			}
@@ -1158,7 +1223,8 @@ func TestStartFirst(t *testing.T) {
 	t.Run("refused: minStartedSeconds that no node takes", func(t *testing.T) {
 		b := newBed(t)
 		crr := create(b, "StartFirst", how{MinStartedSeconds: 3601})
-		wantContains(t, "message", crr.Status.Message, "container app: minStartedSeconds is 3601, and at most 3600 with annotation cri-proxy.io/restart-order: StartFirst")
+		wantContains(t, "message", crr.Status.Message,
+			"container app: minStartedSeconds is 3601, and at most 3600 with annotation cri-proxy.io/restart-order: StartFirst")
 	})
 }
 
@@ -1170,7 +1236,8 @@ func TestNewContainerEnds(t *testing.T) {
 	b.setStatus("app", func(s *corev1.ContainerStatus) {
 		s.State = corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ExitCode: 3, Reason: "Error"}}
 	})
-	b.wantStates(b.until("completed", isCompleted, "a"), "app Failed killed: the new container ended (exit code 3, Error) and its restartPolicy does not start it again")
+	b.wantStates(b.until("completed", isCompleted, "a"),
+		"app Failed killed: the new container ended (exit code 3, Error) and its restartPolicy does not start it again")
 }
 
 func TestStaticPod(t *testing.T) {

@@ -15,7 +15,8 @@ import (
 
 func TestPodChanges(t *testing.T) {
 	pod := func(change func(*corev1.Pod)) *corev1.Pod {
-		p := &corev1.Pod{Status: corev1.PodStatus{Phase: corev1.PodRunning, ContainerStatuses: []corev1.ContainerStatus{{Name: "app", ContainerID: "a"}}}}
+		p := &corev1.Pod{Status: corev1.PodStatus{Phase: corev1.PodRunning,
+			ContainerStatuses: []corev1.ContainerStatus{{Name: "app", ContainerID: "a"}}}}
 		change(p)
 		return p
 	}
@@ -49,7 +50,8 @@ func TestRequestsOfPod(t *testing.T) {
 	b.until("completed", retired, "a")
 	b.create("b", spec{Containers: containers("app")})
 	b.createFor("c", spec{PodName: "other", Containers: containers("app")})
-	got := recreate.RequestsOfPod(b.r, t.Context(), &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "pod"}})
+	got := recreate.RequestsOfPod(b.r, t.Context(),
+		&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "pod"}})
 	if len(got) != 1 || got[0].Name != "b" {
 		t.Errorf("got %v, want only b: a is completed, c is for another pod", got)
 	}

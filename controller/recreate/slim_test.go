@@ -51,12 +51,14 @@ func TestSlimPod(t *testing.T) {
 		},
 		Status: corev1.PodStatus{
 			Phase: corev1.PodRunning, PodIP: "192.0.2.7",
-			ContainerStatuses: []corev1.ContainerStatus{{Name: "app", ContainerID: "containerd://x", RestartCount: 3, Image: "i", ImageID: "id"}},
+			ContainerStatuses: []corev1.ContainerStatus{{Name: "app", ContainerID: "containerd://x", RestartCount: 3,
+				Image: "i", ImageID: "id"}},
 		},
 	}
-	crr := &appsv1alpha1.ContainerRecreateRequest{ObjectMeta: metav1.ObjectMeta{Namespace: "ns"}, Spec: appsv1alpha1.ContainerRecreateRequestSpec{
-		PodName: "pod", Containers: []appsv1alpha1.ContainerRecreateRequestContainer{{Name: "app"}},
-	}}
+	crr := &appsv1alpha1.ContainerRecreateRequest{ObjectMeta: metav1.ObjectMeta{Namespace: "ns"},
+		Spec: appsv1alpha1.ContainerRecreateRequestSpec{
+			PodName: "pod", Containers: []appsv1alpha1.ContainerRecreateRequestContainer{{Name: "app"}},
+		}}
 	unmanaged := whole.DeepCopy()
 	unmanaged.ManagedFields = nil // those above are none that the fake API server takes
 	r := &Reconciler{APIReader: fake.NewClientBuilder().WithObjects(unmanaged).Build()}
@@ -65,12 +67,14 @@ func TestSlimPod(t *testing.T) {
 		unmanaged.ManagedFields = nil
 		from := fake.NewClientBuilder().WithObjects(unmanaged, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n"}}).Build()
 		a, _, err := accept.Read(t.Context(), from, from, crr)
-		if err != nil || a.PodUID != "u" || a.NodeName != "n" || a.Containers["app"].ContainerID != "containerd://x" || a.Containers["app"].RestartCount != 3 {
+		if err != nil || a.PodUID != "u" || a.NodeName != "n" || a.Containers["app"].ContainerID != "containerd://x" ||
+			a.Containers["app"].RestartCount != 3 {
 			t.Fatalf("accepted %+v, error %v", a, err)
 		}
 		n := &commander{request: &request{r: r, crr: crr, accepted: a, pod: pod}}
 		n.gather()
-		if r, err := n.restartRequest(t.Context(), n.containers[0]); err != nil || r.GetPod().GetUid() != "m" || r.GetContainers()[0].GetPreStop().GetSleep().GetSeconds() != 1 {
+		if r, err := n.restartRequest(t.Context(), n.containers[0]); err != nil || r.GetPod().GetUid() != "m" ||
+			r.GetContainers()[0].GetPreStop().GetSleep().GetSeconds() != 1 {
 			t.Errorf("request %v, error %v", r, err)
 		}
 	}

@@ -12,7 +12,8 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// A request waits for the startupProbe of the new container, which kubelet takes for started at first.
+// A request waits for the startupProbe of the new container, which kubelet takes for started at
+// first.
 func TestRecreateWaitsForStartupProbe(t *testing.T) {
 	for _, tt := range []struct {
 		version string
@@ -44,7 +45,8 @@ func TestRecreateWaitsForStartupProbe(t *testing.T) {
 			}
 			b.until("it waits", waits, "a")
 			b.stopClock()
-			if hold := b.node.Requests()[0].GetContainers()[0].GetHoldProbes(); tt.carried != (hold.AsDuration() == 14*time.Second) || !tt.carried && hold != nil {
+			hold := b.node.Requests()[0].GetContainers()[0].GetHoldProbes()
+			if tt.carried != (hold.AsDuration() == 14*time.Second) || !tt.carried && hold != nil {
 				t.Errorf("probes are held for %s", hold)
 			}
 			// The startup worker's first look.
@@ -57,7 +59,8 @@ func TestRecreateWaitsForStartupProbe(t *testing.T) {
 	}
 }
 
-// What kubelet has carried over is believed when its startup worker must have looked: then it is the probe's.
+// What kubelet has carried over is believed when its startup worker must have looked: then it is
+// the probe's.
 func TestRecreateBelievesInTheEnd(t *testing.T) {
 	yes := true
 	b := newBed(t, func(p *corev1.Pod) {

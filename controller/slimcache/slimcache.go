@@ -75,7 +75,8 @@ func slimPod(in any) (any, error) {
 		}
 		return slim
 	}
-	slim.Status.Phase, slim.Status.Conditions, slim.Status.PodIP = pod.Status.Phase, pod.Status.Conditions, pod.Status.PodIP
+	slim.Status.Phase, slim.Status.Conditions, slim.Status.PodIP = pod.Status.Phase,
+		pod.Status.Conditions, pod.Status.PodIP
 	slim.Status.ContainerStatuses = statuses(pod.Status.ContainerStatuses)
 	slim.Status.InitContainerStatuses = statuses(pod.Status.InitContainerStatuses)
 	return slim, nil

@@ -51,14 +51,17 @@ func TestPod(t *testing.T) {
 		},
 		Status: corev1.PodStatus{
 			Phase: corev1.PodRunning, PodIP: "192.0.2.7",
-			ContainerStatuses: []corev1.ContainerStatus{{Name: "app", ContainerID: "containerd://x", RestartCount: 3, Image: "i", ImageID: "id"}},
+			ContainerStatuses: []corev1.ContainerStatus{{Name: "app", ContainerID: "containerd://x", RestartCount: 3,
+				Image: "i", ImageID: "id"}},
 		},
 	}
 	slim := transform(t, whole).(*corev1.Pod)
-	if slim.Spec.Containers[0].Env != nil || slim.Spec.Volumes != nil || slim.ManagedFields != nil || len(slim.Annotations) != 1 {
+	if slim.Spec.Containers[0].Env != nil || slim.Spec.Volumes != nil || slim.ManagedFields != nil ||
+		len(slim.Annotations) != 1 {
 		t.Errorf("kept too much: %+v", slim)
 	}
-	if !pods.HasReadyGate(slim) || slim.Status.PodIP != "192.0.2.7" || slim.ResourceVersion != "7" || slim.Annotations[corev1.MirrorPodAnnotationKey] != "m" {
+	if !pods.HasReadyGate(slim) || slim.Status.PodIP != "192.0.2.7" || slim.ResourceVersion != "7" ||
+		slim.Annotations[corev1.MirrorPodAnnotationKey] != "m" {
 		t.Errorf("kept too little: %+v", slim)
 	}
 }
@@ -69,10 +72,12 @@ func TestKeepsWhatChooses(t *testing.T) {
 	node := transform(t, &corev1.Node{
 		ObjectMeta: metav1.ObjectMeta{Name: "n", Labels: labels},
 		Status: corev1.NodeStatus{Conditions: []corev1.NodeCondition{
-			{Type: corev1.NodeDiskPressure}, {Type: corev1.NodeReady, Status: corev1.ConditionTrue, LastHeartbeatTime: metav1.Now()},
+			{Type: corev1.NodeDiskPressure},
+			{Type: corev1.NodeReady, Status: corev1.ConditionTrue, LastHeartbeatTime: metav1.Now()},
 		}},
 	}).(*corev1.Node)
-	if node.Labels["a"] != "b" || len(node.Status.Conditions) != 1 || node.Status.Conditions[0].Status != corev1.ConditionTrue || !node.Status.Conditions[0].LastHeartbeatTime.IsZero() {
+	if node.Labels["a"] != "b" || len(node.Status.Conditions) != 1 ||
+		node.Status.Conditions[0].Status != corev1.ConditionTrue || !node.Status.Conditions[0].LastHeartbeatTime.IsZero() {
 		t.Errorf("node %+v", node)
 	}
 	chosen := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Labels: labels}, Spec: corev1.PodSpec{NodeName: "n"}}

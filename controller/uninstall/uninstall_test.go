@@ -34,8 +34,10 @@ func cluster(t *testing.T, objects ...client.Object) (*departure, *bytes.Buffer)
 	log := logrus.New()
 	log.SetOutput(io.Discard)
 	var out bytes.Buffer
-	c := fake.NewClientBuilder().WithScheme(types).WithObjects(objects...).WithStatusSubresource(&corev1.Pod{}).WithRESTMapper(testrestmapper.TestOnlyStaticRESTMapper(types)).
-		WithIndex(&appsv1.DaemonSet{}, "metadata.name", func(o client.Object) []string { return []string{o.GetName()} }).Build()
+	c := fake.NewClientBuilder().WithScheme(types).WithObjects(objects...).WithStatusSubresource(&corev1.Pod{}).
+		WithRESTMapper(testrestmapper.TestOnlyStaticRESTMapper(types)).
+		WithIndex(&appsv1.DaemonSet{}, "metadata.name", func(o client.Object) []string { return []string{o.GetName()} }).
+		Build()
 	return &departure{client: c, namespace: "cri-proxy-system", lease: "cri-controller", log: log, out: &out}, &out
 }
 
@@ -43,7 +45,8 @@ func cluster(t *testing.T, objects ...client.Object) (*departure, *bytes.Buffer)
 func TestUninstallStops(t *testing.T) {
 	labels := map[string]string{"app": "x"}
 	d, _ := cluster(t,
-		&appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Namespace: "cri-proxy-system", Name: "cri-controller"}, Spec: appsv1.DeploymentSpec{Replicas: new(int32(2)), Selector: &metav1.LabelSelector{MatchLabels: labels}}},
+		&appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Namespace: "cri-proxy-system", Name: "cri-controller"},
+			Spec: appsv1.DeploymentSpec{Replicas: new(int32(2)), Selector: &metav1.LabelSelector{MatchLabels: labels}}},
 		&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "cri-proxy-system", Name: "cri-controller-1", Labels: labels}},
 	)
 	done := make(chan error, 1)
@@ -60,14 +63,17 @@ func TestUninstallStops(t *testing.T) {
 		t.Fatal(err)
 	}
 	var got appsv1.Deployment
-	if err := d.client.Get(t.Context(), client.ObjectKey{Namespace: "cri-proxy-system", Name: "cri-controller"}, &got); err != nil || *got.Spec.Replicas != 0 {
+	if err := d.client.Get(t.Context(), client.ObjectKey{Namespace: "cri-proxy-system", Name: "cri-controller"},
+		&got); err != nil || *got.Spec.Replicas != 0 {
 		t.Errorf("%v, %d replicas", err, *got.Spec.Replicas)
 	}
 }
 
 func TestUninstallBesideAnother(t *testing.T) {
 	now := metav1.NewMicroTime(time.Now())
-	lease := &coordinationv1.Lease{ObjectMeta: metav1.ObjectMeta{Namespace: "cri-proxy-system", Name: "cri-controller"}, Spec: coordinationv1.LeaseSpec{HolderIdentity: new("somebody"), RenewTime: &now, LeaseDurationSeconds: new(int32(15))}}
+	lease := &coordinationv1.Lease{ObjectMeta: metav1.ObjectMeta{Namespace: "cri-proxy-system", Name: "cri-controller"},
+		Spec: coordinationv1.LeaseSpec{HolderIdentity: new("somebody"), RenewTime: &now,
+			LeaseDurationSeconds: new(int32(15))}}
 	d, _ := cluster(t, lease)
 	if err := d.stop(t.Context()); err == nil || !strings.Contains(err.Error(), "somebody holds the Lease") {
 		t.Errorf("%v, want a refusal while another controller works", err)
@@ -82,8 +88,10 @@ func TestUninstallBesideAnother(t *testing.T) {
 func TestUninstallCleans(t *testing.T) {
 	gate := func(name string, conditions ...corev1.PodCondition) *corev1.Pod {
 		return &corev1.Pod{
-			ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name}, Status: corev1.PodStatus{Phase: corev1.PodRunning, Conditions: conditions},
-			Spec: corev1.PodSpec{ReadinessGates: []corev1.PodReadinessGate{{ConditionType: inplace.ReadyGate}}, Containers: []corev1.Container{{Name: "app"}}},
+			ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name},
+			Status:     corev1.PodStatus{Phase: corev1.PodRunning, Conditions: conditions},
+			Spec: corev1.PodSpec{ReadinessGates: []corev1.PodReadinessGate{{ConditionType: inplace.ReadyGate}},
+				Containers: []corev1.Container{{Name: "app"}}},
 		}
 	}
 	template := corev1.PodTemplateSpec{Spec: gate("").Spec}
@@ -93,21 +101,30 @@ func TestUninstallCleans(t *testing.T) {
 		return p
 	}
 	kruiseShut := func(message string) corev1.PodCondition {
-		return corev1.PodCondition{Type: appsv1alpha1.KruisePodReadyConditionType, Status: corev1.ConditionFalse, Message: message}
+		return corev1.PodCondition{Type: appsv1alpha1.KruisePodReadyConditionType, Status: corev1.ConditionFalse,
+			Message: message}
 	}
 	kruiseTemplate := corev1.PodTemplateSpec{Spec: kruises("").Spec}
 	d, out := cluster(t,
-		gate("shut", corev1.PodCondition{Type: inplace.ReadyGate, Status: corev1.ConditionFalse, Reason: "InPlaceRollout", Message: "uid x"}),
+		gate("shut", corev1.PodCondition{Type: inplace.ReadyGate, Status: corev1.ConditionFalse,
+			Reason: "InPlaceRollout", Message: "uid x"}),
 		gate("new"),
 		kruises("kruises-new"), // made when no controller was there
 		kruises("kruises-orphan", kruiseShut(`[{"userAgent":"ContainerRecreateRequest","key":"ns/gone"}]`)),
 		kruises("kruises-other", kruiseShut(`[{"userAgent":"Lifecycle","key":"x"}]`)),
-		&appsv1.StatefulSet{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "kruises"}, Spec: appsv1.StatefulSetSpec{Template: kruiseTemplate}},
+		&appsv1.StatefulSet{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "kruises"},
+			Spec: appsv1.StatefulSetSpec{Template: kruiseTemplate}},
 		gate("by-hand", corev1.PodCondition{Type: inplace.ReadyGate, Status: corev1.ConditionFalse, Reason: "ByHand"}),
-		&inplace.InPlaceRollout{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "r", Finalizers: []string{inplace.RolloutFinalizer, "other/hold"}}, Spec: inplace.InPlaceRolloutSpec{Target: inplace.Target{PodName: "shut"}}},
-		&appsv1alpha1.ImagePullJob{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "j", Finalizers: []string{v1beta1.PullFinalizer, v1beta1.DeletionProtectionFinalizer}}},
-		&appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "paused", Annotations: map[string]string{inplace.PausedByAnnotation: "uid-gone"}}, Spec: appsv1.DeploymentSpec{Paused: true, Template: template}},
-		&appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "paused-by-user"}, Spec: appsv1.DeploymentSpec{Paused: true}},
+		&inplace.InPlaceRollout{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "r",
+			Finalizers: []string{inplace.RolloutFinalizer, "other/hold"}},
+			Spec: inplace.InPlaceRolloutSpec{Target: inplace.Target{PodName: "shut"}}},
+		&appsv1alpha1.ImagePullJob{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "j",
+			Finalizers: []string{v1beta1.PullFinalizer, v1beta1.DeletionProtectionFinalizer}}},
+		&appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "paused",
+			Annotations: map[string]string{inplace.PausedByAnnotation: "uid-gone"}},
+			Spec: appsv1.DeploymentSpec{Paused: true, Template: template}},
+		&appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "paused-by-user"},
+			Spec: appsv1.DeploymentSpec{Paused: true}},
 	)
 	if err := d.clean(t.Context()); err != nil {
 		t.Fatal(err)
@@ -118,7 +135,8 @@ func TestUninstallCleans(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for name, want := range map[string]corev1.ConditionStatus{"shut": corev1.ConditionTrue, "new": corev1.ConditionTrue, "by-hand": corev1.ConditionFalse,
+	for name, want := range map[string]corev1.ConditionStatus{"shut": corev1.ConditionTrue, "new": corev1.ConditionTrue,
+		"by-hand":     corev1.ConditionFalse,
 		"kruises-new": corev1.ConditionTrue, "kruises-orphan": corev1.ConditionTrue, "kruises-other": corev1.ConditionFalse} {
 		var p corev1.Pod
 		get(name, &p)
@@ -140,8 +158,11 @@ func TestUninstallCleans(t *testing.T) {
 			t.Errorf("Deployment %s: paused %v, %v", name, got.Spec.Paused, got.Annotations)
 		}
 	}
-	for _, want := range []string{"1 Deployments go on", "2 pods are in service again", "1 InPlaceRollouts had a finalizer", "WARNING: Deployment ns/paused has the readiness gate cri-proxy.io/in-place-ready",
-		"2 pods are in service again that waited at the gate KruisePodReady", "WARNING: StatefulSet ns/kruises has the readiness gate KruisePodReady"} {
+	for _, want := range []string{"1 Deployments go on", "2 pods are in service again",
+		"1 InPlaceRollouts had a finalizer",
+		"WARNING: Deployment ns/paused has the readiness gate cri-proxy.io/in-place-ready",
+		"2 pods are in service again that waited at the gate KruisePodReady",
+		"WARNING: StatefulSet ns/kruises has the readiness gate KruisePodReady"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("output lacks %q:\n%s", want, out)
 		}
@@ -152,16 +173,19 @@ func TestUninstallCleans(t *testing.T) {
 func TestUninstallBesideOpenKruise(t *testing.T) {
 	pod := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "new"}, Status: corev1.PodStatus{Phase: corev1.PodRunning},
-		Spec: corev1.PodSpec{ReadinessGates: []corev1.PodReadinessGate{{ConditionType: appsv1alpha1.KruisePodReadyConditionType}}},
+		Spec: corev1.PodSpec{
+			ReadinessGates: []corev1.PodReadinessGate{{ConditionType: appsv1alpha1.KruisePodReadyConditionType}}},
 	}
 	d, out := cluster(t, pod,
 		&appsv1.DaemonSet{ObjectMeta: metav1.ObjectMeta{Namespace: "kruise-system", Name: "kruise-daemon"}},
-		&appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "web"}, Spec: appsv1.DeploymentSpec{Template: corev1.PodTemplateSpec{Spec: pod.Spec}}},
+		&appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "web"},
+			Spec: appsv1.DeploymentSpec{Template: corev1.PodTemplateSpec{Spec: pod.Spec}}},
 	)
 	if err := d.clean(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if err := d.client.Get(t.Context(), client.ObjectKeyFromObject(pod), pod); err != nil || len(pod.Status.Conditions) != 0 || strings.Contains(out.String(), "KruisePodReady") {
+	if err := d.client.Get(t.Context(), client.ObjectKeyFromObject(pod), pod); err != nil ||
+		len(pod.Status.Conditions) != 0 || strings.Contains(out.String(), "KruisePodReady") {
 		t.Errorf("%v, conditions %+v, output\n%s", err, pod.Status.Conditions, out)
 	}
 }

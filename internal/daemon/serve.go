@@ -202,7 +202,7 @@ func (d *daemon) startServers(ctx context.Context) error {
 // stopServers ends what startServers has begun.
 func (d *daemon) stopServers(hard context.Context, grace time.Duration) {
 	if d.handover != nil {
-		_ = d.takeover.Close()
+		_ = d.handover.Close()
 		d.handover = nil
 	}
 	d.stopEnrolling()

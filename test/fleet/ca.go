@@ -1,7 +1,8 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package fleet has a node for tests: it takes commands as cri-proxy does, and has no containers but IDs.
+// Package fleet has a node for tests: it takes commands as cri-proxy does, and has no containers
+// but IDs.
 package fleet
 
 import (

@@ -38,8 +38,8 @@ type Node struct {
 	ended   chan struct{}
 	runs    sync.WaitGroup
 
-	// Swapped is called when the node has replaced a container, before the operation says so. It is set
-	// before the first command.
+	// Swapped is called when the node has replaced a container, before the operation says so. It is
+	// set before the first command.
 	Swapped func(podUID, container, id string, attempt int32)
 
 	mu       sync.Mutex
@@ -102,8 +102,8 @@ func (n *Node) Hold(container string, at opsv1.Phase) (release func()) {
 	return sync.OnceFunc(func() { close(gate) })
 }
 
-// Fail makes operations on the container end with the given account. An account without a phase only adds
-// its warnings.
+// Fail makes operations on the container end with the given account. An account without a phase
+// only adds its warnings.
 func (n *Node) Fail(container string, account *opsv1.ContainerOperation) {
 	n.mu.Lock()
 	defer n.mu.Unlock()

@@ -81,7 +81,8 @@ func (r *Refusal) State(name string) appsv1alpha1.ContainerRecreateRequestContai
 	if message == "" {
 		message = "not recreated: " + r.Error()
 	}
-	return appsv1alpha1.ContainerRecreateRequestContainerRecreateState{Name: name, Phase: appsv1alpha1.ContainerRecreateRequestFailed, Message: message}
+	return appsv1alpha1.ContainerRecreateRequestContainerRecreateState{Name: name,
+		Phase: appsv1alpha1.ContainerRecreateRequestFailed, Message: message}
 }
 
 // accept checks what only the cluster knows, and pins the pod, the node and the containers. pod and
