@@ -25,7 +25,7 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/imagepull/spec"
 	"github.com/cri-proxy/cri-proxy/controller/recreate/accept"
-	"github.com/cri-proxy/cri-proxy/controller/rollout"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/check"
 )
 
 // Paths of the webhooks, as the webhook configurations in deploy name them. Image jobs come as
@@ -211,7 +211,7 @@ func (w *webhooks) list() admission.Validator[*v1beta1.ImageListPullJob] {
 func (w *webhooks) rollout() admission.Validator[*inplace.InPlaceRollout] {
 	return &validator[*inplace.InPlaceRollout]{w,
 		func(ctx context.Context, before, r *inplace.InPlaceRollout) ([]string, error) {
-			return rollout.Check(ctx, w.from, before, r)
+			return check.Rollout(ctx, w.from, before, r)
 		}}
 }
 

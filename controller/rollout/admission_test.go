@@ -17,6 +17,10 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
 // specOf is the pod spec of what admission is asked about.
@@ -24,7 +28,7 @@ func specOf(o client.Object) *corev1.PodSpec {
 	if pod, ok := o.(*corev1.Pod); ok {
 		return &pod.Spec
 	}
-	return &podTemplate(o).Spec
+	return &podtemplate.Of(o).Spec
 }
 
 // imageOf is the image of container app.
@@ -45,14 +49,17 @@ func forbidden(o client.Object) error {
 		errors.New("ValidatingAdmissionPolicy 'images' denied request: image is not signed"))
 }
 
-// served fails if a pod is out of service, has another image than want, or has something ready on its node.
+// served fails if a pod is out of service, has another image than want, or has something ready on
+// its node.
 func (b *bed) served(want string) {
 	b.t.Helper()
 	for _, pod := range b.pods() {
-		by, _ := shutBy(pod)
-		c := conditionOf(pod, corev1.PodReady)
-		if pod.Spec.Containers[0].Image != want || runningImage(pod, "app") != want || by != "" || c == nil || c.Status != corev1.ConditionTrue {
-			b.t.Errorf("pod %s is to run %s, runs %s, shut by %q, ready %v", pod.Name, pod.Spec.Containers[0].Image, runningImage(pod, "app"), by, c)
+		by, _ := evaluate.OutOfServiceBy(pod)
+		c := pods.Condition(pod, corev1.PodReady)
+		if pod.Spec.Containers[0].Image != want || runningImage(pod, "app") != want || by != "" || c == nil ||
+			c.Status != corev1.ConditionTrue {
+			b.t.Errorf("pod %s is to run %s, runs %s, shut by %q, ready %v", pod.Name, pod.Spec.Containers[0].Image,
+				runningImage(pod, "app"), by, c)
 		}
 	}
 	if left := b.fleet.unfinished(); len(left) > 0 {
@@ -60,7 +67,8 @@ func (b *bed) served(want string) {
 	}
 }
 
-// What admission denies has not been prepared on a node, not with either order, and the rollout ends with the server's words.
+// What admission denies has not been prepared on a node, not with either order, and the rollout
+// ends with the server's words.
 func TestPodIsDenied(t *testing.T) {
 	for _, order := range []inplace.Order{inplace.StopFirst, inplace.StartFirst} {
 		for _, policy := range []inplace.FailurePolicy{inplace.Rollback, inplace.Pause} {
@@ -74,13 +82,15 @@ func TestPodIsDenied(t *testing.T) {
 						}
 						return nil
 					}
-					b.create("all", spec{Target: all(), Containers: to("app:2"), Strategy: settings{Order: order, OnFailure: policy}})
+					b.create("all", spec{Target: all(), Containers: to("app:2"),
+						Strategy: settings{Order: order, OnFailure: policy}})
 					b.until("over", "all", time.Minute, func(r *rollout) bool {
 						return strings.HasPrefix(condition(r, inplace.ConditionDegraded), "True ")
 					})
 					time.Sleep(10 * time.Minute)
 					r := b.get("all")
-					if len(r.Status.Failures) == 0 || r.Status.Failures[0].Reason != failDenied || !strings.Contains(r.Status.Failures[0].Message, "image is not signed") {
+					if len(r.Status.Failures) == 0 || r.Status.Failures[0].Reason != evaluate.FailDenied ||
+						!strings.Contains(r.Status.Failures[0].Message, "image is not signed") {
 						t.Errorf("status %+v", r.Status)
 					}
 					if !strings.Contains(b.told(), "image is not signed") {
@@ -96,7 +106,8 @@ func TestPodIsDenied(t *testing.T) {
 					// A policy that is taken back, and a person who says so.
 					b.policy = nil
 					b.edit("all", func(r *rollout) { r.Annotations = map[string]string{inplace.RetryAnnotation: "1"} })
-					r = b.until("ended", "all", 10*time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionComplete) == "True RolledOut" })
+					r = b.until("ended", "all", 10*time.Minute,
+						func(r *rollout) bool { return condition(r, inplace.ConditionComplete) == "True RolledOut" })
 					b.want(r, "True RolledOut", "3/3/3/0/0")
 				})
 			})
@@ -104,7 +115,8 @@ func TestPodIsDenied(t *testing.T) {
 	}
 }
 
-// A policy that comes after the preparation finds nothing changed: not when the pod is asked about a second time, and not at the patch.
+// A policy that comes after the preparation finds nothing changed: not when the pod is asked about
+// a second time, and not at the patch.
 func TestPodIsDeniedLate(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
@@ -131,9 +143,11 @@ func TestPodIsDeniedLate(t *testing.T) {
 					return nil
 				}
 				b.create("all", spec{Target: all(), Containers: to("app:2")})
-				b.until("over", "all", time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionComplete) == "False RolledBack" })
+				b.until("over", "all", time.Minute,
+					func(r *rollout) bool { return condition(r, inplace.ConditionComplete) == "False RolledBack" })
 				time.Sleep(time.Minute)
-				if r := b.get("all"); r.Status.Failures[0].Reason != failDenied || !strings.Contains(r.Status.Failures[0].Message, "image is not signed") {
+				if r := b.get("all"); r.Status.Failures[0].Reason != evaluate.FailDenied ||
+					!strings.Contains(r.Status.Failures[0].Message, "image is not signed") {
 					t.Errorf("status %+v", r.Status)
 				}
 				b.served("app:1")
@@ -145,8 +159,8 @@ func TestPodIsDeniedLate(t *testing.T) {
 	}
 }
 
-// A webhook that is away is told of, and waited for: until it is back, or the deadline has passed. It may go before the preparation, between
-// that and the commit, or at the patch.
+// A webhook that is away is told of, and waited for: until it is back, or the deadline has passed.
+// It may go before the preparation, between that and the commit, or at the patch.
 func TestAPIServerFails(t *testing.T) {
 	whens := map[string]func(asked int, dry bool) bool{
 		"first":  func(int, bool) bool { return true },
@@ -171,13 +185,16 @@ func TestAPIServerFails(t *testing.T) {
 							return nil
 						}
 						failed++
-						return apierrors.NewInternalError(fmt.Errorf("failed calling webhook %q for %s: connection refused", "sign.example.com", o.GetName()))
+						return apierrors.NewInternalError(fmt.Errorf("failed calling webhook %q for %s: connection "+
+							"refused", "sign.example.com", o.GetName()))
 					}
-					b.create("all", spec{Target: all(), Containers: to("app:2"), Strategy: settings{ProgressDeadlineSeconds: 120}})
+					b.create("all", spec{Target: all(), Containers: to("app:2"),
+						Strategy: settings{ProgressDeadlineSeconds: 120}})
 					r := b.until("told", "all", time.Minute, func(r *rollout) bool {
 						return strings.Contains(condition(r, inplace.ConditionProgressing), inplace.ReasonAPIError)
 					})
-					if !strings.Contains(r.Status.Message, "sign.example.com") || !strings.Contains(b.told(), "sign.example.com") {
+					if !strings.Contains(r.Status.Message, "sign.example.com") ||
+						!strings.Contains(b.told(), "sign.example.com") {
 						t.Errorf("message %q, events:\n%s", r.Status.Message, b.told())
 					}
 					if back {
@@ -189,8 +206,10 @@ func TestAPIServerFails(t *testing.T) {
 						b.served("app:2")
 						return
 					}
-					r = b.until("over", "all", 5*time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionComplete) == "False RolledBack" })
-					if r.Status.Failures[0].Reason != failDeadline || !strings.Contains(r.Status.Failures[0].Message, "sign.example.com") {
+					r = b.until("over", "all", 5*time.Minute,
+						func(r *rollout) bool { return condition(r, inplace.ConditionComplete) == "False RolledBack" })
+					if r.Status.Failures[0].Reason != evaluate.FailDeadline ||
+						!strings.Contains(r.Status.Failures[0].Message, "sign.example.com") {
 						t.Errorf("status %+v", r.Status)
 					}
 					time.Sleep(time.Minute)
@@ -206,27 +225,34 @@ func TestAPIServerFails(t *testing.T) {
 
 // A workload whose template must not get the image goes on as it is.
 func TestTemplateIsDenied(t *testing.T) {
-	for _, kind := range []string{kindStatefulSet, kindDaemonSet, kindDeployment, "ReplicaSet"} {
+	for _, kind := range []string{workload.KindStatefulSet, workload.KindDaemonSet, workload.KindDeployment,
+		"ReplicaSet"} {
 		for _, late := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, late %v", kind, late), func(t *testing.T) {
 				inBed(t, func(t *testing.T, b *bed) {
 					b.addNodes(3)
 					of := kind
 					if kind == "ReplicaSet" {
-						of = kindDeployment
+						of = workload.KindDeployment
 					}
 					b.addOf(of, 3)
 					b.policy = func(o client.Object, dry bool) error {
-						if strings.HasSuffix(fmt.Sprintf("%T", o), "."+kind) && imageOf(o) == "app:2" && (!late || !dry) {
+						if strings.HasSuffix(fmt.Sprintf("%T", o), "."+kind) && imageOf(o) == "app:2" &&
+							(!late || !dry) {
 							return forbidden(o)
 						}
 						return nil
 					}
 					b.create("web", spec{Target: ref(of), Containers: to("app:2")})
-					b.until("over", "web", 5*time.Minute, func(r *rollout) bool { return strings.HasPrefix(condition(r, inplace.ConditionDegraded), "True ") })
+					b.until("over", "web", 5*time.Minute,
+						func(r *rollout) bool {
+							return strings.HasPrefix(condition(r, inplace.ConditionDegraded),
+								"True ")
+						})
 					time.Sleep(5 * time.Minute)
 					r := b.get("web")
-					if condition(r, inplace.ConditionComplete) != "False RolledBack" || r.Status.Failures[0].Reason != failDenied ||
+					if condition(r, inplace.ConditionComplete) != "False RolledBack" ||
+						r.Status.Failures[0].Reason != evaluate.FailDenied ||
 						!strings.Contains(r.Status.Failures[0].Message, "image is not signed") {
 						t.Errorf("status %+v", r.Status)
 					}
@@ -241,7 +267,8 @@ func TestTemplateIsDenied(t *testing.T) {
 	}
 }
 
-// rewriter makes something of image app:2, wherever it is asked for, as a function of how often it was asked.
+// rewriter makes something of image app:2, wherever it is asked for, as a function of how often it
+// was asked.
 func rewriter(where func(client.Object) bool, become func(asked int) string) func(client.Object, bool) error {
 	var mu sync.Mutex
 	asked := 0
@@ -260,7 +287,7 @@ func rewriter(where func(client.Object) bool, become func(asked int) string) fun
 func TestImageIsRewritten(t *testing.T) {
 	mirror := func(int) string { return "mirror.example.com/app:2" }
 	everywhere := func(client.Object) bool { return true }
-	for _, kind := range []string{"Pod", kindStatefulSet, kindDaemonSet, kindDeployment} {
+	for _, kind := range []string{"Pod", workload.KindStatefulSet, workload.KindDaemonSet, workload.KindDeployment} {
 		for name, where := range map[string]func(client.Object) bool{"everywhere": everywhere, "pods": isPod} {
 			t.Run(kind+" "+name, func(t *testing.T) {
 				inBed(t, func(t *testing.T, b *bed) {
@@ -280,7 +307,8 @@ func TestImageIsRewritten(t *testing.T) {
 					prepared, patched := len(b.fleet.prepared()), b.counted("patch v1.Pod")
 					templates := b.templateWrites()
 					if prepared != 4 || patched != 4 || templates > 4 {
-						t.Errorf("prepared %d times, pods patched %d times, templates %d times", prepared, patched, templates)
+						t.Errorf("prepared %d times, pods patched %d times, templates %d times", prepared, patched,
+							templates)
 					}
 					for _, p := range b.fleet.prepared() {
 						if got := p.GetContainers()[0].GetImage(); got != mirror(1) {
@@ -291,8 +319,10 @@ func TestImageIsRewritten(t *testing.T) {
 					b.restart()
 					time.Sleep(10 * time.Minute)
 					b.served(mirror(1))
-					if n := b.counted("patch v1.Pod"); n != patched || b.templateWrites() != templates || len(b.fleet.prepared()) != prepared {
-						t.Errorf("it is not at rest: %d writes of pods, %d of templates, prepared %d times", n, b.templateWrites(), len(b.fleet.prepared()))
+					if n := b.counted("patch v1.Pod"); n != patched || b.templateWrites() != templates ||
+						len(b.fleet.prepared()) != prepared {
+						t.Errorf("it is not at rest: %d writes of pods, %d of templates, prepared %d times", n,
+							b.templateWrites(), len(b.fleet.prepared()))
 					}
 					if after := b.uids(); fmt.Sprint(after) != fmt.Sprint(before) {
 						t.Errorf("pods %v, were %v", after, before)
@@ -300,7 +330,10 @@ func TestImageIsRewritten(t *testing.T) {
 					b.want(b.get("web"), "True RolledOut", "4/4/4/0/0")
 					// Back to what was there.
 					b.edit("web", func(r *rollout) { r.Spec.Containers[0].Image = r.Status.PreviousImages["app"] })
-					r = b.until("ended", "web", 5*time.Minute, func(r *rollout) bool { return ended(r) && r.Status.ObservedGeneration == 2 })
+					r = b.until("ended", "web", 5*time.Minute, func(r *rollout) bool {
+						return ended(r) &&
+							r.Status.ObservedGeneration == 2
+					})
 					b.want(r, "True RolledOut", "4/4/4/0/0")
 					b.served("app:1")
 				})
@@ -317,10 +350,12 @@ func (b *bed) templateWrites() (n int) {
 	return n
 }
 
-// An image that admission makes into another one each time cannot be prepared: the rollout says so, and no object is written again and again.
+// An image that admission makes into another one each time cannot be prepared: the rollout says so,
+// and no object is written again and again.
 func TestImageIsRewrittenAnew(t *testing.T) {
 	anew := func(asked int) string { return fmt.Sprintf("app:2-%d", asked) }
-	for _, kind := range []string{"Pod", "pods of " + kindStatefulSet, kindStatefulSet, kindDaemonSet, kindDeployment, "ReplicaSet"} {
+	for _, kind := range []string{"Pod", "pods of " + workload.KindStatefulSet, workload.KindStatefulSet,
+		workload.KindDaemonSet, workload.KindDeployment, "ReplicaSet"} {
 		t.Run(kind, func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addNodes(3)
@@ -329,9 +364,9 @@ func TestImageIsRewrittenAnew(t *testing.T) {
 				case "Pod":
 					b.addPods(3, 3, gated)
 				case "ReplicaSet":
-					of = kindDeployment
-				case "pods of " + kindStatefulSet:
-					of = kindStatefulSet
+					of = workload.KindDeployment
+				case "pods of " + workload.KindStatefulSet:
+					of = workload.KindStatefulSet
 				}
 				if kind != "Pod" {
 					b.addOf(of, 3)
@@ -344,16 +379,18 @@ func TestImageIsRewrittenAnew(t *testing.T) {
 					return strings.HasSuffix(fmt.Sprintf("%T", o), "."+kind)
 				}, anew)
 				b.create("web", spec{Target: target, Containers: to("app:2")})
-				b.until("over", "web", time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionComplete) == "False RolledBack" })
+				b.until("over", "web", time.Minute,
+					func(r *rollout) bool { return condition(r, inplace.ConditionComplete) == "False RolledBack" })
 				time.Sleep(time.Minute)
 				pods, templates := b.counted("patch v1.Pod"), b.templateWrites()
 				time.Sleep(2 * time.Minute)
 				r := b.get("web")
-				if r.Status.Failures[0].Reason != failRewritten {
+				if r.Status.Failures[0].Reason != evaluate.FailRewritten {
 					t.Errorf("status %+v", r.Status)
 				}
 				if pods != b.counted("patch v1.Pod") || templates != b.templateWrites() || templates > 5 || pods > 0 {
-					t.Errorf("%d writes of pods, %d of templates, then %d and %d", pods, templates, b.counted("patch v1.Pod"), b.templateWrites())
+					t.Errorf("%d writes of pods, %d of templates, then %d and %d", pods, templates,
+						b.counted("patch v1.Pod"), b.templateWrites())
 				}
 				b.served("app:1")
 				if kind != "Pod" {
@@ -364,9 +401,10 @@ func TestImageIsRewrittenAnew(t *testing.T) {
 	}
 }
 
-// Admission that lets the dry run be and changes the image when it is written has the last word once, not again and again.
+// Admission that lets the dry run be and changes the image when it is written has the last word
+// once, not again and again.
 func TestImageIsRewrittenUnasked(t *testing.T) {
-	for _, kind := range []string{"Pod", kindStatefulSet, kindDeployment} {
+	for _, kind := range []string{"Pod", workload.KindStatefulSet, workload.KindDeployment} {
 		t.Run(kind, func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addNodes(2)
@@ -384,9 +422,10 @@ func TestImageIsRewrittenUnasked(t *testing.T) {
 					return nil
 				}
 				b.create("web", spec{Target: target, Containers: to("app:2")})
-				b.until("over", "web", 5*time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionComplete) == "False RolledBack" })
+				b.until("over", "web", 5*time.Minute,
+					func(r *rollout) bool { return condition(r, inplace.ConditionComplete) == "False RolledBack" })
 				time.Sleep(time.Minute)
-				if r := b.get("web"); r.Status.Failures[0].Reason != failRewritten {
+				if r := b.get("web"); r.Status.Failures[0].Reason != evaluate.FailRewritten {
 					t.Errorf("status %+v", r.Status)
 				}
 				if n := b.counted("patch v1.Pod") + b.templateWrites(); n > 12 {
@@ -403,7 +442,8 @@ func TestImageIsRewrittenUnasked(t *testing.T) {
 
 // The same for the template of a workload, which goes on as it was.
 func TestAPIServerFailsOnTemplate(t *testing.T) {
-	for _, kind := range []string{kindStatefulSet, kindDaemonSet, kindDeployment, "ReplicaSet"} {
+	for _, kind := range []string{workload.KindStatefulSet, workload.KindDaemonSet, workload.KindDeployment,
+		"ReplicaSet"} {
 		for _, late := range []bool{false, true} {
 			for _, back := range []bool{true, false} {
 				t.Run(fmt.Sprintf("%s, late %v, comes back %v", kind, late, back), func(t *testing.T) {
@@ -411,7 +451,7 @@ func TestAPIServerFailsOnTemplate(t *testing.T) {
 						b.addNodes(3)
 						of := kind
 						if kind == "ReplicaSet" {
-							of = kindDeployment
+							of = workload.KindDeployment
 						}
 						b.addOf(of, 3)
 						var mu sync.Mutex
@@ -419,17 +459,20 @@ func TestAPIServerFailsOnTemplate(t *testing.T) {
 						b.policy = func(o client.Object, dry bool) error {
 							mu.Lock()
 							defer mu.Unlock()
-							if !down || !strings.HasSuffix(fmt.Sprintf("%T", o), "."+kind) || imageOf(o) != "app:2" || late && dry {
+							if !down || !strings.HasSuffix(fmt.Sprintf("%T", o), "."+kind) || imageOf(o) != "app:2" ||
+								late && dry {
 								return nil
 							}
 							failed++
 							return apierrors.NewInternalError(errors.New(`failed calling webhook "sign.example.com": connection refused`))
 						}
-						b.create("web", spec{Target: ref(of), Containers: to("app:2"), Strategy: settings{ProgressDeadlineSeconds: 120}})
+						b.create("web", spec{Target: ref(of), Containers: to("app:2"),
+							Strategy: settings{ProgressDeadlineSeconds: 120}})
 						r := b.until("told", "web", time.Minute, func(r *rollout) bool {
 							return strings.Contains(condition(r, inplace.ConditionProgressing), inplace.ReasonAPIError)
 						})
-						if !strings.Contains(r.Status.Message, "sign.example.com") || !strings.Contains(b.told(), "sign.example.com") {
+						if !strings.Contains(r.Status.Message, "sign.example.com") ||
+							!strings.Contains(b.told(), "sign.example.com") {
 							t.Errorf("message %q, events:\n%s", r.Status.Message, b.told())
 						}
 						if back {
@@ -441,8 +484,13 @@ func TestAPIServerFailsOnTemplate(t *testing.T) {
 							b.atRest(of, "app:2")
 							return
 						}
-						r = b.until("over", "web", 5*time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionComplete) == "False RolledBack" })
-						if r.Status.Failures[0].Reason != failDeadline || !strings.Contains(r.Status.Failures[0].Message, "sign.example.com") {
+						r = b.until("over", "web", 5*time.Minute,
+							func(r *rollout) bool {
+								return condition(r,
+									inplace.ConditionComplete) == "False RolledBack"
+							})
+						if r.Status.Failures[0].Reason != evaluate.FailDeadline ||
+							!strings.Contains(r.Status.Failures[0].Message, "sign.example.com") {
 							t.Errorf("status %+v", r.Status)
 						}
 						time.Sleep(time.Minute)

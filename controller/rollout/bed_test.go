@@ -42,8 +42,16 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/api/scheme"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
 	"github.com/cri-proxy/cri-proxy/controller/jobbudget"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/check"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/follow"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/gates"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 	"github.com/cri-proxy/cri-proxy/controller/slimcache"
 )
 
@@ -60,8 +68,8 @@ const cacheLag = 20 * time.Millisecond
 // workers is how many rollouts are reconciled at the same time.
 const workers = 4
 
-// bed is a cluster: an API server in memory that counts writes, nodes with kubelets, and a controller that can be killed. It lives
-// in a synctest bubble, so that hours take no time.
+// bed is a cluster: an API server in memory that counts writes, nodes with kubelets, and a
+// controller that can be killed. It lives in a synctest bubble, so that hours take no time.
 type bed struct {
 	t     *testing.T
 	fleet *fleet
@@ -93,7 +101,8 @@ type bed struct {
 	webhook   bool // asked for what the controller writes of rollouts
 	// moves counts the changes of the API server's objects.
 	moves atomic.Int64
-	// policy is what the admission of the cluster makes of pods and templates that the controller writes; dry says that nothing is stored.
+	// policy is what the admission of the cluster makes of pods and templates that the controller
+	// writes; dry says that nothing is stored.
 	policy func(o client.Object, dry bool) error
 	// statusPolicy is the same for what the controller writes of pods' status.
 	statusPolicy func(*corev1.Pod) error
@@ -117,7 +126,8 @@ func inBed(t *testing.T, f func(*testing.T, *bed)) {
 		}
 		b := &bed{
 			t: t, fleet: newFleet(), writes: map[string]int{},
-			cache: map[types.NamespacedName]*corev1.Pod{}, real: map[types.NamespacedName]*corev1.Pod{}, nodes: map[string]*corev1.Node{},
+			cache: map[types.NamespacedName]*corev1.Pod{}, real: map[types.NamespacedName]*corev1.Pod{},
+			nodes:   map[string]*corev1.Node{},
 			kubelet: kubelet{sync: time.Second, start: 3 * time.Second}, serves: map[types.UID]time.Time{},
 		}
 		for o, by := range slimcache.Options().ByObject {
@@ -142,7 +152,8 @@ func inBed(t *testing.T, f func(*testing.T, *bed)) {
 	})
 }
 
-// counting is the API server with a count of its changes, for those who look whether there is something to do.
+// counting is the API server with a count of its changes, for those who look whether there is
+// something to do.
 func (b *bed) counting(api client.WithWatch) client.WithWatch {
 	return interceptor.NewClient(api, interceptor.Funcs{
 		Create: func(ctx context.Context, c client.WithWatch, o client.Object, opts ...client.CreateOption) error {
@@ -153,7 +164,8 @@ func (b *bed) counting(api client.WithWatch) client.WithWatch {
 			defer b.moves.Add(1)
 			return c.Update(ctx, o, opts...)
 		},
-		Patch: func(ctx context.Context, c client.WithWatch, o client.Object, p client.Patch, opts ...client.PatchOption) error {
+		Patch: func(ctx context.Context, c client.WithWatch, o client.Object, p client.Patch,
+			opts ...client.PatchOption) error {
 			defer b.moves.Add(1)
 			return c.Patch(ctx, o, p, opts...)
 		},
@@ -161,11 +173,13 @@ func (b *bed) counting(api client.WithWatch) client.WithWatch {
 			defer b.moves.Add(1)
 			return c.Delete(ctx, o, opts...)
 		},
-		SubResourceUpdate: func(ctx context.Context, c client.Client, sub string, o client.Object, opts ...client.SubResourceUpdateOption) error {
+		SubResourceUpdate: func(ctx context.Context, c client.Client, sub string, o client.Object,
+			opts ...client.SubResourceUpdateOption) error {
 			defer b.moves.Add(1)
 			return c.SubResource(sub).Update(ctx, o, opts...)
 		},
-		SubResourcePatch: func(ctx context.Context, c client.Client, sub string, o client.Object, p client.Patch, opts ...client.SubResourcePatchOption) error {
+		SubResourcePatch: func(ctx context.Context, c client.Client, sub string, o client.Object, p client.Patch,
+			opts ...client.SubResourcePatchOption) error {
 			defer b.moves.Add(1)
 			return c.SubResource(sub).Patch(ctx, o, p, opts...)
 		},
@@ -210,7 +224,8 @@ func (b *bed) start() {
 				b.mu.Lock()
 				defer b.mu.Unlock()
 				for key, pod := range b.cache {
-					if key.Namespace == o.Namespace && (o.LabelSelector == nil || o.LabelSelector.Matches(labels.Set(pod.Labels))) {
+					if key.Namespace == o.Namespace && (o.LabelSelector == nil ||
+						o.LabelSelector.Matches(labels.Set(pod.Labels))) {
 						l.Items = append(l.Items, *pod)
 					}
 				}
@@ -225,7 +240,8 @@ func (b *bed) start() {
 			}
 			return c.List(ctx, list, opts...)
 		},
-		Get: func(ctx context.Context, c client.WithWatch, key client.ObjectKey, o client.Object, opts ...client.GetOption) error {
+		Get: func(ctx context.Context, c client.WithWatch, key client.ObjectKey, o client.Object,
+			opts ...client.GetOption) error {
 			b.mu.Lock()
 			defer b.mu.Unlock()
 			switch into := o.(type) { // of the rest there is no cache
@@ -264,7 +280,8 @@ func (b *bed) start() {
 			}
 			return err
 		},
-		Patch: func(ctx context.Context, c client.WithWatch, o client.Object, p client.Patch, opts ...client.PatchOption) error {
+		Patch: func(ctx context.Context, c client.WithWatch, o client.Object, p client.Patch,
+			opts ...client.PatchOption) error {
 			dry := isDryRun(opts)
 			if pod, ok := o.(*corev1.Pod); ok {
 				err := b.patchPod(pod, p, false, dry)
@@ -283,7 +300,8 @@ func (b *bed) start() {
 			}
 			return err
 		},
-		SubResourcePatch: func(ctx context.Context, c client.Client, sub string, o client.Object, p client.Patch, opts ...client.SubResourcePatchOption) error {
+		SubResourcePatch: func(ctx context.Context, c client.Client, sub string, o client.Object, p client.Patch,
+			opts ...client.SubResourcePatchOption) error {
 			if pod, ok := o.(*corev1.Pod); ok {
 				err := b.patchPod(pod, p, true, false)
 				if err == nil {
@@ -322,7 +340,8 @@ func (b *bed) start() {
 			return nil
 		},
 	})
-	b.r = &Reconciler{Client: c, APIReader: uncached{live, b}, Jobs: &jobbudget.Budgets{}, Nodes: b.fleet, NodePort: nodes.DefaultPort, Recorder: b, Log: log}
+	b.r = &Reconciler{Client: c, APIReader: uncached{live, b}, Jobs: &jobbudget.Budgets{}, Nodes: b.fleet,
+		NodePort: nodes.DefaultPort, Recorder: b, Log: log}
 	b.r.prepare()
 	newQueue := func() workqueue.TypedRateLimitingInterface[reconcile.Request] {
 		return workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](50*time.Millisecond, 30*time.Second))
@@ -331,14 +350,15 @@ func (b *bed) start() {
 	var wg sync.WaitGroup
 	b.mu.Lock()
 	b.queue, b.gates = newQueue(), newQueue()
-	b.follows = map[string]workqueue.TypedRateLimitingInterface[reconcile.Request]{kindStatefulSet: newQueue(), kindDaemonSet: newQueue()}
+	b.follows = map[string]workqueue.TypedRateLimitingInterface[reconcile.Request]{workload.KindStatefulSet: newQueue(),
+		workload.KindDaemonSet: newQueue()}
 	b.mu.Unlock()
 	all := []workqueue.TypedRateLimitingInterface[reconcile.Request]{b.queue, b.gates}
 	for kind, q := range b.follows {
 		all = append(all, q)
-		b.work(ctx, &wg, q, &FollowReconciler{Client: c, Recorder: b, Log: log, Kind: kind})
+		b.work(ctx, &wg, q, &follow.Reconciler{Client: c, Recorder: b, Log: log, Kind: kind})
 	}
-	b.work(ctx, &wg, b.gates, &GateReconciler{Client: c, APIReader: b.api, Log: log})
+	b.work(ctx, &wg, b.gates, &gates.Reconciler{Client: c, APIReader: b.api, Log: log})
 	crew := b.r.crew
 	wg.Go(func() { _ = crew.Start(ctx) })
 	r, wakes, queue := b.r, b.r.wakes, b.queue
@@ -388,7 +408,7 @@ func (b *bed) start() {
 		q.Add(reconcile.Request{NamespacedName: types.NamespacedName{Namespace: "ns", Name: "web"}})
 	}
 	for _, pod := range b.pods() {
-		if needsGate(pod) {
+		if gates.Needs(pod) {
 			b.gates.Add(reconcile.Request{NamespacedName: client.ObjectKeyFromObject(pod)})
 		}
 	}
@@ -400,8 +420,8 @@ func (b *bed) admit(ctx context.Context, o client.Object) error {
 	if !ok || !b.webhook || after.DeletionTimestamp != nil {
 		return nil
 	}
-	_, err := Check(ctx, b.api, b.get(after.Name), after)
-	if why := (*specError)(nil); errors.As(err, &why) {
+	_, err := check.Rollout(ctx, b.api, b.get(after.Name), after)
+	if why := (*apierror.SpecError)(nil); errors.As(err, &why) {
 		b.mu.Lock()
 		b.writes["refused"]++
 		b.mu.Unlock()
@@ -410,8 +430,11 @@ func (b *bed) admit(ctx context.Context, o client.Object) error {
 	return err
 }
 
-// patch is the API server's, with generations of pods' owners and what admission makes of their templates.
-func (b *bed) patch(ctx context.Context, c client.WithWatch, o client.Object, p client.Patch, opts ...client.PatchOption) error {
+// patch is the API server's, with generations of pods' owners and what admission makes of their
+// templates.
+func (b *bed) patch(
+	ctx context.Context, c client.WithWatch, o client.Object, p client.Patch, opts ...client.PatchOption,
+) error {
 	dry := isDryRun(opts)
 	if b.policy == nil && !dry {
 		return b.generation(ctx, o, func() error { return c.Patch(ctx, o, p, opts...) })
@@ -440,7 +463,8 @@ func (b *bed) patch(ctx context.Context, c client.WithWatch, o client.Object, p 
 		return err
 	}
 	if after.GetUID() != before.GetUID() || after.GetResourceVersion() != before.GetResourceVersion() {
-		return apierrors.NewConflict(schema.GroupResource{Resource: "workloads"}, o.GetName(), errors.New("it has changed"))
+		return apierrors.NewConflict(schema.GroupResource{Resource: "workloads"}, o.GetName(),
+			errors.New("it has changed"))
 	}
 	if b.policy != nil {
 		if err := b.policy(after, dry); err != nil {
@@ -468,7 +492,8 @@ func (b *bed) slim(pod *corev1.Pod) *corev1.Pod {
 	return out.(*corev1.Pod)
 }
 
-func (b *bed) work(ctx context.Context, wg *sync.WaitGroup, queue workqueue.TypedRateLimitingInterface[reconcile.Request], r reconcile.Reconciler) {
+func (b *bed) work(ctx context.Context, wg *sync.WaitGroup,
+	queue workqueue.TypedRateLimitingInterface[reconcile.Request], r reconcile.Reconciler) {
 	wg.Go(func() {
 		for {
 			request, over := queue.Get()
@@ -502,7 +527,7 @@ func (b *bed) changed(o client.Object) {
 	case *rollout:
 		key, owners := client.ObjectKeyFromObject(o), o.OwnerReferences
 		b.wg.Go(func() {
-			if !pause(b.ctx, cacheLag) {
+			if !nodeops.Pause(b.ctx, cacheLag) {
 				return
 			}
 			b.mu.Lock()
@@ -516,19 +541,30 @@ func (b *bed) changed(o client.Object) {
 			} else {
 				b.rollouts[key] = now
 			}
-			if now == nil || old == nil || now.DeletionTimestamp != nil || rolloutChanges().Update(event.UpdateEvent{ObjectOld: old, ObjectNew: now}) {
+			if now == nil || old == nil || now.DeletionTimestamp != nil ||
+				requeue.RolloutChanges().Update(event.UpdateEvent{ObjectOld: old, ObjectNew: now}) {
 				b.queue.Add(reconcile.Request{NamespacedName: key})
 			}
 			for _, owner := range owners {
-				b.follows[owner.Kind].Add(reconcile.Request{NamespacedName: types.NamespacedName{Namespace: "ns", Name: owner.Name}})
+				b.follows[owner.Kind].Add(reconcile.Request{NamespacedName: types.NamespacedName{Namespace: "ns",
+					Name: owner.Name}})
 			}
 		})
 	case *appsv1.StatefulSet:
-		b.workloadWritten(o, func() []reconcile.Request { return b.r.rolloutsOfWorkload(kindStatefulSet)(b.ctx, o) })
+		b.workloadWritten(o, func() []reconcile.Request {
+			return b.r.rolloutsOfWorkload(workload.KindStatefulSet)(b.ctx,
+				o)
+		})
 	case *appsv1.DaemonSet:
-		b.workloadWritten(o, func() []reconcile.Request { return b.r.rolloutsOfWorkload(kindDaemonSet)(b.ctx, o) })
+		b.workloadWritten(o, func() []reconcile.Request {
+			return b.r.rolloutsOfWorkload(workload.KindDaemonSet)(b.ctx,
+				o)
+		})
 	case *appsv1.Deployment:
-		b.workloadWritten(o, func() []reconcile.Request { return b.r.rolloutsOfWorkload(kindDeployment)(b.ctx, o) })
+		b.workloadWritten(o, func() []reconcile.Request {
+			return b.r.rolloutsOfWorkload(workload.KindDeployment)(b.ctx,
+				o)
+		})
 	case *appsv1.ReplicaSet:
 		b.workloadWritten(o, func() []reconcile.Request { return b.r.rolloutsOfReplicaSet(b.ctx, o) })
 	}
@@ -556,7 +592,7 @@ func (b *bed) podWritten(key types.NamespacedName, now *corev1.Pod) {
 		b.wg.Go(func() { b.kubeletSync(key) })
 	}
 	b.wg.Go(func() {
-		if !pause(b.ctx, cacheLag) {
+		if !nodeops.Pause(b.ctx, cacheLag) {
 			return
 		}
 		b.mu.Lock()
@@ -568,11 +604,11 @@ func (b *bed) podWritten(key types.NamespacedName, now *corev1.Pod) {
 				return // made anew since
 			}
 			delete(b.cache, key)
-		} else if old == nil || versionOf(old.ResourceVersion) < versionOf(now.ResourceVersion) {
+		} else if old == nil || nodeops.VersionOf(old.ResourceVersion) < nodeops.VersionOf(now.ResourceVersion) {
 			seen = b.slim(now)
 			b.cache[key] = seen
 		}
-		running, r, queue, gates := b.running, b.r, b.queue, b.gates
+		running, r, queue, gateQueue := b.running, b.r, b.queue, b.gates
 		b.mu.Unlock()
 		if !running || seen == nil && now != nil {
 			return
@@ -581,11 +617,12 @@ func (b *bed) podWritten(key types.NamespacedName, now *corev1.Pod) {
 		if seen != nil {
 			of = seen
 		}
-		if of == nil || old != nil && seen != nil && !podChanges().Update(event.UpdateEvent{ObjectOld: old, ObjectNew: seen}) {
+		if of == nil || old != nil && seen != nil &&
+			!podChanges().Update(event.UpdateEvent{ObjectOld: old, ObjectNew: seen}) {
 			return
 		}
-		if seen != nil && needsGate(seen) {
-			gates.Add(reconcile.Request{NamespacedName: key})
+		if seen != nil && gates.Needs(seen) {
+			gateQueue.Add(reconcile.Request{NamespacedName: key})
 		}
 		for _, request := range r.rolloutsOfPod(context.Background(), of) {
 			queue.AddAfter(request, r.gather(request.NamespacedName))
@@ -609,7 +646,7 @@ func (b *bed) count(before, now *corev1.Pod) {
 		if p == nil {
 			return 0
 		}
-		if c := conditionOf(p, corev1.PodReady); c != nil && c.Status == corev1.ConditionTrue {
+		if c := pods.Condition(p, corev1.PodReady); c != nil && c.Status == corev1.ConditionTrue {
 			return 0
 		}
 		return 1
@@ -646,11 +683,14 @@ func (b *bed) addPod(name, node string, change ...func(*corev1.Pod)) {
 	b.t.Helper()
 	yes := true
 	pod := &corev1.Pod{
-		ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name, UID: b.uid(), Labels: map[string]string{"app": "web"}, CreationTimestamp: metav1.Now(), Annotations: map[string]string{"other": "kept"}},
+		ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name, UID: b.uid(),
+			Labels: map[string]string{"app": "web"}, CreationTimestamp: metav1.Now(),
+			Annotations: map[string]string{"other": "kept"}},
 		Spec: corev1.PodSpec{
 			NodeName: node, ServiceAccountName: "web", RestartPolicy: corev1.RestartPolicyAlways,
 			Containers: []corev1.Container{
-				{Name: "app", Image: "app:1", SecurityContext: &corev1.SecurityContext{RunAsNonRoot: &yes}, Env: []corev1.EnvVar{{Name: "A", Value: "b"}}},
+				{Name: "app", Image: "app:1", SecurityContext: &corev1.SecurityContext{RunAsNonRoot: &yes},
+					Env: []corev1.EnvVar{{Name: "A", Value: "b"}}},
 				{Name: "side", Image: "side:1"},
 			},
 		},
@@ -662,7 +702,8 @@ func (b *bed) addPod(name, node string, change ...func(*corev1.Pod)) {
 	if pod.Status.ContainerStatuses == nil && node != "" {
 		for _, c := range pod.Spec.Containers {
 			pod.Status.ContainerStatuses = append(pod.Status.ContainerStatuses, corev1.ContainerStatus{
-				Name: c.Name, Image: "docker.io/library/" + c.Image, ImageID: "id of " + c.Image, ContainerID: "containerd://first-" + c.Name + "-" + string(pod.UID), Ready: true,
+				Name: c.Name, Image: "docker.io/library/" + c.Image, ImageID: "id of " + c.Image,
+				ContainerID: "containerd://first-" + c.Name + "-" + string(pod.UID), Ready: true,
 				State: corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: metav1.Now()}},
 			})
 		}
@@ -690,7 +731,8 @@ func (b *bed) addPods(n, nodes int, change ...func(*corev1.Pod)) {
 
 func gated(p *corev1.Pod) {
 	p.Spec.ReadinessGates = []corev1.PodReadinessGate{{ConditionType: inplace.ReadyGate}}
-	p.Status.Conditions = []corev1.PodCondition{{Type: inplace.ReadyGate, Status: corev1.ConditionTrue, LastTransitionTime: metav1.Now()}}
+	p.Status.Conditions = []corev1.PodCondition{{Type: inplace.ReadyGate, Status: corev1.ConditionTrue,
+		LastTransitionTime: metav1.Now()}}
 }
 
 func (b *bed) pod(name string) *corev1.Pod {
@@ -715,7 +757,7 @@ func (b *bed) images(container string) map[string]int {
 }
 
 func runningImage(pod *corev1.Pod, name string) string {
-	cs := statusOf(pod, name)
+	cs := pods.Status(pod, name)
 	if cs == nil || cs.State.Running == nil {
 		return ""
 	}
@@ -747,7 +789,8 @@ func (b *bed) create(name string, s spec) {
 	if s.Strategy.OnFailure == "" {
 		s.Strategy.OnFailure = inplace.Rollback
 	}
-	r := &rollout{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name, UID: types.UID("uid-" + name), Generation: 1, CreationTimestamp: metav1.Now()}, Spec: s}
+	r := &rollout{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name, UID: types.UID("uid-" + name),
+		Generation: 1, CreationTimestamp: metav1.Now()}, Spec: s}
 	if err := b.api.Create(context.Background(), r); err != nil {
 		b.t.Fatal(err)
 	}
@@ -808,7 +851,8 @@ func (b *bed) until(what, name string, within time.Duration, so func(*rollout) b
 		}
 		if time.Now().After(end) {
 			if r != nil {
-				b.t.Fatalf("rollout %s not %s within %s: %+v\nevents:\n%s\nimages %v\n%s", name, what, within, r.Status, b.told(), b.images("app"), b.dump())
+				b.t.Fatalf("rollout %s not %s within %s: %+v\nevents:\n%s\nimages %v\n%s", name, what, within, r.Status,
+					b.told(), b.images("app"), b.dump())
 			}
 			b.t.Fatalf("rollout %s not %s within %s: it is gone", name, what, within)
 		}
@@ -819,14 +863,15 @@ func (b *bed) until(what, name string, within time.Duration, so func(*rollout) b
 func (b *bed) dump() string {
 	var lines []string
 	for _, pod := range b.pods() {
-		if len(lines) > 5 || runningImage(pod, "app") == pod.Spec.Containers[0].Image && pod.Spec.Containers[0].Image == "app:2" {
+		if len(lines) > 5 || runningImage(pod, "app") == pod.Spec.Containers[0].Image &&
+			pod.Spec.Containers[0].Image == "app:2" {
 			continue
 		}
-		lines = append(lines, fmt.Sprintf("%s %s: spec %s, status %+v, mark %s", pod.Name, pod.UID, pod.Spec.Containers[0].Image, pod.Status.ContainerStatuses[:min(1, len(pod.Status.ContainerStatuses))], pod.Annotations[inplace.PodStateAnnotation]))
+		lines = append(lines, fmt.Sprintf("%s %s: spec %s, status %+v, mark %s", pod.Name, pod.UID,
+			pod.Spec.Containers[0].Image, pod.Status.ContainerStatuses[:min(1, len(pod.Status.ContainerStatuses))],
+			pod.Annotations[inplace.PodStateAnnotation]))
 		if w := b.r.knownWork(types.NamespacedName{Namespace: "ns", Name: "all"}); w != nil {
-			if m := w.members[pod.UID]; m != nil {
-				lines = append(lines, fmt.Sprintf("   member %+v visit %+v", m, m.visit))
-			}
+			lines = append(lines, fmt.Sprintf("   %+v", w))
 		}
 	}
 	return strings.Join(lines, "\n")
@@ -851,6 +896,7 @@ func (b *bed) want(r *rollout, complete, numbers string) {
 	s := r.Status
 	got := fmt.Sprintf("%d/%d/%d/%d/%d", s.Desired, s.Updated, s.Ready, s.Unavailable, s.Failed)
 	if got != numbers || condition(r, inplace.ConditionComplete) != complete {
-		b.t.Errorf("rollout %s: desired/updated/ready/unavailable/failed %s, Complete %q; want %s, %q; status %+v", r.Name, got, condition(r, inplace.ConditionComplete), numbers, complete, s)
+		b.t.Errorf("rollout %s: desired/updated/ready/unavailable/failed %s, Complete %q; want %s, %q; status %+v",
+			r.Name, got, condition(r, inplace.ConditionComplete), numbers, complete, s)
 	}
 }

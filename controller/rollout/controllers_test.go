@@ -7,6 +7,8 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
+	"slices"
 	"strconv"
 	"time"
 
@@ -18,6 +20,11 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/cri-proxy/cri-proxy/controller/objects"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
 // controllerPeriod is how often the workloads' own controllers look.
@@ -29,7 +36,8 @@ const hashLabel = appsv1.DefaultDeploymentUniqueLabelKey
 func templateOf(image string) corev1.PodTemplateSpec {
 	return corev1.PodTemplateSpec{
 		ObjectMeta: metav1.ObjectMeta{Labels: map[string]string{"app": "web"}},
-		Spec:       corev1.PodSpec{Containers: []corev1.Container{{Name: "app", Image: image, Env: []corev1.EnvVar{{Name: "A", Value: "b"}}}, {Name: "side", Image: "side:1"}}},
+		Spec: corev1.PodSpec{Containers: []corev1.Container{{Name: "app", Image: image,
+			Env: []corev1.EnvVar{{Name: "A", Value: "b"}}}, {Name: "side", Image: "side:1"}}},
 	}
 }
 
@@ -59,7 +67,8 @@ func (b *bed) addDaemonSet(change ...func(*appsv1.DaemonSet)) {
 	d := &appsv1.DaemonSet{
 		ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "web", UID: "uid-ds", Generation: 1},
 		Spec: appsv1.DaemonSetSpec{
-			Selector: webSelector, Template: templateOf("app:1"), UpdateStrategy: appsv1.DaemonSetUpdateStrategy{Type: appsv1.OnDeleteDaemonSetStrategyType},
+			Selector: webSelector, Template: templateOf("app:1"),
+			UpdateStrategy: appsv1.DaemonSetUpdateStrategy{Type: appsv1.OnDeleteDaemonSetStrategyType},
 		},
 	}
 	for _, f := range change {
@@ -83,7 +92,7 @@ func (b *bed) addWorkload(o client.Object, sync func()) {
 	}
 	b.wg.Go(func() {
 		seen := int64(-1)
-		for ok := true; ok; ok = pause(b.ctx, controllerPeriod) {
+		for ok := true; ok; ok = nodeops.Pause(b.ctx, controllerPeriod) {
 			if now := b.moves.Load(); now != seen { // else there is nothing to do: hours would take long
 				sync()
 				seen = now
@@ -168,7 +177,7 @@ func (b *bed) revise(owner client.Object, kind string, t *corev1.PodTemplateSpec
 	if err != nil {
 		b.t.Error(err)
 	}
-	label := hash(string(data))
+	label := objects.Hash(string(data))
 	name := owner.GetName() + "-" + label
 	var list appsv1.ControllerRevisionList
 	if err := b.api.List(ctx, &list, client.InNamespace("ns")); err != nil {
@@ -186,8 +195,10 @@ func (b *bed) revise(owner client.Object, kind string, t *corev1.PodTemplateSpec
 	case mine == nil:
 		yes := true
 		err = b.api.Create(ctx, &appsv1.ControllerRevision{
-			ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name, Labels: map[string]string{"app": "web", revisionLabel: label}, OwnerReferences: []metav1.OwnerReference{{Kind: kind, UID: owner.GetUID(), Controller: &yes}}},
-			Data:       runtime.RawExtension{Raw: data}, Revision: newest + 1,
+			ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name,
+				Labels:          map[string]string{"app": "web", podtemplate.RevisionLabel: label},
+				OwnerReferences: []metav1.OwnerReference{{Kind: kind, UID: owner.GetUID(), Controller: &yes}}},
+			Data: runtime.RawExtension{Raw: data}, Revision: newest + 1,
 		})
 	case mine.Revision < newest:
 		mine.Revision = newest + 1
@@ -196,7 +207,7 @@ func (b *bed) revise(owner client.Object, kind string, t *corev1.PodTemplateSpec
 	if err != nil {
 		b.t.Error(err)
 	}
-	if kind == kindStatefulSet {
+	if kind == workload.KindStatefulSet {
 		return name
 	}
 	return label
@@ -208,7 +219,8 @@ func (b *bed) make(name, node, kind string, owner client.Object, t *corev1.PodTe
 	b.addPod(name, node, func(p *corev1.Pod) {
 		p.Spec.Containers = t.DeepCopy().Spec.Containers
 		p.Spec.ReadinessGates = t.Spec.ReadinessGates
-		p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: kind, Name: owner.GetName(), UID: owner.GetUID(), Controller: &yes}}
+		p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: kind, Name: owner.GetName(),
+			UID: owner.GetUID(), Controller: &yes}}
 		for k, v := range labels {
 			p.Labels[k] = v
 		}
@@ -226,14 +238,15 @@ func (b *bed) saveStatus(o client.Object) {
 
 func (b *bed) syncStatefulSet() {
 	s := read(b, &appsv1.StatefulSet{})
-	revision := b.revise(s, kindStatefulSet, &s.Spec.Template)
+	revision := b.revise(s, workload.KindStatefulSet, &s.Spec.Template)
 	if s.Status.ObservedGeneration != s.Generation || s.Status.UpdateRevision != revision {
 		s.Status.ObservedGeneration, s.Status.UpdateRevision = s.Generation, revision
 		b.saveStatus(s)
 	}
 	for i := range int(*s.Spec.Replicas) {
 		if name := fmt.Sprintf("web-%d", i); b.pod(name) == nil {
-			b.make(name, fmt.Sprintf("node-%d", i%3), kindStatefulSet, s, &s.Spec.Template, map[string]string{revisionLabel: revision})
+			b.make(name, fmt.Sprintf("node-%d", i%3), workload.KindStatefulSet, s, &s.Spec.Template,
+				map[string]string{podtemplate.RevisionLabel: revision})
 		}
 	}
 	for _, pod := range b.pods() {
@@ -245,9 +258,9 @@ func (b *bed) syncStatefulSet() {
 
 func (b *bed) syncDaemonSet() {
 	d := read(b, &appsv1.DaemonSet{})
-	revision := b.revise(d, kindDaemonSet, &d.Spec.Template)
+	revision := b.revise(d, workload.KindDaemonSet, &d.Spec.Template)
 	b.mu.Lock()
-	names := sortedKeys(b.nodes)
+	names := slices.Sorted(maps.Keys(b.nodes))
 	b.mu.Unlock()
 	if d.Status.ObservedGeneration != d.Generation || int(d.Status.DesiredNumberScheduled) != len(names) {
 		d.Status.ObservedGeneration, d.Status.DesiredNumberScheduled = d.Generation, int32(len(names))
@@ -259,7 +272,8 @@ func (b *bed) syncDaemonSet() {
 	}
 	for _, node := range names {
 		if !there[node] {
-			b.make("web-of-"+node, node, kindDaemonSet, d, &d.Spec.Template, map[string]string{revisionLabel: revision})
+			b.make("web-of-"+node, node, workload.KindDaemonSet, d, &d.Spec.Template,
+				map[string]string{podtemplate.RevisionLabel: revision})
 		}
 	}
 }
@@ -276,17 +290,17 @@ func (b *bed) syncDeployment() {
 	newest := 0
 	for i := range sets.Items {
 		s := &sets.Items[i]
-		if sameTemplate(&s.Spec.Template, &d.Spec.Template) && (mine == nil || before(s, mine)) {
+		if podtemplate.SameTemplate(&s.Spec.Template, &d.Spec.Template) && (mine == nil || older(s, mine)) {
 			mine = s
 		}
 	}
 	for i := range sets.Items {
 		if s := &sets.Items[i]; mine == nil || s.Name != mine.Name {
-			newest = max(newest, revisionNumber(s))
+			newest = max(newest, numberOf(s))
 		}
 	}
-	if mine != nil && revisionNumber(mine) <= newest {
-		mine.Annotations[deploymentRevision] = strconv.Itoa(newest + 1)
+	if mine != nil && numberOf(mine) <= newest {
+		mine.Annotations[revisionNote] = strconv.Itoa(newest + 1)
 		for key, value := range d.Annotations { // as the real one does
 			mine.Annotations[key] = value
 		}
@@ -298,14 +312,16 @@ func (b *bed) syncDeployment() {
 	}
 	if mine == nil && !d.Spec.Paused {
 		yes := true
-		label := hash(d.Spec.Template, newest)
+		label := objects.Hash(d.Spec.Template, newest)
 		t := d.Spec.Template.DeepCopy()
 		t.Labels[hashLabel] = label
 		mine = &appsv1.ReplicaSet{
 			ObjectMeta: metav1.ObjectMeta{
-				Namespace: "ns", Name: "web-" + label, UID: types.UID("uid-" + label), Generation: 1, CreationTimestamp: metav1.Now(), Labels: map[string]string{"app": "web"},
-				Annotations:     map[string]string{deploymentRevision: strconv.Itoa(newest + 1)},
-				OwnerReferences: []metav1.OwnerReference{{Kind: kindDeployment, Name: "web", UID: d.UID, Controller: &yes}},
+				Namespace: "ns", Name: "web-" + label, UID: types.UID("uid-" + label), Generation: 1,
+				CreationTimestamp: metav1.Now(), Labels: map[string]string{"app": "web"},
+				Annotations: map[string]string{revisionNote: strconv.Itoa(newest + 1)},
+				OwnerReferences: []metav1.OwnerReference{{Kind: workload.KindDeployment, Name: "web", UID: d.UID,
+					Controller: &yes}},
 			},
 			Spec: appsv1.ReplicaSetSpec{Replicas: d.Spec.Replicas, Selector: webSelector, Template: *t},
 		}
@@ -351,7 +367,8 @@ func (b *bed) syncReplicaSet(s *appsv1.ReplicaSet) {
 		b.serial++
 		name := fmt.Sprintf("%s-%03d", s.Name, b.serial)
 		b.mu.Unlock()
-		b.make(name, fmt.Sprintf("node-%d", n%3), "ReplicaSet", s, &s.Spec.Template, map[string]string{hashLabel: s.Spec.Template.Labels[hashLabel]})
+		b.make(name, fmt.Sprintf("node-%d", n%3), "ReplicaSet", s, &s.Spec.Template,
+			map[string]string{hashLabel: s.Spec.Template.Labels[hashLabel]})
 	}
 	for n := len(pods); n > int(*s.Spec.Replicas); n-- {
 		b.remove(pods[n-1].Name)
@@ -360,4 +377,32 @@ func (b *bed) syncReplicaSet(s *appsv1.ReplicaSet) {
 		s.Status.ObservedGeneration, s.Status.Replicas = s.Generation, *s.Spec.Replicas
 		b.saveStatus(s)
 	}
+}
+
+// revisionNote is the annotation by which the Deployment's controller numbers ReplicaSets.
+const revisionNote = "deployment.kubernetes.io/revision"
+
+// numberOf is the revision of a ReplicaSet; -1 without.
+func numberOf(set *appsv1.ReplicaSet) int {
+	n, err := strconv.Atoi(set.Annotations[revisionNote])
+	if err != nil {
+		return -1
+	}
+	return n
+}
+
+// replicasOf is how many pods a ReplicaSet is to have.
+func replicasOf(set *appsv1.ReplicaSet) int32 {
+	if set.Spec.Replicas == nil {
+		return 1
+	}
+	return *set.Spec.Replicas
+}
+
+// older says that the Deployment's controller takes the first of two ReplicaSets for the older one.
+func older(a, b *appsv1.ReplicaSet) bool {
+	if a.CreationTimestamp.Equal(&b.CreationTimestamp) {
+		return a.Name < b.Name
+	}
+	return a.CreationTimestamp.Before(&b.CreationTimestamp)
 }

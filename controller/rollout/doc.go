@@ -1,13 +1,15 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package rollout carries out InPlaceRollouts: it lets nodes make new images ready, patches the pods when their turn comes,
-// and judges by the pods' status what has come of it.
+// Package rollout carries out InPlaceRollouts. It has nodes prepare new images, patches the pods
+// one after the other, and finds out from their status whether they have recovered.
 //
-// Where a pod stands follows from the pod and from its node's operation: the images in its spec, the annotation that is written
-// together with them, its readiness gate, its status. What is kept in memory only spares questions, or holds back a pod for a
-// moment; another controller goes on where this one ends.
+// How far a pod is follows from the pod and from its node's operation: the images in its spec, the
+// annotation that is written together with them, its readiness gate, its status. What is kept in
+// memory only saves questions, or holds back a pod for a moment. Another controller goes on where
+// this one ends.
 //
-// A reconcile looks at all pods of a rollout, judges each (judge.go), decides which go next (plan.go), and takes those a step
-// further (act.go). It never waits for a node: conversations are goroutines (talk.go) that wake it.
+// A reconcile looks at all pods of a rollout, finds out how far each is (package evaluate), decides
+// which are next, and takes those one step further (act.go). The workload's template goes along
+// (package workload). Nodes are told what to do by package nodeops.
 package rollout

@@ -7,6 +7,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -19,6 +20,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
 )
 
 // fleet are nodes that do as the Ops service says, in one process. It outlives controllers.
@@ -26,7 +28,8 @@ type fleet struct {
 	mu    sync.Mutex
 	nodes map[string]*simNode
 	calls map[string]int
-	// pulls are how long an image takes, breaks how its preparation fails: by what its name ends with.
+	// pulls are how long an image takes, breaks how its preparation fails: by what its name ends
+	// with.
 	pulls  time.Duration
 	breaks map[string]string
 	// holds is how long nodes keep what they have prepared; 0 means as long as they are asked to.
@@ -67,13 +70,15 @@ type simOp struct {
 	op       *opsv1.Operation
 	changed  chan struct{}
 	upgrades []*opsv1.ContainerUpgrade
-	// serial is the place among all operations, committed that the pod may have been changed for it.
+	// serial is the place among all operations, committed that the pod may have been changed for
+	// it.
 	serial    int
 	committed bool
 }
 
 func newFleet() *fleet {
-	f := &fleet{nodes: map[string]*simNode{}, calls: map[string]int{}, pulls: 2 * time.Second, breaks: map[string]string{}}
+	f := &fleet{nodes: map[string]*simNode{}, calls: map[string]int{}, pulls: 2 * time.Second,
+		breaks: map[string]string{}}
 	f.ctx, f.stop = context.WithCancel(context.Background())
 	return f
 }
@@ -113,7 +118,7 @@ func (f *fleet) node(ctx context.Context, n nodes.Node, method string) (*simNode
 		if method == "WatchOperation" {
 			patience = 24 * time.Hour
 		}
-		pause(ctx, patience)
+		nodeops.Pause(ctx, patience)
 		return nil, fail(codes.DeadlineExceeded, "context deadline exceeded")
 	}
 	return node, ctx.Err()
@@ -139,7 +144,9 @@ func (f *fleet) update(o *simOp, change func(*opsv1.Operation)) {
 	o.changed = make(chan struct{})
 }
 
-func (f *fleet) PrepareUpgrade(ctx context.Context, n nodes.Node, r *opsv1.PrepareUpgradeRequest) (*opsv1.Operation, error) {
+func (f *fleet) PrepareUpgrade(
+	ctx context.Context, n nodes.Node, r *opsv1.PrepareUpgradeRequest,
+) (*opsv1.Operation, error) {
 	const method = "PrepareUpgrade"
 	node, err := f.node(ctx, n, method)
 	if err != nil {
@@ -158,10 +165,12 @@ func (f *fleet) PrepareUpgrade(ctx context.Context, n nodes.Node, r *opsv1.Prepa
 	node.requests = append(node.requests, proto.Clone(r).(*opsv1.PrepareUpgradeRequest))
 	node.pins[r.GetOwner()] = true
 	o := &simOp{request: bare, changed: make(chan struct{}), upgrades: r.GetContainers(), op: &opsv1.Operation{
-		Uid: r.GetUid(), Kind: "Upgrade", Pod: r.GetPod(), Phase: opsv1.Phase_PHASE_PULLING, CreateTime: timestamppb.Now(),
+		Uid: r.GetUid(), Kind: "Upgrade", Pod: r.GetPod(), Phase: opsv1.Phase_PHASE_PULLING,
+		CreateTime: timestamppb.Now(),
 	}}
 	for _, other := range node.ops {
-		if was, ok := other.request.(*opsv1.PrepareUpgradeRequest); ok && was.GetOwner() == r.GetOwner() && was.GetPod().GetUid() == r.GetPod().GetUid() && !other.committed && share(was, bare) {
+		if was, ok := other.request.(*opsv1.PrepareUpgradeRequest); ok && was.GetOwner() == r.GetOwner() &&
+			was.GetPod().GetUid() == r.GetPod().GetUid() && !other.committed && share(was, bare) {
 			f.cancel(other, "its owner wants something else")
 		}
 	}
@@ -169,7 +178,8 @@ func (f *fleet) PrepareUpgrade(ctx context.Context, n nodes.Node, r *opsv1.Prepa
 	o.serial = f.serial
 	broken, cancelled := "", false
 	for _, c := range r.GetContainers() {
-		o.op.Containers = append(o.op.Containers, &opsv1.ContainerOperation{Name: c.GetName(), Image: c.GetImage(), Phase: opsv1.Phase_PHASE_PULLING, IncumbentId: bareID(c.GetExpectedContainerId())})
+		o.op.Containers = append(o.op.Containers, &opsv1.ContainerOperation{Name: c.GetName(), Image: c.GetImage(),
+			Phase: opsv1.Phase_PHASE_PULLING, IncumbentId: withoutScheme(c.GetExpectedContainerId())})
 		for suffix, reason := range f.breaks {
 			if strings.HasSuffix(c.GetImage(), suffix) {
 				broken = reason
@@ -180,7 +190,7 @@ func (f *fleet) PrepareUpgrade(ctx context.Context, n nodes.Node, r *opsv1.Prepa
 	takes, deaf := f.pulls, node.deaf
 	holds := cmp.Or(f.holds, r.GetHoldTimeout().AsDuration())
 	f.wg.Go(func() {
-		if deaf || !pause(f.ctx, takes) {
+		if deaf || !nodeops.Pause(f.ctx, takes) {
 			return
 		}
 		if !f.turn(node, o, r.GetPrepareTimeout().AsDuration()) {
@@ -188,11 +198,11 @@ func (f *fleet) PrepareUpgrade(ctx context.Context, n nodes.Node, r *opsv1.Prepa
 		} else if broken == "" && !slices.ContainsFunc(r.GetContainers(), func(c *opsv1.ContainerUpgrade) bool {
 			return f.runs(r.GetPod().GetUid(), c.GetName()) != c.GetImage()
 		}) {
-			broken = reasonUnchanged
+			broken = "ImageUnchanged"
 			if r.GetContainers()[0].GetPullPolicy() == opsv1.PullPolicy_PULL_POLICY_ALWAYS {
 				cancelled = true
 				if f.moved(r.GetPod().GetUid(), r.GetContainers()[0].GetName()) {
-					broken = reasonMoved
+					broken = "ImageMoved"
 				}
 			}
 		}
@@ -209,14 +219,14 @@ func (f *fleet) PrepareUpgrade(ctx context.Context, n nodes.Node, r *opsv1.Prepa
 			}
 		})
 		f.wg.Go(func() {
-			if !pause(f.ctx, holds) {
+			if !nodeops.Pause(f.ctx, holds) {
 				return
 			}
 			f.mu.Lock()
 			defer f.mu.Unlock()
 			if o.op.GetPhase() == opsv1.Phase_PHASE_PREPARED {
 				f.update(o, func(op *opsv1.Operation) {
-					op.Phase, op.Containers[0].Reason = opsv1.Phase_PHASE_FAILED, reasonHeld
+					op.Phase, op.Containers[0].Reason = opsv1.Phase_PHASE_FAILED, "HoldTimeout"
 				})
 			}
 		})
@@ -251,7 +261,8 @@ func (f *fleet) turn(node *simNode, o *simOp, limit time.Duration) bool {
 		f.mu.Lock()
 		var first *simOp
 		for _, other := range node.ops {
-			if other.serial < o.serial && other.op.GetPod().GetUid() == o.op.GetPod().GetUid() && other.op.GetFinishTime() == nil && share(other.request, o.request) {
+			if other.serial < o.serial && other.op.GetPod().GetUid() == o.op.GetPod().GetUid() &&
+				other.op.GetFinishTime() == nil && share(other.request, o.request) {
 				first = other
 			}
 		}
@@ -272,7 +283,9 @@ func (f *fleet) turn(node *simNode, o *simOp, limit time.Duration) bool {
 	}
 }
 
-func (f *fleet) CommitUpgrade(ctx context.Context, n nodes.Node, r *opsv1.CommitUpgradeRequest) (*opsv1.Operation, error) {
+func (f *fleet) CommitUpgrade(
+	ctx context.Context, n nodes.Node, r *opsv1.CommitUpgradeRequest,
+) (*opsv1.Operation, error) {
 	const method = "CommitUpgrade"
 	uid := r.GetUid()
 	node, err := f.node(ctx, n, method)
@@ -296,7 +309,7 @@ func (f *fleet) CommitUpgrade(ctx context.Context, n nodes.Node, r *opsv1.Commit
 	default:
 		o.committed = true
 		f.wg.Go(func() {
-			if pause(f.ctx, 100*time.Millisecond) {
+			if nodeops.Pause(f.ctx, 100*time.Millisecond) {
 				f.mu.Lock()
 				defer f.mu.Unlock()
 				if o.op.GetPhase() == opsv1.Phase_PHASE_PREPARED {
@@ -308,7 +321,8 @@ func (f *fleet) CommitUpgrade(ctx context.Context, n nodes.Node, r *opsv1.Commit
 	return proto.Clone(o.op).(*opsv1.Operation), nil
 }
 
-// adopt is what kubelet's calls make of an armed operation: it returns whether the node had one for the container and image.
+// adopt is what kubelet's calls make of an armed operation: it returns whether the node had one for
+// the container and image.
 func (f *fleet) adopt(nodeName, podUID, container, image, id string) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -320,7 +334,10 @@ func (f *fleet) adopt(nodeName, podUID, container, image, id string) bool {
 		if o.op.GetPhase() != opsv1.Phase_PHASE_ARMED || o.op.GetPod().GetUid() != podUID {
 			continue
 		}
-		i := slices.IndexFunc(o.upgrades, func(u *opsv1.ContainerUpgrade) bool { return u.GetName() == container && u.GetImage() == image })
+		i := slices.IndexFunc(o.upgrades, func(u *opsv1.ContainerUpgrade) bool {
+			return u.GetName() == container &&
+				u.GetImage() == image
+		})
 		if i < 0 {
 			continue
 		}
@@ -379,7 +396,8 @@ func (f *fleet) unfinished() []string {
 	for name, node := range f.nodes {
 		for _, o := range node.ops {
 			if o.op.GetFinishTime() == nil {
-				all = append(all, fmt.Sprintf("%s: %s of %s is %s", name, o.op.GetUid(), o.op.GetPod().GetName(), o.op.GetPhase()))
+				all = append(all, fmt.Sprintf("%s: %s of %s is %s", name, o.op.GetUid(), o.op.GetPod().GetName(),
+					o.op.GetPhase()))
 			}
 		}
 	}
@@ -398,11 +416,13 @@ func (f *fleet) Restart(ctx context.Context, n nodes.Node, r *opsv1.RestartReque
 	}
 	node.restarts = append(node.restarts, r)
 	f.serial++
-	o := &simOp{request: r, changed: make(chan struct{}), serial: f.serial, op: &opsv1.Operation{Uid: r.GetUid(), Kind: "Restart", Pod: r.GetPod(), Phase: opsv1.Phase_PHASE_STAGING, CreateTime: timestamppb.Now()}}
+	o := &simOp{request: r, changed: make(chan struct{}), serial: f.serial,
+		op: &opsv1.Operation{Uid: r.GetUid(), Kind: "Restart", Pod: r.GetPod(), Phase: opsv1.Phase_PHASE_STAGING,
+			CreateTime: timestamppb.Now()}}
 	node.ops[r.GetUid()] = o
 	fails, lasts := f.fails, cmp.Or(f.lasts, time.Second)
 	f.wg.Go(func() {
-		if !pause(f.ctx, lasts) {
+		if !nodeops.Pause(f.ctx, lasts) {
 			return
 		}
 		if fails != "" {
@@ -410,7 +430,8 @@ func (f *fleet) Restart(ctx context.Context, n nodes.Node, r *opsv1.RestartReque
 			defer f.mu.Unlock()
 			f.update(o, func(op *opsv1.Operation) {
 				op.Phase = opsv1.Phase_PHASE_FAILED
-				op.Containers = []*opsv1.ContainerOperation{{Name: r.GetContainers()[0].GetName(), Reason: fails, Message: "the node says " + fails}}
+				op.Containers = []*opsv1.ContainerOperation{{Name: r.GetContainers()[0].GetName(), Reason: fails,
+					Message: "the node says " + fails}}
 			})
 			return
 		}
@@ -503,8 +524,23 @@ func (f *fleet) prepared() []*opsv1.PrepareUpgradeRequest {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	var all []*opsv1.PrepareUpgradeRequest
-	for _, name := range sortedKeys(f.nodes) {
+	for _, name := range slices.Sorted(maps.Keys(f.nodes)) {
 		all = append(all, f.nodes[name].requests...)
 	}
 	return all
+}
+
+// What the controller wants of nodes: how long they hold what is prepared, and how often a
+// preparation begins anew.
+const (
+	nodeHolds = time.Hour
+	rounds    = 8
+)
+
+// withoutScheme takes the runtime's scheme off a container ID.
+func withoutScheme(id string) string {
+	if _, bare, ok := strings.Cut(id, "://"); ok {
+		return bare
+	}
+	return id
 }

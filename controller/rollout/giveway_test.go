@@ -40,7 +40,7 @@ func TestPreparationGivesWay(t *testing.T) {
 			}
 			return nil
 		}
-		for n := range 2 * roundsMax {
+		for n := range 2 * rounds {
 			b.until("prepared", "all", time.Minute, func(*rollout) bool {
 				b.fleet.mu.Lock()
 				defer b.fleet.mu.Unlock()
@@ -50,12 +50,13 @@ func TestPreparationGivesWay(t *testing.T) {
 			b.fleet.mu.Lock()
 			b.fleet.cancel(last(), "it gave way to restart x")
 			b.fleet.mu.Unlock()
-			// The restart takes a while, and the next preparation, which waits for it, finds another container.
-			time.Sleep(gaveWayPause + time.Second)
+			// The restart takes a while, and the next preparation, which waits for it, finds
+			// another container.
+			time.Sleep(2*time.Second + time.Second)
 			b.fleet.mu.Lock()
 			if o := last(); o != nil {
 				b.fleet.update(o, func(op *opsv1.Operation) {
-					op.Phase, op.Containers[0].Reason = opsv1.Phase_PHASE_FAILED, reasonDiffers
+					op.Phase, op.Containers[0].Reason = opsv1.Phase_PHASE_FAILED, "ExpectedIDDiffers"
 				})
 			}
 			b.fleet.mu.Unlock()

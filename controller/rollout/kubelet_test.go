@@ -14,10 +14,13 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/cri-proxy/cri-proxy/controller/pods"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
 )
 
-// kubelet says how the kubelets behave: how long until they see a change, and until a new container is ready. An image whose
-// name ends with :crash ends at once, with :slow never gets ready, with :gone cannot be pulled.
+// kubelet says how the kubelets behave: how long until they see a change, and until a new container
+// is ready. An image whose name ends with :crash ends at once, with :slow never gets ready, with
+// :gone cannot be pulled.
 type kubelet struct {
 	sync, start time.Duration
 	// hold says that nodes hold probes.
@@ -30,8 +33,9 @@ func setReady(pod *corev1.Pod, containers bool) {
 		if is {
 			status = corev1.ConditionTrue
 		}
-		if c := conditionOf(pod, kind); c == nil {
-			pod.Status.Conditions = append(pod.Status.Conditions, corev1.PodCondition{Type: kind, Status: status, LastTransitionTime: metav1.Now()})
+		if c := pods.Condition(pod, kind); c == nil {
+			pod.Status.Conditions = append(pod.Status.Conditions, corev1.PodCondition{Type: kind, Status: status,
+				LastTransitionTime: metav1.Now()})
 		} else if c.Status != status {
 			c.Status, c.LastTransitionTime = status, metav1.Now()
 		}
@@ -39,7 +43,7 @@ func setReady(pod *corev1.Pod, containers bool) {
 	set(corev1.ContainersReady, containers)
 	ready := containers
 	for _, g := range pod.Spec.ReadinessGates {
-		c := conditionOf(pod, g.ConditionType)
+		c := pods.Condition(pod, g.ConditionType)
 		ready = ready && c != nil && c.Status == corev1.ConditionTrue
 	}
 	set(corev1.PodReady, ready)
@@ -69,10 +73,11 @@ func (b *bed) kubeletSync(key types.NamespacedName) {
 	b.syncConditions(key, pod.UID)
 	stale := false
 	for _, c := range pod.Spec.Containers {
-		cs := statusOf(pod, c.Name)
-		stale = stale || !asked(cs, c.Image) && (cs == nil || cs.State.Waiting == nil || !strings.Contains(cs.State.Waiting.Message, c.Image))
+		cs := pods.Status(pod, c.Name)
+		stale = stale || !asked(cs, c.Image) && (cs == nil || cs.State.Waiting == nil ||
+			!strings.Contains(cs.State.Waiting.Message, c.Image))
 	}
-	if !stale || !pause(b.ctx, b.kubelet.sync) {
+	if !stale || !nodeops.Pause(b.ctx, b.kubelet.sync) {
 		return
 	}
 	pod = b.stored(key)
@@ -80,14 +85,16 @@ func (b *bed) kubeletSync(key types.NamespacedName) {
 		return
 	}
 	for _, c := range pod.Spec.Containers {
-		cs := statusOf(pod, c.Name)
+		cs := pods.Status(pod, c.Name)
 		if asked(cs, c.Image) {
 			continue
 		}
 		if strings.HasSuffix(c.Image, ":gone") {
 			b.status(key, pod.UID, func(p *corev1.Pod) bool {
-				cs := statusOf(p, c.Name)
-				cs.Ready, cs.State = false, corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: waitImagePull, Message: "Back-off pulling image \"" + c.Image + "\""}}
+				cs := pods.Status(p, c.Name)
+				cs.Ready, cs.State = false,
+					corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "ImagePullBackOff",
+						Message: "Back-off pulling image \"" + c.Image + "\""}}
 				return true
 			})
 			continue
@@ -98,7 +105,8 @@ func (b *bed) kubeletSync(key types.NamespacedName) {
 
 // asked says that a container is of the image, as far as kubelet is concerned.
 func asked(cs *corev1.ContainerStatus, image string) bool {
-	return cs != nil && cs.ContainerID != "" && strings.TrimPrefix(cs.Image, "docker.io/library/") == image && cs.State.Waiting == nil
+	return cs != nil && cs.ContainerID != "" && strings.TrimPrefix(cs.Image, "docker.io/library/") == image &&
+		cs.State.Waiting == nil
 }
 
 // syncConditions lets Ready follow the gates.
@@ -107,7 +115,7 @@ func (b *bed) syncConditions(key types.NamespacedName, uid types.UID) {
 		if len(p.Spec.ReadinessGates) == 0 || len(p.Status.ContainerStatuses) == 0 {
 			return false
 		}
-		before := conditionOf(p, corev1.PodReady)
+		before := pods.Condition(p, corev1.PodReady)
 		was := before != nil && before.Status == corev1.ConditionTrue
 		q := p.DeepCopy()
 		ready := true
@@ -115,7 +123,7 @@ func (b *bed) syncConditions(key types.NamespacedName, uid types.UID) {
 			ready = ready && c.Ready
 		}
 		setReady(q, ready)
-		now := conditionOf(q, corev1.PodReady).Status == corev1.ConditionTrue
+		now := pods.Condition(q, corev1.PodReady).Status == corev1.ConditionTrue
 		return was != now
 	})
 }
@@ -131,13 +139,13 @@ func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, 
 	crash, slow := strings.HasSuffix(image, ":crash"), strings.HasSuffix(image, ":slow")
 	done := false
 	b.status(key, uid, func(p *corev1.Pod) bool {
-		if c, _ := containerOf(p, name); c == nil || c.Image != image {
+		if c, _ := evaluate.ContainerOf(p, name); c == nil || c.Image != image {
 			return false
 		}
-		cs := statusOf(p, name)
+		cs := pods.Status(p, name)
 		if cs == nil {
 			p.Status.ContainerStatuses = append(p.Status.ContainerStatuses, corev1.ContainerStatus{Name: name})
-			cs = statusOf(p, name)
+			cs = pods.Status(p, name)
 		} else if asked(cs, image) {
 			return false // another worker was quicker
 		}
@@ -145,13 +153,15 @@ func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, 
 			cs.LastTerminationState = corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ContainerID: cs.ContainerID, StartedAt: metav1.Now(), FinishedAt: metav1.Now()}}
 		}
 		p.Status.Phase = corev1.PodRunning
-		cs.ContainerID, cs.Image, cs.ImageID, cs.Ready = "containerd://"+id, "docker.io/library/"+image, b.content(image), false
+		cs.ContainerID, cs.Image, cs.ImageID, cs.Ready = "containerd://"+id, "docker.io/library/"+image,
+			b.content(image), false
 		cs.RestartCount++
 		cs.State = corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: metav1.Now()}}
 		if crash {
-			cs.State = corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ExitCode: 1, Reason: "Error", ContainerID: cs.ContainerID, StartedAt: metav1.Now(), FinishedAt: metav1.Now()}}
+			cs.State = corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ExitCode: 1, Reason: "Error",
+				ContainerID: cs.ContainerID, StartedAt: metav1.Now(), FinishedAt: metav1.Now()}}
 		}
-		if c, _ := containerOf(p, name); c.StartupProbe != nil && !crash {
+		if c, _ := evaluate.ContainerOf(p, name); c.StartupProbe != nil && !crash {
 			b.carry(cs)
 		} else {
 			started := !crash
@@ -163,16 +173,16 @@ func (b *bed) runContainer(key types.NamespacedName, uid types.UID, node, name, 
 	if !done || crash || slow {
 		return
 	}
-	if c, _ := containerOf(b.stored(key), name); c.StartupProbe != nil {
+	if c, _ := evaluate.ContainerOf(b.stored(key), name); c.StartupProbe != nil {
 		b.startupWorker(key, uid, name, id, time.Duration(c.StartupProbe.PeriodSeconds)*time.Second, start)
 		return
 	}
 	b.wg.Go(func() {
-		if !pause(b.ctx, start) {
+		if !nodeops.Pause(b.ctx, start) {
 			return
 		}
 		b.status(key, uid, func(p *corev1.Pod) bool {
-			cs := statusOf(p, name)
+			cs := pods.Status(p, name)
 			if cs == nil || cs.ContainerID != "containerd://"+id {
 				return false
 			}
@@ -189,8 +199,9 @@ func (b *bed) carriedBy() bool {
 	return pods.CarriesStarted(b.nodes["node-0"])
 }
 
-// carry is what kubelet says of a new container that runs where another one ran: since 1.35 it has started if that one had
-// (kubelet_pods.go convertToAPIContainerStatuses), and without a readinessProbe it is ready then.
+// carry is what kubelet says of a new container that runs where another one ran: since 1.35 it has
+// started if that one had (kubelet_pods.go convertToAPIContainerStatuses), and without a
+// readinessProbe it is ready then.
 func (b *bed) carry(cs *corev1.ContainerStatus) {
 	started := b.carriedBy() && cs.Started != nil && *cs.Started
 	cs.Started, cs.Ready = &started, started
@@ -199,13 +210,14 @@ func (b *bed) carry(cs *corev1.ContainerStatus) {
 	}
 }
 
-// startupWorker is kubelet's worker for a startupProbe, whose tick is as late as it may be: the first one finds the new container, the
-// later ones probe it. The application needs some time until it answers.
+// startupWorker is kubelet's worker for a startupProbe, whose tick is as late as it may be: the
+// first one finds the new container, the later ones probe it. The application needs some time until
+// it answers.
 func (b *bed) startupWorker(key types.NamespacedName, uid types.UID, name, id string, period, needs time.Duration) {
 	set := func(is bool) bool {
 		there := false
 		b.status(key, uid, func(p *corev1.Pod) bool {
-			cs := statusOf(p, name)
+			cs := pods.Status(p, name)
 			if there = cs != nil && cs.ContainerID == "containerd://"+id; !there {
 				return false
 			}
@@ -219,7 +231,7 @@ func (b *bed) startupWorker(key types.NamespacedName, uid types.UID, name, id st
 	b.mu.Unlock()
 	b.wg.Go(func() {
 		begun := time.Now()
-		for pause(b.ctx, period) {
+		for nodeops.Pause(b.ctx, period) {
 			if time.Since(begun) < needs {
 				if !set(false) {
 					return
@@ -239,19 +251,20 @@ func (b *bed) swapped(podUID, container, id string) {
 			continue
 		}
 		b.status(client.ObjectKeyFromObject(pod), pod.UID, func(p *corev1.Pod) bool {
-			cs := statusOf(p, container)
+			cs := pods.Status(p, container)
 			cs.ContainerID, cs.RestartCount = "containerd://"+id, cs.RestartCount+1
-			if c, _ := containerOf(p, container); c.ImagePullPolicy == corev1.PullAlways {
+			if c, _ := evaluate.ContainerOf(p, container); c.ImagePullPolicy == corev1.PullAlways {
 				cs.ImageID = b.content(c.Image)
 			}
 			cs.State = corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: metav1.Now()}}
-			if c, _ := containerOf(p, container); c.StartupProbe != nil {
+			if c, _ := evaluate.ContainerOf(p, container); c.StartupProbe != nil {
 				b.carry(cs)
 			}
 			return true
 		})
-		if c, _ := containerOf(pod, container); c.StartupProbe != nil {
-			b.startupWorker(client.ObjectKeyFromObject(pod), pod.UID, container, id, time.Duration(c.StartupProbe.PeriodSeconds)*time.Second, b.kubelet.start)
+		if c, _ := evaluate.ContainerOf(pod, container); c.StartupProbe != nil {
+			b.startupWorker(client.ObjectKeyFromObject(pod), pod.UID, container, id,
+				time.Duration(c.StartupProbe.PeriodSeconds)*time.Second, b.kubelet.start)
 		}
 	}
 }
@@ -290,8 +303,8 @@ func (b *bed) moveTag(image, content string) {
 func (b *bed) moved(podUID, container string) bool {
 	for _, pod := range b.pods() {
 		if string(pod.UID) == podUID {
-			c, _ := containerOf(pod, container)
-			return statusOf(pod, container).ImageID != b.content(c.Image)
+			c, _ := evaluate.ContainerOf(pod, container)
+			return pods.Status(pod, container).ImageID != b.content(c.Image)
 		}
 	}
 	return false

@@ -13,6 +13,9 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
 func always(p *corev1.Pod) {
@@ -25,13 +28,14 @@ func always(p *corev1.Pod) {
 func (b *bed) restarts(container string) map[string]int32 {
 	counts := map[string]int32{}
 	for _, pod := range b.pods() {
-		cs := statusOf(pod, container)
+		cs := pods.Status(pod, container)
 		counts[cs.ImageID] += cs.RestartCount
 	}
 	return counts
 }
 
-// A rollout of the image that the pods have already brings what its tag names now, where kubelet would too.
+// A rollout of the image that the pods have already brings what its tag names now, where kubelet
+// would too.
 func TestTag(t *testing.T) {
 	for _, tt := range []struct {
 		name    string
@@ -57,23 +61,27 @@ func TestTag(t *testing.T) {
 			app: map[string]int32{"moved": 3}, side: map[string]int32{"id of side:1": 0}, asked: 3, writes: 3,
 		},
 		{
-			name: "moved, with a gate", pod: func(p *corev1.Pod) { always(p); gated(p) }, moves: "app:1", changes: to("app:1"),
-			app: map[string]int32{"moved": 3}, side: map[string]int32{"id of side:1": 0}, asked: 3, writes: 3,
+			name: "moved, with a gate", pod: func(p *corev1.Pod) { always(p); gated(p) }, moves: "app:1",
+			changes: to("app:1"),
+			app:     map[string]int32{"moved": 3}, side: map[string]int32{"id of side:1": 0}, asked: 3, writes: 3,
 		},
 		{
 			name: "moved, and kubelet would not pull", pod: func(*corev1.Pod) {}, moves: "app:1", changes: to("app:1"),
 			app: map[string]int32{"id of app:1": 0}, side: map[string]int32{"id of side:1": 0},
 		},
 		{
-			name: "of two one has moved", pod: always, moves: "side:1", changes: []change{{Name: "app", Image: "app:1"}, {Name: "side", Image: "side:1"}},
-			app: map[string]int32{"id of app:1": 0}, side: map[string]int32{"moved": 3}, asked: 6, writes: 3,
+			name: "of two one has moved", pod: always, moves: "side:1",
+			changes: []change{{Name: "app", Image: "app:1"}, {Name: "side", Image: "side:1"}},
+			app:     map[string]int32{"id of app:1": 0}, side: map[string]int32{"moved": 3}, asked: 6, writes: 3,
 		},
 		{
-			name: "moved beside a new image", pod: always, moves: "side:1", changes: []change{{Name: "app", Image: "app:2"}, {Name: "side", Image: "side:1"}},
-			app: map[string]int32{"id of app:2": 3}, side: map[string]int32{"moved": 3}, asked: 3, writes: 3,
+			name: "moved beside a new image", pod: always, moves: "side:1",
+			changes: []change{{Name: "app", Image: "app:2"}, {Name: "side", Image: "side:1"}},
+			app:     map[string]int32{"id of app:2": 3}, side: map[string]int32{"moved": 3}, asked: 3, writes: 3,
 		},
 		{
-			name: "not moved beside a new image, and the controller dies", pod: always, changes: []change{{Name: "app", Image: "app:2"}, {Name: "side", Image: "side:1"}}, restart: true,
+			name: "not moved beside a new image, and the controller dies", pod: always,
+			changes: []change{{Name: "app", Image: "app:2"}, {Name: "side", Image: "side:1"}}, restart: true,
 			app: map[string]int32{"id of app:2": 3}, side: map[string]int32{"id of side:1": 0}, asked: 3, writes: 3,
 		},
 		{
@@ -92,7 +100,7 @@ func TestTag(t *testing.T) {
 				shut := 0
 				for _, pod := range b.pods() {
 					b.watch(pod.Name, func(_, now *corev1.Pod) {
-						if by, _ := shutBy(now); by != "" {
+						if by, _ := evaluate.OutOfServiceBy(now); by != "" {
 							shut++
 						}
 					})
@@ -159,14 +167,15 @@ func TestTagNotMovedLeavesGates(t *testing.T) {
 	})
 }
 
-// A tag that moves after the rollout is brought by the next value of the annotation, and by no other write.
+// A tag that moves after the rollout is brought by the next value of the annotation, and by no
+// other write.
 func TestTagMovesAgain(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addNodes(5)
 		b.addDeployment(2)
 		b.setPullPolicy(corev1.PullAlways)
 		time.Sleep(time.Minute)
-		b.create("web", spec{Target: ref(kindDeployment), Containers: to("app:1")})
+		b.create("web", spec{Target: ref(workload.KindDeployment), Containers: to("app:1")})
 		b.want(b.until("ended", "web", time.Minute, ended), "True RolledOut", "2/2/2/0/0")
 		b.moveTag("app:1", "moved")
 		b.edit("web", func(r *rollout) { r.Spec.Strategy.MaxUnavailable = number(2) })
@@ -175,11 +184,14 @@ func TestTagMovesAgain(t *testing.T) {
 			t.Errorf("restarts %v", got)
 		}
 		b.edit("web", func(r *rollout) { r.Annotations = map[string]string{inplace.RetryAnnotation: "2"} })
-		b.want(b.until("ended again", "web", time.Minute, func(r *rollout) bool { return ended(r) && r.Status.ObservedRevision == revisionOf(r) }), "True RolledOut", "2/2/2/0/0")
+		b.want(b.until("ended again", "web", time.Minute, func(r *rollout) bool {
+			return ended(r) &&
+				r.Status.ObservedRevision == evaluate.RevisionOf(r)
+		}), "True RolledOut", "2/2/2/0/0")
 		if got := b.restarts("app"); len(got) != 1 || got["moved"] == 0 {
 			t.Errorf("runs %v", got)
 		}
-		b.atRest(kindDeployment, "app:1")
+		b.atRest(workload.KindDeployment, "app:1")
 	})
 }
 
@@ -195,7 +207,8 @@ func (b *bed) setPullPolicy(policy corev1.PullPolicy) {
 	}
 }
 
-// What cannot be pulled fails the pod before anything is touched, as kubelet could not start it either.
+// What cannot be pulled fails the pod before anything is touched, as kubelet could not start it
+// either.
 func TestTagCannotBePulled(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addNodes(1)
@@ -215,7 +228,7 @@ func TestTagAskedAgain(t *testing.T) {
 		b.addNodes(1)
 		b.addPods(1, 1, always)
 		b.moveTag("app:1", "moved")
-		b.fleet.breaks[":1"] = reasonCancelled
+		b.fleet.breaks[":1"] = "Cancelled"
 		b.create("all", spec{Target: all(), Containers: to("app:1")})
 		time.Sleep(4 * time.Second)
 		b.fleet.mu.Lock()
@@ -240,7 +253,8 @@ func TestTagOfFollowedTemplate(t *testing.T) {
 			s.Annotations = map[string]string{inplace.InPlaceAnnotation: "true"}
 			s.Spec.Template.Spec.Containers[0].Image = "app:2"
 		})
-		b.want(b.until("ended", follower(kindStatefulSet, "web"), time.Minute, func(r *rollout) bool { return r != nil && ended(r) }), "True RolledOut", "2/2/2/0/0")
+		b.want(b.until("ended", "statefulset-web", time.Minute, func(r *rollout) bool { return r != nil && ended(r) }),
+			"True RolledOut", "2/2/2/0/0")
 		if got := b.restarts("side"); got["moved"] != 0 {
 			t.Errorf("restarts %v", got)
 		}
@@ -253,9 +267,10 @@ func TestTagPullNeverEnds(t *testing.T) {
 		b.addNodes(1)
 		b.addPods(2, 1, always)
 		b.fleet.change("node-0", func(n *simNode) { n.deaf = true })
-		b.create("all", spec{Target: all(), Containers: to("app:1"), Strategy: settings{OnFailure: inplace.Pause, ProgressDeadlineSeconds: 60}})
+		b.create("all", spec{Target: all(), Containers: to("app:1"), Strategy: settings{OnFailure: inplace.Pause,
+			ProgressDeadlineSeconds: 60}})
 		r := b.until("failed", "all", 2*time.Minute, func(r *rollout) bool { return len(r.Status.Failures) > 0 })
-		if f := r.Status.Failures[0]; f.Reason != failDeadline {
+		if f := r.Status.Failures[0]; f.Reason != evaluate.FailDeadline {
 			t.Errorf("failure %+v", f)
 		}
 		time.Sleep(time.Minute)

@@ -14,6 +14,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
 // changes are the moments at which pods run another container.
@@ -22,7 +24,7 @@ func (b *bed) changes() func() []time.Time {
 	var at []time.Time
 	for _, pod := range b.pods() {
 		b.watch(pod.Name, func(before, now *corev1.Pod) {
-			old, other := statusOf(before, "app"), statusOf(now, "app")
+			old, other := pods.Status(before, "app"), pods.Status(now, "app")
 			if old != nil && old.ContainerID != other.ContainerID {
 				mu.Lock()
 				defer mu.Unlock()
@@ -47,18 +49,18 @@ func TestMinReadyOfWorkload(t *testing.T) {
 		startFirst bool
 		byLabel    bool
 	}{
-		{"StatefulSet", kindStatefulSet, to("app:2"), 15, 0, 15 * time.Second, false, false},
-		{"DaemonSet", kindDaemonSet, to("app:2"), 15, 5, 15 * time.Second, false, false},
-		{"Deployment", kindDeployment, to("app:2"), 15, 0, 15 * time.Second, false, false},
-		{"Deployment, StartFirst", kindDeployment, to("app:2"), 15, 1, 15 * time.Second, true, false},
-		{"restarts", kindDeployment, []change{{Name: "app"}}, 15, 0, 15 * time.Second, false, false},
-		{"the rollout's is longer", kindStatefulSet, to("app:2"), 5, 20, 20 * time.Second, false, false},
-		{"longer than pods may take", kindStatefulSet, to("app:2"), 900, 0, 900 * time.Second, false, false},
-		{"pods of a StatefulSet by label", kindStatefulSet, to("app:2"), 15, 0, 15 * time.Second, false, true},
-		{"pods of a DaemonSet by label", kindDaemonSet, to("app:2"), 15, 0, 15 * time.Second, false, true},
-		{"pods of a Deployment by label", kindDeployment, to("app:2"), 15, 0, 15 * time.Second, false, true},
-		{"annotated StatefulSet", kindStatefulSet, nil, 15, 0, 15 * time.Second, false, false},
-		{"annotated DaemonSet", kindDaemonSet, nil, 15, 0, 15 * time.Second, false, false},
+		{"StatefulSet", workload.KindStatefulSet, to("app:2"), 15, 0, 15 * time.Second, false, false},
+		{"DaemonSet", workload.KindDaemonSet, to("app:2"), 15, 5, 15 * time.Second, false, false},
+		{"Deployment", workload.KindDeployment, to("app:2"), 15, 0, 15 * time.Second, false, false},
+		{"Deployment, StartFirst", workload.KindDeployment, to("app:2"), 15, 1, 15 * time.Second, true, false},
+		{"restarts", workload.KindDeployment, []change{{Name: "app"}}, 15, 0, 15 * time.Second, false, false},
+		{"the rollout's is longer", workload.KindStatefulSet, to("app:2"), 5, 20, 20 * time.Second, false, false},
+		{"longer than pods may take", workload.KindStatefulSet, to("app:2"), 900, 0, 900 * time.Second, false, false},
+		{"pods of a StatefulSet by label", workload.KindStatefulSet, to("app:2"), 15, 0, 15 * time.Second, false, true},
+		{"pods of a DaemonSet by label", workload.KindDaemonSet, to("app:2"), 15, 0, 15 * time.Second, false, true},
+		{"pods of a Deployment by label", workload.KindDeployment, to("app:2"), 15, 0, 15 * time.Second, false, true},
+		{"annotated StatefulSet", workload.KindStatefulSet, nil, 15, 0, 15 * time.Second, false, false},
+		{"annotated DaemonSet", workload.KindDaemonSet, nil, 15, 0, 15 * time.Second, false, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
@@ -72,11 +74,21 @@ func TestMinReadyOfWorkload(t *testing.T) {
 					}
 				}
 				switch tt.kind {
-				case kindStatefulSet:
-					user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { s.Spec.MinReadySeconds = tt.own; turn(&s.Spec.Template, &s.ObjectMeta) })
-				case kindDaemonSet:
-					user(b, &appsv1.DaemonSet{}, func(d *appsv1.DaemonSet) { d.Spec.MinReadySeconds = tt.own; turn(&d.Spec.Template, &d.ObjectMeta) })
-				case kindDeployment:
+				case workload.KindStatefulSet:
+					user(b, &appsv1.StatefulSet{},
+						func(s *appsv1.StatefulSet) {
+							s.Spec.MinReadySeconds = tt.own
+							turn(&s.Spec.Template,
+								&s.ObjectMeta)
+						})
+				case workload.KindDaemonSet:
+					user(b, &appsv1.DaemonSet{},
+						func(d *appsv1.DaemonSet) {
+							d.Spec.MinReadySeconds = tt.own
+							turn(&d.Spec.Template,
+								&d.ObjectMeta)
+						})
+				case workload.KindDeployment:
 					user(b, &appsv1.Deployment{}, func(d *appsv1.Deployment) { d.Spec.MinReadySeconds = tt.own })
 					var sets appsv1.ReplicaSetList
 					if err := b.api.List(b.ctx, &sets); err != nil {
@@ -89,7 +101,7 @@ func TestMinReadyOfWorkload(t *testing.T) {
 				}
 				at := b.changes()
 				if tt.changes == nil {
-					name = follower(tt.kind, "web")
+					name = strings.ToLower(tt.kind) + "-web"
 				} else {
 					s := settings{MinReadySeconds: tt.spec}
 					if tt.startFirst {
@@ -101,7 +113,8 @@ func TestMinReadyOfWorkload(t *testing.T) {
 					}
 					b.create(name, spec{Target: target, Containers: tt.changes, Strategy: s})
 				}
-				b.want(b.until("ended", name, 2*time.Hour, func(r *rollout) bool { return r != nil && ended(r) }), "True RolledOut", "3/3/3/0/0")
+				b.want(b.until("ended", name, 2*time.Hour, func(r *rollout) bool { return r != nil && ended(r) }),
+					"True RolledOut", "3/3/3/0/0")
 				all := at()
 				if len(all) != 3 {
 					t.Fatalf("changes at %v", all)
@@ -124,7 +137,8 @@ func TestMinReadyOfWorkload(t *testing.T) {
 // mirror makes a pod one that kubelet shows of its own.
 func mirror(p *corev1.Pod) {
 	p.Annotations = map[string]string{corev1.MirrorPodAnnotationKey: "hash"}
-	p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: p.Spec.NodeName, UID: "uid-node"}}
+	p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: p.Spec.NodeName,
+		UID: "uid-node"}}
 }
 
 // Static pods with the labels are left out, and nobody's failure.
@@ -151,9 +165,12 @@ func TestMirrorPods(t *testing.T) {
 				if got := b.images("app"); got["app:1"] != 2 || got["app:2"] != 2 {
 					t.Errorf("images %v", got)
 				}
-				b.create("one", spec{Target: inplace.Target{PodName: "static-0"}, Containers: to("app:2"), Strategy: settings{OnFailure: inplace.Pause}})
+				b.create("one", spec{Target: inplace.Target{PodName: "static-0"}, Containers: to("app:2"),
+					Strategy: settings{OnFailure: inplace.Pause}})
 				r = b.until("refused", "one", time.Minute, func(r *rollout) bool { return len(r.Status.Failures) > 0 })
-				if f := r.Status.Failures[0]; f.Reason != failStatic || !strings.Contains(f.Message, "make a ContainerRecreateRequest") || !strings.Contains(f.Message, "change its manifest on node node-0") {
+				if f := r.Status.Failures[0]; f.Reason != "StaticPod" ||
+					!strings.Contains(f.Message, "make a ContainerRecreateRequest") ||
+					!strings.Contains(f.Message, "change its manifest on node node-0") {
 					t.Errorf("failure %+v", f)
 				}
 			})

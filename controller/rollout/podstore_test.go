@@ -48,7 +48,8 @@ func (b *bed) stored(key types.NamespacedName) *corev1.Pod {
 	return b.real[key]
 }
 
-// store writes a pod if it still is the one of before, which is nil for a new one. A nil pod is deleted.
+// store writes a pod if it still is the one of before, which is nil for a new one. A nil pod is
+// deleted.
 func (b *bed) store(key types.NamespacedName, before, pod *corev1.Pod) error {
 	b.mu.Lock()
 	if now := b.real[key]; now != before {
@@ -93,7 +94,8 @@ func (b *bed) patchPod(o *corev1.Pod, p client.Patch, status, dry bool) error {
 		return err
 	}
 	if v := want.Metadata.ResourceVersion; want.Metadata.UID != before.UID || v != "" && v != before.ResourceVersion {
-		return apierrors.NewConflict(podResource, key.Name, fmt.Errorf("it is %s of version %s", before.UID, before.ResourceVersion))
+		return apierrors.NewConflict(podResource, key.Name, fmt.Errorf("it is %s of version %s", before.UID,
+			before.ResourceVersion))
 	}
 	old, err := json.Marshal(before)
 	if err != nil {

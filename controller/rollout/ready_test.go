@@ -10,6 +10,7 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller/kstatus"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
 )
 
 // What kstatus makes of them is in deploy's TestHealth.
@@ -41,12 +42,13 @@ func TestTellReady(t *testing.T) {
 		if len(s.Conditions) != 0 {
 			t.Errorf("%s: conditions before anything is known: %v", tt.reason, s.Conditions)
 		}
-		setCondition(s, inplace.ConditionComplete, tt.complete, tt.reason, "")
-		setCondition(s, inplace.ConditionProgressing, tt.progressing, tt.reason, "")
+		notice.SetCondition(s, inplace.ConditionComplete, tt.complete, tt.reason, "")
+		notice.SetCondition(s, inplace.ConditionProgressing, tt.progressing, tt.reason, "")
 		tellReady(s)
 		for _, kind := range []string{kstatus.Ready, kstatus.Reconciling, kstatus.Stalled} {
 			c := meta.FindStatusCondition(s.Conditions, kind)
-			if c == nil || meta.IsStatusConditionTrue(s.Conditions, kind) != (kind == tt.want) || c.Reason != tt.reason || c.ObservedGeneration != 3 {
+			if c == nil || meta.IsStatusConditionTrue(s.Conditions, kind) != (kind == tt.want) ||
+				c.Reason != tt.reason || c.ObservedGeneration != 3 {
 				t.Errorf("%s: %s is %+v, want True only for %s", tt.reason, kind, c, tt.want)
 			}
 		}

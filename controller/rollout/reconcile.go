@@ -9,11 +9,12 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/sirupsen/logrus"
-	"google.golang.org/protobuf/types/known/timestamppb"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -29,15 +30,15 @@ import (
 	"github.com/cri-proxy/cri-proxy/controller/jobbudget"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
 	"github.com/cri-proxy/cri-proxy/controller/pods"
-)
-
-const (
-	// stalePause lets the cache catch up.
-	stalePause = 100 * time.Millisecond
-	// blockedPause is how often budgets and workloads that hold a rollout back are looked at without an event.
-	blockedPause = 2 * time.Second
-	// lookAgain is how often a rollout that goes on is looked at without an event.
-	lookAgain = 30 * time.Second
+	"github.com/cri-proxy/cri-proxy/controller/retry"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/check"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/nodeops"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
 // +kubebuilder:rbac:groups=cri-proxy.io,resources=inplacerollouts,verbs=get;list;watch;create;patch;delete
@@ -60,35 +61,39 @@ type Reconciler struct {
 	Client client.Client
 	// APIReader reads past the cache: secrets and revisions are not kept.
 	APIReader client.Reader
-	// Nodes commands the nodes.
-	Nodes Nodes
-	// Jobs counts restarts of Jobs' pods, with all who make some; it may be nil.
+	// Nodes are the nodes of the cluster, which get commands.
+	Nodes nodeops.Nodes
+	// Jobs counts restarts in the pods of Jobs. All who restart containers share it. It may be nil.
 	Jobs *jobbudget.Budgets
 	// NodePort is the port for nodes without an address of their own in an annotation.
 	NodePort int
 	// Recorder writes Events; nil writes none.
 	Recorder events.EventRecorder
 	// Metrics may be nil.
-	Metrics *Metrics
+	Metrics *notice.Metrics
 	// Log must be set.
 	Log logrus.FieldLogger
 
-	crew  *crew.Crew
-	wakes chan wakeUp
-	// turns is held while a rollout is let in.
-	turns sync.Mutex
+	crew   *crew.Crew
+	driver *nodeops.Driver
+	wakes  chan wakeUp
+
+	admissions admissions
 
 	mu    sync.Mutex
 	works map[types.NamespacedName]*work
-	// lastTurn counts the rollouts that were let in.
-	lastTurn uint64
 }
 
 // wakeUp makes the reconciler look at a rollout.
 type wakeUp = event.TypedGenericEvent[*inplace.InPlaceRollout]
 
 func (r *Reconciler) prepare() {
-	r.crew, r.wakes, r.works = crew.New(r.Metrics.crew()), make(chan wakeUp), map[types.NamespacedName]*work{}
+	r.crew, r.wakes, r.works = crew.New(r.Metrics.Crew()), make(chan wakeUp), map[types.NamespacedName]*work{}
+	port := r.NodePort
+	if port == 0 {
+		port = nodes.DefaultPort
+	}
+	r.driver = &nodeops.Driver{Nodes: r.Nodes, Client: r.Client, Live: r.APIReader, Crew: r.crew, Port: port}
 }
 
 func (r *Reconciler) workOf(rollout *inplace.InPlaceRollout) *work {
@@ -98,18 +103,19 @@ func (r *Reconciler) workOf(rollout *inplace.InPlaceRollout) *work {
 	w := r.works[key]
 	if w == nil || w.uid != rollout.UID {
 		if w != nil {
-			w.close()
+			w.ops.Close()
+			r.admissions.end(w.uid)
 		}
 		w = &work{
-			uid: rollout.UID, wake: r.waker(key), told: map[string]bool{}, failures: map[types.UID]inplace.PodFailure{},
-			nodes: map[string]nodes.Node{}, members: map[types.UID]*member{}, keys: map[string]*keys{},
+			uid: rollout.UID, ops: nodeops.NewState(rollout.UID, r.waker(key)), told: map[string]bool{},
+			failures: map[types.UID]inplace.PodFailure{},
 		}
 		r.works[key] = w
 	}
 	return w
 }
 
-// knownWork is the work of a rollout, or nil.
+// knownWork returns what is known of a rollout; nil if there is nothing.
 func (r *Reconciler) knownWork(key types.NamespacedName) *work {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -122,11 +128,12 @@ func (r *Reconciler) forget(key types.NamespacedName) {
 	delete(r.works, key)
 	r.mu.Unlock()
 	if w != nil {
-		w.close()
+		w.ops.Close()
+		r.admissions.end(w.uid)
 	}
 }
 
-// waker wakes the reconciler for a rollout.
+// waker returns a function that wakes the reconciler for a rollout.
 func (r *Reconciler) waker(key types.NamespacedName) func() {
 	return func() {
 		r.crew.Do(func(ctx context.Context) {
@@ -140,7 +147,7 @@ func (r *Reconciler) waker(key types.NamespacedName) func() {
 	}
 }
 
-// Reconcile takes one rollout as far as it goes and says when to look again.
+// Reconcile takes one rollout as far as it goes, and says when to look at it again.
 func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
 	rollout := &inplace.InPlaceRollout{}
 	if err := r.Client.Get(ctx, req.NamespacedName, rollout); err != nil {
@@ -150,122 +157,158 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 		}
 		return reconcile.Result{}, err
 	}
-	p := &pass{
-		r: r, rollout: rollout, work: r.workOf(rollout), now: time.Now(), strategy: strategyOf(&rollout.Spec.Strategy),
-		log: r.Log.WithField("rollout", req.String()),
-	}
-	if versionOf(rollout.ResourceVersion) < p.work.written {
-		return reconcile.Result{RequeueAfter: stalePause}, nil // the cache has not caught up with the last write
+	p := r.newPass(rollout)
+	if nodeops.VersionOf(rollout.ResourceVersion) < p.work.written {
+		// the cache has not caught up with the last write
+		return reconcile.Result{RequeueAfter: requeue.StaleInterval}, nil
 	}
 	var err error
 	switch {
 	case rollout.DeletionTimestamp != nil:
 		err = p.finalize(ctx)
-	case over(rollout):
-		r.endTurn(p.work)
-		err = p.retire(ctx)
+	case check.Over(rollout):
+		r.admissions.end(rollout.UID)
+		err = p.cleanup(ctx)
 	default:
 		err = p.advance(ctx)
 	}
 	switch {
 	case apierrors.IsConflict(err):
-		return reconcile.Result{RequeueAfter: stalePause}, nil
+		return reconcile.Result{RequeueAfter: requeue.StaleInterval}, nil
 	case apierrors.IsNotFound(err):
-		return reconcile.Result{RequeueAfter: stalePause}, nil // something was deleted meanwhile
+		return reconcile.Result{RequeueAfter: requeue.StaleInterval}, nil // something was deleted meanwhile
 	}
 	return reconcile.Result{RequeueAfter: p.wait}, err
 }
 
-// pass is one reconcile of one rollout.
+// pass is one look at one rollout.
 type pass struct {
 	r        *Reconciler
 	rollout  *inplace.InPlaceRollout
 	work     *work
-	strategy strategy
+	strategy evaluate.Strategy
 	now      time.Time
 	log      logrus.FieldLogger
 	// wait is when to look again; 0 means when something happens.
 	wait time.Duration
 
-	target *target
-	goal   goal
-	items  []*item
+	// env is what the target's workload needs from this pass.
+	env *workload.Env
+	// ops has nodes do what the pods need.
+	ops    *nodeops.Session
+	teller *teller
+	writer *writer
+	target *workload.Target
+	goal   evaluate.Goal
+	items  []*nodeops.Item
 	ended  []*corev1.Pod // pods that broke so that they ended
-	plan   plan
-	// obstacle is why a pod is left to its workload.
-	obstacle string
-	// blocked says what holds the rollout back as a whole, with a condition's reason.
+	plan   evaluate.Plan
+	// notInPlaceReason is why a pod is left to its workload.
+	notInPlaceReason string
+	// blocked says what holds back the rollout as a whole, blockedReason is the reason of its
+	// condition.
 	blockedReason, blocked string
 }
 
-// advance takes a rollout that has not ended a step further.
+func (r *Reconciler) newPass(rollout *inplace.InPlaceRollout) *pass {
+	p := &pass{
+		r: r, rollout: rollout, work: r.workOf(rollout), now: time.Now(),
+		strategy: evaluate.StrategyOf(&rollout.Spec.Strategy),
+		log:      r.Log.WithField("rollout", client.ObjectKeyFromObject(rollout).String()),
+	}
+	p.teller = &teller{recorder: r.Recorder, rollout: rollout, told: p.work.told}
+	p.writer = &writer{client: r.Client, metrics: r.Metrics, rollout: rollout, work: p.work, now: p.now}
+	p.env = &workload.Env{
+		Client: r.Client, Live: r.APIReader, Rollout: rollout, Goal: &p.goal, Now: p.now, Log: p.log,
+		Wrote: r.Metrics.Wrote,
+		Event: p.teller.event, Tell: p.teller.tell, PatchRollout: p.writer.patch, Choose: p.work.choose,
+		Memory: &p.work.memory,
+	}
+	p.ops = &nodeops.Session{
+		Driver: r.driver, State: p.work.ops, Rollout: rollout, Strategy: &p.strategy, Now: p.now, Log: p.log,
+		Wait: &p.wait,
+		NewLabel: func(i *nodeops.Item) string {
+			if p.target.Workload == nil {
+				return ""
+			}
+			return p.target.Workload.RevisionLabel(&i.PodRef, i.Status.Images)
+		},
+	}
+	return p
+}
+
+// advance takes a rollout that has not ended one step further.
 func (p *pass) advance(ctx context.Context) error {
-	var why *specError
+	var why *apierror.SpecError
 	var err error
-	if p.target, err = p.find(ctx); errors.As(err, &why) {
+	if p.target, err = p.env.Find(ctx); errors.As(err, &why) {
 		return p.refuse(ctx, why)
 	} else if err != nil {
 		return err
 	}
-	p.strategy.honour(p.target.minReady)
+	p.strategy.Honour(p.target.MinReady)
 	if !slices.Contains(p.rollout.Finalizers, inplace.RolloutFinalizer) {
 		before := p.rollout.DeepCopy()
 		p.rollout.Finalizers = append(p.rollout.Finalizers, inplace.RolloutFinalizer)
-		if err := p.patch(ctx, before); err != nil {
+		if err := p.writer.patch(ctx, before); err != nil {
 			return err
 		}
 	}
-	p.goal = goalOf(p.rollout)
-	if first, shared, err := p.r.takeTurn(ctx, p); err != nil {
+	p.goal = evaluate.GoalOf(p.rollout)
+	if first, shared, err := p.r.admissions.admit(ctx, p.r.Client, p.rollout, p.target.Pods); err != nil {
 		return err
 	} else if first != nil {
 		return p.queue(ctx, first, shared)
 	}
-	if p.rollout.Status.ObservedRevision != p.goal.revision {
+	if p.rollout.Status.ObservedRevision != p.goal.Revision {
 		if err := p.begin(ctx); err != nil {
 			return err
 		}
 	}
-	if next := p.rollout.Status.DeepCopy(); !p.undoing() && len(next.PreviousImages) < len(p.goal.images) {
-		// Pods that have come since.
+	if next := p.rollout.Status.DeepCopy(); !undoing(p.rollout, &p.strategy) &&
+		len(next.PreviousImages) < len(p.goal.Images) {
+		// Pods have come since the rollout began.
 		if next.PreviousImages == nil {
 			next.PreviousImages = map[string]string{}
 		}
-		if p.findPrevious(next.PreviousImages) {
-			if err := p.writeStatus(ctx, next); err != nil {
+		if p.target.FindPrevious(p.goal.Images, next.PreviousImages) {
+			if err := p.writer.status(ctx, next); err != nil {
 				return err
 			}
 		}
 	}
-	if p.work.revision != p.goal.revision {
-		p.work.revision, p.work.failures, p.work.told = p.goal.revision, map[types.UID]inplace.PodFailure{}, map[string]bool{}
+	if p.work.revision != p.goal.Revision {
+		p.work.revision, p.work.failures = p.goal.Revision, map[types.UID]inplace.PodFailure{}
+		clear(p.work.told)
 		p.work.progressed, p.work.released = p.now, nil
-		p.work.template, p.work.refused, p.work.api, p.work.templated = nil, nil, apiTrouble{}, nil
+		p.work.refused, p.work.api = nil, dryrun.Trouble{}
+		p.work.memory.Forget()
 	}
-	if p.undoing() {
-		p.goal = p.goal.undoing(&p.rollout.Status, p.target.workload != nil)
+	if undoing(p.rollout, &p.strategy) {
+		p.goal = p.goal.Rollback(&p.rollout.Status, p.target.Workload != nil)
 	}
-	if text := p.newer(); text != "" {
+	if text := workload.Newer(p.rollout); text != "" {
 		return p.supersede(ctx, text)
 	}
 	ready := true
-	var over *supersededError
-	if w := p.target.workload; w != nil {
+	var over *workload.SupersededError
+	if w := p.target.Workload; w != nil {
 		if ready, err = p.align(ctx, w); errors.As(err, &why) {
 			return p.refuse(ctx, why)
 		} else if errors.As(err, &over) {
-			return p.supersede(ctx, over.text)
+			return p.supersede(ctx, over.Text)
 		} else if err != nil {
 			return err
 		}
-		p.goal.images = p.work.template.all(p.goal.images) // as the workload's controller would make pods
+		p.goal.Images = p.work.memory.Template.All(p.goal.Images) // as the workload's controller would make pods
 	}
 	p.gather(ctx)
 	if err := p.decide(ctx, !ready); err != nil {
 		return err
 	}
-	if fails := p.noteFailures(); fails > 0 && p.strategy.onFailure == inplace.Rollback && !p.goal.undo && len(p.rollout.Status.PreviousImages) > 0 {
-		return p.turnBack(ctx)
+	if fails := p.noteFailures(); fails > 0 && p.strategy.OnFailure == inplace.Rollback && !p.goal.Undo &&
+		len(p.rollout.Status.PreviousImages) > 0 {
+		return p.startRollback(ctx)
 	}
 	if err := p.act(ctx); err != nil {
 		return err
@@ -273,349 +316,318 @@ func (p *pass) advance(ctx context.Context) error {
 	return p.conclude(ctx)
 }
 
-// align brings the template of the workload to the images, unless the API server has said no.
-func (p *pass) align(ctx context.Context, w workload) (ready bool, err error) {
+// align writes the images into the template of the workload, unless the API server refuses that for
+// good.
+func (p *pass) align(ctx context.Context, w workload.Workload) (ready bool, err error) {
 	api := &p.work.api
 	p.blockedReason = inplace.ReasonWaiting
 	switch {
-	case p.work.refused[p.goal.revision] != nil:
+	case p.work.refused[p.goal.Revision] != nil:
 	case p.waits(api):
-		p.blocked = api.text
+		p.blocked = api.Text
 	default:
-		ready, p.blocked, err = w.align(ctx, p.goal.images)
-		why := refusal(err)
+		ready, p.blocked, err = w.SyncTemplate(ctx, p.goal.Images)
+		why := dryrun.Refusal(err)
 		switch {
 		case err == nil:
-			*api = apiTrouble{}
+			*api = dryrun.Trouble{}
 		case why != nil:
-			p.work.refuse(p.goal.revision, why)
-		case apiStatus(err) && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err):
-			api.note(err, p.now)
+			p.work.refuse(p.goal.Revision, why)
+		case dryrun.IsAPIStatus(err) && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err):
+			api.Note(err, p.now)
 			p.waits(api)
-			p.blocked = api.text
-			if p.now.Sub(api.since) >= p.strategy.deadline {
-				p.work.refuse(p.goal.revision, &failure{failDeadline, fmt.Sprintf("the template could not be changed for %s: %s", p.strategy.deadline, err)})
+			p.blocked = api.Text
+			if p.now.Sub(api.Since) >= p.strategy.Deadline {
+				p.work.refuse(p.goal.Revision, &evaluate.Failure{Reason: evaluate.FailDeadline,
+					Message: fmt.Sprintf("the template could not be changed for %s: %s", p.strategy.Deadline, err)})
 			}
 		default:
 			return false, err
 		}
 	}
-	switch why := p.work.refused[p.goal.revision]; {
-	case why != nil && !p.goal.undo:
-		p.blocked = why.message
+	switch why := p.work.refused[p.goal.Revision]; {
+	case why != nil && !p.goal.Undo:
+		p.blocked = why.Message
 	case why != nil:
 		p.blocked = "" // what cannot be put back stays
-	case !ready && api.count >= apierror.Tries:
+	case !ready && api.Count >= apierror.Tries:
 		p.blockedReason = inplace.ReasonAPIError
-		p.blocked = fmt.Sprintf("%s cannot be changed, %d tries have failed since %s: %s", p.target.what, api.count, api.since.UTC().Format(time.RFC3339), api.text)
-		p.tell(corev1.EventTypeWarning, inplace.ReasonAPIError, p.blocked, "template")
+		p.blocked = fmt.Sprintf("%s cannot be changed, %d tries have failed since %s: %s", p.target.What, api.Count,
+			api.Since.UTC().Format(time.RFC3339), api.Text)
+		p.teller.tell(corev1.EventTypeWarning, inplace.ReasonAPIError, p.blocked, "template")
 	}
 	if !ready {
-		p.wait = sooner(p.wait, blockedPause)
+		p.wait = retry.Sooner(p.wait, requeue.BlockedInterval)
 	}
-	return ready || p.work.refused[p.goal.revision] != nil && p.goal.undo, nil
+	return ready || p.work.refused[p.goal.Revision] != nil && p.goal.Undo, nil
 }
 
-// undoing says that the revision is being rolled back.
-func (p *pass) undoing() bool {
-	return p.rollout.Status.FailedRevision == revisionOf(p.rollout) && p.strategy.onFailure == inplace.Rollback
+// undoing returns true if the present revision has failed and is rolled back.
+func undoing(r *inplace.InPlaceRollout, s *evaluate.Strategy) bool {
+	return r.Status.FailedRevision == evaluate.RevisionOf(r) && s.OnFailure == inplace.Rollback
 }
 
-// gather judges the pods.
+// gather finds out how far each pod is.
 func (p *pass) gather(ctx context.Context) {
 	there := map[types.UID]bool{}
 	begun := p.now
 	if t := p.rollout.Status.StartTime; t != nil {
 		begun = t.Time
 	}
-	for _, pod := range p.target.pods {
-		m := p.memberOf(pod)
+	for _, pod := range p.target.Pods {
+		m := p.ops.Pod(pod, p.goal.Revision)
 		there[pod.UID] = true
-		if !active(pod) {
-			if pod.DeletionTimestamp == nil && m.mark.by(p.goal) {
+		if !pods.Active(pod) {
+			if pod.DeletionTimestamp == nil && m.State.IsOf(p.goal) {
 				p.ended = append(p.ended, pod)
 			}
 			continue
 		}
-		i := &item{pod: pod, m: m, goal: p.goal.of(m.mark), ordinal: -1, stale: m.stale(pod)}
-		if w := p.target.workload; w != nil && !p.goal.undo && w.restart(pod) {
-			i.goal.restarts = containersOf(pod)
+		i := &nodeops.Item{PodRef: evaluate.PodRef{Pod: pod, State: m.State, Goal: p.goal.ForPod(m.State)}, Ops: m,
+			Ordinal: -1, Stale: m.Stale(pod)}
+		if w := p.target.Workload; w != nil && !p.goal.Undo && w.NeedsRestart(pod) {
+			i.Goal.Restarts = pods.Names(pod)
 		}
-		if p.target.ordered {
-			i.ordinal = ordinalOf(pod.Name)
+		if p.target.Ordered {
+			i.Ordinal = ordinalOf(pod.Name)
 		}
-		if !i.stale {
-			m.noteReady(pod, p.now)
-			m.noteStarted(pod, p.now)
+		if !i.Stale {
+			m.NoteReady(pod, p.now)
+			m.NoteStarted(pod, p.now)
 		}
-		p.settlePreparation(i)
-		p.settleLooks(i)
-		k := p.work.knowledge(m, pod, begun)
-		k.carried = len(m.started) > 0 && p.carries(ctx, pod)
-		i.known, i.verdict = k, judge(pod, m.mark, i.goal, k, &p.strategy, p.now)
-		p.wait = sooner(p.wait, i.verdict.wait)
-		if s := i.verdict.stage; p.target.workload != nil && (s == outdated && !m.turn || s == updated && !p.goal.undo || s == broken && i.verdict.failure.reason == failNoContainer) {
-			if why := p.target.workload.obstacle(pod); why != "" {
-				i.verdict.stage, p.obstacle = left, why
-			} else if p.blocked != "" && s == broken {
-				i.verdict.stage = left // that is not known yet
+		p.ops.SettlePreparation(i)
+		p.ops.SettleTags(i)
+		k := p.work.ops.Knowledge(m, pod, begun)
+		k.Carried = len(m.Started) > 0 && p.r.driver.Carries(ctx, pod)
+		i.Facts, i.Status = k, evaluate.Pod(pod, m.State, i.Goal, k, &p.strategy, p.now)
+		p.wait = retry.Sooner(p.wait, i.Status.Wait)
+		if s := i.Status.Stage; p.target.Workload != nil && (s == evaluate.Outdated && !m.Updating ||
+			s == evaluate.Updated && !p.goal.Undo || s == evaluate.Broken &&
+			i.Status.Failure.Reason == evaluate.FailNoContainer) {
+			if why := p.target.Workload.NotInPlaceReason(pod); why != "" {
+				i.Status.Stage, p.notInPlaceReason = evaluate.Skipped, why
+			} else if p.blocked != "" && s == evaluate.Broken {
+				i.Status.Stage = evaluate.Skipped // that is not known yet
 			}
 		}
-		if p.target.workload != nil && i.verdict.stage == updated {
-			label := p.target.workload.revisionLabel(i, nil)
-			i.unlabelled = label != "" && label != pod.Labels[revisionLabel]
+		if p.target.Workload != nil && i.Status.Stage == evaluate.Updated {
+			label := p.target.Workload.RevisionLabel(&i.PodRef, nil)
+			i.Unlabelled = label != "" && label != pod.Labels[podtemplate.RevisionLabel]
 		}
-		if v := &i.verdict; !i.stale && (v.recovered || v.stage == broken && !v.disrupted || v.stage == updated && v.available) {
-			if m.turn {
-				p.r.Jobs.Return(p.takenAs(pod))
+		if v := &i.Status; !i.Stale && (v.Recovered || v.Stage == evaluate.Broken && !v.Disrupted ||
+			v.Stage == evaluate.Updated && v.Available) {
+			if m.Updating {
+				p.r.Jobs.Return(takenAs(p.rollout, pod))
 			}
-			m.turn, m.settled = false, v.recovered || m.settled
-			v.disrupted = v.open
+			m.Updating, m.Settled = false, v.Recovered || m.Settled
+			v.Disrupted = v.Open
 		}
 		p.items = append(p.items, i)
 	}
-	p.keep(there)
+	p.ops.Keep(there)
 }
 
-// decide plans what to do with the pods.
+// decide plans which pods are next.
 func (p *pass) decide(ctx context.Context, halted bool) error {
 	s := &p.strategy
-	candidates := make([]candidate, len(p.items))
+	candidates := make([]evaluate.Candidate, len(p.items))
 	failed := false
 	for n, i := range p.items {
-		shut, _ := shutBy(i.pod)
-		turn := i.m.turn || shut == p.rollout.UID && i.verdict.stage == outdated
-		candidates[n] = candidate{i.pod, i.ordinal, i.verdict, turn, p.preparation(i)}
-		failed = failed || i.verdict.stage == broken
+		shut, _ := evaluate.OutOfServiceBy(i.Pod)
+		updating := i.Ops.Updating || shut == p.rollout.UID && i.Status.Stage == evaluate.Outdated
+		candidates[n] = evaluate.Candidate{
+			Pod: i.Pod, Ordinal: i.Ordinal, Status: i.Status, Updating: updating, Preparation: p.ops.Preparation(i),
+		}
+		failed = failed || i.Status.Stage == evaluate.Broken
 	}
-	l := limits{
-		desired: p.target.desired, maxUnavailable: s.unavailableLimit(p.target.desired),
-		keep: resolve(s.partition, p.target.desired, true), firstOrdinal: p.target.firstOrdinal, ordered: p.target.ordered,
-		halted: halted || p.rollout.Spec.Paused,
+	l := evaluate.Limits{
+		Desired: p.target.Desired, MaxUnavailable: s.UnavailableLimit(p.target.Desired),
+		Keep: evaluate.Resolve(s.Partition, p.target.Desired, true), FirstOrdinal: p.target.FirstOrdinal,
+		Ordered: p.target.Ordered,
+		Halted:  halted || p.rollout.Spec.Paused,
 	}
-	if p.goal.undo {
-		l.keep = 0
-	} else if (failed || len(p.ended) > 0) && s.onFailure != inplace.Continue {
-		l.halted = true
+	if p.goal.Undo {
+		l.Keep = 0
+	} else if (failed || len(p.ended) > 0) && s.OnFailure != inplace.Continue {
+		l.Halted = true
 	}
-	var budgets []*disruptions
+	var budgets []*evaluate.Disruptions
 	read := false
 	var err error
-	l.allowed = func(pod *corev1.Pod) (bool, string) {
+	l.Allowed = func(pod *corev1.Pod) (bool, string) {
 		if !read {
 			read = true
-			budgets, err = budgetsOf(ctx, p.r.Client, p.rollout.Namespace, candidates, p.doomed())
+			budgets, err = evaluate.Budgets(ctx, p.r.Client, p.rollout.Namespace, candidates, doomed(p.items))
 		}
 		if err != nil {
 			return false, err.Error()
 		}
-		return take(budgets, pod)
+		return evaluate.Take(budgets, pod)
 	}
-	p.plan = decide(candidates, l)
+	p.plan = evaluate.Next(candidates, l)
 	if err != nil {
 		return err
 	}
-	if p.plan.blocked != "" {
-		p.wait = sooner(p.wait, blockedPause)
+	if p.plan.Blocked != "" {
+		p.wait = retry.Sooner(p.wait, requeue.BlockedInterval)
 	}
 	return nil
 }
 
-// doomed says of pods that they are about to be disrupted by this rollout.
-func (p *pass) doomed() func(*corev1.Pod) bool {
+// doomed returns a function that says whether this rollout is about to disrupt a pod.
+func doomed(items []*nodeops.Item) func(*corev1.Pod) bool {
 	pods := map[types.UID]bool{}
-	for _, i := range p.items {
-		pods[i.pod.UID] = i.verdict.disrupted
+	for _, i := range items {
+		pods[i.Pod.UID] = i.Status.Disrupted
 	}
 	return func(pod *corev1.Pod) bool { return pods[pod.UID] }
 }
 
-// act takes the pods further. What went wrong with one does not keep the others.
+// act takes the pods further. An error with one pod does not hold up the others.
 func (p *pass) act(ctx context.Context) error {
-	for _, n := range p.plan.prepare {
-		p.prepare(ctx, p.items[n])
+	for _, n := range p.plan.Prepare {
+		p.ops.Prepare(ctx, p.items[n])
 	}
-	for _, n := range p.plan.begin {
+	for _, n := range p.plan.Begin {
 		p.settleError(p.items[n], p.step(ctx, p.items[n]))
 	}
 	for _, i := range p.items {
-		if i.stale {
+		if i.Stale {
 			continue
 		}
-		p.tellWarnings(i)
-		if relabels := i.verdict.stage == updated && p.target.workload != nil; (relabels || i.verdict.open) && !p.waits(&i.m.api) {
+		p.teller.warnings(i.Pod, p.ops.Finished(i.Ops))
+		if relabels := i.Status.Stage == evaluate.Updated && p.target.Workload != nil; (relabels || i.Status.Open) &&
+			!p.waits(&i.Ops.Api) {
 			var err error
 			if relabels {
 				err = p.relabel(ctx, i)
 			}
-			if i.verdict.open {
+			if i.Status.Open {
 				err = errors.Join(p.setGates(ctx, i, ""), err)
 			}
 			p.settleError(i, err)
 		}
-		if i.verdict.ask {
-			p.follow(ctx, i)
+		if i.Status.Ask {
+			p.ops.Follow(ctx, i)
 		}
-		if i.verdict.restart {
-			p.restart(ctx, i)
+		if i.Status.Restart {
+			p.ops.Restart(ctx, i)
 		}
-		if i.verdict.inquire {
-			p.inquire(ctx, i)
+		if i.Status.Inquire {
+			p.ops.Inquire(ctx, i)
 		}
-		if i.verdict.stage == changing {
+		if i.Status.Stage == evaluate.Updating {
 			p.nudge(ctx, i)
 		}
 	}
 	return nil
 }
 
-// settleError decides what becomes of a pod about which the API server has said no. What it says of one does not keep the others.
-func (p *pass) settleError(i *item, err error) {
-	why := refusal(err)
+// settleError decides what to do about a pod whose change the API server has answered with an
+// error.
+func (p *pass) settleError(i *nodeops.Item, err error) {
+	why := dryrun.Refusal(err)
 	switch {
 	case err == nil:
-		if !i.stale && !p.now.Before(i.m.api.until) {
-			i.m.api = apiTrouble{}
+		if !i.Stale && !p.now.Before(i.Ops.Api.Until) {
+			i.Ops.Api = dryrun.Trouble{}
 		}
 	case apierrors.IsConflict(err), apierrors.IsNotFound(err):
-		p.wait = sooner(p.wait, max(stalePause, p.r.gather(client.ObjectKeyFromObject(p.rollout))))
+		p.wait = retry.Sooner(p.wait, max(requeue.StaleInterval, p.r.gather(client.ObjectKeyFromObject(p.rollout))))
 	case why == nil:
-		i.m.api.note(err, p.now)
-		p.waits(&i.m.api)
-		if p.now.Sub(i.m.api.since) < p.strategy.deadline {
+		i.Ops.Api.Note(err, p.now)
+		p.waits(&i.Ops.Api)
+		if p.now.Sub(i.Ops.Api.Since) < p.strategy.Deadline {
 			return
 		}
-		late := tooLong(i.pod.Name, p.strategy.deadline, err)
+		late := dryrun.TooLong(i.Pod.Name, p.strategy.Deadline, err)
 		why = &late
 		fallthrough
 	default:
-		i.m.api.note(err, p.now) // a gate that cannot be opened is tried again
-		p.work.mu.Lock()
-		p.abort(i.m.node, i.m.visit, why.message)
-		p.work.mu.Unlock()
-		i.m.refused = why
-		p.wait = sooner(p.wait, stalePause)
+		i.Ops.Api.Note(err, p.now) // a gate that cannot be opened is tried again
+		p.ops.AbortUpgrade(i.Ops, why.Message)
+		i.Ops.Refused = why
+		p.wait = retry.Sooner(p.wait, requeue.StaleInterval)
 	}
 }
 
-// nudge makes kubelet look at a pod again for a new container that is not ready, where that is due.
-func (p *pass) nudge(ctx context.Context, i *item) {
+// nudge makes kubelet probe a new container that is not ready at once, if that is due.
+func (p *pass) nudge(ctx context.Context, i *nodeops.Item) {
 	var names []string
-	carried := len(i.m.started) > 0 && p.carries(ctx, i.pod)
-	for _, name := range sortedKeys(i.m.mark.Containers) {
-		c, _ := containerOf(i.pod, name)
-		cs := statusOf(i.pod, name)
-		if c == nil || cs == nil || cs.ContainerID == i.m.mark.Containers[name].ID {
+	carried := len(i.Ops.Started) > 0 && p.r.driver.Carries(ctx, i.Pod)
+	for _, name := range slices.Sorted(maps.Keys(i.Ops.State.Containers)) {
+		c, _ := evaluate.ContainerOf(i.Pod, name)
+		cs := pods.Status(i.Pod, name)
+		if c == nil || cs == nil || cs.ContainerID == i.Ops.State.Containers[name].ID {
 			continue
 		}
-		if passed, _ := pods.StartupPassed(c, cs, i.m.started[cs.ContainerID], carried, p.now); passed {
+		if passed, _ := pods.StartupPassed(c, cs, i.Ops.Started[cs.ContainerID], carried, p.now); passed {
 			names = append(names, name)
 		}
 	}
-	container, wait := i.m.nudges.Due(i.pod, names, p.now)
-	p.wait = sooner(p.wait, wait)
+	container, wait := i.Ops.Nudges.Due(i.Pod, names, p.now)
+	p.wait = retry.Sooner(p.wait, wait)
 	if container == "" {
 		return
 	}
-	log := p.log.WithField("pod", i.pod.Name).WithField("container", container)
-	pod, err := i.m.nudges.Nudge(ctx, p.r.Client, i.pod, container)
+	log := p.log.WithField("pod", i.Pod.Name).WithField("container", container)
+	pod, err := i.Ops.Nudges.Nudge(ctx, p.r.Client, i.Pod, container)
 	if err != nil {
 		log.WithError(err).Info("kubelet could not be made to probe the new container at once") // it will in its time
 		return
 	}
-	i.m.written = versionOf(pod.ResourceVersion)
-	p.r.Metrics.wrote("pod")
+	i.Ops.Written = nodeops.VersionOf(pod.ResourceVersion)
+	p.r.Metrics.Wrote("pod")
 	log.Debug("kubelet made to probe the new container at once")
 }
 
-// begin takes up the containers of the spec: what they replace is written down before anything is done.
+// begin takes up the containers of the spec. First of all it writes into the status which images
+// they replace.
 func (p *pass) begin(ctx context.Context) error {
 	old := &p.rollout.Status
 	now := metav1.NewTime(p.now)
 	next := inplace.InPlaceRolloutStatus{
-		ObservedGeneration: p.rollout.Generation, ObservedRevision: p.goal.revision, StartTime: &now, LastSuccessTime: old.LastSuccessTime,
-		TargetImages: p.goal.images, PreviousImages: map[string]string{}, Conditions: slices.Clone(old.Conditions), Desired: int32(p.target.desired),
+		ObservedGeneration: p.rollout.Generation, ObservedRevision: p.goal.Revision, StartTime: &now,
+		LastSuccessTime: old.LastSuccessTime,
+		TargetImages:    p.goal.Images, PreviousImages: map[string]string{}, Conditions: slices.Clone(old.Conditions),
+		Desired: int32(p.target.Desired),
 	}
 	if old.CompletionTime == nil {
-		for name := range p.goal.images {
+		for name := range p.goal.Images {
 			if kept := old.PreviousImages[name]; kept != "" {
 				next.PreviousImages[name] = kept // the last that was good
 			}
 		}
 	}
-	p.findPrevious(next.PreviousImages)
-	setCondition(&next, inplace.ConditionComplete, false, inplace.ReasonRollingOut, "")
-	setCondition(&next, inplace.ConditionProgressing, true, inplace.ReasonRollingOut, "")
-	setCondition(&next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")
-	if err := p.writeStatus(ctx, &next); err != nil {
+	p.target.FindPrevious(p.goal.Images, next.PreviousImages)
+	notice.SetCondition(&next, inplace.ConditionComplete, false, inplace.ReasonRollingOut, "")
+	notice.SetCondition(&next, inplace.ConditionProgressing, true, inplace.ReasonRollingOut, "")
+	notice.SetCondition(&next, inplace.ConditionDegraded, false, inplace.ReasonAsExpected, "")
+	if err := p.writer.status(ctx, &next); err != nil {
 		return err
 	}
 	p.work.progressed = p.now
-	p.event(corev1.EventTypeNormal, eventStarted, "rolling out to "+p.target.what+": "+describe(p.rollout.Spec.Containers))
-	p.log.WithField("revision", p.goal.revision).Info("rollout begins")
+	p.teller.event(corev1.EventTypeNormal, notice.EventStarted,
+		"rolling out to "+p.target.What+": "+notice.Describe(p.rollout.Spec.Containers))
+	p.log.WithField("revision", p.goal.Revision).Info("rollout begins")
 	return nil
 }
 
-// findPrevious adds the images that are to be replaced, as far as they can be told, and says whether that is more than before.
-func (p *pass) findPrevious(previous map[string]string) bool {
-	more := false
-	for name, image := range p.goal.images {
-		if previous[name] != "" {
-			continue
-		}
-		was := ""
-		if w := p.target.workload; w != nil && w.image(name) != image {
-			was = w.image(name)
-		}
-		if was == "" {
-			was = usual(p.target.pods, name, image)
-		}
-		if was != "" {
-			previous[name], more = was, true
-		}
+// waits returns true if it is too early to ask the API server again, and has the rollout looked at
+// when the time has come.
+func (p *pass) waits(t *dryrun.Trouble) bool {
+	left := t.Until.Sub(p.now)
+	if left > 0 {
+		p.wait = retry.Sooner(p.wait, left)
 	}
-	return more
+	return left > 0
 }
 
-// usual is the image that most pods have in a container, besides the given one.
-func usual(pods []*corev1.Pod, name, besides string) string {
-	counts := map[string]int{}
-	for _, pod := range pods {
-		if c, _ := containerOf(pod, name); c != nil && active(pod) && c.Image != besides {
-			counts[c.Image]++
-		}
+// ordinalOf returns the number at the end of a name; -1 if there is none.
+func ordinalOf(name string) int {
+	n, err := strconv.Atoi(name[strings.LastIndexByte(name, '-')+1:])
+	if err != nil {
+		return -1
 	}
-	best := ""
-	for _, image := range slices.Sorted(maps.Keys(counts)) {
-		if best == "" || counts[image] > counts[best] {
-			best = image
-		}
-	}
-	return best
+	return n
 }
-
-// node is where to reach the node of a pod.
-func (p *pass) node(ctx context.Context, pod *corev1.Pod) (nodes.Node, error) {
-	var n corev1.Node
-	if err := p.r.Client.Get(ctx, client.ObjectKey{Name: pod.Spec.NodeName}, &n); err != nil {
-		return nodes.Node{}, err
-	}
-	port := p.r.NodePort
-	if port == 0 {
-		port = nodes.DefaultPort
-	}
-	return nodes.Of(&n, port)
-}
-
-// carries says that the kubelet of a pod takes new containers for started because the old ones were.
-func (p *pass) carries(ctx context.Context, pod *corev1.Pod) bool {
-	var n corev1.Node
-	if p.r.Client.Get(ctx, client.ObjectKey{Name: pod.Spec.NodeName}, &n) != nil {
-		return true
-	}
-	return pods.CarriesStarted(&n)
-}
-
-func stampProto(t time.Time) *timestamppb.Timestamp { return timestamppb.New(t) }
-
-func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

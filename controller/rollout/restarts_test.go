@@ -14,7 +14,8 @@ import (
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 )
 
-// A rollout that only restarts goes from pod to pod as fast as one of an image: the write that lets a pod be restarted is noticed at once.
+// A rollout that only restarts goes from pod to pod as fast as one of an image: the write that lets
+// a pod be restarted is noticed at once.
 func TestRestartsDoNotPause(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
@@ -28,7 +29,8 @@ func TestRestartsDoNotPause(t *testing.T) {
 				b.addNodes(2)
 				tt.change(b)
 				begun := time.Now()
-				b.create("all", spec{Target: all(), Containers: []change{{Name: "app"}}, Strategy: settings{MinReadySeconds: 5, ProgressDeadlineSeconds: 30}})
+				b.create("all", spec{Target: all(), Containers: []change{{Name: "app"}},
+					Strategy: settings{MinReadySeconds: 5, ProgressDeadlineSeconds: 30}})
 				b.want(b.until("ended", "all", 5*time.Minute, ended), "True RolledOut", "4/4/4/0/0")
 				// The node takes a second for each, then it must have been ready for long enough.
 				if took := time.Since(begun); took > 4*8*time.Second {
@@ -47,15 +49,18 @@ func TestFailedRestartLeavesNothing(t *testing.T) {
 		then func(*bed)
 		end  string
 	}{
-		{"another rollout restarts", func(b *bed) { b.create("then", spec{Target: all(), Containers: restart}) }, "then"},
-		{"another rollout changes the image", func(b *bed) { b.create("then", spec{Target: all(), Containers: to("app:2")}) }, "then"},
+		{"another rollout restarts", func(b *bed) { b.create("then", spec{Target: all(), Containers: restart}) },
+			"then"},
+		{"another rollout changes the image",
+			func(b *bed) { b.create("then", spec{Target: all(), Containers: to("app:2")}) }, "then"},
 		{"another rollout changes another container", func(b *bed) {
 			b.create("then", spec{Target: all(), Containers: []change{{Name: "side", Image: "side:2"}}})
 		}, "then"},
 		{"the same rollout tries again", func(b *bed) {
 			b.edit("all", func(r *rollout) { r.Annotations = map[string]string{inplace.RetryAnnotation: "1"} })
 		}, "all"},
-		{"the same rollout changes the image", func(b *bed) { b.edit("all", func(r *rollout) { r.Spec.Containers = to("app:2") }) }, "all"},
+		{"the same rollout changes the image",
+			func(b *bed) { b.edit("all", func(r *rollout) { r.Spec.Containers = to("app:2") }) }, "all"},
 		{"the first one is gone", func(b *bed) {
 			b.delete(b.get("all"))
 			b.until("deleted", "all", time.Minute, gone)
@@ -76,9 +81,10 @@ func TestFailedRestartLeavesNothing(t *testing.T) {
 				b.addPods(2, 1, gated)
 				time.Sleep(time.Minute)
 				b.fleet.fails = "CreateFailed"
-				b.create("all", spec{Target: all(), Containers: restart, Strategy: settings{OnFailure: inplace.Continue}})
+				b.create("all", spec{Target: all(), Containers: restart,
+					Strategy: settings{OnFailure: inplace.Continue}})
 				r := b.until("ended", "all", time.Minute, ended)
-				if r.Status.Failed != 2 || r.Status.Failures[0].Reason != failRestart {
+				if r.Status.Failed != 2 || r.Status.Failures[0].Reason != "RestartFailed" {
 					t.Fatalf("status %+v", r.Status)
 				}
 				if n := b.unready(); n != 0 {
@@ -101,7 +107,8 @@ func TestFailedRestartLeavesNothing(t *testing.T) {
 	}
 }
 
-// A restart that a node is still at work on keeps its pod from being counted on, though its rollout is gone.
+// A restart that a node is still at work on keeps its pod from being counted on, though its rollout
+// is gone.
 func TestRestartOfGoneRolloutCounts(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addNodes(1)
@@ -124,23 +131,27 @@ func TestRestartOfGoneRolloutCounts(t *testing.T) {
 	})
 }
 
-// A restart that kubelet could not carry out either, because what the spec names is not there, fails at once, and leaves the pod as it was.
+// A restart that kubelet could not carry out either, because what the spec names is not there,
+// fails at once, and leaves the pod as it was.
 func TestRestartWithoutItsConfig(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addNodes(1)
 		b.addPods(2, 1, gated, func(p *corev1.Pod) {
-			p.Spec.Containers[0].Env = []corev1.EnvVar{{Name: "A", ValueFrom: &corev1.EnvVarSource{ConfigMapKeyRef: &corev1.ConfigMapKeySelector{
-				LocalObjectReference: corev1.LocalObjectReference{Name: "conf"}, Key: "a",
-			}}}}
+			p.Spec.Containers[0].Env = []corev1.EnvVar{{Name: "A",
+				ValueFrom: &corev1.EnvVarSource{ConfigMapKeyRef: &corev1.ConfigMapKeySelector{
+					LocalObjectReference: corev1.LocalObjectReference{Name: "conf"}, Key: "a",
+				}}}}
 		})
 		time.Sleep(time.Minute)
-		b.create("all", spec{Target: all(), Containers: []change{{Name: "app"}}, Strategy: settings{OnFailure: inplace.Pause}})
+		b.create("all", spec{Target: all(), Containers: []change{{Name: "app"}},
+			Strategy: settings{OnFailure: inplace.Pause}})
 		r := b.until("failed", "all", 20*time.Second, func(r *rollout) bool { return len(r.Status.Failures) > 0 })
 		if f := r.Status.Failures[0]; !strings.Contains(f.Message, `configmap "conf" not found`) {
 			t.Errorf("failure %+v", f)
 		}
 		b.until("in service", "all", 10*time.Second, func(*rollout) bool { return b.unready() == 0 })
-		if err := b.api.Create(b.ctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "conf"}, Data: map[string]string{"a": "b"}}); err != nil {
+		if err := b.api.Create(b.ctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "conf"},
+			Data: map[string]string{"a": "b"}}); err != nil {
 			t.Fatal(err)
 		}
 		b.edit("all", func(r *rollout) { r.Annotations = map[string]string{inplace.RetryAnnotation: "1"} })

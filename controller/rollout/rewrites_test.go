@@ -20,6 +20,10 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
 const mirrored = "mirror.example.com/"
@@ -44,7 +48,7 @@ func (b *bed) made() {
 	for _, pod := range b.pods() {
 		b.change(client.ObjectKeyFromObject(pod), pod.UID, func(p *corev1.Pod) bool {
 			for i := range p.Spec.Containers {
-				c, cs := &p.Spec.Containers[i], statusOf(p, p.Spec.Containers[i].Name)
+				c, cs := &p.Spec.Containers[i], pods.Status(p, p.Spec.Containers[i].Name)
 				c.Image = mirrored + c.Image
 				cs.Image = c.Image
 			}
@@ -63,14 +67,16 @@ func (b *bed) sides(want string) {
 	}
 }
 
-// Of two containers, one is there already as admission makes it: the other one alone is prepared, once.
+// Of two containers, one is there already as admission makes it: the other one alone is prepared,
+// once.
 func TestOneOfTwoIsThere(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addNodes(2)
 		b.addPods(2, 2, gated)
 		b.made()
 		b.policy = toMirror(isPod)
-		b.create("all", spec{Target: all(), Containers: []change{{Name: "app", Image: "app:2"}, {Name: "side", Image: "side:1"}}})
+		b.create("all", spec{Target: all(), Containers: []change{{Name: "app", Image: "app:2"},
+			{Name: "side", Image: "side:1"}}})
 		b.want(b.until("ended", "all", 5*time.Minute, ended), "True RolledOut", "2/2/2/0/0")
 		b.served(mirrored + "app:2")
 		b.sides(mirrored + "side:1")
@@ -80,7 +86,8 @@ func TestOneOfTwoIsThere(t *testing.T) {
 	})
 }
 
-// A tag that moves while a pod waits, prepared: what the node has ready is never committed for another image.
+// A tag that moves while a pod waits, prepared: what the node has ready is never committed for
+// another image.
 func TestAnswerMoves(t *testing.T) {
 	for _, restart := range []bool{false, true} {
 		t.Run(fmt.Sprint(restart), func(t *testing.T) {
@@ -105,7 +112,8 @@ func TestAnswerMoves(t *testing.T) {
 					}
 					return nil
 				}
-				b.create("all", spec{Target: all(), Containers: to("app:2"), Strategy: settings{OnFailure: inplace.Pause}})
+				b.create("all", spec{Target: all(), Containers: to("app:2"),
+					Strategy: settings{OnFailure: inplace.Pause}})
 				time.Sleep(10 * time.Second)
 				mu.Lock()
 				digest = "app@sha256:" + strings.Repeat("b", 64)
@@ -115,7 +123,7 @@ func TestAnswerMoves(t *testing.T) {
 				}
 				time.Sleep(3 * time.Minute)
 				r := b.get("all")
-				if len(r.Status.Failures) == 0 || r.Status.Failures[0].Reason != failRewritten {
+				if len(r.Status.Failures) == 0 || r.Status.Failures[0].Reason != evaluate.FailRewritten {
 					t.Errorf("status %+v", r.Status)
 				}
 				b.served("app:1")
@@ -146,19 +154,27 @@ func TestTagMovesBetween(t *testing.T) {
 		digest = "app@sha256:" + strings.Repeat("b", 64)
 		mu.Unlock()
 		b.edit("all", func(r *rollout) { r.Annotations = map[string]string{inplace.RetryAnnotation: "1"} })
-		b.until("ended", "all", 5*time.Minute, func(r *rollout) bool { return ended(r) && r.Status.ObservedGeneration == 2 })
+		b.until("ended", "all", 5*time.Minute, func(r *rollout) bool {
+			return ended(r) &&
+				r.Status.ObservedGeneration == 2
+		})
 		b.served(digest)
 		// And once more, with nothing moved: nothing is written.
 		writes, prepared := b.counted("patch v1.Pod"), len(b.fleet.prepared())
 		b.edit("all", func(r *rollout) { r.Annotations = map[string]string{inplace.RetryAnnotation: "2"} })
-		b.want(b.until("ended", "all", 5*time.Minute, func(r *rollout) bool { return ended(r) && r.Status.ObservedGeneration == 3 }), "True RolledOut", "2/2/2/0/0")
+		b.want(b.until("ended", "all", 5*time.Minute, func(r *rollout) bool {
+			return ended(r) &&
+				r.Status.ObservedGeneration == 3
+		}), "True RolledOut", "2/2/2/0/0")
 		if b.counted("patch v1.Pod") != writes || len(b.fleet.prepared()) != prepared {
-			t.Errorf("%d writes, then %d; prepared %d times, then %d", writes, b.counted("patch v1.Pod"), prepared, len(b.fleet.prepared()))
+			t.Errorf("%d writes, then %d; prepared %d times, then %d", writes, b.counted("patch v1.Pod"), prepared,
+				len(b.fleet.prepared()))
 		}
 	})
 }
 
-// A webhook that is away for too long before the commit: the rollout stops, and the node has nothing ready any more.
+// A webhook that is away for too long before the commit: the rollout stops, and the node has
+// nothing ready any more.
 func TestCommitGivesUp(t *testing.T) {
 	for _, policy := range []inplace.FailurePolicy{inplace.Pause, inplace.Continue, inplace.Rollback} {
 		t.Run(string(policy), func(t *testing.T) {
@@ -178,8 +194,13 @@ func TestCommitGivesUp(t *testing.T) {
 					}
 					return apierrors.NewInternalError(errors.New(`failed calling webhook "sign.example.com": connection refused`))
 				}
-				b.create("all", spec{Target: all(), Containers: to("app:2"), Strategy: settings{Order: inplace.StartFirst, OnFailure: policy, ProgressDeadlineSeconds: 120}})
-				b.until("over", "all", 10*time.Minute, func(r *rollout) bool { return strings.HasPrefix(condition(r, inplace.ConditionDegraded), "True ") })
+				b.create("all", spec{Target: all(), Containers: to("app:2"),
+					Strategy: settings{Order: inplace.StartFirst, OnFailure: policy, ProgressDeadlineSeconds: 120}})
+				b.until("over", "all", 10*time.Minute,
+					func(r *rollout) bool {
+						return strings.HasPrefix(condition(r, inplace.ConditionDegraded),
+							"True ")
+					})
 				time.Sleep(5 * time.Minute)
 				b.served("app:1")
 				if n := b.fleet.called("AbortUpgrade"); n > 3 {
@@ -192,7 +213,7 @@ func TestCommitGivesUp(t *testing.T) {
 
 // A rollout that goes on after failures ends when its template is denied.
 func TestTemplateIsDeniedContinue(t *testing.T) {
-	for _, kind := range []string{kindStatefulSet, kindDeployment} {
+	for _, kind := range []string{workload.KindStatefulSet, workload.KindDeployment} {
 		t.Run(kind, func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addNodes(2)
@@ -203,9 +224,11 @@ func TestTemplateIsDeniedContinue(t *testing.T) {
 					}
 					return nil
 				}
-				b.create("web", spec{Target: ref(kind), Containers: to("app:2"), Strategy: settings{OnFailure: inplace.Continue}})
+				b.create("web", spec{Target: ref(kind), Containers: to("app:2"),
+					Strategy: settings{OnFailure: inplace.Continue}})
 				r := b.until("ended", "web", 10*time.Minute, ended)
-				if condition(r, inplace.ConditionComplete) != "False PodsFailed" || !strings.Contains(r.Status.Message, "image is not signed") {
+				if condition(r, inplace.ConditionComplete) != "False PodsFailed" ||
+					!strings.Contains(r.Status.Message, "image is not signed") {
 					t.Errorf("status %+v", r.Status)
 				}
 				b.atRest(kind, "app:1")
@@ -214,7 +237,8 @@ func TestTemplateIsDeniedContinue(t *testing.T) {
 	}
 }
 
-// A container that does not run, so that nothing is prepared, has what admission makes of its image.
+// A container that does not run, so that nothing is prepared, has what admission makes of its
+// image.
 func TestIsThereUnprepared(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.kubelet.sync = time.Hour
@@ -224,8 +248,8 @@ func TestIsThereUnprepared(t *testing.T) {
 		b.policy = toMirror(isPod)
 		pod := b.pod("web-0")
 		b.change(types.NamespacedName{Namespace: "ns", Name: "web-0"}, pod.UID, func(p *corev1.Pod) bool {
-			cs := statusOf(p, "app")
-			cs.Ready, cs.State = false, corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: waitCrashLoop, Message: "back-off"}}
+			cs := pods.Status(p, "app")
+			cs.Ready, cs.State = false, corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "CrashLoopBackOff", Message: "back-off"}}
 			setReady(p, false)
 			return true
 		})
@@ -238,9 +262,10 @@ func TestIsThereUnprepared(t *testing.T) {
 	})
 }
 
-// Admission that makes something of other containers' images, too, as soon as a Deployment is written.
+// Admission that makes something of other containers' images, too, as soon as a Deployment is
+// written.
 func TestOtherContainerOfTemplate(t *testing.T) {
-	for _, kind := range []string{kindDeployment, kindStatefulSet, kindDaemonSet} {
+	for _, kind := range []string{workload.KindDeployment, workload.KindStatefulSet, workload.KindDaemonSet} {
 		for name, where := range map[string]func(client.Object) bool{
 			"workload":   func(o client.Object) bool { _, set := o.(*appsv1.ReplicaSet); return !isPod(o) && !set },
 			"all":        func(client.Object) bool { return true },
@@ -251,10 +276,12 @@ func TestOtherContainerOfTemplate(t *testing.T) {
 					b.addNodes(2)
 					b.addOf(kind, 2)
 					b.policy = toMirror(where)
-					b.create("web", spec{Target: ref(kind), Containers: to("app:2"), Strategy: settings{ProgressDeadlineSeconds: 120}})
-					r := b.until("over", "web", 5*time.Minute, func(r *rollout) bool { return r.Status.CompletionTime != nil })
+					b.create("web", spec{Target: ref(kind), Containers: to("app:2"),
+						Strategy: settings{ProgressDeadlineSeconds: 120}})
+					r := b.until("over", "web", 5*time.Minute,
+						func(r *rollout) bool { return r.Status.CompletionTime != nil })
 					time.Sleep(time.Minute)
-					if kind == kindDeployment {
+					if kind == workload.KindDeployment {
 						if d := read(b, &appsv1.Deployment{}); d.Spec.Paused {
 							t.Errorf("the Deployment is paused; status %+v", r.Status)
 						}
@@ -265,9 +292,10 @@ func TestOtherContainerOfTemplate(t *testing.T) {
 	}
 }
 
-// Pods whose other containers admission has changed when they were made are of the template's revision after the rollout.
+// Pods whose other containers admission has changed when they were made are of the template's
+// revision after the rollout.
 func TestLabelOfRewrittenPods(t *testing.T) {
-	for _, kind := range []string{kindStatefulSet, kindDaemonSet} {
+	for _, kind := range []string{workload.KindStatefulSet, workload.KindDaemonSet} {
 		t.Run(kind, func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addNodes(2)
@@ -277,15 +305,16 @@ func TestLabelOfRewrittenPods(t *testing.T) {
 				b.create("web", spec{Target: ref(kind), Containers: to("app:2")})
 				b.want(b.until("ended", "web", 5*time.Minute, ended), "True RolledOut", "2/2/2/0/0")
 				want := ""
-				if kind == kindStatefulSet {
+				if kind == workload.KindStatefulSet {
 					want = read(b, &appsv1.StatefulSet{}).Status.UpdateRevision
 				} else {
 					d := read(b, &appsv1.DaemonSet{})
-					want = b.revise(d, kindDaemonSet, &d.Spec.Template)
+					want = b.revise(d, workload.KindDaemonSet, &d.Spec.Template)
 				}
 				for _, pod := range b.pods() {
-					if pod.Labels[revisionLabel] != want {
-						t.Errorf("pod %s is of revision %s, not %s", pod.Name, pod.Labels[revisionLabel], want)
+					if pod.Labels[podtemplate.RevisionLabel] != want {
+						t.Errorf("pod %s is of revision %s, not %s", pod.Name, pod.Labels[podtemplate.RevisionLabel],
+							want)
 					}
 				}
 				b.served(mirrored + "app:2")
@@ -300,7 +329,7 @@ func TestDeploymentCannotGoOn(t *testing.T) {
 		t.Run(string(policy), func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addNodes(2)
-				b.addOf(kindDeployment, 2)
+				b.addOf(workload.KindDeployment, 2)
 				paused := false
 				b.policy = func(o client.Object, dry bool) error {
 					d, is := o.(*appsv1.Deployment)
@@ -313,10 +342,13 @@ func TestDeploymentCannotGoOn(t *testing.T) {
 					}
 					return nil
 				}
-				b.create("web", spec{Target: ref(kindDeployment), Containers: to("app:2"), Strategy: settings{OnFailure: policy}})
+				b.create("web", spec{Target: ref(workload.KindDeployment), Containers: to("app:2"),
+					Strategy: settings{OnFailure: policy}})
 				time.Sleep(3 * time.Minute)
 				r := b.get("web")
-				if !strings.HasPrefix(condition(r, inplace.ConditionDegraded), "True ") || !strings.Contains(r.Status.Message, "Deployment web") || !strings.Contains(r.Status.Message, "paused") {
+				if !strings.HasPrefix(condition(r, inplace.ConditionDegraded), "True ") ||
+					!strings.Contains(r.Status.Message, "Deployment web") ||
+					!strings.Contains(r.Status.Message, "paused") {
 					t.Errorf("status %+v\n%s", r.Status, b.told())
 				}
 			})

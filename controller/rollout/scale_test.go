@@ -21,8 +21,9 @@ func (b *bed) rolloutWrites() int {
 	return b.counted("patch v1alpha1.InPlaceRollout") + b.counted("status v1alpha1.InPlaceRollout")
 }
 
-// 5,000 pods on 500 nodes, half of them with gates, the controller killed twice: no more pods are unavailable than may be, and the
-// API server is written to once for a pod, and twice more for one with a gate.
+// 5,000 pods on 500 nodes, half of them with gates, the controller killed twice: no more pods are
+// unavailable than may be, and the API server is written to once for a pod, and twice more for one
+// with a gate.
 func TestManyPods(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addNodes(manyNodes)
@@ -36,7 +37,8 @@ func TestManyPods(t *testing.T) {
 		begin := time.Now()
 		b.create("all", spec{Target: all(), Containers: to("app:2"), Strategy: settings{MaxUnavailable: percent("5%")}})
 		for _, share := range []int{3, 2} {
-			b.until("on its way", "all", time.Hour, func(*rollout) bool { return b.images("app")["app:2"] >= manyPods/share })
+			b.until("on its way", "all", time.Hour,
+				func(*rollout) bool { return b.images("app")["app:2"] >= manyPods/share })
 			b.restart()
 		}
 		r := b.until("ended", "all", 2*time.Hour, ended)
@@ -48,7 +50,8 @@ func TestManyPods(t *testing.T) {
 		if patches != manyPods || statuses != manyPods || b.rolloutWrites() > 200 {
 			t.Errorf("%d patches and %d status writes of pods, %d of the rollout", patches, statuses, b.rolloutWrites())
 		}
-		t.Logf("%d pods in %s: at most %d not ready, %d patches and %d status writes of pods, %d of the rollout, calls of nodes %v",
+		t.Logf("%d pods in %s: at most %d not ready, %d patches and %d status writes of pods, %d of the rollout, "+
+			"calls of nodes %v",
 			manyPods, time.Since(begin).Round(time.Second), b.peak, patches, statuses, b.rolloutWrites(), b.fleet.calls)
 	})
 }
@@ -62,9 +65,11 @@ func TestManyPodsSomeNodesAway(t *testing.T) {
 		for i := range 4 {
 			b.fleet.change(fmt.Sprintf("node-%d", i*7), func(n *simNode) { n.silent, n.deaf = i%2 == 0, i%2 == 1 })
 		}
-		b.create("all", spec{Target: all(), Containers: to("app:2"), Strategy: settings{MaxUnavailable: number(50), OnFailure: inplace.Continue, ProgressDeadlineSeconds: 120}})
+		b.create("all", spec{Target: all(), Containers: to("app:2"), Strategy: settings{MaxUnavailable: number(50),
+			OnFailure: inplace.Continue, ProgressDeadlineSeconds: 120}})
 		r := b.until("over", "all", 2*time.Hour, ended)
-		if condition(r, inplace.ConditionComplete) != "False PodsFailed" || r.Status.Failed != 4*podsPerNode || r.Status.Updated != (some-4)*podsPerNode || len(r.Status.Failures) != maxFailures {
+		if condition(r, inplace.ConditionComplete) != "False PodsFailed" || r.Status.Failed != 4*podsPerNode ||
+			r.Status.Updated != (some-4)*podsPerNode || len(r.Status.Failures) != maxFailures {
 			t.Errorf("status %+v", r.Status)
 		}
 		if b.peak > 50 {

@@ -7,7 +7,6 @@ import (
 	"context"
 	"maps"
 	"slices"
-	"strings"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -18,7 +17,6 @@ import (
 	"k8s.io/client-go/util/workqueue"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/manager"
@@ -28,28 +26,30 @@ import (
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
 	"github.com/cri-proxy/cri-proxy/controller/apierror"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/requeue"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
-// gatherFor is how long events of pods and nodes are collected: they come in crowds, and a look is at all pods. It is so much longer
-// with every gatherPods of them.
+// gatherFor is how long to collect events of pods and nodes before a reconcile: they come in
+// crowds, and a reconcile looks at all pods. It is that much longer for each gatherPods pods of the
+// rollout.
 const (
 	gatherFor  = 50 * time.Millisecond
 	gatherPods = 1000
 )
 
-// gather is how long events of a rollout are collected.
+// gather returns how long to collect events of a rollout.
 func (r *Reconciler) gather(key types.NamespacedName) time.Duration {
 	w := r.knownWork(key)
 	if w == nil {
 		return gatherFor
 	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return gatherFor + gatherFor*time.Duration(len(w.members))/gatherPods
+	return gatherFor + gatherFor*time.Duration(w.ops.Size())/gatherPods
 }
 
-// SetupWithManager adds the reconciler to a manager: it then watches rollouts, pods and workloads, and talks to nodes, with the
-// given number of workers.
+// SetupWithManager adds the reconciler to a manager: it then watches rollouts, pods and workloads,
+// and talks to nodes, with the given number of workers.
 func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, workers int) error {
 	r.prepare()
 	if err := m.Add(r.crew); err != nil {
@@ -57,93 +57,20 @@ func (r *Reconciler) SetupWithManager(_ context.Context, m manager.Manager, work
 	}
 	return builder.ControllerManagedBy(m).
 		Named("inplacerollout").
-		For(&inplace.InPlaceRollout{}, builder.WithPredicates(rolloutChanges())).
+		For(&inplace.InPlaceRollout{}, builder.WithPredicates(requeue.RolloutChanges())).
 		Watches(&corev1.Pod{}, r.crowd(r.rolloutsOfPod), builder.WithPredicates(podChanges())).
-		Watches(&appsv1.StatefulSet{}, r.crowd(r.rolloutsOfWorkload(kindStatefulSet))).
-		Watches(&appsv1.DaemonSet{}, r.crowd(r.rolloutsOfWorkload(kindDaemonSet))).
-		Watches(&appsv1.Deployment{}, r.crowd(r.rolloutsOfWorkload(kindDeployment))).
+		Watches(&appsv1.StatefulSet{}, r.crowd(r.rolloutsOfWorkload(workload.KindStatefulSet))).
+		Watches(&appsv1.DaemonSet{}, r.crowd(r.rolloutsOfWorkload(workload.KindDaemonSet))).
+		Watches(&appsv1.Deployment{}, r.crowd(r.rolloutsOfWorkload(workload.KindDeployment))).
 		Watches(&appsv1.ReplicaSet{}, r.crowd(r.rolloutsOfReplicaSet)).
 		WatchesRawSource(source.Channel(r.wakes, r.wakeHandler())).
-		WithOptions(options(workers)).
+		WithOptions(requeue.Options(workers)).
 		Complete(apierror.Tell(r, func() client.Object { return &inplace.InPlaceRollout{} }, m.GetClient(), r.Recorder))
-}
-
-// SetupWithManager adds the reconciler to a manager: it then watches workloads of its kind and their rollouts.
-func (r *FollowReconciler) SetupWithManager(_ context.Context, m manager.Manager, workers int) error {
-	newOwner := func() client.Object {
-		if r.Kind == kindStatefulSet {
-			return &appsv1.StatefulSet{}
-		}
-		return &appsv1.DaemonSet{}
-	}
-	return builder.ControllerManagedBy(m).
-		Named("inplace-"+strings.ToLower(r.Kind)).
-		For(newOwner(), builder.WithPredicates(rolloutChanges())).
-		Owns(&inplace.InPlaceRollout{}).
-		WithOptions(options(workers)).
-		Complete(apierror.Tell(r, newOwner, m.GetClient(), r.Recorder))
-}
-
-// SetupWithManager adds the reconciler to a manager: it then watches pods with gates.
-func (r *GateReconciler) SetupWithManager(_ context.Context, m manager.Manager, workers int) error {
-	return builder.ControllerManagedBy(m).
-		Named("inplace-gates").
-		For(&corev1.Pod{}, builder.WithPredicates(gateChanges())).
-		Watches(&inplace.InPlaceRollout{}, handler.EnqueueRequestsFromMapFunc(r.shutPods), builder.WithPredicates(endings())).
-		WithOptions(options(workers)).
-		Complete(apierror.Tell(r, func() client.Object { return &corev1.Pod{} }, m.GetClient(), r.Recorder))
-}
-
-// gateChanges lets through pods whose gates may have to be opened.
-func gateChanges() predicate.Predicate {
-	return predicate.NewPredicateFuncs(func(o client.Object) bool {
-		pod, ok := o.(*corev1.Pod)
-		return ok && needsGate(pod)
-	})
-}
-
-// endings lets through the ends of rollouts.
-func endings() predicate.Predicate {
-	return predicate.Funcs{
-		CreateFunc:  func(event.CreateEvent) bool { return false },
-		GenericFunc: func(event.GenericEvent) bool { return false },
-		UpdateFunc: func(e event.UpdateEvent) bool {
-			return len(e.ObjectOld.GetFinalizers()) > 0 && len(e.ObjectNew.GetFinalizers()) == 0
-		},
-	}
-}
-
-// shutPods are the pods that a rollout has taken out of service.
-func (r *GateReconciler) shutPods(ctx context.Context, rollout client.Object) []reconcile.Request {
-	var list corev1.PodList
-	if err := r.Client.List(ctx, &list, client.InNamespace(rollout.GetNamespace()), client.UnsafeDisableDeepCopy); err != nil {
-		r.Log.WithError(err).Warn("listing the pods of a rollout")
-		return nil
-	}
-	var requests []reconcile.Request
-	for i := range list.Items {
-		if by, _ := shutBy(&list.Items[i]); by == rollout.GetUID() {
-			requests = append(requests, reconcile.Request{NamespacedName: client.ObjectKeyFromObject(&list.Items[i])})
-		}
-	}
-	return requests
-}
-
-func options(workers int) controller.Options {
-	return controller.Options{
-		MaxConcurrentReconciles: workers,
-		RateLimiter:             workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](50*time.Millisecond, 30*time.Second),
-	}
-}
-
-// rolloutChanges leaves out what the controller itself writes.
-func rolloutChanges() predicate.Predicate {
-	return predicate.Or[client.Object](predicate.GenerationChangedPredicate{}, predicate.AnnotationChangedPredicate{})
 }
 
 type queue = workqueue.TypedRateLimitingInterface[reconcile.Request]
 
-// wakeHandler enqueues what the conversations with nodes wake.
+// wakeHandler enqueues the rollouts that operations on nodes wake.
 func (r *Reconciler) wakeHandler() handler.TypedEventHandler[*inplace.InPlaceRollout, reconcile.Request] {
 	return handler.TypedFuncs[*inplace.InPlaceRollout, reconcile.Request]{
 		GenericFunc: func(_ context.Context, e wakeUp, q queue) {
@@ -167,10 +94,13 @@ func (r *Reconciler) crowd(requests func(context.Context, client.Object) []recon
 	}
 }
 
-// rolloutsOf are the unfinished rollouts that a thing of their namespace concerns.
-func (r *Reconciler) rolloutsOf(ctx context.Context, o client.Object, mine func(*work, *inplace.InPlaceRollout) bool) []reconcile.Request {
+// rolloutsOf returns the unfinished rollouts that an object of their namespace concerns.
+func (r *Reconciler) rolloutsOf(
+	ctx context.Context, o client.Object, mine func(*work, *inplace.InPlaceRollout) bool,
+) []reconcile.Request {
 	var list inplace.InPlaceRolloutList
-	if err := r.Client.List(ctx, &list, client.InNamespace(o.GetNamespace()), client.UnsafeDisableDeepCopy); err != nil {
+	if err := r.Client.List(ctx, &list, client.InNamespace(o.GetNamespace()),
+		client.UnsafeDisableDeepCopy); err != nil {
 		r.Log.WithError(err).Warn("listing rollouts")
 		return nil
 	}
@@ -188,7 +118,7 @@ func (r *Reconciler) rolloutsOfPod(ctx context.Context, pod client.Object) []rec
 	return r.rolloutsOf(ctx, pod, func(w *work, rollout *inplace.InPlaceRollout) bool { return w.about(rollout, pod) })
 }
 
-// rolloutsOfWorkload are the unfinished rollouts of a workload of the kind.
+// rolloutsOfWorkload returns the unfinished rollouts of a workload of the kind.
 func (r *Reconciler) rolloutsOfWorkload(kind string) func(context.Context, client.Object) []reconcile.Request {
 	return func(ctx context.Context, o client.Object) []reconcile.Request {
 		return r.rolloutsNaming(ctx, o, kind, o.GetName())
@@ -197,10 +127,10 @@ func (r *Reconciler) rolloutsOfWorkload(kind string) func(context.Context, clien
 
 func (r *Reconciler) rolloutsOfReplicaSet(ctx context.Context, set client.Object) []reconcile.Request {
 	owner := metav1.GetControllerOf(set)
-	if owner == nil || owner.Kind != kindDeployment {
+	if owner == nil || owner.Kind != workload.KindDeployment {
 		return nil
 	}
-	return r.rolloutsNaming(ctx, set, kindDeployment, owner.Name)
+	return r.rolloutsNaming(ctx, set, workload.KindDeployment, owner.Name)
 }
 
 func (r *Reconciler) rolloutsNaming(ctx context.Context, o client.Object, kind, name string) []reconcile.Request {
@@ -210,20 +140,25 @@ func (r *Reconciler) rolloutsNaming(ctx context.Context, o client.Object, kind, 
 	})
 }
 
-// podChanges lets through what judge reads.
+// podChanges passes changes of what package evaluate reads.
 func podChanges() predicate.Predicate {
 	return predicate.Funcs{
 		GenericFunc: func(event.GenericEvent) bool { return false },
 		UpdateFunc: func(e event.UpdateEvent) bool {
 			before, ok1 := e.ObjectOld.(*corev1.Pod)
 			after, ok2 := e.ObjectNew.(*corev1.Pod)
-			return !ok1 || !ok2 || before.UID != after.UID || active(before) != active(after) || before.Spec.NodeName != after.Spec.NodeName ||
+			return !ok1 || !ok2 || before.UID != after.UID || pods.Active(before) != pods.Active(after) ||
+				before.Spec.NodeName != after.Spec.NodeName ||
 				before.Annotations[inplace.PodStateAnnotation] != after.Annotations[inplace.PodStateAnnotation] ||
-				!maps.Equal(before.Labels, after.Labels) || !slices.EqualFunc(before.Status.Conditions, after.Status.Conditions, sameCondition) ||
+				!maps.Equal(before.Labels, after.Labels) || !slices.EqualFunc(before.Status.Conditions,
+				after.Status.Conditions, sameCondition) ||
 				!slices.EqualFunc(before.Status.ContainerStatuses, after.Status.ContainerStatuses, sameStatus) ||
-				!slices.EqualFunc(before.Status.InitContainerStatuses, after.Status.InitContainerStatuses, sameStatus) ||
-				!slices.EqualFunc(before.Spec.Containers, after.Spec.Containers, func(a, b corev1.Container) bool { return a.Image == b.Image }) ||
-				!slices.EqualFunc(before.Spec.InitContainers, after.Spec.InitContainers, func(a, b corev1.Container) bool { return a.Image == b.Image })
+				!slices.EqualFunc(before.Status.InitContainerStatuses, after.Status.InitContainerStatuses,
+					sameStatus) ||
+				!slices.EqualFunc(before.Spec.Containers, after.Spec.Containers,
+					func(a, b corev1.Container) bool { return a.Image == b.Image }) ||
+				!slices.EqualFunc(before.Spec.InitContainers, after.Spec.InitContainers,
+					func(a, b corev1.Container) bool { return a.Image == b.Image })
 		},
 	}
 }

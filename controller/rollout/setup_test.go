@@ -22,6 +22,10 @@ import (
 	"github.com/cri-proxy/cri-proxy/api/scheme"
 	"github.com/cri-proxy/cri-proxy/controller/logadapter"
 	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/follow"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/gates"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/notice"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
 func TestSetup(t *testing.T) {
@@ -32,8 +36,9 @@ func TestSetup(t *testing.T) {
 	log := logrus.New()
 	log.SetOutput(io.Discard)
 	m, err := ctrl.NewManager(&rest.Config{Host: "http://127.0.0.1:1"}, ctrl.Options{
-		Scheme: scheme, Logger: logadapter.New(log), Metrics: metricsserver.Options{BindAddress: "0"}, HealthProbeBindAddress: "0",
-		Controller: config.Controller{SkipNameValidation: new(true)}, // for -count
+		Scheme: scheme, Logger: logadapter.New(log), Metrics: metricsserver.Options{BindAddress: "0"},
+		HealthProbeBindAddress: "0",
+		Controller:             config.Controller{SkipNameValidation: new(true)}, // for -count
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -41,12 +46,13 @@ func TestSetup(t *testing.T) {
 	if err := (&Reconciler{Client: m.GetClient(), Log: log}).SetupWithManager(t.Context(), m, 1); err != nil {
 		t.Error(err)
 	}
-	for _, kind := range []string{kindStatefulSet, kindDaemonSet} {
-		if err := (&FollowReconciler{Client: m.GetClient(), Log: log, Kind: kind}).SetupWithManager(t.Context(), m, 1); err != nil {
+	for _, kind := range []string{workload.KindStatefulSet, workload.KindDaemonSet} {
+		if err := (&follow.Reconciler{Client: m.GetClient(), Log: log, Kind: kind}).SetupWithManager(t.Context(), m,
+			1); err != nil {
 			t.Error(err)
 		}
 	}
-	if err := (&GateReconciler{Client: m.GetClient(), Log: log}).SetupWithManager(t.Context(), m, 1); err != nil {
+	if err := (&gates.Reconciler{Client: m.GetClient(), Log: log}).SetupWithManager(t.Context(), m, 1); err != nil {
 		t.Error(err)
 	}
 }
@@ -55,8 +61,9 @@ func TestSetup(t *testing.T) {
 func TestPodChanges(t *testing.T) {
 	pod := func(change func(*corev1.Pod)) *corev1.Pod {
 		p := &corev1.Pod{
-			Spec:   corev1.PodSpec{NodeName: "n", Containers: []corev1.Container{{Name: "app", Image: "a"}}},
-			Status: corev1.PodStatus{Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}}, ContainerStatuses: []corev1.ContainerStatus{{Name: "app"}}},
+			Spec: corev1.PodSpec{NodeName: "n", Containers: []corev1.Container{{Name: "app", Image: "a"}}},
+			Status: corev1.PodStatus{Conditions: []corev1.PodCondition{{Type: corev1.PodReady,
+				Status: corev1.ConditionTrue}}, ContainerStatuses: []corev1.ContainerStatus{{Name: "app"}}},
 		}
 		change(p)
 		return p
@@ -76,32 +83,26 @@ func TestPodChanges(t *testing.T) {
 		{"a label", func(p *corev1.Pod) { p.Labels = map[string]string{"a": "b"} }, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			if got := podChanges().Update(event.UpdateEvent{ObjectOld: pod(func(*corev1.Pod) {}), ObjectNew: pod(tt.change)}); got != tt.want {
+			if got := podChanges().Update(event.UpdateEvent{ObjectOld: pod(func(*corev1.Pod) {}),
+				ObjectNew: pod(tt.change)}); got != tt.want {
 				t.Errorf("got %v", got)
 			}
 		})
 	}
 }
 
-func TestEndings(t *testing.T) {
-	with := &rollout{ObjectMeta: metav1.ObjectMeta{Finalizers: []string{inplace.RolloutFinalizer}}}
-	if p := endings(); !p.Update(event.UpdateEvent{ObjectOld: with, ObjectNew: &rollout{}}) || p.Update(event.UpdateEvent{ObjectOld: with, ObjectNew: with}) || !p.Delete(event.DeleteEvent{Object: with}) {
-		t.Error("the end of a rollout is not seen, or seen where there is none")
-	}
-}
-
 func TestMetrics(t *testing.T) {
 	registry := prometheus.NewRegistry()
-	m, err := NewMetrics(registry)
+	m, err := notice.NewMetrics(registry)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := nodes.NewMetrics(registry); err != nil {
 		t.Errorf("beside those of requests: %v", err)
 	}
-	m.completed(inplace.ReasonRolledOut)
-	m.pod(failExited)
-	m.wrote("pod")
+	m.Completed(inplace.ReasonRolledOut)
+	m.Pod("ContainerExited")
+	m.Wrote("pod")
 	families, err := registry.Gather()
 	if err != nil {
 		t.Fatal(err)
@@ -112,7 +113,9 @@ func TestMetrics(t *testing.T) {
 			names = append(names, f.GetName())
 		}
 	}
-	if got := strings.Join(names, " "); got != "criproxy_controller_rollout_api_writes_total criproxy_controller_rollout_conversations_active criproxy_controller_rollout_pods_failed_total criproxy_controller_rollouts_completed_total" {
+	if got := strings.Join(names, " "); got != "criproxy_controller_rollout_api_writes_total "+
+		"criproxy_controller_rollout_conversations_active criproxy_controller_rollout_pods_failed_total "+
+		"criproxy_controller_rollouts_completed_total" {
 		t.Errorf("metrics %s", got)
 	}
 }

@@ -11,6 +11,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
 )
 
 // starting gives the pod's application a startupProbe, which it has passed.
@@ -19,13 +21,16 @@ func starting(p *corev1.Pod) {
 	running := corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: metav1.Now()}}
 	p.Spec.Containers[0].StartupProbe = &corev1.Probe{PeriodSeconds: 10}
 	p.Status.ContainerStatuses = []corev1.ContainerStatus{
-		{Name: "app", Image: "docker.io/library/app:1", ImageID: "id of app:1", ContainerID: "containerd://first-" + string(p.UID), Ready: true, Started: &yes, State: running},
-		{Name: "side", Image: "docker.io/library/side:1", ImageID: "id of side:1", ContainerID: "containerd://side-" + string(p.UID), Ready: true, Started: &yes, State: running},
+		{Name: "app", Image: "docker.io/library/app:1", ImageID: "id of app:1", ContainerID: "containerd://first-" +
+			string(p.UID), Ready: true, Started: &yes, State: running},
+		{Name: "side", Image: "docker.io/library/side:1", ImageID: "id of side:1", ContainerID: "containerd://side-" +
+			string(p.UID), Ready: true, Started: &yes, State: running},
 	}
 	setReady(p, true)
 }
 
-// The pods of a rollout go one after another, though kubelet says that their new containers have started, and are ready, as soon as they run.
+// The pods of a rollout go one after another, though kubelet says that their new containers have
+// started, and are ready, as soon as they run.
 func TestStartupProbe(t *testing.T) {
 	for _, tt := range []struct {
 		name, version string
@@ -49,7 +54,8 @@ func TestStartupProbe(t *testing.T) {
 				b.addPods(4, 1, starting)
 				time.Sleep(time.Minute)
 				peak := 0
-				b.create("all", spec{Target: all(), Containers: tt.changes, Strategy: settings{ProgressDeadlineSeconds: 120}})
+				b.create("all", spec{Target: all(), Containers: tt.changes,
+					Strategy: settings{ProgressDeadlineSeconds: 120}})
 				looks := 0
 				r := b.until("ended", "all", 5*time.Minute, func(r *rollout) bool {
 					b.mu.Lock()
@@ -71,7 +77,7 @@ func TestStartupProbe(t *testing.T) {
 					t.Errorf("%d pods did not serve at the same time", peak)
 				}
 				for _, pod := range b.pods() {
-					if cs := statusOf(pod, "app"); cs.RestartCount != 1 || time.Now().Before(b.serves[pod.UID]) {
+					if cs := pods.Status(pod, "app"); cs.RestartCount != 1 || time.Now().Before(b.serves[pod.UID]) {
 						t.Errorf("%s has %+v when the rollout is complete", pod.Name, cs)
 					}
 				}
@@ -94,7 +100,8 @@ func TestStartupProbe(t *testing.T) {
 	}
 }
 
-// A pod whose application never starts is the rollout's failure, however kubelet begins to tell of it.
+// A pod whose application never starts is the rollout's failure, however kubelet begins to tell of
+// it.
 func TestStartupProbeNeverPasses(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.kubelet.start = time.Hour
@@ -102,9 +109,10 @@ func TestStartupProbeNeverPasses(t *testing.T) {
 		b.nodes["node-0"].Status.NodeInfo.KubeletVersion = "v1.37.2"
 		b.addPods(2, 1, func(p *corev1.Pod) { starting(p); p.Spec.Containers[0].StartupProbe.PeriodSeconds = 30 })
 		time.Sleep(time.Minute)
-		b.create("all", spec{Target: all(), Containers: to("app:2"), Strategy: settings{ProgressDeadlineSeconds: 120, OnFailure: inplace.Pause}})
+		b.create("all", spec{Target: all(), Containers: to("app:2"), Strategy: settings{ProgressDeadlineSeconds: 120,
+			OnFailure: inplace.Pause}})
 		r := b.until("failed", "all", 5*time.Minute, func(r *rollout) bool { return len(r.Status.Failures) > 0 })
-		if f := r.Status.Failures[0]; f.Reason != failDeadline || r.Status.Updated != 0 {
+		if f := r.Status.Failures[0]; f.Reason != evaluate.FailDeadline || r.Status.Updated != 0 {
 			t.Errorf("status %+v", r.Status)
 		}
 		if got := b.images("app"); got["app:2"] != 1 {

@@ -15,10 +15,12 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
-// turnsOf are the rollouts that have written into each pod, in their order, and complains of a pod that is written while the rollout which
-// wrote it before has not ended.
+// turnsOf are the rollouts that have written into each pod, in their order, and complains of a pod
+// that is written while the rollout which wrote it before has not ended.
 type turnsOf map[string][]types.UID
 
 // watchTurns begins to collect them, for all pods there are.
@@ -26,7 +28,7 @@ func (b *bed) watchTurns() turnsOf {
 	turns := turnsOf{}
 	for _, pod := range b.pods() {
 		b.watch(pod.Name, func(before, now *corev1.Pod) {
-			m := markOf(now)
+			m := evaluate.StateOf(now)
 			if m == nil || before.Annotations[inplace.PodStateAnnotation] == now.Annotations[inplace.PodStateAnnotation] {
 				return
 			}
@@ -34,7 +36,8 @@ func (b *bed) watchTurns() turnsOf {
 			if n := len(seen); n > 0 && seen[n-1] == m.Rollout {
 				b.t.Errorf("%s is written to a second time by %s", now.Name, m.Rollout)
 			} else if n > 0 {
-				if r := b.get(strings.TrimPrefix(string(seen[n-1]), "uid-")); r != nil && r.Status.CompletionTime == nil {
+				if r := b.get(strings.TrimPrefix(string(seen[n-1]), "uid-")); r != nil &&
+					r.Status.CompletionTime == nil {
 					b.t.Errorf("%s is written to by %s, though %s is at work on it", now.Name, m.Rollout, seen[n-1])
 				}
 			}
@@ -44,8 +47,8 @@ func (b *bed) watchTurns() turnsOf {
 	return turns
 }
 
-// Rollouts that are made in the same instant and have pods in common: one goes first, and the others leave the pods alone until it has ended,
-// with the controller killed on the way or not.
+// Rollouts that are made in the same instant and have pods in common: one goes first, and the
+// others leave the pods alone until it has ended, with the controller killed on the way or not.
 func TestSameInstant(t *testing.T) {
 	one := inplace.Target{PodName: "web-0"}
 	labelled := inplace.Target{Selector: &metav1.LabelSelector{MatchExpressions: []metav1.LabelSelectorRequirement{{Key: "app", Operator: metav1.LabelSelectorOpExists}}}}
@@ -61,12 +64,19 @@ func TestSameInstant(t *testing.T) {
 		{"selectors", "", []inplace.Target{labelled, all(), all()}, [][]change{to("app:2"), to("app:3"), to("app:4")}},
 		{"other containers", "", []inplace.Target{all(), all()}, [][]change{to("app:2"), side}},
 		{"restarts", "", []inplace.Target{all(), labelled}, [][]change{{{Name: "app"}}, side}},
-		{"a StatefulSet", kindStatefulSet, []inplace.Target{ref(kindStatefulSet), ref(kindStatefulSet)}, [][]change{to("app:2"), to("app:3")}},
-		{"a DaemonSet", kindDaemonSet, []inplace.Target{ref(kindDaemonSet), ref(kindDaemonSet)}, [][]change{to("app:2"), to("app:3")}},
-		{"a Deployment", kindDeployment, []inplace.Target{ref(kindDeployment), ref(kindDeployment), ref(kindDeployment)}, [][]change{to("app:2"), to("app:3"), to("app:4")}},
-		{"a StatefulSet and its pods", kindStatefulSet, []inplace.Target{ref(kindStatefulSet), all()}, [][]change{to("app:2"), side}},
-		{"a pod and its DaemonSet", kindDaemonSet, []inplace.Target{{PodName: "web-of-node-0"}, ref(kindDaemonSet)}, [][]change{to("app:2"), to("app:3")}},
-		{"pods and their Deployment", kindDeployment, []inplace.Target{labelled, ref(kindDeployment)}, [][]change{side, to("app:3")}},
+		{"a StatefulSet", workload.KindStatefulSet, []inplace.Target{ref(workload.KindStatefulSet),
+			ref(workload.KindStatefulSet)}, [][]change{to("app:2"), to("app:3")}},
+		{"a DaemonSet", workload.KindDaemonSet, []inplace.Target{ref(workload.KindDaemonSet),
+			ref(workload.KindDaemonSet)}, [][]change{to("app:2"), to("app:3")}},
+		{"a Deployment", workload.KindDeployment, []inplace.Target{ref(workload.KindDeployment),
+			ref(workload.KindDeployment), ref(workload.KindDeployment)}, [][]change{to("app:2"), to("app:3"),
+			to("app:4")}},
+		{"a StatefulSet and its pods", workload.KindStatefulSet, []inplace.Target{ref(workload.KindStatefulSet), all()},
+			[][]change{to("app:2"), side}},
+		{"a pod and its DaemonSet", workload.KindDaemonSet, []inplace.Target{{PodName: "web-of-node-0"},
+			ref(workload.KindDaemonSet)}, [][]change{to("app:2"), to("app:3")}},
+		{"pods and their Deployment", workload.KindDeployment, []inplace.Target{labelled, ref(workload.KindDeployment)},
+			[][]change{side, to("app:3")}},
 	} {
 		for _, killed := range []bool{false, true} {
 			t.Run(fmt.Sprint(tt.name, " killed ", killed), func(t *testing.T) {
@@ -87,7 +97,8 @@ func TestSameInstant(t *testing.T) {
 					b.until("queued", "a", 5*time.Second, func(*rollout) bool {
 						waiting := 0
 						for _, name := range names {
-							if r := b.get(name); condition(r, inplace.ConditionProgressing) == "True WaitingForRollout" && strings.HasPrefix(r.Status.Message, "waiting for InPlaceRollout ") {
+							if r := b.get(name); condition(r,
+								inplace.ConditionProgressing) == "True WaitingForRollout" && strings.HasPrefix(r.Status.Message, "waiting for InPlaceRollout ") {
 								waiting++
 							}
 						}
@@ -106,7 +117,8 @@ func TestSameInstant(t *testing.T) {
 					if b.peak > 1 {
 						t.Errorf("%d pods were not ready at once", b.peak)
 					}
-					if len(turns["web-0"]) != len(names) && tt.workload == kindStatefulSet || tt.workload == "" && len(turns["web-0"]) != len(names) {
+					if len(turns["web-0"]) != len(names) && tt.workload == workload.KindStatefulSet ||
+						tt.workload == "" && len(turns["web-0"]) != len(names) {
 						t.Errorf("web-0 was written to by %v", turns["web-0"])
 					}
 					if b.fleet.pinned() != 0 || b.unready() != 0 {
@@ -125,7 +137,8 @@ func (b *bed) createInTurn(name string, s spec) {
 	time.Sleep(2 * cacheLag)
 }
 
-// Made in the same instant and seen together, the name decides; the one that was let in stays, whoever comes later and would go before it.
+// Made in the same instant and seen together, the name decides; the one that was let in stays,
+// whoever comes later and would go before it.
 func TestFirst(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
@@ -158,8 +171,10 @@ func TestFirst(t *testing.T) {
 				}
 				second := tt.order[1-slices.Index(tt.order, tt.first)]
 				b.until("waiting", second, 3*time.Second, func(r *rollout) bool {
-					return condition(r, inplace.ConditionProgressing) == "True WaitingForRollout" && condition(r, inplace.ConditionComplete) == "False WaitingForRollout" &&
-						strings.HasPrefix(r.Status.Message, "waiting for InPlaceRollout "+tt.first+", which is at work on pod web-0: it goes on when") && r.Status.StartTime == nil
+					return condition(r, inplace.ConditionProgressing) == "True WaitingForRollout" &&
+						condition(r, inplace.ConditionComplete) == "False WaitingForRollout" &&
+						strings.HasPrefix(r.Status.Message,
+							"waiting for InPlaceRollout "+tt.first+", which is at work on pod web-0: it goes on when") && r.Status.StartTime == nil
 				})
 				if !strings.Contains(b.told(), second+" Normal WaitingForRollout: ") {
 					t.Errorf("events\n%s", b.told())
@@ -171,7 +186,8 @@ func TestFirst(t *testing.T) {
 	}
 }
 
-// Who waits goes on when the one before it is deleted in the middle, cannot be carried out, or is given more to do after its end.
+// Who waits goes on when the one before it is deleted in the middle, cannot be carried out, or is
+// given more to do after its end.
 func TestTurnEnds(t *testing.T) {
 	t.Run("deleted", func(t *testing.T) {
 		inBed(t, func(t *testing.T, b *bed) {
@@ -188,8 +204,9 @@ func TestTurnEnds(t *testing.T) {
 		inBed(t, func(t *testing.T, b *bed) {
 			b.addNodes(3)
 			b.addStatefulSet(2)
-			b.createInTurn("a", spec{Target: ref(kindStatefulSet), Containers: []change{{Name: "none", Image: "app:2"}}})
-			b.create("b", spec{Target: ref(kindStatefulSet), Containers: to("app:3")})
+			b.createInTurn("a", spec{Target: ref(workload.KindStatefulSet),
+				Containers: []change{{Name: "none", Image: "app:2"}}})
+			b.create("b", spec{Target: ref(workload.KindStatefulSet), Containers: to("app:3")})
 			b.want(b.until("ended", "b", 5*time.Minute, ended), "True RolledOut", "2/2/2/0/0")
 			b.until("refused", "a", time.Minute, func(r *rollout) bool {
 				return condition(r, inplace.ConditionProgressing) == "False InvalidTarget"
@@ -209,7 +226,10 @@ func TestTurnEnds(t *testing.T) {
 				return condition(r, inplace.ConditionComplete) == "False WaitingForRollout"
 			})
 			b.want(b.until("ended", "b", time.Minute, ended), "True RolledOut", "4/4/4/0/0")
-			b.want(b.until("ended", "a", time.Minute, func(r *rollout) bool { return ended(r) && r.Status.ObservedGeneration == 2 }), "True RolledOut", "4/4/4/0/0")
+			b.want(b.until("ended", "a", time.Minute, func(r *rollout) bool {
+				return ended(r) &&
+					r.Status.ObservedGeneration == 2
+			}), "True RolledOut", "4/4/4/0/0")
 			if got := b.images("app"); got["app:4"] != 4 {
 				t.Errorf("images %v", got)
 			}
@@ -217,14 +237,15 @@ func TestTurnEnds(t *testing.T) {
 	})
 }
 
-// A rollout gets a pod in common with an earlier one while both are at work: the later one steps back, with its pods in service and nothing
-// prepared that is in the way, and goes on afterwards.
+// A rollout gets a pod in common with an earlier one while both are at work: the later one steps
+// back, with its pods in service and nothing prepared that is in the way, and goes on afterwards.
 func TestStepBack(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addNodes(2)
 		b.addPods(4, 2, gated)
 		for i := range 4 {
-			b.addPod(fmt.Sprintf("db-%d", i), "node-1", gated, func(p *corev1.Pod) { p.Labels = map[string]string{"app": "db"} })
+			b.addPod(fmt.Sprintf("db-%d", i), "node-1", gated,
+				func(p *corev1.Pod) { p.Labels = map[string]string{"app": "db"} })
 		}
 		slow := settings{DrainSeconds: 30}
 		b.createInTurn("web", spec{Target: all(), Containers: to("app:2"), Strategy: slow})
@@ -237,7 +258,8 @@ func TestStepBack(t *testing.T) {
 		})
 		b.create("also", spec{Target: inplace.Target{Selector: &metav1.LabelSelector{MatchLabels: map[string]string{"also": "web"}}}, Containers: to("app:4")})
 		b.until("waiting", "also", 10*time.Second, func(r *rollout) bool {
-			return condition(r, inplace.ConditionProgressing) == "True WaitingForRollout" && strings.Contains(r.Status.Message, "InPlaceRollout db, which is at work on pod db-2")
+			return condition(r, inplace.ConditionProgressing) == "True WaitingForRollout" &&
+				strings.Contains(r.Status.Message, "InPlaceRollout db, which is at work on pod db-2")
 		})
 		// Now web, which came first, is about a pod of db.
 		b.change(types.NamespacedName{Namespace: "ns", Name: "db-1"}, b.pod("db-1").UID, func(p *corev1.Pod) bool {
@@ -255,7 +277,8 @@ func TestStepBack(t *testing.T) {
 		for _, pod := range b.pods() {
 			got += pod.Name + " " + runningImage(pod, "app") + " "
 		}
-		if got != "db-0 app:4 db-1 app:2 db-2 app:4 db-3 app:3 web-0 app:2 web-1 app:2 web-2 app:2 web-3 app:2 " || b.unready() != 0 || b.fleet.pinned() != 0 {
+		if got != "db-0 app:4 db-1 app:2 db-2 app:4 db-3 app:3 web-0 app:2 web-1 app:2 web-2 app:2 web-3 app:2 " ||
+			b.unready() != 0 || b.fleet.pinned() != 0 {
 			t.Errorf("%s, %d not ready, %d pins", got, b.unready(), b.fleet.pinned())
 		}
 	})

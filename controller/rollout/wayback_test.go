@@ -18,15 +18,19 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
 // A label that cannot be written at once is written before the rollout ends.
 func TestLabelFails(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addNodes(2)
-		b.addOf(kindStatefulSet, 2)
+		b.addOf(workload.KindStatefulSet, 2)
 		for _, pod := range b.pods() { // somebody has changed them
-			b.change(client.ObjectKeyFromObject(pod), pod.UID, func(p *corev1.Pod) bool { p.Spec.Containers[0].Image = "app:2"; return true })
+			b.change(client.ObjectKeyFromObject(pod), pod.UID,
+				func(p *corev1.Pod) bool { p.Spec.Containers[0].Image = "app:2"; return true })
 		}
 		time.Sleep(time.Minute)
 		var mu sync.Mutex
@@ -41,19 +45,19 @@ func TestLabelFails(t *testing.T) {
 			}
 			return nil
 		}
-		b.create("web", spec{Target: ref(kindStatefulSet), Containers: to("app:2")})
+		b.create("web", spec{Target: ref(workload.KindStatefulSet), Containers: to("app:2")})
 		b.want(b.until("ended", "web", 5*time.Minute, ended), "True RolledOut", "2/2/2/0/0")
-		b.atRest(kindStatefulSet, "app:2")
+		b.atRest(workload.KindStatefulSet, "app:2")
 		if !strings.Contains(b.told(), "etcdserver") {
 			t.Errorf("events:\n%s", b.told())
 		}
 	})
 }
 
-// Both containers are rewritten, in pods that were made so, with the controller killed all the while: each pod is changed once, and goes
-// back to what it had when the new image is bad.
+// Both containers are rewritten, in pods that were made so, with the controller killed all the
+// while: each pod is changed once, and goes back to what it had when the new image is bad.
 func TestRewrittenAndKilled(t *testing.T) {
-	for _, kind := range []string{"Pod", kindStatefulSet, kindDaemonSet, kindDeployment} {
+	for _, kind := range []string{"Pod", workload.KindStatefulSet, workload.KindDaemonSet, workload.KindDeployment} {
 		for _, everywhere := range []bool{false, true} {
 			t.Run(fmt.Sprint(kind, everywhere), func(t *testing.T) {
 				inBed(t, func(t *testing.T, b *bed) {
@@ -66,14 +70,18 @@ func TestRewrittenAndKilled(t *testing.T) {
 						target = ref(kind)
 					}
 					b.made()
-					b.policy = toMirror(func(o client.Object) bool { return everywhere && kind != kindDeployment || isPod(o) })
+					b.policy = toMirror(func(o client.Object) bool {
+						return everywhere &&
+							kind != workload.KindDeployment || isPod(o)
+					})
 					wait := func(generation int64) *rollout {
 						t.Helper()
 						for i := range 60 {
 							time.Sleep(time.Duration(70+i*290%900) * time.Millisecond)
 							b.restart()
 						}
-						return b.until("ended", "web", 10*time.Minute, func(r *rollout) bool { return ended(r) && r.Status.ObservedGeneration == generation })
+						return b.until("ended", "web", 10*time.Minute,
+							func(r *rollout) bool { return ended(r) && r.Status.ObservedGeneration == generation })
 					}
 					both := []change{{Name: "app", Image: "app:2"}, {Name: "side", Image: "side:1"}}
 					b.create("web", spec{Target: target, Containers: both})
@@ -86,7 +94,8 @@ func TestRewrittenAndKilled(t *testing.T) {
 					if r := wait(2); condition(r, inplace.ConditionComplete) != "False RolledBack" {
 						t.Errorf("status %+v", r.Status)
 					}
-					time.Sleep(65 * time.Minute) // what a controller that was killed has had prepared is held for an hour
+					// what a controller that was killed has had prepared is held for an hour
+					time.Sleep(65 * time.Minute)
 					b.served(mirrored + "app:2")
 					b.sides(mirrored + "side:1")
 				})
@@ -95,11 +104,13 @@ func TestRewrittenAndKilled(t *testing.T) {
 	}
 }
 
-// The way back is denied for pods, or for the template, or both: the rollout ends, and what serves goes on serving.
+// The way back is denied for pods, or for the template, or both: the rollout ends, and what serves
+// goes on serving.
 func TestWayBackIsDenied(t *testing.T) {
-	for _, kind := range []string{"Pod", kindStatefulSet, kindDeployment} {
+	for _, kind := range []string{"Pod", workload.KindStatefulSet, workload.KindDeployment} {
 		for name, where := range map[string]func(client.Object) bool{
-			"pods": isPod, "template": func(o client.Object) bool { return !isPod(o) }, "both": func(client.Object) bool { return true },
+			"pods": isPod, "template": func(o client.Object) bool { return !isPod(o) },
+			"both": func(client.Object) bool { return true },
 			"late": nil,
 		} {
 			t.Run(kind+" "+name, func(t *testing.T) {
@@ -117,12 +128,14 @@ func TestWayBackIsDenied(t *testing.T) {
 					b.policy = func(o client.Object, dry bool) error {
 						mu.Lock()
 						defer mu.Unlock()
-						if _, set := o.(*appsv1.ReplicaSet); imageOf(o) == "app:1" && back && !set && (where == nil && !dry || where != nil && where(o)) {
+						if _, set := o.(*appsv1.ReplicaSet); imageOf(o) == "app:1" && back && !set &&
+							(where == nil && !dry || where != nil && where(o)) {
 							return forbidden(o)
 						}
 						return nil
 					}
-					b.create("web", spec{Target: target, Containers: to("app:2"), Strategy: settings{ProgressDeadlineSeconds: 60}})
+					b.create("web", spec{Target: target, Containers: to("app:2"),
+						Strategy: settings{ProgressDeadlineSeconds: 60}})
 					b.until("some", "web", time.Minute, func(r *rollout) bool { return r.Status.Updated > 0 })
 					mu.Lock()
 					back = true
@@ -133,22 +146,27 @@ func TestWayBackIsDenied(t *testing.T) {
 						b.kubelet.start = d
 					}
 					start(time.Hour) // what is new from now on does not get ready
-					b.until("back", "web", 20*time.Minute, func(r *rollout) bool { return r.Status.CompletionTime != nil || r.Status.FailedRevision != "" })
+					b.until("back", "web", 20*time.Minute,
+						func(r *rollout) bool {
+							return r.Status.CompletionTime != nil ||
+								r.Status.FailedRevision != ""
+						})
 					start(time.Second)
 					r := b.until("ended", "web", 20*time.Minute, ended)
-					if name != "template" && (!strings.Contains(r.Status.Message, "not signed") || !strings.Contains(b.told(), "not signed")) {
+					if name != "template" && (!strings.Contains(r.Status.Message, "not signed") ||
+						!strings.Contains(b.told(), "not signed")) {
 						t.Errorf("message %s\n%s", r.Status.Message, b.told())
 					}
 					time.Sleep(time.Minute)
 					for _, pod := range b.pods() {
-						if by, _ := shutBy(pod); by != "" {
+						if by, _ := evaluate.OutOfServiceBy(pod); by != "" {
 							t.Errorf("pod %s is shut by %s", pod.Name, by)
 						}
 					}
 					if left := b.fleet.unfinished(); len(left) > 0 {
 						t.Errorf("nodes still have %q", left)
 					}
-					if kind == kindDeployment {
+					if kind == workload.KindDeployment {
 						if d := read(b, &appsv1.Deployment{}); d.Spec.Paused {
 							t.Errorf("paused; status %+v", r.Status)
 						}
@@ -167,7 +185,7 @@ func TestGateIsDenied(t *testing.T) {
 				b.addNodes(2)
 				b.addPods(2, 2, gated)
 				b.statusPolicy = func(pod *corev1.Pod) error {
-					if by, _ := shutBy(pod); by == "" {
+					if by, _ := evaluate.OutOfServiceBy(pod); by == "" {
 						return nil
 					}
 					if denied {
@@ -175,9 +193,11 @@ func TestGateIsDenied(t *testing.T) {
 					}
 					return apierrors.NewInternalError(errors.New("webhook: image is not signed"))
 				}
-				b.create("all", spec{Target: all(), Containers: to("app:2"), Strategy: settings{ProgressDeadlineSeconds: 120}})
+				b.create("all", spec{Target: all(), Containers: to("app:2"),
+					Strategy: settings{ProgressDeadlineSeconds: 120}})
 				r := b.until("over", "all", 10*time.Minute, ended)
-				if want := failDenied; len(r.Status.Failures) == 0 || denied && r.Status.Failures[0].Reason != want || !strings.Contains(r.Status.Message, "not signed") {
+				if want := evaluate.FailDenied; len(r.Status.Failures) == 0 || denied &&
+					r.Status.Failures[0].Reason != want || !strings.Contains(r.Status.Message, "not signed") {
 					t.Errorf("status %+v", r.Status)
 				}
 				b.served("app:1")
@@ -188,7 +208,7 @@ func TestGateIsDenied(t *testing.T) {
 
 // A gate that cannot be opened is told of, and opened when it can be.
 func TestGateStaysShut(t *testing.T) {
-	for _, kind := range []string{"Pod", kindStatefulSet} {
+	for _, kind := range []string{"Pod", workload.KindStatefulSet} {
 		t.Run(kind, func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addNodes(2)
@@ -206,13 +226,15 @@ func TestGateStaysShut(t *testing.T) {
 				b.statusPolicy = func(pod *corev1.Pod) error {
 					mu.Lock()
 					defer mu.Unlock()
-					if by, _ := shutBy(pod); by != "" || !down {
+					if by, _ := evaluate.OutOfServiceBy(pod); by != "" || !down {
 						return nil
 					}
 					return apierrors.NewInternalError(errors.New("webhook is away"))
 				}
-				b.create("all", spec{Target: target, Containers: to("app:2"), Strategy: settings{ProgressDeadlineSeconds: 3600}})
-				b.until("told", "all", 10*time.Minute, func(r *rollout) bool { return strings.Contains(r.Status.Message, "webhook is away") })
+				b.create("all", spec{Target: target, Containers: to("app:2"),
+					Strategy: settings{ProgressDeadlineSeconds: 3600}})
+				b.until("told", "all", 10*time.Minute,
+					func(r *rollout) bool { return strings.Contains(r.Status.Message, "webhook is away") })
 				if !strings.Contains(b.told(), "webhook is away") {
 					t.Errorf("events:\n%s", b.told())
 				}
@@ -226,9 +248,10 @@ func TestGateStaysShut(t *testing.T) {
 	}
 }
 
-// What admission makes of a container that nobody has asked to be changed is part of the change: it is prepared, and goes back with it.
+// What admission makes of a container that nobody has asked to be changed is part of the change: it
+// is prepared, and goes back with it.
 func TestOtherContainerOfPod(t *testing.T) {
-	for _, kind := range []string{"Pod", kindStatefulSet, kindDeployment} {
+	for _, kind := range []string{"Pod", workload.KindStatefulSet, workload.KindDeployment} {
 		for _, side := range []string{"side:2", "side:gone", "anew"} {
 			t.Run(kind+" "+side, func(t *testing.T) {
 				inBed(t, func(t *testing.T, b *bed) {
@@ -253,7 +276,8 @@ func TestOtherContainerOfPod(t *testing.T) {
 						}
 						return nil
 					}
-					b.create("web", spec{Target: target, Containers: to("app:2"), Strategy: settings{ProgressDeadlineSeconds: 120}})
+					b.create("web", spec{Target: target, Containers: to("app:2"),
+						Strategy: settings{ProgressDeadlineSeconds: 120}})
 					r := b.until("ended", "web", 20*time.Minute, ended)
 					if side == "side:2" {
 						b.want(r, "True RolledOut", "2/2/2/0/0")
@@ -314,7 +338,8 @@ func TestSidecarIsRewritten(t *testing.T) {
 		b.addNodes(1)
 		always := corev1.ContainerRestartPolicyAlways
 		b.addPods(1, 1, gated, func(p *corev1.Pod) {
-			p.Spec.InitContainers = []corev1.Container{{Name: "proxy", Image: "proxy:1", RestartPolicy: &always}, {Name: "setup", Image: "setup:1"}}
+			p.Spec.InitContainers = []corev1.Container{{Name: "proxy", Image: "proxy:1", RestartPolicy: &always},
+				{Name: "setup", Image: "setup:1"}}
 		})
 		b.policy = func(o client.Object, _ bool) error {
 			for i := range specOf(o).InitContainers {
@@ -327,7 +352,8 @@ func TestSidecarIsRewritten(t *testing.T) {
 		b.create("all", spec{Target: all(), Containers: []change{{Name: "proxy", Image: "proxy:2"}}})
 		time.Sleep(5 * time.Minute)
 		pod := b.pod("web-0")
-		if got := pod.Spec.InitContainers[0].Image; got != mirrored+"proxy:2" || pod.Spec.InitContainers[1].Image != "setup:1" {
+		if got := pod.Spec.InitContainers[0].Image; got != mirrored+"proxy:2" ||
+			pod.Spec.InitContainers[1].Image != "setup:1" {
 			t.Errorf("init containers %+v", pod.Spec.InitContainers)
 		}
 		if n := b.counted("patch v1.Pod"); n > 2 { // there and, as nothing runs it here, back
@@ -338,7 +364,8 @@ func TestSidecarIsRewritten(t *testing.T) {
 
 // An annotated workload whose images admission rewrites, in pods alone or in its template, too.
 func TestFollowedAndRewritten(t *testing.T) {
-	for name, where := range map[string]func(client.Object) bool{"pods": isPod, "all": func(client.Object) bool { return true }} {
+	for name, where := range map[string]func(client.Object) bool{"pods": isPod,
+		"all": func(client.Object) bool { return true }} {
 		t.Run(name, func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addNodes(3)
@@ -357,15 +384,18 @@ func TestFollowedAndRewritten(t *testing.T) {
 				b.policy = toMirror(where)
 				time.Sleep(time.Minute)
 				writes := b.counted("patch v1.Pod")
-				user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { s.Spec.Template.Spec.Containers[0].Image = prefix + "app:2" })
-				r := b.until("ended", "statefulset-web", 5*time.Minute, func(r *rollout) bool { return ended(r) && r.Status.TargetImages["app"] == prefix+"app:2" })
+				user(b, &appsv1.StatefulSet{},
+					func(s *appsv1.StatefulSet) { s.Spec.Template.Spec.Containers[0].Image = prefix + "app:2" })
+				r := b.until("ended", "statefulset-web", 5*time.Minute,
+					func(r *rollout) bool { return ended(r) && r.Status.TargetImages["app"] == prefix+"app:2" })
 				b.want(r, "True RolledOut", "3/3/3/0/0")
 				b.served(mirrored + "app:2")
 				b.sides(mirrored + "side:1")
 				if n := b.counted("patch v1.Pod") - writes; writes > 0 || n != 3 {
 					t.Errorf("%d writes of pods before, %d then", writes, n)
 				}
-				user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { s.Spec.Template.Spec.Containers[0].Image = prefix + "app:crash" })
+				user(b, &appsv1.StatefulSet{},
+					func(s *appsv1.StatefulSet) { s.Spec.Template.Spec.Containers[0].Image = prefix + "app:crash" })
 				b.until("ended", "statefulset-web", 5*time.Minute, func(r *rollout) bool {
 					return ended(r) && condition(r, inplace.ConditionComplete) == "False RolledBack"
 				})
@@ -381,7 +411,7 @@ func TestFollowedAndRewritten(t *testing.T) {
 
 // A partition holds with rewritten images and a controller that is killed.
 func TestPartitionAndRewritten(t *testing.T) {
-	for _, kind := range []string{"Pod", kindDeployment, kindStatefulSet} {
+	for _, kind := range []string{"Pod", workload.KindDeployment, workload.KindStatefulSet} {
 		t.Run(kind, func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addNodes(4)
@@ -394,7 +424,8 @@ func TestPartitionAndRewritten(t *testing.T) {
 				}
 				b.made()
 				b.policy = toMirror(isPod)
-				b.create("web", spec{Target: target, Containers: []change{{Name: "app", Image: "app:2"}, {Name: "side", Image: "side:1"}}, Strategy: settings{Partition: number(2)}})
+				b.create("web", spec{Target: target, Containers: []change{{Name: "app", Image: "app:2"},
+					{Name: "side", Image: "side:1"}}, Strategy: settings{Partition: number(2)}})
 				held := func(r *rollout) bool {
 					return condition(r, inplace.ConditionProgressing) == "True Partitioned" && r.Status.Updated == 2
 				}
@@ -418,9 +449,8 @@ func TestPartitionAndRewritten(t *testing.T) {
 	}
 }
 
-// A rollout of a Deployment whose images are rewritten leaves it with one ReplicaSet that has pods, and these pods, when it is deleted,
-// wherever it was, on the way
-// there or back.
+// A rollout of a Deployment whose images are rewritten leaves it with one ReplicaSet that has pods,
+// and these pods, when it is deleted, wherever it was, on the way there or back.
 func TestRewrittenDeploymentDeleted(t *testing.T) {
 	for i := range 24 {
 		t.Run(fmt.Sprint(i), func(t *testing.T) {
@@ -434,7 +464,7 @@ func TestRewrittenDeploymentDeleted(t *testing.T) {
 					}
 					return nil
 				}
-				b.create("web", spec{Target: ref(kindDeployment), Containers: to("app:crash")})
+				b.create("web", spec{Target: ref(workload.KindDeployment), Containers: to("app:crash")})
 				if i >= 12 {
 					b.until("back", "web", time.Minute, func(r *rollout) bool { return r.Status.FailedRevision != "" })
 				}
@@ -450,7 +480,7 @@ func TestRewrittenDeploymentDeleted(t *testing.T) {
 				}
 				active := 0
 				for i := range sets.Items {
-					if wanted(&sets.Items[i]) > 0 {
+					if replicasOf(&sets.Items[i]) > 0 {
 						active++
 					}
 				}
@@ -502,14 +532,17 @@ func TestAskedNoMore(t *testing.T) {
 	}
 }
 
-// What is denied is still an answer of the API server, so that it is counted and told when a reconciler returns it.
+// What is denied is still an answer of the API server, so that it is counted and told when a
+// reconciler returns it.
 func TestDeniedIsAnAnswer(t *testing.T) {
-	if err := fmt.Errorf("settling: %w", denied(forbidden(&corev1.Pod{}), "pod web-0")); !apiStatus(err) || refusal(err) == nil || !apierrors.IsForbidden(err) {
+	if err := fmt.Errorf("settling: %w", dryrun.Denied(forbidden(&corev1.Pod{}),
+		"pod web-0")); !dryrun.IsAPIStatus(err) || dryrun.Refusal(err) == nil || !apierrors.IsForbidden(err) {
 		t.Errorf("%v", err)
 	}
 }
 
-// How often is the API server asked about many pods that wait, and about those that have what they should?
+// How often is the API server asked about many pods that wait, and about those that have what they
+// should?
 func TestAsksOfManyPods(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
 		b.addNodes(10)
@@ -526,7 +559,8 @@ func TestAsksOfManyPods(t *testing.T) {
 			}
 			return made(o, dry)
 		}
-		b.create("all", spec{Target: all(), Containers: []change{{Name: "app", Image: "app:1"}, {Name: "side", Image: "side:1"}}, Strategy: settings{MaxUnavailable: percent("25%")}})
+		b.create("all", spec{Target: all(), Containers: []change{{Name: "app", Image: "app:1"},
+			{Name: "side", Image: "side:1"}}, Strategy: settings{MaxUnavailable: percent("25%")}})
 		b.want(b.until("ended", "all", 10*time.Minute, ended), "True RolledOut", "200/200/200/0/0")
 		if n := b.counted("patch v1.Pod") + b.counted("status v1.Pod"); asked > 450 || n > 0 {
 			t.Errorf("asked %d times, %d writes", asked, n)
@@ -535,7 +569,10 @@ func TestAsksOfManyPods(t *testing.T) {
 		asked = 0
 		mu.Unlock()
 		b.edit("all", func(r *rollout) { r.Spec.Containers[0].Image = "app:2" })
-		b.want(b.until("ended", "all", time.Hour, func(r *rollout) bool { return ended(r) && r.Status.ObservedGeneration == 2 }), "True RolledOut", "200/200/200/0/0")
+		b.want(b.until("ended", "all", time.Hour, func(r *rollout) bool {
+			return ended(r) &&
+				r.Status.ObservedGeneration == 2
+		}), "True RolledOut", "200/200/200/0/0")
 		if asked > 1400 || b.counted("patch v1.Pod") != 200 {
 			t.Errorf("asked %d times, %d writes", asked, b.counted("patch v1.Pod"))
 		}

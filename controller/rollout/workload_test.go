@@ -17,6 +17,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	inplace "github.com/cri-proxy/cri-proxy/api/inplace/v1alpha1"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/podtemplate"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/workload"
 )
 
 func ref(kind string) inplace.Target {
@@ -36,28 +38,29 @@ func (b *bed) uids() map[string]types.UID {
 func (b *bed) atRest(kind, image string) {
 	b.t.Helper()
 	switch kind {
-	case kindStatefulSet:
+	case workload.KindStatefulSet:
 		s := read(b, &appsv1.StatefulSet{})
 		for _, pod := range b.pods() {
-			if pod.Labels[revisionLabel] != s.Status.UpdateRevision {
-				b.t.Errorf("pod %s is of revision %s, not %s", pod.Name, pod.Labels[revisionLabel], s.Status.UpdateRevision)
+			if pod.Labels[podtemplate.RevisionLabel] != s.Status.UpdateRevision {
+				b.t.Errorf("pod %s is of revision %s, not %s", pod.Name, pod.Labels[podtemplate.RevisionLabel],
+					s.Status.UpdateRevision)
 			}
 		}
-		if got := templateImages(&s.Spec.Template)["app"]; got != image {
+		if got := podtemplate.Images(&s.Spec.Template)["app"]; got != image {
 			b.t.Errorf("template has %s", got)
 		}
-	case kindDaemonSet:
+	case workload.KindDaemonSet:
 		d := read(b, &appsv1.DaemonSet{})
-		want := b.revise(d, kindDaemonSet, &d.Spec.Template)
+		want := b.revise(d, workload.KindDaemonSet, &d.Spec.Template)
 		for _, pod := range b.pods() {
-			if pod.Labels[revisionLabel] != want {
-				b.t.Errorf("pod %s is of revision %s, not %s", pod.Name, pod.Labels[revisionLabel], want)
+			if pod.Labels[podtemplate.RevisionLabel] != want {
+				b.t.Errorf("pod %s is of revision %s, not %s", pod.Name, pod.Labels[podtemplate.RevisionLabel], want)
 			}
 		}
-		if got := templateImages(&d.Spec.Template)["app"]; got != image {
+		if got := podtemplate.Images(&d.Spec.Template)["app"]; got != image {
 			b.t.Errorf("template has %s", got)
 		}
-	case kindDeployment:
+	case workload.KindDeployment:
 		d := read(b, &appsv1.Deployment{})
 		var sets appsv1.ReplicaSetList
 		if err := b.api.List(b.ctx, &sets); err != nil {
@@ -68,7 +71,7 @@ func (b *bed) atRest(kind, image string) {
 			b.t.Fatalf("paused %v, annotations %v, %d ReplicaSets have pods", d.Spec.Paused, d.Annotations, len(active))
 		}
 		for _, t := range []*corev1.PodTemplateSpec{&d.Spec.Template, &active[0].Spec.Template} {
-			if got := templateImages(t)["app"]; got != image {
+			if got := podtemplate.Images(t)["app"]; got != image {
 				b.t.Errorf("template has %s", got)
 			}
 		}
@@ -82,24 +85,24 @@ func (b *bed) atRest(kind, image string) {
 
 // withPods are the ReplicaSets that have pods.
 func withPods(sets []appsv1.ReplicaSet) []appsv1.ReplicaSet {
-	return slices.DeleteFunc(slices.Clone(sets), func(s appsv1.ReplicaSet) bool { return wanted(&s) == 0 })
+	return slices.DeleteFunc(slices.Clone(sets), func(s appsv1.ReplicaSet) bool { return replicasOf(&s) == 0 })
 }
 
 func (b *bed) addOf(kind string, n int) {
 	switch kind {
-	case kindStatefulSet:
+	case workload.KindStatefulSet:
 		b.addStatefulSet(n)
-	case kindDaemonSet:
+	case workload.KindDaemonSet:
 		b.addDaemonSet()
-	case kindDeployment:
+	case workload.KindDeployment:
 		b.addDeployment(n)
 	}
 }
 
-// Of each kind: the same pods with another image, the template too, back again, and back by itself after a failure, with the controller
-// killed all the while or not.
+// Of each kind: the same pods with another image, the template too, back again, and back by itself
+// after a failure, with the controller killed all the while or not.
 func TestWorkload(t *testing.T) {
-	for _, kind := range []string{kindStatefulSet, kindDaemonSet, kindDeployment} {
+	for _, kind := range []string{workload.KindStatefulSet, workload.KindDaemonSet, workload.KindDeployment} {
 		for _, killed := range []bool{false, true} {
 			t.Run(fmt.Sprint(kind, " killed ", killed), func(t *testing.T) {
 				inBed(t, func(t *testing.T, b *bed) {
@@ -112,9 +115,11 @@ func TestWorkload(t *testing.T) {
 							time.Sleep(time.Duration(70+i*290%900) * time.Millisecond)
 							b.restart()
 						}
-						return b.until("ended", "web", 10*time.Minute, func(r *rollout) bool { return ended(r) && r.Status.ObservedGeneration == generation })
+						return b.until("ended", "web", 10*time.Minute,
+							func(r *rollout) bool { return ended(r) && r.Status.ObservedGeneration == generation })
 					}
-					b.create("web", spec{Target: ref(kind), Containers: to("app:2"), Strategy: settings{MaxUnavailable: number(2)}})
+					b.create("web", spec{Target: ref(kind), Containers: to("app:2"),
+						Strategy: settings{MaxUnavailable: number(2)}})
 					b.want(wait(1), "True RolledOut", "5/5/5/0/0")
 					b.atRest(kind, "app:2")
 					b.edit("web", func(r *rollout) { r.Spec.Containers[0].Image = r.Status.PreviousImages["app"] })
@@ -138,13 +143,14 @@ func TestWorkload(t *testing.T) {
 	}
 }
 
-// Scaling, pods that are deleted, a partition and a pause in the middle leave no pod on the wrong image.
+// Scaling, pods that are deleted, a partition and a pause in the middle leave no pod on the wrong
+// image.
 func TestWorkloadChanges(t *testing.T) {
-	for _, kind := range []string{kindStatefulSet, kindDeployment} {
+	for _, kind := range []string{workload.KindStatefulSet, workload.KindDeployment} {
 		t.Run(kind, func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				scale := func(n int) {
-					if kind == kindStatefulSet {
+					if kind == workload.KindStatefulSet {
 						user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { s.Spec.Replicas = replicas(n) })
 					} else {
 						user(b, &appsv1.Deployment{}, func(d *appsv1.Deployment) { d.Spec.Replicas = replicas(n) })
@@ -152,9 +158,12 @@ func TestWorkloadChanges(t *testing.T) {
 				}
 				b.addNodes(5)
 				b.addOf(kind, 6)
-				b.create("web", spec{Target: ref(kind), Containers: to("app:2"), Strategy: settings{Partition: number(3)}})
-				b.until("held", "web", 5*time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionProgressing) == "True Partitioned" })
-				if got := b.images("app"); got["app:2"] != 3 || kind == kindStatefulSet && runningImage(b.pod("web-2"), "app") != "app:1" {
+				b.create("web", spec{Target: ref(kind), Containers: to("app:2"),
+					Strategy: settings{Partition: number(3)}})
+				b.until("held", "web", 5*time.Minute,
+					func(r *rollout) bool { return condition(r, inplace.ConditionProgressing) == "True Partitioned" })
+				if got := b.images("app"); got["app:2"] != 3 || kind == workload.KindStatefulSet &&
+					runningImage(b.pod("web-2"), "app") != "app:1" {
 					t.Errorf("images %v", got)
 				}
 				scale(8)
@@ -188,7 +197,7 @@ func TestOrdinals(t *testing.T) {
 				}
 			})
 		}
-		b.create("web", spec{Target: ref(kindStatefulSet), Containers: to("app:2")})
+		b.create("web", spec{Target: ref(workload.KindStatefulSet), Containers: to("app:2")})
 		b.until("ended", "web", 10*time.Minute, ended)
 		var want []string
 		for i := range 12 {
@@ -209,11 +218,13 @@ func TestRefused(t *testing.T) {
 		change change
 		want   string
 	}{
-		{"no such workload", ref(kindDaemonSet), func(*bed) {}, to("app:2")[0], "there is no DaemonSet web in namespace ns"},
-		{"a strategy that replaces pods", ref(kindStatefulSet), func(b *bed) {
+		{"no such workload", ref(workload.KindDaemonSet), func(*bed) {}, to("app:2")[0],
+			"there is no DaemonSet web in namespace ns"},
+		{"a strategy that replaces pods", ref(workload.KindStatefulSet), func(b *bed) {
 			b.addStatefulSet(1, func(s *appsv1.StatefulSet) { s.Spec.UpdateStrategy.Type = appsv1.RollingUpdateStatefulSetStrategyType })
 		}, to("app:2")[0], "set updateStrategy.type to OnDelete"},
-		{"no such container", ref(kindDeployment), func(b *bed) { b.addDeployment(1) }, change{Name: "none", Image: "a"}, "no container none that can be changed in place; it has app, side"},
+		{"no such container", ref(workload.KindDeployment), func(b *bed) { b.addDeployment(1) },
+			change{Name: "none", Image: "a"}, "no container none that can be changed in place; it has app, side"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -222,7 +233,8 @@ func TestRefused(t *testing.T) {
 				tt.setUp(b)
 				b.create("web", spec{Target: tt.target, Containers: []change{tt.change}})
 				b.until("refused", "web", time.Minute, func(r *rollout) bool {
-					return condition(r, inplace.ConditionProgressing) == "False InvalidTarget" && strings.Contains(r.Status.Message, tt.want)
+					return condition(r, inplace.ConditionProgressing) == "False InvalidTarget" &&
+						strings.Contains(r.Status.Message, tt.want)
 				})
 				b.delete(&rollout{ObjectMeta: metav1.ObjectMeta{Name: "web"}})
 				b.until("gone", "web", time.Minute, gone)
@@ -231,14 +243,15 @@ func TestRefused(t *testing.T) {
 	}
 }
 
-// A Deployment that the rollout has paused goes on when the rollout is deleted, wherever it was, and has no further ReplicaSet.
+// A Deployment that the rollout has paused goes on when the rollout is deleted, wherever it was,
+// and has no further ReplicaSet.
 func TestDeploymentDeleted(t *testing.T) {
 	for i := range 12 {
 		t.Run(fmt.Sprint(i), func(t *testing.T) {
 			inBed(t, func(t *testing.T, b *bed) {
 				b.addNodes(3)
 				b.addDeployment(4)
-				b.create("web", spec{Target: ref(kindDeployment), Containers: to("app:2")})
+				b.create("web", spec{Target: ref(workload.KindDeployment), Containers: to("app:2")})
 				time.Sleep(time.Duration(i) * 190 * time.Millisecond)
 				b.delete(&rollout{ObjectMeta: metav1.ObjectMeta{Name: "web"}})
 				b.restart()
@@ -250,7 +263,8 @@ func TestDeploymentDeleted(t *testing.T) {
 					t.Fatal(err)
 				}
 				if active := withPods(sets.Items); d.Spec.Paused || len(active) != 1 || b.unready() != 0 {
-					t.Errorf("paused %v, %d ReplicaSets with pods, %d not ready", d.Spec.Paused, len(active), b.unready())
+					t.Errorf("paused %v, %d ReplicaSets with pods, %d not ready", d.Spec.Paused, len(active),
+						b.unready())
 				}
 			})
 		})
@@ -263,8 +277,9 @@ func TestNotInPlace(t *testing.T) {
 		b.addNodes(3)
 		b.addStatefulSet(3)
 		user(b, &appsv1.StatefulSet{}, func(s *appsv1.StatefulSet) { s.Spec.Template.Spec.Containers[0].Env[0].Value = "changed" })
-		b.create("web", spec{Target: ref(kindStatefulSet), Containers: to("app:2")})
-		b.until("left", "web", time.Minute, func(r *rollout) bool { return condition(r, inplace.ConditionProgressing) == "False NotInPlace" })
+		b.create("web", spec{Target: ref(workload.KindStatefulSet), Containers: to("app:2")})
+		b.until("left", "web", time.Minute,
+			func(r *rollout) bool { return condition(r, inplace.ConditionProgressing) == "False NotInPlace" })
 		if got := b.images("app"); got["app:1"] != 3 {
 			t.Errorf("images %v", got)
 		}
@@ -272,6 +287,6 @@ func TestNotInPlace(t *testing.T) {
 			b.remove(fmt.Sprintf("web-%d", i))
 		}
 		b.until("ended", "web", time.Minute, ended)
-		b.atRest(kindStatefulSet, "app:2")
+		b.atRest(workload.KindStatefulSet, "app:2")
 	})
 }

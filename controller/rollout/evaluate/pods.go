@@ -1,0 +1,51 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package evaluate
+
+import (
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/cri-proxy/cri-proxy/controller/pods"
+)
+
+// ContainerOf finds a container that can be changed in place: a regular one, or a sidecar, which is
+// an init container with restartPolicy Always.
+func ContainerOf(pod *corev1.Pod, name string) (c *corev1.Container, sidecar bool) {
+	switch c, kind := pods.Container(pod, name); kind {
+	case pods.Regular, pods.Sidecar:
+		return c, kind == pods.Sidecar
+	default:
+		return nil, false
+	}
+}
+
+// StartupProbed returns the containers with a startupProbe that run as long as the pod does.
+func StartupProbed(pod *corev1.Pod) []*corev1.Container {
+	var probed []*corev1.Container
+	for _, list := range [][]corev1.Container{pod.Spec.Containers, pod.Spec.InitContainers} {
+		for i := range list {
+			if list[i].StartupProbe == nil {
+				continue
+			}
+			if c, _ := ContainerOf(pod, list[i].Name); c != nil {
+				probed = append(probed, c)
+			}
+		}
+	}
+	return probed
+}
+
+// RunningIDs returns the IDs of the containers that run, and whether all of them run.
+func RunningIDs(pod *corev1.Pod, names []string) (ids map[string]string, running bool) {
+	ids, running = map[string]string{}, pod.Spec.NodeName != ""
+	for _, name := range names {
+		cs := pods.Status(pod, name)
+		if cs == nil || cs.State.Running == nil || cs.ContainerID == "" {
+			running = false
+			continue
+		}
+		ids[name] = cs.ContainerID
+	}
+	return ids, running
+}

@@ -1,0 +1,451 @@
+// Copyright The cri-proxy Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+// Package nodeops has nodes do what the pods of a rollout need: prepare new images, commit the
+// change of a pod, restart containers, and check what a tag names. Calls of nodes run in goroutines
+// and wake the reconciler, which never waits for a node.
+package nodeops
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
+	"github.com/cri-proxy/cri-proxy/controller/apierror"
+	"github.com/cri-proxy/cri-proxy/controller/nodes"
+	"github.com/cri-proxy/cri-proxy/controller/pods"
+	"github.com/cri-proxy/cri-proxy/controller/pullsecrets"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/dryrun"
+	"github.com/cri-proxy/cri-proxy/controller/rollout/evaluate"
+)
+
+const (
+	// pinFor is longer than any rollout takes. At its end the rollout releases the pins.
+	pinFor = 7 * 24 * time.Hour
+	// holdFor is how long a node keeps a prepared upgrade: a budget may hold the pod back.
+	holdFor = time.Hour
+	// retryInterval is the first wait between two calls of a node that fails. It doubles up to
+	// retryIntervalMax.
+	retryInterval    = 500 * time.Millisecond
+	retryIntervalMax = 5 * time.Second
+	// gaveWayInterval is how long to wait after a preparation gave way to a restart: the pod's
+	// status may not show the new container at once.
+	gaveWayInterval = 2 * time.Second
+	// watchRenew is how long a stream may be without news. Then the node is asked again, to see
+	// whether it is still there.
+	watchRenew = time.Minute
+	// prepareSlack is how long a node may be late with the message that a preparation has taken too
+	// long.
+	prepareSlack = 15 * time.Second
+	// secretsFor is how long secrets count as fresh after they were read.
+	secretsFor = 5 * time.Minute
+)
+
+// retryable returns true if a preparation that ended for this reason is worth another try.
+func retryable(reason string) bool {
+	return opsv1.RetryablePreparation(reason) || reason == "Aborted" // a word of older nodes
+}
+
+// Prepare has the node of a pod prepare the change: check the tags, and pull the images.
+func (s *Session) Prepare(ctx context.Context, i *Item) {
+	w, m := s.State, i.Ops
+	s.checkTags(ctx, i)
+	if s.imagesReady(i) != evaluate.Unprepared {
+		return
+	}
+	uid := s.upgradeUID(i)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if m.Upgrade != nil && m.Upgrade.uid == uid {
+		return
+	}
+	if old := m.Upgrade; old != nil {
+		s.abort(m.node, old, "something else is wanted of the pod")
+		old.end()
+	}
+	t := &nodeOperation{uid: uid, begun: s.Now}
+	m.Upgrade = t
+	node, err := s.Driver.node(ctx, i.Pod)
+	if err != nil {
+		// If the node was removed, its pods will be gone soon, too.
+		if m.lost.IsZero() {
+			m.lost = s.Now
+		}
+		if s.Now.Sub(m.lost) >= s.Strategy.Deadline {
+			t.failed = &evaluate.Failure{Reason: evaluate.FailUnreachable, Message: err.Error()}
+		} else {
+			m.Upgrade = nil
+			s.again(m, retryIntervalMax)
+		}
+		return
+	}
+	m.node, w.nodes[node.Name] = node, node
+	if m.State != nil && m.State.Operation != uid && s.Now.Sub(m.State.Time.Time) >= s.Strategy.Deadline {
+		s.AbortMarked(m, "something else is wanted of the pod, and kubelet has not come for this")
+	}
+	request := s.prepareRequest(ctx, i, uid)
+	label := s.NewLabel(i)
+	c := &operationTracker{d: s.Driver, w: w, t: t, node: node, pod: i.Pod.Name, timeout: s.Strategy.Deadline}
+	change, err := s.Change(i, uid, nil)
+	if err != nil {
+		t.failed = &evaluate.Failure{Reason: evaluate.FailPreparation, Message: err.Error()}
+		return
+	}
+	c.begin = (&preparation{tracker: c, item: i, request: request, change: change, label: label}).begin
+	c.start()
+	s.Log.WithField("pod", i.Pod.Name).WithField("op", uid).Debug("preparing")
+}
+
+// upgradeUID returns the UID of the node's operation that upgrades a pod.
+func (s *Session) upgradeUID(i *Item) string {
+	ids, _ := evaluate.RunningIDs(i.Pod, slices.Sorted(maps.Keys(i.Status.Images)))
+	return evaluate.OperationUID("u", i.Goal, i.Pod, ids, i.Ops.round)
+}
+
+func (s *Session) prepareRequest(ctx context.Context, i *Item, uid string) *opsv1.PrepareUpgradeRequest {
+	request := s.upgradeRequest(i, uid)
+	for _, name := range slices.Sorted(maps.Keys(i.Status.Images)) {
+		c, _ := evaluate.ContainerOf(i.Pod, name)
+		u := &opsv1.ContainerUpgrade{Name: name, Image: i.Status.Images[name], Order: opsv1.Order_ORDER_STOP_FIRST}
+		if cs := pods.Status(i.Pod, name); cs != nil {
+			u.ExpectedContainerId = cs.ContainerID
+		}
+		if c.StartupProbe != nil {
+			u.HoldProbes = pods.HoldProbes(c, s.Driver.Carries(ctx, i.Pod))
+		}
+		if s.Strategy.StartFirst {
+			u.Order, u.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, s.Strategy.BesideSeconds()
+		}
+		u.RunAsNonRoot, u.RunAsUser = pods.RunAs(i.Pod, c)
+		request.Containers = append(request.Containers, u)
+	}
+	return request
+}
+
+// upgradeRequest returns a request without containers.
+func (s *Session) upgradeRequest(i *Item, uid string) *opsv1.PrepareUpgradeRequest {
+	owner := evaluate.OwnerOf(s.Rollout)
+	return &opsv1.PrepareUpgradeRequest{
+		Uid: uid, Pod: podRefOf(i.Pod), Requester: owner, Owner: owner, PinFor: durationpb.New(pinFor),
+		PrepareTimeout: durationpb.New(s.Strategy.Deadline), HoldTimeout: durationpb.New(holdFor),
+	}
+}
+
+// Commit announces the patch of the pod to the node.
+func (s *Session) Commit(i *Item) {
+	w, t, node := s.State, i.Ops.Upgrade, i.Ops.node
+	w.mu.Lock()
+	if t.commitRequested {
+		w.mu.Unlock()
+		return
+	}
+	t.commitRequested = true
+	w.mu.Unlock()
+	label, answers := s.NewLabel(i), i.Ops.AnswersOf(w)
+	images := answers.All(i.Status.Images)
+	change, err := s.Change(i, t.uid, answers)
+	if err != nil {
+		w.mu.Lock()
+		t.failed = &evaluate.Failure{Reason: evaluate.FailPreparation, Message: err.Error()}
+		w.mu.Unlock()
+		return
+	}
+	s.Driver.Crew.Do(func(ctx context.Context) {
+		var since time.Time
+		for tries := 0; ; tries++ {
+			err := s.Driver.stillSo(ctx, i, change, answers)
+			var request *opsv1.CommitUpgradeRequest
+			if err == nil {
+				request, err = s.Driver.commitRequest(ctx, w, i.Pod, label, t.uid, images)
+			}
+			var op *opsv1.Operation
+			if err == nil {
+				op, err = s.Driver.Nodes.CommitUpgrade(ctx, node, request)
+			}
+			w.mu.Lock()
+			over := t.over || t.op.GetFinishTime() != nil
+			if err == nil && !over && op.GetPhase() != t.op.GetPhase() &&
+				t.op.GetPhase() == opsv1.Phase_PHASE_PREPARED {
+				t.op = op // unless the stream was quicker
+			}
+			w.mu.Unlock()
+			if !over {
+				w.noteAPI(t, err)
+			}
+			tr := troubleOf(err)
+			if !dryrun.IsAPIStatus(err) {
+				since = time.Time{}
+			} else if since.IsZero() {
+				since = time.Now()
+			} else if time.Since(since) >= s.Strategy.Deadline && !tr.final && !tr.stale {
+				tr.Failure, tr.final = dryrun.TooLong(i.Pod.Name, s.Strategy.Deadline, err), true
+			}
+			if err == nil || over || ctx.Err() != nil || tr.final || tr.stale {
+				if err != nil && !over && ctx.Err() == nil {
+					w.mu.Lock()
+					t.failed, t.stale = &tr.Failure, tr.stale
+					w.mu.Unlock()
+				}
+				w.wake()
+				return
+			}
+			if !Pause(ctx, min(retryInterval<<min(tries, 4), retryIntervalMax)) {
+				return
+			}
+		}
+	})
+}
+
+// abort tells a node to take back an upgrade. If the node cannot be reached, the upgrade ends there
+// after holdFor. The caller holds the mutex of the state.
+func (s *Session) abort(node nodes.Node, t *nodeOperation, why string) {
+	if t == nil || t.op == nil || t.op.GetFinishTime() != nil || t.op.GetKind() == opsv1.KindRestart {
+		return
+	}
+	s.Driver.takeBack(node, t.uid, why)
+}
+
+// Pod returns what is known of a pod. If that is about another revision, the node is told to take
+// back what it has prepared for it, unless the pod was changed for that.
+func (s *Session) Pod(pod *corev1.Pod, revision string) *PodOps {
+	m, dropped := s.State.pod(pod, revision)
+	if dropped != nil && !m.Stale(pod) && (m.State == nil || m.State.Operation != dropped.uid) {
+		s.State.mu.Lock()
+		defer s.State.mu.Unlock()
+		s.abort(m.node, dropped, "something else is wanted of the pod")
+	}
+	return m
+}
+
+// Keep forgets all other pods: they do not belong to the rollout any more. Nodes are told to take
+// back what they have prepared for them.
+func (s *Session) Keep(pods map[types.UID]bool) {
+	s.State.mu.Lock()
+	for uid, m := range s.State.pods {
+		if t := m.Upgrade; !pods[uid] && t != nil && (m.State == nil || m.State.Operation != t.uid) {
+			s.abort(m.node, t, "the pod is not the rollout's any more")
+		}
+	}
+	s.State.mu.Unlock()
+	s.State.keep(pods)
+}
+
+// AbortMarked tells the node to take back the upgrade for which this rollout last changed the pod.
+// If kubelet has not begun with it, the node would go on waiting for kubelet, and refuse other
+// operations on the container.
+func (s *Session) AbortMarked(m *PodOps, why string) {
+	if m.State != nil && m.State.Rollout == s.Rollout.UID && m.State.Operation != "" && m.node.Name != "" {
+		s.Driver.takeBack(m.node, m.State.Operation, why)
+	}
+}
+
+// Follow follows the operation of a pod that was changed already.
+func (s *Session) Follow(ctx context.Context, i *Item) {
+	w, m, uid := s.State, i.Ops, i.Ops.State.Operation
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if m.Upgrade != nil && m.Upgrade.uid == uid {
+		return
+	}
+	m.Upgrade.end()
+	t := &nodeOperation{uid: uid}
+	m.Upgrade = t
+	node, err := s.Driver.node(ctx, i.Pod)
+	if err != nil {
+		t.answered = true // there is nobody to ask
+		return
+	}
+	m.node, w.nodes[node.Name] = node, node
+	s.listen(t, node, i.Pod.Name)
+}
+
+// listen follows an operation that was begun before. If the node does not know it, or not any more,
+// it has ended.
+func (s *Session) listen(t *nodeOperation, node nodes.Node, pod string) {
+	c := &operationTracker{d: s.Driver, w: s.State, t: t, node: node, pod: pod, timeout: s.Strategy.Deadline}
+	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
+		op, err := s.Driver.Nodes.GetOperation(ctx, node, t.uid)
+		if nodes.Code(err) == codes.NotFound {
+			c.change(func() { t.answered = true })
+			return &opsv1.Operation{Uid: t.uid, FinishTime: timestamppb.New(s.Now), Phase: opsv1.Phase_PHASE_CANCELLED},
+				nil
+		}
+		return op, err
+	}
+	c.start()
+}
+
+// Inquire asks the node whether it still restarts containers for another goal: of a rollout that
+// has ended or was deleted, or of an earlier revision.
+func (s *Session) Inquire(ctx context.Context, i *Item) {
+	w, m := s.State, i.Ops
+	uid := m.State.RestartUID(i.Pod)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if m.restart != nil && m.restart.uid == uid {
+		return
+	}
+	m.restart.end()
+	t := &nodeOperation{uid: uid, inquires: true}
+	m.restart = t
+	node, err := s.Driver.node(ctx, i.Pod)
+	if err != nil {
+		t.answered = true // there is nobody to ask
+		w.wake()
+		return
+	}
+	s.listen(t, node, i.Pod.Name)
+}
+
+// Restart has the node restart the containers of a pod that keep their images.
+func (s *Session) Restart(ctx context.Context, i *Item) {
+	w, m := s.State, i.Ops
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	request := s.restartRequest(ctx, i)
+	if m.restart != nil && m.restart.uid == request.GetUid() {
+		return
+	}
+	m.restart.end()
+	t := &nodeOperation{uid: request.GetUid()}
+	m.restart = t
+	node, err := s.Driver.node(ctx, i.Pod)
+	if err != nil {
+		t.failed = &evaluate.Failure{Reason: evaluate.FailUnreachable, Message: err.Error()}
+		return
+	}
+	m.node, w.nodes[node.Name] = node, node
+	c := &operationTracker{d: s.Driver, w: w, t: t, node: node, pod: i.Pod.Name, timeout: s.Strategy.Deadline}
+	c.begin = func(ctx context.Context) (*opsv1.Operation, error) {
+		now, err := s.Driver.launch(ctx, w, i.Pod, "")
+		if err != nil {
+			return nil, err
+		}
+		var images []string
+		for _, c := range request.GetContainers() {
+			if c.PullPolicy, c.Environment, err = now.container(ctx, c.GetName()); err != nil {
+				return nil, err
+			}
+			images = append(images, pullsecrets.Pulled(now.image(c.GetName()), c.GetPullPolicy(),
+				c.GetEnvironment())...)
+		}
+		request.Credentials = now.ring.For(images...)
+		op, err := s.Driver.Nodes.Restart(ctx, node, request)
+		if nodes.Code(err) == codes.AlreadyExists {
+			op, err = s.Driver.Nodes.GetOperation(ctx, node, request.GetUid())
+		}
+		return op, err
+	}
+	c.start()
+}
+
+func (s *Session) restartRequest(ctx context.Context, i *Item) *opsv1.RestartRequest {
+	request := &opsv1.RestartRequest{Uid: i.Ops.State.RestartUID(i.Pod), Pod: podRefOf(i.Pod),
+		Requester: evaluate.OwnerOf(s.Rollout)}
+	for _, name := range slices.Sorted(maps.Keys(i.Ops.State.Containers)) {
+		c, _ := evaluate.ContainerOf(i.Pod, name)
+		old := i.Ops.State.Containers[name]
+		if c == nil || c.Image != old.Image || old.ID == "" {
+			continue
+		}
+		want := &opsv1.ContainerRestart{Name: name, ExpectedContainerId: old.ID, GracePeriodSeconds: s.Strategy.Grace}
+		want.RunAsNonRoot, want.RunAsUser = pods.RunAs(i.Pod, c)
+		if c.StartupProbe != nil {
+			want.HoldProbes = pods.HoldProbes(c, s.Driver.Carries(ctx, i.Pod))
+		}
+		if s.Strategy.StartFirst {
+			want.Order, want.MinReadySeconds = opsv1.Order_ORDER_START_FIRST, s.Strategy.BesideSeconds()
+		}
+		if c.Lifecycle != nil {
+			// A hook that cannot be resolved is left out: kubelet could not run it either.
+			want.PreStop, _ = pods.Hook(c, c.Lifecycle.PreStop, i.Pod.Status.PodIP)
+			want.PostStart, _ = pods.Hook(c, c.Lifecycle.PostStart, i.Pod.Status.PodIP)
+		}
+		request.Containers = append(request.Containers, want)
+	}
+	return request
+}
+
+// Upgrade returns the UID of the operation that upgrades a pod as it has to be now, and its phase.
+// The UID is empty if no node knows of it.
+func (s *Session) Upgrade(i *Item) (uid string, phase opsv1.Phase) {
+	s.State.mu.Lock()
+	defer s.State.mu.Unlock()
+	if t := i.Ops.Upgrade; t != nil && t.uid == s.upgradeUID(i) {
+		return t.uid, t.op.GetPhase()
+	}
+	return "", 0
+}
+
+// AbortUpgrade tells the node of a pod to take back its upgrade.
+func (s *Session) AbortUpgrade(m *PodOps, why string) {
+	s.State.mu.Lock()
+	defer s.State.mu.Unlock()
+	s.abort(m.node, m.Upgrade, why)
+}
+
+// Withdraw tells the node of a pod to take back what it has prepared, unless the pod was changed
+// for that.
+func (s *Session) Withdraw(m *PodOps, why string) {
+	s.State.mu.Lock()
+	defer s.State.mu.Unlock()
+	if t := m.Upgrade; t != nil && !t.over && (m.State == nil || m.State.Operation != t.uid) {
+		s.abort(m.node, t, why)
+		t.end()
+		m.Upgrade = nil
+		m.round++ // what was taken back stays so
+	}
+}
+
+// Trouble says what the API server has failed with several times in a row; empty if there is
+// nothing.
+func (s *Session) Trouble(items []*Item) string {
+	s.State.mu.Lock()
+	defer s.State.mu.Unlock()
+	for _, i := range items {
+		all := []dryrun.Trouble{i.Ops.Api}
+		if t := i.Ops.Upgrade; t != nil && !t.over && t.failed == nil {
+			all = append(all, t.api)
+		}
+		for _, t := range all {
+			if t.Count >= apierror.Tries {
+				return fmt.Sprintf("pod %s cannot be changed, %d tries have failed since %s: %s", i.Pod.Name, t.Count,
+					t.Since.UTC().Format(time.RFC3339), t.Text)
+			}
+		}
+	}
+	return ""
+}
+
+// WrongSecrets says which pull secrets of the pods cannot be used, and why.
+func (s *Session) WrongSecrets() []string {
+	s.State.mu.Lock()
+	defer s.State.mu.Unlock()
+	var wrong []string
+	for _, name := range slices.Sorted(maps.Keys(s.State.keys)) {
+		wrong = append(wrong, s.State.keys[name].ring.Wrong...)
+	}
+	return wrong
+}
+
+// Finished returns the operations that have changed a pod and have succeeded.
+func (s *Session) Finished(m *PodOps) []*opsv1.Operation {
+	s.State.mu.Lock()
+	defer s.State.mu.Unlock()
+	var done []*opsv1.Operation
+	for _, t := range []*nodeOperation{m.Upgrade, m.restart} {
+		if t != nil && !t.inquires && t.op.GetPhase() == opsv1.Phase_PHASE_SUCCEEDED && t.op.GetFinishTime() != nil {
+			done = append(done, t.op)
+		}
+	}
+	return done
+}
