@@ -46,6 +46,9 @@ spec:
 const (
 	inPlaceOn = `cri-proxy.io/in-place: "true"`
 	onDelete  = "updateStrategy: {type: OnDelete}"
+	// endsAtOnce is for workloads that get version 3.0: kubelet shows its container as running, and without a readinessProbe as
+	// ready, until kubelet has noticed the end, a second later.
+	endsAtOnce = "\n  minReadySeconds: 3"
 )
 
 // readyPods waits until n pods of a workload are ready, and all of its pods, and returns them by name.
@@ -275,7 +278,7 @@ func TestFieldsAreGivenBack(t *testing.T) {
 	file := scratchDir(t) + "/set.yaml"
 	manifest := func(image, strategy string) string {
 		writeFile(t, file, workloadOf("StatefulSet", ns, "set", image, inPlaceOn+", cri-proxy.io/in-place-strategy: '"+strategy+"'",
-			onDelete+"\n  serviceName: set\n  replicas: 2\n  podManagementPolicy: Parallel"))
+			onDelete+"\n  serviceName: set\n  replicas: 2\n  podManagementPolicy: Parallel"+endsAtOnce))
 		return file
 	}
 	must(t, git(t.Context(), manifest(one, `{"maxUnavailable": 0}`), false))
@@ -323,7 +326,7 @@ func testFightWithGitOps(t *testing.T) {
 	file := scratchDir(t) + "/set.yaml"
 	manifest := func(image string) string {
 		writeFile(t, file, workloadOf("StatefulSet", ns, "set", image, inPlaceOn,
-			onDelete+"\n  serviceName: set\n  replicas: 2\n  podManagementPolicy: Parallel"))
+			onDelete+"\n  serviceName: set\n  replicas: 2\n  podManagementPolicy: Parallel"+endsAtOnce))
 		return file
 	}
 	must(t, git(t.Context(), manifest(one), true))

@@ -133,16 +133,17 @@ func TestPullsSayWhatIsTrue(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
 	crane(t, "mutate", bed.Image("busybox:1.0"), "--set-platform", "linux/arm64", "--tag", bed.Image("foreign:1"))
-	apply(t, ahead(ns, "nowhere", bed.Image("busybox:1.0"), ", selector: {names: [no-such-node]}")+
-		ahead(ns, "foreign", bed.Image("foreign:1"), "")+
-		ahead(ns, "store", bed.Image("busybox:1.0"), fmt.Sprintf(", pullSecrets: [store], selector: {names: [%s]}", bed.NodeName))+
-		fmt.Sprintf(`
+	apply(t, fmt.Sprintf(`
 apiVersion: v1
 kind: Secret
 metadata: {name: store, namespace: %s}
 type: kubernetes.io/dockerconfigjson
 stringData: {.dockerconfigjson: '{"auths":{"%s":{}},"credsStore":"desktop"}'}
-`, ns, bed.Registry))
+---
+`, ns, bed.Registry)+ // first: a job that is carried out at once would not find it
+		ahead(ns, "nowhere", bed.Image("busybox:1.0"), ", selector: {names: [no-such-node]}")+
+		ahead(ns, "foreign", bed.Image("foreign:1"), "")+
+		ahead(ns, "store", bed.Image("busybox:1.0"), fmt.Sprintf(", pullSecrets: [store], selector: {names: [%s]}", bed.NodeName)))
 	job := untilPull(t, "waiting", ns, "nowhere", func(j *v1beta1.ImagePullJob) bool { return pullCondition(j, "Complete") != "" })
 	if pullCondition(job, "Complete") != "False WaitingForNodes" || pullCondition(job, kstatus.Reconciling) != "True WaitingForNodes" {
 		t.Errorf("a job without nodes: %+v", job.Status)
