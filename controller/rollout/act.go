@@ -30,7 +30,7 @@ import (
 // step takes a pod that the rollout changes now one step further.
 func (p *pass) step(ctx context.Context, i *nodeops.Item) error {
 	i.Ops.Updating = true
-	if i.Stale || p.waits(&i.Ops.Api) {
+	if i.Stale || p.waits(&i.Ops.API) {
 		return nil
 	}
 	if len(i.Status.CheckTags) > 0 { // a gate was closed before the controller was started

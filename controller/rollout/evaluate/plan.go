@@ -26,6 +26,7 @@ const (
 // Readiness is how far the node is with the preparation of a pod.
 type Readiness int
 
+// How far the node is.
 const (
 	Unprepared Readiness = iota
 	Preparing

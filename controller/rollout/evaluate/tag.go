@@ -14,8 +14,9 @@ import (
 // Tag is what a container's tag names, as the node has found out.
 type Tag int
 
+// What a tag names.
 const (
-	TagUnknown Tag = iota
+	TagUnknown Tag = iota // the node has not said it
 	TagSame        // the image that runs
 	TagMoved       // another one
 )

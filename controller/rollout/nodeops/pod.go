@@ -42,8 +42,8 @@ type PodOps struct {
 	Settled  bool
 	// Refused is why the pod must not be changed.
 	Refused *evaluate.Failure
-	// Api counts errors of the API server since the last success.
-	Api dryrun.Trouble
+	// API counts errors of the API server since the last success.
+	API dryrun.Trouble
 	// readySeen is when the controller first saw the containers of readyIDs ready.
 	readySeen time.Time
 	readyIDs  string
@@ -139,6 +139,7 @@ func (m *PodOps) NoteStarted(pod *corev1.Pod, now time.Time) {
 // Stale returns true if the cache has not caught up with the last write of the pod.
 func (m *PodOps) Stale(pod *corev1.Pod) bool { return VersionOf(pod.ResourceVersion) < m.Written }
 
+// VersionOf returns a resource version as a number, and 0 for one that is none.
 func VersionOf(text string) uint64 {
 	version, err := strconv.ParseUint(text, 10, 64)
 	if err != nil {

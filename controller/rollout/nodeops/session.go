@@ -412,7 +412,7 @@ func (s *Session) Trouble(items []*Item) string {
 	s.State.mu.Lock()
 	defer s.State.mu.Unlock()
 	for _, i := range items {
-		all := []dryrun.Trouble{i.Ops.Api}
+		all := []dryrun.Trouble{i.Ops.API}
 		if t := i.Ops.Upgrade; t != nil && !t.over && t.failed == nil {
 			all = append(all, t.api)
 		}

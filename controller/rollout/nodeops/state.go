@@ -30,6 +30,7 @@ type State struct {
 	keys map[string]*keys
 }
 
+// NewState returns what the nodes do for the rollout with the UID. News calls wake.
 func NewState(uid types.UID, wake func()) *State {
 	return &State{uid: uid, wake: wake, nodes: map[string]nodes.Node{}, pods: map[types.UID]*PodOps{},
 		keys: map[string]*keys{}}
