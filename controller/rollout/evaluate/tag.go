@@ -17,8 +17,8 @@ type Tag int
 // What a tag names.
 const (
 	TagUnknown Tag = iota // the node has not said it
-	TagSame        // the image that runs
-	TagMoved       // another one
+	TagSame               // the image that runs
+	TagMoved              // another one
 )
 
 // mayMove returns true if the image reference of a running container may name another image by now.
