@@ -48,14 +48,17 @@ func labels(container string) map[string]string {
 func containers() []*runtimeapi.Container {
 	return []*runtimeapi.Container{
 		{
-			Id: successor, PodSandboxId: sandbox, Labels: labels("app"), State: runtimeapi.ContainerState_CONTAINER_CREATED,
+			Id: successor, PodSandboxId: sandbox, Labels: labels("app"),
+			State:       runtimeapi.ContainerState_CONTAINER_CREATED,
 			Annotations: map[string]string{interceptors.StagedAnnotation: token},
 		},
-		{Id: incumbent, PodSandboxId: sandbox, Labels: labels("app"), State: runtimeapi.ContainerState_CONTAINER_EXITED},
+		{Id: incumbent, PodSandboxId: sandbox, Labels: labels("app"),
+			State: runtimeapi.ContainerState_CONTAINER_EXITED},
 		{Id: web, PodSandboxId: sandbox, Labels: labels("web"), State: runtimeapi.ContainerState_CONTAINER_RUNNING},
 		// A survivor of an earlier swap: it keeps the annotation and is not hidden by it.
 		{
-			Id: webBefore, PodSandboxId: sandbox, Labels: labels("web"), State: runtimeapi.ContainerState_CONTAINER_EXITED,
+			Id: webBefore, PodSandboxId: sandbox, Labels: labels("web"),
+			State:       runtimeapi.ContainerState_CONTAINER_EXITED,
 			Annotations: map[string]string{interceptors.StagedAnnotation: "ffff"},
 		},
 	}

@@ -192,8 +192,8 @@ func (l *lifecycle) stopContainer(
 			if err != nil {
 				return nil, err
 			}
-			// The pod may be going away: then kubelet stops its sandbox next, and nobody has asked the
-			// successor to stop.
+			// The pod may be going away: then kubelet stops its sandbox next, and nobody has asked
+			// the successor to stop.
 			l.view.StopAfterReveal(id, req.GetTimeout())
 			return encode(&runtimeapi.StopContainerResponse{})
 		}

@@ -374,7 +374,8 @@ func TestUpdateContainerResources(t *testing.T) {
 		},
 		// Kubelet asked for the incumbent only: what the successor says is ours.
 		{
-			name: "successor refuses", id: incumbent, linux: cpus, staged: true, fail: successor, updates: "old=3 new=3",
+			name: "successor refuses", id: incumbent, linux: cpus, staged: true, fail: successor,
+			updates: "old=3 new=3",
 			records: "updated " + incumbent + " cpus=3, updated " + successor + " cpus=3",
 		},
 		{

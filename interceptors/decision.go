@@ -130,7 +130,8 @@ func (c *counter) stream(take proxy.StreamInterceptor) proxy.StreamInterceptor {
 		if filter == nil || err != nil {
 			return upstream, filter, err
 		}
-		return upstream, &countedFilter{StreamFilter: filter, decided: d, counter: c, span: trace.SpanFromContext(ctx)}, nil
+		return upstream, &countedFilter{StreamFilter: filter, decided: d, counter: c, span: trace.SpanFromContext(ctx)},
+			nil
 	}
 }
 

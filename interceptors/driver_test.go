@@ -91,7 +91,10 @@ func TestStopIsDriven(t *testing.T) {
 		defer c.Release()
 		c.Drive(
 			driver{
-				stop: func(context.Context, int64) (bool, error) { return true, status.Error(codes.DeadlineExceeded, "later") },
+				stop: func(context.Context, int64) (bool, error) {
+					return true,
+						status.Error(codes.DeadlineExceeded, "later")
+				},
 			},
 		)
 		wantCode(t, b.stops(t.Context(), incumbent, 17), codes.DeadlineExceeded)
@@ -172,7 +175,10 @@ func TestCreateIsDriven(t *testing.T) {
 	t.Run("gives way", func(t *testing.T) {
 		b := newBed(t).gives()
 		c := b.swapping()
-		c.Drive(driver{create: func(context.Context, *runtimeapi.CreateContainerRequest) (string, bool) { return "", false }})
+		c.Drive(driver{create: func(context.Context, *runtimeapi.CreateContainerRequest) (string,
+			bool) {
+			return "", false
+		}})
 		go func() { // the operation
 			<-c.Yielded()
 			c.Discard()
@@ -248,7 +254,8 @@ func TestLateSuccessorOfADrivenStop(t *testing.T) {
 		b := newBed(t).gives()
 		log := logrus.New()
 		log.SetOutput(io.Discard)
-		b.director = interceptors.New(interceptors.Options{View: b.view, Records: b.records, Log: log, Runtime: stopped})
+		b.director = interceptors.New(interceptors.Options{View: b.view, Records: b.records, Log: log,
+			Runtime: stopped})
 		b.on(methodStopSandbox, always(&runtimeapi.StopPodSandboxResponse{}, nil))
 		c := b.swapping()
 		c.Drive(driver{

@@ -44,7 +44,8 @@ func TestImageStatus(t *testing.T) {
 		b.on(
 			status,
 			always(
-				&runtimeapi.ImageStatusResponse{Image: &runtimeapi.Image{Id: id}, Info: map[string]string{"info": "{}"}}, nil,
+				&runtimeapi.ImageStatusResponse{Image: &runtimeapi.Image{Id: id},
+					Info: map[string]string{"info": "{}"}}, nil,
 			),
 		)
 		raw, err := b.director.Unary(status)(t.Context(), status, nil, b.next(status))
@@ -111,7 +112,8 @@ func TestPullImage(t *testing.T) {
 			var l told
 			d := interceptors.New(interceptors.Options{View: b.view, Records: b.records, Log: log, Pulls: &l})
 			b.on(pull, always(&runtimeapi.PullImageResponse{ImageRef: "sha256:1"}, tt.err))
-			if _, err := d.Unary(pull)(t.Context(), pull, tt.raw, b.next(pull)); status.Code(err) != status.Code(tt.err) {
+			if _, err := d.Unary(pull)(t.Context(), pull, tt.raw, b.next(pull)); status.Code(err) != status.Code(
+				tt.err) {
 				t.Error(err)
 			}
 			if !slices.Equal(l, tt.want) {

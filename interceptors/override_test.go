@@ -54,13 +54,15 @@ func (b *bed) createIn(container string) (asked *runtimeapi.CreateContainerReque
 		asked = &runtimeapi.CreateContainerRequest{}
 		return &runtimeapi.CreateContainerResponse{ContainerId: "made"}, proto.Unmarshal(raw, asked)
 	})
-	_, err = call[runtimeapi.CreateContainerResponse](b.t.Context(), b, methodCreate, &runtimeapi.CreateContainerRequest{
-		PodSandboxId: sandbox,
-		Config: &runtimeapi.ContainerConfig{
-			Labels: labels(container), Image: &runtimeapi.ImageSpec{Image: "sha256:spec", UserSpecifiedImage: "app:v1"},
-			Envs: []*runtimeapi.KeyValue{{Key: "A", Value: []byte{0xff, 0xfe}}},
-		},
-	})
+	_, err = call[runtimeapi.CreateContainerResponse](b.t.Context(), b, methodCreate,
+		&runtimeapi.CreateContainerRequest{
+			PodSandboxId: sandbox,
+			Config: &runtimeapi.ContainerConfig{
+				Labels: labels(container),
+				Image:  &runtimeapi.ImageSpec{Image: "sha256:spec", UserSpecifiedImage: "app:v1"},
+				Envs:   []*runtimeapi.KeyValue{{Key: "A", Value: []byte{0xff, 0xfe}}},
+			},
+		})
 	return asked, err
 }
 

@@ -90,7 +90,8 @@ func (l *lifecycle) stopSuccessors(ctx context.Context, sandbox string) {
 			defer func() { // nobody else guards this goroutine, and kubelet's call goes on without it
 				if p := recover(); p != nil {
 					log.WithFields(logrus.Fields{"panic": p, "stack": string(debug.Stack())}).
-						Error("container not stopped before its sandbox: the daemon would have panicked; please report this")
+						Error("container not stopped before its sandbox: the daemon would have panicked; please " +
+							"report this")
 				}
 			}()
 			log.Info("the pod goes away, stopping the container that took the place of the one that kubelet stopped")

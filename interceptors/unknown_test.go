@@ -168,7 +168,8 @@ func TestUnknownMethodsWaitForTheJudge(t *testing.T) {
 			return nil
 		}))
 		b.view.Guard()
-		c, other := b.unknown(t.Context(), methodListNew), b.unknown(t.Context(), "/runtime.v1.RuntimeService/OpenSomething")
+		c, other := b.unknown(t.Context(), methodListNew),
+			b.unknown(t.Context(), "/runtime.v1.RuntimeService/OpenSomething")
 		if !c.waits() || other.waits() {
 			t.Error("a list of a new kind does not wait for the judge, or something else does")
 		}

@@ -116,7 +116,8 @@ func TestHideGivesUp(t *testing.T) {
 func TestHideWaitsOnlyForWhatTellsOfContainers(t *testing.T) {
 	tells := map[string]bool{}
 	for _, name := range []string{
-		"ListContainers", "ContainerStatus", "PodSandboxStatus", "ContainerStats", "ListContainerStats", "PodSandboxStats",
+		"ListContainers", "ContainerStatus", "PodSandboxStatus", "ContainerStats", "ListContainerStats",
+		"PodSandboxStats",
 		"ListPodSandboxStats", "ListPodSandboxMetrics",
 	} {
 		tells["/runtime.v1.RuntimeService/"+name] = true
@@ -188,7 +189,8 @@ func TestTryRevealYields(t *testing.T) {
 		if c.TryReveal() {
 			t.Error("revealed though kubelet takes the slot back")
 		}
-		resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+		resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList,
+			&runtimeapi.ListContainersRequest{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -258,7 +260,8 @@ func (r *swappedRuntime) serve(b *bed) {
 		for _, c := range r.list {
 			if c.GetId() == req.GetContainerId() {
 				return &runtimeapi.ContainerStatusResponse{
-					Status: &runtimeapi.ContainerStatus{Id: c.GetId(), State: c.GetState(), Annotations: c.GetAnnotations()},
+					Status: &runtimeapi.ContainerStatus{Id: c.GetId(), State: c.GetState(),
+						Annotations: c.GetAnnotations()},
 				}, nil
 			}
 		}
@@ -280,7 +283,8 @@ func TestViewUnderLoad(t *testing.T) {
 	kubelet.Go(func() {
 		for ctx.Err() == nil {
 			b.listSandboxes()
-			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList,
+				&runtimeapi.ListContainersRequest{})
 			if err != nil {
 				t.Error(err)
 				return
@@ -325,7 +329,8 @@ func TestViewUnderLoad(t *testing.T) {
 	// what runs.
 	kubelet.Go(func() {
 		for ctx.Err() == nil {
-			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList,
+				&runtimeapi.ListContainersRequest{})
 			if err != nil {
 				t.Error(err)
 				return
@@ -407,7 +412,8 @@ func TestRoundsEndWithTheTruth(t *testing.T) {
 		round := func() {
 			b.listSandboxes()
 			time.Sleep(time.Microsecond) // others have a turn
-			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList, &runtimeapi.ListContainersRequest{})
+			resp, err := call[runtimeapi.ListContainersResponse](t.Context(), b, methodList,
+				&runtimeapi.ListContainersRequest{})
 			if err != nil {
 				t.Error(err)
 				return
@@ -533,7 +539,8 @@ func TestRevealBetweenListAndStatus(t *testing.T) {
 			b.inspect("another")
 			ask(b, successor)
 		}, false},
-		{"the whole pod", func(b *bed) { b.listSandboxes(); look(b, all); b.inspect(sandbox); ask(b, successor) }, true},
+		{"the whole pod", func(b *bed) { b.listSandboxes(); look(b, all); b.inspect(sandbox); ask(b, successor) },
+			true},
 		{"running ones", func(b *bed) {
 			b.listSandboxes()
 			look(b, &runtimeapi.ListContainersRequest{Filter: inState(runtimeapi.ContainerState_CONTAINER_RUNNING)})
@@ -625,8 +632,10 @@ func TestUntoldIsForgotten(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBed(t)
-			b.on(runtimeapi.RuntimeService_RemoveContainer_FullMethodName, always(&runtimeapi.RemoveContainerResponse{}, nil))
-			b.on(runtimeapi.RuntimeService_RemovePodSandbox_FullMethodName, always(&runtimeapi.RemovePodSandboxResponse{}, nil))
+			b.on(runtimeapi.RuntimeService_RemoveContainer_FullMethodName,
+				always(&runtimeapi.RemoveContainerResponse{}, nil))
+			b.on(runtimeapi.RuntimeService_RemovePodSandbox_FullMethodName,
+				always(&runtimeapi.RemovePodSandboxResponse{}, nil))
 			c := b.swapping()
 			c.Reveal()
 			c.Release()

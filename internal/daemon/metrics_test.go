@@ -30,5 +30,6 @@ func TestMetricsAreDocumented(t *testing.T) {
 	}
 	n.registry.MustRegister(&drains{here: func() int { return -1 }})
 	n.commands.calls.WithLabelValues("admin", "NodeInfo", "OK").Inc()
-	metricdoc.Compare(t, metricdoc.Read(t, "../../docs/METRICS.md", "Node"), "criproxy_", n.registry, n.state.Load().registry)
+	metricdoc.Compare(t, metricdoc.Read(t, "../../docs/METRICS.md", "Node"), "criproxy_", n.registry,
+		n.state.Load().registry)
 }

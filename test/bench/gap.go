@@ -77,9 +77,11 @@ var gapNodes = []string{"direct", "plain", "pidfd", "gate"}
 
 func gap(ctx context.Context, o gapOptions) (err error) {
 	g := &gapBench{
-		gapOptions: o, runtime: map[*testbed.Node]runtimeapi.RuntimeServiceClient{}, criConn: map[*testbed.Node]*grpc.ClientConn{}, nodeOps: map[*testbed.Node]*nodeOps{},
+		gapOptions: o, runtime: map[*testbed.Node]runtimeapi.RuntimeServiceClient{},
+		criConn: map[*testbed.Node]*grpc.ClientConn{}, nodeOps: map[*testbed.Node]*nodeOps{},
 	}
-	g.report = GapReport{Time: time.Now().UTC(), Rounds: o.rounds, PeriodMS: millis(o.period), SeriesPeriodMS: millis(seriesPeriod), PerSecond: o.rate, LoadBefore: load()}
+	g.report = GapReport{Time: time.Now().UTC(), Rounds: o.rounds, PeriodMS: millis(o.period),
+		SeriesPeriodMS: millis(seriesPeriod), PerSecond: o.rate, LoadBefore: load()}
 	g.bed, err = testbed.Start(ctx, testbed.Options{
 		Mode: testbed.ModeCluster, Nodes: len(gapNodes), Log: os.Stderr, ProxyBinary: o.criProxy,
 		KeepLogs: func() bool { return err != nil && ctx.Err() == nil },
@@ -133,7 +135,9 @@ func (g *gapBench) prepare(ctx context.Context) error {
 		g.conns = append(g.conns, conn)
 		g.runtime[n], g.criConn[n] = runtimeapi.NewRuntimeServiceClient(conn), conn
 		for _, image := range []string{"app:1", "app:2"} {
-			if _, err := runtimeapi.NewImageServiceClient(conn).PullImage(ctx, &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: g.bed.Image(image)}}); err != nil {
+			if _, err := runtimeapi.NewImageServiceClient(conn).
+				PullImage(ctx,
+					&runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: g.bed.Image(image)}}); err != nil {
 				return fmt.Errorf("pull %s: %w", image, err)
 			}
 		}
@@ -172,7 +176,8 @@ func undoProxy(ctx context.Context, n *testbed.Node) error {
 	return n.StartKubelet(ctx)
 }
 
-// setMethod restarts a node's proxy with the best method that it may use, and without the debug log of tests.
+// setMethod restarts a node's proxy with the best method that it may use, and without the debug log
+// of tests.
 func setMethod(ctx context.Context, n *testbed.Node, method string) error {
 	b, err := os.ReadFile(n.ProxyConfig())
 	if err != nil {
@@ -326,7 +331,8 @@ func (g *gapBench) measure(ctx context.Context, w *way, p *gapPod) (Sample, erro
 	return s, nil
 }
 
-// inARow measures series of restarts, each in a pod of its own, either all at the same time or one after another.
+// inARow measures series of restarts, each in a pod of its own, either all at the same time or one
+// after another.
 func (g *gapBench) inARow(ctx context.Context, name string, sideBySide bool) error {
 	i := slices.IndexFunc(g.ways, func(w *way) bool { return w.name == name })
 	if i < 0 || g.series == 0 {

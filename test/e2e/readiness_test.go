@@ -70,7 +70,8 @@ spec:
 	for i, name := range names {
 		wg.Go(func() {
 			for n := i; n < restarts; n += abreast {
-				r, err := restartUntilReady(t.Context(), node, patience, n/abreast%2 == 1, ns, name, fmt.Sprintf("%s-%d", name, n))
+				r, err := restartUntilReady(t.Context(), node, patience, n/abreast%2 == 1, ns, name,
+					fmt.Sprintf("%s-%d", name, n))
 				if err != nil {
 					t.Error(err)
 					return
@@ -174,6 +175,7 @@ func restartUntilReady(
 		r.reveal = stop
 	}
 	r.startFirst = startFirst
-	_, err = bed.Kubectl(ctx, "-n", ns, "wait", "--for=jsonpath={.status.phase}=Completed", "crr/"+request, "--timeout=60s")
+	_, err = bed.Kubectl(ctx, "-n", ns, "wait", "--for=jsonpath={.status.phase}=Completed", "crr/"+request,
+		"--timeout=60s")
 	return r, err
 }

@@ -42,9 +42,11 @@ func (o *options) parse(args []string) error {
 	fs.IntVar(&o.restarts, "restarts", 0, "end after so many restarts")
 	fs.IntVar(&o.pods, "pods", 50, "pods on the node")
 	fs.IntVar(&o.parallel, "parallel", 4, "restarts at a time, each in another pod")
-	fs.Float64Var(&o.startFirst, "start-first", 0.5, "share of StartFirst in pods whose containers share their port; half of the pods do")
+	fs.Float64Var(&o.startFirst, "start-first", 0.5,
+		"share of StartFirst in pods whose containers share their port; half of the pods do")
 	fs.Float64Var(&o.requests, "requests", 0.15, "share of restarts that go through a ContainerRecreateRequest")
-	fs.StringVar(&o.method, "method", "", "best restart method that the proxy may use: gate, pidfd or plain (default: the proxy's default)")
+	fs.StringVar(&o.method, "method", "",
+		"best restart method that the proxy may use: gate, pidfd or plain (default: the proxy's default)")
 	fs.StringVar(&o.out, "out", "", "write the results as JSON to this file")
 	fs.StringVar(&o.proxyBinary, "cri-proxy", "", "cri-proxy binary (default: built from the checkout)")
 	fs.StringVar(&o.controllerBin, "cri-controller", "", "cri-controller binary (default: built from the checkout)")

@@ -211,7 +211,8 @@ func TestSweepRemovesDirectoriesWithoutRecord(t *testing.T) {
 	}
 }
 
-// A bed that is being removed is nobody's to sweep, and what its owner did not come to remove goes with the next sweep.
+// A bed that is being removed is nobody's to sweep, and what its owner did not come to remove goes
+// with the next sweep.
 func TestForget(t *testing.T) {
 	l := newLedger(t)
 	r, release := allocateIn(t, l, 1, nil)
@@ -252,7 +253,8 @@ func TestParseMounts(t *testing.T) {
 		dirs []string
 		want []string
 	}{
-		{"one directory, latest first, no namesakes", []string{"/run/bed/abc"}, []string{"/run/bed/abc", "/run/bed/abc/n0/root fs", "/run/bed/abc/shm"}},
+		{"one directory, latest first, no namesakes", []string{"/run/bed/abc"},
+			[]string{"/run/bed/abc", "/run/bed/abc/n0/root fs", "/run/bed/abc/shm"}},
 		{"two directories", []string{"/run/bed/abcd", "/cache/abc"}, []string{`/cache/abc/x\y`, "/run/bed/abcd/shm"}},
 		{"none", []string{"/elsewhere"}, nil},
 	} {

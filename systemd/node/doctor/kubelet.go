@@ -56,12 +56,15 @@ func (x *examination) kubelet() {
 	for _, k := range kubelets(x.o.Proc) {
 		endpoint, images, err := x.endpoint(k)
 		if err != nil {
-			if args, readErr := os.ReadFile(filepath.Join(x.o.Proc, strconv.Itoa(k.pid), "cmdline")); readErr == nil && len(args) > 0 { // it still runs
+			// it still runs
+			if args, readErr := os.ReadFile(filepath.Join(x.o.Proc, strconv.Itoa(k.pid), "cmdline")); readErr == nil &&
+				len(args) > 0 {
 				x.warn(check, "", "%s: %v", k, err)
 			}
 			continue
 		}
-		if x.toldWhere(check, k, endpoint, images, through >= 0 && toProxy[through].pid == k.pid || past >= 0 && toRuntime[past].pid == k.pid) {
+		if x.toldWhere(check, k, endpoint, images, through >= 0 && toProxy[through].pid == k.pid ||
+			past >= 0 && toRuntime[past].pid == k.pid) {
 			told++
 			if high, err := x.settings(k).ImageGCHighThreshold(); err == nil {
 				x.high = float64(high)

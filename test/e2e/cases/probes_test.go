@@ -153,8 +153,8 @@ func TestSidecar(t *testing.T) {
 	}
 }
 
-// order is a request to restart app in the pod; or, with an image, a rollout of that, and with "restart" for one a rollout that restarts
-// only.
+// order is a request to restart app in the pod; or, with an image, a rollout of that, and with
+// "restart" for one a rollout that restarts only.
 func order(ns, pod, image string) string {
 	switch image {
 	case "":
@@ -273,8 +273,10 @@ func TestStartup(t *testing.T) {
 	}
 	pods := ""
 	for _, c := range cases {
-		pods += podWith(ns, c.name, c.policy, "5", "\n  containers:"+probed("app", bed.Image("app:1"), "8080", "8s", probes)+
-			fmt.Sprintf("\n  - {name: neighbour, image: %s, command: [sh, -c, %s]}", bed.Image("busybox:1.0"), loop))
+		pods += podWith(ns, c.name, c.policy, "5",
+			"\n  containers:"+probed("app", bed.Image("app:1"), "8080", "8s", probes)+
+				fmt.Sprintf("\n  - {name: neighbour, image: %s, command: [sh, -c, %s]}",
+					bed.Image("busybox:1.0"), loop))
 	}
 	create(t, pods)
 	before := allReady(t, ns)
