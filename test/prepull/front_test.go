@@ -61,7 +61,9 @@ func newFront(t testing.TB, host string) *front {
 	must(t, err)
 	f.addr = l.Addr().String()
 	//nolint:gosec // clients are our own
-	server := &http.Server{Handler: f.handler(proxy), ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+	server := &http.Server{Handler: f.handler(proxy), ConnContext: func(
+		ctx context.Context, c net.Conn,
+	) context.Context {
 		_ = c.(*net.TCPConn).SetWriteBuffer(64 << 10) // what waits here is counted and not fetched
 		return ctx
 	}}

@@ -232,7 +232,8 @@ func TestLikeKubelet(t *testing.T) {
 	script := fmt.Sprintf(
 		"#!/bin/sh\nprintf "+
 			"'{\"kind\":\"CredentialProviderResponse\",\"apiVersion\":%q,\"cacheKeyType\":\"Registry\","+
-			"\"auth\":{\"*.like-kubelet.test\":{\"username\":\"robot\",\"password\":\"%%s\"}}}' \"$CLOUD_PASSWORD\"\n", version)
+			"\"auth\":{\"*.like-kubelet.test\":{\"username\":\"robot\",\"password\":\"%%s\"}}}' \"$CLOUD_PASSWORD\"\n",
+		version)
 	must(t, os.WriteFile(filepath.Join(dir, "cloud"), []byte(script), 0o700)) //nolint:gosec // a program
 	providers, config := filepath.Join(dir, "providers.yaml"), filepath.Join(dir, "kubelet.yaml")
 	must(t, os.WriteFile(providers,

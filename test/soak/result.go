@@ -144,14 +144,15 @@ func typical(samples []sample, quarter int) sample {
 	}
 	m := func(value func(sample) float64) float64 { return median(part, value) }
 	return sample{
-		Seconds:   m(func(s sample) float64 { return s.Seconds }),
-		Restarts:  int(m(func(s sample) float64 { return float64(s.Restarts) })),
-		RSS:       m(func(s sample) float64 { return s.RSS }),
-		Anonymous: m(func(s sample) float64 { return s.Anonymous }),
-		Heap:      m(func(s sample) float64 { return s.Heap }),
-		Live:      m(func(s sample) float64 { return s.Live }),
-		Kept:      int(m(func(s sample) float64 { return float64(s.Kept) })),
-		FDs:       m(func(s sample) float64 { return s.FDs }), Goroutines: m(func(s sample) float64 { return s.Goroutines }),
+		Seconds:       m(func(s sample) float64 { return s.Seconds }),
+		Restarts:      int(m(func(s sample) float64 { return float64(s.Restarts) })),
+		RSS:           m(func(s sample) float64 { return s.RSS }),
+		Anonymous:     m(func(s sample) float64 { return s.Anonymous }),
+		Heap:          m(func(s sample) float64 { return s.Heap }),
+		Live:          m(func(s sample) float64 { return s.Live }),
+		Kept:          int(m(func(s sample) float64 { return float64(s.Kept) })),
+		FDs:           m(func(s sample) float64 { return s.FDs }),
+		Goroutines:    m(func(s sample) float64 { return s.Goroutines }),
 		Threads:       int(m(func(s sample) float64 { return float64(s.Threads) })),
 		Journal:       int64(m(func(s sample) float64 { return float64(s.Journal) })),
 		Records:       int64(m(func(s sample) float64 { return float64(s.Records) })),
