@@ -105,7 +105,7 @@ func TestStopIsDriven(t *testing.T) {
 			t.Errorf("taken back by %v", y)
 		}
 	})
-	t.Run("gives way", func(t *testing.T) {
+	t.Run("yields", func(t *testing.T) {
 		b := newBed(t).gives()
 		c := b.swapping()
 		c.Drive(driver{stop: func(context.Context, int64) (bool, error) { return false, nil }})
@@ -172,7 +172,7 @@ func TestCreateIsDriven(t *testing.T) {
 			t.Errorf("taken back by %v", y)
 		}
 	})
-	t.Run("gives way", func(t *testing.T) {
+	t.Run("yields", func(t *testing.T) {
 		b := newBed(t).gives()
 		c := b.swapping()
 		c.Drive(driver{create: func(context.Context, *runtimeapi.CreateContainerRequest) (string,

@@ -73,7 +73,7 @@ func TestImageStatus(t *testing.T) {
 	}
 }
 
-// told is what pulls ahead of time are told of kubelet's.
+// told is what pre-pulls are told of kubelet's.
 type told []string
 
 func (l *told) KubeletPulls(image string) func() {
@@ -81,7 +81,7 @@ func (l *told) KubeletPulls(image string) func() {
 	return func() { *l = append(*l, "done") }
 }
 
-// TestPullImage: pulls ahead of time are told which image kubelet pulls, and what is no request is
+// TestPullImage: pre-pulls are told which image kubelet pulls, and what is no request is
 // the runtime's to refuse.
 func TestPullImage(t *testing.T) {
 	const pull = runtimeapi.ImageService_PullImage_FullMethodName

@@ -198,7 +198,7 @@ func TestUnknownMethodsWaitWithinBounds(t *testing.T) {
 			c := b.unknown(ctx, methodListNew)
 			<-c.passed
 			if waited := time.Since(began); waited >= 2*time.Minute || !c.ok {
-				t.Errorf("kubelet's patience has ended: %s", waited)
+				t.Errorf("kubelet's deadline has passed: %s", waited)
 			}
 			// The next operation waits for it like for any other.
 			other, err := b.view.TryClaim(interceptors.Slot{PodUID: "uid-1", Container: "web"})

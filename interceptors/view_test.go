@@ -156,7 +156,7 @@ func TestHideWaitsOnlyForWhatTellsOfContainers(t *testing.T) {
 	}
 }
 
-func TestPassTurnsBackOnceActive(t *testing.T) {
+func TestPassEndsOnceActive(t *testing.T) {
 	b := newBed(t)
 	if b.director.Unary(methodList) != nil {
 		t.Fatal("takes a list with nothing to say")
@@ -606,7 +606,7 @@ func TestRevealBetweenListAndStatus(t *testing.T) {
 
 // What has been revealed and never listed must not keep the view busy, nor the incumbent shown
 // running, when it goes away.
-func TestUntoldIsForgotten(t *testing.T) {
+func TestUnacknowledgedIsForgotten(t *testing.T) {
 	for name, do := range map[string]func(b *bed) error{
 		"incumbent removed": func(b *bed) error {
 			_, err := call[runtimeapi.RemoveContainerResponse](

@@ -69,7 +69,7 @@ func newCommand() *cobra.Command {
 	var o controller.Options
 	cmd := &cobra.Command{
 		Use: "cri-controller",
-		Short: "Restart containers in place, change their images in place and pull images ahead of time, " +
+		Short: "Restart containers in place, change their images in place and pre-pull images, " +
 			"as custom resources say",
 		Version:       version.Short(),
 		Args:          cobra.NoArgs,

@@ -35,8 +35,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/ops/enrol"
 )
 
-// door is a daemon that takes commands over TCP, and what clients need to come in.
-type door struct {
+// tcpDaemon is a daemon that takes commands over TCP, and what clients need to come in.
+type tcpDaemon struct {
 	*daemonUnderTest
 	t       testing.TB
 	ca      *mtlstest.CA
@@ -45,10 +45,10 @@ type door struct {
 
 const controllerName = "cri-controller"
 
-func newDoor(t testing.TB) *door {
+func newTCPDaemon(t testing.TB) *tcpDaemon {
 	t.Helper()
 	c := newConfig(t)
-	d := &door{t: t, ca: mtlstest.NewCA(t, "ca")}
+	d := &tcpDaemon{t: t, ca: mtlstest.NewCA(t, "ca")}
 	c.Ops.Address = anyPort
 	c.Ops.CertFile, c.Ops.KeyFile = d.ca.Issue(filepath.Dir(c.StateDir), "server",
 		x509.Certificate{DNSNames: []string{"node"}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
@@ -79,7 +79,7 @@ func controllerCert() x509.Certificate {
 }
 
 // healthy: the controller is let in, and kubelet is served.
-func (d *door) healthy() {
+func (d *tcpDaemon) healthy() {
 	d.t.Helper()
 	if info, err := callNodeInfo(d.t, d.address, credentials.NewTLS(client(d.t, d.ca, controllerCert()))); err != nil ||
 		info.GetNodeName() != "node" {
@@ -98,7 +98,7 @@ func (d *door) healthy() {
 
 // said waits for a log line with all these in it: clients know of a refusal a moment before it is
 // logged.
-func (d *door) said(what ...string) {
+func (d *tcpDaemon) said(what ...string) {
 	d.t.Helper()
 	end := time.Now().Add(deadline)
 	for {
@@ -119,7 +119,7 @@ func (d *door) said(what ...string) {
 	}
 }
 
-func (d *door) conn() *grpc.ClientConn {
+func (d *tcpDaemon) conn() *grpc.ClientConn {
 	d.t.Helper()
 	conn, err := grpc.NewClient(d.address,
 		grpc.WithTransportCredentials(credentials.NewTLS(client(d.t, d.ca, controllerCert()))))
@@ -130,46 +130,46 @@ func (d *door) conn() *grpc.ClientConn {
 	return conn
 }
 
-func TestStrangersAreRefused(t *testing.T) {
+func TestOthersAreRefused(t *testing.T) {
 	other := mtlstest.NewCA(t, "other")
 	for _, tt := range []struct {
 		name   string
-		client func(*door) *tls.Config // nil: no TLS
+		client func(*tcpDaemon) *tls.Config // nil: no TLS
 		says   string
 	}{
 		{"no TLS", nil, "first record does not look like a TLS handshake"},
 		{"no certificate",
-			func(*door) *tls.Config { return &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}} },
+			func(*tcpDaemon) *tls.Config { return &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}} },
 			"client didn't provide a certificate"},
-		{"TLS 1.2", func(d *door) *tls.Config {
+		{"TLS 1.2", func(d *tcpDaemon) *tls.Config {
 			c := client(t, d.ca, controllerCert())
 			c.MaxVersion = tls.VersionTLS12
 			return c
 		}, "unsupported versions"},
-		{"another CA", func(*door) *tls.Config { return client(t, other, controllerCert()) }, "unknown authority"},
-		{"another name", func(d *door) *tls.Config {
+		{"another CA", func(*tcpDaemon) *tls.Config { return client(t, other, controllerCert()) }, "unknown authority"},
+		{"another name", func(d *tcpDaemon) *tls.Config {
 			return client(t, d.ca, x509.Certificate{Subject: pkix.Name{CommonName: "cri-controller2"}})
 		}, "none of them is among the allowed clients"},
-		{"no name", func(d *door) *tls.Config { return client(t, d.ca, x509.Certificate{}) },
+		{"no name", func(d *tcpDaemon) *tls.Config { return client(t, d.ca, x509.Certificate{}) },
 			"none of them is among the allowed clients"},
-		{"the name as an organization", func(d *door) *tls.Config {
+		{"the name as an organization", func(d *tcpDaemon) *tls.Config {
 			return client(t, d.ca, x509.Certificate{Subject: pkix.Name{Organization: []string{controllerName}}})
 		}, "none of them is among the allowed clients"},
-		{"a node's certificate", func(d *door) *tls.Config {
+		{"a node's certificate", func(d *tcpDaemon) *tls.Config {
 			return client(t, d.ca,
 				x509.Certificate{Subject: pkix.Name{CommonName: "node-2"}, DNSNames: []string{"node-2"},
 					ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
 		}, "incompatible key usage"},
-		{"a node's that is named as the controller", func(d *door) *tls.Config {
+		{"a node's that is named as the controller", func(d *tcpDaemon) *tls.Config {
 			return client(t, d.ca, x509.Certificate{Subject: pkix.Name{CommonName: controllerName},
 				ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
 		}, "incompatible key usage"},
-		{"expired", func(d *door) *tls.Config {
+		{"expired", func(d *tcpDaemon) *tls.Config {
 			c := controllerCert()
 			c.NotBefore, c.NotAfter = time.Now().Add(-2*time.Hour), time.Now().Add(-time.Minute)
 			return client(t, d.ca, c)
 		}, "expired"},
-		{"not valid yet", func(d *door) *tls.Config {
+		{"not valid yet", func(d *tcpDaemon) *tls.Config {
 			c := controllerCert()
 			c.NotBefore, c.NotAfter = time.Now().Add(time.Minute), time.Now().Add(time.Hour)
 			return client(t, d.ca, c)
@@ -177,7 +177,7 @@ func TestStrangersAreRefused(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			d := newDoor(t)
+			d := newTCPDaemon(t)
 			if tt.client == nil {
 				c, err := net.Dial("tcp", d.address)
 				if err != nil {
@@ -201,7 +201,7 @@ func TestStrangersAreRefused(t *testing.T) {
 }
 
 func TestRequestsAreBounded(t *testing.T) {
-	d := newDoor(t)
+	d := newTCPDaemon(t)
 	ctx, cancel := context.WithTimeout(t.Context(), deadline)
 	defer cancel()
 	conn := d.conn()
@@ -227,11 +227,11 @@ func TestRequestsAreBounded(t *testing.T) {
 	d.healthy()
 }
 
-// TestSlowStrangers: connections that do not speak take all places, and the controller comes in
-// nevertheless.
-func TestSlowStrangers(t *testing.T) {
+// TestSlowUnauthenticated: connections that do not speak take all places, and the controller comes
+// in nevertheless.
+func TestSlowUnauthenticated(t *testing.T) {
 	t.Parallel()
-	d := newDoor(t)
+	d := newTCPDaemon(t)
 	for range 70 {
 		c, err := net.Dial("tcp", d.address)
 		if err != nil {
@@ -249,7 +249,7 @@ func TestSlowStrangers(t *testing.T) {
 }
 
 func TestCommandsAreRepeatableAndAudited(t *testing.T) {
-	d := newDoor(t)
+	d := newTCPDaemon(t)
 	ctx, cancel := context.WithTimeout(t.Context(), deadline)
 	defer cancel()
 	images, node := opsv1.NewImagesClient(d.conn()), opsv1.NewOpsClient(d.conn())
@@ -324,7 +324,7 @@ func TestEnrolment(t *testing.T) {
 	c.Ops.Address = anyPort
 	c.Ops.Enrol.Kubeconfig = filepath.Join(filepath.Dir(c.StateDir), "kubelet.conf") // not there
 	startRuntime(t, runtimePath(c))
-	d := &door{daemonUnderTest: start(t, c), t: t, ca: mtlstest.NewCA(t, "ca")}
+	d := &tcpDaemon{daemonUnderTest: start(t, c), t: t, ca: mtlstest.NewCA(t, "ca")}
 	d.address = d.daemonUnderTest.address(t, opsListens)
 	d.said("identity of this node", "kubelet.conf: no such file") // it has tried, and knows why
 	if _, err := callNodeInfo(t, d.address, credentials.NewTLS(client(t, d.ca, controllerCert()))); status.Code(
@@ -422,7 +422,7 @@ func FuzzCommands(f *testing.F) {
 	f.Add(uint8(frames), []byte{0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 1})
 	f.Add(uint8(frames), []byte("GET / HTTP/1.1\r\n\r\n"))
 
-	d := newDoor(f)
+	d := newTCPDaemon(f)
 	conn := d.conn()
 	secure := client(f, d.ca, controllerCert())
 	f.Fuzz(func(t *testing.T, which uint8, payload []byte) {

@@ -42,7 +42,7 @@ const (
 
 // Run serves until ctx ends. Then it drains until all calls are over, the drain timeout has passed
 // or hard ends. It returns the first error because of which the node is not served; a drain that
-// had to cut calls is one too. If another process has taken over, Run returns a [HandedOverError].
+// had to cut calls is one too. If another process has taken over, Run returns a [TakenOverError].
 func Run(ctx, hard context.Context, c *config.Config, log *logrus.Logger) error {
 	sockets, err := activated(c, log)
 	if err != nil {

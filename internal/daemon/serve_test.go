@@ -50,7 +50,7 @@ const asDaemon = "CRI_PROXY_TEST_DAEMON"
 func TestMain(m *testing.M) {
 	if os.Getenv(asDaemon) != "" {
 		err := serveAsProcess(os.Args[1:])
-		if over := (*HandedOverError)(nil); errors.As(err, &over) {
+		if over := (*TakenOverError)(nil); errors.As(err, &over) {
 			os.Exit(over.ExitCode())
 		}
 		if err != nil {
@@ -260,7 +260,7 @@ func (d *daemonUnderTest) ended(t testing.TB) error {
 
 func dial(t testing.TB, path string) *grpc.ClientConn {
 	t.Helper()
-	// Without a back-off, for what is waited for at once; and with patience, for a connection that
+	// Without a back-off, for what is waited for at once; and for a while, for a connection that
 	// a machine with too much to do takes up late must not fail the call.
 	conn, err := grpc.NewClient("unix://"+path, grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: deadline}))

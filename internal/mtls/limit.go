@@ -21,7 +21,7 @@ const (
 
 // LimitListener bounds the connections that are open at the same time. There are two limits. If
 // there are too many connections of authenticated clients, a new one is refused. If there are too
-// many unauthenticated connections, the oldest one is closed. So strangers keep a client out only
+// many unauthenticated connections, the oldest one is closed. So they keep a client out only
 // if they come as fast as it shows its certificate. Accept never waits for a place.
 func LimitListener(l net.Listener) net.Listener { return &limitListener{Listener: l} }
 

@@ -487,7 +487,7 @@ func TestConnectionsEndInTime(t *testing.T) {
 	})
 }
 
-// TestPlaces: strangers give way, known clients don't.
+// TestPlaces: unauthenticated connections make way, known clients do not.
 func TestPlaces(t *testing.T) {
 	const places = 64
 	b := newBed(t)
@@ -500,13 +500,13 @@ func TestPlaces(t *testing.T) {
 		t.Cleanup(func() { conn.Close() })
 		return conn
 	}
-	var strangers [places]net.Conn
-	for i := range strangers {
+	var unauthenticated [places]net.Conn
+	for i := range unauthenticated {
 		var err error
-		if strangers[i], err = net.Dial("tcp", b.addr); err != nil {
+		if unauthenticated[i], err = net.Dial("tcp", b.addr); err != nil {
 			t.Fatal(err)
 		}
-		defer strangers[i].Close()
+		defer unauthenticated[i].Close()
 	}
 	over := func(c net.Conn, within time.Duration) bool {
 		_ = c.SetReadDeadline(time.Now().Add(within))
@@ -515,13 +515,13 @@ func TestPlaces(t *testing.T) {
 	}
 	first := connect()
 	if err := ask(t, first); status.Code(err) != codes.AlreadyExists {
-		t.Fatalf("with all places of strangers taken: %v", err)
+		t.Fatalf("with all places of unauthenticated taken: %v", err)
 	}
-	if over(strangers[places-1], time.Millisecond) {
-		t.Error("the newest stranger had to go")
+	if over(unauthenticated[places-1], time.Millisecond) {
+		t.Error("the newest unauthenticated connection was closed")
 	}
-	if !over(strangers[0], waitLong) {
-		t.Error("the oldest stranger stays")
+	if !over(unauthenticated[0], waitLong) {
+		t.Error("the oldest unauthenticated connection stays")
 	}
 	for i := 2; i <= places; i++ {
 		if err := ask(t, connect()); status.Code(err) != codes.AlreadyExists {
@@ -542,8 +542,8 @@ func TestPlaces(t *testing.T) {
 	}
 }
 
-// TestEndWithStrangers: a server that stops does not wait for who says nothing.
-func TestEndWithStrangers(t *testing.T) {
+// TestEndWithUnauthenticated: a server that stops does not wait for who says nothing.
+func TestEndWithUnauthenticated(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -562,7 +562,7 @@ func TestEndWithStrangers(t *testing.T) {
 	}
 	_ = silent.SetReadDeadline(time.Now().Add(waitLong))
 	if _, err := silent.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Errorf("the stranger stays: %v", err)
+		t.Errorf("the unauthenticated connection stays: %v", err)
 	}
 }
 

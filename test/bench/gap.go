@@ -49,8 +49,8 @@ const (
 	quiet = time.Second
 	// after is how long the clients go on after the new process has answered.
 	after = 300 * time.Millisecond
-	// patience is for one restart or one pod. kubelet's back-off before the fifth start is 80 s.
-	patience = 3 * time.Minute
+	// timeout is for one restart or one pod. kubelet's back-off before the fifth start is 80 s.
+	timeout = 3 * time.Minute
 	// apart is the time between the first restarts of series that run side by side.
 	apart = 700 * time.Millisecond
 	// ahead is how many pods of series that run one after another are made at once.
@@ -93,14 +93,14 @@ func gap(ctx context.Context, o gapOptions) (err error) {
 		for _, c := range g.conns {
 			c.Close()
 		}
-		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
+		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), timeout)
 		defer cancel()
 		err = errors.Join(err, g.bed.Close(closing))
 	}()
 	if err := g.prepare(ctx); err != nil {
 		return err
 	}
-	if err := g.takeTurns(ctx); err != nil {
+	if err := g.alternate(ctx); err != nil {
 		return err
 	}
 	for _, s := range []struct {
@@ -198,8 +198,8 @@ func setMethod(ctx context.Context, n *testbed.Node, method string) error {
 	return n.RestartProxy(ctx, syscall.SIGTERM)
 }
 
-// takeTurns measures every way once per round, starting with another one each round.
-func (g *gapBench) takeTurns(ctx context.Context) error {
+// alternate measures every way once per round, starting with another one each round.
+func (g *gapBench) alternate(ctx context.Context) error {
 	pods := map[*way]*gapPod{}
 	for round := -1; round < g.rounds; round++ { // the first one warms up
 		if err := g.renew(ctx, pods); err != nil {
@@ -276,7 +276,7 @@ func (g *gapBench) remove(ctx context.Context, pods map[*way]*gapPod) error {
 
 // measure restarts a pod's container once under the eyes of two clients.
 func (g *gapBench) measure(ctx context.Context, w *way, p *gapPod) (Sample, error) {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	var s Sample
 	if w.ready != nil {
@@ -406,7 +406,7 @@ func (g *gapBench) row(ctx context.Context, w *way, p *gapPod, period time.Durat
 		if err := pause(ctx, quiet); err != nil {
 			return nil, err
 		}
-		once, cancel := context.WithTimeout(ctx, patience)
+		once, cancel := context.WithTimeout(ctx, timeout)
 		_, err := w.restart(once, p, eye.follow)
 		fresh := ""
 		if err == nil {

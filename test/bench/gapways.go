@@ -174,7 +174,7 @@ func (g *gapBench) createSet(ctx context.Context, name string, n *testbed.Node) 
 
 // eventually calls a condition until it is true.
 func eventually(ctx context.Context, cond func(context.Context) (bool, error)) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()

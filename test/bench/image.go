@@ -45,7 +45,7 @@ func pushLarge(ctx context.Context, bed *testbed.Bed, tag string, layers, mib in
 	req.Header.Set("Accept",
 		strings.Join([]string{ocispec.MediaTypeImageManifest, "application/vnd.docker.distribution.manifest.v2+json"},
 			", "))
-	resp, err := (&http.Client{Timeout: patience}).Do(req)
+	resp, err := (&http.Client{Timeout: timeout}).Do(req)
 	if err != nil {
 		return nil, err
 	}
@@ -78,7 +78,7 @@ func (i *largeImage) remove(ctx context.Context, runtime grpc.ClientConnInterfac
 		return err
 	}
 	content := contentapi.NewContentClient(runtime)
-	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, "k8s.io"), patience)
+	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, "k8s.io"), timeout)
 	defer cancel()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()

@@ -29,7 +29,7 @@ const usage = `usage: bench COMMAND [flags]
 commands:
   passthrough   calls through the proxy against direct ones and a byte relay
   gap           how long a container does not answer when it is restarted, against other ways; needs root
-  pull          images pulled ahead of time against the runtime's own pulls; needs root
+  pull          images pre-pulled against the runtime's own pulls; needs root
   fanout        a job over thousands of simulated nodes, against an object per node; needs root
 `
 

@@ -178,7 +178,7 @@ func (r *PullReport) print(w io.Writer) {
 	}
 	fmt.Fprintf(w, "%.0f MiB in %d layers, %d rounds, load before %s, after %s\n", r.MiB, r.Layers, len(r.Ahead),
 		r.LoadBefore, r.LoadAfter)
-	fmt.Fprintf(w, "cri-proxy ahead of time  median %.2f s  %.0f MiB/s\nPullImage on containerd  median %.2f s  %.0f "+
+	fmt.Fprintf(w, "cri-proxy, pre-pull      median %.2f s  %.0f MiB/s\nPullImage on containerd  median %.2f s  %.0f "+
 		"MiB/s\n", ours, ourRate, theirs, theirRate)
 	fmt.Fprintf(w, "%-6s  throughput %.3f of the direct one's, median of the rounds; quartiles %.3f … %.3f (goal ≥ "+
 		"%g)\n", met, r.Ratio, r.RatioLow, r.RatioHigh, pullGoal)

@@ -38,12 +38,12 @@ const (
 	// batch is how many pods are made at a time: together they start faster than one by one, and
 	// all before the next fault.
 	batch = 8
-	// endPatience bounds a restart after its fault: the runtime is waited for with pauses of up to
+	// endTimeout bounds a restart after its fault: the runtime is waited for with pauses of up to
 	// five seconds.
-	endPatience = time.Minute
-	// settlePatience bounds the time after the restart until kubelet and the API server have
+	endTimeout = time.Minute
+	// settleTimeout bounds the time after the restart until kubelet and the API server have
 	// followed, a back-off of kubelet's of 10 s included.
-	settlePatience = 30 * time.Second
+	settleTimeout = 30 * time.Second
 	// glance bounds the last look. What kubelet does that it should not is counted for good; but
 	// the lists that are compared are not of one moment, and kubelet may just be removing a
 	// container that it has no more use for.
@@ -230,7 +230,7 @@ func (c *cluster) run(t *testing.T, cs chaosCase, pod string) {
 		}
 		return r.requestAgrees(ctx, after.Operation)
 	}
-	err = eventually(ctx, settlePatience, judge)
+	err = eventually(ctx, settleTimeout, judge)
 	if err == nil {
 		// What kubelet makes of it counts too.
 		if err = c.relisted(ctx, 2); err == nil {
@@ -379,9 +379,9 @@ func (r *run) reached(ctx context.Context) error {
 	case "asked":
 		return nil
 	case "complete":
-		return eventually(ctx, endPatience, func() error { return r.rolloutEnded(ctx) })
+		return eventually(ctx, endTimeout, func() error { return r.rolloutEnded(ctx) })
 	}
-	return eventually(ctx, endPatience, func() error {
+	return eventually(ctx, endTimeout, func() error {
 		_, err := os.Stat(filepath.Join(r.dir, "reached"))
 		return err
 	})
@@ -397,7 +397,7 @@ func (r *run) died(ctx context.Context) error {
 	select {
 	case <-r.bed.Process("cri-proxy").Done():
 		return nil
-	case <-time.After(endPatience):
+	case <-time.After(endTimeout):
 		return r.notReached(ctx, errors.New("it is still alive"))
 	}
 }
@@ -419,7 +419,7 @@ func (r *run) dieAgain(ctx context.Context) error {
 	if err := r.bed.LaunchProxy(ctx); err != nil {
 		return err
 	}
-	err := eventually(ctx, endPatience, func() error {
+	err := eventually(ctx, endTimeout, func() error {
 		if !r.bed.Process("cri-proxy").Running() {
 			return nil
 		}
@@ -506,7 +506,7 @@ func (r *run) operation(ctx context.Context) (op *opsv1.Operation, ended bool, e
 
 func (r *run) ended(ctx context.Context) (*opsv1.Operation, error) {
 	var op *opsv1.Operation
-	err := eventually(ctx, endPatience, func() (err error) {
+	err := eventually(ctx, endTimeout, func() (err error) {
 		ended := false
 		if op, ended, err = r.operation(ctx); err == nil && !ended {
 			err = errors.New("it has not ended")

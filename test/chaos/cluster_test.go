@@ -41,9 +41,9 @@ const (
 	// firstImage is what pods begin with, otherImage what upgrades give them, and brokenImage one
 	// whose process ends at once.
 	firstImage, otherImage, brokenImage = "busybox:1.0", "busybox:2.0", "busybox:3.0"
-	// podPatience bounds the start of a batch of pods; no fault is at work then, but perhaps a busy
+	// podTimeout bounds the start of a batch of pods; no fault is at work then, but perhaps a busy
 	// machine.
-	podPatience = 5 * time.Minute
+	podTimeout = 5 * time.Minute
 )
 
 // cluster is the one cluster of a run.
@@ -246,7 +246,7 @@ func (c *cluster) create(ctx context.Context, pods ...*corev1.Pod) error {
 	}
 	for _, p := range pods {
 		n := p.Name
-		err := eventually(ctx, podPatience, func() error {
+		err := eventually(ctx, podTimeout, func() error {
 			p := &corev1.Pod{}
 			if err := c.api.Get(ctx, client.ObjectKey{Namespace: namespace, Name: n}, p); err != nil {
 				return err
@@ -273,8 +273,8 @@ func (c *cluster) remove(ctx context.Context, name string) error {
 
 // eventually calls cond until it returns nil, at most for the time given, and returns its last
 // error.
-func eventually(ctx context.Context, patience time.Duration, cond func() error) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+func eventually(ctx context.Context, timeout time.Duration, cond func() error) error {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	tick := time.NewTicker(50 * time.Millisecond) // other processes are polled
 	defer tick.Stop()
@@ -286,7 +286,7 @@ func eventually(ctx context.Context, patience time.Duration, cond func() error) 
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			return fmt.Errorf("not within %s: %w", patience, err)
+			return fmt.Errorf("not within %s: %w", timeout, err)
 		}
 	}
 }

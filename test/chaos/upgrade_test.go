@@ -32,9 +32,9 @@ import (
 // after its back-off of some 15 s.
 const backAfter = 25
 
-// adoptPatience is more than the two minutes for which the node waits for a kubelet that has no
+// adoptTimeout is more than the two minutes for which the node waits for a kubelet that has no
 // reason to call any more.
-const adoptPatience = 150 * time.Second
+const adoptTimeout = 150 * time.Second
 
 // newImage is what the case changes the slot to.
 func (c *cluster) newImage(cs chaosCase) string {
@@ -88,11 +88,11 @@ func (r *run) runUpgrade(t *testing.T) {
 		_ = judge()
 		t.Fatalf("%v\nafter: %s", err, brief(after))
 	}
-	patience := settlePatience
+	timeout := settleTimeout
 	if r.patient {
-		patience = adoptPatience
+		timeout = adoptTimeout
 	}
-	err := eventually(ctx, patience, judge)
+	err := eventually(ctx, timeout, judge)
 	if err == nil {
 		if err = r.relisted(ctx, 2); err == nil {
 			err = eventually(ctx, glance, judge)

@@ -31,8 +31,8 @@ import (
 	"github.com/cri-proxy/cri-proxy/test/testbed"
 )
 
-// patience is for pods, requests and jobs; all take seconds.
-const patience = 2 * time.Minute
+// timeout is for pods, requests and jobs; all take seconds.
+const timeout = 2 * time.Minute
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -64,7 +64,7 @@ func run(ctx context.Context, out io.Writer, keep bool) (err error) {
 			return
 		}
 		d.heading("Taking the cluster down")
-		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
+		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), timeout)
 		defer cancel()
 		err = errors.Join(err, d.bed.Close(closing))
 	}()

@@ -70,7 +70,7 @@ func (d *demo) prepull(ctx context.Context) error {
 
 // followJob watches the job until it has completed.
 func (d *demo) followJob(ctx context.Context) (*v1beta1.ImagePullJob, error) {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	watching, stop := context.WithCancel(ctx)
 	defer stop()

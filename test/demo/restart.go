@@ -104,7 +104,7 @@ func (d *demo) pod() string {
 
 // follow prints the request's phases until it is completed.
 func (d *demo) follow(ctx context.Context, began time.Time) (*appsv1alpha1.ContainerRecreateRequest, error) {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()

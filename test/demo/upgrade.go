@@ -134,7 +134,7 @@ func (d *demo) upgrade(ctx context.Context) error {
 
 // eventually waits for a condition.
 func (d *demo) eventually(ctx context.Context, what string, cond func(context.Context) (bool, error)) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()

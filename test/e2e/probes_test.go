@@ -109,7 +109,7 @@ spec:
 }
 
 // TestStartupProbeGatesLiveness replaces containers that take longer to start than their liveness
-// probe has patience: none is ended by that before its startup probe has passed.
+// probe waits: none is ended by that before its startup probe has passed.
 func TestStartupProbeGatesLiveness(t *testing.T) {
 	ns := namespace(t)
 	told := durationpb.New(7 * time.Second) // the startup probe's period, and two seconds

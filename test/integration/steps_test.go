@@ -285,11 +285,11 @@ func kubeletStopsSandbox(t *testing.T, s *stepTest) {
 	}
 }
 
-// kubeletArrives waits until the operation knows that it has to give way to a call.
+// kubeletArrives waits until the operation knows that it has to yield to a call.
 func (s *stepTest) kubeletArrives(t *testing.T, method string) {
 	t.Helper()
 	if s.after("revealed") {
-		return // nothing gives way any more
+		return // nothing yields any more
 	}
 	s.logged(t, s.pod.uid, method)
 }

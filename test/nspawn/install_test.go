@@ -250,7 +250,7 @@ type operation struct {
 	Containers []struct{ Method string }
 }
 
-// method is how the containers of the last operation of that kind were handed over.
+// method is how the containers of the last operation of that kind were switched over.
 func (n *node) method(t *testing.T, kind string) string {
 	t.Helper()
 	out := n.must(t, "cri-proxy", "ctl", "ops", "-o", "json")

@@ -27,8 +27,8 @@ import (
 const (
 	suite    = "bookworm"
 	packages = "systemd-sysv,dbus"
-	// buildPatience is for debootstrap over a slow line, and the Go compiler.
-	buildPatience = 15 * time.Minute
+	// buildTimeout is for debootstrap over a slow line, and the Go compiler.
+	buildTimeout = 15 * time.Minute
 	// soon bounds what takes seconds at the most, on a machine with nothing else to do.
 	soon = time.Minute
 )
@@ -54,7 +54,7 @@ func testMain(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, "these tests need root")
 		return 1
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), buildPatience)
+	ctx, cancel := context.WithTimeout(context.Background(), buildTimeout)
 	defer cancel()
 	var err error
 	if base, err = makeRoot(ctx); err != nil {
@@ -67,7 +67,7 @@ func testMain(m *testing.M) int {
 // newMachine starts a machine for the test.
 func newMachine(t *testing.T) *machine {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), buildPatience)
+	ctx, cancel := context.WithTimeout(t.Context(), buildTimeout)
 	defer cancel()
 	m, err := makeMachine(ctx)
 	if err == nil {

@@ -38,8 +38,8 @@ type node struct {
 	endpoint []string
 }
 
-// patience bounds what takes a restart of kubelet or two.
-const patience = 3 * time.Minute
+// timeout bounds what takes a restart of kubelet or two.
+const timeout = 3 * time.Minute
 
 const (
 	realContainerdUnit = `[Unit]
@@ -78,7 +78,7 @@ WantedBy=multi-user.target
 // newNode brings the cluster and the machine up. Kubelet dials containerd.
 func newNode(t *testing.T) *node {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), buildPatience)
+	ctx, cancel := context.WithTimeout(t.Context(), buildTimeout)
 	defer cancel()
 	bed, err := testbed.Start(ctx, testbed.Options{
 		Mode: testbed.ModeCluster, Direct: true, Nodes: 2, Later: 1, Namespaces: true, Race: true, KeepLogs: t.Failed,
@@ -179,7 +179,7 @@ func (n *node) loosen(ctx context.Context) error {
 // does runs a command in the machine that may take as long as kubelet's restarts.
 func (n *node) does(t *testing.T, args ...string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), timeout)
 	defer cancel()
 	began := time.Now()
 	out, err := n.run(ctx, args...)
@@ -193,7 +193,7 @@ func (n *node) does(t *testing.T, args ...string) string {
 // doesNot runs a command that must fail.
 func (n *node) doesNot(t *testing.T, args ...string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), timeout)
 	defer cancel()
 	began := time.Now()
 	out, err := n.run(ctx, args...)
@@ -206,7 +206,7 @@ func (n *node) doesNot(t *testing.T, args ...string) string {
 
 func (n *node) kubectl(t *testing.T, args ...string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), timeout)
 	defer cancel()
 	out, err := n.bed.Kubectl(ctx, args...)
 	if err != nil {

@@ -227,7 +227,7 @@ func tracesOnNode(t *testing.T, n *node) {
 		since := time.Now()
 		n.newPod(t, pod)
 		var seen string
-		end := time.Now().Add(patience)
+		end := time.Now().Add(timeout)
 		for ok := false; !ok; {
 			if seen, ok = c.chained(since, way...); !ok && time.Now().After(end) {
 				t.Fatalf("wanted %q, have\n%s", way, seen)
@@ -275,7 +275,7 @@ func tracesOnNode(t *testing.T, n *node) {
 // none may fail.
 func (n *node) tracedCalls(t *testing.T, when string) {
 	t.Helper()
-	const callers, each, patience = 8, 250, 5 * time.Second
+	const callers, each, timeout = 8, 250, 5 * time.Second
 	conn, err := grpc.NewClient(fmt.Sprintf("unix:///proc/%d/root/run/cri-proxy/cri.sock", n.leader()),
 		grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
@@ -288,7 +288,7 @@ func (n *node) tracedCalls(t *testing.T, when string) {
 	for i := range callers {
 		owned.Go(func() {
 			for j := range each {
-				ctx, cancel := context.WithTimeout(t.Context(), patience)
+				ctx, cancel := context.WithTimeout(t.Context(), timeout)
 				ctx = metadata.AppendToOutgoingContext(ctx, "traceparent",
 					fmt.Sprintf("00-%032x-%016x-01", i*each+j+1, i+1))
 				_, err := client.Version(ctx, &runtimeapi.VersionRequest{})

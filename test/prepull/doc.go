@@ -1,7 +1,7 @@
 // Copyright The cri-proxy Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package prepull tests pulls ahead of time on a real node: the cri-proxy binary, containerd and an
+// Package prepull tests pre-pulls on a real node: the cri-proxy binary, containerd and an
 // image registry, with a front before the registry that counts what is fetched and misbehaves as
 // real ones do.
 //

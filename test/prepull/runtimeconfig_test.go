@@ -29,8 +29,8 @@ type httpProxy struct {
 	addr  string
 	to    atomic.Pointer[front]
 	asked atomic.Int64
-	// strangers counts requests without the password.
-	strangers atomic.Int64
+	// unauthenticated counts requests without the password.
+	unauthenticated atomic.Int64
 }
 
 func newHTTPProxy(t *testing.T) *httpProxy {
@@ -48,7 +48,7 @@ func newHTTPProxy(t *testing.T) *httpProxy {
 		p.asked.Add(1)
 		login := &http.Request{Header: http.Header{"Authorization": r.Header["Proxy-Authorization"]}}
 		if _, secret, _ := login.BasicAuth(); secret != password {
-			p.strangers.Add(1)
+			p.unauthenticated.Add(1)
 			http.Error(w, "who are you?", http.StatusProxyAuthRequired)
 			return
 		}
@@ -128,9 +128,9 @@ func TestRuntimesOwnSettings(t *testing.T) {
 	})
 	t.Run("proxy in containerd's environment", func(t *testing.T) {
 		limitedPull(t, "proxied.test/own/proxy:1", proxy.to.Load())
-		if proxy.asked.Load() == 0 || proxy.strangers.Load() != 0 {
+		if proxy.asked.Load() == 0 || proxy.unauthenticated.Load() != 0 {
 			t.Errorf("the proxy was asked %d times, %d of them without its password", proxy.asked.Load(),
-				proxy.strangers.Load())
+				proxy.unauthenticated.Load())
 		}
 		// The doctor says so, without the password. What else it finds on a node without kubelet
 		// does not matter here.

@@ -50,15 +50,15 @@ func yields(t testing.TB) int {
 }
 
 // keepPulling has kubelet pull the images again and again, until the test or what is returned ends
-// it. One that takes longer than patience is given up.
-func keepPulling(t testing.TB, patience, pause time.Duration, images ...string) (stop func()) {
+// it. One that takes longer than timeout is given up.
+func keepPulling(t testing.TB, timeout, pause time.Duration, images ...string) (stop func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	var all sync.WaitGroup
 	for _, image := range images {
 		all.Go(func() {
 			for ctx.Err() == nil {
-				one, end := context.WithTimeout(ctx, patience)
+				one, end := context.WithTimeout(ctx, timeout)
 				_, _ = bed.kubelet.PullImage(one, &runtimeapi.PullImageRequest{Image: spec(image)})
 				end()
 				select {

@@ -165,7 +165,7 @@ func chain(s *slot) error {
 // collected what it does not keep. It returns how long that took and what is still different.
 func (s *soak) settle(ctx context.Context) (time.Duration, []string) {
 	began := time.Now()
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()

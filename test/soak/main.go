@@ -19,8 +19,8 @@ import (
 )
 
 const (
-	// patience is for pods, single restarts and the cluster's coming to rest; all take seconds.
-	patience = 2 * time.Minute
+	// timeout is for pods, single restarts and the cluster's coming to rest; all take seconds.
+	timeout = 2 * time.Minute
 	// sampleEvery is how often the proxy is measured: a scrape costs it milliseconds.
 	sampleEvery = 2 * time.Second
 	// sayEvery is how often a line is printed.
@@ -108,7 +108,7 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 		return err
 	}
 	defer func() {
-		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
+		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), timeout)
 		defer cancel()
 		err = errors.Join(err, bed.Close(closing))
 	}()

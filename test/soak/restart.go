@@ -171,7 +171,7 @@ func (r *restarter) run(ctx context.Context) {
 
 // do carries one plan out and returns its restarts.
 func (r *restarter) do(ctx context.Context, pl *plan) []*restart {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	newest := make([]time.Time, len(pl.slots))
 	for i, s := range pl.slots {

@@ -130,7 +130,7 @@ func cgroupProcesses(path string) []int {
 }
 
 // removeCgroup removes path and all below it. The kernel frees a cgroup a moment after its last
-// process, hence the patience.
+// process, hence the long timeout.
 func removeCgroup(ctx context.Context, path string) error {
 	dirs, _, err := hierarchies()
 	if err != nil {

@@ -147,10 +147,10 @@ func TestSweepEndsProcesses(t *testing.T) {
 	s := newSpawner(true)
 	defer s.close()
 	recorded := start(t, s, pids, "recorded", "/bin/sh", "-c", "sleep 100 & wait")
-	stranger := start(t, s, t.TempDir(), "stranger", "/bin/sleep", "100")
-	defer func() { _ = stranger.stop(t.Context(), 9) }()
+	other := start(t, s, t.TempDir(), "other", "/bin/sleep", "100")
+	defer func() { _ = other.stop(t.Context(), 9) }()
 	// A pid file whose process ended and whose pid now belongs to somebody else.
-	stale, err := identify(stranger.PID)
+	stale, err := identify(other.PID)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -179,7 +179,7 @@ func TestSweepEndsProcesses(t *testing.T) {
 			t.Errorf("%s still runs", p.Name)
 		}
 	}
-	if !stranger.Running() {
+	if !other.Running() {
 		t.Error("a process that is not the bed's was killed")
 	}
 	if slices.Contains(ids(t, l), r.ID) {

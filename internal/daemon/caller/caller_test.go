@@ -133,8 +133,8 @@ func TestKubeletIsFoundAmongCallers(t *testing.T) {
 	if all.KubeletsEnviron() != nil {
 		t.Error("an environment of nobody")
 	}
-	stranger := called(t, proc, l, "crictl")
-	stranger.write("environ", "WHO=stranger\x00")
+	other := called(t, proc, l, "crictl")
+	other.write("environ", "WHO=other\x00")
 	unknown()
 
 	k := called(t, proc, l, "kubelet")

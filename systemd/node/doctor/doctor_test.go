@@ -381,7 +381,7 @@ func TestDoctor(t *testing.T) {
 		{name: "private images for every pod",
 			make: func(n *node) { n.configure("images: {maxDiskPercent: 0, verifyAccess: false}\n"); n.whole() },
 			want: []string{"warn images: imagePullCredentialsVerificationPolicy is NeverVerifyPreloadedImages, and " +
-				"images.verifyAccess is false: images that were pulled ahead of time with secrets may be run by " +
+				"images.verifyAccess is false: images that were pre-pulled with secrets may be run by " +
 				"every pod"}},
 		{name: "private images that kubelet verifies in any case", make: func(n *node) {
 			n.configure("images: {maxDiskPercent: 0, verifyAccess: false}\n")
@@ -424,7 +424,7 @@ func TestDoctor(t *testing.T) {
 				[]byte("kind: KubeletConfiguration\nimageGCHighThresholdPercent: 99\ncontainerRuntimeEndpoint: "+
 					""+n.link()+"\n"), 0o600))
 			n.startKubelet(n.link(), "--config="+n.path("kubelet.yaml"))
-		}, want: []string{"pulls ahead of time are refused from 98.5 % on, and kubelet makes room only from 99 % on"}},
+		}, want: []string{"pre-pulls are refused from 98.5 % on, and kubelet makes room only from 99 % on"}},
 		{name: "the state directory is open", make: func(n *node) { n.whole(); n.do(os.Chmod(n.path("state"), 0o755)) },
 			want: []string{"has mode 0755: it holds the environment"}},
 		{name: "the state directory is full", make: func(n *node) {

@@ -174,10 +174,10 @@ func (x *examination) images(ctx context.Context, images runtimeapi.ImageService
 		case limit > 0 && used >= limit:
 			x.warn(check, "make room, or raise images.maxDiskPercent; "+
 				"kubelet removes images from its imageGCHighThresholdPercent on",
-				"%s is %.0f %% full: pulls ahead of time are refused from %g %% on", dir, used, limit)
+				"%s is %.0f %% full: pre-pulls are refused from %g %% on", dir, used, limit)
 		case limit > 0 && limit < x.high:
 			x.warn(check, "leave out images.maxDiskPercent, unless that is meant",
-				"%s is %.0f %% full; pulls ahead of time are refused from %g %% on, "+
+				"%s is %.0f %% full; pre-pulls are refused from %g %% on, "+
 					"and kubelet makes room only from %g %% on", dir, used, limit, x.high)
 		default:
 			x.ok(check, "%s is %.0f %% full", dir, used)

@@ -62,8 +62,8 @@ func succeeded() *Facts {
 // undone is a node after a restart that failed before anything was stopped.
 func undone() *Facts { return ended(incumbent(), operation(opsv1.Phase_PHASE_FAILED, "CreateFailed")) }
 
-// handedOver is a node where kubelet has started a container after a restart failed.
-func handedOver() *Facts {
+// leftToKubelet is a node where kubelet has started a container after a restart failed.
+func leftToKubelet() *Facts {
 	f := succeeded()
 	f.Created = []uint32{0, 1}
 	return ended(f, operation(opsv1.Phase_PHASE_FAILED, "StopFailed"))
@@ -81,7 +81,7 @@ func TestCheckIsContent(t *testing.T) {
 		"succeeded":                {succeeded(), Expect{Outcome: Succeeds}},
 		"succeeded, old collected": {collected, Expect{Outcome: Succeeds}},
 		"undone":                   {undone(), Expect{Outcome: Fails, Untouched: true}},
-		"handed over to kubelet":   {handedOver(), Expect{Outcome: Fails}},
+		"left to kubelet":          {leftToKubelet(), Expect{Outcome: Fails}},
 		"either":                   {undone(), Expect{}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -168,7 +168,7 @@ func TestCheckSees(t *testing.T) {
 		"failure that is none": {
 			from:  func() *Facts { return ended(succeeded(), operation(opsv1.Phase_PHASE_FAILED, "StopFailed")) },
 			spoil: func(*Facts) {}, say: "its successor"},
-		"incumbent should be alone": {from: handedOver, want: Expect{Untouched: true}, spoil: func(*Facts) {},
+		"incumbent should be alone": {from: leftToKubelet, want: Expect{Untouched: true}, spoil: func(*Facts) {},
 			say: "leave"},
 		"undone, exited one left": {from: undone, spoil: func(f *Facts) {
 			x := Container{ID: "successor-1", Sandbox: "sandbox", Attempt: 1, State: exitedState}

@@ -208,7 +208,7 @@ stringData: {.dockerconfigjson: '{"auths":{"%[2]s":{"username":"%[3]s","password
 	image = next
 	apply(t, pod(other, "upgraded", ""))
 	refused("upgraded")
-	// It was pulled ahead of time, and the registry is away when kubelet wants to ask: what has
+	// It was pre-pulled, and the registry is away when kubelet wants to ask: what has
 	// been upgraded serves on.
 	crane(t, "mutate", bed.Image("busybox:1.0"), "--label", "last="+t.Name(), "--tag", bed.Image("verified:3"))
 	next = host + "/verified:3"

@@ -377,7 +377,7 @@ func useRequests[Version, Status any](
 		}
 	}
 
-	patience := time.After(2 * time.Minute)
+	timeout := time.After(2 * time.Minute)
 	for done := false; !done; {
 		select {
 		case e, open := <-watched.ResultChan():
@@ -388,7 +388,7 @@ func useRequests[Version, Status any](
 			default:
 				done = base(&seen.Status).Phase == "Completed"
 			}
-		case <-patience:
+		case <-timeout:
 			t.Fatalf("not completed: %s", kubectl(t, "-n", ns, "get", "crr", name, "-o", "yaml"))
 		}
 	}

@@ -166,7 +166,7 @@ func order(ns, pod, image string) string {
 }
 
 // TestDrain has the liveness probe fail while the old container drains: it has closed its port, and
-// takes longer to end than the probe has patience. The restart ends well under every policy, and
+// takes longer to end than the probe waits. The restart ends well under every policy, and
 // the pod goes on.
 func TestDrain(t *testing.T) {
 	t.Parallel()
@@ -256,7 +256,7 @@ func linesOf(t testing.TB, dir, pod string) []string {
 }
 
 // TestStartup restarts containers that listen long after their start, which only their startupProbe
-// has the patience for. No liveness probe kills them before it has passed, and what asked for the
+// waits for. No liveness probe kills them before it has passed, and what asked for the
 // restart does not say that it is done before either.
 func TestStartup(t *testing.T) {
 	t.Parallel()

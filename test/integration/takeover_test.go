@@ -110,7 +110,7 @@ func over(t *testing.T, old *exec.Cmd) {
 	t.Helper()
 	_ = old.Wait()
 	if code := old.ProcessState.ExitCode(); code != 10 {
-		t.Fatalf("the process that has handed over ended with code %d", code)
+		t.Fatalf("the process before ended with code %d", code)
 	}
 }
 
@@ -126,10 +126,10 @@ func (s *instances) end(t *testing.T, uid string) *opsv1.Operation {
 	return op
 }
 
-// TestHandOverDuringRestarts lets one process after the other take over, at any moment of a
+// TestTakeoverDuringRestarts lets one process after the other take over, at any moment of a
 // restart. Each restart succeeds, once, kubelet sees one running container all the time, and none
 // of its calls fails.
-func TestHandOverDuringRestarts(t *testing.T) {
+func TestTakeoverDuringRestarts(t *testing.T) {
 	s := startInstances(t)
 	p := s.runPod(t)
 	app := p.run(t, spec{name: "app", command: looping})
@@ -181,12 +181,12 @@ func TestHandOverDuringRestarts(t *testing.T) {
 	if bad := seen.stop(); len(bad) > 0 {
 		t.Errorf("what kubelet must not see:\n%s", strings.Join(bad, "\n"))
 	}
-	t.Logf("%d hand-overs, %d calls, %d failed", times, calls.Load(), failed.Load())
+	t.Logf("%d takeovers, %d calls, %d failed", times, calls.Load(), failed.Load())
 }
 
-// TestHandOverDuringUpgrade hands a prepared upgrade to a process and, armed, to a third one,
+// TestTakeoverDuringUpgrade hands a prepared upgrade to a process and, armed, to a third one,
 // before kubelet comes.
-func TestHandOverDuringUpgrade(t *testing.T) {
+func TestTakeoverDuringUpgrade(t *testing.T) {
 	s := startInstances(t)
 	p := s.runPod(t)
 	app := p.runSpec(t, spec{name: "app", command: versioned})

@@ -182,7 +182,7 @@ func (w *twins) serving() time.Time {
 		if err == nil {
 			return info.GetStartTime().AsTime()
 		}
-		// it was cut by a hand-over: whoever commands asks again
+		// it was cut by a takeover: whoever commands asks again
 		if status.Code(err) != codes.Unavailable || ctx.Err() != nil {
 			w.t.Fatal(err)
 		}
@@ -333,7 +333,7 @@ func (f *traffic) awaitStreams(t *testing.T, n int64) {
 
 // A second process takes over from the first, and a third from the second: no call fails, and what
 // takes long goes on in the process in which it began.
-func TestHandOver(t *testing.T) {
+func TestTakeover(t *testing.T) {
 	w := newTwins(t)
 	first := w.start()
 	at := w.serving()
@@ -362,8 +362,8 @@ func TestHandOver(t *testing.T) {
 	w.awaitAnother(at)
 	f.await(t, 20)
 	f.awaitStreams(t, 3)
-	if code := second.code(t); code != handedOverCode {
-		t.Errorf("the second process ended with code %d, want %d", code, handedOverCode)
+	if code := second.code(t); code != takenOverCode {
+		t.Errorf("the second process ended with code %d, want %d", code, takenOverCode)
 	}
 	select {
 	case err := <-slow:
@@ -378,8 +378,8 @@ func TestHandOver(t *testing.T) {
 			t.Errorf("slow call: %v", err)
 		}
 	}
-	if code := first.code(t); code != handedOverCode {
-		t.Errorf("the first process ended with code %d, want %d", code, handedOverCode)
+	if code := first.code(t); code != takenOverCode {
+		t.Errorf("the first process ended with code %d, want %d", code, takenOverCode)
 	}
 	f.await(t, 20)
 	f.end(t)
@@ -396,15 +396,15 @@ func TestHandOver(t *testing.T) {
 
 // An upgrade of cri-proxy does not need the runtime: the next process waits for it in vain, and
 // then asks.
-func TestHandOverWhileTheRuntimeIsAway(t *testing.T) {
+func TestTakeoverWhileTheRuntimeIsAway(t *testing.T) {
 	w := newTwins(t)
 	first := w.start()
 	at := w.serving()
 	w.runtime.server.Stop()
 	w.start()
 	w.awaitAnother(at)
-	if code := first.code(t); code != handedOverCode {
-		t.Errorf("the first process ended with code %d, want %d", code, handedOverCode)
+	if code := first.code(t); code != takenOverCode {
+		t.Errorf("the first process ended with code %d, want %d", code, takenOverCode)
 	}
 }
 
@@ -453,7 +453,7 @@ func TestSharedSocketThatBlocks(t *testing.T) {
 }
 
 // A call that needs the state to its end is waited for; others are not held meanwhile.
-func TestHandOverWaitsForCallsThatNeedTheState(t *testing.T) {
+func TestTakeoverWaitsForCallsThatNeedTheState(t *testing.T) {
 	w := newTwins(t)
 	first := w.start()
 	at := w.serving()
@@ -482,8 +482,8 @@ func TestHandOverWaitsForCallsThatNeedTheState(t *testing.T) {
 		t.Error(err)
 	}
 	w.awaitAnother(at)
-	if code := first.code(t); code != handedOverCode {
-		t.Errorf("the first process ended with code %d, want %d", code, handedOverCode)
+	if code := first.code(t); code != takenOverCode {
+		t.Errorf("the first process ended with code %d, want %d", code, takenOverCode)
 	}
 	f.await(t, 20)
 	f.end(t)
@@ -548,7 +548,7 @@ func successor(dir, how string) error {
 
 // A successor that falls over, or hangs, with the state in its hands: the first process serves on,
 // and no call fails.
-func TestHandOverGoesBack(t *testing.T) {
+func TestTakeoverGoesBack(t *testing.T) {
 	for how, code := range map[string]int{"falls": 3, "hangs": -1} {
 		t.Run(how, func(t *testing.T) {
 			t.Parallel()
@@ -588,7 +588,7 @@ func (w *twins) fallSuccessor(how string) {
 
 // The first process cannot take the state back: it does not keep kubelet's calls until its own end,
 // which does not wait for them either, and the next process answers them.
-func TestHandOverCannotGoBack(t *testing.T) {
+func TestTakeoverCannotGoBack(t *testing.T) {
 	w := newTwins(t)
 	w.args = []string{"--drain-timeout=1h"}
 	first := w.start()
@@ -622,7 +622,7 @@ func TestHandOverCannotGoBack(t *testing.T) {
 
 // The first process is told to end while the other one has the state, which does not come to serve:
 // it takes the state back, answers what it has, and ends as if nothing had been.
-func TestHandOverGoesBackAtTheEnd(t *testing.T) {
+func TestTakeoverGoesBackAtTheEnd(t *testing.T) {
 	w := newTwins(t)
 	w.args = []string{"--metrics-address=localhost:0"} // which this process listens on by itself
 	first := w.start()
