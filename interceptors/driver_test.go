@@ -20,6 +20,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
 // driver is an operation that lets kubelet drive.
@@ -28,7 +29,7 @@ type driver struct {
 	create func(ctx context.Context, req *runtimeapi.CreateContainerRequest) (string, bool)
 }
 
-var _ interceptors.Driver = driver{}
+var _ view.Driver = driver{}
 
 func (d driver) Stop(ctx context.Context, grace int64) (bool, error) { return d.stop(ctx, grace) }
 
@@ -194,7 +195,7 @@ func TestCreateIsDriven(t *testing.T) {
 // than their callers.
 func TestCallsWaitForTheDriver(t *testing.T) {
 	const soon = 10 * time.Second
-	inBubble := func(name string, f func(t *testing.T, b *bed, c *interceptors.Claim)) {
+	inBubble := func(name string, f func(t *testing.T, b *bed, c *view.Claim)) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				b := newBed(t).gives()
@@ -205,7 +206,7 @@ func TestCallsWaitForTheDriver(t *testing.T) {
 			})
 		})
 	}
-	inBubble("which comes", func(t *testing.T, b *bed, c *interceptors.Claim) {
+	inBubble("which comes", func(t *testing.T, b *bed, c *view.Claim) {
 		go func() {
 			time.Sleep(soon)
 			c.Drive(driver{stop: func(context.Context, int64) (bool, error) { return true, nil }})
@@ -216,7 +217,7 @@ func TestCallsWaitForTheDriver(t *testing.T) {
 			t.Errorf("%v after %s", err, time.Since(began))
 		}
 	})
-	inBubble("which ends before", func(t *testing.T, b *bed, c *interceptors.Claim) {
+	inBubble("which ends before", func(t *testing.T, b *bed, c *view.Claim) {
 		go func() {
 			time.Sleep(soon)
 			c.Release()
@@ -230,7 +231,7 @@ func TestCallsWaitForTheDriver(t *testing.T) {
 			t.Errorf("got %q, %v", id, err)
 		}
 	})
-	inBubble("which does not come", func(t *testing.T, b *bed, c *interceptors.Claim) {
+	inBubble("which does not come", func(t *testing.T, b *bed, c *view.Claim) {
 		for _, call := range []func(ctx context.Context) error{
 			func(ctx context.Context) error { _, err := b.creates(ctx); return err },
 			func(ctx context.Context) error { return b.stops(ctx, incumbent, 30) },

@@ -13,7 +13,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
 const (
@@ -229,7 +229,7 @@ func TestBytesThatCannotBeDecoded(t *testing.T) {
 			wantPass(t, err)
 		})
 	}
-	if b.view.Claimed(interceptors.Slot{}) {
+	if b.view.Claimed(view.Slot{}) {
 		t.Error("a claim is left")
 	}
 }

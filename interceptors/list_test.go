@@ -15,7 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
 const (
@@ -325,36 +325,36 @@ func TestListContainersStepByStep(t *testing.T) {
 		before    = "old EXITED, web RUNNING, web-before EXITED"
 	)
 	steps := map[string]struct {
-		do   func(*testing.T, *interceptors.Claim)
+		do   func(*testing.T, *view.Claim)
 		want string
 	}{
-		"claim":    {func(*testing.T, *interceptors.Claim) {}, untouched},
-		"mask too": {func(_ *testing.T, c *interceptors.Claim) { c.Mask() }, untouched}, // speaks only once it hides
-		"hide": {func(t *testing.T, c *interceptors.Claim) {
+		"claim":    {func(*testing.T, *view.Claim) {}, untouched},
+		"mask too": {func(_ *testing.T, c *view.Claim) { c.Mask() }, untouched}, // speaks only once it hides
+		"hide": {func(t *testing.T, c *view.Claim) {
 			if err := c.Hide(t.Context(), token); err != nil {
 				t.Fatal(err)
 			}
 		}, before},
 		"mask": {func(
-			_ *testing.T, c *interceptors.Claim,
+			_ *testing.T, c *view.Claim,
 		) {
 			c.Mask()
 		}, "old RUNNING, web RUNNING, web-before EXITED"},
-		"staged": {func(_ *testing.T, c *interceptors.Claim) { c.Staged(successor) }, before},
+		"staged": {func(_ *testing.T, c *view.Claim) { c.Staged(successor) }, before},
 		"another token": {func(
-			_ *testing.T, c *interceptors.Claim,
+			_ *testing.T, c *view.Claim,
 		) {
 			c.HideNow("fresh")
 		}, "old RUNNING, web RUNNING, web-before EXITED"},
 		"and forget the old": {func(
-			_ *testing.T, c *interceptors.Claim,
+			_ *testing.T, c *view.Claim,
 		) {
 			c.Staged("")
 		}, "new CREATED, old RUNNING, web RUNNING, web-before EXITED"},
-		"reveal":  {func(_ *testing.T, c *interceptors.Claim) { c.Reveal() }, untouched},
-		"discard": {func(_ *testing.T, c *interceptors.Claim) { c.Discard() }, untouched},
-		"release": {func(_ *testing.T, c *interceptors.Claim) { c.Release() }, untouched},
-		"reveal if it may be": {func(t *testing.T, c *interceptors.Claim) {
+		"reveal":  {func(_ *testing.T, c *view.Claim) { c.Reveal() }, untouched},
+		"discard": {func(_ *testing.T, c *view.Claim) { c.Discard() }, untouched},
+		"release": {func(_ *testing.T, c *view.Claim) { c.Release() }, untouched},
+		"reveal if it may be": {func(t *testing.T, c *view.Claim) {
 			if !c.TryReveal() {
 				t.Error("not revealed")
 			}
@@ -403,17 +403,17 @@ func TestListContainersStepByStep(t *testing.T) {
 // A list that the runtime made in the middle of a swap and that is answered after
 // the reveal must not show a created container, nor the exited one alone.
 func TestAnswersAcrossAReveal(t *testing.T) {
-	for name, end := range map[string]func(*interceptors.Claim){
-		"reveal":  (*interceptors.Claim).Reveal,
-		"discard": (*interceptors.Claim).Discard,
-		"release": (*interceptors.Claim).Release,
+	for name, end := range map[string]func(*view.Claim){
+		"reveal":  (*view.Claim).Reveal,
+		"discard": (*view.Claim).Discard,
+		"release": (*view.Claim).Release,
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBed(t)
 			c := b.swapping()
 			defer c.Release()
 			// Another operation keeps the view active.
-			other, err := b.view.TryClaim(interceptors.Slot{PodUID: "uid-2", Container: "x"})
+			other, err := b.view.TryClaim(view.Slot{PodUID: "uid-2", Container: "x"})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -443,7 +443,7 @@ func TestAnswersAcrossAReveal(t *testing.T) {
 	}
 	t.Run("a whole operation within the call", func(t *testing.T) {
 		b := newBed(t)
-		other, err := b.view.TryClaim(interceptors.Slot{PodUID: "uid-2", Container: "x"})
+		other, err := b.view.TryClaim(view.Slot{PodUID: "uid-2", Container: "x"})
 		if err != nil {
 			t.Fatal(err)
 		}

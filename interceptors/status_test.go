@@ -15,7 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
 const (
@@ -40,7 +40,7 @@ func running(id string) *runtimeapi.ContainerStatus {
 
 func staged() *runtimeapi.ContainerStatus {
 	return &runtimeapi.ContainerStatus{Id: successor,
-		Annotations: map[string]string{interceptors.StagedAnnotation: token}}
+		Annotations: map[string]string{view.StagedAnnotation: token}}
 }
 
 func TestContainerStatus(t *testing.T) {

@@ -9,7 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
 // What kubelet may call in years to come, or called years ago.
@@ -201,7 +201,7 @@ func TestUnknownMethodsWaitWithinBounds(t *testing.T) {
 				t.Errorf("kubelet's deadline has passed: %s", waited)
 			}
 			// The next operation waits for it like for any other.
-			other, err := b.view.TryClaim(interceptors.Slot{PodUID: "uid-1", Container: "web"})
+			other, err := b.view.TryClaim(view.Slot{PodUID: "uid-1", Container: "web"})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -23,7 +23,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
 // passing begins a list that goes through undecoded; the returned functions wait until the
@@ -53,7 +53,7 @@ func TestHideWaitsForCallsThatPassedUndecoded(t *testing.T) {
 		var hidden sync.WaitGroup
 		done := make([]bool, 3)
 		for i := range done {
-			c, err := b.view.TryClaim(interceptors.Slot{PodUID: "uid-1", Container: fmt.Sprint(i)})
+			c, err := b.view.TryClaim(view.Slot{PodUID: "uid-1", Container: fmt.Sprint(i)})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -213,13 +213,13 @@ func (r *swappedRuntime) create(id, token string) {
 	defer r.mu.Unlock()
 	r.list = append(r.list, &runtimeapi.Container{
 		Id: id, PodSandboxId: sandbox, Labels: labels("app"), Annotations: map[string]string{
-			interceptors.StagedAnnotation: token,
+			view.StagedAnnotation: token,
 		},
 	})
 }
 
 // stage makes a successor, hidden, and masks the incumbent.
-func (r *swappedRuntime) stage(t *testing.T, c *interceptors.Claim, incumbent, id string) {
+func (r *swappedRuntime) stage(t *testing.T, c *view.Claim, incumbent, id string) {
 	c.Bind(sandbox, incumbent)
 	if err := c.Hide(t.Context(), "token"+id); err != nil {
 		t.Error(err)

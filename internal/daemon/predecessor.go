@@ -16,7 +16,7 @@ import (
 	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc/connectivity"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/internal/takeover"
 	"github.com/cri-proxy/cri-proxy/internal/version"
 )
@@ -101,9 +101,9 @@ func (d *daemon) awaitUpstream(ctx context.Context) {
 }
 
 // view returns the view that the predecessor has transferred.
-func (p *predecessor) view() interceptors.Carry {
+func (p *predecessor) view() view.State {
 	if p == nil {
-		return interceptors.Carry{}
+		return view.State{}
 	}
 	return p.granted.View
 }

@@ -18,7 +18,7 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/internal/config"
 	"github.com/cri-proxy/cri-proxy/internal/daemon/profile"
 	"github.com/cri-proxy/cri-proxy/internal/mtls"
@@ -155,7 +155,7 @@ type daemon struct {
 	requests  chan *request // for the state
 	// given is the view of a state that another process has taken over. It knows the remaining
 	// calls.
-	given *interceptors.View
+	given *view.View
 }
 
 // start serves kubelet first, then the rest.

@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/internal/takeover"
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
@@ -326,7 +326,7 @@ func (d *daemon) tryQuiesce(ctx context.Context) (*proxy.Hold, string) {
 
 // grant tells the other process that the state is free, and waits until that process serves. If it
 // does not, grant kills it: two processes with one state are worse than none.
-func (d *daemon) grant(r *request, carry interceptors.Carry) error {
+func (d *daemon) grant(r *request, carry view.State) error {
 	if r.isGone() {
 		return errors.New("it has gone away")
 	}

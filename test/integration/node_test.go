@@ -21,6 +21,7 @@ import (
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
 	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/ops"
 	"github.com/cri-proxy/cri-proxy/ops/prepull"
 	"github.com/cri-proxy/cri-proxy/proxy"
@@ -64,7 +65,7 @@ func startNodeIn(t testing.TB, dir string) *node {
 	}
 	up, err := proxy.NewUpstream("unix://"+bed.runtime, proxy.UpstreamOptions{Log: log})
 	must(t, err)
-	view := interceptors.NewView()
+	view := view.New()
 	puller, err := prepull.Open(prepull.Options{StateDir: dir, Conn: up.Conn(), Log: log, Parallel: 2,
 		HostsDir: bed.hosts})
 	must(t, err)

@@ -17,7 +17,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
 func stopRequest(id string, grace int64) *runtimeapi.StopContainerRequest {
@@ -422,7 +422,7 @@ func TestStrays(t *testing.T) {
 	p := direct.runPod(t)
 	app := p.run(t, spec{name: "app", command: looping})
 	stray := p.request(t, spec{name: "app", command: looping}, 1)
-	stray.Config.Annotations[interceptors.StagedAnnotation] = "unknown"
+	stray.Config.Annotations[view.StagedAnnotation] = "unknown"
 	_, err := direct.CreateContainer(t.Context(), stray)
 	must(t, err)
 	other := p.request(t, spec{name: "other", command: looping}, 0)

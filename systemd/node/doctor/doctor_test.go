@@ -28,7 +28,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	opsv1 "github.com/cri-proxy/cri-proxy/api/ops/v1"
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/internal/config"
 	"github.com/cri-proxy/cri-proxy/internal/daemon"
 	"github.com/cri-proxy/cri-proxy/internal/mtls/mtlstest"
@@ -407,7 +407,7 @@ func TestDoctor(t *testing.T) {
 			n.runtime.mu.Lock()
 			defer n.runtime.mu.Unlock()
 			n.runtime.containers = []*runtimeapi.Container{{
-				Id: "0123456789abcdef", Annotations: map[string]string{interceptors.StagedAnnotation: "t"},
+				Id: "0123456789abcdef", Annotations: map[string]string{view.StagedAnnotation: "t"},
 				Labels: map[string]string{"io.kubernetes.container.name": "app", "io.kubernetes.pod.namespace": "ns",
 					"io.kubernetes.pod.name": "pod", "io.kubernetes.pod.uid": "u"},
 			}}

@@ -15,7 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 	"github.com/cri-proxy/cri-proxy/proxy"
 )
 
@@ -163,7 +163,7 @@ func (p *Proxy) mine(name string, req []byte) (bool, error) {
 		defer p.mu.Unlock()
 		labels := m.GetConfig().GetLabels()
 		return labels[labelPodUID] == p.fault.PodUID && labels[labelContainer] == p.fault.Container &&
-			m.GetConfig().GetAnnotations()[interceptors.StagedAnnotation] != "", err
+			m.GetConfig().GetAnnotations()[view.StagedAnnotation] != "", err
 	case "StartContainer":
 		id = &runtimeapi.StartContainerRequest{}
 	case "StopContainer":

@@ -18,7 +18,7 @@ import (
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cri-proxy/cri-proxy/interceptors"
+	"github.com/cri-proxy/cri-proxy/interceptors/view"
 )
 
 // runtime counts what reaches it. A real one would add nothing here: the matrix has it.
@@ -96,7 +96,7 @@ func create(pod string, staged bool) *runtimeapi.CreateContainerRequest {
 	c := &runtimeapi.ContainerConfig{Labels: map[string]string{labelPodUID: pod, labelContainer: "app"},
 		Annotations: map[string]string{}}
 	if staged {
-		c.Annotations[interceptors.StagedAnnotation] = "token"
+		c.Annotations[view.StagedAnnotation] = "token"
 	}
 	return &runtimeapi.CreateContainerRequest{Config: c}
 }
