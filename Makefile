@@ -12,8 +12,7 @@ export CRI_PROXY_CACHE ?= $(HOME)/.cache/cri-proxy
 TOOLS_KEY := $(shell sha256sum tools/go.sum | cut -c1-16)
 TOOLS := $(CRI_PROXY_CACHE)/tools/$(TOOLS_KEY)
 
-# Tests on real components run as root. They mostly wait, so two packages run beside each other; only pulls, whose bytes and rates are
-# looked at, have the machine for themselves.
+# Tests on real components run as root.
 E2E_TIMEOUT ?= 60m
 INTEGRATION_TIMEOUT ?= 45m
 CHAOS_TIMEOUT ?= 90m
@@ -62,11 +61,19 @@ image: ## the container image of PROGRAM (cri-controller, or cri-proxy for deplo
 	@bin/image -platforms $(PLATFORMS) -to $(IMAGE) $(IMAGE_ARGS) ./cmd/$(PROGRAM)
 
 .PHONY: test
-test: ## lint, then unit, integration and end-to-end tests
+test: ## lint, then unit tests, then the tests on real components
 	@$(call step,lint,$(MAKE) --no-print-directory lint)
 	@$(call step,unit tests with the race detector,$(MAKE) --no-print-directory test-unit)
-	@$(call step,integration tests on a real node,$(MAKE) --no-print-directory test-integration)
-	@printf '\n=== end-to-end tests on a real cluster\n'; $(MAKE) --no-print-directory test-e2e
+	@printf '\n=== tests on real components\n'; $(MAKE) --no-print-directory test-real
+
+# Tests on real components mostly wait, so two packages run beside each other until none is left.
+# go test starts packages in the order of its arguments, so the longest come first.
+REAL_PACKAGES := ./test/e2e ./test/e2e/cases ./test/integration/... ./test/prepull/... ./test/nspawn/... \
+	./test/deploy ./test/chaos/... ./test/multinode ./test/testbed/...
+
+.PHONY: test-real
+test-real: ## all tests on real components, in one run; needs root
+	@TESTBED=1 go test -race -count=1 -p 2 -parallel 3 -timeout $(E2E_TIMEOUT) $(REAL_PACKAGES)
 
 .PHONY: test-unit
 test-unit: ## tests that need nothing but Go, with the race detector
