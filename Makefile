@@ -111,7 +111,7 @@ sbom: dist ## write a CycloneDX SBOM for each binary into DIST
 	@cd tools/sbom && $(TOOL_BUILD) -o ../../bin/cyclonedx-gomod \
 		github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod
 	@for arch in $(ARCHS); do for program in $(PROGRAMS); do \
-		bin/cyclonedx-gomod bin -json -std -noserial \
+		bin/cyclonedx-gomod bin -json -std -noserial -version $(IMAGE_TAG) \
 			-output $(DIST)/$$program-$$arch.cdx.json $(DIST)/$$program-linux-$$arch; \
 	done; done
 
