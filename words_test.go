@@ -41,11 +41,9 @@ var retiredProse = regexp.MustCompile(
 
 // oldWords are the folders and files that [TestWords] leaves out.
 var oldWords = []string{
+	"docs/ARCHITECTURE.md", // it names controller/crew
 	"controller/",
-	"deploy/helm/cri-proxy/README.md",
-	"docs/",
 	"ops/",
-	"README.md",
 	"words_test.go", // it has the list
 }
 
