@@ -121,7 +121,8 @@ func (r *GapReport) svg() string {
 	var b strings.Builder
 	fmt.Fprintf(&b,
 		`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%d" height="%d" `+
-			`role="img" aria-label="Time without an answer at a restart, by way of restarting, on a logarithmic scale">`+"\n", plotWidth, height, plotWidth, height)
+			`role="img" aria-label="Time without an answer at a restart, by way of restarting, `+
+			`on a logarithmic scale">`+"\n", plotWidth, height, plotWidth, height)
 	fmt.Fprintf(&b, "<style>%s</style>\n", plotStyle)
 	// Of its own, as the page around need not follow the reader's choice of light or dark.
 	fmt.Fprintf(&b, `<rect class="back" width="%d" height="%d" rx="6"/>`+"\n", plotWidth, height)
