@@ -86,12 +86,13 @@ func (r *restartTest) judge(t *testing.T, n *node, op *opsv1.Operation) {
 }
 
 // TestVersionBeforeIsKilled kills the version before at every step of a restart. The checkout's
-// version starts on the state that is left, and ends the restart.
+// version starts on the state that is left, and ends the restart. No test of this file may run
+// beside another one: a process that starts removes the staged containers that its own journal does
+// not have, and a node has one journal.
 func TestVersionBeforeIsKilled(t *testing.T) {
 	points := append([]string{"stage"}, stopFirst...)
 	for _, point := range append(points, "done") {
 		t.Run(point, func(t *testing.T) {
-			t.Parallel()
 			n := startBuild(t, binaryBefore, "restart."+point)
 			var r restartTest
 			r.pods(t, n.node)
@@ -132,7 +133,6 @@ func TestAnotherVersionTakesOver(t *testing.T) {
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel()
 			hold := &pause{t: t, dir: shortDir(t)}
 			s := startInstancesOf(t, tt.from, "restart."+tt.failpoint+"=pause:"+hold.dir)
 			t.Cleanup(hold.release)
