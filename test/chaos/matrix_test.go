@@ -29,14 +29,14 @@ const (
 	killProxy      = "kill-proxy"       // kill -9 at the step; the next process takes over
 	killTwice      = "kill-proxy-twice" // the next process is killed as well, one step later
 	killContainerd = "kill-containerd"  // kill -9; the restart goes on, then containerd comes back
-	// kill -9 of containerd a moment after the restart went on: in the middle of a call
+	// kill -9 of containerd a moment after the restart went on: in the middle of a call.
 	lateKill       = "kill-in-the-call"
 	restartKubelet = "restart-kubelet" // kill -9; the new kubelet has seen the node before the restart goes on
 	runtimeHangs   = "runtime-hangs"   // SIGSTOP for three seconds
 	runtimeError   = "runtime-error"   // the next call that changes a container of the slot fails, without effect
 	runtimeErrors  = "runtime-errors"  // the next three do
 	answerLost     = "answer-lost"     // the next one takes effect and fails all the same
-	// the journal's disk is full until the restart has ended; then the proxy is restarted
+	// the journal's disk is full until the restart has ended; then the proxy is restarted.
 	diskFull     = "disk-full"
 	diskFullKill = "disk-full-kill"  // the same, and the proxy is killed and started while it is full
 	loseJournal  = "journal-deleted" // kill -9 at the step, and the journal is gone when the next process starts

@@ -25,7 +25,7 @@ const (
 // Faults beside those of restarts.
 const (
 	killController = "kill-controller" // kill -9; the node goes on for a moment, then the controller is started again
-	// kill -9 of controller, kubelet and proxy, which are started again in that order
+	// kill -9 of controller, kubelet and proxy, which are started again in that order.
 	killAll = "kill-all"
 )
 

@@ -59,7 +59,7 @@ type RegistryOptions struct {
 const (
 	RegistryUser     = "robot"
 	RegistryPassword = "correct-horse-7TqLw2"
-	// bcrypt of it, at the lowest cost
+	// bcrypt of it, at the lowest cost.
 	registryHash = "$2a$04$xX2U/0nLn6de2BOUidK2m.5Qwjye3drBJV.I5Pt1U3IESsJw5sWiG"
 )
 
