@@ -34,7 +34,6 @@ var binaryBefore = sync.OnceValues(func() (string, error) {
 type restartTest struct {
 	pod       *pod
 	app, side string
-	uid       string
 	seen      *relist
 }
 
